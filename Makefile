@@ -1,0 +1,49 @@
+# On a fresh machine two commands do everything: `make demo` and `make test`. They need Python 3.11 or newer with venv.
+#
+# TORCH is installed first, at one tested version, from the index that your pip is set up with. The usual Linux wheel
+# carries CUDA and runs without a GPU as well; where pip knows a CPU build of that version, it takes it. To choose:
+#     make demo TORCH=torch==2.13.0+cpu PYTHON=python3.12
+# An installed .venv is left alone until pyproject.toml changes.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+OUT ?= runs/demo
+ARGS ?=
+BIN := .venv/bin
+
+.PHONY: help demo test lint bench clean
+
+help:  ## these lines
+	@sed -n 's/^\([a-z]*\): .*## /  make \1\t/p' Makefile
+
+demo: .venv/train.stamp  ## install, then the whole chain on the embedded task, into OUT (a new folder) with ARGS
+	$(BIN)/fastrlhf demo --out $(OUT) $(ARGS)
+
+test: .venv/test.stamp  ## install, then pytest with ARGS
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: .venv/test.stamp  ## ruff check, ruff format, pyright
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+bench: .venv/bench.stamp  ## install, then python -m bench with ARGS
+	$(BIN)/python -m bench $(ARGS)
+
+clean:  ## remove what make and python made; runs/ is yours and stays
+	rm -rf .venv build dist .benchmarks .hypothesis .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/train.stamp: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("fastrlhf needs Python 3.11 or newer: make PYTHON=..." if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install "$(TORCH)"
+	$(BIN)/pip install -e '.[train]'
+	@touch $@
+
+.venv/test.stamp: .venv/train.stamp
+	$(BIN)/pip install -e '.[train,test]'
+	@touch $@
+
+.venv/bench.stamp: .venv/train.stamp
+	$(BIN)/pip install -e '.[train,bench]'
+	@touch $@

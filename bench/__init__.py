@@ -1,0 +1,1 @@
+"""Measurements: `python -m bench COMMAND`. Every run appends its rows to bench/results."""

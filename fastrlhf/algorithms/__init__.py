@@ -1,0 +1,1 @@
+"""The algorithm boxes of the papers, one file each."""

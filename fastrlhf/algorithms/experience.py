@@ -1,0 +1,193 @@
+"""From rollouts to what an on-policy update needs: packs, log-probs, values, rewards, advantages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fastrlhf.advantages import explained_variance, whiten
+from fastrlhf.config import PPOConfig
+from fastrlhf.data.packing import micro_batches, pack
+from fastrlhf.models.forward import token_logprobs, token_values
+from fastrlhf.rewards import judged_scores, kl_term, score_term
+from fastrlhf.rollout import end_index
+from fastrlhf.types import Experience, PackedBatch, Rollout, Segment
+from fastrlhf_kernels import gae
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pack:
+    """A micro-batch of episodes: the packed tokens and where their rows lie in the flat Experience."""
+
+    batch: PackedBatch
+    index: Tensor
+    """[R of the pack] int64"""
+
+
+def pack_episodes(
+    config: PPOConfig, rollouts: Sequence[Rollout], order: Sequence[int], device: torch.device
+) -> list[list[Pack]]:
+    """Mini-batches of packs, in the given order of the rollouts.
+
+    The rows of an episode are its sampled tokens; under compat "reference" the reset tokens before them as well.
+    """
+    segments = [_segment(config, rollout) for rollout in rollouts]
+    offsets = np.cumsum([0, *(segment.num_scored for segment in segments)])
+    size = len(order) // config.num_mini_batches
+    packs = []
+    for start in range(0, len(order), size):
+        members = order[start : start + size]
+        costs = [len(segments[i].token_ids) for i in members]
+        packs.append(
+            [
+                Pack(
+                    batch=pack([segments[members[j]] for j in micro], device),
+                    index=torch.from_numpy(
+                        np.concatenate([np.arange(offsets[members[j]], offsets[members[j] + 1]) for j in micro])
+                    ).to(device),
+                )
+                for micro in micro_batches(costs, config.micro_batch_tokens, "episode")
+            ]
+        )
+    return packs
+
+
+@torch.no_grad()
+def score_episodes(
+    config: PPOConfig,
+    policy: PreTrainedModel,
+    reference: PreTrainedModel,
+    critic: PreTrainedModel,
+    rollouts: Sequence[Rollout],
+    scores: Tensor,
+    packs: Sequence[Sequence[Pack]],
+    eos_token_id: int,
+) -> tuple[Experience, dict[str, float]]:
+    """Everything the update needs, frozen before it starts.
+
+    The sampler's log-probs are rescored in the very packs of the first pass, so that the first ratio is exactly 1.
+    """
+    device = policy.device
+    num_rows = sum(pack.batch.num_rows for packs_of in packs for pack in packs_of)
+    logprob, reference_logprob, value, entropy = (torch.empty(num_rows, device=device) for _ in range(4))
+    for item in (item for mini in packs for item in mini):
+        scored = token_logprobs(policy, item.batch, temperature=config.temperature, entropy=True)
+        logprob[item.index], entropy[item.index] = scored.logprob, scored.entropy
+        reference_logprob[item.index] = token_logprobs(reference, item.batch, temperature=config.temperature).logprob
+        value[item.index] = token_values(critic, item.batch)
+
+    rows = _rows(config, rollouts, eos_token_id, device)
+    earned = judged_scores(
+        scores,
+        rows.missing_eos,
+        missing_eos_penalty=config.missing_eos_penalty,
+        missing_eos_score=config.missing_eos_score,
+    )
+    terms = {
+        "score": score_term(earned, rows.end, num_rows),
+        "kl": kl_term(logprob, reference_logprob, config.kl_coef),
+    }
+    reward = torch.stack(list(terms.values())).sum(0)
+    every_row = torch.ones_like(rows.mask)
+    if config.whiten_rewards:
+        reward = whiten(reward, every_row, shift_mean=False)
+    advantage, returns = gae(reward, value, rows.cu_rows, gamma=config.gamma, lam=config.lam)
+
+    experience = Experience(
+        cu_rows=rows.cu_rows,
+        mask=rows.mask,
+        sampler_logprob=logprob,
+        reference_logprob=reference_logprob,
+        value=value,
+        advantage=whiten(advantage, every_row),
+        returns=returns,
+    )
+    return experience, _objective(config, rollouts, scores, terms, experience, entropy)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Rows:
+    """Where the episodes lie in the flat rows."""
+
+    cu_rows: Tensor
+    mask: Tensor
+    end: Tensor
+    """[N] int64: the row of the last valid token"""
+    missing_eos: Tensor
+    """[N] bool"""
+
+
+def _rows(config: PPOConfig, rollouts: Sequence[Rollout], eos_token_id: int, device: torch.device) -> _Rows:
+    counts, mask, ends, missing = [0], [], [], []
+    for rollout in rollouts:
+        given = _num_given(config, rollout)
+        end = end_index(rollout, eos_token_id)
+        ends.append(counts[-1] + given + end)
+        # The authors look for padding after the EOS, so that one in the last slot counts as missing.
+        missing.append(not rollout.ended or (config.compat == "reference" and end + 1 == len(rollout.completion)))
+        mask.extend([False] * given + [True] * len(rollout.completion))
+        counts.append(counts[-1] + given + len(rollout.completion))
+    return _Rows(
+        cu_rows=torch.tensor(counts, dtype=torch.int32, device=device),
+        mask=torch.tensor(mask, device=device),
+        end=torch.tensor(ends, device=device),
+        missing_eos=torch.tensor(missing, device=device),
+    )
+
+
+def _segment(config: PPOConfig, rollout: Rollout) -> Segment:
+    return Segment(
+        token_ids=[*rollout.prefix.token_ids, *rollout.completion],
+        num_scored=_num_given(config, rollout) + len(rollout.completion),
+    )
+
+
+def _num_given(config: PPOConfig, rollout: Rollout) -> int:
+    """Rows of an episode before its first sampled token."""
+    return rollout.prefix.num_reset if config.compat == "reference" else 0
+
+
+def _objective(
+    config: PPOConfig,
+    rollouts: Sequence[Rollout],
+    scores: Tensor,
+    terms: Mapping[str, Tensor],
+    experience: Experience,
+    entropy: Tensor,
+) -> dict[str, float]:
+    mask, logprob = experience.mask, experience.sampler_logprob
+    drawn = torch.tensor([x for rollout in rollouts for x in rollout.sampler_logprob], device=mask.device)
+    difference = (drawn - logprob[mask]).abs()
+    num = len(rollouts)
+    non_score = sum(term[mask].sum() for name, term in terms.items() if name != "score") / num
+    values = {
+        "objective/scores": scores.mean(),
+        "objective/kl": (logprob - experience.reference_logprob)[mask].sum() / num,
+        "objective/entropy": -logprob[mask].sum() / num,
+        "objective/non_score_reward": non_score,
+        "objective/rlhf_reward": terms["score"].sum() / num + non_score,
+        "policy/entropy_avg": entropy[mask].mean(),
+        "critic/explained_var": explained_variance(experience.value, experience.returns, torch.ones_like(mask)),
+        "sampling/sampling_logp_difference/mean": difference.mean(),
+        "sampling/sampling_logp_difference/max": difference.max(),
+    }
+    numbers = torch.stack([torch.as_tensor(value, device=mask.device) for value in values.values()]).tolist()
+    metrics = dict(zip(values, numbers, strict=True))
+    resets = np.array([rollout.prefix.num_reset for rollout in rollouts])
+    by_episode = scores.cpu().numpy()
+    metrics |= {
+        "val/num_eos_tokens": float(sum(rollout.ended for rollout in rollouts)),
+        "completions/mean_length": float(np.mean([len(rollout.completion) for rollout in rollouts])),
+    }
+    if config.reset_prob > 0:
+        metrics["drpo/reset_fraction"] = float((resets > 0).mean())
+        metrics["drpo/prefix_len_mean"] = float(resets.mean())
+        for name, members in (("drpo/score_reset", resets > 0), ("drpo/score_scratch", resets == 0)):
+            if members.any():
+                metrics[name] = float(by_episode[members].mean())
+    return metrics

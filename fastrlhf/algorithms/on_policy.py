@@ -1,0 +1,275 @@
+"""PPO (Schulman et al. 2017, arXiv 1707.06347) and DR-PO (Chang et al. 2024, arXiv 2404.08495, Algorithm 2): one
+trainer.
+
+    repeat
+      prefixes    prompts, or with probability `reset_prob` a prompt and the first k tokens of a dataset response
+      rollouts    the policy writes on from there
+      scores      the judge reads the whole response
+      experience  log-probs under sampler and reference, values, rewards, advantages: of the sampled tokens only
+      updates     `num_ppo_epochs` passes of the clipped losses over the packs
+
+PPO is DR-PO with reset probability 0, bit for bit.
+
+`fastrlhf ppo --config FILE`, `fastrlhf drpo --config FILE`
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fastrlhf.algorithms.experience import Pack, pack_episodes, score_episodes
+from fastrlhf.algorithms.stage import Stage, StepMetrics, TrainResult, check_micro_batch
+from fastrlhf.config import PPOConfig
+from fastrlhf.data.inputs import open_inputs, with_room
+from fastrlhf.data.resets import cut_prefix
+from fastrlhf.data.tokens import special_ids
+from fastrlhf.evaluation.judges import Judge, checked_scores, reward_model_judge
+from fastrlhf.evaluation.responses import respond, response_kl
+from fastrlhf.models.forward import token_logprobs, token_values
+from fastrlhf.models.loading import check_same_vocabulary, frozen_copy, load_reward_model, open_policy
+from fastrlhf.optim import Optimizer, index_batches, num_steps
+from fastrlhf.rollout import Engine, TransformersEngine
+from fastrlhf.types import Example, Experience, Prefix, Rollout, TokenizedExample
+from fastrlhf_kernels import policy_loss, value_loss
+
+
+def train_on_policy(
+    config: PPOConfig,
+    examples: Sequence[Example] | None = None,
+    eval_examples: Sequence[Example] | None = None,
+    *,
+    judge: Judge | None = None,
+    engine: Engine | None = None,
+) -> TrainResult:
+    """Trains `config.model_name_or_path` against a judge; `examples` stand in for the configured dataset.
+
+    `judge` stands in for the reward model of `reward_model_path` (the critic still starts from that), `engine` for
+    sampling with the model in hand. One row of metrics per update, TRL's names where it has them. Raises ValueError
+    for bad input before any time is spent, and for a score that is not finite.
+    """
+    fields = [config.reset_source] if config.reset_prob > 0 else []
+    tokenizer, data = open_inputs(config, fields, examples, eval_examples)
+    prompts = with_room(data.train, "train", config.max_length, config.response_length)
+    held_out = with_room(data.eval, "eval", config.max_length, config.response_length) if data.eval else []
+    rows = [*prompts, *held_out]
+    check_micro_batch(config, rows, [len(example.prompt) + config.response_length for example in rows])
+    policy = open_policy(config, tokenizer)
+    reference = frozen_copy(policy)
+    critic = _open_critic(config, policy, tokenizer)
+    eos, _ = special_ids(tokenizer)
+    if judge is None:
+        judge = reward_model_judge(frozen_copy(critic), eos_token_id=eos, micro_batch_tokens=config.micro_batch_tokens)
+    engine = engine or make_engine(config, policy, eos)
+    steps = _num_updates(config, len(prompts))
+    optimizer = Optimizer(
+        {"": policy, "value_": critic},
+        config,
+        num_steps=steps * config.num_ppo_epochs * config.num_mini_batches,
+        learning_rates={"value_": config.value_learning_rate or config.learning_rate},
+    )
+    sample_every = -(-steps // config.num_sample_generations) if config.num_sample_generations else 0
+    evaluation: dict[str, float] = {}
+
+    with Stage("drpo" if config.reset_prob > 0 else "ppo", config, steps) as stage:
+        for step, indices in enumerate(index_batches(len(prompts), config.batch_size, steps, config.seed)):
+            start = time.perf_counter()
+            prefixes = draw_prefixes(config, [prompts[i] for i in indices], first_episode=step * config.batch_size)
+            rollouts = engine.generate(prefixes)
+            sampled = time.perf_counter()
+            scores = checked_scores(judge(rollouts), rollouts)
+            order = np.random.default_rng([config.seed, step]).permutation(len(rollouts)).tolist()
+            packs = pack_episodes(config, rollouts, order, policy.device)
+            experience, metrics = score_episodes(config, policy, reference, critic, rollouts, scores, packs, eos)
+            scored = time.perf_counter()
+            metrics |= update(config, policy, critic, optimizer, rollouts, experience, packs, seed=(config.seed, step))
+            metrics |= {
+                "timing/rollout": sampled - start,
+                "timing/scoring": scored - sampled,
+                "timing/training": time.perf_counter() - scored,
+                "episode": (step + 1) * config.batch_size,
+                "num_tokens": sum(len(rollout.completion) for rollout in rollouts),
+            }
+            if held_out and stage.due(step, config.eval_steps):
+                evaluation = evaluate(config, policy, reference, judge, held_out, eos)
+                metrics |= evaluation
+            if sample_every and stage.due(step, sample_every):
+                stage.samples(step + 1, _sample_rows(tokenizer, rollouts, scores, 4))
+            stage.log(step + 1, metrics, shown="objective/scores")
+        return stage.finish(policy, tokenizer, evaluation, critic)
+
+
+def draw_prefixes(config: PPOConfig, prompts: Sequence[TokenizedExample], first_episode: int) -> list[Prefix]:
+    """Where each episode starts. A response longer than the budget is reset to within the budget."""
+    prefixes = []
+    for episode, example in enumerate(prompts, first_episode):
+        response = getattr(example, config.reset_source) if config.reset_prob > 0 else []
+        prefixes.append(
+            cut_prefix(
+                example.prompt,
+                response[: config.response_length],
+                row=example.row,
+                seed=config.seed,
+                episode=episode,
+                prob=config.reset_prob,
+                minimum=config.reset_min,
+            )
+        )
+    return prefixes
+
+
+def update(
+    config: PPOConfig,
+    policy: PreTrainedModel,
+    critic: PreTrainedModel,
+    optimizer: Optimizer,
+    rollouts: Sequence[Rollout],
+    experience: Experience,
+    packs: Sequence[Sequence[Pack]],
+    seed: tuple[int, int],
+) -> dict[str, float]:
+    """`num_ppo_epochs` passes over the batch; after the first, the mini-batches are drawn and packed anew."""
+    totals = StepMetrics()
+    steps: list[dict[str, float]] = []
+    for epoch in range(config.num_ppo_epochs):
+        if epoch > 0 and config.num_mini_batches > 1:
+            order = np.random.default_rng([*seed, epoch]).permutation(len(rollouts)).tolist()
+            packs = pack_episodes(config, rollouts, order, policy.device)
+        for mini in packs:
+            in_mini = torch.cat([item.index for item in mini])
+            for item in mini:
+                # compat "reference": every micro-batch is its own mean, as in the authors' code.
+                inside = item.index if config.compat == "reference" else in_mini
+                share = len(mini) if config.compat == "reference" else 1
+                mask = experience.mask[item.index]
+                chosen = policy_loss(
+                    token_logprobs(policy, item.batch, temperature=config.temperature).logprob,
+                    experience.sampler_logprob[item.index],
+                    experience.advantage[item.index],
+                    mask,
+                    num_tokens=experience.mask[inside].sum() * share,
+                    clip_low=config.cliprange,
+                    clip_high=config.cliprange,
+                )
+                chosen.loss.backward()  # before the critic's forward: one model's activations at a time
+                valued = value_loss(
+                    token_values(critic, item.batch),
+                    experience.value[item.index],
+                    experience.returns[item.index],
+                    torch.ones_like(mask),
+                    num_tokens=len(inside) * share,
+                    clip=config.cliprange_value,
+                )
+                (config.vf_coef * valued.loss).backward()
+                totals.add(chosen.metrics)
+                totals.add(valued.metrics)
+            steps.append(optimizer.step())
+    return _training_metrics(totals, steps)
+
+
+def make_engine(config: PPOConfig, policy: PreTrainedModel, eos_token_id: int) -> TransformersEngine:
+    """The default engine: samples from `policy` itself, as it is at each call."""
+    return TransformersEngine(
+        model=policy,
+        eos_token_id=eos_token_id,
+        response_length=config.response_length,
+        temperature=config.temperature,
+        seed=config.seed,
+        batch_size=config.rollout_batch_size,
+        stop_at_eos=config.compat == "fixed",
+    )
+
+
+@torch.no_grad()
+def evaluate(
+    config: PPOConfig,
+    policy: PreTrainedModel,
+    reference: PreTrainedModel,
+    judge: Judge,
+    examples: Sequence[TokenizedExample],
+    eos_token_id: int,
+) -> dict[str, float]:
+    """Full responses to held-out prompts, with no reset: the numbers that compare across reset probabilities."""
+    rollouts = respond(
+        policy,
+        examples,
+        eos_token_id=eos_token_id,
+        response_length=config.response_length,
+        temperature=config.temperature,
+        seed=config.seed,
+        batch_size=config.rollout_batch_size,
+    )
+    return {
+        "eval_objective/scores": judge(rollouts).mean().item(),
+        "eval_objective/kl": response_kl(
+            policy,
+            reference,
+            rollouts,
+            temperature=config.temperature,
+            micro_batch_tokens=config.micro_batch_tokens,
+        ),
+        "eval_completions/mean_length": float(np.mean([len(rollout.completion) for rollout in rollouts])),
+        "eval_completions/ended": float(np.mean([rollout.ended for rollout in rollouts])),
+    }
+
+
+def _open_critic(config: PPOConfig, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The reward model with its trained head: where the critic starts, and the judge's weights."""
+    if not config.reward_model_path:
+        raise ValueError("reward_model_path: give the reward model that judges and from which the critic starts")
+    critic = load_reward_model(
+        config.reward_model_path,
+        pad_token_id=special_ids(tokenizer)[1],
+        must_be_trained=True,
+        device=policy.device,
+        dtype=config.dtype,
+        trust_remote_code=config.trust_remote_code,
+    )
+    check_same_vocabulary({"model_name_or_path": policy, "reward_model_path": critic}, len(tokenizer))
+    return critic
+
+
+def _num_updates(config: PPOConfig, num_prompts: int) -> int:
+    if config.max_steps == -1 and config.total_episodes:
+        return max(1, config.total_episodes // config.batch_size)
+    return num_steps(config, num_prompts)
+
+
+def _training_metrics(totals: StepMetrics, steps: Sequence[dict[str, float]]) -> dict[str, float]:
+    means = totals.means("tokens")
+    averaged = {name: float(np.mean([step[name] for step in steps])) for name in steps[0]}
+    return {
+        "loss/policy_avg": means["policy_loss"],
+        "loss/value_avg": means["value_loss"],
+        "policy/approxkl_avg": means["approx_kl"],
+        "policy/clipfrac_avg": means["clip_fraction"],
+        "val/clipfrac_avg": means["value_clip_fraction"],
+        "val/ratio": means["ratio"],
+        "lr": steps[-1]["learning_rate"],
+        "grad_norm": averaged["grad_norm"],
+        "value_grad_norm": averaged["value_grad_norm"],
+    }
+
+
+def _sample_rows(
+    tokenizer: PreTrainedTokenizerBase, rollouts: Sequence[Rollout], scores: Tensor, count: int
+) -> list[dict[str, object]]:
+    return [
+        {
+            "row": rollout.prefix.row,
+            "prompt": tokenizer.decode(
+                rollout.prefix.token_ids[: len(rollout.prefix.token_ids) - rollout.prefix.num_reset]
+            ),
+            "reset": tokenizer.decode(
+                rollout.prefix.token_ids[len(rollout.prefix.token_ids) - rollout.prefix.num_reset :]
+            ),
+            "response": tokenizer.decode(rollout.completion),
+            "score": value,
+        }
+        for rollout, value in zip(rollouts[:count], scores[:count].tolist(), strict=True)
+    ]

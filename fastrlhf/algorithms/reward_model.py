@@ -1,0 +1,117 @@
+"""A reward model from preference pairs, on packs (Bradley and Terry 1952; Stiennon et al. 2020, arXiv 2009.01325,
+section 3.4).
+
+    repeat: draw a batch of pairs; loss = -sum of log sigmoid(r(x, chosen) - r(x, rejected)) / pairs; step
+
+`fastrlhf reward --config FILE`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fastrlhf.algorithms.stage import Stage, TrainResult, check_micro_batch
+from fastrlhf.config import RewardConfig, require
+from fastrlhf.data.inputs import open_inputs
+from fastrlhf.data.packing import micro_batches, pack
+from fastrlhf.data.tokens import special_ids
+from fastrlhf.evaluation.winrates import bootstrap_interval
+from fastrlhf.models.forward import sequence_scores
+from fastrlhf.models.loading import check_same_vocabulary, load_reward_model, resolve_device
+from fastrlhf.optim import Optimizer, index_batches, num_steps
+from fastrlhf.types import Example, Segment, TokenizedExample
+
+Pair = tuple[Segment, Segment]
+
+
+def train_reward_model(
+    config: RewardConfig, examples: Sequence[Example] | None = None, eval_examples: Sequence[Example] | None = None
+) -> TrainResult:
+    """Trains a score head on the trunk of `config.model_name_or_path`; `examples` stand in for the configured dataset.
+
+    The result is a plain `AutoModelForSequenceClassification`. Metrics per step: loss (nats per pair), accuracy,
+    margin, mean_reward, grad_norm, learning_rate, num_tokens. Raises ValueError for bad input before any time is spent.
+    """
+    require(bool(config.model_name_or_path), "model_name_or_path", "", "the model whose trunk gets the score head")
+    require(not config.model_config, "model_config", config.model_config, "empty: a reward model starts from a model")
+    tokenizer, data = open_inputs(config, ["chosen", "rejected"], examples, eval_examples)
+    model = load_reward_model(
+        config.model_name_or_path,
+        field="model_name_or_path",
+        pad_token_id=special_ids(tokenizer)[1],
+        seed=config.seed,
+        device=resolve_device(config.device),
+        dtype=config.dtype,
+        trust_remote_code=config.trust_remote_code,
+    )
+    check_same_vocabulary({"model_name_or_path": model}, len(tokenizer))
+    pairs = [_pair(example) for example in data.train]
+    held_out = [_pair(example) for example in data.eval]
+    check_micro_batch(config, [*data.train, *data.eval], [_cost(pair) for pair in [*pairs, *held_out]])
+    steps = num_steps(config, len(pairs))
+    optimizer = Optimizer({"": model}, config, num_steps=steps)
+    evaluation: dict[str, float] = {}
+
+    with Stage("reward", config, steps) as stage:
+        for step, indices in enumerate(index_batches(len(pairs), config.batch_size, steps, config.seed)):
+            drawn = [pairs[i] for i in indices]
+            scores = []
+            for micro in micro_batches([_cost(pair) for pair in drawn], config.micro_batch_tokens, "pair"):
+                score = score_pairs(model, [drawn[i] for i in micro])
+                (-F.logsigmoid(score[:, 0] - score[:, 1]).sum() / len(drawn)).backward()
+                scores.append(score.detach())
+            metrics = _summary(torch.cat(scores))
+            metrics |= {**optimizer.step(), "num_tokens": sum(map(_cost, drawn))}
+            if held_out and stage.due(step, config.eval_steps):
+                evaluation = evaluate(model, held_out, config.micro_batch_tokens)
+                metrics |= evaluation
+            stage.log(step + 1, metrics)
+        return stage.finish(model, tokenizer, evaluation)
+
+
+def score_pairs(model: PreTrainedModel, pairs: Sequence[Pair]) -> Tensor:
+    """[B, 2] float32: the scores of chosen and rejected."""
+    batch = pack([segment for pair in pairs for segment in pair], model.device)
+    return sequence_scores(model, batch).view(-1, 2)
+
+
+@torch.no_grad()
+def evaluate(model: PreTrainedModel, pairs: Sequence[Pair], micro_batch_tokens: int) -> dict[str, float]:
+    """Loss and accuracy on held-out pairs, the accuracy with its 95 % bootstrap interval; ties count one half."""
+    micros = micro_batches([_cost(pair) for pair in pairs], micro_batch_tokens, "pair")
+    scores = torch.cat([score_pairs(model, [pairs[i] for i in micro]) for micro in micros])
+    margin = scores[:, 0] - scores[:, 1]
+    low, high = bootstrap_interval(((margin > 0) + 0.5 * (margin == 0)).cpu().numpy())
+    summary = {f"eval_{name}": value for name, value in _summary(scores).items()}
+    return summary | {"eval_accuracy_low": low, "eval_accuracy_high": high}
+
+
+def _summary(scores: Tensor) -> dict[str, float]:
+    margin = scores[:, 0] - scores[:, 1]
+    values = torch.stack(
+        [
+            -F.logsigmoid(margin).mean(),
+            ((margin > 0) + 0.5 * (margin == 0)).mean(),
+            margin.mean(),
+            scores.mean(),
+        ]
+    )
+    return dict(zip(("loss", "accuracy", "margin", "mean_reward"), values.tolist(), strict=True))
+
+
+def _pair(example: TokenizedExample) -> Pair:
+    assert example.chosen is not None
+    assert example.rejected is not None
+    return (
+        Segment(token_ids=[*example.prompt, *example.chosen]),
+        Segment(token_ids=[*example.prompt, *example.rejected]),
+    )
+
+
+def _cost(pair: Pair) -> int:
+    return sum(len(segment.token_ids) for segment in pair)

@@ -1,0 +1,72 @@
+"""Supervised fine-tuning on packs.
+
+    repeat: draw a batch of examples; loss = -sum of log pi(response | prompt) / response tokens of the batch; step
+
+`fastrlhf sft --config FILE`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from fastrlhf.algorithms.stage import Stage, TrainResult, check_micro_batch
+from fastrlhf.config import SFTConfig
+from fastrlhf.data.inputs import open_inputs
+from fastrlhf.data.packing import micro_batches, pack
+from fastrlhf.models.forward import token_logprobs
+from fastrlhf.models.loading import open_policy
+from fastrlhf.optim import Optimizer, index_batches, num_steps
+from fastrlhf.types import Example, Segment, TokenizedExample
+
+
+def train_sft(
+    config: SFTConfig, examples: Sequence[Example] | None = None, eval_examples: Sequence[Example] | None = None
+) -> TrainResult:
+    """Trains `config.model_name_or_path` to write `config.response`; `examples` stand in for the configured dataset.
+
+    Metrics per step: loss (nats per trained token), grad_norm, learning_rate, num_tokens (of the packs). Raises
+    ValueError for bad input before any time is spent.
+    """
+    tokenizer, data = open_inputs(config, [config.response], examples, eval_examples)
+    model = open_policy(config, tokenizer)
+    segments = [_segment(example, config) for example in data.train]
+    held_out = [_segment(example, config) for example in data.eval]
+    check_micro_batch(config, [*data.train, *data.eval], [len(s.token_ids) for s in [*segments, *held_out]])
+    steps = num_steps(config, len(segments))
+    optimizer = Optimizer({"": model}, config, num_steps=steps)
+    evaluation: dict[str, float] = {}
+
+    with Stage("sft", config, steps) as stage:
+        for step, indices in enumerate(index_batches(len(segments), config.batch_size, steps, config.seed)):
+            chosen = [segments[i] for i in indices]
+            num_trained = sum(segment.num_scored for segment in chosen)
+            loss = torch.zeros((), device=model.device)
+            for micro in micro_batches([len(s.token_ids) for s in chosen], config.micro_batch_tokens):
+                batch = pack([chosen[i] for i in micro], model.device)
+                micro_loss = -token_logprobs(model, batch).logprob.sum() / num_trained
+                micro_loss.backward()
+                loss += micro_loss.detach()
+            metrics = {"loss": loss.item(), **optimizer.step(), "num_tokens": sum(len(s.token_ids) for s in chosen)}
+            if held_out and stage.due(step, config.eval_steps):
+                evaluation = evaluate(model, held_out, config.micro_batch_tokens)
+                metrics |= evaluation
+            stage.log(step + 1, metrics)
+        return stage.finish(model, tokenizer, evaluation)
+
+
+@torch.no_grad()
+def evaluate(model: PreTrainedModel, segments: Sequence[Segment], micro_batch_tokens: int) -> dict[str, float]:
+    """eval_loss: mean nats per scored token."""
+    total = torch.zeros((), device=model.device)
+    for micro in micro_batches([len(s.token_ids) for s in segments], micro_batch_tokens):
+        total -= token_logprobs(model, pack([segments[i] for i in micro], model.device)).logprob.sum()
+    return {"eval_loss": total.item() / sum(segment.num_scored for segment in segments)}
+
+
+def _segment(example: TokenizedExample, config: SFTConfig) -> Segment:
+    response = getattr(example, config.response)
+    token_ids = [*example.prompt, *response]
+    return Segment(token_ids=token_ids, num_scored=len(response) if config.completion_only_loss else len(token_ids) - 1)

@@ -1,0 +1,47 @@
+"""What a run leaves on disk. Nothing of the user's is ever overwritten; a folder that exists is complete."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fastrlhf.config_files import write_yaml
+
+
+def check_output_dir(path: str) -> None:
+    """Raises ValueError where the folder already holds a run or a model, or is no folder."""
+    folder = Path(path)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output_dir: {path!r} is a file")
+    for name, what in (("config.yaml", "run"), ("config.json", "model")):
+        if (folder / name).exists():
+            raise ValueError(f"output_dir: {path!r} already holds a {what}; choose another folder or move it away")
+
+
+def create_output_dir(path: str, config: Any) -> Path:
+    """Creates the folder of a run and writes the resolved configuration to its config.yaml. Raises as the check
+    does."""
+    check_output_dir(path)
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_yaml(config, folder / "config.yaml")
+    return folder
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Writes model and tokenizer in `save_pretrained` form into `folder`.
+
+    They are written beside it first and moved in file by file, the weights before the config.json that makes a folder
+    a model, so a crash never leaves a half-written model that loads.
+    """
+    partial = folder / ".partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):
+        os.replace(file, folder / file.name)
+    partial.rmdir()

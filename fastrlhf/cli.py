@@ -1,0 +1,162 @@
+"""The command line: `fastrlhf COMMAND [--config FILE] [--key value ...]`. Flags beat the file, the file beats the
+defaults."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
+from io import StringIO
+from itertools import takewhile
+from typing import Any
+
+from fastrlhf import config as configs
+from fastrlhf import config_files as files
+
+USAGE = """\
+usage: fastrlhf COMMAND [--config FILE] [--key value ...]
+
+  demo       the whole chain on the embedded task: SFT, reward model, DPO, PPO, DR-PO, evaluation
+  sft        supervised fine-tuning
+  reward     a reward model from preference pairs
+  dpo        DPO, or IPO with --loss_type ipo
+  ppo        PPO
+  drpo       DR-PO: PPO from reset states
+  eval       win rates between models and dataset responses
+  report     fastrlhf report RUN_DIR: one HTML page of a run
+
+fastrlhf COMMAND --help lists the keys of a command. FILE is YAML, or the name of a recipe."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; a mistake of the user's is one line on standard error and exit code 2."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if arguments else 2
+    command, rest = arguments[0], arguments[1:]
+    try:
+        if command not in COMMANDS:
+            near = files.nearest(command, COMMANDS)
+            raise ValueError(f"unknown command {command!r}{near}; fastrlhf --help lists them")
+        COMMANDS[command](rest)
+    except (ValueError, OSError) as error:
+        print(f"fastrlhf {command}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"fastrlhf {command}: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parse(kind: type, arguments: Sequence[str], command: str) -> Any:
+    """The configuration that a file and flags describe. Raises ValueError for a key or a value that is none."""
+    import tyro
+
+    rest = [part for argument in arguments for part in _split_config(argument)]
+    flags: list[str] = []
+    while "--config" in rest:
+        where = rest.index("--config")
+        if where + 1 == len(rest):
+            raise ValueError("--config: give a file or the name of a recipe")
+        flags += files.as_flags(files.read_yaml(rest[where + 1], kind, command))
+        del rest[where : where + 2]
+    files.check_flags(rest, kind)
+    message = StringIO()
+    try:
+        with redirect_stderr(message):
+            return tyro.cli(
+                kind,
+                prog=f"fastrlhf {command}",
+                args=[*flags, *rest],
+                config=(tyro.conf.FlagConversionOff,),
+                use_underscores=True,
+            )
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        told = _first_paragraph(message.getvalue()).removeprefix(f"Error parsing {kind.__name__}: ")
+        raise ValueError(told) from None
+
+
+def _split_config(argument: str) -> list[str]:
+    return ["--config", argument.removeprefix("--config=")] if argument.startswith("--config=") else [argument]
+
+
+def _first_paragraph(box: str) -> str:
+    """What tyro's box of several lines says, in one: the text up to the first rule."""
+    lines = [line.strip("\u2502 ") for line in box.splitlines()[1:]]
+    return " ".join(takewhile(lambda line: not line.startswith(("\u2500", "\u2570")), lines))
+
+
+def _train(command: str, kind: type, module: str, function: str) -> Callable[[Sequence[str]], None]:
+    def run(arguments: Sequence[str]) -> None:
+        config = parse(kind, arguments, command)
+        configs.require(bool(config.output_dir), "output_dir", config.output_dir, "the folder of the run")
+        _quiet_libraries()
+        from importlib import import_module
+
+        result = getattr(import_module(f"fastrlhf.algorithms.{module}"), function)(config)
+        for name, value in result.final.items():
+            print(f"{name} {value:.4f}")
+        print(f"saved in {result.output_dir}")
+
+    return run
+
+
+def _evaluate(arguments: Sequence[str]) -> None:
+    config = parse(configs.EvalConfig, arguments, "eval")
+    _quiet_libraries()
+    from fastrlhf.evaluation.evaluate import evaluate_models, format_table
+
+    print(format_table(evaluate_models(config)))
+
+
+def _demo(arguments: Sequence[str]) -> None:
+    config = parse(configs.DemoConfig, arguments, "demo")
+    _quiet_libraries()
+    from fastrlhf.demo import format_summary, run_demo
+
+    print(format_summary(run_demo(config)))
+    print(f"saved in {config.out}: summary.json, report.html, and a folder per stage")
+
+
+def _report(arguments: Sequence[str]) -> None:
+    from pathlib import Path
+
+    from fastrlhf.evaluation.report import write_report
+
+    if list(arguments) in (["-h"], ["--help"]):
+        print(USAGE)
+        return
+    configs.require(len(arguments) == 1, "RUN_DIR", list(arguments), "one folder of a run")
+    print(write_report(Path(arguments[0])))
+
+
+def _quiet_libraries() -> None:
+    """Their progress bars and advice would hide ours; errors still show."""
+    import logging
+
+    import datasets
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("fastrlhf").setLevel(logging.INFO)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "demo": _demo,
+    "sft": _train("sft", configs.SFTConfig, "sft", "train_sft"),
+    "reward": _train("reward", configs.RewardConfig, "reward_model", "train_reward_model"),
+    "dpo": _train("dpo", configs.DPOConfig, "preference", "train_dpo"),
+    "ppo": _train("ppo", configs.PPOConfig, "on_policy", "train_on_policy"),
+    "drpo": _train("drpo", configs.DRPOConfig, "on_policy", "train_on_policy"),
+    "eval": _evaluate,
+    "report": _report,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+"""Configurations on disk and on the command line: YAML in, flags beside it, the resolved YAML out."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+RECIPES = Path(__file__).parent / "recipes"
+
+COMMANDS = {"sft", "reward", "dpo", "ppo", "drpo", "eval", "demo"}
+"""That take keys, and may have a section of their own in a file."""
+
+
+def read_yaml(path: str, kind: type, command: str) -> dict[str, Any]:
+    """The keys that a YAML file, or a recipe by its name, gives to one command, each checked to be a field of `kind`.
+
+    The file is either flat, or has a section per command; a section `shared` then holds what all of them are given,
+    and a section may set a key of it anew. Environment variables in values, as $NAME, are filled in, and so is
+    ~ at their start. Raises ValueError, with the nearest known name, for a key that is none.
+    """
+    content = _load_yaml(path)
+    if set(content) & COMMANDS:
+        for section in content:
+            if section not in COMMANDS | {"shared"}:
+                raise ValueError(f"{path}: unknown section {section!r}{nearest(str(section), COMMANDS | {'shared'})}")
+        if command not in content:
+            raise ValueError(f"{path}: no section {command!r}; it has {', '.join(content)}")
+        content = {**_section(path, content, "shared"), **_section(path, content, command)}
+    known = [field.name for field in fields(kind)]
+    for key in content:
+        if key not in known:
+            raise ValueError(f"{path}: unknown key {key!r}{nearest(str(key), known)}")
+    return {key: _filled_in(path, key, value) for key, value in content.items()}
+
+
+def _section(path: str, content: dict[str, Any], name: str) -> dict[str, Any]:
+    section = content.get(name) or {}
+    if not isinstance(section, dict):
+        raise ValueError(f"{path}: section {name!r} must be a mapping of keys to values")
+    return section
+
+
+def _load_yaml(path: str) -> dict[str, Any]:
+    file = Path(path)
+    if not file.exists() and (RECIPES / f"{path}.yaml").exists():
+        file = RECIPES / f"{path}.yaml"
+    if not file.is_file():
+        recipes = ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.yaml")))
+        raise ValueError(f"config: no file {path!r}; the recipes are {recipes}")
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: no valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: must be a mapping of keys to values")
+    return content
+
+
+def _filled_in(path: str, key: str, value: Any) -> Any:
+    if isinstance(value, list):
+        return [_filled_in(path, key, item) for item in value]
+    if not isinstance(value, str) or key == "chat_template":
+        return value
+    filled = os.path.expanduser(os.path.expandvars(value))
+    if "$" in filled:
+        raise ValueError(f"{path}: {key}: {value!r} names an environment variable that is not set")
+    return filled
+
+
+def check_flags(arguments: Sequence[str], kind: type) -> None:
+    """Raises ValueError, with the nearest known name, for a flag that is no field of `kind`."""
+    known = [field.name for field in fields(kind)]
+    for argument in arguments:
+        name = argument.partition("=")[0][2:].replace("-", "_")
+        if argument.startswith("--") and name not in (*known, "help"):
+            raise ValueError(f"unknown key {argument.partition('=')[0]}{nearest(name, known)}")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """ "; did you mean 'x'?", or nothing where no known name is near."""
+    near = difflib.get_close_matches(name, list(known), 1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def as_flags(values: dict[str, Any]) -> list[str]:
+    """Command-line flags that say the same: the parser of the flags is the only parser there is."""
+    flags = []
+    for key, value in values.items():
+        flags.append(f"--{key}")
+        if isinstance(value, dict):
+            flags.append(json.dumps(value))
+        elif isinstance(value, list):
+            flags.extend(map(str, value))
+        else:
+            flags.append(str(value))
+    return flags
+
+
+def write_yaml(config: Any, path: Path) -> None:
+    """The resolved configuration: reading it back gives the same run."""
+    path.write_text(yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False), encoding="utf-8")
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}

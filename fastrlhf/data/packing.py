@@ -1,0 +1,158 @@
+"""Packs sequences into flat tensors and spreads them over micro-batches. Pure: no model, no tokenizer, no randomness.
+
+A pack is a forest of segments (types.Segment). Nothing is padded: whatever is not attention sees flat tokens, and
+attention sees the lengths. The shift by one token happens in `pack` and nowhere else.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+
+from fastrlhf.types import AttentionPlan, PackedBatch, Segment
+
+Device = torch.device | str
+
+
+def pack(segments: Sequence[Segment], device: Device = "cpu") -> PackedBatch:
+    """Lays the segments one after the other, in the order given.
+
+    Raises ValueError where a segment is empty, scores more tokens than have a predecessor, or hangs on a segment that
+    does not come before it or is shorter than the cut.
+    """
+    if not segments:
+        raise ValueError("segments: nothing to pack")
+    starts = [0, *accumulate(len(segment.token_ids) for segment in segments)]
+    keys: list[list[range]] = []  # per segment, the rows it sees: its ancestors' up to their cuts, then its own
+    positions: list[int] = []
+    rows: list[int] = []
+    targets: list[int] = []
+    rows_per_segment: list[int] = []
+
+    for index, segment in enumerate(segments):
+        _check(index, segment, segments)
+        start, length = starts[index], len(segment.token_ids)
+        seen = _seen(segment, starts, keys)
+        depth = sum(len(span) for span in seen)
+        keys.append([*seen, range(start, start + length)])
+        positions.extend(range(depth, depth + length))
+
+        scored = range(length - segment.num_scored, length)
+        rows.extend(start + i - 1 if i else seen[-1].stop - 1 for i in scored)
+        targets.extend(segment.token_ids[i] for i in scored)
+        rows_per_segment.append(segment.num_scored)
+
+    trunks = {segment.parent for segment in segments}
+    leaves = [i for i in range(len(segments)) if i not in trunks]
+    if any(rows_per_segment[i] for i in trunks if i >= 0):
+        raise ValueError("segments: a segment that others hang on cannot itself be scored; score the branches")
+
+    return PackedBatch(
+        token_ids=_int64([token for segment in segments for token in segment.token_ids], device),
+        positions=_int64(positions, device),
+        rows=_int64(rows, device),
+        targets=_int64(targets, device),
+        cu_rows=_offsets([rows_per_segment[i] for i in leaves], device),
+        last=_int64([starts[i + 1] - 1 for i in leaves], device),
+        plan=_plan(segments, keys, device),
+    )
+
+
+def sequence(prompt: Sequence[int], response: Sequence[int]) -> Segment:
+    """A root that scores the response: the plain case."""
+    return Segment(token_ids=[*prompt, *response], num_scored=len(response))
+
+
+def unpack(batch: PackedBatch) -> list[list[int]]:
+    """The token ids of every sequence of the pack, ancestors included: the inverse of `pack` on plain sequences."""
+    plan = batch.plan
+    seen = batch.token_ids if plan.key_index is None else batch.token_ids[plan.key_index]
+    per_segment = [part.tolist() for part in seen.split(plan.key_lengths)]
+    ends = plan.cu_seqlens[1:].long() - 1
+    is_leaf = torch.isin(ends, batch.last).tolist()
+    return [tokens for tokens, leaf in zip(per_segment, is_leaf, strict=True) if leaf]
+
+
+def micro_batches(costs: Sequence[int], budget: int, what: str = "item") -> list[list[int]]:
+    """Spreads items of `costs` tokens over as few micro-batches of at most `budget` tokens as it can, evenly filled.
+
+    Longest first onto the least loaded micro-batch; one more micro-batch is opened until all fit. Returns indices, each
+    micro-batch in ascending order, so that the result depends on the costs alone. Raises ValueError where one item
+    exceeds the budget.
+    """
+    if not costs:
+        return []
+    longest = max(range(len(costs)), key=costs.__getitem__)
+    if costs[longest] > budget:
+        raise ValueError(
+            f"micro_batch_tokens: {budget} cannot hold {what} {longest} of {costs[longest]} tokens; "
+            "raise micro_batch_tokens or lower max_length"
+        )
+    # No two items of more than half the budget share a micro-batch.
+    count = max(-(-sum(costs) // budget), sum(2 * cost > budget for cost in costs))
+    while (bins := _spread(costs, budget, count)) is None:
+        count += max(1, count // 64)
+    return bins
+
+
+def _spread(costs: Sequence[int], budget: int, count: int) -> list[list[int]] | None:
+    """The items over at most `count` bins, or None where that overfills one."""
+    bins: list[list[int]] = [[] for _ in range(count)]
+    loads = [(0, index) for index in range(count)]  # a heap
+    for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        load, index = loads[0]
+        if load + costs[i] > budget:
+            return None
+        heapq.heapreplace(loads, (load + costs[i], index))
+        bins[index].append(i)
+    return [sorted(indices) for indices in bins if indices]
+
+
+def _check(index: int, segment: Segment, segments: Sequence[Segment]) -> None:
+    if not segment.token_ids:
+        raise ValueError(f"segments[{index}]: no tokens")
+    if segment.parent >= index:
+        raise ValueError(f"segments[{index}]: parent {segment.parent} must come before it")
+    if segment.parent >= 0 and not 1 <= segment.cut <= len(segments[segment.parent].token_ids):
+        raise ValueError(
+            f"segments[{index}]: cut {segment.cut} must be in 1..{len(segments[segment.parent].token_ids)}, "
+            "the tokens of its parent"
+        )
+    most = len(segment.token_ids) - (segment.parent < 0)
+    if not 0 <= segment.num_scored <= most:
+        raise ValueError(
+            f"segments[{index}]: num_scored {segment.num_scored} must be in 0..{most}; "
+            "the first token of a root has nothing to be predicted from"
+        )
+
+
+def _seen(segment: Segment, starts: list[int], keys: list[list[range]]) -> list[range]:
+    if segment.parent < 0:
+        return []
+    start = starts[segment.parent]
+    return [*keys[segment.parent][:-1], range(start, start + segment.cut)]
+
+
+def _plan(segments: Sequence[Segment], keys: list[list[range]], device: Device) -> AttentionPlan:
+    query_lengths = tuple(len(segment.token_ids) for segment in segments)
+    key_lengths = tuple(sum(len(span) for span in spans) for spans in keys)
+    has_branches = any(segment.parent >= 0 for segment in segments)
+    cu_seqlens = _offsets(query_lengths, device)
+    return AttentionPlan(
+        cu_seqlens=cu_seqlens,
+        cu_seqlens_k=_offsets(key_lengths, device) if has_branches else cu_seqlens,
+        key_index=_int64([row for spans in keys for span in spans for row in span], device) if has_branches else None,
+        query_lengths=query_lengths,
+        key_lengths=key_lengths,
+    )
+
+
+def _int64(values: Sequence[int], device: Device) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int64).to(device, non_blocking=True)
+
+
+def _offsets(lengths: Sequence[int], device: Device) -> torch.Tensor:
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)

@@ -1,0 +1,348 @@
+"""Examples as token ids: prompt and response tokenised apart, their ids concatenated and never tokenised again.
+
+The same ids are trained on, scored and sampled from, so no span is ever searched for in a re-tokenised text.
+
+The EOS rule: every response ends in EOS. It is appended where the text does not end in it already (white space after it
+is dropped), and missing only where `max_length` cut the response. A prompt never gets one.
+The BOS rule: what the tokenizer puts before a text stands before a text prompt; a chat template writes its own.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, cast
+
+from jinja2 import TemplateError
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from fastrlhf.data.examples import RESPONSES
+from fastrlhf.types import Example, Message, TokenizedExample
+
+TruncationMode = Literal["keep_start", "keep_end", "drop"]
+
+HH_CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message.role == 'user' %}{{ '\n\nHuman: ' + message.content }}"
+    "{% elif message.role == 'assistant' %}{{ '\n\nAssistant: ' + message.content }}"
+    "{% else %}{{ raise_exception('the hh template has no role ' + message.role) }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
+)
+"""The form of Anthropic's HH text (Bai et al. 2022, arXiv 2204.05862)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenReport:
+    """What tokenising did. Every kept response is counted once under eos_added, eos_present or responses_cut."""
+
+    num_examples: int
+    num_kept: int
+    max_length: int
+    eos_added: int
+    """Responses that got an EOS."""
+    eos_present: int
+    """Responses whose text ended in the EOS token already."""
+    responses_cut: int
+    """Responses that lost their end, and so have no EOS (keep_start)."""
+    prompts_cut: int
+    """Prompts that lost their beginning (keep_end)."""
+    dropped: dict[str, int]
+    """Reason -> rows."""
+    first_dropped: dict[str, int]
+    """Reason -> row number of the first one."""
+
+    @property
+    def truncated(self) -> int:
+        return self.responses_cut + self.prompts_cut
+
+    def summary(self) -> str:
+        """For the header of a run."""
+        responses = self.eos_added + self.eos_present + self.responses_cut
+        parts = [
+            f"{self.num_kept:,} of {self.num_examples:,} rows within {self.max_length:,} tokens",
+            f"{self.eos_present:,} of {responses:,} responses end in EOS, added to {self.eos_added:,}",
+            f"cut: {self.responses_cut:,} responses, {self.prompts_cut:,} prompts",
+        ]
+        for reason, count in self.dropped.items():
+            parts.append(f"dropped {count:,} for {reason} (first: row {self.first_dropped[reason]})")
+        return "; ".join(parts)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenizedExamples:
+    examples: list[TokenizedExample] = field(repr=False)
+    report: TokenReport
+
+
+def load_tokenizer(
+    name_or_path: str,
+    *,
+    eos_token: str | None = None,
+    chat_template: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder, of a hub name, or of one tokenizer.json[.gz] file, sure to have an EOS.
+
+    Args:
+        eos_token: replaces the tokenizer's. A token that is not in the vocabulary is added to it, at id len(tokenizer):
+            a model whose embedding is smaller than the new len(tokenizer) must then be resized.
+        chat_template: replaces the tokenizer's: Jinja, or "hh" for `HH_CHAT_TEMPLATE`.
+
+    Raises:
+        ValueError: there is no tokenizer there, it has no EOS, or the template is none.
+    """
+    path = Path(name_or_path).expanduser()
+    if not path.exists() and (path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1):
+        raise ValueError(f"tokenizer {name_or_path}: no such folder (a hub model is named like owner/name)")
+    try:
+        if path.is_file():
+            tokenizer = _from_file(path)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(path) if path.exists() else name_or_path, trust_remote_code=trust_remote_code
+            )
+    except (OSError, ValueError, KeyError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(
+            f"tokenizer {name_or_path}: no tokenizer found in a folder or on the hub of that name: {reason}"
+        ) from None
+    if eos_token:
+        tokenizer.add_special_tokens({"eos_token": eos_token})
+    _require_eos(tokenizer)
+    if chat_template:
+        tokenizer.chat_template = resolve_chat_template(chat_template, tokenizer)
+    return tokenizer
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int | None]:
+    """The ids of EOS and of padding; None where padding has no id of its own: EOS is a token that is read and trained.
+
+    Raises ValueError where there is no EOS.
+    """
+    eos, pad = _require_eos(tokenizer), cast(int | None, tokenizer.pad_token_id)
+    return eos, None if pad == eos else pad
+
+
+def _from_file(path: Path) -> PreTrainedTokenizerBase:
+    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+        content = file.read()
+    try:
+        json.loads(content)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"line {error.lineno} is no JSON; a tokenizer file is a tokenizer.json or its .gz") from None
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(content))
+
+
+def resolve_chat_template(chat_template: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The Jinja of `chat_template`: itself, or of the name "hh", which writes the BOS that this tokenizer would."""
+    if "{" in chat_template:
+        return chat_template
+    if chat_template != "hh":
+        raise ValueError(f'chat_template: {chat_template!r} is neither a Jinja template nor the name "hh"')
+    has_bos = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return "{{ bos_token }}" * has_bos + HH_CHAT_TEMPLATE
+
+
+def tokenize_examples(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    truncation_mode: TruncationMode = "keep_start",
+    fields: Sequence[str] = RESPONSES,
+    chat_template: str | None = None,
+) -> TokenizedExamples:
+    """Token ids of prompts and of the responses named by `fields`; other responses are left out.
+
+    A conversation goes through the chat template: the prompt with the generation prompt, the response as what the
+    template writes after it once the response is there.
+
+    A row longer than `max_length` tokens, prompt and longest response together, is treated as a whole:
+        keep_start    the ends of its responses are cut, and their EOS with them; dropped if the prompt leaves no room
+        keep_end      the beginning of its prompt is cut (a BOS stays); dropped if a response leaves it no room
+        drop          dropped
+    A row without responses fits up to `max_length` itself. Dropped, too: a prompt or response without
+    tokens, a response that goes on after an EOS, and a pair whose chosen and rejected are the same tokens.
+
+    Args:
+        chat_template: instead of the tokenizer's: Jinja, or "hh".
+
+    Raises:
+        ValueError: no EOS, no chat template for a conversation, a template that fails on a row or does not continue the
+            prompt as it rendered it, a bad argument, or no row left.
+    """
+    if max_length < 2:
+        raise ValueError(f"max_length: {max_length} tokens hold no prompt and response; give 2 or more")
+    if truncation_mode not in ("keep_start", "keep_end", "drop"):
+        raise ValueError(f"truncation_mode: {truncation_mode!r} is not one of keep_start, keep_end, drop")
+    if unknown := set(fields) - set(RESPONSES):
+        raise ValueError(f"fields: {sorted(unknown)} not among {', '.join(RESPONSES)}")
+    eos, bos = _require_eos(tokenizer), cast(int | None, tokenizer.bos_token_id)
+    template = resolve_chat_template(chat_template, tokenizer) if chat_template else None
+    fields = [name for name in RESPONSES if name in fields]
+
+    texts = [_render(example, fields, tokenizer, template) for example in examples]
+    prompts = _encode_prompts(examples, [text["prompt"] for text in texts], tokenizer)
+    bodies, had_eos = _encode_responses([text[name] for text in texts for name in fields if name in text], tokenizer)
+
+    kept: list[TokenizedExample] = []
+    counts: Counter[str] = Counter()
+    dropped: Counter[str] = Counter()
+    first_dropped: dict[str, int] = {}
+    response = iter(zip(bodies, had_eos, strict=True))
+    for example, text, prompt in zip(examples, texts, prompts, strict=True):
+        read = {name: next(response) for name in fields if name in text}
+        whole = {name: [*body, eos] for name, (body, _) in read.items()}
+        reason, prompt_ids, ids = _fit(prompt, whole, max_length, truncation_mode, bos)
+        if reason:
+            dropped[reason] += 1
+            first_dropped.setdefault(reason, example.row)
+            continue
+        kept.append(TokenizedExample(prompt=prompt_ids, row=example.row, **ids))
+        counts["prompts_cut"] += prompt_ids != prompt
+        for name, (_, present) in read.items():
+            cut = len(ids[name]) < len(whole[name])
+            counts["responses_cut" if cut else "eos_present" if present else "eos_added"] += 1
+    report = TokenReport(
+        num_examples=len(examples),
+        num_kept=len(kept),
+        max_length=max_length,
+        eos_added=counts["eos_added"],
+        eos_present=counts["eos_present"],
+        responses_cut=counts["responses_cut"],
+        prompts_cut=counts["prompts_cut"],
+        dropped=dict(dropped.most_common()),
+        first_dropped=first_dropped,
+    )
+    if not kept:
+        raise ValueError(
+            f"no row is left after tokenising; max_length or truncation_mode may mend it: {report.summary()}"
+        )
+    return TokenizedExamples(examples=kept, report=report)
+
+
+def _require_eos(tokenizer: PreTrainedTokenizerBase) -> int:
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"tokenizer {tokenizer.name_or_path}: it has no EOS token, so no response could end; "
+            "name one with eos_token (it is added to the vocabulary if it is not there)"
+        )
+    return cast(int, tokenizer.eos_token_id)
+
+
+def _render(
+    example: Example, fields: Iterable[str], tokenizer: PreTrainedTokenizerBase, template: str | None
+) -> dict[str, str]:
+    """The prompt and the responses that the example has, as texts to tokenise apart."""
+    responses = {name: value for name in fields if (value := getattr(example, name)) is not None}
+    if isinstance(example.prompt, str):
+        return {"prompt": example.prompt, **responses}
+    if not (template or tokenizer.chat_template):
+        raise ValueError(
+            f"row {example.row} is a conversation and tokenizer {tokenizer.name_or_path} has no chat template; "
+            'give one with chat_template: Jinja, or "hh" for Human/Assistant text'
+        )
+    texts = {"prompt": _apply(example.prompt, example.row, tokenizer, template, add_generation_prompt=True)}
+    for name, turns in responses.items():
+        whole = _apply(example.prompt + turns, example.row, tokenizer, template, add_generation_prompt=False)
+        if not whole.startswith(texts["prompt"]):
+            raise ValueError(f"row {example.row}, {name}: {_first_difference(texts['prompt'], whole)}")
+        texts[name] = whole.removeprefix(texts["prompt"])
+    return texts
+
+
+def _apply(
+    turns: list[Message],
+    row: int,
+    tokenizer: PreTrainedTokenizerBase,
+    template: str | None,
+    *,
+    add_generation_prompt: bool,
+) -> str:
+    try:
+        text = tokenizer.apply_chat_template(
+            turns, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except TemplateError as error:
+        raise ValueError(f"row {row}: the chat template refuses it: {error}") from None
+    return cast(str, text)
+
+
+def _first_difference(prompt: str, whole: str) -> str:
+    at = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(whole))
+    start = max(0, at - 20)
+    return (
+        f"the chat template does not continue the prompt: at character {at} the prompt alone has "
+        f"{prompt[start : at + 40]!r}, with the response it is {whole[start : at + 40]!r}; "
+        "give a chat_template whose generation prompt is also what stands before a finished answer"
+    )
+
+
+def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase, *, add_special_tokens: bool) -> list[list[int]]:
+    if not texts:
+        return []
+    encoded = tokenizer(texts, add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False)
+    return cast(list[list[int]], encoded["input_ids"])
+
+
+def _encode_prompts(
+    examples: Sequence[Example], texts: list[str], tokenizer: PreTrainedTokenizerBase
+) -> list[list[int]]:
+    ids: dict[int, list[int]] = {}
+    for plain in (True, False):
+        rows = [row for row, example in enumerate(examples) if isinstance(example.prompt, str) == plain]
+        encoded = _encode([texts[row] for row in rows], tokenizer, add_special_tokens=plain)
+        ids.update(zip(rows, encoded, strict=True))
+    # some tokenizers close every text with EOS; a prompt goes on
+    closed = [
+        ids[row][-1:] == [tokenizer.eos_token_id] and not text.endswith(str(tokenizer.eos_token))
+        for row, text in enumerate(texts)
+    ]
+    return [ids[row][:-1] if closed[row] else ids[row] for row in range(len(texts))]
+
+
+def _encode_responses(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> tuple[list[list[int]], list[bool]]:
+    """Ids without the final EOS, and whether the text had one."""
+    eos, eos_text = tokenizer.eos_token_id, str(tokenizer.eos_token)
+    present = [text.rstrip().endswith(eos_text) for text in texts]
+    bare = [text.rstrip().removesuffix(eos_text) if had else text for text, had in zip(texts, present, strict=True)]
+    bodies = _encode(bare, tokenizer, add_special_tokens=False)
+    for ids in bodies:
+        while ids[-1:] == [eos]:  # two in a row mean one
+            ids.pop()
+    return bodies, present
+
+
+def _fit(
+    prompt: list[int], responses: dict[str, list[int]], max_length: int, mode: TruncationMode, bos: int | None
+) -> tuple[str, list[int], dict[str, list[int]]]:
+    """(reason to drop or "", prompt, responses within `max_length`). Responses end in EOS."""
+    if not prompt:
+        return "empty_prompt", prompt, responses
+    if any(len(ids) == 1 for ids in responses.values()):
+        return "empty_response", prompt, responses
+    if any(ids[-1] in ids[:-1] for ids in responses.values()):
+        return "eos_inside_response", prompt, responses
+    longest = max(map(len, responses.values()), default=0)
+    if len(prompt) + longest > max_length:
+        if mode == "drop" or (mode == "keep_start" and not responses):
+            return "longer_than_max_length", prompt, responses
+        if mode == "keep_start":
+            if len(prompt) >= max_length:
+                return "prompt_fills_max_length", prompt, responses
+            responses = {name: ids[: max_length - len(prompt)] for name, ids in responses.items()}
+        else:
+            head = prompt[:1] if prompt[0] == bos else []
+            room = max_length - longest - len(head)
+            if room < 1:
+                return "response_fills_max_length", prompt, responses
+            prompt = head + prompt[-room:]
+    if "chosen" in responses and responses["chosen"] == responses.get("rejected"):
+        return "chosen_equals_rejected", prompt, responses
+    return "", prompt, responses

@@ -1,0 +1,234 @@
+"""`fastrlhf demo`: the whole chain on the embedded task, with the trainers that everything else uses.
+
+    SFT -> reward model -> DPO, PPO and DR-PO, each from the same SFT model -> judged on posts that none has seen
+
+The gold judge of the task labels the preference pairs and judges at the end; no trainer sees it.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastrlhf.algorithms.on_policy import train_on_policy
+from fastrlhf.algorithms.preference import train_dpo
+from fastrlhf.algorithms.reward_model import train_reward_model
+from fastrlhf.algorithms.sft import train_sft
+from fastrlhf.algorithms.stage import TrainResult
+from fastrlhf.checkpoint import create_output_dir
+from fastrlhf.config import DemoConfig, DPOConfig, DRPOConfig, PPOConfig, RewardConfig, SFTConfig, require
+from fastrlhf.data.tokens import special_ids, tokenize_examples
+from fastrlhf.data.toy import MAX_SUMMARY_TOKENS, ToyTask, toy_model_config, toy_tokenizer
+from fastrlhf.evaluation.judges import reward_model_judge
+from fastrlhf.evaluation.report import write_report
+from fastrlhf.evaluation.responses import respond, response_kl
+from fastrlhf.evaluation.winrates import bootstrap_interval, compare, paired_difference
+from fastrlhf.models.loading import load_policy, load_reward_model
+
+STAGES = ("sft", "reward", "dpo", "ppo", "drpo")
+"""In the order in which they run: each starts from products of earlier ones."""
+
+TEMPERATURE = 1.0
+"""Of sampling, in training and when the methods are judged."""
+
+NUM_SFT, NUM_PAIRS, NUM_PROMPTS = 24_000, 12_000, 12_000
+"""Posts with a reference, pairs, and prompts of the on-policy runs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """What the responses of one policy to the held-out posts are worth."""
+
+    gold: np.ndarray
+    """[n] gold reward of each response, in facts"""
+    reference_gold: np.ndarray
+    """[n] of each human-like reference"""
+    score: float
+    """Mean of the reward model's"""
+    kl: float
+    """To the SFT model, nats per response"""
+    mean_length: float
+    """Tokens, the EOS included"""
+
+
+def run_demo(config: DemoConfig, task: ToyTask | None = None) -> dict[str, Any]:
+    """Runs the stages, leaves a folder for each, summary.json and report.html, and returns the summary.
+
+    Raises ValueError, before any time is spent, for an unknown stage, one whose predecessor is missing, or a folder
+    that holds a run.
+    """
+    stages = _stages(config.methods)
+    task = task or ToyTask(seed=config.seed)
+    out = create_output_dir(config.out, config)
+    toy_tokenizer().save_pretrained(out / "tokenizer")
+    results: dict[str, TrainResult] = {}
+    seconds: dict[str, float] = {}
+    for name in stages:
+        start = time.perf_counter()
+        results[name] = _run_stage(name, config, task, out)
+        seconds[name] = time.perf_counter() - start
+
+    start = time.perf_counter()
+    judged = {name: _judge(config, task, out, name) for name in stages if name != "reward"}
+    summary = {
+        "task": "toy",
+        "seed": config.seed,
+        "device": str(results["sft"].model.device),
+        "evaluation_seconds": time.perf_counter() - start,
+        "reward_model": results["reward"].final if "reward" in results else {},
+        "methods": {name: _row(config, name, judged, seconds[name], _tokens(results[name])) for name in judged},
+    }
+    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_report(out)
+    return summary
+
+
+def stage_config(name: str, config: DemoConfig, out: Path) -> SFTConfig | RewardConfig | DPOConfig | PPOConfig:
+    """The settings of one stage: what `fastrlhf NAME` would be given."""
+    shared: dict[str, Any] = {
+        "output_dir": str(out / name),
+        "tokenizer_name_or_path": str(out / "tokenizer"),
+        "model_name_or_path": str(out / "sft"),
+        "seed": config.seed,
+        "max_length": 64,
+        "micro_batch_tokens": 4096,
+        "adam_beta2": 0.99,
+        "per_device_train_batch_size": 64,
+    }
+    on_policy: dict[str, Any] = shared | {
+        "reward_model_path": str(out / "reward"),
+        "max_steps": 40,
+        "per_device_train_batch_size": 128,
+        "learning_rate": 3e-4,
+        "num_mini_batches": 2,
+        "num_ppo_epochs": 2,
+        "response_length": MAX_SUMMARY_TOKENS,
+        "temperature": TEMPERATURE,
+        "rollout_batch_size": 128,
+        "kl_coef": 0.05,
+        "missing_eos_score": None,
+        "missing_eos_penalty": 1.0,
+        "whiten_rewards": False,
+        "num_eval_examples": 128,
+        "lr_scheduler_type": "linear",
+    }
+    match name:
+        case "sft":
+            model = toy_model_config().to_diff_dict() | {"model_type": "llama"}
+            return SFTConfig(
+                **shared | {"model_name_or_path": "", "model_config": json.dumps(model)},
+                max_steps=400,
+                learning_rate=3e-3,
+                warmup_steps=20,
+                lr_scheduler_type="cosine",
+            )
+        case "reward":
+            return RewardConfig(**shared, max_steps=150, learning_rate=5e-4, warmup_steps=10)
+        case "dpo":
+            return DPOConfig(**shared, max_steps=120, learning_rate=1e-4, beta=0.1, warmup_steps=10)
+        case "ppo":
+            return PPOConfig(**on_policy)
+        case _:
+            return DRPOConfig(**on_policy, reset_prob=0.5, reset_min=0)
+
+
+def format_summary(summary: Mapping[str, Any]) -> str:
+    """The table that the demo prints: a line per method, intervals of 95 %."""
+    lines = [
+        "method   win rate % vs reference   gold reward   minus SFT                 RM score      KL  length  seconds",
+    ]
+    for name, row in summary["methods"].items():
+        low, high = row["win_rate_ci"]
+        lines.append(
+            f"{name:7}  {100 * row['win_rate']:5.1f} [{100 * low:5.1f}, {100 * high:5.1f}]      {row['gold_reward']:8.3f}   "
+            + (
+                f"{row['minus_sft']:+7.3f} [{row['minus_sft_ci'][0]:+.3f}, {row['minus_sft_ci'][1]:+.3f}]"
+                if "minus_sft" in row
+                else " " * 24
+            )
+            + f"  {row['rm_score']:8.3f}  {row['kl']:6.2f}  {row['mean_length']:6.1f}  {row['seconds']:7.0f}"
+        )
+    return "\n".join(lines)
+
+
+def _stages(methods: str) -> list[str]:
+    asked = set(STAGES) if methods == "all" else {name.strip() for name in methods.split(",") if name.strip()}
+    for name in sorted(asked - set(STAGES)):
+        raise ValueError(f"methods: unknown method {name!r}; choose among {', '.join(STAGES)}, or all")
+    require("sft" in asked, "methods", methods, "a list with sft, which all else starts from")
+    require(
+        "reward" in asked or not asked & {"ppo", "drpo"}, "methods", methods, "with reward, which judges ppo and drpo"
+    )
+    return [name for name in STAGES if name in asked]
+
+
+def _run_stage(name: str, config: DemoConfig, task: ToyTask, out: Path) -> TrainResult:
+    settings = stage_config(name, config, out)
+    match settings:
+        case SFTConfig():
+            return train_sft(settings, task.examples("train", NUM_SFT), task.examples("validation", 256))
+        case RewardConfig():
+            return train_reward_model(
+                settings, task.examples("preferences", NUM_PAIRS), task.examples("preferences_test", 512)
+            )
+        case DPOConfig():
+            return train_dpo(settings, task.examples("preferences", NUM_PAIRS), task.examples("preferences_test", 512))
+        case _:
+            return train_on_policy(settings, task.examples("train", NUM_PROMPTS), task.examples("validation", 128))
+
+
+def _judge(config: DemoConfig, task: ToyTask, out: Path, name: str) -> Judged:
+    tokenizer = toy_tokenizer()
+    eos, pad = special_ids(tokenizer)
+    policy, sft = load_policy(str(out / name)), load_policy(str(out / "sft"))
+    examples = task.examples("test", config.num_eval)
+    rollouts = respond(
+        policy,
+        tokenize_examples(examples, tokenizer, max_length=64, fields=()).examples,
+        eos_token_id=eos,
+        response_length=MAX_SUMMARY_TOKENS,
+        temperature=TEMPERATURE,
+        seed=config.seed,
+        batch_size=config.num_eval,
+    )
+    texts = [tokenizer.decode(rollout.completion, skip_special_tokens=True) for rollout in rollouts]
+    score = float("nan")
+    if (out / "reward").exists():
+        judge = load_reward_model(str(out / "reward"), pad_token_id=pad, must_be_trained=True)
+        score = reward_model_judge(judge, eos_token_id=eos, micro_batch_tokens=8192)(rollouts).mean().item()
+    return Judged(
+        gold=np.array([task.gold_reward(str(e.prompt), text) for e, text in zip(examples, texts, strict=True)]),
+        reference_gold=np.array([task.gold_reward(str(e.prompt), str(e.reference)) for e in examples]),
+        score=score,
+        kl=response_kl(policy, sft, rollouts, temperature=TEMPERATURE, micro_batch_tokens=8192),
+        mean_length=float(np.mean([len(rollout.completion) for rollout in rollouts])),
+    )
+
+
+def _row(config: DemoConfig, name: str, judged: Mapping[str, Judged], seconds: float, tokens: int) -> dict[str, Any]:
+    own = judged[name]
+    against = compare(own.gold, own.reference_gold, seed=config.seed)
+    row = {
+        "win_rate": against.win_rate,
+        "win_rate_ci": against.win_rate_ci,
+        "gold_reward": float(own.gold.mean()),
+        "gold_reward_ci": bootstrap_interval(own.gold, seed=config.seed),
+        "rm_score": own.score,
+        "kl": own.kl,
+        "mean_length": own.mean_length,
+        "seconds": seconds,
+        "tokens": tokens,
+    }
+    if name != "sft":
+        row["minus_sft"], row["minus_sft_ci"] = paired_difference(own.gold, judged["sft"].gold, seed=config.seed)
+    return row
+
+
+def _tokens(result: TrainResult) -> int:
+    return int(sum(row["num_tokens"] for row in result.history))

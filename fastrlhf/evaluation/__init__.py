@@ -1,0 +1,1 @@
+"""What a trained policy is worth: win rates with intervals, and the report of a run."""

@@ -1,0 +1,225 @@
+"""Numbers to SVG: a small line chart and an interval bar. Pure functions from arrays to markup.
+
+Colours, fonts and line widths are classes and the CSS variables `--c0` .. `--c7` of the page around them, so that one
+style sheet serves light and dark. Every label is escaped here.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from html import escape
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+Range = tuple[float, float]
+
+NUM_COLORS = 8
+BUCKETS = 160
+"""A curve is drawn with at most two points (lowest and highest) per bucket of steps: about one per pixel."""
+SMOOTH_FROM = 40
+"""Curves of at least as many points get a moving average."""
+
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 320, 160, 40, 12, 8, 20
+_PLOT_WIDTH, _PLOT_HEIGHT = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
+_FURTHEST = 1e300
+"""Values are drawn as at most this large: the height of the frame stays finite."""
+_NEAREST = 1e-290
+"""Values closer than this are drawn as one: the height of the frame stays above 0."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Curve:
+    """One metric of one run."""
+
+    label: str
+    steps: Array
+    """[n] increasing"""
+    values: Array
+    """[n], gaps where not finite"""
+    color: int = 0
+
+
+def line_chart(title: str, curves: list[Curve]) -> str:
+    """A figure: caption with the last value of every curve, axes, and the curves over optimiser steps.
+
+    Long curves are drawn twice: raw and faint, and as a centred moving average. The frame may then leave
+    out 1 % of the points, and at most five, at either end, so that one spike does not flatten the rest.
+    """
+    x_range = _widened(min(c.steps[0] for c in curves), max(c.steps[-1] for c in curves), least=1.0)
+    y_range = _value_range(curves)
+    prefix, _, name = title.rpartition("/")
+    family = f"<small>{escape(prefix)}/</small>" if prefix else ""
+    drawn = "".join(_draw(curve, x_range, y_range) for curve in curves)
+    return (
+        f"<figure><figcaption><b>{family}{escape(name)}</b>{_key(curves)}</figcaption>"
+        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title)} over steps">'
+        f"{_axes(x_range, y_range)}"
+        f'<svg x="{_LEFT}" y="{_TOP}" width="{_PLOT_WIDTH}" height="{_PLOT_HEIGHT}">{drawn}</svg></svg></figure>\n'
+    )
+
+
+def interval_bar(value: float, low: float, high: float, color: int) -> str:
+    """A probability and its interval on a scale from 0 to 1, with a mark at 0.5."""
+    x, x_low, x_high = (4 + 132 * min(max(number, 0.0), 1.0) for number in (value, low, high))
+    return (
+        '<svg class="bar" viewBox="0 0 140 16" width="140" height="16" aria-hidden="true">'
+        '<line class="track" x1="4" x2="136" y1="8" y2="8"/><line class="half" x1="70" x2="70" y1="1" y2="15"/>'
+        f'<g style="stroke:var(--c{color});fill:var(--c{color})">'
+        f'<line class="interval" x1="{x_low:.1f}" x2="{x_high:.1f}" y1="8" y2="8"/>'
+        f'<circle cx="{x:.1f}" cy="8" r="4"/></g></svg>'
+    )
+
+
+def ticks(low: float, high: float, most: int) -> list[float]:
+    """At most `most` + 1 multiples of 1, 2 or 5 times a power of ten within [low, high], low < high.
+
+    ticks(0, 1, 4)  ->  [0.0, 0.5, 1.0]
+    """
+    step = _tick_step(low, high, most)
+    return [k * step for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def tick_labels(values: list[float]) -> list[str]:
+    """One label per tick, all with the same unit and number of decimals.
+
+    [0.0, 0.05, 0.1] -> 0.00 0.05 0.10;  [0, 5000, 10000] -> 0 5k 10k;  [0, 2e-6] -> 0, 2e-6
+    """
+    largest = max(abs(value) for value in values)
+    if len(values) == 1 or largest < 1e-3 or largest >= 1e12:
+        return [format_number(value) for value in values]
+    scale, unit = _unit(largest)
+    decimals = max(0, -math.floor(math.log10((values[1] - values[0]) / scale) + 1e-9))
+    return [f"{value / scale:.{decimals}f}{unit}" if value or not unit else "0" for value in values]
+
+
+def format_number(value: float) -> str:
+    """Four significant digits, for people: 0.6931, 12.35, 48.2k, 3e-6, nan."""
+    if not math.isfinite(value):
+        return str(value)
+    size = abs(value)
+    if size >= 1e12 or 0 < size < 1e-3:
+        mantissa, exponent = f"{value:.2e}".split("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
+    scale, unit = _unit(size)
+    return f"{value / scale:.4g}{unit}"
+
+
+def _unit(size: float) -> tuple[float, str]:
+    return next(((scale, unit) for least, scale, unit in _UNITS if size >= least), (1.0, ""))
+
+
+_UNITS = ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k"))
+"""(smallest number it is used for, what it stands for, its letter)"""
+
+
+def thin(steps: Array, values: Array, buckets: int = BUCKETS) -> tuple[Array, Array]:
+    """At most 2 * `buckets` of the points: of every bucket the lowest and the highest, so that no spike is lost."""
+    if len(values) <= 2 * buckets:
+        return steps, values
+    parts = np.array_split(np.arange(len(values)), buckets)
+    kept = sorted({int(part[f(values[part])]) for part in parts for f in (np.argmin, np.argmax)} | {len(values) - 1})
+    return steps[kept], values[kept]
+
+
+def moving_average(steps: Array, values: Array, points: int = BUCKETS) -> tuple[Array, Array]:
+    """At most `points` of the steps, and the mean of the finite values around each: 1/20 of the curve in all."""
+    num = len(values)
+    centres = np.unique(np.linspace(0, num - 1, min(points, num)).round().astype(int))
+    around = [values[max(at - num // 40, 0) : at + num // 40 + 1] for at in centres]
+    return steps[centres], np.array([_finite_mean(part) for part in around])
+
+
+def _finite_mean(values: Array) -> float:
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if len(finite) else math.nan
+
+
+def _tick_step(low: float, high: float, most: int) -> float:
+    rough = (high - low) / most
+    power = 10.0 ** math.floor(math.log10(rough))
+    return next(power * m for m in (1, 2, 5, 10) if power * m >= rough * (1 - 1e-9))
+
+
+def _widened(low: float, high: float, least: float) -> Range:
+    """The range itself, or one of width `least` around a single number."""
+    return (low, high) if high > low else (low - least / 2, high + least / 2)
+
+
+def _value_range(curves: list[Curve]) -> Range:
+    """The values to show, 4 % of room on either side; from 0 where that is close to values of one sign."""
+    lows, highs = [], []
+    for curve in curves:
+        finite = curve.values[np.isfinite(curve.values)].clip(-_FURTHEST, _FURTHEST)
+        if len(finite):
+            trim = min(0.01, 5 / len(finite)) if len(finite) >= SMOOTH_FROM else 0.0
+            lows.append(float(np.quantile(finite, trim)))
+            highs.append(float(np.quantile(finite, 1 - trim)))
+    low, high = (min(lows), max(highs)) if lows else (0.0, 1.0)
+    size = max(abs(low), abs(high))
+    if high - low <= 1e-9 * size + _NEAREST:  # one value, up to rounding
+        low, high = _widened(low, low, least=0.2 * size if size > _NEAREST else 1.0)
+    if 0 < low < 0.3 * high:
+        low = 0.0
+    if 0 > high > 0.3 * low:
+        high = 0.0
+    room = 0.04 * (high - low)
+    return (low - room if low else low, high + room if high else high)
+
+
+def _draw(curve: Curve, x_range: Range, y_range: Range) -> str:
+    finite = np.isfinite(curve.values)
+    values = np.where(finite, curve.values.clip(-_FURTHEST, _FURTHEST), np.nan)
+    long = int(finite.sum()) >= SMOOTH_FROM
+    paths = [f'<path class="{"raw" if long else "line"}" d="{_path(curve.steps, values, x_range, y_range)}"/>']
+    if long:
+        paths.append(f'<path class="line" d="{_path(*moving_average(curve.steps, values), x_range, y_range)}"/>')
+    hover = f"{curve.label}: {len(values)} points"
+    if finite.any():
+        low, high = (format_number(f(curve.values[finite])) for f in (np.min, np.max))
+        hover += f", from {low} to {high}"
+    return f'<g style="stroke:var(--c{curve.color})"><title>{escape(hover)}</title>{"".join(paths)}</g>'
+
+
+def _path(steps: Array, values: Array, x_range: Range, y_range: Range) -> str:
+    """Path data of the finite runs of a curve; a run of a single point becomes a dot (round line caps)."""
+    pieces = []
+    edges = np.flatnonzero(np.diff(np.isfinite(values).astype(int), prepend=0, append=0))
+    for start, stop in edges.reshape(-1, 2):
+        share = max(1, BUCKETS * int(stop - start) // len(values))
+        x, y = thin(steps[start:stop], values[start:stop], share)
+        x = (x - x_range[0]) / (x_range[1] - x_range[0]) * _PLOT_WIDTH
+        y = (y_range[1] - y) / (y_range[1] - y_range[0]) * _PLOT_HEIGHT
+        # far outside the frame all places look the same, and renderers overflow
+        points = [f"{a:.1f},{b:.1f}" for a, b in zip(x, y.clip(-1e4, 1e4), strict=True)]
+        pieces.append("M" + " ".join(points) + ("h0" if len(points) == 1 else ""))
+    return "".join(pieces)
+
+
+def _axes(x_range: Range, y_range: Range) -> str:
+    parts = []
+    y_ticks = ticks(*y_range, 4)
+    for value, label in zip(y_ticks, tick_labels(y_ticks), strict=True):
+        y = _TOP + (y_range[1] - value) / (y_range[1] - y_range[0]) * _PLOT_HEIGHT
+        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text class="y" x="{_LEFT - 5}" y="{y + 3:.1f}">{label}</text>')
+    x_ticks = [value for value in ticks(*x_range, 4) if value == int(value)]
+    for value, label in zip(x_ticks, tick_labels(x_ticks), strict=True):
+        x = _LEFT + (value - x_range[0]) / (x_range[1] - x_range[0]) * _PLOT_WIDTH
+        parts.append(f'<text class="x" x="{x:.1f}" y="{_HEIGHT - 5}">{label}</text>')
+    return "".join(parts)
+
+
+def _key(curves: list[Curve]) -> str:
+    """Label and last value of every curve: legend and reading in one."""
+    items = []
+    for curve in curves:
+        bad = int((~np.isfinite(curve.values)).sum())
+        warning = f' <em title="values that are nan or inf">{bad} not finite</em>' if bad else ""
+        items.append(
+            f'<span><i style="background:var(--c{curve.color})"></i>{escape(curve.label)} '
+            f"<b>{format_number(float(curve.values[-1]))}</b>{warning}</span>"
+        )
+    return f'<div class="key">{"".join(items)}</div>'

@@ -1,0 +1,47 @@
+"""Who judges a response. A judge is a function of rollouts; a reward model is one, a user's own function another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fastrlhf.data.packing import micro_batches, pack
+from fastrlhf.models.forward import sequence_scores
+from fastrlhf.rollout import end_index
+from fastrlhf.types import Rollout, Segment
+
+Judge = Callable[[Sequence[Rollout]], Tensor]
+"""Rollouts -> scores [N] float32, one per whole response."""
+
+
+def reward_model_judge(model: PreTrainedModel, *, eos_token_id: int, micro_batch_tokens: int) -> Judge:
+    """The scores of a reward model, which reads the prompt and the response up to its first EOS."""
+
+    @torch.no_grad()
+    def judge(rollouts: Sequence[Rollout]) -> Tensor:
+        texts = [
+            Segment(token_ids=[*rollout.prefix.token_ids, *rollout.completion[: end_index(rollout, eos_token_id) + 1]])
+            for rollout in rollouts
+        ]
+        scores = torch.empty(len(texts), device=model.device)
+        for micro in micro_batches([len(text.token_ids) for text in texts], micro_batch_tokens, "response"):
+            scores[micro] = sequence_scores(model, pack([texts[i] for i in micro], model.device))
+        return checked_scores(scores, rollouts)
+
+    return judge
+
+
+def checked_scores(scores: Tensor, rollouts: Sequence[Rollout]) -> Tensor:
+    """The scores, if they are one finite number per rollout. Raises ValueError naming the row of a prompt otherwise."""
+    if scores.shape != (len(rollouts),):
+        raise ValueError(f"judge: must return one score per rollout [{len(rollouts)}]; got {tuple(scores.shape)}")
+    bad = (~scores.isfinite()).nonzero()
+    if len(bad):
+        first = int(bad[0, 0])
+        raise ValueError(
+            f"judge: the score of a response to row {rollouts[first].prefix.row} is {scores[first].item()}"
+        )
+    return scores

@@ -1,0 +1,110 @@
+"""The frame of the report: one HTML document and its style sheet, light and dark."""
+
+from __future__ import annotations
+
+from html import escape
+
+
+def render_page(title: str, facts: list[str], sections: list[tuple[str, str]]) -> str:
+    """A whole HTML document: the title, a line of facts, links to the sections, and the sections (heading, markup).
+
+    Title, facts and headings are escaped here. The policy in its head forbids the browser any request and any script.
+    """
+    links = "".join(f'<a href="#s{i}">{escape(name)}</a>' for i, (name, _) in enumerate(sections))
+    chips = "".join(f"<span>{escape(fact)}</span>" for fact in facts)
+    body = "".join(
+        f'<section id="s{i}"><h2>{escape(name)}</h2>\n{content}</section>\n'
+        for i, (name, content) in enumerate(sections)
+    )
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<title>{escape(title)} - fastrlhf</title>
+<style>{_STYLE}</style>
+</head>
+<body>
+<header><h1>{escape(title)}</h1><p class="facts">{chips}</p><nav>{links}</nav></header>
+<main>
+{body}</main>
+<footer>Horizontal axes count optimiser steps. Faint: every step; bold: the mean over 1/20 of the run. A few
+spikes may leave the frame of a long curve. Numbers beside the names are the last values.</footer>
+</body>
+</html>
+"""
+
+
+_STYLE = """
+:root {
+  color-scheme: light dark;
+  --page: #f6f7f9; --card: #ffffff; --ink: #1b2430;
+  --muted: #667085; --rule: #e3e7ed; --grid: #edf0f4; --bad: #b42318;
+  --c0: #7446d8; --c1: #a17a00; --c2: #0d8f6f; --c3: #dd6b10;
+  --c4: #2563eb; --c5: #c0297d; --c6: #0b8fb3; --c7: #5b6472;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --page: #11151b; --card: #191f28; --ink: #e6eaf0;
+    --muted: #95a0b1; --rule: #2b3440; --grid: #252d38; --bad: #ff8a7a;
+    --c0: #b394ff; --c1: #e3bd3f; --c2: #3fcfa5; --c3: #ff9440;
+    --c4: #6ea0ff; --c5: #ff74b8; --c6: #4fd0f0; --c7: #aab4c3;
+  }
+}
+* { box-sizing: border-box; }
+body {
+  margin: 0 auto; max-width: 1320px; padding: 28px 24px 48px; background: var(--page); color: var(--ink);
+  font: 14px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
+  font-variant-numeric: tabular-nums;
+}
+h1 { margin: 0; font-size: 24px; line-height: 1.25; letter-spacing: -0.01em; overflow-wrap: anywhere; }
+h2 { margin: 0 0 12px; font-size: 17px; }
+.facts { margin: 6px 0 14px; color: var(--muted); display: flex; flex-wrap: wrap; gap: 2px 18px; }
+nav { display: flex; flex-wrap: wrap; gap: 6px; }
+nav a {
+  padding: 3px 12px; border: 1px solid var(--rule); border-radius: 999px; background: var(--card); color: inherit;
+  text-decoration: none;
+}
+nav a:hover, nav a:focus-visible { border-color: var(--c0); color: var(--c0); }
+section { margin-top: 32px; scroll-margin-top: 12px; }
+.charts { display: grid; gap: 12px; grid-template-columns: repeat(auto-fill, minmax(min(290px, 100%), 1fr)); }
+figure, .wide, details { margin: 0; background: var(--card); border: 1px solid var(--rule); border-radius: 10px; }
+figure { display: flex; flex-direction: column; justify-content: space-between; padding: 10px 10px 4px; }
+figcaption { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 12px; padding: 0 4px 2px; }
+figcaption > b { overflow-wrap: anywhere; font-weight: 600; }
+figcaption small { color: var(--muted); font: inherit; font-weight: 400; }
+.key { display: flex; flex-wrap: wrap; gap: 0 12px; color: var(--muted); font-size: 12.5px; }
+.key b { color: var(--ink); font-weight: 600; }
+.key em { color: var(--bad); font-style: normal; }
+i { display: inline-block; width: 9px; height: 9px; margin-right: 6px; border-radius: 50%; }
+figure svg { display: block; width: 100%; height: auto; }
+figure svg svg { overflow: hidden; }
+svg text { fill: var(--muted); font-size: 9.5px; }
+text.y { text-anchor: end; }
+text.x { text-anchor: middle; }
+.grid { stroke: var(--grid); }
+path { fill: none; stroke-linejoin: round; stroke-linecap: round; }
+.line { stroke-width: 1.6; }
+.raw { stroke-width: 0.8; opacity: 0.35; }
+.bar { vertical-align: -3px; margin-right: 10px; }
+.track { stroke: var(--rule); stroke-width: 4; stroke-linecap: round; }
+.half { stroke: var(--muted); stroke-dasharray: 2 2; }
+.interval { stroke-width: 7; stroke-linecap: round; opacity: 0.45; }
+.bar circle { stroke: var(--card); stroke-width: 1.5; }
+.wide { overflow-x: auto; }
+table { width: 100%; border-collapse: collapse; }
+th, td { padding: 9px 14px; text-align: left; border-top: 1px solid var(--rule); }
+thead th { border-top: 0; color: var(--muted); font-size: 12.5px; font-weight: 600; white-space: nowrap; }
+.results td, .results tbody th { white-space: nowrap; }
+.results th:nth-child(n + 3), .results td:nth-child(n + 3) { text-align: right; }
+.muted { color: var(--muted); }
+.samples td { vertical-align: top; }
+.samples td div { max-height: 180px; max-width: 620px; overflow: auto; white-space: pre-wrap; overflow-wrap: anywhere; }
+details { margin-bottom: 10px; }
+details .wide { border-width: 1px 0 0; border-radius: 0; }
+summary { padding: 9px 14px; cursor: pointer; font-weight: 600; }
+pre { margin: 0; padding: 4px 14px 14px; overflow-x: auto; font: 12.5px/1.5 ui-monospace, Menlo, Consolas, monospace; }
+footer { margin-top: 36px; color: var(--muted); font-size: 12.5px; }
+@media print { nav { display: none; } figure, tr { break-inside: avoid; } }
+"""

@@ -1,0 +1,62 @@
+"""What a policy answers to prompts, and how far it has moved from its reference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from fastrlhf.data.packing import micro_batches, pack, sequence
+from fastrlhf.models.forward import token_logprobs
+from fastrlhf.rollout import TransformersEngine
+from fastrlhf.types import Prefix, Rollout, TokenizedExample
+
+EVAL_EPISODES = 1 << 40
+"""Evaluation numbers its episodes from here, out of reach of training's draws."""
+
+
+def respond(
+    model: PreTrainedModel,
+    examples: Sequence[TokenizedExample],
+    *,
+    eos_token_id: int,
+    response_length: int,
+    temperature: float,
+    seed: int,
+    batch_size: int,
+) -> list[Rollout]:
+    """One full response per prompt, with no reset, in order; temperature 0 takes the likeliest token."""
+    engine = TransformersEngine(
+        model=model,
+        eos_token_id=eos_token_id,
+        response_length=response_length,
+        temperature=temperature,
+        seed=seed,
+        batch_size=batch_size,
+    )
+    return engine.generate(
+        [
+            Prefix(token_ids=example.prompt, num_reset=0, row=example.row, episode=EVAL_EPISODES + i)
+            for i, example in enumerate(examples)
+        ]
+    )
+
+
+@torch.no_grad()
+def response_kl(
+    policy: PreTrainedModel,
+    reference: PreTrainedModel,
+    rollouts: Sequence[Rollout],
+    *,
+    temperature: float,
+    micro_batch_tokens: int,
+) -> float:
+    """Nats: the sum over the tokens of a response of log(policy / reference), averaged over the policy's responses."""
+    segments = [sequence(rollout.prefix.token_ids, rollout.completion) for rollout in rollouts]
+    log_ratio = torch.zeros((), device=policy.device)
+    for micro in micro_batches([len(s.token_ids) for s in segments], micro_batch_tokens, "response"):
+        batch = pack([segments[i] for i in micro], policy.device)
+        log_ratio += token_logprobs(policy, batch, temperature=temperature).logprob.sum()
+        log_ratio -= token_logprobs(reference, batch, temperature=temperature).logprob.sum()
+    return log_ratio.item() / len(rollouts)

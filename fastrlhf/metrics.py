@@ -1,0 +1,236 @@
+"""What a run says about itself while it trains: metrics.jsonl, samples.jsonl, TensorBoard and W&B.
+
+    with MetricsWriter(output_dir, report_to=["tensorboard"]) as writer:
+        writer.log(1, {"loss": 0.693, "rewards/margins": 0.0})
+        writer.samples(1, [{"prompt": "...", "response": "...", "score": 0.5}])
+
+metrics.jsonl holds one strict JSON object per call of `log`, flushed at once:
+
+    {"step": 1, "time": 0.42, "loss": 0.693, "rewards/margins": 0.0}
+
+`step` counts optimiser steps, `time` is seconds since the writer was made. JSON has no number for NaN and the
+infinities: they are written as the strings "nan", "inf" and "-inf", and `read_metrics` turns them back into floats. A
+resumed run appends, so a step may occur twice: the later row is the valid one.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import Any, Protocol, Self, SupportsFloat
+
+
+class Reporter(Protocol):
+    """A service that the metrics are also sent to."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def close(self, *, failed: bool) -> None: ...
+
+
+class _TensorBoard:
+    package = "tensorboard"
+    module = "torch.utils.tensorboard"
+
+    def __init__(self, module: ModuleType, output_dir: Path, run_name: str, config: dict[str, Any]):
+        self._writer = module.SummaryWriter(str(output_dir / "tensorboard"))
+        self._writer.add_text("config", f"```\n{json.dumps(config, indent=2, default=str)}\n```")
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self, *, failed: bool) -> None:
+        self._writer.close()
+
+
+class _WandB:
+    package = "wandb"
+    module = "wandb"
+
+    def __init__(self, module: ModuleType, output_dir: Path, run_name: str, config: dict[str, Any]):
+        project = os.environ.get("WANDB_PROJECT", "fastrlhf")
+        self._run = module.init(project=project, name=run_name, config=config, dir=str(output_dir))
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._run.log(dict(metrics), step=step)
+
+    def close(self, *, failed: bool) -> None:
+        self._run.finish(exit_code=int(failed))
+
+
+REPORTERS = {"tensorboard": _TensorBoard, "wandb": _WandB}
+
+
+class MetricsWriter:
+    """Writes the metrics and samples of one run, and sends the metrics to the reporters named.
+
+    The files are the record: failing to write them is an OSError that ends the run. A reporter is a convenience: when
+    it fails after the start, it is reported once as a warning and dropped. W&B takes its mode, project and key from its
+    usual environment variables (project "fastrlhf" where none is set).
+    """
+
+    def __init__(
+        self,
+        output_dir: str | Path,
+        report_to: Sequence[str] = (),
+        run_name: str | None = None,
+        config: dict[str, Any] | None = None,
+    ):
+        """Open the files and start the reporters.
+
+        Args:
+            output_dir: directory of the run, made if absent; files already there are appended to.
+            report_to: any of "tensorboard" and "wandb".
+            run_name: name of the run at W&B; the directory's name by default.
+            config: the resolved configuration, shown by the reporters.
+
+        Raises:
+            ValueError: a reporter is unknown, or its package is not installed; nothing has been written then.
+        """
+        modules = import_reporters(report_to)
+        directory = Path(output_dir)
+        directory.mkdir(parents=True, exist_ok=True)
+        self._start = time.monotonic()
+        self._reporters: dict[str, Reporter] = {
+            name: REPORTERS[name](module, directory, run_name or directory.resolve().name, config or {})
+            for name, module in modules.items()
+        }
+        self._metrics = _open_to_append(directory / "metrics.jsonl")
+        self._samples = _open_to_append(directory / "samples.jsonl")
+
+    def log(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
+        """Append the metrics of one optimiser step, in the order given. Values may be 0-dim tensors.
+
+        Raises ValueError when a metric is called "step" or "time".
+        """
+        for name in ("step", "time"):
+            if name in metrics:
+                raise ValueError(f"metric {name!r} has the name of a column of metrics.jsonl; call it something else")
+        numbers = {name: _number(value) for name, value in metrics.items()}
+        seconds = round(time.monotonic() - self._start, 3)
+        self._append(self._metrics, {"step": step, "time": seconds, **numbers})
+        for name in list(self._reporters):
+            self._attempt(name, lambda reporter: reporter.log(step, numbers))
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Append what the policy wrote at `step`, one row per sample: prompt, response, score, ..."""
+        for row in rows:
+            self._append(self._samples, {"step": step, **row})
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._metrics.close()
+        self._samples.close()
+        for name in list(self._reporters):
+            self._attempt(name, lambda reporter: reporter.close(failed=kind is not None))
+        self._reporters.clear()
+
+    def _append(self, file: Any, row: Mapping[str, Any]) -> None:
+        file.write(json.dumps(_strict(row), ensure_ascii=False, allow_nan=False) + "\n")
+        file.flush()
+
+    def _attempt(self, name: str, action: Any) -> None:
+        try:
+            action(self._reporters[name])
+        except Exception as error:  # foreign code behind a network: whatever it raises, the run goes on
+            del self._reporters[name]
+            warnings.warn(f"{name} failed and gets nothing more of this run: {error!r}", RuntimeWarning, stacklevel=3)
+
+
+def read_rows(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of a JSON-lines file of a run; a last line that a killed run left unfinished is left out.
+
+    Raises:
+        ValueError: a line is not a JSON object; the message names file and line.
+    """
+    rows = []
+    with open(path, encoding="utf-8", newline="\n") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                if not line.endswith("\n"):
+                    break
+                raise ValueError(f"{path}, line {number}: not JSON ({error}); mend or delete the line") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}, line {number}: expected a JSON object, found {line.strip()[:40]!r}")
+            rows.append(row)
+    return rows
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl, in order, "nan", "inf" and "-inf" turned back into floats.
+
+    Raises ValueError as `read_rows` does.
+    """
+    return [
+        {name: float(value) if value in ("nan", "inf", "-inf") else value for name, value in row.items()}
+        for row in read_rows(path)
+    ]
+
+
+def import_reporters(names: Sequence[str]) -> dict[str, ModuleType]:
+    """The modules of the reporters named. Raises ValueError where one is unknown, or its package not installed."""
+    return {name: _import_reporter(name) for name in names}
+
+
+def _import_reporter(name: str) -> ModuleType:
+    if name not in REPORTERS:
+        raise ValueError(f"report_to: unknown reporter {name!r}; known are {', '.join(sorted(REPORTERS))}")
+    reporter = REPORTERS[name]
+    try:
+        return importlib.import_module(reporter.module)
+    except ImportError as error:
+        raise ValueError(
+            f"report_to: {name!r} needs a package that cannot be imported ({error}); pip install {reporter.package}"
+        ) from error
+
+
+def _open_to_append(path: Path) -> Any:
+    """Open for appending whole lines: a last line that a killed run left unfinished is cut off first."""
+    if path.exists():
+        with open(path, "rb+") as file:
+            content = file.read()
+            end = content.rfind(b"\n") + 1
+            if _is_json(content[end:]):
+                file.write(b"\n")
+            else:
+                file.truncate(end)
+    # a lone surrogate cannot be UTF-8; its backslash form is the JSON escape of the same character
+    return open(path, "a", encoding="utf-8", errors="backslashreplace", newline="\n")
+
+
+def _is_json(text: bytes) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _number(value: Any) -> float:
+    return value if type(value) in (int, float) else float(value)
+
+
+def _strict(value: Any) -> Any:
+    """The value in JSON's types: non-finite floats as strings, tensors and other scalars as floats."""
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, Mapping):
+        return {str(name): _strict(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(item) for item in value]
+    number = float(value)
+    return number if math.isfinite(number) else str(number)

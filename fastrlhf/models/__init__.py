@@ -1,0 +1,1 @@
+"""Hugging Face models on packed batches: loading, attention that isolates sequences, the packed forward."""

@@ -1,0 +1,101 @@
+"""The packed forward: hidden states of a pack, and what is read from them. Logits [T, V] never exist."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fastrlhf.data.packing import pack
+from fastrlhf.models.attention import packed_attention
+from fastrlhf.types import PackedBatch, Segment
+from fastrlhf_kernels import TokenLogprobs, linear_logprob
+
+
+def hidden_states(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
+    """The trunk's last hidden states [T, D], in the dtype of the weights."""
+    with packed_attention(model):
+        output = model.base_model(
+            input_ids=batch.token_ids[None],
+            position_ids=batch.positions[None],
+            attention_plan=batch.plan,
+            use_cache=False,
+        )
+    return output.last_hidden_state[0]
+
+
+def token_logprobs(
+    model: PreTrainedModel, batch: PackedBatch, *, temperature: float = 1.0, entropy: bool = False
+) -> TokenLogprobs:
+    """Log-prob [R] float32, in nats, of every scored token of the pack, under the tempered distribution."""
+    head = model.get_output_embeddings()
+    return linear_logprob(
+        hidden_states(model, batch)[batch.rows],
+        head.weight,
+        batch.targets,
+        bias=getattr(head, "bias", None),
+        temperature=temperature,
+        entropy=entropy,
+        **_logit_transform(model),
+    )
+
+
+def sequence_scores(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
+    """Scores [N] float32 of a reward model, read at the last token of every sequence. The head runs in float32."""
+    return _score(model, hidden_states(model, batch)[batch.last])
+
+
+def token_values(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
+    """Values [R] float32 of the states in which the scored tokens were chosen. The head runs in float32."""
+    return _score(model, hidden_states(model, batch)[batch.rows])
+
+
+@torch.no_grad()
+def check_packed_forward(model: PreTrainedModel) -> None:
+    """Refuses a model whose packed forward is not its own forward, one sequence at a time.
+
+    Catches attention that leaks between sequences (a model that does not go through transformers' AttentionInterface)
+    and a head whose logits are transformed in a way that `linear_logprob` was not told of. A few tokens, once, at the
+    start. Raises ValueError.
+    """
+    device = model.device
+    # A sequence classifier looks for its last token that is no padding.
+    ids = [i for i in range(model.config.vocab_size) if i != model.config.pad_token_id]
+    sequences = [[ids[(5 * i * i + 7 * i + 3 * s) % len(ids)] for i in range(6 + 5 * s)] for s in range(2)]
+    batch = pack([Segment(token_ids=s, num_scored=len(s) - 1) for s in sequences], device)
+    was_training = model.training
+    model.eval()
+    logits = [model(input_ids=torch.tensor([s], device=device), use_cache=False).logits[0] for s in sequences]
+    if model.get_output_embeddings() is None:
+        packed = _score(model, hidden_states(model, batch)[batch.last])
+        alone = torch.cat([x.reshape(-1)[-1:] for x in logits]).float()
+    else:
+        packed = token_logprobs(model, batch).logprob
+        alone = torch.cat([x[:-1].float().log_softmax(-1) for x in logits])
+        alone = alone.gather(1, batch.targets[:, None])[:, 0]
+    model.train(was_training)
+    tolerance = 1e-4 if next(model.parameters()).dtype == torch.float32 else 0.1
+    error = (packed - alone).abs().max().item()
+    if not error <= tolerance:
+        raise ValueError(
+            f"{type(model).__name__}: the packed forward differs from the model's own by {error:.2g} nats; "
+            "its attention or its head does something fastrlhf does not know, and training would silently mix sequences"
+        )
+
+
+def _score(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    return F.linear(hidden.float(), model.score.weight.float())[:, 0]
+
+
+def _logit_transform(model: PreTrainedModel) -> dict[str, float]:
+    """What the architecture does to its logits: Gemma caps them, Cohere multiplies them, Granite divides them."""
+    config = model.config
+    transform = {}
+    if softcap := getattr(config, "final_logit_softcapping", None):
+        transform["softcap"] = softcap
+    if scale := getattr(config, "logit_scale", None):
+        transform["logit_scale"] = scale
+    if divisor := getattr(config, "logits_scaling", None):
+        transform["logit_scale"] = 1 / divisor
+    return transform

@@ -1,0 +1,250 @@
+"""Models by hub name, by folder, or from scratch; refused here if they cannot be trained right."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.nn import Linear, Module
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from fastrlhf.config import TrainConfig, parse_model_config
+from fastrlhf.data.tokens import special_ids
+from fastrlhf.models.forward import check_packed_forward
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def open_policy(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The model that `model_name_or_path` or `model_config` names, on the device of the run, ready to train.
+
+    Tokens that the tokenizer has more than the model get new embeddings, drawn with `seed`. Raises ValueError as
+    `build_policy` and `load_policy` do, and where neither or both are given.
+    """
+    device = resolve_device(config.device)
+    if config.model_config:
+        if config.model_name_or_path:
+            raise ValueError("model_config: give either a model or a configuration to build one from, not both")
+        model = build_policy(
+            parse_model_config(config.model_config),
+            vocab_size=len(tokenizer),
+            eos_token_id=special_ids(tokenizer)[0],
+            seed=config.seed,
+            device=device,
+            dtype=config.dtype,
+        )
+    elif config.model_name_or_path:
+        model = load_policy(
+            config.model_name_or_path, device=device, dtype=config.dtype, trust_remote_code=config.trust_remote_code
+        )
+    else:
+        raise ValueError("model_name_or_path: give a folder or a hub name, or build a model from model_config")
+    if model.config.vocab_size < len(tokenizer):
+        with _seeded(config.seed):
+            model.resize_token_embeddings(len(tokenizer))
+    return model
+
+
+def load_policy(
+    source: str,
+    *,
+    field: str = "model_name_or_path",
+    device: torch.device | str = "cpu",
+    dtype: str = "float32",
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The causal LM in a folder or under a hub name, checked to run on packs.
+
+    Raises ValueError, naming `field`, where there is no such model, where weights are missing (a reward model has no
+    language-model head), or where it cannot be packed.
+    """
+    config = read_model_config(source, field, trust_remote_code)
+    model, missing = _open(AutoModelForCausalLM, source, field, config, dtype, trust_remote_code)
+    _check_complete(source, field, missing)
+    return _ready(model, device)
+
+
+def build_policy(
+    settings: Mapping[str, Any] | PretrainedConfig,
+    *,
+    vocab_size: int,
+    eos_token_id: int,
+    seed: int,
+    device: torch.device | str = "cpu",
+    dtype: str = "float32",
+) -> PreTrainedModel:
+    """A causal LM from scratch. `settings` is a transformers configuration, or its fields with `model_type` among them.
+
+    The weights depend on `seed` alone. Raises ValueError for an unknown `model_type`.
+    """
+    if isinstance(settings, PretrainedConfig):
+        config = copy.deepcopy(settings)
+    else:
+        fields = dict(settings)
+        try:
+            config = AutoConfig.for_model(fields.pop("model_type", ""), **fields)
+        except ValueError as error:
+            raise ValueError(f"model_config.model_type: {settings.get('model_type')!r} is not known") from error
+    config.vocab_size, config.eos_token_id, config.bos_token_id, config.pad_token_id = (
+        vocab_size,
+        eos_token_id,
+        None,
+        None,
+    )
+    with _seeded(seed):
+        model = AutoModelForCausalLM.from_config(_without_dropout(config), dtype=DTYPES[dtype])
+    return _ready(model, device)
+
+
+def load_reward_model(
+    source: str,
+    *,
+    pad_token_id: int | None,
+    seed: int = 0,
+    field: str = "reward_model_path",
+    must_be_trained: bool = False,
+    device: torch.device | str = "cpu",
+    dtype: str = "float32",
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """A sequence classifier with one score: a saved reward model, or a causal LM whose trunk gets a new head.
+
+    A new head starts at N(0, 1/sqrt(D + 1)), drawn with `seed` (Stiennon et al. 2020, arXiv 2009.01325). It runs and
+    is trained in float32 whatever the trunk's `dtype`; loading rounds a saved one to `dtype`. `pad_token_id` is only
+    written into the configuration, where the plain `AutoModelForSequenceClassification` of other programs looks for the
+    last token that is not padding; None where padding is EOS, so that it cannot mistake the one for the other.
+    Raises ValueError, naming `field`, where there is no such model, where weights of its trunk are missing, where its
+    head is not one linear map, or where `must_be_trained` and the head is new.
+    """
+    config = read_model_config(source, field, trust_remote_code)
+    config.num_labels, config.pad_token_id = 1, pad_token_id
+    model, missing = _open(AutoModelForSequenceClassification, source, field, config, dtype, trust_remote_code)
+    head = getattr(model, "score", None)
+    if not isinstance(head, Linear) or head.out_features != 1 or head.bias is not None:
+        raise ValueError(f"{field}: {type(model).__name__} of {source!r} has no `score` head that is one linear map")
+    _check_complete(source, field, missing - {"score.weight"})
+    # Both our own forward and the plain model's then compute the score in float32.
+    head.float().register_forward_pre_hook(_float_input)
+    if missing:
+        if must_be_trained:
+            raise ValueError(f"{field}: {source!r} has no trained score head; train one with `fastrlhf reward`")
+        generator = torch.Generator().manual_seed(seed)
+        torch.nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5, generator=generator)
+    return _ready(model, device)
+
+
+def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A second copy of the model that no optimiser touches: the reference."""
+    return copy.deepcopy(model).requires_grad_(False).eval()
+
+
+def check_same_vocabulary(models: Mapping[str, PreTrainedModel], num_tokens: int) -> None:
+    """Raises ValueError where a model's embedding is smaller than the tokenizer, or where two models disagree."""
+    sizes = {field: model.config.vocab_size for field, model in models.items()}
+    for field, size in sizes.items():
+        if size < num_tokens:
+            raise ValueError(
+                f"{field}: its vocabulary of {size} is smaller than the tokenizer's {num_tokens}; "
+                "they do not belong together"
+            )
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"vocabulary mismatch: {sizes}; policy, reference and reward model must share one tokenizer")
+
+
+def read_model_config(source: str, field: str, trust_remote_code: bool) -> PretrainedConfig:
+    """The configuration of a model, its dropout off. Raises ValueError, naming `field`, where there is none."""
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        if Path(source).is_dir():
+            raise ValueError(f"{field}: {source!r} holds no model that transformers knows ({error})") from error
+        raise ValueError(f"{field}: {source!r} is neither a folder here nor a model the hub gives us") from error
+    return _without_dropout(config)
+
+
+def _open(
+    kind: type[AutoModelForCausalLM | AutoModelForSequenceClassification],
+    source: str,
+    field: str,
+    config: PretrainedConfig,
+    dtype: str,
+    trust_remote_code: bool,
+) -> tuple[PreTrainedModel, set[str]]:
+    """The model, and the names of those of its weights that the checkpoint does not have in its shape."""
+    try:
+        loaded = kind.from_pretrained(
+            source,
+            config=config,
+            dtype=DTYPES[dtype],
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"{field}: the weights of {source!r} cannot be loaded: {error}") from error
+    model, info = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
+    return model, {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
+
+
+def _check_complete(source: str, field: str, missing: Collection[str]) -> None:
+    if missing:
+        raise ValueError(f"{field}: {source!r} lacks weights of such a model: {', '.join(sorted(missing))}")
+
+
+def _float_input(module: Module, arguments: tuple[Tensor]) -> Tensor:
+    return arguments[0].float()
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Within it, what torch draws on the CPU depends on `seed` alone; outside, nothing has changed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+def _without_dropout(config: PretrainedConfig) -> PretrainedConfig:
+    """Log-probs of the same tokens must be the same number twice: no dropout, in any stage."""
+    for name in (
+        "attention_dropout",
+        "hidden_dropout",
+        "classifier_dropout",
+        "embd_pdrop",
+        "resid_pdrop",
+        "attn_pdrop",
+    ):
+        if getattr(config, name, None):
+            setattr(config, name, 0.0)
+    return config
+
+
+def _ready(model: PreTrainedModel, device: torch.device | str) -> PreTrainedModel:
+    model.to(device)  # pyright: ignore[reportArgumentType] (transformers' wrapper hides that it is a method)
+    model.eval()
+    check_packed_forward(model)
+    return model
+
+
+def resolve_device(device: str) -> torch.device:
+    """ "auto" is the first CUDA GPU, else the CPU. Raises ValueError for a device that is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device: {device!r} asked for, but torch sees no CUDA GPU; use auto or cpu")
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device: {device!r} is none; give auto, cpu or cuda") from error

@@ -1,0 +1,96 @@
+"""One optimiser step: clip, update, schedule. And the order in which data is seen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from fastrlhf.config import TrainConfig
+
+
+class Optimizer:
+    """AdamW over one or more models, each clipped to its own gradient norm; a schedule that counts optimiser steps."""
+
+    def __init__(
+        self,
+        models: Mapping[str, PreTrainedModel],
+        config: TrainConfig,
+        *,
+        num_steps: int,
+        learning_rates: Mapping[str, float] | None = None,
+    ) -> None:
+        """`models` by the prefix of their metrics ("" for the policy); `learning_rates` where one differs from the
+        config's."""
+        rates = learning_rates or {}
+        self._models = models
+        self._max_norm = config.max_grad_norm
+        self._adamw = torch.optim.AdamW(
+            [
+                {"params": params, "lr": rates.get(name, config.learning_rate), "weight_decay": decay}
+                for name, model in models.items()
+                for params, decay in _decay_groups(model, config.weight_decay)
+            ],
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_epsilon,
+            fused=True,
+        )
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(
+            self._adamw, lambda step: _rate(step, num_steps, config.warmup_steps, config.lr_scheduler_type)
+        )
+
+    def step(self) -> dict[str, float]:
+        """Updates the weights and clears the gradients; returns grad_norm (before clipping) and learning_rate.
+
+        Raises ValueError, before any weight has moved, where a gradient is not finite. This reads one number per model
+        from the GPU: the step's only wait.
+        """
+        metrics = {}
+        for name, model in self._models.items():
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), self._max_norm or math.inf).item()
+            if not math.isfinite(norm):
+                raise ValueError(f"{name}grad_norm is {norm}: a loss or a gradient is not finite; lower learning_rate")
+            metrics[f"{name}grad_norm"] = norm
+        metrics["learning_rate"] = self._schedule.get_last_lr()[0]
+        self._adamw.step()
+        self._schedule.step()
+        self._adamw.zero_grad(set_to_none=True)
+        return metrics
+
+
+def num_steps(config: TrainConfig, num_items: int) -> int:
+    """Optimiser steps of the run: `max_steps`, or whole epochs rounded up. Raises ValueError where there is no data."""
+    if num_items == 0:
+        raise ValueError("dataset: no usable example to train on")
+    if config.max_steps > 0:
+        return config.max_steps
+    return max(1, math.ceil(config.num_train_epochs * num_items / config.batch_size))
+
+
+def index_batches(num_items: int, batch_size: int, steps: int, seed: int) -> Iterator[list[int]]:
+    """`steps` batches of exactly `batch_size` indices: one permutation after the other, each keyed by (seed, epoch)."""
+    pending: list[int] = []
+    epoch = 0
+    for _ in range(steps):
+        while len(pending) < batch_size:
+            pending.extend(np.random.default_rng([seed, epoch]).permutation(num_items).tolist())
+            epoch += 1
+        yield pending[:batch_size]
+        del pending[:batch_size]
+
+
+def _decay_groups(model: PreTrainedModel, decay: float) -> list[tuple[list[torch.nn.Parameter], float]]:
+    params = [p for p in model.parameters() if p.requires_grad]
+    return [([p for p in params if p.ndim >= 2], decay), ([p for p in params if p.ndim < 2], 0.0)]
+
+
+def _rate(step: int, num_steps: int, warmup: int, kind: str) -> float:
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    done = (step - warmup) / max(1, num_steps - warmup)
+    if kind == "constant":
+        return 1.0
+    return max(0.0, 1 - done) if kind == "linear" else 0.5 * (1 + math.cos(math.pi * min(1.0, done)))

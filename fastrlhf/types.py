@@ -1,0 +1,190 @@
+"""Everything that flows through a run, in order of life: the map of the project.
+
+    row of a file -> Example -> TokenizedExample -> Prefix -> Rollout -> PackedBatch, Experience -> loss
+
+Legend, the same in every file:
+    T  tokens of a pack            V  vocabulary
+    N  sequences of a pack         D  hidden size
+    R  scored rows of a pack       B  preference pairs
+Three policies, three words: `policy` (trained), `sampler` (the weights that generated), `reference` (frozen).
+
+Log-probs, rewards, values and advantages are float32 and in nats, whatever the dtype of the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+Message = dict[str, str]
+"""One turn of a conversation: `{"role": ..., "content": ...}`."""
+
+Text = str | list[Message]
+"""Plain text, or the turns of a conversation that a chat template will render."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """One usable row of a dataset, whatever form it was stored in.
+
+    A conversation keeps its turns: `prompt` is then a list of messages, and every response a list of one.
+    """
+
+    prompt: Text
+    chosen: Text | None = None
+    """The preferred response of a pair."""
+    rejected: Text | None = None
+    reference: Text | None = None
+    """A demonstration: what SFT imitates and what a reset may copy from."""
+    row: int
+    """Position in the source file, counted from 0: the name of this example in messages and in random draws."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenizedExample:
+    """An Example as ids. Prompt and responses are tokenised apart; a sequence is their concatenation.
+
+    Responses end in EOS (added where the text has none), except where `max_length` cut them.
+    """
+
+    prompt: list[int]
+    chosen: list[int] | None = None
+    rejected: list[int] | None = None
+    reference: list[int] | None = None
+    row: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prefix:
+    """Where an episode starts: the prompt and the first `num_reset` tokens of a dataset response.
+
+    prompt [7, 8], response [1, 2, 3, 0], k = 1  ->  token_ids [7, 8, 1], num_reset 1
+    """
+
+    token_ids: list[int]
+    num_reset: int
+    """Reset tokens at the end of `token_ids`; 0 is an ordinary episode from the prompt."""
+    row: int
+    """The example that it was cut from."""
+    episode: int
+    """A number no other episode of the run has: it keys the random draws of the episode."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """What the sampler wrote after a prefix."""
+
+    prefix: Prefix
+    completion: list[int]
+    """Sampled tokens, the EOS included if one was sampled; never empty."""
+    sampler_logprob: list[float]
+    """Nats, one per sampled token, under the tempered distribution that drew it."""
+    ended: bool
+    """True where an EOS was sampled, the last token unless the engine was told to go on; False where the budget ran
+    out."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Segment:
+    """A run of tokens that is computed once; a pack is a forest of them.
+
+    A root stands alone. A child hangs on an earlier segment `parent` of the same pack and continues its first
+    `cut` tokens: it sees those, what they see, and itself. The prompt of a pair and its two responses:
+
+        segments        Segment([7, 8])   Segment([1, 0], parent=0, cut=2)   Segment([2, 0], parent=0, cut=2)
+        token_ids       7 8 | 1 0 | 2 0
+        positions       0 1 | 2 3 | 2 3
+    """
+
+    token_ids: Sequence[int]
+    num_scored: int = 0
+    """The last `num_scored` tokens are scored: each gives one row of the pack."""
+    parent: int = -1
+    """Index of the segment it hangs on; -1 is a root."""
+    cut: int = 0
+    """Tokens of the parent, from its first one, that it continues."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionPlan:
+    """Who sees whom in a pack of S segments: one variable-length attention call, causal, aligned at the bottom right.
+
+    FlashAttention's convention: queries of segment i are rows cu_seqlens[i] .. cu_seqlens[i+1] of the pack, its keys
+    are rows cu_seqlens_k[i] .. cu_seqlens_k[i+1] of `key_index` (of the pack itself where there is no branch).
+    """
+
+    cu_seqlens: Tensor
+    """(S+1,) int32"""
+    cu_seqlens_k: Tensor
+    """(S+1,) int32"""
+    key_index: Tensor | None
+    """(K,) int64 rows of the pack whose keys and values are gathered; None where no segment has a parent."""
+    query_lengths: tuple[int, ...]
+    """The same lengths on the host, for launches and for backends without a variable-length kernel."""
+    key_lengths: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedBatch:
+    """Flat tensors of several sequences; nothing is padded.
+
+    A *sequence* is a leaf of the forest (without branches, every segment). A *row* is one scored token: `rows[r]` is
+    where in the pack it is predicted from, that is the token before it, so the shift by one has happened here and
+    nowhere else.
+
+        two sequences   [7 8 1 5 0] scoring the last 2, and [7 9 4] scoring the last 1
+        token_ids       7 8 1 5 0 | 7 9 4
+        positions       0 1 2 3 4 | 0 1 2
+        rows            2 3 | 6                 (5 is predicted from the 1 before it)
+        targets         5 0 | 4
+        cu_rows         0 2 3
+        last            4 7
+    """
+
+    token_ids: Tensor
+    """[T] int64"""
+    positions: Tensor
+    """[T] int64"""
+    rows: Tensor
+    """[R] int64, indices into T"""
+    targets: Tensor
+    """[R] int64, the scored tokens"""
+    cu_rows: Tensor
+    """(N+1,) int32: rows cu_rows[i] .. cu_rows[i+1] belong to sequence i"""
+    last: Tensor
+    """[N] int64: where in T each sequence ends; a reward model scores here"""
+    plan: AttentionPlan
+
+    @property
+    def num_tokens(self) -> int:
+        return self.token_ids.shape[0]
+
+    @property
+    def num_rows(self) -> int:
+        return self.rows.shape[0]
+
+    @property
+    def num_sequences(self) -> int:
+        return self.last.shape[0]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Experience:
+    """A batch of episodes, ready to train on. Flat over the R trained rows, episode after episode; float32, nats."""
+
+    cu_rows: Tensor
+    """(N+1,) int32: rows cu_rows[i] .. cu_rows[i+1] belong to episode i"""
+    mask: Tensor
+    """[R] bool: True where the policy chose the token, so that its loss may train it"""
+    sampler_logprob: Tensor
+    """[R] under the policy as it was when it sampled, rescored by the trainer's own forward"""
+    reference_logprob: Tensor
+    """[R]"""
+    value: Tensor
+    """[R] of the critic at sampling time"""
+    advantage: Tensor
+    """[R] whitened over the batch"""
+    returns: Tensor
+    """[R] the critic's target: advantage before whitening + value"""

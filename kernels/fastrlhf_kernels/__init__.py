@@ -1,0 +1,34 @@
+"""Losses of preference learning on packed tokens; each op is one file, described in kernels/README.md.
+
+    linear_logprob   hidden states -> log-probs of the targets, without the logits
+    kl_estimate      per-token estimates of KL to a reference
+    policy_loss      PPO's clipped objective        value_loss   its critic's
+    pair_loss        DPO, cDPO, robust DPO, IPO, hinge
+    gae              advantages and returns
+
+Every op takes flat, packed rows in float32, bfloat16 or float16, computes in float32 and returns float32.
+`impl` is "auto" or "torch".
+"""
+
+from fastrlhf_kernels.gae import gae
+from fastrlhf_kernels.kl_estimate import kl_estimate
+from fastrlhf_kernels.linear_logprob import linear_logprob
+from fastrlhf_kernels.pair_loss import pair_loss
+from fastrlhf_kernels.policy_loss import policy_loss
+from fastrlhf_kernels.types import LossOutput, Max, Metric, Sum, TokenLogprobs, merge
+from fastrlhf_kernels.value_loss import value_loss
+
+__all__ = [
+    "LossOutput",
+    "Max",
+    "Metric",
+    "Sum",
+    "TokenLogprobs",
+    "gae",
+    "kl_estimate",
+    "linear_logprob",
+    "merge",
+    "pair_loss",
+    "policy_loss",
+    "value_loss",
+]

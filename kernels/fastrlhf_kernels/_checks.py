@@ -1,0 +1,86 @@
+"""What every op asks of its arguments. All errors are ValueErrors that name the argument; nothing here waits for a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+INTEGERS = (torch.int32, torch.int64)
+BOOLS = (torch.bool,)
+
+
+def check_impl(impl: str) -> None:
+    """Raises ValueError unless `impl` is one that this version has."""
+    if impl == "triton":
+        raise ValueError('impl="triton": this version has no Triton kernel; use "auto" or "torch"')
+    if impl not in ("auto", "torch"):
+        raise ValueError(f'impl must be "auto" or "torch", got {impl!r}')
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raises ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def check_tensor(
+    name: str,
+    tensor: Tensor,
+    shape: tuple[int, ...],
+    device: torch.device,
+    dtypes: Sequence[torch.dtype] = FLOATS,
+) -> None:
+    """Raises ValueError unless `tensor` is one of exactly this shape, on this device, in one of the dtypes."""
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name} must be a tensor of shape {shape}, got {type(tensor).__name__}")
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+    if tensor.dtype not in dtypes:
+        raise ValueError(f"{name} must be {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on {device} like the first argument, got {tensor.device}")
+
+
+def check_rows(name: str, tensor: Tensor, rank: int = 1) -> None:
+    """Raises ValueError unless the first argument of an op is a floating tensor of this rank."""
+    if not isinstance(tensor, Tensor) or tensor.dim() != rank:
+        found = f"shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise ValueError(f"{name} must be a tensor with {rank} dimension{'s' * (rank > 1)}, got {found}")
+    check_tensor(name, tensor, tuple(tensor.shape), tensor.device)
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, num_rows: int, device: torch.device) -> None:
+    """Raises ValueError unless `cu_seqlens` is (N+1,) integers from 0 to `num_rows`, never falling.
+
+    The values are looked at on the CPU only: on a GPU that would wait for it.
+    """
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
+        raise ValueError("cu_seqlens must be a tensor of shape (N+1,), for no sequence the single number 0")
+    check_tensor("cu_seqlens", cu_seqlens, tuple(cu_seqlens.shape), device, INTEGERS)
+    if device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if cu_seqlens[0] != 0 or cu_seqlens[-1] != num_rows or (cu_seqlens.diff() < 0).any():
+        raise ValueError(f"cu_seqlens must rise from 0 to the number of rows {num_rows}, got {cu_seqlens.tolist()}")
+
+
+def check_range(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
+    """Raises ValueError unless low <= value <= high; with `open_low`, low < value."""
+    if not (low <= value <= high) or (open_low and value == low):
+        raise ValueError(f"{name} must be in {'(' if open_low else '['}{low}, {high}], got {value}")
+
+
+def divisor(name: str, count: float | Tensor) -> float | Tensor:
+    """What a sum over `count` things is divided by: `count`, or 1 where there is none, as the sum is then 0.
+
+    Raises ValueError for a negative number and for a tensor that is not 0-dim.
+    """
+    if isinstance(count, Tensor):
+        if count.dim() != 0:
+            raise ValueError(f"{name} must be a number or a 0-dim tensor, got shape {tuple(count.shape)}")
+        return count + (count == 0)
+    if not count >= 0:
+        raise ValueError(f"{name} must not be negative, got {count}")
+    return count or 1

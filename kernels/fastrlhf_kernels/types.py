@@ -1,0 +1,81 @@
+"""What the ops return.
+
+Metrics stay on the device, detached, and say how they combine: a Sum adds up over micro-batches and ranks, a Max takes
+the larger. A mean is a Sum over another Sum (`policy_loss` over `tokens`), divided once, at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class TokenLogprobs(NamedTuple):
+    """What `linear_logprob` knows of each row; [T] float32, nats. Ignored rows are 0 everywhere."""
+
+    logprob: Tensor
+    """log p(target), never above 0; differentiable."""
+    logsumexp: Tensor
+    """log of the normaliser of the transformed logits; differentiable (z-loss)."""
+    entropy: Tensor | None
+    """-sum p log p over the vocabulary; differentiable. None unless asked for."""
+    max_logprob: Tensor | None
+    """Largest log-prob of the row, detached: the target is the greedy choice where the two agree. None without stats."""
+    mean_logit: Tensor | None
+    """Mean of the transformed logits over the vocabulary, detached. None without stats."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sum:
+    """A 0-dim float32 tensor that adds up over micro-batches and ranks."""
+
+    value: Tensor
+
+    def __add__(self, other: Sum) -> Sum:
+        if not isinstance(other, Sum):
+            return NotImplemented
+        return Sum(self.value + other.value)
+
+
+@dataclass(frozen=True, slots=True)
+class Max:
+    """A 0-dim float32 tensor of which micro-batches and ranks keep the largest; + is that maximum."""
+
+    value: Tensor
+
+    def __add__(self, other: Max) -> Max:
+        if not isinstance(other, Max):
+            return NotImplemented
+        return Max(torch.maximum(self.value, other.value))
+
+
+Metric = Sum | Max
+
+
+class LossOutput(NamedTuple):
+    """A loss with what is worth logging about it."""
+
+    loss: Tensor
+    """0-dim float32; call backward on it."""
+    metrics: dict[str, Metric]
+
+
+def merge(*metrics: Mapping[str, Metric]) -> dict[str, Metric]:
+    """The metrics of several micro-batches as those of one; a name may be missing from some. Waits for no device.
+
+        merge({"tokens": Sum(3)}, {"tokens": Sum(4), "ratio_max": Max(2)})  ->  {"tokens": Sum(7), "ratio_max": Max(2)}
+
+    Raises ValueError for a name that is a Sum here and a Max there.
+    """
+    merged: dict[str, Metric] = {}
+    for mapping in metrics:
+        for name, metric in mapping.items():
+            earlier = merged.get(name)
+            if earlier is not None and type(earlier) is not type(metric):
+                raise ValueError(f"metric {name!r} is both a {type(earlier).__name__} and a {type(metric).__name__}")
+            merged[name] = metric if earlier is None else earlier + metric  # pyright: ignore[reportOperatorIssue]
+    return merged

@@ -1,0 +1,215 @@
+"""Where rewards land, what counts as an end, and what the order of the packs may not change."""
+
+from dataclasses import fields, replace
+
+import pytest
+import torch
+
+from fastrlhf.algorithms.experience import pack_episodes, score_episodes
+from fastrlhf.algorithms.on_policy import make_engine, update
+from fastrlhf.config import DRPOConfig, PPOConfig
+from fastrlhf.data.packing import unpack
+from fastrlhf.evaluation.judges import reward_model_judge
+from fastrlhf.models.loading import frozen_copy, load_reward_model
+from fastrlhf.types import Experience, Prefix, Rollout
+from tests import tiny
+
+EOS = tiny.EOS
+
+
+def config(kind=PPOConfig, **settings):
+    fields = {"missing_eos_score": None, "whiten_rewards": False, "response_length": 5, "max_length": 32}
+    return kind(**fields | settings)
+
+
+def rollout(prompt: list[int], reset: list[int], completion: list[int], row: int = 0) -> Rollout:
+    return Rollout(
+        prefix=Prefix(token_ids=[*prompt, *reset], num_reset=len(reset), row=row, episode=row),
+        completion=completion,
+        sampler_logprob=[-1.0] * len(completion),
+        ended=EOS in completion,
+    )
+
+
+ROLLOUTS = [
+    rollout([5, 6, 7], [], [8, 9, EOS]),
+    rollout([5, 6], [7, 8], [9, 10, 11], row=1),  # no end
+    rollout([9, 8, 7, 6], [5], [12, 13, 14, EOS], row=2),  # the end in the last of 5 slots
+    rollout([4], [20, 21, 22, 23], [EOS], row=3),
+    rollout([3, 4, 5], [], [25, 26, 27, 28, 29], row=4),  # no end
+]
+SCORES = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
+FULL = [  # as the authors sample: every response fills its 5 slots, whatever comes after the EOS
+    rollout([5, 6, 7], [], [8, 9, EOS, 17, 18]),
+    rollout([5, 6], [7, 8], [9, 10, 11], row=1),
+    rollout([9, 8, 7, 6], [5], [12, 13, 14, EOS], row=2),
+    rollout([4], [20, 21, 22, 23], [EOS], row=3),
+    rollout([3, 4, 5], [], [25, EOS, 27, EOS, 29], row=4),
+]
+
+
+@pytest.fixture(scope="module")
+def critic(tmp_path_factory):
+    model = load_reward_model(tiny.save_reward_model(tmp_path_factory.mktemp("judge")), pad_token_id=0)
+    return frozen_copy(model)
+
+
+def experience(cfg, rollouts, critic, order=None, scores=SCORES, packs=None):
+    order = list(range(len(rollouts))) if order is None else order
+    policy, reference = tiny.policy(), tiny.policy(seed=5)
+    packs = packs or pack_episodes(cfg, rollouts, order, policy.device)
+    return score_episodes(cfg, policy, reference, critic, rollouts, scores, packs, EOS)
+
+
+def rewards(cfg, rollouts, critic) -> list[float]:
+    """Per row. With lambda 0 the target of the critic is r_t + V_{t+1}, and with a critic of zeros r_t itself."""
+    zeros = frozen_copy(critic)
+    torch.nn.init.zeros_(zeros.score.weight)
+    found, _ = experience(replace(cfg, lam=0.0, gamma=1.0), rollouts, zeros)
+    assert not found.value.any()
+    return found.returns.tolist()
+
+
+@pytest.mark.parametrize("kind", ["fixed", "reference"])
+@pytest.mark.parametrize("num_mini_batches", [1, 2])
+def test_the_index_of_the_packs_covers_every_row_once_and_points_to_its_own_token(kind, num_mini_batches):
+    cfg = config(compat=kind, num_mini_batches=num_mini_batches, micro_batch_tokens=16)
+    rollouts, order = [*FULL, rollout([9], [], [9, 9, 9, 9, 9])], [3, 0, 5, 4, 2, 1]
+    packs = pack_episodes(cfg, rollouts, order, torch.device("cpu"))
+    assert len(packs) == num_mini_batches
+    given = [r.prefix.num_reset if kind == "reference" else 0 for r in rollouts]
+    tokens = [
+        token
+        for r, k in zip(rollouts, given, strict=True)
+        for token in [*r.prefix.token_ids[len(r.prefix.token_ids) - k :], *r.completion]
+    ]
+    flat = torch.full((len(tokens),), -1)
+    for item in (item for mini in packs for item in mini):
+        assert (flat[item.index] == -1).all()
+        flat[item.index] = item.batch.targets
+    assert flat.tolist() == tokens
+    members = [sorted(map(tuple, (s for item in mini for s in unpack(item.batch)))) for mini in packs]
+    size = len(order) // num_mini_batches
+    assert members == [
+        sorted((*rollouts[i].prefix.token_ids, *rollouts[i].completion) for i in order[start : start + size])
+        for start in range(0, len(order), size)
+    ]
+
+
+def test_the_score_lands_on_the_last_token_and_a_missing_eos_costs_the_penalty(critic):
+    cfg = config(kl_coef=0.0, missing_eos_penalty=0.5)
+    assert rewards(cfg, ROLLOUTS, critic) == [0, 0, 1, 0, 0, 1.5, 0, 0, 0, 3, 4, 0, 0, 0, 0, 4.5]
+
+
+def test_a_missing_eos_score_takes_the_place_of_the_score(critic):
+    cfg = config(kl_coef=0.0, missing_eos_score=-1.0)
+    assert rewards(cfg, ROLLOUTS, critic) == [0, 0, 1, 0, 0, -1, 0, 0, 0, 3, 4, 0, 0, 0, 0, -1]
+
+
+def test_every_row_earns_minus_kl_coef_times_its_log_ratio_to_the_reference(critic):
+    cfg = config(kl_coef=0.25)
+    found, metrics = experience(cfg, ROLLOUTS, critic)
+    log_ratio = found.sampler_logprob - found.reference_logprob
+    assert log_ratio.abs().min() > 1e-4
+    score = torch.tensor([0, 0, 1, 0, 0, 2, 0, 0, 0, 3, 4, 0, 0, 0, 0, 5.0])
+    torch.testing.assert_close(torch.tensor(rewards(cfg, ROLLOUTS, critic)), score - 0.25 * log_ratio)
+    assert metrics["objective/kl"] == pytest.approx(log_ratio.sum().item() / 5, rel=1e-5)
+    assert metrics["objective/non_score_reward"] == pytest.approx(-0.25 * log_ratio.sum().item() / 5, rel=1e-5)
+    assert metrics["objective/rlhf_reward"] == pytest.approx(3 - 0.25 * log_ratio.sum().item() / 5, rel=1e-5)
+    assert metrics["objective/scores"] == 3.0
+
+
+def test_fixed_trains_the_sampled_tokens_alone_and_whitens_over_them(critic):
+    found, _ = experience(config(), ROLLOUTS, critic)
+    assert found.cu_rows.tolist() == [0, 3, 6, 10, 11, 16]
+    assert found.mask.all()
+    assert found.advantage.mean().item() == pytest.approx(0, abs=1e-6)
+    assert found.advantage.square().mean().item() == pytest.approx(1, rel=1e-5)
+
+
+def test_the_authors_rows_are_the_reset_tokens_the_sampled_ones_and_those_after_the_eos(critic):
+    found, _ = experience(config(DRPOConfig, compat="reference", whiten_rewards=True), FULL, critic)
+    assert found.cu_rows.tolist() == [0, 5, 10, 15, 20, 25]
+    given = [0] * 5 + [1, 1, 0, 0, 0] + [1, 0, 0, 0, 0] + [1, 1, 1, 1, 0] + [0] * 5
+    assert found.mask.tolist() == [not g for g in given]
+    assert found.advantage.mean().item() == pytest.approx(0, abs=1e-6)  # over all 25 rows, masked ones included
+    assert found.advantage.square().mean().item() == pytest.approx(1, rel=1e-5)
+    assert found.advantage[5:7].abs().min() > 1e-4
+
+
+def test_the_authors_pay_the_score_at_the_first_eos_and_take_one_in_the_last_slot_as_missing(critic):
+    cfg = config(DRPOConfig, compat="reference", kl_coef=0.0, missing_eos_score=-1.0)
+    first, no_end, last_slot, only, twice = torch.tensor(rewards(cfg, FULL, critic)).split(5)
+    assert first.tolist() == [0, 0, 1, 0, 0]
+    assert no_end.tolist() == [0, 0, 0, 0, -1]
+    assert last_slot.tolist() == [0, 0, 0, 0, -1]
+    assert only.tolist() == [0, 0, 0, 0, -1]
+    assert twice.tolist() == [0, 5, 0, 0, 0]
+
+
+def test_whitened_rewards_keep_their_mean_and_are_divided_by_the_deviation_over_all_rows(critic):
+    cfg = config(DRPOConfig, compat="reference", kl_coef=0.0, missing_eos_score=None, missing_eos_penalty=None)
+    plain = torch.tensor(rewards(cfg, FULL, critic))
+    whitened = torch.tensor(rewards(replace(cfg, whiten_rewards=True), FULL, critic))
+    assert plain.sum() == 15
+    expected = (plain - plain.mean()) / plain.std(correction=0) + plain.mean()
+    torch.testing.assert_close(whitened, expected)
+
+
+@pytest.mark.parametrize("kind", ["fixed", "reference"])
+def test_the_order_of_the_packs_and_their_size_change_no_number(critic, kind):
+    cfg = config(compat=kind, micro_batch_tokens=1000)
+    rollouts = ROLLOUTS if kind == "fixed" else FULL
+    found, metrics = experience(cfg, rollouts, critic)
+    for budget, order in ((1000, [4, 2, 0, 3, 1]), (12, [0, 1, 2, 3, 4]), (16, [2, 4, 1, 0, 3])):
+        other, other_metrics = experience(replace(cfg, micro_batch_tokens=budget), rollouts, critic, order)
+        for field in fields(Experience):
+            torch.testing.assert_close(getattr(other, field.name), getattr(found, field.name), rtol=1e-5, atol=1e-5)
+        assert other_metrics == pytest.approx(metrics, rel=1e-4, abs=1e-5)
+
+
+def test_what_would_come_after_the_eos_changes_nothing_in_fixed(critic):
+    """The rollouts of an engine that goes on are those of one that stops, up to the EOS; the judge reads no further."""
+    policy = tiny.policy()
+    prefixes = [Prefix(token_ids=[3 + i % 29, 9, 4], num_reset=i % 3, row=i, episode=i) for i in range(60)]
+    stopping, going_on = (
+        make_engine(config(response_length=9, compat=kind, temperature=50.0), policy, EOS).generate(prefixes)
+        for kind in ("fixed", "reference")
+    )
+    assert sum(len(a.completion) < len(b.completion) for a, b in zip(stopping, going_on, strict=True)) > 3
+    for stopped, whole in zip(stopping, going_on, strict=True):
+        assert stopped.completion == whole.completion[: len(stopped.completion)]
+        assert stopped.ended == whole.ended == (stopped.completion[-1] == EOS)
+    judge = reward_model_judge(critic, eos_token_id=EOS, micro_batch_tokens=1000)
+    assert torch.equal(judge(stopping), judge(going_on))
+    spoilt = [
+        replace(whole, completion=[*stopped.completion, *[7] * (len(whole.completion) - len(stopped.completion))])
+        for stopped, whole in zip(stopping, going_on, strict=True)
+    ]
+    assert torch.equal(judge(spoilt), judge(going_on))
+
+
+def test_the_policy_gets_no_gradient_from_reset_tokens_under_the_authors_semantics(critic):
+    """Only the mask keeps them out there: moving their advantages moves no gradient of the policy."""
+    cfg = config(DRPOConfig, compat="reference", num_ppo_epochs=1)
+    policy, value_model = tiny.policy(), frozen_copy(critic).requires_grad_(True)
+    packs = pack_episodes(cfg, FULL, [0, 1, 2, 3, 4], policy.device)
+    found, _ = score_episodes(cfg, policy, tiny.policy(seed=5), critic, FULL, SCORES, packs, EOS)
+    moved = replace(found, advantage=torch.where(found.mask, found.advantage, 100.0))
+    recorder = tiny.GradientRecorder({"": policy, "value_": value_model})
+    for given in (found, moved):
+        update(cfg, policy, value_model, recorder, FULL, given, packs, seed=(0, 0))
+    assert all(torch.equal(a, b) for a, b in zip(recorder.steps[0][0], recorder.steps[1][0], strict=True))
+    assert max(g.abs().max() for g in recorder.steps[0][0]) > 1e-4
+
+
+def test_reset_and_scratch_episodes_are_reported_apart(critic):
+    _, metrics = experience(config(DRPOConfig, reset_prob=0.5), ROLLOUTS, critic)
+    assert metrics["drpo/reset_fraction"] == 3 / 5
+    assert metrics["drpo/prefix_len_mean"] == (2 + 1 + 4) / 5
+    assert metrics["drpo/score_reset"] == 3.0  # of 2, 3, 4
+    assert metrics["drpo/score_scratch"] == 3.0  # of 1, 5
+    assert metrics["val/num_eos_tokens"] == 3.0
+    assert metrics["completions/mean_length"] == 16 / 5
+    _, plain = experience(config(), ROLLOUTS, critic)
+    assert not any(name.startswith("drpo/") for name in plain)

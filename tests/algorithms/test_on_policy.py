@@ -1,0 +1,219 @@
+"""The on-policy trainer against an independent padded loop, and the identities between PPO and DR-PO."""
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+
+from fastrlhf.algorithms.experience import pack_episodes, score_episodes
+from fastrlhf.algorithms.on_policy import draw_prefixes, make_engine, train_on_policy, update
+from fastrlhf.config import DRPOConfig, PPOConfig
+from fastrlhf.models.loading import frozen_copy, load_policy, load_reward_model
+from fastrlhf.types import Rollout, TokenizedExample
+from tests import tiny
+
+
+@pytest.fixture
+def paths(tmp_path):
+    return {
+        "model_name_or_path": tiny.save_policy(tmp_path / "sft"),
+        "reward_model_path": tiny.save_reward_model(tmp_path / "reward"),
+    }
+
+
+def config(paths, kind=PPOConfig, **settings):
+    fields = {
+        "per_device_train_batch_size": 12,
+        "max_steps": 2,
+        "response_length": 7,
+        "max_length": 32,
+        "learning_rate": 1e-3,
+        "temperature": 0.8,
+        "missing_eos_penalty": 0.5,
+        "missing_eos_score": None,
+        "whiten_rewards": False,
+        "micro_batch_tokens": 64,
+        "adam_epsilon": 1e-8,
+        "progress": False,
+    }
+    return kind(**paths, **fields | settings)
+
+
+def tokenized(count: int) -> list[TokenizedExample]:
+    return [
+        TokenizedExample(
+            prompt=[3 + (5 * i + j) % 29 for j in range(3 + i % 4)],
+            reference=[*(3 + (3 * i + j) % 29 for j in range(1 + i % 5)), tiny.EOS],
+            row=i,
+        )
+        for i in range(count)
+    ]
+
+
+class GradientRecorder:
+    """Stands in for the optimiser: keeps each step's gradients and leaves the weights alone."""
+
+    def __init__(self, *models):
+        self.models, self.steps = models, []
+
+    def step(self):
+        self.steps.append([[p.grad.clone() for p in model.parameters()] for model in self.models])
+        for model in self.models:
+            model.zero_grad()
+        return {"grad_norm": 0.0, "value_grad_norm": 0.0, "learning_rate": 0.0}
+
+
+def padded_ppo_gradients(cfg: PPOConfig, policy, reference, critic, rollouts: list[Rollout], scores: torch.Tensor):
+    """One PPO update in the textbook way: right-padded [N, L] tensors, full logits, loops over tokens."""
+    sequences = [[*r.prefix.token_ids, *r.completion] for r in rollouts]
+    width = max(map(len, sequences))
+    ids = torch.tensor([s + [0] * (width - len(s)) for s in sequences])
+    attention = torch.tensor([[1] * len(s) + [0] * (width - len(s)) for s in sequences])
+    sampled = torch.zeros(len(rollouts), width - 1)  # 1 where the next token was sampled
+    for i, r in enumerate(rollouts):
+        sampled[i, len(r.prefix.token_ids) - 1 : len(sequences[i]) - 1] = 1
+
+    def logprobs(model):
+        logits = model(ids, attention_mask=attention).logits[:, :-1] / cfg.temperature
+        return logits.log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+
+    def values():
+        hidden = critic.base_model(ids, attention_mask=attention).last_hidden_state[:, :-1]
+        return (hidden @ critic.score.weight.T)[..., 0]
+
+    with torch.no_grad():
+        old, ref, old_values = logprobs(policy), logprobs(reference), values()
+        advantages, returns = torch.zeros_like(old), torch.zeros_like(old)
+        for i, r in enumerate(rollouts):
+            steps = sampled[i].nonzero()[:, 0].tolist()
+            rewards = {t: -cfg.kl_coef * (old[i, t] - ref[i, t]) for t in steps}
+            rewards[steps[-1]] = rewards[steps[-1]] + scores[i] - (0.0 if r.ended else cfg.missing_eos_penalty)
+            running = torch.tensor(0.0)
+            for t, after in reversed(list(pairwise([*steps, None]))):
+                next_value = 0.0 if after is None else old_values[i, after]
+                delta = rewards[t] + cfg.gamma * next_value - old_values[i, t]
+                running = delta + cfg.gamma * cfg.lam * running
+                advantages[i, t], returns[i, t] = running, running + old_values[i, t]
+        kept = sampled.bool()
+        mean, std = advantages[kept].mean(), advantages[kept].std(correction=0)
+        advantages = (advantages - mean) / std
+
+    ratio = (logprobs(policy) - old).exp()
+    clipped = ratio.clamp(1 - cfg.cliprange, 1 + cfg.cliprange)
+    policy_loss = -torch.min(ratio * advantages, clipped * advantages)
+    value = values()
+    moved = old_values + (value - old_values).clamp(-cfg.cliprange_value, cfg.cliprange_value)
+    value_loss = 0.5 * torch.max((value - returns) ** 2, (moved - returns) ** 2)
+    ((policy_loss + cfg.vf_coef * value_loss) * sampled).sum().div(sampled.sum()).backward()
+    return [[p.grad.clone() for p in model.parameters()] for model in (policy, critic)]
+
+
+@pytest.mark.parametrize("kind", [PPOConfig, DRPOConfig])
+def test_one_update_equals_an_independent_padded_loop(paths, kind):
+    cfg = config(paths, kind, num_ppo_epochs=1, reset_prob=0.0 if kind is PPOConfig else 0.7)
+    policy = load_policy(cfg.model_name_or_path)
+    reference = frozen_copy(tiny.policy(seed=5))
+    critic = load_reward_model(cfg.reward_model_path, pad_token_id=0, must_be_trained=True)
+    rollouts = make_engine(cfg, policy, tiny.EOS).generate(draw_prefixes(cfg, tokenized(12), 0))
+    assert {r.ended for r in rollouts} == {True, False}
+    assert (max(r.prefix.num_reset for r in rollouts) > 0) == (kind is DRPOConfig)
+    scores = torch.linspace(-1, 2, 12)
+
+    packs = pack_episodes(cfg, rollouts, list(range(12)), policy.device)
+    assert len(packs[0]) > 1
+    experience, _ = score_episodes(cfg, policy, reference, critic, rollouts, scores, packs, tiny.EOS)
+    recorder = GradientRecorder(policy, critic)
+    update(cfg, policy, critic, recorder, rollouts, experience, packs, seed=(0, 0))
+    expected = padded_ppo_gradients(cfg, policy, reference, critic, rollouts, scores)
+    for ours, theirs in zip(recorder.steps[0], expected, strict=True):
+        for gradient, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(gradient, other, rtol=1e-4, atol=2e-6 * other.abs().max().item() + 1e-9)
+
+
+def run(cfg, **settings):
+    return train_on_policy(replace(cfg, **settings), tiny.examples(40))
+
+
+def test_ppo_is_drpo_with_probability_zero_bit_for_bit(paths):
+    ppo = run(config(paths, PPOConfig))
+    drpo = run(config(paths, DRPOConfig, reset_prob=0.0))
+    assert_same_history(ppo, drpo)
+    for ours, theirs in ((ppo.model, drpo.model), (ppo.value_model, drpo.value_model)):
+        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+            assert torch.equal(a, b)
+
+
+def assert_same_history(a, b):
+    untimed = [
+        [{k: v for k, v in row.items() if not k.startswith("timing/")} for row in result.history] for result in (a, b)
+    ]
+    assert untimed[0] == untimed[1]
+
+
+def test_the_reset_draws_do_not_move_the_samples_of_episodes_that_are_not_reset(paths):
+    cfg = config(paths, DRPOConfig, reset_prob=0.5)
+    policy = load_policy(cfg.model_name_or_path)
+    mixed = make_engine(cfg, policy, tiny.EOS).generate(draw_prefixes(cfg, tokenized(30), 0))
+    plain_cfg = replace(cfg, reset_prob=0.0)
+    plain = make_engine(plain_cfg, policy, tiny.EOS).generate(draw_prefixes(plain_cfg, tokenized(30), 0))
+    not_reset = [i for i, r in enumerate(mixed) if r.prefix.num_reset == 0]
+    assert 5 < len(not_reset) < 25
+    assert all(mixed[i].completion == plain[i].completion for i in not_reset)
+
+
+def test_the_first_ratio_is_exactly_one(paths):
+    result = run(config(paths, max_steps=1, num_ppo_epochs=1))
+    assert result.history[0]["val/ratio"] == 1.0
+    assert result.history[0]["policy/approxkl_avg"] == 0.0
+    assert result.history[0]["objective/kl"] == 0.0
+
+
+def test_micro_batches_change_no_update(paths):
+    whole = run(config(paths, PPOConfig, micro_batch_tokens=10_000))
+    split = run(config(paths, PPOConfig, micro_batch_tokens=24))
+    for a, b in zip(whole.history, split.history, strict=True):
+        for name in ("objective/scores", "loss/policy_avg", "loss/value_avg", "grad_norm", "value_grad_norm"):
+            assert a[name] == pytest.approx(b[name], rel=2e-4, abs=1e-6), name
+
+
+def test_a_reset_prefix_gets_no_gradient_and_no_reward(paths):
+    cfg = config(paths, DRPOConfig, reset_prob=1.0)
+    policy = load_policy(cfg.model_name_or_path)
+    rollouts = make_engine(cfg, policy, tiny.EOS).generate(draw_prefixes(cfg, tokenized(12), 0))
+    [minibatch] = pack_episodes(cfg, rollouts, list(range(12)), policy.device)
+    assert sum(item.batch.num_rows for item in minibatch) == sum(len(r.completion) for r in rollouts)
+
+
+def test_a_score_that_is_not_finite_ends_the_run_before_it_trains(paths):
+    def broken(rollouts):
+        return torch.tensor([0.0, float("nan")] + [0.0] * (len(rollouts) - 2))
+
+    with pytest.raises(ValueError, match="the score of a response to row .* is nan"):
+        train_on_policy(config(paths), tiny.examples(40), judge=broken)
+
+
+def test_rewards_follow_a_judge_of_the_users(paths):
+    def likes_short(rollouts):
+        return torch.tensor([-float(len(r.completion)) for r in rollouts])
+
+    cfg = config(paths, max_steps=25, learning_rate=3e-3, per_device_train_batch_size=32, kl_coef=0.0, num_ppo_epochs=2)
+    result = train_on_policy(cfg, tiny.examples(40), judge=likes_short)
+    scores = [row["objective/scores"] for row in result.history]
+    assert sum(scores[-5:]) / 5 > sum(scores[:5]) / 5 + 1.0
+
+
+def test_compat_reference_writes_on_past_the_eos_and_counts_one_in_the_last_slot_as_missing(paths):
+    cfg = config(paths, DRPOConfig, compat="reference", missing_eos_penalty=None, missing_eos_score=-1.0)
+    result = run(cfg, max_steps=1)
+    history = result.history[0]
+    assert history["completions/mean_length"] + history["drpo/prefix_len_mean"] == pytest.approx(cfg.response_length)
+
+
+def test_missing_reward_model_and_prompts_without_room_are_named(paths):
+    with pytest.raises(ValueError, match="reward_model_path: give the reward model"):
+        train_on_policy(config(paths | {"reward_model_path": ""}), tiny.examples(4))
+    with pytest.raises(ValueError, match="reward_model_path: .* has no trained score head"):
+        train_on_policy(config(paths | {"reward_model_path": paths["model_name_or_path"]}), tiny.examples(4))
+    with pytest.raises(ValueError, match="max_length: no train prompt leaves room"):
+        train_on_policy(config(paths, max_length=8), tiny.examples(4))

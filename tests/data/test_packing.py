@@ -1,0 +1,102 @@
+import pytest
+import torch
+
+from fastrlhf.data.packing import micro_batches, pack, sequence, unpack
+from fastrlhf.types import Segment
+
+
+def test_two_sequences_pack_into_the_arrays_of_the_worked_example():
+    batch = pack([Segment(token_ids=[7, 8, 1, 5, 0], num_scored=2), Segment(token_ids=[7, 9, 4], num_scored=1)])
+    assert batch.token_ids.tolist() == [7, 8, 1, 5, 0, 7, 9, 4]
+    assert batch.positions.tolist() == [0, 1, 2, 3, 4, 0, 1, 2]
+    assert batch.rows.tolist() == [2, 3, 6]
+    assert batch.targets.tolist() == [5, 0, 4]
+    assert batch.cu_rows.tolist() == [0, 2, 3]
+    assert batch.last.tolist() == [4, 7]
+    assert batch.plan.cu_seqlens.tolist() == [0, 5, 8]
+    assert batch.plan.key_index is None
+    assert batch.cu_rows.dtype == batch.plan.cu_seqlens.dtype == torch.int32
+    assert (batch.num_tokens, batch.num_rows, batch.num_sequences) == (8, 3, 2)
+
+
+def test_the_shift_predicts_each_target_from_the_token_before_it():
+    batch = pack([sequence([3, 4], [5, 6, 7])])
+    assert batch.token_ids[batch.rows].tolist() == [4, 5, 6]
+    assert batch.targets.tolist() == [5, 6, 7]
+
+
+def test_a_pair_on_its_prompt_computes_the_prompt_once():
+    batch = pack(
+        [
+            Segment(token_ids=[7, 8]),
+            Segment(token_ids=[1, 0], num_scored=2, parent=0, cut=2),
+            Segment(token_ids=[2, 3, 0], num_scored=3, parent=0, cut=2),
+        ]
+    )
+    assert batch.token_ids.tolist() == [7, 8, 1, 0, 2, 3, 0]
+    assert batch.positions.tolist() == [0, 1, 2, 3, 2, 3, 4]
+    assert batch.rows.tolist() == [1, 2, 1, 4, 5]  # both first tokens are predicted from the prompt's last
+    assert batch.targets.tolist() == [1, 0, 2, 3, 0]
+    assert batch.cu_rows.tolist() == [0, 2, 5]  # the prompt is no sequence
+    assert batch.last.tolist() == [3, 6]
+    assert batch.plan.key_index.tolist() == [0, 1, 0, 1, 2, 3, 0, 1, 4, 5, 6]
+    assert batch.plan.cu_seqlens.tolist() == [0, 2, 4, 7]
+    assert batch.plan.cu_seqlens_k.tolist() == [0, 2, 6, 11]
+    assert unpack(batch) == [[7, 8, 1, 0], [7, 8, 2, 3, 0]]
+
+
+def test_branches_may_leave_a_trunk_at_different_cuts_and_have_branches_of_their_own():
+    trunk = Segment(token_ids=[1, 2, 3, 4])
+    batch = pack(
+        [
+            trunk,
+            Segment(token_ids=[5], num_scored=1, parent=0, cut=2),
+            Segment(token_ids=[6, 7], parent=0, cut=3),
+            Segment(token_ids=[8], num_scored=1, parent=2, cut=1),
+        ]
+    )
+    assert unpack(batch) == [[1, 2, 5], [1, 2, 3, 6, 8]]
+    assert batch.positions.tolist() == [0, 1, 2, 3, 2, 3, 4, 4]
+    assert batch.rows.tolist() == [1, 5]
+    assert batch.targets.tolist() == [5, 8]
+
+
+def test_unpack_inverts_pack():
+    sequences = [[5], [1, 2, 3], [9, 9], [4, 0, 0, 0]]
+    assert unpack(pack([Segment(token_ids=ids) for ids in sequences])) == sequences
+
+
+@pytest.mark.parametrize(
+    ("segments", "message"),
+    [
+        ([], "nothing to pack"),
+        ([Segment(token_ids=[])], "no tokens"),
+        ([Segment(token_ids=[1, 2], num_scored=2)], r"num_scored 2 must be in 0\.\.1"),
+        ([Segment(token_ids=[1], parent=0, cut=1)], "must come before it"),
+        ([Segment(token_ids=[1]), Segment(token_ids=[2], parent=0, cut=2)], r"cut 2 must be in 1\.\.1"),
+        ([Segment(token_ids=[1, 2], num_scored=1), Segment(token_ids=[2], parent=0, cut=1)], "cannot itself be scored"),
+    ],
+)
+def test_a_forest_that_is_none_is_refused(segments, message):
+    with pytest.raises(ValueError, match=message):
+        pack(segments)
+
+
+def test_micro_batches_hold_every_item_once_within_the_budget_and_evenly():
+    costs = [9, 1, 1, 1, 8, 7, 2, 3]
+    micros = micro_batches(costs, 11)
+    assert sorted(i for micro in micros for i in micro) == list(range(8))
+    loads = [sum(costs[i] for i in micro) for micro in micros]
+    assert len(micros) == 3
+    assert max(loads) <= 11
+    assert max(loads) - min(loads) <= 1
+
+
+def test_micro_batches_depend_on_the_costs_alone():
+    assert micro_batches([4, 4, 4], 8) == micro_batches([4, 4, 4], 8)
+    assert micro_batches([], 8) == []
+
+
+def test_an_item_above_the_budget_is_named():
+    with pytest.raises(ValueError, match="micro_batch_tokens: 8 cannot hold pair 1 of 9 tokens"):
+        micro_batches([3, 9], 8, "pair")

@@ -1,0 +1,144 @@
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from fastrlhf.config import EvalConfig
+from fastrlhf.data.inputs import open_eval_inputs
+from fastrlhf.evaluation import evaluate
+from fastrlhf.evaluation.evaluate import evaluate_models, format_table
+from fastrlhf.evaluation.judges import reward_model_judge
+from fastrlhf.evaluation.responses import respond
+from fastrlhf.evaluation.winrates import Comparison, compare
+from fastrlhf.models.loading import build_policy, load_policy, load_reward_model
+from tests import tiny
+
+
+@pytest.fixture
+def config(tmp_path):
+    return EvalConfig(
+        models=(tiny.save_policy(tmp_path / "a"), tiny.save_policy(tmp_path / "b", seed=5)),
+        reward_model_path=tiny.save_reward_model(tmp_path / "reward"),
+        response_length=6,
+        max_length=32,
+        rollout_batch_size=7,
+    )
+
+
+def own_scores(config: EvalConfig, name: str, rows) -> np.ndarray:
+    reward_model = load_reward_model(config.reward_model_path, pad_token_id=0)
+    rollouts = respond(
+        load_policy(name),
+        rows,
+        eos_token_id=tiny.EOS,
+        response_length=config.response_length,
+        temperature=config.temperature,
+        seed=config.seed,
+        batch_size=64,
+    )
+    return reward_model_judge(reward_model, eos_token_id=tiny.EOS, micro_batch_tokens=8192)(rollouts).numpy()
+
+
+@torch.no_grad()
+def column_scores(config: EvalConfig, rows, column: str) -> np.ndarray:
+    model = load_reward_model(config.reward_model_path, pad_token_id=0)
+    texts = [torch.tensor([[*row.prompt, *getattr(row, column)]]) for row in rows]
+    return np.array([model(text).logits.item() for text in texts])
+
+
+def agree(ours: Comparison, expected: Comparison) -> None:
+    assert (ours.win_rate, ours.win_rate_ci, ours.num) == (expected.win_rate, expected.win_rate_ci, expected.num)
+    assert ours.mean_difference == pytest.approx(expected.mean_difference, rel=1e-5)
+
+
+@pytest.mark.parametrize("column", ["reference", "chosen", "rejected"])
+def test_every_model_is_compared_with_a_column_on_the_same_prompts(config, column):
+    config = replace(config, opponent=column)
+    comparisons = evaluate_models(config, tiny.examples(20))
+    tokenizer_config = replace(config, tokenizer_name_or_path=config.models[0])
+    _, rows = open_eval_inputs(tokenizer_config, [column], tiny.examples(20))
+    assert list(comparisons) == list(config.models)
+    for name, comparison in comparisons.items():
+        expected = compare(own_scores(config, name, rows), column_scores(config, rows, column), seed=config.seed)
+        agree(comparison, expected)
+        assert comparison.num == 20
+
+
+def test_models_are_compared_with_each_other(config):
+    one, other = config.models
+    [(name, against)] = evaluate_models(replace(config, opponent=other), tiny.examples(20)).items()
+    [(_, back)] = evaluate_models(replace(config, opponent=one), tiny.examples(20)).items()
+    assert name == one
+    assert against.win_rate + back.win_rate == pytest.approx(1)
+    assert against.mean_difference == pytest.approx(-back.mean_difference)
+    assert against.mean_difference != 0
+
+
+def test_a_response_of_the_dataset_that_was_cut_is_judged_as_it_stands(config):
+    """max_length leaves no room for its EOS."""
+    examples = [replace(example, rejected="w1 " * 30) for example in tiny.examples(12)]
+    config = replace(config, opponent="rejected", max_length=20)
+    _, rows = open_eval_inputs(replace(config, tokenizer_name_or_path=config.models[0]), ["rejected"], examples)
+    assert all(row.rejected[-1] != tiny.EOS for row in rows)
+    for name, comparison in evaluate_models(config, examples).items():
+        agree(comparison, compare(own_scores(config, name, rows), column_scores(config, rows, "rejected"), seed=42))
+
+
+def test_only_the_held_out_rows_are_judged(config, tmp_path, monkeypatch):
+    rows = [{"prompt": f"w{i}", "completion": "w1"} for i in range(20)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    seen = []
+
+    def record(model, rows, **settings):
+        seen.append([row.row for row in rows])
+        return respond(model, rows, **settings)
+
+    monkeypatch.setattr(evaluate, "respond", record)
+    held_out = replace(config, dataset_name=str(tmp_path / "a.jsonl"), num_eval_examples=6)
+    assert {comparison.num for comparison in evaluate_models(held_out).values()} == {6}
+    assert seen == [[14, 15, 16, 17, 18, 19]] * 2
+
+
+def test_a_prompt_without_room_for_a_response_is_left_out(config):
+    examples = [replace(example, prompt="w1 " * (20 + i)) for i, example in enumerate(tiny.examples(12))]
+    [comparison, _] = evaluate_models(config, examples).values()
+    assert comparison.num == 7  # prompts of 20 to 26 tokens, and 6 of the response, in 32
+    with pytest.raises(ValueError, match=r"^max_length: no eval prompt leaves room for a response of 6 tokens"):
+        evaluate_models(replace(config, max_length=25), examples)
+
+
+def test_bad_input_is_refused_before_anything_is_generated(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "respond", None)
+    one = config.models[0]
+    large = tmp_path / "large"
+    build_policy(tiny.model_config(), vocab_size=tiny.VOCAB + 1, eos_token_id=1, seed=0).save_pretrained(large)
+    for settings, message in (
+        ({"models": ()}, "^models: must be at least one folder"),
+        ({"models": (one, str(tmp_path / "nowhere"))}, "^models: '.*nowhere' is neither a folder here nor"),
+        ({"models": (str(large),), "tokenizer_name_or_path": one}, "^vocabulary mismatch: "),
+        ({"models": (config.reward_model_path,)}, "^models: .* lacks weights of such a model"),
+        ({"reward_model_path": ""}, "^reward_model_path: must be the reward model that judges; got ''"),
+        ({"reward_model_path": one}, "^reward_model_path: .* has no trained score head"),
+        (
+            {"opponent": "references"},
+            r"^opponent: must be a column \(reference, chosen, rejected\) or one of the models",
+        ),
+        ({"models": (one,), "opponent": one}, "^opponent: must be another one than the only model"),
+        ({"dataset_name": ""}, "^dataset_name: "),
+    ):
+        examples = None if "dataset_name" in settings else tiny.examples(4)
+        with pytest.raises(ValueError, match=message):
+            evaluate_models(replace(config, **settings), examples)
+
+
+def test_the_table_is_aligned():
+    comparison = Comparison(
+        win_rate=0.625, win_rate_ci=(0.5, 0.75), mean_difference=-0.5, difference_ci=(-1.0, 0.25), num=8
+    )
+    header, first, second = format_table({"a": comparison, "runs/long/name": comparison}).splitlines()
+    assert header == "model           win rate %             score difference           prompts"
+    assert first == "a                62.5 [ 50.0,  75.0]    -0.500 [ -1.000,  +0.250]       8"
+    assert second == first.replace("a             ", "runs/long/name", 1)
+    assert format_table({"a": comparison}).splitlines()[1].startswith("a       62.5 [")

@@ -1,0 +1,70 @@
+import pytest
+import torch
+
+from fastrlhf.data.packing import pack
+from fastrlhf.evaluation.judges import checked_scores, reward_model_judge
+from fastrlhf.models.forward import sequence_scores
+from fastrlhf.models.loading import load_reward_model
+from fastrlhf.types import Prefix, Rollout, Segment
+from tests import tiny
+
+
+def rollout(prompt: list[int], completion: list[int], row: int = 0, num_reset: int = 0) -> Rollout:
+    return Rollout(
+        prefix=Prefix(token_ids=prompt, num_reset=num_reset, row=row, episode=row),
+        completion=completion,
+        sampler_logprob=[0.0] * len(completion),
+        ended=tiny.EOS in completion,
+    )
+
+
+@pytest.fixture
+def model(tmp_path):
+    return load_reward_model(tiny.save_reward_model(tmp_path), pad_token_id=0)
+
+
+@torch.no_grad()
+def score(model, token_ids: list[int]) -> torch.Tensor:
+    return sequence_scores(model, pack([Segment(token_ids=token_ids)]))[0]
+
+
+@pytest.mark.parametrize("micro_batch_tokens", [9, 20, 1000])
+def test_a_response_is_judged_after_its_prompt_and_up_to_its_first_eos(model, micro_batch_tokens):
+    judge = reward_model_judge(model, eos_token_id=tiny.EOS, micro_batch_tokens=micro_batch_tokens)
+    judged = judge(
+        [
+            rollout([5, 6, 7], [8, 9, tiny.EOS]),
+            rollout([5, 6, 7], [8, 9, 10, 11]),  # cut: no EOS
+            rollout([5, 6, 7, 8], [9, tiny.EOS, 12, 13, tiny.EOS], num_reset=1),  # went on past its EOS
+            rollout([14], [tiny.EOS]),
+        ]
+    )
+    texts = [[5, 6, 7, 8, 9, 1], [5, 6, 7, 8, 9, 10, 11], [5, 6, 7, 8, 9, 1], [14, 1]]
+    torch.testing.assert_close(judged, torch.stack([score(model, text) for text in texts]), rtol=1e-5, atol=1e-6)
+    assert judged.dtype == torch.float32
+    assert not judged.requires_grad
+    assert len(set(judged.tolist())) >= 3
+
+
+def test_a_response_longer_than_a_micro_batch_is_refused(model):
+    judge = reward_model_judge(model, eos_token_id=tiny.EOS, micro_batch_tokens=4)
+    with pytest.raises(ValueError, match=r"^micro_batch_tokens: 4 cannot hold response 1 of 5 tokens"):
+        judge([rollout([5], [6]), rollout([5, 6, 7], [8, 9])])
+
+
+def test_good_scores_pass_unchanged():
+    scores = torch.tensor([1.5, -2.0])
+    assert checked_scores(scores, [rollout([5], [6])] * 2) is scores
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_score_that_is_not_finite_is_refused_by_the_row_of_its_prompt(bad):
+    rollouts = [rollout([5], [6], row=30), rollout([5], [6], row=41), rollout([5], [6], row=52)]
+    with pytest.raises(ValueError, match=f"^judge: the score of a response to row 41 is {bad}$"):
+        checked_scores(torch.tensor([0.0, bad, bad]), rollouts)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (2, 1)])
+def test_a_judge_that_returns_another_number_of_scores_is_refused(shape):
+    with pytest.raises(ValueError, match=r"^judge: must return one score per rollout \[2\]; got \("):
+        checked_scores(torch.zeros(shape), [rollout([5], [6])] * 2)

@@ -1,0 +1,207 @@
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from fastrlhf.evaluation.report import write_report
+from fastrlhf.metrics import MetricsWriter
+
+ON_POLICY = {"loss/policy_avg": 0.1, "objective/kl": 1.0, "objective/scores": 0.5, "lr": 1e-4}
+
+
+def write_metrics(directory, metrics, steps=5):
+    with MetricsWriter(directory) as writer:
+        for step in range(1, steps + 1):
+            writer.log(step, {name: value * step for name, value in metrics.items()})
+
+
+def sections(page):
+    """Heading -> content of every section."""
+    return dict(re.findall(r"<section[^>]*><h2>(.*?)</h2>(.*?)</section>", page, flags=re.DOTALL))
+
+
+def figures(page):
+    """Title -> labels of the curves of every figure, in order."""
+    return {
+        re.sub("<.*?>", "", title): re.findall("<title>(.*?): ", body)
+        for title, body in re.findall(r"<figcaption><b>(.*?)</b><div(.*?)</figure>", page, flags=re.DOTALL)
+    }
+
+
+class _Balanced(HTMLParser):
+    """Checks that every element that is opened is closed, in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.open = []
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in ("meta",):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        pass
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_one_run_gives_one_chart_per_metric_with_families_together(tmp_path):
+    write_metrics(tmp_path / "run", {"rewards/chosen": 1.0, "loss": 2.0, "rewards/margins": 3.0})
+    path = write_report(tmp_path / "run")
+    assert path == tmp_path / "run" / "report.html"
+    assert list(figures(path.read_text()).items()) == [
+        ("loss", ["run"]),
+        ("rewards/chosen", ["run"]),
+        ("rewards/margins", ["run"]),
+    ]
+
+
+def test_stages_that_log_the_same_metrics_share_charts_and_others_do_not(tmp_path):
+    write_metrics(tmp_path / "drpo", ON_POLICY | {"drpo/reset_fraction": 0.5})
+    write_metrics(tmp_path / "ppo", ON_POLICY)
+    write_metrics(tmp_path / "reward", {"loss": 0.7, "accuracy": 0.1})
+    write_metrics(tmp_path / "sft", {"loss": 2.0, "entropy": 1.0})
+    page = sections(write_report(tmp_path).read_text())
+    assert list(page) == ["sft", "reward", "ppo, drpo"]
+    assert figures(page["sft"])["loss"] == ["sft"]
+    assert figures(page["reward"])["loss"] == ["reward"]
+    assert figures(page["ppo, drpo"])["objective/kl"] == ["ppo", "drpo"]
+    assert figures(page["ppo, drpo"])["drpo/reset_fraction"] == ["drpo"]
+
+
+def test_two_seeds_are_overlaid(tmp_path):
+    for seed in range(2):
+        write_metrics(tmp_path / f"seed-{seed}" / "ppo", ON_POLICY)
+    assert list(sections(write_report(tmp_path).read_text())) == ["seed-0/ppo, seed-1/ppo"]
+
+
+def test_the_later_row_of_a_step_counts(tmp_path):
+    rows = [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 9.0}, {"step": 2, "loss": 2.5}, {"step": 2, "eval_loss": 7.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = write_report(tmp_path).read_text()
+    assert "2 points, from 1 to 2.5" in page
+    assert "1 points, from 7 to 7" in page
+
+
+def test_the_summary_becomes_a_table_with_interval_bars(tmp_path):
+    methods = {
+        "sft": {
+            "win_rate": 0.25,
+            "win_rate_ci": [0.2, 0.3],
+            "gold_reward": 1.5,
+            "kl": None,
+            "seconds": 90,
+            "tokens": 50000,
+        },
+        "drpo": {
+            "win_rate": 0.5,
+            "win_rate_ci": [0.4, 0.6],
+            "gold_reward": 2.5,
+            "kl": 8.0,
+            "seconds": 120,
+            "tokens": 2e6,
+        },
+    }
+    summary = {
+        "task": "toy",
+        "seed": 3,
+        "device": "cpu",
+        "reward_model": {"eval_accuracy": 0.81234},
+        "methods": methods,
+    }
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    page = write_report(tmp_path).read_text()
+    assert "<h1>toy</h1>" in page
+    assert "<span>seed 3</span>" in page
+    assert "<span>reward model eval accuracy 0.8123</span>" in page
+    table = sections(page)["Results"]
+    assert re.findall("<th>([^<]+)</th>", table) == [
+        "Method",
+        "Win rate",
+        "Gold reward",
+        "KL (nats)",
+        "Seconds",
+        "Tokens",
+    ]
+    assert "25.0&nbsp;%" in table
+    assert 'cx="70.0"' in table  # the half of drpo, in the middle of its bar
+    assert "&ndash;" in table  # sft has no KL
+    assert "50k" in table
+
+
+def test_columns_that_the_report_does_not_know_are_shown_too(tmp_path):
+    row = {"win_rate": 0.5, "rouge_l": 0.25, "rouge_l_ci": [0.2, 0.3]}
+    (tmp_path / "summary.json").write_text(json.dumps({"methods": {"sft": row}}))
+    table = sections(write_report(tmp_path).read_text())["Results"]
+    assert "<th>rouge l</th>" in table
+    assert "0.2 to 0.3" in table
+    assert "ci</th>" not in table
+
+
+def test_samples_and_configuration_are_escaped(tmp_path):
+    attack = "<script>alert(1)</script>"
+    with MetricsWriter(tmp_path) as writer:
+        writer.log(1, {attack: 1.0, "loss": float("nan")})
+        writer.samples(
+            1, [{"prompt": attack, "response": "a & b \ud800", attack: [{"role": "user", "content": attack}]}]
+        )
+    (tmp_path / "config.yaml").write_text(f"output_dir: {attack}\n")
+    (tmp_path / "summary.json").write_text(
+        json.dumps({"task": attack, attack: attack, "methods": {attack: {attack: attack, "win_rate": 0.5}}})
+    )
+    page = write_report(tmp_path).read_text()
+    assert "<script" not in page
+    assert "a &amp; b" in page
+    assert page.count("&lt;script&gt;") >= 8
+    parser = _Balanced()
+    parser.feed(page)
+    assert parser.open == []
+
+
+def test_the_page_asks_for_nothing_from_outside(tmp_path):
+    write_metrics(tmp_path, ON_POLICY)
+    page = write_report(tmp_path).read_text()
+    assert "default-src 'none'" in page
+    assert not re.search(r"https?:|src=|@import|url\(", page)
+
+
+def test_only_the_last_samples_are_shown(tmp_path):
+    write_metrics(tmp_path, {"loss": 1.0})
+    with MetricsWriter(tmp_path) as writer:
+        writer.samples(1, [{"prompt": f"prompt-{i}."} for i in range(30)])
+    shown = re.findall(r"prompt-(\d+)\.", write_report(tmp_path).read_text())
+    assert shown == [str(i) for i in range(18, 30)]
+
+
+def test_thousands_of_steps_make_a_small_page(tmp_path):
+    write_metrics(tmp_path, {"loss": 1.0}, steps=5000)
+    assert write_report(tmp_path).stat().st_size < 20000
+
+
+def test_writing_twice_gives_the_same_page(tmp_path):
+    write_metrics(tmp_path, ON_POLICY)
+    first = write_report(tmp_path).read_bytes()
+    assert write_report(tmp_path).read_bytes() == first
+
+
+def test_a_directory_without_metrics_or_summary_is_an_error_that_names_it(tmp_path):
+    (tmp_path / "metrics.jsonl").touch()
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
+        write_report(tmp_path)
+    with pytest.raises(ValueError, match="nowhere"):
+        write_report(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"methods": []}', '{"methods": {"sft": 1}}'])
+def test_a_malformed_summary_is_an_error_that_names_it(tmp_path, text):
+    (tmp_path / "summary.json").write_text(text)
+    with pytest.raises(ValueError, match=r"summary\.json"):
+        write_report(tmp_path)
+
+
+def test_a_metrics_row_without_a_step_is_an_error_that_names_it(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n{"loss": 1.0}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2"):
+        write_report(tmp_path)

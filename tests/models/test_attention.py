@@ -1,0 +1,248 @@
+"""Attention over forests against a dense reference that knows only which tokens precede which."""
+
+import inspect
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention import varlen
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AttentionInterface
+
+from fastrlhf.data.packing import pack
+from fastrlhf.models import attention
+from fastrlhf.models.attention import PACKED, backend, packed_attention
+from fastrlhf.types import AttentionPlan, Segment
+from tests import tiny
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+PLAIN = [Segment(token_ids=range(7)), Segment(token_ids=range(1)), Segment(token_ids=range(4))]
+FOREST = [
+    Segment(token_ids=range(7)),
+    Segment(token_ids=range(3), parent=0, cut=7),
+    Segment(token_ids=range(5), parent=0, cut=2),
+    Segment(token_ids=range(4)),
+    Segment(token_ids=range(2), parent=2, cut=4),
+]
+VARIANTS = {
+    "plain": {},
+    "window": {"sliding_window": 3},
+    "window of one": {"sliding_window": 1},
+    "window longer than all": {"sliding_window": 99},
+    "soft-cap": {"softcap": 0.7},
+    "soft-cap and window": {"softcap": 0.7, "sliding_window": 2},
+    "own scale": {"scaling": 0.9},
+}
+
+
+def draw(segments: list[Segment], num_heads: int = 4, num_key_heads: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    """Query [1, H, T, 8], key and value [1, H_kv, T, 8]."""
+    generator = torch.Generator().manual_seed(0)
+    num_tokens = sum(len(segment.token_ids) for segment in segments)
+    shapes = [(1, heads, num_tokens, 8) for heads in (num_heads, num_key_heads, num_key_heads)]
+    return tuple(torch.randn(shape, generator=generator).mul_(2).requires_grad_() for shape in shapes)
+
+
+def attend(segments: list[Segment], query: Tensor, key: Tensor, value: Tensor, **settings) -> Tensor:
+    """What transformers calls; [1, T, H, 8]."""
+    output, weights = AttentionInterface()[PACKED](
+        None, query, key, value, None, attention_plan=pack(segments).plan, **settings
+    )
+    assert weights is None
+    return output
+
+
+def paths(segments: list[Segment]) -> list[list[int]]:
+    """For every token of the pack, the rows of the tokens that precede it in its sequence, its own last."""
+    starts, found = [], []
+    for segment in segments:
+        starts.append(len(found))
+        before = found[starts[segment.parent] + segment.cut - 1] if segment.parent >= 0 else []
+        for i in range(len(segment.token_ids)):
+            found.append([*before, *range(starts[-1], starts[-1] + i + 1)])
+    return found
+
+
+def dense(
+    segments: list[Segment],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float = 8**-0.5,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+) -> Tensor:
+    """All tokens against all, in float64, under an explicit mask."""
+    visible = torch.zeros(query.shape[2], query.shape[2], dtype=torch.bool)
+    for row, path in enumerate(paths(segments)):
+        visible[row, path if sliding_window is None else path[-sliding_window:]] = True
+    groups = query.shape[1] // key.shape[1]
+    q, k, v = query[0].double(), key[0].double().repeat_interleave(groups, 0), value[0].double()
+    scores = q @ k.transpose(1, 2) * scaling
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+    return (weights @ v.repeat_interleave(groups, 0)).transpose(0, 1)[None].float()
+
+
+def agree(segments: list[Segment], settings: dict, num_heads: int = 4, num_key_heads: int = 2) -> None:
+    """Ours and the dense reference in value and in all three gradients."""
+    results = []
+    for function in (attend, dense):
+        inputs = draw(segments, num_heads, num_key_heads)
+        output = function(segments, *inputs, **settings)
+        (output * torch.linspace(-1, 1, output.numel()).view(output.shape)).sum().backward()
+        results.append([output.detach(), *(tensor.grad for tensor in inputs)])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("segments", [PLAIN, FOREST], ids=["plain", "forest"])
+@pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)
+def test_every_token_sees_its_own_past_and_nothing_else(segments, settings):
+    agree(segments, settings)
+
+
+@pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize("num_key_heads", [4, 1])
+def test_heads_share_keys_in_groups(settings, num_key_heads):
+    agree(FOREST, settings, num_key_heads=num_key_heads)
+
+
+@pytest.mark.parametrize("refused", [{"dropout": 0.1}, {"s_aux": torch.zeros(4)}])
+def test_dropout_and_sinks_are_refused(refused):
+    with pytest.raises(ValueError, match="neither dropout nor attention sinks"):
+        attend(PLAIN, *draw(PLAIN), **refused)
+
+
+def test_keywords_of_other_models_are_left_alone():
+    inputs = draw(PLAIN)
+    assert torch.equal(attend(PLAIN, *inputs, position_ids=None, use_cache=False), attend(PLAIN, *inputs))
+
+
+@pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)
+def test_nothing_of_the_size_of_all_tokens_squared_is_ever_built(settings):
+    segments = [Segment(token_ids=range(16))] * 8
+
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            output = function(*arguments, **(keywords or {}))
+            for leaf in tree_leaves(output):
+                if isinstance(leaf, Tensor):
+                    self.numel = max(self.numel, leaf.numel())
+            return output
+
+    with Largest() as largest:
+        attend(segments, *draw(segments), **settings)
+    assert 0 < largest.numel < 128 * 128
+
+
+# Which kernel runs, and what it is told. ------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "softcap", "installed", "expected"),
+    [
+        (CPU, torch.bfloat16, None, {"flash_attn", "torch.nn.attention.varlen"}, "segments"),
+        (CUDA, torch.float32, None, {"flash_attn", "torch.nn.attention.varlen"}, "segments"),
+        (CUDA, torch.bfloat16, None, {"flash_attn", "torch.nn.attention.varlen"}, "flash_attn"),
+        (CUDA, torch.float16, 2.0, {"flash_attn", "torch.nn.attention.varlen"}, "flash_attn"),
+        (CUDA, torch.bfloat16, None, {"torch.nn.attention.varlen"}, "varlen"),
+        (CUDA, torch.bfloat16, 2.0, {"torch.nn.attention.varlen"}, "segments"),
+        (CUDA, torch.bfloat16, None, set(), "segments"),
+    ],
+)
+def test_the_best_backend_that_can_do_it_is_chosen(monkeypatch, device, dtype, softcap, installed, expected):
+    monkeypatch.setattr(attention, "_installed", installed.__contains__)
+    assert backend(device, dtype, softcap) == expected
+
+
+def test_what_is_installed_is_found():
+    assert attention._installed("torch.nn.attention.varlen")
+    assert not attention._installed("no_such_package")
+
+
+def variable_length(q, k, v, cu_q, cu_k, scale, window: tuple[int, int], softcap: float = 0.0) -> Tensor:
+    """FlashAttention's documented contract, token by token: query i of Lq sees the keys j of Lk with
+    i + Lk - Lq - left <= j <= i + Lk - Lq + right, where -1 is no limit."""
+    left, right = (torch.inf if side < 0 else side for side in window)
+    groups = q.shape[1] // k.shape[1]
+    rows = []
+    for (q0, q1), (k0, k1) in zip(cu_q.unfold(0, 2, 1).tolist(), cu_k.unfold(0, 2, 1).tolist(), strict=True):
+        for i in range(q1 - q0):
+            diagonal = i + (k1 - k0) - (q1 - q0)
+            seen = [k0 + j for j in range(k1 - k0) if diagonal - left <= j <= diagonal + right]
+            keys, values = (x[seen].repeat_interleave(groups, 1) for x in (k, v))  # [n, H, d]
+            scores = (q[q0 + i] * keys).sum(-1) * scale  # [n, H]
+            if softcap:
+                scores = softcap * torch.tanh(scores / softcap)
+            rows.append((scores.softmax(0)[..., None] * values).sum(0))
+    return torch.stack(rows)
+
+
+def check_lengths(plan: AttentionPlan, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int) -> None:
+    assert cu_q.dtype == cu_k.dtype == torch.int32
+    assert max_q == max(cu_q.diff()) == max(plan.query_lengths)
+    assert max_k == max(cu_k.diff()) == max(plan.key_lengths)
+
+
+@pytest.mark.parametrize("segments", [PLAIN, FOREST], ids=["plain", "forest"])
+@pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)
+def test_flash_attention_is_told_the_same(monkeypatch, segments, settings):
+    def flash_attn_varlen_func(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *, softmax_scale, causal, window_size, softcap,
+        deterministic,
+    ):  # fmt: skip
+        assert deterministic
+        check_lengths(pack(segments).plan, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        window = (window_size[0], 0) if causal else window_size  # causal caps the right side
+        return variable_length(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, window, softcap)
+
+    package = ModuleType("flash_attn")
+    package.flash_attn_varlen_func = flash_attn_varlen_func
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    monkeypatch.setattr(attention, "backend", lambda *_: "flash_attn")
+    agree(segments, settings)
+
+
+@pytest.mark.parametrize("segments", [PLAIN, FOREST], ids=["plain", "forest"])
+@pytest.mark.parametrize("settings", [s for s in VARIANTS.values() if "softcap" not in s], ids=str)
+def test_torch_varlen_is_told_the_same(monkeypatch, segments, settings):
+    signature = inspect.signature(varlen.varlen_attn)
+
+    def varlen_attn(*arguments, **keywords):
+        call = signature.bind(*arguments, **keywords)
+        call.apply_defaults()
+        told = call.arguments
+        assert told["query"].shape[1] == told["key"].shape[1] == told["value"].shape[1]  # no enable_gqa in torch 2.11
+        check_lengths(pack(segments).plan, told["cu_seq_q"], told["cu_seq_k"], told["max_q"], told["max_k"])
+        return variable_length(
+            *(told[name] for name in ("query", "key", "value", "cu_seq_q", "cu_seq_k", "scale", "window_size"))
+        )
+
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
+    monkeypatch.setattr(attention, "backend", lambda *_: "varlen")
+    agree(segments, settings)
+
+
+# The model around it. -------------------------------------------------------
+
+
+def test_a_model_is_as_before_after_packed_attention_even_after_an_error():
+    model = tiny.policy()
+    before = model.config._attn_implementation
+    with packed_attention(model):
+        assert model.config._attn_implementation == PACKED
+
+    def fail_within() -> None:
+        with packed_attention(model):
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_within()
+    assert model.config._attn_implementation == before != PACKED

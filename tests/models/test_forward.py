@@ -1,0 +1,108 @@
+import pytest
+import torch
+from transformers import AttentionInterface
+
+from fastrlhf.data.packing import pack
+from fastrlhf.models.attention import PACKED
+from fastrlhf.models.forward import check_packed_forward, sequence_scores, token_logprobs, token_values
+from fastrlhf.models.loading import load_reward_model
+from fastrlhf.types import Segment
+from tests import tiny
+
+SEQUENCES = [[5, 6, 7, 8, 9, 10, 11], [12, 13], [5, 6, 7, 20, 21, 22, 23, 24, 25]]
+
+
+def scored(ids: list[int]) -> Segment:
+    return Segment(token_ids=ids, num_scored=len(ids) - 1)
+
+
+@torch.no_grad()
+def own_logprobs(model, ids: list[int], temperature: float = 1.0) -> torch.Tensor:
+    logits = model(torch.tensor([ids])).logits[0, :-1].double() / temperature
+    return logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0].float()
+
+
+@pytest.mark.parametrize("name", tiny.ARCHITECTURES)
+def test_packed_logprobs_equal_the_models_own_one_by_one(name):
+    model = tiny.policy(name)
+    packed = token_logprobs(model, pack([scored(ids) for ids in SEQUENCES]), temperature=0.7).logprob
+    alone = torch.cat([own_logprobs(model, ids, 0.7) for ids in SEQUENCES])
+    torch.testing.assert_close(packed, alone, rtol=2e-6, atol=5e-6)
+
+
+@pytest.mark.parametrize("name", tiny.ARCHITECTURES)
+def test_branches_equal_the_separate_sequences_in_value_and_gradient(name):
+    model = tiny.policy(name)
+    forest = [
+        Segment(token_ids=SEQUENCES[0]),
+        Segment(token_ids=[14, 15], num_scored=2, parent=0, cut=7),
+        Segment(token_ids=[16, 17, 18], num_scored=3, parent=0, cut=3),
+    ]
+    plain = [
+        Segment(token_ids=[*SEQUENCES[0], 14, 15], num_scored=2),
+        Segment(token_ids=[*SEQUENCES[0][:3], 16, 17, 18], num_scored=3),
+    ]
+    results = []
+    for segments in (forest, plain):
+        logprob = token_logprobs(model, pack(segments)).logprob
+        model.zero_grad()
+        (logprob * torch.arange(1.0, 6.0)).sum().backward()
+        results.append([logprob.detach(), *[p.grad.clone() for p in model.parameters() if p.grad is not None]])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("name", tiny.ARCHITECTURES)
+@torch.no_grad()
+def test_changing_one_sequence_moves_no_number_of_another(name):
+    model = tiny.policy(name)
+    before = token_logprobs(model, pack([scored(ids) for ids in SEQUENCES])).logprob
+    changed = [SEQUENCES[0], [30, 31], SEQUENCES[2]]
+    after = token_logprobs(model, pack([scored(ids) for ids in changed])).logprob
+    others = torch.tensor([True] * 6 + [False] + [True] * 8)
+    assert torch.equal(before[others], after[others])
+    assert not torch.equal(before[~others], after[~others])
+
+
+@pytest.mark.parametrize("name", tiny.ARCHITECTURES)
+@torch.no_grad()
+def test_scores_equal_the_plain_sequence_classifier(name, tmp_path):
+    tiny.policy(name).save_pretrained(tmp_path)
+    model = load_reward_model(str(tmp_path), pad_token_id=0)
+    packed = sequence_scores(model, pack([Segment(token_ids=ids) for ids in SEQUENCES]))
+    alone = torch.cat([model(torch.tensor([ids])).logits[0] for ids in SEQUENCES])
+    torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_value_is_read_where_its_token_is_predicted(tmp_path):
+    tiny.policy().save_pretrained(tmp_path)
+    critic = load_reward_model(str(tmp_path), pad_token_id=0)
+    values = token_values(critic, pack([Segment(token_ids=[5, 6, 7, 8], num_scored=2)]))
+    prefixes = sequence_scores(critic, pack([Segment(token_ids=[5, 6]), Segment(token_ids=[5, 6, 7])]))
+    torch.testing.assert_close(values, prefixes, rtol=1e-5, atol=1e-6)
+
+
+def test_attention_that_leaks_between_sequences_is_refused():
+    def leaky(module, query, key, value, attention_mask, *, attention_plan, scaling=None, **kwargs):
+        output = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scaling, enable_gqa=True
+        )
+        return output.transpose(1, 2), None
+
+    model = tiny.policy()
+    ours = AttentionInterface()[PACKED]
+    AttentionInterface.register(PACKED, leaky)
+    try:
+        with pytest.raises(ValueError, match="would silently mix sequences"):
+            check_packed_forward(model)
+    finally:
+        AttentionInterface.register(PACKED, ours)
+    check_packed_forward(model)
+
+
+def test_logits_transformed_in_an_unknown_way_are_refused():
+    model = tiny.policy()
+    model.lm_head.register_forward_hook(lambda module, inputs, output: output * 1.5)
+    with pytest.raises(ValueError, match="its attention or its head"):
+        check_packed_forward(model)

@@ -1,0 +1,247 @@
+"""The command line from end to end, in this process, on tiny files."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from fastrlhf.cli import USAGE, main, parse
+from fastrlhf.config import DRPOConfig, EvalConfig, PPOConfig, SFTConfig
+from fastrlhf.metrics import read_metrics
+from tests import tiny
+
+SECTIONS = {
+    "shared": {
+        "max_length": 32,
+        "per_device_train_batch_size": 4,
+        "max_steps": 2,
+        "learning_rate": "1e-3",
+        "num_eval_examples": 8,
+        "progress": False,
+        "seed": 3,
+    },
+    "sft": {
+        "tokenizer_name_or_path": "tokenizer",
+        "dataset_name": "demonstrations.jsonl",
+        "model_config": {
+            "model_type": "llama",
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+        },
+    },
+    "reward": {"model_name_or_path": "runs/sft", "dataset_name": "pairs.jsonl"},
+    "dpo": {"model_name_or_path": "runs/sft", "dataset_name": "pairs.jsonl", "beta": 0.5},
+    "ppo": {"model_name_or_path": "runs/sft", "reward_model_path": "runs/reward", "dataset_name": "pairs.jsonl"},
+    "drpo": {
+        "model_name_or_path": "runs/sft",
+        "reward_model_path": "runs/reward",
+        "dataset_name": "demonstrations.jsonl",
+        "value_learning_rate": None,
+    },
+    "eval": {
+        "models": ["runs/sft", "runs/dpo"],
+        "reward_model_path": "runs/reward",
+        "dataset_name": "demonstrations.jsonl",
+        "response_length": 6,
+    },
+}
+ON_POLICY = {"response_length": 6, "num_ppo_epochs": 1}
+
+
+def write_lines(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a tokenizer, two files of data and a file of settings; it is the current one while a test runs."""
+    folder = tmp_path_factory.mktemp("place")
+    examples = tiny.examples(24)
+    write_lines(folder / "demonstrations.jsonl", [{"prompt": e.prompt, "completion": e.reference} for e in examples])
+    write_lines(
+        folder / "pairs.jsonl", [{"prompt": e.prompt, "chosen": e.chosen, "rejected": e.rejected} for e in examples]
+    )
+    tiny.tokenizer().save_pretrained(folder / "tokenizer")
+    sections = {name: dict(keys) for name, keys in SECTIONS.items()}
+    for command in ("ppo", "drpo"):
+        sections[command] |= ON_POLICY
+    for command in ("sft", "reward", "dpo", "ppo", "drpo"):
+        sections[command]["output_dir"] = f"runs/{command}"
+    (folder / "all.yaml").write_text(yaml.safe_dump(sections), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def chain(place):
+    """Every training command once, in order; the exit codes."""
+    before = Path.cwd()
+    os.chdir(place)
+    try:
+        return {command: main([command, "--config", "all.yaml"]) for command in ("sft", "reward", "dpo", "ppo", "drpo")}
+    finally:
+        os.chdir(before)
+
+
+@pytest.fixture(autouse=True)
+def _there(place, monkeypatch):
+    monkeypatch.chdir(place)
+
+
+def fails(capsys, *arguments: str) -> str:
+    """The one line that a mistake prints, without the name of the command."""
+    capsys.readouterr()
+    assert main(arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1, printed.err
+    assert printed.err.startswith(f"fastrlhf {arguments[0]}: ")
+    return printed.err.strip().removeprefix(f"fastrlhf {arguments[0]}: ")
+
+
+def test_every_trainer_runs_from_one_file_of_sections(chain, place):
+    assert chain == dict.fromkeys(("sft", "reward", "dpo", "ppo", "drpo"), 0)
+    for command in chain:
+        folder = place / "runs" / command
+        assert len(read_metrics(folder / "metrics.jsonl")) == 2
+        kind = AutoModelForSequenceClassification if command == "reward" else AutoModelForCausalLM
+        assert kind.from_pretrained(folder).config.vocab_size == tiny.VOCAB
+    # the file beats the defaults, and the section what is shared
+    assert yaml.safe_load((place / "runs/dpo/config.yaml").read_text())["beta"] == 0.5
+    assert yaml.safe_load((place / "runs/drpo/config.yaml").read_text())["missing_eos_score"] == -1.0
+
+
+def test_eval_prints_a_win_rate_per_model(chain, capsys):
+    assert main(["eval", "--config", "all.yaml"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["model", "runs/sft", "runs/dpo"]
+    assert all(line.endswith("  8") for line in lines[1:])  # the prompts that no trainer saw
+
+
+def test_report_writes_a_page_of_a_run_and_says_where(chain, capsys):
+    assert main(["report", "runs/drpo"]) == 0
+    page = Path(capsys.readouterr().out.strip())
+    assert page == Path("runs/drpo/report.html")
+    assert "objective/scores" in page.read_text(encoding="utf-8")
+
+
+def test_a_run_prints_its_last_evaluation_and_where_it_is(chain, capsys):
+    assert main(["dpo", "--config", "all.yaml", "--output_dir", "runs/dpo_again"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert "eval_loss" in out[0]
+    assert out[-1] == "saved in runs/dpo_again"
+
+
+@pytest.mark.parametrize("command", ["sft", "reward", "dpo", "drpo"])
+def test_the_written_configuration_gives_the_same_run_bit_for_bit(chain, place, command):
+    again = f"runs/{command}_twin"
+    assert main([command, "--config", f"runs/{command}/config.yaml", "--output_dir", again]) == 0
+
+    def metrics(folder):
+        return [
+            {name: value for name, value in row.items() if name != "time" and not name.startswith("timing/")}
+            for row in read_metrics(place / folder / "metrics.jsonl")
+        ]
+
+    assert metrics(again) == metrics(f"runs/{command}")
+    written = [yaml.safe_load((place / folder / "config.yaml").read_text()) for folder in (f"runs/{command}", again)]
+    assert {key for key in written[0] if written[0][key] != written[1][key]} == {"output_dir"}
+    kind = AutoModelForSequenceClassification if command == "reward" else AutoModelForCausalLM
+    models = [kind.from_pretrained(folder) for folder in (f"runs/{command}", again)]
+    assert all(torch.equal(a, b) for a, b in zip(*(model.parameters() for model in models), strict=True))
+
+
+def test_flags_beat_the_file_and_the_file_beats_the_defaults(place):
+    flags = ["--config", "all.yaml", "--max_steps", "7", "--lam=0.5", "--whiten_rewards", "False"]
+    config = parse(DRPOConfig, flags, "drpo")
+    assert (config.max_steps, config.lam, config.whiten_rewards) == (7, 0.5, False)
+    assert (config.seed, config.response_length, config.reset_prob) == (3, 6, 1.0)
+    assert parse(DRPOConfig, [*flags[2:], "--config=all.yaml"], "drpo") == config
+
+
+def test_values_keep_their_types(place):
+    config = parse(SFTConfig, ["--config", "all.yaml", "--report_to", "tensorboard", "wandb"], "sft")
+    assert config.learning_rate == 1e-3
+    assert config.report_to == ("tensorboard", "wandb")
+    assert json.loads(config.model_config) == SECTIONS["sft"]["model_config"]
+    assert parse(PPOConfig, ["--missing_eos_score", "-1"], "ppo").missing_eos_score == -1.0
+    assert parse(DRPOConfig, ["--missing_eos_score", "None"], "drpo").missing_eos_score is None
+    assert parse(EvalConfig, ["--models", "a", "b"], "eval").models == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sfft"], "unknown command 'sfft'; did you mean 'sft'?; fastrlhf --help lists them"),
+        (["sft", "--leaning_rate", "1"], "unknown key --leaning_rate; did you mean 'learning_rate'?"),
+        (["sft", "--max_steps", "many"], "--max_steps: invalid literal for int() with base 10: 'many'"),
+        (["sft", "--max_steps", "1.5"], "--max_steps: invalid literal for int() with base 10: '1.5'"),
+        (["sft", "--max_steps"], "Missing value for argument '--max_steps'"),
+        (["sft", "--progress", "maybe"], "'--progress'. Expected one of ('True', 'False')"),
+        (["dpo", "--loss_type", "sigmoidal"], "'--loss_type'. Expected one of ('sigmoid', 'ipo', 'hinge', 'robust')"),
+        (["sft", "all.yaml"], "Unrecognized options: all.yaml"),
+        (["sft", "--learning_rate", "-1"], "learning_rate: must be above 0; got -1.0"),
+        (["sft", "--learning_rate", "nan"], "learning_rate: must be finite; got nan"),
+        (["drpo", "--missing_eos_penalty", "1"], "missing_eos_penalty: must be null where missing_eos_score is given"),
+        (["ppo", "--reset_prob", "1.5"], "reset_prob: must be in 0..1; got 1.5"),
+        (["sft", "--config"], "--config: give a file or the name of a recipe"),
+        (["sft", "--config", "nowhere.yaml"], "config: no file 'nowhere.yaml'; the recipes are drpo_tldr"),
+        (["sft", "--max_steps", "1"], "output_dir: must be the folder of the run; got ''"),
+        (["report"], "RUN_DIR: must be one folder of a run; got []"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_is_one_line_that_names_the_key(capsys, arguments, message):
+    assert message in fails(capsys, *arguments)
+
+
+def test_a_mistake_in_the_file_is_one_line_too(capsys, tmp_path):
+    def told(text: str) -> str:
+        (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
+        return fails(capsys, "sft", "--config", str(tmp_path / "run.yaml"))
+
+    assert "run.yaml: unknown key 'max_step'; did you mean 'max_steps'?" in told("max_step: 3")
+    assert "run.yaml: no valid YAML" in told("a: [1\nb: {")
+    assert "--max_steps: invalid literal for int()" in told("max_steps: many")
+    assert "max_steps: must be at least 1, or -1 for epochs; got 0" in told("max_steps: 0")
+
+
+def test_what_the_system_refuses_is_one_line(capsys, chain):
+    assert "Not a directory: 'all.yaml/run'" in fails(capsys, "sft", "--config", "all.yaml", "--output_dir", "all.yaml/run")
+
+
+def test_a_long_value_in_a_message_stays_whole(capsys):
+    name = "x" * 200
+    assert f"no file '{name}.yaml'" in fails(capsys, "sft", "--config", f"{name}.yaml")
+
+
+@pytest.mark.parametrize("command", ["sft", "reward", "dpo", "ppo", "drpo", "eval", "demo"])
+def test_help_lists_the_keys_of_a_command_with_what_they_mean(capsys, command):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.replace("\u2502", " ").split())
+    keys = {"demo": "--num_eval INT Held-out posts", "eval": "--models [STR [STR ...]] Folders or hub names of policies."}
+    assert keys.get(command, "--max_grad_norm FLOAT Gradients are scaled down to this norm") in text
+
+
+def test_the_list_of_commands(capsys):
+    assert main(["--help"]) == 0
+    assert main(["report", "--help"]) == 0
+    assert main([]) == 2
+    assert capsys.readouterr().out == f"{USAGE}\n" * 3
+
+
+def test_an_interrupted_run_ends_with_130(capsys, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastrlhf.algorithms.sft.train_sft", interrupt)
+    assert main(["sft", "--output_dir", "runs/interrupted"]) == 130
+    assert capsys.readouterr().err == "fastrlhf sft: interrupted\n"

@@ -1,0 +1,153 @@
+import json
+from dataclasses import asdict
+
+import pytest
+import yaml
+
+from fastrlhf.cli import parse
+from fastrlhf.config import DemoConfig, DPOConfig, DRPOConfig, EvalConfig, PPOConfig, RewardConfig, SFTConfig
+from fastrlhf.config_files import COMMANDS, RECIPES, as_flags, check_flags, nearest, read_yaml, write_yaml
+
+KINDS = {
+    "sft": SFTConfig,
+    "reward": RewardConfig,
+    "dpo": DPOConfig,
+    "ppo": PPOConfig,
+    "drpo": DRPOConfig,
+    "eval": EvalConfig,
+    "demo": DemoConfig,
+}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def to_file(text: str) -> str:
+        (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
+        return str(tmp_path / "run.yaml")
+
+    return to_file
+
+
+def test_a_flat_file_gives_its_keys(write):
+    path = write("learning_rate: 1e-4\nmax_steps: 3\nreport_to: [wandb]\n")
+    expected = {"learning_rate": "1e-4", "max_steps": 3, "report_to": ["wandb"]}  # YAML reads 1e-4 as text
+    assert read_yaml(path, SFTConfig, "sft") == expected
+    assert parse(SFTConfig, ["--config", path], "sft") == SFTConfig(
+        learning_rate=1e-4, max_steps=3, report_to=("wandb",)
+    )
+
+
+def test_a_section_beats_what_is_shared_and_the_other_sections_are_left_alone(write):
+    path = write("shared: {seed: 1, max_length: 64}\nsft: {seed: 2}\ndpo: {beta: 0.3}\nreward:\n")
+    assert read_yaml(path, SFTConfig, "sft") == {"seed": 2, "max_length": 64}
+    assert read_yaml(path, DPOConfig, "dpo") == {"seed": 1, "max_length": 64, "beta": 0.3}
+    assert read_yaml(path, RewardConfig, "reward") == {"seed": 1, "max_length": 64}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("leaning_rate: 1", "unknown key 'leaning_rate'; did you mean 'learning_rate'?"),
+        ("beta: 1", "unknown key 'beta'"),
+        ("1: 2", "unknown key 1"),
+        ("sft: {}\nrewad: {}", "unknown section 'rewad'; did you mean 'reward'?"),
+        ("sft: {}\nlearning_rate: 1", "unknown section 'learning_rate'"),
+        ("dpo: {}\nreward: {}", "no section 'sft'; it has dpo, reward"),
+        ("sft: 3", "section 'sft' must be a mapping of keys to values"),
+        ("shared: [1]\nsft: {}", "section 'shared' must be a mapping of keys to values"),
+        ("- 1", "must be a mapping of keys to values"),
+        ("a: [", "no valid YAML"),
+        (
+            "run_name: $NO_SUCH_NAME_HERE",
+            "run_name: '$NO_SUCH_NAME_HERE' names an environment variable that is not set",
+        ),
+        ("report_to: [$NO_SUCH_NAME_HERE]", "report_to: '$NO_SUCH_NAME_HERE' names"),
+    ],
+)
+def test_a_mistake_in_a_file_is_one_clear_error(write, text, message):
+    path = write(text)
+    with pytest.raises(ValueError, match=r"run.yaml") as caught:
+        read_yaml(path, SFTConfig, "sft")
+    assert message in str(caught.value)
+
+
+def test_an_empty_file_gives_nothing(write):
+    assert read_yaml(write(""), SFTConfig, "sft") == {}
+
+
+def test_a_file_that_is_not_there_is_an_error_that_lists_the_recipes():
+    with pytest.raises(ValueError, match=r"^config: no file 'nowhere'; the recipes are .*drpo_tldr"):
+        read_yaml("nowhere", SFTConfig, "sft")
+
+
+def test_text_that_is_not_utf8_is_an_error(tmp_path):
+    (tmp_path / "run.yaml").write_bytes(b"run_name: \xff\n")
+    with pytest.raises(ValueError, match="no valid YAML"):
+        read_yaml(str(tmp_path / "run.yaml"), SFTConfig, "sft")
+
+
+def test_environment_variables_and_the_home_folder_are_filled_in_but_not_in_a_template(write, monkeypatch):
+    monkeypatch.setenv("PLACE", "/data")
+    monkeypatch.setenv("HOME", "/home/someone")
+    text = "dataset_name: $PLACE/${PLACE}.jsonl\noutput_dir: ~/run\nmodels: [~/a, $PLACE/b]\nchat_template: '~ $PLACE'"
+    assert read_yaml(write(text), EvalConfig, "eval") == {
+        "dataset_name": "/data//data.jsonl",
+        "output_dir": "/home/someone/run",
+        "models": ["/home/someone/a", "/data/b"],
+        "chat_template": "~ $PLACE",
+    }
+
+
+@pytest.mark.parametrize("command", KINDS)
+def test_a_resolved_configuration_reads_back_as_the_same_run(tmp_path, command):
+    config = KINDS[command](seed=5)
+    write_yaml(config, tmp_path / "config.yaml")
+    assert parse(KINDS[command], ["--config", str(tmp_path / "config.yaml")], command) == config
+
+
+def test_awkward_values_read_back_the_same(tmp_path):
+    config = PPOConfig(
+        run_name='it\'s: a "run", # 1\n',
+        chat_template="{% for m in messages %}\n$m --x {{ m.content }}{% endfor %}",
+        model_config=json.dumps({"model_type": "llama", "rope": {"theta": 1e4}}),
+        report_to=("tensorboard", "wandb"),
+        missing_eos_score=-1.0,
+        value_learning_rate=1e-5,
+        progress=False,
+        adam_epsilon=1e-12,
+    )
+    write_yaml(config, tmp_path / "config.yaml")
+    assert parse(PPOConfig, ["--config", str(tmp_path / "config.yaml")], "ppo") == config
+
+
+def test_the_written_file_holds_every_field(tmp_path):
+    write_yaml(DRPOConfig(), tmp_path / "config.yaml")
+    written = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert written == {**asdict(DRPOConfig()), "report_to": []}
+    assert list(written) == list(asdict(DRPOConfig()))
+
+
+def test_flags_say_what_the_values_say():
+    assert as_flags({"a": 1, "b": True, "c": None, "d": ["x", "y"], "e": {"k": [1]}, "f": ""}) == [
+        *("--a", "1", "--b", "True", "--c", "None", "--d", "x", "y", "--e", '{"k": [1]}', "--f", "")
+    ]
+
+
+def test_unknown_flags_are_refused_with_the_nearest_name():
+    check_flags(["--learning_rate", "1e-4", "--max-steps=3", "-1", "--help"], SFTConfig)
+    with pytest.raises(ValueError, match=r"^unknown key --leaning-rate; did you mean 'learning_rate'\?$"):
+        check_flags(["--seed", "1", "--leaning-rate=1"], SFTConfig)
+
+
+def test_a_name_like_no_other_gets_no_suggestion():
+    assert nearest("zzz", ["seed", "beta"]) == ""
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_section_of_every_recipe_is_a_valid_configuration(recipe, monkeypatch):
+    monkeypatch.setenv("FASTRLHF_DATA", "/data")
+    sections = set(yaml.safe_load(recipe.read_text())) & COMMANDS
+    assert sections
+    for command in sections:
+        config = parse(KINDS[command], ["--config", recipe.stem], command)
+        assert config == parse(KINDS[command], ["--config", str(recipe)], command)

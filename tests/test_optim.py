@@ -1,0 +1,148 @@
+import math
+
+import pytest
+import torch
+from torch.nn import Linear
+
+from fastrlhf.config import SFTConfig
+from fastrlhf.optim import Optimizer, index_batches, num_steps
+
+
+def layer(weight: float = 1.0) -> Linear:
+    model = Linear(2, 1)
+    with torch.no_grad():
+        model.weight.fill_(weight)
+        model.bias.fill_(weight)
+    return model
+
+
+def set_gradients(model: Linear, weight: list[float], bias: float) -> None:
+    model.weight.grad, model.bias.grad = torch.tensor([weight]), torch.tensor([bias])
+
+
+def plain(**settings) -> SFTConfig:
+    return SFTConfig(**{"learning_rate": 0.1, "lr_scheduler_type": "constant", "max_grad_norm": 0.0} | settings)
+
+
+def rates(count: int, **settings) -> list[float]:
+    model = layer()
+    optimizer = Optimizer({"": model}, SFTConfig(learning_rate=1.0, **settings), num_steps=count)
+    seen = []
+    for _ in range(count):
+        set_gradients(model, [0.0, 0.0], 0.0)
+        seen.append(optimizer.step()["learning_rate"])
+    return seen
+
+
+def test_the_rate_falls_from_the_peak_linearly_along_a_cosine_or_not_at_all():
+    assert rates(4) == [1.0, 0.75, 0.5, 0.25]
+    assert rates(4, lr_scheduler_type="cosine") == pytest.approx([1.0, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5])
+    assert rates(3, lr_scheduler_type="constant") == [1.0, 1.0, 1.0]
+
+
+def test_the_rate_rises_to_the_peak_over_the_warmup_and_never_starts_at_zero():
+    assert rates(7, warmup_steps=3) == [0.25, 0.5, 0.75, 1.0, 0.75, 0.5, 0.25]
+    assert rates(3, warmup_steps=9) == pytest.approx([0.1, 0.2, 0.3])
+
+
+def test_one_step_is_adamw_with_decay_on_the_matrix_only():
+    model = layer()
+    optimizer = Optimizer({"": model}, plain(weight_decay=0.5), num_steps=10)
+    set_gradients(model, [3.0, -3.0], 4.0)
+    optimizer.step()
+    # The first Adam step moves every weight by the rate; decay takes rate * decay of the weight off before.
+    torch.testing.assert_close(model.weight.detach(), torch.tensor([[1 - 0.05 - 0.1, 1 - 0.05 + 0.1]]))
+    torch.testing.assert_close(model.bias.detach(), torch.tensor([1 - 0.1]))
+
+
+def test_the_norm_is_that_before_clipping_and_what_is_used_is_clipped():
+    """A large epsilon makes Adam's step depend on the size of a gradient: norm 13, clipped, steps as norm 1."""
+    moved = []
+    for scale, settings in ((13.0, {"max_grad_norm": 1.0}), (1.0, {})):
+        model = layer()
+        optimizer = Optimizer({"": model}, plain(adam_epsilon=0.1, **settings), num_steps=10)
+        set_gradients(model, [scale * 3 / 13, scale * 4 / 13], scale * 12 / 13)
+        assert optimizer.step()["grad_norm"] == pytest.approx(scale)
+        moved.append(torch.cat([model.weight.detach()[0], model.bias.detach()]))
+    torch.testing.assert_close(*moved, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(moved[0][0], moved[0][1])
+
+
+def test_gradients_are_cleared_after_the_step():
+    model = layer()
+    optimizer = Optimizer({"": model}, plain(), num_steps=10)
+    set_gradients(model, [1.0, 1.0], 1.0)
+    optimizer.step()
+    assert model.weight.grad is None
+    assert model.bias.grad is None
+
+
+def test_each_model_has_its_own_norm_and_rate_under_its_prefix():
+    policy, critic = layer(), layer()
+    optimizer = Optimizer(
+        {"": policy, "value_": critic}, plain(max_grad_norm=1.0), num_steps=9, learning_rates={"value_": 0.3}
+    )
+    set_gradients(policy, [3.0, 4.0], 0.0)
+    set_gradients(critic, [0.0, 0.0], 0.5)
+    assert optimizer.step() == {"grad_norm": 5.0, "value_grad_norm": 0.5, "learning_rate": 0.1}
+    torch.testing.assert_close(policy.weight.detach(), torch.tensor([[0.9, 0.9]]))
+    torch.testing.assert_close(critic.bias.detach(), torch.tensor([0.7]))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
+def test_a_gradient_that_is_not_finite_stops_the_run_before_any_weight_moves(bad, max_grad_norm):
+    policy, critic = layer(), layer()
+    optimizer = Optimizer({"": policy, "value_": critic}, plain(max_grad_norm=max_grad_norm), num_steps=9)
+    set_gradients(policy, [1.0, 1.0], 1.0)
+    set_gradients(critic, [1.0, bad], 1.0)
+    with pytest.raises(ValueError, match=f"^value_grad_norm is {bad}: a loss or a gradient is not finite"):
+        optimizer.step()
+    for model in (policy, critic):
+        assert all(bool((parameter == 1).all()) for parameter in model.parameters())
+
+
+def test_frozen_weights_are_left_alone():
+    model = layer()
+    model.bias.requires_grad_(False)
+    optimizer = Optimizer({"": model}, plain(weight_decay=0.5), num_steps=10)
+    model.weight.grad = torch.ones(1, 2)
+    assert optimizer.step()["grad_norm"] == pytest.approx(2**0.5)
+    assert model.bias.item() == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "num_items", "expected"),
+    [
+        ({"num_train_epochs": 1.0}, 16, 2),
+        ({"num_train_epochs": 1.0}, 17, 3),
+        ({"num_train_epochs": 0.5}, 16, 1),
+        ({"num_train_epochs": 3.0, "gradient_accumulation_steps": 2}, 16, 3),
+        ({"num_train_epochs": 0.001}, 16, 1),
+        ({"max_steps": 7}, 16, 7),
+    ],
+)
+def test_steps_are_given_or_whole_batches_that_cover_the_epochs(settings, num_items, expected):
+    assert num_steps(SFTConfig(per_device_train_batch_size=8, **settings), num_items) == expected
+
+
+def test_no_data_is_an_error_even_where_the_steps_are_given():
+    with pytest.raises(ValueError, match=r"^dataset: no usable example"):
+        num_steps(SFTConfig(max_steps=7), 0)
+
+
+@pytest.mark.parametrize(("num_items", "batch_size", "steps"), [(10, 3, 20), (10, 10, 4), (3, 8, 6), (1, 2, 3)])
+def test_every_epoch_shows_every_item_once_in_an_order_of_its_own(num_items, batch_size, steps):
+    batches = list(index_batches(num_items, batch_size, steps, seed=4))
+    assert [len(batch) for batch in batches] == [batch_size] * steps
+    seen = [index for batch in batches for index in batch]
+    epochs = [seen[i : i + num_items] for i in range(0, len(seen) - num_items + 1, num_items)]
+    assert all(sorted(epoch) == list(range(num_items)) for epoch in epochs)
+    if num_items == 10:
+        assert len(set(map(tuple, epochs))) == len(epochs)
+
+
+def test_the_order_depends_on_the_seed_and_not_on_the_length_of_the_run():
+    ten = list(index_batches(50, 4, 10, seed=1))
+    assert list(index_batches(50, 4, 30, seed=1))[:10] == ten
+    assert list(index_batches(50, 4, 10, seed=2)) != ten

@@ -1,0 +1,106 @@
+import pytest
+import torch
+
+from fastrlhf.data.packing import pack, sequence
+from fastrlhf.models.forward import token_logprobs
+from fastrlhf.rollout import TransformersEngine, end_index
+from fastrlhf.types import Prefix, Rollout
+from tests import tiny
+
+LENGTH = 9
+
+
+def engine(model, **settings) -> TransformersEngine:
+    fields = {"eos_token_id": tiny.EOS, "response_length": LENGTH, "temperature": 0.7, "seed": 3, "batch_size": 64}
+    return TransformersEngine(model=model, **fields | settings)
+
+
+def prefixes(count: int) -> list[Prefix]:
+    return [
+        Prefix(token_ids=[3 + (i * j) % 20 for j in range(1, 5 + i % 4)], num_reset=i % 4, row=i, episode=i)
+        for i in range(count)
+    ]
+
+
+@pytest.mark.parametrize("name", tiny.ARCHITECTURES)
+def test_recorded_logprobs_are_those_of_the_packed_forward(name):
+    model = tiny.policy(name)
+    rollouts = engine(model).generate(prefixes(12))
+    batch = pack([sequence(rollout.prefix.token_ids, rollout.completion) for rollout in rollouts])
+    with torch.no_grad():
+        rescored = token_logprobs(model, batch, temperature=0.7).logprob
+    recorded = torch.tensor([x for rollout in rollouts for x in rollout.sampler_logprob])
+    torch.testing.assert_close(recorded, rescored, rtol=1e-5, atol=1e-5)
+
+
+def test_a_response_stops_at_its_eos_or_when_its_budget_with_the_reset_is_spent():
+    rollouts = engine(tiny.policy()).generate(prefixes(200))
+    assert {rollout.ended for rollout in rollouts} == {True, False}
+    for rollout in rollouts:
+        assert (rollout.completion[-1] == tiny.EOS) == rollout.ended
+        assert tiny.EOS not in rollout.completion[:-1]
+        assert len(rollout.sampler_logprob) == len(rollout.completion)
+        if not rollout.ended:
+            assert len(rollout.completion) == LENGTH - rollout.prefix.num_reset
+
+
+def test_an_eos_in_the_last_slot_ends_the_response():
+    rollouts = engine(tiny.policy()).generate(prefixes(400))
+    last_slot = [
+        r for r in rollouts if len(r.completion) == LENGTH - r.prefix.num_reset and r.completion[-1] == tiny.EOS
+    ]
+    assert last_slot
+    assert all(rollout.ended for rollout in last_slot)
+
+
+def test_told_to_go_on_the_engine_writes_past_the_eos_to_the_budget():
+    rollouts = engine(tiny.policy(), stop_at_eos=False).generate(prefixes(100))
+    assert all(len(rollout.completion) == LENGTH - rollout.prefix.num_reset for rollout in rollouts)
+    early = [rollout for rollout in rollouts if rollout.ended]
+    assert early
+    assert all(rollout.completion[end_index(rollout, tiny.EOS)] == tiny.EOS for rollout in early)
+
+
+def test_a_sample_depends_on_seed_and_episode_and_not_on_who_is_generated_beside_it():
+    model = tiny.policy()
+    together = engine(model).generate(prefixes(30))
+    in_threes = engine(model, batch_size=3).generate(prefixes(30))
+    backwards = engine(model).generate(prefixes(30)[::-1])[::-1]
+    assert [r.completion for r in together] == [r.completion for r in in_threes] == [r.completion for r in backwards]
+    assert [r.completion for r in together] != [r.completion for r in engine(model, seed=4).generate(prefixes(30))]
+
+
+def test_samples_follow_the_tempered_distribution():
+    model = tiny.policy()
+    same = [Prefix(token_ids=[5, 6, 7], num_reset=LENGTH - 1, row=0, episode=i) for i in range(4000)]
+    drawn = torch.tensor([rollout.completion[0] for rollout in engine(model, batch_size=500).generate(same)])
+    with torch.no_grad():
+        expected = (model(torch.tensor([[5, 6, 7]])).logits[0, -1] / 0.7).softmax(-1)
+    counts = torch.bincount(drawn, minlength=tiny.VOCAB)
+    deviation = (counts - 4000 * expected) / (4000 * expected * (1 - expected)).sqrt()
+    assert deviation[expected > 0.005].abs().max() < 4.5
+
+
+def test_temperature_zero_takes_what_greedy_generation_takes():
+    model = tiny.policy()
+    [rollout] = engine(model, temperature=0).generate([Prefix(token_ids=[5, 6, 7], num_reset=0, row=0, episode=0)])
+    expected = model.generate(
+        torch.tensor([[5, 6, 7]]),
+        attention_mask=torch.ones(1, 3),
+        do_sample=False,
+        max_new_tokens=LENGTH,
+        pad_token_id=0,
+    )[0, 3:]
+    assert rollout.completion == expected.tolist()
+
+
+def test_a_reset_that_leaves_nothing_to_sample_is_refused():
+    with pytest.raises(ValueError, match="leaves nothing to sample after the 9 reset tokens of row 4"):
+        engine(tiny.policy()).generate([Prefix(token_ids=[5] * 10, num_reset=9, row=4, episode=0)])
+
+
+def test_the_end_is_the_first_eos_or_the_last_token():
+    prefix = Prefix(token_ids=[5], num_reset=0, row=0, episode=0)
+    ended = Rollout(prefix=prefix, completion=[7, 1, 1], sampler_logprob=[0.0] * 3, ended=True)
+    cut = Rollout(prefix=prefix, completion=[7, 8, 9], sampler_logprob=[0.0] * 3, ended=False)
+    assert (end_index(ended, 1), end_index(cut, 1)) == (1, 2)

@@ -1,0 +1,148 @@
+"""Small models, a tokenizer and data made on the spot, for tests that need whole runs."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import (
+    AutoModelForSequenceClassification,
+    Gemma2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+)
+
+from fastrlhf.models.loading import build_policy
+from fastrlhf.types import Example
+
+WORDS = [f"w{i}" for i in range(29)]
+VOCAB = len(WORDS) + 3
+EOS = 1
+ARCHITECTURES: dict[str, type[PretrainedConfig]] = {
+    "llama": LlamaConfig,
+    "qwen3": Qwen3Config,
+    "gemma2": Gemma2Config,
+    "gpt_neox": GPTNeoXConfig,
+    "mistral": MistralConfig,
+}
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    ids = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", *WORDS])}
+    base = Tokenizer(WordLevel(ids, unk_token="<unk>"))
+    base.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=base, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+
+
+def model_config(name: str = "llama") -> PretrainedConfig:
+    """Two layers; Gemma with both soft-caps, Gemma and Mistral with a window shorter than the test sequences."""
+    fields = {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 128,
+    }
+    if name in ("gemma2", "mistral"):
+        fields["sliding_window"] = 4
+    if name == "gemma2":
+        fields |= {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 8}
+    return ARCHITECTURES[name](**fields)
+
+
+def policy(name: str = "llama", seed: int = 0):
+    """Weights larger than the initialiser's, so that log-probs of different tokens differ by nats."""
+    model = build_policy(model_config(name), vocab_size=VOCAB, eos_token_id=EOS, seed=seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(4)
+    return model
+
+
+def save_policy(folder: Path, seed: int = 0) -> str:
+    policy(seed=seed).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def save_reward_model(folder: Path, seed: int = 7) -> str:
+    """A reward model with a head that counts as trained."""
+    policy(seed=seed).save_pretrained(folder)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, pad_token_id=0)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def examples(count: int, seed: int = 0) -> list[Example]:
+    draw = random.Random(seed)
+
+    def words(low: int, high: int) -> str:
+        return " ".join(draw.choices(WORDS, k=draw.randint(low, high)))
+
+    return [
+        Example(prompt=words(3, 9), reference=words(1, 6), chosen=words(1, 6), rejected=words(7, 8), row=i)
+        for i in range(count)
+    ]
+
+
+def easy_pairs(count: int, seed: int = 0) -> list[Example]:
+    """The better response is made of the first half of the words, the worse of the second."""
+    draw = random.Random(seed)
+    return [
+        Example(prompt="w0 w28", chosen=" ".join(draw.choices(WORDS[:14], k=3)), rejected=" ".join(worse), row=i)
+        for i in range(count)
+        for worse in [draw.choices(WORDS[14:], k=3)]
+    ]
+
+
+class GradientRecorder:
+    """Stands in for `optim.Optimizer`: keeps each step's gradients, model after model, and leaves the weights alone."""
+
+    def __init__(self, models, config=None, **_):
+        self.models, self.steps = models, []
+
+    def step(self) -> dict[str, float]:
+        self.steps.append([[p.grad.clone() for p in model.parameters()] for model in self.models.values()])
+        for model in self.models.values():
+            model.zero_grad()
+        return {f"{name}grad_norm": 0.0 for name in self.models} | {"learning_rate": 0.0}
+
+
+def record_gradients(monkeypatch, module) -> list[GradientRecorder]:
+    """The recorders that `module` will make in place of its optimisers, as it makes them."""
+    made = []
+
+    def make(*arguments, **keywords):
+        made.append(GradientRecorder(*arguments, **keywords))
+        return made[-1]
+
+    monkeypatch.setattr(module, "Optimizer", make)
+    return made
+
+
+def assert_close_gradients(ours, theirs, tolerance: float = 1e-5) -> None:
+    """Each tensor within `tolerance` of its largest entry; one of the two sides must not be zero everywhere."""
+    assert max(gradient.abs().max() for gradient in theirs) > 1e-4
+    for gradient, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(gradient, other, rtol=tolerance, atol=tolerance * other.abs().max().item() + 1e-9)
+
+
+def ids(text: str) -> list[int]:
+    """Of "w3 w4": what the tokenizer gives, without an EOS."""
+    return [3 + int(word.removeprefix("w")) for word in text.split()]
