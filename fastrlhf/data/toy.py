@@ -1,17 +1,18 @@
 """The embedded task: a small summarisation problem made by a seeded generator, with a gold judge.
 
-    post        boss angry ! lamp old . rent late ! dog lost ! ... TL;DR:
-    ideal       boss angry rent late dog lost ...
-    reference   boss angry dog late                     (a hasty writer: skips, mixes up, adds, stops early)
+    post        lamp new BOSS angry dog asleep RENT late ... TL;DR:
+    ideal       boss angry rent late ...
+    reference   boss angry cake sweet                  (a hasty writer: skips, mixes up, adds, stops early)
 
-A post is ten facts `subject value mark`; the mark `!` says that the fact matters. A good summary states the facts that
-matter, in the order of the post. References come from writers of varying haste, so a model that imitates them is far
-below the ideal, and even its most likely summary stops too early.
+A post is twelve facts `subject value`; a subject in capitals says that the fact matters. A good summary states the
+facts that matter, subjects in the order of `FACTS`. Every subject has values of its own, so that a model of a million
+parameters learns within a minute which value belongs to which subject of a post. References come from writers of
+varying haste: a model that imitates them is far below the ideal, and even its likeliest summary stops too early.
 
 Why resets can help here (DR-PO, arXiv 2404.08495, section 5): with `chain` above 0 the gold reward pays for an unbroken
 run of right facts from the first one on, so an early mistake takes away most of what the later facts are worth. A model
-just after SFT seldom gets far without a mistake, and references seldom go far at all: what is learnt about late facts is
-learnt in states that are rare from the prompt, and that a reset puts it in. `chain=0` takes this away and leaves the task.
+just after SFT seldom gets far without a mistake: what is learnt about late facts is learnt in states that are rare from
+the prompt, and that a reset puts it in. `chain=0` takes this away and leaves the task.
 
 Everything is a pure function of (seed, split, index), and no two splits share a post, whatever the seed.
 """
@@ -20,8 +21,10 @@ from __future__ import annotations
 
 import math
 import random
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 from fastrlhf.types import Example
@@ -29,115 +32,26 @@ from fastrlhf.types import Example
 if TYPE_CHECKING:
     from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-SUBJECTS = tuple(
-    [
-        "aunt",
-        "bank",
-        "bike",
-        "boss",
-        "boat",
-        "book",
-        "cake",
-        "car",
-        "cat",
-        "chair",
-        "class",
-        "clock",
-        "coat",
-        "cook",
-        "cousin",
-        "desk",
-        "doctor",
-        "dog",
-        "door",
-        "exam",
-        "fence",
-        "friend",
-        "garden",
-        "guitar",
-        "house",
-        "job",
-        "kitchen",
-        "lamp",
-        "landlord",
-        "lawyer",
-        "letter",
-        "market",
-        "mother",
-        "neighbor",
-        "oven",
-        "phone",
-        "piano",
-        "plane",
-        "rent",
-        "roof",
-        "school",
-        "shop",
-        "sister",
-        "sofa",
-        "teacher",
-        "ticket",
-        "train",
-        "uncle",
-        "visa",
-        "wedding",
-    ]
-)
-VALUES = tuple(
-    [
-        "angry",
-        "asleep",
-        "awake",
-        "bored",
-        "bright",
-        "broken",
-        "busy",
-        "calm",
-        "cheap",
-        "clean",
-        "closed",
-        "cold",
-        "dark",
-        "dirty",
-        "dry",
-        "early",
-        "empty",
-        "famous",
-        "fast",
-        "free",
-        "full",
-        "gone",
-        "happy",
-        "heavy",
-        "honest",
-        "hungry",
-        "jealous",
-        "late",
-        "lazy",
-        "lost",
-        "loud",
-        "missing",
-        "new",
-        "noisy",
-        "old",
-        "open",
-        "painted",
-        "proud",
-        "quiet",
-        "ready",
-        "rude",
-        "sad",
-        "safe",
-        "sick",
-        "slow",
-        "sold",
-        "stolen",
-        "strange",
-        "tired",
-        "wet",
-    ]
-)
-MARKS = {True: "!", False: "."}
+FACTS = {
+    "boss": ("angry", "kind", "absent"),
+    "rent": ("late", "high", "paid"),
+    "dog": ("lost", "hungry", "asleep"),
+    "car": ("broken", "fast", "stolen"),
+    "aunt": ("sick", "rich", "visiting"),
+    "job": ("boring", "new", "gone"),
+    "exam": ("tomorrow", "hard", "failed"),
+    "friend": ("lying", "loyal", "moving"),
+    "phone": ("dead", "ringing", "cracked"),
+    "cook": ("rude", "brilliant", "fired"),
+    "train": ("delayed", "full", "empty"),
+    "roof": ("leaking", "green", "finished"),
+    "cake": ("burnt", "sweet", "eaten"),
+    "lamp": ("dim", "bright", "antique"),
+    "school": ("closed", "strict", "famous"),
+    "ticket": ("expired", "cheap", "missing"),
+}
+"""Subject -> its values. The order of the subjects is the order of a good summary."""
+
 QUESTION = "TL;DR:"
 SPLITS = ("train", "validation", "test", "preferences", "preferences_test")
 """SFT and on-policy training use `train`; `preferences_test` holds pairs out to measure a reward model."""
@@ -165,17 +79,17 @@ class ToyTask:
     """
 
     seed: int = 0
-    num_facts: int = 10
-    """Facts of a post, 3 tokens each."""
+    num_facts: int = 12
+    """Facts of a post, 2 tokens each."""
     min_salient: int = 5
-    max_salient: int = 6
+    max_salient: int = 7
     """How many facts of a post matter: uniform between the two."""
     omit: float = 0.08
     """Probability that a fact that matters is left out."""
-    stray: float = 0.06
+    stray: float = 0.04
     """Probability that a fact that does not matter is stated."""
     wrong: float = 0.06
-    """Probability that a stated fact takes the value of another fact of the post."""
+    """Probability that a stated fact takes another value of its subject."""
     tire: float = 0.15
     """After n stated facts the writer stops with probability `tire * (n - 1)`."""
     chain: float = 0.3
@@ -188,26 +102,27 @@ class ToyTask:
     """A pair is labelled by a Bradley-Terry draw: P(a beats b) = sigmoid((gold(a) - gold(b)) / label_temperature)."""
 
     def __post_init__(self) -> None:
-        largest = len(VALUES) // len(SPLITS)
-        if not 1 <= self.min_salient <= self.max_salient <= min(self.num_facts, MAX_FACTS) or self.num_facts > largest:
+        if not 1 <= self.min_salient <= self.max_salient <= min(self.num_facts, MAX_FACTS):
             raise ValueError(
-                f"ToyTask needs 1 <= min_salient <= max_salient <= num_facts <= {largest} and max_salient <= {MAX_FACTS}, "
-                f"got {self.min_salient}, {self.max_salient}, {self.num_facts}"
+                f"ToyTask: min_salient {self.min_salient} and max_salient {self.max_salient} must be in order and "
+                f"in 1..{min(self.num_facts, MAX_FACTS)}"
             )
+        if self.num_facts > len(FACTS):
+            raise ValueError(f"ToyTask: num_facts must be at most {len(FACTS)}, got {self.num_facts}")
         for name in ("omit", "stray", "wrong", "tire", "spoiled"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"ToyTask.{name} is a probability, got {getattr(self, name)}")
+                raise ValueError(f"ToyTask: {name} is a probability, got {getattr(self, name)}")
         if not self.label_temperature > 0:
-            raise ValueError(f"ToyTask.label_temperature must be above 0, got {self.label_temperature}")
+            raise ValueError(f"ToyTask: label_temperature must be above 0, got {self.label_temperature}")
 
     def examples(self, split: str, count: int) -> list[Example]:
-        """The first `count` examples of a split: prompt and reference, in the preference splits chosen and rejected too."""
+        """The first `count` examples of a split: prompt and reference; in the preference splits the pair as well."""
         if split not in SPLITS:
             raise ValueError(f"the embedded task has no split {split!r}; choose one of {', '.join(SPLITS)}")
         return [self._example(split, index) for index in range(count)]
 
     def ideal(self, prompt: str) -> str:
-        """The facts that matter, in the order of the post: the summary with the highest gold reward."""
+        """The facts that matter, in order: the summary with the highest gold reward."""
         return _text(_salient(read_post(prompt)))
 
     def gold_reward(self, prompt: str, summary: str) -> float:
@@ -236,8 +151,11 @@ class ToyTask:
 
     def _example(self, split: str, index: int) -> Example:
         rng = random.Random(f"{self.seed}/{split}/{index}")
-        facts = self._draw_post(rng, SPLITS.index(split))
-        prompt = " ".join(f"{fact.subject} {fact.value} {MARKS[fact.matters]}" for fact in facts) + f" {QUESTION}"
+        facts = self._draw_post(rng)
+        # The checksum of a post names its split: no post is in two.
+        while zlib.crc32(_prompt(facts).encode()) % len(SPLITS) != SPLITS.index(split):
+            facts = self._draw_post(rng)
+        prompt = _prompt(facts)
         reference = _text(self._write(facts, rng, haste=rng.uniform(0.5, 1.5)))
         if not split.startswith("preferences"):
             return Example(prompt=prompt, reference=reference, row=index)
@@ -250,23 +168,19 @@ class ToyTask:
         chosen, rejected = (first, second) if first_wins else (second, first)
         return Example(prompt=prompt, reference=reference, chosen=chosen, rejected=rejected, row=index)
 
-    def _draw_post(self, rng: random.Random, split: int) -> list[Fact]:
-        """Subjects and values are distinct within a post; the value numbers sum to `split` modulo the number of splits."""
-        subjects = rng.sample(SUBJECTS, self.num_facts)
-        values = rng.sample(range(len(VALUES)), self.num_facts - 1)
-        residue = (split - sum(values)) % len(SPLITS)
-        values.append(rng.choice([v for v in range(residue, len(VALUES), len(SPLITS)) if v not in values]))
-        salient = rng.sample(range(self.num_facts), rng.randint(self.min_salient, self.max_salient))
-        return [Fact(subjects[i], VALUES[values[i]], i in salient) for i in range(self.num_facts)]
+    def _draw_post(self, rng: random.Random) -> list[Fact]:
+        subjects = rng.sample(list(FACTS), self.num_facts)
+        salient = set(rng.sample(subjects, rng.randint(self.min_salient, self.max_salient)))
+        return [Fact(subject, rng.choice(FACTS[subject]), subject in salient) for subject in subjects]
 
     def _write(self, facts: Sequence[Fact], rng: random.Random, haste: float) -> list[Pair]:
         """What a writer states; never empty, at most MAX_FACTS facts."""
         stated: list[Pair] = []
-        for fact in facts:
+        for fact in _in_order(facts):
             if rng.random() >= (1 - haste * self.omit if fact.matters else haste * self.stray):
                 continue
-            source = rng.choice(facts) if rng.random() < haste * self.wrong else fact
-            stated.append((fact.subject, source.value))
+            value = rng.choice(FACTS[fact.subject]) if rng.random() < haste * self.wrong else fact.value
+            stated.append((fact.subject, value))
             if len(stated) == MAX_FACTS or rng.random() < haste * self.tire * (len(stated) - 1):
                 break
         return stated or _salient(facts)[:1]
@@ -283,16 +197,16 @@ class ToyTask:
 def read_post(prompt: str) -> list[Fact]:
     """The facts of a prompt; ValueError where it is not a post of this task."""
     *words, question = prompt.split() or [""]
-    facts = [Fact(*words[i : i + 2], words[i + 2] == "!") for i in range(0, len(words) - 2, 3)]
-    if question != QUESTION or len(words) % 3 or any(mark not in MARKS.values() for mark in words[2::3]):
-        raise ValueError(f"not a post of the embedded task (`subject value mark` ... `{QUESTION}`): {prompt!r}")
+    facts = [Fact(a.lower(), b, a.isupper()) for a, b in zip(words[::2], words[1::2], strict=False)]
+    if question != QUESTION or len(words) % 2 or any(fact.value not in FACTS.get(fact.subject, ()) for fact in facts):
+        raise ValueError(f"not a post of the embedded task (`subject value ... {QUESTION}`): {prompt!r}")
     return facts
 
 
 def read_summary(summary: str) -> list[Pair]:
-    """The facts that a summary states: each subject with a value right behind it; other words state nothing."""
+    """The facts that a summary states: each subject with any value right behind it; other words state nothing."""
     words = summary.split()
-    return [(a, b) for a, b in zip(words, words[1:], strict=False) if a in _SUBJECT_SET and b in _VALUE_SET]
+    return [(a, b) for a, b in pairwise(words) if a in FACTS and b in _VALUES]
 
 
 def toy_tokenizer() -> PreTrainedTokenizerFast:
@@ -302,7 +216,7 @@ def toy_tokenizer() -> PreTrainedTokenizerFast:
     from tokenizers.pre_tokenizers import WhitespaceSplit
     from transformers import PreTrainedTokenizerFast
 
-    words = ("<pad>", "<eos>", "<unk>", QUESTION, *MARKS.values(), *SUBJECTS, *VALUES)
+    words = ("<pad>", "<eos>", "<unk>", QUESTION, *map(str.upper, FACTS), *FACTS, *sorted(_VALUES))
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(
@@ -315,26 +229,33 @@ def toy_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def toy_model_config() -> LlamaConfig:
-    """A Llama of about a million parameters, to be trained from scratch on a CPU."""
+    """A Llama of about a million parameters, to be trained from scratch on a CPU: wide rather than deep."""
     from transformers import LlamaConfig
 
     return LlamaConfig(
-        vocab_size=len(SUBJECTS) + len(VALUES) + len(MARKS) + 4,
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=6,
         max_position_embeddings=128,
+        initializer_range=0.05,
         tie_word_embeddings=True,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=None,
     )
 
 
+def _prompt(facts: Sequence[Fact]) -> str:
+    words = [word for f in facts for word in (f.subject.upper() if f.matters else f.subject, f.value)]
+    return " ".join([*words, QUESTION])
+
+
+def _in_order(facts: Sequence[Fact]) -> list[Fact]:
+    order = list(FACTS)
+    return sorted(facts, key=lambda fact: order.index(fact.subject))
+
+
 def _salient(facts: Sequence[Fact]) -> list[Pair]:
-    return [(fact.subject, fact.value) for fact in facts if fact.matters]
+    return [(fact.subject, fact.value) for fact in _in_order(facts) if fact.matters]
 
 
 def _text(stated: Sequence[Pair]) -> str:
@@ -374,7 +295,7 @@ def _all_facts(facts: Sequence[Fact], stated: list[Pair], rng: random.Random) ->
 
 
 def _copy(facts: Sequence[Fact], stated: list[Pair], rng: random.Random) -> list[str]:
-    return [word for fact in facts for word in (fact.subject, fact.value, MARKS[fact.matters])]
+    return _prompt(facts).split()
 
 
 def _jumble(facts: Sequence[Fact], stated: list[Pair], rng: random.Random) -> list[str]:
@@ -392,5 +313,4 @@ _SPOILERS: tuple[Callable[[Sequence[Fact], list[Pair], random.Random], list[str]
     _copy,
     _jumble,
 )
-_SUBJECT_SET = frozenset(SUBJECTS)
-_VALUE_SET = frozenset(VALUES)
+_VALUES = frozenset(value for values in FACTS.values() for value in values)
