@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ STAGES = ("sft", "reward", "dpo", "ppo", "drpo")
 TEMPERATURE = 1.0
 """Of sampling, in training and when the methods are judged."""
 
-NUM_SFT, NUM_PAIRS, NUM_PROMPTS = 24_000, 12_000, 12_000
+NUM_SFT, NUM_PAIRS, NUM_PROMPTS = 16_000, 10_000, 8_000
 """Posts with a reference, pairs, and prompts of the on-policy runs."""
 
 
@@ -123,8 +123,8 @@ def stage_config(name: str, config: DemoConfig, out: Path) -> SFTConfig | Reward
             model = toy_model_config().to_diff_dict() | {"model_type": "llama"}
             return SFTConfig(
                 **shared | {"model_name_or_path": "", "model_config": json.dumps(model)},
-                max_steps=400,
-                learning_rate=3e-3,
+                max_steps=250,
+                learning_rate=2e-3,
                 warmup_steps=20,
                 lr_scheduler_type="cosine",
             )
@@ -140,21 +140,20 @@ def stage_config(name: str, config: DemoConfig, out: Path) -> SFTConfig | Reward
 
 def format_summary(summary: Mapping[str, Any]) -> str:
     """The table that the demo prints: a line per method, intervals of 95 %."""
-    lines = [
-        "method   win rate % vs reference   gold reward   minus SFT                 RM score      KL  length  seconds",
-    ]
+    lines = ["method   win rate % vs reference  gold reward  minus SFT                RM score     KL  length  seconds"]
     for name, row in summary["methods"].items():
-        low, high = row["win_rate_ci"]
+        gain = f"{row['minus_sft']:+.3f} {_interval(row['minus_sft_ci'], '+.3f')}" if "minus_sft" in row else ""
+        win_rate = f"{100 * row['win_rate']:.1f} {_interval([100 * end for end in row['win_rate_ci']], '.1f')}"
         lines.append(
-            f"{name:7}  {100 * row['win_rate']:5.1f} [{100 * low:5.1f}, {100 * high:5.1f}]      {row['gold_reward']:8.3f}   "
-            + (
-                f"{row['minus_sft']:+7.3f} [{row['minus_sft_ci'][0]:+.3f}, {row['minus_sft_ci'][1]:+.3f}]"
-                if "minus_sft" in row
-                else " " * 24
-            )
-            + f"  {row['rm_score']:8.3f}  {row['kl']:6.2f}  {row['mean_length']:6.1f}  {row['seconds']:7.0f}"
+            f"{name:7}  {win_rate:23}  {row['gold_reward']:11.3f}  {gain:23}  {row['rm_score']:8.3f} {row['kl']:6.2f} "
+            f"{row['mean_length']:7.1f} {row['seconds']:8.0f}"
         )
     return "\n".join(lines)
+
+
+def _interval(ends: Sequence[float], form: str) -> str:
+    low, high = ends
+    return f"[{low:{form}}, {high:{form}}]"
 
 
 def _stages(methods: str) -> list[str]:

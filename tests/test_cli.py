@@ -213,7 +213,9 @@ def test_a_mistake_in_the_file_is_one_line_too(capsys, tmp_path):
 
 
 def test_what_the_system_refuses_is_one_line(capsys, chain):
-    assert "Not a directory: 'all.yaml/run'" in fails(capsys, "sft", "--config", "all.yaml", "--output_dir", "all.yaml/run")
+    assert "Not a directory: 'all.yaml/run'" in fails(
+        capsys, "sft", "--config", "all.yaml", "--output_dir", "all.yaml/run"
+    )
 
 
 def test_a_long_value_in_a_message_stays_whole(capsys):
@@ -227,7 +229,10 @@ def test_help_lists_the_keys_of_a_command_with_what_they_mean(capsys, command):
         main([command, "--help"])
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.replace("\u2502", " ").split())
-    keys = {"demo": "--num_eval INT Held-out posts", "eval": "--models [STR [STR ...]] Folders or hub names of policies."}
+    keys = {
+        "demo": "--num_eval INT Held-out posts",
+        "eval": "--models [STR [STR ...]] Folders or hub names of policies.",
+    }
     assert keys.get(command, "--max_grad_norm FLOAT Gradients are scaled down to this norm") in text
 
 

@@ -57,10 +57,7 @@ def test_a_section_beats_what_is_shared_and_the_other_sections_are_left_alone(wr
         ("shared: [1]\nsft: {}", "section 'shared' must be a mapping of keys to values"),
         ("- 1", "must be a mapping of keys to values"),
         ("a: [", "no valid YAML"),
-        (
-            "run_name: $NO_SUCH_NAME_HERE",
-            "run_name: '$NO_SUCH_NAME_HERE' names an environment variable that is not set",
-        ),
+        ("run_name: $NO_SUCH_NAME_HERE", "run_name: '$NO_SUCH_NAME_HERE' names an environment variable"),
         ("report_to: [$NO_SUCH_NAME_HERE]", "report_to: '$NO_SUCH_NAME_HERE' names"),
     ],
 )

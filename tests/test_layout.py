@@ -27,7 +27,7 @@ OTHER_SOURCES = [path.relative_to(ROOT).as_posix() for top in ("bench", "tests")
 LAYERS = (  # lowest first: a module imports from its own layer and from those above it in this list
     ("__version__", "types", "config"),
     ("data.resets", "data.packing", "advantages"),
-    ("data", "models", "rollout", "rewards", "optim", "checkpoint", "metrics", "distributed"),
+    ("data", "models", "rollout", "rewards", "optim", "checkpoint", "config_files", "metrics", "distributed"),
     ("evaluation",),
     ("algorithms",),
     ("cli", "demo", "tools"),

@@ -77,6 +77,7 @@ def score_episodes(
     logprob, reference_logprob, value, entropy = (torch.empty(num_rows, device=device) for _ in range(4))
     for item in (item for mini in packs for item in mini):
         scored = token_logprobs(policy, item.batch, temperature=config.temperature, entropy=True)
+        assert scored.entropy is not None
         logprob[item.index], entropy[item.index] = scored.logprob, scored.entropy
         reference_logprob[item.index] = token_logprobs(reference, item.batch, temperature=config.temperature).logprob
         value[item.index] = token_values(critic, item.batch)

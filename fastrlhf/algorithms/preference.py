@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fastrlhf.algorithms.stage import Stage, StepMetrics, TrainResult, check_micro_batch
-from fastrlhf.config import DPOConfig
+from fastrlhf.config import DPOConfig, require
 from fastrlhf.data.inputs import open_inputs
 from fastrlhf.data.packing import micro_batches, pack, sequence
 from fastrlhf.models.forward import token_logprobs
@@ -41,6 +41,8 @@ def train_dpo(
     logps/chosen, logps/rejected (nats per response), grad_norm, learning_rate, num_tokens. Raises ValueError for bad
     input before any time is spent, and where the loss of the untrained policy is not what it must be (ln 2 for DPO).
     """
+    smoothed_hinge = config.loss_type == "hinge" and config.label_smoothing > 0
+    require(not smoothed_hinge, "label_smoothing", config.label_smoothing, "0 where loss_type is hinge")
     tokenizer, data = open_inputs(config, ["chosen", "rejected"], examples, eval_examples)
     model = open_policy(config, tokenizer)
     pairs = [_pair(example) for example in data.train]

@@ -18,7 +18,7 @@ from fastrlhf.checkpoint import check_output_dir, create_output_dir, save_model
 from fastrlhf.config import TrainConfig, require
 from fastrlhf.metrics import MetricsWriter
 from fastrlhf.types import TokenizedExample
-from fastrlhf_kernels import Max, Metric
+from fastrlhf_kernels import Max, Metric, merge
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,9 +50,7 @@ class Stage:
         if self.folder:
             check_output_dir(config.output_dir)
             # config.yaml marks the folder as a run: it comes after the reporters, which may fail to start.
-            writer = MetricsWriter(
-                self.folder, config.report_to, config.run_name or None, dataclasses.asdict(config)
-            )
+            writer = MetricsWriter(self.folder, config.report_to, config.run_name or None, dataclasses.asdict(config))
             self._writer = self._stack.enter_context(writer)
             create_output_dir(config.output_dir, config)
         self._bar = self._stack.enter_context(
@@ -127,8 +125,7 @@ class StepMetrics:
         self._totals: dict[str, Metric] = {}
 
     def add(self, metrics: Mapping[str, Metric]) -> None:
-        for name, metric in metrics.items():
-            self._totals[name] = self._totals[name] + metric if name in self._totals else metric
+        self._totals = merge(self._totals, metrics)
 
     def means(self, count: str) -> dict[str, float]:
         """Every sum over the sum called `count`; maxima as they are. Waits for the GPU, once."""

@@ -53,7 +53,7 @@ def open_policy(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreT
     else:
         raise ValueError("model_name_or_path: give a folder or a hub name, or build a model from model_config")
     if model.config.vocab_size < len(tokenizer):
-        with _seeded(config.seed):
+        with _seeded(config.seed, device):
             model.resize_token_embeddings(len(tokenizer))
     return model
 
@@ -104,7 +104,7 @@ def build_policy(
         None,
         None,
     )
-    with _seeded(seed):
+    with _seeded(seed, torch.device(device)):
         model = AutoModelForCausalLM.from_config(_without_dropout(config), dtype=DTYPES[dtype])
     return _ready(model, device)
 
@@ -209,10 +209,10 @@ def _float_input(module: Module, arguments: tuple[Tensor]) -> Tensor:
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Within it, what torch draws on the CPU depends on `seed` alone; outside, nothing has changed."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Within it, what torch draws on the CPU and on `device` depends on `seed` alone; outside, nothing has changed."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
         yield
 
 

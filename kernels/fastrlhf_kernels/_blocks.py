@@ -114,7 +114,7 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def exp_(z: Tensor) -> Tensor:
-    """e^z in place. Through exp2, which is three times as fast as exp on a CPU (measured) and no less exact for z <= 0."""
+    """e^z in place, by exp2: three times as fast as exp on a CPU (measured), and as exact where it counts, near 0."""
     return z.mul_(LOG2_E).exp2_()
 
 

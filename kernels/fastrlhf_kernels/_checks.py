@@ -1,4 +1,4 @@
-"""What every op asks of its arguments. All errors are ValueErrors that name the argument; nothing here waits for a GPU."""
+"""What every op asks of its arguments: errors are ValueErrors that name the argument, and none waits for a GPU."""
 
 from __future__ import annotations
 

@@ -3,11 +3,12 @@
     delta_t = reward_t + gamma V_next - V_t
     A_t     = delta_t + gamma lam A_next,   returns_t = A_t + V_t
 
-`next` is the next row of the segment that is in the mask; after the last one A_next = 0 and V_next = bootstrap, 0 where
-the episode ended. A row outside the mask (a tool's output) hands A on unchanged, gives 0 and takes part in nothing else.
+`next` is the next row of the segment that is in the mask; after the last one A_next = 0 and V_next = bootstrap, which
+is 0 where the episode ended. A row outside the mask (a tool's output) hands A on unchanged and gives 0; its reward and
+value count for nothing.
 
-The recurrence A_t = b_t + a_t A_{t+1} is solved by doubling: after step k a row knows b and a of the 2^k rows from it on;
-log2(T) steps of a few passes over [T], no wait for the device. A row never reads past the end of its segment, so a
+The recurrence A_t = b_t + a_t A_{t+1} is solved by doubling: after step k a row knows b and a of the 2^k rows from it
+on; log2(T) steps of a few passes over [T], no wait for the device. A row never reads past the end of its segment, so a
 segment's result has the same bits in any pack, and a NaN stays in its segment.
 
 No gradient. Legend: T rows, N segments. Schulman et al. 2016 (arXiv 1506.02438) eq. 11, 16; the scan: Hillis and Steele
@@ -15,6 +16,8 @@ No gradient. Legend: T rows, N segments. Schulman et al. 2016 (arXiv 1506.02438)
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -87,7 +90,7 @@ def gae_reference(
     """The definition: backwards through every segment, in the dtype given."""
     advantage, returns = torch.zeros_like(reward), torch.zeros_like(reward)
     bounds = cu_seqlens.tolist()
-    for i, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for i, (start, stop) in enumerate(pairwise(bounds)):
         last, next_value = reward.new_zeros(()), reward.new_zeros(()) if bootstrap is None else bootstrap[i]
         for t in reversed(range(start, stop)):
             if mask is None or mask[t]:

@@ -3,8 +3,8 @@
     delta = logprob - reference_logprob,   w = exp(logprob - sampler_logprob), or 1
     k1 = delta        k2 = delta^2 / 2        k3 = exp(-delta) - 1 + delta        value = w k
 
-Gradient with respect to logprob: w delta for k2 and k3, which is, in expectation over the sampler's tokens, the gradient
-of the token-wise KL(policy || reference). (Differentiating k3 itself gives that of KL(reference || policy); k1 gives
+Gradient with respect to logprob: w delta for k2 and k3, which is, in expectation over the sampler's tokens, that of the
+token-wise KL(policy || reference). (Differentiating k3 itself gives the gradient of KL(reference || policy); k1 gives
 noise of mean 0, so it has none here: it belongs in the reward.) Nothing flows to the other arguments.
 
 Both log-ratios are clamped to +-20: the value cannot overflow, and the gradient stays at w 20 where it would be needed

@@ -11,14 +11,14 @@ Gradient, for upstream gradients g of logprob, l of logsumexp and e of entropy:
 
 The target's entry is computed as -expm1(logprob) g, which keeps its digits where p is nearly 1.
 
-A block of ROWS x VOCAB logits is computed, folded into running statistics and forgotten; the backward computes it again,
-bit for bit (4 matrix products in all, where storing needs 3). Beyond the returned gradients this holds about
-4 (T D + 2 VOCAB D + 3 ROWS VOCAB) bytes, where log_softmax holds 12 T V; a frozen weight costs no dweight. Rows that are
-ignored, or whose upstream gradients are all 0 (masked tokens, clipped ratios), are left out of the products on the CPU;
-on a GPU, counting them would wait for it.
+A block of ROWS x VOCAB logits is computed, folded into running statistics and forgotten; the backward computes it by
+the same products again (4 in all, where storing needs 3). Beyond the returned gradients this holds about
+4 (2 VOCAB D + 3 ROWS VOCAB) bytes, and 8 T D more for half precision, where log_softmax holds 12 T V; a frozen weight
+costs no dweight. Rows that are ignored, or whose upstream gradients are all 0 (masked tokens, clipped ratios), are left
+out of the products on the CPU; on a GPU, counting them would wait for it.
 
-Precision: products accumulate in float32, logits are never rounded, and all is relative to the largest logit of the row,
-so that a constant added to every logit costs no digits.
+Precision: products accumulate in float32, logits are never rounded, and all is relative to the largest logit of the
+row, so that a constant added to every logit costs no digits. Results are float32.
 
 Legend: T rows, V vocabulary, D hidden size. Online normaliser: Milakov and Gimelshein 2018 (arXiv 1805.02867); logits
 that never exist: Wijmans et al. 2024 (arXiv 2411.09009).
@@ -54,7 +54,7 @@ def linear_logprob(
     """log softmax(softcap(logit_scale * (hidden @ weight.T + bias)) / temperature)[t, targets[t]], float32, in nats.
 
     Rows whose target is `ignore_index` give 0 in every output and no gradient, whatever lies in them. Raises ValueError
-    for wrong shapes, dtypes and devices, and on the CPU for a target outside the vocabulary; on a GPU its logprob is NaN.
+    for wrong shapes, dtypes and devices, and on the CPU for a target outside the vocabulary (on a GPU it gives NaN).
     """
     check_impl(impl)
     check_rows("hidden", hidden, rank=2)
@@ -75,9 +75,10 @@ def linear_logprob(
             check_range(name, value, 0, float("inf"), open_low=True)
 
     transform = (row_temperature, float(temperature), float(logit_scale), softcap)
-    rows = _LinearLogprob.apply(hidden, weight, bias, targets, *transform, ignore_index, entropy, stats)
-    asked = (True, True, entropy, stats, stats)
-    return TokenLogprobs(*(row if wanted else None for row, wanted in zip(rows, asked, strict=True)))
+    logprob, logsumexp, row_entropy, *row_stats = _LinearLogprob.apply(
+        hidden, weight, bias, targets, *transform, ignore_index, entropy, stats
+    )
+    return TokenLogprobs(logprob, logsumexp, row_entropy if entropy else None, *(row_stats if stats else (None, None)))
 
 
 def linear_logprob_reference(
@@ -139,8 +140,8 @@ def _forward(
     ignore: int,
     entropy: bool,
     stats: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(logprob, logsumexp, entropy, max_logprob, mean_logit, peak, total), each [T]; what is not asked for is empty.
+) -> list[Tensor]:
+    """[logprob, logsumexp, entropy, max_logprob, mean_logit, peak, total], each [T] or, not asked for, empty.
 
     `peak` is the largest logit of the row, `total` the sum of exp(z - peak).
     """
@@ -169,19 +170,19 @@ def _forward(
         peak,
         total,
     )
-    return tuple(peak.new_empty(0) if output is None else chosen.put_back(output) for output in outputs)
+    return [peak.new_empty(0) if output is None else chosen.put_back(output) for output in outputs]
 
 
 @_forward.register_fake
 def _(hidden, weight, bias, targets, row_temperature, temperature, scale, softcap, ignore, entropy, stats):
     asked = (True, True, entropy, stats, stats, True, True)
-    return tuple(hidden.new_empty(len(targets) if wanted else 0, dtype=torch.float32) for wanted in asked)
+    return [hidden.new_empty(len(targets) if wanted else 0, dtype=torch.float32) for wanted in asked]
 
 
 def _fold(state: tuple[Tensor, ...], z: Tensor, column: Tensor, entropy: bool, stats: bool) -> tuple[Tensor, ...]:
     """Statistics of the vocabulary so far with one more block z, which is overwritten; `state` is () at the first.
 
-    (peak, total, target logit, gap = sum exp(z - peak) (peak - z), sum of logits), each [rows] or empty if not asked for.
+    (peak, total, target logit, gap = sum exp(z - peak) (peak - z), sum of logits), [rows] each or empty if not wanted.
     """
     inside, index = _locate(column, z)
     target = z.gather(1, index)[:, 0].where(inside, float("nan"))

@@ -12,17 +12,17 @@
     hinge    max(0, 1 - z)                        -beta where z < 1, else 0
 
 kappa is 0, the label smoothing e (cDPO), 1 - label_prob (soft labels), or -e / (1 - 2 e) (robust: unbiased for labels
-flipped with probability e; unbounded below, so stop early). target is 1 / (2 beta), beta being the paper's tau; smoothing
-makes it (1 - 2 e) / (2 beta) and soft labels (label_prob - 1/2) / beta. Gradient with respect to a row's logprob: dL/dD / n,
-negative for the rejected sequence, 0 outside the mask; the reference gets none.
+flipped with probability e; unbounded below, so stop early). target is 1 / (2 beta), beta being the paper's tau;
+smoothing makes it (1 - 2 e) / (2 beta) and soft labels (label_prob - 1/2) / beta. Gradient with respect to a logprob:
+dL/dD / n in the chosen sequence, -dL/dD / n in the rejected one, 0 outside the mask.
 
-With length_norm "sum" (the papers) the IPO target is in nats per sequence, with "mean" (TRL's IPO) in nats per token: at
-length n the mean with beta is the sum with beta / n, its gradient n^2 smaller. "pair_mean" keeps D a scaled log-odds.
+With length_norm "sum" (the papers) the IPO target is in nats per sequence, with "mean" (TRL's IPO) in nats per token:
+at length n the mean with beta is the sum with beta / n, its loss n^2 smaller. "pair_mean" keeps D a scaled log-odds.
 
 Differences are summed, never two large sums subtracted. The order of summation is that of the rows, on every run.
 
-Legend: T rows, B pairs. Rafailov et al. 2023 (arXiv 2305.18290) eq. 7; IPO: Azar et al. 2023 (arXiv 2310.12036) eq. 17;
-cDPO: Mitchell 2023; robust: Chowdhury et al. 2024 (arXiv 2403.00409) eq. 12; hinge: Zhao et al. 2023 (arXiv 2305.10425).
+Legend: T rows, B pairs. DPO: Rafailov et al. 2023 (arXiv 2305.18290) eq. 7; IPO: Azar et al. 2023 (arXiv 2310.12036)
+eq. 17; cDPO: Mitchell 2023; robust: Chowdhury et al. 2024 (arXiv 2403.00409); hinge: Zhao et al. 2023 (2305.10425).
 """
 
 from __future__ import annotations

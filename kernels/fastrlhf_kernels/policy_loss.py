@@ -4,18 +4,18 @@
     l_t    = -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) + kl_coef w k - entropy_coef H
     loss   = sum_t mask weight l_t / num_tokens
 
-With dual_clip c the first term is at most -c A where A < 0. k is k2 or k3 of `kl_estimate`, with its importance weight w.
+With dual_clip c the first term is at most -c A where A < 0. k is k2 or k3 of `kl_estimate`, with its weight w.
 
 Gradient of the first term with respect to logprob: -r A where the token is active, 0 elsewhere. Active:
 
     |logprob - sampler_logprob| <= 20  and  (A >= 0: r <= 1 + clip_high,   A < 0: r >= 1 - clip_low and r <= c)
 
-bounds included. The others: kl_coef w delta, and -entropy_coef for the entropy. With r = 1 everywhere it is REINFORCE's.
+bounds included; with r = 1 everywhere it is REINFORCE's. Of the others: kl_coef w delta, and -entropy_coef for H.
 
 What lies in rows with mask False, NaN and infinities too, reaches neither the loss nor a gradient.
 
-Legend: T tokens, A advantage, H entropy. Schulman et al. 2017 (arXiv 1707.06347) eq. 7; dual clip: Ye et al. 2020 (arXiv
-1912.09729) eq. 5; asymmetric clip: Yu et al. 2025 (arXiv 2503.14476).
+Legend: T tokens, A advantage, H entropy. Schulman et al. 2017 (arXiv 1707.06347) eq. 7; dual clip: Ye et al. 2020
+(arXiv 1912.09729); asymmetric clip: Yu et al. 2025 (arXiv 2503.14476).
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ def policy_loss(
 ) -> LossOutput:
     """sum_t mask weight (-min(r A, clip(r) A) + kl_coef w k - entropy_coef H) / num_tokens, float32.
 
-    Metrics, sums over the trained tokens: policy_loss (the first term, weighted), ratio, clip_fraction (tokens without
-    gradient from it), approx_kl (k3 estimate of KL(sampler || policy)), tokens; entropy and kl (w k) where their input is given; and
-    the maximum ratio_max. Raises ValueError for bad arguments.
+    Metrics, sums over the trained tokens: policy_loss (the first term, weighted), ratio, clip_fraction (tokens that the
+    clip leaves no gradient), approx_kl (k3 estimate of KL(sampler || policy)), tokens; kl (w k) and entropy where the
+    inputs are given; and the maximum ratio_max. Raises ValueError for bad arguments.
     """
     check_impl(impl)
     check_rows("logprob", logprob)

@@ -24,7 +24,7 @@ class TokenLogprobs(NamedTuple):
     entropy: Tensor | None
     """-sum p log p over the vocabulary; differentiable. None unless asked for."""
     max_logprob: Tensor | None
-    """Largest log-prob of the row, detached: the target is the greedy choice where the two agree. None without stats."""
+    """Largest log-prob of the row, detached; the target is the greedy choice where they agree. None without stats."""
     mean_logit: Tensor | None
     """Mean of the transformed logits over the vocabulary, detached. None without stats."""
 
@@ -61,7 +61,7 @@ class LossOutput(NamedTuple):
 
     loss: Tensor
     """0-dim float32; call backward on it."""
-    metrics: dict[str, Metric]
+    metrics: Mapping[str, Metric]
 
 
 def merge(*metrics: Mapping[str, Metric]) -> dict[str, Metric]:

@@ -170,8 +170,8 @@ def test_the_first_ratio_is_exactly_one(paths):
 
 
 def test_micro_batches_change_no_update(paths):
-    whole = run(config(paths, PPOConfig, micro_batch_tokens=10_000))
-    split = run(config(paths, PPOConfig, micro_batch_tokens=24))
+    whole = run(config(paths, PPOConfig, micro_batch_tokens=10_000, num_ppo_epochs=2))
+    split = run(config(paths, PPOConfig, micro_batch_tokens=24, num_ppo_epochs=2))
     for a, b in zip(whole.history, split.history, strict=True):
         for name in ("objective/scores", "loss/policy_avg", "loss/value_avg", "grad_norm", "value_grad_norm"):
             assert a[name] == pytest.approx(b[name], rel=2e-4, abs=1e-6), name
@@ -189,7 +189,7 @@ def test_a_score_that_is_not_finite_ends_the_run_before_it_trains(paths):
     def broken(rollouts):
         return torch.tensor([0.0, float("nan")] + [0.0] * (len(rollouts) - 2))
 
-    with pytest.raises(ValueError, match="the score of a response to row .* is nan"):
+    with pytest.raises(ValueError, match=r"the score of a response to row .* is nan"):
         train_on_policy(config(paths), tiny.examples(40), judge=broken)
 
 
@@ -197,10 +197,10 @@ def test_rewards_follow_a_judge_of_the_users(paths):
     def likes_short(rollouts):
         return torch.tensor([-float(len(r.completion)) for r in rollouts])
 
-    cfg = config(paths, max_steps=25, learning_rate=3e-3, per_device_train_batch_size=32, kl_coef=0.0, num_ppo_epochs=2)
+    cfg = config(paths, max_steps=12, learning_rate=6e-3, per_device_train_batch_size=32, kl_coef=0.0, num_ppo_epochs=2)
     result = train_on_policy(cfg, tiny.examples(40), judge=likes_short)
     scores = [row["objective/scores"] for row in result.history]
-    assert sum(scores[-5:]) / 5 > sum(scores[:5]) / 5 + 1.0
+    assert sum(scores[-3:]) / 3 > sum(scores[:3]) / 3 + 1.0
 
 
 def test_compat_reference_writes_on_past_the_eos_and_counts_one_in_the_last_slot_as_missing(paths):
@@ -213,7 +213,7 @@ def test_compat_reference_writes_on_past_the_eos_and_counts_one_in_the_last_slot
 def test_missing_reward_model_and_prompts_without_room_are_named(paths):
     with pytest.raises(ValueError, match="reward_model_path: give the reward model"):
         train_on_policy(config(paths | {"reward_model_path": ""}), tiny.examples(4))
-    with pytest.raises(ValueError, match="reward_model_path: .* has no trained score head"):
+    with pytest.raises(ValueError, match=r"reward_model_path: .* has no trained score head"):
         train_on_policy(config(paths | {"reward_model_path": paths["model_name_or_path"]}), tiny.examples(4))
     with pytest.raises(ValueError, match="max_length: no train prompt leaves room"):
         train_on_policy(config(paths, max_length=8), tiny.examples(4))

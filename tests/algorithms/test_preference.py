@@ -77,7 +77,8 @@ def test_loss_and_gradient_are_those_of_the_padded_textbook_loop(model, other, m
     loss.backward()
     assert row["loss"] == pytest.approx(loss.item(), rel=1e-5)
     tiny.assert_close_gradients(made[0].steps[0][0], [p.grad for p in policy.parameters()])
-    rewards = cfg.beta * log_ratios.detach()
+    with torch.no_grad():  # rewards are of whole responses, however the loss divides them
+        rewards = cfg.beta * padded_log_ratios(policy, reference, examples, mean=False)
     assert row["rewards/accuracies"] == (rewards[:, 0] > rewards[:, 1]).float().mean().item()
     assert row["rewards/margins"] == pytest.approx((rewards[:, 0] - rewards[:, 1]).mean().item(), rel=1e-4)
 
@@ -111,17 +112,24 @@ def test_the_first_loss_of_a_policy_that_is_its_reference(model, settings, first
 
 
 def test_the_reference_stays_what_the_policy_was_at_the_start(model):
-    """After three steps, the logged rewards are log-ratios to the untouched start, and the start is on disk as it was."""
-    examples = tiny.examples(8)
-    result = train_dpo(config(model, max_steps=3), examples, examples)
+    """After three steps, the logged rewards are log-ratios to the start, which is on disk as it was."""
+    held_out = tiny.examples(6, seed=1)
+    result = train_dpo(config(model, max_steps=3), tiny.examples(8), held_out)
     start = AutoModelForCausalLM.from_pretrained(model)
     assert any(not torch.equal(a, b) for a, b in zip(start.parameters(), result.model.parameters(), strict=True))
     with torch.no_grad():
-        log_ratios = padded_log_ratios(result.model, start, examples, mean=False)
+        log_ratios = padded_log_ratios(result.model, start, held_out, mean=False)
     cfg = config(model)
     assert result.final["eval_loss"] == pytest.approx(textbook_loss(cfg, log_ratios).item(), rel=1e-5)
     assert result.final["eval_rewards/chosen"] == pytest.approx(0.1 * log_ratios[:, 0].mean().item(), rel=1e-3)
     assert result.final["eval_rewards/rejected"] == pytest.approx(0.1 * log_ratios[:, 1].mean().item(), rel=1e-3)
+
+
+def test_smoothing_a_hinge_is_refused_before_the_run_starts(model, tmp_path):
+    cfg = config(model, loss_type="hinge", label_smoothing=0.1, output_dir=str(tmp_path / "run"))
+    with pytest.raises(ValueError, match=r"label_smoothing: must be 0 where loss_type is hinge; got 0.1"):
+        train_dpo(cfg, tiny.examples(8))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_reference_of_its_own_that_equals_the_start_changes_nothing(model):
@@ -141,7 +149,7 @@ def test_the_first_loss_may_differ_by_rounding_and_by_no_more():
     metrics = {"loss": math.log(2), "logps/chosen": -150.0, "logps/rejected": -250.0}
     cfg = DPOConfig(beta=0.1)
     preference.check_first_loss(cfg, metrics | {"loss": math.log(2) + 0.1 * 3e-5 * 400})
-    with pytest.raises(ValueError, match="the first sigmoid loss is 0.695147"):
+    with pytest.raises(ValueError, match=r"the first sigmoid loss is 0.695147"):
         preference.check_first_loss(cfg, metrics | {"loss": math.log(2) + 2e-3})
     with pytest.raises(ValueError, match="the first sigmoid loss is nan"):
         preference.check_first_loss(cfg, metrics | {"loss": math.nan})

@@ -131,13 +131,14 @@ def test_an_easy_rule_is_learnt_for_pairs_never_seen(policy):
     assert result.final["eval_accuracy_low"] <= result.final["eval_accuracy"] <= result.final["eval_accuracy_high"]
 
 
-def test_the_new_head_and_the_order_of_the_data_depend_on_the_seed_alone(policy):
-    cfg, examples = config(policy, max_steps=2), tiny.examples(30)
+def test_the_new_head_depends_on_the_seed_alone(policy):
+    cfg, examples = config(policy, max_steps=2), tiny.examples(8)  # all in every batch: only the head can differ
     torch.manual_seed(1)
     first = train_reward_model(cfg, examples)
     torch.manual_seed(2)
     assert train_reward_model(cfg, examples).history == first.history
-    assert train_reward_model(replace(cfg, seed=1), examples).history != first.history
+    other = train_reward_model(replace(cfg, seed=1), examples)
+    assert abs(other.history[0]["loss"] - first.history[0]["loss"]) > 1e-3
 
 
 def test_it_starts_from_a_model_and_from_nothing_else(policy):

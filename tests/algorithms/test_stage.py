@@ -99,11 +99,11 @@ def test_a_run_that_fails_in_the_middle_leaves_its_metrics_so_far_and_no_model(m
         return torch.full((len(rollouts),), 1.0 if len(calls) == 1 else float("nan"))
 
     cfg = ppo_config(model, judge, tmp_path / "run")
-    with pytest.raises(ValueError, match="the score of a response to row .* is nan"):
+    with pytest.raises(ValueError, match=r"the score of a response to row .* is nan"):
         train_on_policy(cfg, tiny.examples(8), judge=breaks_at_the_second_update)
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.yaml", "metrics.jsonl", "samples.jsonl"}
     assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 1
-    with pytest.raises(ValueError, match="output_dir: .* already holds a run"):
+    with pytest.raises(ValueError, match=r"output_dir: .* already holds a run"):
         train_on_policy(cfg, tiny.examples(8))
 
 
@@ -156,5 +156,5 @@ def test_sums_are_divided_by_the_count_and_maxima_are_kept():
 def test_the_row_that_no_micro_batch_can_hold_is_named():
     examples = [TokenizedExample(prompt=[1], row=row) for row in (3, 8)]
     check_micro_batch(config("", "", micro_batch_tokens=9), examples, [5, 9])
-    with pytest.raises(ValueError, match="micro_batch_tokens: must be at least 9, the tokens of row 8, .*; got 8"):
+    with pytest.raises(ValueError, match=r"micro_batch_tokens: must be at least 9, the tokens of row 8, .*; got 8"):
         check_micro_batch(config("", "", micro_batch_tokens=8), examples, [5, 9])

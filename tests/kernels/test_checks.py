@@ -1,0 +1,60 @@
+import pytest
+import torch
+
+from fastrlhf_kernels import _checks as checks
+
+CPU = torch.device("cpu")
+
+
+def test_asking_for_triton_says_that_this_version_has_none():
+    with pytest.raises(ValueError, match="this version has no Triton kernel"):
+        checks.check_impl("triton")
+    with pytest.raises(ValueError, match="'cuda'"):
+        checks.check_impl("cuda")
+    checks.check_impl("auto")
+    checks.check_impl("torch")
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        ([1.0, 2.0], r"weight must be a tensor of shape \(2,\), got list"),
+        (torch.zeros(3), r"weight must have shape \(2,\), got \(3,\)"),
+        (torch.zeros(2).double(), "weight must be .*float32.*got torch.float64"),
+        (torch.zeros(2, device="meta"), "weight must be on cpu like the first argument, got meta"),
+    ],
+)
+def test_a_wrong_tensor_is_named_with_what_is_wrong(tensor: object, message: str):
+    with pytest.raises(ValueError, match=message):
+        checks.check_tensor("weight", tensor, (2,), CPU)
+
+
+@pytest.mark.parametrize("bounds", [[], [0, 2], [1, 3], [0, 2, 1, 3], [0, 4]])
+def test_cu_seqlens_must_rise_from_zero_to_the_number_of_rows(bounds: list[int]):
+    with pytest.raises(ValueError, match="cu_seqlens"):
+        checks.check_cu_seqlens(torch.tensor(bounds, dtype=torch.int32), 3, CPU)
+
+
+def test_cu_seqlens_may_hold_empty_segments_or_none_at_all():
+    checks.check_cu_seqlens(torch.tensor([0, 0, 3, 3]), 3, CPU)
+    checks.check_cu_seqlens(torch.tensor([0]), 0, CPU)
+
+
+def test_a_count_of_nothing_divides_by_one_so_that_an_empty_sum_stays_zero():
+    assert checks.divisor("num_tokens", 0) == 1
+    assert checks.divisor("num_tokens", torch.tensor(0)) == 1
+    assert checks.divisor("num_tokens", 0.25) == 0.25
+    assert checks.divisor("num_tokens", torch.tensor(0.25)) == 0.25
+
+
+@pytest.mark.parametrize("count", [-1, float("nan"), torch.ones(1)])
+def test_a_count_that_is_none_is_refused(count: object):
+    with pytest.raises(ValueError, match="num_tokens"):
+        checks.divisor("num_tokens", count)
+
+
+def test_an_open_range_excludes_its_lower_end():
+    checks.check_range("clip", 0, 0, 1)
+    for value in (0, float("nan"), 1.5):
+        with pytest.raises(ValueError, match=r"beta must be in \(0, 1\]"):
+            checks.check_range("beta", value, 0, 1, open_low=True)

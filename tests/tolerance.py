@@ -1,0 +1,52 @@
+"""How exact an op must be: as exact as plain torch in the same dtype, against float64.
+
+No test states a tolerance of its own. truth = reference in float64, baseline = reference in the dtype under test:
+
+    error(op) <= FACTOR * error(baseline) + EPSILONS * eps * largest |truth|
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+FACTOR = 2.0
+EPSILONS = 4.0
+
+Op = Callable[..., Sequence[Tensor]]
+
+
+def assert_as_exact(name: str, actual: Tensor, baseline: Tensor, truth: Tensor) -> None:
+    """The bound above; eps is that of the baseline's dtype, and `actual` must be finite where the truth is."""
+    assert actual.shape == truth.shape, name
+    error = _largest(actual.double() - truth)
+    allowed = FACTOR * _largest(baseline.double() - truth)
+    allowed += EPSILONS * torch.finfo(baseline.dtype).eps * _largest(truth)
+    assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+def assert_op_matches(op: Op, reference: Op, leaves: dict[str, Tensor], upstream: Sequence[Tensor] = ()) -> None:
+    """Outputs of `op`, and its gradients to every leaf, against those of `reference`.
+
+    Both take the leaves by name and return the same outputs; `upstream` holds a gradient for each of the first
+    outputs, 1 where there is none.
+    """
+    truth = _run(reference, {name: leaf.double() for name, leaf in leaves.items()}, upstream)
+    baseline = _run(reference, leaves, upstream)
+    for name, actual in _run(op, leaves, upstream).items():
+        assert_as_exact(name, actual, baseline[name], truth[name])
+
+
+def _run(op: Op, leaves: dict[str, Tensor], upstream: Sequence[Tensor]) -> dict[str, Tensor]:
+    leaves = {name: leaf.detach().clone().requires_grad_() for name, leaf in leaves.items()}
+    outputs = op(**leaves)
+    weights = upstream or [torch.ones_like(output) for output in outputs]
+    total = sum((o * w.to(o.dtype)).sum() for o, w in zip(outputs[: len(weights)], weights, strict=True))
+    assert isinstance(total, Tensor)
+    gradients = torch.autograd.grad(total, list(leaves.values()))
+    named = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
+    return named | {f"gradient of {name}": g for name, g in zip(leaves, gradients, strict=True)}
+
+
+def _largest(x: Tensor) -> float:
+    return x.detach().abs().max().item() if x.numel() else 0.0
