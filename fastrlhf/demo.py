@@ -37,7 +37,7 @@ STAGES = ("sft", "reward", "dpo", "ppo", "drpo")
 TEMPERATURE = 1.0
 """Of sampling, in training and when the methods are judged."""
 
-NUM_SFT, NUM_PAIRS, NUM_PROMPTS = 16_000, 10_000, 8_000
+NUM_SFT, NUM_PAIRS, NUM_PROMPTS = 16_000, 20_000, 8_000
 """Posts with a reference, pairs, and prompts of the on-policy runs."""
 
 

@@ -164,7 +164,7 @@ class ToyTask:
         while second == first:
             second = self._candidate(facts, rng)
         margin = self.gold_reward(prompt, first) - self.gold_reward(prompt, second)
-        first_wins = rng.random() < 1 / (1 + math.exp(-margin / self.label_temperature))
+        first_wins = rng.random() < 0.5 + 0.5 * math.tanh(margin / self.label_temperature / 2)
         chosen, rejected = (first, second) if first_wins else (second, first)
         return Example(prompt=prompt, reference=reference, chosen=chosen, rejected=rejected, row=index)
 

@@ -71,7 +71,7 @@ def gae(
         inside = row + distance < end
         other = (row + distance).clamp(max=len(row) - 1)
         constant = (constant + carried * constant[other]).where(inside, constant)
-        carried = (carried * carried[other]).where(inside, 0)
+        carried = carried * carried[other]
         distance *= 2
     advantage = constant.where(keep, 0)
     return advantage, (advantage + value).where(keep, 0)

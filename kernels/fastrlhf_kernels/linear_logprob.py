@@ -9,7 +9,7 @@ Gradient, for upstream gradients g of logprob, l of logsumexp and e of entropy:
     dz[t, v]  = g (1[v = y_t] - p) + l p - e p (log p + entropy)
     dx        = dz * softcap'(x) * logit_scale / temperature,   dhidden = dx @ weight,   dweight = dx.T @ hidden
 
-The target's entry is computed as -expm1(logprob) g, which keeps its digits where p is nearly 1.
+The target's entry is computed as -expm1(logprob) g: 1 - p has fewer correct digits than logprob where p is nearly 1.
 
 A block of ROWS x VOCAB logits is computed, folded into running statistics and forgotten; the backward computes it by
 the same products again (4 in all, where storing needs 3). Beyond the returned gradients this holds about
@@ -162,7 +162,7 @@ def _forward(
     peak, total, target, gap, logit_sum = (torch.cat(pieces) for pieces in zip(*state, strict=True))
     log_total = total.log()
     outputs = (
-        (target - peak - log_total).clamp(max=0),
+        target - peak - log_total,  # never above 0: the peak is one of the logits, so total is at least 1
         peak + log_total,
         log_total + gap / total if entropy else None,
         -log_total if stats else None,

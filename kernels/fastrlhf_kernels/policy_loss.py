@@ -84,7 +84,7 @@ def policy_loss(
         "policy_loss": Sum(per_token.detach().sum()),
         "ratio": Sum(ratio.detach().where(mask, 0).sum()),
         "ratio_max": Max(F.pad(ratio.detach().where(mask, 0), (0, 1)).amax()),  # the pad is for T = 0
-        "clip_fraction": Sum((mask & ~active).float().sum()),
+        "clip_fraction": Sum((~active).float().sum()),  # outside the mask r is 1 and active
         "approx_kl": Sum(estimator(-log_ratio.detach(), "k3").sum()),
         "tokens": Sum(mask.float().sum()),
     }

@@ -194,12 +194,20 @@ def test_forbidden_tokens_with_bias_minus_infinity_are_as_if_absent():
 
 
 def test_the_gradient_of_a_near_certain_token_keeps_its_digits():
-    # p(other) = e^-20 / (1 + e^-20): 1 - p rounds to 0 in float32, expm1 does not
-    weight = torch.tensor([[20.0], [0.0]], requires_grad=True)
+    # at p = 1 - 4.5e-5, 1 - p in float32 is off by 1e-5 of itself and more
+    weight = torch.tensor([[10.0], [0.0]], requires_grad=True)
     out = linear_logprob(torch.ones(1, 1), weight, torch.tensor([0]))
     out.logprob.backward()
-    assert out.logprob.item() <= 0
-    assert weight.grad.flatten().tolist() == pytest.approx([0.0, -math.exp(-20)], rel=1e-5, abs=1e-30)
+    assert weight.grad[0].item() == pytest.approx(-math.expm1(out.logprob.item()), rel=1e-6)
+    assert weight.grad[1].item() == pytest.approx(-math.exp(-10) / (1 + math.exp(-10)), rel=1e-6)
+
+
+def test_beside_a_certain_token_the_others_keep_their_gradient():
+    weight = torch.tensor([[40.0], [0.0]], requires_grad=True)
+    out = linear_logprob(torch.ones(1, 1), weight, torch.tensor([0]))
+    out.logprob.backward()
+    assert out.logprob.item() == 0
+    assert weight.grad.flatten().tolist() == pytest.approx([0.0, -math.exp(-40)], rel=1e-5, abs=0)
 
 
 def test_a_logprob_is_never_above_zero():

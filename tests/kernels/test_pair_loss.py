@@ -177,8 +177,9 @@ def test_a_pack_without_a_pair_gives_zero_loss_and_zero_gradient(lengths: list[i
     logprob, reference, cu_seqlens, _ = pairs(lengths) if lengths else (*torch.zeros(2, 0), torch.tensor([0]), None)
     logprob.requires_grad_()
     mask = torch.zeros(len(logprob), dtype=torch.bool)
-    out = pair_loss(logprob, reference, cu_seqlens, mask, num_pairs=0)
-    out.loss.backward()
+    with torch.autograd.set_detect_anomaly(True):
+        out = pair_loss(logprob, reference, cu_seqlens, mask, num_pairs=0, length_norm="mean")
+        out.loss.backward()
     assert out.loss.item() == 0
     assert logprob.grad.tolist() == [0.0] * len(logprob)
     assert all(metric.value.item() == 0 for metric in out.metrics.values())
