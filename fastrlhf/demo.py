@@ -37,7 +37,7 @@ STAGES = ("sft", "reward", "dpo", "ppo", "drpo")
 TEMPERATURE = 1.0
 """Of sampling, in training and when the methods are judged."""
 
-NUM_SFT, NUM_PAIRS, NUM_PROMPTS = 16_000, 20_000, 8_000
+NUM_SFT, NUM_PAIRS, NUM_PROMPTS = 14_000, 18_000, 8_000
 """Posts with a reference, pairs, and prompts of the on-policy runs."""
 
 
@@ -111,7 +111,7 @@ def stage_config(name: str, config: DemoConfig, out: Path) -> SFTConfig | Reward
         "response_length": MAX_SUMMARY_TOKENS,
         "temperature": TEMPERATURE,
         "rollout_batch_size": 128,
-        "kl_coef": 0.05,
+        "kl_coef": 0.1,
         "missing_eos_score": None,
         "missing_eos_penalty": 1.0,
         "whiten_rewards": False,
@@ -123,19 +123,22 @@ def stage_config(name: str, config: DemoConfig, out: Path) -> SFTConfig | Reward
             model = toy_model_config().to_diff_dict() | {"model_type": "llama"}
             return SFTConfig(
                 **shared | {"model_name_or_path": "", "model_config": json.dumps(model)},
-                max_steps=250,
+                max_steps=220,
                 learning_rate=2e-3,
                 warmup_steps=20,
                 lr_scheduler_type="cosine",
             )
         case "reward":
-            return RewardConfig(**shared, max_steps=150, learning_rate=5e-4, warmup_steps=10)
+            return RewardConfig(
+                **shared, max_steps=280, learning_rate=5e-4, warmup_steps=10, lr_scheduler_type="cosine"
+            )
         case "dpo":
-            return DPOConfig(**shared, max_steps=120, learning_rate=1e-4, beta=0.1, warmup_steps=10)
+            return DPOConfig(**shared, max_steps=120, learning_rate=3e-4, beta=0.1, warmup_steps=10)
         case "ppo":
             return PPOConfig(**on_policy)
         case _:
-            return DRPOConfig(**on_policy, reset_prob=0.5, reset_min=0)
+            # An episode from inside a response samples fewer tokens: more updates for about as many.
+            return DRPOConfig(**on_policy | {"max_steps": 48}, reset_prob=0.5, reset_min=0)
 
 
 def format_summary(summary: Mapping[str, Any]) -> str:

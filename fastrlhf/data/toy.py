@@ -119,6 +119,8 @@ class ToyTask:
         """The first `count` examples of a split: prompt and reference; in the preference splits the pair as well."""
         if split not in SPLITS:
             raise ValueError(f"the embedded task has no split {split!r}; choose one of {', '.join(SPLITS)}")
+        if split.startswith("preferences") and not any((self.omit, self.stray, self.wrong, self.tire, self.spoiled)):
+            raise ValueError("ToyTask: without any noise no two candidates differ; raise omit or spoiled to draw pairs")
         return [self._example(split, index) for index in range(count)]
 
     def ideal(self, prompt: str) -> str:

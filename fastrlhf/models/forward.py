@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -77,7 +79,11 @@ def check_packed_forward(model: PreTrainedModel) -> None:
     model.train(was_training)
     tolerance = 1e-4 if next(model.parameters()).dtype == torch.float32 else 0.1
     error = (packed - alone).abs().max().item()
-    if not error <= tolerance:
+    if not math.isfinite(error):
+        raise ValueError(
+            f"{type(model).__name__} of {model.config.name_or_path!r}: its weights give numbers that are not finite"
+        )
+    if error > tolerance:
         raise ValueError(
             f"{type(model).__name__}: the packed forward differs from the model's own by {error:.2g} nats; "
             "its attention or its head does something fastrlhf does not know, and training would silently mix sequences"

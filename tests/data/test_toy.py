@@ -3,6 +3,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from math import exp
 from statistics import fmean
 
 import pytest
@@ -225,8 +226,6 @@ def test_a_degenerate_policy_loses_clearly_to_the_reference(policy, test_posts):
 
 
 def test_the_better_candidate_is_chosen_as_often_as_bradley_terry_says(pairs):
-    from math import exp
-
     margins = [
         TASK.gold_reward(text(e.prompt), text(e.chosen)) - TASK.gold_reward(text(e.prompt), text(e.rejected))
         for e in pairs
@@ -245,6 +244,12 @@ def test_a_cold_label_is_the_gold_order_and_members_of_a_pair_differ():
         assert e.chosen != e.rejected
         margin = cold.gold_reward(text(e.prompt), text(e.chosen)) - cold.gold_reward(text(e.prompt), text(e.rejected))
         assert margin > -0.1
+
+
+def test_pairs_without_any_noise_are_refused_instead_of_searched_for_ever():
+    silent = ToyTask(omit=0.0, stray=0.0, wrong=0.0, tire=0.0, spoiled=0.0)
+    with pytest.raises(ValueError, match="no two candidates differ"):
+        silent.examples("preferences", 1)
 
 
 def test_pairs_show_what_a_policy_may_find(pairs):
