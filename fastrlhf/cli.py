@@ -43,6 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"fastrlhf {command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        print(f"fastrlhf {command}: needs {error.name}: pip install 'fastrlhf[train]'", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"fastrlhf {command}: interrupted", file=sys.stderr)
         return 130

@@ -11,8 +11,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 RECIPES = Path(__file__).parent / "recipes"
 
 COMMANDS = {"sft", "reward", "dpo", "ppo", "drpo", "eval", "demo"}
@@ -49,6 +47,8 @@ def _section(path: str, content: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _load_yaml(path: str) -> dict[str, Any]:
+    import yaml  # not in the base install
+
     file = Path(path)
     if not file.exists() and (RECIPES / f"{path}.yaml").exists():
         file = RECIPES / f"{path}.yaml"
@@ -106,6 +106,8 @@ def as_flags(values: dict[str, Any]) -> list[str]:
 
 def write_yaml(config: Any, path: Path) -> None:
     """The resolved configuration: reading it back gives the same run."""
+    import yaml  # not in the base install
+
     path.write_text(yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False), encoding="utf-8")
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -250,3 +251,9 @@ def test_an_interrupted_run_ends_with_130(capsys, monkeypatch):
     monkeypatch.setattr("fastrlhf.algorithms.sft.train_sft", interrupt)
     assert main(["sft", "--output_dir", "runs/interrupted"]) == 130
     assert capsys.readouterr().err == "fastrlhf sft: interrupted\n"
+
+
+def test_a_base_install_is_told_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tyro", None)
+    assert main(["sft"]) == 2
+    assert capsys.readouterr().err == "fastrlhf sft: needs tyro: pip install 'fastrlhf[train]'\n"

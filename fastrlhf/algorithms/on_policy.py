@@ -16,7 +16,7 @@ PPO is DR-PO with reset probability 0, bit for bit.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -134,7 +134,7 @@ def update(
     seed: tuple[int, int],
 ) -> dict[str, float]:
     """`num_ppo_epochs` passes over the batch; after the first, the mini-batches are drawn and packed anew."""
-    totals = StepMetrics()
+    policy_totals, value_totals = StepMetrics(), StepMetrics()
     steps: list[dict[str, float]] = []
     for epoch in range(config.num_ppo_epochs):
         if epoch > 0 and config.num_mini_batches > 1:
@@ -166,10 +166,10 @@ def update(
                     clip=config.cliprange_value,
                 )
                 (config.vf_coef * valued.loss).backward()
-                totals.add(chosen.metrics)
-                totals.add(valued.metrics)
+                policy_totals.add(chosen.metrics)
+                value_totals.add(valued.metrics)
             steps.append(optimizer.step())
-    return _training_metrics(totals, steps)
+    return _training_metrics(policy_totals.means("tokens"), value_totals.means("rows"), steps)
 
 
 def make_engine(config: PPOConfig, policy: PreTrainedModel, eos_token_id: int) -> TransformersEngine:
@@ -240,19 +240,20 @@ def _num_updates(config: PPOConfig, num_prompts: int) -> int:
     return num_steps(config, num_prompts)
 
 
-def _training_metrics(totals: StepMetrics, steps: Sequence[dict[str, float]]) -> dict[str, float]:
-    means = totals.means("tokens")
-    averaged = {name: float(np.mean([step[name] for step in steps])) for name in steps[0]}
+def _training_metrics(
+    policy: Mapping[str, float], value: Mapping[str, float], steps: Sequence[Mapping[str, float]]
+) -> dict[str, float]:
+    """TRL's names; means over the tokens of all passes, gradient norms over the optimiser steps."""
     return {
-        "loss/policy_avg": means["policy_loss"],
-        "loss/value_avg": means["value_loss"],
-        "policy/approxkl_avg": means["approx_kl"],
-        "policy/clipfrac_avg": means["clip_fraction"],
-        "val/clipfrac_avg": means["value_clip_fraction"],
-        "val/ratio": means["ratio"],
+        "loss/policy_avg": policy["policy_loss"],
+        "loss/value_avg": value["value_loss"],
+        "policy/approxkl_avg": policy["approx_kl"],
+        "policy/clipfrac_avg": policy["clip_fraction"],
+        "val/clipfrac_avg": value["value_clip_fraction"],
+        "val/ratio": policy["ratio"],
         "lr": steps[-1]["learning_rate"],
-        "grad_norm": averaged["grad_norm"],
-        "value_grad_norm": averaged["value_grad_norm"],
+        "grad_norm": float(np.mean([step["grad_norm"] for step in steps])),
+        "value_grad_norm": float(np.mean([step["value_grad_norm"] for step in steps])),
     }
 
 

@@ -32,7 +32,7 @@ def value_loss(
 ) -> LossOutput:
     """sum_t mask max((V - R)^2, (V_clipped - R)^2) / 2 / num_tokens, float32.
 
-    Metrics, sums over the rows in the mask: value_loss, value_clip_fraction. Raises ValueError for bad arguments.
+    Metrics, sums over the rows in the mask: value_loss, value_clip_fraction, rows. Raises ValueError for bad arguments.
     """
     check_impl(impl)
     check_rows("value", value)
@@ -50,7 +50,8 @@ def value_loss(
         clipped = bounded > error
         error = torch.where(clipped, bounded, error)
     total = error.sum() / 2
-    metrics = {"value_loss": Sum(total.detach()), "value_clip_fraction": Sum(clipped.float().sum())}
+    sums = {"value_loss": total.detach(), "value_clip_fraction": clipped.float().sum(), "rows": mask.float().sum()}
+    metrics = {name: Sum(total_of) for name, total_of in sums.items()}
     return LossOutput(total / divisor("num_tokens", num_tokens), metrics)
 
 

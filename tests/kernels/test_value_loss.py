@@ -24,7 +24,7 @@ def test_hand_computed_rows_with_clip():
     total = (0.765625 + 3.0625 + 2.25 + 0.0625) / 2
     assert loss.item() == total / 4
     assert gradient == [-0.875 / 4, 0.0, -1.5 / 4, 0.25 / 4]
-    assert metrics == {"value_loss": total, "value_clip_fraction": 1.0}
+    assert metrics == {"value_loss": total, "value_clip_fraction": 1.0, "rows": 4.0}
 
 
 def test_hand_computed_rows_without_clip():
@@ -32,7 +32,7 @@ def test_hand_computed_rows_without_clip():
     total = (0.765625 + 1 + 2.25 + 0.0625) / 2
     assert loss.item() == total / 4
     assert gradient == [-0.875 / 4, -1 / 4, -1.5 / 4, 0.25 / 4]
-    assert metrics == {"value_loss": total, "value_clip_fraction": 0.0}
+    assert metrics == {"value_loss": total, "value_clip_fraction": 0.0, "rows": 4.0}
 
 
 def test_masked_rows_leak_neither_nan_nor_infinity():

@@ -1,0 +1,64 @@
+import json
+from dataclasses import replace
+
+import pytest
+
+from fastrlhf import demo
+from fastrlhf.config import DemoConfig, DRPOConfig, PPOConfig
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """Two steps per stage on a few posts; all else as users get it."""
+    full = demo.stage_config
+
+    def shortened(name, config, out):
+        settings = full(name, config, out)
+        return replace(settings, max_steps=2, warmup_steps=0, per_device_train_batch_size=8, progress=False)
+
+    monkeypatch.setattr(demo, "stage_config", shortened)
+    for name in ("NUM_SFT", "NUM_PAIRS", "NUM_PROMPTS"):
+        monkeypatch.setattr(demo, name, 24)
+
+
+def test_the_chain_leaves_a_folder_per_stage_a_summary_and_a_report(short, tmp_path):
+    out = tmp_path / "demo"
+    summary = demo.run_demo(DemoConfig(out=str(out), num_eval=20, seed=3))
+    assert json.loads((out / "summary.json").read_text()) == json.loads(json.dumps(summary))
+    assert (summary["task"], summary["seed"], summary["device"]) == ("toy", 3, "cpu")
+    assert list(summary["methods"]) == ["sft", "dpo", "ppo", "drpo"]
+    for name, row in summary["methods"].items():
+        assert row["win_rate_ci"][0] <= row["win_rate"] <= row["win_rate_ci"][1]
+        assert row["tokens"] > 0
+        assert row["seconds"] > 0
+        assert ("minus_sft" in row) == (name != "sft")
+    assert summary["methods"]["sft"]["kl"] == 0.0
+    for name in demo.STAGES:
+        assert (out / name / "model.safetensors").exists()
+        assert len((out / name / "metrics.jsonl").read_text().splitlines()) == 2
+    assert "drpo" in (out / "report.html").read_text()
+    table = demo.format_summary(summary).splitlines()
+    assert [line.split()[0] for line in table] == ["method", "sft", "dpo", "ppo", "drpo"]
+    with pytest.raises(ValueError, match="already holds a run"):
+        demo.run_demo(DemoConfig(out=str(out)))
+
+
+def test_stages_may_be_left_out_but_not_what_others_start_from(short, tmp_path):
+    summary = demo.run_demo(DemoConfig(out=str(tmp_path / "a"), num_eval=8, methods="sft, dpo"))
+    assert list(summary["methods"]) == ["sft", "dpo"]
+    for methods, message in (
+        ("sft,ppo", "with reward, which judges ppo and drpo"),
+        ("dpo", "with sft, which all else starts from"),
+        ("sft,dqo", "unknown method 'dqo'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            demo.run_demo(DemoConfig(out=str(tmp_path / "b"), methods=methods))
+    assert not (tmp_path / "b").exists()
+
+
+def test_ppo_and_drpo_differ_in_resets_and_number_of_updates_alone(tmp_path):
+    ppo, drpo = (demo.stage_config(name, DemoConfig(), tmp_path) for name in ("ppo", "drpo"))
+    assert isinstance(ppo, PPOConfig)
+    assert isinstance(drpo, DRPOConfig)
+    own = {"reset_prob": 0.0, "reset_min": 1, "max_steps": ppo.max_steps, "output_dir": ppo.output_dir}
+    assert vars(replace(drpo, **own, adam_epsilon=ppo.adam_epsilon)) == vars(ppo)
