@@ -122,7 +122,7 @@ def stage_config(name: str, config: DemoConfig, out: Path) -> SFTConfig | Reward
         case "sft":
             model = toy_model_config().to_diff_dict() | {"model_type": "llama"}
             return SFTConfig(
-                **shared | {"model_name_or_path": "", "model_config": json.dumps(model)},
+                **{**shared, "model_name_or_path": "", "model_config": json.dumps(model)},
                 max_steps=220,
                 learning_rate=2e-3,
                 warmup_steps=20,
@@ -138,7 +138,7 @@ def stage_config(name: str, config: DemoConfig, out: Path) -> SFTConfig | Reward
             return PPOConfig(**on_policy)
         case _:
             # An episode from inside a response samples fewer tokens: more updates for about as many.
-            return DRPOConfig(**on_policy | {"max_steps": 48}, reset_prob=0.5, reset_min=0)
+            return DRPOConfig(**{**on_policy, "max_steps": 48}, reset_prob=0.5, reset_min=0)
 
 
 def format_summary(summary: Mapping[str, Any]) -> str:
@@ -199,7 +199,7 @@ def _judge(config: DemoConfig, task: ToyTask, out: Path, name: str) -> Judged:
         seed=config.seed,
         batch_size=config.num_eval,
     )
-    texts = [tokenizer.decode(rollout.completion, skip_special_tokens=True) for rollout in rollouts]
+    texts = [str(tokenizer.decode(rollout.completion, skip_special_tokens=True)) for rollout in rollouts]
     score = float("nan")
     if (out / "reward").exists():
         judge = load_reward_model(str(out / "reward"), pad_token_id=pad, must_be_trained=True)

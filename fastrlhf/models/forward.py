@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import Linear
 from transformers import PreTrainedModel
 
 from fastrlhf.data.packing import pack
@@ -31,15 +33,17 @@ def token_logprobs(
     model: PreTrainedModel, batch: PackedBatch, *, temperature: float = 1.0, entropy: bool = False
 ) -> TokenLogprobs:
     """Log-prob [R] float32, in nats, of every scored token of the pack, under the tempered distribution."""
-    head = model.get_output_embeddings()
+    head = cast(Linear, model.get_output_embeddings())
+    softcap, logit_scale = _logit_transform(model)
     return linear_logprob(
         hidden_states(model, batch)[batch.rows],
         head.weight,
         batch.targets,
         bias=getattr(head, "bias", None),
         temperature=temperature,
+        logit_scale=logit_scale,
+        softcap=softcap,
         entropy=entropy,
-        **_logit_transform(model),
     )
 
 
@@ -91,17 +95,11 @@ def check_packed_forward(model: PreTrainedModel) -> None:
 
 
 def _score(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    return F.linear(hidden.float(), model.score.weight.float())[:, 0]
+    return F.linear(hidden.float(), cast(Linear, model.score).weight.float())[:, 0]
 
 
-def _logit_transform(model: PreTrainedModel) -> dict[str, float]:
-    """What the architecture does to its logits: Gemma caps them, Cohere multiplies them, Granite divides them."""
+def _logit_transform(model: PreTrainedModel) -> tuple[float | None, float]:
+    """(softcap, scale) of the architecture's logits: Gemma caps them, Cohere multiplies them, Granite divides them."""
     config = model.config
-    transform = {}
-    if softcap := getattr(config, "final_logit_softcapping", None):
-        transform["softcap"] = softcap
-    if scale := getattr(config, "logit_scale", None):
-        transform["logit_scale"] = scale
-    if divisor := getattr(config, "logits_scaling", None):
-        transform["logit_scale"] = 1 / divisor
-    return transform
+    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1.0)
+    return getattr(config, "final_logit_softcapping", None), scale

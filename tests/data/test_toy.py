@@ -320,9 +320,7 @@ def test_the_tokenizer_gives_back_the_text_and_survives_saving(tmp_path):
         ids = t(POST)["input_ids"]
         assert len(ids) == len(POST.split())
         assert t.decode(ids) == POST
-        assert t.decode([*t(TASK.ideal(POST))["input_ids"], t.eos_token_id], skip_special_tokens=True) == TASK.ideal(
-            POST
-        )
+        assert t.decode(t.encode("boss kind <eos>"), skip_special_tokens=True) == "boss kind"
     assert reloaded(POST)["input_ids"] == tokenizer(POST)["input_ids"]
 
 
