@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from statistics import NormalDist, mean, stdev
+from statistics import mean, stdev
 from typing import Any
 
 from bench.results import append_row
@@ -67,5 +67,4 @@ def table(summaries: Sequence[Mapping[str, Any]]) -> str:
 def _interval(values: Sequence[float]) -> str:
     if len(values) < 2:
         return f"{values[0]:.2f}"
-    quantile = STUDENT_95.get(len(values), NormalDist().inv_cdf(0.975))
-    return f"{mean(values):.2f} +- {quantile * stdev(values) / len(values) ** 0.5:.2f}"
+    return f"{mean(values):.2f} +- {STUDENT_95[len(values)] * stdev(values) / len(values) ** 0.5:.2f}"

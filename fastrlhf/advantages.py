@@ -10,14 +10,16 @@ from torch import Tensor
 def whiten(values: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
     """(values - mean) / std over the rows where `mask` is True; elsewhere 0.
 
-    values [R] float32, mask [R] bool. Population variance, std at least 1e-8; `shift_mean=False` keeps the mean (used
-    for rewards). A mask that is False everywhere gives zeros.
+    values [R] float32, mask [R] bool. Population variance; `shift_mean=False` keeps the mean (used for rewards). A
+    constant gives zeros (or itself, where the mean is kept), and a mask that is False everywhere gives zeros.
     """
     count = mask.sum().clamp(min=1)
     kept = torch.where(mask, values, 0.0)
     mean = kept.sum() / count
-    std = torch.where(mask, (values - mean) ** 2, 0.0).sum().div(count).sqrt().clamp(min=1e-8)
-    whitened = (values - mean) / std + (0.0 if shift_mean else mean)
+    std = torch.where(mask, (values - mean) ** 2, 0.0).sum().div(count).sqrt()
+    # A constant has no scale: what rounding leaves of its deviations must not be blown up to 1.
+    scale = torch.where(std > 1e-6 * mean.abs(), 1 / std.clamp(min=1e-8), 0.0)
+    whitened = (values - mean) * scale + (0.0 if shift_mean else mean)
     return torch.where(mask, whitened, 0.0)
 
 

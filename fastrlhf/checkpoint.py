@@ -13,19 +13,19 @@ from fastrlhf.config_files import write_yaml
 
 
 def check_output_dir(path: str) -> None:
-    """Raises ValueError where the folder already holds a run or a model, or is no folder."""
+    """Raises ValueError where the folder already holds anything, or is no folder."""
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output_dir: {path!r} is a file")
     for name, what in (("config.yaml", "run"), ("config.json", "model")):
         if (folder / name).exists():
             raise ValueError(f"output_dir: {path!r} already holds a {what}; choose another folder or move it away")
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"output_dir: {path!r} is not empty; choose a new folder or an empty one")
 
 
 def create_output_dir(path: str, config: Any) -> Path:
-    """Creates the folder of a run and writes the resolved configuration to its config.yaml. Raises as the check
-    does."""
-    check_output_dir(path)
+    """Creates the folder of a run, if need be, and writes the resolved configuration to its config.yaml."""
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     write_yaml(config, folder / "config.yaml")

@@ -21,7 +21,7 @@ from fastrlhf.algorithms.preference import train_dpo
 from fastrlhf.algorithms.reward_model import train_reward_model
 from fastrlhf.algorithms.sft import train_sft
 from fastrlhf.algorithms.stage import TrainResult
-from fastrlhf.checkpoint import create_output_dir
+from fastrlhf.checkpoint import check_output_dir, create_output_dir
 from fastrlhf.config import DemoConfig, DPOConfig, DRPOConfig, PPOConfig, RewardConfig, SFTConfig, require
 from fastrlhf.data.tokens import special_ids, tokenize_examples
 from fastrlhf.data.toy import MAX_SUMMARY_TOKENS, ToyTask, toy_model_config, toy_tokenizer
@@ -49,8 +49,8 @@ class Judged:
     """[n] gold reward of each response, in facts"""
     reference_gold: np.ndarray
     """[n] of each human-like reference"""
-    score: float
-    """Mean of the reward model's"""
+    score: float | None
+    """Mean of the reward model's; None where none was trained"""
     kl: float
     """To the SFT model, nats per response"""
     mean_length: float
@@ -65,6 +65,7 @@ def run_demo(config: DemoConfig, task: ToyTask | None = None) -> dict[str, Any]:
     """
     stages = _stages(config.methods)
     task = task or ToyTask(seed=config.seed)
+    check_output_dir(config.out)
     out = create_output_dir(config.out, config)
     toy_tokenizer().save_pretrained(out / "tokenizer")
     results: dict[str, TrainResult] = {}
@@ -112,6 +113,7 @@ def stage_config(name: str, config: DemoConfig, out: Path) -> SFTConfig | Reward
         "temperature": TEMPERATURE,
         "rollout_batch_size": 128,
         "kl_coef": 0.1,
+        "adam_epsilon": 1e-8,
         "missing_eos_score": None,
         "missing_eos_penalty": 1.0,
         "whiten_rewards": False,
@@ -147,8 +149,9 @@ def format_summary(summary: Mapping[str, Any]) -> str:
     for name, row in summary["methods"].items():
         gain = f"{row['minus_sft']:+.3f} {_interval(row['minus_sft_ci'], '+.3f')}" if "minus_sft" in row else ""
         win_rate = f"{100 * row['win_rate']:.1f} {_interval([100 * end for end in row['win_rate_ci']], '.1f')}"
+        rm_score = "" if row["rm_score"] is None else f"{row['rm_score']:.3f}"
         lines.append(
-            f"{name:7}  {win_rate:23}  {row['gold_reward']:11.3f}  {gain:23}  {row['rm_score']:8.3f} {row['kl']:6.2f} "
+            f"{name:7}  {win_rate:23}  {row['gold_reward']:11.3f}  {gain:23}  {rm_score:>8} {row['kl']:6.2f} "
             f"{row['mean_length']:7.1f} {row['seconds']:8.0f}"
         )
     return "\n".join(lines)
@@ -200,7 +203,7 @@ def _judge(config: DemoConfig, task: ToyTask, out: Path, name: str) -> Judged:
         batch_size=config.num_eval,
     )
     texts = [str(tokenizer.decode(rollout.completion, skip_special_tokens=True)) for rollout in rollouts]
-    score = float("nan")
+    score = None
     if (out / "reward").exists():
         judge = load_reward_model(str(out / "reward"), pad_token_id=pad, must_be_trained=True)
         score = reward_model_judge(judge, eos_token_id=eos, micro_batch_tokens=8192)(rollouts).mean().item()

@@ -107,6 +107,8 @@ class TransformersEngine:
                     cache.batch_select_indices(live)
                     ids, positions, seen, rows, done = ids[live], positions[live], seen[live], rows[live], done[live]
 
+        if not bool(logprobs.isfinite().all()):
+            raise ValueError("sampling: the policy's logits are not finite; its weights are broken")
         return [
             self._rollout(prefix, row[:limit], row_logprobs[:limit])
             for prefix, row, row_logprobs, limit in zip(
@@ -118,6 +120,26 @@ class TransformersEngine:
         ended = self.eos_token_id in tokens
         num = tokens.index(self.eos_token_id) + 1 if ended and self.stop_at_eos else len(tokens)
         return Rollout(prefix=prefix, completion=tokens[:num], sampler_logprob=logprobs[:num], ended=ended)
+
+
+def checked_rollouts(
+    rollouts: Sequence[Rollout], prefixes: Sequence[Prefix], *, eos_token_id: int, stops_at_eos: bool
+) -> Sequence[Rollout]:
+    """What an engine returned, if it keeps the promises of `Engine` and `Rollout`. Raises ValueError naming the first
+    that it breaks: an engine of somebody else's would otherwise train on the wrong tokens in silence."""
+    if [rollout.prefix.episode for rollout in rollouts] != [prefix.episode for prefix in prefixes]:
+        raise ValueError(
+            f"engine: must return one rollout per prefix, in order; got {len(rollouts)} of {len(prefixes)}"
+        )
+    for rollout in rollouts:
+        tokens, where = rollout.completion, f"engine: the rollout of row {rollout.prefix.row}"
+        if not tokens or len(rollout.sampler_logprob) != len(tokens):
+            raise ValueError(f"{where} has {len(tokens)} tokens and {len(rollout.sampler_logprob)} log-probs")
+        if rollout.ended != (eos_token_id in tokens):
+            raise ValueError(f"{where} says ended={rollout.ended}, but its tokens say otherwise")
+        if stops_at_eos and eos_token_id in tokens[:-1]:
+            raise ValueError(f"{where} goes on after its EOS")
+    return rollouts
 
 
 def end_index(rollout: Rollout, eos_token_id: int) -> int:
@@ -135,5 +157,6 @@ def _draw(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, 
         total = cumulative[:, -1:]
         # A product that rounds up to the total would point past the last token of positive probability.
         threshold = torch.minimum(uniform[:, None] * total, total.nextafter(torch.zeros_like(total)))
-        token = torch.searchsorted(cumulative, threshold, right=True)[:, 0]
+        # NaN logits have no place in the order: the clamp leaves them to the check at the end.
+        token = torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
     return token, logprobs.gather(1, token[:, None])[:, 0]

@@ -46,6 +46,8 @@ def test_the_chain_leaves_a_folder_per_stage_a_summary_and_a_report(short, tmp_p
 def test_stages_may_be_left_out_but_not_what_others_start_from(short, tmp_path):
     summary = demo.run_demo(DemoConfig(out=str(tmp_path / "a"), num_eval=8, methods="sft, dpo"))
     assert list(summary["methods"]) == ["sft", "dpo"]
+    assert summary["methods"]["dpo"]["rm_score"] is None
+    assert len(demo.format_summary(summary).splitlines()) == 3
     for methods, message in (
         ("sft,ppo", "with reward, which judges ppo and drpo"),
         ("dpo", "with sft, which all else starts from"),
@@ -61,4 +63,4 @@ def test_ppo_and_drpo_differ_in_resets_and_number_of_updates_alone(tmp_path):
     assert isinstance(ppo, PPOConfig)
     assert isinstance(drpo, DRPOConfig)
     own = {"reset_prob": 0.0, "reset_min": 1, "max_steps": ppo.max_steps, "output_dir": ppo.output_dir}
-    assert vars(replace(drpo, **own, adam_epsilon=ppo.adam_epsilon)) == vars(ppo)
+    assert vars(replace(drpo, **own)) == vars(ppo)

@@ -16,7 +16,7 @@ PPO is DR-PO with reset probability 0, bit for bit.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -34,9 +34,12 @@ from fastrlhf.evaluation.responses import respond, response_kl
 from fastrlhf.models.forward import token_logprobs, token_values
 from fastrlhf.models.loading import check_same_vocabulary, frozen_copy, load_reward_model, open_policy
 from fastrlhf.optim import Optimizer, index_batches, num_steps
-from fastrlhf.rollout import Engine, TransformersEngine
+from fastrlhf.rollout import Engine, TransformersEngine, checked_rollouts
 from fastrlhf.types import Example, Experience, Prefix, Rollout, TokenizedExample
 from fastrlhf_kernels import policy_loss, value_loss
+
+EngineFactory = Callable[[PPOConfig, PreTrainedModel, int], Engine]
+"""(config, policy, EOS id) -> the engine of the run."""
 
 
 def train_on_policy(
@@ -45,13 +48,14 @@ def train_on_policy(
     eval_examples: Sequence[Example] | None = None,
     *,
     judge: Judge | None = None,
-    engine: Engine | None = None,
+    engine: EngineFactory | None = None,
 ) -> TrainResult:
     """Trains `config.model_name_or_path` against a judge; `examples` stand in for the configured dataset.
 
-    `judge` stands in for the reward model of `reward_model_path` (the critic still starts from that), `engine` for
-    sampling with the model in hand. One row of metrics per update, TRL's names where it has them. Raises ValueError
-    for bad input before any time is spent, and for a score that is not finite.
+    `judge` stands in for the reward model of `reward_model_path` (the critic still starts from that). `engine` stands
+    in for `make_engine`: it is called once, with the policy whose weights it must sample with at every `generate`. One
+    row of metrics per update, TRL's names where it has them. Raises ValueError for bad input before any time is spent,
+    and for a score that is not finite.
     """
     fields = [config.reset_source] if config.reset_prob > 0 else []
     tokenizer, data = open_inputs(config, fields, examples, eval_examples)
@@ -65,7 +69,7 @@ def train_on_policy(
     eos, _ = special_ids(tokenizer)
     if judge is None:
         judge = reward_model_judge(frozen_copy(critic), eos_token_id=eos, micro_batch_tokens=config.micro_batch_tokens)
-    engine = engine or make_engine(config, policy, eos)
+    sampler = (engine or make_engine)(config, policy, eos)
     steps = _num_updates(config, len(prompts))
     optimizer = Optimizer(
         {"": policy, "value_": critic},
@@ -80,9 +84,11 @@ def train_on_policy(
         for step, indices in enumerate(index_batches(len(prompts), config.batch_size, steps, config.seed)):
             start = time.perf_counter()
             prefixes = draw_prefixes(config, [prompts[i] for i in indices], first_episode=step * config.batch_size)
-            rollouts = engine.generate(prefixes)
+            rollouts = checked_rollouts(
+                sampler.generate(prefixes), prefixes, eos_token_id=eos, stops_at_eos=config.compat == "fixed"
+            )
             sampled = time.perf_counter()
-            scores = checked_scores(judge(rollouts), rollouts)
+            scores = checked_scores(judge(rollouts), rollouts, policy.device)
             order = np.random.default_rng([config.seed, step]).permutation(len(rollouts)).tolist()
             packs = pack_episodes(config, rollouts, order, policy.device)
             experience, metrics = score_episodes(config, policy, reference, critic, rollouts, scores, packs, eos)
@@ -205,7 +211,7 @@ def evaluate(
         batch_size=config.rollout_batch_size,
     )
     return {
-        "eval_objective/scores": judge(rollouts).mean().item(),
+        "eval_objective/scores": checked_scores(judge(rollouts), rollouts, policy.device).mean().item(),
         "eval_objective/kl": response_kl(
             policy,
             reference,

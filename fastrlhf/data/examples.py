@@ -249,6 +249,8 @@ def _detect_form(
 ) -> tuple[Form, bool]:
     """The first form that these columns make and that has all `needs`; and whether it is conversational."""
     candidates = [form for form in FORMS if set(form.required) <= set(names)]
+    if names.get("prompt", "prompt") != "prompt":  # named by the user: no form may write a prompt of its own
+        candidates = [form for form in candidates if "prompt" in form.required] or candidates
     form = next((form for form in candidates if set(needs) <= form.provides(names)), None)
     if form is None:
         missing = sorted(set(needs) - candidates[0].provides(names))

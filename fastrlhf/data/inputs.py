@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -38,6 +39,8 @@ def open_inputs(
     if config.output_dir:
         check_output_dir(config.output_dir)
     import_reporters(config.report_to)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("WORLD_SIZE: this version trains in one process; start it without torchrun")
     tokenizer = _tokenizer(config)
     if train is None:
         train, evaluation = _load_both(config, fields)

@@ -52,9 +52,8 @@ def evaluate_models(config: EvalConfig, examples: Sequence[Example] | None = Non
     def score(rollouts: Sequence[Rollout]) -> np.ndarray:
         return judge(rollouts).cpu().numpy()
 
-    scores = {config.opponent: score(_responses_of(rows, config.opponent, eos))} if against_column else {}
-    scores |= {name: score(_respond(config, name, reward_model, rows, eos)) for name in config.models}
-    against = scores.pop(config.opponent)
+    scores = {name: score(_respond(config, name, reward_model, rows, eos)) for name in config.models}
+    against = score(_responses_of(rows, config.opponent, eos)) if against_column else scores.pop(config.opponent)
     return {name: compare(own, against, seed=config.seed) for name, own in scores.items()}
 
 

@@ -29,19 +29,23 @@ def reward_model_judge(model: PreTrainedModel, *, eos_token_id: int, micro_batch
         scores = torch.empty(len(texts), device=model.device)
         for micro in micro_batches([len(text.token_ids) for text in texts], micro_batch_tokens, "response"):
             scores[micro] = sequence_scores(model, pack([texts[i] for i in micro], model.device))
-        return checked_scores(scores, rollouts)
+        return checked_scores(scores, rollouts, model.device)
 
     return judge
 
 
-def checked_scores(scores: Tensor, rollouts: Sequence[Rollout]) -> Tensor:
-    """The scores, if they are one finite number per rollout. Raises ValueError naming the row of a prompt otherwise."""
-    if scores.shape != (len(rollouts),):
-        raise ValueError(f"judge: must return one score per rollout [{len(rollouts)}]; got {tuple(scores.shape)}")
-    bad = (~scores.isfinite()).nonzero()
+def checked_scores(scores: Tensor | Sequence[float], rollouts: Sequence[Rollout], device: torch.device) -> Tensor:
+    """What a judge returned as [N] float32 on `device`, if it is one finite number per rollout.
+
+    Raises ValueError otherwise, naming the row of a prompt whose response has no finite score.
+    """
+    values = torch.as_tensor(scores, dtype=torch.float32, device=device)
+    if values.shape != (len(rollouts),):
+        raise ValueError(f"judge: must return one score per rollout [{len(rollouts)}]; got {tuple(values.shape)}")
+    bad = (~values.isfinite()).nonzero()
     if len(bad):
         first = int(bad[0, 0])
         raise ValueError(
-            f"judge: the score of a response to row {rollouts[first].prefix.row} is {scores[first].item()}"
+            f"judge: the score of a response to row {rollouts[first].prefix.row} is {values[first].item()}"
         )
-    return scores
+    return values

@@ -25,7 +25,7 @@ from fastrlhf.config import TrainConfig, parse_model_config
 from fastrlhf.data.tokens import special_ids
 from fastrlhf.models.forward import check_packed_forward
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def open_policy(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
