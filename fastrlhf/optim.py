@@ -1,4 +1,4 @@
-"""One optimiser step: clip, update, schedule. And the order in which data is seen."""
+"""One optimiser step (clip, update, schedule), in float32 whatever the weights are; and the order of the data."""
 
 from __future__ import annotations
 
@@ -28,9 +28,14 @@ class Optimizer:
         rates = learning_rates or {}
         self._models = models
         self._max_norm = config.max_grad_norm
+        self._masters: dict[torch.nn.Parameter, torch.Tensor] = {}
         self._adamw = torch.optim.AdamW(
             [
-                {"params": params, "lr": rates.get(name, config.learning_rate), "weight_decay": decay}
+                {
+                    "params": [self._master(param) for param in params],
+                    "lr": rates.get(name, config.learning_rate),
+                    "weight_decay": decay,
+                }
                 for name, model in models.items()
                 for params, decay in _decay_groups(model, config.weight_decay)
             ],
@@ -42,6 +47,13 @@ class Optimizer:
             self._adamw, lambda step: _rate(step, num_steps, config.warmup_steps, config.lr_scheduler_type)
         )
 
+    def _master(self, param: torch.nn.Parameter) -> torch.Tensor:
+        """What AdamW updates: the parameter, or a float32 copy of a bfloat16 one, whose own steps would round to 0."""
+        if param.dtype == torch.float32:
+            return param
+        return self._masters.setdefault(param, param.detach().float())
+
+    @torch.no_grad()
     def step(self) -> dict[str, float]:
         """Updates the weights and clears the gradients; returns grad_norm (before clipping) and learning_rate.
 
@@ -55,8 +67,14 @@ class Optimizer:
                 raise ValueError(f"{name}grad_norm is {norm}: a loss or a gradient is not finite; lower learning_rate")
             metrics[f"{name}grad_norm"] = norm
         metrics["learning_rate"] = self._schedule.get_last_lr()[0]
+        for param, master in self._masters.items():
+            master.grad = None if param.grad is None else param.grad.float()
         self._adamw.step()
+        for param, master in self._masters.items():
+            param.copy_(master)
         self._schedule.step()
+        for model in self._models.values():
+            model.zero_grad(set_to_none=True)
         self._adamw.zero_grad(set_to_none=True)
         return metrics
 

@@ -23,6 +23,12 @@ def test_whitening_nothing_or_a_constant_is_finite():
     assert whiten(torch.full((3,), 2.0), torch.ones(3, dtype=torch.bool)).tolist() == [0.0] * 3
 
 
+def test_rounding_errors_of_a_constant_are_not_blown_up():
+    constant, everywhere = torch.full((1000,), 0.1), torch.ones(1000, dtype=torch.bool)
+    assert whiten(constant, everywhere).abs().max() == 0
+    torch.testing.assert_close(whiten(constant, everywhere, shift_mean=False), constant)
+
+
 def test_a_nan_outside_the_mask_does_not_leak():
     poisoned = torch.tensor([1.0, 3.0, float("nan"), 5.0])
     torch.testing.assert_close(whiten(poisoned, MASK), whiten(VALUES, MASK))

@@ -6,6 +6,7 @@ from torch.nn import Linear
 
 from fastrlhf.config import SFTConfig
 from fastrlhf.optim import Optimizer, index_batches, num_steps
+from tests import tiny
 
 
 def layer(weight: float = 1.0) -> Linear:
@@ -146,3 +147,19 @@ def test_the_order_depends_on_the_seed_and_not_on_the_length_of_the_run():
     ten = list(index_batches(50, 4, 10, seed=1))
     assert list(index_batches(50, 4, 30, seed=1))[:10] == ten
     assert list(index_batches(50, 4, 10, seed=2)) != ten
+
+
+def test_bfloat16_weights_move_as_float32_ones_do():
+    """At a learning rate whose single steps are below half a bfloat16 unit of the weights."""
+    runs = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = tiny.policy().to(dtype)
+        optimizer = Optimizer({"": model}, SFTConfig(learning_rate=1e-4, lr_scheduler_type="constant"), num_steps=30)
+        start = torch.cat([p.detach().float().flatten() for p in model.parameters()])
+        for step in range(30):
+            for i, param in enumerate(model.parameters()):
+                generator = torch.Generator().manual_seed(100 * step + i)
+                param.grad = (1 + 0.1 * torch.randn(param.shape, generator=generator)).to(dtype)
+            optimizer.step()
+        runs.append(torch.cat([p.detach().float().flatten() for p in model.parameters()]) - start)
+    assert (runs[1].mean() / runs[0].mean()).item() == pytest.approx(1.0, abs=0.05)

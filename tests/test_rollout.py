@@ -1,9 +1,11 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from fastrlhf.data.packing import pack, sequence
 from fastrlhf.models.forward import token_logprobs
-from fastrlhf.rollout import TransformersEngine, end_index
+from fastrlhf.rollout import TransformersEngine, checked_rollouts, end_index
 from fastrlhf.types import Prefix, Rollout
 from tests import tiny
 
@@ -104,3 +106,30 @@ def test_the_end_is_the_first_eos_or_the_last_token():
     ended = Rollout(prefix=prefix, completion=[7, 1, 1], sampler_logprob=[0.0] * 3, ended=True)
     cut = Rollout(prefix=prefix, completion=[7, 8, 9], sampler_logprob=[0.0] * 3, ended=False)
     assert (end_index(ended, 1), end_index(cut, 1)) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"completion": [], "sampler_logprob": []}, "has 0 tokens"),
+        ({"sampler_logprob": [0.0]}, "has 2 tokens and 1 log-probs"),
+        ({"ended": False}, "says ended=False, but its tokens say otherwise"),
+        ({"completion": [1, 1]}, "goes on after its EOS"),
+    ],
+)
+def test_an_engine_that_breaks_its_promises_is_found_out(change, message):
+    prefix = Prefix(token_ids=[5], num_reset=0, row=3, episode=0)
+    good = Rollout(prefix=prefix, completion=[7, 1], sampler_logprob=[0.0, 0.0], ended=True)
+    assert checked_rollouts([good], [prefix], eos_token_id=1, stops_at_eos=True) == [good]
+    with pytest.raises(ValueError, match=f"row 3 {message}"):
+        checked_rollouts([replace(good, **change)], [prefix], eos_token_id=1, stops_at_eos=True)
+    with pytest.raises(ValueError, match="one rollout per prefix"):
+        checked_rollouts([], [prefix], eos_token_id=1, stops_at_eos=True)
+
+
+def test_broken_weights_end_sampling_with_one_sentence():
+    model = tiny.policy()
+    with torch.no_grad():
+        model.lm_head.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="the policy's logits are not finite"):
+        engine(model).generate(prefixes(3))

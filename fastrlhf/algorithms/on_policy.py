@@ -80,7 +80,7 @@ def train_on_policy(
     sample_every = -(-steps // config.num_sample_generations) if config.num_sample_generations else 0
     evaluation: dict[str, float] = {}
 
-    with Stage("drpo" if config.reset_prob > 0 else "ppo", config, steps) as stage:
+    with Stage("drpo" if config.reset_prob > 0 else "ppo", config, steps, (policy, tokenizer)) as stage:
         for step, indices in enumerate(index_batches(len(prompts), config.batch_size, steps, config.seed)):
             start = time.perf_counter()
             prefixes = draw_prefixes(config, [prompts[i] for i in indices], first_episode=step * config.batch_size)

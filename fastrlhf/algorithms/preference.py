@@ -53,7 +53,9 @@ def train_dpo(
     optimizer = Optimizer({"": model}, config, num_steps=steps)
     evaluation: dict[str, float] = {}
 
-    with Stage("dpo" if config.loss_type == "sigmoid" else config.loss_type, config, steps) as stage:
+    with Stage(
+        "dpo" if config.loss_type == "sigmoid" else config.loss_type, config, steps, (model, tokenizer)
+    ) as stage:
         for step, indices in enumerate(index_batches(len(pairs), config.batch_size, steps, config.seed)):
             totals = StepMetrics()
             for micro in _micro_batches([pairs[i] for i in indices], config):

@@ -57,7 +57,7 @@ def train_reward_model(
     optimizer = Optimizer({"": model}, config, num_steps=steps)
     evaluation: dict[str, float] = {}
 
-    with Stage("reward", config, steps) as stage:
+    with Stage("reward", config, steps, (model, tokenizer)) as stage:
         for step, indices in enumerate(index_batches(len(pairs), config.batch_size, steps, config.seed)):
             drawn = [pairs[i] for i in indices]
             scores = []

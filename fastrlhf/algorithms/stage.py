@@ -37,10 +37,19 @@ class TrainResult:
 
 
 class Stage:
-    """One run of one trainer: `with Stage("sft", config, num_steps) as stage`."""
+    """One run of one trainer: `with Stage("sft", config, num_steps, (model, tokenizer)) as stage`.
 
-    def __init__(self, name: str, config: TrainConfig, steps: int) -> None:
-        self._name, self._config, self._steps = name, config, steps
+    A run that ends early, by an error or by Ctrl-C, leaves the weights of its last whole step in `interrupted/`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        config: TrainConfig,
+        steps: int,
+        trained: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None,
+    ) -> None:
+        self._name, self._config, self._steps, self._trained = name, config, steps, trained
         self._stack = ExitStack()
         self.history: list[dict[str, float]] = []
         self.folder = Path(config.output_dir) if config.output_dir else None
@@ -68,6 +77,8 @@ class Stage:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.__exit__(kind, error, trace)
+        if kind and self.folder and self.history and self._trained:
+            save_model(*self._trained, self.folder / "interrupted")
 
     def log(self, step: int, metrics: Mapping[str, float], shown: str = "loss") -> None:
         """One row per optimiser step, at once on disk."""

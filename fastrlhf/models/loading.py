@@ -216,6 +216,20 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
+def _check_positions(config: PretrainedConfig) -> None:
+    """Raises ValueError for rotary positions or windows that depend on what else is in the pass: packs would leak."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    per_layer = [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
+    kinds = {value.get("rope_type") for value in per_layer}
+    if kinds & {"dynamic", "longrope"}:
+        raise ValueError(
+            f"{config.model_type}: rope_type {', '.join(sorted(map(str, kinds)))} depends on the longest sequence of a "
+            "pass, so sequences of a pack would change each other; use another rope_type"
+        )
+    if getattr(config, "attention_chunk_size", None):
+        raise ValueError(f"{config.model_type}: attention in chunks is not known to packed attention")
+
+
 def _without_dropout(config: PretrainedConfig) -> PretrainedConfig:
     """Log-probs of the same tokens must be the same number twice: no dropout, in any stage."""
     for name in (
@@ -232,6 +246,7 @@ def _without_dropout(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def _ready(model: PreTrainedModel, device: torch.device | str) -> PreTrainedModel:
+    _check_positions(model.config)
     model.to(device)  # pyright: ignore[reportArgumentType] (transformers' wrapper hides that it is a method)
     model.eval()
     check_packed_forward(model)

@@ -8,6 +8,8 @@ from fastrlhf.models.loading import load_reward_model
 from fastrlhf.types import Prefix, Rollout, Segment
 from tests import tiny
 
+CPU = torch.device("cpu")
+
 
 def rollout(prompt: list[int], completion: list[int], row: int = 0, num_reset: int = 0) -> Rollout:
     return Rollout(
@@ -52,19 +54,21 @@ def test_a_response_longer_than_a_micro_batch_is_refused(model):
         judge([rollout([5], [6]), rollout([5, 6, 7], [8, 9])])
 
 
-def test_good_scores_pass_unchanged():
-    scores = torch.tensor([1.5, -2.0])
-    assert checked_scores(scores, [rollout([5], [6])] * 2) is scores
+@pytest.mark.parametrize("scores", [torch.tensor([1.5, -2.0]), torch.tensor([1.5, -2.0]).double(), [1.5, -2]])
+def test_a_judge_may_return_a_tensor_of_any_kind_or_plain_numbers(scores):
+    checked = checked_scores(scores, [rollout([5], [6])] * 2, CPU)
+    assert checked.dtype == torch.float32
+    assert checked.tolist() == [1.5, -2.0]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_score_that_is_not_finite_is_refused_by_the_row_of_its_prompt(bad):
     rollouts = [rollout([5], [6], row=30), rollout([5], [6], row=41), rollout([5], [6], row=52)]
     with pytest.raises(ValueError, match=f"^judge: the score of a response to row 41 is {bad}$"):
-        checked_scores(torch.tensor([0.0, bad, bad]), rollouts)
+        checked_scores(torch.tensor([0.0, bad, bad]), rollouts, CPU)
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (2, 1)])
 def test_a_judge_that_returns_another_number_of_scores_is_refused(shape):
     with pytest.raises(ValueError, match=r"^judge: must return one score per rollout \[2\]; got \("):
-        checked_scores(torch.zeros(shape), [rollout([5], [6])] * 2)
+        checked_scores(torch.zeros(shape), [rollout([5], [6])] * 2, CPU)
