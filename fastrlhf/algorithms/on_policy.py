@@ -32,7 +32,13 @@ from fastrlhf.data.tokens import special_ids
 from fastrlhf.evaluation.judges import Judge, checked_scores, reward_model_judge
 from fastrlhf.evaluation.responses import respond, response_kl
 from fastrlhf.models.forward import token_logprobs, token_values
-from fastrlhf.models.loading import check_same_vocabulary, frozen_copy, load_reward_model, open_policy
+from fastrlhf.models.loading import (
+    check_same_vocabulary,
+    frozen_copy,
+    load_reward_model,
+    open_policy,
+    read_model_config,
+)
 from fastrlhf.optim import Optimizer, index_batches, num_steps
 from fastrlhf.rollout import Engine, TransformersEngine, checked_rollouts
 from fastrlhf.types import Example, Experience, Prefix, Rollout, TokenizedExample
@@ -57,6 +63,9 @@ def train_on_policy(
     row of metrics per update, TRL's names where it has them. Raises ValueError for bad input before any time is spent,
     and for a score that is not finite.
     """
+    if not config.reward_model_path:
+        raise ValueError("reward_model_path: give the reward model that judges and from which the critic starts")
+    read_model_config(config.reward_model_path, "reward_model_path", config.trust_remote_code)
     fields = [config.reset_source] if config.reset_prob > 0 else []
     tokenizer, data = open_inputs(config, fields, examples, eval_examples)
     prompts = with_room(data.train, "train", config.max_length, config.response_length)
@@ -226,8 +235,6 @@ def evaluate(
 
 def _open_critic(config: PPOConfig, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """The reward model with its trained head: where the critic starts, and the judge's weights."""
-    if not config.reward_model_path:
-        raise ValueError("reward_model_path: give the reward model that judges and from which the critic starts")
     critic = load_reward_model(
         config.reward_model_path,
         pad_token_id=special_ids(tokenizer)[1],

@@ -44,10 +44,10 @@ def train_dpo(
     smoothed_hinge = config.loss_type == "hinge" and config.label_smoothing > 0
     require(not smoothed_hinge, "label_smoothing", config.label_smoothing, "0 where loss_type is hinge")
     tokenizer, data = open_inputs(config, ["chosen", "rejected"], examples, eval_examples)
-    model = open_policy(config, tokenizer)
     pairs = [_pair(example) for example in data.train]
     held_out = [_pair(example) for example in data.eval]
     check_micro_batch(config, [*data.train, *data.eval], [_cost(pair) for pair in [*pairs, *held_out]])
+    model = open_policy(config, tokenizer)
     steps = num_steps(config, len(pairs))
     reference = _reference_logprobs(config, model, [*pairs, *held_out])  # [pairs, 2], sums over the response
     optimizer = Optimizer({"": model}, config, num_steps=steps)

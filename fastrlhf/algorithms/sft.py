@@ -31,10 +31,10 @@ def train_sft(
     ValueError for bad input before any time is spent.
     """
     tokenizer, data = open_inputs(config, [config.response], examples, eval_examples)
-    model = open_policy(config, tokenizer)
     segments = [_segment(example, config) for example in data.train]
     held_out = [_segment(example, config) for example in data.eval]
     check_micro_batch(config, [*data.train, *data.eval], [len(s.token_ids) for s in [*segments, *held_out]])
+    model = open_policy(config, tokenizer)
     steps = num_steps(config, len(segments))
     optimizer = Optimizer({"": model}, config, num_steps=steps)
     evaluation: dict[str, float] = {}

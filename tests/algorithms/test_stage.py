@@ -14,6 +14,7 @@ from fastrlhf.algorithms.sft import train_sft
 from fastrlhf.algorithms.stage import Stage, StepMetrics, check_micro_batch
 from fastrlhf.config import PPOConfig, SFTConfig
 from fastrlhf.metrics import read_metrics
+from fastrlhf.models.loading import load_policy
 from fastrlhf.types import TokenizedExample
 from fastrlhf_kernels import Max, Sum
 from tests import tiny
@@ -91,7 +92,9 @@ def test_each_row_is_on_disk_before_the_next_step(tmp_path):
     assert stage.history == [{"loss": 1.0}, {"loss": 0.5}]
 
 
-def test_a_run_that_fails_in_the_middle_leaves_its_metrics_so_far_and_no_model(model, judge, tmp_path):
+def test_a_run_that_fails_in_the_middle_leaves_its_metrics_and_the_weights_of_its_last_whole_step(
+    model, judge, tmp_path
+):
     calls = []
 
     def breaks_at_the_second_update(rollouts):
@@ -101,7 +104,11 @@ def test_a_run_that_fails_in_the_middle_leaves_its_metrics_so_far_and_no_model(m
     cfg = ppo_config(model, judge, tmp_path / "run")
     with pytest.raises(ValueError, match=r"the score of a response to row .* is nan"):
         train_on_policy(cfg, tiny.examples(8), judge=breaks_at_the_second_update)
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.yaml", "metrics.jsonl", "samples.jsonl"}
+    left = {"config.yaml", "metrics.jsonl", "samples.jsonl", "interrupted"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == left
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "interrupted")
+    unmoved = [torch.equal(a, b) for a, b in zip(saved.parameters(), load_policy(model).parameters(), strict=True)]
+    assert not any(unmoved)
     assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 1
     with pytest.raises(ValueError, match=r"output_dir: .* already holds a run"):
         train_on_policy(cfg, tiny.examples(8))

@@ -324,3 +324,14 @@ def test_every_odd_row_gets_its_recorded_reason(index, tmp_path):
 def test_raw_comparisons_are_the_converted_ones():
     raw = load_examples(sample("tldr_comparisons_raw"), needs=PAIR).examples
     assert raw == load_examples(sample("tldr_comparisons"), needs=PAIR).examples
+
+
+def test_a_prompt_column_that_the_user_names_beats_a_prompt_built_from_other_columns(tmp_path):
+    row = {"subreddit": "a", "title": "b", "post": "c", "summary": "d", "query": "the question"}
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row))
+    columns = {"prompt": "query", "reference": "summary"}
+    [example] = load_examples(str(path), columns=columns, needs=("prompt", "reference")).examples
+    assert (example.prompt, example.reference) == ("the question", "d")
+    [example] = load_examples(str(path), needs=("prompt", "reference")).examples
+    assert str(example.prompt).startswith("SUBREDDIT: r/a")

@@ -143,3 +143,9 @@ def test_a_prompt_without_room_for_a_response_is_left_out_and_said(caplog):
         assert caplog.text == ""
     with pytest.raises(ValueError, match=r"^max_length: no eval prompt leaves room for a response of 4 tokens"):
         with_room(examples, "eval", max_length=6, response_length=4)
+
+
+def test_more_than_one_process_is_refused_before_anything_is_read(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="WORLD_SIZE: this version trains in one process"):
+        open_inputs(SFTConfig(model_name_or_path="nowhere"), ["reference"], None, None)

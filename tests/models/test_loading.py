@@ -9,6 +9,7 @@ from fastrlhf.config import SFTConfig
 from fastrlhf.data.packing import pack, sequence
 from fastrlhf.models.forward import sequence_scores, token_logprobs
 from fastrlhf.models.loading import (
+    _check_positions,
     build_policy,
     check_same_vocabulary,
     frozen_copy,
@@ -327,3 +328,11 @@ def test_weights_that_are_absent_cut_short_or_of_another_shape_are_one_clear_err
     (tmp_path / "config.json").write_text(json.dumps(settings | {"vocab_size": tiny.VOCAB + 8}))
     with pytest.raises(ValueError, match=r"^[a-z_]*: .* lacks weights of such a model: .*embed_tokens\.weight"):
         load(path)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_positions_that_depend_on_the_longest_sequence_of_a_pass_are_refused(kind):
+    config = tiny.model_config()
+    config.rope_parameters = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0}
+    with pytest.raises(ValueError, match=f"llama: rope_type {kind} depends on the longest sequence"):
+        _check_positions(config)
