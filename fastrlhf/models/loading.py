@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +24,10 @@ from transformers import (
 
 from fastrlhf.config import TrainConfig, parse_model_config
 from fastrlhf.data.tokens import special_ids
+from fastrlhf.models.attention import backend
 from fastrlhf.models.forward import check_packed_forward
+
+log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -250,6 +254,12 @@ def _ready(model: PreTrainedModel, device: torch.device | str) -> PreTrainedMode
     model.to(device)  # pyright: ignore[reportArgumentType] (transformers' wrapper hides that it is a method)
     model.eval()
     check_packed_forward(model)
+    softcap = getattr(model.config, "attn_logit_softcapping", None)
+    log.info(
+        "%s: %.3g parameters in %s on %s, attention by %s",
+        *(type(model).__name__, model.num_parameters(), model.dtype, model.device),
+        backend(model.device, model.dtype, softcap),
+    )
     return model
 
 
