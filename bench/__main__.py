@@ -1,11 +1,10 @@
-"""python -m bench toy [--seeds N] [--methods NAMES] [--jobs N] [--out DIR]"""
+"""python -m bench toy | aot, each with --help"""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
-
-from bench.toy import run_toy
 
 
 def main() -> None:
@@ -16,8 +15,22 @@ def main() -> None:
     toy.add_argument("--methods", default="sft,reward,dpo,ppo,drpo")
     toy.add_argument("--jobs", type=int, default=2, help="seeds run side by side, the cores shared between them")
     toy.add_argument("--out", type=Path, default=Path("runs/bench_toy"), help="a folder per seed")
+    aot = commands.add_parser("aot", help="every kernel compiled without a GPU: registers, spills, shared memory")
+    aot.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], choices=[80, 90, 100])
+    aot.add_argument("--check", action="store_true", help="exit with 1 where a kernel spills or misses its units")
     arguments = parser.parse_args()
-    print(run_toy(arguments.seeds, arguments.methods, arguments.jobs, arguments.out))
+    # Each command imports what it alone needs.
+    if arguments.command == "toy":
+        from bench.toy import run_toy
+
+        print(run_toy(arguments.seeds, arguments.methods, arguments.jobs, arguments.out))
+    if arguments.command == "aot":
+        from bench.aot import run_aot
+
+        table, faults = run_aot(arguments.arch)
+        print(table)
+        if faults and arguments.check:
+            sys.exit("\n".join(faults))
 
 
 if __name__ == "__main__":

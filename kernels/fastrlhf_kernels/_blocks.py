@@ -110,7 +110,7 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     if a.dtype == torch.float32:
         total.addmm_(a, b)
     else:
-        total += product(a, b)
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
 
 
 def exp_(z: Tensor) -> Tensor:
@@ -118,9 +118,9 @@ def exp_(z: Tensor) -> Tensor:
     return z.mul_(LOG2_E).exp2_()
 
 
-def can_select(device: torch.device) -> bool:
-    """True where counting rows costs no wait for the device."""
-    return device.type == "cpu"
+def can_select(device: torch.device, wait: bool) -> bool:
+    """Whether rows may be counted: on a GPU it waits for all work so far, and no graph that is captured can do it."""
+    return device.type == "cpu" or (wait and not torch.cuda.is_current_stream_capturing())
 
 
 class Selection(NamedTuple):
@@ -134,8 +134,9 @@ class Selection(NamedTuple):
     """[T, 1] bool, True where a row is worked on for nothing and must be masked; None where there can be none."""
 
     @staticmethod
-    def of(live: Tensor) -> Selection:
-        if not can_select(live.device):
+    def of(live: Tensor, *, wait: bool) -> Selection:
+        """`wait` allows to wait for a GPU, once, to know how many there are."""
+        if not can_select(live.device, wait):
             return Selection(live, None, ~live[:, None])
         return Selection(live, None if bool(live.all()) else live.nonzero()[:, 0], None)
 

@@ -36,6 +36,8 @@ def check_tensor(
     """Raises ValueError unless `tensor` is one of exactly this shape, on this device, in one of the dtypes."""
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name} must be a tensor of shape {shape}, got {type(tensor).__name__}")
+    if hasattr(tensor, "full_tensor"):
+        raise ValueError(f"{name} is a DTensor, of which this rank holds a part: pass {name}.full_tensor()")
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
     if tensor.dtype not in dtypes:

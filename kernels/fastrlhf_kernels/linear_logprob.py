@@ -14,8 +14,12 @@ The target's entry is computed as -expm1(logprob) g: 1 - p has fewer correct dig
 A block of ROWS x VOCAB logits is computed, folded into running statistics and forgotten; the backward computes it by
 the same products again (4 in all, where storing needs 3). Beyond the returned gradients this holds about
 4 (2 VOCAB D + 3 ROWS VOCAB) bytes, and 8 T D more for half precision, where log_softmax holds 12 T V; a frozen weight
-costs no dweight. Rows that are ignored, or whose upstream gradients are all 0 (masked tokens, clipped ratios), are left
-out of the products on the CPU; on a GPU, counting them would wait for it.
+costs no dweight. Rows whose upstream gradients are all 0 (masked tokens, clipped ratios) are left out of the backward's
+products; to count them, the backward waits once for a GPU, the forward never does.
+
+On a GPU the Triton kernels of `_head_kernels.py` fold each tile of logits where it was computed; the backward stores
+the gradient of a part of the logits, rounded once to bfloat16, and leaves the other two products to cuBLAS. It holds
+that part (128 MiB, or 4096 T bytes where that is more) and a float32 dhidden.
 
 Precision: products accumulate in float32, logits are never rounded, and all is relative to the largest logit of the
 row, so that a constant added to every logit costs no digits. Results are float32.
@@ -29,8 +33,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastrlhf_kernels import _head_kernels
 from fastrlhf_kernels._blocks import Logits, Selection, add_product, exp_
-from fastrlhf_kernels._checks import check_impl, check_range, check_rows, check_tensor
+from fastrlhf_kernels._checks import check_range, check_rows, check_tensor
+from fastrlhf_kernels._triton import use_triton
 from fastrlhf_kernels.types import TokenLogprobs
 
 LOWEST = -1e30  # stands for the peak of a block whose logits are all -inf, where -inf - -inf would be NaN
@@ -56,7 +62,6 @@ def linear_logprob(
     Rows whose target is `ignore_index` give 0 in every output and no gradient, whatever lies in them. Raises ValueError
     for wrong shapes, dtypes and devices, and on the CPU for a target outside the vocabulary (on a GPU it gives NaN).
     """
-    check_impl(impl)
     check_rows("hidden", hidden, rank=2)
     check_rows("weight", weight, rank=2)
     (num_rows, size), vocab, device = hidden.shape, weight.shape[0], hidden.device
@@ -75,10 +80,11 @@ def linear_logprob(
             check_range(name, value, 0, float("inf"), open_low=True)
 
     transform = (row_temperature, float(temperature), float(logit_scale), softcap)
-    logprob, logsumexp, row_entropy, *row_stats = _LinearLogprob.apply(
-        hidden, weight, bias, targets, *transform, ignore_index, entropy, stats
+    logprob, logsumexp, row_entropy, max_logprob, mean_logit, _, _ = _forward(
+        hidden, weight, bias, targets, *transform, ignore_index, entropy, stats, use_triton(impl, device)
     )
-    return TokenLogprobs(logprob, logsumexp, row_entropy if entropy else None, *(row_stats if stats else (None, None)))
+    row_stats = (max_logprob, mean_logit) if stats else (None, None)
+    return TokenLogprobs(logprob, logsumexp, row_entropy if entropy else None, *row_stats)
 
 
 def linear_logprob_reference(
@@ -103,31 +109,8 @@ def linear_logprob_reference(
     return TokenLogprobs(*(row.where(keep, 0) for row in rows))
 
 
-class _LinearLogprob(torch.autograd.Function):
-    """Saves the inputs and four numbers per row."""
-
-    @staticmethod
-    def forward(
-        ctx, hidden, weight, bias, targets, row_temperature, temperature, scale, softcap, ignore, entropy, stats
-    ):
-        transform = (temperature, scale, softcap, ignore)
-        *outputs, peak, total = _forward(hidden, weight, bias, targets, row_temperature, *transform, entropy, stats)
-        logprob, _, row_entropy, max_logprob, mean_logit = outputs
-        ctx.save_for_backward(hidden, weight, bias, targets, row_temperature, logprob, row_entropy, peak, total)
-        ctx.transform = transform
-        ctx.mark_non_differentiable(max_logprob, mean_logit)
-        ctx.set_materialize_grads(False)
-        return tuple(outputs)
-
-    @staticmethod
-    def backward(ctx, grad_logprob, grad_logsumexp, grad_entropy, *_):
-        needs = ctx.needs_input_grad[:3]
-        grads = _backward(grad_logprob, grad_logsumexp, grad_entropy, *ctx.saved_tensors, *ctx.transform, *needs)
-        return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *[None] * 8
-
-
 # Opaque operators: torch.compile sees neither the loops, whose number depends on T, nor the selection of rows.
-@torch.library.custom_op("fastrlhf::linear_logprob_forward", mutates_args=())
+@torch.library.custom_op("fastrlhf::linear_logprob", mutates_args=())
 def _forward(
     hidden: Tensor,
     weight: Tensor,
@@ -140,19 +123,23 @@ def _forward(
     ignore: int,
     entropy: bool,
     stats: bool,
-) -> list[Tensor]:
-    """[logprob, logsumexp, entropy, max_logprob, mean_logit, peak, total], each [T] or, not asked for, empty.
+    triton: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(logprob, logsumexp, entropy, max_logprob, mean_logit, peak, total), each [T] or, not asked for, empty.
 
     `peak` is the largest logit of the row, `total` the sum of exp(z - peak).
     """
     keep = targets != ignore
-    chosen = Selection.of(keep)
-    row_temperature = None if row_temperature is None else chosen.take(row_temperature)
-    logits = Logits.of(chosen.take(hidden), weight, bias, row_temperature, temperature, scale, softcap)
-    targets = chosen.take(targets)
-    if chosen.dead is None and len(targets):
-        for extreme in targets.aminmax():
+    chosen = Selection.of(keep, wait=False)
+    if chosen.dead is None and keep.any():
+        for extreme in targets[keep].aminmax():
             check_range("targets", int(extreme), 0, len(weight) - 1)
+    transform = (temperature, scale, softcap)
+    if triton:
+        return _head_kernels.forward(hidden, weight, bias, targets, row_temperature, *transform, ignore, entropy, stats)
+    row_temperature = None if row_temperature is None else chosen.take(row_temperature)
+    logits = Logits.of(chosen.take(hidden), weight, bias, row_temperature, *transform)
+    targets = chosen.take(targets)
     blocks = logits.row_blocks()
     state: list[tuple[Tensor, ...]] = [()] * len(blocks)
     with torch.autocast(hidden.device.type, enabled=False):
@@ -161,22 +148,41 @@ def _forward(
                 state[i] = _fold(state[i], logits.block(block, part), targets[block] - part.start, entropy, stats)
     peak, total, target, gap, logit_sum = (torch.cat(pieces) for pieces in zip(*state, strict=True))
     log_total = total.log()
-    outputs = (
-        target - peak - log_total,  # never above 0: the peak is one of the logits, so total is at least 1
-        peak + log_total,
-        log_total + gap / total if entropy else None,
-        -log_total if stats else None,
-        logit_sum / len(weight) if stats else None,
-        peak,
-        total,
+    empty = peak.new_empty(0)
+    return (
+        chosen.put_back(target - peak - log_total),  # never above 0: the peak is one of the logits, so total >= 1
+        chosen.put_back(peak + log_total),
+        chosen.put_back(log_total + gap / total) if entropy else empty,
+        chosen.put_back(-log_total) if stats else empty.clone(),
+        chosen.put_back(logit_sum / len(weight)) if stats else empty.clone(),
+        chosen.put_back(peak),
+        chosen.put_back(total),
     )
-    return [peak.new_empty(0) if output is None else chosen.put_back(output) for output in outputs]
 
 
 @_forward.register_fake
-def _(hidden, weight, bias, targets, row_temperature, temperature, scale, softcap, ignore, entropy, stats):
+def _(hidden, weight, bias, targets, row_temperature, temperature, scale, softcap, ignore, entropy, stats, triton):
     asked = (True, True, entropy, stats, stats, True, True)
-    return [hidden.new_empty(len(targets) if wanted else 0, dtype=torch.float32) for wanted in asked]
+    return tuple(hidden.new_empty(len(targets) if wanted else 0, dtype=torch.float32) for wanted in asked)
+
+
+def _save(ctx, inputs, output):
+    """The inputs and four numbers per row."""
+    hidden, weight, bias, targets, row_temperature, *transform, ignore, _, _, triton = inputs
+    logprob, _, entropy, max_logprob, mean_logit, peak, total = output
+    ctx.save_for_backward(hidden, weight, bias, targets, row_temperature, logprob, entropy, peak, total)
+    ctx.options = (*transform, ignore, triton)
+    ctx.mark_non_differentiable(max_logprob, mean_logit, peak, total)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, grad_logprob, grad_logsumexp, grad_entropy, *_):
+    needs = ctx.needs_input_grad[:3]
+    grads = _backward(grad_logprob, grad_logsumexp, grad_entropy, *ctx.saved_tensors, *ctx.options, *needs)
+    return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *[None] * 9
+
+
+torch.library.register_autograd("fastrlhf::linear_logprob", _differentiate, setup_context=_save)
 
 
 def _fold(state: tuple[Tensor, ...], z: Tensor, column: Tensor, entropy: bool, stats: bool) -> tuple[Tensor, ...]:
@@ -229,6 +235,7 @@ def _backward(
     scale: float,
     softcap: float | None,
     ignore: int,
+    triton: bool,
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
@@ -236,59 +243,88 @@ def _backward(
     """Gradients of hidden, weight and bias in their dtypes; empty where not needed."""
     zero, keep = torch.zeros_like(logprob), targets != ignore
     upstream = [zero if grad is None else grad.where(keep, 0) for grad in (grad_logprob, grad_logsumexp, grad_entropy)]
-    chosen = Selection.of((torch.stack(upstream) != 0).any(0))
+    chosen = Selection.of((torch.stack(upstream) != 0).any(0), wait=True)
     dead = chosen.dead
     row_temperature = None if row_temperature is None else chosen.take(row_temperature)
-    live_hidden = chosen.take(hidden if dead is None else hidden.masked_fill(dead, 0))
-    logits = Logits.of(live_hidden, weight, bias, row_temperature, temperature, scale, softcap)
+    hidden = chosen.take(hidden if dead is None else hidden.masked_fill(dead, 0))
     targets = chosen.take(targets)
     per_row = (logprob, zero if grad_entropy is None else entropy, peak, total, *upstream)
-    logprob, entropy, peak, total, g, on_total, on_entropy = (chosen.take(row)[:, None] for row in per_row)
-    factor = scale / logits.temperature
+    logprob, entropy, peak, total, g, on_total, on_entropy = (chosen.take(row) for row in per_row)
     # dx = slope * exp(z - peak) * (level - tilt * (z - peak)), and slope * at_target in the target's column
+    factor = scale / (temperature if row_temperature is None else row_temperature)
     level = factor * (on_total - g - on_entropy * (entropy - total.log())) / total
     tilt = None if grad_entropy is None else factor * on_entropy / total
     at_target = factor * (
         on_total * logprob.exp() - g * logprob.expm1() - on_entropy * logprob.exp() * (logprob + entropy)
     )
 
-    grad_hidden = torch.zeros_like(live_hidden, dtype=torch.float32) if need_hidden else hidden.new_empty(0)
-    grad_weight = torch.empty_like(weight) if need_weight else hidden.new_empty(0)
-    grad_bias = torch.empty_like(bias) if bias is not None and need_bias else hidden.new_empty(0)
-    blocks = logits.row_blocks()
+    grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if need_hidden else None
+    grad_weight = torch.empty_like(weight) if need_weight else None
+    grad_bias = torch.empty_like(bias) if bias is not None and need_bias else None
+    inputs = (hidden, weight, bias, targets, row_temperature, temperature, scale, softcap)
+    run = _head_kernels.backward if triton and len(hidden) else _backward_blocks
     with torch.autocast(hidden.device.type, enabled=False):
-        for part in logits.parts():
-            stop = part.start + len(part.weight)
-            weight_sum = torch.zeros_like(part.weight, dtype=torch.float32) if need_weight else None
-            bias_sum = torch.zeros_like(part.bias) if part.bias is not None and need_bias else None
-            for block in blocks:
-                z = logits.block(block, part)
-                slope = None if softcap is None else logits.slope(block, z)
-                z -= peak[block]
-                if tilt is None:
-                    dx = exp_(z).mul_(level[block])
-                else:
-                    dx = exp_(z.clamp_(min=VANISHED).clone()).mul_(z.mul_(-tilt[block]).add_(level[block]))
-                inside, index = _locate(targets[block] - part.start, dx)
-                dx.scatter_(1, index, at_target[block].where(inside[:, None], dx.gather(1, index)))
-                if slope is not None:
-                    dx *= slope
-                if dead is not None:
-                    dx.masked_fill_(dead[block], 0)
-                if bias_sum is not None:
-                    bias_sum += dx.sum(0)
-                dx = dx.to(logits.hidden.dtype)
-                if need_hidden:
-                    add_product(grad_hidden[block], dx, part.weight)
-                if weight_sum is not None:
-                    add_product(weight_sum, dx.T, logits.hidden[block])
-            if weight_sum is not None:
-                grad_weight[part.start : stop] = weight_sum
+        run(*inputs, dead, peak, level, tilt, at_target, grad_hidden, grad_weight, grad_bias)
+    empty = logprob.new_empty(0)
+    return (
+        empty if grad_hidden is None else chosen.put_back(grad_hidden).to(hidden.dtype),
+        empty.clone() if grad_weight is None else grad_weight,
+        empty.clone() if grad_bias is None else grad_bias,
+    )
+
+
+def _backward_blocks(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    row_temperature: Tensor | None,
+    temperature: float,
+    scale: float,
+    softcap: float | None,
+    dead: Tensor | None,
+    peak: Tensor,
+    level: Tensor,
+    tilt: Tensor | None,
+    at_target: Tensor,
+    grad_hidden: Tensor | None,
+    grad_weight: Tensor | None,
+    grad_bias: Tensor | None,
+) -> None:
+    """Adds to grad_hidden, and fills grad_weight and grad_bias, as far as they are given."""
+    peak, level, at_target = peak[:, None], level[:, None], at_target[:, None]
+    tilt = None if tilt is None else tilt[:, None]
+    logits = Logits.of(hidden, weight, bias, row_temperature, temperature, scale, softcap)
+    blocks = logits.row_blocks()
+    for part in logits.parts():
+        stop = part.start + len(part.weight)
+        weight_sum = None if grad_weight is None else torch.zeros_like(part.weight, dtype=torch.float32)
+        bias_sum = None if grad_bias is None else grad_bias.new_zeros(len(part.weight), dtype=torch.float32)
+        for block in blocks:
+            z = logits.block(block, part)
+            slope = None if softcap is None else logits.slope(block, z)
+            z -= peak[block]
+            if tilt is None:
+                dx = exp_(z).mul_(level[block])
+            else:
+                dx = exp_(z.clamp_(min=VANISHED).clone()).mul_(z.mul_(-tilt[block]).add_(level[block]))
+            inside, index = _locate(targets[block] - part.start, dx)
+            dx.scatter_(1, index, at_target[block].where(inside[:, None], dx.gather(1, index)))
+            if slope is not None:
+                dx *= slope
+            if dead is not None:
+                dx.masked_fill_(dead[block], 0)
             if bias_sum is not None:
-                grad_bias[part.start : stop] = bias_sum
-    if need_hidden:
-        grad_hidden = chosen.put_back(grad_hidden).to(hidden.dtype)
-    return grad_hidden, grad_weight, grad_bias
+                bias_sum += dx.sum(0)
+            dx = dx.to(logits.hidden.dtype)
+            if grad_hidden is not None:
+                add_product(grad_hidden[block], dx, part.weight)
+            if weight_sum is not None:
+                add_product(weight_sum, dx.T, logits.hidden[block])
+        if grad_weight is not None and weight_sum is not None:
+            grad_weight[part.start : stop] = weight_sum
+        if grad_bias is not None and bias_sum is not None:
+            grad_bias[part.start : stop] = bias_sum
 
 
 @_backward.register_fake
@@ -296,6 +332,6 @@ def _(*args):
     given = (args[3], args[4], args[5])
     needs = args[-3:]
     return tuple(
-        torch.empty_like(tensor) if need and tensor is not None else args[3].new_empty(0)
+        torch.empty_like(tensor) if need and tensor is not None else args[8].new_empty(0)
         for tensor, need in zip(given, needs, strict=True)
     )

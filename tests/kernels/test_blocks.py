@@ -42,7 +42,7 @@ def test_exp_through_exp2_is_as_exact_as_float32_allows():
 
 
 def test_a_selection_takes_the_live_rows_and_puts_zeros_beside_them():
-    chosen = Selection.of(torch.tensor([True, False, True]))
+    chosen = Selection.of(torch.tensor([True, False, True]), wait=False)
     assert chosen.take(torch.tensor([1, 2, 3])).tolist() == [1, 3]
     assert chosen.put_back(torch.tensor([5.0, 7.0])).tolist() == [5.0, 0.0, 7.0]
     assert chosen.put_back(torch.ones(2, 2)).tolist() == [[1.0, 1.0], [0.0, 0.0], [1.0, 1.0]]
@@ -50,8 +50,8 @@ def test_a_selection_takes_the_live_rows_and_puts_zeros_beside_them():
 
 
 def test_where_rows_cannot_be_counted_all_are_taken_and_the_dead_ones_masked(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(blocks, "can_select", lambda device: False)
-    chosen = Selection.of(torch.tensor([True, False]))
+    monkeypatch.setattr(blocks, "can_select", lambda device, wait: False)
+    chosen = Selection.of(torch.tensor([True, False]), wait=True)
     assert chosen.take(torch.tensor([1, 2])).tolist() == [1, 2]
     assert chosen.put_back(torch.tensor([5.0, float("nan")])).tolist() == [5.0, 0.0]
     assert chosen.put_back(torch.full((2, 1), float("nan")))[1].tolist() == [0.0]

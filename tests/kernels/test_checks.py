@@ -15,6 +15,13 @@ def test_asking_for_triton_says_that_this_version_has_none():
     checks.check_impl("torch")
 
 
+def test_a_dtensor_is_sent_to_the_helper_that_gathers_it():
+    part = torch.zeros(2)
+    part.full_tensor = lambda: part  # what tells a DTensor from a tensor
+    with pytest.raises(ValueError, match=r"weight is a DTensor.*pass weight.full_tensor\(\)"):
+        checks.check_tensor("weight", part, (2,), CPU)
+
+
 @pytest.mark.parametrize(
     ("tensor", "message"),
     [

@@ -6,11 +6,21 @@ from torch import Tensor
 from torch.profiler import profile
 
 from fastrlhf_kernels import _blocks as blocks
+from fastrlhf_kernels import _head_kernels as head_kernels
+from fastrlhf_kernels import _tiles as tiles
 from fastrlhf_kernels import linear_logprob
 from fastrlhf_kernels.linear_logprob import linear_logprob_reference
 from tests.tolerance import assert_op_matches
 
-SHAPES = [(1, 1, 1), (7, 5, 13), (8, 16, 14), (9, 3, 15), (11, 4, 6), (16, 8, 31)]  # T, D, V around blocks of (8, 7)
+# T, D, V around blocks of (8, 7), and around tiles of (16, 16, 16) in shares of 32 and parts of 16
+SHAPES = [(1, 1, 1), (7, 5, 13), (8, 16, 14), (9, 3, 15), (11, 4, 6), (16, 8, 31), (17, 17, 32), (33, 16, 65)]
+
+
+@pytest.fixture(params=["torch", "triton"])
+def impl(request: pytest.FixtureRequest) -> str:
+    if request.param == "triton" and torch.cuda.is_available():
+        pytest.skip("the interpreter is off where there is a GPU; see test_on_gpu.py")
+    return request.param
 
 
 def inputs(rows: int, size: int, vocab: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
@@ -23,13 +33,15 @@ def inputs(rows: int, size: int, vocab: int, dtype: torch.dtype = torch.float32)
 EVERYTHING = {"temperature": torch.linspace(0.5, 2, 19), "logit_scale": 1.5, "softcap": 3.0}
 
 
-def assert_matches_reference(hidden: Tensor, weight: Tensor, targets: Tensor, leaves: dict | None = None, **options):
+def assert_matches_reference(
+    hidden: Tensor, weight: Tensor, targets: Tensor, leaves: dict | None = None, impl: str = "torch", **options
+):
     """Outputs and gradients, with different upstream gradients for logprob, logsumexp and entropy."""
     generator = torch.Generator().manual_seed(0)
     upstream = [torch.randn(len(hidden), generator=generator) for _ in range(3)]
 
     def op(**tensors: Tensor):
-        return linear_logprob(targets=targets, entropy=True, stats=True, **tensors, **options)
+        return linear_logprob(targets=targets, entropy=True, stats=True, impl=impl, **tensors, **options)
 
     def reference(**tensors: Tensor):
         dtype = tensors["hidden"].dtype
@@ -42,22 +54,27 @@ def assert_matches_reference(hidden: Tensor, weight: Tensor, targets: Tensor, le
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "CPU_BLOCK", (8, 7))
+    monkeypatch.setattr(tiles, "INTERPRETER", tiles.Tiles(16, 16, 16, 4, 1, descriptors=False))
+    monkeypatch.setattr(head_kernels, "SHARE", 32)
+    monkeypatch.setattr(head_kernels, "PART_BYTES", 0)
+    monkeypatch.setattr(head_kernels, "SMALLEST_PART", 16)
+    monkeypatch.setattr(head_kernels, "GROUP", 2)
 
 
-def test_a_hand_computed_row():
+def test_a_hand_computed_row(impl: str):
     # logits (ln 1, ln 2, ln 5): p = (1, 2, 5) / 8
     hidden, weight = torch.tensor([[1.0]]), torch.tensor([[0.0], [math.log(2)], [math.log(5)]])
-    out = linear_logprob(hidden, weight, torch.tensor([1]), entropy=True, stats=True)
+    out = linear_logprob(hidden, weight, torch.tensor([1]), entropy=True, stats=True, impl=impl)
     entropy = -(math.log(1 / 8) / 8 + 2 * math.log(2 / 8) / 8 + 5 * math.log(5 / 8) / 8)
     expected = [math.log(2 / 8), math.log(8), entropy, math.log(5 / 8), math.log(10) / 3]
     assert [x.item() for x in out] == pytest.approx(expected, rel=1e-6)
 
 
-def test_the_hand_computed_gradient_of_that_row():
+def test_the_hand_computed_gradient_of_that_row(impl: str):
     # d logprob / d z = 1[v = 1] - p; d hidden = sum_v dz_v w_v
     hidden, weight = torch.tensor([[1.0]]), torch.tensor([[0.0], [math.log(2)], [math.log(5)]])
     hidden.requires_grad_(), weight.requires_grad_()
-    linear_logprob(hidden, weight, torch.tensor([1])).logprob.sum().backward()
+    linear_logprob(hidden, weight, torch.tensor([1]), impl=impl).logprob.sum().backward()
     assert weight.grad.flatten().tolist() == pytest.approx([-1 / 8, 6 / 8, -5 / 8], rel=1e-6)
     assert hidden.grad.item() == pytest.approx(6 / 8 * math.log(2) - 5 / 8 * math.log(5), rel=1e-6)
 
@@ -74,10 +91,16 @@ def test_the_reference_passes_gradcheck():
     assert torch.autograd.gradcheck(function, leaves)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.usefixtures("small_blocks")
-def test_it_equals_the_reference_across_block_boundaries(shape: tuple[int, int, int], dtype: torch.dtype):
+def test_it_equals_the_reference_across_block_boundaries(shape: tuple[int, int, int], impl: str):
+    assert_matches_reference(*inputs(*shape), impl=impl)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.usefixtures("small_blocks")
+def test_it_is_as_exact_in_half_precision(shape: tuple[int, int, int], dtype: torch.dtype):
     assert_matches_reference(*inputs(*shape, dtype))
 
 
@@ -91,33 +114,39 @@ def test_half_precision_inputs_are_computed_in_float32():
     assert hidden.grad.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.usefixtures("small_blocks")
-def test_bias_scale_cap_temperature_and_ignored_rows_together(dtype: torch.dtype):
-    hidden, weight, targets = inputs(19, 5, 23, dtype)
-    targets[[0, 4, 17]] = -100
-    assert_matches_reference(hidden, weight, targets, {"bias": torch.randn(23).to(dtype)}, **EVERYTHING)
-
-
-@pytest.mark.usefixtures("small_blocks")
-def test_where_rows_cannot_be_counted_the_result_is_the_same(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(blocks, "can_select", lambda device: False)
+def test_bias_scale_cap_temperature_and_ignored_rows_together(impl: str):
     hidden, weight, targets = inputs(19, 5, 23)
     targets[[0, 4, 17]] = -100
-    assert_matches_reference(hidden, weight, targets, {"bias": torch.randn(23)}, **EVERYTHING)
+    assert_matches_reference(hidden, weight, targets, {"bias": torch.randn(23)}, **EVERYTHING, impl=impl)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_all_options_together_in_half_precision():
+    hidden, weight, targets = inputs(19, 5, 23, torch.bfloat16)
+    targets[[0, 4, 17]] = -100
+    assert_matches_reference(hidden, weight, targets, {"bias": torch.randn(23).bfloat16()}, **EVERYTHING)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_where_rows_cannot_be_counted_the_result_is_the_same(monkeypatch: pytest.MonkeyPatch, impl: str):
+    monkeypatch.setattr(blocks, "can_select", lambda device, wait: False)
+    hidden, weight, targets = inputs(19, 5, 23)
+    targets[[0, 4, 17]] = -100
+    assert_matches_reference(hidden, weight, targets, {"bias": torch.randn(23)}, **EVERYTHING, impl=impl)
 
 
 @pytest.mark.parametrize("counts", [True, False])
 @pytest.mark.usefixtures("small_blocks")
 def test_ignored_rows_give_zeros_and_no_gradient_even_where_they_hold_nan(
-    counts: bool, monkeypatch: pytest.MonkeyPatch
+    counts: bool, monkeypatch: pytest.MonkeyPatch, impl: str
 ):
-    monkeypatch.setattr(blocks, "can_select", lambda device: counts)
+    monkeypatch.setattr(blocks, "can_select", lambda device, wait: counts)
     hidden, weight, targets = inputs(10, 4, 9)
     targets[[2, 9]] = -100
     hidden[2], hidden[9] = float("nan"), float("inf")
     hidden.requires_grad_(), weight.requires_grad_()
-    out = linear_logprob(hidden, weight, targets, entropy=True, stats=True)
+    out = linear_logprob(hidden, weight, targets, entropy=True, stats=True, impl=impl)
     assert all(x[[2, 9]].tolist() == [0.0, 0.0] for x in out)
     upstream = torch.ones(10)
     upstream[2] = float("nan")
@@ -127,38 +156,38 @@ def test_ignored_rows_give_zeros_and_no_gradient_even_where_they_hold_nan(
     assert weight.grad.isfinite().all()
 
 
-def test_a_pack_without_rows_gives_differentiable_zeros():
+def test_a_pack_without_rows_gives_differentiable_zeros(impl: str):
     hidden, weight = torch.zeros(0, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
-    out = linear_logprob(hidden, weight, torch.zeros(0, dtype=torch.int64), entropy=True)
+    out = linear_logprob(hidden, weight, torch.zeros(0, dtype=torch.int64), entropy=True, impl=impl)
     (out.logprob.sum() + out.entropy.sum()).backward()
     assert hidden.grad.shape == (0, 4)
     assert weight.grad.eq(0).all()
 
 
-def test_a_pack_of_ignored_rows_gives_zero_gradients():
+def test_a_pack_of_ignored_rows_gives_zero_gradients(impl: str):
     hidden, weight, targets = inputs(3, 4, 9)
     hidden.requires_grad_(), weight.requires_grad_()
-    linear_logprob(hidden, weight, targets.fill_(-100)).logprob.sum().backward()
+    linear_logprob(hidden, weight, targets.fill_(-100), impl=impl).logprob.sum().backward()
     assert hidden.grad.eq(0).all()
     assert weight.grad.eq(0).all()
 
 
 @pytest.mark.usefixtures("small_blocks")
-def test_inputs_need_not_be_contiguous():
+def test_inputs_need_not_be_contiguous(impl: str):
     hidden, weight, targets = inputs(9, 4, 11)
     leaves = (hidden.T.contiguous().T, torch.stack([weight, weight], 1)[:, 0], torch.stack([targets, targets], 1)[:, 0])
     assert not any(leaf.is_contiguous() for leaf in leaves)
-    assert_matches_reference(*leaves)
+    assert_matches_reference(*leaves, impl=impl)
 
 
 @pytest.mark.usefixtures("small_blocks")
-def test_a_constant_added_to_every_logit_changes_nothing():
+def test_a_constant_added_to_every_logit_changes_nothing(impl: str):
     hidden, weight, targets = inputs(9, 4, 16)
     hidden, weight = hidden.round(), weight.round()  # integers, so that the shifted logits are exact
     outputs = []
     for shift in (0.0, 50.0, -4096.0):
         leaf = hidden.clone().requires_grad_()
-        out = linear_logprob(leaf, weight, targets, bias=torch.full((16,), shift), entropy=True)
+        out = linear_logprob(leaf, weight, targets, bias=torch.full((16,), shift), entropy=True, impl=impl)
         (out.logprob.sum() + out.entropy.sum()).backward()
         outputs.append((out.logprob, out.entropy, leaf.grad))
     for shifted in outputs[1:]:
@@ -166,9 +195,9 @@ def test_a_constant_added_to_every_logit_changes_nothing():
 
 
 @pytest.mark.usefixtures("small_blocks")
-def test_equal_logits_are_the_uniform_distribution():
+def test_equal_logits_are_the_uniform_distribution(impl: str):
     hidden, weight, targets = torch.ones(3, 2, requires_grad=True), torch.ones(16, 2), torch.arange(3)
-    out = linear_logprob(hidden, weight, targets, entropy=True, stats=True)
+    out = linear_logprob(hidden, weight, targets, entropy=True, stats=True, impl=impl)
     assert out.logprob.tolist() == pytest.approx([-math.log(16)] * 3, rel=1e-6)
     assert out.entropy.tolist() == pytest.approx([math.log(16)] * 3, rel=1e-6)
     assert out.mean_logit.tolist() == [2.0] * 3
@@ -177,15 +206,15 @@ def test_equal_logits_are_the_uniform_distribution():
 
 
 @pytest.mark.usefixtures("small_blocks")
-def test_forbidden_tokens_with_bias_minus_infinity_are_as_if_absent():
+def test_forbidden_tokens_with_bias_minus_infinity_are_as_if_absent(impl: str):
     hidden, weight, targets = inputs(6, 4, 20)
     keep = torch.tensor([0, 3, 15, 19])  # the block 7..13 is forbidden as a whole
     targets = keep[targets % 4]
     bias = torch.full((20,), float("-inf"))
     bias[keep] = 0.0
     leaves = [hidden.clone().requires_grad_() for _ in range(2)]
-    out = linear_logprob(leaves[0], weight, targets, bias=bias, entropy=True)
-    small = linear_logprob(leaves[1], weight[keep], torch.searchsorted(keep, targets), entropy=True)
+    out = linear_logprob(leaves[0], weight, targets, bias=bias, entropy=True, impl=impl)
+    small = linear_logprob(leaves[1], weight[keep], torch.searchsorted(keep, targets), entropy=True, impl=impl)
     for x, leaf in ((out, leaves[0]), (small, leaves[1])):
         (x.logprob.sum() + x.entropy.sum()).backward()
         assert leaf.grad.isfinite().all()
@@ -193,40 +222,40 @@ def test_forbidden_tokens_with_bias_minus_infinity_are_as_if_absent():
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_the_gradient_of_a_near_certain_token_keeps_its_digits():
+def test_the_gradient_of_a_near_certain_token_keeps_its_digits(impl: str):
     # at p = 1 - 4.5e-5, 1 - p in float32 is off by 1e-5 of itself and more
     weight = torch.tensor([[10.0], [0.0]], requires_grad=True)
-    out = linear_logprob(torch.ones(1, 1), weight, torch.tensor([0]))
+    out = linear_logprob(torch.ones(1, 1), weight, torch.tensor([0]), impl=impl)
     out.logprob.backward()
     assert weight.grad[0].item() == pytest.approx(-math.expm1(out.logprob.item()), rel=1e-6)
     assert weight.grad[1].item() == pytest.approx(-math.exp(-10) / (1 + math.exp(-10)), rel=1e-6)
 
 
-def test_beside_a_certain_token_the_others_keep_their_gradient():
+def test_beside_a_certain_token_the_others_keep_their_gradient(impl: str):
     weight = torch.tensor([[40.0], [0.0]], requires_grad=True)
-    out = linear_logprob(torch.ones(1, 1), weight, torch.tensor([0]))
+    out = linear_logprob(torch.ones(1, 1), weight, torch.tensor([0]), impl=impl)
     out.logprob.backward()
     assert out.logprob.item() == 0
     assert weight.grad.flatten().tolist() == pytest.approx([0.0, -math.exp(-40)], rel=1e-5, abs=0)
 
 
-def test_a_logprob_is_never_above_zero():
+def test_a_logprob_is_never_above_zero(impl: str):
     hidden, weight, _ = inputs(400, 8, 50)
     weight[7] = 40 * weight[7]
-    logprob = linear_logprob(hidden, weight, torch.full((400,), 7)).logprob
+    logprob = linear_logprob(hidden, weight, torch.full((400,), 7), impl=impl).logprob
     assert logprob.max() <= 0
     assert (logprob > -1e-6).any()
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "weight", "both"])
-def test_only_what_needs_a_gradient_gets_one(frozen: str):
+def test_only_what_needs_a_gradient_gets_one(frozen: str, impl: str):
     hidden, weight, targets = inputs(5, 4, 9)
     full = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
-    linear_logprob(*full, targets).logprob.sum().backward()
+    linear_logprob(*full, targets, impl=impl).logprob.sum().backward()
     leaves = {"hidden": hidden, "weight": weight}
     for name, leaf in leaves.items():
         leaf.requires_grad_(frozen not in (name, "both"))
-    out = linear_logprob(hidden, weight, targets, stats=True)
+    out = linear_logprob(hidden, weight, targets, stats=True, impl=impl)
     assert out.logprob.requires_grad == (frozen != "both")
     assert not out.max_logprob.requires_grad
     if frozen != "both":
@@ -282,6 +311,49 @@ def _spy(method, seen: list):
     return block
 
 
+@pytest.mark.usefixtures("small_blocks")
+def test_tma_descriptors_load_the_same_tiles(monkeypatch: pytest.MonkeyPatch):
+    hidden, weight, targets = inputs(33, 20, 65)  # ragged in every dimension; rows of 80 bytes
+    plain = linear_logprob(hidden, weight, targets, entropy=True, stats=True, impl="triton")
+    monkeypatch.setattr(tiles, "INTERPRETER", tiles.INTERPRETER._replace(descriptors=True))
+    for a, b in zip(
+        plain, linear_logprob(hidden, weight, targets, entropy=True, stats=True, impl="triton"), strict=True
+    ):
+        assert torch.equal(a, b)
+    assert_matches_reference(hidden, weight, targets, impl="triton")
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_a_row_has_the_same_bits_in_every_pack():
+    hidden, weight, targets = inputs(40, 5, 70)
+    whole = linear_logprob(hidden, weight, targets, entropy=True, impl="triton")
+    part = linear_logprob(hidden[17:23], weight, targets[17:23], entropy=True, impl="triton")
+    assert torch.equal(whole.logprob[17:23], part.logprob)
+    assert torch.equal(whole.entropy[17:23], part.entropy)
+
+
+def test_a_nan_in_a_row_stays_in_it_and_does_not_hide(impl: str):
+    hidden, weight, targets = inputs(5, 4, 9)
+    hidden[2, 1] = float("nan")
+    out = linear_logprob(hidden, weight, targets, entropy=True, impl=impl)
+    for values in (out.logprob, out.logsumexp, out.entropy):
+        assert values.isnan().tolist() == [False, False, True, False, False]
+
+
+def test_the_operators_are_registered_as_torch_wants_them(impl: str):
+    hidden, weight, targets = inputs(5, 4, 9)
+    leaves = (hidden.requires_grad_(), weight.requires_grad_(), torch.zeros(9, requires_grad=True))
+    triton = impl == "triton"
+    options = (torch.ones(5), 1.0, 1.0, 2.0, -100, True, True, triton)
+    # the interpreter has no place in a traced graph
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(
+        torch.ops.fastrlhf.linear_logprob.default,
+        (*leaves, targets, *options),
+        test_utils=checks[:3] if triton else checks,
+    )
+
+
 def test_autocast_changes_nothing():
     hidden, weight, targets = inputs(9, 64, 11)
     plain = linear_logprob(hidden, weight, targets).logprob
@@ -316,7 +388,7 @@ def test_one_compiled_graph_serves_packs_of_every_length():
         ({"temperature": 0.0}, "temperature must be in"),
         ({"temperature": torch.ones(4)}, r"temperature must have shape \(3,\)"),
         ({"softcap": -1.0}, "softcap must be in"),
-        ({"impl": "triton"}, "this version has no Triton kernel"),
+        ({"impl": "cuda"}, r"impl must be .* got 'cuda'"),
     ],
 )
 def test_bad_arguments_are_named(changes: dict, message: str):

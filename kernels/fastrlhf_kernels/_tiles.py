@@ -1,0 +1,169 @@
+"""Logits of a head in Triton, one tile of rows x vocabulary at a time: what the fused kernels share.
+
+The product of a tile is summed over the hidden size in one fixed order, so forward and backward see the same bits.
+Logits stay in nats up to the exponential: in bits, z log2(e), a large constant in all of them would cost digits.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastrlhf_kernels._triton import INTERPRETED, constant, jit, tl, triton
+
+LOG2_E = constant(1 / math.log(2))
+FLOOR = constant(-1e30)  # for logits that are -inf or beyond the vocabulary: -inf - -inf would be NaN
+GROUP = 16  # row tiles that are worked on together, so that a tile of the weight is read from DRAM once per group
+
+
+class Tiles(NamedTuple):
+    """How a product is cut up: ROWS x VOCAB logits per tile, INNER of the hidden size per step."""
+
+    rows: int
+    vocab: int
+    inner: int
+    warps: int
+    stages: int
+    descriptors: bool
+    """Load by TMA (sm_90 and later); needs rows that start at multiples of 16 bytes."""
+    specialize: bool = False
+    """One group of warps loads, the others multiply; Triton does it for 4 warps, which become 12."""
+
+
+class Pinned(NamedTuple):
+    """The tiles of a kernel on one architecture."""
+
+    light: Tiles
+    heavy: Tiles
+    """With a bias, a soft cap or a temperature per row, which need registers."""
+
+
+# Triton 3.6 and 3.7 specialise the warps of the forward's outer loop on sm_90; later ones fail to compile it.
+SPECIALIZES = triton is not None and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)
+INTERPRETER = Tiles(16, 32, 32, 4, 1, descriptors=False)
+SMALL_SHARED_MEMORY = Tiles(64, 128, 32, 8, 3, descriptors=False)  # sm_86, sm_89, sm_120: 99 KB
+FLOAT32 = Tiles(64, 64, 32, 8, 3, descriptors=False)
+AMPERE = Tiles(128, 128, 64, 8, 3, descriptors=False)
+HOPPER_WIDE = Tiles(128, 256, 64, 8, 3, descriptors=True)
+HOPPER_SPECIALIZED = Tiles(128, 256, 64, 4, 4, descriptors=True, specialize=True)
+SQUARE = Tiles(128, 128, 64, 8, 4, descriptors=True)
+NARROW = Tiles(128, 64, 64, 8, 4, descriptors=True)
+FORWARD = {
+    8: Pinned(AMPERE, AMPERE),
+    9: Pinned(HOPPER_SPECIALIZED, HOPPER_SPECIALIZED) if SPECIALIZES else Pinned(HOPPER_WIDE, SQUARE),
+    10: Pinned(SQUARE, NARROW),
+}
+GRADIENT = {8: Pinned(AMPERE, AMPERE), 9: Pinned(HOPPER_WIDE, SQUARE), 10: Pinned(SQUARE, NARROW)}
+"""By the major number of the compute capability: the largest tiles that compile without a spill."""
+
+
+def choose_tiles(table: dict[int, Pinned], hidden: Tensor, weight: Tensor, heavy: bool) -> Tiles:
+    """The pinned tiles for this device and these tensors."""
+    if hidden.device.type != "cuda":
+        return INTERPRETER
+    major, minor = torch.cuda.get_device_capability(hidden.device)
+    if max(hidden.element_size(), weight.element_size()) > 2:
+        return FLOAT32
+    if (major == 8 and minor) or major > 10:
+        return SMALL_SHARED_MEMORY
+    pinned = table[min(max(major, 8), 10)]
+    tiles = pinned.heavy if heavy else pinned.light
+    if tiles.descriptors and not (hidden.dtype == weight.dtype and _aligned(hidden) and _aligned(weight)):
+        return AMPERE
+    return tiles
+
+
+def _aligned(matrix: Tensor) -> bool:
+    """What a TMA descriptor asks for."""
+    width = matrix.element_size()
+    return matrix.data_ptr() % 16 == 0 and matrix.stride(0) * width % 16 == 0 and matrix.stride(1) == 1
+
+
+@jit
+def product_tile(
+    a,  # [num_rows, size]: a descriptor, or a pointer to rows stride_a apart
+    b,  # [num_columns, size]
+    row,
+    column,
+    num_rows,
+    num_columns,
+    size,
+    stride_a,
+    stride_b,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """a[row:] @ b[column:].T, [ROWS, COLUMNS] float32; entries beyond num_rows and num_columns mean nothing."""
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    if DESCRIPTORS:
+        for k in range(0, size, INNER):
+            x = a.load([row, k])
+            y = b.load([column, k])
+            total = tl.dot(x, y.T, total, input_precision=PRECISION)
+    else:
+        inner = tl.arange(0, INNER)
+        rows = tl.minimum(row + tl.arange(0, ROWS), num_rows - 1).to(tl.int64)
+        columns = tl.minimum(column + tl.arange(0, COLUMNS), num_columns - 1).to(tl.int64)
+        a_tile = a + rows[:, None] * stride_a + inner[None, :]
+        b_tile = b + columns[None, :] * stride_b + inner[:, None]
+        for k in range(0, size, INNER):
+            inside = inner < size - k
+            x = tl.load(a_tile + k, mask=inside[None, :], other=0.0)
+            y = tl.load(b_tile + k, mask=inside[:, None], other=0.0)
+            if x.dtype != y.dtype:
+                x = x.to(tl.float32)
+                y = y.to(tl.float32)
+            total = tl.dot(x, y, total, input_precision=PRECISION)
+    return total
+
+
+@jit
+def transformed(z, bias, columns, num_columns, inner_scale, outer_scale, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr):
+    """Logits of products z."""
+    if HAS_BIAS:
+        z += tl.load(bias + columns, mask=columns < num_columns, other=0.0).to(tl.float32)[None, :]
+    if SOFTCAP:
+        z = 1 - 2 / (tl.exp2(z * (inner_scale * 2 * LOG2_E)) + 1)  # tanh
+    return z * outer_scale
+
+
+@jit
+def row_scale(outer_scale, row_temperature, rows, num_rows, ROW_TEMPERATURE: tl.constexpr):
+    """[ROWS, 1] or, where all rows have one temperature, a number."""
+    scale = outer_scale
+    if ROW_TEMPERATURE:
+        scale = (outer_scale / tl.load(row_temperature + rows, mask=rows < num_rows, other=1.0))[:, None]
+    return scale
+
+
+def scales(scale: float, softcap: float | None, temperature: float) -> tuple[float, float]:
+    """(inner_scale, outer_scale) of `transformed`."""
+    return (0.0, scale / temperature) if softcap is None else (scale / softcap, softcap / temperature)
+
+
+def operand(matrix: Tensor, tiles: Tiles, rows: int, columns: int):
+    """What a kernel takes for a matrix: a TMA descriptor of tiles [rows, columns], or the tensor."""
+    if not tiles.descriptors:
+        return matrix
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(matrix, [rows, columns])
+
+
+# Of products of float32: three in TF32 that add up to float32's digits. Half precision ignores it.
+PRECISION = "ieee" if INTERPRETED else "tf32x3"
+
+
+def row_major(matrix: Tensor) -> Tensor:
+    """With neighbours side by side within a row; rows may lie apart."""
+    return matrix if matrix.stride(1) == 1 or matrix.shape[1] <= 1 else matrix.contiguous()
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)

@@ -1,0 +1,45 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastrlhf_kernels import _triton
+
+CPU = torch.device("cpu")
+KERNELS = Path(__file__).parents[2] / "kernels"
+
+
+def test_auto_is_triton_on_cuda_and_torch_elsewhere():
+    assert _triton.use_triton("auto", torch.device("cuda"))
+    assert not _triton.use_triton("auto", CPU)
+    assert not _triton.use_triton("torch", torch.device("cuda"))
+
+
+def test_what_cannot_run_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(ValueError, match=r"impl must be .* got 'cuda'"):
+        _triton.use_triton("cuda", CPU)
+    monkeypatch.setattr(_triton, "INTERPRETED", False)
+    with pytest.raises(ValueError, match="on cpu needs TRITON_INTERPRET=1"):
+        _triton.use_triton("triton", CPU)
+    monkeypatch.setattr(_triton, "triton", None)
+    with pytest.raises(ValueError, match="triton is not installed"):
+        _triton.use_triton("triton", torch.device("cuda"))
+    assert not _triton.use_triton("auto", torch.device("cuda"))
+
+
+@pytest.mark.parametrize("absent", [["triton", "triton.language"], ["transformers", "datasets", "numpy"]])
+def test_the_package_runs_without_what_it_does_not_need(absent: list[str]):
+    program = f"""
+import sys; sys.modules.update(dict.fromkeys({absent}))
+import torch, fastrlhf_kernels as k
+hidden, weight, targets = torch.randn(5, 4, requires_grad=True), torch.randn(9, 4), torch.arange(5)
+out = k.linear_logprob(hidden, weight, targets, entropy=True)
+k.policy_loss(out.logprob, out.logprob.detach(), torch.ones(5), torch.ones(5).bool(), num_tokens=5).loss.backward()
+assert hidden.grad.isfinite().all() and not hidden.grad.eq(0).all()
+"""
+    environment = {**os.environ, "PYTHONPATH": str(KERNELS)}
+    environment.pop("TRITON_INTERPRET", None)  # the interpreter itself needs numpy
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment, timeout=120)
