@@ -1,0 +1,275 @@
+"""Runs TRL on a tiny model and keeps its losses and gradients in trl.json, for tests/test_trl_golden.py.
+
+TRL is needed here and nowhere else: trl==1.16.0 for all but PPO, which it no longer has, trl==1.12.0 for that; with the
+versions of torch and transformers that trl.json names. A case that is not named stays in the file as it was.
+
+    export PYTHONPATH=.:kernels HF_HUB_OFFLINE=1
+    python tests/golden/record_trl.py sft sft_whole dpo cdpo robust hinge ipo reward   # trl 1.16.0
+    python tests/golden/record_trl.py ppo ppo_whitened                                 # trl 1.12.0
+
+Weights are a formula of their index and texts are written out below, so nothing depends on a random generator but what
+PPO samples, and the file keeps that. Of a gradient the file keeps, per tensor, its norm and its dot product with
+another such formula: a wrong sign, scale or order of entries shows. Recorded again on the same versions the file stays
+as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedModel, TrainerCallback
+
+from tests import tiny
+
+FILE = Path(__file__).with_name("trl.json")
+
+POLICY, REFERENCE, REWARD = 1, 2, 3  # seeds of the formula
+
+PAIRS = [  # prompt, chosen, rejected; TRL joins the texts, so a response brings its own space
+    ("w0 w5 w11", " w7 w2", " w3"),
+    ("w28 w1", " w9 w9 w4 w16 w20 w8 w1", " w12 w0 w6 w6 w21"),
+    ("w4 w4 w18 w25 w2 w10 w13", " w17", " w5 w14 w22 w3 w19 w27 w26 w2 w15"),
+    ("w23 w6 w8 w15", " w24 w1 w13 <eos>", " w24 w1<eos>"),  # ends in EOS already
+    ("w12", " w10 w18 w0 w28", " w11 w7"),
+    ("w19 w3 w26 w21 w14", " w25 w16 w5 w22 w23 w17", " w8 w20 w9"),
+]
+PROMPTS = [prompt for prompt, *_ in PAIRS] + ["w2 w27 w16", "w9 w20 w22 w24 w0 w1"]  # of PPO, all different
+
+PREFERENCE = {  # TRL's DPOConfig, beyond the defaults
+    "dpo": {"beta": 0.1},
+    # TRL 1.16 ignores label_smoothing where loss_type is sigmoid. With L sigmoid's loss and L' that of a swapped pair,
+    # robust is ((1 - e) L - e L') / (1 - 2 e). For e = 0.1 this weighted sum is cDPO's (1 - e) L + e L':
+    "cdpo": {"beta": 0.1, "label_smoothing": 0.1, "loss_type": ["sigmoid", "robust"], "loss_weights": [1.8, -0.8]},
+    "robust": {"beta": 0.1, "label_smoothing": 0.1, "loss_type": "robust"},
+    "hinge": {"beta": 1.0, "loss_type": "hinge"},
+    "ipo": {"beta": 0.2, "loss_type": "ipo"},
+}
+ON_POLICY = {  # settings that TRL and fastrlhf call by the same names
+    "ppo": {"response_length": 6, "temperature": 0.7, "missing_eos_penalty": 1.0},
+    "ppo_whitened": {
+        "response_length": 5,
+        "temperature": 1.3,
+        "missing_eos_penalty": 0.5,
+        "kl_coef": 0.3,
+        "cliprange": 0.1,
+        "cliprange_value": 0.05,
+        "vf_coef": 0.4,
+        "gamma": 0.9,
+        "lam": 0.8,
+        "whiten_rewards": True,
+    },
+}
+NUM_PPO_EPOCHS = 2  # in the second one ratios differ from 1, and some are clipped
+PPO_LEARNING_RATE = 0.02  # of plain SGD: Adam's division would blow rounding errors up
+
+
+def wave(shape: torch.Size, phase: float) -> Tensor:
+    """sin(phase + 0.7 k^2) of the flat index k, float64: of full rank, and the same on every machine."""
+    index = torch.arange(shape.numel(), dtype=torch.float64)
+    return torch.sin(phase + 0.7 * index * index).reshape(shape)
+
+
+def with_formula_weights(model: PreTrainedModel, seed: int) -> PreTrainedModel:
+    """Matrices +-0.3, norms 1 +- 0.2: log-probs of different tokens differ by nats."""
+    with torch.no_grad():
+        for number, (_, param) in enumerate(sorted(model.named_parameters())):
+            values = wave(param.shape, seed + 0.37 * number)
+            param.copy_(0.3 * values if param.ndim == 2 else 1 + 0.2 * values)
+    return model
+
+
+def causal_lm(seed: int) -> PreTrainedModel:
+    config = tiny.model_config()
+    config.eos_token_id, config.bos_token_id, config.pad_token_id = tiny.EOS, None, None
+    return with_formula_weights(LlamaForCausalLM(config), seed)
+
+
+def reward_model() -> PreTrainedModel:
+    config = tiny.model_config()
+    config.num_labels, config.pad_token_id = 1, 0
+    return with_formula_weights(LlamaForSequenceClassification(config), REWARD)
+
+
+def summary(gradients: Iterable[tuple[str, Tensor]]) -> dict[str, list[float]]:
+    """Of every named tensor its norm and its dot product with a wave that is the tensor's own."""
+    result = {}
+    for number, (name, gradient) in enumerate(sorted(gradients)):
+        exact = gradient.detach().double()
+        result[name] = [exact.norm().item(), (exact * wave(exact.shape, 5 + 0.37 * number)).sum().item()]
+    return result
+
+
+def gradients_of(model: PreTrainedModel) -> dict[str, list[float]]:
+    return summary((name, param.grad) for name, param in model.named_parameters())
+
+
+def record_offline(case: str, folder: str) -> dict[str, Any]:
+    """Loss, metrics, gradients and token ids of one batch of all rows, through TRL's own tokenising and collating."""
+    import trl
+    from datasets import Dataset
+
+    common = {"output_dir": folder, "report_to": "none", "use_cpu": True, "bf16": False}
+    pairs = [{"prompt": prompt, "chosen": chosen, "rejected": rejected} for prompt, chosen, rejected in PAIRS]
+    if case.startswith("sft"):
+        trainer = trl.SFTTrainer(
+            model=causal_lm(POLICY),
+            args=trl.SFTConfig(**common, completion_only_loss=case == "sft"),
+            train_dataset=Dataset.from_list([{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs]),
+            processing_class=tiny.tokenizer(),
+        )
+    elif case == "reward":
+        trainer = trl.RewardTrainer(
+            model=reward_model(),
+            args=trl.RewardConfig(**common),
+            train_dataset=Dataset.from_list(pairs),
+            processing_class=tiny.tokenizer(),
+        )
+    else:
+        trainer = trl.DPOTrainer(
+            model=causal_lm(POLICY),
+            ref_model=causal_lm(REFERENCE),
+            args=trl.DPOConfig(**common, **PREFERENCE[case]),
+            train_dataset=Dataset.from_list(pairs),
+            processing_class=tiny.tokenizer(),
+        )
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    trainer.model.train()
+    loss = trainer.compute_loss(trainer.model, dict(batch))
+    loss.backward()
+    return {
+        "loss": loss.item(),
+        "metrics": {name: values[0] for name, values in trainer._metrics["train"].items()},
+        "gradients": gradients_of(trainer.model),
+        "token_ids": [
+            ids[seen.bool()].tolist() for ids, seen in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+        ],
+    }
+
+
+class LocalsRecorder(torch.optim.SGD):
+    """Plain SGD that keeps, at every step, the gradients of the models and what `PPOTrainer.train` had computed."""
+
+    def __init__(self, policy: PreTrainedModel, critic: PreTrainedModel) -> None:
+        super().__init__([*policy.parameters(), *critic.parameters()], lr=PPO_LEARNING_RATE)
+        self.models, self.steps = {"policy": policy, "critic": critic}, []
+        self.seen: dict[str, Any] = {}
+
+    def step(self, closure: Any = None) -> None:
+        frame = sys._getframe()
+        while frame.f_code.co_name != "train":  # TRL's loop keeps its advantages to itself
+            assert frame.f_back
+            frame = frame.f_back
+        self.seen = {name: value.tolist() for name, value in frame.f_locals.items() if isinstance(value, Tensor)}
+        self.steps.append({name: gradients_of(model) for name, model in self.models.items()})
+        super().step(closure)
+
+
+class KeepLogs(TrainerCallback):
+    def on_log(self, args: Any, state: Any, control: Any, *, logs: dict[str, float], **_: Any) -> None:
+        self.logs = logs
+
+
+def record_on_policy(case: str, folder: str) -> dict[str, Any]:
+    """One update: what was sampled, what TRL made of it, and the gradients of every optimiser step.
+
+    Where a response ends early TRL puts the score one position after its EOS and trains the value there. So every
+    response fills the budget, with its EOS in the last place or none, and holds no padding token, which TRL would take
+    for the end.
+    """
+    from datasets import Dataset
+    from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
+
+    tokenizer = tiny.tokenizer()
+    tokenizer.padding_side = "left"
+    length = ON_POLICY[case]["response_length"]
+    sample = ppo_trainer.batch_generation
+
+    def sample_until_all_are_full(model: Any, queries: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+        while True:
+            sequences, logits = sample(model, queries, *arguments)
+            responses = sequences[:, queries.shape[1] :]
+            ends = (responses == tiny.EOS).sum(0)
+            if responses.shape[1] == length and not ends[:-1].any() and ends[-1] and (responses != 0).all():
+                return sequences, logits
+
+    transformers.set_seed(0)  # TRL leaves numpy's generator, which shuffles the rows of a batch, to chance
+    policy, critic, logs = causal_lm(POLICY), reward_model(), KeepLogs()
+    optimizer = LocalsRecorder(policy, critic)
+    trainer = PPOTrainer(
+        args=PPOConfig(
+            output_dir=folder,
+            report_to="none",
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            save_strategy="no",
+            per_device_train_batch_size=len(PROMPTS),
+            total_episodes=len(PROMPTS),
+            num_ppo_epochs=NUM_PPO_EPOCHS,
+            stop_token="eos",
+            **ON_POLICY[case],
+        ),
+        processing_class=tokenizer,
+        model=policy,
+        ref_model=causal_lm(REFERENCE),
+        reward_model=reward_model(),
+        value_model=critic,
+        train_dataset=Dataset.from_list([{"input_ids": tokenizer(text)["input_ids"]} for text in PROMPTS]),
+        eval_dataset=Dataset.from_list([{"input_ids": [3]}]),
+        optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)),
+        callbacks=[logs],
+    )
+    ppo_trainer.batch_generation = sample_until_all_are_full
+    try:
+        trainer.train()
+    finally:
+        ppo_trainer.batch_generation = sample
+    seen = optimizer.seen
+    rows = [tokenizer(text)["input_ids"] for text in PROMPTS]
+    order = [rows.index([token for token in query if token]) for query in seen["queries"]]
+    names = ("responses", "logprobs", "values", "scores", "advantages", "returns")
+    by_row = [{name: seen[name][order.index(row)] for name in names} for row in range(len(rows))]
+    metrics = {name: value for name, value in logs.logs.items() if name != "eps"}  # episodes per second
+    return {"rollouts": by_row, "steps": optimizer.steps, "metrics": metrics}
+
+
+def rounded(value: Any) -> Any:
+    """9 significant digits give a float32 back."""
+    if isinstance(value, float):
+        return float(f"{value:.9g}")
+    if isinstance(value, dict):
+        return {name: rounded(item) for name, item in value.items()}
+    return [rounded(item) for item in value] if isinstance(value, list) else value
+
+
+def main(cases: list[str]) -> None:
+    """Raises ValueError where the TRL at hand is not the one that the case is recorded from."""
+    import trl
+
+    golden = json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {}
+    torch.set_num_threads(1)
+    for case in cases:
+        needed = "1.12.0" if case in ON_POLICY else "1.16.0"
+        if trl.__version__ != needed:
+            raise ValueError(f"{case} is recorded from trl=={needed}, not {trl.__version__}")
+        record = record_on_policy if case in ON_POLICY else record_offline
+        with tempfile.TemporaryDirectory() as folder:
+            numbers = record(case, folder)
+        versions = {module.__name__: module.__version__ for module in (trl, torch, transformers)}
+        golden[case] = {"versions": versions, **rounded(numbers)}
+    text = json.dumps(dict(sorted(golden.items())), indent=1)
+    innermost_on_one_line = re.sub(r"\[[^][{}]*\]", lambda match: " ".join(match[0].split()), text)
+    FILE.write_text(innermost_on_one_line + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

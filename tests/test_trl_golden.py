@@ -1,0 +1,221 @@
+"""Losses, gradients and metrics against those that tests/golden/record_trl.py has kept of TRL 1.16 and, for PPO, 1.12.
+
+The same texts, the same weights, float32. TRL pads and works with whole batches; here they are packed and cut into
+micro-batches, so sums run in another order. TRL's own gradients move by 2e-6 when the rows of a batch change places.
+"""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fastrlhf.advantages import whiten
+from fastrlhf.algorithms import experience, on_policy, preference, reward_model, sft
+from fastrlhf.config import DPOConfig, PPOConfig, RewardConfig, SFTConfig
+from fastrlhf.data.tokens import tokenize_examples
+from fastrlhf.types import Example, Rollout
+from tests import tiny
+from tests.golden import record_trl as recorded
+
+GOLDEN = json.loads(recorded.FILE.read_text(encoding="utf-8"))
+EXAMPLES = [
+    Example(prompt=prompt, chosen=chosen, rejected=rejected, row=row)
+    for row, (prompt, chosen, rejected) in enumerate(recorded.PAIRS)
+]
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    models = {
+        "policy": recorded.causal_lm(recorded.POLICY),
+        "reference": recorded.causal_lm(recorded.REFERENCE),
+        "reward": recorded.reward_model(),
+    }
+    folders = {name: str(tmp_path_factory.mktemp(name)) for name in models}
+    for name, model in models.items():
+        model.save_pretrained(folders[name])
+        tiny.tokenizer().save_pretrained(folders[name])
+    return folders
+
+
+def assert_same_gradients(model, gradients, golden):
+    """Norms within TOLERANCE; dot products within TOLERANCE of the norm, as they may be sums that cancel."""
+    names = [name for name, _ in model.named_parameters()]
+    ours = recorded.summary(zip(names, gradients, strict=True))
+    assert ours.keys() == golden.keys()
+    for name, (norm, dot) in golden.items():
+        assert norm > 0, name
+        assert ours[name][0] == pytest.approx(norm, rel=TOLERANCE), name
+        assert ours[name][1] == pytest.approx(dot, abs=TOLERANCE * norm), name
+
+
+def assert_same_metrics(ours, golden, names):
+    expected = {name: golden[name] for name in names}
+    assert {name: ours[name] for name in names} == pytest.approx(expected, rel=TOLERANCE, abs=1e-7)
+
+
+def test_rows_are_tokenised_as_by_trl():
+    """One EOS at the end, added where the text has none; also where the text of TRL is prompt and response in one."""
+    rows = tokenize_examples(EXAMPLES, tiny.tokenizer(), max_length=64, fields=("chosen", "rejected")).examples
+    chosen = [row.prompt + row.chosen for row in rows]
+    rejected = [row.prompt + row.rejected for row in rows]
+    assert all(ids.count(tiny.EOS) == 1 and ids[-1] == tiny.EOS for ids in chosen + rejected)
+    for case in ("sft", "sft_whole"):
+        assert GOLDEN[case]["token_ids"] == chosen
+    for case in ("reward", *recorded.PREFERENCE):
+        assert GOLDEN[case]["token_ids"] == chosen + rejected
+
+
+@pytest.mark.parametrize(
+    ("case", "settings"),
+    [
+        ("sft", {}),
+        ("sft_whole", {"completion_only_loss": False}),
+        ("reward", {}),
+        ("dpo", {}),
+        ("cdpo", {"label_smoothing": 0.1}),  # record_trl.py says how TRL was made to compute it
+        ("robust", {"loss_type": "robust", "label_smoothing": 0.1}),
+        ("hinge", {"loss_type": "hinge", "beta": 1.0}),
+        ("ipo", {"loss_type": "ipo", "beta": 0.2}),  # means over tokens, EOS included, in both
+    ],
+)
+def test_loss_gradient_and_metrics_are_those_of_trl(paths, monkeypatch, case, settings):
+    golden, names = GOLDEN[case], ["loss", "num_tokens"]
+    common = {"per_device_train_batch_size": len(EXAMPLES), "max_steps": 1, "micro_batch_tokens": 40, "progress": False}
+    if case.startswith("sft"):
+        config = SFTConfig(model_name_or_path=paths["policy"], response="chosen", **common, **settings)
+        module, train = sft, sft.train_sft
+    elif case == "reward":
+        config = RewardConfig(model_name_or_path=paths["reward"], **common, **settings)
+        module, train = reward_model, reward_model.train_reward_model
+        names += ["accuracy", "margin", "mean_reward"]
+    else:
+        models = {"model_name_or_path": paths["policy"], "ref_model_name_or_path": paths["reference"]}
+        config = DPOConfig(**models, **common, **settings)
+        module, train = preference, preference.train_dpo
+        names += [f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")]
+        names += ["logps/chosen", "logps/rejected"]
+
+    made = tiny.record_gradients(monkeypatch, module)
+    result = train(config, EXAMPLES)
+    assert_same_metrics(result.history[0], golden["metrics"] | {"loss": golden["loss"]}, names)
+    assert_same_gradients(result.model, made[0].steps[0][0], golden["gradients"])
+
+
+class Sgd(tiny.GradientRecorder):
+    """Keeps the gradients and then steps as the recorded run did."""
+
+    def step(self):
+        with torch.no_grad():
+            for model in self.models.values():
+                for param in model.parameters():
+                    param -= recorded.PPO_LEARNING_RATE * param.grad
+        return super().step()
+
+
+def replay(case):
+    """An engine that hands out TRL's responses. A run copies its reference before it asks for an engine, so that here
+    the policy can be moved away from it, as earlier updates would have."""
+
+    def rollout(prefix):
+        golden = GOLDEN[case]["rollouts"][prefix.row]
+        return Rollout(
+            prefix=prefix,
+            completion=golden["responses"],
+            sampler_logprob=golden["logprobs"],
+            ended=tiny.EOS in golden["responses"],
+        )
+
+    def make(config, policy, eos_token_id):
+        recorded.with_formula_weights(policy, recorded.POLICY)
+        return SimpleNamespace(generate=lambda prefixes: [rollout(prefix) for prefix in prefixes])
+
+    return make
+
+
+def bessel_whiten(values, mask, *, shift_mean=True):
+    """Divides by the standard deviation of a sample (n - 1), as TRL does; fastrlhf's is the population's (n)."""
+    whitened, count = whiten(values, mask, shift_mean=shift_mean), mask.sum()
+    assert mask.all()
+    mean = whitened.mean()
+    return mean + (whitened - mean) * ((count - 1) / count).sqrt()
+
+
+def run_update(paths, monkeypatch, case):
+    """The result of one update on TRL's rollouts, its optimiser, and {name: [N, response_length]} of its Experience
+    beside TRL's."""
+    made, seen = [], []
+
+    def make(*arguments, **keywords):
+        made.append(Sgd(*arguments, **keywords))
+        return made[-1]
+
+    def score(config, policy, reference, critic, rollouts, *arguments):
+        outcome = experience.score_episodes(config, policy, reference, critic, rollouts, *arguments)
+        seen.append((outcome[0], [rollout.prefix.row for rollout in rollouts]))
+        return outcome
+
+    monkeypatch.setattr(on_policy, "Optimizer", make)
+    monkeypatch.setattr(on_policy, "score_episodes", score)
+    config = PPOConfig(
+        model_name_or_path=paths["reference"],
+        reward_model_path=paths["reward"],
+        per_device_train_batch_size=len(recorded.PROMPTS),
+        max_steps=1,
+        num_ppo_epochs=recorded.NUM_PPO_EPOCHS,
+        max_length=32,
+        micro_batch_tokens=40,
+        progress=False,
+        **recorded.ON_POLICY[case],
+    )
+    prompts = [Example(prompt=prompt, row=row) for row, prompt in enumerate(recorded.PROMPTS)]
+    result = on_policy.train_on_policy(config, prompts, engine=replay(case))
+    [(ours, rows)] = seen
+    beside = {
+        name: (
+            getattr(ours, name).view(len(rows), -1),
+            torch.tensor([GOLDEN[case]["rollouts"][row][theirs] for row in rows]),
+        )
+        for name, theirs in (
+            ("sampler_logprob", "logprobs"),
+            ("value", "values"),
+            ("advantage", "advantages"),
+            ("returns", "returns"),
+        )
+    }
+    return result, made[0], beside
+
+
+@pytest.mark.parametrize("case", recorded.ON_POLICY)
+def test_a_ppo_update_is_that_of_trl(paths, monkeypatch, case):
+    """Two passes over one batch: in the second one, some ratios and some values are clipped.
+
+    Metrics that TRL computes in another way are left out: its objective/scores are lowered by the penalty, its
+    policy/approxkl_avg is another estimate, its policy/entropy_avg a mean over the passes.
+    """
+    monkeypatch.setattr(experience, "whiten", bessel_whiten)
+    result, optimizer, beside = run_update(paths, monkeypatch, case)
+    for ours, theirs in beside.values():
+        torch.testing.assert_close(ours, theirs, rtol=TOLERANCE, atol=TOLERANCE)
+
+    golden = GOLDEN[case]
+    names = [f"objective/{name}" for name in ("kl", "entropy", "non_score_reward", "rlhf_reward")]
+    names += ["loss/policy_avg", "loss/value_avg", "policy/clipfrac_avg", "val/clipfrac_avg", "val/ratio"]
+    names += ["val/num_eos_tokens", "episode"]
+    assert_same_metrics(result.history[0], golden["metrics"], names)
+    for name in ("policy/clipfrac_avg", "val/clipfrac_avg"):  # means over the passes, the first of which clips nothing
+        assert 0 < golden["metrics"][name] < 0.5
+
+    assert len(optimizer.steps) == len(golden["steps"]) == recorded.NUM_PPO_EPOCHS
+    for ours, theirs in zip(optimizer.steps, golden["steps"], strict=True):
+        assert_same_gradients(result.model, ours[0], theirs["policy"])
+        assert_same_gradients(result.value_model, ours[1], theirs["critic"])
+
+
+def test_advantages_differ_from_trl_by_the_variance_of_a_population(paths, monkeypatch):
+    _, _, beside = run_update(paths, monkeypatch, "ppo")
+    ours, theirs = beside["advantage"]
+    count = theirs.numel()
+    torch.testing.assert_close(ours, theirs * (count / (count - 1)) ** 0.5, rtol=TOLERANCE, atol=TOLERANCE)
