@@ -6,6 +6,7 @@ fact about the code, not about its speed.
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 import tempfile
@@ -18,8 +19,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastrlhf_kernels import _head_kernels
-from fastrlhf_kernels._tiles import FORWARD, GRADIENT, GROUP, Pinned, Tiles
+from fastrlhf_kernels import _head, _head_kernels, _rows
+from fastrlhf_kernels._tiles import FORWARD, GRADIENT, GROUP, STORING, Pinned, Tiles
 
 ARCHITECTURES = (80, 90, 100)
 SHARED_MEMORY = {80: 166_912, 90: 232_448, 100: 232_448}
@@ -36,8 +37,9 @@ class Case:
     name: str
     kernel: Any
     types: Mapping[str, str]
-    """argument -> "*bf16", "i32", "tensordesc<bf16[128, 64]>", ...; the rest are `constants`"""
+    """argument -> "*bf16", "i32", "tensordesc<bf16[128, 64]>", ..."""
     constants: Mapping[str, Any]
+    """What is in neither is None: an optional argument that is not given."""
     warps: int = 4
     stages: int = 3
     multiplies: bool = False
@@ -73,16 +75,18 @@ class Compiled:
 
 def cases(arch: int) -> Iterator[Case]:
     """Every kernel as it is launched on this architecture, in bfloat16, with everything switched on and off."""
-    yield from _head_cases(FORWARD[arch // 10], GRADIENT[arch // 10])
+    yield from _head_cases(FORWARD[arch // 10], STORING[arch // 10], GRADIENT[arch // 10])
+    yield from _logits_cases()
+    yield from _row_cases()
 
 
 def compile_case(case: Case, arch: int) -> Compiled:
     signature = {name: case.types.get(name, "constexpr") for name in case.kernel.arg_names}
-    constants = {name: case.constants[name] for name, kind in signature.items() if kind == "constexpr"}
+    constants = {name: case.constants.get(name) for name, kind in signature.items() if kind == "constexpr"}
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, (name, kind) in enumerate(signature.items())
-        if kind.startswith("*") or name.startswith("stride") or name == "size"
+        if kind.startswith("*") or name.startswith("stride") or name in ("size", "vocab")
     }
     built = triton.compile(
         ASTSource(case.kernel, signature, constexprs=constants, attrs=aligned),
@@ -111,56 +115,63 @@ def _dump(flag: str, cubin: str) -> str:
     return subprocess.run([TOOLS / "cuobjdump", flag, cubin], capture_output=True, text=True, check=True).stdout
 
 
-def _head_cases(forward_tiles: Pinned, gradient_tiles: Pinned) -> Iterator[Case]:
-    rows = {"bias": "*bf16", "row_temperature": "*fp32", "targets": "*i64"}
-    numbers = {
-        "num_rows": "i32", "vocab": "i32", "size": "i32", "stride_hidden": "i32", "stride_weight": "i32",
-        "inner_scale": "fp32", "outer_scale": "fp32",
-    }  # fmt: skip
-    plain = {"HAS_BIAS": False, "SOFTCAP": False, "ROW_TEMPERATURE": False}
-    full = dict.fromkeys(plain, True)
+def _head_cases(*tables: Pinned) -> Iterator[Case]:
+    """`linear_logprob`, and the forward of `linear_policy_loss`, which stores what the gradient needs."""
+    optional = {"bias": "*bf16", "row_temperature": "*fp32"}
+    integers = ("num_rows", "vocab", "size", "stride_hidden", "stride_weight")
+    numbers = {**dict.fromkeys(integers, "i32"), "inner_scale": "fp32", "outer_scale": "fp32"}
 
-    def common(tiles: Tiles, options: Mapping[str, bool]) -> tuple[dict[str, str], dict[str, Any]]:
-        types = {**rows, **numbers, **_operands(tiles)}
-        constants = {
-            "ROWS": tiles.rows, "VOCAB": tiles.vocab, "INNER": tiles.inner, "GROUP": GROUP,
-            "DESCRIPTORS": tiles.descriptors, "PRECISION": "tf32x3", **options,
-        }  # fmt: skip
-        for flag, argument in (("HAS_BIAS", "bias"), ("ROW_TEMPERATURE", "row_temperature")):
-            if not options[flag]:
-                types.pop(argument)
-                constants[argument] = None
-        return types, constants
-
-    for label, options, entropy in (("", plain, False), (" entropy", plain, True), (" everything", full, True)):
-        forward, gradient = (
-            tiles.heavy if options is full else tiles.light for tiles in (forward_tiles, gradient_tiles)
-        )
-        types, constants = common(forward, options)
-        constants |= {"SHARE": _head_kernels.SHARE, "ENTROPY": entropy, "STATS": options is full}
-        yield Case(
-            name=f"linear_logprob forward{label}",
-            kernel=_head_kernels.forward_kernel,
-            types={**types, "partial": "*fp32", "ignore": "i32"},
-            constants={**constants, "SPECIALIZE": forward.specialize},
-            warps=forward.warps,
-            stages=forward.stages,
+    def case(name: str, kernel: Any, tiles: Tiles, types: Mapping[str, str], constants: Mapping[str, Any]) -> Case:
+        products = {
+            "hidden": _matrix(tiles, tiles.rows, tiles.inner),
+            "weight": _matrix(tiles, tiles.vocab, tiles.inner),
+        }
+        pinned = {"ROWS": tiles.rows, "VOCAB": tiles.vocab, "INNER": tiles.inner, "GROUP": GROUP}
+        pinned |= {"DESCRIPTORS": tiles.descriptors, "PRECISION": "tf32x3"}
+        return Case(
+            name=name,
+            kernel=kernel,
+            types={"targets": "*i64", **numbers, **products, **types},
+            constants={**pinned, **constants},
+            warps=tiles.warps,
+            stages=tiles.stages,
             multiplies=True,
         )
-        types, constants = common(gradient, options)
-        extra = {"peaks": "*fp32", "levels": "*fp32", "at_targets": "*fp32", "out": "*bf16"}
-        if gradient.descriptors:
-            extra["out"] = f"tensordesc<bf16[{gradient.rows}, {gradient.vocab}]>"
-        extra |= {"start": "i32", "stop": "i32", "stride_out": "i32"}
-        tilts = {"tilts": "*fp32"} if entropy else {}
+
+    for label, entropy, everything in (("", False, False), (" entropy", True, False), (" everything", True, True)):
+        forward, storing, gradient = (tiles.heavy if everything else tiles.light for tiles in tables)
+        types = {"partial": "*fp32", "ignore": "i32", **(optional if everything else {})}
+        flags = {"SHARE": _head.SHARE, "ENTROPY": entropy, "STATS": everything, "SOFTCAP": everything}
+        folded = flags | {"SPECIALIZE": forward.specialize, "stride_masses": 0}
+        yield case(f"linear_logprob forward{label}", _head_kernels.forward_kernel, forward, types, folded)
+        types |= {"masses": _matrix(storing, storing.rows, storing.vocab), "tops": "*fp32", "stride_masses": "i32"}
+        kept = flags | {"SPECIALIZE": storing.specialize}
+        yield case(f"linear_policy_loss forward{label}", _head_kernels.forward_kernel, storing, types, kept)
+        types: dict[str, str] = dict.fromkeys(
+            ("peaks", "levels", "at_targets", *(["tilts"] if entropy else [])), "*fp32"
+        )
+        types |= {
+            "out": _matrix(gradient, gradient.rows, gradient.vocab),
+            **dict.fromkeys(("start", "stop", "stride_out"), "i32"),
+            **(optional if everything else {}),
+        }
+        yield case(
+            f"linear_logprob gradient{label}", _head_kernels.gradient_kernel, gradient, types, {"SOFTCAP": everything}
+        )
+    for label, everything in (("", False), (" everything", True)):
+        rows = ("tops", "peaks", "levels", "at_targets", *(("tilts", "row_temperature") if everything else ()))
+        tiles = tables[1].heavy if everything else tables[1].light
         yield Case(
-            name=f"linear_logprob gradient{label}",
-            kernel=_head_kernels.gradient_kernel,
-            types={**types, **extra, **tilts},
-            constants={**constants, "TILT": entropy, "tilts": None},
-            warps=gradient.warps,
-            stages=gradient.stages,
-            multiplies=True,
+            name=f"linear_policy_loss scale{label}",
+            kernel=_head_kernels.scale_kernel,
+            types={
+                "masses": "*bf16",
+                "targets": "*i64",
+                "outer_scale": "fp32",
+                **dict.fromkeys(rows, "*fp32"),
+                **dict.fromkeys(("num_rows", "vocab", "stride_masses"), "i32"),
+            },
+            constants={"ROWS": _head.SCALED_ROWS, "VOCAB": tiles.vocab, "SOFTCAP": everything},
         )
     outputs = ("logprob", "logsumexp", "entropy", "max_logprob", "mean_logit", "peaks", "totals")
     yield Case(
@@ -172,17 +183,63 @@ def _head_cases(forward_tiles: Pinned, gradient_tiles: Pinned) -> Iterator[Case]
             **dict.fromkeys(outputs, "*fp32"),
             **dict.fromkeys(("num_rows", "shares", "vocab", "ignore"), "i32"),
         },
-        constants={"ENTROPY": True, "STATS": True, "BLOCK": _head_kernels.MERGED},
+        constants={"ENTROPY": True, "STATS": True, "BLOCK": _head.MERGED},
     )
 
 
-def _operands(tiles: Tiles) -> dict[str, str]:
-    if not tiles.descriptors:
-        return {"hidden": "*bf16", "weight": "*bf16"}
-    return {
-        "hidden": f"tensordesc<bf16[{tiles.rows}, {tiles.inner}]>",
-        "weight": f"tensordesc<bf16[{tiles.vocab}, {tiles.inner}]>",
-    }
+def _row_cases() -> Iterator[Case]:
+    """The kernels of a loss over rows: a thread per row, nothing to multiply."""
+    modules = (f"fastrlhf_kernels.{name}" for name in ("policy_loss", "value_loss", "kl_estimate", "pair_loss", "gae"))
+    policy, value, kl, pair, gae = (importlib.import_module(name) for name in modules)  # the package exports functions
+
+    def case(
+        name: str, kernel: Any, floats: str, constants: Mapping[str, Any], other: Mapping[str, str], warps: int = 4
+    ) -> Case:
+        types = {**dict.fromkeys(floats.split(), "*fp32"), "num_rows": "i32", **other}
+        return Case(name=name, kernel=kernel, types=types, constants={"BLOCK": _rows.BLOCK, **constants}, warps=warps)
+
+    masked = {"mask": "*i1"}
+    scalars = masked | dict.fromkeys(("low", "high", "dual_clip", "kl_coef", "entropy_coef"), "fp32")
+    plain = "logprob sampler_logprob advantage partials d_logprob d_entropy"
+    yield case("policy_loss", policy.policy_kernel, plain, {"KL_KIND": "k2"}, scalars)
+    full = plain + " reference_logprob weight entropy"
+    yield case("policy_loss everything", policy.policy_kernel, full, {"KL_KIND": "k3"}, scalars)
+    rows = "value rollout_value returns partials slope"
+    yield case("value_loss", value.value_kernel, rows, {}, masked | {"clip": "fp32"})
+    rows = "logprob reference_logprob sampler_logprob value slope"
+    yield case("kl_estimate k3", kl.kl_kernel, rows, {"KIND": "k3"}, {})
+    rows = "logprob reference_logprob partials slope"
+    pairs = masked | {"cu_seqlens": "*i32", "beta": "fp32", "kappa": "fp32"}
+    kind = {"KIND": "dpo", "LENGTH_NORM": "sum", "PER_ROW": True}
+    yield case("pair_loss dpo", pair.pair_kernel, rows, kind, pairs, pair.WARPS)
+    kind = {"KIND": "ipo", "LENGTH_NORM": "mean", "PER_ROW": False}
+    yield case("pair_loss ipo, sums", pair.pair_kernel, rows + " weight target", kind, pairs, pair.WARPS)
+    rows = "reward value bootstrap advantage returns"
+    yield case("gae", gae.gae_kernel, rows, {}, masked | {"cu_seqlens": "*i32", "gamma": "fp32", "decay": "fp32"})
+
+
+def _logits_cases() -> Iterator[Case]:
+    """`logprob_from_logits` at V = 128256."""
+    op = importlib.import_module("fastrlhf_kernels.logprob_from_logits")
+    types = {"logits": "*bf16", "targets": "*i64", "bits": "*fp32"} | dict.fromkeys(("stride_logits", "vocab"), "i32")
+    inputs = types | {"partial": "*fp32", "inner": "fp32", "ignore": "i32"}
+    outputs = dict.fromkeys(("logprob", "logsumexp", "entropy", "peaks", "totals"), "*fp32")
+    rows = dict.fromkeys(("peaks", "levels", "tilts", "at_targets"), "*fp32")
+    gradient = types | rows | {"grad": "*bf16", "stride_grad": "i32", "inner": "fp32"}
+    sizes = {"SHARE": op.SHARE, "SHARES": 8, "DEPTH": op.DEPTH, "LANES": op.LANES, "BLOCK": op.BACKWARD_BLOCK}
+    for label, on in (("", False), (" everything", True)):
+        flags = sizes | dict.fromkeys(("SOFTCAP", "ENTROPY", "TILT"), on)
+        for step, kernel, kinds, warps in (
+            ("forward", op.forward_kernel, inputs, 4),
+            ("merge", op.merge_kernel, inputs | outputs, 1),
+            ("backward", op.backward_kernel, gradient, 4),
+        ):
+            name = f"logprob_from_logits {step}{label}"
+            yield Case(name=name, kernel=kernel, types=kinds, constants=flags, warps=warps)
+
+
+def _matrix(tiles: Tiles, rows: int, columns: int) -> str:
+    return f"tensordesc<bf16[{rows}, {columns}]>" if tiles.descriptors else "*bf16"
 
 
 def run_aot(arches: Sequence[int]) -> tuple[str, list[str]]:

@@ -48,10 +48,10 @@ def table(summaries: Sequence[Mapping[str, Any]]) -> str:
     ]
     for method in methods:
         rows = [summary["methods"][method] for summary in summaries]
-        gain = _interval([row["minus_sft"] for row in rows]) if method != "sft" else ""
+        gain = interval([row["minus_sft"] for row in rows]) if method != "sft" else ""
         lines.append(
-            f"| {method} | {_interval([100 * row['win_rate'] for row in rows])} "
-            f"| {_interval([row['gold_reward'] for row in rows])} | {gain} "
+            f"| {method} | {interval([100 * row['win_rate'] for row in rows])} "
+            f"| {interval([row['gold_reward'] for row in rows])} | {gain} "
             + " ".join(f"| {mean(row[name] for row in rows):.2f}" for name in ("rm_score", "kl", "mean_length"))
             + f" | {mean(row['seconds'] for row in rows):.0f} |"
         )
@@ -60,11 +60,12 @@ def table(summaries: Sequence[Mapping[str, Any]]) -> str:
             summary["methods"]["drpo"]["gold_reward"] - summary["methods"]["ppo"]["gold_reward"]
             for summary in summaries
         ]
-        lines += ["", f"DR-PO minus PPO, gold reward, paired over {len(summaries)} seeds: {_interval(differences)}"]
+        lines += ["", f"DR-PO minus PPO, gold reward, paired over {len(summaries)} seeds: {interval(differences)}"]
     return "\n".join(lines)
 
 
-def _interval(values: Sequence[float]) -> str:
+def interval(values: Sequence[float]) -> str:
+    """Mean and half the width of the 95 % interval over seeds, by Student's t."""
     if len(values) < 2:
         return f"{values[0]:.2f}"
     return f"{mean(values):.2f} +- {STUDENT_95[len(values)] * stdev(values) / len(values) ** 0.5:.2f}"

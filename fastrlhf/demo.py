@@ -72,11 +72,11 @@ def run_demo(config: DemoConfig, task: ToyTask | None = None) -> dict[str, Any]:
     seconds: dict[str, float] = {}
     for name in stages:
         start = time.perf_counter()
-        results[name] = _run_stage(name, config, task, out)
+        results[name] = run_stage(name, config, task, out)
         seconds[name] = time.perf_counter() - start
 
     start = time.perf_counter()
-    judged = {name: _judge(config, task, out, name) for name in stages if name != "reward"}
+    judged = {name: judge_stage(config, task, out, name) for name in stages if name != "reward"}
     summary = {
         "task": "toy",
         "seed": config.seed,
@@ -173,7 +173,8 @@ def _stages(methods: str) -> list[str]:
     return [name for name in STAGES if name in asked]
 
 
-def _run_stage(name: str, config: DemoConfig, task: ToyTask, out: Path) -> TrainResult:
+def run_stage(name: str, config: DemoConfig, task: ToyTask, out: Path) -> TrainResult:
+    """Trains one stage into `out/name`, from the products of earlier ones there."""
     settings = stage_config(name, config, out)
     match settings:
         case SFTConfig():
@@ -188,7 +189,8 @@ def _run_stage(name: str, config: DemoConfig, task: ToyTask, out: Path) -> Train
             return train_on_policy(settings, task.examples("train", NUM_PROMPTS), task.examples("validation", 128))
 
 
-def _judge(config: DemoConfig, task: ToyTask, out: Path, name: str) -> Judged:
+def judge_stage(config: DemoConfig, task: ToyTask, out: Path, name: str) -> Judged:
+    """Samples from the policy in `out/name` and judges it."""
     tokenizer = toy_tokenizer()
     eos, pad = special_ids(tokenizer)
     policy, sft = load_policy(str(out / name)), load_policy(str(out / "sft"))

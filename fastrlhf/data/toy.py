@@ -96,6 +96,9 @@ class ToyTask:
     """The n-th fact of an unbroken run from the first one is worth `chain * (n - 1)` more than 1."""
     length_cost: float = 0.05
     """Reward taken per word."""
+    min_haste: float = 0.5
+    max_haste: float = 1.5
+    """Writers of references have a haste uniform between the two; posts do not depend on it."""
     spoiled: float = 0.4
     """Share of candidates in preference pairs that are spoiled on purpose: cut, shuffled, repeated, ..."""
     label_temperature: float = 1.0
@@ -109,6 +112,10 @@ class ToyTask:
             )
         if self.num_facts > len(FACTS):
             raise ValueError(f"ToyTask: num_facts must be at most {len(FACTS)}, got {self.num_facts}")
+        if not 0 <= self.min_haste <= self.max_haste:
+            raise ValueError(
+                f"ToyTask: min_haste {self.min_haste} and max_haste {self.max_haste} must be in order, from 0"
+            )
         for name in ("omit", "stray", "wrong", "tire", "spoiled"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"ToyTask: {name} is a probability, got {getattr(self, name)}")
@@ -158,7 +165,7 @@ class ToyTask:
         while zlib.crc32(_prompt(facts).encode()) % len(SPLITS) != SPLITS.index(split):
             facts = self._draw_post(rng)
         prompt = _prompt(facts)
-        reference = _text(self._write(facts, rng, haste=rng.uniform(0.5, 1.5)))
+        reference = _text(self._write(facts, rng, haste=rng.uniform(self.min_haste, self.max_haste)))
         if not split.startswith("preferences"):
             return Example(prompt=prompt, reference=reference, row=index)
         first = self._candidate(facts, rng)

@@ -1,18 +1,23 @@
 """Losses of preference learning on packed tokens; each op is one file, described in kernels/README.md.
 
-    linear_logprob   hidden states -> log-probs of the targets, without the logits
-    kl_estimate      per-token estimates of KL to a reference
-    policy_loss      PPO's clipped objective        value_loss   its critic's
-    pair_loss        DPO, cDPO, robust DPO, IPO, hinge
-    gae              advantages and returns
+    linear_logprob       hidden states -> log-probs of the targets, without the logits
+    logprob_from_logits  the same from logits that exist
+    kl_estimate          per-token estimates of KL to a reference
+    policy_loss          PPO's clipped objective        value_loss   its critic's
+    pair_loss            DPO, cDPO, robust DPO, IPO, hinge
+    gae                  advantages and returns
+    linear_policy_loss   hidden states -> PPO's loss    linear_pair_loss   hidden states -> a pair loss
 
 Every op takes flat, packed rows in float32, bfloat16 or float16, computes in float32 and returns float32.
-`impl` is "auto" or "torch".
+`impl` is "auto" (Triton on CUDA, torch elsewhere), "triton" or "torch".
 """
 
 from fastrlhf_kernels.gae import gae
 from fastrlhf_kernels.kl_estimate import kl_estimate
 from fastrlhf_kernels.linear_logprob import linear_logprob
+from fastrlhf_kernels.linear_pair_loss import linear_pair_loss
+from fastrlhf_kernels.linear_policy_loss import linear_policy_loss
+from fastrlhf_kernels.logprob_from_logits import logprob_from_logits
 from fastrlhf_kernels.pair_loss import pair_loss
 from fastrlhf_kernels.policy_loss import policy_loss
 from fastrlhf_kernels.types import LossOutput, Max, Metric, Sum, TokenLogprobs, merge
@@ -27,6 +32,9 @@ __all__ = [
     "gae",
     "kl_estimate",
     "linear_logprob",
+    "linear_pair_loss",
+    "linear_policy_loss",
+    "logprob_from_logits",
     "merge",
     "pair_loss",
     "policy_loss",

@@ -22,6 +22,8 @@ CPU_BLOCK = (2048, 2048)
 GPU_BLOCK = (4096, 8192)
 
 LOG2_E = 1 / math.log(2)
+LOWEST = -1e30  # stands for the peak of a block whose logits are all -inf, where -inf - -inf would be NaN
+VANISHED = -1e4  # its exp is 0 as that of -inf is, and 0 times it is not NaN
 
 
 class Part(NamedTuple):
@@ -98,6 +100,77 @@ class Logits:
 
     def _block_shape(self) -> tuple[int, int]:
         return CPU_BLOCK if self.hidden.device.type == "cpu" else GPU_BLOCK
+
+
+def fold(state: tuple[Tensor, ...], z: Tensor, column: Tensor, entropy: bool, stats: bool) -> tuple[Tensor, ...]:
+    """Statistics of the vocabulary so far with one more block z, which is overwritten; `state` is () at the first.
+
+    (peak, total, target logit, gap = sum exp(z - peak) (peak - z), sum of logits), [rows] each or empty if not wanted.
+    """
+    inside, index = locate(column, z)
+    target = z.gather(1, index)[:, 0].where(inside, float("nan"))
+    logit_sum = z.sum(1) if stats else z.new_empty(0)
+    peak = z.amax(1).clamp_(min=LOWEST)
+    z -= peak[:, None]
+    if entropy:
+        mass = exp_(z.clamp_(min=VANISHED).clone())
+        total, gap = mass.sum(1), -mass.mul_(z).sum(1)
+    else:
+        total, gap = exp_(z).sum(1), z.new_empty(0)
+    if not state:
+        return peak, total, target, gap, logit_sum
+
+    old_peak, old_total, old_target, old_gap, old_sum = state
+    top = torch.maximum(peak, old_peak)
+    new, old = (peak - top).exp(), (old_peak - top).exp()
+    if entropy:
+        gap = new * (gap + (top - peak) * total) + old * (old_gap + (top - old_peak) * old_total)
+    return top, new * total + old * old_total, target.where(inside, old_target), gap, logit_sum + old_sum
+
+
+def locate(column: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the target lies in this block: [rows] bool, and an index [rows, 1] that is valid in every row."""
+    width = z.shape[1]
+    return (column >= 0) & (column < width), column.clamp(0, width - 1)[:, None]
+
+
+def gradient(z: Tensor, column: Tensor, peak: Tensor, level: Tensor, tilt: Tensor | None, at_target: Tensor) -> Tensor:
+    """The gradient [rows, width] of a block of logits z, which is overwritten, as `slopes` has it, without `slope`.
+
+    `column` is where each row's target lies in this block, if it does; the others are [rows].
+    """
+    z -= peak[:, None]
+    if tilt is None:
+        dx = exp_(z).mul_(level[:, None])
+    else:
+        dx = exp_(z.clamp_(min=VANISHED).clone()).mul_(z.mul_(-tilt[:, None]).add_(level[:, None]))
+    inside, index = locate(column, dx)
+    return dx.scatter_(1, index, at_target[:, None].where(inside[:, None], dx.gather(1, index)))
+
+
+def slopes(
+    g: Tensor,
+    on_logsumexp: Tensor | float,
+    on_entropy: Tensor | None,
+    factor: Tensor | float,
+    logprob: Tensor,
+    entropy: Tensor | None,
+    total: Tensor,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(level, tilt, at_target), [T] each: what a row's gradient is made of, in every column but the target's
+
+        dx = slope * exp(z - peak) * (level - tilt * (z - peak))
+
+    and slope * at_target there, for upstream gradients g of logprob, `on_logsumexp` and `on_entropy`. `factor` is the
+    derivative of a logit by the product it comes from, without the soft cap's `slope`.
+    """
+    level, at_target = on_logsumexp - g, on_logsumexp * logprob.exp() - g * logprob.expm1()
+    if on_entropy is None:
+        return factor * level / total, None, factor * at_target
+    assert entropy is not None
+    level = level - on_entropy * (entropy - total.log())
+    at_target = at_target - on_entropy * logprob.exp() * (logprob + entropy)
+    return factor * level / total, factor * on_entropy / total, factor * at_target
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

@@ -12,14 +12,6 @@ INTEGERS = (torch.int32, torch.int64)
 BOOLS = (torch.bool,)
 
 
-def check_impl(impl: str) -> None:
-    """Raises ValueError unless `impl` is one that this version has."""
-    if impl == "triton":
-        raise ValueError('impl="triton": this version has no Triton kernel; use "auto" or "torch"')
-    if impl not in ("auto", "torch"):
-        raise ValueError(f'impl must be "auto" or "torch", got {impl!r}')
-
-
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """Raises ValueError unless `value` is one of `choices`."""
     if value not in choices:

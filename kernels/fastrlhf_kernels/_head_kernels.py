@@ -1,4 +1,4 @@
-"""The Triton kernels of `linear_logprob`: a tile of logits is folded, or turned into its gradient, before it is stored.
+"""The Triton kernels over a head: a tile of logits is folded, or turned into its gradient, before it is stored.
 
     forward    a program walks over its rows' tiles in one share of the vocabulary and keeps five numbers per row; a
                second kernel merges the shares in order
@@ -10,176 +10,8 @@ How the vocabulary is shared out depends on its size alone: a row has the same b
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
-from fastrlhf_kernels._blocks import add_product
-from fastrlhf_kernels._tiles import (
-    FLOOR,
-    FORWARD,
-    GRADIENT,
-    GROUP,
-    PRECISION,
-    cdiv,
-    choose_tiles,
-    operand,
-    product_tile,
-    row_major,
-    row_scale,
-    scales,
-    transformed,
-)
+from fastrlhf_kernels._tiles import FLOOR, product_tile, row_scale, transformed
 from fastrlhf_kernels._triton import jit, tl
-
-FAR = 1e30  # as the peak of a row: each of its probabilities is 0
-SHARE = 4096  # columns of the vocabulary that one forward program walks over
-MERGED = 128  # rows of a program of the merge
-PART_BYTES = 1 << 27  # of the gradient of the logits that exists at a time
-SMALLEST_PART = 2048  # columns: below, the products are too thin to be fast
-
-
-def forward(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    row_temperature: Tensor | None,
-    temperature: float,
-    scale: float,
-    softcap: float | None,
-    ignore: int,
-    entropy: bool,
-    stats: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What `linear_logprob`'s operator returns."""
-    num_rows, vocab = len(hidden), len(weight)
-
-    def rows(wanted: bool = True) -> Tensor:
-        return hidden.new_empty(num_rows if wanted else 0, dtype=torch.float32)
-
-    outputs = (rows(), rows(), rows(entropy), rows(stats), rows(stats), rows(), rows())
-    if num_rows == 0:
-        return outputs
-    hidden, weight, targets = row_major(hidden), row_major(weight), targets.contiguous()
-    heavy = bias is not None or softcap is not None or row_temperature is not None
-    tiles = choose_tiles(FORWARD, hidden, weight, heavy)
-    shares = cdiv(vocab, SHARE)
-    partial = hidden.new_empty(5, shares, num_rows, dtype=torch.float32)
-    forward_kernel[(cdiv(num_rows, tiles.rows) * shares,)](
-        operand(hidden, tiles, tiles.rows, tiles.inner),
-        operand(weight, tiles, tiles.vocab, tiles.inner),
-        None if bias is None else bias.contiguous(),
-        row_temperature,
-        targets,
-        partial,
-        num_rows,
-        vocab,
-        hidden.shape[1],
-        hidden.stride(0),
-        weight.stride(0),
-        *scales(scale, softcap, temperature),
-        ignore,
-        tiles.rows,
-        tiles.vocab,
-        tiles.inner,
-        SHARE,
-        GROUP,
-        bias is not None,
-        softcap is not None,
-        row_temperature is not None,
-        entropy,
-        stats,
-        tiles.descriptors,
-        tiles.specialize,
-        PRECISION,
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
-    )
-    merge_kernel[(cdiv(num_rows, MERGED),)](
-        partial, targets, *outputs, num_rows, shares, vocab, ignore, entropy, stats, MERGED
-    )
-    return outputs
-
-
-def backward(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    row_temperature: Tensor | None,
-    temperature: float,
-    scale: float,
-    softcap: float | None,
-    dead: Tensor | None,
-    peak: Tensor,
-    level: Tensor,
-    tilt: Tensor | None,
-    at_target: Tensor,
-    grad_hidden: Tensor | None,
-    grad_weight: Tensor | None,
-    grad_bias: Tensor | None,
-) -> None:
-    """Adds to `grad_hidden` [T, D] float32, and fills `grad_weight` and `grad_bias`, as far as they are given.
-
-    The gradient of the logits is rounded once, to the inputs' dtype; to float32 where that is float16, which would
-    lose small gradients.
-    """
-    num_rows, vocab = len(hidden), len(weight)
-    hidden, weight, targets = row_major(hidden), row_major(weight), targets.contiguous()
-    if dead is not None:
-        peak = peak.masked_fill(dead[:, 0], FAR)
-    heavy = bias is not None or softcap is not None or row_temperature is not None
-    tiles = choose_tiles(GRADIENT, hidden, weight, heavy)
-    dtype = torch.bfloat16 if hidden.dtype == weight.dtype == torch.bfloat16 else torch.float32
-    inputs = hidden.to(dtype) if grad_weight is not None else hidden
-    width = max(PART_BYTES // (num_rows * dtype.itemsize) // tiles.vocab * tiles.vocab, SMALLEST_PART)
-    # 16 columns more than asked for at the end of an odd vocabulary: cuBLAS wants rows at multiples of 16 bytes.
-    buffer = hidden.new_empty(num_rows, min(width, cdiv(vocab, 16) * 16), dtype=dtype)
-    for start in range(0, vocab, width):
-        stop = min(start + width, vocab)
-        dx = buffer[:, : stop - start]
-        gradient_kernel[(cdiv(num_rows, tiles.rows) * cdiv(stop - start, tiles.vocab),)](
-            operand(hidden, tiles, tiles.rows, tiles.inner),
-            operand(weight, tiles, tiles.vocab, tiles.inner),
-            None if bias is None else bias.contiguous(),
-            row_temperature,
-            targets,
-            peak,
-            level,
-            tilt,
-            at_target,
-            operand(dx, tiles, tiles.rows, tiles.vocab),
-            num_rows,
-            start,
-            stop,
-            vocab,
-            hidden.shape[1],
-            hidden.stride(0),
-            weight.stride(0),
-            dx.stride(0),
-            *scales(scale, softcap, temperature),
-            tiles.rows,
-            tiles.vocab,
-            tiles.inner,
-            GROUP,
-            bias is not None,
-            softcap is not None,
-            row_temperature is not None,
-            tilt is not None,
-            tiles.descriptors,
-            PRECISION,
-            num_warps=tiles.warps,
-            num_stages=tiles.stages,
-        )
-        if grad_hidden is not None:
-            add_product(grad_hidden, dx, weight[start:stop].to(dtype))
-        if grad_weight is not None:
-            if grad_weight.dtype == dtype:
-                torch.mm(dx.T, inputs, out=grad_weight[start:stop])
-            else:
-                grad_weight[start:stop] = dx.T @ inputs
-        if grad_bias is not None:
-            grad_bias[start:stop] = dx.sum(0, dtype=torch.float32)
 
 
 @jit
@@ -196,15 +28,18 @@ def _fold(peak, total, gap, new_peak, new_total, new_gap):
 def forward_kernel(
     hidden,
     weight,
-    bias,
-    row_temperature,
+    bias,  # or None
+    row_temperature,  # or None
     targets,
     partial,  # [5, shares, T]: peak, total, target logit, gap, sum of logits
+    masses,  # [T, V] exp(z - top), or None
+    tops,  # [tiles of the vocabulary, T], or None
     num_rows,
     vocab,
     size,
     stride_hidden,
     stride_weight,
+    stride_masses,
     inner_scale,
     outer_scale,
     ignore,
@@ -213,9 +48,7 @@ def forward_kernel(
     INNER: tl.constexpr,
     SHARE: tl.constexpr,
     GROUP: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     SOFTCAP: tl.constexpr,
-    ROW_TEMPERATURE: tl.constexpr,
     ENTROPY: tl.constexpr,
     STATS: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
@@ -231,7 +64,7 @@ def forward_kernel(
     share = place // in_group
     rows = row + tl.arange(0, ROWS)
     target = tl.load(targets + rows, mask=rows < num_rows, other=ignore)
-    outer = row_scale(outer_scale, row_temperature, rows, num_rows, ROW_TEMPERATURE)
+    outer = row_scale(outer_scale, row_temperature, rows, num_rows)
     peak = tl.full([ROWS], FLOOR, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     gap = tl.zeros([ROWS], tl.float32)
@@ -246,7 +79,7 @@ def forward_kernel(
             ROWS, VOCAB, INNER, DESCRIPTORS, PRECISION,
         )  # fmt: skip
         columns = column + tl.arange(0, VOCAB)
-        z = transformed(z, bias, columns, vocab, inner_scale, outer, HAS_BIAS, SOFTCAP)
+        z = transformed(z, bias, columns, vocab, inner_scale, outer, SOFTCAP)
         if STATS:
             logit_sum += tl.sum(tl.where((columns < stop)[None, :], z, 0.0), 1)
         z = tl.where((columns < stop)[None, :], z, FLOOR)
@@ -260,6 +93,14 @@ def forward_kernel(
             gap = old * (gap + (top - peak) * total) - tl.sum(mass * z, 1)
         total = old * total + tl.sum(mass, 1)
         peak = top
+        if masses is not None:
+            tl.store(tops + tl.cast(column // VOCAB, tl.int64) * num_rows + rows, top, mask=rows < num_rows)
+            if DESCRIPTORS:
+                masses.store([row, column], mass.to(masses.dtype))
+            else:
+                stored = masses + rows.to(tl.int64)[:, None] * stride_masses + columns[None, :]
+                within = (rows < num_rows)[:, None] & (columns < vocab)[None, :]
+                tl.store(stored, mass.to(masses.dtype.element_ty), mask=within)
     out = partial + share.to(tl.int64) * num_rows + rows
     step = shares.to(tl.int64) * num_rows
     inside = rows < num_rows
@@ -328,12 +169,12 @@ def merge_kernel(
 def gradient_kernel(
     hidden,
     weight,
-    bias,
-    row_temperature,
+    bias,  # or None
+    row_temperature,  # or None
     targets,
     peaks,  # [T]
     levels,  # [T] dx = exp(z - peak) (level - tilt (z - peak)) slope; at the target at_target slope
-    tilts,
+    tilts,  # or None
     at_targets,
     out,  # [T, stop - start], rows stride_out apart
     num_rows,
@@ -350,10 +191,7 @@ def gradient_kernel(
     VOCAB: tl.constexpr,
     INNER: tl.constexpr,
     GROUP: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     SOFTCAP: tl.constexpr,
-    ROW_TEMPERATURE: tl.constexpr,
-    TILT: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -371,14 +209,14 @@ def gradient_kernel(
         hidden, weight, row, column, num_rows, vocab, size, stride_hidden, stride_weight,
         ROWS, VOCAB, INNER, DESCRIPTORS, PRECISION,
     )  # fmt: skip
-    outer = row_scale(outer_scale, row_temperature, rows, num_rows, ROW_TEMPERATURE)
-    z = transformed(z, bias, columns, vocab, inner_scale, outer, HAS_BIAS, SOFTCAP)
+    outer = row_scale(outer_scale, row_temperature, rows, num_rows)
+    z = transformed(z, bias, columns, vocab, inner_scale, outer, SOFTCAP)
     z = tl.maximum(z, FLOOR, propagate_nan=tl.PropagateNan.ALL)
     peak = tl.load(peaks + rows, mask=inside, other=0.0)[:, None]
     z -= peak
     dx = tl.exp(z)
     level = tl.load(levels + rows, mask=inside, other=0.0)[:, None]
-    if TILT:
+    if tilts is not None:
         tilt = tl.load(tilts + rows, mask=inside, other=0.0)[:, None]
         dx *= level - tilt * z
     else:
@@ -394,3 +232,50 @@ def gradient_kernel(
     else:
         place = out + rows.to(tl.int64)[:, None] * stride_out + (columns - start)[None, :]
         tl.store(place, dx.to(out.dtype.element_ty), mask=inside[:, None] & (columns < stop)[None, :])
+
+
+@jit
+def scale_kernel(
+    masses,  # [T, V] of `forward_kernel`; becomes the gradient by the products
+    tops,
+    targets,
+    peaks,  # [T], as in `gradient_kernel`
+    levels,
+    tilts,  # or None
+    at_targets,
+    row_temperature,  # or None
+    num_rows,
+    vocab,
+    stride_masses,
+    outer_scale,
+    ROWS: tl.constexpr,
+    VOCAB: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    tile = tl.program_id(1)
+    columns = tile * VOCAB + tl.arange(0, VOCAB)
+    place = masses + rows.to(tl.int64)[:, None] * stride_masses + columns[None, :]
+    within = (rows < num_rows)[:, None] & (columns < vocab)[None, :]
+    # A row without any gradient is not read: where all rows of a tile are ignored, nothing was written there.
+    level = tl.load(levels + rows, mask=rows < num_rows, other=0.0)
+    at_target = tl.load(at_targets + rows, mask=rows < num_rows, other=0.0)
+    live = (level != 0) | (at_target != 0)
+    tilt = tl.zeros_like(level)
+    if tilts is not None:
+        tilt = tl.load(tilts + rows, mask=rows < num_rows, other=0.0)
+        live = live | (tilt != 0)
+    mass = tl.load(place, mask=within & live[:, None], other=0.0).to(tl.float32)
+    top = tl.load(tops + tl.cast(tile, tl.int64) * num_rows + rows, mask=(rows < num_rows) & live, other=0.0)
+    peak = tl.load(peaks + rows, mask=rows < num_rows, other=0.0)
+    target = tl.load(targets + rows, mask=rows < num_rows, other=-1)
+    dx = mass * (tl.exp(tl.minimum(top - peak, 0.0)) * level)[:, None]
+    if tilts is not None or SOFTCAP:
+        z = tl.log(tl.maximum(mass, 1e-37)) + top[:, None]  # where it is less, dx is 0 whatever z is
+    if tilts is not None:
+        dx -= mass * (tl.exp(tl.minimum(top - peak, 0.0)) * tilt)[:, None] * (z - peak[:, None])
+    dx = tl.where(columns[None, :] == target[:, None], at_target[:, None], dx)
+    if SOFTCAP:
+        tanh = z / row_scale(outer_scale, row_temperature, rows, num_rows)
+        dx *= 1 - tanh * tanh
+    tl.store(place, tl.where(live[:, None], dx, 0.0).to(masses.dtype.element_ty), mask=within)

@@ -41,8 +41,8 @@ class Pinned(NamedTuple):
     """With a bias, a soft cap or a temperature per row, which need registers."""
 
 
-# Triton 3.6 and 3.7 specialise the warps of the forward's outer loop on sm_90; later ones fail to compile it.
-SPECIALIZES = triton is not None and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)
+# 3.6 and 3.7 specialise the warps of the forward's outer loop on sm_90 and need fewer registers; later ones fail to.
+OLDER = triton is not None and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)
 INTERPRETER = Tiles(16, 32, 32, 4, 1, descriptors=False)
 SMALL_SHARED_MEMORY = Tiles(64, 128, 32, 8, 3, descriptors=False)  # sm_86, sm_89, sm_120: 99 KB
 FLOAT32 = Tiles(64, 64, 32, 8, 3, descriptors=False)
@@ -53,9 +53,15 @@ SQUARE = Tiles(128, 128, 64, 8, 4, descriptors=True)
 NARROW = Tiles(128, 64, 64, 8, 4, descriptors=True)
 FORWARD = {
     8: Pinned(AMPERE, AMPERE),
-    9: Pinned(HOPPER_SPECIALIZED, HOPPER_SPECIALIZED) if SPECIALIZES else Pinned(HOPPER_WIDE, SQUARE),
+    9: Pinned(HOPPER_SPECIALIZED, HOPPER_SPECIALIZED) if OLDER else Pinned(HOPPER_WIDE, SQUARE),
     10: Pinned(SQUARE, NARROW),
 }
+STORING = {
+    8: Pinned(AMPERE, AMPERE._replace(vocab=64)),
+    9: Pinned(HOPPER_WIDE if OLDER else SQUARE, SQUARE),
+    10: Pinned(NARROW, NARROW),
+}
+"""Of a forward that stores what the gradient needs."""
 GRADIENT = {8: Pinned(AMPERE, AMPERE), 9: Pinned(HOPPER_WIDE, SQUARE), 10: Pinned(SQUARE, NARROW)}
 """By the major number of the compute capability: the largest tiles that compile without a spill."""
 
@@ -124,9 +130,9 @@ def product_tile(
 
 
 @jit
-def transformed(z, bias, columns, num_columns, inner_scale, outer_scale, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr):
+def transformed(z, bias, columns, num_columns, inner_scale, outer_scale, SOFTCAP: tl.constexpr):
     """Logits of products z."""
-    if HAS_BIAS:
+    if bias is not None:
         z += tl.load(bias + columns, mask=columns < num_columns, other=0.0).to(tl.float32)[None, :]
     if SOFTCAP:
         z = 1 - 2 / (tl.exp2(z * (inner_scale * 2 * LOG2_E)) + 1)  # tanh
@@ -134,10 +140,10 @@ def transformed(z, bias, columns, num_columns, inner_scale, outer_scale, HAS_BIA
 
 
 @jit
-def row_scale(outer_scale, row_temperature, rows, num_rows, ROW_TEMPERATURE: tl.constexpr):
+def row_scale(outer_scale, row_temperature, rows, num_rows):
     """[ROWS, 1] or, where all rows have one temperature, a number."""
     scale = outer_scale
-    if ROW_TEMPERATURE:
+    if row_temperature is not None:
         scale = (outer_scale / tl.load(row_temperature + rows, mask=rows < num_rows, other=1.0))[:, None]
     return scale
 

@@ -7,9 +7,11 @@
 is 0 where the episode ended. A row outside the mask (a tool's output) hands A on unchanged and gives 0; its reward and
 value count for nothing.
 
-The recurrence A_t = b_t + a_t A_{t+1} is solved by doubling: after step k a row knows b and a of the 2^k rows from it
-on; log2(T) steps of a few passes over [T], no wait for the device. A row never reads past the end of its segment, so a
-segment's result has the same bits in any pack, and a NaN stays in its segment.
+The recurrence A_t = b_t + a_t A_next is a scan over pairs (a, b). On a GPU each program of one kernel walks backwards
+through a segment, in blocks, and carries A and V on: one pass, 17 T bytes in float32. In torch it is solved by
+doubling: after step k a row knows b and a of the 2^k rows from it on; log2(T) steps of a few passes. Neither waits for
+the device. A row never reads past the end of its segment, so a segment's result has the same bits in any pack, and a
+NaN stays in its segment.
 
 No gradient. Legend: T rows, N segments. Schulman et al. 2016 (arXiv 1506.02438) eq. 11, 16; the scan: Hillis and Steele
 1986.
@@ -22,8 +24,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from fastrlhf_kernels._checks import check_cu_seqlens, check_impl, check_range, check_rows, check_tensor
-from fastrlhf_kernels._segments import segment_of_row
+from fastrlhf_kernels import _rows
+from fastrlhf_kernels._checks import check_cu_seqlens, check_range, check_rows, check_tensor
+from fastrlhf_kernels._rows import contiguous, load_float32
+from fastrlhf_kernels._segments import segment_bounds, segment_of_row
+from fastrlhf_kernels._triton import jit, tl, use_triton
 
 
 @torch.no_grad()
@@ -39,7 +44,6 @@ def gae(
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """(advantage, returns), [T] float32 each, detached. Raises ValueError for bad arguments."""
-    check_impl(impl)
     check_rows("reward", reward)
     shape, device = tuple(reward.shape), reward.device
     check_tensor("value", value, shape, device)
@@ -50,31 +54,7 @@ def gae(
         check_tensor("mask", mask, shape, device, (torch.bool,))
     if bootstrap is not None:
         check_tensor("bootstrap", bootstrap, (len(cu_seqlens) - 1,), device)
-    keep = torch.ones(shape, dtype=torch.bool, device=device) if mask is None else mask
-    reward, value = reward.float(), value.float()
-    if len(reward) == 0:
-        return torch.zeros_like(reward), torch.zeros_like(value)
-
-    row = torch.arange(len(reward), device=device)
-    segment = segment_of_row(cu_seqlens, len(row))
-    end = cu_seqlens.long()[segment + 1]
-    # For each row the first row in the mask that comes after it: a reverse running minimum over indices.
-    upcoming = row.where(keep, len(row)).flip(0).cummin(0).values.flip(0)
-    upcoming = torch.cat([upcoming[1:], upcoming.new_full((1,), len(row))])
-    after = torch.zeros_like(value) if bootstrap is None else bootstrap.float()[segment]
-    next_value = value[upcoming.clamp(max=len(row) - 1)].where(upcoming < end, after)
-
-    constant = (reward + gamma * next_value - value).where(keep, 0)
-    carried = torch.where(keep, gamma * lam, torch.ones_like(value))
-    distance = 1
-    while distance < len(row):
-        inside = row + distance < end
-        other = (row + distance).clamp(max=len(row) - 1)
-        constant = (constant + carried * constant[other]).where(inside, constant)
-        carried = carried * carried[other]
-        distance *= 2
-    advantage = constant.where(keep, 0)
-    return advantage, (advantage + value).where(keep, 0)
+    return _gae(reward, value, cu_seqlens, mask, bootstrap, float(gamma), float(lam), use_triton(impl, device))
 
 
 def gae_reference(
@@ -97,3 +77,115 @@ def gae_reference(
                 last = advantage[t] = reward[t] + gamma * next_value - value[t] + gamma * lam * last
                 returns[t], next_value = last + value[t], value[t]
     return advantage, returns
+
+
+@torch.library.custom_op("fastrlhf::gae", mutates_args=())
+def _gae(
+    reward: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    mask: Tensor | None,
+    bootstrap: Tensor | None,
+    gamma: float,
+    lam: float,
+    triton: bool,
+) -> tuple[Tensor, Tensor]:
+    """(advantage, returns), [T] float32 each."""
+    if not triton:
+        keep = torch.ones_like(reward, dtype=torch.bool) if mask is None else mask
+        return _by_doubling(reward.float(), value.float(), cu_seqlens, keep, bootstrap, gamma, lam)
+    advantage, returns = (reward.new_empty(reward.shape, dtype=torch.float32) for _ in range(2))
+    tensors = contiguous(reward, value, cu_seqlens, mask, bootstrap)
+    with torch.cuda.device_of(reward):
+        options = (len(reward), gamma, gamma * lam, _rows.BLOCK)
+        gae_kernel[(len(cu_seqlens) - 1,)](*tensors, advantage, returns, *options)
+    return advantage, returns
+
+
+@_gae.register_fake
+def _(reward, *_):
+    return tuple(reward.new_empty(reward.shape, dtype=torch.float32) for _ in range(2))
+
+
+def _by_doubling(
+    reward: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    keep: Tensor,
+    bootstrap: Tensor | None,
+    gamma: float,
+    lam: float,
+) -> tuple[Tensor, Tensor]:
+    if len(reward) == 0:
+        return torch.zeros_like(reward), torch.zeros_like(value)
+    row = torch.arange(len(reward), device=reward.device)
+    segment = segment_of_row(cu_seqlens, len(row))
+    end = cu_seqlens.long()[segment + 1]
+    # For each row the first row in the mask that comes after it: a reverse running minimum over indices.
+    upcoming = row.where(keep, len(row)).flip(0).cummin(0).values.flip(0)
+    upcoming = torch.cat([upcoming[1:], upcoming.new_full((1,), len(row))])
+    after = torch.zeros_like(value) if bootstrap is None else bootstrap.float()[segment]
+    next_value = value[upcoming.clamp(max=len(row) - 1)].where(upcoming < end, after)
+
+    constant = (reward + gamma * next_value - value).where(keep, 0)
+    carried = torch.where(keep, gamma * lam, torch.ones_like(value))
+    distance = 1
+    while distance < len(row):
+        inside = row + distance < end
+        other = (row + distance).clamp(max=len(row) - 1)
+        constant = (constant + carried * constant[other]).where(inside, constant)
+        carried = carried * carried[other]
+        distance *= 2
+    advantage = constant.where(keep, 0)
+    return advantage, (advantage + value).where(keep, 0)
+
+
+@jit
+def _follow(a, b, next_a, next_b):
+    """x -> a x + b, then x -> next_a x + next_b, as one."""
+    return a * next_a, next_a * b + next_b
+
+
+@jit
+def gae_kernel(
+    reward,
+    value,
+    cu_seqlens,
+    mask,  # or None
+    bootstrap,  # or None
+    advantage,
+    returns,
+    num_rows,
+    gamma,
+    decay,  # gamma lam
+    BLOCK: tl.constexpr,
+):
+    segment = tl.program_id(0)
+    start, stop = segment_bounds(cu_seqlens, segment, num_rows)
+    last = 0.0
+    last_value = 0.0
+    if bootstrap is not None:
+        last_value = tl.load(bootstrap + segment).to(tl.float32)
+    backwards = tl.arange(0, BLOCK)
+    for done in range(0, stop - start, BLOCK):
+        # Loaded backwards and scanned forwards: Triton's reverse scan has given wrong numbers (its issue 4362).
+        rows = stop - 1 - done - backwards
+        inside = rows >= start
+        keep = inside
+        kept_next = inside & (rows + 1 < stop)
+        if mask is not None:
+            keep = tl.load(mask + rows, mask=inside, other=0).to(tl.int1)
+            kept_next = tl.load(mask + rows + 1, mask=kept_next, other=0).to(tl.int1)
+        row_value = load_float32(value, rows, keep)
+        # V_next of a row is the value of the row after it, or where that is outside the mask the V_next of that row.
+        held, next_value = tl.associative_scan(
+            (tl.where(kept_next, 0.0, 1.0), load_float32(value, rows + 1, kept_next)), 0, _follow
+        )
+        next_value += held * last_value
+        delta = tl.where(keep, load_float32(reward, rows, keep) + gamma * next_value - row_value, 0.0)
+        carried, total = tl.associative_scan((tl.where(keep, decay, 1.0), delta), 0, _follow)
+        total += carried * last
+        tl.store(advantage + rows, tl.where(keep, total, 0.0), mask=inside)
+        tl.store(returns + rows, tl.where(keep, total + row_value, 0.0), mask=inside)
+        last = tl.sum(tl.where(backwards == BLOCK - 1, total, 0.0), 0)
+        last_value = tl.sum(tl.where(backwards == BLOCK - 1, next_value, 0.0), 0)

@@ -33,14 +33,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastrlhf_kernels import _head_kernels
-from fastrlhf_kernels._blocks import Logits, Selection, add_product, exp_
+from fastrlhf_kernels import _head
+from fastrlhf_kernels._blocks import Logits, Selection, add_product, fold, gradient, slopes
 from fastrlhf_kernels._checks import check_range, check_rows, check_tensor
 from fastrlhf_kernels._triton import use_triton
 from fastrlhf_kernels.types import TokenLogprobs
-
-LOWEST = -1e30  # stands for the peak of a block whose logits are all -inf, where -inf - -inf would be NaN
-VANISHED = -1e4  # its exp is 0 as that of -inf is, and 0 times it is not NaN
 
 
 def linear_logprob(
@@ -62,6 +59,24 @@ def linear_logprob(
     Rows whose target is `ignore_index` give 0 in every output and no gradient, whatever lies in them. Raises ValueError
     for wrong shapes, dtypes and devices, and on the CPU for a target outside the vocabulary (on a GPU it gives NaN).
     """
+    transform = checked_transform(hidden, weight, targets, bias, temperature, logit_scale, softcap)
+    logprob, logsumexp, row_entropy, max_logprob, mean_logit, _, _ = _forward(
+        hidden, weight, bias, targets, *transform, ignore_index, entropy, stats, use_triton(impl, hidden.device)
+    )
+    row_stats = (max_logprob, mean_logit) if stats else (None, None)
+    return TokenLogprobs(logprob, logsumexp, row_entropy if entropy else None, *row_stats)
+
+
+def checked_transform(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: float | Tensor,
+    logit_scale: float,
+    softcap: float | None,
+) -> tuple[Tensor | None, float, float, float | None]:
+    """(temperature by row, temperature, scale, soft cap) of a head. Raises ValueError for bad arguments."""
     check_rows("hidden", hidden, rank=2)
     check_rows("weight", weight, rank=2)
     (num_rows, size), vocab, device = hidden.shape, weight.shape[0], hidden.device
@@ -79,12 +94,14 @@ def linear_logprob(
         if value is not None:
             check_range(name, value, 0, float("inf"), open_low=True)
 
-    transform = (row_temperature, float(temperature), float(logit_scale), softcap)
-    logprob, logsumexp, row_entropy, max_logprob, mean_logit, _, _ = _forward(
-        hidden, weight, bias, targets, *transform, ignore_index, entropy, stats, use_triton(impl, device)
-    )
-    row_stats = (max_logprob, mean_logit) if stats else (None, None)
-    return TokenLogprobs(logprob, logsumexp, row_entropy if entropy else None, *row_stats)
+    return row_temperature, float(temperature), float(logit_scale), softcap
+
+
+def check_targets(targets: Tensor | None, vocab: int) -> None:
+    """Raises ValueError for a target outside the vocabulary; None where looking would wait for a GPU."""
+    if targets is not None and len(targets):
+        for extreme in targets.aminmax():
+            check_range("targets", int(extreme), 0, vocab - 1)
 
 
 def linear_logprob_reference(
@@ -131,12 +148,11 @@ def _forward(
     """
     keep = targets != ignore
     chosen = Selection.of(keep, wait=False)
-    if chosen.dead is None and keep.any():
-        for extreme in targets[keep].aminmax():
-            check_range("targets", int(extreme), 0, len(weight) - 1)
+    check_targets(targets[keep] if chosen.dead is None else None, len(weight))
     transform = (temperature, scale, softcap)
     if triton:
-        return _head_kernels.forward(hidden, weight, bias, targets, row_temperature, *transform, ignore, entropy, stats)
+        with torch.cuda.device_of(hidden):
+            return _head.forward(hidden, weight, bias, targets, row_temperature, *transform, ignore, entropy, stats)
     row_temperature = None if row_temperature is None else chosen.take(row_temperature)
     logits = Logits.of(chosen.take(hidden), weight, bias, row_temperature, *transform)
     targets = chosen.take(targets)
@@ -145,7 +161,7 @@ def _forward(
     with torch.autocast(hidden.device.type, enabled=False):
         for part in logits.parts():
             for i, block in enumerate(blocks):
-                state[i] = _fold(state[i], logits.block(block, part), targets[block] - part.start, entropy, stats)
+                state[i] = fold(state[i], logits.block(block, part), targets[block] - part.start, entropy, stats)
     peak, total, target, gap, logit_sum = (torch.cat(pieces) for pieces in zip(*state, strict=True))
     log_total = total.log()
     empty = peak.new_empty(0)
@@ -163,7 +179,7 @@ def _forward(
 @_forward.register_fake
 def _(hidden, weight, bias, targets, row_temperature, temperature, scale, softcap, ignore, entropy, stats, triton):
     asked = (True, True, entropy, stats, stats, True, True)
-    return tuple(hidden.new_empty(len(targets) if wanted else 0, dtype=torch.float32) for wanted in asked)
+    return tuple(hidden.new_empty(targets.shape[0] if wanted else 0, dtype=torch.float32) for wanted in asked)
 
 
 def _save(ctx, inputs, output):
@@ -183,38 +199,6 @@ def _differentiate(ctx, grad_logprob, grad_logsumexp, grad_entropy, *_):
 
 
 torch.library.register_autograd("fastrlhf::linear_logprob", _differentiate, setup_context=_save)
-
-
-def _fold(state: tuple[Tensor, ...], z: Tensor, column: Tensor, entropy: bool, stats: bool) -> tuple[Tensor, ...]:
-    """Statistics of the vocabulary so far with one more block z, which is overwritten; `state` is () at the first.
-
-    (peak, total, target logit, gap = sum exp(z - peak) (peak - z), sum of logits), [rows] each or empty if not wanted.
-    """
-    inside, index = _locate(column, z)
-    target = z.gather(1, index)[:, 0].where(inside, float("nan"))
-    logit_sum = z.sum(1) if stats else z.new_empty(0)
-    peak = z.amax(1).clamp_(min=LOWEST)
-    z -= peak[:, None]
-    if entropy:
-        mass = exp_(z.clamp_(min=VANISHED).clone())
-        total, gap = mass.sum(1), -mass.mul_(z).sum(1)
-    else:
-        total, gap = exp_(z).sum(1), z.new_empty(0)
-    if not state:
-        return peak, total, target, gap, logit_sum
-
-    old_peak, old_total, old_target, old_gap, old_sum = state
-    top = torch.maximum(peak, old_peak)
-    new, old = (peak - top).exp(), (old_peak - top).exp()
-    if entropy:
-        gap = new * (gap + (top - peak) * total) + old * (old_gap + (top - old_peak) * old_total)
-    return top, new * total + old * old_total, target.where(inside, old_target), gap, logit_sum + old_sum
-
-
-def _locate(column: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the target lies in this block: [rows] bool, and an index [rows, 1] that is valid in every row."""
-    width = z.shape[1]
-    return (column >= 0) & (column < width), column.clamp(0, width - 1)[:, None]
 
 
 @torch.library.custom_op("fastrlhf::linear_logprob_backward", mutates_args=())
@@ -248,23 +232,20 @@ def _backward(
     row_temperature = None if row_temperature is None else chosen.take(row_temperature)
     hidden = chosen.take(hidden if dead is None else hidden.masked_fill(dead, 0))
     targets = chosen.take(targets)
-    per_row = (logprob, zero if grad_entropy is None else entropy, peak, total, *upstream)
-    logprob, entropy, peak, total, g, on_total, on_entropy = (chosen.take(row) for row in per_row)
-    # dx = slope * exp(z - peak) * (level - tilt * (z - peak)), and slope * at_target in the target's column
+    logprob, peak, total, g, on_logsumexp, on_entropy = map(chosen.take, (logprob, peak, total, *upstream))
     factor = scale / (temperature if row_temperature is None else row_temperature)
-    level = factor * (on_total - g - on_entropy * (entropy - total.log())) / total
-    tilt = None if grad_entropy is None else factor * on_entropy / total
-    at_target = factor * (
-        on_total * logprob.exp() - g * logprob.expm1() - on_entropy * logprob.exp() * (logprob + entropy)
-    )
+    if grad_entropy is None:
+        rows = slopes(g, on_logsumexp, None, factor, logprob, None, total)
+    else:
+        rows = slopes(g, on_logsumexp, on_entropy, factor, logprob, chosen.take(entropy), total)
 
     grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if need_hidden else None
     grad_weight = torch.empty_like(weight) if need_weight else None
     grad_bias = torch.empty_like(bias) if bias is not None and need_bias else None
     inputs = (hidden, weight, bias, targets, row_temperature, temperature, scale, softcap)
-    run = _head_kernels.backward if triton and len(hidden) else _backward_blocks
-    with torch.autocast(hidden.device.type, enabled=False):
-        run(*inputs, dead, peak, level, tilt, at_target, grad_hidden, grad_weight, grad_bias)
+    run = _head.backward if triton and len(hidden) else _backward_blocks
+    with torch.autocast(hidden.device.type, enabled=False), torch.cuda.device_of(hidden):
+        run(*inputs, dead, peak, *rows, grad_hidden, grad_weight, grad_bias)
     empty = logprob.new_empty(0)
     return (
         empty if grad_hidden is None else chosen.put_back(grad_hidden).to(hidden.dtype),
@@ -292,8 +273,6 @@ def _backward_blocks(
     grad_bias: Tensor | None,
 ) -> None:
     """Adds to grad_hidden, and fills grad_weight and grad_bias, as far as they are given."""
-    peak, level, at_target = peak[:, None], level[:, None], at_target[:, None]
-    tilt = None if tilt is None else tilt[:, None]
     logits = Logits.of(hidden, weight, bias, row_temperature, temperature, scale, softcap)
     blocks = logits.row_blocks()
     for part in logits.parts():
@@ -303,13 +282,14 @@ def _backward_blocks(
         for block in blocks:
             z = logits.block(block, part)
             slope = None if softcap is None else logits.slope(block, z)
-            z -= peak[block]
-            if tilt is None:
-                dx = exp_(z).mul_(level[block])
-            else:
-                dx = exp_(z.clamp_(min=VANISHED).clone()).mul_(z.mul_(-tilt[block]).add_(level[block]))
-            inside, index = _locate(targets[block] - part.start, dx)
-            dx.scatter_(1, index, at_target[block].where(inside[:, None], dx.gather(1, index)))
+            dx = gradient(
+                z,
+                targets[block] - part.start,
+                peak[block],
+                level[block],
+                None if tilt is None else tilt[block],
+                at_target[block],
+            )
             if slope is not None:
                 dx *= slope
             if dead is not None:

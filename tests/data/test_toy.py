@@ -337,3 +337,13 @@ def test_importing_the_task_loads_neither_transformers_nor_tokenizers():
     script = "import sys, fastrlhf.data.toy; sys.exit(bool({'transformers', 'tokenizers'} & set(sys.modules)))"
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     assert subprocess.run([sys.executable, "-c", script], env=env).returncode == 0
+
+
+def test_the_haste_of_the_writers_moves_references_alone():
+    task = ToyTask(seed=3)
+    careful = replace(task, min_haste=0.0, max_haste=0.0)
+    for ours, theirs in zip(task.examples("train", 50), careful.examples("train", 50), strict=True):
+        assert ours.prompt == theirs.prompt
+        assert theirs.reference == task.ideal(str(theirs.prompt))
+    with pytest.raises(ValueError, match=r"min_haste 1\.0 and max_haste 0\.5 must be in order"):
+        ToyTask(min_haste=1.0, max_haste=0.5)

@@ -19,5 +19,5 @@ def test_every_kernel_compiles_without_spills_and_with_the_units_it_is_for(arch:
     run = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     rows = [line for line in run.stdout.splitlines() if f"| {arch} |" in line]
-    assert len(rows) >= 7
-    assert sum("| yes |" in line for line in rows) >= 6
+    assert len(rows) >= 19
+    assert sum("| yes |" in line for line in rows) >= 9

@@ -3,24 +3,17 @@ import math
 import pytest
 import torch
 from torch import Tensor
-from torch.profiler import profile
 
 from fastrlhf_kernels import _blocks as blocks
-from fastrlhf_kernels import _head_kernels as head_kernels
+from fastrlhf_kernels import _head as head
 from fastrlhf_kernels import _tiles as tiles
 from fastrlhf_kernels import linear_logprob
 from fastrlhf_kernels.linear_logprob import linear_logprob_reference
+from tests.memory import peak_bytes
 from tests.tolerance import assert_op_matches
 
 # T, D, V around blocks of (8, 7), and around tiles of (16, 16, 16) in shares of 32 and parts of 16
 SHAPES = [(1, 1, 1), (7, 5, 13), (8, 16, 14), (9, 3, 15), (11, 4, 6), (16, 8, 31), (17, 17, 32), (33, 16, 65)]
-
-
-@pytest.fixture(params=["torch", "triton"])
-def impl(request: pytest.FixtureRequest) -> str:
-    if request.param == "triton" and torch.cuda.is_available():
-        pytest.skip("the interpreter is off where there is a GPU; see test_on_gpu.py")
-    return request.param
 
 
 def inputs(rows: int, size: int, vocab: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
@@ -55,10 +48,10 @@ def assert_matches_reference(
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "CPU_BLOCK", (8, 7))
     monkeypatch.setattr(tiles, "INTERPRETER", tiles.Tiles(16, 16, 16, 4, 1, descriptors=False))
-    monkeypatch.setattr(head_kernels, "SHARE", 32)
-    monkeypatch.setattr(head_kernels, "PART_BYTES", 0)
-    monkeypatch.setattr(head_kernels, "SMALLEST_PART", 16)
-    monkeypatch.setattr(head_kernels, "GROUP", 2)
+    monkeypatch.setattr(head, "SHARE", 32)
+    monkeypatch.setattr(head, "PART_BYTES", 0)
+    monkeypatch.setattr(head, "SMALLEST_PART", 16)
+    monkeypatch.setattr(head, "GROUP", 2)
 
 
 def test_a_hand_computed_row(impl: str):
@@ -264,18 +257,6 @@ def test_only_what_needs_a_gradient_gets_one(frozen: str, impl: str):
         assert leaf.grad is None if not leaf.requires_grad else torch.equal(leaf.grad, expected.grad)
 
 
-def peak_bytes(function) -> int:
-    """The most memory that was allocated at once, beyond what was there."""
-    with profile(profile_memory=True) as recorded:
-        function()
-    current = peak = 0
-    for event in recorded.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            current += event.nbytes()
-            peak = max(peak, current)
-    return peak
-
-
 def test_no_tensor_of_rows_by_vocabulary_is_ever_allocated(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(blocks, "CPU_BLOCK", (64, 64))
     hidden, weight, targets = inputs(512, 8, 4096)
@@ -362,14 +343,16 @@ def test_autocast_changes_nothing():
 
 
 def test_one_compiled_graph_serves_packs_of_every_length():
+    torch._dynamo.reset()
     compiled = torch.compile(linear_logprob, fullgraph=True, backend="aot_eager", dynamic=True)
-    for rows in (5, 8, 11):
-        hidden, weight, targets = inputs(rows, 4, 9)
-        targets[1] = -100
-        leaves = [hidden.clone().requires_grad_() for _ in range(2)]
-        for op, leaf in zip((linear_logprob, compiled), leaves, strict=True):
-            op(leaf, weight, targets, entropy=True).logprob.sum().backward()
-        assert torch.equal(leaves[0].grad, leaves[1].grad)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for rows in (5, 8, 11):
+            hidden, weight, targets = inputs(rows, 4, 9)
+            targets[1] = -100
+            leaves = [hidden.clone().requires_grad_() for _ in range(2)]
+            for op, leaf in zip((linear_logprob, compiled), leaves, strict=True):
+                op(leaf, weight, targets, entropy=True).logprob.sum().backward()
+            assert torch.equal(leaves[0].grad, leaves[1].grad)
 
 
 @pytest.mark.parametrize(

@@ -5,23 +5,24 @@ import torch
 from torch import Tensor
 
 from fastrlhf_kernels import Max, merge, policy_loss
-from fastrlhf_kernels.policy_loss import policy_loss_reference
+from fastrlhf_kernels.kl_estimate import kl_estimate_reference
+from fastrlhf_kernels.policy_loss import _policy_loss, policy_loss_reference
 from tests.tolerance import assert_op_matches
 
 
-def run(log_ratio: list[float], advantage: list[float], mask: list[bool] | None = None, **options):
+def run(impl: str, log_ratio: list[float], advantage: list[float], **options):
     """Loss over 1 token, gradient per row and metrics, for a sampler whose log-probs are all 0."""
     logprob = torch.tensor(log_ratio, requires_grad=True)
-    keep = torch.tensor(mask or [True] * len(log_ratio))
-    out = policy_loss(logprob, torch.zeros(len(log_ratio)), torch.tensor(advantage), keep, num_tokens=1, **options)
+    zeros = torch.zeros(len(log_ratio))
+    out = policy_loss(logprob, zeros, torch.tensor(advantage), zeros == 0, num_tokens=1, impl=impl, **options)
     out.loss.backward()
     return out.loss.item(), logprob.grad.tolist(), {name: metric.value.item() for name, metric in out.metrics.items()}
 
 
-def test_hand_computed_tokens():
+def test_hand_computed_tokens(impl: str):
     # ratios 2, 2, 1/2, 1/2 with clip 0.2: -min(2, 1.2), -min(-2, -1.2), -min(0.5, 0.8), -min(-0.5, -0.8)
     two = math.log(2)
-    loss, gradient, metrics = run([two, two, -two, -two], [1.0, -1.0, 1.0, -1.0])
+    loss, gradient, metrics = run(impl, [two, two, -two, -two], [1.0, -1.0, 1.0, -1.0])
     assert loss == pytest.approx(-1.2 + 2 - 0.5 + 0.8, rel=1e-6)
     assert gradient == pytest.approx([0.0, 2.0, -0.5, 0.0], rel=1e-6)
     assert metrics["ratio"] == pytest.approx(5)
@@ -33,8 +34,8 @@ def test_hand_computed_tokens():
     assert metrics["policy_loss"] == loss
 
 
-def test_the_first_step_is_reinforce():
-    loss, gradient, metrics = run([0.0, 0.0, 0.0], [0.5, -2.0, 0.0])
+def test_the_first_step_is_reinforce(impl: str):
+    loss, gradient, metrics = run(impl, [0.0, 0.0, 0.0], [0.5, -2.0, 0.0])
     assert loss == 1.5
     assert gradient == [-0.5, 2.0, 0.0]
     assert metrics["ratio"] == 3
@@ -42,50 +43,82 @@ def test_the_first_step_is_reinforce():
     assert metrics["approx_kl"] == 0
 
 
-def test_a_ratio_exactly_at_the_clip_still_learns():
+def test_a_ratio_exactly_at_the_clip_still_learns(impl: str):
     # 0 and 0.5 are exact: exp(0) = 1 is the upper edge at clip_high 0 and the lower edge at clip_low 0
-    _, gradient, metrics = run([0.0, 0.0], [1.0, -1.0], clip_low=0.0, clip_high=0.0)
+    _, gradient, metrics = run(impl, [0.0, 0.0], [1.0, -1.0], clip_low=0.0, clip_high=0.0)
     assert gradient == [-1.0, 1.0]
     assert metrics["clip_fraction"] == 0
 
 
-def test_just_past_the_clip_nothing_is_learned_and_on_the_way_back_it_is():
-    _, gradient, metrics = run([1e-6, -1e-6, 1e-6, -1e-6], [1.0, -1.0, -1.0, 1.0], clip_low=0.0, clip_high=0.0)
+@pytest.mark.parametrize(("log_ratio", "advantage"), [(0.3, 1.0), (-0.3, -1.0), (0.9, -1.0)])
+def test_each_bound_of_the_clip_includes_the_very_ratio_it_names(log_ratio: float, advantage: float, impl: str):
+    ratio = run(impl, [log_ratio], [0.0])[2]["ratio"]
+    step = 2.0**-23 if ratio > 1 else 2.0**-24
+    for past, gradient, clipped in ((0, -advantage * ratio, 0), (step, 0.0, 1)):
+        high, low, dual = ratio - 1 - past, 1 - ratio - past, ratio - past
+        bound = {"clip_high": high} if advantage > 0 else {"clip_low": low} if ratio < 1 else {"dual_clip": dual}
+        loss, slope, metrics = run(impl, [log_ratio], [advantage], **bound)
+        assert slope == [gradient]
+        assert metrics["clip_fraction"] == clipped
+        assert loss == pytest.approx(-advantage * ratio, rel=1e-6)
+
+
+@pytest.mark.parametrize("log_ratio", [0.0, 1.0, -1.0, 25.0, -25.0])
+def test_without_an_advantage_there_is_neither_loss_nor_gradient(log_ratio: float, impl: str):
+    loss, gradient, metrics = run(impl, [log_ratio], [0.0], dual_clip=2.0)
+    assert loss == 0
+    assert gradient == [0.0]
+    assert metrics["clip_fraction"] == (log_ratio > 0)  # it counts with those of positive advantage
+
+
+def test_just_past_the_clip_nothing_is_learned_and_on_the_way_back_it_is(impl: str):
+    _, gradient, metrics = run(impl, [1e-6, -1e-6, 1e-6, -1e-6], [1.0, -1.0, -1.0, 1.0], clip_low=0.0, clip_high=0.0)
     assert gradient[:2] == [0.0, 0.0]
     assert gradient[2:] == pytest.approx([1.0, -1.0], rel=1e-5)
     assert metrics["clip_fraction"] == 2
 
 
-def test_the_clip_may_be_asymmetric():
+def test_the_clip_may_be_asymmetric(impl: str):
     # ratios 1.25, 0.75 within (0.7, 1.28) but outside (0.8, 1.2)
     logs = [math.log(1.25), math.log(0.75)]
-    assert run(logs, [1.0, -1.0], clip_low=0.3, clip_high=0.28)[1] == pytest.approx([-1.25, 0.75], rel=1e-6)
-    assert run(logs, [1.0, -1.0])[1] == [0.0, 0.0]
+    assert run(impl, logs, [1.0, -1.0], clip_low=0.3, clip_high=0.28)[1] == pytest.approx([-1.25, 0.75], rel=1e-6)
+    assert run(impl, logs, [1.0, -1.0])[1] == [0.0, 0.0]
 
 
-def test_the_dual_clip_bounds_the_loss_where_the_advantage_is_negative():
-    loss, gradient, metrics = run([math.log(5), math.log(2), math.log(5)], [-1.0, -1.0, 1.0], dual_clip=3.0)
+def test_the_dual_clip_bounds_the_loss_where_the_advantage_is_negative(impl: str):
+    loss, gradient, metrics = run(impl, [math.log(5), math.log(2), math.log(5)], [-1.0, -1.0, 1.0], dual_clip=3.0)
     assert loss == pytest.approx(3 + 2 - 1.2, rel=1e-6)
     assert gradient == pytest.approx([0.0, 2.0, 0.0], rel=1e-6)
     assert metrics["clip_fraction"] == 2
     # exactly at the bound: 2^1 is within, and learns
-    assert run([math.log(2)], [-1.0], dual_clip=math.exp(math.log(2)))[1] == pytest.approx([2.0], rel=1e-6)
+    assert run(impl, [math.log(2)], [-1.0], dual_clip=math.exp(math.log(2)))[1] == pytest.approx([2.0], rel=1e-6)
 
 
 @pytest.mark.parametrize("log_ratio", [25.0, -25.0, 1e30, float("-inf")])
-def test_a_log_ratio_beyond_20_is_clamped_without_gradient(log_ratio: float):
+def test_a_log_ratio_beyond_20_is_clamped_without_gradient(log_ratio: float, impl: str):
     for advantage in (1.0, -1.0):
-        loss, gradient, _ = run([log_ratio], [advantage])
+        loss, gradient, _ = run(impl, [log_ratio], [advantage])
         assert math.isfinite(loss)
         assert gradient == [0.0]
 
 
-def test_at_20_the_gradient_is_still_there():
-    _, gradient, _ = run([20.0], [-1.0])
+def test_at_20_the_gradient_is_still_there(impl: str):
+    _, gradient, _ = run(impl, [20.0], [-1.0])
     assert gradient == pytest.approx([math.exp(20)], rel=1e-5)
 
 
-def test_masked_rows_leak_neither_nan_nor_infinity():
+@pytest.mark.parametrize("dual_clip", [None, 3.0])
+def test_a_nan_in_the_mask_shows_in_the_loss_and_in_its_gradient(dual_clip: float | None, impl: str):
+    nan = float("nan")
+    for log_ratio, advantage in (([nan, 0.0], [1.0, 1.0]), ([nan, 0.0], [-1.0, 1.0]), ([0.0, 0.0], [nan, 1.0])):
+        loss, gradient, metrics = run(impl, log_ratio, advantage, dual_clip=dual_clip)
+        assert math.isnan(loss)
+        assert math.isnan(gradient[0])
+        assert gradient[1] == -1
+        assert math.isnan(metrics["policy_loss"])
+
+
+def test_masked_rows_leak_neither_nan_nor_infinity(impl: str):
     bad = torch.tensor([0.0, float("nan"), float("inf"), float("-inf")])
     leaves = [bad.clone().requires_grad_() for _ in range(2)]
     mask = torch.tensor([True, False, False, False])
@@ -96,7 +129,7 @@ def test_masked_rows_leak_neither_nan_nor_infinity():
         "entropy": leaves[1],
         "entropy_coef": 1.0,
     }
-    out = policy_loss(leaves[0], bad, bad + 1, mask, num_tokens=1, dual_clip=3.0, **options)
+    out = policy_loss(leaves[0], bad, bad + 1, mask, num_tokens=1, dual_clip=3.0, impl=impl, **options)
     out.loss.backward()
     # -r A + k2 - H = -1 + 0.5 - 0, with gradient -r A + delta = -1 + 1
     assert out.loss.item() == -0.5
@@ -106,10 +139,11 @@ def test_masked_rows_leak_neither_nan_nor_infinity():
 
 
 @pytest.mark.parametrize("rows", [0, 3])
-def test_a_mask_without_a_row_gives_zero_loss_and_zero_gradient(rows: int):
+def test_a_mask_without_a_row_gives_zero_loss_and_zero_gradient(rows: int, impl: str):
     logprob = torch.ones(rows, requires_grad=True)
     zeros, mask = torch.zeros(rows), torch.zeros(rows, dtype=torch.bool)
-    out = policy_loss(logprob, zeros, zeros, mask, num_tokens=mask.sum(), reference_logprob=zeros, kl_coef=0.1)
+    options = {"num_tokens": mask.sum(), "reference_logprob": zeros, "kl_coef": 0.1, "impl": impl}
+    out = policy_loss(logprob, zeros, zeros, mask, **options)
     out.loss.backward()
     assert out.loss.item() == 0
     assert logprob.grad.tolist() == [0.0] * rows
@@ -117,23 +151,21 @@ def test_a_mask_without_a_row_gives_zero_loss_and_zero_gradient(rows: int):
 
 
 @pytest.mark.parametrize("kind", ["k2", "k3"])
-def test_the_pull_to_the_reference_is_importance_weighted(kind: str):
+def test_the_pull_to_the_reference_is_importance_weighted(kind: str, impl: str):
     # ratio 1.1, delta = ln 1.1 + 0.5
     ratio, delta = 1.1, math.log(1.1) + 0.5
     value = delta**2 / 2 if kind == "k2" else math.exp(-delta) - 1 + delta
     options = {"reference_logprob": torch.tensor([-0.5]), "kl_coef": 0.3, "kl_kind": kind}
-    loss, gradient, metrics = run([math.log(1.1)], [2.0], **options)
+    loss, gradient, metrics = run(impl, [math.log(1.1)], [2.0], **options)
     assert loss == pytest.approx(-2 * ratio + 0.3 * ratio * value, rel=1e-5)
     assert gradient == pytest.approx([-2 * ratio + 0.3 * ratio * delta], rel=1e-5)
     assert metrics["kl"] == pytest.approx(ratio * value, rel=1e-5)
 
 
-def test_weights_multiply_all_of_a_token_and_entropy_is_rewarded():
+def test_weights_multiply_all_of_a_token_and_entropy_is_rewarded(impl: str):
     logprob, entropy = torch.zeros(2, requires_grad=True), torch.tensor([3.0, 5.0], requires_grad=True)
-    weight, mask = torch.tensor([0.5, 2.0]), torch.ones(2, dtype=torch.bool)
-    out = policy_loss(
-        logprob, torch.zeros(2), torch.ones(2), mask, num_tokens=10, weight=weight, entropy=entropy, entropy_coef=0.1
-    )
+    ones, options = torch.ones(2), {"weight": torch.tensor([0.5, 2.0]), "entropy": entropy, "entropy_coef": 0.1}
+    out = policy_loss(logprob, torch.zeros(2), ones, ones > 0, num_tokens=10, impl=impl, **options)
     out.loss.backward()
     # (0.5 * (-1 - 0.3) + 2 * (-1 - 0.5)) / 10
     assert out.loss.item() == pytest.approx(-0.365, rel=1e-6)
@@ -150,21 +182,53 @@ def rows(count: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor
     return logprob, sampler, advantage, torch.rand(count, generator=generator) > 0.3
 
 
-@pytest.mark.parametrize("dual_clip", [None, 1.5])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_it_equals_the_reference(dual_clip: float | None, dtype: torch.dtype):
+def assert_matches_reference(impl: str, dual_clip: float | None, dtype: torch.dtype):
     logprob, sampler, advantage, mask = rows(200, dtype)
     extra = {} if dual_clip is None else {"dual_clip": dual_clip}
 
-    def call(op):
+    def call(op, **options):
         def inner(logprob: Tensor):
             cast = (x.to(logprob.dtype) for x in (sampler, advantage))
-            out = op(logprob, *cast, mask, num_tokens=9, clip_high=0.3, **extra)
+            out = op(logprob, *cast, mask, num_tokens=9, clip_high=0.3, **extra, **options)
             return [out if isinstance(out, Tensor) else out.loss]
 
         return inner
 
-    assert_op_matches(call(policy_loss), call(policy_loss_reference), {"logprob": logprob})
+    assert_op_matches(call(policy_loss, impl=impl), call(policy_loss_reference), {"logprob": logprob})
+
+
+@pytest.mark.parametrize("dual_clip", [None, 1.5])
+def test_it_equals_the_reference(dual_clip: float | None, impl: str):
+    assert_matches_reference(impl, dual_clip, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_it_is_as_exact_in_half_precision(dtype: torch.dtype):
+    assert_matches_reference("torch", 1.5, dtype)
+
+
+@pytest.mark.parametrize("kind", ["k2", "k3"])
+@pytest.mark.parametrize("weighted", [True, False])
+def test_all_options_together_equal_the_references_of_their_terms(kind: str, weighted: bool, impl: str):
+    logprob, sampler, advantage, mask = rows(100)
+    advantage += 1  # else the terms cancel in their sum, which is then as small as its rounding
+    reference, weight, entropy = torch.rand(3, 100, generator=torch.Generator().manual_seed(1))
+    weight = weight if weighted else torch.ones(100)
+
+    def op(logprob: Tensor, entropy: Tensor):
+        options = {"weight": weight if weighted else None, "entropy": entropy, "entropy_coef": 0.2}
+        pull = {"reference_logprob": reference - 1, "kl_coef": 0.3, "kl_kind": kind}
+        out = policy_loss(logprob, sampler, advantage, mask, num_tokens=9, dual_clip=1.5, impl=impl, **options, **pull)
+        return [out.loss, out.metrics["kl"].value, out.metrics["entropy"].value, out.metrics["policy_loss"].value]
+
+    def definition(logprob: Tensor, entropy: Tensor):
+        old, w, gain = (x.to(logprob.dtype) for x in (sampler, weight, advantage * weight))
+        first = policy_loss_reference(logprob, old, gain, mask, num_tokens=1, dual_clip=1.5)
+        kl = kl_estimate_reference(logprob, (reference - 1).to(w.dtype), kind=kind, sampler_logprob=old)
+        loss = (first + ((0.3 * kl - 0.2 * entropy) * w)[mask].sum()) / 9
+        return [loss, *(x.detach() for x in (kl[mask].sum(), entropy[mask].sum(), first))]
+
+    assert_op_matches(op, definition, {"logprob": logprob, "entropy": entropy}, [torch.ones(())])
 
 
 def test_the_reference_passes_gradcheck():
@@ -175,13 +239,14 @@ def test_the_reference_passes_gradcheck():
     )
 
 
-def test_micro_batches_with_an_outside_count_add_up_to_the_whole():
+def test_micro_batches_with_an_outside_count_add_up_to_the_whole(impl: str):
     logprob, sampler, advantage, mask = rows(40)
     logprob.requires_grad_()
 
     def loss(part: slice):
         tensors = (x[part] for x in (logprob, sampler, advantage, mask))
-        return policy_loss(*tensors, num_tokens=mask.sum(), reference_logprob=sampler[part] - 1, kl_coef=0.1)
+        options = {"num_tokens": mask.sum(), "reference_logprob": sampler[part] - 1, "kl_coef": 0.1, "impl": impl}
+        return policy_loss(*tensors, **options)
 
     whole, parts = loss(slice(0, 40)), [loss(slice(i, i + 8)) for i in range(0, 40, 8)]
     torch.testing.assert_close(sum(part.loss for part in parts), whole.loss)
@@ -192,17 +257,66 @@ def test_micro_batches_with_an_outside_count_add_up_to_the_whole():
         torch.testing.assert_close(metric.value, whole.metrics[name].value)
 
 
-def test_metrics_are_detached_scalars_and_only_the_largest_ratio_is_a_maximum():
+def test_metrics_are_detached_scalars_and_only_the_largest_ratio_is_a_maximum(impl: str):
     logprob, sampler, advantage, mask = rows(10)
-    entropy = torch.ones(10, requires_grad=True)
-    out = policy_loss(
-        logprob.requires_grad_(), sampler, advantage, mask, num_tokens=9, entropy=entropy, reference_logprob=sampler
-    )
+    options = {"entropy": torch.ones(10, requires_grad=True), "reference_logprob": sampler, "impl": impl}
+    out = policy_loss(logprob.requires_grad_(), sampler, advantage, mask, num_tokens=9, **options)
     for metric in out.metrics.values():
         assert metric.value.shape == ()
         assert metric.value.dtype == torch.float32
         assert not metric.value.requires_grad
     assert {name for name, metric in out.metrics.items() if isinstance(metric, Max)} == {"ratio_max"}
+    bare = policy_loss(logprob, sampler, advantage, mask, num_tokens=9, impl=impl)
+    assert out.metrics.keys() - bare.metrics.keys() == {"kl", "entropy"}
+
+
+def test_no_gradient_flows_to_what_is_given(impl: str):
+    logprob, *given = (torch.ones(2, requires_grad=True) for _ in range(5))
+    sampler, advantage, reference, weight = given
+    options = {"reference_logprob": reference, "kl_coef": 0.1, "weight": weight, "impl": impl}
+    policy_loss(logprob, sampler, advantage, logprob > 0, num_tokens=1, **options).loss.backward()
+    assert logprob.grad is not None
+    assert [x.grad for x in given] == [None] * 4
+
+
+def test_inputs_need_not_be_contiguous(impl: str):
+    tensors = [torch.stack([x, x], 1)[:, 0] for x in rows(40)]
+    assert not any(x.is_contiguous() for x in tensors)
+    out, plain = (policy_loss(*x, num_tokens=9, impl=impl) for x in (tensors, rows(40)))
+    assert torch.equal(out.loss, plain.loss)
+    assert out.metrics == plain.metrics
+
+
+def test_the_default_dtype_of_torch_changes_nothing(impl: str, request: pytest.FixtureRequest):
+    tensors, options = rows(40), {"num_tokens": 9, "dual_clip": 1.3, "impl": impl}
+    plain = policy_loss(*tensors, **options).loss
+    request.addfinalizer(lambda: torch.set_default_dtype(torch.float32))
+    torch.set_default_dtype(torch.bfloat16)
+    assert torch.equal(policy_loss(*tensors, **options).loss, plain)
+
+
+def test_one_compiled_graph_serves_packs_of_every_length(impl: str):
+    torch._dynamo.reset()
+    compiled = torch.compile(policy_loss, fullgraph=True, backend="aot_eager", dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for count in (5, 8, 37):
+            logprob, sampler, advantage, mask = rows(count)
+            options = {"num_tokens": mask.sum(), "reference_logprob": advantage, "kl_coef": 0.1, "impl": impl}
+            leaves, outs = [logprob.clone().requires_grad_() for _ in range(2)], []
+            for op, leaf in zip((policy_loss, compiled), leaves, strict=True):
+                outs.append(op(leaf, sampler, advantage, mask, **options))
+                outs[-1].loss.backward()
+            assert torch.equal(leaves[0].grad, leaves[1].grad)
+            assert outs[0].metrics == outs[1].metrics
+
+
+@pytest.mark.parametrize("everything", [True, False])
+def test_the_operator_is_registered_as_torch_asks(everything: bool, impl: str):
+    logprob, sampler, advantage, mask = rows(5)
+    entropy = torch.ones(5, requires_grad=True)
+    options = (sampler - 1, advantage, entropy) if everything else (None, None, None)
+    scalars = (0.8, 1.2, 3.0, 0.1, "k3", 0.2, impl == "triton")
+    torch.library.opcheck(_policy_loss, (logprob.requires_grad_(), sampler, advantage, mask, *options, *scalars))
 
 
 @pytest.mark.parametrize(
@@ -218,7 +332,7 @@ def test_metrics_are_detached_scalars_and_only_the_largest_ratio_is_a_maximum():
         ({"entropy_coef": 0.1}, "entropy_coef needs entropy"),
         ({"weight": torch.ones(2, dtype=torch.int64)}, "weight must be torch.float32"),
         ({"num_tokens": torch.ones(1)}, "num_tokens must be a number or a 0-dim tensor"),
-        ({"impl": "triton"}, "this version has no Triton kernel"),
+        ({"impl": "cuda"}, 'impl must be "auto", "triton" or "torch"'),
     ],
 )
 def test_bad_arguments_are_named(changes: dict, message: str):

@@ -3,71 +3,113 @@ import torch
 from torch import Tensor
 
 from fastrlhf_kernels import merge, value_loss
-from fastrlhf_kernels.value_loss import value_loss_reference
+from fastrlhf_kernels.value_loss import _value_loss, value_loss_reference
 from tests.tolerance import assert_op_matches
 
 ALL = torch.ones(4, dtype=torch.bool)
 
 
-def hand_computed(clip: float | None) -> tuple[Tensor, list[float], dict[str, float]]:
+def hand_computed(impl: str, clip: float | None) -> tuple[Tensor, list[float], dict[str, float]]:
     """Four rows, all with rollout value 0: inside, clipped towards, clipped past, and exactly at the clip."""
     value = torch.tensor([0.125, 1.0, -1.0, 0.25], requires_grad=True)
     returns = torch.tensor([1.0, 2.0, 0.5, 0.0])
-    out = value_loss(value, torch.zeros(4), returns, ALL, num_tokens=4, clip=clip)
+    out = value_loss(value, torch.zeros(4), returns, ALL, num_tokens=4, clip=clip, impl=impl)
     out.loss.backward()
     return out.loss, value.grad.tolist(), {name: metric.value.item() for name, metric in out.metrics.items()}
 
 
-def test_hand_computed_rows_with_clip():
+def test_hand_computed_rows_with_clip(impl: str):
     # squares, free: 0.765625, 1, 2.25, 0.0625; clipped to +-0.25: 0.765625, 3.0625, 0.5625, 0.0625
-    loss, gradient, metrics = hand_computed(0.25)
+    loss, gradient, metrics = hand_computed(impl, 0.25)
     total = (0.765625 + 3.0625 + 2.25 + 0.0625) / 2
     assert loss.item() == total / 4
     assert gradient == [-0.875 / 4, 0.0, -1.5 / 4, 0.25 / 4]
     assert metrics == {"value_loss": total, "value_clip_fraction": 1.0, "rows": 4.0}
 
 
-def test_hand_computed_rows_without_clip():
-    loss, gradient, metrics = hand_computed(None)
+def test_hand_computed_rows_without_clip(impl: str):
+    loss, gradient, metrics = hand_computed(impl, None)
     total = (0.765625 + 1 + 2.25 + 0.0625) / 2
     assert loss.item() == total / 4
     assert gradient == [-0.875 / 4, -1 / 4, -1.5 / 4, 0.25 / 4]
     assert metrics == {"value_loss": total, "value_clip_fraction": 0.0, "rows": 4.0}
 
 
-def test_masked_rows_leak_neither_nan_nor_infinity():
+def test_masked_rows_leak_neither_nan_nor_infinity(impl: str):
     value = torch.tensor([1.0, float("nan"), float("inf")], requires_grad=True)
     poison = torch.tensor([0.0, float("nan"), float("-inf")])
-    out = value_loss(value, poison, poison, torch.tensor([True, False, False]), num_tokens=1, clip=0.2)
+    out = value_loss(value, poison, poison, torch.tensor([True, False, False]), num_tokens=1, impl=impl)
     out.loss.backward()
     assert out.loss.item() == 0.5
     assert value.grad.tolist() == [1.0, 0.0, 0.0]
-
-
-@pytest.mark.parametrize("rows", [0, 3])
-def test_a_mask_without_a_row_gives_zero_loss_and_zero_gradient(rows: int):
-    value = torch.ones(rows, requires_grad=True)
-    out = value_loss(value, torch.zeros(rows), torch.zeros(rows), torch.zeros(rows, dtype=torch.bool), num_tokens=0)
-    out.loss.backward()
-    assert out.loss.item() == 0
-    assert value.grad.tolist() == [0.0] * rows
+    assert out.metrics["rows"].value == 1
+    assert all(metric.value.isfinite() for metric in out.metrics.values())
 
 
 @pytest.mark.parametrize("clip", [0.2, None])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_it_equals_the_reference(clip: float | None, dtype: torch.dtype):
+def test_a_nan_in_the_mask_shows_in_the_loss_and_in_its_gradient(clip: float | None, impl: str):
+    value = torch.tensor([float("nan"), 1.0], requires_grad=True)
+    out = value_loss(value, torch.zeros(2), torch.zeros(2), ALL[:2], num_tokens=1, clip=clip, impl=impl)
+    out.loss.backward()
+    assert out.loss.isnan()
+    assert value.grad.isnan()[0]
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.25])
+def test_at_the_clip_a_value_still_learns_and_past_it_only_on_its_way_back(clip: float, impl: str):
+    # from rollout value 0: at the clip, past it towards the return, past it away from the return
+    value = torch.tensor([clip, clip + 0.5, clip + 0.5, -clip - 0.5], requires_grad=True)
+    returns = torch.tensor([2.0, 2.0, -2.0, 2.0])
+    out = value_loss(value, torch.zeros(4), returns, ALL, num_tokens=1, clip=clip, impl=impl)
+    out.loss.backward()
+    assert value.grad.tolist() == [clip - 2, 0.0, clip + 2.5, -clip - 2.5]
+    assert out.metrics["value_clip_fraction"].value == 1
+
+
+def test_rounding_within_the_clip_never_counts_as_clipped(impl: str):
+    # old + (value - old) is not value in float32: its square may be the larger one by an ulp
+    value = 0.01 * torch.rand(50, generator=torch.Generator().manual_seed(7))
+    value.requires_grad_()
+    out = value_loss(value, torch.full((50,), 0.15), torch.zeros(50), value < 1, num_tokens=1, clip=0.2, impl=impl)
+    out.loss.backward()
+    assert out.metrics["value_clip_fraction"].value == 0
+    assert torch.equal(value.grad, value)
+
+
+@pytest.mark.parametrize("rows", [0, 3])
+def test_a_mask_without_a_row_gives_zero_loss_and_zero_gradient(rows: int, impl: str):
+    value = torch.ones(rows, requires_grad=True)
+    zeros, mask = torch.zeros(rows), torch.zeros(rows, dtype=torch.bool)
+    out = value_loss(value, zeros, zeros, mask, num_tokens=0, impl=impl)
+    out.loss.backward()
+    assert out.loss.item() == 0
+    assert value.grad.tolist() == [0.0] * rows
+    assert all(metric.value.item() == 0 for metric in out.metrics.values())
+
+
+def assert_matches_reference(impl: str, clip: float | None, dtype: torch.dtype):
     generator = torch.Generator().manual_seed(3)
     value, old, returns = torch.randn(3, 60, generator=generator).to(dtype)
     mask = torch.rand(60, generator=generator) > 0.3
 
-    def run(op):
+    def run(op, **options):
         def call(value: Tensor):
-            out = op(value, old.to(value.dtype), returns.to(value.dtype), mask, num_tokens=7, clip=clip)
+            out = op(value, old.to(value.dtype), returns.to(value.dtype), mask, num_tokens=7, clip=clip, **options)
             return [out if isinstance(out, Tensor) else out.loss]
 
         return call
 
-    assert_op_matches(run(value_loss), run(value_loss_reference), {"value": value})
+    assert_op_matches(run(value_loss, impl=impl), run(value_loss_reference), {"value": value})
+
+
+@pytest.mark.parametrize("clip", [0.2, None])
+def test_it_equals_the_reference(clip: float | None, impl: str):
+    assert_matches_reference(impl, clip, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_it_is_as_exact_in_half_precision(dtype: torch.dtype):
+    assert_matches_reference("torch", 0.2, dtype)
 
 
 def test_the_reference_passes_gradcheck():
@@ -78,18 +120,49 @@ def test_the_reference_passes_gradcheck():
     )
 
 
-def test_micro_batches_with_an_outside_count_add_up_to_the_whole():
-    value, old, returns = torch.randn(3, 8, generator=torch.Generator().manual_seed(5))
-    mask, count = torch.arange(8) % 3 > 0, torch.tensor(5.0)
+def test_micro_batches_with_an_outside_count_add_up_to_the_whole(impl: str):
+    value, old, returns = torch.randn(3, 38, generator=torch.Generator().manual_seed(5))
+    mask, count = torch.arange(38) % 3 > 0, torch.tensor(25.0)
     value.requires_grad_()
-    whole = value_loss(value, old, returns, mask, num_tokens=count)
-    parts = [value_loss(value[s], old[s], returns[s], mask[s], num_tokens=count) for s in (slice(0, 3), slice(3, 8))]
+
+    def loss(s: slice):
+        return value_loss(value[s], old[s], returns[s], mask[s], num_tokens=count, impl=impl)
+
+    whole, parts = loss(slice(0, 38)), [loss(slice(0, 3)), loss(slice(3, 38))]
     torch.testing.assert_close(sum(part.loss for part in parts), whole.loss)
     (expected,) = torch.autograd.grad(whole.loss, value)
     (gradient,) = torch.autograd.grad(sum(part.loss for part in parts), value)
     assert torch.equal(gradient, expected)
     for name, metric in merge(*(part.metrics for part in parts)).items():
         torch.testing.assert_close(metric.value, whole.metrics[name].value)
+
+
+def test_inputs_need_not_be_contiguous(impl: str):
+    rows = torch.randn(20, 3, generator=torch.Generator().manual_seed(6))
+    mask = torch.ones(20, 2, dtype=torch.bool)[:, 0]
+    plain = value_loss(*rows.T.contiguous(), mask.contiguous(), num_tokens=2, impl=impl)
+    assert torch.equal(value_loss(*rows.T, mask, num_tokens=2, impl=impl).loss, plain.loss)
+
+
+def test_one_compiled_graph_serves_packs_of_every_length(impl: str):
+    torch._dynamo.reset()
+    compiled = torch.compile(value_loss, fullgraph=True, backend="aot_eager", dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for rows in (5, 8, 37):
+            value, old, returns = torch.randn(3, rows, generator=torch.Generator().manual_seed(rows))
+            mask, outs = torch.arange(rows) % 3 > 0, []
+            leaves = [value.clone().requires_grad_() for _ in range(2)]
+            for op, leaf in zip((value_loss, compiled), leaves, strict=True):
+                outs.append(op(leaf, old, returns, mask, num_tokens=mask.sum(), impl=impl))
+                outs[-1].loss.backward()
+            assert torch.equal(leaves[0].grad, leaves[1].grad)
+            assert outs[0].metrics == outs[1].metrics
+
+
+@pytest.mark.parametrize("clip", [0.2, None])
+def test_the_operator_is_registered_as_torch_asks(clip: float | None, impl: str):
+    value = torch.ones(4, requires_grad=True)
+    torch.library.opcheck(_value_loss, (value, torch.zeros(4), torch.zeros(4), ALL, clip, impl == "triton"))
 
 
 @pytest.mark.parametrize(
@@ -100,7 +173,7 @@ def test_micro_batches_with_an_outside_count_add_up_to_the_whole():
         ({"rollout_value": torch.zeros(4).double()}, "rollout_value must be"),
         ({"clip": -0.1}, "clip must be in"),
         ({"num_tokens": -1}, "num_tokens must not be negative"),
-        ({"impl": "triton"}, "this version has no Triton kernel"),
+        ({"impl": "cuda"}, 'impl must be "auto", "triton" or "torch"'),
     ],
 )
 def test_bad_arguments_are_named(changes: dict, message: str):

@@ -1,0 +1,215 @@
+"""How the kernels of `_head_kernels.py` are launched: for `linear_logprob`, and for one-shot losses."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastrlhf_kernels._blocks import add_product
+from fastrlhf_kernels._head_kernels import forward_kernel, gradient_kernel, merge_kernel, scale_kernel
+from fastrlhf_kernels._tiles import (
+    FORWARD,
+    GRADIENT,
+    GROUP,
+    PRECISION,
+    Tiles,
+    cdiv,
+    choose_tiles,
+    operand,
+    row_major,
+    scales,
+)
+
+FAR = 1e30  # as the peak of a row: each of its probabilities is 0
+SHARE = 4096  # columns of the vocabulary that one forward program walks over
+MERGED = 128  # rows of a program of the merge
+PART_BYTES = 1 << 27  # of the gradient of the logits that exists at a time
+SCALED_ROWS = 16  # rows of a program that scales masses
+SMALLEST_PART = 2048  # columns: below, the products are too thin to be fast
+
+
+def forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    row_temperature: Tensor | None,
+    temperature: float,
+    scale: float,
+    softcap: float | None,
+    ignore: int,
+    entropy: bool,
+    stats: bool,
+    tiles: Tiles | None = None,
+    masses: Tensor | None = None,
+    tops: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What `linear_logprob`'s operator returns.
+
+    With `tiles` (of `storing_tiles`), `masses` [T, V] is filled with exp(z - top) and `tops`
+    [tiles of the vocabulary, T] with the largest logit of the row up to that tile.
+    """
+    num_rows, vocab = len(hidden), len(weight)
+
+    def rows(wanted: bool = True) -> Tensor:
+        return hidden.new_empty(num_rows if wanted else 0, dtype=torch.float32)
+
+    outputs = (rows(), rows(), rows(entropy), rows(stats), rows(stats), rows(), rows())
+    if num_rows == 0:
+        return outputs
+    hidden, weight, targets = row_major(hidden), row_major(weight), targets.contiguous()
+    if tiles is None:
+        tiles = choose_tiles(FORWARD, hidden, weight, is_heavy(bias, row_temperature, softcap))
+    shares = cdiv(vocab, SHARE)
+    partial = hidden.new_empty(5, shares, num_rows, dtype=torch.float32)
+    forward_kernel[(cdiv(num_rows, tiles.rows) * shares,)](
+        operand(hidden, tiles, tiles.rows, tiles.inner),
+        operand(weight, tiles, tiles.vocab, tiles.inner),
+        None if bias is None else bias.contiguous(),
+        row_temperature,
+        targets,
+        partial,
+        None if masses is None else operand(masses, tiles, tiles.rows, tiles.vocab),
+        tops,
+        num_rows,
+        vocab,
+        hidden.shape[1],
+        hidden.stride(0),
+        weight.stride(0),
+        0 if masses is None else masses.stride(0),
+        *scales(scale, softcap, temperature),
+        ignore,
+        tiles.rows,
+        tiles.vocab,
+        tiles.inner,
+        SHARE,
+        GROUP,
+        softcap is not None,
+        entropy,
+        stats,
+        tiles.descriptors,
+        tiles.specialize,
+        PRECISION,
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+    )
+    merge_kernel[(cdiv(num_rows, MERGED),)](
+        partial, targets, *outputs, num_rows, shares, vocab, ignore, entropy, stats, MERGED
+    )
+    return outputs
+
+
+def is_heavy(bias: Tensor | None, row_temperature: Tensor | None, softcap: float | None) -> bool:
+    return bias is not None or row_temperature is not None or softcap is not None
+
+
+def backward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    row_temperature: Tensor | None,
+    temperature: float,
+    scale: float,
+    softcap: float | None,
+    dead: Tensor | None,
+    peak: Tensor,
+    level: Tensor,
+    tilt: Tensor | None,
+    at_target: Tensor,
+    grad_hidden: Tensor | None,
+    grad_weight: Tensor | None,
+    grad_bias: Tensor | None,
+) -> None:
+    """Adds to `grad_hidden` [T, D] float32, and fills `grad_weight` and `grad_bias`, as far as they are given.
+
+    The gradient of the logits is rounded once, to the inputs' dtype; to float32 where that is float16, which would
+    lose small gradients.
+    """
+    num_rows, vocab = len(hidden), len(weight)
+    hidden, weight, targets = row_major(hidden), row_major(weight), targets.contiguous()
+    if dead is not None:
+        peak = peak.masked_fill(dead[:, 0], FAR)
+    tiles = choose_tiles(GRADIENT, hidden, weight, is_heavy(bias, row_temperature, softcap))
+    dtype = torch.bfloat16 if hidden.dtype == weight.dtype == torch.bfloat16 else torch.float32
+    inputs = hidden.to(dtype) if grad_weight is not None else hidden
+    width = max(PART_BYTES // (num_rows * dtype.itemsize) // tiles.vocab * tiles.vocab, SMALLEST_PART)
+    # 16 columns more than asked for at the end of an odd vocabulary: cuBLAS wants rows at multiples of 16 bytes.
+    buffer = hidden.new_empty(num_rows, min(width, cdiv(vocab, 16) * 16), dtype=dtype)
+    for start in range(0, vocab, width):
+        stop = min(start + width, vocab)
+        dx = buffer[:, : stop - start]
+        gradient_kernel[(cdiv(num_rows, tiles.rows) * cdiv(stop - start, tiles.vocab),)](
+            operand(hidden, tiles, tiles.rows, tiles.inner),
+            operand(weight, tiles, tiles.vocab, tiles.inner),
+            None if bias is None else bias.contiguous(),
+            row_temperature,
+            targets,
+            peak,
+            level,
+            tilt,
+            at_target,
+            operand(dx, tiles, tiles.rows, tiles.vocab),
+            num_rows,
+            start,
+            stop,
+            vocab,
+            hidden.shape[1],
+            hidden.stride(0),
+            weight.stride(0),
+            dx.stride(0),
+            *scales(scale, softcap, temperature),
+            tiles.rows,
+            tiles.vocab,
+            tiles.inner,
+            GROUP,
+            softcap is not None,
+            tiles.descriptors,
+            PRECISION,
+            num_warps=tiles.warps,
+            num_stages=tiles.stages,
+        )
+        if grad_hidden is not None:
+            add_product(grad_hidden, dx, weight[start:stop].to(dtype))
+        if grad_weight is not None:
+            if grad_weight.dtype == dtype:
+                torch.mm(dx.T, inputs, out=grad_weight[start:stop])
+            else:
+                grad_weight[start:stop] = dx.T @ inputs
+        if grad_bias is not None:
+            grad_bias[start:stop] = dx.sum(0, dtype=torch.float32)
+
+
+def scale_masses(
+    masses: Tensor,
+    tops: Tensor,
+    targets: Tensor,
+    row_temperature: Tensor | None,
+    temperature: float,
+    scale: float,
+    softcap: float | None,
+    tiles: Tiles,
+    peak: Tensor,
+    level: Tensor,
+    tilt: Tensor | None,
+    at_target: Tensor,
+) -> None:
+    """Turns the masses that `forward` stored into the gradient by the products, in place."""
+    num_rows, vocab = masses.shape
+    scale_kernel[(cdiv(num_rows, SCALED_ROWS), cdiv(vocab, tiles.vocab))](
+        masses,
+        tops,
+        targets,
+        peak,
+        level,
+        tilt,
+        at_target,
+        row_temperature,
+        num_rows,
+        vocab,
+        masses.stride(0),
+        scales(scale, softcap, temperature)[1],
+        SCALED_ROWS,
+        tiles.vocab,
+        softcap is not None,
+    )

@@ -1,0 +1,71 @@
+"""What the kernels over rows share: a program per block of rows, its part of the sums over all rows, and the way back.
+
+The kernel of a loss reads every input once. Beside the loss it writes the loss's derivative by each row, its slope, so
+that the backward is one product with the upstream gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastrlhf_kernels._tiles import cdiv
+from fastrlhf_kernels._triton import jit, tl
+
+BLOCK = 1024  # rows of a program, or of a step of one that walks over a segment
+
+
+def num_programs(num_rows: int) -> int:
+    """One even where there is no row, so that there are sums, of 0."""
+    return max(cdiv(num_rows, BLOCK), 1)
+
+
+def masked(tensor: Tensor, mask: Tensor) -> Tensor:
+    """Float32, and 0 outside the mask."""
+    return tensor.float().where(mask, 0)
+
+
+def contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
+
+
+def differentiate_by_slopes(op: str, leaves: tuple[int, ...]) -> None:
+    """Registers the backward of a custom op whose last outputs are the slopes of its first by the inputs `leaves`.
+
+    A slope is float32 in the shape of its leaf, or empty where the leaf is None. Nothing but the first output is
+    differentiable.
+    """
+
+    def save(ctx, inputs, output):
+        ctx.save_for_backward(*output[-len(leaves) :])
+        ctx.num_inputs = len(inputs)
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+
+    def backward(ctx, grad, *_):
+        gradients: list[Tensor | None] = [None] * ctx.num_inputs
+        for leaf, slope in zip(leaves, ctx.saved_tensors, strict=True):
+            if ctx.needs_input_grad[leaf]:
+                gradients[leaf] = grad * slope  # autograd rounds it to the dtype of the leaf
+        return tuple(gradients)
+
+    torch.library.register_autograd(op, backward, setup_context=save)
+
+
+@jit
+def block_of_rows(mask, num_rows, BLOCK: tl.constexpr):
+    """(rows of this program, which of them there are, which are in the mask), [BLOCK] each."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = rows < num_rows
+    return rows, inside, tl.load(mask + rows, mask=inside, other=0).to(tl.int1)
+
+
+@jit
+def load_float32(pointer, rows, keep):
+    return tl.load(pointer + rows, mask=keep, other=0.0).to(tl.float32)
+
+
+@jit
+def store_sum(partials, index: tl.constexpr, x):
+    """This program's part of sum number `index`; partials [sums, programs]."""
+    tl.store(partials + index * tl.num_programs(0) + tl.program_id(0), tl.sum(x, 0))

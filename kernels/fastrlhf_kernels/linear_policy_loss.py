@@ -1,0 +1,294 @@
+"""From hidden states to PPO's loss in one go: `policy_loss(linear_logprob(...))`, equal in value and gradient.
+
+The gradient by each log-prob is known as soon as a row's logits are, so the forward takes the gradients too: three
+matrix products instead of the four of the two-step form, and two where the head is frozen. Rows are worked on in
+chunks; the logits of one chunk exist, as exp(z - peak) in bfloat16 on a GPU, whose relative error of 2^-9 is that of a
+bfloat16 gradient (logits themselves, rounded so, would be off by up to 0.06 nats).
+
+    chunk of rows: products -> masses, logprob, entropy -> slopes of the loss -> gradient of the logits, in place
+                   -> dhidden of these rows, dweight += ...
+
+The price is a float32 accumulator of the head's size where the head is trained: it is added to once per chunk. Losses
+of whole sequences (`pair_loss`) need every token of a sequence first and go through the two steps.
+
+Legend: T rows, V vocabulary, D hidden size. See `linear_logprob` for the gradient, `policy_loss` for the loss.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastrlhf_kernels import _head
+from fastrlhf_kernels._blocks import Logits, Selection, add_product, fold, gradient, slopes
+from fastrlhf_kernels._tiles import STORING, cdiv, choose_tiles, row_major
+from fastrlhf_kernels._triton import use_triton
+from fastrlhf_kernels.linear_logprob import check_targets, checked_transform, linear_logprob_reference
+from fastrlhf_kernels.policy_loss import (
+    SUMS,
+    _policy_loss,
+    checked_policy_options,
+    policy_loss_reference,
+    policy_metrics,
+)
+from fastrlhf_kernels.types import LossOutput
+
+CPU_CHUNK, GPU_CHUNK = 1 << 25, 1 << 28  # bytes of a chunk's logits
+
+
+def linear_policy_loss(
+    hidden: Tensor,  # [T, D]; gradient flows here, to weight and to bias
+    weight: Tensor,  # [V, D]
+    targets: Tensor,  # [T] int64
+    sampler_logprob: Tensor,  # [T] of the policy that drew the tokens, under the same temperature
+    advantage: Tensor,  # [T]
+    mask: Tensor,  # [T] bool, True where the token is trained
+    *,
+    num_tokens: float | Tensor,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    reference_logprob: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl_kind: str = "k2",
+    token_weight: Tensor | None = None,  # the `weight` of policy_loss
+    entropy: bool = False,  # report it; an entropy_coef asks for it by itself
+    entropy_coef: float = 0.0,
+    impl: str = "auto",
+) -> LossOutput:
+    """`policy_loss` of the log-probs of `targets`, with its metrics. Raises ValueError for bad arguments."""
+    transform = checked_transform(hidden, weight, targets, bias, temperature, logit_scale, softcap)
+    count, scalars = checked_policy_options(
+        (len(hidden),), hidden.device, sampler_logprob, advantage, mask, num_tokens, clip_low, clip_high, dual_clip,
+        reference_logprob, kl_coef, kl_kind, token_weight, entropy_coef,
+    )  # fmt: skip
+    leaves, entropy = (hidden, weight, bias), entropy or entropy_coef != 0
+    needs = [torch.is_grad_enabled() and leaf is not None and leaf.requires_grad for leaf in leaves]
+    fixed = (sampler_logprob, advantage, mask, reference_logprob, token_weight)
+    loss, sums, ratio_max, *_ = _one_shot(
+        *leaves,
+        targets,
+        *(None if row is None else row.detach() for row in fixed),
+        count if isinstance(count, Tensor) else torch.full((), count, device=hidden.device),
+        *transform,
+        ignore_index,
+        entropy,
+        *scalars,
+        *needs,
+        use_triton(impl, hidden.device),
+    )
+    return LossOutput(loss, policy_metrics(sums, ratio_max, reference_logprob is not None, entropy))
+
+
+def linear_policy_loss_reference(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    sampler_logprob: Tensor,
+    advantage: Tensor,
+    mask: Tensor,
+    *,
+    softcap: float | None = None,
+    **options: Any,
+) -> Tensor:
+    """The two definitions, one after the other, in the dtype given."""
+    logprob = linear_logprob_reference(hidden, weight, targets, softcap=softcap).logprob
+    return policy_loss_reference(logprob, sampler_logprob, advantage, mask, **options)
+
+
+@torch.library.custom_op("fastrlhf::linear_policy_loss", mutates_args=())
+def _one_shot(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    sampler_logprob: Tensor,
+    advantage: Tensor,
+    mask: Tensor,
+    reference_logprob: Tensor | None,
+    token_weight: Tensor | None,
+    num_tokens: Tensor,
+    row_temperature: Tensor | None,
+    temperature: float,
+    scale: float,
+    softcap: float | None,
+    ignore: int,
+    entropy: bool,
+    low: float,
+    high: float,
+    dual_clip: float,
+    kl_coef: float,
+    kl_kind: str,
+    entropy_coef: float,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+    triton: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss [], sums of the metrics, largest ratio [], gradients of hidden, weight and bias or, not needed, [0])."""
+    keep = targets != ignore
+    chosen = Selection.of(mask & keep, wait=False)
+    check_targets(targets[keep] if chosen.dead is None else None, len(weight))
+    live_hidden = chosen.take(hidden if chosen.dead is None else hidden.masked_fill(chosen.dead, 0))
+    live_targets = chosen.take(targets)
+    live_temperature = None if row_temperature is None else chosen.take(row_temperature)
+    fixed = (sampler_logprob, advantage, mask & keep, reference_logprob, token_weight)
+    live_fixed = [None if row is None else chosen.take(row) for row in fixed]
+    scalars = (low, high, dual_clip, kl_coef, kl_kind, entropy_coef, triton)
+    factor = scale / (temperature if live_temperature is None else live_temperature)
+    chunks = (_TritonChunks if triton else _TorchChunks)(
+        live_hidden, weight, bias, live_temperature, temperature, scale, softcap, (need_hidden, need_weight, need_bias)
+    )
+    logprob, row_entropy = (hidden.new_zeros(len(live_hidden), dtype=torch.float32) for _ in range(2))
+    with torch.autocast(hidden.device.type, enabled=False), torch.cuda.device_of(hidden):
+        for start in range(0, len(live_hidden), chunks.step):
+            block = slice(start, min(start + chunks.step, len(live_hidden)))
+            logprob[block], row_entropy[block], peak, total = chunks.fold(block, live_targets[block], ignore, entropy)
+            rows = [_rows_of(row, block) for row in live_fixed]
+            bonus = row_entropy[block] if entropy_coef else None
+            *_, d_logprob, d_entropy = _policy_loss(logprob[block], *rows, bonus, *scalars)
+            d_logprob, d_entropy = d_logprob / num_tokens, d_entropy / num_tokens if entropy_coef else None
+            row_factor = factor[block] if isinstance(factor, Tensor) else factor
+            gradients = slopes(d_logprob, 0.0, d_entropy, row_factor, logprob[block], bonus, total)
+            chunks.add_gradient(block, live_targets[block], peak, *gradients)
+    full = (chosen.put_back(logprob), *fixed[:2], mask, *fixed[3:], chosen.put_back(row_entropy) if entropy else None)
+    loss, sums, ratio_max, _, _ = _policy_loss(*full, *scalars)
+    grad_hidden = None if chunks.grad_hidden is None else chosen.put_back(chunks.grad_hidden)
+    grads = [
+        hidden.new_empty(0) if leaf is None or grad is None else grad.to(leaf.dtype)
+        for leaf, grad in ((hidden, grad_hidden), (weight, chunks.grad_weight), (bias, chunks.grad_bias))
+    ]
+    return loss / num_tokens, sums, ratio_max, grads[0], grads[1], grads[2]
+
+
+@_one_shot.register_fake
+def _(hidden, weight, bias, *rest):
+    empty = hidden.new_empty(0)
+    grads = (
+        torch.empty_like(leaf) if need else empty.clone()
+        for leaf, need in zip((hidden, weight, bias), rest[-4:-1], strict=True)
+    )
+    scalar = hidden.new_empty((), dtype=torch.float32)
+    return scalar, hidden.new_empty(len(SUMS), dtype=torch.float32), scalar.clone(), *grads
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*output[3:])
+    ctx.num_inputs = len(inputs)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, grad, *_):
+    gradients: list[Tensor | None] = [None] * ctx.num_inputs
+    for leaf, saved in enumerate(ctx.saved_tensors):
+        if ctx.needs_input_grad[leaf]:
+            gradients[leaf] = (grad * saved).to(saved.dtype)
+    return tuple(gradients)
+
+
+torch.library.register_autograd("fastrlhf::linear_policy_loss", _differentiate, setup_context=_save)
+
+
+class _TorchChunks:
+    """The rows of a head in chunks: the logits of one of them, and the gradients of all so far."""
+
+    def __init__(self, hidden, weight, bias, row_temperature, temperature, scale, softcap, needs):
+        self.logits = Logits.of(hidden, weight, bias, row_temperature, temperature, scale, softcap)
+        need_hidden, need_weight, need_bias = needs
+        self.grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if need_hidden else None
+        self.grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        self.grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias else None
+        self.step = chunk_rows(len(weight) * 4, CPU_CHUNK if hidden.device.type == "cpu" else GPU_CHUNK)
+        self.z = hidden.new_empty(min(self.step, len(hidden)), len(weight), dtype=torch.float32)
+
+    def fold(self, block: slice, targets: Tensor, ignore: int, entropy: bool) -> tuple[Tensor, ...]:
+        """(logprob, entropy or 0, peak, total) of a chunk, [rows] each; its logits stay in `z`."""
+        state = ()
+        for part in self.logits.parts():
+            z = self.logits.block(block, part)
+            self.z[: len(z), part.start : part.start + z.shape[1]] = z
+            state = fold(state, z, targets - part.start, entropy, False)
+        peak, total, target, gap, _ = state  # pyright: ignore[reportAssignmentType]
+        log_total = total.log()
+        return target - peak - log_total, log_total + gap / total if entropy else torch.zeros_like(peak), peak, total
+
+    def add_gradient(self, block: slice, targets: Tensor, peak: Tensor, *rows: Tensor | None) -> None:
+        """`rows` are those of `slopes`."""
+        hidden = self.logits.hidden[block]
+        for part in self.logits.parts():
+            columns = slice(part.start, part.start + len(part.weight))
+            z = self.z[: len(hidden), columns]
+            slope = None if self.logits.softcap is None else self.logits.slope(block, z)
+            dx = gradient(z, targets - part.start, peak, *rows)  # pyright: ignore[reportArgumentType]
+            if slope is not None:
+                dx *= slope
+            if self.grad_bias is not None:
+                self.grad_bias[columns] += dx.sum(0)
+            dx = dx.to(hidden.dtype)
+            if self.grad_hidden is not None:
+                add_product(self.grad_hidden[block], dx, part.weight)
+            if self.grad_weight is not None:
+                add_product(self.grad_weight[columns], dx.T, hidden)
+
+
+class _TritonChunks:
+    """The same on the kernels of `_head_kernels.py`; the logits of a chunk are kept as masses exp(z - top)."""
+
+    def __init__(self, hidden, weight, bias, row_temperature, temperature, scale, softcap, needs):
+        self.head = (row_major(hidden), row_major(weight), bias)
+        self.row_temperature, self.transform = row_temperature, (temperature, scale, softcap)
+        need_hidden, need_weight, need_bias = needs
+        native = hidden.dtype == weight.dtype == torch.bfloat16
+        self.dtype = torch.bfloat16 if native else torch.float32
+        self.grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        self.grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        self.grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias else None
+        vocab = cdiv(len(weight), 16) * 16  # cuBLAS and TMA want rows at multiples of 16 bytes
+        self.step = chunk_rows(vocab * self.dtype.itemsize, GPU_CHUNK)
+        self.tiles = choose_tiles(STORING, *self.head[:2], _head.is_heavy(bias, row_temperature, softcap))
+        rows = min(self.step, len(hidden))
+        self.masses = hidden.new_empty(rows, vocab, dtype=self.dtype)[:, : len(weight)]
+        self.tops = hidden.new_empty(cdiv(len(weight), self.tiles.vocab) * rows, dtype=torch.float32)
+
+    def fold(self, block: slice, targets: Tensor, ignore: int, entropy: bool) -> tuple[Tensor, ...]:
+        hidden, weight, bias = self.head
+        hidden, temperature = hidden[block], _rows_of(self.row_temperature, block)
+        stored = (self.tiles, self.masses[: len(hidden)], self.tops)
+        options = (*self.transform, ignore, entropy, False)
+        logprob, _, row_entropy, _, _, peak, total = _head.forward(
+            hidden, weight, bias, targets, temperature, *options, *stored
+        )
+        return logprob, row_entropy if entropy else torch.zeros_like(logprob), peak, total
+
+    def add_gradient(self, block: slice, targets: Tensor, *rows: Tensor | None) -> None:
+        hidden, weight, _ = self.head
+        hidden, temperature = hidden[block], _rows_of(self.row_temperature, block)
+        dx = self.masses[: len(hidden)]
+        _head.scale_masses(dx, self.tops, targets, temperature, *self.transform, self.tiles, *rows)  # pyright: ignore
+        if self.grad_bias is not None:
+            self.grad_bias += dx.sum(0, dtype=torch.float32)
+        if self.grad_hidden is not None:
+            if self.grad_hidden.dtype == weight.dtype == self.dtype:
+                torch.mm(dx, weight, out=self.grad_hidden[block])
+            else:
+                self.grad_hidden[block] = dx @ weight.to(self.dtype)
+        if self.grad_weight is not None:
+            add_product(self.grad_weight, dx.T, hidden.to(self.dtype))
+
+
+def chunk_rows(row_bytes: int, limit: int) -> int:
+    """Rows whose logits take about `limit` bytes: a multiple of 128, or of 16 where that is too many."""
+    rows = limit // row_bytes
+    return max(rows // 128 * 128 or rows // 16 * 16, 16)
+
+
+def _rows_of(tensor: Tensor | None, block: slice) -> Tensor | None:
+    return None if tensor is None else tensor[block]

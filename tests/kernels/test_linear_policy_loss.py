@@ -1,0 +1,245 @@
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastrlhf_kernels import _tiles as tiles
+from fastrlhf_kernels.linear_logprob import linear_logprob
+from fastrlhf_kernels.linear_policy_loss import linear_policy_loss, linear_policy_loss_reference
+from fastrlhf_kernels.policy_loss import policy_loss
+from tests.memory import peak_bytes
+from tests.tolerance import assert_op_matches
+
+module = sys.modules["fastrlhf_kernels.linear_policy_loss"]
+HEAD_OPTIONS = {"temperature": torch.linspace(0.5, 2, 37), "logit_scale": 1.5, "softcap": 3.0}
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CPU_CHUNK", 16 * 80 * 4)
+    monkeypatch.setattr(module, "GPU_CHUNK", 16 * 80 * 4)
+    monkeypatch.setattr(tiles, "INTERPRETER", tiles.Tiles(16, 16, 16, 4, 1, descriptors=False))
+
+
+def inputs(rows: int = 37, size: int = 24, vocab: int = 70, seed: int = 0) -> dict[str, Tensor]:
+    """Ratios on both sides of the clip, masked and ignored rows."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    hidden, weight, targets = (
+        normal(rows, size),
+        normal(vocab, size) / 3,
+        torch.randint(0, vocab, (rows,), generator=generator),
+    )
+    sampler_logprob = linear_logprob(hidden, weight, targets, impl="torch").logprob + 0.3 * normal(rows)
+    mask = torch.rand(rows, generator=generator) > 0.3
+    return {
+        "hidden": hidden,
+        "weight": weight,
+        "targets": targets,
+        "sampler_logprob": sampler_logprob,
+        "advantage": normal(rows),
+        "mask": mask,
+    }
+
+
+def head_leaves(given: dict[str, Tensor], names: tuple[str, ...] = ("hidden", "weight")) -> list[Tensor]:
+    for name in names:
+        given[name] = given[name].clone().requires_grad_()
+    return [given[name] for name in names]
+
+
+def two_steps(given: dict[str, Tensor], head: dict, loss: dict, entropy: bool):
+    rows = linear_logprob(given["hidden"], given["weight"], given["targets"], entropy=entropy, impl="torch", **head)
+    fixed = (given["sampler_logprob"], given["advantage"], given["mask"])
+    return policy_loss(rows.logprob, *fixed, entropy=rows.entropy, impl="torch", **loss)
+
+
+def test_it_is_the_two_definitions_one_after_the_other(impl: str):
+    given = inputs()
+    leaves = {name: given.pop(name) for name in ("hidden", "weight")}
+    rows = {name: given.pop(name) for name in ("sampler_logprob", "advantage")}
+
+    def op(**tensors: Tensor):
+        return (linear_policy_loss(**tensors, **given, **rows, num_tokens=19.0, softcap=3.0, impl=impl).loss,)
+
+    def reference(**tensors: Tensor):
+        cast = {name: row.to(tensors["hidden"].dtype) for name, row in rows.items()}
+        return (linear_policy_loss_reference(**tensors, **given, **cast, num_tokens=19.0, softcap=3.0),)
+
+    assert_op_matches(op, reference, leaves)
+
+
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.3])
+def test_every_option_gives_what_the_two_steps_give(impl: str, entropy_coef: float):
+    given = inputs()
+    given["targets"][3] = -100
+    given["mask"][3] = True  # scored 0 by both
+    reference_logprob = given["sampler_logprob"] + 0.2
+    loss = {"num_tokens": torch.tensor(17.0), "dual_clip": 1.5, "kl_coef": 0.2, "kl_kind": "k3", "clip_high": 0.3}
+    loss |= {"reference_logprob": reference_logprob, "entropy_coef": entropy_coef}
+    token_weight, bias = torch.linspace(0.1, 1, 37), torch.linspace(-1, 1, 70)
+    ours, theirs = head_leaves(given | {"bias": bias}, ("hidden", "weight", "bias")), None
+    names = ("hidden", "weight", "bias")
+    one = linear_policy_loss(
+        **given | dict(zip(names, ours, strict=True)),
+        **loss,
+        **HEAD_OPTIONS,
+        token_weight=token_weight,
+        entropy=True,
+        impl=impl,
+    )
+    theirs = [leaf.detach().clone().requires_grad_() for leaf in ours]
+    two = two_steps(
+        given | dict(zip(names[:2], theirs[:2], strict=True)),
+        {"bias": theirs[2], **HEAD_OPTIONS},
+        {**loss, "weight": token_weight},
+        True,
+    )
+    torch.testing.assert_close(one.loss, two.loss, rtol=2e-6, atol=1e-6)
+    assert one.metrics.keys() == two.metrics.keys()
+    for name, metric in two.metrics.items():
+        torch.testing.assert_close(one.metrics[name].value, metric.value, rtol=5e-6, atol=1e-5)
+    upstream = torch.tensor(2.5)
+    gradients = [torch.autograd.grad(upstream * out.loss, leaves) for out, leaves in ((one, ours), (two, theirs))]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-6 * b.abs().max().item() + 1e-8)
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight", "both"])
+def test_only_what_needs_a_gradient_gets_one(impl: str, frozen: str):
+    given = inputs()
+    wanted = [name for name in ("hidden", "weight") if frozen not in (name, "both")]
+    full, some = inputs(), inputs()
+    linear_policy_loss(
+        **full | dict(zip(("hidden", "weight"), head_leaves(full), strict=True)), num_tokens=9, impl=impl
+    ).loss.backward()
+    leaves = head_leaves(some, tuple(wanted))
+    out = linear_policy_loss(**some, num_tokens=9, impl=impl)
+    assert out.loss.requires_grad == bool(wanted)
+    if wanted:
+        out.loss.backward()
+        for name, leaf in zip(wanted, leaves, strict=True):
+            assert torch.equal(leaf.grad, full[name].grad)
+    with torch.no_grad():
+        assert torch.equal(linear_policy_loss(**given, num_tokens=9, impl=impl).loss, out.loss)
+
+
+def test_nan_outside_the_mask_reaches_nothing(impl: str):
+    given = inputs()
+    clean = {name: tensor.clone() for name, tensor in given.items()}
+    outside = ~given["mask"]
+    given["hidden"][outside] = float("nan")
+    for name in ("sampler_logprob", "advantage"):
+        given[name][outside] = float("inf")
+    results = []
+    for tensors in (given, clean):
+        leaves = head_leaves(tensors)
+        out = linear_policy_loss(**tensors, num_tokens=9, impl=impl)
+        results.append((out.loss, *torch.autograd.grad(out.loss, leaves)))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("case", ["no rows", "no trained row"])
+def test_nothing_to_train_on_gives_differentiable_zeros(impl: str, case: str):
+    given = inputs(rows=0 if case == "no rows" else 5)
+    given["mask"] = torch.zeros(len(given["hidden"]), dtype=torch.bool)
+    leaves = head_leaves(given)
+    out = linear_policy_loss(**given, num_tokens=0, impl=impl)
+    out.loss.backward()
+    assert out.loss.item() == 0
+    assert all(leaf.grad.eq(0).all() for leaf in leaves)
+
+
+def test_the_chunks_do_not_show(impl: str, monkeypatch: pytest.MonkeyPatch):
+    results = []
+    for rows in (16, 32, 48):
+        monkeypatch.setattr(module, "CPU_CHUNK", rows * 80 * 4)
+        monkeypatch.setattr(module, "GPU_CHUNK", rows * 80 * 4)
+        given = inputs()
+        leaves = head_leaves(given)
+        out = linear_policy_loss(**given, num_tokens=9, impl=impl)
+        results.append((out.loss, *torch.autograd.grad(out.loss, leaves)))
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_half_precision_is_as_exact_as_in_two_steps():
+    given = inputs(rows=64, size=96)
+    given["hidden"], given["weight"] = given["hidden"].bfloat16(), given["weight"].bfloat16()
+    exact = {**given, "hidden": given["hidden"].double(), "weight": given["weight"].double()}
+    for name in ("sampler_logprob", "advantage"):
+        exact[name] = given[name].double()
+    truth_leaves = head_leaves(exact)
+    truth = torch.autograd.grad(linear_policy_loss_reference(**exact, num_tokens=30.0), truth_leaves)
+    errors = []
+    for op in (
+        lambda **x: linear_policy_loss(**x, num_tokens=30.0).loss,
+        lambda **x: two_steps(x, {}, {"num_tokens": 30.0}, False).loss,
+    ):
+        tensors = dict(given)
+        leaves = head_leaves(tensors)
+        gradients = torch.autograd.grad(op(**tensors), leaves)
+        errors.append([(a.double() - b).norm() / b.norm() for a, b in zip(gradients, truth, strict=True)])
+    for one, two in zip(*errors, strict=True):
+        assert one <= 1.1 * two
+
+
+def test_beside_the_gradients_only_a_chunk_of_logits_exists():
+    rows, vocab = 512, 4096
+    given = inputs(rows, 8, vocab)
+    given["mask"][:] = True
+    leaves = head_leaves(given)
+    peak = peak_bytes(lambda: linear_policy_loss(**given, num_tokens=9).loss.backward())
+    gradients = sum(4 * leaf.numel() for leaf in leaves)
+    assert peak - 2 * gradients < 4 * rows * vocab / 10  # twice: as they are made, and scaled by the upstream gradient
+
+
+def test_the_operator_is_registered_as_torch_wants_it():
+    given = inputs(rows=9)
+    hidden, weight = head_leaves(given)
+    fixed = (
+        given["targets"],
+        given["sampler_logprob"],
+        given["advantage"],
+        given["mask"],
+        None,
+        None,
+        torch.tensor(3.0),
+    )
+    options = (None, 1.0, 1.0, None, -100, False, 0.8, 1.2, 3.0, 0.0, "k2", 0.0, True, True, False, False)
+    torch.library.opcheck(torch.ops.fastrlhf.linear_policy_loss.default, (hidden, weight, None, *fixed, *options))
+
+
+def test_it_compiles_to_one_graph():
+    compiled = torch.compile(linear_policy_loss, fullgraph=True, backend="aot_eager")
+    gradients = []
+    for op in (linear_policy_loss, compiled):
+        given = inputs()
+        leaves = head_leaves(given)
+        gradients.append(torch.autograd.grad(op(**given, num_tokens=9).loss, leaves))
+    for a, b in zip(*gradients, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weight": torch.zeros(4, 3)}, r"weight must have shape \(4, 24\)"),
+        ({"targets": torch.full((37,), 70)}, r"targets must be in \[0, 69\], got 70"),
+        ({"mask": torch.ones(37)}, "mask must be torch.bool"),
+        ({"advantage": torch.ones(36)}, r"advantage must have shape \(37,\)"),
+        ({"kl_coef": 0.1}, "kl_coef needs reference_logprob"),
+        ({"temperature": -1.0}, "temperature must be in"),
+        ({"num_tokens": -1}, "num_tokens must not be negative"),
+        ({"impl": "cuda"}, r"impl must be .* got 'cuda'"),
+    ],
+)
+def test_bad_arguments_are_named(changes: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        linear_policy_loss(**{**inputs(), "num_tokens": 9, **changes})
