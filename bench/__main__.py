@@ -1,13 +1,16 @@
-"""python -m bench toy | resets | aot, each with --help"""
+"""python -m bench toy | resets | aot | kernels | tune, each with --help"""
 
 from __future__ import annotations
 
 import argparse
+import math
+import os
 import sys
 from pathlib import Path
 
 
 def main() -> None:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # of torch's profiler, which announces every start and stop
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     toy = commands.add_parser("toy", help="the demo over several seeds: means, intervals, DR-PO against PPO")
@@ -22,6 +25,19 @@ def main() -> None:
     aot = commands.add_parser("aot", help="every kernel compiled without a GPU: registers, spills, shared memory")
     aot.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], choices=[80, 90, 100])
     aot.add_argument("--check", action="store_true", help="exit with 1 where a kernel spills or misses its units")
+    kernels = commands.add_parser("kernels", help="time, memory and error of every way to log-probs, peers included")
+    kernels.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="on a CPU: eager and ours, float32")
+    kernels.add_argument("--shape", type=int, nargs=3, action="append", metavar=("T", "D", "V"), help="repeatable")
+    kernels.add_argument("--peaked", type=int, nargs="+", choices=[1, 0], help="peaked or flat logits, or both")
+    kernels.add_argument("--dead", type=float, nargs="+", help="shares of rows without gradient")
+    kernels.add_argument("--tasks", nargs="+", help="of the first column of the table")
+    kernels.add_argument("--only", nargs="+", help="starts of names of the second column")
+    kernels.add_argument("--runs", type=int, help="rounds: 20, on a CPU 9")
+    kernels.add_argument("--seconds", type=float, default=1.0, help="per contender and case, on a GPU")
+    kernels.add_argument("--out", type=Path, default=Path("bench/results"), help="folder that rows are appended in")
+    kernels.add_argument("--table", type=Path, metavar="FILE", help="measure nothing, print the tables of these rows")
+    tune = commands.add_parser("tune", help="tiles of the fused head: candidates timed in turn, on a GPU")
+    tune.add_argument("--runs", type=int, default=10)
     arguments = parser.parse_args()
     # Each command imports what it alone needs.
     if arguments.command == "toy":
@@ -32,6 +48,12 @@ def main() -> None:
         from bench.resets import run_resets
 
         print(run_resets(arguments.seeds, arguments.jobs, arguments.out))
+    if arguments.command == "kernels" and (faults := _kernels(arguments)):
+        sys.exit("\n".join(faults))
+    if arguments.command == "tune":
+        from bench.tune import run_tune
+
+        run_tune(arguments.runs)
     if arguments.command == "aot":
         from bench.aot import run_aot
 
@@ -39,6 +61,26 @@ def main() -> None:
         print(table)
         if faults and arguments.check:
             sys.exit("\n".join(faults))
+
+
+def _kernels(a: argparse.Namespace) -> list[str]:
+    import torch
+
+    from bench.kernels import CPU_SHAPE, SHAPES, all_cases, read_rows, run_kernels, table
+    from bench.providers import select
+
+    cpu = a.device == "cpu"
+    shapes = a.shape or ([CPU_SHAPE] if cpu else SHAPES)
+    cases = all_cases(shapes, a.peaked or ([1] if cpu else [1, 0]), a.dead or ([0.0] if cpu else [0.0, 0.5]))
+    if a.table:
+        print(table(read_rows(a.table), cases))
+        return []
+    if not cpu and not torch.cuda.is_available():
+        return ["there is no GPU here: --device cpu"]
+    tasks, only = a.tasks or (["logprob"] if cpu else []), a.only or (["eager", "ours"] if cpu else [])
+    providers = select(torch.device(a.device), tasks, only)
+    runs, seconds = a.runs or (9 if cpu else 20), math.inf if cpu else a.seconds
+    return run_kernels(torch.device(a.device), cases, providers, runs, seconds, a.out)
 
 
 if __name__ == "__main__":

@@ -4,35 +4,54 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import platform
+import shutil
 import subprocess
 from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "cut-cross-entropy", "trl", "verl")
+
+
+def device_name(kind: str = "cuda") -> str:
+    """The GPU's, or the processor's where `kind` is "cpu" or there is no GPU."""
+    gpu = kind == "cuda" and torch.cuda.is_available()
+    return torch.cuda.get_device_name() if gpu else f"cpu-{platform.machine()}"
 
 
 def append_row(row: Mapping[str, Any], folder: Path = RESULTS) -> None:
-    """Appends the row, with commit, date, versions and device, to the file of this device."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu-{platform.machine()}"
-    folder.mkdir(parents=True, exist_ok=True)
+    """Appends the row, with commit, date, versions and device, to the file of its device.
+
+    COMMIT in the environment names the commit of a copy without its history.
+    """
     stamp = {
-        "device": device,
-        "commit": _git("rev-parse", "--short", "HEAD"),
+        "device": row.get("device") or device_name(),
+        "commit": os.environ.get("COMMIT") or _git("rev-parse", "--short", "HEAD"),
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "date": datetime.date.today().isoformat(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        **{package: found for package in PACKAGES if (found := _version(package))},
     }
-    name = device.lower().replace(" ", "_")
+    folder.mkdir(parents=True, exist_ok=True)
+    name = stamp["device"].lower().replace(" ", "_")
     with (folder / f"{name}.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps({**row, **stamp}) + "\n")
 
 
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
 def _git(*arguments: str) -> str:
+    if shutil.which("git") is None:
+        return ""
     run = subprocess.run(["git", *arguments], cwd=RESULTS.parent, capture_output=True, text=True, check=False)
     return run.stdout.strip()

@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.measure import peak_bytes
 from fastrlhf_kernels import _blocks as blocks
 from fastrlhf_kernels import _head as head
 from fastrlhf_kernels import _tiles as tiles
 from fastrlhf_kernels import linear_logprob
 from fastrlhf_kernels.linear_logprob import linear_logprob_reference
-from tests.memory import peak_bytes
 from tests.tolerance import assert_op_matches
 
 # T, D, V around blocks of (8, 7), and around tiles of (16, 16, 16) in shares of 32 and parts of 16

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.measure import peak_bytes
 from fastrlhf_kernels import _tiles as tiles
 from fastrlhf_kernels.linear_logprob import linear_logprob
 from fastrlhf_kernels.linear_policy_loss import linear_policy_loss, linear_policy_loss_reference
 from fastrlhf_kernels.policy_loss import policy_loss
-from tests.memory import peak_bytes
 from tests.tolerance import assert_op_matches
 
 module = sys.modules["fastrlhf_kernels.linear_policy_loss"]

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.measure import peak_bytes
 from fastrlhf_kernels import _blocks as blocks
 from fastrlhf_kernels.linear_logprob import linear_logprob_reference
 from fastrlhf_kernels.logprob_from_logits import logprob_from_logits, logprob_from_logits_reference
-from tests.memory import peak_bytes
 from tests.tolerance import assert_op_matches
 
 module = importlib.import_module("fastrlhf_kernels.logprob_from_logits")  # the package may export its function

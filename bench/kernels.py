@@ -1,0 +1,190 @@
+"""Time, memory and error of every way from hidden states to log-probs and losses, in one process.
+
+Ours is first compared with float64 on small cases: an op that fails has the reason in its row and no time.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.measure import Tensors, excess, interleave, largest_error, peak_extra_bytes, relative_error, run
+from bench.problems import FLOORS, TASKS, Case, make_problem
+from bench.providers import PROVIDERS, Provider
+from bench.results import RESULTS, append_row, device_name
+
+SHAPES = ((8192, 4096, 128256), (16384, 2048, 151936), (4096, 896, 151936))
+CPU_SHAPE = (2048, 512, 50257)
+ALONE = Case(1 << 20, 1, 1)  # of the ops on log-probs alone
+CHECKED = (Case(65, 64, 1003, dead=0.5), Case(130, 128, 5003))  # V below and above what one forward program takes
+NOT_INSTALLED = "not installed"
+ERRORS = ("logprob_error", "entropy_error", "hidden_grad_error", "weight_grad_error")
+COLUMNS = {  # of a row: heading and format in the table
+    "forward_ms": ("forward ms", ".2f"),
+    "backward_ms": ("backward ms", ".2f"),
+    "total_ms": ("total ms [20, 80 %]", ".2f"),
+    "percent_of_floor": ("% of floor", ".0f"),
+    "peak_extra_mb": ("extra MB", ".1f"),
+    **dict(zip(ERRORS, (("logprob", ".1e"), ("entropy", ".1e"), ("dX", ".1e"), ("dW", ".1e")), strict=True)),
+}
+LEGEND = """\
+Medians of interleaved runs, on a GPU with the L2 cache overwritten before each. % of floor: the time of 4 bare products
+over all rows (logits, logits again, dX, dW; for ops on log-probs alone, of copying as many bytes) over the total; more
+than 100 where products or rows are saved. Extra: peak memory beyond inputs and returned gradients. Errors are against
+float64: the largest of logprob and entropy, in nats; |d - d64| / |d64| of the gradients."""
+
+Row = dict[str, Any]
+
+
+def all_cases(shapes: Sequence[Sequence[int]], peaked: Sequence[int], dead: Sequence[float]) -> list[Case]:
+    """Every mixture for every shape, the shapes side by side, and the ops on log-probs alone."""
+    return [*(Case(t, d, v, bool(p), share) for p in peaked for share in dead for t, d, v in shapes), ALONE]
+
+
+def competing(case: Case, providers: Sequence[Provider]) -> list[Provider]:
+    """Those that have something to do in this case; none where only the floors have."""
+    found = [p for p in providers if p.asked.alone == case.alone]
+    return found if {p.task for p in found} - set(FLOORS) else []
+
+
+def run_kernels(
+    device: torch.device,
+    cases: Sequence[Case],
+    providers: Sequence[Provider] = PROVIDERS,
+    runs: int = 20,
+    seconds: float = math.inf,
+    folder: Path = RESULTS,
+) -> list[str]:
+    """Prints a table per case and appends its rows as they come. Returns what is wrong with our ops.
+
+    bfloat16 on a GPU, float32 on a CPU. `seconds` are per contender and case.
+    """
+    print(LEGEND, flush=True)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    faults = {}
+    for provider in (p for p in providers if p.ours and any(p in competing(case, providers) for case in cases)):
+        try:
+            faults[provider] = fault(provider, dtype, device)
+        except Exception as error:
+            faults[provider] = _reason(error, device)
+    for case in cases:
+        if here := competing(case, providers):
+            rows = measure_case(case, here, faults, dtype, device, runs, seconds)
+            print("\n" + table(rows, [case], here), flush=True)
+            for row in rows:
+                if row["error"] != NOT_INSTALLED:
+                    append_row(row, folder)
+    return [f"{p.task}, {p.name}: {reason}" for p, reason in faults.items() if reason]
+
+
+def fault(provider: Provider, dtype: torch.dtype, device: torch.device) -> str:
+    """Where it is less exact than plain torch in the same dtype; "" where it is not."""
+    task = provider.asked
+    for case in CHECKED:
+        problem = make_problem(case, dtype, device)
+        truth = run(task.step(task.reference, problem.double()))
+        plain = run(task.step(task.reference, problem))
+        found = run(task.step(provider.function, problem))
+        for kind, *triples in zip(("output", "gradient"), found, plain, truth, strict=True):
+            for i, tensors in enumerate(zip(*triples, strict=True)):
+                if reason := excess(*(tensor.detach() for tensor in tensors)):
+                    return f"{kind} {i} at {case}: {reason}"
+    return ""
+
+
+def measure_case(
+    case: Case,
+    providers: Sequence[Provider],
+    faults: Mapping[Provider, str],
+    dtype: torch.dtype,
+    device: torch.device,
+    runs: int,
+    seconds: float,
+) -> list[Row]:
+    """A row per contender. All that run are timed in turn; those that fail have the reason instead."""
+    problem = make_problem(case, dtype, device)
+    rows, steps = {}, {}
+    for name, group in groupby(providers, key=lambda provider: provider.task):
+        task = TASKS[name]
+        truth = task.truth(problem) if task.by_row else None
+        for provider in group:
+            row = rows[provider] = {"bench": "kernels", **_key(case, provider), **dict.fromkeys(COLUMNS)}
+            row |= {"device": device_name(device.type), "dtype": str(dtype).removeprefix("torch.")}
+            row["error"] = NOT_INSTALLED if provider.missing else faults.get(provider, "")
+            if row["error"]:
+                continue
+            step = task.step(provider.function, problem)
+            try:
+                run(step)  # compiles and tunes, which may spoil what it returns
+                extra, outputs, gradients = peak_extra_bytes(step, device)
+                row |= {"peak_extra_mb": extra / 1e6} | ({} if truth is None else _errors(outputs, gradients, *truth))
+                steps[provider] = step
+            except Exception as error:
+                row["error"] = _reason(error, device)
+    for provider, times in interleave(steps, device, runs, seconds).items():
+        rows[provider] |= {"error": _reason(times, device)} if isinstance(times, Exception) else times
+    floors = [row["total_ms"] for provider, row in rows.items() if provider.task in FLOORS]
+    for provider, row in rows.items():
+        if floors and floors[-1] and row["total_ms"]:
+            share = provider.asked.row_bytes / TASKS["copy"].row_bytes if case.alone else 1.0
+            row["percent_of_floor"] = 100 * share * floors[-1] / row["total_ms"]
+            row["gb_per_s"] = provider.asked.row_bytes * case.rows / row["total_ms"] / 1e6
+    return [*rows.values()]
+
+
+def _errors(outputs: Tensors, gradients: Tensors, true_outputs: list[Tensor], true_gradients: list[Tensor]) -> Row:
+    """Which of ERRORS there are."""
+    found: Row = dict(zip(ERRORS[:2], map(largest_error, outputs, true_outputs), strict=False))
+    found |= dict(zip(ERRORS[2:], map(relative_error, gradients, true_gradients), strict=False))
+    if not all(map(math.isfinite, found.values())):
+        raise ArithmeticError(f"not finite: {found}")
+    return found
+
+
+def _reason(error: Exception, device: torch.device) -> str:
+    """One line. A device that an illegal access has broken raises here: nothing measured on it would be true."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+    return f"{type(error).__name__}: {error}".split("\n")[0][:160]
+
+
+def _key(case: Case, provider: Provider) -> Row:
+    return {"provider": provider.name, "task": provider.task, **case._asdict()}
+
+
+def read_rows(file: Path) -> list[Row]:
+    rows = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+    return [row for row in rows if row["bench"] == "kernels"]
+
+
+def table(rows: Sequence[Row], cases: Sequence[Case], providers: Sequence[Provider] = PROVIDERS) -> str:
+    """Markdown: the newest row of every contender in every case, "not measured yet" where there is none."""
+    headings = [heading for heading, _ in COLUMNS.values()]
+    lines = []
+    for case in cases:
+        lines += [f"### {case}", "", f"| | | {' | '.join(headings)} |", "|---" * (len(headings) + 2) + "|"]
+        for provider in competing(case, providers):
+            key = _key(case, provider)
+            found = [row for row in rows if key.items() <= row.items()]
+            cells = _cells(found[-1]) if found else ["not measured yet"]
+            cells += [""] * (len(headings) - len(cells))
+            lines.append(f"| {provider.task} | {provider.name} | {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines[:-1])
+
+
+def _cells(row: Row) -> list[str]:
+    if row["error"]:
+        return [row["error"].replace("|", "/")]
+    cells = ["" if row[name] is None else f"{row[name]:{form}}" for name, (_, form) in COLUMNS.items()]
+    cells[2] += f" [{row['total_ms_20']:.2f}, {row['total_ms_80']:.2f}]"
+    cells[3] += f" ({row['gb_per_s']:.0f} GB/s)" if row.get("gb_per_s") else ""
+    return cells

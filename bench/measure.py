@@ -1,0 +1,149 @@
+"""What is measured of a step, forward and backward: its time, the memory it needs, how far it is from float64.
+
+Time is that of CUDA events, after the L2 cache has been overwritten, or on a CPU of the clock on the wall.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.profiler import profile
+
+Key = TypeVar("Key", bound=Hashable)
+Tensors = tuple[Tensor, ...]
+LEAST_RUNS = 3
+FACTOR, EPSILONS = 2.0, 4.0  # of the bound in `excess`
+
+
+@dataclass(frozen=True)
+class Step:
+    """`forward`, then the gradients of its outputs with respect to `leaves`."""
+
+    forward: Callable[[], Tensors]
+    leaves: Tensors = ()
+    upstream: Tensors = ()
+    """The gradients of the first outputs; a loss, 0-dim, needs none."""
+
+    def backward(self, outputs: Tensors) -> Tensors:
+        if not self.leaves:
+            return ()
+        upstream = None
+        if outputs[0].dim():
+            upstream = [g.to(o.dtype) for o, g in zip(outputs, self.upstream, strict=False)]
+        return torch.autograd.grad(outputs, self.leaves, upstream)
+
+
+def run(step: Step) -> tuple[Tensors, Tensors]:
+    """(outputs, gradients)"""
+    outputs = step.forward()
+    return outputs, step.backward(outputs)
+
+
+class Timer:
+    """Milliseconds of (forward, backward)."""
+
+    def __init__(self, device: torch.device):
+        self.scratch = None
+        if device.type == "cuda":
+            cache = torch.cuda.get_device_properties(device).L2_cache_size
+            self.scratch = torch.empty(2 * cache, dtype=torch.uint8, device=device)
+
+    def __call__(self, step: Step) -> tuple[float, float]:
+        if self.scratch is None:
+            start = time.perf_counter()
+            outputs = step.forward()
+            middle = time.perf_counter()
+            step.backward(outputs)
+            return 1e3 * (middle - start), 1e3 * (time.perf_counter() - middle)
+        start, middle, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+        self.scratch.zero_()
+        start.record()
+        outputs = step.forward()
+        middle.record()
+        step.backward(outputs)
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(middle), middle.elapsed_time(end)
+
+
+def interleave(
+    steps: Mapping[Key, Step], device: torch.device, runs: int, seconds: float
+) -> dict[Key, dict[str, Any] | Exception]:
+    """Times the steps in turn, `runs` rounds, so that clocks and heat are the same for all.
+
+    A step that has used up its `seconds` sits the later rounds out, but has `LEAST_RUNS`. Gives medians, with the
+    quantiles at 20 and 80 % of the total; for a step that raised, what it raised.
+    """
+    timer, times, failed = Timer(device), {key: [] for key in steps}, {}
+    for _ in range(runs):
+        for key, step in steps.items():
+            past = times[key]
+            if key in failed or (len(past) >= LEAST_RUNS and sum(map(sum, past)) > 1e3 * seconds):
+                continue
+            try:
+                past.append(timer(step))
+            except Exception as error:
+                failed[key] = error.with_traceback(None)  # a traceback would keep the tensors of its frames
+    return {key: failed.get(key) or _summary(past) for key, past in times.items()}
+
+
+def _summary(times: list[tuple[float, float]]) -> dict[str, Any]:
+    forward, backward = torch.tensor(times, dtype=torch.float64).unbind(1)
+    total = forward + backward
+    low, middle, high = total.quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
+    return {
+        "runs": len(times),
+        "forward_ms": forward.quantile(0.5).item(),
+        "backward_ms": backward.quantile(0.5).item(),
+        "total_ms": middle,
+        "total_ms_20": low,
+        "total_ms_80": high,
+    }
+
+
+def peak_extra_bytes(step: Step, device: torch.device) -> tuple[int, Tensors, Tensors]:
+    """(the most memory allocated at once beyond what was there and the gradients, outputs, gradients)"""
+    kept: list[tuple[Tensors, Tensors]] = []
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        kept.append(run(step))
+        peak = torch.cuda.max_memory_allocated(device) - before
+    else:
+        peak = peak_bytes(lambda: kept.append(run(step)))
+    outputs, gradients = kept[0]
+    return peak - sum(g.nbytes for g in gradients), outputs, gradients
+
+
+def peak_bytes(function: Callable[[], Any]) -> int:
+    """The most memory of a CPU that `function` allocates at once."""
+    with profile(profile_memory=True) as recorded:
+        function()
+    current = peak = 0
+    for event in recorded.profiler.kineto_results.events():  # pyright: ignore[reportOptionalMemberAccess]
+        if event.name() == "[memory]":
+            current += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue]
+            peak = max(peak, current)
+    return peak
+
+
+def relative_error(actual: Tensor, truth: Tensor) -> float:
+    """|actual - truth| / |truth|, Euclidean."""
+    return ((actual.double() - truth).norm() / truth.norm()).item()
+
+
+def largest_error(actual: Tensor, truth: Tensor) -> float:
+    return (actual.double() - truth).abs().max().item()
+
+
+def excess(actual: Tensor, plain: Tensor, truth: Tensor) -> str:
+    """Why `actual` is not as exact as plain torch in the same dtype against float64, or "" where it is."""
+    allowed = FACTOR * largest_error(plain, truth)
+    allowed += EPSILONS * torch.finfo(plain.dtype).eps * truth.abs().max().item()
+    error = largest_error(actual, truth)
+    return "" if error <= allowed else f"error {error:.2g}, allowed {allowed:.2g}"

@@ -1,0 +1,208 @@
+"""What the contenders of `python -m bench kernels` are given (`Case`, `Problem`) and asked for (`Task`)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.measure import Step, Tensors, run
+from fastrlhf_kernels import linear_logprob, pair_loss, policy_loss
+from fastrlhf_kernels.gae import gae_reference
+from fastrlhf_kernels.linear_logprob import linear_logprob_reference
+from fastrlhf_kernels.pair_loss import pair_loss_reference
+from fastrlhf_kernels.policy_loss import policy_loss_reference
+
+SEQUENCE = 1024  # rows, where there are enough for a pair of sequences
+CHUNK = {"cpu": 1 << 24, "cuda": 1 << 27}  # float64 logits that exist at a time
+
+
+class Case(NamedTuple):
+    rows: int  # T
+    size: int  # D
+    vocab: int  # V; 1 for the ops on log-probs alone
+    peaked: bool = True  # targets as likely as where a policy scores what it wrote; else about 1 / V
+    dead: float = 0.0  # share of rows without gradient: ignored if the task says so, else clipped or of advantage 0
+
+    @property
+    def alone(self) -> bool:
+        return self.vocab == 1
+
+    def __str__(self) -> str:
+        if self.alone:
+            return f"T = {self.rows}"
+        logits = "peaked" if self.peaked else "flat"
+        shape = f"T = {self.rows}, D = {self.size}, V = {self.vocab}"
+        return f"{shape}, {logits}, {100 * self.dead:.0f} % of rows without gradient"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The tensors of a case, the same for all contenders; those without a word on it are float32."""
+
+    hidden: Tensor  # [T, D] in the dtype of the model
+    weight: Tensor  # [V, D] the same
+    targets: Tensor  # [T] int64
+    dead: Tensor  # [T] bool
+    grad_logprob: Tensor  # [T], 0 in dead rows
+    grad_entropy: Tensor  # [T], 0 in dead rows
+    logprob: Tensor  # [T] of the targets
+    sampler_logprob: Tensor  # [T] of a policy 0.1 nats away
+    advantage: Tensor  # [T], one number per sequence
+    cu_seqlens: Tensor  # [2B+1] int64
+    bias: Tensor | None = None  # [V] the same
+    temperature: Tensor | float = 1.0  # [T]
+    softcap: float | None = None
+
+    @property
+    def mask(self) -> Tensor:
+        return self.targets != -100
+
+    @property
+    def num_pairs(self) -> int:
+        return len(self.cu_seqlens) // 2
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"bias": self.bias, "temperature": self.temperature, "softcap": self.softcap}
+
+    def double(self) -> Problem:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        floats = {k: v.double() for k, v in values.items() if isinstance(v, Tensor) and v.is_floating_point()}
+        return replace(self, **floats)
+
+    def chunks(self, elements: int) -> Iterator[Problem]:
+        """The rows in order, few enough at a time for `elements` logits; `cu_seqlens` loses its meaning."""
+        step = max(1, elements // len(self.weight))
+        names = {f.name for f in fields(self)} - {"weight", "bias", "cu_seqlens"}
+        by_row = {name: value for name in names if isinstance(value := getattr(self, name), Tensor)}
+        for start in range(0, len(self.hidden), step):
+            yield replace(self, **{name: value[start : start + step] for name, value in by_row.items()})
+
+
+def make_problem(case: Case, dtype: torch.dtype, device: torch.device) -> Problem:
+    """The same on every call. Ids are log-uniform, about as words are; 90 % of peaked targets have p = .5 to .9997."""
+    rng = torch.Generator(device).manual_seed(0)
+    normal = partial(torch.randn, generator=rng, device=device)
+    uniform = partial(torch.rand, generator=rng, device=device)
+    rows, size, vocab, peaked, share = case
+    weight, hidden = normal(vocab, size) / size**0.5, normal(rows, size)
+    targets = (vocab ** uniform(rows)).long() - 1
+    if peaked:
+        lead = (math.log(vocab) + 8 * uniform(rows)) / weight[targets].square().sum(1)
+        hidden += lead[:, None] * weight[targets]
+        targets = targets.where(uniform(rows) < 0.9, torch.randint(vocab, (rows,), generator=rng, device=device))
+    hidden, weight = hidden.to(dtype), weight.to(dtype)
+    with torch.no_grad():
+        logprob = linear_logprob(hidden, weight, targets, impl="torch").logprob
+    num_sequences = 2 * max(1, rows // (2 * SEQUENCE))
+    cu_seqlens = torch.linspace(0, rows, num_sequences + 1, device=device).round().long()
+    advantage = normal(num_sequences)
+    advantage[: round(share * num_sequences)] = 0
+    dead = uniform(rows) < share
+    return Problem(
+        hidden=hidden,
+        weight=weight,
+        targets=targets,
+        dead=dead,
+        grad_logprob=normal(rows).masked_fill(dead, 0),
+        grad_entropy=(0.1 * normal(rows)).masked_fill(dead, 0),
+        logprob=logprob,
+        sampler_logprob=logprob + 0.1 * normal(rows),
+        advantage=advantage.repeat_interleave(cu_seqlens.diff()),
+        cu_seqlens=cu_seqlens,
+        bias=normal(vocab).to(dtype),
+        temperature=0.5 + uniform(rows),
+        softcap=30.0,
+    )
+
+
+@dataclass(frozen=True)
+class Task:
+    """A question to which all contenders give the same answer."""
+
+    reference: Callable[[Problem], Tensors]
+    """The definition, in the dtype of the problem"""
+    leaves: tuple[str, ...] = ("hidden", "weight")
+    """Fields of the problem that are trained"""
+    by_row: bool = True
+    """Asks for numbers per row, so that the truth can be had a few rows at a time"""
+    options: bool = False
+    """With a bias, a soft cap and a temperature per row"""
+    ignores: bool = False
+    """Dead rows are ignored targets, as in supervised fine-tuning."""
+    row_bytes: int = 0
+    """For an op on log-probs alone: what it must read and write per row, forward and backward"""
+
+    @property
+    def alone(self) -> bool:
+        return self.row_bytes > 0
+
+    def step(self, function: Callable[[Problem], Tensors], problem: Problem) -> Step:
+        if not self.options:
+            problem = replace(problem, bias=None, temperature=1.0, softcap=None)
+        if self.ignores:
+            problem = replace(problem, targets=problem.targets.masked_fill(problem.dead, -100))
+        leaves = {name: getattr(problem, name).detach().requires_grad_() for name in self.leaves}
+        problem = replace(problem, **leaves)
+        return Step(partial(function, problem), tuple(leaves.values()), (problem.grad_logprob, problem.grad_entropy))
+
+    def truth(self, problem: Problem) -> tuple[list[Tensor], list[Tensor]]:
+        """(outputs, gradients) of the definition in float64."""
+        weight = problem.weight.double()
+        outputs, hidden_grads, weight_grad = [], [], torch.zeros_like(weight)
+        for chunk in problem.chunks(CHUNK[weight.device.type]):
+            some, gradients = run(self.step(self.reference, replace(chunk, weight=weight).double()))
+            outputs.append([output.detach() for output in some])
+            hidden_grads.append(gradients[0])
+            weight_grad += sum(gradients[1:])
+        joined = [torch.cat(pieces) for pieces in zip(*outputs, strict=True)]
+        return joined, [torch.cat(hidden_grads), weight_grad][: len(self.leaves)]
+
+
+def head(p: Problem, entropy: bool = False) -> Tensors:
+    options = {k: v.to(p.hidden.dtype) if isinstance(v, Tensor) else v for k, v in p.options.items()}
+    out = linear_logprob_reference(p.hidden, p.weight, p.targets, **options)  # pyright: ignore[reportArgumentType]
+    return (out.logprob, out.entropy) if entropy and out.entropy is not None else (out.logprob,)
+
+
+def sft(p: Problem, logprob: Tensor) -> Tensors:
+    return (-logprob.where(p.mask, 0).sum(),)
+
+
+def policy(p: Problem, logprob: Tensor, exact: bool = False) -> Tensors:
+    rows = (logprob, p.sampler_logprob, p.advantage, p.mask)
+    if exact:
+        return (policy_loss_reference(*rows, num_tokens=len(logprob)),)
+    return (policy_loss(*rows, num_tokens=len(logprob)).loss,)
+
+
+def pairs(p: Problem, logprob: Tensor, exact: bool = False) -> Tensors:
+    rows = (logprob, p.sampler_logprob, p.cu_seqlens, p.mask)
+    if exact:
+        return (pair_loss_reference(*rows, num_pairs=p.num_pairs),)
+    return (pair_loss(*rows, num_pairs=p.num_pairs).loss,)
+
+
+TASKS = {
+    "products": Task(lambda p: (F.linear(p.hidden, p.weight)[:, 0],), by_row=False),
+    "logprob": Task(head),
+    "entropy": Task(partial(head, entropy=True)),
+    "frozen head": Task(head, leaves=("hidden",)),
+    "all options": Task(head, options=True),
+    "sft": Task(lambda p: sft(p, *head(p)), by_row=False, ignores=True),
+    "policy": Task(lambda p: policy(p, *head(p), exact=True), by_row=False),
+    "policy, frozen head": Task(lambda p: policy(p, *head(p), exact=True), leaves=("hidden",), by_row=False),
+    "dpo": Task(lambda p: pairs(p, *head(p), exact=True), by_row=False, ignores=True),
+    "copy": Task(lambda p: (p.logprob,), (), by_row=False, row_bytes=16),
+    "policy_loss": Task(lambda p: policy(p, p.logprob, exact=True), ("logprob",), by_row=False, row_bytes=17),
+    "pair_loss": Task(lambda p: pairs(p, p.logprob, exact=True), ("logprob",), by_row=False, row_bytes=13),
+    "gae": Task(lambda p: gae_reference(p.advantage, p.logprob, p.cu_seqlens), (), by_row=False, row_bytes=16),
+}
+FLOORS = ("products", "copy")  # what the hardware allows; the last contender of one is the floor of its case

@@ -1,0 +1,222 @@
+import json
+import math
+import os
+import subprocess
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import kernels, problems, providers, tune
+from bench.__main__ import main
+from bench.kernels import COLUMNS, run_kernels, table
+from bench.measure import Step, interleave, peak_extra_bytes, run
+from bench.problems import FLOORS, TASKS, Case, make_problem
+from bench.providers import PROVIDERS, Provider, select
+from fastrlhf_kernels import linear_logprob
+from fastrlhf_kernels._tiles import FORWARD
+
+CPU = torch.device("cpu")
+TINY = Case(24, 16, 40, dead=0.5)
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture
+def problem() -> problems.Problem:
+    return make_problem(TINY, torch.float32, CPU)
+
+
+def rows_in(folder: Path) -> list[dict]:
+    return [json.loads(line) for file in folder.iterdir() for line in file.read_text().splitlines()]
+
+
+def measured(folder: Path, chosen: list[Provider], case: Case = TINY) -> tuple[list[str], dict[str, dict]]:
+    faults = run_kernels(CPU, [case], chosen, runs=3, folder=folder)
+    return faults, {row["provider"]: row for row in rows_in(folder)}
+
+
+def test_a_run_leaves_a_row_with_every_column_for_each_contender(tmp_path: Path, capsys: pytest.CaptureFixture):
+    faults, rows = measured(tmp_path, select(CPU, ["entropy"], ["4 products", "eager", "ours"]))
+    assert not faults
+    assert list(rows) == ["4 products", "eager", "ours"]
+    for name in ("eager", "ours"):
+        assert all(math.isfinite(rows[name][column]) for column in COLUMNS)
+        assert all(0 < rows[name][column] < 1e-5 for column in kernels.ERRORS)
+        assert rows[name]["runs"] == 3
+        share = rows["4 products"]["total_ms"] / rows[name]["total_ms"]
+        assert rows[name]["percent_of_floor"] == pytest.approx(100 * share)
+    assert {"commit", "date", "device", "torch", "triton"} <= rows["ours"].keys()
+    assert f"| entropy | ours | {rows['ours']['forward_ms']:.2f} " in capsys.readouterr().out
+
+
+def wrong_value(*args, **kwargs):
+    out = linear_logprob(*args, **kwargs)
+    return out._replace(logprob=out.logprob * 1.001)
+
+
+def wrong_gradient(hidden, *args, **kwargs):
+    return linear_logprob(1.001 * hidden - 0.001 * hidden.detach(), *args, **kwargs)
+
+
+@pytest.mark.parametrize(("broken", "where"), [(wrong_value, "output 0"), (wrong_gradient, "gradient 0")])
+def test_an_op_that_is_wrong_gets_no_time(broken, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(providers, "linear_logprob", broken)
+    options = ["--device", "cpu", "--shape", "24", "16", "40", "--runs", "3", "--out", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["bench", "kernels", *options])
+    with pytest.raises(SystemExit, match=f"logprob, ours: {where} at T = 65.*: error .*, allowed"):
+        main()
+    ours, eager = sorted(rows_in(tmp_path), key=lambda row: row["provider"], reverse=True)
+    assert ours["total_ms"] is None
+    assert where in ours["error"]
+    assert eager["total_ms"] > 0
+
+
+def fails(p: problems.Problem):
+    raise RuntimeError("no such kernel\nand more")
+
+
+def test_peers_that_are_missing_or_fail_say_so_and_the_others_are_measured(tmp_path: Path, capsys):
+    eager = next(p for p in PROVIDERS if p.name == "eager")
+    peers = [
+        Provider("absent", "logprob", fails, "no_such_package"),
+        Provider("failing", "logprob", fails),
+        Provider("not a number", "logprob", lambda p: (p.hidden.sum(1) * p.weight.sum() * math.nan,)),
+    ]
+    _, rows = measured(tmp_path, [*peers, eager])
+    assert rows["failing"]["error"] == "RuntimeError: no such kernel"
+    assert rows["not a number"]["error"].startswith("ArithmeticError: not finite")
+    assert rows["eager"]["total_ms"] > 0
+    assert "absent" not in rows
+    assert "| logprob | absent | not installed |" in capsys.readouterr().out
+
+
+def test_the_table_shows_the_newest_row_and_what_is_not_measured_yet(tmp_path: Path):
+    eager, ours = select(CPU, ["logprob"], ["eager", "ours"])
+    measured(tmp_path, [eager])
+    measured(tmp_path, [eager])
+    other = TINY._replace(peaked=False)
+    (file,) = tmp_path.iterdir()
+    older, newest = kernels.read_rows(file)
+    older["forward_ms"] = 999.0
+    lines = table([older, newest], [TINY, other], [eager, ours]).splitlines()
+    assert lines[0] == "### T = 24, D = 16, V = 40, peaked, 50 % of rows without gradient"
+    assert lines[4].startswith(f"| logprob | eager | {newest['forward_ms']:.2f} | {newest['backward_ms']:.2f} |")
+    assert [line.split("|")[3].strip() for line in (lines[5], *lines[-2:])] == ["not measured yet"] * 3
+
+
+@pytest.mark.parametrize(
+    "provider", [p for p in select(CPU) if p.task not in FLOORS], ids=lambda p: f"{p.task}-{p.name}"
+)
+def test_every_contender_gives_what_its_task_asks_for(provider: Provider, problem: problems.Problem):
+    if provider.missing:
+        pytest.skip("not installed")
+    task = provider.asked
+    found = run(task.step(provider.function, problem))
+    truth = run(task.step(task.reference, problem.double()))
+    for tensors, exact in zip(found, truth, strict=True):
+        torch.testing.assert_close(tensors, tuple(x.float() for x in exact), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("task", [name for name, task in TASKS.items() if task.by_row])
+def test_the_truth_is_the_same_a_few_rows_at_a_time(task: str, problem: problems.Problem, monkeypatch):
+    whole = run(TASKS[task].step(TASKS[task].reference, problem.double()))
+    monkeypatch.setitem(problems.CHUNK, "cpu", 7 * 40)
+    for tensors, expected in zip(TASKS[task].truth(problem), whole, strict=True):
+        assert len(tensors) == len(expected)
+        for a, b in zip(tensors, expected, strict=True):
+            torch.testing.assert_close(a, b.detach(), rtol=1e-12, atol=1e-14)
+
+
+def test_problems_are_peaked_or_flat_and_dead_rows_have_no_gradient():
+    case = Case(400, 64, 1000, dead=0.5)
+    peaked = make_problem(case, torch.float32, CPU)
+    assert 0.85 < (peaked.logprob > math.log(0.25)).float().mean() < 0.95
+    flat = make_problem(case._replace(peaked=False), torch.float32, CPU)
+    assert flat.logprob.mean().item() == pytest.approx(-math.log(1000) - 0.5, abs=0.3)  # logits have variance 1
+    assert torch.equal(peaked.grad_logprob == 0, peaked.dead)
+    assert 0.4 < peaked.dead.float().mean() < 0.6
+    assert (make_problem(case._replace(rows=2050), torch.float32, CPU).advantage == 0).float().mean() == 0.5
+
+
+def test_steps_are_timed_in_turn_until_their_time_is_up_and_without_those_that_fail():
+    calls = []
+
+    def forward(name: str, milliseconds: float) -> tuple[torch.Tensor]:
+        calls.append(name)
+        if name == "b" and calls.count("b") == 2:
+            raise RuntimeError("out of memory")
+        time.sleep(milliseconds / 1e3)
+        return (torch.zeros(()),)
+
+    steps = {name: Step(partial(forward, name, ms)) for name, ms in (("a", 0), ("b", 0), ("slow", 20))}
+    found = interleave(steps, CPU, runs=5, seconds=0.05)
+    assert "".join(name[0] for name in calls) == "absabsasaa"
+    assert str(found["b"]) == "out of memory"
+    assert found["slow"]["runs"] == 3
+    assert found["slow"]["total_ms"] >= 20
+    assert found["slow"]["total_ms_20"] <= found["slow"]["total_ms"] <= found["slow"]["total_ms_80"]
+
+
+def test_extra_memory_is_the_peak_without_the_returned_gradients():
+    leaf = torch.ones(1000, requires_grad=True)
+
+    def forward() -> tuple[torch.Tensor]:
+        torch.empty(5000)
+        return (leaf.sum(),)
+
+    extra, _, (gradient,) = peak_extra_bytes(Step(forward, (leaf,)), CPU)
+    assert extra == 4 * (5000 - 1000)
+    assert gradient.shape == (1000,)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_memory_and_time_are_those_of_the_device():
+    leaf = torch.ones(1 << 20, device="cuda", requires_grad=True)
+
+    def forward() -> tuple[torch.Tensor]:
+        torch.empty(5 << 20, device="cuda")
+        torch.cuda._sleep(10**8)  # cycles: the host has long gone on
+        return (leaf.sum(),)
+
+    step = Step(forward, (leaf,))
+    extra, _, _ = peak_extra_bytes(step, leaf.device)
+    assert extra == pytest.approx(4 * (4 << 20), abs=4096)
+    assert interleave({"sleeps": step}, leaf.device, 3, math.inf)["sleeps"]["forward_ms"] > 20
+
+
+def test_a_candidate_of_the_tuner_that_is_wrong_is_refused(problem, monkeypatch: pytest.MonkeyPatch):
+    good, bad = tune.CANDIDATES[:2]
+    pinned = FORWARD[9]
+
+    def ours(p, impl="auto"):
+        wrong = impl == "auto" and FORWARD[9].light == bad
+        return tuple(x * (1.1 if wrong else 1.0) for x in providers.ours(p))
+
+    monkeypatch.setattr(tune, "CANDIDATES", (bad, good))
+    monkeypatch.setattr(tune, "ours", ours)
+    lines = tune.compare("forward", FORWARD, 9, problem, runs=3)
+    assert lines[0].endswith(f" ms {'*' if good == pinned.light else ' '}{tuple(good)}")
+    assert lines[1] == f"refused     {tuple(bad)}: wrong by 0.1"
+    assert FORWARD[9] == pinned
+
+
+def test_the_gpu_script_goes_on_after_a_failing_step(tmp_path: Path):
+    for name in ("nvidia-smi", "python3"):
+        fake = tmp_path / name
+        fake.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/{name}.calls\nexit {int(name == "python3")}\n')
+        fake.chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "OUT": str(tmp_path / "out")}
+    subprocess.run(["bash", ROOT / "bench" / "gpu.sh", "--dead", "0"], env=environment, timeout=60, capture_output=True)
+    steps = [line.split() for line in (tmp_path / "python3.calls").read_text().splitlines()]
+    assert [step[1:3] for step in steps[:2]] == [["pytest", "-q"]] * 2
+    assert [step[1:3] for step in steps[2:]] == [["bench", "tune"], ["bench", "kernels"], ["bench", "kernels"]]
+    assert steps[3][-4:] == ["--out", str(tmp_path / "out"), "--dead", "0"]
+    assert len(list((tmp_path / "out").glob("*.txt"))) == 5
+
+
+def test_tasks_and_contenders_agree_on_their_names():
+    assert {provider.task for provider in PROVIDERS} == set(TASKS)
+    assert len({(provider.task, provider.name) for provider in PROVIDERS}) == len(PROVIDERS)
