@@ -18,8 +18,8 @@ help:  ## these lines
 demo: .venv/train.stamp  ## install, then the whole chain on the embedded task, into OUT (a new folder) with ARGS
 	$(BIN)/fastrlhf demo --out $(OUT) $(ARGS)
 
-test: .venv/test.stamp  ## install, then pytest with ARGS
-	$(BIN)/python -m pytest $(ARGS)
+test: .venv/test.stamp .venv/triton36.stamp  ## install, then pytest with ARGS
+	FASTRLHF_TRITON_36=$(CURDIR)/.venv/triton36 $(BIN)/python -m pytest $(ARGS)
 
 lint: .venv/test.stamp  ## ruff check, ruff format, pyright
 	$(BIN)/ruff check .
@@ -42,6 +42,11 @@ clean:  ## remove what make and python made; runs/ is yours and stays
 
 .venv/test.stamp: .venv/train.stamp
 	$(BIN)/pip install -e '.[train,test]'
+	@touch $@
+
+# The oldest Triton that the kernels must compile under, beside the installed one.
+.venv/triton36.stamp: .venv/train.stamp
+	$(BIN)/pip install --target .venv/triton36 --no-deps "triton==3.6.0" "numpy<2.4"
 	@touch $@
 
 .venv/bench.stamp: .venv/train.stamp

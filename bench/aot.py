@@ -1,7 +1,7 @@
 """Compiles every kernel ahead of time, without a GPU: does it fit, does it spill, does it use the matrix and TMA units?
 
-`python -m bench aot [--arch 80 90 100] [--check]` prints a table in Markdown. What is read from the compiled code is a
-fact about the code, not about its speed.
+`python -m bench aot [--arch 80 90 100] [--check]` prints a table in Markdown: warps x registers per thread, shared
+memory, units used. What is read from the compiled code is a fact about the code, not about its speed.
 """
 
 from __future__ import annotations
@@ -243,19 +243,21 @@ def _matrix(tiles: Tiles, rows: int, columns: int) -> str:
 
 
 def run_aot(arches: Sequence[int]) -> tuple[str, list[str]]:
-    """One line of Markdown per kernel and architecture, and the faults found."""
-    lines = [
-        f"| kernel (triton {triton.__version__}) | sm | warps | registers | spilled | shared KB | matrix | TMA |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    """A table in Markdown with a line per kernel, and the faults found."""
+    cells: dict[str, dict[int, str]] = {}
     faults = []
     for arch in arches:
         for case in cases(arch):
             c = compile_case(case, arch)
-            lines.append(
-                f"| {case.name} | {arch} | {c.warps} | {c.registers} | {c.spilled} | {c.shared / 1024:.0f} "
-                f"| {'yes' if c.matrix_units else ''} | {'yes' if c.tma else ''} |"
-            )
+            units = (["matrix"] if c.matrix_units else []) + (["TMA"] if c.tma else [])
+            words = [f"{c.warps} x {c.registers}", *([f"{c.shared / 1024:.0f} KB"] if c.shared > 1023 else []), *units]
+            cells.setdefault(case.name, {})[arch] = ", ".join(words)
             if c.fault():
                 faults.append(f"{case.name} on sm_{arch}: {c.fault()}")
+    lines = [
+        f"| triton {triton.__version__} | {' | '.join(f'sm_{arch}' for arch in arches)} |",
+        "|---" * (len(arches) + 1) + "|",
+    ]
+    for name, by_arch in cells.items():
+        lines.append(f"| {name} | {' | '.join(by_arch.get(arch, '') for arch in arches)} |")
     return "\n".join(lines), faults

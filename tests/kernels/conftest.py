@@ -1,7 +1,10 @@
 import pytest
 import torch
 
+from fastrlhf_kernels import _blocks as blocks
+from fastrlhf_kernels import _head as head
 from fastrlhf_kernels import _rows
+from fastrlhf_kernels import _tiles as tiles
 
 
 @pytest.fixture(params=["torch", "triton"])
@@ -11,3 +14,14 @@ def impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
         pytest.skip("the interpreter is off where there is a GPU; see test_on_gpu.py")
     monkeypatch.setattr(_rows, "BLOCK", 16)
     return request.param
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the ops over a head, so that small shapes have many."""
+    monkeypatch.setattr(blocks, "CPU_BLOCK", (8, 7))
+    monkeypatch.setattr(tiles, "INTERPRETER", tiles.Tiles(16, 16, 16, 4, 1, descriptors=False))
+    monkeypatch.setattr(head, "SHARE", 32)
+    monkeypatch.setattr(head, "PART_BYTES", 0)
+    monkeypatch.setattr(head, "SMALLEST_PART", 16)
+    monkeypatch.setattr(head, "GROUP", 2)

@@ -1,0 +1,80 @@
+"""What must not change the log-probs, whatever the path."""
+
+import math
+
+import pytest
+import torch
+
+from fastrlhf_kernels import _head as head
+from fastrlhf_kernels import linear_logprob
+from tests.kernels.test_linear_logprob import inputs
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_the_order_of_the_vocabulary_does_not_matter(impl: str):
+    hidden, weight, targets = inputs(9, 4, 40)
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(1))
+    leaves = [hidden.clone().requires_grad_() for _ in range(2)]
+    out = linear_logprob(leaves[0], weight, targets, entropy=True, impl=impl)
+    permuted = linear_logprob(leaves[1], weight[order], order.argsort()[targets], entropy=True, impl=impl)
+    for x in (out, permuted):
+        (x.logprob.sum() + x.entropy.sum()).backward()
+    for a, b in ((out.logprob, permuted.logprob), (out.entropy, permuted.entropy), (leaves[0].grad, leaves[1].grad)):
+        torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_a_temperature_is_the_inverse_of_a_scale(impl: str):
+    hidden, weight, targets = inputs(9, 4, 40)
+    cold = linear_logprob(hidden, weight, targets, temperature=0.5, entropy=True, impl=impl)
+    by_row = linear_logprob(hidden, weight, targets, temperature=torch.full((9,), 0.5), entropy=True, impl=impl)
+    scaled = linear_logprob(hidden, weight, targets, logit_scale=2.0, entropy=True, impl=impl)
+    for other in (by_row, scaled):  # powers of two: not a bit differs
+        assert torch.equal(cold.logprob, other.logprob)
+        assert torch.equal(cold.entropy, other.entropy)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_how_the_vocabulary_is_shared_out_shows_in_the_last_digits_only(monkeypatch: pytest.MonkeyPatch):
+    hidden, weight, targets = inputs(20, 4, 130)
+    results = []
+    for share in (16, 48, 256):
+        monkeypatch.setattr(head, "SHARE", share)
+        results.append(linear_logprob(hidden, weight, targets, entropy=True, stats=True, impl="triton"))
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_a_row_has_the_same_bits_in_every_pack():
+    hidden, weight, targets = inputs(40, 5, 70)
+    whole = linear_logprob(hidden, weight, targets, entropy=True, impl="triton")
+    part = linear_logprob(hidden[17:23], weight, targets[17:23], entropy=True, impl="triton")
+    assert torch.equal(whole.logprob[17:23], part.logprob)
+    assert torch.equal(whole.entropy[17:23], part.entropy)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_a_constant_added_to_every_logit_changes_nothing(impl: str):
+    hidden, weight, targets = inputs(9, 4, 16)
+    hidden, weight = hidden.round(), weight.round()  # integers, so that the shifted logits are exact
+    outputs = []
+    for shift in (0.0, 50.0, -4096.0):
+        leaf = hidden.clone().requires_grad_()
+        out = linear_logprob(leaf, weight, targets, bias=torch.full((16,), shift), entropy=True, impl=impl)
+        (out.logprob.sum() + out.entropy.sum()).backward()
+        outputs.append((out.logprob, out.entropy, leaf.grad))
+    for shifted in outputs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(outputs[0], shifted, strict=True))
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_equal_logits_are_the_uniform_distribution(impl: str):
+    hidden, weight, targets = torch.ones(3, 2, requires_grad=True), torch.ones(16, 2), torch.arange(3)
+    out = linear_logprob(hidden, weight, targets, entropy=True, stats=True, impl=impl)
+    assert out.logprob.tolist() == pytest.approx([-math.log(16)] * 3, rel=1e-6)
+    assert out.entropy.tolist() == pytest.approx([math.log(16)] * 3, rel=1e-6)
+    assert out.mean_logit.tolist() == [2.0] * 3
+    (gradient,) = torch.autograd.grad(out.entropy.sum(), hidden)
+    assert gradient.abs().max() < 1e-6

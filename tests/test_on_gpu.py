@@ -1,0 +1,71 @@
+"""The trainers on a CUDA device: packed attention that isolates, every stage in both dtypes. `pytest -m gpu`."""
+
+import pytest
+import torch
+
+from fastrlhf.algorithms.on_policy import train_on_policy
+from fastrlhf.algorithms.preference import train_dpo
+from fastrlhf.algorithms.reward_model import train_reward_model
+from fastrlhf.algorithms.sft import train_sft
+from fastrlhf.config import DPOConfig, DRPOConfig, RewardConfig, SFTConfig
+from fastrlhf.data.packing import pack
+from fastrlhf.models.forward import check_packed_forward, token_logprobs
+from fastrlhf.types import Segment
+from tests import tiny
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here"),
+]
+CUDA = torch.device("cuda")
+DTYPES = ["float32", "bfloat16"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", tiny.ARCHITECTURES)
+@torch.no_grad()
+def test_a_forest_gives_the_log_probs_that_float64_gives_one_by_one(name: str, dtype: str):
+    """On a CPU in float64 every path through the forest is a sequence of its own."""
+    model = tiny.policy(name)
+    trunk, branch, other = [5, 6, 7, 8, 9, 10, 11], [14, 15], [20, 21, 22, 23, 24]
+    segments = [
+        Segment(token_ids=trunk),
+        Segment(token_ids=branch, num_scored=2, parent=0, cut=7),
+        Segment(token_ids=branch, num_scored=2, parent=0, cut=3),
+        Segment(token_ids=other, num_scored=4),
+    ]
+    truth = []
+    exact = tiny.policy(name).double()
+    for ids, scored in (([*trunk, *branch], 2), ([*trunk[:3], *branch], 2), (other, 4)):
+        logprobs = exact(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+        truth.append(logprobs.gather(1, torch.tensor(ids[1:])[:, None])[-scored:, 0])
+    model = model.to(CUDA, getattr(torch, dtype))
+    check_packed_forward(model)
+    found = token_logprobs(model, pack(segments, CUDA)).logprob.cpu().double()
+    error = (found - torch.cat(truth)).abs().max()
+    assert error < (1e-4 if dtype == "float32" else 0.3)  # weights are large: log-probs of up to 20 nats
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_chain_trains_from_sft_to_drpo(tmp_path, dtype: str):
+    common = {
+        "model_name_or_path": tiny.save_policy(tmp_path / "base"),
+        "per_device_train_batch_size": 16,
+        "max_steps": 3,
+        "learning_rate": 1e-3,
+        "max_length": 64,
+        "device": "cuda",
+        "dtype": dtype,
+        "progress": False,
+    }
+    examples = tiny.examples(64)
+    sft = train_sft(SFTConfig(**common, output_dir=str(tmp_path / "sft")), examples)
+    assert sft.history[-1]["loss"] < sft.history[0]["loss"]
+    common["model_name_or_path"] = str(tmp_path / "sft")
+    train_reward_model(RewardConfig(**common, output_dir=str(tmp_path / "reward")), examples)
+    dpo = train_dpo(DPOConfig(**common, output_dir=str(tmp_path / "dpo")), examples)
+    assert dpo.history[0]["loss"] == pytest.approx(0.693147, abs=1e-3)
+    drpo = DRPOConfig(**common, reward_model_path=str(tmp_path / "reward"), response_length=8, reset_prob=0.5)
+    history = train_on_policy(drpo, examples).history
+    assert all(torch.tensor(list(row.values())).isfinite().all() for row in history)
+    assert history[0]["val/ratio"] == pytest.approx(1.0, abs=0.05)
