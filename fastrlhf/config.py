@@ -135,6 +135,8 @@ class RewardConfig(TrainConfig):
     learning_rate: float = 1e-4
     num_train_epochs: float = 1.0
     truncation_mode: Literal["keep_start", "keep_end", "drop"] = "drop"
+    share_prompts: bool = True
+    """Compute the prompt of a pair once, both responses hanging on it; the same numbers with fewer tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +155,8 @@ class DPOConfig(TrainConfig):
     """Of a response's log-ratio. auto: mean over tokens for ipo (as in TRL), else sum. The IPO paper is `sum`."""
     ref_model_name_or_path: str = ""
     """The reference; empty: the model before training. Its log-probs are computed once, before the first step."""
+    share_prompts: bool = True
+    """Compute the prompt of a pair once, both responses hanging on it; the same numbers with fewer tokens."""
 
     def __post_init__(self) -> None:
         TrainConfig.__post_init__(self)

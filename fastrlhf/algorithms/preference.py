@@ -21,14 +21,15 @@ from transformers import PreTrainedModel
 from fastrlhf.algorithms.stage import Stage, StepMetrics, TrainResult, check_micro_batch
 from fastrlhf.config import DPOConfig, require
 from fastrlhf.data.inputs import open_inputs
-from fastrlhf.data.packing import micro_batches, pack, sequence
+from fastrlhf.data.packing import forest, micro_batches, num_computed, num_in_sequences, pack, pair
 from fastrlhf.models.forward import token_logprobs
 from fastrlhf.models.loading import check_same_vocabulary, load_policy, open_policy
 from fastrlhf.optim import Optimizer, index_batches, num_steps
 from fastrlhf.types import Example, PackedBatch, Segment, TokenizedExample
 from fastrlhf_kernels import LossOutput, pair_loss
 
-Pair = tuple[Segment, Segment]
+Tree = Sequence[Segment]
+"""Of one pair: its prompt, chosen, rejected; or chosen and rejected with the prompt in each."""
 KINDS = {"sigmoid": "dpo", "ipo": "ipo", "hinge": "hinge", "robust": "robust"}
 
 
@@ -38,15 +39,16 @@ def train_dpo(
     """Trains `config.model_name_or_path` on pairs; `examples` stand in for the configured dataset.
 
     Metrics per step, TRL's names: loss, rewards/chosen, rewards/rejected, rewards/margins, rewards/accuracies,
-    logps/chosen, logps/rejected (nats per response), grad_norm, learning_rate, num_tokens. Raises ValueError for bad
+    logps/chosen, logps/rejected (nats per response), grad_norm, learning_rate, num_tokens (of the
+    sequences, as TRL counts), num_unique_tokens (computed). Raises ValueError for bad
     input before any time is spent, and where the loss of the untrained policy is not what it must be (ln 2 for DPO).
     """
     smoothed_hinge = config.loss_type == "hinge" and config.label_smoothing > 0
     require(not smoothed_hinge, "label_smoothing", config.label_smoothing, "0 where loss_type is hinge")
     tokenizer, data = open_inputs(config, ["chosen", "rejected"], examples, eval_examples)
-    pairs = [_pair(example) for example in data.train]
-    held_out = [_pair(example) for example in data.eval]
-    check_micro_batch(config, [*data.train, *data.eval], [_cost(pair) for pair in [*pairs, *held_out]])
+    pairs = [_tree(example, config) for example in data.train]
+    held_out = [_tree(example, config) for example in data.eval]
+    check_micro_batch(config, [*data.train, *data.eval], [num_computed(tree) for tree in [*pairs, *held_out]])
     model = open_policy(config, tokenizer)
     steps = num_steps(config, len(pairs))
     reference = _reference_logprobs(config, model, [*pairs, *held_out])  # [pairs, 2], sums over the response
@@ -66,7 +68,8 @@ def train_dpo(
             metrics = _named(totals.means("pairs"))
             if step == 0 and not config.ref_model_name_or_path:
                 check_first_loss(config, metrics)
-            metrics |= {**optimizer.step(), "num_tokens": sum(_cost(pairs[i]) for i in indices)}
+            metrics |= {**optimizer.step(), "num_tokens": sum(num_in_sequences(pairs[i]) for i in indices)}
+            metrics["num_unique_tokens"] = sum(num_computed(pairs[i]) for i in indices)
             if held_out and stage.due(step, config.eval_steps):
                 evaluation = _evaluate(config, model, held_out, reference[len(pairs) :])
                 metrics |= evaluation
@@ -75,10 +78,10 @@ def train_dpo(
 
 
 def _loss(
-    config: DPOConfig, model: PreTrainedModel, pairs: Sequence[Pair], reference: Tensor, *, num_pairs: int
+    config: DPOConfig, model: PreTrainedModel, pairs: Sequence[Tree], reference: Tensor, *, num_pairs: int
 ) -> LossOutput:
     """The pairs' share of the loss of a step of `num_pairs`; reference [B, 2] float32."""
-    batch = pack([segment for pair in pairs for segment in pair], model.device)
+    batch = pack(forest(pairs), model.device)
     logprob = token_logprobs(model, batch).logprob
     return pair_loss(
         logprob,
@@ -122,7 +125,7 @@ def check_first_loss(config: DPOConfig, metrics: Mapping[str, float]) -> None:
 
 
 @torch.no_grad()
-def _reference_logprobs(config: DPOConfig, policy: PreTrainedModel, pairs: Sequence[Pair]) -> Tensor:
+def _reference_logprobs(config: DPOConfig, policy: PreTrainedModel, pairs: Sequence[Tree]) -> Tensor:
     """log pi_ref(response | prompt) [pairs, 2] float32, in nats. A reference of its own is loaded, used and freed."""
     model = policy
     if config.ref_model_name_or_path:
@@ -136,7 +139,7 @@ def _reference_logprobs(config: DPOConfig, policy: PreTrainedModel, pairs: Seque
         check_same_vocabulary({"model_name_or_path": policy, "ref_model_name_or_path": model}, 0)
     sums = torch.empty(len(pairs), 2, device=policy.device)
     for micro in _micro_batches(pairs, config):
-        batch = pack([segment for i in micro for segment in pairs[i]], policy.device)
+        batch = pack(forest(pairs[i] for i in micro), policy.device)
         sums[micro] = sequence_sums(token_logprobs(model, batch).logprob, batch).view(-1, 2)
     if not bool(sums.isfinite().all()):
         bad = int((~sums.isfinite().all(1)).nonzero()[0, 0])
@@ -151,7 +154,7 @@ def sequence_sums(per_row: Tensor, batch: PackedBatch) -> Tensor:
 
 
 @torch.no_grad()
-def _evaluate(config: DPOConfig, model: PreTrainedModel, pairs: Sequence[Pair], reference: Tensor) -> dict[str, float]:
+def _evaluate(config: DPOConfig, model: PreTrainedModel, pairs: Sequence[Tree], reference: Tensor) -> dict[str, float]:
     totals = StepMetrics()
     for micro in _micro_batches(pairs, config):
         totals.add(_loss(config, model, [pairs[i] for i in micro], reference[micro], num_pairs=len(pairs)).metrics)
@@ -171,15 +174,12 @@ def _named(means: dict[str, float]) -> dict[str, float]:
     }
 
 
-def _micro_batches(pairs: Sequence[Pair], config: DPOConfig) -> list[list[int]]:
-    return micro_batches([_cost(pair) for pair in pairs], config.micro_batch_tokens, "pair")
+def _micro_batches(pairs: Sequence[Tree], config: DPOConfig) -> list[list[int]]:
+    return micro_batches([num_computed(tree) for tree in pairs], config.micro_batch_tokens, "pair")
 
 
-def _pair(example: TokenizedExample) -> Pair:
+def _tree(example: TokenizedExample, config: DPOConfig) -> Tree:
     assert example.chosen is not None
     assert example.rejected is not None
-    return sequence(example.prompt, example.chosen), sequence(example.prompt, example.rejected)
-
-
-def _cost(pair: Pair) -> int:
-    return sum(len(segment.token_ids) for segment in pair)
+    responses = (example.chosen, example.rejected)
+    return pair(example.prompt, *responses, scored=True, share_prompt=config.share_prompts)

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from fastrlhf.algorithms.stage import Stage, TrainResult, check_micro_batch
 from fastrlhf.config import RewardConfig, require
 from fastrlhf.data.inputs import open_inputs
-from fastrlhf.data.packing import micro_batches, pack
+from fastrlhf.data.packing import forest, micro_batches, num_computed, num_in_sequences, pack, pair
 from fastrlhf.data.tokens import special_ids
 from fastrlhf.evaluation.winrates import bootstrap_interval
 from fastrlhf.models.forward import sequence_scores
@@ -26,7 +26,8 @@ from fastrlhf.models.loading import check_same_vocabulary, load_reward_model, re
 from fastrlhf.optim import Optimizer, index_batches, num_steps
 from fastrlhf.types import Example, Segment, TokenizedExample
 
-Pair = tuple[Segment, Segment]
+Tree = Sequence[Segment]
+"""Of one pair: its prompt, chosen, rejected; or chosen and rejected with the prompt in each."""
 
 
 def train_reward_model(
@@ -35,7 +36,8 @@ def train_reward_model(
     """Trains a score head on the trunk of `config.model_name_or_path`; `examples` stand in for the configured dataset.
 
     The result is a plain `AutoModelForSequenceClassification`. Metrics per step: loss (nats per pair), accuracy,
-    margin, mean_reward, grad_norm, learning_rate, num_tokens. Raises ValueError for bad input before any time is spent.
+    margin, mean_reward, grad_norm, learning_rate, num_tokens (of the
+    sequences, as TRL counts), num_unique_tokens (computed). Raises ValueError for bad input before any time is spent.
     """
     require(bool(config.model_name_or_path), "model_name_or_path", "", "the model whose trunk gets the score head")
     require(not config.model_config, "model_config", config.model_config, "empty: a reward model starts from a model")
@@ -50,9 +52,9 @@ def train_reward_model(
         trust_remote_code=config.trust_remote_code,
     )
     check_same_vocabulary({"model_name_or_path": model}, len(tokenizer))
-    pairs = [_pair(example) for example in data.train]
-    held_out = [_pair(example) for example in data.eval]
-    check_micro_batch(config, [*data.train, *data.eval], [_cost(pair) for pair in [*pairs, *held_out]])
+    pairs = [_tree(example, config) for example in data.train]
+    held_out = [_tree(example, config) for example in data.eval]
+    check_micro_batch(config, [*data.train, *data.eval], [num_computed(tree) for tree in [*pairs, *held_out]])
     steps = num_steps(config, len(pairs))
     optimizer = Optimizer({"": model}, config, num_steps=steps)
     evaluation: dict[str, float] = {}
@@ -61,12 +63,13 @@ def train_reward_model(
         for step, indices in enumerate(index_batches(len(pairs), config.batch_size, steps, config.seed)):
             drawn = [pairs[i] for i in indices]
             scores = []
-            for micro in micro_batches([_cost(pair) for pair in drawn], config.micro_batch_tokens, "pair"):
+            for micro in micro_batches([num_computed(tree) for tree in drawn], config.micro_batch_tokens, "pair"):
                 score = score_pairs(model, [drawn[i] for i in micro])
                 (-F.logsigmoid(score[:, 0] - score[:, 1]).sum() / len(drawn)).backward()
                 scores.append(score.detach())
             metrics = _summary(torch.cat(scores))
-            metrics |= {**optimizer.step(), "num_tokens": sum(map(_cost, drawn))}
+            metrics |= {**optimizer.step(), "num_tokens": sum(map(num_in_sequences, drawn))}
+            metrics["num_unique_tokens"] = sum(map(num_computed, drawn))
             if held_out and stage.due(step, config.eval_steps):
                 evaluation = evaluate(model, held_out, config.micro_batch_tokens)
                 metrics |= evaluation
@@ -74,16 +77,16 @@ def train_reward_model(
         return stage.finish(model, tokenizer, evaluation)
 
 
-def score_pairs(model: PreTrainedModel, pairs: Sequence[Pair]) -> Tensor:
+def score_pairs(model: PreTrainedModel, pairs: Sequence[Tree]) -> Tensor:
     """[B, 2] float32: the scores of chosen and rejected."""
-    batch = pack([segment for pair in pairs for segment in pair], model.device)
+    batch = pack(forest(pairs), model.device)
     return sequence_scores(model, batch).view(-1, 2)
 
 
 @torch.no_grad()
-def evaluate(model: PreTrainedModel, pairs: Sequence[Pair], micro_batch_tokens: int) -> dict[str, float]:
+def evaluate(model: PreTrainedModel, pairs: Sequence[Tree], micro_batch_tokens: int) -> dict[str, float]:
     """Loss and accuracy on held-out pairs, the accuracy with its 95 % bootstrap interval; ties count one half."""
-    micros = micro_batches([_cost(pair) for pair in pairs], micro_batch_tokens, "pair")
+    micros = micro_batches([num_computed(tree) for tree in pairs], micro_batch_tokens, "pair")
     scores = torch.cat([score_pairs(model, [pairs[i] for i in micro]) for micro in micros])
     margin = scores[:, 0] - scores[:, 1]
     low, high = bootstrap_interval(((margin > 0) + 0.5 * (margin == 0)).cpu().numpy())
@@ -104,14 +107,8 @@ def _summary(scores: Tensor) -> dict[str, float]:
     return dict(zip(("loss", "accuracy", "margin", "mean_reward"), values.tolist(), strict=True))
 
 
-def _pair(example: TokenizedExample) -> Pair:
+def _tree(example: TokenizedExample, config: RewardConfig) -> Tree:
     assert example.chosen is not None
     assert example.rejected is not None
-    return (
-        Segment(token_ids=[*example.prompt, *example.chosen]),
-        Segment(token_ids=[*example.prompt, *example.rejected]),
-    )
-
-
-def _cost(pair: Pair) -> int:
-    return sum(len(segment.token_ids) for segment in pair)
+    responses = (example.chosen, example.rejected)
+    return pair(example.prompt, *responses, scored=False, share_prompt=config.share_prompts)

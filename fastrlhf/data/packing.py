@@ -7,7 +7,8 @@ attention sees the lengths. The shift by one token happens in `pack` and nowhere
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import accumulate
 
 import torch
@@ -64,6 +65,46 @@ def pack(segments: Sequence[Segment], device: Device = "cpu") -> PackedBatch:
 def sequence(prompt: Sequence[int], response: Sequence[int]) -> Segment:
     """A root that scores the response: the plain case."""
     return Segment(token_ids=[*prompt, *response], num_scored=len(response))
+
+
+def pair(
+    prompt: Sequence[int], chosen: Sequence[int], rejected: Sequence[int], *, scored: bool, share_prompt: bool
+) -> list[Segment]:
+    """The tree of a pair, chosen before rejected; where they share it, the prompt is computed once and both hang on it.
+
+    `scored` scores the tokens of the responses, all of them.
+    """
+    responses = (chosen, rejected)
+    if not share_prompt or not prompt:
+        return [
+            Segment(token_ids=[*prompt, *response], num_scored=len(response) if scored else 0) for response in responses
+        ]
+    trunk = Segment(token_ids=prompt)
+    branches = (
+        Segment(token_ids=response, num_scored=len(response) if scored else 0, parent=0, cut=len(prompt))
+        for response in responses
+    )
+    return [trunk, *branches]
+
+
+def forest(trees: Iterable[Sequence[Segment]]) -> list[Segment]:
+    """The segments of several trees, one tree after the other; `parent` counts from the first segment of its tree."""
+    segments: list[Segment] = []
+    for tree in trees:
+        start = len(segments)
+        segments += [s if s.parent < 0 else replace(s, parent=s.parent + start) for s in tree]
+    return segments
+
+
+def num_computed(tree: Sequence[Segment]) -> int:
+    """Tokens of a tree, what it costs."""
+    return sum(len(segment.token_ids) for segment in tree)
+
+
+def num_in_sequences(tree: Sequence[Segment]) -> int:
+    """Tokens of the sequences that end in its leaves, one by one; each segment hangs on a root or is one."""
+    trunks = {segment.parent for segment in tree}
+    return sum(segment.cut + len(segment.token_ids) for i, segment in enumerate(tree) if i not in trunks)
 
 
 def unpack(batch: PackedBatch) -> list[list[int]]:

@@ -27,7 +27,17 @@ MAX_SAMPLES = 12
 """Samples shown per stage: the last ones."""
 
 _ORDER = ("sft", "reward", "dpo", "ipo", "ppo", "drpo", "rto", "rlp")
-_HOUSEKEEPING = {"loss", "grad_norm", "learning_rate", "lr", "epoch", "num_tokens", "timing", "perf"}
+_HOUSEKEEPING = {
+    "loss",
+    "grad_norm",
+    "learning_rate",
+    "lr",
+    "epoch",
+    "num_tokens",
+    "num_unique_tokens",
+    "timing",
+    "perf",
+}
 """Metrics and families that every stage logs, whatever it trains."""
 _COLUMNS = {
     "win_rate": "Win rate",

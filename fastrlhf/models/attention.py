@@ -69,8 +69,8 @@ def _attend(
         raise ValueError("packed attention has neither dropout nor attention sinks; set attention_dropout to 0")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, H, d]
     if attention_plan.key_index is not None:
-        # index_select's backward adds with atomics on CUDA; index_add over a sorted index would not be faster.
-        k, v = (x.index_select(0, attention_plan.key_index) for x in (k, v))
+        # Indexing, not index_select: its backward sorts and adds in one order, where the other adds with atomics.
+        k, v = (x[attention_plan.key_index] for x in (k, v))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     attend = {"flash_attn": _flash_attn, "varlen": _varlen, "segments": _segments}[backend(q.device, q.dtype, softcap)]
     return attend(q, k, v, attention_plan, scale, softcap, sliding_window)[None], None

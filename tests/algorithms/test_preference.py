@@ -174,3 +174,16 @@ def test_auto_is_the_mean_for_ipo_and_the_sum_for_all_else():
     norms = {loss: length_norm(DPOConfig(loss_type=loss)) for loss in ("sigmoid", "ipo", "hinge", "robust")}
     assert norms == {"sigmoid": "sum", "ipo": "mean", "hinge": "sum", "robust": "sum"}
     assert length_norm(DPOConfig(loss_type="ipo", length_norm="sum")) == "sum"
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo"])
+def test_sharing_the_prompt_changes_no_number_but_the_tokens_computed(model, monkeypatch, loss_type):
+    made = tiny.record_gradients(monkeypatch, preference)
+    examples = tiny.examples(8)
+    settings = {"loss_type": loss_type, "ref_model_name_or_path": model, "micro_batch_tokens": 60}
+    shared, plain = (train_dpo(config(model, share_prompts=on, **settings), examples) for on in (True, False))
+    tiny.assert_close_gradients(made[0].steps[0][0], made[1].steps[0][0])
+    ours, theirs = shared.history[0], plain.history[0]
+    prompts = sum(len(tiny.ids(example.prompt)) for example in examples)
+    assert ours.pop("num_unique_tokens") == theirs.pop("num_unique_tokens") - prompts
+    assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)

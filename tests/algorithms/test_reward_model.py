@@ -63,6 +63,7 @@ def test_loss_and_gradient_are_minus_log_sigmoid_of_the_plain_models_scores(judg
             "grad_norm": 0.0,  # of the recorder
             "learning_rate": 0.0,
             "num_tokens": sum(map(len, sequences(examples))),
+            "num_unique_tokens": sum(map(len, sequences(examples))) - sum(len(tiny.ids(e.prompt)) for e in examples),
         },
         rel=1e-5,
         abs=1e-6,
@@ -146,3 +147,16 @@ def test_it_starts_from_a_model_and_from_nothing_else(policy):
         train_reward_model(RewardConfig(tokenizer_name_or_path=policy), tiny.examples(4))
     with pytest.raises(ValueError, match="model_config: must be empty"):
         train_reward_model(config(policy, model_config='{"model_type": "llama"}'), tiny.examples(4))
+
+
+def test_sharing_the_prompt_changes_no_number_but_the_tokens_computed(monkeypatch, tmp_path):
+    made = tiny.record_gradients(monkeypatch, reward_model)
+    path, examples = tiny.save_policy(tmp_path / "base"), tiny.examples(8)
+    fields = {"model_name_or_path": path, "per_device_train_batch_size": 8, "max_steps": 1, "progress": False}
+    configs = [RewardConfig(**fields, micro_batch_tokens=60, share_prompts=on) for on in (True, False)]
+    shared, plain = (train_reward_model(config, examples) for config in configs)
+    tiny.assert_close_gradients(made[0].steps[0][0], made[1].steps[0][0])
+    ours, theirs = shared.history[0], plain.history[0]
+    prompts = sum(len(tiny.ids(example.prompt)) for example in examples)
+    assert ours.pop("num_unique_tokens") == theirs.pop("num_unique_tokens") - prompts
+    assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from fastrlhf.data.packing import micro_batches, pack, sequence, unpack
+from fastrlhf.data.packing import forest, micro_batches, num_computed, num_in_sequences, pack, pair, sequence, unpack
 from fastrlhf.types import Segment
 
 
@@ -100,3 +100,22 @@ def test_micro_batches_depend_on_the_costs_alone():
 def test_an_item_above_the_budget_is_named():
     with pytest.raises(ValueError, match="micro_batch_tokens: 8 cannot hold pair 1 of 9 tokens"):
         micro_batches([3, 9], 8, "pair")
+
+
+@pytest.mark.parametrize("prompt", [[7, 8, 9], []])
+@pytest.mark.parametrize("share_prompt", [True, False])
+def test_a_pair_holds_the_same_sequences_whether_they_share_the_prompt_or_not(prompt, share_prompt):
+    trees = [pair(prompt, [1, 0], [2, 3, 0], scored=bool(prompt), share_prompt=share_prompt) for _ in range(2)]
+    batch = pack(forest(trees))
+    assert unpack(batch) == 2 * [[*prompt, 1, 0], [*prompt, 2, 3, 0]]
+    assert (
+        batch.num_tokens == sum(map(num_computed, trees)) == 2 * (8 if share_prompt and prompt else 5 + 2 * len(prompt))
+    )
+    assert sum(map(num_in_sequences, trees)) == 2 * (5 + 2 * len(prompt))
+    assert batch.targets.tolist() == (2 * [1, 0, 2, 3, 0] if prompt else [])
+
+
+def test_a_forest_counts_parents_from_its_own_trees():
+    tree = [Segment(token_ids=[1, 2]), Segment(token_ids=[3], parent=0, cut=1), Segment(token_ids=[4], parent=1, cut=1)]
+    assert [s.parent for s in forest([tree, [Segment(token_ids=[5])], tree])] == [-1, 0, 1, -1, -1, 4, 5]
+    assert num_in_sequences(tree[:2]) == 2
