@@ -1,4 +1,4 @@
-"""python -m bench toy | resets | aot | kernels | tune, each with --help"""
+"""python -m bench toy | resets | aot | kernels | tune | train, each with --help"""
 
 from __future__ import annotations
 
@@ -38,6 +38,13 @@ def main() -> None:
     kernels.add_argument("--table", type=Path, metavar="FILE", help="measure nothing, print the tables of these rows")
     tune = commands.add_parser("tune", help="tiles of the fused head: candidates timed in turn, on a GPU")
     tune.add_argument("--runs", type=int, default=10)
+    train = commands.add_parser("train", help="a trainer beside TRL's, on real dialogues; TRL must be installed")
+    train.add_argument("algorithm", choices=["dpo"])
+    train.add_argument("--model", default="tiny", choices=["tiny", "qwen3-0.6b"], help="a shape, with random weights")
+    train.add_argument("--steps", type=int, default=4, help="steps of 32 pairs")
+    train.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 2, 4, 8], help="of TRL")
+    train.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    train.add_argument("--out", type=Path, default=Path("bench/results"), help="folder that rows are appended in")
     arguments = parser.parse_args()
     # Each command imports what it alone needs.
     if arguments.command == "toy":
@@ -50,6 +57,10 @@ def main() -> None:
         print(run_resets(arguments.seeds, arguments.jobs, arguments.out))
     if arguments.command == "kernels" and (faults := _kernels(arguments)):
         sys.exit("\n".join(faults))
+    if arguments.command == "train":
+        from bench.train import run_train
+
+        print(run_train(arguments.model, arguments.steps, arguments.batch_sizes, arguments.device, arguments.out))
     if arguments.command == "tune":
         from bench.tune import run_tune
 
