@@ -63,7 +63,7 @@ def forward_kernel(
     row = (first + place % in_group) * ROWS
     share = place // in_group
     rows = row + tl.arange(0, ROWS)
-    target = tl.load(targets + rows, mask=rows < num_rows, other=ignore)
+    target = tl.load(targets + rows, mask=rows < num_rows, other=ignore).to(tl.int32)  # cheaper to compare
     outer = row_scale(outer_scale, row_temperature, rows, num_rows)
     peak = tl.full([ROWS], FLOOR, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -221,7 +221,7 @@ def gradient_kernel(
         dx *= level - tilt * z
     else:
         dx *= level
-    target = tl.load(targets + rows, mask=inside, other=-1)
+    target = tl.load(targets + rows, mask=inside, other=-1).to(tl.int32)
     at_target = tl.load(at_targets + rows, mask=inside, other=0.0)
     dx = tl.where(columns[None, :] == target[:, None], at_target[:, None], dx)
     if SOFTCAP:
@@ -268,7 +268,7 @@ def scale_kernel(
     mass = tl.load(place, mask=within & live[:, None], other=0.0).to(tl.float32)
     top = tl.load(tops + tl.cast(tile, tl.int64) * num_rows + rows, mask=(rows < num_rows) & live, other=0.0)
     peak = tl.load(peaks + rows, mask=rows < num_rows, other=0.0)
-    target = tl.load(targets + rows, mask=rows < num_rows, other=-1)
+    target = tl.load(targets + rows, mask=rows < num_rows, other=-1).to(tl.int32)
     dx = mass * (tl.exp(tl.minimum(top - peak, 0.0)) * level)[:, None]
     if tilts is not None or SOFTCAP:
         z = tl.log(tl.maximum(mass, 1e-37)) + top[:, None]  # where it is less, dx is 0 whatever z is

@@ -53,7 +53,7 @@ SQUARE = Tiles(128, 128, 64, 8, 4, descriptors=True)
 NARROW = Tiles(128, 64, 64, 8, 4, descriptors=True)
 FORWARD = {
     8: Pinned(AMPERE, AMPERE),
-    9: Pinned(HOPPER_SPECIALIZED, HOPPER_SPECIALIZED) if OLDER else Pinned(HOPPER_WIDE, SQUARE),
+    9: Pinned(HOPPER_SPECIALIZED if OLDER else HOPPER_WIDE, SQUARE),
     10: Pinned(SQUARE, NARROW),
 }
 STORING = {
@@ -75,11 +75,10 @@ def choose_tiles(table: dict[int, Pinned], hidden: Tensor, weight: Tensor, heavy
         return FLOAT32
     if (major == 8 and minor) or major > 10:
         return SMALL_SHARED_MEMORY
-    pinned = table[min(max(major, 8), 10)]
-    tiles = pinned.heavy if heavy else pinned.light
-    if tiles.descriptors and not (hidden.dtype == weight.dtype and _aligned(hidden) and _aligned(weight)):
-        return AMPERE
-    return tiles
+    # The gradient of float16 is stored in float32, and such a tile beside those of TMA is more than there is memory.
+    bfloat16 = hidden.dtype == weight.dtype == torch.bfloat16
+    pinned = table[min(max(major, 8), 10) if bfloat16 and _aligned(hidden) and _aligned(weight) else 8]
+    return pinned.heavy if heavy else pinned.light
 
 
 def _aligned(matrix: Tensor) -> bool:

@@ -12,7 +12,8 @@ from fastrlhf_kernels import _tiles as tiles
         ((9, 0), torch.bfloat16, False, tiles.FORWARD[9].light),
         ((9, 0), torch.bfloat16, True, tiles.FORWARD[9].heavy),
         ((9, 0), torch.float32, False, tiles.FLOAT32),
-        ((10, 0), torch.float16, False, tiles.SQUARE),
+        ((10, 0), torch.bfloat16, False, tiles.SQUARE),
+        ((9, 0), torch.float16, False, tiles.AMPERE),
         ((12, 0), torch.bfloat16, False, tiles.SMALL_SHARED_MEMORY),
     ],
 )
