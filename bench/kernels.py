@@ -45,7 +45,7 @@ Row = dict[str, Any]
 
 def all_cases(shapes: Sequence[Sequence[int]], peaked: Sequence[int], dead: Sequence[float]) -> list[Case]:
     """Every mixture for every shape, the shapes side by side, and the ops on log-probs alone."""
-    return [*(Case(t, d, v, bool(p), share) for p in peaked for share in dead for t, d, v in shapes), ALONE]
+    return [ALONE, *(Case(t, d, v, bool(p), share) for p in peaked for share in dead for t, d, v in shapes)]
 
 
 def competing(case: Case, providers: Sequence[Provider]) -> list[Provider]:

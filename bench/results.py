@@ -33,7 +33,7 @@ def append_row(row: Mapping[str, Any], folder: Path = RESULTS) -> None:
     stamp = {
         "device": row.get("device") or device_name(),
         "commit": os.environ.get("COMMIT") or _git("rev-parse", "--short", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude)results")),
         "date": datetime.date.today().isoformat(),
         **{package: found for package in PACKAGES if (found := _version(package))},
     }

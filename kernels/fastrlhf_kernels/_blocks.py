@@ -180,8 +180,8 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b, for a float32 total."""
-    if a.dtype == torch.float32:
-        total.addmm_(a, b)
+    if a.dtype == torch.float32 or not a.is_cuda:
+        total.addmm_(a.float(), b.float())
     else:
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
 
@@ -211,7 +211,8 @@ class Selection(NamedTuple):
         """`wait` allows to wait for a GPU, once, to know how many there are."""
         if not can_select(live.device, wait):
             return Selection(live, None, ~live[:, None])
-        return Selection(live, None if bool(live.all()) else live.nonzero()[:, 0], None)
+        rows = live.nonzero()[:, 0]  # waits: how many there are decides its shape
+        return Selection(live, None if len(rows) == len(live) else rows, None)
 
     def take(self, tensor: Tensor) -> Tensor:
         return tensor if self.rows is None else tensor[self.rows]

@@ -74,7 +74,7 @@ def divisor(name: str, count: float | Tensor) -> float | Tensor:
     if isinstance(count, Tensor):
         if count.dim() != 0:
             raise ValueError(f"{name} must be a number or a 0-dim tensor, got shape {tuple(count.shape)}")
-        return count + (count == 0)
+        return (count + (count == 0)).float()
     if not count >= 0:
         raise ValueError(f"{name} must not be negative, got {count}")
     return count or 1

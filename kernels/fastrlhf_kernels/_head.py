@@ -46,7 +46,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What `linear_logprob`'s operator returns.
 
-    With `tiles` (of `storing_tiles`), `masses` [T, V] is filled with exp(z - top) and `tops`
+    With `tiles` (of STORING), `masses` [T, V] is filled with exp(z - top) and `tops`
     [tiles of the vocabulary, T] with the largest logit of the row up to that tile.
     """
     num_rows, vocab = len(hidden), len(weight)

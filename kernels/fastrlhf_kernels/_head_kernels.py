@@ -152,6 +152,7 @@ def merge_kernel(
         at_target += tl.load(at + 2 * step, mask=keep, other=0.0)
         new_peak = tl.load(at, mask=keep, other=0.0)
         peak, total, gap = _fold(peak, total, gap, new_peak, tl.load(at + step, mask=keep, other=1.0), new_gap)
+    at_target = tl.where(at_target <= FLOOR, float("-inf"), at_target)
     at_target = tl.where((target < 0) | (target >= vocab), float("nan"), at_target)
     log_total = tl.log(total)
     tl.store(logprob + rows, tl.where(keep, (at_target - peak - log_total), 0.0), mask=inside)

@@ -48,12 +48,12 @@ SMALL_SHARED_MEMORY = Tiles(64, 128, 32, 8, 3, descriptors=False)  # sm_86, sm_8
 FLOAT32 = Tiles(64, 64, 32, 8, 3, descriptors=False)
 AMPERE = Tiles(128, 128, 64, 8, 3, descriptors=False)
 HOPPER_WIDE = Tiles(128, 256, 64, 8, 3, descriptors=True)
-HOPPER_SPECIALIZED = Tiles(128, 256, 64, 4, 4, descriptors=True, specialize=True)
+HOPPER_SPECIALIZED = Tiles(128, 256, 64, 4, 4, descriptors=True, specialize=True)  # a candidate: no GPU has run it yet
 SQUARE = Tiles(128, 128, 64, 8, 4, descriptors=True)
 NARROW = Tiles(128, 64, 64, 8, 4, descriptors=True)
 FORWARD = {
     8: Pinned(AMPERE, AMPERE),
-    9: Pinned(HOPPER_SPECIALIZED if OLDER else HOPPER_WIDE, SQUARE),
+    9: Pinned(HOPPER_WIDE, SQUARE),
     10: Pinned(SQUARE, NARROW),
 }
 STORING = {
@@ -84,7 +84,8 @@ def choose_tiles(table: dict[int, Pinned], hidden: Tensor, weight: Tensor, heavy
 def _aligned(matrix: Tensor) -> bool:
     """What a TMA descriptor asks for."""
     width = matrix.element_size()
-    return matrix.data_ptr() % 16 == 0 and matrix.stride(0) * width % 16 == 0 and matrix.stride(1) == 1
+    apart = matrix.stride(0) * width % 16 == 0 and matrix.stride(0) >= matrix.shape[1]
+    return matrix.data_ptr() % 16 == 0 and apart and matrix.stride(1) == 1
 
 
 @jit

@@ -15,11 +15,12 @@ A block of ROWS x VOCAB logits is computed, folded into running statistics and f
 the same products again (4 in all, where storing needs 3). Beyond the returned gradients this holds about
 4 (2 VOCAB D + 3 ROWS VOCAB) bytes, and 8 T D more for half precision, where log_softmax holds 12 T V; a frozen weight
 costs no dweight. Rows whose upstream gradients are all 0 (masked tokens, clipped ratios) are left out of the backward's
-products; to count them, the backward waits once for a GPU, the forward never does.
+products; to find them, the backward waits once for a GPU, the forward never does.
 
 On a GPU the Triton kernels of `_head_kernels.py` fold each tile of logits where it was computed; the backward stores
 the gradient of a part of the logits, rounded once to bfloat16, and leaves the other two products to cuBLAS. It holds
-that part (128 MiB, or 4096 T bytes where that is more) and a float32 dhidden.
+that part (128 MiB, or 4096 T bytes where that is more), a float32 dhidden and, where rows are left out, a copy of the
+others.
 
 Precision: products accumulate in float32, logits are never rounded, and all is relative to the largest logit of the
 row, so that a constant added to every logit costs no digits. Results are float32.
@@ -89,7 +90,7 @@ def checked_transform(
     row_temperature = None
     if isinstance(temperature, Tensor):
         check_tensor("temperature", temperature, (num_rows,), device)
-        row_temperature, temperature = temperature.detach().float(), 1.0
+        row_temperature, temperature = temperature.detach().float().contiguous(), 1.0
     for name, value in (("temperature", temperature), ("softcap", softcap)):
         if value is not None:
             check_range(name, value, 0, float("inf"), open_low=True)
@@ -248,7 +249,7 @@ def _backward(
         run(*inputs, dead, peak, *rows, grad_hidden, grad_weight, grad_bias)
     empty = logprob.new_empty(0)
     return (
-        empty if grad_hidden is None else chosen.put_back(grad_hidden).to(hidden.dtype),
+        empty if grad_hidden is None else chosen.put_back(grad_hidden.to(hidden.dtype)),
         empty.clone() if grad_weight is None else grad_weight,
         empty.clone() if grad_bias is None else grad_bias,
     )

@@ -1,14 +1,16 @@
 """From hidden states to PPO's loss in one go: `policy_loss(linear_logprob(...))`, equal in value and gradient.
 
 The gradient by each log-prob is known as soon as a row's logits are, so the forward takes the gradients too: three
-matrix products instead of the four of the two-step form, and two where the head is frozen. Rows are worked on in
-chunks; the logits of one chunk exist, as exp(z - peak) in bfloat16 on a GPU, whose relative error of 2^-9 is that of a
-bfloat16 gradient (logits themselves, rounded so, would be off by up to 0.06 nats).
+matrix products instead of the four of the two-step form, and two instead of three where the head is frozen. (On a GPU
+rows outside the mask still cost the last two, unless a whole tile is; the two-step form leaves them out.) Rows are
+worked on in chunks; the logits of one chunk exist, as exp(z - peak) in bfloat16 on a GPU, whose relative error of 2^-9
+is that of a bfloat16 gradient (logits themselves, rounded so, would be off by up to 0.06 nats).
 
     chunk of rows: products -> masses, logprob, entropy -> slopes of the loss -> gradient of the logits, in place
                    -> dhidden of these rows, dweight += ...
 
-The price is a float32 accumulator of the head's size where the head is trained: it is added to once per chunk. Losses
+The price is a float32 accumulator of the head's size where the head is trained: it is added to once per chunk. The
+gradients are kept until the backward, which multiplies them by the upstream gradient into new memory. Losses
 of whole sequences (`pair_loss`) need every token of a sequence first and go through the two steps.
 
 Legend: T rows, V vocabulary, D hidden size. See `linear_logprob` for the gradient, `policy_loss` for the loss.
@@ -36,6 +38,7 @@ from fastrlhf_kernels.policy_loss import (
 from fastrlhf_kernels.types import LossOutput
 
 CPU_CHUNK, GPU_CHUNK = 1 << 25, 1 << 28  # bytes of a chunk's logits
+CAST_ROWS = 8192
 
 
 def linear_policy_loss(
@@ -133,18 +136,26 @@ def _one_shot(
     triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss [], sums of the metrics, largest ratio [], gradients of hidden, weight and bias or, not needed, [0])."""
-    keep = targets != ignore
-    chosen = Selection.of(mask & keep, wait=False)
-    check_targets(targets[keep] if chosen.dead is None else None, len(weight))
-    live_hidden = chosen.take(hidden if chosen.dead is None else hidden.masked_fill(chosen.dead, 0))
-    live_targets = chosen.take(targets)
+    targets = targets.where(mask, ignore)  # tiles without a trained row are skipped; a copy in the order of memory
+    live = targets != ignore
+    chosen = Selection.of(live, wait=False)
+    check_targets(targets[live] if chosen.dead is None else None, len(weight))
+    live_hidden, live_targets = chosen.take(hidden), chosen.take(targets)
     live_temperature = None if row_temperature is None else chosen.take(row_temperature)
-    fixed = (sampler_logprob, advantage, mask & keep, reference_logprob, token_weight)
+    fixed = (sampler_logprob, advantage, live, reference_logprob, token_weight)
     live_fixed = [None if row is None else chosen.take(row) for row in fixed]
     scalars = (low, high, dual_clip, kl_coef, kl_kind, entropy_coef, triton)
     factor = scale / (temperature if live_temperature is None else live_temperature)
     chunks = (_TritonChunks if triton else _TorchChunks)(
-        live_hidden, weight, bias, live_temperature, temperature, scale, softcap, (need_hidden, need_weight, need_bias)
+        live_hidden,
+        weight,
+        bias,
+        live_temperature,
+        temperature,
+        scale,
+        softcap,
+        chosen.dead,
+        (need_hidden, need_weight, need_bias),
     )
     logprob, row_entropy = (hidden.new_zeros(len(live_hidden), dtype=torch.float32) for _ in range(2))
     with torch.autocast(hidden.device.type, enabled=False), torch.cuda.device_of(hidden):
@@ -160,9 +171,11 @@ def _one_shot(
             chunks.add_gradient(block, live_targets[block], peak, *gradients)
     full = (chosen.put_back(logprob), *fixed[:2], mask, *fixed[3:], chosen.put_back(row_entropy) if entropy else None)
     loss, sums, ratio_max, _, _ = _policy_loss(*full, *scalars)
-    grad_hidden = None if chunks.grad_hidden is None else chosen.put_back(chunks.grad_hidden)
+    grad_hidden = chunks.grad_hidden  # rows that were worked on for nothing are 0 already
+    if grad_hidden is not None and chosen.rows is not None:
+        grad_hidden = chosen.put_back(grad_hidden)
     grads = [
-        hidden.new_empty(0) if leaf is None or grad is None else grad.to(leaf.dtype)
+        hidden.new_empty(0) if leaf is None or grad is None else grad.to(_kept_dtype(leaf))
         for leaf, grad in ((hidden, grad_hidden), (weight, chunks.grad_weight), (bias, chunks.grad_bias))
     ]
     return loss / num_tokens, sums, ratio_max, grads[0], grads[1], grads[2]
@@ -172,15 +185,21 @@ def _one_shot(
 def _(hidden, weight, bias, *rest):
     empty = hidden.new_empty(0)
     grads = (
-        torch.empty_like(leaf) if need else empty.clone()
+        torch.empty_like(leaf, dtype=_kept_dtype(leaf)) if need else empty.clone()
         for leaf, need in zip((hidden, weight, bias), rest[-4:-1], strict=True)
     )
     scalar = hidden.new_empty((), dtype=torch.float32)
     return scalar, hidden.new_empty(len(SUMS), dtype=torch.float32), scalar.clone(), *grads
 
 
+def _kept_dtype(leaf: Tensor) -> torch.dtype:
+    """Of a gradient until the upstream one, which may hold the scale of a loss, is known: float16 would lose it."""
+    return torch.float32 if leaf.dtype == torch.float16 else leaf.dtype
+
+
 def _save(ctx, inputs, output):
     ctx.save_for_backward(*output[3:])
+    ctx.dtypes = [None if leaf is None else leaf.dtype for leaf in inputs[:3]]
     ctx.num_inputs = len(inputs)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -190,8 +209,22 @@ def _differentiate(ctx, grad, *_):
     gradients: list[Tensor | None] = [None] * ctx.num_inputs
     for leaf, saved in enumerate(ctx.saved_tensors):
         if ctx.needs_input_grad[leaf]:
-            gradients[leaf] = (grad * saved).to(saved.dtype)
+            gradients[leaf] = _scaled(saved, grad, ctx.dtypes[leaf])
     return tuple(gradients)
+
+
+@torch.library.custom_op("fastrlhf::scaled", mutates_args=())
+def _scaled(tensor: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """tensor * factor, multiplied in float32 and rounded once, without a float32 copy of all."""
+    out = torch.empty_like(tensor, dtype=dtype)
+    for some, part in zip(tensor.split(8192), out.split(8192), strict=True):
+        part.copy_(some.float() * factor)
+    return out
+
+
+@_scaled.register_fake
+def _(tensor, factor, dtype):
+    return torch.empty_like(tensor, dtype=dtype)
 
 
 torch.library.register_autograd("fastrlhf::linear_policy_loss", _differentiate, setup_context=_save)
@@ -200,7 +233,8 @@ torch.library.register_autograd("fastrlhf::linear_policy_loss", _differentiate, 
 class _TorchChunks:
     """The rows of a head in chunks: the logits of one of them, and the gradients of all so far."""
 
-    def __init__(self, hidden, weight, bias, row_temperature, temperature, scale, softcap, needs):
+    def __init__(self, hidden, weight, bias, row_temperature, temperature, scale, softcap, dead, needs):
+        hidden = hidden if dead is None else hidden.masked_fill(dead, 0)
         self.logits = Logits.of(hidden, weight, bias, row_temperature, temperature, scale, softcap)
         need_hidden, need_weight, need_bias = needs
         self.grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if need_hidden else None
@@ -242,13 +276,13 @@ class _TorchChunks:
 class _TritonChunks:
     """The same on the kernels of `_head_kernels.py`; the logits of a chunk are kept as masses exp(z - top)."""
 
-    def __init__(self, hidden, weight, bias, row_temperature, temperature, scale, softcap, needs):
-        self.head = (row_major(hidden), row_major(weight), bias)
+    def __init__(self, hidden, weight, bias, row_temperature, temperature, scale, softcap, dead, needs):
+        self.head, self.dead = (row_major(hidden), row_major(weight), bias), dead
         self.row_temperature, self.transform = row_temperature, (temperature, scale, softcap)
         need_hidden, need_weight, need_bias = needs
         native = hidden.dtype == weight.dtype == torch.bfloat16
         self.dtype = torch.bfloat16 if native else torch.float32
-        self.grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        self.grad_hidden = torch.zeros_like(hidden, dtype=self.dtype) if need_hidden else None
         self.grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
         self.grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias else None
         vocab = cdiv(len(weight), 16) * 16  # cuBLAS and TMA want rows at multiples of 16 bytes
@@ -275,12 +309,14 @@ class _TritonChunks:
         _head.scale_masses(dx, self.tops, targets, temperature, *self.transform, self.tiles, *rows)  # pyright: ignore
         if self.grad_bias is not None:
             self.grad_bias += dx.sum(0, dtype=torch.float32)
-        if self.grad_hidden is not None:
-            if self.grad_hidden.dtype == weight.dtype == self.dtype:
-                torch.mm(dx, weight, out=self.grad_hidden[block])
-            else:
-                self.grad_hidden[block] = dx @ weight.to(self.dtype)
+        if self.grad_hidden is not None and self.dtype == torch.bfloat16:
+            torch.mm(dx, weight, out=self.grad_hidden[block])
+        elif self.grad_hidden is not None:
+            for start in range(0, len(weight), CAST_ROWS):  # of the weight, cast for the product
+                part = slice(start, start + CAST_ROWS)
+                add_product(self.grad_hidden[block], dx[:, part], weight[part].float())
         if self.grad_weight is not None:
+            hidden = hidden if self.dead is None else hidden.masked_fill(self.dead[block], 0)
             add_product(self.grad_weight, dx.T, hidden.to(self.dtype))
 
 

@@ -17,6 +17,13 @@ def impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 
 @pytest.fixture
+def interpreted() -> None:
+    """For tests that ask for the Triton path on the CPU."""
+    if torch.cuda.is_available():
+        pytest.skip("the interpreter is off where there is a GPU")
+
+
+@pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the ops over a head, so that small shapes have many."""
     monkeypatch.setattr(blocks, "CPU_BLOCK", (8, 7))

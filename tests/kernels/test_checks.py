@@ -6,6 +6,13 @@ from fastrlhf_kernels import _checks as checks
 CPU = torch.device("cpu")
 
 
+def test_a_count_in_float64_leaves_the_loss_in_float32():
+    assert (
+        torch.ones(()) / checks.divisor("num_tokens", torch.tensor(3.0, dtype=torch.float64))
+    ).dtype == torch.float32
+    assert checks.divisor("num_tokens", torch.tensor(0)).item() == 1
+
+
 def test_a_dtensor_is_sent_to_the_helper_that_gathers_it():
     part = torch.zeros(2)
     part.full_tensor = lambda: part  # what tells a DTensor from a tensor

@@ -257,6 +257,15 @@ def _spy(method, seen: list):
 
 
 @pytest.mark.usefixtures("small_blocks")
+def test_a_temperature_may_be_an_expanded_number(impl: str):
+    hidden, weight, targets = inputs(9, 4, 11)
+    expanded = linear_logprob(hidden, weight, targets, temperature=torch.tensor(0.7).expand(9), impl=impl)
+    assert torch.equal(
+        expanded.logprob, linear_logprob(hidden, weight, targets, temperature=torch.full((9,), 0.7), impl=impl).logprob
+    )
+
+
+@pytest.mark.usefixtures("interpreted", "small_blocks")
 def test_tma_descriptors_load_the_same_tiles(monkeypatch: pytest.MonkeyPatch):
     hidden, weight, targets = inputs(33, 20, 65)  # ragged in every dimension; rows of 80 bytes
     plain = linear_logprob(hidden, weight, targets, entropy=True, stats=True, impl="triton")

@@ -34,7 +34,7 @@ def test_a_temperature_is_the_inverse_of_a_scale(impl: str):
         assert torch.equal(cold.entropy, other.entropy)
 
 
-@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.usefixtures("interpreted", "small_blocks")
 def test_how_the_vocabulary_is_shared_out_shows_in_the_last_digits_only(monkeypatch: pytest.MonkeyPatch):
     hidden, weight, targets = inputs(20, 4, 130)
     results = []
@@ -46,7 +46,7 @@ def test_how_the_vocabulary_is_shared_out_shows_in_the_last_digits_only(monkeypa
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.usefixtures("interpreted", "small_blocks")
 def test_a_row_has_the_same_bits_in_every_pack():
     hidden, weight, targets = inputs(40, 5, 70)
     whole = linear_logprob(hidden, weight, targets, entropy=True, impl="triton")

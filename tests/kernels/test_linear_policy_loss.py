@@ -128,6 +128,36 @@ def test_only_what_needs_a_gradient_gets_one(impl: str, frozen: str):
         assert torch.equal(linear_policy_loss(**given, num_tokens=9, impl=impl).loss, out.loss)
 
 
+def test_inputs_need_not_be_contiguous(impl: str):
+    results = []
+    for strided in (False, True):
+        given = inputs()
+        given["mask"][:] = True  # all rows are worked on, so that nothing is copied on the way
+        temperature = torch.full((37,), 0.7)
+        if strided:
+            given = {k: torch.stack([v, v], -1)[..., 0] if k != "hidden" else v for k, v in given.items()}
+            temperature = torch.tensor(0.7).expand(37)
+        leaves = head_leaves(given)
+        out = linear_policy_loss(**given, num_tokens=9, temperature=temperature, impl=impl)
+        results.append((out.loss, *torch.autograd.grad(out.loss, leaves)))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_upstream_gradient_is_not_rounded_to_the_dtype_of_the_leaves():
+    """float16 with the scale of a loss: gradients too small for it, and a scale too large."""
+    given = inputs()
+    given["hidden"], given["weight"] = given["hidden"].half(), given["weight"].half()
+    rounded = {**given, "hidden": given["hidden"].float(), "weight": given["weight"].float()}
+    exact = head_leaves(rounded)
+    truth = torch.autograd.grad(65536.0 * linear_policy_loss(**rounded, num_tokens=1e6).loss, exact)
+    leaves = head_leaves(given)
+    found = torch.autograd.grad(65536.0 * linear_policy_loss(**given, num_tokens=1e6).loss, leaves)
+    for a, b in zip(found, truth, strict=True):
+        assert a.dtype == torch.float16
+        assert (a.float() - b).norm() < 1e-3 * b.norm()
+
+
 def test_nan_outside_the_mask_reaches_nothing(impl: str):
     given = inputs()
     clean = {name: tensor.clone() for name, tensor in given.items()}

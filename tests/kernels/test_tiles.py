@@ -48,7 +48,7 @@ class FakeMatrix:
 
     def __init__(self, size: int, dtype: torch.dtype):
         self.real = torch.zeros(4, size, dtype=dtype)
-        self.dtype = dtype
+        self.dtype, self.shape = dtype, self.real.shape
         self.element_size, self.stride = self.real.element_size, self.real.stride
 
     def data_ptr(self) -> int:
