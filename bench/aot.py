@@ -19,13 +19,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastrlhf_kernels import _head, _head_kernels, _rows
+from fastrlhf_kernels import _head, _head_kernels, _kl_kernels, _rows
 from fastrlhf_kernels._tiles import (
     FORWARD,
     GRADIENT,
     GROUP,
     HOPPER_SPECIALIZED,
     HOPPER_WIDE,
+    KL_FORWARD,
+    KL_GRADIENT,
     OLDER,
     STORING,
     Pinned,
@@ -86,6 +88,7 @@ class Compiled:
 def cases(arch: int) -> Iterator[Case]:
     """Every kernel as it is launched on this architecture, in bfloat16, with everything switched on and off."""
     yield from _head_cases(FORWARD[arch // 10], STORING[arch // 10], GRADIENT[arch // 10])
+    yield from _kl_cases(KL_FORWARD[arch // 10], KL_GRADIENT[arch // 10])
     yield from _logits_cases()
     yield from _row_cases()
 
@@ -96,7 +99,7 @@ def compile_case(case: Case, arch: int) -> Compiled:
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, (name, kind) in enumerate(signature.items())
-        if kind.startswith("*") or name.startswith("stride") or name in ("size", "vocab")
+        if kind.startswith("*") or name.startswith("stride") or name in ("size", "reference_size", "vocab")
     }
     built = triton.compile(
         ASTSource(case.kernel, signature, constexprs=constants, attrs=aligned),
@@ -197,6 +200,52 @@ def _head_cases(*tables: Pinned) -> Iterator[Case]:
             **dict.fromkeys(("num_rows", "shares", "vocab", "ignore"), "i32"),
         },
         constants={"ENTROPY": True, "STATS": True, "BLOCK": _head.MERGED},
+    )
+
+
+def _kl_cases(*tables: Pinned) -> Iterator[Case]:
+    """`linear_kl`."""
+    optional = {"bias": "*bf16", "reference_bias": "*bf16", "row_temperature": "*fp32"}
+    strides = (f"stride_{side}{matrix}" for side in ("", "reference_") for matrix in ("hidden", "weight"))
+    integers = ("num_rows", "vocab", "size", "reference_size", *strides)
+    numbers = {**dict.fromkeys(integers, "i32"), "inner_scale": "fp32", "outer_scale": "fp32"}
+
+    def case(name: str, kernel: Any, tiles: Tiles, types: Mapping[str, str], constants: Mapping[str, Any]) -> Case:
+        hidden, weight = _matrix(tiles, tiles.rows, tiles.inner), _matrix(tiles, tiles.vocab, tiles.inner)
+        sides = {"hidden": hidden, "weight": weight, "reference_hidden": hidden, "reference_weight": weight}
+        pinned = {"ROWS": tiles.rows, "VOCAB": tiles.vocab, "INNER": tiles.inner, "GROUP": GROUP}
+        pinned |= {"DESCRIPTORS": tiles.descriptors, "PRECISION": "tf32x3"}
+        return Case(
+            name=f"linear_kl {name}",
+            kernel=kernel,
+            types={"targets": "*i64", **numbers, **sides, **types},
+            constants={**pinned, **constants},
+            warps=tiles.warps,
+            stages=tiles.stages,
+            multiplies=True,
+        )
+
+    for label, entropy, everything in (("", False, False), (" entropy", True, False), (" everything", True, True)):
+        forward, gradient = (tiles.heavy if everything else tiles.light for tiles in tables)
+        given = optional if everything else {}
+        flags = {"SHARE": _head.SHARE, "ENTROPY": entropy, "SOFTCAP": everything}
+        types = {"partial": "*fp32", "ignore": "i32", **given}
+        yield case(f"forward{label}", _kl_kernels.forward_kernel, forward, types, flags)
+        rows = [f"{field}s" for field in _kl_kernels.Slopes._fields if entropy or field != "tilt"]
+        types = {**dict.fromkeys(rows, "*fp32"), **dict.fromkeys(("start", "stop", "stride_out"), "i32"), **given}
+        types["out"] = _matrix(gradient, gradient.rows, gradient.vocab)
+        yield case(f"gradient{label}", _kl_kernels.gradient_kernel, gradient, types, {"SOFTCAP": everything})
+    outputs = ("kl", "logprob", "reference_logprob", "entropy", "peaks", "totals", "reference_peaks", "drifts")
+    yield Case(
+        name="linear_kl merge",
+        kernel=_kl_kernels.merge_kernel,
+        types={
+            "partial": "*fp32",
+            "targets": "*i64",
+            **dict.fromkeys(outputs, "*fp32"),
+            **dict.fromkeys(("num_rows", "shares", "vocab", "ignore"), "i32"),
+        },
+        constants={"ENTROPY": True, "BLOCK": _head.MERGED},
     )
 
 

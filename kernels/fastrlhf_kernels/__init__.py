@@ -2,6 +2,7 @@
 
     linear_logprob       hidden states -> log-probs of the targets, without the logits
     logprob_from_logits  the same from logits that exist
+    linear_kl            hidden states of two models -> exact KL per token, without the logits
     kl_estimate          per-token estimates of KL to a reference
     policy_loss          PPO's clipped objective        value_loss   its critic's
     pair_loss            DPO, cDPO, robust DPO, IPO, hinge
@@ -14,13 +15,14 @@ Every op takes flat, packed rows in float32, bfloat16 or float16, computes in fl
 
 from fastrlhf_kernels.gae import gae
 from fastrlhf_kernels.kl_estimate import kl_estimate
+from fastrlhf_kernels.linear_kl import linear_kl
 from fastrlhf_kernels.linear_logprob import linear_logprob
 from fastrlhf_kernels.linear_pair_loss import linear_pair_loss
 from fastrlhf_kernels.linear_policy_loss import linear_policy_loss
 from fastrlhf_kernels.logprob_from_logits import logprob_from_logits
 from fastrlhf_kernels.pair_loss import pair_loss
 from fastrlhf_kernels.policy_loss import policy_loss
-from fastrlhf_kernels.types import LossOutput, Max, Metric, Sum, TokenLogprobs, merge
+from fastrlhf_kernels.types import LossOutput, Max, Metric, Sum, TokenKL, TokenLogprobs, merge
 from fastrlhf_kernels.value_loss import value_loss
 
 __all__ = [
@@ -28,9 +30,11 @@ __all__ = [
     "Max",
     "Metric",
     "Sum",
+    "TokenKL",
     "TokenLogprobs",
     "gae",
     "kl_estimate",
+    "linear_kl",
     "linear_logprob",
     "linear_pair_loss",
     "linear_policy_loss",

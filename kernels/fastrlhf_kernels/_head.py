@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -121,24 +123,14 @@ def backward(
     grad_weight: Tensor | None,
     grad_bias: Tensor | None,
 ) -> None:
-    """Adds to `grad_hidden` [T, D] float32, and fills `grad_weight` and `grad_bias`, as far as they are given.
-
-    The gradient of the logits is rounded once, to the inputs' dtype; to float32 where that is float16, which would
-    lose small gradients.
-    """
+    """Adds to `grad_hidden` [T, D] float32, and fills `grad_weight` and `grad_bias`, as far as they are given."""
     num_rows, vocab = len(hidden), len(weight)
     hidden, weight, targets = row_major(hidden), row_major(weight), targets.contiguous()
     if dead is not None:
         peak = peak.masked_fill(dead[:, 0], FAR)
     tiles = choose_tiles(GRADIENT, hidden, weight, is_heavy(bias, row_temperature, softcap))
-    dtype = torch.bfloat16 if hidden.dtype == weight.dtype == torch.bfloat16 else torch.float32
-    inputs = hidden.to(dtype) if grad_weight is not None else hidden
-    width = max(PART_BYTES // (num_rows * dtype.itemsize) // tiles.vocab * tiles.vocab, SMALLEST_PART)
-    # 16 columns more than asked for at the end of an odd vocabulary: cuBLAS wants rows at multiples of 16 bytes.
-    buffer = hidden.new_empty(num_rows, min(width, cdiv(vocab, 16) * 16), dtype=dtype)
-    for start in range(0, vocab, width):
-        stop = min(start + width, vocab)
-        dx = buffer[:, : stop - start]
+
+    def launch(dx: Tensor, start: int, stop: int) -> None:
         gradient_kernel[(cdiv(num_rows, tiles.rows) * cdiv(stop - start, tiles.vocab),)](
             operand(hidden, tiles, tiles.rows, tiles.inner),
             operand(weight, tiles, tiles.vocab, tiles.inner),
@@ -169,6 +161,35 @@ def backward(
             num_warps=tiles.warps,
             num_stages=tiles.stages,
         )
+
+    multiply_parts(launch, hidden, weight, tiles.vocab, grad_hidden, grad_weight, grad_bias)
+
+
+def multiply_parts(
+    launch: Callable[[Tensor, int, int], None],
+    hidden: Tensor,
+    weight: Tensor,
+    multiple: int,
+    grad_hidden: Tensor | None,
+    grad_weight: Tensor | None,
+    grad_bias: Tensor | None,
+) -> None:
+    """From the gradient by the products to those of hidden, weight and bias, one part of the vocabulary at a time.
+
+    `launch(dx, start, stop)` fills dx [T, stop - start] with it; `multiple` columns are a tile. Adds to `grad_hidden`
+    [T, D] float32, and fills `grad_weight` and `grad_bias`, as far as they are given. dx is rounded once, to the
+    inputs' dtype; to float32 where that is float16, which would lose small gradients.
+    """
+    num_rows, vocab = len(hidden), len(weight)
+    dtype = torch.bfloat16 if hidden.dtype == weight.dtype == torch.bfloat16 else torch.float32
+    inputs = hidden.to(dtype) if grad_weight is not None else hidden
+    width = max(PART_BYTES // (num_rows * dtype.itemsize) // multiple * multiple, SMALLEST_PART)
+    # 16 columns more than asked for at the end of an odd vocabulary: cuBLAS wants rows at multiples of 16 bytes.
+    buffer = hidden.new_empty(num_rows, min(width, cdiv(vocab, 16) * 16), dtype=dtype)
+    for start in range(0, vocab, width):
+        stop = min(start + width, vocab)
+        dx = buffer[:, : stop - start]
+        launch(dx, start, stop)
         if grad_hidden is not None:
             add_product(grad_hidden, dx, weight[start:stop].to(dtype))
         if grad_weight is not None:

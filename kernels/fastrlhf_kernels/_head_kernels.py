@@ -10,7 +10,7 @@ How the vocabulary is shared out depends on its size alone: a row has the same b
 
 from __future__ import annotations
 
-from fastrlhf_kernels._tiles import FLOOR, product_tile, row_scale, transformed
+from fastrlhf_kernels._tiles import FLOOR, logits_tile, place_of_program, product_tile, row_scale, transformed
 from fastrlhf_kernels._triton import jit, tl
 
 
@@ -55,13 +55,8 @@ def forward_kernel(
     SPECIALIZE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    row_tiles = tl.cdiv(num_rows, ROWS)
     shares = tl.cdiv(vocab, SHARE)
-    first = tl.program_id(0) // (GROUP * shares) * GROUP
-    in_group = tl.minimum(row_tiles - first, GROUP)
-    place = tl.program_id(0) % (GROUP * shares)
-    row = (first + place % in_group) * ROWS
-    share = place // in_group
+    row, share = place_of_program(num_rows, shares, ROWS, GROUP)
     rows = row + tl.arange(0, ROWS)
     target = tl.load(targets + rows, mask=rows < num_rows, other=ignore).to(tl.int32)  # cheaper to compare
     outer = row_scale(outer_scale, row_temperature, rows, num_rows)
@@ -196,23 +191,15 @@ def gradient_kernel(
     DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    row_tiles = tl.cdiv(num_rows, ROWS)
-    column_tiles = tl.cdiv(stop - start, VOCAB)
-    first = tl.program_id(0) // (GROUP * column_tiles) * GROUP
-    in_group = tl.minimum(row_tiles - first, GROUP)
-    place = tl.program_id(0) % (GROUP * column_tiles)
-    row = (first + place % in_group) * ROWS
-    column = start + place // in_group * VOCAB
+    row, column_tile = place_of_program(num_rows, tl.cdiv(stop - start, VOCAB), ROWS, GROUP)
+    column = start + column_tile * VOCAB
     rows = row + tl.arange(0, ROWS)
     columns = column + tl.arange(0, VOCAB)
     inside = rows < num_rows
-    z = product_tile(
-        hidden, weight, row, column, num_rows, vocab, size, stride_hidden, stride_weight,
-        ROWS, VOCAB, INNER, DESCRIPTORS, PRECISION,
+    z = logits_tile(
+        hidden, weight, bias, row_temperature, row, column, num_rows, vocab, size, stride_hidden, stride_weight,
+        inner_scale, outer_scale, ROWS, VOCAB, INNER, SOFTCAP, DESCRIPTORS, PRECISION,
     )  # fmt: skip
-    outer = row_scale(outer_scale, row_temperature, rows, num_rows)
-    z = transformed(z, bias, columns, vocab, inner_scale, outer, SOFTCAP)
-    z = tl.maximum(z, FLOOR, propagate_nan=tl.PropagateNan.ALL)
     peak = tl.load(peaks + rows, mask=inside, other=0.0)[:, None]
     z -= peak
     dx = tl.exp(z)
@@ -226,7 +213,7 @@ def gradient_kernel(
     at_target = tl.load(at_targets + rows, mask=inside, other=0.0)
     dx = tl.where(columns[None, :] == target[:, None], at_target[:, None], dx)
     if SOFTCAP:
-        tanh = (z + peak) / outer
+        tanh = (z + peak) / row_scale(outer_scale, row_temperature, rows, num_rows)
         dx *= 1 - tanh * tanh
     if DESCRIPTORS:
         out.store([row, column - start], dx.to(out.dtype))

@@ -7,6 +7,7 @@ Logits stay in nats up to the exponential: in bits, z log2(e), a large constant 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -63,21 +64,30 @@ STORING = {
 }
 """Of a forward that stores what the gradient needs."""
 GRADIENT = {8: Pinned(AMPERE, AMPERE), 9: Pinned(HOPPER_WIDE, SQUARE), 10: Pinned(SQUARE, NARROW)}
-"""By the major number of the compute capability: the largest tiles that compile without a spill."""
+KL_FORWARD = {
+    8: Pinned(AMPERE._replace(vocab=64), AMPERE._replace(vocab=64)),
+    9: Pinned(SQUARE, NARROW),
+    10: Pinned(NARROW, NARROW),
+}
+KL_GRADIENT = {**KL_FORWARD, 10: Pinned(SQUARE, NARROW)}
+"""By the major number of the compute capability: the largest tiles, KL's in pairs, that compile without a spill."""
 
 
-def choose_tiles(table: dict[int, Pinned], hidden: Tensor, weight: Tensor, heavy: bool) -> Tiles:
-    """The pinned tiles for this device and these tensors."""
+def choose_tiles(
+    table: dict[int, Pinned], hidden: Tensor, weight: Tensor, heavy: bool, reference: Sequence[Tensor] = ()
+) -> Tiles:
+    """The pinned tiles for this device and these matrices, those of a reference among them."""
     if hidden.device.type != "cuda":
         return INTERPRETER
+    matrices = (hidden, weight, *reference)
     major, minor = torch.cuda.get_device_capability(hidden.device)
-    if max(hidden.element_size(), weight.element_size()) > 2:
+    if max(matrix.element_size() for matrix in matrices) > 2:
         return FLOAT32
     if (major == 8 and minor) or major > 10:
         return SMALL_SHARED_MEMORY
     # The gradient of float16 is stored in float32, and such a tile beside those of TMA is more than there is memory.
-    bfloat16 = hidden.dtype == weight.dtype == torch.bfloat16
-    pinned = table[min(max(major, 8), 10) if bfloat16 and _aligned(hidden) and _aligned(weight) else 8]
+    loadable = all(matrix.dtype == torch.bfloat16 and _aligned(matrix) for matrix in matrices)
+    pinned = table[min(max(major, 8), 10) if loadable else 8]
     return pinned.heavy if heavy else pinned.light
 
 
@@ -86,6 +96,15 @@ def _aligned(matrix: Tensor) -> bool:
     width = matrix.element_size()
     apart = matrix.stride(0) * width % 16 == 0 and matrix.stride(0) >= matrix.shape[1]
     return matrix.data_ptr() % 16 == 0 and apart and matrix.stride(1) == 1
+
+
+@jit
+def place_of_program(num_rows, column_tiles, ROWS: tl.constexpr, GROUP: tl.constexpr):
+    """(first row, column tile) of this program; the rows of a group go together, so that they share columns in L2."""
+    first = tl.program_id(0) // (GROUP * column_tiles) * GROUP
+    in_group = tl.minimum(tl.cdiv(num_rows, ROWS) - first, GROUP)
+    place = tl.program_id(0) % (GROUP * column_tiles)
+    return (first + place % in_group) * ROWS, place // in_group
 
 
 @jit
@@ -146,6 +165,38 @@ def row_scale(outer_scale, row_temperature, rows, num_rows):
     if row_temperature is not None:
         scale = (outer_scale / tl.load(row_temperature + rows, mask=rows < num_rows, other=1.0))[:, None]
     return scale
+
+
+@jit
+def logits_tile(
+    hidden,
+    weight,
+    bias,  # or None
+    row_temperature,  # or None
+    row,
+    column,
+    num_rows,
+    vocab,
+    size,
+    stride_hidden,
+    stride_weight,
+    inner_scale,
+    outer_scale,
+    ROWS: tl.constexpr,
+    VOCAB: tl.constexpr,
+    INNER: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The logits of `product_tile`'s products; FLOOR where they are -inf."""
+    z = product_tile(
+        hidden, weight, row, column, num_rows, vocab, size, stride_hidden, stride_weight,
+        ROWS, VOCAB, INNER, DESCRIPTORS, PRECISION,
+    )  # fmt: skip
+    outer = row_scale(outer_scale, row_temperature, row + tl.arange(0, ROWS), num_rows)
+    z = transformed(z, bias, column + tl.arange(0, VOCAB), vocab, inner_scale, outer, SOFTCAP)
+    return tl.maximum(z, FLOOR, propagate_nan=tl.PropagateNan.ALL)
 
 
 def scales(scale: float, softcap: float | None, temperature: float) -> tuple[float, float]:

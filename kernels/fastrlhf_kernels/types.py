@@ -29,6 +29,19 @@ class TokenLogprobs(NamedTuple):
     """Mean of the transformed logits over the vocabulary, detached. None without stats."""
 
 
+class TokenKL(NamedTuple):
+    """What `linear_kl` knows of each row; [T] float32, nats. Ignored rows are 0 everywhere."""
+
+    kl: Tensor
+    """KL(policy || reference) over the whole vocabulary, never below 0; differentiable."""
+    logprob: Tensor | None
+    """log p(target) under the policy, never above 0; differentiable. None without targets."""
+    reference_logprob: Tensor | None
+    """The same under the reference, detached. None without targets."""
+    entropy: Tensor | None
+    """-sum p log p of the policy; differentiable. None unless asked for."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sum:
     """A 0-dim float32 tensor that adds up over micro-batches and ranks."""
