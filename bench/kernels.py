@@ -38,7 +38,7 @@ LEGEND = """\
 Medians of interleaved runs, on a GPU with the L2 cache overwritten before each. % of floor: the time of 4 bare products
 over all rows (logits, logits again, dX, dW; for ops on log-probs alone, of copying as many bytes) over the total; more
 than 100 where products or rows are saved. Extra: peak memory beyond inputs and returned gradients. Errors are against
-float64: the largest of logprob and entropy, in nats; |d - d64| / |d64| of the gradients."""
+float64: the largest of logprob (of kl, for kl) and entropy, in nats; |d - d64| / |d64| of the gradients."""
 
 Row = dict[str, Any]
 
@@ -132,7 +132,9 @@ def measure_case(
         rows[provider] |= {"error": _reason(times, device)} if isinstance(times, Exception) else times
     floors = [row["total_ms"] for provider, row in rows.items() if provider.task in FLOORS]
     for provider, row in rows.items():
-        if floors and floors[-1] and row["total_ms"]:
+        if provider.asked.given_logits and row["total_ms"]:  # read twice, their gradient written
+            row["gb_per_s"] = 3 * dtype.itemsize * case.rows * case.vocab / row["total_ms"] / 1e6
+        elif floors and floors[-1] and row["total_ms"]:
             share = provider.asked.row_bytes / TASKS["copy"].row_bytes if case.alone else 1.0
             row["percent_of_floor"] = 100 * share * floors[-1] / row["total_ms"]
             row["gb_per_s"] = provider.asked.row_bytes * case.rows / row["total_ms"] / 1e6
@@ -186,5 +188,5 @@ def _cells(row: Row) -> list[str]:
         return [row["error"].replace("|", "/")]
     cells = ["" if row[name] is None else f"{row[name]:{form}}" for name, (_, form) in COLUMNS.items()]
     cells[2] += f" [{row['total_ms_20']:.2f}, {row['total_ms_80']:.2f}]"
-    cells[3] += f" ({row['gb_per_s']:.0f} GB/s)" if row.get("gb_per_s") else ""
+    cells[3] = f"{cells[3]} ({row['gb_per_s']:.0f} GB/s)".strip() if row.get("gb_per_s") else cells[3]
     return cells

@@ -15,7 +15,9 @@ from torch import Tensor
 from bench.measure import Step, Tensors, run
 from fastrlhf_kernels import linear_logprob, pair_loss, policy_loss
 from fastrlhf_kernels.gae import gae_reference
+from fastrlhf_kernels.linear_kl import linear_kl_reference
 from fastrlhf_kernels.linear_logprob import linear_logprob_reference
+from fastrlhf_kernels.logprob_from_logits import logprob_from_logits_reference
 from fastrlhf_kernels.pair_loss import pair_loss_reference
 from fastrlhf_kernels.policy_loss import policy_loss_reference
 
@@ -56,6 +58,8 @@ class Problem:
     sampler_logprob: Tensor  # [T] of a policy 0.1 nats away
     advantage: Tensor  # [T], one number per sequence
     cu_seqlens: Tensor  # [2B+1] int64
+    reference_hidden: Tensor  # [T, D] the same, of a model a little away with the same head
+    logits: Tensor | None = None  # [T, V] the same, for tasks that are given them
     bias: Tensor | None = None  # [V] the same
     temperature: Tensor | float = 1.0  # [T]
     softcap: float | None = None
@@ -117,6 +121,7 @@ def make_problem(case: Case, dtype: torch.dtype, device: torch.device) -> Proble
         sampler_logprob=logprob + 0.1 * normal(rows),
         advantage=advantage.repeat_interleave(cu_seqlens.diff()),
         cu_seqlens=cu_seqlens,
+        reference_hidden=hidden + (0.1 * normal(rows, size)).to(dtype),
         bias=normal(vocab).to(dtype),
         temperature=0.5 + uniform(rows),
         softcap=30.0,
@@ -144,7 +149,13 @@ class Task:
     def alone(self) -> bool:
         return self.row_bytes > 0
 
+    @property
+    def given_logits(self) -> bool:
+        return self.leaves == ("logits",)
+
     def step(self, function: Callable[[Problem], Tensors], problem: Problem) -> Step:
+        if self.given_logits:
+            problem = replace(problem, logits=problem.hidden @ problem.weight.T)
         if not self.options:
             problem = replace(problem, bias=None, temperature=1.0, softcap=None)
         if self.ignores:
@@ -172,6 +183,15 @@ def head(p: Problem, entropy: bool = False) -> Tensors:
     return (out.logprob, out.entropy) if entropy and out.entropy is not None else (out.logprob,)
 
 
+def given_logits(p: Problem) -> Tensors:
+    assert p.logits is not None
+    return (logprob_from_logits_reference(p.logits, p.targets).logprob,)
+
+
+def kl(p: Problem) -> Tensors:
+    return (linear_kl_reference(p.hidden, p.weight, p.reference_hidden, p.weight).kl,)
+
+
 def sft(p: Problem, logprob: Tensor) -> Tensors:
     return (-logprob.where(p.mask, 0).sum(),)
 
@@ -196,6 +216,8 @@ TASKS = {
     "entropy": Task(partial(head, entropy=True)),
     "frozen head": Task(head, leaves=("hidden",)),
     "all options": Task(head, options=True),
+    "given logits": Task(given_logits, leaves=("logits",), by_row=False),
+    "kl": Task(kl),
     "sft": Task(lambda p: sft(p, *head(p)), by_row=False, ignores=True),
     "policy": Task(lambda p: policy(p, *head(p), exact=True), by_row=False),
     "policy, frozen head": Task(lambda p: policy(p, *head(p), exact=True), leaves=("hidden",), by_row=False),

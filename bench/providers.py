@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bench.measure import Tensors
 from bench.problems import FLOORS, TASKS, Problem, Task, pairs, policy, sft
-from fastrlhf_kernels import gae, linear_logprob, linear_policy_loss
+from fastrlhf_kernels import gae, linear_kl, linear_logprob, linear_policy_loss, logprob_from_logits
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,27 @@ def ours(p: Problem, entropy: bool = False, impl: str = "auto") -> Tensors:
 def one_shot_policy(p: Problem) -> Tensors:
     rows = (p.targets, p.sampler_logprob, p.advantage, p.mask)
     return (linear_policy_loss(p.hidden, p.weight, *rows, num_tokens=len(p.targets)).loss,)
+
+
+def eager_given_logits(p: Problem) -> Tensors:
+    assert p.logits is not None
+    return (p.logits.float().log_softmax(-1).gather(1, p.targets[:, None])[:, 0],)
+
+
+def our_given_logits(p: Problem) -> Tensors:
+    assert p.logits is not None
+    return (logprob_from_logits(p.logits, p.targets).logprob,)
+
+
+def eager_kl(p: Problem) -> Tensors:
+    logprobs = F.linear(p.hidden, p.weight).float().log_softmax(-1)
+    with torch.no_grad():
+        reference = F.linear(p.reference_hidden, p.weight).float().log_softmax(-1)
+    return ((logprobs.exp() * (logprobs - reference)).sum(-1),)
+
+
+def our_kl(p: Problem) -> Tensors:
+    return (linear_kl(p.hidden, p.weight, p.reference_hidden, p.weight).kl,)
 
 
 def through(loss: Callable[..., Tensors], logprob: Callable[[Problem], Tensors]) -> Callable[[Problem], Tensors]:
@@ -248,6 +269,10 @@ PROVIDERS = (
     Provider("ours", "frozen head", ours, ours=True),
     Provider("eager", "all options", eager),
     Provider("ours", "all options", ours, ours=True),
+    Provider("eager", "given logits", eager_given_logits),
+    Provider("ours", "given logits", our_given_logits, ours=True),
+    Provider("eager", "kl", eager_kl),
+    Provider("ours", "kl", our_kl, ours=True),
     Provider("eager", "sft", through(sft, eager)),
     Provider("F.linear_cross_entropy", "sft", partial(chunked_torch, reduction="sum")),
     Provider("Liger CE", "sft", partial(liger_ce, reduction="sum"), LIGER, gpu=True),
