@@ -10,7 +10,7 @@ The vocabulary is the outer loop, so that a gradient of the weight is written on
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -171,6 +171,37 @@ def slopes(
     level = level - on_entropy * (entropy - total.log())
     at_target = at_target - on_entropy * logprob.exp() * (logprob + entropy)
     return factor * level / total, factor * on_entropy / total, factor * at_target
+
+
+def multiply_parts(
+    logits: Logits,
+    parts: Iterable[tuple[Part, Callable[[slice], Tensor]]],
+    grad_hidden: Tensor | None,
+    grad_weight: Tensor | None,
+    grad_bias: Tensor | None,
+) -> None:
+    """From the gradient by the products to those of hidden, weight and bias, one part of the vocabulary at a time.
+
+    Each part comes with what gives that gradient [rows, part] for a block of rows, float32. Adds to `grad_hidden`
+    [T, D] float32, and fills `grad_weight` and `grad_bias`, as far as they are given.
+    """
+    for part, gradient_of in parts:
+        columns = slice(part.start, part.start + len(part.weight))
+        weight_sum = None if grad_weight is None else torch.zeros_like(part.weight, dtype=torch.float32)
+        bias_sum = None if grad_bias is None else grad_bias.new_zeros(len(part.weight), dtype=torch.float32)
+        for block in logits.row_blocks():
+            dx = gradient_of(block)
+            if bias_sum is not None:
+                bias_sum += dx.sum(0)
+            dx = dx.to(logits.hidden.dtype)
+            if grad_hidden is not None:
+                add_product(grad_hidden[block], dx, part.weight)
+            if weight_sum is not None:
+                add_product(weight_sum, dx.T, logits.hidden[block])
+        if grad_weight is not None and weight_sum is not None:
+            grad_weight[columns] = weight_sum
+        if grad_bias is not None and bias_sum is not None:
+            grad_bias[columns] = bias_sum
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

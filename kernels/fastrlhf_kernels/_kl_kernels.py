@@ -356,7 +356,7 @@ def gradient_kernel(
     level = tl.load(levels + rows, mask=inside, other=0.0)[:, None]
     if tilts is not None:
         level -= tl.load(tilts + rows, mask=inside, other=0.0)[:, None] * z
-    target = tl.load(targets + rows, mask=inside, other=-1)
+    target = tl.load(targets + rows, mask=inside, other=-1).to(tl.int32)
     at_target = tl.load(at_targets + rows, mask=inside, other=0.0)
     dx = tl.where(columns[None, :] == target[:, None], at_target[:, None], mass * level)
     dx += mass * (tl.load(pulls + rows, mask=inside, other=0.0)[:, None] * (z - y))

@@ -32,11 +32,13 @@ Legend: T rows, V vocabulary, D and Dr hidden sizes. Why not differentiate a sam
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from fastrlhf_kernels import _kl_kernels
-from fastrlhf_kernels._blocks import LOWEST, Logits, Selection, add_product, exp_, fold, gradient, slopes
+from fastrlhf_kernels._blocks import LOWEST, Logits, Part, Selection, exp_, fold, gradient, multiply_parts, slopes
 from fastrlhf_kernels._checks import check_rows, check_tensor
 from fastrlhf_kernels._head import FAR
 from fastrlhf_kernels._kl_kernels import Head, Slopes, Transform
@@ -289,7 +291,7 @@ def _backward(
         run(policy, reference, take(targets), transform, rows, grad_hidden, grad_weight, grad_bias)
     empty = logprob.new_empty(0)
     return (
-        empty if grad_hidden is None else chosen.put_back(grad_hidden).to(hidden.dtype),
+        empty if grad_hidden is None else chosen.put_back(grad_hidden.to(hidden.dtype)),
         empty.clone() if grad_weight is None else grad_weight,
         empty.clone() if grad_bias is None else grad_bias,
     )
@@ -307,30 +309,19 @@ def _backward_blocks(
 ) -> None:
     """Adds to grad_hidden, and fills grad_weight and grad_bias, as far as they are given."""
     logits, reference_logits = Logits.of(*policy, *transform), Logits.of(*reference, *transform)
-    for part, reference_part in zip(logits.parts(), reference_logits.parts(), strict=True):
-        stop = part.start + len(part.weight)
-        weight_sum = None if grad_weight is None else torch.zeros_like(part.weight, dtype=torch.float32)
-        bias_sum = None if grad_bias is None else grad_bias.new_zeros(len(part.weight), dtype=torch.float32)
-        for block in logits.row_blocks():
-            z, y = logits.block(block, part), reference_logits.block(block, reference_part)
-            slope = None if logits.softcap is None else logits.slope(block, z)
-            own = Slopes(*(None if row is None else row[block] for row in rows))  # pyright: ignore[reportArgumentType]
-            dx = gradient(z.clone(), targets[block] - part.start, own.peak, own.level, own.tilt, own.at_target)
-            z, y = _relative(z, own.peak), _relative(y, own.reference_peak)
-            dx += exp_(z.clone()).mul_(z.sub_(y)).mul_(own.pull[:, None])
-            if slope is not None:
-                dx *= slope
-            if bias_sum is not None:
-                bias_sum += dx.sum(0)
-            dx = dx.to(logits.hidden.dtype)
-            if grad_hidden is not None:
-                add_product(grad_hidden[block], dx, part.weight)
-            if weight_sum is not None:
-                add_product(weight_sum, dx.T, logits.hidden[block])
-        if grad_weight is not None and weight_sum is not None:
-            grad_weight[part.start : stop] = weight_sum
-        if grad_bias is not None and bias_sum is not None:
-            grad_bias[part.start : stop] = bias_sum
+
+    def dx(part: Part, reference_part: Part, block: slice) -> Tensor:
+        z, y = logits.block(block, part), reference_logits.block(block, reference_part)
+        slope = None if logits.softcap is None else logits.slope(block, z)
+        own = Slopes(*(None if row is None else row[block] for row in rows))  # pyright: ignore[reportArgumentType]
+        dx = gradient(z.clone(), targets[block] - part.start, own.peak, own.level, own.tilt, own.at_target)
+        z, y = _relative(z, own.peak), _relative(y, own.reference_peak)
+        dx += exp_(z.clone()).mul_(z.sub_(y)).mul_(own.pull[:, None])
+        return dx if slope is None else dx.mul_(slope)
+
+    both = zip(logits.parts(), reference_logits.parts(), strict=True)
+    parts = ((part, partial(dx, part, reference_part)) for part, reference_part in both)
+    multiply_parts(logits, parts, grad_hidden, grad_weight, grad_bias)
 
 
 @_backward.register_fake

@@ -31,11 +31,13 @@ that never exist: Wijmans et al. 2024 (arXiv 2411.09009).
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from fastrlhf_kernels import _head
-from fastrlhf_kernels._blocks import Logits, Selection, add_product, fold, gradient, slopes
+from fastrlhf_kernels._blocks import Logits, Part, Selection, fold, gradient, multiply_parts, slopes
 from fastrlhf_kernels._checks import check_range, check_rows, check_tensor
 from fastrlhf_kernels._triton import use_triton
 from fastrlhf_kernels.types import TokenLogprobs
@@ -275,37 +277,18 @@ def _backward_blocks(
 ) -> None:
     """Adds to grad_hidden, and fills grad_weight and grad_bias, as far as they are given."""
     logits = Logits.of(hidden, weight, bias, row_temperature, temperature, scale, softcap)
-    blocks = logits.row_blocks()
-    for part in logits.parts():
-        stop = part.start + len(part.weight)
-        weight_sum = None if grad_weight is None else torch.zeros_like(part.weight, dtype=torch.float32)
-        bias_sum = None if grad_bias is None else grad_bias.new_zeros(len(part.weight), dtype=torch.float32)
-        for block in blocks:
-            z = logits.block(block, part)
-            slope = None if softcap is None else logits.slope(block, z)
-            dx = gradient(
-                z,
-                targets[block] - part.start,
-                peak[block],
-                level[block],
-                None if tilt is None else tilt[block],
-                at_target[block],
-            )
-            if slope is not None:
-                dx *= slope
-            if dead is not None:
-                dx.masked_fill_(dead[block], 0)
-            if bias_sum is not None:
-                bias_sum += dx.sum(0)
-            dx = dx.to(logits.hidden.dtype)
-            if grad_hidden is not None:
-                add_product(grad_hidden[block], dx, part.weight)
-            if weight_sum is not None:
-                add_product(weight_sum, dx.T, logits.hidden[block])
-        if grad_weight is not None and weight_sum is not None:
-            grad_weight[part.start : stop] = weight_sum
-        if grad_bias is not None and bias_sum is not None:
-            grad_bias[part.start : stop] = bias_sum
+
+    def dx(part: Part, block: slice) -> Tensor:
+        z = logits.block(block, part)
+        slope = None if softcap is None else logits.slope(block, z)
+        own = (None if row is None else row[block] for row in (peak, level, tilt, at_target))
+        dx = gradient(z, targets[block] - part.start, *own)  # pyright: ignore[reportArgumentType]
+        if slope is not None:
+            dx *= slope
+        return dx if dead is None else dx.masked_fill_(dead[block], 0)
+
+    parts = ((part, partial(dx, part)) for part in logits.parts())
+    multiply_parts(logits, parts, grad_hidden, grad_weight, grad_bias)
 
 
 @_backward.register_fake
