@@ -12,6 +12,9 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+COLUMNS = ("prompt", "chosen", "rejected", "reference", "label_prob", "margin")  # that `columns` may rename
+PAIR_LOSSES = ("sigmoid", "ipo", "hinge", "robust", "sft")
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -135,8 +138,18 @@ class RewardConfig(TrainConfig):
     learning_rate: float = 1e-4
     num_train_epochs: float = 1.0
     truncation_mode: Literal["keep_start", "keep_end", "drop"] = "drop"
+    center_rewards_coefficient: float = 0.0
+    """Times (score of chosen + score of rejected)^2 is added to the loss, so that scores centre on 0 (Eisenstein et
+    al. 2023, arXiv 2312.09244, eq. 2); TRL advises 0.01."""
+    margin_scale: float = 0.0
+    """Times the column `margin` is what the scores of a pair must differ by (Touvron et al. 2023, arXiv 2307.09288,
+    eq. 2); 0 reads no such column."""
     share_prompts: bool = True
     """Compute the prompt of a pair once, both responses hanging on it; the same numbers with fewer tokens."""
+
+    def __post_init__(self) -> None:
+        TrainConfig.__post_init__(self)
+        _at_least(self, 0, "center_rewards_coefficient", "margin_scale")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,21 +160,61 @@ class DPOConfig(TrainConfig):
     num_train_epochs: float = 1.0
     beta: float = 0.1
     """Strength of the tie to the reference; for ipo the paper's tau."""
-    loss_type: Literal["sigmoid", "ipo", "hinge", "robust"] = "sigmoid"
-    """sigmoid is DPO."""
+    loss_type: str | tuple[str, ...] = "sigmoid"
+    """sigmoid (DPO), ipo, hinge or robust; or several, added up, among them sft: minus the mean log-prob of a token of
+    the chosen responses."""
+    loss_weights: tuple[float, ...] = ()
+    """Of each of several losses; empty: 1."""
+    label_source: Literal["chosen", "label_prob"] = "chosen"
+    """chosen: the chosen response is the better one. label_prob: it is with the probability in the column
+    `label_prob` (soft labels; sigmoid and ipo)."""
+    margin_scale: float = 0.0
+    """Times the column `margin` is subtracted from beta times the difference of log-ratios (Amini et al. 2024, arXiv
+    2402.10571); not for ipo. 0 reads no such column."""
     label_smoothing: float = 0.0
     """Share of pairs believed to be labelled the wrong way round (cDPO; robust needs it below 0.5)."""
     length_norm: Literal["auto", "sum", "mean", "pair_mean"] = "auto"
     """Of a response's log-ratio. auto: mean over tokens for ipo (as in TRL), else sum. The IPO paper is `sum`."""
     ref_model_name_or_path: str = ""
-    """The reference; empty: the model before training. Its log-probs are computed once, before the first step."""
+    """The reference; empty: the model before training."""
+    precompute_ref_log_probs: bool = True
+    """Compute the reference's log-probs once, before the first step, and keep no second model. False: at every step,
+    from a copy."""
+    ref_cache_dir: str = ""
+    """Folder that keeps precomputed log-probs by a fingerprint of reference, tokens and dtype: the next run with the
+    same ones loads no reference. Empty: they are not kept."""
     share_prompts: bool = True
     """Compute the prompt of a pair once, both responses hanging on it; the same numbers with fewer tokens."""
 
     def __post_init__(self) -> None:
         TrainConfig.__post_init__(self)
         _above_0(self, "beta")
+        _at_least(self, 0, "margin_scale")
         require(0 <= self.label_smoothing < 0.5, "label_smoothing", self.label_smoothing, "at least 0 and below 0.5")
+        losses, weights = self.losses, self.loss_weights
+        require(bool({*losses} - {"sft"}), "loss_type", self.loss_type, "at least one loss on pairs")
+        require({*losses} <= {*PAIR_LOSSES}, "loss_type", self.loss_type, f"of {', '.join(PAIR_LOSSES)}")
+        require(len({*losses}) == len(losses), "loss_type", losses, "without repeats")
+        require(len(weights) in (0, len(losses)), "loss_weights", weights, f"{len(losses)} numbers, one per loss_type")
+        require(all(weight > 0 for weight in weights), "loss_weights", weights, "above 0")
+        smooth, soft = self.label_smoothing > 0, self.label_source == "label_prob"
+        if "hinge" in losses:
+            require(not smooth, "label_smoothing", self.label_smoothing, "0 where loss_type is hinge")
+        if soft:
+            require(
+                not {"hinge", "robust"} & {*losses}, "label_source", self.label_source, "chosen for hinge and robust"
+            )
+            require(not smooth, "label_smoothing", self.label_smoothing, "0 where label_source is label_prob")
+        if "ipo" in losses:
+            require(not self.margin_scale, "margin_scale", self.margin_scale, "0 where loss_type is ipo")
+        cache = self.ref_cache_dir
+        require(
+            not cache or self.precompute_ref_log_probs, "ref_cache_dir", cache, "empty where nothing is precomputed"
+        )
+
+    @property
+    def losses(self) -> tuple[str, ...]:
+        return (self.loss_type,) if isinstance(self.loss_type, str) else self.loss_type
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -328,8 +381,10 @@ def parse_columns(columns: str) -> dict[str, str]:
     form."""
     pairs = [pair.partition("=") for pair in columns.split(",") if pair]
     for name, equals, column in pairs:
-        if not equals or not column or name not in ("prompt", "chosen", "rejected", "reference"):
-            raise ValueError(f"columns: {columns!r} must look like prompt=question,chosen=better,rejected=worse")
+        if not equals or not column or name not in COLUMNS:
+            raise ValueError(
+                f"columns: {columns!r} must look like prompt=question,chosen=better, of the names {', '.join(COLUMNS)}"
+            )
     return {name: column for name, _, column in pairs}
 
 

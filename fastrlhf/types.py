@@ -38,6 +38,10 @@ class Example:
     rejected: Text | None = None
     reference: Text | None = None
     """A demonstration: what SFT imitates and what a reset may copy from."""
+    label_prob: float | None = None
+    """How probable it is that the chosen response is the better one, in 0..1."""
+    margin: float | None = None
+    """How much better it is."""
     row: int
     """Position in the source file, counted from 0: the name of this example in messages and in random draws."""
 
@@ -53,6 +57,8 @@ class TokenizedExample:
     chosen: list[int] | None = None
     rejected: list[int] | None = None
     reference: list[int] | None = None
+    label_prob: float | None = None
+    margin: float | None = None
     row: int
 
 

@@ -185,7 +185,10 @@ def test_values_keep_their_types(place):
         (["sft", "--max_steps", "1.5"], "--max_steps: invalid literal for int() with base 10: '1.5'"),
         (["sft", "--max_steps"], "Missing value for argument '--max_steps'"),
         (["sft", "--progress", "maybe"], "'--progress'. Expected one of ('True', 'False')"),
-        (["dpo", "--loss_type", "sigmoidal"], "'--loss_type'. Expected one of ('sigmoid', 'ipo', 'hinge', 'robust')"),
+        (
+            ["dpo", "--loss_type", "sigmoidal"],
+            "loss_type: must be of sigmoid, ipo, hinge, robust, sft; got 'sigmoidal'",
+        ),
         (["sft", "all.yaml"], "Unrecognized options: all.yaml"),
         (["sft", "--learning_rate", "-1"], "learning_rate: must be above 0; got -1.0"),
         (["sft", "--learning_rate", "nan"], "learning_rate: must be finite; got nan"),

@@ -22,7 +22,11 @@ ALL = (*TRAINING, DemoConfig)
 
 
 def numeric_fields(kind: type, *types: type) -> list[str]:
-    return [name for name, hint in get_type_hints(kind).items() if hint in types or set(get_args(hint)) & set(types)]
+    return [
+        name
+        for name, hint in get_type_hints(kind).items()
+        if hint in types or (set(get_args(hint)) & set(types) and get_origin(hint) is not tuple)
+    ]
 
 
 @pytest.mark.parametrize("kind", ALL)
@@ -114,7 +118,33 @@ def test_a_word_that_is_no_choice_is_refused_with_the_choices(kind, field, choic
 
 def test_the_fields_with_choices_are_found():
     names = {name for _, name, _ in CHOICES}
-    assert names >= {"dtype", "truncation_mode", "lr_scheduler_type", "loss_type", "length_norm", "reset_source"}
+    assert names >= {"dtype", "truncation_mode", "lr_scheduler_type", "label_source", "length_norm", "reset_source"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"loss_type": "dpo"}, r"^loss_type: must be of sigmoid, ipo, hinge, robust, sft; got 'dpo'"),
+        ({"loss_type": ("sigmoid", "dpo")}, r"^loss_type: must be of .*; got \('sigmoid', 'dpo'\)"),
+        ({"loss_type": ()}, "^loss_type: must be at least one loss on pairs"),
+        ({"loss_type": "sft"}, "^loss_type: must be at least one loss on pairs"),
+        ({"loss_type": ("ipo", "ipo")}, "^loss_type: must be without repeats"),
+        ({"loss_weights": (1.0, 2.0)}, r"^loss_weights: must be 1 numbers, one per loss_type; got \(1.0, 2.0\)"),
+        ({"loss_type": ("sigmoid", "sft"), "loss_weights": (1.0, 0.0)}, "^loss_weights: must be above 0"),
+        ({"loss_type": ("sigmoid", "sft"), "loss_weights": (1.0, float("nan"))}, "^loss_weights: must be above 0"),
+        (
+            {"loss_type": "hinge", "label_smoothing": 0.1},
+            "^label_smoothing: must be 0 where loss_type is hinge; got 0.1",
+        ),
+        ({"loss_type": "robust", "label_source": "label_prob"}, "^label_source: must be chosen for hinge and robust"),
+        ({"label_source": "label_prob", "label_smoothing": 0.1}, "^label_smoothing: must be 0 where label_source is"),
+        ({"loss_type": ("sigmoid", "ipo"), "margin_scale": 1.0}, "^margin_scale: must be 0 where loss_type is ipo"),
+        ({"ref_cache_dir": "x", "precompute_ref_log_probs": False}, "^ref_cache_dir: must be empty where nothing is"),
+    ],
+)
+def test_losses_that_do_not_go_together_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        DPOConfig(**settings)
 
 
 def test_only_one_rule_for_a_missing_eos():

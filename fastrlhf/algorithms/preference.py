@@ -1,36 +1,65 @@
 """Policies from preference pairs, on packs: DPO (Rafailov et al. 2023, arXiv 2305.18290, eq. 7) and IPO (Azar et al.
 2023, arXiv 2310.12036, eq. 17), one scalar derivative per sequence apart.
 
-    once:   log pi_ref of every response
     repeat: draw a batch of pairs; D = log-ratio of chosen - log-ratio of rejected; loss(D) / pairs; step
 
-The reference is the policy before its first step, so it is never a second model: its log-probs are computed once.
+The reference is the policy before its first step, so it is never a second model: its log-probs are computed once
+(algorithms/reference.py).
 
 `fastrlhf dpo --config FILE`
 """
 
 from __future__ import annotations
 
-import math
+import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from fastrlhf.algorithms.diagnoses import Diagnoses
+from fastrlhf.algorithms.reference import Reference, Tree, open_reference, sequence_sums
 from fastrlhf.algorithms.stage import Stage, StepMetrics, TrainResult, check_micro_batch
-from fastrlhf.config import DPOConfig, require
+from fastrlhf.config import DPOConfig
 from fastrlhf.data.inputs import open_inputs
 from fastrlhf.data.packing import forest, micro_batches, num_computed, num_in_sequences, pack, pair
 from fastrlhf.models.forward import token_logprobs
-from fastrlhf.models.loading import check_same_vocabulary, load_policy, open_policy
+from fastrlhf.models.loading import open_policy
 from fastrlhf.optim import Optimizer, index_batches, num_steps
-from fastrlhf.types import Example, PackedBatch, Segment, TokenizedExample
-from fastrlhf_kernels import LossOutput, pair_loss
+from fastrlhf.types import Example, PackedBatch, TokenizedExample
+from fastrlhf_kernels import LossOutput, Metric, Sum, TokenLogprobs, pair_loss
 
-Tree = Sequence[Segment]
-"""Of one pair: its prompt, chosen, rejected; or chosen and rejected with the prompt in each."""
+log = logging.getLogger(__name__)
+
 KINDS = {"sigmoid": "dpo", "ipo": "ipo", "hinge": "hinge", "robust": "robust"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pairs:
+    """What the loss reads of a set of pairs, in one order."""
+
+    trees: list[Tree]
+    label_prob: Tensor | None
+    """[B] float32"""
+    margin: Tensor | None
+    """[B] float32, in the units of beta times nats"""
+
+    def __getitem__(self, indices: Sequence[int]) -> Pairs:
+        rows = list(indices)
+        return Pairs(
+            trees=[self.trees[i] for i in rows],
+            label_prob=None if self.label_prob is None else self.label_prob[rows],
+            margin=None if self.margin is None else self.margin[rows],
+        )
+
+    def __len__(self) -> int:
+        return len(self.trees)
+
+    @property
+    def num_chosen_tokens(self) -> int:
+        return sum(tree[-2].num_scored for tree in self.trees)
 
 
 def train_dpo(
@@ -38,144 +67,210 @@ def train_dpo(
 ) -> TrainResult:
     """Trains `config.model_name_or_path` on pairs; `examples` stand in for the configured dataset.
 
-    Metrics per step, TRL's names: loss, rewards/chosen, rewards/rejected, rewards/margins, rewards/accuracies,
-    logps/chosen, logps/rejected (nats per response), grad_norm, learning_rate, num_tokens (of the
-    sequences, as TRL counts), num_unique_tokens (computed). Raises ValueError for bad
-    input before any time is spent, and where the loss of the untrained policy is not what it must be (ln 2 for DPO).
+    Metrics per step, TRL's names: loss (and loss/NAME of each where there are several), rewards/chosen,
+    rewards/rejected, rewards/margins, rewards/accuracies, logps/chosen, logps/rejected (nats per response),
+    logits/chosen, logits/rejected (mean over tokens and vocabulary), entropy (nats per token), mean_token_accuracy (of
+    the chosen), grad_norm, learning_rate, num_tokens (of the sequences, as TRL counts), num_unique_tokens (computed).
+    Raises ValueError for bad input before any time is spent, and where the loss of the untrained policy is not what it
+    must be (ln 2 for DPO).
     """
-    smoothed_hinge = config.loss_type == "hinge" and config.label_smoothing > 0
-    require(not smoothed_hinge, "label_smoothing", config.label_smoothing, "0 where loss_type is hinge")
-    tokenizer, data = open_inputs(config, ["chosen", "rejected"], examples, eval_examples)
-    pairs = [_tree(example, config) for example in data.train]
-    held_out = [_tree(example, config) for example in data.eval]
-    check_micro_batch(config, [*data.train, *data.eval], [num_computed(tree) for tree in [*pairs, *held_out]])
+    tokenizer, data = open_inputs(config, _fields(config), examples, eval_examples)
+    trees = [_tree(example, config) for example in [*data.train, *data.eval]]
+    check_micro_batch(config, [*data.train, *data.eval], [num_computed(tree) for tree in trees])
     model = open_policy(config, tokenizer)
-    steps = num_steps(config, len(pairs))
-    reference = _reference_logprobs(config, model, [*pairs, *held_out])  # [pairs, 2], sums over the response
-    optimizer = Optimizer({"": model}, config, num_steps=steps)
+    everything = _pairs(config, [*data.train, *data.eval], trees, model.device)
+    num_train, held_out = len(data.train), range(len(data.train), len(trees))
+    steps = num_steps(config, num_train)
+    if "ipo" in config.losses:
+        log.info(describe_target(config, everything))
+    reference = open_reference(config, model, trees)
+    optimizer, diagnoses = Optimizer({"": model}, config, num_steps=steps), Diagnoses()
     evaluation: dict[str, float] = {}
 
-    with Stage(
-        "dpo" if config.loss_type == "sigmoid" else config.loss_type, config, steps, (model, tokenizer)
-    ) as stage:
-        for step, indices in enumerate(index_batches(len(pairs), config.batch_size, steps, config.seed)):
-            totals = StepMetrics()
-            for micro in _micro_batches([pairs[i] for i in indices], config):
-                chosen = [indices[i] for i in micro]
-                output = _loss(config, model, [pairs[i] for i in chosen], reference[chosen], num_pairs=len(indices))
+    with Stage(config.losses[0].replace("sigmoid", "dpo"), config, steps, (model, tokenizer)) as stage:
+        for step, indices in enumerate(index_batches(num_train, config.batch_size, steps, config.seed)):
+            drawn, totals = everything[indices], StepMetrics()
+            for micro in _micro_batches(drawn, config):
+                output = _loss(config, model, reference, everything, [indices[i] for i in micro], drawn)
                 output.loss.backward()
                 totals.add(output.metrics)
-            metrics = _named(totals.means("pairs"))
+            metrics = _named(config, totals.means("pairs"))
             if step == 0 and not config.ref_model_name_or_path:
-                check_first_loss(config, metrics)
-            metrics |= {**optimizer.step(), "num_tokens": sum(num_in_sequences(pairs[i]) for i in indices)}
-            metrics["num_unique_tokens"] = sum(num_computed(pairs[i]) for i in indices)
+                check_first_loss(config, drawn, metrics)
+            metrics |= {**optimizer.step(), "num_tokens": sum(map(num_in_sequences, drawn.trees))}
+            metrics["num_unique_tokens"] = sum(map(num_computed, drawn.trees))
             if held_out and stage.due(step, config.eval_steps):
-                evaluation = _evaluate(config, model, held_out, reference[len(pairs) :])
+                evaluation = _evaluate(config, model, reference, everything, held_out)
                 metrics |= evaluation
             stage.log(step + 1, metrics)
+            for finding in diagnoses.look(metrics):
+                log.warning("step %d: %s", step + 1, finding)
         return stage.finish(model, tokenizer, evaluation)
 
 
 def _loss(
-    config: DPOConfig, model: PreTrainedModel, pairs: Sequence[Tree], reference: Tensor, *, num_pairs: int
+    config: DPOConfig,
+    model: PreTrainedModel,
+    reference: Reference,
+    pairs: Pairs,
+    micro: Sequence[int],
+    step: Pairs,
 ) -> LossOutput:
-    """The pairs' share of the loss of a step of `num_pairs`; reference [B, 2] float32."""
-    batch = pack(forest(pairs), model.device)
-    logprob = token_logprobs(model, batch).logprob
+    """What the pairs `micro` add to the loss of `step`, the pairs of the whole optimiser step."""
+    own, num_pairs = pairs[micro], len(step)
+    batch = pack(forest(own.trees), model.device)
+    scored = token_logprobs(model, batch, entropy=True, stats=True)
+    reference_logprob = reference(batch, micro)
+    metrics: dict[str, Metric] = {}
+    total = torch.zeros((), device=model.device)
+    for name, weight in zip(config.losses, config.loss_weights or [1.0] * len(config.losses), strict=True):
+        if name == "sft":
+            loss = -sequence_sums(scored.logprob, batch)[::2].sum() / step.num_chosen_tokens
+        else:
+            output = _pair_loss(config, name, scored.logprob, reference_logprob, batch.cu_rows, own, num_pairs)
+            loss, metrics = output.loss, {**output.metrics, **metrics}
+        total = total + weight * loss
+        metrics[f"loss/{name}"] = Sum(loss.detach() * num_pairs)
+    metrics["loss"] = Sum(total.detach() * num_pairs)
+    return LossOutput(total, metrics | _token_metrics(scored, batch))
+
+
+def _pair_loss(
+    config: DPOConfig,
+    name: str,
+    logprob: Tensor,
+    reference_logprob: Tensor | None,
+    cu_rows: Tensor,
+    pairs: Pairs,
+    num_pairs: int,
+) -> LossOutput:
     return pair_loss(
         logprob,
-        reference.flatten(),
-        batch.cu_rows,
+        reference_logprob,
+        cu_rows,
         torch.ones_like(logprob, dtype=torch.bool),
         num_pairs=num_pairs,
-        kind=KINDS[config.loss_type],
+        kind=KINDS[name],
         beta=config.beta,
         label_smoothing=config.label_smoothing,
-        length_norm=length_norm(config),
+        label_prob=pairs.label_prob,
+        margin=pairs.margin,
+        length_norm=length_norm(config, name),
     )
 
 
-def length_norm(config: DPOConfig) -> str:
+@torch.no_grad()
+def _token_metrics(scored: TokenLogprobs, batch: PackedBatch) -> dict[str, Metric]:
+    """Sums over the tokens of chosen and of rejected responses, and how many they are."""
+    assert scored.entropy is not None
+    assert scored.max_logprob is not None
+    assert scored.mean_logit is not None
+    greedy = (scored.logprob >= scored.max_logprob).float()
+    by_side = [sequence_sums(x, batch).view(-1, 2).sum(0) for x in (scored.mean_logit, greedy)]
+    counts = batch.cu_rows.diff().view(-1, 2).sum(0).float()
+    names = ("logits_chosen", "logits_rejected", "greedy_chosen", "greedy_rejected", "chosen_tokens", "rejected_tokens")
+    sums = dict(zip(names, torch.cat([*by_side, counts]).unbind(), strict=True))
+    return {name: Sum(value) for name, value in (sums | {"entropy": scored.entropy.sum()}).items()}
+
+
+def length_norm(config: DPOConfig, loss_type: str) -> str:
     """What `auto` means: the mean over tokens for ipo, as in TRL; the sum for all else."""
     if config.length_norm != "auto":
         return config.length_norm
-    return "mean" if config.loss_type == "ipo" else "sum"
+    return "mean" if loss_type == "ipo" else "sum"
 
 
-def check_first_loss(config: DPOConfig, metrics: Mapping[str, float]) -> None:
-    """Raises ValueError where the loss is not that of a policy which still equals its reference: ln 2, for hinge 1, for
-    ipo (1 / (2 tau))^2.
+def describe_target(config: DPOConfig, pairs: Pairs) -> str:
+    """The log-ratio that IPO asks of a pair, (1 - 2 label_smoothing) / (2 tau), per token and per response."""
+    target = (1 - 2 * config.label_smoothing) / (2 * config.beta)
+    length = sum(tree[-1].num_scored + tree[-2].num_scored for tree in pairs.trees) / (2 * len(pairs))
+    per_response, per_token = (target, target / length)
+    if length_norm(config, "ipo") != "sum":
+        per_response, per_token = target * length, target
+    return (
+        f"ipo: beta (tau) {config.beta:g} with length_norm {length_norm(config, 'ipo')} asks for a margin of "
+        f"{per_token:.3g} nats per token, {per_response:.3g} per response of {length:.1f} tokens"
+    )
+
+
+def check_first_loss(config: DPOConfig, pairs: Pairs, metrics: Mapping[str, float]) -> None:
+    """Raises ValueError where a loss is not that of a policy which still equals its reference: ln 2 for DPO, 1 for
+    hinge, (1 / (2 tau))^2 for IPO, more or less where there are margins or soft labels.
 
     Every log-ratio is then 0 but for rounding: 3e-5 of a response's log-prob are allowed, 1e-2 in bfloat16.
     """
     size = abs(metrics["logps/chosen"]) + abs(metrics["logps/rejected"])
     rounding = (3e-5 if config.dtype == "float32" else 1e-2) * size
-    target = (1 - 2 * config.label_smoothing) / (2 * config.beta)
-    expected, slope = math.log(2), config.beta / (1 - 2 * config.label_smoothing)
-    if config.loss_type == "hinge":
-        expected = 1.0
-    elif config.loss_type == "ipo":
-        expected, slope = target**2, 2 * target + rounding
-    if not abs(metrics["loss"] - expected) <= slope * rounding + 1e-6:
-        raise ValueError(
-            f"the first {config.loss_type} loss is {metrics['loss']:.6g} where a policy that equals its reference has "
-            f"{expected:.6g}: log-probs of the same tokens differ between two passes, so the model is not deterministic"
-        )
+    for name in (name for name in config.losses if name != "sft"):
+        low, expected, high = (_loss_at(config, name, pairs, x) for x in (-rounding, 0.0, rounding))
+        loss = metrics[f"loss/{name}" if len(config.losses) > 1 else "loss"]
+        if not abs(loss - expected) <= max(abs(low - expected), abs(high - expected)) + 1e-6:
+            raise ValueError(
+                f"the first {name} loss is {loss:.6g} where a policy that equals its reference has {expected:.6g}: "
+                "log-probs of the same tokens differ between two passes, so the model is not deterministic"
+            )
+
+
+def _loss_at(config: DPOConfig, name: str, pairs: Pairs, difference: float) -> float:
+    """The mean loss of the pairs if all had this difference of log-ratios."""
+    options = pairs.margin if pairs.label_prob is None else pairs.label_prob
+    device = None if options is None else options.device
+    logprob = torch.tensor([difference, 0.0], device=device).repeat(len(pairs))
+    cu_rows = torch.arange(2 * len(pairs) + 1, dtype=torch.int32, device=device)
+    return _pair_loss(config, name, logprob, None, cu_rows, pairs, len(pairs)).loss.item()
 
 
 @torch.no_grad()
-def _reference_logprobs(config: DPOConfig, policy: PreTrainedModel, pairs: Sequence[Tree]) -> Tensor:
-    """log pi_ref(response | prompt) [pairs, 2] float32, in nats. A reference of its own is loaded, used and freed."""
-    model = policy
-    if config.ref_model_name_or_path:
-        model = load_policy(
-            config.ref_model_name_or_path,
-            field="ref_model_name_or_path",
-            device=policy.device,
-            dtype=config.dtype,
-            trust_remote_code=config.trust_remote_code,
-        )
-        check_same_vocabulary({"model_name_or_path": policy, "ref_model_name_or_path": model}, 0)
-    sums = torch.empty(len(pairs), 2, device=policy.device)
-    for micro in _micro_batches(pairs, config):
-        batch = pack(forest(pairs[i] for i in micro), policy.device)
-        sums[micro] = sequence_sums(token_logprobs(model, batch).logprob, batch).view(-1, 2)
-    if not bool(sums.isfinite().all()):
-        bad = int((~sums.isfinite().all(1)).nonzero()[0, 0])
-        field = "ref_model_name_or_path" if config.ref_model_name_or_path else "model_name_or_path"
-        raise ValueError(f"{field}: the log-probs of pair {bad} are not finite; the model is broken")
-    return sums
+def _evaluate(
+    config: DPOConfig, model: PreTrainedModel, reference: Reference, pairs: Pairs, indices: Sequence[int]
+) -> dict[str, float]:
+    totals, held_out = StepMetrics(), pairs[indices]
+    for micro in _micro_batches(held_out, config):
+        totals.add(_loss(config, model, reference, pairs, [indices[i] for i in micro], held_out).metrics)
+    return {f"eval_{name}": value for name, value in _named(config, totals.means("pairs")).items()}
 
 
-def sequence_sums(per_row: Tensor, batch: PackedBatch) -> Tensor:
-    """[R] -> [N] float32: the sum over the rows of every sequence, in a fixed order."""
-    return torch.segment_reduce(per_row, "sum", offsets=batch.cu_rows.long())
-
-
-@torch.no_grad()
-def _evaluate(config: DPOConfig, model: PreTrainedModel, pairs: Sequence[Tree], reference: Tensor) -> dict[str, float]:
-    totals = StepMetrics()
-    for micro in _micro_batches(pairs, config):
-        totals.add(_loss(config, model, [pairs[i] for i in micro], reference[micro], num_pairs=len(pairs)).metrics)
-    return {f"eval_{name}": value for name, value in _named(totals.means("pairs")).items()}
-
-
-def _named(means: dict[str, float]) -> dict[str, float]:
+def _named(config: DPOConfig, means: Mapping[str, float]) -> dict[str, float]:
     """TRL's names for the means over pairs."""
+    chosen, rejected = means["chosen_tokens"], means["rejected_tokens"]
+    several = {f"loss/{name}": means[f"loss/{name}"] for name in config.losses} if len(config.losses) > 1 else {}
     return {
         "loss": means["loss"],
+        **several,
         "rewards/chosen": means["reward_chosen"],
         "rewards/rejected": means["reward_rejected"],
         "rewards/margins": means["margin"],
         "rewards/accuracies": means["accuracy"],
         "logps/chosen": means["logprob_chosen"],
         "logps/rejected": means["logprob_rejected"],
+        "logits/chosen": means["logits_chosen"] / chosen,
+        "logits/rejected": means["logits_rejected"] / rejected,
+        "entropy": means["entropy"] / (chosen + rejected),
+        "mean_token_accuracy": means["greedy_chosen"] / chosen,
     }
 
 
-def _micro_batches(pairs: Sequence[Tree], config: DPOConfig) -> list[list[int]]:
-    return micro_batches([num_computed(tree) for tree in pairs], config.micro_batch_tokens, "pair")
+def _micro_batches(pairs: Pairs, config: DPOConfig) -> list[list[int]]:
+    return micro_batches([num_computed(tree) for tree in pairs.trees], config.micro_batch_tokens, "pair")
+
+
+def _fields(config: DPOConfig) -> list[str]:
+    """The columns that these losses read."""
+    soft, offset = ["label_prob"] * (config.label_source == "label_prob"), ["margin"] * (config.margin_scale != 0)
+    return ["chosen", "rejected", *soft, *offset]
+
+
+def _pairs(config: DPOConfig, examples: Sequence[TokenizedExample], trees: list[Tree], device: torch.device) -> Pairs:
+    def column(name: str) -> Tensor | None:
+        values = [getattr(example, name) for example in examples]
+        return torch.tensor(values, dtype=torch.float32, device=device) if name in _fields(config) else None
+
+    margin = column("margin")
+    return Pairs(
+        trees=trees,
+        label_prob=column("label_prob"),
+        margin=None if margin is None else config.margin_scale * margin,
+    )
 
 
 def _tree(example: TokenizedExample, config: DPOConfig) -> Tree:

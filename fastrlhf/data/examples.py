@@ -5,6 +5,7 @@ source -> rows -> one form for the whole dataset -> Example per row, or a counte
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,6 +17,8 @@ from fastrlhf.data.rows import read_rows, shorten
 from fastrlhf.types import Example, Message, Text
 
 RESPONSES = ("chosen", "rejected", "reference")
+NUMBERS = ("label_prob", "margin")
+"""Of a pair, where its row has them; in no form of their own."""
 
 
 class UnusableRow(Exception):
@@ -75,7 +78,8 @@ def load_examples(
     Args:
         config_name: of a hub dataset, or of a folder whose README.md names configurations.
         columns: name above -> column of the dataset, where they differ; also "reference" for any column.
-        needs: which of prompt, chosen, rejected, reference a usable row must have; others are given where good.
+        needs: which of prompt, chosen, rejected, reference a usable row must have; others are given where good. And
+            which of label_prob and margin it must have; these are read only where they are needed.
         max_bad_fraction: skipped rows / rows read, at most.
         limit: rows read, at most.
 
@@ -120,8 +124,8 @@ def load_examples(
 
 
 def _check_arguments(needs: Sequence[str], max_bad_fraction: float, limit: int | None) -> None:
-    if unknown := set(needs) - {"prompt", *RESPONSES}:
-        raise ValueError(f"needs: {sorted(unknown)} not among prompt, {', '.join(RESPONSES)}")
+    if unknown := set(needs) - {"prompt", *RESPONSES, *NUMBERS}:
+        raise ValueError(f"needs: {sorted(unknown)} not among prompt, {', '.join((*RESPONSES, *NUMBERS))}")
     if not 0 <= max_bad_fraction <= 1:
         raise ValueError(f"max_bad_fraction: {max_bad_fraction} is not in 0..1")
     if limit is not None and limit < 1:
@@ -143,7 +147,8 @@ class Form:
     """Responses it makes; None: those that are columns of the dataset."""
 
     def provides(self, names: Iterable[str]) -> set[str]:
-        return {"prompt"}.union(set(RESPONSES).intersection(names) if self.gives is None else self.gives)
+        given = {"prompt"}.union(set(RESPONSES).intersection(names) if self.gives is None else self.gives)
+        return given.union(set(NUMBERS).intersection(names))
 
 
 def _explicit(row: Mapping[str, Any], conversational: bool) -> Fields:
@@ -220,7 +225,7 @@ MESSAGES = Form(name="messages", required=("messages",), convert=_chat, gives=("
 PROMPTS = Form(name="prompts", required=("prompt",), convert=_explicit)
 FORMS = (COMPARISONS, POSTS, PAIRS, DEMONSTRATIONS, CONVERSATION_PAIRS, MESSAGES, PROMPTS)
 """The first that fits is taken: the richer before the poorer."""
-NAMES = ("prompt", *RESPONSES, "messages", *COMPARISONS.required, *POSTS.required)
+NAMES = ("prompt", *RESPONSES, *NUMBERS, "messages", *COMPARISONS.required, *POSTS.required)
 
 
 def _name_columns(rows: Iterable[object], columns: Mapping[str, str], source: str) -> dict[str, str]:
@@ -272,8 +277,9 @@ def _to_example(
     if not isinstance(row, dict):
         raise UnusableRow("wrong_type", f"the row is {type(row).__name__}, not an object")
     fields = form.convert({name: row.get(column) for name, column in names.items()}, conversational)
-    for name in needs:
+    for name in set(needs) - set(NUMBERS):
         _present(fields, name)
+    label_prob, margin = (_number(row.get(names[name]), name) if name in needs else None for name in NUMBERS)
     if _is_empty(fields["prompt"]):
         raise UnusableRow("empty_prompt", "the prompt is empty or white space")
     for name in RESPONSES:
@@ -283,7 +289,7 @@ def _to_example(
             del fields[name]
     if {"chosen", "rejected"} <= set(needs) and fields["chosen"] == fields["rejected"]:
         raise UnusableRow("chosen_equals_rejected", "both responses are the same")
-    return Example(row=number, **fields)
+    return Example(row=number, label_prob=label_prob, margin=margin, **fields)
 
 
 def _present(row: Mapping[str, Any], name: str) -> Any:
@@ -300,6 +306,14 @@ def _text(value: object, name: str) -> str:
     except UnicodeEncodeError:
         raise UnusableRow("wrong_type", f"{name} holds half a surrogate pair, which is no character") from None
     return value
+
+
+def _number(value: object, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise UnusableRow(f"bad_{name}", f"{name} is {shorten(repr(value))}, not a finite number")
+    if name == "label_prob" and not 0 <= value <= 1:
+        raise UnusableRow("bad_label_prob", f"label_prob is {value}, not in 0..1")
+    return float(value)
 
 
 def _messages(value: object, name: str) -> list[Message]:

@@ -204,7 +204,11 @@ def tokenize_examples(
             dropped[reason] += 1
             first_dropped.setdefault(reason, example.row)
             continue
-        kept.append(TokenizedExample(prompt=prompt_ids, row=example.row, **ids))
+        kept.append(
+            TokenizedExample(
+                prompt=prompt_ids, row=example.row, label_prob=example.label_prob, margin=example.margin, **ids
+            )
+        )
         counts["prompts_cut"] += prompt_ids != prompt
         for name, (_, present) in read.items():
             cut = len(ids[name]) < len(whole[name])

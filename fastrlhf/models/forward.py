@@ -30,7 +30,12 @@ def hidden_states(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
 
 
 def token_logprobs(
-    model: PreTrainedModel, batch: PackedBatch, *, temperature: float = 1.0, entropy: bool = False
+    model: PreTrainedModel,
+    batch: PackedBatch,
+    *,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    stats: bool = False,
 ) -> TokenLogprobs:
     """Log-prob [R] float32, in nats, of every scored token of the pack, under the tempered distribution."""
     head = cast(Linear, model.get_output_embeddings())
@@ -44,6 +49,7 @@ def token_logprobs(
         logit_scale=logit_scale,
         softcap=softcap,
         entropy=entropy,
+        stats=stats,
     )
 
 

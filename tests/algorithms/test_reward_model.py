@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForSequenceClassification
 
 from fastrlhf.algorithms import reward_model
-from fastrlhf.algorithms.reward_model import evaluate, score_pairs, train_reward_model
+from fastrlhf.algorithms.reward_model import evaluate, ranking_losses, score_pairs, train_reward_model
 from fastrlhf.config import RewardConfig
 from fastrlhf.models.loading import load_reward_model
 from fastrlhf.types import Example, Segment
@@ -59,7 +59,9 @@ def test_loss_and_gradient_are_minus_log_sigmoid_of_the_plain_models_scores(judg
     assert row == pytest.approx(
         {
             **{name: value.item() for name, value in expected.items()},
+            "min_reward": scores.min().item(),
             "mean_reward": scores.mean().item(),
+            "max_reward": scores.max().item(),
             "grad_norm": 0.0,  # of the recorder
             "learning_rate": 0.0,
             "num_tokens": sum(map(len, sequences(examples))),
@@ -84,23 +86,46 @@ def test_one_micro_batch_of_eight_is_eight_of_one(judge, monkeypatch):
 
 
 def test_metrics_of_three_pairs_by_hand_a_tie_counts_one_half():
-    summary = reward_model._summary(torch.tensor([[1.0, 0.0], [-1.0, 1.0], [2.0, 2.0]]))
+    scores = torch.tensor([[1.0, 0.0], [-1.0, 1.0], [2.0, 2.0]])
+    summary = reward_model._summary(scores, ranking_losses(RewardConfig(), scores, torch.zeros(3)))
     losses = [math.log1p(math.exp(-1)), math.log1p(math.exp(2)), math.log(2)]  # -log sigmoid of margins 1, -2, 0
-    assert summary == pytest.approx(
-        {"loss": sum(losses) / 3, "accuracy": 1.5 / 3, "margin": -1 / 3, "mean_reward": 5 / 6}
-    )
+    rewards = {"min_reward": -1.0, "mean_reward": 5 / 6, "max_reward": 2.0}
+    assert summary == pytest.approx({"loss": sum(losses) / 3, "accuracy": 1.5 / 3, "margin": -1 / 3} | rewards)
+
+
+def test_margins_and_centring_by_hand():
+    scores = torch.tensor([[1.0, 0.0], [-1.0, 1.0]])
+    cfg = RewardConfig(center_rewards_coefficient=0.25)
+    losses = ranking_losses(cfg, scores, torch.tensor([1.0, 0.5]))  # sums 1 and 0, differences less margin 0 and -2.5
+    assert losses.tolist() == pytest.approx([math.log(2) + 0.25, math.log1p(math.exp(2.5))])
+
+
+def test_margins_of_the_rows_reach_their_pairs_in_training_and_evaluation(judge):
+    examples = [replace(example, margin=0.1 * i) for i, example in enumerate(tiny.examples(9))]
+    cfg = config(judge, micro_batch_tokens=36, margin_scale=2.0, learning_rate=1e-30, per_device_train_batch_size=9)
+    result = train_reward_model(cfg, examples, examples)
+    plain = AutoModelForSequenceClassification.from_pretrained(judge)
+    with torch.no_grad():
+        scores = plain_scores(plain, sequences(examples)).view(9, 2)
+    expected = -F.logsigmoid(scores[:, 0] - scores[:, 1] - torch.arange(9) * 0.2).mean().item()
+    assert result.history[0]["loss"] == pytest.approx(expected, rel=1e-5)
+    assert result.final["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(ValueError, match="row 0 has no margin"):
+        train_reward_model(cfg, tiny.examples(9))
 
 
 def test_a_head_of_zeros_ties_on_every_pair(judge):
     model = load_reward_model(judge, pad_token_id=0)
     torch.nn.init.zeros_(model.score.weight)
     pairs = [(Segment(token_ids=[3, 4, 1]), Segment(token_ids=[3, 5, 6, 1]))] * 4
-    assert evaluate(model, pairs, 1000) == pytest.approx(
+    assert evaluate(config(judge), model, pairs, torch.zeros(4)) == pytest.approx(
         {
             "eval_loss": math.log(2),
             "eval_accuracy": 0.5,
             "eval_margin": 0.0,
+            "eval_min_reward": 0.0,
             "eval_mean_reward": 0.0,
+            "eval_max_reward": 0.0,
             "eval_accuracy_low": 0.5,
             "eval_accuracy_high": 0.5,
         }

@@ -335,3 +335,18 @@ def test_a_prompt_column_that_the_user_names_beats_a_prompt_built_from_other_col
     assert (example.prompt, example.reference) == ("the question", "d")
     [example] = load_examples(str(path), needs=("prompt", "reference")).examples
     assert str(example.prompt).startswith("SUBREDDIT: r/a")
+
+
+def test_numbers_of_a_pair_are_read_where_they_are_needed_and_checked(tmp_path):
+    row = {"prompt": "Q", "chosen": "a", "rejected": "b", "label_prob": 1, "gap": 0.5}
+    path = write(tmp_path / "a.jsonl", [row])
+    [example] = load_examples(path, needs=(*PAIR, "label_prob", "margin"), columns={"margin": "gap"}).examples
+    assert (example.label_prob, example.margin) == (1.0, 0.5)
+    [example] = load_examples(path, needs=PAIR).examples
+    assert (example.label_prob, example.margin) == (None, None)
+    with pytest.raises(ValueError, match=r"no margin in pairs .* name a column for it .*, as margin=<column>"):
+        load_examples(path, needs=(*PAIR, "margin"))
+    for bad in (1.5, -0.1, None, "0.5", True, float("nan")):
+        path = write(tmp_path / "b.jsonl", [row, row, row | {"label_prob": bad}])
+        loaded = load_examples(path, needs=(*PAIR, "label_prob"), max_bad_fraction=0.5)
+        assert loaded.skipped == {"bad_label_prob": 1}

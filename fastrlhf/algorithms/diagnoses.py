@@ -1,0 +1,51 @@
+"""What users of DPO ask when they see their curves, answered once in the log. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+WINDOW = 10
+"""Steps whose mean is compared with that of the first ones."""
+
+BOTH_FALL = (
+    "the log-probs of chosen and rejected responses both fall ({chosen:+.1f} and {rejected:+.1f} nats) while the "
+    "margin rises: the loss asks for the difference alone. It is no mistake; where the chosen must stay likely, add "
+    "the loss sft (loss_type: [sigmoid, sft]) or lower learning_rate"
+)
+SATURATED = (
+    "rewards are saturated: accuracy {accuracy:.2f}, margin {margin:.1f}, so the loss has next to no gradient left; "
+    "lower beta, train for fewer steps, or let ipo bound the margin"
+)
+
+
+class Diagnoses:
+    """Looks at the metrics of one step after the other; each finding is told once."""
+
+    def __init__(self) -> None:
+        self._first: list[Mapping[str, float]] = []
+        self._last: list[Mapping[str, float]] = []
+        self._told: set[str] = set()
+
+    def look(self, metrics: Mapping[str, float]) -> list[str]:
+        """What there is to say now that was not said before; mostly nothing. `metrics` are those of `train_dpo`."""
+        if len(self._first) < WINDOW:
+            self._first.append(metrics)
+        self._last = [*self._last[-WINDOW + 1 :], metrics]
+        if self._first[-1] is self._last[-1] or len(self._last) < WINDOW:
+            return []
+        change = {
+            name: _mean(self._last, name) - _mean(self._first, name) for name in metrics if name.startswith("logps/")
+        }
+        chosen, rejected = change["logps/chosen"], change["logps/rejected"]
+        margin, accuracy = _mean(self._last, "rewards/margins"), _mean(self._last, "rewards/accuracies")
+        found = {
+            BOTH_FALL: max(chosen, rejected) < -1 and margin > max(0.0, _mean(self._first, "rewards/margins")),
+            SATURATED: accuracy > 0.99 and margin > 10,  # sigmoid(-10) is 5e-5
+        }
+        new = [text for text, holds in found.items() if holds and text not in self._told]
+        self._told.update(new)
+        return [text.format(chosen=chosen, rejected=rejected, accuracy=accuracy, margin=margin) for text in new]
+
+
+def _mean(rows: Sequence[Mapping[str, float]], name: str) -> float:
+    return sum(row[name] for row in rows) / len(rows)

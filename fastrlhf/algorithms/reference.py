@@ -1,0 +1,139 @@
+"""Log-probs of the frozen reference of pairs: computed once, kept on disk, or taken from a copy at every step.
+
+All three give the same numbers up to the rounding of different packs. Computed once is the default: it costs one pass
+over the data, as one epoch of the copy would, and no second model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils.hub import cached_file
+
+from fastrlhf.config import DPOConfig
+from fastrlhf.data.packing import forest, micro_batches, num_computed, pack
+from fastrlhf.models.forward import token_logprobs
+from fastrlhf.models.loading import check_same_vocabulary, frozen_copy, load_policy
+from fastrlhf.types import PackedBatch, Segment
+
+log = logging.getLogger(__name__)
+
+Tree = Sequence[Segment]
+Reference = Callable[[PackedBatch, Sequence[int]], Tensor]
+"""(pack, indices of its trees) -> log pi_ref of its sequences [N] float32, in nats, without gradient."""
+
+
+def open_reference(config: DPOConfig, policy: PreTrainedModel, trees: Sequence[Tree]) -> Reference:
+    """The reference of `config`: `ref_model_name_or_path`, or the policy as it is now.
+
+    `trees` are all that it will ever be asked about, each with as many sequences. Raises ValueError where the reference
+    does not fit the policy, gives a log-prob that is not finite, or the cache cannot be used.
+    """
+    if not config.precompute_ref_log_probs:
+        model = _open(config, policy) if config.ref_model_name_or_path else frozen_copy(policy)
+        return torch.no_grad()(lambda batch, indices: _sequence_logprobs(model, batch))
+    sums = _precomputed(config, policy, trees).to(policy.device)
+    return lambda batch, indices: sums[list(indices)].flatten()
+
+
+def sequence_sums(per_row: Tensor, batch: PackedBatch) -> Tensor:
+    """[R] -> [N] float32: the sum over the rows of every sequence, in a fixed order."""
+    return torch.segment_reduce(per_row, "sum", offsets=batch.cu_rows.long())
+
+
+def _precomputed(config: DPOConfig, policy: PreTrainedModel, trees: Sequence[Tree]) -> Tensor:
+    """[trees, sequences of a tree], from the cache where it is there."""
+    if not config.ref_cache_dir:
+        return _compute(config, policy, trees)
+    folder = Path(config.ref_cache_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"ref_cache_dir: {config.ref_cache_dir!r} cannot be made: {error.strerror}") from error
+    file = folder / f"{_fingerprint(config, policy, trees)}.safetensors"
+    if file.exists():
+        try:
+            sums = load_file(file)["logprobs"]
+        except (SafetensorError, KeyError) as error:
+            raise ValueError(f"ref_cache_dir: {str(file)!r} is damaged; delete it ({error})") from error
+        log.info("reference: log-probs of %d pairs read from %s", len(sums), file)
+        return sums
+    sums = _compute(config, policy, trees)
+    partial = file.with_suffix(f".{os.getpid()}.partial")  # two runs may compute the same
+    save_file({"logprobs": sums.cpu()}, partial)
+    os.replace(partial, file)
+    log.info("reference: log-probs of %d pairs kept in %s", len(sums), file)
+    return sums
+
+
+@torch.no_grad()
+def _compute(config: DPOConfig, policy: PreTrainedModel, trees: Sequence[Tree]) -> Tensor:
+    """[trees, sequences of a tree]. A reference of its own is loaded, used and freed."""
+    model = _open(config, policy) if config.ref_model_name_or_path else policy
+    sums = torch.empty(len(trees), _num_sequences(trees[0]), device=policy.device)
+    for micro in micro_batches([num_computed(tree) for tree in trees], config.micro_batch_tokens, "pair"):
+        batch = pack(forest(trees[i] for i in micro), policy.device)
+        sums[micro] = _sequence_logprobs(model, batch).view(len(micro), -1)
+    if not bool(sums.isfinite().all()):
+        bad = int((~sums.isfinite().all(1)).nonzero()[0, 0])
+        field = "ref_model_name_or_path" if config.ref_model_name_or_path else "model_name_or_path"
+        raise ValueError(f"{field}: the log-probs of pair {bad} are not finite; the model is broken")
+    return sums
+
+
+def _sequence_logprobs(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
+    return sequence_sums(token_logprobs(model, batch).logprob, batch)
+
+
+def _open(config: DPOConfig, policy: PreTrainedModel) -> PreTrainedModel:
+    model = load_policy(
+        config.ref_model_name_or_path,
+        field="ref_model_name_or_path",
+        device=policy.device,
+        dtype=config.dtype,
+        trust_remote_code=config.trust_remote_code,
+    ).requires_grad_(False)
+    check_same_vocabulary({"model_name_or_path": policy, "ref_model_name_or_path": model}, 0)
+    return model
+
+
+def _num_sequences(tree: Tree) -> int:
+    return len(tree) - len({segment.parent for segment in tree if segment.parent >= 0})
+
+
+def _fingerprint(config: DPOConfig, policy: PreTrainedModel, trees: Sequence[Tree]) -> str:
+    """Of everything that the log-probs depend on but the machine: weights, dtype, and the tokens of every tree."""
+    digest = hashlib.sha256(config.dtype.encode())
+    if config.ref_model_name_or_path:
+        _digest_files(digest, config.ref_model_name_or_path)
+    else:
+        for name, tensor in policy.state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.detach().reshape(-1).view(torch.uint8).cpu().numpy())
+    for segment in (segment for tree in trees for segment in tree):
+        digest.update(
+            np.array([segment.parent, segment.cut, segment.num_scored, *segment.token_ids], np.int64).tobytes()
+        )
+    return digest.hexdigest()[:32]
+
+
+def _digest_files(digest: hashlib._Hash, source: str) -> None:
+    """Of the configuration and the weights of a saved model, without loading it."""
+    found = source if Path(source).is_dir() else os.path.dirname(cached_file(source, "config.json") or "")
+    files = [file for file in sorted(Path(found).iterdir()) if file.suffix in (".safetensors", ".bin", ".json")]
+    if not any(file.suffix != ".json" for file in files):
+        raise ValueError(f"ref_model_name_or_path: {source!r} has no weights here to take a fingerprint of")
+    for file in files:
+        digest.update(file.name.encode())
+        with file.open("rb") as content:
+            digest.update(hashlib.file_digest(content, "sha256").digest())

@@ -1,0 +1,95 @@
+"""Precomputed, kept on disk and live references: the same numbers, and a cache that never serves another's."""
+
+import logging
+from dataclasses import replace
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from fastrlhf.algorithms import reference
+from fastrlhf.algorithms.preference import train_dpo
+from fastrlhf.config import DPOConfig
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny.save_policy(tmp_path_factory.mktemp("policy"))
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    return tiny.save_policy(tmp_path_factory.mktemp("other"), seed=3)
+
+
+def config(model, **settings):
+    fields = {"per_device_train_batch_size": 8, "max_steps": 3, "learning_rate": 1e-3, "progress": False}
+    return DPOConfig(model_name_or_path=model, micro_batch_tokens=60, **fields | settings)
+
+
+def run(cfg, count=12):
+    return train_dpo(cfg, tiny.examples(count), tiny.examples(6, seed=1)).history
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["the start", "a reference of its own"])
+def test_live_and_precomputed_and_cached_are_one_run(model, other, tmp_path, own):
+    cfg = config(model, ref_model_name_or_path=other if own else "")
+    expected = run(cfg)
+    live = run(replace(cfg, precompute_ref_log_probs=False))
+    for row, other_row in zip(live, expected, strict=True):
+        assert row == pytest.approx(other_row, rel=1e-4, abs=1e-5)  # packs differ, so rounding does
+    cached = replace(cfg, ref_cache_dir=str(tmp_path / "cache"))
+    assert run(cached) == expected
+    assert run(cached) == expected
+    assert [file.suffix for file in (tmp_path / "cache").iterdir()] == [".safetensors"]
+
+
+def test_a_reference_that_is_cached_is_not_loaded(model, other, tmp_path, monkeypatch, caplog):
+    cfg = config(model, ref_model_name_or_path=other, ref_cache_dir=str(tmp_path))
+    expected = run(cfg)
+
+    def refuse(*_, **__):
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr(reference, "load_policy", refuse)
+    with caplog.at_level(logging.INFO):
+        assert run(cfg) == expected
+    assert "log-probs of 18 pairs read from" in caplog.text
+
+
+@pytest.mark.parametrize("change", ["weights", "own weights", "data", "sharing", "dtype"])
+def test_what_changes_the_numbers_changes_the_fingerprint(model, other, tmp_path, change):
+    folder = tmp_path / "cache"
+    cfg = config(model, ref_model_name_or_path="" if change == "own weights" else other, ref_cache_dir=str(folder))
+    run(replace(cfg, max_steps=1))
+    match change:
+        case "weights":
+            copy = tmp_path / "copy"
+            changed = AutoModelForCausalLM.from_pretrained(other)
+            changed.lm_head.weight.data[3, 3] += 1e-3
+            changed.save_pretrained(copy)
+            run(replace(cfg, ref_model_name_or_path=str(copy), max_steps=1))
+        case "own weights":
+            run(replace(cfg, model_name_or_path=other, max_steps=1))
+        case "data":
+            run(replace(cfg, max_steps=1), count=11)
+        case "sharing":
+            run(replace(cfg, share_prompts=False, max_steps=1))
+        case _:
+            run(replace(cfg, dtype="bfloat16", max_steps=1))
+    assert len(list(folder.iterdir())) == 2
+
+
+def test_a_damaged_cache_is_named(model, tmp_path):
+    cfg = config(model, ref_cache_dir=str(tmp_path))
+    run(cfg)
+    [file] = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:20])
+    with pytest.raises(ValueError, match=rf"ref_cache_dir: '{file}' is damaged; delete it"):
+        run(cfg)
+
+
+def test_a_cache_folder_that_cannot_be_made_is_named(model, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"ref_cache_dir: .*file/cache' cannot be made: Not a directory"):
+        run(config(model, ref_cache_dir=str(tmp_path / "file" / "cache")))
