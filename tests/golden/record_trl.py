@@ -1,16 +1,18 @@
-"""Runs TRL on a tiny model and keeps its losses and gradients in trl.json, for tests/test_trl_golden.py.
+"""Runs TRL on tiny models and keeps its losses and gradients in trl.json: of one batch of a Llama, for
+tests/test_trl_golden.py, and of 20 optimiser steps of a Qwen3, for tests/test_trl_runs.py.
 
 TRL is needed here and nowhere else: trl==1.16.0 for all but PPO, which it no longer has, trl==1.12.0 for that; with the
 versions of torch and transformers that trl.json names. A case that is not named stays in the file as it was.
 
     export PYTHONPATH=.:kernels HF_HUB_OFFLINE=1
     python tests/golden/record_trl.py sft sft_whole dpo cdpo robust hinge ipo reward   # trl 1.16.0
+    python tests/golden/record_trl.py sft_run dpo_run ipo_run reward_run               # trl 1.16.0
     python tests/golden/record_trl.py ppo ppo_whitened                                 # trl 1.12.0
 
-Weights are a formula of their index and texts are written out below, so nothing depends on a random generator but what
-PPO samples, and the file keeps that. Of a gradient the file keeps, per tensor, its norm and its dot product with
-another such formula: a wrong sign, scale or order of entries shows. Recorded again on the same versions the file stays
-as it is.
+Weights are a formula of their index; texts are written out below or drawn by Python's generator, the same everywhere.
+Nothing else depends on chance but what PPO samples, and the file keeps that. Of a gradient the file keeps, per tensor,
+its norm and its dot product with another such formula: a wrong sign, scale or order of entries shows. Recorded again
+on the same versions the file stays as it is.
 """
 
 from __future__ import annotations
@@ -26,8 +28,9 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedModel, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel, TrainerCallback
 
+from fastrlhf.optim import index_batches
 from tests import tiny
 
 FILE = Path(__file__).with_name("trl.json")
@@ -68,6 +71,22 @@ ON_POLICY = {  # settings that TRL and fastrlhf call by the same names
         "whiten_rewards": True,
     },
 }
+RUN_EXAMPLES = tiny.examples(23, seed=1)  # a batch of 6 crosses the ends of the epochs
+RUN = {  # settings that TRL and fastrlhf call by the same names, and so those of `RUNS`
+    "seed": 42,
+    "max_steps": 20,
+    "per_device_train_batch_size": 3,
+    "gradient_accumulation_steps": 2,
+    "learning_rate": 2e-3,
+    "weight_decay": 0.1,
+    "max_grad_norm": 1.0,
+}
+RUNS = {
+    "sft_run": {"lr_scheduler_type": "linear", "adam_beta2": 0.95},
+    "dpo_run": {"lr_scheduler_type": "cosine", "beta": 0.1},
+    "ipo_run": {"lr_scheduler_type": "constant", "beta": 0.1, "loss_type": "ipo"},
+    "reward_run": {"lr_scheduler_type": "linear"},
+}
 NUM_PPO_EPOCHS = 2  # in the second one ratios differ from 1, and some are clipped
 PPO_LEARNING_RATE = 0.02  # of plain SGD: Adam's division would blow rounding errors up
 
@@ -87,16 +106,16 @@ def with_formula_weights(model: PreTrainedModel, seed: int) -> PreTrainedModel:
     return model
 
 
-def causal_lm(seed: int) -> PreTrainedModel:
-    config = tiny.model_config()
+def causal_lm(seed: int, architecture: str = "llama") -> PreTrainedModel:
+    config = tiny.model_config(architecture)
     config.eos_token_id, config.bos_token_id, config.pad_token_id = tiny.EOS, None, None
-    return with_formula_weights(LlamaForCausalLM(config), seed)
+    return with_formula_weights(AutoModelForCausalLM.from_config(config), seed)
 
 
-def reward_model() -> PreTrainedModel:
-    config = tiny.model_config()
+def reward_model(architecture: str = "llama") -> PreTrainedModel:
+    config = tiny.model_config(architecture)
     config.num_labels, config.pad_token_id = 1, 0
-    return with_formula_weights(LlamaForSequenceClassification(config), REWARD)
+    return with_formula_weights(AutoModelForSequenceClassification.from_config(config), REWARD)
 
 
 def summary(gradients: Iterable[tuple[str, Tensor]]) -> dict[str, list[float]]:
@@ -112,35 +131,46 @@ def gradients_of(model: PreTrainedModel) -> dict[str, list[float]]:
     return summary((name, param.grad) for name, param in model.named_parameters())
 
 
-def record_offline(case: str, folder: str) -> dict[str, Any]:
-    """Loss, metrics, gradients and token ids of one batch of all rows, through TRL's own tokenising and collating."""
+def offline_trainer(
+    kind: str, rows: Iterable[tuple[str, str, str]], folder: str, architecture: str, reference: int, settings: dict
+) -> Any:
+    """TRL's trainer of this kind (sft, dpo, reward) on (prompt, chosen, rejected), `reference` the seed of DPO's."""
     import trl
     from datasets import Dataset
 
-    common = {"output_dir": folder, "report_to": "none", "use_cpu": True, "bf16": False}
-    pairs = [{"prompt": prompt, "chosen": chosen, "rejected": rejected} for prompt, chosen, rejected in PAIRS]
-    if case.startswith("sft"):
-        trainer = trl.SFTTrainer(
-            model=causal_lm(POLICY),
-            args=trl.SFTConfig(**common, completion_only_loss=case == "sft"),
+    common = {"output_dir": folder, "report_to": "none", "use_cpu": True, "bf16": False, **settings}
+    pairs = [{"prompt": prompt, "chosen": chosen, "rejected": rejected} for prompt, chosen, rejected in rows]
+    if kind == "sft":
+        return trl.SFTTrainer(
+            model=causal_lm(POLICY, architecture),
+            args=trl.SFTConfig(**common),
             train_dataset=Dataset.from_list([{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs]),
             processing_class=tiny.tokenizer(),
         )
-    elif case == "reward":
-        trainer = trl.RewardTrainer(
-            model=reward_model(),
+    if kind == "reward":
+        return trl.RewardTrainer(
+            model=reward_model(architecture),
             args=trl.RewardConfig(**common),
             train_dataset=Dataset.from_list(pairs),
             processing_class=tiny.tokenizer(),
         )
-    else:
-        trainer = trl.DPOTrainer(
-            model=causal_lm(POLICY),
-            ref_model=causal_lm(REFERENCE),
-            args=trl.DPOConfig(**common, **PREFERENCE[case]),
-            train_dataset=Dataset.from_list(pairs),
-            processing_class=tiny.tokenizer(),
-        )
+    return trl.DPOTrainer(
+        model=causal_lm(POLICY, architecture),
+        ref_model=causal_lm(reference, architecture),
+        args=trl.DPOConfig(**common),
+        train_dataset=Dataset.from_list(pairs),
+        processing_class=tiny.tokenizer(),
+    )
+
+
+def record_offline(case: str, folder: str) -> dict[str, Any]:
+    """Loss, metrics, gradients and token ids of one batch of all rows, through TRL's own tokenising and collating."""
+    kind, settings = "dpo", PREFERENCE.get(case, {})
+    if case.startswith("sft"):
+        kind, settings = "sft", {"completion_only_loss": case == "sft"}
+    elif case == "reward":
+        kind = "reward"
+    trainer = offline_trainer(kind, PAIRS, folder, "llama", REFERENCE, settings)
     batch = trainer.data_collator(list(trainer.train_dataset))
     trainer.model.train()
     loss = trainer.compute_loss(trainer.model, dict(batch))
@@ -153,6 +183,24 @@ def record_offline(case: str, folder: str) -> dict[str, Any]:
             ids[seen.bool()].tolist() for ids, seen in zip(batch["input_ids"], batch["attention_mask"], strict=True)
         ],
     }
+
+
+def record_run(case: str, folder: str) -> dict[str, Any]:
+    """Loss, gradient norm and learning rate of every optimiser step; DPO's reference is the policy before the first.
+
+    Both shuffle in their own way, so the rows lie in the order in which fastrlhf draws them, and TRL takes them one
+    after the other.
+    """
+    batch_size = RUN["per_device_train_batch_size"] * RUN["gradient_accumulation_steps"]
+    batches = index_batches(len(RUN_EXAMPLES), batch_size, RUN["max_steps"], RUN["seed"])
+    drawn = (RUN_EXAMPLES[index] for batch in batches for index in batch)
+    rows = ((row.prompt, f" {row.chosen}", f" {row.rejected}") for row in drawn)
+    shown = {"logging_steps": 1, "disable_tqdm": True, "save_strategy": "no", "train_sampling_strategy": "sequential"}
+    kind = {"sft_run": "sft", "reward_run": "reward"}.get(case, "dpo")
+    trainer = offline_trainer(kind, rows, folder, "qwen3", POLICY, RUN | RUNS[case] | shown)
+    trainer.train()
+    steps = [row for row in trainer.state.log_history if "loss" in row]
+    return {name: [row[name] for row in steps] for name in ("loss", "grad_norm", "learning_rate")}
 
 
 class LocalsRecorder(torch.optim.SGD):
@@ -261,7 +309,7 @@ def main(cases: list[str]) -> None:
         needed = "1.12.0" if case in ON_POLICY else "1.16.0"
         if trl.__version__ != needed:
             raise ValueError(f"{case} is recorded from trl=={needed}, not {trl.__version__}")
-        record = record_on_policy if case in ON_POLICY else record_offline
+        record = record_on_policy if case in ON_POLICY else record_run if case in RUNS else record_offline
         with tempfile.TemporaryDirectory() as folder:
             numbers = record(case, folder)
         versions = {module.__name__: module.__version__ for module in (trl, torch, transformers)}

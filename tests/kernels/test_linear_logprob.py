@@ -138,6 +138,18 @@ def test_ignored_rows_give_zeros_and_no_gradient_even_where_they_hold_nan(
     assert weight.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("counts", [True, False])
+@pytest.mark.usefixtures("small_blocks")
+def test_an_ignored_row_adds_nothing_where_its_exponentials_overflow(
+    counts: bool, monkeypatch: pytest.MonkeyPatch, impl: str
+):
+    """Its peak is 0 and its hidden state is taken as 0, so the bias alone makes exp(z - peak) infinite."""
+    monkeypatch.setattr(blocks, "can_select", lambda device, wait: counts)
+    hidden, weight, targets = inputs(19, 5, 23)
+    targets[[0, 4, 17]] = -100
+    assert_matches_reference(hidden, weight, targets, {"bias": torch.full((23,), 200.0)}, impl=impl)
+
+
 def test_a_pack_without_rows_gives_differentiable_zeros(impl: str):
     hidden, weight = torch.zeros(0, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
     out = linear_logprob(hidden, weight, torch.zeros(0, dtype=torch.int64), entropy=True, impl=impl)

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from bench.measure import peak_bytes
+from fastrlhf_kernels import _blocks as blocks
 from fastrlhf_kernels import _tiles as tiles
 from fastrlhf_kernels.linear_logprob import linear_logprob
 from fastrlhf_kernels.linear_policy_loss import linear_policy_loss, linear_policy_loss_reference
@@ -158,7 +159,9 @@ def test_the_upstream_gradient_is_not_rounded_to_the_dtype_of_the_leaves():
         assert (a.float() - b).norm() < 1e-3 * b.norm()
 
 
-def test_nan_outside_the_mask_reaches_nothing(impl: str):
+@pytest.mark.parametrize("counts", [True, False])
+def test_nan_outside_the_mask_reaches_nothing(counts: bool, monkeypatch: pytest.MonkeyPatch, impl: str):
+    monkeypatch.setattr(blocks, "can_select", lambda device, wait: counts)
     given = inputs()
     clean = {name: tensor.clone() for name, tensor in given.items()}
     outside = ~given["mask"]
@@ -172,6 +175,23 @@ def test_nan_outside_the_mask_reaches_nothing(impl: str):
         results.append((out.loss, *torch.autograd.grad(out.loss, leaves)))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("options", [{}, {"entropy_coef": 0.3}, {"softcap": 3.0}], ids=str)
+def test_a_tile_of_ignored_rows_is_never_read(impl: str, options: dict, monkeypatch: pytest.MonkeyPatch):
+    """Where rows cannot be counted, nobody writes the masses of such a tile: they are NaN here and reach nothing."""
+    given = inputs()
+    given["mask"][:32] = False  # the first two tiles, each a chunk of its own
+    results = []
+    for counts in (False, True):
+        monkeypatch.setattr(blocks, "can_select", lambda device, wait, counts=counts: counts)
+        leaves = head_leaves(given)
+        out = linear_policy_loss(**given, **options, num_tokens=9, impl=impl)
+        results.append((out.loss, *torch.autograd.grad(out.loss, leaves)))
+    for uncounted, counted in zip(*results, strict=True):
+        torch.testing.assert_close(uncounted, counted, rtol=1e-6, atol=1e-7)
+    assert results[0][1][:32].eq(0).all()
+    assert results[0][1][32:].ne(0).any()
 
 
 @pytest.mark.parametrize("case", ["no rows", "no trained row"])
