@@ -38,6 +38,15 @@ class Example:
     rejected: Text | None = None
     reference: Text | None = None
     """A demonstration: what SFT imitates and what a reset may copy from."""
+    responses: list[Text] | None = None
+    """K responses to the prompt, judged by `preferences` or `scores`."""
+    preferences: list[list[float]] | None = None
+    """[K][K]: the probability that response i is better than response j."""
+    scores: list[float] | None = None
+    """[K]: a reward or a rating of each response."""
+    wins: int | None = None
+    """Of `num_labels` comparisons of chosen and rejected, those that chosen won."""
+    num_labels: int | None = None
     row: int
     """Position in the source file, counted from 0: the name of this example in messages and in random draws."""
 
@@ -53,6 +62,11 @@ class TokenizedExample:
     chosen: list[int] | None = None
     rejected: list[int] | None = None
     reference: list[int] | None = None
+    responses: list[list[int]] | None = None
+    preferences: list[list[float]] | None = None
+    scores: list[float] | None = None
+    wins: int | None = None
+    num_labels: int | None = None
     row: int
 
 
