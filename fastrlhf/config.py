@@ -12,6 +12,12 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+COLUMNS = (
+    *("prompt", "chosen", "rejected", "reference"),
+    *("responses", "preferences", "scores", "wins", "num_labels"),
+)
+"""What `columns` may rename."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -141,7 +147,8 @@ class RewardConfig(TrainConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class DPOConfig(TrainConfig):
-    """Direct preference optimisation, and IPO by `loss_type`."""
+    """Direct preference optimisation, and IPO by `loss_type`. `psi`, `psi_backend` and `label_source` make IPO the
+    general PsiPO (Azar et al. 2023, arXiv 2310.12036), which sums log-ratios over a response."""
 
     learning_rate: float = 1e-6
     num_train_epochs: float = 1.0
@@ -157,11 +164,35 @@ class DPOConfig(TrainConfig):
     """The reference; empty: the model before training. Its log-probs are computed once, before the first step."""
     share_prompts: bool = True
     """Compute the prompt of a pair once, both responses hanging on it; the same numbers with fewer tokens."""
+    psi: str = "identity"
+    """What PsiPO does to the probability that a response is better: identity (IPO), logit (the optimum of RLHF),
+    clipped_logit, or a non-decreasing function of yours, as module:function or file.py:function."""
+    psi_clip: float = 3.0
+    """Nats; of clipped_logit, for which no preference is surer than sigmoid(psi_clip), 0.953."""
+    psi_backend: Literal["pairwise", "groupwise"] = "pairwise"
+    """pairwise: pairs, for a psi that is odd about 1/2. groupwise: rows with a list of `responses`, drawn alike, and
+    their `preferences` or `scores`; 2 per prompt are enough where psi is odd, 3 for any other."""
+    label_source: Literal["data", "counts", "reward_model"] = "data"
+    """Where probabilities come from. data: chosen is better; preferences, or sigmoid of differences of scores.
+    counts: the columns wins and num_labels of a pair. reward_model: sigmoid of differences of its scores."""
+    label_prior: float = 0.5
+    """Of counts: the probability is (label_prior + wins) / (2 label_prior + num_labels)."""
+    score_scale: float = 1.0
+    """Multiplies scores before the sigmoid: how many nats one point of a rating is worth."""
+    reward_model_path: str = ""
+    """The reward model of label_source; it scores every response once, before training."""
 
     def __post_init__(self) -> None:
         TrainConfig.__post_init__(self)
-        _above_0(self, "beta")
+        _above_0(self, "beta", "psi_clip", "score_scale")
+        _at_least(self, 0, "label_prior")
         require(0 <= self.label_smoothing < 0.5, "label_smoothing", self.label_smoothing, "at least 0 and below 0.5")
+
+    @property
+    def is_psipo(self) -> bool:
+        """More than the IPO of pairs with a hard label."""
+        groups, scored = self.psi_backend == "groupwise", bool(self.reward_model_path)
+        return self.psi != "identity" or groups or self.label_source != "data" or scored
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -328,7 +359,7 @@ def parse_columns(columns: str) -> dict[str, str]:
     form."""
     pairs = [pair.partition("=") for pair in columns.split(",") if pair]
     for name, equals, column in pairs:
-        if not equals or not column or name not in ("prompt", "chosen", "rejected", "reference"):
+        if not equals or not column or name not in COLUMNS:
             raise ValueError(f"columns: {columns!r} must look like prompt=question,chosen=better,rejected=worse")
     return {name: column for name, _, column in pairs}
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 
 import torch
 from torch import Tensor
@@ -45,6 +46,8 @@ def train_dpo(
     """
     smoothed_hinge = config.loss_type == "hinge" and config.label_smoothing > 0
     require(not smoothed_hinge, "label_smoothing", config.label_smoothing, "0 where loss_type is hinge")
+    if config.is_psipo:
+        return import_module("fastrlhf.algorithms.groups").train_psipo(config, examples, eval_examples)
     tokenizer, data = open_inputs(config, ["chosen", "rejected"], examples, eval_examples)
     pairs = [_tree(example, config) for example in data.train]
     held_out = [_tree(example, config) for example in data.eval]

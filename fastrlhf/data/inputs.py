@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fastrlhf.checkpoint import check_output_dir
 from fastrlhf.config import TrainConfig, parse_columns, require
-from fastrlhf.data.examples import LoadedExamples, load_examples
+from fastrlhf.data.examples import RESPONSES, LoadedExamples, load_examples
 from fastrlhf.data.tokens import load_tokenizer, tokenize_examples
 from fastrlhf.metrics import import_reporters
 from fastrlhf.types import Example, TokenizedExample
@@ -150,7 +150,7 @@ def _tokenize(
         tokenizer,
         max_length=config.max_length,
         truncation_mode=config.truncation_mode,
-        fields=tuple(fields),
+        fields=tuple(name for name in fields if name in (*RESPONSES, "responses")),
     )
     log.info("%s: %s", name, tokenized.report.summary())
     return list(tokenized.examples)
