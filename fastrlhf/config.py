@@ -12,7 +12,11 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-COLUMNS = ("prompt", "chosen", "rejected", "reference", "label_prob", "margin")  # that `columns` may rename
+COLUMNS = (
+    *("prompt", "chosen", "rejected", "reference", "label_prob", "margin"),
+    *("responses", "preferences", "scores", "wins", "num_labels"),
+)
+"""What `columns` may rename."""
 PAIR_LOSSES = ("sigmoid", "ipo", "hinge", "robust", "sft")
 
 
@@ -154,7 +158,8 @@ class RewardConfig(TrainConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class DPOConfig(TrainConfig):
-    """Direct preference optimisation, and IPO by `loss_type`."""
+    """Direct preference optimisation, and IPO by `loss_type`. `psi`, `psi_backend` and `label_source` make IPO the
+    general PsiPO (Azar et al. 2023, arXiv 2310.12036), which sums log-ratios over a response."""
 
     learning_rate: float = 1e-6
     num_train_epochs: float = 1.0
@@ -165,9 +170,6 @@ class DPOConfig(TrainConfig):
     the chosen responses."""
     loss_weights: tuple[float, ...] = ()
     """Of each of several losses; empty: 1."""
-    label_source: Literal["chosen", "label_prob"] = "chosen"
-    """chosen: the chosen response is the better one. label_prob: it is with the probability in the column
-    `label_prob` (soft labels; sigmoid and ipo)."""
     margin_scale: float = 0.0
     """Times the column `margin` is subtracted from beta times the difference of log-ratios (Amini et al. 2024, arXiv
     2402.10571); not for ipo. 0 reads no such column."""
@@ -185,11 +187,29 @@ class DPOConfig(TrainConfig):
     same ones loads no reference. Empty: they are not kept."""
     share_prompts: bool = True
     """Compute the prompt of a pair once, both responses hanging on it; the same numbers with fewer tokens."""
+    psi: str = "identity"
+    """What PsiPO does to the probability that a response is better: identity (IPO), logit (the optimum of RLHF),
+    clipped_logit, or a non-decreasing function of yours, as module:function or file.py:function."""
+    psi_clip: float = 3.0
+    """Nats; of clipped_logit, for which no preference is surer than sigmoid(psi_clip), 0.953."""
+    psi_backend: Literal["pairwise", "groupwise"] = "pairwise"
+    """pairwise: pairs, for a psi that is odd about 1/2. groupwise: rows with a list of `responses`, drawn alike, and
+    their `preferences` or `scores`; 2 per prompt are enough where psi is odd, 3 for any other."""
+    label_source: Literal["data", "label_prob", "counts", "reward_model"] = "data"
+    """Where probabilities of labels come from. data: chosen is better; of groups, `preferences`, or sigmoid of
+    differences of `scores`. label_prob: the column of that name. counts: the columns wins and num_labels. reward_model:
+    sigmoid of differences of its scores. Not for hinge and robust."""
+    label_prior: float = 0.5
+    """Of counts: the probability is (label_prior + wins) / (2 label_prior + num_labels)."""
+    score_scale: float = 1.0
+    """Multiplies scores before the sigmoid: how many nats one point of a rating is worth."""
+    reward_model_path: str = ""
+    """The reward model of label_source; it scores every response once, before training."""
 
     def __post_init__(self) -> None:
         TrainConfig.__post_init__(self)
-        _above_0(self, "beta")
-        _at_least(self, 0, "margin_scale")
+        _above_0(self, "beta", "psi_clip", "score_scale")
+        _at_least(self, 0, "margin_scale", "label_prior")
         require(0 <= self.label_smoothing < 0.5, "label_smoothing", self.label_smoothing, "at least 0 and below 0.5")
         losses, weights = self.losses, self.loss_weights
         require(bool({*losses} - {"sft"}), "loss_type", self.loss_type, "at least one loss on pairs")
@@ -197,14 +217,18 @@ class DPOConfig(TrainConfig):
         require(len({*losses}) == len(losses), "loss_type", losses, "without repeats")
         require(len(weights) in (0, len(losses)), "loss_weights", weights, f"{len(losses)} numbers, one per loss_type")
         require(all(weight > 0 for weight in weights), "loss_weights", weights, "above 0")
-        smooth, soft = self.label_smoothing > 0, self.label_source == "label_prob"
+        smooth, soft = self.label_smoothing > 0, self.label_source != "data"
         if "hinge" in losses:
             require(not smooth, "label_smoothing", self.label_smoothing, "0 where loss_type is hinge")
         if soft:
-            require(
-                not {"hinge", "robust"} & {*losses}, "label_source", self.label_source, "chosen for hinge and robust"
-            )
-            require(not smooth, "label_smoothing", self.label_smoothing, "0 where label_source is label_prob")
+            hard = {"hinge", "robust"} & {*losses}
+            require(not hard, "label_source", self.label_source, "data for hinge and robust")
+            require(not smooth, "label_smoothing", self.label_smoothing, "0 where label_source is not data")
+        judged, path = self.label_source == "reward_model", self.reward_model_path
+        require(
+            bool(path) == judged, "reward_model_path", path, "given where label_source is reward_model, and only there"
+        )
+        self._check_psi()
         if "ipo" in losses:
             require(not self.margin_scale, "margin_scale", self.margin_scale, "0 where loss_type is ipo")
         cache = self.ref_cache_dir
@@ -215,6 +239,17 @@ class DPOConfig(TrainConfig):
     @property
     def losses(self) -> tuple[str, ...]:
         return (self.loss_type,) if isinstance(self.loss_type, str) else self.loss_type
+
+    def _check_psi(self) -> None:
+        groups = self.psi_backend == "groupwise"
+        if groups or self.psi != "identity":
+            because = "where psi_backend is groupwise" if groups else "where psi is not identity"
+            require(self.losses == ("ipo",), "loss_type", self.loss_type, f"ipo {because}")
+            require(self.length_norm in ("auto", "sum"), "length_norm", self.length_norm, f"auto or sum {because}")
+            require(not self.label_smoothing, "label_smoothing", self.label_smoothing, f"0 {because}")
+        if groups:
+            sources = ("data", "reward_model")
+            require(self.label_source in sources, "label_source", self.label_source, f"data or reward_model {because}")
 
 
 @dataclass(frozen=True, kw_only=True)

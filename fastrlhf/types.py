@@ -42,6 +42,15 @@ class Example:
     """How probable it is that the chosen response is the better one, in 0..1."""
     margin: float | None = None
     """How much better it is."""
+    responses: list[Text] | None = None
+    """K responses to the prompt, judged by `preferences` or `scores`."""
+    preferences: list[list[float]] | None = None
+    """[K][K]: the probability that response i is better than response j."""
+    scores: list[float] | None = None
+    """[K]: a reward or a rating of each response."""
+    wins: int | None = None
+    """Of `num_labels` comparisons of chosen and rejected, those that chosen won."""
+    num_labels: int | None = None
     row: int
     """Position in the source file, counted from 0: the name of this example in messages and in random draws."""
 
@@ -59,6 +68,11 @@ class TokenizedExample:
     reference: list[int] | None = None
     label_prob: float | None = None
     margin: float | None = None
+    responses: list[list[int]] | None = None
+    preferences: list[list[float]] | None = None
+    scores: list[float] | None = None
+    wins: int | None = None
+    num_labels: int | None = None
     row: int
 
 

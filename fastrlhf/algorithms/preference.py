@@ -14,16 +14,21 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.algorithms.diagnoses import Diagnoses
-from fastrlhf.algorithms.reference import Reference, Tree, open_reference, sequence_sums
+from fastrlhf.algorithms.labels import pair_margins, pair_probabilities
+from fastrlhf.algorithms.psipo import load_psi, pair_target
+from fastrlhf.algorithms.reference import Reference, open_reference
+from fastrlhf.algorithms.scoring import Tree, sequence_sums
 from fastrlhf.algorithms.stage import Stage, StepMetrics, TrainResult, check_micro_batch
 from fastrlhf.config import DPOConfig
 from fastrlhf.data.inputs import open_inputs
+from fastrlhf.data.labels import COUNTS
 from fastrlhf.data.packing import forest, micro_batches, num_computed, num_in_sequences, pack, pair
 from fastrlhf.models.forward import token_logprobs
 from fastrlhf.models.loading import open_policy
@@ -42,7 +47,9 @@ class Pairs:
 
     trees: list[Tree]
     label_prob: Tensor | None
-    """[B] float32"""
+    """[B] float32; None where every label is hard"""
+    target: Tensor | None
+    """[B] float32 nats, what PsiPO asks of the difference of log-ratios; None where psi is the identity"""
     margin: Tensor | None
     """[B] float32, in the units of beta times nats"""
 
@@ -51,6 +58,7 @@ class Pairs:
         return Pairs(
             trees=[self.trees[i] for i in rows],
             label_prob=None if self.label_prob is None else self.label_prob[rows],
+            target=None if self.target is None else self.target[rows],
             margin=None if self.margin is None else self.margin[rows],
         )
 
@@ -74,14 +82,17 @@ def train_dpo(
     Raises ValueError for bad input before any time is spent, and where the loss of the untrained policy is not what it
     must be (ln 2 for DPO).
     """
+    if config.psi_backend == "groupwise":
+        return import_module("fastrlhf.algorithms.groups").train_groups(config, examples, eval_examples)
     tokenizer, data = open_inputs(config, _fields(config), examples, eval_examples)
-    trees = [_tree(example, config) for example in [*data.train, *data.eval]]
-    check_micro_batch(config, [*data.train, *data.eval], [num_computed(tree) for tree in trees])
+    rows = [*data.train, *data.eval]
+    trees = [_tree(example, config) for example in rows]
+    check_micro_batch(config, rows, [num_computed(tree) for tree in trees])
     model = open_policy(config, tokenizer)
-    everything = _pairs(config, [*data.train, *data.eval], trees, model.device)
+    everything = _pairs(config, rows, trees, tokenizer, model.device)
     num_train, held_out = len(data.train), range(len(data.train), len(trees))
     steps = num_steps(config, num_train)
-    if "ipo" in config.losses:
+    if "ipo" in config.losses and config.psi == "identity" and config.label_source == "data":
         log.info(describe_target(config, everything))
     reference = open_reference(config, model, trees)
     optimizer, diagnoses = Optimizer({"": model}, config, num_steps=steps), Diagnoses()
@@ -153,8 +164,9 @@ def _pair_loss(
         kind=KINDS[name],
         beta=config.beta,
         label_smoothing=config.label_smoothing,
-        label_prob=pairs.label_prob,
+        label_prob=pairs.label_prob if pairs.target is None else None,
         margin=pairs.margin,
+        target=pairs.target,
         length_norm=length_norm(config, name),
     )
 
@@ -174,10 +186,10 @@ def _token_metrics(scored: TokenLogprobs, batch: PackedBatch) -> dict[str, Metri
 
 
 def length_norm(config: DPOConfig, loss_type: str) -> str:
-    """What `auto` means: the mean over tokens for ipo, as in TRL; the sum for all else."""
+    """What `auto` means: the mean over tokens for ipo, as in TRL; the sum for all else, PsiPO among them."""
     if config.length_norm != "auto":
         return config.length_norm
-    return "mean" if loss_type == "ipo" else "sum"
+    return "mean" if loss_type == "ipo" and config.psi == "identity" else "sum"
 
 
 def describe_target(config: DPOConfig, pairs: Pairs) -> str:
@@ -213,8 +225,7 @@ def check_first_loss(config: DPOConfig, pairs: Pairs, metrics: Mapping[str, floa
 
 def _loss_at(config: DPOConfig, name: str, pairs: Pairs, difference: float) -> float:
     """The mean loss of the pairs if all had this difference of log-ratios."""
-    options = pairs.margin if pairs.label_prob is None else pairs.label_prob
-    device = None if options is None else options.device
+    device = next((x.device for x in (pairs.label_prob, pairs.target, pairs.margin) if x is not None), None)
     logprob = torch.tensor([difference, 0.0], device=device).repeat(len(pairs))
     cu_rows = torch.arange(2 * len(pairs) + 1, dtype=torch.int32, device=device)
     return _pair_loss(config, name, logprob, None, cu_rows, pairs, len(pairs)).loss.item()
@@ -256,21 +267,26 @@ def _micro_batches(pairs: Pairs, config: DPOConfig) -> list[list[int]]:
 
 def _fields(config: DPOConfig) -> list[str]:
     """The columns that these losses read."""
-    soft, offset = ["label_prob"] * (config.label_source == "label_prob"), ["margin"] * (config.margin_scale != 0)
-    return ["chosen", "rejected", *soft, *offset]
+    labels = {"label_prob": ("label_prob",), "counts": COUNTS}.get(config.label_source, ())
+    return ["chosen", "rejected", *labels, *["margin"] * (config.margin_scale != 0)]
 
 
-def _pairs(config: DPOConfig, examples: Sequence[TokenizedExample], trees: list[Tree], device: torch.device) -> Pairs:
-    def column(name: str) -> Tensor | None:
-        values = [getattr(example, name) for example in examples]
-        return torch.tensor(values, dtype=torch.float32, device=device) if name in _fields(config) else None
-
-    margin = column("margin")
-    return Pairs(
-        trees=trees,
-        label_prob=column("label_prob"),
-        margin=None if margin is None else config.margin_scale * margin,
-    )
+def _pairs(
+    config: DPOConfig,
+    examples: Sequence[TokenizedExample],
+    trees: list[Tree],
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+) -> Pairs:
+    prob, target, margin = pair_probabilities(config, examples, trees, tokenizer), None, None
+    if config.psi != "identity":
+        hard = torch.ones(len(examples), dtype=torch.float64)
+        psi = load_psi(config.psi, config.psi_clip)
+        target = pair_target(psi, hard if prob is None else prob, config.beta).to(device)
+    if config.margin_scale:
+        margin = config.margin_scale * pair_margins(examples).to(device)
+    label_prob = None if prob is None else prob.float().to(device)
+    return Pairs(trees=trees, label_prob=label_prob, target=target, margin=margin)
 
 
 def _tree(example: TokenizedExample, config: DPOConfig) -> Tree:

@@ -20,15 +20,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
+from fastrlhf.algorithms.scoring import Tree, num_responses, per_response, sequence_logprobs
 from fastrlhf.config import DPOConfig
-from fastrlhf.data.packing import forest, micro_batches, num_computed, pack
-from fastrlhf.models.forward import token_logprobs
 from fastrlhf.models.loading import check_same_vocabulary, frozen_copy, load_policy
-from fastrlhf.types import PackedBatch, Segment
+from fastrlhf.types import PackedBatch
 
 log = logging.getLogger(__name__)
 
-Tree = Sequence[Segment]
 Reference = Callable[[PackedBatch, Sequence[int]], Tensor]
 """(pack, indices of its trees) -> log pi_ref of its sequences [N] float32, in nats, without gradient."""
 
@@ -36,23 +34,18 @@ Reference = Callable[[PackedBatch, Sequence[int]], Tensor]
 def open_reference(config: DPOConfig, policy: PreTrainedModel, trees: Sequence[Tree]) -> Reference:
     """The reference of `config`: `ref_model_name_or_path`, or the policy as it is now.
 
-    `trees` are all that it will ever be asked about, each with as many sequences. Raises ValueError where the reference
+    `trees` are all that it will ever be asked about. Raises ValueError where the reference
     does not fit the policy, gives a log-prob that is not finite, or the cache cannot be used.
     """
     if not config.precompute_ref_log_probs:
         model = _open(config, policy) if config.ref_model_name_or_path else frozen_copy(policy)
-        return torch.no_grad()(lambda batch, indices: _sequence_logprobs(model, batch))
-    sums = _precomputed(config, policy, trees).to(policy.device)
-    return lambda batch, indices: sums[list(indices)].flatten()
-
-
-def sequence_sums(per_row: Tensor, batch: PackedBatch) -> Tensor:
-    """[R] -> [N] float32: the sum over the rows of every sequence, in a fixed order."""
-    return torch.segment_reduce(per_row, "sum", offsets=batch.cu_rows.long())
+        return torch.no_grad()(lambda batch, indices: sequence_logprobs(model, batch))
+    per_tree = _precomputed(config, policy, trees).to(policy.device).split([num_responses(tree) for tree in trees])
+    return lambda batch, indices: torch.cat([per_tree[i] for i in indices])
 
 
 def _precomputed(config: DPOConfig, policy: PreTrainedModel, trees: Sequence[Tree]) -> Tensor:
-    """[trees, sequences of a tree], from the cache where it is there."""
+    """Of all responses, tree after tree, from the cache where it is there."""
     if not config.ref_cache_dir:
         return _compute(config, policy, trees)
     folder = Path(config.ref_cache_dir)
@@ -66,33 +59,23 @@ def _precomputed(config: DPOConfig, policy: PreTrainedModel, trees: Sequence[Tre
             sums = load_file(file)["logprobs"]
         except (SafetensorError, KeyError) as error:
             raise ValueError(f"ref_cache_dir: {str(file)!r} is damaged; delete it ({error})") from error
-        log.info("reference: log-probs of %d pairs read from %s", len(sums), file)
+        log.info("reference: log-probs of %d responses read from %s", len(sums), file)
         return sums
     sums = _compute(config, policy, trees)
     partial = file.with_suffix(f".{os.getpid()}.partial")  # two runs may compute the same
     save_file({"logprobs": sums.cpu()}, partial)
     os.replace(partial, file)
-    log.info("reference: log-probs of %d pairs kept in %s", len(sums), file)
+    log.info("reference: log-probs of %d responses kept in %s", len(sums), file)
     return sums
 
 
-@torch.no_grad()
 def _compute(config: DPOConfig, policy: PreTrainedModel, trees: Sequence[Tree]) -> Tensor:
-    """[trees, sequences of a tree]. A reference of its own is loaded, used and freed."""
-    model = _open(config, policy) if config.ref_model_name_or_path else policy
-    sums = torch.empty(len(trees), _num_sequences(trees[0]), device=policy.device)
-    for micro in micro_batches([num_computed(tree) for tree in trees], config.micro_batch_tokens, "pair"):
-        batch = pack(forest(trees[i] for i in micro), policy.device)
-        sums[micro] = _sequence_logprobs(model, batch).view(len(micro), -1)
-    if not bool(sums.isfinite().all()):
-        bad = int((~sums.isfinite().all(1)).nonzero()[0, 0])
-        field = "ref_model_name_or_path" if config.ref_model_name_or_path else "model_name_or_path"
-        raise ValueError(f"{field}: the log-probs of pair {bad} are not finite; the model is broken")
-    return sums
-
-
-def _sequence_logprobs(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
-    return sequence_sums(token_logprobs(model, batch).logprob, batch)
+    """Of all responses, tree after tree. A reference of its own is loaded, used and freed."""
+    own = bool(config.ref_model_name_or_path)
+    model, field = (_open(config, policy), "ref_model_name_or_path") if own else (policy, "model_name_or_path")
+    return torch.cat(
+        per_response(model, trees, config.micro_batch_tokens, lambda batch: sequence_logprobs(model, batch), field)
+    )
 
 
 def _open(config: DPOConfig, policy: PreTrainedModel) -> PreTrainedModel:
@@ -105,10 +88,6 @@ def _open(config: DPOConfig, policy: PreTrainedModel) -> PreTrainedModel:
     ).requires_grad_(False)
     check_same_vocabulary({"model_name_or_path": policy, "ref_model_name_or_path": model}, 0)
     return model
-
-
-def _num_sequences(tree: Tree) -> int:
-    return len(tree) - len({segment.parent for segment in tree if segment.parent >= 0})
 
 
 def _fingerprint(config: DPOConfig, policy: PreTrainedModel, trees: Sequence[Tree]) -> str:

@@ -5,7 +5,6 @@ source -> rows -> one form for the whole dataset -> Example per row, or a counte
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,20 +12,11 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from fastrlhf.data.rows import read_rows, shorten
+from fastrlhf.data.labels import GROUP_LABELS, PAIR_LABELS, read_group_labels, read_pair_labels
+from fastrlhf.data.rows import UnusableRow, read_rows, shorten
 from fastrlhf.types import Example, Message, Text
 
 RESPONSES = ("chosen", "rejected", "reference")
-NUMBERS = ("label_prob", "margin")
-"""Of a pair, where its row has them; in no form of their own."""
-
-
-class UnusableRow(Exception):
-    """A row that gives no example: `reason` is what it is counted under, `detail` says more about this one."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason = reason
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,12 +64,14 @@ def load_examples(
         prompt
         info, summaries, choice                OpenAI's comparisons, prompt and response in their TL;DR form
         subreddit, title, post, summary        TL;DR posts; the summary is the reference
+        prompt, responses                      a list of strings, or of lists of messages, of which `preferences` (a
+                                               matrix of P(i better than j)) or `scores` (numbers) may judge
 
     Args:
         config_name: of a hub dataset, or of a folder whose README.md names configurations.
         columns: name above -> column of the dataset, where they differ; also "reference" for any column.
-        needs: which of prompt, chosen, rejected, reference a usable row must have; others are given where good. And
-            which of label_prob and margin it must have; these are read only where they are needed.
+        needs: which of prompt, chosen, rejected, reference, responses a usable row must have; other responses are given
+            where good. And which of label_prob, margin, wins, num_labels, which are read only where they are needed.
         max_bad_fraction: skipped rows / rows read, at most.
         limit: rows read, at most.
 
@@ -124,16 +116,17 @@ def load_examples(
 
 
 def _check_arguments(needs: Sequence[str], max_bad_fraction: float, limit: int | None) -> None:
-    if unknown := set(needs) - {"prompt", *RESPONSES, *NUMBERS}:
-        raise ValueError(f"needs: {sorted(unknown)} not among prompt, {', '.join((*RESPONSES, *NUMBERS))}")
+    known = ("prompt", *RESPONSES, "responses", *PAIR_LABELS)
+    if unknown := set(needs) - set(known):
+        raise ValueError(f"needs: {sorted(unknown)} not among {', '.join(known)}")
     if not 0 <= max_bad_fraction <= 1:
         raise ValueError(f"max_bad_fraction: {max_bad_fraction} is not in 0..1")
     if limit is not None and limit < 1:
         raise ValueError(f"limit: {limit} rows leave nothing to read; give 1 or more, or None for all")
 
 
-Fields = dict[str, Text]
-"""prompt, chosen, rejected, reference: those that a row has."""
+Fields = dict[str, Any]
+"""prompt, chosen, rejected, reference (Text) and a group's fields: those that a row has."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,8 +140,8 @@ class Form:
     """Responses it makes; None: those that are columns of the dataset."""
 
     def provides(self, names: Iterable[str]) -> set[str]:
-        given = {"prompt"}.union(set(RESPONSES).intersection(names) if self.gives is None else self.gives)
-        return given.union(set(NUMBERS).intersection(names))
+        given = RESPONSES if self.gives is None else ()
+        return {"prompt", *(self.gives or ())}.union({*given, *PAIR_LABELS}.intersection(names))
 
 
 def _explicit(row: Mapping[str, Any], conversational: bool) -> Fields:
@@ -158,10 +151,24 @@ def _explicit(row: Mapping[str, Any], conversational: bool) -> Fields:
     fields: Fields = {"prompt": prompt}
     for name in RESPONSES:
         if row.get(name) is not None:
-            turns = _messages(row[name], name)
-            # some datasets repeat the prompt at the start of every response
-            fields[name] = _answer(turns[len(prompt) :] if turns[: len(prompt)] == prompt else turns, name)
+            fields[name] = _answer_to(prompt, row[name], name)
     return fields
+
+
+def _group(row: Mapping[str, Any], conversational: bool) -> Fields:
+    prompt, values = _present(row, "prompt"), _present(row, "responses")
+    if not isinstance(values, list) or len(values) < 2:
+        raise UnusableRow("wrong_type", "responses must be a list of at least two")
+    if conversational:
+        prompt = _messages(prompt, "prompt")
+        responses: list[Text] = [_answer_to(prompt, value, f"responses[{i}]") for i, value in enumerate(values)]
+    else:
+        prompt = _text(prompt, "prompt")
+        responses = [_text(value, f"responses[{i}]") for i, value in enumerate(values)]
+    for i, response in enumerate(responses):
+        if _is_empty(response):
+            raise UnusableRow("empty_response", f"responses[{i}] is empty or white space")
+    return {"prompt": prompt, "responses": responses, **read_group_labels(row, len(responses))}
 
 
 def _implicit(row: Mapping[str, Any], conversational: bool) -> Fields:
@@ -223,9 +230,11 @@ POSTS = Form(
 DEMONSTRATIONS = Form(name="demonstrations", required=("prompt", "reference"), convert=_explicit)
 MESSAGES = Form(name="messages", required=("messages",), convert=_chat, gives=("reference",))
 PROMPTS = Form(name="prompts", required=("prompt",), convert=_explicit)
-FORMS = (COMPARISONS, POSTS, PAIRS, DEMONSTRATIONS, CONVERSATION_PAIRS, MESSAGES, PROMPTS)
-"""The first that fits is taken: the richer before the poorer."""
-NAMES = ("prompt", *RESPONSES, *NUMBERS, "messages", *COMPARISONS.required, *POSTS.required)
+GROUPS = Form(name="groups", required=("responses", "prompt"), convert=_group, gives=("responses",))
+FORMS = (COMPARISONS, POSTS, PAIRS, DEMONSTRATIONS, CONVERSATION_PAIRS, MESSAGES, PROMPTS, GROUPS)
+"""The first that fits is taken: the richer before the poorer, and a group only where one is needed."""
+LABELS = ("responses", *GROUP_LABELS, *PAIR_LABELS)
+NAMES = ("prompt", *RESPONSES, *LABELS, "messages", *COMPARISONS.required, *POSTS.required)
 
 
 def _name_columns(rows: Iterable[object], columns: Mapping[str, str], source: str) -> dict[str, str]:
@@ -276,10 +285,10 @@ def _to_example(
 ) -> Example:
     if not isinstance(row, dict):
         raise UnusableRow("wrong_type", f"the row is {type(row).__name__}, not an object")
-    fields = form.convert({name: row.get(column) for name, column in names.items()}, conversational)
-    for name in set(needs) - set(NUMBERS):
+    values = {name: row.get(column) for name, column in names.items()}
+    fields = form.convert(values, conversational) | read_pair_labels(values, needs)
+    for name in needs:
         _present(fields, name)
-    label_prob, margin = (_number(row.get(names[name]), name) if name in needs else None for name in NUMBERS)
     if _is_empty(fields["prompt"]):
         raise UnusableRow("empty_prompt", "the prompt is empty or white space")
     for name in RESPONSES:
@@ -289,7 +298,7 @@ def _to_example(
             del fields[name]
     if {"chosen", "rejected"} <= set(needs) and fields["chosen"] == fields["rejected"]:
         raise UnusableRow("chosen_equals_rejected", "both responses are the same")
-    return Example(row=number, label_prob=label_prob, margin=margin, **fields)
+    return Example(row=number, **fields)
 
 
 def _present(row: Mapping[str, Any], name: str) -> Any:
@@ -308,18 +317,16 @@ def _text(value: object, name: str) -> str:
     return value
 
 
-def _number(value: object, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise UnusableRow(f"bad_{name}", f"{name} is {shorten(repr(value))}, not a finite number")
-    if name == "label_prob" and not 0 <= value <= 1:
-        raise UnusableRow("bad_label_prob", f"label_prob is {value}, not in 0..1")
-    return float(value)
-
-
 def _messages(value: object, name: str) -> list[Message]:
     if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
         raise UnusableRow("wrong_type", f"{name} is {type(value).__name__}, not a list of {{role, content}}")
     return [{key: _text(turn.get(key), f"{key} of {name}") for key in ("role", "content")} for turn in value]
+
+
+def _answer_to(prompt: list[Message], value: object, name: str) -> list[Message]:
+    turns = _messages(value, name)
+    # some datasets repeat the prompt at the start of every response
+    return _answer(turns[len(prompt) :] if turns[: len(prompt)] == prompt else turns, name)
 
 
 def _answer(turns: list[Message], name: str) -> list[Message]:

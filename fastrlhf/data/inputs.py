@@ -150,7 +150,7 @@ def _tokenize(
         tokenizer,
         max_length=config.max_length,
         truncation_mode=config.truncation_mode,
-        fields=[field for field in fields if field in RESPONSES],
+        fields=[name for name in fields if name in (*RESPONSES, "responses")],
     )
     log.info("%s: %s", name, tokenized.report.summary())
     return list(tokenized.examples)

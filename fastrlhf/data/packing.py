@@ -70,11 +70,17 @@ def sequence(prompt: Sequence[int], response: Sequence[int]) -> Segment:
 def pair(
     prompt: Sequence[int], chosen: Sequence[int], rejected: Sequence[int], *, scored: bool, share_prompt: bool
 ) -> list[Segment]:
-    """The tree of a pair, chosen before rejected; where they share it, the prompt is computed once and both hang on it.
+    """The tree of a pair, chosen before rejected: a `group` of two."""
+    return group(prompt, (chosen, rejected), scored=scored, share_prompt=share_prompt)
+
+
+def group(
+    prompt: Sequence[int], responses: Sequence[Sequence[int]], *, scored: bool, share_prompt: bool
+) -> list[Segment]:
+    """The tree of several responses to a prompt, in order; where they share it, it is computed once and all hang on it.
 
     `scored` scores the tokens of the responses, all of them.
     """
-    responses = (chosen, rejected)
     if not share_prompt or not prompt:
         return [
             Segment(token_ids=[*prompt, *response], num_scored=len(response) if scored else 0) for response in responses

@@ -21,6 +21,14 @@ from datasets.exceptions import DatasetsError
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parquet")
 
 
+class UnusableRow(Exception):
+    """A row that gives no example: `reason` is what it is counted under, `detail` says more about this one."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+
+
 def read_rows(source: str, split: str, config_name: str | None) -> Iterator[tuple[str, object]]:
     """(place, row) of a split, in order. Raises ValueError for what is missing, broken or not UTF-8."""
     path = Path(source).expanduser()

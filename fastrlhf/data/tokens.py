@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from fastrlhf.data.examples import RESPONSES
+from fastrlhf.data.labels import GROUP_LABELS, PAIR_LABELS
 from fastrlhf.types import Example, Message, TokenizedExample
 
 TruncationMode = Literal["keep_start", "keep_end", "drop"]
@@ -158,7 +159,8 @@ def tokenize_examples(
     fields: Sequence[str] = RESPONSES,
     chat_template: str | None = None,
 ) -> TokenizedExamples:
-    """Token ids of prompts and of the responses named by `fields`; other responses are left out.
+    """Token ids of prompts and of the responses named by `fields`, the groups of `responses` among them; other
+    responses are left out, labels are kept.
 
     A conversation goes through the chat template: the prompt with the generation prompt, the response as what the
     template writes after it once the response is there.
@@ -181,15 +183,16 @@ def tokenize_examples(
         raise ValueError(f"max_length: {max_length} tokens hold no prompt and response; give 2 or more")
     if truncation_mode not in ("keep_start", "keep_end", "drop"):
         raise ValueError(f"truncation_mode: {truncation_mode!r} is not one of keep_start, keep_end, drop")
-    if unknown := set(fields) - set(RESPONSES):
-        raise ValueError(f"fields: {sorted(unknown)} not among {', '.join(RESPONSES)}")
+    known = (*RESPONSES, "responses")
+    if unknown := set(fields) - set(known):
+        raise ValueError(f"fields: {sorted(unknown)} not among {', '.join(known)}")
     eos, bos = _require_eos(tokenizer), cast(int | None, tokenizer.bos_token_id)
     template = resolve_chat_template(chat_template, tokenizer) if chat_template else None
-    fields = [name for name in RESPONSES if name in fields]
+    fields = [name for name in known if name in fields]
 
     texts = [_render(example, fields, tokenizer, template) for example in examples]
     prompts = _encode_prompts(examples, [text["prompt"] for text in texts], tokenizer)
-    bodies, had_eos = _encode_responses([text[name] for text in texts for name in fields if name in text], tokenizer)
+    bodies, had_eos = _encode_responses([text[name] for text in texts for name in list(text)[1:]], tokenizer)
 
     kept: list[TokenizedExample] = []
     counts: Counter[str] = Counter()
@@ -197,18 +200,14 @@ def tokenize_examples(
     first_dropped: dict[str, int] = {}
     response = iter(zip(bodies, had_eos, strict=True))
     for example, text, prompt in zip(examples, texts, prompts, strict=True):
-        read = {name: next(response) for name in fields if name in text}
+        read = {name: next(response) for name in list(text)[1:]}
         whole = {name: [*body, eos] for name, (body, _) in read.items()}
         reason, prompt_ids, ids = _fit(prompt, whole, max_length, truncation_mode, bos)
         if reason:
             dropped[reason] += 1
             first_dropped.setdefault(reason, example.row)
             continue
-        kept.append(
-            TokenizedExample(
-                prompt=prompt_ids, row=example.row, label_prob=example.label_prob, margin=example.margin, **ids
-            )
-        )
+        kept.append(_tokenized(example, prompt_ids, ids))
         counts["prompts_cut"] += prompt_ids != prompt
         for name, (_, present) in read.items():
             cut = len(ids[name]) < len(whole[name])
@@ -243,8 +242,10 @@ def _require_eos(tokenizer: PreTrainedTokenizerBase) -> int:
 def _render(
     example: Example, fields: Iterable[str], tokenizer: PreTrainedTokenizerBase, template: str | None
 ) -> dict[str, str]:
-    """The prompt and the responses that the example has, as texts to tokenise apart."""
+    """The prompt, which comes first, and the responses that the example has, as texts to tokenise apart."""
     responses = {name: value for name in fields if (value := getattr(example, name)) is not None}
+    for i, value in enumerate(responses.pop("responses", ())):
+        responses[f"responses[{i}]"] = value
     if isinstance(example.prompt, str):
         return {"prompt": example.prompt, **responses}
     if not (template or tokenizer.chat_template):
@@ -259,6 +260,17 @@ def _render(
             raise ValueError(f"row {example.row}, {name}: {_first_difference(texts['prompt'], whole)}")
         texts[name] = whole.removeprefix(texts["prompt"])
     return texts
+
+
+def _tokenized(example: Example, prompt: list[int], ids: dict[str, list[int]]) -> TokenizedExample:
+    group = [response for name, response in ids.items() if name.startswith("responses[")]
+    return TokenizedExample(
+        prompt=prompt,
+        responses=group or None,
+        row=example.row,
+        **{name: response for name, response in ids.items() if name in RESPONSES},
+        **{name: getattr(example, name) for name in (*GROUP_LABELS, *PAIR_LABELS)},
+    )
 
 
 def _apply(

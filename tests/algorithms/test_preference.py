@@ -141,7 +141,7 @@ def test_a_reference_whose_rows_are_mixed_up_is_noticed_at_the_first_step(model,
 
 def test_the_first_loss_may_differ_by_rounding_and_by_no_more():
     metrics = {"loss": math.log(2), "logps/chosen": -150.0, "logps/rejected": -250.0}
-    cfg, pairs = DPOConfig(beta=0.1), preference.Pairs(trees=[()], label_prob=None, margin=None)
+    cfg, pairs = DPOConfig(beta=0.1), preference.Pairs(trees=[()], label_prob=None, target=None, margin=None)
     preference.check_first_loss(cfg, pairs, metrics | {"loss": math.log(2) + 0.5 * 0.1 * 3e-5 * 400})
     with pytest.raises(ValueError, match=r"the first sigmoid loss is 0.694147"):
         preference.check_first_loss(cfg, pairs, metrics | {"loss": math.log(2) + 1e-3})
@@ -158,6 +158,7 @@ def with_labels(examples):
     [
         {"label_source": "label_prob"},
         {"label_source": "label_prob", "loss_type": "ipo", "length_norm": "sum"},
+        {"label_source": "label_prob", "loss_type": "ipo", "psi": "logit", "beta": 0.5},
         {"margin_scale": 0.2},
         {"margin_scale": 0.2, "label_source": "label_prob", "beta": 0.5},
     ],
@@ -172,7 +173,9 @@ def test_soft_labels_and_margins_are_those_of_the_textbook(model, other, monkeyp
     log_ratios = padded_log_ratios(policy, reference, examples, mean=False)
     difference = log_ratios[:, 0] - log_ratios[:, 1]
     prob = torch.tensor([e.label_prob if cfg.label_source == "label_prob" else 1.0 for e in examples])
-    if cfg.loss_type == "ipo":
+    if cfg.psi == "logit":
+        loss = ((difference - prob.logit() / cfg.beta) ** 2).mean()
+    elif cfg.loss_type == "ipo":
         target = 1 / (2 * cfg.beta)
         loss = (prob * (difference - target) ** 2 + (1 - prob) * (difference + target) ** 2).mean()
         constant = (4 * prob * (1 - prob) * target**2).mean()  # which no policy changes, and pair_loss leaves out
@@ -242,7 +245,7 @@ def test_token_metrics_are_those_of_plain_logits(model):
 def test_the_target_of_ipo_is_told_per_token_and_per_response(length_norm):
     cfg = DPOConfig(loss_type="ipo", beta=0.1, label_smoothing=0.1, length_norm=length_norm)
     tree = pair([3], [4, 5, 1], [4, 1, 1, 1, 1], scored=True, share_prompt=True)
-    text = preference.describe_target(cfg, preference.Pairs(trees=[tree], label_prob=None, margin=None))
+    text = preference.describe_target(cfg, preference.Pairs(trees=[tree], label_prob=None, target=None, margin=None))
     per_token, per_response = (4, 16) if length_norm == "mean" else (1, 4)  # (1 - 0.2) / 0.2 is 4; 4 tokens on average
     assert f"{per_token} nats per token, {per_response} per response of 4.0 tokens" in text
 

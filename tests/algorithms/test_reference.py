@@ -54,7 +54,7 @@ def test_a_reference_that_is_cached_is_not_loaded(model, other, tmp_path, monkey
     monkeypatch.setattr(reference, "load_policy", refuse)
     with caplog.at_level(logging.INFO):
         assert run(cfg) == expected
-    assert "log-probs of 18 pairs read from" in caplog.text
+    assert "log-probs of 36 responses read from" in caplog.text
 
 
 @pytest.mark.parametrize("change", ["weights", "own weights", "data", "sharing", "dtype"])

@@ -346,7 +346,7 @@ def test_numbers_of_a_pair_are_read_where_they_are_needed_and_checked(tmp_path):
     assert (example.label_prob, example.margin) == (None, None)
     with pytest.raises(ValueError, match=r"no margin in pairs .* name a column for it .*, as margin=<column>"):
         load_examples(path, needs=(*PAIR, "margin"))
-    for bad in (1.5, -0.1, None, "0.5", True, float("nan")):
+    for bad in (1.5, -0.1, None, "one", True, float("nan")):
         path = write(tmp_path / "b.jsonl", [row, row, row | {"label_prob": bad}])
         loaded = load_examples(path, needs=(*PAIR, "label_prob"), max_bad_fraction=0.5)
         assert loaded.skipped == {"bad_label_prob": 1}

@@ -1,7 +1,17 @@
 import pytest
 import torch
 
-from fastrlhf.data.packing import forest, micro_batches, num_computed, num_in_sequences, pack, pair, sequence, unpack
+from fastrlhf.data.packing import (
+    forest,
+    group,
+    micro_batches,
+    num_computed,
+    num_in_sequences,
+    pack,
+    pair,
+    sequence,
+    unpack,
+)
 from fastrlhf.types import Segment
 
 
@@ -43,6 +53,15 @@ def test_a_pair_on_its_prompt_computes_the_prompt_once():
     assert batch.plan.cu_seqlens.tolist() == [0, 2, 4, 7]
     assert batch.plan.cu_seqlens_k.tolist() == [0, 2, 6, 11]
     assert unpack(batch) == [[7, 8, 1, 0], [7, 8, 2, 3, 0]]
+
+
+def test_a_group_computes_its_prompt_once_and_keeps_the_order_of_its_responses():
+    responses = [[1, 0], [2, 3, 0], [1, 0]]
+    shared, plain = (pack(group([7, 8], responses, scored=True, share_prompt=on)) for on in (True, False))
+    assert unpack(shared) == unpack(plain) == [[7, 8, *response] for response in responses]
+    assert (shared.num_tokens, plain.num_tokens) == (9, 13)
+    assert shared.cu_rows.tolist() == plain.cu_rows.tolist() == [0, 2, 5, 7]
+    assert shared.targets.tolist() == [1, 0, 2, 3, 0, 1, 0]
 
 
 def test_branches_may_leave_a_trunk_at_different_cuts_and_have_branches_of_their_own():

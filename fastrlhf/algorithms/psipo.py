@@ -1,0 +1,302 @@
+"""PsiPO: what preference optimisation has in common, and its targets for any Psi (Azar et al. 2023, arXiv 2310.12036).
+
+    objective   E_{y~pi, y'~mu} Psi(p(y > y')) - tau KL(pi || pi_ref)                                      (eq. 6)
+    optimum     pi*(y) = pi_ref(y) exp(g(y) / tau) / Z,   g(y) = E_{y'~mu} Psi(p(y > y'))                  (eq. 7, 9)
+    so that     u_i - u_j = (g_i - g_j) / tau   with the log-ratios u_i = log pi(y_i) / pi_ref(y_i)        (eq. 12)
+
+IPO is Psi = identity; with Psi = logit and Bradley-Terry preferences g is the reward, and the optimum that of RLHF and
+of DPO (proposition 1). Three back-ends reach the optimum:
+
+    pairwise    (u_w - u_l - target)^2 over pairs, `pair_target`: exact where Psi is odd about 1/2, wrong elsewhere
+    groupwise   regression of u over K responses per prompt, `group_target` and `group_loss`: exact for any Psi
+    reward      g as the reward of PPO with KL coefficient tau, `group_rewards` and `psi_judge`
+
+Targets are made once, before training, in float64. Pure torch: no model. Legend: B pairs, K responses of a prompt drawn
+from mu, G groups, N responses of all groups; P [K, K] holds p(y_i > y_j), with 1/2 on its diagonal.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from fastrlhf.types import Prefix, Rollout, TokenizedExample
+from fastrlhf_kernels import LossOutput
+from fastrlhf_kernels.types import Sum
+
+if TYPE_CHECKING:
+    from fastrlhf.evaluation.judges import Judge
+
+Estimator = Literal["self_included", "leave_two_out"]
+GRID = torch.linspace(0, 1, 1001, dtype=torch.float64)
+"""Where a function of the user's is examined; it is its own mirror image about 1/2."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Psi:
+    """A non-decreasing function of a probability. Call it with float64 probabilities of any shape.
+
+    Raises ValueError where a value is not finite.
+    """
+
+    name: str
+    function: Callable[[Tensor], Tensor]
+    is_odd: bool
+    """About 1/2: Psi(q) + Psi(1 - q) is constant. Only then is a pair on its own enough."""
+    is_affine: bool
+    """Only then does E Psi(label) = Psi(E label), so that one hard label per pair is unbiased."""
+
+    def __call__(self, prob: Tensor) -> Tensor:
+        value = self.function(prob)
+        if not bool(value.isfinite().all()):
+            bad = prob[~value.isfinite()].flatten()[0].item()
+            raise ValueError(
+                f"psi: {self.name} of the probability {bad:g} is not finite, so that KL to the reference would count "
+                "for nothing at any tau; take clipped_logit, or smooth the probabilities"
+            )
+        return value
+
+
+def load_psi(name: str, clip: float) -> Psi:
+    """The Psi of a name.
+
+        identity        q, which is IPO
+        logit           log(q / (1 - q)); infinite at 0 and 1, which are refused
+        clipped_logit   logit between -clip and clip nats: no preference counts as surer than sigmoid(clip)
+        module:name     a function of the user's, float64 tensor -> float64 tensor of the same shape; a file will do
+                        for the module, as in `my_psi.py:rank`
+
+    Raises ValueError for another name, and for a function that is not finite or not non-decreasing on [0, 1].
+    """
+    if name == "identity":
+        return Psi(name=name, function=lambda q: q, is_odd=True, is_affine=True)
+    if name == "logit":
+        return Psi(name=name, function=torch.logit, is_odd=True, is_affine=False)
+    if name == "clipped_logit":
+        return Psi(name=name, function=lambda q: q.logit().clamp(-clip, clip), is_odd=True, is_affine=False)
+    if ":" not in name:
+        raise ValueError(f"psi: {name!r} is none of identity, logit, clipped_logit, module:function")
+    return examined(_import_function(name), name)
+
+
+def examined(function: Callable[[Tensor], Tensor], name: str) -> Psi:
+    """A function of the user's as a Psi, its symmetry and straightness measured on a grid of [0, 1]."""
+    values = function(GRID)
+    if not isinstance(values, Tensor) or values.shape != GRID.shape:
+        raise ValueError(f"psi: {name} must give a tensor of the shape that it is given, {tuple(GRID.shape)}")
+    if not bool(values.isfinite().all()):
+        bad = GRID[~values.isfinite()][0].item()
+        raise ValueError(
+            f"psi: {name} is not finite at {bad:g}, so that KL to the reference would count for nothing there at any "
+            "tau; clip it, as clipped_logit clips logit"
+        )
+    falls = (values.diff() < 0).nonzero()
+    if len(falls):
+        first = int(falls[0, 0])
+        raise ValueError(f"psi: {name} must be non-decreasing; it falls from {GRID[first]:g} to {GRID[first + 1]:g}")
+    tolerance = 1e-9 * max(1.0, float(values.abs().max()))
+    line = values[0] + GRID * (values[-1] - values[0])
+    return Psi(
+        name=name,
+        function=function,
+        is_odd=float((values + values.flip(0) - values[0] - values[-1]).abs().max()) <= tolerance,
+        is_affine=float((values - line).abs().max()) <= tolerance,
+    )
+
+
+def label_probability(wins: Tensor, labels: Tensor, smoothing: float = 0.5) -> Tensor:
+    """P(chosen > rejected) from `wins` of `labels` comparisons: (a + wins) / (2 a + labels), in float64.
+
+    The mean under a Beta(a, a) prior. With a = 1/2 it stays 1 / (2 labels + 2) away from 0 and 1. Raises ValueError for
+    counts that are none, and where no label and no smoothing is left to divide by.
+    """
+    if smoothing < 0:
+        raise ValueError(f"smoothing: must be at least 0; got {smoothing}")
+    if bool(((wins < 0) | (wins > labels)).any()):
+        raise ValueError("wins: must be in 0..labels")
+    if smoothing == 0 and bool((labels == 0).any()):
+        raise ValueError("labels: a pair without labels has no probability unless smoothing is above 0")
+    return (smoothing + wins.double()) / (2 * smoothing + labels.double())
+
+
+def pair_target(psi: Psi, prob: Tensor, tau: float) -> Tensor:
+    """The pairwise back-end: [B] float32 nats, (Psi(p) - Psi(1 - p)) / (2 tau) of the probabilities p that chosen wins.
+
+    It is the `target` of fastrlhf_kernels.pair_loss(kind="ipo"): identity gives (p - 1/2) / tau, and 1 / (2 tau), the
+    IPO of eq. 17, where p = 1. Raises ValueError where Psi is not odd about 1/2, because the pairs then have another
+    optimum than eq. 9, and for hard labels under a Psi that is not affine, because E Psi(label) is then not Psi(p).
+    """
+    if not psi.is_odd:
+        raise ValueError(
+            f"psi: {psi.name} is not odd about 1/2 (Psi(q) + Psi(1 - q) is not constant), so pairs lead to another "
+            "policy than PsiPO's; take psi_backend groupwise"
+        )
+    p = prob.double()
+    check_not_hard(psi, p)
+    return ((psi(p) - psi(1 - p)) / (2 * tau)).float()
+
+
+def check_not_hard(psi: Psi, prob: Tensor) -> None:
+    """Raises ValueError where all of these probabilities are 0 or 1, one label each, and Psi is not affine."""
+    if not psi.is_affine and bool(((prob == 0) | (prob == 1)).all()):
+        raise ValueError(
+            f"psi: {psi.name} needs probabilities, and every label is hard: E Psi(label) is not Psi(E label); take "
+            "identity, or another label_source"
+        )
+
+
+def reward_preferences(scores: Tensor) -> Tensor:
+    """[..., K] -> P [..., K, K] float64: Bradley-Terry, sigmoid(r_i - r_j)."""
+    r = scores.double()
+    return torch.sigmoid(r[..., :, None] - r[..., None, :])
+
+
+def group_rewards(preference: Tensor, psi: Psi) -> Tensor:
+    """g of eq. 7, [..., K, K] -> [..., K] float64, with mu the uniform distribution over the K responses.
+
+    y_i itself is one of them and adds Psi(1/2) / K: leaving it out would inflate g_i - g_j by K / (K - 1).
+    """
+    return psi(preference.double()).mean(-1)
+
+
+def group_target(preference: Tensor, psi: Psi, tau: float, estimator: Estimator) -> Tensor:
+    """The groupwise back-end: log-ratios [..., K] float64, in nats and up to a constant, from P [..., K, K].
+
+    With K responses drawn from mu, M = Psi(P), and the mean over pairs i < j of (u_i - u_j - t_ij)^2 as the loss,
+
+        self_included   t_ij = (g_i - g_j) / tau of `group_rewards`: exact in expectation for an odd Psi, at any K >= 2;
+                        at K = 2 it is `pair_target`
+        leave_two_out   t_ij = sum over l not in {i, j} of (M_il - M_jl) / ((K - 2) tau): exact for any Psi, K >= 3
+
+    and the target is the u that comes closest to the t. Raises ValueError where an estimator does not suit Psi or K.
+    """
+    size = preference.shape[-1]
+    if estimator == "self_included":
+        if not psi.is_odd:
+            raise ValueError(f"psi: {psi.name} is not odd about 1/2: self_included is biased, take leave_two_out")
+        return group_rewards(preference, psi) / tau
+    if size < 3:
+        raise ValueError(
+            f"psi: {psi.name} is not odd about 1/2, which takes at least 3 responses per prompt; got {size}"
+        )
+    value = psi(preference.double())
+    diagonal = value.diagonal(dim1=-2, dim2=-1)
+    rows, columns = (value.sum(dim) - diagonal for dim in (-1, -2))
+    target = ((size - 1) * rows + columns) / (size * (size - 2) * tau)  # the mean over j of t_ij, + a constant
+    return target - target.mean(-1, keepdim=True)
+
+
+def group_loss(log_ratio: Tensor, target: Tensor, cu_groups: Tensor, *, num_groups: float) -> LossOutput:
+    """sum over groups of the mean over pairs i < j of (u_i - u_j - (t_i - t_j))^2, / num_groups.
+
+    That mean is twice the sample variance of u - t, so the loss costs O(N). log_ratio and target [N]; cu_groups [G+1]
+    int: members cu_groups[i] .. cu_groups[i+1] are group i, two at least. Gradient flows to log_ratio alone.
+
+    Metrics, sums over the groups of a group's share: loss; groups; and over its pairs with t_i > t_j: ordered (1 where
+    there are any), accuracy (pairs with u_i > u_j), margin (u_i - u_j), target_margin (t_i - t_j).
+    """
+    sizes = cu_groups.diff().long()
+    group = torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes, output_size=len(log_ratio))
+    error = log_ratio - target
+    # The gradient through a mean of its own deviations is 0.
+    mean = _group_sums(error.detach(), cu_groups)[group] / sizes[group]
+    loss = (2 * (error - mean).square() / (sizes - 1)[group]).sum()
+
+    u, t = log_ratio.detach(), target
+    above = (group[:, None] == group[None]) & (t[:, None] > t[None])
+    pairs = _group_sums(above.sum(1).to(u.dtype), cu_groups)
+    weight = above / pairs.clamp(min=1)[group, None]
+    metrics = {
+        "loss": loss.detach(),
+        "groups": sizes.new_tensor(len(sizes)).to(u.dtype),
+        "ordered": (pairs > 0).sum().to(u.dtype),
+        "accuracy": (weight * (u[:, None] > u[None])).sum(),
+        "margin": (weight * (u[:, None] - u[None])).sum(),
+        "target_margin": (weight * (t[:, None] - t[None])).sum(),
+    }
+    return LossOutput(loss / num_groups, {name: Sum(value) for name, value in metrics.items()})
+
+
+def psi_judge(judge: Judge, opponents: Sequence[Rollout] | None, psi: Psi) -> Judge:
+    """The reward back-end: a judge whose score of y is the mean over y' of Psi(sigmoid(r(y) - r(y'))).
+
+    r is `judge`. y' are the `opponents` with the same prompt, whose scores are taken once, now (`dataset_opponents`);
+    mu is then the dataset's distribution, and PPO with KL coefficient tau and no other reward goes to eq. 9. With None
+    they are the other rollouts of the same prompt in the call: mu is then the sampler itself, and what is approached is
+    self-play's equilibrium. A rollout is no opponent of its own there: it would shrink every difference of rewards by
+    (n - 1) / n. A prompt without an opponent raises ValueError, naming its row.
+    """
+    known: Mapping[tuple[int, ...], Tensor] = {}
+    if opponents is not None:
+        known = {key: scores for key, (_, scores) in _by_prompt(judge, opponents).items()}
+
+    def judged(rollouts: Sequence[Rollout]) -> Tensor:
+        rewards = torch.empty(len(rollouts))
+        for key, (indices, own) in _by_prompt(judge, rollouts).items():
+            wins = psi(torch.sigmoid(own[:, None] - (own if opponents is None else known.get(key, own[:0]))[None]))
+            others = wins.shape[1] - (opponents is None)
+            if others == 0:
+                row = rollouts[indices[0]].prefix.row
+                raise ValueError(f"psi_judge: the prompt of row {row} has no response to compare with")
+            total = wins.sum(1) - (wins.diagonal() if opponents is None else 0)
+            rewards[indices] = (total / others).float()
+        return rewards
+
+    return judged
+
+
+def dataset_opponents(examples: Sequence[TokenizedExample]) -> list[Rollout]:
+    """The responses of examples (`responses`, or those of chosen, rejected and reference that are there), as if they
+    had been sampled, for `psi_judge`."""
+    return [
+        Rollout(
+            prefix=Prefix(token_ids=example.prompt, num_reset=0, row=example.row, episode=-1),
+            completion=response,
+            sampler_logprob=[],
+            ended=True,
+        )
+        for example in examples
+        for response in example.responses or (example.chosen, example.rejected, example.reference)
+        if response
+    ]
+
+
+def _by_prompt(judge: Judge, rollouts: Sequence[Rollout]) -> dict[tuple[int, ...], tuple[list[int], Tensor]]:
+    """Prompt -> (indices of its rollouts, their scores [n] float64 on the CPU)."""
+    scores = torch.as_tensor(judge(rollouts)).double().cpu()
+    indices: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for i, rollout in enumerate(rollouts):
+        prefix = rollout.prefix
+        indices[tuple(prefix.token_ids[: len(prefix.token_ids) - prefix.num_reset])].append(i)
+    return {prompt: (members, scores[members]) for prompt, members in indices.items()}
+
+
+def _group_sums(values: Tensor, cu_groups: Tensor) -> Tensor:
+    """[N] -> [G], in a fixed order."""
+    return torch.segment_reduce(values, "sum", offsets=cu_groups.long())
+
+
+def _import_function(name: str) -> Callable[[Tensor], Tensor]:
+    """Of "module:function" or "file.py:function"."""
+    source, _, function = name.rpartition(":")
+    try:
+        if source.endswith(".py"):
+            spec = importlib.util.spec_from_file_location("fastrlhf_user_psi", source)
+            assert spec is not None
+            assert spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            sys.modules[spec.name] = module
+            spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(source)
+        return getattr(module, function)
+    except (ImportError, FileNotFoundError, AttributeError) as error:
+        raise ValueError(f"psi: {name!r} cannot be imported: {error}") from error

@@ -1,0 +1,69 @@
+"""One number per response of many trees, by a model in packs: what is computed once, before training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fastrlhf.config import DPOConfig
+from fastrlhf.data.packing import forest, micro_batches, num_computed, pack
+from fastrlhf.data.tokens import special_ids
+from fastrlhf.models.forward import sequence_scores, token_logprobs
+from fastrlhf.models.loading import check_same_vocabulary, load_reward_model, resolve_device
+from fastrlhf.types import PackedBatch, Segment
+
+Tree = Sequence[Segment]
+"""Of one example: its prompt and the responses that hang on it; or the responses with the prompt in each."""
+
+
+@torch.no_grad()
+def per_response(
+    model: PreTrainedModel, trees: Sequence[Tree], budget: int, read: Callable[[PackedBatch], Tensor], field: str
+) -> list[Tensor]:
+    """What `read` gives for the responses of every tree, [K] float32 on the CPU.
+
+    Packs of at most `budget` tokens. Raises ValueError, naming `field`, for a number that is not finite.
+    """
+    values: list[Tensor] = [torch.empty(0)] * len(trees)
+    for micro in micro_batches([num_computed(tree) for tree in trees], budget, "example"):
+        batch = pack(forest(trees[i] for i in micro), model.device)
+        sizes = [num_responses(trees[i]) for i in micro]
+        for i, part in zip(micro, read(batch).cpu().split(sizes), strict=True):
+            values[i] = part
+    bad = next((i for i, value in enumerate(values) if not bool(value.isfinite().all())), None)
+    if bad is not None:
+        raise ValueError(f"{field}: what it gives for example {bad} is not finite; the model is broken")
+    return values
+
+
+def sequence_logprobs(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
+    """log pi of the scored tokens of every sequence, [N] float32, in nats."""
+    return sequence_sums(token_logprobs(model, batch).logprob, batch)
+
+
+def sequence_sums(per_row: Tensor, batch: PackedBatch) -> Tensor:
+    """[R] -> [N] float32: the sum over the rows of every sequence, in a fixed order."""
+    return torch.segment_reduce(per_row, "sum", offsets=batch.cu_rows.long())
+
+
+def num_responses(tree: Tree) -> int:
+    return len(tree) - len({segment.parent for segment in tree if segment.parent >= 0})
+
+
+def reward_scores(config: DPOConfig, trees: Sequence[Tree], tokenizer: PreTrainedTokenizerBase) -> list[Tensor]:
+    """Scores [K] of the responses of every tree by `reward_model_path`, which is loaded, used and freed."""
+    model = load_reward_model(
+        config.reward_model_path,
+        pad_token_id=special_ids(tokenizer)[1],
+        must_be_trained=True,
+        device=resolve_device(config.device),
+        dtype=config.dtype,
+        trust_remote_code=config.trust_remote_code,
+    )
+    check_same_vocabulary({"reward_model_path": model}, len(tokenizer))
+    return per_response(
+        model, trees, config.micro_batch_tokens, lambda batch: sequence_scores(model, batch), "reward_model_path"
+    )

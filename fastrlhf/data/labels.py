@@ -1,0 +1,86 @@
+"""The numbers of a row that say which response is better, checked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from fastrlhf.data.rows import UnusableRow
+
+GROUP_LABELS = ("preferences", "scores")
+COUNTS = ("wins", "num_labels")
+PAIR_LABELS = ("label_prob", "margin", *COUNTS)
+TOLERANCE = 1e-3
+"""Of P_ij + P_ji = 1: probabilities of a file are often rounded."""
+
+
+def read_group_labels(row: Mapping[str, Any], num_responses: int) -> dict[str, Any]:
+    """The `preferences` [K][K] or the `scores` [K] of K responses, as floats; empty where the row has neither.
+
+    Raises UnusableRow for numbers that are none, and for preferences that are no probabilities: P_ij + P_ji is 1, so a
+    response meets itself with 1/2. A judge that depends on the order is averaged over both orders first.
+    """
+    given = [name for name in GROUP_LABELS if row.get(name) is not None]
+    if len(given) == 2:
+        raise UnusableRow("preferences_and_scores", "which of them counts? leave one out")
+    if given == ["scores"]:
+        return {"scores": _numbers(row["scores"], num_responses, "scores")}
+    if given == ["preferences"]:
+        matrix = row["preferences"]
+        if not isinstance(matrix, list) or len(matrix) != num_responses:
+            raise UnusableRow("wrong_type", f"preferences must be a list of {num_responses} rows, one per response")
+        matrix = [_numbers(line, num_responses, f"preferences[{i}]") for i, line in enumerate(matrix)]
+        for i in range(num_responses):
+            for j in range(i + 1):
+                p, q = matrix[i][j], matrix[j][i]
+                if not 0 <= p <= 1 or abs(p + q - 1) > TOLERANCE:
+                    raise UnusableRow(
+                        "no_probabilities",
+                        f"preferences[{i}][{j}] = {p:g} and preferences[{j}][{i}] = {q:g} must be in 0..1 and add up "
+                        "to 1",
+                    )
+        return {"preferences": matrix}
+    return {}
+
+
+def read_pair_labels(row: Mapping[str, Any], needs: Collection[str]) -> dict[str, Any]:
+    """Those of PAIR_LABELS that are needed. Raises UnusableRow where one is missing, or not what it should be: a
+    `label_prob` in 0..1, a finite `margin`, `wins` of `num_labels` comparisons."""
+    numbers: dict[str, Any] = {name: _number(row.get(name), name) for name in ("label_prob", "margin") if name in needs}
+    return numbers | (read_counts(row) if set(COUNTS) & set(needs) else {})
+
+
+def read_counts(row: Mapping[str, Any]) -> dict[str, int]:
+    """`wins` of `num_labels` comparisons. Raises UnusableRow where they are missing or no counts."""
+    counts: dict[str, int] = {}
+    for name in COUNTS:
+        value = row.get(name)
+        if value is None:
+            raise UnusableRow(f"missing_{name}", f"no {name} in this row")
+        if type(value) is not int and not (isinstance(value, str) and value.isdecimal()):  # CSV holds text
+            raise UnusableRow("wrong_type", f"{name} is {value!r}, not a count")
+        counts[name] = int(value)
+    if not 0 <= counts["wins"] <= counts["num_labels"]:
+        raise UnusableRow("wrong_counts", f"{counts['wins']} wins of {counts['num_labels']} labels")
+    return counts
+
+
+def _number(value: object, name: str) -> float:
+    try:
+        number = float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else math.nan
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number) or (name == "label_prob" and not 0 <= number <= 1):
+        raise UnusableRow(f"bad_{name}", f"{name} is {value!r}, not {'in 0..1' if name == 'label_prob' else 'finite'}")
+    return number
+
+
+def _numbers(value: object, size: int, name: str) -> list[float]:
+    kinds = (int, float)
+    if not isinstance(value, list) or len(value) != size or any(type(number) not in kinds for number in value):
+        raise UnusableRow("wrong_type", f"{name} must be a list of {size} numbers, one per response")
+    numbers = [float(number) for number in value]
+    if not all(map(math.isfinite, numbers)):
+        raise UnusableRow("not_finite", f"{name} holds a number that is not finite")
+    return numbers
