@@ -60,14 +60,14 @@ def logprob(model, prompt: str, response: str) -> torch.Tensor:
     return logits.log_softmax(-1).gather(1, torch.tensor(y)[:, None]).sum()
 
 
-def textbook_loss(policy, reference, examples, tau: float) -> torch.Tensor:
+def textbook_loss(policy, reference, examples, tau: float, scale: float) -> torch.Tensor:
     """Psi = identity: pair by pair, each g the mean of its row of P."""
     total = torch.zeros(())
     for example in examples:
         with torch.no_grad():
             start = torch.stack([logprob(reference, example.prompt, y) for y in example.responses])
         u = torch.stack([logprob(policy, example.prompt, y) for y in example.responses]) - start
-        s = torch.tensor(example.scores)
+        s = scale * torch.tensor(example.scores)
         g = torch.sigmoid(s[:, None] - s[None]).mean(1)
         pairs = list(itertools.combinations(range(len(u)), 2))
         total = total + sum((u[i] - u[j] - (g[i] - g[j]) / tau) ** 2 for i, j in pairs) / len(pairs)
@@ -77,9 +77,10 @@ def textbook_loss(policy, reference, examples, tau: float) -> torch.Tensor:
 def test_loss_gradient_and_metrics_are_those_of_the_textbook_loop(model, other, monkeypatch):
     made = tiny.record_gradients(monkeypatch, groups)
     examples = scored_groups()
-    [row] = train_dpo(config(model, ref_model_name_or_path=other, micro_batch_tokens=40), examples).history
+    settings = {"ref_model_name_or_path": other, "micro_batch_tokens": 40, "score_scale": 0.7}
+    [row] = train_dpo(config(model, **settings), examples).history
     policy, reference = (AutoModelForCausalLM.from_pretrained(path) for path in (model, other))
-    loss = textbook_loss(policy, reference, examples, 0.5)
+    loss = textbook_loss(policy, reference, examples, 0.5, 0.7)
     loss.backward()
     assert row["loss"] == pytest.approx(loss.item(), rel=1e-5)
     tiny.assert_close_gradients(made[0].steps[0][0], [p.grad for p in policy.parameters()])
@@ -210,6 +211,14 @@ def test_keys_that_would_be_wrong_or_ignored_are_refused_before_the_run_starts(m
     with pytest.raises(ValueError, match=message):
         train_dpo(config(model, output_dir=str(tmp_path / "run"), **settings), examples)
     assert not (tmp_path / "run").exists()
+
+
+def test_groups_whose_labels_are_all_hard_take_an_affine_psi(model):
+    hard = [[0.5, 1.0], [0.0, 0.5]]
+    examples = [Example(prompt=PROMPT, responses=["w3", "w4"], preferences=hard, row=i) for i in range(4)]
+    with pytest.raises(ValueError, match="clipped_logit needs probabilities, and every label is hard"):
+        train_dpo(config(model, psi="clipped_logit"), examples)
+    assert train_dpo(config(model), examples).history[0]["loss"] == pytest.approx(1.0, rel=1e-5)  # (1 / (2 tau))^2
 
 
 @pytest.mark.parametrize(
