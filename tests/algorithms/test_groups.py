@@ -159,8 +159,9 @@ def test_a_reward_model_gives_the_probabilities(model, reward_model, backend):
         for example in tiny.examples(4)
     ]
     scale = 0.5
-    cfg = config(model, psi="logit", psi_backend=backend, label_source="reward_model", score_scale=scale)
-    [row] = train_dpo(replace(cfg, reward_model_path=reward_model, micro_batch_tokens=60), examples).history
+    source = {"label_source": "reward_model", "reward_model_path": reward_model, "score_scale": scale}
+    cfg = config(model, psi="logit", psi_backend=backend, micro_batch_tokens=60, **source)
+    [row] = train_dpo(cfg, examples).history
     judge = load_reward_model(reward_model, pad_token_id=0)
     differences = []
     for example in examples:
