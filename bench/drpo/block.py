@@ -22,11 +22,13 @@ def run_block(side: str, problem: Problem) -> dict[str, Any]:
     """Seconds as `Clock` counts them and on the wall, tokens, and the peak of memory beyond weights, gradients and
     optimiser state, in MB.
 
-    On a GPU one micro-batch warms up: kernels are loaded and compiled then.
+    On a GPU one micro-batch warms up: kernels are loaded and compiled then. A CPU has one thread.
     """
+    cuda = problem.device == "cuda"
+    if not cuda:
+        torch.set_num_threads(1)  # see `Clock`
     examples = make_examples(problem)
     contestant = CONTESTANTS[side](problem, make_models(problem, examples))
-    cuda = problem.device == "cuda"
     weights = _most_bytes(cuda)
     if cuda:
         contestant.update(examples[: problem.micro_batch], epochs=1)

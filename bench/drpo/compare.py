@@ -64,9 +64,9 @@ def _block(side: str, problem: Problem, path: Path | None) -> Row:
 
 
 def _python(arguments: Sequence[str], path: Path | None) -> subprocess.CompletedProcess[str]:
-    """A Python like this one, from the root of the repository, that finds `path` first. One thread: see `Clock`."""
+    """A Python like this one, from the root of the repository, that finds `path` first."""
     paths = [str(p) for p in (path and path.resolve(), ROOT, ROOT / "kernels", os.environ.get("PYTHONPATH")) if p]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 

@@ -39,7 +39,7 @@ class Contestant(Protocol):
 class Clock:
     """Seconds by phase: on the wall, the work that a GPU still has to do included; on a CPU, of this process.
 
-    What else a CPU is busy with does not count, then. With several threads their seconds add up: use one.
+    What else a CPU is busy with does not count, then. Several threads would add up, so there is one.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -64,6 +64,8 @@ def both():
     reward_model = frozen_copy(critic)
     reference = make_models(replace(PROBLEM, seed=1), examples).policy
     rollouts = make_engine(config, policy, EOS).generate(draw_prefixes(config, examples, first_episode=0))
+    late = next(i for i, rollout in enumerate(rollouts) if not rollout.ended)  # an EOS in the last place of all
+    rollouts[late] = replace(rollouts[late], completion=[*rollouts[late].completion[:-1], EOS], ended=True)
     assert {rollout.ended for rollout in rollouts} == {True, False}
     return config, policy, critic, reward_model, reference, rollouts
 
@@ -126,6 +128,8 @@ def test_the_padded_rollout_forces_the_reset_and_samples_the_rest_past_the_eos()
         assert alone[: len(prefix.token_ids)] == prefix.token_ids
         assert given == prefix.num_reset
         assert len(alone) == len(prefix.token_ids) + RESPONSE_LENGTH - given
+    first = episodes.response.gather(1, episodes.given[:, None])
+    assert len(first.unique()) > 1, "what follows the reset is not sampled"
     ends = [row.index(EOS) for row in episodes.response.tolist() if EOS in row[:-1]]
     assert ends, "no response ends early: nothing is tested"
     after = [token for row in episodes.response.tolist() if EOS in row for token in row[row.index(EOS) + 1 :]]
