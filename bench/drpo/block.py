@@ -29,7 +29,7 @@ def run_block(side: str, problem: Problem) -> dict[str, Any]:
         torch.set_num_threads(1)  # see `Clock`
     examples = make_examples(problem)
     contestant = CONTESTANTS[side](problem, make_models(problem, examples))
-    weights = _most_bytes(cuda)
+    weights = torch.cuda.memory_allocated() if cuda else _most_bytes(cuda)
     if cuda:
         contestant.update(examples[: problem.micro_batch], epochs=1)
         gc.collect()

@@ -53,7 +53,7 @@ def run_drpo(problem: Problem, rounds: int, trl_path: Path | None = None, folder
     notes = (
         ["", f"TRL left out: {trl_path or 'what is installed'} has no PPO trainer (trl 1.12.0 has)"] if missing else []
     )
-    return "\n".join([*_table(rows), "", *_ratios(rows, problem.device), *notes])
+    return "\n".join([*_table(rows, problem.device), "", *_ratios(rows, problem.device), *notes])
 
 
 def _block(side: str, problem: Problem, path: Path | None) -> Row:
@@ -74,13 +74,16 @@ def _python(arguments: Sequence[str], path: Path | None) -> subprocess.Completed
 def _summary(blocks: Sequence[Row]) -> Row:
     """Medians over the rounds, and the whole update's extremes."""
     seconds = [block["seconds"] for block in blocks]
-    medians = {name: median(block[name] for block in blocks) for name in MEASURED}
+    medians = {
+        name: median(block[name] for block in blocks) for name, value in blocks[0].items() if isinstance(value, float)
+    }
     return {**blocks[0], **medians, "rounds": len(blocks), "seconds_min": min(seconds), "seconds_max": max(seconds)}
 
 
-def _table(rows: Mapping[str, Row]) -> list[str]:
+def _table(rows: Mapping[str, Row], device: str) -> list[str]:
+    seconds = "seconds" if device == "cuda" else "seconds of one CPU"
     lines = [
-        "| | seconds (least, most) | rollout | scoring | training | tokens sampled | of a pass | extra MB |",
+        f"| | {seconds} (least, most) | rollout | scoring | training | tokens sampled | of a pass | extra MB |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows.values():

@@ -34,7 +34,7 @@ _COMMON = {"model_type": "gpt_neox", "rotary_pct": 0.25, "max_position_embedding
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": _COMMON | {
         "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-        "num_attention_heads": 4,
+        "num_attention_heads": 4, "initializer_range": 0.06,
     },
     "pythia-70m": _COMMON | {
         "vocab_size": 50_304, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6,

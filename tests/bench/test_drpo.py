@@ -48,10 +48,12 @@ def test_sampled_responses_are_as_long_as_the_references_by_the_weights_alone():
     probability = eos_probability(examples, prefixes)
     rollouts = make_engine(config, make_models(problem, examples).policy, EOS).generate(prefixes)
     lengths = [rollout.prefix.num_reset + len(rollout.completion) for rollout in rollouts]
-    # Lengths deviate by about 12 tokens: the mean of 100 by 1.2. The EOS itself is within 5 % of `probability`.
+    # Lengths deviate by about 12 tokens: the mean of 100 by 1.2.
     assert np.mean(lengths) == pytest.approx(33.9, abs=4)
-    logprobs = np.array([rollout.sampler_logprob[-1] for rollout in rollouts if rollout.ended])
-    np.testing.assert_allclose(np.exp(logprobs), probability, rtol=0.05)
+    # The sum of 512 log-normal terms, which the probability is divided by, deviates by 3.4 %.
+    probabilities = np.exp([rollout.sampler_logprob[-1] for rollout in rollouts if rollout.ended])
+    assert probabilities.mean() == pytest.approx(probability, rel=0.03)
+    np.testing.assert_allclose(probabilities, probability, rtol=0.15)
 
 
 @pytest.fixture
