@@ -38,13 +38,23 @@ def main() -> None:
     kernels.add_argument("--table", type=Path, metavar="FILE", help="measure nothing, print the tables of these rows")
     tune = commands.add_parser("tune", help="tiles of the fused head: candidates timed in turn, on a GPU")
     tune.add_argument("--runs", type=int, default=10)
-    train = commands.add_parser("train", help="a trainer beside TRL's, on real dialogues; TRL must be installed")
-    train.add_argument("algorithm", choices=["dpo"])
-    train.add_argument("--model", default="tiny", choices=["tiny", "qwen3-0.6b"], help="a shape, with random weights")
-    train.add_argument("--steps", type=int, default=4, help="steps of 32 pairs")
-    train.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 2, 4, 8], help="of TRL")
-    train.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    train.add_argument("--out", type=Path, default=Path("bench/results"), help="folder that rows are appended in")
+    train = commands.add_parser("train", help="a trainer beside others'")
+    algorithms = train.add_subparsers(dest="algorithm", required=True)
+    dpo = algorithms.add_parser("dpo", help="beside TRL's, on real dialogues; TRL must be installed")
+    dpo.add_argument("--model", default="tiny", choices=["tiny", "qwen3-0.6b"], help="a shape, with random weights")
+    dpo.add_argument("--steps", type=int, default=4, help="steps of 32 pairs")
+    dpo.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 2, 4, 8], help="of TRL")
+    drpo = algorithms.add_parser("drpo", help="one update beside the padded reference and TRL's PPO, TL;DR's lengths")
+    drpo.add_argument("--shape", default="pythia-1b", choices=["tiny", "pythia-70m", "pythia-1b"], help="of GPT-NeoX")
+    drpo.add_argument("--episodes", type=int, default=512)
+    drpo.add_argument("--rounds", type=int, default=3, help="updates of each side, in turn")
+    drpo.add_argument("--micro-batch", type=int, default=4, help="episodes, of the padded sides")
+    drpo.add_argument("--micro-batch-tokens", type=int, default=2048, help="of ours")
+    drpo.add_argument("--rollout-batch", type=int, default=32, help="episodes generated side by side, on every side")
+    drpo.add_argument("--trl-path", type=Path, help="folder that TRL 1.12.0 is unpacked in, where another is installed")
+    for command in (dpo, drpo):
+        command.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+        command.add_argument("--out", type=Path, default=Path("bench/results"), help="folder that rows are appended in")
     arguments = parser.parse_args()
     # Each command imports what it alone needs.
     if arguments.command == "toy":
@@ -57,7 +67,9 @@ def main() -> None:
         print(run_resets(arguments.seeds, arguments.jobs, arguments.out))
     if arguments.command == "kernels" and (faults := _kernels(arguments)):
         sys.exit("\n".join(faults))
-    if arguments.command == "train":
+    if arguments.command == "train" and arguments.algorithm == "drpo":
+        print(_train_drpo(arguments))
+    if arguments.command == "train" and arguments.algorithm == "dpo":
         from bench.train import run_train
 
         print(run_train(arguments.model, arguments.steps, arguments.batch_sizes, arguments.device, arguments.out))
@@ -92,6 +104,21 @@ def _kernels(a: argparse.Namespace) -> list[str]:
     providers = select(torch.device(a.device), tasks, only)
     runs, seconds = a.runs or (9 if cpu else 20), math.inf if cpu else a.seconds
     return run_kernels(torch.device(a.device), cases, providers, runs, seconds, a.out)
+
+
+def _train_drpo(a: argparse.Namespace) -> str:
+    from bench.drpo.compare import run_drpo
+    from bench.drpo.problem import Problem
+
+    problem = Problem(
+        shape=a.shape,
+        episodes=a.episodes,
+        device=a.device,
+        micro_batch=a.micro_batch,
+        micro_batch_tokens=a.micro_batch_tokens,
+        rollout_batch=a.rollout_batch,
+    )
+    return run_drpo(problem, a.rounds, a.trl_path, a.out)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,57 @@
+"""One update of one side in a process of its own: `python -m bench.drpo.block SIDE PROBLEM`, PROBLEM as JSON.
+
+A process of its own has its own peak of memory, and TRL's may have a path of its own. The last line is the row.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import resource
+import sys
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from bench.drpo.contestants import CONTESTANTS, PHASES
+from bench.drpo.problem import Problem, make_examples, make_models
+
+
+def run_block(side: str, problem: Problem) -> dict[str, Any]:
+    """Seconds as `Clock` counts them and on the wall, tokens, and the peak of memory beyond weights, gradients and
+    optimiser state, in MB.
+
+    On a GPU one micro-batch warms up: kernels are loaded and compiled then. A CPU has one thread.
+    """
+    cuda = problem.device == "cuda"
+    if not cuda:
+        torch.set_num_threads(1)  # see `Clock`
+    examples = make_examples(problem)
+    contestant = CONTESTANTS[side](problem, make_models(problem, examples))
+    weights = torch.cuda.memory_allocated() if cuda else _most_bytes(cuda)
+    if cuda:
+        contestant.update(examples[: problem.micro_batch], epochs=1)
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    torch.manual_seed(problem.seed)
+    start = perf_counter()
+    row = contestant.update(examples, problem.epochs)
+    return {
+        "provider": contestant.name,
+        "seconds": sum(row[phase] for phase in PHASES),
+        **row,
+        "wall_seconds": perf_counter() - start,
+        "extra_mb": (_most_bytes(cuda) - weights - contestant.state_bytes) / 1e6,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _most_bytes(cuda: bool) -> int:
+    """The most that was allocated at once so far: of the GPU's memory, or resident in this process."""
+    return torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+if __name__ == "__main__":
+    print(json.dumps(run_block(sys.argv[1], Problem(**json.loads(sys.argv[2])))))

@@ -1,0 +1,111 @@
+"""The sides in turn, block by block, each block a process: medians, ratios, and the targets they are held to."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from bench.drpo.contestants import PHASES
+from bench.drpo.problem import Problem
+from bench.results import RESULTS, append_row, device_name
+
+ROOT = Path(__file__).parents[2]
+MEASURED = ("seconds", *PHASES, "extra_mb")
+"""Columns of the table of ratios; `seconds` is the sum of the phases."""
+TARGETS = {
+    ("padded", "cuda"): {"rollout": 5.0, "training": 1.6, "seconds": 3.0, "extra_mb": 2.0},
+    ("trl", "cuda"): {"seconds": 2.0, "extra_mb": 2.0},
+    ("padded", "cpu"): {"seconds": 3.0},
+}
+"""How many times ours a side is to take, at least."""
+
+Row = dict[str, Any]
+
+
+def run_drpo(problem: Problem, rounds: int, trl_path: Path | None = None, folder: Path = RESULTS) -> str:
+    """Measures every side `rounds` times, in turn; appends a row for each, returns the table.
+
+    TRL is left out, and the table says so, where `trl_path` (the folder that holds `trl/`; None: what is installed) has
+    no PPO trainer. Raises ValueError where episodes are not whole micro-batches, and RuntimeError where a block fails.
+    """
+    if problem.episodes % problem.micro_batch:
+        raise ValueError(f"episodes: {problem.episodes} must be a multiple of micro-batches of {problem.micro_batch}")
+    paths: dict[str, Path | None] = {"ours": None, "padded": None, "trl": trl_path}
+    missing = _python(["-c", "import trl.experimental.ppo"], trl_path).returncode != 0
+    if missing:
+        del paths["trl"]
+    load = os.getloadavg()[0]
+    blocks: dict[str, list[Row]] = {side: [] for side in paths}
+    for _ in range(rounds):
+        for side, past in blocks.items():
+            past.append(_block(side, problem, paths[side]))
+    rows = {side: _summary(past) for side, past in blocks.items()}
+    shared = {"bench": "train drpo", **asdict(problem), "device": device_name(problem.device), "load_before": load}
+    for row in rows.values():
+        append_row({**shared, **row}, folder)
+    notes = (
+        ["", f"TRL left out: {trl_path or 'what is installed'} has no PPO trainer (trl 1.12.0 has)"] if missing else []
+    )
+    return "\n".join([*_table(rows, problem.device), "", *_ratios(rows, problem.device), *notes])
+
+
+def _block(side: str, problem: Problem, path: Path | None) -> Row:
+    done = _python(["-m", "bench.drpo.block", side, json.dumps(asdict(problem))], path)
+    if done.returncode:
+        raise RuntimeError(f"the block of {side!r} failed:\n{done.stderr[-4000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _python(arguments: Sequence[str], path: Path | None) -> subprocess.CompletedProcess[str]:
+    """A Python like this one, from the root of the repository, that finds `path` first."""
+    paths = [str(p) for p in (path and path.resolve(), ROOT, ROOT / "kernels", os.environ.get("PYTHONPATH")) if p]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+def _summary(blocks: Sequence[Row]) -> Row:
+    """Medians over the rounds, and the whole update's extremes."""
+    seconds = [block["seconds"] for block in blocks]
+    medians = {
+        name: median(block[name] for block in blocks) for name, value in blocks[0].items() if isinstance(value, float)
+    }
+    return {**blocks[0], **medians, "rounds": len(blocks), "seconds_min": min(seconds), "seconds_max": max(seconds)}
+
+
+def _table(rows: Mapping[str, Row], device: str) -> list[str]:
+    seconds = "seconds" if device == "cuda" else "seconds of one CPU"
+    lines = [
+        f"| | {seconds} (least, most) | rollout | scoring | training | tokens sampled | of a pass | extra MB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows.values():
+        whole = f"{row['seconds']:.1f} ({row['seconds_min']:.1f}, {row['seconds_max']:.1f})"
+        phases = " | ".join(f"{row[phase]:.1f}" for phase in PHASES)
+        tokens = f"{row['sampled_tokens']} | {row['sequence_tokens']}"
+        lines.append(f"| {row['provider']} | {whole} | {phases} | {tokens} | {row['extra_mb']:.0f} |")
+    return lines
+
+
+def _ratios(rows: Mapping[str, Row], device: str) -> list[str]:
+    lines = [
+        "| times ours | the whole update | rollout | scoring | training | extra memory |",
+        "|---|---|---|---|---|---|",
+    ]
+    for side, row in rows.items():
+        if side == "ours":
+            continue
+        targets = TARGETS.get((side, device), {})
+        cells = []
+        for name in MEASURED:
+            target = f" (target {targets[name]:g})" if name in targets else ""
+            cells.append(f"{row[name] / rows['ours'][name]:.2f}{target}")
+        lines.append(f"| {row['provider']} | {' | '.join(cells)} |")
+    return lines
