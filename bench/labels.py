@@ -43,7 +43,10 @@ class Arm(NamedTuple):
     """DPO's beta, IPO's tau"""
 
 
-ARMS = [Arm(*values) for values in product((4.0, 1.0, 0.0), (2, 12), ("dpo", "ipo"), (0.1, 1.0))]
+ARMS = [
+    *(Arm(*values, beta=0.1) for values in product((4.0, 1.0, 0.0), (2, 12), ("dpo", "ipo"))),
+    *(Arm(*values, beta=1.0) for values in product((4.0, 0.0), (12,), ("dpo", "ipo"))),
+]
 
 
 def run_labels(seeds: int, jobs: int, out: Path) -> str:
