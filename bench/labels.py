@@ -56,8 +56,8 @@ def run_labels(seeds: int, jobs: int, out: Path) -> str:
 
 
 def table(seeds: Sequence[Mapping[Arm | None, Mapping[str, float]]]) -> str:
-    """Means over seeds with 95 % intervals of gold reward (facts), KL to SFT (nats per response), held-out accuracy (%);
-    means of the training pairs' log-ratio difference in the last epoch (nats) and of their accuracy there (%)."""
+    """Means over seeds with 95 % intervals: gold reward (facts), KL to SFT (nats per response), held-out accuracy (%).
+    Means of the last epoch's training pairs: difference of the log-ratios (nats), accuracy (%)."""
     lines = [
         "| labels | epochs | method | beta | gold reward | KL to SFT | held-out % | training nats | training % |",
         "|---|---|---|---|---|---|---|---|---|",
