@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import combinations
 from pathlib import Path
 
@@ -146,15 +147,19 @@ def _draw_pairs(bandits: Sequence[Bandit], steps: int, batch_size: int | None, s
 
 def run_ipo(batch_size: int, out: Path, *, fast: bool) -> str:
     """Returns the table in Markdown. The full run appends a row per bandit and method to `out/results`; at the paper's
-    mini-batch of 9 it draws the paper's two figures into `out/figures`."""
-    setting = {"steps": FAST_STEPS, "batch_size": None} if fast else {"steps": STEPS, "batch_size": batch_size}
-    seeds = 1 if fast else SEEDS
-    runs = {kind: train(BANDITS, kind, seeds=seeds, **setting) for kind in KINDS}
+    mini-batch of 9 it draws the paper's two figures into `out/figures`. Raises ValueError where it could not."""
+    if batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1, got {batch_size}")
+    if not fast and batch_size == 9 and find_spec("matplotlib") is None:
+        raise ValueError("the figures need matplotlib: pip install -e '.[train,bench]', or ask for --fast")
+    steps, size, seeds = (FAST_STEPS, None, 1) if fast else (STEPS, batch_size, SEEDS)
+    runs = {kind: train(BANDITS, kind, steps=steps, batch_size=size, seeds=seeds) for kind in KINDS}
     if not fast:
         for bandit in BANDITS:
             for kind in KINDS:
-                shared = {"bench": "papers", "paper": "ipo", "bandit": bandit.name, "method": kind, "seeds": seeds}
-                append_row(shared | setting | _row(bandit, kind, runs[kind][bandit.name]), out / "results")
+                row = {"bench": "papers", "paper": "ipo", "bandit": bandit.name, "method": kind}
+                row |= {"steps": steps, "batch_size": size, "seeds": seeds}
+                append_row(row | _numbers(bandit, kind, runs[kind][bandit.name]), out / "results")
         if batch_size == 9:
             for name, bandits in FIGURES.items():
                 draw([b for b in BANDITS if b.name in bandits], runs, out / "figures" / name)
@@ -220,7 +225,7 @@ def _mean_and_interval(probs: Tensor) -> tuple[Tensor, Tensor]:
     return probs.mean(-3), STUDENT_95[seeds] * probs.std(-3) / seeds**0.5
 
 
-def _row(bandit: Bandit, kind: str, curves: Curves) -> dict[str, list[list[float]] | list[float]]:
+def _numbers(bandit: Bandit, kind: str, curves: Curves) -> dict[str, list]:
     """Numbers per tau and action; `tail_sd` is a single run's over time and seeds."""
     mean, half = _mean_and_interval(curves.probs[-1])
     tail = curves.tail()
