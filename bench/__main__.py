@@ -1,4 +1,4 @@
-"""python -m bench toy | resets | aot | kernels | tune | train, each with --help"""
+"""python -m bench toy | resets | labels | papers | aot | kernels | tune | train, each with --help"""
 
 from __future__ import annotations
 
@@ -22,6 +22,15 @@ def main() -> None:
     resets.add_argument("--seeds", type=int, default=5, choices=range(1, 11), help="seeds 0 .. N - 1")
     resets.add_argument("--jobs", type=int, default=2, help="seeds run side by side, one thread each")
     resets.add_argument("--out", type=Path, default=Path("runs/bench_resets"), help="a folder per seed")
+    labels = commands.add_parser("labels", help="DPO and IPO on few pairs, from noisy to deterministic labels")
+    labels.add_argument("--seeds", type=int, default=3, choices=range(1, 11), help="seeds 0 .. N - 1")
+    labels.add_argument("--jobs", type=int, default=2, help="seeds run side by side, one thread each")
+    labels.add_argument("--out", type=Path, default=Path("runs/bench_labels"), help="a folder per seed")
+    papers = commands.add_parser("papers", help="the experiments of a paper: rows, a table, figures")
+    papers.add_argument("names", nargs="+", choices=["ipo"])
+    papers.add_argument("--fast", action="store_true", help="full batches, 3000 steps, the table alone")
+    papers.add_argument("--batch-size", type=int, default=9, help="of ipo: pairs of a mini-batch")
+    papers.add_argument("--out", type=Path, default=Path("bench"), help="rows go to its results, PNGs to its figures")
     aot = commands.add_parser("aot", help="every kernel compiled without a GPU: registers, spills, shared memory")
     aot.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], choices=[80, 90, 100])
     aot.add_argument("--check", action="store_true", help="exit with 1 where a kernel spills or misses its units")
@@ -65,6 +74,14 @@ def main() -> None:
         from bench.resets import run_resets
 
         print(run_resets(arguments.seeds, arguments.jobs, arguments.out))
+    if arguments.command == "labels":
+        from bench.labels import run_labels
+
+        print(run_labels(arguments.seeds, arguments.jobs, arguments.out))
+    if arguments.command == "papers":
+        from bench.papers.ipo import run_ipo
+
+        print(run_ipo(arguments.batch_size, arguments.out, fast=arguments.fast))
     if arguments.command == "kernels" and (faults := _kernels(arguments)):
         sys.exit("\n".join(faults))
     if arguments.command == "train" and arguments.algorithm == "drpo":

@@ -377,7 +377,7 @@ class DemoConfig:
     seed: int = 0
     """Of the data, the weights and every sample."""
     methods: str = "sft,reward,dpo,ppo,drpo"
-    """Which stages run, separated by commas, or "all"."""
+    """Which stages run, separated by commas, among sft, reward, dpo, ipo, cdpo, ppo, drpo; or "all"."""
     num_eval: int = 600
     """Held-out posts the methods are judged on."""
 

@@ -2,6 +2,8 @@
 
     SFT -> reward model -> DPO, PPO and DR-PO, each from the same SFT model -> judged on posts that none has seen
 
+IPO and cDPO run where `--methods` names them.
+
 The gold judge of the task labels the preference pairs and judges at the end; no trainer sees it.
 """
 
@@ -31,7 +33,7 @@ from fastrlhf.evaluation.responses import respond, response_kl
 from fastrlhf.evaluation.winrates import bootstrap_interval, compare, paired_difference
 from fastrlhf.models.loading import load_policy, load_reward_model
 
-STAGES = ("sft", "reward", "dpo", "ppo", "drpo")
+STAGES = ("sft", "reward", "dpo", "ipo", "cdpo", "ppo", "drpo")
 """In the order in which they run: each starts from products of earlier ones."""
 
 TEMPERATURE = 1.0
@@ -102,6 +104,7 @@ def stage_config(name: str, config: DemoConfig, out: Path) -> SFTConfig | Reward
         "adam_beta2": 0.99,
         "per_device_train_batch_size": 64,
     }
+    pairwise: dict[str, Any] = shared | {"max_steps": 120, "learning_rate": 3e-4, "warmup_steps": 10}
     on_policy: dict[str, Any] = shared | {
         "reward_model_path": str(out / "reward"),
         "max_steps": 40,
@@ -135,7 +138,11 @@ def stage_config(name: str, config: DemoConfig, out: Path) -> SFTConfig | Reward
                 **shared, max_steps=280, learning_rate=5e-4, warmup_steps=10, lr_scheduler_type="cosine"
             )
         case "dpo":
-            return DPOConfig(**shared, max_steps=120, learning_rate=3e-4, beta=0.1, warmup_steps=10)
+            return DPOConfig(**pairwise, beta=0.1)
+        case "ipo":
+            return DPOConfig(**pairwise, beta=0.02, loss_type="ipo", length_norm="sum")
+        case "cdpo":
+            return DPOConfig(**pairwise, beta=0.1, label_smoothing=0.1)
         case "ppo":
             return PPOConfig(**on_policy)
         case _:

@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from math import log
 
 import pytest
 
@@ -33,7 +34,7 @@ def test_the_chain_leaves_a_folder_per_stage_a_summary_and_a_report(short, tmp_p
         assert row["seconds"] > 0
         assert ("minus_sft" in row) == (name != "sft")
     assert summary["methods"]["sft"]["kl"] == 0.0
-    for name in demo.STAGES:
+    for name in ("sft", "reward", "dpo", "ppo", "drpo"):
         assert (out / name / "model.safetensors").exists()
         assert len((out / name / "metrics.jsonl").read_text().splitlines()) == 2
     assert "drpo" in (out / "report.html").read_text()
@@ -56,6 +57,23 @@ def test_stages_may_be_left_out_but_not_what_others_start_from(short, tmp_path):
         with pytest.raises(ValueError, match=message):
             demo.run_demo(DemoConfig(out=str(tmp_path / "b"), methods=methods))
     assert not (tmp_path / "b").exists()
+
+
+def test_ipo_and_cdpo_run_where_they_are_asked_for_and_each_leaves_its_own_loss(short, tmp_path):
+    out = tmp_path / "demo"
+    summary = demo.run_demo(DemoConfig(out=str(out), num_eval=8, methods="ipo,sft,cdpo"))
+    assert list(summary["methods"]) == ["sft", "ipo", "cdpo"]
+    first = {
+        name: json.loads((out / name / "metrics.jsonl").read_text().splitlines()[0])["loss"] for name in ("ipo", "cdpo")
+    }
+    assert first["ipo"] == pytest.approx((1 / (2 * 0.02)) ** 2, rel=1e-3)  # the paper's target: 25 nats per response
+    assert first["cdpo"] == pytest.approx(log(2), rel=1e-3)
+
+
+def test_dpo_ipo_and_cdpo_differ_in_their_loss_alone(tmp_path):
+    dpo, ipo, cdpo = (vars(demo.stage_config(name, DemoConfig(), tmp_path)) for name in ("dpo", "ipo", "cdpo"))
+    assert {name for name in dpo if dpo[name] != ipo[name]} == {"output_dir", "beta", "loss_type", "length_norm"}
+    assert {name for name in dpo if dpo[name] != cdpo[name]} == {"output_dir", "label_smoothing"}
 
 
 def test_ppo_and_drpo_differ_in_resets_and_number_of_updates_alone(tmp_path):

@@ -102,7 +102,10 @@ class ToyTask:
     spoiled: float = 0.4
     """Share of candidates in preference pairs that are spoiled on purpose: cut, shuffled, repeated, ..."""
     label_temperature: float = 1.0
-    """A pair is labelled by a Bradley-Terry draw: P(a beats b) = sigmoid((gold(a) - gold(b)) / label_temperature)."""
+    """A pair is labelled by a Bradley-Terry draw: P(a beats b) = sigmoid((gold(a) - gold(b)) / label_temperature).
+    0: the better candidate always wins, ties by a fair coin."""
+    label_flips: float = 0.0
+    """Probability that a label is turned round after that draw."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_salient <= self.max_salient <= min(self.num_facts, MAX_FACTS):
@@ -116,11 +119,11 @@ class ToyTask:
             raise ValueError(
                 f"ToyTask: min_haste {self.min_haste} and max_haste {self.max_haste} must be in order, from 0"
             )
-        for name in ("omit", "stray", "wrong", "tire", "spoiled"):
+        for name in ("omit", "stray", "wrong", "tire", "spoiled", "label_flips"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"ToyTask: {name} is a probability, got {getattr(self, name)}")
-        if not self.label_temperature > 0:
-            raise ValueError(f"ToyTask: label_temperature must be above 0, got {self.label_temperature}")
+        if not self.label_temperature >= 0:
+            raise ValueError(f"ToyTask: label_temperature must be at least 0, got {self.label_temperature}")
 
     def examples(self, split: str, count: int) -> list[Example]:
         """The first `count` examples of a split: prompt and reference; in the preference splits the pair as well."""
@@ -173,9 +176,16 @@ class ToyTask:
         while second == first:
             second = self._candidate(facts, rng)
         margin = self.gold_reward(prompt, first) - self.gold_reward(prompt, second)
-        first_wins = rng.random() < 0.5 + 0.5 * math.tanh(margin / self.label_temperature / 2)
-        chosen, rejected = (first, second) if first_wins else (second, first)
+        chosen, rejected = (first, second) if rng.random() < self._win_prob(margin) else (second, first)
         return Example(prompt=prompt, reference=reference, chosen=chosen, rejected=rejected, row=index)
+
+    def _win_prob(self, margin: float) -> float:
+        """That the label names the first of two candidates, which is better by `margin` facts."""
+        if self.label_temperature > 0:
+            prob = 0.5 + 0.5 * math.tanh(margin / self.label_temperature / 2)
+        else:
+            prob = 0.5 if abs(margin) < 1e-9 else float(margin > 0)  # equal gold rewards may differ by rounding
+        return prob + self.label_flips * (1 - 2 * prob)
 
     def _draw_post(self, rng: random.Random) -> list[Fact]:
         subjects = rng.sample(list(FACTS), self.num_facts)

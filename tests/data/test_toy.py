@@ -159,7 +159,7 @@ def test_an_early_mistake_costs_more_than_a_late_one_and_without_chain_the_same(
 
 
 def test_chain_and_label_settings_change_neither_posts_nor_references():
-    other = ToyTask(chain=0.0, length_cost=0.0, label_temperature=9.0).examples("preferences", 50)
+    other = ToyTask(chain=0.0, length_cost=0.0, label_temperature=9.0, label_flips=0.5).examples("preferences", 50)
     ours = TASK.examples("preferences", 50)
     assert [(e.prompt, e.reference) for e in other] == [(e.prompt, e.reference) for e in ours]
 
@@ -238,12 +238,32 @@ def test_the_better_candidate_is_chosen_as_often_as_bradley_terry_says(pairs):
     assert fmean(m > 0 for m in near) == pytest.approx(fmean(1 / (1 + exp(-abs(m))) for m in near), abs=0.08)
 
 
-def test_a_cold_label_is_the_gold_order_and_members_of_a_pair_differ():
-    cold = ToyTask(label_temperature=1e-2)
-    for e in cold.examples("preferences_test", 500):
-        assert e.chosen != e.rejected
-        margin = cold.gold_reward(text(e.prompt), text(e.chosen)) - cold.gold_reward(text(e.prompt), text(e.rejected))
-        assert margin > -0.1
+def label_margins(task: ToyTask, count: int) -> list[float]:
+    """Gold reward of chosen minus that of rejected."""
+    pairs = task.examples("preferences_test", count)
+    better, worse = golds(task, pairs, lambda e: text(e.chosen)), golds(task, pairs, lambda e: text(e.rejected))
+    return [a - b for a, b in zip(better, worse, strict=True)]
+
+
+def test_a_label_of_temperature_0_is_the_gold_order_and_members_of_a_pair_differ():
+    assert all(e.chosen != e.rejected for e in TASK.examples("preferences_test", 500))
+    assert min(label_margins(ToyTask(label_temperature=0.0), 500)) > -1e-9
+
+
+def test_ties_are_labelled_by_the_same_fair_coin_at_every_temperature():
+    ties = [i for i, margin in enumerate(label_margins(TASK, 3_000)) if abs(margin) < 1e-9]
+    assert len(ties) > 30
+    cold, warm = (ToyTask(label_temperature=t).examples("preferences_test", 3_000) for t in (0.0, 1.0))
+    assert [cold[i] for i in ties] == [warm[i] for i in ties]
+
+
+def test_flips_turn_labels_round_as_often_as_they_say_and_change_nothing_else():
+    kept = ToyTask(label_temperature=0.0).examples("preferences_test", 3_000)
+    flipped = ToyTask(label_temperature=0.0, label_flips=0.3).examples("preferences_test", 3_000)
+    assert [{e.chosen, e.rejected} for e in flipped] == [{e.chosen, e.rejected} for e in kept]
+    share = fmean(a.chosen != b.chosen for a, b in zip(flipped, kept, strict=True))
+    ties = fmean(abs(m) < 1e-9 for m in label_margins(TASK, 3_000))
+    assert share == pytest.approx(0.3 * (1 - ties), abs=0.025)  # 3 standard errors
 
 
 def test_pairs_without_any_noise_are_refused_instead_of_searched_for_ever():
@@ -295,7 +315,8 @@ def test_an_unknown_split_names_those_that_exist():
         ({"omit": 1.5}, "omit"),
         ({"wrong": -0.1}, "wrong"),
         ({"tire": float("nan")}, "tire"),
-        ({"label_temperature": 0.0}, "label_temperature"),
+        ({"label_temperature": -0.5}, "label_temperature"),
+        ({"label_flips": 1.1}, "label_flips"),
     ],
 )
 def test_a_setting_out_of_range_is_refused_by_name(settings, named):
