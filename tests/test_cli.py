@@ -236,7 +236,7 @@ def test_values_keep_their_types(place):
         (["drpo", "--missing_eos_penalty", "1"], "missing_eos_penalty: must be null where missing_eos_score is given"),
         (["ppo", "--reset_prob", "1.5"], "reset_prob: must be in 0..1; got 1.5"),
         (["sft", "--config"], "--config: give a file or the name of a recipe"),
-        (["sft", "--config", "nowhere.yaml"], "config: no file 'nowhere.yaml'; the recipes are drpo_tldr"),
+        (["sft", "--config", "nowhere.yaml"], "config: no file 'nowhere.yaml'; the recipes are drpo_rto_tldr"),
         (["sft", "--max_steps", "1"], "output_dir: must be the folder of the sft run; got ''"),
         (["report"], "RUN_DIR: must be one folder of a run; got []"),
     ],
