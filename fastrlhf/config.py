@@ -327,7 +327,7 @@ class DemoConfig:
     seed: int = 0
     """Of the data, the weights and every sample."""
     methods: str = "sft,reward,dpo,ppo,drpo"
-    """Which stages run, separated by commas, or "all"."""
+    """Which stages run, separated by commas, or "all", which adds rto and drpo+rto."""
     num_eval: int = 600
     """Held-out posts the methods are judged on."""
 

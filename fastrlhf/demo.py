@@ -122,7 +122,7 @@ def stage_config(name: str, config: DemoConfig, out: Path) -> SFTConfig | Reward
         "num_eval_examples": 128,
         "lr_scheduler_type": "linear",
     }
-    token_rewards: dict[str, Any] = {"dpo_model_path": str(out / "dpo"), "dpo_reward_scale": 0.05}
+    token_rewards: dict[str, Any] = {"dpo_model_path": str(out / "dpo"), "dpo_reward_scale": 0.3}
     match name:
         case "sft":
             model = toy_model_config().to_diff_dict() | {"model_type": "llama"}

@@ -82,8 +82,9 @@ class Rewards:
     implicit: ImplicitReward | None = None
     sentence_ends: Tensor | None = None
     """int64 ids of the tokens that end a sentence, for the shaping "sentence" """
-    _moments: Tensor | None = None
-    _warned: bool = False
+    _moments: Tensor | None = field(init=False, default=None)
+    """[3] float64: count, sum and sum of squares of the scores so far"""
+    _warned: bool = field(init=False, default=False)
 
     def terms(self, episodes: Episodes) -> dict[str, Term]:
         """Every addend by its name, in the order in which they are summed."""
@@ -251,19 +252,19 @@ def open_rewards(
     """
     if isinstance(config, RTOConfig) and not config.dpo_model_path:
         raise ValueError("dpo_model_path: give the DPO model that rewards the tokens, trained by `fastrlhf dpo`")
-    functions = dict(functions or {})
+    named = list((functions or {}).items())
     if config.reward_function:
-        function = load_function(config.reward_function)
-        functions[config.reward_function.rpartition(":")[2]] = function
-    for name in functions:
-        if name in RESERVED:
-            raise ValueError(f"reward_function: {name!r} is the name of a reward that is built in; call it otherwise")
+        named.append((config.reward_function.rpartition(":")[2], load_function(config.reward_function)))
+    names = [*RESERVED, *(name for name, _ in named)]
+    for name, _ in named:
+        if names.count(name) > 1:
+            raise ValueError(f"reward_function: {name!r} is the name of another reward; call it otherwise")
     sentence_ends = None
     if config.dpo_model_path and config.reward_shaping == "sentence":
         sentence_ends = sentence_end_ids(tokenizer).to(resolve_device(config.device))
     return Rewards(
         config=config,
-        functions=functions,
+        functions=dict(named),
         implicit=open_implicit_reward(config, tokenizer) if config.dpo_model_path else None,
         sentence_ends=sentence_ends,
     )

@@ -271,6 +271,15 @@ def test_sentences_end_where_the_text_of_a_token_says_so():
 def test_what_a_run_lacks_is_told_before_anything_is_loaded():
     with pytest.raises(ValueError, match=r"^dpo_model_path: give the DPO model"):
         open_rewards(RTOConfig(), tiny.tokenizer())
-    with pytest.raises(ValueError, match=r"^reward_function: 'kl' is the name of a reward that is built in"):
-        open_rewards(PPOConfig(), tiny.tokenizer(), {"kl": lambda rollout: 0.0})
     assert open_rewards(PPOConfig(), tiny.tokenizer()).implicit is None
+
+
+def test_functions_of_a_run_have_names_of_their_own(tmp_path):
+    (tmp_path / "mine.py").write_text("def brief(rollout):\n    return -float(len(rollout.completion))\n")
+    config = PPOConfig(reward_function=f"{tmp_path}/mine.py:brief")
+    opened = open_rewards(config, tiny.tokenizer(), {"long": lambda rollout: 1.0})
+    assert list(opened.functions) == ["long", "brief"]
+    assert opened.terms(EPISODES)["brief"].reward.tolist() == [0, 0, 0, -4, 0, 0, 0, -3]
+    for name in ("kl", "brief"):
+        with pytest.raises(ValueError, match=f"^reward_function: '{name}' is the name of another reward; call it"):
+            open_rewards(config, tiny.tokenizer(), {name: lambda rollout: 0.0})

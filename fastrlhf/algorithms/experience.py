@@ -88,7 +88,8 @@ def score_episodes(
         reference_logprob[item.index] = token_logprobs(reference, item.batch, temperature=config.temperature).logprob
         value[item.index] = token_values(critic, item.batch)
         token[item.index] = item.batch.targets
-        if rewards.implicit and dpo_log_ratio is not None:
+        if rewards.implicit:
+            assert dpo_log_ratio is not None
             known = reference_logprob[item.index] if config.temperature == 1 else None
             dpo_log_ratio[item.index] = rewards.implicit.log_ratio(item.batch, reference, known)
 
@@ -188,17 +189,16 @@ def _objective(
     drawn = torch.tensor([x for rollout in rollouts for x in rollout.sampler_logprob], device=mask.device)
     difference = (drawn - logprob[mask]).abs()
     num = len(rollouts)
+    paid = {name: torch.where(mask, term.reward, 0.0).sum() / num for name, term in terms.items()}
+    total = torch.stack(list(paid.values())).sum()
     # TRL counts the penalty for a missing EOS as part of the score.
-    by_score, other = (
-        sum(term.reward[mask].sum() for name, term in terms.items() if (name in ("score", "missing_eos")) == of_score)
-        for of_score in (True, False)
-    )
+    by_score = paid["score"] + paid.get("missing_eos", 0.0)
     values = {
         "objective/scores": scores.mean(),
         "objective/kl": (logprob - experience.reference_logprob)[mask].sum() / num,
         "objective/entropy": -logprob[mask].sum() / num,
-        "objective/non_score_reward": other / num,
-        "objective/rlhf_reward": by_score / num + other / num,
+        "objective/non_score_reward": total - by_score,
+        "objective/rlhf_reward": total,
         "policy/entropy_avg": entropy[mask].mean(),
         "critic/explained_var": explained_variance(experience.value, experience.returns, torch.ones_like(mask)),
         "sampling/sampling_logp_difference/mean": difference.mean(),

@@ -64,8 +64,8 @@ def train_on_policy(
     `judge` stands in for the reward model of `reward_model_path` (the critic still starts from that). `engine` stands
     in for `make_engine`: it is called once, with the policy whose weights it must sample with at every `generate`.
     `reward_functions` are rewards of your own, by the names they are logged by. One row of metrics per update, TRL's
-    names where it has them. Raises ValueError for bad input before any time is spent,
-    and for a score that is not finite.
+    names where it has them. Raises ValueError for bad input before any time is spent, and for a score that is not
+    finite.
     """
     if not config.reward_model_path:
         raise ValueError("reward_model_path: give the reward model that judges and from which the critic starts")
@@ -78,6 +78,9 @@ def train_on_policy(
     check_micro_batch(config, rows, [len(example.prompt) + config.response_length for example in rows])
     rewards = open_rewards(config, tokenizer, reward_functions)
     policy = open_policy(config, tokenizer)
+    if rewards.implicit:
+        models = {"model_name_or_path": policy, "dpo_model_path": rewards.implicit.model}
+        check_same_vocabulary(models, len(tokenizer))
     reference = frozen_copy(policy)
     critic = _open_critic(config, policy, tokenizer)
     eos, _ = special_ids(tokenizer)

@@ -9,7 +9,7 @@ import torch
 from fastrlhf.algorithms.experience import pack_episodes, score_episodes
 from fastrlhf.algorithms.on_policy import draw_prefixes, make_engine, train_on_policy, update
 from fastrlhf.config import DRPOConfig, PPOConfig, RTOConfig
-from fastrlhf.models.loading import frozen_copy, load_policy, load_reward_model
+from fastrlhf.models.loading import build_policy, frozen_copy, load_policy, load_reward_model
 from fastrlhf.types import Rollout, TokenizedExample
 from tests import tiny
 
@@ -264,3 +264,11 @@ def test_a_function_of_the_users_is_a_reward_of_its_own(paths):
 def test_rto_without_a_dpo_model_is_told_what_it_lacks(paths):
     with pytest.raises(ValueError, match=r"^dpo_model_path: give the DPO model"):
         train_on_policy(config(paths, RTOConfig), tiny.examples(4))
+
+
+def test_a_dpo_model_of_another_width_of_vocabulary_is_refused(paths, tmp_path):
+    wide = build_policy(tiny.model_config(), vocab_size=tiny.VOCAB + 8, eos_token_id=tiny.EOS, seed=0)
+    wide.save_pretrained(tmp_path / "wide")
+    tiny.tokenizer().save_pretrained(tmp_path / "wide")
+    with pytest.raises(ValueError, match=r"^vocabulary mismatch: .*'dpo_model_path': 40"):
+        train_on_policy(config(paths, RTOConfig, dpo_model_path=str(tmp_path / "wide")), tiny.examples(4))
