@@ -1,4 +1,4 @@
-"""Preference learning for language models: SFT, reward models, DPO, IPO, PPO and DR-PO on packed batches.
+"""Preference learning for language models: SFT, reward models, DPO, IPO, PPO, DR-PO and RTO on packed batches.
 
 Importing this costs nothing: a public name loads its module when it is first asked for, so that the base install, which
 lacks the trainers' libraries, can use the losses.
@@ -11,7 +11,8 @@ __version__ = "0.1.0"
 
 _EXPORTS: dict[str, str] = {
     **dict.fromkeys(
-        ("SFTConfig", "RewardConfig", "DPOConfig", "PPOConfig", "DRPOConfig", "EvalConfig"), "fastrlhf.config"
+        ("SFTConfig", "RewardConfig", "DPOConfig", "PPOConfig", "DRPOConfig", "RTOConfig", "EvalConfig"),
+        "fastrlhf.config",
     ),
     **dict.fromkeys(("Example", "Prefix", "Rollout", "PackedBatch", "Segment"), "fastrlhf.types"),
     "load_examples": "fastrlhf.data.examples",

@@ -24,6 +24,11 @@ def check_output_dir(path: str) -> None:
         raise ValueError(f"output_dir: {path!r} is not empty; choose a new folder or an empty one")
 
 
+def holds_model(path: str) -> bool:
+    """Whether a run in this folder has finished: the model is what it leaves last."""
+    return (Path(path) / "config.json").exists()
+
+
 def create_output_dir(path: str, config: Any) -> Path:
     """Creates the folder of a run, if need be, and writes the resolved configuration to its config.yaml."""
     folder = Path(path)

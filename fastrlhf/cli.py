@@ -6,8 +6,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
+from functools import partial
 from io import StringIO
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from typing import Any
 
 from fastrlhf import config as configs
@@ -22,6 +23,7 @@ usage: fastrlhf COMMAND [--config FILE] [--key value ...]
   dpo        DPO, or IPO with --loss_type ipo
   ppo        PPO
   drpo       DR-PO: PPO from reset states
+  rto        RTO: PPO on the token rewards of a DPO model
   eval       win rates between models and dataset responses
   report     fastrlhf report RUN_DIR: one HTML page of a run
 
@@ -56,7 +58,7 @@ def parse(kind: type, arguments: Sequence[str], command: str) -> Any:
     """The configuration that a file and flags describe. Raises ValueError for a key or a value that is none."""
     import tyro
 
-    rest = [part for argument in arguments for part in _split_config(argument)]
+    rest = _split_configs(arguments)
     flags: list[str] = []
     while "--config" in rest:
         where = rest.index("--config")
@@ -82,8 +84,17 @@ def parse(kind: type, arguments: Sequence[str], command: str) -> Any:
         raise ValueError(told) from None
 
 
-def _split_config(argument: str) -> list[str]:
-    return ["--config", argument.removeprefix("--config=")] if argument.startswith("--config=") else [argument]
+def _split_configs(arguments: Sequence[str]) -> list[str]:
+    """The arguments with --config=FILE as two of them."""
+    return [
+        part
+        for argument in arguments
+        for part in (argument.split("=", 1) if argument.startswith("--config=") else [argument])
+    ]
+
+
+def _config_paths(arguments: Sequence[str]) -> list[str]:
+    return [path for flag, path in pairwise(_split_configs(arguments)) if flag == "--config"]
 
 
 def _first_paragraph(box: str) -> str:
@@ -92,19 +103,43 @@ def _first_paragraph(box: str) -> str:
     return " ".join(takewhile(lambda line: not line.startswith(("\u2500", "\u2570")), lines))
 
 
-def _train(command: str, kind: type, module: str, function: str) -> Callable[[Sequence[str]], None]:
-    def run(arguments: Sequence[str]) -> None:
-        config = parse(kind, arguments, command)
-        configs.require(bool(config.output_dir), "output_dir", config.output_dir, "the folder of the run")
-        _quiet_libraries()
-        from importlib import import_module
+def _train(command: str, arguments: Sequence[str]) -> None:
+    """Runs one trainer, after the sections of its file that it names in `run_first` and that have not run yet."""
+    config = _parse_run(command, arguments)
+    earlier = [
+        (name, _parse_run(name, ["--config", path]))
+        for path in _config_paths(arguments)
+        for name in files.run_first(path, command)
+    ]
+    _quiet_libraries()
+    from fastrlhf.checkpoint import check_output_dir, holds_model
 
-        result = getattr(import_module(f"fastrlhf.algorithms.{module}"), function)(config)
-        for name, value in result.final.items():
-            print(f"{name} {value:.4f}")
-        print(f"saved in {result.output_dir}")
+    runs = [*((name, run) for name, run in earlier if not holds_model(run.output_dir)), (command, config)]
+    for name, run in earlier:
+        if holds_model(run.output_dir):
+            print(f"{name}: {run.output_dir} holds a finished run; skipped")
+    for _, run in runs:
+        check_output_dir(run.output_dir)
+    for name, run in runs:
+        if earlier:
+            print(f"{name}:")
+        _run(name, run)
 
-    return run
+
+def _run(command: str, config: Any) -> None:
+    from importlib import import_module
+
+    _, module, function = TRAINERS[command]
+    result = getattr(import_module(f"fastrlhf.algorithms.{module}"), function)(config)
+    for name, value in result.final.items():
+        print(f"{name} {value:.4f}")
+    print(f"saved in {result.output_dir}")
+
+
+def _parse_run(command: str, arguments: Sequence[str]) -> Any:
+    config = parse(TRAINERS[command][0], arguments, command)
+    configs.require(bool(config.output_dir), "output_dir", config.output_dir, f"the folder of the {command} run")
+    return config
 
 
 def _evaluate(arguments: Sequence[str]) -> None:
@@ -150,13 +185,19 @@ def _quiet_libraries() -> None:
     logging.getLogger("fastrlhf").setLevel(logging.INFO)
 
 
+TRAINERS: dict[str, tuple[type, str, str]] = {
+    "sft": (configs.SFTConfig, "sft", "train_sft"),
+    "reward": (configs.RewardConfig, "reward_model", "train_reward_model"),
+    "dpo": (configs.DPOConfig, "preference", "train_dpo"),
+    "ppo": (configs.PPOConfig, "on_policy", "train_on_policy"),
+    "drpo": (configs.DRPOConfig, "on_policy", "train_on_policy"),
+    "rto": (configs.RTOConfig, "on_policy", "train_on_policy"),
+}
+"""Command -> its configuration, and its module and function in fastrlhf.algorithms."""
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "demo": _demo,
-    "sft": _train("sft", configs.SFTConfig, "sft", "train_sft"),
-    "reward": _train("reward", configs.RewardConfig, "reward_model", "train_reward_model"),
-    "dpo": _train("dpo", configs.DPOConfig, "preference", "train_dpo"),
-    "ppo": _train("ppo", configs.PPOConfig, "on_policy", "train_on_policy"),
-    "drpo": _train("drpo", configs.DRPOConfig, "on_policy", "train_on_policy"),
+    **{name: partial(_train, name) for name in TRAINERS},
     "eval": _evaluate,
     "report": _report,
 }

@@ -254,8 +254,8 @@ class DPOConfig(TrainConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class PPOConfig(TrainConfig):
-    """PPO with a critic, and DR-PO by `reset_prob`. `model_name_or_path` is the SFT model, which is also the
-    reference."""
+    """PPO with a critic, DR-PO by `reset_prob`, RTO by `dpo_model_path`, and any mix of them. `model_name_or_path` is
+    the SFT model, which is also the reference."""
 
     learning_rate: float = 3e-6
     per_device_train_batch_size: int = 64
@@ -279,7 +279,30 @@ class PPOConfig(TrainConfig):
     missing_eos_score: float | None = None
     """Replaces the score of a response that did not end (the DR-PO paper: -1)."""
     kl_coef: float = 0.05
-    """Nats to reward: each token earns -kl_coef * log(policy / reference)."""
+    """Nats to reward: each token earns -kl_coef * log(policy / reference). RTO's beta2."""
+    score_coef: float = 1.0
+    """Weight of the judge's score. RTO's beta3 (arXiv 2404.18922, eq. 4.7)."""
+    score_norm: Literal["none", "running"] = "none"
+    """Of the score, before its weight. running: minus the mean of all scores of the run so far, over their standard
+    deviation."""
+    score_clip: float = 0.0
+    """Scores are clipped to +-score_clip, after score_norm; 0 is off."""
+    dpo_model_path: str = ""
+    """A model trained by DPO or IPO that rewards every token by log(it / its reference) at temperature 1: RTO's r_DPO.
+    Empty: no such reward."""
+    dpo_ref_model_path: str = ""
+    """The reference of its training; empty: `model_name_or_path`."""
+    dpo_reward_scale: float = 0.05
+    """Reward per nat of that log-ratio, the DPO beta included; negative is allowed. RTO's beta1."""
+    dpo_reward_clip: float = 0.0
+    """Each token's DPO reward is clipped to +-dpo_reward_clip, after the scale; 0 is off (the authors' code: 0.05)."""
+    reward_shaping: Literal["token", "sentence", "eos", "rs", "none"] = "token"
+    """Where the DPO rewards are paid: at each token, at ends of sentences (. ! ? or a new line), at the end of the
+    response, at each token and taken back at the end (rs), nowhere."""
+    length_coef: float = 0.0
+    """Each sampled token costs this much."""
+    reward_function: str = ""
+    """One more reward: "module:function" or "file.py:function" of a Rollout, giving a number, or one per token."""
     cliprange: float = 0.2
     """The ratio is clipped to 1 - cliprange .. 1 + cliprange."""
     cliprange_value: float = 0.2
@@ -310,6 +333,7 @@ class PPOConfig(TrainConfig):
         TrainConfig.__post_init__(self)
         _at_least(self, 1, "num_ppo_epochs", "num_mini_batches", "response_length", "rollout_batch_size")
         _at_least(self, 0, "kl_coef", "vf_coef", "total_episodes", "num_sample_generations")
+        _at_least(self, 0, "score_coef", "score_clip", "dpo_reward_clip", "length_coef")
         _above_0(self, "temperature", "cliprange", "cliprange_value")
         if self.value_learning_rate is not None:
             _above_0(self, "value_learning_rate")
@@ -331,6 +355,12 @@ class PPOConfig(TrainConfig):
             f"a divisor of the batch of {self.batch_size} episodes",
         )
         require(self.response_length < self.max_length, "response_length", self.response_length, "below max_length")
+        require(
+            not self.dpo_ref_model_path or bool(self.dpo_model_path),
+            "dpo_ref_model_path",
+            self.dpo_ref_model_path,
+            "empty where there is no dpo_model_path",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -341,6 +371,14 @@ class DRPOConfig(PPOConfig):
     missing_eos_score: float | None = -1.0
     whiten_rewards: bool = True
     adam_epsilon: float = 1e-5
+
+
+@dataclass(frozen=True, kw_only=True)
+class RTOConfig(PPOConfig):
+    """PPO on token rewards of a DPO model, with the paper's settings (Zhong et al. 2024, arXiv 2404.18922, App. D)."""
+
+    kl_coef: float = 0.01
+    temperature: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -377,7 +415,7 @@ class DemoConfig:
     seed: int = 0
     """Of the data, the weights and every sample."""
     methods: str = "sft,reward,dpo,ppo,drpo"
-    """Which stages run, separated by commas, among sft, reward, dpo, ipo, cdpo, ppo, drpo; or "all"."""
+    """Which stages run, separated by commas, among sft, reward, dpo, ipo, cdpo, ppo, drpo, rto, drpo+rto; or "all"."""
     num_eval: int = 600
     """Held-out posts the methods are judged on."""
 

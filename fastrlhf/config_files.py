@@ -13,7 +13,7 @@ from typing import Any
 
 RECIPES = Path(__file__).parent / "recipes"
 
-COMMANDS = {"sft", "reward", "dpo", "ppo", "drpo", "eval", "demo"}
+COMMANDS = {"sft", "reward", "dpo", "ppo", "drpo", "rto", "eval", "demo"}
 """That take keys, and may have a section of their own in a file."""
 
 
@@ -21,8 +21,9 @@ def read_yaml(path: str, kind: type, command: str) -> dict[str, Any]:
     """The keys that a YAML file, or a recipe by its name, gives to one command, each checked to be a field of `kind`.
 
     The file is either flat, or has a section per command; a section `shared` then holds what all of them are given,
-    and a section may set a key of it anew. Environment variables in values, as $NAME, are filled in, and so is
-    ~ at their start. Raises ValueError, with the nearest known name, for a key that is none.
+    and a section may set a key of it anew. Its `run_first` is no key but names other sections (see there). Environment
+    variables in values, as $NAME, are filled in, and so is ~ at their start. Raises ValueError, with the nearest known
+    name, for a key that is none.
     """
     content = _load_yaml(path)
     if set(content) & COMMANDS:
@@ -31,12 +32,29 @@ def read_yaml(path: str, kind: type, command: str) -> dict[str, Any]:
                 raise ValueError(f"{path}: unknown section {section!r}{nearest(str(section), COMMANDS | {'shared'})}")
         if command not in content:
             raise ValueError(f"{path}: no section {command!r}; it has {', '.join(content)}")
-        content = {**_section(path, content, "shared"), **_section(path, content, command)}
+        own = {key: value for key, value in _section(path, content, command).items() if key != "run_first"}
+        content = {**_section(path, content, "shared"), **own}
     known = [field.name for field in fields(kind)]
     for key in content:
         if key not in known:
             raise ValueError(f"{path}: unknown key {key!r}{nearest(str(key), known)}")
     return {key: _filled_in(path, key, value) for key, value in content.items()}
+
+
+def run_first(path: str, command: str) -> list[str]:
+    """The sections of the file that are to run before that of `command`, in order: its `run_first`, a list.
+
+    What those name in turn is not followed. Raises ValueError for a name that is no other training section of the file.
+    """
+    content = _load_yaml(path)
+    names = _section(path, content, command).get("run_first") or []
+    others = [name for name in content if name in COMMANDS - {command, "eval", "demo"}]
+    if not isinstance(names, list):
+        raise ValueError(f"{path}: run_first: must be a list of sections, as [sft, reward]; got {names!r}")
+    for name in names:
+        if name not in others:
+            raise ValueError(f"{path}: run_first: {name!r} is no other training section; it has {', '.join(others)}")
+    return names
 
 
 def _section(path: str, content: dict[str, Any], name: str) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
     SFT -> reward model -> DPO, PPO and DR-PO, each from the same SFT model -> judged on posts that none has seen
 
-IPO and cDPO run where `--methods` names them.
+IPO, cDPO and RTO (alone and with resets, on the token rewards of the DPO model) run where `--methods` names them.
 
 The gold judge of the task labels the preference pairs and judges at the end; no trainer sees it.
 """
@@ -24,7 +24,7 @@ from fastrlhf.algorithms.reward_model import train_reward_model
 from fastrlhf.algorithms.sft import train_sft
 from fastrlhf.algorithms.stage import TrainResult
 from fastrlhf.checkpoint import check_output_dir, create_output_dir
-from fastrlhf.config import DemoConfig, DPOConfig, DRPOConfig, PPOConfig, RewardConfig, SFTConfig, require
+from fastrlhf.config import DemoConfig, DPOConfig, DRPOConfig, PPOConfig, RewardConfig, RTOConfig, SFTConfig, require
 from fastrlhf.data.tokens import special_ids, tokenize_examples
 from fastrlhf.data.toy import MAX_SUMMARY_TOKENS, ToyTask, toy_model_config, toy_tokenizer
 from fastrlhf.evaluation.judges import reward_model_judge
@@ -33,7 +33,7 @@ from fastrlhf.evaluation.responses import respond, response_kl
 from fastrlhf.evaluation.winrates import bootstrap_interval, compare, paired_difference
 from fastrlhf.models.loading import load_policy, load_reward_model
 
-STAGES = ("sft", "reward", "dpo", "ipo", "cdpo", "ppo", "drpo")
+STAGES = ("sft", "reward", "dpo", "ipo", "cdpo", "ppo", "drpo", "rto", "drpo+rto")
 """In the order in which they run: each starts from products of earlier ones."""
 
 TEMPERATURE = 1.0
@@ -123,6 +123,7 @@ def stage_config(name: str, config: DemoConfig, out: Path) -> SFTConfig | Reward
         "num_eval_examples": 128,
         "lr_scheduler_type": "linear",
     }
+    token_rewards: dict[str, Any] = {"dpo_model_path": str(out / "dpo"), "dpo_reward_scale": 0.3}
     match name:
         case "sft":
             model = toy_model_config().to_diff_dict() | {"model_type": "llama"}
@@ -145,9 +146,12 @@ def stage_config(name: str, config: DemoConfig, out: Path) -> SFTConfig | Reward
             return DPOConfig(**pairwise, beta=0.1, label_smoothing=0.1)
         case "ppo":
             return PPOConfig(**on_policy)
+        case "rto":
+            return RTOConfig(**on_policy | token_rewards)
         case _:
             # An episode from inside a response samples fewer tokens: more updates for about as many.
-            return DRPOConfig(**{**on_policy, "max_steps": 48}, reset_prob=0.5, reset_min=0)
+            both = token_rewards if name == "drpo+rto" else {}
+            return DRPOConfig(**{**on_policy, "max_steps": 48, **both}, reset_prob=0.5, reset_min=0)
 
 
 def format_summary(summary: Mapping[str, Any]) -> str:
@@ -158,7 +162,7 @@ def format_summary(summary: Mapping[str, Any]) -> str:
         win_rate = f"{100 * row['win_rate']:.1f} {_interval([100 * end for end in row['win_rate_ci']], '.1f')}"
         rm_score = "" if row["rm_score"] is None else f"{row['rm_score']:.3f}"
         lines.append(
-            f"{name:7}  {win_rate:23}  {row['gold_reward']:11.3f}  {gain:23}  {rm_score:>8} {row['kl']:6.2f} "
+            f"{name:8} {win_rate:23}  {row['gold_reward']:11.3f}  {gain:23}  {rm_score:>8} {row['kl']:6.2f} "
             f"{row['mean_length']:7.1f} {row['seconds']:8.0f}"
         )
     return "\n".join(lines)
@@ -174,9 +178,9 @@ def _stages(methods: str) -> list[str]:
     for name in sorted(asked - set(STAGES)):
         raise ValueError(f"methods: unknown method {name!r}; choose among {', '.join(STAGES)}, or all")
     require("sft" in asked, "methods", methods, "a list with sft, which all else starts from")
-    require(
-        "reward" in asked or not asked & {"ppo", "drpo"}, "methods", methods, "with reward, which judges ppo and drpo"
-    )
+    on_policy, by_token = asked & {"ppo", "drpo", "rto", "drpo+rto"}, asked & {"rto", "drpo+rto"}
+    for needed, by, what in (("reward", on_policy, "judges"), ("dpo", by_token, "rewards the tokens of")):
+        require(needed in asked or not by, "methods", methods, f"with {needed}, which {what} {', '.join(sorted(by))}")
     return [name for name in STAGES if name in asked]
 
 

@@ -1,17 +1,152 @@
-"""What a token earns: a list of named addends, each a float32 [R] over the flat rows of a batch of episodes.
+"""What a token earns: named addends, each a float32 [R] over the flat rows of a batch of episodes; the reward is their
+sum. RTO (Zhong et al. 2024, arXiv 2404.18922, eq. 4.7) is PPO with one more of them, `dpo`:
 
-The sum of the addends is the reward. A term is a pure function of what is known about the rows.
+    r_h = beta1 log(pi_dpo / pi_ref) - beta2 log(pi / pi_ref) + [h is the last token] beta3 score
+
+beta1 is `dpo_reward_scale`, beta2 is `kl_coef`, beta3 is `score_coef`. Prompts and resets earn nothing, nor does what
+follows an EOS; under compat "reference" the KL alone is charged there too, as the authors of DR-PO do.
 """
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import cast
+
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+from transformers import PreTrainedTokenizerBase
+
+from fastrlhf.config import PPOConfig, RTOConfig
+from fastrlhf.models.implicit_reward import ImplicitReward, open_implicit_reward
+from fastrlhf.models.loading import resolve_device
+from fastrlhf.types import Rollout
+
+log = logging.getLogger(__name__)
+
+RewardFunction = Callable[[Rollout], float | Sequence[float] | Tensor]
+"""A number, earned at the last valid token, or one number per token of `rollout.completion`."""
+
+RESERVED = ("score", "missing_eos", "kl", "dpo", "length")
+"""Names of the addends that are built in."""
 
 
-def score_term(score: Tensor, end_rows: Tensor, num_rows: int) -> Tensor:
-    """score [N] float32, earned at `end_rows` [N] int64, the row of each episode's last valid token; 0 elsewhere."""
-    return torch.zeros(num_rows, device=score.device).index_copy(0, end_rows, score)
+@dataclass(frozen=True, kw_only=True)
+class Episodes:
+    """What an addend may know: the R rows of N episodes, flat, episode after episode. Log-probs in nats, float32."""
+
+    rollouts: Sequence[Rollout]
+    cu_rows: Tensor
+    """(N+1,) int32"""
+    sampled: Tensor
+    """[R] bool: the tokens of the completions, in order"""
+    earns: Tensor
+    """[R] bool: the sampled tokens up to the first EOS"""
+    end: Tensor
+    """[N] int64: the row of the last valid token"""
+    missing_eos: Tensor
+    """[N] bool"""
+    score: Tensor
+    """[N] float32, of the judge"""
+    token: Tensor
+    """[R] int64"""
+    logprob: Tensor
+    """[R] of the sampler"""
+    reference_logprob: Tensor
+    """[R]"""
+    dpo_log_ratio: Tensor | None
+    """[R] log(pi_dpo / pi_ref) at temperature 1; None where there is no such model"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Term:
+    """One addend."""
+
+    reward: Tensor
+    """[R] float32"""
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+    """0-dim each"""
+
+
+@dataclass(kw_only=True)
+class Rewards:
+    """The addends of one run, and what they keep from batch to batch. `open_rewards` makes it."""
+
+    config: PPOConfig
+    functions: Mapping[str, RewardFunction] = field(default_factory=dict)
+    implicit: ImplicitReward | None = None
+    sentence_ends: Tensor | None = None
+    """int64 ids of the tokens that end a sentence, for the shaping "sentence" """
+    _moments: Tensor | None = field(init=False, default=None)
+    """[3] float64: count, sum and sum of squares of the scores so far"""
+    _warned: bool = field(init=False, default=False)
+
+    def terms(self, episodes: Episodes) -> dict[str, Term]:
+        """Every addend by its name, in the order in which they are summed."""
+        config = self.config
+        terms = {"score": self._score(episodes)}
+        if config.missing_eos_penalty is not None:
+            penalty = -config.missing_eos_penalty * episodes.missing_eos
+            terms["missing_eos"] = Term(reward=_at_end(penalty, episodes))
+        terms["kl"] = Term(reward=kl_term(episodes.logprob, episodes.reference_logprob, config.kl_coef))
+        if episodes.dpo_log_ratio is not None:
+            terms["dpo"] = self._dpo(episodes, episodes.dpo_log_ratio)
+        if config.length_coef:
+            terms["length"] = Term(reward=-config.length_coef * episodes.earns)
+        for name, function in self.functions.items():
+            terms[name] = Term(reward=function_term(name, function, episodes))
+        return terms
+
+    def warn(self, metrics: Mapping[str, float]) -> None:
+        """Says once in a run that the token rewards outweigh the score, which the authors of RTO advise against."""
+        ratio = metrics.get("rto/return_to_score", 0.0)
+        if ratio > 1 and self.config.score_coef > 0 and not self._warned:
+            self._warned = True
+            log.warning(
+                "rto: the DPO rewards of an episode are %.2g times its score; lower dpo_reward_scale, or the policy "
+                "follows the DPO model rather than the judge",
+                ratio,
+            )
+
+    def _score(self, episodes: Episodes) -> Term:
+        config = self.config
+        score = self._standardised(episodes.score) if config.score_norm == "running" else episodes.score
+        kept, clipped = clip(score, config.score_clip)
+        metrics = {"reward/score_clipped": clipped.float().mean()} if config.score_clip else {}
+        if config.missing_eos_score is not None:
+            kept = torch.where(episodes.missing_eos, config.missing_eos_score, kept)
+        return Term(reward=_at_end(config.score_coef * kept, episodes), metrics=metrics)
+
+    def _standardised(self, score: Tensor) -> Tensor:
+        """(score - mean) / std over all scores of the run so far, these included."""
+        values = score.double()
+        batch = torch.stack([torch.ones_like(values), values, values**2]).sum(1)
+        self._moments = batch if self._moments is None else self._moments + batch
+        count, total, squares = self._moments
+        mean = total / count
+        std = (squares / count - mean**2).clamp(min=0).sqrt()
+        return ((values - mean) / std.clamp(min=1e-6)).float()
+
+    def _dpo(self, episodes: Episodes, log_ratio: Tensor) -> Term:
+        config, earns = self.config, episodes.earns
+        # Not a product with `earns`: a row that does not count may be infinite.
+        token, clipped = clip(torch.where(earns, config.dpo_reward_scale * log_ratio, 0.0), config.dpo_reward_clip)
+        ends = torch.zeros_like(earns).index_fill(0, episodes.end, True)
+        sentence_ends = ends
+        if self.sentence_ends is not None:
+            sentence_ends = ends | (earns & torch.isin(episodes.token, self.sentence_ends))
+        metrics = {
+            "rto/token_reward_mean": token.sum() / earns.sum(),
+            "rto/abs_sum": token.abs().sum() / len(episodes.rollouts),
+        }
+        if config.dpo_reward_clip:
+            metrics["reward/dpo_clipped"] = clipped.sum() / earns.sum()
+        return Term(reward=shaped(token, config.reward_shaping, ends, sentence_ends), metrics=metrics)
 
 
 def kl_term(logprob: Tensor, reference_logprob: Tensor, coef: float) -> Tensor:
@@ -20,11 +155,163 @@ def kl_term(logprob: Tensor, reference_logprob: Tensor, coef: float) -> Tensor:
     return -coef * (logprob - reference_logprob)
 
 
-def judged_scores(
-    score: Tensor, missing_eos: Tensor, *, missing_eos_penalty: float | None, missing_eos_score: float | None
-) -> Tensor:
-    """score [N] as the policy earns it: where `missing_eos` [N] bool, lowered by the penalty or replaced by the
-    score."""
-    if missing_eos_score is not None:
-        return torch.where(missing_eos, missing_eos_score, score)
-    return score - (missing_eos_penalty or 0.0) * missing_eos
+def shaped(token: Tensor, shaping: str, ends: Tensor, sentence_ends: Tensor) -> Tensor:
+    """The token rewards [R] of RTO, or one of the ablations of its section 5.2.
+
+    token     where they are (RTO)
+    sentence  summed over a sentence, at the token that ends it; what follows the last one, at the end (Semi-RTO)
+    eos       summed over the response, at its end (DDPO)
+    rs        where they are, and minus their sum at the end: the return is that without them (RS-PPO)
+    none      nothing (PPO)
+
+    `ends` [R] bool is True at the last valid token of every episode, `sentence_ends` [R] bool there and at the last
+    token of every sentence. With gamma 1 the first three have one optimum, and so have the last two.
+    """
+    match shaping:
+        case "token":
+            return token
+        case "sentence":
+            return moved_to(token, sentence_ends)
+        case "eos":
+            return moved_to(token, ends)
+        case "rs":
+            return token - moved_to(token, ends)
+        case _:
+            return torch.zeros_like(token)
+
+
+def moved_to(reward: Tensor, stops: Tensor) -> Tensor:
+    """Every reward [R] moved on to the next row where `stops` [R] bool is True (its own row, if it is one), summed."""
+    group = stops.cumsum(0) - stops.long()
+    # In float64, so that the order in which a GPU adds is lost in rounding.
+    sums = torch.zeros(len(reward) + 1, dtype=torch.float64, device=reward.device)
+    sums.index_add_(0, group, reward.double())
+    return torch.where(stops, sums[group], 0.0).to(reward.dtype)
+
+
+def clip(values: Tensor, limit: float) -> tuple[Tensor, Tensor]:
+    """The values within +-limit, and where [bool] they were not; a limit of 0 is none."""
+    if not limit:
+        return values, torch.zeros_like(values, dtype=torch.bool)
+    return values.clamp(-limit, limit), values.abs() > limit
+
+
+def function_term(name: str, function: RewardFunction, episodes: Episodes) -> Tensor:
+    """What a function of the user's gives [R] float32. Raises ValueError where that is neither one finite number nor
+    one per sampled token."""
+    numbers: list[Tensor] = []
+    tokens: list[Tensor] = []
+    for rollout in episodes.rollouts:
+        given, num = torch.as_tensor(function(rollout), dtype=torch.float32, device="cpu"), len(rollout.completion)
+        where = f"reward function {name!r}: the response to row {rollout.prefix.row}"
+        if given.shape not in ((), (num,)):
+            raise ValueError(
+                f"{where} has {num} tokens and rewards of shape {tuple(given.shape)}; give one number, or one per token"
+            )
+        if not given.isfinite().all():
+            raise ValueError(f"{where} earns {given[~given.isfinite()][0].item()}")
+        numbers.append(given.new_zeros(()) if given.ndim else given)
+        tokens.append(given if given.ndim else given.new_zeros(num))
+    device = episodes.sampled.device
+    by_token = torch.zeros(len(episodes.sampled), device=device)
+    by_token.masked_scatter_(episodes.sampled, torch.cat(tokens).to(device))
+    return _at_end(torch.stack(numbers).to(device), episodes) + torch.where(episodes.earns, by_token, 0.0)
+
+
+def reward_metrics(terms: Mapping[str, Term], cu_rows: Tensor) -> dict[str, Tensor]:
+    """0-dim each: `reward/NAME`, the mean over episodes of what the addend gives to one; `reward/NAME_share`, its share
+    of all rewards in absolute value, row by row; and what the addends report of themselves.
+
+    Of the DPO term also, from its sum over each episode: `rto/share_of_return`, the share of those in absolute value,
+    and `rto/return_to_score`, their size over the score's.
+    """
+    rewards = torch.stack([term.reward for term in terms.values()]).double()
+    until = pad(rewards.cumsum(1), (1, 0))
+    returns = until[:, cu_rows[1:]] - until[:, cu_rows[:-1]]
+    sizes, return_sizes = rewards.abs().sum(1), returns.abs().sum(1)
+    shares, return_shares = (x / x.sum().clamp(min=1e-12) for x in (sizes, return_sizes))
+    metrics: dict[str, Tensor] = {}
+    for i, (name, term) in enumerate(terms.items()):
+        metrics |= {f"reward/{name}": returns[i].mean(), f"reward/{name}_share": shares[i]}
+        metrics |= term.metrics
+    if "dpo" in terms:
+        dpo, score = (return_sizes[list(terms).index(name)] for name in ("dpo", "score"))
+        metrics["rto/share_of_return"] = return_shares[list(terms).index("dpo")]
+        metrics["rto/return_to_score"] = dpo / score.clamp(min=1e-12)
+    return metrics
+
+
+def open_rewards(
+    config: PPOConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    functions: Mapping[str, RewardFunction] | None = None,
+) -> Rewards:
+    """What the configuration asks for, its models loaded; `functions` are added to it.
+
+    Raises ValueError where RTO has no DPO model, a model does not belong to the tokenizer, or a function is none.
+    """
+    if isinstance(config, RTOConfig) and not config.dpo_model_path:
+        raise ValueError("dpo_model_path: give the DPO model that rewards the tokens, trained by `fastrlhf dpo`")
+    named = list((functions or {}).items())
+    if config.reward_function:
+        named.append((config.reward_function.rpartition(":")[2], load_function(config.reward_function)))
+    names = [*RESERVED, *(name for name, _ in named)]
+    for name, _ in named:
+        if names.count(name) > 1:
+            raise ValueError(f"reward_function: {name!r} is the name of another reward; call it otherwise")
+    sentence_ends = None
+    if config.dpo_model_path and config.reward_shaping == "sentence":
+        sentence_ends = sentence_end_ids(tokenizer).to(resolve_device(config.device))
+    return Rewards(
+        config=config,
+        functions=dict(named),
+        implicit=open_implicit_reward(config, tokenizer) if config.dpo_model_path else None,
+        sentence_ends=sentence_ends,
+    )
+
+
+def sentence_end_ids(tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """int64 ids of the tokens whose text, decoded alone, ends in . ! or ? (spaces aside) or holds a new line.
+
+    Raises ValueError where the vocabulary has none.
+    """
+    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+    ends = [i for i, text in enumerate(texts) if "\n" in text or text.rstrip().endswith((".", "!", "?"))]
+    if not ends:
+        raise ValueError("reward_shaping: no token of this vocabulary ends a sentence; sentence would be eos")
+    return torch.tensor(ends)
+
+
+def load_function(name: str) -> RewardFunction:
+    """The function that "module:function" or "path/to/file.py:function" names. Raises ValueError where there is
+    none."""
+    place, _, attribute = name.rpartition(":")
+    if not place or not attribute:
+        raise ValueError(
+            f"reward_function: {name!r} must look like package.module:function or path/to/file.py:function"
+        )
+    if place.endswith(".py"):
+        path = Path(place).expanduser()
+        if not path.is_file():
+            raise ValueError(f"reward_function: no file {place!r}")
+        spec = spec_from_file_location(path.stem, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = module_from_spec(spec)
+        spec.loader.exec_module(module)
+    else:
+        try:
+            module = import_module(place)
+        except ModuleNotFoundError as error:
+            raise ValueError(
+                f"reward_function: no module {error.name!r}; install it, or give the path of its .py file"
+            ) from error
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        raise ValueError(f"reward_function: {place!r} has no function {attribute!r}")
+    return cast(RewardFunction, function)
+
+
+def _at_end(values: Tensor, episodes: Episodes) -> Tensor:
+    """values [N] float32, each at the row of the last valid token of its episode; 0 elsewhere."""
+    return torch.zeros(len(episodes.sampled), device=values.device).index_copy(0, episodes.end, values)

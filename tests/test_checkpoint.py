@@ -5,7 +5,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fastrlhf.checkpoint import check_output_dir, create_output_dir, save_model
+from fastrlhf.checkpoint import check_output_dir, create_output_dir, holds_model, save_model
 from fastrlhf.config import DemoConfig
 from tests import tiny
 
@@ -75,3 +75,12 @@ def test_a_crash_while_saving_leaves_no_folder_that_loads(tmp_path, monkeypatch)
     save_model(tiny.policy(), tiny.tokenizer(), tmp_path / "cut")
     whole, mended = ({path.name for path in (tmp_path / name).iterdir()} for name in ("whole", "cut"))
     assert mended == whole
+
+
+def test_a_run_has_finished_once_its_model_is_there(tmp_path):
+    folder = create_output_dir(str(tmp_path / "run"), DemoConfig())
+    assert not holds_model(str(folder))
+    save_model(tiny.policy(), tiny.tokenizer(), folder / "interrupted")
+    assert not holds_model(str(folder))
+    save_model(tiny.policy(), tiny.tokenizer(), folder)
+    assert holds_model(str(folder))

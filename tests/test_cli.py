@@ -46,6 +46,12 @@ SECTIONS = {
         "dataset_name": "demonstrations.jsonl",
         "value_learning_rate": None,
     },
+    "rto": {
+        "model_name_or_path": "runs/sft",
+        "reward_model_path": "runs/reward",
+        "dpo_model_path": "runs/dpo",
+        "dataset_name": "demonstrations.jsonl",
+    },
     "eval": {
         "models": ["runs/sft", "runs/dpo"],
         "reward_model_path": "runs/reward",
@@ -53,6 +59,7 @@ SECTIONS = {
         "response_length": 6,
     },
 }
+CHAIN = ("sft", "reward", "dpo", "ppo", "drpo", "rto")
 ON_POLICY = {"response_length": 6, "num_ppo_epochs": 1}
 
 
@@ -71,9 +78,9 @@ def place(tmp_path_factory):
     )
     tiny.tokenizer().save_pretrained(folder / "tokenizer")
     sections = {name: dict(keys) for name, keys in SECTIONS.items()}
-    for command in ("ppo", "drpo"):
+    for command in ("ppo", "drpo", "rto"):
         sections[command] |= ON_POLICY
-    for command in ("sft", "reward", "dpo", "ppo", "drpo"):
+    for command in CHAIN:
         sections[command]["output_dir"] = f"runs/{command}"
     (folder / "all.yaml").write_text(yaml.safe_dump(sections), encoding="utf-8")
     return folder
@@ -85,7 +92,7 @@ def chain(place):
     before = Path.cwd()
     os.chdir(place)
     try:
-        return {command: main([command, "--config", "all.yaml"]) for command in ("sft", "reward", "dpo", "ppo", "drpo")}
+        return {command: main([command, "--config", "all.yaml"]) for command in CHAIN}
     finally:
         os.chdir(before)
 
@@ -107,7 +114,7 @@ def fails(capsys, *arguments: str) -> str:
 
 
 def test_every_trainer_runs_from_one_file_of_sections(chain, place):
-    assert chain == dict.fromkeys(("sft", "reward", "dpo", "ppo", "drpo"), 0)
+    assert chain == dict.fromkeys(CHAIN, 0)
     for command in chain:
         folder = place / "runs" / command
         assert len(read_metrics(folder / "metrics.jsonl")) == 2
@@ -125,6 +132,43 @@ def test_eval_prints_a_win_rate_per_model(chain, capsys):
     assert all(line.endswith("  8") for line in lines[1:])  # the prompts that no trainer saw
 
 
+def test_one_command_runs_the_sections_before_it_that_have_not_run(place, capsys):
+    sections = yaml.safe_load((place / "all.yaml").read_text())
+    moved = yaml.safe_load(yaml.safe_dump(sections).replace("runs/", "chain/"))
+    moved["rto"]["run_first"] = ["sft", "reward", "dpo"]
+    (place / "chain.yaml").write_text(yaml.safe_dump(moved), encoding="utf-8")
+    assert main(["sft", "--config", "chain.yaml"]) == 0
+    finished = (place / "chain/sft/model.safetensors").stat().st_mtime_ns
+    capsys.readouterr()
+
+    assert main(["rto", "--config=chain.yaml", "--seed", "4"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told[0] == "sft: chain/sft holds a finished run; skipped"
+    assert [line for line in told if line.endswith(":")] == ["reward:", "dpo:", "rto:"]
+    assert [line for line in told if line.startswith("saved")] == [
+        f"saved in chain/{x}" for x in ("reward", "dpo", "rto")
+    ]
+    assert (place / "chain/sft/model.safetensors").stat().st_mtime_ns == finished
+    assert "rto/share_of_return" in read_metrics(place / "chain/rto/metrics.jsonl")[0]
+    seeds = [yaml.safe_load((place / f"chain/{x}/config.yaml").read_text())["seed"] for x in ("reward", "dpo", "rto")]
+    assert seeds == [3, 3, 4]  # a flag is for the command alone
+
+
+def test_a_mistake_in_a_later_section_costs_no_earlier_one(place, capsys):
+    sections = yaml.safe_load((place / "all.yaml").read_text())
+    late = yaml.safe_load(yaml.safe_dump(sections).replace("runs/", "late/"))
+    late["rto"]["run_first"] = ["sft", "dpo"]
+    for key, value, message in (
+        ("beta", 0.0, "beta: must be above 0"),
+        ("output_dir", "", "output_dir: must be the folder of the dpo run"),
+        ("output_dir", "tokenizer", "output_dir: 'tokenizer' is not empty"),
+    ):
+        spoilt = late | {"dpo": late["dpo"] | {key: value}}
+        (place / "late.yaml").write_text(yaml.safe_dump(spoilt), encoding="utf-8")
+        assert message in fails(capsys, "rto", "--config", "late.yaml")
+    assert not (place / "late").exists()
+
+
 def test_report_writes_a_page_of_a_run_and_says_where(chain, capsys):
     assert main(["report", "runs/drpo"]) == 0
     page = Path(capsys.readouterr().out.strip())
@@ -139,7 +183,7 @@ def test_a_run_prints_its_last_evaluation_and_where_it_is(chain, capsys):
     assert out[-1] == "saved in runs/dpo_again"
 
 
-@pytest.mark.parametrize("command", ["sft", "reward", "dpo", "drpo"])
+@pytest.mark.parametrize("command", ["sft", "reward", "dpo", "drpo", "rto"])
 def test_the_written_configuration_gives_the_same_run_bit_for_bit(chain, place, command):
     again = f"runs/{command}_twin"
     assert main([command, "--config", f"runs/{command}/config.yaml", "--output_dir", again]) == 0
@@ -195,11 +239,8 @@ def test_values_keep_their_types(place):
         (["drpo", "--missing_eos_penalty", "1"], "missing_eos_penalty: must be null where missing_eos_score is given"),
         (["ppo", "--reset_prob", "1.5"], "reset_prob: must be in 0..1; got 1.5"),
         (["sft", "--config"], "--config: give a file or the name of a recipe"),
-        (
-            ["sft", "--config", "nowhere.yaml"],
-            "config: no file 'nowhere.yaml'; the recipes are dpo_hh, ",
-        ),
-        (["sft", "--max_steps", "1"], "output_dir: must be the folder of the run; got ''"),
+        (["sft", "--config", "nowhere.yaml"], "config: no file 'nowhere.yaml'; the recipes are dpo_hh, "),
+        (["sft", "--max_steps", "1"], "output_dir: must be the folder of the sft run; got ''"),
         (["report"], "RUN_DIR: must be one folder of a run; got []"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -230,7 +271,7 @@ def test_a_long_value_in_a_message_stays_whole(capsys):
     assert f"no file '{name}.yaml'" in fails(capsys, "sft", "--config", f"{name}.yaml")
 
 
-@pytest.mark.parametrize("command", ["sft", "reward", "dpo", "ppo", "drpo", "eval", "demo"])
+@pytest.mark.parametrize("command", ["sft", "reward", "dpo", "ppo", "drpo", "rto", "eval", "demo"])
 def test_help_lists_the_keys_of_a_command_with_what_they_mean(capsys, command):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])

@@ -11,13 +11,14 @@ from fastrlhf.config import (
     EvalConfig,
     PPOConfig,
     RewardConfig,
+    RTOConfig,
     SFTConfig,
     TrainConfig,
     parse_columns,
     parse_model_config,
 )
 
-TRAINING = (SFTConfig, RewardConfig, DPOConfig, PPOConfig, DRPOConfig, EvalConfig)
+TRAINING = (SFTConfig, RewardConfig, DPOConfig, PPOConfig, DRPOConfig, RTOConfig, EvalConfig)
 ALL = (*TRAINING, DemoConfig)
 
 
@@ -85,9 +86,9 @@ def test_a_number_out_of_range_is_refused_by_its_name(kind, field, value, rule):
 
 
 @pytest.mark.parametrize(("kind", "field"), [(kind, name) for kind in ALL for name in numeric_fields(kind, int, float)])
-def test_no_number_may_be_far_below_zero_except_a_score(kind, field):
-    if field == "missing_eos_score":
-        assert kind(missing_eos_score=-9.0).missing_eos_score == -9
+def test_no_number_may_be_far_below_zero_except_rewards(kind, field):
+    if field in ("missing_eos_score", "dpo_reward_scale"):
+        assert getattr(kind(**{field: -9.0}), field) == -9
     else:
         with pytest.raises(ValueError, match=f"^{field}: "):
             kind(**{field: -9})
@@ -183,6 +184,16 @@ def test_the_batch_is_the_device_batch_times_accumulation():
 def test_drpo_is_ppo_with_the_settings_of_its_paper():
     paper = {"reset_prob": 1.0, "missing_eos_score": -1.0, "whiten_rewards": True, "adam_epsilon": 1e-5}
     assert asdict(DRPOConfig()) == asdict(PPOConfig()) | paper
+
+
+def test_rto_is_ppo_with_the_settings_of_its_paper():
+    assert asdict(RTOConfig()) == asdict(PPOConfig()) | {"kl_coef": 0.01, "temperature": 1.0}
+    assert (RTOConfig().dpo_reward_scale, RTOConfig().score_coef, RTOConfig().dpo_reward_clip) == (0.05, 1.0, 0.0)
+
+
+def test_a_reference_of_no_dpo_model_is_refused():
+    with pytest.raises(ValueError, match=r"^dpo_ref_model_path: must be empty where there is no dpo_model_path"):
+        RTOConfig(dpo_ref_model_path="sft")
 
 
 def test_every_command_shares_the_keys_of_the_trainers():

@@ -5,8 +5,17 @@ import pytest
 import yaml
 
 from fastrlhf.cli import parse
-from fastrlhf.config import DemoConfig, DPOConfig, DRPOConfig, EvalConfig, PPOConfig, RewardConfig, SFTConfig
-from fastrlhf.config_files import COMMANDS, RECIPES, as_flags, check_flags, nearest, read_yaml, write_yaml
+from fastrlhf.config import (
+    DemoConfig,
+    DPOConfig,
+    DRPOConfig,
+    EvalConfig,
+    PPOConfig,
+    RewardConfig,
+    RTOConfig,
+    SFTConfig,
+)
+from fastrlhf.config_files import COMMANDS, RECIPES, as_flags, check_flags, nearest, read_yaml, run_first, write_yaml
 
 KINDS = {
     "sft": SFTConfig,
@@ -14,6 +23,7 @@ KINDS = {
     "dpo": DPOConfig,
     "ppo": PPOConfig,
     "drpo": DRPOConfig,
+    "rto": RTOConfig,
     "eval": EvalConfig,
     "demo": DemoConfig,
 }
@@ -66,6 +76,36 @@ def test_a_mistake_in_a_file_is_one_clear_error(write, text, message):
     with pytest.raises(ValueError, match=r"run.yaml") as caught:
         read_yaml(path, SFTConfig, "sft")
     assert message in str(caught.value)
+
+
+def test_a_section_may_name_those_that_run_before_it(write):
+    path = write("shared: {seed: 1}\nsft:\ndpo: {beta: 1}\nrto: {run_first: [dpo, sft], seed: 2}\neval:\n")
+    assert run_first(path, "rto") == ["dpo", "sft"]
+    assert run_first(path, "dpo") == []
+    assert read_yaml(path, RTOConfig, "rto") == {"seed": 2}
+    assert run_first(write("seed: 1"), "rto") == []
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("rto: {run_first: [sft, dpo]}\ndpo:", "run_first: 'sft' is no other training section; it has dpo"),
+        ("rto: {run_first: [rto]}\ndpo:", "run_first: 'rto' is no other training section"),
+        ("rto: {run_first: [eval]}\neval:", "run_first: 'eval' is no other training section"),
+        ("rto: {run_first: dpo}\ndpo:", "run_first: must be a list of sections, as [sft, reward]; got 'dpo'"),
+    ],
+)
+def test_what_cannot_run_first_is_told(write, text, message):
+    path = write(text)
+    with pytest.raises(ValueError, match=r"run.yaml: run_first") as caught:
+        run_first(path, "rto")
+    assert message in str(caught.value)
+
+
+def test_run_first_is_for_sections_of_commands_alone(write):
+    for text in ("run_first: [sft]", "shared: {run_first: [sft]}\nsft:\nrto:"):
+        with pytest.raises(ValueError, match="unknown key 'run_first'"):
+            read_yaml(write(text), RTOConfig, "rto")
 
 
 def test_an_empty_file_gives_nothing(write):
@@ -148,3 +188,4 @@ def test_every_section_of_every_recipe_is_a_valid_configuration(recipe, monkeypa
     for command in sections:
         config = parse(KINDS[command], ["--config", recipe.stem], command)
         assert config == parse(KINDS[command], ["--config", str(recipe)], command)
+        assert set(run_first(recipe.stem, command)) <= sections

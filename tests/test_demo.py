@@ -24,10 +24,10 @@ def short(monkeypatch):
 
 def test_the_chain_leaves_a_folder_per_stage_a_summary_and_a_report(short, tmp_path):
     out = tmp_path / "demo"
-    summary = demo.run_demo(DemoConfig(out=str(out), num_eval=20, seed=3))
+    summary = demo.run_demo(DemoConfig(out=str(out), num_eval=20, seed=3, methods="all"))
     assert json.loads((out / "summary.json").read_text()) == json.loads(json.dumps(summary))
     assert (summary["task"], summary["seed"], summary["device"]) == ("toy", 3, "cpu")
-    assert list(summary["methods"]) == ["sft", "dpo", "ppo", "drpo"]
+    assert list(summary["methods"]) == [name for name in demo.STAGES if name != "reward"]
     for name, row in summary["methods"].items():
         assert row["win_rate_ci"][0] <= row["win_rate"] <= row["win_rate_ci"][1]
         assert row["tokens"] > 0
@@ -39,7 +39,7 @@ def test_the_chain_leaves_a_folder_per_stage_a_summary_and_a_report(short, tmp_p
         assert len((out / name / "metrics.jsonl").read_text().splitlines()) == 2
     assert "drpo" in (out / "report.html").read_text()
     table = demo.format_summary(summary).splitlines()
-    assert [line.split()[0] for line in table] == ["method", "sft", "dpo", "ppo", "drpo"]
+    assert [line.split()[0] for line in table] == ["method", *summary["methods"]]
     with pytest.raises(ValueError, match="already holds a run"):
         demo.run_demo(DemoConfig(out=str(out)))
 
@@ -50,7 +50,8 @@ def test_stages_may_be_left_out_but_not_what_others_start_from(short, tmp_path):
     assert summary["methods"]["dpo"]["rm_score"] is None
     assert len(demo.format_summary(summary).splitlines()) == 3
     for methods, message in (
-        ("sft,ppo", "with reward, which judges ppo and drpo"),
+        ("sft,ppo,drpo", "with reward, which judges drpo, ppo"),
+        ("sft,reward,rto", "with dpo, which rewards the tokens of rto"),
         ("dpo", "with sft, which all else starts from"),
         ("sft,dqo", "unknown method 'dqo'"),
     ):
@@ -82,3 +83,13 @@ def test_ppo_and_drpo_differ_in_resets_and_number_of_updates_alone(tmp_path):
     assert isinstance(drpo, DRPOConfig)
     own = {"reset_prob": 0.0, "reset_min": 1, "max_steps": ppo.max_steps, "output_dir": ppo.output_dir}
     assert vars(replace(drpo, **own)) == vars(ppo)
+
+
+@pytest.mark.parametrize(("plain", "rewarded"), [("ppo", "rto"), ("drpo", "drpo+rto")])
+def test_rto_adds_token_rewards_and_nothing_else(tmp_path, plain, rewarded):
+    ours, base = (demo.stage_config(name, DemoConfig(), tmp_path) for name in (rewarded, plain))
+    assert isinstance(ours, PPOConfig)
+    assert isinstance(base, PPOConfig)
+    assert ours.dpo_model_path == str(tmp_path / "dpo")
+    own = {"dpo_model_path": "", "dpo_reward_scale": base.dpo_reward_scale, "output_dir": base.output_dir}
+    assert vars(replace(ours, **own)) == vars(base)

@@ -1,16 +1,17 @@
-"""PPO (Schulman et al. 2017, arXiv 1707.06347) and DR-PO (Chang et al. 2024, arXiv 2404.08495, Algorithm 2): one
-trainer.
+"""PPO (Schulman et al. 2017, arXiv 1707.06347), DR-PO (Chang et al. 2024, arXiv 2404.08495, Algorithm 2) and RTO (Zhong
+et al. 2024, arXiv 2404.18922): one trainer.
 
     repeat
       prefixes    prompts, or with probability `reset_prob` a prompt and the first k tokens of a dataset response
       rollouts    the policy writes on from there
       scores      the judge reads the whole response
-      experience  log-probs under sampler and reference, values, rewards, advantages: of the sampled tokens only
+      experience  log-probs under sampler and reference, values, rewards (of the tokens, too, where a DPO model gives
+                  them), advantages: of the sampled tokens only
       updates     `num_ppo_epochs` passes of the clipped losses over the packs
 
-PPO is DR-PO with reset probability 0, bit for bit.
+PPO is DR-PO with reset probability 0 and RTO with scale 0, bit for bit; with both, DR-PO and RTO mix.
 
-`fastrlhf ppo --config FILE`, `fastrlhf drpo --config FILE`
+`fastrlhf ppo --config FILE`, `fastrlhf drpo --config FILE`, `fastrlhf rto --config FILE`
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from fastrlhf.models.loading import (
     read_model_config,
 )
 from fastrlhf.optim import Optimizer, index_batches, num_steps
+from fastrlhf.rewards import RewardFunction, open_rewards
 from fastrlhf.rollout import Engine, TransformersEngine, checked_rollouts
 from fastrlhf.types import Example, Experience, Prefix, Rollout, TokenizedExample
 from fastrlhf_kernels import policy_loss, value_loss
@@ -55,13 +57,15 @@ def train_on_policy(
     *,
     judge: Judge | None = None,
     engine: EngineFactory | None = None,
+    reward_functions: Mapping[str, RewardFunction] | None = None,
 ) -> TrainResult:
     """Trains `config.model_name_or_path` against a judge; `examples` stand in for the configured dataset.
 
     `judge` stands in for the reward model of `reward_model_path` (the critic still starts from that). `engine` stands
-    in for `make_engine`: it is called once, with the policy whose weights it must sample with at every `generate`. One
-    row of metrics per update, TRL's names where it has them. Raises ValueError for bad input before any time is spent,
-    and for a score that is not finite.
+    in for `make_engine`: it is called once, with the policy whose weights it must sample with at every `generate`.
+    `reward_functions` are rewards of your own, by the names they are logged by. One row of metrics per update, TRL's
+    names where it has them. Raises ValueError for bad input before any time is spent, and for a score that is not
+    finite.
     """
     if not config.reward_model_path:
         raise ValueError("reward_model_path: give the reward model that judges and from which the critic starts")
@@ -72,7 +76,11 @@ def train_on_policy(
     held_out = with_room(data.eval, "eval", config.max_length, config.response_length) if data.eval else []
     rows = [*prompts, *held_out]
     check_micro_batch(config, rows, [len(example.prompt) + config.response_length for example in rows])
+    rewards = open_rewards(config, tokenizer, reward_functions)
     policy = open_policy(config, tokenizer)
+    if rewards.implicit:
+        models = {"model_name_or_path": policy, "dpo_model_path": rewards.implicit.model}
+        check_same_vocabulary(models, len(tokenizer))
     reference = frozen_copy(policy)
     critic = _open_critic(config, policy, tokenizer)
     eos, _ = special_ids(tokenizer)
@@ -89,7 +97,7 @@ def train_on_policy(
     sample_every = -(-steps // config.num_sample_generations) if config.num_sample_generations else 0
     evaluation: dict[str, float] = {}
 
-    with Stage("drpo" if config.reset_prob > 0 else "ppo", config, steps, (policy, tokenizer)) as stage:
+    with Stage(_name(config), config, steps, (policy, tokenizer)) as stage:
         for step, indices in enumerate(index_batches(len(prompts), config.batch_size, steps, config.seed)):
             start = time.perf_counter()
             prefixes = draw_prefixes(config, [prompts[i] for i in indices], first_episode=step * config.batch_size)
@@ -100,7 +108,9 @@ def train_on_policy(
             scores = checked_scores(judge(rollouts), rollouts, policy.device)
             order = np.random.default_rng([config.seed, step]).permutation(len(rollouts)).tolist()
             packs = pack_episodes(config, rollouts, order, policy.device)
-            experience, metrics = score_episodes(config, policy, reference, critic, rollouts, scores, packs, eos)
+            experience, metrics = score_episodes(
+                config, policy, reference, critic, rollouts, scores, packs, eos, rewards
+            )
             scored = time.perf_counter()
             metrics |= update(config, policy, critic, optimizer, rollouts, experience, packs, seed=(config.seed, step))
             metrics |= {
@@ -245,6 +255,11 @@ def _open_critic(config: PPOConfig, policy: PreTrainedModel, tokenizer: PreTrain
     )
     check_same_vocabulary({"model_name_or_path": policy, "reward_model_path": critic}, len(tokenizer))
     return critic
+
+
+def _name(config: PPOConfig) -> str:
+    parts = [name for name, used in (("drpo", config.reset_prob > 0), ("rto", config.dpo_model_path)) if used]
+    return "+".join(parts) or "ppo"
 
 
 def _num_updates(config: PPOConfig, num_prompts: int) -> int:

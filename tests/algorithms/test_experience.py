@@ -10,7 +10,9 @@ from fastrlhf.algorithms.on_policy import make_engine, update
 from fastrlhf.config import DRPOConfig, PPOConfig
 from fastrlhf.data.packing import unpack
 from fastrlhf.evaluation.judges import reward_model_judge
+from fastrlhf.models.implicit_reward import ImplicitReward
 from fastrlhf.models.loading import frozen_copy, load_reward_model
+from fastrlhf.rewards import Rewards
 from fastrlhf.types import Experience, Prefix, Rollout
 from tests import tiny
 
@@ -54,18 +56,19 @@ def critic(tmp_path_factory):
     return frozen_copy(model)
 
 
-def experience(cfg, rollouts, critic, order=None, scores=SCORES, packs=None):
+def experience(cfg, rollouts, critic, order=None, scores=SCORES, packs=None, rewards=None):
     order = list(range(len(rollouts))) if order is None else order
     policy, reference = tiny.policy(), tiny.policy(seed=5)
     packs = packs or pack_episodes(cfg, rollouts, order, policy.device)
-    return score_episodes(cfg, policy, reference, critic, rollouts, scores, packs, EOS)
+    return score_episodes(cfg, policy, reference, critic, rollouts, scores, packs, EOS, rewards)
 
 
-def rewards(cfg, rollouts, critic) -> list[float]:
+def rewards(cfg, rollouts, critic, implicit=None) -> list[float]:
     """Per row. With lambda 0 the target of the critic is r_t + V_{t+1}, and with a critic of zeros r_t itself."""
     zeros = frozen_copy(critic)
     torch.nn.init.zeros_(zeros.score.weight)
-    found, _ = experience(replace(cfg, lam=0.0, gamma=1.0), rollouts, zeros)
+    cfg = replace(cfg, lam=0.0, gamma=1.0)
+    found, _ = experience(cfg, rollouts, zeros, rewards=Rewards(config=cfg, implicit=implicit))
     assert not found.value.any()
     return found.returns.tolist()
 
@@ -117,6 +120,37 @@ def test_every_row_earns_minus_kl_coef_times_its_log_ratio_to_the_reference(crit
     assert metrics["objective/non_score_reward"] == pytest.approx(-0.25 * log_ratio.sum().item() / 5, rel=1e-5)
     assert metrics["objective/rlhf_reward"] == pytest.approx(3 - 0.25 * log_ratio.sum().item() / 5, rel=1e-5)
     assert metrics["objective/scores"] == 3.0
+
+
+def log_ratio(dpo, reference, rollouts) -> torch.Tensor:
+    """log(dpo / reference) at temperature 1 of every sampled token, from the models' own logits."""
+    found = []
+    for r in rollouts:
+        ids = torch.tensor([[*r.prefix.token_ids, *r.completion]])
+        ours, theirs = (m(input_ids=ids).logits[0, :-1].log_softmax(-1) for m in (dpo, reference))
+        ratio = (ours - theirs).gather(1, ids[0, 1:, None])[:, 0]
+        found.append(ratio[-len(r.completion) :].detach())
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_every_sampled_token_earns_the_dpo_log_ratio_at_temperature_1(critic, temperature):
+    """To the run's reference, or to one of the DPO model's own; prompts and reset tokens earn nothing."""
+    cfg = config(kl_coef=0.0, dpo_reward_scale=0.5, temperature=temperature, micro_batch_tokens=16)
+    score = torch.tensor([0, 0, 1, 0, 0, 2, 0, 0, 0, 3, 4, 0, 0, 0, 0, 5.0])
+    dpo, own, run_reference = tiny.policy(seed=1), tiny.policy(seed=2), tiny.policy(seed=5)
+    for reference in (None, own):
+        earned = rewards(cfg, ROLLOUTS, critic, ImplicitReward(model=dpo, reference=reference))
+        expected = score + 0.5 * log_ratio(dpo, reference or run_reference, ROLLOUTS)
+        torch.testing.assert_close(torch.tensor(earned), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_under_the_authors_semantics_too_only_tokens_up_to_the_eos_earn_token_rewards(critic):
+    cfg = config(compat="reference", kl_coef=0.0, dpo_reward_scale=0.5)
+    implicit = ImplicitReward(model=tiny.policy(seed=1), reference=None)
+    found = torch.tensor(rewards(cfg, FULL, critic, implicit)) - torch.tensor(rewards(cfg, FULL, critic))
+    earns = [1, 1, 1, 0, 0, 0, 0, 1, 1, 1, 0, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1, 0, 0, 0]
+    assert found.abs().gt(1e-4).int().tolist() == earns
 
 
 def test_fixed_trains_the_sampled_tokens_alone_and_whitens_over_them(critic):

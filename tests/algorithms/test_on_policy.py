@@ -8,8 +8,8 @@ import torch
 
 from fastrlhf.algorithms.experience import pack_episodes, score_episodes
 from fastrlhf.algorithms.on_policy import draw_prefixes, make_engine, train_on_policy, update
-from fastrlhf.config import DRPOConfig, PPOConfig
-from fastrlhf.models.loading import frozen_copy, load_policy, load_reward_model
+from fastrlhf.config import DRPOConfig, PPOConfig, RTOConfig
+from fastrlhf.models.loading import build_policy, frozen_copy, load_policy, load_reward_model
 from fastrlhf.types import Rollout, TokenizedExample
 from tests import tiny
 
@@ -146,10 +146,23 @@ def test_ppo_is_drpo_with_probability_zero_bit_for_bit(paths, probability):
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize(("kind", "shaping"), [(PPOConfig, "token"), (DRPOConfig, "rs")])
+def test_ppo_is_rto_with_scale_zero_bit_for_bit(paths, tmp_path, kind, shaping):
+    """The DPO model is loaded and its token rewards are computed; times 0 they move nothing. The same from resets."""
+    dpo = tiny.save_policy(tmp_path / "dpo", seed=1)
+    plain = run(config(paths, kind))
+    rto = run(config(paths, kind, dpo_model_path=dpo, dpo_reward_scale=0.0, reward_shaping=shaping))
+    assert all(row["rto/abs_sum"] == 0 == row["reward/dpo_share"] for row in rto.history)
+    assert_same_history(plain, rto)
+    for ours, theirs in ((plain.model, rto.model), (plain.value_model, rto.value_model)):
+        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+            assert torch.equal(a, b)
+
+
 def assert_same_history(a, b):
     untimed = [
-        [{k: v for k, v in row.items() if not k.startswith(("timing/", "drpo/"))} for row in result.history]
-        for result in (a, b)
+        [{k: v for k, v in row.items() if not k.startswith(("timing/", "drpo/", "rto/", "reward/dpo"))} for row in rows]
+        for rows in (a.history, b.history)
     ]
     assert untimed[0] == untimed[1]
 
@@ -220,3 +233,42 @@ def test_missing_reward_model_and_prompts_without_room_are_named(paths):
         train_on_policy(config(paths | {"reward_model_path": paths["model_name_or_path"]}), tiny.examples(4))
     with pytest.raises(ValueError, match="max_length: no train prompt leaves room"):
         train_on_policy(config(paths, max_length=8), tiny.examples(4))
+
+
+@pytest.mark.parametrize("scale", [0.5, -0.5])
+def test_rto_draws_the_policy_to_the_dpo_model_or_away_from_it(paths, tmp_path, scale):
+    """Without a score the token rewards rise, whatever the sign of their scale (measured: by 0.21 and 0.12)."""
+    dpo = tiny.save_policy(tmp_path / "dpo", seed=1)
+    cfg = config(paths, RTOConfig, dpo_model_path=dpo, dpo_reward_scale=scale, score_coef=0.0, kl_coef=0.0)
+    cfg = replace(cfg, per_device_train_batch_size=32, num_ppo_epochs=3, micro_batch_tokens=1000)
+    history = run(cfg, max_steps=8, learning_rate=1e-2, missing_eos_penalty=None).history
+    rewards = [row["rto/token_reward_mean"] for row in history]
+    assert sum(rewards[-3:]) / 3 > rewards[0] + 0.06
+
+
+def test_a_function_of_the_users_is_a_reward_of_its_own(paths):
+    result = train_on_policy(
+        config(paths, max_steps=1),
+        tiny.examples(40),
+        reward_functions={"brevity": lambda rollout: [-1.0] * len(rollout.completion)},
+    )
+    row = result.history[0]
+    assert row["reward/brevity"] == pytest.approx(-row["completions/mean_length"])
+    assert 0 < row["reward/brevity_share"] < 1
+    assert row["objective/non_score_reward"] == pytest.approx(row["reward/brevity"] + row["reward/kl"])
+    assert row["objective/rlhf_reward"] == pytest.approx(
+        sum(row[f"reward/{name}"] for name in ("score", "missing_eos", "kl", "brevity")), rel=1e-5
+    )
+
+
+def test_rto_without_a_dpo_model_is_told_what_it_lacks(paths):
+    with pytest.raises(ValueError, match=r"^dpo_model_path: give the DPO model"):
+        train_on_policy(config(paths, RTOConfig), tiny.examples(4))
+
+
+def test_a_dpo_model_of_another_width_of_vocabulary_is_refused(paths, tmp_path):
+    wide = build_policy(tiny.model_config(), vocab_size=tiny.VOCAB + 8, eos_token_id=tiny.EOS, seed=0)
+    wide.save_pretrained(tmp_path / "wide")
+    tiny.tokenizer().save_pretrained(tmp_path / "wide")
+    with pytest.raises(ValueError, match=r"^vocabulary mismatch: .*'dpo_model_path': 40"):
+        train_on_policy(config(paths, RTOConfig, dpo_model_path=str(tmp_path / "wide")), tiny.examples(4))

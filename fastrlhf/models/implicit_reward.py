@@ -1,0 +1,85 @@
+"""The token rewards that a model trained on preferences implies: log(pi_dpo / pi_ref).
+
+Under a DPO model (or cDPO, IPO, ...) they sum, over a response, to its reward up to a constant of the prompt; token by
+token they are that reward shaped by a potential (Rafailov et al. 2024, arXiv 2404.12358; RTO, arXiv 2404.18922, eq.
+4.3). This holds for the distributions that were trained, so both log-probs are those at temperature 1, whatever
+temperature the run samples with.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fastrlhf.config import PPOConfig
+from fastrlhf.data.tokens import load_tokenizer
+from fastrlhf.models.forward import token_logprobs
+from fastrlhf.models.loading import check_same_vocabulary, load_policy, resolve_device
+from fastrlhf.types import PackedBatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImplicitReward:
+    """A frozen model and the reference of its training."""
+
+    model: PreTrainedModel
+    reference: PreTrainedModel | None
+    """None: the reference of the run."""
+
+    @torch.no_grad()
+    def log_ratio(
+        self, batch: PackedBatch, run_reference: PreTrainedModel, run_reference_logprob: Tensor | None = None
+    ) -> Tensor:
+        """log(model / reference) [R] float32, in nats, of every scored token of the pack.
+
+        `run_reference_logprob` [R] are those of `run_reference` at temperature 1, where they are known: its pass is
+        then not made again.
+        """
+        logprob = token_logprobs(self.model, batch).logprob
+        if self.reference is not None:
+            return logprob - token_logprobs(self.reference, batch).logprob
+        if run_reference_logprob is None:
+            run_reference_logprob = token_logprobs(run_reference, batch).logprob
+        return logprob - run_reference_logprob
+
+
+def open_implicit_reward(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> ImplicitReward:
+    """The models of `dpo_model_path` and `dpo_ref_model_path`. Raises ValueError, before any weights are loaded, where
+    one of them has another tokenizer than the run."""
+    sources = {"dpo_model_path": config.dpo_model_path, "dpo_ref_model_path": config.dpo_ref_model_path}
+    sources = {field: source for field, source in sources.items() if source}
+    for field, source in sources.items():
+        _check_tokenizer(field, source, config, tokenizer)
+    models = {
+        field: load_policy(
+            source,
+            field=field,
+            device=resolve_device(config.device),
+            dtype=config.dtype,
+            trust_remote_code=config.trust_remote_code,
+        ).requires_grad_(False)
+        for field, source in sources.items()
+    }
+    check_same_vocabulary(models, len(tokenizer))
+    return ImplicitReward(model=models["dpo_model_path"], reference=models.get("dpo_ref_model_path"))
+
+
+def _check_tokenizer(field: str, source: str, config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    try:
+        other = load_tokenizer(source, eos_token=config.eos_token or None, trust_remote_code=config.trust_remote_code)
+    except ValueError as error:
+        raise ValueError(f"{field}: {error}; save the tokenizer of its training beside it") from error
+    ours, theirs = tokenizer.get_vocab(), other.get_vocab()
+    if ours != theirs:
+        token = min(token for token in {*ours, *theirs} if ours.get(token) != theirs.get(token))
+        raise ValueError(
+            f"{field}: {source!r} has another tokenizer than the run ({token!r} is id {theirs.get(token)} there and "
+            f"{ours.get(token)} here); token rewards need the same one"
+        )
+    if other.eos_token_id != tokenizer.eos_token_id:
+        raise ValueError(
+            f"{field}: responses end in {other.eos_token!r} there and in {tokenizer.eos_token!r} here; set eos_token"
+        )
