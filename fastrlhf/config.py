@@ -210,8 +210,14 @@ class PPOConfig(TrainConfig):
     """Share of episodes that start inside a dataset response; 0 is PPO."""
     reset_min: int = 1
     """Fewest tokens of a reset: 1 as published, 0 so that the initial state is among the reset states."""
-    reset_source: Literal["reference", "chosen"] = "reference"
-    """Which response is copied from."""
+    reset_source: Literal["reference", "chosen", "both", "sample"] = "reference"
+    """Which response is copied from. both: one of the two, with equal probability. sample: one that the frozen
+    reference policy writes to the prompt, at `temperature` (PPO++)."""
+    reset_curriculum: float = 0.0
+    """Share of the run over which resets move from the end of a response to its beginning: k is uniform on {m, ..., L -
+    1}, and m falls linearly from L - 1 to `reset_min`. 0: m is `reset_min` throughout, as published."""
+    reset_group_size: int = 1
+    """Episodes that start at the same point; a batch has that many times fewer prompts."""
     compat: Literal["fixed", "reference"] = "fixed"
     """fixed: an episode is its sampled tokens up to the EOS. reference: what the authors' released code does:
     sampling goes on past the EOS, and KL, values and whitening include the reset tokens and what follows the EOS."""
@@ -221,13 +227,14 @@ class PPOConfig(TrainConfig):
     def __post_init__(self) -> None:
         TrainConfig.__post_init__(self)
         _at_least(self, 1, "num_ppo_epochs", "num_mini_batches", "response_length", "rollout_batch_size")
+        _at_least(self, 1, "reset_group_size")
         _at_least(self, 0, "kl_coef", "vf_coef", "total_episodes", "num_sample_generations")
         _above_0(self, "temperature", "cliprange", "cliprange_value")
         if self.value_learning_rate is not None:
             _above_0(self, "value_learning_rate")
         if self.missing_eos_penalty is not None:
             _at_least(self, 0, "missing_eos_penalty")
-        for name in ("gamma", "lam", "reset_prob"):
+        for name in ("gamma", "lam", "reset_prob", "reset_curriculum"):
             require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "in 0..1")
         require(self.reset_min in (0, 1), "reset_min", self.reset_min, "0 or 1")
         require(
@@ -237,10 +244,17 @@ class PPOConfig(TrainConfig):
             "null where missing_eos_score is given: one subtracts, the other replaces",
         )
         require(
-            self.batch_size % self.num_mini_batches == 0,
+            self.batch_size % self.reset_group_size == 0,
+            "reset_group_size",
+            self.reset_group_size,
+            f"a divisor of the batch of {self.batch_size} episodes",
+        )
+        groups = self.batch_size // self.reset_group_size
+        require(
+            groups % self.num_mini_batches == 0,
             "num_mini_batches",
             self.num_mini_batches,
-            f"a divisor of the batch of {self.batch_size} episodes",
+            f"a divisor of the batch of {groups} {'episodes' if groups == self.batch_size else 'groups of episodes'}",
         )
         require(self.response_length < self.max_length, "response_length", self.response_length, "below max_length")
 

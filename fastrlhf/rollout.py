@@ -39,8 +39,9 @@ class TransformersEngine:
     """Samples from `model` as it is at the moment of the call.
 
     A response has at most `response_length` tokens, those of the reset included. The t-th token of an episode is the
-    inverse of the tempered distribution function at a uniform number keyed by (seed, episode, t): which episodes are
-    generated side by side does not matter. temperature 0 takes the likeliest token, and its log-probs are those at 1.
+    inverse of the tempered distribution function at a uniform number keyed by (seed, stream, episode, t): which
+    episodes are generated side by side does not matter. temperature 0 takes the likeliest token, and its log-probs are
+    those at 1.
     """
 
     model: PreTrainedModel
@@ -50,6 +51,8 @@ class TransformersEngine:
     seed: int
     batch_size: int = 64
     stop_at_eos: bool = True
+    stream: int = SAMPLE_STREAM
+    """Engines of one run that must not share their draws differ in this."""
 
     @torch.no_grad()
     def generate(self, prefixes: Sequence[Prefix]) -> list[Rollout]:
@@ -72,7 +75,7 @@ class TransformersEngine:
         device, num = self.model.device, len(prefixes)
         budgets = [self.response_length - prefix.num_reset for prefix in prefixes]
         longest = max(budgets)
-        noise = np.stack([uniforms(self.seed, SAMPLE_STREAM, prefix.episode, longest) for prefix in prefixes])
+        noise = np.stack([uniforms(self.seed, self.stream, prefix.episode, longest) for prefix in prefixes])
         uniform = torch.from_numpy(noise).to(device, torch.float32)  # [num, longest]
         budget = torch.tensor(budgets, device=device)
         tokens = torch.zeros(num, longest, dtype=torch.int64, device=device)

@@ -32,10 +32,12 @@ class Pack:
 def pack_episodes(
     config: PPOConfig, rollouts: Sequence[Rollout], order: Sequence[int], device: torch.device
 ) -> list[list[Pack]]:
-    """Mini-batches of packs, in the given order of the rollouts.
+    """Mini-batches of packs, whole groups of `reset_group_size` rollouts in the given order of the groups.
 
     The rows of an episode are its sampled tokens; under compat "reference" the reset tokens before them as well.
     """
+    group = config.reset_group_size
+    order = [i for g in order for i in range(g * group, (g + 1) * group)]
     segments = [_segment(config, rollout) for rollout in rollouts]
     offsets = np.cumsum([0, *(segment.num_scored for segment in segments)])
     size = len(order) // config.num_mini_batches

@@ -2,7 +2,7 @@
 trainer.
 
     repeat
-      prefixes    prompts, or with probability `reset_prob` a prompt and the first k tokens of a dataset response
+      prefixes    prompts, or with probability `reset_prob` a prompt and the first k tokens of a response to it
       rollouts    the policy writes on from there
       scores      the judge reads the whole response
       experience  log-probs under sampler and reference, values, rewards, advantages: of the sampled tokens only
@@ -25,9 +25,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.algorithms.experience import Pack, pack_episodes, score_episodes
 from fastrlhf.algorithms.stage import Stage, StepMetrics, TrainResult, check_micro_batch
+from fastrlhf.algorithms.starts import draw_prefixes, make_roll_in, reset_fields
 from fastrlhf.config import PPOConfig
 from fastrlhf.data.inputs import open_inputs, with_room
-from fastrlhf.data.resets import cut_prefix
 from fastrlhf.data.tokens import special_ids
 from fastrlhf.evaluation.judges import Judge, checked_scores, reward_model_judge
 from fastrlhf.evaluation.responses import respond, response_kl
@@ -41,7 +41,7 @@ from fastrlhf.models.loading import (
 )
 from fastrlhf.optim import Optimizer, index_batches, num_steps
 from fastrlhf.rollout import Engine, TransformersEngine, checked_rollouts
-from fastrlhf.types import Example, Experience, Prefix, Rollout, TokenizedExample
+from fastrlhf.types import Example, Experience, Rollout, TokenizedExample
 from fastrlhf_kernels import policy_loss, value_loss
 
 EngineFactory = Callable[[PPOConfig, PreTrainedModel, int], Engine]
@@ -66,8 +66,7 @@ def train_on_policy(
     if not config.reward_model_path:
         raise ValueError("reward_model_path: give the reward model that judges and from which the critic starts")
     read_model_config(config.reward_model_path, "reward_model_path", config.trust_remote_code)
-    fields = [config.reset_source] if config.reset_prob > 0 else []
-    tokenizer, data = open_inputs(config, fields, examples, eval_examples)
+    tokenizer, data = open_inputs(config, reset_fields(config), examples, eval_examples)
     prompts = with_room(data.train, "train", config.max_length, config.response_length)
     held_out = with_room(data.eval, "eval", config.max_length, config.response_length) if data.eval else []
     rows = [*prompts, *held_out]
@@ -79,6 +78,8 @@ def train_on_policy(
     if judge is None:
         judge = reward_model_judge(frozen_copy(critic), eos_token_id=eos, micro_batch_tokens=config.micro_batch_tokens)
     sampler = (engine or make_engine)(config, policy, eos)
+    roll_in = make_roll_in(config, reference, eos) if config.reset_source == "sample" else None
+    num_groups = config.batch_size // config.reset_group_size
     steps = _num_updates(config, len(prompts))
     optimizer = Optimizer(
         {"": policy, "value_": critic},
@@ -90,15 +91,16 @@ def train_on_policy(
     evaluation: dict[str, float] = {}
 
     with Stage("drpo" if config.reset_prob > 0 else "ppo", config, steps, (policy, tokenizer)) as stage:
-        for step, indices in enumerate(index_batches(len(prompts), config.batch_size, steps, config.seed)):
+        for step, indices in enumerate(index_batches(len(prompts), num_groups, steps, config.seed)):
             start = time.perf_counter()
-            prefixes = draw_prefixes(config, [prompts[i] for i in indices], first_episode=step * config.batch_size)
+            drawn = [prompts[i] for i in indices]
+            prefixes = draw_prefixes(config, drawn, step * num_groups, progress=step / steps, roll_in=roll_in)
             rollouts = checked_rollouts(
                 sampler.generate(prefixes), prefixes, eos_token_id=eos, stops_at_eos=config.compat == "fixed"
             )
             sampled = time.perf_counter()
             scores = checked_scores(judge(rollouts), rollouts, policy.device)
-            order = np.random.default_rng([config.seed, step]).permutation(len(rollouts)).tolist()
+            order = np.random.default_rng([config.seed, step]).permutation(num_groups).tolist()
             packs = pack_episodes(config, rollouts, order, policy.device)
             experience, metrics = score_episodes(config, policy, reference, critic, rollouts, scores, packs, eos)
             scored = time.perf_counter()
@@ -119,25 +121,6 @@ def train_on_policy(
         return stage.finish(policy, tokenizer, evaluation, critic)
 
 
-def draw_prefixes(config: PPOConfig, prompts: Sequence[TokenizedExample], first_episode: int) -> list[Prefix]:
-    """Where each episode starts. A response longer than the budget is reset to within the budget."""
-    prefixes = []
-    for episode, example in enumerate(prompts, first_episode):
-        response = getattr(example, config.reset_source) if config.reset_prob > 0 else []
-        prefixes.append(
-            cut_prefix(
-                example.prompt,
-                response[: config.response_length],
-                row=example.row,
-                seed=config.seed,
-                episode=episode,
-                prob=config.reset_prob,
-                minimum=config.reset_min,
-            )
-        )
-    return prefixes
-
-
 def update(
     config: PPOConfig,
     policy: PreTrainedModel,
@@ -153,7 +136,8 @@ def update(
     steps: list[dict[str, float]] = []
     for epoch in range(config.num_ppo_epochs):
         if epoch > 0 and config.num_mini_batches > 1:
-            order = np.random.default_rng([*seed, epoch]).permutation(len(rollouts)).tolist()
+            num_groups = len(rollouts) // config.reset_group_size
+            order = np.random.default_rng([*seed, epoch]).permutation(num_groups).tolist()
             packs = pack_episodes(config, rollouts, order, policy.device)
         for mini in packs:
             in_mini = torch.cat([item.index for item in mini])
@@ -250,7 +234,7 @@ def _open_critic(config: PPOConfig, policy: PreTrainedModel, tokenizer: PreTrain
 def _num_updates(config: PPOConfig, num_prompts: int) -> int:
     if config.max_steps == -1 and config.total_episodes:
         return max(1, config.total_episodes // config.batch_size)
-    return num_steps(config, num_prompts)
+    return num_steps(config, num_prompts * config.reset_group_size)
 
 
 def _training_metrics(
