@@ -66,6 +66,8 @@ class Prefix:
     token_ids: list[int]
     num_reset: int
     """Reset tokens at the end of `token_ids`; 0 is an ordinary episode from the prompt."""
+    reset_depth: float = 0.0
+    """`num_reset` over the tokens of the response that it was cut from, in 0..1."""
     row: int
     """The example that it was cut from."""
     episode: int

@@ -19,6 +19,9 @@ from fastrlhf.rollout import end_index
 from fastrlhf.types import Experience, PackedBatch, Rollout, Segment
 from fastrlhf_kernels import gae
 
+NUM_DEPTHS = 5
+"""Bins of equal width in which scores are reported by how much of the response a reset gave away."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Pack:
@@ -163,6 +166,8 @@ def _objective(
     experience: Experience,
     entropy: Tensor,
 ) -> dict[str, float]:
+    """TRL's names. `objective/kl` is over the sampled tokens alone, which are fewer after a reset: across reset
+    probabilities only `eval_objective/kl` compares, of full responses from the prompt."""
     mask, logprob = experience.mask, experience.sampler_logprob
     drawn = torch.tensor([x for rollout in rollouts for x in rollout.sampler_logprob], device=mask.device)
     difference = (drawn - logprob[mask]).abs()
@@ -181,16 +186,24 @@ def _objective(
     }
     numbers = torch.stack([torch.as_tensor(value, device=mask.device) for value in values.values()]).tolist()
     metrics = dict(zip(values, numbers, strict=True))
-    resets = np.array([rollout.prefix.num_reset for rollout in rollouts])
-    by_episode = scores.cpu().numpy()
     metrics |= {
         "val/num_eos_tokens": float(sum(rollout.ended for rollout in rollouts)),
         "completions/mean_length": float(np.mean([len(rollout.completion) for rollout in rollouts])),
     }
     if config.reset_prob > 0:
-        metrics["drpo/reset_fraction"] = float((resets > 0).mean())
-        metrics["drpo/prefix_len_mean"] = float(resets.mean())
-        for name, members in (("drpo/score_reset", resets > 0), ("drpo/score_scratch", resets == 0)):
-            if members.any():
-                metrics[name] = float(by_episode[members].mean())
+        metrics |= _reset_metrics(rollouts, scores.cpu().numpy())
     return metrics
+
+
+def _reset_metrics(rollouts: Sequence[Rollout], scores: np.ndarray) -> dict[str, float]:
+    """Scores by where the episodes started. `drpo/score_depth_i` is the mean over resets whose share of the response
+    given away lies in [i / 5, (i + 1) / 5); a name is absent where it has no member."""
+    num_reset = np.array([rollout.prefix.num_reset for rollout in rollouts])
+    fifth = np.array([int(NUM_DEPTHS * rollout.prefix.reset_depth) for rollout in rollouts])
+    members = {"drpo/score_reset": num_reset > 0, "drpo/score_scratch": num_reset == 0}
+    members |= {f"drpo/score_depth_{i}": (num_reset > 0) & (fifth == i) for i in range(NUM_DEPTHS)}
+    return {
+        "drpo/reset_fraction": float((num_reset > 0).mean()),
+        "drpo/prefix_len_mean": float(num_reset.mean()),
+        **{name: float(scores[inside].mean()) for name, inside in members.items() if inside.any()},
+    }

@@ -193,7 +193,8 @@ def evaluate(
     examples: Sequence[TokenizedExample],
     eos_token_id: int,
 ) -> dict[str, float]:
-    """Full responses to held-out prompts, with no reset: the numbers that compare across reset probabilities."""
+    """Full responses to held-out prompts, with no reset: the numbers that compare across reset probabilities, as those
+    of training (`objective/kl` above all, of the sampled tokens alone) do not."""
     rollouts = respond(
         policy,
         examples,

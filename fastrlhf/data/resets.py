@@ -51,4 +51,5 @@ def takes_first(*, seed: int, key: int) -> bool:
 
 def cut_prefix(prompt: Sequence[int], response: Sequence[int], k: int, *, row: int, episode: int) -> Prefix:
     """The prompt and the first k tokens of the response: where this episode starts."""
-    return Prefix(token_ids=[*prompt, *response[:k]], num_reset=k, row=row, episode=episode)
+    depth = k / len(response) if k else 0.0
+    return Prefix(token_ids=[*prompt, *response[:k]], num_reset=k, reset_depth=depth, row=row, episode=episode)

@@ -22,9 +22,9 @@ def config(kind=PPOConfig, **settings):
     return kind(**fields | settings)
 
 
-def rollout(prompt: list[int], reset: list[int], completion: list[int], row: int = 0) -> Rollout:
+def rollout(prompt: list[int], reset: list[int], completion: list[int], row: int = 0, depth: float = 0.0) -> Rollout:
     return Rollout(
-        prefix=Prefix(token_ids=[*prompt, *reset], num_reset=len(reset), row=row, episode=row),
+        prefix=Prefix(token_ids=[*prompt, *reset], num_reset=len(reset), reset_depth=depth, row=row, episode=row),
         completion=completion,
         sampler_logprob=[-1.0] * len(completion),
         ended=EOS in completion,
@@ -213,3 +213,11 @@ def test_reset_and_scratch_episodes_are_reported_apart(critic):
     assert metrics["completions/mean_length"] == 16 / 5
     _, plain = experience(config(), ROLLOUTS, critic)
     assert not any(name.startswith("drpo/") for name in plain)
+
+
+def test_scores_are_reported_by_the_fifth_of_the_response_in_which_the_reset_lies(critic):
+    depths = [0.0, 0.19, 0.2, 0.99, 0.25]
+    rollouts = [rollout([5, 6], [7] * (d > 0), [9, EOS], row=i, depth=d) for i, d in enumerate(depths)]
+    _, metrics = experience(config(DRPOConfig, reset_prob=0.5), rollouts, critic)
+    found = {name: value for name, value in metrics.items() if name.startswith("drpo/score_depth_")}
+    assert found == {"drpo/score_depth_0": 2.0, "drpo/score_depth_1": 4.0, "drpo/score_depth_4": 4.0}  # 3 and 5; 4

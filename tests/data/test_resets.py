@@ -68,4 +68,5 @@ def test_streams_and_episodes_do_not_overlap():
 def test_the_prefix_is_the_prompt_and_the_first_k_tokens():
     prefix = cut_prefix([7, 8], [1, 0], 1, row=5, episode=9)
     assert prefix.token_ids == [7, 8, 1]
-    assert (prefix.num_reset, prefix.row, prefix.episode) == (1, 5, 9)
+    assert (prefix.num_reset, prefix.reset_depth, prefix.row, prefix.episode) == (1, 0.5, 5, 9)
+    assert cut_prefix([7, 8], [], 0, row=5, episode=9).reset_depth == 0.0
