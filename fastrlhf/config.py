@@ -172,7 +172,7 @@ class PPOConfig(TrainConfig):
     learning_rate: float = 3e-6
     per_device_train_batch_size: int = 64
     reward_model_path: str = ""
-    """The judge; the critic starts from it too."""
+    """The judge; the critic starts from it too, where there is one."""
     total_episodes: int = 0
     """Episodes of the run, where `max_steps` is not given; 0: by epochs over the prompts."""
     num_train_epochs: float = 1.0
@@ -204,6 +204,10 @@ class PPOConfig(TrainConfig):
     """Discount per token."""
     lam: float = 0.95
     """GAE's lambda."""
+    advantage_estimator: Literal["gae", "rloo", "grpo"] = "gae"
+    """gae needs a critic. The others have none and give every token the advantage of its episode among the
+    `reset_group_size` that start where it does: rloo its return minus the mean of the others', grpo minus the mean of
+    all, over their standard deviation."""
     whiten_rewards: bool = False
     """Divide rewards by their standard deviation over the batch; the mean stays."""
     reset_prob: float = 0.0
@@ -249,6 +253,12 @@ class PPOConfig(TrainConfig):
             self.reset_group_size,
             f"a divisor of the batch of {self.batch_size} episodes",
         )
+        if self.advantage_estimator != "gae":
+            because = f"with advantage_estimator {self.advantage_estimator}"
+            size, compat = self.reset_group_size, self.compat
+            require(size >= 2, "reset_group_size", size, f"at least 2 {because}, which compares episodes")
+            require(self.gamma == 1, "gamma", self.gamma, f"1 {because}, which knows whole episodes only")
+            require(compat == "fixed", "compat", compat, f"fixed {because}: the authors' code has a critic")
         groups = self.batch_size // self.reset_group_size
         require(
             groups % self.num_mini_batches == 0,

@@ -184,9 +184,9 @@ class Experience:
     """[R] under the policy as it was when it sampled, rescored by the trainer's own forward"""
     reference_logprob: Tensor
     """[R]"""
-    value: Tensor
-    """[R] of the critic at sampling time"""
+    value: Tensor | None = None
+    """[R] of the critic at sampling time; None where there is no critic"""
     advantage: Tensor
-    """[R] whitened over the batch"""
-    returns: Tensor
+    """[R] of GAE, whitened over the batch; or of the group, as it is"""
+    returns: Tensor | None = None
     """[R] the critic's target: advantage before whitening + value"""

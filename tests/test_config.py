@@ -106,10 +106,17 @@ CHOICES = [
 ]
 
 
+NEEDS = {
+    ("advantage_estimator", "rloo"): {"reset_group_size": 2},
+    ("advantage_estimator", "grpo"): {"reset_group_size": 2},
+}
+"""What else must be set for a choice to be valid."""
+
+
 @pytest.mark.parametrize(("kind", "field", "choices"), CHOICES)
 def test_a_word_that_is_no_choice_is_refused_with_the_choices(kind, field, choices):
     for choice in choices:
-        assert getattr(kind(**{field: choice}), field) == choice
+        assert getattr(kind(**{field: choice}, **NEEDS.get((field, choice), {})), field) == choice
     for wrong in ("Sum", "", None, ["sum"]):
         with pytest.raises(ValueError, match=rf"^{field}: must be one of {', '.join(choices)}; got "):
             kind(**{field: wrong})
@@ -133,6 +140,19 @@ def test_the_batch_is_the_device_batch_times_accumulation():
 def test_drpo_is_ppo_with_the_settings_of_its_paper():
     paper = {"reset_prob": 1.0, "missing_eos_score": -1.0, "whiten_rewards": True, "adam_epsilon": 1e-5}
     assert asdict(DRPOConfig()) == asdict(PPOConfig()) | paper
+
+
+@pytest.mark.parametrize("estimator", ["rloo", "grpo"])
+def test_an_advantage_of_the_group_wants_a_group_whole_episodes_and_no_critic(estimator):
+    config = PPOConfig(advantage_estimator=estimator, reset_group_size=2)
+    for field, value in (("reset_group_size", 1), ("gamma", 0.9), ("compat", "reference")):
+        with pytest.raises(ValueError, match=rf"^{field}: must be .* with advantage_estimator {estimator}"):
+            replace(config, **{field: value})
+
+
+def test_mini_batches_hold_whole_groups():
+    with pytest.raises(ValueError, match=r"^num_mini_batches: must be a divisor of the batch of 8 groups of episodes"):
+        PPOConfig(reset_group_size=8, num_mini_batches=16)
 
 
 def test_every_command_shares_the_keys_of_the_trainers():

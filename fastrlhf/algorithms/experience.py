@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fastrlhf.advantages import explained_variance, whiten
+from fastrlhf.advantages import explained_variance, group_normalised, leave_one_out, whiten
 from fastrlhf.config import PPOConfig
 from fastrlhf.data.packing import micro_batches, pack
 from fastrlhf.models.forward import token_logprobs, token_values
@@ -67,7 +67,7 @@ def score_episodes(
     config: PPOConfig,
     policy: PreTrainedModel,
     reference: PreTrainedModel,
-    critic: PreTrainedModel,
+    critic: PreTrainedModel | None,
     rollouts: Sequence[Rollout],
     scores: Tensor,
     packs: Sequence[Sequence[Pack]],
@@ -76,6 +76,7 @@ def score_episodes(
     """Everything the update needs, frozen before it starts.
 
     The sampler's log-probs are rescored in the very packs of the first pass, so that the first ratio is exactly 1.
+    `critic` is None where `advantage_estimator` needs none.
     """
     device = policy.device
     num_rows = sum(pack.batch.num_rows for packs_of in packs for pack in packs_of)
@@ -85,7 +86,8 @@ def score_episodes(
         assert scored.entropy is not None
         logprob[item.index], entropy[item.index] = scored.logprob, scored.entropy
         reference_logprob[item.index] = token_logprobs(reference, item.batch, temperature=config.temperature).logprob
-        value[item.index] = token_values(critic, item.batch)
+        if critic is not None:
+            value[item.index] = token_values(critic, item.batch)
 
     rows = _rows(config, rollouts, eos_token_id, device)
     earned = judged_scores(
@@ -102,18 +104,30 @@ def score_episodes(
     every_row = torch.ones_like(rows.mask)
     if config.whiten_rewards:
         reward = whiten(reward, every_row, shift_mean=False)
-    advantage, returns = gae(reward, value, rows.cu_rows, gamma=config.gamma, lam=config.lam)
+    if critic is None:
+        advantage, returns = _group_advantage(config, reward, rows.cu_rows), None
+    else:
+        advantage, returns = gae(reward, value, rows.cu_rows, gamma=config.gamma, lam=config.lam)
+        advantage = whiten(advantage, every_row)
 
     experience = Experience(
         cu_rows=rows.cu_rows,
         mask=rows.mask,
         sampler_logprob=logprob,
         reference_logprob=reference_logprob,
-        value=value,
-        advantage=whiten(advantage, every_row),
+        value=None if critic is None else value,
+        advantage=advantage,
         returns=returns,
     )
     return experience, _objective(config, rollouts, scores, terms, experience, entropy)
+
+
+def _group_advantage(config: PPOConfig, reward: Tensor, cu_rows: Tensor) -> Tensor:
+    """[R]: each token has the advantage of its episode, whose return is the sum of its rewards, the KL's included."""
+    lengths = cu_rows.diff().long()
+    episode_return = torch.segment_reduce(reward, "sum", lengths=lengths, unsafe=True)
+    estimate = leave_one_out if config.advantage_estimator == "rloo" else group_normalised
+    return estimate(episode_return, config.reset_group_size).repeat_interleave(lengths, output_size=len(reward))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,10 +194,12 @@ def _objective(
         "objective/non_score_reward": non_score,
         "objective/rlhf_reward": terms["score"].sum() / num + non_score,
         "policy/entropy_avg": entropy[mask].mean(),
-        "critic/explained_var": explained_variance(experience.value, experience.returns, torch.ones_like(mask)),
         "sampling/sampling_logp_difference/mean": difference.mean(),
         "sampling/sampling_logp_difference/max": difference.max(),
     }
+    if experience.value is not None and experience.returns is not None:
+        explained = explained_variance(experience.value, experience.returns, torch.ones_like(mask))
+        values["critic/explained_var"] = explained
     numbers = torch.stack([torch.as_tensor(value, device=mask.device) for value in values.values()]).tolist()
     metrics = dict(zip(values, numbers, strict=True))
     metrics |= {

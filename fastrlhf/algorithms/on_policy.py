@@ -8,7 +8,7 @@ trainer.
       experience  log-probs under sampler and reference, values, rewards, advantages: of the sampled tokens only
       updates     `num_ppo_epochs` passes of the clipped losses over the packs
 
-PPO is DR-PO with reset probability 0, bit for bit.
+PPO is DR-PO with reset probability 0, bit for bit. With `advantage_estimator` rloo or grpo there is no critic.
 
 `fastrlhf ppo --config FILE`, `fastrlhf drpo --config FILE`
 """
@@ -58,14 +58,16 @@ def train_on_policy(
 ) -> TrainResult:
     """Trains `config.model_name_or_path` against a judge; `examples` stand in for the configured dataset.
 
-    `judge` stands in for the reward model of `reward_model_path` (the critic still starts from that). `engine` stands
-    in for `make_engine`: it is called once, with the policy whose weights it must sample with at every `generate`. One
-    row of metrics per update, TRL's names where it has them. Raises ValueError for bad input before any time is spent,
-    and for a score that is not finite.
+    `judge` stands in for the reward model of `reward_model_path`; the critic, where there is one, still starts from
+    that. `engine` stands in for `make_engine`: it is called once, with the policy whose weights it must sample with at
+    every `generate`. One row of metrics per update, TRL's names where it has them. Raises ValueError for bad input
+    before any time is spent, and for a score that is not finite.
     """
-    if not config.reward_model_path:
-        raise ValueError("reward_model_path: give the reward model that judges and from which the critic starts")
-    read_model_config(config.reward_model_path, "reward_model_path", config.trust_remote_code)
+    needs_critic = config.advantage_estimator == "gae"
+    if needs_critic or judge is None:
+        if not config.reward_model_path:
+            raise ValueError("reward_model_path: give the reward model that judges and from which the critic starts")
+        read_model_config(config.reward_model_path, "reward_model_path", config.trust_remote_code)
     tokenizer, data = open_inputs(config, reset_fields(config), examples, eval_examples)
     prompts = with_room(data.train, "train", config.max_length, config.response_length)
     held_out = with_room(data.eval, "eval", config.max_length, config.response_length) if data.eval else []
@@ -73,16 +75,19 @@ def train_on_policy(
     check_micro_batch(config, rows, [len(example.prompt) + config.response_length for example in rows])
     policy = open_policy(config, tokenizer)
     reference = frozen_copy(policy)
-    critic = _open_critic(config, policy, tokenizer)
+    reward_model = _open_reward_model(config, policy, tokenizer) if needs_critic or judge is None else None
+    critic = reward_model if needs_critic else None
     eos, _ = special_ids(tokenizer)
     if judge is None:
-        judge = reward_model_judge(frozen_copy(critic), eos_token_id=eos, micro_batch_tokens=config.micro_batch_tokens)
+        assert reward_model is not None
+        frozen = frozen_copy(reward_model) if critic else reward_model
+        judge = reward_model_judge(frozen, eos_token_id=eos, micro_batch_tokens=config.micro_batch_tokens)
     sampler = (engine or make_engine)(config, policy, eos)
     roll_in = make_roll_in(config, reference, eos) if config.reset_source == "sample" else None
     num_groups = config.batch_size // config.reset_group_size
     steps = _num_updates(config, len(prompts))
     optimizer = Optimizer(
-        {"": policy, "value_": critic},
+        {"": policy} | ({"value_": critic} if critic else {}),
         config,
         num_steps=steps * config.num_ppo_epochs * config.num_mini_batches,
         learning_rates={"value_": config.value_learning_rate or config.learning_rate},
@@ -124,7 +129,7 @@ def train_on_policy(
 def update(
     config: PPOConfig,
     policy: PreTrainedModel,
-    critic: PreTrainedModel,
+    critic: PreTrainedModel | None,
     optimizer: Optimizer,
     rollouts: Sequence[Rollout],
     experience: Experience,
@@ -156,6 +161,11 @@ def update(
                     clip_high=config.cliprange,
                 )
                 chosen.loss.backward()  # before the critic's forward: one model's activations at a time
+                policy_totals.add(chosen.metrics)
+                if critic is None:
+                    continue
+                assert experience.value is not None
+                assert experience.returns is not None
                 valued = value_loss(
                     token_values(critic, item.batch),
                     experience.value[item.index],
@@ -165,10 +175,10 @@ def update(
                     clip=config.cliprange_value,
                 )
                 (config.vf_coef * valued.loss).backward()
-                policy_totals.add(chosen.metrics)
                 value_totals.add(valued.metrics)
             steps.append(optimizer.step())
-    return _training_metrics(policy_totals.means("tokens"), value_totals.means("rows"), steps)
+    value_means = value_totals.means("rows") if critic else {}
+    return _training_metrics(policy_totals.means("tokens"), value_means, steps)
 
 
 def make_engine(config: PPOConfig, policy: PreTrainedModel, eos_token_id: int) -> TransformersEngine:
@@ -218,9 +228,11 @@ def evaluate(
     }
 
 
-def _open_critic(config: PPOConfig, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The reward model with its trained head: where the critic starts, and the judge's weights."""
-    critic = load_reward_model(
+def _open_reward_model(
+    config: PPOConfig, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedModel:
+    """The reward model with its trained head: the judge's weights, and where the critic starts."""
+    reward_model = load_reward_model(
         config.reward_model_path,
         pad_token_id=special_ids(tokenizer)[1],
         must_be_trained=True,
@@ -228,8 +240,8 @@ def _open_critic(config: PPOConfig, policy: PreTrainedModel, tokenizer: PreTrain
         dtype=config.dtype,
         trust_remote_code=config.trust_remote_code,
     )
-    check_same_vocabulary({"model_name_or_path": policy, "reward_model_path": critic}, len(tokenizer))
-    return critic
+    check_same_vocabulary({"model_name_or_path": policy, "reward_model_path": reward_model}, len(tokenizer))
+    return reward_model
 
 
 def _num_updates(config: PPOConfig, num_prompts: int) -> int:
@@ -241,18 +253,23 @@ def _num_updates(config: PPOConfig, num_prompts: int) -> int:
 def _training_metrics(
     policy: Mapping[str, float], value: Mapping[str, float], steps: Sequence[Mapping[str, float]]
 ) -> dict[str, float]:
-    """TRL's names; means over the tokens of all passes, gradient norms over the optimiser steps."""
-    return {
+    """TRL's names; means over the tokens of all passes, gradient norms over the optimiser steps. `value` is empty
+    where there is no critic."""
+    metrics = {
         "loss/policy_avg": policy["policy_loss"],
-        "loss/value_avg": value["value_loss"],
         "policy/approxkl_avg": policy["approx_kl"],
         "policy/clipfrac_avg": policy["clip_fraction"],
-        "val/clipfrac_avg": value["value_clip_fraction"],
         "val/ratio": policy["ratio"],
         "lr": steps[-1]["learning_rate"],
         "grad_norm": float(np.mean([step["grad_norm"] for step in steps])),
-        "value_grad_norm": float(np.mean([step["value_grad_norm"] for step in steps])),
     }
+    if value:
+        metrics |= {
+            "loss/value_avg": value["value_loss"],
+            "val/clipfrac_avg": value["value_clip_fraction"],
+            "value_grad_norm": float(np.mean([step["value_grad_norm"] for step in steps])),
+        }
+    return metrics
 
 
 def _sample_rows(

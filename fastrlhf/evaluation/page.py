@@ -30,7 +30,8 @@ def render_page(title: str, facts: list[str], sections: list[tuple[str, str]]) -
 <main>
 {body}</main>
 <footer>Horizontal axes count optimiser steps, where the title names nothing else. Faint: every step; bold: the mean
-over 1/20 of the run. A few spikes may leave the frame of a long curve. Numbers beside the names are the last values.</footer>
+over 1/20 of the run. A few spikes may leave the frame of a long curve. Numbers beside the names are the last
+values.</footer>
 </body>
 </html>
 """
