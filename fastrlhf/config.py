@@ -221,7 +221,11 @@ class PPOConfig(TrainConfig):
     """Share of the run over which resets move from the end of a response to its beginning: k is uniform on {m, ..., L -
     1}, and m falls linearly from L - 1 to `reset_min`. 0: m is `reset_min` throughout, as published."""
     reset_group_size: int = 1
-    """Episodes that start at the same point; a batch has that many times fewer prompts."""
+    """Episodes per prompt of a batch, which has that many times fewer prompts."""
+    reset_group: Literal["point", "response"] = "point"
+    """Where they start: all at one reset point, or each at a point of its own in one response."""
+    share_trunks: bool = True
+    """Compute the prefixes of a group once, its episodes hanging on them; the same numbers with fewer tokens."""
     compat: Literal["fixed", "reference"] = "fixed"
     """fixed: an episode is its sampled tokens up to the EOS. reference: what the authors' released code does:
     sampling goes on past the EOS, and KL, values and whitening include the reset tokens and what follows the EOS."""
@@ -255,8 +259,9 @@ class PPOConfig(TrainConfig):
         )
         if self.advantage_estimator != "gae":
             because = f"with advantage_estimator {self.advantage_estimator}"
-            size, compat = self.reset_group_size, self.compat
+            size, start, compat = self.reset_group_size, self.reset_group, self.compat
             require(size >= 2, "reset_group_size", size, f"at least 2 {because}, which compares episodes")
+            require(start == "point", "reset_group", start, f"point {because}, which compares episodes of one state")
             require(self.gamma == 1, "gamma", self.gamma, f"1 {because}, which knows whole episodes only")
             require(compat == "fixed", "compat", compat, f"fixed {because}: the authors' code has a critic")
         groups = self.batch_size // self.reset_group_size

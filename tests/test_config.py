@@ -145,7 +145,8 @@ def test_drpo_is_ppo_with_the_settings_of_its_paper():
 @pytest.mark.parametrize("estimator", ["rloo", "grpo"])
 def test_an_advantage_of_the_group_wants_a_group_whole_episodes_and_no_critic(estimator):
     config = PPOConfig(advantage_estimator=estimator, reset_group_size=2)
-    for field, value in (("reset_group_size", 1), ("gamma", 0.9), ("compat", "reference")):
+    refused = (("reset_group_size", 1), ("reset_group", "response"), ("gamma", 0.9), ("compat", "reference"))
+    for field, value in refused:
         with pytest.raises(ValueError, match=rf"^{field}: must be .* with advantage_estimator {estimator}"):
             replace(config, **{field: value})
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from fastrlhf.advantages import explained_variance, group_normalised, leave_one_out, whiten
 from fastrlhf.config import PPOConfig
-from fastrlhf.data.packing import micro_batches, pack
+from fastrlhf.data.packing import forest, micro_batches, num_computed, pack, sequence, tree
 from fastrlhf.models.forward import token_logprobs, token_values
 from fastrlhf.rewards import judged_scores, kl_term, score_term
 from fastrlhf.rollout import end_index
@@ -37,26 +37,30 @@ def pack_episodes(
 ) -> list[list[Pack]]:
     """Mini-batches of packs, whole groups of `reset_group_size` rollouts in the given order of the groups.
 
-    The rows of an episode are its sampled tokens; under compat "reference" the reset tokens before them as well.
+    The rows of an episode are its sampled tokens; under compat "reference" the reset tokens before them as well. With
+    `share_trunks` a group is one tree, never cut by a micro-batch.
     """
     group = config.reset_group_size
-    order = [i for g in order for i in range(g * group, (g + 1) * group)]
-    segments = [_segment(config, rollout) for rollout in rollouts]
-    offsets = np.cumsum([0, *(segment.num_scored for segment in segments)])
+    together = group if config.share_trunks else 1
+    offsets = np.cumsum([0, *(_num_given(config, rollout) + len(rollout.completion) for rollout in rollouts)])
     size = len(order) // config.num_mini_batches
     packs = []
     for start in range(0, len(order), size):
-        members = order[start : start + size]
-        costs = [len(segments[i].token_ids) for i in members]
+        firsts = [g * group + i for g in order[start : start + size] for i in range(0, group, together)]
+        trees = [_tree(config, rollouts[first : first + together]) for first in firsts]
         packs.append(
             [
                 Pack(
-                    batch=pack([segments[members[j]] for j in micro], device),
+                    batch=pack(forest(trees[j] for j in micro), device),
                     index=torch.from_numpy(
-                        np.concatenate([np.arange(offsets[members[j]], offsets[members[j] + 1]) for j in micro])
+                        np.concatenate([np.arange(offsets[firsts[j]], offsets[firsts[j] + together]) for j in micro])
                     ).to(device),
                 )
-                for micro in micro_batches(costs, config.micro_batch_tokens, "episode")
+                for micro in micro_batches(
+                    [num_computed(segments) for segments in trees],
+                    config.micro_batch_tokens,
+                    "episode" if together == 1 else "group of episodes",
+                )
             ]
         )
     return packs
@@ -160,11 +164,14 @@ def _rows(config: PPOConfig, rollouts: Sequence[Rollout], eos_token_id: int, dev
     )
 
 
-def _segment(config: PPOConfig, rollout: Rollout) -> Segment:
-    return Segment(
-        token_ids=[*rollout.prefix.token_ids, *rollout.completion],
-        num_scored=_num_given(config, rollout) + len(rollout.completion),
-    )
+def _tree(config: PPOConfig, rollouts: Sequence[Rollout]) -> list[Segment]:
+    """The segments of episodes whose prefixes are prefixes of one text; a single one is a plain sequence."""
+    cuts = [len(rollout.prefix.token_ids) - _num_given(config, rollout) for rollout in rollouts]
+    prefixes = [rollout.prefix.token_ids[:cut] for rollout, cut in zip(rollouts, cuts, strict=True)]
+    scored = [
+        [*rollout.prefix.token_ids[cut:], *rollout.completion] for rollout, cut in zip(rollouts, cuts, strict=True)
+    ]
+    return [sequence(prefixes[0], scored[0])] if len(rollouts) == 1 else tree(prefixes, scored)
 
 
 def _num_given(config: PPOConfig, rollout: Rollout) -> int:

@@ -71,8 +71,10 @@ def train_on_policy(
     tokenizer, data = open_inputs(config, reset_fields(config), examples, eval_examples)
     prompts = with_room(data.train, "train", config.max_length, config.response_length)
     held_out = with_room(data.eval, "eval", config.max_length, config.response_length) if data.eval else []
-    rows = [*prompts, *held_out]
-    check_micro_batch(config, rows, [len(example.prompt) + config.response_length for example in rows])
+    together = config.reset_group_size if config.share_trunks else 1
+    for rows, responses in ((prompts, together), (held_out, 1)):
+        if rows:
+            check_micro_batch(config, rows, [len(row.prompt) + responses * config.response_length for row in rows])
     policy = open_policy(config, tokenizer)
     reference = frozen_copy(policy)
     reward_model = _open_reward_model(config, policy, tokenizer) if needs_critic or judge is None else None
@@ -115,7 +117,8 @@ def train_on_policy(
                 "timing/scoring": scored - sampled,
                 "timing/training": time.perf_counter() - scored,
                 "episode": (step + 1) * config.batch_size,
-                "num_tokens": sum(len(rollout.completion) for rollout in rollouts),
+                "num_tokens": sum(len(rollout.completion) for rollout in rollouts),  # sampled
+                "num_unique_tokens": sum(item.batch.num_tokens for mini in packs for item in mini),  # of one pass
             }
             if held_out and stage.due(step, config.eval_steps):
                 evaluation = evaluate(config, policy, reference, judge, held_out, eos)

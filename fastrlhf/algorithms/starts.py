@@ -46,27 +46,34 @@ def draw_prefixes(
     progress: float = 1.0,
     roll_in: Engine | None = None,
 ) -> list[Prefix]:
-    """Where each episode starts: `reset_group_size` episodes per prompt, next to each other, from the same prefix.
+    """Where each episode starts: `reset_group_size` episodes per prompt, next to each other.
 
-    Group number g, counted from `first_group`, keys the draws of its prompt; its episodes are g * size, g * size + 1,
-    ... `progress` is the share of the run that is done, of which the curriculum is a function. `roll_in` writes the
+    Group number g, counted from `first_group`, has the episodes g * size, g * size + 1, ... It keys the choice of its
+    response and, under `reset_group: point`, the one reset point of all of them; under `response` each episode keys its
+    own. `progress` is the share of the run that is done, of which the curriculum is a function. `roll_in` writes the
     responses of `reset_source: sample`. A response longer than the budget is reset to within the budget.
     """
-    size = config.reset_group_size
     responses = _responses(config, prompts, first_group, roll_in)
     prefixes = []
     for group, (example, response) in enumerate(zip(prompts, responses, strict=True), first_group):
-        k = reset_length(
-            len(response),
-            seed=config.seed,
-            key=group,
-            prob=config.reset_prob,
-            minimum=config.reset_min,
-            withheld=_withheld(config, progress),
-        )
-        for episode in range(group * size, (group + 1) * size):
+        for episode, key in _episodes(config, group):
+            k = reset_length(
+                len(response),
+                seed=config.seed,
+                key=key,
+                prob=config.reset_prob,
+                minimum=config.reset_min,
+                withheld=_withheld(config, progress),
+            )
             prefixes.append(cut_prefix(example.prompt, response, k, row=example.row, episode=episode))
     return prefixes
+
+
+def _episodes(config: PPOConfig, group: int) -> list[tuple[int, int]]:
+    """(number of the episode, key of its reset) of each episode of a group."""
+    size = config.reset_group_size
+    numbers = range(group * size, (group + 1) * size)
+    return [(number, group if config.reset_group == "point" else number) for number in numbers]
 
 
 def _responses(
@@ -76,7 +83,7 @@ def _responses(
     resetting = {
         group: example
         for group, example in enumerate(prompts, first_group)
-        if is_reset(seed=config.seed, key=group, prob=config.reset_prob)
+        if any(is_reset(seed=config.seed, key=key, prob=config.reset_prob) for _, key in _episodes(config, group))
     }
     if config.reset_source == "sample":
         assert roll_in is not None or not resetting

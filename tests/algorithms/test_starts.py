@@ -46,6 +46,19 @@ def test_the_episodes_of_a_group_are_sampled_apart():
         assert len({tuple(r.completion) for r in rollouts[4 * group : 4 * group + 4]}) > 1
 
 
+def test_the_episodes_of_a_group_may_start_at_points_of_their_own_in_one_response():
+    cfg = config(reset_group_size=4, reset_group="response", reset_source="both", reset_prob=0.8)
+    prefixes = draw_prefixes(cfg, prompts(300), 0)
+    for group in range(300):
+        members = prefixes[4 * group : 4 * group + 4]
+        longest = max((p.token_ids for p in members), key=len)
+        assert all(p.token_ids == longest[: len(p.token_ids)] for p in members)
+    lengths = Counter(p.num_reset for p in prefixes)
+    assert abs(lengths[0] / 1200 - 0.2) < 4 * (0.16 / 1200) ** 0.5
+    assert all(abs(lengths[k] / 1200 - 0.8 / 6) < 4 * (0.12 / 1200) ** 0.5 for k in range(1, 7))
+    assert sum(len({p.num_reset for p in prefixes[4 * g : 4 * g + 4]}) > 2 for g in range(300)) > 150
+
+
 def test_both_resets_to_either_response_with_equal_probability():
     prefixes = draw_prefixes(config(reset_source="both"), prompts(2_000), 0)
     first = Counter(p.token_ids[2] for p in prefixes)
