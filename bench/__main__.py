@@ -1,4 +1,4 @@
-"""python -m bench toy | resets | aot | kernels | tune | train, each with --help"""
+"""python -m bench toy | resets | trunks | aot | kernels | tune | train, each with --help"""
 
 from __future__ import annotations
 
@@ -22,6 +22,12 @@ def main() -> None:
     resets.add_argument("--seeds", type=int, default=5, choices=range(1, 11), help="seeds 0 .. N - 1")
     resets.add_argument("--jobs", type=int, default=2, help="seeds run side by side, one thread each")
     resets.add_argument("--out", type=Path, default=Path("runs/bench_resets"), help="a folder per seed")
+    trunks = commands.add_parser("trunks", help="an update of DR-PO on shared trunks and on separate sequences")
+    trunks.add_argument("--groups", type=int, nargs="+", default=[4, 8], help="episodes per prompt")
+    trunks.add_argument("--episodes", type=int, default=32, help="of an update")
+    trunks.add_argument("--rounds", type=int, default=3)
+    trunks.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    trunks.add_argument("--out", type=Path, default=Path("bench/results"), help="folder that rows are appended in")
     aot = commands.add_parser("aot", help="every kernel compiled without a GPU: registers, spills, shared memory")
     aot.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], choices=[80, 90, 100])
     aot.add_argument("--check", action="store_true", help="exit with 1 where a kernel spills or misses its units")
@@ -55,6 +61,10 @@ def main() -> None:
         from bench.resets import run_resets
 
         print(run_resets(arguments.seeds, arguments.jobs, arguments.out))
+    if arguments.command == "trunks":
+        from bench.trunks import run_trunks
+
+        print(run_trunks(arguments.groups, arguments.episodes, arguments.rounds, arguments.device, arguments.out))
     if arguments.command == "kernels" and (faults := _kernels(arguments)):
         sys.exit("\n".join(faults))
     if arguments.command == "train":
