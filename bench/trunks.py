@@ -66,7 +66,7 @@ def _config(group_size: int, reset_group: Any, episodes: int) -> DRPOConfig:
 def _both(config: DRPOConfig, rounds: int, device: torch.device) -> list[Row]:
     policy = build_policy(MODEL, vocab_size=VOCAB, eos_token_id=EOS, seed=0, device=device)
     reference = frozen_copy(policy)
-    critic = _critic(policy).to(device)
+    critic = _critic(policy)
     rollouts = _rollouts(config)
     ways = {share: replace(config, share_trunks=share) for share in (False, True)}
     seconds: dict[bool, list[float]] = {share: [] for share in ways}
@@ -90,7 +90,9 @@ def _both(config: DRPOConfig, rounds: int, device: torch.device) -> list[Row]:
 def _critic(policy: Any) -> LlamaForSequenceClassification:
     """A critic of the policy's shape."""
     config = LlamaConfig(**policy.config.to_diff_dict() | {"num_labels": 1, "pad_token_id": None})
-    return LlamaForSequenceClassification(config).eval()
+    critic = LlamaForSequenceClassification(config)
+    critic.to(policy.device)  # pyright: ignore[reportArgumentType] (as in models/loading.py)
+    return critic.eval()
 
 
 def _rollouts(config: DRPOConfig) -> list[Rollout]:

@@ -1,8 +1,9 @@
 """From prefixes to completions.
 
 An engine is anything with `generate(prefixes) -> rollouts`. The one here decodes with the model in hand and the
-key-value cache of transformers: every prefix is prefilled (a reset costs no decode step), rows stop at their EOS or
-budget and are dropped from the cache as they finish, and the log-prob of each sampled token is recorded as it is drawn.
+key-value cache of transformers: every prefix is prefilled (a reset costs no decode step), once for all the episodes
+that start there. Rows stop at their EOS or budget and are dropped from the cache as they finish, and the log-prob of
+each sampled token is recorded as it is drawn.
 """
 
 from __future__ import annotations
@@ -81,11 +82,12 @@ class TransformersEngine:
         tokens = torch.zeros(num, longest, dtype=torch.int64, device=device)
         logprobs = torch.zeros(num, longest, device=device)
 
-        width = max(len(prefix.token_ids) for prefix in prefixes)
-        ids = torch.tensor([[0] * (width - len(p.token_ids)) + p.token_ids for p in prefixes], device=device)
-        seen = torch.tensor(
-            [[0] * (width - len(p.token_ids)) + [1] * len(p.token_ids) for p in prefixes], device=device
-        )
+        distinct = dict.fromkeys(tuple(prefix.token_ids) for prefix in prefixes)
+        starts = {start: i for i, start in enumerate(distinct)}  # each with its row of the prefill
+        start_of = torch.tensor([starts[tuple(prefix.token_ids)] for prefix in prefixes], device=device)
+        width = max(map(len, starts))
+        ids = torch.tensor([[0] * (width - len(start)) + list(start) for start in starts], device=device)
+        seen = torch.tensor([[0] * (width - len(start)) + [1] * len(start) for start in starts], device=device)
         positions = (seen.cumsum(1) - 1).clamp(min=0)
 
         rows = torch.arange(num, device=device)  # of the rows still in the cache, which prefix each belongs to
@@ -95,7 +97,11 @@ class TransformersEngine:
             output = self.model(
                 input_ids=ids, attention_mask=seen, position_ids=positions, past_key_values=cache, logits_to_keep=1
             )
-            token, logprob = _draw(output.logits[:, -1].float(), self.temperature, uniform[rows, step])
+            logits = output.logits[:, -1]
+            if step == 0 and len(starts) < num:
+                cache.batch_select_indices(start_of)
+                logits, positions, seen = logits[start_of], positions[start_of], seen[start_of]
+            token, logprob = _draw(logits.float(), self.temperature, uniform[rows, step])
             tokens[rows, step], logprobs[rows, step] = token, logprob
             done = done | (budget[rows] <= step + 1)
             if self.stop_at_eos:
