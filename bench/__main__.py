@@ -1,4 +1,4 @@
-"""python -m bench toy | resets | labels | papers | aot | kernels | tune | train, each with --help"""
+"""python -m bench toy | resets | labels | papers | trunks | aot | kernels | tune | train, each with --help"""
 
 from __future__ import annotations
 
@@ -31,6 +31,12 @@ def main() -> None:
     papers.add_argument("--fast", action="store_true", help="full batches, 3000 steps, the table alone")
     papers.add_argument("--batch-size", type=int, default=9, help="of ipo: pairs of a mini-batch")
     papers.add_argument("--out", type=Path, default=Path("bench"), help="rows go to its results, PNGs to its figures")
+    trunks = commands.add_parser("trunks", help="an update of DR-PO on shared trunks and on separate sequences")
+    trunks.add_argument("--groups", type=int, nargs="+", default=[4, 8], help="episodes per prompt")
+    trunks.add_argument("--episodes", type=int, default=32, help="of an update")
+    trunks.add_argument("--rounds", type=int, default=3)
+    trunks.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    trunks.add_argument("--out", type=Path, default=Path("bench/results"), help="folder that rows are appended in")
     aot = commands.add_parser("aot", help="every kernel compiled without a GPU: registers, spills, shared memory")
     aot.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], choices=[80, 90, 100])
     aot.add_argument("--check", action="store_true", help="exit with 1 where a kernel spills or misses its units")
@@ -82,6 +88,10 @@ def main() -> None:
         from bench.papers.ipo import run_ipo
 
         print(run_ipo(arguments.batch_size, arguments.out, fast=arguments.fast))
+    if arguments.command == "trunks":
+        from bench.trunks import run_trunks
+
+        print(run_trunks(arguments.groups, arguments.episodes, arguments.rounds, arguments.device, arguments.out))
     if arguments.command == "kernels" and (faults := _kernels(arguments)):
         sys.exit("\n".join(faults))
     if arguments.command == "train" and arguments.algorithm == "drpo":

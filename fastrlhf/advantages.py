@@ -1,4 +1,4 @@
-"""Statistics of a whole batch of episodes, on flat per-token tensors. Pure. (GAE itself is a kernel:
+"""Advantages without a critic, and statistics of a whole batch of episodes. Pure. (GAE is a kernel:
 fastrlhf_kernels.gae.)"""
 
 from __future__ import annotations
@@ -29,3 +29,24 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     kept_returns, residual = returns[mask], (returns - values)[mask]
     variance = kept_returns.var(correction=0)
     return torch.where(variance > 0, 1 - residual.var(correction=0) / variance, 0.0)
+
+
+def leave_one_out(episode_return: Tensor, group_size: int) -> Tensor:
+    """RLOO (Ahmadian et al. 2024, arXiv 2402.14740, eq. 8): A_i = R_i - mean of R_j over the others of its group.
+
+    episode_return [N] float32: the rewards of whole episodes, group after group of `group_size` >= 2 that started in
+    the same state. Returns [N]. The others do not depend on what episode i did, so the policy gradient is unbiased.
+    """
+    groups = episode_return.view(-1, group_size)
+    others = (groups.sum(1, keepdim=True) - groups) / (group_size - 1)
+    return (groups - others).flatten()
+
+
+def group_normalised(episode_return: Tensor, group_size: int) -> Tensor:
+    """GRPO (Shao et al. 2024, arXiv 2402.03300, section 4.1.2): A_i = (R_i - mean R) / (std R + 1e-4) in its group.
+
+    Shapes as in `leave_one_out`; sample standard deviation. A group whose returns are equal gives zeros.
+    """
+    groups = episode_return.view(-1, group_size)
+    deviation = groups - groups.mean(1, keepdim=True)
+    return (deviation / (groups.std(1, keepdim=True) + 1e-4)).flatten()

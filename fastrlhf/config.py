@@ -260,7 +260,7 @@ class PPOConfig(TrainConfig):
     learning_rate: float = 3e-6
     per_device_train_batch_size: int = 64
     reward_model_path: str = ""
-    """The judge; the critic starts from it too."""
+    """The judge; the critic starts from it too, where there is one."""
     total_episodes: int = 0
     """Episodes of the run, where `max_steps` is not given; 0: by epochs over the prompts."""
     num_train_epochs: float = 1.0
@@ -315,14 +315,28 @@ class PPOConfig(TrainConfig):
     """Discount per token."""
     lam: float = 0.95
     """GAE's lambda."""
+    advantage_estimator: Literal["gae", "rloo", "grpo"] = "gae"
+    """gae needs a critic. The others have none and give every token the advantage of its episode among the
+    `reset_group_size` that start where it does: rloo its return minus the mean of the others', grpo minus the mean of
+    all, over their standard deviation."""
     whiten_rewards: bool = False
     """Divide rewards by their standard deviation over the batch; the mean stays."""
     reset_prob: float = 0.0
     """Share of episodes that start inside a dataset response; 0 is PPO."""
     reset_min: int = 1
     """Fewest tokens of a reset: 1 as published, 0 so that the initial state is among the reset states."""
-    reset_source: Literal["reference", "chosen"] = "reference"
-    """Which response is copied from."""
+    reset_source: Literal["reference", "chosen", "both", "sample"] = "reference"
+    """Which response is copied from. both: one of the two, with equal probability. sample: one that the frozen
+    reference policy writes to the prompt, at `temperature` (PPO++)."""
+    reset_curriculum: float = 0.0
+    """Share of the run over which resets move from the end of a response to its beginning: k is uniform on {m, ..., L -
+    1}, and m falls linearly from L - 1 to `reset_min`. 0: m is `reset_min` throughout, as published."""
+    reset_group_size: int = 1
+    """Episodes per prompt of a batch, which has that many times fewer prompts."""
+    reset_group: Literal["point", "response"] = "point"
+    """Where they start: all at one reset point, or each at a point of its own in one response."""
+    share_trunks: bool = True
+    """Compute the prefixes of a group once, its episodes hanging on them; the same numbers with fewer tokens."""
     compat: Literal["fixed", "reference"] = "fixed"
     """fixed: an episode is its sampled tokens up to the EOS. reference: what the authors' released code does:
     sampling goes on past the EOS, and KL, values and whitening include the reset tokens and what follows the EOS."""
@@ -332,6 +346,7 @@ class PPOConfig(TrainConfig):
     def __post_init__(self) -> None:
         TrainConfig.__post_init__(self)
         _at_least(self, 1, "num_ppo_epochs", "num_mini_batches", "response_length", "rollout_batch_size")
+        _at_least(self, 1, "reset_group_size")
         _at_least(self, 0, "kl_coef", "vf_coef", "total_episodes", "num_sample_generations")
         _at_least(self, 0, "score_coef", "score_clip", "dpo_reward_clip", "length_coef")
         _above_0(self, "temperature", "cliprange", "cliprange_value")
@@ -339,7 +354,7 @@ class PPOConfig(TrainConfig):
             _above_0(self, "value_learning_rate")
         if self.missing_eos_penalty is not None:
             _at_least(self, 0, "missing_eos_penalty")
-        for name in ("gamma", "lam", "reset_prob"):
+        for name in ("gamma", "lam", "reset_prob", "reset_curriculum"):
             require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "in 0..1")
         require(self.reset_min in (0, 1), "reset_min", self.reset_min, "0 or 1")
         require(
@@ -349,10 +364,24 @@ class PPOConfig(TrainConfig):
             "null where missing_eos_score is given: one subtracts, the other replaces",
         )
         require(
-            self.batch_size % self.num_mini_batches == 0,
+            self.batch_size % self.reset_group_size == 0,
+            "reset_group_size",
+            self.reset_group_size,
+            f"a divisor of the batch of {self.batch_size} episodes",
+        )
+        if self.advantage_estimator != "gae":
+            because = f"with advantage_estimator {self.advantage_estimator}"
+            size, start, compat = self.reset_group_size, self.reset_group, self.compat
+            require(size >= 2, "reset_group_size", size, f"at least 2 {because}, which compares episodes")
+            require(start == "point", "reset_group", start, f"point {because}, which compares episodes of one state")
+            require(self.gamma == 1, "gamma", self.gamma, f"1 {because}, which knows whole episodes only")
+            require(compat == "fixed", "compat", compat, f"fixed {because}: the authors' code has a critic")
+        groups = self.batch_size // self.reset_group_size
+        require(
+            groups % self.num_mini_batches == 0,
             "num_mini_batches",
             self.num_mini_batches,
-            f"a divisor of the batch of {self.batch_size} episodes",
+            f"a divisor of the batch of {groups} {'episodes' if groups == self.batch_size else 'groups of episodes'}",
         )
         require(self.response_length < self.max_length, "response_length", self.response_length, "below max_length")
         require(

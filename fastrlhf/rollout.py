@@ -1,8 +1,9 @@
 """From prefixes to completions.
 
 An engine is anything with `generate(prefixes) -> rollouts`. The one here decodes with the model in hand and the
-key-value cache of transformers: every prefix is prefilled (a reset costs no decode step), rows stop at their EOS or
-budget and are dropped from the cache as they finish, and the log-prob of each sampled token is recorded as it is drawn.
+key-value cache of transformers: every prefix is prefilled (a reset costs no decode step), once for all the episodes
+that start there. Rows stop at their EOS or budget and are dropped from the cache as they finish, and the log-prob of
+each sampled token is recorded as it is drawn.
 """
 
 from __future__ import annotations
@@ -39,8 +40,9 @@ class TransformersEngine:
     """Samples from `model` as it is at the moment of the call.
 
     A response has at most `response_length` tokens, those of the reset included. The t-th token of an episode is the
-    inverse of the tempered distribution function at a uniform number keyed by (seed, episode, t): which episodes are
-    generated side by side does not matter. temperature 0 takes the likeliest token, and its log-probs are those at 1.
+    inverse of the tempered distribution function at a uniform number keyed by (seed, stream, episode, t): which
+    episodes are generated side by side does not matter. temperature 0 takes the likeliest token, and its log-probs are
+    those at 1.
     """
 
     model: PreTrainedModel
@@ -50,6 +52,8 @@ class TransformersEngine:
     seed: int
     batch_size: int = 64
     stop_at_eos: bool = True
+    stream: int = SAMPLE_STREAM
+    """Engines of one run that must not share their draws differ in this."""
 
     @torch.no_grad()
     def generate(self, prefixes: Sequence[Prefix]) -> list[Rollout]:
@@ -72,17 +76,18 @@ class TransformersEngine:
         device, num = self.model.device, len(prefixes)
         budgets = [self.response_length - prefix.num_reset for prefix in prefixes]
         longest = max(budgets)
-        noise = np.stack([uniforms(self.seed, SAMPLE_STREAM, prefix.episode, longest) for prefix in prefixes])
+        noise = np.stack([uniforms(self.seed, self.stream, prefix.episode, longest) for prefix in prefixes])
         uniform = torch.from_numpy(noise).to(device, torch.float32)  # [num, longest]
         budget = torch.tensor(budgets, device=device)
         tokens = torch.zeros(num, longest, dtype=torch.int64, device=device)
         logprobs = torch.zeros(num, longest, device=device)
 
-        width = max(len(prefix.token_ids) for prefix in prefixes)
-        ids = torch.tensor([[0] * (width - len(p.token_ids)) + p.token_ids for p in prefixes], device=device)
-        seen = torch.tensor(
-            [[0] * (width - len(p.token_ids)) + [1] * len(p.token_ids) for p in prefixes], device=device
-        )
+        distinct = dict.fromkeys(tuple(prefix.token_ids) for prefix in prefixes)
+        starts = {start: i for i, start in enumerate(distinct)}  # each with its row of the prefill
+        start_of = torch.tensor([starts[tuple(prefix.token_ids)] for prefix in prefixes], device=device)
+        width = max(map(len, starts))
+        ids = torch.tensor([[0] * (width - len(start)) + list(start) for start in starts], device=device)
+        seen = torch.tensor([[0] * (width - len(start)) + [1] * len(start) for start in starts], device=device)
         positions = (seen.cumsum(1) - 1).clamp(min=0)
 
         rows = torch.arange(num, device=device)  # of the rows still in the cache, which prefix each belongs to
@@ -92,7 +97,11 @@ class TransformersEngine:
             output = self.model(
                 input_ids=ids, attention_mask=seen, position_ids=positions, past_key_values=cache, logits_to_keep=1
             )
-            token, logprob = _draw(output.logits[:, -1].float(), self.temperature, uniform[rows, step])
+            logits = output.logits[:, -1]
+            if step == 0 and len(starts) < num:
+                cache.batch_select_indices(start_of)
+                logits, positions, seen = logits[start_of], positions[start_of], seen[start_of]
+            token, logprob = _draw(logits.float(), self.temperature, uniform[rows, step])
             tokens[rows, step], logprobs[rows, step] = token, logprob
             done = done | (budget[rows] <= step + 1)
             if self.stop_at_eos:

@@ -86,6 +86,8 @@ class Prefix:
     token_ids: list[int]
     num_reset: int
     """Reset tokens at the end of `token_ids`; 0 is an ordinary episode from the prompt."""
+    reset_depth: float = 0.0
+    """`num_reset` over the tokens of the response that it was cut from, in 0..1."""
     row: int
     """The example that it was cut from."""
     episode: int
@@ -202,9 +204,9 @@ class Experience:
     """[R] under the policy as it was when it sampled, rescored by the trainer's own forward"""
     reference_logprob: Tensor
     """[R]"""
-    value: Tensor
-    """[R] of the critic at sampling time"""
+    value: Tensor | None = None
+    """[R] of the critic at sampling time; None where there is no critic"""
     advantage: Tensor
-    """[R] whitened over the batch"""
-    returns: Tensor
+    """[R] of GAE, whitened over the batch; or of the group, as it is"""
+    returns: Tensor | None = None
     """[R] the critic's target: advantage before whitening + value"""

@@ -73,6 +73,9 @@ def test_replace_checks_again(kind):
         (PPOConfig, "lam", 1.01, r"in 0\.\.1"),
         (PPOConfig, "reset_prob", 1.01, r"in 0\.\.1"),
         (PPOConfig, "reset_min", 2, "0 or 1"),
+        (PPOConfig, "reset_curriculum", 1.01, r"in 0\.\.1"),
+        (PPOConfig, "reset_group_size", 0, "at least 1"),
+        (PPOConfig, "reset_group_size", 3, "a divisor of the batch of 64 episodes"),
         (PPOConfig, "num_mini_batches", 5, "a divisor of the batch of 64 episodes"),
         (PPOConfig, "response_length", 1024, "below max_length"),
         (EvalConfig, "response_length", 1024, "below max_length"),
@@ -108,7 +111,11 @@ CHOICES = [
 ]
 
 
-BESIDE = {"groupwise": {"loss_type": "ipo"}, "reward_model": {"reward_model_path": "judge"}}
+BESIDE = {
+    "groupwise": {"loss_type": "ipo"},
+    "reward_model": {"reward_model_path": "judge"},
+    **{name: {"reset_group_size": 2} for name in ("rloo", "grpo")},
+}
 """What some choices need beside them."""
 
 
@@ -194,6 +201,20 @@ def test_rto_is_ppo_with_the_settings_of_its_paper():
 def test_a_reference_of_no_dpo_model_is_refused():
     with pytest.raises(ValueError, match=r"^dpo_ref_model_path: must be empty where there is no dpo_model_path"):
         RTOConfig(dpo_ref_model_path="sft")
+
+
+@pytest.mark.parametrize("estimator", ["rloo", "grpo"])
+def test_an_advantage_of_the_group_wants_a_group_whole_episodes_and_no_critic(estimator):
+    config = PPOConfig(advantage_estimator=estimator, reset_group_size=2)
+    refused = (("reset_group_size", 1), ("reset_group", "response"), ("gamma", 0.9), ("compat", "reference"))
+    for field, value in refused:
+        with pytest.raises(ValueError, match=rf"^{field}: must be .* with advantage_estimator {estimator}"):
+            replace(config, **{field: value})
+
+
+def test_mini_batches_hold_whole_groups():
+    with pytest.raises(ValueError, match=r"^num_mini_batches: must be a divisor of the batch of 8 groups of episodes"):
+        PPOConfig(reset_group_size=8, num_mini_batches=16)
 
 
 def test_every_command_shares_the_keys_of_the_trainers():

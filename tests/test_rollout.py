@@ -72,6 +72,26 @@ def test_a_sample_depends_on_seed_and_episode_and_not_on_who_is_generated_beside
     assert [r.completion for r in together] != [r.completion for r in engine(model, seed=4).generate(prefixes(30))]
 
 
+@pytest.mark.parametrize("name", tiny.ARCHITECTURES)
+def test_a_prefix_that_episodes_share_is_prefilled_once_and_draws_the_same(name):
+    model = tiny.policy(name)
+    starts = prefixes(5)
+    grouped = [replace(starts[i // 4], episode=i) for i in range(20)]
+    widths = []
+    hook = model.register_forward_pre_hook(
+        lambda _, __, inputs: widths.append(inputs["input_ids"].shape), with_kwargs=True
+    )
+    together = engine(model).generate(grouped)
+    hook.remove()
+    assert widths[0][0] == 5
+    assert widths[1][0] > 5
+    apart = [rollout for prefix in grouped for rollout in engine(model).generate([prefix])]
+    assert [r.completion for r in together] == [r.completion for r in apart]
+    for ours, theirs in zip(together, apart, strict=True):
+        assert ours.sampler_logprob == pytest.approx(theirs.sampler_logprob, abs=1e-5)
+    assert len({tuple(r.completion) for r in together}) > 10
+
+
 def test_samples_follow_the_tempered_distribution():
     model = tiny.policy()
     same = [Prefix(token_ids=[5, 6, 7], num_reset=LENGTH - 1, row=0, episode=i) for i in range(4000)]

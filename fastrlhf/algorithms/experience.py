@@ -11,14 +11,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fastrlhf.advantages import explained_variance, whiten
+from fastrlhf.advantages import explained_variance, group_normalised, leave_one_out, whiten
 from fastrlhf.config import PPOConfig
-from fastrlhf.data.packing import micro_batches, pack
+from fastrlhf.data.packing import forest, micro_batches, num_computed, pack, sequence, tree
 from fastrlhf.models.forward import token_logprobs, token_values
 from fastrlhf.rewards import Episodes, Rewards, Term, reward_metrics
 from fastrlhf.rollout import end_index
 from fastrlhf.types import Experience, PackedBatch, Rollout, Segment
 from fastrlhf_kernels import gae
+
+NUM_DEPTHS = 5
+"""Bins of equal width in which scores are reported by how much of the response a reset gave away."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,26 +36,32 @@ class Pack:
 def pack_episodes(
     config: PPOConfig, rollouts: Sequence[Rollout], order: Sequence[int], device: torch.device
 ) -> list[list[Pack]]:
-    """Mini-batches of packs, in the given order of the rollouts.
+    """Mini-batches of packs, whole groups of `reset_group_size` rollouts in the given order of the groups.
 
-    The rows of an episode are its sampled tokens; under compat "reference" the reset tokens before them as well.
+    The rows of an episode are its sampled tokens; under compat "reference" the reset tokens before them as well. With
+    `share_trunks` a group is one tree, never cut by a micro-batch.
     """
-    segments = [_segment(config, rollout) for rollout in rollouts]
-    offsets = np.cumsum([0, *(segment.num_scored for segment in segments)])
+    group = config.reset_group_size
+    together = group if config.share_trunks else 1
+    offsets = np.cumsum([0, *(_num_given(config, rollout) + len(rollout.completion) for rollout in rollouts)])
     size = len(order) // config.num_mini_batches
     packs = []
     for start in range(0, len(order), size):
-        members = order[start : start + size]
-        costs = [len(segments[i].token_ids) for i in members]
+        firsts = [g * group + i for g in order[start : start + size] for i in range(0, group, together)]
+        trees = [_tree(config, rollouts[first : first + together]) for first in firsts]
         packs.append(
             [
                 Pack(
-                    batch=pack([segments[members[j]] for j in micro], device),
+                    batch=pack(forest(trees[j] for j in micro), device),
                     index=torch.from_numpy(
-                        np.concatenate([np.arange(offsets[members[j]], offsets[members[j] + 1]) for j in micro])
+                        np.concatenate([np.arange(offsets[firsts[j]], offsets[firsts[j] + together]) for j in micro])
                     ).to(device),
                 )
-                for micro in micro_batches(costs, config.micro_batch_tokens, "episode")
+                for micro in micro_batches(
+                    [num_computed(segments) for segments in trees],
+                    config.micro_batch_tokens,
+                    "episode" if together == 1 else "group of episodes",
+                )
             ]
         )
     return packs
@@ -63,7 +72,7 @@ def score_episodes(
     config: PPOConfig,
     policy: PreTrainedModel,
     reference: PreTrainedModel,
-    critic: PreTrainedModel,
+    critic: PreTrainedModel | None,
     rollouts: Sequence[Rollout],
     scores: Tensor,
     packs: Sequence[Sequence[Pack]],
@@ -73,7 +82,8 @@ def score_episodes(
     """Everything the update needs, frozen before it starts.
 
     The sampler's log-probs are rescored in the very packs of the first pass, so that the first ratio is exactly 1.
-    `rewards` are those of the run; None: those that need neither a model nor a memory.
+    `critic` is None where `advantage_estimator` needs none. `rewards` are those of the run; None: those that need
+    neither a model nor a memory.
     """
     rewards = rewards or Rewards(config=config)
     device = policy.device
@@ -86,7 +96,8 @@ def score_episodes(
         assert scored.entropy is not None
         logprob[item.index], entropy[item.index] = scored.logprob, scored.entropy
         reference_logprob[item.index] = token_logprobs(reference, item.batch, temperature=config.temperature).logprob
-        value[item.index] = token_values(critic, item.batch)
+        if critic is not None:
+            value[item.index] = token_values(critic, item.batch)
         token[item.index] = item.batch.targets
         if rewards.implicit:
             assert dpo_log_ratio is not None
@@ -114,20 +125,32 @@ def score_episodes(
     every_row = torch.ones_like(rows.mask)
     if config.whiten_rewards:
         reward = whiten(reward, every_row, shift_mean=False)
-    advantage, returns = gae(reward, value, rows.cu_rows, gamma=config.gamma, lam=config.lam)
+    if critic is None:
+        advantage, returns = _group_advantage(config, reward, rows.cu_rows), None
+    else:
+        advantage, returns = gae(reward, value, rows.cu_rows, gamma=config.gamma, lam=config.lam)
+        advantage = whiten(advantage, every_row)
 
     experience = Experience(
         cu_rows=rows.cu_rows,
         mask=rows.mask,
         sampler_logprob=logprob,
         reference_logprob=reference_logprob,
-        value=value,
-        advantage=whiten(advantage, every_row),
+        value=None if critic is None else value,
+        advantage=advantage,
         returns=returns,
     )
     metrics = _objective(config, rollouts, scores, terms, experience, entropy)
     rewards.warn(metrics)
     return experience, metrics
+
+
+def _group_advantage(config: PPOConfig, reward: Tensor, cu_rows: Tensor) -> Tensor:
+    """[R]: each token has the advantage of its episode, whose return is the sum of its rewards, the KL's included."""
+    lengths = cu_rows.diff().long()
+    episode_return = torch.segment_reduce(reward, "sum", lengths=lengths, unsafe=True)
+    estimate = leave_one_out if config.advantage_estimator == "rloo" else group_normalised
+    return estimate(episode_return, config.reset_group_size).repeat_interleave(lengths, output_size=len(reward))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,11 +188,14 @@ def _rows(config: PPOConfig, rollouts: Sequence[Rollout], eos_token_id: int, dev
     )
 
 
-def _segment(config: PPOConfig, rollout: Rollout) -> Segment:
-    return Segment(
-        token_ids=[*rollout.prefix.token_ids, *rollout.completion],
-        num_scored=_num_given(config, rollout) + len(rollout.completion),
-    )
+def _tree(config: PPOConfig, rollouts: Sequence[Rollout]) -> list[Segment]:
+    """The segments of episodes whose prefixes are prefixes of one text; a single one is a plain sequence."""
+    cuts = [len(rollout.prefix.token_ids) - _num_given(config, rollout) for rollout in rollouts]
+    prefixes = [rollout.prefix.token_ids[:cut] for rollout, cut in zip(rollouts, cuts, strict=True)]
+    scored = [
+        [*rollout.prefix.token_ids[cut:], *rollout.completion] for rollout, cut in zip(rollouts, cuts, strict=True)
+    ]
+    return [sequence(prefixes[0], scored[0])] if len(rollouts) == 1 else tree(prefixes, scored)
 
 
 def _num_given(config: PPOConfig, rollout: Rollout) -> int:
@@ -185,6 +211,8 @@ def _objective(
     experience: Experience,
     entropy: Tensor,
 ) -> dict[str, float]:
+    """TRL's names. `objective/kl` is over the sampled tokens alone, which are fewer after a reset: across reset
+    probabilities only `eval_objective/kl` compares, of full responses from the prompt."""
     mask, logprob = experience.mask, experience.sampler_logprob
     drawn = torch.tensor([x for rollout in rollouts for x in rollout.sampler_logprob], device=mask.device)
     difference = (drawn - logprob[mask]).abs()
@@ -200,23 +228,33 @@ def _objective(
         "objective/non_score_reward": total - by_score,
         "objective/rlhf_reward": total,
         "policy/entropy_avg": entropy[mask].mean(),
-        "critic/explained_var": explained_variance(experience.value, experience.returns, torch.ones_like(mask)),
         "sampling/sampling_logp_difference/mean": difference.mean(),
         "sampling/sampling_logp_difference/max": difference.max(),
         **reward_metrics(terms, experience.cu_rows),
     }
+    if experience.value is not None and experience.returns is not None:
+        explained = explained_variance(experience.value, experience.returns, torch.ones_like(mask))
+        values["critic/explained_var"] = explained
     numbers = torch.stack([value.float() for value in values.values()]).tolist()
     metrics = dict(zip(values, numbers, strict=True))
-    resets = np.array([rollout.prefix.num_reset for rollout in rollouts])
-    by_episode = scores.cpu().numpy()
     metrics |= {
         "val/num_eos_tokens": float(sum(rollout.ended for rollout in rollouts)),
         "completions/mean_length": float(np.mean([len(rollout.completion) for rollout in rollouts])),
     }
     if config.reset_prob > 0:
-        metrics["drpo/reset_fraction"] = float((resets > 0).mean())
-        metrics["drpo/prefix_len_mean"] = float(resets.mean())
-        for name, members in (("drpo/score_reset", resets > 0), ("drpo/score_scratch", resets == 0)):
-            if members.any():
-                metrics[name] = float(by_episode[members].mean())
+        metrics |= _reset_metrics(rollouts, scores.cpu().numpy())
     return metrics
+
+
+def _reset_metrics(rollouts: Sequence[Rollout], scores: np.ndarray) -> dict[str, float]:
+    """Scores by where the episodes started. `drpo/score_depth_i` is the mean over resets whose share of the response
+    given away lies in [i / 5, (i + 1) / 5); a name is absent where it has no member."""
+    num_reset = np.array([rollout.prefix.num_reset for rollout in rollouts])
+    fifth = np.array([int(NUM_DEPTHS * rollout.prefix.reset_depth) for rollout in rollouts])
+    members = {"drpo/score_reset": num_reset > 0, "drpo/score_scratch": num_reset == 0}
+    members |= {f"drpo/score_depth_{i}": (num_reset > 0) & (fifth == i) for i in range(NUM_DEPTHS)}
+    return {
+        "drpo/reset_fraction": float((num_reset > 0).mean()),
+        "drpo/prefix_len_mean": float(num_reset.mean()),
+        **{name: float(scores[inside].mean()) for name, inside in members.items() if inside.any()},
+    }

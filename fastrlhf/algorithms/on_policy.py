@@ -2,14 +2,15 @@
 et al. 2024, arXiv 2404.18922): one trainer.
 
     repeat
-      prefixes    prompts, or with probability `reset_prob` a prompt and the first k tokens of a dataset response
+      prefixes    prompts, or with probability `reset_prob` a prompt and the first k tokens of a response to it
       rollouts    the policy writes on from there
       scores      the judge reads the whole response
       experience  log-probs under sampler and reference, values, rewards (of the tokens, too, where a DPO model gives
                   them), advantages: of the sampled tokens only
       updates     `num_ppo_epochs` passes of the clipped losses over the packs
 
-PPO is DR-PO with reset probability 0 and RTO with scale 0, bit for bit; with both, DR-PO and RTO mix.
+PPO is DR-PO with reset probability 0 and RTO with scale 0, bit for bit; with both, DR-PO and RTO mix. With
+`advantage_estimator` rloo or grpo there is no critic.
 
 `fastrlhf ppo --config FILE`, `fastrlhf drpo --config FILE`, `fastrlhf rto --config FILE`
 """
@@ -26,9 +27,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.algorithms.experience import Pack, pack_episodes, score_episodes
 from fastrlhf.algorithms.stage import Stage, StepMetrics, TrainResult, check_micro_batch
+from fastrlhf.algorithms.starts import draw_prefixes, make_roll_in, reset_fields
 from fastrlhf.config import PPOConfig
 from fastrlhf.data.inputs import open_inputs, with_room
-from fastrlhf.data.resets import cut_prefix
 from fastrlhf.data.tokens import special_ids
 from fastrlhf.evaluation.judges import Judge, checked_scores, reward_model_judge
 from fastrlhf.evaluation.responses import respond, response_kl
@@ -43,7 +44,7 @@ from fastrlhf.models.loading import (
 from fastrlhf.optim import Optimizer, index_batches, num_steps
 from fastrlhf.rewards import RewardFunction, open_rewards
 from fastrlhf.rollout import Engine, TransformersEngine, checked_rollouts
-from fastrlhf.types import Example, Experience, Prefix, Rollout, TokenizedExample
+from fastrlhf.types import Example, Experience, Rollout, TokenizedExample
 from fastrlhf_kernels import policy_loss, value_loss
 
 EngineFactory = Callable[[PPOConfig, PreTrainedModel, int], Engine]
@@ -61,35 +62,43 @@ def train_on_policy(
 ) -> TrainResult:
     """Trains `config.model_name_or_path` against a judge; `examples` stand in for the configured dataset.
 
-    `judge` stands in for the reward model of `reward_model_path` (the critic still starts from that). `engine` stands
-    in for `make_engine`: it is called once, with the policy whose weights it must sample with at every `generate`.
-    `reward_functions` are rewards of your own, by the names they are logged by. One row of metrics per update, TRL's
-    names where it has them. Raises ValueError for bad input before any time is spent, and for a score that is not
-    finite.
+    `judge` stands in for the reward model of `reward_model_path`; the critic, where there is one, still starts from
+    that. `engine` stands in for `make_engine`: it is called once, with the policy whose weights it must sample with at
+    every `generate`. `reward_functions` are rewards of your own, by the names they are logged by. One row of metrics
+    per update, TRL's names where it has them. Raises ValueError for bad input before any time is spent, and for a score
+    that is not finite.
     """
-    if not config.reward_model_path:
-        raise ValueError("reward_model_path: give the reward model that judges and from which the critic starts")
-    read_model_config(config.reward_model_path, "reward_model_path", config.trust_remote_code)
-    fields = [config.reset_source] if config.reset_prob > 0 else []
-    tokenizer, data = open_inputs(config, fields, examples, eval_examples)
+    needs_critic = config.advantage_estimator == "gae"
+    if needs_critic or judge is None:
+        if not config.reward_model_path:
+            raise ValueError("reward_model_path: give the reward model that judges and from which the critic starts")
+        read_model_config(config.reward_model_path, "reward_model_path", config.trust_remote_code)
+    tokenizer, data = open_inputs(config, reset_fields(config), examples, eval_examples)
     prompts = with_room(data.train, "train", config.max_length, config.response_length)
     held_out = with_room(data.eval, "eval", config.max_length, config.response_length) if data.eval else []
-    rows = [*prompts, *held_out]
-    check_micro_batch(config, rows, [len(example.prompt) + config.response_length for example in rows])
+    together = config.reset_group_size if config.share_trunks else 1
+    for rows, responses in ((prompts, together), (held_out, 1)):
+        if rows:
+            check_micro_batch(config, rows, [len(row.prompt) + responses * config.response_length for row in rows])
     rewards = open_rewards(config, tokenizer, reward_functions)
     policy = open_policy(config, tokenizer)
     if rewards.implicit:
         models = {"model_name_or_path": policy, "dpo_model_path": rewards.implicit.model}
         check_same_vocabulary(models, len(tokenizer))
     reference = frozen_copy(policy)
-    critic = _open_critic(config, policy, tokenizer)
+    reward_model = _open_reward_model(config, policy, tokenizer) if needs_critic or judge is None else None
+    critic = reward_model if needs_critic else None
     eos, _ = special_ids(tokenizer)
     if judge is None:
-        judge = reward_model_judge(frozen_copy(critic), eos_token_id=eos, micro_batch_tokens=config.micro_batch_tokens)
+        assert reward_model is not None
+        frozen = frozen_copy(reward_model) if critic else reward_model
+        judge = reward_model_judge(frozen, eos_token_id=eos, micro_batch_tokens=config.micro_batch_tokens)
     sampler = (engine or make_engine)(config, policy, eos)
+    roll_in = make_roll_in(config, reference, eos) if config.reset_source == "sample" else None
+    num_groups = config.batch_size // config.reset_group_size
     steps = _num_updates(config, len(prompts))
     optimizer = Optimizer(
-        {"": policy, "value_": critic},
+        {"": policy} | ({"value_": critic} if critic else {}),
         config,
         num_steps=steps * config.num_ppo_epochs * config.num_mini_batches,
         learning_rates={"value_": config.value_learning_rate or config.learning_rate},
@@ -98,15 +107,16 @@ def train_on_policy(
     evaluation: dict[str, float] = {}
 
     with Stage(_name(config), config, steps, (policy, tokenizer)) as stage:
-        for step, indices in enumerate(index_batches(len(prompts), config.batch_size, steps, config.seed)):
+        for step, indices in enumerate(index_batches(len(prompts), num_groups, steps, config.seed)):
             start = time.perf_counter()
-            prefixes = draw_prefixes(config, [prompts[i] for i in indices], first_episode=step * config.batch_size)
+            drawn = [prompts[i] for i in indices]
+            prefixes = draw_prefixes(config, drawn, step * num_groups, progress=step / steps, roll_in=roll_in)
             rollouts = checked_rollouts(
                 sampler.generate(prefixes), prefixes, eos_token_id=eos, stops_at_eos=config.compat == "fixed"
             )
             sampled = time.perf_counter()
             scores = checked_scores(judge(rollouts), rollouts, policy.device)
-            order = np.random.default_rng([config.seed, step]).permutation(len(rollouts)).tolist()
+            order = np.random.default_rng([config.seed, step]).permutation(num_groups).tolist()
             packs = pack_episodes(config, rollouts, order, policy.device)
             experience, metrics = score_episodes(
                 config, policy, reference, critic, rollouts, scores, packs, eos, rewards
@@ -118,7 +128,8 @@ def train_on_policy(
                 "timing/scoring": scored - sampled,
                 "timing/training": time.perf_counter() - scored,
                 "episode": (step + 1) * config.batch_size,
-                "num_tokens": sum(len(rollout.completion) for rollout in rollouts),
+                "num_tokens": sum(len(rollout.completion) for rollout in rollouts),  # sampled
+                "num_unique_tokens": sum(item.batch.num_tokens for mini in packs for item in mini),  # of one pass
             }
             if held_out and stage.due(step, config.eval_steps):
                 evaluation = evaluate(config, policy, reference, judge, held_out, eos)
@@ -129,29 +140,10 @@ def train_on_policy(
         return stage.finish(policy, tokenizer, evaluation, critic)
 
 
-def draw_prefixes(config: PPOConfig, prompts: Sequence[TokenizedExample], first_episode: int) -> list[Prefix]:
-    """Where each episode starts. A response longer than the budget is reset to within the budget."""
-    prefixes = []
-    for episode, example in enumerate(prompts, first_episode):
-        response = getattr(example, config.reset_source) if config.reset_prob > 0 else []
-        prefixes.append(
-            cut_prefix(
-                example.prompt,
-                response[: config.response_length],
-                row=example.row,
-                seed=config.seed,
-                episode=episode,
-                prob=config.reset_prob,
-                minimum=config.reset_min,
-            )
-        )
-    return prefixes
-
-
 def update(
     config: PPOConfig,
     policy: PreTrainedModel,
-    critic: PreTrainedModel,
+    critic: PreTrainedModel | None,
     optimizer: Optimizer,
     rollouts: Sequence[Rollout],
     experience: Experience,
@@ -163,7 +155,8 @@ def update(
     steps: list[dict[str, float]] = []
     for epoch in range(config.num_ppo_epochs):
         if epoch > 0 and config.num_mini_batches > 1:
-            order = np.random.default_rng([*seed, epoch]).permutation(len(rollouts)).tolist()
+            num_groups = len(rollouts) // config.reset_group_size
+            order = np.random.default_rng([*seed, epoch]).permutation(num_groups).tolist()
             packs = pack_episodes(config, rollouts, order, policy.device)
         for mini in packs:
             in_mini = torch.cat([item.index for item in mini])
@@ -182,6 +175,11 @@ def update(
                     clip_high=config.cliprange,
                 )
                 chosen.loss.backward()  # before the critic's forward: one model's activations at a time
+                policy_totals.add(chosen.metrics)
+                if critic is None:
+                    continue
+                assert experience.value is not None
+                assert experience.returns is not None
                 valued = value_loss(
                     token_values(critic, item.batch),
                     experience.value[item.index],
@@ -191,10 +189,10 @@ def update(
                     clip=config.cliprange_value,
                 )
                 (config.vf_coef * valued.loss).backward()
-                policy_totals.add(chosen.metrics)
                 value_totals.add(valued.metrics)
             steps.append(optimizer.step())
-    return _training_metrics(policy_totals.means("tokens"), value_totals.means("rows"), steps)
+    value_means = value_totals.means("rows") if critic else {}
+    return _training_metrics(policy_totals.means("tokens"), value_means, steps)
 
 
 def make_engine(config: PPOConfig, policy: PreTrainedModel, eos_token_id: int) -> TransformersEngine:
@@ -219,7 +217,8 @@ def evaluate(
     examples: Sequence[TokenizedExample],
     eos_token_id: int,
 ) -> dict[str, float]:
-    """Full responses to held-out prompts, with no reset: the numbers that compare across reset probabilities."""
+    """Full responses to held-out prompts, with no reset: the numbers that compare across reset probabilities, as those
+    of training (`objective/kl` above all, of the sampled tokens alone) do not."""
     rollouts = respond(
         policy,
         examples,
@@ -243,9 +242,11 @@ def evaluate(
     }
 
 
-def _open_critic(config: PPOConfig, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The reward model with its trained head: where the critic starts, and the judge's weights."""
-    critic = load_reward_model(
+def _open_reward_model(
+    config: PPOConfig, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedModel:
+    """The reward model with its trained head: the judge's weights, and where the critic starts."""
+    reward_model = load_reward_model(
         config.reward_model_path,
         pad_token_id=special_ids(tokenizer)[1],
         must_be_trained=True,
@@ -253,8 +254,8 @@ def _open_critic(config: PPOConfig, policy: PreTrainedModel, tokenizer: PreTrain
         dtype=config.dtype,
         trust_remote_code=config.trust_remote_code,
     )
-    check_same_vocabulary({"model_name_or_path": policy, "reward_model_path": critic}, len(tokenizer))
-    return critic
+    check_same_vocabulary({"model_name_or_path": policy, "reward_model_path": reward_model}, len(tokenizer))
+    return reward_model
 
 
 def _name(config: PPOConfig) -> str:
@@ -265,24 +266,29 @@ def _name(config: PPOConfig) -> str:
 def _num_updates(config: PPOConfig, num_prompts: int) -> int:
     if config.max_steps == -1 and config.total_episodes:
         return max(1, config.total_episodes // config.batch_size)
-    return num_steps(config, num_prompts)
+    return num_steps(config, num_prompts * config.reset_group_size)
 
 
 def _training_metrics(
     policy: Mapping[str, float], value: Mapping[str, float], steps: Sequence[Mapping[str, float]]
 ) -> dict[str, float]:
-    """TRL's names; means over the tokens of all passes, gradient norms over the optimiser steps."""
-    return {
+    """TRL's names; means over the tokens of all passes, gradient norms over the optimiser steps. `value` is empty
+    where there is no critic."""
+    metrics = {
         "loss/policy_avg": policy["policy_loss"],
-        "loss/value_avg": value["value_loss"],
         "policy/approxkl_avg": policy["approx_kl"],
         "policy/clipfrac_avg": policy["clip_fraction"],
-        "val/clipfrac_avg": value["value_clip_fraction"],
         "val/ratio": policy["ratio"],
         "lr": steps[-1]["learning_rate"],
         "grad_norm": float(np.mean([step["grad_norm"] for step in steps])),
-        "value_grad_norm": float(np.mean([step["value_grad_norm"] for step in steps])),
     }
+    if value:
+        metrics |= {
+            "loss/value_avg": value["value_loss"],
+            "val/clipfrac_avg": value["value_clip_fraction"],
+            "value_grad_norm": float(np.mean([step["value_grad_norm"] for step in steps])),
+        }
+    return metrics
 
 
 def _sample_rows(

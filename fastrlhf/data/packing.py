@@ -93,6 +93,20 @@ def group(
     return [trunk, *branches]
 
 
+def tree(prefixes: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[Segment]:
+    """Several responses, each scored whole, to prefixes of one text: the longest prefix is computed once, and every
+    response hangs on it where its own prefix ends.
+
+        prefixes [7, 8], [7, 8, 1]; responses [5, 0], [2, 0]   ->   7 8 1 | 5 0 (cut 2) | 2 0 (cut 3)
+    """
+    trunk = max(prefixes, key=len)
+    branches = (
+        Segment(token_ids=response, num_scored=len(response), parent=0, cut=len(prefix))
+        for prefix, response in zip(prefixes, responses, strict=True)
+    )
+    return [Segment(token_ids=trunk), *branches]
+
+
 def forest(trees: Iterable[Sequence[Segment]]) -> list[Segment]:
     """The segments of several trees, one tree after the other; `parent` counts from the first segment of its tree."""
     segments: list[Segment] = []

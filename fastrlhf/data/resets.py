@@ -1,9 +1,9 @@
 """Where an episode starts (DR-PO, Chang et al. 2024, arXiv 2404.08495, Algorithm 2). Pure.
 
-With probability `prob` the episode starts after the first k tokens of a dataset response, k uniform on
-{minimum, ..., L - 1}; otherwise at the prompt. L counts the EOS, so the EOS itself is never given away and at least one
-token is left to sample. Every draw is keyed by (seed, episode): it depends on neither the batch order, nor the number
-of ranks, nor on any other draw of the run.
+With probability `prob` the episode starts after the first k tokens of a response, k uniform on {minimum, ..., L - 1};
+otherwise at the prompt. L counts the EOS, so the EOS itself is never given away and at least one token is left to
+sample. Every draw is keyed by (seed, key), the key being the number of an episode, or of a group of episodes that start
+at the same point: it depends on neither the batch order, nor the number of ranks, nor on any other draw of the run.
 """
 
 from __future__ import annotations
@@ -23,21 +23,33 @@ def uniforms(seed: int, stream: int, episode: int, count: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=[seed, (episode << 8) | stream])).random(count)
 
 
-def reset_length(response_length: int, *, seed: int, episode: int, prob: float, minimum: int = 1) -> int:
+def is_reset(*, seed: int, key: int, prob: float) -> bool:
+    """Whether the coin says that the episode starts inside a response."""
+    return uniforms(seed, RESET_STREAM, key, 1)[0] < prob
+
+
+def reset_length(
+    response_length: int, *, seed: int, key: int, prob: float, minimum: int = 1, withheld: float = 0.0
+) -> int:
     """Tokens of a response of `response_length` tokens (EOS included) to start after; 0 is no reset.
 
     A response with no admissible k (shorter than `minimum + 1` tokens) is never reset to, as in the authors' code.
+    `withheld`, in 0..1, is the share of the admissible k, the shortest first, that is left out; at 1 the longest alone
+    remains.
     """
     choices = response_length - minimum
-    if choices < 1:
+    if choices < 1 or not is_reset(seed=seed, key=key, prob=prob):
         return 0
-    coin, where = uniforms(seed, RESET_STREAM, episode, 2)
-    return minimum + int(where * choices) if coin < prob else 0
+    left_out = min(int(withheld * choices), choices - 1)
+    return minimum + left_out + int(uniforms(seed, RESET_STREAM, key, 2)[1] * (choices - left_out))
 
 
-def cut_prefix(
-    prompt: Sequence[int], response: Sequence[int], *, row: int, seed: int, episode: int, prob: float, minimum: int = 1
-) -> Prefix:
+def takes_first(*, seed: int, key: int) -> bool:
+    """A fair coin: which of two responses is reset to."""
+    return uniforms(seed, RESET_STREAM, key, 3)[2] < 0.5
+
+
+def cut_prefix(prompt: Sequence[int], response: Sequence[int], k: int, *, row: int, episode: int) -> Prefix:
     """The prompt and the first k tokens of the response: where this episode starts."""
-    k = reset_length(len(response), seed=seed, episode=episode, prob=prob, minimum=minimum)
-    return Prefix(token_ids=[*prompt, *response[:k]], num_reset=k, row=row, episode=episode)
+    depth = k / len(response) if k else 0.0
+    return Prefix(token_ids=[*prompt, *response[:k]], num_reset=k, reset_depth=depth, row=row, episode=episode)

@@ -36,14 +36,14 @@ class Curve:
 
     label: str
     steps: Array
-    """[n] increasing"""
+    """[n] increasing, where on the horizontal axis"""
     values: Array
     """[n], gaps where not finite"""
     color: int = 0
 
 
-def line_chart(title: str, curves: list[Curve]) -> str:
-    """A figure: caption with the last value of every curve, axes, and the curves over optimiser steps.
+def line_chart(title: str, curves: list[Curve], over: str = "steps") -> str:
+    """A figure: caption with the last value of every curve, axes, and the curves over optimiser steps (or `over`).
 
     Long curves are drawn twice: raw and faint, and as a centred moving average. The frame may then leave
     out 1 % of the points, and at most five, at either end, so that one spike does not flatten the rest.
@@ -55,7 +55,7 @@ def line_chart(title: str, curves: list[Curve]) -> str:
     drawn = "".join(_draw(curve, x_range, y_range) for curve in curves)
     return (
         f"<figure><figcaption><b>{family}{escape(name)}</b>{_key(curves)}</figcaption>"
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title)} over steps">'
+        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title)} over {escape(over)}">'
         f"{_axes(x_range, y_range)}"
         f'<svg x="{_LEFT}" y="{_TOP}" width="{_PLOT_WIDTH}" height="{_PLOT_HEIGHT}">{drawn}</svg></svg></figure>\n'
     )

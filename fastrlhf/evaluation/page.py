@@ -29,8 +29,9 @@ def render_page(title: str, facts: list[str], sections: list[tuple[str, str]]) -
 <header><h1>{escape(title)}</h1><p class="facts">{chips}</p><nav>{links}</nav></header>
 <main>
 {body}</main>
-<footer>Horizontal axes count optimiser steps. Faint: every step; bold: the mean over 1/20 of the run. A few
-spikes may leave the frame of a long curve. Numbers beside the names are the last values.</footer>
+<footer>Horizontal axes count optimiser steps, where the title names nothing else. Faint: every step; bold: the mean
+over 1/20 of the run. A few spikes may leave the frame of a long curve. Numbers beside the names are the last
+values.</footer>
 </body>
 </html>
 """

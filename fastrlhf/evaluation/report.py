@@ -3,7 +3,7 @@
 The page needs no network and no script. It shows, as far as they are there:
     summary.json    the table of methods of a demo
     metrics.jsonl   one chart per metric, of the directory itself and of the stages in its sub-folders; stages that log
-                    the same metrics (ppo and drpo, two seeds) share their charts
+                    the same metrics (ppo and drpo, two seeds) share their charts; scores by reset depth are one chart
     samples.jsonl   the last samples
     config.yaml     the resolved configuration
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from html import escape
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,10 @@ from fastrlhf.metrics import read_metrics, read_rows
 MAX_SAMPLES = 12
 """Samples shown per stage: the last ones."""
 
+RECENT = 20
+"""Of the scores by reset depth, the last so many are averaged."""
+
+_DEPTH = "drpo/score_depth_"
 _ORDER = ("sft", "reward", "dpo", "ipo", "ppo", "drpo", "rto", "rlp")
 _HOUSEKEEPING = {
     "loss",
@@ -75,6 +79,15 @@ class _Stage:
             values=np.array([last[step] for step in steps], dtype=np.float64),
             color=self.color,
         )
+
+    @property
+    def depth_curve(self) -> list[Curve]:
+        """The scores by reset depth: each bin's last `RECENT` values in the mean, over the share of the response that
+        was given away, in per cent; none where the stage has no resets."""
+        bins = sorted(int(name.removeprefix(_DEPTH)) for name in self.metrics if name.startswith(_DEPTH))
+        means = [self.curve(f"{_DEPTH}{i}").values[-RECENT:].mean() for i in bins]
+        middles = np.array([20.0 * i + 10 for i in bins])
+        return [Curve(label=self.name, steps=middles, values=np.array(means), color=self.color)] if bins else []
 
 
 def write_report(run_dir: Path) -> Path:
@@ -160,12 +173,17 @@ def _charts(stages: list[_Stage]) -> str:
     """One chart per metric; those of a family, the part of the name before '/', stand together, bare names first."""
     families: dict[str, list[str]] = {"": []}
     for metric in dict.fromkeys(metric for stage in stages for metric in stage.metrics):
+        if metric.startswith(_DEPTH):
+            continue
         families.setdefault(metric.split("/")[0] if "/" in metric else "", []).append(metric)
     figures = (
         line_chart(metric, [stage.curve(metric) for stage in stages if metric in stage.metrics])
         for metrics in families.values()
         for metric in metrics
     )
+    if by_depth := [curve for stage in stages for curve in stage.depth_curve]:
+        title = f"drpo/score by % of the response given away, last {RECENT} steps"
+        figures = chain(figures, [line_chart(title, by_depth, over="reset depth")])
     return f'<div class="charts">{"".join(figures)}</div>'
 
 

@@ -24,9 +24,9 @@ def config(kind=PPOConfig, **settings):
     return kind(**fields | settings)
 
 
-def rollout(prompt: list[int], reset: list[int], completion: list[int], row: int = 0) -> Rollout:
+def rollout(prompt: list[int], reset: list[int], completion: list[int], row: int = 0, depth: float = 0.0) -> Rollout:
     return Rollout(
-        prefix=Prefix(token_ids=[*prompt, *reset], num_reset=len(reset), row=row, episode=row),
+        prefix=Prefix(token_ids=[*prompt, *reset], num_reset=len(reset), reset_depth=depth, row=row, episode=row),
         completion=completion,
         sampler_logprob=[-1.0] * len(completion),
         ended=EOS in completion,
@@ -247,3 +247,32 @@ def test_reset_and_scratch_episodes_are_reported_apart(critic):
     assert metrics["completions/mean_length"] == 16 / 5
     _, plain = experience(config(), ROLLOUTS, critic)
     assert not any(name.startswith("drpo/") for name in plain)
+
+
+def test_scores_are_reported_by_the_fifth_of_the_response_in_which_the_reset_lies(critic):
+    depths = [0.0, 0.19, 0.2, 0.99, 0.25]
+    rollouts = [rollout([5, 6], [7] * (d > 0), [9, EOS], row=i, depth=d) for i, d in enumerate(depths)]
+    _, metrics = experience(config(DRPOConfig, reset_prob=0.5), rollouts, critic)
+    found = {name: value for name, value in metrics.items() if name.startswith("drpo/score_depth_")}
+    assert found == {"drpo/score_depth_0": 2.0, "drpo/score_depth_1": 4.0, "drpo/score_depth_4": 4.0}  # 3 and 5; 4
+
+
+@pytest.mark.parametrize(("estimator", "scale"), [("rloo", 1.0), ("grpo", 1 / (2 * (0.5**0.5 + 1e-4)))])
+def test_without_a_critic_every_token_has_the_advantage_of_its_episode_in_its_group(estimator, scale):
+    """Two groups of two; returns 1 and 2, and 3 and 4: leave-one-out gives -1 and 1, half of that is the deviation from
+    the mean, and the sample deviation is sqrt(1/2)."""
+    cfg = config(kl_coef=0.0, advantage_estimator=estimator, reset_group_size=2)
+    found, metrics = experience(cfg, ROLLOUTS[:4], None, order=[1, 0], scores=SCORES[:4])
+    signs = torch.tensor([-1.0] * 3 + [1.0] * 3 + [-1.0] * 4 + [1.0])
+    torch.testing.assert_close(found.advantage, scale * signs)
+    assert found.value is found.returns is None
+    assert "critic/explained_var" not in metrics
+
+
+def test_the_return_of_an_episode_includes_its_kl():
+    cfg = config(kl_coef=0.25, advantage_estimator="rloo", reset_group_size=2)
+    found, _ = experience(cfg, ROLLOUTS[:4], None, order=[0, 1], scores=SCORES[:4])
+    log_ratio = found.sampler_logprob - found.reference_logprob
+    returns = SCORES[:4] - 0.25 * torch.stack([part.sum() for part in log_ratio.split([3, 3, 4, 1])])
+    first = torch.stack([returns[0] - returns[1], returns[1] - returns[0]])
+    torch.testing.assert_close(found.advantage[[0, 3]], first)

@@ -272,3 +272,35 @@ def test_a_dpo_model_of_another_width_of_vocabulary_is_refused(paths, tmp_path):
     tiny.tokenizer().save_pretrained(tmp_path / "wide")
     with pytest.raises(ValueError, match=r"^vocabulary mismatch: .*'dpo_model_path': 40"):
         train_on_policy(config(paths, RTOConfig, dpo_model_path=str(tmp_path / "wide")), tiny.examples(4))
+
+
+@pytest.mark.parametrize("estimator", ["rloo", "grpo"])
+def test_without_a_critic_the_policy_learns_and_a_judge_alone_suffices(paths, estimator):
+    def likes_short(rollouts):
+        return torch.tensor([-float(len(r.completion)) for r in rollouts])
+
+    cfg = config(
+        {"model_name_or_path": paths["model_name_or_path"]},
+        max_steps=12,
+        learning_rate=6e-3,
+        per_device_train_batch_size=32,
+        kl_coef=0.0,
+        num_ppo_epochs=2,
+        advantage_estimator=estimator,
+        reset_group_size=4,
+    )
+    result = train_on_policy(cfg, tiny.examples(40), judge=likes_short)
+    scores = [row["objective/scores"] for row in result.history]
+    assert sum(scores[-3:]) / 3 > sum(scores[:3]) / 3 + 1.0
+    assert result.value_model is None
+    assert not {"loss/value_avg", "val/clipfrac_avg", "value_grad_norm"} & set(result.history[0])
+    with pytest.raises(ValueError, match="reward_model_path: give the reward model"):
+        train_on_policy(cfg, tiny.examples(40))
+
+
+def test_without_a_critic_the_reward_model_is_the_judge_alone(paths):
+    result = run(config(paths, DRPOConfig, advantage_estimator="rloo", reset_group_size=3))
+    with_critic = run(config(paths, DRPOConfig, reset_group_size=3))
+    assert result.history[0]["objective/scores"] == with_critic.history[0]["objective/scores"]
+    assert result.value_model is None
+    assert with_critic.value_model is not None

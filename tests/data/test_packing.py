@@ -10,6 +10,7 @@ from fastrlhf.data.packing import (
     pack,
     pair,
     sequence,
+    tree,
     unpack,
 )
 from fastrlhf.types import Segment
@@ -132,6 +133,15 @@ def test_a_pair_holds_the_same_sequences_whether_they_share_the_prompt_or_not(pr
     )
     assert sum(map(num_in_sequences, trees)) == 2 * (5 + 2 * len(prompt))
     assert batch.targets.tolist() == (2 * [1, 0, 2, 3, 0] if prompt else [])
+
+
+def test_a_tree_computes_the_longest_prefix_once_and_holds_every_sequence():
+    prefixes, responses = [[7, 8], [7, 8, 1, 2], [7, 8, 1]], [[5, 0], [6], [9, 9, 0]]
+    batch = pack(tree(prefixes, responses))
+    assert batch.token_ids.tolist() == [7, 8, 1, 2, 5, 0, 6, 9, 9, 0]
+    assert unpack(batch) == [[*prefix, *response] for prefix, response in zip(prefixes, responses, strict=True)]
+    assert batch.targets.tolist() == [5, 0, 6, 9, 9, 0]
+    assert batch.rows.tolist() == [1, 4, 3, 2, 7, 8]  # first tokens: from the trunk's token before the cut
 
 
 def test_a_forest_counts_parents_from_its_own_trees():

@@ -71,6 +71,19 @@ def test_stages_that_log_the_same_metrics_share_charts_and_others_do_not(tmp_pat
     assert figures(page["ppo, drpo"])["drpo/reset_fraction"] == ["drpo"]
 
 
+def test_scores_by_reset_depth_are_one_chart_of_the_last_steps(tmp_path):
+    with MetricsWriter(tmp_path / "drpo") as writer:
+        for step in range(1, 31):  # the last 20 are 11 .. 30: 20.5 in the mean
+            writer.log(step, ON_POLICY | {"drpo/score_depth_0": step, "drpo/score_depth_3": 100 * step})
+    write_metrics(tmp_path / "ppo", ON_POLICY)
+    page = write_report(tmp_path).read_text()
+    [title] = [title for title in figures(page) if "score" in title and "drpo" in title]
+    assert title == "drpo/score by % of the response given away, last 20 steps"
+    assert figures(page)[title] == ["drpo"]
+    assert "drpo: 2 points, from 20.5 to 2050" in page
+    assert "score_depth" not in page
+
+
 def test_two_seeds_are_overlaid(tmp_path):
     for seed in range(2):
         write_metrics(tmp_path / f"seed-{seed}" / "ppo", ON_POLICY)
