@@ -75,7 +75,7 @@ class Ours:
     def update(self, examples: Sequence[TokenizedExample], epochs: int) -> Row:
         config, clock = replace(self.config, num_ppo_epochs=epochs), Clock(self.policy.device)
         with clock("rollout"):
-            prefixes = draw_prefixes(config, examples, first_episode=0)
+            prefixes = draw_prefixes(config, examples, first_group=0)
             rollouts = make_engine(config, self.policy, EOS).generate(prefixes)
         with clock("scoring"):
             scores = torch.as_tensor(self.judge(rollouts))
@@ -105,7 +105,7 @@ class Padded:
     def update(self, examples: Sequence[TokenizedExample], epochs: int) -> Row:
         config, clock = replace(self.config, num_ppo_epochs=epochs), Clock(self.policy.device)
         with clock("rollout"):
-            episodes = padded.rollout(config, self.policy, draw_prefixes(config, examples, first_episode=0))
+            episodes = padded.rollout(config, self.policy, draw_prefixes(config, examples, first_group=0))
         with clock("scoring"):
             experience = padded.score(
                 config, self.policy, self.reference, self.critic, self.reward_model, episodes, EOS

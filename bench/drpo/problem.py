@@ -126,7 +126,7 @@ def make_models(problem: Problem, examples: Sequence[TokenizedExample]) -> Model
     device = torch.device(config.device)
     size = shape["vocab_size"]
     policy = build_policy(shape, vocab_size=size, eos_token_id=EOS, seed=config.seed, device=device, dtype=config.dtype)
-    probability = eos_probability(examples, draw_prefixes(config, examples, first_episode=0))
+    probability = eos_probability(examples, draw_prefixes(config, examples, first_group=0))
     _set_eos_probability(policy, probability, config.temperature)
     settings = AutoConfig.for_model(**shape, num_labels=1, pad_token_id=size - 1)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

@@ -1,0 +1,30 @@
+"""Every setting of every run: one flat frozen dataclass per command, checked where it is defined.
+
+Names and defaults are those of Hugging Face's TrainingArguments and TRL wherever they have one. A file of YAML gives
+some of the keys, flags of the same names beat it, the rest are the defaults below. Nothing is derived silently: what
+a run used is written, in full, to `config.yaml` in its output directory.
+"""
+
+from __future__ import annotations
+
+from fastrlhf.config.checks import require
+from fastrlhf.config.commands import DemoConfig, EvalConfig
+from fastrlhf.config.offline import DPOConfig, RewardConfig, SFTConfig
+from fastrlhf.config.on_policy import DRPOConfig, PPOConfig, RTOConfig
+from fastrlhf.config.train import COLUMNS, TrainConfig, parse_columns, parse_model_config
+
+__all__ = [
+    "COLUMNS",
+    "DPOConfig",
+    "DRPOConfig",
+    "DemoConfig",
+    "EvalConfig",
+    "PPOConfig",
+    "RTOConfig",
+    "RewardConfig",
+    "SFTConfig",
+    "TrainConfig",
+    "parse_columns",
+    "parse_model_config",
+    "require",
+]

@@ -1,0 +1,139 @@
+"""Trainers that learn from a dataset alone: SFT, reward models, preference pairs and groups."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fastrlhf.config.checks import above_0, at_least, require
+from fastrlhf.config.train import TrainConfig
+
+PAIR_LOSSES = ("sigmoid", "ipo", "hinge", "robust", "sft")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTConfig(TrainConfig):
+    """Supervised fine-tuning: the log-likelihood of a response given its prompt."""
+
+    learning_rate: float = 2e-5
+    response: Literal["reference", "chosen"] = "reference"
+    """Which response is imitated; `reference` is the completion of prompt-completion rows."""
+    completion_only_loss: bool = True
+    """False trains the tokens of the prompt as well."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig(TrainConfig):
+    """A reward model from preference pairs (Bradley-Terry)."""
+
+    learning_rate: float = 1e-4
+    num_train_epochs: float = 1.0
+    truncation_mode: Literal["keep_start", "keep_end", "drop"] = "drop"
+    center_rewards_coefficient: float = 0.0
+    """Times (score of chosen + score of rejected)^2 is added to the loss, so that scores centre on 0 (Eisenstein et
+    al. 2023, arXiv 2312.09244, eq. 2); TRL advises 0.01."""
+    margin_scale: float = 0.0
+    """Times the column `margin` is what the scores of a pair must differ by (Touvron et al. 2023, arXiv 2307.09288,
+    eq. 2); 0 reads no such column."""
+    share_prompts: bool = True
+    """Compute the prompt of a pair once, both responses hanging on it; the same numbers with fewer tokens."""
+
+    def __post_init__(self) -> None:
+        TrainConfig.__post_init__(self)
+        at_least(self, 0, "center_rewards_coefficient", "margin_scale")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPOConfig(TrainConfig):
+    """Direct preference optimisation, and IPO by `loss_type`. `psi`, `psi_backend` and `label_source` make IPO the
+    general PsiPO (Azar et al. 2023, arXiv 2310.12036), which sums log-ratios over a response."""
+
+    learning_rate: float = 1e-6
+    num_train_epochs: float = 1.0
+    beta: float = 0.1
+    """Strength of the tie to the reference; for ipo the paper's tau."""
+    loss_type: str | tuple[str, ...] = "sigmoid"
+    """sigmoid (DPO), ipo, hinge or robust; or several, added up, among them sft: minus the mean log-prob of a token of
+    the chosen responses."""
+    loss_weights: tuple[float, ...] = ()
+    """Of each of several losses; empty: 1."""
+    margin_scale: float = 0.0
+    """Times the column `margin` is subtracted from beta times the difference of log-ratios (Amini et al. 2024, arXiv
+    2402.10571); not for ipo. 0 reads no such column."""
+    label_smoothing: float = 0.0
+    """Share of pairs believed to be labelled the wrong way round (cDPO; robust needs it below 0.5)."""
+    length_norm: Literal["auto", "sum", "mean", "pair_mean"] = "auto"
+    """Of a response's log-ratio. auto: mean over tokens for ipo (as in TRL), else sum. The IPO paper is `sum`."""
+    ref_model_name_or_path: str = ""
+    """The reference; empty: the model before training."""
+    precompute_ref_log_probs: bool = True
+    """Compute the reference's log-probs once, before the first step, and keep no second model. False: at every step,
+    from a copy."""
+    ref_cache_dir: str = ""
+    """Folder that keeps precomputed log-probs by a fingerprint of reference, tokens and dtype: the next run with the
+    same ones loads no reference. Empty: they are not kept."""
+    share_prompts: bool = True
+    """Compute the prompt of a pair once, both responses hanging on it; the same numbers with fewer tokens."""
+    psi: str = "identity"
+    """What PsiPO does to the probability that a response is better: identity (IPO), logit (the optimum of RLHF),
+    clipped_logit, or a non-decreasing function of yours, as module:function or file.py:function."""
+    psi_clip: float = 3.0
+    """Nats; of clipped_logit, for which no preference is surer than sigmoid(psi_clip), 0.953."""
+    psi_backend: Literal["pairwise", "groupwise"] = "pairwise"
+    """pairwise: pairs, for a psi that is odd about 1/2. groupwise: rows with a list of `responses`, drawn alike, and
+    their `preferences` or `scores`; 2 per prompt are enough where psi is odd, 3 for any other."""
+    label_source: Literal["data", "label_prob", "counts", "reward_model"] = "data"
+    """Where probabilities of labels come from. data: chosen is better; of groups, `preferences`, or sigmoid of
+    differences of `scores`. label_prob: the column of that name. counts: the columns wins and num_labels. reward_model:
+    sigmoid of differences of its scores. Not for hinge and robust."""
+    label_prior: float = 0.5
+    """Of counts: the probability is (label_prior + wins) / (2 label_prior + num_labels)."""
+    score_scale: float = 1.0
+    """Multiplies scores before the sigmoid: how many nats one point of a rating is worth."""
+    reward_model_path: str = ""
+    """The reward model of label_source; it scores every response once, before training."""
+
+    def __post_init__(self) -> None:
+        TrainConfig.__post_init__(self)
+        above_0(self, "beta", "psi_clip", "score_scale")
+        at_least(self, 0, "margin_scale", "label_prior")
+        require(0 <= self.label_smoothing < 0.5, "label_smoothing", self.label_smoothing, "at least 0 and below 0.5")
+        losses, weights = self.losses, self.loss_weights
+        require(bool({*losses} - {"sft"}), "loss_type", self.loss_type, "at least one loss on pairs")
+        require({*losses} <= {*PAIR_LOSSES}, "loss_type", self.loss_type, f"of {', '.join(PAIR_LOSSES)}")
+        require(len({*losses}) == len(losses), "loss_type", losses, "without repeats")
+        require(len(weights) in (0, len(losses)), "loss_weights", weights, f"{len(losses)} numbers, one per loss_type")
+        require(all(weight > 0 for weight in weights), "loss_weights", weights, "above 0")
+        smooth, soft = self.label_smoothing > 0, self.label_source != "data"
+        if "hinge" in losses:
+            require(not smooth, "label_smoothing", self.label_smoothing, "0 where loss_type is hinge")
+        if soft:
+            hard = {"hinge", "robust"} & {*losses}
+            require(not hard, "label_source", self.label_source, "data for hinge and robust")
+            require(not smooth, "label_smoothing", self.label_smoothing, "0 where label_source is not data")
+        judged, path = self.label_source == "reward_model", self.reward_model_path
+        require(
+            bool(path) == judged, "reward_model_path", path, "given where label_source is reward_model, and only there"
+        )
+        self._check_psi()
+        if "ipo" in losses:
+            require(not self.margin_scale, "margin_scale", self.margin_scale, "0 where loss_type is ipo")
+        cache = self.ref_cache_dir
+        require(
+            not cache or self.precompute_ref_log_probs, "ref_cache_dir", cache, "empty where nothing is precomputed"
+        )
+
+    @property
+    def losses(self) -> tuple[str, ...]:
+        return (self.loss_type,) if isinstance(self.loss_type, str) else self.loss_type
+
+    def _check_psi(self) -> None:
+        groups = self.psi_backend == "groupwise"
+        if groups or self.psi != "identity":
+            because = "where psi_backend is groupwise" if groups else "where psi is not identity"
+            require(self.losses == ("ipo",), "loss_type", self.loss_type, f"ipo {because}")
+            require(self.length_norm in ("auto", "sum"), "length_norm", self.length_norm, f"auto or sum {because}")
+            require(not self.label_smoothing, "label_smoothing", self.label_smoothing, f"0 {because}")
+        if groups:
+            sources = ("data", "reward_model")
+            require(self.label_source in sources, "label_source", self.label_source, f"data or reward_model {because}")

@@ -1,0 +1,167 @@
+"""The on-policy trainer, with the defaults of PPO, of DR-PO and of RTO."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fastrlhf.config.checks import above_0, at_least, require
+from fastrlhf.config.train import TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOConfig(TrainConfig):
+    """PPO with a critic, DR-PO by `reset_prob`, RTO by `dpo_model_path`, and any mix of them. `model_name_or_path` is
+    the SFT model, which is also the reference."""
+
+    learning_rate: float = 3e-6
+    per_device_train_batch_size: int = 64
+    reward_model_path: str = ""
+    """The judge; the critic starts from it too, where there is one."""
+    total_episodes: int = 0
+    """Episodes of the run, where `max_steps` is not given; 0: by epochs over the prompts."""
+    num_train_epochs: float = 1.0
+    num_ppo_epochs: int = 4
+    """Passes over each batch of episodes."""
+    num_mini_batches: int = 1
+    """Optimiser steps per pass."""
+    response_length: int = 53
+    """Tokens of a response at most; the tokens of a reset count."""
+    temperature: float = 0.7
+    """Divides the logits when sampling and in every log-prob of the run."""
+    rollout_batch_size: int = 64
+    """Episodes that are generated side by side."""
+    missing_eos_penalty: float | None = None
+    """Subtracted from the score of a response that did not end (TRL)."""
+    missing_eos_score: float | None = None
+    """Replaces the score of a response that did not end (the DR-PO paper: -1)."""
+    kl_coef: float = 0.05
+    """Nats to reward: each token earns -kl_coef * log(policy / reference). RTO's beta2."""
+    score_coef: float = 1.0
+    """Weight of the judge's score. RTO's beta3 (arXiv 2404.18922, eq. 4.7)."""
+    score_norm: Literal["none", "running"] = "none"
+    """Of the score, before its weight. running: minus the mean of all scores of the run so far, over their standard
+    deviation."""
+    score_clip: float = 0.0
+    """Scores are clipped to +-score_clip, after score_norm; 0 is off."""
+    dpo_model_path: str = ""
+    """A model trained by DPO or IPO that rewards every token by log(it / its reference) at temperature 1: RTO's r_DPO.
+    Empty: no such reward."""
+    dpo_ref_model_path: str = ""
+    """The reference of its training; empty: `model_name_or_path`."""
+    dpo_reward_scale: float = 0.05
+    """Reward per nat of that log-ratio, the DPO beta included; negative is allowed. RTO's beta1."""
+    dpo_reward_clip: float = 0.0
+    """Each token's DPO reward is clipped to +-dpo_reward_clip, after the scale; 0 is off (the authors' code: 0.05)."""
+    reward_shaping: Literal["token", "sentence", "eos", "rs", "none"] = "token"
+    """Where the DPO rewards are paid: at each token, at ends of sentences (. ! ? or a new line), at the end of the
+    response, at each token and taken back at the end (rs), nowhere."""
+    length_coef: float = 0.0
+    """Each sampled token costs this much."""
+    reward_function: str = ""
+    """One more reward: "module:function" or "file.py:function" of a Rollout, giving a number, or one per token."""
+    cliprange: float = 0.2
+    """The ratio is clipped to 1 - cliprange .. 1 + cliprange."""
+    cliprange_value: float = 0.2
+    """The value moves this far from its value at sampling time, at most."""
+    vf_coef: float = 0.1
+    """Weight of the value loss."""
+    value_learning_rate: float | None = None
+    """The critic's; null: `learning_rate`."""
+    gamma: float = 1.0
+    """Discount per token."""
+    lam: float = 0.95
+    """GAE's lambda."""
+    advantage_estimator: Literal["gae", "rloo", "grpo"] = "gae"
+    """gae needs a critic. The others have none and give every token the advantage of its episode among the
+    `reset_group_size` that start where it does: rloo its return minus the mean of the others', grpo minus the mean of
+    all, over their standard deviation."""
+    whiten_rewards: bool = False
+    """Divide rewards by their standard deviation over the batch; the mean stays."""
+    reset_prob: float = 0.0
+    """Share of episodes that start inside a dataset response; 0 is PPO."""
+    reset_min: int = 1
+    """Fewest tokens of a reset: 1 as published, 0 so that the initial state is among the reset states."""
+    reset_source: Literal["reference", "chosen", "both", "sample"] = "reference"
+    """Which response is copied from. both: one of the two, with equal probability. sample: one that the frozen
+    reference policy writes to the prompt, at `temperature` (PPO++)."""
+    reset_curriculum: float = 0.0
+    """Share of the run over which resets move from the end of a response to its beginning: k is uniform on {m, ..., L -
+    1}, and m falls linearly from L - 1 to `reset_min`. 0: m is `reset_min` throughout, as published."""
+    reset_group_size: int = 1
+    """Episodes per prompt of a batch, which has that many times fewer prompts."""
+    reset_group: Literal["point", "response"] = "point"
+    """Where they start: all at one reset point, or each at a point of its own in one response."""
+    share_trunks: bool = True
+    """Compute the prefixes of a group once, its episodes hanging on them; the same numbers with fewer tokens."""
+    compat: Literal["fixed", "reference"] = "fixed"
+    """fixed: an episode is its sampled tokens up to the EOS. reference: what the authors' released code does:
+    sampling goes on past the EOS, and KL, values and whitening include the reset tokens and what follows the EOS."""
+    num_sample_generations: int = 10
+    """Times per run that samples are written to samples.jsonl; 0 is never."""
+
+    def __post_init__(self) -> None:
+        TrainConfig.__post_init__(self)
+        at_least(self, 1, "num_ppo_epochs", "num_mini_batches", "response_length", "rollout_batch_size")
+        at_least(self, 1, "reset_group_size")
+        at_least(self, 0, "kl_coef", "vf_coef", "total_episodes", "num_sample_generations")
+        at_least(self, 0, "score_coef", "score_clip", "dpo_reward_clip", "length_coef")
+        above_0(self, "temperature", "cliprange", "cliprange_value")
+        if self.value_learning_rate is not None:
+            above_0(self, "value_learning_rate")
+        if self.missing_eos_penalty is not None:
+            at_least(self, 0, "missing_eos_penalty")
+        for name in ("gamma", "lam", "reset_prob", "reset_curriculum"):
+            require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "in 0..1")
+        require(self.reset_min in (0, 1), "reset_min", self.reset_min, "0 or 1")
+        require(
+            self.missing_eos_penalty is None or self.missing_eos_score is None,
+            "missing_eos_penalty",
+            self.missing_eos_penalty,
+            "null where missing_eos_score is given: one subtracts, the other replaces",
+        )
+        require(
+            self.batch_size % self.reset_group_size == 0,
+            "reset_group_size",
+            self.reset_group_size,
+            f"a divisor of the batch of {self.batch_size} episodes",
+        )
+        if self.advantage_estimator != "gae":
+            because = f"with advantage_estimator {self.advantage_estimator}"
+            size, start, compat = self.reset_group_size, self.reset_group, self.compat
+            require(size >= 2, "reset_group_size", size, f"at least 2 {because}, which compares episodes")
+            require(start == "point", "reset_group", start, f"point {because}, which compares episodes of one state")
+            require(self.gamma == 1, "gamma", self.gamma, f"1 {because}, which knows whole episodes only")
+            require(compat == "fixed", "compat", compat, f"fixed {because}: the authors' code has a critic")
+        groups = self.batch_size // self.reset_group_size
+        require(
+            groups % self.num_mini_batches == 0,
+            "num_mini_batches",
+            self.num_mini_batches,
+            f"a divisor of the batch of {groups} {'episodes' if groups == self.batch_size else 'groups of episodes'}",
+        )
+        require(self.response_length < self.max_length, "response_length", self.response_length, "below max_length")
+        require(
+            not self.dpo_ref_model_path or bool(self.dpo_model_path),
+            "dpo_ref_model_path",
+            self.dpo_ref_model_path,
+            "empty where there is no dpo_model_path",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DRPOConfig(PPOConfig):
+    """PPO from reset states, with the paper's settings (Chang et al. 2024, arXiv 2404.08495, Table 5)."""
+
+    reset_prob: float = 1.0
+    missing_eos_score: float | None = -1.0
+    whiten_rewards: bool = True
+    adam_epsilon: float = 1e-5
+
+
+@dataclass(frozen=True, kw_only=True)
+class RTOConfig(PPOConfig):
+    """PPO on token rewards of a DPO model, with the paper's settings (Zhong et al. 2024, arXiv 2404.18922, App. D)."""
+
+    kl_coef: float = 0.01
+    temperature: float = 1.0

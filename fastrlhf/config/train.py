@@ -1,0 +1,142 @@
+"""What all trainers share, and how its compound keys are read."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from fastrlhf.config.checks import above_0, at_least, check_choices, require
+
+COLUMNS = (
+    *("prompt", "chosen", "rejected", "reference", "label_prob", "margin"),
+    *("responses", "preferences", "scores", "wins", "num_labels"),
+)
+"""What `columns` may rename."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """What all trainers share."""
+
+    output_dir: str = ""
+    """Folder of the run: config, metrics, samples, model. It must not hold a run already. Empty: nothing is written."""
+    model_name_or_path: str = ""
+    """Folder or hub name of the model to start from."""
+    model_config: str = ""
+    """Instead of a model: the fields of a transformers configuration (a mapping in YAML, JSON as a flag), built from
+    scratch."""
+    tokenizer_name_or_path: str = ""
+    """Folder or hub name of the tokenizer; empty: the one beside the model."""
+    eos_token: str = ""
+    """The token that ends a response, for a tokenizer that names none; added to its vocabulary where it is missing."""
+    chat_template: str = ""
+    """A Jinja template for conversations, or "hh" for the Anthropic form; empty: the tokenizer's own."""
+    trust_remote_code: bool = False
+    """Run code that comes with a model."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the weights; bfloat16 ones are updated through float32 copies (4 more bytes per weight). Log-probs, rewards,
+    advantages, heads and losses are float32 in any case."""
+    device: str = "auto"
+    """auto: the first CUDA GPU, else the CPU."""
+
+    dataset_name: str = ""
+    """Hub name, or a local .jsonl[.gz], .json, .csv or .parquet file or folder."""
+    dataset_config: str = ""
+    """Configuration of a hub dataset."""
+    dataset_train_split: str = "train"
+    """Split to train on."""
+    dataset_test_split: str = ""
+    """Split to evaluate on; empty: `num_eval_examples` rows are held out of the training split."""
+    num_eval_examples: int = 0
+    """Rows to evaluate on, at most; 0: all of `dataset_test_split`, none where that is empty."""
+    max_train_examples: int = 0
+    """Rows to train on, at most; 0 is all."""
+    columns: str = ""
+    """Column names of the file where they are not the usual ones, as "prompt=question,chosen=better"."""
+    max_bad_fraction: float = 0.1
+    """Rows that cannot be used are skipped and counted; more than this share of them is an error."""
+    max_length: int = 1024
+    """Tokens of prompt and response together."""
+    truncation_mode: Literal["keep_start", "keep_end", "drop"] = "keep_start"
+    """Longer rows: keep_start cuts the end of the response, keep_end the beginning of the prompt, drop leaves them
+    out."""
+
+    per_device_train_batch_size: int = 8
+    """Sequences, pairs or episodes of an optimiser step; times `gradient_accumulation_steps`."""
+    gradient_accumulation_steps: int = 1
+    """Multiplies the batch, as in TRL. How a batch is cut to fit memory is `micro_batch_tokens`' business alone."""
+    micro_batch_tokens: int = 8192
+    """Tokens of one forward and backward, at most. It changes memory and speed, never a gradient."""
+    num_train_epochs: float = 3.0
+    """Passes over the data, where `max_steps` is not given."""
+    max_steps: int = -1
+    """Optimiser steps (updates, in on-policy runs); -1: by epochs."""
+    learning_rate: float = 1e-5
+    """Peak."""
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
+    """From the peak to 0 over the run; constant stays."""
+    warmup_steps: int = 0
+    """Optimiser steps from 0 to the peak."""
+    weight_decay: float = 0.0
+    """AdamW's, on matrices; vectors have none."""
+    adam_beta1: float = 0.9
+    """AdamW."""
+    adam_beta2: float = 0.999
+    """AdamW."""
+    adam_epsilon: float = 1e-8
+    """AdamW."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm; 0 is off (the norm is logged all the same)."""
+    eval_steps: int = 0
+    """Optimiser steps between evaluations; 0: only at the end."""
+    seed: int = 42
+    """Of the weights that are new, the order of the data, and every sample."""
+    report_to: tuple[str, ...] = ()
+    """Of tensorboard, wandb; metrics.jsonl is always written."""
+    run_name: str = ""
+    """How the run is called there."""
+    progress: bool = True
+    """Show a progress bar."""
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        at_least(self, 1, "per_device_train_batch_size", "gradient_accumulation_steps", "micro_batch_tokens")
+        at_least(self, 2, "max_length")
+        at_least(self, 0, "warmup_steps", "eval_steps", "num_eval_examples", "max_train_examples")
+        at_least(self, 0, "weight_decay", "max_grad_norm")
+        above_0(self, "learning_rate", "num_train_epochs", "adam_epsilon")
+        for name in ("adam_beta1", "adam_beta2"):
+            require(0 <= getattr(self, name) < 1, name, getattr(self, name), "at least 0 and below 1")
+        require(
+            self.max_steps == -1 or self.max_steps >= 1, "max_steps", self.max_steps, "at least 1, or -1 for epochs"
+        )
+        require(0 <= self.max_bad_fraction <= 1, "max_bad_fraction", self.max_bad_fraction, "in 0..1")
+        require(0 <= self.seed < 2**63, "seed", self.seed, "in 0..2^63 - 1")
+
+    @property
+    def batch_size(self) -> int:
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+
+def parse_columns(columns: str) -> dict[str, str]:
+    """ "prompt=question,chosen=better" -> {"prompt": "question", "chosen": "better"}. Raises ValueError on another
+    form."""
+    pairs = [pair.partition("=") for pair in columns.split(",") if pair]
+    for name, equals, column in pairs:
+        if not equals or not column or name not in COLUMNS:
+            raise ValueError(
+                f"columns: {columns!r} must look like prompt=question,chosen=better, of the names {', '.join(COLUMNS)}"
+            )
+    return {name: column for name, _, column in pairs}
+
+
+def parse_model_config(model_config: str) -> dict[str, Any]:
+    """The JSON of `model_config` as a mapping. Raises ValueError where it is none or names no model_type."""
+    try:
+        values = json.loads(model_config)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"model_config: no valid JSON: {error}") from error
+    if not isinstance(values, dict) or "model_type" not in values:
+        raise ValueError('model_config: must be a mapping with a model_type, such as {"model_type": "llama", ...}')
+    return values
