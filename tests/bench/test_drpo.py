@@ -44,7 +44,7 @@ def test_few_episodes_are_as_long_as_many():
 def test_sampled_responses_are_as_long_as_the_references_by_the_weights_alone():
     problem = replace(PROBLEM, episodes=100, rollout_batch=100)
     config, examples = problem.config(), make_examples(problem)
-    prefixes = draw_prefixes(config, examples, first_episode=0)
+    prefixes = draw_prefixes(config, examples, first_group=0)
     probability = eos_probability(examples, prefixes)
     rollouts = make_engine(config, make_models(problem, examples).policy, EOS).generate(prefixes)
     lengths = [rollout.prefix.num_reset + len(rollout.completion) for rollout in rollouts]
@@ -65,7 +65,7 @@ def both():
     policy, critic = models.policy, models.critic
     reward_model = frozen_copy(critic)
     reference = make_models(replace(PROBLEM, seed=1), examples).policy
-    rollouts = make_engine(config, policy, EOS).generate(draw_prefixes(config, examples, first_episode=0))
+    rollouts = make_engine(config, policy, EOS).generate(draw_prefixes(config, examples, first_group=0))
     late = next(i for i, rollout in enumerate(rollouts) if not rollout.ended)  # an EOS in the last place of all
     rollouts[late] = replace(rollouts[late], completion=[*rollouts[late].completion[:-1], EOS], ended=True)
     assert {rollout.ended for rollout in rollouts} == {True, False}
@@ -119,7 +119,7 @@ def test_the_padded_reference_and_ours_make_the_same_of_the_same_episodes(both):
 def test_the_padded_rollout_forces_the_reset_and_samples_the_rest_past_the_eos():
     problem = replace(PROBLEM, rollout_batch=3)
     config, examples = problem.config(), make_examples(problem)
-    prefixes = draw_prefixes(config, examples, first_episode=0)
+    prefixes = draw_prefixes(config, examples, first_group=0)
     torch.manual_seed(0)
     episodes = padded.rollout(config, make_models(problem, examples).policy, prefixes)
     assert episodes.tokens.shape == (8, 512 + RESPONSE_LENGTH)
