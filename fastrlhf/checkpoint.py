@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.config_files import write_yaml
+from fastrlhf.models.adapters import has_adapter, merge_adapter, save_adapter
 
 
 def check_output_dir(path: str) -> None:
@@ -35,6 +36,16 @@ def create_output_dir(path: str, config: Any) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     write_yaml(config, folder / "config.yaml")
     return folder
+
+
+def save_trained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path | None) -> None:
+    """What a run leaves, in `folder` if there is one: the model with its adapter added to the weights, and the adapter
+    alone in `adapter/`."""
+    if folder and has_adapter(model):
+        save_adapter(model, folder / "adapter")
+    merge_adapter(model)
+    if folder:
+        save_model(model, tokenizer, folder)
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

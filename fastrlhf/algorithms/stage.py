@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastrlhf.checkpoint import check_output_dir, create_output_dir, save_model
+from fastrlhf.checkpoint import check_output_dir, create_output_dir, save_trained
 from fastrlhf.config import TrainConfig, require
 from fastrlhf.metrics import MetricsWriter
 from fastrlhf.types import TokenizedExample
@@ -78,7 +78,7 @@ class Stage:
     ) -> None:
         self._stack.__exit__(kind, error, trace)
         if kind and self.folder and self.history and self._trained:
-            save_model(*self._trained, self.folder / "interrupted")
+            save_trained(*self._trained, self.folder / "interrupted")
 
     def log(self, step: int, metrics: Mapping[str, float], shown: str = "loss") -> None:
         """One row per optimiser step, at once on disk."""
@@ -103,11 +103,10 @@ class Stage:
         final: dict[str, float],
         value_model: PreTrainedModel | None = None,
     ) -> TrainResult:
-        """Saves what was trained and returns it."""
-        if self.folder:
-            if value_model is not None:
-                save_model(value_model, tokenizer, self.folder / "value_model")
-            save_model(model, tokenizer, self.folder)
+        """Saves what was trained, adapters added to the weights, and returns it."""
+        if value_model is not None:
+            save_trained(value_model, tokenizer, self.folder and self.folder / "value_model")
+        save_trained(model, tokenizer, self.folder)
         return TrainResult(
             model=model,
             tokenizer=tokenizer,

@@ -9,7 +9,8 @@ import torch
 from fastrlhf.algorithms.experience import pack_episodes, score_episodes
 from fastrlhf.algorithms.on_policy import draw_prefixes, make_engine, train_on_policy, update
 from fastrlhf.config import DRPOConfig, PPOConfig, RTOConfig
-from fastrlhf.models.loading import build_policy, frozen_copy, load_policy, load_reward_model
+from fastrlhf.models.adapters import frozen_copy
+from fastrlhf.models.loading import build_policy, load_policy, load_reward_model
 from fastrlhf.types import Rollout, TokenizedExample
 from tests import tiny
 
