@@ -189,3 +189,13 @@ def test_every_section_of_every_recipe_is_a_valid_configuration(recipe, monkeypa
         config = parse(KINDS[command], ["--config", recipe.stem], command)
         assert config == parse(KINDS[command], ["--config", str(recipe)], command)
         assert set(run_first(recipe.stem, command)) <= sections
+
+
+@pytest.mark.parametrize("how", ["file", "flag", "flag with ="])
+def test_a_key_is_understood_by_the_name_it_had_elsewhere(write, how):
+    arguments = {
+        "file": ["--config", write("gradient_checkpointing: true")],
+        "flag": ["--gradient_checkpointing", "True"],
+        "flag with =": ["--gradient-checkpointing=True"],
+    }[how]
+    assert parse(SFTConfig, arguments, "sft").activation_checkpointing

@@ -33,11 +33,12 @@ from fastrlhf.data.inputs import open_inputs, with_room
 from fastrlhf.data.tokens import special_ids
 from fastrlhf.evaluation.judges import Judge, checked_scores, reward_model_judge
 from fastrlhf.evaluation.responses import respond, response_kl
-from fastrlhf.models.adapters import add_adapter, frozen_copy
+from fastrlhf.models.adapters import frozen_copy
 from fastrlhf.models.forward import token_logprobs, token_values
 from fastrlhf.models.loading import (
     check_same_vocabulary,
     load_reward_model,
+    make_trainable,
     open_policy,
     read_model_config,
 )
@@ -88,8 +89,8 @@ def train_on_policy(
     reference = frozen_copy(policy)
     reward_model = _open_reward_model(config, policy, tokenizer) if needs_critic or judge is None else None
     critic = reward_model if needs_critic else None
-    if critic and config.use_peft:
-        add_adapter(critic, config)
+    if critic:
+        make_trainable(critic, config)
     eos, _ = special_ids(tokenizer)
     if judge is None:
         assert reward_model is not None

@@ -50,6 +50,9 @@ class TrainConfig:
     """Scale by lora_alpha / sqrt(lora_r) (Kalajdzievski 2023, arXiv 2312.03732)."""
     use_dora: bool = False
     """Train the norms of the weights apart (Liu et al. 2024, arXiv 2402.09353)."""
+    activation_checkpointing: bool = False
+    """Keep the inputs of layers alone and compute the layers again in the backward: a third more time for a fraction of
+    the memory. The older name gradient_checkpointing is understood."""
     device: str = "auto"
     """auto: the first CUDA GPU, else the CPU."""
 

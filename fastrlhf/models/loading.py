@@ -26,7 +26,7 @@ from fastrlhf.config import TrainConfig, parse_model_config, require
 from fastrlhf.data.tokens import special_ids
 from fastrlhf.models.adapters import add_adapter
 from fastrlhf.models.attention import backend
-from fastrlhf.models.forward import check_packed_forward
+from fastrlhf.models.forward import check_packed_forward, enable_activation_checkpointing
 
 log = logging.getLogger(__name__)
 
@@ -64,9 +64,16 @@ def open_policy(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreT
         require(not config.use_peft, "use_peft", True, f"false: the embeddings of {new} new tokens have to be trained")
         with _seeded(config.seed, device):
             model.resize_token_embeddings(len(tokenizer))
+    make_trainable(model, config)
+    return model
+
+
+def make_trainable(model: PreTrainedModel, config: TrainConfig) -> None:
+    """What `config` asks of a model that it trains: an adapter, activation checkpointing."""
     if config.use_peft:
         add_adapter(model, config)
-    return model
+    if config.activation_checkpointing:
+        enable_activation_checkpointing(model)
 
 
 def load_policy(

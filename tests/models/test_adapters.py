@@ -118,6 +118,14 @@ def test_adapter_off_is_the_copied_reference_and_the_precomputed_one(paths):
         assert row == pytest.approx(other, rel=1e-4, abs=1e-5)
 
 
+def test_activation_checkpointing_changes_no_number_of_a_run_with_an_adapter(paths):
+    examples = tiny.examples(16)
+    plain, checkpointed = (
+        train_dpo(dpo(paths[0], activation_checkpointing=on), examples).history for on in (False, True)
+    )
+    assert checkpointed == plain
+
+
 def test_a_run_leaves_the_merged_model_and_the_adapter_that_makes_it(paths, tmp_path):
     folder = tmp_path / "run"
     result = train_dpo(dpo(paths[0], output_dir=str(folder)), tiny.examples(16))
@@ -155,6 +163,12 @@ def test_an_on_policy_run_shares_its_weights_and_starts_at_no_kl(paths):
         **LORA,
     )
     history = train_on_policy(cfg, tiny.examples(12), tiny.examples(4, seed=1)).history
+    checkpointed = replace(cfg, activation_checkpointing=True)
+    again = train_on_policy(checkpointed, tiny.examples(12), tiny.examples(4, seed=1)).history
+    for row, other in zip(history, again, strict=True):
+        assert {k: v for k, v in row.items() if "timing" not in k} == {
+            k: v for k, v in other.items() if "timing" not in k
+        }
     assert history[0]["objective/kl"] == 0
     assert history[1]["objective/kl"] != 0
     assert history[1]["eval_objective/kl"] > 0
