@@ -18,6 +18,9 @@ class PPOConfig(TrainConfig):
     per_device_train_batch_size: int = 64
     reward_model_path: str = ""
     """The judge; the critic starts from it too, where there is one."""
+    eval_reward_model_path: str = ""
+    """A second judge, for evaluation alone: where its score falls while the training judge's rises, the policy is
+    over-optimised. Empty: none."""
     total_episodes: int = 0
     """Episodes of the run, where `max_steps` is not given; 0: by epochs over the prompts."""
     num_train_epochs: float = 1.0
