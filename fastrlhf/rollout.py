@@ -8,6 +8,7 @@ each sampled token is recorded as it is drawn.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -144,6 +145,8 @@ def checked_rollouts(
         tokens, where = rollout.completion, f"engine: the rollout of row {rollout.prefix.row}"
         if not tokens or len(rollout.sampler_logprob) != len(tokens):
             raise ValueError(f"{where} has {len(tokens)} tokens and {len(rollout.sampler_logprob)} log-probs")
+        if not all(map(math.isfinite, rollout.sampler_logprob)):
+            raise ValueError(f"{where} has a log-prob that is not finite; the policy's weights are broken")
         if rollout.ended != (eos_token_id in tokens):
             raise ValueError(f"{where} says ended={rollout.ended}, but its tokens say otherwise")
         if stops_at_eos and eos_token_id in tokens[:-1]:

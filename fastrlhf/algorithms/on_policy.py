@@ -26,6 +26,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.algorithms.experience import Pack, pack_episodes, score_episodes
+from fastrlhf.algorithms.guards import check_kl
 from fastrlhf.algorithms.stage import Stage, StepMetrics, TrainResult, check_micro_batch
 from fastrlhf.algorithms.starts import draw_prefixes, make_roll_in, reset_fields
 from fastrlhf.config import PPOConfig
@@ -67,7 +68,7 @@ def train_on_policy(
     that. `held_out_judge` stands in for that of `eval_reward_model_path`. `engine` stands in for `make_engine`: it is
     called once, with the policy whose weights it must sample with at every `generate`. `reward_functions` are rewards
     of your own, by the names they are logged by. One row of metrics per update, TRL's names where it has them. Raises
-    ValueError for bad input before any time is spent, and for a score that is not finite.
+    ValueError for bad input before any time is spent, and where training must not go on (algorithms/guards.py).
     """
     needs_critic = config.advantage_estimator == "gae"
     if needs_critic or judge is None:
@@ -131,6 +132,7 @@ def train_on_policy(
             experience, metrics = score_episodes(
                 config, policy, reference, critic, rollouts, scores, packs, eos, rewards
             )
+            check_kl(config, step + 1, metrics["objective/kl"])
             scored = time.perf_counter()
             metrics |= update(config, policy, critic, optimizer, rollouts, experience, packs, seed=(config.seed, step))
             metrics |= {

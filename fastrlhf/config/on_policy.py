@@ -40,6 +40,8 @@ class PPOConfig(TrainConfig):
     """Replaces the score of a response that did not end (the DR-PO paper: -1)."""
     kl_coef: float = 0.05
     """Nats to reward: each token earns -kl_coef * log(policy / reference). RTO's beta2."""
+    max_kl: float | None = None
+    """Nats per response: training stops where `objective/kl`, of the sampled tokens, exceeds it. null: no limit."""
     score_coef: float = 1.0
     """Weight of the judge's score. RTO's beta3 (arXiv 2404.18922, eq. 4.7)."""
     score_norm: Literal["none", "running"] = "none"
@@ -112,6 +114,8 @@ class PPOConfig(TrainConfig):
         above_0(self, "temperature", "cliprange", "cliprange_value")
         if self.value_learning_rate is not None:
             above_0(self, "value_learning_rate")
+        if self.max_kl is not None:
+            above_0(self, "max_kl")
         if self.missing_eos_penalty is not None:
             at_least(self, 0, "missing_eos_penalty")
         for name in ("gamma", "lam", "reset_prob", "reset_curriculum"):
