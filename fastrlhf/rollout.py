@@ -1,9 +1,9 @@
 """From prefixes to completions.
 
-An engine is anything with `generate(prefixes) -> rollouts`. The one here decodes with the model in hand and the
-key-value cache of transformers: every prefix is prefilled (a reset costs no decode step), once for all the episodes
-that start there. Rows stop at their EOS or budget and are dropped from the cache as they finish, and the log-prob of
-each sampled token is recorded as it is drawn.
+An engine is anything with `generate(prefixes) -> rollouts`; rollout_vllm.py has another. The one here decodes with the
+model in hand and the key-value cache of transformers: every prefix is prefilled (a reset costs no decode step), once
+for all the episodes that start there. Rows stop at their EOS or budget and are dropped from the cache as they finish,
+and the log-prob of each sampled token is recorded as it is drawn.
 """
 
 from __future__ import annotations
@@ -59,12 +59,7 @@ class TransformersEngine:
     @torch.no_grad()
     def generate(self, prefixes: Sequence[Prefix]) -> list[Rollout]:
         """One rollout per prefix, in order. Raises ValueError where a prefix leaves no token to sample."""
-        for prefix in prefixes:
-            if prefix.num_reset >= self.response_length:
-                raise ValueError(
-                    f"response_length: {self.response_length} leaves nothing to sample after the {prefix.num_reset} "
-                    f"reset tokens of row {prefix.row}"
-                )
+        check_room(prefixes, self.response_length)
         # Rows of like length side by side waste least on the left of the prefill.
         order = sorted(range(len(prefixes)), key=lambda i: (len(prefixes[i].token_ids), prefixes[i].num_reset, i))
         rollouts: dict[int, Rollout] = {}
@@ -130,6 +125,16 @@ class TransformersEngine:
         ended = self.eos_token_id in tokens
         num = tokens.index(self.eos_token_id) + 1 if ended and self.stop_at_eos else len(tokens)
         return Rollout(prefix=prefix, completion=tokens[:num], sampler_logprob=logprobs[:num], ended=ended)
+
+
+def check_room(prefixes: Sequence[Prefix], response_length: int) -> None:
+    """Raises ValueError, naming the row, where the reset tokens of a prefix leave nothing to sample."""
+    for prefix in prefixes:
+        if prefix.num_reset >= response_length:
+            raise ValueError(
+                f"response_length: {response_length} leaves nothing to sample after the {prefix.num_reset} "
+                f"reset tokens of row {prefix.row}"
+            )
 
 
 def checked_rollouts(

@@ -45,6 +45,7 @@ from fastrlhf.models.loading import (
 from fastrlhf.optim import Optimizer, index_batches, num_steps
 from fastrlhf.rewards import RewardFunction, open_rewards
 from fastrlhf.rollout import Engine, TransformersEngine, checked_rollouts
+from fastrlhf.rollout_vllm import import_vllm, open_vllm
 from fastrlhf.types import Example, Experience, Rollout
 from fastrlhf_kernels import policy_loss, value_loss
 
@@ -75,6 +76,8 @@ def train_on_policy(
         if not config.reward_model_path:
             raise ValueError("reward_model_path: give the reward model that judges and from which the critic starts")
         read_model_config(config.reward_model_path, "reward_model_path", config.trust_remote_code)
+    if config.engine == "vllm" and engine is None:
+        import_vllm()
     if config.eval_reward_model_path:
         read_model_config(config.eval_reward_model_path, "eval_reward_model_path", config.trust_remote_code)
     tokenizer, data = open_inputs(config, reset_fields(config), examples, eval_examples)
@@ -207,8 +210,10 @@ def update(
     return _training_metrics(policy_totals.means("tokens"), value_means, steps)
 
 
-def make_engine(config: PPOConfig, policy: PreTrainedModel, eos_token_id: int) -> TransformersEngine:
-    """The default engine: samples from `policy` itself, as it is at each call."""
+def make_engine(config: PPOConfig, policy: PreTrainedModel, eos_token_id: int) -> Engine:
+    """The engine of the configuration; it samples from `policy` as it is at each call."""
+    if config.engine == "vllm":
+        return open_vllm(config, policy, eos_token_id)
     return TransformersEngine(
         model=policy,
         eos_token_id=eos_token_id,

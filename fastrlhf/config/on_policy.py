@@ -34,6 +34,11 @@ class PPOConfig(TrainConfig):
     """Divides the logits when sampling and in every log-prob of the run."""
     rollout_batch_size: int = 64
     """Episodes that are generated side by side."""
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """What generates them. vllm: an engine of vLLM in this process (install fastrlhf[vllm]), which is handed the
+    weights of the policy before each batch; evaluation stays with transformers. Not yet run on a GPU."""
+    vllm_gpu_memory_utilization: float = 0.3
+    """Share of the GPU's memory that vLLM takes, its copy of the weights included."""
     missing_eos_penalty: float | None = None
     """Subtracted from the score of a response that did not end (TRL)."""
     missing_eos_score: float | None = None
@@ -112,6 +117,11 @@ class PPOConfig(TrainConfig):
         at_least(self, 0, "kl_coef", "vf_coef", "total_episodes", "num_sample_generations")
         at_least(self, 0, "score_coef", "score_clip", "dpo_reward_clip", "length_coef")
         above_0(self, "temperature", "cliprange", "cliprange_value")
+        share = self.vllm_gpu_memory_utilization
+        require(0 < share < 1, "vllm_gpu_memory_utilization", share, "above 0 and below 1")
+        if self.engine == "vllm":
+            require(not self.model_config, "model_config", self.model_config, "empty with engine vllm, which reads it")
+            require(self.temperature >= 0.01, "temperature", self.temperature, "at least 0.01 with engine vllm")
         if self.value_learning_rate is not None:
             above_0(self, "value_learning_rate")
         if self.max_kl is not None:
