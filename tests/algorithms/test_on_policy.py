@@ -305,3 +305,26 @@ def test_without_a_critic_the_reward_model_is_the_judge_alone(paths):
     assert result.history[0]["objective/scores"] == with_critic.history[0]["objective/scores"]
     assert result.value_model is None
     assert with_critic.value_model is not None
+
+
+def test_a_second_reward_model_judges_the_held_out_prompts_and_moves_nothing(paths, tmp_path):
+    other = tiny.save_reward_model(tmp_path / "other", seed=11)
+    held_out = tiny.examples(6, seed=1)
+    cfg = config(paths, eval_steps=1)
+    plain = train_on_policy(cfg, tiny.examples(40), held_out)
+    judged = train_on_policy(replace(cfg, eval_reward_model_path=other), tiny.examples(40), held_out)
+    rows = [{k: v for k, v in row.items() if not k.startswith("timing/")} for row in plain.history]
+    for row, other_row in zip(rows, judged.history, strict=True):
+        assert row.items() <= other_row.items()
+        assert other_row["eval_held_out/scores"] != other_row["eval_objective/scores"]
+        assert other_row["eval_held_out/scores_stderr"] > 0
+    same = train_on_policy(replace(cfg, eval_reward_model_path=cfg.reward_model_path), tiny.examples(40), held_out)
+    assert all(row["eval_held_out/scores"] == row["eval_objective/scores"] for row in same.history)
+
+
+def test_a_second_judge_without_held_out_prompts_is_refused_before_anything_is_loaded(paths):
+    cfg = config(paths, eval_reward_model_path=paths["reward_model_path"])
+    with pytest.raises(ValueError, match=r"^eval_reward_model_path: nothing to judge; give num_eval_examples"):
+        run(cfg)
+    with pytest.raises(ValueError, match=r"^eval_reward_model_path: 'nowhere' is neither a folder here nor"):
+        run(cfg, eval_reward_model_path="nowhere")
