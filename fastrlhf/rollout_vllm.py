@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 
 from fastrlhf.config import PPOConfig
 from fastrlhf.data.resets import uniforms
+from fastrlhf.models.adapters import plain_weights
 from fastrlhf.rollout import SAMPLE_STREAM, check_room
 from fastrlhf.types import Prefix, Rollout
 
@@ -54,8 +55,7 @@ class VLLMEngine:
     def generate(self, prefixes: Sequence[Prefix]) -> list[Rollout]:
         """One rollout per prefix, in order. Raises ValueError where a prefix leaves no token to sample."""
         check_room(prefixes, self.response_length)
-        weights = ((name, weight.detach()) for name, weight in self.policy.named_parameters())
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": plain_weights(self.policy)})
         self.llm.reset_prefix_cache()  # keys and values of the weights before
         answers = self.llm.generate(
             [{"prompt_token_ids": prefix.token_ids} for prefix in prefixes],

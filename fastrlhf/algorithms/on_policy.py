@@ -4,7 +4,7 @@ et al. 2024, arXiv 2404.18922): one trainer.
     repeat
       prefixes    prompts, or with probability `reset_prob` a prompt and the first k tokens of a response to it
       rollouts    the policy writes on from there
-      scores      the judge reads the whole response
+      scores      the judge reads the whole response (with `psi`, against other responses: PsiPO's reward)
       experience  log-probs under sampler and reference, values, rewards (of the tokens, too, where a DPO model gives
                   them), advantages: of the sampled tokens only
       updates     `num_ppo_epochs` passes of the clipped losses over the packs
@@ -27,6 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.algorithms.experience import Pack, pack_episodes, score_episodes
 from fastrlhf.algorithms.guards import check_kl
+from fastrlhf.algorithms.psipo import dataset_opponents, load_psi, psi_judge
 from fastrlhf.algorithms.stage import Stage, StepMetrics, TrainResult, check_micro_batch
 from fastrlhf.algorithms.starts import draw_prefixes, make_roll_in, reset_fields
 from fastrlhf.config import PPOConfig
@@ -81,7 +82,10 @@ def train_on_policy(
         import_vllm()
     if config.eval_reward_model_path:
         read_model_config(config.eval_reward_model_path, "eval_reward_model_path", config.trust_remote_code)
-    tokenizer, data = open_inputs(config, reset_fields(config), examples, eval_examples)
+    psi = load_psi(config.psi, config.psi_clip) if config.psi else None
+    opponents = [config.psi_opponents] if psi and config.psi_opponents != "rollouts" else []
+    fields = list(dict.fromkeys([*reset_fields(config), *opponents]))
+    tokenizer, data = open_inputs(config, fields, examples, eval_examples)
     prompts = with_room(data.train, "train", config.max_length, config.response_length)
     held_out = with_room(data.eval, "eval", config.max_length, config.response_length) if data.eval else []
     if (held_out_judge or config.eval_reward_model_path) and not held_out:
@@ -110,6 +114,9 @@ def train_on_policy(
     if held_out_judge is None and config.eval_reward_model_path:
         frozen = _open_reward_model(config, "eval_reward_model_path", policy, tokenizer)
         held_out_judge = reward_model_judge(frozen, eos_token_id=eos, micro_batch_tokens=config.micro_batch_tokens)
+    score = judge
+    if psi:
+        score = psi_judge(judge, dataset_opponents(prompts, opponents) if opponents else None, psi)
     sampler = (engine or make_engine)(config, policy, eos)
     roll_in = make_roll_in(config, reference, eos) if config.reset_source == "sample" else None
     num_groups = config.batch_size // config.reset_group_size
@@ -132,7 +139,7 @@ def train_on_policy(
                 sampler.generate(prefixes), prefixes, eos_token_id=eos, stops_at_eos=config.compat == "fixed"
             )
             sampled = time.perf_counter()
-            scores = checked_scores(judge(rollouts), rollouts, policy.device)
+            scores = checked_scores(score(rollouts), rollouts, policy.device)
             order = np.random.default_rng([config.seed, step]).permutation(num_groups).tolist()
             packs = pack_episodes(config, rollouts, order, policy.device)
             experience, metrics = score_episodes(

@@ -39,6 +39,14 @@ class PPOConfig(TrainConfig):
     weights of the policy before each batch; evaluation stays with transformers. Not yet run on a GPU."""
     vllm_gpu_memory_utilization: float = 0.3
     """Share of the GPU's memory that vLLM takes, its copy of the weights included."""
+    psi: str = ""
+    """Instead of its score r a response earns the mean over `psi_opponents` y' of Psi(sigmoid(r(y) - r(y'))), PsiPO's g
+    (Azar et al. 2023, arXiv 2310.12036, eq. 7); kl_coef is then tau. identity (IPO), logit, clipped_logit, or a
+    function of yours, as module:function or file.py:function. Empty: the score itself."""
+    psi_clip: float = 3.0
+    """Nats; of clipped_logit."""
+    psi_opponents: Literal["reference", "chosen", "rejected", "rollouts"] = "reference"
+    """The response of the dataset to the same prompt, or the other rollouts of its group."""
     missing_eos_penalty: float | None = None
     """Subtracted from the score of a response that did not end (TRL)."""
     missing_eos_score: float | None = None
@@ -130,6 +138,10 @@ class PPOConfig(TrainConfig):
             at_least(self, 0, "missing_eos_penalty")
         for name in ("gamma", "lam", "reset_prob", "reset_curriculum"):
             require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "in 0..1")
+        require(not (self.use_dora and self.engine == "vllm"), "use_dora", self.use_dora, "false with engine vllm")
+        above_0(self, "psi_clip")
+        alone = bool(self.psi) and self.psi_opponents == "rollouts" and self.reset_group_size == 1
+        require(not alone, "reset_group_size", self.reset_group_size, "at least 2 where psi_opponents is rollouts")
         require(self.reset_min in (0, 1), "reset_min", self.reset_min, "0 or 1")
         require(
             self.missing_eos_penalty is None or self.missing_eos_score is None,

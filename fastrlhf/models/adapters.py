@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 from torch.nn import Module
 from transformers import PreTrainedModel
 
@@ -82,6 +84,20 @@ def merge_adapter(model: PreTrainedModel) -> None:
             layer.merge(safe_merge=True)
             setattr(parent, name, layer.get_base_layer())
         model.requires_grad_(True)
+
+
+@torch.no_grad()
+def plain_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of the weights that the plain model would have with the adapter added, one at a time: what another
+    engine samples with. Not for DoRA."""
+    layers = {id(layer.get_base_layer().weight): layer for _, _, layer in _adapted(model)}
+    for name, weight in model.named_parameters():
+        if ".lora_" not in name:
+            layer = layers.get(id(weight))
+            added = weight
+            if layer is not None:
+                added = weight + layer.get_delta_weight("default").to(weight.dtype)  # pyright: ignore[reportAttributeAccessIssue]
+            yield name.replace(".base_layer.", "."), added.detach()
 
 
 def save_adapter(model: PreTrainedModel, folder: Path) -> None:

@@ -15,7 +15,7 @@ from fastrlhf.algorithms.reward_model import train_reward_model
 from fastrlhf.algorithms.sft import train_sft
 from fastrlhf.config import DPOConfig, PPOConfig, RewardConfig, SFTConfig
 from fastrlhf.data.packing import pack
-from fastrlhf.models.adapters import add_adapter, frozen_copy, has_adapter, merge_adapter
+from fastrlhf.models.adapters import add_adapter, frozen_copy, has_adapter, merge_adapter, plain_weights
 from fastrlhf.models.forward import sequence_scores, token_logprobs
 from fastrlhf.models.loading import load_reward_model
 from fastrlhf.types import Segment
@@ -79,6 +79,19 @@ def test_a_score_head_is_trained_and_the_judge_has_one_of_its_own(paths):
         disturb(critic)
         assert torch.equal(sequence_scores(judge, BATCH), before)
         assert (sequence_scores(critic, BATCH) - before).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("adapter", [None, {}, {"use_rslora": True}], ids=["none", "lora", "rslora"])
+def test_the_plain_weights_are_those_of_the_merged_model(adapter):
+    model = tiny.policy("qwen3")
+    if adapter is not None:
+        add_adapter(model, SFTConfig(**LORA | adapter))
+        disturb(model)
+    weights = dict(plain_weights(model))
+    merge_adapter(model)
+    assert list(weights) == [name for name, _ in model.named_parameters()]
+    for name, merged in model.named_parameters():
+        torch.testing.assert_close(weights[name], merged, rtol=1e-6, atol=1e-6)
 
 
 def test_the_adapter_is_drawn_with_the_seed():
