@@ -21,7 +21,8 @@ SATURATED = (
 class Diagnoses:
     """Looks at the metrics of one step after the other; each finding is told once."""
 
-    def __init__(self) -> None:
+    def __init__(self, losses: Sequence[str]) -> None:
+        self._losses = losses
         self._first: list[Mapping[str, float]] = []
         self._last: list[Mapping[str, float]] = []
         self._told: set[str] = set()
@@ -39,8 +40,11 @@ class Diagnoses:
         chosen, rejected = change["logps/chosen"], change["logps/rejected"]
         margin, accuracy = _mean(self._last, "rewards/margins"), _mean(self._last, "rewards/accuracies")
         found = {
-            BOTH_FALL: max(chosen, rejected) < -1 and margin > max(0.0, _mean(self._first, "rewards/margins")),
-            SATURATED: accuracy > 0.99 and margin > 10,  # sigmoid(-10) is 5e-5
+            BOTH_FALL: "sft" not in self._losses
+            and max(chosen, rejected) < -1
+            and margin > max(0.0, _mean(self._first, "rewards/margins")),
+            # sigmoid(-10) is 5e-5; the margin of ipo is large where it has reached its target
+            SATURATED: "ipo" not in self._losses and accuracy > 0.99 and margin > 10,
         }
         new = [text for text, holds in found.items() if holds and text not in self._told]
         self._told.update(new)

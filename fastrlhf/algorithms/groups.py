@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from fastrlhf.algorithms.stage import Stage, StepMetrics, TrainResult, check_mic
 from fastrlhf.config import DPOConfig
 from fastrlhf.data.inputs import open_inputs
 from fastrlhf.data.packing import forest, group, micro_batches, num_computed, num_in_sequences, pack
-from fastrlhf.models.loading import open_policy, read_model_config
+from fastrlhf.models.loading import open_policy
 from fastrlhf.optim import Optimizer, index_batches, num_steps
 from fastrlhf.types import Example, TokenizedExample
 from fastrlhf_kernels import LossOutput, Sum
@@ -60,8 +60,6 @@ def train_groups(
     equals its reference.
     """
     psi = load_psi(config.psi, config.psi_clip)
-    if config.reward_model_path:
-        read_model_config(config.reward_model_path, "reward_model_path", config.trust_remote_code)
     tokenizer, data = open_inputs(config, ["responses"], examples, eval_examples)
     rows = [*data.train, *data.eval]
     trees = [_tree(example, config) for example in rows]
@@ -71,7 +69,8 @@ def train_groups(
     model = open_policy(config, tokenizer)
     num_train, held_out = len(data.train), range(len(data.train), len(trees))
     steps = num_steps(config, num_train)
-    reference = open_reference(config, model, trees)
+    trained = chain.from_iterable(index_batches(num_train, config.batch_size, steps, config.seed))
+    reference = open_reference(config, model, trees, chain(trained, held_out))
     optimizer = Optimizer({"": model}, config, num_steps=steps)
     evaluation: dict[str, float] = {}
 
@@ -171,7 +170,8 @@ def _named(means: dict[str, float], config: DPOConfig) -> dict[str, float]:
 
 
 def _tree(example: TokenizedExample, config: DPOConfig) -> Tree:
-    assert example.responses is not None
+    if not example.responses or len(example.responses) < 2:
+        raise ValueError(f"row {example.row}: a group needs two responses at least")
     return group(example.prompt, example.responses, scored=True, share_prompt=config.share_prompts)
 
 

@@ -38,6 +38,7 @@ from fastrlhf.evaluation.judges import Judge, checked_scores, reward_model_judge
 from fastrlhf.models.adapters import frozen_copy
 from fastrlhf.models.forward import token_logprobs, token_values
 from fastrlhf.models.loading import (
+    check_same_tokenizer,
     check_same_vocabulary,
     load_reward_model,
     make_trainable,
@@ -105,7 +106,7 @@ def train_on_policy(
         reward_model = _open_reward_model(config, "reward_model_path", policy, tokenizer)
     critic = reward_model if needs_critic else None
     if critic:
-        make_trainable(critic, config)
+        make_trainable(critic, config, config.reward_model_path)
     eos, _ = special_ids(tokenizer)
     if judge is None:
         assert reward_model is not None
@@ -239,6 +240,7 @@ def _open_reward_model(
     config: PPOConfig, field: str, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> PreTrainedModel:
     """The reward model that `field` names, with its trained head: a judge's weights, and where the critic starts."""
+    check_same_tokenizer(field, getattr(config, field), tokenizer, config, required=False)
     reward_model = load_reward_model(
         getattr(config, field),
         field=field,

@@ -3,8 +3,8 @@
 
     repeat: draw a batch of pairs; D = log-ratio of chosen - log-ratio of rejected; loss(D) / pairs; step
 
-The reference is the policy before its first step, so it is never a second model: its log-probs are computed once
-(algorithms/reference.py).
+The reference is the policy before its first step unless another is named. Its log-probs are computed once, so that no
+second model stays in memory (algorithms/reference.py).
 
 `fastrlhf dpo --config FILE`
 """
@@ -15,6 +15,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ from fastrlhf.data.inputs import open_inputs
 from fastrlhf.data.labels import COUNTS
 from fastrlhf.data.packing import forest, micro_batches, num_computed, num_in_sequences, pack, pair
 from fastrlhf.models.forward import token_logprobs
-from fastrlhf.models.loading import open_policy
+from fastrlhf.models.loading import open_policy, read_model_config
 from fastrlhf.optim import Optimizer, index_batches, num_steps
 from fastrlhf.types import Example, PackedBatch, TokenizedExample
 from fastrlhf_kernels import LossOutput, Metric, Sum, TokenLogprobs, pair_loss
@@ -47,7 +48,7 @@ class Pairs:
 
     trees: list[Tree]
     label_prob: Tensor | None
-    """[B] float32; None where every label is hard"""
+    """[B] float32 on the CPU, as the others; None where every label is hard"""
     target: Tensor | None
     """[B] float32 nats, what PsiPO asks of the difference of log-ratios; None where psi is the identity"""
     margin: Tensor | None
@@ -82,20 +83,24 @@ def train_dpo(
     Raises ValueError for bad input before any time is spent, and where the loss of the untrained policy is not what it
     must be (ln 2 for DPO).
     """
+    if config.reward_model_path:
+        read_model_config(config.reward_model_path, "reward_model_path", config.trust_remote_code)
     if config.psi_backend == "groupwise":
+        # It shares this module's trainer in all but the loss, and imports from it.
         return import_module("fastrlhf.algorithms.groups").train_groups(config, examples, eval_examples)
     tokenizer, data = open_inputs(config, _fields(config), examples, eval_examples)
     rows = [*data.train, *data.eval]
     trees = [_tree(example, config) for example in rows]
     check_micro_batch(config, rows, [num_computed(tree) for tree in trees])
+    everything = _pairs(config, rows, trees, tokenizer)
     model = open_policy(config, tokenizer)
-    everything = _pairs(config, rows, trees, tokenizer, model.device)
     num_train, held_out = len(data.train), range(len(data.train), len(trees))
     steps = num_steps(config, num_train)
     if "ipo" in config.losses and config.psi == "identity" and config.label_source == "data":
         log.info(describe_target(config, everything))
-    reference = open_reference(config, model, trees)
-    optimizer, diagnoses = Optimizer({"": model}, config, num_steps=steps), Diagnoses()
+    trained = chain.from_iterable(index_batches(num_train, config.batch_size, steps, config.seed))
+    reference = open_reference(config, model, trees, chain(trained, held_out))
+    optimizer, diagnoses = Optimizer({"": model}, config, num_steps=steps), Diagnoses(config.losses)
     evaluation: dict[str, float] = {}
 
     with Stage(config.losses[0].replace("sigmoid", "dpo"), config, steps, (model, tokenizer)) as stage:
@@ -105,9 +110,10 @@ def train_dpo(
                 output = _loss(config, model, reference, everything, [indices[i] for i in micro], drawn)
                 output.loss.backward()
                 totals.add(output.metrics)
-            metrics = _named(config, totals.means("pairs"))
+            means = totals.means("pairs")
             if step == 0 and not config.ref_model_name_or_path:
-                check_first_loss(config, drawn, metrics)
+                check_first_loss(config, drawn, means)
+            metrics = _named(config, means)
             metrics |= {**optimizer.step(), "num_tokens": sum(map(num_in_sequences, drawn.trees))}
             metrics["num_unique_tokens"] = sum(map(num_computed, drawn.trees))
             if held_out and stage.due(step, config.eval_steps):
@@ -155,6 +161,10 @@ def _pair_loss(
     pairs: Pairs,
     num_pairs: int,
 ) -> LossOutput:
+    label_prob, target, margin = (
+        None if column is None else column.to(logprob.device, non_blocking=True)
+        for column in (pairs.label_prob, pairs.target, pairs.margin)
+    )
     return pair_loss(
         logprob,
         reference_logprob,
@@ -164,9 +174,9 @@ def _pair_loss(
         kind=KINDS[name],
         beta=config.beta,
         label_smoothing=config.label_smoothing,
-        label_prob=pairs.label_prob if pairs.target is None else None,
-        margin=pairs.margin,
-        target=pairs.target,
+        label_prob=label_prob if target is None else None,
+        margin=margin,
+        target=target,
         length_norm=length_norm(config, name),
     )
 
@@ -186,10 +196,12 @@ def _token_metrics(scored: TokenLogprobs, batch: PackedBatch) -> dict[str, Metri
 
 
 def length_norm(config: DPOConfig, loss_type: str) -> str:
-    """What `auto` means: the mean over tokens for ipo, as in TRL; the sum for all else, PsiPO among them."""
+    """What `auto` means: the mean over tokens for ipo of hard labels, as in TRL; the sum for all else, PsiPO among
+    them."""
     if config.length_norm != "auto":
         return config.length_norm
-    return "mean" if loss_type == "ipo" and config.psi == "identity" else "sum"
+    plain = config.psi == "identity" and config.label_source == "data"
+    return "mean" if loss_type == "ipo" and plain else "sum"
 
 
 def describe_target(config: DPOConfig, pairs: Pairs) -> str:
@@ -205,17 +217,17 @@ def describe_target(config: DPOConfig, pairs: Pairs) -> str:
     )
 
 
-def check_first_loss(config: DPOConfig, pairs: Pairs, metrics: Mapping[str, float]) -> None:
+def check_first_loss(config: DPOConfig, pairs: Pairs, means: Mapping[str, float]) -> None:
     """Raises ValueError where a loss is not that of a policy which still equals its reference: ln 2 for DPO, 1 for
     hinge, (1 / (2 tau))^2 for IPO, more or less where there are margins or soft labels.
 
     Every log-ratio is then 0 but for rounding: 3e-5 of a response's log-prob are allowed, 1e-2 in bfloat16.
     """
-    size = abs(metrics["logps/chosen"]) + abs(metrics["logps/rejected"])
+    size = abs(means["logprob_chosen"]) + abs(means["logprob_rejected"])
     rounding = (3e-5 if config.dtype == "float32" else 1e-2) * size
     for name in (name for name in config.losses if name != "sft"):
         low, expected, high = (_loss_at(config, name, pairs, x) for x in (-rounding, 0.0, rounding))
-        loss = metrics[f"loss/{name}" if len(config.losses) > 1 else "loss"]
+        loss = means[f"loss/{name}"]
         if not abs(loss - expected) <= max(abs(low - expected), abs(high - expected)) + 1e-6:
             raise ValueError(
                 f"the first {name} loss is {loss:.6g} where a policy that equals its reference has {expected:.6g}: "
@@ -225,9 +237,8 @@ def check_first_loss(config: DPOConfig, pairs: Pairs, metrics: Mapping[str, floa
 
 def _loss_at(config: DPOConfig, name: str, pairs: Pairs, difference: float) -> float:
     """The mean loss of the pairs if all had this difference of log-ratios."""
-    device = next((x.device for x in (pairs.label_prob, pairs.target, pairs.margin) if x is not None), None)
-    logprob = torch.tensor([difference, 0.0], device=device).repeat(len(pairs))
-    cu_rows = torch.arange(2 * len(pairs) + 1, dtype=torch.int32, device=device)
+    logprob = torch.tensor([difference, 0.0]).repeat(len(pairs))
+    cu_rows = torch.arange(2 * len(pairs) + 1, dtype=torch.int32)
     return _pair_loss(config, name, logprob, None, cu_rows, pairs, len(pairs)).loss.item()
 
 
@@ -276,17 +287,17 @@ def _pairs(
     examples: Sequence[TokenizedExample],
     trees: list[Tree],
     tokenizer: PreTrainedTokenizerBase,
-    device: torch.device,
 ) -> Pairs:
-    prob, target, margin = pair_probabilities(config, examples, trees, tokenizer), None, None
+    psi = None
     if config.psi != "identity":
-        hard = torch.ones(len(examples), dtype=torch.float64)
         psi = load_psi(config.psi, config.psi_clip)
-        target = pair_target(psi, hard if prob is None else prob, config.beta).to(device)
-    if config.margin_scale:
-        margin = config.margin_scale * pair_margins(examples).to(device)
-    label_prob = None if prob is None else prob.float().to(device)
-    return Pairs(trees=trees, label_prob=label_prob, target=target, margin=margin)
+        pair_target(psi, torch.full((1,), 0.6), config.beta)  # refused, if at all, before anything is scored
+    margin = config.margin_scale * pair_margins(examples) if config.margin_scale else None
+    prob, target = pair_probabilities(config, examples, trees, tokenizer), None
+    if psi:
+        hard = torch.ones(len(examples), dtype=torch.float64)
+        target = pair_target(psi, hard if prob is None else prob, config.beta)
+    return Pairs(trees=trees, label_prob=None if prob is None else prob.float(), target=target, margin=margin)
 
 
 def _tree(example: TokenizedExample, config: DPOConfig) -> Tree:

@@ -7,9 +7,10 @@ over the data, as one epoch of the copy would, and no second model.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,16 +33,21 @@ Reference = Callable[[PackedBatch, Sequence[int]], Tensor]
 """(pack, indices of its trees) -> log pi_ref of its sequences [N] float32, in nats, without gradient."""
 
 
-def open_reference(config: DPOConfig, policy: PreTrainedModel, trees: Sequence[Tree]) -> Reference:
+def open_reference(
+    config: DPOConfig, policy: PreTrainedModel, trees: Sequence[Tree], needed: Iterable[int]
+) -> Reference:
     """The reference of `config`: `ref_model_name_or_path`, or the policy as it is now.
 
-    `trees` are all that it will ever be asked about. Raises ValueError where the reference
-    does not fit the policy, gives a log-prob that is not finite, or the cache cannot be used.
+    It will be asked about the `needed` of the `trees`, and these are computed; all of them where they are kept for
+    other runs. Raises ValueError where the reference does not fit the policy, gives a log-prob that is not finite, or
+    the cache cannot be used.
     """
     if not config.precompute_ref_log_probs:
         model = _open(config, policy) if config.ref_model_name_or_path else frozen_copy(policy)
         return torch.no_grad()(lambda batch, indices: sequence_logprobs(model, batch))
-    per_tree = _precomputed(config, policy, trees).to(policy.device).split([num_responses(tree) for tree in trees])
+    computed = range(len(trees)) if config.ref_cache_dir else sorted(set(needed))
+    sums = _precomputed(config, policy, [trees[i] for i in computed]).to(policy.device)
+    per_tree = dict(zip(computed, sums.split([num_responses(trees[i]) for i in computed]), strict=True))
     return lambda batch, indices: torch.cat([per_tree[i] for i in indices])
 
 
@@ -92,13 +98,17 @@ def _open(config: DPOConfig, policy: PreTrainedModel) -> PreTrainedModel:
 
 
 def _fingerprint(config: DPOConfig, policy: PreTrainedModel, trees: Sequence[Tree]) -> str:
-    """Of everything that the log-probs depend on but the machine: weights, dtype, and the tokens of every tree."""
+    """Of everything that the log-probs depend on but the machine: configuration, weights, dtype, tokens."""
     digest = hashlib.sha256(config.dtype.encode())
     if config.ref_model_name_or_path:
         _digest_files(digest, config.ref_model_name_or_path)
     else:
+        settings = {name: value for name, value in policy.config.to_dict().items() if name != "_name_or_path"}
+        digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
         for name, tensor in policy.state_dict().items():
-            digest.update(name.encode())
+            if ".lora_" in name:  # not yet trained, so that it adds nothing
+                continue
+            digest.update(name.replace(".base_layer.", ".").encode())
             digest.update(tensor.detach().reshape(-1).view(torch.uint8).cpu().numpy())
     for segment in (segment for tree in trees for segment in tree):
         digest.update(

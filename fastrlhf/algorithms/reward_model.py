@@ -55,7 +55,7 @@ def train_reward_model(
         trust_remote_code=config.trust_remote_code,
     )
     check_same_vocabulary({"model_name_or_path": model}, len(tokenizer))
-    make_trainable(model, config)
+    make_trainable(model, config, config.model_name_or_path)
     pairs = [_tree(example, config) for example in data.train]
     held_out = [_tree(example, config) for example in data.eval]
     margins, held_out_margins = (_margins(config, part, model.device) for part in (data.train, data.eval))

@@ -12,7 +12,7 @@ from fastrlhf.config import DPOConfig
 from fastrlhf.data.packing import forest, micro_batches, num_computed, pack
 from fastrlhf.data.tokens import special_ids
 from fastrlhf.models.forward import sequence_scores, token_logprobs
-from fastrlhf.models.loading import check_same_vocabulary, load_reward_model, resolve_device
+from fastrlhf.models.loading import check_same_tokenizer, check_same_vocabulary, load_reward_model, resolve_device
 from fastrlhf.types import PackedBatch, Segment
 
 Tree = Sequence[Segment]
@@ -55,6 +55,7 @@ def num_responses(tree: Tree) -> int:
 
 def reward_scores(config: DPOConfig, trees: Sequence[Tree], tokenizer: PreTrainedTokenizerBase) -> list[Tensor]:
     """Scores [K] of the responses of every tree by `reward_model_path`, which is loaded, used and freed."""
+    check_same_tokenizer("reward_model_path", config.reward_model_path, tokenizer, config, required=False)
     model = load_reward_model(
         config.reward_model_path,
         pad_token_id=special_ids(tokenizer)[1],

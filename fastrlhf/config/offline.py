@@ -63,7 +63,8 @@ class DPOConfig(TrainConfig):
     label_smoothing: float = 0.0
     """Share of pairs believed to be labelled the wrong way round (cDPO; robust needs it below 0.5)."""
     length_norm: Literal["auto", "sum", "mean", "pair_mean"] = "auto"
-    """Of a response's log-ratio. auto: mean over tokens for ipo (as in TRL), else sum. The IPO paper is `sum`."""
+    """Of a response's log-ratio. auto: mean over tokens for ipo with hard labels (as in TRL), else sum, as in the
+    papers."""
     ref_model_name_or_path: str = ""
     """The reference; empty: the model before training."""
     precompute_ref_log_probs: bool = True
@@ -135,5 +136,6 @@ class DPOConfig(TrainConfig):
             require(self.length_norm in ("auto", "sum"), "length_norm", self.length_norm, f"auto or sum {because}")
             require(not self.label_smoothing, "label_smoothing", self.label_smoothing, f"0 {because}")
         if groups:
+            require(not self.loss_weights, "loss_weights", self.loss_weights, f"empty {because}")
             sources = ("data", "reward_model")
             require(self.label_source in sources, "label_source", self.label_source, f"data or reward_model {because}")

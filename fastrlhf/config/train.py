@@ -83,7 +83,8 @@ class TrainConfig:
     gradient_accumulation_steps: int = 1
     """Multiplies the batch, as in TRL. How a batch is cut to fit memory is `micro_batch_tokens`' business alone."""
     micro_batch_tokens: int = 8192
-    """Tokens of one forward and backward, at most. It changes memory and speed, never a gradient."""
+    """Tokens of one forward and backward, at most; the keys of a shared prompt, gathered anew for every branch, are not
+    counted. It changes memory and speed, never a gradient."""
     num_train_epochs: float = 3.0
     """Passes over the data, where `max_steps` is not given."""
     max_steps: int = -1

@@ -11,24 +11,26 @@ import copy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Linear, Module
 from transformers import PreTrainedModel
 
 from fastrlhf.config import TrainConfig
 
 if TYPE_CHECKING:
+    from peft import LoraConfig
     from peft.tuners.tuners_utils import BaseTunerLayer
 
 
-def add_adapter(model: PreTrainedModel, config: TrainConfig) -> None:
+def add_adapter(model: PreTrainedModel, config: TrainConfig, base: str) -> None:
     """Freezes the model and injects an adapter with the `lora_` keys of `config`, drawn with its seed; a `score` head
-    stays trainable. Until the first step the model's numbers are those it had.
+    stays trainable. Until the first step the model's numbers are those it had. `base` is where it was loaded from.
 
-    Raises ValueError where no module of the model fits `lora_target_modules`.
+    Raises ValueError where no module of the model fits `lora_target_modules`, and for embeddings and heads, whose
+    weights are read without their module.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -41,8 +43,10 @@ def add_adapter(model: PreTrainedModel, config: TrainConfig) -> None:
         exclude_modules=["score"] if hasattr(model, "score") else None,
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
-        base_model_name_or_path=config.model_name_or_path,
+        base_model_name_or_path=base,
     )
+    outer = (model.get_input_embeddings(), model.get_output_embeddings())
+    apart = [module.weight for module in outer if module is not None]
     device = model.device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(config.seed)
@@ -50,7 +54,10 @@ def add_adapter(model: PreTrainedModel, config: TrainConfig) -> None:
             inject_adapter_in_model(settings, model)
         except ValueError as error:
             fit = f"{', '.join(targets)} fit no layer of {type(model).__name__}"
-            raise ValueError(f"lora_target_modules: {fit}") from error
+            raise ValueError(f"lora_target_modules: {fit}: {error}") from error
+    for _, name, layer in _adapted(model):
+        if any(layer.get_base_layer().weight is weight for weight in apart):
+            raise ValueError(f"lora_target_modules: {name} is an embedding or a head; name layers of the trunk")
     head = getattr(model, "score", None)
     if head is not None:
         head.requires_grad_(True)
@@ -101,16 +108,19 @@ def plain_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
 
 
 def save_adapter(model: PreTrainedModel, folder: Path) -> None:
-    """Writes the adapter alone, in peft's form, into `folder`."""
+    """Writes the adapter alone, and a trained head, in peft's form, into `folder`."""
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
-    settings = model.peft_config["default"]
+    settings = cast("LoraConfig", copy.deepcopy(model.peft_config["default"]))
     folder.mkdir(parents=True, exist_ok=True)
     # The names that a PeftModel around the plain model would give.
     weights = {f"base_model.model.{name}": w.contiguous() for name, w in get_peft_model_state_dict(model).items()}
+    if hasattr(model, "score"):
+        settings.modules_to_save = ["score"]
+        weights["base_model.model.score.weight"] = cast(Linear, model.score).weight.detach().contiguous()
     save_file(weights, folder / "adapter_model.safetensors")
-    settings.save_pretrained(folder)
+    settings.save_pretrained(str(folder))
 
 
 def _adapted(model: Module) -> list[tuple[Module, str, BaseTunerLayer]]:

@@ -7,7 +7,8 @@ plan that the forward was given as the keyword `attention_plan`. Backends, best 
     varlen       torch.nn.attention.varlen      CUDA, bf16 or fp16, no soft-capping
     segments     one SDPA call per segment      any device and dtype
 
-A [T, T] mask is never built: it makes packing slower than padding.
+A [T, T] mask is never built: it makes packing slower than padding. No mask function is registered beside the attention
+function, for transformers would look for packed sequences in the positions before it calls one, and wait for the GPU.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface
 
 from fastrlhf.types import AttentionPlan
 
@@ -160,4 +160,3 @@ def _installed(module: str) -> bool:
 
 
 AttentionInterface.register(PACKED, _attend)
-AttentionMaskInterface.register(PACKED, lambda *args, **kwargs: None)

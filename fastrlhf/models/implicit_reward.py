@@ -15,9 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.config import PPOConfig
-from fastrlhf.data.tokens import load_tokenizer
 from fastrlhf.models.forward import token_logprobs
-from fastrlhf.models.loading import check_same_vocabulary, load_policy, resolve_device
+from fastrlhf.models.loading import check_same_tokenizer, check_same_vocabulary, load_policy, resolve_device
 from fastrlhf.types import PackedBatch
 
 
@@ -50,9 +49,11 @@ def open_implicit_reward(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) 
     """The models of `dpo_model_path` and `dpo_ref_model_path`. Raises ValueError, before any weights are loaded, where
     one of them has another tokenizer than the run."""
     sources = {"dpo_model_path": config.dpo_model_path, "dpo_ref_model_path": config.dpo_ref_model_path}
+    if config.dpo_ref_model_path == config.model_name_or_path:
+        del sources["dpo_ref_model_path"]  # the run's own reference
     sources = {field: source for field, source in sources.items() if source}
     for field, source in sources.items():
-        _check_tokenizer(field, source, config, tokenizer)
+        check_same_tokenizer(field, source, tokenizer, config, required=True)
     models = {
         field: load_policy(
             source,
@@ -65,21 +66,3 @@ def open_implicit_reward(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) 
     }
     check_same_vocabulary(models, len(tokenizer))
     return ImplicitReward(model=models["dpo_model_path"], reference=models.get("dpo_ref_model_path"))
-
-
-def _check_tokenizer(field: str, source: str, config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    try:
-        other = load_tokenizer(source, eos_token=config.eos_token or None, trust_remote_code=config.trust_remote_code)
-    except ValueError as error:
-        raise ValueError(f"{field}: {error}; save the tokenizer of its training beside it") from error
-    ours, theirs = tokenizer.get_vocab(), other.get_vocab()
-    if ours != theirs:
-        token = min(token for token in {*ours, *theirs} if ours.get(token) != theirs.get(token))
-        raise ValueError(
-            f"{field}: {source!r} has another tokenizer than the run ({token!r} is id {theirs.get(token)} there and "
-            f"{ours.get(token)} here); token rewards need the same one"
-        )
-    if other.eos_token_id != tokenizer.eos_token_id:
-        raise ValueError(
-            f"{field}: responses end in {other.eos_token!r} there and in {tokenizer.eos_token!r} here; set eos_token"
-        )

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from fastrlhf.config import TrainConfig, parse_model_config, require
-from fastrlhf.data.tokens import special_ids
+from fastrlhf.data.tokens import load_tokenizer, special_ids
 from fastrlhf.models.adapters import add_adapter
 from fastrlhf.models.attention import backend
 from fastrlhf.models.forward import check_packed_forward, enable_activation_checkpointing
@@ -64,14 +64,14 @@ def open_policy(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreT
         require(not config.use_peft, "use_peft", True, f"false: the embeddings of {new} new tokens have to be trained")
         with _seeded(config.seed, device):
             model.resize_token_embeddings(len(tokenizer))
-    make_trainable(model, config)
+    make_trainable(model, config, config.model_name_or_path)
     return model
 
 
-def make_trainable(model: PreTrainedModel, config: TrainConfig) -> None:
-    """What `config` asks of a model that it trains: an adapter, activation checkpointing."""
+def make_trainable(model: PreTrainedModel, config: TrainConfig, base: str) -> None:
+    """What `config` asks of a model that it trains, loaded from `base`: an adapter, activation checkpointing."""
     if config.use_peft:
-        add_adapter(model, config)
+        add_adapter(model, config, base)
     if config.activation_checkpointing:
         enable_activation_checkpointing(model)
 
@@ -175,6 +175,30 @@ def check_same_vocabulary(models: Mapping[str, PreTrainedModel], num_tokens: int
             )
     if len(set(sizes.values())) > 1:
         raise ValueError(f"vocabulary mismatch: {sizes}; policy, reference and reward model must share one tokenizer")
+
+
+def check_same_tokenizer(
+    field: str, source: str, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, *, required: bool
+) -> None:
+    """Raises ValueError where the tokenizer saved beside a model gives other ids, or another EOS, than that of the run;
+    and where there is none to compare but one is required."""
+    try:
+        other = load_tokenizer(source, eos_token=config.eos_token or None, trust_remote_code=config.trust_remote_code)
+    except ValueError as error:
+        if not required:
+            return
+        raise ValueError(f"{field}: {error}; save the tokenizer of its training beside it") from error
+    ours, theirs = tokenizer.get_vocab(), other.get_vocab()
+    if ours != theirs:
+        token = min(token for token in {*ours, *theirs} if ours.get(token) != theirs.get(token))
+        raise ValueError(
+            f"{field}: {source!r} has another tokenizer than the run ({token!r} is id {theirs.get(token)} there and "
+            f"{ours.get(token)} here); both must read the same ids"
+        )
+    if other.eos_token_id != tokenizer.eos_token_id:
+        raise ValueError(
+            f"{field}: responses end in {other.eos_token!r} there and in {tokenizer.eos_token!r} here; set eos_token"
+        )
 
 
 def read_model_config(source: str, field: str, trust_remote_code: bool) -> PretrainedConfig:

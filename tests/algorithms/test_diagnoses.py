@@ -3,8 +3,8 @@
 from fastrlhf.algorithms.diagnoses import Diagnoses
 
 
-def told(curve, steps=40):
-    diagnoses = Diagnoses()
+def told(curve, steps=40, losses=("sigmoid",)):
+    diagnoses = Diagnoses(losses)
     names = ("logps/chosen", "logps/rejected", "rewards/margins", "rewards/accuracies")
     return [
         text for step in range(steps) for text in diagnoses.look(dict(zip(names, curve(step / steps), strict=True)))
@@ -31,3 +31,8 @@ def test_saturated_rewards_are_told_once():
 
 def test_too_few_steps_say_nothing():
     assert told(lambda t: (-100 - 900 * t, -100 - 990 * t, 90 * t, 1.0), steps=10) == []
+
+
+def test_ipo_at_its_target_is_not_saturated_and_sft_is_not_advised_twice():
+    assert told(lambda t: (-100, -100 - 200 * t, 20 * t, 1.0), losses=("ipo",)) == []
+    assert told(lambda t: (-100 - 20 * t, -100 - 60 * t, 4 * t, 0.8), losses=("sigmoid", "sft")) == []

@@ -234,3 +234,11 @@ def test_labels_from_python_are_checked_like_those_of_a_file(model, labels, mess
     first, second, *_ = scored_groups()
     with pytest.raises(ValueError, match=message):
         train_dpo(config(model), [first, replace(second, **{"scores": None, **labels})])
+
+
+@pytest.mark.parametrize("responses", [["w3"], []])
+def test_a_group_of_one_is_refused_by_its_row(model, responses):
+    first, *_ = scored_groups()
+    alone = replace(first, responses=responses, scores=[1.0] * len(responses), row=5)
+    with pytest.raises(ValueError, match=r"row 5: a group needs two responses at least|no row is left|row 5 has no"):
+        train_dpo(config(model), [first, alone])

@@ -140,13 +140,13 @@ def test_a_reference_whose_rows_are_mixed_up_is_noticed_at_the_first_step(model,
 
 
 def test_the_first_loss_may_differ_by_rounding_and_by_no_more():
-    metrics = {"loss": math.log(2), "logps/chosen": -150.0, "logps/rejected": -250.0}
+    metrics = {"logprob_chosen": -150.0, "logprob_rejected": -250.0}
     cfg, pairs = DPOConfig(beta=0.1), preference.Pairs(trees=[()], label_prob=None, target=None, margin=None)
-    preference.check_first_loss(cfg, pairs, metrics | {"loss": math.log(2) + 0.5 * 0.1 * 3e-5 * 400})
+    preference.check_first_loss(cfg, pairs, metrics | {"loss/sigmoid": math.log(2) + 0.5 * 0.1 * 3e-5 * 400})
     with pytest.raises(ValueError, match=r"the first sigmoid loss is 0.694147"):
-        preference.check_first_loss(cfg, pairs, metrics | {"loss": math.log(2) + 1e-3})
+        preference.check_first_loss(cfg, pairs, metrics | {"loss/sigmoid": math.log(2) + 1e-3})
     with pytest.raises(ValueError, match="the first sigmoid loss is nan"):
-        preference.check_first_loss(cfg, pairs, metrics | {"loss": math.nan})
+        preference.check_first_loss(cfg, pairs, metrics | {"loss/sigmoid": math.nan})
 
 
 def with_labels(examples):
@@ -269,6 +269,27 @@ def test_auto_is_the_mean_for_ipo_and_the_sum_for_all_else():
     norms = {loss: length_norm(DPOConfig(), loss) for loss in ("sigmoid", "ipo", "hinge", "robust")}
     assert norms == {"sigmoid": "sum", "ipo": "mean", "hinge": "sum", "robust": "sum"}
     assert length_norm(DPOConfig(length_norm="sum"), "ipo") == "sum"
+    for soft in ({"label_source": "counts"}, {"loss_type": "ipo", "psi": "logit"}):
+        assert length_norm(DPOConfig(**soft), "ipo") == "sum"
+
+
+def test_one_loss_may_have_a_weight(model):
+    plain, halved = (train_dpo(config(model, loss_weights=w), tiny.examples(8)).history[0] for w in ((), (0.5,)))
+    assert halved["loss"] == pytest.approx(0.5 * plain["loss"])
+    assert halved["grad_norm"] == pytest.approx(0.5 * plain["grad_norm"], rel=1e-5)
+    assert set(halved) == set(plain)
+
+
+def test_a_psi_that_is_none_is_told_before_anything_is_scored(model, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("too late")
+
+    monkeypatch.setattr(preference, "open_policy", refuse)
+    monkeypatch.setattr(preference, "pair_probabilities", refuse)
+    square = "tests.algorithms.test_psipo:square"
+    for psi, message in (("logits", "is none of identity"), (square, "is not odd about 1/2")):
+        with pytest.raises(ValueError, match=message):
+            train_dpo(config(model, loss_type="ipo", psi=psi), tiny.examples(8))
 
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "ipo"])

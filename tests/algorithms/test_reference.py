@@ -80,6 +80,32 @@ def test_what_changes_the_numbers_changes_the_fingerprint(model, other, tmp_path
     assert len(list(folder.iterdir())) == 2
 
 
+def test_another_configuration_of_the_same_weights_is_another_reference(model, tmp_path):
+    copy = tmp_path / "copy"
+    same = AutoModelForCausalLM.from_pretrained(model)
+    same.config.rope_parameters["rope_theta"] = 500.0
+    same.save_pretrained(copy)
+    tiny.tokenizer().save_pretrained(copy)
+    for path in (model, str(copy)):
+        run(config(path, ref_cache_dir=str(tmp_path / "cache"), max_steps=1))
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_an_adapter_that_is_yet_to_be_trained_has_the_reference_of_its_base(model, tmp_path):
+    lora = {"use_peft": True, "lora_r": 4}
+    for settings in ({}, lora, lora | {"seed": 7}):
+        run(config(model, ref_cache_dir=str(tmp_path), max_steps=1, **settings))
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_only_what_is_trained_or_held_out_is_computed_unless_it_is_kept(model, tmp_path, monkeypatch):
+    compute, sizes = reference._compute, []
+    monkeypatch.setattr(reference, "_compute", lambda *given: sizes.append(len(given[2])) or compute(*given))
+    run(config(model, max_steps=1), count=30)
+    run(config(model, max_steps=1, ref_cache_dir=str(tmp_path)), count=30)
+    assert sizes == [8 + 6, 30 + 6]
+
+
 def test_a_damaged_cache_is_named(model, tmp_path):
     cfg = config(model, ref_cache_dir=str(tmp_path))
     run(cfg)

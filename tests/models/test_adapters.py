@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from fastrlhf.algorithms.on_policy import train_on_policy
@@ -52,7 +52,7 @@ def disturb(model):
 def test_an_adapter_starts_at_nothing_trains_alone_and_merges_exactly(architecture, kind):
     model = tiny.policy(architecture)
     start, names = logprobs(model), list(model.state_dict())
-    add_adapter(model, SFTConfig(**LORA | kind))
+    add_adapter(model, SFTConfig(**LORA | kind), "base")
     torch.testing.assert_close(logprobs(model), start, rtol=1e-6, atol=1e-6)  # DoRA divides by a norm and multiplies
     assert all(".lora_" in name for name, parameter in model.named_parameters() if parameter.requires_grad)
     reference = frozen_copy(model)
@@ -71,7 +71,7 @@ def test_an_adapter_starts_at_nothing_trains_alone_and_merges_exactly(architectu
 
 def test_a_score_head_is_trained_and_the_judge_has_one_of_its_own(paths):
     critic = load_reward_model(paths[1], pad_token_id=0)
-    add_adapter(critic, SFTConfig(**LORA))
+    add_adapter(critic, SFTConfig(**LORA), "base")
     assert critic.score.weight.requires_grad
     judge = frozen_copy(critic)
     with torch.no_grad():
@@ -85,7 +85,7 @@ def test_a_score_head_is_trained_and_the_judge_has_one_of_its_own(paths):
 def test_the_plain_weights_are_those_of_the_merged_model(adapter):
     model = tiny.policy("qwen3")
     if adapter is not None:
-        add_adapter(model, SFTConfig(**LORA | adapter))
+        add_adapter(model, SFTConfig(**LORA | adapter), "base")
         disturb(model)
     weights = dict(plain_weights(model))
     merge_adapter(model)
@@ -97,7 +97,7 @@ def test_the_plain_weights_are_those_of_the_merged_model(adapter):
 def test_the_adapter_is_drawn_with_the_seed():
     def weights(seed):
         model = tiny.policy()
-        add_adapter(model, SFTConfig(**LORA, seed=seed))
+        add_adapter(model, SFTConfig(**LORA, seed=seed), "base")
         return model.model.layers[0].self_attn.q_proj.lora_A["default"].weight
 
     assert torch.equal(weights(1), weights(1))
@@ -106,12 +106,16 @@ def test_the_adapter_is_drawn_with_the_seed():
 
 def test_named_layers_alone_get_one_and_no_such_layer_is_an_error():
     model = tiny.policy()
-    add_adapter(model, SFTConfig(**LORA, lora_target_modules=("q_proj", "v_proj")))
+    add_adapter(model, SFTConfig(**LORA, lora_target_modules=("q_proj", "v_proj")), "base")
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert len(trained) == 2 * 2 * 2
     assert all("q_proj" in name or "v_proj" in name for name in trained)
     with pytest.raises(ValueError, match="lora_target_modules: query fit no layer of LlamaForCausalLM"):
-        add_adapter(tiny.policy(), SFTConfig(**LORA, lora_target_modules=("query",)))
+        add_adapter(tiny.policy(), SFTConfig(**LORA, lora_target_modules=("query",)), "base")
+    for name in ("embed_tokens", "lm_head"):
+        settings = SFTConfig(**LORA, lora_target_modules=("q_proj", name))
+        with pytest.raises(ValueError, match=f"lora_target_modules: {name} is an embedding or a head"):
+            add_adapter(tiny.policy(), settings, "base")
 
 
 def dpo(model, **settings):
@@ -163,9 +167,15 @@ def test_a_reward_model_keeps_its_trained_head(paths, tmp_path):
     assert torch.equal(saved.score.weight, result.model.score.weight)
     start = load_reward_model(paths[0], pad_token_id=0, seed=cfg.seed, field="model_name_or_path")
     assert not torch.equal(saved.score.weight, start.score.weight)
+    with torch.random.fork_rng():  # peft draws a head before it reads ours
+        base = AutoModelForSequenceClassification.from_pretrained(paths[0], num_labels=1, pad_token_id=0)
+    adapted = PeftModel.from_pretrained(base, str(folder / "adapter"))
+    with torch.no_grad():
+        ids = torch.tensor([[3, 4, 5, 6, 7]])
+        torch.testing.assert_close(adapted(ids).logits, saved(ids).logits, rtol=1e-5, atol=1e-5)
 
 
-def test_an_on_policy_run_shares_its_weights_and_starts_at_no_kl(paths):
+def test_an_on_policy_run_shares_its_weights_and_starts_at_no_kl(paths, tmp_path):
     cfg = PPOConfig(
         model_name_or_path=paths[0],
         reward_model_path=paths[1],
@@ -173,10 +183,13 @@ def test_an_on_policy_run_shares_its_weights_and_starts_at_no_kl(paths):
         max_steps=2,
         response_length=6,
         learning_rate=1e-2,
+        output_dir=str(tmp_path / "run"),
         **LORA,
     )
     history = train_on_policy(cfg, tiny.examples(12), tiny.examples(4, seed=1)).history
-    checkpointed = replace(cfg, activation_checkpointing=True)
+    for folder, base in (("adapter", paths[0]), ("value_model/adapter", paths[1])):
+        assert PeftConfig.from_pretrained(tmp_path / "run" / folder).base_model_name_or_path == base
+    checkpointed = replace(cfg, activation_checkpointing=True, output_dir="")
     again = train_on_policy(checkpointed, tiny.examples(12), tiny.examples(4, seed=1)).history
     for row, other in zip(history, again, strict=True):
         assert {k: v for k, v in row.items() if "timing" not in k} == {

@@ -15,6 +15,7 @@ from transformers import AttentionInterface
 from fastrlhf.data.packing import pack
 from fastrlhf.models import attention
 from fastrlhf.models.attention import PACKED, backend, packed_attention
+from fastrlhf.models.forward import hidden_states
 from fastrlhf.types import AttentionPlan, Segment
 from tests import tiny
 
@@ -246,3 +247,18 @@ def test_a_model_is_as_before_after_packed_attention_even_after_an_error():
     with pytest.raises(KeyError):
         fail_within()
     assert model.config._attn_implementation == before != PACKED
+
+
+@pytest.mark.parametrize("name", tiny.ARCHITECTURES)
+def test_a_packed_forward_reads_nothing_back_from_the_device(name):
+    """Each such read would make a GPU wait; the CPU dispatches the same operators."""
+
+    class Reads(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            assert "_local_scalar_dense" not in str(function)
+            return function(*arguments, **keywords or {})
+
+    model = tiny.policy(name)
+    batch = pack([Segment(token_ids=[3, 4, 5], num_scored=2), Segment(token_ids=[6, 7, 1], num_scored=2)])
+    with Reads(), torch.no_grad():
+        hidden_states(model, batch)
