@@ -210,7 +210,7 @@ def _charts(stages: list[_Stage]) -> str:
         figures = chain(figures, [line_chart(title, by_depth, over="reset depth")])
     if judged := [curve for stage in stages for curve in stage.optimisation_curves]:
         title = "score gained since the first evaluation, over sqrt(KL)"
-        figures = chain(figures, [line_chart(title, judged, over="sqrt(KL)")])
+        figures = chain(figures, [line_chart(title, judged, over="distance from the reference")])
     return f'<div class="charts">{"".join(figures)}</div>'
 
 

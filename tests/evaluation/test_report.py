@@ -102,6 +102,10 @@ def test_judges_of_training_and_evaluation_are_drawn_over_the_root_of_the_kl(tmp
     assert "ppo, training judge: 3 points, from 0 to 3" in page
     assert "ppo, held-out judge: 3 points, from -1 to 0.5" in page
     [figure] = [part for part in page.split("<figure>") if title in part]
+    for path in re.findall('class="line" d="M(.*?)"', figure):
+        xs = [float(point.split(",")[0]) for point in path.split()]
+        assert xs[1:] == pytest.approx([xs[2] / 2, xs[2]], abs=0.1)
+        assert xs[0] == 0 < xs[2]
     assert re.findall("</i>(.*?) <b>(.*?)</b>", figure) == [
         ("ppo, training judge", "1"),  # at the largest KL
         ("ppo, held-out judge", "0.5"),
