@@ -13,14 +13,23 @@ def whiten(values: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
     values [R] float32, mask [R] bool. Population variance; `shift_mean=False` keeps the mean (used for rewards). A
     constant gives zeros (or itself, where the mean is kept), and a mask that is False everywhere gives zeros.
     """
+    mean, scale = _mean_and_scale(values, mask)
+    whitened = (values - mean) * scale + (0.0 if shift_mean else mean)
+    return torch.where(mask, whitened, 0.0)
+
+
+def whitening_scale(values: Tensor, mask: Tensor) -> Tensor:
+    """What `whiten` multiplies deviations from the mean by: 1 / std, 0-dim; 0 for a constant."""
+    return _mean_and_scale(values, mask)[1]
+
+
+def _mean_and_scale(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     count = mask.sum().clamp(min=1)
     kept = torch.where(mask, values, 0.0)
     mean = kept.sum() / count
     std = torch.where(mask, (values - mean) ** 2, 0.0).sum().div(count).sqrt()
     # A constant has no scale: what rounding leaves of its deviations must not be blown up to 1.
-    scale = torch.where(std > 1e-6 * mean.abs(), 1 / std.clamp(min=1e-8), 0.0)
-    whitened = (values - mean) * scale + (0.0 if shift_mean else mean)
-    return torch.where(mask, whitened, 0.0)
+    return mean, torch.where(std > 1e-6 * mean.abs(), 1 / std.clamp(min=1e-8), 0.0)
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:

@@ -78,6 +78,13 @@ class Optimizer:
         self._adamw.zero_grad(set_to_none=True)
         return metrics
 
+    def skip(self, steps: int) -> None:
+        """Steps that are not taken: clears the gradients; the schedule goes on, so that it still ends with the run."""
+        for model in self._models.values():
+            model.zero_grad(set_to_none=True)
+        for _ in range(steps):
+            self._schedule.step()
+
 
 def num_steps(config: TrainConfig, num_items: int) -> int:
     """Optimiser steps of the run: `max_steps`, or whole epochs rounded up. Raises ValueError where there is no data."""

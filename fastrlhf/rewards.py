@@ -4,7 +4,8 @@ sum. RTO (Zhong et al. 2024, arXiv 2404.18922, eq. 4.7) is PPO with one more of 
     r_h = beta1 log(pi_dpo / pi_ref) - beta2 log(pi / pi_ref) + [h is the last token] beta3 score
 
 beta1 is `dpo_reward_scale`, beta2 is `kl_coef`, beta3 is `score_coef`. Prompts and resets earn nothing, nor does what
-follows an EOS; under compat "reference" the KL alone is charged there too, as the authors of DR-PO do.
+follows an EOS; under compat "reference" the KL alone is charged there too, as the authors of DR-PO do. With
+`kl_placement` loss the KL is no reward.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 
 from fastrlhf.config import PPOConfig, RTOConfig
+from fastrlhf.kl_controller import KLController
 from fastrlhf.models.implicit_reward import ImplicitReward, open_implicit_reward
 from fastrlhf.models.loading import resolve_device
 from fastrlhf.types import Rollout
@@ -61,6 +63,8 @@ class Episodes:
     """[R]"""
     dpo_log_ratio: Tensor | None
     """[R] log(pi_dpo / pi_ref) at temperature 1; None where there is no such model"""
+    exact_kl: Tensor | None = None
+    """[R] KL(sampler || reference) of the state that the token was drawn in; None where the KL is that of the token"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,9 +86,14 @@ class Rewards:
     implicit: ImplicitReward | None = None
     sentence_ends: Tensor | None = None
     """int64 ids of the tokens that end a sentence, for the shaping "sentence" """
+    kl: KLController = field(init=False)
     _moments: Tensor | None = field(init=False, default=None)
     """[3] float64: count, sum and sum of squares of the scores so far"""
     _warned: bool = field(init=False, default=False)
+
+    def __post_init__(self) -> None:
+        config = self.config
+        self.kl = KLController(coef=config.kl_coef, target=config.kl_target, horizon=config.kl_horizon)
 
     def terms(self, episodes: Episodes) -> dict[str, Term]:
         """Every addend by its name, in the order in which they are summed."""
@@ -93,7 +102,9 @@ class Rewards:
         if config.missing_eos_penalty is not None:
             penalty = -config.missing_eos_penalty * episodes.missing_eos
             terms["missing_eos"] = Term(reward=_at_end(penalty, episodes))
-        terms["kl"] = Term(reward=kl_term(episodes.logprob, episodes.reference_logprob, config.kl_coef))
+        if config.kl_placement == "reward":
+            charged = episodes.logprob - episodes.reference_logprob if episodes.exact_kl is None else episodes.exact_kl
+            terms["kl"] = Term(reward=-self.kl.coef * charged)
         if episodes.dpo_log_ratio is not None:
             terms["dpo"] = self._dpo(episodes, episodes.dpo_log_ratio)
         if config.length_coef:
@@ -149,10 +160,17 @@ class Rewards:
         return Term(reward=shaped(token, config.reward_shaping, ends, sentence_ends), metrics=metrics)
 
 
-def kl_term(logprob: Tensor, reference_logprob: Tensor, coef: float) -> Tensor:
-    """-coef * (logprob - reference_logprob): k1 of the KL to the reference, in the reward (Ziegler et al. 2019, eq.
-    2)."""
-    return -coef * (logprob - reference_logprob)
+def own_kl_advantage(episodes: Episodes, coef: float) -> Tensor | None:
+    """[R]: what an exact KL in the reward leaves out of the advantage of the token itself; None for a sampled one.
+
+    The exact KL of a state is the same whatever is drawn there, so as a reward it teaches the tokens before it and
+    not the token itself. Its log-ratio does: coef * (exact_kl - log_ratio) has mean 0 in every state, and the mean of
+    grad logprob times it is -coef times the gradient of the state's KL. Of the KL of later states nothing is sampled
+    (Amini et al. 2025, arXiv 2504.10637, condition it in this way).
+    """
+    if episodes.exact_kl is None:
+        return None
+    return coef * (episodes.exact_kl - (episodes.logprob - episodes.reference_logprob))
 
 
 def shaped(token: Tensor, shaping: str, ends: Tensor, sentence_ends: Tensor) -> Tensor:

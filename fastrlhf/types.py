@@ -210,3 +210,9 @@ class Experience:
     """[R] of GAE, whitened over the batch; or of the group, as it is"""
     returns: Tensor | None = None
     """[R] the critic's target: advantage before whitening + value"""
+    kl_coef: float
+    """Of the KL to the reference, in the reward or in the loss"""
+    weight: Tensor | None = None
+    """[R] truncated importance weights of the policy loss, trainer over engine; None: 1"""
+    reference_states: Tensor | None = None
+    """[R, D] of the reference, in the dtype of its weights, for an exact KL in the loss; else None"""

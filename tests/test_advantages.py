@@ -2,7 +2,7 @@ from itertools import product
 
 import torch
 
-from fastrlhf.advantages import explained_variance, group_normalised, leave_one_out, whiten
+from fastrlhf.advantages import explained_variance, group_normalised, leave_one_out, whiten, whitening_scale
 
 VALUES = torch.tensor([1.0, 3.0, 100.0, 5.0])
 MASK = torch.tensor([True, True, False, True])
@@ -18,6 +18,11 @@ def test_whitening_may_keep_the_mean():
     std = (8 / 3) ** 0.5
     expected = torch.tensor([-2 / std + 3, 3.0, 0.0, 2 / std + 3])
     torch.testing.assert_close(whiten(VALUES, MASK, shift_mean=False), expected)
+
+
+def test_the_scale_is_that_of_the_deviations():
+    torch.testing.assert_close(whitening_scale(VALUES, MASK), torch.tensor((3 / 8) ** 0.5))
+    assert whitening_scale(torch.full((3,), 2.0), torch.ones(3, dtype=torch.bool)) == 0
 
 
 def test_whitening_nothing_or_a_constant_is_finite():

@@ -163,3 +163,17 @@ def test_bfloat16_weights_move_as_float32_ones_do():
             optimizer.step()
         runs.append(torch.cat([p.detach().float().flatten() for p in model.parameters()]) - start)
     assert (runs[1].mean() / runs[0].mean()).item() == pytest.approx(1.0, abs=0.05)
+
+
+def test_steps_that_are_skipped_move_no_weight_and_the_schedule_all_the_same():
+    model = layer()
+    optimizer = Optimizer({"": model}, SFTConfig(learning_rate=1.0), num_steps=4)
+    set_gradients(model, [1.0, 1.0], 1.0)
+    optimizer.step()
+    before = model.weight.detach().clone()
+    set_gradients(model, [1.0, 1.0], 1.0)
+    optimizer.skip(2)
+    assert model.weight.grad is None
+    assert torch.equal(model.weight, before)
+    set_gradients(model, [0.0, 0.0], 0.0)
+    assert optimizer.step()["learning_rate"] == 0.25

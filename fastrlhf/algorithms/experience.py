@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fastrlhf.advantages import explained_variance, group_normalised, leave_one_out, whiten
+from fastrlhf.advantages import explained_variance, group_normalised, leave_one_out, whiten, whitening_scale
 from fastrlhf.algorithms.guards import raise_not_finite
 from fastrlhf.config import PPOConfig
 from fastrlhf.data.packing import forest, micro_batches, num_computed, pack, sequence, tree
-from fastrlhf.models.forward import token_logprobs, token_values
-from fastrlhf.rewards import Episodes, Rewards, Term, reward_metrics
+from fastrlhf.models.forward import scored_states, state_kl, state_logprobs, token_values
+from fastrlhf.rewards import Episodes, Rewards, Term, own_kl_advantage, reward_metrics
 from fastrlhf.rollout import end_index
 from fastrlhf.types import Experience, PackedBatch, Rollout, Segment
 from fastrlhf_kernels import gae
@@ -82,9 +83,9 @@ def score_episodes(
 ) -> tuple[Experience, dict[str, float]]:
     """Everything the update needs, frozen before it starts.
 
-    The sampler's log-probs are rescored in the very packs of the first pass, so that the first ratio is exactly 1.
-    `critic` is None where `advantage_estimator` needs none. `rewards` are those of the run; None: those that need
-    neither a model nor a memory.
+    The sampler's log-probs are rescored in the very packs of the first pass, by the op that the loss will use, so that
+    the first ratio is exactly 1. `critic` is None where `advantage_estimator` needs none. `rewards` are those of the
+    run; None: those that need neither a model nor a memory.
     """
     rewards = rewards or Rewards(config=config)
     device = policy.device
@@ -92,11 +93,19 @@ def score_episodes(
     logprob, reference_logprob, value, entropy = (torch.empty(num_rows, device=device) for _ in range(4))
     token = torch.empty(num_rows, dtype=torch.int64, device=device)
     dpo_log_ratio = torch.empty(num_rows, device=device) if rewards.implicit else None
+    exact_kl = torch.empty(num_rows, device=device) if config.kl_estimator == "exact" else None
+    reference_states = None
     for item in (item for mini in packs for item in mini):
-        scored = token_logprobs(policy, item.batch, temperature=config.temperature, entropy=True)
-        assert scored.entropy is not None
+        scored = _scored(config, policy, reference, item.batch)
         logprob[item.index], entropy[item.index] = scored.logprob, scored.entropy
-        reference_logprob[item.index] = token_logprobs(reference, item.batch, temperature=config.temperature).logprob
+        reference_logprob[item.index] = scored.reference_logprob
+        if scored.exact_kl is not None:
+            assert exact_kl is not None
+            exact_kl[item.index] = scored.exact_kl
+        if scored.reference_states is not None:
+            if reference_states is None:
+                reference_states = scored.reference_states.new_empty(num_rows, scored.reference_states.shape[1])
+            reference_states[item.index] = scored.reference_states
         if critic is not None:
             value[item.index] = token_values(critic, item.batch)
         token[item.index] = item.batch.targets
@@ -106,32 +115,38 @@ def score_episodes(
             dpo_log_ratio[item.index] = rewards.implicit.log_ratio(item.batch, reference, known)
 
     rows = _rows(config, rollouts, eos_token_id, device)
-    terms = rewards.terms(
-        Episodes(
-            rollouts=rollouts,
-            cu_rows=rows.cu_rows,
-            sampled=rows.mask,
-            earns=rows.earns,
-            end=rows.end,
-            missing_eos=rows.missing_eos,
-            score=scores,
-            token=token,
-            logprob=logprob,
-            reference_logprob=reference_logprob,
-            dpo_log_ratio=dpo_log_ratio,
-        )
+    episodes = Episodes(
+        rollouts=rollouts,
+        cu_rows=rows.cu_rows,
+        sampled=rows.mask,
+        earns=rows.earns,
+        end=rows.end,
+        missing_eos=rows.missing_eos,
+        score=scores,
+        token=token,
+        logprob=logprob,
+        reference_logprob=reference_logprob,
+        dpo_log_ratio=dpo_log_ratio,
+        exact_kl=exact_kl,
     )
+    terms = rewards.terms(episodes)
     # One after the other, so that an addend of zeros changes no bit.
     reward = reduce(torch.add, (term.reward for term in terms.values()))
+    own_kl = own_kl_advantage(episodes, rewards.kl.coef) if config.kl_placement == "reward" else None
     every_row = torch.ones_like(rows.mask)
     if config.whiten_rewards:
+        own_kl = None if own_kl is None else own_kl * whitening_scale(reward, every_row)
         reward = whiten(reward, every_row, shift_mean=False)
     if critic is None:
         advantage, returns = _group_advantage(config, reward, rows.cu_rows), None
     else:
         advantage, returns = gae(reward, value, rows.cu_rows, gamma=config.gamma, lam=config.lam)
+    if own_kl is not None:
+        advantage = advantage + own_kl
+    if critic is not None:
         advantage = whiten(advantage, every_row)
 
+    drawn = torch.tensor([x for rollout in rollouts for x in rollout.sampler_logprob], device=device)
     experience = Experience(
         cu_rows=rows.cu_rows,
         mask=rows.mask,
@@ -140,10 +155,48 @@ def score_episodes(
         value=None if critic is None else value,
         advantage=advantage,
         returns=returns,
+        kl_coef=rewards.kl.coef,
+        weight=_importance_weight(config, logprob, drawn, rows.mask),
+        reference_states=reference_states,
     )
-    metrics = _objective(config, rollouts, scores, terms, experience, entropy)
+    metrics = _objective(config, rollouts, scores, terms, experience, entropy, drawn, exact_kl)
     rewards.warn(metrics)
     return experience, metrics
+
+
+class _Scored(NamedTuple):
+    """The rows of a pack; [R of the pack] float32, nats."""
+
+    logprob: Tensor
+    entropy: Tensor
+    reference_logprob: Tensor
+    exact_kl: Tensor | None
+    reference_states: Tensor | None
+    """[R of the pack, D], where the loss will need them"""
+
+
+def _scored(config: PPOConfig, policy: PreTrainedModel, reference: PreTrainedModel, batch: PackedBatch) -> _Scored:
+    states, reference_states = scored_states(policy, batch), scored_states(reference, batch)
+    heat, in_loss = config.temperature, config.kl_placement == "loss"
+    if config.kl_estimator != "exact":
+        ours = state_logprobs(policy, states, batch.targets, temperature=heat, entropy=True)
+        theirs = state_logprobs(reference, reference_states, batch.targets, temperature=heat)
+        assert ours.entropy is not None
+        return _Scored(ours.logprob, ours.entropy, theirs.logprob, None, None)
+    both = state_kl(policy, states, reference, reference_states, batch.targets, temperature=heat, entropy=in_loss)
+    ours = both if in_loss else state_logprobs(policy, states, batch.targets, temperature=heat, entropy=True)
+    assert ours.logprob is not None
+    assert ours.entropy is not None
+    assert both.reference_logprob is not None
+    return _Scored(ours.logprob, ours.entropy, both.reference_logprob, both.kl, reference_states if in_loss else None)
+
+
+def _importance_weight(config: PPOConfig, logprob: Tensor, drawn: Tensor, mask: Tensor) -> Tensor | None:
+    """[R]: min(trainer / engine, cap) of the sampled tokens, 1 elsewhere (Yao et al. 2025, "Your Efficient RL Framework
+    Secretly Brings You Off-Policy RL Training"). `drawn` are the log-probs that the engine reports of those tokens."""
+    if config.sampler_is_cap is None:
+        return None
+    return (logprob - logprob.masked_scatter(mask, drawn)).exp().clamp(max=config.sampler_is_cap)
 
 
 def _group_advantage(config: PPOConfig, reward: Tensor, cu_rows: Tensor) -> Tensor:
@@ -211,6 +264,8 @@ def _objective(
     terms: Mapping[str, Term],
     experience: Experience,
     entropy: Tensor,
+    drawn: Tensor,
+    exact_kl: Tensor | None,
 ) -> dict[str, float]:
     """TRL's names. `objective/kl` is over the sampled tokens alone, which are fewer after a reset: across reset
     probabilities only `eval_objective/kl` compares, of full responses from the prompt.
@@ -219,7 +274,6 @@ def _objective(
     for the GPU that the numbers need anyway.
     """
     mask, logprob = experience.mask, experience.sampler_logprob
-    drawn = torch.tensor([x for rollout in rollouts for x in rollout.sampler_logprob], device=mask.device)
     difference = (drawn - logprob[mask]).abs()
     num = len(rollouts)
     paid = {name: torch.where(mask, term.reward, 0.0).sum() / num for name, term in terms.items()}
@@ -241,11 +295,18 @@ def _objective(
     if experience.value is not None and experience.returns is not None:
         explained = explained_variance(experience.value, experience.returns, torch.ones_like(mask))
         values["critic/explained_var"] = explained
+    if exact_kl is not None:
+        values["objective/kl_exact"] = exact_kl[mask].sum() / num
+    if experience.weight is not None:
+        weight = experience.weight[mask]
+        values["sampling/is_weight_mean"] = weight.mean()
+        values["sampling/is_weight_capped"] = (weight == config.sampler_is_cap).float().mean()
     numbers = torch.stack([value.float() for value in values.values()]).tolist()
     metrics = dict(zip(values, numbers, strict=True))
     if not metrics.pop("all_finite"):
         raise_not_finite(_numbers(terms, experience), experience.cu_rows, rollouts)
     metrics |= {
+        "policy/kl_coef": experience.kl_coef,
         "val/num_eos_tokens": float(sum(rollout.ended for rollout in rollouts)),
         "completions/mean_length": float(np.mean([len(rollout.completion) for rollout in rollouts])),
     }

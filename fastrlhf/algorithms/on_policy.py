@@ -21,22 +21,21 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastrlhf.algorithms.experience import Pack, pack_episodes, score_episodes
+from fastrlhf.algorithms.experience import pack_episodes, score_episodes
 from fastrlhf.algorithms.guards import check_kl
 from fastrlhf.algorithms.psipo import dataset_opponents, load_psi, psi_judge
-from fastrlhf.algorithms.stage import Stage, StepMetrics, TrainResult, check_micro_batch
+from fastrlhf.algorithms.stage import Stage, TrainResult, check_micro_batch
 from fastrlhf.algorithms.starts import draw_prefixes, make_roll_in, reset_fields
+from fastrlhf.algorithms.update import update
 from fastrlhf.config import PPOConfig
 from fastrlhf.data.inputs import open_inputs, with_room
 from fastrlhf.data.tokens import special_ids
 from fastrlhf.evaluation.held_out import evaluate
 from fastrlhf.evaluation.judges import Judge, checked_scores, reward_model_judge
 from fastrlhf.models.adapters import frozen_copy
-from fastrlhf.models.forward import token_logprobs, token_values
 from fastrlhf.models.loading import (
     check_same_tokenizer,
     check_same_vocabulary,
@@ -49,8 +48,7 @@ from fastrlhf.optim import Optimizer, index_batches, num_steps
 from fastrlhf.rewards import RewardFunction, open_rewards
 from fastrlhf.rollout import Engine, TransformersEngine, checked_rollouts
 from fastrlhf.rollout_vllm import import_vllm, open_vllm
-from fastrlhf.types import Example, Experience, Rollout
-from fastrlhf_kernels import policy_loss, value_loss
+from fastrlhf.types import Example, Rollout
 
 EngineFactory = Callable[[PPOConfig, PreTrainedModel, int], Engine]
 """(config, policy, EOS id) -> the engine of the run."""
@@ -95,6 +93,9 @@ def train_on_policy(
     for rows, responses in ((prompts, together), (held_out, 1)):
         if rows:
             check_micro_batch(config, rows, [len(row.prompt) + responses * config.response_length for row in rows])
+    steps = _num_updates(config, len(prompts))
+    if steps <= config.value_warmup_steps:
+        raise ValueError(f"value_warmup_steps: must be below the {steps} updates of the run, or the policy never moves")
     rewards = open_rewards(config, tokenizer, reward_functions)
     policy = open_policy(config, tokenizer)
     if rewards.implicit:
@@ -121,7 +122,6 @@ def train_on_policy(
     sampler = (engine or make_engine)(config, policy, eos)
     roll_in = make_roll_in(config, reference, eos) if config.reset_source == "sample" else None
     num_groups = config.batch_size // config.reset_group_size
-    steps = _num_updates(config, len(prompts))
     optimizer = Optimizer(
         {"": policy} | ({"value_": critic} if critic else {}),
         config,
@@ -148,7 +148,20 @@ def train_on_policy(
             )
             check_kl(config, step + 1, metrics["objective/kl"])
             scored = time.perf_counter()
-            metrics |= update(config, policy, critic, optimizer, rollouts, experience, packs, seed=(config.seed, step))
+            metrics |= update(
+                config,
+                policy,
+                critic,
+                optimizer,
+                rollouts,
+                experience,
+                packs,
+                seed=(config.seed, step),
+                reference=reference,
+                critic_only=step < config.value_warmup_steps,
+            )
+            if step >= config.value_warmup_steps:
+                rewards.kl.update(metrics["objective/kl"], len(rollouts))
             metrics |= {
                 "timing/rollout": sampled - start,
                 "timing/scoring": scored - sampled,
@@ -164,61 +177,6 @@ def train_on_policy(
                 stage.samples(step + 1, _sample_rows(tokenizer, rollouts, scores, 4))
             stage.log(step + 1, metrics, shown="objective/scores")
         return stage.finish(policy, tokenizer, evaluation, critic)
-
-
-def update(
-    config: PPOConfig,
-    policy: PreTrainedModel,
-    critic: PreTrainedModel | None,
-    optimizer: Optimizer,
-    rollouts: Sequence[Rollout],
-    experience: Experience,
-    packs: Sequence[Sequence[Pack]],
-    seed: tuple[int, int],
-) -> dict[str, float]:
-    """`num_ppo_epochs` passes over the batch; after the first, the mini-batches are drawn and packed anew."""
-    policy_totals, value_totals = StepMetrics(), StepMetrics()
-    steps: list[dict[str, float]] = []
-    for epoch in range(config.num_ppo_epochs):
-        if epoch > 0 and config.num_mini_batches > 1:
-            num_groups = len(rollouts) // config.reset_group_size
-            order = np.random.default_rng([*seed, epoch]).permutation(num_groups).tolist()
-            packs = pack_episodes(config, rollouts, order, policy.device)
-        for mini in packs:
-            in_mini = torch.cat([item.index for item in mini])
-            for item in mini:
-                # compat "reference": every micro-batch is its own mean, as in the authors' code.
-                inside = item.index if config.compat == "reference" else in_mini
-                share = len(mini) if config.compat == "reference" else 1
-                mask = experience.mask[item.index]
-                chosen = policy_loss(
-                    token_logprobs(policy, item.batch, temperature=config.temperature).logprob,
-                    experience.sampler_logprob[item.index],
-                    experience.advantage[item.index],
-                    mask,
-                    num_tokens=experience.mask[inside].sum() * share,
-                    clip_low=config.cliprange,
-                    clip_high=config.cliprange,
-                )
-                chosen.loss.backward()  # before the critic's forward: one model's activations at a time
-                policy_totals.add(chosen.metrics)
-                if critic is None:
-                    continue
-                assert experience.value is not None
-                assert experience.returns is not None
-                valued = value_loss(
-                    token_values(critic, item.batch),
-                    experience.value[item.index],
-                    experience.returns[item.index],
-                    torch.ones_like(mask),
-                    num_tokens=len(inside) * share,
-                    clip=config.cliprange_value,
-                )
-                (config.vf_coef * valued.loss).backward()
-                value_totals.add(valued.metrics)
-            steps.append(optimizer.step())
-    value_means = value_totals.means("rows") if critic else {}
-    return _training_metrics(policy_totals.means("tokens"), value_means, steps)
 
 
 def make_engine(config: PPOConfig, policy: PreTrainedModel, eos_token_id: int) -> Engine:
@@ -263,28 +221,6 @@ def _num_updates(config: PPOConfig, num_prompts: int) -> int:
     if config.max_steps == -1 and config.total_episodes:
         return max(1, config.total_episodes // config.batch_size)
     return num_steps(config, num_prompts * config.reset_group_size)
-
-
-def _training_metrics(
-    policy: Mapping[str, float], value: Mapping[str, float], steps: Sequence[Mapping[str, float]]
-) -> dict[str, float]:
-    """TRL's names; means over the tokens of all passes, gradient norms over the optimiser steps. `value` is empty
-    where there is no critic."""
-    metrics = {
-        "loss/policy_avg": policy["policy_loss"],
-        "policy/approxkl_avg": policy["approx_kl"],
-        "policy/clipfrac_avg": policy["clip_fraction"],
-        "val/ratio": policy["ratio"],
-        "lr": steps[-1]["learning_rate"],
-        "grad_norm": float(np.mean([step["grad_norm"] for step in steps])),
-    }
-    if value:
-        metrics |= {
-            "loss/value_avg": value["value_loss"],
-            "val/clipfrac_avg": value["value_clip_fraction"],
-            "value_grad_norm": float(np.mean([step["value_grad_norm"] for step in steps])),
-        }
-    return metrics
 
 
 def _sample_rows(

@@ -8,6 +8,16 @@ from typing import Literal
 from fastrlhf.config.checks import above_0, at_least, require
 from fastrlhf.config.train import TrainConfig
 
+KL_ALLOWED = {"reward": "k1 or exact", "loss": "k2, k3 or exact"}
+KL_REFUSED = {
+    ("reward", "k2"): "the mean of k2 is not the KL",
+    ("reward", "k3"): "the policy gradient of k3 is that of KL(policy || reference) minus that of "
+    "KL(reference || policy)",
+    ("loss", "k1"): "the gradient of k1 is 0 in the mean, nothing but noise",
+}
+"""(kl_placement, kl_estimator) -> what is wrong with it (Liu et al. 2025, arXiv 2510.01555; Tang and Munos 2025, arXiv
+2506.09477)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PPOConfig(TrainConfig):
@@ -52,7 +62,19 @@ class PPOConfig(TrainConfig):
     missing_eos_score: float | None = None
     """Replaces the score of a response that did not end (the DR-PO paper: -1)."""
     kl_coef: float = 0.05
-    """Nats to reward: each token earns -kl_coef * log(policy / reference). RTO's beta2."""
+    """Weight of the KL to the reference, per nat: each token earns -kl_coef * log(policy / reference), unless the next
+    two keys say otherwise. RTO's beta2."""
+    kl_placement: Literal["reward", "loss"] = "reward"
+    """reward: what a token does to the KL of later tokens counts, through the returns. loss: the KL of each state
+    alone."""
+    kl_estimator: Literal["k1", "k2", "k3", "exact"] = "k1"
+    """In the reward k1, log(policy / reference) of the token drawn. In the loss k2 or k3, which share a gradient and
+    differ in what is logged. In either exact, over the whole vocabulary; in the reward that is of the states that
+    follow, with k1 of the token itself."""
+    kl_target: float = 0.0
+    """Nats per episode that `kl_coef` is steered to (Ziegler et al. 2019); 0: it stays as it is."""
+    kl_horizon: int = 10_000
+    """Episodes over which it is: it grows or shrinks by at most 0.2 / kl_horizon per episode."""
     max_kl: float | None = None
     """Nats per response: training stops where `objective/kl`, of the sampled tokens, exceeds it. null: no limit."""
     score_coef: float = 1.0
@@ -80,12 +102,29 @@ class PPOConfig(TrainConfig):
     """One more reward: "module:function" or "file.py:function" of a Rollout, giving a number, or one per token."""
     cliprange: float = 0.2
     """The ratio is clipped to 1 - cliprange .. 1 + cliprange."""
+    cliprange_high: float | None = None
+    """The upper one, where it differs (DAPO: 0.28); null: `cliprange`."""
+    dual_clip: float | None = None
+    """Where the advantage A is negative the loss is at most -dual_clip * A (Ye et al. 2020: 3); null is off."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy of the policy, in nats per token, which the loss rewards."""
+    loss_aggregation: Literal["token", "sequence"] = "token"
+    """How the policy's loss averages. token: over all tokens of the mini-batch; sequence: over the tokens of an
+    episode, then over episodes."""
+    target_kl: float | None = None
+    """Nats per token: once a mini-batch finds the policy further than this from the sampler, that step and the others
+    left in the update are not taken; null is off."""
+    sampler_is_cap: float | None = None
+    """For an engine whose log-probs are not the trainer's: each token's loss is weighted by min(trainer / engine,
+    sampler_is_cap), truncated importance sampling (Yao et al. 2025: 2); null is off."""
     cliprange_value: float = 0.2
     """The value moves this far from its value at sampling time, at most."""
     vf_coef: float = 0.1
     """Weight of the value loss."""
     value_learning_rate: float | None = None
     """The critic's; null: `learning_rate`."""
+    value_warmup_steps: int = 0
+    """First updates, in which only the critic is trained."""
     gamma: float = 1.0
     """Discount per token."""
     lam: float = 0.95
@@ -121,19 +160,22 @@ class PPOConfig(TrainConfig):
     def __post_init__(self) -> None:
         TrainConfig.__post_init__(self)
         at_least(self, 1, "num_ppo_epochs", "num_mini_batches", "response_length", "rollout_batch_size")
-        at_least(self, 1, "reset_group_size")
+        at_least(self, 1, "reset_group_size", "kl_horizon")
         at_least(self, 0, "kl_coef", "vf_coef", "total_episodes", "num_sample_generations")
         at_least(self, 0, "score_coef", "score_clip", "dpo_reward_clip", "length_coef")
+        at_least(self, 0, "kl_target", "entropy_coef", "value_warmup_steps")
         above_0(self, "temperature", "cliprange", "cliprange_value")
         share = self.vllm_gpu_memory_utilization
         require(0 < share < 1, "vllm_gpu_memory_utilization", share, "above 0 and below 1")
         if self.engine == "vllm":
             require(not self.model_config, "model_config", self.model_config, "empty with engine vllm, which reads it")
             require(self.temperature >= 0.01, "temperature", self.temperature, "at least 0.01 with engine vllm")
-        if self.value_learning_rate is not None:
-            above_0(self, "value_learning_rate")
-        if self.max_kl is not None:
-            above_0(self, "max_kl")
+        optional = ("value_learning_rate", "cliprange_high", "target_kl", "max_kl")
+        above_0(self, *(name for name in optional if getattr(self, name) is not None))
+        if self.sampler_is_cap is not None:
+            at_least(self, 1, "sampler_is_cap")
+        if self.dual_clip is not None:
+            require(self.dual_clip > 1, "dual_clip", self.dual_clip, "above 1, where no update begins")
         if self.missing_eos_penalty is not None:
             at_least(self, 0, "missing_eos_penalty")
         for name in ("gamma", "lam", "reset_prob", "reset_curriculum"):
@@ -162,6 +204,8 @@ class PPOConfig(TrainConfig):
             require(start == "point", "reset_group", start, f"point {because}, which compares episodes of one state")
             require(self.gamma == 1, "gamma", self.gamma, f"1 {because}, which knows whole episodes only")
             require(compat == "fixed", "compat", compat, f"fixed {because}: the authors' code has a critic")
+            warmup = self.value_warmup_steps
+            require(warmup == 0, "value_warmup_steps", warmup, f"0 {because}, which has no critic")
         groups = self.batch_size // self.reset_group_size
         require(
             groups % self.num_mini_batches == 0,
@@ -176,6 +220,23 @@ class PPOConfig(TrainConfig):
             self.dpo_ref_model_path,
             "empty where there is no dpo_model_path",
         )
+        self._check_kl()
+        if self.compat == "reference":
+            for name, only in (("kl_placement", "reward"), ("loss_aggregation", "token")):
+                value = getattr(self, name)
+                require(value == only, name, value, f"{only} under compat reference, as in the authors' code")
+
+    def _check_kl(self) -> None:
+        placement, estimator = self.kl_placement, self.kl_estimator
+        reason = KL_REFUSED.get((placement, estimator))
+        require(reason is None, "kl_estimator", estimator, f"{KL_ALLOWED[placement]} in the {placement}: {reason}")
+        if (placement, estimator) == ("reward", "exact"):
+            advantage, rule = self.advantage_estimator, "gae or rloo with kl_estimator exact in the reward"
+            require(advantage != "grpo", "advantage_estimator", advantage, f"{rule}: grpo rescales every group")
+        if self.kl_target:
+            coef, horizon, batch = self.kl_coef, self.kl_horizon, self.batch_size
+            require(coef > 0, "kl_coef", coef, "above 0 where kl_target is given, which multiplies it")
+            require(horizon >= batch, "kl_horizon", horizon, f"at least the batch of {batch} episodes")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from fastrlhf.data.packing import pack
 from fastrlhf.models.attention import packed_attention
 from fastrlhf.types import PackedBatch, Segment
-from fastrlhf_kernels import TokenLogprobs, linear_logprob
+from fastrlhf_kernels import TokenKL, TokenLogprobs, linear_kl, linear_logprob
 
 _NEW_NAME = hasattr(PreTrainedModel, "activation_checkpointing_enable")  # transformers 5.17 has the old one
 CHECKPOINTING = "activation_checkpointing" if _NEW_NAME else "gradient_checkpointing"
@@ -52,6 +52,11 @@ def _training_mode(model: PreTrainedModel) -> Iterator[None]:
         model.train(before)
 
 
+def scored_states(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
+    """The hidden states [R, D] from which the scored tokens were chosen."""
+    return hidden_states(model, batch)[batch.rows]
+
+
 def token_logprobs(
     model: PreTrainedModel,
     batch: PackedBatch,
@@ -61,18 +66,61 @@ def token_logprobs(
     stats: bool = False,
 ) -> TokenLogprobs:
     """Log-prob [R] float32, in nats, of every scored token of the pack, under the tempered distribution."""
+    states = scored_states(model, batch)
+    return state_logprobs(model, states, batch.targets, temperature=temperature, entropy=entropy, stats=stats)
+
+
+def state_logprobs(
+    model: PreTrainedModel,
+    states: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    stats: bool = False,
+) -> TokenLogprobs:
+    """The same from `scored_states` [R, D] that are at hand; targets [R] int64."""
     head = cast(Linear, model.get_output_embeddings())
     softcap, logit_scale = _logit_transform(model)
     return linear_logprob(
-        hidden_states(model, batch)[batch.rows],
+        states,
         head.weight,
-        batch.targets,
+        targets,
         bias=getattr(head, "bias", None),
         temperature=temperature,
         logit_scale=logit_scale,
         softcap=softcap,
         entropy=entropy,
         stats=stats,
+    )
+
+
+def state_kl(
+    model: PreTrainedModel,
+    states: Tensor,
+    reference: PreTrainedModel,
+    reference_states: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    entropy: bool = False,
+) -> TokenKL:
+    """KL(model || reference) [R] float32, in nats, of what either would draw from its `scored_states` [R, D], over the
+    whole vocabulary; gradient flows to `model` and `states`. The two are of one architecture."""
+    head, reference_head = (cast(Linear, side.get_output_embeddings()) for side in (model, reference))
+    softcap, logit_scale = _logit_transform(model)
+    return linear_kl(
+        states,
+        head.weight,
+        reference_states,
+        reference_head.weight,
+        targets=targets,
+        bias=getattr(head, "bias", None),
+        reference_bias=getattr(reference_head, "bias", None),
+        temperature=temperature,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        entropy=entropy,
     )
 
 

@@ -277,3 +277,81 @@ def test_the_return_of_an_episode_includes_its_kl():
     returns = SCORES[:4] - 0.25 * torch.stack([part.sum() for part in log_ratio.split([3, 3, 4, 1])])
     first = torch.stack([returns[0] - returns[1], returns[1] - returns[0]])
     torch.testing.assert_close(found.advantage[[0, 3]], first)
+
+
+@torch.no_grad()
+def state_kl(temperature: float, rollouts) -> torch.Tensor:
+    """KL(policy || reference) in the state of every sampled token, from the models' own logits."""
+    found = []
+    for r in rollouts:
+        ids = torch.tensor([[*r.prefix.token_ids, *r.completion]])
+        p, q = (
+            (model(input_ids=ids).logits[0, -len(r.completion) - 1 : -1] / temperature).log_softmax(-1)
+            for model in (tiny.policy(), tiny.policy(seed=5))
+        )
+        found.append((p.exp() * (p - q)).sum(-1))
+    return torch.cat(found)
+
+
+def test_an_exact_kl_charges_every_state_its_own_divergence(critic):
+    cfg = config(kl_coef=0.25, kl_estimator="exact", temperature=0.7, micro_batch_tokens=16)
+    expected = state_kl(0.7, ROLLOUTS)
+    score = torch.tensor([0, 0, 1, 0, 0, 2, 0, 0, 0, 3, 4, 0, 0, 0, 0, 5.0])
+    torch.testing.assert_close(
+        torch.tensor(rewards(cfg, ROLLOUTS, critic)), score - 0.25 * expected, rtol=1e-5, atol=1e-5
+    )
+    found, metrics = experience(cfg, ROLLOUTS, critic)
+    plain, sampled = experience(replace(cfg, kl_estimator="k1"), ROLLOUTS, critic)
+    assert torch.equal(found.sampler_logprob, plain.sampler_logprob)
+    assert metrics["objective/kl_exact"] == pytest.approx(expected.sum().item() / 5, rel=1e-5)
+    assert metrics["objective/kl"] == pytest.approx(sampled["objective/kl"], rel=1e-5)
+    assert "objective/kl_exact" not in sampled
+
+
+@pytest.mark.parametrize("whitened", [False, True])
+def test_of_an_exact_kl_each_token_answers_for_its_own_log_ratio(whitened):
+    """Beside what its episode earns, on the scale of the rewards."""
+    cfg = config(kl_coef=0.25, kl_estimator="exact", advantage_estimator="rloo", reset_group_size=2)
+    cfg = replace(cfg, temperature=1.0, whiten_rewards=whitened, share_trunks=False)
+    found, _ = experience(cfg, ROLLOUTS[:4], None, order=[0, 1], scores=SCORES[:4])
+    kl = state_kl(1.0, ROLLOUTS[:4])
+    reward = torch.tensor([0, 0, 1, 0, 0, 2, 0, 0, 0, 3, 4.0]) - 0.25 * kl
+    own = 0.25 * (kl - (found.sampler_logprob - found.reference_logprob))
+    assert own.abs().min() > 1e-4
+    if whitened:
+        own = own / reward.std(correction=0)
+        reward = (reward - reward.mean()) / reward.std(correction=0) + reward.mean()
+    a, b, c, d = (part.sum() for part in reward.split([3, 3, 4, 1]))
+    of_episode = torch.stack([a - b, b - a, c - d, d - c]).repeat_interleave(torch.tensor([3, 3, 4, 1]))
+    torch.testing.assert_close(found.advantage, of_episode + own, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("estimator", ["k2", "exact"])
+def test_a_kl_in_the_loss_is_no_reward(critic, estimator):
+    cfg = config(kl_coef=0.25, kl_placement="loss", kl_estimator=estimator)
+    assert rewards(cfg, ROLLOUTS, critic) == [0, 0, 1, 0, 0, 2, 0, 0, 0, 3, 4, 0, 0, 0, 0, 5]
+    found, metrics = experience(cfg, ROLLOUTS, critic)
+    assert "reward/kl" not in metrics
+    assert metrics["objective/non_score_reward"] == 0.0
+    assert (found.reference_states is None) == (estimator == "k2")
+
+
+def test_the_truncated_importance_weight_is_the_trainers_probability_over_the_engines(critic):
+    """The engine says -4 nats of every token. What was not sampled weighs 1."""
+
+    def of_engine(rollouts):
+        return [replace(r, sampler_logprob=[-4.0] * len(r.completion)) for r in rollouts]
+
+    plain, _ = experience(config(), of_engine(ROLLOUTS), critic)
+    assert plain.weight is None
+    ratio = (plain.sampler_logprob + 4).exp()
+    assert 0 < (ratio > 1.5).sum() < 16
+    found, metrics = experience(config(sampler_is_cap=1.5), of_engine(ROLLOUTS), critic)
+    torch.testing.assert_close(found.weight, ratio.clamp(max=1.5))
+    assert metrics["sampling/is_weight_mean"] == pytest.approx(ratio.clamp(max=1.5).mean().item(), rel=1e-6)
+    assert metrics["sampling/is_weight_capped"] == (ratio > 1.5).sum().item() / 16
+    cfg = config(DRPOConfig, compat="reference", sampler_is_cap=2.0)
+    authors, _ = experience(cfg, of_engine(FULL), critic)
+    assert (authors.weight[~authors.mask] == 1).all()
+    expected = (authors.sampler_logprob[authors.mask] + 4).exp().clamp(max=2.0)
+    torch.testing.assert_close(authors.weight[authors.mask], expected)

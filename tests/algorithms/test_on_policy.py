@@ -187,6 +187,68 @@ def test_the_first_ratio_is_exactly_one(paths):
     assert result.history[0]["objective/kl"] == 0.0
 
 
+@pytest.mark.parametrize(("placement", "estimator"), [("reward", "exact"), ("loss", "exact"), ("loss", "k3")])
+def test_wherever_the_kl_stands_the_first_ratio_is_exactly_one_and_the_run_learns(paths, placement, estimator):
+    cfg = config(paths, num_ppo_epochs=1, kl_placement=placement, kl_estimator=estimator)
+    history = run(cfg).history
+    assert [row["val/ratio"] for row in history] == [1.0, 1.0]
+    assert history[0]["objective/kl"] == 0.0 < history[1]["objective/kl"]
+
+
+def test_the_coefficient_is_steered_by_the_kl_of_every_update(paths):
+    """And is what the next one charges."""
+    cfg = config(paths, max_steps=4, kl_target=0.5, kl_horizon=24, micro_batch_tokens=1000)
+    history, coef = run(cfg).history, cfg.kl_coef
+    for row in history:
+        assert row["policy/kl_coef"] == pytest.approx(coef, rel=1e-12)
+        assert row["reward/kl"] == pytest.approx(-coef * row["objective/kl"], rel=1e-4)
+        coef *= 1 + min(max(row["objective/kl"] / 0.5 - 1, -0.2), 0.2) * 12 / 24
+    assert history[1]["policy/kl_coef"] == pytest.approx(0.9 * cfg.kl_coef)  # the first KL is 0
+    assert {row["policy/kl_coef"] for row in run(cfg, kl_target=0.0).history} == {cfg.kl_coef}
+
+
+def test_the_policy_waits_for_the_critic(paths):
+    """And so does the coefficient of the KL."""
+    result = run(config(paths, max_steps=4, value_warmup_steps=2, kl_target=0.5, kl_horizon=24))
+    assert [row["policy/kl_coef"] for row in result.history] == pytest.approx([0.05, 0.05, 0.05, 0.045])
+    moved = [row["objective/kl"] != 0 for row in result.history]
+    assert moved == [False, False, False, True]  # after updates 1 and 2, of the critic, and 3
+    assert ["loss/policy_avg" in row for row in result.history] == [False, False, True, True]
+    assert all(row["loss/value_avg"] > 0 for row in result.history)
+    with pytest.raises(ValueError, match=r"^value_warmup_steps: must be below the 2 updates of the run"):
+        run(config(paths, max_steps=2, value_warmup_steps=2))
+
+
+class BiasedEngine:
+    """Samples as the trainer's own engine does, and reports log-probs that are off by 0.3 nats, up and down."""
+
+    def __init__(self, cfg, policy, eos):
+        self.engine = make_engine(cfg, policy, eos)
+
+    def generate(self, prefixes):
+        return [
+            replace(r, sampler_logprob=[x + 0.3 * (-1) ** t for t, x in enumerate(r.sampler_logprob)])
+            for r in self.engine.generate(prefixes)
+        ]
+
+
+def test_an_engine_that_disagrees_is_seen_and_its_tokens_are_weighted(paths):
+    cfg = config(paths, max_steps=1, sampler_is_cap=1.2)
+    biased = train_on_policy(cfg, tiny.examples(40), engine=BiasedEngine)
+    row = biased.history[0]
+    assert row["sampling/sampling_logp_difference/mean"] == pytest.approx(0.3, rel=1e-4)
+    capped = row["sampling/is_weight_capped"]  # the odd tokens, exp(0.3); the even ones have exp(-0.3)
+    assert 0.2 < capped < 0.5
+    assert row["sampling/is_weight_mean"] == pytest.approx(1.2 * capped + math.exp(-0.3) * (1 - capped), rel=1e-4)
+    honest = run(cfg)
+    assert honest.history[0]["sampling/is_weight_mean"] == pytest.approx(1.0, abs=1e-5)
+    ignored = train_on_policy(replace(cfg, sampler_is_cap=None), tiny.examples(40), engine=BiasedEngine)
+    plain = run(replace(cfg, sampler_is_cap=None))
+    pairs = zip(ignored.model.parameters(), plain.model.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)  # its log-probs are looked at, and not trained on
+    assert not torch.equal(next(biased.model.parameters()), next(plain.model.parameters()))
+
+
 def test_micro_batches_change_no_update(paths):
     whole = run(config(paths, PPOConfig, micro_batch_tokens=10_000, num_ppo_epochs=2))
     split = run(config(paths, PPOConfig, micro_batch_tokens=24, num_ppo_epochs=2))

@@ -115,6 +115,8 @@ BESIDE = {
     "groupwise": {"loss_type": "ipo"},
     "reward_model": {"reward_model_path": "judge"},
     **{name: {"reset_group_size": 2} for name in ("rloo", "grpo")},
+    **{name: {"kl_placement": "loss"} for name in ("k2", "k3")},
+    "loss": {"kl_estimator": "k2"},
 }
 """What some choices need beside them."""
 

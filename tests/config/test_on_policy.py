@@ -52,3 +52,62 @@ def test_vllm_reads_a_model_from_a_folder_and_has_no_temperature_below_its_own_l
         with pytest.raises(ValueError, match=rf"^{field}: must be .* with engine vllm"):
             replace(config, **{field: value})
         replace(config, **{field: value, "engine": "transformers"})
+
+
+@pytest.mark.parametrize(
+    ("placement", "estimator", "reason"),
+    [
+        ("reward", "k2", "k1 or exact in the reward: the mean of k2 is not the KL"),
+        ("reward", "k3", r"k1 or exact in the reward: .* minus that of KL\(reference \|\| policy\)"),
+        ("loss", "k1", "k2, k3 or exact in the loss: the gradient of k1 is 0 in the mean"),
+    ],
+)
+def test_an_estimator_that_is_wrong_where_it_stands_is_refused_with_the_reason(placement, estimator, reason):
+    with pytest.raises(ValueError, match=rf"^kl_estimator: must be {reason}.*; got '{estimator}'"):
+        PPOConfig(kl_placement=placement, kl_estimator=estimator)
+
+
+def test_an_exact_kl_in_the_reward_is_not_rescaled_by_grpo():
+    with pytest.raises(ValueError, match=r"^advantage_estimator: must be gae or rloo with kl_estimator exact"):
+        PPOConfig(kl_estimator="exact", advantage_estimator="grpo", reset_group_size=2)
+    PPOConfig(kl_placement="loss", kl_estimator="exact", advantage_estimator="grpo", reset_group_size=2)
+
+
+def test_a_controller_needs_a_coefficient_to_multiply_and_a_horizon_of_a_batch():
+    with pytest.raises(ValueError, match=r"^kl_coef: must be above 0 where kl_target is given"):
+        PPOConfig(kl_target=6.0, kl_coef=0.0)
+    with pytest.raises(ValueError, match=r"^kl_horizon: must be at least the batch of 64 episodes"):
+        PPOConfig(kl_target=6.0, kl_horizon=63)
+    PPOConfig(kl_horizon=63)  # no target
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "rule"),
+    [
+        ("dual_clip", 1.0, "above 1"),
+        ("sampler_is_cap", 0.9, "at least 1"),
+        ("cliprange_high", 0.0, "above 0"),
+        ("target_kl", 0.0, "above 0"),
+        ("entropy_coef", -0.1, "at least 0"),
+    ],
+)
+def test_the_bounds_of_the_optional_terms(field, value, rule):
+    with pytest.raises(ValueError, match=rf"^{field}: must be {rule}"):
+        PPOConfig(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "settings"),
+    [
+        ("kl_placement", {"kl_placement": "loss", "kl_estimator": "k2"}),
+        ("loss_aggregation", {"loss_aggregation": "sequence"}),
+    ],
+)
+def test_the_semantics_of_the_authors_leave_the_loss_as_it_is(field, settings):
+    with pytest.raises(ValueError, match=rf"^{field}: must be .* under compat reference"):
+        DRPOConfig(compat="reference", **settings)
+
+
+def test_a_warmup_of_the_critic_needs_one():
+    with pytest.raises(ValueError, match=r"^value_warmup_steps: must be 0 with advantage_estimator rloo"):
+        PPOConfig(advantage_estimator="rloo", reset_group_size=2, value_warmup_steps=1)

@@ -7,7 +7,9 @@ from fastrlhf.models.attention import PACKED
 from fastrlhf.models.forward import (
     check_packed_forward,
     enable_activation_checkpointing,
+    scored_states,
     sequence_scores,
+    state_kl,
     token_logprobs,
     token_values,
 )
@@ -34,6 +36,23 @@ def test_packed_logprobs_equal_the_models_own_one_by_one(name):
     packed = token_logprobs(model, pack([scored(ids) for ids in SEQUENCES]), temperature=0.7).logprob
     alone = torch.cat([own_logprobs(model, ids, 0.7) for ids in SEQUENCES])
     torch.testing.assert_close(packed, alone, rtol=2e-6, atol=5e-6)
+
+
+@pytest.mark.parametrize("name", tiny.ARCHITECTURES)
+@torch.no_grad()
+def test_the_kl_of_every_state_is_that_of_the_models_own_distributions(name):
+    """Over the whole vocabulary and tempered, soft-caps included."""
+    model, reference = tiny.policy(name), tiny.policy(name, seed=5)
+    batch = pack([scored(ids) for ids in SEQUENCES])
+    states, reference_states = scored_states(model, batch), scored_states(reference, batch)
+    found = state_kl(model, states, reference, reference_states, batch.targets, temperature=0.7)
+    expected = []
+    for ids in SEQUENCES:
+        p, q = ((m(torch.tensor([ids])).logits[0, :-1].double() / 0.7).log_softmax(-1) for m in (model, reference))
+        expected.append((p.exp() * (p - q)).sum(-1))
+    assert torch.cat(expected).min() > 1e-3
+    torch.testing.assert_close(found.kl, torch.cat(expected).float(), rtol=1e-5, atol=5e-6)
+    torch.testing.assert_close(found.reference_logprob, token_logprobs(reference, batch, temperature=0.7).logprob)
 
 
 @pytest.mark.parametrize("name", tiny.ARCHITECTURES)

@@ -1,0 +1,183 @@
+"""What an on-policy update does with a batch of episodes: passes of the clipped losses over its packs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fastrlhf.algorithms.experience import Pack, pack_episodes
+from fastrlhf.algorithms.stage import StepMetrics
+from fastrlhf.config import PPOConfig
+from fastrlhf.models.forward import scored_states, state_kl, state_logprobs, token_values
+from fastrlhf.optim import Optimizer
+from fastrlhf.types import Experience, Rollout
+from fastrlhf_kernels import LossOutput, Sum, policy_loss, value_loss
+
+
+def update(
+    config: PPOConfig,
+    policy: PreTrainedModel,
+    critic: PreTrainedModel | None,
+    optimizer: Optimizer,
+    rollouts: Sequence[Rollout],
+    experience: Experience,
+    packs: Sequence[Sequence[Pack]],
+    seed: tuple[int, int],
+    *,
+    reference: PreTrainedModel | None = None,
+    critic_only: bool = False,
+) -> dict[str, float]:
+    """`num_ppo_epochs` passes over the batch; after the first, the mini-batches are drawn and packed anew.
+
+    `reference` is needed for an exact KL in the loss alone: its head, as its states are in the experience. With
+    `critic_only` the policy is neither computed nor moved, and its metrics are absent. Beyond `target_kl` the update
+    ends before the step that a mini-batch was computed for; the first step, at ratio 1, is always taken.
+    """
+    policy_totals, value_totals = StepMetrics(), StepMetrics()
+    steps: list[dict[str, float]] = []
+    num_stopped = 0
+    # A weighted mean over the tokens of a mini-batch, by what each is of its episode.
+    shares = _episode_shares(experience) if config.loss_aggregation == "sequence" else None
+    for epoch, mini in _mini_batches(config, rollouts, packs, seed, policy.device):
+        in_mini = torch.cat([item.index for item in mini])
+        drift = torch.zeros((), device=policy.device)
+        for item in mini:
+            # compat "reference": every micro-batch is its own mean, as in the authors' code.
+            inside = item.index if config.compat == "reference" else in_mini
+            share = len(mini) if config.compat == "reference" else 1
+            if not critic_only:
+                num_tokens = experience.mask[inside].sum() * share
+                weight = None if shares is None else shares[item.index] * (num_tokens / shares[inside].sum())
+                chosen = _policy_loss(config, policy, reference, experience, item, weight, num_tokens)
+                chosen.loss.backward()  # before the critic's forward: one model's activations at a time
+                policy_totals.add(chosen.metrics)
+                drift += chosen.metrics["approx_kl"].value / num_tokens
+            if critic is None:
+                continue
+            assert experience.value is not None
+            assert experience.returns is not None
+            valued = value_loss(
+                token_values(critic, item.batch),
+                experience.value[item.index],
+                experience.returns[item.index],
+                torch.ones_like(item.index, dtype=torch.bool),
+                num_tokens=len(inside) * share,
+                clip=config.cliprange_value,
+            )
+            (config.vf_coef * valued.loss).backward()
+            value_totals.add(valued.metrics)
+        if config.target_kl is not None and steps and drift.item() > config.target_kl:
+            num_stopped = config.num_ppo_epochs - epoch
+            optimizer.skip(config.num_ppo_epochs * config.num_mini_batches - len(steps))
+            break
+        steps.append(optimizer.step())
+    metrics = _training_metrics(
+        {} if critic_only else policy_totals.means("tokens"), value_totals.means("rows") if critic else {}, steps
+    )
+    return metrics if config.target_kl is None else metrics | {"policy/stopped_passes": float(num_stopped)}
+
+
+def _mini_batches(
+    config: PPOConfig,
+    rollouts: Sequence[Rollout],
+    packs: Sequence[Sequence[Pack]],
+    seed: tuple[int, int],
+    device: torch.device,
+) -> Iterator[tuple[int, Sequence[Pack]]]:
+    """(pass, its packs) for every optimiser step."""
+    for epoch in range(config.num_ppo_epochs):
+        if epoch > 0 and config.num_mini_batches > 1:
+            num_groups = len(rollouts) // config.reset_group_size
+            order = np.random.default_rng([*seed, epoch]).permutation(num_groups).tolist()
+            packs = pack_episodes(config, rollouts, order, device)
+        for mini in packs:
+            yield epoch, mini
+
+
+def _episode_shares(experience: Experience) -> Tensor:
+    """[R]: 1 / the trained tokens of its episode; 0 where the token is not trained."""
+    lengths = experience.cu_rows.diff().long()
+    trained = torch.segment_reduce(experience.mask.float(), "sum", lengths=lengths, unsafe=True)
+    shares = (1 / trained).repeat_interleave(lengths, output_size=len(experience.mask))
+    return torch.where(experience.mask, shares, 0.0)
+
+
+def _policy_loss(
+    config: PPOConfig,
+    policy: PreTrainedModel,
+    reference: PreTrainedModel | None,
+    experience: Experience,
+    item: Pack,
+    weight: Tensor | None,
+    num_tokens: Tensor,
+) -> LossOutput:
+    """The loss of one pack, divided by `num_tokens`; `weight` [R of the pack] has mean 1 over the mini-batch.
+
+    Metrics as those of `policy_loss`; its `kl` is the estimate of `kl_estimator`, where that is in the loss.
+    """
+    index, mask = item.index, experience.mask[item.index]
+    sampled = config.kl_placement == "loss" and config.kl_estimator != "exact"
+    heat, entropy = config.temperature, config.entropy_coef > 0
+    states, exact = scored_states(policy, item.batch), None
+    if experience.reference_states is not None:
+        assert reference is not None
+        known = experience.reference_states[index]
+        scored = state_kl(policy, states, reference, known, item.batch.targets, temperature=heat, entropy=entropy)
+        exact = scored.kl
+    else:
+        scored = state_logprobs(policy, states, item.batch.targets, temperature=heat, entropy=entropy)
+    assert scored.logprob is not None
+    importance = None if experience.weight is None else experience.weight[index]
+    weights = [x for x in (weight, importance) if x is not None]
+    loss, metrics = policy_loss(
+        scored.logprob,
+        experience.sampler_logprob[index],
+        experience.advantage[index],
+        mask,
+        num_tokens=num_tokens,
+        clip_low=config.cliprange,
+        clip_high=config.cliprange if config.cliprange_high is None else config.cliprange_high,
+        dual_clip=config.dual_clip,
+        reference_logprob=experience.reference_logprob[index] if sampled else None,
+        kl_coef=experience.kl_coef if sampled else 0.0,
+        kl_kind="k3" if config.kl_estimator == "k3" else "k2",
+        weight=reduce(torch.mul, weights) if weights else None,
+        entropy=scored.entropy,
+        entropy_coef=config.entropy_coef,
+    )
+    if exact is None:
+        return LossOutput(loss, metrics)
+    # The KL of a state does not depend on the token drawn there, so no importance weight.
+    kl = torch.where(mask, exact, 0.0)
+    charged = kl if weight is None else weight * kl
+    return LossOutput(loss + experience.kl_coef * charged.sum() / num_tokens, {**metrics, "kl": Sum(kl.detach().sum())})
+
+
+def _training_metrics(
+    policy: Mapping[str, float], value: Mapping[str, float], steps: Sequence[Mapping[str, float]]
+) -> dict[str, float]:
+    """TRL's names; means over the tokens of all passes, gradient norms over the optimiser steps. `policy` is empty
+    where it was not trained, `value` where there is no critic."""
+    metrics = {"lr": steps[-1]["learning_rate"]}
+    if policy:
+        metrics |= {
+            "loss/policy_avg": policy["policy_loss"],
+            "policy/approxkl_avg": policy["approx_kl"],
+            "policy/clipfrac_avg": policy["clip_fraction"],
+            "val/ratio": policy["ratio"],
+            "grad_norm": float(np.mean([step["grad_norm"] for step in steps])),
+        }
+    if "kl" in policy:
+        metrics["loss/kl_avg"] = policy["kl"]
+    if value:
+        metrics |= {
+            "loss/value_avg": value["value_loss"],
+            "val/clipfrac_avg": value["value_clip_fraction"],
+            "value_grad_norm": float(np.mean([step["value_grad_norm"] for step in steps])),
+        }
+    return metrics

@@ -1,0 +1,32 @@
+"""The coefficient of the KL, steered to a target (Ziegler et al. 2019, arXiv 1909.08593, section 2.2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(kw_only=True)
+class KLController:
+    """coef <- coef (1 + clip(kl / target - 1, +-0.2) num_episodes / horizon) after every batch of episodes.
+
+    A target of 0 leaves it alone. The coefficient is all that it remembers.
+    """
+
+    coef: float
+    """Reward per nat"""
+    target: float
+    """Nats per episode"""
+    horizon: int
+    """Episodes"""
+
+    def update(self, kl: float, num_episodes: int) -> None:
+        """`kl` in nats: the mean over the episodes of the batch, each summed over its sampled tokens."""
+        if self.target:
+            error = min(max(kl / self.target - 1, -0.2), 0.2)
+            self.coef *= 1 + error * num_episodes / self.horizon
+
+    def state_dict(self) -> dict[str, float]:
+        return {"coef": self.coef}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.coef = state["coef"]

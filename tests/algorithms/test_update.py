@@ -1,0 +1,264 @@
+"""What an update does beyond PPO's defaults: its loss against an independent padded loop, and which steps it takes."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fastrlhf.algorithms.experience import pack_episodes, score_episodes
+from fastrlhf.algorithms.update import update
+from fastrlhf.config import PPOConfig
+from fastrlhf.models.loading import frozen_copy, load_reward_model
+from fastrlhf.optim import Optimizer
+from fastrlhf.types import Experience, Prefix, Rollout
+from tests import tiny
+
+COMPLETIONS = [[8, 9, tiny.EOS], [9], [10, 11, 12, 13, 14, 15], [12, tiny.EOS], [20, 21, 22, 23, tiny.EOS], [25, 26]]
+ROLLOUTS = [
+    Rollout(
+        prefix=Prefix(token_ids=[3 + (7 * i + j) % 29 for j in range(2 + i)], num_reset=0, row=i, episode=i),
+        completion=completion,
+        sampler_logprob=[-1.0] * len(completion),
+        ended=tiny.EOS in completion,
+    )
+    for i, completion in enumerate(COMPLETIONS)
+]
+NUM_ROWS = sum(map(len, COMPLETIONS))
+SHIFTS = torch.linspace(-1.5, 1.5, NUM_ROWS)[torch.randperm(NUM_ROWS, generator=torch.Generator().manual_seed(3))]
+"""log(policy / sampler) that the tests give the rows: ratios 0.22 .. 4.5."""
+
+
+def config(**settings) -> PPOConfig:
+    fields = {
+        "per_device_train_batch_size": 6,
+        "num_ppo_epochs": 1,
+        "max_length": 32,
+        "response_length": 7,
+        "temperature": 0.8,
+    }
+    return PPOConfig(**fields | settings)
+
+
+@pytest.fixture(scope="module")
+def critic(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("judge")
+    return load_reward_model(tiny.save_reward_model(folder), pad_token_id=0)
+
+
+def packed(cfg, policy, rollouts=ROLLOUTS):
+    return pack_episodes(cfg, rollouts, list(range(len(rollouts))), policy.device)
+
+
+def scored(cfg, policy, reference, critic=None) -> Experience:
+    """As the trainer has it; without a critic, with the advantages of one group."""
+    packs, judge = packed(cfg, policy), frozen_copy(critic) if critic else None
+    if judge is None:
+        cfg = replace(cfg, advantage_estimator="rloo", reset_group_size=len(ROLLOUTS))
+    scores = torch.linspace(-1, 2, len(ROLLOUTS))
+    return score_episodes(cfg, policy, reference, judge, ROLLOUTS, scores, packs, tiny.EOS)[0]
+
+
+def moved(experience: Experience, shifts=SHIFTS) -> Experience:
+    """As if the policy had moved by `shifts` nats since it sampled, with advantages of both signs and all sizes."""
+    draw = torch.Generator().manual_seed(0)
+    return replace(
+        experience,
+        sampler_logprob=experience.sampler_logprob - shifts,
+        advantage=torch.randn(len(shifts), generator=draw),
+    )
+
+
+def gradients(cfg, policy, experience, rollouts=ROLLOUTS, **keywords) -> list[torch.Tensor]:
+    recorder = tiny.GradientRecorder({"": policy})
+    update(cfg, policy, None, recorder, rollouts, experience, packed(cfg, policy, rollouts), seed=(0, 0), **keywords)
+    [[found]] = recorder.steps
+    return found
+
+
+def padded_gradients(cfg, policy, reference, experience) -> list[torch.Tensor]:
+    """The textbook way: right-padded [N, L] tensors, full logits, a loop over tokens."""
+    sequences = [[*r.prefix.token_ids, *r.completion] for r in ROLLOUTS]
+    width = max(map(len, sequences))
+    ids = torch.tensor([s + [0] * (width - len(s)) for s in sequences])
+    attention = torch.tensor([[1] * len(s) + [0] * (width - len(s)) for s in sequences])
+    logp = (policy(ids, attention_mask=attention).logits / cfg.temperature).log_softmax(-1)
+    with torch.no_grad():
+        logq = (reference(ids, attention_mask=attention).logits / cfg.temperature).log_softmax(-1)
+    low, high = 1 - cfg.cliprange, 1 + (cfg.cliprange if cfg.cliprange_high is None else cfg.cliprange_high)
+    losses, row = [], 0
+    for i, r in enumerate(ROLLOUTS):
+        losses.append([])
+        for t, token in enumerate(r.completion):
+            at = len(r.prefix.token_ids) - 1 + t
+            lp, lq = logp[i, at, token], logq[i, at, token]
+            ratio = (lp - experience.sampler_logprob[row]).clamp(-20, 20).exp()
+            advantage = experience.advantage[row]
+            gain = torch.min(ratio * advantage, ratio.clamp(low, high) * advantage)
+            if cfg.dual_clip is not None and advantage < 0:
+                gain = torch.max(gain, cfg.dual_clip * advantage)
+            loss = -gain
+            entropy = -(logp[i, at].exp() * logp[i, at]).sum()
+            if cfg.kl_placement == "loss" and cfg.kl_estimator != "exact":
+                delta = (lp - lq).detach()
+                loss = loss + experience.kl_coef * ratio.detach() * delta * lp  # the gradient of w k2 and of w k3
+            loss = loss - cfg.entropy_coef * entropy
+            if experience.weight is not None:
+                loss = loss * experience.weight[row]
+            if cfg.kl_placement == "loss" and cfg.kl_estimator == "exact":
+                loss = loss + experience.kl_coef * (logp[i, at].exp() * (logp[i, at] - logq[i, at])).sum()
+            losses[-1].append(loss)
+            row += 1
+    if cfg.loss_aggregation == "sequence":
+        total = torch.stack([torch.stack(part).mean() for part in losses]).mean()
+    else:
+        total = torch.stack([loss for part in losses for loss in part]).mean()
+    policy.zero_grad()
+    total.backward()
+    found = [p.grad.clone() for p in policy.parameters()]
+    policy.zero_grad()
+    return found
+
+
+SETTINGS = [
+    {},
+    {"cliprange_high": 2.0},
+    {"dual_clip": 2.0},
+    {"entropy_coef": 0.3},
+    {"loss_aggregation": "sequence"},
+    {"sampler_is_cap": 1.5},
+    {"kl_placement": "loss", "kl_estimator": "k2", "kl_coef": 0.3},
+    {"kl_placement": "loss", "kl_estimator": "k3", "kl_coef": 0.3},
+    {"kl_placement": "loss", "kl_estimator": "exact", "kl_coef": 0.3},
+    {"kl_placement": "loss", "kl_estimator": "exact", "kl_coef": 0.3, "loss_aggregation": "sequence"}
+    | {"sampler_is_cap": 1.5, "entropy_coef": 0.3, "dual_clip": 2.0},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_the_gradient_is_that_of_an_independent_padded_loop(settings):
+    cfg = config(micro_batch_tokens=24, **settings)
+    policy, reference = tiny.policy(), tiny.policy(seed=5)
+    experience = moved(scored(cfg, policy, reference))
+    ours = gradients(cfg, policy, experience, reference=reference)
+    expected = padded_gradients(cfg, policy, reference, experience)
+    tiny.assert_close_gradients(ours, expected, 1e-4)  # two float32 forwards, as in test_on_policy.py
+    if settings:
+        plain = padded_gradients(config(), policy, reference, replace(experience, weight=None))
+        with pytest.raises(AssertionError):
+            tiny.assert_close_gradients(expected, plain, 1e-2)  # the setting matters here
+
+
+@pytest.mark.parametrize("dual_clip", [None, 3.0])
+def test_log_ratios_of_25_leave_the_active_set_of_the_definition(dual_clip):
+    """Beyond +-20 nats there is no gradient; with the dual clip no loss of e^20 either."""
+    cfg = config(dual_clip=dual_clip)
+    policy, reference = tiny.policy(), tiny.policy(seed=5)
+    far = SHIFTS.clone()
+    far[::3], far[1::5] = 25.0, -25.0
+    experience = moved(scored(cfg, policy, reference), far)
+    assert {(s, a > 0) for s, a in zip(far.tolist(), experience.advantage.tolist(), strict=True)} >= {
+        (s, up) for s in (25.0, -25.0) for up in (True, False)
+    }
+    ours = gradients(cfg, policy, experience)
+    tiny.assert_close_gradients(ours, padded_gradients(cfg, policy, reference, experience), 1e-4)
+
+
+@pytest.mark.parametrize("settings", [{"loss_aggregation": "sequence"}, SETTINGS[-1]])
+def test_micro_batches_change_no_gradient(settings):
+    """The same sums in another order: float32 rounding."""
+    whole, split = config(micro_batch_tokens=1000, **settings), config(micro_batch_tokens=16, **settings)
+    policy, reference = tiny.policy(), tiny.policy(seed=5)
+    assert len(packed(whole, policy)[0]) == 1 < len(packed(split, policy)[0])
+    experience = moved(scored(whole, policy, reference))
+    tiny.assert_close_gradients(
+        gradients(whole, policy, experience, reference=reference),
+        gradients(split, policy, experience, reference=reference),
+    )
+
+
+def test_by_sequence_the_gradient_is_the_mean_of_those_of_single_episodes():
+    cfg = config()
+    policy, reference = tiny.policy(), tiny.policy(seed=5)
+    experience = moved(scored(cfg, policy, reference))
+    ours = gradients(replace(cfg, loss_aggregation="sequence"), policy, experience)
+    alone = []
+    for i, rollout in enumerate(ROLLOUTS):
+        rows = slice(*experience.cu_rows[i : i + 2].tolist())
+        of_one = replace(
+            experience,
+            cu_rows=torch.tensor([0, len(rollout.completion)], dtype=torch.int32),
+            **{name: getattr(experience, name)[rows] for name in ("mask", "sampler_logprob", "advantage")},
+        )
+        alone.append(gradients(cfg, policy, of_one, [rollout]))
+    tiny.assert_close_gradients(ours, [sum(parts) / len(ROLLOUTS) for parts in zip(*alone, strict=True)])
+
+
+def optimised(cfg, critic=None, **keywords):
+    """(metrics, policy, critic) after an update with AdamW."""
+    policy, reference = tiny.policy(), tiny.policy(seed=5)
+    critic = None if critic is None else frozen_copy(critic).requires_grad_(True)
+    models = {"": policy} | ({"value_": critic} if critic else {})
+    optimizer = Optimizer(models, cfg, num_steps=cfg.num_ppo_epochs * cfg.num_mini_batches)
+    experience = scored(cfg, policy, reference, critic)
+    metrics = update(cfg, policy, critic, optimizer, ROLLOUTS, experience, packed(cfg, policy), seed=(0, 0), **keywords)
+    return metrics, policy, critic
+
+
+def same(a, b) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+
+FAST = {"learning_rate": 3e-3, "lr_scheduler_type": "constant"}
+
+
+def test_beyond_target_kl_the_other_passes_are_not_taken(critic):
+    """The second pass finds the policy too far: weights of policy and critic are those of one pass."""
+    one = optimised(config(num_ppo_epochs=1, **FAST), critic)
+    stopped = optimised(config(num_ppo_epochs=4, target_kl=1e-6, **FAST), critic)
+    assert stopped[0]["policy/stopped_passes"] == 3.0
+    assert stopped[0]["policy/approxkl_avg"] > 0.5e-6  # of both passes; the first has 0
+    assert same(one[1], stopped[1])
+    assert same(one[2], stopped[2])
+
+
+def test_target_kl_is_decided_for_every_mini_batch(critic):
+    """The second mini-batch of the first pass: no pass was whole."""
+    cfg = config(num_ppo_epochs=3, num_mini_batches=2, **FAST)
+    assert optimised(replace(cfg, target_kl=1e-6), critic)[0]["policy/stopped_passes"] == 3.0
+
+
+def test_a_target_that_is_not_reached_changes_no_bit(critic):
+    cfg = config(num_ppo_epochs=3, num_mini_batches=2, **FAST)
+    plain, limited = optimised(cfg, critic), optimised(replace(cfg, target_kl=100.0), critic)
+    assert limited[0] == plain[0] | {"policy/stopped_passes": 0.0}
+    assert same(plain[1], limited[1])
+
+
+def test_a_warmup_trains_the_critic_as_ever_and_leaves_the_policy_bitwise_alone(critic):
+    cfg = config(num_ppo_epochs=2, weight_decay=0.1, **FAST)
+    usual, warm = optimised(cfg, critic), optimised(cfg, critic, critic_only=True)
+    assert same(warm[1], tiny.policy())
+    assert not same(usual[1], tiny.policy())
+    assert same(warm[2], usual[2])
+    assert not same(warm[2], critic)
+    assert set(usual[0]) - set(warm[0]) == {
+        *("loss/policy_avg", "policy/approxkl_avg", "policy/clipfrac_avg", "val/ratio", "grad_norm")
+    }
+
+
+def test_the_kl_in_the_loss_is_reported_before_its_coefficient():
+    cfg = config(kl_placement="loss", kl_estimator="exact", kl_coef=0.3, micro_batch_tokens=24)
+    policy, reference = tiny.policy(), tiny.policy(seed=5)
+    experience = scored(cfg, policy, reference)
+    recorder = tiny.GradientRecorder({"": policy})
+    metrics = update(
+        cfg, policy, None, recorder, ROLLOUTS, experience, packed(cfg, policy), seed=(0, 0), reference=reference
+    )
+    total = torch.zeros(())
+    with torch.no_grad():
+        for r in ROLLOUTS:
+            ids = torch.tensor([[*r.prefix.token_ids, *r.completion]])
+            p, q = ((m(ids).logits[0, -len(r.completion) - 1 : -1] / 0.8).log_softmax(-1) for m in (policy, reference))
+            total += (p.exp() * (p - q)).sum()
+    assert metrics["loss/kl_avg"] == pytest.approx(total.item() / NUM_ROWS, rel=1e-5)
+    assert metrics["val/ratio"] == 1.0
