@@ -74,7 +74,7 @@ def parse(kind: type, arguments: Sequence[str], command: str) -> Any:
             return tyro.cli(
                 kind,
                 prog=f"fastrlhf {command}",
-                args=[*flags, *rest],
+                args=files.spelled_out([*flags, *rest], kind),
                 config=(tyro.conf.FlagConversionOff,),
                 use_underscores=True,
             )

@@ -6,10 +6,10 @@ import dataclasses
 import difflib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -17,6 +17,7 @@ COMMANDS = {"sft", "reward", "dpo", "ppo", "drpo", "rto", "eval", "demo"}
 """That take keys, and may have a section of their own in a file."""
 
 
+TRUTHS = {**dict.fromkeys(("true", "yes", "on", "1"), "True"), **dict.fromkeys(("false", "no", "off", "0"), "False")}
 ALIASES = {"gradient_checkpointing": "activation_checkpointing"}
 """Names that keys had elsewhere."""
 
@@ -112,6 +113,28 @@ def without_alias(argument: str) -> str:
     name, equals, value = argument.partition("=")
     alias = name[2:].replace("-", "_")
     return f"--{ALIASES[alias]}{equals}{value}" if name.startswith("--") and alias in ALIASES else argument
+
+
+def spelled_out(arguments: Sequence[str], kind: type) -> list[str]:
+    """The arguments with truth values as the parser knows them: true, yes, on and 1 are True, in any case, and so is a
+    flag of a truth value that stands alone."""
+    truths = {name for name, hint in get_type_hints(kind).items() if hint is bool}
+    spelled: list[str] = []
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if spelled and _is_flag_of(truths, spelled[-1]):
+            if not argument.startswith("--"):
+                spelled.append(TRUTHS.get(argument.lower(), argument))
+                continue
+            spelled.append("True")
+        spelled.append(
+            f"{name}={TRUTHS.get(value.lower(), value)}" if equals and _is_flag_of(truths, name) else argument
+        )
+    return [*spelled, "True"] if spelled and _is_flag_of(truths, spelled[-1]) else spelled
+
+
+def _is_flag_of(names: Collection[str], argument: str) -> bool:
+    return argument.startswith("--") and argument[2:].replace("-", "_") in names
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

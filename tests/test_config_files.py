@@ -200,3 +200,19 @@ def test_a_key_is_understood_by_the_name_it_had_elsewhere(write, how):
         "flag with =": ["--gradient-checkpointing=True"],
     }[how]
     assert parse(SFTConfig, arguments, "sft").activation_checkpointing
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--use_peft", "true"], ["--use-peft=YES"], ["--use_peft", "1"], ["--use_peft"], ["--use_peft", "--lora_r", "4"]],
+)
+def test_truth_values_are_understood_as_people_write_them(flags):
+    assert parse(SFTConfig, flags, "sft").use_peft is True
+
+
+def test_falsehoods_too_and_what_is_neither_is_refused(write):
+    assert parse(SFTConfig, ["--progress", "no", "--lora_r", "4"], "sft").progress is False
+    assert parse(SFTConfig, ["--config", write('progress: "off"')], "sft").progress is False
+    assert parse(SFTConfig, ["--run_name", "true"], "sft").run_name == "true"
+    with pytest.raises(ValueError, match="progress"):
+        parse(SFTConfig, ["--progress", "maybe"], "sft")

@@ -18,6 +18,9 @@ from fastrlhf.types import Example, TokenizedExample
 
 log = logging.getLogger(__name__)
 
+MUCH = 0.1
+"""Share of rows that are cut or dropped above which a warning is due."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
@@ -86,7 +89,9 @@ def with_room(
 
 def _tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase:
     source = config.tokenizer_name_or_path or config.model_name_or_path
-    require(bool(source), "tokenizer_name_or_path", source, "given where there is no model_name_or_path")
+    if config.model_config:
+        require(bool(source), "tokenizer_name_or_path", source, "given beside a model_config")
+    require(bool(source), "model_name_or_path", source, "a folder or a hub name")
     return load_tokenizer(
         source,
         eos_token=config.eos_token or None,
@@ -106,15 +111,17 @@ def _load_both(config: TrainConfig, fields: Sequence[str]) -> tuple[list[Example
 
 
 def _split(config: TrainConfig, fields: Sequence[str]) -> tuple[list[Example], list[Example]]:
-    """The training split without its last `num_eval_examples` rows, and those.
+    """The first `max_train_examples` rows of the training split without its last `num_eval_examples`, and those.
 
-    Rows are counted as they were read, the unusable ones included: what is held out must not depend on `fields`.
+    Rows are counted as they were read, the unusable ones included: what is held out must depend neither on `fields`
+    nor on how much is trained on.
     """
-    limit = config.max_train_examples + config.num_eval_examples if config.max_train_examples else 0
+    limit = 0 if config.num_eval_examples else config.max_train_examples
     loaded = _load(config, fields, config.dataset_train_split, limit)
     first_held_out = loaded.num_rows - config.num_eval_examples
+    end = min(first_held_out, config.max_train_examples or first_held_out)
     return (
-        [example for example in loaded.examples if example.row < first_held_out],
+        [example for example in loaded.examples if example.row < end],
         [example for example in loaded.examples if example.row >= first_held_out],
     )
 
@@ -153,4 +160,10 @@ def _tokenize(
         fields=[name for name in fields if name in (*RESPONSES, "responses")],
     )
     log.info("%s: %s", name, tokenized.report.summary())
+    lost = len(examples) - tokenized.report.num_kept + tokenized.report.truncated
+    if lost > MUCH * len(examples):
+        log.warning(
+            "%s: %d of %d rows do not fit max_length %d as they are; raise it, or see truncation_mode",
+            *(name, lost, len(examples), config.max_length),
+        )
     return list(tokenized.examples)

@@ -99,7 +99,7 @@ def load_tokenizer(
         ValueError: there is no tokenizer there, it has no EOS, or the template is none.
     """
     path = Path(name_or_path).expanduser()
-    if not path.exists() and (path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1):
+    if is_missing_folder(name_or_path):
         raise ValueError(f"tokenizer {name_or_path}: no such folder (a hub model is named like owner/name)")
     try:
         if path.is_file():
@@ -119,6 +119,16 @@ def load_tokenizer(
     if chat_template:
         tokenizer.chat_template = resolve_chat_template(chat_template, tokenizer)
     return tokenizer
+
+
+def is_missing_folder(name_or_path: str) -> bool:
+    """Whether this means a folder, by its form or because its first part is one here, that is not there.
+
+    The hub need not be asked for it.
+    """
+    path = Path(name_or_path).expanduser()
+    looks_local = path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1
+    return not path.exists() and (looks_local or (len(path.parts) > 1 and Path(path.parts[0]).is_dir()))
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int | None]:

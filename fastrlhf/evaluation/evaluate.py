@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fastrlhf.checkpoint import check_output_dir, create_output_dir
 from fastrlhf.config import EvalConfig, require
 from fastrlhf.data.inputs import open_eval_inputs, with_room
 from fastrlhf.data.tokens import special_ids
@@ -30,9 +32,12 @@ def evaluate_models(config: EvalConfig, examples: Sequence[Example] | None = Non
     """Each of `config.models` against `config.opponent`, on the same prompts; `examples` stand in for the dataset.
 
     The prompts are those that training with the same dataset keys evaluates on, and that leave room for a response.
-    Raises ValueError for bad input, a model that is not there included, before anything is generated.
+    With `output_dir` the comparisons and all responses are written there. Raises ValueError for bad input, a model that
+    is not there included, before anything is generated.
     """
     _check(config)
+    if config.output_dir:
+        check_output_dir(config.output_dir)
     against_column = config.opponent in COLUMNS
     source = replace(config, model_name_or_path=config.model_name_or_path or config.models[0])
     tokenizer, rows = open_eval_inputs(source, [config.opponent] if against_column else [], examples)
@@ -52,9 +57,37 @@ def evaluate_models(config: EvalConfig, examples: Sequence[Example] | None = Non
     def score(rollouts: Sequence[Rollout]) -> np.ndarray:
         return judge(rollouts).cpu().numpy()
 
-    scores = {name: score(_respond(config, name, reward_model, rows, eos)) for name in config.models}
-    against = score(_responses_of(rows, config.opponent, eos)) if against_column else scores.pop(config.opponent)
-    return {name: compare(own, against, seed=config.seed) for name, own in scores.items()}
+    answers = {name: _respond(config, name, reward_model, rows, eos) for name in config.models}
+    if against_column:
+        answers[config.opponent] = _responses_of(rows, config.opponent, eos)
+    scores = {name: score(rollouts) for name, rollouts in answers.items()}
+    against = scores[config.opponent]
+    names = [name for name in config.models if name != config.opponent]
+    comparisons = {name: compare(scores[name], against, seed=config.seed) for name in names}
+    if config.output_dir:
+        _write(config, tokenizer, answers, scores, comparisons)
+    return comparisons
+
+
+def _write(
+    config: EvalConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    answers: Mapping[str, Sequence[Rollout]],
+    scores: Mapping[str, np.ndarray],
+    comparisons: Mapping[str, Comparison],
+) -> None:
+    """config.yaml, summary.json with the comparisons, and samples.jsonl with every prompt, response and score."""
+    folder = create_output_dir(config.output_dir, config)
+    summary = {"opponent": config.opponent, "models": {name: asdict(made) for name, made in comparisons.items()}}
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    with (folder / "samples.jsonl").open("w", encoding="utf-8") as file:
+        for name, rollouts in answers.items():
+            for rollout, score in zip(rollouts, scores[name].tolist(), strict=True):
+                texts = {
+                    "prompt": tokenizer.decode(rollout.prefix.token_ids),
+                    "response": tokenizer.decode(rollout.completion),
+                }
+                file.write(json.dumps({"model": name, "row": rollout.prefix.row, **texts, "score": score}) + "\n")
 
 
 def format_table(comparisons: Mapping[str, Comparison]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import Linear, Module
@@ -23,7 +25,8 @@ from transformers import (
 )
 
 from fastrlhf.config import TrainConfig, parse_model_config, require
-from fastrlhf.data.tokens import load_tokenizer, special_ids
+from fastrlhf.config_files import nearest
+from fastrlhf.data.tokens import is_missing_folder, load_tokenizer, special_ids
 from fastrlhf.models.adapters import add_adapter
 from fastrlhf.models.attention import backend
 from fastrlhf.models.forward import check_packed_forward, enable_activation_checkpointing
@@ -64,6 +67,9 @@ def open_policy(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreT
         require(not config.use_peft, "use_peft", True, f"false: the embeddings of {new} new tokens have to be trained")
         with _seeded(config.seed, device):
             model.resize_token_embeddings(len(tokenizer))
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions and config.max_length > positions:
+        log.warning("max_length: %d is more than the %d positions of the model", config.max_length, positions)
     make_trainable(model, config, config.model_name_or_path)
     return model
 
@@ -116,6 +122,12 @@ def build_policy(
             config = AutoConfig.for_model(fields.pop("model_type", ""), **fields)
         except ValueError as error:
             raise ValueError(f"model_config.model_type: {settings.get('model_type')!r} is not known") from error
+        except StrictDataclassError as error:  # of sizes that do not go together
+            raise ValueError(f"model_config: {error}") from error
+        known = {field.name for field in dataclasses.fields(config)}
+        for name in fields:
+            if name not in known:
+                raise ValueError(f"model_config: {settings['model_type']} has no {name!r}{nearest(name, known)}")
     config.vocab_size, config.eos_token_id, config.bos_token_id, config.pad_token_id = (
         vocab_size,
         eos_token_id,
@@ -203,6 +215,8 @@ def check_same_tokenizer(
 
 def read_model_config(source: str, field: str, trust_remote_code: bool) -> PretrainedConfig:
     """The configuration of a model, its dropout off. Raises ValueError, naming `field`, where there is none."""
+    if is_missing_folder(source):
+        raise ValueError(f"{field}: {source!r} is neither a folder here nor a name that a model of the hub can have")
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:

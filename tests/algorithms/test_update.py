@@ -8,7 +8,8 @@ import torch
 from fastrlhf.algorithms.experience import pack_episodes, score_episodes
 from fastrlhf.algorithms.update import update
 from fastrlhf.config import PPOConfig
-from fastrlhf.models.loading import frozen_copy, load_reward_model
+from fastrlhf.models.adapters import frozen_copy
+from fastrlhf.models.loading import load_reward_model
 from fastrlhf.optim import Optimizer
 from fastrlhf.types import Experience, Prefix, Rollout
 from tests import tiny

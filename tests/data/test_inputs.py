@@ -71,7 +71,7 @@ def test_the_same_dataset_keys_judge_exactly_what_training_held_out(config, keys
 
 def test_most_train_rows_are_those_before_the_held_out_ones(config):
     _, data = open_inputs(replace(config, num_eval_examples=4, max_train_examples=9), [], None, None)
-    assert (rows(data.train), rows(data.eval)) == ([*range(9)], [*range(9, 13)])
+    assert (rows(data.train), rows(data.eval)) == ([*range(9)], [*range(16, 20)])
     assert rows(open_inputs(replace(config, max_train_examples=9), [], None, None)[1].train) == [*range(9)]
 
 
@@ -124,7 +124,7 @@ def test_bad_input_is_refused_before_any_folder_is_made(config, tmp_path):
         ({"report_to": ("mlflow",)}, "^report_to: unknown reporter 'mlflow'"),
         ({"output_dir": str(tmp_path / "run")}, "^output_dir: .* already holds a run"),
         ({"dataset_name": ""}, "^dataset_name: must be a hub name, or a local file or folder; got ''"),
-        ({"tokenizer_name_or_path": ""}, "^tokenizer_name_or_path: must be given where there is no model_name_or_path"),
+        ({"tokenizer_name_or_path": ""}, "^model_name_or_path: must be a folder or a hub name; got ''"),
         ({"columns": "prompt"}, "^columns: "),
         ({"max_bad_fraction": 0.0}, "more than max_bad_fraction 0 allows"),
     ):

@@ -102,7 +102,7 @@ def test_an_unknown_model_type_is_refused(model_type):
 @pytest.mark.parametrize("load", [load_policy, lambda path: load_reward_model(path, pad_token_id=0)])
 def test_a_place_without_a_model_is_refused_by_the_name_of_its_field(load, tmp_path):
     field = "model_name_or_path" if load is load_policy else "reward_model_path"
-    with pytest.raises(ValueError, match=f"^{field}: '.*nowhere' is neither a folder here nor a model the hub gives"):
+    with pytest.raises(ValueError, match=f"^{field}: '.*nowhere' is neither a folder here nor a "):
         load(str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match=f"^{field}: .* holds no model that transformers knows"):
         load(str(tmp_path))
