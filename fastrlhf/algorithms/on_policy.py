@@ -96,7 +96,7 @@ def train_on_policy(
     sampler = (engine or make_engine)(config, policy, eos)
     roll_in = make_roll_in(config, reference, eos) if config.reset_source == "sample" else None
     num_groups = config.batch_size // config.reset_group_size
-    steps = _num_updates(config, len(prompts))
+    steps = num_updates(config, len(prompts))
     optimizer = Optimizer(
         {"": policy} | ({"value_": critic} if critic else {}),
         config,
@@ -263,7 +263,8 @@ def _name(config: PPOConfig) -> str:
     return "+".join(parts) or "ppo"
 
 
-def _num_updates(config: PPOConfig, num_prompts: int) -> int:
+def num_updates(config: PPOConfig, num_prompts: int) -> int:
+    """Updates of the run: `max_steps`, or by episodes, or by epochs over the prompts."""
     if config.max_steps == -1 and config.total_episodes:
         return max(1, config.total_episodes // config.batch_size)
     return num_steps(config, num_prompts * config.reset_group_size)

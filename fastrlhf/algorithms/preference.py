@@ -84,9 +84,9 @@ def train_dpo(
     """
     if config.psi_backend == "groupwise":
         return import_module("fastrlhf.algorithms.groups").train_groups(config, examples, eval_examples)
-    tokenizer, data = open_inputs(config, _fields(config), examples, eval_examples)
+    tokenizer, data = open_inputs(config, fields_read(config), examples, eval_examples)
     rows = [*data.train, *data.eval]
-    trees = [_tree(example, config) for example in rows]
+    trees = [to_tree(example, config) for example in rows]
     check_micro_batch(config, rows, [num_computed(tree) for tree in trees])
     model = open_policy(config, tokenizer)
     everything = _pairs(config, rows, trees, tokenizer, model.device)
@@ -265,7 +265,7 @@ def _micro_batches(pairs: Pairs, config: DPOConfig) -> list[list[int]]:
     return micro_batches([num_computed(tree) for tree in pairs.trees], config.micro_batch_tokens, "pair")
 
 
-def _fields(config: DPOConfig) -> list[str]:
+def fields_read(config: DPOConfig) -> list[str]:
     """The columns that these losses read."""
     labels = {"label_prob": ("label_prob",), "counts": COUNTS}.get(config.label_source, ())
     return ["chosen", "rejected", *labels, *["margin"] * (config.margin_scale != 0)]
@@ -289,7 +289,8 @@ def _pairs(
     return Pairs(trees=trees, label_prob=label_prob, target=target, margin=margin)
 
 
-def _tree(example: TokenizedExample, config: DPOConfig) -> Tree:
+def to_tree(example: TokenizedExample, config: DPOConfig) -> Tree:
+    """The segments that a row is trained as."""
     assert example.chosen is not None
     assert example.rejected is not None
     responses = (example.chosen, example.rejected)
