@@ -26,7 +26,11 @@ usage: fastrlhf COMMAND [--config FILE] [--key value ...]
   rto        RTO: PPO on the token rewards of a DPO model
   eval       win rates between models and dataset responses
   report     fastrlhf report RUN_DIR: one HTML page of a run
+  inspect    the rows as the model will see them, each token by its role: --config FILE [--num N] [--html PAGE]
+  plan       the memory that a run will need, and its steps: --config FILE [--memory_gib N]
+  doctor     fastrlhf doctor [OUTPUT_DIR]: versions, GPU, paths of the kernels, self-check against float64
 
+inspect and plan take the keys of one trainer; --command NAME says which, where FILE has the sections of several.
 fastrlhf COMMAND --help lists the keys of a command. FILE is YAML, or the name of a recipe."""
 
 
@@ -172,6 +176,90 @@ def _report(arguments: Sequence[str]) -> None:
     print(write_report(Path(arguments[0])))
 
 
+def _inspect(arguments: Sequence[str]) -> None:
+    if _asks_for_help(arguments):
+        return
+    options, config = _parse_for_tool(arguments, ("num", "html"))
+    num = _number(options, "num", "5", int)
+    _quiet_libraries()
+    import os
+    from pathlib import Path
+
+    from fastrlhf.tools.inspect import format_html, format_text, inspect_rows
+
+    found = inspect_rows(config, num)
+    print(format_text(found, colour=sys.stdout.isatty() and not os.environ.get("NO_COLOR")))
+    if "html" in options:
+        page = format_html(found, f"{options['command']}: {config.dataset_name}")
+        Path(options["html"]).write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
+        print(f"\nwritten to {options['html']}")
+
+
+def _plan(arguments: Sequence[str]) -> None:
+    if _asks_for_help(arguments):
+        return
+    options, config = _parse_for_tool(arguments, ("memory_gib",))
+    memory_gib = _number(options, "memory_gib", "0", float)
+    _quiet_libraries()
+    from fastrlhf.tools.plan import format_plan, plan_run
+
+    print(format_plan(plan_run(config, memory_gib=memory_gib)))
+
+
+def _doctor(arguments: Sequence[str]) -> None:
+    from fastrlhf.tools.doctor import examine, format_findings
+
+    if _asks_for_help(arguments):
+        return
+    configs.require(len(arguments) <= 1, "OUTPUT_DIR", list(arguments), "one folder, where runs will be written")
+    findings = examine(arguments[0] if arguments else ".")
+    print(format_findings(findings))
+    if any(finding.level == "broken" for finding in findings):
+        raise SystemExit(1)
+
+
+def _asks_for_help(arguments: Sequence[str]) -> bool:
+    if {"-h", "--help"} & {*arguments}:
+        print(USAGE)
+        return True
+    return False
+
+
+def _parse_for_tool(arguments: Sequence[str], names: Sequence[str]) -> tuple[dict[str, str], Any]:
+    """(the flags of the tool itself, the configuration of the trainer that it is asked about)."""
+    rest, options = _split_configs(arguments), {}
+    for name in ("command", *names):
+        rest = [part for given in rest for part in (given.split("=", 1) if given.startswith(f"--{name}=") else [given])]
+        if (flag := f"--{name}") in rest:
+            where = rest.index(flag)
+            if where + 1 == len(rest):
+                raise ValueError(f"{flag}: give a value")
+            options[name] = rest[where + 1]
+            del rest[where : where + 2]
+    if "command" not in options:
+        options["command"] = _only_section(rest)
+    command = options["command"]
+    if command not in TRAINERS:
+        raise ValueError(f"--command: {command!r} is no trainer{files.nearest(command, TRAINERS)}")
+    return options, parse(TRAINERS[command][0], rest, command)
+
+
+def _only_section(arguments: Sequence[str]) -> str:
+    """The training section of the files, where they have just one. Raises ValueError elsewhere."""
+    sections = list(dict.fromkeys(name for path in _config_paths(arguments) for name in files.training_sections(path)))
+    if len(sections) == 1:
+        return sections[0]
+    told = f"the file has the sections {', '.join(sections)}" if sections else "no section says whose keys these are"
+    raise ValueError(f"--command: {told}; choose one of {', '.join(sections or TRAINERS)}")
+
+
+def _number(options: dict[str, str], name: str, default: str, kind: type[int] | type[float]) -> Any:
+    try:
+        return kind(options.get(name, default))
+    except ValueError:
+        raise ValueError(f"--{name}: {options[name]!r} is no number") from None
+
+
 def _quiet_libraries() -> None:
     """Their progress bars and advice would hide ours; errors still show."""
     import logging
@@ -201,6 +289,9 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     **{name: partial(_train, name) for name in TRAINERS},
     "eval": _evaluate,
     "report": _report,
+    "inspect": _inspect,
+    "plan": _plan,
+    "doctor": _doctor,
 }
 
 if __name__ == "__main__":

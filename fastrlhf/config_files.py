@@ -63,6 +63,11 @@ def run_first(path: str, command: str) -> list[str]:
     return names
 
 
+def training_sections(path: str) -> list[str]:
+    """The sections of a file, or of a recipe, that a trainer reads, in order; none of a flat file."""
+    return [name for name in _load_yaml(path) if name in COMMANDS - {"eval", "demo"}]
+
+
 def _section(path: str, content: dict[str, Any], name: str) -> dict[str, Any]:
     section = content.get(name) or {}
     if not isinstance(section, dict):

@@ -62,7 +62,7 @@ def train_groups(
     psi = load_psi(config.psi, config.psi_clip)
     tokenizer, data = open_inputs(config, ["responses"], examples, eval_examples)
     rows = [*data.train, *data.eval]
-    trees = [_tree(example, config) for example in rows]
+    trees = [to_tree(example, config) for example in rows]
     check_micro_batch(config, rows, list(map(num_computed, trees)))
     targets = _targets(config, psi, rows, group_preferences(config, rows, trees, tokenizer))
     groups = [Group(tree=tree, target=target) for tree, target in zip(trees, targets, strict=True)]
@@ -169,7 +169,8 @@ def _named(means: dict[str, float], config: DPOConfig) -> dict[str, float]:
     }
 
 
-def _tree(example: TokenizedExample, config: DPOConfig) -> Tree:
+def to_tree(example: TokenizedExample, config: DPOConfig) -> Tree:
+    """The segments that a row is trained as."""
     if not example.responses or len(example.responses) < 2:
         raise ValueError(f"row {example.row}: a group needs two responses at least")
     return group(example.prompt, example.responses, scored=True, share_prompt=config.share_prompts)

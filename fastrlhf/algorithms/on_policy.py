@@ -93,7 +93,7 @@ def train_on_policy(
     for rows, responses in ((prompts, together), (held_out, 1)):
         if rows:
             check_micro_batch(config, rows, [len(row.prompt) + responses * config.response_length for row in rows])
-    steps = _num_updates(config, len(prompts))
+    steps = num_updates(config, len(prompts))
     if steps <= config.value_warmup_steps:
         raise ValueError(f"value_warmup_steps: must be below the {steps} updates of the run, or the policy never moves")
     rewards = open_rewards(config, tokenizer, reward_functions)
@@ -217,7 +217,8 @@ def _name(config: PPOConfig) -> str:
     return "+".join(parts) or "ppo"
 
 
-def _num_updates(config: PPOConfig, num_prompts: int) -> int:
+def num_updates(config: PPOConfig, num_prompts: int) -> int:
+    """Updates of the run: `max_steps`, or by episodes, or by epochs over the prompts."""
     if config.max_steps == -1 and config.total_episodes:
         return max(1, config.total_episodes // config.batch_size)
     return num_steps(config, num_prompts * config.reset_group_size)

@@ -88,9 +88,9 @@ def train_dpo(
     if config.psi_backend == "groupwise":
         # It shares this module's trainer in all but the loss, and imports from it.
         return import_module("fastrlhf.algorithms.groups").train_groups(config, examples, eval_examples)
-    tokenizer, data = open_inputs(config, _fields(config), examples, eval_examples)
+    tokenizer, data = open_inputs(config, fields_read(config), examples, eval_examples)
     rows = [*data.train, *data.eval]
-    trees = [_tree(example, config) for example in rows]
+    trees = [to_tree(example, config) for example in rows]
     check_micro_batch(config, rows, [num_computed(tree) for tree in trees])
     everything = _pairs(config, rows, trees, tokenizer)
     model = open_policy(config, tokenizer)
@@ -276,7 +276,7 @@ def _micro_batches(pairs: Pairs, config: DPOConfig) -> list[list[int]]:
     return micro_batches([num_computed(tree) for tree in pairs.trees], config.micro_batch_tokens, "pair")
 
 
-def _fields(config: DPOConfig) -> list[str]:
+def fields_read(config: DPOConfig) -> list[str]:
     """The columns that these losses read."""
     labels = {"label_prob": ("label_prob",), "counts": COUNTS}.get(config.label_source, ())
     return ["chosen", "rejected", *labels, *["margin"] * (config.margin_scale != 0)]
@@ -300,7 +300,8 @@ def _pairs(
     return Pairs(trees=trees, label_prob=None if prob is None else prob.float(), target=target, margin=margin)
 
 
-def _tree(example: TokenizedExample, config: DPOConfig) -> Tree:
+def to_tree(example: TokenizedExample, config: DPOConfig) -> Tree:
+    """The segments that a row is trained as."""
     assert example.chosen is not None
     assert example.rejected is not None
     responses = (example.chosen, example.rejected)

@@ -43,8 +43,7 @@ def train_reward_model(
     """
     require(bool(config.model_name_or_path), "model_name_or_path", "", "the model whose trunk gets the score head")
     require(not config.model_config, "model_config", config.model_config, "empty: a reward model starts from a model")
-    fields = ["chosen", "rejected", *["margin"] * (config.margin_scale != 0)]
-    tokenizer, data = open_inputs(config, fields, examples, eval_examples)
+    tokenizer, data = open_inputs(config, fields_read(config), examples, eval_examples)
     model = load_reward_model(
         config.model_name_or_path,
         field="model_name_or_path",
@@ -56,8 +55,8 @@ def train_reward_model(
     )
     check_same_vocabulary({"model_name_or_path": model}, len(tokenizer))
     make_trainable(model, config, config.model_name_or_path)
-    pairs = [_tree(example, config) for example in data.train]
-    held_out = [_tree(example, config) for example in data.eval]
+    pairs = [to_tree(example, config) for example in data.train]
+    held_out = [to_tree(example, config) for example in data.eval]
     margins, held_out_margins = (_margins(config, part, model.device) for part in (data.train, data.eval))
     check_micro_batch(config, [*data.train, *data.eval], [num_computed(tree) for tree in [*pairs, *held_out]])
     steps = num_steps(config, len(pairs))
@@ -129,7 +128,13 @@ def _margins(config: RewardConfig, examples: Sequence[TokenizedExample], device:
     return torch.tensor(asked, dtype=torch.float32, device=device)
 
 
-def _tree(example: TokenizedExample, config: RewardConfig) -> Tree:
+def fields_read(config: RewardConfig) -> list[str]:
+    """The columns that the loss reads."""
+    return ["chosen", "rejected", *["margin"] * (config.margin_scale != 0)]
+
+
+def to_tree(example: TokenizedExample, config: RewardConfig) -> Tree:
+    """The segments that a row is trained as."""
     assert example.chosen is not None
     assert example.rejected is not None
     responses = (example.chosen, example.rejected)

@@ -31,8 +31,8 @@ def train_sft(
     ValueError for bad input before any time is spent.
     """
     tokenizer, data = open_inputs(config, [config.response], examples, eval_examples)
-    segments = [_segment(example, config) for example in data.train]
-    held_out = [_segment(example, config) for example in data.eval]
+    segments = [to_segment(example, config) for example in data.train]
+    held_out = [to_segment(example, config) for example in data.eval]
     check_micro_batch(config, [*data.train, *data.eval], [len(s.token_ids) for s in [*segments, *held_out]])
     model = open_policy(config, tokenizer)
     steps = num_steps(config, len(segments))
@@ -66,7 +66,8 @@ def evaluate(model: PreTrainedModel, segments: Sequence[Segment], micro_batch_to
     return {"eval_loss": total.item() / sum(segment.num_scored for segment in segments)}
 
 
-def _segment(example: TokenizedExample, config: SFTConfig) -> Segment:
+def to_segment(example: TokenizedExample, config: SFTConfig) -> Segment:
+    """The sequence that a row is trained as."""
     response = getattr(example, config.response)
     token_ids = [*example.prompt, *response]
     return Segment(token_ids=token_ids, num_scored=len(response) if config.completion_only_loss else len(token_ids) - 1)

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from fastrlhf.checkpoint import check_output_dir
 from fastrlhf.config import TrainConfig, parse_columns, require
 from fastrlhf.data.examples import RESPONSES, LoadedExamples, load_examples
-from fastrlhf.data.tokens import load_tokenizer, tokenize_examples
+from fastrlhf.data.tokens import TokenizedExamples, TokenReport, load_tokenizer, tokenize_examples
 from fastrlhf.metrics import import_reporters
 from fastrlhf.types import Example, TokenizedExample
 
@@ -26,6 +26,8 @@ MUCH = 0.1
 class Data:
     train: list[TokenizedExample]
     eval: list[TokenizedExample]
+    report: TokenReport
+    """What tokenising did to the training rows."""
 
 
 def open_inputs(
@@ -44,12 +46,14 @@ def open_inputs(
     import_reporters(config.report_to)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("WORLD_SIZE: this version trains in one process; start it without torchrun")
-    tokenizer = _tokenizer(config)
+    tokenizer = open_tokenizer(config)
     if train is None:
         train, evaluation = _load_both(config, fields)
+    tokenized = _tokenize(config, tokenizer, train, fields, "train")
     return tokenizer, Data(
-        train=_tokenize(config, tokenizer, train, fields, "train"),
-        eval=_tokenize(config, tokenizer, evaluation, fields, "eval") if evaluation else [],
+        train=tokenized.examples,
+        eval=_tokenize(config, tokenizer, evaluation, fields, "eval").examples if evaluation else [],
+        report=tokenized.report,
     )
 
 
@@ -61,14 +65,14 @@ def open_eval_inputs(
     They are those that training with the same dataset keys evaluates on. Where that is none (no `dataset_test_split`,
     and `num_eval_examples` is 0) they are all rows of the split. Raises ValueError as `open_inputs` does.
     """
-    tokenizer = _tokenizer(config)
+    tokenizer = open_tokenizer(config)
     if examples is None:
         if config.dataset_test_split:
             examples = _load(config, fields, config.dataset_test_split, config.num_eval_examples).examples
         else:
             train, held_out = _split(config, fields)
             examples = held_out if config.num_eval_examples else train
-    return tokenizer, _tokenize(config, tokenizer, examples, fields, "eval")
+    return tokenizer, _tokenize(config, tokenizer, examples, fields, "eval").examples
 
 
 def with_room(
@@ -87,7 +91,8 @@ def with_room(
     return kept
 
 
-def _tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase:
+def open_tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer that `config` names, or that lies beside its model. Raises ValueError where there is none."""
     source = config.tokenizer_name_or_path or config.model_name_or_path
     if config.model_config:
         require(bool(source), "tokenizer_name_or_path", source, "given beside a model_config")
@@ -147,7 +152,7 @@ def _tokenize(
     examples: Sequence[Example],
     fields: Sequence[str],
     name: str,
-) -> list[TokenizedExample]:
+) -> TokenizedExamples:
     for example in examples:
         for field in fields:
             if getattr(example, field) is None:
@@ -166,4 +171,4 @@ def _tokenize(
             "%s: %d of %d rows do not fit max_length %d as they are; raise it, or see truncation_mode",
             *(name, lost, len(examples), config.max_length),
         )
-    return list(tokenized.examples)
+    return tokenized

@@ -1,14 +1,21 @@
-"""The frame of the report: one HTML document and its style sheet, light and dark."""
+"""The frame of our pages: one HTML document and its style sheet, light and dark."""
 
 from __future__ import annotations
 
 from html import escape
 
+CHART_NOTE = (
+    "Horizontal axes count optimiser steps, where the title names nothing else. Faint: every step; bold: the mean "
+    "over 1/20 of the run. A few spikes may leave the frame of a long curve. Numbers beside the names are the last "
+    "values."
+)
 
-def render_page(title: str, facts: list[str], sections: list[tuple[str, str]]) -> str:
+
+def render_page(title: str, facts: list[str], sections: list[tuple[str, str]], footer: str = CHART_NOTE) -> str:
     """A whole HTML document: the title, a line of facts, links to the sections, and the sections (heading, markup).
 
-    Title, facts and headings are escaped here. The policy in its head forbids the browser any request and any script.
+    Title, facts, headings and footer are escaped here. The policy in its head forbids the browser any request and any
+    script.
     """
     links = "".join(f'<a href="#s{i}">{escape(name)}</a>' for i, (name, _) in enumerate(sections))
     chips = "".join(f"<span>{escape(fact)}</span>" for fact in facts)
@@ -29,9 +36,7 @@ def render_page(title: str, facts: list[str], sections: list[tuple[str, str]]) -
 <header><h1>{escape(title)}</h1><p class="facts">{chips}</p><nav>{links}</nav></header>
 <main>
 {body}</main>
-<footer>Horizontal axes count optimiser steps, where the title names nothing else. Faint: every step; bold: the mean
-over 1/20 of the run. A few spikes may leave the frame of a long curve. Numbers beside the names are the last
-values.</footer>
+<footer>{escape(footer)}</footer>
 </body>
 </html>
 """
@@ -102,6 +107,14 @@ thead th { border-top: 0; color: var(--muted); font-size: 12.5px; font-weight: 6
 .muted { color: var(--muted); }
 .samples td { vertical-align: top; }
 .samples td div { max-height: 180px; max-width: 620px; overflow: auto; white-space: pre-wrap; overflow-wrap: anywhere; }
+h3 { margin: 14px 0 4px; font-size: 13px; font-weight: 600; color: var(--muted); }
+.tokens { margin: 0; font: 13px/1.9 ui-monospace, Menlo, Consolas, monospace; white-space: pre-wrap; }
+.tokens span { border-radius: 3px; border-right: 1px solid var(--page); overflow-wrap: anywhere; }
+.prompt { background: var(--rule); }
+.reset { background: color-mix(in srgb, var(--c3) 32%, transparent); }
+.trained { background: color-mix(in srgb, var(--c2) 30%, transparent); }
+.masked { background: color-mix(in srgb, var(--c6) 25%, transparent); }
+.eos, .score { background: var(--c5); color: var(--card); }
 details { margin-bottom: 10px; }
 details .wide { border-width: 1px 0 0; border-radius: 0; }
 summary { padding: 9px 14px; cursor: pointer; font-weight: 600; }

@@ -1,0 +1,194 @@
+"""Is this machine fit to train on: versions, devices, paths of the kernels, attention, disk. The lines to paste into a
+bug report.
+
+`fastrlhf doctor [OUTPUT_DIR]`
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from fastrlhf import __version__
+from fastrlhf.tools.self_check import CHECKS, TOLERANCE, check_op
+from fastrlhf_kernels import _triton
+
+GIB = 2**30
+OLDEST = {"torch": "2.11", "triton": "3.6", "transformers": "5.17"}
+"""Of each, the oldest version that is tested (pyproject.toml)."""
+NEEDED = ("transformers", "tokenizers", "datasets", "safetensors", "peft", "tyro", "pyyaml", "tqdm", "jinja2")
+"""By the commands; the losses need none."""
+OPTIONAL = ("flash-attn", "liger-kernel", "vllm", "tensorboard", "wandb")
+LEAST_CAPABILITY = (8, 0)
+"""Of a GPU that has bfloat16, for which the kernels are compiled in the tests."""
+LEAST_FREE = 10 * GIB
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    level: Literal["ok", "warning", "broken"]
+    name: str
+    text: str
+    mend: str = ""
+
+
+def examine(output_dir: str = ".") -> list[Finding]:
+    """Everything, in a fixed order. Nothing is fetched, nothing is written, and no check that fails ends the others."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return [
+        *_versions(),
+        *_devices(),
+        *_kernels(device),
+        *_attention(device),
+        _disk("cache", _cache_dir()),
+        _disk("output", Path(output_dir)),
+    ]
+
+
+def format_findings(findings: list[Finding]) -> str:
+    """One line each, and a last one that counts."""
+    width = max(len(finding.name) for finding in findings)
+    lines = [
+        f"{finding.level:7}  {finding.name:{width}}  {finding.text}{f'; {finding.mend}' if finding.mend else ''}"
+        for finding in findings
+    ]
+    counts = {level: sum(finding.level == level for finding in findings) for level in ("broken", "warning")}
+    return "\n".join([*lines, f"{counts['broken']} broken, {counts['warning']} warnings"])
+
+
+def _versions() -> Iterator[Finding]:
+    yield Finding(level="ok", name="fastrlhf", text=__version__)
+    yield Finding(level="ok", name="python", text=f"{platform.python_version()} on {platform.platform()}")
+    yield _package("torch", f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}")
+    yield (
+        _package("triton")
+        if _triton.triton
+        else Finding(
+            level="warning" if torch.cuda.is_available() else "ok",
+            name="triton",
+            text="not installed: ops run in torch",
+        )
+    )
+    for name in NEEDED:
+        yield _package(name)
+    for name in OPTIONAL:
+        yield Finding(level="ok", name=name, text=_version(name) or "not installed (optional)")
+
+
+def _package(name: str, text: str = "") -> Finding:
+    found, oldest = _version(name), OLDEST.get(name, "0")
+    if found is None:
+        return Finding(level="warning", name=name, text="not installed", mend="pip install 'fastrlhf[train]'")
+    if _numbers(found) < _numbers(oldest):
+        mend = f"pip install '{name}>={oldest}'"
+        return Finding(level="broken", name=name, text=f"{text or found} is older than {oldest}", mend=mend)
+    return Finding(level="ok", name=name, text=text or found)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", text)[:2]]
+
+
+def _devices() -> Iterator[Finding]:
+    yield Finding(level="ok", name="cpu", text=f"{os.cpu_count()} cores, {torch.get_num_threads()} threads of torch")
+    if not torch.cuda.is_available():
+        yield Finding(level="ok", name="gpu", text="torch sees no CUDA GPU: runs go to the CPU")
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        capability = torch.cuda.get_device_capability(index)
+        text = (
+            f"{torch.cuda.get_device_name(index)}, compute capability {capability[0]}.{capability[1]}, "
+            f"{free / GIB:.1f} of {total / GIB:.1f} GiB free"
+        )
+        if capability < LEAST_CAPABILITY:
+            yield Finding(level="warning", name=f"gpu {index}", text=text, mend="use dtype float32: no bfloat16 here")
+        elif free < total / 2:
+            yield Finding(level="warning", name=f"gpu {index}", text=text, mend="nvidia-smi tells who holds the rest")
+        else:
+            yield Finding(level="ok", name=f"gpu {index}", text=text)
+
+
+def _kernels(device: torch.device) -> Iterator[Finding]:
+    if _triton.INTERPRETED:
+        text = "TRITON_INTERPRET is set: kernels are interpreted, thousands of times slower"
+        yield Finding(level="warning", name="kernels", text=text, mend="unset it, except to test kernels")
+    for check in CHECKS:
+        try:
+            outcome = check_op(check, device)
+        except Exception as error:  # whatever a driver or a compiler may raise is what we are here to show
+            told = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+            yield Finding(level="broken", name=check.op, text=told, mend="report it with these lines")
+            continue
+        text = f"{outcome.path} on {device.type}, within {outcome.error:.1e} nats of float64"
+        if outcome.gradient_error is not None:
+            text += f", its gradient by {outcome.gradient_error:.1e}"
+        if outcome.is_good:
+            yield Finding(level="ok", name=check.op, text=text)
+        else:
+            mend = f"above {TOLERANCE:g}; is TF32 forced on (NVIDIA_TF32_OVERRIDE)? else report it"
+            yield Finding(level="broken", name=check.op, text=text, mend=mend)
+
+
+def _attention(device: torch.device) -> Iterator[Finding]:
+    """Which backend, and whether sequences of a pack stay apart, on a two-layer model made here."""
+    try:
+        from transformers import LlamaConfig
+
+        from fastrlhf.models.attention import backend
+        from fastrlhf.models.loading import build_policy
+    except ImportError as error:
+        yield Finding(level="warning", name="attention", text=f"not checked: {error}")
+        return
+    config = LlamaConfig(
+        hidden_size=128,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    for name in ("float32", "bfloat16"):
+        path = f"{backend(device, getattr(torch, name))} in {name}"
+        try:
+            build_policy(config, vocab_size=64, eos_token_id=0, seed=0, device=device, dtype=name)
+        except Exception as error:  # as above
+            told = f"{path}: {type(error).__name__}: {error}"
+            yield Finding(level="broken", name="attention", text=told, mend="report it with these lines")
+        else:
+            text = f"{path}: a pack gives what its sequences give alone"
+            yield Finding(level="ok", name="attention", text=text)
+
+
+def _cache_dir() -> Path:
+    """Where the hub's files are kept."""
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+    return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
+
+
+def _disk(name: str, folder: Path) -> Finding:
+    """Free space where the folder is, or would be made."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not os.access(there, os.W_OK | os.X_OK) or not there.is_dir():
+        mend = {"cache": "set HF_HOME to a folder of yours", "output": "choose another output_dir"}[name]
+        return Finding(level="broken", name=f"disk, {name}", text=f"{there} cannot be written to", mend=mend)
+    free = shutil.disk_usage(there).free
+    text = f"{free / GIB:.1f} GiB free in {there}"
+    if free < LEAST_FREE:
+        mend = "a model and its checkpoints may not fit; free some, or choose another folder"
+        return Finding(level="warning", name=f"disk, {name}", text=text, mend=mend)
+    return Finding(level="ok", name=f"disk, {name}", text=text)

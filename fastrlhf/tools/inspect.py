@@ -1,0 +1,246 @@
+"""The rows as the model will see them: every token with the role that it has in training.
+
+Loading, tokenising, packing and the draws of resets are the trainers' own (tools/work.py). A tokenizer is needed, a
+model is not.
+
+`fastrlhf inspect --config FILE [--command dpo] [--num 5] [--html PAGE]`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from html import escape
+from itertools import groupby
+
+from transformers import PreTrainedTokenizerBase
+
+from fastrlhf.algorithms.scoring import Tree
+from fastrlhf.algorithms.stage import check_micro_batch
+from fastrlhf.config import DPOConfig, PPOConfig, RewardConfig, SFTConfig, TrainConfig, require
+from fastrlhf.data.packing import micro_batches, num_computed
+from fastrlhf.data.tokens import special_ids
+from fastrlhf.evaluation.page import render_page
+from fastrlhf.tools.work import Work, first_prefixes, open_work, to_tree
+from fastrlhf.types import Prefix, TokenizedExample
+
+ROLES = {
+    "prompt": "read, not trained",
+    "reset": "copied from a response: read, not trained",
+    "trained": "the loss is on these",
+    "eos": "a trained token that ends the response",
+    "masked": "of a response, but not trained",
+    "score": "the last one: the reward model scores here",
+}
+"""What a token may be."""
+
+ANSI = {"prompt": "2", "reset": "33", "trained": "32", "eos": "1;35", "masked": "36", "score": "1;35"}
+"""Role -> its colour in a terminal (select graphic rendition)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One segment of a pack."""
+
+    name: str
+    """What it is: prompt, chosen, ..."""
+    tokens: list[tuple[str, int]]
+    """(role, id), in order"""
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One item of a batch: a sequence, a pair, a group, or where an episode starts."""
+
+    title: str
+    lines: list[Line]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    tokenizer: PreTrainedTokenizerBase
+    facts: list[str]
+    """Counts over the whole training data, and of the first step."""
+    rows: list[Row]
+
+
+def inspect_rows(config: TrainConfig, num: int) -> Inspection:
+    """The first `num` rows (episodes, of an on-policy run) in the order in which the run draws them.
+
+    Raises ValueError as the trainer would: for a bad path, a bad row, or a row that fits no micro-batch.
+    """
+    require(num >= 1, "num", num, "at least 1")
+    work = open_work(config, most_batches=-(-num // config.batch_size))
+    if isinstance(config, PPOConfig):
+        return _episodes(config, work, num)
+    tree_of, examples = to_tree(config), work.examples
+    trees = [tree_of(example) for example in examples]
+    check_micro_batch(config, examples, [num_computed(tree) for tree in trees])
+    drawn = [i for batch in work.batches for i in batch]
+    eos, _ = special_ids(work.tokenizer)
+    return Inspection(
+        tokenizer=work.tokenizer,
+        facts=[
+            *_describe_rows(work),
+            _describe_tokens(trees),
+            _describe_step(config, [trees[i] for i in work.batches[0]], work.steps),
+        ],
+        rows=[_row(config, examples[i], trees[i], eos) for i in drawn[:num]],
+    )
+
+
+def format_text(inspection: Inspection, *, colour: bool) -> str:
+    """For a terminal: a line per run of tokens of one role. Control characters are written out, as \\x1b."""
+
+    def paint(role: str, text: str) -> str:
+        return f"\033[{ANSI[role]}m{text}\033[0m" if colour else text
+
+    width = max(map(len, ROLES))
+    output = [*inspection.facts, ""]
+    used = {role for row in inspection.rows for line in row.lines for role, _ in line.tokens}
+    output += [f"  {paint(role, role.ljust(width))}  {told}" for role, told in ROLES.items() if role in used]
+    for row in inspection.rows:
+        output += ["", row.title]
+        for line in row.lines:
+            output.append(f"  {line.name}: {len(line.tokens)} tokens{line.note}")
+            texts = pieces(inspection.tokenizer, [token for _, token in line.tokens])
+            pairs = zip((role for role, _ in line.tokens), texts, strict=True)
+            for role, run in groupby(pairs, key=lambda pair: pair[0]):
+                for part in _printable("".join(text for _, text in run)):
+                    output.append(f"    {role.ljust(width)} | {paint(role, part)}")
+    return "\n".join(output)
+
+
+def format_html(inspection: Inspection, title: str) -> str:
+    """One self-contained page: every token in the colour of its role, its id where the mouse rests on it."""
+    legend = "".join(f'<span class="{role}">{role}</span> {told}<br>' for role, told in ROLES.items())
+    sections = [("What the colours mean", f'<p class="tokens">{legend}</p>')]
+    for row in inspection.rows:
+        lines = "".join(
+            f"<h3>{escape(line.name)}: {len(line.tokens)} tokens{escape(line.note)}</h3>"
+            f'<p class="tokens">{"".join(_spans(inspection.tokenizer, line))}</p>'
+            for line in row.lines
+        )
+        sections.append((row.title, lines))
+    return render_page(title, inspection.facts, sections, footer="Rest the mouse on a token to see its id.")
+
+
+def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
+    """The text that each token adds to what stands before it; of a character made of several tokens, the last one."""
+    texts, start, shown = [], 0, ""
+    for i in range(len(ids)):
+        text = _decode(tokenizer, ids[start : i + 1])
+        whole = not text.endswith("\ufffd") or i + 1 == len(ids)
+        texts.append(text.removeprefix(shown) if whole else "")
+        if whole:
+            start, shown = i, _decode(tokenizer, ids[i : i + 1])
+    return texts
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def _episodes(config: PPOConfig, work: Work, num: int) -> Inspection:
+    prefixes = first_prefixes(config, work)
+    first = prefixes[: config.batch_size]
+    resets = [prefix.num_reset for prefix in first if prefix.num_reset]
+    lengths = [len(example.prompt) for example in work.examples]
+    facts = [
+        *_describe_rows(work),
+        f"{len(lengths):,} prompts of {sum(lengths) / len(lengths):.1f} tokens on average, {max(lengths):,} at most",
+        f"update 1 of {work.steps:,}: {len(first):,} episodes, {len(resets):,} after a reset"
+        + (f" of {sum(resets) / len(resets):.1f} tokens on average" if resets else "")
+        + f"; at most {config.response_length} tokens of a response, those of its reset among them",
+    ]
+    if config.reset_source == "sample" and config.reset_prob > 0:
+        facts.append("reset_source: sample: the reference model writes what is reset to, so no reset is shown here")
+    return Inspection(
+        tokenizer=work.tokenizer,
+        facts=facts,
+        rows=[_episode(config, prefix) for prefix in prefixes[:num]],
+    )
+
+
+def _episode(config: PPOConfig, prefix: Prefix) -> Row:
+    num_prompt = len(prefix.token_ids) - prefix.num_reset
+    roles = ["prompt"] * num_prompt + ["reset"] * prefix.num_reset
+    depth = f", {prefix.reset_depth:.0%} of the response" if prefix.num_reset else ""
+    return Row(
+        title=f"row {prefix.row}, episode {prefix.episode}: reset of {prefix.num_reset} tokens{depth}",
+        lines=[
+            Line(
+                name="prefix",
+                tokens=list(zip(roles, prefix.token_ids, strict=True)),
+                note=f"; then the policy samples, at most {config.response_length - prefix.num_reset} tokens",
+            )
+        ],
+    )
+
+
+def _row(config: TrainConfig, example: TokenizedExample, tree: Tree, eos: int) -> Row:
+    trunks = {segment.parent for segment in tree}
+    names, lines = _names(config), []
+    for index, segment in enumerate(tree):
+        is_trunk = index in trunks
+        num_prompt = len(segment.token_ids) if is_trunk else 0 if segment.parent >= 0 else len(example.prompt)
+        first_scored = len(segment.token_ids) - segment.num_scored
+        tokens = []
+        for i, token in enumerate(segment.token_ids):
+            role = "prompt" if i < num_prompt else "masked"
+            if i >= first_scored:
+                role = "eos" if token == eos and i + 1 == len(segment.token_ids) else "trained"
+            tokens.append((role, token))
+        if isinstance(config, RewardConfig) and not is_trunk:
+            tokens[-1] = ("score", tokens[-1][1])
+        cut = not is_trunk and segment.token_ids[-1] != eos
+        note = "; cut by max_length, so without EOS" if cut else ""
+        lines.append(Line(name="prompt" if is_trunk else next(names), tokens=tokens, note=note))
+    return Row(title=f"row {example.row}: {num_computed(tree)} tokens, {_num_scored(tree)} trained", lines=lines)
+
+
+def _names(config: TrainConfig) -> Iterator[str]:
+    """Of the leaves of a tree, in order."""
+    if isinstance(config, SFTConfig):
+        return iter([f"prompt and {config.response}"])
+    if isinstance(config, DPOConfig) and config.psi_backend == "groupwise":
+        return (f"responses[{i}]" for i in range(1 << 30))
+    return iter(["chosen", "rejected"])
+
+
+def _num_scored(tree: Tree) -> int:
+    return sum(segment.num_scored for segment in tree)
+
+
+def _describe_rows(work: Work) -> list[str]:
+    return work.report.summary().split("; ")
+
+
+def _describe_tokens(trees: Sequence[Tree]) -> str:
+    costs = [num_computed(tree) for tree in trees]
+    return (
+        f"{sum(costs):,} tokens an epoch, {sum(map(_num_scored, trees)):,} of them trained; a row has "
+        f"{sum(costs) / len(costs):.1f} on average, {max(costs):,} at most"
+    )
+
+
+def _describe_step(config: TrainConfig, trees: Sequence[Tree], steps: int) -> str:
+    costs = [num_computed(tree) for tree in trees]
+    packs = [sum(costs[i] for i in micro) for micro in micro_batches(costs, config.micro_batch_tokens)]
+    listed = ", ".join(f"{tokens:,}" for tokens in packs[:8]) + (", ..." if len(packs) > 8 else "")
+    return f"step 1 of {steps:,}: {len(trees):,} rows in packs of {listed} tokens"
+
+
+def _printable(text: str) -> list[str]:
+    """The lines of a text, each ending in the \\n that it ended in, with every control character written out."""
+    shown = text.replace("\n", "\\n\n")
+    if shown.endswith("\n"):
+        shown = shown[:-1]
+    return ["".join(c if c.isprintable() else repr(c)[1:-1] for c in line) for line in shown.split("\n")]
+
+
+def _spans(tokenizer: PreTrainedTokenizerBase, line: Line) -> Iterator[str]:
+    for (role, token), text in zip(line.tokens, pieces(tokenizer, [token for _, token in line.tokens]), strict=True):
+        shown = escape(text).replace("\n", "&crarr;\n") or "&middot;"
+        yield f'<span class="{role}" title="{token}">{shown}</span>'

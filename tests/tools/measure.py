@@ -1,0 +1,100 @@
+"""What runs take, measured: test_plan.py runs this in a process of its own.
+
+The method: the high-water mark of the resident set (VmHWM, reset before the run) minus the resident set at that moment,
+after a run of a far smaller model has loaded every library. With MALLOC_MMAP_THRESHOLD_ set, freed tensors go back to
+the system at once.
+
+    python measure.py FOLDER        writes {command: bytes} as JSON
+"""
+
+import ctypes
+import json
+import random
+import sys
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerFast
+
+from fastrlhf.algorithms.on_policy import train_on_policy
+from fastrlhf.algorithms.preference import train_dpo
+from fastrlhf.algorithms.sft import train_sft
+from fastrlhf.config import DPOConfig, PPOConfig, SFTConfig
+
+SIZES = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4}
+VOCAB = 4000
+TRAINERS = {"sft": (SFTConfig, train_sft), "dpo": (DPOConfig, train_dpo), "ppo": (PPOConfig, train_on_policy)}
+
+
+def make_inputs(folder: Path) -> None:
+    """A tokenizer of 4,000 words, rows of 240 of them, and a reward model."""
+    words = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(VOCAB - 3))]
+    base = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    base.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=base, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+    tokenizer.save_pretrained(folder / "tokenizer")
+    draw = random.Random(0)
+
+    def text(count: int) -> str:
+        return " ".join(draw.choices(words[3:], k=count))
+
+    rows = [{"prompt": text(160), "chosen": text(60), "rejected": text(80)} for _ in range(32)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, sizes in (("reward", SIZES), ("tiny_reward", tiny())):
+        config = AutoConfig.for_model("llama", **sizes, vocab_size=VOCAB, num_labels=1, pad_token_id=0)
+        AutoModelForSequenceClassification.from_config(config).save_pretrained(folder / name)
+
+
+def tiny() -> dict[str, int]:
+    return {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+
+
+def settings(folder: Path, command: str, sizes: dict[str, int], reward: str) -> dict:
+    shared = {
+        "tokenizer_name_or_path": str(folder / "tokenizer"),
+        "dataset_name": str(folder / "rows.jsonl"),
+        "model_config": json.dumps({"model_type": "llama", **sizes}),
+        "max_length": 256,
+        "max_steps": 2,
+        "per_device_train_batch_size": 8,
+        "micro_batch_tokens": 1200,
+        "progress": False,
+        "device": "cpu",
+    }
+    own = {
+        "sft": {"response": "chosen"},
+        "dpo": {},
+        "ppo": {
+            "reward_model_path": str(folder / reward),
+            "response_length": 24,
+            "num_ppo_epochs": 1,
+            "rollout_batch_size": 8,
+        },
+    }
+    return shared | own[command]
+
+
+def status(name: str) -> int:
+    """Bytes of a line of /proc/self/status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+
+
+def measure(folder: Path, command: str) -> int:
+    """Bytes at the peak of a run, beyond what the process had before."""
+    kind, train = TRAINERS[command]
+    train(kind(**settings(folder, command, tiny(), "tiny_reward")))
+    config = kind(**settings(folder, command, SIZES, "reward"))
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status("VmRSS")
+    train(config)
+    return status("VmHWM") - before
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    json.dump({command: measure(Path(sys.argv[1]), command) for command in TRAINERS}, sys.stdout)

@@ -1,0 +1,65 @@
+import tomllib
+from importlib import import_module
+from pathlib import Path
+
+from fastrlhf.cli import main
+from fastrlhf.tools import doctor
+from fastrlhf.tools.doctor import OLDEST, examine
+from fastrlhf.tools.self_check import CHECKS
+
+
+def test_this_machine_is_sound_and_each_line_starts_with_its_level(capsys, tmp_path):
+    assert main(["doctor", str(tmp_path)]) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert last.startswith("0 broken")
+    assert {line.split()[0] for line in lines} <= {"ok", "warning"}
+    names = [line.split()[1] for line in lines]
+    assert {"torch", "triton", "transformers", "attention", *(check.op for check in CHECKS)} <= {*names}
+
+
+def test_a_broken_op_is_named_and_ends_in_1(monkeypatch, capsys):
+    def crash(*_, **__):
+        raise RuntimeError("no such instruction\nmore")
+
+    monkeypatch.setattr(import_module("fastrlhf_kernels.gae"), "gae", crash)
+    try:
+        code = main(["doctor"])
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert next(line for line in lines if line.startswith("broken")).split(maxsplit=2)[1:] == [
+        "gae",
+        "RuntimeError: no such instruction; report it with these lines",
+    ]
+
+
+def test_an_old_library_is_broken_and_a_missing_one_a_warning(monkeypatch):
+    versions = {"transformers": "5.2.0", "tyro": None, "torch": "2.11.0"}
+    monkeypatch.setattr(doctor, "_version", lambda name: versions.get(name, "99.0"))
+    found = {finding.name: finding for finding in doctor._versions()}
+    assert (found["transformers"].level, found["transformers"].mend) == ("broken", "pip install 'transformers>=5.17'")
+    assert (found["tyro"].level, found["tyro"].mend) == ("warning", "pip install 'fastrlhf[train]'")
+    assert found["torch"].level == "ok"
+
+
+def test_the_oldest_versions_are_those_of_the_project():
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    requirements = " ".join([*project["dependencies"], *project["optional-dependencies"]["train"]])
+    for name, oldest in OLDEST.items():
+        assert f"{name}>={oldest}" in requirements
+
+
+def test_a_folder_that_is_a_file_is_broken_and_little_space_a_warning(monkeypatch, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    assert doctor._disk("output", file).level == "broken"
+    monkeypatch.setattr(doctor, "LEAST_FREE", float("inf"))
+    few = doctor._disk("output", tmp_path / "not" / "made")
+    assert few.level == "warning"
+    assert str(tmp_path) in few.text
+
+
+def test_nothing_is_written(tmp_path):
+    examine(str(tmp_path / "run"))
+    assert list(tmp_path.iterdir()) == []
