@@ -19,7 +19,6 @@ from fastrlhf.rewards import (
     Episodes,
     Rewards,
     Term,
-    load_function,
     moved_to,
     open_rewards,
     reward_metrics,
@@ -182,6 +181,10 @@ def test_with_lambda_1_rs_and_none_differ_by_the_potential_of_the_state():
     assert (advantages["rs"][0.9] - advantages["none"][0.9] + potential).abs().max() > 0.1
 
 
+def test_whole_numbers_from_python_are_as_good_as_floats():
+    assert rewards(missing_eos_penalty=1, length_coef=2) == rewards(missing_eos_penalty=1.0, length_coef=2.0)
+
+
 def test_length_costs_every_token_that_earns():
     assert rewards(length_coef=0.5)["length"] == [0, -0.5, -0.5, -0.5, 0, -0.5, -0.5, -0.5]
     assert "length" not in rewards()
@@ -207,21 +210,6 @@ def test_a_function_gives_a_number_at_the_end_or_one_per_sampled_token():
 def test_what_a_function_may_not_give_is_told_with_its_row(given, message):
     with pytest.raises(ValueError, match=message):
         terms(functions={"f": lambda _: given})
-
-
-def test_functions_are_named_by_module_or_by_file(tmp_path, monkeypatch):
-    (tmp_path / "mine.py").write_text("def brief(rollout):\n    return -float(len(rollout.completion))\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    for name in ("mine:brief", f"{tmp_path}/mine.py:brief"):
-        assert load_function(name)(EPISODES.rollouts[1]) == -3.0
-    for name, message in (
-        ("mine.brief", "must look like package.module:function or path/to/file.py:function"),
-        ("no_such_module:f", "no module 'no_such_module'; install it, or give the path"),
-        ("no/such.py:f", "no file 'no/such.py'"),
-        ("mine:long", "'mine' has no function 'long'"),
-    ):
-        with pytest.raises(ValueError, match=f"^reward_function: .*{message}"):
-            load_function(name)
 
 
 def test_every_addend_is_logged_with_its_share():
