@@ -1,6 +1,7 @@
 """Probabilities of labels from columns, counts and scores."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -40,6 +41,13 @@ def test_a_column_gives_the_probability_and_counts_are_smoothed():
 def test_labels_from_python_are_checked_like_those_of_a_file(source, labels, message):
     with pytest.raises(ValueError, match=message):
         probabilities(source, example(**labels))
+
+
+def test_a_pair_without_labels_takes_a_prior():
+    labelled, bare = example(wins=1, num_labels=1), replace(example(wins=0, num_labels=0), row=9)
+    assert probabilities("counts", labelled, label_prior=0.0).tolist() == [1.0]
+    with pytest.raises(ValueError, match=r"^row 9 has no labels, which takes a label_prior above 0"):
+        probabilities("counts", labelled, bare, label_prior=0.0)
 
 
 def test_margins_are_read_and_checked():
