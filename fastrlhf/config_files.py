@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,13 @@ COMMANDS = {"sft", "reward", "dpo", "ppo", "drpo", "rto", "eval", "demo"}
 
 ALIASES = {"gradient_checkpointing": "activation_checkpointing"}
 """Names that keys had elsewhere."""
+
+
+SAME_MODEL = (
+    *("output_dir", "run_name", "report_to", "progress", "ref_cache_dir", "device"),
+    *("micro_batch_tokens", "activation_checkpointing"),
+)
+"""Keys that say where, how fast and how loudly a run goes: with others of these it would leave the same model."""
 
 
 def read_yaml(path: str, kind: type, command: str) -> dict[str, Any]:
@@ -60,6 +67,38 @@ def run_first(path: str, command: str) -> list[str]:
         if name not in others:
             raise ValueError(f"{path}: run_first: {name!r} is no other training section; it has {', '.join(others)}")
     return names
+
+
+def names_folder(values: Iterable[Mapping[str, Any]], folder: str) -> bool:
+    """Whether a key of one of these configurations, other than output_dir, names the folder or a place in it."""
+    texts = [
+        text
+        for keys in values
+        for key, value in keys.items()
+        for text in (value if isinstance(value, (list, tuple)) else [value])
+        if key != "output_dir" and isinstance(text, str) and text
+    ]
+    places = [Path(os.path.abspath(text)) for text in texts]
+    return any(Path(os.path.abspath(folder)) in (place, *place.parents) for place in places)
+
+
+def check_unchanged(config: Any, section: str) -> None:
+    """Raises ValueError where the finished run in `config.output_dir` was made with other settings.
+
+    A folder without a config.yaml is a model that was put there: it is taken as it is.
+    """
+    written = Path(config.output_dir) / "config.yaml"
+    before = _load_yaml(str(written)) if written.exists() else {}
+    changed = [
+        f"{key} was {before[key]!r} and is {value!r}"
+        for key, value in _plain(dataclasses.asdict(config)).items()
+        if key not in SAME_MODEL and key in before and before[key] != value
+    ]
+    if changed:
+        raise ValueError(
+            f"{section}: {config.output_dir} holds a run with other settings: {', '.join(changed)}; give the section "
+            "another output_dir, or remove the folder"
+        )
 
 
 def _section(path: str, content: dict[str, Any], name: str) -> dict[str, Any]:
