@@ -258,13 +258,13 @@ def open_rewards(
     for name, _ in named:
         if names.count(name) > 1:
             raise ValueError(f"reward_function: {name!r} is the name of another reward; call it otherwise")
-    sentence_ends = None
-    if config.dpo_model_path and config.reward_shaping == "sentence":
+    sentence_ends, pays = None, bool(config.dpo_model_path) and config.reward_shaping != "none"
+    if pays and config.reward_shaping == "sentence":
         sentence_ends = sentence_end_ids(tokenizer).to(resolve_device(config.device))
     return Rewards(
         config=config,
         functions=dict(named),
-        implicit=open_implicit_reward(config, tokenizer) if config.dpo_model_path else None,
+        implicit=open_implicit_reward(config, tokenizer) if pays else None,
         sentence_ends=sentence_ends,
     )
 

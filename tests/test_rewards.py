@@ -58,7 +58,9 @@ DPO = replace(EPISODES, dpo_log_ratio=RATIO)
 
 
 def terms(episodes: Episodes = EPISODES, functions=None, **settings) -> dict[str, Term]:
-    return Rewards(config=PPOConfig(**settings), functions=functions or {}).terms(episodes)
+    dpo_model_path = "" if episodes.dpo_log_ratio is None else "dpo"
+    config = PPOConfig(dpo_model_path=dpo_model_path, **settings)
+    return Rewards(config=config, functions=functions or {}).terms(episodes)
 
 
 def rewards(episodes: Episodes = EPISODES, functions=None, **settings) -> dict[str, list[float]]:
@@ -133,8 +135,8 @@ def test_the_clip_comes_after_the_scale_and_its_share_is_of_the_tokens_that_earn
     ],
 )
 def test_the_five_shapings(shaping, expected):
-    run = Rewards(config=PPOConfig(dpo_reward_scale=1.0, reward_shaping=shaping), sentence_ends=torch.tensor([3, 9]))
-    found = run.terms(DPO)["dpo"]
+    config = PPOConfig(dpo_model_path="dpo", dpo_reward_scale=1.0, reward_shaping=shaping)
+    found = Rewards(config=config, sentence_ends=torch.tensor([3, 9])).terms(DPO)["dpo"]
     assert found.reward.tolist() == expected
     assert found.metrics["rto/abs_sum"] == 3.5  # of the tokens, however they are paid
 
@@ -260,6 +262,13 @@ def test_what_a_run_lacks_is_told_before_anything_is_loaded():
     with pytest.raises(ValueError, match=r"^dpo_model_path: give the DPO model"):
         open_rewards(RTOConfig(), tiny.tokenizer())
     assert open_rewards(PPOConfig(), tiny.tokenizer()).implicit is None
+
+
+def test_a_dpo_model_that_is_paid_nowhere_is_not_loaded():
+    config = RTOConfig(dpo_model_path="nowhere", reward_shaping="none")
+    assert open_rewards(config, tiny.tokenizer()).implicit is None
+    with pytest.raises(ValueError, match="dpo_model_path: "):
+        open_rewards(replace(config, reward_shaping="token", dpo_reward_scale=0.0), tiny.tokenizer())
 
 
 def test_functions_of_a_run_have_names_of_their_own(tmp_path):

@@ -58,6 +58,7 @@ def test_margins_are_read_and_checked():
 
 def test_scores_of_a_group_are_compared_at_their_scale():
     group = TokenizedExample(prompt=[3], responses=[[4, 1], [5, 1]], scores=[1.0, 3.0], row=0)
-    [found] = group_preferences(DPOConfig(score_scale=0.5), [group], [], tiny.tokenizer())
+    config = DPOConfig(loss_type="ipo", psi_backend="groupwise", score_scale=0.5)
+    [found] = group_preferences(config, [group], [], tiny.tokenizer())
     better = 1 / (1 + math.exp(-1.0))
     torch.testing.assert_close(found, torch.tensor([[0.5, 1 - better], [better, 0.5]], dtype=torch.float64))
