@@ -6,6 +6,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
+from dataclasses import asdict
 from functools import partial
 from io import StringIO
 from itertools import pairwise, takewhile
@@ -109,26 +110,47 @@ def _first_paragraph(box: str) -> str:
 
 
 def _train(command: str, arguments: Sequence[str]) -> None:
-    """Runs one trainer, after the sections of its file that it names in `run_first` and that have not run yet."""
+    """Runs one trainer, after the sections of its file that it names in `run_first`, that it still needs and that have
+    not run yet."""
     config = _parse_run(command, arguments)
-    earlier = [
-        (name, _parse_run(name, ["--config", path]))
-        for path in _config_paths(arguments)
-        for name in files.run_first(path, command)
-    ]
+    earlier = _run_first(command, config, _config_paths(arguments))
     _quiet_libraries()
     from fastrlhf.checkpoint import check_output_dir, holds_model
 
-    runs = [*((name, run) for name, run in earlier if not holds_model(run.output_dir)), (command, config)]
-    for name, run in earlier:
-        if holds_model(run.output_dir):
-            print(f"{name}: {run.output_dir} holds a finished run; skipped")
+    finished = [(name, run) for name, run in earlier if holds_model(run.output_dir)]
+    for name, run in finished:
+        files.check_unchanged(run, name)
+    runs = [*(run for run in earlier if run not in finished), (command, config)]
+    for name, run in finished:
+        print(f"{name}: {run.output_dir} holds a finished run; skipped")
     for _, run in runs:
         check_output_dir(run.output_dir)
     for name, run in runs:
         if earlier:
             print(f"{name}:")
         _run(name, run)
+
+
+def _run_first(command: str, config: Any, paths: Sequence[str]) -> list[tuple[str, Any]]:
+    """The sections that `run_first` names and their configurations, in order.
+
+    Flags are for `command` alone; where one has replaced the folder of a section, so that no key names it any more, the
+    section is left out, and those that it alone needed with it.
+    """
+    earlier = [
+        (name, _parse_run(name, ["--config", path])) for path in paths for name in files.run_first(path, command)
+    ]
+    in_file, resolved = [files.read_yaml(path, type(config), command) for path in paths], [asdict(config)]
+    needed = []
+    for name, run in reversed(earlier):
+        folder = run.output_dir
+        if files.names_folder(in_file, folder) and not files.names_folder(resolved, folder):
+            print(f"{name}: a flag has replaced {folder}; skipped")
+        else:
+            needed.insert(0, (name, run))
+            resolved.append(asdict(run))
+        in_file.append(asdict(run))
+    return needed
 
 
 def _run(command: str, config: Any) -> None:

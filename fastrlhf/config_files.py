@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import json
 import os
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -20,6 +20,13 @@ COMMANDS = {"sft", "reward", "dpo", "ppo", "drpo", "rto", "eval", "demo"}
 TRUTHS = {**dict.fromkeys(("true", "yes", "on", "1"), "True"), **dict.fromkeys(("false", "no", "off", "0"), "False")}
 ALIASES = {"gradient_checkpointing": "activation_checkpointing"}
 """Names that keys had elsewhere."""
+
+
+SAME_MODEL = (
+    *("output_dir", "run_name", "report_to", "progress", "ref_cache_dir", "device"),
+    *("micro_batch_tokens", "activation_checkpointing"),
+)
+"""Keys that say where, how fast and how loudly a run goes: with others of these it would leave the same model."""
 
 
 def read_yaml(path: str, kind: type, command: str) -> dict[str, Any]:
@@ -66,6 +73,38 @@ def run_first(path: str, command: str) -> list[str]:
 def training_sections(path: str) -> list[str]:
     """The sections of a file, or of a recipe, that a trainer reads, in order; none of a flat file."""
     return [name for name in _load_yaml(path) if name in COMMANDS - {"eval", "demo"}]
+
+
+def names_folder(values: Iterable[Mapping[str, Any]], folder: str) -> bool:
+    """Whether a key of one of these configurations, other than output_dir, names the folder or a place in it."""
+    texts = [
+        text
+        for keys in values
+        for key, value in keys.items()
+        for text in (value if isinstance(value, (list, tuple)) else [value])
+        if key != "output_dir" and isinstance(text, str) and text
+    ]
+    places = [Path(os.path.abspath(text)) for text in texts]
+    return any(Path(os.path.abspath(folder)) in (place, *place.parents) for place in places)
+
+
+def check_unchanged(config: Any, section: str) -> None:
+    """Raises ValueError where the finished run in `config.output_dir` was made with other settings.
+
+    A folder without a config.yaml is a model that was put there: it is taken as it is.
+    """
+    written = Path(config.output_dir) / "config.yaml"
+    before = _load_yaml(str(written)) if written.exists() else {}
+    changed = [
+        f"{key} was {before[key]!r} and is {value!r}"
+        for key, value in _plain(dataclasses.asdict(config)).items()
+        if key not in SAME_MODEL and key in before and before[key] != value
+    ]
+    if changed:
+        raise ValueError(
+            f"{section}: {config.output_dir} holds a run with other settings: {', '.join(changed)}; give the section "
+            "another output_dir, or remove the folder"
+        )
 
 
 def _section(path: str, content: dict[str, Any], name: str) -> dict[str, Any]:

@@ -13,10 +13,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
-from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -24,6 +20,7 @@ from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 
 from fastrlhf.config import PPOConfig, RTOConfig
+from fastrlhf.functions import load_function
 from fastrlhf.kl_controller import KLController
 from fastrlhf.models.implicit_reward import ImplicitReward, open_implicit_reward
 from fastrlhf.models.loading import resolve_device
@@ -100,7 +97,7 @@ class Rewards:
         config = self.config
         terms = {"score": self._score(episodes)}
         if config.missing_eos_penalty is not None:
-            penalty = -config.missing_eos_penalty * episodes.missing_eos
+            penalty = -config.missing_eos_penalty * episodes.missing_eos.float()
             terms["missing_eos"] = Term(reward=_at_end(penalty, episodes))
         if config.kl_placement == "reward":
             charged = episodes.logprob - episodes.reference_logprob if episodes.exact_kl is None else episodes.exact_kl
@@ -108,7 +105,7 @@ class Rewards:
         if episodes.dpo_log_ratio is not None:
             terms["dpo"] = self._dpo(episodes, episodes.dpo_log_ratio)
         if config.length_coef:
-            terms["length"] = Term(reward=-config.length_coef * episodes.earns)
+            terms["length"] = Term(reward=-config.length_coef * episodes.earns.float())
         for name, function in self.functions.items():
             terms[name] = Term(reward=function_term(name, function, episodes))
         return terms
@@ -272,18 +269,20 @@ def open_rewards(
         raise ValueError("dpo_model_path: give the DPO model that rewards the tokens, trained by `fastrlhf dpo`")
     named = list((functions or {}).items())
     if config.reward_function:
-        named.append((config.reward_function.rpartition(":")[2], load_function(config.reward_function)))
+        named.append(
+            (config.reward_function.rpartition(":")[2], load_function(config.reward_function, "reward_function"))
+        )
     names = [*RESERVED, *(name for name, _ in named)]
     for name, _ in named:
         if names.count(name) > 1:
             raise ValueError(f"reward_function: {name!r} is the name of another reward; call it otherwise")
-    sentence_ends = None
-    if config.dpo_model_path and config.reward_shaping == "sentence":
+    sentence_ends, pays = None, bool(config.dpo_model_path) and config.reward_shaping != "none"
+    if pays and config.reward_shaping == "sentence":
         sentence_ends = sentence_end_ids(tokenizer).to(resolve_device(config.device))
     return Rewards(
         config=config,
         functions=dict(named),
-        implicit=open_implicit_reward(config, tokenizer) if config.dpo_model_path else None,
+        implicit=open_implicit_reward(config, tokenizer) if pays else None,
         sentence_ends=sentence_ends,
     )
 
@@ -298,36 +297,6 @@ def sentence_end_ids(tokenizer: PreTrainedTokenizerBase) -> Tensor:
     if not ends:
         raise ValueError("reward_shaping: no token of this vocabulary ends a sentence; sentence would be eos")
     return torch.tensor(ends)
-
-
-def load_function(name: str) -> RewardFunction:
-    """The function that "module:function" or "path/to/file.py:function" names. Raises ValueError where there is
-    none."""
-    place, _, attribute = name.rpartition(":")
-    if not place or not attribute:
-        raise ValueError(
-            f"reward_function: {name!r} must look like package.module:function or path/to/file.py:function"
-        )
-    if place.endswith(".py"):
-        path = Path(place).expanduser()
-        if not path.is_file():
-            raise ValueError(f"reward_function: no file {place!r}")
-        spec = spec_from_file_location(path.stem, path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = module_from_spec(spec)
-        spec.loader.exec_module(module)
-    else:
-        try:
-            module = import_module(place)
-        except ModuleNotFoundError as error:
-            raise ValueError(
-                f"reward_function: no module {error.name!r}; install it, or give the path of its .py file"
-            ) from error
-    function = getattr(module, attribute, None)
-    if not callable(function):
-        raise ValueError(f"reward_function: {place!r} has no function {attribute!r}")
-    return cast(RewardFunction, function)
 
 
 def _at_end(values: Tensor, episodes: Episodes) -> Tensor:

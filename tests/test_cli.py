@@ -154,6 +154,39 @@ def test_one_command_runs_the_sections_before_it_that_have_not_run(place, capsys
     assert seeds == [3, 3, 4]  # a flag is for the command alone
 
 
+def test_a_section_that_a_flag_has_replaced_is_not_trained(place, chain, capsys):
+    sections = yaml.safe_load((place / "all.yaml").read_text())
+    moved = yaml.safe_load(yaml.safe_dump(sections).replace("runs/", "flagged/"))
+    moved["rto"]["run_first"] = ["sft", "reward", "dpo"]
+    (place / "flagged.yaml").write_text(yaml.safe_dump(moved), encoding="utf-8")
+    capsys.readouterr()
+
+    assert main(["rto", "--config", "flagged.yaml", "--dpo_model_path", "runs/dpo"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told[0] == "dpo: a flag has replaced flagged/dpo; skipped"
+    assert [line for line in told if line.endswith(":")] == ["sft:", "reward:", "rto:"]
+    assert not (place / "flagged/dpo").exists()
+
+    given = {"model_name_or_path": "sft", "reward_model_path": "reward", "dpo_model_path": "dpo"}
+    flags = [part for key, name in given.items() for part in (f"--{key}", f"runs/{name}")]
+    assert main(["rto", "--config", "flagged.yaml", *flags, "--output_dir", "flagged/alone"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told[:3] == [f"{x}: a flag has replaced flagged/{x}; skipped" for x in ("dpo", "reward", "sft")]
+
+
+def test_a_finished_section_whose_settings_have_changed_is_not_taken_for_the_new_one(place, chain, capsys):
+    sections = yaml.safe_load((place / "all.yaml").read_text())
+    sections["rto"] |= {"run_first": ["sft", "dpo"], "output_dir": "runs/changed"}
+    sections["dpo"]["beta"] = 0.25
+    (place / "changed.yaml").write_text(yaml.safe_dump(sections), encoding="utf-8")
+    told = fails(capsys, "rto", "--config", "changed.yaml")
+    assert told == (
+        "dpo: runs/dpo holds a run with other settings: beta was 0.5 and is 0.25; give the section another output_dir, "
+        "or remove the folder"
+    )
+    assert not (place / "runs/changed").exists()
+
+
 def test_a_mistake_in_a_later_section_costs_no_earlier_one(place, capsys):
     sections = yaml.safe_load((place / "all.yaml").read_text())
     late = yaml.safe_load(yaml.safe_dump(sections).replace("runs/", "late/"))

@@ -1,5 +1,5 @@
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import yaml
@@ -15,7 +15,18 @@ from fastrlhf.config import (
     RTOConfig,
     SFTConfig,
 )
-from fastrlhf.config_files import COMMANDS, RECIPES, as_flags, check_flags, nearest, read_yaml, run_first, write_yaml
+from fastrlhf.config_files import (
+    COMMANDS,
+    RECIPES,
+    as_flags,
+    check_flags,
+    check_unchanged,
+    names_folder,
+    nearest,
+    read_yaml,
+    run_first,
+    write_yaml,
+)
 
 KINDS = {
     "sft": SFTConfig,
@@ -106,6 +117,27 @@ def test_run_first_is_for_sections_of_commands_alone(write):
     for text in ("run_first: [sft]", "shared: {run_first: [sft]}\nsft:\nrto:"):
         with pytest.raises(ValueError, match="unknown key 'run_first'"):
             read_yaml(write(text), RTOConfig, "rto")
+
+
+def test_a_folder_is_named_by_itself_or_by_a_place_in_it_but_not_as_output_dir(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for value in ("runs/dpo", "./runs/dpo/", f"{tmp_path}/runs/dpo", "runs/dpo/value_model", ["a", "runs/dpo"]):
+        assert names_folder([{"seed": 1}, {"dpo_model_path": value}], "runs/dpo"), value
+    for value in ("runs/dpo2", "runs", "dpo", "", None, 3):
+        assert not names_folder([{"dpo_model_path": value, "output_dir": "runs/dpo"}], "runs/dpo"), value
+
+
+def test_a_finished_run_of_other_settings_is_refused_with_every_key_that_differs(tmp_path):
+    config = DPOConfig(output_dir=str(tmp_path), beta=0.5, loss_weights=(1.0,))
+    write_yaml(config, tmp_path / "config.yaml")
+    check_unchanged(config, "dpo")
+    check_unchanged(replace(config, micro_batch_tokens=64, progress=False, report_to=("wandb",)), "dpo")
+    with pytest.raises(
+        ValueError, match=r"beta was 0.5 and is 0.1, loss_weights was \[1.0\] and is \[\]; give .* output_dir"
+    ):
+        check_unchanged(replace(config, beta=0.1, loss_weights=()), "dpo")
+    (tmp_path / "config.yaml").unlink()
+    check_unchanged(replace(config, beta=0.1), "dpo")
 
 
 def test_an_empty_file_gives_nothing(write):

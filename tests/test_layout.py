@@ -37,6 +37,7 @@ LAYERS = (  # lowest first: a module imports from its own layer and from those a
         "optim",
         "checkpoint",
         "config_files",
+        "functions",
         "metrics",
         "distributed",
     ),

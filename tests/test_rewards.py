@@ -19,7 +19,6 @@ from fastrlhf.rewards import (
     Episodes,
     Rewards,
     Term,
-    load_function,
     moved_to,
     open_rewards,
     reward_metrics,
@@ -59,7 +58,9 @@ DPO = replace(EPISODES, dpo_log_ratio=RATIO)
 
 
 def terms(episodes: Episodes = EPISODES, functions=None, **settings) -> dict[str, Term]:
-    return Rewards(config=PPOConfig(**settings), functions=functions or {}).terms(episodes)
+    dpo_model_path = "" if episodes.dpo_log_ratio is None else "dpo"
+    config = PPOConfig(dpo_model_path=dpo_model_path, **settings)
+    return Rewards(config=config, functions=functions or {}).terms(episodes)
 
 
 def rewards(episodes: Episodes = EPISODES, functions=None, **settings) -> dict[str, list[float]]:
@@ -134,8 +135,8 @@ def test_the_clip_comes_after_the_scale_and_its_share_is_of_the_tokens_that_earn
     ],
 )
 def test_the_five_shapings(shaping, expected):
-    run = Rewards(config=PPOConfig(dpo_reward_scale=1.0, reward_shaping=shaping), sentence_ends=torch.tensor([3, 9]))
-    found = run.terms(DPO)["dpo"]
+    config = PPOConfig(dpo_model_path="dpo", dpo_reward_scale=1.0, reward_shaping=shaping)
+    found = Rewards(config=config, sentence_ends=torch.tensor([3, 9])).terms(DPO)["dpo"]
     assert found.reward.tolist() == expected
     assert found.metrics["rto/abs_sum"] == 3.5  # of the tokens, however they are paid
 
@@ -182,6 +183,10 @@ def test_with_lambda_1_rs_and_none_differ_by_the_potential_of_the_state():
     assert (advantages["rs"][0.9] - advantages["none"][0.9] + potential).abs().max() > 0.1
 
 
+def test_whole_numbers_from_python_are_as_good_as_floats():
+    assert rewards(missing_eos_penalty=1, length_coef=2) == rewards(missing_eos_penalty=1.0, length_coef=2.0)
+
+
 def test_length_costs_every_token_that_earns():
     assert rewards(length_coef=0.5)["length"] == [0, -0.5, -0.5, -0.5, 0, -0.5, -0.5, -0.5]
     assert "length" not in rewards()
@@ -207,21 +212,6 @@ def test_a_function_gives_a_number_at_the_end_or_one_per_sampled_token():
 def test_what_a_function_may_not_give_is_told_with_its_row(given, message):
     with pytest.raises(ValueError, match=message):
         terms(functions={"f": lambda _: given})
-
-
-def test_functions_are_named_by_module_or_by_file(tmp_path, monkeypatch):
-    (tmp_path / "mine.py").write_text("def brief(rollout):\n    return -float(len(rollout.completion))\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    for name in ("mine:brief", f"{tmp_path}/mine.py:brief"):
-        assert load_function(name)(EPISODES.rollouts[1]) == -3.0
-    for name, message in (
-        ("mine.brief", "must look like package.module:function or path/to/file.py:function"),
-        ("no_such_module:f", "no module 'no_such_module'; install it, or give the path"),
-        ("no/such.py:f", "no file 'no/such.py'"),
-        ("mine:long", "'mine' has no function 'long'"),
-    ):
-        with pytest.raises(ValueError, match=f"^reward_function: .*{message}"):
-            load_function(name)
 
 
 def test_every_addend_is_logged_with_its_share():
@@ -272,6 +262,13 @@ def test_what_a_run_lacks_is_told_before_anything_is_loaded():
     with pytest.raises(ValueError, match=r"^dpo_model_path: give the DPO model"):
         open_rewards(RTOConfig(), tiny.tokenizer())
     assert open_rewards(PPOConfig(), tiny.tokenizer()).implicit is None
+
+
+def test_a_dpo_model_that_is_paid_nowhere_is_not_loaded():
+    config = RTOConfig(dpo_model_path="nowhere", reward_shaping="none")
+    assert open_rewards(config, tiny.tokenizer()).implicit is None
+    with pytest.raises(ValueError, match="dpo_model_path: "):
+        open_rewards(replace(config, reward_shaping="token", dpo_reward_scale=0.0), tiny.tokenizer())
 
 
 def test_functions_of_a_run_have_names_of_their_own(tmp_path):

@@ -142,7 +142,7 @@ def expected_reward(log_policy_of: dict[State, torch.Tensor]) -> torch.Tensor:
         reference_logprob=rows_of(REFERENCE).float(),
         dpo_log_ratio=(rows_of(DPO) - rows_of(REFERENCE)).float(),
     )
-    config = PPOConfig(dpo_reward_scale=BETA_1, kl_coef=BETA_2, score_coef=BETA_3)
+    config = PPOConfig(dpo_model_path="dpo", dpo_reward_scale=BETA_1, kl_coef=BETA_2, score_coef=BETA_3)
     rows = sum(term.reward for term in Rewards(config=config).terms(episodes).values())
     return (per_response(logprob).exp() * per_response(torch.as_tensor(rows))).sum()
 

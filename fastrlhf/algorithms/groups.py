@@ -26,6 +26,7 @@ from fastrlhf.algorithms.scoring import Tree, sequence_logprobs
 from fastrlhf.algorithms.stage import Stage, StepMetrics, TrainResult, check_micro_batch
 from fastrlhf.config import DPOConfig
 from fastrlhf.data.inputs import open_inputs
+from fastrlhf.data.labels import GROUP_LABELS
 from fastrlhf.data.packing import forest, group, micro_batches, num_computed, num_in_sequences, pack
 from fastrlhf.models.loading import open_policy
 from fastrlhf.optim import Optimizer, index_batches, num_steps
@@ -60,7 +61,8 @@ def train_groups(
     equals its reference.
     """
     psi = load_psi(config.psi, config.psi_clip)
-    tokenizer, data = open_inputs(config, ["responses"], examples, eval_examples)
+    fields = ["responses", *(GROUP_LABELS if config.label_source == "data" else ())]
+    tokenizer, data = open_inputs(config, fields, examples, eval_examples)
     rows = [*data.train, *data.eval]
     trees = [to_tree(example, config) for example in rows]
     check_micro_batch(config, rows, list(map(num_computed, trees)))

@@ -28,6 +28,9 @@ def pair_probabilities(
             return torch.tensor([label["label_prob"] for label in labels], dtype=torch.float64)
         case "counts":
             counts = [_read(example, COUNTS) for example in examples]
+            for example, count in zip(examples, counts, strict=True):
+                if config.label_prior == 0 and count["num_labels"] == 0:
+                    raise ValueError(f"row {example.row} has no labels, which takes a label_prior above 0")
             wins, labels = (torch.tensor([count[name] for count in counts]) for name in COUNTS)
             return label_probability(wins, labels, config.label_prior)
         case _:

@@ -17,9 +17,6 @@ from mu, G groups, N responses of all groups; P [K, K] holds p(y_i > y_j), with 
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +25,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from fastrlhf.functions import load_function
 from fastrlhf.types import Prefix, Rollout, TokenizedExample
 from fastrlhf_kernels import LossOutput
 from fastrlhf_kernels.types import Sum
@@ -84,7 +82,7 @@ def load_psi(name: str, clip: float) -> Psi:
         return Psi(name=name, function=lambda q: q.logit().clamp(-clip, clip), is_odd=True, is_affine=False)
     if ":" not in name:
         raise ValueError(f"psi: {name!r} is none of identity, logit, clipped_logit, module:function")
-    return examined(_import_function(name), name)
+    return examined(load_function(name, "psi"), name)
 
 
 def examined(function: Callable[[Tensor], Tensor], name: str) -> Psi:
@@ -102,7 +100,10 @@ def examined(function: Callable[[Tensor], Tensor], name: str) -> Psi:
     if len(falls):
         first = int(falls[0, 0])
         raise ValueError(f"psi: {name} must be non-decreasing; it falls from {GRID[first]:g} to {GRID[first + 1]:g}")
-    tolerance = 1e-9 * max(1.0, float(values.abs().max()))
+    # Of the function's own rounding: it may have gone through another dtype.
+    eps = torch.finfo(values.dtype).eps if values.is_floating_point() else 0.0
+    tolerance = max(1e-9, 32 * eps) * max(1.0, float(values.abs().max()))
+    values = values.double()
     line = values[0] + GRID * (values[-1] - values[0])
     return Psi(
         name=name,
@@ -284,21 +285,3 @@ def _by_prompt(judge: Judge, rollouts: Sequence[Rollout]) -> dict[tuple[int, ...
 def _group_sums(values: Tensor, cu_groups: Tensor) -> Tensor:
     """[N] -> [G], in a fixed order."""
     return torch.segment_reduce(values, "sum", offsets=cu_groups.long())
-
-
-def _import_function(name: str) -> Callable[[Tensor], Tensor]:
-    """Of "module:function" or "file.py:function"."""
-    source, _, function = name.rpartition(":")
-    try:
-        if source.endswith(".py"):
-            spec = importlib.util.spec_from_file_location("fastrlhf_user_psi", source)
-            assert spec is not None
-            assert spec.loader is not None
-            module = importlib.util.module_from_spec(spec)
-            sys.modules[spec.name] = module
-            spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(source)
-        return getattr(module, function)
-    except (ImportError, FileNotFoundError, AttributeError) as error:
-        raise ValueError(f"psi: {name!r} cannot be imported: {error}") from error

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from fastrlhf.algorithms.labels import pair_margins
+from fastrlhf.algorithms.scoring import Tree
 from fastrlhf.algorithms.stage import Stage, TrainResult, check_micro_batch
 from fastrlhf.config import RewardConfig, require
 from fastrlhf.data.inputs import open_inputs
@@ -26,10 +28,7 @@ from fastrlhf.evaluation.winrates import bootstrap_interval
 from fastrlhf.models.forward import sequence_scores
 from fastrlhf.models.loading import check_same_vocabulary, load_reward_model, make_trainable, resolve_device
 from fastrlhf.optim import Optimizer, index_batches, num_steps
-from fastrlhf.types import Example, Segment, TokenizedExample
-
-Tree = Sequence[Segment]
-"""Of one pair: its prompt, chosen, rejected; or chosen and rejected with the prompt in each."""
+from fastrlhf.types import Example, TokenizedExample
 
 
 def train_reward_model(
@@ -123,9 +122,10 @@ def _summary(scores: Tensor, losses: Tensor) -> dict[str, float]:
 
 
 def _margins(config: RewardConfig, examples: Sequence[TokenizedExample], device: torch.device) -> Tensor:
-    """[B] float32, what the scores of each pair must differ by."""
-    asked = [config.margin_scale * (example.margin or 0.0) for example in examples]
-    return torch.tensor(asked, dtype=torch.float32, device=device)
+    """[B] float32, what the scores of each pair must differ by. Raises ValueError, naming the row, for a margin that is
+    not finite."""
+    margins = pair_margins(examples) if config.margin_scale else torch.zeros(len(examples))
+    return (config.margin_scale * margins).to(device)
 
 
 def fields_read(config: RewardConfig) -> list[str]:

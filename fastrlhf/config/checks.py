@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args, get_origin, get_type_hints
+from collections.abc import Iterable
+from dataclasses import fields
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
 def require(ok: bool, name: str, value: object, rule: str) -> None:
@@ -20,6 +22,18 @@ def at_least(config: object, least: int, *names: str) -> None:
 def above_0(config: object, *names: str) -> None:
     for name in names:
         require(getattr(config, name) > 0, name, getattr(config, name), "above 0")
+
+
+def at_default(config: Any, readers: Iterable[tuple[bool, str, tuple[str, ...]]]) -> None:
+    """Raises ValueError for a key that nothing would read and that is not the default of its class all the same.
+
+    `readers`: (whether something reads the keys, why nothing would, the keys).
+    """
+    defaults = {field.name: field.default for field in fields(config)}
+    for read, because, names in readers:
+        for name in () if read else names:
+            value, default = getattr(config, name), defaults[name]
+            require(value == default, name, value, f"{default!r} {because}, since nothing reads it there")
 
 
 def check_choices(config: object) -> None:

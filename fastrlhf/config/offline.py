@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from fastrlhf.config.checks import above_0, at_least, require
+from fastrlhf.config.checks import above_0, at_default, at_least, require
 from fastrlhf.config.train import TrainConfig
 
 PAIR_LOSSES = ("sigmoid", "ipo", "hinge", "robust", "sft")
@@ -119,6 +119,15 @@ class DPOConfig(TrainConfig):
         self._check_psi()
         if "ipo" in losses:
             require(not self.margin_scale, "margin_scale", self.margin_scale, "0 where loss_type is ipo")
+        scored = judged or self.psi_backend == "groupwise"
+        at_default(
+            self,
+            [
+                (self.label_source == "counts", "where label_source is not counts", ("label_prior",)),
+                (scored, "where no scores give probabilities", ("score_scale",)),
+                (self.psi == "clipped_logit", "where psi is not clipped_logit", ("psi_clip",)),
+            ],
+        )
         cache = self.ref_cache_dir
         require(
             not cache or self.precompute_ref_log_probs, "ref_cache_dir", cache, "empty where nothing is precomputed"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from fastrlhf.config.checks import above_0, at_least, require
+from fastrlhf.config.checks import above_0, at_default, at_least, require
 from fastrlhf.config.train import TrainConfig
 
 KL_ALLOWED = {"reward": "k1 or exact", "loss": "k2, k3 or exact"}
@@ -95,7 +95,7 @@ class PPOConfig(TrainConfig):
     """Each token's DPO reward is clipped to +-dpo_reward_clip, after the scale; 0 is off (the authors' code: 0.05)."""
     reward_shaping: Literal["token", "sentence", "eos", "rs", "none"] = "token"
     """Where the DPO rewards are paid: at each token, at ends of sentences (. ! ? or a new line), at the end of the
-    response, at each token and taken back at the end (rs), nowhere."""
+    response, at each token and taken back at the end (rs), nowhere (then the model is not loaded)."""
     length_coef: float = 0.0
     """Each sampled token costs this much."""
     reward_function: str = ""
@@ -225,6 +225,20 @@ class PPOConfig(TrainConfig):
             for name, only in (("kl_placement", "reward"), ("loss_aggregation", "token")):
                 value = getattr(self, name)
                 require(value == only, name, value, f"{only} under compat reference, as in the authors' code")
+        dpo = ("dpo_reward_scale", "dpo_reward_clip", "reward_shaping")
+        resets = ("reset_source", "reset_curriculum")
+        critic = ("vf_coef", "cliprange_value", "value_learning_rate", "lam")
+        no_critic = f"with advantage_estimator {self.advantage_estimator}"
+        at_default(
+            self,
+            [
+                (bool(self.dpo_model_path), "without a dpo_model_path", dpo),
+                (self.reset_prob > 0, "where reset_prob is 0", resets),
+                (self.advantage_estimator == "gae", no_critic, critic),
+                (bool(self.psi), "without psi", ("psi_opponents",)),
+                (self.psi == "clipped_logit", "where psi is not clipped_logit", ("psi_clip",)),
+            ],
+        )
 
     def _check_kl(self) -> None:
         placement, estimator = self.kl_placement, self.kl_estimator

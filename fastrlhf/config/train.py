@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fastrlhf.config.checks import above_0, at_least, check_choices, require
+from fastrlhf.config.checks import above_0, at_default, at_least, check_choices, require
 
 COLUMNS = (
     *("prompt", "chosen", "rejected", "reference", "label_prob", "margin"),
@@ -121,6 +121,8 @@ class TrainConfig:
         at_least(self, 1, "per_device_train_batch_size", "gradient_accumulation_steps", "micro_batch_tokens")
         at_least(self, 1, "lora_r", "lora_alpha")
         require(bool(self.lora_target_modules), "lora_target_modules", self.lora_target_modules, "all-linear, or names")
+        lora = ("lora_r", "lora_alpha", "lora_target_modules", "use_rslora", "use_dora")
+        at_default(self, [(self.use_peft, "where use_peft is false", lora)])
         at_least(self, 2, "max_length")
         at_least(self, 0, "warmup_steps", "eval_steps", "num_eval_examples", "max_train_examples")
         at_least(self, 0, "weight_decay", "max_grad_norm")

@@ -72,7 +72,8 @@ def load_examples(
         config_name: of a hub dataset, or of a folder whose README.md names configurations.
         columns: name above -> column of the dataset, where they differ; also "reference" for any column.
         needs: which of prompt, chosen, rejected, reference, responses a usable row must have; other responses are given
-            where good. And which of label_prob, margin, wins, num_labels, which are read only where they are needed.
+            where good. And which of label_prob, margin, wins, num_labels, which are read only where they are needed;
+            so are preferences and scores, of which a row has one or none.
         max_bad_fraction: skipped rows / rows read, at most.
         limit: rows read, at most.
 
@@ -87,7 +88,8 @@ def load_examples(
         raise ValueError(f"{source}: split {split!r} has no rows")
     values = [row for _, row in rows]
     names = _name_columns(values, columns or {}, source)
-    form, conversational = _detect_form(values, names, needs, source)
+    required = [name for name in needs if name not in GROUP_LABELS]
+    form, conversational = _detect_form(values, names, required, source)
 
     examples: list[Example] = []
     skipped: Counter[str] = Counter()
@@ -117,7 +119,7 @@ def load_examples(
 
 
 def _check_arguments(needs: Sequence[str], max_bad_fraction: float, limit: int | None) -> None:
-    known = ("prompt", *RESPONSES, "responses", *PAIR_LABELS)
+    known = ("prompt", *RESPONSES, *LABELS)
     if unknown := set(needs) - set(known):
         raise ValueError(f"needs: {sorted(unknown)} not among {', '.join(known)}")
     if not 0 <= max_bad_fraction <= 1:
@@ -169,7 +171,7 @@ def _group(row: Mapping[str, Any], conversational: bool) -> Fields:
     for i, response in enumerate(responses):
         if _is_empty(response):
             raise UnusableRow("empty_response", f"responses[{i}] is empty or white space")
-    return {"prompt": prompt, "responses": responses, **read_group_labels(row, len(responses))}
+    return {"prompt": prompt, "responses": responses, **{name: row.get(name) for name in GROUP_LABELS}}
 
 
 def _rated(row: Mapping[str, Any], conversational: bool) -> Fields:
@@ -298,8 +300,12 @@ def _to_example(
         raise UnusableRow("wrong_type", f"the row is {type(row).__name__}, not an object")
     values = {name: row.get(column) for name, column in names.items()}
     fields = form.convert(values, conversational) | read_pair_labels(values, needs)
+    group_labels = {name: fields.pop(name, None) for name in GROUP_LABELS}
+    if "responses" in fields and {*GROUP_LABELS} & {*needs}:
+        fields |= read_group_labels(group_labels, len(fields["responses"]))
     for name in needs:
-        _present(fields, name)
+        if name not in GROUP_LABELS:
+            _present(fields, name)
     if _is_empty(fields["prompt"]):
         raise UnusableRow("empty_prompt", "the prompt is empty or white space")
     for name in RESPONSES:

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from fastrlhf.checkpoint import check_output_dir
 from fastrlhf.config import TrainConfig, parse_columns, require
 from fastrlhf.data.examples import RESPONSES, LoadedExamples, load_examples
+from fastrlhf.data.labels import GROUP_LABELS
 from fastrlhf.data.tokens import TokenizedExamples, TokenReport, load_tokenizer, tokenize_examples
 from fastrlhf.metrics import import_reporters
 from fastrlhf.types import Example, TokenizedExample
@@ -36,7 +37,8 @@ def open_inputs(
     train: Sequence[Example] | None,
     evaluation: Sequence[Example] | None,
 ) -> tuple[PreTrainedTokenizerBase, Data]:
-    """The tokenizer and the tokenised rows that have `fields`; `train` and `evaluation` stand in for the dataset's.
+    """The tokenizer and the tokenised rows that have `fields`, the `needs` of `load_examples`; `train` and `evaluation`
+    stand in for the dataset's.
 
     Raises ValueError for anything that is wrong with the paths, the files, the rows or the reporters, before a model is
     loaded and before a folder is made.
@@ -155,7 +157,7 @@ def _tokenize(
 ) -> TokenizedExamples:
     for example in examples:
         for field in fields:
-            if getattr(example, field) is None:
+            if field not in GROUP_LABELS and getattr(example, field) is None:
                 raise ValueError(f"{name}: row {example.row} has no {field}; leave it out or give one")
     tokenized = tokenize_examples(
         examples,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from typing import Any
+from numbers import Integral, Real
+from typing import Any, TypeGuard
 
 from fastrlhf.data.rows import UnusableRow
 
@@ -34,7 +35,7 @@ def read_group_labels(row: Mapping[str, Any], num_responses: int) -> dict[str, A
         for i in range(num_responses):
             for j in range(i + 1):
                 p, q = matrix[i][j], matrix[j][i]
-                if not 0 <= p <= 1 or abs(p + q - 1) > TOLERANCE:
+                if not (0 <= p <= 1 and 0 <= q <= 1) or abs(p + q - 1) > TOLERANCE:
                     raise UnusableRow(
                         "no_probabilities",
                         f"preferences[{i}][{j}] = {p:g} and preferences[{j}][{i}] = {q:g} must be in 0..1 and add up "
@@ -58,7 +59,8 @@ def read_counts(row: Mapping[str, Any]) -> dict[str, int]:
         value = row.get(name)
         if value is None:
             raise UnusableRow(f"missing_{name}", f"no {name} in this row")
-        if type(value) is not int and not (isinstance(value, str) and value.isdecimal()):  # CSV holds text
+        text = isinstance(value, str) and value.isdecimal()  # as in CSV
+        if not text and (not isinstance(value, Integral) or isinstance(value, bool)):
             raise UnusableRow("wrong_type", f"{name} is {value!r}, not a count")
         counts[name] = int(value)
     if not 0 <= counts["wins"] <= counts["num_labels"]:
@@ -68,7 +70,7 @@ def read_counts(row: Mapping[str, Any]) -> dict[str, int]:
 
 def _number(value: object, name: str) -> float:
     try:
-        number = float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else math.nan
+        number = float(value) if isinstance(value, str) or _is_number(value) else math.nan
     except ValueError:
         number = math.nan
     if not math.isfinite(number) or (name == "label_prob" and not 0 <= number <= 1):
@@ -76,9 +78,12 @@ def _number(value: object, name: str) -> float:
     return number
 
 
+def _is_number(value: object) -> TypeGuard[Real]:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def _numbers(value: object, size: int, name: str) -> list[float]:
-    kinds = (int, float)
-    if not isinstance(value, list) or len(value) != size or any(type(number) not in kinds for number in value):
+    if not isinstance(value, list) or len(value) != size or not all(map(_is_number, value)):
         raise UnusableRow("wrong_type", f"{name} must be a list of {size} numbers, one per response")
     numbers = [float(number) for number in value]
     if not all(map(math.isfinite, numbers)):

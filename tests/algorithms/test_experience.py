@@ -137,7 +137,9 @@ def log_ratio(dpo, reference, rollouts) -> torch.Tensor:
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_every_sampled_token_earns_the_dpo_log_ratio_at_temperature_1(critic, temperature):
     """To the run's reference, or to one of the DPO model's own; prompts and reset tokens earn nothing."""
-    cfg = config(kl_coef=0.0, dpo_reward_scale=0.5, temperature=temperature, micro_batch_tokens=16)
+    cfg = config(
+        kl_coef=0.0, dpo_model_path="dpo", dpo_reward_scale=0.5, temperature=temperature, micro_batch_tokens=16
+    )
     score = torch.tensor([0, 0, 1, 0, 0, 2, 0, 0, 0, 3, 4, 0, 0, 0, 0, 5.0])
     dpo, own, run_reference = tiny.policy(seed=1), tiny.policy(seed=2), tiny.policy(seed=5)
     for reference in (None, own):
@@ -147,7 +149,7 @@ def test_every_sampled_token_earns_the_dpo_log_ratio_at_temperature_1(critic, te
 
 
 def test_under_the_authors_semantics_too_only_tokens_up_to_the_eos_earn_token_rewards(critic):
-    cfg = config(compat="reference", kl_coef=0.0, dpo_reward_scale=0.5)
+    cfg = config(compat="reference", kl_coef=0.0, dpo_model_path="dpo", dpo_reward_scale=0.5)
     implicit = ImplicitReward(model=tiny.policy(seed=1), reference=None)
     found = torch.tensor(rewards(cfg, FULL, critic, implicit)) - torch.tensor(rewards(cfg, FULL, critic))
     earns = [1, 1, 1, 0, 0, 0, 0, 1, 1, 1, 0, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1, 0, 0, 0]

@@ -1,6 +1,7 @@
 """PsiPO on packs against a padded textbook loop, against IPO, and against its closed form."""
 
 import itertools
+import json
 import math
 from dataclasses import replace
 
@@ -242,3 +243,13 @@ def test_a_group_of_one_is_refused_by_its_row(model, responses):
     alone = replace(first, responses=responses, scores=[1.0] * len(responses), row=5)
     with pytest.raises(ValueError, match=r"row 5: a group needs two responses at least|no row is left|row 5 has no"):
         train_dpo(config(model), [first, alone])
+
+
+def test_labels_of_a_file_that_nothing_reads_refuse_no_row(model, reward_model, tmp_path):
+    rows = [{"prompt": e.prompt, "responses": e.responses, "scores": [1.0]} for e in scored_groups()]
+    (tmp_path / "groups.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cfg = config(model, dataset_name=str(tmp_path / "groups.jsonl"))
+    judged = replace(cfg, label_source="reward_model", reward_model_path=reward_model)
+    assert len(train_dpo(judged).history) == 1
+    with pytest.raises(ValueError, match="4 wrong_type"):
+        train_dpo(cfg)

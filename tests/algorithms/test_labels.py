@@ -1,6 +1,7 @@
 """Probabilities of labels from columns, counts and scores."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -42,6 +43,13 @@ def test_labels_from_python_are_checked_like_those_of_a_file(source, labels, mes
         probabilities(source, example(**labels))
 
 
+def test_a_pair_without_labels_takes_a_prior():
+    labelled, bare = example(wins=1, num_labels=1), replace(example(wins=0, num_labels=0), row=9)
+    assert probabilities("counts", labelled, label_prior=0.0).tolist() == [1.0]
+    with pytest.raises(ValueError, match=r"^row 9 has no labels, which takes a label_prior above 0"):
+        probabilities("counts", labelled, bare, label_prior=0.0)
+
+
 def test_margins_are_read_and_checked():
     assert pair_margins([example(margin=0.5), example(margin=-1)]).tolist() == [0.5, -1.0]
     with pytest.raises(ValueError, match="row 7: bad_margin: margin is inf, not finite"):
@@ -50,6 +58,7 @@ def test_margins_are_read_and_checked():
 
 def test_scores_of_a_group_are_compared_at_their_scale():
     group = TokenizedExample(prompt=[3], responses=[[4, 1], [5, 1]], scores=[1.0, 3.0], row=0)
-    [found] = group_preferences(DPOConfig(score_scale=0.5), [group], [], tiny.tokenizer())
+    config = DPOConfig(loss_type="ipo", psi_backend="groupwise", score_scale=0.5)
+    [found] = group_preferences(config, [group], [], tiny.tokenizer())
     better = 1 / (1 + math.exp(-1.0))
     torch.testing.assert_close(found, torch.tensor([[0.5, 1 - better], [better, 0.5]], dtype=torch.float64))

@@ -22,10 +22,13 @@ def test_ppo_is_rto_with_scale_zero_bit_for_bit(paths, tmp_path, kind, shaping):
     plain = run(config(paths, kind))
     rto = run(config(paths, kind, dpo_model_path=dpo, dpo_reward_scale=0.0, reward_shaping=shaping))
     assert all(row["rto/abs_sum"] == 0 == row["reward/dpo_share"] for row in rto.history)
-    assert_same_history(plain, rto)
-    for ours, theirs in ((plain.model, rto.model), (plain.value_model, rto.value_model)):
-        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
-            assert torch.equal(a, b)
+    unpaid = run(config(paths, kind, dpo_model_path=dpo, reward_shaping="none"))  # the DPO model is not even loaded
+    assert all("rto/abs_sum" not in row for row in unpaid.history)
+    for other in (rto, unpaid):
+        assert_same_history(plain, other)
+        for ours, theirs in ((plain.model, other.model), (plain.value_model, other.value_model)):
+            for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+                assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("scale", [0.5, -0.5])

@@ -263,6 +263,10 @@ def test_symmetry_and_straightness_are_measured():
     assert measured == {"tanh": (True, False), "square": (False, False)}
     line = examined(lambda q: 100 + 1e-3 * q, "line")
     assert (line.is_odd, line.is_affine) == (True, True)
+    single = examined(lambda q: 3 * (q.float() - 0.5).sinh(), "in float32")
+    assert (single.is_odd, single.is_affine) == (True, False)
+    assert examined(lambda q: 0.1 * q.float(), "in float32").is_affine
+    assert not examined(lambda q: q.float() + 1e-4 * q.float() ** 2, "in float32").is_odd
     for name in ("identity", "clipped_logit"):  # what is declared is what would be measured
         again = examined(PSIS[name].function, name)
         assert (again.is_odd, again.is_affine) == (PSIS[name].is_odd, PSIS[name].is_affine)
@@ -272,8 +276,8 @@ def test_a_psi_is_found_by_module_or_file(tmp_path):
     (tmp_path / "mine.py").write_text("def half(q):\n    return q / 2\n")
     assert load_psi(f"{tmp_path / 'mine.py'}:half", 1.0)(torch.tensor([0.5])).item() == 0.25
     assert load_psi("torch:tanh", 1.0).is_odd is False
-    for name, reason in (("torch:nothing", "has no attribute"), ("no_such_module:f", "No module named")):
-        with pytest.raises(ValueError, match=f"^psi: '{name}' cannot be imported: .*{reason}"):
+    for name, reason in (("torch:nothing", "has no function"), ("no_such_module:f", "No module named")):
+        with pytest.raises(ValueError, match=f"^psi: .*{reason}"):
             load_psi(name, 1.0)
     with pytest.raises(ValueError, match=r"^psi: 'logits' is none of identity, logit, clipped_logit, module:function"):
         load_psi("logits", 1.0)

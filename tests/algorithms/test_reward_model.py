@@ -110,6 +110,8 @@ def test_margins_of_the_rows_reach_their_pairs_in_training_and_evaluation(judge)
     expected = -F.logsigmoid(scores[:, 0] - scores[:, 1] - torch.arange(9) * 0.2).mean().item()
     assert result.history[0]["loss"] == pytest.approx(expected, rel=1e-5)
     assert result.final["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(ValueError, match=r"^row 8: bad_margin: margin is nan, not finite"):
+        train_reward_model(cfg, [*examples[:8], replace(examples[8], margin=math.nan)])
     with pytest.raises(ValueError, match="row 0 has no margin"):
         train_reward_model(cfg, tiny.examples(9))
 

@@ -72,7 +72,7 @@ def test_both_resets_to_either_response_with_equal_probability():
 )
 def test_a_row_needs_the_responses_that_may_be_reset_to(source, fields):
     assert reset_fields(config(reset_source=source)) == fields
-    assert reset_fields(config(reset_source=source, reset_prob=0.0)) == []
+    assert reset_fields(config(reset_prob=0.0)) == []
 
 
 def test_the_curriculum_moves_from_the_end_of_the_response_to_the_published_distribution():

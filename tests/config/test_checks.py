@@ -17,6 +17,7 @@ from fastrlhf.config import (
 )
 
 TRAINING = (SFTConfig, RewardConfig, DPOConfig, PPOConfig, DRPOConfig, RTOConfig, EvalConfig)
+ON_POLICY = (PPOConfig, DRPOConfig, RTOConfig)
 ALL = (*TRAINING, DemoConfig)
 
 
@@ -91,7 +92,8 @@ def test_a_number_out_of_range_is_refused_by_its_name(kind, field, value, rule):
 @pytest.mark.parametrize(("kind", "field"), [(kind, name) for kind in ALL for name in numeric_fields(kind, int, float)])
 def test_no_number_may_be_far_below_zero_except_rewards(kind, field):
     if field in ("missing_eos_score", "dpo_reward_scale"):
-        assert getattr(kind(**{field: -9.0}), field) == -9
+        beside = {"dpo_model_path": "dpo"} if field == "dpo_reward_scale" else {}
+        assert getattr(kind(**{field: -9.0} | beside), field) == -9
     else:
         with pytest.raises(ValueError, match=f"^{field}: "):
             kind(**{field: -9})
@@ -112,22 +114,74 @@ CHOICES = [
 
 
 BESIDE = {
+    "reward_shaping": {"dpo_model_path": "dpo"},
+    "reset_source": {"reset_prob": 0.5},
+    "psi_opponents": {"psi": "identity", "reset_group_size": 2},
     "groupwise": {"loss_type": "ipo"},
     "reward_model": {"reward_model_path": "judge"},
     **{name: {"reset_group_size": 2} for name in ("rloo", "grpo")},
     **{name: {"kl_placement": "loss"} for name in ("k2", "k3")},
     "loss": {"kl_estimator": "k2"},
 }
-"""What some choices need beside them."""
+"""What some fields, and some choices, need beside them."""
 
 
 @pytest.mark.parametrize(("kind", "field", "choices"), CHOICES)
 def test_a_word_that_is_no_choice_is_refused_with_the_choices(kind, field, choices):
     for choice in choices:
-        assert getattr(kind(**{field: choice} | BESIDE.get(choice, {})), field) == choice
+        beside = BESIDE.get(field, {}) | BESIDE.get(choice, {})
+        assert getattr(kind(**{field: choice} | beside), field) == choice
     for wrong in ("Sum", "", None, ["sum"]):
         with pytest.raises(ValueError, match=rf"^{field}: must be one of {', '.join(choices)}; got "):
             kind(**{field: wrong})
+
+
+UNREAD = [
+    *((kind, key, {}) for kind in TRAINING for key in ("lora_r", "lora_alpha", "use_rslora", "use_dora")),
+    *((kind, "lora_target_modules", {}) for kind in TRAINING),
+    *((DPOConfig, key, {}) for key in ("label_prior", "score_scale", "psi_clip")),
+    (DPOConfig, "psi_clip", {"psi": "logit", "loss_type": "ipo"}),
+    *((kind, key, {}) for kind in ON_POLICY for key in ("dpo_reward_scale", "dpo_reward_clip", "reward_shaping")),
+    *((kind, key, {"reset_prob": 0.0}) for kind in ON_POLICY for key in ("reset_curriculum", "reset_source")),
+    *((kind, key, {}) for kind in ON_POLICY for key in ("psi_opponents", "psi_clip")),
+    (PPOConfig, "psi_clip", {"psi": "logit"}),
+    *(
+        (kind, key, {"advantage_estimator": estimator, "reset_group_size": 2})
+        for kind in ON_POLICY
+        for estimator in ("rloo", "grpo")
+        for key in ("vf_coef", "cliprange_value", "value_learning_rate", "lam")
+    ),
+]
+OTHER = {"lora_target_modules": ("q_proj",), "reward_shaping": "rs", "reset_source": "chosen"}
+OTHER |= {"psi_opponents": "chosen", "use_rslora": True, "use_dora": True, "lora_r": 4, "lora_alpha": 4}
+
+
+@pytest.mark.parametrize(("kind", "field", "without"), UNREAD)
+def test_a_key_that_nothing_would_read_is_refused_unless_it_is_the_default(kind, field, without):
+    default = getattr(kind(), field)
+    assert getattr(kind(**without), field) == default
+    with pytest.raises(
+        ValueError, match=rf"^{field}: must be .* (where|without|with) .*, since nothing reads it there; got"
+    ):
+        kind(**{field: OTHER.get(field, 0.25)} | without)
+
+
+READ = [
+    (SFTConfig, {"use_peft": True, "lora_r": 4, "lora_alpha": 8, "lora_target_modules": ("q_proj",), "use_dora": True}),
+    (DPOConfig, {"label_source": "counts", "label_prior": 1.0}),
+    (DPOConfig, {"label_source": "reward_model", "reward_model_path": "judge", "score_scale": 0.5}),
+    (DPOConfig, {"loss_type": "ipo", "psi_backend": "groupwise", "score_scale": 0.5}),
+    (DPOConfig, {"loss_type": "ipo", "psi": "clipped_logit", "psi_clip": 1.0}),
+    (RTOConfig, {"dpo_model_path": "dpo", "dpo_reward_scale": 0.1, "dpo_reward_clip": 0.1, "reward_shaping": "rs"}),
+    (PPOConfig, {"reset_prob": 0.1, "reset_curriculum": 0.5, "reset_source": "chosen"}),
+    (PPOConfig, {"psi": "clipped_logit", "psi_clip": 1.0, "psi_opponents": "chosen"}),
+    (PPOConfig, {"vf_coef": 0.5, "cliprange_value": 0.5, "value_learning_rate": 1e-5, "lam": 0.5}),
+]
+
+
+@pytest.mark.parametrize(("kind", "settings"), READ)
+def test_the_same_keys_are_taken_where_something_reads_them(kind, settings):
+    assert {name: getattr(kind(**settings), name) for name in settings} == settings
 
 
 def test_the_fields_with_choices_are_found():

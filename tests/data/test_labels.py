@@ -3,10 +3,11 @@
 import json
 import math
 
+import numpy as np
 import pytest
 
 from fastrlhf.data.examples import load_examples
-from fastrlhf.data.labels import read_counts, read_group_labels
+from fastrlhf.data.labels import GROUP_LABELS, read_counts, read_group_labels, read_pair_labels
 from fastrlhf.data.rows import UnusableRow
 from fastrlhf.data.tokens import tokenize_examples
 from fastrlhf.types import Example, TokenizedExample
@@ -26,7 +27,7 @@ def test_a_group_of_texts_keeps_its_order_and_its_labels(tmp_path):
         {"prompt": "y", "responses": ["c", "c", "d"], "scores": [1, 2.5, -3]},
         {"prompt": "z", "responses": ["e", "f"], "scores": None},
     ]
-    loaded = load(tmp_path, rows, "responses")
+    loaded = load(tmp_path, rows, "responses", *GROUP_LABELS)
     assert loaded.form == "groups, text"
     assert loaded.examples == [
         Example(prompt="x", responses=["a", "b"], preferences=MATRIX, row=0),
@@ -40,7 +41,7 @@ def test_a_group_of_conversations_and_columns_of_other_names(tmp_path):
     other = {"role": "assistant", "content": "b"}
     rows = [{"question": [user], "answers": [[answer], [user, other]], "rating": [4, 2]}]
     columns = {"prompt": "question", "responses": "answers", "scores": "rating"}
-    loaded = load(tmp_path, rows, "responses", columns=columns)
+    loaded = load(tmp_path, rows, "responses", *GROUP_LABELS, columns=columns)
     assert loaded.form == "groups, conversational"
     assert loaded.examples == [Example(prompt=[user], responses=[[answer], [other]], scores=[4.0, 2.0], row=0)]
 
@@ -49,7 +50,7 @@ def test_ultrafeedback_is_a_group_of_responses_with_ratings(tmp_path):
     completions = [{"response": "a", "overall_score": 7.5, "model": "x"}, {"response": "b", "overall_score": 4}]
     good = {"source": "s", "instruction": "Q", "completions": completions}
     bad = {"instruction": "Q", "completions": [completions[0], {"response": "b"}]}
-    loaded = load(tmp_path, [good, bad], "responses", max_bad_fraction=0.5)
+    loaded = load(tmp_path, [good, bad], "responses", *GROUP_LABELS, max_bad_fraction=0.5)
     assert loaded.examples == [Example(prompt="Q", responses=["a", "b"], scores=[7.5, 4.0], row=0)]
     assert loaded.skipped == {"wrong_type": 1}
 
@@ -68,7 +69,15 @@ def test_ultrafeedback_is_a_group_of_responses_with_ratings(tmp_path):
 )
 def test_a_row_that_is_no_group_is_counted_by_its_reason(tmp_path, row, reason):
     good = {"prompt": "x", "responses": ["a", "b"]}
-    assert load(tmp_path, [good, row], "responses", max_bad_fraction=0.5).skipped == {reason: 1}
+    assert load(tmp_path, [good, row], "responses", *GROUP_LABELS, max_bad_fraction=0.5).skipped == {reason: 1}
+
+
+def test_labels_of_a_group_are_read_where_they_are_needed(tmp_path):
+    rows = [{"prompt": "x", "responses": ["a", "b"], "scores": [1]}]
+    assert load(tmp_path, rows, "responses").examples == [Example(prompt="x", responses=["a", "b"], row=0)]
+    completions = [{"response": "a", "overall_score": None}, {"response": "b"}]
+    loaded = load(tmp_path, [{"instruction": "Q", "completions": completions}], "responses")
+    assert loaded.examples == [Example(prompt="Q", responses=["a", "b"], row=0)]
 
 
 def test_who_needs_no_group_does_not_read_it(tmp_path):
@@ -94,6 +103,8 @@ def test_counts_are_read_where_they_are_needed(tmp_path):
         ({"preferences": [[0.5, 0.9], [0.2, 0.5]]}, r"preferences\[1\]\[0\] = 0.2 and preferences\[0\]\[1\] = 0.9"),
         ({"preferences": [[0.6, 0.9], [0.1, 0.5]]}, r"preferences\[0\]\[0\] = 0.6"),
         ({"preferences": [[0.5, 1.5], [-0.5, 0.5]]}, "must be in 0..1 and add up to 1"),
+        ({"preferences": [[0.5, -0.0009], [1, 0.5]]}, "must be in 0..1 and add up to 1"),
+        ({"scores": [1, np.bool_(True)]}, "scores must be a list of 2 numbers"),
         ({"scores": [1, "2"]}, "scores must be a list of 2 numbers"),
         ({"scores": [1, True]}, "scores must be a list of 2 numbers"),
         ({"scores": [1, math.inf]}, "not_finite"),
@@ -110,6 +121,14 @@ def test_labels_that_are_good():
     rounded = [[0.5, 0.3333], [0.667, 0.5]]
     assert read_group_labels({"preferences": rounded}, 2) == {"preferences": rounded}
     assert read_counts({"wins": "2", "num_labels": "3"}) == {"wins": 2, "num_labels": 3}  # as CSV has them
+
+
+def test_numbers_of_numpy_are_numbers():
+    matrix = [list(line) for line in np.array(MATRIX, dtype=np.float32)]
+    assert read_group_labels({"preferences": matrix}, 2) == {"preferences": np.float32(MATRIX).tolist()}
+    assert read_group_labels({"scores": [np.int64(3), np.float32(0.5)]}, 2) == {"scores": [3.0, 0.5]}
+    assert read_pair_labels({"margin": np.float32(0.5)}, ["margin"]) == {"margin": 0.5}
+    assert read_counts({"wins": np.int64(2), "num_labels": np.int32(3)}) == {"wins": 2, "num_labels": 3}
 
 
 @pytest.mark.parametrize("wins", [-1, 4, 1.5, True, "two"])

@@ -1,0 +1,48 @@
+"""Functions of the user's, by name."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+
+def load_function(name: str, field: str) -> Callable[..., Any]:
+    """The function that "package.module:function" or "path/to/file.py:function" names.
+
+    Raises ValueError, naming `field`, where there is none, and where something that its module imports is missing.
+    """
+    place, _, attribute = name.rpartition(":")
+    if not place or not attribute:
+        raise ValueError(f"{field}: {name!r} must look like package.module:function or path/to/file.py:function")
+    try:
+        module = _run_file(place, field) if place.endswith(".py") else import_module(place)
+    except ImportError as error:
+        raise ValueError(f"{field}: {place!r} cannot be imported: {error}; install it or mend the name") from error
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        raise ValueError(f"{field}: {place!r} has no function {attribute!r}")
+    return function
+
+
+def _run_file(place: str, field: str) -> ModuleType:
+    path = Path(place).expanduser().resolve()
+    if not path.is_file():
+        raise ValueError(f"{field}: no file {place!r}")
+    # A name that no installed module has, and no file of the same name in another folder.
+    spec = spec_from_file_location(str(path.with_suffix("")).replace(".", "_"), path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    # Before it runs: dataclasses look their module up there, to read annotations that are strings.
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[spec.name]
+        raise
+    return module
