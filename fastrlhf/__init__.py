@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 
 _EXPORTS: dict[str, str] = {
     **dict.fromkeys(
-        ("SFTConfig", "RewardConfig", "DPOConfig", "PPOConfig", "DRPOConfig", "RTOConfig", "EvalConfig"),
+        ("SFTConfig", "RewardConfig", "DPOConfig", "PPOConfig", "DRPOConfig", "RTOConfig", "RLPConfig", "EvalConfig"),
         "fastrlhf.config",
     ),
     **dict.fromkeys(("Example", "Prefix", "Rollout", "PackedBatch", "Segment"), "fastrlhf.types"),
