@@ -282,18 +282,16 @@ def sentence_end_ids(tokenizer: PreTrainedTokenizerBase) -> Tensor:
     return torch.tensor(ends)
 
 
-def load_function(name: str) -> RewardFunction:
-    """The function that "module:function" or "path/to/file.py:function" names. Raises ValueError where there is
-    none."""
+def load_function(name: str, field: str = "reward_function") -> RewardFunction:
+    """The function that "module:function" or "path/to/file.py:function" names. Raises ValueError, naming `field`, where
+    there is none."""
     place, _, attribute = name.rpartition(":")
     if not place or not attribute:
-        raise ValueError(
-            f"reward_function: {name!r} must look like package.module:function or path/to/file.py:function"
-        )
+        raise ValueError(f"{field}: {name!r} must look like package.module:function or path/to/file.py:function")
     if place.endswith(".py"):
         path = Path(place).expanduser()
         if not path.is_file():
-            raise ValueError(f"reward_function: no file {place!r}")
+            raise ValueError(f"{field}: no file {place!r}")
         spec = spec_from_file_location(path.stem, path)
         assert spec is not None
         assert spec.loader is not None
@@ -304,11 +302,11 @@ def load_function(name: str) -> RewardFunction:
             module = import_module(place)
         except ModuleNotFoundError as error:
             raise ValueError(
-                f"reward_function: no module {error.name!r}; install it, or give the path of its .py file"
+                f"{field}: no module {error.name!r}; install it, or give the path of its .py file"
             ) from error
     function = getattr(module, attribute, None)
     if not callable(function):
-        raise ValueError(f"reward_function: {place!r} has no function {attribute!r}")
+        raise ValueError(f"{field}: {place!r} has no function {attribute!r}")
     return cast(RewardFunction, function)
 
 
