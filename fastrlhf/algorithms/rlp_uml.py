@@ -216,6 +216,10 @@ class ViewObjective:
         )
         return LossOutput(self.config.mib_weight * output.loss, output.metrics)
 
+    @property
+    def learning_rate(self) -> float:
+        return self.config.view_learning_rate
+
     def beta(self, step: int) -> float:
         return beta_at(self.config, step, self.num_steps)
 
