@@ -20,6 +20,7 @@ _EXPORTS: dict[str, str] = {
     "train_reward_model": "fastrlhf.algorithms.reward_model",
     "train_dpo": "fastrlhf.algorithms.preference",
     "train_on_policy": "fastrlhf.algorithms.on_policy",
+    "train_rlp": "fastrlhf.algorithms.rlp",
     "TrainResult": "fastrlhf.algorithms.stage",
     "evaluate_models": "fastrlhf.evaluation.evaluate",
 }

@@ -82,7 +82,3 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     with partial.open("w", encoding="utf-8") as file:
         file.writelines(f"{json.dumps(row)}\n" for row in rows)
     os.replace(partial, path)
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -202,6 +202,12 @@ def evaluate(config: RewardConfig, model: PreTrainedModel, pairs: Sequence[Tree]
     return summary | {"eval_accuracy_low": low, "eval_accuracy_high": high}
 
 
+def held_out_accuracy(config: RewardConfig, model: PreTrainedModel, examples: Sequence[TokenizedExample]) -> float:
+    """Share of the pairs whose chosen response has the higher score; ties count one half."""
+    pairs = [_tree(example, config) for example in examples]
+    return evaluate(config, model, pairs, _margins(config, examples, model.device))["eval_accuracy"]
+
+
 def _summary(scores: Tensor, losses: Tensor) -> dict[str, float]:
     margin = scores[:, 0] - scores[:, 1]
     values = {

@@ -114,6 +114,9 @@ class RLPConfig(TrainConfig):
         first = (self.reward_model_path, self.policy_path)
         require(not first[1] or bool(first[0]), "reward_model_path", first[0], "given where policy_path is")
 
+        only = self.refinement != "none" or not first[1]
+        require(only, "policy_path", first[1], "empty where refinement is none, or nothing is left to do")
+
     @property
     def with_views(self) -> bool:
         return self.refinement in ("uml", "both") and self.mib_weight > 0

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from fastrlhf.algorithms.answers import ANSWER_STREAM, Answers, read_rows, sample_answers, two_that_differ, write_rows
+from fastrlhf.algorithms.answers import ANSWER_STREAM, Answers, sample_answers, two_that_differ, write_rows
+from fastrlhf.metrics import read_rows
 from fastrlhf.rollout import TransformersEngine
 from fastrlhf.types import TokenizedExample
 from tests import tiny

@@ -14,6 +14,10 @@ from fastrlhf.config import RLPConfig
         ({"beta_start": 0.0}, "beta_start: must be above 0"),
         ({"mib_loss": "infomax", "view_critic": "dot"}, "view_critic: must be mlp where mib_loss is infomax"),
         ({"policy_path": "runs/ppo"}, "reward_model_path: must be given where policy_path is"),
+        (
+            {"policy_path": "a", "reward_model_path": "b", "refinement": "none"},
+            "policy_path: must be empty where refinement is none",
+        ),
         ({"refinement": "nothing"}, "refinement: must be one of none, uml, spg, both"),
     ],
 )
