@@ -28,6 +28,21 @@ def policy(tmp_path_factory):
     return tiny.save_policy(tmp_path_factory.mktemp("policy"))
 
 
+@pytest.fixture(scope="module")
+def first(policy, tmp_path_factory):
+    """The keys that give a run its first reward model and policy, from a run without refinement."""
+    out = tmp_path_factory.mktemp("first") / "rlp"
+    run(settings(out, refinement="none"), policy)
+    return {"reward_model_path": str(out / "reward"), "policy_path": str(out / "policy")}
+
+
+@pytest.fixture(scope="module")
+def spg(policy, first, tmp_path_factory):
+    """The folder of an SPG run that begins with `first`, and what it returned."""
+    out = tmp_path_factory.mktemp("spg") / "rlp"
+    return out, run(settings(out, refinement="spg", **first), policy)
+
+
 def sections(policy: str) -> tuple[RewardConfig, PPOConfig]:
     fields = {"model_name_or_path": policy, "max_length": 32, "max_steps": 2, "progress": False, "seed": 5}
     reward = RewardConfig(**fields, per_device_train_batch_size=4, learning_rate=1e-3)
@@ -88,23 +103,22 @@ def without_times(row: dict[str, float]) -> dict[str, float]:
 
 @pytest.mark.parametrize("refinement", ["uml", "spg"])
 def test_a_refit_at_lambda_0_and_one_without_synthetic_pairs_is_the_reward_model_again_bit_for_bit(
-    policy, tmp_path, refinement, caplog
+    policy, first, tmp_path, refinement, caplog
 ):
     def all_different(comparisons):
         return [Relation.CONTRADICTION] * len(comparisons)
 
-    config = settings(tmp_path / "rlp", refinement=refinement, mib_weight=0.0, min_confidence=1.0)
+    config = settings(tmp_path / "rlp", refinement=refinement, mib_weight=0.0, min_confidence=1.0, **first)
     result = run(config, policy, equivalence=all_different)
-    assert same(tmp_path / "rlp" / "round-1" / "reward", tmp_path / "rlp" / "reward")
-    assert same(tmp_path / "rlp" / "round-1" / "policy", tmp_path / "rlp" / "policy")
+    assert same(tmp_path / "rlp" / "round-1" / "reward", first["reward_model_path"])
+    assert same(tmp_path / "rlp" / "round-1" / "policy", first["policy_path"])
     assert result.final["rlp/rm_drift"] == 0.0
     assert result.final["rlp/rm_order_agreement"] == result.final["rlp/rm_variance_ratio"] == 1.0
     assert ("no synthetic pair" in caplog.text) == (refinement == "spg")
 
 
-def test_spg_trains_the_reward_model_on_its_own_pairs_beside_those_of_the_dataset(policy, tmp_path):
-    out = tmp_path / "rlp"
-    result = run(settings(out, refinement="spg"), policy)
+def test_spg_trains_the_reward_model_on_its_own_pairs_beside_those_of_the_dataset(policy, first, spg, tmp_path):
+    out, result = spg
     rows = read_rows(out / "round-1" / "pairs.jsonl")
     report = json.loads((out / "round-1" / "spg.json").read_text())
     assert len(rows) == report["pairs"] == report["accepted"] > 0
@@ -121,8 +135,8 @@ def test_spg_trains_the_reward_model_on_its_own_pairs_beside_those_of_the_datase
     reward, _ = sections(policy)
     by_hand = train_reward_model(replace(reward, output_dir=str(tmp_path / "by_hand")), PAIRS, synthetic=tokens)
     assert same(out / "round-1" / "reward", tmp_path / "by_hand")
-    assert not same(out / "round-1" / "reward", out / "reward")
-    assert not same(out / "round-1" / "policy", out / "policy")
+    assert not same(out / "round-1" / "reward", first["reward_model_path"])
+    assert not same(out / "round-1" / "policy", first["policy_path"])
     assert by_hand.output_dir != result.output_dir == out / "round-1" / "policy"
 
 
@@ -130,21 +144,20 @@ def tokenized():
     return tokenize_examples(PAIRS[:1], tiny.tokenizer(), max_length=32, fields=("chosen", "rejected")).examples
 
 
-def test_uml_trains_on_views_beside_the_pairs_and_both_do_both(policy, tmp_path):
+def test_uml_trains_on_views_beside_the_pairs_and_both_do_both(policy, first, tmp_path):
     for refinement in ("uml", "both"):
         out = tmp_path / refinement
-        result = run(settings(out, refinement=refinement), policy)
+        result = run(settings(out, refinement=refinement, **first), policy)
         rows = read_metrics(out / "round-1" / "reward" / "metrics.jsonl")
         assert all(-2 < row["views/jsd"] < 0 for row in rows)
         assert (out / "round-1" / "pairs.jsonl").exists() == (refinement == "both")
         assert "rlp/views_active" in result.final
-        assert "views/jsd" not in read_metrics(out / "reward" / "metrics.jsonl")[0]
 
 
-def test_the_policy_starts_again_from_the_sft_model_and_a_second_round_refits_the_refitted(policy, tmp_path):
+def test_the_policy_starts_again_from_the_sft_model_and_a_second_round_refits_the_refitted(policy, first, tmp_path):
     out = tmp_path / "rlp"
-    run(settings(out, refinement="spg", rounds=2), policy)
-    reward, ppo = sections(policy)
+    run(settings(out, refinement="spg", rounds=2, **first), policy)
+    _, ppo = sections(policy)
     again = replace(ppo, output_dir=str(tmp_path / "again"), reward_model_path=str(out / "round-2" / "reward"))
     train_on_policy(again, PROMPTS)
     assert same(tmp_path / "again", out / "round-2" / "policy")
@@ -153,76 +166,71 @@ def test_the_policy_starts_again_from_the_sft_model_and_a_second_round_refits_th
     assert first != second
 
 
-def test_a_refit_may_go_on_from_the_reward_model(policy, tmp_path):
-    for start in ("start", "reward"):
-        run(settings(tmp_path / start, refinement="uml", mib_weight=0.0, refit_from=start), policy)
+def test_a_refit_may_go_on_from_the_reward_model(policy, first, tmp_path):
+    run(settings(tmp_path / "rlp", refinement="uml", mib_weight=0.0, refit_from="reward", **first), policy)
     reward, _ = sections(policy)
-    train_reward_model(
-        replace(reward, model_name_or_path=str(tmp_path / "reward" / "reward"), output_dir=str(tmp_path / "twice")),
-        PAIRS,
-    )
-    assert same(tmp_path / "reward" / "round-1" / "reward", tmp_path / "twice")
-    assert not same(tmp_path / "reward" / "round-1" / "reward", tmp_path / "start" / "round-1" / "reward")
+    twice = replace(reward, model_name_or_path=first["reward_model_path"], output_dir=str(tmp_path / "twice"))
+    train_reward_model(twice, PAIRS)
+    assert same(tmp_path / "rlp" / "round-1" / "reward", tmp_path / "twice")
+    assert not same(tmp_path / "twice", first["reward_model_path"])
 
 
-def test_a_run_that_is_started_again_does_only_what_is_missing_and_ends_alike(policy, tmp_path, monkeypatch):
-    whole = run(settings(tmp_path / "whole", refinement="both"), policy)
+def test_a_run_that_is_started_again_does_only_what_is_missing_and_ends_alike(
+    policy, first, spg, tmp_path, monkeypatch
+):
     out, real = tmp_path / "rlp", rlp.train_on_policy
+    config = settings(out, refinement="spg", **first)
 
-    def interrupted(config, *arguments):
-        if "round-1" in config.output_dir:
-            raise KeyboardInterrupt
-        return real(config, *arguments)
+    def interrupted(*_):
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(rlp, "train_on_policy", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run(settings(out, refinement="both"), policy)
+        run(config, policy)
     done = {file: file.stat().st_mtime_ns for file in out.rglob("*.*") if file.name != "config.yaml"}
     monkeypatch.setattr(rlp, "train_on_policy", real)
-    calls = []
-    again = run(settings(out, refinement="both"), policy, equivalence=lambda asked: calls.append(asked) or [])
-    assert same(out / "round-1" / "policy", tmp_path / "whole" / "round-1" / "policy")
-    assert again.final == whole.final
-    assert not calls
+    asked = []
+    again = run(config, policy, equivalence=lambda comparisons: asked.append(comparisons) or [])
+    assert same(out / "round-1" / "policy", spg[0] / "round-1" / "policy")
+    assert again.final == spg[1].final
+    assert not asked
     assert {file: file.stat().st_mtime_ns for file in done} == done
-    third = run(settings(out, refinement="both"), policy)
-    assert [without_times(row)["objective/scores"] for row in third.history] == [
-        row["objective/scores"] for row in again.history
-    ]
+    third = run(config, policy)  # nothing is left to do
+    assert [row["objective/scores"] for row in third.history] == [row["objective/scores"] for row in again.history]
+    assert all(map(torch.equal, third.model.state_dict().values(), again.model.state_dict().values()))
     with pytest.raises(ValueError, match="a new folder: it holds a run with another min_confidence"):
-        run(settings(out, refinement="both", min_confidence=0.7), policy)
+        run(replace(config, min_confidence=0.7), policy)
 
 
-def test_models_of_the_users_take_the_place_of_the_first_stages(policy, tmp_path):
-    first = tmp_path / "first"
-    run(settings(first, refinement="none"), policy)
-    given = {"reward_model_path": str(first / "reward"), "policy_path": str(first / "policy")}
-    run(settings(tmp_path / "given", refinement="spg", **given), policy)
+def test_models_of_the_users_take_the_place_of_the_first_stages(policy, spg, tmp_path):
+    out, _ = spg
+    assert not (out / "reward").exists()
+    assert not (out / "policy").exists()
     run(settings(tmp_path / "whole", refinement="spg"), policy)
-    assert not (tmp_path / "given" / "reward").exists()
-    assert not (tmp_path / "given" / "policy").exists()
-    assert same(tmp_path / "given" / "round-1" / "policy", tmp_path / "whole" / "round-1" / "policy")
+    assert same(tmp_path / "whole" / "round-1" / "policy", out / "round-1" / "policy")
 
 
-def test_the_gold_judge_is_only_reported(policy, tmp_path):
+def test_the_gold_judge_is_only_reported(policy, first, spg, tmp_path):
     def shorter(prompt: str, response: str) -> float:
         return -float(len(response.split()))
 
-    told = run(settings(tmp_path / "told", refinement="spg"), policy, gold=shorter).final
-    plain = run(settings(tmp_path / "plain", refinement="spg"), policy).final
+    told = run(settings(tmp_path / "told", refinement="spg", **first), policy, gold=shorter).final
     gold = {name for name in told if "accuracy_policy" in name}
     assert gold == {"rlp/rm_accuracy_policy_before", "rlp/rm_accuracy_policy_after"}
-    assert {name: value for name, value in told.items() if name not in gold} == plain
+    assert {name: value for name, value in told.items() if name not in gold} == spg[1].final
     assert 0 <= told["rlp/rm_accuracy_policy_after"] <= 1
-    for which, folder in (("before", "reward"), ("after", "round-1/reward")):
-        accuracy = read_metrics(tmp_path / "told" / folder / "metrics.jsonl")[-1]["eval_accuracy"]
+    folders = {"before": Path(first["reward_model_path"]), "after": tmp_path / "told" / "round-1" / "reward"}
+    for which, folder in folders.items():
+        accuracy = read_metrics(folder / "metrics.jsonl")[-1]["eval_accuracy"]
         assert told[f"rlp/rm_accuracy_offline_{which}"] == accuracy
 
 
-def test_a_refit_that_ignores_the_answer_stops_the_run_before_a_policy_is_trained_on_it(policy, tmp_path, monkeypatch):
+def test_a_refit_that_ignores_the_answer_stops_the_run_before_a_policy_is_trained_on_it(
+    policy, first, tmp_path, monkeypatch
+):
     compare = rlp.compare_scores
     monkeypatch.setattr(rlp, "compare_scores", lambda *a: compare(*a) | {"rlp/rm_variance_ratio": 0.2})
-    config = settings(tmp_path / "rlp", refinement="uml", min_reward_variance=0.25)
+    config = settings(tmp_path / "rlp", refinement="uml", min_reward_variance=0.25, **first)
     for _ in range(2):  # and again when it is started again
         with pytest.raises(ValueError, match=r"min_reward_variance: .* 0.2 of the variance before, below 0.25"):
             run(config, policy)
