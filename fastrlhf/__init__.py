@@ -1,4 +1,4 @@
-"""Preference learning for language models: SFT, reward models, DPO, IPO, PPO, DR-PO and RTO on packed batches.
+"""Preference learning for language models: SFT, reward models, DPO, IPO, PPO, DR-PO, RTO and RLP on packed batches.
 
 Importing this costs nothing: a public name loads its module when it is first asked for, so that the base install, which
 lacks the trainers' libraries, can use the losses.
