@@ -1,4 +1,4 @@
-"""Preference learning for language models: SFT, reward models, DPO, IPO, PPO, DR-PO and RTO on packed batches.
+"""Preference learning for language models: SFT, reward models, DPO, IPO, PPO, DR-PO, RTO and RLP on packed batches.
 
 Importing this costs nothing: a public name loads its module when it is first asked for, so that the base install, which
 lacks the trainers' libraries, can use the losses.
@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 
 _EXPORTS: dict[str, str] = {
     **dict.fromkeys(
-        ("SFTConfig", "RewardConfig", "DPOConfig", "PPOConfig", "DRPOConfig", "RTOConfig", "EvalConfig"),
+        ("SFTConfig", "RewardConfig", "DPOConfig", "PPOConfig", "DRPOConfig", "RTOConfig", "RLPConfig", "EvalConfig"),
         "fastrlhf.config",
     ),
     **dict.fromkeys(("Example", "Prefix", "Rollout", "PackedBatch", "Segment"), "fastrlhf.types"),
@@ -20,6 +20,7 @@ _EXPORTS: dict[str, str] = {
     "train_reward_model": "fastrlhf.algorithms.reward_model",
     "train_dpo": "fastrlhf.algorithms.preference",
     "train_on_policy": "fastrlhf.algorithms.on_policy",
+    "train_rlp": "fastrlhf.algorithms.rlp",
     "TrainResult": "fastrlhf.algorithms.stage",
     "evaluate_models": "fastrlhf.evaluation.evaluate",
 }

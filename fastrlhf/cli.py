@@ -25,6 +25,7 @@ usage: fastrlhf COMMAND [--config FILE] [--key value ...]
   ppo        PPO
   drpo       DR-PO: PPO from reset states
   rto        RTO: PPO on the token rewards of a DPO model
+  rlp        RLP: the reward model refitted on what the policy answers, the policy trained again
   eval       win rates between models and dataset responses
   report     fastrlhf report RUN_DIR: one HTML page of a run
   inspect    the rows as the model will see them, each token by its role: --config FILE [--num N] [--html PAGE]
@@ -114,6 +115,7 @@ def _train(command: str, arguments: Sequence[str]) -> None:
     not run yet."""
     config = _parse_run(command, arguments)
     earlier = _run_first(command, config, _config_paths(arguments))
+    sections = _rlp_sections(config, arguments) if command == "rlp" else ()
     _quiet_libraries()
     from fastrlhf.checkpoint import check_output_dir, holds_model
 
@@ -123,12 +125,13 @@ def _train(command: str, arguments: Sequence[str]) -> None:
     runs = [*(run for run in earlier if run not in finished), (command, config)]
     for name, run in finished:
         print(f"{name}: {run.output_dir} holds a finished run; skipped")
-    for _, run in runs:
-        check_output_dir(run.output_dir)
+    for name, run in runs:
+        if name != "rlp":  # which goes on where it stopped, and checks its stages itself
+            check_output_dir(run.output_dir)
     for name, run in runs:
         if earlier:
             print(f"{name}:")
-        _run(name, run)
+        _run(name, run, *(sections if name == command else ()))
 
 
 def _run_first(command: str, config: Any, paths: Sequence[str]) -> list[tuple[str, Any]]:
@@ -153,11 +156,19 @@ def _run_first(command: str, config: Any, paths: Sequence[str]) -> list[tuple[st
     return needed
 
 
-def _run(command: str, config: Any) -> None:
+def _rlp_sections(config: configs.RLPConfig, arguments: Sequence[str]) -> tuple[Any, Any]:
+    """The sections that train the reward models and the policies of RLP."""
+    paths = _config_paths(arguments)
+    configs.require(len(paths) == 1, "--config", paths, f"one file with sections rlp, reward and {config.policy}")
+    reward, policy = (parse(TRAINERS[name][0], ["--config", paths[0]], name) for name in ("reward", config.policy))
+    return reward, policy
+
+
+def _run(command: str, config: Any, *sections: Any) -> None:
     from importlib import import_module
 
     _, module, function = TRAINERS[command]
-    result = getattr(import_module(f"fastrlhf.algorithms.{module}"), function)(config)
+    result = getattr(import_module(f"fastrlhf.algorithms.{module}"), function)(config, *sections)
     for name, value in result.final.items():
         print(f"{name} {value:.4f}")
     print(f"saved in {result.output_dir}")
@@ -303,6 +314,7 @@ TRAINERS: dict[str, tuple[type, str, str]] = {
     "ppo": (configs.PPOConfig, "on_policy", "train_on_policy"),
     "drpo": (configs.DRPOConfig, "on_policy", "train_on_policy"),
     "rto": (configs.RTOConfig, "on_policy", "train_on_policy"),
+    "rlp": (configs.RLPConfig, "rlp", "train_rlp"),
 }
 """Command -> its configuration, and its module and function in fastrlhf.algorithms."""
 

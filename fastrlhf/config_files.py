@@ -13,7 +13,7 @@ from typing import Any, get_type_hints
 
 RECIPES = Path(__file__).parent / "recipes"
 
-COMMANDS = {"sft", "reward", "dpo", "ppo", "drpo", "rto", "eval", "demo"}
+COMMANDS = {"sft", "reward", "dpo", "ppo", "drpo", "rto", "rlp", "eval", "demo"}
 """That take keys, and may have a section of their own in a file."""
 
 
@@ -61,7 +61,7 @@ def run_first(path: str, command: str) -> list[str]:
     """
     content = _load_yaml(path)
     names = _section(path, content, command).get("run_first") or []
-    others = [name for name in content if name in COMMANDS - {command, "eval", "demo"}]
+    others = [name for name in content if name in COMMANDS - {command, "rlp", "eval", "demo"}]
     if not isinstance(names, list):
         raise ValueError(f"{path}: run_first: must be a list of sections, as [sft, reward]; got {names!r}")
     for name in names:
@@ -206,6 +206,12 @@ def write_yaml(config: Any, path: Path) -> None:
     import yaml  # not in the base install
 
     path.write_text(yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False), encoding="utf-8")
+
+
+def changed_keys(config: Any, path: Path) -> list[str]:
+    """The keys of `config` that a configuration written by `write_yaml` lacks or has otherwise."""
+    earlier = _load_yaml(str(path))
+    return [key for key, value in _plain(dataclasses.asdict(config)).items() if earlier.get(key) != value]
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

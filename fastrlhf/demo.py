@@ -2,9 +2,11 @@
 
     SFT -> reward model -> DPO, PPO and DR-PO, each from the same SFT model -> judged on posts that none has seen
 
-IPO, cDPO and RTO (alone and with resets, on the token rewards of the DPO model) run where `--methods` names them.
+IPO, cDPO, RTO (alone and with resets, on the token rewards of the DPO model) and RLP (both variants, which go on from
+the reward model and the PPO policy) run where `--methods` names them.
 
-The gold judge of the task labels the preference pairs and judges at the end; no trainer sees it.
+The gold judge of the task labels the preference pairs and judges at the end; no trainer sees it. RLP-SPG groups answers
+by gold equivalence, whether they state the same facts: it is not held up by a judge of language.
 """
 
 from __future__ import annotations
@@ -21,26 +23,38 @@ import numpy as np
 from fastrlhf.algorithms.on_policy import train_on_policy
 from fastrlhf.algorithms.preference import train_dpo
 from fastrlhf.algorithms.reward_model import train_reward_model
+from fastrlhf.algorithms.rlp import train_rlp
 from fastrlhf.algorithms.sft import train_sft
 from fastrlhf.algorithms.stage import TrainResult
 from fastrlhf.checkpoint import check_output_dir, create_output_dir
-from fastrlhf.config import DemoConfig, DPOConfig, DRPOConfig, PPOConfig, RewardConfig, RTOConfig, SFTConfig, require
+from fastrlhf.config import (
+    DemoConfig,
+    DPOConfig,
+    DRPOConfig,
+    PPOConfig,
+    RewardConfig,
+    RLPConfig,
+    RTOConfig,
+    SFTConfig,
+    require,
+)
 from fastrlhf.data.tokens import special_ids, tokenize_examples
 from fastrlhf.data.toy import MAX_SUMMARY_TOKENS, ToyTask, toy_model_config, toy_tokenizer
+from fastrlhf.evaluation.equivalence import function_judge
 from fastrlhf.evaluation.judges import reward_model_judge
 from fastrlhf.evaluation.report import write_report
 from fastrlhf.evaluation.responses import respond, response_kl
 from fastrlhf.evaluation.winrates import bootstrap_interval, compare, paired_difference
 from fastrlhf.models.loading import load_policy, load_reward_model
 
-STAGES = ("sft", "reward", "dpo", "ipo", "cdpo", "ppo", "drpo", "rto", "drpo+rto")
+STAGES = ("sft", "reward", "dpo", "ipo", "cdpo", "ppo", "drpo", "rto", "drpo+rto", "rlp-uml", "rlp-spg")
 """In the order in which they run: each starts from products of earlier ones."""
 
 TEMPERATURE = 1.0
 """Of sampling, in training and when the methods are judged."""
 
-NUM_SFT, NUM_PAIRS, NUM_PROMPTS = 14_000, 18_000, 8_000
-"""Posts with a reference, pairs, and prompts of the on-policy runs."""
+NUM_SFT, NUM_PAIRS, NUM_PROMPTS, NUM_ANSWERED = 14_000, 18_000, 8_000, 2_000
+"""Posts with a reference, pairs, prompts of the on-policy runs, and those among them that RLP has answered."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +99,7 @@ def run_demo(config: DemoConfig, task: ToyTask | None = None) -> dict[str, Any]:
         "device": str(results["sft"].model.device),
         "evaluation_seconds": time.perf_counter() - start,
         "reward_model": results["reward"].final if "reward" in results else {},
+        "rlp": {name: results[name].final for name in stages if name.startswith("rlp")},
         "methods": {name: _row(config, name, judged, seconds[name], _tokens(results[name])) for name in judged},
     }
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
@@ -92,7 +107,9 @@ def run_demo(config: DemoConfig, task: ToyTask | None = None) -> dict[str, Any]:
     return summary
 
 
-def stage_config(name: str, config: DemoConfig, out: Path) -> SFTConfig | RewardConfig | DPOConfig | PPOConfig:
+def stage_config(
+    name: str, config: DemoConfig, out: Path
+) -> SFTConfig | RewardConfig | DPOConfig | PPOConfig | RLPConfig:
     """The settings of one stage: what `fastrlhf NAME` would be given."""
     shared: dict[str, Any] = {
         "output_dir": str(out / name),
@@ -148,6 +165,15 @@ def stage_config(name: str, config: DemoConfig, out: Path) -> SFTConfig | Reward
             return PPOConfig(**on_policy)
         case "rto":
             return RTOConfig(**on_policy | token_rewards)
+        case "rlp-uml" | "rlp-spg":
+            return RLPConfig(
+                output_dir=str(out / name),
+                seed=config.seed,
+                refinement="uml" if name == "rlp-uml" else "spg",
+                reward_model_path=str(out / "reward"),
+                policy_path=str(out / "ppo"),
+                num_answer_prompts=NUM_ANSWERED,
+            )
         case _:
             # An episode from inside a response samples fewer tokens: more updates for about as many.
             both = token_rewards if name == "drpo+rto" else {}
@@ -179,7 +205,13 @@ def _stages(methods: str) -> list[str]:
         raise ValueError(f"methods: unknown method {name!r}; choose among {', '.join(STAGES)}, or all")
     require("sft" in asked, "methods", methods, "a list with sft, which all else starts from")
     on_policy, by_token = asked & {"ppo", "drpo", "rto", "drpo+rto"}, asked & {"rto", "drpo+rto"}
-    for needed, by, what in (("reward", on_policy, "judges"), ("dpo", by_token, "rewards the tokens of")):
+    refits = asked & {"rlp-uml", "rlp-spg"}
+    needs = (
+        ("reward", on_policy, "judges"),
+        ("dpo", by_token, "rewards the tokens of"),
+        ("ppo", refits, "answers for"),
+    )
+    for needed, by, what in needs:
         require(needed in asked or not by, "methods", methods, f"with {needed}, which {what} {', '.join(sorted(by))}")
     return [name for name in STAGES if name in asked]
 
@@ -196,15 +228,31 @@ def run_stage(name: str, config: DemoConfig, task: ToyTask, out: Path) -> TrainR
             )
         case DPOConfig():
             return train_dpo(settings, task.examples("preferences", NUM_PAIRS), task.examples("preferences_test", 512))
+        case RLPConfig():
+            reward, ppo = (stage_config(stage, config, out) for stage in ("reward", "ppo"))
+            assert isinstance(reward, RewardConfig)
+            assert isinstance(ppo, PPOConfig)
+            return train_rlp(
+                settings,
+                reward,
+                ppo,
+                pairs=task.examples("preferences", NUM_PAIRS),
+                eval_pairs=task.examples("preferences_test", 512),
+                prompts=task.examples("train", NUM_PROMPTS),
+                eval_prompts=task.examples("validation", 128),
+                equivalence=function_judge(task.same_meaning),
+                gold=task.gold_reward,
+            )
         case _:
             return train_on_policy(settings, task.examples("train", NUM_PROMPTS), task.examples("validation", 128))
 
 
 def judge_stage(config: DemoConfig, task: ToyTask, out: Path, name: str) -> Judged:
-    """Samples from the policy in `out/name` and judges it."""
+    """Samples from the policy that the stage `name` has left in `out` and judges it."""
     tokenizer = toy_tokenizer()
     eos, pad = special_ids(tokenizer)
-    policy, sft = load_policy(str(out / name)), load_policy(str(out / "sft"))
+    folder = out / name / "round-1" / "policy" if name.startswith("rlp") else out / name
+    policy, sft = load_policy(str(folder)), load_policy(str(out / "sft"))
     examples = task.examples("test", config.num_eval)
     rollouts = respond(
         policy,

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
 
 from fastrlhf.config import TrainConfig
 
@@ -17,7 +16,7 @@ class Optimizer:
 
     def __init__(
         self,
-        models: Mapping[str, PreTrainedModel],
+        models: Mapping[str, torch.nn.Module],
         config: TrainConfig,
         *,
         num_steps: int,
@@ -107,7 +106,7 @@ def index_batches(num_items: int, batch_size: int, steps: int, seed: int) -> Ite
         del pending[:batch_size]
 
 
-def _decay_groups(model: PreTrainedModel, decay: float) -> list[tuple[list[torch.nn.Parameter], float]]:
+def _decay_groups(model: torch.nn.Module, decay: float) -> list[tuple[list[torch.nn.Parameter], float]]:
     params = [p for p in model.parameters() if p.requires_grad]
     return [([p for p in params if p.ndim >= 2], decay), ([p for p in params if p.ndim < 2], 0.0)]
 

@@ -187,6 +187,33 @@ def test_a_finished_section_whose_settings_have_changed_is_not_taken_for_the_new
     assert not (place / "runs/changed").exists()
 
 
+def test_rlp_takes_its_models_from_other_sections_and_goes_on_where_it_stopped(chain, place, capsys):
+    sections = yaml.safe_load((place / "all.yaml").read_text())
+    own = {
+        "refinement": "both",
+        "equivalence": "exact",
+        "num_answers": 3,
+        "views_per_step": 2,
+        "min_reward_variance": 0,
+    }
+    sections["rlp"] = own | {"output_dir": "runs/rlp", "policy": "drpo", "run_first": ["sft"], "min_confidence": 0}
+    (place / "rlp.yaml").write_text(yaml.safe_dump(sections), encoding="utf-8")
+    capsys.readouterr()
+    assert main(["rlp", "--config", "rlp.yaml"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told[0] == "sft: runs/sft holds a finished run; skipped"
+    assert any(line.startswith("rlp/rm_accuracy_offline_after 0.") for line in told)
+    assert told[-1] == "saved in runs/rlp/round-1/policy"
+    resolved = yaml.safe_load((place / "runs/rlp/round-1/policy/config.yaml").read_text())
+    assert (resolved["missing_eos_score"], resolved["reward_model_path"]) == (-1.0, "runs/rlp/round-1/reward")
+    policies = {file: file.stat().st_mtime_ns for file in (place / "runs/rlp").rglob("*.safetensors")}
+    assert len(policies) == 6  # of two reward models, two policies and their critics
+    assert main(["rlp", "--config", "rlp.yaml"]) == 0
+    assert {file: file.stat().st_mtime_ns for file in policies} == policies
+    message = "--config: must be one file with sections rlp, reward and ppo; got []"
+    assert fails(capsys, "rlp", "--output_dir", "runs/other") == message
+
+
 def test_a_mistake_in_a_later_section_costs_no_earlier_one(place, capsys):
     sections = yaml.safe_load((place / "all.yaml").read_text())
     late = yaml.safe_load(yaml.safe_dump(sections).replace("runs/", "late/"))

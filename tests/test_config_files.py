@@ -12,6 +12,7 @@ from fastrlhf.config import (
     EvalConfig,
     PPOConfig,
     RewardConfig,
+    RLPConfig,
     RTOConfig,
     SFTConfig,
 )
@@ -35,6 +36,7 @@ KINDS = {
     "ppo": PPOConfig,
     "drpo": DRPOConfig,
     "rto": RTOConfig,
+    "rlp": RLPConfig,
     "eval": EvalConfig,
     "demo": DemoConfig,
 }

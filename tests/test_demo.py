@@ -18,7 +18,7 @@ def short(monkeypatch):
         return replace(settings, max_steps=2, warmup_steps=0, per_device_train_batch_size=8, progress=False)
 
     monkeypatch.setattr(demo, "stage_config", shortened)
-    for name in ("NUM_SFT", "NUM_PAIRS", "NUM_PROMPTS"):
+    for name in ("NUM_SFT", "NUM_PAIRS", "NUM_PROMPTS", "NUM_ANSWERED"):
         monkeypatch.setattr(demo, name, 24)
 
 
@@ -38,6 +38,10 @@ def test_the_chain_leaves_a_folder_per_stage_a_summary_and_a_report(short, tmp_p
         assert (out / name / "model.safetensors").exists()
         assert len((out / name / "metrics.jsonl").read_text().splitlines()) == 2
     assert "drpo" in (out / "report.html").read_text()
+    for name in ("rlp-uml", "rlp-spg"):
+        assert (out / name / "round-1" / "policy" / "model.safetensors").exists()
+        assert 0 < summary["rlp"][name]["rlp/rm_accuracy_policy_after"] <= 1
+    assert "rlp/views_jsd" in summary["rlp"]["rlp-uml"]
     table = demo.format_summary(summary).splitlines()
     assert [line.split()[0] for line in table] == ["method", *summary["methods"]]
     with pytest.raises(ValueError, match="already holds a run"):
@@ -52,6 +56,7 @@ def test_stages_may_be_left_out_but_not_what_others_start_from(short, tmp_path):
     for methods, message in (
         ("sft,ppo,drpo", "with reward, which judges drpo, ppo"),
         ("sft,reward,rto", "with dpo, which rewards the tokens of rto"),
+        ("sft,reward,rlp-uml,rlp-spg", "with ppo, which answers for rlp-spg, rlp-uml"),
         ("dpo", "with sft, which all else starts from"),
         ("sft,dqo", "unknown method 'dqo'"),
     ):

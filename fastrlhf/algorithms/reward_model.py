@@ -3,14 +3,16 @@ section 3.4).
 
     repeat: draw a batch of pairs; loss = -sum of log sigmoid(r(x, chosen) - r(x, rejected)) / pairs; step
 
-A margin of the row may be asked of the difference, and scores may be pulled to 0.
+A margin of the row may be asked of the difference, and scores may be pulled to 0. RLP (`rlp.py`) refits a reward model
+here: on synthetic pairs beside those of the dataset, or with a second loss on views in the packs of the pairs.
 
 `fastrlhf reward --config FILE`
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -18,27 +20,38 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fastrlhf.algorithms.labels import pair_margins
+from fastrlhf.algorithms.rlp_uml import ViewObjective, Views
 from fastrlhf.algorithms.scoring import Tree
-from fastrlhf.algorithms.stage import Stage, TrainResult, check_micro_batch
+from fastrlhf.algorithms.stage import Stage, StepMetrics, TrainResult, check_micro_batch
 from fastrlhf.config import RewardConfig, require
 from fastrlhf.data.inputs import open_inputs
 from fastrlhf.data.packing import forest, micro_batches, num_computed, num_in_sequences, pack, pair
 from fastrlhf.data.tokens import special_ids
 from fastrlhf.evaluation.winrates import bootstrap_interval
-from fastrlhf.models.forward import sequence_scores
+from fastrlhf.models.forward import hidden_states, read_scores, sequence_scores
 from fastrlhf.models.loading import check_same_vocabulary, load_reward_model, make_trainable, resolve_device
 from fastrlhf.optim import Optimizer, index_batches, num_steps
 from fastrlhf.types import Example, TokenizedExample
+from fastrlhf_kernels import LossOutput, Metric, Sum
 
 
 def train_reward_model(
-    config: RewardConfig, examples: Sequence[Example] | None = None, eval_examples: Sequence[Example] | None = None
+    config: RewardConfig,
+    examples: Sequence[Example] | None = None,
+    eval_examples: Sequence[Example] | None = None,
+    *,
+    synthetic: Sequence[TokenizedExample] = (),
+    views: Views | None = None,
 ) -> TrainResult:
     """Trains a score head on the trunk of `config.model_name_or_path`; `examples` stand in for the configured dataset.
 
+    `synthetic` pairs are added to those of the dataset, all in one shuffle and of equal weight. `views` add their loss
+    at every step, on trees in the packs of its pairs.
+
     The result is a plain `AutoModelForSequenceClassification`. Metrics per step: loss (nats per pair), accuracy,
     margin, min_reward, mean_reward, max_reward, grad_norm, learning_rate, num_tokens (of the sequences, as TRL counts),
-    num_unique_tokens (computed). Raises ValueError for bad input before any time is spent.
+    num_unique_tokens (computed); with views also those of `_view_metrics`. Raises ValueError for bad input before any
+    time is spent.
     """
     require(bool(config.model_name_or_path), "model_name_or_path", "", "the model whose trunk gets the score head")
     require(not config.model_config, "model_config", config.model_config, "empty: a reward model starts from a model")
@@ -54,32 +67,113 @@ def train_reward_model(
     )
     check_same_vocabulary({"model_name_or_path": model}, len(tokenizer))
     make_trainable(model, config, config.model_name_or_path)
-    pairs = [to_tree(example, config) for example in data.train]
+    train = [*data.train, *synthetic]
+    pairs = [to_tree(example, config) for example in train]
     held_out = [to_tree(example, config) for example in data.eval]
     margins, held_out_margins = (_margins(config, part, model.device) for part in (data.train, data.eval))
-    check_micro_batch(config, [*data.train, *data.eval], [num_computed(tree) for tree in [*pairs, *held_out]])
+    margins = torch.cat([margins, margins.new_zeros(len(synthetic))])
+    check_micro_batch(config, [*train, *data.eval], [num_computed(tree) for tree in [*pairs, *held_out]])
     steps = num_steps(config, len(pairs))
-    optimizer = Optimizer({"": model}, config, num_steps=steps)
+    objective = views.open(model.config.hidden_size, model.device, steps) if views else None
+    heads, rates = ({"view_": objective.heads}, {"view_": objective.learning_rate}) if objective else ({}, {})
+    optimizer = Optimizer({"": model, **heads}, config, num_steps=steps, learning_rates=rates)
     evaluation: dict[str, float] = {}
 
     with Stage("reward", config, steps, (model, tokenizer)) as stage:
         for step, indices in enumerate(index_batches(len(pairs), config.batch_size, steps, config.seed)):
-            drawn, asked = [pairs[i] for i in indices], margins[indices]
-            scores, losses = [], []
-            for micro in micro_batches([num_computed(tree) for tree in drawn], config.micro_batch_tokens, "pair"):
-                score = score_pairs(model, [drawn[i] for i in micro])
-                loss = ranking_losses(config, score, asked[micro])
-                (loss.sum() / len(drawn)).backward()
-                scores.append(score.detach())
-                losses.append(loss.detach())
-            metrics = _summary(torch.cat(scores), torch.cat(losses))
-            metrics |= {**optimizer.step(), "num_tokens": sum(map(num_in_sequences, drawn))}
-            metrics["num_unique_tokens"] = sum(map(num_computed, drawn))
+            drawn, seen = [pairs[i] for i in indices], objective.draw(step) if objective else []
+            loss_of_views = partial(objective.loss, step=step) if objective else None
+            scores, losses, totals = _backward(config, model, drawn, margins[indices], seen, loss_of_views)
+            metrics = _summary(scores, losses)
+            if objective:
+                metrics |= _view_metrics(totals.means("views"), objective, step)
+            metrics |= {**optimizer.step(), "num_tokens": sum(map(num_in_sequences, [*drawn, *seen]))}
+            metrics["num_unique_tokens"] = sum(map(num_computed, [*drawn, *seen]))
             if held_out and stage.due(step, config.eval_steps):
                 evaluation = evaluate(config, model, held_out, held_out_margins)
                 metrics |= evaluation
             stage.log(step + 1, metrics)
         return stage.finish(model, tokenizer, evaluation)
+
+
+def _backward(
+    config: RewardConfig,
+    model: PreTrainedModel,
+    pairs: Sequence[Tree],
+    margins: Tensor,
+    views: Sequence[Tree],
+    loss_of_views: Callable[[Tensor], LossOutput] | None,
+) -> tuple[Tensor, Tensor, StepMetrics]:
+    """Adds the gradients of one step: scores [B, 2] and losses [B] of its pairs, sums of its views.
+
+    A view has all others of the step as negatives. Where they spread over micro-batches, a first pass without gradient
+    computes what the score reads of all views, the gradient of their loss there is kept, and each micro-batch sends its
+    part of it down (Gao et al. 2021, arXiv 2101.06983): the same gradient as of one large batch.
+    """
+    trees, totals = [*pairs, *views], StepMetrics()
+    micros = micro_batches([num_computed(tree) for tree in trees], config.micro_batch_tokens, "pair")
+    kept: Tensor | None = None
+    if loss_of_views and len(micros) > 1:
+        leaf = _last_hidden(model, views, config.micro_batch_tokens).requires_grad_()
+        output = loss_of_views(leaf)
+        output.loss.backward()
+        totals.add(_with_loss(output))
+        kept = leaf.grad
+    scores, losses = [], []
+    for micro in micros:
+        batch = pack(forest(trees[i] for i in micro), model.device)
+        hidden = hidden_states(model, batch)[batch.last]  # a micro-batch is in ascending order: pairs, then views
+        own = [i for i in micro if i < len(pairs)]
+        score = read_scores(model, hidden[: 2 * len(own)]).view(-1, 2)
+        loss = ranking_losses(config, score, margins[own])
+        total = loss.sum() / len(pairs)
+        if loss_of_views:
+            hidden.retain_grad()
+            of_views = hidden[2 * len(own) :]
+            if kept is None:
+                output = loss_of_views(of_views)
+                totals.add(_with_loss(output))
+                total = total + output.loss
+            else:
+                rows = [2 * (i - len(pairs)) + side for i in micro[len(own) :] for side in (0, 1)]
+                total = total + (of_views * kept[rows]).sum()
+        total.backward()
+        if loss_of_views:
+            assert hidden.grad is not None
+            squares = hidden.grad.float().pow(2).sum(1)
+            totals.add({"pairs": Sum(squares[: 2 * len(own)].sum()), "pulls": Sum(squares[2 * len(own) :].sum())})
+        scores.append(score.detach())
+        losses.append(loss.detach())
+    return torch.cat(scores), torch.cat(losses), totals
+
+
+def _with_loss(output: LossOutput) -> dict[str, Metric]:
+    views = output.metrics["views"].value
+    return {**output.metrics, "loss": Sum(output.loss.detach() * views)}
+
+
+@torch.no_grad()
+def _last_hidden(model: PreTrainedModel, trees: Sequence[Tree], budget: int) -> Tensor:
+    """[2B, D] what the score would read of the two responses of every tree."""
+    hidden = torch.empty(len(trees), 2, model.config.hidden_size, dtype=model.dtype, device=model.device)
+    for micro in micro_batches([num_computed(tree) for tree in trees], budget, "view"):
+        batch = pack(forest(trees[i] for i in micro), model.device)
+        hidden[micro] = hidden_states(model, batch)[batch.last].view(len(micro), 2, -1)
+    return hidden.flatten(0, 1)
+
+
+def _view_metrics(means: dict[str, float], objective: ViewObjective, step: int) -> dict[str, float]:
+    """views/: loss (lambda times L_M), jsd, skl, mutual_information (nats), std and mean_rms (per dimension of a
+    latent), beta; hidden_grad/: the norms of what pairs and views send to the hidden states that the score reads."""
+    num = objective.config.views_per_step
+    named = {name: means[name] for name in ("loss", "jsd", "skl", "mutual_information", "std") if name in means}
+    return {
+        **{f"views/{name}": value for name, value in named.items()},
+        "views/mean_rms": means["mean_square"] ** 0.5,
+        "views/beta": objective.beta(step),
+        "hidden_grad/pairs": (num * means["pairs"]) ** 0.5,
+        "hidden_grad/views": (num * means["pulls"]) ** 0.5,
+    }
 
 
 def score_pairs(model: PreTrainedModel, pairs: Sequence[Tree]) -> Tensor:
@@ -106,6 +200,12 @@ def evaluate(config: RewardConfig, model: PreTrainedModel, pairs: Sequence[Tree]
     low, high = bootstrap_interval(((margin > 0) + 0.5 * (margin == 0)).cpu().numpy())
     summary = {f"eval_{name}": value for name, value in _summary(scores, losses).items()}
     return summary | {"eval_accuracy_low": low, "eval_accuracy_high": high}
+
+
+def held_out_accuracy(config: RewardConfig, model: PreTrainedModel, examples: Sequence[TokenizedExample]) -> float:
+    """Share of the pairs whose chosen response has the higher score; ties count one half."""
+    pairs = [to_tree(example, config) for example in examples]
+    return evaluate(config, model, pairs, _margins(config, examples, model.device))["eval_accuracy"]
 
 
 def _summary(scores: Tensor, losses: Tensor) -> dict[str, float]:

@@ -11,6 +11,7 @@ from fastrlhf.config.checks import require
 from fastrlhf.config.commands import DemoConfig, EvalConfig
 from fastrlhf.config.offline import DPOConfig, RewardConfig, SFTConfig
 from fastrlhf.config.on_policy import DRPOConfig, PPOConfig, RTOConfig
+from fastrlhf.config.rlp import RLPConfig
 from fastrlhf.config.train import COLUMNS, TrainConfig, parse_columns, parse_model_config
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "DemoConfig",
     "EvalConfig",
     "PPOConfig",
+    "RLPConfig",
     "RTOConfig",
     "RewardConfig",
     "SFTConfig",

@@ -161,6 +161,10 @@ class ToyTask:
             - self.length_cost * num_words
         )
 
+    def same_meaning(self, prompt: str, first: str, second: str) -> bool:
+        """Whether two summaries state the same facts, in whatever order and however often: gold equivalence."""
+        return set(read_summary(first)) == set(read_summary(second))
+
     def _example(self, split: str, index: int) -> Example:
         rng = random.Random(f"{self.seed}/{split}/{index}")
         facts = self._draw_post(rng)

@@ -126,12 +126,17 @@ def state_kl(
 
 def sequence_scores(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
     """Scores [N] float32 of a reward model, read at the last token of every sequence. The head runs in float32."""
-    return _score(model, hidden_states(model, batch)[batch.last])
+    return read_scores(model, hidden_states(model, batch)[batch.last])
+
+
+def read_scores(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """[N] float32: what the score head reads of last hidden states [N, D]. It runs in float32."""
+    return F.linear(hidden.float(), cast(Linear, model.score).weight.float())[:, 0]
 
 
 def token_values(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
     """Values [R] float32 of the states in which the scored tokens were chosen. The head runs in float32."""
-    return _score(model, hidden_states(model, batch)[batch.rows])
+    return read_scores(model, hidden_states(model, batch)[batch.rows])
 
 
 @torch.no_grad()
@@ -151,7 +156,7 @@ def check_packed_forward(model: PreTrainedModel) -> None:
     model.eval()
     logits = [model(input_ids=torch.tensor([s], device=device), use_cache=False).logits[0] for s in sequences]
     if model.get_output_embeddings() is None:
-        packed = _score(model, hidden_states(model, batch)[batch.last])
+        packed = read_scores(model, hidden_states(model, batch)[batch.last])
         alone = torch.cat([x.reshape(-1)[-1:] for x in logits]).float()
     else:
         packed = token_logprobs(model, batch).logprob
@@ -169,10 +174,6 @@ def check_packed_forward(model: PreTrainedModel) -> None:
             f"{type(model).__name__}: the packed forward differs from the model's own by {error:.2g} nats; "
             "its attention or its head does something fastrlhf does not know, and training would silently mix sequences"
         )
-
-
-def _score(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    return F.linear(hidden.float(), cast(Linear, model.score).weight.float())[:, 0]
 
 
 def _logit_transform(model: PreTrainedModel) -> tuple[float | None, float]:

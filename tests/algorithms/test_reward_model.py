@@ -1,6 +1,7 @@
 """The reward model on packs against the plain AutoModelForSequenceClassification, padded."""
 
 import math
+import random
 from dataclasses import replace
 
 import pytest
@@ -9,8 +10,11 @@ import torch.nn.functional as F
 from transformers import AutoModelForSequenceClassification
 
 from fastrlhf.algorithms import reward_model
+from fastrlhf.algorithms.answers import Answers
 from fastrlhf.algorithms.reward_model import evaluate, ranking_losses, score_pairs, train_reward_model
-from fastrlhf.config import RewardConfig
+from fastrlhf.algorithms.rlp_uml import Views, is_active
+from fastrlhf.config import RewardConfig, RLPConfig
+from fastrlhf.data.tokens import tokenize_examples
 from fastrlhf.models.loading import load_reward_model
 from fastrlhf.types import Example, Segment
 from tests import tiny
@@ -187,3 +191,94 @@ def test_sharing_the_prompt_changes_no_number_but_the_tokens_computed(monkeypatc
     prompts = sum(len(tiny.ids(example.prompt)) for example in examples)
     assert ours.pop("num_unique_tokens") == theirs.pop("num_unique_tokens") - prompts
     assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)
+
+
+UML = RLPConfig(refinement="uml", view_width=16, view_latent=4, views_per_step=3, mib_weight=0.5)
+
+
+def views_of(count: int, seed: int = 0, **settings) -> Views:
+    """Three answers to each of `count` prompts, of 1 to 6 tokens."""
+    draw = random.Random(seed)
+
+    def ids(low, high):
+        return [draw.randint(3, tiny.VOCAB - 1) for _ in range(draw.randint(low, high))]
+
+    answers = [
+        Answers(row=i, prompt=ids(3, 9), responses=[[*ids(1, 5), tiny.EOS] for _ in range(3)], logprob=[0.0] * 3)
+        for i in range(count)
+    ]
+    return Views(config=replace(UML, **settings), answers=answers)
+
+
+def test_pairs_and_views_in_one_pack_are_the_plain_model_padded(judge, monkeypatch):
+    made = tiny.record_gradients(monkeypatch, reward_model)
+    examples, views = tiny.examples(4), views_of(3)
+    cfg = config(judge, per_device_train_batch_size=4, micro_batch_tokens=10_000)
+    [row] = train_reward_model(cfg, examples, views=views).history
+
+    plain = AutoModelForSequenceClassification.from_pretrained(judge)
+    scores = plain_scores(plain, sequences(examples)).view(4, 2)
+    objective = views.open(32, torch.device("cpu"), 1)
+    tokens = [[*tree[0].token_ids, *side.token_ids] for tree in objective.draw(0) for side in tree[1:]]
+    width = max(map(len, tokens))
+    ids = torch.tensor([s + [0] * (width - len(s)) for s in tokens])
+    mask = torch.tensor([[1] * len(s) + [0] * (width - len(s)) for s in tokens])
+    hidden = plain.model(ids, attention_mask=mask).last_hidden_state[range(6), [len(s) - 1 for s in tokens]]
+    output = objective.loss(hidden, 0)
+    ranking = -F.logsigmoid(scores[:, 0] - scores[:, 1]).mean()
+    (ranking + output.loss).backward()
+
+    assert row["loss"] == pytest.approx(ranking.item(), rel=1e-5)
+    assert row["views/loss"] == pytest.approx(output.loss.item(), rel=1e-5)
+    assert row["views/jsd"] == pytest.approx(output.metrics["jsd"].value.item() / 3, rel=1e-5)
+    assert row["views/beta"] == 1.0
+    ours, heads = made[0].steps[0]
+    tiny.assert_close_gradients(ours, [p.grad for p in plain.parameters()])
+    tiny.assert_close_gradients(heads, [p.grad for p in objective.heads.parameters()])
+
+
+@pytest.mark.parametrize("share_prompts", [True, False])
+def test_negatives_are_pooled_over_micro_batches_whatever_the_packing(judge, monkeypatch, share_prompts):
+    made = tiny.record_gradients(monkeypatch, reward_model)
+    fields = {"per_device_train_batch_size": 4, "share_prompts": share_prompts}
+    rows = [
+        train_reward_model(
+            config(judge, micro_batch_tokens=budget, **fields), tiny.examples(4), views=views_of(3)
+        ).history[0]
+        for budget in (10_000, 100, 40)
+    ]
+    for row, recorder in zip(rows[1:], made[1:], strict=True):
+        assert row == pytest.approx(rows[0], rel=1e-5)
+        for ours, theirs in zip(recorder.steps[0], made[0].steps[0], strict=True):
+            tiny.assert_close_gradients(ours, theirs)
+    assert rows[0]["hidden_grad/views"] > 1e-3
+    assert rows[0]["hidden_grad/pairs"] > 1e-3
+
+
+def test_heads_and_critic_learn_at_a_rate_of_their_own(policy):
+    cfg = config(policy, max_steps=3, learning_rate=1e-30, per_device_train_batch_size=4)
+    history = train_reward_model(cfg, tiny.examples(4), views=views_of(3, view_learning_rate=0.1)).history
+    still = train_reward_model(cfg, tiny.examples(4), views=views_of(3, view_learning_rate=1e-30)).history
+    assert [row["loss"] for row in history] == pytest.approx([row["loss"] for row in still])  # the trunk does not move
+    assert history[0]["views/skl"] == still[0]["views/skl"]
+    assert abs(history[2]["views/skl"] / still[2]["views/skl"] - 1) > 0.01
+
+
+def test_views_teach_trunk_heads_and_critic_to_tell_prompts_apart(policy):
+    cfg = config(policy, max_steps=60, per_device_train_batch_size=4, learning_rate=3e-3)
+    views = views_of(8, views_per_step=8, view_width=32, view_learning_rate=1e-2, beta_end=0.01, mib_weight=1.0)
+    jsd = [row["views/jsd"] for row in train_reward_model(cfg, tiny.examples(8), views=views).history]
+    assert is_active(jsd)
+    assert not is_active(jsd[:10])
+    assert jsd[-1] > jsd[0] + 0.3  # 0.6 here
+
+
+def test_synthetic_pairs_are_pairs_like_those_of_the_dataset(judge):
+    examples = tiny.examples(12)
+    as_ids = tokenize_examples(examples[8:], tiny.tokenizer(), max_length=1024, fields=("chosen", "rejected")).examples
+    cfg = config(judge, max_steps=-1, num_train_epochs=2, per_device_train_batch_size=4)
+    mixed = train_reward_model(cfg, examples[:8], synthetic=as_ids)
+    whole = train_reward_model(cfg, examples)
+    assert len(mixed.history) == 6
+    assert mixed.history == whole.history
+    assert all(map(torch.equal, mixed.model.state_dict().values(), whole.model.state_dict().values()))

@@ -368,3 +368,15 @@ def test_the_haste_of_the_writers_moves_references_alone():
         assert theirs.reference == task.ideal(str(theirs.prompt))
     with pytest.raises(ValueError, match=r"min_haste 1\.0 and max_haste 0\.5 must be in order"):
         ToyTask(min_haste=1.0, max_haste=0.5)
+
+
+def test_summaries_mean_the_same_where_they_state_the_same_facts():
+    task, first = ToyTask(), "boss angry rent late"
+    for second, same in (
+        ("rent late boss angry", True),
+        ("boss angry rent late rent late", True),
+        ("boss angry rent high", False),
+        ("boss angry", False),
+        ("angry boss late rent", False),
+    ):
+        assert task.same_meaning("", first, second) == task.same_meaning("", second, first) == same

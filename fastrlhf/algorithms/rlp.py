@@ -1,0 +1,331 @@
+"""RLP, reward learning on policy (Lang, Huang and Li 2024, arXiv 2403.19279, algorithm 1). Not RL pre-training.
+
+    r        a reward model, from the pairs D
+    pi       a policy, from the SFT model, against r
+    repeat `rounds` times (the paper: once)
+      P      n answers of pi to each prompt
+      r'     a reward model from D again, refitted with P: UML (`rlp_uml.py`) or SPG (`rlp_spg.py`)
+      pi'    a policy, from the SFT model again, against r'
+      r, pi = r', pi'
+
+With refinement "none" that is r and pi: plain PPO (or DR-PO, RTO), bit for bit. A refit without views and without
+synthetic pairs is r again, bit for bit. The authors have released no code; where the paper is silent the keys of
+RLPConfig say what is done.
+
+    output_dir/reward, policy                          r and pi, as their own commands leave them
+    output_dir/round-1/answers.jsonl                   P, as token ids
+    output_dir/round-1/pairs.jsonl, spg.json           the synthetic pairs, a preference dataset, and what became of P
+    output_dir/round-1/reward, policy                  r' and pi'
+    output_dir/round-1/report.json                     r and r' compared
+
+What is there is not made again: a run that was interrupted goes on with its first unfinished stage.
+
+`fastrlhf rlp --config FILE`, whose sections `reward` and `ppo` (or what `policy` names) train the models
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fastrlhf.algorithms.answers import ANSWER_STREAM, Answers, sample_answers, write_rows
+from fastrlhf.algorithms.on_policy import train_on_policy
+from fastrlhf.algorithms.reward_model import held_out_accuracy, train_reward_model
+from fastrlhf.algorithms.rlp_report import compare_scores, view_activity
+from fastrlhf.algorithms.rlp_spg import synthetic_pairs
+from fastrlhf.algorithms.rlp_uml import Views
+from fastrlhf.algorithms.scoring import per_response
+from fastrlhf.algorithms.stage import TrainResult
+from fastrlhf.algorithms.starts import reset_fields
+from fastrlhf.checkpoint import check_output_dir, create_output_dir, holds_model
+from fastrlhf.config import PPOConfig, RewardConfig, RLPConfig, require
+from fastrlhf.config_files import changed_keys
+from fastrlhf.data.inputs import Data, open_inputs, with_room
+from fastrlhf.data.tokens import special_ids
+from fastrlhf.evaluation.equivalence import EquivalenceJudge, open_judge
+from fastrlhf.metrics import read_metrics, read_rows
+from fastrlhf.models.forward import sequence_scores
+from fastrlhf.models.loading import load_policy, load_reward_model, read_model_config, resolve_device
+from fastrlhf.rollout import TransformersEngine
+from fastrlhf.types import Example, TokenizedExample
+
+log = logging.getLogger(__name__)
+
+MAY_CHANGE = ("output_dir", "rounds", "min_reward_variance", "device", "progress", "run_name", "report_to")
+"""Keys that another start of the same run may give anew."""
+
+Gold = Callable[[str, str], float]
+"""(prompt, response) -> what it is really worth; no trainer sees it."""
+
+
+def train_rlp(
+    config: RLPConfig,
+    reward: RewardConfig,
+    policy: PPOConfig,
+    *,
+    pairs: Sequence[Example] | None = None,
+    eval_pairs: Sequence[Example] | None = None,
+    prompts: Sequence[Example] | None = None,
+    eval_prompts: Sequence[Example] | None = None,
+    equivalence: EquivalenceJudge | None = None,
+    gold: Gold | None = None,
+) -> TrainResult:
+    """Runs what is not finished yet in `config.output_dir` and returns the last policy.
+
+    `reward` and `policy` configure every reward model and every policy; `output_dir` of both and `reward_model_path` of
+    the policy are those of the stage. `pairs` and `prompts` stand in for their datasets, `equivalence` for the judge of
+    `config.equivalence`; with `gold` the reward models are also compared with it, on the policy's answers.
+
+    `final` of the result has the last evaluation of the policy and, from the last round, rlp/rm_accuracy_offline and
+    rlp/rm_accuracy_policy (before and after the refit), rlp/rm_drift, rlp/rm_order_agreement, rlp/rm_variance_ratio.
+    Raises ValueError for bad input before any time is spent, where the folder holds a run of other settings, and where
+    a refitted model no longer tells the answers to a prompt apart.
+    """
+    run = _open(config, reward, policy, pairs, eval_pairs, prompts, eval_prompts, equivalence, gold)
+    judged_by = config.reward_model_path or run.train_reward("reward", reward.model_name_or_path)
+    final = config.policy_path or run.train_policy("policy", judged_by)
+    found: dict[str, float] = {}
+    for round_ in range(1, config.rounds + 1) if config.refinement != "none" else ():
+        judged_by, found = run.refit(round_, judged_by, final)
+        final = run.train_policy(f"round-{round_}/policy", judged_by)
+    result = run.result or _read_result(config, Path(final), run.tokenizer)
+    return replace(result, final={**result.final, **found})
+
+
+@dataclass(kw_only=True)
+class _Run:
+    """What all stages of a run share."""
+
+    config: RLPConfig
+    reward: RewardConfig
+    policy: PPOConfig
+    tokenizer: PreTrainedTokenizerBase
+    prompts: list[TokenizedExample]
+    pairs: Data
+    examples: dict[str, Sequence[Example] | None]
+    equivalence: EquivalenceJudge | None
+    gold: Gold | None
+    result: TrainResult | None = None
+    """Of the policy that was trained last; None where none has been."""
+
+    def folder(self, name: str) -> Path:
+        return Path(self.config.output_dir) / name
+
+    def train_reward(
+        self, name: str, start: str, synthetic: Sequence[TokenizedExample] = (), views: Views | None = None
+    ) -> str:
+        folder = str(self.folder(name))
+        if not _skipped(folder):
+            settings = replace(self.reward, output_dir=folder, model_name_or_path=start, **self._tokenizer(start))
+            examples = self.examples["pairs"], self.examples["eval_pairs"]
+            train_reward_model(settings, *examples, synthetic=synthetic, views=views)
+        return folder
+
+    def train_policy(self, name: str, judged_by: str) -> str:
+        folder = str(self.folder(name))
+        self.result = None
+        if not _skipped(folder):
+            settings = replace(self.policy, output_dir=folder, reward_model_path=judged_by)
+            self.result = train_on_policy(settings, self.examples["prompts"], self.examples["eval_prompts"])
+        return folder
+
+    def refit(self, round_: int, judged_by: str, policy: str) -> tuple[str, dict[str, float]]:
+        """The folder of the refitted reward model, and how it compares with the one before."""
+        config, name = self.config, f"round-{round_}"
+        report = self.folder(f"{name}/report.json")
+        if report.exists():
+            found = json.loads(report.read_text(encoding="utf-8"))
+            self._check_variance(found)
+            return str(self.folder(f"{name}/reward")), found
+        answers = self._answers(round_, policy)
+        before = self._scores(judged_by, answers)
+        synthetic = self._synthetic(name, answers, before) if config.with_pairs else []
+        views = Views(config=config, answers=answers) if config.with_views else None
+        start = judged_by if config.refit_from == "reward" else self.reward.model_name_or_path
+        refitted = self.train_reward(f"{name}/reward", start, synthetic, views)
+        worth = [self._worth(one) for one in answers] if self.gold else None
+        found = compare_scores(config.seed, answers, before, self._scores(refitted, answers), worth)
+        if self.pairs.eval:
+            for which, path in (("before", judged_by), ("after", refitted)):
+                accuracy = held_out_accuracy(self.reward, self._load_reward(path), self.pairs.eval)
+                found[f"rlp/rm_accuracy_offline_{which}"] = accuracy
+        if views:
+            found |= view_activity(read_metrics(Path(refitted) / "metrics.jsonl"))
+        report.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        self._check_variance(found)
+        return refitted, found
+
+    def _answers(self, round_: int, policy: str) -> list[Answers]:
+        file = self.folder(f"round-{round_}/answers.jsonl")
+        if not file.exists():
+            config, settings = self.config, self.policy
+            log.info("rlp: %d answers to each of %d prompts", config.num_answers, len(self.prompts))
+            engine = TransformersEngine(
+                model=self._load_policy(policy),
+                eos_token_id=special_ids(self.tokenizer)[0],
+                response_length=settings.response_length,
+                temperature=config.answer_temperature,
+                seed=config.seed,
+                batch_size=settings.rollout_batch_size,
+                stream=ANSWER_STREAM,
+            )
+            write_rows(file, map(asdict, sample_answers(engine, self.prompts, config.num_answers, round_)))
+        return [Answers(**row) for row in read_rows(file)]
+
+    def _synthetic(self, name: str, answers: Sequence[Answers], scores: Sequence[Tensor]) -> list[TokenizedExample]:
+        file = self.folder(f"{name}/pairs.jsonl")
+        if not file.exists():
+            found = synthetic_pairs(
+                self.config,
+                answers,
+                [self._text(one.prompt) for one in answers],
+                [[self._text(response) for response in one.responses] for one in answers],
+                [score.tolist() for score in scores],
+                self.equivalence,
+            )
+            report = self.folder(f"{name}/spg.json")
+            report.write_text(json.dumps(found.report, indent=2) + "\n", encoding="utf-8")
+            log.info("spg: %s", json.dumps(found.report))
+            write_rows(file, map(self._pair_row, found.pairs))
+        rows = [row.pop("ids") | {"row": row["row"]} for row in read_rows(file)]
+        if not rows:
+            log.warning("spg: no synthetic pair; the refit is the reward model again. %s/spg.json says why", name)
+        return [TokenizedExample(**row) for row in rows]
+
+    def _pair_row(self, pair: TokenizedExample) -> dict[str, object]:
+        ids = {"prompt": pair.prompt, "chosen": pair.chosen or [], "rejected": pair.rejected or []}
+        return {"row": pair.row, **{side: self._text(tokens) for side, tokens in ids.items()}, "ids": ids}
+
+    def _check_variance(self, found: dict[str, float]) -> None:
+        ratio, least = found["rlp/rm_variance_ratio"], self.config.min_reward_variance
+        if ratio < least:
+            raise ValueError(
+                f"min_reward_variance: the refitted reward model spreads its scores of the answers to one prompt by "
+                f"{ratio:.3g} of the variance before, below {least:g}: it has learnt to ignore the answer. Lower "
+                "mib_weight, in a new output_dir, or set min_reward_variance to 0 to go on"
+            )
+
+    def _scores(self, reward_model: str, answers: Sequence[Answers]) -> list[Tensor]:
+        """[n] float32 of the answers to each prompt."""
+        model = self._load_reward(reward_model)
+        trees = [one.tree for one in answers]
+        budget = self.config.micro_batch_tokens
+        return per_response(model, trees, budget, lambda batch: sequence_scores(model, batch), "reward_model_path")
+
+    def _load_reward(self, path: str) -> PreTrainedModel:
+        return load_reward_model(
+            path,
+            pad_token_id=special_ids(self.tokenizer)[1],
+            must_be_trained=True,
+            device=resolve_device(self.reward.device),
+            dtype=self.reward.dtype,
+            trust_remote_code=self.reward.trust_remote_code,
+        )
+
+    def _load_policy(self, path: str) -> PreTrainedModel:
+        settings = self.policy
+        return load_policy(
+            path,
+            field="policy_path",
+            device=resolve_device(settings.device),
+            dtype=settings.dtype,
+            trust_remote_code=settings.trust_remote_code,
+        )
+
+    def _tokenizer(self, start: str) -> dict[str, str]:
+        """A refit that starts elsewhere than the section says keeps the section's tokenizer."""
+        named = self.reward.tokenizer_name_or_path or self.reward.model_name_or_path
+        return {} if start == self.reward.model_name_or_path else {"tokenizer_name_or_path": named}
+
+    def _worth(self, answers: Answers) -> list[float]:
+        assert self.gold is not None
+        prompt = self._text(answers.prompt)
+        return [self.gold(prompt, self._text(response)) for response in answers.responses]
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+
+def _open(
+    config: RLPConfig,
+    reward: RewardConfig,
+    policy: PPOConfig,
+    pairs: Sequence[Example] | None,
+    eval_pairs: Sequence[Example] | None,
+    prompts: Sequence[Example] | None,
+    eval_prompts: Sequence[Example] | None,
+    equivalence: EquivalenceJudge | None,
+    gold: Gold | None,
+) -> _Run:
+    require(bool(config.output_dir), "output_dir", config.output_dir, "the folder of the run and of all its stages")
+    _check_same_run(config)
+    given = (("reward_model_path", config.reward_model_path), ("policy_path", config.policy_path))
+    for field, path in (*given, ("dpo_model_path", policy.dpo_model_path)):
+        if path:
+            read_model_config(path, field, policy.trust_remote_code)
+    folders = [f"round-{i}/{stage}" for i in range(1, config.rounds + 1) for stage in ("reward", "policy")]
+    for folder in (str(Path(config.output_dir) / name) for name in ("reward", "policy", *folders)):
+        if not holds_model(folder):
+            check_output_dir(folder)
+    _, judged = open_inputs(replace(reward, output_dir=""), ["chosen", "rejected"], pairs, eval_pairs)
+    tokenizer, data = open_inputs(replace(policy, output_dir=""), reset_fields(policy), prompts, eval_prompts)
+    asked = with_room(data.train, "train", policy.max_length, policy.response_length)
+    asked = asked[: config.num_answer_prompts or None]
+    if config.refinement != "none":
+        longest = max(len(row.prompt) for row in asked) + config.num_answers * policy.response_length
+        require(
+            longest <= config.micro_batch_tokens,
+            "micro_batch_tokens",
+            config.micro_batch_tokens,
+            f"at least {longest}: a prompt with all its answers is scored at once",
+        )
+    if config.with_pairs and config.pairing == "spg" and equivalence is None:
+        equivalence = open_judge(
+            config.equivalence,
+            device=config.device,
+            dtype=config.dtype,
+            batch_tokens=config.nli_batch_tokens,
+            side_tokens=config.nli_side_tokens,
+        )
+    create_output_dir(config.output_dir, config)
+    return _Run(
+        config=config,
+        reward=reward,
+        policy=policy,
+        tokenizer=tokenizer,
+        prompts=asked,
+        pairs=judged,
+        examples={"pairs": pairs, "eval_pairs": eval_pairs, "prompts": prompts, "eval_prompts": eval_prompts},
+        equivalence=equivalence,
+        gold=gold,
+    )
+
+
+def _check_same_run(config: RLPConfig) -> None:
+    """Raises ValueError where the folder holds something else than an earlier part of this run."""
+    file = Path(config.output_dir) / "config.yaml"
+    if not file.exists():
+        check_output_dir(config.output_dir)
+        return
+    other = [name for name in changed_keys(config, file) if name not in MAY_CHANGE]
+    require(not other, "output_dir", config.output_dir, f"a new folder: it holds a run with another {', '.join(other)}")
+
+
+def _skipped(folder: str) -> bool:
+    if holds_model(folder):
+        log.info("rlp: %s holds a finished run; skipped", folder)
+        return True
+    return False
+
+
+def _read_result(config: RLPConfig, folder: Path, tokenizer: PreTrainedTokenizerBase) -> TrainResult:
+    model = load_policy(str(folder), device=resolve_device(config.device))
+    return TrainResult(
+        model=model, tokenizer=tokenizer, history=read_metrics(folder / "metrics.jsonl"), final={}, output_dir=folder
+    )

@@ -1,0 +1,271 @@
+"""RLP from end to end on tiny models: what it adds to the trainers, what it leaves, and how it goes on."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastrlhf.algorithms import rlp
+from fastrlhf.algorithms.on_policy import train_on_policy
+from fastrlhf.algorithms.reward_model import train_reward_model
+from fastrlhf.algorithms.rlp import train_rlp
+from fastrlhf.cli import parse
+from fastrlhf.config import DRPOConfig, PPOConfig, RewardConfig, RLPConfig, SFTConfig
+from fastrlhf.data.tokens import tokenize_examples
+from fastrlhf.evaluation.equivalence import Comparison, Relation
+from fastrlhf.metrics import read_metrics, read_rows
+from tests import tiny
+
+PAIRS, HELD_OUT, PROMPTS = tiny.examples(12), tiny.examples(8, seed=1), tiny.examples(10, seed=2)
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory):
+    return tiny.save_policy(tmp_path_factory.mktemp("policy"))
+
+
+@pytest.fixture(scope="module")
+def first(policy, tmp_path_factory):
+    """The keys that give a run its first reward model and policy, from a run without refinement."""
+    out = tmp_path_factory.mktemp("first") / "rlp"
+    run(settings(out, refinement="none"), policy)
+    return {"reward_model_path": str(out / "reward"), "policy_path": str(out / "policy")}
+
+
+@pytest.fixture(scope="module")
+def spg(policy, first, tmp_path_factory):
+    """The folder of an SPG run that begins with `first`, and what it returned."""
+    out = tmp_path_factory.mktemp("spg") / "rlp"
+    return out, run(settings(out, refinement="spg", **first), policy)
+
+
+def sections(policy: str) -> tuple[RewardConfig, PPOConfig]:
+    fields = {"model_name_or_path": policy, "max_length": 32, "max_steps": 2, "progress": False, "seed": 5}
+    reward = RewardConfig(**fields, per_device_train_batch_size=4, learning_rate=1e-3)
+    ppo = PPOConfig(
+        **fields,
+        per_device_train_batch_size=4,
+        response_length=5,
+        num_ppo_epochs=1,
+        temperature=1.0,
+        learning_rate=1e-3,
+    )
+    return reward, ppo
+
+
+def settings(folder: Path, **fields) -> RLPConfig:
+    defaults = {"num_answers": 4, "views_per_step": 3, "view_width": 16, "view_latent": 4, "min_reward_variance": 0.0}
+    return RLPConfig(output_dir=str(folder), seed=5, **defaults | {"num_calibration_prompts": 0} | fields)
+
+
+def same_length(comparisons: Sequence[Comparison]) -> list[Relation]:
+    """Stands in for a judge: answers of as many words mean the same."""
+    return [Relation(2 * (len(c.premise.split()) == len(c.hypothesis.split()))) for c in comparisons]
+
+
+def run(config: RLPConfig, policy: str, **given):
+    data = {"pairs": PAIRS, "eval_pairs": HELD_OUT, "prompts": PROMPTS, "equivalence": same_length}
+    return train_rlp(config, *sections(policy), **data | given)
+
+
+def weights(folder: Path | str) -> dict[str, torch.Tensor]:
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def same(first: Path | str, second: Path | str) -> bool:
+    ours, theirs = weights(first), weights(second)
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("kind", [PPOConfig, DRPOConfig])
+def test_without_refinement_it_is_the_reward_model_and_plain_on_policy_training_bit_for_bit(policy, tmp_path, kind):
+    reward, ppo = sections(policy)
+    ppo = replace(ppo, reset_prob=0.5) if kind is DRPOConfig else ppo
+    train_reward_model(replace(reward, output_dir=str(tmp_path / "rm")), PAIRS, HELD_OUT)
+    plain = train_on_policy(
+        replace(ppo, output_dir=str(tmp_path / "ppo"), reward_model_path=str(tmp_path / "rm")), PROMPTS
+    )
+    config = settings(tmp_path / "rlp", refinement="none")
+    ours = train_rlp(config, reward, ppo, pairs=PAIRS, eval_pairs=HELD_OUT, prompts=PROMPTS)
+    assert same(tmp_path / "rlp" / "reward", tmp_path / "rm")
+    assert same(tmp_path / "rlp" / "policy", tmp_path / "ppo")
+    assert [without_times(row) for row in ours.history] == [without_times(row) for row in plain.history]
+    assert ours.output_dir == tmp_path / "rlp" / "policy"
+
+
+def without_times(row: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in row.items() if not name.startswith("timing/")}
+
+
+@pytest.mark.parametrize("refinement", ["uml", "spg"])
+def test_a_refit_at_lambda_0_and_one_without_synthetic_pairs_is_the_reward_model_again_bit_for_bit(
+    policy, first, tmp_path, refinement, caplog
+):
+    def all_different(comparisons):
+        return [Relation.CONTRADICTION] * len(comparisons)
+
+    config = settings(tmp_path / "rlp", refinement=refinement, mib_weight=0.0, min_confidence=1.0, **first)
+    result = run(config, policy, equivalence=all_different)
+    assert same(tmp_path / "rlp" / "round-1" / "reward", first["reward_model_path"])
+    assert same(tmp_path / "rlp" / "round-1" / "policy", first["policy_path"])
+    assert result.final["rlp/rm_drift"] == 0.0
+    assert result.final["rlp/rm_order_agreement"] == result.final["rlp/rm_variance_ratio"] == 1.0
+    assert ("no synthetic pair" in caplog.text) == (refinement == "spg")
+
+
+def test_spg_trains_the_reward_model_on_its_own_pairs_beside_those_of_the_dataset(policy, first, spg, tmp_path):
+    out, result = spg
+    rows = read_rows(out / "round-1" / "pairs.jsonl")
+    report = json.loads((out / "round-1" / "spg.json").read_text())
+    assert len(rows) == report["pairs"] == report["accepted"] > 0
+    answers = {row["row"]: row for row in read_rows(out / "round-1" / "answers.jsonl")}
+    assert len(answers) == report["prompts"] == len(PROMPTS)
+    tokens = []
+    for row in rows:
+        drawn = answers[row["row"]]
+        assert row["ids"]["prompt"] == drawn["prompt"] == tiny.ids(row["prompt"])
+        assert row["ids"]["chosen"] in drawn["responses"]
+        assert row["ids"]["rejected"] in drawn["responses"]
+        assert len(row["chosen"].split()) != len(row["rejected"].split())
+        tokens.append(replace(tokenized()[0], **row["ids"], row=row["row"]))
+    reward, _ = sections(policy)
+    by_hand = train_reward_model(replace(reward, output_dir=str(tmp_path / "by_hand")), PAIRS, synthetic=tokens)
+    assert same(out / "round-1" / "reward", tmp_path / "by_hand")
+    assert not same(out / "round-1" / "reward", first["reward_model_path"])
+    assert not same(out / "round-1" / "policy", first["policy_path"])
+    assert by_hand.output_dir != result.output_dir == out / "round-1" / "policy"
+
+
+def tokenized():
+    return tokenize_examples(PAIRS[:1], tiny.tokenizer(), max_length=32, fields=("chosen", "rejected")).examples
+
+
+def test_uml_trains_on_views_beside_the_pairs_and_both_do_both(policy, first, tmp_path):
+    for refinement in ("uml", "both"):
+        out = tmp_path / refinement
+        result = run(settings(out, refinement=refinement, **first), policy)
+        rows = read_metrics(out / "round-1" / "reward" / "metrics.jsonl")
+        assert all(-2 < row["views/jsd"] < 0 for row in rows)
+        assert (out / "round-1" / "pairs.jsonl").exists() == (refinement == "both")
+        assert "rlp/views_active" in result.final
+
+
+def test_the_policy_starts_again_from_the_sft_model_and_a_second_round_refits_the_refitted(policy, first, tmp_path):
+    out = tmp_path / "rlp"
+    run(settings(out, refinement="spg", rounds=2, **first), policy)
+    _, ppo = sections(policy)
+    again = replace(ppo, output_dir=str(tmp_path / "again"), reward_model_path=str(out / "round-2" / "reward"))
+    train_on_policy(again, PROMPTS)
+    assert same(tmp_path / "again", out / "round-2" / "policy")
+    first, second = (read_rows(out / f"round-{i}" / "answers.jsonl") for i in (1, 2))
+    assert [row["prompt"] for row in first] == [row["prompt"] for row in second]
+    assert first != second
+
+
+def test_a_refit_may_go_on_from_the_reward_model(policy, first, tmp_path):
+    run(settings(tmp_path / "rlp", refinement="uml", mib_weight=0.0, refit_from="reward", **first), policy)
+    reward, _ = sections(policy)
+    twice = replace(reward, model_name_or_path=first["reward_model_path"], output_dir=str(tmp_path / "twice"))
+    train_reward_model(twice, PAIRS)
+    assert same(tmp_path / "rlp" / "round-1" / "reward", tmp_path / "twice")
+    assert not same(tmp_path / "twice", first["reward_model_path"])
+
+
+def test_a_run_that_is_started_again_does_only_what_is_missing_and_ends_alike(
+    policy, first, spg, tmp_path, monkeypatch
+):
+    out, real = tmp_path / "rlp", rlp.train_on_policy
+    config = settings(out, refinement="spg", **first)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rlp, "train_on_policy", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, policy)
+    done = {file: file.stat().st_mtime_ns for file in out.rglob("*.*") if file.name != "config.yaml"}
+    monkeypatch.setattr(rlp, "train_on_policy", real)
+    asked = []
+    again = run(config, policy, equivalence=lambda comparisons: asked.append(comparisons) or [])
+    assert same(out / "round-1" / "policy", spg[0] / "round-1" / "policy")
+    assert again.final == spg[1].final
+    assert not asked
+    assert {file: file.stat().st_mtime_ns for file in done} == done
+    third = run(config, policy)  # nothing is left to do
+    assert [row["objective/scores"] for row in third.history] == [row["objective/scores"] for row in again.history]
+    assert all(map(torch.equal, third.model.state_dict().values(), again.model.state_dict().values()))
+    with pytest.raises(ValueError, match="a new folder: it holds a run with another min_confidence"):
+        run(replace(config, min_confidence=0.7), policy)
+
+
+def test_models_of_the_users_take_the_place_of_the_first_stages(policy, spg, tmp_path):
+    out, _ = spg
+    assert not (out / "reward").exists()
+    assert not (out / "policy").exists()
+    run(settings(tmp_path / "whole", refinement="spg"), policy)
+    assert same(tmp_path / "whole" / "round-1" / "policy", out / "round-1" / "policy")
+
+
+def test_the_gold_judge_is_only_reported(policy, first, spg, tmp_path):
+    def shorter(prompt: str, response: str) -> float:
+        return -float(len(response.split()))
+
+    told = run(settings(tmp_path / "told", refinement="spg", **first), policy, gold=shorter).final
+    gold = {name for name in told if "accuracy_policy" in name}
+    assert gold == {"rlp/rm_accuracy_policy_before", "rlp/rm_accuracy_policy_after"}
+    assert {name: value for name, value in told.items() if name not in gold} == spg[1].final
+    assert 0 <= told["rlp/rm_accuracy_policy_after"] <= 1
+    folders = {"before": Path(first["reward_model_path"]), "after": tmp_path / "told" / "round-1" / "reward"}
+    for which, folder in folders.items():
+        accuracy = read_metrics(folder / "metrics.jsonl")[-1]["eval_accuracy"]
+        assert told[f"rlp/rm_accuracy_offline_{which}"] == accuracy
+
+
+def test_a_refit_that_ignores_the_answer_stops_the_run_before_a_policy_is_trained_on_it(
+    policy, first, tmp_path, monkeypatch
+):
+    compare = rlp.compare_scores
+    monkeypatch.setattr(rlp, "compare_scores", lambda *a: compare(*a) | {"rlp/rm_variance_ratio": 0.2})
+    config = settings(tmp_path / "rlp", refinement="uml", min_reward_variance=0.25, **first)
+    for _ in range(2):  # and again when it is started again
+        with pytest.raises(ValueError, match=r"min_reward_variance: .* 0.2 of the variance before, below 0.25"):
+            run(config, policy)
+    assert not (tmp_path / "rlp" / "round-1" / "policy").exists()
+    run(replace(config, min_reward_variance=0.1), policy)
+
+
+def test_what_is_wrong_is_said_before_anything_is_trained(policy, tmp_path):
+    cases = (
+        (
+            settings(tmp_path / "a", equivalence="nowhere:same"),
+            {"equivalence": None},
+            "equivalence: no module 'nowhere'",
+        ),
+        (settings(tmp_path / "a", micro_batch_tokens=16), {}, "micro_batch_tokens: must be at least 2"),
+        (settings(tmp_path / "a", reward_model_path=str(tmp_path)), {}, "reward_model_path: .* holds no model"),
+        (settings(tmp_path / "a"), {"pairs": PROMPTS[:0]}, "no row is left"),
+        (replace(settings(tmp_path / "a"), output_dir=""), {}, "output_dir: must be the folder"),
+    )
+    for config, given, message in cases:
+        with pytest.raises(ValueError, match=message):
+            run(config, policy, **given)
+    assert not (tmp_path / "a").exists()
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "notes.txt").touch()
+    with pytest.raises(ValueError, match="is not empty"):
+        run(settings(tmp_path / "b"), policy)
+
+
+def test_the_recipe_is_one_chain_with_the_settings_of_the_paper(monkeypatch):
+    monkeypatch.setenv("FASTRLHF_DATA", "/data")
+    kinds = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig, "rlp": RLPConfig}
+    sft, reward, ppo, own = (parse(kind, ["--config", "rlp_alpacafarm"], name) for name, kind in kinds.items())
+    assert sft.output_dir == reward.model_name_or_path == ppo.model_name_or_path
+    assert (own.num_answers, own.min_confidence, own.mib_weight, own.clustering) == (10, 0.5, 0.5, "strict")
+    assert (reward.learning_rate, reward.batch_size, ppo.batch_size, ppo.kl_coef) == (3e-6, 16, 512, 0.0067)
+    # a prompt of at most max_length - response_length tokens and all its answers are scored at once
+    assert ppo.max_length - ppo.response_length + 10 * ppo.response_length <= own.micro_batch_tokens

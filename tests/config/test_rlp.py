@@ -1,0 +1,43 @@
+"""What goes together in RLP."""
+
+import pytest
+
+from fastrlhf.config import RLPConfig
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"views_per_step": 1}, "views_per_step: must be at least 2"),
+        ({"num_answers": 1}, "num_answers: must be at least 2"),
+        ({"min_confidence": 1.5}, r"min_confidence: must be in 0\.\.1"),
+        ({"beta_start": 0.0}, "beta_start: must be above 0"),
+        ({"mib_loss": "infomax", "view_critic": "dot"}, "view_critic: must be mlp where mib_loss is infomax"),
+        ({"policy_path": "runs/ppo"}, "reward_model_path: must be given where policy_path is"),
+        (
+            {"policy_path": "a", "reward_model_path": "b", "refinement": "none"},
+            "policy_path: must be empty where refinement is none",
+        ),
+        ({"refinement": "nothing"}, "refinement: must be one of none, uml, spg, both"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        RLPConfig(**fields)
+
+
+def test_the_defaults_are_those_of_the_paper_where_it_names_them():
+    config = RLPConfig()
+    assert (config.num_answers, config.min_confidence, config.mib_weight, config.rounds) == (10, 0.5, 0.5, 1)
+    assert (config.answer_temperature, config.clustering) == (1.0, "strict")
+
+
+def test_a_weight_of_0_is_no_views():
+    kinds = {name: RLPConfig(refinement=name) for name in ("none", "uml", "spg", "both")}
+    assert {name: (config.with_views, config.with_pairs) for name, config in kinds.items()} == {
+        "none": (False, False),
+        "uml": (True, False),
+        "spg": (False, True),
+        "both": (True, True),
+    }
+    assert not RLPConfig(refinement="uml", mib_weight=0.0).with_views
