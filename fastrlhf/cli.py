@@ -13,6 +13,7 @@ from typing import Any
 
 from fastrlhf import config as configs
 from fastrlhf import config_files as files
+from fastrlhf.interrupts import Interrupted
 
 USAGE = """\
 usage: fastrlhf COMMAND [--config FILE] [--key value ...]
@@ -48,6 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         print(f"fastrlhf {command}: needs {error.name}: pip install 'fastrlhf[train]'", file=sys.stderr)
         return 2
+    except Interrupted as stop:
+        print(f"fastrlhf {command}: {stop}", file=sys.stderr)
+        return stop.exit_code
     except KeyboardInterrupt:
         print(f"fastrlhf {command}: interrupted", file=sys.stderr)
         return 130
@@ -112,14 +116,14 @@ def _train(command: str, arguments: Sequence[str]) -> None:
         for name in files.run_first(path, command)
     ]
     _quiet_libraries()
-    from fastrlhf.checkpoint import check_output_dir, holds_model
+    from fastrlhf.checkpoint import check_run_dir, holds_model
 
     runs = [*((name, run) for name, run in earlier if not holds_model(run.output_dir)), (command, config)]
     for name, run in earlier:
         if holds_model(run.output_dir):
             print(f"{name}: {run.output_dir} holds a finished run; skipped")
     for _, run in runs:
-        check_output_dir(run.output_dir)
+        check_run_dir(run)
     for name, run in runs:
         if earlier:
             print(f"{name}:")

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -127,6 +127,19 @@ def write_yaml(config: Any, path: Path) -> None:
     import yaml  # not in the base install
 
     path.write_text(yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False), encoding="utf-8")
+
+
+def differences(config: Any, path: Path, ignored: Collection[str] = ()) -> list[str]:
+    """The keys in which the resolved configuration in a file is another one, as "seed: 1 there, 2 here"."""
+    import yaml  # not in the base install
+
+    there = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    here = _plain(dataclasses.asdict(config))
+    return [
+        f"{key}: {there.get(key, 'absent')!r} there, {here.get(key, 'absent')!r} here"
+        for key in {**there, **here}
+        if key not in ignored and there.get(key, "absent") != here.get(key, "absent")
+    ]
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

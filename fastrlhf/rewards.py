@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -102,6 +102,13 @@ class Rewards:
             terms[name] = Term(reward=function_term(name, function, episodes))
         return terms
 
+    def state_dict(self) -> dict[str, Any]:
+        """What later batches depend on: the moments of the scores, and whether a warning was given."""
+        return {"warned": self._warned} | ({} if self._moments is None else {"moments": self._moments})
+
+    def load_state_dict(self, state: dict[str, Any], /) -> None:
+        self._warned, self._moments = state["warned"], state.get("moments")
+
     def warn(self, metrics: Mapping[str, float]) -> None:
         """Says once in a run that the token rewards outweigh the score, which the authors of RTO advise against."""
         ratio = metrics.get("rto/return_to_score", 0.0)
@@ -126,7 +133,7 @@ class Rewards:
         """(score - mean) / std over all scores of the run so far, these included."""
         values = score.double()
         batch = torch.stack([torch.ones_like(values), values, values**2]).sum(1)
-        self._moments = batch if self._moments is None else self._moments + batch
+        self._moments = batch if self._moments is None else self._moments.to(batch.device) + batch
         count, total, squares = self._moments
         mean = total / count
         std = (squares / count - mean**2).clamp(min=0).sqrt()

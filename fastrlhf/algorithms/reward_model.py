@@ -63,8 +63,8 @@ def train_reward_model(
     optimizer = Optimizer({"": model}, config, num_steps=steps)
     evaluation: dict[str, float] = {}
 
-    with Stage("reward", config, steps, (model, tokenizer)) as stage:
-        for step, indices in enumerate(index_batches(len(pairs), config.batch_size, steps, config.seed)):
+    with Stage("reward", config, steps, (model, tokenizer), data=data, parts={"optimizer": optimizer}) as stage:
+        for step, indices in stage.remaining(index_batches(len(pairs), config.batch_size, steps, config.seed)):
             drawn, asked = [pairs[i] for i in indices], margins[indices]
             scores, losses = [], []
             for micro in micro_batches([num_computed(tree) for tree in drawn], config.micro_batch_tokens, "pair"):
