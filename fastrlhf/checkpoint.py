@@ -83,7 +83,11 @@ def check_run_dir(config: TrainConfig) -> None:
     if config.resume_from_checkpoint == "never" or not is_unfinished(config.output_dir):
         check_output_dir(config.output_dir)
         return
-    changed = differences(config, folder / "config.yaml", MAY_CHANGE)
+    try:
+        changed = differences(config, folder / "config.yaml", MAY_CHANGE)
+    except ValueError:  # somebody else's file: what it says is nothing to resume
+        check_output_dir(config.output_dir)
+        return
     if changed:
         shown = "; ".join(changed[:5]) + (f"; and {len(changed) - 5} more" if len(changed) > 5 else "")
         raise ValueError(
@@ -168,12 +172,15 @@ class Checkpointer:
         self._parts = {**parts, "random": GlobalRandomness()}
         self._start = _start(models)
 
+    def path(self, step: int) -> Path:
+        return self.folder / f"checkpoint-{step}"
+
     def save(self, step: int, limit: int = 0) -> Path:
         """Writes `checkpoint-STEP`; the last `limit` up to it are kept, all of them where that is 0.
 
         Raises OSError where it cannot be written; older ones are untouched then.
         """
-        path = self.folder / f"checkpoint-{step}"
+        path = self.path(step)
         write_folder(path, lambda partial: self._fill(partial, step))
         if limit:
             for old in [path for path in checkpoints(self.folder) if _step(path) <= step][:-limit]:

@@ -50,7 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"fastrlhf {command}: needs {error.name}: pip install 'fastrlhf[train]'", file=sys.stderr)
         return 2
     except Interrupted as stop:
-        print(f"fastrlhf {command}: {stop}", file=sys.stderr)
+        then = "; the same command continues" if command in TRAINERS else ""
+        print(f"fastrlhf {command}: {stop}{then}", file=sys.stderr)
         return stop.exit_code
     except KeyboardInterrupt:
         print(f"fastrlhf {command}: interrupted", file=sys.stderr)

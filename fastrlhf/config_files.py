@@ -130,10 +130,11 @@ def write_yaml(config: Any, path: Path) -> None:
 
 
 def differences(config: Any, path: Path, ignored: Collection[str] = ()) -> list[str]:
-    """The keys in which the resolved configuration in a file is another one, as "seed: 1 there, 2 here"."""
-    import yaml  # not in the base install
+    """The keys in which the resolved configuration in a file is another one, as "seed: 1 there, 2 here".
 
-    there = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    Raises ValueError where the file is no configuration at all.
+    """
+    there = _load_yaml(str(path))
     here = _plain(dataclasses.asdict(config))
     return [
         f"{key}: {there.get(key, 'absent')!r} there, {here.get(key, 'absent')!r} here"

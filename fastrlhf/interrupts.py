@@ -10,10 +10,10 @@ from typing import Self
 
 
 class Interrupted(KeyboardInterrupt):
-    """A run was asked to stop and has; the message says what it left."""
+    """A run was asked to stop and has; the message says when."""
 
-    def __init__(self, number: int, left: str) -> None:
-        super().__init__(f"interrupted; {left}")
+    def __init__(self, number: int, when: str) -> None:
+        super().__init__(f"interrupted {when}")
         self.exit_code = 128 + number
         """As a shell reports it: 130 after Ctrl-C, 143 after SIGTERM."""
 
@@ -46,7 +46,7 @@ class Interrupts:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.pending:
-            raise Interrupted(number, "the same command continues from the last checkpoint")
+            raise Interrupted(number, "in the middle of a step")
         self.pending = number
         # Not print: the signal may have come in the middle of one.
         os.write(2, b"\nfinishing this step, then saving; once more ends at once\n")

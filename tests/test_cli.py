@@ -314,7 +314,8 @@ def test_a_signal_saves_a_checkpoint_and_the_same_command_goes_on(number, code, 
 
     monkeypatch.setattr(torch.optim.AdamW, "step", signalled)
     assert main(command) == code
-    told = f"fastrlhf sft: interrupted; the same command continues after step 1, from runs/stopped-{code}"
+    saved = Path(f"runs/stopped-{code}/checkpoint-1")
+    told = f"fastrlhf sft: interrupted after step 1, saved as {saved}; the same command continues"
     assert capsys.readouterr().err.splitlines()[-1] == told
     assert main(command) == 0
     assert len(calls) == 2

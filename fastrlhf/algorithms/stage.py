@@ -141,16 +141,15 @@ class Stage:
             if self._config.save_steps and step % self._config.save_steps == 0:
                 self._save(self._checkpointer, step)
             if self._interrupts.pending:
-                self._save(self._checkpointer, step)
-                raise Interrupted(
-                    self._interrupts.pending, f"the same command continues after step {step}, from {self.folder}"
-                )
+                saved = self._save(self._checkpointer, step)
+                raise Interrupted(self._interrupts.pending, f"after step {step}, saved as {saved}")
 
-    def _save(self, checkpointer: Checkpointer, step: int) -> None:
+    def _save(self, checkpointer: Checkpointer, step: int) -> Path:
         if step > self._saved:
             self._writer.flush()
             checkpointer.save(step, self._config.save_total_limit)
             self._saved = step
+        return checkpointer.path(step)
 
     def samples(self, step: int, rows: Sequence[dict[str, object]]) -> None:
         if self.folder:
