@@ -76,8 +76,8 @@ def check_output_dir(path: str) -> None:
 def check_run_dir(config: TrainConfig) -> None:
     """Raises ValueError where the folder of a run can be neither made nor resumed.
 
-    To be resumed, it holds an unfinished run of the same configuration; a difference is named. Another process may not
-    be training in it.
+    To be resumed, it holds an unfinished run of the same configuration; a difference is named. One that failed before
+    its first checkpoint is left alone: the only weights that it has are its last, and starting again may replace them.
     """
     folder = Path(config.output_dir)
     if config.resume_from_checkpoint == "never" or not is_unfinished(config.output_dir):
@@ -94,8 +94,18 @@ def check_run_dir(config: TrainConfig) -> None:
             f"output_dir: {config.output_dir!r} already holds a run, unfinished, of another configuration ({shown}); "
             "give it the old one, choose another folder or move it away"
         )
-    with locked(folder):
-        pass
+    if (folder / "interrupted").exists() and not checkpoints(folder):
+        raise ValueError(
+            f"output_dir: {config.output_dir!r} already holds a run that failed before its first checkpoint; start "
+            "from its last weights, in interrupted/, in another folder, or move it away"
+        )
+
+
+def check_idle(path: str) -> None:
+    """Raises ValueError where another run is training in the folder."""
+    if Path(path).exists():
+        with locked(Path(path)):
+            pass
 
 
 def holds_model(path: str) -> bool:
@@ -195,6 +205,8 @@ class Checkpointer:
         """
         path = find_checkpoint(self.folder, weights_only)
         if path is None:
+            if is_unfinished(str(self.folder)):
+                log.warning("%s: the run before was stopped without a checkpoint; this one starts again", self.folder)
             return 0
         state = json.loads((path / "state.json").read_bytes())
         if state["start"] != self._start:

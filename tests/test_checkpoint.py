@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fastrlhf.checkpoint import (
     MAY_CHANGE,
     Checkpointer,
+    check_idle,
     check_output_dir,
     check_run_dir,
     check_same_data,
@@ -251,11 +252,22 @@ def test_an_unfinished_run_of_the_same_configuration_is_the_only_one_to_go_on(tm
             check_run_dir(replace(config, **settings))
     with pytest.raises(ValueError, match=r"response: 'reference' there, 'absent' here.*; and \d+ more"):
         check_run_dir(PPOConfig(output_dir=config.output_dir))
-    with locked(tmp_path / "run"), pytest.raises(ValueError, match="another run is training in"):
+    (tmp_path / "run" / "interrupted").mkdir()
+    with pytest.raises(ValueError, match="already holds a run that failed before its first checkpoint"):
         check_run_dir(config)
+    (tmp_path / "run" / "checkpoint-3").mkdir()
+    check_run_dir(config)
     save_model(tiny.policy(), tiny.tokenizer(), tmp_path / "run")
     with pytest.raises(ValueError, match="already holds a run; choose another folder"):
         check_run_dir(config)
+
+
+def test_a_folder_in_which_a_run_is_training_is_not_idle(tmp_path):
+    check_idle(str(tmp_path))
+    with locked(tmp_path), pytest.raises(ValueError, match=r"^output_dir: another run is training in"):
+        check_idle(str(tmp_path))
+    check_idle(str(tmp_path))
+    check_idle(str(tmp_path / "nowhere"))
 
 
 def test_what_a_run_killed_at_its_start_leaves_is_an_empty_folder(tmp_path):

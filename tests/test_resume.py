@@ -49,7 +49,7 @@ def test_killed_at_any_step_and_started_again_every_trainer_ends_with_the_same_b
         assert left(run(kind, paths, folder), watch.made[-1], folder) == whole, where
 
 
-def test_killed_before_the_first_checkpoint_a_run_starts_again(paths, tmp_path, monkeypatch):
+def test_killed_before_the_first_checkpoint_a_run_starts_again(paths, tmp_path, monkeypatch, caplog):
     watch = Watch("sft", monkeypatch)
     whole = left(run("sft", paths, tmp_path / "whole"), watch.made[-1], tmp_path / "whole")
     watch.kill = (2, "before")
@@ -58,6 +58,7 @@ def test_killed_before_the_first_checkpoint_a_run_starts_again(paths, tmp_path, 
     assert len(read_metrics(tmp_path / "cut" / "metrics.jsonl")) == 1
     watch.kill = None
     assert left(run("sft", paths, tmp_path / "cut"), watch.made[-1], tmp_path / "cut") == whole
+    assert "was stopped without a checkpoint; this one starts again" in caplog.text
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -92,9 +92,9 @@ class Stage:
     def _open(self, folder: Path, stack: ExitStack) -> None:
         """The folder as it was at the checkpoint, and the run in the state of then."""
         config = self._config
-        check_run_dir(config)
         folder.mkdir(parents=True, exist_ok=True)
         stack.enter_context(locked(folder))
+        check_run_dir(config)
         if self._checkpointer:
             self._start = self._saved = self._checkpointer.load(config.resume_weights_only)
         # config.yaml marks the folder as a run: it comes after the reporters, which may fail to start.

@@ -13,7 +13,7 @@ from functools import cached_property
 
 from transformers import PreTrainedTokenizerBase
 
-from fastrlhf.checkpoint import check_run_dir, check_same_data
+from fastrlhf.checkpoint import check_idle, check_run_dir, check_same_data
 from fastrlhf.config import TrainConfig, parse_columns, require
 from fastrlhf.data.examples import RESPONSES, LoadedExamples, load_examples
 from fastrlhf.data.tokens import load_tokenizer, tokenize_examples
@@ -47,6 +47,7 @@ def open_inputs(
     """
     if config.output_dir:
         check_run_dir(config)
+        check_idle(config.output_dir)
     import_reporters(config.report_to)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("WORLD_SIZE: this version trains in one process; start it without torchrun")
