@@ -186,13 +186,13 @@ def test_killed_at_any_operation_on_its_files_the_same_command_ends_alike(paths,
     )
     assert child.returncode == 0, child.stderr[-3000:]
     told = json.loads(child.stdout.splitlines()[-1])
-    assert told["points"] == 14
+    assert told["points"] > 11
     assert told["killed"] == told["points"]
-    assert told["resumed"] > 0
+    assert told["resumed"] > 3
     assert told["different"] == []
 
 
-def kill_everywhere(paths: dict[str, str], place: str, num_points: int = 14) -> None:
+def kill_everywhere(paths: dict[str, str], place: str, num_points: int = 11) -> None:
     """Prints what became of runs that were killed at points spread over all that a run does to its files."""
     settings = {"max_steps": 3, "save_steps": 1, "save_total_limit": 1, "eval_steps": 0, "device": "cpu"}
 
@@ -229,7 +229,8 @@ def kill_everywhere(paths: dict[str, str], place: str, num_points: int = 14) -> 
     _, total = child("whole")
     expected = untimed_log(Path(place, "whole"))
     told = {"points": 0, "killed": 0, "resumed": 0, "different": []}
-    for kill_at in sorted({1 + i * (total - 1) // (num_points - 1) for i in range(num_points)}):
+    last = {total - i for i in (1, 3, 5, 7)}  # while the files of the final model are moved in
+    for kill_at in sorted({1 + i * total // num_points for i in range(num_points)} | last):
         name = f"run{kill_at}"
         told["points"] += 1
         told["killed"] += child(name, kill_at)[0]
