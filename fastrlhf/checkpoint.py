@@ -275,9 +275,10 @@ def check_same_data(path: str, data: Mapping[str, str]) -> None:
     """Raises ValueError, naming the split, where the newest checkpoint in the folder was trained on other data."""
     for checkpoint in reversed(checkpoints(Path(path))):
         try:
-            before = json.loads((checkpoint / "state.json").read_bytes())["data"]
-        except (OSError, ValueError, KeyError):
-            continue  # damaged: it will be skipped, and said
+            check_folder(checkpoint, lambda name: name == "state.json")
+        except ValueError:
+            continue  # it will be skipped, and said
+        before = json.loads((checkpoint / "state.json").read_bytes())["data"]
         for split, content in data.items():
             if before.get(split) != content:
                 raise ValueError(
