@@ -21,7 +21,8 @@ from fastrlhf.algorithms.experience import pack_episodes, score_episodes
 from fastrlhf.algorithms.on_policy import update
 from fastrlhf.algorithms.starts import draw_prefixes
 from fastrlhf.config import DRPOConfig
-from fastrlhf.models.loading import build_policy, frozen_copy
+from fastrlhf.models.adapters import frozen_copy
+from fastrlhf.models.loading import build_policy
 from fastrlhf.optim import Optimizer
 from fastrlhf.types import Rollout, TokenizedExample
 

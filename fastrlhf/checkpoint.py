@@ -1,7 +1,7 @@
 """What a run leaves on disk, and how it goes on from there. Nothing of the user's is ever overwritten; a folder of this
 program is whole or not there.
 
-    checkpoint-N/                 after N steps; loads as a model like any other
+    checkpoint-N/                 after N steps; loads as a model like any other, unless it trains an adapter
         model.safetensors, config.json, the tokenizer's files
         value_model/              of an on-policy run with a critic
         optimizer.safetensors     moments, float32 copies of bfloat16 weights; as NAME.safetensors for other parts
@@ -35,12 +35,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fastrlhf.config import TrainConfig
 from fastrlhf.config_files import differences, write_yaml
 from fastrlhf.durable import check_folder, discard_folder, flush, flush_tree, write_folder
+from fastrlhf.models.adapters import has_adapter, merge_adapter, save_adapter
 
 log = logging.getLogger(__name__)
 
 MAY_CHANGE = (
     *("output_dir", "device", "progress", "report_to", "run_name", "ref_cache_dir"),
-    *("micro_batch_tokens", "rollout_batch_size"),
+    *("micro_batch_tokens", "rollout_batch_size", "activation_checkpointing"),
     *("save_steps", "save_total_limit", "resume_from_checkpoint", "resume_weights_only"),
 )
 """Keys that a resumed run may be given anew: none changes what is computed, but for the order of rounding."""
@@ -141,6 +142,16 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def save_trained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path | None) -> None:
+    """What a run leaves, in `folder` if there is one: the model with its adapter added to the weights, and the adapter
+    alone in `adapter/`."""
+    if folder and has_adapter(model):
+        save_adapter(model, folder / "adapter")
+    merge_adapter(model)
+    if folder:
+        save_model(model, tokenizer, folder)
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

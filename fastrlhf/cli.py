@@ -71,6 +71,7 @@ def parse(kind: type, arguments: Sequence[str], command: str) -> Any:
             raise ValueError("--config: give a file or the name of a recipe")
         flags += files.as_flags(files.read_yaml(rest[where + 1], kind, command))
         del rest[where : where + 2]
+    rest = [files.without_alias(argument) for argument in rest]
     files.check_flags(rest, kind)
     message = StringIO()
     try:

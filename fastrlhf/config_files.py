@@ -17,6 +17,10 @@ COMMANDS = {"sft", "reward", "dpo", "ppo", "drpo", "rto", "eval", "demo"}
 """That take keys, and may have a section of their own in a file."""
 
 
+ALIASES = {"gradient_checkpointing": "activation_checkpointing"}
+"""Names that keys had elsewhere."""
+
+
 def read_yaml(path: str, kind: type, command: str) -> dict[str, Any]:
     """The keys that a YAML file, or a recipe by its name, gives to one command, each checked to be a field of `kind`.
 
@@ -34,6 +38,7 @@ def read_yaml(path: str, kind: type, command: str) -> dict[str, Any]:
             raise ValueError(f"{path}: no section {command!r}; it has {', '.join(content)}")
         own = {key: value for key, value in _section(path, content, command).items() if key != "run_first"}
         content = {**_section(path, content, "shared"), **own}
+    content = {ALIASES.get(key, key): value for key, value in content.items()}
     known = [field.name for field in fields(kind)]
     for key in content:
         if key not in known:
@@ -100,6 +105,13 @@ def check_flags(arguments: Sequence[str], kind: type) -> None:
         name = argument.partition("=")[0][2:].replace("-", "_")
         if argument.startswith("--") and name not in (*known, "help"):
             raise ValueError(f"unknown key {argument.partition('=')[0]}{nearest(name, known)}")
+
+
+def without_alias(argument: str) -> str:
+    """A flag under the name of its key; anything else as it is."""
+    name, equals, value = argument.partition("=")
+    alias = name[2:].replace("-", "_")
+    return f"--{ALIASES[alias]}{equals}{value}" if name.startswith("--") and alias in ALIASES else argument
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -47,6 +47,13 @@ class Optimizer:
             eps=config.adam_epsilon,
             fused=True,
         )
+        # By name, the parameter and what AdamW updates in its place.
+        self._trained = [
+            (f"{prefix}{name}", param, self._masters.get(param, param))
+            for prefix, model in models.items()
+            for name, param in model.named_parameters()
+            if param.requires_grad
+        ]
         self._peaks = [group["lr"] for group in self._adamw.param_groups]
 
     def _master(self, param: torch.nn.Parameter) -> torch.Tensor:
@@ -86,7 +93,7 @@ class Optimizer:
         """num_steps done, and by "NAME OF THE PARAMETER.what" AdamW's moments and step, and the float32 copy (master)
         where there is one."""
         state: dict[str, Any] = {"num_steps": self._num_done}
-        for name, param, master in self._trained():
+        for name, param, master in self._trained:
             state |= {f"{name}.{what}": value for what, value in self._adamw.state.get(master, {}).items()}
             if master is not param:
                 state[f"{name}.master"] = master
@@ -105,20 +112,13 @@ class Optimizer:
             if key != "num_steps":
                 name, _, what = key.rpartition(".")
                 saved[name][what] = value
-        for name, param, master in self._trained():
+        for name, param, master in self._trained:
             moments = saved.pop(name, {})
             if master is not param:
                 master.copy_(moments.pop("master", param))
             self._adamw.state[master] = {what: value.to(master.device) for what, value in moments.items()}
         for name in saved:
             raise ValueError(f"optimizer: the checkpoint has moments of {name}, which is not trained here")
-
-    def _trained(self) -> Iterator[tuple[str, torch.nn.Parameter, torch.Tensor]]:
-        """(name, parameter, what AdamW updates) of every parameter that is trained."""
-        for prefix, model in self._models.items():
-            for name, param in model.named_parameters():
-                if param.requires_grad:
-                    yield f"{prefix}{name}", param, self._masters.get(param, param)
 
 
 def num_steps(config: TrainConfig, num_items: int) -> int:

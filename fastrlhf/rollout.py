@@ -1,13 +1,14 @@
 """From prefixes to completions.
 
-An engine is anything with `generate(prefixes) -> rollouts`. The one here decodes with the model in hand and the
-key-value cache of transformers: every prefix is prefilled (a reset costs no decode step), once for all the episodes
-that start there. Rows stop at their EOS or budget and are dropped from the cache as they finish, and the log-prob of
-each sampled token is recorded as it is drawn.
+An engine is anything with `generate(prefixes) -> rollouts`; rollout_vllm.py has another. The one here decodes with the
+model in hand and the key-value cache of transformers: every prefix is prefilled (a reset costs no decode step), once
+for all the episodes that start there. Rows stop at their EOS or budget and are dropped from the cache as they finish,
+and the log-prob of each sampled token is recorded as it is drawn.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -58,12 +59,7 @@ class TransformersEngine:
     @torch.no_grad()
     def generate(self, prefixes: Sequence[Prefix]) -> list[Rollout]:
         """One rollout per prefix, in order. Raises ValueError where a prefix leaves no token to sample."""
-        for prefix in prefixes:
-            if prefix.num_reset >= self.response_length:
-                raise ValueError(
-                    f"response_length: {self.response_length} leaves nothing to sample after the {prefix.num_reset} "
-                    f"reset tokens of row {prefix.row}"
-                )
+        check_room(prefixes, self.response_length)
         # Rows of like length side by side waste least on the left of the prefill.
         order = sorted(range(len(prefixes)), key=lambda i: (len(prefixes[i].token_ids), prefixes[i].num_reset, i))
         rollouts: dict[int, Rollout] = {}
@@ -131,6 +127,16 @@ class TransformersEngine:
         return Rollout(prefix=prefix, completion=tokens[:num], sampler_logprob=logprobs[:num], ended=ended)
 
 
+def check_room(prefixes: Sequence[Prefix], response_length: int) -> None:
+    """Raises ValueError, naming the row, where the reset tokens of a prefix leave nothing to sample."""
+    for prefix in prefixes:
+        if prefix.num_reset >= response_length:
+            raise ValueError(
+                f"response_length: {response_length} leaves nothing to sample after the {prefix.num_reset} "
+                f"reset tokens of row {prefix.row}"
+            )
+
+
 def checked_rollouts(
     rollouts: Sequence[Rollout], prefixes: Sequence[Prefix], *, eos_token_id: int, stops_at_eos: bool
 ) -> Sequence[Rollout]:
@@ -144,6 +150,8 @@ def checked_rollouts(
         tokens, where = rollout.completion, f"engine: the rollout of row {rollout.prefix.row}"
         if not tokens or len(rollout.sampler_logprob) != len(tokens):
             raise ValueError(f"{where} has {len(tokens)} tokens and {len(rollout.sampler_logprob)} log-probs")
+        if not all(map(math.isfinite, rollout.sampler_logprob)):
+            raise ValueError(f"{where} has a log-prob that is not finite; the policy's weights are broken")
         if rollout.ended != (eos_token_id in tokens):
             raise ValueError(f"{where} says ended={rollout.ended}, but its tokens say otherwise")
         if stops_at_eos and eos_token_id in tokens[:-1]:

@@ -52,6 +52,8 @@ def run(kind: str, paths: dict[str, str], folder: Path, **settings):
             return sft.train_sft(SFTConfig(**shared | settings), examples, held_out)
         case "bf16":
             return sft.train_sft(SFTConfig(**shared | {"dtype": "bfloat16"} | settings), examples, held_out)
+        case "lora":
+            return sft.train_sft(SFTConfig(**shared | {"use_peft": True, "lora_r": 2} | settings), examples, held_out)
         case "reward":
             return reward_model.train_reward_model(RewardConfig(**shared | settings), examples, held_out)
         case "dpo":
@@ -75,8 +77,8 @@ def noisy_judge(rollouts):
     return [torch.rand(()).item() + random.random() + float(np.random.random()) for _ in rollouts]
 
 
-KINDS = ("sft", "bf16", "reward", "dpo", "groups", "ppo", "drpo", "rto")
-OPTIMIZERS = {"sft": sft, "bf16": sft, "reward": reward_model, "dpo": preference, "groups": groups}
+KINDS = ("sft", "bf16", "lora", "reward", "dpo", "groups", "ppo", "drpo", "rto")
+OPTIMIZERS = {"sft": sft, "bf16": sft, "lora": sft, "reward": reward_model, "dpo": preference, "groups": groups}
 
 
 class Killed(BaseException):

@@ -133,6 +133,7 @@ def test_the_end_is_the_first_eos_or_the_last_token():
     [
         ({"completion": [], "sampler_logprob": []}, "has 0 tokens"),
         ({"sampler_logprob": [0.0]}, "has 2 tokens and 1 log-probs"),
+        ({"sampler_logprob": [0.0, float("nan")]}, "has a log-prob that is not finite"),
         ({"ended": False}, "says ended=False, but its tokens say otherwise"),
         ({"completion": [1, 1]}, "goes on after its EOS"),
     ],

@@ -18,7 +18,7 @@ from bench.drpo.problem import EOS, RESPONSE_LENGTH, Models, Problem
 from fastrlhf.algorithms.experience import pack_episodes, score_episodes
 from fastrlhf.algorithms.on_policy import draw_prefixes, make_engine, update
 from fastrlhf.evaluation.judges import reward_model_judge
-from fastrlhf.models.loading import frozen_copy
+from fastrlhf.models.adapters import frozen_copy
 from fastrlhf.optim import Optimizer
 from fastrlhf.types import TokenizedExample
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fastrlhf.advantages import explained_variance, group_normalised, leave_one_out, whiten
+from fastrlhf.algorithms.guards import raise_not_finite
 from fastrlhf.config import PPOConfig
 from fastrlhf.data.packing import forest, micro_batches, num_computed, pack, sequence, tree
 from fastrlhf.models.forward import token_logprobs, token_values
@@ -212,7 +213,11 @@ def _objective(
     entropy: Tensor,
 ) -> dict[str, float]:
     """TRL's names. `objective/kl` is over the sampled tokens alone, which are fewer after a reset: across reset
-    probabilities only `eval_objective/kl` compares, of full responses from the prompt."""
+    probabilities only `eval_objective/kl` compares, of full responses from the prompt.
+
+    Raises ValueError, naming the row, where an advantage, or what it is made of, is not finite: found in the one wait
+    for the GPU that the numbers need anyway.
+    """
     mask, logprob = experience.mask, experience.sampler_logprob
     drawn = torch.tensor([x for rollout in rollouts for x in rollout.sampler_logprob], device=mask.device)
     difference = (drawn - logprob[mask]).abs()
@@ -231,12 +236,15 @@ def _objective(
         "sampling/sampling_logp_difference/mean": difference.mean(),
         "sampling/sampling_logp_difference/max": difference.max(),
         **reward_metrics(terms, experience.cu_rows),
+        "all_finite": experience.advantage.isfinite().all(),
     }
     if experience.value is not None and experience.returns is not None:
         explained = explained_variance(experience.value, experience.returns, torch.ones_like(mask))
         values["critic/explained_var"] = explained
     numbers = torch.stack([value.float() for value in values.values()]).tolist()
     metrics = dict(zip(values, numbers, strict=True))
+    if not metrics.pop("all_finite"):
+        raise_not_finite(_numbers(terms, experience), experience.cu_rows, rollouts)
     metrics |= {
         "val/num_eos_tokens": float(sum(rollout.ended for rollout in rollouts)),
         "completions/mean_length": float(np.mean([len(rollout.completion) for rollout in rollouts])),
@@ -244,6 +252,16 @@ def _objective(
     if config.reset_prob > 0:
         metrics |= _reset_metrics(rollouts, scores.cpu().numpy())
     return metrics
+
+
+def _numbers(terms: Mapping[str, Term], experience: Experience) -> dict[str, Tensor]:
+    """All [R] that go into the advantages, by the names to complain of them, causes before effects."""
+    numbers = {"log-prob of the policy": experience.sampler_logprob}
+    numbers["log-prob of the reference"] = experience.reference_logprob
+    if experience.value is not None:
+        numbers["value of the critic"] = experience.value
+    numbers |= {f"reward {name!r}": term.reward for name, term in terms.items()}
+    return numbers | {"advantage": experience.advantage}
 
 
 def _reset_metrics(rollouts: Sequence[Rollout], scores: np.ndarray) -> dict[str, float]:

@@ -4,7 +4,7 @@ et al. 2024, arXiv 2404.18922): one trainer.
     repeat
       prefixes    prompts, or with probability `reset_prob` a prompt and the first k tokens of a response to it
       rollouts    the policy writes on from there
-      scores      the judge reads the whole response
+      scores      the judge reads the whole response (with `psi`, against other responses: PsiPO's reward)
       experience  log-probs under sampler and reference, values, rewards (of the tokens, too, where a DPO model gives
                   them), advantages: of the sampled tokens only
       updates     `num_ppo_epochs` passes of the clipped losses over the packs
@@ -26,25 +26,29 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.algorithms.experience import Pack, pack_episodes, score_episodes
+from fastrlhf.algorithms.guards import check_kl
+from fastrlhf.algorithms.psipo import dataset_opponents, load_psi, psi_judge
 from fastrlhf.algorithms.stage import Stage, StepMetrics, TrainResult, check_micro_batch
 from fastrlhf.algorithms.starts import draw_prefixes, make_roll_in, reset_fields
 from fastrlhf.config import PPOConfig
 from fastrlhf.data.inputs import open_inputs, with_room
 from fastrlhf.data.tokens import special_ids
+from fastrlhf.evaluation.held_out import evaluate
 from fastrlhf.evaluation.judges import Judge, checked_scores, reward_model_judge
-from fastrlhf.evaluation.responses import respond, response_kl
+from fastrlhf.models.adapters import frozen_copy
 from fastrlhf.models.forward import token_logprobs, token_values
 from fastrlhf.models.loading import (
     check_same_vocabulary,
-    frozen_copy,
     load_reward_model,
+    make_trainable,
     open_policy,
     read_model_config,
 )
 from fastrlhf.optim import Optimizer, index_batches, num_steps
 from fastrlhf.rewards import RewardFunction, open_rewards
 from fastrlhf.rollout import Engine, TransformersEngine, checked_rollouts
-from fastrlhf.types import Example, Experience, Rollout, TokenizedExample
+from fastrlhf.rollout_vllm import import_vllm, open_vllm
+from fastrlhf.types import Example, Experience, Rollout
 from fastrlhf_kernels import policy_loss, value_loss
 
 EngineFactory = Callable[[PPOConfig, PreTrainedModel, int], Engine]
@@ -57,25 +61,35 @@ def train_on_policy(
     eval_examples: Sequence[Example] | None = None,
     *,
     judge: Judge | None = None,
+    held_out_judge: Judge | None = None,
     engine: EngineFactory | None = None,
     reward_functions: Mapping[str, RewardFunction] | None = None,
 ) -> TrainResult:
     """Trains `config.model_name_or_path` against a judge; `examples` stand in for the configured dataset.
 
     `judge` stands in for the reward model of `reward_model_path`; the critic, where there is one, still starts from
-    that. `engine` stands in for `make_engine`: it is called once, with the policy whose weights it must sample with at
-    every `generate`. `reward_functions` are rewards of your own, by the names they are logged by. One row of metrics
-    per update, TRL's names where it has them. Raises ValueError for bad input before any time is spent, and for a score
-    that is not finite.
+    that. `held_out_judge` stands in for that of `eval_reward_model_path`. `engine` stands in for `make_engine`: it is
+    called once, with the policy whose weights it must sample with at every `generate`. `reward_functions` are rewards
+    of your own, by the names they are logged by. One row of metrics per update, TRL's names where it has them. Raises
+    ValueError for bad input before any time is spent, and where training must not go on (algorithms/guards.py).
     """
     needs_critic = config.advantage_estimator == "gae"
     if needs_critic or judge is None:
         if not config.reward_model_path:
             raise ValueError("reward_model_path: give the reward model that judges and from which the critic starts")
         read_model_config(config.reward_model_path, "reward_model_path", config.trust_remote_code)
-    tokenizer, data = open_inputs(config, reset_fields(config), examples, eval_examples)
+    if config.engine == "vllm" and engine is None:
+        import_vllm()
+    if config.eval_reward_model_path:
+        read_model_config(config.eval_reward_model_path, "eval_reward_model_path", config.trust_remote_code)
+    psi = load_psi(config.psi, config.psi_clip) if config.psi else None
+    opponents = [config.psi_opponents] if psi and config.psi_opponents != "rollouts" else []
+    fields = list(dict.fromkeys([*reset_fields(config), *opponents]))
+    tokenizer, data = open_inputs(config, fields, examples, eval_examples)
     prompts = with_room(data.train, "train", config.max_length, config.response_length)
     held_out = with_room(data.eval, "eval", config.max_length, config.response_length) if data.eval else []
+    if (held_out_judge or config.eval_reward_model_path) and not held_out:
+        raise ValueError("eval_reward_model_path: nothing to judge; give num_eval_examples or dataset_test_split")
     together = config.reset_group_size if config.share_trunks else 1
     for rows, responses in ((prompts, together), (held_out, 1)):
         if rows:
@@ -86,13 +100,23 @@ def train_on_policy(
         models = {"model_name_or_path": policy, "dpo_model_path": rewards.implicit.model}
         check_same_vocabulary(models, len(tokenizer))
     reference = frozen_copy(policy)
-    reward_model = _open_reward_model(config, policy, tokenizer) if needs_critic or judge is None else None
+    reward_model = None
+    if needs_critic or judge is None:
+        reward_model = _open_reward_model(config, "reward_model_path", policy, tokenizer)
     critic = reward_model if needs_critic else None
+    if critic:
+        make_trainable(critic, config)
     eos, _ = special_ids(tokenizer)
     if judge is None:
         assert reward_model is not None
         frozen = frozen_copy(reward_model) if critic else reward_model
         judge = reward_model_judge(frozen, eos_token_id=eos, micro_batch_tokens=config.micro_batch_tokens)
+    if held_out_judge is None and config.eval_reward_model_path:
+        frozen = _open_reward_model(config, "eval_reward_model_path", policy, tokenizer)
+        held_out_judge = reward_model_judge(frozen, eos_token_id=eos, micro_batch_tokens=config.micro_batch_tokens)
+    score = judge
+    if psi:
+        score = psi_judge(judge, dataset_opponents(prompts, opponents) if opponents else None, psi)
     sampler = (engine or make_engine)(config, policy, eos)
     roll_in = make_roll_in(config, reference, eos) if config.reset_source == "sample" else None
     num_groups = config.batch_size // config.reset_group_size
@@ -123,12 +147,13 @@ def train_on_policy(
                 sampler.generate(prefixes), prefixes, eos_token_id=eos, stops_at_eos=config.compat == "fixed"
             )
             sampled = time.perf_counter()
-            scores = checked_scores(judge(rollouts), rollouts, policy.device)
+            scores = checked_scores(score(rollouts), rollouts, policy.device)
             order = np.random.default_rng([config.seed, step]).permutation(num_groups).tolist()
             packs = pack_episodes(config, rollouts, order, policy.device)
             experience, metrics = score_episodes(
                 config, policy, reference, critic, rollouts, scores, packs, eos, rewards
             )
+            check_kl(config, step + 1, metrics["objective/kl"])
             scored = time.perf_counter()
             metrics |= update(config, policy, critic, optimizer, rollouts, experience, packs, seed=(config.seed, step))
             metrics |= {
@@ -140,7 +165,7 @@ def train_on_policy(
                 "num_unique_tokens": sum(item.batch.num_tokens for mini in packs for item in mini),  # of one pass
             }
             if held_out and stage.due(step, config.eval_steps):
-                evaluation = evaluate(config, policy, reference, judge, held_out, eos)
+                evaluation = evaluate(config, policy, reference, judge, held_out, eos, held_out_judge)
                 metrics |= evaluation
             if sample_every and stage.due(step, sample_every):
                 stage.samples(step + 1, _sample_rows(tokenizer, rollouts, scores, 4))
@@ -203,8 +228,10 @@ def update(
     return _training_metrics(policy_totals.means("tokens"), value_means, steps)
 
 
-def make_engine(config: PPOConfig, policy: PreTrainedModel, eos_token_id: int) -> TransformersEngine:
-    """The default engine: samples from `policy` itself, as it is at each call."""
+def make_engine(config: PPOConfig, policy: PreTrainedModel, eos_token_id: int) -> Engine:
+    """The engine of the configuration; it samples from `policy` as it is at each call."""
+    if config.engine == "vllm":
+        return open_vllm(config, policy, eos_token_id)
     return TransformersEngine(
         model=policy,
         eos_token_id=eos_token_id,
@@ -216,53 +243,20 @@ def make_engine(config: PPOConfig, policy: PreTrainedModel, eos_token_id: int) -
     )
 
 
-@torch.no_grad()
-def evaluate(
-    config: PPOConfig,
-    policy: PreTrainedModel,
-    reference: PreTrainedModel,
-    judge: Judge,
-    examples: Sequence[TokenizedExample],
-    eos_token_id: int,
-) -> dict[str, float]:
-    """Full responses to held-out prompts, with no reset: the numbers that compare across reset probabilities, as those
-    of training (`objective/kl` above all, of the sampled tokens alone) do not."""
-    rollouts = respond(
-        policy,
-        examples,
-        eos_token_id=eos_token_id,
-        response_length=config.response_length,
-        temperature=config.temperature,
-        seed=config.seed,
-        batch_size=config.rollout_batch_size,
-    )
-    return {
-        "eval_objective/scores": checked_scores(judge(rollouts), rollouts, policy.device).mean().item(),
-        "eval_objective/kl": response_kl(
-            policy,
-            reference,
-            rollouts,
-            temperature=config.temperature,
-            micro_batch_tokens=config.micro_batch_tokens,
-        ),
-        "eval_completions/mean_length": float(np.mean([len(rollout.completion) for rollout in rollouts])),
-        "eval_completions/ended": float(np.mean([rollout.ended for rollout in rollouts])),
-    }
-
-
 def _open_reward_model(
-    config: PPOConfig, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    config: PPOConfig, field: str, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> PreTrainedModel:
-    """The reward model with its trained head: the judge's weights, and where the critic starts."""
+    """The reward model that `field` names, with its trained head: a judge's weights, and where the critic starts."""
     reward_model = load_reward_model(
-        config.reward_model_path,
+        getattr(config, field),
+        field=field,
         pad_token_id=special_ids(tokenizer)[1],
         must_be_trained=True,
         device=policy.device,
         dtype=config.dtype,
         trust_remote_code=config.trust_remote_code,
     )
-    check_same_vocabulary({"model_name_or_path": policy, "reward_model_path": reward_model}, len(tokenizer))
+    check_same_vocabulary({"model_name_or_path": policy, field: reward_model}, len(tokenizer))
     return reward_model
 
 

@@ -253,9 +253,11 @@ def psi_judge(judge: Judge, opponents: Sequence[Rollout] | None, psi: Psi) -> Ju
     return judged
 
 
-def dataset_opponents(examples: Sequence[TokenizedExample]) -> list[Rollout]:
-    """The responses of examples (`responses`, or those of chosen, rejected and reference that are there), as if they
-    had been sampled, for `psi_judge`."""
+def dataset_opponents(
+    examples: Sequence[TokenizedExample], fields: Sequence[str] = ("chosen", "rejected", "reference")
+) -> list[Rollout]:
+    """The responses of examples (`responses`, or those of `fields` that are there), as if they had been sampled, for
+    `psi_judge`."""
     return [
         Rollout(
             prefix=Prefix(token_ids=example.prompt, num_reset=0, row=example.row, episode=-1),
@@ -264,7 +266,7 @@ def dataset_opponents(examples: Sequence[TokenizedExample]) -> list[Rollout]:
             ended=True,
         )
         for example in examples
-        for response in example.responses or (example.chosen, example.rejected, example.reference)
+        for response in example.responses or [getattr(example, field) for field in fields]
         if response
     ]
 

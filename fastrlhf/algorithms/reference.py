@@ -22,7 +22,8 @@ from transformers.utils.hub import cached_file
 
 from fastrlhf.algorithms.scoring import Tree, num_responses, per_response, sequence_logprobs
 from fastrlhf.config import DPOConfig
-from fastrlhf.models.loading import check_same_vocabulary, frozen_copy, load_policy
+from fastrlhf.models.adapters import frozen_copy
+from fastrlhf.models.loading import check_same_vocabulary, load_policy
 from fastrlhf.types import PackedBatch
 
 log = logging.getLogger(__name__)

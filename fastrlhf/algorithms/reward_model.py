@@ -24,7 +24,7 @@ from fastrlhf.data.packing import forest, micro_batches, num_computed, num_in_se
 from fastrlhf.data.tokens import special_ids
 from fastrlhf.evaluation.winrates import bootstrap_interval
 from fastrlhf.models.forward import sequence_scores
-from fastrlhf.models.loading import check_same_vocabulary, load_reward_model, resolve_device
+from fastrlhf.models.loading import check_same_vocabulary, load_reward_model, make_trainable, resolve_device
 from fastrlhf.optim import Optimizer, index_batches, num_steps
 from fastrlhf.types import Example, Segment, TokenizedExample
 
@@ -55,6 +55,7 @@ def train_reward_model(
         trust_remote_code=config.trust_remote_code,
     )
     check_same_vocabulary({"model_name_or_path": model}, len(tokenizer))
+    make_trainable(model, config)
     pairs = [_tree(example, config) for example in data.train]
     held_out = [_tree(example, config) for example in data.eval]
     margins, held_out_margins = (_margins(config, part, model.device) for part in (data.train, data.eval))

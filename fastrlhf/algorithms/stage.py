@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastrlhf.checkpoint import Checkpointer, Stateful, check_run_dir, create_output_dir, locked, save_model
+from fastrlhf.checkpoint import Checkpointer, Stateful, check_run_dir, create_output_dir, locked, save_trained
 from fastrlhf.config import TrainConfig, require
 from fastrlhf.data.inputs import Data
 from fastrlhf.interrupts import Interrupted, Interrupts
@@ -117,7 +117,7 @@ class Stage:
     ) -> None:
         if isinstance(error, Exception) and self.folder and self._trained and len(self.history) > self._saved:
             try:
-                save_model(*self._trained, self.folder / "interrupted")
+                save_trained(*self._trained, self.folder / "interrupted")
             except Exception as another:  # it must not hide the first one
                 log.warning("interrupted: the weights of the last whole step cannot be saved: %s", another)
         self._stack.__exit__(kind, error, trace)
@@ -166,11 +166,10 @@ class Stage:
         final: dict[str, float],
         value_model: PreTrainedModel | None = None,
     ) -> TrainResult:
-        """Saves what was trained and returns it."""
-        if self.folder:
-            if value_model is not None:
-                save_model(value_model, tokenizer, self.folder / "value_model")
-            save_model(model, tokenizer, self.folder)
+        """Saves what was trained, adapters added to the weights, and returns it."""
+        if value_model is not None:
+            save_trained(value_model, tokenizer, self.folder and self.folder / "value_model")
+        save_trained(model, tokenizer, self.folder)
         return TrainResult(
             model=model,
             tokenizer=tokenizer,

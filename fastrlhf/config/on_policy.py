@@ -18,6 +18,9 @@ class PPOConfig(TrainConfig):
     per_device_train_batch_size: int = 64
     reward_model_path: str = ""
     """The judge; the critic starts from it too, where there is one."""
+    eval_reward_model_path: str = ""
+    """A second judge, for evaluation alone: where its score falls while the training judge's rises, the policy is
+    over-optimised. Empty: none."""
     total_episodes: int = 0
     """Episodes of the run, where `max_steps` is not given; 0: by epochs over the prompts."""
     num_train_epochs: float = 1.0
@@ -31,12 +34,27 @@ class PPOConfig(TrainConfig):
     """Divides the logits when sampling and in every log-prob of the run."""
     rollout_batch_size: int = 64
     """Episodes that are generated side by side."""
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """What generates them. vllm: an engine of vLLM in this process (install fastrlhf[vllm]), which is handed the
+    weights of the policy before each batch; evaluation stays with transformers. Not yet run on a GPU."""
+    vllm_gpu_memory_utilization: float = 0.3
+    """Share of the GPU's memory that vLLM takes, its copy of the weights included."""
+    psi: str = ""
+    """Instead of its score r a response earns the mean over `psi_opponents` y' of Psi(sigmoid(r(y) - r(y'))), PsiPO's g
+    (Azar et al. 2023, arXiv 2310.12036, eq. 7); kl_coef is then tau. identity (IPO), logit, clipped_logit, or a
+    function of yours, as module:function or file.py:function. Empty: the score itself."""
+    psi_clip: float = 3.0
+    """Nats; of clipped_logit."""
+    psi_opponents: Literal["reference", "chosen", "rejected", "rollouts"] = "reference"
+    """The response of the dataset to the same prompt, or the other rollouts of its group."""
     missing_eos_penalty: float | None = None
     """Subtracted from the score of a response that did not end (TRL)."""
     missing_eos_score: float | None = None
     """Replaces the score of a response that did not end (the DR-PO paper: -1)."""
     kl_coef: float = 0.05
     """Nats to reward: each token earns -kl_coef * log(policy / reference). RTO's beta2."""
+    max_kl: float | None = None
+    """Nats per response: training stops where `objective/kl`, of the sampled tokens, exceeds it. null: no limit."""
     score_coef: float = 1.0
     """Weight of the judge's score. RTO's beta3 (arXiv 2404.18922, eq. 4.7)."""
     score_norm: Literal["none", "running"] = "none"
@@ -107,12 +125,23 @@ class PPOConfig(TrainConfig):
         at_least(self, 0, "kl_coef", "vf_coef", "total_episodes", "num_sample_generations")
         at_least(self, 0, "score_coef", "score_clip", "dpo_reward_clip", "length_coef")
         above_0(self, "temperature", "cliprange", "cliprange_value")
+        share = self.vllm_gpu_memory_utilization
+        require(0 < share < 1, "vllm_gpu_memory_utilization", share, "above 0 and below 1")
+        if self.engine == "vllm":
+            require(not self.model_config, "model_config", self.model_config, "empty with engine vllm, which reads it")
+            require(self.temperature >= 0.01, "temperature", self.temperature, "at least 0.01 with engine vllm")
         if self.value_learning_rate is not None:
             above_0(self, "value_learning_rate")
+        if self.max_kl is not None:
+            above_0(self, "max_kl")
         if self.missing_eos_penalty is not None:
             at_least(self, 0, "missing_eos_penalty")
         for name in ("gamma", "lam", "reset_prob", "reset_curriculum"):
             require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "in 0..1")
+        require(not (self.use_dora and self.engine == "vllm"), "use_dora", self.use_dora, "false with engine vllm")
+        above_0(self, "psi_clip")
+        alone = bool(self.psi) and self.psi_opponents == "rollouts" and self.reset_group_size == 1
+        require(not alone, "reset_group_size", self.reset_group_size, "at least 2 where psi_opponents is rollouts")
         require(self.reset_min in (0, 1), "reset_min", self.reset_min, "0 or 1")
         require(
             self.missing_eos_penalty is None or self.missing_eos_score is None,

@@ -38,6 +38,22 @@ class TrainConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the weights; bfloat16 ones are updated through float32 copies (4 more bytes per weight). Log-probs, rewards,
     advantages, heads and losses are float32 in any case."""
+    use_peft: bool = False
+    """Train a low-rank adapter and leave the weights alone; the reference is then the same weights without it. The run
+    ends with the adapter in `adapter/` and added to the weights."""
+    lora_r: int = 16
+    """Its rank."""
+    lora_alpha: int = 32
+    """It is scaled by lora_alpha / lora_r. There is no dropout: log-probs must be the same number twice."""
+    lora_target_modules: tuple[str, ...] = ("all-linear",)
+    """Ends of the names of the layers that get one; all-linear: every linear layer but the heads."""
+    use_rslora: bool = False
+    """Scale by lora_alpha / sqrt(lora_r) (Kalajdzievski 2023, arXiv 2312.03732)."""
+    use_dora: bool = False
+    """Train the norms of the weights apart (Liu et al. 2024, arXiv 2402.09353)."""
+    activation_checkpointing: bool = False
+    """Keep the inputs of layers alone and compute the layers again in the backward: a third more time for a fraction of
+    the memory. The older name gradient_checkpointing is understood."""
     device: str = "auto"
     """auto: the first CUDA GPU, else the CPU."""
 
@@ -112,6 +128,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_choices(self)
         at_least(self, 1, "per_device_train_batch_size", "gradient_accumulation_steps", "micro_batch_tokens")
+        at_least(self, 1, "lora_r", "lora_alpha")
+        require(bool(self.lora_target_modules), "lora_target_modules", self.lora_target_modules, "all-linear, or names")
         at_least(self, 2, "max_length")
         at_least(self, 0, "warmup_steps", "eval_steps", "num_eval_examples", "max_train_examples")
         at_least(self, 0, "save_steps", "save_total_limit")

@@ -64,6 +64,7 @@ def load_examples(
         prompt
         info, summaries, choice                OpenAI's comparisons, prompt and response in their TL;DR form
         subreddit, title, post, summary        TL;DR posts; the summary is the reference
+        instruction, completions               UltraFeedback: a group of responses, overall_score their scores
         prompt, responses                      a list of strings, or of lists of messages, of which `preferences` (a
                                                matrix of P(i better than j)) or `scores` (numbers) may judge
 
@@ -171,6 +172,15 @@ def _group(row: Mapping[str, Any], conversational: bool) -> Fields:
     return {"prompt": prompt, "responses": responses, **read_group_labels(row, len(responses))}
 
 
+def _rated(row: Mapping[str, Any], conversational: bool) -> Fields:
+    completions = _present(row, "completions")
+    if not isinstance(completions, list) or not all(isinstance(one, dict) for one in completions):
+        raise UnusableRow("wrong_type", "completions must be a list of {response, overall_score}")
+    names = {"responses": "response", "scores": "overall_score"}
+    lists = {name: [one.get(key) for one in completions] for name, key in names.items()}
+    return _group({"prompt": _present(row, "instruction"), **lists}, conversational=False)
+
+
 def _implicit(row: Mapping[str, Any], conversational: bool) -> Fields:
     read = _messages if conversational else _human_assistant_turns
     turns = {name: read(row[name], name) for name in RESPONSES if row.get(name) is not None}
@@ -231,10 +241,11 @@ DEMONSTRATIONS = Form(name="demonstrations", required=("prompt", "reference"), c
 MESSAGES = Form(name="messages", required=("messages",), convert=_chat, gives=("reference",))
 PROMPTS = Form(name="prompts", required=("prompt",), convert=_explicit)
 GROUPS = Form(name="groups", required=("responses", "prompt"), convert=_group, gives=("responses",))
-FORMS = (COMPARISONS, POSTS, PAIRS, DEMONSTRATIONS, CONVERSATION_PAIRS, MESSAGES, PROMPTS, GROUPS)
+RATED = Form(name="UltraFeedback", required=("instruction", "completions"), convert=_rated, gives=("responses",))
+FORMS = (COMPARISONS, POSTS, PAIRS, DEMONSTRATIONS, CONVERSATION_PAIRS, MESSAGES, PROMPTS, GROUPS, RATED)
 """The first that fits is taken: the richer before the poorer, and a group only where one is needed."""
 LABELS = ("responses", *GROUP_LABELS, *PAIR_LABELS)
-NAMES = ("prompt", *RESPONSES, *LABELS, "messages", *COMPARISONS.required, *POSTS.required)
+NAMES = ("prompt", *RESPONSES, *LABELS, "messages", *COMPARISONS.required, *POSTS.required, *RATED.required)
 
 
 def _name_columns(rows: Iterable[object], columns: Mapping[str, str], source: str) -> dict[str, str]:

@@ -56,7 +56,7 @@ def line_chart(title: str, curves: list[Curve], over: str = "steps") -> str:
     return (
         f"<figure><figcaption><b>{family}{escape(name)}</b>{_key(curves)}</figcaption>"
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title)} over {escape(over)}">'
-        f"{_axes(x_range, y_range)}"
+        f"{_axes(x_range, y_range, whole=over == 'steps')}"
         f'<svg x="{_LEFT}" y="{_TOP}" width="{_PLOT_WIDTH}" height="{_PLOT_HEIGHT}">{drawn}</svg></svg></figure>\n'
     )
 
@@ -198,14 +198,15 @@ def _path(steps: Array, values: Array, x_range: Range, y_range: Range) -> str:
     return "".join(pieces)
 
 
-def _axes(x_range: Range, y_range: Range) -> str:
+def _axes(x_range: Range, y_range: Range, whole: bool) -> str:
+    """Grid, ticks and labels; a horizontal axis of steps has ticks at whole numbers only."""
     parts = []
     y_ticks = ticks(*y_range, 4)
     for value, label in zip(y_ticks, tick_labels(y_ticks), strict=True):
         y = _TOP + (y_range[1] - value) / (y_range[1] - y_range[0]) * _PLOT_HEIGHT
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text class="y" x="{_LEFT - 5}" y="{y + 3:.1f}">{label}</text>')
-    x_ticks = [value for value in ticks(*x_range, 4) if value == int(value)]
+    x_ticks = [value for value in ticks(*x_range, 4) if not whole or value == int(value)]
     for value, label in zip(x_ticks, tick_labels(x_ticks), strict=True):
         x = _LEFT + (value - x_range[0]) / (x_range[1] - x_range[0]) * _PLOT_WIDTH
         parts.append(f'<text class="x" x="{x:.1f}" y="{_HEIGHT - 5}">{label}</text>')

@@ -3,7 +3,8 @@
 The page needs no network and no script. It shows, as far as they are there:
     summary.json    the table of methods of a demo
     metrics.jsonl   one chart per metric, of the directory itself and of the stages in its sub-folders; stages that log
-                    the same metrics (ppo and drpo, two seeds) share their charts; scores by reset depth are one chart
+                    the same metrics (ppo and drpo, two seeds) share their charts; scores by reset depth are one chart,
+                    and so are the judges of training and evaluation over the square root of the KL
     samples.jsonl   the last samples
     config.yaml     the resolved configuration
 """
@@ -11,6 +12,7 @@ The page needs no network and no script. It shows, as far as they are there:
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from html import escape
 from itertools import chain, pairwise
@@ -30,6 +32,7 @@ RECENT = 20
 """Of the scores by reset depth, the last so many are averaged."""
 
 _DEPTH = "drpo/score_depth_"
+_JUDGES = {"training judge": "eval_objective/scores", "held-out judge": "eval_held_out/scores"}
 _ORDER = ("sft", "reward", "dpo", "ipo", "ppo", "drpo", "rto", "rlp")
 _HOUSEKEEPING = {
     "loss",
@@ -88,6 +91,27 @@ class _Stage:
         means = [self.curve(f"{_DEPTH}{i}").values[-RECENT:].mean() for i in bins]
         middles = np.array([20.0 * i + 10 for i in bins])
         return [Curve(label=self.name, steps=middles, values=np.array(means), color=self.color)] if bins else []
+
+    @property
+    def optimisation_curves(self) -> list[Curve]:
+        """What each judge's score has gained since the first evaluation, over sqrt(KL): Gao et al. 2022 (arXiv
+        2210.10760, Figure 1). None where fewer than two evaluations have both judges' scores."""
+        names = ("eval_objective/kl", *_JUDGES.values())
+        rows = {row["step"]: [row.get(name) for name in names] for row in self.rows}
+        points = np.array([values for values in rows.values() if all(map(_is_finite, values))])
+        if len(points) < 2:
+            return []
+        distance = np.sqrt(points[:, 0].clip(min=0))  # the estimate of a KL near 0 may be negative
+        order = distance.argsort(kind="stable")
+        return [
+            Curve(
+                label=f"{self.name}, {judge}",
+                steps=distance[order],
+                values=(points[:, 1 + i] - points[0, 1 + i])[order],
+                color=(self.color + i * NUM_COLORS // 2) % NUM_COLORS,
+            )
+            for i, judge in enumerate(_JUDGES)
+        ]
 
 
 def write_report(run_dir: Path) -> Path:
@@ -184,6 +208,9 @@ def _charts(stages: list[_Stage]) -> str:
     if by_depth := [curve for stage in stages for curve in stage.depth_curve]:
         title = f"drpo/score by % of the response given away, last {RECENT} steps"
         figures = chain(figures, [line_chart(title, by_depth, over="reset depth")])
+    if judged := [curve for stage in stages for curve in stage.optimisation_curves]:
+        title = "score gained since the first evaluation, over sqrt(KL)"
+        figures = chain(figures, [line_chart(title, judged, over="sqrt(KL)")])
     return f'<div class="charts">{"".join(figures)}</div>'
 
 
@@ -220,6 +247,10 @@ def _cell(key: str, value: Any, interval: Any, color: int) -> str:
     low, high = interval
     bar = interval_bar(value, low, high, color) if key == "win_rate" else ""
     return f'{bar}{show(value)} <span class="muted">{show(low)} to {show(high)}</span>'
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _percent(value: float) -> str:

@@ -33,11 +33,11 @@ PACKED = "fastrlhf_packed"
 def packed_attention(model: PreTrainedModel) -> Iterator[None]:
     """Within it, the model's forward expects `attention_plan`; afterwards it is as before (generation needs that)."""
     before = cast(str, model.config._attn_implementation)
-    model.set_attn_implementation(PACKED)
+    model.config._attn_implementation = PACKED  # its layers read it at every call
     try:
         yield
     finally:
-        model.set_attn_implementation(before)
+        model.config._attn_implementation = before
 
 
 def backend(device: torch.device, dtype: torch.dtype, softcap: float | None = None) -> str:

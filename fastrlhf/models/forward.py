@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import cast
 
 import torch
@@ -16,10 +18,15 @@ from fastrlhf.models.attention import packed_attention
 from fastrlhf.types import PackedBatch, Segment
 from fastrlhf_kernels import TokenLogprobs, linear_logprob
 
+_NEW_NAME = hasattr(PreTrainedModel, "activation_checkpointing_enable")  # transformers 5.17 has the old one
+CHECKPOINTING = "activation_checkpointing" if _NEW_NAME else "gradient_checkpointing"
+
 
 def hidden_states(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
     """The trunk's last hidden states [T, D], in the dtype of the weights."""
-    with packed_attention(model):
+    # Layers recompute in training mode alone; nothing else depends on the mode, for there is no dropout.
+    recomputes = torch.is_grad_enabled() and getattr(model, f"is_{CHECKPOINTING}")
+    with packed_attention(model), _training_mode(model) if recomputes else nullcontext():
         output = model.base_model(
             input_ids=batch.token_ids[None],
             position_ids=batch.positions[None],
@@ -27,6 +34,22 @@ def hidden_states(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
             use_cache=False,
         )
     return output.last_hidden_state[0]
+
+
+def enable_activation_checkpointing(model: PreTrainedModel) -> None:
+    """From now on each layer of the trunk keeps its input alone and is computed again in the backward."""
+    again = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), packed_attention(model))}
+    getattr(model, f"{CHECKPOINTING}_enable")(again)
+
+
+@contextmanager
+def _training_mode(model: PreTrainedModel) -> Iterator[None]:
+    before = model.training
+    model.train()
+    try:
+        yield
+    finally:
+        model.train(before)
 
 
 def token_logprobs(

@@ -22,10 +22,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from fastrlhf.config import TrainConfig, parse_model_config
+from fastrlhf.config import TrainConfig, parse_model_config, require
 from fastrlhf.data.tokens import special_ids
+from fastrlhf.models.adapters import add_adapter
 from fastrlhf.models.attention import backend
-from fastrlhf.models.forward import check_packed_forward
+from fastrlhf.models.forward import check_packed_forward, enable_activation_checkpointing
 
 log = logging.getLogger(__name__)
 
@@ -35,13 +36,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def open_policy(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """The model that `model_name_or_path` or `model_config` names, on the device of the run, ready to train.
 
-    Tokens that the tokenizer has more than the model get new embeddings, drawn with `seed`. Raises ValueError as
-    `build_policy` and `load_policy` do, and where neither or both are given.
+    Tokens that the tokenizer has more than the model get new embeddings, drawn with `seed`. With `use_peft` it has an
+    adapter. Raises ValueError as `build_policy` and `load_policy` do, where neither or both are given, and for an
+    adapter on weights that nothing has trained.
     """
     device = resolve_device(config.device)
     if config.model_config:
         if config.model_name_or_path:
             raise ValueError("model_config: give either a model or a configuration to build one from, not both")
+        require(not config.use_peft, "use_peft", True, "false: a model from scratch has no weights to adapt")
         model = build_policy(
             parse_model_config(config.model_config),
             vocab_size=len(tokenizer),
@@ -57,9 +60,20 @@ def open_policy(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreT
     else:
         raise ValueError("model_name_or_path: give a folder or a hub name, or build a model from model_config")
     if model.config.vocab_size < len(tokenizer):
+        new = len(tokenizer) - model.config.vocab_size
+        require(not config.use_peft, "use_peft", True, f"false: the embeddings of {new} new tokens have to be trained")
         with _seeded(config.seed, device):
             model.resize_token_embeddings(len(tokenizer))
+    make_trainable(model, config)
     return model
+
+
+def make_trainable(model: PreTrainedModel, config: TrainConfig) -> None:
+    """What `config` asks of a model that it trains: an adapter, activation checkpointing."""
+    if config.use_peft:
+        add_adapter(model, config)
+    if config.activation_checkpointing:
+        enable_activation_checkpointing(model)
 
 
 def load_policy(
@@ -150,11 +164,6 @@ def load_reward_model(
     return _ready(model, device)
 
 
-def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A second copy of the model that no optimiser touches: the reference."""
-    return copy.deepcopy(model).requires_grad_(False).eval()
-
-
 def check_same_vocabulary(models: Mapping[str, PreTrainedModel], num_tokens: int) -> None:
     """Raises ValueError where a model's embedding is smaller than the tokenizer, or where two models disagree."""
     sizes = {field: model.config.vocab_size for field, model in models.items()}
@@ -173,6 +182,9 @@ def read_model_config(source: str, field: str, trust_remote_code: bool) -> Pretr
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
+        if (Path(source) / "adapter_config.json").exists():
+            whole = "give the folder of its run, where it is added to the weights"
+            raise ValueError(f"{field}: {source!r} holds an adapter alone; {whole}") from error
         if Path(source).is_dir():
             raise ValueError(f"{field}: {source!r} holds no model that transformers knows ({error})") from error
         raise ValueError(f"{field}: {source!r} is neither a folder here nor a model the hub gives us") from error

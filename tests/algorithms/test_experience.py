@@ -10,8 +10,9 @@ from fastrlhf.algorithms.on_policy import make_engine, update
 from fastrlhf.config import DRPOConfig, PPOConfig
 from fastrlhf.data.packing import unpack
 from fastrlhf.evaluation.judges import reward_model_judge
+from fastrlhf.models.adapters import frozen_copy
 from fastrlhf.models.implicit_reward import ImplicitReward
-from fastrlhf.models.loading import frozen_copy, load_reward_model
+from fastrlhf.models.loading import load_reward_model
 from fastrlhf.rewards import Rewards
 from fastrlhf.types import Experience, Prefix, Rollout
 from tests import tiny

@@ -1,5 +1,6 @@
 """The on-policy trainer against an independent padded loop, and the identities between PPO and DR-PO."""
 
+import math
 from dataclasses import replace
 from itertools import pairwise
 
@@ -9,7 +10,8 @@ import torch
 from fastrlhf.algorithms.experience import pack_episodes, score_episodes
 from fastrlhf.algorithms.on_policy import draw_prefixes, make_engine, train_on_policy, update
 from fastrlhf.config import DRPOConfig, PPOConfig, RTOConfig
-from fastrlhf.models.loading import build_policy, frozen_copy, load_policy, load_reward_model
+from fastrlhf.models.adapters import frozen_copy
+from fastrlhf.models.loading import build_policy, load_policy, load_reward_model
 from fastrlhf.types import Rollout, TokenizedExample
 from tests import tiny
 
@@ -304,3 +306,68 @@ def test_without_a_critic_the_reward_model_is_the_judge_alone(paths):
     assert result.history[0]["objective/scores"] == with_critic.history[0]["objective/scores"]
     assert result.value_model is None
     assert with_critic.value_model is not None
+
+
+def test_a_second_reward_model_judges_the_held_out_prompts_and_moves_nothing(paths, tmp_path):
+    other = tiny.save_reward_model(tmp_path / "other", seed=11)
+    held_out = tiny.examples(6, seed=1)
+    cfg = config(paths, eval_steps=1)
+    plain = train_on_policy(cfg, tiny.examples(40), held_out)
+    judged = train_on_policy(replace(cfg, eval_reward_model_path=other), tiny.examples(40), held_out)
+    rows = [{k: v for k, v in row.items() if not k.startswith("timing/")} for row in plain.history]
+    for row, other_row in zip(rows, judged.history, strict=True):
+        assert row.items() <= other_row.items()
+        assert other_row["eval_held_out/scores"] != other_row["eval_objective/scores"]
+        assert other_row["eval_held_out/scores_stderr"] > 0
+    same = train_on_policy(replace(cfg, eval_reward_model_path=cfg.reward_model_path), tiny.examples(40), held_out)
+    assert all(row["eval_held_out/scores"] == row["eval_objective/scores"] for row in same.history)
+
+
+def test_a_second_judge_without_held_out_prompts_is_refused_before_anything_is_loaded(paths):
+    cfg = config(paths, eval_reward_model_path=paths["reward_model_path"])
+    with pytest.raises(ValueError, match=r"^eval_reward_model_path: nothing to judge; give num_eval_examples"):
+        run(cfg)
+    with pytest.raises(ValueError, match=r"^eval_reward_model_path: 'nowhere' is neither a folder here nor"):
+        run(cfg, eval_reward_model_path="nowhere")
+
+
+@pytest.mark.parametrize("opponents", ["reference", "rollouts"])
+def test_psi_makes_the_reward_a_mean_preference_and_leaves_the_evaluation_in_scores(paths, opponents):
+    """Against responses of the dataset, or of its own group, by a judge that can be followed by hand."""
+
+    def length(rollouts):
+        return torch.tensor([0.5 * len([*r.prefix.token_ids, *r.completion]) for r in rollouts])
+
+    seen = []
+
+    def watch(rollout):
+        seen.append(rollout)
+        return 0.0
+
+    examples = tiny.examples(8)
+    group = 4 if opponents == "rollouts" else 1
+    cfg = config(
+        paths, max_steps=1, psi="identity", psi_opponents=opponents, reset_group_size=group, num_mini_batches=1
+    )
+    history = train_on_policy(
+        cfg, examples, tiny.examples(2, seed=1), judge=length, reward_functions={"watch": watch}
+    ).history
+    scores = dict(zip(map(id, seen), length(seen).tolist(), strict=True))
+    prompts = {r.prefix.row: len(r.prefix.token_ids) for r in seen}
+    expected = []
+    for rollout in seen:
+        others = [scores[id(r)] for r in seen if r.prefix.row == rollout.prefix.row and r is not rollout]
+        if opponents == "reference":
+            reference = tiny.ids(examples[rollout.prefix.row].reference)
+            others = [0.5 * (prompts[rollout.prefix.row] + len(reference) + 1)]
+        own = scores[id(rollout)]
+        expected.append(sum(1 / (1 + math.exp(other - own)) for other in others) / len(others))
+    assert history[0]["objective/scores"] == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+    assert history[0]["eval_objective/scores"] > 1  # of the judge, in its own unit
+
+
+def test_opponents_of_the_group_need_a_group_and_a_psi_a_name(paths):
+    with pytest.raises(ValueError, match="reset_group_size: must be at least 2 where psi_opponents is rollouts"):
+        config(paths, psi="identity", psi_opponents="rollouts")
+    with pytest.raises(ValueError, match=r"^psi: 'logits' is none of identity"):
+        train_on_policy(config(paths, psi="logits"), tiny.examples(4))

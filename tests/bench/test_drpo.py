@@ -13,7 +13,7 @@ from bench.drpo.problem import EOS, RESPONSE_LENGTH, Problem, eos_probability, m
 from fastrlhf.algorithms.experience import pack_episodes, score_episodes
 from fastrlhf.algorithms.on_policy import draw_prefixes, make_engine, update
 from fastrlhf.evaluation.judges import reward_model_judge
-from fastrlhf.models.loading import frozen_copy
+from fastrlhf.models.adapters import frozen_copy
 from tests import tiny
 
 PROBLEM = Problem(

@@ -204,17 +204,33 @@ def test_a_candidate_of_the_tuner_that_is_wrong_is_refused(problem, monkeypatch:
 
 
 def test_the_gpu_script_goes_on_after_a_failing_step(tmp_path: Path):
+    """Every part with a GPU and a Python that fail or do nothing: which commands it would run, and its exit code."""
     for name in ("nvidia-smi", "python3"):
         fake = tmp_path / name
         fake.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/{name}.calls\nexit {int(name == "python3")}\n')
         fake.chmod(0o755)
-    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "OUT": str(tmp_path / "out")}
-    subprocess.run(["bash", ROOT / "bench" / "gpu.sh", "--dead", "0"], env=environment, timeout=60, capture_output=True)
-    steps = [line.split() for line in (tmp_path / "python3.calls").read_text().splitlines()]
-    assert [step[1:3] for step in steps[:2]] == [["pytest", "-q"]] * 2
-    assert [step[1:3] for step in steps[2:]] == [["bench", "tune"], ["bench", "kernels"], ["bench", "kernels"]]
-    assert steps[3][-4:] == ["--out", str(tmp_path / "out"), "--dead", "0"]
-    assert len(list((tmp_path / "out").glob("*.txt"))) == 5
+    calls, out = tmp_path / "python3.calls", tmp_path / "out"
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "OUT": str(out), "FASTRLHF_DATA": ""}
+
+    def run(*arguments: str) -> list[list[str]]:
+        calls.unlink(missing_ok=True)
+        script = ["bash", str(ROOT / "bench" / "gpu.sh"), *arguments]
+        ended = subprocess.run(script, env=environment, timeout=60, capture_output=True, check=False)
+        assert ended.returncode == 1
+        return [line.split() for line in calls.read_text().splitlines()]
+
+    assert [step[1:3] for step in run("test")] == [["pytest", "-q"]] * 2
+    assert [step[1:3] for step in run("tune")] == [["bench", "tune"]]
+    steps = run("kernels", "--dead", "0")
+    assert [step[1:3] for step in steps] == [["bench", "kernels"]] * 2
+    where = ["--device", "cuda", "--out", str(out)]
+    assert steps[0][-6:] == ["--dead", "0", *where]
+    assert [step[1:] for step in run("train")] == [
+        ["bench", "train", "drpo", "--shape", "pythia-1b", "--episodes", "64", "--rounds", "2", *where],
+        ["bench", "trunks", "--episodes", "128", *where],
+    ]
+    logs = {"tests_gpu", "tests_kernels", "tune", "kernels", "kernels_alone", "train_drpo", "trunks"}
+    assert {log.stem for log in out.glob("*.txt")} == logs
 
 
 def test_tasks_and_contenders_agree_on_their_names():

@@ -67,6 +67,8 @@ def test_replace_checks_again(kind):
         (PPOConfig, "temperature", 0.0, "above 0"),
         (PPOConfig, "value_learning_rate", 0.0, "above 0"),
         (PPOConfig, "cliprange", 0.0, "above 0"),
+        (PPOConfig, "max_kl", 0.0, "above 0"),
+        (PPOConfig, "vllm_gpu_memory_utilization", 1.0, "above 0 and below 1"),
         (PPOConfig, "gamma", 1.01, r"in 0\.\.1"),
         (PPOConfig, "lam", 1.01, r"in 0\.\.1"),
         (PPOConfig, "reset_prob", 1.01, r"in 0\.\.1"),

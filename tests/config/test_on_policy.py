@@ -44,3 +44,11 @@ def test_an_advantage_of_the_group_wants_a_group_whole_episodes_and_no_critic(es
 def test_mini_batches_hold_whole_groups():
     with pytest.raises(ValueError, match=r"^num_mini_batches: must be a divisor of the batch of 8 groups of episodes"):
         PPOConfig(reset_group_size=8, num_mini_batches=16)
+
+
+def test_vllm_reads_a_model_from_a_folder_and_has_no_temperature_below_its_own_least():
+    config = PPOConfig(engine="vllm")
+    for field, value in (("model_config", '{"model_type": "llama"}'), ("temperature", 0.009)):
+        with pytest.raises(ValueError, match=rf"^{field}: must be .* with engine vllm"):
+            replace(config, **{field: value})
+        replace(config, **{field: value, "engine": "transformers"})

@@ -45,6 +45,15 @@ def test_a_group_of_conversations_and_columns_of_other_names(tmp_path):
     assert loaded.examples == [Example(prompt=[user], responses=[[answer], [other]], scores=[4.0, 2.0], row=0)]
 
 
+def test_ultrafeedback_is_a_group_of_responses_with_ratings(tmp_path):
+    completions = [{"response": "a", "overall_score": 7.5, "model": "x"}, {"response": "b", "overall_score": 4}]
+    good = {"source": "s", "instruction": "Q", "completions": completions}
+    bad = {"instruction": "Q", "completions": [completions[0], {"response": "b"}]}
+    loaded = load(tmp_path, [good, bad], "responses", max_bad_fraction=0.5)
+    assert loaded.examples == [Example(prompt="Q", responses=["a", "b"], scores=[7.5, 4.0], row=0)]
+    assert loaded.skipped == {"wrong_type": 1}
+
+
 @pytest.mark.parametrize(
     ("row", "reason"),
     [

@@ -133,3 +133,11 @@ def test_the_interval_bar_places_a_half_in_the_middle():
     assert 'x1="4.0" x2="136.0"' in bar
     assert 'cx="70.0"' in bar
     assert "var(--c3)" in bar
+
+
+def test_steps_have_ticks_at_whole_numbers_and_other_axes_where_they_are_round():
+    def ticks_of(over):
+        return re.findall(r'<text class="x"[^>]*>(.*?)<', line_chart("m", [curve([1, 2], steps=[0.0, 1.0])], over=over))
+
+    assert ticks_of("steps") == ["0", "1"]
+    assert ticks_of("sqrt(KL)") == ["0.0", "0.5", "1.0"]

@@ -84,6 +84,36 @@ def test_scores_by_reset_depth_are_one_chart_of_the_last_steps(tmp_path):
     assert "score_depth" not in page
 
 
+def evaluated(directory, rows):
+    """A run whose evaluations gave (kl, score of the training judge, score of the held-out judge)."""
+    names = ("eval_objective/kl", "eval_objective/scores", "eval_held_out/scores")
+    with MetricsWriter(directory) as writer:
+        for step, row in enumerate(rows, start=1):
+            writer.log(step, ON_POLICY | dict(zip(names, row, strict=False)))
+
+
+def test_judges_of_training_and_evaluation_are_drawn_over_the_root_of_the_kl(tmp_path):
+    """Gains since the first evaluation: 0, 1, 3 and 0, 0.5, -1, at a distance of 0, 2 and 1, drawn in its order."""
+    nan = float("nan")
+    evaluated(tmp_path / "ppo", [(-0.1, 5.0, 2.0), (), (4.0, 6.0, 2.5), (nan, 9.0, 9.0), (1.0, 8.0, 1.0)])
+    page = write_report(tmp_path).read_text()
+    title = "score gained since the first evaluation, over sqrt(KL)"
+    assert figures(page)[title] == ["ppo, training judge", "ppo, held-out judge"]
+    assert "ppo, training judge: 3 points, from 0 to 3" in page
+    assert "ppo, held-out judge: 3 points, from -1 to 0.5" in page
+    [figure] = [part for part in page.split("<figure>") if title in part]
+    assert re.findall("</i>(.*?) <b>(.*?)</b>", figure) == [
+        ("ppo, training judge", "1"),  # at the largest KL
+        ("ppo, held-out judge", "0.5"),
+    ]
+
+
+def test_without_two_evaluations_by_both_judges_there_is_no_such_chart(tmp_path):
+    evaluated(tmp_path / "drpo", [(1.0, 5.0), (2.0, 6.0)])
+    evaluated(tmp_path / "ppo", [(1.0, 5.0, 2.0)])
+    assert "sqrt(KL)" not in write_report(tmp_path).read_text()
+
+
 def test_two_seeds_are_overlaid(tmp_path):
     for seed in range(2):
         write_metrics(tmp_path / f"seed-{seed}" / "ppo", ON_POLICY)

@@ -4,7 +4,13 @@ from transformers import AttentionInterface
 
 from fastrlhf.data.packing import pack
 from fastrlhf.models.attention import PACKED
-from fastrlhf.models.forward import check_packed_forward, sequence_scores, token_logprobs, token_values
+from fastrlhf.models.forward import (
+    check_packed_forward,
+    enable_activation_checkpointing,
+    sequence_scores,
+    token_logprobs,
+    token_values,
+)
 from fastrlhf.models.loading import load_reward_model
 from fastrlhf.types import Segment
 from tests import tiny
@@ -106,3 +112,44 @@ def test_logits_transformed_in_an_unknown_way_are_refused():
     model.lm_head.register_forward_hook(lambda module, inputs, output: output * 1.5)
     with pytest.raises(ValueError, match="its attention or its head"):
         check_packed_forward(model)
+
+
+def saved_bytes(model, batch) -> int:
+    """What autograd keeps of a forward, weights aside."""
+    weights, kept = {p.data_ptr() for p in model.parameters()}, {}
+
+    def keep(tensor):
+        if tensor.data_ptr() not in weights:
+            kept[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        token_logprobs(model, batch)
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("name", tiny.ARCHITECTURES)
+def test_activation_checkpointing_changes_no_bit_and_keeps_less(name):
+    """On a forest: the recomputation attends as the forward did, and leaves the model in the mode that it was in."""
+    forest = pack(
+        [
+            Segment(token_ids=SEQUENCES[0]),
+            Segment(token_ids=[14, 15], num_scored=2, parent=0, cut=7),
+            Segment(token_ids=[16, 17, 18], num_scored=3, parent=0, cut=3),
+            scored(SEQUENCES[2]),
+        ]
+    )
+    results, kept = [], []
+    for checkpointing in (False, True):
+        model = tiny.policy(name)
+        if checkpointing:
+            enable_activation_checkpointing(model)
+        before = model.config._attn_implementation
+        logprob = token_logprobs(model, forest).logprob
+        assert not model.training
+        logprob.sum().backward()
+        assert model.config._attn_implementation == before
+        results.append([logprob.detach(), *[p.grad for p in model.parameters() if p.grad is not None]])
+        kept.append(saved_bytes(model, forest))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert kept[1] < 0.5 * kept[0]

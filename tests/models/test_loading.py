@@ -7,12 +7,12 @@ from transformers import AutoModelForSequenceClassification
 
 from fastrlhf.config import SFTConfig
 from fastrlhf.data.packing import pack, sequence
+from fastrlhf.models.adapters import frozen_copy
 from fastrlhf.models.forward import sequence_scores, token_logprobs
 from fastrlhf.models.loading import (
     _check_positions,
     build_policy,
     check_same_vocabulary,
-    frozen_copy,
     load_policy,
     load_reward_model,
     open_policy,

@@ -1,0 +1,98 @@
+"""What an on-policy run is watched by while it trains: full responses to held-out prompts, with no reset.
+
+They compare across reset probabilities, as the numbers of training (`objective/kl` above all, of the sampled tokens
+alone) do not. A second judge that training never asks shows over-optimisation: its score falls while that of the
+training judge still rises (Gao et al. 2022, arXiv 2210.10760, Figure 1, over the square root of the KL).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fastrlhf.config import PPOConfig
+from fastrlhf.evaluation.judges import Judge, checked_scores
+from fastrlhf.evaluation.responses import respond, response_kl
+from fastrlhf.types import Rollout, TokenizedExample
+
+NGRAM = 4
+"""Tokens of the n-grams that a loop repeats."""
+
+
+@torch.no_grad()
+def evaluate(
+    config: PPOConfig,
+    policy: PreTrainedModel,
+    reference: PreTrainedModel,
+    judge: Judge,
+    examples: Sequence[TokenizedExample],
+    eos_token_id: int,
+    held_out_judge: Judge | None = None,
+) -> dict[str, float]:
+    """One response per prompt as training samples it, and the likeliest one.
+
+    `eval_objective/scores`, `eval_held_out/scores` (of `held_out_judge`) and `eval_objective/kl` (nats per response)
+    are of the sampled responses, with `eval_completions/*`; `eval_greedy/*` is of the likeliest. Each mean score comes
+    with its standard error over the prompts. Raises ValueError, naming the row, for a score that is not finite.
+    """
+
+    def answers(temperature: float) -> list[Rollout]:
+        return respond(
+            policy,
+            examples,
+            eos_token_id=eos_token_id,
+            response_length=config.response_length,
+            temperature=temperature,
+            seed=config.seed,
+            batch_size=config.rollout_batch_size,
+        )
+
+    def scores(name: str, judge: Judge, rollouts: Sequence[Rollout]) -> dict[str, float]:
+        return mean_and_error(f"{name}/scores", checked_scores(judge(rollouts), rollouts, policy.device))
+
+    sampled, greedy = answers(config.temperature), answers(0.0)
+    metrics = scores("eval_objective", judge, sampled)
+    metrics["eval_objective/kl"] = response_kl(
+        policy, reference, sampled, temperature=config.temperature, micro_batch_tokens=config.micro_batch_tokens
+    )
+    metrics |= {f"eval_completions/{name}": value for name, value in describe(sampled).items()}
+    metrics |= scores("eval_greedy", judge, greedy)
+    metrics |= {f"eval_greedy/{name}": value for name, value in describe(greedy).items()}
+    if held_out_judge is not None:
+        metrics |= scores("eval_held_out", held_out_judge, sampled)
+    return metrics
+
+
+def mean_and_error(name: str, scores: Tensor) -> dict[str, float]:
+    """The mean of scores [N] and, as `name`_stderr, its standard error: s / sqrt(N), with N - 1 in s. NaN for N = 1."""
+    values = scores.double().cpu().numpy()
+    error = float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return {name: float(values.mean()), f"{name}_stderr": error}
+
+
+def describe(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Length in tokens, and shares in 0..1 of the responses: those that ended, that loop (more than half of whose
+    4-grams have occurred in them before), that another prompt was answered with too, token by token."""
+    prompts_of: dict[tuple[int, ...], set[tuple[int, ...]]] = {}
+    for rollout in rollouts:
+        prompts_of.setdefault(tuple(rollout.completion), set()).add(tuple(rollout.prefix.token_ids))
+    return {
+        "mean_length": float(np.mean([len(rollout.completion) for rollout in rollouts])),
+        "ended": float(np.mean([rollout.ended for rollout in rollouts])),
+        "looping": float(np.mean([repetition(rollout.completion) > 0.5 for rollout in rollouts])),
+        "duplicates": float(np.mean([len(prompts_of[tuple(rollout.completion)]) > 1 for rollout in rollouts])),
+    }
+
+
+def repetition(tokens: Sequence[int]) -> float:
+    """seq-rep-4 (Welleck et al. 2019, arXiv 1908.04319): 1 - distinct 4-grams / 4-grams; 0 where there is none.
+
+    [1, 2, 1, 2, 1, 2, 1]  ->  1 - 2 / 4
+    """
+    ngrams = [tuple(tokens[i : i + NGRAM]) for i in range(len(tokens) - NGRAM + 1)]
+    return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0

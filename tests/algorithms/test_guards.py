@@ -1,0 +1,99 @@
+"""Each guard is tested by breaking what it guards."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from fastrlhf.algorithms.experience import pack_episodes, score_episodes
+from fastrlhf.algorithms.guards import check_kl, raise_not_finite
+from fastrlhf.algorithms.on_policy import train_on_policy
+from fastrlhf.config import PPOConfig
+from fastrlhf.metrics import read_metrics
+from fastrlhf.models.loading import load_reward_model
+from fastrlhf.types import Prefix, Rollout
+from tests import tiny
+
+
+def config(folder, **settings):
+    fields = {
+        "model_name_or_path": tiny.save_policy(folder / "sft"),
+        "reward_model_path": tiny.save_reward_model(folder / "reward"),
+        "per_device_train_batch_size": 8,
+        "max_steps": 30,
+        "response_length": 6,
+        "max_length": 32,
+        "learning_rate": 3e-3,
+        "lr_scheduler_type": "constant",
+        "kl_coef": 0.0,
+        "progress": False,
+    }
+    return PPOConfig(**fields | settings)
+
+
+def test_a_policy_too_far_from_its_reference_stops_before_it_is_trained_further(tmp_path):
+    """What is left is the policy that was measured, bit for bit: that of a run that ends one update earlier."""
+    with pytest.raises(ValueError, match=r"^max_kl: the policy that sampled for update \d+ is .* more than 0\.5;"):
+        train_on_policy(config(tmp_path, max_kl=0.5, output_dir=str(tmp_path / "run")), tiny.examples(20))
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert 1 <= len(rows) < 30
+    assert all(row["objective/kl"] <= 0.5 for row in rows)
+    shorter = train_on_policy(config(tmp_path, max_steps=len(rows)), tiny.examples(20))
+    left = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "interrupted")
+    for ours, theirs in zip(left.parameters(), shorter.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_limit_that_is_not_reached_changes_nothing(tmp_path):
+    free, limited = (
+        train_on_policy(config(tmp_path, max_steps=2, max_kl=limit), tiny.examples(20)) for limit in (None, 100.0)
+    )
+    for ours, theirs in zip(free.model.parameters(), limited.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_the_limit_is_the_largest_kl_allowed():
+    check_kl(PPOConfig(max_kl=2.0), 3, 2.0)
+    check_kl(PPOConfig(), 3, 1e9)
+    with pytest.raises(ValueError, match=r"update 3 is 2\.001 nats per response"):
+        check_kl(PPOConfig(max_kl=2.0), 3, 2.001)
+
+
+POISON = 31
+ROLLOUTS = [
+    Rollout(
+        prefix=Prefix(token_ids=prompt, num_reset=0, row=row, episode=row),
+        completion=[9, tiny.EOS],
+        sampler_logprob=[-1.0, -1.0],
+        ended=True,
+    )
+    for row, prompt in ((10, [4, 5, 6]), (11, [7, POISON, 8]), (12, [4, 6]))
+]
+
+
+@pytest.mark.parametrize(
+    ("broken", "name"),
+    [
+        ("policy", "log-prob of the policy"),
+        ("reference", "log-prob of the reference"),
+        ("critic", "value of the critic"),
+    ],
+)
+@pytest.mark.parametrize("whiten", [False, True])
+def test_a_broken_model_is_named_with_the_row_that_it_fails_on(tmp_path, broken, name, whiten):
+    """NaN in the embedding of one token, which the prompt of row 11 alone has; whitening spreads it to every row."""
+    cfg = config(tmp_path, whiten_rewards=whiten)
+    critic = load_reward_model(cfg.reward_model_path, pad_token_id=0, must_be_trained=True)
+    models = {"policy": tiny.policy(), "reference": tiny.policy(seed=5), "critic": critic}
+    with torch.no_grad():
+        models[broken].base_model.get_input_embeddings().weight[POISON] = float("nan")
+    packs = pack_episodes(cfg, ROLLOUTS, [2, 0, 1], torch.device("cpu"))
+    with pytest.raises(ValueError, match=f"^{name}: nan for a token of the response to row 11; nothing is trained"):
+        score_episodes(cfg, **models, rollouts=ROLLOUTS, scores=torch.ones(3), packs=packs, eos_token_id=tiny.EOS)
+
+
+def test_the_first_number_that_is_not_finite_is_named_and_empty_episodes_are_skipped():
+    good, bad = torch.zeros(5), torch.tensor([0.0, 0.0, 0.0, float("-inf"), float("nan")])
+    cu_rows = torch.tensor([0, 3, 3, 5], dtype=torch.int32)
+    raise_not_finite({"a": good}, cu_rows, ROLLOUTS)
+    with pytest.raises(ValueError, match=r"^b: -inf for a token of the response to row 12;"):
+        raise_not_finite({"a": good, "b": bad, "c": bad}, cu_rows, ROLLOUTS)

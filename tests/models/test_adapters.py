@@ -1,0 +1,202 @@
+"""Adapters: nothing at the start, nothing but the adapter is trained, the reference shares the weights, and merging
+changes no number."""
+
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from fastrlhf.algorithms.on_policy import train_on_policy
+from fastrlhf.algorithms.preference import train_dpo
+from fastrlhf.algorithms.reward_model import train_reward_model
+from fastrlhf.algorithms.sft import train_sft
+from fastrlhf.config import DPOConfig, PPOConfig, RewardConfig, SFTConfig
+from fastrlhf.data.packing import pack
+from fastrlhf.models.adapters import add_adapter, frozen_copy, has_adapter, merge_adapter, plain_weights
+from fastrlhf.models.forward import sequence_scores, token_logprobs
+from fastrlhf.models.loading import load_reward_model
+from fastrlhf.types import Segment
+from tests import tiny
+
+BATCH = pack([Segment(token_ids=[3, 4, 5, 6, 1], num_scored=4), Segment(token_ids=[7, 8, 1], num_scored=2)])
+LORA = {"use_peft": True, "lora_r": 4, "lora_alpha": 8, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    return (
+        tiny.save_policy(tmp_path_factory.mktemp("policy")),
+        tiny.save_reward_model(tmp_path_factory.mktemp("reward")),
+    )
+
+
+def logprobs(model):
+    with torch.no_grad():
+        return token_logprobs(model, BATCH).logprob
+
+
+def disturb(model):
+    """Moves what is trained."""
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+
+
+@pytest.mark.parametrize("architecture", list(tiny.ARCHITECTURES))
+@pytest.mark.parametrize("kind", [{}, {"use_dora": True}, {"use_rslora": True}], ids=["lora", "dora", "rslora"])
+def test_an_adapter_starts_at_nothing_trains_alone_and_merges_exactly(architecture, kind):
+    model = tiny.policy(architecture)
+    start, names = logprobs(model), list(model.state_dict())
+    add_adapter(model, SFTConfig(**LORA | kind))
+    torch.testing.assert_close(logprobs(model), start, rtol=1e-6, atol=1e-6)  # DoRA divides by a norm and multiplies
+    assert all(".lora_" in name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    reference = frozen_copy(model)
+    disturb(model)
+    moved = logprobs(model)
+    assert (moved - start).abs().max() > 0.1
+    assert torch.equal(logprobs(reference), start)
+    theirs = {parameter.data_ptr() for parameter in model.parameters()}
+    assert all(parameter.data_ptr() in theirs for parameter in reference.parameters())
+    merge_adapter(model)
+    assert not has_adapter(model)
+    assert list(model.state_dict()) == names
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    torch.testing.assert_close(logprobs(model), moved, rtol=1e-5, atol=1e-5)
+
+
+def test_a_score_head_is_trained_and_the_judge_has_one_of_its_own(paths):
+    critic = load_reward_model(paths[1], pad_token_id=0)
+    add_adapter(critic, SFTConfig(**LORA))
+    assert critic.score.weight.requires_grad
+    judge = frozen_copy(critic)
+    with torch.no_grad():
+        before = sequence_scores(judge, BATCH)
+        disturb(critic)
+        assert torch.equal(sequence_scores(judge, BATCH), before)
+        assert (sequence_scores(critic, BATCH) - before).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("adapter", [None, {}, {"use_rslora": True}], ids=["none", "lora", "rslora"])
+def test_the_plain_weights_are_those_of_the_merged_model(adapter):
+    model = tiny.policy("qwen3")
+    if adapter is not None:
+        add_adapter(model, SFTConfig(**LORA | adapter))
+        disturb(model)
+    weights = dict(plain_weights(model))
+    merge_adapter(model)
+    assert list(weights) == [name for name, _ in model.named_parameters()]
+    for name, merged in model.named_parameters():
+        torch.testing.assert_close(weights[name], merged, rtol=1e-6, atol=1e-6)
+
+
+def test_the_adapter_is_drawn_with_the_seed():
+    def weights(seed):
+        model = tiny.policy()
+        add_adapter(model, SFTConfig(**LORA, seed=seed))
+        return model.model.layers[0].self_attn.q_proj.lora_A["default"].weight
+
+    assert torch.equal(weights(1), weights(1))
+    assert not torch.equal(weights(1), weights(2))
+
+
+def test_named_layers_alone_get_one_and_no_such_layer_is_an_error():
+    model = tiny.policy()
+    add_adapter(model, SFTConfig(**LORA, lora_target_modules=("q_proj", "v_proj")))
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert len(trained) == 2 * 2 * 2
+    assert all("q_proj" in name or "v_proj" in name for name in trained)
+    with pytest.raises(ValueError, match="lora_target_modules: query fit no layer of LlamaForCausalLM"):
+        add_adapter(tiny.policy(), SFTConfig(**LORA, lora_target_modules=("query",)))
+
+
+def dpo(model, **settings):
+    fields = {"per_device_train_batch_size": 8, "max_steps": 3, "learning_rate": 1e-2, **LORA}
+    return DPOConfig(model_name_or_path=model, micro_batch_tokens=60, **fields | settings)
+
+
+def test_adapter_off_is_the_copied_reference_and_the_precomputed_one(paths):
+    """DPO with the reference live (the same weights without the adapter), precomputed, and a copy from disk."""
+    examples = tiny.examples(16)
+    precomputed = train_dpo(dpo(paths[0]), examples).history
+    assert precomputed[-1]["rewards/margins"] > 0.05  # it has moved
+    live = train_dpo(dpo(paths[0], precompute_ref_log_probs=False), examples).history
+    copied = train_dpo(dpo(paths[0], precompute_ref_log_probs=False, ref_model_name_or_path=paths[0]), examples).history
+    assert live == copied
+    for row, other in zip(live, precomputed, strict=True):
+        assert row == pytest.approx(other, rel=1e-4, abs=1e-5)
+
+
+def test_activation_checkpointing_changes_no_number_of_a_run_with_an_adapter(paths):
+    examples = tiny.examples(16)
+    plain, checkpointed = (
+        train_dpo(dpo(paths[0], activation_checkpointing=on), examples).history for on in (False, True)
+    )
+    assert checkpointed == plain
+
+
+def test_a_run_leaves_the_merged_model_and_the_adapter_that_makes_it(paths, tmp_path):
+    folder = tmp_path / "run"
+    result = train_dpo(dpo(paths[0], output_dir=str(folder)), tiny.examples(16))
+    assert not has_adapter(result.model)
+    expected = logprobs(result.model)
+    merged = AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(logprobs(merged), expected)
+    base = AutoModelForCausalLM.from_pretrained(paths[0])
+    assert (logprobs(base) - expected).abs().max() > 0.01
+    adapted = PeftModel.from_pretrained(base, str(folder / "adapter"))
+    assert adapted.peft_config["default"].base_model_name_or_path == paths[0]
+    torch.testing.assert_close(logprobs(adapted.get_base_model()), expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match=r"model_name_or_path: '.*adapter' holds an adapter alone; give the folder"):
+        train_dpo(dpo(str(folder / "adapter"), tokenizer_name_or_path=paths[0]), tiny.examples(8))
+
+
+def test_a_reward_model_keeps_its_trained_head(paths, tmp_path):
+    folder = tmp_path / "run"
+    cfg = RewardConfig(model_name_or_path=paths[0], output_dir=str(folder), max_steps=3, learning_rate=1e-2, **LORA)
+    result = train_reward_model(cfg, tiny.examples(16))
+    saved = AutoModelForSequenceClassification.from_pretrained(folder)
+    assert torch.equal(saved.score.weight, result.model.score.weight)
+    start = load_reward_model(paths[0], pad_token_id=0, seed=cfg.seed, field="model_name_or_path")
+    assert not torch.equal(saved.score.weight, start.score.weight)
+
+
+def test_an_on_policy_run_shares_its_weights_and_starts_at_no_kl(paths):
+    cfg = PPOConfig(
+        model_name_or_path=paths[0],
+        reward_model_path=paths[1],
+        per_device_train_batch_size=8,
+        max_steps=2,
+        response_length=6,
+        learning_rate=1e-2,
+        **LORA,
+    )
+    history = train_on_policy(cfg, tiny.examples(12), tiny.examples(4, seed=1)).history
+    checkpointed = replace(cfg, activation_checkpointing=True)
+    again = train_on_policy(checkpointed, tiny.examples(12), tiny.examples(4, seed=1)).history
+    for row, other in zip(history, again, strict=True):
+        assert {k: v for k, v in row.items() if "timing" not in k} == {
+            k: v for k, v in other.items() if "timing" not in k
+        }
+    assert history[0]["objective/kl"] == 0
+    assert history[1]["objective/kl"] != 0
+    assert history[1]["eval_objective/kl"] > 0
+
+
+def test_what_an_adapter_cannot_do_is_refused(paths, caplog):
+    with pytest.raises(ValueError, match="use_peft: must be false: a model from scratch has no weights to adapt"):
+        train_sft(
+            SFTConfig(model_config='{"model_type": "llama"}', tokenizer_name_or_path=paths[0], **LORA), tiny.examples(8)
+        )
+    cfg = SFTConfig(model_name_or_path=paths[0], eos_token="<end>", **LORA)
+    with (
+        caplog.at_level(logging.INFO),
+        pytest.raises(ValueError, match="use_peft: must be false: the embeddings of 1 new tokens have to be trained"),
+    ):
+        train_sft(cfg, tiny.examples(8))
+    with pytest.raises(ValueError, match="lora_r: must be at least 1"):
+        replace(cfg, lora_r=0)
