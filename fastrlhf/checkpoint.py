@@ -1,28 +1,112 @@
-"""What a run leaves on disk. Nothing of the user's is ever overwritten; a folder that exists is complete."""
+"""What a run leaves on disk, and how it goes on from there. Nothing of the user's is ever overwritten; a folder of this
+program is whole or not there.
+
+    checkpoint-N/                 after N steps; loads as a model like any other, unless it trains an adapter
+        model.safetensors, config.json, the tokenizer's files
+        value_model/              of an on-policy run with a critic
+        optimizer.safetensors     moments, float32 copies of bfloat16 weights; as NAME.safetensors for other parts
+        state.json                what is no tensor: step, position of the schedule, what the data were
+        manifest.json             size and SHA-256 of each file
+
+No pickle is written or read.
+"""
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
+import json
+import logging
 import os
+import random
 import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastrlhf.config_files import write_yaml
+from fastrlhf.config import TrainConfig
+from fastrlhf.config_files import differences, write_yaml
+from fastrlhf.durable import check_folder, discard_folder, flush, flush_tree, write_folder
 from fastrlhf.models.adapters import has_adapter, merge_adapter, save_adapter
+
+log = logging.getLogger(__name__)
+
+MAY_CHANGE = (
+    *("output_dir", "device", "progress", "report_to", "run_name", "ref_cache_dir"),
+    *("micro_batch_tokens", "rollout_batch_size", "activation_checkpointing"),
+    *("save_steps", "save_total_limit", "resume_from_checkpoint", "resume_weights_only"),
+)
+"""Keys that a resumed run may be given anew: none changes what is computed, but for the order of rounding."""
+
+
+class Stateful(Protocol):
+    """A part of a run that remembers: an optimiser, a normaliser, a controller.
+
+    Its state is a flat mapping to tensors and to what JSON holds. A state without its tensors is that of the part as
+    new, at the same position: what `resume_weights_only` gives it.
+    """
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any], /) -> None: ...
 
 
 def check_output_dir(path: str) -> None:
-    """Raises ValueError where the folder already holds anything, or is no folder."""
+    """Raises ValueError where the folder already holds anything, or is no folder.
+
+    Hidden and empty files do not count: a run that was killed as it started leaves no others.
+    """
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output_dir: {path!r} is a file")
     for name, what in (("config.yaml", "run"), ("config.json", "model")):
         if (folder / name).exists():
             raise ValueError(f"output_dir: {path!r} already holds a {what}; choose another folder or move it away")
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and any(_counts(file) for file in folder.iterdir()):
         raise ValueError(f"output_dir: {path!r} is not empty; choose a new folder or an empty one")
+
+
+def check_run_dir(config: TrainConfig) -> None:
+    """Raises ValueError where the folder of a run can be neither made nor resumed.
+
+    To be resumed, it holds an unfinished run of the same configuration; a difference is named. One that failed before
+    its first checkpoint is left alone: the only weights that it has are its last, and starting again may replace them.
+    """
+    folder = Path(config.output_dir)
+    if config.resume_from_checkpoint == "never" or not is_unfinished(config.output_dir):
+        check_output_dir(config.output_dir)
+        return
+    try:
+        changed = differences(config, folder / "config.yaml", MAY_CHANGE)
+    except ValueError:  # somebody else's file: what it says is nothing to resume
+        check_output_dir(config.output_dir)
+        return
+    if changed:
+        shown = "; ".join(changed[:5]) + (f"; and {len(changed) - 5} more" if len(changed) > 5 else "")
+        raise ValueError(
+            f"output_dir: {config.output_dir!r} already holds a run, unfinished, of another configuration ({shown}); "
+            "give it the old one, choose another folder or move it away"
+        )
+    if (folder / "interrupted").exists() and not checkpoints(folder):
+        raise ValueError(
+            f"output_dir: {config.output_dir!r} already holds a run that failed before its first checkpoint; start "
+            "from its last weights, in interrupted/, in another folder, or move it away"
+        )
+
+
+def check_idle(path: str) -> None:
+    """Raises ValueError where another run is training in the folder."""
+    if Path(path).exists():
+        with locked(Path(path)):
+            pass
 
 
 def holds_model(path: str) -> bool:
@@ -30,12 +114,34 @@ def holds_model(path: str) -> bool:
     return (Path(path) / "config.json").exists()
 
 
+def is_unfinished(path: str) -> bool:
+    return (Path(path) / "config.yaml").exists() and not holds_model(path)
+
+
 def create_output_dir(path: str, config: Any) -> Path:
     """Creates the folder of a run, if need be, and writes the resolved configuration to its config.yaml."""
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    write_yaml(config, folder / "config.yaml")
+    partial = folder / ".config.yaml"
+    write_yaml(config, partial)
+    flush(partial)
+    os.replace(partial, folder / "config.yaml")
+    flush(folder)
     return folder
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds the folder for this run. Raises ValueError where another one does; it ends with the process."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"output_dir: another run is training in {str(folder)!r}; choose another folder") from None
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def save_trained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path | None) -> None:
@@ -56,8 +162,211 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     """
     partial = folder / ".partial"
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
+    try:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        flush_tree(partial)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)  # on a full disk, half a model is in the way
+        raise
     for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):
         os.replace(file, folder / file.name)
     partial.rmdir()
+    flush(folder)
+
+
+class Checkpointer:
+    """Writes and reads the checkpoints of one run."""
+
+    def __init__(
+        self,
+        folder: Path,
+        models: Mapping[str, PreTrainedModel],
+        tokenizer: PreTrainedTokenizerBase,
+        parts: Mapping[str, Stateful],
+        data: Mapping[str, str],
+    ) -> None:
+        """`models` are what is trained, untrained yet, by their place in a checkpoint, "" for the policy; `parts` what
+        else goes on where it was; `data` what the run reads, as `Data.fingerprint` says it."""
+        self.folder = folder
+        self._models, self._tokenizer, self._data = models, tokenizer, data
+        self._parts = {**parts, "random": GlobalRandomness()}
+        self._start = _start(models)
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"checkpoint-{step}"
+
+    def save(self, step: int, limit: int = 0) -> Path:
+        """Writes `checkpoint-STEP`; the last `limit` up to it are kept, all of them where that is 0.
+
+        Raises OSError where it cannot be written; older ones are untouched then.
+        """
+        path = self.path(step)
+        write_folder(path, lambda partial: self._fill(partial, step))
+        if limit:
+            for old in [path for path in checkpoints(self.folder) if _step(path) <= step][:-limit]:
+                discard_folder(old)
+        return path
+
+    def load(self, weights_only: bool = False) -> int:
+        """Puts everything where the newest whole checkpoint has it and returns its step, 0 where there is none.
+
+        With `weights_only` the models alone are read, and the parts are as new at that step. Raises ValueError as
+        `find_checkpoint` does, and where the checkpoint is of other models or of a run that started from others.
+        """
+        path = find_checkpoint(self.folder, weights_only)
+        if path is None:
+            if is_unfinished(str(self.folder)):
+                log.warning("%s: the run before was stopped without a checkpoint; this one starts again", self.folder)
+            return 0
+        state = json.loads((path / "state.json").read_bytes())
+        if state["start"] != self._start:
+            raise ValueError(
+                f"output_dir: the run of {str(path)!r} started from other weights than the models that are named now "
+                "hold; give it the old ones or choose another folder"
+            )
+        for name, model in self._models.items():
+            _load_weights(model, path / name / "model.safetensors")
+        for name, part in self._parts.items():
+            if name not in state["parts"]:
+                raise ValueError(f"{str(path)!r} has no state of {name!r}: it is of another version of the program")
+            file = path / f"{name}.safetensors"
+            tensors = _read_tensors(file) if file.exists() and not weights_only else {}
+            part.load_state_dict({**state["parts"][name], **tensors})
+        log.info("resuming from %s%s", path, ", its weights alone" if weights_only else "")
+        return state["step"]
+
+    def _fill(self, partial: Path, step: int) -> None:
+        for name, model in self._models.items():
+            (partial / name).mkdir(exist_ok=True)
+            save_file(_contiguous(_weights(model)), partial / name / "model.safetensors", metadata={"format": "pt"})
+            model.config.save_pretrained(partial / name)
+            self._tokenizer.save_pretrained(partial / name)
+        parts = {}
+        for name, part in self._parts.items():
+            state = part.state_dict()
+            tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+            parts[name] = {key: value for key, value in state.items() if key not in tensors}
+            if tensors:
+                save_file(_contiguous(tensors), partial / f"{name}.safetensors")
+        state = {"step": step, "data": dict(self._data), "start": self._start, "parts": parts}
+        (partial / "state.json").write_text(json.dumps(state), encoding="utf-8")
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """By step, the oldest first."""
+    return sorted((path for path in folder.glob("checkpoint-*") if path.name[11:].isdecimal()), key=_step)
+
+
+def find_checkpoint(folder: Path, weights_only: bool = False) -> Path | None:
+    """The newest checkpoint that is as it was written, None where there is none; the log says which are skipped, and
+    why.
+
+    With `weights_only` the weights and the step are enough. Raises ValueError, naming what is wrong, where there are
+    checkpoints and none is whole.
+    """
+    damages = []
+    for path in reversed(checkpoints(folder)):
+        try:
+            check_folder(path, lambda name: not weights_only or name.endswith(("model.safetensors", "state.json")))
+        except ValueError as damage:
+            log.warning("%s is skipped: %s", path, damage)
+            damages.append(f"{path.name}: {damage}")
+        else:
+            return path
+    if damages:
+        raise ValueError(
+            f"output_dir: no checkpoint in {str(folder)!r} is whole ({'; '.join(damages)}); restore the file, move the "
+            "folder away to start again, or give resume_weights_only where the weights are whole"
+        )
+    return None
+
+
+def check_same_data(path: str, data: Mapping[str, str]) -> None:
+    """Raises ValueError, naming the split, where the newest checkpoint in the folder was trained on other data."""
+    for checkpoint in reversed(checkpoints(Path(path))):
+        try:
+            check_folder(checkpoint, lambda name: name == "state.json")
+        except ValueError:
+            continue  # it will be skipped, and said
+        before = json.loads((checkpoint / "state.json").read_bytes())["data"]
+        for split, content in data.items():
+            if before.get(split) != content:
+                raise ValueError(
+                    f"output_dir: {str(checkpoint)!r} was trained on another dataset: {split} was {before.get(split)} "
+                    f"and is {content}; give it the old one or choose another folder"
+                )
+        return
+
+
+class GlobalRandomness:
+    """Generators that are nobody's own. Nothing here draws from them, but a judge or a reward of the user's may."""
+
+    def state_dict(self) -> dict[str, Any]:
+        kind, keys, *rest = np.random.get_state(legacy=True)
+        devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        return {
+            "python": random.getstate(),
+            "numpy": [kind, np.asarray(keys).tolist(), *rest],
+            "torch": torch.get_rng_state(),
+            **{f"cuda.{i}": state for i, state in enumerate(devices)},
+        }
+
+    def load_state_dict(self, state: dict[str, Any], /) -> None:
+        version, keys, gauss = state["python"]
+        random.setstate((version, tuple(keys), gauss))
+        kind, keys, *rest = state["numpy"]
+        np.random.set_state((kind, np.array(keys, np.uint32), *rest))
+        if "torch" in state:
+            torch.set_rng_state(state["torch"])
+        for name in (name for name in state if name.startswith("cuda.") and torch.cuda.is_available()):
+            torch.cuda.set_rng_state(state[name], int(name[5:]))
+
+
+def _counts(file: Path) -> bool:
+    return not file.name.startswith(".") and (file.is_dir() or file.stat().st_size > 0)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("checkpoint-"))
+
+
+def _weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Parameters, frozen ones too, and persistent buffers by name; tied ones once."""
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    tied = names - {name for name, _ in model.named_parameters()}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+
+
+def _start(models: Mapping[str, PreTrainedModel]) -> str:
+    """A fingerprint of weights before training: of the first entries of every tensor, as any training moves most."""
+    tensors = [
+        tensor.detach().reshape(-1)[:64].float() for model in models.values() for tensor in _weights(model).values()
+    ]
+    return hashlib.sha256(torch.cat(tensors).cpu().numpy().tobytes()).hexdigest() if tensors else ""
+
+
+def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+
+
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    with safe_open(file, "pt") as content:
+        return {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 (it is no mapping)
+
+
+@torch.no_grad()
+def _load_weights(model: PreTrainedModel, file: Path) -> None:
+    """Into the tensors that are there, so that the optimiser still means them."""
+    own = _weights(model)
+    with safe_open(file, "pt") as content:
+        for name in sorted(set(own) ^ set(content.keys())):
+            raise ValueError(f"{str(file)!r} is of another model: {name} is in one of the two alone")
+        for name, tensor in own.items():
+            saved = content.get_tensor(name)
+            if saved.shape != tensor.shape or saved.dtype != tensor.dtype:
+                raise ValueError(
+                    f"{str(file)!r} is of another model: {name} is {saved.dtype} {list(saved.shape)} there and "
+                    f"{tensor.dtype} {list(tensor.shape)} here"
+                )
+            tensor.copy_(saved)

@@ -14,6 +14,7 @@ from typing import Any
 
 from fastrlhf import config as configs
 from fastrlhf import config_files as files
+from fastrlhf.interrupts import Interrupted
 
 USAGE = """\
 usage: fastrlhf COMMAND [--config FILE] [--key value ...]
@@ -54,6 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         print(f"fastrlhf {command}: needs {error.name}: pip install 'fastrlhf[train]'", file=sys.stderr)
         return 2
+    except Interrupted as stop:
+        then = "; the same command continues" if command in TRAINERS else ""
+        print(f"fastrlhf {command}: {stop}{then}", file=sys.stderr)
+        return stop.exit_code
     except KeyboardInterrupt:
         print(f"fastrlhf {command}: interrupted", file=sys.stderr)
         return 130
@@ -117,7 +122,7 @@ def _train(command: str, arguments: Sequence[str]) -> None:
     earlier = _run_first(command, config, _config_paths(arguments))
     sections = _rlp_sections(config, arguments) if command == "rlp" else ()
     _quiet_libraries()
-    from fastrlhf.checkpoint import check_output_dir, holds_model
+    from fastrlhf.checkpoint import check_run_dir, holds_model
 
     finished = [(name, run) for name, run in earlier if holds_model(run.output_dir)]
     for name, run in finished:
@@ -127,7 +132,7 @@ def _train(command: str, arguments: Sequence[str]) -> None:
         print(f"{name}: {run.output_dir} holds a finished run; skipped")
     for name, run in runs:
         if name != "rlp":  # which goes on where it stopped, and checks its stages itself
-            check_output_dir(run.output_dir)
+            check_run_dir(run)
     for name, run in runs:
         if earlier:
             print(f"{name}:")

@@ -214,5 +214,19 @@ def changed_keys(config: Any, path: Path) -> list[str]:
     return [key for key, value in _plain(dataclasses.asdict(config)).items() if earlier.get(key) != value]
 
 
+def differences(config: Any, path: Path, ignored: Collection[str] = ()) -> list[str]:
+    """The keys in which the resolved configuration in a file is another one, as "seed: 1 there, 2 here".
+
+    Raises ValueError where the file is no configuration at all.
+    """
+    there = _load_yaml(str(path))
+    here = _plain(dataclasses.asdict(config))
+    return [
+        f"{key}: {there.get(key, 'absent')!r} there, {here.get(key, 'absent')!r} here"
+        for key in {**there, **here}
+        if key not in ignored and there.get(key, "absent") != here.get(key, "absent")
+    ]
+
+
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}

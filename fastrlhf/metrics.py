@@ -10,7 +10,7 @@ metrics.jsonl holds one strict JSON object per call of `log`, flushed at once:
 
 `step` counts optimiser steps, `time` is seconds since the writer was made. JSON has no number for NaN and the
 infinities: they are written as the strings "nan", "inf" and "-inf", and `read_metrics` turns them back into floats. A
-resumed run appends, so a step may occur twice: the later row is the valid one.
+resumed run drops the rows past its checkpoint and appends, so that its log is that of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -83,6 +83,7 @@ class MetricsWriter:
         report_to: Sequence[str] = (),
         run_name: str | None = None,
         config: dict[str, Any] | None = None,
+        resumed_at: int | None = None,
     ):
         """Open the files and start the reporters.
 
@@ -91,6 +92,7 @@ class MetricsWriter:
             report_to: any of "tensorboard" and "wandb".
             run_name: name of the run at W&B; the directory's name by default.
             config: the resolved configuration, shown by the reporters.
+            resumed_at: rows of later steps are dropped, and `time` goes on from the last row.
 
         Raises:
             ValueError: a reporter is unknown, or its package is not installed; nothing has been written then.
@@ -98,11 +100,14 @@ class MetricsWriter:
         modules = import_reporters(report_to)
         directory = Path(output_dir)
         directory.mkdir(parents=True, exist_ok=True)
-        self._start = time.monotonic()
         self._reporters: dict[str, Reporter] = {
             name: REPORTERS[name](module, directory, run_name or directory.resolve().name, config or {})
             for name, module in modules.items()
         }
+        if resumed_at is not None:
+            for name in ("metrics.jsonl", "samples.jsonl"):
+                _drop_rows_after(directory / name, resumed_at)
+        self._start = time.monotonic() - _last_time(directory / "metrics.jsonl", resumed_at or 0)
         self._metrics = _open_to_append(directory / "metrics.jsonl")
         self._samples = _open_to_append(directory / "samples.jsonl")
 
@@ -124,6 +129,11 @@ class MetricsWriter:
         """Append what the policy wrote at `step`, one row per sample: prompt, response, score, ..."""
         for row in rows:
             self._append(self._samples, {"step": step, **row})
+
+    def flush(self) -> None:
+        """Waits until every row is on the disk."""
+        for file in (self._metrics, self._samples):
+            os.fsync(file.fileno())
 
     def __enter__(self) -> Self:
         return self
@@ -210,6 +220,23 @@ def _open_to_append(path: Path) -> Any:
                 file.truncate(end)
     # a lone surrogate cannot be UTF-8; its backslash form is the JSON escape of the same character
     return open(path, "a", encoding="utf-8", errors="backslashreplace", newline="\n")
+
+
+def _drop_rows_after(path: Path, step: int) -> None:
+    """Steps never fall, so these are the last rows; one that is not whole is among them."""
+    if not path.exists():
+        return
+    with open(path, "rb+") as file:
+        kept = 0
+        for line in file:
+            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                break
+            kept += len(line)
+        file.truncate(kept)
+
+
+def _last_time(path: Path, resumed_at: int) -> float:
+    return read_rows(path)[-1]["time"] if resumed_at and path.exists() and path.stat().st_size else 0.0
 
 
 def _is_json(text: bytes) -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +30,8 @@ class Optimizer:
         self._models = models
         self._max_norm = config.max_grad_norm
         self._masters: dict[torch.nn.Parameter, torch.Tensor] = {}
+        self._num_done = 0
+        self._rate = lambda step: _rate(step, num_steps, config.warmup_steps, config.lr_scheduler_type)
         self._adamw = torch.optim.AdamW(
             [
                 {
@@ -42,9 +46,14 @@ class Optimizer:
             eps=config.adam_epsilon,
             fused=True,
         )
-        self._schedule = torch.optim.lr_scheduler.LambdaLR(
-            self._adamw, lambda step: _rate(step, num_steps, config.warmup_steps, config.lr_scheduler_type)
-        )
+        # By name, the parameter and what AdamW updates in its place.
+        self._trained = [
+            (f"{prefix}{name}", param, self._masters.get(param, param))
+            for prefix, model in models.items()
+            for name, param in model.named_parameters()
+            if param.requires_grad
+        ]
+        self._peaks = [group["lr"] for group in self._adamw.param_groups]
 
     def _master(self, param: torch.nn.Parameter) -> torch.Tensor:
         """What AdamW updates: the parameter, or a float32 copy of a bfloat16 one, whose own steps would round to 0."""
@@ -65,13 +74,15 @@ class Optimizer:
             if not math.isfinite(norm):
                 raise ValueError(f"{name}grad_norm is {norm}: a loss or a gradient is not finite; lower learning_rate")
             metrics[f"{name}grad_norm"] = norm
-        metrics["learning_rate"] = self._schedule.get_last_lr()[0]
+        for group, peak in zip(self._adamw.param_groups, self._peaks, strict=True):
+            group["lr"] = peak * self._rate(self._num_done)
+        metrics["learning_rate"] = self._adamw.param_groups[0]["lr"]
         for param, master in self._masters.items():
             master.grad = None if param.grad is None else param.grad.float()
         self._adamw.step()
         for param, master in self._masters.items():
             param.copy_(master)
-        self._schedule.step()
+        self._num_done += 1
         for model in self._models.values():
             model.zero_grad(set_to_none=True)
         self._adamw.zero_grad(set_to_none=True)
@@ -81,8 +92,38 @@ class Optimizer:
         """Steps that are not taken: clears the gradients; the schedule goes on, so that it still ends with the run."""
         for model in self._models.values():
             model.zero_grad(set_to_none=True)
-        for _ in range(steps):
-            self._schedule.step()
+        self._num_done += steps
+
+    def state_dict(self) -> dict[str, Any]:
+        """num_steps done, and by "NAME OF THE PARAMETER.what" AdamW's moments and step, and the float32 copy (master)
+        where there is one."""
+        state: dict[str, Any] = {"num_steps": self._num_done}
+        for name, param, master in self._trained:
+            state |= {f"{name}.{what}": value for what, value in self._adamw.state.get(master, {}).items()}
+            if master is not param:
+                state[f"{name}.master"] = master
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any], /) -> None:
+        """Goes on where the state was taken, with the weights that the models hold now.
+
+        A state of `num_steps` alone is that of an optimiser without moments at that place of the schedule. Raises
+        ValueError where it is of other parameters.
+        """
+        self._num_done = state["num_steps"]
+        saved: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
+        for key, value in state.items():
+            if key != "num_steps":
+                name, _, what = key.rpartition(".")
+                saved[name][what] = value
+        for name, param, master in self._trained:
+            moments = saved.pop(name, {})
+            if master is not param:
+                master.copy_(moments.pop("master", param))
+            self._adamw.state[master] = {what: value.to(master.device) for what, value in moments.items()}
+        for name in saved:
+            raise ValueError(f"optimizer: the checkpoint has moments of {name}, which is not trained here")
 
 
 def num_steps(config: TrainConfig, num_items: int) -> int:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,6 +111,13 @@ class Rewards:
             terms[name] = Term(reward=function_term(name, function, episodes))
         return terms
 
+    def state_dict(self) -> dict[str, Any]:
+        """What later batches depend on: the moments of the scores, and whether a warning was given."""
+        return {"warned": self._warned} | ({} if self._moments is None else {"moments": self._moments})
+
+    def load_state_dict(self, state: dict[str, Any], /) -> None:
+        self._warned, self._moments = state["warned"], state.get("moments")
+
     def warn(self, metrics: Mapping[str, float]) -> None:
         """Says once in a run that the token rewards outweigh the score, which the authors of RTO advise against."""
         ratio = metrics.get("rto/return_to_score", 0.0)
@@ -134,7 +142,7 @@ class Rewards:
         """(score - mean) / std over all scores of the run so far, these included."""
         values = score.double()
         batch = torch.stack([torch.ones_like(values), values, values**2]).sum(1)
-        self._moments = batch if self._moments is None else self._moments + batch
+        self._moments = batch if self._moments is None else self._moments.to(batch.device) + batch
         count, total, squares = self._moments
         mean = total / count
         std = (squares / count - mean**2).clamp(min=0).sqrt()

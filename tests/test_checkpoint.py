@@ -1,13 +1,40 @@
 import os
+import random
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fastrlhf.checkpoint import check_output_dir, create_output_dir, holds_model, save_model
-from fastrlhf.config import DemoConfig
+from fastrlhf.checkpoint import (
+    MAY_CHANGE,
+    Checkpointer,
+    check_idle,
+    check_output_dir,
+    check_run_dir,
+    check_same_data,
+    checkpoints,
+    create_output_dir,
+    find_checkpoint,
+    holds_model,
+    is_unfinished,
+    locked,
+    save_model,
+)
+from fastrlhf.config import DemoConfig, PPOConfig, SFTConfig
 from tests import tiny
+
+DIFFERENT = {
+    "device": "cpu",
+    "progress": False,
+    "report_to": (),
+    "run_name": "b",
+    "micro_batch_tokens": 9,
+    "save_steps": 3,
+}
 
 
 def test_a_new_folder_is_made_with_its_configuration(tmp_path):
@@ -84,3 +111,170 @@ def test_a_run_has_finished_once_its_model_is_there(tmp_path):
     assert not holds_model(str(folder))
     save_model(tiny.policy(), tiny.tokenizer(), folder)
     assert holds_model(str(folder))
+
+
+class Counter:
+    """A part that remembers a number and a tensor."""
+
+    def __init__(self, count: int):
+        self.count, self.total = count, torch.full((2,), float(count), dtype=torch.float64)
+
+    def state_dict(self):
+        return {"count": self.count, "total": self.total}
+
+    def load_state_dict(self, state, /):
+        self.count, self.total = state["count"], state.get("total", torch.zeros(2))
+
+
+def checkpointer(folder, model, part, **settings):
+    folder.mkdir(exist_ok=True)
+    values = {"models": {"": model}, "data": {"train": "3 rows"}} | settings
+    return Checkpointer(folder, values["models"], tiny.tokenizer(), {"counter": part}, values["data"])
+
+
+@pytest.mark.parametrize("name", tiny.ARCHITECTURES)
+def test_a_checkpoint_loads_as_a_model_and_into_the_one_that_wrote_it(name, tmp_path):
+    models = {"": tiny.policy(name), "value_model": tiny.policy(name, seed=1)}
+    saved = {place: {k: v.clone() for k, v in model.state_dict().items()} for place, model in models.items()}
+    kept, part = checkpointer(tmp_path / "run", models[""], Counter(3), models=models), Counter(8)
+    path = kept.save(7)
+    again = checkpointer(tmp_path / "run", models[""], part, models=models)
+    with torch.no_grad():
+        for model in models.values():
+            for tensor in model.parameters():
+                tensor.add_(1.0)
+    assert again.load() == 7
+    assert (part.count, part.total.tolist(), part.total.dtype) == (3, [3.0, 3.0], torch.float64)
+    for place, model in models.items():
+        loaded = AutoModelForCausalLM.from_pretrained(path / place).state_dict()
+        assert loaded.keys() == saved[place].keys()
+        for key, value in saved[place].items():
+            assert torch.equal(model.state_dict()[key], value)
+            assert torch.equal(loaded[key], value)
+    assert AutoTokenizer.from_pretrained(path)("w3")["input_ids"] == tiny.tokenizer()("w3")["input_ids"]
+    assert not [file for file in path.rglob("*") if file.suffix not in (".safetensors", ".json", ".jinja", "")]
+
+
+def test_tied_and_frozen_weights_are_kept_once(tmp_path):
+    config = tiny.model_config()
+    config.tie_word_embeddings = True
+    model = AutoModelForCausalLM.from_config(config)
+    model.model.embed_tokens.weight.requires_grad_(False)
+    path = checkpointer(tmp_path / "run", model, Counter(0)).save(1)
+    with safe_open(path / "model.safetensors", "pt") as content:
+        assert set(content.keys()) == set(model.state_dict()) - {"lm_head.weight"}
+    loaded = AutoModelForCausalLM.from_pretrained(path)
+    assert torch.equal(loaded.lm_head.weight, model.model.embed_tokens.weight)
+
+
+def test_the_last_ones_are_kept(tmp_path):
+    kept = checkpointer(tmp_path / "run", tiny.policy(), Counter(0))
+    (tmp_path / "run" / "checkpoint-30").mkdir()  # damaged, of a later step: not this run's to count
+    (tmp_path / "run" / "checkpoint-best").mkdir()
+    for step in (8, 9, 10, 11):
+        kept.save(step, limit=2)
+    found = [path.name for path in checkpoints(tmp_path / "run")]
+    assert found == ["checkpoint-10", "checkpoint-11", "checkpoint-30"]
+    assert (tmp_path / "run" / "checkpoint-best").exists()
+    assert find_checkpoint(tmp_path / "run").name == "checkpoint-11"
+
+
+def test_weights_only_leaves_the_parts_as_new_at_their_place(tmp_path):
+    model, part = tiny.policy(), Counter(8)
+    path = checkpointer(tmp_path / "run", model, Counter(3)).save(7)
+    (path / "counter.safetensors").unlink()
+    kept = checkpointer(tmp_path / "run", model, part)
+    with pytest.raises(ValueError, match=r"checkpoint-7: counter.safetensors is missing"):
+        kept.load()
+    assert (kept.load(weights_only=True), part.count, part.total.tolist()) == (7, 3, [0.0, 0.0])
+
+
+@pytest.mark.parametrize("other", ["mistral", "gpt_neox"])
+def test_weights_of_another_model_are_refused(other, tmp_path, monkeypatch):
+    checkpointer(tmp_path / "run", tiny.policy(), Counter(3)).save(7)
+    with pytest.raises(ValueError, match="started from other weights"):
+        checkpointer(tmp_path / "run", tiny.policy(seed=2), Counter(3)).load()
+    monkeypatch.setattr("fastrlhf.checkpoint._start", lambda models: "")
+    checkpointer(tmp_path / "run", tiny.policy(), Counter(3)).save(7)
+    if other == "gpt_neox":
+        with pytest.raises(ValueError, match=r"is of another model: .* is in one of the two alone"):
+            checkpointer(tmp_path / "run", tiny.policy(other), Counter(3)).load()
+    with pytest.raises(ValueError, match=r"is torch.float32 \[.*\] there and torch.bfloat16"):
+        checkpointer(tmp_path / "run", tiny.policy().bfloat16(), Counter(3)).load()
+
+
+def test_a_part_that_the_checkpoint_does_not_know_is_named(tmp_path):
+    checkpointer(tmp_path / "run", tiny.policy(), Counter(3)).save(7)
+    later = Checkpointer(tmp_path / "run", {"": tiny.policy()}, tiny.tokenizer(), {"controller": Counter(1)}, {})
+    with pytest.raises(ValueError, match="has no state of 'controller'"):
+        later.load()
+
+
+def test_the_global_generators_go_on_where_they_were(tmp_path):
+    def draw():
+        return random.random(), random.gauss(0, 1), np.random.normal(), torch.rand(()).item()
+
+    draw()
+    kept = checkpointer(tmp_path / "run", tiny.policy(), Counter(0))
+    kept.save(1)
+    expected = draw()
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    kept.load()
+    assert draw() == expected
+
+
+def test_only_the_newest_readable_checkpoint_says_which_data_they_were(tmp_path):
+    kept = checkpointer(tmp_path / "run", tiny.policy(), Counter(0))
+    check_same_data(str(tmp_path / "nowhere"), {"train": "4 rows"})
+    for step in (1, 2):
+        kept.save(step)
+    state = tmp_path / "run" / "checkpoint-2" / "state.json"
+    state.write_text(state.read_text().replace("3 rows", "2 rows"))  # flipped bits are no other dataset
+    check_same_data(str(tmp_path / "run"), {"train": "3 rows"})
+    with pytest.raises(ValueError, match=r"checkpoint-1' was .* dataset: train was 3 rows and is 4 rows"):
+        check_same_data(str(tmp_path / "run"), {"train": "4 rows"})
+
+
+def test_an_unfinished_run_of_the_same_configuration_is_the_only_one_to_go_on(tmp_path):
+    config = SFTConfig(output_dir=str(tmp_path / "run"), learning_rate=1e-4, report_to=("wandb",))
+    check_run_dir(config)
+    create_output_dir(config.output_dir, config)
+    assert is_unfinished(config.output_dir)
+    check_run_dir(config)
+    check_run_dir(replace(config, **{name: DIFFERENT.get(name, 3) for name in MAY_CHANGE if name in DIFFERENT}))
+    for settings, message in (
+        ({"learning_rate": 1e-3}, r"learning_rate: 0.0001 there, 0.001 here"),
+        ({"seed": 1, "max_steps": 9}, r"max_steps: -1 there, 9 here; seed: 42 there, 1 here"),
+        ({"resume_from_checkpoint": "never"}, "already holds a run; choose another folder"),
+    ):
+        with pytest.raises(ValueError, match=f"^output_dir: .*{message}"):
+            check_run_dir(replace(config, **settings))
+    with pytest.raises(ValueError, match=r"response: 'reference' there, 'absent' here.*; and \d+ more"):
+        check_run_dir(PPOConfig(output_dir=config.output_dir))
+    (tmp_path / "run" / "interrupted").mkdir()
+    with pytest.raises(ValueError, match="already holds a run that failed before its first checkpoint"):
+        check_run_dir(config)
+    (tmp_path / "run" / "checkpoint-3").mkdir()
+    check_run_dir(config)
+    save_model(tiny.policy(), tiny.tokenizer(), tmp_path / "run")
+    with pytest.raises(ValueError, match="already holds a run; choose another folder"):
+        check_run_dir(config)
+
+
+def test_a_folder_in_which_a_run_is_training_is_not_idle(tmp_path):
+    check_idle(str(tmp_path))
+    with locked(tmp_path), pytest.raises(ValueError, match=r"^output_dir: another run is training in"):
+        check_idle(str(tmp_path))
+    check_idle(str(tmp_path))
+    check_idle(str(tmp_path / "nowhere"))
+
+
+def test_what_a_run_killed_at_its_start_leaves_is_an_empty_folder(tmp_path):
+    (tmp_path / "metrics.jsonl").touch()
+    (tmp_path / ".config.yaml").write_text("seed: 1")
+    check_output_dir(str(tmp_path))
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    with pytest.raises(ValueError, match="is not empty"):
+        check_output_dir(str(tmp_path))

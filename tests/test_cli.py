@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -358,6 +359,28 @@ def test_an_interrupted_run_ends_with_130(capsys, monkeypatch):
     monkeypatch.setattr("fastrlhf.algorithms.sft.train_sft", interrupt)
     assert main(["sft", "--output_dir", "runs/interrupted"]) == 130
     assert capsys.readouterr().err == "fastrlhf sft: interrupted\n"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_a_checkpoint_and_the_same_command_goes_on(number, code, chain, place, capsys, monkeypatch):
+    command = ["sft", "--config", "all.yaml", "--output_dir", f"runs/stopped-{code}"]
+    step, calls = torch.optim.AdamW.step, []
+
+    def signalled(optimizer, *arguments):
+        calls.append(1)
+        if len(calls) == 1:
+            signal.raise_signal(number)
+        return step(optimizer, *arguments)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", signalled)
+    assert main(command) == code
+    saved = Path(f"runs/stopped-{code}/checkpoint-1")
+    told = f"fastrlhf sft: interrupted after step 1, saved as {saved}; the same command continues"
+    assert capsys.readouterr().err.splitlines()[-1] == told
+    assert main(command) == 0
+    assert len(calls) == 2
+    weights = [(place / "runs" / name / "model.safetensors").read_bytes() for name in ("sft", f"stopped-{code}")]
+    assert weights[0] == weights[1]
 
 
 def test_a_base_install_is_told_what_to_install(monkeypatch, capsys):

@@ -22,6 +22,7 @@ from fastrlhf.config_files import (
     as_flags,
     check_flags,
     check_unchanged,
+    differences,
     names_folder,
     nearest,
     read_yaml,
@@ -224,6 +225,19 @@ def test_every_section_of_every_recipe_is_a_valid_configuration(recipe, monkeypa
         config = parse(KINDS[command], ["--config", recipe.stem], command)
         assert config == parse(KINDS[command], ["--config", str(recipe)], command)
         assert set(run_first(recipe.stem, command)) <= sections
+
+
+def test_the_keys_in_which_a_run_differs_are_named_with_both_values(tmp_path):
+    write_yaml(PPOConfig(seed=1, report_to=("wandb",), learning_rate=1e-5), tmp_path / "config.yaml")
+    assert differences(PPOConfig(seed=1, report_to=("wandb",), learning_rate=1e-5), tmp_path / "config.yaml") == []
+    other = PPOConfig(seed=2, report_to=(), learning_rate=1e-5)
+    assert differences(other, tmp_path / "config.yaml") == [
+        "seed: 1 there, 2 here",
+        "report_to: ['wandb'] there, [] here",
+    ]
+    assert differences(other, tmp_path / "config.yaml", ["seed", "report_to"]) == []
+    (tmp_path / "config.yaml").write_text("unknown: 3\n")
+    assert "unknown: 3 there, 'absent' here" in differences(other, tmp_path / "config.yaml")
 
 
 @pytest.mark.parametrize("how", ["file", "flag", "flag with ="])

@@ -36,6 +36,8 @@ LAYERS = (  # lowest first: a module imports from its own layer and from those a
         "kl_controller",
         "optim",
         "checkpoint",
+        "durable",
+        "interrupts",
         "config_files",
         "functions",
         "metrics",

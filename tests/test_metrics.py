@@ -185,3 +185,26 @@ def test_tensorboard_holds_the_curve(tmp_path):
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 0.5), (2, 0.25)]
+
+
+def test_a_resumed_run_drops_later_rows_and_its_clock_goes_on(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 1, "time": 50.0}\n{"step": 2, "time": 90.5}\n{"step": 3, "time": 99.0}\n{"step": 4, "ti'
+    )
+    (tmp_path / "samples.jsonl").write_text('{"step": 2}\n{"step": 2}\n{"step": 3}\n')
+    with MetricsWriter(tmp_path, resumed_at=2) as writer:
+        writer.log(3, {"loss": 2.0})
+        writer.flush()
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert rows[2]["loss"] == 2.0
+    assert 90.5 <= rows[2]["time"] < 99.0
+    assert [row["step"] for row in read_rows(tmp_path / "samples.jsonl")] == [2, 2]
+
+
+def test_a_run_that_starts_again_from_nothing_drops_every_row(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "time": 50.0}\n')
+    with MetricsWriter(tmp_path, resumed_at=0) as writer:
+        writer.log(1, {"loss": 2.0})
+    (row,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert row["time"] < 50

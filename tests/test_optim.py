@@ -177,3 +177,65 @@ def test_steps_that_are_skipped_move_no_weight_and_the_schedule_all_the_same():
     assert torch.equal(model.weight, before)
     set_gradients(model, [0.0, 0.0], 0.0)
     assert optimizer.step()["learning_rate"] == 0.25
+
+
+def momentum(optimizer: Optimizer) -> dict:
+    return {
+        name: value.clone() if isinstance(value, torch.Tensor) else value
+        for name, value in optimizer.state_dict().items()
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_state_taken_and_put_back_goes_on_with_the_same_bits(dtype):
+    def stepped(optimizer, model, steps):
+        for step in steps:
+            for i, param in enumerate(model.parameters()):
+                generator = torch.Generator().manual_seed(100 * step + i)
+                param.grad = torch.randn(param.shape, generator=generator).to(dtype)
+            last = optimizer.step()
+        return last, [param.detach().clone() for param in model.parameters()], momentum(optimizer)
+
+    def make():
+        model = torch.nn.Sequential(Linear(3, 2), Linear(2, 2)).to(dtype)
+        with torch.no_grad():
+            for param in model.parameters():
+                param.fill_(0.5)
+        return model, Optimizer({"value_": model}, SFTConfig(learning_rate=0.01, warmup_steps=2), num_steps=6)
+
+    model, optimizer = make()
+    _, weights, state = stepped(optimizer, model, range(3))
+    rate, *expected = stepped(optimizer, model, range(3, 6))
+    assert {"num_steps", "value_1.weight.exp_avg", "value_0.bias.step"} <= state.keys()
+    assert ("value_1.weight.master" in state) == (dtype == torch.bfloat16)
+
+    model, optimizer = make()
+    stepped(optimizer, model, range(5, 7))  # whatever it has done is forgotten
+    with torch.no_grad():
+        for param, value in zip(model.parameters(), weights, strict=True):
+            param.copy_(value)
+    optimizer.load_state_dict(state)
+    again, *found = stepped(optimizer, model, range(3, 6))
+    assert again == rate
+    assert all(torch.equal(a, b) for a, b in zip(found[0], expected[0], strict=True))
+    assert all(
+        torch.equal(torch.as_tensor(found[1][name]), torch.as_tensor(value)) for name, value in expected[1].items()
+    )
+
+
+def test_a_state_of_the_number_alone_is_as_new_at_that_place_of_the_schedule():
+    model = layer().bfloat16()
+    optimizer = Optimizer({"": model}, SFTConfig(learning_rate=1.0), num_steps=4)
+    with torch.no_grad():
+        model.weight.fill_(3.0)
+    optimizer.load_state_dict({"num_steps": 3})
+    assert optimizer.state_dict()["weight.master"].tolist() == [[3.0, 3.0]]
+    assert not [name for name in optimizer.state_dict() if "exp_avg" in name]
+    model.weight.grad, model.bias.grad = torch.ones(1, 2).bfloat16(), torch.ones(1).bfloat16()
+    assert optimizer.step()["learning_rate"] == 0.25
+
+
+def test_a_state_of_other_parameters_is_refused():
+    optimizer = Optimizer({"": layer()}, plain(), num_steps=4)
+    with pytest.raises(ValueError, match=r"moments of score.weight, which is not trained here"):
+        optimizer.load_state_dict({"num_steps": 1, "score.weight.exp_avg": torch.zeros(2)})

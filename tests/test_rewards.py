@@ -280,3 +280,17 @@ def test_functions_of_a_run_have_names_of_their_own(tmp_path):
     for name in ("kl", "brief"):
         with pytest.raises(ValueError, match=f"^reward_function: '{name}' is the name of another reward; call it"):
             open_rewards(config, tiny.tokenizer(), {name: lambda rollout: 0.0})
+
+
+def test_the_moments_of_the_scores_go_on_from_a_saved_state():
+    config = PPOConfig(score_norm="running")
+    first, whole = (replace(EPISODES, score=torch.tensor(values)) for values in ([2.0, -3.0], [10.0, 1000.0]))
+    run, resumed, new = (Rewards(config=config) for _ in range(3))
+    assert run.state_dict() == {"warned": False}
+    run.terms(first)
+    resumed.load_state_dict(run.state_dict())
+    expected = run.terms(whole)["score"].reward
+    assert torch.equal(resumed.terms(whole)["score"].reward, expected)
+    new.load_state_dict({"warned": True})
+    assert not torch.equal(new.terms(whole)["score"].reward, expected)
+    assert new.state_dict()["warned"]

@@ -76,8 +76,8 @@ def train_groups(
     optimizer = Optimizer({"": model}, config, num_steps=steps)
     evaluation: dict[str, float] = {}
 
-    with Stage("psipo", config, steps, (model, tokenizer)) as stage:
-        for step, indices in enumerate(index_batches(num_train, config.batch_size, steps, config.seed)):
+    with Stage("psipo", config, steps, (model, tokenizer), data=data, parts={"optimizer": optimizer}) as stage:
+        for step, indices in stage.remaining(index_batches(num_train, config.batch_size, steps, config.seed)):
             totals, drawn = StepMetrics(), [groups[i] for i in indices]
             for micro in _micro_batches(drawn, config):
                 output = _loss(model, reference, groups, [indices[i] for i in micro], num_groups=len(drawn))

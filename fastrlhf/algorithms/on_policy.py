@@ -131,8 +131,16 @@ def train_on_policy(
     sample_every = -(-steps // config.num_sample_generations) if config.num_sample_generations else 0
     evaluation: dict[str, float] = {}
 
-    with Stage(_name(config), config, steps, (policy, tokenizer)) as stage:
-        for step, indices in enumerate(index_batches(len(prompts), num_groups, steps, config.seed)):
+    with Stage(
+        _name(config),
+        config,
+        steps,
+        (policy, tokenizer),
+        value_model=critic,
+        data=data,
+        parts={"optimizer": optimizer, "rewards": rewards, "kl": rewards.kl},
+    ) as stage:
+        for step, indices in stage.remaining(index_batches(len(prompts), num_groups, steps, config.seed)):
             start = time.perf_counter()
             drawn = [prompts[i] for i in indices]
             prefixes = draw_prefixes(config, drawn, step * num_groups, progress=step / steps, roll_in=roll_in)

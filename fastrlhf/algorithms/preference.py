@@ -103,8 +103,17 @@ def train_dpo(
     optimizer, diagnoses = Optimizer({"": model}, config, num_steps=steps), Diagnoses(config.losses)
     evaluation: dict[str, float] = {}
 
-    with Stage(config.losses[0].replace("sigmoid", "dpo"), config, steps, (model, tokenizer)) as stage:
-        for step, indices in enumerate(index_batches(num_train, config.batch_size, steps, config.seed)):
+    with Stage(
+        config.losses[0].replace("sigmoid", "dpo"),
+        config,
+        steps,
+        (model, tokenizer),
+        data=data,
+        parts={"optimizer": optimizer},
+    ) as stage:
+        for earlier in stage.history:  # a resumed run has told of those
+            diagnoses.look(earlier)
+        for step, indices in stage.remaining(index_batches(num_train, config.batch_size, steps, config.seed)):
             drawn, totals = everything[indices], StepMetrics()
             for micro in _micro_batches(drawn, config):
                 output = _loss(config, model, reference, everything, [indices[i] for i in micro], drawn)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -79,8 +80,9 @@ def train_reward_model(
     optimizer = Optimizer({"": model, **heads}, config, num_steps=steps, learning_rates=rates)
     evaluation: dict[str, float] = {}
 
-    with Stage("reward", config, steps, (model, tokenizer)) as stage:
-        for step, indices in enumerate(index_batches(len(pairs), config.batch_size, steps, config.seed)):
+    parts: dict[str, Any] = {"optimizer": optimizer} | ({"views": objective.heads} if objective else {})
+    with Stage("reward", config, steps, (model, tokenizer), data=data, parts=parts) as stage:
+        for step, indices in stage.remaining(index_batches(len(pairs), config.batch_size, steps, config.seed)):
             drawn, seen = [pairs[i] for i in indices], objective.draw(step) if objective else []
             loss_of_views = partial(objective.loss, step=step) if objective else None
             scores, losses, totals = _backward(config, model, drawn, margins[indices], seen, loss_of_views)

@@ -39,8 +39,8 @@ def train_sft(
     optimizer = Optimizer({"": model}, config, num_steps=steps)
     evaluation: dict[str, float] = {}
 
-    with Stage("sft", config, steps, (model, tokenizer)) as stage:
-        for step, indices in enumerate(index_batches(len(segments), config.batch_size, steps, config.seed)):
+    with Stage("sft", config, steps, (model, tokenizer), data=data, parts={"optimizer": optimizer}) as stage:
+        for step, indices in stage.remaining(index_batches(len(segments), config.batch_size, steps, config.seed)):
             chosen = [segments[i] for i in indices]
             num_trained = sum(segment.num_scored for segment in chosen)
             loss = torch.zeros((), device=model.device)

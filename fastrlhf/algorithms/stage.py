@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,11 +15,15 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastrlhf.checkpoint import check_output_dir, create_output_dir, save_trained
+from fastrlhf.checkpoint import Checkpointer, Stateful, check_run_dir, create_output_dir, locked, save_trained
 from fastrlhf.config import TrainConfig, require
-from fastrlhf.metrics import MetricsWriter
+from fastrlhf.data.inputs import Data
+from fastrlhf.interrupts import Interrupted, Interrupts
+from fastrlhf.metrics import MetricsWriter, read_metrics
 from fastrlhf.types import TokenizedExample
 from fastrlhf_kernels import Max, Metric, merge
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +44,10 @@ class TrainResult:
 class Stage:
     """One run of one trainer: `with Stage("sft", config, num_steps, (model, tokenizer)) as stage`.
 
-    A run that ends early, by an error or by Ctrl-C, leaves the weights of its last whole step in `interrupted/`.
+    Where the folder holds an unfinished run of the same configuration, everything that is handed over is put back to
+    its newest checkpoint, and `remaining` goes on from there. Ctrl-C and SIGTERM are obeyed after the step that they
+    interrupt, with a checkpoint. A run that ends by an error leaves the weights of its last whole step in
+    `interrupted/`, where no checkpoint has them.
     """
 
     def __init__(
@@ -48,45 +56,100 @@ class Stage:
         config: TrainConfig,
         steps: int,
         trained: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None,
+        *,
+        value_model: PreTrainedModel | None = None,
+        data: Data | None = None,
+        parts: Mapping[str, Stateful] | None = None,
     ) -> None:
+        """`parts` are what remembers beside the models: the optimiser, normalisers, controllers."""
         self._name, self._config, self._steps, self._trained = name, config, steps, trained
         self._stack = ExitStack()
+        self._start = self._saved = 0
         self.history: list[dict[str, float]] = []
         self.folder = Path(config.output_dir) if config.output_dir else None
+        self._checkpointer = None
+        if self.folder and trained:
+            models = {"": trained[0]} | ({"value_model": value_model} if value_model is not None else {})
+            fingerprint = data.fingerprint if data else {}
+            self._checkpointer = Checkpointer(self.folder, models, trained[1], parts or {}, fingerprint)
 
     def __enter__(self) -> Stage:
-        config = self._config
-        if self.folder:
-            check_output_dir(config.output_dir)
-            # config.yaml marks the folder as a run: it comes after the reporters, which may fail to start.
-            writer = MetricsWriter(self.folder, config.report_to, config.run_name or None, dataclasses.asdict(config))
-            self._writer = self._stack.enter_context(writer)
-            create_output_dir(config.output_dir, config)
-        self._bar = self._stack.enter_context(
-            tqdm(
+        with ExitStack() as stack:
+            if self.folder:
+                self._open(self.folder, stack)
+            bar = tqdm(
                 total=self._steps,
+                initial=self._start,
                 desc=self._name,
-                disable=not config.progress,
+                disable=not self._config.progress,
                 file=sys.stderr,
                 dynamic_ncols=True,
             )
-        )
+            self._bar = stack.enter_context(bar)
+            self._stack = stack.pop_all()
         return self
+
+    def _open(self, folder: Path, stack: ExitStack) -> None:
+        """The folder as it was at the checkpoint, and the run in the state of then."""
+        config = self._config
+        folder.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(locked(folder))
+        check_run_dir(config)
+        if self._checkpointer:
+            self._start = self._saved = self._checkpointer.load(config.resume_weights_only)
+        # config.yaml marks the folder as a run: it comes after the reporters, which may fail to start.
+        writer = MetricsWriter(
+            folder, config.report_to, config.run_name or None, dataclasses.asdict(config), resumed_at=self._start
+        )
+        self._writer = stack.enter_context(writer)
+        rows = read_metrics(folder / "metrics.jsonl")
+        if [row["step"] for row in rows] != list(range(1, self._start + 1)):
+            raise ValueError(
+                f"{str(folder / 'metrics.jsonl')!r} does not hold the steps 1 to {self._start} of the run that is to "
+                "be resumed; restore the file"
+            )
+        self.history = [{key: value for key, value in row.items() if key not in ("step", "time")} for row in rows]
+        create_output_dir(config.output_dir, config)
+        self._interrupts = stack.enter_context(Interrupts())
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if isinstance(error, Exception) and self.folder and self._trained and len(self.history) > self._saved:
+            try:
+                save_trained(*self._trained, self.folder / "interrupted")
+            except Exception as another:  # it must not hide the first one
+                log.warning("interrupted: the weights of the last whole step cannot be saved: %s", another)
         self._stack.__exit__(kind, error, trace)
-        if kind and self.folder and self.history and self._trained:
-            save_trained(*self._trained, self.folder / "interrupted")
+
+    def remaining(self, batches: Iterable[list[int]]) -> Iterator[tuple[int, list[int]]]:
+        """(step, batch) from the step on at which the run starts or resumes."""
+        return ((step, batch) for step, batch in enumerate(batches) if step >= self._start)
 
     def log(self, step: int, metrics: Mapping[str, float], shown: str = "loss") -> None:
-        """One row per optimiser step, at once on disk."""
+        """One row per optimiser step, at once on disk, and a checkpoint where one is due: what ends a step.
+
+        Raises Interrupted, with a checkpoint on disk, where a signal has come during the step. After the last step the
+        model itself is saved next, and no checkpoint is needed.
+        """
         self.history.append(dict(metrics))
         if self.folder:
             self._writer.log(step, metrics)
         self._bar.update()
         self._bar.set_postfix_str(f"{shown.rpartition('/')[2]} {metrics[shown]:.4g}")
+        if self._checkpointer and step < self._steps:
+            if self._config.save_steps and step % self._config.save_steps == 0:
+                self._save(self._checkpointer, step)
+            if self._interrupts.pending:
+                saved = self._save(self._checkpointer, step)
+                raise Interrupted(self._interrupts.pending, f"after step {step}, saved as {saved}")
+
+    def _save(self, checkpointer: Checkpointer, step: int) -> Path:
+        if step > self._saved:
+            self._writer.flush()
+            checkpointer.save(step, self._config.save_total_limit)
+            self._saved = step
+        return checkpointer.path(step)
 
     def samples(self, step: int, rows: Sequence[dict[str, object]]) -> None:
         if self.folder:

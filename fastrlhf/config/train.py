@@ -20,7 +20,8 @@ class TrainConfig:
     """What all trainers share."""
 
     output_dir: str = ""
-    """Folder of the run: config, metrics, samples, model. It must not hold a run already. Empty: nothing is written."""
+    """Folder of the run: config, metrics, samples, checkpoints, model. It must not hold a finished run. Empty: nothing
+    is written."""
     model_name_or_path: str = ""
     """Folder or hub name of the model to start from."""
     model_config: str = ""
@@ -107,6 +108,15 @@ class TrainConfig:
     """Gradients are scaled down to this norm; 0 is off (the norm is logged all the same)."""
     eval_steps: int = 0
     """Optimiser steps between evaluations; 0: only at the end."""
+    save_steps: int = 0
+    """Optimiser steps (updates, in on-policy runs) between checkpoints; 0: none but when the run is stopped."""
+    save_total_limit: int = 0
+    """Checkpoints that are kept, the newest ones; 0 is all."""
+    resume_from_checkpoint: Literal["auto", "never"] = "auto"
+    """auto: where `output_dir` holds an unfinished run of the same configuration, go on from its newest whole
+    checkpoint. never: that is an error."""
+    resume_weights_only: bool = False
+    """Resume from weights and step alone, the optimiser as new: where its part of the checkpoint is lost."""
     seed: int = 42
     """Of the weights that are new, the order of the data, and every sample."""
     report_to: tuple[str, ...] = ()
@@ -125,6 +135,7 @@ class TrainConfig:
         at_default(self, [(self.use_peft, "where use_peft is false", lora)])
         at_least(self, 2, "max_length")
         at_least(self, 0, "warmup_steps", "eval_steps", "num_eval_examples", "max_train_examples")
+        at_least(self, 0, "save_steps", "save_total_limit")
         at_least(self, 0, "weight_decay", "max_grad_norm")
         above_0(self, "learning_rate", "num_train_epochs", "adam_epsilon")
         for name in ("adam_beta1", "adam_beta2"):

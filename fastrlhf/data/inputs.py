@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import logging
 import os
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from transformers import PreTrainedTokenizerBase
 
-from fastrlhf.checkpoint import check_output_dir
+from fastrlhf.checkpoint import check_idle, check_run_dir, check_same_data
 from fastrlhf.config import TrainConfig, parse_columns, require
 from fastrlhf.data.examples import RESPONSES, LoadedExamples, load_examples
 from fastrlhf.data.labels import GROUP_LABELS
@@ -30,6 +34,11 @@ class Data:
     report: TokenReport
     """What tokenising did to the training rows."""
 
+    @cached_property
+    def fingerprint(self) -> dict[str, str]:
+        """Of each split how many rows it has, and a hash of all that they hold, in order."""
+        return {name: _fingerprint(rows) for name, rows in (("train", self.train), ("eval", self.eval))}
+
 
 def open_inputs(
     config: TrainConfig,
@@ -44,7 +53,8 @@ def open_inputs(
     loaded and before a folder is made.
     """
     if config.output_dir:
-        check_output_dir(config.output_dir)
+        check_run_dir(config)
+        check_idle(config.output_dir)
     import_reporters(config.report_to)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("WORLD_SIZE: this version trains in one process; start it without torchrun")
@@ -52,11 +62,14 @@ def open_inputs(
     if train is None:
         train, evaluation = _load_both(config, fields)
     tokenized = _tokenize(config, tokenizer, train, fields, "train")
-    return tokenizer, Data(
+    data = Data(
         train=tokenized.examples,
         eval=_tokenize(config, tokenizer, evaluation, fields, "eval").examples if evaluation else [],
         report=tokenized.report,
     )
+    if config.output_dir:
+        check_same_data(config.output_dir, data.fingerprint)
+    return tokenizer, data
 
 
 def open_eval_inputs(
@@ -174,3 +187,16 @@ def _tokenize(
             *(name, lost, len(examples), config.max_length),
         )
     return tokenized
+
+
+def _fingerprint(rows: Sequence[TokenizedExample]) -> str:
+    digest = hashlib.sha256()
+    for row in rows:
+        for field in dataclasses.fields(row):
+            value = getattr(row, field.name)
+            if value is not None and field.name in ("prompt", *RESPONSES):
+                digest.update(f"{field.name} {len(value)} ids".encode())
+                digest.update(array("q", value))
+            elif value is not None:
+                digest.update(f"{field.name} {value!r}".encode())
+    return f"{len(rows)} rows of hash {digest.hexdigest()[:16]}"

@@ -110,7 +110,7 @@ def test_a_run_that_fails_in_the_middle_leaves_its_metrics_and_the_weights_of_it
     unmoved = [torch.equal(a, b) for a, b in zip(saved.parameters(), load_policy(model).parameters(), strict=True)]
     assert not any(unmoved)
     assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 1
-    with pytest.raises(ValueError, match=r"output_dir: .* already holds a run"):
+    with pytest.raises(ValueError, match=r"output_dir: .* already holds a run that failed before its first checkpoint"):
         train_on_policy(cfg, tiny.examples(8))
 
 
@@ -165,3 +165,20 @@ def test_the_row_that_no_micro_batch_can_hold_is_named():
     check_micro_batch(config("", "", micro_batch_tokens=9), examples, [5, 9])
     with pytest.raises(ValueError, match=r"micro_batch_tokens: must be at least 9, the tokens of row 8, .*; got 8"):
         check_micro_batch(config("", "", micro_batch_tokens=8), examples, [5, 9])
+
+
+def test_weights_that_a_checkpoint_has_are_not_saved_a_second_time(model, tmp_path):
+    for save_steps, expected in ((1, False), (0, True)):
+        cfg = config(model, tmp_path / f"every-{save_steps}", save_steps=save_steps)
+        loaded, tokenizer = load_policy(model), tiny.tokenizer()
+        stage = Stage("sft", cfg, 3, (loaded, tokenizer))
+        with pytest.raises(ZeroDivisionError), stage:  # noqa: PT012
+            stage.log(1, {"loss": 1.0})
+            _ = 1 / 0
+        assert (tmp_path / f"every-{save_steps}" / "interrupted").exists() == expected
+
+
+def test_after_the_last_step_there_is_no_checkpoint_but_the_model(model, tmp_path):
+    train_sft(config(model, tmp_path / "run", save_steps=1), tiny.examples(8))
+    assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
+    assert (tmp_path / "run" / "config.json").exists()

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from fastrlhf.config import EvalConfig, SFTConfig, TrainConfig
-from fastrlhf.data.inputs import open_eval_inputs, open_inputs, with_room
+from fastrlhf.data.inputs import Data, open_eval_inputs, open_inputs, with_room
 from fastrlhf.types import TokenizedExample
 from tests import tiny
 
@@ -149,3 +149,20 @@ def test_more_than_one_process_is_refused_before_anything_is_read(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="WORLD_SIZE: this version trains in one process"):
         open_inputs(SFTConfig(model_name_or_path="nowhere"), ["reference"], None, None)
+
+
+def test_the_fingerprint_is_of_every_number_of_every_row_in_order():
+    rows = [TokenizedExample(prompt=[1, 2], chosen=[3], row=0), TokenizedExample(prompt=[4], scores=[1, 0.5], row=1)]
+    base = Data(train=rows, eval=rows[:1]).fingerprint
+    assert base == Data(train=list(rows), eval=rows[:1]).fingerprint
+    assert base["train"].startswith("2 rows of hash ")
+    for changed in (
+        [rows[1], rows[0]],
+        [replace(rows[0], prompt=[1], chosen=[2, 3]), rows[1]],
+        [replace(rows[0], chosen=None, rejected=[3]), rows[1]],
+        [rows[0], replace(rows[1], scores=[1, 0.25])],
+        rows[:1],
+    ):
+        found = Data(train=changed, eval=rows[:1]).fingerprint
+        assert found["train"] != base["train"]
+        assert found["eval"] == base["eval"]

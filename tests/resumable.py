@@ -1,0 +1,135 @@
+"""Runs of every trainer that can be cut off and compared, for the tests of resuming and of faults."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fastrlhf.algorithms import groups, on_policy, preference, reward_model, sft
+from fastrlhf.algorithms.stage import Stage
+from fastrlhf.config import DPOConfig, DRPOConfig, PPOConfig, RewardConfig, RTOConfig, SFTConfig
+from fastrlhf.metrics import read_metrics
+from fastrlhf.types import Example
+from tests import tiny
+
+STEPS, EVERY = 5, 2
+GROUPS = [
+    Example(prompt=f"w{i} w1", responses=["w2 w3", f"w4 w{i}", "w5"], scores=[0.5, float(i % 3), -1.0], row=i)
+    for i in range(10)
+]
+
+
+def save_models(place: Path) -> dict[str, str]:
+    """A policy, a judge and a DPO model."""
+    return {
+        "policy": tiny.save_policy(place / "policy"),
+        "judge": tiny.save_reward_model(place / "judge"),
+        "dpo": tiny.save_policy(place / "dpo", seed=3),
+    }
+
+
+def run(kind: str, paths: dict[str, str], folder: Path, **settings):
+    """One run of the trainer called `kind`, five steps, a checkpoint after the second and the fourth."""
+    shared = {
+        "model_name_or_path": paths["policy"],
+        "output_dir": str(folder),
+        "max_steps": STEPS,
+        "save_steps": EVERY,
+        "eval_steps": 3,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "warmup_steps": 2,
+        "max_length": 32,
+        "progress": False,
+    }
+    judged = {"reward_model_path": paths["judge"], "response_length": 5, "num_ppo_epochs": 2, "num_mini_batches": 2}
+    examples, held_out = tiny.examples(10), tiny.examples(4, seed=1)
+    match kind:
+        case "sft":
+            return sft.train_sft(SFTConfig(**shared | settings), examples, held_out)
+        case "bf16":
+            return sft.train_sft(SFTConfig(**shared | {"dtype": "bfloat16"} | settings), examples, held_out)
+        case "lora":
+            return sft.train_sft(SFTConfig(**shared | {"use_peft": True, "lora_r": 2} | settings), examples, held_out)
+        case "reward":
+            return reward_model.train_reward_model(RewardConfig(**shared | settings), examples, held_out)
+        case "dpo":
+            return preference.train_dpo(DPOConfig(**shared | settings), examples, held_out)
+        case "groups":
+            backend = {"loss_type": ("ipo",), "psi_backend": "groupwise"}
+            return preference.train_dpo(DPOConfig(**shared | backend | settings), GROUPS, GROUPS[:3])
+        case "ppo":
+            keys = shared | judged | {"score_norm": "running"} | settings
+            return on_policy.train_on_policy(PPOConfig(**keys), examples, held_out)
+        case "drpo":
+            keys = shared | judged | {"reset_group_size": 2, "advantage_estimator": "rloo"} | settings
+            return on_policy.train_on_policy(DRPOConfig(**keys), examples, judge=noisy_judge)
+        case _:
+            keys = shared | judged | {"dpo_model_path": paths["dpo"], "reset_prob": 0.5} | settings
+            return on_policy.train_on_policy(RTOConfig(**keys), examples, held_out)
+
+
+def noisy_judge(rollouts):
+    """A judge of the user's that draws from every global generator."""
+    return [torch.rand(()).item() + random.random() + float(np.random.random()) for _ in rollouts]
+
+
+KINDS = ("sft", "bf16", "lora", "reward", "dpo", "groups", "ppo", "drpo", "rto")
+OPTIMIZERS = {"sft": sft, "bf16": sft, "lora": sft, "reward": reward_model, "dpo": preference, "groups": groups}
+
+
+class Killed(BaseException):
+    """Nothing of ours catches it: as a process that is gone, but for the lock that its death would free."""
+
+
+class Watch:
+    """Keeps the optimisers that are made, and kills at a chosen point of a run."""
+
+    def __init__(self, kind: str, monkeypatch):
+        self.made, module = [], OPTIMIZERS.get(kind, on_policy)
+        make, log = module.Optimizer, Stage.log
+        self.kill: tuple[int, str] | None = None
+
+        def kept(*arguments, **keywords):
+            self.made.append(make(*arguments, **keywords))
+            return self.made[-1]
+
+        def deadly(stage, step, *arguments, **keywords):
+            if self.kill == (step, "before"):
+                raise Killed
+            log(stage, step, *arguments, **keywords)
+            if self.kill == (step, "after"):
+                raise Killed
+
+        monkeypatch.setattr(module, "Optimizer", kept)
+        monkeypatch.setattr(Stage, "log", deadly)
+
+
+def untimed(row: dict) -> dict:
+    return {name: value for name, value in row.items() if name != "time" and not name.startswith("timing/")}
+
+
+def left(result, optimizer, folder: Path) -> dict:
+    """All that a run is judged by."""
+    return {
+        "history": [untimed(row) for row in result.history],
+        "final": result.final,
+        "log": [untimed(row) for row in read_metrics(folder / "metrics.jsonl")],
+        "samples": (folder / "samples.jsonl").read_bytes(),
+        "weights": {name: tensor.tolist() for name, tensor in result.model.state_dict().items()},
+        "critic": {k: v.tolist() for k, v in result.value_model.state_dict().items()} if result.value_model else None,
+        "optimizer": {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in optimizer.state_dict().items()},
+        "model": (folder / "model.safetensors").read_bytes(),
+    }
+
+
+def untimed_log(folder: Path, result=None) -> list:
+    """Of a run that has ended: its log and its model."""
+    log = [untimed(row) for row in read_metrics(folder / "metrics.jsonl")]
+    assert result is None or [untimed(row) for row in result.history] == [
+        {name: value for name, value in row.items() if name != "step"} for row in log
+    ]
+    return [log, (folder / "model.safetensors").read_bytes()]
