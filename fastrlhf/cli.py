@@ -14,6 +14,7 @@ from typing import Any
 
 from fastrlhf import config as configs
 from fastrlhf import config_files as files
+from fastrlhf.config.checks import UNREAD
 from fastrlhf.interrupts import Interrupted
 
 USAGE = """\
@@ -66,26 +67,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse(kind: type, arguments: Sequence[str], command: str) -> Any:
-    """The configuration that a file and flags describe. Raises ValueError for a key or a value that is none."""
-    import tyro
+    """The configuration that a file and flags describe. Raises ValueError for a key or a value that is none.
 
+    A key of a section `shared` that nothing would read under this command is left to the other sections.
+    """
     rest = _split_configs(arguments)
-    flags: list[str] = []
+    values: dict[str, Any] = {}
+    shared: set[str] = set()
     while "--config" in rest:
         where = rest.index("--config")
         if where + 1 == len(rest):
             raise ValueError("--config: give a file or the name of a recipe")
-        flags += files.as_flags(files.read_yaml(rest[where + 1], kind, command))
+        values |= files.read_yaml(rest[where + 1], kind, command)
+        shared |= files.shared_keys(rest[where + 1], command)
         del rest[where : where + 2]
     rest = [files.without_alias(argument) for argument in rest]
     files.check_flags(rest, kind)
+    while True:
+        try:
+            return _from_flags(kind, [*files.as_flags(values), *rest], command)
+        except ValueError as error:
+            key = str(error).partition(":")[0]
+            if key not in shared & values.keys() or UNREAD not in str(error):
+                raise
+            del values[key]
+
+
+def _from_flags(kind: type, flags: Sequence[str], command: str) -> Any:
+    import tyro
+
     message = StringIO()
     try:
         with redirect_stderr(message):
             return tyro.cli(
                 kind,
                 prog=f"fastrlhf {command}",
-                args=files.spelled_out([*flags, *rest], kind),
+                args=files.spelled_out(flags, kind),
                 config=(tyro.conf.FlagConversionOff,),
                 use_underscores=True,
             )

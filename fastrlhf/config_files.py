@@ -54,6 +54,15 @@ def read_yaml(path: str, kind: type, command: str) -> dict[str, Any]:
     return {key: _filled_in(path, key, value) for key, value in content.items()}
 
 
+def shared_keys(path: str, command: str) -> set[str]:
+    """The keys that `shared` alone gives to a command."""
+    content = _load_yaml(path)
+    if not set(content) & COMMANDS:
+        return set()
+    shared, own = ({ALIASES.get(key, key) for key in _section(path, content, name)} for name in ("shared", command))
+    return shared - own
+
+
 def run_first(path: str, command: str) -> list[str]:
     """The sections of the file that are to run before that of `command`, in order: its `run_first`, a list.
 

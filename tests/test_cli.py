@@ -11,8 +11,8 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from fastrlhf.cli import USAGE, main, parse
-from fastrlhf.config import DRPOConfig, EvalConfig, PPOConfig, SFTConfig
+from fastrlhf.cli import USAGE, _run_first, main, parse
+from fastrlhf.config import DRPOConfig, EvalConfig, PPOConfig, RTOConfig, SFTConfig
 from fastrlhf.metrics import read_metrics
 from tests import tiny
 
@@ -167,6 +167,12 @@ def test_a_section_that_a_flag_has_replaced_is_not_trained(place, chain, capsys)
     assert told[0] == "dpo: a flag has replaced flagged/dpo; skipped"
     assert [line for line in told if line.endswith(":")] == ["sft:", "reward:", "rto:"]
     assert not (place / "flagged/dpo").exists()
+
+    replaced = ["--model_name_or_path", "runs/sft", "--dpo_model_path", "runs/dpo"]
+    config = parse(RTOConfig, ["--config", "flagged.yaml", *replaced], "rto")
+    needed = [name for name, _ in _run_first("rto", config, ["flagged.yaml"])]
+    assert needed == ["sft", "reward"]  # the reward model starts from sft, though rto does not any more
+    capsys.readouterr()
 
     given = {"model_name_or_path": "sft", "reward_model_path": "reward", "dpo_model_path": "dpo"}
     flags = [part for key, name in given.items() for part in (f"--{key}", f"runs/{name}")]

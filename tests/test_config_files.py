@@ -143,6 +143,21 @@ def test_a_finished_run_of_other_settings_is_refused_with_every_key_that_differs
     check_unchanged(replace(config, beta=0.1), "dpo")
 
 
+def test_a_shared_key_that_nothing_reads_in_one_section_is_for_the_others(write):
+    shared = "shared: {use_peft: true, lora_r: 64, use_rslora: true, seed: 3}\n"
+    path = write(f"{shared}sft: {{use_peft: false}}\ndpo: {{}}\nreward: {{use_peft: false, lora_r: 8}}\n")
+    sft, dpo = parse(SFTConfig, ["--config", path], "sft"), parse(DPOConfig, ["--config", path], "dpo")
+    assert (sft.use_peft, sft.lora_r, sft.use_rslora, sft.seed) == (False, 16, False, 3)
+    assert (dpo.use_peft, dpo.lora_r, dpo.use_rslora) == (True, 64, True)
+    for kind, command, flags in ((RewardConfig, "reward", []), (SFTConfig, "sft", ["--lora_r", "8"])):
+        with pytest.raises(
+            ValueError, match=r"^lora_r: must be 16 where use_peft is false, since nothing reads it there"
+        ):
+            parse(kind, ["--config", path, *flags], command)
+    with pytest.raises(ValueError, match=r"^lora_r: must be at least 1; got 0"):
+        parse(SFTConfig, ["--config", write("shared: {lora_r: 0}\nsft:\n")], "sft")
+
+
 def test_an_empty_file_gives_nothing(write):
     assert read_yaml(write(""), SFTConfig, "sft") == {}
 
@@ -259,7 +274,7 @@ def test_truth_values_are_understood_as_people_write_them(flags):
 
 
 def test_falsehoods_too_and_what_is_neither_is_refused(write):
-    assert parse(SFTConfig, ["--progress", "no", "--lora_r", "4"], "sft").progress is False
+    assert parse(SFTConfig, ["--progress", "no", "--seed", "4"], "sft").progress is False
     assert parse(SFTConfig, ["--config", write('progress: "off"')], "sft").progress is False
     assert parse(SFTConfig, ["--run_name", "true"], "sft").run_name == "true"
     with pytest.raises(ValueError, match="progress"):

@@ -24,6 +24,10 @@ def above_0(config: object, *names: str) -> None:
         require(getattr(config, name) > 0, name, getattr(config, name), "above 0")
 
 
+UNREAD = "since nothing reads it there"
+"""How the rule ends that a key breaks which nothing would read."""
+
+
 def at_default(config: Any, readers: Iterable[tuple[bool, str, tuple[str, ...]]]) -> None:
     """Raises ValueError for a key that nothing would read and that is not the default of its class all the same.
 
@@ -33,7 +37,7 @@ def at_default(config: Any, readers: Iterable[tuple[bool, str, tuple[str, ...]]]
     for read, because, names in readers:
         for name in () if read else names:
             value, default = getattr(config, name), defaults[name]
-            require(value == default, name, value, f"{default!r} {because}, since nothing reads it there")
+            require(value == default, name, value, f"{default!r} {because}, {UNREAD}")
 
 
 def check_choices(config: object) -> None:

@@ -243,7 +243,7 @@ def test_what_is_wrong_is_said_before_anything_is_trained(policy, tmp_path):
         (
             settings(tmp_path / "a", equivalence="nowhere:same"),
             {"equivalence": None},
-            "equivalence: no module 'nowhere'",
+            "equivalence: 'nowhere' cannot be imported",
         ),
         (settings(tmp_path / "a", micro_batch_tokens=16), {}, "micro_batch_tokens: must be at least 2"),
         (settings(tmp_path / "a", reward_model_path=str(tmp_path)), {}, "reward_model_path: .* holds no model"),
