@@ -42,7 +42,7 @@ def test_arms_share_the_models_of_a_seed_and_run_once(paper, tmp_path, monkeypat
         return replace(full(name, config, out), max_steps=2, per_device_train_batch_size=8, progress=False)
 
     monkeypatch.setattr(demo, "stage_config", short)
-    monkeypatch.setattr(embedded, "append_row", rows.append)
+    monkeypatch.setattr(embedded, "append_row", lambda row, folder: rows.append(row))
     monkeypatch.setattr(embedded, "EPISODES", 4)
     monkeypatch.setattr(embedded, "DemoConfig", lambda out, seed: demo.DemoConfig(out=out, seed=seed, num_eval=8))
     for name in ("NUM_SFT", "NUM_PAIRS"):
@@ -53,10 +53,10 @@ def test_arms_share_the_models_of_a_seed_and_run_once(paper, tmp_path, monkeypat
         for num in (8, 16)
     ]
     embedded._make_models(paper, tmp_path, 0)
-    first = [embedded._run_arm(tmp_path, arm, 0) for arm in arms]
+    first = [embedded._run_arm(tmp_path, tmp_path, arm, 0) for arm in arms]
     sft = (tmp_path / paper / "seed-0/sft/model.safetensors").stat().st_mtime_ns
     embedded._make_models(paper, tmp_path, 0)
-    assert [embedded._run_arm(tmp_path, arm, 0) for arm in arms] == first
+    assert [embedded._run_arm(tmp_path, tmp_path, arm, 0) for arm in arms] == first
     assert (tmp_path / paper / "seed-0/sft/model.safetensors").stat().st_mtime_ns == sft
     assert [row["arm"] for row in rows] == ["a 8", "a 16"]
     for row in first:
