@@ -32,7 +32,7 @@ WRITERS = ("good", "blind", "bad")
 NUM_PAIRS = (50, 200, 1000)
 RHOS = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, math.inf)
 """inf: the policy heeds the penalty alone"""
-PROBLEMS, FAST_PROBLEMS = 200, 20
+PROBLEMS, FAST_PROBLEMS = 100, 20
 FIT_STEPS = 2000
 
 SIZES = tuple(ACTIONS ** (level + 1) for level in range(HORIZON))
@@ -87,7 +87,8 @@ def fit_reward(wins: Tensor, bound: float) -> Tensor:
     """
     features = response_features()
     pairs = wins.sum((-2, -1), keepdim=True)
-    curvature = 0.25 * torch.linalg.matrix_norm(_scatter(wins, features) / pairs, 2)
+    # Where all pairs are of one response with itself there is nothing to fit: theta stays 0.
+    curvature = (0.25 * torch.linalg.matrix_norm(_scatter(wins, features) / pairs, 2)).clamp(min=1e-9)
     theta = look = torch.zeros(len(wins), features.shape[1], dtype=torch.float64)
     momentum = 1.0
     for _ in range(FIT_STEPS):

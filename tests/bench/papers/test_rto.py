@@ -122,6 +122,12 @@ def test_the_fit_meets_the_conditions_of_the_constrained_maximum():
         assert binds or outwards.abs().max() < 1e-6
 
 
+def test_pairs_of_one_response_with_itself_teach_nothing():
+    wins = torch.zeros(1, NUM_RESPONSES, NUM_RESPONSES, dtype=torch.float64)
+    wins[0, 4, 4] = 50
+    assert not fit_reward(wins, BOUND).any()
+
+
 def test_the_covariance_sums_over_pairs_whoever_won():
     problems = draw_problems("blind", 5, 1)
     expected = rto.RIDGE * torch.eye(NUM_FEATURES, dtype=torch.float64)
