@@ -76,3 +76,26 @@ def test_the_recorded_judge_is_the_judge():
     rollout = Rollout(prefix=prefix, completion=ideal, sampler_logprob=[0.0] * len(ideal), ended=False)
     assert embedded._recorded(lambda rollouts: [7.0] * len(rollouts), task, gold)([rollout]) == [7.0]
     assert gold == [pytest.approx(task.gold_reward(str(example.prompt), task.ideal(str(example.prompt))), abs=1e-6)]
+
+
+def test_the_tables_pair_the_seeds_and_all_figures_are_drawn(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    found = {
+        arm.folder: [
+            {"gold_reward": seed + 2 * i, "kl": 1.0, "tokens": 100, "score_curve": [seed, i], "gold_curve": [0.0, 4.0]}
+            for seed in (0.0, 10.0)
+        ]
+        for arms in (GRANULARITY[::-1], ARMS["drpo"], ARMS["rto"][len(GRANULARITY) :])
+        for i, arm in enumerate(arms)
+    }
+    monkeypatch.setattr(embedded, "run_arms", lambda *arguments: found)
+    granularity, prompts = embedded.run_embedded("rto", 2, 1, tmp_path, tmp_path).split("\n\n")
+    assert "| token | 4.50 | 2.00 +- 0.00 | 2.00 +- 0.00 | 13.00 +- 63.55 | 8.00 +- 0.00 | 1.00 |" in granularity
+    assert "| none | 2.50 |  |" in granularity
+    # RTO's arms are numbers 0, 1, 2 and PPO's 3, 4, 5; on all prompts they are token, number 4, and none, number 0.
+    assert prompts.splitlines()[2].endswith("| -6.00 +- 0.00 | 0.00 +- 0.00 |")
+    assert prompts.splitlines()[-1].endswith("| 8.00 +- 0.00 | 8.00 +- 0.00 |")
+    resets = embedded.run_embedded("drpo", 2, 1, tmp_path, tmp_path).splitlines()
+    assert resets[3] == "| 0.25 | 7.00 +- 63.55 | 2.00 +- 0.00 | 1.00 | 100 |"
+    names = [path.name for path in sorted((tmp_path / "figures").iterdir())]
+    assert names == ["drpo_resets.png", "rto_granularity.png", "rto_prompts.png"]
