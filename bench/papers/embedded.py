@@ -264,12 +264,15 @@ def _unless(same: bool, values: Sequence[float]) -> str:
 
 
 def draw_granularity(found: Mapping[str, Sequence[Row]], path: Path) -> None:
-    """RM score and gold reward of the sampled responses by update: mean over seeds, a band over the seeds' range."""
+    """RM score, less PPO's for the same seed and prompts, and gold reward of the sampled responses by update: mean over
+    seeds, a band over the seeds' range."""
     figure, panels = _figure(2)
-    names = {"score_curve": "RM score", "gold_curve": "gold reward, facts"}
+    names = {"score_curve": "RM score minus PPO's", "gold_curve": "gold reward, facts"}
     for panel, (curve, label) in zip(panels, names.items(), strict=True):
         for arm in GRANULARITY:
             curves = torch.tensor([row[curve] for row in found[arm.folder]])
+            if curve == "score_curve":
+                curves = curves - torch.tensor([row[curve] for row in found["granularity_none"]])
             updates = torch.arange(1, curves.shape[1] + 1)
             (line,) = panel.plot(updates, curves.mean(0), linewidth=1.2, label=arm.name)
             panel.fill_between(updates, curves.amin(0), curves.amax(0), color=line.get_color(), alpha=0.12, linewidth=0)
