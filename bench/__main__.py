@@ -27,9 +27,12 @@ def main() -> None:
     labels.add_argument("--jobs", type=int, default=2, help="seeds run side by side, one thread each")
     labels.add_argument("--out", type=Path, default=Path("runs/bench_labels"), help="a folder per seed")
     papers = commands.add_parser("papers", help="the experiments of a paper: rows, a table, figures")
-    papers.add_argument("names", nargs="+", choices=["ipo"])
-    papers.add_argument("--fast", action="store_true", help="full batches, 3000 steps, the table alone")
+    papers.add_argument("names", nargs="+", choices=["ipo", "rto", "drpo"])
+    papers.add_argument("--fast", action="store_true", help="tables of the small problems alone, fewer seeds and steps")
     papers.add_argument("--batch-size", type=int, default=9, help="of ipo: pairs of a mini-batch")
+    papers.add_argument("--seeds", type=int, default=3, choices=range(1, 11), help="of the embedded task: 0 .. N - 1")
+    papers.add_argument("--jobs", type=int, default=2, help="runs of the embedded task side by side, one thread each")
+    papers.add_argument("--runs", type=Path, default=Path("runs/bench_papers"), help="their folders, reused")
     papers.add_argument("--out", type=Path, default=Path("bench"), help="rows go to its results, PNGs to its figures")
     trunks = commands.add_parser("trunks", help="an update of DR-PO on shared trunks and on separate sequences")
     trunks.add_argument("--groups", type=int, nargs="+", default=[4, 8], help="episodes per prompt")
@@ -85,9 +88,8 @@ def main() -> None:
 
         print(run_labels(arguments.seeds, arguments.jobs, arguments.out))
     if arguments.command == "papers":
-        from bench.papers.ipo import run_ipo
-
-        print(run_ipo(arguments.batch_size, arguments.out, fast=arguments.fast))
+        for name in arguments.names:
+            print(_paper(name, arguments))
     if arguments.command == "trunks":
         from bench.trunks import run_trunks
 
@@ -111,6 +113,26 @@ def main() -> None:
         print(table)
         if faults and arguments.check:
             sys.exit("\n".join(faults))
+
+
+def _paper(name: str, a: argparse.Namespace) -> str:
+    if name == "ipo":
+        from bench.papers.ipo import run_ipo
+
+        return run_ipo(a.batch_size, a.out, fast=a.fast)
+    if name == "rto":
+        from bench.papers.rto import run_pessimism
+
+        tables = [run_pessimism(a.out, fast=a.fast)]
+    else:
+        from bench.papers.drpo import FAST_MDPS, MDPS, run_lock, run_npg
+
+        tables = [run_npg(FAST_MDPS if a.fast else MDPS), run_lock(a.out, fast=a.fast)]
+    if not a.fast:
+        from bench.papers.embedded import run_embedded
+
+        tables.append(run_embedded(name, a.seeds, a.jobs, a.runs, a.out))
+    return "\n\n".join(tables)
 
 
 def _kernels(a: argparse.Namespace) -> list[str]:

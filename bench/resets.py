@@ -66,7 +66,7 @@ def _run_seed(out: Path, seed: int) -> dict[str, dict[str, float]]:
         name = arm.replace(" ", "_")
         run = replace(stage_config(method, config, folder), output_dir=str(folder / name), **settings)
         assert isinstance(run, PPOConfig)
-        result = train_on_policy(run, careful, task.examples("validation", 128), judge=partial(_gold, task))
+        result = train_on_policy(run, careful, task.examples("validation", 128), judge=partial(gold_judge, task))
         tokens = int(sum(row["num_tokens"] for row in result.history))
         rows[arm] = _row(judge_stage(config, task, folder, name), tokens)
     for arm, row in rows.items():
@@ -79,8 +79,8 @@ def _row(judged: Judged, tokens: int) -> dict[str, float]:
     return {"gold_reward": gold, "kl": judged.kl, "mean_length": judged.mean_length, "tokens": tokens}
 
 
-def _gold(task: ToyTask, rollouts: Sequence[Rollout]) -> torch.Tensor:
-    """[N] gold reward of the whole responses, what was given away by a reset included."""
+def gold_judge(task: ToyTask, rollouts: Sequence[Rollout]) -> torch.Tensor:
+    """[N] gold reward, in facts / SCALE, of the whole responses, what was given away by a reset included."""
     tokenizer, scores = toy_tokenizer(), []
     for rollout in rollouts:
         text = str(tokenizer.decode([*rollout.prefix.token_ids, *rollout.completion], skip_special_tokens=True))

@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from bench.resets import SCALE, _gold, strict_task
+from bench.resets import SCALE, gold_judge, strict_task
 from fastrlhf.data.toy import toy_tokenizer
 from fastrlhf.types import Prefix, Rollout
 
@@ -16,7 +16,7 @@ def test_the_gold_judge_scores_the_whole_response_with_what_the_reset_gave_away(
         prefix = Prefix(token_ids=[*prompt, *response[:k]], num_reset=k, row=0, episode=0)
         completion = [*response[k:], tokenizer.eos_token_id]
         rollout = Rollout(prefix=prefix, completion=completion, sampler_logprob=[-1.0] * len(completion), ended=True)
-        (score,) = _gold(task, [rollout]).tolist()
+        (score,) = gold_judge(task, [rollout]).tolist()
         assert score == pytest.approx(task.gold_reward(str(example.prompt), ideal) / SCALE)
 
 

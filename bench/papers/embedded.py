@@ -1,0 +1,323 @@
+"""RTO and DR-PO on the embedded task, smaller than the demo: which rewards, from which states, on how many prompts?
+
+    granularity  RTO with its token rewards paid at every token, at the end of every fact, at the end, everywhere and
+                 taken back at the end, nowhere (arXiv 2404.18922, section 5.2 and figure 4)
+    prompts      RTO and PPO, one pass over few or many prompts (figure 4c there)
+    resets       DR-PO by the share of episodes that are reset (arXiv 2404.08495, table 2), on the task of
+                 `bench.resets` with the gold judge as reward, at about the same number of sampled tokens
+
+SFT, reward and DPO model of a seed and task are made once, with the demo's settings; the arms of a seed share them. The
+runs have the demo's settings too, but for half its episodes per update.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import product
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tokenizers import Regex, decoders
+from transformers import PreTrainedTokenizerFast
+
+from bench.resets import SCALE, gold_judge, strict_task
+from bench.results import append_row
+from bench.toy import interval
+from fastrlhf.algorithms.on_policy import train_on_policy
+from fastrlhf.config import DemoConfig, PPOConfig
+from fastrlhf.data.tokens import special_ids
+from fastrlhf.data.toy import FACTS, ToyTask, toy_tokenizer
+from fastrlhf.demo import NUM_PROMPTS, judge_stage, run_stage, stage_config
+from fastrlhf.evaluation.judges import Judge, reward_model_judge
+from fastrlhf.models.loading import load_reward_model
+from fastrlhf.types import Rollout
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+EPISODES = 64
+"""Of an update."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    paper: str
+    experiment: str
+    name: str
+    method: str
+    """A stage of the demo"""
+    num_prompts: int = NUM_PROMPTS
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> str:
+        return f"{self.experiment}_{self.name}".replace(" ", "_")
+
+
+def _pass_over(method: str, num_prompts: int) -> Arm:
+    return Arm(
+        paper="rto",
+        experiment="prompts",
+        name=f"{method} {num_prompts}",
+        method=method,
+        num_prompts=num_prompts,
+        settings={"max_steps": num_prompts // EPISODES},
+    )
+
+
+UPDATES = {0.0: 40, 0.25: 44, 0.5: 48, 0.75: 54, 1.0: 60}
+"""By reset probability: an episode from inside a response samples fewer tokens."""
+SHAPINGS = ("token", "sentence", "eos", "rs")
+PROMPTS = (320, 640, 1280, 2560)
+"""2560 is the whole run of 40 updates: the arms token and none of the granularity"""
+GRANULARITY = [
+    *(
+        Arm(paper="rto", experiment="granularity", name=name, method="rto", settings={"reward_shaping": name})
+        for name in SHAPINGS
+    ),
+    Arm(paper="rto", experiment="granularity", name="none", method="ppo"),
+]
+RESETS = [
+    Arm(
+        paper="drpo",
+        experiment="resets",
+        name=f"{prob:g}",
+        method="drpo",
+        settings={"reset_prob": prob, "max_steps": updates},
+    )
+    for prob, updates in UPDATES.items()
+]
+FEWER_PROMPTS = [_pass_over(method, num) for method, num in product(("rto", "ppo"), PROMPTS[:-1])]
+ARMS = {"rto": [*GRANULARITY, *FEWER_PROMPTS], "drpo": RESETS}
+"""By paper."""
+
+Row = dict[str, Any]
+
+
+def run_embedded(paper: str, seeds: int, jobs: int, runs: Path, out: Path) -> str:
+    """Trains what is not there yet under `runs`, appends a row per new run to `out/results`, draws into `out/figures`,
+    and returns the tables in Markdown."""
+    found = run_arms(paper, seeds, jobs, runs, out / "results")
+    figures = out / "figures"
+    if paper == "drpo":
+        draw_resets(found, figures / "drpo_resets.png")
+        return resets_table(found)
+    draw_granularity(found, figures / "rto_granularity.png")
+    draw_prompts(found, figures / "rto_prompts.png")
+    return f"{granularity_table(found)}\n\n{prompts_table(found)}"
+
+
+def run_arms(paper: str, seeds: int, jobs: int, runs: Path, results: Path) -> dict[str, list[Row]]:
+    """The rows of each arm, by its folder's name, in the order of the seeds."""
+    with ProcessPoolExecutor(jobs) as pool:
+        list(pool.map(partial(_make_models, paper, runs), range(seeds)))
+        cases = list(product(ARMS[paper], range(seeds)))
+        rows = list(pool.map(partial(_run_arm, runs, results), *zip(*cases, strict=True)))
+    found: dict[str, list[Row]] = {}
+    for (arm, _), row in zip(cases, rows, strict=True):
+        found.setdefault(arm.folder, []).append(row)
+    return found
+
+
+def _problem(paper: str, seed: int, runs: Path) -> tuple[DemoConfig, ToyTask, Path]:
+    folder = runs / paper / f"seed-{seed}"
+    task = ToyTask(seed=seed) if paper == "rto" else strict_task(seed)
+    return DemoConfig(out=str(folder), seed=seed), task, folder
+
+
+def _make_models(paper: str, runs: Path, seed: int) -> None:
+    torch.set_num_threads(1)
+    config, task, folder = _problem(paper, seed, runs)
+    if not (folder / "tokenizer").exists():
+        _sentence_tokenizer().save_pretrained(folder / "tokenizer")
+    for stage in ("sft", "reward", "dpo") if paper == "rto" else ("sft", "reward"):
+        if not (folder / stage / "config.json").exists():
+            run_stage(stage, config, task, folder)
+
+
+def _sentence_tokenizer() -> PreTrainedTokenizerFast:
+    """The embedded task's, but a value is followed by a full stop when it is decoded: a fact is a sentence."""
+    tokenizer = toy_tokenizer()
+    values = "|".join(sorted(value for values in FACTS.values() for value in values))
+    stop, space = decoders.Replace(Regex(rf"(?<=^(?:{values}))$"), "."), decoders.Replace(Regex("$"), " ")
+    tokenizer.backend_tokenizer.decoder = decoders.Sequence([stop, space])
+    return tokenizer
+
+
+def _run_arm(runs: Path, results: Path, arm: Arm, seed: int) -> Row:
+    torch.set_num_threads(1)
+    config, task, folder = _problem(arm.paper, seed, runs)
+    done = folder / arm.folder / "row.json"
+    if not done.exists():
+        row = {"bench": "papers", "paper": arm.paper, "experiment": arm.experiment, "arm": arm.name, "seed": seed}
+        row |= _train(arm, config, task, folder)
+        judged = judge_stage(config, task, folder, arm.folder)
+        row |= {"gold_reward": float(judged.gold.mean()), "rm_score": judged.score, "kl": judged.kl}
+        append_row(row | {"mean_length": judged.mean_length}, results)
+        done.write_text(json.dumps(row))
+    return json.loads(done.read_text())
+
+
+def _train(arm: Arm, config: DemoConfig, task: ToyTask, folder: Path) -> Row:
+    """The run's size and its curves: means over the sampled responses of each update, of the score in training and of
+    the gold reward in facts."""
+    settings = stage_config(arm.method, config, folder)
+    assert isinstance(settings, PPOConfig)
+    settings = replace(
+        settings,
+        **{"output_dir": str(folder / arm.folder), "per_device_train_batch_size": EPISODES, "progress": False},
+        **{"rollout_batch_size": EPISODES, "num_eval_examples": 0, "num_sample_generations": 1, **arm.settings},
+    )
+    careful = replace(task, min_haste=0.0, max_haste=0.2) if arm.paper == "drpo" else task
+    gold: list[float] = []
+    judge = _recorded(partial(gold_judge, task) if arm.paper == "drpo" else _learned_judge(folder), task, gold)
+    result = train_on_policy(settings, careful.examples("train", arm.num_prompts), judge=judge)
+    return {
+        "updates": len(result.history),
+        "episodes_per_update": EPISODES,
+        "tokens": int(sum(row["num_tokens"] for row in result.history)),
+        "score_curve": [round(row["objective/scores"], 4) for row in result.history],
+        "gold_curve": [round(value, 4) for value in gold],
+    }
+
+
+def _learned_judge(folder: Path) -> Judge:
+    eos, pad = special_ids(toy_tokenizer())
+    model = load_reward_model(str(folder / "reward"), pad_token_id=pad, must_be_trained=True)
+    return reward_model_judge(model, eos_token_id=eos, micro_batch_tokens=4096)
+
+
+def _recorded(judge: Judge, task: ToyTask, gold: list[float]) -> Judge:
+    """The same judge; the mean gold reward of what it is shown is kept, in facts."""
+
+    def judged(rollouts: Sequence[Rollout]) -> torch.Tensor:
+        gold.append(SCALE * float(gold_judge(task, rollouts).mean()))
+        return judge(rollouts)
+
+    return judged
+
+
+def granularity_table(found: Mapping[str, Sequence[Row]]) -> str:
+    """Means over seeds with 95 % intervals, differences paired: over all updates, of the sampled responses; at the end,
+    of the held-out posts. Every seed has its own reward model, so that of RM scores the differences alone compare."""
+    none = found["granularity_none"]
+    unpaid = [fmean(row["score_curve"]) for row in none]
+    lines = [
+        "| paid at | RM score over the run | minus none | gold over the run | gold at the end | minus none | KL |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for arm in GRANULARITY:
+        rows = found[arm.folder]
+        score, gold = ([fmean(row[name]) for row in rows] for name in ("score_curve", "gold_curve"))
+        faster = [one - other for one, other in zip(score, unpaid, strict=True)]
+        kl = fmean(row["kl"] for row in rows)
+        lines.append(
+            f"| {arm.name} | {fmean(score):.2f} | {_unless(arm.name == 'none', faster)} | {interval(gold)} "
+            f"| {interval(_gold(rows))} | {_unless(arm.name == 'none', _minus(rows, none))} | {kl:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def prompts_table(found: Mapping[str, Sequence[Row]]) -> str:
+    lines = ["| prompts | PPO | RTO | RTO minus PPO | RTO minus PPO on all prompts |", "|---|---|---|---|---|"]
+    full = _on_prompts(found, "ppo", PROMPTS[-1])
+    for num in PROMPTS:
+        ppo, rto = (_on_prompts(found, method, num) for method in ("ppo", "rto"))
+        cells = (_gold(ppo), _gold(rto), _minus(rto, ppo), _minus(rto, full))
+        lines.append(f"| {num} | " + " | ".join(map(interval, cells)) + " |")
+    return "\n".join(lines)
+
+
+def resets_table(found: Mapping[str, Sequence[Row]]) -> str:
+    lines = ["| reset probability | gold reward | minus 0 | KL | sampled tokens |", "|---|---|---|---|---|"]
+    for arm in RESETS:
+        rows = found[arm.folder]
+        kl, tokens = (fmean(row[name] for row in rows) for name in ("kl", "tokens"))
+        gain = _unless(arm.name == "0", _minus(rows, found["resets_0"]))
+        lines.append(f"| {arm.name} | {interval(_gold(rows))} | {gain} | {kl:.2f} | {tokens:.0f} |")
+    return "\n".join(lines)
+
+
+def _on_prompts(found: Mapping[str, Sequence[Row]], method: str, num_prompts: int) -> Sequence[Row]:
+    if num_prompts == PROMPTS[-1]:
+        return found["granularity_token" if method == "rto" else "granularity_none"]
+    return found[f"prompts_{method}_{num_prompts}"]
+
+
+def _gold(rows: Sequence[Row]) -> list[float]:
+    return [row["gold_reward"] for row in rows]
+
+
+def _minus(rows: Sequence[Row], others: Sequence[Row]) -> list[float]:
+    return [one - other for one, other in zip(_gold(rows), _gold(others), strict=True)]
+
+
+def _unless(same: bool, values: Sequence[float]) -> str:
+    return "" if same else interval(values)
+
+
+def draw_granularity(found: Mapping[str, Sequence[Row]], path: Path) -> None:
+    """RM score, less PPO's for the same seed and prompts, and gold reward of the sampled responses by update: mean over
+    seeds, a band over the seeds' range."""
+    figure, panels = _figure(2)
+    names = {"score_curve": "RM score minus PPO's", "gold_curve": "gold reward, facts"}
+    for panel, (curve, label) in zip(panels, names.items(), strict=True):
+        for arm in GRANULARITY:
+            curves = torch.tensor([row[curve] for row in found[arm.folder]])
+            if curve == "score_curve":
+                curves = curves - torch.tensor([row[curve] for row in found["granularity_none"]])
+            updates = torch.arange(1, curves.shape[1] + 1)
+            (line,) = panel.plot(updates, curves.mean(0), linewidth=1.2, label=arm.name)
+            panel.fill_between(updates, curves.amin(0), curves.amax(0), color=line.get_color(), alpha=0.12, linewidth=0)
+        panel.set_ylabel(label, fontsize=8)
+        panel.set_xlabel("update", fontsize=8)
+    panels[0].legend(fontsize=7)
+    _save(figure, path)
+
+
+def draw_prompts(found: Mapping[str, Sequence[Row]], path: Path) -> None:
+    """Gold reward by prompts: mean and every seed."""
+    figure, (panel,) = _figure(1)
+    for method in ("rto", "ppo"):
+        gold = torch.tensor([_gold(_on_prompts(found, method, num)) for num in PROMPTS])
+        (line,) = panel.plot(PROMPTS, gold.mean(1), linewidth=1.2, label=method.upper())
+        panel.plot(PROMPTS, gold, ".", color=line.get_color(), markersize=4)
+    panel.set_xscale("log", base=2)
+    panel.set_xticks(PROMPTS, map(str, PROMPTS))
+    panel.set_xlabel("prompts, one pass", fontsize=8)
+    panel.set_ylabel("gold reward, facts", fontsize=8)
+    panel.legend(fontsize=7)
+    _save(figure, path)
+
+
+def draw_resets(found: Mapping[str, Sequence[Row]], path: Path) -> None:
+    """Gold reward by reset probability: mean, and a line per seed."""
+    figure, (panel,) = _figure(1)
+    gold = torch.tensor([_gold(found[arm.folder]) for arm in RESETS])
+    panel.plot(list(UPDATES), gold, "o-", linewidth=0.6, markersize=3, alpha=0.5, color="gray")
+    panel.plot(list(UPDATES), gold.mean(1), linewidth=1.5, color="black")
+    panel.set_xlabel("reset probability", fontsize=8)
+    panel.set_ylabel("gold reward, facts", fontsize=8)
+    _save(figure, path)
+
+
+def _figure(num_panels: int) -> tuple[Figure, list[Axes]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.2 * num_panels, 3.2), layout="constrained")
+    panels = list(figure.subplots(1, num_panels, squeeze=False)[0])
+    for panel in panels:
+        panel.tick_params(labelsize=7)
+    return figure, panels
+
+
+def _save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)

@@ -1,0 +1,243 @@
+"""Algorithm 1 of RTO (Zhong et al. 2024, arXiv 2404.18922, section 4.1) on small trees: does pessimism help?
+
+A response is `HORIZON` tokens out of `ACTIONS`; the state is what was written before. The reward is linear, phi .
+theta, with one feature per state and token and |theta*| = `BOUND`. Pairs of responses are labelled by Bradley-Terry on
+the sums of their token rewards. Then
+
+    theta        maximum likelihood under |theta| <= BOUND
+    Sigma        RIDGE I + sum over pairs of D D^T, D the difference of the two feature sums
+    reward       phi . theta - rho |phi| in the norm of Sigma^-1, at every token
+    policy       exact soft value iteration against a uniform reference, KL coefficient `BETA`
+
+and the sub-optimality is V*(s_1) - V(s_1), both with the true reward and the KL. Whether pessimism pays depends on who
+wrote the responses, so there are three kinds of writers: good ones, who rarely take a bad token; blind ones, who rarely
+take the last token whatever it is worth; bad ones, who rarely take a good token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bench.results import append_row
+
+HORIZON, ACTIONS = 3, 3
+BOUND, BETA, RIDGE = 6.0, 0.1, 1.0
+WRITERS = ("good", "blind", "bad")
+NUM_PAIRS = (50, 200, 1000)
+RHOS = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, math.inf)
+"""inf: the policy heeds the penalty alone"""
+PROBLEMS, FAST_PROBLEMS = 100, 20
+FIT_STEPS = 2000
+
+SIZES = tuple(ACTIONS ** (level + 1) for level in range(HORIZON))
+NUM_FEATURES, NUM_RESPONSES = sum(SIZES), ACTIONS**HORIZON
+
+
+def levels(cells: Tensor) -> list[Tensor]:
+    """[..., features] -> for h = 0 .. HORIZON - 1 a view [..., ACTIONS^h states, ACTIONS]."""
+    return [level.unflatten(-1, (-1, ACTIONS)) for level in cells.split(SIZES, -1)]
+
+
+def response_features() -> Tensor:
+    """[responses, features] float64: the sum of phi over each response, in lexical order."""
+    columns = [torch.eye(size, dtype=torch.float64).repeat_interleave(NUM_RESPONSES // size, 0) for size in SIZES]
+    return torch.cat(columns, 1)
+
+
+def plan(reward: Tensor, log_reference: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """Soft value iteration. [..., features] token rewards and log-probs of the reference -> log-probs [..., features]
+    of the policy that is best in E[sum of rewards - beta KL], and its value [...] at the prompt.
+
+    V(s) = beta log sum_a pi_ref(a|s) exp((r(s, a) + V(s')) / beta), pi = pi_ref exp((r + V(s') - V(s)) / beta).
+    """
+    value = reward.new_zeros((*reward.shape[:-1], NUM_RESPONSES))
+    policy: list[Tensor] = []
+    for earned, log_ref in zip(reversed(levels(reward)), reversed(levels(log_reference)), strict=True):
+        q = earned + value.view_as(earned)
+        value = beta * (log_ref + q / beta).logsumexp(-1)
+        policy.insert(0, (log_ref + (q - value.unsqueeze(-1)) / beta).flatten(-2))
+    return torch.cat(policy, -1), value.squeeze(-1)
+
+
+def evaluate(logprob: Tensor, reward: Tensor, log_reference: Tensor, beta: float) -> Tensor:
+    """[...] E[sum of rewards - beta log(policy / reference)] of a policy [..., features], at the prompt."""
+    value = reward.new_zeros((*reward.shape[:-1], NUM_RESPONSES))
+    charged = reward - beta * (logprob - log_reference)
+    for earned, log_pi in zip(reversed(levels(charged)), reversed(levels(logprob)), strict=True):
+        value = (log_pi.exp() * (earned + value.view_as(earned))).sum(-1)
+    return value.squeeze(-1)
+
+
+def uniform_policy() -> Tensor:
+    """[features] float64 log-probs"""
+    return torch.full((NUM_FEATURES,), -math.log(ACTIONS), dtype=torch.float64)
+
+
+def fit_reward(wins: Tensor, bound: float) -> Tensor:
+    """Maximum likelihood of Bradley-Terry under |theta| <= bound: [problems, features] float64.
+
+    `wins` [problems, responses, responses] counts how often the first was preferred to the second. Projected gradients
+    with Nesterov's momentum; theta is found up to what no pair tells apart, the smallest such from theta = 0 on.
+    """
+    features = response_features()
+    pairs = wins.sum((-2, -1), keepdim=True)
+    # Where all pairs are of one response with itself there is nothing to fit: theta stays 0.
+    curvature = (0.25 * torch.linalg.matrix_norm(_scatter(wins, features) / pairs, 2)).clamp(min=1e-9)
+    theta = look = torch.zeros(len(wins), features.shape[1], dtype=torch.float64)
+    momentum = 1.0
+    for _ in range(FIT_STEPS):
+        total = look @ features.T
+        surprise = wins / pairs * (total.unsqueeze(-2) - total.unsqueeze(-1)).sigmoid()
+        step = look + ((surprise.sum(-1) - surprise.sum(-2)) @ features) / curvature.unsqueeze(-1)
+        new = step * (bound / step.norm(dim=-1, keepdim=True).clamp(min=bound))
+        following = (1 + math.sqrt(1 + 4 * momentum**2)) / 2
+        look = new + (momentum - 1) / following * (new - theta)
+        theta, momentum = new, following
+    return theta
+
+
+def _scatter(wins: Tensor, features: Tensor) -> Tensor:
+    """[problems, features, features]: sum over pairs of D D^T."""
+    met = wins + wins.transpose(-2, -1)
+    return features.T @ (torch.diag_embed(met.sum(-1)) - met) @ features
+
+
+def covariance(wins: Tensor) -> Tensor:
+    """Sigma [problems, features, features] float64"""
+    return RIDGE * torch.eye(NUM_FEATURES, dtype=torch.float64) + _scatter(wins, response_features())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problems:
+    """Random rewards, and pairs that writers of one kind wrote."""
+
+    theta: Tensor
+    """[problems, features] float64: the true one"""
+    wins: Tensor
+    """[problems, responses, responses] float64: how often the first was preferred to the second"""
+
+
+def draw_problems(writers: str, num_pairs: int, num_problems: int) -> Problems:
+    """Problem i has the same reward and the same random numbers for all writers and numbers of pairs."""
+    features, rows = response_features(), torch.arange(num_pairs)
+    thetas, counts = [], []
+    for problem in range(num_problems):
+        generator = torch.Generator().manual_seed(problem)
+        theta = torch.randn(NUM_FEATURES, generator=generator, dtype=torch.float64)
+        theta *= BOUND / theta.norm()
+        written = (features @ _write(writers, theta)).exp()
+        pairs = torch.multinomial(written, 2 * num_pairs, replacement=True, generator=generator).view(num_pairs, 2)
+        gap = (features @ theta)[pairs] @ torch.tensor([1.0, -1.0], dtype=torch.float64)
+        first = torch.rand(num_pairs, generator=generator, dtype=torch.float64) < gap.sigmoid()
+        winner, loser = pairs[rows, (~first).long()], pairs[rows, first.long()]
+        count = torch.zeros(NUM_RESPONSES, NUM_RESPONSES, dtype=torch.float64)
+        counts.append(count.index_put_((winner, loser), torch.ones(num_pairs, dtype=torch.float64), accumulate=True))
+        thetas.append(theta)
+    return Problems(theta=torch.stack(thetas), wins=torch.stack(counts))
+
+
+def _write(writers: str, theta: Tensor) -> Tensor:
+    """[features] log-probs of the behaviour policy"""
+    if writers == "blind":
+        return torch.tensor([0.6, 0.37, 0.03], dtype=torch.float64).log().repeat(NUM_FEATURES // ACTIONS)
+    return plan(theta if writers == "good" else -theta, uniform_policy(), beta=0.4)[0]
+
+
+def pessimism(problems: Problems) -> dict[str, Tensor]:
+    """[problems] sub-optimality by rho, of the rho that is the true error |theta - theta*|_Sigma, and of the reference;
+    and what the guarantee says at that rho, 2 rho E*[sum |phi|] - beta KL(pi* || pi)."""
+    reference = uniform_policy()
+    best, best_value = plan(problems.theta, reference.expand_as(problems.theta), BETA)
+    fitted, sigma = fit_reward(problems.wins, BOUND), covariance(problems.wins)
+    penalty = torch.linalg.inv(sigma).diagonal(dim1=-2, dim2=-1).sqrt()
+    error = fitted - problems.theta
+    radius = torch.einsum("pi,pij,pj->p", error, sigma, error).sqrt()
+    rewards = {f"{rho:g}": -penalty * 1e6 if math.isinf(rho) else fitted - rho * penalty for rho in RHOS}
+    rewards["error"] = fitted - radius.unsqueeze(-1) * penalty
+    policies = {name: plan(reward, reference.expand_as(reward), BETA)[0] for name, reward in rewards.items()}
+    policies["reference"] = reference.expand_as(problems.theta)
+    gaps = {name: best_value - evaluate(policy, problems.theta, reference, BETA) for name, policy in policies.items()}
+    met = visits(best)
+    divergence = (met * (best - policies["error"])).sum(-1)
+    return gaps | {"guarantee": 2 * radius * (met * penalty).sum(-1) - BETA * divergence, "radius": radius}
+
+
+def visits(logprob: Tensor) -> Tensor:
+    """[..., features]: the probability that a policy comes to a state and takes a token there."""
+    features = response_features()
+    return (logprob @ features.T).exp() @ features
+
+
+def theory_rho(delta: float = 0.1) -> float:
+    """What the paper's theorem asks for, its constant C taken as 1."""
+    spread = 2 * HORIZON * BOUND
+    inverse = 2 + math.exp(-spread) + math.exp(spread)
+    return math.sqrt(NUM_FEATURES * math.log(1 / delta) * inverse + RIDGE * BOUND**2)
+
+
+def run_pessimism(out: Path, *, fast: bool) -> str:
+    """Returns the table in Markdown. The full run appends a row per kind of writers and number of pairs to
+    `out/results` and draws `out/figures/rto_pessimism.png`."""
+    num_problems = FAST_PROBLEMS if fast else PROBLEMS
+    found = {
+        (writers, num): pessimism(draw_problems(writers, num, num_problems)) for writers in WRITERS for num in NUM_PAIRS
+    }
+    if not fast:
+        for (writers, num), gaps in found.items():
+            row = {"bench": "papers", "paper": "rto", "experiment": "pessimism", "writers": writers, "num_pairs": num}
+            append_row(row | {"problems": num_problems} | _numbers(gaps), out / "results")
+        draw(found, out / "figures" / "rto_pessimism.png")
+    return table(found)
+
+
+def _numbers(gaps: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
+    means = {name: mean_and_interval(values) for name, values in gaps.items()}
+    return {
+        "mean": {name: round(mean, 5) for name, (mean, _) in means.items()},
+        "ci": {name: round(half, 5) for name, (_, half) in means.items()},
+    }
+
+
+def mean_and_interval(values: Tensor) -> tuple[float, float]:
+    """Mean and half the width of its 95 % interval, normal: there are many problems."""
+    return float(values.mean()), 1.96 * float(values.std()) / len(values) ** 0.5
+
+
+def table(found: Mapping[tuple[str, int], Mapping[str, Tensor]]) -> str:
+    """Markdown: mean sub-optimality, and what the rho that is the true error changes, paired over problems."""
+    names = [f"{rho:g}" for rho in RHOS] + ["error"]
+    lines = ["| writers | pairs | reference | " + " | ".join(f"rho {name}" for name in names) + " | error minus 0 |"]
+    lines.append("|---" * (4 + len(names)) + "|")
+    for (writers, num), gaps in found.items():
+        mean, half = mean_and_interval(gaps["error"] - gaps["0"])
+        cells = [f"{float(gaps[name].mean()):.3f}" for name in ["reference", *names]]
+        lines.append(f"| {writers} | {num} | " + " | ".join(cells) + f" | {mean:.3f} +- {half:.3f} |")
+    return "\n".join(lines)
+
+
+def draw(found: Mapping[tuple[str, int], Mapping[str, Tensor]], path: Path) -> None:
+    """A panel per kind of writers, a line per number of pairs; dotted: the reference."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3), layout="constrained")
+    panels = figure.subplots(1, len(WRITERS), sharey=True)
+    names = [f"{rho:g}" for rho in RHOS]
+    for writers, panel in zip(WRITERS, panels, strict=True):
+        for num in NUM_PAIRS:
+            means, halves = zip(*(mean_and_interval(found[writers, num][name]) for name in names), strict=True)
+            panel.errorbar(range(len(names)), means, halves, label=f"{num} pairs", linewidth=1, capsize=2)
+        panel.axhline(float(found[writers, NUM_PAIRS[0]]["reference"].mean()), color="black", ls=":", linewidth=0.8)
+        panel.set_xticks(range(len(names)), names, fontsize=7)
+        panel.set_title(f"{writers} writers", fontsize=9)
+        panel.set_xlabel("rho", fontsize=8)
+        panel.tick_params(labelsize=7)
+    panels[0].set_ylabel("sub-optimality", fontsize=8)
+    panels[0].legend(fontsize=7)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)

@@ -1,0 +1,101 @@
+import json
+from dataclasses import replace
+
+import pytest
+
+from bench.papers import embedded
+from bench.papers.embedded import ARMS, GRANULARITY, PROMPTS, UPDATES, Arm
+from fastrlhf import demo
+from fastrlhf.data.toy import FACTS, ToyTask, toy_tokenizer
+from fastrlhf.rewards import sentence_end_ids
+from fastrlhf.types import Prefix, Rollout
+
+
+def test_a_sentence_is_a_fact_and_the_ids_are_those_of_the_task(tmp_path):
+    embedded._sentence_tokenizer().save_pretrained(tmp_path)
+    tokenizer = type(toy_tokenizer()).from_pretrained(tmp_path)
+    assert tokenizer.get_vocab() == toy_tokenizer().get_vocab()
+    ends = tokenizer.convert_ids_to_tokens(sentence_end_ids(tokenizer).tolist())
+    assert sorted(ends) == sorted(value for values in FACTS.values() for value in values)
+    assert tokenizer.decode(toy_tokenizer()("boss angry rent")["input_ids"]) == "boss angry. rent "
+
+
+def test_one_pass_over_the_most_prompts_is_the_run_that_the_granularities_share():
+    assert PROMPTS[-1] == 40 * embedded.EPISODES
+    for arm in ARMS["rto"]:
+        if arm not in GRANULARITY:
+            assert arm.settings["max_steps"] * embedded.EPISODES == arm.num_prompts
+    assert [arm.settings.get("reward_shaping") for arm in GRANULARITY] == ["token", "sentence", "eos", "rs", None]
+
+
+def test_the_reset_arms_are_the_paper_s():
+    assert list(UPDATES) == [0, 0.25, 0.5, 0.75, 1]
+    assert [arm.settings["reset_prob"] for arm in ARMS["drpo"]] == list(UPDATES)
+
+
+@pytest.mark.parametrize("paper", ["rto", "drpo"])
+def test_arms_share_the_models_of_a_seed_and_run_once(paper, tmp_path, monkeypatch):
+    """Two arms of one update of 4 episodes after two steps of every model; the second call finds all of it."""
+    full, rows = demo.stage_config, []
+
+    def short(name, config, out):
+        return replace(full(name, config, out), max_steps=2, per_device_train_batch_size=8, progress=False)
+
+    monkeypatch.setattr(demo, "stage_config", short)
+    monkeypatch.setattr(embedded, "append_row", lambda row, folder: rows.append(row))
+    monkeypatch.setattr(embedded, "EPISODES", 4)
+    monkeypatch.setattr(embedded, "DemoConfig", lambda out, seed: demo.DemoConfig(out=out, seed=seed, num_eval=8))
+    for name in ("NUM_SFT", "NUM_PAIRS"):
+        monkeypatch.setattr(demo, name, 32)
+    settings = {"max_steps": 1, "reward_shaping": "sentence"}
+    arms = [
+        Arm(paper=paper, experiment="x", name=f"a {num}", method=paper, num_prompts=num, settings=settings)
+        for num in (8, 16)
+    ]
+    embedded._make_models(paper, tmp_path, 0)
+    first = [embedded._run_arm(tmp_path, tmp_path, arm, 0) for arm in arms]
+    sft = (tmp_path / paper / "seed-0/sft/model.safetensors").stat().st_mtime_ns
+    embedded._make_models(paper, tmp_path, 0)
+    assert [embedded._run_arm(tmp_path, tmp_path, arm, 0) for arm in arms] == first
+    assert (tmp_path / paper / "seed-0/sft/model.safetensors").stat().st_mtime_ns == sft
+    assert [row["arm"] for row in rows] == ["a 8", "a 16"]
+    for row in first:
+        assert (row["updates"], len(row["score_curve"]), len(row["gold_curve"])) == (1, 1, 1)
+        if paper == "drpo":  # the gold judge is the reward
+            assert row["gold_curve"][0] == pytest.approx(embedded.SCALE * row["score_curve"][0], abs=4e-4)  # rounded
+    history = [json.loads(line) for line in (tmp_path / paper / "seed-0/x_a_8/metrics.jsonl").read_text().splitlines()]
+    assert ("reward/dpo" in history[0]) == (paper == "rto")
+
+
+def test_the_recorded_judge_is_the_judge():
+    task, gold = ToyTask(seed=0), []
+    (example,) = task.examples("train", 1)
+    tokenizer = toy_tokenizer()
+    prompt, ideal = (tokenizer(text)["input_ids"] for text in (example.prompt, task.ideal(str(example.prompt))))
+    prefix = Prefix(token_ids=prompt, num_reset=0, row=0, episode=0)
+    rollout = Rollout(prefix=prefix, completion=ideal, sampler_logprob=[0.0] * len(ideal), ended=False)
+    assert embedded._recorded(lambda rollouts: [7.0] * len(rollouts), task, gold)([rollout]) == [7.0]
+    assert gold == [pytest.approx(task.gold_reward(str(example.prompt), task.ideal(str(example.prompt))), abs=1e-6)]
+
+
+def test_the_tables_pair_the_seeds_and_all_figures_are_drawn(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    found = {
+        arm.folder: [
+            {"gold_reward": seed + 2 * i, "kl": 1.0, "tokens": 100, "score_curve": [seed, i], "gold_curve": [0.0, 4.0]}
+            for seed in (0.0, 10.0)
+        ]
+        for arms in (GRANULARITY[::-1], ARMS["drpo"], ARMS["rto"][len(GRANULARITY) :])
+        for i, arm in enumerate(arms)
+    }
+    monkeypatch.setattr(embedded, "run_arms", lambda *arguments: found)
+    granularity, prompts = embedded.run_embedded("rto", 2, 1, tmp_path, tmp_path).split("\n\n")
+    assert "| token | 4.50 | 2.00 +- 0.00 | 2.00 +- 0.00 | 13.00 +- 63.55 | 8.00 +- 0.00 | 1.00 |" in granularity
+    assert "| none | 2.50 |  |" in granularity
+    # RTO's arms are numbers 0, 1, 2 and PPO's 3, 4, 5; on all prompts they are token, number 4, and none, number 0.
+    assert prompts.splitlines()[2].endswith("| -6.00 +- 0.00 | 0.00 +- 0.00 |")
+    assert prompts.splitlines()[-1].endswith("| 8.00 +- 0.00 | 8.00 +- 0.00 |")
+    resets = embedded.run_embedded("drpo", 2, 1, tmp_path, tmp_path).splitlines()
+    assert resets[3] == "| 0.25 | 7.00 +- 63.55 | 2.00 +- 0.00 | 1.00 | 100 |"
+    names = [path.name for path in sorted((tmp_path / "figures").iterdir())]
+    assert names == ["drpo_resets.png", "rto_granularity.png", "rto_prompts.png"]
