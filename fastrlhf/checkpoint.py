@@ -33,18 +33,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.config import TrainConfig
-from fastrlhf.config_files import differences, write_yaml
+from fastrlhf.config_files import SAME_MODEL, differences, write_yaml
 from fastrlhf.durable import check_folder, discard_folder, flush, flush_tree, write_folder
 from fastrlhf.models.adapters import has_adapter, merge_adapter, save_adapter
 
 log = logging.getLogger(__name__)
-
-MAY_CHANGE = (
-    *("output_dir", "device", "progress", "report_to", "run_name", "ref_cache_dir"),
-    *("micro_batch_tokens", "rollout_batch_size", "activation_checkpointing"),
-    *("save_steps", "save_total_limit", "resume_from_checkpoint", "resume_weights_only"),
-)
-"""Keys that a resumed run may be given anew: none changes what is computed, but for the order of rounding."""
 
 
 class Stateful(Protocol):
@@ -85,7 +78,7 @@ def check_run_dir(config: TrainConfig) -> None:
         check_output_dir(config.output_dir)
         return
     try:
-        changed = differences(config, folder / "config.yaml", MAY_CHANGE)
+        changed = differences(config, folder / "config.yaml", SAME_MODEL)
     except ValueError:  # somebody else's file: what it says is nothing to resume
         check_output_dir(config.output_dir)
         return

@@ -24,7 +24,8 @@ ALIASES = {"gradient_checkpointing": "activation_checkpointing"}
 
 SAME_MODEL = (
     *("output_dir", "run_name", "report_to", "progress", "ref_cache_dir", "device"),
-    *("micro_batch_tokens", "activation_checkpointing"),
+    *("micro_batch_tokens", "rollout_batch_size", "activation_checkpointing"),
+    *("save_steps", "save_total_limit", "resume_from_checkpoint", "resume_weights_only"),
 )
 """Keys that say where, how fast and how loudly a run goes: with others of these it would leave the same model."""
 
@@ -215,12 +216,6 @@ def write_yaml(config: Any, path: Path) -> None:
     import yaml  # not in the base install
 
     path.write_text(yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False), encoding="utf-8")
-
-
-def changed_keys(config: Any, path: Path) -> list[str]:
-    """The keys of `config` that a configuration written by `write_yaml` lacks or has otherwise."""
-    earlier = _load_yaml(str(path))
-    return [key for key, value in _plain(dataclasses.asdict(config)).items() if earlier.get(key) != value]
 
 
 def differences(config: Any, path: Path, ignored: Collection[str] = ()) -> list[str]:

@@ -10,7 +10,6 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastrlhf.checkpoint import (
-    MAY_CHANGE,
     Checkpointer,
     check_idle,
     check_output_dir,
@@ -25,6 +24,7 @@ from fastrlhf.checkpoint import (
     save_model,
 )
 from fastrlhf.config import DemoConfig, PPOConfig, SFTConfig
+from fastrlhf.config_files import SAME_MODEL
 from tests import tiny
 
 DIFFERENT = {
@@ -243,7 +243,7 @@ def test_an_unfinished_run_of_the_same_configuration_is_the_only_one_to_go_on(tm
     create_output_dir(config.output_dir, config)
     assert is_unfinished(config.output_dir)
     check_run_dir(config)
-    check_run_dir(replace(config, **{name: DIFFERENT.get(name, 3) for name in MAY_CHANGE if name in DIFFERENT}))
+    check_run_dir(replace(config, **{name: DIFFERENT.get(name, 3) for name in SAME_MODEL if name in DIFFERENT}))
     for settings, message in (
         ({"learning_rate": 1e-3}, r"learning_rate: 0.0001 there, 0.001 here"),
         ({"seed": 1, "max_steps": 9}, r"max_steps: -1 there, 9 here; seed: 42 there, 1 here"),

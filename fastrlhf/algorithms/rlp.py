@@ -43,9 +43,9 @@ from fastrlhf.algorithms.rlp_uml import Views
 from fastrlhf.algorithms.scoring import per_response
 from fastrlhf.algorithms.stage import TrainResult
 from fastrlhf.algorithms.starts import reset_fields
-from fastrlhf.checkpoint import check_output_dir, create_output_dir, holds_model
+from fastrlhf.checkpoint import check_output_dir, create_output_dir, holds_model, is_unfinished
 from fastrlhf.config import PPOConfig, RewardConfig, RLPConfig, require
-from fastrlhf.config_files import changed_keys
+from fastrlhf.config_files import differences
 from fastrlhf.data.inputs import Data, open_inputs, with_room
 from fastrlhf.data.tokens import special_ids
 from fastrlhf.evaluation.equivalence import EquivalenceJudge, open_judge
@@ -271,7 +271,7 @@ def _open(
             read_model_config(path, field, policy.trust_remote_code)
     folders = [f"round-{i}/{stage}" for i in range(1, config.rounds + 1) for stage in ("reward", "policy")]
     for folder in (str(Path(config.output_dir) / name) for name in ("reward", "policy", *folders)):
-        if not holds_model(folder):
+        if not holds_model(folder) and not is_unfinished(folder):  # which its trainer resumes, or refuses
             check_output_dir(folder)
     _, judged = open_inputs(replace(reward, output_dir=""), ["chosen", "rejected"], pairs, eval_pairs)
     tokenizer, data = open_inputs(replace(policy, output_dir=""), reset_fields(policy), prompts, eval_prompts)
@@ -313,8 +313,9 @@ def _check_same_run(config: RLPConfig) -> None:
     if not file.exists():
         check_output_dir(config.output_dir)
         return
-    other = [name for name in changed_keys(config, file) if name not in MAY_CHANGE]
-    require(not other, "output_dir", config.output_dir, f"a new folder: it holds a run with another {', '.join(other)}")
+    other = differences(config, file, MAY_CHANGE)
+    rule = f"a new folder: it holds a run of another configuration ({'; '.join(other)})"
+    require(not other, "output_dir", config.output_dir, rule)
 
 
 def _skipped(folder: str) -> bool:

@@ -126,8 +126,9 @@ def build_policy(
             raise ValueError(f"model_config: {error}") from error
         known = {field.name for field in dataclasses.fields(config)}
         for name in fields:
-            if name not in known:
-                raise ValueError(f"model_config: {settings['model_type']} has no {name!r}{nearest(name, known)}")
+            # A name that is like none of them may be an older one, which transformers still understands.
+            if name not in known and (guess := nearest(name, known)):
+                raise ValueError(f"model_config: {settings['model_type']} has no {name!r}{guess}")
     config.vocab_size, config.eos_token_id, config.bos_token_id, config.pad_token_id = (
         vocab_size,
         eos_token_id,

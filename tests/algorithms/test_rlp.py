@@ -255,7 +255,7 @@ def test_what_is_wrong_is_said_before_anything_is_trained(policy, tmp_path):
             run(config, policy, **given)
     assert not (tmp_path / "a").exists()
     (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "notes.txt").touch()
+    (tmp_path / "b" / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="is not empty"):
         run(settings(tmp_path / "b"), policy)
 

@@ -151,10 +151,11 @@ def test_more_than_one_process_is_refused_before_anything_is_read(monkeypatch):
         open_inputs(SFTConfig(model_name_or_path="nowhere"), ["reference"], None, None)
 
 
-def test_the_fingerprint_is_of_every_number_of_every_row_in_order():
+def test_the_fingerprint_is_of_every_number_of_every_row_in_order(config):
+    report = open_inputs(config, [], None, None)[1].report
     rows = [TokenizedExample(prompt=[1, 2], chosen=[3], row=0), TokenizedExample(prompt=[4], scores=[1, 0.5], row=1)]
-    base = Data(train=rows, eval=rows[:1]).fingerprint
-    assert base == Data(train=list(rows), eval=rows[:1]).fingerprint
+    base = Data(train=rows, eval=rows[:1], report=report).fingerprint
+    assert base == Data(train=list(rows), eval=rows[:1], report=report).fingerprint
     assert base["train"].startswith("2 rows of hash ")
     for changed in (
         [rows[1], rows[0]],
@@ -163,6 +164,6 @@ def test_the_fingerprint_is_of_every_number_of_every_row_in_order():
         [rows[0], replace(rows[1], scores=[1, 0.25])],
         rows[:1],
     ):
-        found = Data(train=changed, eval=rows[:1]).fingerprint
+        found = Data(train=changed, eval=rows[:1], report=report).fingerprint
         assert found["train"] != base["train"]
         assert found["eval"] == base["eval"]

@@ -336,3 +336,12 @@ def test_positions_that_depend_on_the_longest_sequence_of_a_pass_are_refused(kin
     config.rope_parameters = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0}
     with pytest.raises(ValueError, match=f"llama: rope_type {kind} depends on the longest sequence"):
         _check_positions(config)
+
+
+def test_a_misspelt_key_of_a_model_from_scratch_is_told_with_the_right_one():
+    with pytest.raises(ValueError, match=r"model_config: llama has no 'hidden_sise'; did you mean 'hidden_size'\?"):
+        build_policy({"model_type": "llama", "hidden_sise": 32}, vocab_size=8, eos_token_id=1, seed=0)
+    with pytest.raises(ValueError, match=r"model_config: .*hidden size \(30\) is not a multiple"):
+        build_policy(
+            {"model_type": "llama", "hidden_size": 30, "num_attention_heads": 4}, vocab_size=8, eos_token_id=1, seed=0
+        )
