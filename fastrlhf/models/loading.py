@@ -123,7 +123,7 @@ def build_policy(
         except ValueError as error:
             raise ValueError(f"model_config.model_type: {settings.get('model_type')!r} is not known") from error
         except StrictDataclassError as error:  # of sizes that do not go together
-            raise ValueError(f"model_config: {error}") from error
+            raise ValueError(f"model_config: {' '.join(str(error).split())}") from error
         known = {field.name for field in dataclasses.fields(config)}
         for name in fields:
             # A name that is like none of them may be an older one, which transformers still understands.

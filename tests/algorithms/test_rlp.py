@@ -198,7 +198,10 @@ def test_a_run_that_is_started_again_does_only_what_is_missing_and_ends_alike(
     third = run(config, policy)  # nothing is left to do
     assert [row["objective/scores"] for row in third.history] == [row["objective/scores"] for row in again.history]
     assert all(map(torch.equal, third.model.state_dict().values(), again.model.state_dict().values()))
-    with pytest.raises(ValueError, match="a new folder: it holds a run with another min_confidence"):
+    with pytest.raises(
+        ValueError,
+        match=r"a new folder: it holds a run of another configuration \(min_confidence: 0.5 there, 0.7 here\)",
+    ):
         run(replace(config, min_confidence=0.7), policy)
 
 

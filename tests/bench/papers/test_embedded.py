@@ -47,7 +47,7 @@ def test_arms_share_the_models_of_a_seed_and_run_once(paper, tmp_path, monkeypat
     monkeypatch.setattr(embedded, "DemoConfig", lambda out, seed: demo.DemoConfig(out=out, seed=seed, num_eval=8))
     for name in ("NUM_SFT", "NUM_PAIRS"):
         monkeypatch.setattr(demo, name, 32)
-    settings = {"max_steps": 1, "reward_shaping": "sentence"}
+    settings = {"max_steps": 1} | ({"reward_shaping": "sentence"} if paper == "rto" else {})
     arms = [
         Arm(paper=paper, experiment="x", name=f"a {num}", method=paper, num_prompts=num, settings=settings)
         for num in (8, 16)
