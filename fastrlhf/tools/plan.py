@@ -27,6 +27,7 @@ from fastrlhf.config import DPOConfig, PPOConfig, RewardConfig, TrainConfig, par
 from fastrlhf.data.inputs import open_tokenizer
 from fastrlhf.data.packing import forest, micro_batches, num_computed, pack
 from fastrlhf.data.rows import SUFFIXES
+from fastrlhf.models.forward import enable_activation_checkpointing
 from fastrlhf.models.loading import DTYPES, read_model_config, resolve_device
 from fastrlhf.tools.memory import Fakes
 from fastrlhf.tools.work import open_work, to_tree
@@ -130,6 +131,7 @@ def _size(size: int) -> str:
 
 
 def _phases(config: TrainConfig, rows: _Rows, *, is_cuda: bool) -> tuple[list[Phase], list[str]]:
+    require(not config.use_peft, "use_peft", True, "false: plan does not count adapters yet, which need less")
     packs = _on_policy_packs(config, rows) if isinstance(config, PPOConfig) else _offline_packs(config, rows)
     fakes = Fakes.of(config.dtype, is_cuda)
     own = _model_config(config, config.model_name_or_path, "model_name_or_path", rows.tokenizer)
@@ -148,6 +150,10 @@ def _phases(config: TrainConfig, rows: _Rows, *, is_cuda: bool) -> tuple[list[Ph
         for what, field in (("DPO model", "dpo_model_path"), ("DPO reference", "dpo_ref_model_path")):
             if source := _other(config, getattr(config, field), field, rows):
                 frozen[what] = fakes.policy(source)
+
+    if config.activation_checkpointing:
+        for fake in trained.values():
+            enable_activation_checkpointing(fake.model)
 
     weights = {f"weights of the {name}": fake.num_bytes for name, fake in (*trained.items(), *frozen.items())}
     num_trained = sum(fake.num_parameters for fake in trained.values())

@@ -123,3 +123,14 @@ def test_the_command_prints_the_plan_and_mistakes_are_one_line(folder, capsys):
     assert capsys.readouterr().err == "fastrlhf plan: --memory_gib: 'much' is no number\n"
     assert main(["plan", *flags]) == 2
     assert "--command: no section says whose keys these are; choose one of sft" in capsys.readouterr().err
+
+
+def test_activation_checkpointing_takes_less_and_an_adapter_is_not_guessed_at(folder):
+    plain, again = (
+        plan_run(config_of(folder, "sft", measure.SIZES, activation_checkpointing=on)).phases[0].parts
+        for on in (False, True)
+    )
+    name = "activations, blocks of logits, temporaries"
+    assert again[name] < 0.8 * plain[name]
+    with pytest.raises(ValueError, match="use_peft: must be false: plan does not count adapters yet"):
+        plan_run(config_of(folder, "sft", use_peft=True))
