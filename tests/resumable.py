@@ -9,13 +9,16 @@ import numpy as np
 import torch
 
 from fastrlhf.algorithms import groups, on_policy, preference, reward_model, sft
+from fastrlhf.algorithms.answers import Answers
+from fastrlhf.algorithms.rlp_uml import Views
 from fastrlhf.algorithms.stage import Stage
-from fastrlhf.config import DPOConfig, DRPOConfig, PPOConfig, RewardConfig, RTOConfig, SFTConfig
+from fastrlhf.config import DPOConfig, DRPOConfig, PPOConfig, RewardConfig, RLPConfig, RTOConfig, SFTConfig
 from fastrlhf.metrics import read_metrics
 from fastrlhf.types import Example
 from tests import tiny
 
 STEPS, EVERY = 5, 2
+VIEWS = RLPConfig(refinement="uml", view_width=16, view_latent=4, views_per_step=3)
 GROUPS = [
     Example(prompt=f"w{i} w1", responses=["w2 w3", f"w4 w{i}", "w5"], scores=[0.5, float(i % 3), -1.0], row=i)
     for i in range(10)
@@ -56,13 +59,17 @@ def run(kind: str, paths: dict[str, str], folder: Path, **settings):
             return sft.train_sft(SFTConfig(**shared | {"use_peft": True, "lora_r": 2} | settings), examples, held_out)
         case "reward":
             return reward_model.train_reward_model(RewardConfig(**shared | settings), examples, held_out)
+        case "views":
+            views = Views(config=VIEWS, answers=[answers_to(i) for i in range(6)])
+            return reward_model.train_reward_model(RewardConfig(**shared | settings), examples, held_out, views=views)
         case "dpo":
             return preference.train_dpo(DPOConfig(**shared | settings), examples, held_out)
         case "groups":
             backend = {"loss_type": ("ipo",), "psi_backend": "groupwise"}
             return preference.train_dpo(DPOConfig(**shared | backend | settings), GROUPS, GROUPS[:3])
         case "ppo":
-            keys = shared | judged | {"score_norm": "running"} | settings
+            remembered = {"score_norm": "running", "kl_target": 0.05, "kl_horizon": 4, "target_kl": 1e-3}
+            keys = shared | judged | remembered | settings
             return on_policy.train_on_policy(PPOConfig(**keys), examples, held_out)
         case "drpo":
             keys = shared | judged | {"reset_group_size": 2, "advantage_estimator": "rloo"} | settings
@@ -72,13 +79,24 @@ def run(kind: str, paths: dict[str, str], folder: Path, **settings):
             return on_policy.train_on_policy(RTOConfig(**keys), examples, held_out)
 
 
+def answers_to(row: int) -> Answers:
+    responses = [[5, 6 + row, tiny.EOS], [7 + row, tiny.EOS]]
+    return Answers(row=row, prompt=[3 + row, 4], responses=responses, logprob=[0.0, 0.0])
+
+
 def noisy_judge(rollouts):
     """A judge of the user's that draws from every global generator."""
     return [torch.rand(()).item() + random.random() + float(np.random.random()) for _ in rollouts]
 
 
-KINDS = ("sft", "bf16", "lora", "reward", "dpo", "groups", "ppo", "drpo", "rto")
-OPTIMIZERS = {"sft": sft, "bf16": sft, "lora": sft, "reward": reward_model, "dpo": preference, "groups": groups}
+KINDS = ("sft", "bf16", "lora", "reward", "views", "dpo", "groups", "ppo", "drpo", "rto")
+OPTIMIZERS = dict.fromkeys(("reward", "views"), reward_model) | {
+    "sft": sft,
+    "bf16": sft,
+    "lora": sft,
+    "dpo": preference,
+    "groups": groups,
+}
 
 
 class Killed(BaseException):
