@@ -35,9 +35,14 @@ def _mean_and_scale(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     """1 - Var(returns - values) / Var(returns) over the rows of `mask`, 0-dim float32; 0 where the returns do not
     vary."""
-    kept_returns, residual = returns[mask], (returns - values)[mask]
-    variance = kept_returns.var(correction=0)
-    return torch.where(variance > 0, 1 - residual.var(correction=0) / variance, 0.0)
+    count = mask.sum().clamp(min=1)
+
+    def variance(x: Tensor) -> Tensor:
+        mean = torch.where(mask, x, 0.0).sum() / count
+        return torch.where(mask, (x - mean) ** 2, 0.0).sum() / count
+
+    of_returns = variance(returns)
+    return torch.where(of_returns > 0, 1 - variance(returns - values) / of_returns, 0.0)
 
 
 def leave_one_out(episode_return: Tensor, group_size: int) -> Tensor:

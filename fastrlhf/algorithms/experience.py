@@ -274,20 +274,24 @@ def _objective(
     for the GPU that the numbers need anyway.
     """
     mask, logprob = experience.mask, experience.sampler_logprob
-    difference = (drawn - logprob[mask]).abs()
-    num = len(rollouts)
-    paid = {name: torch.where(mask, term.reward, 0.0).sum() / num for name, term in terms.items()}
+
+    def over_sampled(values: Tensor) -> Tensor:  # an index by the mask would wait for the GPU
+        return torch.where(mask, values, 0.0).sum()
+
+    difference = (logprob.masked_scatter(mask, drawn) - logprob).abs()
+    num, num_sampled = len(rollouts), len(drawn)
+    paid = {name: over_sampled(term.reward) / num for name, term in terms.items()}
     total = torch.stack(list(paid.values())).sum()
     # TRL counts the penalty for a missing EOS as part of the score.
     by_score = paid["score"] + paid.get("missing_eos", 0.0)
     values = {
         "objective/scores": scores.mean(),
-        "objective/kl": (logprob - experience.reference_logprob)[mask].sum() / num,
-        "objective/entropy": -logprob[mask].sum() / num,
+        "objective/kl": over_sampled(logprob - experience.reference_logprob) / num,
+        "objective/entropy": -over_sampled(logprob) / num,
         "objective/non_score_reward": total - by_score,
         "objective/rlhf_reward": total,
-        "policy/entropy_avg": entropy[mask].mean(),
-        "sampling/sampling_logp_difference/mean": difference.mean(),
+        "policy/entropy_avg": over_sampled(entropy) / num_sampled,
+        "sampling/sampling_logp_difference/mean": over_sampled(difference) / num_sampled,
         "sampling/sampling_logp_difference/max": difference.max(),
         **reward_metrics(terms, experience.cu_rows),
         "all_finite": experience.advantage.isfinite().all(),
@@ -296,11 +300,11 @@ def _objective(
         explained = explained_variance(experience.value, experience.returns, torch.ones_like(mask))
         values["critic/explained_var"] = explained
     if exact_kl is not None:
-        values["objective/kl_exact"] = exact_kl[mask].sum() / num
+        values["objective/kl_exact"] = over_sampled(exact_kl) / num
     if experience.weight is not None:
-        weight = experience.weight[mask]
-        values["sampling/is_weight_mean"] = weight.mean()
-        values["sampling/is_weight_capped"] = (weight == config.sampler_is_cap).float().mean()
+        capped = (experience.weight == config.sampler_is_cap).float()
+        values["sampling/is_weight_mean"] = over_sampled(experience.weight) / num_sampled
+        values["sampling/is_weight_capped"] = over_sampled(capped) / num_sampled
     numbers = torch.stack([value.float() for value in values.values()]).tolist()
     metrics = dict(zip(values, numbers, strict=True))
     if not metrics.pop("all_finite"):

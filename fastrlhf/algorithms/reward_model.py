@@ -71,8 +71,8 @@ def train_reward_model(
     train = [*data.train, *synthetic]
     pairs = [to_tree(example, config) for example in train]
     held_out = [to_tree(example, config) for example in data.eval]
-    margins, held_out_margins = (_margins(config, part, model.device) for part in (data.train, data.eval))
-    margins = torch.cat([margins, margins.new_zeros(len(synthetic))])
+    margins, held_out_margins = (_margins(config, part) for part in (data.train, data.eval))
+    margins = torch.cat([margins, torch.zeros(len(synthetic))])
     check_micro_batch(config, [*train, *data.eval], [num_computed(tree) for tree in [*pairs, *held_out]])
     steps = num_steps(config, len(pairs))
     objective = views.open(model.config.hidden_size, model.device, steps) if views else None
@@ -185,8 +185,9 @@ def score_pairs(model: PreTrainedModel, pairs: Sequence[Tree]) -> Tensor:
 
 
 def ranking_losses(config: RewardConfig, scores: Tensor, margins: Tensor) -> Tensor:
-    """[B]: -log sigmoid(difference - margin) + center_rewards_coefficient (sum)^2 of scores [B, 2]."""
-    losses = -F.logsigmoid(scores[:, 0] - scores[:, 1] - margins)
+    """[B]: -log sigmoid(difference - margin) + center_rewards_coefficient (sum)^2 of scores [B, 2]; margins [B] on the
+    CPU."""
+    losses = -F.logsigmoid(scores[:, 0] - scores[:, 1] - margins.to(scores.device, non_blocking=True))
     return (
         losses + config.center_rewards_coefficient * scores.sum(1) ** 2 if config.center_rewards_coefficient else losses
     )
@@ -207,7 +208,7 @@ def evaluate(config: RewardConfig, model: PreTrainedModel, pairs: Sequence[Tree]
 def held_out_accuracy(config: RewardConfig, model: PreTrainedModel, examples: Sequence[TokenizedExample]) -> float:
     """Share of the pairs whose chosen response has the higher score; ties count one half."""
     pairs = [to_tree(example, config) for example in examples]
-    return evaluate(config, model, pairs, _margins(config, examples, model.device))["eval_accuracy"]
+    return evaluate(config, model, pairs, _margins(config, examples))["eval_accuracy"]
 
 
 def _summary(scores: Tensor, losses: Tensor) -> dict[str, float]:
@@ -223,11 +224,10 @@ def _summary(scores: Tensor, losses: Tensor) -> dict[str, float]:
     return dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))
 
 
-def _margins(config: RewardConfig, examples: Sequence[TokenizedExample], device: torch.device) -> Tensor:
-    """[B] float32, what the scores of each pair must differ by. Raises ValueError, naming the row, for a margin that is
-    not finite."""
-    margins = pair_margins(examples) if config.margin_scale else torch.zeros(len(examples))
-    return (config.margin_scale * margins).to(device)
+def _margins(config: RewardConfig, examples: Sequence[TokenizedExample]) -> Tensor:
+    """[B] float32 on the CPU, what the scores of each pair must differ by. Raises ValueError, naming the row, for a
+    margin that is not finite."""
+    return config.margin_scale * (pair_margins(examples) if config.margin_scale else torch.zeros(len(examples)))
 
 
 def fields_read(config: RewardConfig) -> list[str]:
