@@ -3,6 +3,7 @@ defaults."""
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
@@ -74,12 +75,14 @@ def parse(kind: type, arguments: Sequence[str], command: str) -> Any:
     rest = _split_configs(arguments)
     values: dict[str, Any] = {}
     shared: set[str] = set()
+    path = ""
     while "--config" in rest:
         where = rest.index("--config")
         if where + 1 == len(rest):
             raise ValueError("--config: give a file or the name of a recipe")
-        values |= files.read_yaml(rest[where + 1], kind, command)
-        shared |= files.shared_keys(rest[where + 1], command)
+        path = rest[where + 1]
+        values |= files.read_yaml(path, kind, command)
+        shared |= files.shared_keys(path, command)
         del rest[where : where + 2]
     rest = [files.without_alias(argument) for argument in rest]
     files.check_flags(rest, kind)
@@ -88,9 +91,13 @@ def parse(kind: type, arguments: Sequence[str], command: str) -> Any:
             return _from_flags(kind, [*files.as_flags(values), *rest], command)
         except ValueError as error:
             key = str(error).partition(":")[0]
-            if key not in shared & values.keys() or UNREAD not in str(error):
-                raise
-            del values[key]
+            if key in shared & values.keys() and UNREAD in str(error):
+                del values[key]
+                continue
+            named = re.search(r"--(\w+)", str(error))  # by the parser, which knows nothing of files
+            if named and named[1] in values and not any(part.startswith(named[0]) for part in rest):
+                raise ValueError(f"{path}, {command}: {error}") from None
+            raise
 
 
 def _from_flags(kind: type, flags: Sequence[str], command: str) -> Any:

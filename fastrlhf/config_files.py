@@ -134,12 +134,25 @@ def _load_yaml(path: str) -> dict[str, Any]:
         recipes = ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.yaml")))
         raise ValueError(f"config: no file {path!r}; the recipes are {recipes}")
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        text = file.read_text(encoding="utf-8")
+        content = yaml.safe_load(text) or {}
+        _check_repeats(yaml.compose(text, yaml.SafeLoader), path)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: no valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: must be a mapping of keys to values")
     return content
+
+
+def _check_repeats(node: Any, path: str) -> None:
+    """Raises ValueError for a key that stands twice in one mapping, of which YAML would take the last in silence."""
+    pairs = node.value if node is not None and node.id == "mapping" else []
+    keys = [key.value for key, _ in pairs]
+    for key, value in pairs:
+        if keys.count(key.value) > 1:
+            lines = [str(other.start_mark.line + 1) for other, _ in pairs if other.value == key.value]
+            raise ValueError(f"{path}: {key.value!r} stands there more than once, in lines {' and '.join(lines)}")
+        _check_repeats(value, path)
 
 
 def _filled_in(path: str, key: str, value: Any) -> Any:

@@ -225,8 +225,12 @@ def function_term(name: str, function: RewardFunction, episodes: Episodes) -> Te
     numbers: list[Tensor] = []
     tokens: list[Tensor] = []
     for rollout in episodes.rollouts:
-        given, num = torch.as_tensor(function(rollout), dtype=torch.float32, device="cpu"), len(rollout.completion)
-        where = f"reward function {name!r}: the response to row {rollout.prefix.row}"
+        num, where = len(rollout.completion), f"reward function {name!r}: the response to row {rollout.prefix.row}"
+        value = function(rollout)
+        try:
+            given = torch.as_tensor(value, dtype=torch.float32, device="cpu")
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(f"{where} earns {value!r}; give one number, or one per token") from None
         if given.shape not in ((), (num,)):
             raise ValueError(
                 f"{where} has {num} tokens and rewards of shape {tuple(given.shape)}; give one number, or one per token"

@@ -279,3 +279,17 @@ def test_falsehoods_too_and_what_is_neither_is_refused(write):
     assert parse(SFTConfig, ["--run_name", "true"], "sft").run_name == "true"
     with pytest.raises(ValueError, match="progress"):
         parse(SFTConfig, ["--progress", "maybe"], "sft")
+
+
+def test_a_wrong_value_of_a_file_is_told_with_the_file_and_its_section_and_one_of_a_flag_is_not(write):
+    path = write("sft:\n  max_steps: three\ndpo:\n  beta: 0.1\n")
+    with pytest.raises(ValueError, match=rf"^{path}, sft: .*--max_steps.*three"):
+        parse(SFTConfig, ["--config", path], "sft")
+    with pytest.raises(ValueError, match=r"^(?!/).*--beta.*high"):
+        parse(DPOConfig, ["--config", path, "--beta", "high"], "dpo")
+
+
+@pytest.mark.parametrize("text", ["sft:\n  seed: 1\nsft:\n  seed: 2\n", "sft:\n  seed: 1\n\n  seed: 2\n"])
+def test_a_key_that_stands_twice_is_refused_with_its_lines(write, text):
+    with pytest.raises(ValueError, match=r"'(sft|seed)' stands there more than once, in lines (1 and 3|2 and 4)"):
+        read_yaml(write(text), SFTConfig, "sft")

@@ -207,6 +207,8 @@ def test_a_function_gives_a_number_at_the_end_or_one_per_sampled_token():
         ([1.0, 2.0], r"'f': the response to row 10 has 4 tokens and rewards of shape \(2,\)"),
         (float("nan"), "'f': the response to row 10 earns nan"),
         ([0.0, float("inf"), 0.0, 0.0], "'f': the response to row 10 earns inf"),
+        ("good", "'f': the response to row 10 earns 'good'; give one number, or one per token"),
+        (None, "'f': the response to row 10 earns None; give one number, or one per token"),
     ],
 )
 def test_what_a_function_may_not_give_is_told_with_its_row(given, message):

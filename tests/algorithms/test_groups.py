@@ -23,16 +23,6 @@ PREFERENCES = [[0.5, 0.9, 0.3], [0.1, 0.5, 0.8], [0.7, 0.2, 0.5]]  # a cycle: no
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return tiny.save_policy(tmp_path_factory.mktemp("policy"))
-
-
-@pytest.fixture(scope="module")
-def other(tmp_path_factory):
-    return tiny.save_policy(tmp_path_factory.mktemp("other"), seed=3)
-
-
-@pytest.fixture(scope="module")
 def reward_model(tmp_path_factory):
     return tiny.save_reward_model(tmp_path_factory.mktemp("reward"))
 

@@ -15,16 +15,6 @@ from fastrlhf.data.packing import pair
 from tests import tiny
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return tiny.save_policy(tmp_path_factory.mktemp("policy"))
-
-
-@pytest.fixture(scope="module")
-def other(tmp_path_factory):
-    return tiny.save_policy(tmp_path_factory.mktemp("other"), seed=3)
-
-
 def config(model, **settings):
     fields = {"per_device_train_batch_size": 8, "max_steps": 1, "learning_rate": 1e-3, "progress": False}
     return DPOConfig(model_name_or_path=model, **fields | settings)
