@@ -215,6 +215,8 @@ def _evaluate(arguments: Sequence[str]) -> None:
     from fastrlhf.evaluation.evaluate import evaluate_models, format_table
 
     print(format_table(evaluate_models(config)))
+    if config.output_dir:
+        print(f"saved in {config.output_dir}: summary.json, samples.jsonl")
 
 
 def _demo(arguments: Sequence[str]) -> None:
