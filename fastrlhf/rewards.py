@@ -277,6 +277,25 @@ def open_rewards(
 
     Raises ValueError where RTO has no DPO model, a model does not belong to the tokenizer, or a function is none.
     """
+    named = load_reward_functions(config, functions)
+    sentence_ends, pays = None, bool(config.dpo_model_path) and config.reward_shaping != "none"
+    if pays and config.reward_shaping == "sentence":
+        sentence_ends = sentence_end_ids(tokenizer).to(resolve_device(config.device))
+    return Rewards(
+        config=config,
+        functions=named,
+        implicit=open_implicit_reward(config, tokenizer) if pays else None,
+        sentence_ends=sentence_ends,
+    )
+
+
+def load_reward_functions(
+    config: PPOConfig, functions: Mapping[str, RewardFunction] | None = None
+) -> dict[str, RewardFunction]:
+    """The user's rewards by name, those of the configuration after `functions`.
+
+    Raises ValueError where RTO has no DPO model, a function is none, or its name is taken.
+    """
     if isinstance(config, RTOConfig) and not config.dpo_model_path:
         raise ValueError("dpo_model_path: give the DPO model that rewards the tokens, trained by `fastrlhf dpo`")
     named = list((functions or {}).items())
@@ -288,15 +307,7 @@ def open_rewards(
     for name, _ in named:
         if names.count(name) > 1:
             raise ValueError(f"reward_function: {name!r} is the name of another reward; call it otherwise")
-    sentence_ends, pays = None, bool(config.dpo_model_path) and config.reward_shaping != "none"
-    if pays and config.reward_shaping == "sentence":
-        sentence_ends = sentence_end_ids(tokenizer).to(resolve_device(config.device))
-    return Rewards(
-        config=config,
-        functions=dict(named),
-        implicit=open_implicit_reward(config, tokenizer) if pays else None,
-        sentence_ends=sentence_ends,
-    )
+    return dict(named)
 
 
 def sentence_end_ids(tokenizer: PreTrainedTokenizerBase) -> Tensor:
