@@ -17,7 +17,7 @@ from fastrlhf.config import DPOConfig, PPOConfig, RewardConfig, RLPConfig, Train
 from fastrlhf.data.packing import num_computed
 from fastrlhf.metrics import import_reporters
 from fastrlhf.models.loading import read_model_config
-from fastrlhf.rewards import load_reward_functions
+from fastrlhf.reward_functions import load_reward_functions
 from fastrlhf.rollout_vllm import import_vllm
 from fastrlhf.tools.work import open_work, to_tree
 
