@@ -33,6 +33,7 @@ LAYERS = (  # lowest first: a module imports from its own layer and from those a
         "rollout",
         "rollout_vllm",
         "rewards",
+        "reward_functions",
         "kl_controller",
         "optim",
         "checkpoint",

@@ -45,7 +45,8 @@ from fastrlhf.models.loading import (
     read_model_config,
 )
 from fastrlhf.optim import Optimizer, index_batches, num_steps
-from fastrlhf.rewards import RewardFunction, open_rewards
+from fastrlhf.reward_functions import RewardFunction
+from fastrlhf.rewards import open_rewards
 from fastrlhf.rollout import Engine, TransformersEngine, checked_rollouts
 from fastrlhf.rollout_vllm import import_vllm, open_vllm
 from fastrlhf.types import Example, Rollout

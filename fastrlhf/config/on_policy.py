@@ -99,7 +99,8 @@ class PPOConfig(TrainConfig):
     length_coef: float = 0.0
     """Each sampled token costs this much."""
     reward_function: str = ""
-    """One more reward: "module:function" or "file.py:function" of a Rollout, giving a number, or one per token."""
+    """One more reward: "module:function" or "file.py:function" of a Rollout, giving a number, or one per token. One
+    with a parameter called completions is of texts: (prompts, completions, **kwargs), giving a list of numbers."""
     cliprange: float = 0.2
     """The ratio is clipped to 1 - cliprange .. 1 + cliprange."""
     cliprange_high: float | None = None
