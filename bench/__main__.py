@@ -27,7 +27,7 @@ def main() -> None:
     labels.add_argument("--jobs", type=int, default=2, help="seeds run side by side, one thread each")
     labels.add_argument("--out", type=Path, default=Path("runs/bench_labels"), help="a folder per seed")
     papers = commands.add_parser("papers", help="the experiments of a paper: rows, a table, figures")
-    papers.add_argument("names", nargs="+", choices=["ipo", "rto", "drpo"])
+    papers.add_argument("names", nargs="+", choices=["ipo", "rto", "drpo", "rlp"])
     papers.add_argument("--fast", action="store_true", help="tables of the small problems alone, fewer seeds and steps")
     papers.add_argument("--batch-size", type=int, default=9, help="of ipo: pairs of a mini-batch")
     papers.add_argument("--seeds", type=int, default=3, choices=range(1, 11), help="of the embedded task: 0 .. N - 1")
@@ -120,6 +120,10 @@ def _paper(name: str, a: argparse.Namespace) -> str:
         from bench.papers.ipo import run_ipo
 
         return run_ipo(a.batch_size, a.out, fast=a.fast)
+    if name == "rlp":
+        from bench.papers.rlp import run_rlp
+
+        return run_rlp(a.seeds, a.jobs, a.runs, a.out)
     if name == "rto":
         from bench.papers.rto import run_pessimism
 
