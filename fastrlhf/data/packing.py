@@ -107,6 +107,20 @@ def tree(prefixes: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) 
     return [Segment(token_ids=trunk), *branches]
 
 
+def trunks(sequences: Iterable[Sequence[int]]) -> dict[tuple[int, ...], tuple[int, ...]]:
+    """Of each sequence one of them that begins with it and that none goes on from: itself, or what it is cut from.
+
+    [7, 8], [7, 8, 1], [7, 9]   ->   (7, 8): (7, 8, 1), (7, 8, 1): (7, 8, 1), (7, 9): (7, 9)
+    """
+    found: dict[tuple[int, ...], tuple[int, ...]] = {}
+    after: tuple[int, ...] = ()
+    for each in sorted(set(map(tuple, sequences)), reverse=True):
+        # In lexical order what begins with a sequence comes right after it.
+        found[each] = found[after] if after and after[: len(each)] == each else each
+        after = each
+    return found
+
+
 def forest(trees: Iterable[Sequence[Segment]]) -> list[Segment]:
     """The segments of several trees, one tree after the other; `parent` counts from the first segment of its tree."""
     segments: list[Segment] = []
