@@ -121,6 +121,25 @@ def trunks(sequences: Iterable[Sequence[int]]) -> dict[tuple[int, ...], tuple[in
     return found
 
 
+def families(prefixes: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], budget: int) -> list[list[int]]:
+    """Indices of sequences whose prefixes are cut from one text, so that a `tree` computes it once: of at most `budget`
+    tokens, or a sequence alone. In the order of their first sequences."""
+
+    def computed(members: Sequence[int]) -> int:
+        return max(len(prefixes[i]) for i in members) + sum(len(responses[i]) for i in members)
+
+    trunk_of = trunks(prefixes)
+    found: list[list[int]] = []
+    newest: dict[tuple[int, ...], list[int]] = {}
+    for i, prefix in enumerate(prefixes):
+        trunk = trunk_of[tuple(prefix)]
+        if trunk not in newest or computed([*newest[trunk], i]) > budget:
+            newest[trunk] = []
+            found.append(newest[trunk])
+        newest[trunk].append(i)
+    return found
+
+
 def forest(trees: Iterable[Sequence[Segment]]) -> list[Segment]:
     """The segments of several trees, one tree after the other; `parent` counts from the first segment of its tree."""
     segments: list[Segment] = []

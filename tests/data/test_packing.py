@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from fastrlhf.data.packing import (
+    families,
     forest,
     group,
     micro_batches,
@@ -151,6 +152,14 @@ def test_trunks_are_the_texts_that_no_other_goes_on_from():
     assert set(found) == {tuple(text) for text in texts}
     assert set(found.values()) == {(7, 8, 1, 4), (7, 8, 2), (7, 9), (70,)}
     assert all(trunk[: len(text)] == text for text, trunk in found.items())
+
+
+def test_families_share_a_text_and_stay_within_the_budget():
+    prefixes = [[7, 8], [5], [7, 8, 1, 2], [7, 8, 1], [5], [7, 8, 1, 2]]
+    responses = [[0], [3] * 9, [4, 0], [0], [0], [3] * 4]
+    assert families(prefixes, responses, 1000) == [[0, 2, 3, 5], [1, 4]]
+    # A text of 4 and responses of 1, 2 and 1 tokens make 8; those of [5] make 1 + 9 + 1.
+    assert families(prefixes, responses, 8) == [[0, 2, 3], [1], [4], [5]]
 
 
 def test_a_forest_counts_parents_from_its_own_trees():
