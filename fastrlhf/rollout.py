@@ -36,6 +36,9 @@ REFILL_SHARE = 0.25
 """Of all slots: as many must be free before those that wait are prefilled, since few at a time would be slow."""
 
 
+Decode = Literal["eager", "cuda_graph"]
+
+
 class Engine(Protocol):
     """What a trainer asks of whatever generates: in process, or a server that holds the sampler's weights."""
 
@@ -64,7 +67,7 @@ class TransformersEngine:
     stop_at_eos: bool = True
     stream: int = SAMPLE_STREAM
     """Engines of one run that must not share their draws differ in this."""
-    decode: Literal["eager", "cuda_graph"] = "eager"
+    decode: Decode = "eager"
     """cuda_graph: a step is captured and replayed, the same kernels without their launches."""
 
     def __post_init__(self) -> None:

@@ -7,7 +7,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fastrlhf.algorithms.on_policy import make_engine
+from fastrlhf.algorithms.starts import make_roll_in
+from fastrlhf.config import PPOConfig
 from fastrlhf.cuda_graphs import CapturedSteps
+from fastrlhf.evaluation.held_out import evaluate
 from fastrlhf.models.kv_cache import SlotCache
 from fastrlhf.rollout import TransformersEngine
 from fastrlhf.types import Prefix
@@ -61,6 +65,17 @@ def test_every_step_does_the_same_work_on_the_same_memory_and_reads_nothing_on_t
     assert all(work.outside <= outside | {held.untyped_storage().data_ptr()} for work in made)
     names = {name for name, _ in made[0].operators}
     assert not {name for name in names if "_local_scalar_dense" in name or "nonzero" in name or "rand" in name}
+
+
+def test_every_sampler_of_a_run_is_told_how_to_decode():
+    config, policy = PPOConfig(decode="cuda_graph", reset_prob=0.5, reset_source="sample"), tiny.policy()
+    for sample in (
+        lambda: make_engine(config, policy, tiny.EOS),
+        lambda: make_roll_in(config, policy, tiny.EOS),
+        lambda: evaluate(config, policy, policy, len, [], tiny.EOS),
+    ):
+        with pytest.raises(ValueError, match=r"^decode: cuda_graph needs a CUDA GPU"):  # the model is on the CPU
+            sample()
 
 
 @pytest.mark.gpu
