@@ -32,6 +32,7 @@ LAYERS = (  # lowest first: a module imports from its own layer and from those a
         "models",
         "rollout",
         "rollout_vllm",
+        "cuda_graphs",
         "rewards",
         "reward_functions",
         "kl_controller",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Literal
 
 from fastrlhf.config.checks import at_default, at_least, require
 from fastrlhf.config.train import TrainConfig
@@ -35,6 +36,8 @@ class EvalConfig(TrainConfig):
     """Of sampling; 0 takes the likeliest token."""
     rollout_batch_size: int = 64
     """Responses that are generated side by side."""
+    decode: Literal["eager", "cuda_graph"] = "eager"
+    """As in ppo: cuda_graph records a decode step and replays it. Not yet run on a GPU."""
     num_eval_examples: int = 500
 
     def __post_init__(self) -> None:
@@ -43,6 +46,7 @@ class EvalConfig(TrainConfig):
         at_default(self, [(False, "with eval, which trains nothing", unread)])
         at_least(self, 1, "response_length", "rollout_batch_size")
         at_least(self, 0, "temperature")
+        require(self.decode == "eager" or self.device != "cpu", "decode", self.decode, "eager where device is cpu")
         require(self.response_length < self.max_length, "response_length", self.response_length, "below max_length")
 
 

@@ -44,6 +44,9 @@ class PPOConfig(TrainConfig):
     """Divides the logits when sampling and in every log-prob of the run."""
     rollout_batch_size: int = 64
     """Episodes that are generated side by side."""
+    decode: Literal["eager", "cuda_graph"] = "eager"
+    """How the transformers engine takes its steps. cuda_graph: a step is recorded and replayed, which gives the same
+    samples without the cost of launching kernels; a model that cannot be recorded is refused. Not yet run on a GPU."""
     engine: Literal["transformers", "vllm"] = "transformers"
     """What generates them. vllm: an engine of vLLM in this process (install fastrlhf[vllm]), which is handed the
     weights of the policy before each batch; evaluation stays with transformers. Not yet run on a GPU."""
@@ -168,6 +171,7 @@ class PPOConfig(TrainConfig):
         above_0(self, "temperature", "cliprange", "cliprange_value")
         share = self.vllm_gpu_memory_utilization
         require(0 < share < 1, "vllm_gpu_memory_utilization", share, "above 0 and below 1")
+        require(self.decode == "eager" or self.device != "cpu", "decode", self.decode, "eager where device is cpu")
         if self.engine == "vllm":
             require(not self.model_config, "model_config", self.model_config, "empty with engine vllm, which reads it")
             require(self.temperature >= 0.01, "temperature", self.temperature, "at least 0.01 with engine vllm")

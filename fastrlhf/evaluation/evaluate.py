@@ -140,6 +140,7 @@ def _respond(
         temperature=config.temperature,
         seed=config.seed,
         batch_size=config.rollout_batch_size,
+        decode=config.decode,
     )
 
 

@@ -187,6 +187,13 @@ def test_the_same_keys_are_taken_where_something_reads_them(kind, settings):
     assert {name: getattr(kind(**settings), name) for name in settings} == settings
 
 
+@pytest.mark.parametrize("kind", [PPOConfig, EvalConfig])
+def test_a_cuda_graph_is_refused_on_a_cpu(kind):
+    assert kind(decode="cuda_graph").decode == "cuda_graph"
+    with pytest.raises(ValueError, match=r"^decode: must be eager where device is cpu; got 'cuda_graph'"):
+        kind(decode="cuda_graph", device="cpu")
+
+
 def test_the_fields_with_choices_are_found():
     names = {name for _, name, _ in CHOICES}
     assert names >= {"dtype", "truncation_mode", "lr_scheduler_type", "label_source", "length_norm", "reset_source"}
