@@ -35,6 +35,7 @@ LAYERS = (  # lowest first: a module imports from its own layer and from those a
         "rewards",
         "kl_controller",
         "optim",
+        "adamw",
         "checkpoint",
         "durable",
         "interrupts",
