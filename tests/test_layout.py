@@ -37,6 +37,7 @@ LAYERS = (  # lowest first: a module imports from its own layer and from those a
         "reward_functions",
         "kl_controller",
         "optim",
+        "adamw",
         "checkpoint",
         "durable",
         "interrupts",

@@ -118,6 +118,7 @@ BESIDE = {
     "reward_shaping": {"dpo_model_path": "dpo"},
     "reset_source": {"reset_prob": 0.5},
     "psi_opponents": {"psi": "identity", "reset_group_size": 2},
+    "master_weights": {"dtype": "bfloat16"},
     "groupwise": {"loss_type": "ipo"},
     "reward_model": {"reward_model_path": "judge"},
     **{name: {"reset_group_size": 2} for name in ("rloo", "grpo")},
@@ -139,7 +140,7 @@ def test_a_word_that_is_no_choice_is_refused_with_the_choices(kind, field, choic
 
 UNREAD = [
     *((kind, key, {}) for kind in TRAINING for key in ("lora_r", "lora_alpha", "use_rslora", "use_dora")),
-    *((kind, "lora_target_modules", {}) for kind in TRAINING),
+    *((kind, key, {}) for kind in TRAINING for key in ("lora_target_modules", "master_weights")),
     *((DPOConfig, key, {}) for key in ("label_prior", "score_scale", "psi_clip")),
     (DPOConfig, "psi_clip", {"psi": "logit", "loss_type": "ipo"}),
     *((EvalConfig, key, {}) for key in ("learning_rate", "per_device_train_batch_size", "save_steps", "report_to")),
@@ -157,6 +158,7 @@ UNREAD = [
 OTHER = {"lora_target_modules": ("q_proj",), "reward_shaping": "rs", "reset_source": "chosen"}
 OTHER |= {"psi_opponents": "chosen", "use_rslora": True, "use_dora": True, "lora_r": 4, "lora_alpha": 4}
 OTHER |= {"report_to": ("wandb",), "per_device_train_batch_size": 4, "save_steps": 4}
+OTHER |= {"master_weights": "stochastic_rounding"}
 
 
 @pytest.mark.parametrize(("kind", "field", "without"), UNREAD)
