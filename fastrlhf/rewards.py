@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from fastrlhf.config import PPOConfig, RTOConfig
 from fastrlhf.functions import load_function
 from fastrlhf.kl_controller import KLController
-from fastrlhf.models.implicit_reward import ImplicitReward, open_implicit_reward
+from fastrlhf.models.implicit_reward import ImplicitReward
 from fastrlhf.models.loading import resolve_device
 from fastrlhf.types import Rollout
 
@@ -82,6 +82,7 @@ class Rewards:
     config: PPOConfig
     functions: Mapping[str, RewardFunction] = field(default_factory=dict)
     implicit: ImplicitReward | None = None
+    """Where the DPO rewards come from: `open_implicit_reward`, once the reference of the run is there"""
     sentence_ends: Tensor | None = None
     """int64 ids of the tokens that end a sentence, for the shaping "sentence" """
     kl: KLController = field(init=False)
@@ -273,9 +274,9 @@ def open_rewards(
     tokenizer: PreTrainedTokenizerBase,
     functions: Mapping[str, RewardFunction] | None = None,
 ) -> Rewards:
-    """What the configuration asks for, its models loaded; `functions` are added to it.
+    """What the configuration asks for, but for models; `functions` are added to it.
 
-    Raises ValueError where RTO has no DPO model, a model does not belong to the tokenizer, or a function is none.
+    Raises ValueError where RTO has no DPO model, a function is none, or no token ends a sentence.
     """
     if isinstance(config, RTOConfig) and not config.dpo_model_path:
         raise ValueError("dpo_model_path: give the DPO model that rewards the tokens, trained by `fastrlhf dpo`")
@@ -288,13 +289,12 @@ def open_rewards(
     for name, _ in named:
         if names.count(name) > 1:
             raise ValueError(f"reward_function: {name!r} is the name of another reward; call it otherwise")
-    sentence_ends, pays = None, bool(config.dpo_model_path) and config.reward_shaping != "none"
-    if pays and config.reward_shaping == "sentence":
+    sentence_ends = None
+    if config.dpo_model_path and config.reward_shaping == "sentence":
         sentence_ends = sentence_end_ids(tokenizer).to(resolve_device(config.device))
     return Rewards(
         config=config,
         functions=dict(named),
-        implicit=open_implicit_reward(config, tokenizer) if pays else None,
         sentence_ends=sentence_ends,
     )
 
