@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fastrlhf.config import PPOConfig
 from fastrlhf.kl_controller import KLController
-from fastrlhf.models.implicit_reward import ImplicitReward, open_implicit_reward
+from fastrlhf.models.implicit_reward import ImplicitReward
 from fastrlhf.models.loading import resolve_device
 from fastrlhf.reward_functions import RewardFunction, TextReward, load_reward_functions, texts_taken
 from fastrlhf.types import Rollout
@@ -76,6 +76,7 @@ class Rewards:
     config: PPOConfig
     functions: Mapping[str, RewardFunction | TextReward] = field(default_factory=dict)
     implicit: ImplicitReward | None = None
+    """Where the DPO rewards come from: `open_implicit_reward`, once the reference of the run is there"""
     sentence_ends: Tensor | None = None
     """int64 ids of the tokens that end a sentence, for the shaping "sentence" """
     kl: KLController = field(init=False)
@@ -268,13 +269,12 @@ def open_rewards(
     tokenizer: PreTrainedTokenizerBase,
     functions: Mapping[str, RewardFunction] | None = None,
 ) -> Rewards:
-    """What the configuration asks for, its models loaded; `functions` are added to it.
+    """What the configuration asks for, but for models; `functions` are added to it.
 
-    Raises ValueError where RTO has no DPO model, a model does not belong to the tokenizer, or a function is none.
+    Raises ValueError where RTO has no DPO model, a function is none, or no token ends a sentence.
     """
-    named = load_reward_functions(config, functions)
-    sentence_ends, pays = None, bool(config.dpo_model_path) and config.reward_shaping != "none"
-    if pays and config.reward_shaping == "sentence":
+    named, sentence_ends = load_reward_functions(config, functions), None
+    if config.dpo_model_path and config.reward_shaping == "sentence":
         sentence_ends = sentence_end_ids(tokenizer).to(resolve_device(config.device))
     return Rewards(
         config=config,
@@ -282,7 +282,6 @@ def open_rewards(
             name: TextReward(name=name, function=function, tokenizer=tokenizer) if texts_taken(function) else function
             for name, function in named.items()
         },
-        implicit=open_implicit_reward(config, tokenizer) if pays else None,
         sentence_ends=sentence_ends,
     )
 
