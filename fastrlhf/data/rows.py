@@ -131,6 +131,8 @@ def _parse_json(text: str, path: Path, line: int) -> Any:
         place = f"{path} line {line + error.lineno - 1}, column {error.colno}"
         near = error.doc[max(0, error.pos - 40) : error.pos + 40]
         raise ValueError(f"{place}: broken JSON, {error.msg} near {near!r}; expected one object per line") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists in lists
+        raise ValueError(f"{path} line {line}: broken JSON, {error}") from None
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, object]]:
