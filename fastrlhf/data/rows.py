@@ -18,6 +18,8 @@ from typing import Any
 import datasets
 from datasets.exceptions import DatasetsError
 
+from fastrlhf.hub import check_hub
+
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parquet")
 
 
@@ -64,6 +66,7 @@ def _folder_splits(folder: Path, config_name: str | None) -> dict[str, list[Path
 
 
 def _hub_rows(name: str, split: str, config_name: str | None) -> Iterator[tuple[str, object]]:
+    check_hub(name, f"{name}:")
     try:
         dataset = datasets.load_dataset(name, config_name, split=split)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
