@@ -173,6 +173,7 @@ class _Run:
                 temperature=config.answer_temperature,
                 seed=config.seed,
                 batch_size=settings.rollout_batch_size,
+                decode=settings.decode,
                 stream=ANSWER_STREAM,
             )
             write_rows(file, map(asdict, sample_answers(engine, self.prompts, config.num_answers, round_)))
