@@ -130,6 +130,8 @@ def _paper(name: str, a: argparse.Namespace) -> str:
 
         return run_ipo(a.batch_size, a.out, fast=a.fast)
     if name == "rlp":
+        if a.fast:
+            sys.exit("papers rlp: no --fast, it has no small problem; --seeds 1 is the least")
         from bench.papers.rlp import run_rlp
 
         return run_rlp(a.seeds, a.jobs, a.runs, a.out)
