@@ -44,6 +44,7 @@ from fastrlhf.models.loading import (
     open_policy,
     read_model_config,
 )
+from fastrlhf.models.trunk import TrunkOptions
 from fastrlhf.optim import Optimizer, index_batches, num_steps
 from fastrlhf.rewards import RewardFunction, open_rewards
 from fastrlhf.rollout import Engine, TransformersEngine, checked_rollouts
@@ -215,6 +216,7 @@ def _open_reward_model(
         device=policy.device,
         dtype=config.dtype,
         trust_remote_code=config.trust_remote_code,
+        trunk=TrunkOptions.of(config),
     )
     check_same_vocabulary({"model_name_or_path": policy, field: reward_model}, len(tokenizer))
     return reward_model

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fastrlhf.config import PPOConfig
 from fastrlhf.models.forward import token_logprobs
 from fastrlhf.models.loading import check_same_tokenizer, check_same_vocabulary, load_policy, resolve_device
+from fastrlhf.models.trunk import TrunkOptions
 from fastrlhf.types import PackedBatch
 
 
@@ -61,6 +62,7 @@ def open_implicit_reward(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) 
             device=resolve_device(config.device),
             dtype=config.dtype,
             trust_remote_code=config.trust_remote_code,
+            trunk=TrunkOptions.of(config),
         ).requires_grad_(False)
         for field, source in sources.items()
     }
