@@ -287,8 +287,10 @@ def test_flash_attention_is_told_the_same(monkeypatch, segments, settings, versi
         assert deterministic
         check_lengths(pack(segments).plan, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
         left = window_size[0]
-        unlimited = None if version == 4 else -1  # 4 takes -1 for a window that ends before the token itself
-        window = (-1 if left == unlimited else left, 0) if causal else window_size  # causal caps the right side
+        if version == 4:  # to which -1 is a window that ends before the token itself
+            assert left is None or left >= 0
+            left = -1 if left is None else left
+        window = (left, 0) if causal else window_size  # causal caps the right side
         output = variable_length(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, window, softcap)
         return (output, None) if version == 4 else output
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from fastrlhf.algorithms.on_policy import train_on_policy
 from fastrlhf.algorithms.preference import train_dpo
-from fastrlhf.config import DPOConfig, SFTConfig
+from fastrlhf.config import DPOConfig, PPOConfig, SFTConfig
 from fastrlhf.data.packing import pack
-from fastrlhf.models import trunk
+from fastrlhf.models import loading, trunk
 from fastrlhf.models.adapters import frozen_copy
 from fastrlhf.models.forward import enable_activation_checkpointing, token_logprobs
 from fastrlhf.models.loading import load_policy
@@ -131,6 +132,32 @@ def test_dpo_with_compiled_layers_is_the_same_run(compile_with, tmp_path):
     for plain, compiled in zip(*histories, strict=True):
         assert compiled["loss"] == pytest.approx(plain["loss"], rel=1e-4)
         assert compiled["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["dpo", "on-policy"])
+def test_all_models_of_a_run_are_prepared_alike(monkeypatch, tmp_path, kind):
+    """The reference's own weights, the judge and the DPO model, as the policy."""
+    asked = []
+
+    def spy(model, options):
+        asked.append(options)
+        return prepare_trunk(model, options)
+
+    policy, reward_model = tiny.save_policy(tmp_path / "policy"), tiny.save_reward_model(tmp_path / "reward")
+    monkeypatch.setattr(loading, "prepare_trunk", spy)
+    common = {
+        "model_name_or_path": policy,
+        "attn_implementation": "sdpa",
+        "max_steps": 1,
+        "max_length": 64,
+        "progress": False,
+    }
+    if kind == "dpo":
+        train_dpo(DPOConfig(**common, ref_model_name_or_path=policy), tiny.examples(8))
+    else:
+        paths = {"reward_model_path": reward_model, "dpo_model_path": policy}
+        train_on_policy(PPOConfig(**common, **paths, response_length=4), tiny.examples(8))
+    assert asked == [TrunkOptions(attn_implementation="sdpa")] * (2 if kind == "dpo" else 3)
 
 
 def test_a_compiler_that_is_missing_is_one_clear_error(compile_with):
