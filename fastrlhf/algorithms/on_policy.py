@@ -45,6 +45,7 @@ from fastrlhf.models.loading import (
     read_model_config,
 )
 from fastrlhf.models.roles import holds_adapter, judge_and_critic, score_role
+from fastrlhf.models.trunk import TrunkOptions
 from fastrlhf.optim import Optimizer, index_batches, num_steps
 from fastrlhf.reward_functions import RewardFunction
 from fastrlhf.rewards import open_rewards
@@ -223,6 +224,7 @@ def _open_reward_model(
         device=base.device,
         dtype=config.dtype,
         trust_remote_code=config.trust_remote_code,
+        trunk=TrunkOptions.of(config),
     )
     check_same_vocabulary({"model_name_or_path": base, field: reward_model}, len(tokenizer))
     return reward_model

@@ -54,6 +54,15 @@ class TrainConfig:
     activation_checkpointing: bool = False
     """Keep the inputs of layers alone and compute the layers again in the backward: a third more time for a fraction of
     the memory. The older name gradient_checkpointing is understood."""
+    attn_implementation: Literal[
+        "auto", "flash_attention_2", "flash_attention_3", "flash_attention_4", "varlen", "flex", "sdpa"
+    ] = "auto"
+    """Who computes attention over packs, of all models of the run; sampling decides for itself. auto: flash_attention_2
+    where flash-attn is installed, else torch's own varlen, on a GPU in bfloat16; else sdpa, one call per sequence."""
+    torch_compile: bool = False
+    """Compile the layers of every model for packed forwards: slower to start, and fewer passes over memory."""
+    use_liger_kernel: bool = False
+    """RMSNorm, SwiGLU (GeGLU) and rotary positions by Liger's kernels (`pip install 'fastrlhf[liger]'`), on a GPU."""
     device: str = "auto"
     """auto: the first CUDA GPU, else the CPU."""
 
@@ -145,6 +154,12 @@ class TrainConfig:
                 (self.use_peft, "where use_peft is false", lora),
                 (self.dtype == "bfloat16", "where dtype is float32", ("master_weights",)),
             ],
+        )
+        require(
+            not (self.torch_compile and self.use_liger_kernel),
+            "use_liger_kernel",
+            self.use_liger_kernel,
+            "false where torch_compile is true: both fuse the same operations",
         )
         at_least(self, 2, "max_length")
         at_least(self, 0, "warmup_steps", "eval_steps", "num_eval_examples", "max_train_examples")

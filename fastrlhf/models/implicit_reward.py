@@ -18,6 +18,7 @@ from fastrlhf.config import PPOConfig
 from fastrlhf.models.forward import token_logprobs
 from fastrlhf.models.loading import check_same_tokenizer, check_same_vocabulary, load_policy
 from fastrlhf.models.roles import holds_adapter, policy_role
+from fastrlhf.models.trunk import TrunkOptions
 from fastrlhf.types import PackedBatch
 
 
@@ -76,6 +77,7 @@ def open_implicit_reward(
             device=base.device,
             dtype=config.dtype,
             trust_remote_code=config.trust_remote_code,
+            trunk=TrunkOptions.of(config),
         )
         for field, source in sources.items()
     }

@@ -29,12 +29,13 @@ from fastrlhf.config_files import nearest
 from fastrlhf.data.tokens import is_missing_folder, load_tokenizer, special_ids
 from fastrlhf.hub import check_hub
 from fastrlhf.models.adapters import add_adapter
-from fastrlhf.models.attention import backend
-from fastrlhf.models.forward import check_packed_forward, enable_activation_checkpointing
+from fastrlhf.models.forward import enable_activation_checkpointing
+from fastrlhf.models.trunk import TrunkOptions, prepare_trunk
 
 log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PLAIN = TrunkOptions()
 
 
 def open_policy(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -56,10 +57,15 @@ def open_policy(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreT
             seed=config.seed,
             device=device,
             dtype=config.dtype,
+            trunk=TrunkOptions.of(config),
         )
     elif config.model_name_or_path:
         model = load_policy(
-            config.model_name_or_path, device=device, dtype=config.dtype, trust_remote_code=config.trust_remote_code
+            config.model_name_or_path,
+            device=device,
+            dtype=config.dtype,
+            trust_remote_code=config.trust_remote_code,
+            trunk=TrunkOptions.of(config),
         )
     else:
         raise ValueError("model_name_or_path: give a folder or a hub name, or build a model from model_config")
@@ -90,16 +96,17 @@ def load_policy(
     device: torch.device | str = "cpu",
     dtype: str = "float32",
     trust_remote_code: bool = False,
+    trunk: TrunkOptions = PLAIN,
 ) -> PreTrainedModel:
     """The causal LM in a folder or under a hub name, checked to run on packs.
 
     Raises ValueError, naming `field`, where there is no such model, where weights are missing (a reward model has no
-    language-model head), or where it cannot be packed.
+    language-model head), or where it cannot be packed as `trunk` asks.
     """
     config = read_model_config(source, field, trust_remote_code)
     model, missing = _open(AutoModelForCausalLM, source, field, config, dtype, trust_remote_code)
     _check_complete(source, field, missing)
-    return _ready(model, device)
+    return _ready(model, device, trunk)
 
 
 def build_policy(
@@ -110,6 +117,7 @@ def build_policy(
     seed: int,
     device: torch.device | str = "cpu",
     dtype: str = "float32",
+    trunk: TrunkOptions = PLAIN,
 ) -> PreTrainedModel:
     """A causal LM from scratch. `settings` is a transformers configuration, or its fields with `model_type` among them.
 
@@ -138,7 +146,7 @@ def build_policy(
     )
     with _seeded(seed, torch.device(device)):
         model = AutoModelForCausalLM.from_config(_without_dropout(config), dtype=DTYPES[dtype])
-    return _ready(model, device)
+    return _ready(model, device, trunk)
 
 
 def load_reward_model(
@@ -151,6 +159,7 @@ def load_reward_model(
     device: torch.device | str = "cpu",
     dtype: str = "float32",
     trust_remote_code: bool = False,
+    trunk: TrunkOptions = PLAIN,
 ) -> PreTrainedModel:
     """A sequence classifier with one score: a saved reward model, or a causal LM whose trunk gets a new head.
 
@@ -171,7 +180,7 @@ def load_reward_model(
             raise ValueError(f"{field}: {source!r} has no trained score head; train one with `fastrlhf reward`")
         generator = torch.Generator().manual_seed(seed)
         torch.nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5, generator=generator)
-    return _ready(model, device)
+    return _ready(model, device, trunk)
 
 
 def float_score_head(model: PreTrainedModel, source: str, field: str) -> Linear:
@@ -308,16 +317,16 @@ def _without_dropout(config: PretrainedConfig) -> PretrainedConfig:
     return config
 
 
-def _ready(model: PreTrainedModel, device: torch.device | str) -> PreTrainedModel:
+def _ready(model: PreTrainedModel, device: torch.device | str, trunk: TrunkOptions) -> PreTrainedModel:
     _check_positions(model.config)
     model.to(device)  # pyright: ignore[reportArgumentType] (transformers' wrapper hides that it is a method)
     model.eval()
-    check_packed_forward(model)
-    softcap = getattr(model.config, "attn_logit_softcapping", None)
+    attention = prepare_trunk(model, trunk)
     log.info(
-        "%s: %.3g parameters in %s on %s, attention by %s",
-        *(type(model).__name__, model.num_parameters(), model.dtype, model.device),
-        backend(model.device, model.dtype, softcap),
+        "%s: %.3g parameters in %s on %s, attention by %s%s%s",
+        *(type(model).__name__, model.num_parameters(), model.dtype, model.device, attention),
+        ", Liger's kernels" if trunk.use_liger_kernel else "",
+        ", compiled layers" if trunk.torch_compile else "",
     )
     return model
 

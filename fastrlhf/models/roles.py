@@ -30,6 +30,7 @@ from fastrlhf.models.adapters import (
     merge_adapter,
     shared_view,
 )
+from fastrlhf.models.attention import choose_attention, chosen_attention
 from fastrlhf.models.forward import check_packed_forward, enable_activation_checkpointing
 from fastrlhf.models.loading import float_score_head, make_trainable
 
@@ -67,6 +68,7 @@ def score_role(source: str, base: PreTrainedModel, field: str, pad_token_id: int
     float_score_head(model, source, field).to_empty(device=base.device)
     model = _with_adapter(model, source, base, field)
     model.score.requires_grad_(True)
+    choose_attention(model, chosen_attention(base))
     check_packed_forward(model)
     return model
 
