@@ -181,7 +181,6 @@ class PPOConfig(TrainConfig):
             at_least(self, 0, "missing_eos_penalty")
         for name in ("gamma", "lam", "reset_prob", "reset_curriculum"):
             require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "in 0..1")
-        require(not (self.use_dora and self.engine == "vllm"), "use_dora", self.use_dora, "false with engine vllm")
         above_0(self, "psi_clip")
         alone = bool(self.psi) and self.psi_opponents == "rollouts" and self.reset_group_size == 1
         require(not alone, "reset_group_size", self.reset_group_size, "at least 2 where psi_opponents is rollouts")

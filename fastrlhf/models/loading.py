@@ -30,6 +30,7 @@ from fastrlhf.data.tokens import is_missing_folder, load_tokenizer, special_ids
 from fastrlhf.models.adapters import add_adapter
 from fastrlhf.models.attention import backend
 from fastrlhf.models.forward import check_packed_forward, enable_activation_checkpointing
+from fastrlhf.models.four_bit import keep_layout, quantization
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +59,11 @@ def open_policy(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreT
         )
     elif config.model_name_or_path:
         model = load_policy(
-            config.model_name_or_path, device=device, dtype=config.dtype, trust_remote_code=config.trust_remote_code
+            config.model_name_or_path,
+            device=device,
+            dtype=config.dtype,
+            load_in_4bit=config.load_in_4bit,
+            trust_remote_code=config.trust_remote_code,
         )
     else:
         raise ValueError("model_name_or_path: give a folder or a hub name, or build a model from model_config")
@@ -88,6 +93,7 @@ def load_policy(
     field: str = "model_name_or_path",
     device: torch.device | str = "cpu",
     dtype: str = "float32",
+    load_in_4bit: bool = False,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """The causal LM in a folder or under a hub name, checked to run on packs.
@@ -96,7 +102,7 @@ def load_policy(
     language-model head), or where it cannot be packed.
     """
     config = read_model_config(source, field, trust_remote_code)
-    model, missing = _open(AutoModelForCausalLM, source, field, config, dtype, trust_remote_code)
+    model, missing = _open(AutoModelForCausalLM, source, field, config, device, dtype, load_in_4bit, trust_remote_code)
     _check_complete(source, field, missing)
     return _ready(model, device)
 
@@ -149,6 +155,7 @@ def load_reward_model(
     must_be_trained: bool = False,
     device: torch.device | str = "cpu",
     dtype: str = "float32",
+    load_in_4bit: bool = False,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """A sequence classifier with one score: a saved reward model, or a causal LM whose trunk gets a new head.
@@ -162,7 +169,9 @@ def load_reward_model(
     """
     config = read_model_config(source, field, trust_remote_code)
     config.num_labels, config.pad_token_id = 1, pad_token_id
-    model, missing = _open(AutoModelForSequenceClassification, source, field, config, dtype, trust_remote_code)
+    model, missing = _open(
+        AutoModelForSequenceClassification, source, field, config, device, dtype, load_in_4bit, trust_remote_code
+    )
     head = float_score_head(model, source, field)
     _check_complete(source, field, missing - {"score.weight"})
     if missing:
@@ -241,10 +250,14 @@ def _open(
     source: str,
     field: str,
     config: PretrainedConfig,
+    device: torch.device | str,
     dtype: str,
+    load_in_4bit: bool,
     trust_remote_code: bool,
 ) -> tuple[PreTrainedModel, set[str]]:
     """The model, and the names of those of its weights that the checkpoint does not have in its shape."""
+    # Weights are quantised where they will be.
+    quantised = {"quantization_config": quantization(DTYPES[dtype]), "device_map": {"": device}} if load_in_4bit else {}
     try:
         loaded = kind.from_pretrained(
             source,
@@ -253,6 +266,7 @@ def _open(
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
+            **quantised,
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"{field}: the weights of {source!r} cannot be loaded: {error}") from error
@@ -310,6 +324,7 @@ def _ready(model: PreTrainedModel, device: torch.device | str) -> PreTrainedMode
     _check_positions(model.config)
     model.to(device)  # pyright: ignore[reportArgumentType] (transformers' wrapper hides that it is a method)
     model.eval()
+    keep_layout(model)
     check_packed_forward(model)
     softcap = getattr(model.config, "attn_logit_softcapping", None)
     log.info(
