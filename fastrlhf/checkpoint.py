@@ -35,7 +35,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fastrlhf.config import TrainConfig
 from fastrlhf.config_files import SAME_MODEL, differences, write_yaml
 from fastrlhf.durable import check_folder, discard_folder, flush, flush_tree, write_folder
-from fastrlhf.models.adapters import has_adapter, merge_adapter, save_adapter
+from fastrlhf.models.adapters import has_adapter, merge_adapter, merged_copy, save_adapter
+from fastrlhf.models.four_bit import is_four_bit
 
 log = logging.getLogger(__name__)
 
@@ -137,15 +138,24 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def save_trained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path | None) -> None:
+def save_trained(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path | None, *, apart: bool = False
+) -> PreTrainedModel:
     """What a run leaves, in `folder` if there is one: the model with its adapter added to the weights, and the adapter
-    alone in `adapter/`."""
+    alone in `adapter/`.
+
+    Returns the former. It is a copy on the CPU where weights are in 4 bits and where `apart` says that others still
+    need them as they are.
+    """
     if folder and has_adapter(model):
         save_adapter(model, folder / "adapter")
         tokenizer.save_pretrained(folder / "adapter")
+    if apart or is_four_bit(model):
+        model = merged_copy(model)
     merge_adapter(model)
     if folder:
         save_model(model, tokenizer, folder)
+    return model
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -327,9 +337,9 @@ def _step(path: Path) -> int:
 
 def _weights(model: PreTrainedModel) -> dict[str, Tensor]:
     """What is trained, and persistent buffers, by name; tied weights once. Frozen ones are where they came from."""
-    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    return {name: tensor for name, tensor in model.state_dict().items() if name not in names - trained}
+    kept = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    kept |= {name for name, _ in model.named_buffers()}
+    return {name: tensor for name, tensor in model.state_dict().items() if name in kept}
 
 
 def _start(models: Mapping[str, PreTrainedModel]) -> str:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -44,6 +45,7 @@ from fastrlhf.models.loading import (
     open_policy,
     read_model_config,
 )
+from fastrlhf.models.offload import Waiting
 from fastrlhf.models.roles import holds_adapter, judge_and_critic, score_role
 from fastrlhf.models.trunk import TrunkOptions
 from fastrlhf.optim import Optimizer, index_batches, num_steps
@@ -108,23 +110,27 @@ def train_on_policy(
     policy = open_policy(config, tokenizer)
     reference = frozen_copy(policy)  # its weights are what the roles that are adapters share
     rewards.implicit = open_implicit_reward(config, tokenizer, reference)
-    frozen = critic = None
+    frozen: list[PreTrainedModel] = [reference, *(rewards.implicit.models if rewards.implicit else ())]
+    reward_model = critic = None
     if needs_critic or judge is None:
-        frozen = _open_reward_model(config, "reward_model_path", reference, tokenizer)
+        reward_model = _open_reward_model(config, "reward_model_path", reference, tokenizer)
         if needs_critic:
-            frozen, critic = judge_and_critic(config, frozen)
+            reward_model, critic = judge_and_critic(config, reward_model)
     eos, _ = special_ids(tokenizer)
     if judge is None:
-        assert frozen is not None
-        judge = reward_model_judge(frozen, eos_token_id=eos, micro_batch_tokens=config.micro_batch_tokens)
+        assert reward_model is not None
+        frozen.append(reward_model)
+        judge = reward_model_judge(reward_model, eos_token_id=eos, micro_batch_tokens=config.micro_batch_tokens)
     if held_out_judge is None and config.eval_reward_model_path:
-        frozen = _open_reward_model(config, "eval_reward_model_path", reference, tokenizer)
-        held_out_judge = reward_model_judge(frozen, eos_token_id=eos, micro_batch_tokens=config.micro_batch_tokens)
+        frozen.append(_open_reward_model(config, "eval_reward_model_path", reference, tokenizer))
+        held_out_judge = reward_model_judge(frozen[-1], eos_token_id=eos, micro_batch_tokens=config.micro_batch_tokens)
     score = judge
     if psi:
         score = psi_judge(judge, dataset_opponents(prompts, opponents) if opponents else None, psi)
     sampler = (engine or make_engine)(config, policy, eos)
     roll_in = make_roll_in(config, reference, eos) if config.reset_source == "sample" else None
+    trained = [policy, critic] if critic else [policy]
+    waiting = Waiting(frozen if config.ref_reward_offload else (), trained, policy.device)
     num_groups = config.batch_size // config.reset_group_size
     optimizer = Optimizer(
         {"": policy} | ({"value_": critic} if critic else {}),
@@ -147,17 +153,19 @@ def train_on_policy(
         for step, indices in stage.remaining(index_batches(len(prompts), num_groups, steps, config.seed)):
             start = time.perf_counter()
             drawn = [prompts[i] for i in indices]
-            prefixes = draw_prefixes(config, drawn, step * num_groups, progress=step / steps, roll_in=roll_in)
+            with waiting.present() if roll_in else nullcontext():
+                prefixes = draw_prefixes(config, drawn, step * num_groups, progress=step / steps, roll_in=roll_in)
             rollouts = checked_rollouts(
                 sampler.generate(prefixes), prefixes, eos_token_id=eos, stops_at_eos=config.compat == "fixed"
             )
             sampled = time.perf_counter()
-            scores = checked_scores(score(rollouts), rollouts, policy.device)
             order = np.random.default_rng([config.seed, step]).permutation(num_groups).tolist()
             packs = pack_episodes(config, rollouts, order, policy.device)
-            experience, metrics = score_episodes(
-                config, policy, reference, critic, rollouts, scores, packs, eos, rewards
-            )
+            with waiting.present():
+                scores = checked_scores(score(rollouts), rollouts, policy.device)
+                experience, metrics = score_episodes(
+                    config, policy, reference, critic, rollouts, scores, packs, eos, rewards
+                )
             check_kl(config, step + 1, metrics["objective/kl"])
             scored = time.perf_counter()
             metrics |= update(
@@ -183,7 +191,8 @@ def train_on_policy(
                 "num_unique_tokens": sum(item.batch.num_tokens for mini in packs for item in mini),  # of one pass
             }
             if held_out and stage.due(step, config.eval_steps):
-                evaluation = evaluate(config, policy, reference, judge, held_out, eos, held_out_judge)
+                with waiting.present():
+                    evaluation = evaluate(config, policy, reference, judge, held_out, eos, held_out_judge)
                 metrics |= evaluation
             if sample_every and stage.due(step, sample_every):
                 stage.samples(step + 1, sample_rows(tokenizer, rollouts, scores, experience, NUM_SAMPLES))

@@ -65,6 +65,7 @@ def train_reward_model(
         seed=config.seed,
         device=resolve_device(config.device),
         dtype=config.dtype,
+        load_in_4bit=config.load_in_4bit,
         trust_remote_code=config.trust_remote_code,
         trunk=TrunkOptions.of(config),
     )

@@ -20,7 +20,7 @@ from fastrlhf.config import TrainConfig, require
 from fastrlhf.data.inputs import Data
 from fastrlhf.interrupts import Interrupted, Interrupts
 from fastrlhf.metrics import MetricsWriter, read_metrics
-from fastrlhf.models.adapters import cpu_copy, share_weights
+from fastrlhf.models.adapters import share_weights
 from fastrlhf.types import TokenizedExample
 from fastrlhf_kernels import Max, Metric, merge
 
@@ -32,6 +32,7 @@ class TrainResult:
     """What a trainer returns."""
 
     model: PreTrainedModel
+    """On the CPU after `load_in_4bit`, for want of room."""
     tokenizer: PreTrainedTokenizerBase
     history: list[dict[str, float]] = field(repr=False)
     """One row of metrics per optimiser step (per update, in on-policy runs)."""
@@ -169,10 +170,9 @@ class Stage:
     ) -> TrainResult:
         """Saves what was trained, adapters added to the weights, and returns it."""
         if value_model is not None:
-            if share_weights(model, value_model):  # which one adapter alone can be added to
-                value_model = cpu_copy(value_model)
-            save_trained(value_model, tokenizer, self.folder and self.folder / "value_model")
-        save_trained(model, tokenizer, self.folder)
+            place, apart = self.folder and self.folder / "value_model", share_weights(model, value_model)
+            value_model = save_trained(value_model, tokenizer, place, apart=apart)
+        model = save_trained(model, tokenizer, self.folder)
         return TrainResult(
             model=model,
             tokenizer=tokenizer,

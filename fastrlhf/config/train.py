@@ -51,6 +51,10 @@ class TrainConfig:
     """Scale by lora_alpha / sqrt(lora_r) (Kalajdzievski 2023, arXiv 2312.03732)."""
     use_dora: bool = False
     """Train the norms of the weights apart (Liu et al. 2024, arXiv 2402.09353)."""
+    load_in_4bit: bool = False
+    """QLoRA (Dettmers et al. 2023, arXiv 2305.14314): keep the weights of `model_name_or_path` under the adapter in 4
+    bits; other models are as they were saved. The run ends with the adapter added to what those 4 bits stand for, in
+    `dtype`. It needs bitsandbytes: install fastrlhf[bnb]."""
     activation_checkpointing: bool = False
     """Keep the inputs of layers alone and compute the layers again in the backward: a third more time for a fraction of
     the memory. The older name gradient_checkpointing is understood."""
@@ -147,7 +151,7 @@ class TrainConfig:
         at_least(self, 1, "per_device_train_batch_size", "gradient_accumulation_steps", "micro_batch_tokens")
         at_least(self, 1, "lora_r", "lora_alpha")
         require(bool(self.lora_target_modules), "lora_target_modules", self.lora_target_modules, "all-linear, or names")
-        lora = ("lora_r", "lora_alpha", "lora_target_modules", "use_rslora", "use_dora")
+        lora = ("lora_r", "lora_alpha", "lora_target_modules", "use_rslora", "use_dora", "load_in_4bit")
         at_default(
             self,
             [

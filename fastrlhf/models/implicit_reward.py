@@ -30,6 +30,10 @@ class ImplicitReward:
     reference: PreTrainedModel | None
     """None: the reference of the run."""
 
+    @property
+    def models(self) -> list[PreTrainedModel]:
+        return [self.model] if self.reference is None else [self.model, self.reference]
+
     @torch.no_grad()
     def log_ratio(
         self, batch: PackedBatch, run_reference: PreTrainedModel, run_reference_logprob: Tensor | None = None

@@ -30,6 +30,7 @@ from fastrlhf.data.tokens import is_missing_folder, load_tokenizer, special_ids
 from fastrlhf.hub import check_hub
 from fastrlhf.models.adapters import add_adapter
 from fastrlhf.models.forward import enable_activation_checkpointing
+from fastrlhf.models.four_bit import keep_layout, quantization
 from fastrlhf.models.trunk import TrunkOptions, prepare_trunk
 
 log = logging.getLogger(__name__)
@@ -64,6 +65,7 @@ def open_policy(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreT
             config.model_name_or_path,
             device=device,
             dtype=config.dtype,
+            load_in_4bit=config.load_in_4bit,
             trust_remote_code=config.trust_remote_code,
             trunk=TrunkOptions.of(config),
         )
@@ -95,6 +97,7 @@ def load_policy(
     field: str = "model_name_or_path",
     device: torch.device | str = "cpu",
     dtype: str = "float32",
+    load_in_4bit: bool = False,
     trust_remote_code: bool = False,
     trunk: TrunkOptions = PLAIN,
 ) -> PreTrainedModel:
@@ -104,7 +107,7 @@ def load_policy(
     language-model head), or where it cannot be packed as `trunk` asks.
     """
     config = read_model_config(source, field, trust_remote_code)
-    model, missing = _open(AutoModelForCausalLM, source, field, config, dtype, trust_remote_code)
+    model, missing = _open(AutoModelForCausalLM, source, field, config, device, dtype, load_in_4bit, trust_remote_code)
     _check_complete(source, field, missing)
     return _ready(model, device, trunk)
 
@@ -158,6 +161,7 @@ def load_reward_model(
     must_be_trained: bool = False,
     device: torch.device | str = "cpu",
     dtype: str = "float32",
+    load_in_4bit: bool = False,
     trust_remote_code: bool = False,
     trunk: TrunkOptions = PLAIN,
 ) -> PreTrainedModel:
@@ -172,7 +176,9 @@ def load_reward_model(
     """
     config = read_model_config(source, field, trust_remote_code)
     config.num_labels, config.pad_token_id = 1, pad_token_id
-    model, missing = _open(AutoModelForSequenceClassification, source, field, config, dtype, trust_remote_code)
+    model, missing = _open(
+        AutoModelForSequenceClassification, source, field, config, device, dtype, load_in_4bit, trust_remote_code
+    )
     head = float_score_head(model, source, field)
     _check_complete(source, field, missing - {"score.weight"})
     if missing:
@@ -252,10 +258,14 @@ def _open(
     source: str,
     field: str,
     config: PretrainedConfig,
+    device: torch.device | str,
     dtype: str,
+    load_in_4bit: bool,
     trust_remote_code: bool,
 ) -> tuple[PreTrainedModel, set[str]]:
     """The model, and the names of those of its weights that the checkpoint does not have in its shape."""
+    # Weights are quantised where they will be.
+    quantised = {"quantization_config": quantization(DTYPES[dtype]), "device_map": {"": device}} if load_in_4bit else {}
     try:
         loaded = kind.from_pretrained(
             source,
@@ -264,6 +274,7 @@ def _open(
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
+            **quantised,
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"{field}: the weights of {source!r} cannot be loaded: {error}") from error
@@ -321,6 +332,7 @@ def _ready(model: PreTrainedModel, device: torch.device | str, trunk: TrunkOptio
     _check_positions(model.config)
     model.to(device)  # pyright: ignore[reportArgumentType] (transformers' wrapper hides that it is a method)
     model.eval()
+    keep_layout(model)
     attention = prepare_trunk(model, trunk)
     log.info(
         "%s: %.3g parameters in %s on %s, attention by %s%s%s",

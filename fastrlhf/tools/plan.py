@@ -142,6 +142,7 @@ def _phases(config: TrainConfig, rows: _Rows, *, is_cuda: bool) -> tuple[list[Ph
         source = _other(config, config.ref_model_name_or_path, "ref_model_name_or_path", rows) or own
         reference = frozen["reference"] = fakes.policy(source)
     if isinstance(config, PPOConfig):
+        require(not config.ref_reward_offload, "ref_reward_offload", True, "false: plan does not count it yet")
         judge = _other(config, config.reward_model_path, "reward_model_path", rows)
         if judge is None:
             raise ValueError("reward_model_path: give the reward model that judges and from which the critic starts")
@@ -151,7 +152,6 @@ def _phases(config: TrainConfig, rows: _Rows, *, is_cuda: bool) -> tuple[list[Ph
         for what, field in (("DPO model", "dpo_model_path"), ("DPO reference", "dpo_ref_model_path")):
             if source := _other(config, getattr(config, field), field, rows):
                 frozen[what] = fakes.policy(source)
-
     if config.activation_checkpointing:
         for fake in trained.values():
             enable_activation_checkpointing(fake.model)
