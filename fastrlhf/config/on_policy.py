@@ -27,7 +27,8 @@ class PPOConfig(TrainConfig):
     learning_rate: float = 3e-6
     per_device_train_batch_size: int = 64
     reward_model_path: str = ""
-    """The judge; the critic starts from it too, where there is one."""
+    """The judge; the critic starts from it too, where there is one. As `adapter/` of a run that started from
+    `model_name_or_path` it shares those weights in memory; so do the other models below."""
     eval_reward_model_path: str = ""
     """A second judge, for evaluation alone: where its score falls while the training judge's rises, the policy is
     over-optimised. Empty: none."""
@@ -88,8 +89,8 @@ class PPOConfig(TrainConfig):
     score_clip: float = 0.0
     """Scores are clipped to +-score_clip, after score_norm; 0 is off."""
     dpo_model_path: str = ""
-    """A model trained by DPO or IPO that rewards every token by log(it / its reference) at temperature 1: RTO's r_DPO.
-    Empty: no such reward."""
+    """A model trained by DPO or IPO, or its `adapter/`, that rewards every token by log(it / its reference) at
+    temperature 1: RTO's r_DPO. Empty: no such reward."""
     dpo_ref_model_path: str = ""
     """The reference of its training; empty: `model_name_or_path`."""
     dpo_reward_scale: float = 0.05
@@ -102,7 +103,8 @@ class PPOConfig(TrainConfig):
     length_coef: float = 0.0
     """Each sampled token costs this much."""
     reward_function: str = ""
-    """One more reward: "module:function" or "file.py:function" of a Rollout, giving a number, or one per token."""
+    """One more reward: "module:function" or "file.py:function" of a Rollout, giving a number, or one per token. One
+    with a parameter called completions is of texts: (prompts, completions, **kwargs), giving a list of numbers."""
     cliprange: float = 0.2
     """The ratio is clipped to 1 - cliprange .. 1 + cliprange."""
     cliprange_high: float | None = None
