@@ -265,17 +265,6 @@ def test_what_a_run_lacks_is_told_before_anything_is_loaded():
         open_rewards(RTOConfig(), tiny.tokenizer())
 
 
-def test_functions_of_a_run_have_names_of_their_own(tmp_path):
-    (tmp_path / "mine.py").write_text("def brief(rollout):\n    return -float(len(rollout.completion))\n")
-    config = PPOConfig(reward_function=f"{tmp_path}/mine.py:brief")
-    opened = open_rewards(config, tiny.tokenizer(), {"long": lambda rollout: 1.0})
-    assert list(opened.functions) == ["long", "brief"]
-    assert opened.terms(EPISODES)["brief"].reward.tolist() == [0, 0, 0, -4, 0, 0, 0, -3]
-    for name in ("kl", "brief"):
-        with pytest.raises(ValueError, match=f"^reward_function: '{name}' is the name of another reward; call it"):
-            open_rewards(config, tiny.tokenizer(), {name: lambda rollout: 0.0})
-
-
 def test_the_moments_of_the_scores_go_on_from_a_saved_state():
     config = PPOConfig(score_norm="running")
     first, whole = (replace(EPISODES, score=torch.tensor(values)) for values in ([2.0, -3.0], [10.0, 1000.0]))

@@ -48,6 +48,9 @@ class PPOConfig(TrainConfig):
     """Divides the logits when sampling and in every log-prob of the run."""
     rollout_batch_size: int = 64
     """Episodes that are generated side by side."""
+    decode: Literal["eager", "cuda_graph"] = "eager"
+    """How the transformers engine takes its steps. cuda_graph: a step is recorded and replayed, which gives the same
+    samples without the cost of launching kernels; a model that cannot be recorded is refused. Not yet run on a GPU."""
     engine: Literal["transformers", "vllm"] = "transformers"
     """What generates them. vllm: an engine of vLLM in this process (install fastrlhf[vllm]), which is handed the
     weights of the policy before each batch; evaluation stays with transformers. Not yet run on a GPU."""
@@ -103,7 +106,8 @@ class PPOConfig(TrainConfig):
     length_coef: float = 0.0
     """Each sampled token costs this much."""
     reward_function: str = ""
-    """One more reward: "module:function" or "file.py:function" of a Rollout, giving a number, or one per token."""
+    """One more reward: "module:function" or "file.py:function" of a Rollout, giving a number, or one per token. One
+    with a parameter called completions is of texts: (prompts, completions, **kwargs), giving a list of numbers."""
     cliprange: float = 0.2
     """The ratio is clipped to 1 - cliprange .. 1 + cliprange."""
     cliprange_high: float | None = None
@@ -171,6 +175,7 @@ class PPOConfig(TrainConfig):
         above_0(self, "temperature", "cliprange", "cliprange_value")
         share = self.vllm_gpu_memory_utilization
         require(0 < share < 1, "vllm_gpu_memory_utilization", share, "above 0 and below 1")
+        require(self.decode == "eager" or self.device != "cpu", "decode", self.decode, "eager where device is cpu")
         if self.engine == "vllm":
             require(not self.model_config, "model_config", self.model_config, "empty with engine vllm, which reads it")
             require(self.temperature >= 0.01, "temperature", self.temperature, "at least 0.01 with engine vllm")
@@ -247,6 +252,9 @@ class PPOConfig(TrainConfig):
         placement, estimator = self.kl_placement, self.kl_estimator
         if (placement, estimator) == ("loss", "exact"):
             rule = "false with kl_estimator exact in the loss, which reads the head of the reference"
+            require(not self.ref_reward_offload, "ref_reward_offload", True, rule)
+        if self.decode == "cuda_graph" and self.reset_source == "sample":
+            rule = "false where decode cuda_graph records the reference's weights, which reset_source sample reads"
             require(not self.ref_reward_offload, "ref_reward_offload", True, rule)
         reason = KL_REFUSED.get((placement, estimator))
         require(reason is None, "kl_estimator", estimator, f"{KL_ALLOWED[placement]} in the {placement}: {reason}")
