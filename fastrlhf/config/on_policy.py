@@ -253,6 +253,9 @@ class PPOConfig(TrainConfig):
         if (placement, estimator) == ("loss", "exact"):
             rule = "false with kl_estimator exact in the loss, which reads the head of the reference"
             require(not self.ref_reward_offload, "ref_reward_offload", True, rule)
+        if self.decode == "cuda_graph" and self.reset_source == "sample":
+            rule = "false where decode cuda_graph records the reference's weights, which reset_source sample reads"
+            require(not self.ref_reward_offload, "ref_reward_offload", True, rule)
         reason = KL_REFUSED.get((placement, estimator))
         require(reason is None, "kl_estimator", estimator, f"{KL_ALLOWED[placement]} in the {placement}: {reason}")
         if (placement, estimator) == ("reward", "exact"):
