@@ -13,12 +13,14 @@ from functools import cached_property
 
 from transformers import PreTrainedTokenizerBase
 
+from fastrlhf.adamw import check_optim
 from fastrlhf.checkpoint import check_idle, check_run_dir, check_same_data
 from fastrlhf.config import TrainConfig, parse_columns, require
 from fastrlhf.data.examples import RESPONSES, LoadedExamples, load_examples
 from fastrlhf.data.labels import GROUP_LABELS
 from fastrlhf.data.tokens import TokenizedExamples, TokenReport, load_tokenizer, tokenize_examples
 from fastrlhf.metrics import import_reporters
+from fastrlhf.models.loading import resolve_device
 from fastrlhf.types import Example, TokenizedExample
 
 log = logging.getLogger(__name__)
@@ -56,6 +58,7 @@ def open_inputs(
         check_run_dir(config)
         check_idle(config.output_dir)
     import_reporters(config.report_to)
+    check_optim(config, resolve_device(config.device))
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("WORLD_SIZE: this version trains in one process; start it without torchrun")
     tokenizer = open_tokenizer(config)

@@ -86,7 +86,8 @@ def compile_layers(model: PreTrainedModel) -> None:
 
 def _forward(layer: Module, *arguments: object, **keywords: object) -> Tensor:
     forward = type(layer).forward
-    return (_compiled(forward) if "attention_plan" in keywords else forward)(layer, *arguments, **keywords)
+    # `forward.hidden_states` alone gives this keyword; sampling may give a plan, for its prefill.
+    return (_compiled(forward) if "attention_backend" in keywords else forward)(layer, *arguments, **keywords)
 
 
 @cache

@@ -18,7 +18,8 @@ from fastrlhf.models.adapters import frozen_copy
 from fastrlhf.models.forward import enable_activation_checkpointing, token_logprobs
 from fastrlhf.models.loading import load_policy
 from fastrlhf.models.trunk import TrunkOptions, apply_liger, compile_layers, prepare_trunk
-from fastrlhf.types import Segment
+from fastrlhf.rollout import TransformersEngine
+from fastrlhf.types import Prefix, Segment
 from tests import tiny
 
 SMALL = [
@@ -108,6 +109,10 @@ def test_sampling_and_saving_know_nothing_of_compiled_layers(compile_with, tmp_p
     with torch.no_grad():
         ids = torch.tensor([[5, 6, 7]])
         assert torch.equal(model(ids).logits, plain(ids).logits)
+    prefixes = [Prefix(token_ids=[5, 6, 7][:i], num_reset=0, row=0, episode=i) for i in (2, 3)]
+    settings = {"eos_token_id": tiny.EOS, "response_length": 4, "temperature": 1.0, "seed": 0}
+    sampled = [TransformersEngine(model=one, **settings).generate(prefixes) for one in (model, plain)]
+    assert sampled[0] == sampled[1]
     assert counters["stats"]["unique_graphs"] == 0
     assert model.state_dict().keys() == plain.state_dict().keys()
     model.save_pretrained(tmp_path)
