@@ -5,6 +5,8 @@
     prompts      RTO and PPO, one pass over few or many prompts (figure 4c there)
     resets       DR-PO by the share of episodes that are reset (arXiv 2404.08495, table 2), on the task of
                  `bench.resets` with the gold judge as reward, at about the same number of sampled tokens
+    lengths      DR-PO, every episode reset, and PPO on posts of which 3, 5 or 7 facts matter (section 5 there: without
+                 resets the price of exploration grows with the horizon); models of posts of 3 to 7 facts
 
 SFT, reward and DPO model of a seed and task are made once, with the demo's settings; the arms of a seed share them. The
 runs have the demo's settings too, but for half its episodes per update.
@@ -55,6 +57,13 @@ class Arm:
     """A stage of the demo"""
     num_prompts: int = NUM_PROMPTS
     settings: Mapping[str, Any] = field(default_factory=dict)
+    facts: int = 0
+    """That matter in every post; 0: as many as in the task of the paper"""
+
+    @property
+    def models(self) -> str:
+        """The arms of a seed that start from the same models."""
+        return "lengths" if self.facts else self.paper
 
     @property
     def folder(self) -> str:
@@ -94,8 +103,20 @@ RESETS = [
     )
     for prob, updates in UPDATES.items()
 ]
+LENGTHS = (3, 5, 7)
+BY_LENGTH = [
+    Arm(
+        paper="drpo",
+        experiment="lengths",
+        name=f"{name} {facts}",
+        method="drpo",
+        settings={"reset_prob": prob, "max_steps": UPDATES[prob]},
+        facts=facts,
+    )
+    for facts, (name, prob) in product(LENGTHS, {"ppo": 0.0, "drpo": 1.0}.items())
+]
 FEWER_PROMPTS = [_pass_over(method, num) for method, num in product(("rto", "ppo"), PROMPTS[:-1])]
-ARMS = {"rto": [*GRANULARITY, *FEWER_PROMPTS], "drpo": RESETS}
+ARMS = {"rto": [*GRANULARITY, *FEWER_PROMPTS], "drpo": [*RESETS, *BY_LENGTH]}
 """By paper."""
 
 Row = dict[str, Any]
@@ -108,7 +129,8 @@ def run_embedded(paper: str, seeds: int, jobs: int, runs: Path, out: Path) -> st
     figures = out / "figures"
     if paper == "drpo":
         draw_resets(found, figures / "drpo_resets.png")
-        return resets_table(found)
+        draw_lengths(found, figures / "drpo_lengths.png")
+        return f"{resets_table(found)}\n\n{lengths_table(found)}"
     draw_granularity(found, figures / "rto_granularity.png")
     draw_prompts(found, figures / "rto_prompts.png")
     return f"{granularity_table(found)}\n\n{prompts_table(found)}"
@@ -117,7 +139,8 @@ def run_embedded(paper: str, seeds: int, jobs: int, runs: Path, out: Path) -> st
 def run_arms(paper: str, seeds: int, jobs: int, runs: Path, results: Path) -> dict[str, list[Row]]:
     """The rows of each arm, by its folder's name, in the order of the seeds."""
     with ProcessPoolExecutor(jobs) as pool:
-        list(pool.map(partial(_make_models, paper, runs), range(seeds)))
+        models = dict.fromkeys(arm.models for arm in ARMS[paper])
+        list(pool.map(partial(_make_models, runs), *zip(*product(models, range(seeds)), strict=True)))
         cases = list(product(ARMS[paper], range(seeds)))
         rows = list(pool.map(partial(_run_arm, runs, results), *zip(*cases, strict=True)))
     found: dict[str, list[Row]] = {}
@@ -126,18 +149,20 @@ def run_arms(paper: str, seeds: int, jobs: int, runs: Path, results: Path) -> di
     return found
 
 
-def _problem(paper: str, seed: int, runs: Path) -> tuple[DemoConfig, ToyTask, Path]:
-    folder = runs / paper / f"seed-{seed}"
-    task = ToyTask(seed=seed) if paper == "rto" else strict_task(seed)
+def _problem(models: str, seed: int, runs: Path) -> tuple[DemoConfig, ToyTask, Path]:
+    folder = runs / models / f"seed-{seed}"
+    task = ToyTask(seed=seed) if models == "rto" else strict_task(seed)
+    if models == "lengths":
+        task = replace(task, min_salient=min(LENGTHS), max_salient=max(LENGTHS))
     return DemoConfig(out=str(folder), seed=seed), task, folder
 
 
-def _make_models(paper: str, runs: Path, seed: int) -> None:
+def _make_models(runs: Path, models: str, seed: int) -> None:
     torch.set_num_threads(1)
-    config, task, folder = _problem(paper, seed, runs)
+    config, task, folder = _problem(models, seed, runs)
     if not (folder / "tokenizer").exists():
         _sentence_tokenizer().save_pretrained(folder / "tokenizer")
-    for stage in ("sft", "reward", "dpo") if paper == "rto" else ("sft", "reward"):
+    for stage in ("sft", "reward", "dpo") if models == "rto" else ("sft", "reward"):
         if not (folder / stage / "config.json").exists():
             run_stage(stage, config, task, folder)
 
@@ -153,7 +178,9 @@ def _sentence_tokenizer() -> PreTrainedTokenizerFast:
 
 def _run_arm(runs: Path, results: Path, arm: Arm, seed: int) -> Row:
     torch.set_num_threads(1)
-    config, task, folder = _problem(arm.paper, seed, runs)
+    config, task, folder = _problem(arm.models, seed, runs)
+    if arm.facts:
+        task = replace(task, min_salient=arm.facts, max_salient=arm.facts)
     done = folder / arm.folder / "row.json"
     if not done.exists():
         row = {"bench": "papers", "paper": arm.paper, "experiment": arm.experiment, "arm": arm.name, "seed": seed}
@@ -245,6 +272,16 @@ def resets_table(found: Mapping[str, Sequence[Row]]) -> str:
     return "\n".join(lines)
 
 
+def lengths_table(found: Mapping[str, Sequence[Row]]) -> str:
+    lines = ["| facts that matter | PPO | DR-PO | DR-PO minus PPO | sampled tokens |", "|---|---|---|---|---|"]
+    for facts in LENGTHS:
+        ppo, drpo = (found[f"lengths_{name}_{facts}"] for name in ("ppo", "drpo"))
+        cells = map(interval, (_gold(ppo), _gold(drpo), _minus(drpo, ppo)))
+        tokens = " and ".join(f"{fmean(row['tokens'] for row in rows):.0f}" for rows in (ppo, drpo))
+        lines.append(f"| {facts} | " + " | ".join(cells) + f" | {tokens} |")
+    return "\n".join(lines)
+
+
 def _on_prompts(found: Mapping[str, Sequence[Row]], method: str, num_prompts: int) -> Sequence[Row]:
     if num_prompts == PROMPTS[-1]:
         return found["granularity_token" if method == "rto" else "granularity_none"]
@@ -305,6 +342,19 @@ def draw_resets(found: Mapping[str, Sequence[Row]], path: Path) -> None:
     panel.plot(list(UPDATES), gold.mean(1), linewidth=1.5, color="black")
     panel.set_xlabel("reset probability", fontsize=8)
     panel.set_ylabel("gold reward, facts", fontsize=8)
+    _save(figure, path)
+
+
+def draw_lengths(found: Mapping[str, Sequence[Row]], path: Path) -> None:
+    """DR-PO's gold reward minus PPO's by the facts that matter: mean, and a line per seed."""
+    figure, (panel,) = _figure(1)
+    gain = torch.tensor([_minus(found[f"lengths_drpo_{num}"], found[f"lengths_ppo_{num}"]) for num in LENGTHS])
+    panel.plot(LENGTHS, gain, "o-", linewidth=0.6, markersize=3, alpha=0.5, color="gray")
+    panel.plot(LENGTHS, gain.mean(1), linewidth=1.5, color="black")
+    panel.axhline(0, color="black", linewidth=0.5)
+    panel.set_xticks(LENGTHS)
+    panel.set_xlabel("facts that matter in a post", fontsize=8)
+    panel.set_ylabel("DR-PO minus PPO, facts", fontsize=8)
     _save(figure, path)
 
 

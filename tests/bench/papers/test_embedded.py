@@ -1,12 +1,13 @@
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from bench.papers import embedded
-from bench.papers.embedded import ARMS, GRANULARITY, PROMPTS, UPDATES, Arm
+from bench.papers.embedded import ARMS, BY_LENGTH, GRANULARITY, LENGTHS, PROMPTS, RESETS, UPDATES, Arm
 from fastrlhf import demo
-from fastrlhf.data.toy import FACTS, ToyTask, toy_tokenizer
+from fastrlhf.data.toy import FACTS, ToyTask, read_post, toy_tokenizer
 from fastrlhf.rewards import sentence_end_ids
 from fastrlhf.types import Prefix, Rollout
 
@@ -30,11 +31,20 @@ def test_one_pass_over_the_most_prompts_is_the_run_that_the_granularities_share(
 
 def test_the_reset_arms_are_the_paper_s():
     assert list(UPDATES) == [0, 0.25, 0.5, 0.75, 1]
-    assert [arm.settings["reset_prob"] for arm in ARMS["drpo"]] == list(UPDATES)
+    assert [arm.settings["reset_prob"] for arm in RESETS] == list(UPDATES)
 
 
-@pytest.mark.parametrize("paper", ["rto", "drpo"])
-def test_arms_share_the_models_of_a_seed_and_run_once(paper, tmp_path, monkeypatch):
+def test_the_arms_of_a_length_differ_in_their_resets_and_share_models_that_know_every_length():
+    for facts, ppo, drpo in zip(LENGTHS, BY_LENGTH[::2], BY_LENGTH[1::2], strict=True):
+        assert (ppo.settings["reset_prob"], drpo.settings["reset_prob"]) == (0, 1)
+        assert (ppo.facts, drpo.facts, ppo.models, drpo.models) == (facts, facts, "lengths", "lengths")
+    _, task, folder = embedded._problem("lengths", 0, Path("runs"))
+    assert (task.min_salient, task.max_salient) == (min(LENGTHS), max(LENGTHS))
+    assert folder == Path("runs/lengths/seed-0")
+
+
+@pytest.mark.parametrize("models", ["rto", "drpo", "lengths"])
+def test_arms_share_the_models_of_a_seed_and_run_once(models, tmp_path, monkeypatch):
     """Two arms of one update of 4 episodes after two steps of every model; the second call finds all of it."""
     full, rows = demo.stage_config, []
 
@@ -47,23 +57,27 @@ def test_arms_share_the_models_of_a_seed_and_run_once(paper, tmp_path, monkeypat
     monkeypatch.setattr(embedded, "DemoConfig", lambda out, seed: demo.DemoConfig(out=out, seed=seed, num_eval=8))
     for name in ("NUM_SFT", "NUM_PAIRS"):
         monkeypatch.setattr(demo, name, 32)
-    settings = {"max_steps": 1} | ({"reward_shaping": "sentence"} if paper == "rto" else {})
+    settings = {"max_steps": 1} | ({"reward_shaping": "sentence"} if models == "rto" else {})
+    paper, facts = ("drpo", 3) if models == "lengths" else (models, 0)
     arms = [
-        Arm(paper=paper, experiment="x", name=f"a {num}", method=paper, num_prompts=num, settings=settings)
+        Arm(paper=paper, experiment="x", name=f"a {num}", method=paper, num_prompts=num, settings=settings, facts=facts)
         for num in (8, 16)
     ]
-    embedded._make_models(paper, tmp_path, 0)
+    embedded._make_models(tmp_path, models, 0)
     first = [embedded._run_arm(tmp_path, tmp_path, arm, 0) for arm in arms]
-    sft = (tmp_path / paper / "seed-0/sft/model.safetensors").stat().st_mtime_ns
-    embedded._make_models(paper, tmp_path, 0)
+    sft = (tmp_path / models / "seed-0/sft/model.safetensors").stat().st_mtime_ns
+    embedded._make_models(tmp_path, models, 0)
     assert [embedded._run_arm(tmp_path, tmp_path, arm, 0) for arm in arms] == first
-    assert (tmp_path / paper / "seed-0/sft/model.safetensors").stat().st_mtime_ns == sft
+    assert (tmp_path / models / "seed-0/sft/model.safetensors").stat().st_mtime_ns == sft
     assert [row["arm"] for row in rows] == ["a 8", "a 16"]
     for row in first:
         assert (row["updates"], len(row["score_curve"]), len(row["gold_curve"])) == (1, 1, 1)
         if paper == "drpo":  # the gold judge is the reward
             assert row["gold_curve"][0] == pytest.approx(embedded.SCALE * row["score_curve"][0], abs=4e-4)  # rounded
-    history = [json.loads(line) for line in (tmp_path / paper / "seed-0/x_a_8/metrics.jsonl").read_text().splitlines()]
+    if facts:
+        posts = [row["prompt"] for row in map(json.loads, (tmp_path / models / "seed-0/x_a_8/samples.jsonl").open())]
+        assert {sum(fact.matters for fact in read_post(post.replace(".", ""))) for post in posts} == {facts}
+    history = [json.loads(line) for line in (tmp_path / models / "seed-0/x_a_8/metrics.jsonl").read_text().splitlines()]
     assert ("reward/dpo" in history[0]) == (paper == "rto")
 
 
@@ -95,7 +109,9 @@ def test_the_tables_pair_the_seeds_and_all_figures_are_drawn(tmp_path, monkeypat
     # RTO's arms are numbers 0, 1, 2 and PPO's 3, 4, 5; on all prompts they are token, number 4, and none, number 0.
     assert prompts.splitlines()[2].endswith("| -6.00 +- 0.00 | 0.00 +- 0.00 |")
     assert prompts.splitlines()[-1].endswith("| 8.00 +- 0.00 | 8.00 +- 0.00 |")
-    resets = embedded.run_embedded("drpo", 2, 1, tmp_path, tmp_path).splitlines()
-    assert resets[3] == "| 0.25 | 7.00 +- 63.55 | 2.00 +- 0.00 | 1.00 | 100 |"
+    resets, lengths = embedded.run_embedded("drpo", 2, 1, tmp_path, tmp_path).split("\n\n")
+    assert resets.splitlines()[3] == "| 0.25 | 7.00 +- 63.55 | 2.00 +- 0.00 | 1.00 | 100 |"
+    # PPO's and DR-PO's arms at 5 facts are numbers 7 and 8.
+    assert lengths.splitlines()[3] == "| 5 | 19.00 +- 63.55 | 21.00 +- 63.55 | 2.00 +- 0.00 | 100 and 100 |"
     names = [path.name for path in sorted((tmp_path / "figures").iterdir())]
-    assert names == ["drpo_resets.png", "rto_granularity.png", "rto_prompts.png"]
+    assert names == ["drpo_lengths.png", "drpo_resets.png", "rto_granularity.png", "rto_prompts.png"]
