@@ -2,7 +2,7 @@
 program is whole or not there.
 
     checkpoint-N/                 after N steps; loads as a model like any other, unless it trains an adapter
-        model.safetensors, config.json, the tokenizer's files
+        model.safetensors, config.json, the tokenizer's files; of an adapter, what is trained alone
         value_model/              of an on-policy run with a critic
         optimizer.safetensors     moments, float32 copies of bfloat16 weights; as NAME.safetensors for other parts
         state.json                what is no tensor: step, position of the schedule, what the data were
@@ -142,6 +142,7 @@ def save_trained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fol
     alone in `adapter/`."""
     if folder and has_adapter(model):
         save_adapter(model, folder / "adapter")
+        tokenizer.save_pretrained(folder / "adapter")
     merge_adapter(model)
     if folder:
         save_model(model, tokenizer, folder)
@@ -345,17 +346,15 @@ def _step(path: Path) -> int:
 
 
 def _weights(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Parameters, frozen ones too, and persistent buffers by name; tied ones once."""
+    """What is trained, and persistent buffers, by name; tied weights once. Frozen ones are where they came from."""
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    tied = names - {name for name, _ in model.named_parameters()}
-    return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in names - trained}
 
 
 def _start(models: Mapping[str, PreTrainedModel]) -> str:
     """A fingerprint of weights before training: of the first entries of every tensor, as any training moves most."""
-    tensors = [
-        tensor.detach().reshape(-1)[:64].float() for model in models.values() for tensor in _weights(model).values()
-    ]
+    tensors = [tensor.detach().reshape(-1)[:64].float() for model in models.values() for tensor in model.parameters()]
     return hashlib.sha256(torch.cat(tensors).cpu().numpy().tobytes()).hexdigest() if tensors else ""
 
 

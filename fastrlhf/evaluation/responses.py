@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from fastrlhf.data.packing import micro_batches, pack, sequence
 from fastrlhf.models.forward import token_logprobs
-from fastrlhf.rollout import TransformersEngine
+from fastrlhf.rollout import Decode, TransformersEngine
 from fastrlhf.types import Prefix, Rollout, TokenizedExample
 
 EVAL_EPISODES = 1 << 40
@@ -25,6 +25,7 @@ def respond(
     temperature: float,
     seed: int,
     batch_size: int,
+    decode: Decode = "eager",
 ) -> list[Rollout]:
     """One full response per prompt, with no reset, in order; temperature 0 takes the likeliest token."""
     engine = TransformersEngine(
@@ -34,6 +35,7 @@ def respond(
         temperature=temperature,
         seed=seed,
         batch_size=batch_size,
+        decode=decode,
     )
     return engine.generate(
         [

@@ -17,7 +17,9 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from fastrlhf.config import DPOConfig, PPOConfig, RewardConfig, TrainConfig, parse_model_config, require
 from fastrlhf.data.packing import pack
+from fastrlhf.models.kv_cache import rounded_up
 from fastrlhf.models.loading import DTYPES, read_model_config
+from fastrlhf.models.roles import holds_adapter
 from fastrlhf.optim import buckets
 from fastrlhf.tools.memory import FakeModel, Fakes
 from fastrlhf.tools.packs import Rows, find_packs
@@ -150,8 +152,8 @@ def _rollout(
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     item = DTYPES[config.dtype].itemsize
-    per_layer = 2 * heads * head_dim * item * number * (width + config.response_length)
-    prefill = fakes.forward_peak(policy, pack([Segment(token_ids=range(width))] * number))
+    per_layer = 2 * heads * head_dim * item * number * rounded_up(width + config.response_length)
+    prefill = per_layer // 2 + fakes.forward_peak(policy, pack([Segment(token_ids=range(width))] * number))
     # logits, and in float32: tempered, their log-softmax, its exponential and the cumulative sum of that
     drawing = number * text.vocab_size * (item + 16)
     return Phase(
@@ -159,8 +161,7 @@ def _rollout(
         parts=kept
         | {
             "key-value cache": per_layer * text.num_hidden_layers,
-            # a layer's cache is copied when a token is added to it
-            "prefill, logits of one token each, a layer of the cache": max(prefill, drawing) + per_layer,
+            "prefill, keys on their way to the cache, or logits of one token each": max(prefill, drawing),
         },
     )
 
@@ -177,6 +178,8 @@ def _model_config(config: TrainConfig, source: str, field: str, tokenizer: PreTr
         model.vocab_size, model.pad_token_id = len(tokenizer), None
         return model
     require(bool(source), field, source, "a folder or a hub name")
+    whole = "a whole model: plan does not count a role that is an adapter, which takes little beside the policy"
+    require(not holds_adapter(source), field, source, whole)
     model = read_model_config(source, field, config.trust_remote_code)
     model.vocab_size, model.pad_token_id = max(model.vocab_size, len(tokenizer)), None
     return model

@@ -19,8 +19,8 @@ def test_parts_are_the_counts_of_the_models(folder):
     rollout, training = plan.phases
     assert training.parts["gradients"] == 4 * (5_261_568 + 4_237_824)
     assert training.parts["optimiser state (float32, two per parameter)"] == 8 * (5_261_568 + 4_237_824)
-    # keys and values of 4 layers of 256, for 8 episodes of 160 + 24 tokens
-    assert rollout.parts["key-value cache"] == 2 * 4 * 256 * 8 * (160 + 24) * 4
+    # keys and values of 4 layers of 256, for 8 episodes of 160 + 24 tokens, 192 with those that are never used
+    assert rollout.parts["key-value cache"] == 2 * 4 * 256 * 8 * 192 * 4
 
 
 def test_bfloat16_halves_weights_and_adds_float32_copies(folder):
@@ -55,6 +55,12 @@ def test_a_reference_of_its_own_is_counted_beside_an_adapter(folder):
 def test_a_model_from_scratch_is_refused_an_adapter_as_the_run_refuses_it(folder):
     with pytest.raises(ValueError, match="use_peft: must be false: a model from scratch has no weights to adapt"):
         count_parts(measure.config(folder, "sft", use_peft=True))
+
+
+def test_a_role_that_is_an_adapter_is_not_guessed_at(folder, tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"^reward_model_path: must be a whole model: plan does not count a role"):
+        count_parts(measure.config(folder, "ppo", reward_model_path=str(tmp_path)))
 
 
 def count_parts(config) -> dict[str, int]:
