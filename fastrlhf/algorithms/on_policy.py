@@ -21,7 +21,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.algorithms.experience import pack_episodes, score_episodes
@@ -35,6 +34,7 @@ from fastrlhf.data.inputs import open_inputs, with_room
 from fastrlhf.data.tokens import special_ids
 from fastrlhf.evaluation.held_out import evaluate
 from fastrlhf.evaluation.judges import Judge, checked_scores, reward_model_judge
+from fastrlhf.evaluation.samples import sample_rows
 from fastrlhf.models.adapters import frozen_copy
 from fastrlhf.models.implicit_reward import implicit_sources, open_implicit_reward
 from fastrlhf.models.loading import (
@@ -50,7 +50,10 @@ from fastrlhf.reward_functions import RewardFunction
 from fastrlhf.rewards import open_rewards
 from fastrlhf.rollout import Engine, TransformersEngine, checked_rollouts
 from fastrlhf.rollout_vllm import import_vllm, open_vllm
-from fastrlhf.types import Example, Rollout
+from fastrlhf.types import Example
+
+NUM_SAMPLES = 4
+"""Episodes written to samples.jsonl at a time."""
 
 EngineFactory = Callable[[PPOConfig, PreTrainedModel, int], Engine]
 """(config, policy, EOS id) -> the engine of the run."""
@@ -182,7 +185,7 @@ def train_on_policy(
                 evaluation = evaluate(config, policy, reference, judge, held_out, eos, held_out_judge)
                 metrics |= evaluation
             if sample_every and stage.due(step, sample_every):
-                stage.samples(step + 1, _sample_rows(tokenizer, rollouts, scores, 4))
+                stage.samples(step + 1, sample_rows(tokenizer, rollouts, scores, experience, NUM_SAMPLES))
             stage.log(step + 1, metrics, shown="objective/scores")
         return stage.finish(policy, tokenizer, evaluation, critic)
 
@@ -235,22 +238,3 @@ def num_updates(config: PPOConfig, num_prompts: int) -> int:
     if config.max_steps == -1 and config.total_episodes:
         return max(1, config.total_episodes // config.batch_size)
     return num_steps(config, num_prompts * config.reset_group_size)
-
-
-def _sample_rows(
-    tokenizer: PreTrainedTokenizerBase, rollouts: Sequence[Rollout], scores: Tensor, count: int
-) -> list[dict[str, object]]:
-    return [
-        {
-            "row": rollout.prefix.row,
-            "prompt": tokenizer.decode(
-                rollout.prefix.token_ids[: len(rollout.prefix.token_ids) - rollout.prefix.num_reset]
-            ),
-            "reset": tokenizer.decode(
-                rollout.prefix.token_ids[len(rollout.prefix.token_ids) - rollout.prefix.num_reset :]
-            ),
-            "response": tokenizer.decode(rollout.completion),
-            "score": value,
-        }
-        for rollout, value in zip(rollouts[:count], scores[:count].tolist(), strict=True)
-    ]

@@ -27,6 +27,7 @@ from transformers import (
 from fastrlhf.config import TrainConfig, parse_model_config, require
 from fastrlhf.config_files import nearest
 from fastrlhf.data.tokens import is_missing_folder, load_tokenizer, special_ids
+from fastrlhf.hub import check_hub
 from fastrlhf.models.adapters import add_adapter
 from fastrlhf.models.attention import backend
 from fastrlhf.models.forward import check_packed_forward, enable_activation_checkpointing
@@ -224,6 +225,7 @@ def read_model_config(source: str, field: str, trust_remote_code: bool) -> Pretr
     """The configuration of a model, its dropout off. Raises ValueError, naming `field`, where there is none."""
     if is_missing_folder(source):
         raise ValueError(f"{field}: {source!r} is neither a folder here nor a name that a model of the hub can have")
+    check_hub(source, f"{field}: {source!r}")
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
