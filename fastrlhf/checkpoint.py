@@ -196,6 +196,8 @@ class Checkpointer:
         self._models, self._tokenizer, self._data = models, tokenizer, data
         self._parts = {**parts, "random": GlobalRandomness()}
         self._start = _start(models)
+        self._marked: dict[str, dict[str, Any]] = {}
+        self._marked_position: int | None = None
 
     def path(self, step: int) -> Path:
         return self.folder / f"checkpoint-{step}"
@@ -211,6 +213,24 @@ class Checkpointer:
             for old in [path for path in checkpoints(self.folder) if _step(path) <= step][:-limit]:
                 discard_folder(old)
         return path
+
+    def mark(self) -> None:
+        """Remembers, at the end of a step, where the parts are; of the optimiser, its position is enough."""
+        self._marked = {name: part.state_dict() for name, part in self._parts.items() if name != "optimizer"}
+        self._marked_position = self._position()
+
+    def back_to_mark(self) -> bool:
+        """Puts the parts back to where they were at the mark, so that its step can still be saved. False where weights
+        have moved since."""
+        if self._position() != self._marked_position:
+            return False
+        for name, state in self._marked.items():
+            self._parts[name].load_state_dict(state)
+        return True
+
+    def _position(self) -> int | None:
+        optimizer = self._parts.get("optimizer")
+        return optimizer.state_dict()["num_steps"] if optimizer else None
 
     def load(self, weights_only: bool = False) -> int:
         """Puts everything where the newest whole checkpoint has it and returns its step, 0 where there is none.

@@ -38,6 +38,7 @@ LAYERS = (  # lowest first: a module imports from its own layer and from those a
         "kl_controller",
         "optim",
         "adamw",
+        "out_of_memory",
         "checkpoint",
         "durable",
         "interrupts",

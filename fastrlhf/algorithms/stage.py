@@ -21,6 +21,7 @@ from fastrlhf.data.inputs import Data
 from fastrlhf.interrupts import Interrupted, Interrupts
 from fastrlhf.metrics import MetricsWriter, read_metrics
 from fastrlhf.models.adapters import share_weights
+from fastrlhf.out_of_memory import is_out_of_memory
 from fastrlhf.types import TokenizedExample
 from fastrlhf_kernels import Max, Metric, merge
 
@@ -48,7 +49,8 @@ class Stage:
 
     Where the folder holds an unfinished run of the same configuration, everything that is handed over is put back to
     its newest checkpoint, and `remaining` goes on from there. Ctrl-C and SIGTERM are obeyed after the step that they
-    interrupt, with a checkpoint. A run that ends by an error leaves the weights of its last whole step in
+    interrupt, with a checkpoint; so is running out of memory, where no weight has moved since. A run that ends by
+    another error leaves the weights of its last whole step in
     `interrupted/`, where no checkpoint has them.
     """
 
@@ -117,12 +119,24 @@ class Stage:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if isinstance(error, Exception) and is_out_of_memory(error):
+            self._rescue(error)
         if isinstance(error, Exception) and self.folder and self._trained and len(self.history) > self._saved:
             try:
                 save_trained(*self._trained, self.folder / "interrupted")
+                error.add_note(f"its last weights are in {self.folder / 'interrupted'}")
             except Exception as another:  # it must not hide the first one
                 log.warning("interrupted: the weights of the last whole step cannot be saved: %s", another)
         self._stack.__exit__(kind, error, trace)
+
+    def _rescue(self, error: Exception) -> None:
+        """Saves the last whole step, as after a signal, where nothing of the next one has moved yet."""
+        step = len(self.history)
+        if self._checkpointer and self._saved < step < self._steps and self._checkpointer.back_to_mark():
+            try:
+                error.add_note(f"saved as {self._save(self._checkpointer, step)}; the same command continues")
+            except Exception as another:
+                log.warning("step %d cannot be saved: %s", step, another)
 
     def remaining(self, batches: Iterable[list[int]]) -> Iterator[tuple[int, list[int]]]:
         """(step, batch) from the step on at which the run starts or resumes."""
@@ -142,6 +156,7 @@ class Stage:
         if self._checkpointer and step < self._steps:
             if self._config.save_steps and step % self._config.save_steps == 0:
                 self._save(self._checkpointer, step)
+            self._checkpointer.mark()
             if self._interrupts.pending:
                 saved = self._save(self._checkpointer, step)
                 raise Interrupted(self._interrupts.pending, f"after step {step}, saved as {saved}")
