@@ -22,6 +22,7 @@ import random
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,8 +35,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.config import TrainConfig
 from fastrlhf.config_files import SAME_MODEL, differences, write_yaml
+from fastrlhf.distributed import on_first
 from fastrlhf.durable import check_folder, discard_folder, flush, flush_tree, write_folder
 from fastrlhf.models.adapters import has_adapter, merge_adapter, save_adapter
+from fastrlhf.models.sharding import full, like, on_first_rank
 
 log = logging.getLogger(__name__)
 
@@ -153,10 +156,17 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     They are written beside it first and moved in file by file, the weights before the config.json that makes a folder
     a model, so a crash never leaves a half-written model that loads.
     """
+    weights = on_first_rank(_weights(model))
+    on_first(lambda: _save_model(model, weights, tokenizer, folder))
+
+
+def _save_model(
+    model: PreTrainedModel, weights: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> None:
     partial = folder / ".partial"
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        model.save_pretrained(partial)
+        model.save_pretrained(partial, state_dict=weights)
         tokenizer.save_pretrained(partial)
         flush_tree(partial)
     except BaseException:
@@ -168,8 +178,18 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     flush(folder)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Content:
+    """Of a checkpoint: whole tensors, held by the first rank alone, and what is no tensor."""
+
+    weights: dict[str, dict[str, Tensor]]
+    tensors: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+
+
 class Checkpointer:
-    """Writes and reads the checkpoints of one run."""
+    """Writes and reads the checkpoints of one run. They are whole, however many ranks there are, and any number of them
+    can go on from there."""
 
     def __init__(
         self,
@@ -192,13 +212,11 @@ class Checkpointer:
     def save(self, step: int, limit: int = 0) -> Path:
         """Writes `checkpoint-STEP`; the last `limit` up to it are kept, all of them where that is 0.
 
-        Raises OSError where it cannot be written; older ones are untouched then.
+        Every rank must ask; the first one writes. Raises OSError where it cannot be written; older ones are untouched
+        then.
         """
-        path = self.path(step)
-        write_folder(path, lambda partial: self._fill(partial, step))
-        if limit:
-            for old in [path for path in checkpoints(self.folder) if _step(path) <= step][:-limit]:
-                discard_folder(old)
+        path, content = self.path(step), self._content(step)
+        on_first(lambda: self._write(path, content, limit))
         return path
 
     def load(self, weights_only: bool = False) -> int:
@@ -207,7 +225,7 @@ class Checkpointer:
         With `weights_only` the models alone are read, and the parts are as new at that step. Raises ValueError as
         `find_checkpoint` does, and where the checkpoint is of other models or of a run that started from others.
         """
-        path = find_checkpoint(self.folder, weights_only)
+        path = on_first(lambda: find_checkpoint(self.folder, weights_only))
         if path is None:
             if is_unfinished(str(self.folder)):
                 log.warning("%s: the run before was stopped without a checkpoint; this one starts again", self.folder)
@@ -229,21 +247,33 @@ class Checkpointer:
         log.info("resuming from %s%s", path, ", its weights alone" if weights_only else "")
         return state["step"]
 
-    def _fill(self, partial: Path, step: int) -> None:
-        for name, model in self._models.items():
-            (partial / name).mkdir(exist_ok=True)
-            save_file(_contiguous(_weights(model)), partial / name / "model.safetensors", metadata={"format": "pt"})
-            model.config.save_pretrained(partial / name)
-            self._tokenizer.save_pretrained(partial / name)
-        parts = {}
+    def _content(self, step: int) -> _Content:
+        weights = {name: on_first_rank(_weights(model)) for name, model in self._models.items()}
+        tensors, parts = {}, {}
         for name, part in self._parts.items():
             state = part.state_dict()
-            tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
-            parts[name] = {key: value for key, value in state.items() if key not in tensors}
+            of_part = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+            parts[name] = {key: value for key, value in state.items() if key not in of_part}
+            tensors[name] = on_first_rank(of_part)
+        state = {"step": step, "data": dict(self._data), "start": self._start, "parts": parts}
+        return _Content(weights=weights, tensors=tensors, state=state)
+
+    def _write(self, path: Path, content: _Content, limit: int) -> None:
+        write_folder(path, lambda partial: self._fill(partial, content))
+        if limit:
+            for old in [old for old in checkpoints(self.folder) if _step(old) <= _step(path)][:-limit]:
+                discard_folder(old)
+
+    def _fill(self, partial: Path, content: _Content) -> None:
+        for name, weights in content.weights.items():
+            (partial / name).mkdir(exist_ok=True)
+            save_file(_contiguous(weights), partial / name / "model.safetensors", metadata={"format": "pt"})
+            self._models[name].config.save_pretrained(partial / name)
+            self._tokenizer.save_pretrained(partial / name)
+        for name, tensors in content.tensors.items():
             if tensors:
                 save_file(_contiguous(tensors), partial / f"{name}.safetensors")
-        state = {"step": step, "data": dict(self._data), "start": self._start, "parts": parts}
-        (partial / "state.json").write_text(json.dumps(state), encoding="utf-8")
+        (partial / "state.json").write_text(json.dumps(content.state), encoding="utf-8")
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -334,7 +364,9 @@ def _weights(model: PreTrainedModel) -> dict[str, Tensor]:
 def _start(models: Mapping[str, PreTrainedModel]) -> str:
     """A fingerprint of weights before training: of the first entries of every tensor, as any training moves most."""
     tensors = [
-        tensor.detach().reshape(-1)[:64].float() for model in models.values() for tensor in _weights(model).values()
+        full(tensor.detach()).reshape(-1)[:64].float()
+        for model in models.values()
+        for tensor in _weights(model).values()
     ]
     return hashlib.sha256(torch.cat(tensors).cpu().numpy().tobytes()).hexdigest() if tensors else ""
 
@@ -362,4 +394,4 @@ def _load_weights(model: PreTrainedModel, file: Path) -> None:
                     f"{str(file)!r} is of another model: {name} is {saved.dtype} {list(saved.shape)} there and "
                     f"{tensor.dtype} {list(tensor.shape)} here"
                 )
-            tensor.copy_(saved)
+            tensor.copy_(like(tensor, saved))

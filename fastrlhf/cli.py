@@ -161,6 +161,9 @@ def _train(command: str, arguments: Sequence[str]) -> None:
         if earlier:
             print(f"{name}:")
         _run(name, run, *(sections if name == command else ()))
+    from fastrlhf.distributed import stop
+
+    stop()
 
 
 def _run_first(command: str, config: Any, paths: Sequence[str]) -> list[tuple[str, Any]]:
@@ -323,8 +326,9 @@ def _number(options: dict[str, str], name: str, default: str, kind: type[int] | 
 
 
 def _quiet_libraries() -> None:
-    """Their progress bars and advice would hide ours; errors still show."""
+    """Their progress bars and advice would hide ours; errors still show. Of several processes the first one speaks."""
     import logging
+    import os
 
     import datasets
     import transformers
@@ -333,7 +337,10 @@ def _quiet_libraries() -> None:
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     logging.basicConfig(format="%(message)s")
-    logging.getLogger("fastrlhf").setLevel(logging.INFO)
+    first = os.environ.get("RANK", "0") == "0"
+    logging.getLogger("fastrlhf").setLevel(logging.INFO if first else logging.ERROR)
+    if not first:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for good)
 
 
 TRAINERS: dict[str, tuple[type, str, str]] = {

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from fastrlhf.config import TrainConfig
+from fastrlhf.models.sharding import full, like
 
 
 class Optimizer:
@@ -70,7 +71,7 @@ class Optimizer:
         """
         metrics = {}
         for name, model in self._models.items():
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), self._max_norm or math.inf).item()
+            norm = full(torch.nn.utils.clip_grad_norm_(model.parameters(), self._max_norm or math.inf)).item()
             if not math.isfinite(norm):
                 raise ValueError(f"{name}grad_norm is {norm}: a loss or a gradient is not finite; lower learning_rate")
             metrics[f"{name}grad_norm"] = norm
@@ -120,8 +121,8 @@ class Optimizer:
         for name, param, master in self._trained:
             moments = saved.pop(name, {})
             if master is not param:
-                master.copy_(moments.pop("master", param))
-            self._adamw.state[master] = {what: value.to(master.device) for what, value in moments.items()}
+                master.copy_(like(master, moments.pop("master", param)))
+            self._adamw.state[master] = {what: like(master, value) for what, value in moments.items()}
         for name in saved:
             raise ValueError(f"optimizer: the checkpoint has moments of {name}, which is not trained here")
 

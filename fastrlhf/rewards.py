@@ -21,6 +21,7 @@ from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 
 from fastrlhf.config import PPOConfig, RTOConfig
+from fastrlhf.distributed import on_first
 from fastrlhf.functions import load_function
 from fastrlhf.kl_controller import KLController
 from fastrlhf.models.implicit_reward import ImplicitReward, open_implicit_reward
@@ -224,9 +225,9 @@ def function_term(name: str, function: RewardFunction, episodes: Episodes) -> Te
     one per sampled token."""
     numbers: list[Tensor] = []
     tokens: list[Tensor] = []
-    for rollout in episodes.rollouts:
+    values = on_first(lambda: [function(rollout) for rollout in episodes.rollouts])
+    for rollout, value in zip(episodes.rollouts, values, strict=True):
         num, where = len(rollout.completion), f"reward function {name!r}: the response to row {rollout.prefix.row}"
-        value = function(rollout)
         try:
             given = torch.as_tensor(value, dtype=torch.float32, device="cpu")
         except (TypeError, ValueError, RuntimeError):

@@ -19,6 +19,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from fastrlhf.data.resets import uniforms
+from fastrlhf.distributed import from_all, share
+from fastrlhf.models.sharding import whole
 from fastrlhf.types import Prefix, Rollout
 
 SAMPLE_STREAM = 2
@@ -125,6 +127,20 @@ class TransformersEngine:
         ended = self.eos_token_id in tokens
         num = tokens.index(self.eos_token_id) + 1 if ended and self.stop_at_eos else len(tokens)
         return Rollout(prefix=prefix, completion=tokens[:num], sampler_logprob=logprobs[:num], ended=ended)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharedEngine:
+    """The engines of all ranks as one: each answers its part of the prefixes with all the weights of `model`, and every
+    rank gets all rollouts. Every rank must ask, for the same prefixes."""
+
+    engine: Engine
+    model: PreTrainedModel
+
+    def generate(self, prefixes: Sequence[Prefix]) -> list[Rollout]:
+        with whole(self.model):
+            own = self.engine.generate(share(prefixes))
+        return [rollout for rollouts in from_all(own) for rollout in rollouts]
 
 
 def check_room(prefixes: Sequence[Prefix], response_length: int) -> None:

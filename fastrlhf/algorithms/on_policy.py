@@ -30,11 +30,12 @@ from fastrlhf.algorithms.psipo import dataset_opponents, load_psi, psi_judge
 from fastrlhf.algorithms.stage import Stage, TrainResult, check_micro_batch
 from fastrlhf.algorithms.starts import draw_prefixes, make_roll_in, reset_fields
 from fastrlhf.algorithms.update import update
-from fastrlhf.config import PPOConfig
+from fastrlhf.config import PPOConfig, require
 from fastrlhf.data.inputs import open_inputs, with_room
 from fastrlhf.data.tokens import special_ids
+from fastrlhf.distributed import from_all, world_size
 from fastrlhf.evaluation.held_out import evaluate
-from fastrlhf.evaluation.judges import Judge, checked_scores, reward_model_judge
+from fastrlhf.evaluation.judges import Judge, asked_once, checked_scores, reward_model_judge
 from fastrlhf.models.adapters import frozen_copy
 from fastrlhf.models.loading import (
     check_same_tokenizer,
@@ -44,9 +45,10 @@ from fastrlhf.models.loading import (
     open_policy,
     read_model_config,
 )
+from fastrlhf.models.sharding import shard
 from fastrlhf.optim import Optimizer, index_batches, num_steps
 from fastrlhf.rewards import RewardFunction, open_rewards
-from fastrlhf.rollout import Engine, TransformersEngine, checked_rollouts
+from fastrlhf.rollout import Engine, SharedEngine, TransformersEngine, checked_rollouts
 from fastrlhf.rollout_vllm import import_vllm, open_vllm
 from fastrlhf.types import Example, Rollout
 
@@ -85,6 +87,7 @@ def train_on_policy(
     opponents = [config.psi_opponents] if psi and config.psi_opponents != "rollouts" else []
     fields = list(dict.fromkeys([*reset_fields(config), *opponents]))
     tokenizer, data = open_inputs(config, fields, examples, eval_examples)
+    _check_ranks(config)
     prompts = with_room(data.train, "train", config.max_length, config.response_length)
     held_out = with_room(data.eval, "eval", config.max_length, config.response_length) if data.eval else []
     if (held_out_judge or config.eval_reward_model_path) and not held_out:
@@ -109,17 +112,24 @@ def train_on_policy(
     if critic:
         make_trainable(critic, config, config.reward_model_path)
     eos, _ = special_ids(tokenizer)
-    if judge is None:
+    if judge is not None:
+        judge = asked_once(judge)
+    else:
         assert reward_model is not None
         frozen = frozen_copy(reward_model) if critic else reward_model
         judge = reward_model_judge(frozen, eos_token_id=eos, micro_batch_tokens=config.micro_batch_tokens)
-    if held_out_judge is None and config.eval_reward_model_path:
+    if held_out_judge is not None:
+        held_out_judge = asked_once(held_out_judge)
+    elif config.eval_reward_model_path:
         frozen = _open_reward_model(config, "eval_reward_model_path", policy, tokenizer)
         held_out_judge = reward_model_judge(frozen, eos_token_id=eos, micro_batch_tokens=config.micro_batch_tokens)
     score = judge
     if psi:
         score = psi_judge(judge, dataset_opponents(prompts, opponents) if opponents else None, psi)
-    sampler = (engine or make_engine)(config, policy, eos)
+    shard(policy)
+    if critic:
+        shard(critic)
+    sampler = SharedEngine(engine=(engine or make_engine)(config, policy, eos), model=policy)
     roll_in = make_roll_in(config, reference, eos) if config.reset_source == "sample" else None
     num_groups = config.batch_size // config.reset_group_size
     optimizer = Optimizer(
@@ -176,7 +186,8 @@ def train_on_policy(
                 "timing/training": time.perf_counter() - scored,
                 "episode": (step + 1) * config.batch_size,
                 "num_tokens": sum(len(rollout.completion) for rollout in rollouts),  # sampled
-                "num_unique_tokens": sum(item.batch.num_tokens for mini in packs for item in mini),  # of one pass
+                # of one pass
+                "num_unique_tokens": sum(from_all(sum(item.batch.num_tokens for mini in packs for item in mini))),
             }
             if held_out and stage.due(step, config.eval_steps):
                 evaluation = evaluate(config, policy, reference, judge, held_out, eos, held_out_judge)
@@ -200,6 +211,20 @@ def make_engine(config: PPOConfig, policy: PreTrainedModel, eos_token_id: int) -
         batch_size=config.rollout_batch_size,
         stop_at_eos=config.compat == "fixed",
     )
+
+
+def _check_ranks(config: PPOConfig) -> None:
+    """Raises ValueError where several processes cannot share out the update, or would give other numbers than one."""
+    world = world_size()
+    if world == 1:
+        return
+    episodes = config.batch_size // config.num_mini_batches
+    items = episodes // (config.reset_group_size if config.share_trunks else 1)
+    rule = f"such that the {items} trees of a mini-batch are a multiple of the {world} processes"
+    require(items % world == 0, "num_mini_batches", config.num_mini_batches, rule)
+    require(config.engine == "transformers", "engine", config.engine, f"transformers in {world} processes")
+    own_mean = f"fixed in {world} processes: under reference every micro-batch is a mean of its own"
+    require(config.compat == "fixed", "compat", config.compat, own_mean)
 
 
 def _open_reward_model(

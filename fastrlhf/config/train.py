@@ -55,7 +55,7 @@ class TrainConfig:
     """Keep the inputs of layers alone and compute the layers again in the backward: a third more time for a fraction of
     the memory. The older name gradient_checkpointing is understood."""
     device: str = "auto"
-    """auto: the first CUDA GPU, else the CPU."""
+    """auto: the first CUDA GPU, else the CPU; under torchrun the GPU of the place that a process has on its machine."""
 
     dataset_name: str = ""
     """Hub name, or a local .jsonl[.gz], .json, .csv or .parquet file or folder."""
@@ -80,7 +80,8 @@ class TrainConfig:
     out."""
 
     per_device_train_batch_size: int = 8
-    """Sequences, pairs or episodes of an optimiser step; times `gradient_accumulation_steps`."""
+    """Sequences, pairs or episodes of an optimiser step, of all processes together; times
+    `gradient_accumulation_steps`."""
     gradient_accumulation_steps: int = 1
     """Multiplies the batch, as in TRL. How a batch is cut to fit memory is `micro_batch_tokens`' business alone."""
     micro_batch_tokens: int = 8192

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fastrlhf.data.packing import micro_batches, pack
+from fastrlhf.data.packing import pack
+from fastrlhf.distributed import on_first, own_micro_batches, total, world_size
 from fastrlhf.models.forward import sequence_scores
 from fastrlhf.rollout import end_index
 from fastrlhf.types import Rollout, Segment
@@ -26,12 +27,17 @@ def reward_model_judge(model: PreTrainedModel, *, eos_token_id: int, micro_batch
             Segment(token_ids=[*rollout.prefix.token_ids, *rollout.completion[: end_index(rollout, eos_token_id) + 1]])
             for rollout in rollouts
         ]
-        scores = torch.empty(len(texts), device=model.device)
-        for micro in micro_batches([len(text.token_ids) for text in texts], micro_batch_tokens, "response"):
+        scores = torch.zeros(len(texts), device=model.device)
+        for micro in own_micro_batches([len(text.token_ids) for text in texts], micro_batch_tokens, "response"):
             scores[micro] = sequence_scores(model, pack([texts[i] for i in micro], model.device))
-        return checked_scores(scores, rollouts, model.device)
+        return checked_scores(total(scores), rollouts, model.device)
 
     return judge
+
+
+def asked_once(judge: Judge) -> Judge:
+    """A judge that may cost money or change its mind: of several processes the first one asks it, for all of them."""
+    return judge if world_size() == 1 else lambda rollouts: on_first(lambda: torch.as_tensor(judge(rollouts)).cpu())
 
 
 def checked_scores(scores: Tensor | Sequence[float], rollouts: Sequence[Rollout], device: torch.device) -> Tensor:
