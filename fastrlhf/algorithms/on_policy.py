@@ -105,6 +105,8 @@ def train_on_policy(
         models = {"model_name_or_path": policy, "dpo_model_path": rewards.implicit.model}
         check_same_vocabulary(models, len(tokenizer))
     reference = frozen_copy(policy)
+    shard(reference)
+    shard(policy)
     reward_model = None
     if needs_critic or judge is None:
         reward_model = _open_reward_model(config, "reward_model_path", policy, tokenizer)
@@ -117,16 +119,17 @@ def train_on_policy(
     else:
         assert reward_model is not None
         frozen = frozen_copy(reward_model) if critic else reward_model
+        shard(frozen)
         judge = reward_model_judge(frozen, eos_token_id=eos, micro_batch_tokens=config.micro_batch_tokens)
     if held_out_judge is not None:
         held_out_judge = asked_once(held_out_judge)
     elif config.eval_reward_model_path:
         frozen = _open_reward_model(config, "eval_reward_model_path", policy, tokenizer)
+        shard(frozen)
         held_out_judge = reward_model_judge(frozen, eos_token_id=eos, micro_batch_tokens=config.micro_batch_tokens)
     score = judge
     if psi:
         score = psi_judge(judge, dataset_opponents(prompts, opponents) if opponents else None, psi)
-    shard(policy)
     if critic:
         shard(critic)
     sampler = SharedEngine(engine=(engine or make_engine)(config, policy, eos), model=policy)

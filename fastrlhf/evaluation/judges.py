@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from fastrlhf.data.packing import pack
 from fastrlhf.distributed import on_first, own_micro_batches, total, world_size
 from fastrlhf.models.forward import sequence_scores
+from fastrlhf.models.sharding import whole
 from fastrlhf.rollout import end_index
 from fastrlhf.types import Rollout, Segment
 
@@ -28,8 +29,9 @@ def reward_model_judge(model: PreTrainedModel, *, eos_token_id: int, micro_batch
             for rollout in rollouts
         ]
         scores = torch.zeros(len(texts), device=model.device)
-        for micro in own_micro_batches([len(text.token_ids) for text in texts], micro_batch_tokens, "response"):
-            scores[micro] = sequence_scores(model, pack([texts[i] for i in micro], model.device))
+        with whole(model):
+            for micro in own_micro_batches([len(text.token_ids) for text in texts], micro_batch_tokens, "response"):
+                scores[micro] = sequence_scores(model, pack([texts[i] for i in micro], model.device))
         return checked_scores(total(scores), rollouts, model.device)
 
     return judge

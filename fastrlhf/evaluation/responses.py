@@ -57,7 +57,7 @@ def response_kl(
     """Nats: the sum over the tokens of a response of log(policy / reference), averaged over the policy's responses."""
     segments = [sequence(rollout.prefix.token_ids, rollout.completion) for rollout in rollouts]
     log_ratio = torch.zeros((), device=policy.device)
-    with whole(policy):
+    with whole(policy), whole(reference):
         for micro in own_micro_batches([len(s.token_ids) for s in segments], micro_batch_tokens, "response"):
             batch = pack([segments[i] for i in micro], policy.device)
             log_ratio += token_logprobs(policy, batch, temperature=temperature).logprob.sum()

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from fastrlhf.data.packing import pack
 from fastrlhf.models.attention import packed_attention
-from fastrlhf.models.sharding import trunk_of
+from fastrlhf.models.sharding import full, trunk_of
 from fastrlhf.types import PackedBatch, Segment
 from fastrlhf_kernels import TokenKL, TokenLogprobs, linear_kl, linear_logprob
 
@@ -113,7 +113,7 @@ def state_kl(
         states,
         head.weight,
         reference_states,
-        reference_head.weight,
+        full(reference_head.weight),  # of its own forward, long ago, nothing may be left
         targets=targets,
         bias=getattr(head, "bias", None),
         reference_bias=getattr(reference_head, "bias", None),

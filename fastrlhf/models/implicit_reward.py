@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fastrlhf.config import PPOConfig
 from fastrlhf.models.forward import token_logprobs
 from fastrlhf.models.loading import check_same_tokenizer, check_same_vocabulary, load_policy, resolve_device
+from fastrlhf.models.sharding import shard
 from fastrlhf.types import PackedBatch
 
 
@@ -65,4 +66,6 @@ def open_implicit_reward(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) 
         for field, source in sources.items()
     }
     check_same_vocabulary(models, len(tokenizer))
+    for model in models.values():
+        shard(model)
     return ImplicitReward(model=models["dpo_model_path"], reference=models.get("dpo_ref_model_path"))

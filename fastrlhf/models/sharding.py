@@ -4,7 +4,7 @@
 Each layer is a group that is gathered before its forward and its backward and given back after. What is left
 (embeddings, last norm, head) is the root's and stays from the forward to the end of the backward, so that losses can
 read the weight of the head as in one process. Outside of these a parameter is a DTensor of which this rank holds a
-part. Models that are not trained are not sharded.
+part. Frozen models are spread in the same way.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ from fastrlhf.distributed import is_first, world_size
 def shard(model: PreTrainedModel) -> None:
     """Spreads a model that every rank holds over all of them, in place; in one process nothing happens.
 
-    Before its optimiser is made, and after its frozen copies. A loss is a sum over ranks, divided by a count of the
-    whole step, so gradients are summed, in float32, and not averaged.
+    After its copies are made, and before its optimiser. A loss is a sum over ranks, divided by a count of the whole
+    step, so gradients are summed, in float32, and not averaged. From now on all ranks make equally many passes, except
+    within `whole`.
     """
     if world_size() == 1:
         return
@@ -45,7 +46,7 @@ def shard(model: PreTrainedModel) -> None:
     for group in _groups(model):
         group.set_gradient_divide_factor(1.0)
         group.set_force_sum_reduction_for_comms(True)  # gloo knows no other
-    model.run_trunk = MethodType(_run_trunk, model)
+    model.run_trunk = MethodType(_run_trunk, model)  # pyright: ignore[reportArgumentType] (modules keep methods too)
     register_fsdp_forward_method(model, "run_trunk")
 
 
