@@ -32,13 +32,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "sft": {"activation_checkpointing": True},
     "reward": {},
     "dpo": {"loss_type": ("sigmoid", "ipo"), "loss_weights": (1.0, 0.1)},
-    "groups": {},
+    "groups": {"precompute_ref_log_probs": False},
     "ppo": {},
-    "drpo": {"num_mini_batches": 1},
+    "drpo": {"num_mini_batches": 1, "reset_source": "sample"},
     "rto": {"max_steps": 2, "kl_placement": "loss", "kl_estimator": "exact"},
 }
-"""Every trainer: with a judge of the user's (drpo) or a reward model's; with a critic, a steered KL and early stops
-(ppo); with the exact KL in the loss (rto)."""
+"""Every trainer: with a live reference (groups); with a critic, a steered KL and early stops (ppo); with a judge of the
+user's and resets that the reference writes (drpo); with the exact KL in the loss (rto)."""
 
 MODEL = {
     "model_type": "llama",

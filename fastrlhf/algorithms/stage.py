@@ -33,6 +33,7 @@ class TrainResult:
     """What a trainer returns."""
 
     model: PreTrainedModel
+    """In several processes sharded; whole in `output_dir`."""
     tokenizer: PreTrainedTokenizerBase
     history: list[dict[str, float]] = field(repr=False)
     """One row of metrics per optimiser step (per update, in on-policy runs)."""
