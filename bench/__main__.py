@@ -1,4 +1,4 @@
-"""python -m bench toy | resets | labels | papers | trunks | aot | kernels | tune | train, each with --help"""
+"""python -m bench toy | resets | labels | papers | clustering | trunks | aot | kernels | tune | train, with --help"""
 
 from __future__ import annotations
 
@@ -27,13 +27,18 @@ def main() -> None:
     labels.add_argument("--jobs", type=int, default=2, help="seeds run side by side, one thread each")
     labels.add_argument("--out", type=Path, default=Path("runs/bench_labels"), help="a folder per seed")
     papers = commands.add_parser("papers", help="the experiments of a paper: rows, a table, figures")
-    papers.add_argument("names", nargs="+", choices=["ipo", "rto", "drpo"])
+    papers.add_argument("names", nargs="+", choices=["ipo", "rto", "drpo", "rlp"])
     papers.add_argument("--fast", action="store_true", help="tables of the small problems alone, fewer seeds and steps")
     papers.add_argument("--batch-size", type=int, default=9, help="of ipo: pairs of a mini-batch")
     papers.add_argument("--seeds", type=int, default=3, choices=range(1, 11), help="of the embedded task: 0 .. N - 1")
     papers.add_argument("--jobs", type=int, default=2, help="runs of the embedded task side by side, one thread each")
     papers.add_argument("--runs", type=Path, default=Path("runs/bench_papers"), help="their folders, reused")
     papers.add_argument("--out", type=Path, default=Path("bench"), help="rows go to its results, PNGs to its figures")
+    clustering = commands.add_parser("clustering", help="answers grouped by meaning, in waves and one pair at a time")
+    clustering.add_argument("--widths", type=int, nargs="+", default=[16, 128], help="of the NLI model")
+    clustering.add_argument("--prompts", type=int, default=50)
+    clustering.add_argument("--rounds", type=int, default=3, help="of which the fastest counts")
+    clustering.add_argument("--out", type=Path, default=Path("bench/results"), help="folder that rows are appended in")
     trunks = commands.add_parser("trunks", help="an update of DR-PO on shared trunks and on separate sequences")
     trunks.add_argument("--groups", type=int, nargs="+", default=[4, 8], help="episodes per prompt")
     trunks.add_argument("--episodes", type=int, default=32, help="of an update")
@@ -90,6 +95,10 @@ def main() -> None:
     if arguments.command == "papers":
         for name in arguments.names:
             print(_paper(name, arguments))
+    if arguments.command == "clustering":
+        from bench.clustering import run_clustering
+
+        print(run_clustering(arguments.widths, arguments.prompts, arguments.rounds, arguments.out))
     if arguments.command == "trunks":
         from bench.trunks import run_trunks
 
@@ -120,6 +129,10 @@ def _paper(name: str, a: argparse.Namespace) -> str:
         from bench.papers.ipo import run_ipo
 
         return run_ipo(a.batch_size, a.out, fast=a.fast)
+    if name == "rlp":
+        from bench.papers.rlp import run_rlp
+
+        return run_rlp(a.seeds, a.jobs, a.runs, a.out)
     if name == "rto":
         from bench.papers.rto import run_pessimism
 

@@ -2,7 +2,7 @@
 program is whole or not there.
 
     checkpoint-N/                 after N steps; loads as a model like any other, unless it trains an adapter
-        model.safetensors, config.json, the tokenizer's files
+        model.safetensors, config.json, the tokenizer's files; of an adapter, what is trained alone
         value_model/              of an on-policy run with a critic
         optimizer.safetensors     moments, float32 copies of bfloat16 weights; as NAME.safetensors for other parts
         state.json                what is no tensor: step, position of the schedule, what the data were
@@ -145,6 +145,7 @@ def save_trained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fol
     alone in `adapter/`."""
     if folder and has_adapter(model):
         save_adapter(model, folder / "adapter")
+        tokenizer.save_pretrained(folder / "adapter")
     merge_adapter(model)
     if folder:
         save_model(model, tokenizer, folder)
@@ -156,7 +157,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     They are written beside it first and moved in file by file, the weights before the config.json that makes a folder
     a model, so a crash never leaves a half-written model that loads.
     """
-    weights = on_first_rank(_weights(model))
+    weights = on_first_rank(_all_weights(model))
     on_first(lambda: _save_model(model, weights, tokenizer, folder))
 
 
@@ -355,6 +356,12 @@ def _step(path: Path) -> int:
 
 
 def _weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """What is trained, and persistent buffers, by name; tied weights once. Frozen ones are where they came from."""
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    return {name: tensor for name, tensor in _all_weights(model).items() if name not in frozen}
+
+
+def _all_weights(model: PreTrainedModel) -> dict[str, Tensor]:
     """Parameters, frozen ones too, and persistent buffers by name; tied ones once."""
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     tied = names - {name for name, _ in model.named_parameters()}
@@ -364,9 +371,7 @@ def _weights(model: PreTrainedModel) -> dict[str, Tensor]:
 def _start(models: Mapping[str, PreTrainedModel]) -> str:
     """A fingerprint of weights before training: of the first entries of every tensor, as any training moves most."""
     tensors = [
-        full(tensor.detach()).reshape(-1)[:64].float()
-        for model in models.values()
-        for tensor in _weights(model).values()
+        full(tensor.detach()).reshape(-1)[:64].float() for model in models.values() for tensor in model.parameters()
     ]
     return hashlib.sha256(torch.cat(tensors).cpu().numpy().tobytes()).hexdigest() if tensors else ""
 

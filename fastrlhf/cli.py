@@ -10,7 +10,7 @@ from contextlib import redirect_stderr
 from dataclasses import asdict
 from functools import partial
 from io import StringIO
-from itertools import pairwise, takewhile
+from itertools import dropwhile, pairwise, takewhile
 from typing import Any
 
 from fastrlhf import config as configs
@@ -134,14 +134,17 @@ def _config_paths(arguments: Sequence[str]) -> list[str]:
 
 
 def _first_paragraph(box: str) -> str:
-    """What tyro's box of several lines says, in one: the text up to the first rule."""
+    """What tyro's box of several lines says below its title, in one: the text up to the next rule. Where the terminal
+    has no such characters, the box is of hyphens and the title has a rule of its own."""
+    rules = ("\u2500", "\u2570", "---")
     lines = [line.strip("\u2502 ") for line in box.splitlines()[1:]]
-    return " ".join(takewhile(lambda line: not line.startswith(("\u2500", "\u2570")), lines))
+    body = dropwhile(lambda line: line.startswith(rules), lines)
+    return " ".join(takewhile(lambda line: not line.startswith(rules), body))
 
 
 def _train(command: str, arguments: Sequence[str]) -> None:
     """Runs one trainer, after the sections of its file that it names in `run_first`, that it still needs and that have
-    not run yet."""
+    not run yet. What is wrong with any of them is told before the first starts."""
     config = _parse_run(command, arguments)
     earlier = _run_first(command, config, _config_paths(arguments))
     sections = _rlp_sections(config, arguments) if command == "rlp" else ()
@@ -157,6 +160,10 @@ def _train(command: str, arguments: Sequence[str]) -> None:
     for name, run in runs:
         if name != "rlp":  # which goes on where it stopped, and checks its stages itself
             check_run_dir(run)
+    if len(runs) > 1:
+        from fastrlhf.tools.preflight import check_chain, rlp_stages
+
+        check_chain([*runs[:-1], *(rlp_stages(config, *sections) if sections else runs[-1:])])
     for name, run in runs:
         if earlier:
             print(f"{name}:")
@@ -172,9 +179,13 @@ def _run_first(command: str, config: Any, paths: Sequence[str]) -> list[tuple[st
     Flags are for `command` alone; where one has replaced the folder of a section, so that no key names it any more, the
     section is left out, and those that it alone needed with it.
     """
-    earlier = [
-        (name, _parse_run(name, ["--config", path])) for path in paths for name in files.run_first(path, command)
-    ]
+    earlier = []
+    for path in paths:
+        for name in files.run_first(path, command):
+            try:
+                earlier.append((name, _parse_run(name, ["--config", path])))
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
     in_file, resolved = [files.read_yaml(path, type(config), command) for path in paths], [asdict(config)]
     needed = []
     for name, run in reversed(earlier):
@@ -218,6 +229,8 @@ def _evaluate(arguments: Sequence[str]) -> None:
     from fastrlhf.evaluation.evaluate import evaluate_models, format_table
 
     print(format_table(evaluate_models(config)))
+    if config.output_dir:
+        print(f"saved in {config.output_dir}: summary.json, samples.jsonl")
 
 
 def _demo(arguments: Sequence[str]) -> None:

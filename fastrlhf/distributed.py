@@ -33,7 +33,9 @@ def start(config: TrainConfig) -> None:
     world = max(_launched(), world_size())
     if world == 1:
         return
-    require(not config.use_peft, "use_peft", True, f"false in {world} processes: adapters are not sharded")
+    for name in ("use_peft", "optim", "master_weights"):
+        value, only = getattr(config, name), getattr(TrainConfig, name)
+        require(value == only, name, value, f"{only!r} in {world} processes, which shard nothing else yet")
     require(
         config.batch_size % world == 0,
         "per_device_train_batch_size",

@@ -2,24 +2,54 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn import Embedding, Module, Parameter
 
+from fastrlhf.adamw import make_adamw, moments, moments_in_8_bits, set_moments
 from fastrlhf.config import TrainConfig
 from fastrlhf.models.sharding import full, like
 
+BUCKET = 2**26
+"""Parameters that are updated at once, at most, or one tensor that is larger: the float32 gradients (and, without
+master weights, the float32 weights) that an update makes and drops again exist for them alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Weight:
+    name: str
+    index: int
+    """Among all that are trained: it keys the noise of its rounding."""
+    param: Parameter
+    updated: Tensor
+    """What AdamW updates: the parameter, or its float32 copy, which is empty between updates where none is kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Bucket:
+    weights: list[_Weight]
+    adamw: torch.optim.Optimizer
+    peak_rate: float
+
 
 class Optimizer:
-    """AdamW over one or more models, each clipped to its own gradient norm; a schedule that counts optimiser steps."""
+    """AdamW over one or more models, each clipped to its own gradient norm; a schedule that counts optimiser steps.
+
+    It works in float32. bfloat16 weights are updated through float32 copies, which are kept (`master_weights: float32`)
+    or made for the update and rounded stochastically. What is made for an update exists for one bucket at a time.
+    """
 
     def __init__(
         self,
-        models: Mapping[str, torch.nn.Module],
+        models: Mapping[str, Module],
         config: TrainConfig,
         *,
         num_steps: int,
@@ -30,44 +60,33 @@ class Optimizer:
         rates = learning_rates or {}
         self._models = models
         self._max_norm = config.max_grad_norm
-        self._masters: dict[torch.nn.Parameter, torch.Tensor] = {}
+        self._keeps_copies = config.master_weights == "float32"
+        self._seed = config.seed
         self._num_done = 0
         self._rate = lambda step: _rate(step, num_steps, config.warmup_steps, config.lr_scheduler_type)
-        self._adamw = torch.optim.AdamW(
-            [
-                {
-                    "params": [self._master(param) for param in params],
-                    "lr": rates.get(name, config.learning_rate),
-                    "weight_decay": decay,
-                }
-                for name, model in models.items()
-                for params, decay in _decay_groups(model, config.weight_decay)
-            ],
-            betas=(config.adam_beta1, config.adam_beta2),
-            eps=config.adam_epsilon,
-            fused=True,
-        )
-        # By name, the parameter and what AdamW updates in its place.
-        self._trained = [
-            (f"{prefix}{name}", param, self._masters.get(param, param))
-            for prefix, model in models.items()
-            for name, param in model.named_parameters()
-            if param.requires_grad
-        ]
-        self._peaks = [group["lr"] for group in self._adamw.param_groups]
+        self._buckets: list[_Bucket] = []
+        count = itertools.count()
+        for prefix, model in models.items():
+            rate = rates.get(prefix, config.learning_rate)
+            for (decay, in_8_bits), params in _groups(model, config).items():
+                for some in _split(params):
+                    weights = [_Weight(prefix + name, next(count), p, self._updated(p)) for name, p in some]
+                    adamw = make_adamw(
+                        config, [weight.updated for weight in weights], rate=rate, decay=decay, in_8_bits=in_8_bits
+                    )
+                    self._buckets.append(_Bucket(weights, adamw, rate))
 
-    def _master(self, param: torch.nn.Parameter) -> torch.Tensor:
-        """What AdamW updates: the parameter, or a float32 copy of a bfloat16 one, whose own steps would round to 0."""
+    def _updated(self, param: Parameter) -> Tensor:
         if param.dtype == torch.float32:
             return param
-        return self._masters.setdefault(param, param.detach().float())
+        return param.detach().float() if self._keeps_copies else torch.empty(0, device=param.device)
 
     @torch.no_grad()
     def step(self) -> dict[str, float]:
         """Updates the weights and clears the gradients; returns grad_norm (before clipping) and learning_rate.
 
         Raises ValueError, before any weight has moved, where a gradient is not finite. This reads one number per model
-        from the GPU: the step's only wait.
+        from the GPU: the step's only wait (bitsandbytes adds one per tensor).
         """
         metrics = {}
         for name, model in self._models.items():
@@ -75,19 +94,38 @@ class Optimizer:
             if not math.isfinite(norm):
                 raise ValueError(f"{name}grad_norm is {norm}: a loss or a gradient is not finite; lower learning_rate")
             metrics[f"{name}grad_norm"] = norm
-        for group, peak in zip(self._adamw.param_groups, self._peaks, strict=True):
-            group["lr"] = peak * self._rate(self._num_done)
-        metrics["learning_rate"] = self._adamw.param_groups[0]["lr"]
-        for param, master in self._masters.items():
-            master.grad = None if param.grad is None else param.grad.float()
-        self._adamw.step()
-        for param, master in self._masters.items():
-            param.copy_(master)
-        self._num_done += 1
+        share = self._rate(self._num_done)
+        self._num_done += 1  # before any weight moves: whoever finds an old number finds the old weights
+        for bucket in self._buckets:
+            self._update(bucket, bucket.peak_rate * share)
+        metrics["learning_rate"] = self._buckets[0].peak_rate * share
         for model in self._models.values():
             model.zero_grad(set_to_none=True)
-        self._adamw.zero_grad(set_to_none=True)
         return metrics
+
+    def _update(self, bucket: _Bucket, rate: float) -> None:
+        copied = _copied(bucket)
+        self._borrow(copied)
+        for weight in copied:
+            weight.updated.grad = None if weight.param.grad is None else weight.param.grad.float()
+        bucket.adamw.param_groups[0]["lr"] = rate
+        bucket.adamw.step()
+        for weight in copied:
+            weight.updated.grad = None
+            new = weight.updated
+            if not self._keeps_copies:
+                new = stochastic_round(new, _generator(new.device, self._seed, self._num_done, weight.index))
+            weight.param.copy_(new)
+        self._give_back(copied)
+
+    def _borrow(self, weights: Iterable[_Weight]) -> None:
+        """Makes the float32 copies where none are kept."""
+        for weight in () if self._keeps_copies else weights:
+            weight.updated.data = weight.param.float()
+
+    def _give_back(self, weights: Iterable[_Weight]) -> None:
+        for weight in () if self._keeps_copies else weights:
+            weight.updated.data = weight.updated.new_empty(0)
 
     def skip(self, steps: int) -> None:
         """Steps that are not taken: clears the gradients; the schedule goes on, so that it still ends with the run."""
@@ -97,12 +135,13 @@ class Optimizer:
 
     def state_dict(self) -> dict[str, Any]:
         """num_steps done, and by "NAME OF THE PARAMETER.what" AdamW's moments and step, and the float32 copy (master)
-        where there is one."""
+        where one is kept."""
         state: dict[str, Any] = {"num_steps": self._num_done}
-        for name, param, master in self._trained:
-            state |= {f"{name}.{what}": value for what, value in self._adamw.state.get(master, {}).items()}
-            if master is not param:
-                state[f"{name}.master"] = master
+        for bucket in self._buckets:
+            for weight in bucket.weights:
+                state |= {f"{weight.name}.{what}": x for what, x in moments(bucket.adamw, weight.updated).items()}
+            if self._keeps_copies:
+                state |= {f"{weight.name}.master": weight.updated for weight in _copied(bucket)}
         return state
 
     @torch.no_grad()
@@ -113,16 +152,19 @@ class Optimizer:
         ValueError where it is of other parameters.
         """
         self._num_done = state["num_steps"]
-        saved: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
+        saved: dict[str, dict[str, Tensor]] = defaultdict(dict)
         for key, value in state.items():
             if key != "num_steps":
                 name, _, what = key.rpartition(".")
                 saved[name][what] = value
-        for name, param, master in self._trained:
-            moments = saved.pop(name, {})
-            if master is not param:
-                master.copy_(like(master, moments.pop("master", param)))
-            self._adamw.state[master] = {what: like(master, value) for what, value in moments.items()}
+        for bucket in self._buckets:
+            copied = _copied(bucket)
+            for weight in copied if self._keeps_copies else ():
+                weight.updated.copy_(like(weight.updated, saved[weight.name].pop("master", weight.param)))
+            self._borrow(copied)
+            for weight in bucket.weights:
+                set_moments(bucket.adamw, weight.updated, saved.pop(weight.name, {}))
+            self._give_back(copied)
         for name in saved:
             raise ValueError(f"optimizer: the checkpoint has moments of {name}, which is not trained here")
 
@@ -148,9 +190,48 @@ def index_batches(num_items: int, batch_size: int, steps: int, seed: int) -> Ite
         del pending[:batch_size]
 
 
-def _decay_groups(model: torch.nn.Module, decay: float) -> list[tuple[list[torch.nn.Parameter], float]]:
-    params = [p for p in model.parameters() if p.requires_grad]
-    return [([p for p in params if p.ndim >= 2], decay), ([p for p in params if p.ndim < 2], 0.0)]
+def stochastic_round(x: Tensor, generator: torch.Generator) -> Tensor:
+    """float32 to bfloat16, up or down, with the probabilities whose mean is x: steps far below the spacing of bfloat16
+    are not lost, but taken now and then.
+
+    A bfloat16 is the upper half of the bits of a float32. A uniform number of 16 bits, added to the lower half, carries
+    into the upper one with probability lower / 2^16.
+    """
+    noise = torch.randint(0, 2**16, x.shape, dtype=torch.int32, device=x.device, generator=generator)
+    return noise.add_(x.view(torch.int32)).bitwise_and_(-(2**16)).view(torch.float32).bfloat16()
+
+
+def _generator(device: torch.device, *key: int) -> torch.Generator:
+    seed = np.random.SeedSequence(key).generate_state(1, np.uint64).item()
+    return torch.Generator(device).manual_seed(int(seed))
+
+
+def _copied(bucket: _Bucket) -> list[_Weight]:
+    return [weight for weight in bucket.weights if weight.updated is not weight.param]
+
+
+def _groups(model: Module, config: TrainConfig) -> dict[tuple[float, bool], list[tuple[str, Parameter]]]:
+    """(decay, whether moments are of 8 bits) -> what is trained so, by name; matrices first."""
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, Embedding)}
+    named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+    groups = defaultdict(list)
+    for name, param in sorted(named, key=lambda item: item[1].ndim < 2):
+        decay = config.weight_decay if param.ndim >= 2 else 0.0
+        groups[decay, moments_in_8_bits(config, param, is_embedding=id(param) in embeddings)].append((name, param))
+    return groups
+
+
+def _split(params: list[tuple[str, Parameter]]) -> Iterator[list[tuple[str, Parameter]]]:
+    """In order, into lists of at most `BUCKET` parameters, or of one tensor."""
+    some, size = [], 0
+    for name, param in params:
+        if some and size + param.numel() > BUCKET:
+            yield some
+            some, size = [], 0
+        some.append((name, param))
+        size += param.numel()
+    if some:
+        yield some
 
 
 def _rate(step: int, num_steps: int, warmup: int, kind: str) -> float:

@@ -11,7 +11,7 @@ follows an EOS; under compat "reference" the KL alone is charged there too, as t
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,21 +20,15 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 
-from fastrlhf.config import PPOConfig, RTOConfig
+from fastrlhf.config import PPOConfig
 from fastrlhf.distributed import on_first
-from fastrlhf.functions import load_function
 from fastrlhf.kl_controller import KLController
-from fastrlhf.models.implicit_reward import ImplicitReward, open_implicit_reward
+from fastrlhf.models.implicit_reward import ImplicitReward
 from fastrlhf.models.loading import resolve_device
+from fastrlhf.reward_functions import RewardFunction, TextReward, load_reward_functions, texts_taken
 from fastrlhf.types import Rollout
 
 log = logging.getLogger(__name__)
-
-RewardFunction = Callable[[Rollout], float | Sequence[float] | Tensor]
-"""A number, earned at the last valid token, or one number per token of `rollout.completion`."""
-
-RESERVED = ("score", "missing_eos", "kl", "dpo", "length")
-"""Names of the addends that are built in."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +75,9 @@ class Rewards:
     """The addends of one run, and what they keep from batch to batch. `open_rewards` makes it."""
 
     config: PPOConfig
-    functions: Mapping[str, RewardFunction] = field(default_factory=dict)
+    functions: Mapping[str, RewardFunction | TextReward] = field(default_factory=dict)
     implicit: ImplicitReward | None = None
+    """Where the DPO rewards come from: `open_implicit_reward`, once the reference of the run is there"""
     sentence_ends: Tensor | None = None
     """int64 ids of the tokens that end a sentence, for the shaping "sentence" """
     kl: KLController = field(init=False)
@@ -220,13 +215,15 @@ def clip(values: Tensor, limit: float) -> tuple[Tensor, Tensor]:
     return values.clamp(-limit, limit), values.abs() > limit
 
 
-def function_term(name: str, function: RewardFunction, episodes: Episodes) -> Tensor:
+def function_term(name: str, function: RewardFunction | TextReward, episodes: Episodes) -> Tensor:
     """What a function of the user's gives [R] float32. Raises ValueError where that is neither one finite number nor
     one per sampled token."""
     numbers: list[Tensor] = []
     tokens: list[Tensor] = []
-    values = on_first(lambda: [function(rollout) for rollout in episodes.rollouts])
-    for rollout, value in zip(episodes.rollouts, values, strict=True):
+    rollouts = episodes.rollouts
+    of_texts = isinstance(function, TextReward)
+    values = on_first(lambda: function(rollouts) if of_texts else [function(rollout) for rollout in rollouts])
+    for rollout, value in zip(rollouts, values, strict=True):
         num, where = len(rollout.completion), f"reward function {name!r}: the response to row {rollout.prefix.row}"
         try:
             given = torch.as_tensor(value, dtype=torch.float32, device="cpu")
@@ -274,28 +271,19 @@ def open_rewards(
     tokenizer: PreTrainedTokenizerBase,
     functions: Mapping[str, RewardFunction] | None = None,
 ) -> Rewards:
-    """What the configuration asks for, its models loaded; `functions` are added to it.
+    """What the configuration asks for, but for models; `functions` are added to it.
 
-    Raises ValueError where RTO has no DPO model, a model does not belong to the tokenizer, or a function is none.
+    Raises ValueError where RTO has no DPO model, a function is none, or no token ends a sentence.
     """
-    if isinstance(config, RTOConfig) and not config.dpo_model_path:
-        raise ValueError("dpo_model_path: give the DPO model that rewards the tokens, trained by `fastrlhf dpo`")
-    named = list((functions or {}).items())
-    if config.reward_function:
-        named.append(
-            (config.reward_function.rpartition(":")[2], load_function(config.reward_function, "reward_function"))
-        )
-    names = [*RESERVED, *(name for name, _ in named)]
-    for name, _ in named:
-        if names.count(name) > 1:
-            raise ValueError(f"reward_function: {name!r} is the name of another reward; call it otherwise")
-    sentence_ends, pays = None, bool(config.dpo_model_path) and config.reward_shaping != "none"
-    if pays and config.reward_shaping == "sentence":
+    named, sentence_ends = load_reward_functions(config, functions), None
+    if config.dpo_model_path and config.reward_shaping == "sentence":
         sentence_ends = sentence_end_ids(tokenizer).to(resolve_device(config.device))
     return Rewards(
         config=config,
-        functions=dict(named),
-        implicit=open_implicit_reward(config, tokenizer) if pays else None,
+        functions={
+            name: TextReward(name=name, function=function, tokenizer=tokenizer) if texts_taken(function) else function
+            for name, function in named.items()
+        },
         sentence_ends=sentence_ends,
     )
 

@@ -1,25 +1,30 @@
 """From prefixes to completions.
 
 An engine is anything with `generate(prefixes) -> rollouts`; rollout_vllm.py has another. The one here decodes with the
-model in hand and the key-value cache of transformers: every prefix is prefilled (a reset costs no decode step), once
-for all the episodes that start there. Rows stop at their EOS or budget and are dropped from the cache as they finish,
-and the log-prob of each sampled token is recorded as it is drawn.
+model in hand, in the slots of a static key-value cache (models/kv_cache.py). Every prefix is prefilled (a reset costs
+no decode step), once for all the episodes that start there or further back in the same text. An episode that ends, at
+its EOS or budget, leaves its slot to one that waits; where none waits, half of the slots are given up once the other
+half is enough. The log-prob of each sampled token is recorded as it is drawn; no other number of the logits is kept.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
+from fastrlhf.cuda_graphs import CapturedSteps
+from fastrlhf.data.packing import trunks
 from fastrlhf.data.resets import uniforms
 from fastrlhf.distributed import from_all, share
+from fastrlhf.models.kv_cache import SlotCache, rounded_up
 from fastrlhf.models.sharding import whole
 from fastrlhf.types import Prefix, Rollout
 
@@ -27,7 +32,13 @@ SAMPLE_STREAM = 2
 """The sampler's draws; resets.RESET_STREAM is another, so that resets never move a sample."""
 
 CHECK_EVERY = 8
-"""Decode steps between two looks at which rows are done: each look waits for the GPU."""
+"""Decode steps between two looks at which episodes have ended: each look waits for the GPU."""
+
+REFILL_SHARE = 0.25
+"""Of all slots: as many must be free before those that wait are prefilled, since few at a time would be slow."""
+
+
+Decode = Literal["eager", "cuda_graph"]
 
 
 class Engine(Protocol):
@@ -54,79 +65,138 @@ class TransformersEngine:
     temperature: float
     seed: int
     batch_size: int = 64
+    """Slots: episodes side by side."""
     stop_at_eos: bool = True
     stream: int = SAMPLE_STREAM
     """Engines of one run that must not share their draws differ in this."""
+    decode: Decode = "eager"
+    """cuda_graph: a step is captured and replayed, the same kernels without their launches."""
+
+    def __post_init__(self) -> None:
+        device = self.model.device
+        if self.decode == "cuda_graph" and device.type != "cuda":
+            raise ValueError(f"decode: cuda_graph needs a CUDA GPU, but the model is on the {device}; set eager")
 
     @torch.no_grad()
     def generate(self, prefixes: Sequence[Prefix]) -> list[Rollout]:
         """One rollout per prefix, in order. Raises ValueError where a prefix leaves no token to sample."""
         check_room(prefixes, self.response_length)
-        # Rows of like length side by side waste least on the left of the prefill.
-        order = sorted(range(len(prefixes)), key=lambda i: (len(prefixes[i].token_ids), prefixes[i].num_reset, i))
-        rollouts: dict[int, Rollout] = {}
-        for start in range(0, len(order), self.batch_size):
-            indices = order[start : start + self.batch_size]
-            rollouts.update(zip(indices, self._decode([prefixes[i] for i in indices]), strict=True))
-        return [rollouts[i] for i in range(len(prefixes))]
-
-    def _decode(self, prefixes: list[Prefix]) -> list[Rollout]:
-        device, num = self.model.device, len(prefixes)
-        budgets = [self.response_length - prefix.num_reset for prefix in prefixes]
-        longest = max(budgets)
-        noise = np.stack([uniforms(self.seed, self.stream, prefix.episode, longest) for prefix in prefixes])
-        uniform = torch.from_numpy(noise).to(device, torch.float32)  # [num, longest]
-        budget = torch.tensor(budgets, device=device)
-        tokens = torch.zeros(num, longest, dtype=torch.int64, device=device)
-        logprobs = torch.zeros(num, longest, device=device)
-
-        distinct = dict.fromkeys(tuple(prefix.token_ids) for prefix in prefixes)
-        starts = {start: i for i, start in enumerate(distinct)}  # each with its row of the prefill
-        start_of = torch.tensor([starts[tuple(prefix.token_ids)] for prefix in prefixes], device=device)
-        width = max(map(len, starts))
-        ids = torch.tensor([[0] * (width - len(start)) + list(start) for start in starts], device=device)
-        seen = torch.tensor([[0] * (width - len(start)) + [1] * len(start) for start in starts], device=device)
-        positions = (seen.cumsum(1) - 1).clamp(min=0)
-
-        rows = torch.arange(num, device=device)  # of the rows still in the cache, which prefix each belongs to
-        done = torch.zeros(num, dtype=torch.bool, device=device)  # of the same rows
-        cache = DynamicCache(config=self.model.config)
-        for step in range(longest):
-            output = self.model(
-                input_ids=ids, attention_mask=seen, position_ids=positions, past_key_values=cache, logits_to_keep=1
-            )
-            logits = output.logits[:, -1]
-            if step == 0 and len(starts) < num:
-                cache.batch_select_indices(start_of)
-                logits, positions, seen = logits[start_of], positions[start_of], seen[start_of]
-            token, logprob = _draw(logits.float(), self.temperature, uniform[rows, step])
-            tokens[rows, step], logprobs[rows, step] = token, logprob
-            done = done | (budget[rows] <= step + 1)
-            if self.stop_at_eos:
-                done = done | (token == self.eos_token_id)
-            ids, positions = token[:, None], positions[:, -1:] + 1
-            seen = torch.cat([seen, torch.ones_like(token)[:, None]], 1)
-            if (step + 1) % CHECK_EVERY == 0 or device.type == "cpu":
-                live = (~done).nonzero()[:, 0]
-                if len(live) == 0:
-                    break
-                if 2 * len(live) <= len(done):  # a smaller copy of the cache pays off only now and then
-                    cache.batch_select_indices(live)
-                    ids, positions, seen, rows, done = ids[live], positions[live], seen[live], rows[live], done[live]
-
-        if not bool(logprobs.isfinite().all()):
-            raise ValueError("sampling: the policy's logits are not finite; its weights are broken")
+        if not prefixes:
+            return []
+        episodes = self._episodes(prefixes)
+        self._decode(prefixes, episodes)
+        sampled = (episodes.count.tolist(), episodes.tokens.tolist(), episodes.logprobs.tolist())
         return [
-            self._rollout(prefix, row[:limit], row_logprobs[:limit])
-            for prefix, row, row_logprobs, limit in zip(
-                prefixes, tokens.tolist(), logprobs.tolist(), budgets, strict=True
-            )
+            self._rollout(prefix, tokens[:count], logprobs[:count])
+            for prefix, count, tokens, logprobs in zip(prefixes, *sampled, strict=True)
         ]
 
+    def _episodes(self, prefixes: Sequence[Prefix]) -> _Episodes:
+        device, num, longest = self.model.device, len(prefixes), self.response_length
+        noise = np.zeros((num, longest + 1), dtype=np.float32)
+        for row, prefix in zip(noise, prefixes, strict=True):
+            row[:-1] = uniforms(self.seed, self.stream, prefix.episode, longest)
+        return _Episodes(
+            start=torch.tensor([len(prefix.token_ids) for prefix in prefixes], device=device),
+            budget=torch.tensor([longest - prefix.num_reset for prefix in prefixes], device=device),
+            uniform=torch.from_numpy(noise).to(device),
+            tokens=torch.zeros(num, longest + 1, dtype=torch.int64, device=device),
+            logprobs=torch.zeros(num, longest + 1, device=device),
+            count=torch.zeros(num, dtype=torch.int64, device=device),
+            done=torch.zeros(num, dtype=torch.bool, device=device),
+        )
+
+    def _decode(self, prefixes: Sequence[Prefix], episodes: _Episodes) -> None:
+        """Samples every episode to its end."""
+        device = self.model.device
+        waiting = _in_families(prefixes)[::-1]  # the next one last
+        num = min(self.batch_size, len(prefixes))
+        cache = SlotCache(num, max(len(p.token_ids) - p.num_reset for p in prefixes) + self.response_length)
+        held = torch.zeros(num, dtype=torch.int64, device=device)  # the episode in each slot
+        live, reach = np.zeros(num, dtype=bool), np.zeros(num, dtype=int)  # by slot; reach: tokens that it may hold
+        run = CapturedSteps(self.model) if self.decode == "cuda_graph" else _at_once
+        num_steps = CHECK_EVERY if device.type == "cuda" else 1
+        while waiting or live.any():
+            if waiting and (~live).sum() >= REFILL_SHARE * len(live):
+                slots = np.flatnonzero(~live)[: len(waiting)]
+                new = [waiting.pop() for _ in slots]
+                texts = [prefixes[i].token_ids for i in new]
+                logits = cache.prefill(self.model, texts, slots.tolist())
+                which = torch.tensor(new, device=device)
+                held[torch.from_numpy(slots).to(device)] = which
+                reach[slots] = list(map(len, texts))
+                self._record(episodes, which, logits)
+            elif not waiting and 2 * live.sum() <= len(live):
+                half = len(live) // 2
+                source = half + np.flatnonzero(live[half:])
+                target = np.flatnonzero(~live[:half])[: len(source)]
+                cache.move(*(torch.from_numpy(slots).to(device) for slots in (source, target)))
+                held[target], reach[target] = held[source], reach[source]
+                held, reach = held[:half], reach[:half]
+            else:
+                reach += num_steps
+                num_keys = min(cache.capacity, rounded_up(reach[live].max()))
+                step = partial(self._step, cache, episodes, held, num_keys)
+                for _ in range(num_steps):
+                    run((len(live), num_keys), step)
+            live = ~episodes.done[held].cpu().numpy()
+
+    def _step(self, cache: SlotCache, episodes: _Episodes, held: Tensor, num_keys: int) -> None:
+        """One more token of each episode that is held, if it has not ended: tensors in, tensors changed in place."""
+        tokens, positions = episodes.last(held)
+        self._record(episodes, held, cache.step(self.model, tokens, positions, num_keys))
+
+    def _record(self, episodes: _Episodes, which: Tensor, logits: Tensor) -> None:
+        """Draws a token of each of the episodes `which` [n] from logits [n, V]. One that has ended stays as it is."""
+        count, done = episodes.count[which], episodes.done[which]
+        token, logprob = _draw(logits.float(), self.temperature, episodes.uniform[which, count])
+        episodes.tokens[which, count], episodes.logprobs[which, count] = token, logprob
+        count = count + ~done
+        done = done | (count >= episodes.budget[which])
+        episodes.count[which] = count
+        episodes.done[which] = (done | (token == self.eos_token_id)) if self.stop_at_eos else done
+
     def _rollout(self, prefix: Prefix, tokens: list[int], logprobs: list[float]) -> Rollout:
-        ended = self.eos_token_id in tokens
-        num = tokens.index(self.eos_token_id) + 1 if ended and self.stop_at_eos else len(tokens)
-        return Rollout(prefix=prefix, completion=tokens[:num], sampler_logprob=logprobs[:num], ended=ended)
+        if not all(map(math.isfinite, logprobs)):
+            raise ValueError("sampling: the policy's logits are not finite; its weights are broken")
+        return Rollout(prefix=prefix, completion=tokens, sampler_logprob=logprobs, ended=self.eos_token_id in tokens)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Episodes:
+    """The N episodes of a call on the device, changed in place; L is the response length."""
+
+    start: Tensor
+    """[N] int64, tokens of the prefix"""
+    budget: Tensor
+    """[N] int64, tokens that may be sampled"""
+    uniform: Tensor
+    """[N, L + 1] float32, one per token; of the last column nothing is used"""
+    tokens: Tensor
+    """[N, L + 1] int64: the first `count` are sampled, what is behind them means nothing"""
+    logprobs: Tensor
+    """[N, L + 1] float32 of them"""
+    count: Tensor
+    """[N] int64"""
+    done: Tensor
+    """[N] bool"""
+
+    def last(self, which: Tensor) -> tuple[Tensor, Tensor]:
+        """The last token of the episodes `which` [n] and its position in prompt and response, [n] int64 each."""
+        count = self.count[which]
+        return self.tokens[which, count - 1], self.start[which] + count - 1
+
+
+def _in_families(prefixes: Sequence[Prefix]) -> list[int]:
+    """Indices of prefixes: those of one text side by side, since they are then prefilled together; short texts first,
+    so that the slots of a step hold about as many keys."""
+    trunk_of = trunks(prefix.token_ids for prefix in prefixes)
+    texts = [trunk_of[tuple(prefix.token_ids)] for prefix in prefixes]
+    return sorted(range(len(prefixes)), key=lambda i: (len(texts[i]), texts[i], len(prefixes[i].token_ids), i))
+
+
+def _at_once(_: tuple[int, int], step: Callable[[], None]) -> None:
+    step()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,9 +26,12 @@ GROUPS = [
 
 
 def save_models(place: Path) -> dict[str, str]:
-    """A policy, a judge and a DPO model."""
+    """A policy, a judge and a DPO model; and these two as adapters over the policy."""
+    policy = tiny.save_policy(place / "policy")
     return {
-        "policy": tiny.save_policy(place / "policy"),
+        "policy": policy,
+        "judge adapter": tiny.save_adapter(place / "adapted judge", policy, 1, scores=True),
+        "dpo adapter": tiny.save_adapter(place / "adapted dpo", policy, 2),
         "judge": tiny.save_reward_model(place / "judge"),
         "dpo": tiny.save_policy(place / "dpo", seed=3),
     }
@@ -74,6 +77,10 @@ def run(kind: str, paths: dict[str, str], folder: Path, **settings):
         case "drpo":
             keys = shared | judged | {"reset_group_size": 2, "advantage_estimator": "rloo"} | settings
             return on_policy.train_on_policy(DRPOConfig(**keys), examples, judge=noisy_judge)
+        case "roles":
+            over_one_base = {"reward_model_path": paths["judge adapter"], "dpo_model_path": paths["dpo adapter"]}
+            keys = shared | judged | over_one_base | {"use_peft": True, "lora_r": 2} | settings
+            return on_policy.train_on_policy(RTOConfig(**keys), examples, held_out)
         case _:
             keys = shared | judged | {"dpo_model_path": paths["dpo"], "reset_prob": 0.5} | settings
             return on_policy.train_on_policy(RTOConfig(**keys), examples, held_out)
@@ -89,7 +96,7 @@ def noisy_judge(rollouts):
     return [torch.rand(()).item() + random.random() + float(np.random.random()) for _ in rollouts]
 
 
-KINDS = ("sft", "bf16", "lora", "reward", "views", "dpo", "groups", "ppo", "drpo", "rto")
+KINDS = ("sft", "bf16", "lora", "reward", "views", "dpo", "groups", "ppo", "drpo", "rto", "roles")
 OPTIMIZERS = dict.fromkeys(("reward", "views"), reward_model) | {
     "sft": sft,
     "bf16": sft,

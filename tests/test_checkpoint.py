@@ -25,6 +25,7 @@ from fastrlhf.checkpoint import (
 )
 from fastrlhf.config import DemoConfig, PPOConfig, SFTConfig
 from fastrlhf.config_files import SAME_MODEL
+from fastrlhf.models.adapters import add_adapter
 from tests import tiny
 
 DIFFERENT = {
@@ -155,16 +156,28 @@ def test_a_checkpoint_loads_as_a_model_and_into_the_one_that_wrote_it(name, tmp_
     assert not [file for file in path.rglob("*") if file.suffix not in (".safetensors", ".json", ".jinja", "")]
 
 
-def test_tied_and_frozen_weights_are_kept_once(tmp_path):
+def test_tied_weights_are_kept_once(tmp_path):
     config = tiny.model_config()
     config.tie_word_embeddings = True
     model = AutoModelForCausalLM.from_config(config)
-    model.model.embed_tokens.weight.requires_grad_(False)
     path = checkpointer(tmp_path / "run", model, Counter(0)).save(1)
     with safe_open(path / "model.safetensors", "pt") as content:
         assert set(content.keys()) == set(model.state_dict()) - {"lm_head.weight"}
     loaded = AutoModelForCausalLM.from_pretrained(path)
     assert torch.equal(loaded.lm_head.weight, model.model.embed_tokens.weight)
+
+
+def test_of_an_adapter_what_is_trained_is_kept_alone_and_the_base_is_that_of_the_run(tmp_path, monkeypatch):
+    model = tiny.policy()
+    add_adapter(model, SFTConfig(use_peft=True, lora_r=2), "base")
+    path = checkpointer(tmp_path / "run", model, Counter(0)).save(1)
+    with safe_open(path / "model.safetensors", "pt") as content:
+        assert set(content.keys()) == {name for name, weight in model.named_parameters() if weight.requires_grad}
+        assert all(".lora_" in name for name in content.keys())  # noqa: SIM118 (it is no mapping)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.base_layer.weight.view(-1)[0] += 1
+    with pytest.raises(ValueError, match="started from other weights than the models that are named now hold"):
+        checkpointer(tmp_path / "run", model, Counter(0)).load()
 
 
 def test_the_last_ones_are_kept(tmp_path):

@@ -11,7 +11,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from fastrlhf.cli import USAGE, _run_first, main, parse
+from fastrlhf.cli import USAGE, _first_paragraph, _run_first, main, parse
 from fastrlhf.config import DRPOConfig, EvalConfig, PPOConfig, RTOConfig, SFTConfig
 from fastrlhf.metrics import read_metrics
 from tests import tiny
@@ -226,9 +226,11 @@ def test_a_mistake_in_a_later_section_costs_no_earlier_one(place, capsys):
     late = yaml.safe_load(yaml.safe_dump(sections).replace("runs/", "late/"))
     late["rto"]["run_first"] = ["sft", "dpo"]
     for key, value, message in (
-        ("beta", 0.0, "beta: must be above 0"),
-        ("output_dir", "", "output_dir: must be the folder of the dpo run"),
+        ("beta", 0.0, "dpo: beta: must be above 0"),
+        ("output_dir", "", "dpo: output_dir: must be the folder of the dpo run"),
         ("output_dir", "tokenizer", "output_dir: 'tokenizer' is not empty"),
+        ("dataset_name", "nowhere.jsonl", "dpo: nowhere.jsonl: no such file or folder"),
+        ("model_name_or_path", "late/sfft", "dpo: model_name_or_path: 'late/sfft' is neither a folder here nor"),
     ):
         spoilt = late | {"dpo": late["dpo"] | {key: value}}
         (place / "late.yaml").write_text(yaml.safe_dump(spoilt), encoding="utf-8")
@@ -296,10 +298,7 @@ def test_values_keep_their_types(place):
         (["sft", "--max_steps", "1.5"], "--max_steps: invalid literal for int() with base 10: '1.5'"),
         (["sft", "--max_steps"], "Missing value for argument '--max_steps'"),
         (["sft", "--progress", "maybe"], "'--progress'. Expected one of ('True', 'False')"),
-        (
-            ["dpo", "--loss_type", "sigmoidal"],
-            "loss_type: must be of sigmoid, ipo, hinge, robust, sft; got 'sigmoidal'",
-        ),
+        (["dpo", "--loss_type", "dpo"], "loss_type: must be of sigmoid, ipo, hinge, robust, sft; got 'dpo'"),
         (["sft", "all.yaml"], "Unrecognized options: all.yaml"),
         (["sft", "--learning_rate", "-1"], "learning_rate: must be above 0; got -1.0"),
         (["sft", "--learning_rate", "nan"], "learning_rate: must be finite; got nan"),
@@ -331,6 +330,11 @@ def test_what_the_system_refuses_is_one_line(capsys, chain):
     assert "Not a directory: 'all.yaml/run'" in fails(
         capsys, "sft", "--config", "all.yaml", "--output_dir", "all.yaml/run"
     )
+
+
+def test_a_message_is_the_same_where_the_terminal_has_no_boxes():
+    rounded = "\u256d\u2500 Value error \u2500\u256e\n\u2502 beta: \u2502\n\u2502 bad \u2502\n\u2570\u2500\u256f\n"
+    assert _first_paragraph(rounded) == _first_paragraph(" Value error\n ----\n beta:\n bad\n  ----\n") == "beta: bad"
 
 
 def test_a_long_value_in_a_message_stays_whole(capsys):

@@ -144,7 +144,12 @@ def test_one_process_has_everything():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"use_peft": True}, "use_peft: must be false in 2 processes"),
+        ({"use_peft": True}, "use_peft: must be False in 2 processes"),
+        ({"optim": "adamw_8bit"}, "optim: must be 'adamw_torch_fused' in 2 processes"),
+        (
+            {"dtype": "bfloat16", "master_weights": "stochastic_rounding"},
+            "master_weights: must be 'float32' in 2 processes",
+        ),
         ({"per_device_train_batch_size": 3}, "per_device_train_batch_size: .* a multiple of the 2 processes"),
         ({"device": "cuda:1"}, "device: must be auto, cpu or cuda in 2 processes"),
     ],
@@ -164,13 +169,21 @@ def test_what_two_processes_cannot_do_is_refused_before_anything_is_read(monkeyp
         ({"reset_group_size": 4, "num_mini_batches": 1}, "num_mini_batches: must be such that the 1 trees"),
         ({"engine": "vllm"}, "engine: must be transformers in 2 processes"),
         ({"compat": "reference"}, "compat: must be fixed in 2 processes"),
+        ({"decode": "cuda_graph"}, "decode: must be eager in 2 processes"),
     ],
 )
 def test_an_update_that_two_processes_cannot_share_is_refused(monkeypatch, settings, message):
     monkeypatch.setattr(on_policy, "world_size", lambda: 2)
     with pytest.raises(ValueError, match=message):
-        on_policy._check_ranks(PPOConfig(per_device_train_batch_size=4, **settings))
-    on_policy._check_ranks(PPOConfig(per_device_train_batch_size=4, reset_group_size=4, share_trunks=False))
+        on_policy._check_ranks(PPOConfig(per_device_train_batch_size=4, **settings), {})
+    on_policy._check_ranks(PPOConfig(per_device_train_batch_size=4, reset_group_size=4, share_trunks=False), {})
+
+
+def test_a_role_that_is_an_adapter_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(on_policy, "world_size", lambda: 2)
+    (tmp_path / "adapter_config.json").touch()
+    with pytest.raises(ValueError, match="dpo_model_path: must be a whole model in 2 processes, not an adapter alone"):
+        on_policy._check_ranks(PPOConfig(), {"reward_model_path": "", "dpo_model_path": str(tmp_path)})
 
 
 def test_commands_of_one_process_say_so(monkeypatch):

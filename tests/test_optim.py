@@ -1,11 +1,14 @@
 import math
+import weakref
 
 import pytest
 import torch
 from torch.nn import Linear
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastrlhf import optim
 from fastrlhf.config import SFTConfig
-from fastrlhf.optim import Optimizer, index_batches, num_steps
+from fastrlhf.optim import Optimizer, index_batches, num_steps, stochastic_round
 from tests import tiny
 
 
@@ -179,6 +182,13 @@ def test_steps_that_are_skipped_move_no_weight_and_the_schedule_all_the_same():
     assert optimizer.step()["learning_rate"] == 0.25
 
 
+def random_step(optimizer: Optimizer, model: torch.nn.Module, step: int) -> dict[str, float]:
+    for i, param in enumerate(model.parameters()):
+        generator = torch.Generator().manual_seed(100 * step + i)
+        param.grad = torch.randn(param.shape, generator=generator).to(param.dtype)
+    return optimizer.step()
+
+
 def momentum(optimizer: Optimizer) -> dict:
     return {
         name: value.clone() if isinstance(value, torch.Tensor) else value
@@ -186,14 +196,18 @@ def momentum(optimizer: Optimizer) -> dict:
     }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_state_taken_and_put_back_goes_on_with_the_same_bits(dtype):
+BFLOAT16 = {"dtype": "bfloat16"}
+ROUNDED = BFLOAT16 | {"master_weights": "stochastic_rounding"}
+
+
+@pytest.mark.parametrize("settings", [{}, BFLOAT16, ROUNDED])
+def test_a_state_taken_and_put_back_goes_on_with_the_same_bits(settings):
+    config = SFTConfig(learning_rate=0.01, warmup_steps=2, **settings)
+    dtype = getattr(torch, config.dtype)
+
     def stepped(optimizer, model, steps):
         for step in steps:
-            for i, param in enumerate(model.parameters()):
-                generator = torch.Generator().manual_seed(100 * step + i)
-                param.grad = torch.randn(param.shape, generator=generator).to(dtype)
-            last = optimizer.step()
+            last = random_step(optimizer, model, step)
         return last, [param.detach().clone() for param in model.parameters()], momentum(optimizer)
 
     def make():
@@ -201,13 +215,13 @@ def test_a_state_taken_and_put_back_goes_on_with_the_same_bits(dtype):
         with torch.no_grad():
             for param in model.parameters():
                 param.fill_(0.5)
-        return model, Optimizer({"value_": model}, SFTConfig(learning_rate=0.01, warmup_steps=2), num_steps=6)
+        return model, Optimizer({"value_": model}, config, num_steps=6)
 
     model, optimizer = make()
     _, weights, state = stepped(optimizer, model, range(3))
     rate, *expected = stepped(optimizer, model, range(3, 6))
     assert {"num_steps", "value_1.weight.exp_avg", "value_0.bias.step"} <= state.keys()
-    assert ("value_1.weight.master" in state) == (dtype == torch.bfloat16)
+    assert ("value_1.weight.master" in state) == (settings == BFLOAT16)
 
     model, optimizer = make()
     stepped(optimizer, model, range(5, 7))  # whatever it has done is forgotten
@@ -239,3 +253,107 @@ def test_a_state_of_other_parameters_is_refused():
     optimizer = Optimizer({"": layer()}, plain(), num_steps=4)
     with pytest.raises(ValueError, match=r"moments of score.weight, which is not trained here"):
         optimizer.load_state_dict({"num_steps": 1, "score.weight.exp_avg": torch.zeros(2)})
+
+
+class Copies(TorchDispatchMode):
+    """`most`: the entries of float32 copies that lived at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and output.dtype == torch.float32:
+            self.now += output.numel()
+            self.most = max(self.most, self.now)
+            weakref.finalize(output.untyped_storage(), self.dropped, output.numel())
+        return output
+
+    def dropped(self, size):
+        self.now -= size
+
+
+@pytest.mark.parametrize(("settings", "per_entry"), [(BFLOAT16, 1), (ROUNDED, 2)])
+def test_float32_gradients_exist_for_one_bucket_at_a_time(settings, per_entry, monkeypatch):
+    """And where no float32 weights are kept, neither do they."""
+    monkeypatch.setattr(optim, "BUCKET", 2500)
+    model = tiny.policy().bfloat16()  # its largest tensor has 1,536 entries, its 21 together 17,568
+    optimizer = Optimizer({"": model}, SFTConfig(**settings), num_steps=3)
+    for step in range(2):
+        with Copies() as copies:
+            random_step(optimizer, model, step)
+        assert 0 < copies.most <= 2500 * per_entry
+        assert copies.now == 0
+
+
+def test_buckets_change_no_bit(monkeypatch):
+    """Against torch's AdamW over float32 copies of all parameters at once, written out."""
+    monkeypatch.setattr(optim, "BUCKET", 2500)
+    model, other = tiny.policy().bfloat16(), tiny.policy().bfloat16()
+    optimizer = Optimizer({"": model}, plain(weight_decay=0.1, **BFLOAT16), num_steps=5)
+    copies = [param.detach().float() for param in other.parameters()]
+    adamw = torch.optim.AdamW(
+        [{"params": [c], "weight_decay": 0.1 if c.ndim > 1 else 0.0} for c in copies], lr=0.1, fused=True
+    )
+    for step in range(5):
+        for i, copy in enumerate(copies):
+            copy.grad = (
+                torch.randn(copy.shape, generator=torch.Generator().manual_seed(100 * step + i)).bfloat16().float()
+            )
+        adamw.step()
+        random_step(optimizer, model, step)
+    assert all(torch.equal(param, copy.bfloat16()) for param, copy in zip(model.parameters(), copies, strict=True))
+
+
+def rounded(x: torch.Tensor, seed: int = 0) -> torch.Tensor:
+    return stochastic_round(x, torch.Generator().manual_seed(seed))
+
+
+def test_a_rounded_number_is_one_of_its_neighbours_and_in_the_mean_itself():
+    # The neighbours of 1 are 2^-7 apart above it and 2^-8 below; of -3, 2^-6.
+    for x, low, high in ((1 + 0.3 / 128, 1, 1 + 1 / 128), (1 - 0.7 / 256, 1 - 1 / 256, 1), (-3.001, -3 - 1 / 64, -3)):
+        found = rounded(torch.full((2**16,), x)).double()
+        assert set(found.tolist()) == {low, high}
+        # Six standard errors of the mean of 2^16 draws of two values.
+        assert found.mean().item() == pytest.approx(x, abs=6 * 0.5 * (high - low) / 2**8)
+
+
+def test_what_is_a_bfloat16_already_stays_and_infinities_stay():
+    x = torch.cat([torch.randn(4096).bfloat16().float(), torch.tensor([0.0, -0.0, math.inf, -math.inf, 2.0**-130])])
+    assert torch.equal(rounded(x).float(), x)
+
+
+def test_steps_below_the_spacing_of_bfloat16_survive_where_plain_rounding_loses_them():
+    """Weights of 1, whose neighbours are 2^-7 and 2^-8 away, and 200 steps of 1e-4 each: 0.02 in all."""
+    model = Linear(256, 256, bias=False).bfloat16()
+    with torch.no_grad():
+        model.weight.fill_(1)
+    assert (model.weight.float() - 1e-4).bfloat16().eq(1).all()
+    optimizer = Optimizer({"": model}, plain(learning_rate=1e-4, **ROUNDED), num_steps=200)
+    for _ in range(200):
+        model.weight.grad = torch.ones(256, 256).bfloat16()
+        optimizer.step()
+    # Each weight is a sum of rounding errors; six standard errors of the mean of 65,536 of them are 2e-4.
+    assert model.weight.float().mean().item() == pytest.approx(1 - 0.02, abs=2e-4)
+
+
+def test_noise_is_that_of_the_seed_the_step_and_the_tensor():
+    def weights(seed: int, skipped: int = 0) -> list[torch.Tensor]:
+        model = torch.nn.Sequential(Linear(64, 64, bias=False), Linear(64, 64, bias=False)).bfloat16()
+        optimizer = Optimizer({"": model}, plain(learning_rate=1e-3, seed=seed, **ROUNDED), num_steps=9)
+        optimizer.skip(skipped)
+        for layer in model:
+            torch.nn.init.ones_(layer.weight)
+            layer.weight.grad = torch.ones(64, 64).bfloat16()
+        torch.manual_seed(len(drawn))  # the global generator has no part in it
+        optimizer.step()
+        return [layer.weight.detach() for layer in model]
+
+    drawn = []
+    for arguments in ((1,), (1,), (2,), (1, 3)):
+        drawn.append(weights(*arguments))
+    first, again, other_seed, other_step = drawn
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    for one, two in ((first[0], first[1]), (first[0], other_seed[0]), (first[0], other_step[0])):
+        assert not torch.equal(one, two)

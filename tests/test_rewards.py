@@ -263,25 +263,6 @@ def test_sentences_end_where_the_text_of_a_token_says_so():
 def test_what_a_run_lacks_is_told_before_anything_is_loaded():
     with pytest.raises(ValueError, match=r"^dpo_model_path: give the DPO model"):
         open_rewards(RTOConfig(), tiny.tokenizer())
-    assert open_rewards(PPOConfig(), tiny.tokenizer()).implicit is None
-
-
-def test_a_dpo_model_that_is_paid_nowhere_is_not_loaded():
-    config = RTOConfig(dpo_model_path="nowhere", reward_shaping="none")
-    assert open_rewards(config, tiny.tokenizer()).implicit is None
-    with pytest.raises(ValueError, match="dpo_model_path: "):
-        open_rewards(replace(config, reward_shaping="token", dpo_reward_scale=0.0), tiny.tokenizer())
-
-
-def test_functions_of_a_run_have_names_of_their_own(tmp_path):
-    (tmp_path / "mine.py").write_text("def brief(rollout):\n    return -float(len(rollout.completion))\n")
-    config = PPOConfig(reward_function=f"{tmp_path}/mine.py:brief")
-    opened = open_rewards(config, tiny.tokenizer(), {"long": lambda rollout: 1.0})
-    assert list(opened.functions) == ["long", "brief"]
-    assert opened.terms(EPISODES)["brief"].reward.tolist() == [0, 0, 0, -4, 0, 0, 0, -3]
-    for name in ("kl", "brief"):
-        with pytest.raises(ValueError, match=f"^reward_function: '{name}' is the name of another reward; call it"):
-            open_rewards(config, tiny.tokenizer(), {name: lambda rollout: 0.0})
 
 
 def test_the_moments_of_the_scores_go_on_from_a_saved_state():

@@ -2,10 +2,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from fastrlhf.data.packing import pack, sequence
+from fastrlhf.data.resets import uniforms
 from fastrlhf.models.forward import token_logprobs
-from fastrlhf.rollout import TransformersEngine, checked_rollouts, end_index
+from fastrlhf.rollout import SAMPLE_STREAM, TransformersEngine, checked_rollouts, end_index
 from fastrlhf.types import Prefix, Rollout
 from tests import tiny
 
@@ -72,24 +74,74 @@ def test_a_sample_depends_on_seed_and_episode_and_not_on_who_is_generated_beside
     assert [r.completion for r in together] != [r.completion for r in engine(model, seed=4).generate(prefixes(30))]
 
 
-@pytest.mark.parametrize("name", tiny.ARCHITECTURES)
-def test_a_prefix_that_episodes_share_is_prefilled_once_and_draws_the_same(name):
-    model = tiny.policy(name)
-    starts = prefixes(5)
-    grouped = [replace(starts[i // 4], episode=i) for i in range(20)]
-    widths = []
+def forwards(
+    model: PreTrainedModel, sampler: TransformersEngine, starts: list[Prefix]
+) -> tuple[list[Rollout], list[tuple[int, ...]]]:
+    """What the engine samples, and the shapes of what it had the model read."""
+    shapes = []
     hook = model.register_forward_pre_hook(
-        lambda _, __, inputs: widths.append(inputs["input_ids"].shape), with_kwargs=True
+        lambda _, __, inputs: shapes.append(tuple(inputs["input_ids"].shape)), with_kwargs=True
     )
-    together = engine(model).generate(grouped)
+    rollouts = sampler.generate(starts)
     hook.remove()
-    assert widths[0][0] == 5
-    assert widths[1][0] > 5
-    apart = [rollout for prefix in grouped for rollout in engine(model).generate([prefix])]
+    return rollouts, shapes
+
+
+@pytest.mark.parametrize("name", tiny.ARCHITECTURES)
+def test_what_episodes_share_is_prefilled_once_and_draws_the_same(name):
+    model = tiny.policy(name)
+    text = prefixes(8)[7].token_ids  # 7 tokens; episodes start after 4 to 7 of them
+    starts = [Prefix(token_ids=text[: 4 + i % 4], num_reset=i % 4, row=0, episode=i) for i in range(20)]
+    together, shapes = forwards(model, engine(model), starts)
+    assert shapes[0] == (1, 7)
+    assert all(shape[1] == 1 for shape in shapes[1:])
+    apart = [rollout for prefix in starts for rollout in engine(model).generate([prefix])]
     assert [r.completion for r in together] == [r.completion for r in apart]
     for ours, theirs in zip(together, apart, strict=True):
         assert ours.sampler_logprob == pytest.approx(theirs.sampler_logprob, abs=1e-5)
     assert len({tuple(r.completion) for r in together}) > 10
+
+
+@pytest.mark.parametrize("name", tiny.ARCHITECTURES)
+def test_samples_are_those_of_a_loop_that_reads_the_whole_text_for_every_token(name):
+    model = tiny.policy(name)
+    starts = prefixes(7)
+    for prefix, rollout in zip(starts, engine(model, batch_size=3).generate(starts), strict=True):
+        tokens = []
+        for uniform in uniforms(3, SAMPLE_STREAM, prefix.episode, LENGTH - prefix.num_reset):
+            with torch.no_grad():
+                logits = model(torch.tensor([[*prefix.token_ids, *tokens]]), use_cache=False).logits[0, -1]
+            cumulative = (logits.double() / 0.7).softmax(-1).cumsum(-1)
+            tokens.append(int((cumulative <= uniform * cumulative[-1]).sum()))
+            if tokens[-1] == tiny.EOS:
+                break
+        assert rollout.completion == tokens
+
+
+def test_a_slot_that_becomes_free_goes_to_an_episode_that_waits():
+    """In two slots, one episode of nine tokens and four of two, the first of which their prefill gives."""
+    model = tiny.policy()
+    starts = [Prefix(token_ids=[5 + i] * 9, num_reset=7 if i else 0, row=i, episode=i) for i in range(5)]
+    rollouts, shapes = forwards(model, engine(model, batch_size=2, stop_at_eos=False), starts)
+    assert [len(rollout.completion) for rollout in rollouts] == [9, 2, 2, 2, 2]
+    assert shapes == [(1, 18), (2, 1), *[(1, 9), (2, 1)] * 3, *[(1, 1)] * 4]
+
+
+def test_slots_are_halved_once_half_of_them_are_enough_and_none_waits():
+    model = tiny.policy()
+    starts = [Prefix(token_ids=[5 + i] * 9, num_reset=[0, 4, 6, 7][i % 4], row=i, episode=i) for i in range(8)]
+    _, shapes = forwards(model, engine(model, stop_at_eos=False), starts)
+    # Of eight episodes two each may write 9, 5, 3 and 2 tokens, the first of which the prefill gives.
+    assert [shape[0] for shape in shapes[1:]] == [8, 8, 4, 4, 2, 2, 2, 2]
+
+
+def test_a_graph_is_refused_where_there_is_no_gpu():
+    with pytest.raises(ValueError, match=r"^decode: cuda_graph needs a CUDA GPU, but the model is on the cpu; set e"):
+        engine(tiny.policy(), decode="cuda_graph")
+
+
+def test_nothing_to_sample_from_gives_nothing():
+    assert engine(tiny.policy()).generate([]) == []
 
 
 def test_samples_follow_the_tempered_distribution():

@@ -20,7 +20,10 @@ from transformers import (
     Qwen3Config,
 )
 
-from fastrlhf.models.loading import build_policy
+from fastrlhf.checkpoint import save_trained
+from fastrlhf.config import SFTConfig
+from fastrlhf.models import adapters
+from fastrlhf.models.loading import build_policy, load_policy, load_reward_model
 from fastrlhf.types import Example
 
 WORDS = [f"w{i}" for i in range(29)]
@@ -87,6 +90,20 @@ def save_reward_model(folder: Path, seed: int = 7) -> str:
     model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return str(folder)
+
+
+def save_adapter(folder: Path, base: str, seed: int, *, scores: bool = False, **settings) -> str:
+    """Of a policy or a reward model that a run with `use_peft` has trained over the model in `base`."""
+    config = SFTConfig(use_peft=True, seed=seed, **{"lora_r": 2} | settings)
+    model = load_reward_model(base, pad_token_id=0, seed=seed) if scores else load_policy(base)
+    adapters.add_adapter(model, config, base)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
+    save_trained(model, tokenizer(), folder)
+    return str(folder / "adapter")
 
 
 def examples(count: int, seed: int = 0) -> list[Example]:

@@ -37,17 +37,19 @@ from fastrlhf.distributed import from_all, world_size
 from fastrlhf.evaluation.held_out import evaluate
 from fastrlhf.evaluation.judges import Judge, asked_once, checked_scores, reward_model_judge
 from fastrlhf.models.adapters import frozen_copy
+from fastrlhf.models.implicit_reward import implicit_sources, open_implicit_reward
 from fastrlhf.models.loading import (
     check_same_tokenizer,
     check_same_vocabulary,
     load_reward_model,
-    make_trainable,
     open_policy,
     read_model_config,
 )
+from fastrlhf.models.roles import holds_adapter, judge_and_critic, score_role
 from fastrlhf.models.sharding import shard
 from fastrlhf.optim import Optimizer, index_batches, num_steps
-from fastrlhf.rewards import RewardFunction, open_rewards
+from fastrlhf.reward_functions import RewardFunction
+from fastrlhf.rewards import open_rewards
 from fastrlhf.rollout import Engine, SharedEngine, TransformersEngine, checked_rollouts
 from fastrlhf.rollout_vllm import import_vllm, open_vllm
 from fastrlhf.types import Example, Rollout
@@ -75,19 +77,21 @@ def train_on_policy(
     ValueError for bad input before any time is spent, and where training must not go on (algorithms/guards.py).
     """
     needs_critic = config.advantage_estimator == "gae"
+    sources = implicit_sources(config) | {"eval_reward_model_path": config.eval_reward_model_path}
     if needs_critic or judge is None:
+        sources["reward_model_path"] = config.reward_model_path
         if not config.reward_model_path:
             raise ValueError("reward_model_path: give the reward model that judges and from which the critic starts")
-        read_model_config(config.reward_model_path, "reward_model_path", config.trust_remote_code)
+    for field, source in sources.items():
+        if source and not holds_adapter(source):
+            read_model_config(source, field, config.trust_remote_code)
     if config.engine == "vllm" and engine is None:
         import_vllm()
-    if config.eval_reward_model_path:
-        read_model_config(config.eval_reward_model_path, "eval_reward_model_path", config.trust_remote_code)
     psi = load_psi(config.psi, config.psi_clip) if config.psi else None
     opponents = [config.psi_opponents] if psi and config.psi_opponents != "rollouts" else []
     fields = list(dict.fromkeys([*reset_fields(config), *opponents]))
     tokenizer, data = open_inputs(config, fields, examples, eval_examples)
-    _check_ranks(config)
+    _check_ranks(config, sources)
     prompts = with_room(data.train, "train", config.max_length, config.response_length)
     held_out = with_room(data.eval, "eval", config.max_length, config.response_length) if data.eval else []
     if (held_out_judge or config.eval_reward_model_path) and not held_out:
@@ -101,30 +105,26 @@ def train_on_policy(
         raise ValueError(f"value_warmup_steps: must be below the {steps} updates of the run, or the policy never moves")
     rewards = open_rewards(config, tokenizer, reward_functions)
     policy = open_policy(config, tokenizer)
-    if rewards.implicit:
-        models = {"model_name_or_path": policy, "dpo_model_path": rewards.implicit.model}
-        check_same_vocabulary(models, len(tokenizer))
-    reference = frozen_copy(policy)
+    reference = frozen_copy(policy)  # its weights are what the roles that are adapters share
+    rewards.implicit = open_implicit_reward(config, tokenizer, reference)
     shard(reference)
     shard(policy)
-    reward_model = None
+    frozen = critic = None
     if needs_critic or judge is None:
-        reward_model = _open_reward_model(config, "reward_model_path", policy, tokenizer)
-    critic = reward_model if needs_critic else None
-    if critic:
-        make_trainable(critic, config, config.reward_model_path)
+        frozen = _open_reward_model(config, "reward_model_path", reference, tokenizer)
+        if needs_critic:
+            frozen, critic = judge_and_critic(config, frozen)
     eos, _ = special_ids(tokenizer)
     if judge is not None:
         judge = asked_once(judge)
     else:
-        assert reward_model is not None
-        frozen = frozen_copy(reward_model) if critic else reward_model
+        assert frozen is not None
         shard(frozen)
         judge = reward_model_judge(frozen, eos_token_id=eos, micro_batch_tokens=config.micro_batch_tokens)
     if held_out_judge is not None:
         held_out_judge = asked_once(held_out_judge)
     elif config.eval_reward_model_path:
-        frozen = _open_reward_model(config, "eval_reward_model_path", policy, tokenizer)
+        frozen = _open_reward_model(config, "eval_reward_model_path", reference, tokenizer)
         shard(frozen)
         held_out_judge = reward_model_judge(frozen, eos_token_id=eos, micro_batch_tokens=config.micro_batch_tokens)
     score = judge
@@ -212,12 +212,14 @@ def make_engine(config: PPOConfig, policy: PreTrainedModel, eos_token_id: int) -
         temperature=config.temperature,
         seed=config.seed,
         batch_size=config.rollout_batch_size,
+        decode=config.decode,
         stop_at_eos=config.compat == "fixed",
     )
 
 
-def _check_ranks(config: PPOConfig) -> None:
-    """Raises ValueError where several processes cannot share out the update, or would give other numbers than one."""
+def _check_ranks(config: PPOConfig, sources: Mapping[str, str]) -> None:
+    """Raises ValueError where several processes cannot share out the update, or would give other numbers than one.
+    `sources` are the models of the other roles, by field."""
     world = world_size()
     if world == 1:
         return
@@ -226,25 +228,37 @@ def _check_ranks(config: PPOConfig) -> None:
     rule = f"such that the {items} trees of a mini-batch are a multiple of the {world} processes"
     require(items % world == 0, "num_mini_batches", config.num_mini_batches, rule)
     require(config.engine == "transformers", "engine", config.engine, f"transformers in {world} processes")
+    require(config.decode == "eager", "decode", config.decode, f"eager in {world} processes")
+    for field, source in sources.items():
+        require(
+            not (source and holds_adapter(source)),
+            field,
+            source,
+            f"a whole model in {world} processes, not an adapter alone",
+        )
     own_mean = f"fixed in {world} processes: under reference every micro-batch is a mean of its own"
     require(config.compat == "fixed", "compat", config.compat, own_mean)
 
 
 def _open_reward_model(
-    config: PPOConfig, field: str, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    config: PPOConfig, field: str, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> PreTrainedModel:
-    """The reward model that `field` names, with its trained head: a judge's weights, and where the critic starts."""
-    check_same_tokenizer(field, getattr(config, field), tokenizer, config, required=False)
+    """The reward model that `field` names, with its trained head: a judge's weights, and where the critic starts. One
+    that is an adapter shares the weights of `base`."""
+    source, (_, pad) = getattr(config, field), special_ids(tokenizer)
+    check_same_tokenizer(field, source, tokenizer, config, required=False)
+    if holds_adapter(source):
+        return score_role(source, base, field, pad)
     reward_model = load_reward_model(
-        getattr(config, field),
+        source,
         field=field,
-        pad_token_id=special_ids(tokenizer)[1],
+        pad_token_id=pad,
         must_be_trained=True,
-        device=policy.device,
+        device=base.device,
         dtype=config.dtype,
         trust_remote_code=config.trust_remote_code,
     )
-    check_same_vocabulary({"model_name_or_path": policy, field: reward_model}, len(tokenizer))
+    check_same_vocabulary({"model_name_or_path": base, field: reward_model}, len(tokenizer))
     return reward_model
 
 

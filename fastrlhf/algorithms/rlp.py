@@ -45,7 +45,7 @@ from fastrlhf.algorithms.stage import TrainResult
 from fastrlhf.algorithms.starts import reset_fields
 from fastrlhf.checkpoint import check_output_dir, create_output_dir, holds_model, is_unfinished
 from fastrlhf.config import PPOConfig, RewardConfig, RLPConfig, require
-from fastrlhf.config_files import differences
+from fastrlhf.config_files import SAME_MODEL, differences
 from fastrlhf.data.inputs import Data, open_inputs, with_room
 from fastrlhf.data.tokens import special_ids
 from fastrlhf.distributed import check_one_process
@@ -175,6 +175,7 @@ class _Run:
                 temperature=config.answer_temperature,
                 seed=config.seed,
                 batch_size=settings.rollout_batch_size,
+                decode=settings.decode,
                 stream=ANSWER_STREAM,
             )
             write_rows(file, map(asdict, sample_answers(engine, self.prompts, config.num_answers, round_)))
@@ -271,10 +272,9 @@ def _open(
     for field, path in (*given, ("dpo_model_path", policy.dpo_model_path)):
         if path:
             read_model_config(path, field, policy.trust_remote_code)
-    folders = [f"round-{i}/{stage}" for i in range(1, config.rounds + 1) for stage in ("reward", "policy")]
-    for folder in (str(Path(config.output_dir) / name) for name in ("reward", "policy", *folders)):
-        if not holds_model(folder) and not is_unfinished(folder):  # which its trainer resumes, or refuses
-            check_output_dir(folder)
+    for part in ("", *(f"round-{i}/" for i in range(1, config.rounds + 1))):
+        for stage, section in (("reward", reward), ("policy", policy)):
+            _check_stage(config, f"{part}{stage}", section)
     _, judged = open_inputs(replace(reward, output_dir=""), ["chosen", "rejected"], pairs, eval_pairs)
     tokenizer, data = open_inputs(replace(policy, output_dir=""), reset_fields(policy), prompts, eval_prompts)
     asked = with_room(data.train, "train", policy.max_length, policy.response_length)
@@ -317,6 +317,21 @@ def _check_same_run(config: RLPConfig) -> None:
         return
     other = differences(config, file, MAY_CHANGE)
     rule = f"a new folder: it holds a run of another configuration ({'; '.join(other)})"
+    require(not other, "output_dir", config.output_dir, rule)
+
+
+def _check_stage(config: RLPConfig, name: str, section: RewardConfig | PPOConfig) -> None:
+    """Raises ValueError where a stage's folder holds something else, or what another section has trained."""
+    folder = Path(config.output_dir) / name
+    if not holds_model(str(folder)):
+        if not is_unfinished(str(folder)):  # which its trainer resumes, or refuses
+            check_output_dir(str(folder))
+        return
+    given = ["reward_model_path"]  # by the run, as is the start of a refit that goes on
+    if config.refit_from == "reward" and "/" in name:
+        given += ["model_name_or_path", "tokenizer_name_or_path"]
+    other = differences(section, folder / "config.yaml", [*SAME_MODEL, *given])
+    rule = f"a new folder: {name} in it was trained by another section ({'; '.join(other)})"
     require(not other, "output_dir", config.output_dir, rule)
 
 

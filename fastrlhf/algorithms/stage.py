@@ -22,6 +22,7 @@ from fastrlhf.data.inputs import Data
 from fastrlhf.distributed import from_all, is_first, largest, on_first, total, world_size
 from fastrlhf.interrupts import Interrupted, Interrupts
 from fastrlhf.metrics import MetricsWriter, read_metrics
+from fastrlhf.models.adapters import cpu_copy, share_weights
 from fastrlhf.types import TokenizedExample
 from fastrlhf_kernels import Max, Metric, merge
 
@@ -41,7 +42,7 @@ class TrainResult:
     """The last evaluation; empty where there was nothing to evaluate on."""
     output_dir: Path | None
     value_model: PreTrainedModel | None = None
-    """The critic of an on-policy run."""
+    """The critic of an on-policy run; on the CPU where it shared the weights of the policy."""
 
 
 class Stage:
@@ -185,6 +186,8 @@ class Stage:
     ) -> TrainResult:
         """Saves what was trained, adapters added to the weights, and returns it."""
         if value_model is not None:
+            if share_weights(model, value_model):  # which one adapter alone can be added to
+                value_model = cpu_copy(value_model)
             save_trained(value_model, tokenizer, self.folder and self.folder / "value_model")
         save_trained(model, tokenizer, self.folder)
         return TrainResult(

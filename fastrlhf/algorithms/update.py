@@ -164,7 +164,7 @@ def _training_metrics(
 ) -> dict[str, float]:
     """TRL's names; means over the tokens of all passes, gradient norms over the optimiser steps. `policy` is empty
     where it was not trained, `value` where there is no critic."""
-    metrics = {"lr": steps[-1]["learning_rate"]}
+    metrics = {"learning_rate": steps[-1]["learning_rate"]}
     if policy:
         metrics |= {
             "loss/policy_avg": policy["policy_loss"],

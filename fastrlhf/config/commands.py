@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Literal
 
-from fastrlhf.config.checks import at_least, require
+from fastrlhf.config.checks import at_default, at_least, require
 from fastrlhf.config.train import TrainConfig
+
+EVAL_READS = (
+    *("output_dir", "model_name_or_path", "tokenizer_name_or_path", "eos_token", "chat_template", "trust_remote_code"),
+    *("dtype", "device", "seed", "micro_batch_tokens", "max_length", "truncation_mode"),
+    *("dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "columns", "max_bad_fraction"),
+    *("num_eval_examples", "max_train_examples"),
+)
+"""The keys of trainers that `fastrlhf eval` reads."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig(TrainConfig):
-    """Win rates of models against the responses of a dataset, or against each other, judged by a reward model."""
+    """Win rates of models against the responses of a dataset, or against each other, judged by a reward model.
+
+    `model_name_or_path` names no model here but where the tokenizer is, if not beside the first of `models`.
+    """
 
     models: tuple[str, ...] = ()
     """Folders or hub names of policies."""
@@ -24,12 +36,17 @@ class EvalConfig(TrainConfig):
     """Of sampling; 0 takes the likeliest token."""
     rollout_batch_size: int = 64
     """Responses that are generated side by side."""
+    decode: Literal["eager", "cuda_graph"] = "eager"
+    """As in ppo: cuda_graph records a decode step and replays it. Not yet run on a GPU."""
     num_eval_examples: int = 500
 
     def __post_init__(self) -> None:
         TrainConfig.__post_init__(self)
+        unread = tuple(field.name for field in fields(TrainConfig) if field.name not in EVAL_READS)
+        at_default(self, [(False, "with eval, which trains nothing", unread)])
         at_least(self, 1, "response_length", "rollout_batch_size")
         at_least(self, 0, "temperature")
+        require(self.decode == "eager" or self.device != "cpu", "decode", self.decode, "eager where device is cpu")
         require(self.response_length < self.max_length, "response_length", self.response_length, "below max_length")
 
 

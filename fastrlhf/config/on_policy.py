@@ -27,7 +27,8 @@ class PPOConfig(TrainConfig):
     learning_rate: float = 3e-6
     per_device_train_batch_size: int = 64
     reward_model_path: str = ""
-    """The judge; the critic starts from it too, where there is one."""
+    """The judge; the critic starts from it too, where there is one. As `adapter/` of a run that started from
+    `model_name_or_path` it shares those weights in memory; so do the other models below."""
     eval_reward_model_path: str = ""
     """A second judge, for evaluation alone: where its score falls while the training judge's rises, the policy is
     over-optimised. Empty: none."""
@@ -44,6 +45,9 @@ class PPOConfig(TrainConfig):
     """Divides the logits when sampling and in every log-prob of the run."""
     rollout_batch_size: int = 64
     """Episodes that are generated side by side."""
+    decode: Literal["eager", "cuda_graph"] = "eager"
+    """How the transformers engine takes its steps. cuda_graph: a step is recorded and replayed, which gives the same
+    samples without the cost of launching kernels; a model that cannot be recorded is refused. Not yet run on a GPU."""
     engine: Literal["transformers", "vllm"] = "transformers"
     """What generates them. vllm: an engine of vLLM in this process (install fastrlhf[vllm]), which is handed the
     weights of the policy before each batch; evaluation stays with transformers. Not yet run on a GPU."""
@@ -85,8 +89,8 @@ class PPOConfig(TrainConfig):
     score_clip: float = 0.0
     """Scores are clipped to +-score_clip, after score_norm; 0 is off."""
     dpo_model_path: str = ""
-    """A model trained by DPO or IPO that rewards every token by log(it / its reference) at temperature 1: RTO's r_DPO.
-    Empty: no such reward."""
+    """A model trained by DPO or IPO, or its `adapter/`, that rewards every token by log(it / its reference) at
+    temperature 1: RTO's r_DPO. Empty: no such reward."""
     dpo_ref_model_path: str = ""
     """The reference of its training; empty: `model_name_or_path`."""
     dpo_reward_scale: float = 0.05
@@ -99,7 +103,8 @@ class PPOConfig(TrainConfig):
     length_coef: float = 0.0
     """Each sampled token costs this much."""
     reward_function: str = ""
-    """One more reward: "module:function" or "file.py:function" of a Rollout, giving a number, or one per token."""
+    """One more reward: "module:function" or "file.py:function" of a Rollout, giving a number, or one per token. One
+    with a parameter called completions is of texts: (prompts, completions, **kwargs), giving a list of numbers."""
     cliprange: float = 0.2
     """The ratio is clipped to 1 - cliprange .. 1 + cliprange."""
     cliprange_high: float | None = None
@@ -167,6 +172,7 @@ class PPOConfig(TrainConfig):
         above_0(self, "temperature", "cliprange", "cliprange_value")
         share = self.vllm_gpu_memory_utilization
         require(0 < share < 1, "vllm_gpu_memory_utilization", share, "above 0 and below 1")
+        require(self.decode == "eager" or self.device != "cpu", "decode", self.decode, "eager where device is cpu")
         if self.engine == "vllm":
             require(not self.model_config, "model_config", self.model_config, "empty with engine vllm, which reads it")
             require(self.temperature >= 0.01, "temperature", self.temperature, "at least 0.01 with engine vllm")

@@ -36,8 +36,8 @@ class TrainConfig:
     trust_remote_code: bool = False
     """Run code that comes with a model."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the weights; bfloat16 ones are updated through float32 copies (4 more bytes per weight). Log-probs, rewards,
-    advantages, heads and losses are float32 in any case."""
+    """Of the weights; bfloat16 ones are updated as `master_weights` says. Log-probs, rewards, advantages, heads and
+    losses are float32 in any case."""
     use_peft: bool = False
     """Train a low-rank adapter and leave the weights alone; the reference is then the same weights without it. The run
     ends with the adapter in `adapter/` and added to the weights."""
@@ -105,6 +105,13 @@ class TrainConfig:
     """AdamW."""
     adam_epsilon: float = 1e-8
     """AdamW."""
+    optim: Literal["adamw_torch_fused", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"] = "adamw_torch_fused"
+    """Which AdamW, by transformers' names; all but the first are those of bitsandbytes (install fastrlhf[bnb]). 8bit:
+    moments take 2 bytes per weight in place of 8, but for embeddings. paged: they move to the CPU's memory where the
+    GPU's is short (not yet run on a GPU)."""
+    master_weights: Literal["float32", "stochastic_rounding"] = "float32"
+    """What bfloat16 weights are updated through. float32: copies (4 more bytes per weight). stochastic_rounding: no
+    copies; a new weight is rounded up or down at random, so that its mean is right; `seed` and step key the draws."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm; 0 is off (the norm is logged all the same)."""
     eval_steps: int = 0
@@ -133,7 +140,13 @@ class TrainConfig:
         at_least(self, 1, "lora_r", "lora_alpha")
         require(bool(self.lora_target_modules), "lora_target_modules", self.lora_target_modules, "all-linear, or names")
         lora = ("lora_r", "lora_alpha", "lora_target_modules", "use_rslora", "use_dora")
-        at_default(self, [(self.use_peft, "where use_peft is false", lora)])
+        at_default(
+            self,
+            [
+                (self.use_peft, "where use_peft is false", lora),
+                (self.dtype == "bfloat16", "where dtype is float32", ("master_weights",)),
+            ],
+        )
         at_least(self, 2, "max_length")
         at_least(self, 0, "warmup_steps", "eval_steps", "num_eval_examples", "max_train_examples")
         at_least(self, 0, "save_steps", "save_total_limit")

@@ -12,6 +12,7 @@ from functools import cached_property
 
 from transformers import PreTrainedTokenizerBase
 
+from fastrlhf.adamw import check_optim
 from fastrlhf.checkpoint import check_idle, check_run_dir, check_same_data
 from fastrlhf.config import TrainConfig, parse_columns, require
 from fastrlhf.data.examples import RESPONSES, LoadedExamples, load_examples
@@ -19,6 +20,7 @@ from fastrlhf.data.labels import GROUP_LABELS
 from fastrlhf.data.tokens import TokenizedExamples, TokenReport, load_tokenizer, tokenize_examples
 from fastrlhf.distributed import on_first, start, world_size
 from fastrlhf.metrics import import_reporters
+from fastrlhf.models.loading import resolve_device
 from fastrlhf.types import Example, TokenizedExample
 
 log = logging.getLogger(__name__)
@@ -57,6 +59,7 @@ def open_inputs(
         on_first(lambda: check_run_dir(config))
         on_first(lambda: check_idle(config.output_dir))
     import_reporters(config.report_to)
+    check_optim(config, resolve_device(config.device))
     tokenizer = open_tokenizer(config)
     if train is None:
         train, evaluation = _load_both(config, fields)

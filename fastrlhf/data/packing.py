@@ -107,6 +107,39 @@ def tree(prefixes: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) 
     return [Segment(token_ids=trunk), *branches]
 
 
+def trunks(sequences: Iterable[Sequence[int]]) -> dict[tuple[int, ...], tuple[int, ...]]:
+    """Of each sequence one of them that begins with it and that none goes on from: itself, or what it is cut from.
+
+    [7, 8], [7, 8, 1], [7, 9]   ->   (7, 8): (7, 8, 1), (7, 8, 1): (7, 8, 1), (7, 9): (7, 9)
+    """
+    found: dict[tuple[int, ...], tuple[int, ...]] = {}
+    after: tuple[int, ...] = ()
+    for each in sorted(set(map(tuple, sequences)), reverse=True):
+        # In lexical order what begins with a sequence comes right after it.
+        found[each] = found[after] if after and after[: len(each)] == each else each
+        after = each
+    return found
+
+
+def families(prefixes: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], budget: int) -> list[list[int]]:
+    """Indices of sequences whose prefixes are cut from one text, so that a `tree` computes it once: of at most `budget`
+    tokens, or a sequence alone. In the order of their first sequences."""
+
+    def computed(members: Sequence[int]) -> int:
+        return max(len(prefixes[i]) for i in members) + sum(len(responses[i]) for i in members)
+
+    trunk_of = trunks(prefixes)
+    found: list[list[int]] = []
+    newest: dict[tuple[int, ...], list[int]] = {}
+    for i, prefix in enumerate(prefixes):
+        trunk = trunk_of[tuple(prefix)]
+        if trunk not in newest or computed([*newest[trunk], i]) > budget:
+            newest[trunk] = []
+            found.append(newest[trunk])
+        newest[trunk].append(i)
+    return found
+
+
 def forest(trees: Iterable[Sequence[Segment]]) -> list[Segment]:
     """The segments of several trees, one tree after the other; `parent` counts from the first segment of its tree."""
     segments: list[Segment] = []

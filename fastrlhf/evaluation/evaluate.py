@@ -78,9 +78,10 @@ def _write(
     scores: Mapping[str, np.ndarray],
     comparisons: Mapping[str, Comparison],
 ) -> None:
-    """config.yaml, summary.json with the comparisons, and samples.jsonl with every prompt, response and score."""
+    """config.yaml, summary.json with the comparisons (`fastrlhf report` shows them), and samples.jsonl with every
+    prompt, response and score."""
     folder = create_output_dir(config.output_dir, config)
-    summary = {"opponent": config.opponent, "models": {name: asdict(made) for name, made in comparisons.items()}}
+    summary = {"opponent": config.opponent, "methods": {name: asdict(made) for name, made in comparisons.items()}}
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     with (folder / "samples.jsonl").open("w", encoding="utf-8") as file:
         for name, rollouts in answers.items():
@@ -98,7 +99,7 @@ def format_table(comparisons: Mapping[str, Comparison]) -> str:
     lines = [f"{'model':{width}}  win rate %             score difference           prompts"]
     for name, comparison in comparisons.items():
         low, high = comparison.win_rate_ci
-        below, above = comparison.difference_ci
+        below, above = comparison.mean_difference_ci
         lines.append(
             f"{name:{width}}  {100 * comparison.win_rate:5.1f} [{100 * low:5.1f}, {100 * high:5.1f}]   "
             f"{comparison.mean_difference:+7.3f} [{below:+7.3f}, {above:+7.3f}]  {comparison.num:6d}"
@@ -141,6 +142,7 @@ def _respond(
         temperature=config.temperature,
         seed=config.seed,
         batch_size=config.rollout_batch_size,
+        decode=config.decode,
     )
 
 

@@ -50,6 +50,7 @@ def evaluate(
             temperature=temperature,
             seed=config.seed,
             batch_size=config.rollout_batch_size,
+            decode=config.decode,
         )
 
     def scores(name: str, judge: Judge, rollouts: Sequence[Rollout]) -> dict[str, float]:

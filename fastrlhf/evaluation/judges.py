@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fastrlhf.data.packing import pack
+from fastrlhf.data.packing import families, forest, num_computed, pack, tree
 from fastrlhf.distributed import on_first, own_micro_batches, total, world_size
 from fastrlhf.models.forward import sequence_scores
 from fastrlhf.models.sharding import whole
@@ -20,18 +20,22 @@ Judge = Callable[[Sequence[Rollout]], Tensor]
 
 
 def reward_model_judge(model: PreTrainedModel, *, eos_token_id: int, micro_batch_tokens: int) -> Judge:
-    """The scores of a reward model, which reads the prompt and the response up to its first EOS."""
+    """The scores of a reward model, which reads the prompt and the response up to its first EOS.
+
+    What rollouts share, the prefix of a group or the text that their prefixes are cut from, is computed once.
+    """
 
     @torch.no_grad()
     def judge(rollouts: Sequence[Rollout]) -> Tensor:
-        texts = [
-            Segment(token_ids=[*rollout.prefix.token_ids, *rollout.completion[: end_index(rollout, eos_token_id) + 1]])
-            for rollout in rollouts
-        ]
-        scores = torch.zeros(len(texts), device=model.device)
+        prefixes = [rollout.prefix.token_ids for rollout in rollouts]
+        responses = [rollout.completion[: end_index(rollout, eos_token_id) + 1] for rollout in rollouts]
+        groups = families(prefixes, responses, micro_batch_tokens)
+        trees = [_tree([prefixes[i] for i in group], [responses[i] for i in group]) for group in groups]
+        scores = torch.zeros(len(rollouts), device=model.device)
         with whole(model):
-            for micro in own_micro_batches([len(text.token_ids) for text in texts], micro_batch_tokens, "response"):
-                scores[micro] = sequence_scores(model, pack([texts[i] for i in micro], model.device))
+            for micro in own_micro_batches(list(map(num_computed, trees)), micro_batch_tokens, "response"):
+                batch = pack(forest(trees[j] for j in micro), model.device)
+                scores[[i for j in micro for i in groups[j]]] = sequence_scores(model, batch)
         return checked_scores(total(scores), rollouts, model.device)
 
     return judge
@@ -40,6 +44,10 @@ def reward_model_judge(model: PreTrainedModel, *, eos_token_id: int, micro_batch
 def asked_once(judge: Judge) -> Judge:
     """A judge that may cost money or change its mind: of several processes the first one asks it, for all of them."""
     return judge if world_size() == 1 else lambda rollouts: on_first(lambda: torch.as_tensor(judge(rollouts)).cpu())
+
+
+def _tree(prefixes: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[Segment]:
+    return tree(prefixes, responses) if len(prefixes) > 1 else [Segment(token_ids=[*prefixes[0], *responses[0]])]
 
 
 def checked_scores(scores: Tensor | Sequence[float], rollouts: Sequence[Rollout], device: torch.device) -> Tensor:

@@ -1,7 +1,7 @@
 """report.html: one self-contained page from what a run leaves in its directory.
 
 The page needs no network and no script. It shows, as far as they are there:
-    summary.json    the table of methods of a demo
+    summary.json    the table of methods of a demo, or of models that were compared
     metrics.jsonl   one chart per metric, of the directory itself and of the stages in its sub-folders; stages that log
                     the same metrics (ppo and drpo, two seeds) share their charts; scores by reset depth are one chart,
                     and so are the judges of training and evaluation over the square root of the KL
@@ -38,7 +38,6 @@ _HOUSEKEEPING = {
     "loss",
     "grad_norm",
     "learning_rate",
-    "lr",
     "epoch",
     "num_tokens",
     "num_unique_tokens",
@@ -50,6 +49,8 @@ _COLUMNS = {
     "win_rate": "Win rate",
     "gold_reward": "Gold reward",
     "minus_sft": "Gold minus SFT",
+    "mean_difference": "Score difference",
+    "num": "Prompts",
     "rm_score": "RM score",
     "kl": "KL (nats)",
     "mean_length": "Mean length",

@@ -11,7 +11,7 @@ from fastrlhf.data.packing import pack, sequence
 from fastrlhf.distributed import own_micro_batches, total
 from fastrlhf.models.forward import token_logprobs
 from fastrlhf.models.sharding import whole
-from fastrlhf.rollout import SharedEngine, TransformersEngine
+from fastrlhf.rollout import Decode, SharedEngine, TransformersEngine
 from fastrlhf.types import Prefix, Rollout, TokenizedExample
 
 EVAL_EPISODES = 1 << 40
@@ -27,6 +27,7 @@ def respond(
     temperature: float,
     seed: int,
     batch_size: int,
+    decode: Decode = "eager",
 ) -> list[Rollout]:
     """One full response per prompt, with no reset, in order; temperature 0 takes the likeliest token."""
     engine = TransformersEngine(
@@ -36,6 +37,7 @@ def respond(
         temperature=temperature,
         seed=seed,
         batch_size=batch_size,
+        decode=decode,
     )
     return SharedEngine(engine=engine, model=model).generate(
         [

@@ -28,7 +28,7 @@ class Comparison:
     win_rate_ci: Interval
     mean_difference: float
     """Mean of (a - b), in the units of the scores."""
-    difference_ci: Interval
+    mean_difference_ci: Interval
     num: int
     """Rows compared."""
 
@@ -46,7 +46,7 @@ def compare(
         win_rate=float(outcomes.mean()),
         win_rate_ci=bootstrap_interval(outcomes, level=level, samples=samples, seed=seed),
         mean_difference=difference,
-        difference_ci=difference_ci,
+        mean_difference_ci=difference_ci,
         num=len(outcomes),
     )
 

@@ -2,12 +2,14 @@
 
 An adapter is injected into the model: it stays the class it was, its trunk stays `model.base_model`, and only the
 adapter's weights (and a score head) have gradients. The reference is the same model without the adapter: another set of
-modules around the very same tensors, so that it costs no memory and nothing is switched on and off.
+modules around the very same tensors, so that it costs no memory and nothing is switched on and off. `roles.py` hangs
+the other models of a run on the same tensors.
 """
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
-from torch.nn import Linear, Module
+from torch.nn import Linear, Module, Parameter
 from transformers import PreTrainedModel
 
 from fastrlhf.config import TrainConfig
@@ -23,6 +25,9 @@ from fastrlhf.config import TrainConfig
 if TYPE_CHECKING:
     from peft import LoraConfig
     from peft.tuners.tuners_utils import BaseTunerLayer
+
+SCORE = "base_model.model.score.weight"
+"""The name of a score head's weight in the file of an adapter."""
 
 
 def add_adapter(model: PreTrainedModel, config: TrainConfig, base: str) -> None:
@@ -32,7 +37,7 @@ def add_adapter(model: PreTrainedModel, config: TrainConfig, base: str) -> None:
     Raises ValueError where no module of the model fits `lora_target_modules`, and for embeddings and heads, whose
     weights are read without their module.
     """
-    from peft import LoraConfig, inject_adapter_in_model
+    from peft import LoraConfig
 
     targets = config.lora_target_modules
     settings = LoraConfig(
@@ -47,14 +52,11 @@ def add_adapter(model: PreTrainedModel, config: TrainConfig, base: str) -> None:
     )
     outer = (model.get_input_embeddings(), model.get_output_embeddings())
     apart = [module.weight for module in outer if module is not None]
-    device = model.device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(config.seed)
-        try:
-            inject_adapter_in_model(settings, model)
-        except ValueError as error:
-            fit = f"{', '.join(targets)} fit no layer of {type(model).__name__}"
-            raise ValueError(f"lora_target_modules: {fit}: {error}") from error
+    try:
+        inject(settings, model, config.seed)
+    except ValueError as error:
+        fit = f"{', '.join(targets)} fit no layer of {type(model).__name__}"
+        raise ValueError(f"lora_target_modules: {fit}: {error}") from error
     for _, name, layer in _adapted(model):
         if any(layer.get_base_layer().weight is weight for weight in apart):
             raise ValueError(f"lora_target_modules: {name} is an embedding or a head; name layers of the trunk")
@@ -63,8 +65,28 @@ def add_adapter(model: PreTrainedModel, config: TrainConfig, base: str) -> None:
         head.requires_grad_(True)
 
 
+def inject(settings: LoraConfig, model: PreTrainedModel, seed: int) -> None:
+    """Freezes the model and gives it an adapter, drawn with `seed`."""
+    from peft import inject_adapter_in_model
+
+    device = model.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        inject_adapter_in_model(settings, model)
+
+
 def has_adapter(model: PreTrainedModel) -> bool:
     return bool(_adapted(model))
+
+
+def base_fingerprint(model: PreTrainedModel) -> str:
+    """Of the trunk under an adapter, the same in float32 and bfloat16: of the first entries of every weight, as any
+    training moves most. A head is not part of it, so that a causal LM and a reward model may have one base."""
+    digest = hashlib.sha256()
+    for name, weight in cast(Module, model.base_model).named_parameters():
+        if ".lora_" not in name:
+            digest.update(weight.detach().reshape(-1)[:64].bfloat16().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:32]
 
 
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
@@ -72,13 +94,31 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
 
     The weights under an adapter are shared with `model`, not copied; a score head, which is trained, is copied.
     """
-    shared = {}
-    if has_adapter(model):
-        shared = {id(weight): weight for weight in model.parameters() if not weight.requires_grad}
-    frozen = copy.deepcopy(model, shared)
+    frozen = shared_view(model) if has_adapter(model) else copy.deepcopy(model)
     for parent, name, layer in _adapted(frozen):
         setattr(parent, name, layer.get_base_layer())
+    vars(frozen).pop("peft_config", None)
     return frozen.requires_grad_(False).eval()
+
+
+def shared_view(model: PreTrainedModel) -> PreTrainedModel:
+    """Other modules around the same tensors; what is trained (an adapter, a score head) is copied."""
+    return copy.deepcopy(model, frozen_tensors(model))
+
+
+def frozen_tensors(model: Module) -> dict[int, Tensor]:
+    """By id, as deepcopy's memo wants them: the weights that nobody trains, and the buffers."""
+    return {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers()) if not tensor.requires_grad}
+
+
+def cpu_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy, adapter and all, that shares nothing. It is made on the CPU, for want of room on the GPU."""
+    weights = {id(w): Parameter(w.detach().to("cpu", copy=True), w.requires_grad) for w in model.parameters()}
+    return copy.deepcopy(model, weights).to("cpu")  # pyright: ignore[reportArgumentType] (as in loading._ready)
+
+
+def share_weights(one: Module, other: Module) -> bool:
+    return bool({id(weight) for weight in one.parameters()} & {id(weight) for weight in other.parameters()})
 
 
 def merge_adapter(model: PreTrainedModel) -> None:
@@ -90,6 +130,7 @@ def merge_adapter(model: PreTrainedModel) -> None:
         for parent, name, layer in layers:
             layer.merge(safe_merge=True)
             setattr(parent, name, layer.get_base_layer())
+        del model.peft_config
         model.requires_grad_(True)
 
 
@@ -108,19 +149,27 @@ def plain_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
 
 
 def save_adapter(model: PreTrainedModel, folder: Path) -> None:
-    """Writes the adapter alone, and a trained head, in peft's form, into `folder`."""
-    from peft import get_peft_model_state_dict
+    """Writes the adapter alone, and a trained head, in peft's form, into `folder`; the metadata of the file say over
+    which weights it was trained."""
     from safetensors.torch import save_file
 
     settings = cast("LoraConfig", copy.deepcopy(model.peft_config["default"]))
     folder.mkdir(parents=True, exist_ok=True)
-    # The names that a PeftModel around the plain model would give.
-    weights = {f"base_model.model.{name}": w.contiguous() for name, w in get_peft_model_state_dict(model).items()}
     if hasattr(model, "score"):
         settings.modules_to_save = ["score"]
-        weights["base_model.model.score.weight"] = cast(Linear, model.score).weight.detach().contiguous()
-    save_file(weights, folder / "adapter_model.safetensors")
+    weights = {name: weight.contiguous() for name, weight in adapter_weights(model).items()}
+    save_file(weights, folder / "adapter_model.safetensors", {"format": "pt", "base": base_fingerprint(model)})
     settings.save_pretrained(str(folder))
+
+
+def adapter_weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The tensors themselves, and those of a score head, by the names that a PeftModel around the plain model gives."""
+    from peft import get_peft_model_state_dict
+
+    weights = {f"base_model.model.{name}": weight for name, weight in get_peft_model_state_dict(model).items()}
+    if hasattr(model, "score"):
+        weights[SCORE] = cast(Linear, model.score).weight.detach()
+    return weights
 
 
 def _adapted(model: Module) -> list[tuple[Module, str, BaseTunerLayer]]:

@@ -30,10 +30,11 @@ PACKED = "fastrlhf_packed"
 
 
 @contextmanager
-def packed_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Within it, the model's forward expects `attention_plan`; afterwards it is as before (generation needs that)."""
+def packed_attention(model: PreTrainedModel, name: str = PACKED) -> Iterator[None]:
+    """Within it, the model's forward expects `attention_plan`, or what the attention function registered as `name`
+    expects; afterwards it is as before."""
     before = cast(str, model.config._attn_implementation)
-    model.config._attn_implementation = PACKED  # its layers read it at every call
+    model.config._attn_implementation = name  # its layers read it at every call
     try:
         yield
     finally:

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.config import PPOConfig
 from fastrlhf.models.forward import token_logprobs
-from fastrlhf.models.loading import check_same_tokenizer, check_same_vocabulary, load_policy, resolve_device
+from fastrlhf.models.loading import check_same_tokenizer, check_same_vocabulary, load_policy
+from fastrlhf.models.roles import holds_adapter, policy_role
 from fastrlhf.models.sharding import shard
 from fastrlhf.types import PackedBatch
 
@@ -46,26 +47,43 @@ class ImplicitReward:
         return logprob - run_reference_logprob
 
 
-def open_implicit_reward(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> ImplicitReward:
-    """The models of `dpo_model_path` and `dpo_ref_model_path`. Raises ValueError, before any weights are loaded, where
-    one of them has another tokenizer than the run."""
+def implicit_sources(config: PPOConfig) -> dict[str, str]:
+    """What is to be loaded, by field; empty where no token earns such a reward."""
+    if config.reward_shaping == "none" or not config.dpo_model_path:
+        return {}
     sources = {"dpo_model_path": config.dpo_model_path, "dpo_ref_model_path": config.dpo_ref_model_path}
-    if config.dpo_ref_model_path == config.model_name_or_path:
+    if config.dpo_ref_model_path in ("", config.model_name_or_path):
         del sources["dpo_ref_model_path"]  # the run's own reference
-    sources = {field: source for field, source in sources.items() if source}
+    return sources
+
+
+def open_implicit_reward(
+    config: PPOConfig, tokenizer: PreTrainedTokenizerBase, base: PreTrainedModel
+) -> ImplicitReward | None:
+    """The models of `dpo_model_path` and `dpo_ref_model_path`, None where no token earns such a reward. One that is an
+    adapter shares the weights of `base`, the frozen reference of the run.
+
+    Raises ValueError, before any of them is loaded, where one has another tokenizer than the run.
+    """
+    sources = implicit_sources(config)
     for field, source in sources.items():
-        check_same_tokenizer(field, source, tokenizer, config, required=True)
+        check_same_tokenizer(field, source, tokenizer, config, required=not holds_adapter(source))
     models = {
-        field: load_policy(
+        field: policy_role(source, base, field)
+        if holds_adapter(source)
+        else load_policy(
             source,
             field=field,
-            device=resolve_device(config.device),
+            device=base.device,
             dtype=config.dtype,
             trust_remote_code=config.trust_remote_code,
-        ).requires_grad_(False)
+        )
         for field, source in sources.items()
     }
-    check_same_vocabulary(models, len(tokenizer))
+    if not models:
+        return None
+    check_same_vocabulary({"model_name_or_path": base, **models}, len(tokenizer))
     for model in models.values():
+        model.requires_grad_(False)
         shard(model)
     return ImplicitReward(model=models["dpo_model_path"], reference=models.get("dpo_ref_model_path"))

@@ -163,18 +163,24 @@ def load_reward_model(
     config = read_model_config(source, field, trust_remote_code)
     config.num_labels, config.pad_token_id = 1, pad_token_id
     model, missing = _open(AutoModelForSequenceClassification, source, field, config, dtype, trust_remote_code)
-    head = getattr(model, "score", None)
-    if not isinstance(head, Linear) or head.out_features != 1 or head.bias is not None:
-        raise ValueError(f"{field}: {type(model).__name__} of {source!r} has no `score` head that is one linear map")
+    head = float_score_head(model, source, field)
     _check_complete(source, field, missing - {"score.weight"})
-    # Both our own forward and the plain model's then compute the score in float32.
-    head.float().register_forward_pre_hook(_float_input)
     if missing:
         if must_be_trained:
             raise ValueError(f"{field}: {source!r} has no trained score head; train one with `fastrlhf reward`")
         generator = torch.Generator().manual_seed(seed)
         torch.nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5, generator=generator)
     return _ready(model, device)
+
+
+def float_score_head(model: PreTrainedModel, source: str, field: str) -> Linear:
+    """The head of a sequence classifier, made to run in float32. Raises ValueError where it is not one linear map."""
+    head = getattr(model, "score", None)
+    if not isinstance(head, Linear) or head.out_features != 1 or head.bias is not None:
+        raise ValueError(f"{field}: {type(model).__name__} of {source!r} has no `score` head that is one linear map")
+    # Both our own forward and the plain model's then compute the score in float32.
+    head.float().register_forward_pre_hook(_float_input)
+    return head
 
 
 def check_same_vocabulary(models: Mapping[str, PreTrainedModel], num_tokens: int) -> None:

@@ -28,6 +28,7 @@ from fastrlhf.data.inputs import open_tokenizer
 from fastrlhf.data.packing import forest, micro_batches, num_computed, pack
 from fastrlhf.data.rows import SUFFIXES
 from fastrlhf.models.forward import enable_activation_checkpointing
+from fastrlhf.models.kv_cache import rounded_up
 from fastrlhf.models.loading import DTYPES, read_model_config, resolve_device
 from fastrlhf.tools.memory import Fakes
 from fastrlhf.tools.work import open_work, to_tree
@@ -204,8 +205,8 @@ def _rollout(
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     item = DTYPES[config.dtype].itemsize
-    per_layer = 2 * heads * head_dim * item * number * (width + config.response_length)
-    prefill = fakes.forward_peak(policy, pack([Segment(token_ids=range(width))] * number))
+    per_layer = 2 * heads * head_dim * item * number * rounded_up(width + config.response_length)
+    prefill = per_layer // 2 + fakes.forward_peak(policy, pack([Segment(token_ids=range(width))] * number))
     # logits, and in float32: tempered, their log-softmax, its exponential and the cumulative sum of that
     drawing = number * text.vocab_size * (item + 16)
     return Phase(
@@ -213,8 +214,7 @@ def _rollout(
         parts=kept
         | {
             "key-value cache": per_layer * text.num_hidden_layers,
-            # a layer's cache is copied when a token is added to it
-            "prefill, logits of one token each, a layer of the cache": max(prefill, drawing) + per_layer,
+            "prefill, keys on their way to the cache, or logits of one token each": max(prefill, drawing),
         },
     )
 

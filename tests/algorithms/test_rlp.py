@@ -1,6 +1,7 @@
 """RLP from end to end on tiny models: what it adds to the trainers, what it leaves, and how it goes on."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -203,6 +204,31 @@ def test_a_run_that_is_started_again_does_only_what_is_missing_and_ends_alike(
         match=r"a new folder: it holds a run of another configuration \(min_confidence: 0.5 there, 0.7 here\)",
     ):
         run(replace(config, min_confidence=0.7), policy)
+
+
+@pytest.mark.parametrize("refit_from", ["start", "reward"])
+def test_another_section_than_a_finished_stage_was_trained_by_is_refused_and_a_moved_run_is_not(
+    policy, tmp_path, refit_from
+):
+    config = settings(tmp_path / "rlp", refinement="uml", mib_weight=0.0, refit_from=refit_from)
+    reward, ppo = sections(policy)
+    data = {"pairs": PAIRS, "eval_pairs": HELD_OUT, "prompts": PROMPTS}
+    train_rlp(config, reward, ppo, **data)
+    moved = (tmp_path / "rlp").rename(tmp_path / "moved")
+    config = replace(config, output_dir=str(moved))
+    before = [(file, file.stat().st_mtime_ns) for file in moved.rglob("*.safetensors")]
+    train_rlp(config, replace(reward, micro_batch_tokens=4096), replace(ppo, save_steps=1), **data)
+    assert [(file, file.stat().st_mtime_ns) for file in moved.rglob("*.safetensors")] == before
+    changes = (
+        (replace(reward, learning_rate=2e-3), ppo, r"reward in it .* \(learning_rate: 0.001 there, 0.002 here\)"),
+        (reward, replace(ppo, kl_coef=0.5), r"policy in it .* \(kl_coef: 0.05 there, 0.5 here\)"),
+    )
+    for part in ("", "round-1/"):
+        for other_reward, other_policy, message in changes:
+            with pytest.raises(ValueError, match=f"output_dir: must be a new folder: {part}{message}"):
+                train_rlp(config, other_reward, other_policy, **data)
+        for stage in ("reward", "policy"):  # the refitted ones tell on their own
+            shutil.rmtree(moved / stage, ignore_errors=True)
 
 
 def test_models_of_the_users_take_the_place_of_the_first_stages(policy, spg, tmp_path):

@@ -15,6 +15,7 @@ from fastrlhf.config import (
     SFTConfig,
     TrainConfig,
 )
+from fastrlhf.config.commands import EVAL_READS
 
 TRAINING = (SFTConfig, RewardConfig, DPOConfig, PPOConfig, DRPOConfig, RTOConfig, EvalConfig)
 ON_POLICY = (PPOConfig, DRPOConfig, RTOConfig)
@@ -109,7 +110,7 @@ CHOICES = [
     (kind, name, get_args(hint))
     for kind in TRAINING
     for name, hint in get_type_hints(kind).items()
-    if get_origin(hint) is Literal
+    if get_origin(hint) is Literal and (kind is not EvalConfig or name in EVAL_READS)
 ]
 
 
@@ -117,6 +118,7 @@ BESIDE = {
     "reward_shaping": {"dpo_model_path": "dpo"},
     "reset_source": {"reset_prob": 0.5},
     "psi_opponents": {"psi": "identity", "reset_group_size": 2},
+    "master_weights": {"dtype": "bfloat16"},
     "groupwise": {"loss_type": "ipo"},
     "reward_model": {"reward_model_path": "judge"},
     **{name: {"reset_group_size": 2} for name in ("rloo", "grpo")},
@@ -138,9 +140,10 @@ def test_a_word_that_is_no_choice_is_refused_with_the_choices(kind, field, choic
 
 UNREAD = [
     *((kind, key, {}) for kind in TRAINING for key in ("lora_r", "lora_alpha", "use_rslora", "use_dora")),
-    *((kind, "lora_target_modules", {}) for kind in TRAINING),
+    *((kind, key, {}) for kind in TRAINING for key in ("lora_target_modules", "master_weights")),
     *((DPOConfig, key, {}) for key in ("label_prior", "score_scale", "psi_clip")),
     (DPOConfig, "psi_clip", {"psi": "logit", "loss_type": "ipo"}),
+    *((EvalConfig, key, {}) for key in ("learning_rate", "per_device_train_batch_size", "save_steps", "report_to")),
     *((kind, key, {}) for kind in ON_POLICY for key in ("dpo_reward_scale", "dpo_reward_clip", "reward_shaping")),
     *((kind, key, {"reset_prob": 0.0}) for kind in ON_POLICY for key in ("reset_curriculum", "reset_source")),
     *((kind, key, {}) for kind in ON_POLICY for key in ("psi_opponents", "psi_clip")),
@@ -154,6 +157,8 @@ UNREAD = [
 ]
 OTHER = {"lora_target_modules": ("q_proj",), "reward_shaping": "rs", "reset_source": "chosen"}
 OTHER |= {"psi_opponents": "chosen", "use_rslora": True, "use_dora": True, "lora_r": 4, "lora_alpha": 4}
+OTHER |= {"report_to": ("wandb",), "per_device_train_batch_size": 4, "save_steps": 4}
+OTHER |= {"master_weights": "stochastic_rounding"}
 
 
 @pytest.mark.parametrize(("kind", "field", "without"), UNREAD)
@@ -182,6 +187,13 @@ READ = [
 @pytest.mark.parametrize(("kind", "settings"), READ)
 def test_the_same_keys_are_taken_where_something_reads_them(kind, settings):
     assert {name: getattr(kind(**settings), name) for name in settings} == settings
+
+
+@pytest.mark.parametrize("kind", [PPOConfig, EvalConfig])
+def test_a_cuda_graph_is_refused_on_a_cpu(kind):
+    assert kind(decode="cuda_graph").decode == "cuda_graph"
+    with pytest.raises(ValueError, match=r"^decode: must be eager where device is cpu; got 'cuda_graph'"):
+        kind(decode="cuda_graph", device="cpu")
 
 
 def test_the_fields_with_choices_are_found():

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from fastrlhf.data.packing import (
+    families,
     forest,
     group,
     micro_batches,
@@ -11,6 +12,7 @@ from fastrlhf.data.packing import (
     pair,
     sequence,
     tree,
+    trunks,
     unpack,
 )
 from fastrlhf.types import Segment
@@ -153,6 +155,22 @@ def test_a_tree_computes_the_longest_prefix_once_and_holds_every_sequence():
     assert unpack(batch) == [[*prefix, *response] for prefix, response in zip(prefixes, responses, strict=True)]
     assert batch.targets.tolist() == [5, 0, 6, 9, 9, 0]
     assert batch.rows.tolist() == [1, 4, 3, 2, 7, 8]  # first tokens: from the trunk's token before the cut
+
+
+def test_trunks_are_the_texts_that_no_other_goes_on_from():
+    texts = [[7, 8], [7, 9], [7, 8, 1], [7, 8, 1, 4], [7, 8, 2], [70], [7, 8]]
+    found = trunks(texts)
+    assert set(found) == {tuple(text) for text in texts}
+    assert set(found.values()) == {(7, 8, 1, 4), (7, 8, 2), (7, 9), (70,)}
+    assert all(trunk[: len(text)] == text for text, trunk in found.items())
+
+
+def test_families_share_a_text_and_stay_within_the_budget():
+    prefixes = [[7, 8], [5], [7, 8, 1, 2], [7, 8, 1], [5], [7, 8, 1, 2]]
+    responses = [[0], [3] * 9, [4, 0], [0], [0], [3] * 4]
+    assert families(prefixes, responses, 1000) == [[0, 2, 3, 5], [1, 4]]
+    # A text of 4 and responses of 1, 2 and 1 tokens make 8; those of [5] make 1 + 9 + 1.
+    assert families(prefixes, responses, 8) == [[0, 2, 3], [1], [4], [5]]
 
 
 def test_a_forest_counts_parents_from_its_own_trees():

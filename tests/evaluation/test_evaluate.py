@@ -10,8 +10,10 @@ from fastrlhf.data.inputs import open_eval_inputs
 from fastrlhf.evaluation import evaluate
 from fastrlhf.evaluation.evaluate import evaluate_models, format_table
 from fastrlhf.evaluation.judges import reward_model_judge
+from fastrlhf.evaluation.report import write_report
 from fastrlhf.evaluation.responses import respond
 from fastrlhf.evaluation.winrates import Comparison, compare
+from fastrlhf.metrics import read_rows
 from fastrlhf.models.loading import build_policy, load_policy, load_reward_model
 from tests import tiny
 
@@ -76,6 +78,22 @@ def test_models_are_compared_with_each_other(config):
     assert against.mean_difference != 0
 
 
+def test_what_it_prints_is_left_in_a_file_that_the_report_shows(config, tmp_path):
+    folder = tmp_path / "eval"
+    comparisons = evaluate_models(replace(config, output_dir=str(folder)), tiny.examples(20))
+    summary = json.loads((folder / "summary.json").read_text())
+    for name, comparison in comparisons.items():
+        low, high = comparison.mean_difference_ci
+        assert summary["methods"][name]["mean_difference"] == comparison.mean_difference
+        assert summary["methods"][name]["mean_difference_ci"] == [low, high]
+        assert (summary["methods"][name]["win_rate"], summary["methods"][name]["num"]) == (comparison.win_rate, 20)
+    rows = read_rows(folder / "samples.jsonl")
+    assert len(rows) == 20 * 3  # of both models, and the dataset's
+    page = write_report(folder).read_text()
+    assert [page.count(f">{column}</th>") for column in ("Win rate", "Score difference", "Prompts")] == [1, 1, 1]
+    assert all(name in page for name in config.models)
+
+
 def test_a_response_of_the_dataset_that_was_cut_is_judged_as_it_stands(config):
     """max_length leaves no room for its EOS."""
     examples = [replace(example, rejected="w1 " * 30) for example in tiny.examples(12)]
@@ -135,7 +153,7 @@ def test_bad_input_is_refused_before_anything_is_generated(config, tmp_path, mon
 
 def test_the_table_is_aligned():
     comparison = Comparison(
-        win_rate=0.625, win_rate_ci=(0.5, 0.75), mean_difference=-0.5, difference_ci=(-1.0, 0.25), num=8
+        win_rate=0.625, win_rate_ci=(0.5, 0.75), mean_difference=-0.5, mean_difference_ci=(-1.0, 0.25), num=8
     )
     header, first, second = format_table({"a": comparison, "runs/long/name": comparison}).splitlines()
     assert header == "model           win rate %             score difference           prompts"

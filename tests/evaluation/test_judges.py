@@ -48,6 +48,25 @@ def test_a_response_is_judged_after_its_prompt_and_up_to_its_first_eos(model, mi
     assert len(set(judged.tolist())) >= 3
 
 
+@pytest.mark.parametrize("micro_batch_tokens", [12, 19, 1000])
+def test_what_responses_share_is_read_once_and_changes_no_score(model, micro_batch_tokens):
+    """Eight episodes from four points of one text, among others. float32 in another order of summation."""
+    text, seen = [4 + (5 * i) % 25 for i in range(7)], []
+    rollouts = [rollout(text[: 4 + i % 4], [3 + i, 9, tiny.EOS], num_reset=i % 4) for i in range(8)]
+    rollouts[3:3] = [rollout([5, 6], [7, tiny.EOS]), rollout([8], [9])]
+    texts = [[*each.prefix.token_ids, *each.completion] for each in rollouts]
+    judge = reward_model_judge(model, eos_token_id=tiny.EOS, micro_batch_tokens=micro_batch_tokens)
+    trunk = model.base_model
+    hook = trunk.register_forward_pre_hook(lambda _, __, kw: seen.append(kw["input_ids"].numel()), with_kwargs=True)
+    judged = judge(rollouts)
+    hook.remove()
+    torch.testing.assert_close(judged, torch.stack([score(model, text) for text in texts]), rtol=1e-6, atol=2e-6)
+    assert max(seen) <= micro_batch_tokens
+    assert sum(seen) < sum(map(len, texts))
+    if micro_batch_tokens == 1000:
+        assert seen == [7 + 8 * 3 + 4 + 2]
+
+
 def test_a_response_longer_than_a_micro_batch_is_refused(model):
     judge = reward_model_judge(model, eos_token_id=tiny.EOS, micro_batch_tokens=4)
     with pytest.raises(ValueError, match=r"^micro_batch_tokens: 4 cannot hold response 1 of 5 tokens"):

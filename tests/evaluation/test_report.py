@@ -7,7 +7,7 @@ import pytest
 from fastrlhf.evaluation.report import write_report
 from fastrlhf.metrics import MetricsWriter
 
-ON_POLICY = {"loss/policy_avg": 0.1, "objective/kl": 1.0, "objective/scores": 0.5, "lr": 1e-4}
+ON_POLICY = {"loss/policy_avg": 0.1, "objective/kl": 1.0, "objective/scores": 0.5, "learning_rate": 1e-4}
 
 
 def write_metrics(directory, metrics, steps=5):

@@ -68,7 +68,7 @@ def test_a_comparison_holds_the_same_numbers_as_its_parts():
     assert result.num == 80
     assert result.win_rate == win_rate(a, b)
     assert result.win_rate_ci == bootstrap_interval(np.where(a > b, 1.0, 0.0), samples=500, seed=8)
-    assert (result.mean_difference, result.difference_ci) == paired_difference(a, b, samples=500, seed=8)
+    assert (result.mean_difference, result.mean_difference_ci) == paired_difference(a, b, samples=500, seed=8)
     assert result.win_rate_ci[0] < result.win_rate < result.win_rate_ci[1]
     with pytest.raises(dataclasses.FrozenInstanceError):
         result.num = 1  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,0 +1,198 @@
+"""A static key-value cache of slots: sequences are prefilled into them, decoded in them, and make room for others.
+
+Nothing here ever grows. A slot holds the keys and values of one sequence from its first token on, and a step writes
+those of one more token per slot where a tensor says; what lies behind it, of an earlier sequence say, is masked. A step
+of so many slots and so many keys is thus the same work on the same memory each time, as a CUDA graph needs it.
+
+As in attention.py no model is patched and no cache of transformers' is used: the attention function registered here
+reads and writes the slots that the forward was given as the keyword `kv`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn import Module
+from transformers import AttentionInterface, PreTrainedModel
+
+from fastrlhf.data.packing import pack, trunks
+from fastrlhf.models.attention import PACKED, packed_attention
+from fastrlhf.types import Segment
+
+CACHED = "fastrlhf_cached"
+
+KEY_BLOCK = 64
+"""A step attends to a multiple of this many keys, so that steps have few shapes."""
+
+
+class SlotCache:
+    """Keys and values of at most `num_slots` sequences of at most `capacity` tokens.
+
+    `2 * layers * num_slots * H_kv * capacity * d` numbers in the dtype of the keys, taken at the first prefill.
+    """
+
+    def __init__(self, num_slots: int, capacity: int) -> None:
+        self.num_slots = num_slots
+        self.capacity = rounded_up(capacity)
+        self._layers: dict[Module, tuple[Tensor, Tensor]] = {}  # [num_slots, H_kv, capacity, d] each
+
+    @torch.no_grad()
+    def prefill(self, model: PreTrainedModel, sequences: Sequence[Sequence[int]], slots: Sequence[int]) -> Tensor:
+        """Puts sequence i into slot `slots[i]` and returns the logits [N, V] after its last token.
+
+        Packed, without padding. What several sequences begin with is computed once where one of them is a prefix of
+        another: keys and values depend on what came before them alone.
+        """
+        device, starts = model.device, [tuple(sequence) for sequence in sequences]
+        trunk_of = trunks(starts)
+        offset: dict[tuple[int, ...], int] = {}  # of each trunk in the pack
+        num_tokens = 0
+        for trunk in dict.fromkeys(trunk_of[start] for start in starts):
+            offset[trunk] = num_tokens
+            num_tokens += len(trunk)
+        batch = pack([Segment(token_ids=trunk) for trunk in offset], device)
+
+        lengths = torch.tensor([len(start) for start in starts])
+        first = torch.tensor([offset[trunk_of[start]] for start in starts])
+        ends = lengths.cumsum(0)
+        position = torch.arange(int(ends[-1])) - (ends - lengths).repeat_interleave(lengths)
+        fill = _Fill(
+            cache=self,
+            source=(first.repeat_interleave(lengths) + position).to(device),
+            slot=torch.tensor(slots).repeat_interleave(lengths).to(device),
+            position=position.to(device),
+        )
+        with packed_attention(model, CACHED):
+            output = model(
+                input_ids=batch.token_ids[None],
+                position_ids=batch.positions[None],
+                attention_plan=batch.plan,
+                kv=fill,
+                logits_to_keep=(first + lengths - 1).to(device),
+                use_cache=False,
+            )
+        return output.logits[0]
+
+    @torch.no_grad()
+    def step(self, model: PreTrainedModel, tokens: Tensor, positions: Tensor, num_keys: int) -> Tensor:
+        """Continues the sequences of the first n slots by `tokens` [n] at `positions` [n]; returns logits [n, V].
+
+        Every position that counts must be below `num_keys`; of a slot for which it is not the logits mean nothing.
+        """
+        kv = _Step(cache=self, positions=positions, num_keys=num_keys)
+        with packed_attention(model, CACHED):
+            output = model(input_ids=tokens[:, None], position_ids=positions[:, None], kv=kv, use_cache=False)
+        return output.logits[:, -1]
+
+    def move(self, source: Tensor, target: Tensor) -> None:
+        """What the slots `source` hold goes to the slots `target`, [n] int64 each and none in both."""
+        for layer in self._layers.values():
+            for held in layer:
+                held[target] = held[source]
+
+    def of_layer(self, module: Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and values [num_slots, H_kv, capacity, d] of the layer whose attention is `module`."""
+        if module not in self._layers:
+            # Zeros, because what is masked is still multiplied, by 0.
+            held = tuple(x.new_zeros(self.num_slots, x.shape[1], self.capacity, x.shape[3]) for x in (key, value))
+            self._layers[module] = (held[0], held[1])
+        return self._layers[module]
+
+
+class _Attend(Protocol):
+    def attend(self, module: Module, query: Tensor, key: Tensor, value: Tensor, **keywords: Any) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Fill:
+    """Token `source` of a pack goes to `position` of `slot`; [K] int64 each."""
+
+    cache: SlotCache
+    source: Tensor
+    slot: Tensor
+    position: Tensor
+
+    def attend(self, module: Module, query: Tensor, key: Tensor, value: Tensor, **keywords: Any) -> Tensor:
+        for held, new in zip(self.cache.of_layer(module, key, value), (key, value), strict=True):
+            held[self.slot, :, self.position] = new[0].transpose(0, 1)[self.source]
+        return AttentionInterface()[PACKED](module, query, key, value, None, **keywords)[0]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Step:
+    """One more token for each of the first n slots."""
+
+    cache: SlotCache
+    positions: Tensor
+    """[n] int64"""
+    num_keys: int
+    masks: dict[int | None, Tensor] = field(default_factory=dict)
+    """By sliding window: what is added to the scores [n, 1, 1, num_keys], in the dtype of the queries."""
+
+    def attend(
+        self,
+        module: Module,
+        query: Tensor,  # [n, H, 1, d]
+        key: Tensor,  # [n, H_kv, 1, d]
+        value: Tensor,
+        *,
+        scaling: float | None = None,
+        softcap: float | None = None,
+        sliding_window: int | None = None,
+        **_: Any,
+    ) -> Tensor:
+        """[n, 1, H, d]"""
+        num = len(self.positions)
+        slots = torch.arange(num, device=query.device)
+        held = self.cache.of_layer(module, key, value)
+        for buffer, new in zip(held, (key, value), strict=True):
+            buffer[slots, :, self.positions] = new[:, :, 0]
+        keys, values = (buffer[:num, :, : self.num_keys] for buffer in held)
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        grouped = query.reshape(num, keys.shape[1], -1, query.shape[-1])  # the queries that share a key side by side
+        mask = self._mask(sliding_window, query.dtype)
+        if softcap is None:
+            attended = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
+        else:
+            scores = softcap * torch.tanh(grouped @ keys.transpose(2, 3) * scale / softcap) + mask
+            attended = scores.softmax(-1, dtype=torch.float32).to(query.dtype) @ values
+        return attended.reshape(num, 1, query.shape[1], -1)
+
+    def _mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
+        if window not in self.masks:
+            distance = self.positions[:, None] - torch.arange(self.num_keys, device=self.positions.device)
+            hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
+            mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill(hidden, float("-inf"))
+            self.masks[window] = mask[:, None, None]
+        return self.masks[window]
+
+
+def rounded_up(num_keys: int) -> int:
+    """To a multiple of KEY_BLOCK."""
+    return -(-num_keys // KEY_BLOCK) * KEY_BLOCK
+
+
+def _attend(
+    module: Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,  # always None: positions say who sees whom
+    *,
+    kv: _Attend,
+    dropout: float = 0.0,
+    s_aux: Tensor | None = None,
+    **keywords: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention signature."""
+    if dropout or s_aux is not None:
+        raise ValueError("cached attention has neither dropout nor attention sinks; set attention_dropout to 0")
+    return kv.attend(module, query, key, value, **keywords), None
+
+
+AttentionInterface.register(CACHED, _attend)

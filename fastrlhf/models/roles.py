@@ -1,0 +1,145 @@
+"""One trunk, many roles: reference, DPO model, judge and critic of a run over the weights that its policy started from.
+
+A path that names an adapter alone, such as `adapter/` of a run that `use_peft` trained, makes a role: an adapter, and
+for scores a head, around the very tensors of the base. Each role is a model with modules of its own, so that it costs
+its adapter and its head, and there is no switch that could stand wrong while a layer is computed again in the backward,
+a judge scores or an engine is handed its weights. A path that names a model makes a model of its own.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+from fastrlhf.config import PPOConfig
+from fastrlhf.models.adapters import (
+    SCORE,
+    adapter_weights,
+    base_fingerprint,
+    cpu_copy,
+    frozen_copy,
+    frozen_tensors,
+    has_adapter,
+    inject,
+    merge_adapter,
+    shared_view,
+)
+from fastrlhf.models.forward import check_packed_forward, enable_activation_checkpointing
+from fastrlhf.models.loading import float_score_head, make_trainable
+
+log = logging.getLogger(__name__)
+
+
+def holds_adapter(source: str) -> bool:
+    """Whether `source` is a folder with an adapter and no model."""
+    return (Path(source) / "adapter_config.json").exists() and not (Path(source) / "config.json").exists()
+
+
+def policy_role(source: str, base: PreTrainedModel, field: str) -> PreTrainedModel:
+    """The causal LM that the adapter in the folder `source` makes of the frozen `base`, whose weights it shares.
+
+    The adapter alone has gradients. Raises ValueError, naming `field`, where it is no LoRA, was trained over another
+    base, does not fit, or is a reward model's.
+    """
+    return _with_adapter(shared_view(base), source, base, field)
+
+
+def score_role(source: str, base: PreTrainedModel, field: str, pad_token_id: int | None) -> PreTrainedModel:
+    """The reward model that the adapter in the folder `source`, with its score head, makes of the trunk of the frozen
+    causal LM `base`, whose weights it shares.
+
+    The adapter and the head alone have gradients; the head runs in float32. Raises ValueError, naming `field`, as
+    `policy_role` does, and where the adapter has no score head.
+    """
+    config = copy.deepcopy(base.config)
+    config.num_labels, config.pad_token_id = 1, pad_token_id
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(config)
+    # The layers read the configuration of the model that they are part of.
+    trunk = copy.deepcopy(base.base_model, {**frozen_tensors(base), id(base.config): model.config})
+    setattr(model, model.base_model_prefix, trunk)
+    float_score_head(model, source, field).to_empty(device=base.device)
+    model = _with_adapter(model, source, base, field)
+    model.score.requires_grad_(True)
+    check_packed_forward(model)
+    return model
+
+
+def judge_and_critic(config: PPOConfig, reward_model: PreTrainedModel) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """The frozen judge and the critic to train, which start as one reward model and share what is not trained.
+
+    With `use_peft` the critic trains an adapter: the one that a role has, whatever its rank, and a new one for a model
+    of its own. Without, it trains all weights.
+    """
+    if not has_adapter(reward_model):
+        make_trainable(reward_model, config, config.reward_model_path)
+        return frozen_copy(reward_model), reward_model
+    judge, critic = shared_view(reward_model).requires_grad_(False), reward_model
+    if not config.use_peft:
+        critic = cpu_copy(reward_model)
+        merge_adapter(critic)
+        critic.to(reward_model.device)  # pyright: ignore[reportArgumentType] (as in loading._ready)
+    if config.activation_checkpointing:
+        enable_activation_checkpointing(critic)
+    return judge, critic
+
+
+def _with_adapter(model: PreTrainedModel, source: str, base: PreTrainedModel, field: str) -> PreTrainedModel:
+    from peft import LoraConfig, PeftConfig
+
+    settings = PeftConfig.from_pretrained(source)
+    if not isinstance(settings, LoraConfig):
+        raise ValueError(f"{field}: {source!r} holds an adapter of the kind {settings.peft_type}; only LoRA is known")
+    saved, fingerprint = _read(source, field)
+    _check_base(source, field, settings.base_model_name_or_path, fingerprint, base)
+    if (SCORE in saved) != hasattr(model, "score"):
+        wrong = "has no trained score head; train one with `fastrlhf reward`"
+        raise ValueError(f"{field}: {source!r} {'is a reward model' if SCORE in saved else wrong}")
+    # The head is ours to load; dropout would make the log-probs of the same tokens two numbers.
+    settings.modules_to_save, settings.lora_dropout, settings.inference_mode = None, 0.0, False
+    inject(settings, model, seed=0)
+    own = adapter_weights(model)
+    for name in sorted(set(own) ^ set(saved)):
+        where = "its settings but not its weights" if name in own else "its weights but not a part of a LoRA"
+        raise ValueError(f"{field}: {source!r} does not fit: {name} is in {where}; give the folder of the whole model")
+    with torch.no_grad():
+        for name, weight in own.items():
+            if weight.shape != saved[name].shape:
+                shapes = f"{list(saved[name].shape)} there and {list(weight.shape)} in the base"
+                raise ValueError(f"{field}: {source!r} does not fit: {name} is {shapes}")
+            weight.copy_(saved[name])
+    num = sum(weight.numel() for weight in saved.values())
+    log.info("%s: an adapter of %.3g parameters over the weights of %s", field, num, base.name_or_path)
+    return model.eval()
+
+
+def _read(source: str, field: str) -> tuple[dict[str, Tensor], str | None]:
+    """The weights of an adapter, and the fingerprint of what it was trained over, where it was written here."""
+    try:
+        with safe_open(Path(source) / "adapter_model.safetensors", "pt") as content:
+            weights = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 (it is no mapping)
+            return weights, (content.metadata() or {}).get("base")
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{field}: the weights of {source!r} cannot be loaded: {error}") from error
+
+
+def _check_base(source: str, field: str, named: str | None, fingerprint: str | None, base: PreTrainedModel) -> None:
+    """An adapter of another program has no fingerprint; the name of its base is then all there is."""
+    here = base.name_or_path or "model_config"
+    same = base_fingerprint(base) == fingerprint if fingerprint else _same_place(named or "", here)
+    if not same:
+        raise ValueError(
+            f"{field}: {source!r} was trained over the weights of {named!r}, and the policy of this run starts from "
+            f"others, those of {here!r}; give a model_name_or_path that holds the same, or here the folder of the run "
+            "that trained it, where the adapter is added to the weights"
+        )
+
+
+def _same_place(one: str, other: str) -> bool:
+    return one == other or (Path(one).is_dir() and Path(one).resolve() == Path(other).resolve())
