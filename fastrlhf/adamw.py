@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastrlhf.config import TrainConfig, require
+from fastrlhf.models.sharding import like
 
 SMALLEST_8BIT = 4096
 """Entries of the smallest tensor whose moments are kept in 8 bits."""
@@ -59,7 +60,7 @@ def moments(adamw: torch.optim.Optimizer, param: Tensor) -> dict[str, Tensor]:
 def set_moments(adamw: torch.optim.Optimizer, param: Tensor, saved: dict[str, Tensor]) -> None:
     """Puts back what `moments` gave; where that is empty, `param` is as new."""
     if isinstance(adamw, torch.optim.AdamW):
-        adamw.state[param] = {what: value.to(param.device) for what, value in saved.items()}
+        adamw.state[param] = {what: like(param, value) for what, value in saved.items()}
         return
     adamw.state[param] = {}
     if saved:

@@ -14,7 +14,6 @@ No pickle is written or read.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import logging
 import os
@@ -22,21 +21,24 @@ import random
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.config import TrainConfig
 from fastrlhf.config_files import SAME_MODEL, differences, write_yaml
+from fastrlhf.distributed import on_first
 from fastrlhf.durable import check_folder, discard_folder, flush, flush_tree, write_folder
 from fastrlhf.models.adapters import has_adapter, merge_adapter, merged_copy, save_adapter
 from fastrlhf.models.four_bit import is_four_bit
+from fastrlhf.models.sharding import on_first_rank
+from fastrlhf.models.weights import all_weights, contiguous, fingerprint, load_weights, read_tensors, trained_weights
 
 log = logging.getLogger(__name__)
 
@@ -164,10 +166,17 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     They are written beside it first and moved in file by file, the weights before the config.json that makes a folder
     a model, so a crash never leaves a half-written model that loads.
     """
+    weights = on_first_rank(all_weights(model))
+    on_first(lambda: _save_model(model, weights, tokenizer, folder))
+
+
+def _save_model(
+    model: PreTrainedModel, weights: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> None:
     partial = folder / ".partial"
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        model.save_pretrained(partial)
+        model.save_pretrained(partial, state_dict=weights)
         tokenizer.save_pretrained(partial)
         flush_tree(partial)
     except BaseException:
@@ -179,8 +188,18 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     flush(folder)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Content:
+    """Of a checkpoint: whole tensors, held by the first rank alone, and what is no tensor."""
+
+    weights: dict[str, dict[str, Tensor]]
+    tensors: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+
+
 class Checkpointer:
-    """Writes and reads the checkpoints of one run."""
+    """Writes and reads the checkpoints of one run. They are whole, however many ranks there are, and any number of them
+    can go on from there."""
 
     def __init__(
         self,
@@ -195,7 +214,7 @@ class Checkpointer:
         self.folder = folder
         self._models, self._tokenizer, self._data = models, tokenizer, data
         self._parts = {**parts, "random": GlobalRandomness()}
-        self._start = _start(models)
+        self._start = fingerprint(models)
         self._marked: dict[str, dict[str, Any]] = {}
         self._marked_position: int | None = None
 
@@ -205,13 +224,11 @@ class Checkpointer:
     def save(self, step: int, limit: int = 0) -> Path:
         """Writes `checkpoint-STEP`; the last `limit` up to it are kept, all of them where that is 0.
 
-        Raises OSError where it cannot be written; older ones are untouched then.
+        Every rank must ask; the first one writes. Raises OSError where it cannot be written; older ones are untouched
+        then.
         """
-        path = self.path(step)
-        write_folder(path, lambda partial: self._fill(partial, step))
-        if limit:
-            for old in [path for path in checkpoints(self.folder) if _step(path) <= step][:-limit]:
-                discard_folder(old)
+        path, content = self.path(step), self._content(step)
+        on_first(lambda: self._write(path, content, limit))
         return path
 
     def mark(self) -> None:
@@ -238,7 +255,7 @@ class Checkpointer:
         With `weights_only` the models alone are read, and the parts are as new at that step. Raises ValueError as
         `find_checkpoint` does, and where the checkpoint is of other models or of a run that started from others.
         """
-        path = find_checkpoint(self.folder, weights_only)
+        path = on_first(lambda: find_checkpoint(self.folder, weights_only))
         if path is None:
             if is_unfinished(str(self.folder)):
                 log.warning("%s: the run before was stopped without a checkpoint; this one starts again", self.folder)
@@ -250,31 +267,43 @@ class Checkpointer:
                 "hold; give it the old ones or choose another folder"
             )
         for name, model in self._models.items():
-            _load_weights(model, path / name / "model.safetensors")
+            load_weights(model, path / name / "model.safetensors")
         for name, part in self._parts.items():
             if name not in state["parts"]:
                 raise ValueError(f"{str(path)!r} has no state of {name!r}: it is of another version of the program")
             file = path / f"{name}.safetensors"
-            tensors = _read_tensors(file) if file.exists() and not weights_only else {}
+            tensors = read_tensors(file) if file.exists() and not weights_only else {}
             part.load_state_dict({**state["parts"][name], **tensors})
         log.info("resuming from %s%s", path, ", its weights alone" if weights_only else "")
         return state["step"]
 
-    def _fill(self, partial: Path, step: int) -> None:
-        for name, model in self._models.items():
-            (partial / name).mkdir(exist_ok=True)
-            save_file(_contiguous(_weights(model)), partial / name / "model.safetensors", metadata={"format": "pt"})
-            model.config.save_pretrained(partial / name)
-            self._tokenizer.save_pretrained(partial / name)
-        parts = {}
+    def _content(self, step: int) -> _Content:
+        weights = {name: on_first_rank(trained_weights(model)) for name, model in self._models.items()}
+        tensors, parts = {}, {}
         for name, part in self._parts.items():
             state = part.state_dict()
-            tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
-            parts[name] = {key: value for key, value in state.items() if key not in tensors}
-            if tensors:
-                save_file(_contiguous(tensors), partial / f"{name}.safetensors")
+            of_part = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+            parts[name] = {key: value for key, value in state.items() if key not in of_part}
+            tensors[name] = on_first_rank(of_part)
         state = {"step": step, "data": dict(self._data), "start": self._start, "parts": parts}
-        (partial / "state.json").write_text(json.dumps(state), encoding="utf-8")
+        return _Content(weights=weights, tensors=tensors, state=state)
+
+    def _write(self, path: Path, content: _Content, limit: int) -> None:
+        write_folder(path, lambda partial: self._fill(partial, content))
+        if limit:
+            for old in [old for old in checkpoints(self.folder) if _step(old) <= _step(path)][:-limit]:
+                discard_folder(old)
+
+    def _fill(self, partial: Path, content: _Content) -> None:
+        for name, weights in content.weights.items():
+            (partial / name).mkdir(exist_ok=True)
+            save_file(contiguous(weights), partial / name / "model.safetensors", metadata={"format": "pt"})
+            self._models[name].config.save_pretrained(partial / name)
+            self._tokenizer.save_pretrained(partial / name)
+        for name, tensors in content.tensors.items():
+            if tensors:
+                save_file(contiguous(tensors), partial / f"{name}.safetensors")
+        (partial / "state.json").write_text(json.dumps(content.state), encoding="utf-8")
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -353,42 +382,3 @@ def _counts(file: Path) -> bool:
 
 def _step(path: Path) -> int:
     return int(path.name.removeprefix("checkpoint-"))
-
-
-def _weights(model: PreTrainedModel) -> dict[str, Tensor]:
-    """What is trained, and persistent buffers, by name; tied weights once. Frozen ones are where they came from."""
-    kept = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    kept |= {name for name, _ in model.named_buffers()}
-    return {name: tensor for name, tensor in model.state_dict().items() if name in kept}
-
-
-def _start(models: Mapping[str, PreTrainedModel]) -> str:
-    """A fingerprint of weights before training: of the first entries of every tensor, as any training moves most."""
-    tensors = [tensor.detach().reshape(-1)[:64].float() for model in models.values() for tensor in model.parameters()]
-    return hashlib.sha256(torch.cat(tensors).cpu().numpy().tobytes()).hexdigest() if tensors else ""
-
-
-def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-
-
-def _read_tensors(file: Path) -> dict[str, Tensor]:
-    with safe_open(file, "pt") as content:
-        return {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 (it is no mapping)
-
-
-@torch.no_grad()
-def _load_weights(model: PreTrainedModel, file: Path) -> None:
-    """Into the tensors that are there, so that the optimiser still means them."""
-    own = _weights(model)
-    with safe_open(file, "pt") as content:
-        for name in sorted(set(own) ^ set(content.keys())):
-            raise ValueError(f"{str(file)!r} is of another model: {name} is in one of the two alone")
-        for name, tensor in own.items():
-            saved = content.get_tensor(name)
-            if saved.shape != tensor.shape or saved.dtype != tensor.dtype:
-                raise ValueError(
-                    f"{str(file)!r} is of another model: {name} is {saved.dtype} {list(saved.shape)} there and "
-                    f"{tensor.dtype} {list(tensor.shape)} here"
-                )
-            tensor.copy_(saved)

@@ -16,6 +16,7 @@ from typing import Any
 from fastrlhf import config as configs
 from fastrlhf import config_files as files
 from fastrlhf.config.checks import UNREAD
+from fastrlhf.console import quiet_libraries
 from fastrlhf.interrupts import Interrupted
 from fastrlhf.out_of_memory import describe, is_out_of_memory
 
@@ -155,8 +156,9 @@ def _train(command: str, arguments: Sequence[str]) -> None:
     config = _parse_run(command, arguments)
     earlier = _run_first(command, config, _config_paths(arguments))
     sections = _rlp_sections(config, arguments) if command == "rlp" else ()
-    _quiet_libraries()
+    quiet_libraries()
     from fastrlhf.checkpoint import check_run_dir, holds_model
+    from fastrlhf.distributed import stop
 
     finished = [(name, run) for name, run in earlier if holds_model(run.output_dir)]
     for name, run in finished:
@@ -175,6 +177,7 @@ def _train(command: str, arguments: Sequence[str]) -> None:
         if earlier:
             print(f"{name}:")
         _run(name, run, *(sections if name == command else ()))
+    stop()
 
 
 def _run_first(command: str, config: Any, paths: Sequence[str]) -> list[tuple[str, Any]]:
@@ -247,7 +250,7 @@ def _parse_run(command: str, arguments: Sequence[str]) -> Any:
 
 def _evaluate(arguments: Sequence[str]) -> None:
     config = parse(configs.EvalConfig, arguments, "eval")
-    _quiet_libraries()
+    quiet_libraries()
     from fastrlhf.evaluation.evaluate import evaluate_models, format_table
 
     print(format_table(evaluate_models(config)))
@@ -257,7 +260,7 @@ def _evaluate(arguments: Sequence[str]) -> None:
 
 def _demo(arguments: Sequence[str]) -> None:
     config = parse(configs.DemoConfig, arguments, "demo")
-    _quiet_libraries()
+    quiet_libraries()
     from fastrlhf.demo import format_summary, run_demo
 
     print(format_summary(run_demo(config)))
@@ -281,7 +284,7 @@ def _inspect(arguments: Sequence[str]) -> None:
         return
     options, config = _parse_for_tool(arguments, ("num", "html"))
     num = _number(options, "num", "5", int)
-    _quiet_libraries()
+    quiet_libraries()
     import os
     from pathlib import Path
 
@@ -300,7 +303,7 @@ def _plan(arguments: Sequence[str]) -> None:
         return
     options, config = _parse_for_tool(arguments, ("memory_gib",))
     memory_gib = _number(options, "memory_gib", "0", float)
-    _quiet_libraries()
+    quiet_libraries()
     from fastrlhf.tools.plan import format_plan, plan_run
 
     print(format_plan(plan_run(config, memory_gib=memory_gib)))
@@ -358,20 +361,6 @@ def _number(options: dict[str, str], name: str, default: str, kind: type[int] | 
         return kind(options.get(name, default))
     except ValueError:
         raise ValueError(f"--{name}: {options[name]!r} is no number") from None
-
-
-def _quiet_libraries() -> None:
-    """Their progress bars and advice would hide ours; errors still show."""
-    import logging
-
-    import datasets
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("fastrlhf").setLevel(logging.INFO)
 
 
 TRAINERS: dict[str, tuple[type, str, str]] = {

@@ -40,6 +40,7 @@ from fastrlhf.config import (
 )
 from fastrlhf.data.tokens import special_ids, tokenize_examples
 from fastrlhf.data.toy import MAX_SUMMARY_TOKENS, ToyTask, toy_model_config, toy_tokenizer
+from fastrlhf.distributed import check_one_process
 from fastrlhf.evaluation.equivalence import function_judge
 from fastrlhf.evaluation.judges import reward_model_judge
 from fastrlhf.evaluation.report import write_report
@@ -79,6 +80,7 @@ def run_demo(config: DemoConfig, task: ToyTask | None = None) -> dict[str, Any]:
     Raises ValueError, before any time is spent, for an unknown stage, one whose predecessor is missing, or a folder
     that holds a run.
     """
+    check_one_process("demo")
     stages = _stages(config.methods)
     task = task or ToyTask(seed=config.seed)
     check_output_dir(config.out)

@@ -16,6 +16,7 @@ from torch.nn import Embedding, Module, Parameter
 
 from fastrlhf.adamw import make_adamw, moments, moments_in_8_bits, set_moments
 from fastrlhf.config import TrainConfig
+from fastrlhf.models.sharding import full, like
 
 BUCKET = 2**26
 """Parameters that are updated at once, at most, or one tensor that is larger: the float32 gradients (and, without
@@ -87,7 +88,7 @@ class Optimizer:
         """
         metrics = {}
         for name, model in self._models.items():
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), self._max_norm or math.inf).item()
+            norm = full(torch.nn.utils.clip_grad_norm_(model.parameters(), self._max_norm or math.inf)).item()
             if not math.isfinite(norm):
                 raise ValueError(f"{name}grad_norm is {norm}: a loss or a gradient is not finite; lower learning_rate")
             metrics[f"{name}grad_norm"] = norm
@@ -157,7 +158,7 @@ class Optimizer:
         for bucket in self._buckets:
             copied = _copied(bucket)
             for weight in copied if self._keeps_copies else ():
-                weight.updated.copy_(saved[weight.name].pop("master", weight.param))
+                weight.updated.copy_(like(weight.updated, saved[weight.name].pop("master", weight.param)))
             self._borrow(copied)
             for weight in bucket.weights:
                 set_moments(bucket.adamw, weight.updated, saved.pop(weight.name, {}))

@@ -21,6 +21,7 @@ from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 
 from fastrlhf.config import PPOConfig
+from fastrlhf.distributed import on_first
 from fastrlhf.kl_controller import KLController
 from fastrlhf.models.implicit_reward import ImplicitReward
 from fastrlhf.models.loading import resolve_device
@@ -220,7 +221,8 @@ def function_term(name: str, function: RewardFunction | TextReward, episodes: Ep
     numbers: list[Tensor] = []
     tokens: list[Tensor] = []
     rollouts = episodes.rollouts
-    values = function(rollouts) if isinstance(function, TextReward) else [function(rollout) for rollout in rollouts]
+    of_texts = isinstance(function, TextReward)
+    values = on_first(lambda: function(rollouts) if of_texts else [function(rollout) for rollout in rollouts])
     for rollout, value in zip(rollouts, values, strict=True):
         num, where = len(rollout.completion), f"reward function {name!r}: the response to row {rollout.prefix.row}"
         try:

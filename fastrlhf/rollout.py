@@ -23,7 +23,9 @@ from transformers import PreTrainedModel
 from fastrlhf.cuda_graphs import CapturedSteps
 from fastrlhf.data.packing import trunks
 from fastrlhf.data.resets import uniforms
+from fastrlhf.distributed import from_all, share
 from fastrlhf.models.kv_cache import SlotCache, rounded_up
+from fastrlhf.models.sharding import whole
 from fastrlhf.types import Prefix, Rollout
 
 SAMPLE_STREAM = 2
@@ -195,6 +197,20 @@ def _in_families(prefixes: Sequence[Prefix]) -> list[int]:
 
 def _at_once(_: tuple[int, int], step: Callable[[], None]) -> None:
     step()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharedEngine:
+    """The engines of all ranks as one: each answers its part of the prefixes with all the weights of `model`, and every
+    rank gets all rollouts. Every rank must ask, for the same prefixes."""
+
+    engine: Engine
+    model: PreTrainedModel
+
+    def generate(self, prefixes: Sequence[Prefix]) -> list[Rollout]:
+        with whole(self.model):
+            own = self.engine.generate(share(prefixes))
+        return [rollout for rollouts in from_all(own) for rollout in rollouts]
 
 
 def check_room(prefixes: Sequence[Prefix], response_length: int) -> None:

@@ -56,6 +56,7 @@ PURE = ("fastrlhf.types", "fastrlhf.data.resets", "fastrlhf.data.packing", "fast
 MAX_LINES = 400
 NO_TEST_FILE = {
     "fastrlhf/config/commands.py": "its fields are tested with all others, in tests/config/test_checks.py",
+    "fastrlhf/models/sharding.py": "needs several processes, which tests/test_distributed.py starts once for all",
     "fastrlhf/types.py": "declares data; `pack` and the trainers give it its meaning and are tested",
 }
 DISTRIBUTIONS = {"yaml": "pyyaml"}  # where the import name is not the distribution's

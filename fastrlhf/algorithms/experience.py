@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 from fastrlhf.advantages import explained_variance, group_normalised, leave_one_out, whiten, whitening_scale
 from fastrlhf.algorithms.guards import raise_not_finite
 from fastrlhf.config import PPOConfig
-from fastrlhf.data.packing import forest, micro_batches, num_computed, pack, sequence, tree
+from fastrlhf.data.packing import forest, num_computed, pack, sequence, tree
+from fastrlhf.distributed import own_micro_batches, total
 from fastrlhf.models.forward import scored_states, state_kl, state_logprobs, token_values
 from fastrlhf.rewards import Episodes, Rewards, Term, own_kl_advantage, reward_metrics
 from fastrlhf.rollout import end_index
@@ -38,7 +39,8 @@ class Pack:
 def pack_episodes(
     config: PPOConfig, rollouts: Sequence[Rollout], order: Sequence[int], device: torch.device
 ) -> list[list[Pack]]:
-    """Mini-batches of packs, whole groups of `reset_group_size` rollouts in the given order of the groups.
+    """Mini-batches of packs, whole groups of `reset_group_size` rollouts in the given order of the groups; of several
+    ranks each has packs of its own.
 
     The rows of an episode are its sampled tokens; under compat "reference" the reset tokens before them as well. With
     `share_trunks` a group is one tree, never cut by a micro-batch.
@@ -59,7 +61,7 @@ def pack_episodes(
                         np.concatenate([np.arange(offsets[firsts[j]], offsets[firsts[j] + together]) for j in micro])
                     ).to(device),
                 )
-                for micro in micro_batches(
+                for micro in own_micro_batches(
                     [num_computed(segments) for segments in trees],
                     config.micro_batch_tokens,
                     "episode" if together == 1 else "group of episodes",
@@ -89,11 +91,13 @@ def score_episodes(
     """
     rewards = rewards or Rewards(config=config)
     device = policy.device
-    num_rows = sum(pack.batch.num_rows for packs_of in packs for pack in packs_of)
-    logprob, reference_logprob, value, entropy = (torch.empty(num_rows, device=device) for _ in range(4))
-    token = torch.empty(num_rows, dtype=torch.int64, device=device)
-    dpo_log_ratio = torch.empty(num_rows, device=device) if rewards.implicit else None
-    exact_kl = torch.empty(num_rows, device=device) if config.kl_estimator == "exact" else None
+    rows = _rows(config, rollouts, eos_token_id, device)
+    num_rows = len(rows.mask)
+    # 0 where another rank has the row, so that the sum over ranks is what it computed.
+    logprob, reference_logprob, value, entropy = (torch.zeros(num_rows, device=device) for _ in range(4))
+    token = torch.zeros(num_rows, dtype=torch.int64, device=device)
+    dpo_log_ratio = torch.zeros(num_rows, device=device) if rewards.implicit else None
+    exact_kl = torch.zeros(num_rows, device=device) if config.kl_estimator == "exact" else None
     reference_states = None
     for item in (item for mini in packs for item in mini):
         scored = _scored(config, policy, reference, item.batch)
@@ -104,7 +108,7 @@ def score_episodes(
             exact_kl[item.index] = scored.exact_kl
         if scored.reference_states is not None:
             if reference_states is None:
-                reference_states = scored.reference_states.new_empty(num_rows, scored.reference_states.shape[1])
+                reference_states = scored.reference_states.new_zeros(num_rows, scored.reference_states.shape[1])
             reference_states[item.index] = scored.reference_states
         if critic is not None:
             value[item.index] = token_values(critic, item.batch)
@@ -114,7 +118,10 @@ def score_episodes(
             known = reference_logprob[item.index] if config.temperature == 1 else None
             dpo_log_ratio[item.index] = rewards.implicit.log_ratio(item.batch, reference, known)
 
-    rows = _rows(config, rollouts, eos_token_id, device)
+    logprob, reference_logprob, value, entropy, token = map(total, (logprob, reference_logprob, value, entropy, token))
+    dpo_log_ratio, exact_kl, reference_states = (
+        None if x is None else total(x) for x in (dpo_log_ratio, exact_kl, reference_states)
+    )
     episodes = Episodes(
         rollouts=rollouts,
         cu_rows=rows.cu_rows,

@@ -27,8 +27,10 @@ from fastrlhf.algorithms.stage import Stage, StepMetrics, TrainResult, check_mic
 from fastrlhf.config import DPOConfig
 from fastrlhf.data.inputs import open_inputs
 from fastrlhf.data.labels import GROUP_LABELS
-from fastrlhf.data.packing import forest, group, micro_batches, num_computed, num_in_sequences, pack
+from fastrlhf.data.packing import forest, group, num_computed, num_in_sequences, pack
+from fastrlhf.distributed import own_micro_batches
 from fastrlhf.models.loading import open_policy
+from fastrlhf.models.sharding import shard, whole
 from fastrlhf.optim import Optimizer, index_batches, num_steps
 from fastrlhf.types import Example, TokenizedExample
 from fastrlhf_kernels import LossOutput, Sum
@@ -73,6 +75,7 @@ def train_groups(
     steps = num_steps(config, num_train)
     trained = chain.from_iterable(index_batches(num_train, config.batch_size, steps, config.seed))
     reference = open_reference(config, model, trees, chain(trained, held_out))
+    shard(model)
     optimizer = Optimizer({"": model}, config, num_steps=steps)
     evaluation: dict[str, float] = {}
 
@@ -153,8 +156,9 @@ def _evaluate(
     config: DPOConfig, model: PreTrainedModel, reference: Reference, groups: Sequence[Group], indices: Sequence[int]
 ) -> dict[str, float]:
     totals = StepMetrics()
-    for micro in _micro_batches([groups[i] for i in indices], config):
-        totals.add(_loss(model, reference, groups, [indices[i] for i in micro], num_groups=len(indices)).metrics)
+    with whole(model):
+        for micro in _micro_batches([groups[i] for i in indices], config):
+            totals.add(_loss(model, reference, groups, [indices[i] for i in micro], num_groups=len(indices)).metrics)
     return {f"eval_{name}": value for name, value in _named(totals.means("groups"), config).items()}
 
 
@@ -178,5 +182,5 @@ def to_tree(example: TokenizedExample, config: DPOConfig) -> Tree:
     return group(example.prompt, example.responses, scored=True, share_prompt=config.share_prompts)
 
 
-def _micro_batches(groups: Sequence[Group], config: DPOConfig) -> list[list[int]]:
-    return micro_batches([num_computed(g.tree) for g in groups], config.micro_batch_tokens, "group")
+def _micro_batches(groups: Sequence[Group], config: DPOConfig) -> Sequence[list[int]]:
+    return own_micro_batches([num_computed(g.tree) for g in groups], config.micro_batch_tokens, "group")

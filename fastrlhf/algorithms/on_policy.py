@@ -30,11 +30,12 @@ from fastrlhf.algorithms.psipo import dataset_opponents, load_psi, psi_judge
 from fastrlhf.algorithms.stage import Stage, TrainResult, check_micro_batch
 from fastrlhf.algorithms.starts import draw_prefixes, make_roll_in, reset_fields
 from fastrlhf.algorithms.update import update
-from fastrlhf.config import PPOConfig
+from fastrlhf.config import PPOConfig, require
 from fastrlhf.data.inputs import open_inputs, with_room
 from fastrlhf.data.tokens import special_ids
+from fastrlhf.distributed import from_all, world_size
 from fastrlhf.evaluation.held_out import evaluate
-from fastrlhf.evaluation.judges import Judge, checked_scores, reward_model_judge
+from fastrlhf.evaluation.judges import Judge, asked_once, checked_scores, reward_model_judge
 from fastrlhf.evaluation.samples import sample_rows
 from fastrlhf.models.adapters import frozen_copy
 from fastrlhf.models.implicit_reward import implicit_sources, open_implicit_reward
@@ -47,11 +48,12 @@ from fastrlhf.models.loading import (
 )
 from fastrlhf.models.offload import Waiting
 from fastrlhf.models.roles import holds_adapter, judge_and_critic, score_role
+from fastrlhf.models.sharding import shard
 from fastrlhf.models.trunk import TrunkOptions
 from fastrlhf.optim import Optimizer, index_batches, num_steps
 from fastrlhf.reward_functions import RewardFunction
 from fastrlhf.rewards import open_rewards
-from fastrlhf.rollout import Engine, TransformersEngine, checked_rollouts
+from fastrlhf.rollout import Engine, SharedEngine, TransformersEngine, checked_rollouts
 from fastrlhf.rollout_vllm import import_vllm, open_vllm
 from fastrlhf.types import Example
 
@@ -95,6 +97,7 @@ def train_on_policy(
     opponents = [config.psi_opponents] if psi and config.psi_opponents != "rollouts" else []
     fields = list(dict.fromkeys([*reset_fields(config), *opponents]))
     tokenizer, data = open_inputs(config, fields, examples, eval_examples)
+    _check_ranks(config, sources)
     prompts = with_room(data.train, "train", config.max_length, config.response_length)
     held_out = with_room(data.eval, "eval", config.max_length, config.response_length) if data.eval else []
     if (held_out_judge or config.eval_reward_model_path) and not held_out:
@@ -111,23 +114,33 @@ def train_on_policy(
     reference = frozen_copy(policy)  # its weights are what the roles that are adapters share
     rewards.implicit = open_implicit_reward(config, tokenizer, reference)
     frozen: list[PreTrainedModel] = [reference, *(rewards.implicit.models if rewards.implicit else ())]
+    shard(reference)
+    shard(policy)
     reward_model = critic = None
     if needs_critic or judge is None:
         reward_model = _open_reward_model(config, "reward_model_path", reference, tokenizer)
         if needs_critic:
             reward_model, critic = judge_and_critic(config, reward_model)
     eos, _ = special_ids(tokenizer)
-    if judge is None:
+    if judge is not None:
+        judge = asked_once(judge)
+    else:
         assert reward_model is not None
+        shard(reward_model)
         frozen.append(reward_model)
         judge = reward_model_judge(reward_model, eos_token_id=eos, micro_batch_tokens=config.micro_batch_tokens)
-    if held_out_judge is None and config.eval_reward_model_path:
+    if held_out_judge is not None:
+        held_out_judge = asked_once(held_out_judge)
+    elif config.eval_reward_model_path:
         frozen.append(_open_reward_model(config, "eval_reward_model_path", reference, tokenizer))
+        shard(frozen[-1])
         held_out_judge = reward_model_judge(frozen[-1], eos_token_id=eos, micro_batch_tokens=config.micro_batch_tokens)
     score = judge
     if psi:
         score = psi_judge(judge, dataset_opponents(prompts, opponents) if opponents else None, psi)
-    sampler = (engine or make_engine)(config, policy, eos)
+    if critic:
+        shard(critic)
+    sampler = SharedEngine(engine=(engine or make_engine)(config, policy, eos), model=policy)
     roll_in = make_roll_in(config, reference, eos) if config.reset_source == "sample" else None
     trained = [policy, critic] if critic else [policy]
     waiting = Waiting(frozen if config.ref_reward_offload else (), trained, policy.device)
@@ -188,7 +201,8 @@ def train_on_policy(
                 "timing/training": time.perf_counter() - scored,
                 "episode": (step + 1) * config.batch_size,
                 "num_tokens": sum(len(rollout.completion) for rollout in rollouts),  # sampled
-                "num_unique_tokens": sum(item.batch.num_tokens for mini in packs for item in mini),  # of one pass
+                # of one pass
+                "num_unique_tokens": sum(from_all(sum(item.batch.num_tokens for mini in packs for item in mini))),
             }
             if held_out and stage.due(step, config.eval_steps):
                 with waiting.present():
@@ -214,6 +228,30 @@ def make_engine(config: PPOConfig, policy: PreTrainedModel, eos_token_id: int) -
         decode=config.decode,
         stop_at_eos=config.compat == "fixed",
     )
+
+
+def _check_ranks(config: PPOConfig, sources: Mapping[str, str]) -> None:
+    """Raises ValueError where several processes cannot share out the update, or would give other numbers than one.
+    `sources` are the models of the other roles, by field."""
+    world = world_size()
+    if world == 1:
+        return
+    episodes = config.batch_size // config.num_mini_batches
+    items = episodes // (config.reset_group_size if config.share_trunks else 1)
+    rule = f"such that the {items} trees of a mini-batch are a multiple of the {world} processes"
+    require(items % world == 0, "num_mini_batches", config.num_mini_batches, rule)
+    require(config.engine == "transformers", "engine", config.engine, f"transformers in {world} processes")
+    require(config.decode == "eager", "decode", config.decode, f"eager in {world} processes")
+    require(not config.ref_reward_offload, "ref_reward_offload", True, f"false in {world} processes")
+    for field, source in sources.items():
+        require(
+            not (source and holds_adapter(source)),
+            field,
+            source,
+            f"a whole model in {world} processes, not an adapter alone",
+        )
+    own_mean = f"fixed in {world} processes: under reference every micro-batch is a mean of its own"
+    require(config.compat == "fixed", "compat", config.compat, own_mean)
 
 
 def _open_reward_model(

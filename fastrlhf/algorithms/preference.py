@@ -30,9 +30,11 @@ from fastrlhf.algorithms.stage import Stage, StepMetrics, TrainResult, check_mic
 from fastrlhf.config import DPOConfig
 from fastrlhf.data.inputs import open_inputs
 from fastrlhf.data.labels import COUNTS
-from fastrlhf.data.packing import forest, micro_batches, num_computed, num_in_sequences, pack, pair
+from fastrlhf.data.packing import forest, num_computed, num_in_sequences, pack, pair
+from fastrlhf.distributed import own_micro_batches
 from fastrlhf.models.forward import token_logprobs
 from fastrlhf.models.loading import open_policy, read_model_config
+from fastrlhf.models.sharding import shard, whole
 from fastrlhf.optim import Optimizer, index_batches, num_steps
 from fastrlhf.types import Example, PackedBatch, TokenizedExample
 from fastrlhf_kernels import LossOutput, Metric, Sum, TokenLogprobs, pair_loss
@@ -100,6 +102,7 @@ def train_dpo(
         log.info(describe_target(config, everything))
     trained = chain.from_iterable(index_batches(num_train, config.batch_size, steps, config.seed))
     reference = open_reference(config, model, trees, chain(trained, held_out))
+    shard(model)
     optimizer, diagnoses = Optimizer({"": model}, config, num_steps=steps), Diagnoses(config.losses)
     evaluation: dict[str, float] = {}
 
@@ -256,8 +259,9 @@ def _evaluate(
     config: DPOConfig, model: PreTrainedModel, reference: Reference, pairs: Pairs, indices: Sequence[int]
 ) -> dict[str, float]:
     totals, held_out = StepMetrics(), pairs[indices]
-    for micro in _micro_batches(held_out, config):
-        totals.add(_loss(config, model, reference, pairs, [indices[i] for i in micro], held_out).metrics)
+    with whole(model):
+        for micro in _micro_batches(held_out, config):
+            totals.add(_loss(config, model, reference, pairs, [indices[i] for i in micro], held_out).metrics)
     return {f"eval_{name}": value for name, value in _named(config, totals.means("pairs")).items()}
 
 
@@ -281,8 +285,8 @@ def _named(config: DPOConfig, means: Mapping[str, float]) -> dict[str, float]:
     }
 
 
-def _micro_batches(pairs: Pairs, config: DPOConfig) -> list[list[int]]:
-    return micro_batches([num_computed(tree) for tree in pairs.trees], config.micro_batch_tokens, "pair")
+def _micro_batches(pairs: Pairs, config: DPOConfig) -> Sequence[list[int]]:
+    return own_micro_batches([num_computed(tree) for tree in pairs.trees], config.micro_batch_tokens, "pair")
 
 
 def fields_read(config: DPOConfig) -> list[str]:

@@ -23,6 +23,7 @@ from transformers.utils.hub import cached_file
 
 from fastrlhf.algorithms.scoring import Tree, num_responses, per_response, sequence_logprobs
 from fastrlhf.config import DPOConfig
+from fastrlhf.distributed import from_all, on_first
 from fastrlhf.models.adapters import frozen_copy
 from fastrlhf.models.loading import check_same_vocabulary, load_policy
 from fastrlhf.models.trunk import TrunkOptions
@@ -62,7 +63,7 @@ def _precomputed(config: DPOConfig, policy: PreTrainedModel, trees: Sequence[Tre
     except OSError as error:
         raise ValueError(f"ref_cache_dir: {config.ref_cache_dir!r} cannot be made: {error.strerror}") from error
     file = folder / f"{_fingerprint(config, policy, trees)}.safetensors"
-    if file.exists():
+    if all(from_all(file.exists())):
         try:
             sums = load_file(file)["logprobs"]
         except (SafetensorError, KeyError) as error:
@@ -70,11 +71,15 @@ def _precomputed(config: DPOConfig, policy: PreTrainedModel, trees: Sequence[Tre
         log.info("reference: log-probs of %d responses read from %s", len(sums), file)
         return sums
     sums = _compute(config, policy, trees)
+    on_first(lambda: _keep(sums, file))
+    return sums
+
+
+def _keep(sums: Tensor, file: Path) -> None:
     partial = file.with_suffix(f".{os.getpid()}.partial")  # two runs may compute the same
     save_file({"logprobs": sums.cpu()}, partial)
     os.replace(partial, file)
     log.info("reference: log-probs of %d responses kept in %s", len(sums), file)
-    return sums
 
 
 def _compute(config: DPOConfig, policy: PreTrainedModel, trees: Sequence[Tree]) -> Tensor:

@@ -28,9 +28,11 @@ from fastrlhf.config import RewardConfig, require
 from fastrlhf.data.inputs import open_inputs
 from fastrlhf.data.packing import forest, micro_batches, num_computed, num_in_sequences, pack, pair
 from fastrlhf.data.tokens import special_ids
+from fastrlhf.distributed import gathered, own_micro_batches
 from fastrlhf.evaluation.winrates import bootstrap_interval
 from fastrlhf.models.forward import hidden_states, read_scores, sequence_scores
 from fastrlhf.models.loading import check_same_vocabulary, load_reward_model, make_trainable, resolve_device
+from fastrlhf.models.sharding import shard, whole
 from fastrlhf.models.trunk import TrunkOptions
 from fastrlhf.optim import Optimizer, index_batches, num_steps
 from fastrlhf.types import Example, TokenizedExample
@@ -77,6 +79,7 @@ def train_reward_model(
     margins, held_out_margins = (_margins(config, part) for part in (data.train, data.eval))
     margins = torch.cat([margins, torch.zeros(len(synthetic))])
     check_micro_batch(config, [*train, *data.eval], [num_computed(tree) for tree in [*pairs, *held_out]])
+    shard(model)
     steps = num_steps(config, len(pairs))
     objective = views.open(model.config.hidden_size, model.device, steps) if views else None
     heads, rates = ({"view_": objective.heads}, {"view_": objective.learning_rate}) if objective else ({}, {})
@@ -116,7 +119,7 @@ def _backward(
     part of it down (Gao et al. 2021, arXiv 2101.06983): the same gradient as of one large batch.
     """
     trees, totals = [*pairs, *views], StepMetrics()
-    micros = micro_batches([num_computed(tree) for tree in trees], config.micro_batch_tokens, "pair")
+    micros = own_micro_batches([num_computed(tree) for tree in trees], config.micro_batch_tokens, "pair")
     kept: Tensor | None = None
     if loss_of_views and len(micros) > 1:
         leaf = _last_hidden(model, views, config.micro_batch_tokens).requires_grad_()
@@ -149,7 +152,7 @@ def _backward(
             totals.add({"pairs": Sum(squares[: 2 * len(own)].sum()), "pulls": Sum(squares[2 * len(own) :].sum())})
         scores.append(score.detach())
         losses.append(loss.detach())
-    return torch.cat(scores), torch.cat(losses), totals
+    return gathered(torch.cat(scores)), gathered(torch.cat(losses)), totals
 
 
 def _with_loss(output: LossOutput) -> dict[str, Metric]:
@@ -199,9 +202,11 @@ def ranking_losses(config: RewardConfig, scores: Tensor, margins: Tensor) -> Ten
 @torch.no_grad()
 def evaluate(config: RewardConfig, model: PreTrainedModel, pairs: Sequence[Tree], margins: Tensor) -> dict[str, float]:
     """Loss and accuracy on held-out pairs, the accuracy with its 95 % bootstrap interval; ties count one half."""
-    micros = micro_batches([num_computed(tree) for tree in pairs], config.micro_batch_tokens, "pair")
-    scores = torch.cat([score_pairs(model, [pairs[i] for i in micro]) for micro in micros])
-    losses = ranking_losses(config, scores, margins[[i for micro in micros for i in micro]])
+    micros = own_micro_batches([num_computed(tree) for tree in pairs], config.micro_batch_tokens, "pair")
+    with whole(model):
+        scores = torch.cat([score_pairs(model, [pairs[i] for i in micro]) for micro in micros])
+    losses = gathered(ranking_losses(config, scores, margins[[i for micro in micros for i in micro]]))
+    scores = gathered(scores)
     margin = scores[:, 0] - scores[:, 1]
     low, high = bootstrap_interval(((margin > 0) + 0.5 * (margin == 0)).cpu().numpy())
     summary = {f"eval_{name}": value for name, value in _summary(scores, losses).items()}

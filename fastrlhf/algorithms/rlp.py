@@ -48,6 +48,7 @@ from fastrlhf.config import PPOConfig, RewardConfig, RLPConfig, require
 from fastrlhf.config_files import SAME_MODEL, differences
 from fastrlhf.data.inputs import Data, open_inputs, with_room
 from fastrlhf.data.tokens import special_ids
+from fastrlhf.distributed import check_one_process
 from fastrlhf.evaluation.equivalence import EquivalenceJudge, open_judge
 from fastrlhf.metrics import read_metrics, read_rows
 from fastrlhf.models.forward import sequence_scores
@@ -88,6 +89,7 @@ def train_rlp(
     Raises ValueError for bad input before any time is spent, where the folder holds a run of other settings, and where
     a refitted model no longer tells the answers to a prompt apart.
     """
+    check_one_process("rlp")
     run = _open(config, reward, policy, pairs, eval_pairs, prompts, eval_prompts, equivalence, gold)
     judged_by = config.reward_model_path or run.train_reward("reward", reward.model_name_or_path)
     final = config.policy_path or run.train_policy("policy", judged_by)

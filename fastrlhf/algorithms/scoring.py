@@ -9,8 +9,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.config import DPOConfig
-from fastrlhf.data.packing import forest, micro_batches, num_computed, pack
+from fastrlhf.data.packing import forest, num_computed, pack
 from fastrlhf.data.tokens import special_ids
+from fastrlhf.distributed import from_all, own_micro_batches
 from fastrlhf.models.forward import sequence_scores, token_logprobs
 from fastrlhf.models.loading import check_same_tokenizer, check_same_vocabulary, load_reward_model, resolve_device
 from fastrlhf.models.trunk import TrunkOptions
@@ -28,12 +29,13 @@ def per_response(
 
     Packs of at most `budget` tokens. Raises ValueError, naming `field`, for a number that is not finite.
     """
-    values: list[Tensor] = [torch.empty(0)] * len(trees)
-    for micro in micro_batches([num_computed(tree) for tree in trees], budget, "example"):
+    own: dict[int, Tensor] = {}
+    for micro in own_micro_batches([num_computed(tree) for tree in trees], budget, "example"):
         batch = pack(forest(trees[i] for i in micro), model.device)
         sizes = [num_responses(trees[i]) for i in micro]
-        for i, part in zip(micro, read(batch).cpu().split(sizes), strict=True):
-            values[i] = part
+        own |= zip(micro, read(batch).cpu().split(sizes), strict=True)
+    by_tree = {i: value for part in from_all(own) for i, value in part.items()}
+    values = [by_tree[i] for i in range(len(trees))]
     bad = next((i for i, value in enumerate(values) if not bool(value.isfinite().all())), None)
     if bad is not None:
         raise ValueError(f"{field}: what it gives for example {bad} is not finite; the model is broken")

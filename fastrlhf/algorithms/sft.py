@@ -15,9 +15,11 @@ from transformers import PreTrainedModel
 from fastrlhf.algorithms.stage import Stage, TrainResult, check_micro_batch
 from fastrlhf.config import SFTConfig
 from fastrlhf.data.inputs import open_inputs
-from fastrlhf.data.packing import micro_batches, pack
+from fastrlhf.data.packing import pack
+from fastrlhf.distributed import own_micro_batches, total
 from fastrlhf.models.forward import token_logprobs
 from fastrlhf.models.loading import open_policy
+from fastrlhf.models.sharding import shard, whole
 from fastrlhf.optim import Optimizer, index_batches, num_steps
 from fastrlhf.types import Example, Segment, TokenizedExample
 
@@ -35,6 +37,7 @@ def train_sft(
     held_out = [to_segment(example, config) for example in data.eval]
     check_micro_batch(config, [*data.train, *data.eval], [len(s.token_ids) for s in [*segments, *held_out]])
     model = open_policy(config, tokenizer)
+    shard(model)
     steps = num_steps(config, len(segments))
     optimizer = Optimizer({"": model}, config, num_steps=steps)
     evaluation: dict[str, float] = {}
@@ -44,12 +47,13 @@ def train_sft(
             chosen = [segments[i] for i in indices]
             num_trained = sum(segment.num_scored for segment in chosen)
             loss = torch.zeros((), device=model.device)
-            for micro in micro_batches([len(s.token_ids) for s in chosen], config.micro_batch_tokens):
+            for micro in own_micro_batches([len(s.token_ids) for s in chosen], config.micro_batch_tokens):
                 batch = pack([chosen[i] for i in micro], model.device)
                 micro_loss = -token_logprobs(model, batch).logprob.sum() / num_trained
                 micro_loss.backward()
                 loss += micro_loss.detach()
-            metrics = {"loss": loss.item(), **optimizer.step(), "num_tokens": sum(len(s.token_ids) for s in chosen)}
+            metrics = {"loss": total(loss).item(), **optimizer.step()}
+            metrics["num_tokens"] = sum(len(s.token_ids) for s in chosen)
             if held_out and stage.due(step, config.eval_steps):
                 evaluation = evaluate(model, held_out, config.micro_batch_tokens)
                 metrics |= evaluation
@@ -60,10 +64,11 @@ def train_sft(
 @torch.no_grad()
 def evaluate(model: PreTrainedModel, segments: Sequence[Segment], micro_batch_tokens: int) -> dict[str, float]:
     """eval_loss: mean nats per scored token."""
-    total = torch.zeros((), device=model.device)
-    for micro in micro_batches([len(s.token_ids) for s in segments], micro_batch_tokens):
-        total -= token_logprobs(model, pack([segments[i] for i in micro], model.device)).logprob.sum()
-    return {"eval_loss": total.item() / sum(segment.num_scored for segment in segments)}
+    loss = torch.zeros((), device=model.device)
+    with whole(model):
+        for micro in own_micro_batches([len(s.token_ids) for s in segments], micro_batch_tokens):
+            loss -= token_logprobs(model, pack([segments[i] for i in micro], model.device)).logprob.sum()
+    return {"eval_loss": total(loss).item() / sum(segment.num_scored for segment in segments)}
 
 
 def to_segment(example: TokenizedExample, config: SFTConfig) -> Segment:

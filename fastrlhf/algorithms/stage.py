@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fastrlhf.checkpoint import Checkpointer, Stateful, check_run_dir, create_output_dir, locked, save_trained
 from fastrlhf.config import TrainConfig, require
 from fastrlhf.data.inputs import Data
+from fastrlhf.distributed import from_all, is_first, largest, on_first, total, world_size
 from fastrlhf.interrupts import Interrupted, Interrupts
 from fastrlhf.metrics import MetricsWriter, read_metrics
 from fastrlhf.models.adapters import share_weights
@@ -33,7 +35,7 @@ class TrainResult:
     """What a trainer returns."""
 
     model: PreTrainedModel
-    """On the CPU after `load_in_4bit`, for want of room."""
+    """On the CPU after `load_in_4bit`, for want of room; in several processes sharded, and whole in `output_dir`."""
     tokenizer: PreTrainedTokenizerBase
     history: list[dict[str, float]] = field(repr=False)
     """One row of metrics per optimiser step (per update, in on-policy runs)."""
@@ -50,8 +52,8 @@ class Stage:
     Where the folder holds an unfinished run of the same configuration, everything that is handed over is put back to
     its newest checkpoint, and `remaining` goes on from there. Ctrl-C and SIGTERM are obeyed after the step that they
     interrupt, with a checkpoint; so is running out of memory, where no weight has moved since. A run that ends by
-    another error leaves the weights of its last whole step in
-    `interrupted/`, where no checkpoint has them.
+    another error leaves the weights of its last whole step in `interrupted/`, where no checkpoint has them. In several
+    processes all make the same calls and the first alone writes; there an error leaves nothing but checkpoints.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class Stage:
         self.history: list[dict[str, float]] = []
         self.folder = Path(config.output_dir) if config.output_dir else None
         self._checkpointer = None
+        self._writer: MetricsWriter | None = None  # of the first rank
         if self.folder and trained:
             models = {"": trained[0]} | ({"value_model": value_model} if value_model is not None else {})
             fingerprint = data.fingerprint if data else {}
@@ -85,7 +88,7 @@ class Stage:
                 total=self._steps,
                 initial=self._start,
                 desc=self._name,
-                disable=not self._config.progress,
+                disable=not (self._config.progress and is_first()),
                 file=sys.stderr,
                 dynamic_ncols=True,
             )
@@ -95,12 +98,21 @@ class Stage:
 
     def _open(self, folder: Path, stack: ExitStack) -> None:
         """The folder as it was at the checkpoint, and the run in the state of then."""
-        config = self._config
+        on_first(lambda: self._claim(folder, stack))
+        if self._checkpointer:
+            self._start = self._saved = self._checkpointer.load(self._config.resume_weights_only)
+        rows = on_first(lambda: self._open_log(folder, stack))
+        self.history = [{key: value for key, value in row.items() if key not in ("step", "time")} for row in rows]
+        self._interrupts = stack.enter_context(Interrupts())
+
+    def _claim(self, folder: Path, stack: ExitStack) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         stack.enter_context(locked(folder))
-        check_run_dir(config)
-        if self._checkpointer:
-            self._start = self._saved = self._checkpointer.load(config.resume_weights_only)
+        check_run_dir(self._config)
+
+    def _open_log(self, folder: Path, stack: ExitStack) -> list[dict[str, Any]]:
+        """The rows of the log up to the checkpoint; it is open from now on."""
+        config = self._config
         # config.yaml marks the folder as a run: it comes after the reporters, which may fail to start.
         writer = MetricsWriter(
             folder, config.report_to, config.run_name or None, dataclasses.asdict(config), resumed_at=self._start
@@ -112,31 +124,33 @@ class Stage:
                 f"{str(folder / 'metrics.jsonl')!r} does not hold the steps 1 to {self._start} of the run that is to "
                 "be resumed; restore the file"
             )
-        self.history = [{key: value for key, value in row.items() if key not in ("step", "time")} for row in rows]
         create_output_dir(config.output_dir, config)
-        self._interrupts = stack.enter_context(Interrupts())
+        return rows
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if isinstance(error, Exception) and is_out_of_memory(error):
+        # One rank alone, where only that one failed, cannot gather the weights.
+        if isinstance(error, Exception) and world_size() == 1:
             self._rescue(error)
-        if isinstance(error, Exception) and self.folder and self._trained and len(self.history) > self._saved:
+        self._stack.__exit__(kind, error, trace)
+
+    def _rescue(self, error: Exception) -> None:
+        """Out of memory: saves the last whole step, as after a signal, where nothing of the next one has moved yet.
+        Then, and for any other error, the weights as they are, where no checkpoint has them."""
+        step = len(self.history)
+        checkpointer, unsaved = self._checkpointer, self._saved < step < self._steps
+        if checkpointer and unsaved and is_out_of_memory(error) and checkpointer.back_to_mark():
+            try:
+                error.add_note(f"saved as {self._save(checkpointer, step)}; the same command continues")
+            except Exception as another:
+                log.warning("step %d cannot be saved: %s", step, another)
+        if self.folder and self._trained and step > self._saved:
             try:
                 save_trained(*self._trained, self.folder / "interrupted")
                 error.add_note(f"its last weights are in {self.folder / 'interrupted'}")
             except Exception as another:  # it must not hide the first one
                 log.warning("interrupted: the weights of the last whole step cannot be saved: %s", another)
-        self._stack.__exit__(kind, error, trace)
-
-    def _rescue(self, error: Exception) -> None:
-        """Saves the last whole step, as after a signal, where nothing of the next one has moved yet."""
-        step = len(self.history)
-        if self._checkpointer and self._saved < step < self._steps and self._checkpointer.back_to_mark():
-            try:
-                error.add_note(f"saved as {self._save(self._checkpointer, step)}; the same command continues")
-            except Exception as another:
-                log.warning("step %d cannot be saved: %s", step, another)
 
     def remaining(self, batches: Iterable[list[int]]) -> Iterator[tuple[int, list[int]]]:
         """(step, batch) from the step on at which the run starts or resumes."""
@@ -149,7 +163,7 @@ class Stage:
         model itself is saved next, and no checkpoint is needed.
         """
         self.history.append(dict(metrics))
-        if self.folder:
+        if self._writer:
             self._writer.log(step, metrics)
         self._bar.update()
         self._bar.set_postfix_str(f"{shown.rpartition('/')[2]} {metrics[shown]:.4g}")
@@ -157,19 +171,21 @@ class Stage:
             if self._config.save_steps and step % self._config.save_steps == 0:
                 self._save(self._checkpointer, step)
             self._checkpointer.mark()
-            if self._interrupts.pending:
+            # A signal does not reach all ranks in the same step.
+            if pending := max(from_all(self._interrupts.pending or 0)):
                 saved = self._save(self._checkpointer, step)
-                raise Interrupted(self._interrupts.pending, f"after step {step}, saved as {saved}")
+                raise Interrupted(pending, f"after step {step}, saved as {saved}")
 
     def _save(self, checkpointer: Checkpointer, step: int) -> Path:
         if step > self._saved:
-            self._writer.flush()
+            if self._writer:
+                self._writer.flush()
             checkpointer.save(step, self._config.save_total_limit)
             self._saved = step
         return checkpointer.path(step)
 
     def samples(self, step: int, rows: Sequence[dict[str, object]]) -> None:
-        if self.folder:
+        if self._writer:
             self._writer.samples(step, list(rows))
 
     def due(self, step: int, every: int) -> bool:
@@ -210,7 +226,8 @@ def check_micro_batch(config: TrainConfig, examples: Sequence[TokenizedExample],
 
 
 class StepMetrics:
-    """Metrics of the losses, added up on the device over the micro-batches of a step (or the passes of an update)."""
+    """Metrics of the losses, added up on the device over the micro-batches of a step (or the passes of an update), then
+    over ranks."""
 
     def __init__(self) -> None:
         self._totals: dict[str, Metric] = {}
@@ -221,8 +238,10 @@ class StepMetrics:
     def means(self, count: str) -> dict[str, float]:
         """Every sum over the sum called `count`; maxima as they are. Waits for the GPU, once."""
         names = list(self._totals)
-        values = dict(zip(names, torch.stack([self._totals[name].value for name in names]).tolist(), strict=True))
-        number = max(values[count], 1.0)
+        own = torch.stack([self._totals[name].value for name in names])
+        sums, maxima = torch.stack([total(own), largest(own)]).tolist()
+        number = max(sums[names.index(count)], 1.0)
         return {
-            name: value if isinstance(self._totals[name], Max) else value / number for name, value in values.items()
+            name: maximum if isinstance(self._totals[name], Max) else value / number
+            for name, value, maximum in zip(names, sums, maxima, strict=True)
         }

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from fastrlhf.config import PPOConfig
 from fastrlhf.data.resets import cut_prefix, is_reset, reset_length, takes_first
-from fastrlhf.rollout import Engine, TransformersEngine
+from fastrlhf.rollout import Engine, SharedEngine, TransformersEngine
 from fastrlhf.types import Prefix, TokenizedExample
 
 ROLL_IN_STREAM = 3
@@ -22,12 +22,12 @@ def reset_fields(config: PPOConfig) -> list[str]:
     return ["reference", "chosen"] if config.reset_source == "both" else [config.reset_source]
 
 
-def make_roll_in(config: PPOConfig, reference: PreTrainedModel, eos_token_id: int) -> TransformersEngine:
+def make_roll_in(config: PPOConfig, reference: PreTrainedModel, eos_token_id: int) -> Engine:
     """What writes the responses that `reset_source: sample` resets to (PPO++, Chang et al. 2023, arXiv 2306.11816).
 
     A response ends at its EOS under either `compat`.
     """
-    return TransformersEngine(
+    engine = TransformersEngine(
         model=reference,
         eos_token_id=eos_token_id,
         response_length=config.response_length,
@@ -37,6 +37,7 @@ def make_roll_in(config: PPOConfig, reference: PreTrainedModel, eos_token_id: in
         decode=config.decode,
         stream=ROLL_IN_STREAM,
     )
+    return SharedEngine(engine=engine, model=reference)
 
 
 def draw_prefixes(

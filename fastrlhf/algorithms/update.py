@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from fastrlhf.algorithms.experience import Pack, pack_episodes
 from fastrlhf.algorithms.stage import StepMetrics
 from fastrlhf.config import PPOConfig
+from fastrlhf.distributed import gathered, total
 from fastrlhf.models.forward import scored_states, state_kl, state_logprobs, token_values
 from fastrlhf.optim import Optimizer
 from fastrlhf.types import Experience, Rollout
@@ -44,7 +45,7 @@ def update(
     # A weighted mean over the tokens of a mini-batch, by what each is of its episode.
     shares = _episode_shares(experience) if config.loss_aggregation == "sequence" else None
     for epoch, mini in _mini_batches(config, rollouts, packs, seed, policy.device):
-        in_mini = torch.cat([item.index for item in mini])
+        in_mini = gathered(torch.cat([item.index for item in mini]))
         drift = torch.zeros((), device=policy.device)
         for item in mini:
             # compat "reference": every micro-batch is its own mean, as in the authors' code.
@@ -71,7 +72,7 @@ def update(
             )
             (config.vf_coef * valued.loss).backward()
             value_totals.add(valued.metrics)
-        if config.target_kl is not None and steps and drift.item() > config.target_kl:
+        if config.target_kl is not None and steps and total(drift).item() > config.target_kl:
             num_stopped = config.num_ppo_epochs - epoch
             optimizer.skip(config.num_ppo_epochs * config.num_mini_batches - len(steps))
             break

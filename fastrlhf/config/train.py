@@ -68,7 +68,7 @@ class TrainConfig:
     use_liger_kernel: bool = False
     """RMSNorm, SwiGLU (GeGLU) and rotary positions by Liger's kernels (`pip install 'fastrlhf[liger]'`), on a GPU."""
     device: str = "auto"
-    """auto: the first CUDA GPU, else the CPU."""
+    """auto: the first CUDA GPU, else the CPU; under torchrun the GPU of the place that a process has on its machine."""
 
     dataset_name: str = ""
     """Hub name, or a local .jsonl[.gz], .json, .csv or .parquet file or folder."""
@@ -93,7 +93,8 @@ class TrainConfig:
     out."""
 
     per_device_train_batch_size: int = 8
-    """Sequences, pairs or episodes of an optimiser step; times `gradient_accumulation_steps`."""
+    """Sequences, pairs or episodes of an optimiser step, of all processes together; times
+    `gradient_accumulation_steps`."""
     gradient_accumulation_steps: int = 1
     """Multiplies the batch, as in TRL. How a batch is cut to fit memory is `micro_batch_tokens`' business alone."""
     micro_batch_tokens: int = 8192

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
-import os
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from fastrlhf.config import TrainConfig, parse_columns, require
 from fastrlhf.data.examples import RESPONSES, LoadedExamples, load_examples
 from fastrlhf.data.labels import GROUP_LABELS
 from fastrlhf.data.tokens import TokenizedExamples, TokenReport, load_tokenizer, tokenize_examples
+from fastrlhf.distributed import on_first, start, world_size
 from fastrlhf.metrics import import_reporters
 from fastrlhf.models.loading import resolve_device
 from fastrlhf.types import Example, TokenizedExample
@@ -54,13 +54,12 @@ def open_inputs(
     Raises ValueError for anything that is wrong with the paths, the files, the rows or the reporters, before a model is
     loaded and before a folder is made.
     """
+    start(config)
     if config.output_dir:
-        check_run_dir(config)
-        check_idle(config.output_dir)
+        on_first(lambda: check_run_dir(config))
+        on_first(lambda: check_idle(config.output_dir))
     import_reporters(config.report_to)
     check_optim(config, resolve_device(config.device))
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("WORLD_SIZE: this version trains in one process; start it without torchrun")
     tokenizer = open_tokenizer(config)
     if train is None:
         train, evaluation = _load_both(config, fields)
@@ -70,6 +69,8 @@ def open_inputs(
         eval=_tokenize(config, tokenizer, evaluation, fields, "eval").examples if evaluation else [],
         report=tokenized.report,
     )
+    ranks, num_eval = world_size(), len(data.eval)
+    require(num_eval == 0 or num_eval >= ranks, "num_eval_examples", num_eval, f"0, or at least the {ranks} processes")
     if config.output_dir:
         check_same_data(config.output_dir, data.fingerprint)
     return tokenizer, data

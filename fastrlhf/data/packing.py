@@ -170,12 +170,12 @@ def unpack(batch: PackedBatch) -> list[list[int]]:
     return [tokens for tokens, leaf in zip(per_segment, is_leaf, strict=True) if leaf]
 
 
-def micro_batches(costs: Sequence[int], budget: int, what: str = "item") -> list[list[int]]:
+def micro_batches(costs: Sequence[int], budget: int, what: str = "item", multiple: int = 1) -> list[list[int]]:
     """Spreads items of `costs` tokens over as few micro-batches of at most `budget` tokens as it can, evenly filled.
 
     Longest first onto the least loaded micro-batch; one more micro-batch is opened until all fit. Returns indices, each
-    micro-batch in ascending order, so that the result depends on the costs alone. Raises ValueError where one item
-    exceeds the budget.
+    micro-batch in ascending order, so that the result depends on the costs alone. Their number is a multiple of
+    `multiple`, or that of the items where these are fewer. Raises ValueError where one item exceeds the budget.
     """
     if not costs:
         return []
@@ -187,7 +187,7 @@ def micro_batches(costs: Sequence[int], budget: int, what: str = "item") -> list
         )
     # No two items of more than half the budget share a micro-batch.
     count = max(-(-sum(costs) // budget), sum(2 * cost > budget for cost in costs))
-    while (bins := _spread(costs, budget, count)) is None:
+    while (bins := _spread(costs, budget, count + -count % multiple)) is None:
         count += max(1, count // 64)
     return bins
 

@@ -13,6 +13,7 @@ from fastrlhf.checkpoint import check_output_dir, create_output_dir
 from fastrlhf.config import EvalConfig, require
 from fastrlhf.data.inputs import open_eval_inputs, with_room
 from fastrlhf.data.tokens import special_ids
+from fastrlhf.distributed import check_one_process
 from fastrlhf.evaluation.judges import reward_model_judge
 from fastrlhf.evaluation.responses import respond
 from fastrlhf.evaluation.winrates import Comparison, compare
@@ -36,6 +37,7 @@ def evaluate_models(config: EvalConfig, examples: Sequence[Example] | None = Non
     With `output_dir` the comparisons and all responses are written there. Raises ValueError for bad input, a model that
     is not there included, before anything is generated.
     """
+    check_one_process("eval")
     _check(config)
     if config.output_dir:
         check_output_dir(config.output_dir)

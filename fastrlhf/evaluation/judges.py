@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fastrlhf.data.packing import families, forest, micro_batches, num_computed, pack, tree
+from fastrlhf.data.packing import families, forest, num_computed, pack, tree
+from fastrlhf.distributed import on_first, own_micro_batches, total, world_size
 from fastrlhf.models.forward import sequence_scores
+from fastrlhf.models.sharding import whole
 from fastrlhf.rollout import end_index
 from fastrlhf.types import Rollout, Segment
 
@@ -29,13 +31,19 @@ def reward_model_judge(model: PreTrainedModel, *, eos_token_id: int, micro_batch
         responses = [rollout.completion[: end_index(rollout, eos_token_id) + 1] for rollout in rollouts]
         groups = families(prefixes, responses, micro_batch_tokens)
         trees = [_tree([prefixes[i] for i in group], [responses[i] for i in group]) for group in groups]
-        scores = torch.empty(len(rollouts), device=model.device)
-        for micro in micro_batches(list(map(num_computed, trees)), micro_batch_tokens, "response"):
-            batch = pack(forest(trees[j] for j in micro), model.device)
-            scores[[i for j in micro for i in groups[j]]] = sequence_scores(model, batch)
-        return checked_scores(scores, rollouts, model.device)
+        scores = torch.zeros(len(rollouts), device=model.device)
+        with whole(model):
+            for micro in own_micro_batches(list(map(num_computed, trees)), micro_batch_tokens, "response"):
+                batch = pack(forest(trees[j] for j in micro), model.device)
+                scores[[i for j in micro for i in groups[j]]] = sequence_scores(model, batch)
+        return checked_scores(total(scores), rollouts, model.device)
 
     return judge
+
+
+def asked_once(judge: Judge) -> Judge:
+    """A judge that may cost money or change its mind: of several processes the first one asks it, for all of them."""
+    return judge if world_size() == 1 else lambda rollouts: on_first(lambda: torch.as_tensor(judge(rollouts)).cpu())
 
 
 def _tree(prefixes: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[Segment]:

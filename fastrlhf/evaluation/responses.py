@@ -7,9 +7,11 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-from fastrlhf.data.packing import micro_batches, pack, sequence
+from fastrlhf.data.packing import pack, sequence
+from fastrlhf.distributed import own_micro_batches, total
 from fastrlhf.models.forward import token_logprobs
-from fastrlhf.rollout import Decode, TransformersEngine
+from fastrlhf.models.sharding import whole
+from fastrlhf.rollout import Decode, SharedEngine, TransformersEngine
 from fastrlhf.types import Prefix, Rollout, TokenizedExample
 
 EVAL_EPISODES = 1 << 40
@@ -37,7 +39,7 @@ def respond(
         batch_size=batch_size,
         decode=decode,
     )
-    return engine.generate(
+    return SharedEngine(engine=engine, model=model).generate(
         [
             Prefix(token_ids=example.prompt, num_reset=0, row=example.row, episode=EVAL_EPISODES + i)
             for i, example in enumerate(examples)
@@ -57,8 +59,9 @@ def response_kl(
     """Nats: the sum over the tokens of a response of log(policy / reference), averaged over the policy's responses."""
     segments = [sequence(rollout.prefix.token_ids, rollout.completion) for rollout in rollouts]
     log_ratio = torch.zeros((), device=policy.device)
-    for micro in micro_batches([len(s.token_ids) for s in segments], micro_batch_tokens, "response"):
-        batch = pack([segments[i] for i in micro], policy.device)
-        log_ratio += token_logprobs(policy, batch, temperature=temperature).logprob.sum()
-        log_ratio -= token_logprobs(reference, batch, temperature=temperature).logprob.sum()
-    return log_ratio.item() / len(rollouts)
+    with whole(policy), whole(reference):
+        for micro in own_micro_batches([len(s.token_ids) for s in segments], micro_batch_tokens, "response"):
+            batch = pack([segments[i] for i in micro], policy.device)
+            log_ratio += token_logprobs(policy, batch, temperature=temperature).logprob.sum()
+            log_ratio -= token_logprobs(reference, batch, temperature=temperature).logprob.sum()
+    return total(log_ratio).item() / len(rollouts)

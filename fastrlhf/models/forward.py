@@ -8,13 +8,13 @@ from contextlib import contextmanager, nullcontext
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Linear
 from transformers import PreTrainedModel
 
 from fastrlhf.data.packing import pack
 from fastrlhf.models.attention import chosen_attention, packed_attention
+from fastrlhf.models.sharding import full, trunk_of
 from fastrlhf.types import PackedBatch, Segment
 from fastrlhf_kernels import TokenKL, TokenLogprobs, linear_kl, linear_logprob
 
@@ -27,7 +27,7 @@ def hidden_states(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
     # Layers recompute in training mode alone; nothing else depends on the mode, for there is no dropout.
     recomputes = torch.is_grad_enabled() and getattr(model, f"is_{CHECKPOINTING}")
     with packed_attention(model), _training_mode(model) if recomputes else nullcontext():
-        output = model.base_model(
+        output = trunk_of(model)(
             input_ids=batch.token_ids[None],
             position_ids=batch.positions[None],
             attention_plan=batch.plan,
@@ -114,7 +114,7 @@ def state_kl(
         states,
         head.weight,
         reference_states,
-        reference_head.weight,
+        full(reference_head.weight),  # of its own forward, long ago, nothing may be left
         targets=targets,
         bias=getattr(head, "bias", None),
         reference_bias=getattr(reference_head, "bias", None),
@@ -132,7 +132,7 @@ def sequence_scores(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
 
 def read_scores(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """[N] float32: what the score head reads of last hidden states [N, D]. It runs in float32."""
-    return F.linear(hidden.float(), cast(Linear, model.score).weight.float())[:, 0]
+    return cast(Linear, model.score)(hidden.float())[:, 0]
 
 
 def token_values(model: PreTrainedModel, batch: PackedBatch) -> Tensor:

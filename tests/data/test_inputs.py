@@ -145,12 +145,6 @@ def test_a_prompt_without_room_for_a_response_is_left_out_and_said(caplog):
         with_room(examples, "eval", max_length=6, response_length=4)
 
 
-def test_more_than_one_process_is_refused_before_anything_is_read(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="WORLD_SIZE: this version trains in one process"):
-        open_inputs(SFTConfig(model_name_or_path="nowhere"), ["reference"], None, None)
-
-
 def test_the_fingerprint_is_of_every_number_of_every_row_in_order(config):
     report = open_inputs(config, [], None, None)[1].report
     rows = [TokenizedExample(prompt=[1, 2], chosen=[3], row=0), TokenizedExample(prompt=[4], scores=[1, 0.5], row=1)]

@@ -114,6 +114,17 @@ def test_micro_batches_hold_every_item_once_within_the_budget_and_evenly():
     assert max(loads) - min(loads) <= 1
 
 
+@pytest.mark.parametrize("multiple", [2, 3, 4])
+def test_micro_batches_can_be_a_multiple_of_the_processes(multiple):
+    costs = [7, 1, 9, 3, 3, 5, 2, 8, 2, 4, 6, 6]  # a multiple of each of these
+    for budget in (9, 11, 20, 100):
+        micros = micro_batches(costs, budget, multiple=multiple)
+        assert len(micros) % multiple == 0
+        assert sorted(i for micro in micros for i in micro) == list(range(len(costs)))
+        assert max(sum(costs[i] for i in micro) for micro in micros) <= budget
+    assert micro_batches([5, 1, 1], 8, multiple=4) == [[0], [1], [2]]  # fewer items than that
+
+
 def test_micro_batches_depend_on_the_costs_alone():
     assert micro_batches([4, 4, 4], 8) == micro_batches([4, 4, 4], 8)
     assert micro_batches([], 8) == []

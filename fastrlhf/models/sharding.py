@@ -1,0 +1,105 @@
+"""Weights, gradients and moments spread over the processes of a run: FSDP2 (`fully_shard`; Zhao et al. 2023, arXiv
+2304.11277, is its predecessor).
+
+Each layer is a group that is gathered before its forward and its backward and given back after. What is left
+(embeddings, last norm, head) is the root's and stays from the forward to the end of the backward, so that losses can
+read the weight of the head as in one process. Outside of these a parameter is a DTensor of which this rank holds a
+part. Frozen models are spread in the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import MethodType
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn import Module, ModuleList
+from transformers import PreTrainedModel
+
+from fastrlhf.distributed import is_first, world_size
+
+
+def shard(model: PreTrainedModel) -> None:
+    """Spreads a model that every rank holds over all of them, in place; in one process nothing happens.
+
+    After its copies are made, and before its optimiser. A loss is a sum over ranks, divided by a count of the whole
+    step, so gradients are summed, in float32, and not averaged. From now on all ranks make equally many passes, except
+    within `whole`.
+    """
+    if world_size() == 1:
+        return
+    mesh = init_device_mesh(model.device.type, (world_size(),))
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    trunk: Module = model.base_model
+    layers = [layer for child in trunk.children() if isinstance(child, ModuleList) for layer in child]
+    # A group has one dtype, and a score head is float32 under any trunk.
+    heads = [model.score] if hasattr(model, "score") else []
+    for module in [*layers, *heads]:
+        fully_shard(cast(Module, module), mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    for group in _groups(model):
+        group.set_gradient_divide_factor(1.0)
+        group.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+    model.run_trunk = MethodType(_run_trunk, model)  # pyright: ignore[reportArgumentType] (modules keep methods too)
+    register_fsdp_forward_method(model, "run_trunk")
+
+
+def trunk_of(model: PreTrainedModel) -> Callable[..., Any]:
+    """What computes the hidden states: `model.base_model`, or the same where gathering the weights of a sharded model
+    is taken care of."""
+    return cast(Callable[..., Any], model.run_trunk) if isinstance(model, FSDPModule) else model.base_model
+
+
+@contextmanager
+def whole(model: PreTrainedModel) -> Iterator[None]:
+    """Within it every rank holds all weights, and may run the model without gradients as often as it likes: to sample
+    or to evaluate, where the others make more passes or fewer."""
+    if not isinstance(model, FSDPModule):
+        yield
+        return
+    model.set_reshard_after_forward(False)
+    for group in _groups(model):
+        group.unshard()
+    try:
+        yield
+    finally:
+        for group in _groups(model):
+            group.reshard()
+        model.set_reshard_after_forward(True)
+        model.set_reshard_after_forward(False, recurse=False)
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole of a tensor of which this rank may hold a part; every rank must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def on_first_rank(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whole and on the CPU on the first rank, and none elsewhere; in one process as they are."""
+    if world_size() == 1:
+        return dict(tensors)
+    every = ((name, full(tensor)) for name, tensor in tensors.items())  # one at a time
+    return {name: tensor.cpu() for name, tensor in every if is_first()}
+
+
+def like(tensor: Tensor, value: Tensor) -> Tensor:
+    """`value`, a whole tensor that every rank holds, as `tensor` is: on its device and, where that is sharded, the part
+    of this rank."""
+    value = value.to(tensor.device)
+    if not isinstance(tensor, DTensor) or value.shape != tensor.shape:
+        return value
+    return distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
+
+
+def _run_trunk(model: PreTrainedModel, **inputs: Any) -> Any:
+    return model.base_model(**inputs)
+
+
+def _groups(model: Module) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]

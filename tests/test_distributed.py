@@ -1,0 +1,197 @@
+"""Two processes under torchrun, on the CPU, against one: the same losses, the same weights, the same files."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastrlhf import cli
+from fastrlhf.algorithms import on_policy
+from fastrlhf.algorithms.rlp import train_rlp
+from fastrlhf.config import DemoConfig, EvalConfig, PPOConfig, RewardConfig, RLPConfig, SFTConfig
+from fastrlhf.data.inputs import open_inputs
+from fastrlhf.demo import run_demo
+from fastrlhf.distributed import on_first, own_micro_batches, start, world_size
+from fastrlhf.evaluation.evaluate import evaluate_models
+from fastrlhf.metrics import read_metrics
+from tests import ranks, resumable, tiny
+
+ROOT = Path(__file__).parent.parent
+ROUNDING = ("sampling/",)
+"""Metrics that are a difference of two roundings, 0 but for those."""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Runs of two processes, in `two`, and of one, in `one`."""
+    place = tmp_path_factory.mktemp("ranks")
+    resumable.save_models(place)
+    rows = [{"prompt": example.prompt, "completion": example.reference} for example in tiny.examples(11)]
+    (place / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    with (place / "stdout").open("w") as stdout, (place / "stderr").open("w") as stderr:
+        child = subprocess.Popen(
+            [*launcher, str(ROOT / "tests" / "ranks.py"), str(place)],
+            env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            stdout=stdout,
+            stderr=stderr,
+        )
+        try:
+            for kind in ranks.SETTINGS:
+                ranks.run(kind, place, place / "one" / kind)
+            assert cli.main(ranks.command(place, place / "one" / "command")) == 0
+            code = child.wait(timeout=300)
+        finally:
+            child.kill()
+    assert code == 0, (place / "stderr").read_text()[-4000:]
+    return place
+
+
+def seen(place: Path) -> list[dict]:
+    return [json.loads((place / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {
+        f"{file.parent.relative_to(folder)}/{name}": tensor
+        for file in sorted(folder.glob("**/model.safetensors"))
+        if "checkpoint" not in str(file)
+        for name, tensor in load_file(file).items()
+    }
+
+
+def assert_same_run(one: Path, two: Path) -> None:
+    """Logs and weights within 1e-5: the order in which micro-batches are summed is all that differs."""
+    log, other = read_metrics(one / "metrics.jsonl"), read_metrics(two / "metrics.jsonl")
+    assert len(log) == len(other) >= 2
+    for row, same in zip(map(resumable.untimed, log), map(resumable.untimed, other), strict=True):
+        assert row.keys() == same.keys()
+        for name in (name for name in row if not name.startswith(ROUNDING)):
+            assert math.isclose(row[name], same[name], rel_tol=1e-5, abs_tol=2e-6), (row["step"], name, row, same)
+    ours, theirs = weights(one), weights(two)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(theirs[name], tensor, rtol=0, atol=1e-5 * tensor.abs().max().item(), msg=name)
+
+
+@pytest.mark.parametrize("kind", [*ranks.SETTINGS, "command"])
+def test_two_processes_train_as_one(place, kind):
+    assert_same_run(place / "one" / kind, place / "two" / kind)
+
+
+def test_training_moved_the_weights(place):
+    before, after = weights(place / "policy"), weights(place / "two" / "sft")
+    moved = [(a - b).abs().max().item() for a, b in zip(before.values(), after.values(), strict=True)]
+    assert min(moved) > 1e-3  # else any two runs agree
+
+
+def test_the_first_process_alone_writes_and_speaks(place):
+    assert (place / "stdout").read_text().count("saved in") == 1
+    files = {path.name for path in (place / "two" / "command").iterdir()}
+    assert files == {path.name for path in (place / "one" / "command").iterdir()}
+    assert "lm_head.weight" not in load_file(place / "two" / "command" / "model.safetensors")  # it is tied
+
+
+def test_a_signal_to_one_process_stops_all_and_the_run_goes_on_bit_for_bit(place):
+    assert [rank["interrupted"] for rank in seen(place)] == [True, True]
+    whole, resumed = place / "two" / "ppo", place / "two" / "ppo-resumed"
+    assert (resumed / "checkpoint-1" / "manifest.json").exists()
+    assert resumable.untimed_log(whole) == resumable.untimed_log(resumed)
+
+
+def test_one_process_goes_on_from_the_checkpoint_of_two(place):
+    ranks.run("ppo", place, place / "one" / "ppo-resumed")
+    assert_same_run(place / "one" / "ppo-resumed", place / "two" / "ppo")
+
+
+def test_what_the_processes_tell_each_other(place):
+    for rank, told in enumerate(rank["exchanges"] for rank in seen(place)):
+        assert told == {
+            "gathered": [0.0, 0.0, 1.0, 1.0, 1.0],
+            "total": [1.0, 1.0],
+            "largest": [1.0, 1.0],
+            "untouched": [float(rank)] * (rank + 2),
+            "from_all": [0, 1],
+            "on_first": 0,
+            "told": "integer division or modulo by zero",
+            "share": [[0, 1], [2, 3, 4]][rank],
+        }
+
+
+def test_each_process_holds_its_part_of_the_weights_and_sums_the_gradients(place):
+    first, second = (rank["model"] for rank in seen(place))
+    assert first["held"] + second["held"] == first["all"]
+    assert abs(first["held"] - second["held"]) < 0.05 * first["all"]
+    for model in (first, second):
+        assert model["whole"] == model["filled"] == 0.0
+        assert model["logprob"] < 1e-5
+        assert model["gradient"] < 1e-5
+
+
+def test_one_process_has_everything():
+    assert world_size() == 1
+    assert on_first(lambda: 3) == 3
+    assert own_micro_batches([4, 4, 4], 8) == [[0, 2], [1]]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"use_peft": True}, "use_peft: must be False in 2 processes"),
+        ({"optim": "adamw_8bit"}, "optim: must be 'adamw_torch_fused' in 2 processes"),
+        (
+            {"dtype": "bfloat16", "master_weights": "stochastic_rounding"},
+            "master_weights: must be 'float32' in 2 processes",
+        ),
+        ({"per_device_train_batch_size": 3}, "per_device_train_batch_size: .* a multiple of the 2 processes"),
+        ({"device": "cuda:1"}, "device: must be auto, cpu or cuda in 2 processes"),
+    ],
+)
+def test_what_two_processes_cannot_do_is_refused_before_anything_is_read(monkeypatch, settings, message):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=message):
+        open_inputs(SFTConfig(model_name_or_path="nowhere", **settings), ["reference"], None, None)
+    with pytest.raises(ValueError, match=message):
+        start(SFTConfig(**settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_mini_batches": 4}, "num_mini_batches: must be such that the 1 trees of a mini-batch"),
+        ({"reset_group_size": 4, "num_mini_batches": 1}, "num_mini_batches: must be such that the 1 trees"),
+        ({"engine": "vllm"}, "engine: must be transformers in 2 processes"),
+        ({"compat": "reference"}, "compat: must be fixed in 2 processes"),
+        ({"decode": "cuda_graph"}, "decode: must be eager in 2 processes"),
+    ],
+)
+def test_an_update_that_two_processes_cannot_share_is_refused(monkeypatch, settings, message):
+    monkeypatch.setattr(on_policy, "world_size", lambda: 2)
+    with pytest.raises(ValueError, match=message):
+        on_policy._check_ranks(PPOConfig(per_device_train_batch_size=4, **settings), {})
+    on_policy._check_ranks(PPOConfig(per_device_train_batch_size=4, reset_group_size=4, share_trunks=False), {})
+
+
+def test_a_role_that_is_an_adapter_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(on_policy, "world_size", lambda: 2)
+    (tmp_path / "adapter_config.json").touch()
+    with pytest.raises(ValueError, match="dpo_model_path: must be a whole model in 2 processes, not an adapter alone"):
+        on_policy._check_ranks(PPOConfig(), {"reward_model_path": "", "dpo_model_path": str(tmp_path)})
+
+
+def test_commands_of_one_process_say_so(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, call in {
+        "rlp": lambda: train_rlp(RLPConfig(), RewardConfig(), PPOConfig()),
+        "demo": lambda: run_demo(DemoConfig()),
+        "eval": lambda: evaluate_models(EvalConfig()),
+    }.items():
+        with pytest.raises(ValueError, match=f"WORLD_SIZE: {name} runs in one process; start it without torchrun"):
+            call()
