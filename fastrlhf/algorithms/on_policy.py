@@ -229,13 +229,9 @@ def _check_ranks(config: PPOConfig, sources: Mapping[str, str]) -> None:
     require(items % world == 0, "num_mini_batches", config.num_mini_batches, rule)
     require(config.engine == "transformers", "engine", config.engine, f"transformers in {world} processes")
     require(config.decode == "eager", "decode", config.decode, f"eager in {world} processes")
+    whole = f"a whole model in {world} processes, not an adapter alone"
     for field, source in sources.items():
-        require(
-            not (source and holds_adapter(source)),
-            field,
-            source,
-            f"a whole model in {world} processes, not an adapter alone",
-        )
+        require(not source or not holds_adapter(source), field, source, whole)
     own_mean = f"fixed in {world} processes: under reference every micro-batch is a mean of its own"
     require(config.compat == "fixed", "compat", config.compat, own_mean)
 
