@@ -21,7 +21,6 @@ import random
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -188,15 +187,6 @@ def _save_model(
     flush(folder)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Content:
-    """Of a checkpoint: whole tensors, held by the first rank alone, and what is no tensor."""
-
-    weights: dict[str, dict[str, Tensor]]
-    tensors: dict[str, dict[str, Tensor]]
-    state: dict[str, Any]
-
-
 class Checkpointer:
     """Writes and reads the checkpoints of one run. They are whole, however many ranks there are, and any number of them
     can go on from there."""
@@ -227,8 +217,8 @@ class Checkpointer:
         Every rank must ask; the first one writes. Raises OSError where it cannot be written; older ones are untouched
         then.
         """
-        path, content = self.path(step), self._content(step)
-        on_first(lambda: self._write(path, content, limit))
+        path, (files, state) = self.path(step), self._content(step)
+        on_first(lambda: self._write(path, files, state, limit))
         return path
 
     def mark(self) -> None:
@@ -277,33 +267,32 @@ class Checkpointer:
         log.info("resuming from %s%s", path, ", its weights alone" if weights_only else "")
         return state["step"]
 
-    def _content(self, step: int) -> _Content:
-        weights = {name: on_first_rank(trained_weights(model)) for name, model in self._models.items()}
-        tensors, parts = {}, {}
+    def _content(self, step: int) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        """The tensors by file, whole and for the first rank alone, and what is no tensor."""
+        files = {
+            str(Path(name, "model.safetensors")): on_first_rank(trained_weights(m)) for name, m in self._models.items()
+        }
+        parts = {}
         for name, part in self._parts.items():
             state = part.state_dict()
-            of_part = {key: value for key, value in state.items() if isinstance(value, Tensor)}
-            parts[name] = {key: value for key, value in state.items() if key not in of_part}
-            tensors[name] = on_first_rank(of_part)
-        state = {"step": step, "data": dict(self._data), "start": self._start, "parts": parts}
-        return _Content(weights=weights, tensors=tensors, state=state)
+            tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+            parts[name] = {key: value for key, value in state.items() if key not in tensors}
+            files[f"{name}.safetensors"] = on_first_rank(tensors)
+        return files, {"step": step, "data": dict(self._data), "start": self._start, "parts": parts}
 
-    def _write(self, path: Path, content: _Content, limit: int) -> None:
-        write_folder(path, lambda partial: self._fill(partial, content))
+    def _write(self, path: Path, files: dict[str, dict[str, Tensor]], state: dict[str, Any], limit: int) -> None:
+        def fill(partial: Path) -> None:
+            for name, model in self._models.items():
+                model.config.save_pretrained(partial / name)
+                self._tokenizer.save_pretrained(partial / name)
+            for name in (name for name, tensors in files.items() if tensors):
+                save_file(contiguous(files[name]), partial / name, metadata={"format": "pt"})
+            (partial / "state.json").write_text(json.dumps(state), encoding="utf-8")
+
+        write_folder(path, fill)
         if limit:
             for old in [old for old in checkpoints(self.folder) if _step(old) <= _step(path)][:-limit]:
                 discard_folder(old)
-
-    def _fill(self, partial: Path, content: _Content) -> None:
-        for name, weights in content.weights.items():
-            (partial / name).mkdir(exist_ok=True)
-            save_file(contiguous(weights), partial / name / "model.safetensors", metadata={"format": "pt"})
-            self._models[name].config.save_pretrained(partial / name)
-            self._tokenizer.save_pretrained(partial / name)
-        for name, tensors in content.tensors.items():
-            if tensors:
-                save_file(contiguous(tensors), partial / f"{name}.safetensors")
-        (partial / "state.json").write_text(json.dumps(content.state), encoding="utf-8")
 
 
 def checkpoints(folder: Path) -> list[Path]:

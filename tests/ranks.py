@@ -35,7 +35,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "groups": {"precompute_ref_log_probs": False},
     "ppo": {},
     "drpo": {"num_mini_batches": 1, "reset_source": "sample"},
-    "rto": {"max_steps": 2, "kl_placement": "loss", "kl_estimator": "exact"},
+    "rto": {"kl_placement": "loss", "kl_estimator": "exact"},
 }
 """Every trainer: with a live reference (groups); with a critic, a steered KL and early stops (ppo); with a judge of the
 user's and resets that the reference writes (drpo); with the exact KL in the loss (rto)."""
@@ -51,11 +51,11 @@ MODEL = {
 
 
 def run(kind: str, place: Path, folder: Path, **settings: Any):
-    """A run of three steps, several micro-batches each."""
+    """A run of two steps, several micro-batches each."""
     torch.manual_seed(0)
     random.seed(0)
     np.random.seed(0)
-    keys = {"max_steps": 3, "eval_steps": 2, "save_steps": 0, "micro_batch_tokens": 64}
+    keys = {"max_steps": 2, "eval_steps": 1, "save_steps": 0, "micro_batch_tokens": 64}
     return resumable.run(kind, models(place), folder, **keys | SETTINGS[kind] | settings)
 
 

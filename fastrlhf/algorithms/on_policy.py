@@ -243,13 +243,9 @@ def _check_ranks(config: PPOConfig, sources: Mapping[str, str]) -> None:
     require(config.engine == "transformers", "engine", config.engine, f"transformers in {world} processes")
     require(config.decode == "eager", "decode", config.decode, f"eager in {world} processes")
     require(not config.ref_reward_offload, "ref_reward_offload", True, f"false in {world} processes")
+    whole = f"a whole model in {world} processes, not an adapter alone"
     for field, source in sources.items():
-        require(
-            not (source and holds_adapter(source)),
-            field,
-            source,
-            f"a whole model in {world} processes, not an adapter alone",
-        )
+        require(not source or not holds_adapter(source), field, source, whole)
     own_mean = f"fixed in {world} processes: under reference every micro-batch is a mean of its own"
     require(config.compat == "fixed", "compat", config.compat, own_mean)
 
