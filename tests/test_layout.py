@@ -44,6 +44,7 @@ LAYERS = (  # lowest first: a module imports from its own layer and from those a
         "interrupts",
         "config_files",
         "functions",
+        "console",
         "hub",
         "metrics",
         "distributed",
