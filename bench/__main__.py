@@ -1,4 +1,4 @@
-"""python -m bench toy | resets | labels | papers | clustering | trunks | aot | kernels | tune | train, with --help"""
+"""python -m bench toy | resets | labels | papers | clustering | trunks | rollout | kernels | ..., each with --help"""
 
 from __future__ import annotations
 
@@ -45,6 +45,13 @@ def main() -> None:
     trunks.add_argument("--rounds", type=int, default=3)
     trunks.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     trunks.add_argument("--out", type=Path, default=Path("bench/results"), help="folder that rows are appended in")
+    rollout = commands.add_parser("rollout", help="sampling and judging the episodes of an update of DR-PO")
+    rollout.add_argument("--groups", type=int, nargs="+", default=[1, 8], help="episodes per prompt")
+    rollout.add_argument("--episodes", type=int, default=32, help="of an update")
+    rollout.add_argument("--slots", type=int, default=32, help="episodes side by side")
+    rollout.add_argument("--rounds", type=int, default=3)
+    rollout.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    rollout.add_argument("--out", type=Path, default=Path("bench/results"), help="folder that rows are appended in")
     aot = commands.add_parser("aot", help="every kernel compiled without a GPU: registers, spills, shared memory")
     aot.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], choices=[80, 90, 100])
     aot.add_argument("--check", action="store_true", help="exit with 1 where a kernel spills or misses its units")
@@ -103,6 +110,11 @@ def main() -> None:
         from bench.trunks import run_trunks
 
         print(run_trunks(arguments.groups, arguments.episodes, arguments.rounds, arguments.device, arguments.out))
+    if arguments.command == "rollout":
+        from bench.rollout import run_rollout
+
+        a = arguments
+        print(run_rollout(a.groups, a.episodes, a.slots, a.rounds, a.device, a.out))
     if arguments.command == "kernels" and (faults := _kernels(arguments)):
         sys.exit("\n".join(faults))
     if arguments.command == "train" and arguments.algorithm == "drpo":
@@ -130,6 +142,8 @@ def _paper(name: str, a: argparse.Namespace) -> str:
 
         return run_ipo(a.batch_size, a.out, fast=a.fast)
     if name == "rlp":
+        if a.fast:
+            sys.exit("papers rlp: no --fast, it has no small problem; --seeds 1 is the least")
         from bench.papers.rlp import run_rlp
 
         return run_rlp(a.seeds, a.jobs, a.runs, a.out)

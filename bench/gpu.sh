@@ -65,10 +65,10 @@ kernels)
     ;;
 train)
     dpo=(--model qwen3-0.6b --steps 6) drpo=(--shape pythia-1b --episodes 64 --rounds 2)
-    trunks=(--episodes 128)
+    trunks=(--episodes 128) rollout=(--episodes 512 --slots 64)
     if [[ $DEVICE == cpu ]]; then
         dpo=(--model tiny --steps 1 --batch-sizes 1) drpo=(--shape tiny --episodes 4 --rounds 1)
-        trunks=(--episodes 8 --rounds 1 --groups 4)
+        trunks=(--episodes 8 --rounds 1 --groups 4) rollout=(--episodes 4 --slots 4 --rounds 1 --groups 4)
     fi
     if [[ -n ${FASTRLHF_DATA:-} ]] && "$PYTHON" -c "import trl" 2>/dev/null; then
         bench 240 train_dpo train dpo "${dpo[@]}"
@@ -78,6 +78,7 @@ train)
     [[ -n ${TRL_112:-} ]] && drpo+=(--trl-path "$TRL_112")
     bench 200 train_drpo train drpo "${drpo[@]}" "$@"
     bench 60 trunks trunks "${trunks[@]}"
+    bench 60 rollout rollout "${rollout[@]}"
     ;;
 *)
     echo "gpu.sh: no part $PART; test, tune, kernels or train" >&2

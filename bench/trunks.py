@@ -2,7 +2,7 @@
 
 Prompts and responses have the lengths of Reddit TL;DR (347 and 34 tokens in the mean) and random tokens; the models
 have random weights, on which neither speed nor tokens depend. Timed: scoring (policy, reference, critic) and one pass
-of training (policy, critic). Sampling and the judge are not.
+of training (policy, critic). Sampling and the judge are timed by `python -m bench rollout`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def run_trunks(group_sizes: list[int], episodes: int, rounds: int, device: str, 
         {"group_size": size, "reset_group": kind, **row}
         for size in group_sizes
         for kind in ("point", "response")
-        for row in _both(_config(size, kind, episodes), rounds, torch.device(device))
+        for row in _both(config_of(size, kind, episodes), rounds, torch.device(device))
     ]
     for row in rows:
         shared = {"bench": "trunks", "episodes": episodes, "threads": torch.get_num_threads()}
@@ -54,7 +54,7 @@ def run_trunks(group_sizes: list[int], episodes: int, rounds: int, device: str, 
     return "\n".join(lines)
 
 
-def _config(group_size: int, reset_group: Any, episodes: int) -> DRPOConfig:
+def config_of(group_size: int, reset_group: Any, episodes: int) -> DRPOConfig:
     return DRPOConfig(
         per_device_train_batch_size=episodes,
         reset_group_size=group_size,
@@ -67,8 +67,8 @@ def _config(group_size: int, reset_group: Any, episodes: int) -> DRPOConfig:
 def _both(config: DRPOConfig, rounds: int, device: torch.device) -> list[Row]:
     policy = build_policy(MODEL, vocab_size=VOCAB, eos_token_id=EOS, seed=0, device=device)
     reference = frozen_copy(policy)
-    critic = _critic(policy)
-    rollouts = _rollouts(config)
+    critic = critic_like(policy)
+    rollouts = rollouts_of(config)
     ways = {share: replace(config, share_trunks=share) for share in (False, True)}
     seconds: dict[bool, list[float]] = {share: [] for share in ways}
     tokens = {}
@@ -88,7 +88,7 @@ def _both(config: DRPOConfig, rounds: int, device: torch.device) -> list[Row]:
     ]
 
 
-def _critic(policy: Any) -> LlamaForSequenceClassification:
+def critic_like(policy: Any) -> LlamaForSequenceClassification:
     """A critic of the policy's shape."""
     config = LlamaConfig(**policy.config.to_diff_dict() | {"num_labels": 1, "pad_token_id": None})
     critic = LlamaForSequenceClassification(config)
@@ -96,7 +96,7 @@ def _critic(policy: Any) -> LlamaForSequenceClassification:
     return critic.eval()
 
 
-def _rollouts(config: DRPOConfig) -> list[Rollout]:
+def rollouts_of(config: DRPOConfig) -> list[Rollout]:
     draw = np.random.default_rng(0)
 
     def text(mean: float, deviation: float, least: int, most: int) -> list[int]:

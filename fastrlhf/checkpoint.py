@@ -18,14 +18,12 @@ import hashlib
 import json
 import logging
 import os
-import random
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -36,8 +34,10 @@ from fastrlhf.config import TrainConfig
 from fastrlhf.config_files import SAME_MODEL, differences, write_yaml
 from fastrlhf.distributed import on_first
 from fastrlhf.durable import check_folder, discard_folder, flush, flush_tree, write_folder
-from fastrlhf.models.adapters import has_adapter, merge_adapter, save_adapter
-from fastrlhf.models.sharding import full, like, on_first_rank
+from fastrlhf.models.adapters import has_adapter, merge_adapter, merged_copy, save_adapter
+from fastrlhf.models.four_bit import is_four_bit
+from fastrlhf.models.sharding import full, like, on_first_rank, whole_weights
+from fastrlhf.randomness import GlobalRandomness
 
 log = logging.getLogger(__name__)
 
@@ -139,15 +139,24 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def save_trained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path | None) -> None:
+def save_trained(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path | None, *, apart: bool = False
+) -> PreTrainedModel:
     """What a run leaves, in `folder` if there is one: the model with its adapter added to the weights, and the adapter
-    alone in `adapter/`."""
+    alone in `adapter/`.
+
+    Returns the former. It is a copy on the CPU where weights are in 4 bits and where `apart` says that others still
+    need them as they are.
+    """
     if folder and has_adapter(model):
         save_adapter(model, folder / "adapter")
         tokenizer.save_pretrained(folder / "adapter")
+    if apart or is_four_bit(model):
+        model = merged_copy(model)
     merge_adapter(model)
     if folder:
         save_model(model, tokenizer, folder)
+    return model
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -156,7 +165,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     They are written beside it first and moved in file by file, the weights before the config.json that makes a folder
     a model, so a crash never leaves a half-written model that loads.
     """
-    weights = on_first_rank(_all_weights(model))
+    weights = whole_weights(model)
     on_first(lambda: _save_model(model, weights, tokenizer, folder))
 
 
@@ -196,6 +205,8 @@ class Checkpointer:
         self._models, self._tokenizer, self._data = models, tokenizer, data
         self._parts = {**parts, "random": GlobalRandomness()}
         self._start = _start(models)
+        self._marked: dict[str, dict[str, Any]] = {}
+        self._marked_position: int | None = None
 
     def path(self, step: int) -> Path:
         return self.folder / f"checkpoint-{step}"
@@ -209,6 +220,24 @@ class Checkpointer:
         path, (files, state) = self.path(step), self._content(step)
         on_first(lambda: self._write(path, files, state, limit))
         return path
+
+    def mark(self) -> None:
+        """Remembers, at the end of a step, where the parts are; of the optimiser, its position is enough."""
+        self._marked = {name: part.state_dict() for name, part in self._parts.items() if name != "optimizer"}
+        self._marked_position = self._position()
+
+    def back_to_mark(self) -> bool:
+        """Puts the parts back to where they were at the mark, so that its step can still be saved. False where weights
+        have moved since."""
+        if self._position() != self._marked_position:
+            return False
+        for name, state in self._marked.items():
+            self._parts[name].load_state_dict(state)
+        return True
+
+    def _position(self) -> int | None:
+        optimizer = self._parts.get("optimizer")
+        return optimizer.state_dict()["num_steps"] if optimizer else None
 
     def load(self, weights_only: bool = False) -> int:
         """Puts everything where the newest whole checkpoint has it and returns its step, 0 where there is none.
@@ -310,30 +339,6 @@ def check_same_data(path: str, data: Mapping[str, str]) -> None:
         return
 
 
-class GlobalRandomness:
-    """Generators that are nobody's own. Nothing here draws from them, but a judge or a reward of the user's may."""
-
-    def state_dict(self) -> dict[str, Any]:
-        kind, keys, *rest = np.random.get_state(legacy=True)
-        devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-        return {
-            "python": random.getstate(),
-            "numpy": [kind, np.asarray(keys).tolist(), *rest],
-            "torch": torch.get_rng_state(),
-            **{f"cuda.{i}": state for i, state in enumerate(devices)},
-        }
-
-    def load_state_dict(self, state: dict[str, Any], /) -> None:
-        version, keys, gauss = state["python"]
-        random.setstate((version, tuple(keys), gauss))
-        kind, keys, *rest = state["numpy"]
-        np.random.set_state((kind, np.array(keys, np.uint32), *rest))
-        if "torch" in state:
-            torch.set_rng_state(state["torch"])
-        for name in (name for name in state if name.startswith("cuda.") and torch.cuda.is_available()):
-            torch.cuda.set_rng_state(state[name], int(name[5:]))
-
-
 def _counts(file: Path) -> bool:
     return not file.name.startswith(".") and (file.is_dir() or file.stat().st_size > 0)
 
@@ -344,15 +349,9 @@ def _step(path: Path) -> int:
 
 def _weights(model: PreTrainedModel) -> dict[str, Tensor]:
     """What is trained, and persistent buffers, by name; tied weights once. Frozen ones are where they came from."""
-    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    return {name: tensor for name, tensor in _all_weights(model).items() if name not in frozen}
-
-
-def _all_weights(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Parameters, frozen ones too, and persistent buffers by name; tied ones once."""
-    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    tied = names - {name for name, _ in model.named_parameters()}
-    return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+    kept = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    kept |= {name for name, _ in model.named_buffers()}
+    return {name: tensor for name, tensor in model.state_dict().items() if name in kept}
 
 
 def _start(models: Mapping[str, PreTrainedModel]) -> str:

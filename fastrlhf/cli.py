@@ -3,6 +3,8 @@ defaults."""
 
 from __future__ import annotations
 
+import logging
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -17,6 +19,7 @@ from fastrlhf import config as configs
 from fastrlhf import config_files as files
 from fastrlhf.config.checks import UNREAD
 from fastrlhf.interrupts import Interrupted
+from fastrlhf.out_of_memory import describe, is_out_of_memory
 
 USAGE = """\
 usage: fastrlhf COMMAND [--config FILE] [--key value ...]
@@ -40,7 +43,8 @@ fastrlhf COMMAND --help lists the keys of a command. FILE is YAML, or the name o
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; a mistake of the user's is one line on standard error and exit code 2."""
+    """Runs one command; a mistake of the user's is one line on standard error and exit code 2, and so is a lack of
+    memory, with exit code 1."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
@@ -57,6 +61,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         print(f"fastrlhf {command}: needs {error.name}: pip install 'fastrlhf[train]'", file=sys.stderr)
         return 2
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"fastrlhf {command}: {describe(error)}", file=sys.stderr)
+        return 1
     except Interrupted as stop:
         then = "; the same command continues" if command in TRAINERS else ""
         print(f"fastrlhf {command}: {stop}{then}", file=sys.stderr)
@@ -168,9 +177,6 @@ def _train(command: str, arguments: Sequence[str]) -> None:
         if earlier:
             print(f"{name}:")
         _run(name, run, *(sections if name == command else ()))
-    from fastrlhf.distributed import stop
-
-    stop()
 
 
 def _run_first(command: str, config: Any, paths: Sequence[str]) -> list[tuple[str, Any]]:
@@ -211,10 +217,28 @@ def _run(command: str, config: Any, *sections: Any) -> None:
     from importlib import import_module
 
     _, module, function = TRAINERS[command]
-    result = getattr(import_module(f"fastrlhf.algorithms.{module}"), function)(config, *sections)
+    try:
+        result = getattr(import_module(f"fastrlhf.algorithms.{module}"), function)(config, *sections)
+    except (MemoryError, RuntimeError) as error:
+        if is_out_of_memory(error) and command != "rlp":  # whose stages have configurations of their own
+            _add_advice(error, config)
+        raise
     for name, value in result.final.items():
         print(f"{name} {value:.4f}")
     print(f"saved in {result.output_dir}")
+
+
+def _add_advice(error: Exception, config: Any) -> None:
+    """What `plan` thinks of it, once the tensors of the run are gone."""
+    from traceback import clear_frames
+
+    from fastrlhf.tools.advice import advise
+
+    clear_frames(error.__traceback__)
+    try:
+        error.add_note(advise(config))
+    except (ValueError, OSError, MemoryError, RuntimeError) as another:
+        error.add_note(f"plan has no advice: {another}")
 
 
 def _parse_run(command: str, arguments: Sequence[str]) -> Any:
@@ -260,7 +284,6 @@ def _inspect(arguments: Sequence[str]) -> None:
     options, config = _parse_for_tool(arguments, ("num", "html"))
     num = _number(options, "num", "5", int)
     _quiet_libraries()
-    import os
     from pathlib import Path
 
     from fastrlhf.tools.inspect import format_html, format_text, inspect_rows
@@ -340,9 +363,6 @@ def _number(options: dict[str, str], name: str, default: str, kind: type[int] | 
 
 def _quiet_libraries() -> None:
     """Their progress bars and advice would hide ours; errors still show. Of several processes the first one speaks."""
-    import logging
-    import os
-
     import datasets
     import transformers
 
@@ -352,8 +372,7 @@ def _quiet_libraries() -> None:
     logging.basicConfig(format="%(message)s")
     first = os.environ.get("RANK", "0") == "0"
     logging.getLogger("fastrlhf").setLevel(logging.INFO if first else logging.ERROR)
-    if not first:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for good)
+    sys.stdout = sys.stdout if first else open(os.devnull, "w")  # noqa: SIM115 (for good)
 
 
 TRAINERS: dict[str, tuple[type, str, str]] = {

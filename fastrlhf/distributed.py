@@ -10,6 +10,7 @@ In one process every function here gives back what it is given.
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Sequence
 from typing import TypeVar, cast
@@ -33,7 +34,7 @@ def start(config: TrainConfig) -> None:
     world = max(_launched(), world_size())
     if world == 1:
         return
-    for name in ("use_peft", "optim", "master_weights"):
+    for name in ("use_peft", "optim", "master_weights", "torch_compile"):
         value, only = getattr(config, name), getattr(TrainConfig, name)
         require(value == only, name, value, f"{only!r} in {world} processes, which shard nothing else yet")
     require(
@@ -54,12 +55,7 @@ def start(config: TrainConfig) -> None:
         torch.cuda.set_device(place)
         backend = "cpu:gloo,cuda:nccl"  # what the hosts tell each other does not wait for a GPU
     dist.init_process_group(backend)
-
-
-def stop() -> None:
-    """Leaves the other processes."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    atexit.register(dist.destroy_process_group)
 
 
 def check_one_process(what: str) -> None:

@@ -68,13 +68,11 @@ class Optimizer:
         count = itertools.count()
         for prefix, model in models.items():
             rate = rates.get(prefix, config.learning_rate)
-            for (decay, in_8_bits), params in _groups(model, config).items():
-                for some in _split(params):
-                    weights = [_Weight(prefix + name, next(count), p, self._updated(p)) for name, p in some]
-                    adamw = make_adamw(
-                        config, [weight.updated for weight in weights], rate=rate, decay=decay, in_8_bits=in_8_bits
-                    )
-                    self._buckets.append(_Bucket(weights, adamw, rate))
+            for decay, in_8_bits, params in buckets(model, config):
+                weights = [_Weight(prefix + name, next(count), p, self._updated(p)) for name, p in params]
+                updated = [weight.updated for weight in weights]
+                adamw = make_adamw(config, updated, rate=rate, decay=decay, in_8_bits=in_8_bits)
+                self._buckets.append(_Bucket(weights, adamw, rate))
 
     def _updated(self, param: Parameter) -> Tensor:
         if param.dtype == torch.float32:
@@ -190,6 +188,26 @@ def index_batches(num_items: int, batch_size: int, steps: int, seed: int) -> Ite
         del pending[:batch_size]
 
 
+def buckets(model: Module, config: TrainConfig) -> Iterator[tuple[float, bool, list[tuple[str, Parameter]]]]:
+    """(weight decay, whether moments are of 8 bits, parameters by name) of all that is trained, matrices first; each of
+    at most `BUCKET` parameters, or of one tensor."""
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, Embedding)}
+    named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+    groups = defaultdict(list)
+    for name, param in sorted(named, key=lambda item: item[1].ndim < 2):
+        decay = config.weight_decay if param.ndim >= 2 else 0.0
+        groups[decay, moments_in_8_bits(config, param, is_embedding=id(param) in embeddings)].append((name, param))
+    for (decay, in_8_bits), params in groups.items():
+        some, size = [], 0
+        for name, param in params:
+            if some and size + param.numel() > BUCKET:
+                yield decay, in_8_bits, some
+                some, size = [], 0
+            some.append((name, param))
+            size += param.numel()
+        yield decay, in_8_bits, some
+
+
 def stochastic_round(x: Tensor, generator: torch.Generator) -> Tensor:
     """float32 to bfloat16, up or down, with the probabilities whose mean is x: steps far below the spacing of bfloat16
     are not lost, but taken now and then.
@@ -208,30 +226,6 @@ def _generator(device: torch.device, *key: int) -> torch.Generator:
 
 def _copied(bucket: _Bucket) -> list[_Weight]:
     return [weight for weight in bucket.weights if weight.updated is not weight.param]
-
-
-def _groups(model: Module, config: TrainConfig) -> dict[tuple[float, bool], list[tuple[str, Parameter]]]:
-    """(decay, whether moments are of 8 bits) -> what is trained so, by name; matrices first."""
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, Embedding)}
-    named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
-    groups = defaultdict(list)
-    for name, param in sorted(named, key=lambda item: item[1].ndim < 2):
-        decay = config.weight_decay if param.ndim >= 2 else 0.0
-        groups[decay, moments_in_8_bits(config, param, is_embedding=id(param) in embeddings)].append((name, param))
-    return groups
-
-
-def _split(params: list[tuple[str, Parameter]]) -> Iterator[list[tuple[str, Parameter]]]:
-    """In order, into lists of at most `BUCKET` parameters, or of one tensor."""
-    some, size = [], 0
-    for name, param in params:
-        if some and size + param.numel() > BUCKET:
-            yield some
-            some, size = [], 0
-        some.append((name, param))
-        size += param.numel()
-    if some:
-        yield some
 
 
 def _rate(step: int, num_steps: int, warmup: int, kind: str) -> float:

@@ -13,8 +13,8 @@ Log-probs, rewards, values and advantages are float32 and in nats, whatever the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -214,5 +214,7 @@ class Experience:
     """Of the KL to the reference, in the reward or in the loss"""
     weight: Tensor | None = None
     """[R] truncated importance weights of the policy loss, trainer over engine; None: 1"""
+    rewards: Mapping[str, Tensor] = field(default_factory=dict)
+    """[R] each, by the names they are logged by, before any scaling: for people to look at"""
     reference_states: Tensor | None = None
     """[R, D] of the reference, in the dtype of its weights, for an exact KL in the loss; else None"""

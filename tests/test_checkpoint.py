@@ -34,6 +34,8 @@ DIFFERENT = {
     "report_to": (),
     "run_name": "b",
     "micro_batch_tokens": 9,
+    "attn_implementation": "sdpa",
+    "torch_compile": True,
     "save_steps": 3,
 }
 

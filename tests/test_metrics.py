@@ -156,6 +156,15 @@ def test_a_reporter_that_fails_is_reported_once_and_dropped_and_the_file_goes_on
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
 
 
+def test_a_row_is_in_the_file_before_a_reporter_may_block_on_it(tmp_path, wandb):
+    seen = []
+    wandb.run.log = lambda metrics, step: seen.append(read_metrics(tmp_path / "metrics.jsonl")[-1]["step"])
+    with MetricsWriter(tmp_path, report_to=["wandb"]) as writer:
+        writer.log(1, {"loss": 1.0})
+        writer.log(2, {"loss": 2.0})
+    assert seen == [1, 2]
+
+
 def test_a_metrics_file_that_cannot_be_written_is_an_error(tmp_path):
     (tmp_path / "metrics.jsonl").mkdir()
     with pytest.raises(OSError, match=r"metrics\.jsonl"):

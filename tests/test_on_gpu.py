@@ -10,6 +10,7 @@ from fastrlhf.algorithms.sft import train_sft
 from fastrlhf.config import DPOConfig, DRPOConfig, RewardConfig, SFTConfig
 from fastrlhf.data.packing import pack
 from fastrlhf.models.forward import check_packed_forward, token_logprobs
+from fastrlhf.models.trunk import TrunkOptions, prepare_trunk
 from fastrlhf.types import Segment
 from tests import tiny
 
@@ -19,6 +20,45 @@ pytestmark = [
 ]
 CUDA = torch.device("cuda")
 DTYPES = ["float32", "bfloat16"]
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [
+        ({"attn_implementation": "flash_attention_2"}, "bfloat16"),
+        ({"attn_implementation": "flash_attention_3"}, "bfloat16"),
+        ({"attn_implementation": "flash_attention_4"}, "bfloat16"),
+        ({"attn_implementation": "varlen"}, "bfloat16"),
+        ({"attn_implementation": "flex"}, "bfloat16"),
+        ({"attn_implementation": "flex"}, "float32"),
+        ({"torch_compile": True}, "float32"),
+        ({"torch_compile": True}, "bfloat16"),
+        ({"use_liger_kernel": True}, "float32"),
+        ({"use_liger_kernel": True}, "bfloat16"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_every_way_through_the_trunk_gives_the_log_probs_and_gradients_of_the_plain_one(name, options, dtype):
+    plain, model = (tiny.policy(name).to(CUDA, getattr(torch, dtype)) for _ in range(2))
+    try:
+        prepare_trunk(model, TrunkOptions(**options))
+    except ValueError as refused:
+        if "not installed" in str(refused) or "compute capability" in str(refused) or "soft-capping" in str(refused):
+            pytest.skip(str(refused))
+        raise
+    prepare_trunk(plain, TrunkOptions(attn_implementation="sdpa"))
+    trunk = Segment(token_ids=[5, 6, 7, 8, 9, 10, 11])
+    branches = [Segment(token_ids=[14, 15], num_scored=2, parent=0, cut=cut) for cut in (7, 3)]
+    batch = pack([trunk, *branches, Segment(token_ids=list(range(3, 30)), num_scored=26)], CUDA)
+    results = []
+    for one in (model, plain):
+        logprob = token_logprobs(one, batch).logprob
+        logprob.sum().backward()
+        results.append([logprob.detach(), *[p.grad for p in one.parameters() if p.grad is not None]])
+    tolerance = 1e-3 if dtype == "float32" else 0.1  # of the largest entry
+    for found, expected in zip(*results, strict=True):
+        assert (found - expected).abs().max() <= tolerance * expected.abs().max() + 1e-6
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -130,7 +130,8 @@ def test_a_slot_that_becomes_free_goes_to_an_episode_that_waits():
 def test_slots_are_halved_once_half_of_them_are_enough_and_none_waits():
     model = tiny.policy()
     starts = [Prefix(token_ids=[5 + i] * 9, num_reset=[0, 4, 6, 7][i % 4], row=i, episode=i) for i in range(8)]
-    _, shapes = forwards(model, engine(model, stop_at_eos=False), starts)
+    rollouts, shapes = forwards(model, engine(model, stop_at_eos=False), starts)
+    assert [len(rollout.completion) for rollout in rollouts] == [9, 5, 3, 2] * 2
     # Of eight episodes two each may write 9, 5, 3 and 2 tokens, the first of which the prefill gives.
     assert [shape[0] for shape in shapes[1:]] == [8, 8, 4, 4, 2, 2, 2, 2]
 

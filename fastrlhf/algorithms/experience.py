@@ -163,6 +163,7 @@ def score_episodes(
         advantage=advantage,
         returns=returns,
         kl_coef=rewards.kl.coef,
+        rewards={name: term.reward for name, term in terms.items()},
         weight=_importance_weight(config, logprob, drawn, rows.mask),
         reference_states=reference_states,
     )

@@ -19,9 +19,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 
 import numpy as np
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.algorithms.experience import pack_episodes, score_episodes
@@ -36,6 +36,7 @@ from fastrlhf.data.tokens import special_ids
 from fastrlhf.distributed import from_all, world_size
 from fastrlhf.evaluation.held_out import evaluate
 from fastrlhf.evaluation.judges import Judge, asked_once, checked_scores, reward_model_judge
+from fastrlhf.evaluation.samples import sample_rows
 from fastrlhf.models.adapters import frozen_copy
 from fastrlhf.models.implicit_reward import implicit_sources, open_implicit_reward
 from fastrlhf.models.loading import (
@@ -45,14 +46,19 @@ from fastrlhf.models.loading import (
     open_policy,
     read_model_config,
 )
+from fastrlhf.models.offload import Waiting
 from fastrlhf.models.roles import holds_adapter, judge_and_critic, score_role
 from fastrlhf.models.sharding import shard
+from fastrlhf.models.trunk import TrunkOptions
 from fastrlhf.optim import Optimizer, index_batches, num_steps
 from fastrlhf.reward_functions import RewardFunction
 from fastrlhf.rewards import open_rewards
 from fastrlhf.rollout import Engine, SharedEngine, TransformersEngine, checked_rollouts
 from fastrlhf.rollout_vllm import import_vllm, open_vllm
-from fastrlhf.types import Example, Rollout
+from fastrlhf.types import Example
+
+NUM_SAMPLES = 4
+"""Episodes written to samples.jsonl at a time."""
 
 EngineFactory = Callable[[PPOConfig, PreTrainedModel, int], Engine]
 """(config, policy, EOS id) -> the engine of the run."""
@@ -107,33 +113,33 @@ def train_on_policy(
     policy = open_policy(config, tokenizer)
     reference = frozen_copy(policy)  # its weights are what the roles that are adapters share
     rewards.implicit = open_implicit_reward(config, tokenizer, reference)
-    shard(reference)
-    shard(policy)
-    frozen = critic = None
+    frozen: list[PreTrainedModel] = [reference, *(rewards.implicit.models if rewards.implicit else ())]
+    reward_model = critic = None
     if needs_critic or judge is None:
-        frozen = _open_reward_model(config, "reward_model_path", reference, tokenizer)
+        reward_model = _open_reward_model(config, "reward_model_path", reference, tokenizer)
         if needs_critic:
-            frozen, critic = judge_and_critic(config, frozen)
+            reward_model, critic = judge_and_critic(config, reward_model)
     eos, _ = special_ids(tokenizer)
     if judge is not None:
         judge = asked_once(judge)
     else:
-        assert frozen is not None
-        shard(frozen)
-        judge = reward_model_judge(frozen, eos_token_id=eos, micro_batch_tokens=config.micro_batch_tokens)
+        assert reward_model is not None
+        frozen.append(reward_model)
+        judge = reward_model_judge(reward_model, eos_token_id=eos, micro_batch_tokens=config.micro_batch_tokens)
     if held_out_judge is not None:
         held_out_judge = asked_once(held_out_judge)
     elif config.eval_reward_model_path:
-        frozen = _open_reward_model(config, "eval_reward_model_path", reference, tokenizer)
-        shard(frozen)
-        held_out_judge = reward_model_judge(frozen, eos_token_id=eos, micro_batch_tokens=config.micro_batch_tokens)
+        frozen.append(_open_reward_model(config, "eval_reward_model_path", reference, tokenizer))
+        held_out_judge = reward_model_judge(frozen[-1], eos_token_id=eos, micro_batch_tokens=config.micro_batch_tokens)
     score = judge
     if psi:
         score = psi_judge(judge, dataset_opponents(prompts, opponents) if opponents else None, psi)
-    if critic:
-        shard(critic)
+    trained = [policy, critic] if critic else [policy]
+    for model in (*frozen, *trained):
+        shard(model)
     sampler = SharedEngine(engine=(engine or make_engine)(config, policy, eos), model=policy)
     roll_in = make_roll_in(config, reference, eos) if config.reset_source == "sample" else None
+    waiting = Waiting(frozen if config.ref_reward_offload else (), trained, policy.device)
     num_groups = config.batch_size // config.reset_group_size
     optimizer = Optimizer(
         {"": policy} | ({"value_": critic} if critic else {}),
@@ -156,17 +162,19 @@ def train_on_policy(
         for step, indices in stage.remaining(index_batches(len(prompts), num_groups, steps, config.seed)):
             start = time.perf_counter()
             drawn = [prompts[i] for i in indices]
-            prefixes = draw_prefixes(config, drawn, step * num_groups, progress=step / steps, roll_in=roll_in)
+            with waiting.present() if roll_in else nullcontext():
+                prefixes = draw_prefixes(config, drawn, step * num_groups, progress=step / steps, roll_in=roll_in)
             rollouts = checked_rollouts(
                 sampler.generate(prefixes), prefixes, eos_token_id=eos, stops_at_eos=config.compat == "fixed"
             )
             sampled = time.perf_counter()
-            scores = checked_scores(score(rollouts), rollouts, policy.device)
             order = np.random.default_rng([config.seed, step]).permutation(num_groups).tolist()
             packs = pack_episodes(config, rollouts, order, policy.device)
-            experience, metrics = score_episodes(
-                config, policy, reference, critic, rollouts, scores, packs, eos, rewards
-            )
+            with waiting.present():
+                scores = checked_scores(score(rollouts), rollouts, policy.device)
+                experience, metrics = score_episodes(
+                    config, policy, reference, critic, rollouts, scores, packs, eos, rewards
+                )
             check_kl(config, step + 1, metrics["objective/kl"])
             scored = time.perf_counter()
             metrics |= update(
@@ -193,10 +201,11 @@ def train_on_policy(
                 "num_unique_tokens": sum(from_all(sum(item.batch.num_tokens for mini in packs for item in mini))),
             }
             if held_out and stage.due(step, config.eval_steps):
-                evaluation = evaluate(config, policy, reference, judge, held_out, eos, held_out_judge)
+                with waiting.present():
+                    evaluation = evaluate(config, policy, reference, judge, held_out, eos, held_out_judge)
                 metrics |= evaluation
             if sample_every and stage.due(step, sample_every):
-                stage.samples(step + 1, _sample_rows(tokenizer, rollouts, scores, 4))
+                stage.samples(step + 1, sample_rows(tokenizer, rollouts, scores, experience, NUM_SAMPLES))
             stage.log(step + 1, metrics, shown="objective/scores")
         return stage.finish(policy, tokenizer, evaluation, critic)
 
@@ -229,6 +238,7 @@ def _check_ranks(config: PPOConfig, sources: Mapping[str, str]) -> None:
     require(items % world == 0, "num_mini_batches", config.num_mini_batches, rule)
     require(config.engine == "transformers", "engine", config.engine, f"transformers in {world} processes")
     require(config.decode == "eager", "decode", config.decode, f"eager in {world} processes")
+    require(not config.ref_reward_offload, "ref_reward_offload", True, f"false in {world} processes")
     whole = f"a whole model in {world} processes, not an adapter alone"
     for field, source in sources.items():
         require(not source or not holds_adapter(source), field, source, whole)
@@ -253,6 +263,7 @@ def _open_reward_model(
         device=base.device,
         dtype=config.dtype,
         trust_remote_code=config.trust_remote_code,
+        trunk=TrunkOptions.of(config),
     )
     check_same_vocabulary({"model_name_or_path": base, field: reward_model}, len(tokenizer))
     return reward_model
@@ -268,22 +279,3 @@ def num_updates(config: PPOConfig, num_prompts: int) -> int:
     if config.max_steps == -1 and config.total_episodes:
         return max(1, config.total_episodes // config.batch_size)
     return num_steps(config, num_prompts * config.reset_group_size)
-
-
-def _sample_rows(
-    tokenizer: PreTrainedTokenizerBase, rollouts: Sequence[Rollout], scores: Tensor, count: int
-) -> list[dict[str, object]]:
-    return [
-        {
-            "row": rollout.prefix.row,
-            "prompt": tokenizer.decode(
-                rollout.prefix.token_ids[: len(rollout.prefix.token_ids) - rollout.prefix.num_reset]
-            ),
-            "reset": tokenizer.decode(
-                rollout.prefix.token_ids[len(rollout.prefix.token_ids) - rollout.prefix.num_reset :]
-            ),
-            "response": tokenizer.decode(rollout.completion),
-            "score": value,
-        }
-        for rollout, value in zip(rollouts[:count], scores[:count].tolist(), strict=True)
-    ]

@@ -26,6 +26,7 @@ from fastrlhf.config import DPOConfig
 from fastrlhf.distributed import from_all, on_first
 from fastrlhf.models.adapters import frozen_copy
 from fastrlhf.models.loading import check_same_vocabulary, load_policy
+from fastrlhf.models.trunk import TrunkOptions
 from fastrlhf.types import PackedBatch
 
 log = logging.getLogger(__name__)
@@ -97,6 +98,7 @@ def _open(config: DPOConfig, policy: PreTrainedModel) -> PreTrainedModel:
         device=policy.device,
         dtype=config.dtype,
         trust_remote_code=config.trust_remote_code,
+        trunk=TrunkOptions.of(config),
     ).requires_grad_(False)
     check_same_vocabulary({"model_name_or_path": policy, "ref_model_name_or_path": model}, 0)
     return model

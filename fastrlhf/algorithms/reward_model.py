@@ -33,6 +33,7 @@ from fastrlhf.evaluation.winrates import bootstrap_interval
 from fastrlhf.models.forward import hidden_states, read_scores, sequence_scores
 from fastrlhf.models.loading import check_same_vocabulary, load_reward_model, make_trainable, resolve_device
 from fastrlhf.models.sharding import shard, whole
+from fastrlhf.models.trunk import TrunkOptions
 from fastrlhf.optim import Optimizer, index_batches, num_steps
 from fastrlhf.types import Example, TokenizedExample
 from fastrlhf_kernels import LossOutput, Metric, Sum
@@ -66,7 +67,9 @@ def train_reward_model(
         seed=config.seed,
         device=resolve_device(config.device),
         dtype=config.dtype,
+        load_in_4bit=config.load_in_4bit,
         trust_remote_code=config.trust_remote_code,
+        trunk=TrunkOptions.of(config),
     )
     check_same_vocabulary({"model_name_or_path": model}, len(tokenizer))
     make_trainable(model, config, config.model_name_or_path)

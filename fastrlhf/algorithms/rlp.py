@@ -53,6 +53,7 @@ from fastrlhf.evaluation.equivalence import EquivalenceJudge, open_judge
 from fastrlhf.metrics import read_metrics, read_rows
 from fastrlhf.models.forward import sequence_scores
 from fastrlhf.models.loading import load_policy, load_reward_model, read_model_config, resolve_device
+from fastrlhf.models.trunk import TrunkOptions
 from fastrlhf.rollout import TransformersEngine
 from fastrlhf.types import Example, TokenizedExample
 
@@ -229,6 +230,7 @@ class _Run:
             device=resolve_device(self.reward.device),
             dtype=self.reward.dtype,
             trust_remote_code=self.reward.trust_remote_code,
+            trunk=TrunkOptions.of(self.reward),
         )
 
     def _load_policy(self, path: str) -> PreTrainedModel:
@@ -239,6 +241,7 @@ class _Run:
             device=resolve_device(settings.device),
             dtype=settings.dtype,
             trust_remote_code=settings.trust_remote_code,
+            trunk=TrunkOptions.of(settings),
         )
 
     def _tokenizer(self, start: str) -> dict[str, str]:

@@ -22,7 +22,8 @@ from fastrlhf.data.inputs import Data
 from fastrlhf.distributed import from_all, is_first, largest, on_first, total, world_size
 from fastrlhf.interrupts import Interrupted, Interrupts
 from fastrlhf.metrics import MetricsWriter, read_metrics
-from fastrlhf.models.adapters import cpu_copy, share_weights
+from fastrlhf.models.adapters import share_weights
+from fastrlhf.out_of_memory import is_out_of_memory
 from fastrlhf.types import TokenizedExample
 from fastrlhf_kernels import Max, Metric, merge
 
@@ -34,7 +35,7 @@ class TrainResult:
     """What a trainer returns."""
 
     model: PreTrainedModel
-    """In several processes sharded; whole in `output_dir`."""
+    """In several processes sharded; on the CPU after `load_in_4bit`, for want of room."""
     tokenizer: PreTrainedTokenizerBase
     history: list[dict[str, float]] = field(repr=False)
     """One row of metrics per optimiser step (per update, in on-policy runs)."""
@@ -50,9 +51,9 @@ class Stage:
 
     Where the folder holds an unfinished run of the same configuration, everything that is handed over is put back to
     its newest checkpoint, and `remaining` goes on from there. Ctrl-C and SIGTERM are obeyed after the step that they
-    interrupt, with a checkpoint. A run that ends by an error leaves the weights of its last whole step in
-    `interrupted/`, where no checkpoint has them; not so in several processes, of which all make the same calls and the
-    first alone writes.
+    interrupt, with a checkpoint; so is running out of memory, where no weight has moved since. A run that ends by
+    another error leaves the weights of its last whole step in `interrupted/`, where no checkpoint has them. Of several
+    processes all make the same calls, the first alone writes, and after an error none can save.
     """
 
     def __init__(
@@ -130,13 +131,25 @@ class Stage:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         # One rank alone, where only that one failed, cannot gather the weights.
-        can_save = isinstance(error, Exception) and world_size() == 1
-        if can_save and self.folder and self._trained and len(self.history) > self._saved:
+        failed = error if isinstance(error, Exception) and world_size() == 1 else None
+        if failed and is_out_of_memory(failed):
+            self._rescue(failed)
+        if failed and self.folder and self._trained and len(self.history) > self._saved:
             try:
                 save_trained(*self._trained, self.folder / "interrupted")
+                failed.add_note(f"its last weights are in {self.folder / 'interrupted'}")
             except Exception as another:  # it must not hide the first one
                 log.warning("interrupted: the weights of the last whole step cannot be saved: %s", another)
         self._stack.__exit__(kind, error, trace)
+
+    def _rescue(self, error: Exception) -> None:
+        """Saves the last whole step, as after a signal, where nothing of the next one has moved yet."""
+        step = len(self.history)
+        if self._checkpointer and self._saved < step < self._steps and self._checkpointer.back_to_mark():
+            try:
+                error.add_note(f"saved as {self._save(self._checkpointer, step)}; the same command continues")
+            except Exception as another:
+                log.warning("step %d cannot be saved: %s", step, another)
 
     def remaining(self, batches: Iterable[list[int]]) -> Iterator[tuple[int, list[int]]]:
         """(step, batch) from the step on at which the run starts or resumes."""
@@ -156,6 +169,7 @@ class Stage:
         if self._checkpointer and step < self._steps:
             if self._config.save_steps and step % self._config.save_steps == 0:
                 self._save(self._checkpointer, step)
+            self._checkpointer.mark()
             # A signal does not reach all ranks in the same step.
             if pending := max(from_all(self._interrupts.pending or 0)):
                 saved = self._save(self._checkpointer, step)
@@ -186,10 +200,9 @@ class Stage:
     ) -> TrainResult:
         """Saves what was trained, adapters added to the weights, and returns it."""
         if value_model is not None:
-            if share_weights(model, value_model):  # which one adapter alone can be added to
-                value_model = cpu_copy(value_model)
-            save_trained(value_model, tokenizer, self.folder and self.folder / "value_model")
-        save_trained(model, tokenizer, self.folder)
+            place, apart = self.folder and self.folder / "value_model", share_weights(model, value_model)
+            value_model = save_trained(value_model, tokenizer, place, apart=apart)
+        model = save_trained(model, tokenizer, self.folder)
         return TrainResult(
             model=model,
             tokenizer=tokenizer,

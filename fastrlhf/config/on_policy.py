@@ -32,6 +32,9 @@ class PPOConfig(TrainConfig):
     eval_reward_model_path: str = ""
     """A second judge, for evaluation alone: where its score falls while the training judge's rises, the policy is
     over-optimised. Empty: none."""
+    ref_reward_offload: bool = False
+    """Keep the reference, the judges and the DPO model in CPU memory but while they score; weights that the policy or
+    the critic shares with them (`use_peft`) stay."""
     total_episodes: int = 0
     """Episodes of the run, where `max_steps` is not given; 0: by epochs over the prompts."""
     num_train_epochs: float = 1.0
@@ -186,7 +189,6 @@ class PPOConfig(TrainConfig):
             at_least(self, 0, "missing_eos_penalty")
         for name in ("gamma", "lam", "reset_prob", "reset_curriculum"):
             require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "in 0..1")
-        require(not (self.use_dora and self.engine == "vllm"), "use_dora", self.use_dora, "false with engine vllm")
         above_0(self, "psi_clip")
         alone = bool(self.psi) and self.psi_opponents == "rollouts" and self.reset_group_size == 1
         require(not alone, "reset_group_size", self.reset_group_size, "at least 2 where psi_opponents is rollouts")
@@ -248,6 +250,12 @@ class PPOConfig(TrainConfig):
 
     def _check_kl(self) -> None:
         placement, estimator = self.kl_placement, self.kl_estimator
+        if (placement, estimator) == ("loss", "exact"):
+            rule = "false with kl_estimator exact in the loss, which reads the head of the reference"
+            require(not self.ref_reward_offload, "ref_reward_offload", True, rule)
+        if self.decode == "cuda_graph" and self.reset_source == "sample":
+            rule = "false where decode cuda_graph records the reference's weights, which reset_source sample reads"
+            require(not self.ref_reward_offload, "ref_reward_offload", True, rule)
         reason = KL_REFUSED.get((placement, estimator))
         require(reason is None, "kl_estimator", estimator, f"{KL_ALLOWED[placement]} in the {placement}: {reason}")
         if (placement, estimator) == ("reward", "exact"):

@@ -51,9 +51,22 @@ class TrainConfig:
     """Scale by lora_alpha / sqrt(lora_r) (Kalajdzievski 2023, arXiv 2312.03732)."""
     use_dora: bool = False
     """Train the norms of the weights apart (Liu et al. 2024, arXiv 2402.09353)."""
+    load_in_4bit: bool = False
+    """QLoRA (Dettmers et al. 2023, arXiv 2305.14314): keep the weights of `model_name_or_path` under the adapter in 4
+    bits; other models are as they were saved. The run ends with the adapter added to what those 4 bits stand for, in
+    `dtype`. It needs bitsandbytes: install fastrlhf[bnb]."""
     activation_checkpointing: bool = False
     """Keep the inputs of layers alone and compute the layers again in the backward: a third more time for a fraction of
     the memory. The older name gradient_checkpointing is understood."""
+    attn_implementation: Literal[
+        "auto", "flash_attention_2", "flash_attention_3", "flash_attention_4", "varlen", "flex", "sdpa"
+    ] = "auto"
+    """Who computes attention over packs, of all models of the run; sampling decides for itself. auto: flash_attention_2
+    where flash-attn is installed, else torch's own varlen, on a GPU in bfloat16; else sdpa, one call per sequence."""
+    torch_compile: bool = False
+    """Compile the layers of every model for packed forwards: slower to start, and fewer passes over memory."""
+    use_liger_kernel: bool = False
+    """RMSNorm, SwiGLU (GeGLU) and rotary positions by Liger's kernels (`pip install 'fastrlhf[liger]'`), on a GPU."""
     device: str = "auto"
     """auto: the first CUDA GPU, else the CPU; under torchrun the GPU of the place that a process has on its machine."""
 
@@ -139,13 +152,19 @@ class TrainConfig:
         at_least(self, 1, "per_device_train_batch_size", "gradient_accumulation_steps", "micro_batch_tokens")
         at_least(self, 1, "lora_r", "lora_alpha")
         require(bool(self.lora_target_modules), "lora_target_modules", self.lora_target_modules, "all-linear, or names")
-        lora = ("lora_r", "lora_alpha", "lora_target_modules", "use_rslora", "use_dora")
+        lora = ("lora_r", "lora_alpha", "lora_target_modules", "use_rslora", "use_dora", "load_in_4bit")
         at_default(
             self,
             [
                 (self.use_peft, "where use_peft is false", lora),
                 (self.dtype == "bfloat16", "where dtype is float32", ("master_weights",)),
             ],
+        )
+        require(
+            not (self.torch_compile and self.use_liger_kernel),
+            "use_liger_kernel",
+            self.use_liger_kernel,
+            "false where torch_compile is true: both fuse the same operations",
         )
         at_least(self, 2, "max_length")
         at_least(self, 0, "warmup_steps", "eval_steps", "num_eval_examples", "max_train_examples")

@@ -54,7 +54,7 @@ def load_examples(
 ) -> LoadedExamples:
     """Reads one split of a hub dataset, of a local file (`SUFFIXES`; its only split is "train") or of a folder of them.
 
-    Known forms, told apart by their columns, the text or conversational kind by the first row:
+    Known forms, told apart by the columns, and as text or conversations by the values, that most rows have:
 
         prompt, chosen, rejected               strings, or lists of {"role", "content"}
         prompt, completion                     the completion is the reference
@@ -272,10 +272,15 @@ def _name_columns(rows: Iterable[object], columns: Mapping[str, str], source: st
 
 
 def _detect_form(
-    rows: Iterable[object], names: Mapping[str, str], needs: Sequence[str], source: str
+    rows: Sequence[object], names: Mapping[str, str], needs: Sequence[str], source: str
 ) -> tuple[Form, bool]:
-    """The first form that these columns make and that has all `needs`; and whether it is conversational."""
+    """The first form that these columns make and that has all `needs`; and whether it is conversational.
+
+    A form that fewer than half of the rows have is taken only where no other is: a stray column makes no form.
+    """
     candidates = [form for form in FORMS if set(form.required) <= set(names)]
+    having = {form.name: _having(rows, [names[name] for name in form.required]) for form in candidates}
+    candidates = [form for form in candidates if 2 * len(having[form.name]) >= len(rows)] or candidates
     if names.get("prompt", "prompt") != "prompt":  # named by the user: no form may write a prompt of its own
         candidates = [form for form in candidates if "prompt" in form.required] or candidates
     form = next((form for form in candidates if set(needs) <= form.provides(names)), None)
@@ -286,11 +291,16 @@ def _detect_form(
             f"name a column for it with columns, as {missing[0]}=<column>"
         )
     keys = [names[name] for name in form.required]
-    first = next((row for row in rows if isinstance(row, dict) and all(row.get(key) is not None for key in keys)), {})
-    conversational = isinstance(first.get(keys[-1]), list)
-    if form is PAIRS and conversational and isinstance(first[keys[0]], str):
+    lists = [row for row in having[form.name] if isinstance(row[keys[-1]], list)]
+    conversational = 2 * len(lists) > len(having[form.name])
+    if form is PAIRS and conversational and 2 * sum(isinstance(row[keys[0]], str) for row in lists) > len(lists):
         form = CONVERSATION_PAIRS  # whole conversations beside the bare text of their first turn
     return form, conversational
+
+
+def _having(rows: Iterable[object], keys: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows that have all these columns."""
+    return [row for row in rows if isinstance(row, dict) and all(row.get(key) is not None for key in keys)]
 
 
 def _to_example(

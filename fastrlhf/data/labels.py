@@ -69,13 +69,18 @@ def read_counts(row: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _number(value: object, name: str) -> float:
-    try:
-        number = float(value) if isinstance(value, str) or _is_number(value) else math.nan
-    except ValueError:
-        number = math.nan
+    number = _float(value) if isinstance(value, str) or _is_number(value) else math.nan
     if not math.isfinite(number) or (name == "label_prob" and not 0 <= number <= 1):
         raise UnusableRow(f"bad_{name}", f"{name} is {value!r}, not {'in 0..1' if name == 'label_prob' else 'finite'}")
     return number
+
+
+def _float(value: str | Real) -> float:
+    """NaN for text that is no number, and for a whole number that no float can hold."""
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return math.nan
 
 
 def _is_number(value: object) -> TypeGuard[Real]:
@@ -85,7 +90,7 @@ def _is_number(value: object) -> TypeGuard[Real]:
 def _numbers(value: object, size: int, name: str) -> list[float]:
     if not isinstance(value, list) or len(value) != size or not all(map(_is_number, value)):
         raise UnusableRow("wrong_type", f"{name} must be a list of {size} numbers, one per response")
-    numbers = [float(number) for number in value]
+    numbers = [_float(number) for number in value]
     if not all(map(math.isfinite, numbers)):
         raise UnusableRow("not_finite", f"{name} holds a number that is not finite")
     return numbers

@@ -18,6 +18,8 @@ from typing import Any
 import datasets
 from datasets.exceptions import DatasetsError
 
+from fastrlhf.hub import check_hub
+
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parquet")
 
 
@@ -64,6 +66,7 @@ def _folder_splits(folder: Path, config_name: str | None) -> dict[str, list[Path
 
 
 def _hub_rows(name: str, split: str, config_name: str | None) -> Iterator[tuple[str, object]]:
+    check_hub(name, f"{name}:")
     try:
         dataset = datasets.load_dataset(name, config_name, split=split)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
@@ -131,6 +134,8 @@ def _parse_json(text: str, path: Path, line: int) -> Any:
         place = f"{path} line {line + error.lineno - 1}, column {error.colno}"
         near = error.doc[max(0, error.pos - 40) : error.pos + 40]
         raise ValueError(f"{place}: broken JSON, {error.msg} near {near!r}; expected one object per line") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists in lists
+        raise ValueError(f"{path} line {line}: broken JSON, {error}") from None
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, object]]:

@@ -23,6 +23,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from fastrlhf.data.examples import RESPONSES
 from fastrlhf.data.labels import GROUP_LABELS, PAIR_LABELS
+from fastrlhf.hub import check_hub
 from fastrlhf.types import Example, Message, TokenizedExample
 
 TruncationMode = Literal["keep_start", "keep_end", "drop"]
@@ -101,6 +102,7 @@ def load_tokenizer(
     path = Path(name_or_path).expanduser()
     if is_missing_folder(name_or_path):
         raise ValueError(f"tokenizer {name_or_path}: no such folder (a hub model is named like owner/name)")
+    check_hub(name_or_path, f"tokenizer {name_or_path}:")
     try:
         if path.is_file():
             tokenizer = _from_file(path)

@@ -173,7 +173,8 @@ def _draw(curve: Curve, x_range: Range, y_range: Range) -> str:
     finite = np.isfinite(curve.values)
     values = np.where(finite, curve.values.clip(-_FURTHEST, _FURTHEST), np.nan)
     long = int(finite.sum()) >= SMOOTH_FROM
-    paths = [f'<path class="{"raw" if long else "line"}" d="{_path(curve.steps, values, x_range, y_range)}"/>']
+    kind = "raw" if long else "line" if finite.sum() > 1 else "dot"
+    paths = [f'<path class="{kind}" d="{_path(curve.steps, values, x_range, y_range)}"/>']
     if long:
         paths.append(f'<path class="line" d="{_path(*moving_average(curve.steps, values), x_range, y_range)}"/>')
     hover = f"{curve.label}: {len(values)} points"

@@ -24,6 +24,7 @@ from fastrlhf.models.loading import (
     read_model_config,
     resolve_device,
 )
+from fastrlhf.models.trunk import TrunkOptions
 from fastrlhf.types import Example, Prefix, Rollout, TokenizedExample
 
 COLUMNS = ("reference", "chosen", "rejected")
@@ -52,6 +53,7 @@ def evaluate_models(config: EvalConfig, examples: Sequence[Example] | None = Non
         device=resolve_device(config.device),
         dtype=config.dtype,
         trust_remote_code=config.trust_remote_code,
+        trunk=TrunkOptions.of(config),
     )
     check_same_vocabulary({"reward_model_path": reward_model}, len(tokenizer))
     judge = reward_model_judge(reward_model, eos_token_id=eos, micro_batch_tokens=config.micro_batch_tokens)
@@ -132,6 +134,7 @@ def _respond(
         device=reward_model.device,
         dtype=config.dtype,
         trust_remote_code=config.trust_remote_code,
+        trunk=TrunkOptions.of(config),
     )
     check_same_vocabulary({name: policy, "reward_model_path": reward_model}, 0)
     return respond(

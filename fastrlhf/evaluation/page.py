@@ -42,6 +42,11 @@ def render_page(title: str, facts: list[str], sections: list[tuple[str, str]], f
 """
 
 
+def token_markup(text: str) -> str:
+    """The text of a token: line ends are shown as well as made, and a token without text is a dot."""
+    return escape(text).replace("\n", "&crarr;\n") or "&middot;"
+
+
 _STYLE = """
 :root {
   color-scheme: light dark;
@@ -92,6 +97,7 @@ text.x { text-anchor: middle; }
 .grid { stroke: var(--grid); }
 path { fill: none; stroke-linejoin: round; stroke-linecap: round; }
 .line { stroke-width: 1.6; }
+.dot { stroke-width: 6; }
 .raw { stroke-width: 0.8; opacity: 0.35; }
 .bar { vertical-align: -3px; margin-right: 10px; }
 .track { stroke: var(--rule); stroke-width: 4; stroke-linecap: round; }
@@ -110,6 +116,12 @@ thead th { border-top: 0; color: var(--muted); font-size: 12.5px; font-weight: 6
 h3 { margin: 14px 0 4px; font-size: 13px; font-weight: 600; color: var(--muted); }
 .tokens { margin: 0; font: 13px/1.9 ui-monospace, Menlo, Consolas, monospace; white-space: pre-wrap; }
 .tokens span { border-radius: 3px; border-right: 1px solid var(--page); overflow-wrap: anywhere; }
+.given { color: var(--muted); }
+.gain { background: color-mix(in srgb, var(--c4) var(--w), transparent); }
+.loss { background: color-mix(in srgb, var(--c3) var(--w), transparent); }
+article { padding: 0 14px 10px; border-top: 1px solid var(--rule); }
+.legend { padding: 4px 14px 10px; color: var(--muted); font-family: inherit; }
+.legend .gain, .legend .loss { color: var(--ink); }
 .prompt { background: var(--rule); }
 .reset { background: color-mix(in srgb, var(--c3) 32%, transparent); }
 .trained { background: color-mix(in srgb, var(--c2) 30%, transparent); }

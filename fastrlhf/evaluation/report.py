@@ -5,7 +5,7 @@ The page needs no network and no script. It shows, as far as they are there:
     metrics.jsonl   one chart per metric, of the directory itself and of the stages in its sub-folders; stages that log
                     the same metrics (ppo and drpo, two seeds) share their charts; scores by reset depth are one chart,
                     and so are the judges of training and evaluation over the square root of the KL
-    samples.jsonl   the last samples
+    samples.jsonl   the last samples, of an on-policy run with the colour of what every token earned
     config.yaml     the resolved configuration
 """
 
@@ -23,6 +23,7 @@ import numpy as np
 
 from fastrlhf.evaluation.charts import NUM_COLORS, Curve, format_number, interval_bar, line_chart
 from fastrlhf.evaluation.page import render_page
+from fastrlhf.evaluation.samples import has_token_rewards, token_samples
 from fastrlhf.metrics import read_metrics, read_rows
 
 MAX_SAMPLES = 12
@@ -264,18 +265,26 @@ def _samples(run_dir: Path, stages: list[_Stage]) -> str:
         file = path / "samples.jsonl"
         rows = read_rows(file)[-MAX_SAMPLES:] if file.exists() else []
         if rows:
-            keys = list(dict.fromkeys(key for row in rows for key in row))
-            head = "".join(f"<th>{escape(key)}</th>" for key in keys)
-            body = "".join(
-                "<tr>" + "".join(f"<td><div>{escape(_text(row.get(key, '')))}</div></td>" for key in keys) + "</tr>\n"
-                for row in rows
-            )
+            colored = [row for row in rows if has_token_rewards(row)]
+            shown = token_samples(colored) if colored else ""
+            shown += _sample_table([row for row in rows if not has_token_rewards(row)])
             parts.append(
                 f"<details{'' if parts else ' open'}><summary>{escape(name)}: last {len(rows)} samples</summary>"
-                f'<div class="wide"><table class="samples"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
-                "</div></details>\n"
+                f"{shown}</details>\n"
             )
     return "".join(parts)
+
+
+def _sample_table(rows: list[dict[str, Any]]) -> str:
+    if not rows:
+        return ""
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    head = "".join(f"<th>{escape(key)}</th>" for key in keys)
+    body = "".join(
+        "<tr>" + "".join(f"<td><div>{escape(_text(row.get(key, '')))}</div></td>" for key in keys) + "</tr>\n"
+        for row in rows
+    )
+    return f'<div class="wide"><table class="samples"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _configs(run_dir: Path, stages: list[_Stage]) -> str:

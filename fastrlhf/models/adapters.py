@@ -13,19 +13,22 @@ import hashlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
-from torch.nn import Linear, Module, Parameter
+from torch.nn import Linear, Module
 from transformers import PreTrainedModel
 
 from fastrlhf.config import TrainConfig
+from fastrlhf.models.four_bit import make_plain, plain_weight
 
 if TYPE_CHECKING:
     from peft import LoraConfig
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+ADAPTER = "default"
+"""What peft calls the one adapter of a model."""
 SCORE = "base_model.model.score.weight"
 """The name of a score head's weight in the file of an adapter."""
 
@@ -85,7 +88,7 @@ def base_fingerprint(model: PreTrainedModel) -> str:
     digest = hashlib.sha256()
     for name, weight in cast(Module, model.base_model).named_parameters():
         if ".lora_" not in name:
-            digest.update(weight.detach().reshape(-1)[:64].bfloat16().float().cpu().numpy().tobytes())
+            digest.update(weight.data.reshape(-1)[:64].bfloat16().float().cpu().numpy().tobytes())
     return digest.hexdigest()[:32]
 
 
@@ -95,9 +98,7 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
     The weights under an adapter are shared with `model`, not copied; a score head, which is trained, is copied.
     """
     frozen = shared_view(model) if has_adapter(model) else copy.deepcopy(model)
-    for parent, name, layer in _adapted(frozen):
-        setattr(parent, name, layer.get_base_layer())
-    vars(frozen).pop("peft_config", None)
+    _drop_adapter(frozen)
     return frozen.requires_grad_(False).eval()
 
 
@@ -111,10 +112,16 @@ def frozen_tensors(model: Module) -> dict[int, Tensor]:
     return {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers()) if not tensor.requires_grad}
 
 
-def cpu_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy, adapter and all, that shares nothing. It is made on the CPU, for want of room on the GPU."""
-    weights = {id(w): Parameter(w.detach().to("cpu", copy=True), w.requires_grad) for w in model.parameters()}
-    return copy.deepcopy(model, weights).to("cpu")  # pyright: ignore[reportArgumentType] (as in loading._ready)
+def merged_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """The plain model with the adapter added to the weights, which shares nothing with `model`. It is made on the CPU,
+    for want of room on the GPU."""
+    weights = {name: weight.to("cpu", copy=True).contiguous() for name, weight in plain_weights(model)}
+    plain = shared_view(model)
+    _drop_adapter(plain)
+    make_plain(plain)
+    plain.load_state_dict(weights, strict=False, assign=True)  # not strict: of tied weights there is one
+    plain.tie_weights()
+    return plain.to("cpu").requires_grad_(True)  # pyright: ignore[reportArgumentType] (as in loading._ready)
 
 
 def share_weights(one: Module, other: Module) -> bool:
@@ -125,27 +132,30 @@ def merge_adapter(model: PreTrainedModel) -> None:
     """Adds the adapter to the weights and leaves the plain model, in place; nothing happens where there is none.
 
     Shared weights change with it: the reference of the run is no longer one afterwards. In bfloat16 the sum is rounded.
+    Not for weights in 4 bits, which the sum does not fit into: `merged_copy`.
     """
     if layers := _adapted(model):
-        for parent, name, layer in layers:
+        for _, _, layer in layers:
             layer.merge(safe_merge=True)
-            setattr(parent, name, layer.get_base_layer())
-        del model.peft_config
+        _drop_adapter(model)
         model.requires_grad_(True)
 
 
 @torch.no_grad()
 def plain_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of the weights that the plain model would have with the adapter added, one at a time: what another
-    engine samples with. Not for DoRA."""
+    engine samples with. Weights in 4 bits come in the dtype that they were loaded in."""
     layers = {id(layer.get_base_layer().weight): layer for _, _, layer in _adapted(model)}
-    for name, weight in model.named_parameters():
+    for name, parameter in model.named_parameters():
         if ".lora_" not in name:
-            layer = layers.get(id(weight))
-            added = weight
+            layer, weight = cast(Any, layers.get(id(parameter))), plain_weight(parameter)
             if layer is not None:
-                added = weight + layer.get_delta_weight("default").to(weight.dtype)  # pyright: ignore[reportAttributeAccessIssue]
-            yield name.replace(".base_layer.", "."), added.detach()
+                variant = layer.lora_variant.get(ADAPTER)  # DoRA
+                if variant is None:
+                    weight = weight + layer.get_delta_weight(ADAPTER).to(weight.dtype)
+                else:
+                    weight = variant.merge_safe(layer, ADAPTER, weight)
+            yield name.replace(".base_layer.", "."), weight.detach()
 
 
 def save_adapter(model: PreTrainedModel, folder: Path) -> None:
@@ -153,7 +163,7 @@ def save_adapter(model: PreTrainedModel, folder: Path) -> None:
     which weights it was trained."""
     from safetensors.torch import save_file
 
-    settings = cast("LoraConfig", copy.deepcopy(model.peft_config["default"]))
+    settings = cast("LoraConfig", copy.deepcopy(model.peft_config[ADAPTER]))
     folder.mkdir(parents=True, exist_ok=True)
     if hasattr(model, "score"):
         settings.modules_to_save = ["score"]
@@ -170,6 +180,12 @@ def adapter_weights(model: PreTrainedModel) -> dict[str, Tensor]:
     if hasattr(model, "score"):
         weights[SCORE] = cast(Linear, model.score).weight.detach()
     return weights
+
+
+def _drop_adapter(model: PreTrainedModel) -> None:
+    for parent, name, layer in _adapted(model):
+        setattr(parent, name, layer.get_base_layer())
+    vars(model).pop("peft_config", None)
 
 
 def _adapted(model: Module) -> list[tuple[Module, str, BaseTunerLayer]]:

@@ -1,11 +1,17 @@
 """Attention over a pack: sequences never see each other.
 
-No model is patched. transformers calls the attention function registered here under a name of ours and hands it the
-plan that the forward was given as the keyword `attention_plan`. Backends, best first:
+transformers calls the attention function registered here under a name of ours and hands it the plan that the forward
+was given as the keyword `attention_plan`. Who does the work (`attn_implementation`) is a row of `BACKENDS`:
 
-    flash_attn   the flash-attn package         CUDA, bf16 or fp16
-    varlen       torch.nn.attention.varlen      CUDA, bf16 or fp16, no soft-capping
-    segments     one SDPA call per segment      any device and dtype
+    flash_attention_2   the flash-attn package          CUDA, bf16 or fp16
+    flash_attention_3   its package for Hopper          the same, compute capability 9
+    flash_attention_4   the flash-attn-4 package        the same, compute capability 9 to 11
+    varlen              torch.nn.attention.varlen       CUDA, bf16 or fp16, no soft-capping
+    flex                torch's FlexAttention           CUDA, any dtype
+    sdpa                one SDPA call per segment       any device and dtype
+
+All of them know sliding windows and branches, whose keys and values are gathered before the call. `auto` takes
+flash_attention_2, else varlen, else sdpa; the others have never run on a GPU here, and are for those who ask.
 
 A [T, T] mask is never built: it makes packing slower than padding. No mask function is registered beside the attention
 function, for transformers would look for packed sequences in the positions before it calls one, and wait for the GPU.
@@ -13,9 +19,11 @@ function, for transformers would look for packed sequences in the positions befo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, partial
+from importlib import import_module
 from importlib.util import find_spec
 from typing import cast
 
@@ -24,9 +32,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
+from fastrlhf.models import flex
 from fastrlhf.types import AttentionPlan
 
 PACKED = "fastrlhf_packed"
+_CHOICE = "fastrlhf_attention"  # where a model keeps its `attn_implementation`: copies of the model have it too
 
 
 @contextmanager
@@ -41,13 +51,43 @@ def packed_attention(model: PreTrainedModel, name: str = PACKED) -> Iterator[Non
         model.config._attn_implementation = before
 
 
+def choose_attention(model: PreTrainedModel, implementation: str) -> str:
+    """From now on packs of the model go through `implementation`; returns its name, that of the best one for "auto".
+
+    Raises ValueError, with the reason and the mend, where it cannot run this model on its device in its dtype.
+    """
+    softcap = getattr(model.config, "attn_logit_softcapping", None)
+    if implementation != "auto" and (obstacle := _obstacle(implementation, model.device, model.dtype, softcap)):
+        raise ValueError(f"attn_implementation: {implementation} {obstacle}, or leave it at auto")
+    setattr(model, _CHOICE, implementation)
+    return backend(model.device, model.dtype, softcap) if implementation == "auto" else implementation
+
+
+def chosen_attention(model: PreTrainedModel) -> str:
+    """What `choose_attention` was told, else "auto"."""
+    return getattr(model, _CHOICE, "auto")
+
+
 def backend(device: torch.device, dtype: torch.dtype, softcap: float | None = None) -> str:
-    """The attention that will run: "flash_attn", "varlen" or "segments"."""
-    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
-        return "segments"
-    if _installed("flash_attn"):
-        return "flash_attn"
-    return "varlen" if softcap is None and _installed("torch.nn.attention.varlen") else "segments"
+    """What "auto" takes: the name of a row of `BACKENDS`."""
+    return next(name for name in AUTO if not _obstacle(name, device, dtype, softcap))
+
+
+def _obstacle(name: str, device: torch.device, dtype: torch.dtype, softcap: float | None) -> str:
+    """Why a backend cannot run, and what to do, as the end of a sentence; empty where it can."""
+    able = BACKENDS[name]
+    if able.only_cuda and device.type != "cuda":
+        return f"needs a CUDA GPU, and the run is on {device.type}; take sdpa"
+    if able.only_half and dtype not in (torch.bfloat16, torch.float16):
+        return f"knows no {dtype}; set dtype to bfloat16, take flex or sdpa"
+    if softcap is not None and not able.softcap:
+        return "has no soft-capping, which this model needs; take flash_attention_2, flex or sdpa"
+    if able.module and not _installed(able.module):
+        return f"needs {able.module}, which is not installed: {able.install}"
+    if able.capabilities and (found := torch.cuda.get_device_capability(device)[0]) not in able.capabilities:
+        known = " or ".join(map(str, able.capabilities))
+        return f"needs a GPU of compute capability {known}, and this one has {found}; take flash_attention_2"
+    return ""
 
 
 def _attend(
@@ -58,6 +98,7 @@ def _attend(
     attention_mask: Tensor | None,  # always None: the plan says who sees whom
     *,
     attention_plan: AttentionPlan,
+    attention_backend: str = "auto",
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
@@ -73,16 +114,23 @@ def _attend(
         # Indexing, not index_select: its backward sorts and adds in one order, where the other adds with atomics.
         k, v = (x[attention_plan.key_index] for x in (k, v))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    attend = {"flash_attn": _flash_attn, "varlen": _varlen, "segments": _segments}[backend(q.device, q.dtype, softcap)]
-    return attend(q, k, v, attention_plan, scale, softcap, sliding_window)[None], None
+    name = backend(q.device, q.dtype, softcap) if attention_backend == "auto" else attention_backend
+    return BACKENDS[name].attend(q, k, v, attention_plan, scale, softcap, sliding_window)[None], None
 
 
 def _flash_attn(
-    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, softcap: float | None, window: int | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: AttentionPlan,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+    *,
+    module: str,
+    unlimited: int | None = -1,  # how the left side of a window says that it has no end
 ) -> Tensor:
-    from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
-
-    return flash_attn_varlen_func(
+    output = import_module(module).flash_attn_varlen_func(
         q,
         k,
         v,
@@ -92,10 +140,11 @@ def _flash_attn(
         max_seqlen_k=max(plan.key_lengths),
         softmax_scale=scale,
         causal=True,
-        window_size=(-1, -1) if window is None else (window - 1, 0),
+        window_size=(unlimited, unlimited) if window is None else (window - 1, 0),
         softcap=softcap or 0.0,
         deterministic=True,
     )
+    return output[0] if isinstance(output, tuple) else output  # 4, and 3 at first, give the logsumexp with it
 
 
 def _varlen(
@@ -119,7 +168,7 @@ def _varlen(
     return output
 
 
-def _segments(
+def _sdpa(
     q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, softcap: float | None, window: int | None
 ) -> Tensor:
     """Per segment, on views of the pack: [H, Lq, d] x [H_kv, Lk, d] -> [H, Lq, d]."""
@@ -157,7 +206,63 @@ def _visible(num_q: int, num_k: int, window: int | None, device: torch.device) -
 
 @cache
 def _installed(module: str) -> bool:
-    return find_spec(module) is not None
+    try:
+        spec = find_spec(module)
+    except ModuleNotFoundError:  # of the package around it
+        return False
+    # flash-attn-4 alone leaves a package `flash_attn` without a file of its own, which is not flash-attn.
+    return spec is not None and spec.origin is not None
 
 
-AttentionInterface.register(PACKED, _attend)
+Attend = Callable[[Tensor, Tensor, Tensor, AttentionPlan, float, float | None, int | None], Tensor]
+"""q [T, H, d], k and v [K, H_kv, d], the plan, the scale of scores, their soft-cap, the window -> [T, H, d]."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backend:
+    """Who can attend, and to what."""
+
+    attend: Attend
+    module: str = ""
+    """What has to be installed beside torch."""
+    install: str = ""
+    only_cuda: bool = True
+    only_half: bool = True
+    """bfloat16 and float16."""
+    softcap: bool = True
+    capabilities: tuple[int, ...] = ()
+    """Of GPUs, their first digits; empty: all that torch runs on."""
+
+
+BACKENDS = {
+    "flash_attention_2": Backend(
+        attend=partial(_flash_attn, module="flash_attn"),
+        module="flash_attn",
+        install="pip install flash-attn",
+    ),
+    "flash_attention_3": Backend(
+        attend=partial(_flash_attn, module="flash_attn_interface"),
+        module="flash_attn_interface",
+        install="build the folder hopper of the flash-attention repository",
+        capabilities=(9,),
+    ),
+    "flash_attention_4": Backend(
+        attend=partial(_flash_attn, module="flash_attn.cute", unlimited=None),
+        module="flash_attn.cute",
+        install="pip install --pre flash-attn-4",
+        capabilities=(9, 10, 11),
+    ),
+    "varlen": Backend(
+        attend=_varlen,
+        module="torch.nn.attention.varlen",
+        install="pip install 'torch>=2.11'",
+        softcap=False,
+    ),
+    "flex": Backend(attend=flex.attend, only_half=False),
+    "sdpa": Backend(attend=_sdpa, only_cuda=False, only_half=False),
+}
+AUTO = ("flash_attention_2", "varlen", "sdpa")
+"""Best first."""
+
+# torch.compile leaves it alone: one break of the graph per layer, in which any backend runs as it always does.
+AttentionInterface.register(PACKED, torch.compiler.disable(_attend))

@@ -13,7 +13,7 @@ from torch.nn import Linear
 from transformers import PreTrainedModel
 
 from fastrlhf.data.packing import pack
-from fastrlhf.models.attention import packed_attention
+from fastrlhf.models.attention import chosen_attention, packed_attention
 from fastrlhf.models.sharding import full, trunk_of
 from fastrlhf.types import PackedBatch, Segment
 from fastrlhf_kernels import TokenKL, TokenLogprobs, linear_kl, linear_logprob
@@ -31,6 +31,7 @@ def hidden_states(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
             input_ids=batch.token_ids[None],
             position_ids=batch.positions[None],
             attention_plan=batch.plan,
+            attention_backend=chosen_attention(model),
             use_cache=False,
         )
     return output.last_hidden_state[0]
@@ -140,31 +141,38 @@ def token_values(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
 
 
 @torch.no_grad()
-def check_packed_forward(model: PreTrainedModel) -> None:
+def own_forward(model: PreTrainedModel) -> Tensor:
+    """What `check_packed_forward` expects: of the model's own forward, one sequence at a time."""
+    batch, sequences = _probe(model)
+    was_training = model.training
+    model.eval()
+    logits = [model(input_ids=s[None], use_cache=False).logits[0] for s in sequences]
+    model.train(was_training)
+    if model.get_output_embeddings() is None:
+        return torch.cat([x.reshape(-1)[-1:] for x in logits]).float()
+    logprobs = torch.cat([x[:-1].float().log_softmax(-1) for x in logits])
+    return logprobs.gather(1, batch.targets[:, None])[:, 0]
+
+
+@torch.no_grad()
+def check_packed_forward(model: PreTrainedModel, expected: Tensor | None = None) -> None:
     """Refuses a model whose packed forward is not its own forward, one sequence at a time.
 
     Catches attention that leaks between sequences (a model that does not go through transformers' AttentionInterface)
     and a head whose logits are transformed in a way that `linear_logprob` was not told of. A few tokens, once, at the
-    start. Raises ValueError.
+    start. `expected` is `own_forward` before something was done to the trunk; None: as it is. Raises ValueError.
     """
-    device = model.device
-    # A sequence classifier looks for its last token that is no padding.
-    ids = [i for i in range(model.config.vocab_size) if i != model.config.pad_token_id]
-    sequences = [[ids[(5 * i * i + 7 * i + 3 * s) % len(ids)] for i in range(6 + 5 * s)] for s in range(2)]
-    batch = pack([Segment(token_ids=s, num_scored=len(s) - 1) for s in sequences], device)
+    expected = own_forward(model) if expected is None else expected
+    batch, _ = _probe(model)
     was_training = model.training
     model.eval()
-    logits = [model(input_ids=torch.tensor([s], device=device), use_cache=False).logits[0] for s in sequences]
     if model.get_output_embeddings() is None:
         packed = read_scores(model, hidden_states(model, batch)[batch.last])
-        alone = torch.cat([x.reshape(-1)[-1:] for x in logits]).float()
     else:
         packed = token_logprobs(model, batch).logprob
-        alone = torch.cat([x[:-1].float().log_softmax(-1) for x in logits])
-        alone = alone.gather(1, batch.targets[:, None])[:, 0]
     model.train(was_training)
     tolerance = 1e-4 if next(model.parameters()).dtype == torch.float32 else 0.1
-    error = (packed - alone).abs().max().item()
+    error = (packed - expected).abs().max().item()
     if not math.isfinite(error):
         raise ValueError(
             f"{type(model).__name__} of {model.config.name_or_path!r}: its weights give numbers that are not finite"
@@ -174,6 +182,15 @@ def check_packed_forward(model: PreTrainedModel) -> None:
             f"{type(model).__name__}: the packed forward differs from the model's own by {error:.2g} nats; "
             "its attention or its head does something fastrlhf does not know, and training would silently mix sequences"
         )
+
+
+def _probe(model: PreTrainedModel) -> tuple[PackedBatch, list[Tensor]]:
+    """Two sequences, in a pack and one by one."""
+    # A sequence classifier looks for its last token that is no padding.
+    ids = [i for i in range(model.config.vocab_size) if i != model.config.pad_token_id]
+    sequences = [[ids[(5 * i * i + 7 * i + 3 * s) % len(ids)] for i in range(6 + 5 * s)] for s in range(2)]
+    batch = pack([Segment(token_ids=s, num_scored=len(s) - 1) for s in sequences], model.device)
+    return batch, [torch.tensor(s, device=model.device) for s in sequences]
 
 
 def _logit_transform(model: PreTrainedModel) -> tuple[float | None, float]:

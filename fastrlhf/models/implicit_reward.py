@@ -18,7 +18,7 @@ from fastrlhf.config import PPOConfig
 from fastrlhf.models.forward import token_logprobs
 from fastrlhf.models.loading import check_same_tokenizer, check_same_vocabulary, load_policy
 from fastrlhf.models.roles import holds_adapter, policy_role
-from fastrlhf.models.sharding import shard
+from fastrlhf.models.trunk import TrunkOptions
 from fastrlhf.types import PackedBatch
 
 
@@ -29,6 +29,10 @@ class ImplicitReward:
     model: PreTrainedModel
     reference: PreTrainedModel | None
     """None: the reference of the run."""
+
+    @property
+    def models(self) -> list[PreTrainedModel]:
+        return [self.model] if self.reference is None else [self.model, self.reference]
 
     @torch.no_grad()
     def log_ratio(
@@ -77,6 +81,7 @@ def open_implicit_reward(
             device=base.device,
             dtype=config.dtype,
             trust_remote_code=config.trust_remote_code,
+            trunk=TrunkOptions.of(config),
         )
         for field, source in sources.items()
     }
@@ -85,5 +90,4 @@ def open_implicit_reward(
     check_same_vocabulary({"model_name_or_path": base, **models}, len(tokenizer))
     for model in models.values():
         model.requires_grad_(False)
-        shard(model)
     return ImplicitReward(model=models["dpo_model_path"], reference=models.get("dpo_ref_model_path"))

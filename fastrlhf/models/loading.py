@@ -27,13 +27,16 @@ from transformers import (
 from fastrlhf.config import TrainConfig, parse_model_config, require
 from fastrlhf.config_files import nearest
 from fastrlhf.data.tokens import is_missing_folder, load_tokenizer, special_ids
+from fastrlhf.hub import check_hub
 from fastrlhf.models.adapters import add_adapter
-from fastrlhf.models.attention import backend
-from fastrlhf.models.forward import check_packed_forward, enable_activation_checkpointing
+from fastrlhf.models.forward import enable_activation_checkpointing
+from fastrlhf.models.four_bit import keep_layout, quantization
+from fastrlhf.models.trunk import TrunkOptions, prepare_trunk
 
 log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PLAIN = TrunkOptions()
 
 
 def open_policy(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -55,10 +58,16 @@ def open_policy(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreT
             seed=config.seed,
             device=device,
             dtype=config.dtype,
+            trunk=TrunkOptions.of(config),
         )
     elif config.model_name_or_path:
         model = load_policy(
-            config.model_name_or_path, device=device, dtype=config.dtype, trust_remote_code=config.trust_remote_code
+            config.model_name_or_path,
+            device=device,
+            dtype=config.dtype,
+            load_in_4bit=config.load_in_4bit,
+            trust_remote_code=config.trust_remote_code,
+            trunk=TrunkOptions.of(config),
         )
     else:
         raise ValueError("model_name_or_path: give a folder or a hub name, or build a model from model_config")
@@ -88,17 +97,19 @@ def load_policy(
     field: str = "model_name_or_path",
     device: torch.device | str = "cpu",
     dtype: str = "float32",
+    load_in_4bit: bool = False,
     trust_remote_code: bool = False,
+    trunk: TrunkOptions = PLAIN,
 ) -> PreTrainedModel:
     """The causal LM in a folder or under a hub name, checked to run on packs.
 
     Raises ValueError, naming `field`, where there is no such model, where weights are missing (a reward model has no
-    language-model head), or where it cannot be packed.
+    language-model head), or where it cannot be packed as `trunk` asks.
     """
     config = read_model_config(source, field, trust_remote_code)
-    model, missing = _open(AutoModelForCausalLM, source, field, config, dtype, trust_remote_code)
+    model, missing = _open(AutoModelForCausalLM, source, field, config, device, dtype, load_in_4bit, trust_remote_code)
     _check_complete(source, field, missing)
-    return _ready(model, device)
+    return _ready(model, device, trunk)
 
 
 def build_policy(
@@ -109,6 +120,7 @@ def build_policy(
     seed: int,
     device: torch.device | str = "cpu",
     dtype: str = "float32",
+    trunk: TrunkOptions = PLAIN,
 ) -> PreTrainedModel:
     """A causal LM from scratch. `settings` is a transformers configuration, or its fields with `model_type` among them.
 
@@ -137,7 +149,7 @@ def build_policy(
     )
     with _seeded(seed, torch.device(device)):
         model = AutoModelForCausalLM.from_config(_without_dropout(config), dtype=DTYPES[dtype])
-    return _ready(model, device)
+    return _ready(model, device, trunk)
 
 
 def load_reward_model(
@@ -149,7 +161,9 @@ def load_reward_model(
     must_be_trained: bool = False,
     device: torch.device | str = "cpu",
     dtype: str = "float32",
+    load_in_4bit: bool = False,
     trust_remote_code: bool = False,
+    trunk: TrunkOptions = PLAIN,
 ) -> PreTrainedModel:
     """A sequence classifier with one score: a saved reward model, or a causal LM whose trunk gets a new head.
 
@@ -162,7 +176,9 @@ def load_reward_model(
     """
     config = read_model_config(source, field, trust_remote_code)
     config.num_labels, config.pad_token_id = 1, pad_token_id
-    model, missing = _open(AutoModelForSequenceClassification, source, field, config, dtype, trust_remote_code)
+    model, missing = _open(
+        AutoModelForSequenceClassification, source, field, config, device, dtype, load_in_4bit, trust_remote_code
+    )
     head = float_score_head(model, source, field)
     _check_complete(source, field, missing - {"score.weight"})
     if missing:
@@ -170,7 +186,7 @@ def load_reward_model(
             raise ValueError(f"{field}: {source!r} has no trained score head; train one with `fastrlhf reward`")
         generator = torch.Generator().manual_seed(seed)
         torch.nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5, generator=generator)
-    return _ready(model, device)
+    return _ready(model, device, trunk)
 
 
 def float_score_head(model: PreTrainedModel, source: str, field: str) -> Linear:
@@ -224,6 +240,7 @@ def read_model_config(source: str, field: str, trust_remote_code: bool) -> Pretr
     """The configuration of a model, its dropout off. Raises ValueError, naming `field`, where there is none."""
     if is_missing_folder(source):
         raise ValueError(f"{field}: {source!r} is neither a folder here nor a name that a model of the hub can have")
+    check_hub(source, f"{field}: {source!r}")
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
@@ -241,10 +258,14 @@ def _open(
     source: str,
     field: str,
     config: PretrainedConfig,
+    device: torch.device | str,
     dtype: str,
+    load_in_4bit: bool,
     trust_remote_code: bool,
 ) -> tuple[PreTrainedModel, set[str]]:
     """The model, and the names of those of its weights that the checkpoint does not have in its shape."""
+    # Weights are quantised where they will be.
+    quantised = {"quantization_config": quantization(DTYPES[dtype]), "device_map": {"": device}} if load_in_4bit else {}
     try:
         loaded = kind.from_pretrained(
             source,
@@ -253,6 +274,7 @@ def _open(
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
+            **quantised,
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"{field}: the weights of {source!r} cannot be loaded: {error}") from error
@@ -306,16 +328,17 @@ def _without_dropout(config: PretrainedConfig) -> PretrainedConfig:
     return config
 
 
-def _ready(model: PreTrainedModel, device: torch.device | str) -> PreTrainedModel:
+def _ready(model: PreTrainedModel, device: torch.device | str, trunk: TrunkOptions) -> PreTrainedModel:
     _check_positions(model.config)
     model.to(device)  # pyright: ignore[reportArgumentType] (transformers' wrapper hides that it is a method)
     model.eval()
-    check_packed_forward(model)
-    softcap = getattr(model.config, "attn_logit_softcapping", None)
+    keep_layout(model)
+    attention = prepare_trunk(model, trunk)
     log.info(
-        "%s: %.3g parameters in %s on %s, attention by %s",
-        *(type(model).__name__, model.num_parameters(), model.dtype, model.device),
-        backend(model.device, model.dtype, softcap),
+        "%s: %.3g parameters in %s on %s, attention by %s%s%s",
+        *(type(model).__name__, model.num_parameters(), model.dtype, model.device, attention),
+        ", Liger's kernels" if trunk.use_liger_kernel else "",
+        ", compiled layers" if trunk.torch_compile else "",
     )
     return model
 

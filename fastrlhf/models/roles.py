@@ -22,15 +22,16 @@ from fastrlhf.models.adapters import (
     SCORE,
     adapter_weights,
     base_fingerprint,
-    cpu_copy,
     frozen_copy,
     frozen_tensors,
     has_adapter,
     inject,
-    merge_adapter,
+    merged_copy,
     shared_view,
 )
+from fastrlhf.models.attention import choose_attention, chosen_attention
 from fastrlhf.models.forward import check_packed_forward, enable_activation_checkpointing
+from fastrlhf.models.four_bit import is_four_bit
 from fastrlhf.models.loading import float_score_head, make_trainable
 
 log = logging.getLogger(__name__)
@@ -64,9 +65,11 @@ def score_role(source: str, base: PreTrainedModel, field: str, pad_token_id: int
     # The layers read the configuration of the model that they are part of.
     trunk = copy.deepcopy(base.base_model, {**frozen_tensors(base), id(base.config): model.config})
     setattr(model, model.base_model_prefix, trunk)
+    model.is_loaded_in_4bit = is_four_bit(base)  # peft looks for it there
     float_score_head(model, source, field).to_empty(device=base.device)
     model = _with_adapter(model, source, base, field)
     model.score.requires_grad_(True)
+    choose_attention(model, chosen_attention(base))
     check_packed_forward(model)
     return model
 
@@ -82,9 +85,7 @@ def judge_and_critic(config: PPOConfig, reward_model: PreTrainedModel) -> tuple[
         return frozen_copy(reward_model), reward_model
     judge, critic = shared_view(reward_model).requires_grad_(False), reward_model
     if not config.use_peft:
-        critic = cpu_copy(reward_model)
-        merge_adapter(critic)
-        critic.to(reward_model.device)  # pyright: ignore[reportArgumentType] (as in loading._ready)
+        critic = merged_copy(reward_model).to(reward_model.device)  # pyright: ignore[reportArgumentType] (as there)
     if config.activation_checkpointing:
         enable_activation_checkpointing(critic)
     return judge, critic

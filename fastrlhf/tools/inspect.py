@@ -20,7 +20,8 @@ from fastrlhf.algorithms.stage import check_micro_batch
 from fastrlhf.config import DPOConfig, PPOConfig, RewardConfig, SFTConfig, TrainConfig, require
 from fastrlhf.data.packing import micro_batches, num_computed
 from fastrlhf.data.tokens import special_ids
-from fastrlhf.evaluation.page import render_page
+from fastrlhf.evaluation.page import render_page, token_markup
+from fastrlhf.evaluation.samples import token_texts
 from fastrlhf.tools.work import Work, first_prefixes, open_work, to_tree
 from fastrlhf.types import Prefix, TokenizedExample
 
@@ -104,7 +105,7 @@ def format_text(inspection: Inspection, *, colour: bool) -> str:
         output += ["", row.title]
         for line in row.lines:
             output.append(f"  {line.name}: {len(line.tokens)} tokens{line.note}")
-            texts = pieces(inspection.tokenizer, [token for _, token in line.tokens])
+            texts = token_texts(inspection.tokenizer, [token for _, token in line.tokens])
             pairs = zip((role for role, _ in line.tokens), texts, strict=True)
             for role, run in groupby(pairs, key=lambda pair: pair[0]):
                 for part in _printable("".join(text for _, text in run)):
@@ -124,22 +125,6 @@ def format_html(inspection: Inspection, title: str) -> str:
         )
         sections.append((row.title, lines))
     return render_page(title, inspection.facts, sections, footer="Rest the mouse on a token to see its id.")
-
-
-def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
-    """The text that each token adds to what stands before it; of a character made of several tokens, the last one."""
-    texts, start, shown = [], 0, ""
-    for i in range(len(ids)):
-        text = _decode(tokenizer, ids[start : i + 1])
-        whole = not text.endswith("\ufffd") or i + 1 == len(ids)
-        texts.append(text.removeprefix(shown) if whole else "")
-        if whole:
-            start, shown = i, _decode(tokenizer, ids[i : i + 1])
-    return texts
-
-
-def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 def _episodes(config: PPOConfig, work: Work, num: int) -> Inspection:
@@ -241,6 +226,6 @@ def _printable(text: str) -> list[str]:
 
 
 def _spans(tokenizer: PreTrainedTokenizerBase, line: Line) -> Iterator[str]:
-    for (role, token), text in zip(line.tokens, pieces(tokenizer, [token for _, token in line.tokens]), strict=True):
-        shown = escape(text).replace("\n", "&crarr;\n") or "&middot;"
-        yield f'<span class="{role}" title="{token}">{shown}</span>'
+    texts = token_texts(tokenizer, [token for _, token in line.tokens])
+    for (role, token), text in zip(line.tokens, texts, strict=True):
+        yield f'<span class="{role}" title="{token}">{token_markup(text)}</span>'

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -27,8 +27,9 @@ from transformers import (
     PreTrainedModel,
 )
 
+from fastrlhf.config import TrainConfig
 from fastrlhf.models.forward import sequence_scores, token_logprobs, token_values
-from fastrlhf.models.loading import DTYPES
+from fastrlhf.models.loading import DTYPES, make_trainable
 from fastrlhf.types import PackedBatch
 from fastrlhf_kernels._blocks import CPU_BLOCK
 
@@ -45,13 +46,15 @@ class FakeModel:
     """Tied ones once."""
     num_bytes: int
     """Of parameters and buffers."""
-    num_masters: int
-    """Parameters that are not float32, of which the optimiser keeps float32 copies."""
+    num_trained: int
+    """Parameters that have gradients."""
+    gradient_bytes: int
 
 
 @dataclass(kw_only=True)
 class Fakes:
-    """Fake models of one run, all of one mode. `fakes.policy(config)` and `fakes.scorer(config)` make them."""
+    """Fake models of one run, all of one mode. `fakes.policy(model)` and `fakes.scorer(model)` make them of the models'
+    configurations; where they are given the run's as well, they are as it trains them: with its adapter."""
 
     dtype: str
     is_cuda: bool
@@ -61,20 +64,39 @@ class Fakes:
     def of(dtype: str, is_cuda: bool) -> Fakes:
         return Fakes(dtype=dtype, is_cuda=is_cuda, mode=FakeTensorMode())
 
-    def policy(self, config: PretrainedConfig) -> FakeModel:
-        """A causal LM of this configuration."""
-        with self.mode:
-            return _counted(AutoModelForCausalLM.from_config(config, dtype=DTYPES[self.dtype]))
+    def policy(self, model: PretrainedConfig, run: TrainConfig | None = None) -> FakeModel:
+        """A causal LM."""
+        return self._made(lambda: AutoModelForCausalLM.from_config(model, dtype=DTYPES[self.dtype]), run)
 
-    def scorer(self, config: PretrainedConfig) -> FakeModel:
+    def scorer(self, model: PretrainedConfig, run: TrainConfig | None = None) -> FakeModel:
         """The same trunk with one score, whose head is float32."""
-        config = copy.deepcopy(config)
-        config.num_labels = 1
-        with self.mode:
-            model = AutoModelForSequenceClassification.from_config(config, dtype=DTYPES[self.dtype])
+        model = copy.deepcopy(model)
+        model.num_labels = 1
+
+        def make() -> PreTrainedModel:
+            made = AutoModelForSequenceClassification.from_config(model, dtype=DTYPES[self.dtype])
             if self.dtype != "float32":
-                model.score = torch.nn.Linear(cast(torch.nn.Linear, model.score).in_features, 1, bias=False)
-            return _counted(model)
+                made.score = torch.nn.Linear(cast(torch.nn.Linear, made.score).in_features, 1, bias=False)
+            return made
+
+        return self._made(make, run)
+
+    def _made(self, make: Callable[[], PreTrainedModel], run: TrainConfig | None) -> FakeModel:
+        """On the meta device first, where peft can move its layers; fake tensors cannot be moved."""
+        with torch.device("meta"):
+            model = make()
+            if run:
+                make_trainable(model, run, "")
+        known: dict[int, Tensor] = {}  # tied tensors stay tied
+        with self.mode:
+            for module in model.modules():
+                for name, x in (*module._parameters.items(), *module._buffers.items()):
+                    if x is not None:
+                        fake = torch.empty(x.shape, dtype=x.dtype)
+                        if isinstance(x, torch.nn.Parameter):
+                            fake = torch.nn.Parameter(fake, x.requires_grad)
+                        setattr(module, name, known.setdefault(id(x), fake))
+        return _counted(model)
 
     def peak(
         self, trained: Mapping[str, FakeModel], batch: PackedBatch, *, reference: FakeModel | None, num_packs: int
@@ -175,11 +197,13 @@ def _read(name: str, model: PreTrainedModel, batch: PackedBatch) -> Tensor:
 
 def _counted(model: PreTrainedModel) -> FakeModel:
     parameters = list(model.parameters())
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
     return FakeModel(
         model=model.eval(),
         num_parameters=sum(p.numel() for p in parameters),
         num_bytes=sum(x.numel() * x.element_size() for x in (*parameters, *model.buffers())),
-        num_masters=sum(p.numel() for p in parameters if p.dtype != torch.float32),
+        num_trained=sum(p.numel() for p in trained),
+        gradient_bytes=sum(p.numel() * p.element_size() for p in trained),
     )
 
 

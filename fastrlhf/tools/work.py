@@ -38,7 +38,9 @@ def open_work(config: TrainConfig, most_batches: int = 1) -> Work:
 
     Raises ValueError as the trainer would.
     """
-    tokenizer, data = open_inputs(dataclasses.replace(config, output_dir="", report_to=()), _fields(config), None, None)
+    # What the run alone needs: a folder, reporters, a library of its optimiser.
+    elsewhere = dataclasses.replace(config, output_dir="", report_to=(), optim="adamw_torch_fused")
+    tokenizer, data = open_inputs(elsewhere, _fields(config), None, None)
     examples = data.train
     if isinstance(config, PPOConfig):
         examples = with_room(examples, "train", config.max_length, config.response_length)

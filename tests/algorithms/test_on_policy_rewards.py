@@ -10,6 +10,8 @@ import torch
 
 from fastrlhf.algorithms.on_policy import train_on_policy
 from fastrlhf.config import DRPOConfig, PPOConfig, RTOConfig
+from fastrlhf.evaluation.samples import has_token_rewards
+from fastrlhf.metrics import read_rows
 from fastrlhf.models.loading import build_policy
 from tests import tiny
 from tests.algorithms.test_on_policy import assert_same_history, config, paths, run  # noqa: F401 (a fixture)
@@ -55,6 +57,22 @@ def test_a_function_of_the_users_is_a_reward_of_its_own(paths):
     assert row["objective/rlhf_reward"] == pytest.approx(
         sum(row[f"reward/{name}"] for name in ("score", "missing_eos", "kl", "brevity")), rel=1e-5
     )
+
+
+@pytest.mark.parametrize("compat", ["fixed", "reference"])
+def test_samples_have_the_rewards_of_their_own_tokens(paths, tmp_path, compat):
+    """From resets, whose own rows earn too under compat reference: a reward that names the token shows any shift."""
+    cfg = config(paths, DRPOConfig, max_steps=1, compat=compat, output_dir=str(tmp_path / "run"))
+    train_on_policy(cfg, tiny.examples(8), reward_functions={"id": lambda r: [float(i) for i in r.completion]})
+    rows = read_rows(tmp_path / "run" / "samples.jsonl")
+    assert len(rows) == 4
+    for row in rows:
+        assert "".join(row["tokens"]) == row["response"]
+        ids = tiny.tokenizer().convert_tokens_to_ids(row["response"].split())
+        num = ids.index(tiny.EOS) + 1 if tiny.EOS in ids else len(ids)
+        assert row["rewards"]["id"] == ids[:num] + [0] * (len(ids) - num)
+        assert row["rewards"]["score"][num - 1] != 0
+        assert has_token_rewards(row)
 
 
 def test_rto_without_a_dpo_model_is_told_what_it_lacks(paths):

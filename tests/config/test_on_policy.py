@@ -67,6 +67,12 @@ def test_an_estimator_that_is_wrong_where_it_stands_is_refused_with_the_reason(p
         PPOConfig(kl_placement=placement, kl_estimator=estimator)
 
 
+def test_an_exact_kl_in_the_loss_reads_the_reference_while_it_would_wait():
+    with pytest.raises(ValueError, match=r"^ref_reward_offload: must be false with kl_estimator exact in the loss"):
+        PPOConfig(kl_placement="loss", kl_estimator="exact", ref_reward_offload=True)
+    PPOConfig(kl_estimator="exact", ref_reward_offload=True)
+
+
 def test_an_exact_kl_in_the_reward_is_not_rescaled_by_grpo():
     with pytest.raises(ValueError, match=r"^advantage_estimator: must be gae or rloo with kl_estimator exact"):
         PPOConfig(kl_estimator="exact", advantage_estimator="grpo", reset_group_size=2)

@@ -222,6 +222,17 @@ def test_only_the_last_samples_are_shown(tmp_path):
     assert shown == [str(i) for i in range(18, 30)]
 
 
+def test_samples_with_token_rewards_are_text_and_others_stay_a_table(tmp_path):
+    write_metrics(tmp_path, {"loss": 1.0})
+    earned = {"tokens": ["w4", " w5"], "rewards": {"dpo": [0.5, -0.25]}}
+    with MetricsWriter(tmp_path) as writer:
+        writer.samples(1, [{"prompt": "w1", "response": "w4 w5", **earned}, {"prompt": "plain"}])
+    shown = sections(write_report(tmp_path).read_text())["Samples"]
+    assert '<span class="gain" style="--w:60%" title="dpo +0.5">w4</span>' in shown
+    assert "<td><div>plain</div></td>" in shown
+    assert "<article><h3>step 1, reward 0.25</h3>" in shown
+
+
 def test_thousands_of_steps_make_a_small_page(tmp_path):
     write_metrics(tmp_path, {"loss": 1.0}, steps=5000)
     assert write_report(tmp_path).stat().st_size < 20000

@@ -81,7 +81,9 @@ def test_a_score_head_is_trained_and_the_judge_has_one_of_its_own(paths):
         assert (sequence_scores(critic, BATCH) - before).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("adapter", [None, {}, {"use_rslora": True}], ids=["none", "lora", "rslora"])
+@pytest.mark.parametrize(
+    "adapter", [None, {}, {"use_rslora": True}, {"use_dora": True}], ids=["none", "lora", "rslora", "dora"]
+)
 def test_the_plain_weights_are_those_of_the_merged_model(adapter):
     model = tiny.policy("qwen3")
     if adapter is not None:

@@ -3,6 +3,7 @@
 import inspect
 import sys
 from types import ModuleType
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -12,9 +13,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface
 
+from fastrlhf.config import TrainConfig
 from fastrlhf.data.packing import pack
 from fastrlhf.models import attention
-from fastrlhf.models.attention import PACKED, backend, packed_attention
+from fastrlhf.models.adapters import frozen_copy
+from fastrlhf.models.attention import (
+    BACKENDS,
+    PACKED,
+    Backend,
+    backend,
+    choose_attention,
+    chosen_attention,
+    packed_attention,
+)
 from fastrlhf.models.forward import hidden_states
 from fastrlhf.types import AttentionPlan, Segment
 from tests import tiny
@@ -149,13 +160,13 @@ def test_nothing_of_the_size_of_all_tokens_squared_is_ever_built(settings):
 @pytest.mark.parametrize(
     ("device", "dtype", "softcap", "installed", "expected"),
     [
-        (CPU, torch.bfloat16, None, {"flash_attn", "torch.nn.attention.varlen"}, "segments"),
-        (CUDA, torch.float32, None, {"flash_attn", "torch.nn.attention.varlen"}, "segments"),
-        (CUDA, torch.bfloat16, None, {"flash_attn", "torch.nn.attention.varlen"}, "flash_attn"),
-        (CUDA, torch.float16, 2.0, {"flash_attn", "torch.nn.attention.varlen"}, "flash_attn"),
+        (CPU, torch.bfloat16, None, {"flash_attn", "torch.nn.attention.varlen"}, "sdpa"),
+        (CUDA, torch.float32, None, {"flash_attn", "torch.nn.attention.varlen"}, "sdpa"),
+        (CUDA, torch.bfloat16, None, {"flash_attn", "torch.nn.attention.varlen"}, "flash_attention_2"),
+        (CUDA, torch.float16, 2.0, {"flash_attn", "torch.nn.attention.varlen"}, "flash_attention_2"),
         (CUDA, torch.bfloat16, None, {"torch.nn.attention.varlen"}, "varlen"),
-        (CUDA, torch.bfloat16, 2.0, {"torch.nn.attention.varlen"}, "segments"),
-        (CUDA, torch.bfloat16, None, set(), "segments"),
+        (CUDA, torch.bfloat16, 2.0, {"torch.nn.attention.varlen"}, "sdpa"),
+        (CUDA, torch.bfloat16, None, set(), "sdpa"),
     ],
 )
 def test_the_best_backend_that_can_do_it_is_chosen(monkeypatch, device, dtype, softcap, installed, expected):
@@ -163,9 +174,80 @@ def test_the_best_backend_that_can_do_it_is_chosen(monkeypatch, device, dtype, s
     assert backend(device, dtype, softcap) == expected
 
 
-def test_what_is_installed_is_found():
+def test_what_is_installed_is_found(tmp_path, monkeypatch):
     assert attention._installed("torch.nn.attention.varlen")
     assert not attention._installed("no_such_package")
+    assert not attention._installed("no_such_package.within")
+    (tmp_path / "flash_attn" / "cute").mkdir(parents=True)  # as flash-attn-4 installs itself
+    (tmp_path / "flash_attn" / "cute" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    attention._installed.cache_clear()
+    try:
+        assert attention._installed("flash_attn.cute")
+        assert not attention._installed("flash_attn")
+    finally:
+        attention._installed.cache_clear()
+        sys.modules.pop("flash_attn", None)
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "dtype", "softcap", "installed", "capability", "expected"),
+    [
+        ("flash_attention_2", CPU, torch.float32, None, True, 9, "needs a CUDA GPU, and the run is on cpu; take sdpa"),
+        ("flex", CPU, torch.float32, None, True, 9, "needs a CUDA GPU"),
+        ("varlen", CUDA, torch.float32, None, True, 9, "knows no torch.float32; set dtype to bfloat16"),
+        ("varlen", CUDA, torch.bfloat16, 2.0, True, 9, "no soft-capping, which this model needs; take flash_attention"),
+        ("flash_attention_2", CUDA, torch.bfloat16, None, False, 9, "not installed: pip install flash-attn"),
+        ("flash_attention_3", CUDA, torch.bfloat16, None, False, 9, "not installed: build the folder hopper"),
+        ("flash_attention_4", CUDA, torch.bfloat16, None, False, 9, "not installed: pip install --pre flash-attn-4"),
+        ("flash_attention_3", CUDA, torch.bfloat16, None, True, 10, "compute capability 9, and this one has 10"),
+        ("flash_attention_4", CUDA, torch.bfloat16, None, True, 8, "capability 9 or 10 or 11, and this one has 8"),
+        ("flash_attention_2", CUDA, torch.bfloat16, 2.0, True, 8, ""),
+        ("flash_attention_3", CUDA, torch.float16, 2.0, True, 9, ""),
+        ("flash_attention_4", CUDA, torch.bfloat16, 2.0, True, 10, ""),
+        ("varlen", CUDA, torch.bfloat16, None, True, 8, ""),
+        ("flex", CUDA, torch.float32, 2.0, False, 8, ""),
+        ("sdpa", CPU, torch.bfloat16, 2.0, False, 8, ""),
+    ],
+)
+def test_a_backend_that_cannot_run_the_model_is_refused_with_a_mend(
+    monkeypatch, name, device, dtype, softcap, installed, capability, expected
+):
+    monkeypatch.setattr(attention, "_installed", lambda module: installed)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 0))
+    found = attention._obstacle(name, device, dtype, softcap)
+    assert expected in found
+    assert bool(expected) == bool(found)
+
+
+def test_every_backend_can_be_asked_for_by_its_name_and_no_other():
+    names = get_args(get_type_hints(TrainConfig)["attn_implementation"])
+    assert set(names) == {"auto", *BACKENDS}
+
+
+def test_a_choice_is_refused_by_its_key_and_kept_by_copies():
+    model = tiny.policy()
+    assert chosen_attention(model) == "auto"
+    with pytest.raises(ValueError, match=r"^attn_implementation: varlen needs a CUDA GPU.*sdpa, or leave it at auto$"):
+        choose_attention(model, "varlen")
+    assert choose_attention(model, "auto") == choose_attention(model, "sdpa") == "sdpa"
+    assert chosen_attention(frozen_copy(model)) == "sdpa"
+
+
+@pytest.mark.parametrize("chosen", ["auto", "sdpa"])
+def test_the_chosen_backend_runs(monkeypatch, chosen):
+    model, ran = tiny.policy(), []
+
+    def spy(*arguments):
+        ran.append(arguments)
+        return attention._sdpa(*arguments)
+
+    choose_attention(model, chosen)
+    monkeypatch.setitem(BACKENDS, "sdpa", Backend(attend=spy, only_cuda=False, only_half=False))
+    monkeypatch.setattr(attention, "backend", lambda *_: pytest.fail("chosen") if chosen == "sdpa" else "sdpa")
+    with torch.no_grad():
+        hidden_states(model, pack(PLAIN))
+    assert len(ran) == 2  # layers
 
 
 def variable_length(q, k, v, cu_q, cu_k, scale, window: tuple[int, int], softcap: float = 0.0) -> Tensor:
@@ -192,22 +274,31 @@ def check_lengths(plan: AttentionPlan, cu_q: Tensor, cu_k: Tensor, max_q: int, m
     assert max_k == max(cu_k.diff()) == max(plan.key_lengths)
 
 
+@pytest.mark.parametrize("version", [2, 3, 4])
 @pytest.mark.parametrize("segments", [PLAIN, FOREST], ids=["plain", "forest"])
 @pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)
-def test_flash_attention_is_told_the_same(monkeypatch, segments, settings):
+def test_flash_attention_is_told_the_same(monkeypatch, segments, settings, version):
+    """Each of its three packages by its documented signature; 3 and 4 never ran here."""
+
     def flash_attn_varlen_func(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *, softmax_scale, causal, window_size, softcap,
+        q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_size, softcap,
         deterministic,
     ):  # fmt: skip
         assert deterministic
         check_lengths(pack(segments).plan, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-        window = (window_size[0], 0) if causal else window_size  # causal caps the right side
-        return variable_length(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, window, softcap)
+        left = window_size[0]
+        if version == 4:  # to which -1 is a window that ends before the token itself
+            assert left is None or left >= 0
+            left = -1 if left is None else left
+        window = (left, 0) if causal else window_size  # causal caps the right side
+        output = variable_length(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, window, softcap)
+        return (output, None) if version == 4 else output
 
-    package = ModuleType("flash_attn")
+    modules = {2: "flash_attn", 3: "flash_attn_interface", 4: "flash_attn.cute"}
+    package = ModuleType(modules[version])
     package.flash_attn_varlen_func = flash_attn_varlen_func
-    monkeypatch.setitem(sys.modules, "flash_attn", package)
-    monkeypatch.setattr(attention, "backend", lambda *_: "flash_attn")
+    monkeypatch.setitem(sys.modules, modules[version], package)
+    monkeypatch.setattr(attention, "backend", lambda *_: f"flash_attention_{version}")
     agree(segments, settings)
 
 

@@ -4,7 +4,7 @@ The method: the high-water mark of the resident set (VmHWM, reset before the run
 after a run of a far smaller model has loaded every library. With MALLOC_MMAP_THRESHOLD_ set, freed tensors go back to
 the system at once.
 
-    python measure.py FOLDER        writes {command: bytes} as JSON
+    python measure.py FOLDER [COMMAND ...]      writes {command: bytes} as JSON
 """
 
 import ctypes
@@ -17,20 +17,27 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from fastrlhf.algorithms.on_policy import train_on_policy
 from fastrlhf.algorithms.preference import train_dpo
 from fastrlhf.algorithms.sft import train_sft
-from fastrlhf.config import DPOConfig, PPOConfig, SFTConfig
+from fastrlhf.config import DPOConfig, PPOConfig, SFTConfig, TrainConfig
 
 SIZES = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4}
+SMALL = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 1, "num_attention_heads": 1}
 VOCAB = 4000
-TRAINERS = {"sft": (SFTConfig, train_sft), "dpo": (DPOConfig, train_dpo), "ppo": (PPOConfig, train_on_policy)}
+TRAINERS = {
+    "sft": (SFTConfig, train_sft),
+    "dpo": (DPOConfig, train_dpo),
+    "ppo": (PPOConfig, train_on_policy),
+    "lora": (PPOConfig, train_on_policy),
+    "dora": (SFTConfig, train_sft),
+}
 
 
 def make_inputs(folder: Path) -> None:
-    """A tokenizer of 4,000 words, rows of 240 of them, and a reward model."""
+    """A tokenizer of 4,000 words, rows of 240 of them, reward models, and policies for what cannot start from none."""
     words = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(VOCAB - 3))]
     base = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     base.pre_tokenizer = WhitespaceSplit()
@@ -46,6 +53,7 @@ def make_inputs(folder: Path) -> None:
     for name, sizes in (("reward", SIZES), ("tiny_reward", tiny())):
         config = AutoConfig.for_model("llama", **sizes, vocab_size=VOCAB, num_labels=1, pad_token_id=0)
         AutoModelForSequenceClassification.from_config(config).save_pretrained(folder / name)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder / name.replace("reward", "policy"))
 
 
 def tiny() -> dict[str, int]:
@@ -74,7 +82,16 @@ def settings(folder: Path, command: str, sizes: dict[str, int], reward: str) -> 
             "rollout_batch_size": 8,
         },
     }
+    loaded = {"model_config": "", "model_name_or_path": str(folder / reward.replace("reward", "policy"))}
+    adapted = loaded | {"use_peft": True}
+    own["lora"] = own["ppo"] | adapted
+    own["dora"] = own["sft"] | adapted | {"use_dora": True}
     return shared | own[command]
+
+
+def config(folder: Path, command: str, sizes: dict[str, int] = SMALL, **changes) -> TrainConfig:
+    kind, _ = TRAINERS[command]
+    return kind(**settings(folder, command, sizes, "reward") | changes)
 
 
 def status(name: str) -> int:
@@ -87,14 +104,14 @@ def measure(folder: Path, command: str) -> int:
     """Bytes at the peak of a run, beyond what the process had before."""
     kind, train = TRAINERS[command]
     train(kind(**settings(folder, command, tiny(), "tiny_reward")))
-    config = kind(**settings(folder, command, SIZES, "reward"))
+    measured = config(folder, command, SIZES)
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before = status("VmRSS")
-    train(config)
+    train(measured)
     return status("VmHWM") - before
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    json.dump({command: measure(Path(sys.argv[1]), command) for command in TRAINERS}, sys.stdout)
+    json.dump({command: measure(Path(sys.argv[1]), command) for command in sys.argv[2:] or TRAINERS}, sys.stdout)

@@ -6,7 +6,7 @@ import pytest
 
 from fastrlhf.cli import main
 from fastrlhf.config import DPOConfig, DRPOConfig, RewardConfig, SFTConfig
-from fastrlhf.tools.inspect import Inspection, Line, Row, format_html, format_text, inspect_rows, pieces
+from fastrlhf.tools.inspect import Inspection, Line, Row, format_html, format_text, inspect_rows
 from tests import tiny
 
 
@@ -78,7 +78,7 @@ def test_an_episode_shows_what_it_is_reset_to(settings):
 
 def test_without_colour_no_escape_code_is_written_and_those_of_the_data_are_shown(settings, monkeypatch):
     inspection = inspect_rows(SFTConfig(**settings), 1)
-    monkeypatch.setattr("fastrlhf.tools.inspect.pieces", lambda tokenizer, ids: ["\x1b[31m\n"] * len(ids))
+    monkeypatch.setattr("fastrlhf.tools.inspect.token_texts", lambda tokenizer, ids: ["\x1b[31m\n"] * len(ids))
     text = format_text(inspection, colour=False)
     assert "\x1b" not in text
     assert "prompt  | \\x1b[31m\\n" in text
@@ -102,17 +102,6 @@ def test_markup_in_the_data_is_text_in_the_page():
     page = format_html(Inspection(tokenizer=Markup(), facts=[], rows=[row]), "a")
     assert not re.search("<script|<b>|<i>", page)
     assert "<script>" in unescape(page)
-
-
-def test_pieces_add_up_to_the_text_where_a_character_is_several_tokens():
-    class Bytes:
-        def decode(self, ids, **_):
-            return bytes(ids).decode("utf-8", errors="replace")
-
-    text = "a \u20ac b\u00e9"
-    found = pieces(Bytes(), list(text.encode()))
-    assert "".join(found) == text
-    assert found[2:5] == ["", "", "\u20ac"]
 
 
 def test_the_command_infers_the_one_section_and_asks_where_there_are_two(settings, tmp_path, capsys, monkeypatch):

@@ -25,12 +25,13 @@ def test_parameters_are_counted_as_on_the_meta_device(tied, dtype):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config(tie_word_embeddings=tied))
     assert fake.num_parameters == sum(p.numel() for p in model.parameters())
-    assert fake.num_masters == (fake.num_parameters if dtype == "bfloat16" else 0)
+    assert fake.num_trained == fake.num_parameters
+    assert fake.gradient_bytes == (2 if dtype == "bfloat16" else 4) * fake.num_parameters
 
 
 def test_a_reward_model_has_a_float32_head():
     fake = Fakes.of("bfloat16", False).scorer(config())
-    assert fake.num_parameters - fake.num_masters == 32
+    assert fake.gradient_bytes == 2 * fake.num_parameters + 2 * 32
 
 
 def peak(num_tokens: int, num_packs: int = 1, **changes) -> int:

@@ -1,0 +1,37 @@
+"""The Hugging Face hub, where it does not answer: its own client may then wait for ever, and say nothing."""
+
+from __future__ import annotations
+
+import http.client
+from functools import cache
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import Request, urlopen
+
+from huggingface_hub import constants
+
+
+def check_hub(source: str, what: str) -> None:
+    """Raises ValueError, beginning with `what`, where `source` is no place here and the hub does not answer in time.
+
+    Any answer will do, and so will a refusal to connect: of that the hub's client makes an error, or uses its cache.
+    Asked once per process.
+    """
+    if not Path(source).expanduser().exists() and not constants.HF_HUB_OFFLINE and not _answers(constants.ENDPOINT):
+        raise ValueError(
+            f"{what} is no file or folder here, and the hub at {constants.ENDPOINT} has not answered for "
+            f"{constants.HF_HUB_ETAG_TIMEOUT} s; try again, or with HF_HUB_OFFLINE=1 where it was downloaded before"
+        )
+
+
+@cache
+def _answers(endpoint: str) -> bool:
+    try:
+        urlopen(Request(endpoint, method="HEAD"), timeout=constants.HF_HUB_ETAG_TIMEOUT).close()
+    except TimeoutError:
+        return False
+    except URLError as error:
+        return not isinstance(error.reason, TimeoutError)
+    except (OSError, ValueError, http.client.HTTPException):
+        return True
+    return True

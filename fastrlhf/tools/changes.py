@@ -1,0 +1,94 @@
+"""The cheapest change of a configuration that makes a run fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from fastrlhf.config import DPOConfig, PPOConfig, TrainConfig
+from fastrlhf.tools.packs import Rows, find_packs
+from fastrlhf.tools.phases import Phase, count_phases, readable
+
+
+def cheapest_change(config: TrainConfig, rows: Rows, phases: Sequence[Phase], limit: int, *, is_cuda: bool) -> str:
+    """The first change after which no phase takes more than `limit` bytes, in the order of `_bases`, each of them with
+    less side by side where it alone is not enough. Where none does, what the least of them needs. `phases` are those
+    of `config`."""
+    least = max(phase.total for phase in phases)
+
+    def totals(changed: TrainConfig) -> list[int]:
+        return [phase.total for phase in count_phases(changed, rows, is_cuda=is_cuda)[0]]
+
+    for base in _bases(config):
+        needs = [phase.total for phase in phases] if base == config else totals(base)
+        if max(needs) <= limit:
+            return f"the cheapest change that fits: {_told(config, base)}: {readable(max(needs))}"
+        is_rollout = isinstance(base, PPOConfig)
+        smaller = _smaller(base, rows, rollout=is_rollout and needs[0] > limit, training=needs[is_rollout] > limit)
+        least = min(least, *needs, *(max(totals(changed)) for changed in smaller[-1:]))
+        if least > limit:
+            continue  # not even the smallest
+        for changed in smaller:
+            if (peak := max(totals(changed))) <= limit:
+                return f"the cheapest change that fits: {_told(config, changed)}: {readable(peak)}"
+    return (
+        f"no setting of this command makes it fit: the least needs {readable(least)}; "
+        "take a smaller model or a larger device"
+    )
+
+
+def _bases(config: TrainConfig) -> Iterator[TrainConfig]:
+    """Settings that save memory without being a number to turn down, the cheapest first, each on top of the one before.
+
+    To compute the reference's log-probs once costs nothing. To compute activations again costs a third more time and
+    changes no number; moments in 8 bits and bfloat16 round; a LoRA trains something else.
+    """
+    if isinstance(config, DPOConfig) and not config.precompute_ref_log_probs:
+        config = replace(config, precompute_ref_log_probs=True)
+    steps = (
+        {},
+        {"activation_checkpointing": True},
+        {"dtype": "bfloat16"},
+        {} if config.use_peft else {"optim": "adamw_8bit"},
+        {} if config.use_peft or config.model_config else {"use_peft": True, "optim": config.optim},
+    )
+    before = None
+    for step in steps:
+        config = replace(config, **step)
+        if config != before:
+            yield config
+        before = config
+
+
+def _smaller(config: TrainConfig, rows: Rows, *, rollout: bool, training: bool) -> list[TrainConfig]:
+    """Less side by side, in the phases that are too large; the least last."""
+    packs = find_packs(config, rows)
+    settings = [config]
+    if training:
+        sizes = _halvings(min(config.micro_batch_tokens, packs.largest.num_tokens), packs.longest)
+        settings = [replace(config, micro_batch_tokens=size) for size in sizes] or settings
+    if rollout and isinstance(config, PPOConfig):
+        numbers = _halvings(min(config.rollout_batch_size, config.batch_size), 1)
+        settings = [replace(each, rollout_batch_size=number) for each in settings for number in numbers]
+    return [each for each in settings if each != config]
+
+
+def _halvings(value: int, least: int) -> list[int]:
+    """value / 2, value / 4, ... and at last `least`, all below `value`."""
+    found = []
+    while value > least:
+        value = max(value // 2, least)
+        found.append(value)
+    return found
+
+
+def _told(config: TrainConfig, changed: TrainConfig) -> str:
+    names = (
+        *("precompute_ref_log_probs", "micro_batch_tokens", "rollout_batch_size", "activation_checkpointing"),
+        *("dtype", "optim", "use_peft"),
+    )
+    return " ".join(
+        f"--{name} {getattr(changed, name)}"
+        for name in names
+        if hasattr(config, name) and getattr(config, name) != getattr(changed, name)
+    )

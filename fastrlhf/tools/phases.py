@@ -1,0 +1,193 @@
+"""The parts of a step, and what each holds in memory at its worst moment.
+
+Weights, gradients and optimiser state are counted on the models' configurations, activations by running the trainer's
+forward and backward on tensors without data (tools/memory.py), the rollout's cache by its shape.
+
+Not counted: what a fragmented allocator wastes, the workspaces of cuBLAS and of attention, the dataset itself, and the
+Python process with its libraries (0.3 to 0.5 GiB of a CPU's memory; the CUDA context, of a GPU's).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
+
+from fastrlhf.config import DPOConfig, PPOConfig, RewardConfig, TrainConfig, parse_model_config, require
+from fastrlhf.data.packing import pack
+from fastrlhf.models.kv_cache import rounded_up
+from fastrlhf.models.loading import DTYPES, read_model_config
+from fastrlhf.models.roles import holds_adapter
+from fastrlhf.optim import buckets
+from fastrlhf.tools.memory import FakeModel, Fakes
+from fastrlhf.tools.packs import Rows, find_packs
+from fastrlhf.types import Segment
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """A part of a step, and what is in memory at its worst moment."""
+
+    name: str
+    parts: dict[str, int]
+    """What -> bytes"""
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+def readable(size: int) -> str:
+    return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / 2**20:.0f} MiB"
+
+
+def count_phases(config: TrainConfig, rows: Rows, *, is_cuda: bool) -> tuple[list[Phase], list[str]]:
+    """The phases, the rollout first where there is one, and facts: steps, tokens and parameters.
+
+    Raises ValueError, as the run would, for a model that is not there or that its keys do not fit, and for the keys
+    that are not counted yet.
+    """
+    require(not config.load_in_4bit, "load_in_4bit", True, "false: plan does not count weights of 4 bits yet")
+    waits = isinstance(config, PPOConfig) and config.ref_reward_offload
+    require(not waits, "ref_reward_offload", True, "false: plan does not count it yet")
+    packs = find_packs(config, rows)
+    fakes = Fakes.of(config.dtype, is_cuda)
+    own = _model_config(config, config.model_name_or_path, "model_name_or_path", rows.tokenizer)
+    frozen, reference = {}, None
+    trained = (
+        {"scorer": fakes.scorer(own, config)}
+        if isinstance(config, RewardConfig)
+        else {"policy": fakes.policy(own, config)}
+    )
+    # The weights under an adapter serve those who do without it too.
+    shared = {"reference"} if config.use_peft else set()
+    if isinstance(config, DPOConfig) and not config.precompute_ref_log_probs:
+        source = _other(config, config.ref_model_name_or_path, "ref_model_name_or_path", rows)
+        shared -= {"reference"} if source else set()
+        reference = frozen["reference"] = fakes.policy(source or own)
+    if isinstance(config, PPOConfig):
+        judge = _other(config, config.reward_model_path, "reward_model_path", rows)
+        if judge is None:
+            raise ValueError("reward_model_path: give the reward model that judges and from which the critic starts")
+        frozen = {"reference": fakes.policy(own), "reward model": fakes.scorer(judge)}
+        if config.advantage_estimator == "gae":
+            trained["critic"] = fakes.scorer(judge, config)
+            shared |= {"reward model"} if config.use_peft else set()
+        for what, field in (("DPO model", "dpo_model_path"), ("DPO reference", "dpo_ref_model_path")):
+            if source := _other(config, getattr(config, field), field, rows):
+                frozen[what] = fakes.policy(source)
+
+    weights = {f"weights of the {name}": fake.num_bytes for name, fake in trained.items()}
+    weights |= {f"weights of the {name}": fake.num_bytes for name, fake in frozen.items() if name not in shared}
+    moments, copies, update = _optimiser(config, trained.values())
+    gradients = sum(fake.gradient_bytes for fake in trained.values())
+    paged = config.optim.startswith("paged")
+    kept = weights | ({} if paged else moments) | {"float32 copies of bfloat16 weights": copies}
+    beyond = fakes.peak(trained, packs.largest, reference=reference, num_packs=packs.num_packs)
+    pack_tokens = packs.largest.num_tokens
+    phases = [
+        Phase(
+            name=f"forward and backward of {pack_tokens:,} tokens",
+            parts=kept
+            | {
+                "gradients": min(gradients, beyond),
+                "activations, blocks of logits, temporaries": max(0, beyond - gradients),
+            },
+        )
+    ]
+    if any(update.values()):
+        phases.append(Phase(name="optimiser step", parts=kept | {"gradients": gradients} | update))
+    if isinstance(config, PPOConfig):
+        phases.insert(0, _rollout(config, rows, fakes, own, trained["policy"], kept))
+    counts = {name: fake.num_parameters for name, fake in (*trained.items(), *frozen.items())}
+    per_pass = f"a pass over a batch: {packs.tokens_per_step:,.0f} tokens, in {packs.num_packs} packs at most"
+    facts = [
+        "parameters: " + ", ".join(f"{name} {count:,}" for name, count in counts.items()),
+        f"{'updates' if isinstance(config, PPOConfig) else 'optimiser steps'}: "
+        + ("not known before the dataset is read" if rows.steps is None else f"{rows.steps:,}"),
+        per_pass,
+        *[rows.note] * bool(rows.note),
+    ]
+    if config.use_peft:
+        facts.insert(
+            1, "of them trained: " + ", ".join(f"{name} {fake.num_trained:,}" for name, fake in trained.items())
+        )
+    if paged:
+        told = readable(sum(moments.values()))
+        facts.append(f"optimiser state: {told}, not counted below: in paged memory, which moves to the CPU's")
+    if isinstance(config, PPOConfig):
+        passes = config.num_ppo_epochs
+        facts.insert(
+            facts.index(per_pass) + 1,
+            f"an update: {passes} such passes, {passes * config.num_mini_batches} optimiser steps",
+        )
+    return phases, facts
+
+
+def _optimiser(config: TrainConfig, trained: Iterable[FakeModel]) -> tuple[dict[str, int], int, dict[str, int]]:
+    """Bytes of the moments, of the float32 copies, and of what an update makes and drops again."""
+    in_float32 = in_8_bits = copies = update = 0
+    keeps_copies = config.master_weights == "float32"
+    for fake in trained:
+        for _, small, params in buckets(fake.model, config):
+            sizes = [param.numel() for _, param in params]
+            in_float32 += 0 if small else 8 * sum(sizes)
+            in_8_bits += sum(2 * size + 8 * -(-size // 256) for size in sizes) if small else 0
+            copied = [param.numel() for _, param in params if param.dtype != torch.float32]
+            copies += 4 * sum(copied) if keeps_copies else 0
+            # Without copies, the weights as well, and of one tensor its noise and its new values.
+            update = max(update, 4 * sum(copied) if keeps_copies else 8 * sum(copied) + 6 * max(copied, default=0))
+    made = "gradients in float32" if keeps_copies else "gradients and weights in float32, noise"
+    moments = {"optimiser state (float32, two per parameter)": in_float32, "optimiser state (8 bits)": in_8_bits}
+    return moments, copies, {made: update}
+
+
+def _rollout(
+    config: PPOConfig, rows: Rows, fakes: Fakes, model: PretrainedConfig, policy: FakeModel, kept: dict[str, int]
+) -> Phase:
+    """Generation of `rollout_batch_size` episodes: prefilled at once, then one token each at a time."""
+    number = min(config.rollout_batch_size, config.batch_size)
+    width = max(len(rows.examples[i].prompt) for batch in rows.batches for i in batch)
+    text = model.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    item = DTYPES[config.dtype].itemsize
+    per_layer = 2 * heads * head_dim * item * number * rounded_up(width + config.response_length)
+    prefill = per_layer // 2 + fakes.forward_peak(policy, pack([Segment(token_ids=range(width))] * number))
+    # logits, and in float32: tempered, their log-softmax, its exponential and the cumulative sum of that
+    drawing = number * text.vocab_size * (item + 16)
+    return Phase(
+        name=f"rollout of {number:,} episodes of {width:,} + {config.response_length:,} tokens",
+        parts=kept
+        | {
+            "key-value cache": per_layer * text.num_hidden_layers,
+            "prefill, keys on their way to the cache, or logits of one token each": max(prefill, drawing),
+        },
+    )
+
+
+def _model_config(config: TrainConfig, source: str, field: str, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
+    """Of a model as the run will open it: its vocabulary is at least the tokenizer's."""
+    if config.model_config and field == "model_name_or_path":
+        require(not config.use_peft, "use_peft", True, "false: a model from scratch has no weights to adapt")
+        fields = parse_model_config(config.model_config)
+        try:
+            model = AutoConfig.for_model(fields.pop("model_type"), **fields)
+        except ValueError as error:
+            raise ValueError(f"model_config.model_type: {error}") from error
+        model.vocab_size, model.pad_token_id = len(tokenizer), None
+        return model
+    require(bool(source), field, source, "a folder or a hub name")
+    whole = "a whole model: plan does not count a role that is an adapter, which takes little beside the policy"
+    require(not holds_adapter(source), field, source, whole)
+    model = read_model_config(source, field, config.trust_remote_code)
+    model.vocab_size, model.pad_token_id = max(model.vocab_size, len(tokenizer)), None
+    return model
+
+
+def _other(config: TrainConfig, source: str, field: str, rows: Rows) -> PretrainedConfig | None:
+    return _model_config(config, source, field, rows.tokenizer) if source else None

@@ -1,0 +1,18 @@
+"""What a run that ran out of memory is told."""
+
+from fastrlhf.tools.advice import advise
+from fastrlhf.tools.plan import plan_run
+from tests.tools import measure
+
+
+def test_the_largest_parts_come_first_and_a_run_that_seemed_to_fit_is_told_what_takes_a_fifth_less(folder):
+    config = measure.config(folder, "sft")
+    plan = plan_run(config)
+    assert plan.fits
+    told = advise(config)
+    parts = sorted(plan.phases[0].parts.items(), key=lambda part: -part[1])
+    places = [told.index(what) for what, _ in parts[:3]]
+    assert places == sorted(places)
+    assert parts[3][0] not in told
+    changed = int(told.partition("--micro_batch_tokens ")[2].split(":")[0])
+    assert plan_run(measure.config(folder, "sft", micro_batch_tokens=changed)).peak <= 0.8 * plan.peak

@@ -1,0 +1,50 @@
+"""What the plan advises, and that it is enough."""
+
+import dataclasses
+
+from fastrlhf.tools.phases import GIB
+from fastrlhf.tools.plan import USABLE, plan_run
+from tests.tools import measure
+
+
+def test_the_change_it_names_makes_it_fit(folder):
+    config = measure.config(folder, "sft")
+    memory = 0.97 * plan_run(config).peak / USABLE / GIB
+    plan = plan_run(config, memory_gib=memory)
+    assert not plan.fits
+    name, value = plan.change.partition("fits: ")[2].split()[:2]
+    assert name == "--micro_batch_tokens"
+    assert plan_run(dataclasses.replace(config, micro_batch_tokens=int(value.strip(":"))), memory_gib=memory).fits
+
+
+def test_where_the_rollout_is_too_large_fewer_episodes_are_generated_side_by_side(folder):
+    wide = {"per_device_train_batch_size": 32, "rollout_batch_size": 32, "micro_batch_tokens": 184}
+    config = measure.config(folder, "ppo", reward_model_path=str(folder / "tiny_reward"), **wide)
+    whole = plan_run(config)
+    assert whole.peak == whole.phases[0].total
+    assert "--rollout_batch_size 16" in plan_run(config, memory_gib=0.99 * whole.peak / USABLE / GIB).change
+
+
+def test_a_live_reference_is_the_first_thing_to_go(folder):
+    config = measure.config(folder, "dpo", precompute_ref_log_probs=False)
+    memory = (plan_run(config).peak - 2**19) / USABLE / GIB
+    plan = plan_run(config, memory_gib=memory)
+    assert "weights of the reference" in plan.phases[0].parts
+    assert "fits: --precompute_ref_log_probs True: " in plan.change
+
+
+def test_where_nothing_helps_it_says_so(folder):
+    change = plan_run(measure.config(folder, "sft"), memory_gib=0.001).change
+    assert change.startswith("no setting of this command makes it fit: the least needs ")
+
+
+def test_what_changes_no_number_comes_before_what_does(folder):
+    """Where packs are as small as can be, activations are computed again; a LoRA is the last that helps."""
+    loaded = {"model_config": "", "model_name_or_path": str(folder / "policy"), "micro_batch_tokens": 256}
+    config = measure.config(folder, "sft", **loaded)
+    peak = plan_run(config).peak
+    for share, last in ((0.97, "--activation_checkpointing True: "), (0.3, "--use_peft True: ")):
+        change = plan_run(config, memory_gib=share * peak / USABLE / GIB).change
+        assert last in change
+        assert change.startswith("the cheapest change that fits: --")
+        assert "--activation_checkpointing True" in change
