@@ -14,18 +14,18 @@ No pickle is written or read.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import logging
 import os
-import random
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -36,8 +36,8 @@ from fastrlhf.distributed import on_first
 from fastrlhf.durable import check_folder, discard_folder, flush, flush_tree, write_folder
 from fastrlhf.models.adapters import has_adapter, merge_adapter, merged_copy, save_adapter
 from fastrlhf.models.four_bit import is_four_bit
-from fastrlhf.models.sharding import on_first_rank
-from fastrlhf.models.weights import all_weights, contiguous, fingerprint, load_weights, read_tensors, trained_weights
+from fastrlhf.models.sharding import full, like, on_first_rank, whole_weights
+from fastrlhf.randomness import GlobalRandomness
 
 log = logging.getLogger(__name__)
 
@@ -165,7 +165,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     They are written beside it first and moved in file by file, the weights before the config.json that makes a folder
     a model, so a crash never leaves a half-written model that loads.
     """
-    weights = on_first_rank(all_weights(model))
+    weights = whole_weights(model)
     on_first(lambda: _save_model(model, weights, tokenizer, folder))
 
 
@@ -204,7 +204,7 @@ class Checkpointer:
         self.folder = folder
         self._models, self._tokenizer, self._data = models, tokenizer, data
         self._parts = {**parts, "random": GlobalRandomness()}
-        self._start = fingerprint(models)
+        self._start = _start(models)
         self._marked: dict[str, dict[str, Any]] = {}
         self._marked_position: int | None = None
 
@@ -257,21 +257,19 @@ class Checkpointer:
                 "hold; give it the old ones or choose another folder"
             )
         for name, model in self._models.items():
-            load_weights(model, path / name / "model.safetensors")
+            _load_weights(model, path / name / "model.safetensors")
         for name, part in self._parts.items():
             if name not in state["parts"]:
                 raise ValueError(f"{str(path)!r} has no state of {name!r}: it is of another version of the program")
             file = path / f"{name}.safetensors"
-            tensors = read_tensors(file) if file.exists() and not weights_only else {}
+            tensors = _read_tensors(file) if file.exists() and not weights_only else {}
             part.load_state_dict({**state["parts"][name], **tensors})
         log.info("resuming from %s%s", path, ", its weights alone" if weights_only else "")
         return state["step"]
 
     def _content(self, step: int) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """The tensors by file, whole and for the first rank alone, and what is no tensor."""
-        files = {
-            str(Path(name, "model.safetensors")): on_first_rank(trained_weights(m)) for name, m in self._models.items()
-        }
+        files = {str(Path(name, "model.safetensors")): on_first_rank(_weights(m)) for name, m in self._models.items()}
         parts = {}
         for name, part in self._parts.items():
             state = part.state_dict()
@@ -286,7 +284,7 @@ class Checkpointer:
                 model.config.save_pretrained(partial / name)
                 self._tokenizer.save_pretrained(partial / name)
             for name in (name for name, tensors in files.items() if tensors):
-                save_file(contiguous(files[name]), partial / name, metadata={"format": "pt"})
+                save_file(_contiguous(files[name]), partial / name, metadata={"format": "pt"})
             (partial / "state.json").write_text(json.dumps(state), encoding="utf-8")
 
         write_folder(path, fill)
@@ -341,33 +339,50 @@ def check_same_data(path: str, data: Mapping[str, str]) -> None:
         return
 
 
-class GlobalRandomness:
-    """Generators that are nobody's own. Nothing here draws from them, but a judge or a reward of the user's may."""
-
-    def state_dict(self) -> dict[str, Any]:
-        kind, keys, *rest = np.random.get_state(legacy=True)
-        devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-        return {
-            "python": random.getstate(),
-            "numpy": [kind, np.asarray(keys).tolist(), *rest],
-            "torch": torch.get_rng_state(),
-            **{f"cuda.{i}": state for i, state in enumerate(devices)},
-        }
-
-    def load_state_dict(self, state: dict[str, Any], /) -> None:
-        version, keys, gauss = state["python"]
-        random.setstate((version, tuple(keys), gauss))
-        kind, keys, *rest = state["numpy"]
-        np.random.set_state((kind, np.array(keys, np.uint32), *rest))
-        if "torch" in state:
-            torch.set_rng_state(state["torch"])
-        for name in (name for name in state if name.startswith("cuda.") and torch.cuda.is_available()):
-            torch.cuda.set_rng_state(state[name], int(name[5:]))
-
-
 def _counts(file: Path) -> bool:
     return not file.name.startswith(".") and (file.is_dir() or file.stat().st_size > 0)
 
 
 def _step(path: Path) -> int:
     return int(path.name.removeprefix("checkpoint-"))
+
+
+def _weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """What is trained, and persistent buffers, by name; tied weights once. Frozen ones are where they came from."""
+    kept = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    kept |= {name for name, _ in model.named_buffers()}
+    return {name: tensor for name, tensor in model.state_dict().items() if name in kept}
+
+
+def _start(models: Mapping[str, PreTrainedModel]) -> str:
+    """A fingerprint of weights before training: of the first entries of every tensor, as any training moves most."""
+    tensors = [
+        full(tensor.detach()).reshape(-1)[:64].float() for model in models.values() for tensor in model.parameters()
+    ]
+    return hashlib.sha256(torch.cat(tensors).cpu().numpy().tobytes()).hexdigest() if tensors else ""
+
+
+def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+
+
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    with safe_open(file, "pt") as content:
+        return {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 (it is no mapping)
+
+
+@torch.no_grad()
+def _load_weights(model: PreTrainedModel, file: Path) -> None:
+    """Into the tensors that are there, so that the optimiser still means them."""
+    own = _weights(model)
+    with safe_open(file, "pt") as content:
+        for name in sorted(set(own) ^ set(content.keys())):
+            raise ValueError(f"{str(file)!r} is of another model: {name} is in one of the two alone")
+        for name, tensor in own.items():
+            saved = content.get_tensor(name)
+            if saved.shape != tensor.shape or saved.dtype != tensor.dtype:
+                raise ValueError(
+                    f"{str(file)!r} is of another model: {name} is {saved.dtype} {list(saved.shape)} there and "
+                    f"{tensor.dtype} {list(tensor.shape)} here"
+                )
+            tensor.copy_(like(tensor, saved))

@@ -3,6 +3,8 @@ defaults."""
 
 from __future__ import annotations
 
+import logging
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -16,7 +18,6 @@ from typing import Any
 from fastrlhf import config as configs
 from fastrlhf import config_files as files
 from fastrlhf.config.checks import UNREAD
-from fastrlhf.console import quiet_libraries
 from fastrlhf.interrupts import Interrupted
 from fastrlhf.out_of_memory import describe, is_out_of_memory
 
@@ -156,9 +157,8 @@ def _train(command: str, arguments: Sequence[str]) -> None:
     config = _parse_run(command, arguments)
     earlier = _run_first(command, config, _config_paths(arguments))
     sections = _rlp_sections(config, arguments) if command == "rlp" else ()
-    quiet_libraries()
+    _quiet_libraries()
     from fastrlhf.checkpoint import check_run_dir, holds_model
-    from fastrlhf.distributed import stop
 
     finished = [(name, run) for name, run in earlier if holds_model(run.output_dir)]
     for name, run in finished:
@@ -177,7 +177,6 @@ def _train(command: str, arguments: Sequence[str]) -> None:
         if earlier:
             print(f"{name}:")
         _run(name, run, *(sections if name == command else ()))
-    stop()
 
 
 def _run_first(command: str, config: Any, paths: Sequence[str]) -> list[tuple[str, Any]]:
@@ -250,7 +249,7 @@ def _parse_run(command: str, arguments: Sequence[str]) -> Any:
 
 def _evaluate(arguments: Sequence[str]) -> None:
     config = parse(configs.EvalConfig, arguments, "eval")
-    quiet_libraries()
+    _quiet_libraries()
     from fastrlhf.evaluation.evaluate import evaluate_models, format_table
 
     print(format_table(evaluate_models(config)))
@@ -260,7 +259,7 @@ def _evaluate(arguments: Sequence[str]) -> None:
 
 def _demo(arguments: Sequence[str]) -> None:
     config = parse(configs.DemoConfig, arguments, "demo")
-    quiet_libraries()
+    _quiet_libraries()
     from fastrlhf.demo import format_summary, run_demo
 
     print(format_summary(run_demo(config)))
@@ -284,8 +283,7 @@ def _inspect(arguments: Sequence[str]) -> None:
         return
     options, config = _parse_for_tool(arguments, ("num", "html"))
     num = _number(options, "num", "5", int)
-    quiet_libraries()
-    import os
+    _quiet_libraries()
     from pathlib import Path
 
     from fastrlhf.tools.inspect import format_html, format_text, inspect_rows
@@ -303,7 +301,7 @@ def _plan(arguments: Sequence[str]) -> None:
         return
     options, config = _parse_for_tool(arguments, ("memory_gib",))
     memory_gib = _number(options, "memory_gib", "0", float)
-    quiet_libraries()
+    _quiet_libraries()
     from fastrlhf.tools.plan import format_plan, plan_run
 
     print(format_plan(plan_run(config, memory_gib=memory_gib)))
@@ -361,6 +359,20 @@ def _number(options: dict[str, str], name: str, default: str, kind: type[int] | 
         return kind(options.get(name, default))
     except ValueError:
         raise ValueError(f"--{name}: {options[name]!r} is no number") from None
+
+
+def _quiet_libraries() -> None:
+    """Their progress bars and advice would hide ours; errors still show. Of several processes the first one speaks."""
+    import datasets
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    logging.basicConfig(format="%(message)s")
+    first = os.environ.get("RANK", "0") == "0"
+    logging.getLogger("fastrlhf").setLevel(logging.INFO if first else logging.ERROR)
+    sys.stdout = sys.stdout if first else open(os.devnull, "w")  # noqa: SIM115 (for good)
 
 
 TRAINERS: dict[str, tuple[type, str, str]] = {

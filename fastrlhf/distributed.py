@@ -10,6 +10,7 @@ In one process every function here gives back what it is given.
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Sequence
 from typing import TypeVar, cast
@@ -35,7 +36,7 @@ def start(config: TrainConfig) -> None:
         return
     for name in ("use_peft", "optim", "master_weights", "torch_compile"):
         value, only = getattr(config, name), getattr(TrainConfig, name)
-        require(value == only, name, value, f"{only!r} in {world} processes, which know nothing else yet")
+        require(value == only, name, value, f"{only!r} in {world} processes, which shard nothing else yet")
     require(
         config.batch_size % world == 0,
         "per_device_train_batch_size",
@@ -54,12 +55,7 @@ def start(config: TrainConfig) -> None:
         torch.cuda.set_device(place)
         backend = "cpu:gloo,cuda:nccl"  # what the hosts tell each other does not wait for a GPU
     dist.init_process_group(backend)
-
-
-def stop() -> None:
-    """Leaves the other processes."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    atexit.register(dist.destroy_process_group)
 
 
 def check_one_process(what: str) -> None:

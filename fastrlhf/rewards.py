@@ -221,8 +221,11 @@ def function_term(name: str, function: RewardFunction | TextReward, episodes: Ep
     numbers: list[Tensor] = []
     tokens: list[Tensor] = []
     rollouts = episodes.rollouts
-    of_texts = isinstance(function, TextReward)
-    values = on_first(lambda: function(rollouts) if of_texts else [function(rollout) for rollout in rollouts])
+
+    def ask() -> Sequence[Any] | Tensor:
+        return function(rollouts) if isinstance(function, TextReward) else [function(rollout) for rollout in rollouts]
+
+    values = on_first(ask)
     for rollout, value in zip(rollouts, values, strict=True):
         num, where = len(rollout.completion), f"reward function {name!r}: the response to row {rollout.prefix.row}"
         try:

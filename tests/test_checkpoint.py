@@ -209,7 +209,7 @@ def test_weights_of_another_model_are_refused(other, tmp_path, monkeypatch):
     checkpointer(tmp_path / "run", tiny.policy(), Counter(3)).save(7)
     with pytest.raises(ValueError, match="started from other weights"):
         checkpointer(tmp_path / "run", tiny.policy(seed=2), Counter(3)).load()
-    monkeypatch.setattr("fastrlhf.checkpoint.fingerprint", lambda models: "")
+    monkeypatch.setattr("fastrlhf.checkpoint._start", lambda models: "")
     checkpointer(tmp_path / "run", tiny.policy(), Counter(3)).save(7)
     if other == "gpt_neox":
         with pytest.raises(ValueError, match=r"is of another model: .* is in one of the two alone"):

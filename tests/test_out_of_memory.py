@@ -5,9 +5,9 @@ import torch
 
 from fastrlhf import optim, rollout
 from fastrlhf.algorithms import on_policy, sft, update
-from fastrlhf.checkpoint import GlobalRandomness
 from fastrlhf.cli import main
 from fastrlhf.out_of_memory import describe, is_out_of_memory
+from fastrlhf.randomness import GlobalRandomness
 from tests.resumable import run, save_models, untimed_log
 from tests.tools import measure
 

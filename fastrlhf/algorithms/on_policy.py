@@ -114,8 +114,6 @@ def train_on_policy(
     reference = frozen_copy(policy)  # its weights are what the roles that are adapters share
     rewards.implicit = open_implicit_reward(config, tokenizer, reference)
     frozen: list[PreTrainedModel] = [reference, *(rewards.implicit.models if rewards.implicit else ())]
-    shard(reference)
-    shard(policy)
     reward_model = critic = None
     if needs_critic or judge is None:
         reward_model = _open_reward_model(config, "reward_model_path", reference, tokenizer)
@@ -126,23 +124,21 @@ def train_on_policy(
         judge = asked_once(judge)
     else:
         assert reward_model is not None
-        shard(reward_model)
         frozen.append(reward_model)
         judge = reward_model_judge(reward_model, eos_token_id=eos, micro_batch_tokens=config.micro_batch_tokens)
     if held_out_judge is not None:
         held_out_judge = asked_once(held_out_judge)
     elif config.eval_reward_model_path:
         frozen.append(_open_reward_model(config, "eval_reward_model_path", reference, tokenizer))
-        shard(frozen[-1])
         held_out_judge = reward_model_judge(frozen[-1], eos_token_id=eos, micro_batch_tokens=config.micro_batch_tokens)
     score = judge
     if psi:
         score = psi_judge(judge, dataset_opponents(prompts, opponents) if opponents else None, psi)
-    if critic:
-        shard(critic)
+    trained = [policy, critic] if critic else [policy]
+    for model in (*frozen, *trained):
+        shard(model)
     sampler = SharedEngine(engine=(engine or make_engine)(config, policy, eos), model=policy)
     roll_in = make_roll_in(config, reference, eos) if config.reset_source == "sample" else None
-    trained = [policy, critic] if critic else [policy]
     waiting = Waiting(frozen if config.ref_reward_offload else (), trained, policy.device)
     num_groups = config.batch_size // config.reset_group_size
     optimizer = Optimizer(

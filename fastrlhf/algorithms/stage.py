@@ -35,7 +35,7 @@ class TrainResult:
     """What a trainer returns."""
 
     model: PreTrainedModel
-    """On the CPU after `load_in_4bit`, for want of room; in several processes sharded, and whole in `output_dir`."""
+    """In several processes sharded; on the CPU after `load_in_4bit`, for want of room."""
     tokenizer: PreTrainedTokenizerBase
     history: list[dict[str, float]] = field(repr=False)
     """One row of metrics per optimiser step (per update, in on-policy runs)."""
@@ -52,8 +52,8 @@ class Stage:
     Where the folder holds an unfinished run of the same configuration, everything that is handed over is put back to
     its newest checkpoint, and `remaining` goes on from there. Ctrl-C and SIGTERM are obeyed after the step that they
     interrupt, with a checkpoint; so is running out of memory, where no weight has moved since. A run that ends by
-    another error leaves the weights of its last whole step in `interrupted/`, where no checkpoint has them. In several
-    processes all make the same calls and the first alone writes; there an error leaves nothing but checkpoints.
+    another error leaves the weights of its last whole step in `interrupted/`, where no checkpoint has them. Of several
+    processes all make the same calls, the first alone writes, and after an error none can save.
     """
 
     def __init__(
@@ -131,26 +131,25 @@ class Stage:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         # One rank alone, where only that one failed, cannot gather the weights.
-        if isinstance(error, Exception) and world_size() == 1:
-            self._rescue(error)
+        failed = error if isinstance(error, Exception) and world_size() == 1 else None
+        if failed and is_out_of_memory(failed):
+            self._rescue(failed)
+        if failed and self.folder and self._trained and len(self.history) > self._saved:
+            try:
+                save_trained(*self._trained, self.folder / "interrupted")
+                failed.add_note(f"its last weights are in {self.folder / 'interrupted'}")
+            except Exception as another:  # it must not hide the first one
+                log.warning("interrupted: the weights of the last whole step cannot be saved: %s", another)
         self._stack.__exit__(kind, error, trace)
 
     def _rescue(self, error: Exception) -> None:
-        """Out of memory: saves the last whole step, as after a signal, where nothing of the next one has moved yet.
-        Then, and for any other error, the weights as they are, where no checkpoint has them."""
+        """Saves the last whole step, as after a signal, where nothing of the next one has moved yet."""
         step = len(self.history)
-        checkpointer, unsaved = self._checkpointer, self._saved < step < self._steps
-        if checkpointer and unsaved and is_out_of_memory(error) and checkpointer.back_to_mark():
+        if self._checkpointer and self._saved < step < self._steps and self._checkpointer.back_to_mark():
             try:
-                error.add_note(f"saved as {self._save(checkpointer, step)}; the same command continues")
+                error.add_note(f"saved as {self._save(self._checkpointer, step)}; the same command continues")
             except Exception as another:
                 log.warning("step %d cannot be saved: %s", step, another)
-        if self.folder and self._trained and step > self._saved:
-            try:
-                save_trained(*self._trained, self.folder / "interrupted")
-                error.add_note(f"its last weights are in {self.folder / 'interrupted'}")
-            except Exception as another:  # it must not hide the first one
-                log.warning("interrupted: the weights of the last whole step cannot be saved: %s", another)
 
     def remaining(self, batches: Iterable[list[int]]) -> Iterator[tuple[int, list[int]]]:
         """(step, batch) from the step on at which the run starts or resumes."""

@@ -18,7 +18,6 @@ from fastrlhf.config import PPOConfig
 from fastrlhf.models.forward import token_logprobs
 from fastrlhf.models.loading import check_same_tokenizer, check_same_vocabulary, load_policy
 from fastrlhf.models.roles import holds_adapter, policy_role
-from fastrlhf.models.sharding import shard
 from fastrlhf.models.trunk import TrunkOptions
 from fastrlhf.types import PackedBatch
 
@@ -91,5 +90,4 @@ def open_implicit_reward(
     check_same_vocabulary({"model_name_or_path": base, **models}, len(tokenizer))
     for model in models.values():
         model.requires_grad_(False)
-        shard(model)
     return ImplicitReward(model=models["dpo_model_path"], reference=models.get("dpo_ref_model_path"))

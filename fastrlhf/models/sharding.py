@@ -88,6 +88,13 @@ def on_first_rank(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.cpu() for name, tensor in every if is_first()}
 
 
+def whole_weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """All parameters and persistent buffers of a model by name, tied ones once, as `on_first_rank` has them."""
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    tied = names - {name for name, _ in model.named_parameters()}
+    return on_first_rank({name: tensor for name, tensor in model.state_dict().items() if name not in tied})
+
+
 def like(tensor: Tensor, value: Tensor) -> Tensor:
     """`value`, a whole tensor that every rank holds, as `tensor` is: on its device and, where that is sharded, the part
     of this rank."""

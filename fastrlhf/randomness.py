@@ -1,0 +1,33 @@
+"""The generators of Python, numpy and torch that belong to the process."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+
+
+class GlobalRandomness:
+    """Generators that are nobody's own. Nothing here draws from them, but a judge or a reward of the user's may."""
+
+    def state_dict(self) -> dict[str, Any]:
+        kind, keys, *rest = np.random.get_state(legacy=True)
+        devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        return {
+            "python": random.getstate(),
+            "numpy": [kind, np.asarray(keys).tolist(), *rest],
+            "torch": torch.get_rng_state(),
+            **{f"cuda.{i}": state for i, state in enumerate(devices)},
+        }
+
+    def load_state_dict(self, state: dict[str, Any], /) -> None:
+        version, keys, gauss = state["python"]
+        random.setstate((version, tuple(keys), gauss))
+        kind, keys, *rest = state["numpy"]
+        np.random.set_state((kind, np.array(keys, np.uint32), *rest))
+        if "torch" in state:
+            torch.set_rng_state(state["torch"])
+        for name in (name for name in state if name.startswith("cuda.") and torch.cuda.is_available()):
+            torch.cuda.set_rng_state(state[name], int(name[5:]))

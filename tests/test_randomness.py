@@ -1,0 +1,23 @@
+"""The state of the global generators survives JSON and brings back every draw."""
+
+import json
+import random
+
+import numpy as np
+import torch
+
+from fastrlhf.randomness import GlobalRandomness
+
+
+def draws() -> list[float]:
+    return [random.random(), random.gauss(0, 1), float(np.random.standard_normal()), torch.rand(()).item()]
+
+
+def test_a_state_brings_back_the_draws_that_followed_it():
+    before = GlobalRandomness().state_dict()
+    tensors = {name: value for name, value in before.items() if isinstance(value, torch.Tensor)}
+    rest = json.loads(json.dumps({name: value for name, value in before.items() if name not in tensors}))
+    expected = [draws(), draws()]
+    assert expected[0] != expected[1]
+    GlobalRandomness().load_state_dict({**rest, **tensors})
+    assert [draws(), draws()] == expected
