@@ -73,7 +73,7 @@ def test_an_on_policy_run_leaves_its_critic_too(model, judge, tmp_path):
     assert torch.equal(critic.score.weight, result.value_model.score.weight)
     samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
     assert [row["step"] for row in samples] == [1] * 4 + [2] * 4
-    assert set(samples[0]) == {"step", "row", "prompt", "reset", "response", "score"}
+    assert set(samples[0]) == {"step", "row", "prompt", "reset", "response", "score", "tokens", "rewards"}
 
 
 def test_without_an_output_dir_nothing_is_written(model, tmp_path, monkeypatch):
