@@ -1,4 +1,4 @@
-"""python -m bench toy | resets | labels | papers | clustering | trunks | rollout | kernels | ..., each with --help"""
+"""python -m bench toy | resets | papers | trunks | rollout | optim | kernels | train | ..., each with --help"""
 
 from __future__ import annotations
 
@@ -45,6 +45,10 @@ def main() -> None:
     trunks.add_argument("--rounds", type=int, default=3)
     trunks.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     trunks.add_argument("--out", type=Path, default=Path("bench/results"), help="folder that rows are appended in")
+    optim = commands.add_parser("optim", help="bytes per trained bfloat16 weight and seconds per update, by optimiser")
+    optim.add_argument("--matrices", type=int, default=192, help="weights of 1024 x 1024")
+    optim.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    optim.add_argument("--out", type=Path, default=Path("bench/results"), help="folder that rows are appended in")
     rollout = commands.add_parser("rollout", help="sampling and judging the episodes of an update of DR-PO")
     rollout.add_argument("--groups", type=int, nargs="+", default=[1, 8], help="episodes per prompt")
     rollout.add_argument("--episodes", type=int, default=32, help="of an update")
@@ -110,6 +114,10 @@ def main() -> None:
         from bench.trunks import run_trunks
 
         print(run_trunks(arguments.groups, arguments.episodes, arguments.rounds, arguments.device, arguments.out))
+    if arguments.command == "optim":
+        from bench.optim import run_optim
+
+        print(run_optim(arguments.matrices, arguments.device, arguments.out))
     if arguments.command == "rollout":
         from bench.rollout import run_rollout
 

@@ -1,4 +1,4 @@
-"""Several processes that train as one: `torchrun --nproc-per-node 8 -m fastrlhf.cli COMMAND ...`, one process per GPU.
+"""Several processes that train as one: `torchrun --nproc-per-node 8 -m fastrlhf COMMAND ...`, one process per GPU.
 
 Every rank reads the same data in the same order and knows the whole plan of a step; the batch size is that of the step.
 Only what costs is shared out: each rank computes its part of the micro-batches, of the prompts to answer, of the

@@ -52,6 +52,7 @@ LAYERS = (  # lowest first: a module imports from its own layer and from those a
     ("evaluation",),
     ("algorithms",),
     ("cli", "demo", "tools"),
+    ("__main__",),
 )
 PURE = ("fastrlhf.types", "fastrlhf.data.resets", "fastrlhf.data.packing", "fastrlhf.advantages")
 MAX_LINES = 400
