@@ -250,12 +250,12 @@ LABELS = ("responses", *GROUP_LABELS, *PAIR_LABELS)
 NAMES = ("prompt", *RESPONSES, *LABELS, "messages", *COMPARISONS.required, *POSTS.required, *RATED.required)
 
 
-def _name_columns(rows: Iterable[object], columns: Mapping[str, str], source: str) -> dict[str, str]:
+def _name_columns(rows: Sequence[object], columns: Mapping[str, str], source: str) -> dict[str, str]:
     """Name of a form -> column of the dataset."""
     found = list(dict.fromkeys(column for row in rows if isinstance(row, dict) for column in row))
     names = {name: name for name in NAMES if name in found}
-    if "completion" in found:
-        names.setdefault("reference", "completion")
+    if len(_having(rows, ["completion"])) > len(_having(rows, ["reference"])):
+        names["reference"] = "completion"
     for name, column in columns.items():
         if name not in NAMES:
             raise ValueError(f"columns: {name!r} is not a name to map; names are {', '.join(NAMES)}")

@@ -228,8 +228,9 @@ def test_the_gpu_script_goes_on_after_a_failing_step(tmp_path: Path):
     assert [step[1:] for step in run("train")] == [
         ["bench", "train", "drpo", "--shape", "pythia-1b", "--episodes", "64", "--rounds", "2", *where],
         ["bench", "trunks", "--episodes", "128", *where],
+        ["bench", "rollout", "--episodes", "512", "--slots", "64", *where],
     ]
-    logs = {"tests_gpu", "tests_kernels", "tune", "kernels", "kernels_alone", "train_drpo", "trunks"}
+    logs = {"tests_gpu", "tests_kernels", "tune", "kernels", "kernels_alone", "train_drpo", "trunks", "rollout"}
     assert {log.stem for log in out.glob("*.txt")} == logs
 
 
