@@ -236,8 +236,7 @@ class Checkpointer:
         return True
 
     def _position(self) -> int | None:
-        optimizer = self._parts.get("optimizer")
-        return optimizer.state_dict()["num_steps"] if optimizer else None
+        return getattr(self._parts.get("optimizer"), "num_done", None)
 
     def load(self, weights_only: bool = False) -> int:
         """Puts everything where the newest whole checkpoint has it and returns its step, 0 where there is none.
@@ -357,7 +356,9 @@ def _weights(model: PreTrainedModel) -> dict[str, Tensor]:
 def _start(models: Mapping[str, PreTrainedModel]) -> str:
     """A fingerprint of weights before training: of the first entries of every tensor, as any training moves most."""
     tensors = [
-        full(tensor.detach()).reshape(-1)[:64].float() for model in models.values() for tensor in model.parameters()
+        full(tensor.detach()).reshape(-1)[:64].float().clone()  # a view would keep the whole of a sharded tensor
+        for model in models.values()
+        for tensor in model.parameters()
     ]
     return hashlib.sha256(torch.cat(tensors).cpu().numpy().tobytes()).hexdigest() if tensors else ""
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import pickle
 from collections.abc import Callable, Sequence
 from typing import TypeVar, cast
 
@@ -50,6 +51,8 @@ def start(config: TrainConfig) -> None:
         return
     backend = "gloo"
     if config.device != "cpu" and torch.cuda.is_available():
+        rule = "1, or set by torchrun, which sets LOCAL_RANK too"
+        require("LOCAL_RANK" in os.environ, "WORLD_SIZE", world, rule)
         place, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         require(place < gpus, "WORLD_SIZE", world, f"{gpus} processes on this machine at most, one per GPU")
         torch.cuda.set_device(place)
@@ -82,7 +85,7 @@ def on_first(function: Callable[[], T]) -> T:
         try:
             outcome = [(function(), None)]
         except Exception as error:  # whatever it is, the others would wait for ever
-            outcome = [(None, error)]
+            outcome = [(None, _sendable(error))]
     dist.broadcast_object_list(outcome, src=0)
     value, error = outcome[0]
     if error is not None:
@@ -134,6 +137,14 @@ def own_micro_batches(costs: Sequence[int], budget: int, what: str = "item") -> 
     the weights; else no rank has more than one more, and none at least where there are as many items as ranks.
     """
     return share(micro_batches(costs, budget, what, multiple=world_size()))
+
+
+def _sendable(error: Exception) -> Exception:
+    try:
+        pickle.dumps(error)
+    except Exception:  # of any class that a judge of the user's may have
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def _launched() -> int:

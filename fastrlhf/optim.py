@@ -79,6 +79,11 @@ class Optimizer:
             return param
         return param.detach().float() if self._keeps_copies else torch.empty(0, device=param.device)
 
+    @property
+    def num_done(self) -> int:
+        """Steps that were taken or skipped."""
+        return self._num_done
+
     @torch.no_grad()
     def step(self) -> dict[str, float]:
         """Updates the weights and clears the gradients; returns grad_norm (before clipping) and learning_rate.

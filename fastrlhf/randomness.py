@@ -29,5 +29,6 @@ class GlobalRandomness:
         np.random.set_state((kind, np.array(keys, np.uint32), *rest))
         if "torch" in state:
             torch.set_rng_state(state["torch"])
-        for name in (name for name in state if name.startswith("cuda.") and torch.cuda.is_available()):
-            torch.cuda.set_rng_state(state[name], int(name[5:]))
+        for device in range(torch.cuda.device_count()):  # there may be fewer than there were
+            if f"cuda.{device}" in state:
+                torch.cuda.set_rng_state(state[f"cuda.{device}"], device)

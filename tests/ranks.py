@@ -25,7 +25,7 @@ from fastrlhf.data.packing import pack, sequence
 from fastrlhf.distributed import from_all, gathered, is_first, largest, on_first, share, total
 from fastrlhf.interrupts import Interrupted
 from fastrlhf.models.forward import token_logprobs
-from fastrlhf.models.sharding import full, like, shard, whole
+from fastrlhf.models.sharding import full, give_back, like, shard, whole
 from tests import resumable, tiny
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -87,6 +87,10 @@ def exchanges() -> dict[str, Any]:
         on_first(lambda: 1 // 0)
     except ZeroDivisionError as error:
         told = str(error)
+    try:
+        on_first(stubborn)
+    except RuntimeError as error:
+        strange = str(error)
     return {
         "gathered": gathered(rows)[:, 0].tolist(),
         "total": total(rows[:2, 0]).tolist(),
@@ -95,8 +99,21 @@ def exchanges() -> dict[str, Any]:
         "from_all": from_all(rank),
         "on_first": on_first(lambda: rank),
         "told": told,
+        "strange": strange,
         "share": list(share(list(range(5)))),
     }
+
+
+def stubborn() -> None:
+    class Stubborn(Exception):  # no other process can unpickle it
+        pass
+
+    raise Stubborn("of a judge")
+
+
+def held(model: torch.nn.Module) -> int:
+    """Numbers that this rank can read of a model without asking."""
+    return sum(parameter.numel() for parameter in model.parameters() if not isinstance(parameter, DTensor))
 
 
 def sharded_model() -> dict[str, Any]:
@@ -107,12 +124,19 @@ def sharded_model() -> dict[str, Any]:
     parts = [parameter.to_local().numel() for parameter in model.parameters() if isinstance(parameter, DTensor)]
     with whole(model), torch.no_grad():  # before any other forward, and a pass more on the second rank
         inside = [token_logprobs(model, batch).logprob for _ in range(1 + dist.get_rank())][-1]
+    with torch.no_grad():
+        token_logprobs(model, batch)
+    kept = held(model)
+    give_back(model)
+    left = held(model)
     expected = token_logprobs(plain, batch).logprob
     expected.sum().backward()
     token_logprobs(model, batch).logprob.sum().backward()
     pairs = list(zip(model.parameters(), plain.parameters(), strict=True))
     return {
         "held": sum(parts),
+        "kept": kept,
+        "left": left,
         "all": sum(parameter.numel() for parameter in plain.parameters()),
         "logprob": (inside - expected).abs().max().item(),
         "whole": max((full(ours) - theirs).abs().max().item() for ours, theirs in pairs),

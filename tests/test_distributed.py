@@ -121,6 +121,7 @@ def test_what_the_processes_tell_each_other(place):
             "from_all": [0, 1],
             "on_first": 0,
             "told": "integer division or modulo by zero",
+            "strange": "Stubborn: of a judge",
             "share": [[0, 1], [2, 3, 4]][rank],
         }
 
@@ -132,6 +133,7 @@ def test_each_process_holds_its_part_of_the_weights_and_sums_the_gradients(place
     for model in (first, second):
         assert model["whole"] == model["filled"] == 0.0
         assert model["logprob"] < 1e-5
+        assert model["kept"] > 0 == model["left"]
         assert model["gradient"] < 1e-5
 
 

@@ -21,3 +21,11 @@ def test_a_state_brings_back_the_draws_that_followed_it():
     assert expected[0] != expected[1]
     GlobalRandomness().load_state_dict({**rest, **tensors})
     assert [draws(), draws()] == expected
+
+
+def test_devices_that_are_gone_are_left_out(monkeypatch):
+    set_to = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: set_to.append((state, device)))
+    GlobalRandomness().load_state_dict(GlobalRandomness().state_dict() | {"cuda.0": "first", "cuda.1": "second"})
+    assert set_to == [("first", 0)]

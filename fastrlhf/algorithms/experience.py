@@ -18,6 +18,7 @@ from fastrlhf.config import PPOConfig
 from fastrlhf.data.packing import forest, num_computed, pack, sequence, tree
 from fastrlhf.distributed import own_micro_batches, total
 from fastrlhf.models.forward import scored_states, state_kl, state_logprobs, token_values
+from fastrlhf.models.sharding import give_back
 from fastrlhf.rewards import Episodes, Rewards, Term, own_kl_advantage, reward_metrics
 from fastrlhf.rollout import end_index
 from fastrlhf.types import Experience, PackedBatch, Rollout, Segment
@@ -117,6 +118,8 @@ def score_episodes(
             assert dpo_log_ratio is not None
             known = reference_logprob[item.index] if config.temperature == 1 else None
             dpo_log_ratio[item.index] = rewards.implicit.log_ratio(item.batch, reference, known)
+    for model in (reference, *(rewards.implicit.models if rewards.implicit else ())):
+        give_back(model)
 
     logprob, reference_logprob, value, entropy, token = map(total, (logprob, reference_logprob, value, entropy, token))
     dpo_log_ratio, exact_kl, reference_states = (

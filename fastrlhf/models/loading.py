@@ -350,6 +350,9 @@ def resolve_device(device: str) -> torch.device:
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device: {device!r} asked for, but torch sees no CUDA GPU; use auto or cpu")
     try:
-        return torch.device(device)
+        found = torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"device: {device!r} is none; give auto, cpu or cuda") from error
+    if found.index is not None and found.type == "cuda":
+        torch.cuda.set_device(found)  # kernels and graphs run on the current one
+    return found

@@ -2,9 +2,9 @@
 2304.11277, is its predecessor).
 
 Each layer is a group that is gathered before its forward and its backward and given back after. What is left
-(embeddings, last norm, head) is the root's and stays from the forward to the end of the backward, so that losses can
-read the weight of the head as in one process. Outside of these a parameter is a DTensor of which this rank holds a
-part. Frozen models are spread in the same way.
+(embeddings, last norm, head) is the root's and stays from the forward to the end of the backward, or to `give_back`
+where there is none, so that losses can read the weight of the head as in one process. Outside of these a parameter is a
+DTensor of which this rank holds a part. Frozen models are spread in the same way.
 """
 
 from __future__ import annotations
@@ -73,6 +73,12 @@ def whole(model: PreTrainedModel) -> Iterator[None]:
             group.reshard()
         model.set_reshard_after_forward(True)
         model.set_reshard_after_forward(False, recurse=False)
+
+
+def give_back(model: PreTrainedModel) -> None:
+    """What the root of a model that has no backward would keep after its passes."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
 
 
 def full(tensor: Tensor) -> Tensor:
