@@ -52,7 +52,9 @@ from fastrlhf.distributed import check_one_process
 from fastrlhf.evaluation.equivalence import EquivalenceJudge, open_judge
 from fastrlhf.metrics import read_metrics, read_rows
 from fastrlhf.models.forward import sequence_scores
+from fastrlhf.models.implicit_reward import implicit_sources
 from fastrlhf.models.loading import load_policy, load_reward_model, read_model_config, resolve_device
+from fastrlhf.models.roles import holds_adapter
 from fastrlhf.models.trunk import TrunkOptions
 from fastrlhf.rollout import TransformersEngine
 from fastrlhf.types import Example, TokenizedExample
@@ -271,8 +273,9 @@ def _open(
 ) -> _Run:
     require(bool(config.output_dir), "output_dir", config.output_dir, "the folder of the run and of all its stages")
     _check_same_run(config)
-    given = (("reward_model_path", config.reward_model_path), ("policy_path", config.policy_path))
-    for field, path in (*given, ("dpo_model_path", policy.dpo_model_path)):
+    given = {"reward_model_path": config.reward_model_path, "policy_path": config.policy_path}
+    roles = {field: path for field, path in implicit_sources(policy).items() if not holds_adapter(path)}
+    for field, path in (given | roles).items():
         if path:
             read_model_config(path, field, policy.trust_remote_code)
     for part in ("", *(f"round-{i}/" for i in range(1, config.rounds + 1))):

@@ -239,6 +239,18 @@ def test_models_of_the_users_take_the_place_of_the_first_stages(policy, spg, tmp
     assert same(tmp_path / "whole" / "round-1" / "policy", out / "round-1" / "policy")
 
 
+def test_a_dpo_model_of_the_policies_may_be_an_adapter_and_one_that_is_not_there_is_told_at_once(
+    policy, first, tmp_path
+):
+    reward, ppo = sections(policy)
+    adapter = tiny.save_adapter(tmp_path / "dpo", policy, 1)
+    config = settings(tmp_path / "rlp", refinement="none", reward_model_path=first["reward_model_path"])
+    missing = replace(ppo, dpo_model_path=str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match=r"^dpo_model_path: "):
+        train_rlp(config, reward, missing, pairs=PAIRS, prompts=PROMPTS)
+    train_rlp(config, reward, replace(ppo, dpo_model_path=adapter), pairs=PAIRS, prompts=PROMPTS)
+
+
 def test_the_gold_judge_is_only_reported(policy, first, spg, tmp_path):
     def shorter(prompt: str, response: str) -> float:
         return -float(len(response.split()))
