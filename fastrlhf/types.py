@@ -215,6 +215,6 @@ class Experience:
     weight: Tensor | None = None
     """[R] truncated importance weights of the policy loss, trainer over engine; None: 1"""
     rewards: Mapping[str, Tensor] = field(default_factory=dict)
-    """[R] each, by the names they are logged by, before any scaling: for people to look at"""
+    """[R] each, by the names they are logged by, with their coefficients and before whitening: for people to look at"""
     reference_states: Tensor | None = None
     """[R, D] of the reference, in the dtype of its weights, for an exact KL in the loss; else None"""

@@ -52,7 +52,9 @@ from fastrlhf.distributed import check_one_process
 from fastrlhf.evaluation.equivalence import EquivalenceJudge, open_judge
 from fastrlhf.metrics import read_metrics, read_rows
 from fastrlhf.models.forward import sequence_scores
+from fastrlhf.models.implicit_reward import implicit_sources
 from fastrlhf.models.loading import load_policy, load_reward_model, read_model_config, resolve_device
+from fastrlhf.models.roles import holds_adapter
 from fastrlhf.models.trunk import TrunkOptions
 from fastrlhf.rollout import TransformersEngine
 from fastrlhf.types import Example, TokenizedExample
@@ -97,7 +99,7 @@ def train_rlp(
     for round_ in range(1, config.rounds + 1) if config.refinement != "none" else ():
         judged_by, found = run.refit(round_, judged_by, final)
         final = run.train_policy(f"round-{round_}/policy", judged_by)
-    result = run.result or _read_result(config, Path(final), run.tokenizer)
+    result = run.result or run.read_result(Path(final))
     return replace(result, final={**result.final, **found})
 
 
@@ -132,7 +134,6 @@ class _Run:
 
     def train_policy(self, name: str, judged_by: str) -> str:
         folder = str(self.folder(name))
-        self.result = None
         if not _skipped(folder):
             settings = replace(self.policy, output_dir=folder, reward_model_path=judged_by)
             self.result = train_on_policy(settings, self.examples["prompts"], self.examples["eval_prompts"])
@@ -141,6 +142,7 @@ class _Run:
     def refit(self, round_: int, judged_by: str, policy: str) -> tuple[str, dict[str, float]]:
         """The folder of the refitted reward model, and how it compares with the one before."""
         config, name = self.config, f"round-{round_}"
+        self.result = None  # its policy and critic would stay in memory beside the models of the refit
         report = self.folder(f"{name}/report.json")
         if report.exists():
             found = json.loads(report.read_text(encoding="utf-8"))
@@ -163,6 +165,12 @@ class _Run:
         report.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
         self._check_variance(found)
         return refitted, found
+
+    def read_result(self, folder: Path) -> TrainResult:
+        """Of a policy that an earlier start of the run has trained."""
+        history = read_metrics(folder / "metrics.jsonl")
+        model = self._load_policy(str(folder))
+        return TrainResult(model=model, tokenizer=self.tokenizer, history=history, final={}, output_dir=folder)
 
     def _answers(self, round_: int, policy: str) -> list[Answers]:
         file = self.folder(f"round-{round_}/answers.jsonl")
@@ -271,8 +279,9 @@ def _open(
 ) -> _Run:
     require(bool(config.output_dir), "output_dir", config.output_dir, "the folder of the run and of all its stages")
     _check_same_run(config)
-    given = (("reward_model_path", config.reward_model_path), ("policy_path", config.policy_path))
-    for field, path in (*given, ("dpo_model_path", policy.dpo_model_path)):
+    given = {"reward_model_path": config.reward_model_path, "policy_path": config.policy_path}
+    roles = {field: path for field, path in implicit_sources(policy).items() if not holds_adapter(path)}
+    for field, path in (given | roles).items():
         if path:
             read_model_config(path, field, policy.trust_remote_code)
     for part in ("", *(f"round-{i}/" for i in range(1, config.rounds + 1))):
@@ -343,10 +352,3 @@ def _skipped(folder: str) -> bool:
         log.info("rlp: %s holds a finished run; skipped", folder)
         return True
     return False
-
-
-def _read_result(config: RLPConfig, folder: Path, tokenizer: PreTrainedTokenizerBase) -> TrainResult:
-    model = load_policy(str(folder), device=resolve_device(config.device))
-    return TrainResult(
-        model=model, tokenizer=tokenizer, history=read_metrics(folder / "metrics.jsonl"), final={}, output_dir=folder
-    )

@@ -234,7 +234,7 @@ class PPOConfig(TrainConfig):
                 value = getattr(self, name)
                 require(value == only, name, value, f"{only} under compat reference, as in the authors' code")
         dpo = ("dpo_reward_scale", "dpo_reward_clip", "reward_shaping")
-        resets = ("reset_source", "reset_curriculum")
+        resets = ("reset_min", "reset_source", "reset_curriculum")
         critic = ("vf_coef", "cliprange_value", "value_learning_rate", "lam")
         no_critic = f"with advantage_estimator {self.advantage_estimator}"
         at_default(
@@ -243,6 +243,8 @@ class PPOConfig(TrainConfig):
                 (bool(self.dpo_model_path), "without a dpo_model_path", dpo),
                 (self.reset_prob > 0, "where reset_prob is 0", resets),
                 (self.advantage_estimator == "gae", no_critic, critic),
+                (self.engine == "vllm", "where engine is transformers", ("vllm_gpu_memory_utilization",)),
+                (self.kl_target > 0, "without a kl_target", ("kl_horizon",)),
                 (bool(self.psi), "without psi", ("psi_opponents",)),
                 (self.psi == "clipped_logit", "where psi is not clipped_logit", ("psi_clip",)),
             ],

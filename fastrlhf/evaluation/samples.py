@@ -33,7 +33,7 @@ def sample_rows(
     count: int,
 ) -> list[dict[str, Any]]:
     """The first `count` episodes: row, prompt, reset, response, score [N], the response's `tokens` as text, and the
-    `rewards` of each by name, in nats (five digits)."""
+    `rewards` of each by name, as `Experience.rewards` has them (five digits)."""
     names = list(experience.rewards)
     paid = torch.stack(list(experience.rewards.values())).tolist() if names else []
     ends = experience.cu_rows.tolist()[1:]
@@ -105,7 +105,7 @@ def _legend(scale: float) -> str:
     shares = (-1, -0.5, 0, 0.5, 1)
     shades = " ".join(_colored(f"{x * scale:+.2g}" if x else "0", x * scale, scale) for x in shares)
     told = (
-        f"Behind each token what it earned, in nats: {shades} "
+        f"Behind each token what it earned, coefficients included: {shades} "
         "and beyond. The score and the penalty for a missing EOS are the response's and not in the colour. Rest the "
         "mouse on a token to see its rewards by name."
     )

@@ -17,6 +17,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from fastrlhf.config import DPOConfig, PPOConfig, RewardConfig, TrainConfig, parse_model_config, require
 from fastrlhf.data.packing import pack
+from fastrlhf.models.implicit_reward import implicit_sources
 from fastrlhf.models.kv_cache import rounded_up
 from fastrlhf.models.loading import DTYPES, read_model_config
 from fastrlhf.models.roles import holds_adapter
@@ -77,9 +78,11 @@ def count_phases(config: TrainConfig, rows: Rows, *, is_cuda: bool) -> tuple[lis
         if config.advantage_estimator == "gae":
             trained["critic"] = fakes.scorer(judge, config)
             shared |= {"reward model"} if config.use_peft else set()
-        for what, field in (("DPO model", "dpo_model_path"), ("DPO reference", "dpo_ref_model_path")):
-            if source := _other(config, getattr(config, field), field, rows):
-                frozen[what] = fakes.policy(source)
+        names = {"dpo_model_path": "DPO model", "dpo_ref_model_path": "DPO reference"}
+        for field, path in implicit_sources(config).items():
+            frozen[names[field]] = fakes.policy(_model_config(config, path, field, rows.tokenizer))
+        if second := _other(config, config.eval_reward_model_path, "eval_reward_model_path", rows):
+            frozen["second reward model"] = fakes.scorer(second)
 
     weights = {f"weights of the {name}": fake.num_bytes for name, fake in trained.items()}
     weights |= {f"weights of the {name}": fake.num_bytes for name, fake in frozen.items() if name not in shared}

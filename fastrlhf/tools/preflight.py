@@ -17,6 +17,7 @@ from fastrlhf.config import DPOConfig, PPOConfig, RewardConfig, RLPConfig, Train
 from fastrlhf.data.packing import num_computed
 from fastrlhf.metrics import import_reporters
 from fastrlhf.models.loading import read_model_config
+from fastrlhf.models.roles import holds_adapter
 from fastrlhf.reward_functions import load_reward_functions
 from fastrlhf.rollout_vllm import import_vllm
 from fastrlhf.tools.work import open_work, to_tree
@@ -80,7 +81,10 @@ def _check_model(config: TrainConfig, key: str, path: str, made: Made) -> None:
             kinds = ("a policy", "a reward model")
             found, wanted = (kinds[x] for x in (isinstance(earlier, RewardConfig), key in REWARD_MODELS))
             raise ValueError(f"{key}: {path!r} will hold {found}, by {name}; give {wanted}")
-    elif not {*map(str, place.parents)} & {*made}:  # a checkpoint of a run to come is not there yet
+        return
+    if isinstance(config, PPOConfig) and key != "model_name_or_path" and holds_adapter(path):
+        return
+    if not {*map(str, place.parents)} & {*made}:  # a checkpoint of a run to come is not there yet
         read_model_config(path, key, config.trust_remote_code)
 
 

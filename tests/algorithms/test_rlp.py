@@ -1,7 +1,9 @@
 """RLP from end to end on tiny models: what it adds to the trainers, what it leaves, and how it goes on."""
 
+import gc
 import json
 import shutil
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -237,6 +239,46 @@ def test_models_of_the_users_take_the_place_of_the_first_stages(policy, spg, tmp
     assert not (out / "policy").exists()
     run(settings(tmp_path / "whole", refinement="spg"), policy)
     assert same(tmp_path / "whole" / "round-1" / "policy", out / "round-1" / "policy")
+
+
+def test_a_dpo_model_of_the_policies_may_be_an_adapter_and_one_that_is_not_there_is_told_at_once(
+    policy, first, tmp_path
+):
+    reward, ppo = sections(policy)
+    adapter = tiny.save_adapter(tmp_path / "dpo", policy, 1)
+    config = settings(tmp_path / "rlp", refinement="none", reward_model_path=first["reward_model_path"])
+    missing = replace(ppo, dpo_model_path=str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match=r"^dpo_model_path: "):
+        train_rlp(config, reward, missing, pairs=PAIRS, prompts=PROMPTS)
+    train_rlp(config, reward, replace(ppo, dpo_model_path=adapter), pairs=PAIRS, prompts=PROMPTS)
+
+
+def test_the_last_policy_is_gone_before_the_refit(policy, first, tmp_path, monkeypatch):
+    trained, left, train = [], [], rlp.train_on_policy
+
+    def training(*arguments):
+        result = train(*arguments)
+        trained.append(weakref.ref(result.model))
+        return result
+
+    def sampling(*arguments):
+        gc.collect()
+        left.extend(model() for model in trained)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rlp, "train_on_policy", training)
+    monkeypatch.setattr(rlp, "sample_answers", sampling)
+    with pytest.raises(KeyboardInterrupt):
+        run(settings(tmp_path / "rlp", refinement="uml", reward_model_path=first["reward_model_path"]), policy)
+    assert left == [None]
+
+
+def test_a_finished_policy_is_read_again_in_the_dtype_of_its_section(policy, first, tmp_path):
+    reward, ppo = sections(policy)
+    config = settings(tmp_path / "rlp", refinement="none", reward_model_path=first["reward_model_path"])
+    for _ in range(2):
+        result = train_rlp(config, reward, replace(ppo, dtype="bfloat16"), pairs=PAIRS, prompts=PROMPTS)
+        assert result.model.dtype == torch.bfloat16
 
 
 def test_the_gold_judge_is_only_reported(policy, first, spg, tmp_path):

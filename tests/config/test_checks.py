@@ -146,6 +146,8 @@ UNREAD = [
     *((EvalConfig, key, {}) for key in ("learning_rate", "per_device_train_batch_size", "save_steps", "report_to")),
     *((kind, key, {}) for kind in ON_POLICY for key in ("dpo_reward_scale", "dpo_reward_clip", "reward_shaping")),
     *((kind, key, {"reset_prob": 0.0}) for kind in ON_POLICY for key in ("reset_curriculum", "reset_source")),
+    *((kind, "reset_min", {"reset_prob": 0.0}) for kind in ON_POLICY),
+    *((kind, key, {}) for kind in ON_POLICY for key in ("vllm_gpu_memory_utilization", "kl_horizon")),
     *((kind, key, {}) for kind in ON_POLICY for key in ("psi_opponents", "psi_clip")),
     (PPOConfig, "psi_clip", {"psi": "logit"}),
     *(
@@ -158,6 +160,7 @@ UNREAD = [
 OTHER = {"lora_target_modules": ("q_proj",), "reward_shaping": "rs", "reset_source": "chosen"}
 OTHER |= {"psi_opponents": "chosen", "use_rslora": True, "use_dora": True, "lora_r": 4, "lora_alpha": 4}
 OTHER |= {"report_to": ("wandb",), "per_device_train_batch_size": 4, "save_steps": 4}
+OTHER |= {"kl_horizon": 6400, "reset_min": 0}
 OTHER |= {"master_weights": "stochastic_rounding"}
 
 
@@ -178,7 +181,9 @@ READ = [
     (DPOConfig, {"loss_type": "ipo", "psi_backend": "groupwise", "score_scale": 0.5}),
     (DPOConfig, {"loss_type": "ipo", "psi": "clipped_logit", "psi_clip": 1.0}),
     (RTOConfig, {"dpo_model_path": "dpo", "dpo_reward_scale": 0.1, "dpo_reward_clip": 0.1, "reward_shaping": "rs"}),
-    (PPOConfig, {"reset_prob": 0.1, "reset_curriculum": 0.5, "reset_source": "chosen"}),
+    (PPOConfig, {"reset_prob": 0.1, "reset_min": 0, "reset_curriculum": 0.5, "reset_source": "chosen"}),
+    (PPOConfig, {"engine": "vllm", "vllm_gpu_memory_utilization": 0.5}),
+    (PPOConfig, {"kl_target": 6.0, "kl_horizon": 6400}),
     (PPOConfig, {"psi": "clipped_logit", "psi_clip": 1.0, "psi_opponents": "chosen"}),
     (PPOConfig, {"vf_coef": 0.5, "cliprange_value": 0.5, "value_learning_rate": 1e-5, "lam": 0.5}),
 ]

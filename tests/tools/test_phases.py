@@ -57,6 +57,18 @@ def test_a_model_from_scratch_is_refused_an_adapter_as_the_run_refuses_it(folder
         count_parts(measure.config(folder, "sft", use_peft=True))
 
 
+def test_the_models_that_are_counted_are_those_that_the_run_loads(folder):
+    whole, judge = str(folder / "policy"), str(folder / "reward")
+    start = {"model_config": "", "model_name_or_path": whole, "dpo_model_path": whole, "dpo_ref_model_path": whole}
+    names = {"weights of the DPO model", "weights of the DPO reference", "weights of the second reward model"}
+    paid = count_parts(measure.config(folder, "ppo", **start))
+    assert names & paid.keys() == {"weights of the DPO model"}  # its reference is the run's own
+    unpaid = measure.config(folder, "ppo", **start, reward_shaping="none", eval_reward_model_path=judge)
+    parts = count_parts(unpaid)
+    assert names & parts.keys() == {"weights of the second reward model"}
+    assert parts["weights of the second reward model"] == parts["weights of the reward model"]
+
+
 def test_a_role_that_is_an_adapter_is_not_guessed_at(folder, tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"^reward_model_path: must be a whole model: plan does not count a role"):

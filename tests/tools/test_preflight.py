@@ -82,6 +82,16 @@ def test_a_model_of_the_wrong_kind_is_told_before_it_is_trained(chain):
     assert message == f"dpo_model_path: {folders['reward']!r} will hold a reward model, by reward; give a policy"
 
 
+def test_an_adapter_may_be_a_role_of_an_on_policy_run_and_no_model_to_start_from(chain, tmp_path):
+    base = chain["sft"].model_name_or_path
+    judge = tiny.save_adapter(tmp_path / "judge", base, 1, scores=True)
+    dpo = tiny.save_adapter(tmp_path / "dpo", base, 2)
+    roles = {"reward_model_path": judge, "eval_reward_model_path": judge, "dpo_model_path": dpo}
+    check_chain(list((chain | {"rto": replace(chain["rto"], **roles, dpo_ref_model_path=dpo)}).items()))
+    for name, key in (("rto", "model_name_or_path"), ("dpo", "ref_model_name_or_path")):
+        assert told(chain, name, **{key: dpo}).startswith(f"{key}: {dpo!r}")
+
+
 def test_two_runs_of_one_folder_are_refused(chain):
     message = told(chain, "dpo", output_dir=chain["sft"].output_dir)
     assert message.startswith(f"output_dir: {chain['sft'].output_dir!r} is that of sft too")
