@@ -10,6 +10,8 @@ from collections.abc import Callable, Hashable
 import torch
 from torch import nn
 
+from fastrlhf.out_of_memory import is_out_of_memory
+
 
 class CapturedSteps:
     """Runs steps by the key of their shapes: the first of a key as it is, then one recorded graph of it.
@@ -26,7 +28,7 @@ class CapturedSteps:
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph | None] = {}
 
     def __call__(self, key: Hashable, step: Callable[[], None]) -> None:
-        """Raises ValueError where the step cannot be captured."""
+        """Raises ValueError where the step cannot be captured, but for want of memory."""
         if key not in self._graphs:
             # Libraries choose kernels and take workspaces at a first call, which no graph may hold.
             self._stream.wait_stream(torch.cuda.current_stream())
@@ -46,5 +48,7 @@ class CapturedSteps:
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
                 step()
         except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
             raise ValueError(f"decode: {self._name} cannot be captured in a CUDA graph; set eager: {error}") from error
         return graph

@@ -35,6 +35,7 @@ class _Weight:
 
 @dataclass(frozen=True, slots=True)
 class _Bucket:
+    model: str
     weights: list[_Weight]
     adamw: torch.optim.Optimizer
     peak_rate: float
@@ -72,7 +73,7 @@ class Optimizer:
                 weights = [_Weight(prefix + name, next(count), p, self._updated(p)) for name, p in params]
                 updated = [weight.updated for weight in weights]
                 adamw = make_adamw(config, updated, rate=rate, decay=decay, in_8_bits=in_8_bits)
-                self._buckets.append(_Bucket(weights, adamw, rate))
+                self._buckets.append(_Bucket(prefix, weights, adamw, rate))
 
     def _updated(self, param: Parameter) -> Tensor:
         if param.dtype == torch.float32:
@@ -91,26 +92,30 @@ class Optimizer:
         Raises ValueError, before any weight has moved, where a gradient is not finite. This reads one number per model
         from the GPU: the step's only wait (bitsandbytes adds one per tensor).
         """
-        metrics = {}
+        metrics, scales = {}, {}
         for name, model in self._models.items():
-            norm = full(torch.nn.utils.clip_grad_norm_(model.parameters(), self._max_norm or math.inf)).item()
-            if not math.isfinite(norm):
-                raise ValueError(f"{name}grad_norm is {norm}: a loss or a gradient is not finite; lower learning_rate")
-            metrics[f"{name}grad_norm"] = norm
+            norm = _grad_norm(model)
+            if not norm.isfinite():
+                raise ValueError(
+                    f"{name}grad_norm is {norm.item()}: a loss or a gradient is not finite; lower learning_rate"
+                )
+            metrics[f"{name}grad_norm"] = norm.item()
+            scales[name] = ((self._max_norm or math.inf) / (norm + 1e-6)).clamp(max=1.0).item()
         share = self._rate(self._num_done)
         self._num_done += 1  # before any weight moves: whoever finds an old number finds the old weights
         for bucket in self._buckets:
-            self._update(bucket, bucket.peak_rate * share)
+            self._update(bucket, bucket.peak_rate * share, scales[bucket.model])
         metrics["learning_rate"] = self._buckets[0].peak_rate * share
         for model in self._models.values():
             model.zero_grad(set_to_none=True)
         return metrics
 
-    def _update(self, bucket: _Bucket, rate: float) -> None:
+    def _update(self, bucket: _Bucket, rate: float, scale: float) -> None:
         copied = _copied(bucket)
         self._borrow(copied)
-        for weight in copied:
-            weight.updated.grad = None if weight.param.grad is None else weight.param.grad.float()
+        for weight in bucket.weights:
+            if weight.param.grad is not None:
+                weight.updated.grad = weight.param.grad.float().mul_(scale)
         bucket.adamw.param_groups[0]["lr"] = rate
         bucket.adamw.step()
         for weight in copied:
@@ -222,6 +227,13 @@ def stochastic_round(x: Tensor, generator: torch.Generator) -> Tensor:
     """
     noise = torch.randint(0, 2**16, x.shape, dtype=torch.int32, device=x.device, generator=generator)
     return noise.add_(x.view(torch.int32)).bitwise_and_(-(2**16)).view(torch.float32).bfloat16()
+
+
+def _grad_norm(model: Module) -> Tensor:
+    """Of all gradients together: [] float32 on the CPU, whatever dtype they are in."""
+    gradients = [param.grad for param in model.parameters() if param.grad is not None]
+    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
+    return full(torch.linalg.vector_norm(torch.stack(norms))).cpu()
 
 
 def _generator(device: torch.device, *key: int) -> torch.Generator:

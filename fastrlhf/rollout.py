@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fastrlhf.cuda_graphs import CapturedSteps
-from fastrlhf.data.packing import trunks
+from fastrlhf.data.packing import families, micro_batches, trunks
 from fastrlhf.data.resets import uniforms
 from fastrlhf.distributed import from_all, share
 from fastrlhf.models.kv_cache import SlotCache, rounded_up
@@ -66,6 +66,8 @@ class TransformersEngine:
     seed: int
     batch_size: int = 64
     """Slots: episodes side by side."""
+    micro_batch_tokens: int = 8192
+    """Of a pack of prefixes, or a longer one alone; what they share counts once."""
     stop_at_eos: bool = True
     stream: int = SAMPLE_STREAM
     """Engines of one run that must not share their draws differ in this."""
@@ -121,11 +123,11 @@ class TransformersEngine:
                 slots = np.flatnonzero(~live)[: len(waiting)]
                 new = [waiting.pop() for _ in slots]
                 texts = [prefixes[i].token_ids for i in new]
-                logits = cache.prefill(self.model, texts, slots.tolist())
-                which = torch.tensor(new, device=device)
-                held[torch.from_numpy(slots).to(device)] = which
+                held[torch.from_numpy(slots).to(device)] = torch.tensor(new, device=device)
                 reach[slots] = list(map(len, texts))
-                self._record(episodes, which, logits)
+                for indices in _packs(texts, self.micro_batch_tokens):
+                    logits = cache.prefill(self.model, [texts[i] for i in indices], slots[indices].tolist())
+                    self._record(episodes, torch.tensor([new[i] for i in indices], device=device), logits)
             elif not waiting and 2 * live.sum() <= len(live):
                 half = len(live) // 2
                 source = half + np.flatnonzero(live[half:])
@@ -193,6 +195,14 @@ def _in_families(prefixes: Sequence[Prefix]) -> list[int]:
     trunk_of = trunks(prefix.token_ids for prefix in prefixes)
     texts = [trunk_of[tuple(prefix.token_ids)] for prefix in prefixes]
     return sorted(range(len(prefixes)), key=lambda i: (len(texts[i]), texts[i], len(prefixes[i].token_ids), i))
+
+
+def _packs(texts: Sequence[Sequence[int]], budget: int) -> list[list[int]]:
+    """Indices of texts, by the pack that they are prefilled in."""
+    budget = max(budget, *map(len, texts))
+    together = families(texts, [()] * len(texts), budget)
+    packs = micro_batches([max(len(texts[i]) for i in family) for family in together], budget)
+    return [[i for family in indices for i in together[family]] for indices in packs]
 
 
 def _at_once(_: tuple[int, int], step: Callable[[], None]) -> None:

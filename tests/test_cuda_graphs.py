@@ -1,5 +1,6 @@
 """Steps that are recorded and replayed: that ours can be, on any device; that replaying changes no bit, on a GPU."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -97,6 +98,25 @@ def test_replayed_steps_sample_what_eager_ones_do_bit_for_bit(name, dtype):
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()  # as a framework may replace it
     assert graphs.generate(long) == second
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [(torch.OutOfMemoryError("full"), "^full$"), (RuntimeError("sync"), "^decode: Linear cannot")],
+)
+def test_no_memory_for_a_graph_stays_that_error(error, expected, monkeypatch):
+    """Without a GPU: what is recorded fails, and so what there would be to record it with is not asked for."""
+    steps = object.__new__(CapturedSteps)
+    steps._name, steps._pool, steps._stream = "Linear", None, None
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: nullcontext())
+
+    def step() -> None:
+        raise error
+
+    with pytest.raises(Exception, match=expected) as stop:
+        steps._capture(step)
+    assert (stop.value is error) == isinstance(error, torch.OutOfMemoryError)
 
 
 @pytest.mark.gpu

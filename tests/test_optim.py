@@ -11,6 +11,9 @@ from fastrlhf.config import SFTConfig
 from fastrlhf.optim import Optimizer, index_batches, num_steps, stochastic_round
 from tests import tiny
 
+BFLOAT16 = {"dtype": "bfloat16"}
+ROUNDED = BFLOAT16 | {"master_weights": "stochastic_rounding"}
+
 
 def layer(weight: float = 1.0) -> Linear:
     model = Linear(2, 1)
@@ -70,6 +73,22 @@ def test_the_norm_is_that_before_clipping_and_what_is_used_is_clipped():
         moved.append(torch.cat([model.weight.detach()[0], model.bias.detach()]))
     torch.testing.assert_close(*moved, rtol=1e-5, atol=1e-6)
     assert not torch.allclose(moved[0][0], moved[0][1])
+
+
+@pytest.mark.parametrize("settings", [BFLOAT16, ROUNDED])
+def test_the_norm_of_bfloat16_gradients_is_that_of_float32_and_so_is_what_is_clipped(settings):
+    """As torch clips float32 copies of them, bit for bit: Adam's first moment tells what it was given."""
+    model = tiny.policy().bfloat16()
+    optimizer = Optimizer({"": model}, SFTConfig(max_grad_norm=1.0, adam_beta1=0.5, **settings), num_steps=3)
+    copies = [torch.nn.Parameter(param.detach().float()) for param in model.parameters()]
+    for i, (param, copy) in enumerate(zip(model.parameters(), copies, strict=True)):
+        param.grad = torch.randn(param.shape, generator=torch.Generator().manual_seed(i)).bfloat16()
+        copy.grad = param.grad.float()
+    norm = torch.nn.utils.clip_grad_norm_(copies, 1.0)
+    assert optimizer.step()["grad_norm"] == norm.item()
+    state = optimizer.state_dict()
+    for (name, _), copy in zip(model.named_parameters(), copies, strict=True):
+        assert torch.equal(state[f"{name}.exp_avg"], copy.grad / 2)
 
 
 def test_gradients_are_cleared_after_the_step():
@@ -194,10 +213,6 @@ def momentum(optimizer: Optimizer) -> dict:
         name: value.clone() if isinstance(value, torch.Tensor) else value
         for name, value in optimizer.state_dict().items()
     }
-
-
-BFLOAT16 = {"dtype": "bfloat16"}
-ROUNDED = BFLOAT16 | {"master_weights": "stochastic_rounding"}
 
 
 @pytest.mark.parametrize("settings", [{}, BFLOAT16, ROUNDED])

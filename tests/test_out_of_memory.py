@@ -84,7 +84,8 @@ def test_where_weights_have_moved_no_step_is_claimed(kind, module, name, call, s
             run(kind, paths, tmp_path / "run", save_steps=0, **settings)
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1
     assert not list((tmp_path / "run").glob("checkpoint-*"))
-    assert f"its last weights are in {tmp_path / 'run' / 'interrupted'}" in describe(stop.value)
+    told = f"its last weights are in {tmp_path / 'run' / 'interrupted'}, in the middle of step 2: some have moved since"
+    assert told in describe(stop.value)
 
 
 def test_the_place_is_that_of_the_innermost_part_of_the_run(paths, tmp_path):

@@ -127,6 +127,18 @@ def test_a_slot_that_becomes_free_goes_to_an_episode_that_waits():
     assert shapes == [(1, 18), (2, 1), *[(1, 9), (2, 1)] * 3, *[(1, 1)] * 4]
 
 
+def test_prefixes_are_prefilled_in_micro_batches_and_draw_the_same():
+    """Three texts of nine tokens, each the start of two episodes; a text above the budget is a pack of its own."""
+    model = tiny.policy()
+    starts = [Prefix(token_ids=[5 + i // 2] * (6 + 3 * (i % 2)), num_reset=0, row=i, episode=i) for i in range(6)]
+    together, shapes = forwards(model, engine(model), starts)
+    packed, parts = forwards(model, engine(model, micro_batch_tokens=18), starts)
+    alone, single = forwards(model, engine(model, micro_batch_tokens=2), starts)
+    assert [shapes[:1], parts[:2], single[:3]] == [[(1, 27)], [(1, 18), (1, 9)], [(1, 9)] * 3]
+    assert single[3][1] == 1
+    assert [r.completion for r in together] == [r.completion for r in packed] == [r.completion for r in alone]
+
+
 def test_slots_are_halved_once_half_of_them_are_enough_and_none_waits():
     model = tiny.policy()
     starts = [Prefix(token_ids=[5 + i] * 9, num_reset=[0, 4, 6, 7][i % 4], row=i, episode=i) for i in range(8)]

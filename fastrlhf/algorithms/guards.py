@@ -1,6 +1,7 @@
 """Where an on-policy run stops: the policy is too far from its reference, or a number is not finite.
 
-An error ends the run, which then leaves the weights of its last whole update in `interrupted/` (algorithms/stage.py).
+An error ends the run, which then leaves its last weights in `interrupted/` (algorithms/stage.py). Between two updates,
+where the KL is looked at and scores are, those are the weights of its last whole update.
 Scores are checked as they come (`checked_scores`), gradients before any weight moves (`Optimizer.step`).
 """
 

@@ -221,6 +221,7 @@ def make_engine(config: PPOConfig, policy: PreTrainedModel, eos_token_id: int) -
         temperature=config.temperature,
         seed=config.seed,
         batch_size=config.rollout_batch_size,
+        micro_batch_tokens=config.micro_batch_tokens,
         decode=config.decode,
         stop_at_eos=config.compat == "fixed",
     )

@@ -184,6 +184,7 @@ class _Run:
                 temperature=config.answer_temperature,
                 seed=config.seed,
                 batch_size=settings.rollout_batch_size,
+                micro_batch_tokens=settings.micro_batch_tokens,
                 decode=settings.decode,
                 stream=ANSWER_STREAM,
             )

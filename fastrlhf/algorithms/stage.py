@@ -52,8 +52,9 @@ class Stage:
     Where the folder holds an unfinished run of the same configuration, everything that is handed over is put back to
     its newest checkpoint, and `remaining` goes on from there. Ctrl-C and SIGTERM are obeyed after the step that they
     interrupt, with a checkpoint; so is running out of memory, where no weight has moved since. A run that ends by
-    another error leaves the weights of its last whole step in `interrupted/`, where no checkpoint has them. Of several
-    processes all make the same calls, the first alone writes, and after an error none can save.
+    another error leaves its weights in `interrupted/`, where no checkpoint has them: those of its last whole step, or,
+    where the error says so, some that its next step has moved already. Of several processes all make the same calls,
+    the first alone writes, and after an error none can save.
     """
 
     def __init__(
@@ -135,11 +136,14 @@ class Stage:
         if failed and is_out_of_memory(failed):
             self._rescue(failed)
         if failed and self.folder and self._trained and len(self.history) > self._saved:
+            step, place = len(self.history), self.folder / "interrupted"
+            moved = step < self._steps and self._checkpointer and not self._checkpointer.back_to_mark()
             try:
-                save_trained(*self._trained, self.folder / "interrupted")
-                failed.add_note(f"its last weights are in {self.folder / 'interrupted'}")
+                save_trained(*self._trained, place)
+                which = f", in the middle of step {step + 1}: some have moved since step {step}" if moved else ""
+                failed.add_note(f"its last weights are in {place}{which}")
             except Exception as another:  # it must not hide the first one
-                log.warning("interrupted: the weights of the last whole step cannot be saved: %s", another)
+                log.warning("interrupted: the last weights cannot be saved: %s", another)
         self._stack.__exit__(kind, error, trace)
 
     def _rescue(self, error: Exception) -> None:

@@ -34,6 +34,7 @@ def make_roll_in(config: PPOConfig, reference: PreTrainedModel, eos_token_id: in
         temperature=config.temperature,
         seed=config.seed,
         batch_size=config.rollout_batch_size,
+        micro_batch_tokens=config.micro_batch_tokens,
         decode=config.decode,
         stream=ROLL_IN_STREAM,
     )

@@ -145,6 +145,7 @@ def _respond(
         temperature=config.temperature,
         seed=config.seed,
         batch_size=config.rollout_batch_size,
+        micro_batch_tokens=config.micro_batch_tokens,
         decode=config.decode,
     )
 

@@ -50,6 +50,7 @@ def evaluate(
             temperature=temperature,
             seed=config.seed,
             batch_size=config.rollout_batch_size,
+            micro_batch_tokens=config.micro_batch_tokens,
             decode=config.decode,
         )
 

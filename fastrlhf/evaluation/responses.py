@@ -27,6 +27,7 @@ def respond(
     temperature: float,
     seed: int,
     batch_size: int,
+    micro_batch_tokens: int = 8192,
     decode: Decode = "eager",
 ) -> list[Rollout]:
     """One full response per prompt, with no reset, in order; temperature 0 takes the likeliest token."""
@@ -37,6 +38,7 @@ def respond(
         temperature=temperature,
         seed=seed,
         batch_size=batch_size,
+        micro_batch_tokens=micro_batch_tokens,
         decode=decode,
     )
     return SharedEngine(engine=engine, model=model).generate(

@@ -21,7 +21,8 @@ from torch.nn import Linear, Module
 from transformers import PreTrainedModel
 
 from fastrlhf.config import TrainConfig
-from fastrlhf.models.four_bit import make_plain, plain_weight
+from fastrlhf.models.forward import disable_activation_checkpointing
+from fastrlhf.models.four_bit import is_four_bit, make_plain, plain_weight
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -84,7 +85,8 @@ def has_adapter(model: PreTrainedModel) -> bool:
 
 def base_fingerprint(model: PreTrainedModel) -> str:
     """Of the trunk under an adapter, the same in float32 and bfloat16: of the first entries of every weight, as any
-    training moves most. A head is not part of it, so that a causal LM and a reward model may have one base."""
+    training moves most; in 4 bits it is another. A head is not part of it, so that a causal LM and a reward model may
+    have one base."""
     digest = hashlib.sha256()
     for name, weight in cast(Module, model.base_model).named_parameters():
         if ".lora_" not in name:
@@ -97,14 +99,21 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
 
     The weights under an adapter are shared with `model`, not copied; a score head, which is trained, is copied.
     """
-    frozen = shared_view(model) if has_adapter(model) else copy.deepcopy(model)
+    frozen = _copy(model, frozen_tensors(model) if has_adapter(model) else {})
     _drop_adapter(frozen)
     return frozen.requires_grad_(False).eval()
 
 
 def shared_view(model: PreTrainedModel) -> PreTrainedModel:
-    """Other modules around the same tensors; what is trained (an adapter, a score head) is copied."""
-    return copy.deepcopy(model, frozen_tensors(model))
+    """Other modules around the same tensors; what is trained (an adapter, a score head) is copied. Without activation
+    checkpointing."""
+    return _copy(model, frozen_tensors(model))
+
+
+def _copy(model: PreTrainedModel, memo: dict[int, Tensor]) -> PreTrainedModel:
+    copied = copy.deepcopy(model, memo)
+    disable_activation_checkpointing(copied)
+    return copied
 
 
 def frozen_tensors(model: Module) -> dict[int, Tensor]:
@@ -160,7 +169,7 @@ def plain_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
 
 def save_adapter(model: PreTrainedModel, folder: Path) -> None:
     """Writes the adapter alone, and a trained head, in peft's form, into `folder`; the metadata of the file say over
-    which weights it was trained."""
+    which weights it was trained, and whether they were in 4 bits."""
     from safetensors.torch import save_file
 
     settings = cast("LoraConfig", copy.deepcopy(model.peft_config[ADAPTER]))
@@ -168,7 +177,8 @@ def save_adapter(model: PreTrainedModel, folder: Path) -> None:
     if hasattr(model, "score"):
         settings.modules_to_save = ["score"]
     weights = {name: weight.contiguous() for name, weight in adapter_weights(model).items()}
-    save_file(weights, folder / "adapter_model.safetensors", {"format": "pt", "base": base_fingerprint(model)})
+    base = {"base": base_fingerprint(model), "load_in_4bit": "true" if is_four_bit(model) else "false"}
+    save_file(weights, folder / "adapter_model.safetensors", {"format": "pt"} | base)
     settings.save_pretrained(str(folder))
 
 

@@ -43,6 +43,13 @@ def enable_activation_checkpointing(model: PreTrainedModel) -> None:
     getattr(model, f"{CHECKPOINTING}_enable")(again)
 
 
+def disable_activation_checkpointing(model: PreTrainedModel) -> None:
+    """Of a copy: its layers would compute again with the attention of the model that they were copied from, and keep
+    that one alive."""
+    if getattr(model, f"is_{CHECKPOINTING}"):
+        getattr(model, f"{CHECKPOINTING}_disable")()
+
+
 @contextmanager
 def _training_mode(model: PreTrainedModel) -> Iterator[None]:
     before = model.training

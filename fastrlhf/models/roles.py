@@ -97,8 +97,8 @@ def _with_adapter(model: PreTrainedModel, source: str, base: PreTrainedModel, fi
     settings = PeftConfig.from_pretrained(source)
     if not isinstance(settings, LoraConfig):
         raise ValueError(f"{field}: {source!r} holds an adapter of the kind {settings.peft_type}; only LoRA is known")
-    saved, fingerprint = _read(source, field)
-    _check_base(source, field, settings.base_model_name_or_path, fingerprint, base)
+    saved, metadata = _read(source, field)
+    _check_base(source, field, settings.base_model_name_or_path, metadata, base)
     if (SCORE in saved) != hasattr(model, "score"):
         wrong = "has no trained score head; train one with `fastrlhf reward`"
         raise ValueError(f"{field}: {source!r} {'is a reward model' if SCORE in saved else wrong}")
@@ -120,19 +120,25 @@ def _with_adapter(model: PreTrainedModel, source: str, base: PreTrainedModel, fi
     return model.eval()
 
 
-def _read(source: str, field: str) -> tuple[dict[str, Tensor], str | None]:
-    """The weights of an adapter, and the fingerprint of what it was trained over, where it was written here."""
+def _read(source: str, field: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The weights of an adapter, and what is told of those it was trained over, where it was written here."""
     try:
         with safe_open(Path(source) / "adapter_model.safetensors", "pt") as content:
             weights = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 (it is no mapping)
-            return weights, (content.metadata() or {}).get("base")
+            return weights, content.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{field}: the weights of {source!r} cannot be loaded: {error}") from error
 
 
-def _check_base(source: str, field: str, named: str | None, fingerprint: str | None, base: PreTrainedModel) -> None:
+def _check_base(source: str, field: str, named: str | None, metadata: dict[str, str], base: PreTrainedModel) -> None:
     """An adapter of another program has no fingerprint; the name of its base is then all there is."""
-    here = base.name_or_path or "model_config"
+    here, fingerprint = base.name_or_path or "model_config", metadata.get("base")
+    own = "true" if is_four_bit(base) else "false"
+    if (then := metadata.get("load_in_4bit", own)) != own:
+        raise ValueError(
+            f"{field}: {source!r} was trained with load_in_4bit: {then}, and in this run it is {own}; set it to "
+            f"{then}, or give here the folder of the run that trained it, where the adapter is added to the weights"
+        )
     same = base_fingerprint(base) == fingerprint if fingerprint else _same_place(named or "", here)
     if not same:
         raise ValueError(

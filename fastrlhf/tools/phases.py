@@ -152,7 +152,7 @@ def _optimiser(config: TrainConfig, trained: Iterable[FakeModel]) -> tuple[dict[
 def _rollout(
     config: PPOConfig, rows: Rows, fakes: Fakes, model: PretrainedConfig, policy: FakeModel, kept: dict[str, int]
 ) -> Phase:
-    """Generation of `rollout_batch_size` episodes: prefilled at once, then one token each at a time."""
+    """Generation of `rollout_batch_size` episodes: prefilled a micro-batch at a time, then one token each."""
     number = min(config.rollout_batch_size, config.batch_size)
     width = max(len(rows.examples[i].prompt) for batch in rows.batches for i in batch)
     text = model.get_text_config()
@@ -160,7 +160,9 @@ def _rollout(
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     item = DTYPES[config.dtype].itemsize
     per_layer = 2 * heads * head_dim * item * number * rounded_up(width + config.response_length)
-    prefill = per_layer // 2 + fakes.forward_peak(policy, pack([Segment(token_ids=range(width))] * number))
+    prefilled = min(number, max(1, config.micro_batch_tokens // width))
+    # The keys of all: episodes of one prompt are prefilled together, and it counts once.
+    prefill = per_layer // 2 + fakes.forward_peak(policy, pack([Segment(token_ids=range(width))] * prefilled))
     # logits, and in float32: tempered, their log-softmax, its exponential and the cumulative sum of that
     drawing = number * text.vocab_size * (item + 16)
     return Phase(

@@ -172,9 +172,11 @@ def test_weights_that_a_checkpoint_has_are_not_saved_a_second_time(model, tmp_pa
         cfg = config(model, tmp_path / f"every-{save_steps}", save_steps=save_steps)
         loaded, tokenizer = load_policy(model), tiny.tokenizer()
         stage = Stage("sft", cfg, 3, (loaded, tokenizer))
-        with pytest.raises(ZeroDivisionError), stage:  # noqa: PT012
+        with pytest.raises(ZeroDivisionError) as stop, stage:  # noqa: PT012
             stage.log(1, {"loss": 1.0})
             _ = 1 / 0
+        whole = [f"its last weights are in {tmp_path / 'every-0' / 'interrupted'}"]  # of which no more is to be said
+        assert getattr(stop.value, "__notes__", []) == (whole if expected else [])
         assert (tmp_path / f"every-{save_steps}" / "interrupted").exists() == expected
 
 

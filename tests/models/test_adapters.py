@@ -1,7 +1,9 @@
 """Adapters: nothing at the start, nothing but the adapter is trained, the reference shares the weights, and merging
 changes no number."""
 
+import gc
 import logging
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -15,8 +17,8 @@ from fastrlhf.algorithms.reward_model import train_reward_model
 from fastrlhf.algorithms.sft import train_sft
 from fastrlhf.config import DPOConfig, PPOConfig, RewardConfig, SFTConfig
 from fastrlhf.data.packing import pack
-from fastrlhf.models.adapters import add_adapter, frozen_copy, has_adapter, merge_adapter, plain_weights
-from fastrlhf.models.forward import sequence_scores, token_logprobs
+from fastrlhf.models.adapters import add_adapter, frozen_copy, has_adapter, merge_adapter, merged_copy, plain_weights
+from fastrlhf.models.forward import CHECKPOINTING, enable_activation_checkpointing, sequence_scores, token_logprobs
 from fastrlhf.models.loading import load_reward_model
 from fastrlhf.types import Segment
 from tests import tiny
@@ -143,6 +145,21 @@ def test_activation_checkpointing_changes_no_number_of_a_run_with_an_adapter(pat
         train_dpo(dpo(paths[0], activation_checkpointing=on), examples).history for on in (False, True)
     )
     assert checkpointed == plain
+
+
+@pytest.mark.parametrize("make", [frozen_copy, merged_copy])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_copy_recomputes_nothing_and_does_not_keep_the_model_alive(make, adapted):
+    model = tiny.policy()
+    if adapted:
+        add_adapter(model, SFTConfig(**LORA), "base")
+    enable_activation_checkpointing(model)
+    copied, original = make(model), weakref.ref(model)
+    assert getattr(model, f"is_{CHECKPOINTING}")
+    assert not getattr(copied, f"is_{CHECKPOINTING}")
+    del model
+    gc.collect()
+    assert original() is None
 
 
 def test_a_run_leaves_the_merged_model_and_the_adapter_that_makes_it(paths, tmp_path):

@@ -1,5 +1,6 @@
 """Frozen models wait elsewhere: their weights come back as they were, and no number of a run changes."""
 
+import pytest
 import torch
 
 from fastrlhf.algorithms import on_policy
@@ -64,3 +65,20 @@ def test_a_run_that_offloads_reads_no_weight_while_it_waits(tmp_path, monkeypatc
     plain = history()
     monkeypatch.setattr(on_policy, "Waiting", Poisoned)
     assert history(ref_reward_offload=True) == plain
+
+
+def test_pageable_copies_of_all_weights_never_lie_beside_the_pinned_ones(monkeypatch):
+    """Without a GPU memory is only told to be pinned: what is asked for, and whether a second copy is made of it."""
+    asked, empty_like = [], torch.empty_like
+
+    def unpinned(tensor, *, device, pin_memory):
+        asked.append(pin_memory)
+        return empty_like(tensor, device=device)
+
+    monkeypatch.setattr(torch, "empty_like", unpinned)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda _: pytest.fail("a second copy"))
+    model = tiny.policy()
+    before = weights(model)
+    Waiting([model], [], torch.device("cuda"))
+    assert asked == [True] * len(before)
+    assert all(map(torch.equal, before, weights(model)))

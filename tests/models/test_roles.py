@@ -1,11 +1,13 @@
 """Models that are adapters over the base of a run: numbers and gradients of separate models, without their memory."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -204,6 +206,19 @@ def test_an_adapter_over_another_base_is_refused_and_both_are_named(paths, tmp_p
         run(other | {"judge": judge})
     with pytest.raises(ValueError, match=message.format("eval_reward_model_path", paths["judge"])):
         run(other | {"judge": judge, "dpo": dpo}, eval_reward_model_path=paths["judge"])
+
+
+def test_an_adapter_over_4_bits_is_refused_over_the_same_base_in_full_and_the_key_is_named(paths, tmp_path):
+    shutil.copytree(paths["dpo"], tmp_path / "dpo")
+    file = tmp_path / "dpo" / "adapter_model.safetensors"
+    with safe_open(file, "pt") as content:
+        metadata = content.metadata()
+    assert metadata["load_in_4bit"] == "false"
+    save_file(load_file(file), file, metadata | {"load_in_4bit": "true"})
+    shared = load_policy(paths["base"]).requires_grad_(False)
+    policy_role(paths["dpo"], shared, "dpo_model_path")
+    with pytest.raises(ValueError, match=r"^dpo_model_path: .* load_in_4bit: true, and in this run it is false; set"):
+        policy_role(str(tmp_path / "dpo"), shared, "dpo_model_path")
 
 
 def test_an_adapter_of_another_program_is_known_by_the_name_of_its_base(paths, tmp_path):
