@@ -18,11 +18,11 @@ def test_the_change_it_names_makes_it_fit(folder):
 
 
 def test_where_the_rollout_is_too_large_fewer_episodes_are_generated_side_by_side(folder):
-    wide = {"per_device_train_batch_size": 32, "rollout_batch_size": 32, "micro_batch_tokens": 184}
+    wide = {"per_device_train_batch_size": 64, "rollout_batch_size": 64, "micro_batch_tokens": 184}
     config = measure.config(folder, "ppo", reward_model_path=str(folder / "tiny_reward"), **wide)
     whole = plan_run(config)
     assert whole.peak == whole.phases[0].total
-    assert "--rollout_batch_size 16" in plan_run(config, memory_gib=0.99 * whole.peak / USABLE / GIB).change
+    assert "--rollout_batch_size 32" in plan_run(config, memory_gib=0.99 * whole.peak / USABLE / GIB).change
 
 
 def test_a_live_reference_is_the_first_thing_to_go(folder):
