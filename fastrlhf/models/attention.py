@@ -57,10 +57,17 @@ def choose_attention(model: PreTrainedModel, implementation: str) -> str:
     Raises ValueError, with the reason and the mend, where it cannot run this model on its device in its dtype.
     """
     softcap = getattr(model.config, "attn_logit_softcapping", None)
-    if implementation != "auto" and (obstacle := _obstacle(implementation, model.device, model.dtype, softcap)):
-        raise ValueError(f"attn_implementation: {implementation} {obstacle}, or leave it at auto")
+    check_attention(implementation, model.device, model.dtype, softcap)
     setattr(model, _CHOICE, implementation)
     return backend(model.device, model.dtype, softcap) if implementation == "auto" else implementation
+
+
+def check_attention(
+    implementation: str, device: torch.device, dtype: torch.dtype, softcap: float | None = None
+) -> None:
+    """Raises ValueError, with the reason and the mend, where `implementation` cannot run there."""
+    if implementation != "auto" and (obstacle := _obstacle(implementation, device, dtype, softcap)):
+        raise ValueError(f"attn_implementation: {implementation} {obstacle}, or leave it at auto")
 
 
 def chosen_attention(model: PreTrainedModel) -> str:

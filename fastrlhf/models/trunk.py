@@ -95,6 +95,14 @@ def _compiled(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return torch.compile(forward, dynamic=True)
 
 
+def check_liger(device: torch.device) -> None:
+    """Raises ValueError where Liger is not installed or there is no GPU."""
+    if find_spec("liger_kernel") is None:
+        raise ValueError("use_liger_kernel: liger-kernel is not installed; pip install 'fastrlhf[liger]'")
+    if device.type != "cuda" and not _triton.INTERPRETED:
+        raise ValueError(f"use_liger_kernel: Liger needs a CUDA GPU, and the run is on {device}; set it to false")
+
+
 def apply_liger(model: PreTrainedModel) -> None:
     """Puts Liger's kernels (Hsu et al. 2024, arXiv 2410.10989) into the trunk, by its public function for the model's
     `model_type`. Its rotary positions hold for every model of that type in the process.
@@ -102,10 +110,7 @@ def apply_liger(model: PreTrainedModel) -> None:
     Raises ValueError where Liger is not installed, has no function for the type, or where there is no GPU.
     """
     kind = model.config.model_type
-    if find_spec("liger_kernel") is None:
-        raise ValueError("use_liger_kernel: liger-kernel is not installed; pip install 'fastrlhf[liger]'")
-    if model.device.type != "cuda" and not _triton.INTERPRETED:
-        raise ValueError(f"use_liger_kernel: Liger needs a CUDA GPU, and the run is on {model.device}; set it to false")
+    check_liger(model.device)
     apply = getattr(import_module("liger_kernel.transformers"), f"apply_liger_kernel_to_{kind}", None)
     if apply is None:
         raise ValueError(f"use_liger_kernel: Liger has no kernels for model_type {kind!r}; set it to false")

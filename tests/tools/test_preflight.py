@@ -1,11 +1,13 @@
 """What is wrong with a later run of a chain is told before an earlier one has taken its time."""
 
 import json
+import sys
 from dataclasses import replace
 
 import pytest
 
 from fastrlhf.config import DPOConfig, PPOConfig, RewardConfig, RLPConfig, RTOConfig, SFTConfig
+from fastrlhf.models import four_bit, trunk
 from fastrlhf.tools.preflight import check_chain, rlp_stages
 from tests import tiny
 
@@ -90,6 +92,24 @@ def test_an_adapter_may_be_a_role_of_an_on_policy_run_and_no_model_to_start_from
     check_chain(list((chain | {"rto": replace(chain["rto"], **roles, dpo_ref_model_path=dpo)}).items()))
     for name, key in (("rto", "model_name_or_path"), ("dpo", "ref_model_name_or_path")):
         assert told(chain, name, **{key: dpo}).startswith(f"{key}: {dpo!r}")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"optim": "paged_adamw_8bit"}, "optim: must be .* without a CUDA GPU"),
+        ({"optim": "adamw_8bit"}, "optim: adamw_8bit needs bitsandbytes"),
+        ({"load_in_4bit": True, "use_peft": True}, "load_in_4bit: bitsandbytes is not installed"),
+        ({"use_liger_kernel": True}, "use_liger_kernel: "),
+        ({"attn_implementation": "flash_attention_2"}, "attn_implementation: flash_attention_2 needs a CUDA GPU"),
+    ],
+)
+def test_what_the_device_or_the_installation_lacks_is_told(chain, settings, message, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setattr(four_bit, "find_spec", lambda name: None)
+    monkeypatch.setattr(trunk._triton, "INTERPRETED", False)
+    with pytest.raises(ValueError, match=f"^dpo: {message}"):
+        check_chain(list((chain | {"dpo": replace(chain["dpo"], device="cpu", **settings)}).items()))
 
 
 def test_two_runs_of_one_folder_are_refused(chain):
