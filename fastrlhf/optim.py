@@ -232,6 +232,8 @@ def stochastic_round(x: Tensor, generator: torch.Generator) -> Tensor:
 def _grad_norm(model: Module) -> Tensor:
     """Of all gradients together: [] float32 on the CPU, whatever dtype they are in."""
     gradients = [param.grad for param in model.parameters() if param.grad is not None]
+    if not gradients:
+        return torch.zeros(())
     norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
     return full(torch.linalg.vector_norm(torch.stack(norms))).cpu()
 

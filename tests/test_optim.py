@@ -372,3 +372,10 @@ def test_noise_is_that_of_the_seed_the_step_and_the_tensor():
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     for one, two in ((first[0], first[1]), (first[0], other_seed[0]), (first[0], other_step[0])):
         assert not torch.equal(one, two)
+
+
+def test_a_step_without_any_gradient_moves_nothing():
+    model = Linear(2, 2, bias=False)
+    before = model.weight.detach().clone()
+    assert Optimizer({"": model}, plain(weight_decay=0.5), num_steps=9).step()["grad_norm"] == 0.0
+    assert torch.equal(model.weight, before)

@@ -62,6 +62,6 @@ def make_plain(model: PreTrainedModel) -> None:
 def _layers(model: Module) -> dict[str, Any]:
     if "bitsandbytes" not in sys.modules:
         return {}
-    from bitsandbytes.nn import Linear4bit  # pyright: ignore[reportMissingImports]
+    from bitsandbytes.nn.modules import Linear4bit  # pyright: ignore[reportMissingImports]
 
     return {name: cast(Any, layer) for name, layer in model.named_modules() if isinstance(layer, Linear4bit)}
