@@ -81,6 +81,14 @@ def _pass_over(method: str, num_prompts: int) -> Arm:
     )
 
 
+def _method(reset_prob: float) -> str:
+    return "drpo" if reset_prob else "ppo"
+
+
+def _settings(reset_prob: float) -> dict[str, Any]:
+    return {"max_steps": UPDATES[reset_prob]} | ({"reset_prob": reset_prob} if reset_prob else {})
+
+
 UPDATES = {0.0: 40, 0.25: 44, 0.5: 48, 0.75: 54, 1.0: 60}
 """By reset probability: an episode from inside a response samples fewer tokens."""
 SHAPINGS = ("token", "sentence", "eos", "rs")
@@ -94,26 +102,20 @@ GRANULARITY = [
     Arm(paper="rto", experiment="granularity", name="none", method="ppo"),
 ]
 RESETS = [
-    Arm(
-        paper="drpo",
-        experiment="resets",
-        name=f"{prob:g}",
-        method="drpo",
-        settings={"reset_prob": prob, "max_steps": updates},
-    )
-    for prob, updates in UPDATES.items()
+    Arm(paper="drpo", experiment="resets", name=f"{prob:g}", method=_method(prob), settings=_settings(prob))
+    for prob in UPDATES
 ]
 LENGTHS = (3, 5, 7)
 BY_LENGTH = [
     Arm(
         paper="drpo",
         experiment="lengths",
-        name=f"{name} {facts}",
-        method="drpo",
-        settings={"reset_prob": prob, "max_steps": UPDATES[prob]},
+        name=f"{_method(prob)} {facts}",
+        method=_method(prob),
+        settings=_settings(prob),
         facts=facts,
     )
-    for facts, (name, prob) in product(LENGTHS, {"ppo": 0.0, "drpo": 1.0}.items())
+    for facts, prob in product(LENGTHS, (0.0, 1.0))
 ]
 FEWER_PROMPTS = [_pass_over(method, num) for method, num in product(("rto", "ppo"), PROMPTS[:-1])]
 ARMS = {"rto": [*GRANULARITY, *FEWER_PROMPTS], "drpo": [*RESETS, *BY_LENGTH]}

@@ -31,16 +31,22 @@ def test_one_pass_over_the_most_prompts_is_the_run_that_the_granularities_share(
 
 def test_the_reset_arms_are_the_paper_s():
     assert list(UPDATES) == [0, 0.25, 0.5, 0.75, 1]
-    assert [arm.settings["reset_prob"] for arm in RESETS] == list(UPDATES)
+    assert [arm.settings.get("reset_prob", 0) for arm in RESETS] == list(UPDATES)
 
 
 def test_the_arms_of_a_length_differ_in_their_resets_and_share_models_that_know_every_length():
     for facts, ppo, drpo in zip(LENGTHS, BY_LENGTH[::2], BY_LENGTH[1::2], strict=True):
-        assert (ppo.settings["reset_prob"], drpo.settings["reset_prob"]) == (0, 1)
+        assert (ppo.method, drpo.method, drpo.settings["reset_prob"]) == ("ppo", "drpo", 1)
         assert (ppo.facts, drpo.facts, ppo.models, drpo.models) == (facts, facts, "lengths", "lengths")
     _, task, folder = embedded._problem("lengths", 0, Path("runs"))
     assert (task.min_salient, task.max_salient) == (min(LENGTHS), max(LENGTHS))
     assert folder == Path("runs/lengths/seed-0")
+
+
+@pytest.mark.parametrize("arm", [arm for arms in ARMS.values() for arm in arms], ids=lambda arm: arm.folder)
+def test_the_settings_of_every_arm_are_read(arm):
+    settings = demo.stage_config(arm.method, demo.DemoConfig(), Path("runs"))
+    assert replace(settings, **arm.settings).max_steps == arm.settings.get("max_steps", 40)
 
 
 @pytest.mark.parametrize("models", ["rto", "drpo", "lengths"])
