@@ -13,13 +13,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from fastrlhf.config import PPOConfig
 from fastrlhf.cuda_graphs import CapturedSteps
 from fastrlhf.data.packing import families, micro_batches, trunks
 from fastrlhf.data.resets import uniforms
@@ -73,6 +74,19 @@ class TransformersEngine:
     """Engines of one run that must not share their draws differ in this."""
     decode: Decode = "eager"
     """cuda_graph: a step is captured and replayed, the same kernels without their launches."""
+
+    @classmethod
+    def of(cls, config: PPOConfig, model: PreTrainedModel, eos_token_id: int, **others: Any) -> TransformersEngine:
+        """With the settings of an on-policy run, but for the fields in `others`."""
+        settings = {
+            "response_length": config.response_length,
+            "temperature": config.temperature,
+            "seed": config.seed,
+            "batch_size": config.rollout_batch_size,
+            "micro_batch_tokens": config.micro_batch_tokens,
+            "decode": config.decode,
+        }
+        return cls(model=model, eos_token_id=eos_token_id, **settings | others)
 
     def __post_init__(self) -> None:
         device = self.model.device

@@ -214,17 +214,7 @@ def make_engine(config: PPOConfig, policy: PreTrainedModel, eos_token_id: int) -
     """The engine of the configuration; it samples from `policy` as it is at each call."""
     if config.engine == "vllm":
         return open_vllm(config, policy, eos_token_id)
-    return TransformersEngine(
-        model=policy,
-        eos_token_id=eos_token_id,
-        response_length=config.response_length,
-        temperature=config.temperature,
-        seed=config.seed,
-        batch_size=config.rollout_batch_size,
-        micro_batch_tokens=config.micro_batch_tokens,
-        decode=config.decode,
-        stop_at_eos=config.compat == "fixed",
-    )
+    return TransformersEngine.of(config, policy, eos_token_id, stop_at_eos=config.compat == "fixed")
 
 
 def _check_ranks(config: PPOConfig, sources: Mapping[str, str]) -> None:

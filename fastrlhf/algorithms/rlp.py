@@ -177,17 +177,9 @@ class _Run:
         if not file.exists():
             config, settings = self.config, self.policy
             log.info("rlp: %d answers to each of %d prompts", config.num_answers, len(self.prompts))
-            engine = TransformersEngine(
-                model=self._load_policy(policy),
-                eos_token_id=special_ids(self.tokenizer)[0],
-                response_length=settings.response_length,
-                temperature=config.answer_temperature,
-                seed=config.seed,
-                batch_size=settings.rollout_batch_size,
-                micro_batch_tokens=settings.micro_batch_tokens,
-                decode=settings.decode,
-                stream=ANSWER_STREAM,
-            )
+            model, eos = self._load_policy(policy), special_ids(self.tokenizer)[0]
+            own = {"temperature": config.answer_temperature, "seed": config.seed, "stream": ANSWER_STREAM}
+            engine = TransformersEngine.of(settings, model, eos, **own)
             write_rows(file, map(asdict, sample_answers(engine, self.prompts, config.num_answers, round_)))
         return [Answers(**row) for row in read_rows(file)]
 

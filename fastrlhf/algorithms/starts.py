@@ -27,17 +27,7 @@ def make_roll_in(config: PPOConfig, reference: PreTrainedModel, eos_token_id: in
 
     A response ends at its EOS under either `compat`.
     """
-    engine = TransformersEngine(
-        model=reference,
-        eos_token_id=eos_token_id,
-        response_length=config.response_length,
-        temperature=config.temperature,
-        seed=config.seed,
-        batch_size=config.rollout_batch_size,
-        micro_batch_tokens=config.micro_batch_tokens,
-        decode=config.decode,
-        stream=ROLL_IN_STREAM,
-    )
+    engine = TransformersEngine.of(config, reference, eos_token_id, stream=ROLL_IN_STREAM)
     return SharedEngine(engine=engine, model=reference)
 
 
