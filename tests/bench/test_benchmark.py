@@ -27,7 +27,7 @@ def problem() -> Problem:
 @pytest.mark.parametrize("provider", select(DEVICE), ids=lambda provider: f"{provider.task}-{provider.name}")
 def test_speed(provider: Provider, problem: Problem, benchmark, request: pytest.FixtureRequest):
     if provider.missing:
-        pytest.skip("not installed")
+        pytest.skip(f"{provider.name} is not installed")
     benchmark.group = provider.task
     benchmark.disabled = not request.config.getoption("benchmark_only")
     step = provider.asked.step(provider.function, problem)

@@ -111,7 +111,7 @@ def test_the_table_shows_the_newest_row_and_what_is_not_measured_yet(tmp_path: P
 )
 def test_every_contender_gives_what_its_task_asks_for(provider: Provider, problem: problems.Problem):
     if provider.missing:
-        pytest.skip("not installed")
+        pytest.skip(f"{provider.name} is not installed")
     task = provider.asked
     found = run(task.step(provider.function, problem))
     truth = run(task.step(task.reference, problem.double()))
