@@ -1,16 +1,8 @@
-"""What runs take, measured: test_plan.py runs this in a process of its own.
+"""Tiny runs for the tests of the plan, and the bytes that a run takes at its peak."""
 
-The method: the high-water mark of the resident set (VmHWM, reset before the run) minus the resident set at that moment,
-after a run of a far smaller model has loaded every library. With MALLOC_MMAP_THRESHOLD_ set, freed tensors go back to
-the system at once.
-
-    python measure.py FOLDER [COMMAND ...]      writes {command: bytes} as JSON
-"""
-
-import ctypes
+import itertools
 import json
 import random
-import sys
 from pathlib import Path
 
 import torch
@@ -94,24 +86,14 @@ def config(folder: Path, command: str, sizes: dict[str, int] = SMALL, **changes)
     return kind(**settings(folder, command, sizes, "reward") | changes)
 
 
-def status(name: str) -> int:
-    """Bytes of a line of /proc/self/status."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
-
-
 def measure(folder: Path, command: str) -> int:
-    """Bytes at the peak of a run, beyond what the process had before."""
-    kind, train = TRAINERS[command]
-    train(kind(**settings(folder, command, tiny(), "tiny_reward")))
-    measured = config(folder, command, SIZES)
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = status("VmRSS")
-    train(measured)
-    return status("VmHWM") - before
+    """Bytes of tensors at the peak of a run, by torch's own account of every allocation and mapped file.
 
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    json.dump({command: measure(Path(sys.argv[1]), command) for command in sys.argv[2:] or TRAINERS}, sys.stdout)
+    The resident set of the process would add what the allocator, the libraries and the page cache of a machine add.
+    """
+    _, train = TRAINERS[command]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        train(config(folder, command, SIZES))
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(itertools.accumulate(changes))
