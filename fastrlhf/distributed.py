@@ -93,6 +93,22 @@ def on_first(function: Callable[[], T]) -> T:
     return cast(T, value)
 
 
+def on_each(function: Callable[[], T]) -> list[T]:
+    """What `function` returns on each rank, by rank; or, on all of them, the first error that it raises on any."""
+    if world_size() == 1:
+        return [function()]
+    outcome: tuple[T | None, Exception | None] = (None, None)
+    try:
+        outcome = (function(), None)
+    except Exception as error:
+        outcome = (None, _sendable(error))
+    outcomes = from_all(outcome)
+    for _, error in outcomes:
+        if error is not None:
+            raise error
+    return [cast(T, value) for value, _ in outcomes]
+
+
 def from_all(value: T) -> list[T]:
     """What each rank has, by rank."""
     values: list[T] = [value] * world_size()
