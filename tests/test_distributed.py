@@ -23,6 +23,8 @@ from fastrlhf.metrics import read_metrics
 from tests import ranks, resumable, tiny
 
 ROOT = Path(__file__).parent.parent
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "OMP_NUM_THREADS": "1"}
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 ROUNDING = ("sampling/",)
 """Metrics that are a difference of two roundings, 0 but for those."""
 
@@ -34,12 +36,10 @@ def place(tmp_path_factory):
     resumable.save_models(place)
     rows = [{"prompt": example.prompt, "completion": example.reference} for example in tiny.examples(11)]
     (place / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     with (place / "stdout").open("w") as stdout, (place / "stderr").open("w") as stderr:
         child = subprocess.Popen(
-            [*launcher, str(ROOT / "tests" / "ranks.py"), str(place)],
-            env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            [*TORCHRUN, str(ROOT / "tests" / "ranks.py"), str(place)],
+            env=ENVIRONMENT,
             stdout=stdout,
             stderr=stderr,
         )
@@ -137,6 +137,23 @@ def test_each_process_holds_its_part_of_the_weights_and_sums_the_gradients(place
         assert model["logprob"] < 1e-5
         assert model["kept"] > 0 == model["left"]
         assert model["gradient"] < 1e-5
+
+
+def test_what_all_processes_refuse_is_told_once():
+    command = [*TORCHRUN, "-m", "fastrlhf", "sft", "--learning_rate", "-1"]
+    ended = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode != 0
+    assert ended.stderr.count("fastrlhf sft: learning_rate: must be above 0; got -1.0") == 1, ended.stderr
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_another_process_than_the_first_waits_for_its_end_before_it_tells_an_error(monkeypatch, capsys, rank):
+    slept = []
+    monkeypatch.setattr(cli.time, "sleep", slept.append)
+    monkeypatch.setenv("RANK", str(rank))
+    assert cli.main(["sft", "--learning_rate", "-1"]) == 2
+    assert slept == [cli.PATIENCE] * rank
+    assert capsys.readouterr().err.startswith("fastrlhf sft: learning_rate: must be ")
 
 
 def test_one_process_has_everything():

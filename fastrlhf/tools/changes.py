@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from fastrlhf.config import DPOConfig, PPOConfig, TrainConfig
+from fastrlhf.distributed import world_size
 from fastrlhf.tools.packs import Rows, find_packs
 from fastrlhf.tools.phases import Phase, count_phases, readable
 
@@ -41,16 +42,18 @@ def _bases(config: TrainConfig) -> Iterator[TrainConfig]:
     """Settings that save memory without being a number to turn down, the cheapest first, each on top of the one before.
 
     To compute the reference's log-probs once costs nothing. To compute activations again costs a third more time and
-    changes no number; moments in 8 bits and bfloat16 round; a LoRA trains something else.
+    changes no number; moments in 8 bits and bfloat16 round; a LoRA trains something else. Several processes can do
+    neither of the last two.
     """
     if isinstance(config, DPOConfig) and not config.precompute_ref_log_probs:
         config = replace(config, precompute_ref_log_probs=True)
+    alone = world_size() == 1
     steps = (
         {},
         {"activation_checkpointing": True},
         {"dtype": "bfloat16"},
-        {} if config.use_peft else {"optim": "adamw_8bit"},
-        {} if config.use_peft or config.model_config else {"use_peft": True, "optim": config.optim},
+        {"optim": "adamw_8bit"} if alone and not config.use_peft else {},
+        {"use_peft": True, "optim": config.optim} if alone and not (config.use_peft or config.model_config) else {},
     )
     before = None
     for step in steps:

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from fastrlhf.tools import changes
 from fastrlhf.tools.phases import GIB
 from fastrlhf.tools.plan import USABLE, plan_run
 from tests.tools import measure
@@ -48,3 +49,11 @@ def test_what_changes_no_number_comes_before_what_does(folder):
         assert last in change
         assert change.startswith("the cheapest change that fits: --")
         assert "--activation_checkpointing True" in change
+
+
+def test_several_processes_are_not_advised_what_they_refuse(folder, monkeypatch):
+    config = measure.config(folder, "sft", model_config="", model_name_or_path=str(folder / "policy"))
+    assert [base.optim for base in changes._bases(config)][-2:] == ["adamw_8bit", "adamw_torch_fused"]
+    monkeypatch.setattr(changes, "world_size", lambda: 2)
+    *_, last = changes._bases(config)
+    assert (last.optim, last.use_peft, last.dtype) == ("adamw_torch_fused", False, "bfloat16")
