@@ -237,11 +237,14 @@ class PPOConfig(TrainConfig):
         resets = ("reset_min", "reset_source", "reset_curriculum")
         critic = ("vf_coef", "cliprange_value", "value_learning_rate", "lam")
         no_critic = f"with advantage_estimator {self.advantage_estimator}"
+        grouped, one_step = self.reset_group_size > 1, self.num_ppo_epochs * self.num_mini_batches == 1
         at_default(
             self,
             [
                 (bool(self.dpo_model_path), "without a dpo_model_path", dpo),
-                (self.reset_prob > 0, "where reset_prob is 0", resets),
+                (self.reset_prob > 0, "where reset_prob is 0", (*resets, "reset_group")),
+                (grouped, "where reset_group_size is 1", ("reset_group", "share_trunks")),
+                (not one_step, "where an update is one step, which is always taken", ("target_kl",)),
                 (self.advantage_estimator == "gae", no_critic, critic),
                 (self.engine == "vllm", "where engine is transformers", ("vllm_gpu_memory_utilization",)),
                 (self.kl_target > 0, "without a kl_target", ("kl_horizon",)),
