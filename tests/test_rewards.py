@@ -124,6 +124,13 @@ def test_the_clip_comes_after_the_scale_and_its_share_is_of_the_tokens_that_earn
     assert "reward/dpo_clipped" not in terms(DPO)["dpo"].metrics
 
 
+def test_rs_takes_back_what_was_paid_and_not_what_was_clipped_away():
+    """With the sum of the log-ratios themselves, the return would no longer be that without the DPO model."""
+    found = terms(DPO, dpo_reward_scale=1.0, dpo_reward_clip=1.5, reward_shaping="rs")["dpo"]
+    assert found.reward.tolist() == [0, 1, -1.5, 0.5, 0, 0.25, 1.5, -1.75]
+    assert found.metrics["reward/dpo_clipped"] == 2 / 6
+
+
 @pytest.mark.parametrize(
     ("shaping", "expected"),
     [
