@@ -261,6 +261,12 @@ def test_the_policy_gets_no_gradient_from_reset_tokens_under_the_authors_semanti
     assert max(g.abs().max() for g in recorder.steps[0][0]) > 1e-4
 
 
+def test_the_critic_is_told_how_much_of_the_returns_it_explains(critic):
+    found, metrics = experience(config(), ROLLOUTS, critic)
+    left = (found.returns - found.value).var() / found.returns.var()
+    assert metrics["critic/explained_var"] == pytest.approx(1 - left.item(), rel=1e-4)
+
+
 def test_reset_and_scratch_episodes_are_reported_apart(critic):
     _, metrics = experience(config(DRPOConfig, reset_prob=0.5), ROLLOUTS, critic)
     assert metrics["drpo/reset_fraction"] == 3 / 5
