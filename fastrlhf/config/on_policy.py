@@ -99,8 +99,8 @@ class PPOConfig(TrainConfig):
     dpo_reward_scale: float = 0.05
     """Reward per nat of that log-ratio, the DPO beta included; negative is allowed. RTO's beta1."""
     dpo_reward_norm: Literal["none", "running"] = "none"
-    """Of that log-ratio, before the scale. running: as of the score, over tokens; a response's sum is then no longer
-    the reward that its model implies, nor does it grow with its length."""
+    """Of that log-ratio, before the scale, which is then per standard deviation. running: as of the score, over tokens;
+    a response's sum is no longer the reward that its model implies, and does not grow with its length."""
     dpo_reward_clip: float = 0.0
     """Each token's DPO reward is clipped to +-dpo_reward_clip, after the scale; 0 is off (the authors' code: 0.05)."""
     reward_shaping: Literal["token", "sentence", "eos", "rs", "none"] = "token"
