@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from fastrlhf.config import TrainConfig
+from fastrlhf.models.loading import resolve_device
 from fastrlhf.tools.phases import GIB, readable
 from fastrlhf.tools.plan import USABLE, plan_run
 
@@ -13,6 +16,7 @@ it does not count then takes the rest."""
 
 def advise(config: TrainConfig) -> str:
     """The largest parts of the peak and the cheapest change, in one line. Raises ValueError as `plan_run` does."""
+    config = replace(config, device=str(resolve_device(config.device)))  # auto was this machine's, whatever its memory
     plan = plan_run(config)
     worst = max(plan.phases, key=lambda phase: phase.total)
     largest = sorted(worst.parts.items(), key=lambda part: -part[1])[:3]
