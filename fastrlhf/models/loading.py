@@ -31,6 +31,7 @@ from fastrlhf.hub import check_hub
 from fastrlhf.models.adapters import add_adapter
 from fastrlhf.models.forward import enable_activation_checkpointing
 from fastrlhf.models.four_bit import keep_layout, quantization
+from fastrlhf.models.offload import HOST, check_offloading
 from fastrlhf.models.trunk import TrunkOptions, prepare_trunk
 from fastrlhf.shards import is_sharded, read_tensors
 
@@ -85,11 +86,16 @@ def open_policy(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreT
 
 
 def make_trainable(model: PreTrainedModel, config: TrainConfig, base: str) -> None:
-    """What `config` asks of a model that it trains, loaded from `base`: an adapter, activation checkpointing."""
+    """What `config` asks of a model that it trains, loaded from `base`: an adapter, activation checkpointing.
+
+    Raises ValueError where activations cannot be offloaded.
+    """
+    if config.activation_offloading:
+        check_offloading(model.device)
     if config.use_peft:
         add_adapter(model, config, base)
     if config.activation_checkpointing:
-        enable_activation_checkpointing(model)
+        enable_activation_checkpointing(model, offload_to=HOST if config.activation_offloading else None)
 
 
 def load_policy(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from traceback import clear_frames
 
 from fastrlhf.config import TrainConfig
 from fastrlhf.distributed import world_size
+from fastrlhf.models.loading import resolve_device
 from fastrlhf.tools.phases import GIB, readable
 from fastrlhf.tools.plan import USABLE, plan_run
 
@@ -25,6 +27,7 @@ def add_advice(error: Exception, config: TrainConfig) -> None:
 
 def advise(config: TrainConfig) -> str:
     """The largest parts of the peak and the cheapest change, in one line. Raises ValueError as `plan_run` does."""
+    config = replace(config, device=str(resolve_device(config.device)))  # auto was this machine's, whatever its memory
     plan = plan_run(config)
     worst = max(plan.phases, key=lambda phase: phase.total)
     largest = sorted(worst.parts.items(), key=lambda part: -part[1])[:3]
