@@ -53,7 +53,10 @@ def test_what_changes_no_number_comes_before_what_does(folder):
 
 def test_several_processes_are_not_advised_what_they_refuse(folder, monkeypatch):
     config = measure.config(folder, "sft", model_config="", model_name_or_path=str(folder / "policy"))
-    assert [base.optim for base in changes._bases(config, may_offload=False)][-2:] == ["adamw_8bit", "adamw_torch_fused"]
+    assert [base.optim for base in changes._bases(config, may_offload=False)][-2:] == [
+        "adamw_8bit",
+        "adamw_torch_fused",
+    ]
     monkeypatch.setattr(changes, "world_size", lambda: 2)
     *_, last = changes._bases(config, may_offload=False)
     assert (last.optim, last.use_peft, last.dtype) == ("adamw_torch_fused", False, "bfloat16")
