@@ -82,6 +82,8 @@ def test_scores_by_reset_depth_are_one_chart_of_the_last_steps(tmp_path):
     assert figures(page)[title] == ["drpo"]
     assert "drpo: 2 points, from 20.5 to 2050" in page
     assert "score_depth" not in page
+    [figure] = [part for part in page.split("<figure>") if title.removeprefix("drpo/") in part]
+    assert re.findall('class="x".*?>(.*?)<', figure) == ["20", "40", "60"]  # the middles of the fifths: 10 to 70 %
 
 
 def evaluated(directory, rows):
