@@ -186,7 +186,10 @@ def test_what_two_processes_cannot_do_is_refused_before_anything_is_read(monkeyp
 
 @pytest.mark.parametrize(
     ("local", "message"),
-    [(None, "WORLD_SIZE: must be 1, or set by torchrun"), ("4", "WORLD_SIZE: must be 4 processes on this machine at most")],
+    [
+        (None, "WORLD_SIZE: must be 1, or set by torchrun"),
+        ("4", "WORLD_SIZE: must be 4 processes on this machine at most"),
+    ],
 )
 def test_each_process_needs_a_gpu_of_its_own(monkeypatch, local, message):
     monkeypatch.setenv("WORLD_SIZE", "8")
