@@ -268,12 +268,11 @@ class Checkpointer:
         return state["step"]
 
     def _fill(self, folder: Path, step: int) -> None:
-        states = {name: part.state_dict() for name, part in self._parts.items()}
-        tensors = {
-            name: {key: value for key, value in state.items() if isinstance(value, Tensor)}
-            for name, state in states.items()
-        }
-        parts = {name: {k: v for k, v in state.items() if k not in tensors[name]} for name, state in states.items()}
+        parts, tensors = {}, {}
+        for name, part in self._parts.items():
+            state = part.state_dict()
+            tensors[name] = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+            parts[name] = {key: value for key, value in state.items() if key not in tensors[name]}
         state = {"step": step, "data": dict(self._data), "start": self._start, "parts": parts}
         on_first(lambda: self._write_rest(folder, state))
         for name, model in self._models.items():

@@ -3,7 +3,8 @@
 Every rank reads the same data in the same order and knows the whole plan of a step; the batch size is that of the step.
 Only what costs is shared out: each rank computes its part of the micro-batches, of the prompts to answer, of the
 responses to judge, and what comes of it is exchanged until every rank holds the same numbers. So whatever decides
-anything (rewards, whitening, a KL coefficient, an early stop) is computed by all of them alike. The first alone writes.
+anything (rewards, whitening, a KL coefficient, an early stop) is computed by all of them alike. The first alone writes,
+but for the parts of a checkpoint.
 
 In one process every function here gives back what it is given.
 """

@@ -116,6 +116,8 @@ def _names(folder: Path) -> list[str]:
 
 
 def _entry(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise OSError(f"{file.name} of another process is not there; take a folder that all hosts see")
     return {"size": file.stat().st_size, "sha256": _digest(file)}
 
 

@@ -31,8 +31,8 @@ from torch.distributed.tensor import empty as empty_dtensor
 
 from fastrlhf.distributed import on_first, world_size
 
-FILE = 2**30
-"""Bytes of a part, about: what a process needs beside its tensors while it writes."""
+FILE = 2**28
+"""Bytes of a part, about. Twice as many, and what is copied from a GPU, a process needs beside its tensors to write."""
 
 
 def is_sharded(stem: Path) -> bool:

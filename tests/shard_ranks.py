@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
+from fastrlhf import shards
 from fastrlhf.checkpoint import Checkpointer
 from fastrlhf.config import SFTConfig
 from fastrlhf.distributed import start
@@ -72,6 +73,7 @@ def same(left: dict[str, Any], right: dict[str, Any]) -> bool:
 
 def main(place: Path) -> None:
     torch.set_num_threads(1)
+    shards.FILE = 2**15  # several per process, of the moments
     start(CONFIG)
     rank, gathers, gather = dist.get_rank(), [], DTensor.full_tensor
 
