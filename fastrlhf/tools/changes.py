@@ -19,12 +19,14 @@ def cheapest_change(config: TrainConfig, rows: Rows, phases: Sequence[Phase], li
     def totals(changed: TrainConfig) -> list[int]:
         return [phase.total for phase in count_phases(changed, rows, is_cuda=is_cuda)[0]]
 
-    for base in _bases(config):
+    for base in _bases(config, is_cuda=is_cuda):
         needs = [phase.total for phase in phases] if base == config else totals(base)
         if max(needs) <= limit:
             return f"the cheapest change that fits: {_told(config, base)}: {readable(max(needs))}"
         is_rollout = isinstance(base, PPOConfig)
-        smaller = _smaller(base, rows, rollout=is_rollout and needs[0] > limit, training=needs[is_rollout] > limit)
+        smaller = _smaller(
+            base, rows, rollout=is_rollout and needs[0] > limit, training=max(needs[is_rollout:]) > limit
+        )
         least = min(least, *needs, *(max(totals(changed)) for changed in smaller[-1:]))
         if least > limit:
             continue  # not even the smallest
@@ -37,16 +39,18 @@ def cheapest_change(config: TrainConfig, rows: Rows, phases: Sequence[Phase], li
     )
 
 
-def _bases(config: TrainConfig) -> Iterator[TrainConfig]:
+def _bases(config: TrainConfig, *, is_cuda: bool) -> Iterator[TrainConfig]:
     """Settings that save memory without being a number to turn down, the cheapest first, each on top of the one before.
 
-    To compute the reference's log-probs once costs nothing. To compute activations again costs a third more time and
-    changes no number; moments in 8 bits and bfloat16 round; a LoRA trains something else.
+    To compute the reference's log-probs once costs nothing, to fetch frozen models from CPU memory a moment per update,
+    to compute activations again a third more time: none of these changes a number. Moments in 8 bits and bfloat16
+    round; a LoRA trains something else.
     """
     if isinstance(config, DPOConfig) and not config.precompute_ref_log_probs:
         config = replace(config, precompute_ref_log_probs=True)
     steps = (
         {},
+        {"ref_reward_offload": True} if is_cuda and _may_offload(config) else {},
         {"activation_checkpointing": True},
         {"dtype": "bfloat16"},
         {} if config.use_peft else {"optim": "adamw_8bit"},
@@ -58,6 +62,17 @@ def _bases(config: TrainConfig) -> Iterator[TrainConfig]:
         if config != before:
             yield config
         before = config
+
+
+def _may_offload(config: TrainConfig) -> bool:
+    """Whether frozen models have weights of their own, which nothing reads while they would wait."""
+    if not isinstance(config, PPOConfig) or config.use_peft:
+        return False
+    try:
+        replace(config, ref_reward_offload=True)
+    except ValueError:
+        return False
+    return True
 
 
 def _smaller(config: TrainConfig, rows: Rows, *, rollout: bool, training: bool) -> list[TrainConfig]:
@@ -84,8 +99,8 @@ def _halvings(value: int, least: int) -> list[int]:
 
 def _told(config: TrainConfig, changed: TrainConfig) -> str:
     names = (
-        *("precompute_ref_log_probs", "micro_batch_tokens", "rollout_batch_size", "activation_checkpointing"),
-        *("dtype", "optim", "use_peft"),
+        *("precompute_ref_log_probs", "ref_reward_offload", "micro_batch_tokens", "rollout_batch_size"),
+        *("activation_checkpointing", "dtype", "optim", "use_peft"),
     )
     return " ".join(
         f"--{name} {getattr(changed, name)}"

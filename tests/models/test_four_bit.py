@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
 from fastrlhf.algorithms.on_policy import train_on_policy
 from fastrlhf.algorithms.preference import train_dpo
@@ -100,6 +101,20 @@ def test_the_trunk_alone_is_quantised_and_a_gradient_flows_after_a_pass_without(
         reference.parameters(), load_policy(runs["base"], load_in_4bit=True).parameters(), strict=True
     ):
         assert torch.equal(ours.data, theirs.data)
+
+
+@needs_bitsandbytes
+def test_a_model_without_data_has_the_tensors_of_one_that_is_loaded(runs):
+    real = load_policy(runs["base"], load_in_4bit=True)
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(real.config)
+        four_bit.quantize_without_data(empty, torch.float32)
+    assert four_bit.is_four_bit(empty)
+    for name, weight in real.named_parameters():
+        pairs = [(weight, empty.get_parameter(name))]
+        pairs += zip(four_bit.state_tensors(weight), four_bit.state_tensors(pairs[0][1]), strict=True)
+        assert len(pairs) == (6 if weight.dtype == torch.uint8 else 1)
+        assert [(x.shape, x.dtype) for x, _ in pairs] == [(x.shape, x.dtype) for _, x in pairs]
 
 
 @needs_bitsandbytes
