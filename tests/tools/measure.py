@@ -1,10 +1,12 @@
 """Tiny runs for the tests of the plan, and the bytes that a run takes at its peak."""
 
+import importlib.util
 import itertools
 import json
 import random
 from pathlib import Path
 
+import pytest
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -21,6 +23,9 @@ SIZES = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "
 SMALL = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 1, "num_attention_heads": 1}
 VOCAB = 4000
 JUDGE_RANK, DPO_RANK = 8, 4
+needs_bitsandbytes = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed: fastrlhf[bnb]"
+)
 UNREAD = {"qlora": 4 * 4 * (4 * 256 * 256 + 3 * 256 * 704)}
 """Bytes of a mapped file that nothing reads once it is loaded, so that their pages are the kernel's to drop: of the
 linear layers whose 4 bits are elsewhere. The embedding and the head are read where they are mapped."""

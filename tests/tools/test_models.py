@@ -5,7 +5,6 @@ import pytest
 from fastrlhf.tools.memory import Fakes
 from fastrlhf.tools.models import open_models
 from fastrlhf.tools.packs import read_rows
-from tests.models.test_four_bit import needs_bitsandbytes
 from tests.tools import measure
 
 POLICY, SCORER = 5_261_568, 4_237_824
@@ -48,7 +47,7 @@ def second_judge(folder) -> dict[str, str]:
     return {"eval_reward_model_path": str(folder / "judge" / "adapter")}
 
 
-@needs_bitsandbytes
+@measure.needs_bitsandbytes
 def test_linear_layers_in_4_bits_take_half_a_byte_and_the_scales_of_double_quantisation(folder):
     packed = LINEAR * (1 / 2 + 1 / 64 + 4 / (64 * 256)) + 7 * 4 * 4 * (16 + 256 + 1)  # and each layer's two codes
     expected = packed + 4 * (POLICY - LINEAR)
