@@ -35,6 +35,7 @@ from fastrlhf.models.attention import choose_attention, chosen_attention
 from fastrlhf.models.forward import check_packed_forward, enable_activation_checkpointing
 from fastrlhf.models.four_bit import is_four_bit
 from fastrlhf.models.loading import float_score_head, load_policy, make_trainable, resolve_device
+from fastrlhf.models.offload import HOST
 from fastrlhf.models.trunk import TrunkOptions
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ def judge_and_critic(config: PPOConfig, reward_model: PreTrainedModel) -> tuple[
     if not config.use_peft:
         critic = merged_copy(reward_model).to(reward_model.device)  # pyright: ignore[reportArgumentType] (as there)
     if config.activation_checkpointing:
-        enable_activation_checkpointing(critic)
+        enable_activation_checkpointing(critic, offload_to=HOST if config.activation_offloading else None)
     return judge, critic
 
 

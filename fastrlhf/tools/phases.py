@@ -9,6 +9,7 @@ Python process with its libraries (0.3 to 0.5 GiB of a CPU's memory; the CUDA co
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -48,15 +49,15 @@ def readable(size: int) -> str:
 def count_phases(config: TrainConfig, rows: Rows, *, is_cuda: bool) -> tuple[list[Phase], list[str]]:
     """The phases, the rollout first where there is one, and facts: steps, tokens and parameters.
 
-    With `ref_reward_offload` the frozen models are on a GPU in the phases that ask them alone; on a CPU they wait where
-    they are. Raises ValueError, as the run would, for a model that is not there or that its keys do not fit.
+    With `ref_reward_offload` the frozen models are on the device in the phases that ask them alone. Raises ValueError,
+    as the run would, for a model that is not there or that its keys do not fit.
     """
     packs = find_packs(config, rows)
     fakes = Fakes.of(config.dtype, is_cuda)
     models = open_models(config, rows.tokenizer, fakes)
     trained, frozen = models.trained, models.frozen
     weights = {f"weights of the {name}": models.own[name] for name in (*trained, *frozen) if models.own[name]}
-    waits = is_cuda and isinstance(config, PPOConfig) and config.ref_reward_offload
+    waits = isinstance(config, PPOConfig) and config.ref_reward_offload
     waiting = {part: weights.pop(part) for name in frozen if waits and (part := f"weights of the {name}") in weights}
     moments, copies, update = _optimiser(config, trained.values())
     gradients = sum(fake.gradient_bytes for fake in trained.values())
@@ -104,6 +105,9 @@ def count_phases(config: TrainConfig, rows: Rows, *, is_cuda: bool) -> tuple[lis
     if paged:
         told = readable(sum(moments.values()))
         facts.append(f"optimiser state: {told}, not counted below: in paged memory, which moves to the CPU's")
+    if config.activation_offloading:
+        told = readable(max(_inputs_of_layers(fake, pack_tokens) for fake in trained.values()))
+        facts.append(f"inputs of layers: {told}, not counted below: in the CPU's memory between forward and backward")
     if isinstance(config, PPOConfig):
         passes = config.num_ppo_epochs
         facts.insert(
@@ -129,6 +133,13 @@ def _optimiser(config: TrainConfig, trained: Iterable[FakeModel]) -> tuple[dict[
     made = "gradients in float32" if keeps_copies else "gradients and weights in float32, noise"
     moments = {"optimiser state (float32, two per parameter)": in_float32, "optimiser state (8 bits)": in_8_bits}
     return moments, copies, {made: update}
+
+
+def _inputs_of_layers(fake: FakeModel, num_tokens: int) -> int:
+    """Bytes of pinned memory, in powers of 2 as torch takes it."""
+    text = fake.model.config.get_text_config()
+    size = num_tokens * text.hidden_size * fake.model.dtype.itemsize
+    return text.num_hidden_layers * 2 ** math.ceil(math.log2(size))
 
 
 def _rollout(config: PPOConfig, rows: Rows, fakes: Fakes, model: PretrainedConfig, policy: FakeModel) -> Phase:

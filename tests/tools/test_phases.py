@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from fastrlhf.tools.packs import read_rows
-from fastrlhf.tools.phases import count_phases
+from fastrlhf.tools.phases import count_phases, readable
 from fastrlhf.tools.plan import plan_run
 from tests.tools import measure
 
@@ -83,12 +83,12 @@ def test_activation_checkpointing_takes_less(folder):
 REFERENCE, JUDGE, DPO = (f"weights of the {name}" for name in ("reference", "reward model", "DPO model"))
 
 
-def offloaded(folder, is_cuda=True, **changes):
+def offloaded(folder, **changes):
     """The phases with frozen models that wait, and those with the same models that stay."""
     start = {"model_config": "", "model_name_or_path": str(folder / "policy"), "dpo_model_path": str(folder / "policy")}
     config = measure.config(folder, "ppo", measure.SIZES, **start | changes)
     waits = dataclasses.replace(config, ref_reward_offload=True)
-    return (count_phases(each, read_rows(each), is_cuda=is_cuda) for each in (waits, config))
+    return (count_phases(each, read_rows(each), is_cuda=True) for each in (waits, config))
 
 
 def test_models_that_wait_are_on_a_gpu_while_they_score_and_not_while_others_work(folder):
@@ -114,7 +114,20 @@ def test_a_reference_that_writes_responses_is_on_the_gpu_for_that_too(folder):
 
 
 def test_what_waits_on_a_cpu_or_is_shared_takes_no_less(folder):
-    (phases, _), (stayed, _) = offloaded(folder, is_cuda=False)
-    assert phases == stayed
+    config = measure.config(folder, "ppo")
+    assert plan_run(dataclasses.replace(config, ref_reward_offload=True)).phases == plan_run(config).phases
     (phases, _), (stayed, _) = offloaded(folder, use_peft=True, dpo_model_path="")
     assert phases == stayed
+
+
+def test_offloaded_inputs_of_layers_leave_the_device_all_but_one_and_are_told_apart(folder):
+    """Of 8 layers the one at work and the one before it are there. Two packs: so are the gradients, from the start."""
+    settings = {"activation_checkpointing": True, "micro_batch_tokens": 900, "device": "auto"}
+    config = measure.config(folder, "sft", measure.SIZES | {"num_hidden_layers": 8}, **settings)
+    kept, offloaded = (
+        plan_run(dataclasses.replace(config, activation_offloading=on), memory_gib=1) for on in (False, True)
+    )
+    name = "activations, blocks of logits, temporaries"
+    tokens = int(kept.phases[0].name.split()[4].replace(",", ""))
+    assert kept.phases[0].parts[name] - offloaded.phases[0].parts[name] == 6 * tokens * 256 * 4
+    assert f"inputs of layers: {readable(8 * 2**20)}, not counted below" in " ".join(offloaded.facts)
