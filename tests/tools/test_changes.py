@@ -3,7 +3,8 @@
 import dataclasses
 
 from fastrlhf.tools import changes
-from fastrlhf.tools.phases import GIB
+from fastrlhf.tools.packs import read_rows
+from fastrlhf.tools.phases import GIB, count_phases
 from fastrlhf.tools.plan import USABLE, plan_run
 from tests.tools import measure
 
@@ -32,6 +33,19 @@ def test_a_live_reference_is_the_first_thing_to_go(folder):
     plan = plan_run(config, memory_gib=memory)
     assert "weights of the reference" in plan.phases[0].parts
     assert "fits: --precompute_ref_log_probs True: " in plan.change
+
+
+def test_frozen_models_are_sent_to_wait_before_anything_is_computed_twice(folder):
+    """On a GPU, and not where the loss reads the reference's head throughout."""
+    small = {"per_device_train_batch_size": 2, "reward_model_path": str(folder / "tiny_reward")}
+    config = measure.config(folder, "ppo", **small)
+    exact = dataclasses.replace(config, kl_placement="loss", kl_estimator="exact")
+    for each, may_offload, advised in ((config, True, True), (config, False, False), (exact, True, False)):
+        rows = read_rows(each)
+        phases, _ = count_phases(each, rows, is_cuda=True)
+        limit = max(phase.total for phase in phases) - 2**20
+        change = changes.cheapest_change(each, rows, phases, limit, is_cuda=True, may_offload=may_offload)
+        assert ("fits: --ref_reward_offload True: " in change) == advised, change
 
 
 def test_where_nothing_helps_it_says_so(folder):
