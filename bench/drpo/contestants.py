@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
-from time import perf_counter, process_time
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainerCallba
 
 from bench.drpo import padded
 from bench.drpo.problem import EOS, RESPONSE_LENGTH, Models, Problem
+from bench.measure import now
 from fastrlhf.algorithms.experience import pack_episodes, score_episodes
 from fastrlhf.algorithms.on_policy import draw_prefixes, make_engine, update
 from fastrlhf.evaluation.judges import reward_model_judge
@@ -37,20 +37,14 @@ class Contestant(Protocol):
 
 
 class Clock:
-    """Seconds by phase: on the wall, the work that a GPU still has to do included; on a CPU, of this process.
-
-    What else a CPU is busy with does not count, then. Several threads would add up, so there is one.
-    """
+    """Seconds by phase, as `measure.now` counts them."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
 
     def now(self) -> float:
-        if self.device.type == "cpu":
-            return process_time()
-        torch.cuda.synchronize()
-        return perf_counter()
+        return now(self.device)
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
