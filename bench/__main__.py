@@ -85,13 +85,15 @@ def main() -> None:
         command.add_argument("--rounds", type=int, default=1, help="runs of each side, in turn")
         command.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 2, 4, 8], help="of TRL")
     drpo = algorithms.add_parser("drpo", help="one update beside the padded reference and TRL's PPO, TL;DR's lengths")
-    drpo.add_argument("--shape", default="pythia-1b", choices=["tiny", "pythia-70m", "pythia-1b"], help="of GPT-NeoX")
+    drpo.add_argument("--shape", default="pythia-1b", choices=["tiny", "pythia-70m", "pythia-1b", "pythia-2.8b"])
     drpo.add_argument("--episodes", type=int, default=512)
     drpo.add_argument("--rounds", type=int, default=3, help="updates of each side, in turn")
     drpo.add_argument("--micro-batch", type=int, default=4, help="episodes, of the padded sides")
     drpo.add_argument("--micro-batch-tokens", type=int, default=2048, help="of ours")
     drpo.add_argument("--rollout-batch", type=int, default=32, help="episodes generated side by side, on every side")
     drpo.add_argument("--trl-path", type=Path, help="folder that TRL 1.12.0 is unpacked in, where another is installed")
+    drpo.add_argument("--optim", default="adamw_torch_fused", help="of ours and the padded reference")
+    drpo.add_argument("--master-weights", default="float32", help="of both, in bfloat16")
     for command in (*offline, drpo):
         command.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
         command.add_argument("--out", type=Path, default=Path("bench/results"), help="folder that rows are appended in")
@@ -209,6 +211,8 @@ def _train_drpo(a: argparse.Namespace) -> str:
         micro_batch=a.micro_batch,
         micro_batch_tokens=a.micro_batch_tokens,
         rollout_batch=a.rollout_batch,
+        optim=a.optim,
+        master_weights=a.master_weights,
     )
     return run_drpo(problem, a.rounds, a.trl_path, a.out)
 
