@@ -99,7 +99,7 @@ on_policy_1b | on_policy_3b)
     if [[ $DEVICE == cpu ]]; then
         size=(--shape tiny --episodes 4 --rounds 1)
         [[ $PART == on_policy_3b ]] && size+=(--optim adamw_8bit) # its weights are of float32: nothing to round
-        trunks=(--episodes 8 --rounds 1 --groups 4) rollout=(--episodes 4 --slots 4 --rounds 1 --groups 4)
+        trunks=(--episodes 4 --rounds 1 --groups 4) rollout=(--episodes 4 --slots 4 --rounds 1 --groups 4)
     fi
     [[ -n ${TRL_112:-} ]] && size+=(--trl-path "$TRL_112")
     if [[ $PART == on_policy_1b ]]; then
