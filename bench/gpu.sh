@@ -70,7 +70,7 @@ kernels)
     fi
     ;;
 train_600m | train_1b)
-    # Guesses for an H100; none was measured. A trainer: 40 s to start and to make the weights; then 6 or 7 sides, each 5
+    # Guesses for an H100; none was measured. A trainer: 40 s to start and to make the weights; then 6 to 8 sides, each 5
     # to 10 s to load and 7 steps of 10,000 to 20,000 tokens, .5 s each, TRL's padded ones 1 to 2. So 100 to 170 s.
     model=(--model qwen3-0.6b)
     [[ $PART == train_1b ]] && model=(--model llama-3.2-1b)

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from fastrlhf import cli
 from fastrlhf.algorithms.stage import Stage
 from fastrlhf.data.packing import pack, sequence
-from fastrlhf.distributed import from_all, gathered, is_first, largest, on_first, share, total
+from fastrlhf.distributed import from_all, gathered, is_first, largest, on_each, on_first, share, total
 from fastrlhf.interrupts import Interrupted
 from fastrlhf.models.forward import token_logprobs
 from fastrlhf.models.sharding import full, give_back, like, shard, whole
@@ -91,6 +91,10 @@ def exchanges() -> dict[str, Any]:
         on_first(stubborn)
     except RuntimeError as error:
         strange = str(error)
+    try:
+        on_each(lambda: 1 // (1 - rank))
+    except ZeroDivisionError as error:
+        told_by_second = str(error)
     return {
         "gathered": gathered(rows)[:, 0].tolist(),
         "total": total(rows[:2, 0]).tolist(),
@@ -99,6 +103,8 @@ def exchanges() -> dict[str, Any]:
         "from_all": from_all(rank),
         "on_first": on_first(lambda: rank),
         "told": told,
+        "on_each": on_each(lambda: rank),
+        "told_by_second": told_by_second,
         "strange": strange,
         "share": list(share(list(range(5)))),
     }

@@ -161,20 +161,21 @@ def _sides(setup: Setup, batch_sizes: Sequence[int]) -> dict[str, Side]:
     def trees(config: TrainConfig) -> list[Tree]:
         return [to_tree(config)(example) for example in drawn[size:]]
 
-    ours = {name: replace(setup.config, **settings) for name, settings in task.ways.items()}
+    ways = {**task.ways, **(task.gpu_ways if setup.config.device == "cuda" else {})}
+    ours = {name: replace(setup.config, **settings) for name, settings in ways.items()}
     sides = {
         name: Side(run=partial(run_ours, task, config, setup.examples), trees=trees(config))
         for name, config in ours.items()
     }
-    apart = [*sides.values()][-1].trees
+    apart = sides[[*task.ways][-1]].trees
     steps = [drawn[start : start + size] for start in range(0, len(drawn), size)]
     by_length = [example for step in steps for example in sorted(step, key=_longest)]
-    ways: dict[str, tuple[list[TokenizedExample], Mapping[str, Any]]]
-    ways = {"": (drawn, {}), ", sorted by length": (by_length, {})}
-    ways |= {f", {name}": (drawn, settings) for name, settings in task.trl_ways.items()}
+    theirs: dict[str, tuple[list[TokenizedExample], Mapping[str, Any]]]
+    theirs = {"": (drawn, {}), ", sorted by length": (by_length, {})}
+    theirs |= {f", {name}": (drawn, settings) for name, settings in task.trl_ways.items()}
     for batch_size in batch_sizes:
         # A batch of one row is the same in any order, and without padding but for that within a pair.
-        for name, (ordered, settings) in ways.items() if batch_size > 1 else [("", ways[""])]:
+        for name, (ordered, settings) in theirs.items() if batch_size > 1 else [("", theirs[""])]:
             rows = [task.to_row(example) for example in ordered]
             run = partial(run_trl, task, setup.config, rows, batch_size, settings)
             sides[f"TRL, batches of {batch_size}{name}"] = Side(run=run, trees=apart)

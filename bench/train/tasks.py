@@ -47,6 +47,8 @@ class Task:
     """Of ours, beyond those that all tasks share."""
     ways: Mapping[str, Mapping[str, Any]]
     """Ours by name: settings of each."""
+    gpu_ways: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Those that only a GPU has a reason for."""
     trl: str
     """NAMETrainer and NAMEConfig of TRL."""
     to_row: Callable[[TokenizedExample], Row]
@@ -99,6 +101,10 @@ TASKS = {
         train=train_dpo,
         fields=("chosen", "rejected"),
         ways=SHARED,
+        gpu_ways={
+            "ours, layers again": {"activation_checkpointing": True},
+            "ours, offloaded": {"activation_checkpointing": True, "activation_offloading": True},
+        },
         trl="DPO",
         to_row=_pair,
         trl_settings=lambda batch_size: {"precompute_ref_log_probs": True, "precompute_ref_batch_size": batch_size},

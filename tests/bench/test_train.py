@@ -65,14 +65,24 @@ def test_a_side_without_room_is_left_out_and_the_others_go_on():
     assert too_large == ["large"]
 
 
+def setup_of(name, device):
+    task = compare.TASKS[name]
+    return compare.Setup(
+        task=task, config=task.config(device=device, **task.settings), examples=[], drawn=[],
+        shape=compare.MODELS["tiny"], outputs=1,
+    )  # fmt: skip
+
+
+def test_a_gpu_also_times_layers_that_are_computed_again_and_a_batch_of_one_has_no_order():
+    names = ["ours", "ours, prompts twice", "ours, layers again", "ours, offloaded", "TRL, batches of 1"]
+    assert [*compare._sides(setup_of("dpo", "cuda"), [1])] == names
+    assert [*compare._sides(setup_of("dpo", "cpu"), [1])] == names[:2] + names[-1:]
+
+
 def test_the_seconds_of_a_step_are_the_median_over_rounds(monkeypatch):
     rounds = [Run(seconds=[s, 2.0], losses=[0.7, 0.6, 0.5], peak_mb=None) for s in (1.0, 9.0, 1.5)]
     monkeypatch.setattr(compare, "training_operations", lambda *_, **__: 7e12)
-    setup = compare.Setup(
-        task=compare.TASKS["reward"], config=compare.TASKS["reward"].config(device="cpu"), examples=[], drawn=[],
-        shape=compare.MODELS["tiny"], outputs=1,
-    )  # fmt: skip
-    row = compare._summary(setup, rounds, trees=[])
+    row = compare._summary(setup_of("reward", "cpu"), rounds, trees=[])
     assert row["seconds"] == 3.5
     assert row["tflops"] == pytest.approx(2.0)
     assert (row["first_loss"], row["last_loss"]) == (0.7, 0.5)
