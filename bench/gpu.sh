@@ -4,7 +4,7 @@
 #     OUT=results COMMIT=abc1234 bash bench/gpu.sh PART [arguments of the part's commands]
 #
 #     test  tune  kernels
-#     train_600m  train_1b       SFT, DPO and a reward model beside TRL, at Qwen3-0.6B and at Llama-3.2-1B
+#     train_600m  train_1b        SFT, DPO and a reward model beside TRL, at Qwen3-0.6B and at Llama-3.2-1B
 #     on_policy_1b  on_policy_3b  an update of DR-PO beside the padded reference and TRL's PPO, at Pythia-1B and -2.8B;
 #                                 the first also times trunks and rollout
 #
