@@ -191,6 +191,21 @@ def test_what_two_processes_cannot_do_is_refused_before_anything_is_read(monkeyp
 
 
 @pytest.mark.parametrize(
+    ("local", "message"),
+    [(None, "WORLD_SIZE: must be 1, or set by torchrun"), ("4", "WORLD_SIZE: must be 4 processes on this machine at most")],
+)
+def test_each_process_needs_a_gpu_of_its_own(monkeypatch, local, message):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if local:
+        monkeypatch.setenv("LOCAL_RANK", local)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(ValueError, match=message):
+        start(SFTConfig(per_device_train_batch_size=8))
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"num_mini_batches": 4}, "num_mini_batches: must be such that the 1 trees of a mini-batch"),
