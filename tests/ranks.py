@@ -98,19 +98,26 @@ def models(place: Path) -> dict[str, str]:
 
 
 def command(place: Path, folder: Path) -> list[str]:
-    """SFT from the command line, of a model from scratch whose head is its embedding."""
-    flags = {
-        "model_config": json.dumps(MODEL),
+    """From the command line: DPO after the SFT that it names in `run_first`, in `folder`, of a model from scratch whose
+    head is its embedding."""
+    shared = {"per_device_train_batch_size": 4, "max_steps": 2, "max_length": 32, "num_eval_examples": 3}
+    sft = {
+        "model_config": MODEL,
         "tokenizer_name_or_path": models(place)["policy"],
         "dataset_name": str(place / "rows.jsonl"),
-        "num_eval_examples": 3,
-        "per_device_train_batch_size": 4,
-        "max_steps": 2,
-        "max_length": 32,
         "learning_rate": 0.01,
         "output_dir": str(folder),
     }
-    return ["sft", *(str(part) for name, value in flags.items() for part in (f"--{name}", value))]
+    dpo = {
+        "run_first": ["sft"],
+        "model_name_or_path": str(folder),
+        "dataset_name": str(place / "pairs.jsonl"),
+        "learning_rate": 0.001,
+        "output_dir": str(folder.with_name("chain")),
+    }
+    file = folder.with_name(f"chain-{os.environ.get('RANK', 0)}.yaml")
+    file.write_text(json.dumps({"shared": shared, "sft": sft, "dpo": dpo}))  # JSON is YAML
+    return ["dpo", "--config", str(file)]
 
 
 def exchanges() -> dict[str, Any]:

@@ -32,8 +32,13 @@ def place(tmp_path_factory):
     """Runs of two processes, in `two`, and of one, in `one`."""
     place = tmp_path_factory.mktemp("ranks")
     resumable.save_models(place)
-    rows = [{"prompt": example.prompt, "completion": example.reference} for example in tiny.examples(11)]
-    (place / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    examples = tiny.examples(11)
+    rows = {
+        "rows": [{"prompt": x.prompt, "completion": x.reference} for x in examples],
+        "pairs": [{"prompt": x.prompt, "chosen": x.chosen, "rejected": x.rejected} for x in examples],
+    }
+    for name, content in rows.items():
+        (place / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in content))
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     with (place / "stdout").open("w") as stdout, (place / "stderr").open("w") as stderr:
@@ -81,7 +86,7 @@ def assert_same_run(one: Path, two: Path) -> None:
         torch.testing.assert_close(theirs[name], tensor, rtol=0, atol=1e-5 * tensor.abs().max().item(), msg=name)
 
 
-@pytest.mark.parametrize("kind", [*ranks.SETTINGS, "command"])
+@pytest.mark.parametrize("kind", [*ranks.SETTINGS, "command", "chain"])
 def test_two_processes_train_as_one(place, kind):
     assert_same_run(place / "one" / kind, place / "two" / kind)
 
@@ -93,7 +98,7 @@ def test_training_moved_the_weights(place):
 
 
 def test_the_first_process_alone_writes_and_speaks(place):
-    assert (place / "stdout").read_text().count("saved in") == 1
+    assert (place / "stdout").read_text().count("saved in") == 2  # by SFT and DPO
     files = {path.name for path in (place / "two" / "command").iterdir()}
     assert files == {path.name for path in (place / "one" / "command").iterdir()}
     assert "lm_head.weight" not in load_file(place / "two" / "command" / "model.safetensors")  # it is tied
@@ -192,7 +197,10 @@ def test_what_two_processes_cannot_do_is_refused_before_anything_is_read(monkeyp
 
 @pytest.mark.parametrize(
     ("local", "message"),
-    [(None, "WORLD_SIZE: must be 1, or set by torchrun"), ("4", "WORLD_SIZE: must be 4 processes on this machine at most")],
+    [
+        (None, "WORLD_SIZE: must be 1, or set by torchrun"),
+        ("4", "WORLD_SIZE: must be 4 processes on this machine at most"),
+    ],
 )
 def test_each_process_needs_a_gpu_of_its_own(monkeypatch, local, message):
     monkeypatch.setenv("WORLD_SIZE", "8")
