@@ -32,7 +32,7 @@ def run_rollout(
     rows = [
         row
         for size in group_sizes
-        for kind in (["point", "response"] if size > 1 else ["response"])
+        for kind in (["point", "response"] if size > 1 else ["point"])
         for row in _rows(replace(config_of(size, kind, episodes), rollout_batch_size=slots), rounds, device)
     ]
     for row in rows:

@@ -43,7 +43,8 @@ Row = dict[str, Any]
 
 
 def run_train(model: str, steps: int, batch_sizes: Sequence[int], device: str, folder: Path = RESULTS) -> str:
-    """Runs ours, with and without shared prompts, and TRL at each batch size; appends rows, returns a table.
+    """Runs ours, with and without shared prompts and, on a GPU, with checkpointed and with offloaded activations, and
+    TRL at each batch size; appends rows, returns a table.
 
     The dialogues are the first ones of hh_helpful_test in FASTRLHF_DATA; ours draws them in another order.
     """
@@ -72,11 +73,14 @@ def run_train(model: str, steps: int, batch_sizes: Sequence[int], device: str, f
         tokenizer.save_pretrained(work)
         vocab = max(MODELS[model].vocab_size, len(tokenizer))
         build_policy(MODELS[model], vocab_size=vocab, eos_token_id=0, seed=0).save_pretrained(work)
-        for share in (True, False):
-            name = "ours" if share else "ours, prompts twice"
+        variants = {"ours": {}, "ours, prompts twice": {"share_prompts": False}}
+        if device == "cuda":
+            again = {"activation_checkpointing": True}
+            variants |= {"ours, layers again": again, "ours, offloaded": again | {"activation_offloading": True}}
+        for name, settings in variants.items():
             with _Memory(device) as memory:
-                result = train_dpo(DPOConfig(**common, share_prompts=share, output_dir=f"{work}/{share}"), examples)
-            logged = (Path(work) / str(share) / "metrics.jsonl").read_text().splitlines()
+                result = train_dpo(DPOConfig(**common, **settings, output_dir=f"{work}/{name}"), examples)
+            logged = (Path(work) / name / "metrics.jsonl").read_text().splitlines()
             rows.append(_row(name, json.loads(logged[-1])["time"], result.history, memory))
             del result
         for batch_size in batch_sizes:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastrlhf.config import TrainConfig, require
 from fastrlhf.distributed import gathered, world_size
-from fastrlhf.models.sharding import first_entry, is_sharded, like, of_parts, part, part_size
+from fastrlhf.models.sharding import first_entry, full, is_sharded, like, of_parts, part, part_size
 
 SMALLEST_8BIT = 4096
 """Entries of the smallest tensor whose moments are kept in 8 bits."""
@@ -80,7 +80,7 @@ def moments(adamw: torch.optim.Optimizer, updated: Tensor, param: Tensor) -> dic
 
 @torch.no_grad()
 def set_moments(adamw: torch.optim.Optimizer, updated: Tensor, param: Tensor, saved: dict[str, Tensor]) -> None:
-    """Puts back what `moments` gave, whole tensors; where there are none, `updated` is as new."""
+    """Puts back what `moments` gave, whole or sharded; where there is nothing, `updated` is as new."""
     if isinstance(adamw, torch.optim.AdamW):
         adamw.state[updated] = {what: part(like(param, value)) for what, value in saved.items()}
         return
@@ -93,7 +93,7 @@ def set_moments(adamw: torch.optim.Optimizer, updated: Tensor, param: Tensor, sa
             if what == "step":
                 state[what] = int(value)
             elif what in SCALES:
-                state[what].copy_(value[first : first + len(state[what])])
+                state[what].copy_(full(value)[first : first + len(state[what])])
             else:
                 state[what].copy_(part(like(param, value)))
 

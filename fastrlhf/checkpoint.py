@@ -8,7 +8,8 @@ program is whole or not there.
         state.json                what is no tensor: step, position of the schedule, what the data were
         manifest.json             size and SHA-256 of each file
 
-No pickle is written or read.
+Where several processes train, each writes its part of weights and moments, into model.shards/ and optimizer.shards/
+(shards.py); this program loads that as a model too. No pickle is written or read.
 """
 
 from __future__ import annotations
@@ -25,19 +26,18 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.config import TrainConfig
 from fastrlhf.config_files import SAME_MODEL, differences, write_yaml
-from fastrlhf.distributed import on_first
+from fastrlhf.distributed import from_all, on_first
 from fastrlhf.durable import check_folder, discard_folder, flush, flush_tree, write_folder
 from fastrlhf.models.adapters import has_adapter, merge_adapter, merged_copy, save_adapter
 from fastrlhf.models.four_bit import is_four_bit
-from fastrlhf.models.sharding import full, like, on_first_rank, whole_weights
+from fastrlhf.models.sharding import held, whole_weights
 from fastrlhf.randomness import GlobalRandomness
+from fastrlhf.shards import describe_tensors, exists, read_into, read_tensors, write_tensors
 
 log = logging.getLogger(__name__)
 
@@ -188,8 +188,7 @@ def _save_model(
 
 
 class Checkpointer:
-    """Writes and reads the checkpoints of one run. They are whole, however many ranks there are, and any number of them
-    can go on from there."""
+    """Writes and reads the checkpoints of one run. Any number of ranks can go on from what any other number wrote."""
 
     def __init__(
         self,
@@ -214,12 +213,13 @@ class Checkpointer:
     def save(self, step: int, limit: int = 0) -> Path:
         """Writes `checkpoint-STEP`; the last `limit` up to it are kept, all of them where that is 0.
 
-        Every rank must ask; the first one writes. Raises OSError where it cannot be written; older ones are untouched
-        then.
+        Every rank must ask, and writes what it holds. Raises OSError, on all, where one cannot; older ones are
+        untouched then.
         """
-        path, (files, state) = self.path(step), self._content(step)
-        on_first(lambda: self._write(path, files, state, limit))
-        return path
+        write_folder(self.path(step), lambda partial: self._fill(partial, step))
+        if limit:
+            on_first(lambda: self._discard(step, limit))
+        return self.path(step)
 
     def mark(self) -> None:
         """Remembers, at the end of a step, where the parts are; of the optimiser, its position is enough."""
@@ -244,7 +244,7 @@ class Checkpointer:
         With `weights_only` the models alone are read, and the parts are as new at that step. Raises ValueError as
         `find_checkpoint` does, and where the checkpoint is of other models or of a run that started from others.
         """
-        path = on_first(lambda: find_checkpoint(self.folder, weights_only))
+        path = find_checkpoint(self.folder, weights_only)
         if path is None:
             if is_unfinished(str(self.folder)):
                 log.warning("%s: the run before was stopped without a checkpoint; this one starts again", self.folder)
@@ -256,40 +256,39 @@ class Checkpointer:
                 "hold; give it the old ones or choose another folder"
             )
         for name, model in self._models.items():
-            _load_weights(model, path / name / "model.safetensors")
+            _load_weights(model, path / name / "model")
         for name, part in self._parts.items():
             if name not in state["parts"]:
                 raise ValueError(f"{str(path)!r} has no state of {name!r}: it is of another version of the program")
-            file = path / f"{name}.safetensors"
-            tensors = _read_tensors(file) if file.exists() and not weights_only else {}
+            # Moments are as large as the weights, and spread as they are.
+            pattern = next(self._models[""].parameters()) if name == "optimizer" else None
+            tensors = read_tensors(path / name, pattern) if exists(path / name) and not weights_only else {}
             part.load_state_dict({**state["parts"][name], **tensors})
         log.info("resuming from %s%s", path, ", its weights alone" if weights_only else "")
         return state["step"]
 
-    def _content(self, step: int) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-        """The tensors by file, whole and for the first rank alone, and what is no tensor."""
-        files = {str(Path(name, "model.safetensors")): on_first_rank(_weights(m)) for name, m in self._models.items()}
-        parts = {}
+    def _fill(self, folder: Path, step: int) -> None:
+        parts, tensors = {}, {}
         for name, part in self._parts.items():
             state = part.state_dict()
-            tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
-            parts[name] = {key: value for key, value in state.items() if key not in tensors}
-            files[f"{name}.safetensors"] = on_first_rank(tensors)
-        return files, {"step": step, "data": dict(self._data), "start": self._start, "parts": parts}
+            tensors[name] = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+            parts[name] = {key: value for key, value in state.items() if key not in tensors[name]}
+        state = {"step": step, "data": dict(self._data), "start": self._start, "parts": parts}
+        on_first(lambda: self._write_rest(folder, state))
+        for name, model in self._models.items():
+            write_tensors(folder / name / "model", _weights(model))
+        for name in tensors:
+            write_tensors(folder / name, tensors[name])
 
-    def _write(self, path: Path, files: dict[str, dict[str, Tensor]], state: dict[str, Any], limit: int) -> None:
-        def fill(partial: Path) -> None:
-            for name, model in self._models.items():
-                model.config.save_pretrained(partial / name)
-                self._tokenizer.save_pretrained(partial / name)
-            for name in (name for name, tensors in files.items() if tensors):
-                save_file(_contiguous(files[name]), partial / name, metadata={"format": "pt"})
-            (partial / "state.json").write_text(json.dumps(state), encoding="utf-8")
+    def _write_rest(self, folder: Path, state: dict[str, Any]) -> None:
+        for name, model in self._models.items():
+            model.config.save_pretrained(folder / name)
+            self._tokenizer.save_pretrained(folder / name)
+        (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
 
-        write_folder(path, fill)
-        if limit:
-            for old in [old for old in checkpoints(self.folder) if _step(old) <= _step(path)][:-limit]:
-                discard_folder(old)
+    def _discard(self, step: int, limit: int) -> None:
+        for old in [old for old in checkpoints(self.folder) if _step(old) <= step][:-limit]:
+            discard_folder(old)
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -302,12 +301,12 @@ def find_checkpoint(folder: Path, weights_only: bool = False) -> Path | None:
     why.
 
     With `weights_only` the weights and the step are enough. Raises ValueError, naming what is wrong, where there are
-    checkpoints and none is whole.
+    checkpoints and none is whole. Every rank must ask.
     """
     damages = []
-    for path in reversed(checkpoints(folder)):
+    for path in reversed(on_first(lambda: checkpoints(folder))):
         try:
-            check_folder(path, lambda name: not weights_only or name.endswith(("model.safetensors", "state.json")))
+            check_folder(path, lambda name: not weights_only or _is_needed(name))
         except ValueError as damage:
             log.warning("%s is skipped: %s", path, damage)
             damages.append(f"{path.name}: {damage}")
@@ -322,8 +321,9 @@ def find_checkpoint(folder: Path, weights_only: bool = False) -> Path | None:
 
 
 def check_same_data(path: str, data: Mapping[str, str]) -> None:
-    """Raises ValueError, naming the split, where the newest checkpoint in the folder was trained on other data."""
-    for checkpoint in reversed(checkpoints(Path(path))):
+    """Raises ValueError, naming the split, where the newest checkpoint in the folder was trained on other data. Every
+    rank must ask."""
+    for checkpoint in reversed(on_first(lambda: checkpoints(Path(path)))):
         try:
             check_folder(checkpoint, lambda name: name == "state.json")
         except ValueError:
@@ -336,6 +336,11 @@ def check_same_data(path: str, data: Mapping[str, str]) -> None:
                     f"and is {content}; give it the old one or choose another folder"
                 )
         return
+
+
+def _is_needed(name: str) -> bool:
+    """Of a checkpoint whose weights alone are read."""
+    return name == "state.json" or "model.shards" in Path(name).parts or Path(name).name == "model.safetensors"
 
 
 def _counts(file: Path) -> bool:
@@ -355,35 +360,24 @@ def _weights(model: PreTrainedModel) -> dict[str, Tensor]:
 
 def _start(models: Mapping[str, PreTrainedModel]) -> str:
     """A fingerprint of weights before training: of the first entries of every tensor, as any training moves most."""
-    tensors = [
-        full(tensor.detach()).reshape(-1)[:64].float().clone()  # a view would keep the whole of a sharded tensor
-        for model in models.values()
-        for tensor in model.parameters()
-    ]
-    return hashlib.sha256(torch.cat(tensors).cpu().numpy().tobytes()).hexdigest() if tensors else ""
-
-
-def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-
-
-def _read_tensors(file: Path) -> dict[str, Tensor]:
-    with safe_open(file, "pt") as content:
-        return {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 (it is no mapping)
+    weights = [held(tensor.detach()) for model in models.values() for tensor in model.parameters()]
+    # Copies, since a view would be sent with all that it is a view of.
+    heads = from_all([weight.reshape(-1)[:64].float().cpu().clone() for weight in weights])
+    tensors = [torch.cat(parts)[:64] for parts in zip(*heads, strict=True)]
+    return hashlib.sha256(torch.cat(tensors).numpy().tobytes()).hexdigest() if tensors else ""
 
 
 @torch.no_grad()
-def _load_weights(model: PreTrainedModel, file: Path) -> None:
+def _load_weights(model: PreTrainedModel, stem: Path) -> None:
     """Into the tensors that are there, so that the optimiser still means them."""
-    own = _weights(model)
-    with safe_open(file, "pt") as content:
-        for name in sorted(set(own) ^ set(content.keys())):
-            raise ValueError(f"{str(file)!r} is of another model: {name} is in one of the two alone")
-        for name, tensor in own.items():
-            saved = content.get_tensor(name)
-            if saved.shape != tensor.shape or saved.dtype != tensor.dtype:
-                raise ValueError(
-                    f"{str(file)!r} is of another model: {name} is {saved.dtype} {list(saved.shape)} there and "
-                    f"{tensor.dtype} {list(tensor.shape)} here"
-                )
-            tensor.copy_(like(tensor, saved))
+    own, described = _weights(model), describe_tensors(stem)
+    for name in sorted(own.keys() ^ described.keys()):
+        raise ValueError(f"{str(stem)!r} is of another model: {name} is in one of the two alone")
+    for name, tensor in own.items():
+        dtype, shape = described[name]
+        if shape != tensor.shape or dtype != tensor.dtype:
+            raise ValueError(
+                f"{str(stem)!r} is of another model: {name} is {dtype} {list(shape)} there and {tensor.dtype} "
+                f"{list(tensor.shape)} here"
+            )
+    read_into(stem, own)

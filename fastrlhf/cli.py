@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
 from dataclasses import asdict
@@ -41,10 +42,12 @@ usage: fastrlhf COMMAND [--config FILE] [--key value ...]
 inspect and plan take the keys of one trainer; --command NAME says which, where FILE has the sections of several.
 fastrlhf COMMAND --help lists the keys of a command. FILE is YAML, or the name of a recipe."""
 
+PATIENCE = 5.0
+"""Seconds before another process than the first tells its error: torchrun ends it where the first has failed too."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; a mistake of the user's is one line on standard error and exit code 2, and so is a lack of
-    memory, with exit code 1."""
+    """Runs one command; a mistake of the user's is one line on standard error and exit code 2, a lack of memory 1."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
@@ -56,24 +59,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"unknown command {command!r}{near}; fastrlhf --help lists them")
         COMMANDS[command](rest)
     except (ValueError, OSError) as error:
-        print(f"fastrlhf {command}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return _fail(command, " ".join(str(error).split()), 2)
     except ModuleNotFoundError as error:
-        print(f"fastrlhf {command}: needs {error.name}: pip install 'fastrlhf[train]'", file=sys.stderr)
-        return 2
+        return _fail(command, f"needs {error.name}: pip install 'fastrlhf[train]'", 2)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        print(f"fastrlhf {command}: {describe(error)}", file=sys.stderr)
-        return 1
+        return _fail(command, describe(error), 1)
     except Interrupted as stop:
         then = "; the same command continues" if command in TRAINERS else ""
-        print(f"fastrlhf {command}: {stop}{then}", file=sys.stderr)
-        return stop.exit_code
+        return _fail(command, f"{stop}{then}", stop.exit_code)
     except KeyboardInterrupt:
-        print(f"fastrlhf {command}: interrupted", file=sys.stderr)
-        return 130
+        return _fail(command, "interrupted", 130)
     return 0
+
+
+def _fail(command: str, message: str, exit_code: int) -> int:
+    """One line on standard error; of several processes that all fail alike, from the first alone."""
+    if not _is_first():
+        if exit_code > 128:  # a signal, which they obey together
+            return exit_code
+        time.sleep(PATIENCE)
+    print(f"fastrlhf {command}: {message}", file=sys.stderr)
+    return exit_code
+
+
+def _is_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
 
 
 def parse(kind: type, arguments: Sequence[str], command: str) -> Any:
@@ -221,24 +233,13 @@ def _run(command: str, config: Any, *sections: Any) -> None:
         result = getattr(import_module(f"fastrlhf.algorithms.{module}"), function)(config, *sections)
     except (MemoryError, RuntimeError) as error:
         if is_out_of_memory(error) and command != "rlp":  # whose stages have configurations of their own
-            _add_advice(error, config)
+            from fastrlhf.tools.advice import add_advice
+
+            add_advice(error, config)
         raise
     for name, value in result.final.items():
         print(f"{name} {value:.4f}")
     print(f"saved in {result.output_dir}")
-
-
-def _add_advice(error: Exception, config: Any) -> None:
-    """What `plan` thinks of it, once the tensors of the run are gone."""
-    from traceback import clear_frames
-
-    from fastrlhf.tools.advice import advise
-
-    clear_frames(error.__traceback__)
-    try:
-        error.add_note(advise(config))
-    except (ValueError, OSError, MemoryError, RuntimeError) as another:
-        error.add_note(f"plan has no advice: {another}")
 
 
 def _parse_run(command: str, arguments: Sequence[str]) -> Any:
@@ -370,9 +371,8 @@ def _quiet_libraries() -> None:
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     logging.basicConfig(format="%(message)s")
-    first = os.environ.get("RANK", "0") == "0"
-    logging.getLogger("fastrlhf").setLevel(logging.INFO if first else logging.ERROR)
-    sys.stdout = sys.stdout if first else open(os.devnull, "w")  # noqa: SIM115 (for good)
+    logging.getLogger("fastrlhf").setLevel(logging.INFO if _is_first() else logging.ERROR)
+    sys.stdout = sys.stdout if _is_first() else open(os.devnull, "w")  # noqa: SIM115 (for good)
 
 
 TRAINERS: dict[str, tuple[type, str, str]] = {

@@ -24,8 +24,8 @@ ALIASES = {"gradient_checkpointing": "activation_checkpointing"}
 
 SAME_MODEL = (
     *("output_dir", "run_name", "report_to", "progress", "ref_cache_dir", "device"),
-    *("micro_batch_tokens", "rollout_batch_size", "decode", "activation_checkpointing", "ref_reward_offload"),
-    *("attn_implementation", "torch_compile", "use_liger_kernel"),
+    *("micro_batch_tokens", "rollout_batch_size", "decode", "ref_reward_offload"),
+    *("activation_checkpointing", "activation_offloading", "attn_implementation", "torch_compile", "use_liger_kernel"),
     *("save_steps", "save_total_limit", "resume_from_checkpoint", "resume_weights_only"),
 )
 """Keys that say where, how fast and how loudly a run goes: with others of these it would leave the same model."""

@@ -19,6 +19,11 @@ class CapturedSteps:
     A step takes tensors, changes tensors in place, allocates what it likes, and neither reads a tensor on the host nor
     draws from a generator. All steps of a key must use the same memory, the weights included: make a new one of these
     for every rollout, between which weights may be replaced, and nothing can be stale.
+
+    Graphs that outlived a rollout would hold the memory that they were recorded on, the keys and values of all slots
+    above all, while training needs it. What they would save is little: to record one is to launch the kernels of a step
+    once more, and a rollout has one per number of slots and block of keys (models/kv_cache.py), so a few among hundreds
+    of steps.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -3,7 +3,8 @@
 Every rank reads the same data in the same order and knows the whole plan of a step; the batch size is that of the step.
 Only what costs is shared out: each rank computes its part of the micro-batches, of the prompts to answer, of the
 responses to judge, and what comes of it is exchanged until every rank holds the same numbers. So whatever decides
-anything (rewards, whitening, a KL coefficient, an early stop) is computed by all of them alike. The first alone writes.
+anything (rewards, whitening, a KL coefficient, an early stop) is computed by all of them alike. The first alone writes,
+but for the parts of a checkpoint.
 
 In one process every function here gives back what it is given.
 """
@@ -90,6 +91,22 @@ def on_first(function: Callable[[], T]) -> T:
     if error is not None:
         raise error
     return cast(T, value)
+
+
+def on_each(function: Callable[[], T]) -> list[T]:
+    """What `function` returns on each rank, by rank; or, on all of them, the first error that it raises on any."""
+    if world_size() == 1:
+        return [function()]
+    outcome: tuple[T | None, Exception | None] = (None, None)
+    try:
+        outcome = (function(), None)
+    except Exception as error:
+        outcome = (None, _sendable(error))
+    outcomes = from_all(outcome)
+    for _, error in outcomes:
+        if error is not None:
+            raise error
+    return [cast(T, value) for value, _ in outcomes]
 
 
 def from_all(value: T) -> list[T]:

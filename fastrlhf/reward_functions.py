@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fastrlhf.config import PPOConfig, RTOConfig
+from fastrlhf.config.checks import at_default
 from fastrlhf.data.tokens import special_ids
 from fastrlhf.functions import load_function
 from fastrlhf.rollout import end_index
@@ -87,8 +88,8 @@ def load_reward_functions(
 ) -> dict[str, RewardFunction]:
     """The user's rewards by name, that of the configuration after `functions`.
 
-    Raises ValueError where RTO has no DPO model, a function is none or asks for what there is not, or its name is
-    taken.
+    Raises ValueError where RTO has no DPO model, a function is none or asks for what there is not, its name is taken,
+    or there is none for the keys of functions.
     """
     if isinstance(config, RTOConfig) and not config.dpo_model_path:
         raise ValueError("dpo_model_path: give the DPO model that rewards the tokens, trained by `fastrlhf dpo`")
@@ -105,4 +106,5 @@ def load_reward_functions(
             texts_taken(function)
         except ValueError as error:
             raise ValueError(f"reward_function: {name!r} {error}") from error
+    at_default(config, [(bool(named), "without a reward function", ("reward_function_norm", "reward_function_clip"))])
     return dict(named)

@@ -30,6 +30,9 @@ from fastrlhf.types import Rollout
 
 log = logging.getLogger(__name__)
 
+MOMENTS = "moments."
+"""In a saved state the name of an addend follows."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Episodes:
@@ -81,8 +84,8 @@ class Rewards:
     sentence_ends: Tensor | None = None
     """int64 ids of the tokens that end a sentence, for the shaping "sentence" """
     kl: KLController = field(init=False)
-    _moments: Tensor | None = field(init=False, default=None)
-    """[3] float64: count, sum and sum of squares of the scores so far"""
+    _moments: dict[str, Tensor] = field(init=False, default_factory=dict)
+    """By addend [3] float64: count, sum and sum of squares of what its normaliser has seen so far"""
     _warned: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
@@ -104,15 +107,16 @@ class Rewards:
         if config.length_coef:
             terms["length"] = Term(reward=-config.length_coef * episodes.earns.float())
         for name, function in self.functions.items():
-            terms[name] = Term(reward=function_term(name, function, episodes))
+            terms[name] = self._function(name, function, episodes)
         return terms
 
     def state_dict(self) -> dict[str, Any]:
-        """What later batches depend on: the moments of the scores, and whether a warning was given."""
-        return {"warned": self._warned} | ({} if self._moments is None else {"moments": self._moments})
+        """What later batches depend on: the moments by addend, and whether a warning was given."""
+        return {"warned": self._warned} | {MOMENTS + name: moments for name, moments in self._moments.items()}
 
     def load_state_dict(self, state: dict[str, Any], /) -> None:
-        self._warned, self._moments = state["warned"], state.get("moments")
+        self._warned = state["warned"]
+        self._moments = {key.removeprefix(MOMENTS): x for key, x in state.items() if key.startswith(MOMENTS)}
 
     def warn(self, metrics: Mapping[str, float]) -> None:
         """Says once in a run that the token rewards outweigh the score, which the authors of RTO advise against."""
@@ -127,27 +131,43 @@ class Rewards:
 
     def _score(self, episodes: Episodes) -> Term:
         config = self.config
-        score = self._standardised(episodes.score) if config.score_norm == "running" else episodes.score
+        score = episodes.score
+        if config.score_norm == "running":
+            score = self._standardised("score", score, torch.ones_like(score, dtype=torch.bool))
         kept, clipped = clip(score, config.score_clip)
         metrics = {"reward/score_clipped": clipped.float().mean()} if config.score_clip else {}
         if config.missing_eos_score is not None:
             kept = torch.where(episodes.missing_eos, config.missing_eos_score, kept)
         return Term(reward=_at_end(config.score_coef * kept, episodes), metrics=metrics)
 
-    def _standardised(self, score: Tensor) -> Tensor:
-        """(score - mean) / std over all scores of the run so far, these included."""
-        values = score.double()
-        batch = torch.stack([torch.ones_like(values), values, values**2]).sum(1)
-        self._moments = batch if self._moments is None else self._moments.to(batch.device) + batch
-        count, total, squares = self._moments
+    def _standardised(self, name: str, values: Tensor, counts: Tensor) -> Tensor:
+        """(value - mean) / std where `counts` [bool] is True, over all that the run has seen there, these included; 0
+        elsewhere."""
+        seen = torch.where(counts, values, 0.0).double()
+        batch = torch.stack([counts.sum().double(), seen.sum(), (seen**2).sum()])
+        before = self._moments.get(name)
+        self._moments[name] = batch if before is None else before.to(batch.device) + batch
+        count, total, squares = self._moments[name]
         mean = total / count
         std = (squares / count - mean**2).clamp(min=0).sqrt()
-        return ((values - mean) / std.clamp(min=1e-6)).float()
+        return torch.where(counts, (seen - mean) / std.clamp(min=1e-6), 0.0).float()
+
+    def _function(self, name: str, function: RewardFunction | TextReward, episodes: Episodes) -> Term:
+        config = self.config
+        reward, paid = function_term(name, function, episodes)
+        if config.reward_function_norm == "running":
+            reward = self._standardised(name, reward, paid)
+        reward, clipped = clip(reward, config.reward_function_clip)
+        metrics = {f"reward/{name}_clipped": clipped.sum() / paid.sum()} if config.reward_function_clip else {}
+        return Term(reward=reward, metrics=metrics)
 
     def _dpo(self, episodes: Episodes, log_ratio: Tensor) -> Term:
         config, earns = self.config, episodes.earns
         # Not a product with `earns`: a row that does not count may be infinite.
-        token, clipped = clip(torch.where(earns, config.dpo_reward_scale * log_ratio, 0.0), config.dpo_reward_clip)
+        ratio = torch.where(earns, log_ratio, 0.0)
+        if config.dpo_reward_norm == "running":
+            ratio = self._standardised("dpo", ratio, earns)
+        token, clipped = clip(config.dpo_reward_scale * ratio, config.dpo_reward_clip)
         ends = torch.zeros_like(earns).index_fill(0, episodes.end, True)
         sentence_ends = ends
         if self.sentence_ends is not None:
@@ -215,11 +235,14 @@ def clip(values: Tensor, limit: float) -> tuple[Tensor, Tensor]:
     return values.clamp(-limit, limit), values.abs() > limit
 
 
-def function_term(name: str, function: RewardFunction | TextReward, episodes: Episodes) -> Tensor:
-    """What a function of the user's gives [R] float32. Raises ValueError where that is neither one finite number nor
-    one per sampled token."""
+def function_term(name: str, function: RewardFunction | TextReward, episodes: Episodes) -> tuple[Tensor, Tensor]:
+    """What a function of the user's gives [R] float32, and the rows [R] bool that it gives it to.
+
+    Raises ValueError where that is neither one finite number nor one per sampled token.
+    """
     numbers: list[Tensor] = []
     tokens: list[Tensor] = []
+    at_end: list[bool] = []
     rollouts = episodes.rollouts
 
     def ask() -> Sequence[Any] | Tensor:
@@ -240,10 +263,15 @@ def function_term(name: str, function: RewardFunction | TextReward, episodes: Ep
             raise ValueError(f"{where} earns {given[~given.isfinite()][0].item()}")
         numbers.append(given.new_zeros(()) if given.ndim else given)
         tokens.append(given if given.ndim else given.new_zeros(num))
+        at_end.append(not given.ndim)
     device = episodes.sampled.device
     by_token = torch.zeros(len(episodes.sampled), device=device)
     by_token.masked_scatter_(episodes.sampled, torch.cat(tokens).to(device))
-    return _at_end(torch.stack(numbers).to(device), episodes) + torch.where(episodes.earns, by_token, 0.0)
+    reward = _at_end(torch.stack(numbers).to(device), episodes) + torch.where(episodes.earns, by_token, 0.0)
+    once = torch.tensor(at_end, device=device)
+    num_rows = episodes.cu_rows.diff().long()
+    paid = episodes.earns & ~once.repeat_interleave(num_rows, output_size=len(reward))
+    return reward, paid | _at_end(once.float(), episodes).bool()
 
 
 def reward_metrics(terms: Mapping[str, Term], cu_rows: Tensor) -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ from fastrlhf import cli, optim
 from fastrlhf.algorithms.stage import Stage
 from fastrlhf.config import SFTConfig
 from fastrlhf.data.packing import pack, sequence
-from fastrlhf.distributed import from_all, gathered, is_first, largest, on_first, share, total
+from fastrlhf.distributed import from_all, gathered, is_first, largest, on_each, on_first, share, total
 from fastrlhf.interrupts import Interrupted
 from fastrlhf.models import adapters, trunk
 from fastrlhf.models.forward import token_logprobs
@@ -132,6 +132,10 @@ def exchanges() -> dict[str, Any]:
         on_first(stubborn)
     except RuntimeError as error:
         strange = str(error)
+    try:
+        on_each(lambda: 1 // (1 - rank))
+    except ZeroDivisionError as error:
+        told_by_second = str(error)
     return {
         "gathered": gathered(rows)[:, 0].tolist(),
         "total": total(rows[:2, 0]).tolist(),
@@ -140,6 +144,8 @@ def exchanges() -> dict[str, Any]:
         "from_all": from_all(rank),
         "on_first": on_first(lambda: rank),
         "told": told,
+        "on_each": on_each(lambda: rank),
+        "told_by_second": told_by_second,
         "strange": strange,
         "share": list(share(list(range(5)))),
     }

@@ -17,12 +17,14 @@ from fastrlhf.algorithms.rlp import train_rlp
 from fastrlhf.config import DemoConfig, EvalConfig, PPOConfig, RewardConfig, RLPConfig, SFTConfig
 from fastrlhf.data.inputs import open_inputs
 from fastrlhf.demo import run_demo
-from fastrlhf.distributed import on_first, own_micro_batches, start, world_size
+from fastrlhf.distributed import on_each, on_first, own_micro_batches, start, world_size
 from fastrlhf.evaluation.evaluate import evaluate_models
 from fastrlhf.metrics import read_metrics
 from tests import ranks, resumable, tiny
 
 ROOT = Path(__file__).parent.parent
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "OMP_NUM_THREADS": "1"}
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 ROUNDING = ("sampling/",)
 """Metrics that are a difference of two roundings, 0 but for those."""
 
@@ -39,12 +41,10 @@ def place(tmp_path_factory):
     }
     for name, content in rows.items():
         (place / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in content))
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     with (place / "stdout").open("w") as stdout, (place / "stderr").open("w") as stderr:
         child = subprocess.Popen(
-            [*launcher, str(ROOT / "tests" / "ranks.py"), str(place)],
-            env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            [*TORCHRUN, str(ROOT / "tests" / "ranks.py"), str(place)],
+            env=ENVIRONMENT,
             stdout=stdout,
             stderr=stderr,
         )
@@ -107,7 +107,7 @@ def test_the_first_process_alone_writes_and_speaks(place):
 def test_a_signal_to_one_process_stops_all_and_the_run_goes_on_bit_for_bit(place):
     assert [rank["interrupted"] for rank in seen(place)] == [True, True]
     whole, resumed = place / "two" / "ppo", place / "two" / "ppo-resumed"
-    assert (resumed / "checkpoint-1" / "manifest.json").exists()
+    assert len(list((resumed / "checkpoint-1").glob("*.shards/shard-*"))) == 4  # of weights and moments, by two
     assert resumable.untimed_log(whole) == resumable.untimed_log(resumed)
 
 
@@ -126,6 +126,8 @@ def test_what_the_processes_tell_each_other(place):
             "from_all": [0, 1],
             "on_first": 0,
             "told": "integer division or modulo by zero",
+            "on_each": [0, 1],
+            "told_by_second": "integer division or modulo by zero",
             "strange": "Stubborn: of a judge",
             "share": [[0, 1], [2, 3, 4]][rank],
         }
@@ -173,9 +175,27 @@ def test_parts_that_cut_a_block_of_8_bit_moments_are_refused(place):
     assert all(rank["blocks"].startswith(told) for rank in seen(place))
 
 
+def test_what_all_processes_refuse_is_told_once():
+    command = [*TORCHRUN, "-m", "fastrlhf", "sft", "--learning_rate", "-1"]
+    ended = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode != 0
+    assert ended.stderr.count("fastrlhf sft: learning_rate: must be above 0; got -1.0") == 1, ended.stderr
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_another_process_than_the_first_waits_for_its_end_before_it_tells_an_error(monkeypatch, capsys, rank):
+    slept = []
+    monkeypatch.setattr(cli.time, "sleep", slept.append)
+    monkeypatch.setenv("RANK", str(rank))
+    assert cli.main(["sft", "--learning_rate", "-1"]) == 2
+    assert slept == [cli.PATIENCE] * rank
+    assert capsys.readouterr().err.startswith("fastrlhf sft: learning_rate: must be ")
+
+
 def test_one_process_has_everything():
     assert world_size() == 1
     assert on_first(lambda: 3) == 3
+    assert on_each(lambda: 3) == [3]
     assert own_micro_batches([4, 4, 4], 8) == [[0, 2], [1]]
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from fastrlhf import durable
 from fastrlhf.durable import MANIFEST, check_folder, discard_folder, flush_tree, write_folder
 
 
@@ -64,6 +65,13 @@ def test_a_failure_leaves_the_folder_that_was_there_and_nothing_else(tmp_path, f
         assert str(error.value) == f"{str(tmp_path / 'x')!r} cannot be written: {failure}"
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
     check_folder(tmp_path / "x")
+
+
+def test_a_file_that_another_host_has_written_elsewhere_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(durable, "from_all", lambda names: [names, ["deep/c.txt"]])
+    with pytest.raises(OSError, match=r"x' cannot be written: c.txt of another .* take a folder that all hosts see"):
+        write_folder(tmp_path / "x", fill)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,7 @@ LAYERS = (  # lowest first: a module imports from its own layer and from those a
         "adamw",
         "out_of_memory",
         "checkpoint",
+        "shards",
         "durable",
         "interrupts",
         "config_files",

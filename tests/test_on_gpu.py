@@ -9,7 +9,9 @@ from fastrlhf.algorithms.reward_model import train_reward_model
 from fastrlhf.algorithms.sft import train_sft
 from fastrlhf.config import DPOConfig, DRPOConfig, RewardConfig, SFTConfig
 from fastrlhf.data.packing import pack
-from fastrlhf.models.forward import check_packed_forward, token_logprobs
+from fastrlhf.models import loading
+from fastrlhf.models.forward import check_packed_forward, enable_activation_checkpointing, token_logprobs
+from fastrlhf.models.offload import HOST
 from fastrlhf.models.trunk import TrunkOptions, prepare_trunk
 from fastrlhf.types import Segment
 from tests import tiny
@@ -59,6 +61,36 @@ def test_every_way_through_the_trunk_gives_the_log_probs_and_gradients_of_the_pl
     tolerance = 1e-3 if dtype == "float32" else 0.1  # of the largest entry
     for found, expected in zip(*results, strict=True):
         assert (found - expected).abs().max() <= tolerance * expected.abs().max() + 1e-6
+
+
+def test_offloaded_inputs_give_their_memory_back_and_change_no_number():
+    """Over packs of many lengths, since a copy that a computation overtakes is a matter of time."""
+    config = tiny.model_config()
+    config.num_hidden_layers, config.hidden_size = 12, 256
+    kept, offloaded = (
+        loading.build_policy(config, vocab_size=tiny.VOCAB, eos_token_id=tiny.EOS, seed=0, device=CUDA)
+        for _ in range(2)
+    )
+    enable_activation_checkpointing(kept)
+    enable_activation_checkpointing(offloaded, offload_to=HOST)
+    for num in (64, 1, 33, *range(50, 64), 64):
+        batch = pack([Segment(token_ids=[3 + i % 20 for i in range(100)], num_scored=99)] * num, CUDA)
+        results, between, peak = [], [], []
+        for model in (kept, offloaded):
+            model.zero_grad()
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            logprob = token_logprobs(model, batch).logprob
+            between.append(torch.cuda.memory_allocated() - before)
+            logprob.sum().backward()
+            peak.append(torch.cuda.max_memory_allocated() - before)
+            results.append([logprob.detach(), *[p.grad for p in model.parameters() if p.grad is not None]])
+        inputs = batch.num_tokens * 256 * 4
+        assert between[0] - between[1] >= 0.95 * 11 * inputs  # the last stays
+        if num >= 50:  # else gradients are the larger part
+            assert peak[0] - peak[1] >= 0.95 * 9 * inputs  # one is on its way back while another is in use
+        for found, expected in zip(*results, strict=True):  # sums of gradients by atomics have no fixed order
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -101,6 +101,14 @@ def test_functions_of_a_run_have_names_of_their_own(tmp_path):
             load_reward_functions(config, {name: lambda rollout: 0.0})
 
 
+def test_keys_of_functions_are_refused_where_there_is_none():
+    for settings in ({"reward_function_norm": "running"}, {"reward_function_clip": 1.0}):
+        config = PPOConfig(**settings)
+        with pytest.raises(ValueError, match=rf"^{next(iter(settings))}: must be .* without a reward function, since"):
+            load_reward_functions(config)
+        assert list(load_reward_functions(config, {"brevity": len})) == ["brevity"]
+
+
 def test_rto_without_a_dpo_model_is_refused():
     with pytest.raises(ValueError, match=r"^dpo_model_path: give the DPO model"):
         load_reward_functions(RTOConfig())

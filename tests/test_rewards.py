@@ -124,6 +124,13 @@ def test_the_clip_comes_after_the_scale_and_its_share_is_of_the_tokens_that_earn
     assert "reward/dpo_clipped" not in terms(DPO)["dpo"].metrics
 
 
+def test_rs_takes_back_what_was_paid_and_not_what_was_clipped_away():
+    """With the sum of the log-ratios themselves, the return would no longer be that without the DPO model."""
+    found = terms(DPO, dpo_reward_scale=1.0, dpo_reward_clip=1.5, reward_shaping="rs")["dpo"]
+    assert found.reward.tolist() == [0, 1, -1.5, 0.5, 0, 0.25, 1.5, -1.75]
+    assert found.metrics["reward/dpo_clipped"] == 2 / 6
+
+
 @pytest.mark.parametrize(
     ("shaping", "expected"),
     [
@@ -181,6 +188,34 @@ def test_with_lambda_1_rs_and_none_differ_by_the_potential_of_the_state():
     }
     torch.testing.assert_close(advantages["rs"][1.0], advantages["none"][1.0] - potential, rtol=1e-5, atol=1e-5)
     assert (advantages["rs"][0.9] - advantages["none"][0.9] + potential).abs().max() > 0.1
+
+
+def test_normalisers_of_token_rewards_count_the_tokens_that_earn_and_go_on_from_batch_to_batch():
+    run = Rewards(config=PPOConfig(dpo_model_path="dpo", dpo_reward_norm="running", dpo_reward_scale=0.5))
+    earned, seen = RATIO[DPO.earns], []
+    for factor in (1.0, 3.0):
+        seen += (factor * earned).tolist()
+        found = run.terms(replace(DPO, dpo_log_ratio=factor * RATIO))["dpo"].reward
+        expected = 0.5 * (factor * earned.numpy() - np.mean(seen)) / np.std(seen)
+        np.testing.assert_allclose(found[DPO.earns], expected, rtol=1e-6)
+        assert not found[~DPO.earns].any()
+
+
+def test_what_a_function_gives_is_normalised_over_the_rows_it_pays_and_then_clipped():
+    """A number is one row, a number per token those up to the EOS; every function has moments of its own."""
+    functions = {
+        "mixed": lambda r: 10.0 if r.ended else [1.0, 2.0, 3.0],
+        "tokens": lambda r: [float(token) for token in r.completion],
+    }
+    found = terms(functions=functions, reward_function_norm="running", reward_function_clip=1.2)
+    paid = {"mixed": ([3, 5, 6, 7], [10.0, 1, 2, 3]), "tokens": ([1, 2, 3, 5, 6, 7], [3.0, 5, tiny.EOS, 4, 3, 6])}
+    for name, (rows, given) in paid.items():
+        scaled = (np.array(given) - np.mean(given)) / np.std(given)
+        expected = np.zeros(8)
+        expected[rows] = scaled.clip(-1.2, 1.2)
+        np.testing.assert_allclose(found[name].reward, expected, rtol=1e-6, atol=1e-7)
+        assert found[name].metrics[f"reward/{name}_clipped"] == pytest.approx((abs(scaled) > 1.2).mean())
+    assert [(terms(functions=functions)[name].metrics) for name in functions] == [{}, {}]
 
 
 def test_whole_numbers_from_python_are_as_good_as_floats():
@@ -265,7 +300,7 @@ def test_what_a_run_lacks_is_told_before_anything_is_loaded():
         open_rewards(RTOConfig(), tiny.tokenizer())
 
 
-def test_the_moments_of_the_scores_go_on_from_a_saved_state():
+def test_the_moments_of_an_addend_go_on_from_a_saved_state():
     config = PPOConfig(score_norm="running")
     first, whole = (replace(EPISODES, score=torch.tensor(values)) for values in ([2.0, -3.0], [10.0, 1000.0]))
     run, resumed, new = (Rewards(config=config) for _ in range(3))

@@ -22,7 +22,7 @@ from fastrlhf.models.sharding import give_back
 from fastrlhf.rewards import Episodes, Rewards, Term, own_kl_advantage, reward_metrics
 from fastrlhf.rollout import end_index
 from fastrlhf.types import Experience, PackedBatch, Rollout, Segment
-from fastrlhf_kernels import gae
+from fastrlhf_kernels import gae, kl_estimate
 
 NUM_DEPTHS = 5
 """Bins of equal width in which scores are reported by how much of the response a reset gave away."""
@@ -279,7 +279,11 @@ def _objective(
     exact_kl: Tensor | None,
 ) -> dict[str, float]:
     """TRL's names. `objective/kl` is over the sampled tokens alone, which are fewer after a reset: across reset
-    probabilities only `eval_objective/kl` compares, of full responses from the prompt.
+    probabilities only `eval_objective/kl` compares, of full responses from the prompt. It is the mean of k1;
+    `objective/kl_k2` and `objective/kl_k3` are those of the other estimates, never negative. `sampling/outside_clip` is
+    the share of tokens whose ratio of trainer to engine the clip of the loss would already cut, and
+    `completions/clipped_ratio` that of responses that the budget cut; the judge's mean score of these is
+    `objective/scores_clipped`, absent where there are none.
 
     Raises ValueError, naming the row, where an advantage, or what it is made of, is not finite: found in the one wait
     for the GPU that the numbers need anyway.
@@ -289,7 +293,13 @@ def _objective(
     def over_sampled(values: Tensor) -> Tensor:  # an index by the mask would wait for the GPU
         return torch.where(mask, values, 0.0).sum()
 
-    difference = (logprob.masked_scatter(mask, drawn) - logprob).abs()
+    def kl(kind: str) -> Tensor:
+        return kl_estimate(logprob, experience.reference_logprob, kind=kind)
+
+    log_ratio = logprob - logprob.masked_scatter(mask, drawn)
+    difference, ratio = log_ratio.abs(), log_ratio.exp()
+    high = config.cliprange if config.cliprange_high is None else config.cliprange_high
+    outside = ((ratio < 1 - config.cliprange) | (ratio > 1 + high)).float()
     num, num_sampled = len(rollouts), len(drawn)
     paid = {name: over_sampled(term.reward) / num for name, term in terms.items()}
     total = torch.stack(list(paid.values())).sum()
@@ -298,12 +308,14 @@ def _objective(
     values = {
         "objective/scores": scores.mean(),
         "objective/kl": over_sampled(logprob - experience.reference_logprob) / num,
+        **{f"objective/kl_{kind}": over_sampled(kl(kind)) / num for kind in ("k2", "k3")},
         "objective/entropy": -over_sampled(logprob) / num,
         "objective/non_score_reward": total - by_score,
         "objective/rlhf_reward": total,
         "policy/entropy_avg": over_sampled(entropy) / num_sampled,
         "sampling/sampling_logp_difference/mean": over_sampled(difference) / num_sampled,
         "sampling/sampling_logp_difference/max": difference.max(),
+        "sampling/outside_clip": over_sampled(outside) / num_sampled,
         **reward_metrics(terms, experience.cu_rows),
         "all_finite": experience.advantage.isfinite().all(),
     }
@@ -325,8 +337,12 @@ def _objective(
         "val/num_eos_tokens": float(sum(rollout.ended for rollout in rollouts)),
         "completions/mean_length": float(np.mean([len(rollout.completion) for rollout in rollouts])),
     }
+    by_episode, clipped = scores.cpu().numpy(), np.array([not rollout.ended for rollout in rollouts])
+    metrics["completions/clipped_ratio"] = float(clipped.mean())
+    if clipped.any():
+        metrics["objective/scores_clipped"] = float(by_episode[clipped].mean())
     if config.reset_prob > 0:
-        metrics |= _reset_metrics(rollouts, scores.cpu().numpy())
+        metrics |= _reset_metrics(rollouts, by_episode)
     return metrics
 
 

@@ -200,8 +200,7 @@ def train_on_policy(
                 "num_unique_tokens": sum(from_all(sum(item.batch.num_tokens for mini in packs for item in mini))),
             }
             if held_out and stage.due(step, config.eval_steps):
-                with waiting.present():
-                    evaluation = evaluate(config, policy, reference, judge, held_out, eos, held_out_judge)
+                evaluation = evaluate(config, policy, reference, judge, held_out, eos, held_out_judge, waiting.present)
                 metrics |= evaluation
             if sample_every and stage.due(step, sample_every):
                 stage.samples(step + 1, sample_rows(tokenizer, rollouts, scores, experience, NUM_SAMPLES))

@@ -54,7 +54,7 @@ class Stage:
     interrupt, with a checkpoint; so is running out of memory, where no weight has moved since. A run that ends by
     another error leaves its weights in `interrupted/`, where no checkpoint has them: those of its last whole step, or,
     where the error says so, some that its next step has moved already. Of several processes all make the same calls,
-    the first alone writes, and after an error none can save.
+    the first alone writes more than its part of a checkpoint, and after an error none can save.
     """
 
     def __init__(

@@ -98,6 +98,9 @@ class PPOConfig(TrainConfig):
     """The reference of its training; empty: `model_name_or_path`."""
     dpo_reward_scale: float = 0.05
     """Reward per nat of that log-ratio, the DPO beta included; negative is allowed. RTO's beta1."""
+    dpo_reward_norm: Literal["none", "running"] = "none"
+    """Of that log-ratio, before the scale, which is then per standard deviation. running: as of the score, over tokens;
+    a response's sum is no longer the reward that its model implies, and does not grow with its length."""
     dpo_reward_clip: float = 0.0
     """Each token's DPO reward is clipped to +-dpo_reward_clip, after the scale; 0 is off (the authors' code: 0.05)."""
     reward_shaping: Literal["token", "sentence", "eos", "rs", "none"] = "token"
@@ -108,6 +111,10 @@ class PPOConfig(TrainConfig):
     reward_function: str = ""
     """One more reward: "module:function" or "file.py:function" of a Rollout, giving a number, or one per token. One
     with a parameter called completions is of texts: (prompts, completions, **kwargs), giving a list of numbers."""
+    reward_function_norm: Literal["none", "running"] = "none"
+    """Of what each function gives. running: as of the score, over its numbers, or over those of tokens."""
+    reward_function_clip: float = 0.0
+    """What a function gives is clipped to +-reward_function_clip, after reward_function_norm; 0 is off."""
     cliprange: float = 0.2
     """The ratio is clipped to 1 - cliprange .. 1 + cliprange."""
     cliprange_high: float | None = None
@@ -170,7 +177,7 @@ class PPOConfig(TrainConfig):
         at_least(self, 1, "num_ppo_epochs", "num_mini_batches", "response_length", "rollout_batch_size")
         at_least(self, 1, "reset_group_size", "kl_horizon")
         at_least(self, 0, "kl_coef", "vf_coef", "total_episodes", "num_sample_generations")
-        at_least(self, 0, "score_coef", "score_clip", "dpo_reward_clip", "length_coef")
+        at_least(self, 0, "score_coef", "score_clip", "dpo_reward_clip", "length_coef", "reward_function_clip")
         at_least(self, 0, "kl_target", "entropy_coef", "value_warmup_steps")
         above_0(self, "temperature", "cliprange", "cliprange_value")
         share = self.vllm_gpu_memory_utilization
@@ -233,15 +240,18 @@ class PPOConfig(TrainConfig):
             for name, only in (("kl_placement", "reward"), ("loss_aggregation", "token")):
                 value = getattr(self, name)
                 require(value == only, name, value, f"{only} under compat reference, as in the authors' code")
-        dpo = ("dpo_reward_scale", "dpo_reward_clip", "reward_shaping")
+        dpo = ("dpo_reward_scale", "dpo_reward_norm", "dpo_reward_clip", "reward_shaping")
         resets = ("reset_min", "reset_source", "reset_curriculum")
         critic = ("vf_coef", "cliprange_value", "value_learning_rate", "lam")
         no_critic = f"with advantage_estimator {self.advantage_estimator}"
+        grouped, one_step = self.reset_group_size > 1, self.num_ppo_epochs * self.num_mini_batches == 1
         at_default(
             self,
             [
                 (bool(self.dpo_model_path), "without a dpo_model_path", dpo),
-                (self.reset_prob > 0, "where reset_prob is 0", resets),
+                (self.reset_prob > 0, "where reset_prob is 0", (*resets, "reset_group")),
+                (grouped, "where reset_group_size is 1", ("reset_group", "share_trunks")),
+                (not one_step, "where an update is one step, which is always taken", ("target_kl",)),
                 (self.advantage_estimator == "gae", no_critic, critic),
                 (self.engine == "vllm", "where engine is transformers", ("vllm_gpu_memory_utilization",)),
                 (self.kl_target > 0, "without a kl_target", ("kl_horizon",)),

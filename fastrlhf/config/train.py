@@ -58,6 +58,9 @@ class TrainConfig:
     activation_checkpointing: bool = False
     """Keep the inputs of layers alone and compute the layers again in the backward: a third more time for a fraction of
     the memory. The older name gradient_checkpointing is understood."""
+    activation_offloading: bool = False
+    """Keep those inputs in the CPU's memory, copied out and back while layers compute; the same numbers bit for bit. It
+    needs a CUDA GPU, where it has not yet run."""
     attn_implementation: Literal[
         "auto", "flash_attention_2", "flash_attention_3", "flash_attention_4", "varlen", "flex", "sdpa"
     ] = "auto"
@@ -166,6 +169,11 @@ class TrainConfig:
             self.use_liger_kernel,
             "false where torch_compile is true: both fuse the same operations",
         )
+        if self.activation_offloading:
+            because = "layers that are not computed again keep more than can be copied meanwhile"
+            rule = f"false where activation_checkpointing is false: {because}"
+            require(self.activation_checkpointing, "activation_offloading", True, rule)
+            require(self.device != "cpu", "activation_offloading", True, "false where device is cpu")
         at_least(self, 2, "max_length")
         at_least(self, 0, "warmup_steps", "eval_steps", "num_eval_examples", "max_train_examples")
         at_least(self, 0, "save_steps", "save_total_limit")

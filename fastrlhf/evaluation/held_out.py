@@ -8,7 +8,8 @@ training judge still rises (Gao et al. 2022, arXiv 2210.10760, Figure 1, over th
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -33,8 +34,10 @@ def evaluate(
     examples: Sequence[TokenizedExample],
     eos_token_id: int,
     held_out_judge: Judge | None = None,
+    present: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> dict[str, float]:
-    """One response per prompt as training samples it, and the likeliest one.
+    """One response per prompt as training samples it, and the likeliest one. Reference and judges are asked within
+    `present`, after all sampling.
 
     `eval_objective/scores`, `eval_held_out/scores` (of `held_out_judge`) and `eval_objective/kl` (nats per response)
     are of the sampled responses, with `eval_completions/*`; `eval_greedy/*` is of the likeliest. Each mean score comes
@@ -58,15 +61,16 @@ def evaluate(
         return mean_and_error(f"{name}/scores", checked_scores(judge(rollouts), rollouts, policy.device))
 
     sampled, greedy = answers(config.temperature), answers(0.0)
-    metrics = scores("eval_objective", judge, sampled)
-    metrics["eval_objective/kl"] = response_kl(
-        policy, reference, sampled, temperature=config.temperature, micro_batch_tokens=config.micro_batch_tokens
-    )
-    metrics |= {f"eval_completions/{name}": value for name, value in describe(sampled).items()}
-    metrics |= scores("eval_greedy", judge, greedy)
-    metrics |= {f"eval_greedy/{name}": value for name, value in describe(greedy).items()}
-    if held_out_judge is not None:
-        metrics |= scores("eval_held_out", held_out_judge, sampled)
+    with present():
+        metrics = scores("eval_objective", judge, sampled)
+        metrics["eval_objective/kl"] = response_kl(
+            policy, reference, sampled, temperature=config.temperature, micro_batch_tokens=config.micro_batch_tokens
+        )
+        metrics |= {f"eval_completions/{name}": value for name, value in describe(sampled).items()}
+        metrics |= scores("eval_greedy", judge, greedy)
+        metrics |= {f"eval_greedy/{name}": value for name, value in describe(greedy).items()}
+        if held_out_judge is not None:
+            metrics |= scores("eval_held_out", held_out_judge, sampled)
     return metrics
 
 

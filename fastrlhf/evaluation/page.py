@@ -112,7 +112,9 @@ thead th { border-top: 0; color: var(--muted); font-size: 12.5px; font-weight: 6
 .results th:nth-child(n + 3), .results td:nth-child(n + 3) { text-align: right; }
 .muted { color: var(--muted); }
 .samples td { vertical-align: top; }
-.samples td div { max-height: 180px; max-width: 620px; overflow: auto; white-space: pre-wrap; overflow-wrap: anywhere; }
+.samples td div { max-height: 180px; max-width: 620px; overflow: auto; }
+.samples td div { white-space: pre-wrap; overflow-wrap: break-word; }
+.samples .text div { min-width: min(240px, 60vw); }
 h3 { margin: 14px 0 4px; font-size: 13px; font-weight: 600; color: var(--muted); }
 .tokens { margin: 0; font: 13px/1.9 ui-monospace, Menlo, Consolas, monospace; white-space: pre-wrap; }
 .tokens span { border-radius: 3px; border-right: 1px solid var(--page); overflow-wrap: anywhere; }
@@ -132,5 +134,6 @@ details .wide { border-width: 1px 0 0; border-radius: 0; }
 summary { padding: 9px 14px; cursor: pointer; font-weight: 600; }
 pre { margin: 0; padding: 4px 14px 14px; overflow-x: auto; font: 12.5px/1.5 ui-monospace, Menlo, Consolas, monospace; }
 footer { margin-top: 36px; color: var(--muted); font-size: 12.5px; }
+@media (max-width: 500px) { body { padding: 16px 12px 32px; } .samples td div { max-width: 80vw; } }
 @media print { nav { display: none; } figure, tr { break-inside: avoid; } }
 """

@@ -280,11 +280,14 @@ def _sample_table(rows: list[dict[str, Any]]) -> str:
         return ""
     keys = list(dict.fromkeys(key for row in rows for key in row))
     head = "".join(f"<th>{escape(key)}</th>" for key in keys)
-    body = "".join(
-        "<tr>" + "".join(f"<td><div>{escape(_text(row.get(key, '')))}</div></td>" for key in keys) + "</tr>\n"
-        for row in rows
-    )
+    body = "".join(f"<tr>{''.join(_sample_cell(row.get(key, '')) for key in keys)}</tr>\n" for row in rows)
     return f'<div class="wide"><table class="samples"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _sample_cell(value: Any) -> str:
+    """Columns of texts keep a width to read them at, and the table scrolls; numbers and words take what they need."""
+    text = _text(value)
+    return f"<td{' class=text' if len(text) > 40 else ''}><div>{escape(text)}</div></td>"
 
 
 def _configs(run_dir: Path, stages: list[_Stage]) -> str:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import cast
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn import Linear
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from fastrlhf.data.packing import pack
 from fastrlhf.models.attention import chosen_attention, packed_attention
+from fastrlhf.models.offload import offloaded
 from fastrlhf.models.sharding import full, trunk_of
 from fastrlhf.types import PackedBatch, Segment
 from fastrlhf_kernels import TokenKL, TokenLogprobs, linear_kl, linear_logprob
@@ -37,10 +40,17 @@ def hidden_states(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
     return output.last_hidden_state[0]
 
 
-def enable_activation_checkpointing(model: PreTrainedModel) -> None:
-    """From now on each layer of the trunk keeps its input alone and is computed again in the backward."""
+def enable_activation_checkpointing(model: PreTrainedModel, *, offload_to: torch.device | None = None) -> None:
+    """From now on each layer of the trunk keeps its input alone, on the device `offload_to` where one is given, and is
+    computed again in the backward."""
     again = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), packed_attention(model))}
     getattr(model, f"{CHECKPOINTING}_enable")(again)
+    if offload_to is not None:
+        # transformers' own `offload` copies on the stream that computes, which then waits for every copy.
+        offloading = offloaded(partial(checkpoint, **again), offload_to)
+        for module in model.modules():
+            if hasattr(module, "_gradient_checkpointing_func"):
+                cast(Any, module)._gradient_checkpointing_func = offloading
 
 
 def disable_activation_checkpointing(model: PreTrainedModel) -> None:

@@ -31,7 +31,9 @@ from fastrlhf.hub import check_hub
 from fastrlhf.models.adapters import add_adapter
 from fastrlhf.models.forward import enable_activation_checkpointing
 from fastrlhf.models.four_bit import keep_layout, quantization
+from fastrlhf.models.offload import HOST, check_offloading
 from fastrlhf.models.trunk import TrunkOptions, prepare_trunk
+from fastrlhf.shards import is_sharded, read_tensors
 
 log = logging.getLogger(__name__)
 
@@ -84,11 +86,16 @@ def open_policy(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreT
 
 
 def make_trainable(model: PreTrainedModel, config: TrainConfig, base: str) -> None:
-    """What `config` asks of a model that it trains, loaded from `base`: an adapter, activation checkpointing."""
+    """What `config` asks of a model that it trains, loaded from `base`: an adapter, activation checkpointing.
+
+    Raises ValueError where activations cannot be offloaded.
+    """
+    if config.activation_offloading:
+        check_offloading(model.device)
     if config.use_peft:
         add_adapter(model, config, base)
     if config.activation_checkpointing:
-        enable_activation_checkpointing(model)
+        enable_activation_checkpointing(model, offload_to=HOST if config.activation_offloading else None)
 
 
 def load_policy(
@@ -264,17 +271,22 @@ def _open(
     trust_remote_code: bool,
 ) -> tuple[PreTrainedModel, set[str]]:
     """The model, and the names of those of its weights that the checkpoint does not have in its shape."""
-    # Weights are quantised where they will be.
-    quantised = {"quantization_config": quantization(DTYPES[dtype]), "device_map": {"": device}} if load_in_4bit else {}
+    settings: dict[str, Any] = {"pretrained_model_name_or_path": source}
+    if load_in_4bit:  # quantised where they will be
+        settings |= {"quantization_config": quantization(DTYPES[dtype]), "device_map": {"": device}}
+    opened: Any = kind
     try:
-        loaded = kind.from_pretrained(
-            source,
+        if is_sharded(stem := Path(source) / "model"):  # the checkpoint of several processes
+            with torch.device("meta"):
+                opened = type(kind.from_config(config, trust_remote_code=trust_remote_code))
+            settings |= {"pretrained_model_name_or_path": None, "state_dict": read_tensors(stem)}
+        loaded = opened.from_pretrained(
             config=config,
             dtype=DTYPES[dtype],
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
-            **quantised,
+            **settings,
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"{field}: the weights of {source!r} cannot be loaded: {error}") from error

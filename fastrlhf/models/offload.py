@@ -1,13 +1,20 @@
-"""Frozen models that wait in CPU memory while nobody asks them anything."""
+"""What waits in CPU memory while the GPU has no use for it: frozen models between two questions, and the inputs of
+layers between forward and backward."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import Module
+
+HOST = torch.device("cpu")
 
 
 class Waiting:
@@ -41,3 +48,92 @@ class Waiting:
 def _on_host(weight: Tensor, *, pinned: bool) -> Tensor:
     """Straight into pinned memory, so that no second copy is made."""
     return torch.empty_like(weight, device="cpu", pin_memory=pinned).copy_(weight)
+
+
+Checkpoint = Callable[..., Any]
+"""As `torch.utils.checkpoint.checkpoint`: a function and what it is called with."""
+
+
+def check_offloading(device: torch.device) -> None:
+    """Raises ValueError where activations would be copied from the CPU's memory to the CPU's memory."""
+    if device.type != "cuda":
+        raise ValueError(f"activation_offloading: needs a CUDA GPU, and the run is on {device}; set it to false")
+
+
+def offloaded(checkpoint: Checkpoint, place: torch.device = HOST) -> Checkpoint:
+    """`checkpoint` for the layers of one model, the inputs that it keeps for the backward waiting on `place`.
+
+    A layer's own hooks hide what it computes from the ones here, so nothing else is moved, and no weight. Without
+    checkpointing a layer keeps tens of tensors of that size, more than can be copied while it computes.
+    """
+    inputs = _LayerInputs(place)
+
+    def offloading(function: Callable[..., Any], *arguments: Any) -> Any:
+        with saved_tensors_hooks(inputs.leave, inputs.come_back):
+            return checkpoint(function, *arguments)
+
+    return offloading
+
+
+@dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
+class _Input:
+    """What the backward of a layer holds in place of its input."""
+
+    copy: Tensor
+    device: torch.device
+    before: weakref.ref[_Input] | None
+    """The one that left before it, which the backward asks for next."""
+
+
+class _LayerInputs:
+    """Copies beside the computation, on one stream: an input leaves while its layer computes, and comes back while the
+    layer after it is computed again. The last to leave is the first that is asked for, and has stayed.
+
+    One tensor at a time is under way, and is held until the computation has waited for the stream; so at most one is
+    on the device that no layer works on, memory is given back in the order of the computation alone (no record_stream),
+    and the host waits for nothing.
+    """
+
+    def __init__(self, place: torch.device) -> None:
+        self._place = place
+        self._stream: Any = None
+        self._last: weakref.ref[_Input] | None = None
+        self._under_way: tuple[_Input, Tensor] | None = None
+
+    def leave(self, tensor: Tensor) -> _Input:
+        """The pack hook: a copy of the tensor starts once all computation asked for so far is done."""
+        tensor = tensor.detach()
+        self._wait(tensor.device)
+        copy = torch.empty_like(tensor, device=self._place, pin_memory=tensor.is_cuda)
+        self._copy(tensor, copy, tensor.device)
+        one = _Input(copy, tensor.device, self._last)
+        self._under_way, self._last = (one, tensor), weakref.ref(one)
+        return one
+
+    def come_back(self, one: _Input) -> Tensor:
+        """The unpack hook: computation asked for from now on finds the tensor as it was."""
+        tensor = self._under_way[1] if self._under_way and self._under_way[0] is one else self._fetched(one)
+        self._wait(one.device)
+        before = one.before and one.before()
+        if before is not None:
+            self._under_way = before, self._fetched(before)
+        return tensor
+
+    def _fetched(self, one: _Input) -> Tensor:
+        tensor = torch.empty_like(one.copy, device=one.device)
+        self._copy(one.copy, tensor, one.device)
+        return tensor
+
+    def _copy(self, source: Tensor, target: Tensor, device: torch.device) -> None:
+        streams = torch.get_device_module(device)
+        self._stream = self._stream or streams.Stream()
+        # The source may not be computed yet, and the memory of the target may still be in use.
+        self._stream.wait_stream(streams.current_stream())
+        with streams.stream(self._stream):
+            target.copy_(source, non_blocking=True)
+
+    def _wait(self, device: torch.device) -> None:
+        """Computation asked for from now on comes after the copy under way, whose tensor is then free to go."""
+        if self._stream:
+            torch.get_device_module(device).current_stream().wait_stream(self._stream)
+        self._under_way = None

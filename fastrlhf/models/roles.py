@@ -33,6 +33,7 @@ from fastrlhf.models.attention import choose_attention, chosen_attention
 from fastrlhf.models.forward import check_packed_forward, enable_activation_checkpointing
 from fastrlhf.models.four_bit import is_four_bit
 from fastrlhf.models.loading import float_score_head, make_trainable
+from fastrlhf.models.offload import HOST
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +88,7 @@ def judge_and_critic(config: PPOConfig, reward_model: PreTrainedModel) -> tuple[
     if not config.use_peft:
         critic = merged_copy(reward_model).to(reward_model.device)  # pyright: ignore[reportArgumentType] (as there)
     if config.activation_checkpointing:
-        enable_activation_checkpointing(critic)
+        enable_activation_checkpointing(critic, offload_to=HOST if config.activation_offloading else None)
     return judge, critic
 
 

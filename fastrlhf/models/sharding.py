@@ -102,6 +102,13 @@ def full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def held(tensor: Tensor) -> Tensor:
+    """The part that this rank holds; of a tensor that every rank holds whole, all on the first and none elsewhere."""
+    if isinstance(tensor, DTensor):
+        return tensor.to_local()
+    return tensor if is_first() else tensor.new_empty(0)
+
+
 def on_first_rank(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors whole and on the CPU on the first rank, and none elsewhere; in one process as they are."""
     if world_size() == 1:
@@ -134,7 +141,9 @@ def assign(module: Module, weights: Mapping[str, Tensor]) -> None:
 
 def like(tensor: Tensor, value: Tensor) -> Tensor:
     """`value`, a whole tensor that every rank holds, as `tensor` is: on its device and, where that is sharded, the part
-    of this rank."""
+    of this rank. One of which each rank holds its part stays as it is."""
+    if isinstance(value, DTensor):
+        return value if isinstance(tensor, DTensor) else full(value)
     value = value.to(tensor.device)
     if not isinstance(tensor, DTensor) or value.shape != tensor.shape:
         return value

@@ -6,20 +6,23 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from fastrlhf.config import DPOConfig, PPOConfig, TrainConfig
+from fastrlhf.distributed import world_size
 from fastrlhf.tools.packs import Rows, find_packs
 from fastrlhf.tools.phases import Phase, count_phases, readable
 
 
-def cheapest_change(config: TrainConfig, rows: Rows, phases: Sequence[Phase], limit: int, *, is_cuda: bool) -> str:
+def cheapest_change(
+    config: TrainConfig, rows: Rows, phases: Sequence[Phase], limit: int, *, is_cuda: bool, may_offload: bool
+) -> str:
     """The first change after which no phase takes more than `limit` bytes, in the order of `_bases`, each of them with
     less side by side where it alone is not enough. Where none does, what the least of them needs. `phases` are those
-    of `config`."""
+    of `config`; `may_offload`: the run has a GPU to take activations from."""
     least = max(phase.total for phase in phases)
 
     def totals(changed: TrainConfig) -> list[int]:
         return [phase.total for phase in count_phases(changed, rows, is_cuda=is_cuda)[0]]
 
-    for base in _bases(config):
+    for base in _bases(config, may_offload):
         needs = [phase.total for phase in phases] if base == config else totals(base)
         if max(needs) <= limit:
             return f"the cheapest change that fits: {_told(config, base)}: {readable(max(needs))}"
@@ -37,20 +40,23 @@ def cheapest_change(config: TrainConfig, rows: Rows, phases: Sequence[Phase], li
     )
 
 
-def _bases(config: TrainConfig) -> Iterator[TrainConfig]:
+def _bases(config: TrainConfig, may_offload: bool) -> Iterator[TrainConfig]:
     """Settings that save memory without being a number to turn down, the cheapest first, each on top of the one before.
 
     To compute the reference's log-probs once costs nothing. To compute activations again costs a third more time and
-    changes no number; moments in 8 bits and bfloat16 round; a LoRA trains something else.
+    changes no number, nor do copies of what is then left of them; moments in 8 bits and bfloat16 round; a LoRA trains
+    something else. Several processes can do neither of the last two.
     """
     if isinstance(config, DPOConfig) and not config.precompute_ref_log_probs:
         config = replace(config, precompute_ref_log_probs=True)
+    alone = world_size() == 1
     steps = (
         {},
         {"activation_checkpointing": True},
+        {"activation_offloading": True} if may_offload else {},
         {"dtype": "bfloat16"},
-        {} if config.use_peft else {"optim": "adamw_8bit"},
-        {} if config.use_peft or config.model_config else {"use_peft": True, "optim": config.optim},
+        {"optim": "adamw_8bit"} if alone and not config.use_peft else {},
+        {"use_peft": True, "optim": config.optim} if alone and not (config.use_peft or config.model_config) else {},
     )
     before = None
     for step in steps:
@@ -85,7 +91,7 @@ def _halvings(value: int, least: int) -> list[int]:
 def _told(config: TrainConfig, changed: TrainConfig) -> str:
     names = (
         *("precompute_ref_log_probs", "micro_batch_tokens", "rollout_batch_size", "activation_checkpointing"),
-        *("dtype", "optim", "use_peft"),
+        *("activation_offloading", "dtype", "optim", "use_peft"),
     )
     return " ".join(
         f"--{name} {getattr(changed, name)}"

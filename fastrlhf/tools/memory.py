@@ -28,13 +28,16 @@ from transformers import (
 )
 
 from fastrlhf.config import TrainConfig
-from fastrlhf.models.forward import sequence_scores, token_logprobs, token_values
+from fastrlhf.models.forward import enable_activation_checkpointing, sequence_scores, token_logprobs, token_values
 from fastrlhf.models.loading import DTYPES, make_trainable
 from fastrlhf.types import PackedBatch
 from fastrlhf_kernels._blocks import CPU_BLOCK
 
 TRITON_PART = 128 * 2**20
 """Bytes of the part of the logits' gradient that the Triton path of linear_logprob stores."""
+
+ELSEWHERE = torch.device("meta")
+"""Where what a run keeps in the CPU's memory is here: not on the device whose bytes are counted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +89,9 @@ class Fakes:
         with torch.device("meta"):
             model = make()
             if run:
-                make_trainable(model, run, "")
+                make_trainable(model, replace(run, activation_offloading=False), "")
+                if run.activation_offloading:
+                    enable_activation_checkpointing(model, offload_to=ELSEWHERE)
         known: dict[int, Tensor] = {}  # tied tensors stay tied
         with self.mode:
             for module in model.modules():
@@ -160,7 +165,7 @@ class _Tally(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(output):
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and tensor.device != ELSEWHERE:
                 self._add(tensor.untyped_storage())
         self.peak = max(self.peak, self._now + self._workspace(str(func), args))
         return output

@@ -9,6 +9,7 @@ Python process with its libraries (0.3 to 0.5 GiB of a CPU's memory; the CUDA co
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -122,6 +123,9 @@ def count_phases(config: TrainConfig, rows: Rows, *, is_cuda: bool) -> tuple[lis
     if paged:
         told = readable(sum(moments.values()))
         facts.append(f"optimiser state: {told}, not counted below: in paged memory, which moves to the CPU's")
+    if config.activation_offloading:
+        told = readable(max(_inputs_of_layers(fake, pack_tokens) for fake in trained.values()))
+        facts.append(f"inputs of layers: {told}, not counted below: in the CPU's memory between forward and backward")
     if isinstance(config, PPOConfig):
         passes = config.num_ppo_epochs
         facts.insert(
@@ -147,6 +151,13 @@ def _optimiser(config: TrainConfig, trained: Iterable[FakeModel]) -> tuple[dict[
     made = "gradients in float32" if keeps_copies else "gradients and weights in float32, noise"
     moments = {"optimiser state (float32, two per parameter)": in_float32, "optimiser state (8 bits)": in_8_bits}
     return moments, copies, {made: update}
+
+
+def _inputs_of_layers(fake: FakeModel, num_tokens: int) -> int:
+    """Bytes of pinned memory, in powers of 2 as torch takes it."""
+    text = fake.model.config.get_text_config()
+    size = num_tokens * text.hidden_size * fake.model.dtype.itemsize
+    return text.num_hidden_layers * 2 ** math.ceil(math.log2(size))
 
 
 def _rollout(

@@ -14,6 +14,7 @@ import torch
 
 from fastrlhf.config import TrainConfig, require
 from fastrlhf.models.loading import resolve_device
+from fastrlhf.models.offload import check_offloading
 from fastrlhf.tools.changes import cheapest_change
 from fastrlhf.tools.packs import read_rows
 from fastrlhf.tools.phases import GIB, Phase, count_phases, readable
@@ -53,12 +54,17 @@ def plan_run(config: TrainConfig, *, memory_gib: float = 0.0) -> Plan:
         name, memory = f"a device of {memory_gib:g} GiB", int(memory_gib * GIB)
     else:
         name, memory = _device_memory(device)
+    may_offload = device.type == "cuda" or (memory_gib > 0 and config.device != "cpu")
+    if config.activation_offloading and not may_offload:
+        check_offloading(device)
     rows, is_cuda = read_rows(config), device.type == "cuda"
     phases, facts = count_phases(config, rows, is_cuda=is_cuda)
     plan = Plan(phases=phases, facts=facts, device=name, memory=memory)
     if plan.fits:
         return plan
-    return replace(plan, change=cheapest_change(config, rows, phases, int(USABLE * memory), is_cuda=is_cuda))
+    limit = int(USABLE * memory)
+    change = cheapest_change(config, rows, phases, limit, is_cuda=is_cuda, may_offload=may_offload)
+    return replace(plan, change=change)
 
 
 def format_plan(plan: Plan) -> str:

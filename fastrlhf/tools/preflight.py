@@ -20,6 +20,7 @@ from fastrlhf.metrics import import_reporters
 from fastrlhf.models.attention import check_attention
 from fastrlhf.models.four_bit import quantization
 from fastrlhf.models.loading import DTYPES, read_model_config, resolve_device
+from fastrlhf.models.offload import check_offloading
 from fastrlhf.models.roles import holds_adapter
 from fastrlhf.models.trunk import check_liger
 from fastrlhf.reward_functions import load_reward_functions
@@ -85,6 +86,8 @@ def _check_libraries(config: TrainConfig) -> None:
     check_attention(config.attn_implementation, device, dtype)
     if config.use_liger_kernel:
         check_liger(device)
+    if config.activation_offloading:
+        check_offloading(device)
     if config.load_in_4bit:
         quantization(dtype)
 

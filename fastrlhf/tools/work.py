@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -16,7 +16,7 @@ from fastrlhf.config import DPOConfig, PPOConfig, RewardConfig, SFTConfig, Train
 from fastrlhf.data.inputs import open_inputs, with_room
 from fastrlhf.data.tokens import TokenReport
 from fastrlhf.optim import index_batches, num_steps
-from fastrlhf.types import Prefix, TokenizedExample
+from fastrlhf.types import Prefix, Rollout, TokenizedExample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,14 +74,24 @@ def first_prefixes(config: PPOConfig, work: Work) -> list[Prefix]:
     Responses that the reference policy would have to write first (`reset_source: sample`) are not there: these episodes
     start at the prompt.
     """
-    known = dataclasses.replace(config, reset_prob=0.0) if config.reset_source == "sample" else config
     return [
         prefix
         for step, batch in enumerate(work.batches)
         for prefix in draw_prefixes(
-            known, [work.examples[i] for i in batch], step * len(batch), progress=step / work.steps
+            config,
+            [work.examples[i] for i in batch],
+            step * len(batch),
+            progress=step / work.steps,
+            roll_in=_WritesNothing(),
         )
     ]
+
+
+class _WritesNothing:
+    """Stands in for the reference policy as what writes the responses to reset to."""
+
+    def generate(self, prefixes: Sequence[Prefix]) -> list[Rollout]:
+        return []
 
 
 def _fields(config: TrainConfig) -> list[str]:

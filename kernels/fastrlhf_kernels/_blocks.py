@@ -204,6 +204,21 @@ def multiply_parts(
             grad_bias[columns] = bias_sum
 
 
+def gradients_like(
+    leaves: tuple[Tensor, Tensor, Tensor | None], needs: tuple[bool, bool, bool], scalar_like: Tensor
+) -> tuple[Tensor, ...]:
+    """Gradients of (hidden, weight, bias) as the operators lay them out, unwritten; [0] like the last argument if none.
+
+    That of hidden is contiguous, whatever hidden is: its rows were worked on apart and put back.
+    """
+    hidden, *others = leaves
+    likes = (torch.empty_like(hidden, memory_format=torch.contiguous_format), *others)
+    return tuple(
+        torch.empty_like(like) if need and like is not None else scalar_like.new_empty(0)
+        for like, need in zip(likes, needs, strict=True)
+    )
+
+
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b in float32."""
     return a @ b if a.dtype == torch.float32 else torch.mm(a, b, out_dtype=torch.float32)
@@ -245,13 +260,20 @@ class Selection(NamedTuple):
         rows = live.nonzero()[:, 0]  # waits: how many there are decides its shape
         return Selection(live, None if len(rows) == len(live) else rows, None)
 
-    def take(self, tensor: Tensor) -> Tensor:
-        return tensor if self.rows is None else tensor[self.rows]
+    def take(self, tensor: Tensor, filler: float | None = None) -> Tensor:
+        """The rows worked on, with `filler`, if given, in those that are so for nothing: 0 times NaN would be NaN."""
+        if self.rows is not None:
+            return tensor[self.rows]
+        return tensor if self.dead is None or filler is None else self._fill(tensor, filler)
 
     def put_back(self, tensor: Tensor) -> Tensor:
         """The inverse of `take`, with 0 in the rows that are not live."""
         if self.dead is not None:
-            return tensor.masked_fill(self.dead if tensor.dim() == 2 else self.dead[:, 0], 0)
+            return self._fill(tensor, 0)
         if self.rows is None:
             return tensor
         return tensor.new_zeros(len(self.live), *tensor.shape[1:]).index_copy_(0, self.rows, tensor)
+
+    def _fill(self, tensor: Tensor, filler: float) -> Tensor:
+        assert self.dead is not None
+        return tensor.masked_fill(self.dead if tensor.dim() == 2 else self.dead[:, 0], filler)

@@ -66,6 +66,12 @@ def check_range(name: str, value: float, low: float, high: float, *, open_low: b
         raise ValueError(f"{name} must be in {'(' if open_low else '['}{low}, {high}], got {value}")
 
 
+def check_first_derivative(op: str) -> None:
+    """Raises RuntimeError where a backward is itself to be differentiated: it would take slopes for constants."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{op} has no second derivative: create_graph must be False")
+
+
 def divisor(name: str, count: float | Tensor) -> float | Tensor:
     """What a sum over `count` things is divided by: `count`, or 1 where there is none, as the sum is then 0.
 

@@ -215,7 +215,10 @@ def scale_masses(
     tilt: Tensor | None,
     at_target: Tensor,
 ) -> None:
-    """Turns the masses that `forward` stored into the gradient by the products, in place."""
+    """Turns the masses that `forward` stored into the gradient by the products, in place.
+
+    `at_target` is the gradient there, with the slope of the soft cap, which no mass that has vanished could tell.
+    """
     num_rows, vocab = masses.shape
     scale_kernel[(cdiv(num_rows, SCALED_ROWS), cdiv(vocab, tiles.vocab))](
         masses,

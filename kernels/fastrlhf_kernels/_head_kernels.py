@@ -230,7 +230,7 @@ def scale_kernel(
     peaks,  # [T], as in `gradient_kernel`
     levels,
     tilts,  # or None
-    at_targets,
+    at_targets,  # with the slope of the soft cap: where a target's mass has vanished, its logit is lost
     row_temperature,  # or None
     num_rows,
     vocab,
@@ -262,8 +262,8 @@ def scale_kernel(
         z = tl.log(tl.maximum(mass, 1e-37)) + top[:, None]  # where it is less, dx is 0 whatever z is
     if tilts is not None:
         dx -= mass * (tl.exp(tl.minimum(top - peak, 0.0)) * tilt)[:, None] * (z - peak[:, None])
-    dx = tl.where(columns[None, :] == target[:, None], at_target[:, None], dx)
     if SOFTCAP:
         tanh = z / row_scale(outer_scale, row_temperature, rows, num_rows)
         dx *= 1 - tanh * tanh
+    dx = tl.where(columns[None, :] == target[:, None], at_target[:, None], dx)
     tl.store(place, tl.where(live[:, None], dx, 0.0).to(masses.dtype.element_ty), mask=within)

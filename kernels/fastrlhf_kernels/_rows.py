@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastrlhf_kernels._checks import check_first_derivative
 from fastrlhf_kernels._tiles import cdiv
 from fastrlhf_kernels._triton import jit, tl
 
@@ -43,6 +44,7 @@ def differentiate_by_slopes(op: str, leaves: tuple[int, ...]) -> None:
         ctx.set_materialize_grads(False)
 
     def backward(ctx, grad, *_):
+        check_first_derivative(op.split("::")[1])
         gradients: list[Tensor | None] = [None] * ctx.num_inputs
         for leaf, slope in zip(leaves, ctx.saved_tensors, strict=True):
             if ctx.needs_input_grad[leaf]:

@@ -38,13 +38,24 @@ import torch
 from torch import Tensor
 
 from fastrlhf_kernels import _kl_kernels
-from fastrlhf_kernels._blocks import LOWEST, Logits, Part, Selection, exp_, fold, gradient, multiply_parts, slopes
-from fastrlhf_kernels._checks import check_rows, check_tensor
+from fastrlhf_kernels._blocks import (
+    LOWEST,
+    Logits,
+    Part,
+    Selection,
+    exp_,
+    fold,
+    gradient,
+    gradients_like,
+    multiply_parts,
+    slopes,
+)
+from fastrlhf_kernels._checks import check_first_derivative, check_rows, check_tensor
 from fastrlhf_kernels._head import FAR
 from fastrlhf_kernels._kl_kernels import Head, Slopes, Transform
 from fastrlhf_kernels._triton import use_triton
 from fastrlhf_kernels.linear_logprob import _backward as logprob_backward
-from fastrlhf_kernels.linear_logprob import check_targets, checked_transform
+from fastrlhf_kernels.linear_logprob import check_rows_that_count, checked_transform
 from fastrlhf_kernels.types import TokenKL
 
 IGNORE = -100
@@ -69,7 +80,7 @@ def linear_kl(
 
     With `targets`, also both sides' log-probs of these; rows whose target is -100 give 0 in every output and no
     gradient, whatever lies in them. Raises ValueError for wrong shapes, dtypes and devices, and on the CPU for a target
-    outside the vocabulary (on a GPU it gives NaN).
+    outside the vocabulary and a row's temperature that is not above 0 (on a GPU these give NaN).
     """
     check_rows("hidden", hidden, rank=2)
     check_rows("reference_hidden", reference_hidden, rank=2)
@@ -145,7 +156,7 @@ def _forward(
     """
     keep = targets != IGNORE
     chosen = Selection.of(keep, wait=False)
-    check_targets(targets[keep] if chosen.dead is None else None, len(weight))
+    check_rows_that_count(chosen, targets, len(weight), row_temperature)
     policy, reference = Head(hidden, weight, bias), Head(reference_hidden, reference_weight, reference_bias)
     if triton:
         transform = (row_temperature, temperature, scale, softcap)
@@ -197,6 +208,7 @@ def _save(ctx, inputs, output):
 
 
 def _differentiate(ctx, grad_kl, grad_logprob, _, grad_entropy, *__):
+    check_first_derivative("linear_kl")
     needs, (*transform, triton) = ctx.needs_input_grad[:3], ctx.options
     if grad_kl is None:  # it was only looked at
         *policy, _, _, _, targets, row_temperature, logprob, entropy, peak, total, _, _ = ctx.saved_tensors
@@ -264,26 +276,19 @@ def _backward(
     zero, keep = torch.zeros_like(logprob), targets != IGNORE
     upstream = [zero if grad is None else grad.where(keep, 0) for grad in (grad_kl, grad_logprob, grad_entropy)]
     chosen = Selection.of((torch.stack(upstream) != 0).any(0), wait=True)
-    dead = chosen.dead
-
-    def take(tensor: Tensor, filler: float = 0) -> Tensor:
-        """The rows worked on, with `filler` in those that are so for nothing."""
-        if dead is None:
-            return chosen.take(tensor)
-        return tensor.masked_fill(dead if tensor.dim() == 2 else dead[:, 0], filler)
-
+    take = partial(chosen.take, filler=0)
     on_kl, g, on_entropy, logprob, drift = map(take, (*upstream, logprob, drift))
-    total = take(total, 1)
-    row_temperature = None if row_temperature is None else take(row_temperature, 1)
+    total = chosen.take(total, 1)
+    row_temperature = None if row_temperature is None else chosen.take(row_temperature, 1)
     factor = scale / (temperature if row_temperature is None else row_temperature)
     bonus = (None, None) if grad_entropy is None else (on_entropy, take(entropy))
     level, tilt, at_target = slopes(g, -on_kl * drift, bonus[0], factor, logprob, bonus[1], total)
-    rows = Slopes(take(peak, FAR), level, tilt, at_target, take(reference_peak), factor * on_kl / total)
+    rows = Slopes(chosen.take(peak, FAR), level, tilt, at_target, take(reference_peak), factor * on_kl / total)
 
     policy = Head(take(hidden), weight, bias)
     reference = Head(take(reference_hidden), reference_weight, reference_bias)
     transform = (row_temperature, temperature, scale, softcap)
-    grad_hidden = torch.zeros_like(policy.hidden, dtype=torch.float32) if need_hidden else None
+    grad_hidden = policy.hidden.new_zeros(policy.hidden.shape, dtype=torch.float32) if need_hidden else None
     grad_weight = torch.empty_like(weight) if need_weight else None
     grad_bias = torch.empty_like(bias) if bias is not None and need_bias else None
     run = _kl_kernels.backward if triton and len(policy.hidden) else _backward_blocks
@@ -326,8 +331,4 @@ def _backward_blocks(
 
 @_backward.register_fake
 def _(*args):
-    given, needs = args[3:6], args[-3:]
-    return tuple(
-        torch.empty_like(tensor) if need and tensor is not None else args[11].new_empty(0)
-        for tensor, need in zip(given, needs, strict=True)
-    )
+    return gradients_like(args[3:6], args[-3:], args[11])

@@ -37,8 +37,8 @@ import torch
 from torch import Tensor
 
 from fastrlhf_kernels import _head
-from fastrlhf_kernels._blocks import Logits, Part, Selection, fold, gradient, multiply_parts, slopes
-from fastrlhf_kernels._checks import check_range, check_rows, check_tensor
+from fastrlhf_kernels._blocks import Logits, Part, Selection, fold, gradient, gradients_like, multiply_parts, slopes
+from fastrlhf_kernels._checks import check_first_derivative, check_range, check_rows, check_tensor
 from fastrlhf_kernels._triton import use_triton
 from fastrlhf_kernels.types import TokenLogprobs
 
@@ -60,7 +60,8 @@ def linear_logprob(
     """log softmax(softcap(logit_scale * (hidden @ weight.T + bias)) / temperature)[t, targets[t]], float32, in nats.
 
     Rows whose target is `ignore_index` give 0 in every output and no gradient, whatever lies in them. Raises ValueError
-    for wrong shapes, dtypes and devices, and on the CPU for a target outside the vocabulary (on a GPU it gives NaN).
+    for wrong shapes, dtypes and devices, and on the CPU for a target outside the vocabulary and a row's temperature
+    that is not above 0 (on a GPU these give NaN).
     """
     transform = checked_transform(hidden, weight, targets, bias, temperature, logit_scale, softcap)
     logprob, logsumexp, row_entropy, max_logprob, mean_logit, _, _ = _forward(
@@ -92,7 +93,7 @@ def checked_transform(
     row_temperature = None
     if isinstance(temperature, Tensor):
         check_tensor("temperature", temperature, (num_rows,), device)
-        row_temperature, temperature = temperature.detach().float().contiguous(), 1.0
+        row_temperature, temperature = positive_or_nan(temperature).contiguous(), 1.0
     for name, value in (("temperature", temperature), ("softcap", softcap)):
         if value is not None:
             check_range(name, value, 0, float("inf"), open_low=True)
@@ -100,11 +101,20 @@ def checked_transform(
     return row_temperature, float(temperature), float(logit_scale), softcap
 
 
-def check_targets(targets: Tensor | None, vocab: int) -> None:
-    """Raises ValueError for a target outside the vocabulary; None where looking would wait for a GPU."""
-    if targets is not None and len(targets):
-        for extreme in targets.aminmax():
-            check_range("targets", int(extreme), 0, vocab - 1)
+def positive_or_nan(temperature: Tensor) -> Tensor:
+    """[T] float32; NaN for what is no temperature, as nobody can look at it on a GPU without waiting."""
+    temperature = temperature.detach().float()
+    return temperature.where(temperature > 0, float("nan"))
+
+
+def check_rows_that_count(chosen: Selection, targets: Tensor, vocab: int, row_temperature: Tensor | None) -> None:
+    """Raises ValueError for a target outside the vocabulary and a temperature of NaN; on a GPU, looking would wait."""
+    if chosen.dead is not None or not chosen.live.any():
+        return
+    for extreme in chosen.take(targets).aminmax():
+        check_range("targets", int(extreme), 0, vocab - 1)
+    if row_temperature is not None and chosen.take(row_temperature).isnan().any():
+        raise ValueError("temperature must be above 0 in every row that is not ignored")
 
 
 def linear_logprob_reference(
@@ -151,7 +161,7 @@ def _forward(
     """
     keep = targets != ignore
     chosen = Selection.of(keep, wait=False)
-    check_targets(targets[keep] if chosen.dead is None else None, len(weight))
+    check_rows_that_count(chosen, targets, len(weight), row_temperature)
     transform = (temperature, scale, softcap)
     if triton:
         with torch.cuda.device_of(hidden):
@@ -196,6 +206,7 @@ def _save(ctx, inputs, output):
 
 
 def _differentiate(ctx, grad_logprob, grad_logsumexp, grad_entropy, *_):
+    check_first_derivative("linear_logprob")
     needs = ctx.needs_input_grad[:3]
     grads = _backward(grad_logprob, grad_logsumexp, grad_entropy, *ctx.saved_tensors, *ctx.options, *needs)
     return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *[None] * 9
@@ -232,9 +243,8 @@ def _backward(
     upstream = [zero if grad is None else grad.where(keep, 0) for grad in (grad_logprob, grad_logsumexp, grad_entropy)]
     chosen = Selection.of((torch.stack(upstream) != 0).any(0), wait=True)
     dead = chosen.dead
-    row_temperature = None if row_temperature is None else chosen.take(row_temperature)
-    hidden = chosen.take(hidden if dead is None else hidden.masked_fill(dead, 0))
-    targets = chosen.take(targets)
+    row_temperature = None if row_temperature is None else chosen.take(row_temperature, 1)
+    hidden, targets = chosen.take(hidden, 0), chosen.take(targets)
     logprob, peak, total, g, on_logsumexp, on_entropy = map(chosen.take, (logprob, peak, total, *upstream))
     factor = scale / (temperature if row_temperature is None else row_temperature)
     if grad_entropy is None:
@@ -242,7 +252,7 @@ def _backward(
     else:
         rows = slopes(g, on_logsumexp, on_entropy, factor, logprob, chosen.take(entropy), total)
 
-    grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if need_hidden else None
+    grad_hidden = hidden.new_zeros(hidden.shape, dtype=torch.float32) if need_hidden else None
     grad_weight = torch.empty_like(weight) if need_weight else None
     grad_bias = torch.empty_like(bias) if bias is not None and need_bias else None
     inputs = (hidden, weight, bias, targets, row_temperature, temperature, scale, softcap)
@@ -293,9 +303,4 @@ def _backward_blocks(
 
 @_backward.register_fake
 def _(*args):
-    given = (args[3], args[4], args[5])
-    needs = args[-3:]
-    return tuple(
-        torch.empty_like(tensor) if need and tensor is not None else args[8].new_empty(0)
-        for tensor, need in zip(given, needs, strict=True)
-    )
+    return gradients_like(args[3:6], args[-3:], args[8])

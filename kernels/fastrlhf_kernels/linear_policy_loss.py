@@ -24,10 +24,11 @@ import torch
 from torch import Tensor
 
 from fastrlhf_kernels import _head
-from fastrlhf_kernels._blocks import Logits, Selection, add_product, fold, gradient, slopes
+from fastrlhf_kernels._blocks import Logits, Selection, add_product, fold, gradient, gradients_like, slopes
+from fastrlhf_kernels._checks import check_first_derivative
 from fastrlhf_kernels._tiles import STORING, cdiv, choose_tiles, row_major
 from fastrlhf_kernels._triton import use_triton
-from fastrlhf_kernels.linear_logprob import check_targets, checked_transform, linear_logprob_reference
+from fastrlhf_kernels.linear_logprob import check_rows_that_count, checked_transform, linear_logprob_reference
 from fastrlhf_kernels.policy_loss import (
     SUMS,
     _policy_loss,
@@ -79,7 +80,7 @@ def linear_policy_loss(
         *leaves,
         targets,
         *(None if row is None else row.detach() for row in fixed),
-        count if isinstance(count, Tensor) else torch.full((), count, device=hidden.device),
+        torch.ones((), dtype=torch.float32, device=hidden.device) * count,  # torch.full would make it a constant
         *transform,
         ignore_index,
         entropy,
@@ -139,9 +140,9 @@ def _one_shot(
     targets = targets.where(mask, ignore)  # tiles without a trained row are skipped; a copy in the order of memory
     live = targets != ignore
     chosen = Selection.of(live, wait=False)
-    check_targets(targets[live] if chosen.dead is None else None, len(weight))
+    check_rows_that_count(chosen, targets, len(weight), row_temperature)
     live_hidden, live_targets = chosen.take(hidden), chosen.take(targets)
-    live_temperature = None if row_temperature is None else chosen.take(row_temperature)
+    live_temperature = None if row_temperature is None else chosen.take(row_temperature, 1)
     fixed = (sampler_logprob, advantage, live, reference_logprob, token_weight)
     live_fixed = [None if row is None else chosen.take(row) for row in fixed]
     scalars = (low, high, dual_clip, kl_coef, kl_kind, entropy_coef, triton)
@@ -183,11 +184,8 @@ def _one_shot(
 
 @_one_shot.register_fake
 def _(hidden, weight, bias, *rest):
-    empty = hidden.new_empty(0)
-    grads = (
-        torch.empty_like(leaf, dtype=_kept_dtype(leaf)) if need else empty.clone()
-        for leaf, need in zip((hidden, weight, bias), rest[-4:-1], strict=True)
-    )
+    kept = (hidden.to(_kept_dtype(hidden)), weight.to(_kept_dtype(weight)))
+    grads = gradients_like((*kept, None if bias is None else bias.to(_kept_dtype(bias))), rest[-4:-1], hidden)
     scalar = hidden.new_empty((), dtype=torch.float32)
     return scalar, hidden.new_empty(len(SUMS), dtype=torch.float32), scalar.clone(), *grads
 
@@ -206,6 +204,7 @@ def _save(ctx, inputs, output):
 
 
 def _differentiate(ctx, grad, *_):
+    check_first_derivative("linear_policy_loss")
     gradients: list[Tensor | None] = [None] * ctx.num_inputs
     for leaf, saved in enumerate(ctx.saved_tensors):
         if ctx.needs_input_grad[leaf]:
@@ -237,7 +236,7 @@ class _TorchChunks:
         hidden = hidden if dead is None else hidden.masked_fill(dead, 0)
         self.logits = Logits.of(hidden, weight, bias, row_temperature, temperature, scale, softcap)
         need_hidden, need_weight, need_bias = needs
-        self.grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if need_hidden else None
+        self.grad_hidden = hidden.new_zeros(hidden.shape, dtype=torch.float32) if need_hidden else None
         self.grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
         self.grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias else None
         self.step = chunk_rows(len(weight) * 4, CPU_CHUNK if hidden.device.type == "cpu" else GPU_CHUNK)
@@ -282,7 +281,7 @@ class _TritonChunks:
         need_hidden, need_weight, need_bias = needs
         native = hidden.dtype == weight.dtype == torch.bfloat16
         self.dtype = torch.bfloat16 if native else torch.float32
-        self.grad_hidden = torch.zeros_like(hidden, dtype=self.dtype) if need_hidden else None
+        self.grad_hidden = hidden.new_zeros(hidden.shape, dtype=self.dtype) if need_hidden else None
         self.grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
         self.grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias else None
         vocab = cdiv(len(weight), 16) * 16  # cuBLAS and TMA want rows at multiples of 16 bytes
@@ -300,13 +299,21 @@ class _TritonChunks:
         logprob, _, row_entropy, _, _, peak, total = _head.forward(
             hidden, weight, bias, targets, temperature, *options, *stored
         )
+        self.logit = logprob + peak + total.log()  # of the targets
         return logprob, row_entropy if entropy else torch.zeros_like(logprob), peak, total
 
-    def add_gradient(self, block: slice, targets: Tensor, *rows: Tensor | None) -> None:
+    def add_gradient(
+        self, block: slice, targets: Tensor, peak: Tensor, level: Tensor, tilt: Tensor | None, at_target: Tensor
+    ) -> None:
         hidden, weight, _ = self.head
-        hidden, temperature = hidden[block], _rows_of(self.row_temperature, block)
+        hidden, row_temperature = hidden[block], _rows_of(self.row_temperature, block)
+        temperature, _, softcap = self.transform
+        if softcap is not None:
+            z = self.logit * (temperature if row_temperature is None else row_temperature)
+            at_target = at_target * (1 - (z / softcap).square())
         dx = self.masses[: len(hidden)]
-        _head.scale_masses(dx, self.tops, targets, temperature, *self.transform, self.tiles, *rows)  # pyright: ignore
+        rows = (peak, level, tilt, at_target)
+        _head.scale_masses(dx, self.tops, targets, row_temperature, *self.transform, self.tiles, *rows)
         if self.grad_bias is not None:
             self.grad_bias += dx.sum(0, dtype=torch.float32)
         if self.grad_hidden is not None and self.dtype == torch.bfloat16:

@@ -31,9 +31,10 @@ import torch
 from torch import Tensor
 
 from fastrlhf_kernels._blocks import Selection
-from fastrlhf_kernels._checks import check_range, check_rows, check_tensor
+from fastrlhf_kernels._checks import check_first_derivative, check_range, check_rows, check_tensor
 from fastrlhf_kernels._tiles import FLOOR, cdiv, row_major, scales, transformed
 from fastrlhf_kernels._triton import constant, jit, tl, use_triton
+from fastrlhf_kernels.linear_logprob import check_rows_that_count, positive_or_nan
 from fastrlhf_kernels.types import TokenLogprobs
 
 BIT = math.log(2)  # in nats
@@ -67,8 +68,9 @@ def logprob_from_logits(
     With `inplace_backward` the gradient overwrites the logits, so that the backward allocates nothing of their size. Do
     not read them afterwards: they hold the gradient. Another backward that needs their values raises RuntimeError.
 
-    Raises ValueError for wrong shapes, dtypes and devices, and on the CPU for a target outside the vocabulary (on a GPU
-    it gives NaN); with `inplace_backward` also for logits that are a leaf, or a view of one, and for rows that overlap.
+    Raises ValueError for wrong shapes, dtypes and devices, and on the CPU for a target outside the vocabulary and a
+    row's temperature that is not above 0 (on a GPU these give NaN); with `inplace_backward` also for logits that are a
+    leaf, or a view of one, and for rows that overlap.
     """
     check_rows("logits", logits, rank=2)
     (num_rows, vocab), device = logits.shape, logits.device
@@ -78,7 +80,7 @@ def logprob_from_logits(
     row_temperature = None
     if isinstance(temperature, Tensor):
         check_tensor("temperature", temperature, (num_rows,), device)
-        row_temperature, temperature = temperature.detach().float(), 1.0
+        row_temperature, temperature = positive_or_nan(temperature), 1.0
     for name, value in (("temperature", temperature), ("logit_scale", logit_scale), ("softcap", softcap)):
         if value is not None:
             check_range(name, value, 0, float("inf"), open_low=True)
@@ -140,9 +142,7 @@ def _forward(
     """(logprob, logsumexp, entropy, peak = max x, total = sum 2^(bits (x - peak))), each [T] or, not wanted, empty."""
     keep, vocab = targets != ignore, logits.shape[1]
     chosen = Selection.of(keep, wait=False)
-    if chosen.dead is None and keep.any():
-        for extreme in targets[keep].aminmax():
-            check_range("targets", int(extreme), 0, vocab - 1)
+    check_rows_that_count(chosen, targets, vocab, bits)
     if triton and len(logits):
         logprob, logsumexp, peak, total = (torch.empty_like(bits) for _ in range(4))
         outputs = (logprob, logsumexp, torch.empty_like(bits if entropy else bits[:0]), peak, total)
@@ -204,8 +204,7 @@ def _save(ctx, inputs, output):
 def _differentiate(ctx, grad_logprob, grad_logsumexp, grad_entropy, *_):
     logits, targets, bits, logprob, entropy, peak, total = ctx.saved_tensors
     inner, capped, ignore, _, inplace, triton = ctx.options
-    if torch.is_grad_enabled():
-        raise RuntimeError("logprob_from_logits has no second derivative: create_graph must be False")
+    check_first_derivative("logprob_from_logits")
     on_logprob, on_total = (0 if grad is None else grad for grad in (grad_logprob, grad_logsumexp))
     logprob = logprob.clamp(min=VANISHED)  # of a forbidden target
     prob = logprob.exp()

@@ -123,6 +123,27 @@ def test_every_row_earns_minus_kl_coef_times_its_log_ratio_to_the_reference(crit
     assert metrics["objective/scores"] == 3.0
 
 
+def test_the_kl_is_reported_by_three_estimates_beside_what_the_engine_and_the_budget_did(critic):
+    cfg = config(cliprange=0.2, cliprange_high=1.0)
+    plain, _ = experience(cfg, ROLLOUTS, critic)
+    shifts = torch.linspace(-0.5, 1.0, 16)  # log(trainer / engine): below the band, in it, above it
+    drawn = (plain.sampler_logprob - shifts).split([3, 3, 4, 1, 5])
+    rollouts = [replace(r, sampler_logprob=x.tolist()) for r, x in zip(ROLLOUTS, drawn, strict=True)]
+    found, metrics = experience(cfg, rollouts, critic)
+    delta = (found.sampler_logprob - found.reference_logprob).double()
+    assert metrics["objective/kl_k2"] == pytest.approx((delta**2 / 2).sum().item() / 5, rel=1e-5)
+    assert metrics["objective/kl_k3"] == pytest.approx((torch.exp(-delta) - 1 + delta).sum().item() / 5, rel=1e-5)
+    ratio = shifts.exp()
+    assert metrics["sampling/outside_clip"] == pytest.approx(((ratio < 0.8) | (ratio > 2)).sum().item() / 16)
+    assert (ratio < 0.8).any()
+    assert (ratio > 2).any()
+    assert metrics["completions/clipped_ratio"] == 2 / 5
+    assert metrics["objective/scores_clipped"] == 3.5  # of 2 and 5
+    _, ended = experience(cfg, [ROLLOUTS[0], *ROLLOUTS[2:4]], critic, scores=SCORES[:3])
+    assert ended["completions/clipped_ratio"] == 0
+    assert "objective/scores_clipped" not in ended
+
+
 def log_ratio(dpo, reference, rollouts) -> torch.Tensor:
     """log(dpo / reference) at temperature 1 of every sampled token, from the models' own logits."""
     found = []
@@ -238,6 +259,12 @@ def test_the_policy_gets_no_gradient_from_reset_tokens_under_the_authors_semanti
         update(cfg, policy, value_model, recorder, FULL, given, packs, seed=(0, 0))
     assert all(torch.equal(a, b) for a, b in zip(recorder.steps[0][0], recorder.steps[1][0], strict=True))
     assert max(g.abs().max() for g in recorder.steps[0][0]) > 1e-4
+
+
+def test_the_critic_is_told_how_much_of_the_returns_it_explains(critic):
+    found, metrics = experience(config(), ROLLOUTS, critic)
+    left = (found.returns - found.value).var() / found.returns.var()
+    assert metrics["critic/explained_var"] == pytest.approx(1 - left.item(), rel=1e-4)
 
 
 def test_reset_and_scratch_episodes_are_reported_apart(critic):

@@ -1,14 +1,17 @@
 """The on-policy trainer against an independent padded loop, and the identities between PPO and DR-PO."""
 
+import json
 import math
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from fastrlhf.algorithms.experience import pack_episodes, score_episodes
 from fastrlhf.algorithms.on_policy import draw_prefixes, make_engine, train_on_policy, update
+from fastrlhf.algorithms.starts import make_roll_in
 from fastrlhf.config import DRPOConfig, PPOConfig
 from fastrlhf.models.adapters import frozen_copy
 from fastrlhf.models.loading import load_policy, load_reward_model
@@ -121,7 +124,7 @@ def padded_ppo_gradients(cfg: PPOConfig, policy, reference, critic, rollouts: li
 
 @pytest.mark.parametrize("kind", [PPOConfig, DRPOConfig])
 def test_one_update_equals_an_independent_padded_loop(paths, kind):
-    cfg = config(paths, kind, num_ppo_epochs=1, reset_prob=0.0 if kind is PPOConfig else 0.7)
+    cfg = config(paths, kind, num_ppo_epochs=1, reset_prob=0.0 if kind is PPOConfig else 0.7, gamma=0.9, lam=0.8)
     policy = load_policy(cfg.model_name_or_path)
     reference = frozen_copy(tiny.policy(seed=5))
     critic = load_reward_model(cfg.reward_model_path, pad_token_id=0, must_be_trained=True)
@@ -204,6 +207,50 @@ def test_the_policy_waits_for_the_critic(paths):
     assert all(row["loss/value_avg"] > 0 for row in result.history)
     with pytest.raises(ValueError, match=r"^value_warmup_steps: must be below the 2 updates of the run"):
         run(config(paths, max_steps=2, value_warmup_steps=2))
+
+
+def test_the_critic_has_a_learning_rate_of_its_own(paths):
+    """Adam's first step moves every weight that has a gradient by the learning rate."""
+    cfg = config(paths, max_steps=1, num_ppo_epochs=1)
+    start = load_reward_model(cfg.reward_model_path, pad_token_id=0)
+    usual, fast = run(cfg), run(cfg, value_learning_rate=5e-3)
+    for result, rate in ((usual, 1e-3), (fast, 5e-3)):
+        pairs = zip(result.value_model.parameters(), start.parameters(), strict=True)
+        assert max((a - b).abs().max().item() for a, b in pairs) == pytest.approx(rate, rel=1e-3)
+    assert all(torch.equal(a, b) for a, b in zip(usual.model.parameters(), fast.model.parameters(), strict=True))
+
+
+def prefixes_of(cfg):
+    """[updates][episodes]: where the episodes of a run started; and its result."""
+    seen = []
+
+    def engine(cfg, policy, eos):
+        inner = make_engine(cfg, policy, eos)
+
+        def generate(prefixes):
+            seen.append(list(prefixes))
+            return inner.generate(prefixes)
+
+        return SimpleNamespace(generate=generate)
+
+    return seen, train_on_policy(cfg, tiny.examples(40), engine=engine)
+
+
+def test_the_curriculum_follows_the_updates_of_the_run(paths):
+    """From the last token before the EOS to anywhere in the response."""
+    seen, _ = prefixes_of(config(paths, DRPOConfig, max_steps=3, reset_curriculum=0.5))
+    missing = [{round(p.num_reset / p.reset_depth) - p.num_reset for p in prefixes if p.num_reset} for prefixes in seen]
+    assert missing[0] == {1}
+    assert len(missing[2]) > 2
+
+
+def test_what_is_reset_to_is_written_by_the_reference_after_the_policy_has_moved(paths):
+    cfg = config(paths, DRPOConfig, reset_source="sample", learning_rate=1e-2)
+    [_, second], result = prefixes_of(cfg)
+    prompts = [TokenizedExample(prompt=p.token_ids[: len(p.token_ids) - p.num_reset], row=p.row) for p in second]
+    reference = load_policy(cfg.model_name_or_path)
+    drawn = [draw_prefixes(cfg, prompts, 12, roll_in=make_roll_in(cfg, m, tiny.EOS)) for m in (reference, result.model)]
+    assert drawn[0] == second != drawn[1]
 
 
 class BiasedEngine:
@@ -299,6 +346,21 @@ def test_a_second_reward_model_judges_the_held_out_prompts_and_moves_nothing(pat
         assert other_row["eval_held_out/scores_stderr"] > 0
     same = train_on_policy(replace(cfg, eval_reward_model_path=cfg.reward_model_path), tiny.examples(40), held_out)
     assert all(row["eval_held_out/scores"] == row["eval_objective/scores"] for row in same.history)
+
+
+@pytest.mark.parametrize("field", ["reward_model_path", "eval_reward_model_path"])
+def test_a_judge_of_another_tokenizer_is_refused_with_the_token_that_differs(paths, tmp_path, field):
+    """Of the same size, so that every id would be read as some other word in silence."""
+    judge = tiny.save_reward_model(tmp_path / "judge")
+    file = tmp_path / "judge" / "tokenizer.json"
+    known = json.loads(file.read_text())
+    ids = known["model"]["vocab"]
+    ids["w3"], ids["w4"] = ids["w4"], ids["w3"]
+    file.write_text(json.dumps(known))
+    with pytest.raises(
+        ValueError, match=rf"^{field}: .*another tokenizer than the run \('w3' is id 7 there and 6 here"
+    ):
+        train_on_policy(config(paths | {field: judge}), tiny.examples(40), tiny.examples(3))
 
 
 def test_a_second_judge_without_held_out_prompts_is_refused_before_anything_is_loaded(paths):

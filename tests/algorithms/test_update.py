@@ -194,6 +194,24 @@ def test_by_sequence_the_gradient_is_the_mean_of_those_of_single_episodes():
     tiny.assert_close_gradients(ours, [sum(parts) / len(ROLLOUTS) for parts in zip(*alone, strict=True)])
 
 
+def test_the_authors_average_every_micro_batch_by_itself(critic):
+    """compat reference: the gradient is the mean of those of the micro-batches, whatever number of tokens each has."""
+    cfg = config(compat="reference", micro_batch_tokens=24)
+    policy, trained = tiny.policy(), frozen_copy(critic).requires_grad_(True)
+    experience = moved(scored(cfg, policy, tiny.policy(seed=5), critic))
+    [packs] = packed(cfg, policy)
+    assert len({item.batch.num_rows for item in packs}) > 1
+
+    def of(packs):
+        recorder = tiny.GradientRecorder({"": policy, "value_": trained})
+        update(cfg, policy, trained, recorder, ROLLOUTS, experience, [packs], seed=(0, 0))
+        return recorder.steps[0]
+
+    alone = [of([item]) for item in packs]
+    for ours, parts in zip(of(packs), zip(*alone, strict=True), strict=True):
+        tiny.assert_close_gradients(ours, [sum(each) / len(packs) for each in zip(*parts, strict=True)])
+
+
 def optimised(cfg, critic=None, **keywords):
     """(metrics, policy, critic) after an update with AdamW."""
     policy, reference = tiny.policy(), tiny.policy(seed=5)

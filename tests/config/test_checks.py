@@ -117,6 +117,8 @@ CHOICES = [
 BESIDE = {
     "reward_shaping": {"dpo_model_path": "dpo"},
     "reset_source": {"reset_prob": 0.5},
+    "reset_group": {"reset_prob": 0.5, "reset_group_size": 2},
+    "dpo_reward_norm": {"dpo_model_path": "dpo"},
     "psi_opponents": {"psi": "identity", "reset_group_size": 2},
     "master_weights": {"dtype": "bfloat16"},
     "groupwise": {"loss_type": "ipo"},
@@ -145,8 +147,12 @@ UNREAD = [
     (DPOConfig, "psi_clip", {"psi": "logit", "loss_type": "ipo"}),
     *((EvalConfig, key, {}) for key in ("learning_rate", "per_device_train_batch_size", "save_steps", "report_to")),
     *((kind, key, {}) for kind in ON_POLICY for key in ("dpo_reward_scale", "dpo_reward_clip", "reward_shaping")),
+    *((kind, "dpo_reward_norm", {}) for kind in ON_POLICY),
     *((kind, key, {"reset_prob": 0.0}) for kind in ON_POLICY for key in ("reset_curriculum", "reset_source")),
     *((kind, "reset_min", {"reset_prob": 0.0}) for kind in ON_POLICY),
+    *((kind, "reset_group", {"reset_prob": 0.0, "reset_group_size": 2}) for kind in ON_POLICY),
+    *((kind, key, {"reset_prob": 0.5}) for kind in ON_POLICY for key in ("reset_group", "share_trunks")),
+    *((kind, "target_kl", {"num_ppo_epochs": 1}) for kind in ON_POLICY),
     *((kind, key, {}) for kind in ON_POLICY for key in ("vllm_gpu_memory_utilization", "kl_horizon")),
     *((kind, key, {}) for kind in ON_POLICY for key in ("psi_opponents", "psi_clip")),
     (PPOConfig, "psi_clip", {"psi": "logit"}),
@@ -160,7 +166,13 @@ UNREAD = [
 OTHER = {"lora_target_modules": ("q_proj",), "reward_shaping": "rs", "reset_source": "chosen"}
 OTHER |= {"psi_opponents": "chosen", "use_rslora": True, "use_dora": True, "lora_r": 4, "lora_alpha": 4}
 OTHER |= {"report_to": ("wandb",), "per_device_train_batch_size": 4, "save_steps": 4}
-OTHER |= {"kl_horizon": 6400, "reset_min": 0}
+OTHER |= {
+    "dpo_reward_norm": "running",
+    "kl_horizon": 6400,
+    "reset_min": 0,
+    "reset_group": "response",
+    "share_trunks": False,
+}
 OTHER |= {"master_weights": "stochastic_rounding"}
 
 

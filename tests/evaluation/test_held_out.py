@@ -1,11 +1,13 @@
 """Evaluation during on-policy training, against numbers made by hand and by the models' own generation."""
 
 import math
+from contextlib import contextmanager
 
 import pytest
 import torch
 
 from fastrlhf.config import PPOConfig
+from fastrlhf.evaluation import held_out
 from fastrlhf.evaluation.held_out import describe, evaluate, mean_and_error, repetition
 from fastrlhf.evaluation.responses import respond, response_kl
 from fastrlhf.types import Prefix, Rollout, TokenizedExample
@@ -53,6 +55,25 @@ def test_sampled_and_greedy_responses_are_judged_and_described_each_under_its_na
         assert metrics[f"{name}/scores_stderr"] == pytest.approx(math.sqrt(variance / 9))
     kl = response_kl(policy, reference, sampled, temperature=0.8, micro_batch_tokens=64)
     assert metrics["eval_objective/kl"] == kl > 0.1
+
+
+def test_reference_and_judges_are_there_only_while_they_score(monkeypatch):
+    log = []
+
+    def logged(name, function):
+        return lambda *arguments, **keywords: (log.append(name), function(*arguments, **keywords))[1]
+
+    @contextmanager
+    def present():
+        log.append("present")
+        yield
+        log.append("gone")
+
+    for name, function in (("sample", respond), ("kl", response_kl)):
+        monkeypatch.setattr(held_out, function.__name__, logged(name, function))
+    policy, judge = tiny.policy(), logged("judge", by_length)
+    evaluate(CONFIG, policy, policy, judge, EXAMPLES, tiny.EOS, judge, present)
+    assert log == ["sample", "sample", "present", "judge", "kl", "judge", "judge", "gone"]
 
 
 def test_without_a_second_judge_there_is_no_second_score():

@@ -82,6 +82,8 @@ def test_scores_by_reset_depth_are_one_chart_of_the_last_steps(tmp_path):
     assert figures(page)[title] == ["drpo"]
     assert "drpo: 2 points, from 20.5 to 2050" in page
     assert "score_depth" not in page
+    [figure] = [part for part in page.split("<figure>") if title.removeprefix("drpo/") in part]
+    assert re.findall('class="x".*?>(.*?)<', figure) == ["20", "40", "60"]  # the middles of the fifths: 10 to 70 %
 
 
 def evaluated(directory, rows):
@@ -231,6 +233,20 @@ def test_samples_with_token_rewards_are_text_and_others_stay_a_table(tmp_path):
     assert '<span class="gain" style="--w:60%" title="dpo +0.5">w4</span>' in shown
     assert "<td><div>plain</div></td>" in shown
     assert "<article><h3>step 1, reward 0.25</h3>" in shown
+
+
+def test_columns_of_texts_keep_a_width_and_numbers_do_not(tmp_path):
+    """A narrow screen would otherwise cut texts into columns of two letters."""
+    with MetricsWriter(tmp_path) as writer:
+        writer.log(1, {"loss": 1.0})
+        writer.samples(1, [{"row": 1234, "prompt": "many words " * 9, "score": 0.25}])
+    page = write_report(tmp_path).read_text()
+    assert re.findall(r"<td( class=text)?><div>(1234|many|0.25)", page) == [
+        ("", "1234"),
+        (" class=text", "many"),
+        ("", "0.25"),
+    ]
+    assert ".samples .text div { min-width:" in page
 
 
 def test_thousands_of_steps_make_a_small_page(tmp_path):

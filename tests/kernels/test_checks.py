@@ -1,6 +1,12 @@
+from collections.abc import Iterator
+
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+import fastrlhf_kernels as kernels
 from fastrlhf_kernels import _checks as checks
 
 CPU = torch.device("cpu")
@@ -13,11 +19,31 @@ def test_a_count_in_float64_leaves_the_loss_in_float32():
     assert checks.divisor("num_tokens", torch.tensor(0)).item() == 1
 
 
-def test_a_dtensor_is_sent_to_the_helper_that_gathers_it():
-    part = torch.zeros(2)
-    part.full_tensor = lambda: part  # what tells a DTensor from a tensor
-    with pytest.raises(ValueError, match=r"weight is a DTensor.*pass weight.full_tensor\(\)"):
-        checks.check_tensor("weight", part, (2,), CPU)
+@pytest.fixture
+def split_weight() -> Iterator[DTensor]:
+    """A head [9, 4] as FSDP holds it, in a group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield distribute_tensor(torch.zeros(9, 4), init_device_mesh("cpu", (1,)), [Shard(0)])
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_dtensor_is_sent_to_the_helper_that_gathers_it(split_weight: DTensor):
+    hidden, targets, rows = torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64), torch.zeros(3)
+    mask, cu_seqlens = torch.ones(3, dtype=torch.bool), torch.tensor([0, 2, 3])
+    calls = (
+        lambda weight: kernels.linear_logprob(hidden, weight, targets),
+        lambda weight: kernels.linear_kl(hidden, weight, hidden, torch.zeros(9, 4)),
+        lambda weight: kernels.linear_policy_loss(hidden, weight, targets, rows, rows, mask, num_tokens=3),
+        lambda weight: kernels.linear_pair_loss(hidden, weight, targets, rows, cu_seqlens, mask, num_pairs=1),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match=r"weight is a DTensor.*pass weight.full_tensor\(\)"):
+            call(split_weight)
+        call(split_weight.full_tensor())
+    with pytest.raises(ValueError, match="logits is a DTensor"):
+        kernels.logprob_from_logits(split_weight, torch.zeros(9, dtype=torch.int64))
 
 
 @pytest.mark.parametrize(

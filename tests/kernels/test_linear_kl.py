@@ -314,6 +314,26 @@ def test_one_compiled_graph_serves_packs_of_every_length():
             assert torch.equal(leaves[0].grad, leaves[1].grad)
 
 
+@torch._inductor.config.patch(force_disable_caches=True)  # whose key knows nothing of an operator's fake
+def test_compiled_the_gradient_of_transposed_hidden_states_lies_where_the_graph_expects_it():
+    hidden, *others = inputs(8, 4, 3, 9)
+    targets = targets_of(8, 9)
+    targets[1] = -100  # so that rows are put back
+    hidden = hidden.t().contiguous().t().requires_grad_()
+    gradients = [
+        torch.autograd.grad(op(hidden, *others, targets=targets).kl.sum(), hidden)[0]
+        for op in (linear_kl, torch.compile(linear_kl, fullgraph=True))
+    ]
+    assert torch.equal(*gradients)
+
+
+def test_a_second_derivative_is_refused():
+    hidden, *others = inputs(5, 4, 3, 9)
+    hidden.requires_grad_()
+    with pytest.raises(RuntimeError, match="linear_kl has no second derivative"):
+        torch.autograd.grad(linear_kl(hidden, *others).kl.sum(), hidden, create_graph=True)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -329,6 +349,7 @@ def test_one_compiled_graph_serves_packs_of_every_length():
         ({"targets": torch.tensor([0, 4, 0])}, r"targets must be in \[0, 3\], got 4"),
         ({"targets": torch.tensor([0, -1, 0])}, r"targets must be in \[0, 3\], got -1"),
         ({"temperature": 0.0}, "temperature must be in"),
+        ({"temperature": torch.tensor([1.0, 0.0, 1.0])}, "temperature must be above 0 in every row"),
         ({"softcap": -1.0}, "softcap must be in"),
         ({"impl": "cuda"}, r"impl must be .* got 'cuda'"),
     ],

@@ -127,8 +127,10 @@ def test_ignored_rows_give_zeros_and_no_gradient_even_where_they_hold_nan(
     hidden, weight, targets = inputs(10, 4, 9)
     targets[[2, 9]] = -100
     hidden[2], hidden[9] = float("nan"), float("inf")
+    temperature = torch.ones(10)
+    temperature[2], temperature[9] = float("nan"), 0.0
     hidden.requires_grad_(), weight.requires_grad_()
-    out = linear_logprob(hidden, weight, targets, entropy=True, stats=True, impl=impl)
+    out = linear_logprob(hidden, weight, targets, temperature=temperature, entropy=True, stats=True, impl=impl)
     assert all(x[[2, 9]].tolist() == [0.0, 0.0] for x in out)
     upstream = torch.ones(10)
     upstream[2] = float("nan")
@@ -331,6 +333,25 @@ def test_one_compiled_graph_serves_packs_of_every_length():
             assert torch.equal(leaves[0].grad, leaves[1].grad)
 
 
+@torch._inductor.config.patch(force_disable_caches=True)  # whose key knows nothing of an operator's fake
+def test_compiled_the_gradient_of_transposed_hidden_states_lies_where_the_graph_expects_it():
+    hidden, weight, targets = inputs(8, 4, 9)
+    targets[1] = -100  # so that rows are put back
+    hidden = hidden.t().contiguous().t().requires_grad_()
+    gradients = [
+        torch.autograd.grad(op(hidden, weight, targets).logprob.sum(), hidden)[0]
+        for op in (linear_logprob, torch.compile(linear_logprob, fullgraph=True))
+    ]
+    assert torch.equal(*gradients)
+
+
+def test_a_second_derivative_is_refused():
+    hidden, weight, targets = inputs(5, 4, 9)
+    hidden.requires_grad_()
+    with pytest.raises(RuntimeError, match="linear_logprob has no second derivative"):
+        torch.autograd.grad(linear_logprob(hidden, weight, targets).logprob.sum(), hidden, create_graph=True)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -345,6 +366,7 @@ def test_one_compiled_graph_serves_packs_of_every_length():
         ({"targets": torch.tensor([0, -1, 0])}, r"targets must be in \[0, 3\], got -1"),
         ({"bias": torch.zeros(3)}, r"bias must have shape \(4,\)"),
         ({"temperature": 0.0}, "temperature must be in"),
+        ({"temperature": torch.tensor([1.0, 0.0, 1.0])}, "temperature must be above 0 in every row"),
         ({"temperature": torch.ones(4)}, r"temperature must have shape \(3,\)"),
         ({"softcap": -1.0}, "softcap must be in"),
         ({"impl": "cuda"}, r"impl must be .* got 'cuda'"),

@@ -7,9 +7,9 @@ from torch import Tensor
 from bench.measure import peak_bytes
 from fastrlhf_kernels import _blocks as blocks
 from fastrlhf_kernels import _tiles as tiles
-from fastrlhf_kernels.linear_logprob import linear_logprob
+from fastrlhf_kernels.linear_logprob import linear_logprob, linear_logprob_reference
 from fastrlhf_kernels.linear_policy_loss import linear_policy_loss, linear_policy_loss_reference
-from fastrlhf_kernels.policy_loss import policy_loss
+from fastrlhf_kernels.policy_loss import policy_loss, policy_loss_reference
 from tests.tolerance import assert_op_matches
 
 module = sys.modules["fastrlhf_kernels.linear_policy_loss"]
@@ -168,6 +168,7 @@ def test_nan_outside_the_mask_reaches_nothing(counts: bool, monkeypatch: pytest.
     given["hidden"][outside] = float("nan")
     for name in ("sampler_logprob", "advantage"):
         given[name][outside] = float("inf")
+    clean["temperature"], given["temperature"] = torch.ones(37), torch.ones(37).masked_fill(outside, 0)
     results = []
     for tensors in (given, clean):
         leaves = head_leaves(tensors)
@@ -266,15 +267,72 @@ def test_the_operator_is_registered_as_torch_wants_it():
     torch.library.opcheck(torch.ops.fastrlhf.linear_policy_loss.default, (hidden, weight, None, *fixed, *options))
 
 
-def test_it_compiles_to_one_graph():
-    compiled = torch.compile(linear_policy_loss, fullgraph=True, backend="aot_eager")
+@pytest.mark.parametrize("transposed", [False, True])
+@torch._inductor.config.patch(force_disable_caches=True)  # whose key knows nothing of an operator's fake
+def test_it_compiles_to_one_graph(transposed: bool):
+    compiled = torch.compile(linear_policy_loss, fullgraph=True, backend="inductor" if transposed else "aot_eager")
     gradients = []
     for op in (linear_policy_loss, compiled):
         given = inputs()
+        if transposed:
+            given["hidden"] = given["hidden"].t().contiguous().t()
         leaves = head_leaves(given)
         gradients.append(torch.autograd.grad(op(**given, num_tokens=9).loss, leaves))
     for a, b in zip(*gradients, strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_count_that_changes_with_every_step_is_no_constant_of_the_graph():
+    torch._dynamo.reset()
+    given = inputs()
+    compiled = torch.compile(linear_policy_loss, fullgraph=True, backend="aot_eager", dynamic=True)
+    losses = [compiled(**given, num_tokens=count).loss for count in (2.5, 3.5)]
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        losses += [compiled(**given, num_tokens=count).loss for count in (4.5, 5.5)]
+    for loss, count in zip(losses, (2.5, 3.5, 4.5, 5.5), strict=True):
+        assert torch.equal(loss, linear_policy_loss(**given, num_tokens=count).loss)
+
+
+def test_the_default_dtype_of_torch_changes_nothing(impl: str, request: pytest.FixtureRequest):
+    given = inputs()
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        request.addfinalizer(lambda: torch.set_default_dtype(torch.float32))
+        torch.set_default_dtype(dtype)
+        leaves = head_leaves(given)
+        out = linear_policy_loss(**given, num_tokens=9, entropy_coef=0.1, impl=impl)
+        results.append((out.loss, *torch.autograd.grad(out.loss, leaves)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.3])
+def test_under_a_soft_cap_the_gradient_of_a_hopeless_target_is_as_exact(impl: str, entropy_coef: float):
+    """Log-probs down to -240: exp(z - top) of such a target is 0, from which no slope of the cap can be told."""
+    given = inputs()
+    given["hidden"] = given["hidden"] * 30
+    given["targets"] = (given["hidden"] @ given["weight"].T).argmin(1)
+    head = {"softcap": 30.0, "temperature": 0.25}
+    given["sampler_logprob"] = linear_logprob(given["hidden"], given["weight"], given["targets"], **head).logprob
+    loss = {"num_tokens": 9, "entropy_coef": entropy_coef}
+    leaves = {name: given.pop(name) for name in ("hidden", "weight")}
+
+    def one(**tensors: Tensor):
+        return (linear_policy_loss(**tensors, **given, **head, **loss, impl=impl).loss,)
+
+    def two(**tensors: Tensor):
+        fixed = [given[name].to(tensors["hidden"].dtype) for name in ("sampler_logprob", "advantage")]
+        rows = linear_logprob_reference(**tensors, targets=given["targets"], **head)
+        gain = policy_loss_reference(rows.logprob, *fixed, given["mask"], num_tokens=9)
+        return (gain - entropy_coef * rows.entropy[given["mask"]].sum() / 9,)
+
+    assert_op_matches(one, two, leaves)
+
+
+def test_a_second_derivative_is_refused():
+    given = inputs()
+    hidden, _ = head_leaves(given)
+    with pytest.raises(RuntimeError, match="linear_policy_loss has no second derivative"):
+        torch.autograd.grad(linear_policy_loss(**given, num_tokens=9).loss, hidden, create_graph=True)
 
 
 @pytest.mark.parametrize(
@@ -286,6 +344,7 @@ def test_it_compiles_to_one_graph():
         ({"advantage": torch.ones(36)}, r"advantage must have shape \(37,\)"),
         ({"kl_coef": 0.1}, "kl_coef needs reference_logprob"),
         ({"temperature": -1.0}, "temperature must be in"),
+        ({"temperature": -torch.ones(37)}, "temperature must be above 0 in every row"),
         ({"num_tokens": -1}, "num_tokens must not be negative"),
         ({"impl": "cuda"}, r"impl must be .* got 'cuda'"),
     ],

@@ -381,6 +381,7 @@ def test_one_compiled_graph_serves_packs_of_every_length(inplace: bool):
         ({"targets": torch.tensor([0, 4, 0])}, r"targets must be in \[0, 3\], got 4"),
         ({"targets": torch.tensor([0, -1, 0])}, r"targets must be in \[0, 3\], got -1"),
         ({"temperature": 0.0}, "temperature must be in"),
+        ({"temperature": torch.tensor([1.0, 0.0, 1.0])}, "temperature must be above 0 in every row"),
         ({"temperature": torch.ones(4)}, r"temperature must have shape \(3,\)"),
         ({"logit_scale": 0.0}, "logit_scale must be in"),
         ({"softcap": -1.0}, "softcap must be in"),

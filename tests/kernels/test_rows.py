@@ -36,6 +36,12 @@ def test_what_is_absent_or_needs_no_gradient_gets_none():
     assert y.grad is None
 
 
+def test_a_second_derivative_which_slopes_do_not_have_is_refused():
+    x = torch.ones(2, requires_grad=True)
+    with pytest.raises(RuntimeError, match="product has no second derivative"):
+        torch.autograd.grad(product(x, 2.0, None)[0], x, create_graph=True)
+
+
 def test_masking_replaces_what_must_not_be_multiplied_by_zero():
     rows, mask = torch.tensor([1.0, float("nan"), float("inf")]).half(), torch.tensor([True, False, False])
     assert masked(rows, mask).tolist() == [1.0, 0.0, 0.0]

@@ -1,12 +1,22 @@
-"""Frozen models wait elsewhere: their weights come back as they were, and no number of a run changes."""
+"""What waits elsewhere comes back as it was: frozen models, and the inputs of layers, by copies that no computation
+overtakes. On a CPU the copies are real and the streams stand-ins; `tests/test_on_gpu.py` has the rest."""
+
+import weakref
+from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from fastrlhf.algorithms import on_policy
 from fastrlhf.config import RTOConfig, SFTConfig
+from fastrlhf.data.packing import pack
+from fastrlhf.models import loading, offload
 from fastrlhf.models.adapters import add_adapter, frozen_copy
-from fastrlhf.models.offload import Waiting
+from fastrlhf.models.forward import enable_activation_checkpointing, token_logprobs
+from fastrlhf.models.offload import HOST, Waiting
+from fastrlhf.types import Segment
 from tests import tiny
 
 
@@ -82,3 +92,169 @@ def test_pageable_copies_of_all_weights_never_lie_beside_the_pinned_ones(monkeyp
     Waiting([model], [], torch.device("cuda"))
     assert asked == [True] * len(before)
     assert all(map(torch.equal, before, weights(model)))
+
+
+# Inputs of layers. ----------------------------------------------------------
+
+FOREST = [
+    Segment(token_ids=[5, 6, 7, 8, 9, 10, 11]),
+    Segment(token_ids=[14, 15], num_scored=2, parent=0, cut=7),
+    Segment(token_ids=[16, 17, 18], num_scored=3, parent=0, cut=3),
+    Segment(token_ids=[20, 21, 22, 23], num_scored=3),
+]
+OTHER = [Segment(token_ids=[3 + i % 20 for i in range(30)], num_scored=29)]
+
+
+def deep(num_layers: int, offload_to: torch.device | None):
+    """With tied weights."""
+    config = tiny.model_config()
+    config.num_hidden_layers, config.tie_word_embeddings = num_layers, True
+    model = loading.build_policy(config, vocab_size=tiny.VOCAB, eos_token_id=tiny.EOS, seed=0)
+    enable_activation_checkpointing(model, offload_to=offload_to)
+    return model
+
+
+def two_packs(model) -> list[torch.Tensor]:
+    """Log-probs and gradients, the forward of a second pack before the backward of the first."""
+    first, second = (token_logprobs(model, pack(segments)).logprob for segments in (FOREST, OTHER))
+    second.sum().backward()
+    first.square().sum().backward()
+    return [first.detach(), second.detach(), *[parameter.grad for parameter in model.parameters()]]
+
+
+@pytest.mark.parametrize("name", tiny.ARCHITECTURES)
+def test_offloaded_inputs_change_no_bit(name):
+    """Two graphs at once."""
+    results = []
+    for offload_to in (None, HOST):
+        model = tiny.policy(name)
+        enable_activation_checkpointing(model, offload_to=offload_to)
+        results.append(two_packs(model))
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("view", [lambda x: x, lambda x: x.T, lambda x: x[::2, 1:]])
+def test_an_input_may_be_a_view_and_may_be_asked_for_twice(view):
+    x, grads = torch.arange(9.0).reshape(3, 3) / 10, []
+    for wrap in (lambda checkpoint: checkpoint, offload.offloaded):
+        run, weight = wrap(partial(checkpoint, use_reentrant=False)), torch.full((3, 3), 0.5, requires_grad=True)
+        hidden = view(torch.cat([x * weight] * 2))
+        output = run(lambda h: (h.T @ h).tanh(), run(lambda h: h.sin() * h, hidden)).sum()
+        output.backward(retain_graph=True)
+        output.backward()
+        grads.append(weight.grad)
+    assert torch.equal(*grads)
+    assert grads[0].abs().max() > 0
+
+
+def test_an_adapters_run_is_the_same_too():
+    results = []
+    for offload_to in (None, HOST):
+        model = deep(3, None)
+        add_adapter(model, SFTConfig(use_peft=True), "base")
+        enable_activation_checkpointing(model, offload_to=offload_to)
+        token_logprobs(model, pack(FOREST)).logprob.sum().backward()
+        results.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert max(x.abs().max() for x in results[0]) > 0
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("offload_to", [None, HOST])
+def test_between_forward_and_backward_the_input_of_the_last_layer_alone_is_there(offload_to, monkeypatch):
+    model, inputs, left = deep(6, offload_to), [], []
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(lambda _, arguments: inputs.append(weakref.ref(arguments[0].untyped_storage())))
+
+    def leave(self, tensor):
+        left.append(tensor.nbytes)
+        assert tensor.data_ptr() not in {parameter.data_ptr() for parameter in model.parameters()}
+        return plain(self, tensor)
+
+    plain = offload._LayerInputs.leave
+    monkeypatch.setattr(offload._LayerInputs, "leave", leave)
+    batch = pack(FOREST)
+    logprob = token_logprobs(model, batch).logprob
+    alive = [storage() is not None for storage in inputs]
+    assert alive == ([True] * 6 if offload_to is None else [False] * 5 + [True])
+    assert left == ([] if offload_to is None else [batch.num_tokens * 32 * 4] * 6)  # [T, D] float32, each once
+    logprob.sum().backward()
+    assert not any(storage() for storage in inputs)
+
+
+class LateStreams:
+    """Stands in for `torch.cuda`: copies on the side stream happen when the computation waits for them and not before,
+    and hold nothing alive. The memory that they will fill is NaN until then."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.asked, self.side, self.side_has_waited = [], False, False
+        self._copy = torch.Tensor.copy_
+        monkeypatch.setattr(torch.Tensor, "copy_", lambda *arguments, **keywords: self.copy(*arguments, **keywords))
+        monkeypatch.setattr(torch, "get_device_module", lambda device: self)
+
+    class Stream:
+        def __init__(self, streams=None) -> None:
+            self.computes = streams
+
+        def wait_stream(self, other) -> None:
+            if self.computes:
+                self.computes.run()
+            else:
+                other.computes.side_has_waited = True
+
+    def current_stream(self):
+        return self.Stream(self)
+
+    @contextmanager
+    def stream(self, stream):
+        assert self.side_has_waited, "the source may not be computed yet, or the target still be in use"
+        self.side = True
+        yield
+        self.side = self.side_has_waited = False
+
+    def copy(self, target, source, non_blocking=False):
+        if not self.side:
+            return self._copy(target, source)
+        assert non_blocking, "the host would wait"
+        self.asked.append((weakref.ref(target), weakref.ref(source)))
+        return target.fill_(torch.nan)
+
+    def run(self) -> None:
+        for target, source in self.asked:
+            assert None not in (target(), source()), "memory was given back under a copy"
+            self._copy(target(), source())
+        self.asked.clear()
+
+
+def test_however_late_copies_are_no_computation_overtakes_them(monkeypatch):
+    expected = two_packs(deep(4, None))
+    streams = LateStreams(monkeypatch)
+    assert all(map(torch.equal, two_packs(deep(4, HOST)), expected))
+    assert not streams.asked
+
+
+def test_an_input_is_on_its_way_back_while_the_layer_after_it_is_computed_again(monkeypatch):
+    streams, model = LateStreams(monkeypatch), deep(4, HOST)
+    logprob, under_way = token_logprobs(model, pack(FOREST)).logprob, []
+    for layer in model.model.layers:
+        layer.mlp.register_forward_pre_hook(lambda *_: under_way.append(len(streams.asked)))
+    logprob.sum().backward()
+    assert under_way == [1, 1, 1, 0]
+
+
+def test_a_run_on_a_cpu_and_one_without_checkpointing_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"^activation_offloading: must be false where activation_checkpointing is fa"):
+        SFTConfig(activation_offloading=True)
+    settings = {"activation_checkpointing": True, "activation_offloading": True}
+    with pytest.raises(ValueError, match=r"^activation_offloading: must be false where device is cpu"):
+        SFTConfig(device="cpu", **settings)
+    with pytest.raises(ValueError, match=r"^activation_offloading: needs a CUDA GPU, and the run is on cpu"):
+        loading.make_trainable(tiny.policy(), SFTConfig(**settings), "")
+
+
+def test_the_reference_of_a_run_offloads_nothing():
+    """A copy without the stream and the tensors of the model that it was copied from."""
+    model = deep(2, HOST)
+    token_logprobs(model, pack(FOREST)).logprob.sum().backward()
+    frozen = frozen_copy(model)
+    assert not any("offloaded" in repr(vars(module)) for module in frozen.modules())
+    assert any("offloaded" in repr(vars(module)) for module in model.modules())

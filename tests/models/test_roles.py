@@ -103,10 +103,13 @@ def test_five_roles_cost_one_base_and_their_adapters(paths):
 
 
 def test_policy_and_critic_over_one_base_have_the_gradients_of_two_models(paths):
-    """Each twice, in turns, as an update does; the activations of one are computed again in its own backward."""
+    """Each twice, in turns, as an update does; the activations of one are computed again in its own backward, from
+    inputs that have been offloaded."""
     policy, shared = reference(paths["base"])
-    config = PPOConfig(reward_model_path=paths["judge"], activation_checkpointing=True, **LORA)
+    memory = {"activation_checkpointing": True, "activation_offloading": True}
+    config = PPOConfig(reward_model_path=paths["judge"], **memory, **LORA)
     judge, critic = judge_and_critic(config, score_role(paths["judge"], shared, "reward_model_path", 0))
+    assert "offloaded" in repr(critic.model.layers[0]._gradient_checkpointing_func)
     alone, _ = reference(paths["base"])
     for model in (policy, alone):
         for name, weight in model.named_parameters():

@@ -17,6 +17,7 @@ from fastrlhf.models import loading, trunk
 from fastrlhf.models.adapters import frozen_copy
 from fastrlhf.models.forward import enable_activation_checkpointing, token_logprobs
 from fastrlhf.models.loading import load_policy
+from fastrlhf.models.offload import HOST
 from fastrlhf.models.trunk import TrunkOptions, apply_liger, compile_layers, prepare_trunk
 from fastrlhf.rollout import TransformersEngine
 from fastrlhf.types import Prefix, Segment
@@ -71,15 +72,20 @@ def assert_close(ours, expected, tolerance: float = 1e-5) -> None:
         torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance * other.abs().max().item())
 
 
-@pytest.mark.parametrize(("name", "checkpointing"), [("llama", False), ("gemma2", True)])
-def test_compiled_layers_give_the_same_numbers_by_few_codes_for_packs_of_all_lengths(compile_with, name, checkpointing):
+@pytest.mark.parametrize(
+    ("name", "checkpointing", "offload_to"),
+    [("llama", False, None), ("gemma2", True, None), ("llama", True, HOST)],
+)
+def test_compiled_layers_give_the_same_numbers_by_few_codes_for_packs_of_all_lengths(
+    compile_with, name, checkpointing, offload_to
+):
     """Three pieces of a layer (before attention, after it, the MLP), with gradients and without; Gemma's layers with a
     window and those without share them."""
     compile_with("aot_eager")
     model, plain = tiny.policy(name), tiny.policy(name)
     compile_layers(model)
     if checkpointing:
-        enable_activation_checkpointing(model)
+        enable_activation_checkpointing(model, offload_to=offload_to)
     for seed in range(20):
         assert_close(numbers(model, ragged(seed)), numbers(plain, ragged(seed)))
         if seed == 0:

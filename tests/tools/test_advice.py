@@ -1,5 +1,6 @@
 """What a run that ran out of memory is told."""
 
+from fastrlhf.tools import advice
 from fastrlhf.tools.advice import advise
 from fastrlhf.tools.plan import plan_run
 from tests.tools import measure
@@ -16,3 +17,11 @@ def test_the_largest_parts_come_first_and_a_run_that_seemed_to_fit_is_told_what_
     assert parts[3][0] not in told
     changed = int(told.partition("--micro_batch_tokens ")[2].split(":")[0])
     assert plan_run(measure.config(folder, "sft", micro_batch_tokens=changed)).peak <= 0.8 * plan.peak
+
+
+def test_of_several_processes_it_says_that_the_number_is_that_of_one(folder, monkeypatch):
+    config = measure.config(folder, "sft")
+    alone = advise(config)
+    monkeypatch.setattr(advice, "world_size", lambda: 4)
+    share = ", of one process (each of the 4 has a share of weights, gradients and moments)"
+    assert advise(config).replace(share, "") == alone != advise(config)

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from fastrlhf.tools import changes
 from fastrlhf.tools.phases import GIB
 from fastrlhf.tools.plan import USABLE, plan_run
 from tests.tools import measure
@@ -48,3 +49,26 @@ def test_what_changes_no_number_comes_before_what_does(folder):
         assert last in change
         assert change.startswith("the cheapest change that fits: --")
         assert "--activation_checkpointing True" in change
+
+
+def test_several_processes_are_not_advised_what_they_refuse(folder, monkeypatch):
+    config = measure.config(folder, "sft", model_config="", model_name_or_path=str(folder / "policy"))
+    assert [base.optim for base in changes._bases(config, may_offload=False)][-2:] == [
+        "adamw_8bit",
+        "adamw_torch_fused",
+    ]
+    monkeypatch.setattr(changes, "world_size", lambda: 2)
+    *_, last = changes._bases(config, may_offload=False)
+    assert (last.optim, last.use_peft, last.dtype) == ("adamw_torch_fused", False, "bfloat16")
+
+
+def test_activations_are_offloaded_where_there_is_a_gpu_to_take_them_from(folder):
+    """What `--memory_gib` speaks of may be one; a run that is told `device: cpu` has none."""
+    sizes = measure.SIZES | {"num_hidden_layers": 8}
+    config = measure.config(folder, "sft", sizes, activation_checkpointing=True, micro_batch_tokens=256, device="auto")
+    offloaded = plan_run(dataclasses.replace(config, activation_offloading=True), memory_gib=1)
+    memory = 1.001 * offloaded.peak / USABLE / GIB
+    assert "fits: --activation_offloading True: " in plan_run(config, memory_gib=memory).change
+    on_cpu = plan_run(dataclasses.replace(config, device="cpu"), memory_gib=memory)
+    assert "--activation_offloading" not in on_cpu.change
+    assert not on_cpu.fits

@@ -1,9 +1,11 @@
 """The parts of a step, counted by hand."""
 
+import dataclasses
+
 import pytest
 
 from fastrlhf.tools.packs import read_rows
-from fastrlhf.tools.phases import count_phases
+from fastrlhf.tools.phases import count_phases, readable
 from fastrlhf.tools.plan import plan_run
 from tests.tools import measure
 
@@ -108,3 +110,16 @@ def test_activation_checkpointing_takes_less(folder):
     )
     name = "activations, blocks of logits, temporaries"
     assert again[name] < 0.8 * plain[name]
+
+
+def test_offloaded_inputs_of_layers_leave_the_device_all_but_one_and_are_told_apart(folder):
+    """Of 8 layers the one at work and the one before it are there. Two packs: so are the gradients, from the start."""
+    settings = {"activation_checkpointing": True, "micro_batch_tokens": 900, "device": "auto"}
+    config = measure.config(folder, "sft", measure.SIZES | {"num_hidden_layers": 8}, **settings)
+    kept, offloaded = (
+        plan_run(dataclasses.replace(config, activation_offloading=on), memory_gib=1) for on in (False, True)
+    )
+    name = "activations, blocks of logits, temporaries"
+    tokens = int(kept.phases[0].name.split()[4].replace(",", ""))
+    assert kept.phases[0].parts[name] - offloaded.phases[0].parts[name] == 6 * tokens * 256 * 4
+    assert f"inputs of layers: {readable(8 * 2**20)}, not counted below" in " ".join(offloaded.facts)

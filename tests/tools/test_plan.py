@@ -1,8 +1,12 @@
 """The plan against what runs took, and what it advises. tests/tools/measure.py has the method of measuring."""
 
+from dataclasses import replace
+
 import pytest
+import torch
 
 from fastrlhf.cli import main
+from fastrlhf.tools.advice import advise
 from fastrlhf.tools.plan import format_plan, plan_run
 from tests.tools import measure
 
@@ -24,6 +28,17 @@ def test_what_fits_is_told_no_change(folder):
     assert plan.fits
     assert plan.change == ""
     assert format_plan(plan).endswith("of 1.00 GiB of a device of 1 GiB: fits")
+
+
+def test_activations_are_offloaded_from_no_cpu(folder, monkeypatch):
+    """Of a machine without a GPU, where `--memory_gib` does not speak of another, and of a run that was here."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config = measure.config(folder, "sft", activation_checkpointing=True, device="auto")
+    assert "--activation_offloading" not in advise(config)
+    offloading = replace(config, activation_offloading=True)
+    assert plan_run(offloading, memory_gib=1).fits
+    with pytest.raises(ValueError, match=r"^activation_offloading: needs a CUDA GPU, and the run is on cpu"):
+        plan_run(offloading)
 
 
 def test_the_command_prints_the_plan_and_mistakes_are_one_line(folder, capsys):

@@ -5,6 +5,7 @@ import sys
 from dataclasses import replace
 
 import pytest
+import torch
 
 from fastrlhf.config import DPOConfig, PPOConfig, RewardConfig, RLPConfig, RTOConfig, SFTConfig
 from fastrlhf.models import four_bit, trunk
@@ -102,14 +103,19 @@ def test_an_adapter_may_be_a_role_of_an_on_policy_run_and_no_model_to_start_from
         ({"load_in_4bit": True, "use_peft": True}, "load_in_4bit: bitsandbytes is not installed"),
         ({"use_liger_kernel": True}, "use_liger_kernel: "),
         ({"attn_implementation": "flash_attention_2"}, "attn_implementation: flash_attention_2 needs a CUDA GPU"),
+        (
+            {"activation_checkpointing": True, "activation_offloading": True, "device": "auto"},
+            "activation_offloading: needs a CUDA GPU, and the run is on cpu",
+        ),
     ],
 )
 def test_what_the_device_or_the_installation_lacks_is_told(chain, settings, message, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.setattr(four_bit, "find_spec", lambda name: None)
     monkeypatch.setattr(trunk._triton, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match=f"^dpo: {message}"):
-        check_chain(list((chain | {"dpo": replace(chain["dpo"], device="cpu", **settings)}).items()))
+        check_chain(list((chain | {"dpo": replace(chain["dpo"], **{"device": "cpu"} | settings)}).items()))
 
 
 def test_two_runs_of_one_folder_are_refused(chain):

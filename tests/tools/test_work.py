@@ -54,6 +54,14 @@ def test_episodes_start_where_the_updates_of_the_run_start_them(settings):
     assert any(prefix.num_reset for prefix in second)
 
 
+def test_where_the_reference_would_write_what_is_reset_to_episodes_start_at_their_prompts(settings):
+    config = DRPOConfig(**settings, response_length=12, max_steps=3, reset_source="sample", reset_curriculum=0.5)
+    work = open_work(config)
+    prefixes = first_prefixes(config, work)
+    assert [prefix.token_ids for prefix in prefixes] == [work.examples[i].prompt for i in work.batches[0]]
+    assert not any(prefix.num_reset for prefix in prefixes)
+
+
 def test_a_folder_that_holds_a_run_is_no_obstacle(settings, tmp_path):
     (tmp_path / "config.yaml").write_text("")
     assert open_work(SFTConfig(**settings, output_dir=str(tmp_path))).examples
