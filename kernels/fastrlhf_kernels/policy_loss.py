@@ -119,7 +119,7 @@ def checked_policy_options(
     check_range("clip_high", clip_high, 0, float("inf"))
     check_choice("kl_kind", kl_kind, ("k2", "k3"))
     if dual_clip is not None:
-        check_range("dual_clip", dual_clip, 1, float("inf"), open_low=True)
+        check_range("dual_clip", dual_clip, 1, float("inf"), open_ends=True)
     if kl_coef and reference_logprob is None:
         raise ValueError("kl_coef needs reference_logprob")
     check_tensor("sampler_logprob", sampler_logprob, shape, device)
