@@ -39,7 +39,7 @@ def keep_layout(model: PreTrainedModel) -> None:
 
 def quantize_without_data(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Makes of a model on the meta device, in place, what loading it in 4 bits gives, but for the data."""
-    from bitsandbytes.nn import Params4bit  # pyright: ignore[reportMissingImports]
+    from bitsandbytes.nn.modules import Params4bit  # pyright: ignore[reportMissingImports]
     from transformers.quantizers.auto import AutoHfQuantizer
 
     quantizer = AutoHfQuantizer.from_config(quantization(dtype))
@@ -48,7 +48,8 @@ def quantize_without_data(model: PreTrainedModel, dtype: torch.dtype) -> None:
     keep_layout(model)
     for layer in _layers(model).values():
         packed, state = empty_weight(layer.weight.shape, dtype)
-        layer.weight = Params4bit(packed, requires_grad=False, quant_state=state, bnb_quantized=True)
+        made: Any = Params4bit  # whose __new__ takes more than its base's __init__ says
+        layer.weight = made(packed, requires_grad=False, quant_state=state, bnb_quantized=True)
 
 
 def empty_weight(shape: torch.Size, dtype: torch.dtype) -> tuple[Tensor, Any]:

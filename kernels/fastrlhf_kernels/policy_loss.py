@@ -350,5 +350,5 @@ def policy_kernel(
     store_sum(partials, 7, tl.zeros_like(ratio) if entropy is None else bonus)
     if entropy is not None:
         tl.store(d_entropy + rows, entropy_slope, mask=inside)
-    largest = tl.where(tl.sum((ratio != ratio).to(tl.int32), 0) > 0, float("nan"), tl.max(ratio, 0))  # max drops NaN
+    largest = tl.where(tl.sum((ratio != ratio).to(tl.int32), 0) == 0, tl.max(ratio, 0), float("nan"))  # max drops NaN
     tl.store(partials + 8 * tl.num_programs(0) + tl.program_id(0), largest)
