@@ -47,20 +47,19 @@ def _bases(config: TrainConfig, may_offload: bool) -> Iterator[TrainConfig]:
 
     To compute the reference's log-probs once costs nothing, to fetch frozen models from CPU memory a moment per update,
     to compute activations again a third more time: none of these changes a number, nor do copies of what is then left
-    of activations. Moments in 8 bits and bfloat16 round; a LoRA trains something else. Several processes can do neither
-    of the last two.
+    of activations. Moments in 8 bits and bfloat16 round; a LoRA trains something else. Several processes cannot
+    fetch models.
     """
     if isinstance(config, DPOConfig) and not config.precompute_ref_log_probs:
         config = replace(config, precompute_ref_log_probs=True)
-    alone = world_size() == 1
     steps = (
         {},
-        {"ref_reward_offload": True} if alone and may_offload and _can_wait(config) else {},
+        {"ref_reward_offload": True} if may_offload and _can_wait(config) else {},
         {"activation_checkpointing": True},
         {"activation_offloading": True} if may_offload else {},
         {"dtype": "bfloat16"},
-        {"optim": "adamw_8bit"} if alone and not config.use_peft else {},
-        {"use_peft": True, "optim": config.optim} if alone and not (config.use_peft or config.model_config) else {},
+        {"optim": "adamw_8bit"} if not config.use_peft else {},
+        {"use_peft": True, "optim": config.optim} if not (config.use_peft or config.model_config) else {},
     )
     before = None
     for step in steps:
@@ -72,7 +71,7 @@ def _bases(config: TrainConfig, may_offload: bool) -> Iterator[TrainConfig]:
 
 def _can_wait(config: TrainConfig) -> bool:
     """Whether frozen models have weights of their own, which nothing reads while they would wait."""
-    if not isinstance(config, PPOConfig) or config.use_peft:
+    if not isinstance(config, PPOConfig) or config.use_peft or world_size() > 1:
         return False
     try:
         replace(config, ref_reward_offload=True)
