@@ -33,12 +33,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "reward": {},
     "dpo": {"loss_type": ("sigmoid", "ipo"), "loss_weights": (1.0, 0.1)},
     "groups": {"precompute_ref_log_probs": False},
-    "ppo": {},
+    "ppo": {"truncation": "bootstrap"},
     "drpo": {"num_mini_batches": 1, "reset_source": "sample"},
     "rto": {"kl_placement": "loss", "kl_estimator": "exact"},
 }
-"""Every trainer: with a live reference (groups); with a critic, a steered KL and early stops (ppo); with a judge of the
-user's and resets that the reference writes (drpo); with the exact KL in the loss (rto)."""
+"""Every trainer: with a live reference (groups); with a critic, returns that go on, a steered KL and early stops (ppo);
+with a judge of the user's and resets that the reference writes (drpo); with the exact KL in the loss (rto)."""
 
 MODEL = {
     "model_type": "llama",
