@@ -168,7 +168,7 @@ class _Run:
 
     def read_result(self, folder: Path) -> TrainResult:
         """Of a policy that an earlier start of the run has trained."""
-        history = read_metrics(folder / "metrics.jsonl")
+        history = [row for row in read_metrics(folder / "metrics.jsonl") if row["step"] > 0]
         model = self._load_policy(str(folder))
         return TrainResult(model=model, tokenizer=self.tokenizer, history=history, final={}, output_dir=folder)
 
