@@ -98,7 +98,7 @@ def train_on_policy(
     opponents = [config.psi_opponents] if psi and config.psi_opponents != "rollouts" else []
     fields = list(dict.fromkeys([*reset_fields(config), *opponents]))
     tokenizer, data = open_inputs(config, fields, examples, eval_examples)
-    _check_ranks(config, sources)
+    _check_ranks(config)
     prompts = with_room(data.train, "train", config.max_length, config.response_length)
     held_out = with_room(data.eval, "eval", config.max_length, config.response_length) if data.eval else []
     if (held_out_judge or config.eval_reward_model_path) and not held_out:
@@ -136,8 +136,7 @@ def train_on_policy(
     if psi:
         score = psi_judge(judge, dataset_opponents(prompts, opponents) if opponents else None, psi)
     trained = [policy, critic] if critic else [policy]
-    for model in (*frozen, *trained):
-        shard(model)
+    shard(*trained, *frozen)
     sampler = SharedEngine(engine=(engine or make_engine)(config, policy, eos), model=policy)
     roll_in = make_roll_in(config, reference, eos) if config.reset_source == "sample" else None
     waiting = Waiting(frozen if config.ref_reward_offload else (), trained, policy.device)
@@ -221,9 +220,8 @@ def make_engine(config: PPOConfig, policy: PreTrainedModel, eos_token_id: int) -
     return TransformersEngine.of(config, policy, eos_token_id, stop_at_eos=config.compat == "fixed")
 
 
-def _check_ranks(config: PPOConfig, sources: Mapping[str, str]) -> None:
-    """Raises ValueError where several processes cannot share out the update, or would give other numbers than one.
-    `sources` are the models of the other roles, by field."""
+def _check_ranks(config: PPOConfig) -> None:
+    """Raises ValueError where several processes cannot share out the update, or would give other numbers than one."""
     world = world_size()
     if world == 1:
         return
@@ -234,9 +232,6 @@ def _check_ranks(config: PPOConfig, sources: Mapping[str, str]) -> None:
     require(config.engine == "transformers", "engine", config.engine, f"transformers in {world} processes")
     require(config.decode == "eager", "decode", config.decode, f"eager in {world} processes")
     require(not config.ref_reward_offload, "ref_reward_offload", True, f"false in {world} processes")
-    whole = f"a whole model in {world} processes, not an adapter alone"
-    for field, source in sources.items():
-        require(not source or not holds_adapter(source), field, source, whole)
     own_mean = f"fixed in {world} processes: under reference every micro-batch is a mean of its own"
     require(config.compat == "fixed", "compat", config.compat, own_mean)
 

@@ -61,7 +61,7 @@ from fastrlhf.types import Example, TokenizedExample
 
 log = logging.getLogger(__name__)
 
-MAY_CHANGE = ("output_dir", "rounds", "min_reward_variance", "device", "progress", "run_name", "report_to")
+MAY_CHANGE = ("output_dir", "rounds", "min_reward_variance", "device")
 """Keys that another start of the same run may give anew."""
 
 Gold = Callable[[str, str], float]

@@ -116,6 +116,7 @@ def test_a_nan_in_the_mask_shows_in_the_loss_and_in_its_gradient(dual_clip: floa
         assert math.isnan(gradient[0])
         assert gradient[1] == -1
         assert math.isnan(metrics["policy_loss"])
+        assert math.isnan(metrics["ratio_max"]) == math.isnan(log_ratio[0])
 
 
 def test_masked_rows_leak_neither_nan_nor_infinity(impl: str):
