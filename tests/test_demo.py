@@ -5,7 +5,7 @@ from math import log
 import pytest
 
 from fastrlhf import demo
-from fastrlhf.config import DemoConfig, DRPOConfig, PPOConfig
+from fastrlhf.config import DemoConfig, DRPOConfig, PPOConfig, RLPConfig
 
 
 @pytest.fixture
@@ -15,6 +15,8 @@ def short(monkeypatch):
 
     def shortened(name, config, out):
         settings = full(name, config, out)
+        if isinstance(settings, RLPConfig):  # its stages are trained by the settings of others
+            return settings
         return replace(settings, max_steps=2, warmup_steps=0, per_device_train_batch_size=8, progress=False)
 
     monkeypatch.setattr(demo, "stage_config", shortened)
