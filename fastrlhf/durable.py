@@ -61,6 +61,14 @@ def discard_folder(folder: Path) -> None:
     shutil.rmtree(hidden)
 
 
+def sweep(folder: Path, names: str) -> None:
+    """Deletes what a process that was killed has left half written or half deleted, of the folders in `folder` whose
+    names match `names`, a pattern as of glob."""
+    for what in ("partial", "discarded"):
+        for path in folder.glob(f".{names}.{what}"):
+            shutil.rmtree(path)
+
+
 def flush(path: Path) -> None:
     """Waits until a file's content, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
