@@ -44,6 +44,16 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         raise
 
 
+def write_file(path: Path, text: str) -> None:
+    """Makes a file, and the folders that lead to it; one of that name is replaced."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    flush(partial)
+    os.replace(partial, path)
+    flush(path.parent)
+
+
 def check_folder(folder: Path, needs: Callable[[str], bool] = lambda name: True) -> None:
     """Raises ValueError, naming the file, where one that the manifest lists is missing or is not as it was written.
 
