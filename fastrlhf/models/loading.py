@@ -39,6 +39,8 @@ from fastrlhf.shards import is_sharded, read_tensors
 
 log = logging.getLogger(__name__)
 
+WINDOWS_IN_MASK = ("blt", "doge", "phimoe", "qwen2_moe")
+"""Types whose windows transformers builds into a mask, which packs do not have, and does not tell attention of."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PLAIN = TrunkOptions()
 
@@ -339,6 +341,12 @@ def _check_positions(config: PretrainedConfig) -> None:
         )
     if getattr(config, "attention_chunk_size", None):
         raise ValueError(f"{config.model_type}: attention in chunks is not known to packed attention")
+    window = getattr(config, "sliding_window", None)
+    if config.model_type in WINDOWS_IN_MASK and window and window < config.max_position_embeddings:
+        raise ValueError(
+            f"{config.model_type}: packed attention is not told of its sliding_window of {window}; set that to null in "
+            f"its config.json, and max_length to at most {window}"
+        )
 
 
 def _without_dropout(config: PretrainedConfig) -> PretrainedConfig:
