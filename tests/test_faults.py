@@ -131,9 +131,11 @@ def test_other_weights_to_start_from_are_refused(cut, paths, monkeypatch, tmp_pa
         shutil.copytree(tmp_path / "kept", paths["policy"], dirs_exist_ok=True)
 
 
-def test_a_log_that_lost_rows_is_not_continued(cut, paths):
+@pytest.mark.parametrize("lost", [0, -1])
+def test_a_log_that_lost_rows_is_not_continued(lost, cut, paths):
     rows = (cut / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (cut / "metrics.jsonl").write_text("".join(rows[1:]))
+    del rows[lost]
+    (cut / "metrics.jsonl").write_text("".join(rows))
     with pytest.raises(ValueError, match=r"metrics.jsonl' does not hold the steps 1 to 4"):
         run("sft", paths, cut)
 
