@@ -362,6 +362,16 @@ def test_no_other_type_of_the_installed_transformers_has_its_windows_in_a_mask_a
     assert alone & {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES} <= {*WINDOWS_IN_MASK}
 
 
+def test_code_that_comes_with_a_model_runs_only_where_that_is_asked_for(tmp_path):
+    marker = tmp_path / "ran"
+    settings = {"model_type": "ours", "auto_map": {"AutoConfig": "ours.Ours"}}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    (tmp_path / "ours.py").write_text(f"open({str(marker)!r}, 'w')\n")
+    with pytest.raises(ValueError, match=r"^model_name_or_path: .* holds no model that transformers knows"):
+        read_model_config(str(tmp_path), "model_name_or_path", SFTConfig().trust_remote_code)
+    assert not marker.exists()
+
+
 def test_attention_in_chunks_is_refused():
     with pytest.raises(ValueError, match=r"^llama4_text: attention in chunks is not known"):
         _check_positions(transformers.Llama4TextConfig(attention_chunk_size=8))
