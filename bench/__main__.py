@@ -15,7 +15,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     toy = commands.add_parser("toy", help="the demo over several seeds: means, intervals, DR-PO against PPO")
     toy.add_argument("--seeds", type=int, default=5, choices=range(1, 11), help="seeds 0 .. N - 1")
-    toy.add_argument("--methods", default="sft,reward,dpo,ppo,drpo")
+    toy.add_argument("--methods", nargs="+", default=["sft", "reward", "dpo", "ppo", "drpo"])
     toy.add_argument("--jobs", type=int, default=2, help="seeds run side by side, the cores shared between them")
     toy.add_argument("--out", type=Path, default=Path("runs/bench_toy"), help="a folder per seed")
     resets = commands.add_parser("resets", help="PPO against DR-PO where exploration is hard and the judge is right")
@@ -74,19 +74,27 @@ def main() -> None:
     tune.add_argument("--runs", type=int, default=10)
     train = commands.add_parser("train", help="a trainer beside others'")
     algorithms = train.add_subparsers(dest="algorithm", required=True)
-    dpo = algorithms.add_parser("dpo", help="beside TRL's, on real dialogues; TRL must be installed")
-    dpo.add_argument("--model", default="tiny", choices=["tiny", "qwen3-0.6b"], help="a shape, with random weights")
-    dpo.add_argument("--steps", type=int, default=4, help="steps of 32 pairs")
-    dpo.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 2, 4, 8], help="of TRL")
+    offline = [
+        algorithms.add_parser(name, help=f"{what} beside TRL's, on real dialogues; TRL must be installed")
+        for name, what in (("sft", "SFT"), ("dpo", "DPO"), ("reward", "a reward model"))
+    ]
+    for command in offline:
+        command.add_argument("--model", default="tiny", choices=["tiny", "qwen3-0.6b", "llama-3.2-1b"], help="a shape")
+        command.add_argument("--steps", type=int, default=4, help="that count, after one that does not")
+        command.add_argument("--rows", type=int, default=32, help="of a step: sequences, or pairs")
+        command.add_argument("--rounds", type=int, default=1, help="runs of each side, in turn")
+        command.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 2, 4, 8], help="of TRL")
     drpo = algorithms.add_parser("drpo", help="one update beside the padded reference and TRL's PPO, TL;DR's lengths")
-    drpo.add_argument("--shape", default="pythia-1b", choices=["tiny", "pythia-70m", "pythia-1b"], help="of GPT-NeoX")
+    drpo.add_argument("--shape", default="pythia-1b", choices=["tiny", "pythia-70m", "pythia-1b", "pythia-2.8b"])
     drpo.add_argument("--episodes", type=int, default=512)
     drpo.add_argument("--rounds", type=int, default=3, help="updates of each side, in turn")
     drpo.add_argument("--micro-batch", type=int, default=4, help="episodes, of the padded sides")
     drpo.add_argument("--micro-batch-tokens", type=int, default=2048, help="of ours")
     drpo.add_argument("--rollout-batch", type=int, default=32, help="episodes generated side by side, on every side")
     drpo.add_argument("--trl-path", type=Path, help="folder that TRL 1.12.0 is unpacked in, where another is installed")
-    for command in (dpo, drpo):
+    drpo.add_argument("--optim", default="adamw_torch_fused", help="of ours and the padded reference")
+    drpo.add_argument("--master-weights", default="float32", help="of both, in bfloat16")
+    for command in (*offline, drpo):
         command.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
         command.add_argument("--out", type=Path, default=Path("bench/results"), help="folder that rows are appended in")
     arguments = parser.parse_args()
@@ -127,10 +135,12 @@ def main() -> None:
         sys.exit("\n".join(faults))
     if arguments.command == "train" and arguments.algorithm == "drpo":
         print(_train_drpo(arguments))
-    if arguments.command == "train" and arguments.algorithm == "dpo":
-        from bench.train import run_train
+    if arguments.command == "train" and arguments.algorithm != "drpo":
+        from bench.train.compare import run_train
 
-        print(run_train(arguments.model, arguments.steps, arguments.batch_sizes, arguments.device, arguments.out))
+        options = ("steps", "rows", "rounds", "batch_sizes", "device")
+        chosen = {name: getattr(arguments, name) for name in options}
+        print(run_train(arguments.algorithm, arguments.model, **chosen, folder=arguments.out))
     if arguments.command == "tune":
         from bench.tune import run_tune
 
@@ -201,6 +211,8 @@ def _train_drpo(a: argparse.Namespace) -> str:
         micro_batch=a.micro_batch,
         micro_batch_tokens=a.micro_batch_tokens,
         rollout_batch=a.rollout_batch,
+        optim=a.optim,
+        master_weights=a.master_weights,
     )
     return run_drpo(problem, a.rounds, a.trl_path, a.out)
 

@@ -1,14 +1,20 @@
 #!/usr/bin/env bash
 # What wants a GPU, in parts of less than nine minutes, without a network. Rows and logs go to OUT.
 #
-#     OUT=results COMMIT=abc1234 bash bench/gpu.sh test | tune | kernels | train [arguments of the part's command]
+#     OUT=results COMMIT=abc1234 bash bench/gpu.sh PART [arguments of the part's commands]
+#
+#     test  tune  kernels
+#     train_600m  train_1b        SFT, DPO and a reward model beside TRL, at Qwen3-0.6B and at Llama-3.2-1B
+#     on_policy_1b  on_policy_3b  an update of DR-PO beside the padded reference and TRL's PPO, at Pythia-1B and -2.8B;
+#                                 the first also times trunks and rollout
 #
 # Peers come from wheels/, TRL 1.12 (PPO) from the folder TRL_112, dialogues from FASTRLHF_DATA; what is missing is left
 # out and said. DEVICE=cpu runs the same steps at tiny shapes: a rehearsal, no measurement.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-PART=${1:?test, tune, kernels or train}
+PARTS='test, tune, kernels, train_600m, train_1b, on_policy_1b or on_policy_3b'
+PART=${1:?$PARTS}
 shift
 DEVICE=${DEVICE:-cuda}
 OUT=${OUT:-bench/results}
@@ -63,25 +69,52 @@ kernels)
         bench 110 kernels_alone kernels "${shapes[@]}" "$@" --only "3 products" "4 products" copy eager ours
     fi
     ;;
-train)
-    dpo=(--model qwen3-0.6b --steps 6) drpo=(--shape pythia-1b --episodes 64 --rounds 2)
+train_600m | train_1b)
+    # Guesses for an H100; none was measured. A trainer: 40 s to start and to make the weights; then 6 to 8 sides, each 5
+    # to 10 s to load and 7 steps of 10,000 to 20,000 tokens, .5 s each, TRL's padded ones 1 to 2. So 100 to 170 s.
+    model=(--model qwen3-0.6b)
+    [[ $PART == train_1b ]] && model=(--model llama-3.2-1b)
+    size=(--steps 6 --batch-sizes 8 16)
+    [[ $DEVICE == cpu ]] && model=(--model tiny) size=(--steps 1 --rows 4 --batch-sizes 2)
+    if [[ -n ${FASTRLHF_DATA:-} ]] && "$PYTHON" -c "import trl" 2>/dev/null; then
+        for trainer in sft dpo reward; do
+            bench 175 "$PART.$trainer" train "$trainer" "${model[@]}" "${size[@]}" "$@"
+        done
+    else
+        echo "== $PART is left out: it needs trl and FASTRLHF_DATA"
+        FAILED=1
+    fi
+    ;;
+on_policy_1b | on_policy_3b)
+    # Guesses for an H100; none was measured. A block: 10 s to start, two models made on the CPU (20 s at 1B, 40 s at
+    # 2.8B), an update and a warm-up (15 s, 40 s). There are three sides, at 1B twice.
+    size=(--shape pythia-1b --episodes 64 --rounds 2) seconds=300
+    if [[ $PART == on_policy_3b ]]; then
+        # Four models and two gradients take 33 GB; AdamW in float32 with its copies would add 67. So 8-bit moments and
+        # stochastic rounding, 13 GB, for ours and the reference; TRL's moments are of bfloat16, 22 GB.
+        size=(--shape pythia-2.8b --episodes 64 --rounds 1 --optim adamw_8bit --master-weights stochastic_rounding)
+        seconds=500
+    fi
     trunks=(--episodes 128) rollout=(--episodes 512 --slots 64)
     if [[ $DEVICE == cpu ]]; then
-        dpo=(--model tiny --steps 1 --batch-sizes 1) drpo=(--shape tiny --episodes 4 --rounds 1)
-        trunks=(--episodes 8 --rounds 1 --groups 4) rollout=(--episodes 4 --slots 4 --rounds 1 --groups 4)
+        size=(--shape tiny --episodes 4 --rounds 1)
+        [[ $PART == on_policy_3b ]] && size+=(--optim adamw_8bit) # its weights are of float32: nothing to round
+        trunks=(--episodes 4 --rounds 1 --groups 4) rollout=(--episodes 4 --slots 4 --rounds 1 --groups 4)
     fi
-    if [[ -n ${FASTRLHF_DATA:-} ]] && "$PYTHON" -c "import trl" 2>/dev/null; then
-        bench 240 train_dpo train dpo "${dpo[@]}"
+    [[ -n ${TRL_112:-} ]] && size+=(--trl-path "$TRL_112")
+    if [[ $PART == on_policy_1b ]]; then
+        bench "$seconds" "$PART" train drpo "${size[@]}" "$@"
+        bench 60 trunks trunks "${trunks[@]}"
+        bench 60 rollout rollout "${rollout[@]}"
+    elif "$PYTHON" -c "import bitsandbytes" 2>/dev/null; then
+        bench "$seconds" "$PART" train drpo "${size[@]}" "$@"
     else
-        echo "== train dpo is left out: it needs trl and FASTRLHF_DATA"
+        echo "== $PART is left out: it needs bitsandbytes"
+        FAILED=1
     fi
-    [[ -n ${TRL_112:-} ]] && drpo+=(--trl-path "$TRL_112")
-    bench 200 train_drpo train drpo "${drpo[@]}" "$@"
-    bench 60 trunks trunks "${trunks[@]}"
-    bench 60 rollout rollout "${rollout[@]}"
     ;;
 *)
-    echo "gpu.sh: no part $PART; test, tune, kernels or train" >&2
+    echo "gpu.sh: no part $PART; $PARTS" >&2
     exit 2
     ;;
 esac

@@ -44,6 +44,17 @@ def run(step: Step) -> tuple[Tensors, Tensors]:
     return outputs, step.backward(outputs)
 
 
+def now(device: torch.device) -> float:
+    """Seconds: on the wall, once the GPU has done its work; on a CPU, of this process, whatever else runs there.
+
+    The threads of a process add up, so time it with one.
+    """
+    if device.type == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 class Timer:
     """Milliseconds of (forward, backward)."""
 

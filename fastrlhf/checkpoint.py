@@ -150,7 +150,7 @@ def save_trained(
     """
     if folder and has_adapter(model):
         save_adapter(model, folder / "adapter")
-        tokenizer.save_pretrained(folder / "adapter")
+        on_first(lambda: tokenizer.save_pretrained(folder / "adapter"))
     if apart or is_four_bit(model):
         model = merged_copy(model)
     merge_adapter(model)

@@ -36,9 +36,8 @@ def start(config: TrainConfig) -> None:
     world = max(_launched(), world_size())
     if world == 1:
         return
-    for name in ("use_peft", "optim", "master_weights", "torch_compile"):
-        value, only = getattr(config, name), getattr(TrainConfig, name)
-        require(value == only, name, value, f"{only!r} in {world} processes, which shard nothing else yet")
+    rule = f"False in {world} processes, among which weights in 4 bits cannot be spread"
+    require(not config.load_in_4bit, "load_in_4bit", True, rule)
     require(
         config.batch_size % world == 0,
         "per_device_train_batch_size",

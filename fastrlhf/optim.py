@@ -16,11 +16,13 @@ from torch.nn import Embedding, Module, Parameter
 
 from fastrlhf.adamw import make_adamw, moments, moments_in_8_bits, set_moments
 from fastrlhf.config import TrainConfig
-from fastrlhf.models.sharding import full, like
+from fastrlhf.models.sharding import first_entry, full, like, of_parts, part
 
 BUCKET = 2**26
 """Parameters that are updated at once, at most, or one tensor that is larger: the float32 gradients (and, without
 master weights, the float32 weights) that an update makes and drops again exist for them alone."""
+NOISE = 2**22
+"""Entries whose rounding one generator decides."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +31,10 @@ class _Weight:
     index: int
     """Among all that are trained: it keys the noise of its rounding."""
     param: Parameter
+    own: Tensor
+    """What this rank holds of it: all of it, in one process."""
     updated: Tensor
-    """What AdamW updates: the parameter, or its float32 copy, which is empty between updates where none is kept."""
+    """What AdamW updates: that, or its float32 copy, which is empty between updates where none is kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,15 +74,17 @@ class Optimizer:
         for prefix, model in models.items():
             rate = rates.get(prefix, config.learning_rate)
             for decay, in_8_bits, params in buckets(model, config):
-                weights = [_Weight(prefix + name, next(count), p, self._updated(p)) for name, p in params]
+                weights = [self._weight(prefix + name, next(count), param) for name, param in params]
                 updated = [weight.updated for weight in weights]
                 adamw = make_adamw(config, updated, rate=rate, decay=decay, in_8_bits=in_8_bits)
                 self._buckets.append(_Bucket(prefix, weights, adamw, rate))
 
-    def _updated(self, param: Parameter) -> Tensor:
+    def _weight(self, name: str, index: int, param: Parameter) -> _Weight:
+        own = part(param)
         if param.dtype == torch.float32:
-            return param
-        return param.detach().float() if self._keeps_copies else torch.empty(0, device=param.device)
+            return _Weight(name, index, param, own, own)
+        updated = own.detach().float() if self._keeps_copies else torch.empty(0, device=param.device)
+        return _Weight(name, index, param, own, updated)
 
     @property
     def num_done(self) -> int:
@@ -115,21 +121,36 @@ class Optimizer:
         self._borrow(copied)
         for weight in bucket.weights:
             if weight.param.grad is not None:
-                weight.updated.grad = weight.param.grad.float().mul_(scale)
+                weight.updated.grad = part(weight.param.grad).float().mul_(scale)
         bucket.adamw.param_groups[0]["lr"] = rate
         bucket.adamw.step()
-        for weight in copied:
+        for weight in bucket.weights:
             weight.updated.grad = None
-            new = weight.updated
-            if not self._keeps_copies:
-                new = stochastic_round(new, _generator(new.device, self._seed, self._num_done, weight.index))
-            weight.param.copy_(new)
+        for weight in copied:
+            if self._keeps_copies:
+                weight.own.copy_(weight.updated)
+            else:
+                self._round(weight)
         self._give_back(copied)
+
+    def _round(self, weight: _Weight) -> None:
+        """Noise is drawn for `NOISE` entries of the whole tensor at a time, so that a part of it is rounded as it is
+        within the whole."""
+        new, own = weight.updated.view(-1), weight.own.view(-1)
+        first = first_entry(weight.param)
+        last = first + len(new)
+        for block in range(first // NOISE, -(-last // NOISE)):
+            start, end = block * NOISE, min((block + 1) * NOISE, weight.param.numel())
+            generator = _generator(new.device, self._seed, self._num_done, weight.index, block)
+            noise = torch.randint(0, 2**16, (end - start,), dtype=torch.int32, device=new.device, generator=generator)
+            low, high = max(start, first), min(end, last)
+            here = slice(low - first, high - first)
+            own[here] = stochastic_round(new[here], noise[low - start : high - start])
 
     def _borrow(self, weights: Iterable[_Weight]) -> None:
         """Makes the float32 copies where none are kept."""
         for weight in () if self._keeps_copies else weights:
-            weight.updated.data = weight.param.float()
+            weight.updated.data = weight.own.float()
 
     def _give_back(self, weights: Iterable[_Weight]) -> None:
         for weight in () if self._keeps_copies else weights:
@@ -143,13 +164,14 @@ class Optimizer:
 
     def state_dict(self) -> dict[str, Any]:
         """num_steps done, and by "NAME OF THE PARAMETER.what" AdamW's moments and step, and the float32 copy (master)
-        where one is kept."""
+        where one is kept. What has the shape of a sharded weight is sharded with it, and every rank must ask."""
         state: dict[str, Any] = {"num_steps": self._num_done}
         for bucket in self._buckets:
             for weight in bucket.weights:
-                state |= {f"{weight.name}.{what}": x for what, x in moments(bucket.adamw, weight.updated).items()}
+                saved = moments(bucket.adamw, weight.updated, weight.param)
+                state |= {f"{weight.name}.{what}": value for what, value in saved.items()}
             if self._keeps_copies:
-                state |= {f"{weight.name}.master": weight.updated for weight in _copied(bucket)}
+                state |= {f"{weight.name}.master": of_parts(weight.param, weight.updated) for weight in _copied(bucket)}
         return state
 
     @torch.no_grad()
@@ -168,10 +190,10 @@ class Optimizer:
         for bucket in self._buckets:
             copied = _copied(bucket)
             for weight in copied if self._keeps_copies else ():
-                weight.updated.copy_(like(weight.updated, saved[weight.name].pop("master", weight.param)))
+                weight.updated.copy_(part(like(weight.param, saved[weight.name].pop("master", weight.param))))
             self._borrow(copied)
             for weight in bucket.weights:
-                set_moments(bucket.adamw, weight.updated, saved.pop(weight.name, {}))
+                set_moments(bucket.adamw, weight.updated, weight.param, saved.pop(weight.name, {}))
             self._give_back(copied)
         for name in saved:
             raise ValueError(f"optimizer: the checkpoint has moments of {name}, which is not trained here")
@@ -218,14 +240,13 @@ def buckets(model: Module, config: TrainConfig) -> Iterator[tuple[float, bool, l
         yield decay, in_8_bits, some
 
 
-def stochastic_round(x: Tensor, generator: torch.Generator) -> Tensor:
+def stochastic_round(x: Tensor, noise: Tensor) -> Tensor:
     """float32 to bfloat16, up or down, with the probabilities whose mean is x: steps far below the spacing of bfloat16
     are not lost, but taken now and then.
 
-    A bfloat16 is the upper half of the bits of a float32. A uniform number of 16 bits, added to the lower half, carries
-    into the upper one with probability lower / 2^16.
+    A bfloat16 is the upper half of the bits of a float32. `noise`, a uniform number of 16 bits for each in int32, which
+    is overwritten, is added to the lower half, and carries into the upper one with probability lower / 2^16.
     """
-    noise = torch.randint(0, 2**16, x.shape, dtype=torch.int32, device=x.device, generator=generator)
     return noise.add_(x.view(torch.int32)).bitwise_and_(-(2**16)).view(torch.float32).bfloat16()
 
 
@@ -244,7 +265,7 @@ def _generator(device: torch.device, *key: int) -> torch.Generator:
 
 
 def _copied(bucket: _Bucket) -> list[_Weight]:
-    return [weight for weight in bucket.weights if weight.updated is not weight.param]
+    return [weight for weight in bucket.weights if weight.updated is not weight.own]
 
 
 def _rate(step: int, num_steps: int, warmup: int, kind: str) -> float:

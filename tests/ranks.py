@@ -5,40 +5,65 @@ Each leaves what it saw in FOLDER/rank-0.json and FOLDER/rank-1.json, and its ru
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
 import shutil
 import signal
 import sys
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 
-from fastrlhf import cli
+from fastrlhf import cli, optim
 from fastrlhf.algorithms.stage import Stage
+from fastrlhf.config import SFTConfig
 from fastrlhf.data.packing import pack, sequence
 from fastrlhf.distributed import from_all, gathered, is_first, largest, on_each, on_first, share, total
 from fastrlhf.interrupts import Interrupted
+from fastrlhf.models import adapters, trunk
 from fastrlhf.models.forward import token_logprobs
+from fastrlhf.models.loading import build_policy
 from fastrlhf.models.sharding import full, give_back, like, shard, whole
+from fastrlhf.optim import Optimizer
 from tests import resumable, tiny
 
+LORA = {"use_peft": True, "lora_r": 3, "adam_epsilon": 1e-3}
+"""A large epsilon: the first steps of Adam are signs of gradients, and those of a new adapter are near zero."""
+STEADY = {"num_ppo_epochs": 1, "num_mini_batches": 1, "cliprange_value": 10.0} | {
+    "adam_epsilon": 1.0,
+    "value_learning_rate": 1e-3,
+}
+"""For a critic with steep gradients: no later updates by a step's experience, no kink of clipped values, small updates,
+not divided by small gradients. Else the norm of its gradient differs by 1e-3 between two micro-batch sizes of one
+process."""
+ROUNDED = {"dtype": "bfloat16", "master_weights": "stochastic_rounding"}
 SETTINGS: dict[str, dict[str, Any]] = {
     "sft": {"activation_checkpointing": True},
+    "sft dora": LORA | {"activation_checkpointing": True, "use_dora": True, "lora_r": 1},
+    "sft rounded": ROUNDED | {"micro_batch_tokens": 32},
     "reward": {},
     "dpo": {"loss_type": ("sigmoid", "ipo"), "loss_weights": (1.0, 0.1)},
+    "dpo lora": LORA,
     "groups": {"precompute_ref_log_probs": False},
-    "ppo": {},
-    "drpo": {"num_mini_batches": 1, "reset_source": "sample"},
+    "ppo": {"truncation": "bootstrap"},
+    "drpo": LORA | {"num_mini_batches": 1, "reset_source": "sample"},
     "rto": {"kl_placement": "loss", "kl_estimator": "exact"},
+    "roles": LORA | STEADY,
 }
-"""Every trainer: with a live reference (groups); with a critic, a steered KL and early stops (ppo); with a judge of the
-user's and resets that the reference writes (drpo); with the exact KL in the loss (rto)."""
+"""Every trainer: with a live reference (groups); with a critic, returns that go on, a steered KL and early stops (ppo);
+with a judge of the user's and resets that the reference writes (drpo); with the exact KL in the loss (rto); with models
+that share the weights of one (roles), and an adapter of fewer rows than ranks (sft dora)."""
 
 MODEL = {
     "model_type": "llama",
@@ -49,6 +74,13 @@ MODEL = {
     "tie_word_embeddings": True,
 }
 
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "float32 copies": {"dtype": "bfloat16"},
+    "rounded": ROUNDED,
+    "8 bits": {"optim": "adamw_8bit"},
+    "8 bits, rounded": ROUNDED | {"optim": "adamw_8bit"},
+}
+
 
 def run(kind: str, place: Path, folder: Path, **settings: Any):
     """A run of two steps, several micro-batches each."""
@@ -56,27 +88,36 @@ def run(kind: str, place: Path, folder: Path, **settings: Any):
     random.seed(0)
     np.random.seed(0)
     keys = {"max_steps": 2, "eval_steps": 1, "save_steps": 0, "micro_batch_tokens": 64}
-    return resumable.run(kind, models(place), folder, **keys | SETTINGS[kind] | settings)
+    trainer = kind.partition(" ")[0]
+    return resumable.run(trainer, models(place), folder, **keys | SETTINGS[kind] | settings)
 
 
 def models(place: Path) -> dict[str, str]:
-    return {name: str(place / name) for name in ("policy", "judge", "dpo")}
+    adapters = {f"{role} adapter": str(place / f"adapted {role}" / "adapter") for role in ("judge", "dpo")}
+    return {name: str(place / name) for name in ("policy", "judge", "dpo")} | adapters
 
 
 def command(place: Path, folder: Path) -> list[str]:
-    """SFT from the command line, of a model from scratch whose head is its embedding."""
-    flags = {
-        "model_config": json.dumps(MODEL),
+    """From the command line: DPO after the SFT that it names in `run_first`, in `folder`, of a model from scratch whose
+    head is its embedding."""
+    shared = {"per_device_train_batch_size": 4, "max_steps": 2, "max_length": 32, "num_eval_examples": 3}
+    sft = {
+        "model_config": MODEL,
         "tokenizer_name_or_path": models(place)["policy"],
         "dataset_name": str(place / "rows.jsonl"),
-        "num_eval_examples": 3,
-        "per_device_train_batch_size": 4,
-        "max_steps": 2,
-        "max_length": 32,
         "learning_rate": 0.01,
         "output_dir": str(folder),
     }
-    return ["sft", *(str(part) for name, value in flags.items() for part in (f"--{name}", value))]
+    dpo = {
+        "run_first": ["sft"],
+        "model_name_or_path": str(folder),
+        "dataset_name": str(place / "pairs.jsonl"),
+        "learning_rate": 0.001,
+        "output_dir": str(folder.with_name("chain")),
+    }
+    file = folder.with_name(f"chain-{os.environ.get('RANK', 0)}.yaml")
+    file.write_text(json.dumps({"shared": shared, "sft": sft, "dpo": dpo}))  # JSON is YAML
+    return ["dpo", "--config", str(file)]
 
 
 def exchanges() -> dict[str, Any]:
@@ -108,6 +149,18 @@ def exchanges() -> dict[str, Any]:
         "strange": strange,
         "share": list(share(list(range(5)))),
     }
+
+
+def installed(settings: dict[str, Any]) -> bool:
+    return "optim" not in settings or find_spec("bitsandbytes") is not None
+
+
+def refusal(call: Callable[[], object]) -> str:
+    try:
+        call()
+    except ValueError as error:
+        return str(error)
+    return "none"
 
 
 def stubborn() -> None:
@@ -152,6 +205,83 @@ def sharded_model() -> dict[str, Any]:
     }
 
 
+def compiled_model() -> dict[str, Any]:
+    """The gradients of sharded layers that are compiled, for two packs, and how much of their code is new to each."""
+    models = [
+        build_policy(MODEL | {"num_hidden_layers": 1}, vocab_size=tiny.VOCAB, eos_token_id=tiny.EOS, seed=0)
+        for _ in range(2)
+    ]
+    trunk.compile_layers(models[0])
+    shard(models[0])
+    errors, graphs = [], []
+    with patch.object(torch, "compile", partial(torch.compile, backend="eager")):  # a C++ compiler would take minutes
+        for prompt in ([5, 6, 7], [5, 6, 7, 8, 9]):
+            for model in models:
+                model.zero_grad()
+                token_logprobs(model, pack([sequence(prompt, [8, 9])])).logprob.sum().backward()
+            for ours, theirs in zip(models[0].parameters(), models[1].parameters(), strict=True):
+                errors.append((full(ours.grad) / 2 - theirs.grad).abs().max().item() / theirs.grad.abs().max().item())
+            graphs.append(counters["stats"]["unique_graphs"])
+    return {"gradient": max(errors), "first": graphs[0], "second": graphs[1] - graphs[0]}
+
+
+def shared_weights() -> dict[str, Any]:
+    """A policy with an adapter and the reference over the same weights: who holds what, before and after the adapter
+    is added to the policy's."""
+    policy, batch = tiny.policy(), pack([sequence([5, 6, 7], [8, 9])])
+    adapters.add_adapter(policy, SFTConfig(use_peft=True, lora_r=2), "")
+    reference, plain = adapters.frozen_copy(policy), tiny.policy()
+    shard(policy, reference)
+    own, others = ({p.to_local().untyped_storage().data_ptr() for p in m.parameters()} for m in (policy, reference))
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.1)
+        adapted, expected = token_logprobs(policy, batch).logprob, token_logprobs(plain, batch).logprob
+        give_back(policy)
+        adapters.merge_adapter(policy)
+        merged, kept = token_logprobs(policy, batch).logprob, token_logprobs(reference, batch).logprob
+    return {
+        "others": len(others - own),
+        "adds": (adapted - expected).abs().max().item(),
+        "merged": (merged - adapted).abs().max().item(),
+        "kept": (kept - expected).abs().max().item(),
+    }
+
+
+def optimised(width: int, **settings: Any) -> bool:
+    """Whether sharded weights and their optimiser's state are, bit for bit, those of one process after three steps by
+    the same gradients, and after a fourth of an optimiser that was given the state of one.
+
+    The weights of its MLPs are of `width` x 64; those of attention have 4,096 entries in both parts together.
+    """
+    config = SFTConfig(max_grad_norm=0.0, learning_rate=1e-2, **settings)  # the norm is a sum in another order
+    sizes = MODEL | {"hidden_size": 64, "intermediate_size": width}
+    models = [
+        build_policy(sizes, vocab_size=tiny.VOCAB, eos_token_id=tiny.EOS, seed=0, dtype=config.dtype) for _ in range(2)
+    ]
+    shard(models[0])
+    optimizers = [Optimizer({"": model}, config, num_steps=4) for model in models]
+    same = []
+    with patch.object(optim, "NOISE", 1000):
+        for step in range(4):
+            for model, optimizer in zip(models, optimizers, strict=True):
+                for i, parameter in enumerate(model.parameters()):
+                    drawn = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(100 * step + i))
+                    parameter.grad = like(parameter, drawn.to(parameter.dtype))
+                optimizer.step()
+            if step == 2:
+                own, whole_state = (optimizer.state_dict() for optimizer in optimizers)
+                same += [own.keys() == whole_state.keys()]
+                same += [
+                    torch.equal(full(own[key]), x) for key, x in whole_state.items() if isinstance(x, torch.Tensor)
+                ]
+                optimizers[0] = Optimizer({"": models[0]}, config, num_steps=4)
+                optimizers[0].load_state_dict(copy.deepcopy(whole_state))
+    pairs = zip(models[0].parameters(), models[1].parameters(), strict=True)
+    return all(same) and all(torch.equal(full(ours), theirs) for ours, theirs in pairs)
+
+
 def stopped(place: Path, two: Path) -> bool:
     """A PPO run that a signal to the second rank alone stops after its first step; then the same command again."""
     log, folder = Stage.log, two / "ppo-resumed"
@@ -179,7 +309,16 @@ def main(place: Path) -> None:
     two = place / "two"
     for kind in SETTINGS:
         run(kind, place, two / kind)
-    seen = {"exchanges": exchanges(), "model": sharded_model(), "interrupted": stopped(place, two)}
+    seen = {
+        "exchanges": exchanges(),
+        "model": sharded_model(),
+        "compiled": compiled_model(),
+        "shared": shared_weights(),
+        "optimised": {name: optimised(136, **settings) for name, settings in OPTIMIZERS.items() if installed(settings)},
+        "uneven": optimised(129, **ROUNDED),
+        "blocks": refusal(lambda: optimised(129, optim="adamw_8bit")) if installed({"optim": "adamw_8bit"}) else "",
+        "interrupted": stopped(place, two),
+    }
     (place / f"rank-{dist.get_rank()}.json").write_text(json.dumps(seen))
     assert is_first() == (dist.get_rank() == 0)
     assert cli.main(command(place, two / "command")) == 0

@@ -219,6 +219,7 @@ def test_rlp_takes_its_models_from_other_sections_and_goes_on_where_it_stopped(c
     assert {file: file.stat().st_mtime_ns for file in policies} == policies
     message = "--config: must be one file with sections rlp, reward and ppo; got []"
     assert fails(capsys, "rlp", "--output_dir", "runs/other") == message
+    assert "section rlp (its" in fails(capsys, "rlp", "--config", "rlp.yaml", "--max_length", "32")
 
 
 def test_a_mistake_in_a_later_section_costs_no_earlier_one(place, capsys):

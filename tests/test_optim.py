@@ -322,7 +322,8 @@ def test_buckets_change_no_bit(monkeypatch):
 
 
 def rounded(x: torch.Tensor, seed: int = 0) -> torch.Tensor:
-    return stochastic_round(x, torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    return stochastic_round(x, torch.randint(0, 2**16, x.shape, dtype=torch.int32, generator=generator))
 
 
 def test_a_rounded_number_is_one_of_its_neighbours_and_in_the_mean_itself():

@@ -16,17 +16,19 @@ import torch
 
 from bench.drpo.contestants import CONTESTANTS, PHASES
 from bench.drpo.problem import Problem, make_examples, make_models
+from bench.mfu import utilisation
+from bench.results import device_name
 
 
 def run_block(side: str, problem: Problem) -> dict[str, Any]:
-    """Seconds as `Clock` counts them and on the wall, tokens, and the peak of memory beyond weights, gradients and
-    optimiser state, in MB.
+    """Seconds as `Clock` counts them and on the wall, tokens, speed and MFU of the training phase, and the peak of
+    memory beyond weights, gradients and optimiser state, in MB.
 
     On a GPU one micro-batch warms up: kernels are loaded and compiled then. A CPU has one thread.
     """
     cuda = problem.device == "cuda"
     if not cuda:
-        torch.set_num_threads(1)  # see `Clock`
+        torch.set_num_threads(1)  # see `measure.now`
     examples = make_examples(problem)
     contestant = CONTESTANTS[side](problem, make_models(problem, examples))
     weights = torch.cuda.memory_allocated() if cuda else _most_bytes(cuda)
@@ -38,10 +40,14 @@ def run_block(side: str, problem: Problem) -> dict[str, Any]:
     torch.manual_seed(problem.seed)
     start = perf_counter()
     row = contestant.update(examples, problem.epochs)
+    operations_per_second = row["training_operations"] / row["training"]
     return {
         "provider": contestant.name,
         "seconds": sum(row[phase] for phase in PHASES),
         **row,
+        "training_tokens_per_second": row["training_tokens"] / row["training"],
+        "training_tflops": operations_per_second / 1e12,
+        "training_mfu": utilisation(operations_per_second, device_name(problem.device)),
         "wall_seconds": perf_counter() - start,
         "extra_mb": (_most_bytes(cuda) - weights - contestant.state_bytes) / 1e6,
         "threads": torch.get_num_threads(),

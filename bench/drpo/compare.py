@@ -25,6 +25,8 @@ TARGETS = {
     ("padded", "cpu"): {"seconds": 3.0},
 }
 """How many times ours a side is to take, at least."""
+MFU_TARGET = 0.45
+"""Of our training phase on a GPU, at Pythia-1B."""
 
 Row = dict[str, Any]
 
@@ -33,32 +35,38 @@ def run_drpo(problem: Problem, rounds: int, trl_path: Path | None = None, folder
     """Measures every side `rounds` times, in turn; appends a row for each, returns the table.
 
     TRL is left out, and the table says so, where `trl_path` (the folder that holds `trl/`; None: what is installed) has
-    no PPO trainer. Raises ValueError where episodes are not whole micro-batches, and RuntimeError where a block fails.
+    no PPO trainer; so is a side, but for ours, that the GPU has no memory for. Raises ValueError where episodes are not
+    whole micro-batches, and RuntimeError where a block fails otherwise.
     """
     if problem.episodes % problem.micro_batch:
         raise ValueError(f"episodes: {problem.episodes} must be a multiple of micro-batches of {problem.micro_batch}")
     paths: dict[str, Path | None] = {"ours": None, "padded": None, "trl": trl_path}
-    missing = _python(["-c", "import trl.experimental.ppo"], trl_path).returncode != 0
-    if missing:
+    notes = []
+    if _python(["-c", "import trl.experimental.ppo"], trl_path).returncode:
         del paths["trl"]
+        notes.append(f"TRL left out: {trl_path or 'what is installed'} has no PPO trainer (trl 1.12.0 has)")
     load = os.getloadavg()[0]
     blocks: dict[str, list[Row]] = {side: [] for side in paths}
     for _ in range(rounds):
-        for side, past in blocks.items():
-            past.append(_block(side, problem, paths[side]))
+        for side in [*blocks]:
+            try:
+                blocks[side].append(_block(side, problem, paths[side]))
+            except MemoryError:
+                del blocks[side]
+                notes.append(f"{side} left out: out of the GPU's memory")
     rows = {side: _summary(past) for side, past in blocks.items()}
     shared = {"bench": "train drpo", **asdict(problem), "device": device_name(problem.device), "load_before": load}
     for row in rows.values():
         append_row({**shared, **row}, folder)
-    notes = (
-        ["", f"TRL left out: {trl_path or 'what is installed'} has no PPO trainer (trl 1.12.0 has)"] if missing else []
-    )
-    return "\n".join([*_table(rows, problem.device), "", *_ratios(rows, problem.device), *notes])
+    tables = [*_table(rows, problem.device), "", *_ratios(rows, problem.device)]
+    return "\n".join([*tables, *[line for note in notes for line in ("", note)]])
 
 
 def _block(side: str, problem: Problem, path: Path | None) -> Row:
     done = _python(["-m", "bench.drpo.block", side, json.dumps(asdict(problem))], path)
     if done.returncode:
+        if side != "ours" and "torch.OutOfMemoryError" in done.stderr:
+            raise MemoryError
         raise RuntimeError(f"the block of {side!r} failed:\n{done.stderr[-4000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -83,15 +91,23 @@ def _summary(blocks: Sequence[Row]) -> Row:
 def _table(rows: Mapping[str, Row], device: str) -> list[str]:
     seconds = "seconds" if device == "cuda" else "seconds of one CPU"
     lines = [
-        f"| | {seconds} (least, most) | rollout | scoring | training | tokens sampled | of a pass | extra MB |",
-        "|---|---|---|---|---|---|---|---|",
+        f"| | {seconds} (least, most) | rollout | scoring | training | tokens/s of it | MFU % | tokens sampled "
+        "| of a pass | extra MB |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows.values():
         whole = f"{row['seconds']:.1f} ({row['seconds_min']:.1f}, {row['seconds_max']:.1f})"
         phases = " | ".join(f"{row[phase]:.1f}" for phase in PHASES)
+        speed = f"{row['training_tokens_per_second']:.0f} | {_mfu(row, is_ours=row is rows['ours'])}"
         tokens = f"{row['sampled_tokens']} | {row['sequence_tokens']}"
-        lines.append(f"| {row['provider']} | {whole} | {phases} | {tokens} | {row['extra_mb']:.0f} |")
+        lines.append(f"| {row['provider']} | {whole} | {phases} | {speed} | {tokens} | {row['extra_mb']:.0f} |")
     return lines
+
+
+def _mfu(row: Row, *, is_ours: bool) -> str:
+    if row["training_mfu"] is None:
+        return ""
+    return f"{100 * row['training_mfu']:.1f}{f' (target {100 * MFU_TARGET:.0f})' if is_ours else ''}"
 
 
 def _ratios(rows: Mapping[str, Row], device: str) -> list[str]:

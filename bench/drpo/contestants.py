@@ -7,14 +7,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
-from time import perf_counter, process_time
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback
 
 from bench.drpo import padded
 from bench.drpo.problem import EOS, RESPONSE_LENGTH, Models, Problem
+from bench.measure import now
+from bench.mfu import training_operations
 from fastrlhf.algorithms.experience import pack_episodes, score_episodes
 from fastrlhf.algorithms.on_policy import draw_prefixes, make_engine, update
 from fastrlhf.evaluation.judges import reward_model_judge
@@ -28,29 +30,27 @@ Row = dict[str, Any]
 
 class Contestant(Protocol):
     name: str
-    state_bytes: int
-    """Of gradients and optimiser state, once an update has made them."""
+
+    @property
+    def state_bytes(self) -> int:
+        """Of what an update has made and keeps: gradients and moments."""
+        ...
 
     def update(self, examples: Sequence[TokenizedExample], epochs: int) -> Row:
-        """One update; seconds by phase, tokens sampled, and tokens of one pass over the sequences, padding included."""
+        """One update; seconds by phase, tokens sampled, tokens of one pass over the sequences, padding included, and
+        `training_work`."""
         ...
 
 
 class Clock:
-    """Seconds by phase: on the wall, the work that a GPU still has to do included; on a CPU, of this process.
-
-    What else a CPU is busy with does not count, then. Several threads would add up, so there is one.
-    """
+    """Seconds by phase, as `measure.now` counts them."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
 
     def now(self) -> float:
-        if self.device.type == "cpu":
-            return process_time()
-        torch.cuda.synchronize()
-        return perf_counter()
+        return now(self.device)
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
@@ -64,13 +64,16 @@ class Ours:
 
     def __init__(self, problem: Problem, models: Models) -> None:
         self.config = problem.config()
-        self.policy, self.critic = models.policy, models.critic
+        self.models, self.policy, self.critic = models, models.policy, models.critic
         self.reference = frozen_copy(self.policy)
         self.judge = reward_model_judge(
             frozen_copy(self.critic), eos_token_id=EOS, micro_batch_tokens=problem.micro_batch_tokens
         )
         self.optimizer = _optimizer(problem, models)
-        self.state_bytes = _state_bytes(models)
+
+    @property
+    def state_bytes(self) -> int:
+        return _state_bytes(self.models, self.optimizer)
 
     def update(self, examples: Sequence[TokenizedExample], epochs: int) -> Row:
         config, clock = replace(self.config, num_ppo_epochs=epochs), Clock(self.policy.device)
@@ -89,6 +92,7 @@ class Ours:
             **clock.seconds,
             "sampled_tokens": sum(len(rollout.completion) for rollout in rollouts),
             "sequence_tokens": sum(len(r.prefix.token_ids) + len(r.completion) for r in rollouts),
+            **training_work(self.models, [(len(r.prefix.token_ids), len(r.completion)) for r in rollouts], epochs),
         }
 
 
@@ -97,10 +101,13 @@ class Padded:
 
     def __init__(self, problem: Problem, models: Models) -> None:
         self.config, self.micro_batch = problem.config(), problem.micro_batch
-        self.policy, self.critic = models.policy, models.critic
+        self.models, self.policy, self.critic = models, models.policy, models.critic
         self.reference, self.reward_model = frozen_copy(self.policy), frozen_copy(self.critic)
         self.optimizer = _optimizer(problem, models)
-        self.state_bytes = _state_bytes(models)
+
+    @property
+    def state_bytes(self) -> int:
+        return _state_bytes(self.models, self.optimizer)
 
     def update(self, examples: Sequence[TokenizedExample], epochs: int) -> Row:
         config, clock = replace(self.config, num_ppo_epochs=epochs), Clock(self.policy.device)
@@ -116,6 +123,7 @@ class Padded:
             **clock.seconds,
             "sampled_tokens": episodes.response.numel(),
             "sequence_tokens": episodes.tokens.numel(),
+            **training_work(self.models, _lengths(episodes), epochs),
         }
 
 
@@ -128,8 +136,11 @@ class TRL:
         self.name = f"TRL {trl.__version__} PPO"
         self.problem, self.models = problem, models
         self.reference, self.reward_model = frozen_copy(models.policy), frozen_copy(models.critic)
-        # Gradients and two moments, all in the dtype of the weights.
-        self.state_bytes = 3 * sum(p.nbytes for model in (models.policy, models.critic) for p in model.parameters())
+
+    @property
+    def state_bytes(self) -> int:
+        """Of gradients and two moments, all in the dtype of the weights."""
+        return 3 * sum(p.nbytes for model in (self.models.policy, self.models.critic) for p in model.parameters())
 
     def update(self, examples: Sequence[TokenizedExample], epochs: int) -> Row:
         from datasets import Dataset
@@ -138,13 +149,13 @@ class TRL:
         settings, size = self.problem.config(), self.problem.micro_batch
         policy, critic = self.models.policy, self.models.critic
         clock = Clock(policy.device)
-        generate, marks, shape = ppo_trainer.batch_generation, [], []
+        generate, marks, generated = ppo_trainer.batch_generation, [], []
 
         def timed_generation(model: Any, queries: torch.Tensor, *arguments: Any) -> Any:
             marks.append(clock.now())
             sequences, logits = generate(model, queries, *arguments)
             marks.append(clock.now())
-            shape.extend([sequences.shape, sequences.shape[1] - queries.shape[1]])
+            generated.extend([queries, sequences[:, queries.shape[1] :]])
             return sequences, logits
 
         def first_forward(*_: Any) -> None:
@@ -183,13 +194,44 @@ class TRL:
                 trainer.train()
             finally:
                 ppo_trainer.batch_generation = generate
-        (rows, width), length = shape
+        queries, responses = generated
+        prompts, sampled = (queries != policy.config.vocab_size - 1).sum(1), _up_to_eos(responses).sum(1)
         seconds = [after - before for before, after in pairwise(marks)]
         return {
             **dict(zip(PHASES, seconds, strict=True)),
-            "sampled_tokens": rows * length,
-            "sequence_tokens": rows * width,
+            "sampled_tokens": responses.numel(),
+            "sequence_tokens": queries.numel() + responses.numel(),
+            **training_work(self.models, list(zip(prompts.tolist(), sampled.tolist(), strict=True)), epochs),
+            "optim": trainer.args.optim,
+            "master_weights": "none",
         }
+
+
+def training_work(models: Models, episodes: Sequence[tuple[int, int]], epochs: int) -> Row:
+    """What the passes of training have to compute of episodes of (given, sampled) tokens, up to the EOS: the policy's
+    log-probs and the critic's values of the sampled ones. Operations are those of `bench.mfu`."""
+    spans = [(0, given + sampled) for given, sampled in episodes]
+    rows = sum(sampled for _, sampled in episodes)
+    heads = ((models.policy.config, models.policy.config.vocab_size), (models.critic.config, 1))
+    return {
+        "training_tokens": epochs * sum(length for _, length in spans),
+        "training_operations": epochs
+        * sum(training_operations(config, spans, rows=rows, outputs=outputs) for config, outputs in heads),
+    }
+
+
+def _lengths(episodes: padded.Episodes) -> list[tuple[int, int]]:
+    """(tokens of prompt and reset, tokens sampled up to the EOS) of every episode."""
+    width = episodes.tokens.shape[1] - episodes.response_length
+    given = episodes.seen[:, :width].sum(1) + episodes.given
+    sampled = (episodes.sampled & _up_to_eos(episodes.response)).sum(1)
+    return list(zip(given.tolist(), sampled.tolist(), strict=True))
+
+
+def _up_to_eos(response: Tensor) -> Tensor:
+    """[N, G] bool: True up to the first EOS and on it."""
+    is_eos = response == EOS
+    return is_eos.cumsum(1) - is_eos.long() == 0
 
 
 def _optimizer(problem: Problem, models: Models) -> Optimizer:
@@ -197,10 +239,11 @@ def _optimizer(problem: Problem, models: Models) -> Optimizer:
     return Optimizer({"": models.policy, "value_": models.critic}, problem.config(), num_steps=1)
 
 
-def _state_bytes(models: Models) -> int:
-    """Gradients in the dtype of the weights, two float32 moments, and a float32 copy of bfloat16 weights."""
-    params = [p for model in (models.policy, models.critic) for p in model.parameters()]
-    return sum(p.nbytes + p.numel() * (8 if p.dtype == torch.float32 else 12) for p in params)
+def _state_bytes(models: Models, optimizer: Optimizer) -> int:
+    """Gradients are in the dtype of the weights; float32 copies are there before the first update."""
+    gradients = sum(p.nbytes for model in (models.policy, models.critic) for p in model.parameters())
+    state = optimizer.state_dict()
+    return gradients + sum(state[name].nbytes for name in state if "." in name and not name.endswith(".master"))
 
 
 def _tokenizer(policy: PreTrainedModel) -> PreTrainedTokenizerFast:

@@ -44,6 +44,10 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 50_304, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
         "num_attention_heads": 8,
     },
+    "pythia-2.8b": _COMMON | {
+        "vocab_size": 50_304, "hidden_size": 2560, "intermediate_size": 10_240, "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+    },
 }  # fmt: skip
 
 
@@ -62,6 +66,9 @@ class Problem:
     """Episodes that are generated side by side, on every side."""
     epochs: int = 4
     seed: int = 0
+    optim: Any = "adamw_torch_fused"
+    master_weights: Any = "float32"
+    """The keys of those names, of ours and of the padded reference; TRL's AdamW works in the dtype of the weights."""
 
     def config(self) -> DRPOConfig:
         """The paper's settings; one schedule-free step of AdamW per epoch, without weight decay or clipping."""
@@ -77,6 +84,8 @@ class Problem:
             dtype="bfloat16" if self.device == "cuda" else "float32",
             device=self.device,
             seed=self.seed,
+            optim=self.optim,
+            master_weights=self.master_weights,
         )
 
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -97,7 +98,7 @@ def train_on_policy(
     opponents = [config.psi_opponents] if psi and config.psi_opponents != "rollouts" else []
     fields = list(dict.fromkeys([*reset_fields(config), *opponents]))
     tokenizer, data = open_inputs(config, fields, examples, eval_examples)
-    _check_ranks(config, sources)
+    _check_ranks(config)
     prompts = with_room(data.train, "train", config.max_length, config.response_length)
     held_out = with_room(data.eval, "eval", config.max_length, config.response_length) if data.eval else []
     if (held_out_judge or config.eval_reward_model_path) and not held_out:
@@ -135,8 +136,7 @@ def train_on_policy(
     if psi:
         score = psi_judge(judge, dataset_opponents(prompts, opponents) if opponents else None, psi)
     trained = [policy, critic] if critic else [policy]
-    for model in (*frozen, *trained):
-        shard(model)
+    shard(*trained, *frozen)
     sampler = SharedEngine(engine=(engine or make_engine)(config, policy, eos), model=policy)
     roll_in = make_roll_in(config, reference, eos) if config.reset_source == "sample" else None
     waiting = Waiting(frozen if config.ref_reward_offload else (), trained, policy.device)
@@ -148,6 +148,9 @@ def train_on_policy(
         learning_rates={"value_": config.value_learning_rate or config.learning_rate},
     )
     sample_every = -(-steps // config.num_sample_generations) if config.num_sample_generations else 0
+    evaluate_held_out = partial(
+        evaluate, config, policy, reference, judge, held_out, eos, held_out_judge, waiting.present
+    )
     evaluation: dict[str, float] = {}
 
     with Stage(
@@ -159,6 +162,7 @@ def train_on_policy(
         data=data,
         parts={"optimizer": optimizer, "rewards": rewards, "kl": rewards.kl},
     ) as stage:
+        stage.on_start(evaluate_held_out)
         for step, indices in stage.remaining(index_batches(len(prompts), num_groups, steps, config.seed)):
             start = time.perf_counter()
             drawn = [prompts[i] for i in indices]
@@ -201,7 +205,7 @@ def train_on_policy(
                 "num_unique_tokens": sum(from_all(sum(item.batch.num_tokens for mini in packs for item in mini))),
             }
             if held_out and stage.due(step, config.eval_steps):
-                evaluation = evaluate(config, policy, reference, judge, held_out, eos, held_out_judge, waiting.present)
+                evaluation = evaluate_held_out()
                 metrics |= evaluation
             if sample_every and stage.due(step, sample_every):
                 stage.samples(step + 1, sample_rows(tokenizer, rollouts, scores, experience, NUM_SAMPLES))
@@ -216,9 +220,8 @@ def make_engine(config: PPOConfig, policy: PreTrainedModel, eos_token_id: int) -
     return TransformersEngine.of(config, policy, eos_token_id, stop_at_eos=config.compat == "fixed")
 
 
-def _check_ranks(config: PPOConfig, sources: Mapping[str, str]) -> None:
-    """Raises ValueError where several processes cannot share out the update, or would give other numbers than one.
-    `sources` are the models of the other roles, by field."""
+def _check_ranks(config: PPOConfig) -> None:
+    """Raises ValueError where several processes cannot share out the update, or would give other numbers than one."""
     world = world_size()
     if world == 1:
         return
@@ -229,9 +232,6 @@ def _check_ranks(config: PPOConfig, sources: Mapping[str, str]) -> None:
     require(config.engine == "transformers", "engine", config.engine, f"transformers in {world} processes")
     require(config.decode == "eager", "decode", config.decode, f"eager in {world} processes")
     require(not config.ref_reward_offload, "ref_reward_offload", True, f"false in {world} processes")
-    whole = f"a whole model in {world} processes, not an adapter alone"
-    for field, source in sources.items():
-        require(not source or not holds_adapter(source), field, source, whole)
     own_mean = f"fixed in {world} processes: under reference every micro-batch is a mean of its own"
     require(config.compat == "fixed", "compat", config.compat, own_mean)
 

@@ -69,7 +69,7 @@ from fastrlhf.types import Example, TokenizedExample
 
 log = logging.getLogger(__name__)
 
-MAY_CHANGE = ("output_dir", "rounds", "min_reward_variance", "device", "progress", "run_name", "report_to")
+MAY_CHANGE = ("output_dir", "rounds", "min_reward_variance", "device")
 """Keys that another start of the same run may give anew."""
 
 Gold = Callable[[str, str], float]
@@ -177,7 +177,7 @@ class _Run:
 
     def read_result(self, folder: Path) -> TrainResult:
         """Of a policy that an earlier start of the run has trained."""
-        history = read_metrics(folder / "metrics.jsonl")
+        history = [row for row in read_metrics(folder / "metrics.jsonl") if row["step"] > 0]
         model = self._load_policy(str(folder))
         return TrainResult(model=model, tokenizer=self.tokenizer, history=history, final={}, output_dir=folder)
 

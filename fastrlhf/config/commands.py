@@ -21,13 +21,14 @@ EVAL_READS = (
 class EvalConfig(TrainConfig):
     """Win rates of models against the responses of a dataset, or against each other, judged by a reward model.
 
-    `model_name_or_path` names no model here but where the tokenizer is, if not beside the first of `models`.
+    `model_name_or_path` names no model here but where the tokenizer is, if not beside the first of `models`; and the
+    model under `models` and a judge that are adapters, if not the one that the first of them says it was trained over.
     """
 
     models: tuple[str, ...] = ()
-    """Folders or hub names of policies."""
+    """Folders or hub names of policies; those that are adapters (`adapter/` of a run) share one base in memory."""
     reward_model_path: str = ""
-    """The judge."""
+    """The judge, which may be an adapter over that base too."""
     opponent: str = "reference"
     """What they are compared with: a column (reference, chosen, rejected) or one of `models`."""
     response_length: int = 53
@@ -58,9 +59,8 @@ class DemoConfig:
     """Folder of the run; it must not hold one already."""
     seed: int = 0
     """Of the data, the weights and every sample."""
-    methods: str = "sft,reward,dpo,ppo,drpo"
-    """Which stages run, separated by commas, among sft, reward, dpo, ipo, cdpo, ppo, drpo, rto, drpo+rto, rlp-uml,
-    rlp-spg; or "all"."""
+    methods: tuple[str, ...] = ("sft", "reward", "dpo", "ppo", "drpo")
+    """Which stages run, among sft, reward, dpo, ipo, cdpo, ppo, drpo, rto, drpo+rto, rlp-uml, rlp-spg; or all."""
     num_eval: int = 600
     """Held-out posts the methods are judged on."""
 

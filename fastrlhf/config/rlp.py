@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
-from fastrlhf.config.checks import above_0, at_least, require
+from fastrlhf.config.checks import above_0, at_default, at_least, require
 from fastrlhf.config.train import TrainConfig
+
+RLP_READS = ("output_dir", "seed", "device", "dtype", "micro_batch_tokens")
+"""The keys of trainers that the section `rlp` reads; `reward` and the policy's section have their own of all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +19,7 @@ class RLPConfig(TrainConfig):
 
     The reward models are trained by the section `reward` of the same file, the policies by the section that `policy`
     names. Of the keys that all trainers share only `output_dir`, `seed`, `device`, `dtype` (of an NLI judge) and
-    `micro_batch_tokens` (of scoring) are read here.
+    `micro_batch_tokens` (of scoring) are read here; the others are refused.
     """
 
     policy: Literal["ppo", "drpo", "rto"] = "ppo"
@@ -97,6 +100,10 @@ class RLPConfig(TrainConfig):
     """Tokens of one NLI batch, padding included."""
 
     def __post_init__(self) -> None:
+        elsewhere = tuple(field.name for field in fields(TrainConfig) if field.name not in RLP_READS)
+        because = f"in section rlp (its place is in section reward, {self.policy} or shared)"
+        # First, or a key of LoRA would be told to wait for use_peft, which is refused as well.
+        at_default(self, [(False, because, elsewhere)])
         TrainConfig.__post_init__(self)
         at_least(self, 1, "rounds", "view_width", "view_latent", "nli_batch_tokens", "nli_side_tokens")
         at_least(self, 2, "num_answers", "views_per_step")

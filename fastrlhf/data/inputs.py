@@ -70,6 +70,8 @@ def open_inputs(
     )
     ranks, num_eval = world_size(), len(data.eval)
     require(num_eval == 0 or num_eval >= ranks, "num_eval_examples", num_eval, f"0, or at least the {ranks} processes")
+    rule = "false where no rows are held out; give num_eval_examples or dataset_test_split"
+    require(num_eval > 0 or not config.eval_on_start, "eval_on_start", True, rule)
     if config.output_dir:
         check_same_data(config.output_dir, data.fingerprint)
     return tokenizer, data

@@ -24,6 +24,7 @@ from fastrlhf.models.loading import (
     read_model_config,
     resolve_device,
 )
+from fastrlhf.models.roles import holds_adapter, open_base, policy_role, score_role
 from fastrlhf.models.trunk import TrunkOptions
 from fastrlhf.types import Example, Prefix, Rollout, TokenizedExample
 
@@ -46,22 +47,20 @@ def evaluate_models(config: EvalConfig, examples: Sequence[Example] | None = Non
     tokenizer, rows = open_eval_inputs(source, [config.opponent] if against_column else [], examples)
     rows = with_room(rows, "eval", config.max_length, config.response_length)
     eos, pad = special_ids(tokenizer)
-    reward_model = load_reward_model(
-        config.reward_model_path,
-        pad_token_id=pad,
-        must_be_trained=True,
-        device=resolve_device(config.device),
-        dtype=config.dtype,
-        trust_remote_code=config.trust_remote_code,
-        trunk=TrunkOptions.of(config),
-    )
+    base = open_base(config, [("reward_model_path", config.reward_model_path), *(("models", m) for m in config.models)])
+    reward_model = _open_judge(config, base, pad)
     check_same_vocabulary({"reward_model_path": reward_model}, len(tokenizer))
+    # All at once, since they cost little and what is wrong with one is told before another generates.
+    adapted = {name: policy_role(name, base, "models") for name in config.models if base and holds_adapter(name)}
     judge = reward_model_judge(reward_model, eos_token_id=eos, micro_batch_tokens=config.micro_batch_tokens)
 
     def score(rollouts: Sequence[Rollout]) -> np.ndarray:
         return judge(rollouts).cpu().numpy()
 
-    answers = {name: _respond(config, name, reward_model, rows, eos) for name in config.models}
+    answers = {
+        name: _respond(config, name, adapted.get(name) or _open_policy(config, name), reward_model, rows, eos)
+        for name in config.models
+    }
     if against_column:
         answers[config.opponent] = _responses_of(rows, config.opponent, eos)
     scores = {name: score(rollouts) for name, rollouts in answers.items()}
@@ -122,20 +121,45 @@ def _check(config: EvalConfig) -> None:
     )
     require(set(config.models) != {config.opponent}, "opponent", config.opponent, "another one than the only model")
     for name in config.models:
-        read_model_config(name, "models", config.trust_remote_code)
+        if not holds_adapter(name):
+            read_model_config(name, "models", config.trust_remote_code)
 
 
-def _respond(
-    config: EvalConfig, name: str, reward_model: PreTrainedModel, rows: Sequence[TokenizedExample], eos: int
-) -> list[Rollout]:
-    policy = load_policy(
-        name,
-        field="models",
-        device=reward_model.device,
+def _open_judge(config: EvalConfig, base: PreTrainedModel | None, pad_token_id: int | None) -> PreTrainedModel:
+    """The reward model; one that is an adapter shares the weights of `base`."""
+    source = config.reward_model_path
+    if base and holds_adapter(source):
+        return score_role(source, base, "reward_model_path", pad_token_id).requires_grad_(False)
+    return load_reward_model(
+        source,
+        pad_token_id=pad_token_id,
+        must_be_trained=True,
+        device=resolve_device(config.device),
         dtype=config.dtype,
         trust_remote_code=config.trust_remote_code,
         trunk=TrunkOptions.of(config),
     )
+
+
+def _open_policy(config: EvalConfig, name: str) -> PreTrainedModel:
+    return load_policy(
+        name,
+        field="models",
+        device=resolve_device(config.device),
+        dtype=config.dtype,
+        trust_remote_code=config.trust_remote_code,
+        trunk=TrunkOptions.of(config),
+    )
+
+
+def _respond(
+    config: EvalConfig,
+    name: str,
+    policy: PreTrainedModel,
+    reward_model: PreTrainedModel,
+    rows: Sequence[TokenizedExample],
+    eos: int,
+) -> list[Rollout]:
     check_same_vocabulary({name: policy, "reward_model_path": reward_model}, 0)
     return respond(
         policy,

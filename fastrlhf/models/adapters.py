@@ -21,8 +21,10 @@ from torch.nn import Linear, Module
 from transformers import PreTrainedModel
 
 from fastrlhf.config import TrainConfig
+from fastrlhf.distributed import on_first
 from fastrlhf.models.forward import disable_activation_checkpointing
 from fastrlhf.models.four_bit import is_four_bit, make_plain, plain_weight
+from fastrlhf.models.sharding import assign, full, is_sharded, on_first_rank
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -90,7 +92,7 @@ def base_fingerprint(model: PreTrainedModel) -> str:
     digest = hashlib.sha256()
     for name, weight in cast(Module, model.base_model).named_parameters():
         if ".lora_" not in name:
-            digest.update(weight.data.reshape(-1)[:64].bfloat16().float().cpu().numpy().tobytes())
+            digest.update(full(weight.detach()).reshape(-1)[:64].bfloat16().float().cpu().numpy().tobytes())
     return digest.hexdigest()[:32]
 
 
@@ -134,18 +136,25 @@ def merged_copy(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def share_weights(one: Module, other: Module) -> bool:
+    """Whether the two have a weight in common, which an adapter that is added to the one changes for the other. Sharded
+    models have none: what they share is the memory of their parts (`sharding.shard`, `sharding.assign`)."""
     return bool({id(weight) for weight in one.parameters()} & {id(weight) for weight in other.parameters()})
 
 
 def merge_adapter(model: PreTrainedModel) -> None:
     """Adds the adapter to the weights and leaves the plain model, in place; nothing happens where there is none.
 
-    Shared weights change with it: the reference of the run is no longer one afterwards. In bfloat16 the sum is rounded.
-    Not for weights in 4 bits, which the sum does not fit into: `merged_copy`.
+    Shared weights change with it, but for those of a sharded model: the reference of the run is no longer one
+    afterwards. In bfloat16 the sum is rounded. Not for weights in 4 bits, which the sum does not fit into:
+    `merged_copy`.
     """
     if layers := _adapted(model):
         for _, _, layer in layers:
-            layer.merge(safe_merge=True)
+            if is_sharded(model):
+                base = cast(Linear, layer.get_base_layer())
+                assign(base, {"weight": _merged(layer, base.weight)})
+            else:
+                layer.merge(safe_merge=True)
         _drop_adapter(model)
         model.requires_grad_(True)
 
@@ -159,27 +168,36 @@ def plain_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
         if ".lora_" not in name:
             layer, weight = cast(Any, layers.get(id(parameter))), plain_weight(parameter)
             if layer is not None:
-                variant = layer.lora_variant.get(ADAPTER)  # DoRA
-                if variant is None:
-                    weight = weight + layer.get_delta_weight(ADAPTER).to(weight.dtype)
-                else:
-                    weight = variant.merge_safe(layer, ADAPTER, weight)
+                weight = _merged(layer, weight)
             yield name.replace(".base_layer.", "."), weight.detach()
+
+
+@torch.no_grad()
+def _merged(layer: Any, weight: Tensor) -> Tensor:
+    """The weight of a layer with its adapter added."""
+    variant = layer.lora_variant.get(ADAPTER)  # DoRA
+    if variant is None:
+        return weight + layer.get_delta_weight(ADAPTER).to(weight.dtype)
+    return variant.merge_safe(layer, ADAPTER, weight)
 
 
 def save_adapter(model: PreTrainedModel, folder: Path) -> None:
     """Writes the adapter alone, and a trained head, in peft's form, into `folder`; the metadata of the file say over
-    which weights it was trained, and whether they were in 4 bits."""
+    which weights it was trained, and whether they were in 4 bits. Every rank must ask; the first one writes."""
     from safetensors.torch import save_file
 
     settings = cast("LoraConfig", copy.deepcopy(model.peft_config[ADAPTER]))
-    folder.mkdir(parents=True, exist_ok=True)
     if hasattr(model, "score"):
         settings.modules_to_save = ["score"]
-    weights = {name: weight.contiguous() for name, weight in adapter_weights(model).items()}
+    weights = {name: weight.contiguous() for name, weight in on_first_rank(adapter_weights(model)).items()}
     base = {"base": base_fingerprint(model), "load_in_4bit": "true" if is_four_bit(model) else "false"}
-    save_file(weights, folder / "adapter_model.safetensors", {"format": "pt"} | base)
-    settings.save_pretrained(str(folder))
+
+    def write() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(weights, folder / "adapter_model.safetensors", {"format": "pt"} | base)
+        settings.save_pretrained(str(folder))
+
+    on_first(write)
 
 
 def adapter_weights(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -37,6 +37,47 @@ def keep_layout(model: PreTrainedModel) -> None:
         layer.support_avx512bf16_for_cpu = False
 
 
+def quantize_without_data(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Makes of a model on the meta device, in place, what loading it in 4 bits gives, but for the data."""
+    from bitsandbytes.nn.modules import Params4bit  # pyright: ignore[reportMissingImports]
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    quantizer = AutoHfQuantizer.from_config(quantization(dtype))
+    quantizer.preprocess_model(model, device_map=None)
+    quantizer.postprocess_model(model)
+    keep_layout(model)
+    for layer in _layers(model).values():
+        packed, state = empty_weight(layer.weight.shape, dtype)
+        made: Any = Params4bit  # whose __new__ takes more than its base's __init__ says
+        layer.weight = made(packed, requires_grad=False, quant_state=state, bnb_quantized=True)
+
+
+def empty_weight(shape: torch.Size, dtype: torch.dtype) -> tuple[Tensor, Any]:
+    """A weight of this shape in 4 bits without data, and bitsandbytes' QuantState of it: an 8-bit scale for each block
+    of 64, and a float32 scale for each 256 of those (QLoRA, section 3)."""
+    from bitsandbytes.functional import QuantState  # pyright: ignore[reportMissingImports]
+
+    blocks = -(-shape.numel() // 64)
+    outer = QuantState(torch.empty(-(-blocks // 256)), code=torch.empty(256), blocksize=256, dtype=torch.float32)
+    state = QuantState(
+        torch.empty(blocks, dtype=torch.uint8),
+        shape=shape,
+        code=torch.empty(16),
+        blocksize=64,
+        quant_type="nf4",
+        dtype=dtype,
+        offset=torch.empty(()),
+        state2=outer,
+    )
+    return torch.empty(-(-shape.numel() // 2), 1, dtype=torch.uint8), state
+
+
+def state_tensors(weight: Tensor) -> list[Tensor]:
+    """What belongs to a weight in 4 bits beside itself; nothing of any other."""
+    state = getattr(weight, "quant_state", None)
+    return [] if state is None else [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
+
+
 def plain_weight(weight: Tensor) -> Tensor:
     """The weight that is computed with: dequantised, in the dtype that it was loaded in, where it is in 4 bits."""
     state = getattr(weight, "quant_state", None)

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from fastrlhf.config import PPOConfig
+from fastrlhf.config import PPOConfig, TrainConfig
 from fastrlhf.models.adapters import (
     SCORE,
     adapter_weights,
@@ -32,8 +34,12 @@ from fastrlhf.models.adapters import (
 from fastrlhf.models.attention import choose_attention, chosen_attention
 from fastrlhf.models.forward import check_packed_forward, enable_activation_checkpointing
 from fastrlhf.models.four_bit import is_four_bit
-from fastrlhf.models.loading import float_score_head, make_trainable
+from fastrlhf.models.loading import float_score_head, load_policy, make_trainable, resolve_device
 from fastrlhf.models.offload import HOST
+from fastrlhf.models.trunk import TrunkOptions
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +47,43 @@ log = logging.getLogger(__name__)
 def holds_adapter(source: str) -> bool:
     """Whether `source` is a folder with an adapter and no model."""
     return (Path(source) / "adapter_config.json").exists() and not (Path(source) / "config.json").exists()
+
+
+def open_base(config: TrainConfig, sources: Sequence[tuple[str, str]]) -> PreTrainedModel | None:
+    """The frozen causal LM under the adapters among `sources`, (field, path) each; None where none is one.
+
+    It is that of `model_name_or_path`, or, where this is empty, the one that the first adapter says it was trained
+    over; in 4 bits where it was then. Raises ValueError where an adapter cannot be read or names no model, and where
+    there is no such model.
+    """
+    adapters = [(field, source) for field, source in sources if holds_adapter(source)]
+    if not adapters:
+        return None
+    field, source = adapters[0]
+    base = config.model_name_or_path or adapter_settings(source, field).base_model_name_or_path
+    if not base:
+        raise ValueError(f"{field}: {source!r} does not say which model it is an adapter of; give model_name_or_path")
+    _, metadata = _read(source, field)
+    return load_policy(
+        base,
+        device=resolve_device(config.device),
+        dtype=config.dtype,
+        load_in_4bit=metadata.get("load_in_4bit") == "true",
+        trust_remote_code=config.trust_remote_code,
+        trunk=TrunkOptions.of(config),
+    ).requires_grad_(False)
+
+
+def adapter_settings(source: str, field: str) -> LoraConfig:
+    """Of the adapter in a folder, as a role has it. Raises ValueError, naming `field`, where it is no LoRA."""
+    from peft import LoraConfig, PeftConfig
+
+    settings = PeftConfig.from_pretrained(source)
+    if not isinstance(settings, LoraConfig):
+        raise ValueError(f"{field}: {source!r} holds an adapter of the kind {settings.peft_type}; only LoRA is known")
+    # The head is ours to load; dropout would make the log-probs of the same tokens two numbers.
+    settings.modules_to_save, settings.lora_dropout, settings.inference_mode = None, 0.0, False
+    return settings
 
 
 def policy_role(source: str, base: PreTrainedModel, field: str) -> PreTrainedModel:
@@ -93,18 +136,12 @@ def judge_and_critic(config: PPOConfig, reward_model: PreTrainedModel) -> tuple[
 
 
 def _with_adapter(model: PreTrainedModel, source: str, base: PreTrainedModel, field: str) -> PreTrainedModel:
-    from peft import LoraConfig, PeftConfig
-
-    settings = PeftConfig.from_pretrained(source)
-    if not isinstance(settings, LoraConfig):
-        raise ValueError(f"{field}: {source!r} holds an adapter of the kind {settings.peft_type}; only LoRA is known")
+    settings = adapter_settings(source, field)
     saved, metadata = _read(source, field)
     _check_base(source, field, settings.base_model_name_or_path, metadata, base)
     if (SCORE in saved) != hasattr(model, "score"):
         wrong = "has no trained score head; train one with `fastrlhf reward`"
         raise ValueError(f"{field}: {source!r} {'is a reward model' if SCORE in saved else wrong}")
-    # The head is ours to load; dropout would make the log-probs of the same tokens two numbers.
-    settings.modules_to_save, settings.lora_dropout, settings.inference_mode = None, 0.0, False
     inject(settings, model, seed=0)
     own = adapter_weights(model)
     for name in sorted(set(own) ^ set(saved)):

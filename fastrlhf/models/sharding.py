@@ -9,6 +9,7 @@ DTensor of which this rank holds a part. Frozen models are spread in the same wa
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MethodType
@@ -25,15 +26,30 @@ from transformers import PreTrainedModel
 from fastrlhf.distributed import is_first, world_size
 
 
-def shard(model: PreTrainedModel) -> None:
-    """Spreads a model that every rank holds over all of them, in place; in one process nothing happens.
+def shard(*models: PreTrainedModel) -> None:
+    """Spreads models that every rank holds over all of them, in place; in one process nothing happens.
 
-    After its copies are made, and before its optimiser. A loss is a sum over ranks, divided by a count of the whole
+    After their copies are made, and before their optimiser. A loss is a sum over ranks, divided by a count of the whole
     step, so gradients are summed, in float32, and not averaged. From now on all ranks make equally many passes, except
-    within `whole`.
+    within `whole`. Frozen weights that several of the models share, they share when sharded too, but for parts that are
+    smaller than those of the first rank.
     """
     if world_size() == 1:
         return
+    first: dict[int, tuple[PreTrainedModel, str]] = {}
+    shared: dict[PreTrainedModel, dict[str, tuple[PreTrainedModel, str]]] = defaultdict(dict)
+    for model in models:
+        for name, parameter in model.named_parameters():
+            owner, own_name = first.setdefault(id(parameter), (model, name))
+            if owner is not model:
+                shared[model][name] = owner, own_name
+    for model in models:
+        _shard(model)
+    for model, owners in shared.items():
+        assign(model, {name: owner.get_parameter(own_name) for name, (owner, own_name) in owners.items()})
+
+
+def _shard(model: PreTrainedModel) -> None:
     mesh = init_device_mesh(model.device.type, (world_size(),))
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     trunk: Module = model.base_model
@@ -108,6 +124,21 @@ def whole_weights(model: PreTrainedModel) -> dict[str, Tensor]:
     return on_first_rank({name: tensor for name, tensor in model.state_dict().items() if name not in tied})
 
 
+def is_sharded(what: Module | Tensor) -> bool:
+    return isinstance(what, FSDPModule | DTensor)
+
+
+def assign(module: Module, weights: Mapping[str, Tensor]) -> None:
+    """Gives a sharded module, or a part of one, other sharded weights, by name. The tensors of the old ones, which
+    other models may share, stay as they are."""
+    named: Mapping[str, Any] = dict(module.named_parameters())
+    new = {
+        name: cast(DTensor, weight).redistribute(placements=named[name].placements).detach()
+        for name, weight in weights.items()
+    }
+    module.load_state_dict(new, strict=False, assign=True)
+
+
 def like(tensor: Tensor, value: Tensor) -> Tensor:
     """`value`, a whole tensor that every rank holds, as `tensor` is: on its device and, where that is sharded, the part
     of this rank. One of which each rank holds its part stays as it is."""
@@ -117,6 +148,32 @@ def like(tensor: Tensor, value: Tensor) -> Tensor:
     if not isinstance(tensor, DTensor) or value.shape != tensor.shape:
         return value
     return distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
+
+
+def part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor, over the same memory; the tensor itself where it is not sharded."""
+    return cast(DTensor, tensor.detach()).to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def part_size(tensor: Tensor) -> int:
+    """The entries that a rank holds of it: the first ranks as many, the last ones what is left."""
+    if not isinstance(tensor, DTensor):
+        return tensor.numel()
+    return -(-len(tensor) // world_size()) * (tensor.numel() // len(tensor))
+
+
+def first_entry(tensor: Tensor) -> int:
+    """Where, among all entries of a tensor, those of this rank begin."""
+    rank = tensor.device_mesh.get_local_rank() if isinstance(tensor, DTensor) else 0
+    return min(rank * part_size(tensor), tensor.numel())
+
+
+def of_parts(tensor: Tensor, own: Tensor) -> Tensor:
+    """What is sharded as `tensor` is, of which this rank holds `own`; `own` itself where `tensor` is not sharded."""
+    if not isinstance(tensor, DTensor):
+        return own
+    shape, stride = tensor.shape, tensor.stride()
+    return DTensor.from_local(own, tensor.device_mesh, tensor.placements, run_check=False, shape=shape, stride=stride)
 
 
 def _run_trunk(model: PreTrainedModel, **inputs: Any) -> Any:

@@ -16,7 +16,7 @@ def cheapest_change(
 ) -> str:
     """The first change after which no phase takes more than `limit` bytes, in the order of `_bases`, each of them with
     less side by side where it alone is not enough. Where none does, what the least of them needs. `phases` are those
-    of `config`; `may_offload`: the run has a GPU to take activations from."""
+    of `config`; `may_offload`: the run has a GPU to take activations and frozen models from."""
     least = max(phase.total for phase in phases)
 
     def totals(changed: TrainConfig) -> list[int]:
@@ -27,7 +27,9 @@ def cheapest_change(
         if max(needs) <= limit:
             return f"the cheapest change that fits: {_told(config, base)}: {readable(max(needs))}"
         is_rollout = isinstance(base, PPOConfig)
-        smaller = _smaller(base, rows, rollout=is_rollout and needs[0] > limit, training=needs[is_rollout] > limit)
+        smaller = _smaller(
+            base, rows, rollout=is_rollout and needs[0] > limit, training=max(needs[is_rollout:]) > limit
+        )
         least = min(least, *needs, *(max(totals(changed)) for changed in smaller[-1:]))
         if least > limit:
             continue  # not even the smallest
@@ -43,20 +45,21 @@ def cheapest_change(
 def _bases(config: TrainConfig, may_offload: bool) -> Iterator[TrainConfig]:
     """Settings that save memory without being a number to turn down, the cheapest first, each on top of the one before.
 
-    To compute the reference's log-probs once costs nothing. To compute activations again costs a third more time and
-    changes no number, nor do copies of what is then left of them; moments in 8 bits and bfloat16 round; a LoRA trains
-    something else. Several processes can do neither of the last two.
+    To compute the reference's log-probs once costs nothing, to fetch frozen models from CPU memory a moment per update,
+    to compute activations again a third more time: none of these changes a number, nor do copies of what is then left
+    of activations. Moments in 8 bits and bfloat16 round; a LoRA trains something else. Several processes cannot
+    fetch models.
     """
     if isinstance(config, DPOConfig) and not config.precompute_ref_log_probs:
         config = replace(config, precompute_ref_log_probs=True)
-    alone = world_size() == 1
     steps = (
         {},
+        {"ref_reward_offload": True} if may_offload and _can_wait(config) else {},
         {"activation_checkpointing": True},
         {"activation_offloading": True} if may_offload else {},
         {"dtype": "bfloat16"},
-        {"optim": "adamw_8bit"} if alone and not config.use_peft else {},
-        {"use_peft": True, "optim": config.optim} if alone and not (config.use_peft or config.model_config) else {},
+        {"optim": "adamw_8bit"} if not config.use_peft else {},
+        {"use_peft": True, "optim": config.optim} if not (config.use_peft or config.model_config) else {},
     )
     before = None
     for step in steps:
@@ -64,6 +67,17 @@ def _bases(config: TrainConfig, may_offload: bool) -> Iterator[TrainConfig]:
         if config != before:
             yield config
         before = config
+
+
+def _can_wait(config: TrainConfig) -> bool:
+    """Whether frozen models have weights of their own, which nothing reads while they would wait."""
+    if not isinstance(config, PPOConfig) or config.use_peft or world_size() > 1:
+        return False
+    try:
+        replace(config, ref_reward_offload=True)
+    except ValueError:
+        return False
+    return True
 
 
 def _smaller(config: TrainConfig, rows: Rows, *, rollout: bool, training: bool) -> list[TrainConfig]:
@@ -90,8 +104,8 @@ def _halvings(value: int, least: int) -> list[int]:
 
 def _told(config: TrainConfig, changed: TrainConfig) -> str:
     names = (
-        *("precompute_ref_log_probs", "micro_batch_tokens", "rollout_batch_size", "activation_checkpointing"),
-        *("activation_offloading", "dtype", "optim", "use_peft"),
+        *("precompute_ref_log_probs", "ref_reward_offload", "micro_batch_tokens", "rollout_batch_size"),
+        *("activation_checkpointing", "activation_offloading", "dtype", "optim", "use_peft"),
     )
     return " ".join(
         f"--{name} {getattr(changed, name)}"

@@ -9,15 +9,16 @@ seen; for the blocks of logits of `linear_logprob`, the largest of these, the fi
 from __future__ import annotations
 
 import copy
+import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import (
@@ -28,10 +29,15 @@ from transformers import (
 )
 
 from fastrlhf.config import TrainConfig
+from fastrlhf.models.adapters import inject
 from fastrlhf.models.forward import enable_activation_checkpointing, sequence_scores, token_logprobs, token_values
+from fastrlhf.models.four_bit import empty_weight, quantize_without_data, state_tensors
 from fastrlhf.models.loading import DTYPES, make_trainable
 from fastrlhf.types import PackedBatch
 from fastrlhf_kernels._blocks import CPU_BLOCK
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 TRITON_PART = 128 * 2**20
 """Bytes of the part of the logits' gradient that the Triton path of linear_logprob stores."""
@@ -57,7 +63,8 @@ class FakeModel:
 @dataclass(kw_only=True)
 class Fakes:
     """Fake models of one run, all of one mode. `fakes.policy(model)` and `fakes.scorer(model)` make them of the models'
-    configurations; where they are given the run's as well, they are as it trains them: with its adapter."""
+    configurations. Where they are given the run's as well, they are as it trains them: with its adapter, or with the
+    one that `adapter` describes, of a role. `four_bit`: the trunk under it is in 4 bits."""
 
     dtype: str
     is_cuda: bool
@@ -67,11 +74,27 @@ class Fakes:
     def of(dtype: str, is_cuda: bool) -> Fakes:
         return Fakes(dtype=dtype, is_cuda=is_cuda, mode=FakeTensorMode())
 
-    def policy(self, model: PretrainedConfig, run: TrainConfig | None = None) -> FakeModel:
+    def policy(
+        self,
+        model: PretrainedConfig,
+        run: TrainConfig | None = None,
+        *,
+        adapter: LoraConfig | None = None,
+        four_bit: bool = False,
+    ) -> FakeModel:
         """A causal LM."""
-        return self._made(lambda: AutoModelForCausalLM.from_config(model, dtype=DTYPES[self.dtype]), run)
+        return self._made(
+            lambda: AutoModelForCausalLM.from_config(model, dtype=DTYPES[self.dtype]), run, adapter, four_bit
+        )
 
-    def scorer(self, model: PretrainedConfig, run: TrainConfig | None = None) -> FakeModel:
+    def scorer(
+        self,
+        model: PretrainedConfig,
+        run: TrainConfig | None = None,
+        *,
+        adapter: LoraConfig | None = None,
+        four_bit: bool = False,
+    ) -> FakeModel:
         """The same trunk with one score, whose head is float32."""
         model = copy.deepcopy(model)
         model.num_labels = 1
@@ -82,25 +105,36 @@ class Fakes:
                 made.score = torch.nn.Linear(cast(torch.nn.Linear, made.score).in_features, 1, bias=False)
             return made
 
-        return self._made(make, run)
+        return self._made(make, run, adapter, four_bit)
 
-    def _made(self, make: Callable[[], PreTrainedModel], run: TrainConfig | None) -> FakeModel:
+    def _made(
+        self,
+        make: Callable[[], PreTrainedModel],
+        run: TrainConfig | None,
+        adapter: LoraConfig | None,
+        four_bit: bool,
+    ) -> FakeModel:
         """On the meta device first, where peft can move its layers; fake tensors cannot be moved."""
         with torch.device("meta"):
             model = make()
-            if run:
+            if four_bit:
+                quantize_without_data(model, DTYPES[self.dtype])
+            if adapter:
+                inject(adapter, model, seed=0)
+                if hasattr(model, "score"):
+                    cast(torch.nn.Linear, model.score).requires_grad_(True)
+                if run and run.activation_checkpointing:
+                    enable_activation_checkpointing(model)
+            elif run:
                 make_trainable(model, replace(run, activation_offloading=False), "")
-                if run.activation_offloading:
-                    enable_activation_checkpointing(model, offload_to=ELSEWHERE)
+            if run and run.activation_offloading:
+                enable_activation_checkpointing(model, offload_to=ELSEWHERE)
         known: dict[int, Tensor] = {}  # tied tensors stay tied
         with self.mode:
             for module in model.modules():
                 for name, x in (*module._parameters.items(), *module._buffers.items()):
                     if x is not None:
-                        fake = torch.empty(x.shape, dtype=x.dtype)
-                        if isinstance(x, torch.nn.Parameter):
-                            fake = torch.nn.Parameter(fake, x.requires_grad)
-                        setattr(module, name, known.setdefault(id(x), fake))
+                        setattr(module, name, known.setdefault(id(x), _fake(x)))
         return _counted(model)
 
     def peak(
@@ -124,16 +158,19 @@ class Fakes:
                     del output
         return tally.peak
 
-    def forward_peak(self, fake: FakeModel, batch: PackedBatch) -> int:
-        """Bytes beyond the weights of a trunk's forward without gradient: of a prefill."""
-        batch = replace(self._faked(batch), rows=self._one(), targets=self._one())
-        with self._counting([fake.model]) as tally, torch.no_grad():
-            _read("policy", fake.model, batch)
+    def forward_peak(self, models: Mapping[str, FakeModel], batch: PackedBatch) -> int:
+        """Bytes beyond the weights at the worst moment of a forward without gradient of each model in turn, by the
+        names of `peak`."""
+        batch = self._faked(batch)
+        with self._counting([fake.model for fake in models.values()]) as tally, torch.no_grad():
+            for name, fake in models.items():
+                _read(name, fake.model, batch)
         return tally.peak
 
-    def _one(self) -> Tensor:
-        with self.mode:
-            return torch.zeros(1, dtype=torch.int64)
+    def prefill_peak(self, policy: FakeModel, batch: PackedBatch) -> int:
+        """The same of the trunk, with one row."""
+        one = torch.zeros(1, dtype=torch.int64)
+        return self.forward_peak({"policy": policy}, replace(batch, rows=one, targets=one))
 
     def _faked(self, batch: PackedBatch) -> PackedBatch:
         def fake(part: Any) -> Any:
@@ -159,7 +196,10 @@ class _Tally(TorchDispatchMode):
         self._now = 0
         self._is_cuda = is_cuda
         self._sizes = {
-            x.untyped_storage()._cdata: 0 for model in models for x in (*model.parameters(), *model.buffers())
+            x.untyped_storage()._cdata: 0
+            for model in models
+            for kept in (*model.parameters(), *model.buffers())
+            for x in (kept, *state_tensors(kept))
         }
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -181,7 +221,10 @@ class _Tally(TorchDispatchMode):
         self._now -= self._sizes.pop(key)
 
     def _workspace(self, name: str, args: Sequence[Any]) -> int:
-        """What linear_logprob holds beyond its results: the formula of its file, with blocks no larger than the op."""
+        """What an operator holds beyond its results: linear_logprob by the formula of its file, with blocks no larger
+        than the op, a product with a weight in 4 bits that weight in full."""
+        if name.startswith("bitsandbytes.gemm_4bit"):
+            return args[0].element_size() * math.prod(args[2])
         if not name.startswith("fastrlhf.linear_logprob"):
             return 0
         is_backward = "backward" in name
@@ -190,8 +233,12 @@ class _Tally(TorchDispatchMode):
         if self._is_cuda:
             return is_backward * (max(TRITON_PART, 4096 * num_rows) + 4 * num_rows * size)
         rows, columns = min(num_rows, CPU_BLOCK[0]), min(vocab, CPU_BLOCK[1])
+        # While the next block is made, the one before is there.
+        held = 1 + (num_rows > rows or vocab > columns)
+        is_cast, wants_entropy = weight.dtype != torch.float32, args[2] is not None if is_backward else args[9]
+        of_weight = is_cast + (is_backward and args[-2])  # a gradient that is asked for
         cast_up = 8 * num_rows * size if hidden.dtype != torch.float32 else 0
-        return 4 * (2 * columns * size + 3 * rows * columns) + cast_up
+        return 4 * columns * (held * of_weight * size + (held + wants_entropy) * rows) + cast_up
 
 
 def _read(name: str, model: PreTrainedModel, batch: PackedBatch) -> Tensor:
@@ -203,13 +250,37 @@ def _read(name: str, model: PreTrainedModel, batch: PackedBatch) -> Tensor:
 def _counted(model: PreTrainedModel) -> FakeModel:
     parameters = list(model.parameters())
     trained = [parameter for parameter in parameters if parameter.requires_grad]
+    kept = [x for tensor in (*parameters, *model.buffers()) for x in (tensor, *state_tensors(tensor))]
     return FakeModel(
         model=model.eval(),
-        num_parameters=sum(p.numel() for p in parameters),
-        num_bytes=sum(x.numel() * x.element_size() for x in (*parameters, *model.buffers())),
+        num_parameters=sum(map(_num_parameters, parameters)),
+        num_bytes=sum(x.numel() * x.element_size() for x in kept),
         num_trained=sum(p.numel() for p in trained),
         gradient_bytes=sum(p.numel() * p.element_size() for p in trained),
     )
+
+
+def _num_parameters(parameter: Tensor) -> int:
+    state = getattr(parameter, "quant_state", None)
+    return math.prod(state.shape) if state else parameter.numel()
+
+
+def _fake(x: Tensor) -> Tensor:
+    """In the mode that is on; a weight in 4 bits with its scales."""
+    if not isinstance(x, torch.nn.Parameter):
+        return torch.empty(x.shape, dtype=x.dtype)
+    state = getattr(x, "quant_state", None)
+    if state is None:
+        return torch.nn.Parameter(torch.empty(x.shape, dtype=x.dtype), x.requires_grad)
+    packed, state = empty_weight(state.shape, state.dtype)
+    fake = cast(Any, torch.nn.Parameter(packed, requires_grad=False))
+    fake.quant_state = state
+    fake.__class__ = Params4bit
+    return fake
+
+
+class Params4bit(FakeTensor):
+    """By this name peft knows a weight to dequantise, for the norms of DoRA; bitsandbytes' own cannot be fake."""
 
 
 def _tensors(part: Any) -> dict[str, Tensor]:

@@ -14,16 +14,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig
 
-from fastrlhf.config import DPOConfig, PPOConfig, RewardConfig, TrainConfig, parse_model_config, require
+from fastrlhf.config import DPOConfig, PPOConfig, TrainConfig
 from fastrlhf.data.packing import pack
-from fastrlhf.models.implicit_reward import implicit_sources
 from fastrlhf.models.kv_cache import rounded_up
-from fastrlhf.models.loading import DTYPES, read_model_config
-from fastrlhf.models.roles import holds_adapter
+from fastrlhf.models.loading import DTYPES
 from fastrlhf.optim import buckets
 from fastrlhf.tools.memory import FakeModel, Fakes
+from fastrlhf.tools.models import open_models
 from fastrlhf.tools.packs import Rows, find_packs
 from fastrlhf.types import Segment
 
@@ -50,48 +49,22 @@ def readable(size: int) -> str:
 def count_phases(config: TrainConfig, rows: Rows, *, is_cuda: bool) -> tuple[list[Phase], list[str]]:
     """The phases, the rollout first where there is one, and facts: steps, tokens and parameters.
 
-    Raises ValueError, as the run would, for a model that is not there or that its keys do not fit, and for the keys
-    that are not counted yet.
+    With `ref_reward_offload` the frozen models are on the device in the phases that ask them alone. Raises ValueError,
+    as the run would, for a model that is not there or that its keys do not fit.
     """
-    require(not config.load_in_4bit, "load_in_4bit", True, "false: plan does not count weights of 4 bits yet")
-    waits = isinstance(config, PPOConfig) and config.ref_reward_offload
-    require(not waits, "ref_reward_offload", True, "false: plan does not count it yet")
     packs = find_packs(config, rows)
     fakes = Fakes.of(config.dtype, is_cuda)
-    own = _model_config(config, config.model_name_or_path, "model_name_or_path", rows.tokenizer)
-    frozen, reference = {}, None
-    trained = (
-        {"scorer": fakes.scorer(own, config)}
-        if isinstance(config, RewardConfig)
-        else {"policy": fakes.policy(own, config)}
-    )
-    # The weights under an adapter serve those who do without it too.
-    shared = {"reference"} if config.use_peft else set()
-    if isinstance(config, DPOConfig) and not config.precompute_ref_log_probs:
-        source = _other(config, config.ref_model_name_or_path, "ref_model_name_or_path", rows)
-        shared -= {"reference"} if source else set()
-        reference = frozen["reference"] = fakes.policy(source or own)
-    if isinstance(config, PPOConfig):
-        judge = _other(config, config.reward_model_path, "reward_model_path", rows)
-        if judge is None:
-            raise ValueError("reward_model_path: give the reward model that judges and from which the critic starts")
-        frozen = {"reference": fakes.policy(own), "reward model": fakes.scorer(judge)}
-        if config.advantage_estimator == "gae":
-            trained["critic"] = fakes.scorer(judge, config)
-            shared |= {"reward model"} if config.use_peft else set()
-        names = {"dpo_model_path": "DPO model", "dpo_ref_model_path": "DPO reference"}
-        for field, path in implicit_sources(config).items():
-            frozen[names[field]] = fakes.policy(_model_config(config, path, field, rows.tokenizer))
-        if second := _other(config, config.eval_reward_model_path, "eval_reward_model_path", rows):
-            frozen["second reward model"] = fakes.scorer(second)
-
-    weights = {f"weights of the {name}": fake.num_bytes for name, fake in trained.items()}
-    weights |= {f"weights of the {name}": fake.num_bytes for name, fake in frozen.items() if name not in shared}
+    models = open_models(config, rows.tokenizer, fakes)
+    trained, frozen = models.trained, models.frozen
+    weights = {f"weights of the {name}": models.own[name] for name in (*trained, *frozen) if models.own[name]}
+    waits = isinstance(config, PPOConfig) and config.ref_reward_offload
+    waiting = {part: weights.pop(part) for name in frozen if waits and (part := f"weights of the {name}") in weights}
     moments, copies, update = _optimiser(config, trained.values())
     gradients = sum(fake.gradient_bytes for fake in trained.values())
     paged = config.optim.startswith("paged")
     kept = weights | ({} if paged else moments) | {"float32 copies of bfloat16 weights": copies}
-    beyond = fakes.peak(trained, packs.largest, reference=reference, num_packs=packs.num_packs)
+    live = frozen.get("reference") if isinstance(config, DPOConfig) else None
+    beyond = fakes.peak(trained, packs.largest, reference=live, num_packs=packs.num_packs)
     pack_tokens = packs.largest.num_tokens
     phases = [
         Phase(
@@ -106,7 +79,14 @@ def count_phases(config: TrainConfig, rows: Rows, *, is_cuda: bool) -> tuple[lis
     if any(update.values()):
         phases.append(Phase(name="optimiser step", parts=kept | {"gradients": gradients} | update))
     if isinstance(config, PPOConfig):
-        phases.insert(0, _rollout(config, rows, fakes, own, trained["policy"], kept))
+        rollout = _rollout(config, rows, fakes, models.start, trained["policy"])
+        before = [Phase(name=f"rollout of {rollout.name}", parts=kept | rollout.parts)]
+        if waiting and config.reset_source == "sample":
+            before.insert(0, Phase(name=f"the reference's own of {rollout.name}", parts=kept | waiting | rollout.parts))
+        if waiting:
+            forward = {"activations of a forward without gradient": fakes.forward_peak(trained, packs.largest)}
+            before.append(Phase(name=f"scoring of {pack_tokens:,} tokens", parts=kept | waiting | forward))
+        phases = before + phases
     counts = {name: fake.num_parameters for name, fake in (*trained.items(), *frozen.items())}
     per_pass = f"a pass over a batch: {packs.tokens_per_step:,.0f} tokens, in {packs.num_packs} packs at most"
     facts = [
@@ -120,6 +100,8 @@ def count_phases(config: TrainConfig, rows: Rows, *, is_cuda: bool) -> tuple[lis
         facts.insert(
             1, "of them trained: " + ", ".join(f"{name} {fake.num_trained:,}" for name, fake in trained.items())
         )
+    if waiting:
+        facts.append(f"in CPU memory but while they are asked: {readable(sum(waiting.values()))} of frozen weights")
     if paged:
         told = readable(sum(moments.values()))
         facts.append(f"optimiser state: {told}, not counted below: in paged memory, which moves to the CPU's")
@@ -160,10 +142,9 @@ def _inputs_of_layers(fake: FakeModel, num_tokens: int) -> int:
     return text.num_hidden_layers * 2 ** math.ceil(math.log2(size))
 
 
-def _rollout(
-    config: PPOConfig, rows: Rows, fakes: Fakes, model: PretrainedConfig, policy: FakeModel, kept: dict[str, int]
-) -> Phase:
-    """Generation of `rollout_batch_size` episodes: prefilled a micro-batch at a time, then one token each."""
+def _rollout(config: PPOConfig, rows: Rows, fakes: Fakes, model: PretrainedConfig, policy: FakeModel) -> Phase:
+    """Generation of `rollout_batch_size` episodes, beyond the weights: prefilled a micro-batch at a time, then one
+    token each."""
     number = min(config.rollout_batch_size, config.batch_size)
     width = max(len(rows.examples[i].prompt) for batch in rows.batches for i in batch)
     text = model.get_text_config()
@@ -173,37 +154,13 @@ def _rollout(
     per_layer = 2 * heads * head_dim * item * number * rounded_up(width + config.response_length)
     prefilled = min(number, max(1, config.micro_batch_tokens // width))
     # The keys of all: episodes of one prompt are prefilled together, and it counts once.
-    prefill = per_layer // 2 + fakes.forward_peak(policy, pack([Segment(token_ids=range(width))] * prefilled))
+    prefill = per_layer // 2 + fakes.prefill_peak(policy, pack([Segment(token_ids=range(width))] * prefilled))
     # logits, and in float32: tempered, their log-softmax, its exponential and the cumulative sum of that
     drawing = number * text.vocab_size * (item + 16)
     return Phase(
-        name=f"rollout of {number:,} episodes of {width:,} + {config.response_length:,} tokens",
-        parts=kept
-        | {
+        name=f"{number:,} episodes of {width:,} + {config.response_length:,} tokens",
+        parts={
             "key-value cache": per_layer * text.num_hidden_layers,
             "prefill, keys on their way to the cache, or logits of one token each": max(prefill, drawing),
         },
     )
-
-
-def _model_config(config: TrainConfig, source: str, field: str, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
-    """Of a model as the run will open it: its vocabulary is at least the tokenizer's."""
-    if config.model_config and field == "model_name_or_path":
-        require(not config.use_peft, "use_peft", True, "false: a model from scratch has no weights to adapt")
-        fields = parse_model_config(config.model_config)
-        try:
-            model = AutoConfig.for_model(fields.pop("model_type"), **fields)
-        except ValueError as error:
-            raise ValueError(f"model_config.model_type: {error}") from error
-        model.vocab_size, model.pad_token_id = len(tokenizer), None
-        return model
-    require(bool(source), field, source, "a folder or a hub name")
-    whole = "a whole model: plan does not count a role that is an adapter, which takes little beside the policy"
-    require(not holds_adapter(source), field, source, whole)
-    model = read_model_config(source, field, config.trust_remote_code)
-    model.vocab_size, model.pad_token_id = max(model.vocab_size, len(tokenizer)), None
-    return model
-
-
-def _other(config: TrainConfig, source: str, field: str, rows: Rows) -> PretrainedConfig | None:
-    return _model_config(config, source, field, rows.tokenizer) if source else None

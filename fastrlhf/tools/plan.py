@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from fastrlhf.config import TrainConfig, require
+from fastrlhf.config import PPOConfig, TrainConfig, require
 from fastrlhf.models.loading import resolve_device
 from fastrlhf.models.offload import check_offloading
 from fastrlhf.tools.changes import cheapest_change
@@ -57,6 +57,8 @@ def plan_run(config: TrainConfig, *, memory_gib: float = 0.0) -> Plan:
     may_offload = device.type == "cuda" or (memory_gib > 0 and config.device != "cpu")
     if config.activation_offloading and not may_offload:
         check_offloading(device)
+    if isinstance(config, PPOConfig) and not may_offload:
+        config = replace(config, ref_reward_offload=False)  # on a CPU, frozen models wait where they are
     rows, is_cuda = read_rows(config), device.type == "cuda"
     phases, facts = count_phases(config, rows, is_cuda=is_cuda)
     plan = Plan(phases=phases, facts=facts, device=name, memory=memory)

@@ -60,10 +60,10 @@ def check_cu_seqlens(cu_seqlens: Tensor, num_rows: int, device: torch.device) ->
         raise ValueError(f"cu_seqlens must rise from 0 to the number of rows {num_rows}, got {cu_seqlens.tolist()}")
 
 
-def check_range(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
-    """Raises ValueError unless low <= value <= high; with `open_low`, low < value."""
-    if not (low <= value <= high) or (open_low and value == low):
-        raise ValueError(f"{name} must be in {'(' if open_low else '['}{low}, {high}], got {value}")
+def check_range(name: str, value: float, low: float, high: float, *, open_ends: bool = False) -> None:
+    """Raises ValueError unless low <= value <= high; with `open_ends`, low < value < high."""
+    if not (low < value < high if open_ends else low <= value <= high):
+        raise ValueError(f"{name} must be in {f'({low}, {high})' if open_ends else f'[{low}, {high}]'}, got {value}")
 
 
 def check_first_derivative(op: str) -> None:

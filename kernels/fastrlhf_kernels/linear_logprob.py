@@ -96,7 +96,7 @@ def checked_transform(
         row_temperature, temperature = positive_or_nan(temperature).contiguous(), 1.0
     for name, value in (("temperature", temperature), ("softcap", softcap)):
         if value is not None:
-            check_range(name, value, 0, float("inf"), open_low=True)
+            check_range(name, value, 0, float("inf"), open_ends=True)
 
     return row_temperature, float(temperature), float(logit_scale), softcap
 

@@ -83,7 +83,7 @@ def logprob_from_logits(
         row_temperature, temperature = positive_or_nan(temperature), 1.0
     for name, value in (("temperature", temperature), ("logit_scale", logit_scale), ("softcap", softcap)):
         if value is not None:
-            check_range(name, value, 0, float("inf"), open_low=True)
+            check_range(name, value, 0, float("inf"), open_ends=True)
     logits = row_major(logits)
     if inplace_backward:
         _check_expendable(logits)

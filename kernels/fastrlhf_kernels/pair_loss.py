@@ -77,7 +77,7 @@ def pair_loss(
     if num_sequences % 2:
         raise ValueError(f"cu_seqlens must delimit chosen and rejected in turn, got {num_sequences} sequences")
     check_tensor("mask", mask, (num_rows,), device, (torch.bool,))
-    check_range("beta", beta, 0, float("inf"), open_low=True)
+    check_range("beta", beta, 0, float("inf"), open_ends=True)
     check_choice("length_norm", length_norm, LENGTH_NORMS)
     for name, tensor in (("label_prob", label_prob), ("margin", margin), ("weight", weight), ("target", target)):
         if tensor is not None:

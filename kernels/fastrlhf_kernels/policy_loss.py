@@ -119,7 +119,7 @@ def checked_policy_options(
     check_range("clip_high", clip_high, 0, float("inf"))
     check_choice("kl_kind", kl_kind, ("k2", "k3"))
     if dual_clip is not None:
-        check_range("dual_clip", dual_clip, 1, float("inf"), open_low=True)
+        check_range("dual_clip", dual_clip, 1, float("inf"), open_ends=True)
     if kl_coef and reference_logprob is None:
         raise ValueError("kl_coef needs reference_logprob")
     check_tensor("sampler_logprob", sampler_logprob, shape, device)
@@ -350,5 +350,5 @@ def policy_kernel(
     store_sum(partials, 7, tl.zeros_like(ratio) if entropy is None else bonus)
     if entropy is not None:
         tl.store(d_entropy + rows, entropy_slope, mask=inside)
-    largest = tl.where(tl.sum((ratio != ratio).to(tl.int32), 0) > 0, float("nan"), tl.max(ratio, 0))  # max drops NaN
+    largest = tl.where(tl.sum((ratio != ratio).to(tl.int32), 0) == 0, tl.max(ratio, 0), float("nan"))  # max drops NaN
     tl.store(partials + 8 * tl.num_programs(0) + tl.program_id(0), largest)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import math
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ from fastrlhf.metrics import read_metrics
 from fastrlhf.models.loading import load_policy
 from fastrlhf.types import TokenizedExample
 from fastrlhf_kernels import Max, Sum
-from tests import tiny
+from tests import resumable, tiny
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +30,11 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def judge(tmp_path_factory):
     return tiny.save_reward_model(tmp_path_factory.mktemp("judge"))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return resumable.save_models(tmp_path_factory.mktemp("models"))
 
 
 def config(model, folder: Path | str, **settings):
@@ -75,6 +81,21 @@ def test_an_on_policy_run_leaves_its_critic_too(model, judge, tmp_path):
     samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
     assert [row["step"] for row in samples] == [1] * 4 + [2] * 4
     assert set(samples[0]) == {"step", "row", "prompt", "reset", "response", "score", "tokens", "rewards"}
+
+
+@pytest.mark.parametrize("kind", ["sft", "reward", "dpo", "groups", "ppo", "rto"])
+def test_the_evaluation_on_start_is_row_0_of_the_log_and_of_what_the_last_one_measures(models, tmp_path, kind):
+    result = resumable.run(kind, models, tmp_path / "run", max_steps=1, save_steps=0, eval_on_start=True)
+    first, last = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert (first.pop("step"), last["step"]) == (0, 1)
+    assert {**first, "time": 0} == {**result.initial, "time": 0}
+    assert result.initial.keys() == result.final.keys()
+    assert result.initial != result.final
+    assert len(result.history) == 1
+    if kind == "dpo":
+        assert result.initial["eval_loss"] == pytest.approx(math.log(2), rel=1e-6)
+    if kind in ("ppo", "rto"):
+        assert result.initial["eval_objective/kl"] == 0 != result.final["eval_objective/kl"]
 
 
 def test_without_an_output_dir_nothing_is_written(model, tmp_path, monkeypatch):

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from bench.drpo import padded
+from bench.drpo import compare, contestants, padded
 from bench.drpo.compare import run_drpo
-from bench.drpo.problem import EOS, RESPONSE_LENGTH, Problem, eos_probability, make_examples, make_models
+from bench.drpo.problem import EOS, RESPONSE_LENGTH, Models, Problem, eos_probability, make_examples, make_models
 from fastrlhf.algorithms.experience import pack_episodes, score_episodes
 from fastrlhf.algorithms.on_policy import draw_prefixes, make_engine, update
 from fastrlhf.evaluation.judges import reward_model_judge
@@ -138,6 +138,47 @@ def test_the_padded_rollout_forces_the_reset_and_samples_the_rest_past_the_eos()
     assert any(token != EOS for token in after)
 
 
+def test_what_training_has_to_compute_is_the_same_of_both_layouts(both):
+    _, policy, critic, _, _, rollouts = both
+    ends = [r.completion.index(EOS) + 1 if EOS in r.completion else len(r.completion) for r in rollouts]
+    lengths = [(len(rollout.prefix.token_ids), end) for rollout, end in zip(rollouts, ends, strict=True)]
+    assert contestants._lengths(laid_out(rollouts)) == lengths
+    work = contestants.training_work(Models(policy=policy, critic=critic), lengths, epochs=2)
+    assert work["training_tokens"] == 2 * sum(map(sum, lengths))
+    matrices = 2 * sum(p.numel() for name, p in policy.named_parameters() if "layers" in name and p.ndim == 2)
+    products = 3 * 2 * matrices * work["training_tokens"]
+    assert products < work["training_operations"] < 2 * products  # attention is most of the rest, at this width
+
+
+def test_the_bytes_of_an_optimiser_are_gradients_and_moments():
+    models = make_models(PROBLEM, make_examples(PROBLEM))
+    optimizer = contestants._optimizer(PROBLEM, models)
+    for model in (models.policy, models.critic):
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    params = [p for model in (models.policy, models.critic) for p in model.parameters()]
+    steps = 4 * len(params)  # AdamW counts them per tensor
+    assert contestants._state_bytes(models, optimizer) == 3 * sum(p.nbytes for p in params) + steps
+
+
+def test_a_side_without_room_is_left_out_and_said(tmp_path, monkeypatch):
+    row = {
+        "provider": "ours", "seconds": 3.0, "rollout": 1.0, "scoring": 1.0, "training": 1.0, "extra_mb": 5.0,
+        "sampled_tokens": 8, "sequence_tokens": 9, "training_tokens_per_second": 7.0, "training_mfu": 0.5,
+    }  # fmt: skip
+
+    def block(side, *_):
+        if side == "padded":
+            raise MemoryError
+        return row
+
+    monkeypatch.setattr(compare, "_block", block)
+    table = run_drpo(PROBLEM, rounds=2, trl_path=tmp_path, folder=tmp_path / "results")
+    assert "padded left out: out of the GPU's memory" in table
+    assert "| 50.0 (target 45) |" in table
+
+
 def test_the_command_leaves_a_row_for_each_side_and_says_that_trl_is_missing(tmp_path):
     problem = replace(PROBLEM, micro_batch=4, episodes=4)
     (tmp_path / "trl").mkdir()
@@ -149,6 +190,8 @@ def test_the_command_leaves_a_row_for_each_side_and_says_that_trl_is_missing(tmp
     for row in rows:
         assert row["seconds"] == pytest.approx(row["rollout"] + row["scoring"] + row["training"])
         assert min(row["rollout"], row["scoring"], row["training"]) > 0
+        assert row["training_mfu"] is None
+        assert row["training_tokens_per_second"] * row["training"] == pytest.approx(row["training_tokens"])
     ours, reference = rows
     assert reference["sampled_tokens"] == 4 * RESPONSE_LENGTH
     assert reference["sequence_tokens"] == 4 * (512 + RESPONSE_LENGTH)

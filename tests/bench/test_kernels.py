@@ -203,35 +203,63 @@ def test_a_candidate_of_the_tuner_that_is_wrong_is_refused(problem, monkeypatch:
     assert FORWARD[9] == pinned
 
 
-def test_the_gpu_script_goes_on_after_a_failing_step(tmp_path: Path):
-    """Every part with a GPU and a Python that fail or do nothing: which commands it would run, and its exit code."""
-    for name in ("nvidia-smi", "python3"):
-        fake = tmp_path / name
-        fake.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/{name}.calls\nexit {int(name == "python3")}\n')
-        fake.chmod(0o755)
-    calls, out = tmp_path / "python3.calls", tmp_path / "out"
-    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "OUT": str(out), "FASTRLHF_DATA": ""}
+@pytest.fixture
+def gpu_script(tmp_path: Path):
+    """Runs a part where there seem to be a GPU and all peers, and every step of Python fails; the steps that it tried,
+    after their seconds."""
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\n")
+    (tmp_path / "python3").write_text('#!/bin/sh\n[ "$1" = -c ] && exit $MISSING\nexit 1\n')
+    (tmp_path / "timeout").write_text(f'#!/bin/sh\nshift 2\necho "$@" >> {tmp_path}/calls\nshift\nexec "$@"\n')
+    for name in ("nvidia-smi", "python3", "timeout"):
+        (tmp_path / name).chmod(0o755)
+    script, calls = ROOT / "bench" / "gpu.sh", tmp_path / "calls"
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "OUT": str(tmp_path / "out"), "MISSING": "0"}
+    environment |= {"DEVICE": "cuda", "TRL_112": ""}
 
-    def run(*arguments: str) -> list[list[str]]:
-        calls.unlink(missing_ok=True)
-        script = ["bash", str(ROOT / "bench" / "gpu.sh"), *arguments]
-        ended = subprocess.run(script, env=environment, timeout=60, capture_output=True, check=False)
+    def run(*arguments: str, **changed: str) -> list[list[str]]:
+        calls.write_text("")
+        settings = os.environ | environment | {"FASTRLHF_DATA": "here"} | changed
+        ended = subprocess.run(["bash", script, *arguments], env=settings, timeout=60, capture_output=True, check=False)
         assert ended.returncode == 1
         return [line.split() for line in calls.read_text().splitlines()]
 
-    assert [step[1:3] for step in run("test")] == [["pytest", "-q"]] * 2
-    assert [step[1:3] for step in run("tune")] == [["bench", "tune"]]
-    steps = run("kernels", "--dead", "0")
-    assert [step[1:3] for step in steps] == [["bench", "kernels"]] * 2
-    where = ["--device", "cuda", "--out", str(out)]
+    return run
+
+
+def test_the_gpu_script_goes_on_after_a_failing_step(gpu_script, tmp_path: Path):
+    """Every part: which commands it would run."""
+    assert [step[2:5] for step in gpu_script("test")] == [["-m", "pytest", "-q"]] * 2
+    assert [step[2:] for step in gpu_script("tune")] == [["-m", "bench", "tune"]]
+    steps = gpu_script("kernels", "--dead", "0")
+    assert [step[2:5] for step in steps] == [["-m", "bench", "kernels"]] * 2
+    where = ["--device", "cuda", "--out", str(tmp_path / "out")]
     assert steps[0][-6:] == ["--dead", "0", *where]
-    assert [step[1:] for step in run("train")] == [
-        ["bench", "train", "drpo", "--shape", "pythia-1b", "--episodes", "64", "--rounds", "2", *where],
-        ["bench", "trunks", "--episodes", "128", *where],
-        ["bench", "rollout", "--episodes", "512", "--slots", "64", *where],
+    for part, model in (("train_600m", "qwen3-0.6b"), ("train_1b", "llama-3.2-1b")):
+        assert [step[4:8] for step in gpu_script(part)] == [
+            ["train", trainer, "--model", model] for trainer in ("sft", "dpo", "reward")
+        ]
+    assert [step[4:] for step in gpu_script("on_policy_1b")] == [
+        ["train", "drpo", "--shape", "pythia-1b", "--episodes", "64", "--rounds", "2", *where],
+        ["trunks", "--episodes", "128", *where],
+        ["rollout", "--episodes", "512", "--slots", "64", *where],
     ]
-    logs = {"tests_gpu", "tests_kernels", "tune", "kernels", "kernels_alone", "train_drpo", "trunks", "rollout"}
-    assert {log.stem for log in out.glob("*.txt")} == logs
+    [step] = gpu_script("on_policy_3b", TRL_112="here")
+    size = ["--shape", "pythia-2.8b", "--episodes", "64", "--rounds", "1"]
+    fits = ["--optim", "adamw_8bit", "--master-weights", "stochastic_rounding"]
+    assert step[6:] == [*size, *fits, "--trl-path", "here", *where]
+
+
+@pytest.mark.parametrize("part", ["test", "tune", "kernels", "train_600m", "train_1b", "on_policy_1b", "on_policy_3b"])
+def test_no_part_of_the_gpu_script_may_take_nine_minutes(gpu_script, part):
+    steps = gpu_script(part)
+    assert steps
+    assert sum(int(step[0]) for step in steps) < 540
+
+
+def test_a_part_of_the_gpu_script_without_its_peers_fails(gpu_script):
+    assert not gpu_script("train_1b", FASTRLHF_DATA="")
+    assert not gpu_script("train_600m", MISSING="1")
+    assert not gpu_script("on_policy_3b", MISSING="1")
 
 
 def test_tasks_and_contenders_agree_on_their_names():

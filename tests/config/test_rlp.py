@@ -1,8 +1,10 @@
 """What goes together in RLP."""
 
+from dataclasses import fields
+
 import pytest
 
-from fastrlhf.config import RLPConfig
+from fastrlhf.config import RLPConfig, TrainConfig
 
 
 @pytest.mark.parametrize(
@@ -41,3 +43,18 @@ def test_a_weight_of_0_is_no_views():
         "both": (True, True),
     }
     assert not RLPConfig(refinement="uml", mib_weight=0.0).with_views
+
+
+def test_each_key_of_the_trainers_that_it_does_not_read_is_refused_and_its_sections_are_named():
+    read = {"output_dir": "runs/rlp", "seed": 7, "device": "cpu", "dtype": "bfloat16", "micro_batch_tokens": 100}
+    for field in fields(TrainConfig):
+        changed = read.get(field.name, ("x",) if isinstance(field.default, tuple) else 5)
+        assert changed != field.default
+        if field.name in read:
+            assert getattr(RLPConfig(**{field.name: changed}), field.name) == changed
+            continue
+        with pytest.raises(ValueError, match=rf"^{field.name}: must be .* in section rlp \(its place is in section "):
+            RLPConfig(**{field.name: changed})
+    rule = r"16 in section rlp \(its place is in section reward, drpo or shared\), since nothing reads it there; got 8"
+    with pytest.raises(ValueError, match=f"^lora_r: must be {rule}$"):
+        RLPConfig(policy="drpo", lora_r=8)

@@ -87,6 +87,13 @@ def test_the_same_dataset_keys_judge_exactly_what_training_held_out(config, keys
     assert not set(rows(judged)) & set(rows(data.train))
 
 
+def test_an_evaluation_on_start_needs_rows_that_are_held_out(config):
+    with pytest.raises(ValueError, match=r"^eval_on_start: must be false where no rows are held out; give num_eval_"):
+        open_inputs(replace(config, eval_on_start=True), [], None, None)
+    _, data = open_inputs(replace(config, eval_on_start=True, num_eval_examples=4), [], None, None)
+    assert len(data.eval) == 4
+
+
 def test_most_train_rows_are_those_before_the_held_out_ones(config):
     _, data = open_inputs(replace(config, num_eval_examples=4, max_train_examples=9), [], None, None)
     assert (rows(data.train), rows(data.eval)) == ([*range(9)], [*range(16, 20)])

@@ -1,4 +1,5 @@
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -149,6 +150,55 @@ def test_bad_input_is_refused_before_anything_is_generated(config, tmp_path, mon
         examples = None if "dataset_name" in settings else tiny.examples(4)
         with pytest.raises(ValueError, match=message):
             evaluate_models(replace(config, **settings), examples)
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory):
+    """A base, and what runs have left of a policy and a judge that were trained over it."""
+    place = tmp_path_factory.mktemp("adapted")
+    base = tiny.save_policy(place / "base")
+    policy = tiny.save_adapter(place / "policy", base, 1)
+    return {"base": base, "policy": policy, "judge": tiny.save_adapter(place / "judge", base, 2, scores=True)}
+
+
+def whole(adapter: str) -> str:
+    """The run of an adapter, where it is added to the weights."""
+    return adapter.removesuffix("/adapter")
+
+
+def test_adapters_are_judged_as_the_runs_that_left_them(adapted, config):
+    """The base is the one that they name; adding an adapter to the weights only rounds otherwise."""
+    other = config.models[0]
+    roles = replace(config, models=(adapted["policy"], other), reward_model_path=adapted["judge"])
+    runs = replace(roles, models=(whole(adapted["policy"]), other), reward_model_path=whole(adapted["judge"]))
+    for ours, theirs in zip(*(evaluate_models(c, tiny.examples(20)).values() for c in (roles, runs)), strict=True):
+        agree(ours, theirs)
+        assert abs(ours.mean_difference) > 1e-3
+    alone = replace(config, models=(other,), reward_model_path=adapted["judge"])
+    [only] = evaluate_models(alone, tiny.examples(20)).values()
+    agree(only, theirs)
+
+
+def test_an_adapter_is_laid_over_the_model_that_is_given_and_no_other(adapted, config, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "respond", None)
+    moved, other = tiny.save_policy(tmp_path / "moved"), config.models[1]
+    unnamed = tmp_path / "unnamed"
+    shutil.copytree(adapted["policy"], unnamed)
+    settings = json.loads((unnamed / "adapter_config.json").read_text())
+    (unnamed / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": None}))
+    roles = replace(config, models=(adapted["policy"],), reward_model_path=adapted["judge"])
+    for settings, message in (
+        ({"model_name_or_path": moved}, "'NoneType' object is not callable"),  # all is well until it would generate
+        ({"model_name_or_path": other}, "^reward_model_path: .* was trained over the weights of '.*base', and the"),
+        ({"models": (config.models[0], adapted["judge"])}, "^models: '.*judge/adapter' is a reward model$"),
+        ({"reward_model_path": adapted["policy"]}, "^reward_model_path: .* has no trained score head"),
+        (
+            {"models": (str(unnamed),), "reward_model_path": config.reward_model_path},
+            "^models: '.*unnamed' does not say which model it is an adapter of; give model_",
+        ),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            evaluate_models(replace(roles, **settings), tiny.examples(4))
 
 
 def test_the_table_is_aligned():

@@ -84,8 +84,9 @@ def test_a_count_that_is_none_is_refused(count: object):
         checks.divisor("num_tokens", count)
 
 
-def test_an_open_range_excludes_its_lower_end():
+def test_an_open_range_excludes_its_ends():
+    """An infinite soft cap would be infinity times tanh(0)."""
     checks.check_range("clip", 0, 0, 1)
-    for value in (0, float("nan"), 1.5):
-        with pytest.raises(ValueError, match=r"beta must be in \(0, 1\]"):
-            checks.check_range("beta", value, 0, 1, open_low=True)
+    for value in (0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=r"softcap must be in \(0, inf\), got"):
+            checks.check_range("softcap", value, 0, float("inf"), open_ends=True)

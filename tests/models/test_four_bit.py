@@ -6,12 +6,14 @@ import math
 import pytest
 import torch
 from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
 from fastrlhf.algorithms.on_policy import train_on_policy
 from fastrlhf.algorithms.preference import train_dpo
 from fastrlhf.algorithms.reward_model import train_reward_model
-from fastrlhf.config import DPOConfig, PPOConfig, RewardConfig, RTOConfig, SFTConfig
+from fastrlhf.config import DPOConfig, EvalConfig, PPOConfig, RewardConfig, RTOConfig, SFTConfig
 from fastrlhf.data.packing import pack
+from fastrlhf.evaluation.evaluate import evaluate_models
 from fastrlhf.models import four_bit
 from fastrlhf.models.adapters import add_adapter, base_fingerprint, frozen_copy
 from fastrlhf.models.forward import token_logprobs
@@ -105,6 +107,20 @@ def test_the_trunk_alone_is_quantised_and_a_gradient_flows_after_a_pass_without(
 
 
 @needs_bitsandbytes
+def test_a_model_without_data_has_the_tensors_of_one_that_is_loaded(runs):
+    real = load_policy(runs["base"], load_in_4bit=True)
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(real.config)
+        four_bit.quantize_without_data(empty, torch.float32)
+    assert four_bit.is_four_bit(empty)
+    for name, weight in real.named_parameters():
+        pairs = [(weight, empty.get_parameter(name))]
+        pairs += zip(four_bit.state_tensors(weight), four_bit.state_tensors(pairs[0][1]), strict=True)
+        assert len(pairs) == (6 if weight.dtype == torch.uint8 else 1)
+        assert [(x.shape, x.dtype) for x, _ in pairs] == [(x.shape, x.dtype) for _, x in pairs]
+
+
+@needs_bitsandbytes
 def test_adapter_off_is_the_precomputed_reference_and_training_moves(runs):
     live = dpo(runs["base"], precompute_ref_log_probs=False).history
     for row, other in zip(live, runs["dpo"].history, strict=True):
@@ -155,6 +171,21 @@ def test_five_roles_share_the_4_bits_and_train(runs, tmp_path):
         assert torch.equal(weight, critic.get_parameter(name)), name
     with pytest.raises(ValueError, match=r"^dpo_model_path: .* with load_in_4bit: true, and in this run it is false;"):
         policy_role(adapter(runs["dpo"]), load_policy(runs["base"]).requires_grad_(False), "dpo_model_path")
+
+
+@needs_bitsandbytes
+def test_eval_lays_an_adapter_over_the_4_bits_that_it_was_trained_over(runs):
+    settings = {"response_length": 6, "max_length": 32}
+    over, left = (
+        EvalConfig(models=(one,), reward_model_path=other, **settings)
+        for one, other in (
+            (adapter(runs["dpo"]), adapter(runs["judge"])),
+            (str(runs["dpo"].output_dir), str(runs["judge"].output_dir)),
+        )
+    )
+    [ours], [theirs] = (evaluate_models(config, tiny.examples(12)).values() for config in (over, left))
+    assert ours.win_rate == theirs.win_rate
+    assert ours.mean_difference == pytest.approx(theirs.mean_difference, rel=1e-5)
 
 
 @needs_bitsandbytes

@@ -1,10 +1,12 @@
 """Tiny runs for the tests of the plan, and the bytes that a run takes at its peak."""
 
+import importlib.util
 import itertools
 import json
 import random
 from pathlib import Path
 
+import pytest
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -14,22 +16,34 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from fastrlhf.algorithms.on_policy import train_on_policy
 from fastrlhf.algorithms.preference import train_dpo
 from fastrlhf.algorithms.sft import train_sft
-from fastrlhf.config import DPOConfig, PPOConfig, SFTConfig, TrainConfig
+from fastrlhf.config import DPOConfig, PPOConfig, RTOConfig, SFTConfig, TrainConfig
+from tests.tiny import save_adapter
 
 SIZES = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4}
 SMALL = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 1, "num_attention_heads": 1}
 VOCAB = 4000
+JUDGE_RANK, DPO_RANK = 8, 4
+needs_bitsandbytes = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed: fastrlhf[bnb]"
+)
+UNREAD = {"qlora": 4 * 4 * (4 * 256 * 256 + 3 * 256 * 704)}
+"""Bytes of a mapped file that nothing reads once it is loaded, so that their pages are the kernel's to drop: of the
+linear layers whose 4 bits are elsewhere. The embedding and the head are read where they are mapped."""
+ROLES = {"reward_model_path": "judge", "dpo_model_path": "dpo"}
 TRAINERS = {
     "sft": (SFTConfig, train_sft),
     "dpo": (DPOConfig, train_dpo),
     "ppo": (PPOConfig, train_on_policy),
     "lora": (PPOConfig, train_on_policy),
     "dora": (SFTConfig, train_sft),
+    "qlora": (SFTConfig, train_sft),
+    "roles": (RTOConfig, train_on_policy),
 }
 
 
 def make_inputs(folder: Path) -> None:
-    """A tokenizer of 4,000 words, rows of 240 of them, reward models, and policies for what cannot start from none."""
+    """A tokenizer of 4,000 words, rows of 240 of them, reward models, policies for what cannot start from none, and a
+    judge and a DPO model as adapters over one of them."""
     words = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(VOCAB - 3))]
     base = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     base.pre_tokenizer = WhitespaceSplit()
@@ -46,6 +60,10 @@ def make_inputs(folder: Path) -> None:
         config = AutoConfig.for_model("llama", **sizes, vocab_size=VOCAB, num_labels=1, pad_token_id=0)
         AutoModelForSequenceClassification.from_config(config).save_pretrained(folder / name)
         AutoModelForCausalLM.from_config(config).save_pretrained(folder / name.replace("reward", "policy"))
+    base = str(folder / "policy")
+    for seed, (place, rank) in enumerate({"judge": JUDGE_RANK, "dpo": DPO_RANK}.items()):
+        adapter = save_adapter(folder / place, base, seed, scores=place == "judge", lora_r=rank)
+        tokenizer.save_pretrained(adapter)
 
 
 def tiny() -> dict[str, int]:
@@ -78,6 +96,8 @@ def settings(folder: Path, command: str, sizes: dict[str, int], reward: str) -> 
     adapted = loaded | {"use_peft": True}
     own["lora"] = own["ppo"] | adapted
     own["dora"] = own["sft"] | adapted | {"use_dora": True}
+    own["qlora"] = own["sft"] | adapted | {"load_in_4bit": True}
+    own["roles"] = own["lora"] | {name: str(folder / place / "adapter") for name, place in ROLES.items()}
     return shared | own[command]
 
 
@@ -87,7 +107,7 @@ def config(folder: Path, command: str, sizes: dict[str, int] = SMALL, **changes)
 
 
 def measure(folder: Path, command: str) -> int:
-    """Bytes of tensors at the peak of a run, by torch's own account of every allocation and mapped file.
+    """Bytes of tensors at the peak of a run, by torch's own account of every allocation and mapped file, less `UNREAD`.
 
     The resident set of the process would add what the allocator, the libraries and the page cache of a machine add.
     """
@@ -96,4 +116,4 @@ def measure(folder: Path, command: str) -> int:
         train(config(folder, command, SIZES))
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-    return max(itertools.accumulate(changes))
+    return max(itertools.accumulate(changes)) - UNREAD.get(command, 0)

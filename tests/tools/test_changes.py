@@ -3,7 +3,8 @@
 import dataclasses
 
 from fastrlhf.tools import changes
-from fastrlhf.tools.phases import GIB
+from fastrlhf.tools.packs import read_rows
+from fastrlhf.tools.phases import GIB, count_phases
 from fastrlhf.tools.plan import USABLE, plan_run
 from tests.tools import measure
 
@@ -34,6 +35,19 @@ def test_a_live_reference_is_the_first_thing_to_go(folder):
     assert "fits: --precompute_ref_log_probs True: " in plan.change
 
 
+def test_frozen_models_are_sent_to_wait_before_anything_is_computed_twice(folder):
+    """On a GPU, and not where the loss reads the reference's head throughout."""
+    small = {"per_device_train_batch_size": 2, "reward_model_path": str(folder / "tiny_reward")}
+    config = measure.config(folder, "ppo", **small)
+    exact = dataclasses.replace(config, kl_placement="loss", kl_estimator="exact")
+    for each, may_offload, advised in ((config, True, True), (config, False, False), (exact, True, False)):
+        rows = read_rows(each)
+        phases, _ = count_phases(each, rows, is_cuda=True)
+        limit = max(phase.total for phase in phases) - 2**20
+        change = changes.cheapest_change(each, rows, phases, limit, is_cuda=True, may_offload=may_offload)
+        assert ("fits: --ref_reward_offload True: " in change) == advised, change
+
+
 def test_where_nothing_helps_it_says_so(folder):
     change = plan_run(measure.config(folder, "sft"), memory_gib=0.001).change
     assert change.startswith("no setting of this command makes it fit: the least needs ")
@@ -52,14 +66,10 @@ def test_what_changes_no_number_comes_before_what_does(folder):
 
 
 def test_several_processes_are_not_advised_what_they_refuse(folder, monkeypatch):
-    config = measure.config(folder, "sft", model_config="", model_name_or_path=str(folder / "policy"))
-    assert [base.optim for base in changes._bases(config, may_offload=False)][-2:] == [
-        "adamw_8bit",
-        "adamw_torch_fused",
-    ]
+    config = measure.config(folder, "ppo", device="auto")
+    assert any(base.ref_reward_offload for base in changes._bases(config, may_offload=True))
     monkeypatch.setattr(changes, "world_size", lambda: 2)
-    *_, last = changes._bases(config, may_offload=False)
-    assert (last.optim, last.use_peft, last.dtype) == ("adamw_torch_fused", False, "bfloat16")
+    assert not any(base.ref_reward_offload for base in changes._bases(config, may_offload=True))
 
 
 def test_activations_are_offloaded_where_there_is_a_gpu_to_take_them_from(folder):

@@ -65,5 +65,5 @@ def test_a_live_reference_adds_to_the_peak_and_nothing_is_left_behind():
 def test_a_forward_without_gradient_keeps_no_activations():
     fakes = Fakes.of("float32", False)
     batch = pack([Segment(token_ids=[1] * 1024, num_scored=1)])
-    small, large = (fakes.forward_peak(fakes.policy(config(num_hidden_layers=n)), batch) for n in (2, 8))
+    small, large = (fakes.forward_peak({"policy": fakes.policy(config(num_hidden_layers=n))}, batch) for n in (2, 8))
     assert large == small

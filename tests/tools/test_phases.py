@@ -9,6 +9,7 @@ from fastrlhf.tools.phases import count_phases, readable
 from fastrlhf.tools.plan import plan_run
 from tests.tools import measure
 
+ACTIVATIONS = "activations, blocks of logits, temporaries"
 MOMENTS = "optimiser state (float32, two per parameter)"
 POLICY, SCORER = 5_261_568, 4_237_824
 LORA = 4 * 16 * (4 * (256 + 256) + 3 * (256 + 704))
@@ -45,38 +46,6 @@ def test_an_adapter_is_all_that_is_trained_and_weights_are_shared(folder):
     assert not {"weights of the reference", "weights of the reward model"} & training.keys()
 
 
-def test_a_reference_of_its_own_is_counted_beside_an_adapter(folder):
-    loaded = {"model_config": "", "model_name_or_path": str(folder / "tiny_policy"), "use_peft": True}
-    settings = loaded | {"precompute_ref_log_probs": False}
-    own = count_parts(measure.config(folder, "dpo", **settings))
-    settings["ref_model_name_or_path"] = str(folder / "policy")
-    assert "weights of the reference" not in own
-    assert count_parts(measure.config(folder, "dpo", **settings))["weights of the reference"] >= 4 * POLICY
-
-
-def test_a_model_from_scratch_is_refused_an_adapter_as_the_run_refuses_it(folder):
-    with pytest.raises(ValueError, match="use_peft: must be false: a model from scratch has no weights to adapt"):
-        count_parts(measure.config(folder, "sft", use_peft=True))
-
-
-def test_the_models_that_are_counted_are_those_that_the_run_loads(folder):
-    whole, judge = str(folder / "policy"), str(folder / "reward")
-    start = {"model_config": "", "model_name_or_path": whole, "dpo_model_path": whole, "dpo_ref_model_path": whole}
-    names = {"weights of the DPO model", "weights of the DPO reference", "weights of the second reward model"}
-    paid = count_parts(measure.config(folder, "ppo", **start))
-    assert names & paid.keys() == {"weights of the DPO model"}  # its reference is the run's own
-    unpaid = measure.config(folder, "ppo", **start, reward_shaping="none", eval_reward_model_path=judge)
-    parts = count_parts(unpaid)
-    assert names & parts.keys() == {"weights of the second reward model"}
-    assert parts["weights of the second reward model"] == parts["weights of the reward model"]
-
-
-def test_a_role_that_is_an_adapter_is_not_guessed_at(folder, tmp_path):
-    (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"^reward_model_path: must be a whole model: plan does not count a role"):
-        count_parts(measure.config(folder, "ppo", reward_model_path=str(tmp_path)))
-
-
 def count_parts(config) -> dict[str, int]:
     return count_phases(config, read_rows(config), is_cuda=False)[0][0].parts
 
@@ -108,8 +77,47 @@ def test_activation_checkpointing_takes_less(folder):
         plan_run(measure.config(folder, "sft", measure.SIZES, activation_checkpointing=on)).phases[0].parts
         for on in (False, True)
     )
-    name = "activations, blocks of logits, temporaries"
-    assert again[name] < 0.8 * plain[name]
+    assert again[ACTIVATIONS] < 0.8 * plain[ACTIVATIONS]
+
+
+REFERENCE, JUDGE, DPO = (f"weights of the {name}" for name in ("reference", "reward model", "DPO model"))
+
+
+def offloaded(folder, **changes):
+    """The phases with frozen models that wait, and those with the same models that stay."""
+    start = {"model_config": "", "model_name_or_path": str(folder / "policy"), "dpo_model_path": str(folder / "policy")}
+    config = measure.config(folder, "ppo", measure.SIZES, **start | changes)
+    waits = dataclasses.replace(config, ref_reward_offload=True)
+    return (count_phases(each, read_rows(each), is_cuda=True) for each in (waits, config))
+
+
+def test_models_that_wait_are_on_a_gpu_while_they_score_and_not_while_others_work(folder):
+    (phases, facts), (stayed, _) = offloaded(folder)
+    assert [phase.name.split()[0] for phase in phases] == ["rollout", "scoring", "forward"]
+    rollout, scoring, training = (phase.parts for phase in phases)
+    frozen = {REFERENCE: 4 * POLICY, JUDGE: 4 * SCORER, DPO: 4 * POLICY}
+    for before, after in zip((phase.parts for phase in stayed), (rollout, training), strict=True):
+        assert before.keys() - after.keys() == frozen.keys()
+        assert all(after[name] == before[name] for name in after)
+        assert {name: before[name] for name in frozen} == pytest.approx(frozen, rel=1e-3)  # and buffers
+    kept = {name: size for name, size in scoring.items() if name != "activations of a forward without gradient"}
+    assert kept.keys() == training.keys() - {"gradients", ACTIVATIONS} | frozen.keys()
+    assert 0 < scoring["activations of a forward without gradient"] < training[ACTIVATIONS] / 2
+    assert facts[-1] == "in CPU memory but while they are asked: 56 MiB of frozen weights"
+
+
+def test_a_reference_that_writes_responses_is_on_the_gpu_for_that_too(folder):
+    (phases, _), _ = offloaded(folder, reset_prob=0.5, reset_source="sample")
+    own, rollout = phases[:2]
+    assert own.name.startswith("the reference's own of 8 episodes")
+    assert own.total - rollout.total == sum(own.parts[name] for name in (REFERENCE, JUDGE, DPO))
+
+
+def test_what_waits_on_a_cpu_or_is_shared_takes_no_less(folder):
+    config = measure.config(folder, "ppo")
+    assert plan_run(dataclasses.replace(config, ref_reward_offload=True)).phases == plan_run(config).phases
+    (phases, _), (stayed, _) = offloaded(folder, use_peft=True, dpo_model_path="")
+    assert phases == stayed
 
 
 def test_offloaded_inputs_of_layers_leave_the_device_all_but_one_and_are_told_apart(folder):

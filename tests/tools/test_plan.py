@@ -10,11 +10,14 @@ from fastrlhf.tools.advice import advise
 from fastrlhf.tools.plan import format_plan, plan_run
 from tests.tools import measure
 
-WITHIN = 0.05
-"""Of the measured peak. Seen: 3.1 %."""
+WITHIN = 0.03
+"""Of the measured peak. Seen: 1.3 %."""
 
 
-@pytest.mark.parametrize("command", measure.TRAINERS)
+@pytest.mark.parametrize(
+    "command",
+    [pytest.param(name, marks=measure.needs_bitsandbytes if name == "qlora" else ()) for name in measure.TRAINERS],
+)
 def test_the_peak_is_that_of_real_runs(folder, command):
     """Of it, activations are more than a quarter: parameters alone would not pass."""
     plan = plan_run(measure.config(folder, command, measure.SIZES))
