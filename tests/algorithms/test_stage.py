@@ -1,8 +1,8 @@
 """What a run leaves behind, whether it ends well or not."""
 
 import json
-import os
 import math
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
