@@ -20,6 +20,7 @@ from fastrlhf.checkpoint import Checkpointer, Stateful, check_run_dir, create_ou
 from fastrlhf.config import TrainConfig, require
 from fastrlhf.data.inputs import Data
 from fastrlhf.distributed import from_all, is_first, largest, on_first, total, world_size
+from fastrlhf.durable import sweep
 from fastrlhf.interrupts import Interrupted, Interrupts
 from fastrlhf.metrics import MetricsWriter, read_metrics
 from fastrlhf.models.adapters import share_weights
@@ -116,6 +117,7 @@ class Stage:
         folder.mkdir(parents=True, exist_ok=True)
         stack.enter_context(locked(folder))
         check_run_dir(self._config)
+        sweep(folder, "checkpoint-*")
 
     def _open_log(self, folder: Path, stack: ExitStack) -> list[dict[str, Any]]:
         """The rows of the log up to the checkpoint; it is open from now on."""

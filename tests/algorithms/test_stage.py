@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -111,6 +112,26 @@ def test_each_row_is_on_disk_before_the_next_step(tmp_path):
             stage.log(step, {"loss": 1.0 / step})
             assert [row["loss"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1.0, 0.5][:step]
     assert stage.history == [{"loss": 1.0}, {"loss": 0.5}]
+
+
+def test_the_rows_are_on_the_disk_before_the_checkpoint_that_needs_them(model, tmp_path, monkeypatch):
+    events, flush, rename = [], os.fsync, os.rename
+
+    def flushed(descriptor):
+        events.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        flush(descriptor)
+
+    def renamed(source, target):
+        events.append(Path(target).name)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(os, "rename", renamed)
+    with Stage(
+        "sft", config(model, tmp_path / "run", save_steps=1), 2, (load_policy(model), tiny.tokenizer())
+    ) as stage:
+        stage.log(1, {"loss": 1.0})
+    assert {"metrics.jsonl", "samples.jsonl"} <= {*events[: events.index("checkpoint-1")]}
 
 
 def test_a_run_that_fails_in_the_middle_leaves_its_metrics_and_the_weights_of_its_last_whole_step(
