@@ -62,7 +62,7 @@ def make_adamw(
     bits, paged = 8 if in_8_bits else 32, config.optim.startswith("paged")
     # Which moments are small is told by the whole parameter, of which this may be a part.
     smallest = 0 if in_8_bits else SMALLEST_8BIT
-    adamw = _bitsandbytes(config.optim).optim.AdamW
+    adamw = _of_parts_too(_bitsandbytes(config.optim).optim.AdamW)
     return adamw(params, optim_bits=bits, is_paged=paged, min_8bit_size=smallest, **settings)
 
 
@@ -96,6 +96,20 @@ def set_moments(adamw: torch.optim.Optimizer, updated: Tensor, param: Tensor, sa
                 state[what].copy_(full(value)[first : first + len(state[what])])
             else:
                 state[what].copy_(part(like(param, value)))
+
+
+def _of_parts_too(base: Any) -> Any:
+    """bitsandbytes' AdamW, also where a rank holds nothing of a weight of fewer rows than ranks: a CUDA kernel over
+    nothing is an error, at which bitsandbytes ends the process."""
+
+    class AdamW(base):
+        def update_step(self, group: Any, p: Tensor, gindex: int, pindex: int) -> None:
+            if p.numel():
+                super().update_step(group, p, gindex, pindex)
+            else:
+                self.state[p]["step"] += 1
+
+    return AdamW
 
 
 def _bitsandbytes(optim: str) -> Any:

@@ -16,7 +16,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from fastrlhf.distributed import from_all, is_first, on_each, on_first, share
+from fastrlhf.distributed import is_first, on_each, on_first, share
 
 MANIFEST = "manifest.json"
 
@@ -33,7 +33,7 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         on_first(lambda: _make_empty(partial))
         fill(partial)
         # Of a file system in a network, a rank is sure to see its own files at once.
-        names = sorted({name for seen in from_all(_names(partial)) for name in seen})
+        names = sorted({name for seen in on_each(lambda: _names(partial)) for name in seen})
         entries = on_each(lambda: {name: _entry(partial / name) for name in share(names)})
         on_first(lambda: _publish(partial, folder, entries))
     except BaseException as error:

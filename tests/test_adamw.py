@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import Embedding, Linear
 
-from fastrlhf.adamw import check_optim, make_adamw, moments_in_8_bits
+from fastrlhf.adamw import check_optim, make_adamw, moments, moments_in_8_bits
 from fastrlhf.config import SFTConfig
 from fastrlhf.optim import Optimizer
 from tests.resumable import Killed, Watch, run, save_models, untimed_log
@@ -136,3 +136,35 @@ def test_a_run_with_moments_of_8_bits_resumes_with_the_same_bits(tmp_path):
         with pytest.raises(Killed):
             run("sft", paths, tmp_path / "cut", **settings)
     assert untimed_log(tmp_path / "cut", run("sft", paths, tmp_path / "cut", **settings)) == whole
+
+
+@has_bitsandbytes
+@pytest.mark.parametrize("in_8_bits", [True, False])
+def test_no_kernel_is_started_over_the_nothing_that_a_rank_may_hold_of_a_weight(in_8_bits, monkeypatch):
+    """On a GPU that ends the process; on a CPU it passes, so that the sizes of what is updated are looked at."""
+    import bitsandbytes.functional as kernels
+
+    sizes = []
+
+    def watched(update):
+        def watch(name, gradient, *arguments, **keywords):
+            sizes.append(gradient.numel())
+            update(name, gradient, *arguments, **keywords)
+
+        return watch
+
+    for name in ("optimizer_update_8bit_blockwise", "optimizer_update_32bit"):
+        monkeypatch.setattr(kernels, name, watched(getattr(kernels, name)))
+    some, none = torch.ones(1, 4096), torch.ones(0, 4096)
+    config = SFTConfig(optim="adamw_8bit", learning_rate=1e-2)
+    adamw = make_adamw(config, [none, some], rate=1e-2, decay=0.0, in_8_bits=in_8_bits)
+    for _ in range(2):
+        for part in (some, none):
+            part.grad = torch.ones_like(part)
+        adamw.step()
+    assert sizes == [4096, 4096]
+    assert some.max() < 1
+    saved, beside = (moments(adamw, part, part) for part in (none, some))
+    assert saved.keys() == beside.keys()  # all ranks save the same names
+    assert saved["step"] == beside["step"] == 2
+    assert saved["state1"].shape == none.shape

@@ -100,9 +100,11 @@ class _LayerInputs:
         self._last: weakref.ref[_Input] | None = None
         self._under_way: tuple[_Input, Tensor] | None = None
 
-    def leave(self, tensor: Tensor) -> _Input:
+    def leave(self, tensor: Tensor) -> _Input | Tensor:
         """The pack hook: a copy of the tensor starts once all computation asked for so far is done."""
         tensor = tensor.detach()
+        if not tensor.numel():  # torch 2.11 saves such a one beside every input, and not on its device
+            return tensor
         self._wait(tensor.device)
         copy = torch.empty_like(tensor, device=self._place, pin_memory=tensor.is_cuda)
         self._copy(tensor, copy, tensor.device)
@@ -110,8 +112,10 @@ class _LayerInputs:
         self._under_way, self._last = (one, tensor), weakref.ref(one)
         return one
 
-    def come_back(self, one: _Input) -> Tensor:
+    def come_back(self, one: _Input | Tensor) -> Tensor:
         """The unpack hook: computation asked for from now on finds the tensor as it was."""
+        if isinstance(one, Tensor):
+            return one
         tensor = self._under_way[1] if self._under_way and self._under_way[0] is one else self._fetched(one)
         self._wait(one.device)
         before = one.before and one.before()

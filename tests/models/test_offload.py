@@ -232,6 +232,18 @@ def test_however_late_copies_are_no_computation_overtakes_them(monkeypatch):
     assert not streams.asked
 
 
+def test_an_empty_tensor_that_torch_saves_beside_an_input_ends_no_copy_under_way(monkeypatch):
+    """torch 2.11 does, on the CPU, whose streams wait for nothing."""
+    streams, inputs, x = LateStreams(monkeypatch), offload._LayerInputs(HOST), torch.arange(3.0)
+    expected = x.clone()
+    one, empty = inputs.leave(x), inputs.leave(torch.empty(0, requires_grad=True))
+    del x
+    assert [target().numel() for target, _ in streams.asked] == [3]
+    assert inputs.come_back(empty).numel() == 0
+    assert [target().numel() for target, _ in streams.asked] == [3]
+    assert torch.equal(inputs.come_back(one), expected)
+
+
 def test_an_input_is_on_its_way_back_while_the_layer_after_it_is_computed_again(monkeypatch):
     streams, model = LateStreams(monkeypatch), deep(4, HOST)
     logprob, under_way = token_logprobs(model, pack(FOREST)).logprob, []
