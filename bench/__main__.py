@@ -15,7 +15,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     toy = commands.add_parser("toy", help="the demo over several seeds: means, intervals, DR-PO against PPO")
     toy.add_argument("--seeds", type=int, default=5, choices=range(1, 11), help="seeds 0 .. N - 1")
-    toy.add_argument("--methods", default="sft,reward,dpo,ppo,drpo")
+    toy.add_argument("--methods", nargs="+", default=["sft", "reward", "dpo", "ppo", "drpo"])
     toy.add_argument("--jobs", type=int, default=2, help="seeds run side by side, the cores shared between them")
     toy.add_argument("--out", type=Path, default=Path("runs/bench_toy"), help="a folder per seed")
     resets = commands.add_parser("resets", help="PPO against DR-PO where exploration is hard and the judge is right")

@@ -18,7 +18,7 @@ STUDENT_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9:
 """Two-sided 95 % quantile of Student's t for a mean over n seeds (n - 1 degrees of freedom)."""
 
 
-def run_toy(seeds: int, methods: str, jobs: int, out: Path) -> str:
+def run_toy(seeds: int, methods: Sequence[str], jobs: int, out: Path) -> str:
     """Runs what is not there yet, appends a row per seed and method, and returns the table in Markdown."""
     threads = max(1, (os.cpu_count() or 1) // jobs)
     with ThreadPoolExecutor(jobs) as pool:
@@ -26,14 +26,14 @@ def run_toy(seeds: int, methods: str, jobs: int, out: Path) -> str:
     return table(summaries)
 
 
-def _run_seed(seed: int, methods: str, threads: int, folder: Path) -> dict[str, Any]:
+def _run_seed(seed: int, methods: Sequence[str], threads: int, folder: Path) -> dict[str, Any]:
     summary = folder / "summary.json"
     if not summary.exists():
         command = [sys.executable, "-m", "fastrlhf.cli", "demo", "--out", str(folder), "--seed", str(seed)]
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         folder.parent.mkdir(parents=True, exist_ok=True)
         with (folder.parent / f"seed-{seed}.log").open("w") as log:
-            subprocess.run([*command, "--methods", methods], env=environment, stdout=log, stderr=log, check=True)
+            subprocess.run([*command, "--methods", *methods], env=environment, stdout=log, stderr=log, check=True)
         for method, row in json.loads(summary.read_text())["methods"].items():
             append_row({"bench": "toy", "seed": seed, "threads": threads, "method": method, **row})
     return json.loads(summary.read_text())

@@ -201,8 +201,8 @@ def _interval(ends: Sequence[float], form: str) -> str:
     return f"[{low:{form}}, {high:{form}}]"
 
 
-def _stages(methods: str) -> list[str]:
-    asked = set(STAGES) if methods == "all" else {name.strip() for name in methods.split(",") if name.strip()}
+def _stages(methods: Sequence[str]) -> list[str]:
+    asked = set(STAGES if "all" in methods else methods)
     for name in sorted(asked - set(STAGES)):
         raise ValueError(f"methods: unknown method {name!r}; choose among {', '.join(STAGES)}, or all")
     require("sft" in asked, "methods", methods, "a list with sft, which all else starts from")

@@ -44,6 +44,16 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         raise
 
 
+def write_file(path: Path, text: str) -> None:
+    """Makes a file, and the folders that lead to it; one of that name is replaced."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    flush(partial)
+    os.replace(partial, path)
+    flush(path.parent)
+
+
 def check_folder(folder: Path, needs: Callable[[str], bool] = lambda name: True) -> None:
     """Raises ValueError, naming the file, where one that the manifest lists is missing or is not as it was written.
 
@@ -59,6 +69,14 @@ def discard_folder(folder: Path) -> None:
     shutil.rmtree(hidden, ignore_errors=True)
     os.rename(folder, hidden)
     shutil.rmtree(hidden)
+
+
+def sweep(folder: Path, names: str) -> None:
+    """Deletes what a process that was killed has left half written or half deleted, of the folders in `folder` whose
+    names match `names`, a pattern as of glob."""
+    for what in ("partial", "discarded"):
+        for path in folder.glob(f".{names}.{what}"):
+            shutil.rmtree(path)
 
 
 def flush(path: Path) -> None:

@@ -8,9 +8,10 @@ metrics.jsonl holds one strict JSON object per call of `log`, flushed at once:
 
     {"step": 1, "time": 0.42, "loss": 0.693, "rewards/margins": 0.0}
 
-`step` counts optimiser steps, `time` is seconds since the writer was made. JSON has no number for NaN and the
-infinities: they are written as the strings "nan", "inf" and "-inf", and `read_metrics` turns them back into floats. A
-resumed run drops the rows past its checkpoint and appends, so that its log is that of an uninterrupted one.
+`step` counts optimiser steps, 0 being before the first (`eval_on_start`); `time` is seconds since the writer was made.
+JSON has no number for NaN and the infinities: they are written as the strings "nan", "inf" and "-inf", and
+`read_metrics` turns them back into floats. A resumed run drops the rows past its checkpoint and appends, so that its
+log is that of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -92,7 +93,8 @@ class MetricsWriter:
             report_to: any of "tensorboard" and "wandb".
             run_name: name of the run at W&B; the directory's name by default.
             config: the resolved configuration, shown by the reporters.
-            resumed_at: rows of later steps are dropped, and `time` goes on from the last row.
+            resumed_at: rows of later steps are dropped, and `time` goes on from the last row; 0 is a run that starts
+                again, and all are dropped.
 
         Raises:
             ValueError: a reporter is unknown, or its package is not installed; nothing has been written then.
@@ -223,13 +225,14 @@ def _open_to_append(path: Path) -> Any:
 
 
 def _drop_rows_after(path: Path, step: int) -> None:
-    """Steps never fall, so these are the last rows; one that is not whole is among them."""
+    """Steps never fall, so these are the last rows; one that is not whole is among them. After 0 is every row, one of
+    step 0 too."""
     if not path.exists():
         return
     with open(path, "rb+") as file:
         kept = 0
         for line in file:
-            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+            if not step or not line.endswith(b"\n") or json.loads(line)["step"] > step:
                 break
             kept += len(line)
         file.truncate(kept)

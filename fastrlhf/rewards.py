@@ -6,6 +6,9 @@ sum. RTO (Zhong et al. 2024, arXiv 2404.18922, eq. 4.7) is PPO with one more of 
 beta1 is `dpo_reward_scale`, beta2 is `kl_coef`, beta3 is `score_coef`. Prompts and resets earn nothing, nor does what
 follows an EOS; under compat "reference" the KL alone is charged there too, as the authors of DR-PO do. With
 `kl_placement` loss the KL is no reward.
+
+With `truncation` bootstrap a response that the budget cut goes on, and what a whole one earns at its end, the score
+above all, is not paid: the critic's value of the state after the cut expects it, and it would count twice.
 """
 
 from __future__ import annotations
@@ -61,6 +64,13 @@ class Episodes:
     """[R] log(pi_dpo / pi_ref) at temperature 1; None where there is no such model"""
     exact_kl: Tensor | None = None
     """[R] KL(sampler || reference) of the state that the token was drawn in; None where the KL is that of the token"""
+    goes_on: Tensor | None = None
+    """[N] bool: cut by the budget, and their return goes on with the critic's value; None where every episode ends"""
+
+    @property
+    def finished(self) -> Tensor:
+        """[N] bool: those that are paid what a whole response earns"""
+        return torch.ones_like(self.missing_eos) if self.goes_on is None else ~self.goes_on
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,9 +141,9 @@ class Rewards:
 
     def _score(self, episodes: Episodes) -> Term:
         config = self.config
-        score = episodes.score
+        score = torch.where(episodes.finished, episodes.score, 0.0)
         if config.score_norm == "running":
-            score = self._standardised("score", score, torch.ones_like(score, dtype=torch.bool))
+            score = self._standardised("score", score, episodes.finished)
         kept, clipped = clip(score, config.score_clip)
         metrics = {"reward/score_clipped": clipped.float().mean()} if config.score_clip else {}
         if config.missing_eos_score is not None:
@@ -158,8 +168,8 @@ class Rewards:
         if config.reward_function_norm == "running":
             reward = self._standardised(name, reward, paid)
         reward, clipped = clip(reward, config.reward_function_clip)
-        metrics = {f"reward/{name}_clipped": clipped.sum() / paid.sum()} if config.reward_function_clip else {}
-        return Term(reward=reward, metrics=metrics)
+        share = clipped.sum() / paid.sum().clamp(min=1)  # one number each, and all responses cut: none is paid
+        return Term(reward=reward, metrics={f"reward/{name}_clipped": share} if config.reward_function_clip else {})
 
     def _dpo(self, episodes: Episodes, log_ratio: Tensor) -> Term:
         config, earns = self.config, episodes.earns
@@ -332,5 +342,6 @@ def sentence_end_ids(tokenizer: PreTrainedTokenizerBase) -> Tensor:
 
 
 def _at_end(values: Tensor, episodes: Episodes) -> Tensor:
-    """values [N] float32, each at the row of the last valid token of its episode; 0 elsewhere."""
-    return torch.zeros(len(episodes.sampled), device=values.device).index_copy(0, episodes.end, values)
+    """values [N] float32, each at the row of the last valid token of its episode, where that ends; 0 elsewhere."""
+    paid = torch.where(episodes.finished, values, 0.0)
+    return torch.zeros(len(episodes.sampled), device=values.device).index_copy(0, episodes.end, paid)

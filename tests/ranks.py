@@ -56,14 +56,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "dpo": {"loss_type": ("sigmoid", "ipo"), "loss_weights": (1.0, 0.1)},
     "dpo lora": LORA,
     "groups": {"precompute_ref_log_probs": False},
-    "ppo": {},
+    "ppo": {"truncation": "bootstrap"},
     "drpo": LORA | {"num_mini_batches": 1, "reset_source": "sample"},
     "rto": {"kl_placement": "loss", "kl_estimator": "exact"},
     "roles": LORA | STEADY,
 }
-"""Every trainer: with a live reference (groups); with a critic, a steered KL and early stops (ppo); with a judge of the
-user's and resets that the reference writes (drpo); with the exact KL in the loss (rto); with models that share the
-weights of one (roles), and an adapter of fewer rows than ranks (sft dora)."""
+"""Every trainer: with a live reference (groups); with a critic, returns that go on, a steered KL and early stops (ppo);
+with a judge of the user's and resets that the reference writes (drpo); with the exact KL in the loss (rto); with models
+that share the weights of one (roles), and an adapter of fewer rows than ranks (sft dora)."""
 
 MODEL = {
     "model_type": "llama",

@@ -66,13 +66,13 @@ def run(kind: str, paths: dict[str, str], folder: Path, **settings):
             views = Views(config=VIEWS, answers=[answers_to(i) for i in range(6)])
             return reward_model.train_reward_model(RewardConfig(**shared | settings), examples, held_out, views=views)
         case "dpo":
-            return preference.train_dpo(DPOConfig(**shared | settings), examples, held_out)
+            return preference.train_dpo(DPOConfig(**shared | {"eval_on_start": True} | settings), examples, held_out)
         case "groups":
             backend = {"loss_type": ("ipo",), "psi_backend": "groupwise"}
             return preference.train_dpo(DPOConfig(**shared | backend | settings), GROUPS, GROUPS[:3])
         case "ppo":
             remembered = {"score_norm": "running", "kl_target": 0.05, "kl_horizon": 4, "target_kl": 1e-3}
-            keys = shared | judged | remembered | settings
+            keys = shared | judged | remembered | {"eval_on_start": True} | settings
             return on_policy.train_on_policy(PPOConfig(**keys), examples, held_out)
         case "drpo":
             keys = shared | judged | {"reset_group_size": 2, "advantage_estimator": "rloo"} | settings
@@ -142,6 +142,7 @@ def left(result, optimizer, folder: Path) -> dict:
     return {
         "history": [untimed(row) for row in result.history],
         "final": result.final,
+        "initial": result.initial,
         "log": [untimed(row) for row in read_metrics(folder / "metrics.jsonl")],
         "samples": (folder / "samples.jsonl").read_bytes(),
         "weights": {name: tensor.tolist() for name, tensor in result.model.state_dict().items()},

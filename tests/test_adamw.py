@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import Embedding, Linear
 
-from fastrlhf.adamw import check_optim, make_adamw, moments
+from fastrlhf.adamw import check_optim, make_adamw, moments, moments_in_8_bits
 from fastrlhf.config import SFTConfig
 from fastrlhf.optim import Optimizer
 from tests.resumable import Killed, Watch, run, save_models, untimed_log
@@ -39,6 +39,14 @@ def test_a_run_is_refused_before_anything_is_loaded(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@has_bitsandbytes
+@pytest.mark.parametrize("optim", ["adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"])
+def test_moments_are_paged_and_of_8_bits_where_the_name_says_so(optim):
+    paged, small = optim.startswith("paged"), optim.endswith("8bit")
+    adamw = make_adamw(SFTConfig(optim=optim), [torch.zeros(8)], rate=1e-3, decay=0.0, in_8_bits=small)
+    assert (adamw.is_paged, adamw.args.optim_bits) == (paged, 8 if small else 32)
+
+
 def model() -> torch.nn.Sequential:
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -67,6 +75,8 @@ def test_moments_of_8_bits_take_two_bytes_but_for_embeddings_and_small_tensors()
         "2.bias.state1": torch.float32,
     }
     assert state["1.weight.absmax2"].shape == (64 * 128 // 256,)
+    for size in (4095, 4096):  # bitsandbytes' own rule
+        assert moments_in_8_bits(SFTConfig(optim="adamw_8bit"), torch.zeros(size), is_embedding=False) == (size == 4096)
     assert not [name for name in state if "qmap" in name]
 
 

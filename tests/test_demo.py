@@ -5,7 +5,7 @@ from math import log
 import pytest
 
 from fastrlhf import demo
-from fastrlhf.config import DemoConfig, DRPOConfig, PPOConfig
+from fastrlhf.config import DemoConfig, DRPOConfig, PPOConfig, RLPConfig
 
 
 @pytest.fixture
@@ -15,6 +15,8 @@ def short(monkeypatch):
 
     def shortened(name, config, out):
         settings = full(name, config, out)
+        if isinstance(settings, RLPConfig):  # its stages are trained by the settings of others
+            return settings
         return replace(settings, max_steps=2, warmup_steps=0, per_device_train_batch_size=8, progress=False)
 
     monkeypatch.setattr(demo, "stage_config", shortened)
@@ -24,7 +26,7 @@ def short(monkeypatch):
 
 def test_the_chain_leaves_a_folder_per_stage_a_summary_and_a_report(short, tmp_path):
     out = tmp_path / "demo"
-    summary = demo.run_demo(DemoConfig(out=str(out), num_eval=20, seed=3, methods="all"))
+    summary = demo.run_demo(DemoConfig(out=str(out), num_eval=20, seed=3, methods=("all",)))
     assert json.loads((out / "summary.json").read_text()) == json.loads(json.dumps(summary))
     assert (summary["task"], summary["seed"], summary["device"]) == ("toy", 3, "cpu")
     assert list(summary["methods"]) == [name for name in demo.STAGES if name != "reward"]
@@ -49,25 +51,25 @@ def test_the_chain_leaves_a_folder_per_stage_a_summary_and_a_report(short, tmp_p
 
 
 def test_stages_may_be_left_out_but_not_what_others_start_from(short, tmp_path):
-    summary = demo.run_demo(DemoConfig(out=str(tmp_path / "a"), num_eval=8, methods="sft, dpo"))
+    summary = demo.run_demo(DemoConfig(out=str(tmp_path / "a"), num_eval=8, methods=("sft", "dpo")))
     assert list(summary["methods"]) == ["sft", "dpo"]
     assert summary["methods"]["dpo"]["rm_score"] is None
     assert len(demo.format_summary(summary).splitlines()) == 3
     for methods, message in (
-        ("sft,ppo,drpo", "with reward, which judges drpo, ppo"),
-        ("sft,reward,rto", "with dpo, which rewards the tokens of rto"),
-        ("sft,reward,rlp-uml,rlp-spg", "with ppo, which answers for rlp-spg, rlp-uml"),
+        ("sft ppo drpo", "with reward, which judges drpo, ppo"),
+        ("sft reward rto", "with dpo, which rewards the tokens of rto"),
+        ("sft reward rlp-uml rlp-spg", "with ppo, which answers for rlp-spg, rlp-uml"),
         ("dpo", "with sft, which all else starts from"),
-        ("sft,dqo", "unknown method 'dqo'"),
+        ("sft dqo", "unknown method 'dqo'"),
     ):
         with pytest.raises(ValueError, match=message):
-            demo.run_demo(DemoConfig(out=str(tmp_path / "b"), methods=methods))
+            demo.run_demo(DemoConfig(out=str(tmp_path / "b"), methods=tuple(methods.split())))
     assert not (tmp_path / "b").exists()
 
 
 def test_ipo_and_cdpo_run_where_they_are_asked_for_and_each_leaves_its_own_loss(short, tmp_path):
     out = tmp_path / "demo"
-    summary = demo.run_demo(DemoConfig(out=str(out), num_eval=8, methods="ipo,sft,cdpo"))
+    summary = demo.run_demo(DemoConfig(out=str(out), num_eval=8, methods=("ipo", "sft", "cdpo")))
     assert list(summary["methods"]) == ["sft", "ipo", "cdpo"]
     first = {
         name: json.loads((out / name / "metrics.jsonl").read_text().splitlines()[0])["loss"] for name in ("ipo", "cdpo")

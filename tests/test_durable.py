@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from fastrlhf import durable
-from fastrlhf.durable import MANIFEST, check_folder, discard_folder, flush_tree, write_folder
+from fastrlhf.durable import MANIFEST, check_folder, discard_folder, flush_tree, write_file, write_folder
 
 
 def fill(folder: Path) -> None:
@@ -117,3 +117,15 @@ def test_flushing_a_tree_reads_it_only(tmp_path):
     fill(tmp_path)
     flush_tree(tmp_path)
     assert names(tmp_path) == {"a.txt", "deep/b.txt"}
+
+
+def test_a_file_is_replaced_by_the_whole_new_one_or_not_at_all(tmp_path, monkeypatch):
+    file = tmp_path / "made" / "a.json"
+    write_file(file, "old")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: pytest.fail("the disk is full"))
+        with pytest.raises(pytest.fail.Exception):
+            write_file(file, "new")
+    assert file.read_text() == "old"
+    write_file(file, "new")
+    assert [path.read_text() for path in file.parent.iterdir()] == ["new"]

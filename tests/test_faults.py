@@ -64,6 +64,16 @@ def test_a_damaged_checkpoint_is_skipped_aloud_for_the_one_before(file, damage, 
     assert untimed_log(cut, result) == whole
 
 
+def test_what_a_kill_left_half_written_or_half_deleted_is_gone_after_the_next_run(cut, paths, whole):
+    """Of other steps too, whose names no later save or deletion meets; what is not ours stays."""
+    for name in (".checkpoint-1.discarded", ".checkpoint-3.partial/value_model"):
+        (cut / name).mkdir(parents=True)
+        (cut / name / "model.safetensors").write_bytes(b"0" * 100)
+    (cut / ".notes.partial").mkdir()
+    assert untimed_log(cut, run("sft", paths, cut)) == whole
+    assert sorted(path.name for path in cut.glob(".*")) == [".notes.partial"]
+
+
 def test_without_its_optimiser_a_run_resumes_only_where_that_is_asked_for(cut, paths, whole):
     shutil.rmtree(cut / "checkpoint-2")
     (cut / "checkpoint-4" / "optimizer.safetensors").unlink()
@@ -121,9 +131,11 @@ def test_other_weights_to_start_from_are_refused(cut, paths, monkeypatch, tmp_pa
         shutil.copytree(tmp_path / "kept", paths["policy"], dirs_exist_ok=True)
 
 
-def test_a_log_that_lost_rows_is_not_continued(cut, paths):
+@pytest.mark.parametrize("lost", [0, -1])
+def test_a_log_that_lost_rows_is_not_continued(lost, cut, paths):
     rows = (cut / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (cut / "metrics.jsonl").write_text("".join(rows[1:]))
+    del rows[lost]
+    (cut / "metrics.jsonl").write_text("".join(rows))
     with pytest.raises(ValueError, match=r"metrics.jsonl' does not hold the steps 1 to 4"):
         run("sft", paths, cut)
 

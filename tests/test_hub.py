@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import urllib.request
+from contextlib import ExitStack
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
@@ -60,6 +61,20 @@ def test_a_run_that_needs_a_silent_hub_ends_in_one_line(silent, tmp_path, lacks)
     assert f"is no file or folder here, and the hub at {silent} has not answered for 1 s; try again" in told
     assert f"owner/{'model' if lacks == 'model' else 'data'}" in told
     assert not (tmp_path / "run").exists()
+
+
+def test_a_hub_that_takes_no_connection_either_is_not_waited_for(monkeypatch):
+    """The queue of the socket is full: the kernel leaves further connections without an answer."""
+    with socket.socket() as server, ExitStack() as stack:
+        server.bind(("127.0.0.1", 0))
+        server.listen(0)
+        for _ in range(4):
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(server.getsockname())
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        with pytest.raises(ValueError, match=r"has not answered for 0\.2 s"):
+            check_hub("owner/model", "tokenizer:")
 
 
 def test_what_is_here_and_an_offline_run_ask_no_hub(silent, tmp_path, monkeypatch):

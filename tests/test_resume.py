@@ -50,14 +50,14 @@ def test_killed_at_any_step_and_started_again_every_trainer_ends_with_the_same_b
 
 
 def test_killed_before_the_first_checkpoint_a_run_starts_again(paths, tmp_path, monkeypatch, caplog):
-    watch = Watch("sft", monkeypatch)
-    whole = left(run("sft", paths, tmp_path / "whole"), watch.made[-1], tmp_path / "whole")
+    watch = Watch("dpo", monkeypatch)
+    whole = left(run("dpo", paths, tmp_path / "whole"), watch.made[-1], tmp_path / "whole")
     watch.kill = (2, "before")
     with pytest.raises(Killed):
-        run("sft", paths, tmp_path / "cut")
-    assert len(read_metrics(tmp_path / "cut" / "metrics.jsonl")) == 1
+        run("dpo", paths, tmp_path / "cut")
+    assert [row["step"] for row in read_metrics(tmp_path / "cut" / "metrics.jsonl")] == [0, 1]
     watch.kill = None
-    assert left(run("sft", paths, tmp_path / "cut"), watch.made[-1], tmp_path / "cut") == whole
+    assert left(run("dpo", paths, tmp_path / "cut"), watch.made[-1], tmp_path / "cut") == whole
     assert "was stopped without a checkpoint; this one starts again" in caplog.text
 
 

@@ -85,6 +85,29 @@ def test_a_missing_eos_costs_a_penalty_of_its_own_or_replaces_the_score():
     assert rewards(missing_eos_score=0.0, score_coef=3.0)["score"] == [0, 0, 0, 6, 0, 0, 0, 0]
 
 
+def test_a_response_that_goes_on_earns_what_is_of_its_tokens_and_nothing_of_a_whole_response():
+    cut = replace(DPO, goes_on=DPO.missing_eos)
+    functions = {"whole": lambda _: 7.0, "tokens": lambda r: [1.0] * len(r.completion)}
+    found, ending = (rewards(episodes, functions, length_coef=0.5) for episodes in (cut, DPO))
+    assert found.pop("score") == [0, 0, 0, 2, 0, 0, 0, 0]
+    assert found.pop("whole") == [0, 0, 0, 7, 0, 0, 0, 0]
+    assert found == {name: ending[name] for name in ("kl", "dpo", "length", "tokens")}
+
+
+def test_normalisers_count_no_score_and_no_number_that_is_not_paid():
+    """Of scores 2 and 4 the first is one deviation below the mean; -3 and 100 are of responses that go on."""
+    run = Rewards(config=PPOConfig(score_norm="running", reward_function_norm="running", reward_function_clip=0.5))
+    run.functions = {"number": lambda r: 2.0 if r.ended else 100.0}
+    for score, expected in ((2.0, 0.0), (4.0, 1.0)):
+        cut = replace(EPISODES, goes_on=EPISODES.missing_eos, score=torch.tensor([score, -3.0]))
+        found = run.terms(cut)
+        assert found["score"].reward.tolist() == pytest.approx([0, 0, 0, expected, 0, 0, 0, 0])
+        assert not found["number"].reward.any()
+    all_cut = run.terms(replace(EPISODES, goes_on=torch.tensor([True, True])))
+    assert not all_cut["score"].reward.any()
+    assert all_cut["number"].metrics["reward/number_clipped"] == 0
+
+
 def test_the_score_is_weighted_after_it_is_clipped_and_the_clipped_share_is_told():
     found = terms(score_clip=2.5, score_coef=2.0)["score"]
     assert found.reward.tolist() == [0, 0, 0, 4, 0, 0, 0, -5]

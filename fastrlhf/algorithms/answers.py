@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from fastrlhf.data.packing import group
+from fastrlhf.durable import write_file
 from fastrlhf.rollout import TransformersEngine
 from fastrlhf.types import Prefix, Segment, TokenizedExample
 
@@ -77,8 +77,4 @@ def two_that_differ(answers: Answers, draw: np.random.Generator) -> tuple[int, i
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """One JSON object per line; a file that exists is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.writelines(f"{json.dumps(row)}\n" for row in rows)
-    os.replace(partial, path)
+    write_file(path, "".join(f"{json.dumps(row)}\n" for row in rows))

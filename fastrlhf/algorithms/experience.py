@@ -17,7 +17,7 @@ from fastrlhf.algorithms.guards import raise_not_finite
 from fastrlhf.config import PPOConfig
 from fastrlhf.data.packing import forest, num_computed, pack, sequence, tree
 from fastrlhf.distributed import own_micro_batches, total
-from fastrlhf.models.forward import scored_states, state_kl, state_logprobs, token_values
+from fastrlhf.models.forward import hidden_states, read_scores, scored_states, state_kl, state_logprobs
 from fastrlhf.models.sharding import give_back
 from fastrlhf.rewards import Episodes, Rewards, Term, own_kl_advantage, reward_metrics
 from fastrlhf.rollout import end_index
@@ -88,7 +88,8 @@ def score_episodes(
 
     The sampler's log-probs are rescored in the very packs of the first pass, by the op that the loss will use, so that
     the first ratio is exactly 1. `critic` is None where `advantage_estimator` needs none. `rewards` are those of the
-    run; None: those that need neither a model nor a memory.
+    run; None: those that need neither a model nor a memory. With `truncation` bootstrap the critic's forward gives the
+    value of the state after the last token too: a pack holds that token.
     """
     rewards = rewards or Rewards(config=config)
     device = policy.device
@@ -99,6 +100,8 @@ def score_episodes(
     token = torch.zeros(num_rows, dtype=torch.int64, device=device)
     dpo_log_ratio = torch.zeros(num_rows, device=device) if rewards.implicit else None
     exact_kl = torch.zeros(num_rows, device=device) if config.kl_estimator == "exact" else None
+    # At the last row of an episode, the value of the state after it.
+    value_after = torch.zeros(num_rows, device=device) if config.truncation == "bootstrap" else None
     reference_states = None
     for item in (item for mini in packs for item in mini):
         scored = _scored(config, policy, reference, item.batch)
@@ -112,7 +115,11 @@ def score_episodes(
                 reference_states = scored.reference_states.new_zeros(num_rows, scored.reference_states.shape[1])
             reference_states[item.index] = scored.reference_states
         if critic is not None:
-            value[item.index] = token_values(critic, item.batch)
+            states = hidden_states(critic, item.batch)
+            value[item.index] = read_scores(critic, states[item.batch.rows])
+            if value_after is not None:
+                last_row = item.index[item.batch.cu_rows[1:] - 1]
+                value_after[last_row] = read_scores(critic, states[item.batch.last])
         token[item.index] = item.batch.targets
         if rewards.implicit:
             assert dpo_log_ratio is not None
@@ -122,8 +129,8 @@ def score_episodes(
         give_back(model)
 
     logprob, reference_logprob, value, entropy, token = map(total, (logprob, reference_logprob, value, entropy, token))
-    dpo_log_ratio, exact_kl, reference_states = (
-        None if x is None else total(x) for x in (dpo_log_ratio, exact_kl, reference_states)
+    dpo_log_ratio, exact_kl, reference_states, value_after = (
+        None if x is None else total(x) for x in (dpo_log_ratio, exact_kl, reference_states, value_after)
     )
     episodes = Episodes(
         rollouts=rollouts,
@@ -138,6 +145,7 @@ def score_episodes(
         reference_logprob=reference_logprob,
         dpo_log_ratio=dpo_log_ratio,
         exact_kl=exact_kl,
+        goes_on=None if value_after is None else rows.missing_eos,
     )
     terms = rewards.terms(episodes)
     # One after the other, so that an addend of zeros changes no bit.
@@ -150,7 +158,8 @@ def score_episodes(
     if critic is None:
         advantage, returns = _group_advantage(config, reward, rows.cu_rows), None
     else:
-        advantage, returns = gae(reward, value, rows.cu_rows, gamma=config.gamma, lam=config.lam)
+        after = None if value_after is None else torch.where(rows.missing_eos, value_after[rows.end], 0.0)
+        advantage, returns = gae(reward, value, rows.cu_rows, gamma=config.gamma, lam=config.lam, bootstrap=after)
     if own_kl is not None:
         advantage = advantage + own_kl
     if critic is not None:

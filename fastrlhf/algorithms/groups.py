@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, chain
 
 import torch
@@ -77,9 +78,11 @@ def train_groups(
     reference = open_reference(config, model, trees, chain(trained, held_out))
     shard(model)
     optimizer = Optimizer({"": model}, config, num_steps=steps)
+    evaluate_held_out = partial(_evaluate, config, model, reference, groups, held_out)
     evaluation: dict[str, float] = {}
 
     with Stage("psipo", config, steps, (model, tokenizer), data=data, parts={"optimizer": optimizer}) as stage:
+        stage.on_start(evaluate_held_out)
         for step, indices in stage.remaining(index_batches(num_train, config.batch_size, steps, config.seed)):
             totals, drawn = StepMetrics(), [groups[i] for i in indices]
             for micro in _micro_batches(drawn, config):
@@ -92,7 +95,7 @@ def train_groups(
             metrics |= {**optimizer.step(), "num_tokens": sum(num_in_sequences(g.tree) for g in drawn)}
             metrics["num_unique_tokens"] = sum(num_computed(g.tree) for g in drawn)
             if held_out and stage.due(step, config.eval_steps):
-                evaluation = _evaluate(config, model, reference, groups, held_out)
+                evaluation = evaluate_held_out()
                 metrics |= evaluation
             stage.log(step + 1, metrics)
         return stage.finish(model, tokenizer, evaluation)

@@ -20,6 +20,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -147,6 +148,9 @@ def train_on_policy(
         learning_rates={"value_": config.value_learning_rate or config.learning_rate},
     )
     sample_every = -(-steps // config.num_sample_generations) if config.num_sample_generations else 0
+    evaluate_held_out = partial(
+        evaluate, config, policy, reference, judge, held_out, eos, held_out_judge, waiting.present
+    )
     evaluation: dict[str, float] = {}
 
     with Stage(
@@ -158,6 +162,7 @@ def train_on_policy(
         data=data,
         parts={"optimizer": optimizer, "rewards": rewards, "kl": rewards.kl},
     ) as stage:
+        stage.on_start(evaluate_held_out)
         for step, indices in stage.remaining(index_batches(len(prompts), num_groups, steps, config.seed)):
             start = time.perf_counter()
             drawn = [prompts[i] for i in indices]
@@ -200,7 +205,7 @@ def train_on_policy(
                 "num_unique_tokens": sum(from_all(sum(item.batch.num_tokens for mini in packs for item in mini))),
             }
             if held_out and stage.due(step, config.eval_steps):
-                evaluation = evaluate(config, policy, reference, judge, held_out, eos, held_out_judge, waiting.present)
+                evaluation = evaluate_held_out()
                 metrics |= evaluation
             if sample_every and stage.due(step, sample_every):
                 stage.samples(step + 1, sample_rows(tokenizer, rollouts, scores, experience, NUM_SAMPLES))

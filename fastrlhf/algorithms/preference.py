@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from itertools import chain
 
@@ -104,6 +105,7 @@ def train_dpo(
     reference = open_reference(config, model, trees, chain(trained, held_out))
     shard(model)
     optimizer, diagnoses = Optimizer({"": model}, config, num_steps=steps), Diagnoses(config.losses)
+    evaluate_held_out = partial(_evaluate, config, model, reference, everything, held_out)
     evaluation: dict[str, float] = {}
 
     with Stage(
@@ -116,6 +118,7 @@ def train_dpo(
     ) as stage:
         for earlier in stage.history:  # a resumed run has told of those
             diagnoses.look(earlier)
+        stage.on_start(evaluate_held_out)
         for step, indices in stage.remaining(index_batches(num_train, config.batch_size, steps, config.seed)):
             drawn, totals = everything[indices], StepMetrics()
             for micro in _micro_batches(drawn, config):
@@ -129,7 +132,7 @@ def train_dpo(
             metrics |= {**optimizer.step(), "num_tokens": sum(map(num_in_sequences, drawn.trees))}
             metrics["num_unique_tokens"] = sum(map(num_computed, drawn.trees))
             if held_out and stage.due(step, config.eval_steps):
-                evaluation = _evaluate(config, model, reference, everything, held_out)
+                evaluation = evaluate_held_out()
                 metrics |= evaluation
             stage.log(step + 1, metrics)
             for finding in diagnoses.look(metrics):

@@ -84,10 +84,12 @@ def train_reward_model(
     objective = views.open(model.config.hidden_size, model.device, steps) if views else None
     heads, rates = ({"view_": objective.heads}, {"view_": objective.learning_rate}) if objective else ({}, {})
     optimizer = Optimizer({"": model, **heads}, config, num_steps=steps, learning_rates=rates)
+    evaluate_held_out = partial(evaluate, config, model, held_out, held_out_margins)
     evaluation: dict[str, float] = {}
 
     parts: dict[str, Any] = {"optimizer": optimizer} | ({"views": objective.heads} if objective else {})
     with Stage("reward", config, steps, (model, tokenizer), data=data, parts=parts) as stage:
+        stage.on_start(evaluate_held_out)
         for step, indices in stage.remaining(index_batches(len(pairs), config.batch_size, steps, config.seed)):
             drawn, seen = [pairs[i] for i in indices], objective.draw(step) if objective else []
             loss_of_views = partial(objective.loss, step=step) if objective else None
@@ -98,7 +100,7 @@ def train_reward_model(
             metrics |= {**optimizer.step(), "num_tokens": sum(map(num_in_sequences, [*drawn, *seen]))}
             metrics["num_unique_tokens"] = sum(map(num_computed, [*drawn, *seen]))
             if held_out and stage.due(step, config.eval_steps):
-                evaluation = evaluate(config, model, held_out, held_out_margins)
+                evaluation = evaluate_held_out()
                 metrics |= evaluation
             stage.log(step + 1, metrics)
         return stage.finish(model, tokenizer, evaluation)

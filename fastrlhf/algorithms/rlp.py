@@ -43,12 +43,20 @@ from fastrlhf.algorithms.rlp_uml import Views
 from fastrlhf.algorithms.scoring import per_response
 from fastrlhf.algorithms.stage import TrainResult
 from fastrlhf.algorithms.starts import reset_fields
-from fastrlhf.checkpoint import check_output_dir, create_output_dir, holds_model, is_unfinished
+from fastrlhf.checkpoint import (
+    check_idle,
+    check_output_dir,
+    create_output_dir,
+    holds_model,
+    is_unfinished,
+    locked,
+)
 from fastrlhf.config import PPOConfig, RewardConfig, RLPConfig, require
 from fastrlhf.config_files import SAME_MODEL, differences
 from fastrlhf.data.inputs import Data, open_inputs, with_room
 from fastrlhf.data.tokens import special_ids
 from fastrlhf.distributed import check_one_process
+from fastrlhf.durable import write_file
 from fastrlhf.evaluation.equivalence import EquivalenceJudge, open_judge
 from fastrlhf.metrics import read_metrics, read_rows
 from fastrlhf.models.forward import sequence_scores
@@ -93,13 +101,14 @@ def train_rlp(
     """
     check_one_process("rlp")
     run = _open(config, reward, policy, pairs, eval_pairs, prompts, eval_prompts, equivalence, gold)
-    judged_by = config.reward_model_path or run.train_reward("reward", reward.model_name_or_path)
-    final = config.policy_path or run.train_policy("policy", judged_by)
-    found: dict[str, float] = {}
-    for round_ in range(1, config.rounds + 1) if config.refinement != "none" else ():
-        judged_by, found = run.refit(round_, judged_by, final)
-        final = run.train_policy(f"round-{round_}/policy", judged_by)
-    result = run.result or run.read_result(Path(final))
+    with locked(Path(config.output_dir)):
+        judged_by = config.reward_model_path or run.train_reward("reward", reward.model_name_or_path)
+        final = config.policy_path or run.train_policy("policy", judged_by)
+        found: dict[str, float] = {}
+        for round_ in range(1, config.rounds + 1) if config.refinement != "none" else ():
+            judged_by, found = run.refit(round_, judged_by, final)
+            final = run.train_policy(f"round-{round_}/policy", judged_by)
+        result = run.result or run.read_result(Path(final))
     return replace(result, final={**result.final, **found})
 
 
@@ -162,13 +171,13 @@ class _Run:
                 found[f"rlp/rm_accuracy_offline_{which}"] = accuracy
         if views:
             found |= view_activity(read_metrics(Path(refitted) / "metrics.jsonl"))
-        report.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        write_file(report, json.dumps(found, indent=2) + "\n")
         self._check_variance(found)
         return refitted, found
 
     def read_result(self, folder: Path) -> TrainResult:
         """Of a policy that an earlier start of the run has trained."""
-        history = read_metrics(folder / "metrics.jsonl")
+        history = [row for row in read_metrics(folder / "metrics.jsonl") if row["step"] > 0]
         model = self._load_policy(str(folder))
         return TrainResult(model=model, tokenizer=self.tokenizer, history=history, final={}, output_dir=folder)
 
@@ -315,7 +324,8 @@ def _open(
 
 
 def _check_same_run(config: RLPConfig) -> None:
-    """Raises ValueError where the folder holds something else than an earlier part of this run."""
+    """Raises ValueError where the folder holds something else than an earlier part of this run, or is in use."""
+    check_idle(config.output_dir)
     file = Path(config.output_dir) / "config.yaml"
     if not file.exists():
         check_output_dir(config.output_dir)

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from transformers import PreTrainedModel
@@ -40,9 +41,11 @@ def train_sft(
     shard(model)
     steps = num_steps(config, len(segments))
     optimizer = Optimizer({"": model}, config, num_steps=steps)
+    evaluate_held_out = partial(evaluate, model, held_out, config.micro_batch_tokens)
     evaluation: dict[str, float] = {}
 
     with Stage("sft", config, steps, (model, tokenizer), data=data, parts={"optimizer": optimizer}) as stage:
+        stage.on_start(evaluate_held_out)
         for step, indices in stage.remaining(index_batches(len(segments), config.batch_size, steps, config.seed)):
             chosen = [segments[i] for i in indices]
             num_trained = sum(segment.num_scored for segment in chosen)
@@ -55,7 +58,7 @@ def train_sft(
             metrics = {"loss": total(loss).item(), **optimizer.step()}
             metrics["num_tokens"] = sum(len(s.token_ids) for s in chosen)
             if held_out and stage.due(step, config.eval_steps):
-                evaluation = evaluate(model, held_out, config.micro_batch_tokens)
+                evaluation = evaluate_held_out()
                 metrics |= evaluation
             stage.log(step + 1, metrics)
         return stage.finish(model, tokenizer, evaluation)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +20,7 @@ from fastrlhf.checkpoint import Checkpointer, Stateful, check_run_dir, create_ou
 from fastrlhf.config import TrainConfig, require
 from fastrlhf.data.inputs import Data
 from fastrlhf.distributed import from_all, is_first, largest, on_first, total, world_size
+from fastrlhf.durable import sweep
 from fastrlhf.interrupts import Interrupted, Interrupts
 from fastrlhf.metrics import MetricsWriter, read_metrics
 from fastrlhf.models.adapters import share_weights
@@ -42,6 +43,8 @@ class TrainResult:
     final: dict[str, float]
     """The last evaluation; empty where there was nothing to evaluate on."""
     output_dir: Path | None
+    initial: dict[str, float] = field(default_factory=dict)
+    """That before the first step; empty without `eval_on_start`."""
     value_model: PreTrainedModel | None = None
     """The critic of an on-policy run; on the CPU where it shared the weights of the policy."""
 
@@ -73,6 +76,7 @@ class Stage:
         self._stack = ExitStack()
         self._start = self._saved = 0
         self.history: list[dict[str, float]] = []
+        self.initial: dict[str, float] = {}
         self.folder = Path(config.output_dir) if config.output_dir else None
         self._checkpointer = None
         self._writer: MetricsWriter | None = None  # of the first rank
@@ -103,13 +107,17 @@ class Stage:
         if self._checkpointer:
             self._start = self._saved = self._checkpointer.load(self._config.resume_weights_only)
         rows = on_first(lambda: self._open_log(folder, stack))
-        self.history = [{key: value for key, value in row.items() if key not in ("step", "time")} for row in rows]
+        values = [{key: value for key, value in row.items() if key not in ("step", "time")} for row in rows]
+        if rows and rows[0]["step"] == 0:
+            self.initial = values.pop(0)
+        self.history = values
         self._interrupts = stack.enter_context(Interrupts())
 
     def _claim(self, folder: Path, stack: ExitStack) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         stack.enter_context(locked(folder))
         check_run_dir(self._config)
+        sweep(folder, "checkpoint-*")
 
     def _open_log(self, folder: Path, stack: ExitStack) -> list[dict[str, Any]]:
         """The rows of the log up to the checkpoint; it is open from now on."""
@@ -120,10 +128,11 @@ class Stage:
         )
         self._writer = stack.enter_context(writer)
         rows = read_metrics(folder / "metrics.jsonl")
-        if [row["step"] for row in rows] != list(range(1, self._start + 1)):
+        first = 0 if config.eval_on_start else 1
+        if self._start and [row["step"] for row in rows] != list(range(first, self._start + 1)):
             raise ValueError(
-                f"{str(folder / 'metrics.jsonl')!r} does not hold the steps 1 to {self._start} of the run that is to "
-                "be resumed; restore the file"
+                f"{str(folder / 'metrics.jsonl')!r} does not hold the steps {first} to {self._start} of the run that "
+                "is to be resumed; restore the file"
             )
         create_output_dir(config.output_dir, config)
         return rows
@@ -154,6 +163,14 @@ class Stage:
                 error.add_note(f"saved as {self._save(self._checkpointer, step)}; the same command continues")
             except Exception as another:
                 log.warning("step %d cannot be saved: %s", step, another)
+
+    def on_start(self, evaluate: Callable[[], Mapping[str, float]]) -> None:
+        """The row of step 0, where `eval_on_start` asks for one: what `evaluate` finds before the first step. A run
+        that goes on from a checkpoint has it in its log."""
+        if self._config.eval_on_start and self._start == 0:
+            self.initial = dict(evaluate())
+            if self._writer:
+                self._writer.log(0, self.initial)
 
     def remaining(self, batches: Iterable[list[int]]) -> Iterator[tuple[int, list[int]]]:
         """(step, batch) from the step on at which the run starts or resumes."""
@@ -213,6 +230,7 @@ class Stage:
             history=self.history,
             final=final,
             output_dir=self.folder,
+            initial=self.initial,
             value_model=value_model,
         )
 

@@ -59,9 +59,8 @@ class DemoConfig:
     """Folder of the run; it must not hold one already."""
     seed: int = 0
     """Of the data, the weights and every sample."""
-    methods: str = "sft,reward,dpo,ppo,drpo"
-    """Which stages run, separated by commas, among sft, reward, dpo, ipo, cdpo, ppo, drpo, rto, drpo+rto, rlp-uml,
-    rlp-spg; or "all"."""
+    methods: tuple[str, ...] = ("sft", "reward", "dpo", "ppo", "drpo")
+    """Which stages run, among sft, reward, dpo, ipo, cdpo, ppo, drpo, rto, drpo+rto, rlp-uml, rlp-spg; or all."""
     num_eval: int = 600
     """Held-out posts the methods are judged on."""
 

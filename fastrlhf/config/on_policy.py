@@ -68,6 +68,10 @@ class PPOConfig(TrainConfig):
     """Subtracted from the score of a response that did not end (TRL)."""
     missing_eos_score: float | None = None
     """Replaces the score of a response that did not end (the DR-PO paper: -1)."""
+    truncation: Literal["terminal", "bootstrap"] = "terminal"
+    """What the end of the budget is to a response without an EOS. terminal: its end, where it is judged as it is.
+    bootstrap: a pause (Pardo et al. 2018, arXiv 1712.00378): the return goes on with the critic's value of the state
+    after the last token, which expects the score of the whole response, so nothing but its tokens' rewards is paid."""
     kl_coef: float = 0.05
     """Weight of the KL to the reference, per nat: each token earns -kl_coef * log(policy / reference), unless the next
     two keys say otherwise. RTO's beta2."""
@@ -237,12 +241,12 @@ class PPOConfig(TrainConfig):
         )
         self._check_kl()
         if self.compat == "reference":
-            for name, only in (("kl_placement", "reward"), ("loss_aggregation", "token")):
+            for name, only in (("kl_placement", "reward"), ("loss_aggregation", "token"), ("truncation", "terminal")):
                 value = getattr(self, name)
                 require(value == only, name, value, f"{only} under compat reference, as in the authors' code")
         dpo = ("dpo_reward_scale", "dpo_reward_norm", "dpo_reward_clip", "reward_shaping")
         resets = ("reset_min", "reset_source", "reset_curriculum")
-        critic = ("vf_coef", "cliprange_value", "value_learning_rate", "lam")
+        critic = ("vf_coef", "cliprange_value", "value_learning_rate", "lam", "truncation")
         no_critic = f"with advantage_estimator {self.advantage_estimator}"
         grouped, one_step = self.reset_group_size > 1, self.num_ppo_epochs * self.num_mini_batches == 1
         at_default(
@@ -259,6 +263,12 @@ class PPOConfig(TrainConfig):
                 (self.psi == "clipped_logit", "where psi is not clipped_logit", ("psi_clip",)),
             ],
         )
+        if self.truncation == "bootstrap":
+            for name in ("missing_eos_penalty", "missing_eos_score"):
+                value, rule = getattr(self, name), "null where truncation is bootstrap, which pays no score to change"
+                require(value is None, name, value, rule)
+            shaping, rule = self.reward_shaping, "token or none where truncation is bootstrap, with no end to pay at"
+            require(shaping in ("token", "none"), "reward_shaping", shaping, rule)
 
     def _check_kl(self) -> None:
         placement, estimator = self.kl_placement, self.kl_estimator

@@ -132,6 +132,8 @@ class TrainConfig:
     """Gradients are scaled down to this norm; 0 is off (the norm is logged all the same)."""
     eval_steps: int = 0
     """Optimiser steps between evaluations; 0: only at the end."""
+    eval_on_start: bool = False
+    """Evaluate before the first step too: row 0 of the metrics."""
     save_steps: int = 0
     """Optimiser steps (updates, in on-policy runs) between checkpoints; 0: none but when the run is stopped."""
     save_total_limit: int = 0

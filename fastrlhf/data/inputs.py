@@ -12,7 +12,6 @@ from functools import cached_property
 
 from transformers import PreTrainedTokenizerBase
 
-from fastrlhf.adamw import check_optim
 from fastrlhf.checkpoint import check_idle, check_run_dir, check_same_data
 from fastrlhf.config import TrainConfig, parse_columns, require
 from fastrlhf.data.examples import RESPONSES, LoadedExamples, load_examples
@@ -20,7 +19,7 @@ from fastrlhf.data.labels import GROUP_LABELS
 from fastrlhf.data.tokens import TokenizedExamples, TokenReport, load_tokenizer, tokenize_examples
 from fastrlhf.distributed import on_first, start, world_size
 from fastrlhf.metrics import import_reporters
-from fastrlhf.models.loading import resolve_device
+from fastrlhf.models.loading import check_libraries
 from fastrlhf.types import Example, TokenizedExample
 
 log = logging.getLogger(__name__)
@@ -51,15 +50,15 @@ def open_inputs(
     """The tokenizer and the tokenised rows that have `fields`, the `needs` of `load_examples`; `train` and `evaluation`
     stand in for the dataset's.
 
-    Raises ValueError for anything that is wrong with the paths, the files, the rows or the reporters, before a model is
-    loaded and before a folder is made.
+    Raises ValueError for anything that is wrong with the paths, the files, the rows or the reporters, and for what the
+    device or the installation lacks, before a model is loaded and before a folder is made.
     """
     start(config)
     if config.output_dir:
         on_first(lambda: check_run_dir(config))
         on_first(lambda: check_idle(config.output_dir))
     import_reporters(config.report_to)
-    check_optim(config, resolve_device(config.device))
+    check_libraries(config)
     tokenizer = open_tokenizer(config)
     if train is None:
         train, evaluation = _load_both(config, fields)
@@ -71,6 +70,8 @@ def open_inputs(
     )
     ranks, num_eval = world_size(), len(data.eval)
     require(num_eval == 0 or num_eval >= ranks, "num_eval_examples", num_eval, f"0, or at least the {ranks} processes")
+    rule = "false where no rows are held out; give num_eval_examples or dataset_test_split"
+    require(num_eval > 0 or not config.eval_on_start, "eval_on_start", True, rule)
     if config.output_dir:
         check_same_data(config.output_dir, data.fingerprint)
     return tokenizer, data

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.nn import Linear
+from torch.nn import Linear, Module
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -175,18 +175,20 @@ def own_forward(model: PreTrainedModel) -> Tensor:
 def check_packed_forward(model: PreTrainedModel, expected: Tensor | None = None) -> None:
     """Refuses a model whose packed forward is not its own forward, one sequence at a time.
 
-    Catches attention that leaks between sequences (a model that does not go through transformers' AttentionInterface)
-    and a head whose logits are transformed in a way that `linear_logprob` was not told of. A few tokens, once, at the
-    start. `expected` is `own_forward` before something was done to the trunk; None: as it is. Raises ValueError.
+    Catches attention, or a recurrent state, that leaks between sequences (a model that does not go through
+    transformers' AttentionInterface), and a head whose logits are transformed in a way that `linear_logprob` was not
+    told of. A few tokens, once, at the start. `expected` is `own_forward` before something was done to the trunk; None:
+    as it is. Raises ValueError.
     """
     expected = own_forward(model) if expected is None else expected
-    batch, _ = _probe(model)
+    batch, sequences = _probe(model)
     was_training = model.training
     model.eval()
+    hidden, leaks = _probe_states(model, batch, len(sequences[0]))
     if model.get_output_embeddings() is None:
-        packed = read_scores(model, hidden_states(model, batch)[batch.last])
+        packed = read_scores(model, hidden[batch.last])
     else:
-        packed = token_logprobs(model, batch).logprob
+        packed = state_logprobs(model, hidden[batch.rows], batch.targets).logprob
     model.train(was_training)
     tolerance = 1e-4 if next(model.parameters()).dtype == torch.float32 else 0.1
     error = (packed - expected).abs().max().item()
@@ -194,11 +196,29 @@ def check_packed_forward(model: PreTrainedModel, expected: Tensor | None = None)
         raise ValueError(
             f"{type(model).__name__} of {model.config.name_or_path!r}: its weights give numbers that are not finite"
         )
-    if error > tolerance:
+    if error > tolerance or leaks:
+        found = f"differs from the model's own by {error:.2g} nats" if error > tolerance else "mixes sequences"
         raise ValueError(
-            f"{type(model).__name__}: the packed forward differs from the model's own by {error:.2g} nats; "
+            f"{type(model).__name__}: the packed forward {found}; "
             "its attention or its head does something fastrlhf does not know, and training would silently mix sequences"
         )
+
+
+def _probe_states(model: PreTrainedModel, batch: PackedBatch, num_first: int) -> tuple[Tensor, bool]:
+    """Last hidden states [T, D], and whether those after the first sequence, of `num_first` tokens, depend on it: then
+    a gradient flows there, which in any dtype is exactly 0 where nothing leaks."""
+    inputs: list[Tensor] = []
+
+    def as_leaf(module: Module, arguments: Any, output: Tensor) -> Tensor:
+        inputs.append(output.detach().requires_grad_())
+        return inputs[0]
+
+    with torch.enable_grad(), cast(Module, model.get_input_embeddings()).register_forward_hook(as_leaf):
+        hidden = hidden_states(model, batch)
+    seen = torch.arange(hidden.numel(), device=hidden.device).cos().view_as(hidden).to(hidden.dtype)
+    seen[:num_first] = 0
+    (gradient,) = torch.autograd.grad(hidden, inputs, seen)
+    return hidden.detach(), bool(gradient[0, :num_first].any())
 
 
 def _probe(model: PreTrainedModel) -> tuple[PackedBatch, list[Tensor]]:

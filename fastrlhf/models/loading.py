@@ -24,19 +24,23 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from fastrlhf.adamw import check_optim
 from fastrlhf.config import TrainConfig, parse_model_config, require
 from fastrlhf.config_files import nearest
 from fastrlhf.data.tokens import is_missing_folder, load_tokenizer, special_ids
 from fastrlhf.hub import check_hub
 from fastrlhf.models.adapters import add_adapter
+from fastrlhf.models.attention import check_attention
 from fastrlhf.models.forward import enable_activation_checkpointing
 from fastrlhf.models.four_bit import keep_layout, quantization
 from fastrlhf.models.offload import HOST, check_offloading
-from fastrlhf.models.trunk import TrunkOptions, prepare_trunk
+from fastrlhf.models.trunk import TrunkOptions, check_liger, prepare_trunk
 from fastrlhf.shards import is_sharded, read_tensors
 
 log = logging.getLogger(__name__)
 
+WINDOWS_IN_MASK = ("blt", "doge", "phimoe", "qwen2_moe")
+"""Types whose windows transformers builds into a mask, which packs do not have, and does not tell attention of."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PLAIN = TrunkOptions()
 
@@ -96,6 +100,20 @@ def make_trainable(model: PreTrainedModel, config: TrainConfig, base: str) -> No
         add_adapter(model, config, base)
     if config.activation_checkpointing:
         enable_activation_checkpointing(model, offload_to=HOST if config.activation_offloading else None)
+
+
+def check_libraries(config: TrainConfig) -> None:
+    """Raises ValueError where the device or the installation lacks what optimiser, attention or kernels need, whatever
+    the model."""
+    device, dtype = resolve_device(config.device), DTYPES[config.dtype]
+    check_optim(config, device)
+    check_attention(config.attn_implementation, device, dtype)
+    if config.use_liger_kernel:
+        check_liger(device)
+    if config.activation_offloading:
+        check_offloading(device)
+    if config.load_in_4bit:
+        quantization(dtype)
 
 
 def load_policy(
@@ -323,6 +341,12 @@ def _check_positions(config: PretrainedConfig) -> None:
         )
     if getattr(config, "attention_chunk_size", None):
         raise ValueError(f"{config.model_type}: attention in chunks is not known to packed attention")
+    window = getattr(config, "sliding_window", None)
+    if config.model_type in WINDOWS_IN_MASK and window and window < config.max_position_embeddings:
+        raise ValueError(
+            f"{config.model_type}: packed attention is not told of its sliding_window of {window}; set that to null in "
+            f"its config.json, and max_length to at most {window}"
+        )
 
 
 def _without_dropout(config: PretrainedConfig) -> PretrainedConfig:

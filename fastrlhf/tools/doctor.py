@@ -27,7 +27,7 @@ OLDEST = {"torch": "2.11", "triton": "3.6", "transformers": "5.17"}
 """Of each, the oldest version that is tested (pyproject.toml)."""
 NEEDED = ("transformers", "tokenizers", "datasets", "safetensors", "peft", "tyro", "pyyaml", "tqdm", "jinja2")
 """By the commands; the losses need none."""
-OPTIONAL = ("flash-attn", "liger-kernel", "vllm", "tensorboard", "wandb")
+OPTIONAL = ("bitsandbytes", "flash-attn", "flash-attn-4", "liger-kernel", "vllm", "tensorboard", "wandb")
 LEAST_CAPABILITY = (8, 0)
 """Of a GPU that has bfloat16, for which the kernels are compiled in the tests."""
 LEAST_FREE = 10 * GIB

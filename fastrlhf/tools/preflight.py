@@ -11,18 +11,13 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from fastrlhf.adamw import check_optim
 from fastrlhf.algorithms.psipo import load_psi
 from fastrlhf.algorithms.stage import check_micro_batch
 from fastrlhf.config import DPOConfig, PPOConfig, RewardConfig, RLPConfig, TrainConfig, parse_model_config
 from fastrlhf.data.packing import num_computed
 from fastrlhf.metrics import import_reporters
-from fastrlhf.models.attention import check_attention
-from fastrlhf.models.four_bit import quantization
-from fastrlhf.models.loading import DTYPES, read_model_config, resolve_device
-from fastrlhf.models.offload import check_offloading
+from fastrlhf.models.loading import check_libraries, read_model_config
 from fastrlhf.models.roles import holds_adapter
-from fastrlhf.models.trunk import check_liger
 from fastrlhf.reward_functions import load_reward_functions
 from fastrlhf.rollout_vllm import import_vllm
 from fastrlhf.tools.work import open_work, to_tree
@@ -64,7 +59,7 @@ def rlp_stages(config: RLPConfig, reward: RewardConfig, policy: PPOConfig) -> li
 
 def _check(config: TrainConfig, made: Made) -> None:
     import_reporters(config.report_to)
-    _check_libraries(config)
+    check_libraries(config)
     for key in (*POLICIES, *REWARD_MODELS):
         if path := getattr(config, key, ""):
             _check_model(config, key, path, made)
@@ -77,19 +72,6 @@ def _check(config: TrainConfig, made: Made) -> None:
     if isinstance(config, DPOConfig | PPOConfig) and config.psi:
         load_psi(config.psi, config.psi_clip)
     _check_rows(_with_tokenizer(config, made))
-
-
-def _check_libraries(config: TrainConfig) -> None:
-    """What optimiser, attention and kernels need of the device and of what is installed, whatever the model."""
-    device, dtype = resolve_device(config.device), DTYPES[config.dtype]
-    check_optim(config, device)
-    check_attention(config.attn_implementation, device, dtype)
-    if config.use_liger_kernel:
-        check_liger(device)
-    if config.activation_offloading:
-        check_offloading(device)
-    if config.load_in_4bit:
-        quantization(dtype)
 
 
 def _check_model(config: TrainConfig, key: str, path: str, made: Made) -> None:

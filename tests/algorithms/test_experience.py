@@ -110,6 +110,19 @@ def test_a_missing_eos_score_takes_the_place_of_the_score(critic):
     assert rewards(cfg, ROLLOUTS, critic) == [0, 0, 1, 0, 0, -1, 0, 0, 0, 3, 4, 0, 0, 0, 0, -1]
 
 
+def test_a_return_goes_on_beyond_the_budget_with_the_value_of_the_state_after_the_last_token(critic):
+    """With lambda 0 the last row's return is its reward + gamma times the value after it. The critic here is a judge,
+    whose value of that state is its score of the text so far; an episode that ended has none after it."""
+    cfg = config(kl_coef=0.0, lam=0.0, gamma=0.5, truncation="bootstrap")
+    found, metrics = experience(cfg, ROLLOUTS, critic)
+    judge = reward_model_judge(critic, eos_token_id=EOS, micro_batch_tokens=1000)
+    cut = torch.tensor([not r.ended for r in ROLLOUTS])
+    last = found.returns[found.cu_rows[1:].long() - 1]
+    torch.testing.assert_close(last, torch.where(cut, 0.5 * judge(ROLLOUTS), SCORES), rtol=1e-6, atol=1e-6)
+    assert metrics["objective/scores"] == SCORES.mean()  # they are judged all the same
+    assert metrics["reward/score"] == pytest.approx((1 + 3 + 4) / 5)
+
+
 def test_every_row_earns_minus_kl_coef_times_its_log_ratio_to_the_reference(critic):
     cfg = config(kl_coef=0.25)
     found, metrics = experience(cfg, ROLLOUTS, critic)
@@ -214,10 +227,10 @@ def test_whitened_rewards_keep_their_mean_and_are_divided_by_the_deviation_over_
     torch.testing.assert_close(whitened, expected)
 
 
-@pytest.mark.parametrize("kind", ["fixed", "reference"])
-def test_the_order_of_the_packs_and_their_size_change_no_number(critic, kind):
-    cfg = config(compat=kind, micro_batch_tokens=1000)
-    rollouts = ROLLOUTS if kind == "fixed" else FULL
+@pytest.mark.parametrize("keys", [{}, {"truncation": "bootstrap"}, {"compat": "reference"}])
+def test_the_order_of_the_packs_and_their_size_change_no_number(critic, keys):
+    cfg = config(micro_batch_tokens=1000, **keys)
+    rollouts = ROLLOUTS if cfg.compat == "fixed" else FULL
     found, metrics = experience(cfg, rollouts, critic)
     for budget, order in ((1000, [4, 2, 0, 3, 1]), (12, [0, 1, 2, 3, 4]), (16, [2, 4, 1, 0, 3])):
         other, other_metrics = experience(replace(cfg, micro_batch_tokens=budget), rollouts, critic, order)

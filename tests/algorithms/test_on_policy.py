@@ -3,7 +3,6 @@
 import json
 import math
 from dataclasses import replace
-from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -92,7 +91,7 @@ def padded_ppo_gradients(cfg: PPOConfig, policy, reference, critic, rollouts: li
         return logits.log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
 
     def values():
-        hidden = critic.base_model(ids, attention_mask=attention).last_hidden_state[:, :-1]
+        hidden = critic.base_model(ids, attention_mask=attention).last_hidden_state
         return (hidden @ critic.score.weight.T)[..., 0]
 
     with torch.no_grad():
@@ -101,10 +100,12 @@ def padded_ppo_gradients(cfg: PPOConfig, policy, reference, critic, rollouts: li
         for i, r in enumerate(rollouts):
             steps = sampled[i].nonzero()[:, 0].tolist()
             rewards = {t: -cfg.kl_coef * (old[i, t] - ref[i, t]) for t in steps}
-            rewards[steps[-1]] = rewards[steps[-1]] + scores[i] - (0.0 if r.ended else cfg.missing_eos_penalty)
+            goes_on = cfg.truncation == "bootstrap" and not r.ended
+            if not goes_on:
+                rewards[steps[-1]] = rewards[steps[-1]] + scores[i] - (0.0 if r.ended else cfg.missing_eos_penalty)
             running = torch.tensor(0.0)
-            for t, after in reversed(list(pairwise([*steps, None]))):
-                next_value = 0.0 if after is None else old_values[i, after]
+            for t in reversed(steps):
+                next_value = old_values[i, t + 1] if t < steps[-1] or goes_on else 0.0
                 delta = rewards[t] + cfg.gamma * next_value - old_values[i, t]
                 running = delta + cfg.gamma * cfg.lam * running
                 advantages[i, t], returns[i, t] = running, running + old_values[i, t]
@@ -115,16 +116,21 @@ def padded_ppo_gradients(cfg: PPOConfig, policy, reference, critic, rollouts: li
     ratio = (logprobs(policy) - old).exp()
     clipped = ratio.clamp(1 - cfg.cliprange, 1 + cfg.cliprange)
     policy_loss = -torch.min(ratio * advantages, clipped * advantages)
-    value = values()
+    value, old_values = values()[:, :-1], old_values[:, :-1]
     moved = old_values + (value - old_values).clamp(-cfg.cliprange_value, cfg.cliprange_value)
     value_loss = 0.5 * torch.max((value - returns) ** 2, (moved - returns) ** 2)
     ((policy_loss + cfg.vf_coef * value_loss) * sampled).sum().div(sampled.sum()).backward()
     return [[p.grad.clone() for p in model.parameters()] for model in (policy, critic)]
 
 
+BOOTSTRAP = {"truncation": "bootstrap", "missing_eos_penalty": None}
+
+
+@pytest.mark.parametrize("truncation", [{}, BOOTSTRAP])
 @pytest.mark.parametrize("kind", [PPOConfig, DRPOConfig])
-def test_one_update_equals_an_independent_padded_loop(paths, kind):
-    cfg = config(paths, kind, num_ppo_epochs=1, reset_prob=0.0 if kind is PPOConfig else 0.7, gamma=0.9, lam=0.8)
+def test_one_update_equals_an_independent_padded_loop(paths, kind, truncation):
+    fields = {"num_ppo_epochs": 1, "reset_prob": 0.0 if kind is PPOConfig else 0.7, "gamma": 0.9, "lam": 0.8}
+    cfg = config(paths, kind, **fields | truncation)
     policy = load_policy(cfg.model_name_or_path)
     reference = frozen_copy(tiny.policy(seed=5))
     critic = load_reward_model(cfg.reward_model_path, pad_token_id=0, must_be_trained=True)
@@ -148,11 +154,11 @@ def run(cfg, **settings):
     return train_on_policy(replace(cfg, **settings), tiny.examples(40))
 
 
-@pytest.mark.parametrize("probability", [0.0, 1e-300])
-def test_ppo_is_drpo_with_probability_zero_bit_for_bit(paths, probability):
+@pytest.mark.parametrize(("probability", "truncation"), [(0.0, {}), (1e-300, {}), (1e-300, BOOTSTRAP)])
+def test_ppo_is_drpo_with_probability_zero_bit_for_bit(paths, probability, truncation):
     """1e-300: responses are loaded and coins are thrown, and none comes up."""
-    ppo = run(config(paths, PPOConfig))
-    drpo = run(config(paths, DRPOConfig, reset_prob=probability))
+    ppo = run(config(paths, PPOConfig, **truncation))
+    drpo = run(config(paths, DRPOConfig, reset_prob=probability, **truncation))
     assert_same_history(ppo, drpo)
     for ours, theirs in ((ppo.model, drpo.model), (ppo.value_model, drpo.value_model)):
         for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):

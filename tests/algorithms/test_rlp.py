@@ -253,6 +253,39 @@ def test_a_dpo_model_of_the_policies_may_be_an_adapter_and_one_that_is_not_there
     train_rlp(config, reward, replace(ppo, dpo_model_path=adapter), pairs=PAIRS, prompts=PROMPTS)
 
 
+def test_two_runs_never_share_a_folder(policy, first, spg, tmp_path):
+    """Not between the stages either, which lock folders of their own."""
+    config, refused = settings(tmp_path / "rlp", refinement="spg", **first), []
+
+    def intruding(comparisons):
+        if not refused:
+            with pytest.raises(ValueError, match="another run is training in") as refusal:
+                run(replace(config, rounds=2), policy)
+            refused.append(refusal)
+        return same_length(comparisons)
+
+    result = run(config, policy, equivalence=intruding)
+    assert len(refused) == 1
+    assert result.history[0]["loss/policy_avg"] == spg[1].history[0]["loss/policy_avg"]
+    assert parse(RLPConfig, ["--config", str(tmp_path / "rlp" / "config.yaml")], "rlp").rounds == 1
+
+
+def test_killed_while_it_writes_a_report_a_run_goes_on(policy, first, tmp_path, monkeypatch):
+    """The kill comes where the file is there and empty."""
+    config, write = settings(tmp_path / "rlp", refinement="spg", **first), Path.write_text
+
+    def deadly(path, text, *arguments, **keywords):
+        write(path, "" if "report.json" in path.name else text, *arguments, **keywords)
+        if "report.json" in path.name:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", deadly)
+        with pytest.raises(KeyboardInterrupt):
+            run(config, policy)
+    assert run(config, policy).final["rlp/rm_variance_ratio"] > 0
+
+
 def test_the_last_policy_is_gone_before_the_refit(policy, first, tmp_path, monkeypatch):
     trained, left, train = [], [], rlp.train_on_policy
 

@@ -82,6 +82,18 @@ def test_eval_loss_is_the_loss_of_the_trained_model_on_the_held_out_rows_per_tok
         assert result.final["eval_loss"] == pytest.approx(plain_loss(result.model, held_out).item(), rel=1e-6)
 
 
+def test_an_evaluation_on_start_is_of_the_untrained_model_and_moves_nothing(model):
+    held_out, examples = tiny.examples(5, seed=1), tiny.examples(8)
+    plain, watched = (
+        train_sft(config(model, max_steps=2, eval_on_start=on), examples, held_out) for on in (False, True)
+    )
+    with torch.no_grad():
+        untrained = plain_loss(AutoModelForCausalLM.from_pretrained(model), held_out).item()
+    assert watched.initial == {"eval_loss": pytest.approx(untrained, rel=1e-6)}
+    assert plain.initial == {}
+    assert watched.history == plain.history
+
+
 def test_the_same_seed_gives_the_same_run_bit_for_bit_and_another_seed_another(model):
     cfg, examples = config(model, max_steps=3, per_device_train_batch_size=4), tiny.examples(30)
     first, again, other = (train_sft(c, examples) for c in (cfg, cfg, replace(cfg, seed=1)))

@@ -1,6 +1,8 @@
 """What a run leaves behind, whether it ends well or not."""
 
 import json
+import math
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +19,7 @@ from fastrlhf.metrics import read_metrics
 from fastrlhf.models.loading import load_policy
 from fastrlhf.types import TokenizedExample
 from fastrlhf_kernels import Max, Sum
-from tests import tiny
+from tests import resumable, tiny
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +30,11 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def judge(tmp_path_factory):
     return tiny.save_reward_model(tmp_path_factory.mktemp("judge"))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return resumable.save_models(tmp_path_factory.mktemp("models"))
 
 
 def config(model, folder: Path | str, **settings):
@@ -76,6 +83,21 @@ def test_an_on_policy_run_leaves_its_critic_too(model, judge, tmp_path):
     assert set(samples[0]) == {"step", "row", "prompt", "reset", "response", "score", "tokens", "rewards"}
 
 
+@pytest.mark.parametrize("kind", ["sft", "reward", "dpo", "groups", "ppo", "rto"])
+def test_the_evaluation_on_start_is_row_0_of_the_log_and_of_what_the_last_one_measures(models, tmp_path, kind):
+    result = resumable.run(kind, models, tmp_path / "run", max_steps=1, save_steps=0, eval_on_start=True)
+    first, last = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert (first.pop("step"), last["step"]) == (0, 1)
+    assert {**first, "time": 0} == {**result.initial, "time": 0}
+    assert result.initial.keys() == result.final.keys()
+    assert result.initial != result.final
+    assert len(result.history) == 1
+    if kind == "dpo":
+        assert result.initial["eval_loss"] == pytest.approx(math.log(2), rel=1e-6)
+    if kind in ("ppo", "rto"):
+        assert result.initial["eval_objective/kl"] == 0 != result.final["eval_objective/kl"]
+
+
 def test_without_an_output_dir_nothing_is_written(model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = train_sft(config(model, ""), tiny.examples(8))
@@ -90,6 +112,26 @@ def test_each_row_is_on_disk_before_the_next_step(tmp_path):
             stage.log(step, {"loss": 1.0 / step})
             assert [row["loss"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1.0, 0.5][:step]
     assert stage.history == [{"loss": 1.0}, {"loss": 0.5}]
+
+
+def test_the_rows_are_on_the_disk_before_the_checkpoint_that_needs_them(model, tmp_path, monkeypatch):
+    events, flush, rename = [], os.fsync, os.rename
+
+    def flushed(descriptor):
+        events.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        flush(descriptor)
+
+    def renamed(source, target):
+        events.append(Path(target).name)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(os, "rename", renamed)
+    with Stage(
+        "sft", config(model, tmp_path / "run", save_steps=1), 2, (load_policy(model), tiny.tokenizer())
+    ) as stage:
+        stage.log(1, {"loss": 1.0})
+    assert {"metrics.jsonl", "samples.jsonl"} <= {*events[: events.index("checkpoint-1")]}
 
 
 def test_a_run_that_fails_in_the_middle_leaves_its_metrics_and_the_weights_of_its_last_whole_step(

@@ -81,6 +81,17 @@ def test_trunks_change_no_number_and_no_gradient(name, reset_group, critic):
     assert fewer == trunks + sum(len(r.completion) for r in drawn)
 
 
+def test_a_branch_that_the_budget_cut_goes_on_from_its_own_last_token(critic):
+    cfg = config(reset_group="response", truncation="bootstrap", missing_eos_score=None, reset_prob=0.8)
+    drawn = rollouts(cfg, tiny.policy())
+    assert {r.ended for r in drawn} == {True, False}
+    alone, *_ = numbers_and_gradients(replace(cfg, share_trunks=False), tiny.policy(), critic, drawn)
+    shared, *_ = numbers_and_gradients(cfg, tiny.policy(), critic, drawn)
+    ending, *_ = numbers_and_gradients(replace(cfg, truncation="terminal"), tiny.policy(), critic, drawn)
+    torch.testing.assert_close(shared.returns, alone.returns, rtol=1e-6, atol=1e-6)
+    assert (shared.returns - ending.returns).abs().max() > 0.1
+
+
 def test_a_group_stays_in_one_micro_batch_and_every_row_points_to_its_own_token():
     cfg = config(reset_group="response", micro_batch_tokens=55)
     drawn = rollouts(cfg, tiny.policy())

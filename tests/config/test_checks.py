@@ -126,6 +126,7 @@ BESIDE = {
     **{name: {"reset_group_size": 2} for name in ("rloo", "grpo")},
     **{name: {"kl_placement": "loss"} for name in ("k2", "k3")},
     "loss": {"kl_estimator": "k2"},
+    "bootstrap": {"missing_eos_score": None},
 }
 """What some fields, and some choices, need beside them."""
 
@@ -160,7 +161,7 @@ UNREAD = [
         (kind, key, {"advantage_estimator": estimator, "reset_group_size": 2})
         for kind in ON_POLICY
         for estimator in ("rloo", "grpo")
-        for key in ("vf_coef", "cliprange_value", "value_learning_rate", "lam")
+        for key in ("vf_coef", "cliprange_value", "value_learning_rate", "lam", "truncation")
     ),
 ]
 OTHER = {"lora_target_modules": ("q_proj",), "reward_shaping": "rs", "reset_source": "chosen"}
@@ -172,6 +173,7 @@ OTHER |= {
     "reset_min": 0,
     "reset_group": "response",
     "share_trunks": False,
+    "truncation": "bootstrap",
 }
 OTHER |= {"master_weights": "stochastic_rounding"}
 

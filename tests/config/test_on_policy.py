@@ -17,6 +17,17 @@ def test_only_one_rule_for_a_missing_eos():
     assert DRPOConfig(missing_eos_penalty=1.0, missing_eos_score=None).missing_eos_penalty == 1
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("missing_eos_score", -1.0), ("missing_eos_penalty", 1.0), *(("reward_shaping", s) for s in ("eos", "rs"))],
+)
+def test_a_response_that_goes_on_has_no_end_to_pay_at(field, value):
+    plain = RTOConfig(dpo_model_path="dpo", **{field: value})
+    with pytest.raises(ValueError, match=rf"^{field}: must be .* where truncation is bootstrap"):
+        replace(plain, truncation="bootstrap")
+    replace(plain, truncation="bootstrap", **{field: getattr(RTOConfig(), field)})
+
+
 def test_drpo_is_ppo_with_the_settings_of_its_paper():
     paper = {"reset_prob": 1.0, "missing_eos_score": -1.0, "whiten_rewards": True, "adam_epsilon": 1e-5}
     assert asdict(DRPOConfig()) == asdict(PPOConfig()) | paper
@@ -106,6 +117,7 @@ def test_the_bounds_of_the_optional_terms(field, value, rule):
     [
         ("kl_placement", {"kl_placement": "loss", "kl_estimator": "k2"}),
         ("loss_aggregation", {"loss_aggregation": "sequence"}),
+        ("truncation", {"truncation": "bootstrap", "missing_eos_score": None}),
     ],
 )
 def test_the_semantics_of_the_authors_leave_the_loss_as_it_is(field, settings):

@@ -3,9 +3,11 @@ import logging
 from dataclasses import replace
 
 import pytest
+import torch
 
 from fastrlhf.config import EvalConfig, SFTConfig, TrainConfig
 from fastrlhf.data.inputs import Data, open_eval_inputs, open_inputs, with_room
+from fastrlhf.models import trunk
 from fastrlhf.types import TokenizedExample
 from tests import tiny
 
@@ -33,6 +35,22 @@ def eval_config(config: TrainConfig, **settings) -> EvalConfig:
 
 def rows(examples: list[TokenizedExample]) -> list[int]:
     return [example.row for example in examples]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"optim": "paged_adamw_8bit"}, "optim: must be .* without a CUDA GPU"),
+        ({"attn_implementation": "varlen"}, "attn_implementation: varlen needs a CUDA GPU"),
+        ({"use_liger_kernel": True}, "use_liger_kernel: "),
+        ({"activation_checkpointing": True, "activation_offloading": True}, "activation_offloading: needs a CUDA GPU"),
+    ],
+)
+def test_what_the_device_lacks_is_told_before_a_row_is_read(settings, message, config, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(trunk._triton, "INTERPRETED", False)
+    with pytest.raises(ValueError, match=f"^{message}"):
+        open_inputs(replace(config, dataset_name="nowhere.jsonl", **settings), [], None, None)
 
 
 def test_rows_are_tokenised_with_the_fields_asked_for(config):
@@ -67,6 +85,13 @@ def test_the_same_dataset_keys_judge_exactly_what_training_held_out(config, keys
     _, judged = open_eval_inputs(eval_config(training), fields, None)
     assert judged == data.eval
     assert not set(rows(judged)) & set(rows(data.train))
+
+
+def test_an_evaluation_on_start_needs_rows_that_are_held_out(config):
+    with pytest.raises(ValueError, match=r"^eval_on_start: must be false where no rows are held out; give num_eval_"):
+        open_inputs(replace(config, eval_on_start=True), [], None, None)
+    _, data = open_inputs(replace(config, eval_on_start=True, num_eval_examples=4), [], None, None)
+    assert len(data.eval) == 4
 
 
 def test_most_train_rows_are_those_before_the_held_out_ones(config):

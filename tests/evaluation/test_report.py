@@ -94,6 +94,16 @@ def evaluated(directory, rows):
             writer.log(step, ON_POLICY | dict(zip(names, row, strict=False)))
 
 
+def test_the_judges_are_drawn_from_an_evaluation_before_the_first_step_on(tmp_path):
+    names = ("eval_objective/kl", "eval_objective/scores", "eval_held_out/scores")
+    with MetricsWriter(tmp_path / "ppo") as writer:
+        writer.log(0, dict(zip(names, (0.0, 5.0, 2.0), strict=True)))
+        writer.log(1, ON_POLICY | dict(zip(names, (4.0, 7.0, 1.5), strict=True)))
+    page = write_report(tmp_path).read_text()
+    assert "ppo, training judge: 2 points, from 0 to 2" in page
+    assert "ppo, held-out judge: 2 points, from -0.5 to 0" in page
+
+
 def test_judges_of_training_and_evaluation_are_drawn_over_the_root_of_the_kl(tmp_path):
     """Gains since the first evaluation: 0, 1, 3 and 0, 0.5, -1, at a distance of 0, 2 and 1, drawn in its order."""
     nan = float("nan")

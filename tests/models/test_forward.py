@@ -13,7 +13,7 @@ from fastrlhf.models.forward import (
     token_logprobs,
     token_values,
 )
-from fastrlhf.models.loading import load_reward_model
+from fastrlhf.models.loading import build_policy, load_reward_model
 from fastrlhf.types import Segment
 from tests import tiny
 
@@ -108,14 +108,17 @@ def test_a_value_is_read_where_its_token_is_predicted(tmp_path):
     torch.testing.assert_close(values, prefixes, rtol=1e-5, atol=1e-6)
 
 
-def test_attention_that_leaks_between_sequences_is_refused():
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_attention_that_leaks_between_sequences_is_refused(dtype):
+    """Of a model from scratch, whose log-probs a leak moves by less than bfloat16 is allowed to."""
+
     def leaky(module, query, key, value, attention_mask, *, attention_plan, scaling=None, **kwargs):
         output = torch.nn.functional.scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=scaling, enable_gqa=True
         )
         return output.transpose(1, 2), None
 
-    model = tiny.policy()
+    model = build_policy(tiny.model_config(), vocab_size=tiny.VOCAB, eos_token_id=tiny.EOS, seed=0, dtype=dtype)
     ours = AttentionInterface()[PACKED]
     AttentionInterface.register(PACKED, leaky)
     try:

@@ -90,6 +90,9 @@ def test_the_trunk_alone_is_quantised_and_a_gradient_flows_after_a_pass_without(
         # Halfway between the two of the 16 levels that are farthest apart, of a block's largest weight.
         error = (four_bit.plain_weight(ours) - weight).abs().max()
         assert 0 < error < 0.16 * weight.abs().max() if inside else error == 0
+        if inside:
+            assert ours.quant_state.quant_type == "nf4"
+            assert ours.quant_state.nested  # the scales are quantised too
     assert (logprobs(model) - logprobs(full)).abs().max() > 1e-3
     assert base_fingerprint(model) != base_fingerprint(full)
     add_adapter(model, SFTConfig(**LORA), runs["base"])

@@ -1,15 +1,19 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from fastrlhf.config import SFTConfig
 from fastrlhf.data.packing import pack, sequence
 from fastrlhf.models.adapters import frozen_copy
 from fastrlhf.models.forward import sequence_scores, token_logprobs
 from fastrlhf.models.loading import (
+    WINDOWS_IN_MASK,
     _check_positions,
     build_policy,
     check_same_vocabulary,
@@ -336,6 +340,41 @@ def test_positions_that_depend_on_the_longest_sequence_of_a_pass_are_refused(kin
     config.rope_parameters = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0}
     with pytest.raises(ValueError, match=f"llama: rope_type {kind} depends on the longest sequence"):
         _check_positions(config)
+
+
+def test_windows_that_attention_is_not_told_of_are_refused_where_a_sequence_may_be_longer():
+    config = transformers.PhimoeConfig(sliding_window=16, max_position_embeddings=128)
+    with pytest.raises(ValueError, match=r"^phimoe: packed attention is not told of its sliding_window of 16"):
+        _check_positions(config)
+    for harmless in ({"sliding_window": 128}, {"sliding_window": None}):
+        _check_positions(transformers.PhimoeConfig(**{"max_position_embeddings": 128} | harmless))
+    with pytest.raises(ValueError, match=r"^qwen2_moe: "):
+        _check_positions(transformers.Qwen2MoeConfig(use_sliding_window=True))
+    _check_positions(transformers.Qwen2MoeConfig())
+
+
+def test_no_other_type_of_the_installed_transformers_has_its_windows_in_a_mask_alone():
+    places = Path(transformers.__file__).parent.glob("models/*/modeling_*.py")
+    sources = {place.parent.name: place.read_text(encoding="utf-8") for place in places}
+    masked = {name for name, source in sources.items() if "create_sliding_window_causal_mask" in source}
+    assert "mistral" in masked
+    alone = {name for name in masked if "sliding_window=" not in sources[name]}
+    assert alone & {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES} <= {*WINDOWS_IN_MASK}
+
+
+def test_code_that_comes_with_a_model_runs_only_where_that_is_asked_for(tmp_path):
+    marker = tmp_path / "ran"
+    settings = {"model_type": "ours", "auto_map": {"AutoConfig": "ours.Ours"}}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    (tmp_path / "ours.py").write_text(f"open({str(marker)!r}, 'w')\n")
+    with pytest.raises(ValueError, match=r"^model_name_or_path: .* holds no model that transformers knows"):
+        read_model_config(str(tmp_path), "model_name_or_path", SFTConfig().trust_remote_code)
+    assert not marker.exists()
+
+
+def test_attention_in_chunks_is_refused():
+    with pytest.raises(ValueError, match=r"^llama4_text: attention in chunks is not known"):
+        _check_positions(transformers.Llama4TextConfig(attention_chunk_size=8))
 
 
 def test_a_misspelt_key_of_a_model_from_scratch_is_told_with_the_right_one():

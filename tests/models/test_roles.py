@@ -16,7 +16,7 @@ from fastrlhf.config import PPOConfig, RTOConfig, SFTConfig
 from fastrlhf.data.packing import pack
 from fastrlhf.models import adapters
 from fastrlhf.models import roles as models_roles
-from fastrlhf.models.adapters import add_adapter, frozen_copy, has_adapter
+from fastrlhf.models.adapters import add_adapter, frozen_copy, has_adapter, share_weights
 from fastrlhf.models.forward import sequence_scores, token_logprobs, token_values
 from fastrlhf.models.loading import load_policy, load_reward_model
 from fastrlhf.models.roles import holds_adapter, judge_and_critic, policy_role, score_role
@@ -100,6 +100,21 @@ def test_five_roles_cost_one_base_and_their_adapters(paths):
         name for name, _ in critic.named_parameters() if ".lora_" in name or name == "score.weight"
     ]
     assert not any(weight.requires_grad for role in (judge, dpo, shared) for weight in role.parameters())
+
+
+def test_an_adapter_that_judges_may_start_a_critic_of_which_all_weights_are_trained(paths):
+    _, shared = reference(paths["base"])
+    role = score_role(paths["judge"], shared, "reward_model_path", 0)
+    judge, critic = judge_and_critic(PPOConfig(reward_model_path=paths["judge"]), role)
+    assert all(weight.requires_grad for weight in critic.parameters())
+    assert not share_weights(critic, judge)
+    with torch.no_grad():
+        torch.testing.assert_close(sequence_scores(critic, BATCH), sequence_scores(judge, BATCH), rtol=1e-5, atol=1e-5)
+
+
+def test_an_adapter_goes_over_the_base_in_either_dtype(paths):
+    shared = load_policy(paths["base"], dtype="bfloat16").requires_grad_(False)
+    policy_role(paths["dpo"], shared, "dpo_model_path")  # trained over float32
 
 
 def test_policy_and_critic_over_one_base_have_the_gradients_of_two_models(paths):
@@ -232,7 +247,9 @@ def test_an_adapter_of_another_program_is_known_by_the_name_of_its_base(paths, t
         return str(where)
 
     shared = load_policy(paths["base"]).requires_grad_(False)
-    policy_role(save(paths["base"], tmp_path / "same"), shared, "dpo_model_path")
+    role = policy_role(save(paths["base"], tmp_path / "same"), shared, "dpo_model_path")
+    # A critic is in training mode while its layers are computed again.
+    assert not any(isinstance(module, torch.nn.Dropout) and module.p for module in role.modules())
     with pytest.raises(ValueError, match=f"was trained over the weights of '{paths['other']}'"):
         policy_role(save(paths["other"], tmp_path / "other"), shared, "dpo_model_path")
 

@@ -50,6 +50,15 @@ def test_the_oldest_versions_are_those_of_the_project():
         assert f"{name}>={oldest}" in requirements
 
 
+def test_every_extra_that_a_key_asks_for_is_looked_for():
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    extras = ("bnb", "flash", "liger", "vllm", "report")
+    asked = {
+        requirement.partition(">=")[0] for name in extras for requirement in project["optional-dependencies"][name]
+    }
+    assert asked <= {finding.name for finding in doctor._versions()}
+
+
 def test_a_folder_that_is_a_file_is_broken_and_little_space_a_warning(monkeypatch, tmp_path):
     file = tmp_path / "file"
     file.write_text("")
