@@ -31,7 +31,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.config import TrainConfig
 from fastrlhf.config_files import SAME_MODEL, differences, write_yaml
-from fastrlhf.distributed import on_first
+from fastrlhf.distributed import on_each, on_first
 from fastrlhf.durable import check_folder, discard_folder, flush, flush_tree, write_folder
 from fastrlhf.models.adapters import has_adapter, merge_adapter, merged_copy, save_adapter
 from fastrlhf.models.four_bit import is_four_bit
@@ -367,7 +367,7 @@ def _start(models: Mapping[str, PreTrainedModel]) -> str:
 @torch.no_grad()
 def _load_weights(model: PreTrainedModel, stem: Path) -> None:
     """Into the tensors that are there, so that the optimiser still means them."""
-    own, described = _weights(model), describe_tensors(stem)
+    own, described = _weights(model), on_each(lambda: describe_tensors(stem))[0]
     for name in sorted(own.keys() ^ described.keys()):
         raise ValueError(f"{str(stem)!r} is of another model: {name} is in one of the two alone")
     for name, tensor in own.items():
