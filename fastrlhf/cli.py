@@ -14,10 +14,12 @@ from dataclasses import asdict
 from functools import partial
 from io import StringIO
 from itertools import dropwhile, pairwise, takewhile
+from pathlib import Path
 from typing import Any
 
 from fastrlhf import config as configs
 from fastrlhf import config_files as files
+from fastrlhf.broken_pipe import quiet_when_unread
 from fastrlhf.config.checks import UNREAD
 from fastrlhf.interrupts import Interrupted
 from fastrlhf.out_of_memory import describe, is_out_of_memory
@@ -36,7 +38,7 @@ usage: fastrlhf COMMAND [--config FILE] [--key value ...]
   eval       win rates between models and dataset responses
   report     fastrlhf report RUN_DIR: one HTML page of a run
   inspect    the rows as the model will see them, each token by its role: --config FILE [--num N] [--html PAGE]
-  plan       the memory that a run will need, and its steps: --config FILE [--memory_gib N]
+  plan       the memory that a run will need, and its steps: --config FILE [--memory_gib N]; ends in 1 if too large
   doctor     fastrlhf doctor [OUTPUT_DIR]: versions, GPU, paths of the kernels, self-check against float64
 
 inspect and plan take the keys of one trainer; --command NAME says which, where FILE has the sections of several.
@@ -57,7 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if command not in COMMANDS:
             near = files.nearest(command, COMMANDS)
             raise ValueError(f"unknown command {command!r}{near}; fastrlhf --help lists them")
-        COMMANDS[command](rest)
+        with quiet_when_unread():
+            COMMANDS[command](rest)
     except (ValueError, OSError) as error:
         return _fail(command, " ".join(str(error).split()), 2)
     except ModuleNotFoundError as error:
@@ -268,12 +271,9 @@ def _demo(arguments: Sequence[str]) -> None:
 
 
 def _report(arguments: Sequence[str]) -> None:
-    from pathlib import Path
-
     from fastrlhf.evaluation.report import write_report
 
-    if list(arguments) in (["-h"], ["--help"]):
-        print(USAGE)
+    if _asks_for_help(arguments):
         return
     configs.require(len(arguments) == 1, "RUN_DIR", list(arguments), "one folder of a run")
     print(write_report(Path(arguments[0])))
@@ -285,8 +285,6 @@ def _inspect(arguments: Sequence[str]) -> None:
     options, config = _parse_for_tool(arguments, ("num", "html"))
     num = _number(options, "num", "5", int)
     _quiet_libraries()
-    from pathlib import Path
-
     from fastrlhf.tools.inspect import format_html, format_text, inspect_rows
 
     found = inspect_rows(config, num)
@@ -305,7 +303,10 @@ def _plan(arguments: Sequence[str]) -> None:
     _quiet_libraries()
     from fastrlhf.tools.plan import format_plan, plan_run
 
-    print(format_plan(plan_run(config, memory_gib=memory_gib)))
+    plan = plan_run(config, memory_gib=memory_gib)
+    print(format_plan(plan))
+    if not plan.fits:
+        raise SystemExit(1)
 
 
 def _doctor(arguments: Sequence[str]) -> None:
@@ -338,9 +339,7 @@ def _parse_for_tool(arguments: Sequence[str], names: Sequence[str]) -> tuple[dic
                 raise ValueError(f"{flag}: give a value")
             options[name] = rest[where + 1]
             del rest[where : where + 2]
-    if "command" not in options:
-        options["command"] = _only_section(rest)
-    command = options["command"]
+    command = options["command"] = options.get("command") or _only_section(rest)
     if command not in TRAINERS:
         raise ValueError(f"--command: {command!r} is no trainer{files.nearest(command, TRAINERS)}")
     return options, parse(TRAINERS[command][0], rest, command)

@@ -21,6 +21,17 @@ TRUTHS = {**dict.fromkeys(("true", "yes", "on", "1"), "True"), **dict.fromkeys((
 ALIASES = {"gradient_checkpointing": "activation_checkpointing"}
 """Names that keys had elsewhere."""
 
+KNOWN_ELSEWHERE = {
+    **dict.fromkeys(("max_new_tokens", "max_completion_length"), "response_length"),
+    "max_seq_length": "max_length",
+    "num_generations": "reset_group_size",
+    "init_kl_coef": "kl_coef",
+    "epsilon": "cliprange",
+    "batch_size": "per_device_train_batch_size",
+    "lr": "learning_rate",
+}
+"""Names that other programs have for keys like these, to be suggested and not taken: not all mean quite the same."""
+
 
 SAME_MODEL = (
     *("output_dir", "run_name", "report_to", "progress", "ref_cache_dir", "device"),
@@ -39,7 +50,7 @@ def read_yaml(path: str, kind: type, command: str) -> dict[str, Any]:
     variables in values, as $NAME, are filled in, and so is ~ at their start. Raises ValueError, with the nearest known
     name, for a key that is none.
     """
-    content = _load_yaml(path)
+    content, place = _load_yaml(path), path
     if set(content) & COMMANDS:
         for section in content:
             if section not in COMMANDS | {"shared"}:
@@ -47,12 +58,12 @@ def read_yaml(path: str, kind: type, command: str) -> dict[str, Any]:
         if command not in content:
             raise ValueError(f"{path}: no section {command!r}; it has {', '.join(content)}")
         own = {key: value for key, value in _section(path, content, command).items() if key != "run_first"}
-        content = {**_section(path, content, "shared"), **own}
+        content, place = {**_section(path, content, "shared"), **own}, f"{path}, {command}"
     content = {ALIASES.get(key, key): value for key, value in content.items()}
     known = [field.name for field in fields(kind)]
     for key in content:
         if key not in known:
-            raise ValueError(f"{path}: unknown key {key!r}{nearest(str(key), known)}")
+            raise ValueError(f"{place}: unknown key {key!r}{nearest(str(key), known)}")
     return {key: _filled_in(path, key, value) for key, value in content.items()}
 
 
@@ -206,8 +217,10 @@ def _is_flag_of(names: Collection[str], argument: str) -> bool:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """ "; did you mean 'x'?", or nothing where no known name is near."""
-    near = difflib.get_close_matches(name, list(known), 1)
+    """ "; did you mean 'x'?", or nothing where no known name is near or its name elsewhere."""
+    known = list(known)
+    same = KNOWN_ELSEWHERE.get(name)
+    near = [same] if same in known else difflib.get_close_matches(name, known, 1)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 

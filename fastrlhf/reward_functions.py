@@ -14,6 +14,7 @@ from fastrlhf.config import PPOConfig, RTOConfig
 from fastrlhf.config.checks import at_default
 from fastrlhf.data.tokens import special_ids
 from fastrlhf.functions import load_function
+from fastrlhf.out_of_memory import is_out_of_memory
 from fastrlhf.rollout import end_index
 from fastrlhf.types import Rollout
 
@@ -51,7 +52,7 @@ class TextReward:
             prompts.append(ids[:cut])
             responses.append([*ids[cut:], *rollout.completion[: end_index(rollout, eos) + 1]])
         given = {"prompts": self._texts(prompts), "completions": self._texts(responses), "completion_ids": responses}
-        values = self.function(**{name: given[name] for name in texts_taken(self.function)})
+        values = call(self.name, self.function, **{name: given[name] for name in texts_taken(self.function)})
         if not isinstance(values, Sequence | Tensor) or len(values) != len(rollouts):
             raise ValueError(
                 f"reward function {self.name!r}: gives {values!r} for {len(rollouts)} completions; give a list, one "
@@ -62,6 +63,17 @@ class TextReward:
     def _texts(self, ids: list[list[int]]) -> list[str]:
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return [str(text) for text in texts]
+
+
+def call(name: str, function: RewardFunction, *arguments: Any, **keywords: Any) -> Any:
+    """What a function of the user's gives. Raises RuntimeError, which names it, from whatever it raises but a lack of
+    memory: with its own lines in the traceback, whatever the class of the error."""
+    try:
+        return function(*arguments, **keywords)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise RuntimeError(f"reward_function: {name!r} raised {type(error).__name__}: {error}") from error
 
 
 def texts_taken(function: RewardFunction) -> tuple[str, ...]:

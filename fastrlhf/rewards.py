@@ -28,7 +28,7 @@ from fastrlhf.distributed import on_first
 from fastrlhf.kl_controller import KLController
 from fastrlhf.models.implicit_reward import ImplicitReward
 from fastrlhf.models.loading import resolve_device
-from fastrlhf.reward_functions import RewardFunction, TextReward, load_reward_functions, texts_taken
+from fastrlhf.reward_functions import RewardFunction, TextReward, call, load_reward_functions, texts_taken
 from fastrlhf.types import Rollout
 
 log = logging.getLogger(__name__)
@@ -248,7 +248,7 @@ def clip(values: Tensor, limit: float) -> tuple[Tensor, Tensor]:
 def function_term(name: str, function: RewardFunction | TextReward, episodes: Episodes) -> tuple[Tensor, Tensor]:
     """What a function of the user's gives [R] float32, and the rows [R] bool that it gives it to.
 
-    Raises ValueError where that is neither one finite number nor one per sampled token.
+    Raises ValueError where that is neither one finite number nor one per sampled token, RuntimeError where it raises.
     """
     numbers: list[Tensor] = []
     tokens: list[Tensor] = []
@@ -256,7 +256,9 @@ def function_term(name: str, function: RewardFunction | TextReward, episodes: Ep
     rollouts = episodes.rollouts
 
     def ask() -> Sequence[Any] | Tensor:
-        return function(rollouts) if isinstance(function, TextReward) else [function(rollout) for rollout in rollouts]
+        if isinstance(function, TextReward):
+            return function(rollouts)
+        return [call(name, function, rollout) for rollout in rollouts]
 
     values = on_first(ask)
     for rollout, value in zip(rollouts, values, strict=True):

@@ -18,6 +18,7 @@ from fastrlhf.config import (
 )
 from fastrlhf.config_files import (
     COMMANDS,
+    KNOWN_ELSEWHERE,
     RECIPES,
     as_flags,
     check_flags,
@@ -74,6 +75,7 @@ def test_a_section_beats_what_is_shared_and_the_other_sections_are_left_alone(wr
         ("leaning_rate: 1", "unknown key 'leaning_rate'; did you mean 'learning_rate'?"),
         ("beta: 1", "unknown key 'beta'"),
         ("1: 2", "unknown key 1"),
+        ("sft: {leaning_rate: 1}\ndpo:", "run.yaml, sft: unknown key 'leaning_rate'; did you mean 'learning_rate'?"),
         ("sft: {}\nrewad: {}", "unknown section 'rewad'; did you mean 'reward'?"),
         ("sft: {}\nlearning_rate: 1", "unknown section 'learning_rate'"),
         ("dpo: {}\nreward: {}", "no section 'sft'; it has dpo, reward"),
@@ -225,6 +227,13 @@ def test_unknown_flags_are_refused_with_the_nearest_name():
     check_flags(["--learning_rate", "1e-4", "--max-steps=3", "-1", "--help"], SFTConfig)
     with pytest.raises(ValueError, match=r"^unknown key --leaning-rate; did you mean 'learning_rate'\?$"):
         check_flags(["--seed", "1", "--leaning-rate=1"], SFTConfig)
+
+
+@pytest.mark.parametrize(("name", "ours"), KNOWN_ELSEWHERE.items())
+def test_a_name_known_from_elsewhere_is_told_ours_where_that_is_a_key(name, ours):
+    with pytest.raises(ValueError, match=rf"^unknown key --{name}; did you mean '{ours}'\?$"):
+        check_flags([f"--{name}", "1"], DRPOConfig)
+    assert nearest(name, ["seed"]) == ""
 
 
 def test_a_name_like_no_other_gets_no_suggestion():

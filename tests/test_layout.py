@@ -39,6 +39,7 @@ LAYERS = (  # lowest first: a module imports from its own layer and from those a
         "optim",
         "adamw",
         "out_of_memory",
+        "broken_pipe",
         "checkpoint",
         "shards",
         "durable",

@@ -112,3 +112,27 @@ def test_keys_of_functions_are_refused_where_there_is_none():
 def test_rto_without_a_dpo_model_is_refused():
     with pytest.raises(ValueError, match=r"^dpo_model_path: give the DPO model"):
         load_reward_functions(RTOConfig())
+
+
+@pytest.mark.parametrize("error", [KeyError("tone"), ValueError("no such word"), OSError("gone")])
+def test_what_a_function_raises_is_told_with_its_name_and_its_own_traceback(error):
+    def texts(completions):
+        raise error
+
+    def rollouts(rollout):
+        raise error
+
+    for function in (texts, rollouts):
+        opened = open_rewards(PPOConfig(), tiny.tokenizer(), {"mine": function})
+        with pytest.raises(RuntimeError) as raised:
+            opened.terms(EPISODES)
+        assert str(raised.value) == f"reward_function: 'mine' raised {type(error).__name__}: {error}"
+        assert raised.value.__cause__ is error
+
+
+def test_a_lack_of_memory_in_a_function_stays_one():
+    def hungry(rollout):
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        open_rewards(PPOConfig(), tiny.tokenizer(), {"mine": hungry}).terms(EPISODES)

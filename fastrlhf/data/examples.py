@@ -91,6 +91,8 @@ def load_examples(
     required = [name for name in needs if name not in GROUP_LABELS]
     form, conversational = _detect_form(values, names, required, source)
 
+    labelled = form is DEMONSTRATIONS and _having(values, ["label"])  # unpaired preferences
+
     examples: list[Example] = []
     skipped: Counter[str] = Counter()
     first_bad = None
@@ -102,7 +104,7 @@ def load_examples(
             first_bad = first_bad or f"row {number} ({place}): {bad}: {shorten(repr(row))}"
     loaded = LoadedExamples(
         source=source,
-        form=f"{form.name}, {'conversational' if conversational else 'text'}",
+        form=f"{form.name}, {'conversational' if conversational else 'text'}{', label is not read' * bool(labelled)}",
         examples=examples,
         num_rows=len(rows),
         skipped=dict(skipped.most_common()),

@@ -82,6 +82,9 @@ def open_policy(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreT
         require(not config.use_peft, "use_peft", True, f"false: the embeddings of {new} new tokens have to be trained")
         with _seeded(config.seed, device):
             model.resize_token_embeddings(len(tokenizer))
+        log.warning(
+            "tokenizer_name_or_path: %d rows added to the embedding of the model, for tokens that it has not seen", new
+        )
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions and config.max_length > positions:
         log.warning("max_length: %d is more than the %d positions of the model", config.max_length, positions)

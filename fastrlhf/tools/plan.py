@@ -1,7 +1,7 @@
 """The memory and the steps of a run, before a weight is loaded: tools/phases.py says what is counted, tools/packs.py
 what the steps are made of, tools/changes.py what would make it fit.
 
-`fastrlhf plan --config FILE [--command drpo] [--memory_gib 80]`
+`fastrlhf plan --config FILE [--command drpo] [--memory_gib 80]`, which ends in 1 where the run does not fit
 """
 
 from __future__ import annotations
@@ -39,8 +39,12 @@ class Plan:
         return max(phase.total for phase in self.phases)
 
     @property
+    def usable(self) -> int:
+        return int(USABLE * self.memory)
+
+    @property
     def fits(self) -> bool:
-        return self.peak <= USABLE * self.memory
+        return self.peak <= self.usable
 
 
 def plan_run(config: TrainConfig, *, memory_gib: float = 0.0) -> Plan:
@@ -64,8 +68,7 @@ def plan_run(config: TrainConfig, *, memory_gib: float = 0.0) -> Plan:
     plan = Plan(phases=phases, facts=facts, device=name, memory=memory)
     if plan.fits:
         return plan
-    limit = int(USABLE * memory)
-    change = cheapest_change(config, rows, phases, limit, is_cuda=is_cuda, may_offload=may_offload)
+    change = cheapest_change(config, rows, phases, plan.usable, is_cuda=is_cuda, may_offload=may_offload)
     return replace(plan, change=change)
 
 
@@ -78,7 +81,7 @@ def format_plan(plan: Plan) -> str:
         parts = {what: size for what, size in phase.parts.items() if size} | {"together": phase.total}
         output += [f"  {size / unit:9.{digits}f} {name}  {what}" for what, size in parts.items()]
     verdict = "fits" if plan.fits else "does not fit"
-    output += ["", f"{readable(plan.peak)} of {readable(plan.memory)} of {plan.device}: {verdict}"]
+    output += ["", f"needs {readable(plan.peak)}; {USABLE:.0%} of {plan.device} is {readable(plan.usable)}: {verdict}"]
     return "\n".join([*output, *[plan.change] * bool(plan.change)])
 
 

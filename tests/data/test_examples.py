@@ -231,6 +231,14 @@ def test_the_summary_names_form_counts_and_first_bad_row(tmp_path):
     assert load_examples(path, limit=1).summary() == f"{path}: 1 examples of 1 rows (pairs, text), none skipped"
 
 
+def test_the_summary_says_that_the_label_of_an_unpaired_preference_is_not_read(tmp_path):
+    row = {"prompt": "Say it.", "completion": "It."}
+    for name, rows, told in (("a", [row, row | {"label": False}], ", label is not read"), ("b", [row], "")):
+        loaded = load_examples(write(tmp_path / f"{name}.jsonl", rows), needs=("prompt", "reference"))
+        assert len(loaded.examples) == len(rows)
+        assert f"(demonstrations, text{told}), none skipped" in loaded.summary()
+
+
 # Errors of the whole dataset. -----------------------------------------------
 
 

@@ -174,7 +174,7 @@ def test_a_run_needs_one_model_and_not_two(tmp_path):
         open_policy(both, tiny.tokenizer())
 
 
-def test_tokens_that_the_tokenizer_has_more_get_embeddings_drawn_with_the_seed(tmp_path):
+def test_tokens_that_the_tokenizer_has_more_are_told_and_get_embeddings_drawn_with_the_seed(tmp_path, caplog):
     path = tiny.save_policy(tmp_path)
     tokenizer = tiny.tokenizer()
     tokenizer.add_special_tokens({"eos_token": "<end>"})
@@ -184,6 +184,10 @@ def test_tokens_that_the_tokenizer_has_more_get_embeddings_drawn_with_the_seed(t
         return open_policy(SFTConfig(model_name_or_path=path, seed=seed), tokenizer)
 
     model, old = opened(3), tiny.policy()
+    assert (
+        "tokenizer_name_or_path: 1 rows added to the embedding of the model, for tokens that it has not seen"
+        in caplog.messages
+    )
     embedding = model.get_input_embeddings().weight
     assert model.config.vocab_size == embedding.shape[0] == len(tokenizer) == tiny.VOCAB + 1
     assert torch.equal(embedding[:-1], old.get_input_embeddings().weight)

@@ -30,7 +30,7 @@ def test_what_fits_is_told_no_change(folder):
     plan = plan_run(measure.config(folder, "sft"), memory_gib=1)
     assert plan.fits
     assert plan.change == ""
-    assert format_plan(plan).endswith("of 1.00 GiB of a device of 1 GiB: fits")
+    assert format_plan(plan).endswith("MiB; 92% of a device of 1 GiB is 942 MiB: fits")
 
 
 def test_activations_are_offloaded_from_no_cpu(folder, monkeypatch):
@@ -49,6 +49,11 @@ def test_the_command_prints_the_plan_and_mistakes_are_one_line(folder, capsys):
     flags = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
     assert main(["plan", "--command", "sft", *flags, "--memory_gib=4"]) == 0
     assert "<- the peak" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", "--command", "sft", *flags, "--memory_gib", "0.0001"])
+    assert ended.value.code == 1
+    out = capsys.readouterr().out
+    assert "MiB; 92% of a device of 0.0001 GiB is 0 MiB: does not fit\nno setting of this command" in out
     assert main(["plan", "--command", "sft", *flags, "--memory_gib", "much"]) == 2
     assert capsys.readouterr().err == "fastrlhf plan: --memory_gib: 'much' is no number\n"
     assert main(["plan", *flags]) == 2
