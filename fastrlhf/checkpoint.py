@@ -31,11 +31,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.config import TrainConfig
 from fastrlhf.config_files import SAME_MODEL, differences, write_yaml
-from fastrlhf.distributed import from_all, on_first
+from fastrlhf.distributed import on_each, on_first
 from fastrlhf.durable import check_folder, discard_folder, flush, flush_tree, write_folder
 from fastrlhf.models.adapters import has_adapter, merge_adapter, merged_copy, save_adapter
 from fastrlhf.models.four_bit import is_four_bit
-from fastrlhf.models.sharding import held, whole_weights
+from fastrlhf.models.sharding import beginnings, whole_weights
 from fastrlhf.randomness import GlobalRandomness
 from fastrlhf.shards import describe_tensors, exists, read_into, read_tensors, write_tensors
 
@@ -360,17 +360,14 @@ def _weights(model: PreTrainedModel) -> dict[str, Tensor]:
 
 def _start(models: Mapping[str, PreTrainedModel]) -> str:
     """A fingerprint of weights before training: of the first entries of every tensor, as any training moves most."""
-    weights = [held(tensor.detach()) for model in models.values() for tensor in model.parameters()]
-    # Copies, since a view would be sent with all that it is a view of.
-    heads = from_all([weight.reshape(-1)[:64].float().cpu().clone() for weight in weights])
-    tensors = [torch.cat(parts)[:64] for parts in zip(*heads, strict=True)]
+    tensors = beginnings((tensor for model in models.values() for tensor in model.parameters()), 64)
     return hashlib.sha256(torch.cat(tensors).numpy().tobytes()).hexdigest() if tensors else ""
 
 
 @torch.no_grad()
 def _load_weights(model: PreTrainedModel, stem: Path) -> None:
     """Into the tensors that are there, so that the optimiser still means them."""
-    own, described = _weights(model), describe_tensors(stem)
+    own, described = _weights(model), on_each(lambda: describe_tensors(stem))[0]
     for name in sorted(own.keys() ^ described.keys()):
         raise ValueError(f"{str(stem)!r} is of another model: {name} is in one of the two alone")
     for name, tensor in own.items():

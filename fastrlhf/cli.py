@@ -42,7 +42,7 @@ usage: fastrlhf COMMAND [--config FILE] [--key value ...]
 inspect and plan take the keys of one trainer; --command NAME says which, where FILE has the sections of several.
 fastrlhf COMMAND --help lists the keys of a command. FILE is YAML, or the name of a recipe."""
 
-PATIENCE = 5.0
+PATIENCE = 10.0
 """Seconds before another process than the first tells its error: torchrun ends it where the first has failed too."""
 
 

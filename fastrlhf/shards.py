@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import empty as empty_dtensor
 
-from fastrlhf.distributed import on_first, world_size
+from fastrlhf.distributed import on_each, on_first, world_size
 
 FILE = 2**28
 """Bytes of a part, about. Twice as many, and what is copied from a GPU, a process needs beside its tensors to write."""
@@ -79,7 +79,9 @@ def read_into(stem: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def read_tensors(stem: Path, pattern: Tensor | None = None) -> dict[str, Tensor]:
     """All tensors, whole and on the CPU; or, where `pattern` is spread over the ranks, all but scalars as it is."""
-    tensors = {name: _room(pattern, dtype, shape) for name, (dtype, shape) in describe_tensors(stem).items()}
+    together = isinstance(pattern, DTensor)  # who cannot read the names must not leave the others waiting
+    described = on_each(lambda: describe_tensors(stem))[0] if together else describe_tensors(stem)
+    tensors = {name: _room(pattern, dtype, shape) for name, (dtype, shape) in described.items()}
     read_into(stem, tensors)
     return tensors
 

@@ -34,7 +34,7 @@ from fastrlhf.interrupts import Interrupted
 from fastrlhf.models import adapters, trunk
 from fastrlhf.models.forward import token_logprobs
 from fastrlhf.models.loading import build_policy
-from fastrlhf.models.sharding import full, give_back, like, shard, whole
+from fastrlhf.models.sharding import beginnings, full, give_back, like, shard, whole
 from fastrlhf.optim import Optimizer
 from tests import resumable, tiny
 
@@ -199,6 +199,8 @@ def sharded_model() -> dict[str, Any]:
         "all": sum(parameter.numel() for parameter in plain.parameters()),
         "logprob": (inside - expected).abs().max().item(),
         "whole": max((full(ours) - theirs).abs().max().item() for ours, theirs in pairs),
+        # Of a vector whose first part is shorter than what is asked for, too.
+        "begins": all(map(torch.equal, *(beginnings(m.parameters(), 20) for m in (model, plain)))),
         "filled": max((full(like(ours, theirs)) - theirs).abs().max().item() for ours, theirs in pairs),
         # Two ranks of the same pack: the sum is twice the gradient of one.
         "gradient": max((full(o.grad) / 2 - t.grad).abs().max().item() / t.grad.abs().max().item() for o, t in pairs),

@@ -140,6 +140,7 @@ def test_each_process_holds_its_part_of_the_weights_and_sums_the_gradients(place
     assert abs(first["held"] - second["held"]) < 0.05 * first["all"]
     for model in (first, second):
         assert model["whole"] == model["filled"] == 0.0
+        assert model["begins"]
         assert model["logprob"] < 1e-5
         assert model["kept"] > 0 == model["left"]
         assert model["gradient"] < 1e-5

@@ -24,7 +24,7 @@ from fastrlhf.config import TrainConfig
 from fastrlhf.distributed import on_first
 from fastrlhf.models.forward import disable_activation_checkpointing
 from fastrlhf.models.four_bit import is_four_bit, make_plain, plain_weight
-from fastrlhf.models.sharding import assign, full, is_sharded, on_first_rank
+from fastrlhf.models.sharding import assign, beginnings, is_sharded, on_first_rank
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -90,9 +90,9 @@ def base_fingerprint(model: PreTrainedModel) -> str:
     training moves most; in 4 bits it is another. A head is not part of it, so that a causal LM and a reward model may
     have one base."""
     digest = hashlib.sha256()
-    for name, weight in cast(Module, model.base_model).named_parameters():
-        if ".lora_" not in name:
-            digest.update(full(weight.detach()).reshape(-1)[:64].bfloat16().float().cpu().numpy().tobytes())
+    named = cast(Module, model.base_model).named_parameters()
+    for start in beginnings((weight for name, weight in named if ".lora_" not in name), 64):
+        digest.update(start.bfloat16().float().numpy().tobytes())
     return digest.hexdigest()[:32]
 
 

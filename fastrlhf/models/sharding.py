@@ -10,7 +10,7 @@ DTensor of which this rank holds a part. Frozen models are spread in the same wa
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any, cast
@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import Module, ModuleList
 from transformers import PreTrainedModel
 
-from fastrlhf.distributed import is_first, world_size
+from fastrlhf.distributed import from_all, is_first, world_size
 
 
 def shard(*models: PreTrainedModel) -> None:
@@ -107,6 +107,14 @@ def held(tensor: Tensor) -> Tensor:
     if isinstance(tensor, DTensor):
         return tensor.to_local()
     return tensor if is_first() else tensor.new_empty(0)
+
+
+def beginnings(tensors: Iterable[Tensor], length: int) -> list[Tensor]:
+    """The first `length` entries of each, or all that it has, flat, in float32 on the CPU; every rank must ask, and
+    gathers nothing else."""
+    # Copies, since a view would be sent with all that it is a view of.
+    own = [held(tensor.detach()).reshape(-1)[:length].float().cpu().clone() for tensor in tensors]
+    return [torch.cat(parts)[:length] for parts in zip(*from_all(own), strict=True)]
 
 
 def on_first_rank(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -99,3 +99,14 @@ def test_an_example_runs_and_moves_the_weights(op: str, model: nn.Module):
         assert scope["advantage"].isfinite().all()
     else:
         assert any(not torch.equal(p, old) for p, old in zip(weights, before, strict=True))
+
+
+@pytest.mark.parametrize("op", ["linear_logprob", "logprob_from_logits"])
+def test_the_packed_forward_of_an_example_keeps_sequences_apart(op: str, model: nn.Module):
+    """transformers forgets `position_ids` where it makes a cache, which it does unless told otherwise."""
+    scope = names(model)
+    (call,) = (line.split(" = ", 1)[1] for line in EXAMPLES[op].splitlines() if "position_ids=" in line)
+    batch = scope["batch"] = scope["loader"][0]
+    packed = eval(call, scope)[5:]
+    batch.ids, batch.positions = batch.ids[5:], batch.positions[5:]
+    torch.testing.assert_close(packed, eval(call, scope), atol=1e-6, rtol=0)
