@@ -256,7 +256,7 @@ def _evaluate(arguments: Sequence[str]) -> None:
     _quiet_libraries()
     from fastrlhf.evaluation.evaluate import evaluate_models, format_table
 
-    print(format_table(evaluate_models(config)))
+    print(format_table(evaluate_models(config), config.opponent, config.reward_model_path))
     if config.output_dir:
         print(f"saved in {config.output_dir}: summary.json, samples.jsonl")
 

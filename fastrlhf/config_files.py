@@ -50,7 +50,7 @@ def read_yaml(path: str, kind: type, command: str) -> dict[str, Any]:
     variables in values, as $NAME, are filled in, and so is ~ at their start. Raises ValueError, with the nearest known
     name, for a key that is none.
     """
-    content, place = _load_yaml(path), path
+    content, place = load_yaml(path), path
     if set(content) & COMMANDS:
         for section in content:
             if section not in COMMANDS | {"shared"}:
@@ -69,7 +69,7 @@ def read_yaml(path: str, kind: type, command: str) -> dict[str, Any]:
 
 def shared_keys(path: str, command: str) -> set[str]:
     """The keys that `shared` alone gives to a command."""
-    content = _load_yaml(path)
+    content = load_yaml(path)
     if not set(content) & COMMANDS:
         return set()
     shared, own = ({ALIASES.get(key, key) for key in _section(path, content, name)} for name in ("shared", command))
@@ -81,7 +81,7 @@ def run_first(path: str, command: str) -> list[str]:
 
     What those name in turn is not followed. Raises ValueError for a name that is no other training section of the file.
     """
-    content = _load_yaml(path)
+    content = load_yaml(path)
     names = _section(path, content, command).get("run_first") or []
     others = [name for name in content if name in COMMANDS - {command, "rlp", "eval", "demo"}]
     if not isinstance(names, list):
@@ -94,7 +94,7 @@ def run_first(path: str, command: str) -> list[str]:
 
 def training_sections(path: str) -> list[str]:
     """The sections of a file, or of a recipe, that a trainer reads, in order; none of a flat file."""
-    return [name for name in _load_yaml(path) if name in COMMANDS - {"eval", "demo"}]
+    return [name for name in load_yaml(path) if name in COMMANDS - {"eval", "demo"}]
 
 
 def names_folder(values: Iterable[Mapping[str, Any]], folder: str) -> bool:
@@ -116,7 +116,7 @@ def check_unchanged(config: Any, section: str) -> None:
     A folder without a config.yaml is a model that was put there: it is taken as it is.
     """
     written = Path(config.output_dir) / "config.yaml"
-    before = _load_yaml(str(written)) if written.exists() else {}
+    before = load_yaml(str(written)) if written.exists() else {}
     changed = [
         f"{key} was {before[key]!r} and is {value!r}"
         for key, value in _plain(dataclasses.asdict(config)).items()
@@ -136,7 +136,8 @@ def _section(path: str, content: dict[str, Any], name: str) -> dict[str, Any]:
     return section
 
 
-def _load_yaml(path: str) -> dict[str, Any]:
+def load_yaml(path: str) -> dict[str, Any]:
+    """The mapping in a file, or in the recipe of that name. Raises ValueError where it is none, naming the file."""
     import yaml  # not in the base install
 
     file = Path(path)
@@ -250,7 +251,7 @@ def differences(config: Any, path: Path, ignored: Collection[str] = ()) -> list[
 
     Raises ValueError where the file is no configuration at all.
     """
-    there = _load_yaml(str(path))
+    there = load_yaml(str(path))
     here = _plain(dataclasses.asdict(config))
     return [
         f"{key}: {there.get(key, 'absent')!r} there, {here.get(key, 'absent')!r} here"

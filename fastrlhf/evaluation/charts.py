@@ -24,6 +24,8 @@ SMOOTH_FROM = 40
 
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 320, 160, 40, 12, 8, 20
 _PLOT_WIDTH, _PLOT_HEIGHT = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
+_DIGIT = 6
+"""Width of a digit of a label, rounded up."""
 _FURTHEST = 1e300
 """Values are drawn as at most this large: the height of the frame stays finite."""
 _NEAREST = 1e-290
@@ -50,13 +52,17 @@ def line_chart(title: str, curves: list[Curve], over: str = "steps") -> str:
     """
     x_range = _widened(min(c.steps[0] for c in curves), max(c.steps[-1] for c in curves), least=1.0)
     y_range = _value_range(curves)
+    labels = _y_labels(y_range)
+    # a label at the left edge may need more than the margin
+    more = max(0, _DIGIT * max(len(label) for _, label in labels) - (_LEFT - 5))
     prefix, _, name = title.rpartition("/")
     family = f"<small>{escape(prefix)}/</small>" if prefix else ""
     drawn = "".join(_draw(curve, x_range, y_range) for curve in curves)
+    box, told = f"{-more} 0 {_WIDTH + more} {_HEIGHT}", f"{title} over {over}"
     return (
         f"<figure><figcaption><b>{family}{escape(name)}</b>{_key(curves)}</figcaption>"
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title)} over {escape(over)}">'
-        f"{_axes(x_range, y_range, whole=over == 'steps')}"
+        f'<svg viewBox="{box}" role="img" aria-label="{escape(told)}">'
+        f"{_axes(x_range, y_range, labels, whole=over == 'steps')}"
         f'<svg x="{_LEFT}" y="{_TOP}" width="{_PLOT_WIDTH}" height="{_PLOT_HEIGHT}">{drawn}</svg></svg></figure>\n'
     )
 
@@ -199,11 +205,15 @@ def _path(steps: Array, values: Array, x_range: Range, y_range: Range) -> str:
     return "".join(pieces)
 
 
-def _axes(x_range: Range, y_range: Range, whole: bool) -> str:
+def _y_labels(y_range: Range) -> list[tuple[float, str]]:
+    values = ticks(*y_range, 4)
+    return list(zip(values, tick_labels(values), strict=True))
+
+
+def _axes(x_range: Range, y_range: Range, y_labels: list[tuple[float, str]], whole: bool) -> str:
     """Grid, ticks and labels; a horizontal axis of steps has ticks at whole numbers only."""
     parts = []
-    y_ticks = ticks(*y_range, 4)
-    for value, label in zip(y_ticks, tick_labels(y_ticks), strict=True):
+    for value, label in y_labels:
         y = _TOP + (y_range[1] - value) / (y_range[1] - y_range[0]) * _PLOT_HEIGHT
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text class="y" x="{_LEFT - 5}" y="{y + 3:.1f}">{label}</text>')

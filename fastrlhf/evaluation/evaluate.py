@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.checkpoint import check_output_dir, create_output_dir
 from fastrlhf.config import EvalConfig, require
+from fastrlhf.config_files import load_yaml
 from fastrlhf.data.inputs import open_eval_inputs, with_room
 from fastrlhf.data.tokens import special_ids
 from fastrlhf.distributed import check_one_process
@@ -27,6 +31,8 @@ from fastrlhf.models.loading import (
 from fastrlhf.models.roles import holds_adapter, open_base, policy_role, score_role
 from fastrlhf.models.trunk import TrunkOptions
 from fastrlhf.types import Example, Prefix, Rollout, TokenizedExample
+
+log = logging.getLogger(__name__)
 
 COLUMNS = ("reference", "chosen", "rejected")
 
@@ -45,6 +51,8 @@ def evaluate_models(config: EvalConfig, examples: Sequence[Example] | None = Non
     against_column = config.opponent in COLUMNS
     source = replace(config, model_name_or_path=config.model_name_or_path or config.models[0])
     tokenizer, rows = open_eval_inputs(source, [config.opponent] if against_column else [], examples)
+    if examples is None:
+        _warn_of_trained_rows(config, rows)
     rows = with_room(rows, "eval", config.max_length, config.response_length)
     eos, pad = special_ids(tokenizer)
     base = open_base(config, [("reward_model_path", config.reward_model_path), *(("models", m) for m in config.models)])
@@ -82,30 +90,79 @@ def _write(
     """config.yaml, summary.json with the comparisons (`fastrlhf report` shows them), and samples.jsonl with every
     prompt, response and score."""
     folder = create_output_dir(config.output_dir, config)
-    summary = {"opponent": config.opponent, "methods": {name: asdict(made) for name, made in comparisons.items()}}
+    summary = {
+        "opponent": config.opponent,
+        "opponent_mean_score": float(scores[config.opponent].mean(dtype=np.float64)),
+        "judge": config.reward_model_path,
+        "methods": {name: asdict(made) for name, made in comparisons.items()},
+    }
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     with (folder / "samples.jsonl").open("w", encoding="utf-8") as file:
         for name, rollouts in answers.items():
             for rollout, score in zip(rollouts, scores[name].tolist(), strict=True):
-                texts = {
+                row = {
+                    "row": rollout.prefix.row,
                     "prompt": tokenizer.decode(rollout.prefix.token_ids),
+                    "model": name,
                     "response": tokenizer.decode(rollout.completion),
+                    "score": score,
                 }
-                file.write(json.dumps({"model": name, "row": rollout.prefix.row, **texts, "score": score}) + "\n")
+                file.write(json.dumps(row) + "\n")
 
 
-def format_table(comparisons: Mapping[str, Comparison]) -> str:
-    """One line per model: win rate in per cent and mean difference of scores, each with its 95 % interval."""
-    width = max(map(len, ("model", *comparisons)))
-    lines = [f"{'model':{width}}  win rate %             score difference           prompts"]
+def format_table(comparisons: Mapping[str, Comparison], opponent: str, judge: str) -> str:
+    """The judge; one line per model: win rate in per cent, mean score and how much more than the opponent's that is,
+    with intervals of 95 %; and the opponent's mean score."""
+    width = max(map(len, ("model", opponent, *comparisons)))
+    wins, gain = f"{f'win rate % vs {opponent}':21}", f"{f'minus {opponent}':26}"
+    lines = [f"{'model':{width}}  {wins}  mean score  {gain}  prompts"]
     for name, comparison in comparisons.items():
-        low, high = comparison.win_rate_ci
+        low, high = (100 * end for end in comparison.win_rate_ci)
         below, above = comparison.mean_difference_ci
+        rate = f"{100 * comparison.win_rate:5.1f} [{low:5.1f}, {high:5.1f}]"
+        difference = f"{comparison.mean_difference:+7.3f} [{below:+7.3f}, {above:+7.3f}]"
         lines.append(
-            f"{name:{width}}  {100 * comparison.win_rate:5.1f} [{100 * low:5.1f}, {100 * high:5.1f}]   "
-            f"{comparison.mean_difference:+7.3f} [{below:+7.3f}, {above:+7.3f}]  {comparison.num:6d}"
+            f"{name:{width}}  {rate:{len(wins)}}  {comparison.mean_score:10.3f}  {difference:{len(gain)}}  "
+            f"{comparison.num:7d}"
         )
-    return "\n".join(lines)
+    first = next(iter(comparisons.values()))
+    lines.append(f"{opponent:{width}}  {'':{len(wins)}}  {first.mean_score - first.mean_difference:10.3f}")
+    return "\n".join([f"judged by {judge}, intervals of 95 %", *lines])
+
+
+def _warn_of_trained_rows(config: EvalConfig, rows: Sequence[TokenizedExample]) -> None:
+    """Where the run that left a model has trained it on some of `rows`, as far as its config.yaml tells: the last rows
+    of a split are held out by `num_eval_examples` alone."""
+    split = config.dataset_test_split or config.dataset_train_split
+    end = max((row.row for row in rows), default=-1) + 1
+    for name in config.models:
+        run = _run_config(name)
+        if (
+            not run.get("dataset_name")
+            or Path(run["dataset_name"]).expanduser().resolve() != Path(config.dataset_name).expanduser().resolve()
+            or (run.get("dataset_config"), run.get("dataset_train_split")) != (config.dataset_config, split)
+        ):
+            continue
+        held_out = 0 if run.get("dataset_test_split") else run.get("num_eval_examples", 0)
+        trained = min(end - held_out, run.get("max_train_examples") or end)
+        if num := sum(row.row < trained for row in rows):
+            log.warning(
+                "models: %s was trained on at least %d of the %d rows it is judged on; hold them out of training, with "
+                "the same num_eval_examples there and here",
+                *(name, num, len(rows)),
+            )
+
+
+def _run_config(model: str) -> dict[str, Any]:
+    """What the run was told that left the model, its adapter or its checkpoint here; nothing where there was none."""
+    folder = Path(model)
+    if folder.name == "adapter" or folder.name.startswith("checkpoint-"):
+        folder = folder.parent
+    file = folder / "config.yaml"
+    try:
+        return load_yaml(str(file)) if file.is_file() else {}
+    except ValueError:  # somebody else's file
+        return {}
 
 
 def _check(config: EvalConfig) -> None:

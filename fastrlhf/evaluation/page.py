@@ -4,14 +4,8 @@ from __future__ import annotations
 
 from html import escape
 
-CHART_NOTE = (
-    "Horizontal axes count optimiser steps, where the title names nothing else. Faint: every step; bold: the mean "
-    "over 1/20 of the run. A few spikes may leave the frame of a long curve. Numbers beside the names are the last "
-    "values."
-)
 
-
-def render_page(title: str, facts: list[str], sections: list[tuple[str, str]], footer: str = CHART_NOTE) -> str:
+def render_page(title: str, facts: list[str], sections: list[tuple[str, str]], footer: str = "") -> str:
     """A whole HTML document: the title, a line of facts, links to the sections, and the sections (heading, markup).
 
     Title, facts, headings and footer are escaped here. The policy in its head forbids the browser any request and any
@@ -36,7 +30,7 @@ def render_page(title: str, facts: list[str], sections: list[tuple[str, str]], f
 <header><h1>{escape(title)}</h1><p class="facts">{chips}</p><nav>{links}</nav></header>
 <main>
 {body}</main>
-<footer>{escape(footer)}</footer>
+{f"<footer>{escape(footer)}</footer>" if footer else ""}
 </body>
 </html>
 """

@@ -5,7 +5,8 @@ The page needs no network and no script. It shows, as far as they are there:
     metrics.jsonl   one chart per metric, of the directory itself and of the stages in its sub-folders; stages that log
                     the same metrics (ppo and drpo, two seeds) share their charts; scores by reset depth are one chart,
                     and so are the judges of training and evaluation over the square root of the KL
-    samples.jsonl   the last samples, of an on-policy run with the colour of what every token earned
+    samples.jsonl   the last samples, of an on-policy run with the colour of what every token earned; of models that
+                    were compared, the last prompts, each with the answers of all
     config.yaml     the resolved configuration
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from html import escape
 from itertools import chain, pairwise
@@ -28,6 +30,9 @@ from fastrlhf.metrics import read_metrics, read_rows
 
 MAX_SAMPLES = 12
 """Samples shown per stage: the last ones."""
+
+MAX_PROMPTS = 6
+"""Prompts shown, each with the answers of all models that were compared."""
 
 RECENT = 20
 """Of the scores by reset depth, the last so many are averaged."""
@@ -46,10 +51,20 @@ _HOUSEKEEPING = {
     "perf",
 }
 """Metrics and families that every stage logs, whatever it trains."""
+_LEADING = ("", "objective", "eval_objective", "reward", "rewards")
+"""Families that say how a run fares, the bare names first: their charts come first."""
+_COUNTERS = ("grad_norm", "learning_rate", "epoch", "episode", "num_tokens", "num_unique_tokens")
+"""Ends of the bare names that say no more than that it runs: their charts come last, before those of seconds."""
+_CHART_NOTE = (
+    "Horizontal axes count optimiser steps, where the title names nothing else. Faint: every step; bold: the mean "
+    "over 1/20 of the run. A few spikes may leave the frame of a long curve. Numbers beside the names are the last "
+    "values."
+)
 _COLUMNS = {
     "win_rate": "Win rate",
     "gold_reward": "Gold reward",
     "minus_sft": "Gold minus SFT",
+    "mean_score": "Mean score",
     "mean_difference": "Score difference",
     "num": "Prompts",
     "rm_score": "RM score",
@@ -137,7 +152,8 @@ def write_report(run_dir: Path) -> Path:
     sections += [("Samples", samples)] if (samples := _samples(run_dir, stages)) else []
     sections += [("Configuration", config)] if (config := _configs(run_dir, stages)) else []
     path = run_dir / "report.html"
-    path.write_text(render_page(title, _facts(summary, stages), sections), encoding="utf-8", errors="xmlcharrefreplace")
+    page = render_page(title, _facts(summary, stages), sections, footer=_CHART_NOTE if stages else "")
+    path.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
     return path
 
 
@@ -196,16 +212,11 @@ def _overlaid(stages: list[_Stage]) -> list[list[_Stage]]:
 
 
 def _charts(stages: list[_Stage]) -> str:
-    """One chart per metric; those of a family, the part of the name before '/', stand together, bare names first."""
-    families: dict[str, list[str]] = {"": []}
-    for metric in dict.fromkeys(metric for stage in stages for metric in stage.metrics):
-        if metric.startswith(_DEPTH):
-            continue
-        families.setdefault(metric.split("/")[0] if "/" in metric else "", []).append(metric)
+    """One chart per metric, in the order of `_in_families`, and those that are made of several."""
+    metrics = dict.fromkeys(metric for stage in stages for metric in stage.metrics if not metric.startswith(_DEPTH))
     figures = (
         line_chart(metric, [stage.curve(metric) for stage in stages if metric in stage.metrics])
-        for metrics in families.values()
-        for metric in metrics
+        for metric in _in_families(metrics)
     )
     if by_depth := [curve for stage in stages for curve in stage.depth_curve]:
         title = f"drpo/score by % of the response given away, last {RECENT} steps"
@@ -214,6 +225,18 @@ def _charts(stages: list[_Stage]) -> str:
         title = "score gained since the first evaluation, over sqrt(KL)"
         figures = chain(figures, [line_chart(title, judged, over="distance from the reference")])
     return f'<div class="charts">{"".join(figures)}</div>'
+
+
+def _in_families(metrics: Iterable[str]) -> list[str]:
+    """Those of a family, the part of the name before '/', stand together: what tells how the run fares, the rest as it
+    was logged, counters and seconds."""
+    families: dict[str, list[str]] = {family: [] for family in _LEADING}
+    last: dict[str, list[str]] = {"": [], "timing": [], "perf": []}
+    for metric in metrics:
+        family = metric.split("/")[0] if "/" in metric else ""
+        late = metric.endswith(_COUNTERS) if not family else family in last
+        (last if late else families).setdefault(family, []).append(metric)
+    return [metric for family in (*families.values(), *last.values()) for metric in family]
 
 
 def _results(summary: dict[str, Any], stages: list[_Stage]) -> str:
@@ -263,16 +286,31 @@ def _samples(run_dir: Path, stages: list[_Stage]) -> str:
     parts = []
     for name, path in _directories(run_dir, stages):
         file = path / "samples.jsonl"
-        rows = read_rows(file)[-MAX_SAMPLES:] if file.exists() else []
+        rows = read_rows(file) if file.exists() else []
         if rows:
+            compared = "model" in rows[-1]
+            rows = _side_by_side(rows) if compared else rows[-MAX_SAMPLES:]
+            what = "prompts, and what each model answered" if compared else f"{len(rows)} samples"
             colored = [row for row in rows if has_token_rewards(row)]
             shown = token_samples(colored) if colored else ""
             shown += _sample_table([row for row in rows if not has_token_rewards(row)])
             parts.append(
-                f"<details{'' if parts else ' open'}><summary>{escape(name)}: last {len(rows)} samples</summary>"
-                f"{shown}</details>\n"
+                f"<details{'' if parts else ' open'}><summary>{escape(name)}: last {what}</summary>{shown}</details>\n"
             )
     return "".join(parts)
+
+
+def _side_by_side(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The answers of all models to the last `MAX_PROMPTS` prompts, prompt after prompt, which is named once."""
+    answers: dict[Any, list[dict[str, Any]]] = {}
+    for row in rows:
+        answers.setdefault(row.get("row"), []).append(row)
+    once = {"row": "", "prompt": ""}
+    return [
+        row if i == 0 else row | once
+        for of_prompt in list(answers.values())[-MAX_PROMPTS:]
+        for i, row in enumerate(of_prompt)
+    ]
 
 
 def _sample_table(rows: list[dict[str, Any]]) -> str:

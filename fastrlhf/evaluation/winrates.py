@@ -26,6 +26,8 @@ class Comparison:
     win_rate: float
     """Probability in [0, 1] that a beats b on a row; 0.5 is a draw."""
     win_rate_ci: Interval
+    mean_score: float
+    """Of a, in the units of the scores; b's is this minus `mean_difference`."""
     mean_difference: float
     """Mean of (a - b), in the units of the scores."""
     mean_difference_ci: Interval
@@ -45,6 +47,7 @@ def compare(
     return Comparison(
         win_rate=float(outcomes.mean()),
         win_rate_ci=bootstrap_interval(outcomes, level=level, samples=samples, seed=seed),
+        mean_score=float(np.asarray(scores_a, dtype=np.float64).mean()),
         mean_difference=difference,
         mean_difference_ci=difference_ci,
         num=len(outcomes),

@@ -32,6 +32,17 @@ def coordinates(path):
     return [(float(x), float(y)) for x, y in re.findall(r"(-?[\d.]+),(-?[\d.]+)", path)]
 
 
+@pytest.mark.parametrize("values", [[0.99997, 0.99999], [-0.99997, -0.99999], [0.0, 1.0], [1.23e-7, 1.25e-7]])
+def test_the_box_has_room_for_the_longest_label(values):
+    """Six units of width for each of its digits, that end where the axis begins; no less than the usual margin."""
+    figure = line_chart("ratio", [curve(values)])
+    left, width = map(float, re.findall(r'viewBox="(\S+) 0 (\S+) 160"', figure)[0])
+    labels = re.findall(r'class="y" x="(\d+)".*?>(.*?)<', figure)
+    assert left == min(0, *(int(x) - 6 * len(label) for x, label in labels))
+    assert left + width == 320
+    assert (left < 0) == (max(len(label) for _, label in labels) > 5)
+
+
 @pytest.mark.parametrize(
     ("low", "high", "expected"),
     [

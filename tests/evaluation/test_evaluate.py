@@ -1,6 +1,8 @@
 import json
 import shutil
 from dataclasses import replace
+from html import escape
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -83,6 +85,7 @@ def test_what_it_prints_is_left_in_a_file_that_the_report_shows(config, tmp_path
     folder = tmp_path / "eval"
     comparisons = evaluate_models(replace(config, output_dir=str(folder)), tiny.examples(20))
     summary = json.loads((folder / "summary.json").read_text())
+    methods = summary["methods"]
     for name, comparison in comparisons.items():
         low, high = comparison.mean_difference_ci
         assert summary["methods"][name]["mean_difference"] == comparison.mean_difference
@@ -90,9 +93,17 @@ def test_what_it_prints_is_left_in_a_file_that_the_report_shows(config, tmp_path
         assert (summary["methods"][name]["win_rate"], summary["methods"][name]["num"]) == (comparison.win_rate, 20)
     rows = read_rows(folder / "samples.jsonl")
     assert len(rows) == 20 * 3  # of both models, and the dataset's
+    means = {name: np.mean([row["score"] for row in rows if row["model"] == name]) for name in (*methods, "reference")}
+    assert {name: row["mean_score"] for name, row in methods.items()} | {
+        "reference": summary["opponent_mean_score"]
+    } == pytest.approx(means, rel=1e-12)  # the same float32 scores, averaged in float64
+    assert (summary["opponent"], summary["judge"]) == ("reference", config.reward_model_path)
     page = write_report(folder).read_text()
-    assert [page.count(f">{column}</th>") for column in ("Win rate", "Score difference", "Prompts")] == [1, 1, 1]
-    assert all(name in page for name in config.models)
+    columns = ("Win rate", "Mean score", "Score difference", "Prompts")
+    assert [page.count(f">{column}</th>") for column in columns] == [1, 1, 1, 1]
+    last = [row["response"] for row in rows if row["row"] >= 14]  # of the last 6 prompts, all three answers
+    assert len(last) == 6 * 3
+    assert all(f"<div>{escape(response)}</div>" in page for response in last)
 
 
 def test_a_response_of_the_dataset_that_was_cut_is_judged_as_it_stands(config):
@@ -118,6 +129,35 @@ def test_only_the_held_out_rows_are_judged(config, tmp_path, monkeypatch):
     held_out = replace(config, dataset_name=str(tmp_path / "a.jsonl"), num_eval_examples=6)
     assert {comparison.num for comparison in evaluate_models(held_out).values()} == {6}
     assert seen == [[14, 15, 16, 17, 18, 19]] * 2
+
+
+def test_rows_that_a_model_was_trained_on_are_told(config, tmp_path, caplog):
+    """Of 20 rows, 6 are judged. One run has held out 2 of them, one all, one has read another split, and one the first
+    15 rows alone; an adapter is what the run above it has left."""
+    rows = [{"prompt": f"w{i}", "completion": "w1"} for i in range(20)]
+    data = tmp_path / "a.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = replace(config, dataset_name=str(data), num_eval_examples=6, models=config.models[:1])
+    run, adapter = Path(config.models[0]), tmp_path / "run" / "adapter"
+    trained = {"dataset_name": str(data), "dataset_config": "", "dataset_train_split": "train", "num_eval_examples": 2}
+    for settings, told in (
+        ({}, 4),
+        ({"num_eval_examples": 6}, 0),
+        ({"dataset_train_split": "other"}, 0),
+        ({"dataset_name": "other.jsonl"}, 0),
+        ({"max_train_examples": 15}, 1),
+        ({"dataset_test_split": "test"}, 6),
+    ):
+        (run / "config.yaml").write_text(json.dumps(trained | settings))
+        caplog.clear()
+        evaluate_models(config)
+        message = f"models: {run} was trained on at least {told} of the 6 rows it is judged on"
+        assert [record.getMessage().split(";")[0] for record in caplog.records] == ([message] if told else [])
+    shutil.copytree(tiny.save_adapter(tmp_path / "trained", str(run), 1), adapter)
+    (adapter.parent / "config.yaml").write_text(json.dumps(trained))
+    caplog.clear()
+    evaluate_models(replace(config, models=(str(adapter),)))
+    assert f"models: {adapter} was trained on at least 4 of the 6 rows" in caplog.text
 
 
 def test_a_prompt_without_room_for_a_response_is_left_out(config):
@@ -202,11 +242,24 @@ def test_an_adapter_is_laid_over_the_model_that_is_given_and_no_other(adapted, c
 
 
 def test_the_table_is_aligned():
+    """The opponent's mean score is the model's less the difference: 1.25 + 0.5."""
     comparison = Comparison(
-        win_rate=0.625, win_rate_ci=(0.5, 0.75), mean_difference=-0.5, mean_difference_ci=(-1.0, 0.25), num=8
+        win_rate=0.625,
+        win_rate_ci=(0.5, 0.75),
+        mean_score=1.25,
+        mean_difference=-0.5,
+        mean_difference_ci=(-1.0, 0.25),
+        num=8,
     )
-    header, first, second = format_table({"a": comparison, "runs/long/name": comparison}).splitlines()
-    assert header == "model           win rate %             score difference           prompts"
-    assert first == "a                62.5 [ 50.0,  75.0]    -0.500 [ -1.000,  +0.250]       8"
+    compared = {"a": comparison, "runs/long/name": comparison}
+    judge, header, first, second, last = format_table(compared, "reference", "runs/judge").splitlines()
+    assert judge == "judged by runs/judge, intervals of 95 %"
+    assert header == "model           win rate % vs reference  mean score  minus reference             prompts"
+    assert first == "a                62.5 [ 50.0,  75.0]          1.250   -0.500 [ -1.000,  +0.250]        8"
     assert second == first.replace("a             ", "runs/long/name", 1)
-    assert format_table({"a": comparison}).splitlines()[1].startswith("a       62.5 [")
+    assert last == "reference                                     1.750"
+    for opponent in ("b", "runs/" + "b" * 30):  # a short and a long name move no column
+        _, header, first, last = format_table({"a": comparison}, opponent, "runs/judge").splitlines()
+        assert header.index("mean score") + 10 == first.index("1.250") + 5 == last.index("1.750") + 5
+        assert header.index("minus") == first.index("-0.500") - 1
+        assert len(header) == len(first)

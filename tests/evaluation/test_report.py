@@ -234,6 +234,35 @@ def test_only_the_last_samples_are_shown(tmp_path):
     assert shown == [str(i) for i in range(18, 30)]
 
 
+def test_of_compared_models_the_last_prompts_are_shown_with_the_answers_of_all(tmp_path):
+    """The file has model after model, the page prompt after prompt, which is named once."""
+    (tmp_path / "summary.json").write_text(json.dumps({"methods": {"a": {"win_rate": 0.5}}}))
+    rows = [
+        {"row": i, "prompt": f"prompt-{i}.", "model": model, "response": f"{model}{i}"}
+        for model in ("a", "b", "reference")
+        for i in range(30)
+    ]
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = write_report(tmp_path).read_text()
+    shown = re.findall(r"<div>(prompt-\d+\.|(?:a|b|reference)\d+)</div>", page)
+    assert shown == [text for i in range(24, 30) for text in (f"prompt-{i}.", f"a{i}", f"b{i}", f"reference{i}")]
+
+
+def test_only_a_page_with_curves_explains_them(tmp_path):
+    write_metrics(tmp_path / "run", {"loss": 1.0})
+    assert "<footer>Horizontal axes" in write_report(tmp_path / "run").read_text()
+    (tmp_path / "summary.json").write_text(json.dumps({"methods": {"a": {"win_rate": 0.5}}}))
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    assert "<footer" not in write_report(tmp_path).read_text()
+
+
+def test_what_tells_how_a_run_fares_comes_before_counters_and_seconds(tmp_path):
+    logged = ("timing/rollout", "policy/clipfrac_avg", "learning_rate", "value_grad_norm", "grad_norm", "num_tokens")
+    telling = ("loss", "accuracy", "objective/scores", "objective/kl", "eval_objective/kl", "reward/score")
+    write_metrics(tmp_path, dict.fromkeys(logged + telling, 1.0))
+    assert list(figures(write_report(tmp_path).read_text())) == [*telling, logged[1], *logged[2:], logged[0]]
+
+
 def test_samples_with_token_rewards_are_text_and_others_stay_a_table(tmp_path):
     write_metrics(tmp_path, {"loss": 1.0})
     earned = {"tokens": ["w4", " w5"], "rewards": {"dpo": [0.5, -0.25]}}
