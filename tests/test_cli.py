@@ -129,8 +129,10 @@ def test_every_trainer_runs_from_one_file_of_sections(chain, place):
 def test_eval_prints_a_win_rate_per_model(chain, capsys):
     assert main(["eval", "--config", "all.yaml"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["model", "runs/sft", "runs/dpo"]
-    assert all(line.endswith("  8") for line in lines[1:])  # the prompts that no trainer saw
+    assert [line.split()[0] for line in lines] == ["judged", "model", "runs/sft", "runs/dpo", "reference"]
+    assert lines[0].startswith("judged by runs/reward,")
+    assert "win rate % vs reference" in lines[1]
+    assert all(line.endswith("  8") for line in lines[2:4])  # the prompts that no trainer saw
 
 
 def test_one_command_runs_the_sections_before_it_that_have_not_run(place, capsys):
