@@ -351,7 +351,7 @@ def test_help_lists_the_keys_of_a_command_with_what_they_mean(capsys, command):
     text = " ".join(capsys.readouterr().out.replace("\u2502", " ").split())
     keys = {
         "demo": "--num_eval INT Held-out posts",
-        "eval": "--models [STR [STR ...]] Folders or hub names of policies.",
+        "eval": "--models [STR [STR ...]] Folders or hub names of policies;",
     }
     assert keys.get(command, "--max_grad_norm FLOAT Gradients are scaled down to this norm") in text
 
