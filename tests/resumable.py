@@ -156,6 +156,6 @@ def untimed_log(folder: Path, result=None) -> list:
     """Of a run that has ended: its log and its model."""
     log = [untimed(row) for row in read_metrics(folder / "metrics.jsonl")]
     assert result is None or [untimed(row) for row in result.history] == [
-        {name: value for name, value in row.items() if name != "step"} for row in log
+        {name: value for name, value in row.items() if name != "step"} for row in log if row["step"]
     ]
     return [log, (folder / "model.safetensors").read_bytes()]

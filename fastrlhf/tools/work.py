@@ -38,8 +38,10 @@ def open_work(config: TrainConfig, most_batches: int = 1) -> Work:
 
     Raises ValueError as the trainer would.
     """
-    # What the run alone needs: a folder, reporters, a library of its optimiser.
-    elsewhere = dataclasses.replace(config, output_dir="", report_to=(), optim="adamw_torch_fused")
+    # What the run alone needs: a folder, reporters, a device and libraries.
+    alone = {"optim": "adamw_torch_fused", "attn_implementation": "auto", "use_liger_kernel": False}
+    alone |= {"activation_offloading": False, "load_in_4bit": False}
+    elsewhere = dataclasses.replace(config, output_dir="", report_to=(), **alone)
     tokenizer, data = open_inputs(elsewhere, _fields(config), None, None)
     examples = data.train
     if isinstance(config, PPOConfig):
