@@ -63,7 +63,8 @@ def plan_run(config: TrainConfig, *, memory_gib: float = 0.0) -> Plan:
         check_offloading(device)
     if isinstance(config, PPOConfig) and not may_offload:
         config = replace(config, ref_reward_offload=False)  # on a CPU, frozen models wait where they are
-    rows, is_cuda = read_rows(config), device.type == "cuda"
+    # Rows are read as on this machine, and whether it can offload was asked above, of the device that is planned for.
+    rows, is_cuda = read_rows(replace(config, activation_offloading=False)), device.type == "cuda"
     phases, facts = count_phases(config, rows, is_cuda=is_cuda)
     plan = Plan(phases=phases, facts=facts, device=name, memory=memory)
     if plan.fits:
