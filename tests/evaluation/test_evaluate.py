@@ -152,7 +152,8 @@ def test_rows_that_a_model_was_trained_on_are_told(config, tmp_path, caplog):
         caplog.clear()
         evaluate_models(config)
         message = f"models: {run} was trained on at least {told} of the 6 rows it is judged on"
-        assert [record.getMessage().split(";")[0] for record in caplog.records] == ([message] if told else [])
+        warned = [record.getMessage().split(";")[0] for record in caplog.records if record.levelname == "WARNING"]
+        assert warned == ([message] if told else [])
     shutil.copytree(tiny.save_adapter(tmp_path / "trained", str(run), 1), adapter)
     (adapter.parent / "config.yaml").write_text(json.dumps(trained))
     caplog.clear()
