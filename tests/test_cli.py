@@ -130,8 +130,7 @@ def test_eval_prints_a_win_rate_per_model(chain, capsys):
     assert main(["eval", "--config", "all.yaml"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["judged", "model", "runs/sft", "runs/dpo", "reference"]
-    assert lines[0].startswith("judged by runs/reward,")
-    assert "win rate % vs reference" in lines[1]
+    assert ("judged by runs/reward, " in lines[0], "win rate % vs reference" in lines[1]) == (True, True)
     assert all(line.endswith("  8") for line in lines[2:4])  # the prompts that no trainer saw
 
 
@@ -148,9 +147,8 @@ def test_one_command_runs_the_sections_before_it_that_have_not_run(place, capsys
     told = capsys.readouterr().out.splitlines()
     assert told[0] == "sft: chain/sft holds a finished run; skipped"
     assert [line for line in told if line.endswith(":")] == ["reward:", "dpo:", "rto:"]
-    assert [line for line in told if line.startswith("saved")] == [
-        f"saved in chain/{x}" for x in ("reward", "dpo", "rto")
-    ]
+    trained = [line.removeprefix("saved in chain/") for line in told if line.startswith("saved")]
+    assert trained == ["reward", "dpo", "rto"]
     assert (place / "chain/sft/model.safetensors").stat().st_mtime_ns == finished
     assert "rto/share_of_return" in read_metrics(place / "chain/rto/metrics.jsonl")[0]
     seeds = [yaml.safe_load((place / f"chain/{x}/config.yaml").read_text())["seed"] for x in ("reward", "dpo", "rto")]
