@@ -24,7 +24,7 @@ import torch
 
 from bench.results import append_row
 from bench.toy import interval
-from fastrlhf.algorithms.preference import train_dpo
+from fastrlhf.algorithms.dpo import train_dpo
 from fastrlhf.config import DemoConfig, DPOConfig
 from fastrlhf.data.toy import ToyTask, toy_tokenizer
 from fastrlhf.demo import judge_stage, run_stage, stage_config

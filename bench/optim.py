@@ -21,7 +21,7 @@ from torch.nn import Linear, Sequential
 
 from bench.results import RESULTS, append_row, device_name
 from fastrlhf.config import SFTConfig
-from fastrlhf.optim import Optimizer
+from fastrlhf.runtime.optim import Optimizer
 
 WIDTH = 1024
 M_MMAP_THRESHOLD = -3

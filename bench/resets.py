@@ -19,7 +19,7 @@ import torch
 
 from bench.results import append_row
 from bench.toy import interval
-from fastrlhf.algorithms.on_policy import train_on_policy
+from fastrlhf.algorithms.ppo import train_ppo
 from fastrlhf.config import DemoConfig, PPOConfig
 from fastrlhf.data.toy import QUESTION, ToyTask, toy_tokenizer
 from fastrlhf.demo import NUM_PROMPTS, Judged, judge_stage, run_stage, stage_config
@@ -66,7 +66,7 @@ def _run_seed(out: Path, seed: int) -> dict[str, dict[str, float]]:
         name = arm.replace(" ", "_")
         run = replace(stage_config(method, config, folder), output_dir=str(folder / name), **settings)
         assert isinstance(run, PPOConfig)
-        result = train_on_policy(run, careful, task.examples("validation", 128), judge=partial(gold_judge, task))
+        result = train_ppo(run, careful, task.examples("validation", 128), judge=partial(gold_judge, task))
         tokens = int(sum(row["num_tokens"] for row in result.history))
         rows[arm] = _row(judge_stage(config, task, folder, name), tokens)
     for arm, row in rows.items():

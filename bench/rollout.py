@@ -17,12 +17,12 @@ import torch
 
 from bench.results import RESULTS, append_row, device_name
 from bench.trunks import EOS, MODEL, VOCAB, Row, config_of, critic_like, rollouts_of
-from fastrlhf.algorithms.on_policy import make_engine
+from fastrlhf.algorithms.roles import make_engine
 from fastrlhf.config import DRPOConfig
 from fastrlhf.data.packing import trunks
 from fastrlhf.evaluation.judges import reward_model_judge
 from fastrlhf.models.loading import build_policy
-from fastrlhf.rollout import Decode
+from fastrlhf.rollout.engine import Decode
 
 
 def run_rollout(

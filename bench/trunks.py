@@ -18,12 +18,12 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from bench.results import RESULTS, append_row, device_name
 from fastrlhf.algorithms.experience import pack_episodes, score_episodes
-from fastrlhf.algorithms.on_policy import update
-from fastrlhf.algorithms.starts import draw_prefixes
+from fastrlhf.algorithms.ppo import update
+from fastrlhf.algorithms.prefixes import draw_prefixes
 from fastrlhf.config import DRPOConfig
 from fastrlhf.models.adapters import frozen_copy
 from fastrlhf.models.loading import build_policy
-from fastrlhf.optim import Optimizer
+from fastrlhf.runtime.optim import Optimizer
 from fastrlhf.types import Rollout, TokenizedExample
 
 VOCAB, EOS = 2000, 0

@@ -18,10 +18,10 @@ _EXPORTS: dict[str, str] = {
     "load_examples": "fastrlhf.data.examples",
     "train_sft": "fastrlhf.algorithms.sft",
     "train_reward_model": "fastrlhf.algorithms.reward_model",
-    "train_dpo": "fastrlhf.algorithms.preference",
-    "train_on_policy": "fastrlhf.algorithms.on_policy",
+    "train_dpo": "fastrlhf.algorithms.dpo",
+    **dict.fromkeys(("train_ppo", "train_on_policy"), "fastrlhf.algorithms.ppo"),
     "train_rlp": "fastrlhf.algorithms.rlp",
-    "TrainResult": "fastrlhf.algorithms.stage",
+    "TrainResult": "fastrlhf.runtime.run",
     "evaluate_models": "fastrlhf.evaluation.evaluate",
 }
 """Public name -> the module that defines it."""

@@ -5,24 +5,21 @@ from __future__ import annotations
 
 import logging
 import os
-import re
+import select
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
-from io import StringIO
-from itertools import dropwhile, pairwise, takewhile
 from pathlib import Path
 from typing import Any
 
 from fastrlhf import config as configs
-from fastrlhf import config_files as files
-from fastrlhf.broken_pipe import quiet_when_unread
-from fastrlhf.config.checks import UNREAD
-from fastrlhf.interrupts import Interrupted
-from fastrlhf.out_of_memory import describe, is_out_of_memory
+from fastrlhf.config import files
+from fastrlhf.config.command_line import config_paths, parse, split_configs
+from fastrlhf.runtime.out_of_memory import describe, is_out_of_memory
+from fastrlhf.runtime.signals import Interrupted
 
 USAGE = """\
 usage: fastrlhf COMMAND [--config FILE] [--key value ...]
@@ -46,6 +43,13 @@ fastrlhf COMMAND --help lists the keys of a command. FILE is YAML, or the name o
 
 PATIENCE = 10.0
 """Seconds before another process than the first tells its error: torchrun ends it where the first has failed too."""
+
+
+UNREAD_EXIT_CODE = 141
+"""As the shell tells of a program that SIGPIPE has ended."""
+
+STDOUT = 1
+"""The file descriptor."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -91,89 +95,14 @@ def _is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def parse(kind: type, arguments: Sequence[str], command: str) -> Any:
-    """The configuration that a file and flags describe. Raises ValueError for a key or a value that is none.
-
-    A key of a section `shared` that nothing would read under this command is left to the other sections.
-    """
-    rest = _split_configs(arguments)
-    values: dict[str, Any] = {}
-    shared: set[str] = set()
-    path = ""
-    while "--config" in rest:
-        where = rest.index("--config")
-        if where + 1 == len(rest):
-            raise ValueError("--config: give a file or the name of a recipe")
-        path = rest[where + 1]
-        values |= files.read_yaml(path, kind, command)
-        shared |= files.shared_keys(path, command)
-        del rest[where : where + 2]
-    rest = [files.without_alias(argument) for argument in rest]
-    files.check_flags(rest, kind)
-    while True:
-        try:
-            return _from_flags(kind, [*files.as_flags(values), *rest], command)
-        except ValueError as error:
-            key = str(error).partition(":")[0]
-            if key in shared & values.keys() and UNREAD in str(error):
-                del values[key]
-                continue
-            named = re.search(r"--(\w+)", str(error))  # by the parser, which knows nothing of files
-            if named and named[1] in values and not any(part.startswith(named[0]) for part in rest):
-                raise ValueError(f"{path}, {command}: {error}") from None
-            raise
-
-
-def _from_flags(kind: type, flags: Sequence[str], command: str) -> Any:
-    import tyro
-
-    message = StringIO()
-    try:
-        with redirect_stderr(message):
-            return tyro.cli(
-                kind,
-                prog=f"fastrlhf {command}",
-                args=files.spelled_out(flags, kind),
-                config=(tyro.conf.FlagConversionOff,),
-                use_underscores=True,
-            )
-    except SystemExit as stop:
-        if not stop.code:  # --help
-            raise
-        told = _first_paragraph(message.getvalue()).removeprefix(f"Error parsing {kind.__name__}: ")
-        raise ValueError(told) from None
-
-
-def _split_configs(arguments: Sequence[str]) -> list[str]:
-    """The arguments with --config=FILE as two of them."""
-    return [
-        part
-        for argument in arguments
-        for part in (argument.split("=", 1) if argument.startswith("--config=") else [argument])
-    ]
-
-
-def _config_paths(arguments: Sequence[str]) -> list[str]:
-    return [path for flag, path in pairwise(_split_configs(arguments)) if flag == "--config"]
-
-
-def _first_paragraph(box: str) -> str:
-    """What tyro's box of several lines says below its title, in one: the text up to the next rule. Where the terminal
-    has no such characters, the box is of hyphens and the title has a rule of its own."""
-    rules = ("\u2500", "\u2570", "---")
-    lines = [line.strip("\u2502 ") for line in box.splitlines()[1:]]
-    body = dropwhile(lambda line: line.startswith(rules), lines)
-    return " ".join(takewhile(lambda line: not line.startswith(rules), body))
-
-
 def _train(command: str, arguments: Sequence[str]) -> None:
     """Runs one trainer, after the sections of its file that it names in `run_first`, that it still needs and that have
     not run yet. What is wrong with any of them is told before the first starts."""
     config = _parse_run(command, arguments)
-    earlier = _run_first(command, config, _config_paths(arguments))
+    earlier = _run_first(command, config, config_paths(arguments))
     sections = _rlp_sections(config, arguments) if command == "rlp" else ()
     _quiet_libraries()
-    from fastrlhf.checkpoint import check_run_dir, holds_model
+    from fastrlhf.runtime.checkpoint import check_run_dir, holds_model
 
     finished = [(name, run) for name, run in earlier if holds_model(run.output_dir)]
     for name, run in finished:
@@ -185,7 +114,7 @@ def _train(command: str, arguments: Sequence[str]) -> None:
         if name != "rlp":  # which goes on where it stopped, and checks its stages itself
             check_run_dir(run)
     if len(runs) > 1:
-        from fastrlhf.tools.preflight import check_chain, rlp_stages
+        from fastrlhf.tools.plan.preflight import check_chain, rlp_stages
 
         check_chain([*runs[:-1], *(rlp_stages(config, *sections) if sections else runs[-1:])])
     for name, run in runs:
@@ -222,7 +151,7 @@ def _run_first(command: str, config: Any, paths: Sequence[str]) -> list[tuple[st
 
 def _rlp_sections(config: configs.RLPConfig, arguments: Sequence[str]) -> tuple[Any, Any]:
     """The sections that train the reward models and the policies of RLP."""
-    paths = _config_paths(arguments)
+    paths = config_paths(arguments)
     configs.require(len(paths) == 1, "--config", paths, f"one file with sections rlp, reward and {config.policy}")
     reward, policy = (parse(TRAINERS[name][0], ["--config", paths[0]], name) for name in ("reward", config.policy))
     return reward, policy
@@ -236,7 +165,7 @@ def _run(command: str, config: Any, *sections: Any) -> None:
         result = getattr(import_module(f"fastrlhf.algorithms.{module}"), function)(config, *sections)
     except (MemoryError, RuntimeError) as error:
         if is_out_of_memory(error) and command != "rlp":  # whose stages have configurations of their own
-            from fastrlhf.tools.advice import add_advice
+            from fastrlhf.tools.plan.advice import add_advice
 
             add_advice(error, config)
         raise
@@ -271,7 +200,7 @@ def _demo(arguments: Sequence[str]) -> None:
 
 
 def _report(arguments: Sequence[str]) -> None:
-    from fastrlhf.evaluation.report import write_report
+    from fastrlhf.report.report import write_report
 
     if _asks_for_help(arguments):
         return
@@ -301,7 +230,7 @@ def _plan(arguments: Sequence[str]) -> None:
     options, config = _parse_for_tool(arguments, ("memory_gib",))
     memory_gib = _number(options, "memory_gib", "0", float)
     _quiet_libraries()
-    from fastrlhf.tools.plan import format_plan, plan_run
+    from fastrlhf.tools.plan.plan import format_plan, plan_run
 
     plan = plan_run(config, memory_gib=memory_gib)
     print(format_plan(plan))
@@ -321,6 +250,34 @@ def _doctor(arguments: Sequence[str]) -> None:
         raise SystemExit(1)
 
 
+@contextmanager
+def quiet_when_unread() -> Iterator[None]:
+    """Raises SystemExit where what is printed within it has lost its reader; what is left to print is dropped.
+
+    A broken pipe that is not standard output is raised as it is. The signal itself is left alone: it would end a run
+    for any connection that a library loses.
+    """
+    try:
+        try:
+            yield
+        except SystemExit:
+            sys.stdout.flush()
+            raise
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _is_unread():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)  # or the flush at exit complains again
+        raise SystemExit(UNREAD_EXIT_CODE) from None
+
+
+def _is_unread() -> bool:
+    """Whether standard output is a pipe whose other end is closed."""
+    poll = select.poll()
+    poll.register(STDOUT, 0)  # errors are told unasked
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
 def _asks_for_help(arguments: Sequence[str]) -> bool:
     if {"-h", "--help"} & {*arguments}:
         print(USAGE)
@@ -330,7 +287,7 @@ def _asks_for_help(arguments: Sequence[str]) -> bool:
 
 def _parse_for_tool(arguments: Sequence[str], names: Sequence[str]) -> tuple[dict[str, str], Any]:
     """(the flags of the tool itself, the configuration of the trainer that it is asked about)."""
-    rest, options = _split_configs(arguments), {}
+    rest, options = split_configs(arguments), {}
     for name in ("command", *names):
         rest = [part for given in rest for part in (given.split("=", 1) if given.startswith(f"--{name}=") else [given])]
         if (flag := f"--{name}") in rest:
@@ -347,7 +304,7 @@ def _parse_for_tool(arguments: Sequence[str], names: Sequence[str]) -> tuple[dic
 
 def _only_section(arguments: Sequence[str]) -> str:
     """The training section of the files, where they have just one. Raises ValueError elsewhere."""
-    sections = list(dict.fromkeys(name for path in _config_paths(arguments) for name in files.training_sections(path)))
+    sections = list(dict.fromkeys(name for path in config_paths(arguments) for name in files.training_sections(path)))
     if len(sections) == 1:
         return sections[0]
     told = f"the file has the sections {', '.join(sections)}" if sections else "no section says whose keys these are"
@@ -377,10 +334,10 @@ def _quiet_libraries() -> None:
 TRAINERS: dict[str, tuple[type, str, str]] = {
     "sft": (configs.SFTConfig, "sft", "train_sft"),
     "reward": (configs.RewardConfig, "reward_model", "train_reward_model"),
-    "dpo": (configs.DPOConfig, "preference", "train_dpo"),
-    "ppo": (configs.PPOConfig, "on_policy", "train_on_policy"),
-    "drpo": (configs.DRPOConfig, "on_policy", "train_on_policy"),
-    "rto": (configs.RTOConfig, "on_policy", "train_on_policy"),
+    "dpo": (configs.DPOConfig, "dpo", "train_dpo"),
+    "ppo": (configs.PPOConfig, "ppo", "train_ppo"),
+    "drpo": (configs.DRPOConfig, "ppo", "train_ppo"),
+    "rto": (configs.RTOConfig, "ppo", "train_ppo"),
     "rlp": (configs.RLPConfig, "rlp", "train_rlp"),
 }
 """Command -> its configuration, and its module and function in fastrlhf.algorithms."""

@@ -20,13 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from fastrlhf.algorithms.on_policy import train_on_policy
-from fastrlhf.algorithms.preference import train_dpo
+from fastrlhf.algorithms.dpo import train_dpo
+from fastrlhf.algorithms.ppo import train_ppo
 from fastrlhf.algorithms.reward_model import train_reward_model
 from fastrlhf.algorithms.rlp import train_rlp
 from fastrlhf.algorithms.sft import train_sft
-from fastrlhf.algorithms.stage import TrainResult
-from fastrlhf.checkpoint import check_output_dir, create_output_dir
 from fastrlhf.config import (
     DemoConfig,
     DPOConfig,
@@ -40,13 +38,15 @@ from fastrlhf.config import (
 )
 from fastrlhf.data.tokens import special_ids, tokenize_examples
 from fastrlhf.data.toy import MAX_SUMMARY_TOKENS, ToyTask, toy_model_config, toy_tokenizer
-from fastrlhf.distributed import check_one_process
+from fastrlhf.distributed.ranks import check_one_process
+from fastrlhf.evaluation.completions import respond, response_kl
 from fastrlhf.evaluation.equivalence import function_judge
 from fastrlhf.evaluation.judges import reward_model_judge
-from fastrlhf.evaluation.report import write_report
-from fastrlhf.evaluation.responses import respond, response_kl
 from fastrlhf.evaluation.winrates import bootstrap_interval, compare, paired_difference
 from fastrlhf.models.loading import load_policy, load_reward_model
+from fastrlhf.report.report import write_report
+from fastrlhf.runtime.checkpoint import check_output_dir, create_output_dir
+from fastrlhf.runtime.run import TrainResult
 
 STAGES = ("sft", "reward", "dpo", "ipo", "cdpo", "ppo", "drpo", "rto", "drpo+rto", "rlp-uml", "rlp-spg")
 """In the order in which they run: each starts from products of earlier ones."""
@@ -246,7 +246,7 @@ def run_stage(name: str, config: DemoConfig, task: ToyTask, out: Path) -> TrainR
                 gold=task.gold_reward,
             )
         case _:
-            return train_on_policy(settings, task.examples("train", NUM_PROMPTS), task.examples("validation", 128))
+            return train_ppo(settings, task.examples("train", NUM_PROMPTS), task.examples("validation", 128))
 
 
 def judge_stage(config: DemoConfig, task: ToyTask, out: Path, name: str) -> Judged:

@@ -1,4 +1,4 @@
-"""What the processes of tests/test_distributed.py run: torchrun --nproc-per-node 2 tests/ranks.py FOLDER.
+"""What the processes of tests/distributed/test_ranks.py run: torchrun --nproc-per-node 2 tests/ranks.py FOLDER.
 
 Each leaves what it saw in FOLDER/rank-0.json and FOLDER/rank-1.json, and its runs in FOLDER/two.
 """
@@ -25,17 +25,18 @@ import torch.distributed as dist
 from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 
-from fastrlhf import cli, optim
-from fastrlhf.algorithms.stage import Stage
+from fastrlhf import cli
 from fastrlhf.config import SFTConfig
 from fastrlhf.data.packing import pack, sequence
-from fastrlhf.distributed import from_all, gathered, is_first, largest, on_each, on_first, share, total
-from fastrlhf.interrupts import Interrupted
-from fastrlhf.models import adapters, trunk
+from fastrlhf.distributed.ranks import from_all, gathered, is_first, largest, on_each, on_first, share, total
+from fastrlhf.models import adapters, layers
 from fastrlhf.models.forward import token_logprobs
 from fastrlhf.models.loading import build_policy
 from fastrlhf.models.sharding import beginnings, full, give_back, like, shard, whole
-from fastrlhf.optim import Optimizer
+from fastrlhf.runtime import optim
+from fastrlhf.runtime.optim import Optimizer
+from fastrlhf.runtime.run import Run
+from fastrlhf.runtime.signals import Interrupted
 from tests import resumable, tiny
 
 LORA = {"use_peft": True, "lora_r": 3, "adam_epsilon": 1e-3}
@@ -213,7 +214,7 @@ def compiled_model() -> dict[str, Any]:
         build_policy(MODEL | {"num_hidden_layers": 1}, vocab_size=tiny.VOCAB, eos_token_id=tiny.EOS, seed=0)
         for _ in range(2)
     ]
-    trunk.compile_layers(models[0])
+    layers.compile_layers(models[0])
     shard(models[0])
     errors, graphs = [], []
     with patch.object(torch, "compile", partial(torch.compile, backend="eager")):  # a C++ compiler would take minutes
@@ -286,21 +287,21 @@ def optimised(width: int, **settings: Any) -> bool:
 
 def stopped(place: Path, two: Path) -> bool:
     """A PPO run that a signal to the second rank alone stops after its first step; then the same command again."""
-    log, folder = Stage.log, two / "ppo-resumed"
+    log, folder = Run.log, two / "ppo-resumed"
 
-    def signalled(stage: Stage, step: int, *arguments: Any, **keywords: Any) -> None:
+    def signalled(run: Run, step: int, *arguments: Any, **keywords: Any) -> None:
         if step == 1 and dist.get_rank() == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        log(stage, step, *arguments, **keywords)
+        log(run, step, *arguments, **keywords)
 
-    Stage.log = signalled
+    Run.log = signalled
     try:
         run("ppo", place, folder)
     except Interrupted as stop:
         interrupted = stop.exit_code == 128 + signal.SIGTERM
     else:
         interrupted = False
-    Stage.log = log
+    Run.log = log
     on_first(lambda: shutil.copytree(folder, place / "one" / "ppo-resumed"))
     run("ppo", place, folder)
     return interrupted

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastrlhf.algorithms import groups, on_policy, preference, reward_model, sft
-from fastrlhf.algorithms.answers import Answers
+from fastrlhf.algorithms import dpo, ppo, psipo_groups, reward_model, sft
+from fastrlhf.algorithms.completions import Answers
 from fastrlhf.algorithms.rlp_uml import Views
-from fastrlhf.algorithms.stage import Stage
 from fastrlhf.config import DPOConfig, DRPOConfig, PPOConfig, RewardConfig, RLPConfig, RTOConfig, SFTConfig
-from fastrlhf.metrics import read_metrics
+from fastrlhf.runtime.metrics import read_metrics
+from fastrlhf.runtime.run import Run
 from fastrlhf.types import Example
 from tests import tiny
 
@@ -66,24 +66,24 @@ def run(kind: str, paths: dict[str, str], folder: Path, **settings):
             views = Views(config=VIEWS, answers=[answers_to(i) for i in range(6)])
             return reward_model.train_reward_model(RewardConfig(**shared | settings), examples, held_out, views=views)
         case "dpo":
-            return preference.train_dpo(DPOConfig(**shared | {"eval_on_start": True} | settings), examples, held_out)
+            return dpo.train_dpo(DPOConfig(**shared | {"eval_on_start": True} | settings), examples, held_out)
         case "groups":
             backend = {"loss_type": ("ipo",), "psi_backend": "groupwise"}
-            return preference.train_dpo(DPOConfig(**shared | backend | settings), GROUPS, GROUPS[:3])
+            return dpo.train_dpo(DPOConfig(**shared | backend | settings), GROUPS, GROUPS[:3])
         case "ppo":
             remembered = {"score_norm": "running", "kl_target": 0.05, "kl_horizon": 4, "target_kl": 1e-3}
             keys = shared | judged | remembered | {"eval_on_start": True} | settings
-            return on_policy.train_on_policy(PPOConfig(**keys), examples, held_out)
+            return ppo.train_ppo(PPOConfig(**keys), examples, held_out)
         case "drpo":
             keys = shared | judged | {"reset_group_size": 2, "advantage_estimator": "rloo"} | settings
-            return on_policy.train_on_policy(DRPOConfig(**keys), examples, judge=noisy_judge)
+            return ppo.train_ppo(DRPOConfig(**keys), examples, judge=noisy_judge)
         case "roles":
             over_one_base = {"reward_model_path": paths["judge adapter"], "dpo_model_path": paths["dpo adapter"]}
             keys = shared | judged | over_one_base | {"use_peft": True, "lora_r": 2} | settings
-            return on_policy.train_on_policy(RTOConfig(**keys), examples, held_out)
+            return ppo.train_ppo(RTOConfig(**keys), examples, held_out)
         case _:
             keys = shared | judged | {"dpo_model_path": paths["dpo"], "reset_prob": 0.5} | settings
-            return on_policy.train_on_policy(RTOConfig(**keys), examples, held_out)
+            return ppo.train_ppo(RTOConfig(**keys), examples, held_out)
 
 
 def answers_to(row: int) -> Answers:
@@ -101,8 +101,8 @@ OPTIMIZERS = dict.fromkeys(("reward", "views"), reward_model) | {
     "sft": sft,
     "bf16": sft,
     "lora": sft,
-    "dpo": preference,
-    "groups": groups,
+    "dpo": dpo,
+    "groups": psipo_groups,
 }
 
 
@@ -114,23 +114,23 @@ class Watch:
     """Keeps the optimisers that are made, and kills at a chosen point of a run."""
 
     def __init__(self, kind: str, monkeypatch):
-        self.made, module = [], OPTIMIZERS.get(kind, on_policy)
-        make, log = module.Optimizer, Stage.log
+        self.made, module = [], OPTIMIZERS.get(kind, ppo)
+        make, log = module.Optimizer, Run.log
         self.kill: tuple[int, str] | None = None
 
         def kept(*arguments, **keywords):
             self.made.append(make(*arguments, **keywords))
             return self.made[-1]
 
-        def deadly(stage, step, *arguments, **keywords):
+        def deadly(run, step, *arguments, **keywords):
             if self.kill == (step, "before"):
                 raise Killed
-            log(stage, step, *arguments, **keywords)
+            log(run, step, *arguments, **keywords)
             if self.kill == (step, "after"):
                 raise Killed
 
         monkeypatch.setattr(module, "Optimizer", kept)
-        monkeypatch.setattr(Stage, "log", deadly)
+        monkeypatch.setattr(Run, "log", deadly)
 
 
 def untimed(row: dict) -> dict:

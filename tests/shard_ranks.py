@@ -1,4 +1,4 @@
-"""What the processes of tests/test_shards.py run: torchrun --nproc-per-node 2 tests/shard_ranks.py FOLDER.
+"""What the processes of tests/models/test_shards.py run: torchrun --nproc-per-node 2 tests/shard_ranks.py FOLDER.
 
 FOLDER/one holds checkpoint-1 of one process; they write that of two in FOLDER/two, and leave what they saw in
 FOLDER/rank-0.json and FOLDER/rank-1.json. At last the second is killed while it saves checkpoint-3.
@@ -20,12 +20,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from fastrlhf import shards
-from fastrlhf.checkpoint import Checkpointer
 from fastrlhf.config import SFTConfig
-from fastrlhf.distributed import start
+from fastrlhf.distributed.ranks import start
+from fastrlhf.models import shards
 from fastrlhf.models.sharding import full, like, shard
-from fastrlhf.optim import Optimizer
+from fastrlhf.runtime.checkpoint import Checkpointer
+from fastrlhf.runtime.optim import Optimizer
 from tests import tiny
 
 CONFIG = SFTConfig(dtype="bfloat16", max_grad_norm=0.0, learning_rate=1e-2, device="cpu")

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
 
-from fastrlhf.algorithms.on_policy import train_on_policy
-from fastrlhf.algorithms.preference import train_dpo
+from fastrlhf.algorithms.dpo import train_dpo
+from fastrlhf.algorithms.ppo import train_ppo
 from fastrlhf.algorithms.sft import train_sft
 from fastrlhf.cli import main
 from fastrlhf.config import DPOConfig, PPOConfig, SFTConfig
@@ -201,7 +201,7 @@ def test_a_score_that_is_no_number(bad):
         return torch.tensor([bad, *[0.0] * (len(rollouts) - 1)])
 
     with pytest.raises(ValueError, match=r"judge: the score of a response to row .* is (nan|inf)"):
-        train_on_policy(config, tiny.examples(8), judge=judge)
+        train_ppo(config, tiny.examples(8), judge=judge)
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from fastrlhf.broken_pipe import quiet_when_unread
+from fastrlhf.cli import quiet_when_unread
 
-PRINT = "from fastrlhf.broken_pipe import quiet_when_unread as quiet\nwith quiet():\n    "
+PRINT = "from fastrlhf.cli import quiet_when_unread as quiet\nwith quiet():\n    "
 
 
 def unread(code: str, unbuffered: str = "") -> subprocess.CompletedProcess[str]:

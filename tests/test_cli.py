@@ -11,9 +11,10 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from fastrlhf.cli import USAGE, _first_paragraph, _run_first, main, parse
-from fastrlhf.config import DRPOConfig, EvalConfig, PPOConfig, RTOConfig, SFTConfig
-from fastrlhf.metrics import read_metrics
+from fastrlhf.cli import USAGE, _run_first, main
+from fastrlhf.config import RTOConfig
+from fastrlhf.config.command_line import parse
+from fastrlhf.runtime.metrics import read_metrics
 from tests import tiny
 
 SECTIONS = {
@@ -272,24 +273,6 @@ def test_the_written_configuration_gives_the_same_run_bit_for_bit(chain, place, 
     assert all(torch.equal(a, b) for a, b in zip(*(model.parameters() for model in models), strict=True))
 
 
-def test_flags_beat_the_file_and_the_file_beats_the_defaults(place):
-    flags = ["--config", "all.yaml", "--max_steps", "7", "--lam=0.5", "--whiten_rewards", "False"]
-    config = parse(DRPOConfig, flags, "drpo")
-    assert (config.max_steps, config.lam, config.whiten_rewards) == (7, 0.5, False)
-    assert (config.seed, config.response_length, config.reset_prob) == (3, 6, 1.0)
-    assert parse(DRPOConfig, [*flags[2:], "--config=all.yaml"], "drpo") == config
-
-
-def test_values_keep_their_types(place):
-    config = parse(SFTConfig, ["--config", "all.yaml", "--report_to", "tensorboard", "wandb"], "sft")
-    assert config.learning_rate == 1e-3
-    assert config.report_to == ("tensorboard", "wandb")
-    assert json.loads(config.model_config) == SECTIONS["sft"]["model_config"]
-    assert parse(PPOConfig, ["--missing_eos_score", "-1"], "ppo").missing_eos_score == -1.0
-    assert parse(DRPOConfig, ["--missing_eos_score", "None"], "drpo").missing_eos_score is None
-    assert parse(EvalConfig, ["--models", "a", "b"], "eval").models == ("a", "b")
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -331,11 +314,6 @@ def test_what_the_system_refuses_is_one_line(capsys, chain):
     assert "Not a directory: 'all.yaml/run'" in fails(
         capsys, "sft", "--config", "all.yaml", "--output_dir", "all.yaml/run"
     )
-
-
-def test_a_message_is_the_same_where_the_terminal_has_no_boxes():
-    rounded = "\u256d\u2500 Value error \u2500\u256e\n\u2502 beta: \u2502\n\u2502 bad \u2502\n\u2570\u2500\u256f\n"
-    assert _first_paragraph(rounded) == _first_paragraph(" Value error\n ----\n beta:\n bad\n  ----\n") == "beta: bad"
 
 
 def test_a_long_value_in_a_message_stays_whole(capsys):

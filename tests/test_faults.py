@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fastrlhf.algorithms.stage import Stage
+from fastrlhf.runtime.run import Run
 from tests import tiny
 from tests.resumable import Killed, Watch, run, save_models, untimed_log
 
@@ -149,17 +149,17 @@ def test_a_finished_run_is_left_alone(cut, paths):
 
 
 def test_two_runs_never_share_a_folder(paths, tmp_path, whole, monkeypatch):
-    log, refused = Stage.log, []
+    log, refused = Run.log, []
 
-    def intruding(stage, step, metrics):
-        log(stage, step, metrics)
+    def intruding(run, step, metrics):
+        log(run, step, metrics)
         if step == 3:
-            monkeypatch.setattr(Stage, "log", log)
+            monkeypatch.setattr(Run, "log", log)
             with pytest.raises(ValueError, match="another run is training in") as refusal:
                 run("sft", paths, tmp_path / "run")
             refused.append(refusal)
 
-    monkeypatch.setattr(Stage, "log", intruding)
+    monkeypatch.setattr(Run, "log", intruding)
     assert untimed_log(tmp_path / "run", run("sft", paths, tmp_path / "run")) == whole
     assert len(refused) == 1
 
@@ -168,14 +168,14 @@ def test_on_a_full_disk_the_older_checkpoint_stays_and_nothing_else(paths, whole
     """No file may grow past 60 kB from the fourth step on, as on a quota: the weights do not fit."""
     resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    log, folder = Stage.log, tmp_path / "run"
+    log, folder = Run.log, tmp_path / "run"
 
-    def filling(stage, step, metrics):
+    def filling(run, step, metrics):
         if step == 4:
             resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limits[1]))
-        log(stage, step, metrics)
+        log(run, step, metrics)
 
-    monkeypatch.setattr(Stage, "log", filling)
+    monkeypatch.setattr(Run, "log", filling)
     try:
         with pytest.raises(OSError, match=r"checkpoint-4' cannot be written: .*[Ff]ile too large"):
             run("sft", paths, folder)

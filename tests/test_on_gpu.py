@@ -3,16 +3,16 @@
 import pytest
 import torch
 
-from fastrlhf.algorithms.on_policy import train_on_policy
-from fastrlhf.algorithms.preference import train_dpo
+from fastrlhf.algorithms.dpo import train_dpo
+from fastrlhf.algorithms.ppo import train_ppo
 from fastrlhf.algorithms.reward_model import train_reward_model
 from fastrlhf.algorithms.sft import train_sft
 from fastrlhf.config import DPOConfig, DRPOConfig, RewardConfig, SFTConfig
 from fastrlhf.data.packing import pack
 from fastrlhf.models import loading
 from fastrlhf.models.forward import check_packed_forward, enable_activation_checkpointing, token_logprobs
+from fastrlhf.models.layers import LayerOptions, prepare_layers
 from fastrlhf.models.offload import HOST
-from fastrlhf.models.trunk import TrunkOptions, prepare_trunk
 from fastrlhf.types import Segment
 from tests import tiny
 
@@ -44,12 +44,12 @@ DTYPES = ["float32", "bfloat16"]
 def test_every_way_through_the_trunk_gives_the_log_probs_and_gradients_of_the_plain_one(name, options, dtype):
     plain, model = (tiny.policy(name).to(CUDA, getattr(torch, dtype)) for _ in range(2))
     try:
-        prepare_trunk(model, TrunkOptions(**options))
+        prepare_layers(model, LayerOptions(**options))
     except ValueError as refused:
         if "not installed" in str(refused) or "compute capability" in str(refused) or "soft-capping" in str(refused):
             pytest.skip(str(refused))
         raise
-    prepare_trunk(plain, TrunkOptions(attn_implementation="sdpa"))
+    prepare_layers(plain, LayerOptions(attn_implementation="sdpa"))
     trunk = Segment(token_ids=[5, 6, 7, 8, 9, 10, 11])
     branches = [Segment(token_ids=[14, 15], num_scored=2, parent=0, cut=cut) for cut in (7, 3)]
     batch = pack([trunk, *branches, Segment(token_ids=list(range(3, 30)), num_scored=26)], CUDA)
@@ -138,6 +138,6 @@ def test_the_chain_trains_from_sft_to_drpo(tmp_path, dtype: str):
     dpo = train_dpo(DPOConfig(**common, output_dir=str(tmp_path / "dpo")), examples)
     assert dpo.history[0]["loss"] == pytest.approx(0.693147, abs=1e-3)
     drpo = DRPOConfig(**common, reward_model_path=str(tmp_path / "reward"), response_length=8, reset_prob=0.5)
-    history = train_on_policy(drpo, examples).history
+    history = train_ppo(drpo, examples).history
     assert all(torch.tensor(list(row.values())).isfinite().all() for row in history)
     assert history[0]["val/ratio"] == pytest.approx(1.0, abs=0.05)

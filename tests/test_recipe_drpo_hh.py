@@ -5,8 +5,8 @@ import random
 
 import pytest
 
-from fastrlhf.algorithms.on_policy import train_on_policy
-from fastrlhf.algorithms.preference import train_dpo
+from fastrlhf.algorithms.dpo import train_dpo
+from fastrlhf.algorithms.ppo import train_ppo
 from fastrlhf.algorithms.reward_model import train_reward_model
 from fastrlhf.algorithms.sft import train_sft
 from fastrlhf.cli import parse
@@ -18,7 +18,7 @@ TRAINERS = {
     "sft": (SFTConfig, train_sft),
     "reward": (RewardConfig, train_reward_model),
     "dpo": (DPOConfig, train_dpo),
-    "drpo": (DRPOConfig, train_on_policy),
+    "drpo": (DRPOConfig, train_ppo),
 }
 
 

@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from fastrlhf.algorithms.on_policy import train_on_policy
-from fastrlhf.algorithms.preference import train_dpo
+from fastrlhf.algorithms.dpo import train_dpo
+from fastrlhf.algorithms.ppo import train_ppo
 from fastrlhf.algorithms.reward_model import train_reward_model
 from fastrlhf.algorithms.sft import train_sft
 from fastrlhf.cli import parse
@@ -19,8 +19,8 @@ TRAINERS = {
     "sft": (SFTConfig, train_sft),
     "reward": (RewardConfig, train_reward_model),
     "dpo": (DPOConfig, train_dpo),
-    "ppo": (PPOConfig, train_on_policy),
-    "drpo": (DRPOConfig, train_on_policy),
+    "ppo": (PPOConfig, train_ppo),
+    "drpo": (DRPOConfig, train_ppo),
 }
 SECTIONS = {"drpo_tldr": ("sft", "reward", "dpo", "ppo", "drpo"), "drpo_rto_tldr": ("sft", "reward", "dpo", "drpo")}
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from fastrlhf.algorithms.stage import Stage
-from fastrlhf.interrupts import Interrupted
-from fastrlhf.metrics import read_metrics
+from fastrlhf.runtime.metrics import read_metrics
+from fastrlhf.runtime.run import Run
+from fastrlhf.runtime.signals import Interrupted
 from tests.resumable import KINDS, STEPS, Killed, Watch, left, run, save_models, untimed_log
 
 
@@ -83,14 +83,14 @@ def test_a_signal_ends_the_step_saves_and_the_same_command_goes_on(number, paths
 
 
 def test_a_signal_in_the_last_step_lets_the_run_finish_and_is_heard_then(paths, whole, tmp_path, monkeypatch):
-    log = Stage.log
+    log = Run.log
 
-    def late(stage, step, metrics):
+    def late(run, step, metrics):
         if step == STEPS:
             signal.raise_signal(signal.SIGINT)
-        log(stage, step, metrics)
+        log(run, step, metrics)
 
-    monkeypatch.setattr(Stage, "log", late)
+    monkeypatch.setattr(Run, "log", late)
     with pytest.raises(KeyboardInterrupt):
         run("sft", paths, tmp_path / "run")
     assert untimed_log(tmp_path / "run") == whole

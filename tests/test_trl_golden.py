@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastrlhf.advantages import whiten
-from fastrlhf.algorithms import experience, on_policy, preference, reward_model, sft
+from fastrlhf.algorithms import dpo, experience, ppo, reward_model, sft
+from fastrlhf.algorithms.advantages import whiten
 from fastrlhf.config import DPOConfig, PPOConfig, RewardConfig, SFTConfig
 from fastrlhf.data.tokens import tokenize_examples
 from fastrlhf.types import Example, Rollout
@@ -94,7 +94,7 @@ def test_loss_gradient_and_metrics_are_those_of_trl(paths, monkeypatch, case, se
     else:
         models = {"model_name_or_path": paths["policy"], "ref_model_name_or_path": paths["reference"]}
         config = DPOConfig(**models, **common, **settings)
-        module, train = preference, preference.train_dpo
+        module, train = dpo, dpo.train_dpo
         names += [f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")]
         names += ["logps/chosen", "logps/rejected"]
 
@@ -157,8 +157,8 @@ def run_update(paths, monkeypatch, case):
         seen.append((outcome[0], [rollout.prefix.row for rollout in rollouts]))
         return outcome
 
-    monkeypatch.setattr(on_policy, "Optimizer", make)
-    monkeypatch.setattr(on_policy, "score_episodes", score)
+    monkeypatch.setattr(ppo, "Optimizer", make)
+    monkeypatch.setattr(ppo, "score_episodes", score)
     config = PPOConfig(
         model_name_or_path=paths["reference"],
         reward_model_path=paths["reward"],
@@ -171,7 +171,7 @@ def run_update(paths, monkeypatch, case):
         **recorded.ON_POLICY[case],
     )
     prompts = [Example(prompt=prompt, row=row) for row, prompt in enumerate(recorded.PROMPTS)]
-    result = on_policy.train_on_policy(config, prompts, engine=replay(case))
+    result = ppo.train_ppo(config, prompts, engine=replay(case))
     [(ours, rows)] = seen
     beside = {
         name: (

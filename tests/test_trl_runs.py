@@ -19,11 +19,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from fastrlhf.algorithms.preference import train_dpo
+from fastrlhf.algorithms.dpo import train_dpo
 from fastrlhf.algorithms.reward_model import train_reward_model
 from fastrlhf.algorithms.sft import train_sft
 from fastrlhf.config import DPOConfig, RewardConfig, SFTConfig
-from fastrlhf.optim import index_batches
+from fastrlhf.runtime.optim import index_batches
 from tests import tiny
 from tests.golden import record_trl as recorded
 

@@ -20,10 +20,10 @@ from transformers import (
     Qwen3Config,
 )
 
-from fastrlhf.checkpoint import save_trained
 from fastrlhf.config import SFTConfig
 from fastrlhf.models import adapters
 from fastrlhf.models.loading import build_policy, load_policy, load_reward_model
+from fastrlhf.runtime.checkpoint import save_trained
 from fastrlhf.types import Example
 
 WORDS = [f"w{i}" for i in range(29)]

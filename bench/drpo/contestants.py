@@ -18,10 +18,12 @@ from bench.drpo.problem import EOS, RESPONSE_LENGTH, Models, Problem
 from bench.measure import now
 from bench.mfu import training_operations
 from fastrlhf.algorithms.experience import pack_episodes, score_episodes
-from fastrlhf.algorithms.on_policy import draw_prefixes, make_engine, update
+from fastrlhf.algorithms.prefixes import draw_prefixes
+from fastrlhf.algorithms.roles import make_engine
+from fastrlhf.algorithms.update import update
 from fastrlhf.evaluation.judges import reward_model_judge
 from fastrlhf.models.adapters import frozen_copy
-from fastrlhf.optim import Optimizer
+from fastrlhf.runtime.optim import Optimizer
 from fastrlhf.types import TokenizedExample
 
 PHASES = ("rollout", "scoring", "training")

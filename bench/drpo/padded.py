@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from fastrlhf.config import DRPOConfig
-from fastrlhf.optim import Optimizer
+from fastrlhf.runtime.optim import Optimizer
 from fastrlhf.types import Prefix
 
 

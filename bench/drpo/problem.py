@@ -18,7 +18,7 @@ import torch
 from torch.nn import LayerNorm, Linear
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
-from fastrlhf.algorithms.on_policy import draw_prefixes
+from fastrlhf.algorithms.ppo import draw_prefixes
 from fastrlhf.config import DRPOConfig
 from fastrlhf.models.loading import DTYPES, build_policy
 from fastrlhf.types import Prefix, TokenizedExample

@@ -31,7 +31,7 @@ from transformers import PreTrainedTokenizerFast
 from bench.resets import SCALE, gold_judge, strict_task
 from bench.results import append_row
 from bench.toy import interval
-from fastrlhf.algorithms.on_policy import train_on_policy
+from fastrlhf.algorithms.ppo import train_ppo
 from fastrlhf.config import DemoConfig, PPOConfig
 from fastrlhf.data.tokens import special_ids
 from fastrlhf.data.toy import FACTS, ToyTask, toy_tokenizer
@@ -207,7 +207,7 @@ def _train(arm: Arm, config: DemoConfig, task: ToyTask, folder: Path) -> Row:
     careful = replace(task, min_haste=0.0, max_haste=0.2) if arm.paper == "drpo" else task
     gold: list[float] = []
     judge = _recorded(partial(gold_judge, task) if arm.paper == "drpo" else _learned_judge(folder), task, gold)
-    result = train_on_policy(settings, careful.examples("train", arm.num_prompts), judge=judge)
+    result = train_ppo(settings, careful.examples("train", arm.num_prompts), judge=judge)
     return {
         "updates": len(result.history),
         "episodes_per_update": EPISODES,

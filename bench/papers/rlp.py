@@ -31,23 +31,23 @@ from torch import Tensor
 
 from bench.results import append_row
 from bench.toy import interval
-from fastrlhf.algorithms.answers import ANSWER_STREAM, Answers, sample_answers, write_rows
-from fastrlhf.algorithms.on_policy import train_on_policy
+from fastrlhf.algorithms.completions import ANSWER_STREAM, Answers, sample_answers, write_rows
+from fastrlhf.algorithms.ppo import train_ppo
 from fastrlhf.algorithms.reward_model import held_out_accuracy, train_reward_model
 from fastrlhf.algorithms.rlp_report import agreement, view_activity
 from fastrlhf.algorithms.rlp_spg import synthetic_pairs
 from fastrlhf.algorithms.rlp_uml import Views
 from fastrlhf.algorithms.scoring import per_response
-from fastrlhf.checkpoint import holds_model
 from fastrlhf.config import DemoConfig, PPOConfig, RewardConfig, RLPConfig
 from fastrlhf.data.tokens import special_ids, tokenize_examples
 from fastrlhf.data.toy import MAX_SUMMARY_TOKENS, ToyTask, toy_tokenizer
 from fastrlhf.demo import judge_stage, run_stage, stage_config
 from fastrlhf.evaluation.equivalence import function_judge
-from fastrlhf.metrics import read_metrics, read_rows
 from fastrlhf.models.forward import sequence_scores
 from fastrlhf.models.loading import load_policy, load_reward_model
-from fastrlhf.rollout import TransformersEngine
+from fastrlhf.rollout.engine import TransformersEngine
+from fastrlhf.runtime.checkpoint import holds_model
+from fastrlhf.runtime.metrics import read_metrics, read_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -244,7 +244,7 @@ class _Problem:
             num_sample_generations=1,
             progress=False,
         )
-        train_on_policy(settings, self.task.examples("train", NUM_PROMPTS))
+        train_ppo(settings, self.task.examples("train", NUM_PROMPTS))
 
     def _sample(self, split: str, num: int) -> list[Answers]:
         tokenizer = _tokenizer()

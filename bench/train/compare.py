@@ -25,12 +25,12 @@ from bench.train.tasks import MODELS, TASKS, Row, Task
 from fastrlhf.algorithms.scoring import Tree
 from fastrlhf.config import TrainConfig
 from fastrlhf.data.examples import load_examples
-from fastrlhf.data.inputs import open_inputs
 from fastrlhf.data.packing import forest, num_in_sequences
 from fastrlhf.data.tokens import special_ids
 from fastrlhf.models.loading import build_policy, load_reward_model
-from fastrlhf.optim import index_batches
-from fastrlhf.tools.work import to_tree
+from fastrlhf.runtime.inputs import open_inputs
+from fastrlhf.runtime.optim import index_batches
+from fastrlhf.tools.plan.work import to_tree
 from fastrlhf.types import Example, TokenizedExample
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}

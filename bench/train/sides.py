@@ -24,7 +24,7 @@ from bench.measure import now
 from bench.train.tasks import Row, Task
 from fastrlhf.config import TrainConfig
 from fastrlhf.models.loading import DTYPES
-from fastrlhf.optim import Optimizer
+from fastrlhf.runtime.optim import Optimizer
 from fastrlhf.types import Example
 
 

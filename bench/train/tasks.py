@@ -8,11 +8,11 @@ from typing import Any
 
 from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 
-from fastrlhf.algorithms.preference import train_dpo
+from fastrlhf.algorithms.dpo import train_dpo
 from fastrlhf.algorithms.reward_model import train_reward_model
 from fastrlhf.algorithms.sft import train_sft
-from fastrlhf.algorithms.stage import TrainResult
 from fastrlhf.config import DPOConfig, RewardConfig, SFTConfig, TrainConfig
+from fastrlhf.runtime.run import TrainResult
 from fastrlhf.types import TokenizedExample
 
 MODELS: dict[str, PretrainedConfig] = {

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fastrlhf.advantages import explained_variance, group_normalised, leave_one_out, whiten, whitening_scale
+from fastrlhf.algorithms.advantages import explained_variance, group_normalised, leave_one_out, whiten, whitening_scale
 from fastrlhf.algorithms.guards import raise_not_finite
 from fastrlhf.config import PPOConfig
-from fastrlhf.data.packing import forest, num_computed, pack, sequence, tree
-from fastrlhf.distributed import own_micro_batches, total
+from fastrlhf.data.packing import forest, num_computed, own_micro_batches, pack, sequence, tree
+from fastrlhf.distributed.ranks import total
 from fastrlhf.models.forward import hidden_states, read_scores, scored_states, state_kl, state_logprobs
 from fastrlhf.models.sharding import give_back
-from fastrlhf.rewards import Episodes, Rewards, Term, own_kl_advantage, reward_metrics
-from fastrlhf.rollout import end_index
+from fastrlhf.rewards.terms import Episodes, Rewards, Term, own_kl_advantage, reward_metrics
+from fastrlhf.rollout.engine import end_index
 from fastrlhf.types import Experience, PackedBatch, Rollout, Segment
 from fastrlhf_kernels import gae, kl_estimate
 

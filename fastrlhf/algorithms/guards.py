@@ -1,6 +1,6 @@
 """Where an on-policy run stops: the policy is too far from its reference, or a number is not finite.
 
-An error ends the run, which then leaves its last weights in `interrupted/` (algorithms/stage.py). Between two updates,
+An error ends the run, which then leaves its last weights in `interrupted/` (runtime/run.py). Between two updates,
 where the KL is looked at and scores are, those are the weights of its last whole update.
 Scores are checked as they come (`checked_scores`), gradients before any weight moves (`Optimizer.step`).
 """

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from fastrlhf.functions import load_function
+from fastrlhf.config.functions import load_function
 from fastrlhf.types import Prefix, Rollout, TokenizedExample
 from fastrlhf_kernels import LossOutput
 from fastrlhf_kernels.types import Sum

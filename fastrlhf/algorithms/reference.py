@@ -23,10 +23,10 @@ from transformers.utils.hub import cached_file
 
 from fastrlhf.algorithms.scoring import Tree, num_responses, per_response, sequence_logprobs
 from fastrlhf.config import DPOConfig
-from fastrlhf.distributed import from_all, on_first
+from fastrlhf.distributed.ranks import from_all, on_first
 from fastrlhf.models.adapters import frozen_copy
+from fastrlhf.models.layers import LayerOptions
 from fastrlhf.models.loading import check_same_vocabulary, load_policy
-from fastrlhf.models.trunk import TrunkOptions
 from fastrlhf.types import PackedBatch
 
 log = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ def _open(config: DPOConfig, policy: PreTrainedModel) -> PreTrainedModel:
         device=policy.device,
         dtype=config.dtype,
         trust_remote_code=config.trust_remote_code,
-        trunk=TrunkOptions.of(config),
+        layers=LayerOptions.of(config),
     ).requires_grad_(False)
     check_same_vocabulary({"model_name_or_path": policy, "ref_model_name_or_path": model}, 0)
     return model

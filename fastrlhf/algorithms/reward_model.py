@@ -20,21 +20,21 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fastrlhf.algorithms.labels import pair_margins
+from fastrlhf.algorithms.pair_labels import pair_margins
 from fastrlhf.algorithms.rlp_uml import ViewObjective, Views
 from fastrlhf.algorithms.scoring import Tree
-from fastrlhf.algorithms.stage import Stage, StepMetrics, TrainResult, check_micro_batch
 from fastrlhf.config import RewardConfig, require
-from fastrlhf.data.inputs import open_inputs
-from fastrlhf.data.packing import forest, micro_batches, num_computed, num_in_sequences, pack, pair
+from fastrlhf.data.packing import forest, micro_batches, num_computed, num_in_sequences, own_micro_batches, pack, pair
 from fastrlhf.data.tokens import special_ids
-from fastrlhf.distributed import gathered, own_micro_batches
+from fastrlhf.distributed.ranks import gathered
 from fastrlhf.evaluation.winrates import bootstrap_interval
 from fastrlhf.models.forward import hidden_states, read_scores, sequence_scores
+from fastrlhf.models.layers import LayerOptions
 from fastrlhf.models.loading import check_same_vocabulary, load_reward_model, make_trainable, resolve_device
 from fastrlhf.models.sharding import shard, whole
-from fastrlhf.models.trunk import TrunkOptions
-from fastrlhf.optim import Optimizer, index_batches, num_steps
+from fastrlhf.runtime.inputs import open_inputs
+from fastrlhf.runtime.optim import Optimizer, index_batches, num_steps
+from fastrlhf.runtime.run import Run, StepMetrics, TrainResult, check_micro_batch
 from fastrlhf.types import Example, TokenizedExample
 from fastrlhf_kernels import LossOutput, Metric, Sum
 
@@ -69,7 +69,7 @@ def train_reward_model(
         dtype=config.dtype,
         load_in_4bit=config.load_in_4bit,
         trust_remote_code=config.trust_remote_code,
-        trunk=TrunkOptions.of(config),
+        layers=LayerOptions.of(config),
     )
     check_same_vocabulary({"model_name_or_path": model}, len(tokenizer))
     make_trainable(model, config, config.model_name_or_path)
@@ -88,9 +88,9 @@ def train_reward_model(
     evaluation: dict[str, float] = {}
 
     parts: dict[str, Any] = {"optimizer": optimizer} | ({"views": objective.heads} if objective else {})
-    with Stage("reward", config, steps, (model, tokenizer), data=data, parts=parts) as stage:
-        stage.on_start(evaluate_held_out)
-        for step, indices in stage.remaining(index_batches(len(pairs), config.batch_size, steps, config.seed)):
+    with Run("reward", config, steps, (model, tokenizer), data=data, parts=parts) as run:
+        run.on_start(evaluate_held_out)
+        for step, indices in run.remaining(index_batches(len(pairs), config.batch_size, steps, config.seed)):
             drawn, seen = [pairs[i] for i in indices], objective.draw(step) if objective else []
             loss_of_views = partial(objective.loss, step=step) if objective else None
             scores, losses, totals = _backward(config, model, drawn, margins[indices], seen, loss_of_views)
@@ -99,11 +99,11 @@ def train_reward_model(
                 metrics |= _view_metrics(totals.means("views"), objective, step)
             metrics |= {**optimizer.step(), "num_tokens": sum(map(num_in_sequences, [*drawn, *seen]))}
             metrics["num_unique_tokens"] = sum(map(num_computed, [*drawn, *seen]))
-            if held_out and stage.due(step, config.eval_steps):
+            if held_out and run.due(step, config.eval_steps):
                 evaluation = evaluate_held_out()
                 metrics |= evaluation
-            stage.log(step + 1, metrics)
-        return stage.finish(model, tokenizer, evaluation)
+            run.log(step + 1, metrics)
+        return run.finish(model, tokenizer, evaluation)
 
 
 def _backward(

@@ -34,16 +34,27 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastrlhf.algorithms.answers import ANSWER_STREAM, Answers, sample_answers, write_rows
-from fastrlhf.algorithms.on_policy import train_on_policy
+from fastrlhf.algorithms.completions import ANSWER_STREAM, Answers, sample_answers, write_rows
+from fastrlhf.algorithms.ppo import train_ppo
+from fastrlhf.algorithms.prefixes import reset_fields
 from fastrlhf.algorithms.reward_model import held_out_accuracy, train_reward_model
 from fastrlhf.algorithms.rlp_report import compare_scores, view_activity
 from fastrlhf.algorithms.rlp_spg import synthetic_pairs
 from fastrlhf.algorithms.rlp_uml import Views
 from fastrlhf.algorithms.scoring import per_response
-from fastrlhf.algorithms.stage import TrainResult
-from fastrlhf.algorithms.starts import reset_fields
-from fastrlhf.checkpoint import (
+from fastrlhf.config import PPOConfig, RewardConfig, RLPConfig, require
+from fastrlhf.config.files import SAME_MODEL, differences
+from fastrlhf.data.tokens import special_ids
+from fastrlhf.distributed.ranks import check_one_process
+from fastrlhf.evaluation.equivalence import EquivalenceJudge, open_judge
+from fastrlhf.models.forward import sequence_scores
+from fastrlhf.models.layers import LayerOptions
+from fastrlhf.models.loading import load_policy, load_reward_model, read_model_config, resolve_device
+from fastrlhf.models.roles import holds_adapter
+from fastrlhf.rewards.implicit import implicit_sources
+from fastrlhf.rollout.engine import TransformersEngine
+from fastrlhf.runtime.atomic import write_file
+from fastrlhf.runtime.checkpoint import (
     check_idle,
     check_output_dir,
     create_output_dir,
@@ -51,20 +62,9 @@ from fastrlhf.checkpoint import (
     is_unfinished,
     locked,
 )
-from fastrlhf.config import PPOConfig, RewardConfig, RLPConfig, require
-from fastrlhf.config_files import SAME_MODEL, differences
-from fastrlhf.data.inputs import Data, open_inputs, with_room
-from fastrlhf.data.tokens import special_ids
-from fastrlhf.distributed import check_one_process
-from fastrlhf.durable import write_file
-from fastrlhf.evaluation.equivalence import EquivalenceJudge, open_judge
-from fastrlhf.metrics import read_metrics, read_rows
-from fastrlhf.models.forward import sequence_scores
-from fastrlhf.models.implicit_reward import implicit_sources
-from fastrlhf.models.loading import load_policy, load_reward_model, read_model_config, resolve_device
-from fastrlhf.models.roles import holds_adapter
-from fastrlhf.models.trunk import TrunkOptions
-from fastrlhf.rollout import TransformersEngine
+from fastrlhf.runtime.inputs import Data, open_inputs, with_room
+from fastrlhf.runtime.metrics import read_metrics, read_rows
+from fastrlhf.runtime.run import TrainResult
 from fastrlhf.types import Example, TokenizedExample
 
 log = logging.getLogger(__name__)
@@ -145,7 +145,7 @@ class _Run:
         folder = str(self.folder(name))
         if not _skipped(folder):
             settings = replace(self.policy, output_dir=folder, reward_model_path=judged_by)
-            self.result = train_on_policy(settings, self.examples["prompts"], self.examples["eval_prompts"])
+            self.result = train_ppo(settings, self.examples["prompts"], self.examples["eval_prompts"])
         return folder
 
     def refit(self, round_: int, judged_by: str, policy: str) -> tuple[str, dict[str, float]]:
@@ -240,7 +240,7 @@ class _Run:
             device=resolve_device(self.reward.device),
             dtype=self.reward.dtype,
             trust_remote_code=self.reward.trust_remote_code,
-            trunk=TrunkOptions.of(self.reward),
+            layers=LayerOptions.of(self.reward),
         )
 
     def _load_policy(self, path: str) -> PreTrainedModel:
@@ -251,7 +251,7 @@ class _Run:
             device=resolve_device(settings.device),
             dtype=settings.dtype,
             trust_remote_code=settings.trust_remote_code,
-            trunk=TrunkOptions.of(settings),
+            layers=LayerOptions.of(settings),
         )
 
     def _tokenizer(self, start: str) -> dict[str, str]:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastrlhf.algorithms.answers import Answers, two_that_differ
+from fastrlhf.algorithms.completions import Answers, two_that_differ
 from fastrlhf.algorithms.rlp_uml import is_active
 
 log = logging.getLogger(__name__)

@@ -32,7 +32,7 @@ from functools import partial
 
 import numpy as np
 
-from fastrlhf.algorithms.answers import Answers, two_that_differ
+from fastrlhf.algorithms.completions import Answers, two_that_differ
 from fastrlhf.config import RLPConfig
 from fastrlhf.evaluation.equivalence import Comparison, EquivalenceJudge, Relation
 from fastrlhf.types import TokenizedExample

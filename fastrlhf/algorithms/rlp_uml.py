@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastrlhf.algorithms.answers import Answers, two_that_differ
+from fastrlhf.algorithms.completions import Answers, two_that_differ
 from fastrlhf.config import RLPConfig, require
 from fastrlhf.data.packing import group
 from fastrlhf.types import Segment

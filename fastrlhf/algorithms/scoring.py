@@ -9,12 +9,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.config import DPOConfig
-from fastrlhf.data.packing import forest, num_computed, pack
+from fastrlhf.data.packing import forest, num_computed, own_micro_batches, pack
 from fastrlhf.data.tokens import special_ids
-from fastrlhf.distributed import from_all, own_micro_batches
+from fastrlhf.distributed.ranks import from_all
 from fastrlhf.models.forward import sequence_scores, token_logprobs
+from fastrlhf.models.layers import LayerOptions
 from fastrlhf.models.loading import check_same_tokenizer, check_same_vocabulary, load_reward_model, resolve_device
-from fastrlhf.models.trunk import TrunkOptions
 from fastrlhf.types import PackedBatch, Segment
 
 Tree = Sequence[Segment]
@@ -66,7 +66,7 @@ def reward_scores(config: DPOConfig, trees: Sequence[Tree], tokenizer: PreTraine
         device=resolve_device(config.device),
         dtype=config.dtype,
         trust_remote_code=config.trust_remote_code,
-        trunk=TrunkOptions.of(config),
+        layers=LayerOptions.of(config),
     )
     check_same_vocabulary({"reward_model_path": model}, len(tokenizer))
     return per_response(

@@ -13,15 +13,15 @@ from functools import partial
 import torch
 from transformers import PreTrainedModel
 
-from fastrlhf.algorithms.stage import Stage, TrainResult, check_micro_batch
 from fastrlhf.config import SFTConfig
-from fastrlhf.data.inputs import open_inputs
-from fastrlhf.data.packing import pack
-from fastrlhf.distributed import own_micro_batches, total
+from fastrlhf.data.packing import own_micro_batches, pack
+from fastrlhf.distributed.ranks import total
 from fastrlhf.models.forward import token_logprobs
 from fastrlhf.models.loading import open_policy
 from fastrlhf.models.sharding import shard, whole
-from fastrlhf.optim import Optimizer, index_batches, num_steps
+from fastrlhf.runtime.inputs import open_inputs
+from fastrlhf.runtime.optim import Optimizer, index_batches, num_steps
+from fastrlhf.runtime.run import Run, TrainResult, check_micro_batch
 from fastrlhf.types import Example, Segment, TokenizedExample
 
 
@@ -44,9 +44,9 @@ def train_sft(
     evaluate_held_out = partial(evaluate, model, held_out, config.micro_batch_tokens)
     evaluation: dict[str, float] = {}
 
-    with Stage("sft", config, steps, (model, tokenizer), data=data, parts={"optimizer": optimizer}) as stage:
-        stage.on_start(evaluate_held_out)
-        for step, indices in stage.remaining(index_batches(len(segments), config.batch_size, steps, config.seed)):
+    with Run("sft", config, steps, (model, tokenizer), data=data, parts={"optimizer": optimizer}) as run:
+        run.on_start(evaluate_held_out)
+        for step, indices in run.remaining(index_batches(len(segments), config.batch_size, steps, config.seed)):
             chosen = [segments[i] for i in indices]
             num_trained = sum(segment.num_scored for segment in chosen)
             loss = torch.zeros((), device=model.device)
@@ -57,11 +57,11 @@ def train_sft(
                 loss += micro_loss.detach()
             metrics = {"loss": total(loss).item(), **optimizer.step()}
             metrics["num_tokens"] = sum(len(s.token_ids) for s in chosen)
-            if held_out and stage.due(step, config.eval_steps):
+            if held_out and run.due(step, config.eval_steps):
                 evaluation = evaluate_held_out()
                 metrics |= evaluation
-            stage.log(step + 1, metrics)
-        return stage.finish(model, tokenizer, evaluation)
+            run.log(step + 1, metrics)
+        return run.finish(model, tokenizer, evaluation)
 
 
 @torch.no_grad()

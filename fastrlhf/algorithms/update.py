@@ -11,11 +11,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fastrlhf.algorithms.experience import Pack, pack_episodes
-from fastrlhf.algorithms.stage import StepMetrics
 from fastrlhf.config import PPOConfig
-from fastrlhf.distributed import gathered, total
+from fastrlhf.distributed.ranks import gathered, total
 from fastrlhf.models.forward import scored_states, state_kl, state_logprobs, token_values
-from fastrlhf.optim import Optimizer
+from fastrlhf.runtime.optim import Optimizer
+from fastrlhf.runtime.run import StepMetrics
 from fastrlhf.types import Experience, Rollout
 from fastrlhf_kernels import LossOutput, Sum, policy_loss, value_loss
 

@@ -13,6 +13,7 @@ from itertools import accumulate
 
 import torch
 
+from fastrlhf.distributed.ranks import share, world_size
 from fastrlhf.types import AttentionPlan, PackedBatch, Segment
 
 Device = torch.device | str
@@ -190,6 +191,15 @@ def micro_batches(costs: Sequence[int], budget: int, what: str = "item", multipl
     while (bins := _spread(costs, budget, count + -count % multiple)) is None:
         count += max(1, count // 64)
     return bins
+
+
+def own_micro_batches(costs: Sequence[int], budget: int, what: str = "item") -> Sequence[list[int]]:
+    """This rank's micro-batches of items of `costs` tokens, as `micro_batches` spreads them.
+
+    Where the items are a multiple of the ranks every rank has equally many, and so meets the others at every gather of
+    the weights; else no rank has more than one more, and none at least where there are as many items as ranks.
+    """
+    return share(micro_batches(costs, budget, what, multiple=world_size()))
 
 
 def _spread(costs: Sequence[int], budget: int, count: int) -> list[list[int]] | None:

@@ -18,7 +18,7 @@ from typing import Any
 import datasets
 from datasets.exceptions import DatasetsError
 
-from fastrlhf.hub import check_hub
+from fastrlhf.data.hub import check_hub
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parquet")
 

@@ -22,8 +22,8 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from fastrlhf.data.examples import RESPONSES
+from fastrlhf.data.hub import check_hub
 from fastrlhf.data.labels import GROUP_LABELS, PAIR_LABELS
-from fastrlhf.hub import check_hub
 from fastrlhf.types import Example, Message, TokenizedExample
 
 TruncationMode = Literal["keep_start", "keep_end", "drop"]

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from fastrlhf.config import require
-from fastrlhf.functions import load_function
+from fastrlhf.config.functions import load_function
 from fastrlhf.models.loading import DTYPES, resolve_device
 
 

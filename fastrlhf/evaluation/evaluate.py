@@ -12,15 +12,14 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastrlhf.checkpoint import check_output_dir, create_output_dir
 from fastrlhf.config import EvalConfig, require
-from fastrlhf.config_files import load_yaml
-from fastrlhf.data.inputs import open_eval_inputs, with_room
+from fastrlhf.config.files import load_yaml
 from fastrlhf.data.tokens import special_ids
-from fastrlhf.distributed import check_one_process
+from fastrlhf.distributed.ranks import check_one_process
+from fastrlhf.evaluation.completions import respond
 from fastrlhf.evaluation.judges import reward_model_judge
-from fastrlhf.evaluation.responses import respond
 from fastrlhf.evaluation.winrates import Comparison, compare
+from fastrlhf.models.layers import LayerOptions
 from fastrlhf.models.loading import (
     check_same_vocabulary,
     load_policy,
@@ -29,7 +28,8 @@ from fastrlhf.models.loading import (
     resolve_device,
 )
 from fastrlhf.models.roles import holds_adapter, open_base, policy_role, score_role
-from fastrlhf.models.trunk import TrunkOptions
+from fastrlhf.runtime.checkpoint import check_output_dir, create_output_dir
+from fastrlhf.runtime.inputs import open_eval_inputs, with_room
 from fastrlhf.types import Example, Prefix, Rollout, TokenizedExample
 
 log = logging.getLogger(__name__)
@@ -194,7 +194,7 @@ def _open_judge(config: EvalConfig, base: PreTrainedModel | None, pad_token_id: 
         device=resolve_device(config.device),
         dtype=config.dtype,
         trust_remote_code=config.trust_remote_code,
-        trunk=TrunkOptions.of(config),
+        layers=LayerOptions.of(config),
     )
 
 
@@ -205,7 +205,7 @@ def _open_policy(config: EvalConfig, name: str) -> PreTrainedModel:
         device=resolve_device(config.device),
         dtype=config.dtype,
         trust_remote_code=config.trust_remote_code,
-        trunk=TrunkOptions.of(config),
+        layers=LayerOptions.of(config),
     )
 
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fastrlhf.config import PPOConfig
+from fastrlhf.evaluation.completions import respond, response_kl
 from fastrlhf.evaluation.judges import Judge, checked_scores
-from fastrlhf.evaluation.responses import respond, response_kl
 from fastrlhf.types import Rollout, TokenizedExample
 
 NGRAM = 4

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fastrlhf.data.packing import families, forest, num_computed, pack, tree
-from fastrlhf.distributed import on_first, own_micro_batches, total, world_size
+from fastrlhf.data.packing import families, forest, num_computed, own_micro_batches, pack, tree
+from fastrlhf.distributed.ranks import on_first, total, world_size
 from fastrlhf.models.forward import sequence_scores
 from fastrlhf.models.sharding import whole
-from fastrlhf.rollout import end_index
+from fastrlhf.rollout.engine import end_index
 from fastrlhf.types import Rollout, Segment
 
 Judge = Callable[[Sequence[Rollout]], Tensor]

@@ -1,6 +1,6 @@
 """LoRA (Hu et al. 2021, arXiv 2106.09685) and its kin, from peft, over a base that every role of a run shares.
 
-An adapter is injected into the model: it stays the class it was, its trunk stays `model.base_model`, and only the
+An adapter is injected into the model: it stays the class it was, its backbone stays `model.base_model`, and only the
 adapter's weights (and a score head) have gradients. The reference is the same model without the adapter: another set of
 modules around the very same tensors, so that it costs no memory and nothing is switched on and off. `roles.py` hangs
 the other models of a run on the same tensors.
@@ -21,7 +21,7 @@ from torch.nn import Linear, Module
 from transformers import PreTrainedModel
 
 from fastrlhf.config import TrainConfig
-from fastrlhf.distributed import on_first
+from fastrlhf.distributed.ranks import on_first
 from fastrlhf.models.forward import disable_activation_checkpointing
 from fastrlhf.models.four_bit import is_four_bit, make_plain, plain_weight
 from fastrlhf.models.sharding import assign, beginnings, is_sharded, on_first_rank
@@ -65,7 +65,7 @@ def add_adapter(model: PreTrainedModel, config: TrainConfig, base: str) -> None:
         raise ValueError(f"lora_target_modules: {fit}: {error}") from error
     for _, name, layer in _adapted(model):
         if any(layer.get_base_layer().weight is weight for weight in apart):
-            raise ValueError(f"lora_target_modules: {name} is an embedding or a head; name layers of the trunk")
+            raise ValueError(f"lora_target_modules: {name} is an embedding or a head; name layers of the backbone")
     head = getattr(model, "score", None)
     if head is not None:
         head.requires_grad_(True)
@@ -86,7 +86,7 @@ def has_adapter(model: PreTrainedModel) -> bool:
 
 
 def base_fingerprint(model: PreTrainedModel) -> str:
-    """Of the trunk under an adapter, the same in float32 and bfloat16: of the first entries of every weight, as any
+    """Of the backbone under an adapter, the same in float32 and bfloat16: of the first entries of every weight, as any
     training moves most; in 4 bits it is another. A head is not part of it, so that a causal LM and a reward model may
     have one base."""
     digest = hashlib.sha256()

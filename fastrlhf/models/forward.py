@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from fastrlhf.data.packing import pack
 from fastrlhf.models.attention import chosen_attention, packed_attention
 from fastrlhf.models.offload import offloaded
-from fastrlhf.models.sharding import full, trunk_of
+from fastrlhf.models.sharding import backbone_of, full
 from fastrlhf.types import PackedBatch, Segment
 from fastrlhf_kernels import TokenKL, TokenLogprobs, linear_kl, linear_logprob
 
@@ -26,11 +26,11 @@ CHECKPOINTING = "activation_checkpointing" if _NEW_NAME else "gradient_checkpoin
 
 
 def hidden_states(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
-    """The trunk's last hidden states [T, D], in the dtype of the weights."""
+    """The backbone's last hidden states [T, D], in the dtype of the weights."""
     # Layers recompute in training mode alone; nothing else depends on the mode, for there is no dropout.
     recomputes = torch.is_grad_enabled() and getattr(model, f"is_{CHECKPOINTING}")
     with packed_attention(model), _training_mode(model) if recomputes else nullcontext():
-        output = trunk_of(model)(
+        output = backbone_of(model)(
             input_ids=batch.token_ids[None],
             position_ids=batch.positions[None],
             attention_plan=batch.plan,
@@ -41,8 +41,8 @@ def hidden_states(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
 
 
 def enable_activation_checkpointing(model: PreTrainedModel, *, offload_to: torch.device | None = None) -> None:
-    """From now on each layer of the trunk keeps its input alone, on the device `offload_to` where one is given, and is
-    computed again in the backward."""
+    """From now on each layer of the backbone keeps its input alone, on the device `offload_to` where one is given, and
+    is computed again in the backward."""
     again = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), packed_attention(model))}
     getattr(model, f"{CHECKPOINTING}_enable")(again)
     if offload_to is not None:
@@ -177,8 +177,8 @@ def check_packed_forward(model: PreTrainedModel, expected: Tensor | None = None)
 
     Catches attention, or a recurrent state, that leaks between sequences (a model that does not go through
     transformers' AttentionInterface), and a head whose logits are transformed in a way that `linear_logprob` was not
-    told of. A few tokens, once, at the start. `expected` is `own_forward` before something was done to the trunk; None:
-    as it is. Raises ValueError.
+    told of. A few tokens, once, at the start. `expected` is `own_forward` before something was done to the backbone;
+    None: as it is. Raises ValueError.
     """
     expected = own_forward(model) if expected is None else expected
     batch, sequences = _probe(model)

@@ -1,6 +1,6 @@
 """Weights in 4 bits under an adapter: QLoRA (Dettmers et al. 2023, arXiv 2305.14314), by bitsandbytes.
 
-Linear layers of the trunk are kept as 4-bit NormalFloat, their scales quantised once more: 0.52 bytes per weight.
+Linear layers of the backbone are kept as 4-bit NormalFloat, their scales quantised once more: 0.52 bytes per weight.
 Heads, embeddings, norms and adapters stay as they are. Where no gradient is asked for, bitsandbytes may multiply by
 another kernel, so that the first ratio of an on-policy update is 1 up to the rounding of `dtype`.
 """

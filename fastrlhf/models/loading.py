@@ -24,25 +24,23 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from fastrlhf.adamw import check_optim
 from fastrlhf.config import TrainConfig, parse_model_config, require
-from fastrlhf.config_files import nearest
+from fastrlhf.config.files import nearest
+from fastrlhf.data.hub import check_hub
 from fastrlhf.data.tokens import is_missing_folder, load_tokenizer, special_ids
-from fastrlhf.hub import check_hub
 from fastrlhf.models.adapters import add_adapter
-from fastrlhf.models.attention import check_attention
 from fastrlhf.models.forward import enable_activation_checkpointing
 from fastrlhf.models.four_bit import keep_layout, quantization
+from fastrlhf.models.layers import LayerOptions, prepare_layers
 from fastrlhf.models.offload import HOST, check_offloading
-from fastrlhf.models.trunk import TrunkOptions, check_liger, prepare_trunk
-from fastrlhf.shards import is_sharded, read_tensors
+from fastrlhf.models.shards import is_sharded, read_tensors
 
 log = logging.getLogger(__name__)
 
 WINDOWS_IN_MASK = ("blt", "doge", "phimoe", "qwen2_moe")
 """Types whose windows transformers builds into a mask, which packs do not have, and does not tell attention of."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-PLAIN = TrunkOptions()
+PLAIN = LayerOptions()
 
 
 def open_policy(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -64,7 +62,7 @@ def open_policy(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreT
             seed=config.seed,
             device=device,
             dtype=config.dtype,
-            trunk=TrunkOptions.of(config),
+            layers=LayerOptions.of(config),
         )
     elif config.model_name_or_path:
         model = load_policy(
@@ -73,7 +71,7 @@ def open_policy(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreT
             dtype=config.dtype,
             load_in_4bit=config.load_in_4bit,
             trust_remote_code=config.trust_remote_code,
-            trunk=TrunkOptions.of(config),
+            layers=LayerOptions.of(config),
         )
     else:
         raise ValueError("model_name_or_path: give a folder or a hub name, or build a model from model_config")
@@ -105,20 +103,6 @@ def make_trainable(model: PreTrainedModel, config: TrainConfig, base: str) -> No
         enable_activation_checkpointing(model, offload_to=HOST if config.activation_offloading else None)
 
 
-def check_libraries(config: TrainConfig) -> None:
-    """Raises ValueError where the device or the installation lacks what optimiser, attention or kernels need, whatever
-    the model."""
-    device, dtype = resolve_device(config.device), DTYPES[config.dtype]
-    check_optim(config, device)
-    check_attention(config.attn_implementation, device, dtype)
-    if config.use_liger_kernel:
-        check_liger(device)
-    if config.activation_offloading:
-        check_offloading(device)
-    if config.load_in_4bit:
-        quantization(dtype)
-
-
 def load_policy(
     source: str,
     *,
@@ -127,17 +111,17 @@ def load_policy(
     dtype: str = "float32",
     load_in_4bit: bool = False,
     trust_remote_code: bool = False,
-    trunk: TrunkOptions = PLAIN,
+    layers: LayerOptions = PLAIN,
 ) -> PreTrainedModel:
     """The causal LM in a folder or under a hub name, checked to run on packs.
 
     Raises ValueError, naming `field`, where there is no such model, where weights are missing (a reward model has no
-    language-model head), or where it cannot be packed as `trunk` asks.
+    language-model head), or where it cannot be packed as `layers` asks.
     """
     config = read_model_config(source, field, trust_remote_code)
     model, missing = _open(AutoModelForCausalLM, source, field, config, device, dtype, load_in_4bit, trust_remote_code)
     _check_complete(source, field, missing)
-    return _ready(model, device, trunk)
+    return _ready(model, device, layers)
 
 
 def build_policy(
@@ -148,7 +132,7 @@ def build_policy(
     seed: int,
     device: torch.device | str = "cpu",
     dtype: str = "float32",
-    trunk: TrunkOptions = PLAIN,
+    layers: LayerOptions = PLAIN,
 ) -> PreTrainedModel:
     """A causal LM from scratch. `settings` is a transformers configuration, or its fields with `model_type` among them.
 
@@ -177,7 +161,7 @@ def build_policy(
     )
     with _seeded(seed, torch.device(device)):
         model = AutoModelForCausalLM.from_config(_without_dropout(config), dtype=DTYPES[dtype])
-    return _ready(model, device, trunk)
+    return _ready(model, device, layers)
 
 
 def load_reward_model(
@@ -191,16 +175,16 @@ def load_reward_model(
     dtype: str = "float32",
     load_in_4bit: bool = False,
     trust_remote_code: bool = False,
-    trunk: TrunkOptions = PLAIN,
+    layers: LayerOptions = PLAIN,
 ) -> PreTrainedModel:
-    """A sequence classifier with one score: a saved reward model, or a causal LM whose trunk gets a new head.
+    """A sequence classifier with one score: a saved reward model, or a causal LM whose backbone gets a new head.
 
-    A new head starts at N(0, 1/sqrt(D + 1)), drawn with `seed` (Stiennon et al. 2020, arXiv 2009.01325). It runs and
-    is trained in float32 whatever the trunk's `dtype`; loading rounds a saved one to `dtype`. `pad_token_id` is only
+    A new head starts at N(0, 1/sqrt(D + 1)), drawn with `seed` (Stiennon et al. 2020, arXiv 2009.01325). It runs and is
+    trained in float32 whatever the backbone's `dtype`; loading rounds a saved one to `dtype`. `pad_token_id` is only
     written into the configuration, where the plain `AutoModelForSequenceClassification` of other programs looks for the
-    last token that is not padding; None where padding is EOS, so that it cannot mistake the one for the other.
-    Raises ValueError, naming `field`, where there is no such model, where weights of its trunk are missing, where its
-    head is not one linear map, or where `must_be_trained` and the head is new.
+    last token that is not padding; None where padding is EOS, so that it cannot mistake the one for the other. Raises
+    ValueError, naming `field`, where there is no such model, where weights of its backbone are missing, where its head
+    is not one linear map, or where `must_be_trained` and the head is new.
     """
     config = read_model_config(source, field, trust_remote_code)
     config.num_labels, config.pad_token_id = 1, pad_token_id
@@ -214,7 +198,7 @@ def load_reward_model(
             raise ValueError(f"{field}: {source!r} has no trained score head; train one with `fastrlhf reward`")
         generator = torch.Generator().manual_seed(seed)
         torch.nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5, generator=generator)
-    return _ready(model, device, trunk)
+    return _ready(model, device, layers)
 
 
 def float_score_head(model: PreTrainedModel, source: str, field: str) -> Linear:
@@ -367,17 +351,17 @@ def _without_dropout(config: PretrainedConfig) -> PretrainedConfig:
     return config
 
 
-def _ready(model: PreTrainedModel, device: torch.device | str, trunk: TrunkOptions) -> PreTrainedModel:
+def _ready(model: PreTrainedModel, device: torch.device | str, layers: LayerOptions) -> PreTrainedModel:
     _check_positions(model.config)
     model.to(device)  # pyright: ignore[reportArgumentType] (transformers' wrapper hides that it is a method)
     model.eval()
     keep_layout(model)
-    attention = prepare_trunk(model, trunk)
+    attention = prepare_layers(model, layers)
     log.info(
         "%s: %.3g parameters in %s on %s, attention by %s%s%s",
         *(type(model).__name__, model.num_parameters(), model.dtype, model.device, attention),
-        ", Liger's kernels" if trunk.use_liger_kernel else "",
-        ", compiled layers" if trunk.torch_compile else "",
+        ", Liger's kernels" if layers.use_liger_kernel else "",
+        ", compiled layers" if layers.torch_compile else "",
     )
     return model
 

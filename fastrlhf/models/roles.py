@@ -1,4 +1,5 @@
-"""One trunk, many roles: reference, DPO model, judge and critic of a run over the weights that its policy started from.
+"""One backbone, many roles: reference, DPO model, judge and critic of a run over the weights that its policy started
+from.
 
 A path that names an adapter alone, such as `adapter/` of a run that `use_peft` trained, makes a role: an adapter, and
 for scores a head, around the very tensors of the base. Each role is a model with modules of its own, so that it costs
@@ -34,9 +35,9 @@ from fastrlhf.models.adapters import (
 from fastrlhf.models.attention import choose_attention, chosen_attention
 from fastrlhf.models.forward import check_packed_forward, enable_activation_checkpointing
 from fastrlhf.models.four_bit import is_four_bit
+from fastrlhf.models.layers import LayerOptions
 from fastrlhf.models.loading import float_score_head, load_policy, make_trainable, resolve_device
 from fastrlhf.models.offload import HOST
-from fastrlhf.models.trunk import TrunkOptions
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -70,7 +71,7 @@ def open_base(config: TrainConfig, sources: Sequence[tuple[str, str]]) -> PreTra
         dtype=config.dtype,
         load_in_4bit=metadata.get("load_in_4bit") == "true",
         trust_remote_code=config.trust_remote_code,
-        trunk=TrunkOptions.of(config),
+        layers=LayerOptions.of(config),
     ).requires_grad_(False)
 
 
@@ -96,8 +97,8 @@ def policy_role(source: str, base: PreTrainedModel, field: str) -> PreTrainedMod
 
 
 def score_role(source: str, base: PreTrainedModel, field: str, pad_token_id: int | None) -> PreTrainedModel:
-    """The reward model that the adapter in the folder `source`, with its score head, makes of the trunk of the frozen
-    causal LM `base`, whose weights it shares.
+    """The reward model that the adapter in the folder `source`, with its score head, makes of the backbone of the
+    frozen causal LM `base`, whose weights it shares.
 
     The adapter and the head alone have gradients; the head runs in float32. Raises ValueError, naming `field`, as
     `policy_role` does, and where the adapter has no score head.
@@ -107,8 +108,8 @@ def score_role(source: str, base: PreTrainedModel, field: str, pad_token_id: int
     with torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(config)
     # The layers read the configuration of the model that they are part of.
-    trunk = copy.deepcopy(base.base_model, {**frozen_tensors(base), id(base.config): model.config})
-    setattr(model, model.base_model_prefix, trunk)
+    backbone = copy.deepcopy(base.base_model, {**frozen_tensors(base), id(base.config): model.config})
+    setattr(model, model.base_model_prefix, backbone)
     model.is_loaded_in_4bit = is_four_bit(base)  # peft looks for it there
     float_score_head(model, source, field).to_empty(device=base.device)
     model = _with_adapter(model, source, base, field)

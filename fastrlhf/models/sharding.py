@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import Module, ModuleList
 from transformers import PreTrainedModel
 
-from fastrlhf.distributed import from_all, is_first, world_size
+from fastrlhf.distributed.ranks import from_all, is_first, world_size
 
 
 def shard(*models: PreTrainedModel) -> None:
@@ -52,9 +52,9 @@ def shard(*models: PreTrainedModel) -> None:
 def _shard(model: PreTrainedModel) -> None:
     mesh = init_device_mesh(model.device.type, (world_size(),))
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
-    trunk: Module = model.base_model
-    layers = [layer for child in trunk.children() if isinstance(child, ModuleList) for layer in child]
-    # A group has one dtype, and a score head is float32 under any trunk.
+    backbone: Module = model.base_model
+    layers = [layer for child in backbone.children() if isinstance(child, ModuleList) for layer in child]
+    # A group has one dtype, and a score head is float32 under any backbone.
     heads = [model.score] if hasattr(model, "score") else []
     for module in [*layers, *heads]:
         fully_shard(cast(Module, module), mesh=mesh, mp_policy=policy)
@@ -62,14 +62,14 @@ def _shard(model: PreTrainedModel) -> None:
     for group in _groups(model):
         group.set_gradient_divide_factor(1.0)
         group.set_force_sum_reduction_for_comms(True)  # gloo knows no other
-    model.run_trunk = MethodType(_run_trunk, model)  # pyright: ignore[reportArgumentType] (modules keep methods too)
-    register_fsdp_forward_method(model, "run_trunk")
+    model.run_backbone = MethodType(_run_backbone, model)  # pyright: ignore[reportArgumentType] (modules keep methods too)
+    register_fsdp_forward_method(model, "run_backbone")
 
 
-def trunk_of(model: PreTrainedModel) -> Callable[..., Any]:
+def backbone_of(model: PreTrainedModel) -> Callable[..., Any]:
     """What computes the hidden states: `model.base_model`, or the same where gathering the weights of a sharded model
     is taken care of."""
-    return cast(Callable[..., Any], model.run_trunk) if isinstance(model, FSDPModule) else model.base_model
+    return cast(Callable[..., Any], model.run_backbone) if isinstance(model, FSDPModule) else model.base_model
 
 
 @contextmanager
@@ -184,7 +184,7 @@ def of_parts(tensor: Tensor, own: Tensor) -> Tensor:
     return DTensor.from_local(own, tensor.device_mesh, tensor.placements, run_check=False, shape=shape, stride=stride)
 
 
-def _run_trunk(model: PreTrainedModel, **inputs: Any) -> Any:
+def _run_backbone(model: PreTrainedModel, **inputs: Any) -> Any:
     return model.base_model(**inputs)
 
 

@@ -1,7 +1,7 @@
 """The rows as the model will see them: every token with the role that it has in training.
 
-Loading, tokenising, packing and the draws of resets are the trainers' own (tools/work.py). A tokenizer is needed, a
-model is not.
+Loading, tokenising, packing and the draws of resets are the trainers' own (tools/plan/work.py). A tokenizer is needed,
+a model is not.
 
 `fastrlhf inspect --config FILE [--command dpo] [--num 5] [--html PAGE]`
 """
@@ -16,13 +16,13 @@ from itertools import groupby
 from transformers import PreTrainedTokenizerBase
 
 from fastrlhf.algorithms.scoring import Tree
-from fastrlhf.algorithms.stage import check_micro_batch
 from fastrlhf.config import DPOConfig, PPOConfig, RewardConfig, SFTConfig, TrainConfig, require
 from fastrlhf.data.packing import micro_batches, num_computed
 from fastrlhf.data.tokens import special_ids
-from fastrlhf.evaluation.page import render_page, token_markup
-from fastrlhf.evaluation.samples import token_texts
-from fastrlhf.tools.work import Work, first_prefixes, open_work, to_tree
+from fastrlhf.report.page import render_page, token_markup
+from fastrlhf.report.samples import token_texts
+from fastrlhf.runtime.run import check_micro_batch
+from fastrlhf.tools.plan.work import Work, first_prefixes, open_work, to_tree
 from fastrlhf.types import Prefix, TokenizedExample
 
 ROLES = {

@@ -6,14 +6,15 @@ import pytest
 import torch
 
 from fastrlhf.algorithms.experience import pack_episodes, score_episodes
-from fastrlhf.algorithms.on_policy import make_engine, update
+from fastrlhf.algorithms.roles import make_engine
+from fastrlhf.algorithms.update import update
 from fastrlhf.config import DRPOConfig, PPOConfig
 from fastrlhf.data.packing import unpack
 from fastrlhf.evaluation.judges import reward_model_judge
 from fastrlhf.models.adapters import frozen_copy
-from fastrlhf.models.implicit_reward import ImplicitReward
 from fastrlhf.models.loading import load_reward_model
-from fastrlhf.rewards import Rewards
+from fastrlhf.rewards.implicit import ImplicitReward
+from fastrlhf.rewards.terms import Rewards
 from fastrlhf.types import Experience, Prefix, Rollout
 from tests import tiny
 

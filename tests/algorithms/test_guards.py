@@ -6,10 +6,10 @@ from transformers import AutoModelForCausalLM
 
 from fastrlhf.algorithms.experience import pack_episodes, score_episodes
 from fastrlhf.algorithms.guards import check_kl, raise_not_finite
-from fastrlhf.algorithms.on_policy import train_on_policy
+from fastrlhf.algorithms.ppo import train_ppo
 from fastrlhf.config import PPOConfig
-from fastrlhf.metrics import read_metrics
 from fastrlhf.models.loading import load_reward_model
+from fastrlhf.runtime.metrics import read_metrics
 from fastrlhf.types import Prefix, Rollout
 from tests import tiny
 
@@ -33,11 +33,11 @@ def config(folder, **settings):
 def test_a_policy_too_far_from_its_reference_stops_before_it_is_trained_further(tmp_path):
     """What is left is the policy that was measured, bit for bit: that of a run that ends one update earlier."""
     with pytest.raises(ValueError, match=r"^max_kl: the policy that sampled for update \d+ is .* more than 0\.5;"):
-        train_on_policy(config(tmp_path, max_kl=0.5, output_dir=str(tmp_path / "run")), tiny.examples(20))
+        train_ppo(config(tmp_path, max_kl=0.5, output_dir=str(tmp_path / "run")), tiny.examples(20))
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert 1 <= len(rows) < 30
     assert all(row["objective/kl"] <= 0.5 for row in rows)
-    shorter = train_on_policy(config(tmp_path, max_steps=len(rows)), tiny.examples(20))
+    shorter = train_ppo(config(tmp_path, max_steps=len(rows)), tiny.examples(20))
     left = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "interrupted")
     for ours, theirs in zip(left.parameters(), shorter.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
@@ -45,7 +45,7 @@ def test_a_policy_too_far_from_its_reference_stops_before_it_is_trained_further(
 
 def test_a_limit_that_is_not_reached_changes_nothing(tmp_path):
     free, limited = (
-        train_on_policy(config(tmp_path, max_steps=2, max_kl=limit), tiny.examples(20)) for limit in (None, 100.0)
+        train_ppo(config(tmp_path, max_steps=2, max_kl=limit), tiny.examples(20)) for limit in (None, 100.0)
     )
     for ours, theirs in zip(free.model.parameters(), limited.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)

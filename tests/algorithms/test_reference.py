@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from fastrlhf.algorithms import reference
-from fastrlhf.algorithms.preference import train_dpo
+from fastrlhf.algorithms.dpo import train_dpo
 from fastrlhf.config import DPOConfig
 from tests import tiny
 

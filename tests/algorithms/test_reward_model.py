@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForSequenceClassification
 
 from fastrlhf.algorithms import reward_model
-from fastrlhf.algorithms.answers import Answers
+from fastrlhf.algorithms.completions import Answers
 from fastrlhf.algorithms.reward_model import evaluate, ranking_losses, score_pairs, train_reward_model
 from fastrlhf.algorithms.rlp_uml import Views, is_active
 from fastrlhf.config import RewardConfig, RLPConfig

@@ -13,14 +13,14 @@ import torch
 from safetensors.torch import load_file
 
 from fastrlhf.algorithms import rlp
-from fastrlhf.algorithms.on_policy import train_on_policy
+from fastrlhf.algorithms.ppo import train_ppo
 from fastrlhf.algorithms.reward_model import train_reward_model
 from fastrlhf.algorithms.rlp import train_rlp
 from fastrlhf.cli import parse
 from fastrlhf.config import DRPOConfig, PPOConfig, RewardConfig, RLPConfig, SFTConfig
 from fastrlhf.data.tokens import tokenize_examples
 from fastrlhf.evaluation.equivalence import Comparison, Relation
-from fastrlhf.metrics import read_metrics, read_rows
+from fastrlhf.runtime.metrics import read_metrics, read_rows
 from tests import tiny
 
 PAIRS, HELD_OUT, PROMPTS = tiny.examples(12), tiny.examples(8, seed=1), tiny.examples(10, seed=2)
@@ -89,9 +89,7 @@ def test_without_refinement_it_is_the_reward_model_and_plain_on_policy_training_
     reward, ppo = sections(policy)
     ppo = replace(ppo, reset_prob=0.5) if kind is DRPOConfig else ppo
     train_reward_model(replace(reward, output_dir=str(tmp_path / "rm")), PAIRS, HELD_OUT)
-    plain = train_on_policy(
-        replace(ppo, output_dir=str(tmp_path / "ppo"), reward_model_path=str(tmp_path / "rm")), PROMPTS
-    )
+    plain = train_ppo(replace(ppo, output_dir=str(tmp_path / "ppo"), reward_model_path=str(tmp_path / "rm")), PROMPTS)
     config = settings(tmp_path / "rlp", refinement="none")
     ours = train_rlp(config, reward, ppo, pairs=PAIRS, eval_pairs=HELD_OUT, prompts=PROMPTS)
     assert same(tmp_path / "rlp" / "reward", tmp_path / "rm")
@@ -162,7 +160,7 @@ def test_the_policy_starts_again_from_the_sft_model_and_a_second_round_refits_th
     run(settings(out, refinement="spg", rounds=2, **first), policy)
     _, ppo = sections(policy)
     again = replace(ppo, output_dir=str(tmp_path / "again"), reward_model_path=str(out / "round-2" / "reward"))
-    train_on_policy(again, PROMPTS)
+    train_ppo(again, PROMPTS)
     assert same(tmp_path / "again", out / "round-2" / "policy")
     first, second = (read_rows(out / f"round-{i}" / "answers.jsonl") for i in (1, 2))
     assert [row["prompt"] for row in first] == [row["prompt"] for row in second]
@@ -181,17 +179,17 @@ def test_a_refit_may_go_on_from_the_reward_model(policy, first, tmp_path):
 def test_a_run_that_is_started_again_does_only_what_is_missing_and_ends_alike(
     policy, first, spg, tmp_path, monkeypatch
 ):
-    out, real = tmp_path / "rlp", rlp.train_on_policy
+    out, real = tmp_path / "rlp", rlp.train_ppo
     config = settings(out, refinement="spg", **first)
 
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(rlp, "train_on_policy", interrupted)
+    monkeypatch.setattr(rlp, "train_ppo", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(config, policy)
     done = {file: file.stat().st_mtime_ns for file in out.rglob("*.*") if file.name != "config.yaml"}
-    monkeypatch.setattr(rlp, "train_on_policy", real)
+    monkeypatch.setattr(rlp, "train_ppo", real)
     asked = []
     again = run(config, policy, equivalence=lambda comparisons: asked.append(comparisons) or [])
     assert same(out / "round-1" / "policy", spg[0] / "round-1" / "policy")
@@ -287,7 +285,7 @@ def test_killed_while_it_writes_a_report_a_run_goes_on(policy, first, tmp_path, 
 
 
 def test_the_last_policy_is_gone_before_the_refit(policy, first, tmp_path, monkeypatch):
-    trained, left, train = [], [], rlp.train_on_policy
+    trained, left, train = [], [], rlp.train_ppo
 
     def training(*arguments):
         result = train(*arguments)
@@ -299,7 +297,7 @@ def test_the_last_policy_is_gone_before_the_refit(policy, first, tmp_path, monke
         left.extend(model() for model in trained)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(rlp, "train_on_policy", training)
+    monkeypatch.setattr(rlp, "train_ppo", training)
     monkeypatch.setattr(rlp, "sample_answers", sampling)
     with pytest.raises(KeyboardInterrupt):
         run(settings(tmp_path / "rlp", refinement="uml", reward_model_path=first["reward_model_path"]), policy)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastrlhf.algorithms.answers import Answers
+from fastrlhf.algorithms.completions import Answers
 from fastrlhf.algorithms.rlp_report import agreement, compare_scores, view_activity
 
 

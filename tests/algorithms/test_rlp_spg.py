@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fastrlhf.algorithms.answers import Answers
+from fastrlhf.algorithms.completions import Answers
 from fastrlhf.algorithms.rlp_spg import (
     RULES,
     calibrate,

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastrlhf.algorithms.answers import Answers
+from fastrlhf.algorithms.completions import Answers
 from fastrlhf.algorithms.rlp_uml import (
     Gaussian,
     ViewHeads,

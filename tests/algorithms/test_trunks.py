@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from fastrlhf.algorithms.experience import pack_episodes, score_episodes
-from fastrlhf.algorithms.on_policy import make_engine, train_on_policy, update
-from fastrlhf.algorithms.starts import draw_prefixes
+from fastrlhf.algorithms.ppo import train_ppo
+from fastrlhf.algorithms.prefixes import draw_prefixes
+from fastrlhf.algorithms.roles import make_engine
+from fastrlhf.algorithms.update import update
 from fastrlhf.config import DRPOConfig
 from fastrlhf.data.packing import unpack
 from fastrlhf.models.loading import load_reward_model
@@ -132,8 +134,8 @@ def test_a_run_on_trunks_is_the_run_on_separate_sequences(tmp_path, settings):
         max_steps=2,
         **settings,
     )
-    shared = train_on_policy(cfg, tiny.examples(20)).history
-    alone = train_on_policy(replace(cfg, share_trunks=False), tiny.examples(20)).history
+    shared = train_ppo(cfg, tiny.examples(20)).history
+    alone = train_ppo(replace(cfg, share_trunks=False), tiny.examples(20)).history
     assert shared[0]["num_unique_tokens"] < 0.7 * alone[0]["num_unique_tokens"]
     assert shared[0]["num_tokens"] == alone[0]["num_tokens"]
     assert shared[0]["val/ratio"] == pytest.approx(alone[0]["val/ratio"], rel=1e-5)
@@ -149,4 +151,4 @@ def test_a_group_that_no_micro_batch_holds_is_named_before_a_model_is_loaded(tmp
         micro_batch_tokens=25,
     )
     with pytest.raises(ValueError, match=r"micro_batch_tokens: must be at least 3\d, the tokens of row \d+"):
-        train_on_policy(cfg, tiny.examples(10))
+        train_ppo(cfg, tiny.examples(10))

@@ -10,7 +10,7 @@ from fastrlhf.algorithms.update import update
 from fastrlhf.config import PPOConfig
 from fastrlhf.models.adapters import frozen_copy
 from fastrlhf.models.loading import load_reward_model
-from fastrlhf.optim import Optimizer
+from fastrlhf.runtime.optim import Optimizer
 from fastrlhf.types import Experience, Prefix, Rollout
 from tests import tiny
 

@@ -11,7 +11,9 @@ from bench.drpo import compare, contestants, padded
 from bench.drpo.compare import run_drpo
 from bench.drpo.problem import EOS, RESPONSE_LENGTH, Models, Problem, eos_probability, make_examples, make_models
 from fastrlhf.algorithms.experience import pack_episodes, score_episodes
-from fastrlhf.algorithms.on_policy import draw_prefixes, make_engine, update
+from fastrlhf.algorithms.prefixes import draw_prefixes
+from fastrlhf.algorithms.roles import make_engine
+from fastrlhf.algorithms.update import update
 from fastrlhf.evaluation.judges import reward_model_judge
 from fastrlhf.models.adapters import frozen_copy
 from tests import tiny

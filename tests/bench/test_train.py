@@ -9,7 +9,7 @@ import torch
 from bench.train import compare
 from bench.train.compare import Side, check_first_losses, run_train
 from bench.train.sides import Run
-from fastrlhf.optim import Optimizer
+from fastrlhf.runtime.optim import Optimizer
 
 needs_data = pytest.mark.skipif(not os.environ.get("FASTRLHF_DATA"), reason="FASTRLHF_DATA names no folder of samples")
 SMALL = {"steps": 1, "rows": 4, "rounds": 1, "device": "cpu"}

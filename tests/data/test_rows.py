@@ -136,7 +136,7 @@ def test_new_content_at_an_old_path_is_read_anew(tmp_path, name):
         ("a.csv", b'prompt\n"a\nb\n', "a.csv line 3: broken CSV"),
         ("a.parquet", b"PAR1 not", "a.parquet: not a readable Parquet file"),
         ("a.jsonl.gz", b"not gzip", "cannot be read, or cut short: Not a gzipped file"),
-        ("a.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 99)[:-12], "cannot be read, or cut short"),
+        ("a.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 99, mtime=0)[:-12], "cannot be read, or cut short"),
         ("a.txt", b"hello", "a data file ends in one of .jsonl"),
     ],
 )

@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from fastrlhf.config import EvalConfig
-from fastrlhf.data.inputs import open_eval_inputs
 from fastrlhf.evaluation import evaluate
+from fastrlhf.evaluation.completions import respond
 from fastrlhf.evaluation.evaluate import evaluate_models, format_table
 from fastrlhf.evaluation.judges import reward_model_judge
-from fastrlhf.evaluation.report import write_report
-from fastrlhf.evaluation.responses import respond
 from fastrlhf.evaluation.winrates import Comparison, compare
-from fastrlhf.metrics import read_rows
 from fastrlhf.models.loading import build_policy, load_policy, load_reward_model
+from fastrlhf.report.report import write_report
+from fastrlhf.runtime.inputs import open_eval_inputs
+from fastrlhf.runtime.metrics import read_rows
 from tests import tiny
 
 

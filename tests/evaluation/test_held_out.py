@@ -8,8 +8,8 @@ import torch
 
 from fastrlhf.config import PPOConfig
 from fastrlhf.evaluation import held_out
+from fastrlhf.evaluation.completions import respond, response_kl
 from fastrlhf.evaluation.held_out import describe, evaluate, mean_and_error, repetition
-from fastrlhf.evaluation.responses import respond, response_kl
 from fastrlhf.types import Prefix, Rollout, TokenizedExample
 from tests import tiny
 

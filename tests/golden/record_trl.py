@@ -30,7 +30,7 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel, TrainerCallback
 
-from fastrlhf.optim import index_batches
+from fastrlhf.runtime.optim import index_batches
 from tests import tiny
 
 FILE = Path(__file__).with_name("trl.json")

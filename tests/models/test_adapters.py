@@ -11,8 +11,8 @@ import torch
 from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from fastrlhf.algorithms.on_policy import train_on_policy
-from fastrlhf.algorithms.preference import train_dpo
+from fastrlhf.algorithms.dpo import train_dpo
+from fastrlhf.algorithms.ppo import train_ppo
 from fastrlhf.algorithms.reward_model import train_reward_model
 from fastrlhf.algorithms.sft import train_sft
 from fastrlhf.config import DPOConfig, PPOConfig, RewardConfig, SFTConfig
@@ -205,11 +205,11 @@ def test_an_on_policy_run_shares_its_weights_and_starts_at_no_kl(paths, tmp_path
         output_dir=str(tmp_path / "run"),
         **LORA,
     )
-    history = train_on_policy(cfg, tiny.examples(12), tiny.examples(4, seed=1)).history
+    history = train_ppo(cfg, tiny.examples(12), tiny.examples(4, seed=1)).history
     for folder, base in (("adapter", paths[0]), ("value_model/adapter", paths[1])):
         assert PeftConfig.from_pretrained(tmp_path / "run" / folder).base_model_name_or_path == base
     checkpointed = replace(cfg, activation_checkpointing=True, output_dir="")
-    again = train_on_policy(checkpointed, tiny.examples(12), tiny.examples(4, seed=1)).history
+    again = train_ppo(checkpointed, tiny.examples(12), tiny.examples(4, seed=1)).history
     for row, other in zip(history, again, strict=True):
         assert {k: v for k, v in row.items() if "timing" not in k} == {
             k: v for k, v in other.items() if "timing" not in k

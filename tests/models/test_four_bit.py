@@ -8,8 +8,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from fastrlhf.algorithms.on_policy import train_on_policy
-from fastrlhf.algorithms.preference import train_dpo
+from fastrlhf.algorithms.dpo import train_dpo
+from fastrlhf.algorithms.ppo import train_ppo
 from fastrlhf.algorithms.reward_model import train_reward_model
 from fastrlhf.config import DPOConfig, EvalConfig, PPOConfig, RewardConfig, RTOConfig, SFTConfig
 from fastrlhf.data.packing import pack
@@ -162,7 +162,7 @@ def test_five_roles_share_the_4_bits_and_train(runs, tmp_path):
     paths = {"reward_model_path": adapter(runs["judge"]), "dpo_model_path": adapter(runs["dpo"])}
     folder = {"output_dir": str(tmp_path / "run")}
     config = RTOConfig(model_name_or_path=runs["base"], **fields, **paths, **LORA, **folder)
-    result = train_on_policy(config, tiny.examples(12))
+    result = train_ppo(config, tiny.examples(12))
     assert result.history[0]["objective/kl"] == 0
     assert result.history[0]["val/ratio"] != 0
     assert result.history[1]["objective/kl"] != 0

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from fastrlhf.algorithms import on_policy
+from fastrlhf.algorithms import ppo, roles
 from fastrlhf.config import RTOConfig, SFTConfig
 from fastrlhf.data.packing import pack
 from fastrlhf.models import loading, offload
@@ -69,11 +69,11 @@ def test_a_run_that_offloads_reads_no_weight_while_it_waits(tmp_path, monkeypatc
     }
 
     def history(**settings):
-        result = on_policy.train_on_policy(RTOConfig(**fields | settings), tiny.examples(8), tiny.examples(3, seed=1))
+        result = ppo.train_ppo(RTOConfig(**fields | settings), tiny.examples(8), tiny.examples(3, seed=1))
         return [{name: value for name, value in row.items() if "timing/" not in name} for row in result.history]
 
     plain = history()
-    monkeypatch.setattr(on_policy, "Waiting", Poisoned)
+    monkeypatch.setattr(roles, "Waiting", Poisoned)
     assert history(ref_reward_offload=True) == plain
 
 

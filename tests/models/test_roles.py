@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from fastrlhf.algorithms.on_policy import train_on_policy
+from fastrlhf.algorithms.ppo import train_ppo
 from fastrlhf.config import PPOConfig, RTOConfig, SFTConfig
 from fastrlhf.data.packing import pack
 from fastrlhf.models import adapters
@@ -161,7 +161,7 @@ def run(paths, folder="", **settings):
         "output_dir": str(folder) if folder else "",
         "progress": False,
     }
-    return train_on_policy(RTOConfig(**fields | settings), tiny.examples(12), tiny.examples(4, seed=1))
+    return train_ppo(RTOConfig(**fields | settings), tiny.examples(12), tiny.examples(4, seed=1))
 
 
 def untimed(history):

@@ -13,8 +13,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
-from fastrlhf.algorithms.on_policy import train_on_policy
-from fastrlhf.algorithms.preference import train_dpo
+from fastrlhf.algorithms.dpo import train_dpo
+from fastrlhf.algorithms.ppo import train_ppo
 from fastrlhf.algorithms.sft import train_sft
 from fastrlhf.config import DPOConfig, PPOConfig, RTOConfig, SFTConfig, TrainConfig
 from tests.tiny import save_adapter
@@ -33,11 +33,11 @@ ROLES = {"reward_model_path": "judge", "dpo_model_path": "dpo"}
 TRAINERS = {
     "sft": (SFTConfig, train_sft),
     "dpo": (DPOConfig, train_dpo),
-    "ppo": (PPOConfig, train_on_policy),
-    "lora": (PPOConfig, train_on_policy),
+    "ppo": (PPOConfig, train_ppo),
+    "lora": (PPOConfig, train_ppo),
     "dora": (SFTConfig, train_sft),
     "qlora": (SFTConfig, train_sft),
-    "roles": (RTOConfig, train_on_policy),
+    "roles": (RTOConfig, train_ppo),
 }
 
 

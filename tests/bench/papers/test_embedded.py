@@ -8,7 +8,7 @@ from bench.papers import embedded
 from bench.papers.embedded import ARMS, BY_LENGTH, GRANULARITY, LENGTHS, PROMPTS, RESETS, UPDATES, Arm
 from fastrlhf import demo
 from fastrlhf.data.toy import FACTS, ToyTask, read_post, toy_tokenizer
-from fastrlhf.rewards import sentence_end_ids
+from fastrlhf.rewards.terms import sentence_end_ids
 from fastrlhf.types import Prefix, Rollout
 
 

@@ -23,7 +23,7 @@ from bench.papers.rto import (
     uniform_policy,
     visits,
 )
-from fastrlhf.rewards import shaped
+from fastrlhf.rewards.terms import shaped
 
 FEATURES = response_features()
 

@@ -1,0 +1,80 @@
+"""What a policy answers, several times, to each prompt: the material of RLP (Lang et al. 2024, arXiv 2403.19279)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastrlhf.data.packing import group
+from fastrlhf.rollout.engine import TransformersEngine
+from fastrlhf.runtime.atomic import write_file
+from fastrlhf.types import Prefix, Segment, TokenizedExample
+
+ANSWER_STREAM = 4
+"""The draws of the answers; no other sampler of a run has them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answers:
+    """n responses of one policy to one prompt, in the order in which they were drawn; repeats are kept."""
+
+    row: int
+    prompt: list[int]
+    responses: list[list[int]]
+    logprob: list[float]
+    """Nats per token of each response, under the policy at the temperature that drew it."""
+
+    @property
+    def tree(self) -> list[Segment]:
+        """For scoring: the prompt once, every response hanging on it."""
+        return group(self.prompt, self.responses, scored=False, share_prompt=True)
+
+    @property
+    def differ(self) -> bool:
+        return any(response != self.responses[0] for response in self.responses)
+
+
+def sample_answers(
+    engine: TransformersEngine, examples: Sequence[TokenizedExample], num_answers: int, round_: int
+) -> list[Answers]:
+    """`num_answers` per prompt. The draws are keyed by (the engine's seed, round, place of the prompt, answer)."""
+    rollouts = engine.generate(
+        [
+            Prefix(
+                token_ids=example.prompt,
+                num_reset=0,
+                row=example.row,
+                episode=(round_ << 40) + i * num_answers + k,
+            )
+            for i, example in enumerate(examples)
+            for k in range(num_answers)
+        ]
+    )
+    return [
+        Answers(
+            row=example.row,
+            prompt=example.prompt,
+            responses=[rollout.completion for rollout in drawn],
+            logprob=[float(np.mean(rollout.sampler_logprob)) for rollout in drawn],
+        )
+        for i, example in enumerate(examples)
+        for drawn in [rollouts[i * num_answers : (i + 1) * num_answers]]
+    ]
+
+
+def two_that_differ(answers: Answers, draw: np.random.Generator) -> tuple[int, int]:
+    """The indices of two responses, drawn without replacement until their tokens differ; `answers.differ` must hold."""
+    while True:
+        first, second = draw.choice(len(answers.responses), 2, replace=False).tolist()
+        if answers.responses[first] != answers.responses[second]:
+            return first, second
+
+
+def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """One JSON object per line; a file that exists is whole."""
+    write_file(path, "".join(f"{json.dumps(row)}\n" for row in rows))

@@ -1,0 +1,200 @@
+"""PPO (Schulman et al. 2017, arXiv 1707.06347), DR-PO (Chang et al. 2024, arXiv 2404.08495, Algorithm 2) and RTO (Zhong
+et al. 2024, arXiv 2404.18922): one trainer.
+
+    repeat
+      prefixes    prompts, or with probability `reset_prob` a prompt and the first k tokens of a response to it
+      rollouts    the policy writes on from there
+      scores      the judge reads the whole response (with `psi`, against other responses: PsiPO's reward)
+      experience  log-probs under sampler and reference, values, rewards (of the tokens, too, where a DPO model gives
+                  them), advantages: of the sampled tokens only
+      updates     `num_ppo_epochs` passes of the clipped losses over the packs
+
+PPO is DR-PO with reset probability 0 and RTO with scale 0, bit for bit; with both, DR-PO and RTO mix. With
+`advantage_estimator` rloo or grpo there is no critic.
+
+`fastrlhf ppo --config FILE`, `fastrlhf drpo --config FILE`, `fastrlhf rto --config FILE`
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
+
+import numpy as np
+
+from fastrlhf.algorithms.experience import pack_episodes, score_episodes
+from fastrlhf.algorithms.guards import check_kl
+from fastrlhf.algorithms.prefixes import draw_prefixes, reset_fields
+from fastrlhf.algorithms.roles import EngineFactory, check_sources, open_roles
+from fastrlhf.algorithms.update import update
+from fastrlhf.config import PPOConfig, require
+from fastrlhf.data.tokens import special_ids
+from fastrlhf.distributed.ranks import from_all, world_size
+from fastrlhf.evaluation.held_out import evaluate
+from fastrlhf.evaluation.judges import Judge, checked_scores
+from fastrlhf.report.samples import sample_rows
+from fastrlhf.rewards.functions import RewardFunction
+from fastrlhf.rollout.engine import checked_rollouts
+from fastrlhf.runtime.inputs import open_inputs, with_room
+from fastrlhf.runtime.optim import Optimizer, index_batches, num_steps
+from fastrlhf.runtime.run import Run, TrainResult, check_micro_batch
+from fastrlhf.types import Example
+
+NUM_SAMPLES = 4
+"""Episodes written to samples.jsonl at a time."""
+
+
+def train_ppo(
+    config: PPOConfig,
+    examples: Sequence[Example] | None = None,
+    eval_examples: Sequence[Example] | None = None,
+    *,
+    judge: Judge | None = None,
+    held_out_judge: Judge | None = None,
+    engine: EngineFactory | None = None,
+    reward_functions: Mapping[str, RewardFunction] | None = None,
+) -> TrainResult:
+    """Trains `config.model_name_or_path` against a judge; `examples` stand in for the configured dataset.
+
+    `judge` stands in for the reward model of `reward_model_path`; the critic, where there is one, still starts from
+    that. `held_out_judge` stands in for that of `eval_reward_model_path`. `engine` stands in for `make_engine`: it is
+    called once, with the policy whose weights it must sample with at every `generate`. `reward_functions` are rewards
+    of your own, by the names they are logged by. One row of metrics per update, TRL's names where it has them. Raises
+    ValueError for bad input before any time is spent, and where training must not go on (algorithms/guards.py).
+    """
+    check_sources(config, judge=judge, engine=engine)
+    tokenizer, data = open_inputs(config, _fields_read(config), examples, eval_examples)
+    _check_ranks(config)
+    prompts = with_room(data.train, "train", config.max_length, config.response_length)
+    held_out = with_room(data.eval, "eval", config.max_length, config.response_length) if data.eval else []
+    if (held_out_judge or config.eval_reward_model_path) and not held_out:
+        raise ValueError("eval_reward_model_path: nothing to judge; give num_eval_examples or dataset_test_split")
+    together = config.reset_group_size if config.share_trunks else 1
+    for rows, responses in ((prompts, together), (held_out, 1)):
+        if rows:
+            check_micro_batch(config, rows, [len(row.prompt) + responses * config.response_length for row in rows])
+    steps = num_updates(config, len(prompts))
+    if steps <= config.value_warmup_steps:
+        raise ValueError(f"value_warmup_steps: must be below the {steps} updates of the run, or the policy never moves")
+    roles = open_roles(
+        config,
+        tokenizer,
+        prompts,
+        judge=judge,
+        held_out_judge=held_out_judge,
+        engine=engine,
+        reward_functions=reward_functions,
+    )
+    policy, reference, critic, rewards = roles.policy, roles.reference, roles.critic, roles.rewards
+    eos, _ = special_ids(tokenizer)
+    num_groups = config.batch_size // config.reset_group_size
+    optimizer = Optimizer(
+        {"": policy} | ({"value_": critic} if critic else {}),
+        config,
+        num_steps=steps * config.num_ppo_epochs * config.num_mini_batches,
+        learning_rates={"value_": config.value_learning_rate or config.learning_rate},
+    )
+    sample_every = -(-steps // config.num_sample_generations) if config.num_sample_generations else 0
+    evaluate_held_out = partial(
+        evaluate, config, policy, reference, roles.judge, held_out, eos, roles.held_out_judge, roles.waiting.present
+    )
+    evaluation: dict[str, float] = {}
+
+    with Run(
+        _name(config),
+        config,
+        steps,
+        (policy, tokenizer),
+        value_model=critic,
+        data=data,
+        parts={"optimizer": optimizer, "rewards": rewards, "kl": rewards.kl},
+    ) as run:
+        run.on_start(evaluate_held_out)
+        for step, indices in run.remaining(index_batches(len(prompts), num_groups, steps, config.seed)):
+            start = time.perf_counter()
+            drawn = [prompts[i] for i in indices]
+            with roles.waiting.present() if roles.roll_in else nullcontext():
+                prefixes = draw_prefixes(config, drawn, step * num_groups, progress=step / steps, roll_in=roles.roll_in)
+            rollouts = checked_rollouts(
+                roles.sampler.generate(prefixes), prefixes, eos_token_id=eos, stops_at_eos=config.compat == "fixed"
+            )
+            sampled = time.perf_counter()
+            order = np.random.default_rng([config.seed, step]).permutation(num_groups).tolist()
+            packs = pack_episodes(config, rollouts, order, policy.device)
+            with roles.waiting.present():
+                scores = checked_scores(roles.score(rollouts), rollouts, policy.device)
+                experience, metrics = score_episodes(
+                    config, policy, reference, critic, rollouts, scores, packs, eos, rewards
+                )
+            check_kl(config, step + 1, metrics["objective/kl"])
+            scored = time.perf_counter()
+            metrics |= update(
+                config,
+                policy,
+                critic,
+                optimizer,
+                rollouts,
+                experience,
+                packs,
+                seed=(config.seed, step),
+                reference=reference,
+                critic_only=step < config.value_warmup_steps,
+            )
+            if step >= config.value_warmup_steps:
+                rewards.kl.update(metrics["objective/kl"], len(rollouts))
+            metrics |= {
+                "timing/rollout": sampled - start,
+                "timing/scoring": scored - sampled,
+                "timing/training": time.perf_counter() - scored,
+                "episode": (step + 1) * config.batch_size,
+                "num_tokens": sum(len(rollout.completion) for rollout in rollouts),  # sampled
+                # of one pass
+                "num_unique_tokens": sum(from_all(sum(item.batch.num_tokens for mini in packs for item in mini))),
+            }
+            if held_out and run.due(step, config.eval_steps):
+                evaluation = evaluate_held_out()
+                metrics |= evaluation
+            if sample_every and run.due(step, sample_every):
+                run.samples(step + 1, sample_rows(tokenizer, rollouts, scores, experience, NUM_SAMPLES))
+            run.log(step + 1, metrics, shown="objective/scores")
+        return run.finish(policy, tokenizer, evaluation, critic)
+
+
+train_on_policy = train_ppo
+"""The name of 0.1; it goes with 0.3."""
+
+
+def _check_ranks(config: PPOConfig) -> None:
+    """Raises ValueError where several processes cannot share out the update, or would give other numbers than one."""
+    world = world_size()
+    if world == 1:
+        return
+    episodes = config.batch_size // config.num_mini_batches
+    items = episodes // (config.reset_group_size if config.share_trunks else 1)
+    rule = f"such that the {items} trees of a mini-batch are a multiple of the {world} processes"
+    require(items % world == 0, "num_mini_batches", config.num_mini_batches, rule)
+    require(config.engine == "transformers", "engine", config.engine, f"transformers in {world} processes")
+    require(config.decode == "eager", "decode", config.decode, f"eager in {world} processes")
+    require(not config.ref_reward_offload, "ref_reward_offload", True, f"false in {world} processes")
+    own_mean = f"fixed in {world} processes: under reference every micro-batch is a mean of its own"
+    require(config.compat == "fixed", "compat", config.compat, own_mean)
+
+
+def _fields_read(config: PPOConfig) -> list[str]:
+    """The fields of a row that episodes start from, or that `psi` compares with."""
+    opponents = [config.psi_opponents] if config.psi and config.psi_opponents != "rollouts" else []
+    return list(dict.fromkeys([*reset_fields(config), *opponents]))
+
+
+def _name(config: PPOConfig) -> str:
+    parts = [name for name, used in (("drpo", config.reset_prob > 0), ("rto", config.dpo_model_path)) if used]
+    return "+".join(parts) or "ppo"
+
+
+def num_updates(config: PPOConfig, num_prompts: int) -> int:
+    """Updates of the run: `max_steps`, or by episodes, or by epochs over the prompts."""
+    if config.max_steps == -1 and config.total_episodes:
+        return max(1, config.total_episodes // config.batch_size)
+    return num_steps(config, num_prompts * config.reset_group_size)

@@ -1,0 +1,103 @@
+"""Where the episodes of an update start: at a prompt, or after the first tokens of a response to it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedModel
+
+from fastrlhf.config import PPOConfig
+from fastrlhf.data.resets import cut_prefix, is_reset, reset_length, takes_first
+from fastrlhf.rollout.engine import Engine, SharedEngine, TransformersEngine
+from fastrlhf.types import Prefix, TokenizedExample
+
+ROLL_IN_STREAM = 3
+"""The draws of roll-ins; the sampler's and the resets' are others, so that none moves another."""
+
+
+def reset_fields(config: PPOConfig) -> list[str]:
+    """The responses that a row of the data must have."""
+    if config.reset_prob == 0 or config.reset_source == "sample":
+        return []
+    return ["reference", "chosen"] if config.reset_source == "both" else [config.reset_source]
+
+
+def make_roll_in(config: PPOConfig, reference: PreTrainedModel, eos_token_id: int) -> Engine:
+    """What writes the responses that `reset_source: sample` resets to (PPO++, Chang et al. 2023, arXiv 2306.11816).
+
+    A response ends at its EOS under either `compat`.
+    """
+    engine = TransformersEngine.of(config, reference, eos_token_id, stream=ROLL_IN_STREAM)
+    return SharedEngine(engine=engine, model=reference)
+
+
+def draw_prefixes(
+    config: PPOConfig,
+    prompts: Sequence[TokenizedExample],
+    first_group: int,
+    *,
+    progress: float = 1.0,
+    roll_in: Engine | None = None,
+) -> list[Prefix]:
+    """Where each episode starts: `reset_group_size` episodes per prompt, next to each other.
+
+    Group number g, counted from `first_group`, has the episodes g * size, g * size + 1, ... It keys the choice of its
+    response and, under `reset_group: point`, the one reset point of all of them; under `response` each episode keys its
+    own. `progress` is the share of the run that is done, of which the curriculum is a function. `roll_in` writes the
+    responses of `reset_source: sample`. A response longer than the budget is reset to within the budget.
+    """
+    responses = _responses(config, prompts, first_group, roll_in)
+    prefixes = []
+    for group, (example, response) in enumerate(zip(prompts, responses, strict=True), first_group):
+        for episode, key in _episodes(config, group):
+            k = reset_length(
+                len(response),
+                seed=config.seed,
+                key=key,
+                prob=config.reset_prob,
+                minimum=config.reset_min,
+                withheld=_withheld(config, progress),
+            )
+            prefixes.append(cut_prefix(example.prompt, response, k, row=example.row, episode=episode))
+    return prefixes
+
+
+def _episodes(config: PPOConfig, group: int) -> list[tuple[int, int]]:
+    """(number of the episode, key of its reset) of each episode of a group."""
+    size = config.reset_group_size
+    numbers = range(group * size, (group + 1) * size)
+    return [(number, group if config.reset_group == "point" else number) for number in numbers]
+
+
+def _responses(
+    config: PPOConfig, prompts: Sequence[TokenizedExample], first_group: int, roll_in: Engine | None
+) -> list[Sequence[int]]:
+    """What each group may reset to, within the budget; empty where it does not reset."""
+    resetting = {
+        group: example
+        for group, example in enumerate(prompts, first_group)
+        if any(is_reset(seed=config.seed, key=key, prob=config.reset_prob) for _, key in _episodes(config, group))
+    }
+    if config.reset_source == "sample":
+        assert roll_in is not None or not resetting
+        starts = [
+            Prefix(token_ids=example.prompt, num_reset=0, row=example.row, episode=group)
+            for group, example in resetting.items()
+        ]
+        written = roll_in.generate(starts) if roll_in else []
+        found = {rollout.prefix.episode: rollout.completion for rollout in written}
+    else:
+        found = {group: _dataset_response(config, example, group) for group, example in resetting.items()}
+    return [found.get(group, [])[: config.response_length] for group in range(first_group, first_group + len(prompts))]
+
+
+def _dataset_response(config: PPOConfig, example: TokenizedExample, group: int) -> list[int]:
+    source = config.reset_source
+    if source == "both":
+        source = "reference" if takes_first(seed=config.seed, key=group) else "chosen"
+    return getattr(example, source)
+
+
+def _withheld(config: PPOConfig, progress: float) -> float:
+    """The share of the admissible reset lengths, the shortest first, that the curriculum still keeps back."""
+    return max(0.0, 1 - progress / config.reset_curriculum) if config.reset_curriculum else 0.0

@@ -1,0 +1,166 @@
+"""Every model of an on-policy run, opened before its first step: policy, reference, judges, critic, sampler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fastrlhf.algorithms.prefixes import make_roll_in
+from fastrlhf.algorithms.psipo import dataset_opponents, load_psi, psi_judge
+from fastrlhf.config import PPOConfig
+from fastrlhf.data.tokens import special_ids
+from fastrlhf.evaluation.judges import Judge, asked_once, reward_model_judge
+from fastrlhf.models.adapters import frozen_copy
+from fastrlhf.models.layers import LayerOptions
+from fastrlhf.models.loading import (
+    check_same_tokenizer,
+    check_same_vocabulary,
+    load_reward_model,
+    open_policy,
+    read_model_config,
+)
+from fastrlhf.models.offload import Waiting
+from fastrlhf.models.roles import holds_adapter, judge_and_critic, score_role
+from fastrlhf.models.sharding import shard
+from fastrlhf.rewards.functions import RewardFunction
+from fastrlhf.rewards.implicit import implicit_sources, open_implicit_reward
+from fastrlhf.rewards.terms import Rewards, open_rewards
+from fastrlhf.rollout.engine import Engine, SharedEngine, TransformersEngine
+from fastrlhf.rollout.vllm import import_vllm, open_vllm
+from fastrlhf.types import TokenizedExample
+
+EngineFactory = Callable[[PPOConfig, PreTrainedModel, int], Engine]
+"""(config, policy, EOS id) -> the engine of the run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Roles:
+    """Who does what in an on-policy run."""
+
+    policy: PreTrainedModel
+    """Trained."""
+    reference: PreTrainedModel
+    """The policy as it was at the start, frozen; adapters of other roles share its weights."""
+    critic: PreTrainedModel | None
+    """Trained; None where the advantage estimator needs none."""
+    judge: Judge
+    """The score of each response."""
+    score: Judge
+    """What training is given: `judge`, or with `psi` its comparison with other responses."""
+    held_out_judge: Judge | None
+    """A second judge, which training never asks."""
+    rewards: Rewards
+    """What a token earns."""
+    sampler: Engine
+    roll_in: Engine | None
+    """Where episodes start for `reset_source: sample`."""
+    waiting: Waiting
+    """The frozen models, which may wait in CPU memory."""
+
+
+def check_sources(config: PPOConfig, *, judge: Judge | None, engine: EngineFactory | None) -> None:
+    """Reads the configuration of every model that `config` names, before data is read or weights are loaded.
+
+    Raises ValueError, naming the key, for a model that is missing, unreadable or of the wrong kind.
+    """
+    sources = implicit_sources(config) | {"eval_reward_model_path": config.eval_reward_model_path}
+    if config.advantage_estimator == "gae" or judge is None:
+        sources["reward_model_path"] = config.reward_model_path
+        if not config.reward_model_path:
+            raise ValueError("reward_model_path: give the reward model that judges and from which the critic starts")
+    for field, source in sources.items():
+        if source and not holds_adapter(source):
+            read_model_config(source, field, config.trust_remote_code)
+    if config.engine == "vllm" and engine is None:
+        import_vllm()
+
+
+def open_roles(
+    config: PPOConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[TokenizedExample],
+    *,
+    judge: Judge | None = None,
+    held_out_judge: Judge | None = None,
+    engine: EngineFactory | None = None,
+    reward_functions: Mapping[str, RewardFunction] | None = None,
+) -> Roles:
+    """Loads the models of the run, shards them where several processes train, and makes its sampler.
+
+    `judge`, `held_out_judge` and `engine` stand in for the reward models and the engine that `config` names. Raises
+    ValueError as `check_sources` and the loaders of models do.
+    """
+    rewards = open_rewards(config, tokenizer, reward_functions)
+    policy = open_policy(config, tokenizer)
+    reference = frozen_copy(policy)
+    rewards.implicit = open_implicit_reward(config, tokenizer, reference)
+    frozen: list[PreTrainedModel] = [reference, *(rewards.implicit.models if rewards.implicit else ())]
+    needs_critic = config.advantage_estimator == "gae"
+    reward_model = critic = None
+    if needs_critic or judge is None:
+        reward_model = _open_reward_model(config, "reward_model_path", reference, tokenizer)
+        if needs_critic:
+            reward_model, critic = judge_and_critic(config, reward_model)
+    eos, _ = special_ids(tokenizer)
+    if judge is not None:
+        judge = asked_once(judge)
+    else:
+        assert reward_model is not None
+        frozen.append(reward_model)
+        judge = reward_model_judge(reward_model, eos_token_id=eos, micro_batch_tokens=config.micro_batch_tokens)
+    if held_out_judge is not None:
+        held_out_judge = asked_once(held_out_judge)
+    elif config.eval_reward_model_path:
+        frozen.append(_open_reward_model(config, "eval_reward_model_path", reference, tokenizer))
+        held_out_judge = reward_model_judge(frozen[-1], eos_token_id=eos, micro_batch_tokens=config.micro_batch_tokens)
+    score = judge
+    if config.psi:
+        opponents = [] if config.psi_opponents == "rollouts" else [config.psi_opponents]
+        others = dataset_opponents(prompts, opponents) if opponents else None
+        score = psi_judge(judge, others, load_psi(config.psi, config.psi_clip))
+    trained = [policy, critic] if critic else [policy]
+    shard(*trained, *frozen)
+    return Roles(
+        policy=policy,
+        reference=reference,
+        critic=critic,
+        judge=judge,
+        score=score,
+        held_out_judge=held_out_judge,
+        rewards=rewards,
+        sampler=SharedEngine(engine=(engine or make_engine)(config, policy, eos), model=policy),
+        roll_in=make_roll_in(config, reference, eos) if config.reset_source == "sample" else None,
+        waiting=Waiting(frozen if config.ref_reward_offload else (), trained, policy.device),
+    )
+
+
+def make_engine(config: PPOConfig, policy: PreTrainedModel, eos_token_id: int) -> Engine:
+    """The engine of the configuration; it samples from `policy` as it is at each call."""
+    if config.engine == "vllm":
+        return open_vllm(config, policy, eos_token_id)
+    return TransformersEngine.of(config, policy, eos_token_id, stop_at_eos=config.compat == "fixed")
+
+
+def _open_reward_model(
+    config: PPOConfig, field: str, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedModel:
+    """The reward model that `field` names, with its trained head: a judge's weights, and where the critic starts. One
+    that is an adapter shares the weights of `base`."""
+    source, (_, pad) = getattr(config, field), special_ids(tokenizer)
+    check_same_tokenizer(field, source, tokenizer, config, required=False)
+    if holds_adapter(source):
+        return score_role(source, base, field, pad)
+    reward_model = load_reward_model(
+        source,
+        field=field,
+        pad_token_id=pad,
+        must_be_trained=True,
+        device=base.device,
+        dtype=config.dtype,
+        trust_remote_code=config.trust_remote_code,
+        layers=LayerOptions.of(config),
+    )
+    check_same_vocabulary({"model_name_or_path": base, field: reward_model}, len(tokenizer))
+    return reward_model

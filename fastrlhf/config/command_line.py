@@ -1,0 +1,88 @@
+"""The command line's flags and the files that they name, as one configuration."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from contextlib import redirect_stderr
+from io import StringIO
+from itertools import dropwhile, pairwise, takewhile
+from typing import Any
+
+from fastrlhf.config import files
+from fastrlhf.config.checks import UNREAD
+
+
+def parse(kind: type, arguments: Sequence[str], command: str) -> Any:
+    """The configuration that a file and flags describe. Raises ValueError for a key or a value that is none.
+
+    A key of a section `shared` that nothing would read under this command is left to the other sections.
+    """
+    rest = split_configs(arguments)
+    values: dict[str, Any] = {}
+    shared: set[str] = set()
+    path = ""
+    while "--config" in rest:
+        where = rest.index("--config")
+        if where + 1 == len(rest):
+            raise ValueError("--config: give a file or the name of a recipe")
+        path = rest[where + 1]
+        values |= files.read_yaml(path, kind, command)
+        shared |= files.shared_keys(path, command)
+        del rest[where : where + 2]
+    rest = [files.without_alias(argument) for argument in rest]
+    files.check_flags(rest, kind)
+    while True:
+        try:
+            return _from_flags(kind, [*files.as_flags(values), *rest], command)
+        except ValueError as error:
+            key = str(error).partition(":")[0]
+            if key in shared & values.keys() and UNREAD in str(error):
+                del values[key]
+                continue
+            named = re.search(r"--(\w+)", str(error))  # by the parser, which knows nothing of files
+            if named and named[1] in values and not any(part.startswith(named[0]) for part in rest):
+                raise ValueError(f"{path}, {command}: {error}") from None
+            raise
+
+
+def _from_flags(kind: type, flags: Sequence[str], command: str) -> Any:
+    import tyro
+
+    message = StringIO()
+    try:
+        with redirect_stderr(message):
+            return tyro.cli(
+                kind,
+                prog=f"fastrlhf {command}",
+                args=files.spelled_out(flags, kind),
+                config=(tyro.conf.FlagConversionOff,),
+                use_underscores=True,
+            )
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        told = _first_paragraph(message.getvalue()).removeprefix(f"Error parsing {kind.__name__}: ")
+        raise ValueError(told) from None
+
+
+def split_configs(arguments: Sequence[str]) -> list[str]:
+    """The arguments with --config=FILE as two of them."""
+    return [
+        part
+        for argument in arguments
+        for part in (argument.split("=", 1) if argument.startswith("--config=") else [argument])
+    ]
+
+
+def config_paths(arguments: Sequence[str]) -> list[str]:
+    return [path for flag, path in pairwise(split_configs(arguments)) if flag == "--config"]
+
+
+def _first_paragraph(box: str) -> str:
+    """What tyro's box of several lines says below its title, in one: the text up to the next rule. Where the terminal
+    has no such characters, the box is of hyphens and the title has a rule of its own."""
+    rules = ("\u2500", "\u2570", "---")
+    lines = [line.strip("\u2502 ") for line in box.splitlines()[1:]]
+    body = dropwhile(lambda line: line.startswith(rules), lines)
+    return " ".join(takewhile(lambda line: not line.startswith(rules), body))

@@ -1,0 +1,264 @@
+"""Configurations on disk and on the command line: YAML in, flags beside it, the resolved YAML out."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import os
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+
+COMMANDS = {"sft", "reward", "dpo", "ppo", "drpo", "rto", "rlp", "eval", "demo"}
+"""That take keys, and may have a section of their own in a file."""
+
+
+TRUTHS = {**dict.fromkeys(("true", "yes", "on", "1"), "True"), **dict.fromkeys(("false", "no", "off", "0"), "False")}
+ALIASES = {"gradient_checkpointing": "activation_checkpointing"}
+"""Names that keys had elsewhere."""
+
+KNOWN_ELSEWHERE = {
+    **dict.fromkeys(("max_new_tokens", "max_completion_length"), "response_length"),
+    "max_seq_length": "max_length",
+    "num_generations": "reset_group_size",
+    "init_kl_coef": "kl_coef",
+    "epsilon": "cliprange",
+    "batch_size": "per_device_train_batch_size",
+    "lr": "learning_rate",
+}
+"""Names that other programs have for keys like these, to be suggested and not taken: not all mean quite the same."""
+
+
+SAME_MODEL = (
+    *("output_dir", "run_name", "report_to", "progress", "ref_cache_dir", "device"),
+    *("micro_batch_tokens", "rollout_batch_size", "decode", "ref_reward_offload"),
+    *("activation_checkpointing", "activation_offloading", "attn_implementation", "torch_compile", "use_liger_kernel"),
+    *("save_steps", "save_total_limit", "resume_from_checkpoint", "resume_weights_only"),
+)
+"""Keys that say where, how fast and how loudly a run goes: with others of these it would leave the same model."""
+
+
+def read_yaml(path: str, kind: type, command: str) -> dict[str, Any]:
+    """The keys that a YAML file, or a recipe by its name, gives to one command, each checked to be a field of `kind`.
+
+    The file is either flat, or has a section per command; a section `shared` then holds what all of them are given,
+    and a section may set a key of it anew. Its `run_first` is no key but names other sections (see there). Environment
+    variables in values, as $NAME, are filled in, and so is ~ at their start. Raises ValueError, with the nearest known
+    name, for a key that is none.
+    """
+    content, place = load_yaml(path), path
+    if set(content) & COMMANDS:
+        for section in content:
+            if section not in COMMANDS | {"shared"}:
+                raise ValueError(f"{path}: unknown section {section!r}{nearest(str(section), COMMANDS | {'shared'})}")
+        if command not in content:
+            raise ValueError(f"{path}: no section {command!r}; it has {', '.join(content)}")
+        own = {key: value for key, value in _section(path, content, command).items() if key != "run_first"}
+        content, place = {**_section(path, content, "shared"), **own}, f"{path}, {command}"
+    content = {ALIASES.get(key, key): value for key, value in content.items()}
+    known = [field.name for field in fields(kind)]
+    for key in content:
+        if key not in known:
+            raise ValueError(f"{place}: unknown key {key!r}{nearest(str(key), known)}")
+    return {key: _filled_in(path, key, value) for key, value in content.items()}
+
+
+def shared_keys(path: str, command: str) -> set[str]:
+    """The keys that `shared` alone gives to a command."""
+    content = load_yaml(path)
+    if not set(content) & COMMANDS:
+        return set()
+    shared, own = ({ALIASES.get(key, key) for key in _section(path, content, name)} for name in ("shared", command))
+    return shared - own
+
+
+def run_first(path: str, command: str) -> list[str]:
+    """The sections of the file that are to run before that of `command`, in order: its `run_first`, a list.
+
+    What those name in turn is not followed. Raises ValueError for a name that is no other training section of the file.
+    """
+    content = load_yaml(path)
+    names = _section(path, content, command).get("run_first") or []
+    others = [name for name in content if name in COMMANDS - {command, "rlp", "eval", "demo"}]
+    if not isinstance(names, list):
+        raise ValueError(f"{path}: run_first: must be a list of sections, as [sft, reward]; got {names!r}")
+    for name in names:
+        if name not in others:
+            raise ValueError(f"{path}: run_first: {name!r} is no other training section; it has {', '.join(others)}")
+    return names
+
+
+def training_sections(path: str) -> list[str]:
+    """The sections of a file, or of a recipe, that a trainer reads, in order; none of a flat file."""
+    return [name for name in load_yaml(path) if name in COMMANDS - {"eval", "demo"}]
+
+
+def names_folder(values: Iterable[Mapping[str, Any]], folder: str) -> bool:
+    """Whether a key of one of these configurations, other than output_dir, names the folder or a place in it."""
+    texts = [
+        text
+        for keys in values
+        for key, value in keys.items()
+        for text in (value if isinstance(value, (list, tuple)) else [value])
+        if key != "output_dir" and isinstance(text, str) and text
+    ]
+    places = [Path(os.path.abspath(text)) for text in texts]
+    return any(Path(os.path.abspath(folder)) in (place, *place.parents) for place in places)
+
+
+def check_unchanged(config: Any, section: str) -> None:
+    """Raises ValueError where the finished run in `config.output_dir` was made with other settings.
+
+    A folder without a config.yaml is a model that was put there: it is taken as it is.
+    """
+    written = Path(config.output_dir) / "config.yaml"
+    before = load_yaml(str(written)) if written.exists() else {}
+    changed = [
+        f"{key} was {before[key]!r} and is {value!r}"
+        for key, value in _plain(dataclasses.asdict(config)).items()
+        if key not in SAME_MODEL and key in before and before[key] != value
+    ]
+    if changed:
+        raise ValueError(
+            f"{section}: {config.output_dir} holds a run with other settings: {', '.join(changed)}; give the section "
+            "another output_dir, or remove the folder"
+        )
+
+
+def _section(path: str, content: dict[str, Any], name: str) -> dict[str, Any]:
+    section = content.get(name) or {}
+    if not isinstance(section, dict):
+        raise ValueError(f"{path}: section {name!r} must be a mapping of keys to values")
+    return section
+
+
+def load_yaml(path: str) -> dict[str, Any]:
+    """The mapping in a file, or in the recipe of that name. Raises ValueError where it is none, naming the file."""
+    import yaml  # not in the base install
+
+    file = Path(path)
+    if not file.exists() and (RECIPES / f"{path}.yaml").exists():
+        file = RECIPES / f"{path}.yaml"
+    if not file.is_file():
+        recipes = ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.yaml")))
+        raise ValueError(f"config: no file {path!r}; the recipes are {recipes}")
+    try:
+        text = file.read_text(encoding="utf-8")
+        content = yaml.safe_load(text) or {}
+        _check_repeats(yaml.compose(text, yaml.SafeLoader), path)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: no valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: must be a mapping of keys to values")
+    return content
+
+
+def _check_repeats(node: Any, path: str) -> None:
+    """Raises ValueError for a key that stands twice in one mapping, of which YAML would take the last in silence."""
+    pairs = node.value if node is not None and node.id == "mapping" else []
+    keys = [key.value for key, _ in pairs]
+    for key, value in pairs:
+        if keys.count(key.value) > 1:
+            lines = [str(other.start_mark.line + 1) for other, _ in pairs if other.value == key.value]
+            raise ValueError(f"{path}: {key.value!r} stands there more than once, in lines {' and '.join(lines)}")
+        _check_repeats(value, path)
+
+
+def _filled_in(path: str, key: str, value: Any) -> Any:
+    if isinstance(value, list):
+        return [_filled_in(path, key, item) for item in value]
+    if not isinstance(value, str) or key == "chat_template":
+        return value
+    filled = os.path.expanduser(os.path.expandvars(value))
+    if "$" in filled:
+        raise ValueError(f"{path}: {key}: {value!r} names an environment variable that is not set")
+    return filled
+
+
+def check_flags(arguments: Sequence[str], kind: type) -> None:
+    """Raises ValueError, with the nearest known name, for a flag that is no field of `kind`."""
+    known = [field.name for field in fields(kind)]
+    for argument in arguments:
+        name = argument.partition("=")[0][2:].replace("-", "_")
+        if argument.startswith("--") and name not in (*known, "help"):
+            raise ValueError(f"unknown key {argument.partition('=')[0]}{nearest(name, known)}")
+
+
+def without_alias(argument: str) -> str:
+    """A flag under the name of its key; anything else as it is."""
+    name, equals, value = argument.partition("=")
+    alias = name[2:].replace("-", "_")
+    return f"--{ALIASES[alias]}{equals}{value}" if name.startswith("--") and alias in ALIASES else argument
+
+
+def spelled_out(arguments: Sequence[str], kind: type) -> list[str]:
+    """The arguments with truth values as the parser knows them: true, yes, on and 1 are True, in any case, and so is a
+    flag of a truth value that stands alone."""
+    truths = {name for name, hint in get_type_hints(kind).items() if hint is bool}
+    spelled: list[str] = []
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if spelled and _is_flag_of(truths, spelled[-1]):
+            if not argument.startswith("--"):
+                spelled.append(TRUTHS.get(argument.lower(), argument))
+                continue
+            spelled.append("True")
+        spelled.append(
+            f"{name}={TRUTHS.get(value.lower(), value)}" if equals and _is_flag_of(truths, name) else argument
+        )
+    return [*spelled, "True"] if spelled and _is_flag_of(truths, spelled[-1]) else spelled
+
+
+def _is_flag_of(names: Collection[str], argument: str) -> bool:
+    return argument.startswith("--") and argument[2:].replace("-", "_") in names
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """ "; did you mean 'x'?", or nothing where no known name is near or its name elsewhere."""
+    known = list(known)
+    same = KNOWN_ELSEWHERE.get(name)
+    near = [same] if same in known else difflib.get_close_matches(name, known, 1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def as_flags(values: dict[str, Any]) -> list[str]:
+    """Command-line flags that say the same: the parser of the flags is the only parser there is."""
+    flags = []
+    for key, value in values.items():
+        flags.append(f"--{key}")
+        if isinstance(value, dict):
+            flags.append(json.dumps(value))
+        elif isinstance(value, list):
+            flags.extend(map(str, value))
+        else:
+            flags.append(str(value))
+    return flags
+
+
+def write_yaml(config: Any, path: Path) -> None:
+    """The resolved configuration: reading it back gives the same run."""
+    import yaml  # not in the base install
+
+    path.write_text(yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False), encoding="utf-8")
+
+
+def differences(config: Any, path: Path, ignored: Collection[str] = ()) -> list[str]:
+    """The keys in which the resolved configuration in a file is another one, as "seed: 1 there, 2 here".
+
+    Raises ValueError where the file is no configuration at all.
+    """
+    there = load_yaml(str(path))
+    here = _plain(dataclasses.asdict(config))
+    return [
+        f"{key}: {there.get(key, 'absent')!r} there, {here.get(key, 'absent')!r} here"
+        for key in {**there, **here}
+        if key not in ignored and there.get(key, "absent") != here.get(key, "absent")
+    ]
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}

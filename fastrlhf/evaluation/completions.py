@@ -1,0 +1,69 @@
+"""What a policy answers to prompts, and how far it has moved from its reference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from fastrlhf.data.packing import own_micro_batches, pack, sequence
+from fastrlhf.distributed.ranks import total
+from fastrlhf.models.forward import token_logprobs
+from fastrlhf.models.sharding import whole
+from fastrlhf.rollout.engine import Decode, SharedEngine, TransformersEngine
+from fastrlhf.types import Prefix, Rollout, TokenizedExample
+
+EVAL_EPISODES = 1 << 40
+"""Evaluation numbers its episodes from here, out of reach of training's draws."""
+
+
+def respond(
+    model: PreTrainedModel,
+    examples: Sequence[TokenizedExample],
+    *,
+    eos_token_id: int,
+    response_length: int,
+    temperature: float,
+    seed: int,
+    batch_size: int,
+    micro_batch_tokens: int = 8192,
+    decode: Decode = "eager",
+) -> list[Rollout]:
+    """One full response per prompt, with no reset, in order; temperature 0 takes the likeliest token."""
+    engine = TransformersEngine(
+        model=model,
+        eos_token_id=eos_token_id,
+        response_length=response_length,
+        temperature=temperature,
+        seed=seed,
+        batch_size=batch_size,
+        micro_batch_tokens=micro_batch_tokens,
+        decode=decode,
+    )
+    return SharedEngine(engine=engine, model=model).generate(
+        [
+            Prefix(token_ids=example.prompt, num_reset=0, row=example.row, episode=EVAL_EPISODES + i)
+            for i, example in enumerate(examples)
+        ]
+    )
+
+
+@torch.no_grad()
+def response_kl(
+    policy: PreTrainedModel,
+    reference: PreTrainedModel,
+    rollouts: Sequence[Rollout],
+    *,
+    temperature: float,
+    micro_batch_tokens: int,
+) -> float:
+    """Nats: the sum over the tokens of a response of log(policy / reference), averaged over the policy's responses."""
+    segments = [sequence(rollout.prefix.token_ids, rollout.completion) for rollout in rollouts]
+    log_ratio = torch.zeros((), device=policy.device)
+    with whole(policy), whole(reference):
+        for micro in own_micro_batches([len(s.token_ids) for s in segments], micro_batch_tokens, "response"):
+            batch = pack([segments[i] for i in micro], policy.device)
+            log_ratio += token_logprobs(policy, batch, temperature=temperature).logprob.sum()
+            log_ratio -= token_logprobs(reference, batch, temperature=temperature).logprob.sum()
+    return total(log_ratio).item() / len(rollouts)

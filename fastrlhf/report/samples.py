@@ -1,0 +1,142 @@
+"""Samples of an on-policy run and what each of their tokens earned: as rows of samples.jsonl, and as coloured text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from fastrlhf.report.charts import format_number
+from fastrlhf.report.page import token_markup
+from fastrlhf.types import Experience, Rollout
+
+OF_THE_RESPONSE = ("score", "missing_eos")
+"""Rewards of the response as a whole, paid at its last token: beside those of tokens they would be all one sees."""
+
+STRONGEST = 60
+"""Per cent of a hue behind the tokens that earn most; text stays readable on it, in light and dark."""
+
+QUANTILE = 0.95
+"""Of the sizes of token rewards: what has the strongest colour, so that one outlier does not fade the rest."""
+
+
+def sample_rows(
+    tokenizer: PreTrainedTokenizerBase,
+    rollouts: Sequence[Rollout],
+    scores: Tensor,
+    experience: Experience,
+    count: int,
+) -> list[dict[str, Any]]:
+    """The first `count` episodes: row, prompt, reset, response, score [N], the response's `tokens` as text, and the
+    `rewards` of each by name, as `Experience.rewards` has them (five digits)."""
+    names = list(experience.rewards)
+    paid = torch.stack(list(experience.rewards.values())).tolist() if names else []
+    ends = experience.cu_rows.tolist()[1:]
+    found = []
+    for rollout, score, end in zip(rollouts[:count], scores[:count].tolist(), ends, strict=False):
+        ids, num = rollout.prefix.token_ids, len(rollout.completion)
+        cut = len(ids) - rollout.prefix.num_reset
+        found.append(
+            {
+                "row": rollout.prefix.row,
+                "prompt": tokenizer.decode(ids[:cut]),
+                "reset": tokenizer.decode(ids[cut:]),
+                "response": tokenizer.decode(rollout.completion),
+                "score": score,
+                "tokens": token_texts(tokenizer, rollout.completion),
+                "rewards": {
+                    name: [float(f"{value:.5g}") for value in values[end - num : end]]
+                    for name, values in zip(names, paid, strict=True)
+                },
+            }
+        )
+    return found
+
+
+def has_token_rewards(row: Mapping[str, Any]) -> bool:
+    """Whether a row of samples.jsonl is one of `sample_rows`, its numbers finite."""
+    tokens, rewards = row.get("tokens"), row.get("rewards")
+    return (
+        isinstance(tokens, list)
+        and isinstance(rewards, dict)
+        and all(isinstance(token, str) for token in tokens)
+        and all(isinstance(values, list) and len(values) == len(tokens) for values in rewards.values())
+        and all(isinstance(value, int | float) for values in rewards.values() for value in values)
+    )
+
+
+def token_samples(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Markup: a legend, and every sample as text whose tokens have the colour of what they earned, each reward by name
+    where the mouse rests. `rows` are some that `has_token_rewards`."""
+    earned = [_of_tokens(row) for row in rows]
+    sizes = np.abs(np.concatenate([np.zeros(1), *earned]))
+    scale = float(np.quantile(sizes[sizes > 0], QUANTILE)) if sizes.any() else 0.0
+    return _legend(scale) + "".join(_sample(row, values, scale) for row, values in zip(rows, earned, strict=True))
+
+
+def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
+    """The text that each token adds to what stands before it; of a character made of several tokens, the last one."""
+    texts, start, shown = [], 0, ""
+    for i in range(len(ids)):
+        text = _decode(tokenizer, ids[start : i + 1])
+        whole = not text.endswith("\ufffd") or i + 1 == len(ids)
+        texts.append(text.removeprefix(shown) if whole else "")
+        if whole:
+            start, shown = i, _decode(tokenizer, ids[i : i + 1])
+    return texts
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def _of_tokens(row: Mapping[str, Any]) -> np.ndarray:
+    """[tokens] the sum of the rewards that are the tokens' own."""
+    own = [values for name, values in row["rewards"].items() if name not in OF_THE_RESPONSE]
+    return np.array(own, dtype=np.float64).reshape(len(own), len(row["tokens"])).sum(axis=0)
+
+
+def _legend(scale: float) -> str:
+    shares = (-1, -0.5, 0, 0.5, 1)
+    shades = " ".join(_colored(f"{x * scale:+.2g}" if x else "0", x * scale, scale) for x in shares)
+    told = (
+        f"Behind each token what it earned, coefficients included: {shades} "
+        "and beyond. The score and the penalty for a missing EOS are the response's and not in the colour. Rest the "
+        "mouse on a token to see its rewards by name."
+    )
+    given = 'Grey is given: the <span class="given">prompt</span>, the tokens of a <span class="prompt">reset</span>.'
+    return f'<p class="legend tokens">{told} {given}</p>'
+
+
+def _sample(row: Mapping[str, Any], earned: np.ndarray, scale: float) -> str:
+    facts = [f"{name} {_short(row[name])}" for name in ("step", "row", "score") if name in row]
+    facts.append(f"reward {format_number(sum(map(sum, row['rewards'].values())))}")
+    given = f'<span class="given">{escape(str(row.get("prompt", "")))}</span>'
+    if row.get("reset"):
+        given += f'<span class="prompt">{escape(str(row["reset"]))}</span>'
+    tokens = "".join(
+        _colored(token_markup(text), value, scale, _named(row["rewards"], i))
+        for i, (text, value) in enumerate(zip(row["tokens"], earned, strict=True))
+    )
+    return f'<article><h3>{escape(", ".join(facts))}</h3><p class="tokens">{given}{tokens}</p></article>\n'
+
+
+def _named(rewards: Mapping[str, Sequence[float]], i: int) -> str:
+    """ "dpo +0.12, kl -0.01": of token i, those that are not 0."""
+    return ", ".join(f"{name} {values[i]:+.3g}" for name, values in rewards.items() if values[i]) or "0"
+
+
+def _colored(markup: str, value: float, scale: float, hover: str = "") -> str:
+    share = round(STRONGEST * min(abs(value) / scale, 1.0)) if scale else 0
+    shade = f' class="{"gain" if value > 0 else "loss"}" style="--w:{share}%"' if share else ""
+    title = f' title="{escape(hover)}"' if hover else ""
+    return f"<span{shade}{title}>{markup}</span>"
+
+
+def _short(value: Any) -> str:
+    return format_number(value) if isinstance(value, float) else str(value)

@@ -1,0 +1,1 @@
+"""What a token earns: the addends of the reward."""

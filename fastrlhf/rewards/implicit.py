@@ -1,0 +1,93 @@
+"""The token rewards that a model trained on preferences implies: log(pi_dpo / pi_ref).
+
+Under a DPO model (or cDPO, IPO, ...) they sum, over a response, to its reward up to a constant of the prompt; token by
+token they are that reward shaped by a potential (Rafailov et al. 2024, arXiv 2404.12358; RTO, arXiv 2404.18922, eq.
+4.3). This holds for the distributions that were trained, so both log-probs are those at temperature 1, whatever
+temperature the run samples with.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fastrlhf.config import PPOConfig
+from fastrlhf.models.forward import token_logprobs
+from fastrlhf.models.layers import LayerOptions
+from fastrlhf.models.loading import check_same_tokenizer, check_same_vocabulary, load_policy
+from fastrlhf.models.roles import holds_adapter, policy_role
+from fastrlhf.types import PackedBatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImplicitReward:
+    """A frozen model and the reference of its training."""
+
+    model: PreTrainedModel
+    reference: PreTrainedModel | None
+    """None: the reference of the run."""
+
+    @property
+    def models(self) -> list[PreTrainedModel]:
+        return [self.model] if self.reference is None else [self.model, self.reference]
+
+    @torch.no_grad()
+    def log_ratio(
+        self, batch: PackedBatch, run_reference: PreTrainedModel, run_reference_logprob: Tensor | None = None
+    ) -> Tensor:
+        """log(model / reference) [R] float32, in nats, of every scored token of the pack.
+
+        `run_reference_logprob` [R] are those of `run_reference` at temperature 1, where they are known: its pass is
+        then not made again.
+        """
+        logprob = token_logprobs(self.model, batch).logprob
+        if self.reference is not None:
+            return logprob - token_logprobs(self.reference, batch).logprob
+        if run_reference_logprob is None:
+            run_reference_logprob = token_logprobs(run_reference, batch).logprob
+        return logprob - run_reference_logprob
+
+
+def implicit_sources(config: PPOConfig) -> dict[str, str]:
+    """What is to be loaded, by field; empty where no token earns such a reward."""
+    if config.reward_shaping == "none" or not config.dpo_model_path:
+        return {}
+    sources = {"dpo_model_path": config.dpo_model_path, "dpo_ref_model_path": config.dpo_ref_model_path}
+    if config.dpo_ref_model_path in ("", config.model_name_or_path):
+        del sources["dpo_ref_model_path"]  # the run's own reference
+    return sources
+
+
+def open_implicit_reward(
+    config: PPOConfig, tokenizer: PreTrainedTokenizerBase, base: PreTrainedModel
+) -> ImplicitReward | None:
+    """The models of `dpo_model_path` and `dpo_ref_model_path`, None where no token earns such a reward. One that is an
+    adapter shares the weights of `base`, the frozen reference of the run.
+
+    Raises ValueError, before any of them is loaded, where one has another tokenizer than the run.
+    """
+    sources = implicit_sources(config)
+    for field, source in sources.items():
+        check_same_tokenizer(field, source, tokenizer, config, required=not holds_adapter(source))
+    models = {
+        field: policy_role(source, base, field)
+        if holds_adapter(source)
+        else load_policy(
+            source,
+            field=field,
+            device=base.device,
+            dtype=config.dtype,
+            trust_remote_code=config.trust_remote_code,
+            layers=LayerOptions.of(config),
+        )
+        for field, source in sources.items()
+    }
+    if not models:
+        return None
+    check_same_vocabulary({"model_name_or_path": base, **models}, len(tokenizer))
+    for model in models.values():
+        model.requires_grad_(False)
+    return ImplicitReward(model=models["dpo_model_path"], reference=models.get("dpo_ref_model_path"))

@@ -1,0 +1,1 @@
+"""Sampling: prefixes in, completions with their log-probs out."""

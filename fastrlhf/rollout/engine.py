@@ -1,0 +1,289 @@
+"""From prefixes to completions.
+
+An engine is anything with `generate(prefixes) -> rollouts`; rollout/vllm.py has another. The one here decodes with the
+model in hand, in the slots of a static key-value cache (rollout/kv_cache.py). Every prefix is prefilled (a reset costs
+no decode step), once for all the episodes that start there or further back in the same text. An episode that ends, at
+its EOS or budget, leaves its slot to one that waits; where none waits, half of the slots are given up once the other
+half is enough. The log-prob of each sampled token is recorded as it is drawn; no other number of the logits is kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fastrlhf.config import PPOConfig
+from fastrlhf.data.packing import families, micro_batches, trunks
+from fastrlhf.data.resets import uniforms
+from fastrlhf.distributed.ranks import from_all, share
+from fastrlhf.models.sharding import whole
+from fastrlhf.rollout.cuda_graphs import CapturedSteps
+from fastrlhf.rollout.kv_cache import SlotCache, rounded_up
+from fastrlhf.types import Prefix, Rollout
+
+SAMPLE_STREAM = 2
+"""The sampler's draws; resets.RESET_STREAM is another, so that resets never move a sample."""
+
+CHECK_EVERY = 8
+"""Decode steps between two looks at which episodes have ended: each look waits for the GPU."""
+
+REFILL_SHARE = 0.25
+"""Of all slots: as many must be free before those that wait are prefilled, since few at a time would be slow."""
+
+
+Decode = Literal["eager", "cuda_graph"]
+
+
+class Engine(Protocol):
+    """What a trainer asks of whatever generates: in process, or a server that holds the sampler's weights."""
+
+    def generate(self, prefixes: Sequence[Prefix]) -> list[Rollout]:
+        """One rollout per prefix, in the same order."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransformersEngine:
+    """Samples from `model` as it is at the moment of the call.
+
+    A response has at most `response_length` tokens, those of the reset included. The t-th token of an episode is the
+    inverse of the tempered distribution function at a uniform number keyed by (seed, stream, episode, t): which
+    episodes are generated side by side does not matter. temperature 0 takes the likeliest token, and its log-probs are
+    those at 1.
+    """
+
+    model: PreTrainedModel
+    eos_token_id: int
+    response_length: int
+    temperature: float
+    seed: int
+    batch_size: int = 64
+    """Slots: episodes side by side."""
+    micro_batch_tokens: int = 8192
+    """Of a pack of prefixes, or a longer one alone; what they share counts once."""
+    stop_at_eos: bool = True
+    stream: int = SAMPLE_STREAM
+    """Engines of one run that must not share their draws differ in this."""
+    decode: Decode = "eager"
+    """cuda_graph: a step is captured and replayed, the same kernels without their launches."""
+
+    @classmethod
+    def of(cls, config: PPOConfig, model: PreTrainedModel, eos_token_id: int, **others: Any) -> TransformersEngine:
+        """With the settings of an on-policy run, but for the fields in `others`."""
+        settings = {
+            "response_length": config.response_length,
+            "temperature": config.temperature,
+            "seed": config.seed,
+            "batch_size": config.rollout_batch_size,
+            "micro_batch_tokens": config.micro_batch_tokens,
+            "decode": config.decode,
+        }
+        return cls(model=model, eos_token_id=eos_token_id, **settings | others)
+
+    def __post_init__(self) -> None:
+        device = self.model.device
+        if self.decode == "cuda_graph" and device.type != "cuda":
+            raise ValueError(f"decode: cuda_graph needs a CUDA GPU, but the model is on the {device}; set eager")
+
+    @torch.no_grad()
+    def generate(self, prefixes: Sequence[Prefix]) -> list[Rollout]:
+        """One rollout per prefix, in order. Raises ValueError where a prefix leaves no token to sample."""
+        check_room(prefixes, self.response_length)
+        if not prefixes:
+            return []
+        episodes = self._episodes(prefixes)
+        self._decode(prefixes, episodes)
+        sampled = (episodes.count.tolist(), episodes.tokens.tolist(), episodes.logprobs.tolist())
+        return [
+            self._rollout(prefix, tokens[:count], logprobs[:count])
+            for prefix, count, tokens, logprobs in zip(prefixes, *sampled, strict=True)
+        ]
+
+    def _episodes(self, prefixes: Sequence[Prefix]) -> _Episodes:
+        device, num, longest = self.model.device, len(prefixes), self.response_length
+        noise = np.zeros((num, longest + 1), dtype=np.float32)
+        for row, prefix in zip(noise, prefixes, strict=True):
+            row[:-1] = uniforms(self.seed, self.stream, prefix.episode, longest)
+        return _Episodes(
+            start=torch.tensor([len(prefix.token_ids) for prefix in prefixes], device=device),
+            budget=torch.tensor([longest - prefix.num_reset for prefix in prefixes], device=device),
+            uniform=torch.from_numpy(noise).to(device),
+            tokens=torch.zeros(num, longest + 1, dtype=torch.int64, device=device),
+            logprobs=torch.zeros(num, longest + 1, device=device),
+            count=torch.zeros(num, dtype=torch.int64, device=device),
+            done=torch.zeros(num, dtype=torch.bool, device=device),
+        )
+
+    def _decode(self, prefixes: Sequence[Prefix], episodes: _Episodes) -> None:
+        """Samples every episode to its end."""
+        device = self.model.device
+        waiting = _in_families(prefixes)[::-1]  # the next one last
+        num = min(self.batch_size, len(prefixes))
+        cache = SlotCache(num, max(len(p.token_ids) - p.num_reset for p in prefixes) + self.response_length)
+        held = torch.zeros(num, dtype=torch.int64, device=device)  # the episode in each slot
+        live, reach = np.zeros(num, dtype=bool), np.zeros(num, dtype=int)  # by slot; reach: tokens that it may hold
+        run = CapturedSteps(self.model) if self.decode == "cuda_graph" else _at_once
+        num_steps = CHECK_EVERY if device.type == "cuda" else 1
+        while waiting or live.any():
+            if waiting and (~live).sum() >= REFILL_SHARE * len(live):
+                slots = np.flatnonzero(~live)[: len(waiting)]
+                new = [waiting.pop() for _ in slots]
+                texts = [prefixes[i].token_ids for i in new]
+                held[torch.from_numpy(slots).to(device)] = torch.tensor(new, device=device)
+                reach[slots] = list(map(len, texts))
+                for indices in _packs(texts, self.micro_batch_tokens):
+                    logits = cache.prefill(self.model, [texts[i] for i in indices], slots[indices].tolist())
+                    self._record(episodes, torch.tensor([new[i] for i in indices], device=device), logits)
+            elif not waiting and 2 * live.sum() <= len(live):
+                half = len(live) // 2
+                source = half + np.flatnonzero(live[half:])
+                target = np.flatnonzero(~live[:half])[: len(source)]
+                cache.move(*(torch.from_numpy(slots).to(device) for slots in (source, target)))
+                held[target], reach[target] = held[source], reach[source]
+                held, reach = held[:half], reach[:half]
+            else:
+                reach += num_steps
+                num_keys = min(cache.capacity, rounded_up(reach[live].max()))
+                step = partial(self._step, cache, episodes, held, num_keys)
+                for _ in range(num_steps):
+                    run((len(live), num_keys), step)
+            live = ~episodes.done[held].cpu().numpy()
+
+    def _step(self, cache: SlotCache, episodes: _Episodes, held: Tensor, num_keys: int) -> None:
+        """One more token of each episode that is held, if it has not ended: tensors in, tensors changed in place."""
+        tokens, positions = episodes.last(held)
+        self._record(episodes, held, cache.step(self.model, tokens, positions, num_keys))
+
+    def _record(self, episodes: _Episodes, which: Tensor, logits: Tensor) -> None:
+        """Draws a token of each of the episodes `which` [n] from logits [n, V]. One that has ended stays as it is."""
+        count, done = episodes.count[which], episodes.done[which]
+        token, logprob = _draw(logits.float(), self.temperature, episodes.uniform[which, count])
+        episodes.tokens[which, count], episodes.logprobs[which, count] = token, logprob
+        count = count + ~done
+        done = done | (count >= episodes.budget[which])
+        episodes.count[which] = count
+        episodes.done[which] = (done | (token == self.eos_token_id)) if self.stop_at_eos else done
+
+    def _rollout(self, prefix: Prefix, tokens: list[int], logprobs: list[float]) -> Rollout:
+        if not all(map(math.isfinite, logprobs)):
+            raise ValueError("sampling: the policy's logits are not finite; its weights are broken")
+        return Rollout(prefix=prefix, completion=tokens, sampler_logprob=logprobs, ended=self.eos_token_id in tokens)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Episodes:
+    """The N episodes of a call on the device, changed in place; L is the response length."""
+
+    start: Tensor
+    """[N] int64, tokens of the prefix"""
+    budget: Tensor
+    """[N] int64, tokens that may be sampled"""
+    uniform: Tensor
+    """[N, L + 1] float32, one per token; of the last column nothing is used"""
+    tokens: Tensor
+    """[N, L + 1] int64: the first `count` are sampled, what is behind them means nothing"""
+    logprobs: Tensor
+    """[N, L + 1] float32 of them"""
+    count: Tensor
+    """[N] int64"""
+    done: Tensor
+    """[N] bool"""
+
+    def last(self, which: Tensor) -> tuple[Tensor, Tensor]:
+        """The last token of the episodes `which` [n] and its position in prompt and response, [n] int64 each."""
+        count = self.count[which]
+        return self.tokens[which, count - 1], self.start[which] + count - 1
+
+
+def _in_families(prefixes: Sequence[Prefix]) -> list[int]:
+    """Indices of prefixes: those of one text side by side, since they are then prefilled together; short texts first,
+    so that the slots of a step hold about as many keys."""
+    trunk_of = trunks(prefix.token_ids for prefix in prefixes)
+    texts = [trunk_of[tuple(prefix.token_ids)] for prefix in prefixes]
+    return sorted(range(len(prefixes)), key=lambda i: (len(texts[i]), texts[i], len(prefixes[i].token_ids), i))
+
+
+def _packs(texts: Sequence[Sequence[int]], budget: int) -> list[list[int]]:
+    """Indices of texts, by the pack that they are prefilled in."""
+    budget = max(budget, *map(len, texts))
+    together = families(texts, [()] * len(texts), budget)
+    packs = micro_batches([max(len(texts[i]) for i in family) for family in together], budget)
+    return [[i for family in indices for i in together[family]] for indices in packs]
+
+
+def _at_once(_: tuple[int, int], step: Callable[[], None]) -> None:
+    step()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharedEngine:
+    """The engines of all ranks as one: each answers its part of the prefixes with all the weights of `model`, and every
+    rank gets all rollouts. Every rank must ask, for the same prefixes."""
+
+    engine: Engine
+    model: PreTrainedModel
+
+    def generate(self, prefixes: Sequence[Prefix]) -> list[Rollout]:
+        with whole(self.model):
+            own = self.engine.generate(share(prefixes))
+        return [rollout for rollouts in from_all(own) for rollout in rollouts]
+
+
+def check_room(prefixes: Sequence[Prefix], response_length: int) -> None:
+    """Raises ValueError, naming the row, where the reset tokens of a prefix leave nothing to sample."""
+    for prefix in prefixes:
+        if prefix.num_reset >= response_length:
+            raise ValueError(
+                f"response_length: {response_length} leaves nothing to sample after the {prefix.num_reset} "
+                f"reset tokens of row {prefix.row}"
+            )
+
+
+def checked_rollouts(
+    rollouts: Sequence[Rollout], prefixes: Sequence[Prefix], *, eos_token_id: int, stops_at_eos: bool
+) -> Sequence[Rollout]:
+    """What an engine returned, if it keeps the promises of `Engine` and `Rollout`. Raises ValueError naming the first
+    that it breaks: an engine of somebody else's would otherwise train on the wrong tokens in silence."""
+    if [rollout.prefix.episode for rollout in rollouts] != [prefix.episode for prefix in prefixes]:
+        raise ValueError(
+            f"engine: must return one rollout per prefix, in order; got {len(rollouts)} of {len(prefixes)}"
+        )
+    for rollout in rollouts:
+        tokens, where = rollout.completion, f"engine: the rollout of row {rollout.prefix.row}"
+        if not tokens or len(rollout.sampler_logprob) != len(tokens):
+            raise ValueError(f"{where} has {len(tokens)} tokens and {len(rollout.sampler_logprob)} log-probs")
+        if not all(map(math.isfinite, rollout.sampler_logprob)):
+            raise ValueError(f"{where} has a log-prob that is not finite; the policy's weights are broken")
+        if rollout.ended != (eos_token_id in tokens):
+            raise ValueError(f"{where} says ended={rollout.ended}, but its tokens say otherwise")
+        if stops_at_eos and eos_token_id in tokens[:-1]:
+            raise ValueError(f"{where} goes on after its EOS")
+    return rollouts
+
+
+def end_index(rollout: Rollout, eos_token_id: int) -> int:
+    """Index in the completion of its first EOS, or of its last token."""
+    return rollout.completion.index(eos_token_id) if rollout.ended else len(rollout.completion) - 1
+
+
+def _draw(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """One token per row of logits [N, V] float32 and its log-prob, by inverting the distribution function."""
+    logprobs = (logits / (temperature or 1.0)).log_softmax(-1)
+    if temperature == 0:
+        token = logits.argmax(-1)
+    else:
+        cumulative = logprobs.exp().cumsum(-1)
+        total = cumulative[:, -1:]
+        # A product that rounds up to the total would point past the last token of positive probability.
+        threshold = torch.minimum(uniform[:, None] * total, total.nextafter(torch.zeros_like(total)))
+        # NaN logits have no place in the order: the clamp leaves them to the check at the end.
+        token = torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+    return token, logprobs.gather(1, token[:, None])[:, 0]

@@ -1,0 +1,121 @@
+"""The AdamW that `optim` names: torch's, or those of bitsandbytes, whose moments take 8 bits or lie in paged memory.
+
+Bytes of moments per trained parameter: 8 in float32, 2.03 in 8 bits (a byte each and a float32 per 256 of them;
+Dettmers et al. 2022, arXiv 2110.02861). As in transformers, embeddings keep float32 moments, and so do tensors of less
+than 4,096 entries, by bitsandbytes' own rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastrlhf.config import TrainConfig, require
+from fastrlhf.distributed.ranks import gathered, world_size
+from fastrlhf.models.sharding import first_entry, full, is_sharded, like, of_parts, part, part_size
+
+SMALLEST_8BIT = 4096
+"""Entries of the smallest tensor whose moments are kept in 8 bits."""
+BLOCK = 256
+"""Neighbouring entries that share a scale."""
+SCALES = ("absmax1", "absmax2")
+"""What bitsandbytes calls them, of the two moments."""
+CONSTANT = ("qmap1", "qmap2")
+"""What bitsandbytes keeps with the moments and never changes."""
+
+
+def check_optim(config: TrainConfig, device: torch.device) -> None:
+    """Raises ValueError where `optim` is of bitsandbytes and that is not installed, or cannot page on `device`."""
+    if config.optim != "adamw_torch_fused":
+        if config.optim.startswith("paged"):
+            require(device.type == "cuda", "optim", config.optim, "adamw_torch_fused or adamw_8bit without a CUDA GPU")
+        _bitsandbytes(config.optim)
+
+
+def moments_in_8_bits(config: TrainConfig, param: Tensor, *, is_embedding: bool) -> bool:
+    """Raises ValueError where the scales of such moments would not be those of one process: where a rank's part of the
+    parameter is not whole blocks."""
+    if not config.optim.endswith("8bit") or is_embedding or param.numel() < SMALLEST_8BIT:
+        return False
+    size = part_size(param)
+    held = f"{world_size()} processes hold {size} entries each of a weight of the shape {list(param.shape)}"
+    rule = f"of 32 bits: {held}, no blocks of {BLOCK}"
+    require(size % BLOCK == 0 or size == param.numel(), "optim", config.optim, rule)
+    return True
+
+
+def make_adamw(
+    config: TrainConfig, params: Sequence[Tensor], *, rate: float, decay: float, in_8_bits: bool
+) -> torch.optim.Optimizer:
+    """Over float32 tensors that share a rate and a decay; of sharded ones, the parts of this rank."""
+    settings: dict[str, Any] = {
+        "lr": rate,
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "eps": config.adam_epsilon,
+        "weight_decay": decay,
+    }
+    if config.optim == "adamw_torch_fused":
+        return torch.optim.AdamW(params, fused=True, **settings)
+    bits, paged = 8 if in_8_bits else 32, config.optim.startswith("paged")
+    # Which moments are small is told by the whole parameter, of which this may be a part.
+    smallest = 0 if in_8_bits else SMALLEST_8BIT
+    adamw = _of_parts_too(_bitsandbytes(config.optim).optim.AdamW)
+    return adamw(params, optim_bits=bits, is_paged=paged, min_8bit_size=smallest, **settings)
+
+
+def moments(adamw: torch.optim.Optimizer, updated: Tensor, param: Tensor) -> dict[str, Tensor]:
+    """By name: the two moments, their scales where they are of 8 bits, the step. Empty before the first step. `updated`
+    is what `adamw` updates for `param`; of a sharded one the moments are sharded as it is."""
+    state = {what: torch.as_tensor(x) for what, x in adamw.state.get(updated, {}).items() if what not in CONSTANT}
+    if not is_sharded(param):
+        return state
+    return {
+        what: gathered(x) if what in SCALES else of_parts(param, x) if x.shape == part(param).shape else x
+        for what, x in state.items()
+    }
+
+
+@torch.no_grad()
+def set_moments(adamw: torch.optim.Optimizer, updated: Tensor, param: Tensor, saved: dict[str, Tensor]) -> None:
+    """Puts back what `moments` gave, whole or sharded; where there is nothing, `updated` is as new."""
+    if isinstance(adamw, torch.optim.AdamW):
+        adamw.state[updated] = {what: part(like(param, value)) for what, value in saved.items()}
+        return
+    adamw.state[updated] = {}
+    if saved:
+        # It allocates: in paged memory, where that is asked for.
+        adamw.init_state(adamw.param_groups[0], updated, 0, 0)  # pyright: ignore[reportAttributeAccessIssue]
+        state, first = adamw.state[updated], first_entry(param) // BLOCK
+        for what, value in saved.items():
+            if what == "step":
+                state[what] = int(value)
+            elif what in SCALES:
+                state[what].copy_(full(value)[first : first + len(state[what])])
+            else:
+                state[what].copy_(part(like(param, value)))
+
+
+def _of_parts_too(base: Any) -> Any:
+    """bitsandbytes' AdamW, also where a rank holds nothing of a weight of fewer rows than ranks: a CUDA kernel over
+    nothing is an error, at which bitsandbytes ends the process."""
+
+    class AdamW(base):
+        def update_step(self, group: Any, p: Tensor, gindex: int, pindex: int) -> None:
+            if p.numel():
+                super().update_step(group, p, gindex, pindex)
+            else:
+                self.state[p]["step"] += 1
+
+    return AdamW
+
+
+def _bitsandbytes(optim: str) -> Any:
+    try:
+        import bitsandbytes  # pyright: ignore[reportMissingImports]
+    except ModuleNotFoundError as error:
+        told = f"optim: {optim} needs {error.name}: pip install 'fastrlhf[bnb]', or take adamw_torch_fused"
+        raise ValueError(told) from None
+    return bitsandbytes

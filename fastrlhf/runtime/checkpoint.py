@@ -1,0 +1,380 @@
+"""What a run leaves on disk, and how it goes on from there. Nothing of the user's is ever overwritten; a folder of this
+program is whole or not there.
+
+    checkpoint-N/                 after N steps; loads as a model like any other, unless it trains an adapter
+        model.safetensors, config.json, the tokenizer's files; of an adapter, what is trained alone
+        value_model/              of an on-policy run with a critic
+        optimizer.safetensors     moments, float32 copies of bfloat16 weights; as NAME.safetensors for other parts
+        state.json                what is no tensor: step, position of the schedule, what the data were
+        manifest.json             size and SHA-256 of each file
+
+Where several processes train, each writes its part of weights and moments, into model.shards/ and optimizer.shards/
+(models/shards.py); this program loads that as a model too. No pickle is written or read.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fastrlhf.config import TrainConfig
+from fastrlhf.config.files import SAME_MODEL, differences, write_yaml
+from fastrlhf.distributed.ranks import on_each, on_first
+from fastrlhf.models.adapters import has_adapter, merge_adapter, merged_copy, save_adapter
+from fastrlhf.models.four_bit import is_four_bit
+from fastrlhf.models.sharding import beginnings, whole_weights
+from fastrlhf.models.shards import describe_tensors, exists, read_into, read_tensors, write_tensors
+from fastrlhf.runtime.atomic import check_folder, discard_folder, flush, flush_tree, write_folder
+from fastrlhf.runtime.rng_state import GlobalRandomness
+
+log = logging.getLogger(__name__)
+
+
+class Stateful(Protocol):
+    """A part of a run that remembers: an optimiser, a normaliser, a controller.
+
+    Its state is a flat mapping to tensors and to what JSON holds. A state without its tensors is that of the part as
+    new, at the same position: what `resume_weights_only` gives it.
+    """
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any], /) -> None: ...
+
+
+def check_output_dir(path: str) -> None:
+    """Raises ValueError where the folder already holds anything, or is no folder.
+
+    Hidden and empty files do not count: a run that was killed as it started leaves no others.
+    """
+    folder = Path(path)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output_dir: {path!r} is a file")
+    for name, what in (("config.yaml", "run"), ("config.json", "model")):
+        if (folder / name).exists():
+            raise ValueError(f"output_dir: {path!r} already holds a {what}; choose another folder or move it away")
+    if folder.exists() and any(_counts(file) for file in folder.iterdir()):
+        raise ValueError(f"output_dir: {path!r} is not empty; choose a new folder or an empty one")
+
+
+def check_run_dir(config: TrainConfig) -> None:
+    """Raises ValueError where the folder of a run can be neither made nor resumed.
+
+    To be resumed, it holds an unfinished run of the same configuration; a difference is named. One that failed before
+    its first checkpoint is left alone: the only weights that it has are its last, and starting again may replace them.
+    """
+    folder = Path(config.output_dir)
+    if config.resume_from_checkpoint == "never" or not is_unfinished(config.output_dir):
+        check_output_dir(config.output_dir)
+        return
+    try:
+        changed = differences(config, folder / "config.yaml", SAME_MODEL)
+    except ValueError:  # somebody else's file: what it says is nothing to resume
+        check_output_dir(config.output_dir)
+        return
+    if changed:
+        shown = "; ".join(changed[:5]) + (f"; and {len(changed) - 5} more" if len(changed) > 5 else "")
+        raise ValueError(
+            f"output_dir: {config.output_dir!r} already holds a run, unfinished, of another configuration ({shown}); "
+            "give it the old one, choose another folder or move it away"
+        )
+    if (folder / "interrupted").exists() and not checkpoints(folder):
+        raise ValueError(
+            f"output_dir: {config.output_dir!r} already holds a run that failed before its first checkpoint; start "
+            "from its last weights, in interrupted/, in another folder, or move it away"
+        )
+
+
+def check_idle(path: str) -> None:
+    """Raises ValueError where another run is training in the folder."""
+    if Path(path).exists():
+        with locked(Path(path)):
+            pass
+
+
+def holds_model(path: str) -> bool:
+    """Whether a run in this folder has finished: the model is what it leaves last."""
+    return (Path(path) / "config.json").exists()
+
+
+def is_unfinished(path: str) -> bool:
+    return (Path(path) / "config.yaml").exists() and not holds_model(path)
+
+
+def create_output_dir(path: str, config: Any) -> Path:
+    """Creates the folder of a run, if need be, and writes the resolved configuration to its config.yaml."""
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / ".config.yaml"
+    write_yaml(config, partial)
+    flush(partial)
+    os.replace(partial, folder / "config.yaml")
+    flush(folder)
+    return folder
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds the folder for this run. Raises ValueError where another one does; it ends with the process."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"output_dir: another run is training in {str(folder)!r}; choose another folder") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def save_trained(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path | None, *, apart: bool = False
+) -> PreTrainedModel:
+    """What a run leaves, in `folder` if there is one: the model with its adapter added to the weights, and the adapter
+    alone in `adapter/`.
+
+    Returns the former. It is a copy on the CPU where weights are in 4 bits and where `apart` says that others still
+    need them as they are.
+    """
+    if folder and has_adapter(model):
+        save_adapter(model, folder / "adapter")
+        on_first(lambda: tokenizer.save_pretrained(folder / "adapter"))
+    if apart or is_four_bit(model):
+        model = merged_copy(model)
+    merge_adapter(model)
+    if folder:
+        save_model(model, tokenizer, folder)
+    return model
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Writes model and tokenizer in `save_pretrained` form into `folder`.
+
+    They are written beside it first and moved in file by file, the weights before the config.json that makes a folder
+    a model, so a crash never leaves a half-written model that loads.
+    """
+    weights = whole_weights(model)
+    on_first(lambda: _save_model(model, weights, tokenizer, folder))
+
+
+def _save_model(
+    model: PreTrainedModel, weights: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> None:
+    partial = folder / ".partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        model.save_pretrained(partial, state_dict=weights)
+        tokenizer.save_pretrained(partial)
+        flush_tree(partial)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)  # on a full disk, half a model is in the way
+        raise
+    for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):
+        os.replace(file, folder / file.name)
+    partial.rmdir()
+    flush(folder)
+
+
+class Checkpointer:
+    """Writes and reads the checkpoints of one run. Any number of ranks can go on from what any other number wrote."""
+
+    def __init__(
+        self,
+        folder: Path,
+        models: Mapping[str, PreTrainedModel],
+        tokenizer: PreTrainedTokenizerBase,
+        parts: Mapping[str, Stateful],
+        data: Mapping[str, str],
+    ) -> None:
+        """`models` are what is trained, untrained yet, by their place in a checkpoint, "" for the policy; `parts` what
+        else goes on where it was; `data` what the run reads, as `Data.fingerprint` says it."""
+        self.folder = folder
+        self._models, self._tokenizer, self._data = models, tokenizer, data
+        self._parts = {**parts, "random": GlobalRandomness()}
+        self._start = _start(models)
+        self._marked: dict[str, dict[str, Any]] = {}
+        self._marked_position: int | None = None
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"checkpoint-{step}"
+
+    def save(self, step: int, limit: int = 0) -> Path:
+        """Writes `checkpoint-STEP`; the last `limit` up to it are kept, all of them where that is 0.
+
+        Every rank must ask, and writes what it holds. Raises OSError, on all, where one cannot; older ones are
+        untouched then.
+        """
+        write_folder(self.path(step), lambda partial: self._fill(partial, step))
+        if limit:
+            on_first(lambda: self._discard(step, limit))
+        return self.path(step)
+
+    def mark(self) -> None:
+        """Remembers, at the end of a step, where the parts are; of the optimiser, its position is enough."""
+        self._marked = {name: part.state_dict() for name, part in self._parts.items() if name != "optimizer"}
+        self._marked_position = self._position()
+
+    def back_to_mark(self) -> bool:
+        """Puts the parts back to where they were at the mark, so that its step can still be saved. False where weights
+        have moved since."""
+        if self._position() != self._marked_position:
+            return False
+        for name, state in self._marked.items():
+            self._parts[name].load_state_dict(state)
+        return True
+
+    def _position(self) -> int | None:
+        return getattr(self._parts.get("optimizer"), "num_done", None)
+
+    def load(self, weights_only: bool = False) -> int:
+        """Puts everything where the newest whole checkpoint has it and returns its step, 0 where there is none.
+
+        With `weights_only` the models alone are read, and the parts are as new at that step. Raises ValueError as
+        `find_checkpoint` does, and where the checkpoint is of other models or of a run that started from others.
+        """
+        path = find_checkpoint(self.folder, weights_only)
+        if path is None:
+            if is_unfinished(str(self.folder)):
+                log.warning("%s: the run before was stopped without a checkpoint; this one starts again", self.folder)
+            return 0
+        state = json.loads((path / "state.json").read_bytes())
+        if state["start"] != self._start:
+            raise ValueError(
+                f"output_dir: the run of {str(path)!r} started from other weights than the models that are named now "
+                "hold; give it the old ones or choose another folder"
+            )
+        for name, model in self._models.items():
+            _load_weights(model, path / name / "model")
+        for name, part in self._parts.items():
+            if name not in state["parts"]:
+                raise ValueError(f"{str(path)!r} has no state of {name!r}: it is of another version of the program")
+            # Moments are as large as the weights, and spread as they are.
+            pattern = next(self._models[""].parameters()) if name == "optimizer" else None
+            tensors = read_tensors(path / name, pattern) if exists(path / name) and not weights_only else {}
+            part.load_state_dict({**state["parts"][name], **tensors})
+        log.info("resuming from %s%s", path, ", its weights alone" if weights_only else "")
+        return state["step"]
+
+    def _fill(self, folder: Path, step: int) -> None:
+        parts, tensors = {}, {}
+        for name, part in self._parts.items():
+            state = part.state_dict()
+            tensors[name] = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+            parts[name] = {key: value for key, value in state.items() if key not in tensors[name]}
+        state = {"step": step, "data": dict(self._data), "start": self._start, "parts": parts}
+        on_first(lambda: self._write_rest(folder, state))
+        for name, model in self._models.items():
+            write_tensors(folder / name / "model", _weights(model))
+        for name in tensors:
+            write_tensors(folder / name, tensors[name])
+
+    def _write_rest(self, folder: Path, state: dict[str, Any]) -> None:
+        for name, model in self._models.items():
+            model.config.save_pretrained(folder / name)
+            self._tokenizer.save_pretrained(folder / name)
+        (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
+
+    def _discard(self, step: int, limit: int) -> None:
+        for old in [old for old in checkpoints(self.folder) if _step(old) <= step][:-limit]:
+            discard_folder(old)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """By step, the oldest first."""
+    return sorted((path for path in folder.glob("checkpoint-*") if path.name[11:].isdecimal()), key=_step)
+
+
+def find_checkpoint(folder: Path, weights_only: bool = False) -> Path | None:
+    """The newest checkpoint that is as it was written, None where there is none; the log says which are skipped, and
+    why.
+
+    With `weights_only` the weights and the step are enough. Raises ValueError, naming what is wrong, where there are
+    checkpoints and none is whole. Every rank must ask.
+    """
+    damages = []
+    for path in reversed(on_first(lambda: checkpoints(folder))):
+        try:
+            check_folder(path, lambda name: not weights_only or _is_needed(name))
+        except ValueError as damage:
+            log.warning("%s is skipped: %s", path, damage)
+            damages.append(f"{path.name}: {damage}")
+        else:
+            return path
+    if damages:
+        raise ValueError(
+            f"output_dir: no checkpoint in {str(folder)!r} is whole ({'; '.join(damages)}); restore the file, move the "
+            "folder away to start again, or give resume_weights_only where the weights are whole"
+        )
+    return None
+
+
+def check_same_data(path: str, data: Mapping[str, str]) -> None:
+    """Raises ValueError, naming the split, where the newest checkpoint in the folder was trained on other data. Every
+    rank must ask."""
+    for checkpoint in reversed(on_first(lambda: checkpoints(Path(path)))):
+        try:
+            check_folder(checkpoint, lambda name: name == "state.json")
+        except ValueError:
+            continue  # it will be skipped, and said
+        before = json.loads((checkpoint / "state.json").read_bytes())["data"]
+        for split, content in data.items():
+            if before.get(split) != content:
+                raise ValueError(
+                    f"output_dir: {str(checkpoint)!r} was trained on another dataset: {split} was {before.get(split)} "
+                    f"and is {content}; give it the old one or choose another folder"
+                )
+        return
+
+
+def _is_needed(name: str) -> bool:
+    """Of a checkpoint whose weights alone are read."""
+    return name == "state.json" or "model.shards" in Path(name).parts or Path(name).name == "model.safetensors"
+
+
+def _counts(file: Path) -> bool:
+    return not file.name.startswith(".") and (file.is_dir() or file.stat().st_size > 0)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("checkpoint-"))
+
+
+def _weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """What is trained, and persistent buffers, by name; tied weights once. Frozen ones are where they came from."""
+    kept = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    kept |= {name for name, _ in model.named_buffers()}
+    return {name: tensor for name, tensor in model.state_dict().items() if name in kept}
+
+
+def _start(models: Mapping[str, PreTrainedModel]) -> str:
+    """A fingerprint of weights before training: of the first entries of every tensor, as any training moves most."""
+    tensors = beginnings((tensor for model in models.values() for tensor in model.parameters()), 64)
+    return hashlib.sha256(torch.cat(tensors).numpy().tobytes()).hexdigest() if tensors else ""
+
+
+@torch.no_grad()
+def _load_weights(model: PreTrainedModel, stem: Path) -> None:
+    """Into the tensors that are there, so that the optimiser still means them."""
+    own, described = _weights(model), on_each(lambda: describe_tensors(stem))[0]
+    for name in sorted(own.keys() ^ described.keys()):
+        raise ValueError(f"{str(stem)!r} is of another model: {name} is in one of the two alone")
+    for name, tensor in own.items():
+        dtype, shape = described[name]
+        if shape != tensor.shape or dtype != tensor.dtype:
+            raise ValueError(
+                f"{str(stem)!r} is of another model: {name} is {dtype} {list(shape)} there and {tensor.dtype} "
+                f"{list(tensor.shape)} here"
+            )
+    read_into(stem, own)

@@ -1,0 +1,226 @@
+"""From a configuration to tokenised rows: what every command does first, and before it loads a model."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from transformers import PreTrainedTokenizerBase
+
+from fastrlhf.config import TrainConfig, parse_columns, require
+from fastrlhf.data.examples import RESPONSES, LoadedExamples, load_examples
+from fastrlhf.data.labels import GROUP_LABELS
+from fastrlhf.data.tokens import TokenizedExamples, TokenReport, load_tokenizer, tokenize_examples
+from fastrlhf.distributed.ranks import on_first, start, world_size
+from fastrlhf.models.attention import check_attention
+from fastrlhf.models.four_bit import quantization
+from fastrlhf.models.layers import check_liger
+from fastrlhf.models.loading import DTYPES, resolve_device
+from fastrlhf.models.offload import check_offloading
+from fastrlhf.runtime.adamw import check_optim
+from fastrlhf.runtime.checkpoint import check_idle, check_run_dir, check_same_data
+from fastrlhf.runtime.metrics import import_reporters
+from fastrlhf.types import Example, TokenizedExample
+
+log = logging.getLogger(__name__)
+
+MUCH = 0.1
+"""Share of rows that are cut or dropped above which a warning is due."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    train: list[TokenizedExample]
+    eval: list[TokenizedExample]
+    report: TokenReport
+    """What tokenising did to the training rows."""
+
+    @cached_property
+    def fingerprint(self) -> dict[str, str]:
+        """Of each split how many rows it has, and a hash of all that they hold, in order."""
+        return {name: _fingerprint(rows) for name, rows in (("train", self.train), ("eval", self.eval))}
+
+
+def open_inputs(
+    config: TrainConfig,
+    fields: Sequence[str],
+    train: Sequence[Example] | None,
+    evaluation: Sequence[Example] | None,
+) -> tuple[PreTrainedTokenizerBase, Data]:
+    """The tokenizer and the tokenised rows that have `fields`, the `needs` of `load_examples`; `train` and `evaluation`
+    stand in for the dataset's.
+
+    Raises ValueError for anything that is wrong with the paths, the files, the rows or the reporters, and for what the
+    device or the installation lacks, before a model is loaded and before a folder is made.
+    """
+    start(config)
+    if config.output_dir:
+        on_first(lambda: check_run_dir(config))
+        on_first(lambda: check_idle(config.output_dir))
+    import_reporters(config.report_to)
+    check_libraries(config)
+    tokenizer = open_tokenizer(config)
+    if train is None:
+        train, evaluation = _load_both(config, fields)
+    tokenized = _tokenize(config, tokenizer, train, fields, "train")
+    data = Data(
+        train=tokenized.examples,
+        eval=_tokenize(config, tokenizer, evaluation, fields, "eval").examples if evaluation else [],
+        report=tokenized.report,
+    )
+    ranks, num_eval = world_size(), len(data.eval)
+    require(num_eval == 0 or num_eval >= ranks, "num_eval_examples", num_eval, f"0, or at least the {ranks} processes")
+    rule = "false where no rows are held out; give num_eval_examples or dataset_test_split"
+    require(num_eval > 0 or not config.eval_on_start, "eval_on_start", True, rule)
+    if config.output_dir:
+        check_same_data(config.output_dir, data.fingerprint)
+    return tokenizer, data
+
+
+def open_eval_inputs(
+    config: TrainConfig, fields: Sequence[str], examples: Sequence[Example] | None
+) -> tuple[PreTrainedTokenizerBase, list[TokenizedExample]]:
+    """The tokenizer and the rows to judge; `examples` stand in for the dataset's.
+
+    They are those that training with the same dataset keys evaluates on. Where that is none (no `dataset_test_split`,
+    and `num_eval_examples` is 0) they are all rows of the split. Raises ValueError as `open_inputs` does.
+    """
+    tokenizer = open_tokenizer(config)
+    if examples is None:
+        if config.dataset_test_split:
+            examples = _load(config, fields, config.dataset_test_split, config.num_eval_examples).examples
+        else:
+            train, held_out = _split(config, fields)
+            examples = held_out if config.num_eval_examples else train
+    return tokenizer, _tokenize(config, tokenizer, examples, fields, "eval").examples
+
+
+def with_room(
+    examples: Sequence[TokenizedExample], name: str, max_length: int, response_length: int
+) -> list[TokenizedExample]:
+    """The examples whose prompt leaves room for a whole response. Raises ValueError where none does."""
+    most = max_length - response_length
+    kept = [example for example in examples if len(example.prompt) <= most]
+    if len(kept) < len(examples):
+        log.warning(
+            "%s: %d of %d prompts exceed %d tokens (max_length - response_length) and are left out",
+            *(name, len(examples) - len(kept), len(examples), most),
+        )
+    if not kept:
+        raise ValueError(f"max_length: no {name} prompt leaves room for a response of {response_length} tokens")
+    return kept
+
+
+def open_tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer that `config` names, or that lies beside its model. Raises ValueError where there is none."""
+    source = config.tokenizer_name_or_path or config.model_name_or_path
+    if config.model_config:
+        require(bool(source), "tokenizer_name_or_path", source, "given beside a model_config")
+    require(bool(source), "model_name_or_path", source, "a folder or a hub name")
+    return load_tokenizer(
+        source,
+        eos_token=config.eos_token or None,
+        chat_template=config.chat_template or None,
+        trust_remote_code=config.trust_remote_code,
+    )
+
+
+def _load_both(config: TrainConfig, fields: Sequence[str]) -> tuple[list[Example], list[Example]]:
+    if config.dataset_test_split:
+        train = _load(config, fields, config.dataset_train_split, config.max_train_examples)
+        return train.examples, _load(config, fields, config.dataset_test_split, config.num_eval_examples).examples
+    train, held_out = _split(config, fields)
+    if not train:
+        raise ValueError(f"num_eval_examples: {config.num_eval_examples} rows held out leave none to train on")
+    return train, held_out
+
+
+def _split(config: TrainConfig, fields: Sequence[str]) -> tuple[list[Example], list[Example]]:
+    """The first `max_train_examples` rows of the training split without its last `num_eval_examples`, and those.
+
+    Rows are counted as they were read, the unusable ones included: what is held out must depend neither on `fields`
+    nor on how much is trained on.
+    """
+    limit = 0 if config.num_eval_examples else config.max_train_examples
+    loaded = _load(config, fields, config.dataset_train_split, limit)
+    first_held_out = loaded.num_rows - config.num_eval_examples
+    end = min(first_held_out, config.max_train_examples or first_held_out)
+    return (
+        [example for example in loaded.examples if example.row < end],
+        [example for example in loaded.examples if example.row >= first_held_out],
+    )
+
+
+def _load(config: TrainConfig, fields: Sequence[str], split: str, limit: int) -> LoadedExamples:
+    require(bool(config.dataset_name), "dataset_name", config.dataset_name, "a hub name, or a local file or folder")
+    loaded = load_examples(
+        config.dataset_name,
+        split=split,
+        config_name=config.dataset_config or None,
+        columns=parse_columns(config.columns),
+        needs=("prompt", *fields),
+        max_bad_fraction=config.max_bad_fraction,
+        limit=limit or None,
+    )
+    log.info(loaded.summary())
+    return loaded
+
+
+def _tokenize(
+    config: TrainConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    fields: Sequence[str],
+    name: str,
+) -> TokenizedExamples:
+    for example in examples:
+        for field in fields:
+            if field not in GROUP_LABELS and getattr(example, field) is None:
+                raise ValueError(f"{name}: row {example.row} has no {field}; leave it out or give one")
+    tokenized = tokenize_examples(
+        examples,
+        tokenizer,
+        max_length=config.max_length,
+        truncation_mode=config.truncation_mode,
+        fields=[name for name in fields if name in (*RESPONSES, "responses")],
+    )
+    log.info("%s: %s", name, tokenized.report.summary())
+    lost = len(examples) - tokenized.report.num_kept + tokenized.report.truncated
+    if lost > MUCH * len(examples):
+        log.warning(
+            "%s: %d of %d rows do not fit max_length %d as they are; raise it, or see truncation_mode",
+            *(name, lost, len(examples), config.max_length),
+        )
+    return tokenized
+
+
+def _fingerprint(rows: Sequence[TokenizedExample]) -> str:
+    digest = hashlib.sha256()
+    for row in rows:
+        for field in dataclasses.fields(row):
+            value = getattr(row, field.name)
+            if value is not None and field.name in ("prompt", *RESPONSES):
+                digest.update(f"{field.name} {len(value)} ids".encode())
+                digest.update(array("q", value))
+            elif value is not None:
+                digest.update(f"{field.name} {value!r}".encode())
+    return f"{len(rows)} rows of hash {digest.hexdigest()[:16]}"
+
+
+def check_libraries(config: TrainConfig) -> None:
+    """Raises ValueError where the device or the installation lacks what optimiser, attention or kernels need, whatever
+    the model."""
+    device, dtype = resolve_device(config.device), DTYPES[config.dtype]
+    check_optim(config, device)
+    check_attention(config.attn_implementation, device, dtype)
+    if config.use_liger_kernel:
+        check_liger(device)
+    if config.activation_offloading:
+        check_offloading(device)
+    if config.load_in_4bit:
+        quantization(dtype)

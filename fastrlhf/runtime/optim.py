@@ -1,0 +1,277 @@
+"""One optimiser step (clip, update, schedule), in float32 whatever the weights are; and the order of the data."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import Embedding, Module, Parameter
+
+from fastrlhf.config import TrainConfig
+from fastrlhf.models.sharding import first_entry, full, like, of_parts, part
+from fastrlhf.runtime.adamw import make_adamw, moments, moments_in_8_bits, set_moments
+
+BUCKET = 2**26
+"""Parameters that are updated at once, at most, or one tensor that is larger: the float32 gradients (and, without
+master weights, the float32 weights) that an update makes and drops again exist for them alone."""
+NOISE = 2**22
+"""Entries whose rounding one generator decides."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Weight:
+    name: str
+    index: int
+    """Among all that are trained: it keys the noise of its rounding."""
+    param: Parameter
+    own: Tensor
+    """What this rank holds of it: all of it, in one process."""
+    updated: Tensor
+    """What AdamW updates: that, or its float32 copy, which is empty between updates where none is kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Bucket:
+    model: str
+    weights: list[_Weight]
+    adamw: torch.optim.Optimizer
+    peak_rate: float
+
+
+class Optimizer:
+    """AdamW over one or more models, each clipped to its own gradient norm; a schedule that counts optimiser steps.
+
+    It works in float32. bfloat16 weights are updated through float32 copies, which are kept (`master_weights: float32`)
+    or made for the update and rounded stochastically. What is made for an update exists for one bucket at a time.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, Module],
+        config: TrainConfig,
+        *,
+        num_steps: int,
+        learning_rates: Mapping[str, float] | None = None,
+    ) -> None:
+        """`models` by the prefix of their metrics ("" for the policy); `learning_rates` where one differs from the
+        config's."""
+        rates = learning_rates or {}
+        self._models = models
+        self._max_norm = config.max_grad_norm
+        self._keeps_copies = config.master_weights == "float32"
+        self._seed = config.seed
+        self._num_done = 0
+        self._rate = lambda step: _rate(step, num_steps, config.warmup_steps, config.lr_scheduler_type)
+        self._buckets: list[_Bucket] = []
+        count = itertools.count()
+        for prefix, model in models.items():
+            rate = rates.get(prefix, config.learning_rate)
+            for decay, in_8_bits, params in buckets(model, config):
+                weights = [self._weight(prefix + name, next(count), param) for name, param in params]
+                updated = [weight.updated for weight in weights]
+                adamw = make_adamw(config, updated, rate=rate, decay=decay, in_8_bits=in_8_bits)
+                self._buckets.append(_Bucket(prefix, weights, adamw, rate))
+
+    def _weight(self, name: str, index: int, param: Parameter) -> _Weight:
+        own = part(param)
+        if param.dtype == torch.float32:
+            return _Weight(name, index, param, own, own)
+        updated = own.detach().float() if self._keeps_copies else torch.empty(0, device=param.device)
+        return _Weight(name, index, param, own, updated)
+
+    @property
+    def num_done(self) -> int:
+        """Steps that were taken or skipped."""
+        return self._num_done
+
+    @torch.no_grad()
+    def step(self) -> dict[str, float]:
+        """Updates the weights and clears the gradients; returns grad_norm (before clipping) and learning_rate.
+
+        Raises ValueError, before any weight has moved, where a gradient is not finite. This reads one number per model
+        from the GPU: the step's only wait (bitsandbytes adds one per tensor).
+        """
+        metrics, scales = {}, {}
+        for name, model in self._models.items():
+            norm = _grad_norm(model)
+            if not norm.isfinite():
+                raise ValueError(
+                    f"{name}grad_norm is {norm.item()}: a loss or a gradient is not finite; lower learning_rate"
+                )
+            metrics[f"{name}grad_norm"] = norm.item()
+            scales[name] = ((self._max_norm or math.inf) / (norm + 1e-6)).clamp(max=1.0).item()
+        share = self._rate(self._num_done)
+        self._num_done += 1  # before any weight moves: whoever finds an old number finds the old weights
+        for bucket in self._buckets:
+            self._update(bucket, bucket.peak_rate * share, scales[bucket.model])
+        metrics["learning_rate"] = self._buckets[0].peak_rate * share
+        for model in self._models.values():
+            model.zero_grad(set_to_none=True)
+        return metrics
+
+    def _update(self, bucket: _Bucket, rate: float, scale: float) -> None:
+        copied = _copied(bucket)
+        self._borrow(copied)
+        for weight in bucket.weights:
+            if weight.param.grad is not None:
+                weight.updated.grad = part(weight.param.grad).float().mul_(scale)
+        bucket.adamw.param_groups[0]["lr"] = rate
+        bucket.adamw.step()
+        for weight in bucket.weights:
+            weight.updated.grad = None
+        for weight in copied:
+            if self._keeps_copies:
+                weight.own.copy_(weight.updated)
+            else:
+                self._round(weight)
+        self._give_back(copied)
+
+    def _round(self, weight: _Weight) -> None:
+        """Noise is drawn for `NOISE` entries of the whole tensor at a time, so that a part of it is rounded as it is
+        within the whole."""
+        new, own = weight.updated.view(-1), weight.own.view(-1)
+        first = first_entry(weight.param)
+        last = first + len(new)
+        for block in range(first // NOISE, -(-last // NOISE)):
+            start, end = block * NOISE, min((block + 1) * NOISE, weight.param.numel())
+            generator = _generator(new.device, self._seed, self._num_done, weight.index, block)
+            noise = torch.randint(0, 2**16, (end - start,), dtype=torch.int32, device=new.device, generator=generator)
+            low, high = max(start, first), min(end, last)
+            here = slice(low - first, high - first)
+            own[here] = stochastic_round(new[here], noise[low - start : high - start])
+
+    def _borrow(self, weights: Iterable[_Weight]) -> None:
+        """Makes the float32 copies where none are kept."""
+        for weight in () if self._keeps_copies else weights:
+            weight.updated.data = weight.own.float()
+
+    def _give_back(self, weights: Iterable[_Weight]) -> None:
+        for weight in () if self._keeps_copies else weights:
+            weight.updated.data = weight.updated.new_empty(0)
+
+    def skip(self, steps: int) -> None:
+        """Steps that are not taken: clears the gradients; the schedule goes on, so that it still ends with the run."""
+        for model in self._models.values():
+            model.zero_grad(set_to_none=True)
+        self._num_done += steps
+
+    def state_dict(self) -> dict[str, Any]:
+        """num_steps done, and by "NAME OF THE PARAMETER.what" AdamW's moments and step, and the float32 copy (master)
+        where one is kept. What has the shape of a sharded weight is sharded with it, and every rank must ask."""
+        state: dict[str, Any] = {"num_steps": self._num_done}
+        for bucket in self._buckets:
+            for weight in bucket.weights:
+                saved = moments(bucket.adamw, weight.updated, weight.param)
+                state |= {f"{weight.name}.{what}": value for what, value in saved.items()}
+            if self._keeps_copies:
+                state |= {f"{weight.name}.master": of_parts(weight.param, weight.updated) for weight in _copied(bucket)}
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any], /) -> None:
+        """Goes on where the state was taken, with the weights that the models hold now.
+
+        A state of `num_steps` alone is that of an optimiser without moments at that place of the schedule. Raises
+        ValueError where it is of other parameters.
+        """
+        self._num_done = state["num_steps"]
+        saved: dict[str, dict[str, Tensor]] = defaultdict(dict)
+        for key, value in state.items():
+            if key != "num_steps":
+                name, _, what = key.rpartition(".")
+                saved[name][what] = value
+        for bucket in self._buckets:
+            copied = _copied(bucket)
+            for weight in copied if self._keeps_copies else ():
+                weight.updated.copy_(part(like(weight.param, saved[weight.name].pop("master", weight.param))))
+            self._borrow(copied)
+            for weight in bucket.weights:
+                set_moments(bucket.adamw, weight.updated, weight.param, saved.pop(weight.name, {}))
+            self._give_back(copied)
+        for name in saved:
+            raise ValueError(f"optimizer: the checkpoint has moments of {name}, which is not trained here")
+
+
+def num_steps(config: TrainConfig, num_items: int) -> int:
+    """Optimiser steps of the run: `max_steps`, or whole epochs rounded up. Raises ValueError where there is no data."""
+    if num_items == 0:
+        raise ValueError("dataset: no usable example to train on")
+    if config.max_steps > 0:
+        return config.max_steps
+    return max(1, math.ceil(config.num_train_epochs * num_items / config.batch_size))
+
+
+def index_batches(num_items: int, batch_size: int, steps: int, seed: int) -> Iterator[list[int]]:
+    """`steps` batches of exactly `batch_size` indices: one permutation after the other, each keyed by (seed, epoch)."""
+    pending: list[int] = []
+    epoch = 0
+    for _ in range(steps):
+        while len(pending) < batch_size:
+            pending.extend(np.random.default_rng([seed, epoch]).permutation(num_items).tolist())
+            epoch += 1
+        yield pending[:batch_size]
+        del pending[:batch_size]
+
+
+def buckets(model: Module, config: TrainConfig) -> Iterator[tuple[float, bool, list[tuple[str, Parameter]]]]:
+    """(weight decay, whether moments are of 8 bits, parameters by name) of all that is trained, matrices first; each of
+    at most `BUCKET` parameters, or of one tensor."""
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, Embedding)}
+    named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+    groups = defaultdict(list)
+    for name, param in sorted(named, key=lambda item: item[1].ndim < 2):
+        decay = config.weight_decay if param.ndim >= 2 else 0.0
+        groups[decay, moments_in_8_bits(config, param, is_embedding=id(param) in embeddings)].append((name, param))
+    for (decay, in_8_bits), params in groups.items():
+        some, size = [], 0
+        for name, param in params:
+            if some and size + param.numel() > BUCKET:
+                yield decay, in_8_bits, some
+                some, size = [], 0
+            some.append((name, param))
+            size += param.numel()
+        yield decay, in_8_bits, some
+
+
+def stochastic_round(x: Tensor, noise: Tensor) -> Tensor:
+    """float32 to bfloat16, up or down, with the probabilities whose mean is x: steps far below the spacing of bfloat16
+    are not lost, but taken now and then.
+
+    A bfloat16 is the upper half of the bits of a float32. `noise`, a uniform number of 16 bits for each in int32, which
+    is overwritten, is added to the lower half, and carries into the upper one with probability lower / 2^16.
+    """
+    return noise.add_(x.view(torch.int32)).bitwise_and_(-(2**16)).view(torch.float32).bfloat16()
+
+
+def _grad_norm(model: Module) -> Tensor:
+    """Of all gradients together: [] float32 on the CPU, whatever dtype they are in."""
+    gradients = [param.grad for param in model.parameters() if param.grad is not None]
+    if not gradients:
+        return torch.zeros(())
+    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
+    return full(torch.linalg.vector_norm(torch.stack(norms))).cpu()
+
+
+def _generator(device: torch.device, *key: int) -> torch.Generator:
+    seed = np.random.SeedSequence(key).generate_state(1, np.uint64).item()
+    return torch.Generator(device).manual_seed(int(seed))
+
+
+def _copied(bucket: _Bucket) -> list[_Weight]:
+    return [weight for weight in bucket.weights if weight.updated is not weight.own]
+
+
+def _rate(step: int, num_steps: int, warmup: int, kind: str) -> float:
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    done = (step - warmup) / max(1, num_steps - warmup)
+    if kind == "constant":
+        return 1.0
+    return max(0.0, 1 - done) if kind == "linear" else 0.5 * (1 + math.cos(math.pi * min(1.0, done)))

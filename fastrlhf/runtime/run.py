@@ -1,0 +1,268 @@
+"""What every trainer does around its loop: the folder, the data, the order, the log, the model that is left behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fastrlhf.config import TrainConfig, require
+from fastrlhf.distributed.ranks import from_all, is_first, largest, on_first, total, world_size
+from fastrlhf.models.adapters import share_weights
+from fastrlhf.runtime.atomic import sweep
+from fastrlhf.runtime.checkpoint import Checkpointer, Stateful, check_run_dir, create_output_dir, locked, save_trained
+from fastrlhf.runtime.inputs import Data
+from fastrlhf.runtime.metrics import MetricsWriter, read_metrics
+from fastrlhf.runtime.out_of_memory import is_out_of_memory
+from fastrlhf.runtime.signals import Interrupted, Interrupts
+from fastrlhf.types import TokenizedExample
+from fastrlhf_kernels import Max, Metric, merge
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What a trainer returns."""
+
+    model: PreTrainedModel
+    """In several processes sharded; on the CPU after `load_in_4bit`, for want of room."""
+    tokenizer: PreTrainedTokenizerBase
+    history: list[dict[str, float]] = field(repr=False)
+    """One row of metrics per optimiser step (per update, in on-policy runs)."""
+    final: dict[str, float]
+    """The last evaluation; empty where there was nothing to evaluate on."""
+    output_dir: Path | None
+    initial: dict[str, float] = field(default_factory=dict)
+    """That before the first step; empty without `eval_on_start`."""
+    value_model: PreTrainedModel | None = None
+    """The critic of an on-policy run; on the CPU where it shared the weights of the policy."""
+
+
+class Run:
+    """One run of one trainer: `with Run("sft", config, num_steps, (model, tokenizer)) as run`.
+
+    Where the folder holds an unfinished run of the same configuration, everything that is handed over is put back to
+    its newest checkpoint, and `remaining` goes on from there. Ctrl-C and SIGTERM are obeyed after the step that they
+    interrupt, with a checkpoint; so is running out of memory, where no weight has moved since. A run that ends by
+    another error leaves its weights in `interrupted/`, where no checkpoint has them: those of its last whole step, or,
+    where the error says so, some that its next step has moved already. Of several processes all make the same calls,
+    the first alone writes more than its part of a checkpoint, and after an error none can save.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        config: TrainConfig,
+        steps: int,
+        trained: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None,
+        *,
+        value_model: PreTrainedModel | None = None,
+        data: Data | None = None,
+        parts: Mapping[str, Stateful] | None = None,
+    ) -> None:
+        """`parts` are what remembers beside the models: the optimiser, normalisers, controllers."""
+        self._name, self._config, self._steps, self._trained = name, config, steps, trained
+        self._stack = ExitStack()
+        self._start = self._saved = 0
+        self.history: list[dict[str, float]] = []
+        self.initial: dict[str, float] = {}
+        self.folder = Path(config.output_dir) if config.output_dir else None
+        self._checkpointer = None
+        self._writer: MetricsWriter | None = None  # of the first rank
+        if self.folder and trained:
+            models = {"": trained[0]} | ({"value_model": value_model} if value_model is not None else {})
+            fingerprint = data.fingerprint if data else {}
+            self._checkpointer = Checkpointer(self.folder, models, trained[1], parts or {}, fingerprint)
+
+    def __enter__(self) -> Run:
+        with ExitStack() as stack:
+            if self.folder:
+                self._open(self.folder, stack)
+            bar = tqdm(
+                total=self._steps,
+                initial=self._start,
+                desc=self._name,
+                disable=not (self._config.progress and is_first()),
+                file=sys.stderr,
+                dynamic_ncols=True,
+            )
+            self._bar = stack.enter_context(bar)
+            self._stack = stack.pop_all()
+        return self
+
+    def _open(self, folder: Path, stack: ExitStack) -> None:
+        """The folder as it was at the checkpoint, and the run in the state of then."""
+        on_first(lambda: self._claim(folder, stack))
+        if self._checkpointer:
+            self._start = self._saved = self._checkpointer.load(self._config.resume_weights_only)
+        rows = on_first(lambda: self._open_log(folder, stack))
+        values = [{key: value for key, value in row.items() if key not in ("step", "time")} for row in rows]
+        if rows and rows[0]["step"] == 0:
+            self.initial = values.pop(0)
+        self.history = values
+        self._interrupts = stack.enter_context(Interrupts())
+
+    def _claim(self, folder: Path, stack: ExitStack) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(locked(folder))
+        check_run_dir(self._config)
+        sweep(folder, "checkpoint-*")
+
+    def _open_log(self, folder: Path, stack: ExitStack) -> list[dict[str, Any]]:
+        """The rows of the log up to the checkpoint; it is open from now on."""
+        config = self._config
+        # config.yaml marks the folder as a run: it comes after the reporters, which may fail to start.
+        writer = MetricsWriter(
+            folder, config.report_to, config.run_name or None, dataclasses.asdict(config), resumed_at=self._start
+        )
+        self._writer = stack.enter_context(writer)
+        rows = read_metrics(folder / "metrics.jsonl")
+        first = 0 if config.eval_on_start else 1
+        if self._start and [row["step"] for row in rows] != list(range(first, self._start + 1)):
+            raise ValueError(
+                f"{str(folder / 'metrics.jsonl')!r} does not hold the steps {first} to {self._start} of the run that "
+                "is to be resumed; restore the file"
+            )
+        create_output_dir(config.output_dir, config)
+        return rows
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # One rank alone, where only that one failed, cannot gather the weights.
+        failed = error if isinstance(error, Exception) and world_size() == 1 else None
+        if failed and is_out_of_memory(failed):
+            self._rescue(failed)
+        if failed and self.folder and self._trained and len(self.history) > self._saved:
+            step, place = len(self.history), self.folder / "interrupted"
+            moved = step < self._steps and self._checkpointer and not self._checkpointer.back_to_mark()
+            try:
+                save_trained(*self._trained, place)
+                which = f", in the middle of step {step + 1}: some have moved since step {step}" if moved else ""
+                failed.add_note(f"its last weights are in {place}{which}")
+            except Exception as another:  # it must not hide the first one
+                log.warning("interrupted: the last weights cannot be saved: %s", another)
+        self._stack.__exit__(kind, error, trace)
+
+    def _rescue(self, error: Exception) -> None:
+        """Saves the last whole step, as after a signal, where nothing of the next one has moved yet."""
+        step = len(self.history)
+        if self._checkpointer and self._saved < step < self._steps and self._checkpointer.back_to_mark():
+            try:
+                error.add_note(f"saved as {self._save(self._checkpointer, step)}; the same command continues")
+            except Exception as another:
+                log.warning("step %d cannot be saved: %s", step, another)
+
+    def on_start(self, evaluate: Callable[[], Mapping[str, float]]) -> None:
+        """The row of step 0, where `eval_on_start` asks for one: what `evaluate` finds before the first step. A run
+        that goes on from a checkpoint has it in its log."""
+        if self._config.eval_on_start and self._start == 0:
+            self.initial = dict(evaluate())
+            if self._writer:
+                self._writer.log(0, self.initial)
+
+    def remaining(self, batches: Iterable[list[int]]) -> Iterator[tuple[int, list[int]]]:
+        """(step, batch) from the step on at which the run starts or resumes."""
+        return ((step, batch) for step, batch in enumerate(batches) if step >= self._start)
+
+    def log(self, step: int, metrics: Mapping[str, float], shown: str = "loss") -> None:
+        """One row per optimiser step, at once on disk, and a checkpoint where one is due: what ends a step.
+
+        Raises Interrupted, with a checkpoint on disk, where a signal has come during the step. After the last step the
+        model itself is saved next, and no checkpoint is needed.
+        """
+        self.history.append(dict(metrics))
+        if self._writer:
+            self._writer.log(step, metrics)
+        self._bar.update()
+        self._bar.set_postfix_str(f"{shown.rpartition('/')[2]} {metrics[shown]:.4g}")
+        if self._checkpointer and step < self._steps:
+            if self._config.save_steps and step % self._config.save_steps == 0:
+                self._save(self._checkpointer, step)
+            self._checkpointer.mark()
+            # A signal does not reach all ranks in the same step.
+            if pending := max(from_all(self._interrupts.pending or 0)):
+                saved = self._save(self._checkpointer, step)
+                raise Interrupted(pending, f"after step {step}, saved as {saved}")
+
+    def _save(self, checkpointer: Checkpointer, step: int) -> Path:
+        if step > self._saved:
+            if self._writer:
+                self._writer.flush()
+            checkpointer.save(step, self._config.save_total_limit)
+            self._saved = step
+        return checkpointer.path(step)
+
+    def samples(self, step: int, rows: Sequence[dict[str, object]]) -> None:
+        if self._writer:
+            self._writer.samples(step, list(rows))
+
+    def due(self, step: int, every: int) -> bool:
+        """True after the last step, and every `every` steps where that is not 0."""
+        return step + 1 == self._steps or (every > 0 and (step + 1) % every == 0)
+
+    def finish(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        final: dict[str, float],
+        value_model: PreTrainedModel | None = None,
+    ) -> TrainResult:
+        """Saves what was trained, adapters added to the weights, and returns it."""
+        if value_model is not None:
+            place, apart = self.folder and self.folder / "value_model", share_weights(model, value_model)
+            value_model = save_trained(value_model, tokenizer, place, apart=apart)
+        model = save_trained(model, tokenizer, self.folder)
+        return TrainResult(
+            model=model,
+            tokenizer=tokenizer,
+            history=self.history,
+            final=final,
+            output_dir=self.folder,
+            initial=self.initial,
+            value_model=value_model,
+        )
+
+
+def check_micro_batch(config: TrainConfig, examples: Sequence[TokenizedExample], costs: Sequence[int]) -> None:
+    """Raises ValueError, naming the row, where an item of `costs` tokens, one per example, exceeds a micro-batch."""
+    longest = max(range(len(costs)), key=costs.__getitem__)
+    require(
+        costs[longest] <= config.micro_batch_tokens,
+        "micro_batch_tokens",
+        config.micro_batch_tokens,
+        f"at least {costs[longest]}, the tokens of row {examples[longest].row}, or max_length lower",
+    )
+
+
+class StepMetrics:
+    """Metrics of the losses, added up on the device over the micro-batches of a step (or the passes of an update), then
+    over ranks."""
+
+    def __init__(self) -> None:
+        self._totals: dict[str, Metric] = {}
+
+    def add(self, metrics: Mapping[str, Metric]) -> None:
+        self._totals = merge(self._totals, metrics)
+
+    def means(self, count: str) -> dict[str, float]:
+        """Every sum over the sum called `count`; maxima as they are. Waits for the GPU, once."""
+        names = list(self._totals)
+        own = torch.stack([self._totals[name].value for name in names])
+        sums, maxima = torch.stack([total(own), largest(own)]).tolist()
+        number = max(sums[names.index(count)], 1.0)
+        return {
+            name: maximum if isinstance(self._totals[name], Max) else value / number
+            for name, value, maximum in zip(names, sums, maxima, strict=True)
+        }

@@ -1,0 +1,1 @@
+"""`fastrlhf plan`: memory and tokens per step before anything is loaded."""

@@ -1,0 +1,114 @@
+"""The cheapest change of a configuration that makes a run fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from fastrlhf.config import DPOConfig, PPOConfig, TrainConfig
+from fastrlhf.distributed.ranks import world_size
+from fastrlhf.tools.plan.packs import Rows, find_packs
+from fastrlhf.tools.plan.phases import Phase, count_phases, readable
+
+
+def cheapest_change(
+    config: TrainConfig, rows: Rows, phases: Sequence[Phase], limit: int, *, is_cuda: bool, may_offload: bool
+) -> str:
+    """The first change after which no phase takes more than `limit` bytes, in the order of `_bases`, each of them with
+    less side by side where it alone is not enough. Where none does, what the least of them needs. `phases` are those
+    of `config`; `may_offload`: the run has a GPU to take activations and frozen models from."""
+    least = max(phase.total for phase in phases)
+
+    def totals(changed: TrainConfig) -> list[int]:
+        return [phase.total for phase in count_phases(changed, rows, is_cuda=is_cuda)[0]]
+
+    for base in _bases(config, may_offload):
+        needs = [phase.total for phase in phases] if base == config else totals(base)
+        if max(needs) <= limit:
+            return f"the cheapest change that fits: {_told(config, base)}: {readable(max(needs))}"
+        is_rollout = isinstance(base, PPOConfig)
+        smaller = _smaller(
+            base, rows, rollout=is_rollout and needs[0] > limit, training=max(needs[is_rollout:]) > limit
+        )
+        least = min(least, *needs, *(max(totals(changed)) for changed in smaller[-1:]))
+        if least > limit:
+            continue  # not even the smallest
+        for changed in smaller:
+            if (peak := max(totals(changed))) <= limit:
+                return f"the cheapest change that fits: {_told(config, changed)}: {readable(peak)}"
+    return (
+        f"no setting of this command makes it fit: the least needs {readable(least)}; "
+        "take a smaller model or a larger device"
+    )
+
+
+def _bases(config: TrainConfig, may_offload: bool) -> Iterator[TrainConfig]:
+    """Settings that save memory without being a number to turn down, the cheapest first, each on top of the one before.
+
+    To compute the reference's log-probs once costs nothing, to fetch frozen models from CPU memory a moment per update,
+    to compute activations again a third more time: none of these changes a number, nor do copies of what is then left
+    of activations. Moments in 8 bits and bfloat16 round; a LoRA trains something else. Several processes cannot
+    fetch models.
+    """
+    if isinstance(config, DPOConfig) and not config.precompute_ref_log_probs:
+        config = replace(config, precompute_ref_log_probs=True)
+    steps = (
+        {},
+        {"ref_reward_offload": True} if may_offload and _can_wait(config) else {},
+        {"activation_checkpointing": True},
+        {"activation_offloading": True} if may_offload else {},
+        {"dtype": "bfloat16"},
+        {"optim": "adamw_8bit"} if not config.use_peft else {},
+        {"use_peft": True, "optim": config.optim} if not (config.use_peft or config.model_config) else {},
+    )
+    before = None
+    for step in steps:
+        config = replace(config, **step)
+        if config != before:
+            yield config
+        before = config
+
+
+def _can_wait(config: TrainConfig) -> bool:
+    """Whether frozen models have weights of their own, which nothing reads while they would wait."""
+    if not isinstance(config, PPOConfig) or config.use_peft or world_size() > 1:
+        return False
+    try:
+        replace(config, ref_reward_offload=True)
+    except ValueError:
+        return False
+    return True
+
+
+def _smaller(config: TrainConfig, rows: Rows, *, rollout: bool, training: bool) -> list[TrainConfig]:
+    """Less side by side, in the phases that are too large; the least last."""
+    packs = find_packs(config, rows)
+    settings = [config]
+    if training:
+        sizes = _halvings(min(config.micro_batch_tokens, packs.largest.num_tokens), packs.longest)
+        settings = [replace(config, micro_batch_tokens=size) for size in sizes] or settings
+    if rollout and isinstance(config, PPOConfig):
+        numbers = _halvings(min(config.rollout_batch_size, config.batch_size), 1)
+        settings = [replace(each, rollout_batch_size=number) for each in settings for number in numbers]
+    return [each for each in settings if each != config]
+
+
+def _halvings(value: int, least: int) -> list[int]:
+    """value / 2, value / 4, ... and at last `least`, all below `value`."""
+    found = []
+    while value > least:
+        value = max(value // 2, least)
+        found.append(value)
+    return found
+
+
+def _told(config: TrainConfig, changed: TrainConfig) -> str:
+    names = (
+        *("precompute_ref_log_probs", "ref_reward_offload", "micro_batch_tokens", "rollout_batch_size"),
+        *("activation_checkpointing", "activation_offloading", "dtype", "optim", "use_peft"),
+    )
+    return " ".join(
+        f"--{name} {getattr(changed, name)}"
+        for name in names
+        if hasattr(config, name) and getattr(config, name) != getattr(changed, name)
+    )

@@ -1,0 +1,288 @@
+"""How many bytes a forward and backward hold at their peak, counted without computing or allocating anything.
+
+The trainer's own forward runs on fake tensors (torch.FakeTensorMode): they have shapes, dtypes and storages of a size,
+and no data. Every storage that an operator returns is counted from its birth to its death, so saved activations,
+gradients and temporaries are those of the real pass, of any architecture. What an operator holds inside itself is not
+seen; for the blocks of logits of `linear_logprob`, the largest of these, the file of that op has a formula.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from fastrlhf.config import TrainConfig
+from fastrlhf.models.adapters import inject
+from fastrlhf.models.forward import enable_activation_checkpointing, sequence_scores, token_logprobs, token_values
+from fastrlhf.models.four_bit import empty_weight, quantize_without_data, state_tensors
+from fastrlhf.models.loading import DTYPES, make_trainable
+from fastrlhf.types import PackedBatch
+from fastrlhf_kernels._blocks import CPU_BLOCK
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+TRITON_PART = 128 * 2**20
+"""Bytes of the part of the logits' gradient that the Triton path of linear_logprob stores."""
+
+ELSEWHERE = torch.device("meta")
+"""Where what a run keeps in the CPU's memory is here: not on the device whose bytes are counted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FakeModel:
+    """A model without data."""
+
+    model: PreTrainedModel
+    num_parameters: int
+    """Tied ones once."""
+    num_bytes: int
+    """Of parameters and buffers."""
+    num_trained: int
+    """Parameters that have gradients."""
+    gradient_bytes: int
+
+
+@dataclass(kw_only=True)
+class Fakes:
+    """Fake models of one run, all of one mode. `fakes.policy(model)` and `fakes.scorer(model)` make them of the models'
+    configurations. Where they are given the run's as well, they are as it trains them: with its adapter, or with the
+    one that `adapter` describes, of a role. `four_bit`: the backbone under it is in 4 bits."""
+
+    dtype: str
+    is_cuda: bool
+    mode: FakeTensorMode
+
+    @staticmethod
+    def of(dtype: str, is_cuda: bool) -> Fakes:
+        return Fakes(dtype=dtype, is_cuda=is_cuda, mode=FakeTensorMode())
+
+    def policy(
+        self,
+        model: PretrainedConfig,
+        run: TrainConfig | None = None,
+        *,
+        adapter: LoraConfig | None = None,
+        four_bit: bool = False,
+    ) -> FakeModel:
+        """A causal LM."""
+        return self._made(
+            lambda: AutoModelForCausalLM.from_config(model, dtype=DTYPES[self.dtype]), run, adapter, four_bit
+        )
+
+    def scorer(
+        self,
+        model: PretrainedConfig,
+        run: TrainConfig | None = None,
+        *,
+        adapter: LoraConfig | None = None,
+        four_bit: bool = False,
+    ) -> FakeModel:
+        """The same backbone with one score, whose head is float32."""
+        model = copy.deepcopy(model)
+        model.num_labels = 1
+
+        def make() -> PreTrainedModel:
+            made = AutoModelForSequenceClassification.from_config(model, dtype=DTYPES[self.dtype])
+            if self.dtype != "float32":
+                made.score = torch.nn.Linear(cast(torch.nn.Linear, made.score).in_features, 1, bias=False)
+            return made
+
+        return self._made(make, run, adapter, four_bit)
+
+    def _made(
+        self,
+        make: Callable[[], PreTrainedModel],
+        run: TrainConfig | None,
+        adapter: LoraConfig | None,
+        four_bit: bool,
+    ) -> FakeModel:
+        """On the meta device first, where peft can move its layers; fake tensors cannot be moved."""
+        with torch.device("meta"):
+            model = make()
+            if four_bit:
+                quantize_without_data(model, DTYPES[self.dtype])
+            if adapter:
+                inject(adapter, model, seed=0)
+                if hasattr(model, "score"):
+                    cast(torch.nn.Linear, model.score).requires_grad_(True)
+                if run and run.activation_checkpointing:
+                    enable_activation_checkpointing(model)
+            elif run:
+                make_trainable(model, replace(run, activation_offloading=False), "")
+            if run and run.activation_offloading:
+                enable_activation_checkpointing(model, offload_to=ELSEWHERE)
+        known: dict[int, Tensor] = {}  # tied tensors stay tied
+        with self.mode:
+            for module in model.modules():
+                for name, x in (*module._parameters.items(), *module._buffers.items()):
+                    if x is not None:
+                        setattr(module, name, known.setdefault(id(x), _fake(x)))
+        return _counted(model)
+
+    def peak(
+        self, trained: Mapping[str, FakeModel], batch: PackedBatch, *, reference: FakeModel | None, num_packs: int
+    ) -> int:
+        """Bytes beyond the weights, gradients included, at the worst moment of an optimiser step of `num_packs` packs
+        like this one: a forward and backward of each model in turn, by name "policy", "scorer" or "critic".
+
+        `reference` runs without gradient between the forward and the backward of the policy, as live DPO does.
+        """
+        batch = self._faked(batch)
+        models = [fake.model for fake in (*trained.values(), *([reference] if reference else []))]
+        with self._counting(models) as tally:
+            for _ in range(min(num_packs, 2)):  # from the second on gradients are there; a third is like it
+                for name, fake in trained.items():
+                    output = _read(name, fake.model, batch)
+                    if reference and name == "policy":
+                        with torch.no_grad():
+                            token_logprobs(reference.model, batch)
+                    output.sum().backward()
+                    del output
+        return tally.peak
+
+    def forward_peak(self, models: Mapping[str, FakeModel], batch: PackedBatch) -> int:
+        """Bytes beyond the weights at the worst moment of a forward without gradient of each model in turn, by the
+        names of `peak`."""
+        batch = self._faked(batch)
+        with self._counting([fake.model for fake in models.values()]) as tally, torch.no_grad():
+            for name, fake in models.items():
+                _read(name, fake.model, batch)
+        return tally.peak
+
+    def prefill_peak(self, policy: FakeModel, batch: PackedBatch) -> int:
+        """The same of the backbone, with one row."""
+        one = torch.zeros(1, dtype=torch.int64)
+        return self.forward_peak({"policy": policy}, replace(batch, rows=one, targets=one))
+
+    def _faked(self, batch: PackedBatch) -> PackedBatch:
+        def fake(part: Any) -> Any:
+            return {name: self.mode.from_tensor(x) for name, x in _tensors(part).items()}
+
+        return replace(batch, **fake(batch), plan=replace(batch.plan, **fake(batch.plan)))
+
+    @contextmanager
+    def _counting(self, models: Sequence[PreTrainedModel]) -> Iterator[_Tally]:
+        tally = _Tally(models, self.is_cuda)
+        with self.mode, tally:
+            yield tally
+        for model in models:
+            model.zero_grad()
+
+
+class _Tally(TorchDispatchMode):
+    """Counts the bytes of storages that live; those of `models` are known and count nothing."""
+
+    def __init__(self, models: Sequence[PreTrainedModel], is_cuda: bool) -> None:
+        super().__init__()
+        self.peak = 0
+        self._now = 0
+        self._is_cuda = is_cuda
+        self._sizes = {
+            x.untyped_storage()._cdata: 0
+            for model in models
+            for kept in (*model.parameters(), *model.buffers())
+            for x in (kept, *state_tensors(kept))
+        }
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, Tensor) and tensor.device != ELSEWHERE:
+                self._add(tensor.untyped_storage())
+        self.peak = max(self.peak, self._now + self._workspace(str(func), args))
+        return output
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self._sizes:
+            self._sizes[key] = storage.nbytes()
+            self._now += storage.nbytes()
+            weakref.finalize(storage, self._remove, key)
+
+    def _remove(self, key: int) -> None:
+        self._now -= self._sizes.pop(key)
+
+    def _workspace(self, name: str, args: Sequence[Any]) -> int:
+        """What an operator holds beyond its results: linear_logprob by the formula of its file, with blocks no larger
+        than the op, a product with a weight in 4 bits that weight in full."""
+        if name.startswith("bitsandbytes.gemm_4bit"):
+            return args[0].element_size() * math.prod(args[2])
+        if not name.startswith("fastrlhf.linear_logprob"):
+            return 0
+        is_backward = "backward" in name
+        hidden, weight = args[3:5] if is_backward else args[:2]
+        (num_rows, size), vocab = hidden.shape, weight.shape[0]
+        if self._is_cuda:
+            return is_backward * (max(TRITON_PART, 4096 * num_rows) + 4 * num_rows * size)
+        rows, columns = min(num_rows, CPU_BLOCK[0]), min(vocab, CPU_BLOCK[1])
+        # While the next block is made, the one before is there.
+        held = 1 + (num_rows > rows or vocab > columns)
+        is_cast, wants_entropy = weight.dtype != torch.float32, args[2] is not None if is_backward else args[9]
+        of_weight = is_cast + (is_backward and args[-2])  # a gradient that is asked for
+        cast_up = 8 * num_rows * size if hidden.dtype != torch.float32 else 0
+        return 4 * columns * (held * of_weight * size + (held + wants_entropy) * rows) + cast_up
+
+
+def _read(name: str, model: PreTrainedModel, batch: PackedBatch) -> Tensor:
+    if name == "critic":
+        return token_values(model, batch)
+    return sequence_scores(model, batch) if name == "scorer" else token_logprobs(model, batch).logprob
+
+
+def _counted(model: PreTrainedModel) -> FakeModel:
+    parameters = list(model.parameters())
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    kept = [x for tensor in (*parameters, *model.buffers()) for x in (tensor, *state_tensors(tensor))]
+    return FakeModel(
+        model=model.eval(),
+        num_parameters=sum(map(_num_parameters, parameters)),
+        num_bytes=sum(x.numel() * x.element_size() for x in kept),
+        num_trained=sum(p.numel() for p in trained),
+        gradient_bytes=sum(p.numel() * p.element_size() for p in trained),
+    )
+
+
+def _num_parameters(parameter: Tensor) -> int:
+    state = getattr(parameter, "quant_state", None)
+    return math.prod(state.shape) if state else parameter.numel()
+
+
+def _fake(x: Tensor) -> Tensor:
+    """In the mode that is on; a weight in 4 bits with its scales."""
+    if not isinstance(x, torch.nn.Parameter):
+        return torch.empty(x.shape, dtype=x.dtype)
+    state = getattr(x, "quant_state", None)
+    if state is None:
+        return torch.nn.Parameter(torch.empty(x.shape, dtype=x.dtype), x.requires_grad)
+    packed, state = empty_weight(state.shape, state.dtype)
+    fake = cast(Any, torch.nn.Parameter(packed, requires_grad=False))
+    fake.quant_state = state
+    fake.__class__ = Params4bit
+    return fake
+
+
+class Params4bit(FakeTensor):
+    """By this name peft knows a weight to dequantise, for the norms of DoRA; bitsandbytes' own cannot be fake."""
+
+
+def _tensors(part: Any) -> dict[str, Tensor]:
+    values = {name: getattr(part, name) for name in part.__slots__}
+    return {name: value for name, value in values.items() if isinstance(value, Tensor)}

@@ -1,0 +1,108 @@
+"""The models of a run, without data: which there are, and what each holds that no other does.
+
+Roles that are adapters are made of the settings beside their weights; that they belong to the policy's base is for the
+run to check.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
+
+from fastrlhf.config import DPOConfig, PPOConfig, RewardConfig, TrainConfig, parse_model_config, require
+from fastrlhf.models.loading import read_model_config
+from fastrlhf.models.roles import adapter_settings, holds_adapter
+from fastrlhf.rewards.implicit import implicit_sources
+from fastrlhf.tools.plan.memory import FakeModel, Fakes
+
+DPO_NAMES = {"dpo_model_path": "DPO model", "dpo_ref_model_path": "DPO reference"}
+
+
+@dataclass(kw_only=True)
+class Models:
+    start: PretrainedConfig
+    """Of the model that the run starts from."""
+    trained: dict[str, FakeModel] = dataclasses.field(default_factory=dict)
+    """By "policy", "scorer" or "critic"."""
+    frozen: dict[str, FakeModel] = dataclasses.field(default_factory=dict)
+    """By what they are called in a plan."""
+    own: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Bytes of weights by the same names: what no model told before them has; 0 where that is nothing."""
+
+
+def open_models(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, fakes: Fakes) -> Models:
+    """Raises ValueError, as the run would, for a model that is not there or that its keys do not fit."""
+    start = _model_config(config, config.model_name_or_path, "model_name_or_path", tokenizer)
+    models = Models(start=start)
+    name, make = ("scorer", fakes.scorer) if isinstance(config, RewardConfig) else ("policy", fakes.policy)
+    _train(models, name, make(start, config, four_bit=config.load_in_4bit))
+    if isinstance(config, DPOConfig) and not config.precompute_ref_log_probs:
+        source = config.ref_model_name_or_path
+        other = _model_config(config, source, "ref_model_name_or_path", tokenizer) if source else None
+        shares = config.use_peft and other is None
+        _freeze(models, "reference", fakes.policy(other or start, four_bit=shares and config.load_in_4bit), shares)
+    if isinstance(config, PPOConfig):
+        _add_roles(models, config, tokenizer, fakes)
+    return models
+
+
+def _add_roles(models: Models, config: PPOConfig, tokenizer: PreTrainedTokenizerBase, fakes: Fakes) -> None:
+    source = config.reward_model_path
+    if not source:
+        raise ValueError("reward_model_path: give the reward model that judges and from which the critic starts")
+    start = models.start
+    _freeze(models, "reference", fakes.policy(start, four_bit=config.load_in_4bit), config.use_peft)
+
+    def role(name: str, source: str, field: str) -> None:
+        make = fakes.policy if name in DPO_NAMES.values() else fakes.scorer
+        if holds_adapter(source):
+            fake = make(start, adapter=adapter_settings(source, field), four_bit=config.load_in_4bit)
+            models.frozen[name], models.own[name] = fake, fake.gradient_bytes
+        else:
+            _freeze(models, name, make(_model_config(config, source, field, tokenizer)))
+
+    role("reward model", source, "reward_model_path")
+    if config.advantage_estimator == "gae":
+        if not holds_adapter(source):
+            _train(
+                models, "critic", fakes.scorer(_model_config(config, source, "reward_model_path", tokenizer), config)
+            )
+            if config.use_peft:
+                models.own["reward model"] = 0  # the weights under the critic's adapter
+        elif config.use_peft:
+            settings = adapter_settings(source, "reward_model_path")
+            critic = fakes.scorer(start, config, adapter=settings, four_bit=config.load_in_4bit)
+            models.trained["critic"], models.own["critic"] = critic, critic.gradient_bytes
+        else:
+            _train(models, "critic", fakes.scorer(start, config))  # the adapter is added to weights of its own
+    for field, path in implicit_sources(config).items():
+        role(DPO_NAMES[field], path, field)
+    if second := config.eval_reward_model_path:
+        role("second reward model", second, "eval_reward_model_path")
+
+
+def _train(models: Models, name: str, fake: FakeModel) -> None:
+    models.trained[name], models.own[name] = fake, fake.num_bytes
+
+
+def _freeze(models: Models, name: str, fake: FakeModel, shares: bool = False) -> None:
+    models.frozen[name], models.own[name] = fake, 0 if shares else fake.num_bytes
+
+
+def _model_config(config: TrainConfig, source: str, field: str, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
+    """Of a model as the run will open it: its vocabulary is at least the tokenizer's."""
+    if config.model_config and field == "model_name_or_path":
+        require(not config.use_peft, "use_peft", True, "false: a model from scratch has no weights to adapt")
+        fields = parse_model_config(config.model_config)
+        try:
+            model = AutoConfig.for_model(fields.pop("model_type"), **fields)
+        except ValueError as error:
+            raise ValueError(f"model_config.model_type: {error}") from error
+        model.vocab_size, model.pad_token_id = len(tokenizer), None
+        return model
+    require(bool(source), field, source, "a folder or a hub name")
+    model = read_model_config(source, field, config.trust_remote_code)
+    model.vocab_size, model.pad_token_id = max(model.vocab_size, len(tokenizer)), None
+    return model

@@ -1,0 +1,132 @@
+"""What a run is planned by: the rows of its steps, and the packs that its trainer makes of them.
+
+Rows are read and tokenised as the run will; of a dataset of the hub, which is not fetched for this, rows of
+`max_length` are assumed. Responses are taken to be as long as `response_length` allows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from fastrlhf.algorithms.experience import pack_episodes
+from fastrlhf.config import DPOConfig, PPOConfig, RewardConfig, TrainConfig, require
+from fastrlhf.data.packing import forest, micro_batches, num_computed, pack
+from fastrlhf.data.rows import SUFFIXES
+from fastrlhf.runtime.inputs import open_tokenizer
+from fastrlhf.tools.plan.work import open_work, to_tree
+from fastrlhf.types import PackedBatch, Prefix, Rollout, TokenizedExample
+
+MOST_BATCHES = 200
+"""Steps whose packs are looked at for the largest one; of on-policy runs, whose packs cost more to make, a tenth."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """What the steps are made of; it does not depend on the settings that `_changes` varies."""
+
+    tokenizer: PreTrainedTokenizerBase
+    examples: list[TokenizedExample]
+    batches: list[list[int]]
+    steps: int | None
+    """None where the size of the dataset is not known and the steps depend on it."""
+    note: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packs:
+    largest: PackedBatch
+    num_packs: int
+    """Of a step, at most."""
+    longest: int
+    """Tokens of an item that no micro-batch may cut."""
+    tokens_per_step: float
+    """Computed in one pass over the batch."""
+
+
+def read_rows(config: TrainConfig) -> Rows:
+    source = config.dataset_name
+    require(bool(source), "dataset_name", source, "a hub name, or a local file or folder")
+    if Path(source).expanduser().exists() or source.endswith(SUFFIXES) or source.startswith((".", "~", "/")):
+        work = open_work(config, most_batches=MOST_BATCHES)
+        note = f"rows: {work.report.summary()}"
+        return Rows(tokenizer=work.tokenizer, examples=work.examples, batches=work.batches, steps=work.steps, note=note)
+    examples = [_assumed(config)] * config.batch_size
+    num = config.batch_size
+    steps = config.max_steps if config.max_steps > 0 else None
+    if isinstance(config, PPOConfig):
+        num //= config.reset_group_size
+        if steps is None and config.total_episodes:
+            steps = max(1, config.total_episodes // config.batch_size)
+    return Rows(
+        tokenizer=open_tokenizer(config),
+        examples=examples,
+        batches=[list(range(num))],
+        steps=steps,
+        note=f"dataset: {source} is not on this disk, so not read; rows of {config.max_length:,} tokens are assumed",
+    )
+
+
+def _assumed(config: TrainConfig) -> TokenizedExample:
+    """A row of `max_length` tokens; of a pair, prompt and both responses together."""
+    if isinstance(config, PPOConfig):
+        return TokenizedExample(prompt=[0] * (config.max_length - config.response_length), row=0)
+    part = max(1, config.max_length // 4)
+    response = [0] * part
+    if isinstance(config, DPOConfig | RewardConfig):
+        prompt = [0] * max(1, config.max_length - 2 * part)
+        return TokenizedExample(prompt=prompt, chosen=response, rejected=response, responses=[response] * 2, row=0)
+    return TokenizedExample(prompt=[0] * max(1, config.max_length - part), reference=response, chosen=response, row=0)
+
+
+def find_packs(config: TrainConfig, rows: Rows) -> Packs:
+    return _on_policy_packs(config, rows) if isinstance(config, PPOConfig) else _offline_packs(config, rows)
+
+
+def _offline_packs(config: TrainConfig, rows: Rows) -> Packs:
+    tree_of = to_tree(config)
+    trees = [tree_of(example) for example in rows.examples]
+    costs = [num_computed(tree) for tree in trees]
+    split = [
+        [[batch[i] for i in micro] for micro in micro_batches([costs[i] for i in batch], config.micro_batch_tokens)]
+        for batch in rows.batches
+    ]
+    largest = max((micro for micros in split for micro in micros), key=lambda micro: sum(costs[i] for i in micro))
+    return Packs(
+        largest=pack(forest(trees[i] for i in largest)),
+        num_packs=max(map(len, split)),
+        longest=max(costs),
+        tokens_per_step=sum(costs[i] for batch in rows.batches for i in batch) / len(rows.batches),
+    )
+
+
+def _on_policy_packs(config: PPOConfig, rows: Rows) -> Packs:
+    updates = []
+    for batch in rows.batches[: MOST_BATCHES // 10]:
+        prompts = [rows.examples[i] for i in batch for _ in range(config.reset_group_size)]
+        updates.append(
+            pack_episodes(config, [_whole(config, p) for p in prompts], range(len(batch)), torch.device("cpu"))
+        )
+    packs = [item.batch for update in updates for mini in update for item in mini]
+    together = config.reset_group_size if config.share_trunks else 1
+    longest = max(len(rows.examples[i].prompt) for batch in rows.batches for i in batch)
+    return Packs(
+        largest=max(packs, key=lambda batch: batch.num_tokens),
+        num_packs=max(len(mini) for update in updates for mini in update),
+        longest=longest + together * config.response_length,
+        tokens_per_step=sum(batch.num_tokens for batch in packs) / len(updates),
+    )
+
+
+def _whole(config: PPOConfig, example: TokenizedExample) -> Rollout:
+    """An episode from the prompt that uses up its budget. A reset would leave it as long, with fewer trained tokens."""
+    length = config.response_length
+    return Rollout(
+        prefix=Prefix(token_ids=example.prompt, num_reset=0, row=example.row, episode=0),
+        completion=[0] * length,
+        sampler_logprob=[0.0] * length,
+        ended=False,
+    )

@@ -1,0 +1,166 @@
+"""The parts of a step, and what each holds in memory at its worst moment.
+
+Weights, gradients and optimiser state are counted on the models' configurations, activations by running the trainer's
+forward and backward on tensors without data (tools/plan/memory.py), the rollout's cache by its shape.
+
+Not counted: what a fragmented allocator wastes, the workspaces of cuBLAS and of attention, the dataset itself, and the
+Python process with its libraries (0.3 to 0.5 GiB of a CPU's memory; the CUDA context, of a GPU's).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from transformers import PretrainedConfig
+
+from fastrlhf.config import DPOConfig, PPOConfig, TrainConfig
+from fastrlhf.data.packing import pack
+from fastrlhf.models.loading import DTYPES
+from fastrlhf.rollout.kv_cache import rounded_up
+from fastrlhf.runtime.optim import buckets
+from fastrlhf.tools.plan.memory import FakeModel, Fakes
+from fastrlhf.tools.plan.models import open_models
+from fastrlhf.tools.plan.packs import Rows, find_packs
+from fastrlhf.types import Segment
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """A part of a step, and what is in memory at its worst moment."""
+
+    name: str
+    parts: dict[str, int]
+    """What -> bytes"""
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+def readable(size: int) -> str:
+    return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / 2**20:.0f} MiB"
+
+
+def count_phases(config: TrainConfig, rows: Rows, *, is_cuda: bool) -> tuple[list[Phase], list[str]]:
+    """The phases, the rollout first where there is one, and facts: steps, tokens and parameters.
+
+    With `ref_reward_offload` the frozen models are on the device in the phases that ask them alone. Raises ValueError,
+    as the run would, for a model that is not there or that its keys do not fit.
+    """
+    packs = find_packs(config, rows)
+    fakes = Fakes.of(config.dtype, is_cuda)
+    models = open_models(config, rows.tokenizer, fakes)
+    trained, frozen = models.trained, models.frozen
+    weights = {f"weights of the {name}": models.own[name] for name in (*trained, *frozen) if models.own[name]}
+    waits = isinstance(config, PPOConfig) and config.ref_reward_offload
+    waiting = {part: weights.pop(part) for name in frozen if waits and (part := f"weights of the {name}") in weights}
+    moments, copies, update = _optimiser(config, trained.values())
+    gradients = sum(fake.gradient_bytes for fake in trained.values())
+    paged = config.optim.startswith("paged")
+    kept = weights | ({} if paged else moments) | {"float32 copies of bfloat16 weights": copies}
+    live = frozen.get("reference") if isinstance(config, DPOConfig) else None
+    beyond = fakes.peak(trained, packs.largest, reference=live, num_packs=packs.num_packs)
+    pack_tokens = packs.largest.num_tokens
+    phases = [
+        Phase(
+            name=f"forward and backward of {pack_tokens:,} tokens",
+            parts=kept
+            | {
+                "gradients": min(gradients, beyond),
+                "activations, blocks of logits, temporaries": max(0, beyond - gradients),
+            },
+        )
+    ]
+    if any(update.values()):
+        phases.append(Phase(name="optimiser step", parts=kept | {"gradients": gradients} | update))
+    if isinstance(config, PPOConfig):
+        rollout = _rollout(config, rows, fakes, models.start, trained["policy"])
+        before = [Phase(name=f"rollout of {rollout.name}", parts=kept | rollout.parts)]
+        if waiting and config.reset_source == "sample":
+            before.insert(0, Phase(name=f"the reference's own of {rollout.name}", parts=kept | waiting | rollout.parts))
+        if waiting:
+            forward = {"activations of a forward without gradient": fakes.forward_peak(trained, packs.largest)}
+            before.append(Phase(name=f"scoring of {pack_tokens:,} tokens", parts=kept | waiting | forward))
+        phases = before + phases
+    counts = {name: fake.num_parameters for name, fake in (*trained.items(), *frozen.items())}
+    per_pass = f"a pass over a batch: {packs.tokens_per_step:,.0f} tokens, in {packs.num_packs} packs at most"
+    facts = [
+        "parameters: " + ", ".join(f"{name} {count:,}" for name, count in counts.items()),
+        f"{'updates' if isinstance(config, PPOConfig) else 'optimiser steps'}: "
+        + ("not known before the dataset is read" if rows.steps is None else f"{rows.steps:,}"),
+        per_pass,
+        *[rows.note] * bool(rows.note),
+    ]
+    if config.use_peft:
+        facts.insert(
+            1, "of them trained: " + ", ".join(f"{name} {fake.num_trained:,}" for name, fake in trained.items())
+        )
+    if waiting:
+        facts.append(f"in CPU memory but while they are asked: {readable(sum(waiting.values()))} of frozen weights")
+    if paged:
+        told = readable(sum(moments.values()))
+        facts.append(f"optimiser state: {told}, not counted below: in paged memory, which moves to the CPU's")
+    if config.activation_offloading:
+        told = readable(max(_inputs_of_layers(fake, pack_tokens) for fake in trained.values()))
+        facts.append(f"inputs of layers: {told}, not counted below: in the CPU's memory between forward and backward")
+    if isinstance(config, PPOConfig):
+        passes = config.num_ppo_epochs
+        facts.insert(
+            facts.index(per_pass) + 1,
+            f"an update: {passes} such passes, {passes * config.num_mini_batches} optimiser steps",
+        )
+    return phases, facts
+
+
+def _optimiser(config: TrainConfig, trained: Iterable[FakeModel]) -> tuple[dict[str, int], int, dict[str, int]]:
+    """Bytes of the moments, of the float32 copies, and of what an update makes and drops again."""
+    in_float32 = in_8_bits = copies = update = 0
+    keeps_copies = config.master_weights == "float32"
+    for fake in trained:
+        for _, small, params in buckets(fake.model, config):
+            sizes = [param.numel() for _, param in params]
+            in_float32 += 0 if small else 8 * sum(sizes)
+            in_8_bits += sum(2 * size + 8 * -(-size // 256) for size in sizes) if small else 0
+            copied = [param.numel() for _, param in params if param.dtype != torch.float32]
+            copies += 4 * sum(copied) if keeps_copies else 0
+            # Without copies, the weights as well, and of one tensor its noise and its new values.
+            update = max(update, 4 * sum(copied) if keeps_copies else 8 * sum(copied) + 6 * max(copied, default=0))
+    made = "gradients in float32" if keeps_copies else "gradients and weights in float32, noise"
+    moments = {"optimiser state (float32, two per parameter)": in_float32, "optimiser state (8 bits)": in_8_bits}
+    return moments, copies, {made: update}
+
+
+def _inputs_of_layers(fake: FakeModel, num_tokens: int) -> int:
+    """Bytes of pinned memory, in powers of 2 as torch takes it."""
+    text = fake.model.config.get_text_config()
+    size = num_tokens * text.hidden_size * fake.model.dtype.itemsize
+    return text.num_hidden_layers * 2 ** math.ceil(math.log2(size))
+
+
+def _rollout(config: PPOConfig, rows: Rows, fakes: Fakes, model: PretrainedConfig, policy: FakeModel) -> Phase:
+    """Generation of `rollout_batch_size` episodes, beyond the weights: prefilled a micro-batch at a time, then one
+    token each."""
+    number = min(config.rollout_batch_size, config.batch_size)
+    width = max(len(rows.examples[i].prompt) for batch in rows.batches for i in batch)
+    text = model.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    item = DTYPES[config.dtype].itemsize
+    per_layer = 2 * heads * head_dim * item * number * rounded_up(width + config.response_length)
+    prefilled = min(number, max(1, config.micro_batch_tokens // width))
+    # The keys of all: episodes of one prompt are prefilled together, and it counts once.
+    prefill = per_layer // 2 + fakes.prefill_peak(policy, pack([Segment(token_ids=range(width))] * prefilled))
+    # logits, and in float32: tempered, their log-softmax, its exponential and the cumulative sum of that
+    drawing = number * text.vocab_size * (item + 16)
+    return Phase(
+        name=f"{number:,} episodes of {width:,} + {config.response_length:,} tokens",
+        parts={
+            "key-value cache": per_layer * text.num_hidden_layers,
+            "prefill, keys on their way to the cache, or logits of one token each": max(prefill, drawing),
+        },
+    )

@@ -1,0 +1,97 @@
+"""The memory and the steps of a run, before a weight is loaded. tools/plan/phases.py says what is counted,
+tools/plan/packs.py what the steps are made of, tools/plan/changes.py what would make it fit.
+
+`fastrlhf plan --config FILE [--command drpo] [--memory_gib 80]`, which ends in 1 where the run does not fit
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from fastrlhf.config import PPOConfig, TrainConfig, require
+from fastrlhf.models.loading import resolve_device
+from fastrlhf.models.offload import check_offloading
+from fastrlhf.tools.plan.changes import cheapest_change
+from fastrlhf.tools.plan.packs import read_rows
+from fastrlhf.tools.plan.phases import GIB, Phase, count_phases, readable
+
+USABLE = 0.92
+"""Of a device's memory; the rest is for what is not counted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    phases: list[Phase]
+    facts: list[str]
+    """Steps, tokens and parameters."""
+    device: str
+    memory: int
+    """Bytes of the device."""
+    change: str = ""
+    """What makes it fit; empty where it does."""
+
+    @property
+    def peak(self) -> int:
+        return max(phase.total for phase in self.phases)
+
+    @property
+    def usable(self) -> int:
+        return int(USABLE * self.memory)
+
+    @property
+    def fits(self) -> bool:
+        return self.peak <= self.usable
+
+
+def plan_run(config: TrainConfig, *, memory_gib: float = 0.0) -> Plan:
+    """The plan of a run on this machine's device, or on one of `memory_gib` GiB.
+
+    Raises ValueError, as the run would, for a model, a tokenizer or a dataset that is not there.
+    """
+    require(memory_gib >= 0, "memory_gib", memory_gib, "at least 0")
+    device = resolve_device(config.device)
+    if memory_gib:
+        name, memory = f"a device of {memory_gib:g} GiB", int(memory_gib * GIB)
+    else:
+        name, memory = _device_memory(device)
+    may_offload = device.type == "cuda" or (memory_gib > 0 and config.device != "cpu")
+    if config.activation_offloading and not may_offload:
+        check_offloading(device)
+    if isinstance(config, PPOConfig) and not may_offload:
+        config = replace(config, ref_reward_offload=False)  # on a CPU, frozen models wait where they are
+    # Rows are read as on this machine, and whether it can offload was asked above, of the device that is planned for.
+    rows, is_cuda = read_rows(replace(config, activation_offloading=False)), device.type == "cuda"
+    phases, facts = count_phases(config, rows, is_cuda=is_cuda)
+    plan = Plan(phases=phases, facts=facts, device=name, memory=memory)
+    if plan.fits:
+        return plan
+    change = cheapest_change(config, rows, phases, plan.usable, is_cuda=is_cuda, may_offload=may_offload)
+    return replace(plan, change=change)
+
+
+def format_plan(plan: Plan) -> str:
+    worst = max(plan.phases, key=lambda phase: phase.total)
+    unit, name, digits = (GIB, "GiB", 2) if plan.peak >= GIB else (2**20, "MiB", 1)
+    output = [*plan.facts]
+    for phase in plan.phases:
+        output += ["", f"{phase.name}{'  <- the peak' if phase is worst else ''}"]
+        parts = {what: size for what, size in phase.parts.items() if size} | {"together": phase.total}
+        output += [f"  {size / unit:9.{digits}f} {name}  {what}" for what, size in parts.items()]
+    verdict = "fits" if plan.fits else "does not fit"
+    output += ["", f"needs {readable(plan.peak)}; {USABLE:.0%} of {plan.device} is {readable(plan.usable)}: {verdict}"]
+    return "\n".join([*output, *[plan.change] * bool(plan.change)])
+
+
+def _device_memory(device: torch.device) -> tuple[str, int]:
+    """(name, bytes); of a container, what it may use."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return properties.name, properties.total_memory
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    allowed = limit.read_text().strip() if limit.exists() else "max"
+    return "this machine's memory", physical if allowed == "max" else min(physical, int(allowed))

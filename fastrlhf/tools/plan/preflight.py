@@ -1,0 +1,112 @@
+"""What is wrong with the runs of a chain, as far as it can be known before the first of them starts.
+
+Each trainer checks its own input when it starts, which for the last run of a chain is hours too late. Here the same
+functions are asked at once, about everything that is no weight of a model that an earlier run will leave.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from fastrlhf.algorithms.psipo import load_psi
+from fastrlhf.config import DPOConfig, PPOConfig, RewardConfig, RLPConfig, TrainConfig, parse_model_config
+from fastrlhf.data.packing import num_computed
+from fastrlhf.models.loading import read_model_config
+from fastrlhf.models.roles import holds_adapter
+from fastrlhf.rewards.functions import load_reward_functions
+from fastrlhf.rollout.vllm import import_vllm
+from fastrlhf.runtime.inputs import check_libraries
+from fastrlhf.runtime.metrics import import_reporters
+from fastrlhf.runtime.run import check_micro_batch
+from fastrlhf.tools.plan.work import open_work, to_tree
+
+POLICIES = ("model_name_or_path", "ref_model_name_or_path", "dpo_model_path", "dpo_ref_model_path")
+REWARD_MODELS = ("reward_model_path", "eval_reward_model_path")
+"""Keys that name a model, by what it must be."""
+
+Made = Mapping[str, tuple[str, TrainConfig]]
+"""Absolute output_dir -> (name, configuration) of a run that will have finished."""
+
+
+def check_chain(runs: Sequence[tuple[str, TrainConfig]]) -> None:
+    """Raises ValueError, naming the run, where one after the first cannot start: its models, tokenizer, rows, functions
+    or reporters are not there or not usable, or its folder is another's.
+
+    `runs` are (name, configuration), in order; what an earlier one leaves counts as there. The first checks itself.
+    """
+    made: dict[str, tuple[str, TrainConfig]] = {}
+    for name, config in runs:
+        folder = os.path.abspath(config.output_dir)
+        try:
+            if folder in made:
+                raise ValueError(f"output_dir: {config.output_dir!r} is that of {made[folder][0]} too; give it another")
+            if made:
+                _check(config, made)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        made[folder] = (name, config)
+
+
+def rlp_stages(config: RLPConfig, reward: RewardConfig, policy: PPOConfig) -> list[tuple[str, TrainConfig]]:
+    """The first two runs that RLP makes of its sections."""
+    folder, judge = Path(config.output_dir), config.reward_model_path
+    first = dataclasses.replace(reward, output_dir=str(folder / "reward"))
+    judged = dataclasses.replace(policy, output_dir=str(folder / "policy"), reward_model_path=judge or first.output_dir)
+    return [("reward", first), (config.policy, judged)]
+
+
+def _check(config: TrainConfig, made: Made) -> None:
+    import_reporters(config.report_to)
+    check_libraries(config)
+    for key in (*POLICIES, *REWARD_MODELS):
+        if path := getattr(config, key, ""):
+            _check_model(config, key, path, made)
+    if config.model_config:
+        parse_model_config(config.model_config)
+    if isinstance(config, PPOConfig):
+        if config.engine == "vllm":
+            import_vllm()
+        load_reward_functions(config)
+    if isinstance(config, DPOConfig | PPOConfig) and config.psi:
+        load_psi(config.psi, config.psi_clip)
+    _check_rows(_with_tokenizer(config, made))
+
+
+def _check_model(config: TrainConfig, key: str, path: str, made: Made) -> None:
+    place = Path(os.path.abspath(path))
+    if str(place) in made:
+        name, earlier = made[str(place)]
+        if isinstance(earlier, RewardConfig) != (key in REWARD_MODELS):
+            kinds = ("a policy", "a reward model")
+            found, wanted = (kinds[x] for x in (isinstance(earlier, RewardConfig), key in REWARD_MODELS))
+            raise ValueError(f"{key}: {path!r} will hold {found}, by {name}; give {wanted}")
+        return
+    if isinstance(config, PPOConfig) and key != "model_name_or_path" and holds_adapter(path):
+        return
+    if not {*map(str, place.parents)} & {*made}:  # a checkpoint of a run to come is not there yet
+        read_model_config(path, key, config.trust_remote_code)
+
+
+def _with_tokenizer(config: TrainConfig, made: Made) -> TrainConfig:
+    """The configuration with the tokenizer that it will find beside its model, where that is there already."""
+    own = {name: getattr(config, name) for name in ("eos_token", "chat_template")}
+    source = config.tokenizer_name_or_path or config.model_name_or_path
+    while os.path.abspath(source) in made:
+        earlier = made[os.path.abspath(source)][1]
+        own = {name: value or getattr(earlier, name) for name, value in own.items()}
+        source = earlier.tokenizer_name_or_path or earlier.model_name_or_path
+    return dataclasses.replace(config, tokenizer_name_or_path=source, **own)
+
+
+def _check_rows(config: TrainConfig) -> None:
+    examples = open_work(config).examples
+    if isinstance(config, PPOConfig):
+        together = config.reset_group_size if config.share_trunks else 1
+        costs = [len(example.prompt) + together * config.response_length for example in examples]
+    else:
+        tree_of = to_tree(config)
+        costs = [num_computed(tree_of(example)) for example in examples]
+    check_micro_batch(config, examples, costs)

@@ -1,0 +1,107 @@
+"""What a run would train on, made by the functions that its trainer calls, without a model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+from transformers import PreTrainedTokenizerBase
+
+from fastrlhf.algorithms import dpo, ppo, psipo_groups, reward_model, sft
+from fastrlhf.algorithms.prefixes import draw_prefixes, reset_fields
+from fastrlhf.algorithms.scoring import Tree
+from fastrlhf.config import DPOConfig, PPOConfig, RewardConfig, SFTConfig, TrainConfig
+from fastrlhf.data.tokens import TokenReport
+from fastrlhf.runtime.inputs import open_inputs, with_room
+from fastrlhf.runtime.optim import index_batches, num_steps
+from fastrlhf.types import Prefix, Rollout, TokenizedExample
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """The rows of a run, and the order in which it draws them."""
+
+    tokenizer: PreTrainedTokenizerBase
+    examples: list[TokenizedExample]
+    """Those that are trained on; of an on-policy run, whose prompt leaves room for a response."""
+    report: TokenReport
+    steps: int
+    """Optimiser steps; updates, of an on-policy run."""
+    batches: list[list[int]]
+    """Of the first steps, the indices into `examples` that each draws."""
+
+
+def open_work(config: TrainConfig, most_batches: int = 1) -> Work:
+    """Reads and tokenises the rows as the trainer of `config` does; a folder that holds a run is no obstacle.
+
+    Raises ValueError as the trainer would.
+    """
+    # What the run alone needs: a folder, reporters, a device and libraries.
+    alone = {"optim": "adamw_torch_fused", "attn_implementation": "auto", "use_liger_kernel": False}
+    alone |= {"activation_offloading": False, "load_in_4bit": False}
+    elsewhere = dataclasses.replace(config, output_dir="", report_to=(), **alone)
+    tokenizer, data = open_inputs(elsewhere, _fields(config), None, None)
+    examples = data.train
+    if isinstance(config, PPOConfig):
+        examples = with_room(examples, "train", config.max_length, config.response_length)
+        steps, size = ppo.num_updates(config, len(examples)), config.batch_size // config.reset_group_size
+    else:
+        steps, size = num_steps(config, len(examples)), config.batch_size
+    drawn = index_batches(len(examples), size, steps, config.seed)
+    return Work(
+        tokenizer=tokenizer,
+        examples=examples,
+        report=data.report,
+        steps=steps,
+        batches=list(islice(drawn, most_batches)),
+    )
+
+
+def to_tree(config: TrainConfig) -> Callable[[TokenizedExample], Tree]:
+    """From a row to the segments that an offline trainer makes of it."""
+    if isinstance(config, SFTConfig):
+        return lambda example: [sft.to_segment(example, config)]
+    if isinstance(config, RewardConfig):
+        return lambda example: reward_model.to_tree(example, config)
+    assert isinstance(config, DPOConfig)
+    module = psipo_groups if config.psi_backend == "groupwise" else dpo
+    return lambda example: module.to_tree(example, config)
+
+
+def first_prefixes(config: PPOConfig, work: Work) -> list[Prefix]:
+    """Where the episodes of `work.batches` start, by the draws of the run.
+
+    Responses that the reference policy would have to write first (`reset_source: sample`) are not there: these episodes
+    start at the prompt.
+    """
+    return [
+        prefix
+        for step, batch in enumerate(work.batches)
+        for prefix in draw_prefixes(
+            config,
+            [work.examples[i] for i in batch],
+            step * len(batch),
+            progress=step / work.steps,
+            roll_in=_WritesNothing(),
+        )
+    ]
+
+
+class _WritesNothing:
+    """Stands in for the reference policy as what writes the responses to reset to."""
+
+    def generate(self, prefixes: Sequence[Prefix]) -> list[Rollout]:
+        return []
+
+
+def _fields(config: TrainConfig) -> list[str]:
+    if isinstance(config, SFTConfig):
+        return [config.response]
+    if isinstance(config, RewardConfig):
+        return reward_model.fields_read(config)
+    if isinstance(config, PPOConfig):
+        return reset_fields(config)
+    assert isinstance(config, DPOConfig)
+    return ["responses"] if config.psi_backend == "groupwise" else dpo.fields_read(config)

@@ -1,0 +1,162 @@
+"""What the on-policy trainer can earn and do without: RTO, PsiPO, functions of the user's, no critic."""
+
+# ruff: noqa: F811 (the fixture)
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fastrlhf.algorithms.ppo import train_ppo
+from fastrlhf.config import DRPOConfig, PPOConfig, RTOConfig
+from fastrlhf.models.loading import build_policy
+from fastrlhf.report.samples import has_token_rewards
+from fastrlhf.runtime.metrics import read_rows
+from tests import tiny
+from tests.algorithms.test_ppo import assert_same_history, config, paths, run  # noqa: F401 (a fixture)
+
+
+@pytest.mark.parametrize(("kind", "shaping"), [(PPOConfig, "token"), (DRPOConfig, "rs")])
+def test_ppo_is_rto_with_scale_zero_bit_for_bit(paths, tmp_path, kind, shaping):
+    """The DPO model is loaded and its token rewards are computed; times 0 they move nothing. The same from resets."""
+    dpo = tiny.save_policy(tmp_path / "dpo", seed=1)
+    plain = run(config(paths, kind))
+    rto = run(config(paths, kind, dpo_model_path=dpo, dpo_reward_scale=0.0, reward_shaping=shaping))
+    assert all(row["rto/abs_sum"] == 0 == row["reward/dpo_share"] for row in rto.history)
+    unpaid = run(config(paths, kind, dpo_model_path=dpo, reward_shaping="none"))  # the DPO model is not even loaded
+    assert all("rto/abs_sum" not in row for row in unpaid.history)
+    for other in (rto, unpaid):
+        assert_same_history(plain, other)
+        for ours, theirs in ((plain.model, other.model), (plain.value_model, other.value_model)):
+            for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+                assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("scale", [0.5, -0.5])
+def test_rto_draws_the_policy_to_the_dpo_model_or_away_from_it(paths, tmp_path, scale):
+    """Without a score the token rewards rise, whatever the sign of their scale (measured: by 0.21 and 0.12)."""
+    dpo = tiny.save_policy(tmp_path / "dpo", seed=1)
+    cfg = config(paths, RTOConfig, dpo_model_path=dpo, dpo_reward_scale=scale, score_coef=0.0, kl_coef=0.0)
+    cfg = replace(cfg, per_device_train_batch_size=32, num_ppo_epochs=3, micro_batch_tokens=1000)
+    history = run(cfg, max_steps=8, learning_rate=1e-2, missing_eos_penalty=None).history
+    rewards = [row["rto/token_reward_mean"] for row in history]
+    assert sum(rewards[-3:]) / 3 > rewards[0] + 0.06
+
+
+def test_a_function_of_the_users_is_a_reward_of_its_own(paths):
+    result = train_ppo(
+        config(paths, max_steps=1),
+        tiny.examples(40),
+        reward_functions={"brevity": lambda rollout: [-1.0] * len(rollout.completion)},
+    )
+    row = result.history[0]
+    assert row["reward/brevity"] == pytest.approx(-row["completions/mean_length"])
+    assert 0 < row["reward/brevity_share"] < 1
+    assert row["objective/non_score_reward"] == pytest.approx(row["reward/brevity"] + row["reward/kl"])
+    assert row["objective/rlhf_reward"] == pytest.approx(
+        sum(row[f"reward/{name}"] for name in ("score", "missing_eos", "kl", "brevity")), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("compat", ["fixed", "reference"])
+def test_samples_have_the_rewards_of_their_own_tokens(paths, tmp_path, compat):
+    """From resets, whose own rows earn too under compat reference: a reward that names the token shows any shift."""
+    cfg = config(paths, DRPOConfig, max_steps=1, compat=compat, output_dir=str(tmp_path / "run"))
+    train_ppo(cfg, tiny.examples(8), reward_functions={"id": lambda r: [float(i) for i in r.completion]})
+    rows = read_rows(tmp_path / "run" / "samples.jsonl")
+    assert len(rows) == 4
+    for row in rows:
+        assert "".join(row["tokens"]) == row["response"]
+        ids = tiny.tokenizer().convert_tokens_to_ids(row["response"].split())
+        num = ids.index(tiny.EOS) + 1 if tiny.EOS in ids else len(ids)
+        assert row["rewards"]["id"] == ids[:num] + [0] * (len(ids) - num)
+        assert row["rewards"]["score"][num - 1] != 0
+        assert has_token_rewards(row)
+
+
+def test_rto_without_a_dpo_model_is_told_what_it_lacks(paths):
+    with pytest.raises(ValueError, match=r"^dpo_model_path: give the DPO model"):
+        train_ppo(config(paths, RTOConfig), tiny.examples(4))
+
+
+def test_a_dpo_model_of_another_width_of_vocabulary_is_refused(paths, tmp_path):
+    wide = build_policy(tiny.model_config(), vocab_size=tiny.VOCAB + 8, eos_token_id=tiny.EOS, seed=0)
+    wide.save_pretrained(tmp_path / "wide")
+    tiny.tokenizer().save_pretrained(tmp_path / "wide")
+    with pytest.raises(ValueError, match=r"^vocabulary mismatch: .*'dpo_model_path': 40"):
+        train_ppo(config(paths, RTOConfig, dpo_model_path=str(tmp_path / "wide")), tiny.examples(4))
+
+
+@pytest.mark.parametrize("estimator", ["rloo", "grpo"])
+def test_without_a_critic_the_policy_learns_and_a_judge_alone_suffices(paths, estimator):
+    def likes_short(rollouts):
+        return torch.tensor([-float(len(r.completion)) for r in rollouts])
+
+    cfg = config(
+        {"model_name_or_path": paths["model_name_or_path"]},
+        max_steps=12,
+        learning_rate=6e-3,
+        per_device_train_batch_size=32,
+        kl_coef=0.0,
+        num_ppo_epochs=2,
+        advantage_estimator=estimator,
+        reset_group_size=4,
+    )
+    result = train_ppo(cfg, tiny.examples(40), judge=likes_short)
+    scores = [row["objective/scores"] for row in result.history]
+    assert sum(scores[-3:]) / 3 > sum(scores[:3]) / 3 + 1.0
+    assert result.value_model is None
+    assert not {"loss/value_avg", "val/clipfrac_avg", "value_grad_norm"} & set(result.history[0])
+    with pytest.raises(ValueError, match="reward_model_path: give the reward model"):
+        train_ppo(cfg, tiny.examples(40))
+
+
+def test_without_a_critic_the_reward_model_is_the_judge_alone(paths):
+    result = run(config(paths, DRPOConfig, advantage_estimator="rloo", reset_group_size=3))
+    with_critic = run(config(paths, DRPOConfig, reset_group_size=3))
+    assert result.history[0]["objective/scores"] == with_critic.history[0]["objective/scores"]
+    assert result.value_model is None
+    assert with_critic.value_model is not None
+
+
+@pytest.mark.parametrize("opponents", ["reference", "rollouts"])
+def test_psi_makes_the_reward_a_mean_preference_and_leaves_the_evaluation_in_scores(paths, opponents):
+    """Against responses of the dataset, or of its own group, by a judge that can be followed by hand."""
+
+    def length(rollouts):
+        return torch.tensor([0.5 * len([*r.prefix.token_ids, *r.completion]) for r in rollouts])
+
+    seen = []
+
+    def watch(rollout):
+        seen.append(rollout)
+        return 0.0
+
+    examples = tiny.examples(8)
+    group = 4 if opponents == "rollouts" else 1
+    cfg = config(
+        paths, max_steps=1, psi="identity", psi_opponents=opponents, reset_group_size=group, num_mini_batches=1
+    )
+    history = train_ppo(
+        cfg, examples, tiny.examples(2, seed=1), judge=length, reward_functions={"watch": watch}
+    ).history
+    scores = dict(zip(map(id, seen), length(seen).tolist(), strict=True))
+    prompts = {r.prefix.row: len(r.prefix.token_ids) for r in seen}
+    expected = []
+    for rollout in seen:
+        others = [scores[id(r)] for r in seen if r.prefix.row == rollout.prefix.row and r is not rollout]
+        if opponents == "reference":
+            reference = tiny.ids(examples[rollout.prefix.row].reference)
+            others = [0.5 * (prompts[rollout.prefix.row] + len(reference) + 1)]
+        own = scores[id(rollout)]
+        expected.append(sum(1 / (1 + math.exp(other - own)) for other in others) / len(others))
+    assert history[0]["objective/scores"] == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+    assert history[0]["eval_objective/scores"] > 1  # of the judge, in its own unit
+
+
+def test_opponents_of_the_group_need_a_group_and_a_psi_a_name(paths):
+    with pytest.raises(ValueError, match="reset_group_size: must be at least 2 where psi_opponents is rollouts"):
+        config(paths, psi="identity", psi_opponents="rollouts")
+    with pytest.raises(ValueError, match=r"^psi: 'logits' is none of identity"):
+        train_ppo(config(paths, psi="logits"), tiny.examples(4))

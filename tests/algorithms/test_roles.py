@@ -1,0 +1,39 @@
+"""The models of an on-policy run: which are opened, which are frozen, and what is refused before any is loaded."""
+
+import pytest
+
+from fastrlhf.algorithms.roles import check_sources, open_roles
+from fastrlhf.config import PPOConfig
+from tests import tiny
+
+
+def config(tmp_path, **settings) -> PPOConfig:
+    fields = {
+        "model_name_or_path": tiny.save_policy(tmp_path / "sft"),
+        "reward_model_path": tiny.save_reward_model(tmp_path / "reward"),
+        "missing_eos_penalty": 0.5,
+    }
+    return PPOConfig(**fields | settings)
+
+
+def test_gae_trains_policy_and_critic_and_freezes_the_reference(tmp_path):
+    roles = open_roles(config(tmp_path), tiny.tokenizer(), [])
+    assert roles.critic is not None
+    assert all(p.requires_grad for model in (roles.policy, roles.critic) for p in model.parameters())
+    assert not any(p.requires_grad for p in roles.reference.parameters())
+    assert roles.score is roles.judge
+    assert roles.held_out_judge is roles.roll_in is None
+
+
+def test_an_estimator_without_a_critic_opens_none(tmp_path):
+    cfg = config(tmp_path, advantage_estimator="rloo", reset_group_size=2)
+    assert open_roles(cfg, tiny.tokenizer(), []).critic is None
+
+
+def test_a_judge_that_is_not_there_is_named_by_its_key(tmp_path):
+    cfg = config(tmp_path, reward_model_path="")
+    with pytest.raises(ValueError, match=r"^reward_model_path: give the reward model"):
+        check_sources(cfg, judge=None, engine=None)
+    cfg = config(tmp_path, eval_reward_model_path=str(tmp_path / "missing"))
+    with pytest.raises(ValueError, match=r"^eval_reward_model_path: "):
+        check_sources(cfg, judge=None, engine=None)

@@ -1,0 +1,304 @@
+import json
+from dataclasses import asdict, replace
+
+import pytest
+import yaml
+
+from fastrlhf.config import (
+    DemoConfig,
+    DPOConfig,
+    DRPOConfig,
+    EvalConfig,
+    PPOConfig,
+    RewardConfig,
+    RLPConfig,
+    RTOConfig,
+    SFTConfig,
+)
+from fastrlhf.config.command_line import parse
+from fastrlhf.config.files import (
+    COMMANDS,
+    KNOWN_ELSEWHERE,
+    RECIPES,
+    as_flags,
+    check_flags,
+    check_unchanged,
+    differences,
+    names_folder,
+    nearest,
+    read_yaml,
+    run_first,
+    write_yaml,
+)
+
+KINDS = {
+    "sft": SFTConfig,
+    "reward": RewardConfig,
+    "dpo": DPOConfig,
+    "ppo": PPOConfig,
+    "drpo": DRPOConfig,
+    "rto": RTOConfig,
+    "rlp": RLPConfig,
+    "eval": EvalConfig,
+    "demo": DemoConfig,
+}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def to_file(text: str) -> str:
+        (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
+        return str(tmp_path / "run.yaml")
+
+    return to_file
+
+
+def test_a_flat_file_gives_its_keys(write):
+    path = write("learning_rate: 1e-4\nmax_steps: 3\nreport_to: [wandb]\n")
+    expected = {"learning_rate": "1e-4", "max_steps": 3, "report_to": ["wandb"]}  # YAML reads 1e-4 as text
+    assert read_yaml(path, SFTConfig, "sft") == expected
+    assert parse(SFTConfig, ["--config", path], "sft") == SFTConfig(
+        learning_rate=1e-4, max_steps=3, report_to=("wandb",)
+    )
+
+
+def test_a_section_beats_what_is_shared_and_the_other_sections_are_left_alone(write):
+    path = write("shared: {seed: 1, max_length: 64}\nsft: {seed: 2}\ndpo: {beta: 0.3}\nreward:\n")
+    assert read_yaml(path, SFTConfig, "sft") == {"seed": 2, "max_length": 64}
+    assert read_yaml(path, DPOConfig, "dpo") == {"seed": 1, "max_length": 64, "beta": 0.3}
+    assert read_yaml(path, RewardConfig, "reward") == {"seed": 1, "max_length": 64}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("leaning_rate: 1", "unknown key 'leaning_rate'; did you mean 'learning_rate'?"),
+        ("beta: 1", "unknown key 'beta'"),
+        ("1: 2", "unknown key 1"),
+        ("sft: {leaning_rate: 1}\ndpo:", "run.yaml, sft: unknown key 'leaning_rate'; did you mean 'learning_rate'?"),
+        ("sft: {}\nrewad: {}", "unknown section 'rewad'; did you mean 'reward'?"),
+        ("sft: {}\nlearning_rate: 1", "unknown section 'learning_rate'"),
+        ("dpo: {}\nreward: {}", "no section 'sft'; it has dpo, reward"),
+        ("sft: 3", "section 'sft' must be a mapping of keys to values"),
+        ("shared: [1]\nsft: {}", "section 'shared' must be a mapping of keys to values"),
+        ("- 1", "must be a mapping of keys to values"),
+        ("a: [", "no valid YAML"),
+        ("run_name: $NO_SUCH_NAME_HERE", "run_name: '$NO_SUCH_NAME_HERE' names an environment variable"),
+        ("report_to: [$NO_SUCH_NAME_HERE]", "report_to: '$NO_SUCH_NAME_HERE' names"),
+    ],
+)
+def test_a_mistake_in_a_file_is_one_clear_error(write, text, message):
+    path = write(text)
+    with pytest.raises(ValueError, match=r"run.yaml") as caught:
+        read_yaml(path, SFTConfig, "sft")
+    assert message in str(caught.value)
+
+
+def test_a_section_may_name_those_that_run_before_it(write):
+    path = write("shared: {seed: 1}\nsft:\ndpo: {beta: 1}\nrto: {run_first: [dpo, sft], seed: 2}\neval:\n")
+    assert run_first(path, "rto") == ["dpo", "sft"]
+    assert run_first(path, "dpo") == []
+    assert read_yaml(path, RTOConfig, "rto") == {"seed": 2}
+    assert run_first(write("seed: 1"), "rto") == []
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("rto: {run_first: [sft, dpo]}\ndpo:", "run_first: 'sft' is no other training section; it has dpo"),
+        ("rto: {run_first: [rto]}\ndpo:", "run_first: 'rto' is no other training section"),
+        ("rto: {run_first: [eval]}\neval:", "run_first: 'eval' is no other training section"),
+        ("rto: {run_first: dpo}\ndpo:", "run_first: must be a list of sections, as [sft, reward]; got 'dpo'"),
+    ],
+)
+def test_what_cannot_run_first_is_told(write, text, message):
+    path = write(text)
+    with pytest.raises(ValueError, match=r"run.yaml: run_first") as caught:
+        run_first(path, "rto")
+    assert message in str(caught.value)
+
+
+def test_run_first_is_for_sections_of_commands_alone(write):
+    for text in ("run_first: [sft]", "shared: {run_first: [sft]}\nsft:\nrto:"):
+        with pytest.raises(ValueError, match="unknown key 'run_first'"):
+            read_yaml(write(text), RTOConfig, "rto")
+
+
+def test_a_folder_is_named_by_itself_or_by_a_place_in_it_but_not_as_output_dir(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for value in ("runs/dpo", "./runs/dpo/", f"{tmp_path}/runs/dpo", "runs/dpo/value_model", ["a", "runs/dpo"]):
+        assert names_folder([{"seed": 1}, {"dpo_model_path": value}], "runs/dpo"), value
+    for value in ("runs/dpo2", "runs", "dpo", "", None, 3):
+        assert not names_folder([{"dpo_model_path": value, "output_dir": "runs/dpo"}], "runs/dpo"), value
+
+
+def test_a_finished_run_of_other_settings_is_refused_with_every_key_that_differs(tmp_path):
+    config = DPOConfig(output_dir=str(tmp_path), beta=0.5, loss_weights=(1.0,))
+    write_yaml(config, tmp_path / "config.yaml")
+    check_unchanged(config, "dpo")
+    check_unchanged(replace(config, micro_batch_tokens=64, progress=False, report_to=("wandb",)), "dpo")
+    with pytest.raises(
+        ValueError, match=r"beta was 0.5 and is 0.1, loss_weights was \[1.0\] and is \[\]; give .* output_dir"
+    ):
+        check_unchanged(replace(config, beta=0.1, loss_weights=()), "dpo")
+    (tmp_path / "config.yaml").unlink()
+    check_unchanged(replace(config, beta=0.1), "dpo")
+
+
+def test_a_shared_key_that_nothing_reads_in_one_section_is_for_the_others(write):
+    shared = "shared: {use_peft: true, lora_r: 64, use_rslora: true, seed: 3}\n"
+    path = write(f"{shared}sft: {{use_peft: false}}\ndpo: {{}}\nreward: {{use_peft: false, lora_r: 8}}\n")
+    sft, dpo = parse(SFTConfig, ["--config", path], "sft"), parse(DPOConfig, ["--config", path], "dpo")
+    assert (sft.use_peft, sft.lora_r, sft.use_rslora, sft.seed) == (False, 16, False, 3)
+    assert (dpo.use_peft, dpo.lora_r, dpo.use_rslora) == (True, 64, True)
+    for kind, command, flags in ((RewardConfig, "reward", []), (SFTConfig, "sft", ["--lora_r", "8"])):
+        with pytest.raises(
+            ValueError, match=r"^lora_r: must be 16 where use_peft is false, since nothing reads it there"
+        ):
+            parse(kind, ["--config", path, *flags], command)
+    with pytest.raises(ValueError, match=r"^lora_r: must be at least 1; got 0"):
+        parse(SFTConfig, ["--config", write("shared: {lora_r: 0}\nsft:\n")], "sft")
+
+
+def test_an_empty_file_gives_nothing(write):
+    assert read_yaml(write(""), SFTConfig, "sft") == {}
+
+
+def test_a_file_that_is_not_there_is_an_error_that_lists_the_recipes():
+    with pytest.raises(ValueError, match=r"^config: no file 'nowhere'; the recipes are .*drpo_tldr"):
+        read_yaml("nowhere", SFTConfig, "sft")
+
+
+def test_text_that_is_not_utf8_is_an_error(tmp_path):
+    (tmp_path / "run.yaml").write_bytes(b"run_name: \xff\n")
+    with pytest.raises(ValueError, match="no valid YAML"):
+        read_yaml(str(tmp_path / "run.yaml"), SFTConfig, "sft")
+
+
+def test_environment_variables_and_the_home_folder_are_filled_in_but_not_in_a_template(write, monkeypatch):
+    monkeypatch.setenv("PLACE", "/data")
+    monkeypatch.setenv("HOME", "/home/someone")
+    text = "dataset_name: $PLACE/${PLACE}.jsonl\noutput_dir: ~/run\nmodels: [~/a, $PLACE/b]\nchat_template: '~ $PLACE'"
+    assert read_yaml(write(text), EvalConfig, "eval") == {
+        "dataset_name": "/data//data.jsonl",
+        "output_dir": "/home/someone/run",
+        "models": ["/home/someone/a", "/data/b"],
+        "chat_template": "~ $PLACE",
+    }
+
+
+@pytest.mark.parametrize("command", KINDS)
+def test_a_resolved_configuration_reads_back_as_the_same_run(tmp_path, command):
+    config = KINDS[command](seed=5)
+    write_yaml(config, tmp_path / "config.yaml")
+    assert parse(KINDS[command], ["--config", str(tmp_path / "config.yaml")], command) == config
+
+
+def test_awkward_values_read_back_the_same(tmp_path):
+    config = PPOConfig(
+        run_name='it\'s: a "run", # 1\n',
+        chat_template="{% for m in messages %}\n$m --x {{ m.content }}{% endfor %}",
+        model_config=json.dumps({"model_type": "llama", "rope": {"theta": 1e4}}),
+        report_to=("tensorboard", "wandb"),
+        missing_eos_score=-1.0,
+        value_learning_rate=1e-5,
+        progress=False,
+        adam_epsilon=1e-12,
+    )
+    write_yaml(config, tmp_path / "config.yaml")
+    assert parse(PPOConfig, ["--config", str(tmp_path / "config.yaml")], "ppo") == config
+
+
+def test_the_written_file_holds_every_field(tmp_path):
+    write_yaml(DRPOConfig(), tmp_path / "config.yaml")
+    written = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    fields = asdict(DRPOConfig())
+    assert written == {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+    assert list(written) == list(asdict(DRPOConfig()))
+
+
+def test_flags_say_what_the_values_say():
+    assert as_flags({"a": 1, "b": True, "c": None, "d": ["x", "y"], "e": {"k": [1]}, "f": ""}) == [
+        *("--a", "1", "--b", "True", "--c", "None", "--d", "x", "y", "--e", '{"k": [1]}', "--f", "")
+    ]
+
+
+def test_unknown_flags_are_refused_with_the_nearest_name():
+    check_flags(["--learning_rate", "1e-4", "--max-steps=3", "-1", "--help"], SFTConfig)
+    with pytest.raises(ValueError, match=r"^unknown key --leaning-rate; did you mean 'learning_rate'\?$"):
+        check_flags(["--seed", "1", "--leaning-rate=1"], SFTConfig)
+
+
+@pytest.mark.parametrize(("name", "ours"), KNOWN_ELSEWHERE.items())
+def test_a_name_known_from_elsewhere_is_told_ours_where_that_is_a_key(name, ours):
+    with pytest.raises(ValueError, match=rf"^unknown key --{name}; did you mean '{ours}'\?$"):
+        check_flags([f"--{name}", "1"], DRPOConfig)
+    assert nearest(name, ["seed"]) == ""
+
+
+def test_a_name_like_no_other_gets_no_suggestion():
+    assert nearest("zzz", ["seed", "beta"]) == ""
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_section_of_every_recipe_is_a_valid_configuration(recipe, monkeypatch):
+    monkeypatch.setenv("FASTRLHF_DATA", "/data")
+    sections = set(yaml.safe_load(recipe.read_text())) & COMMANDS
+    assert sections
+    for command in sections:
+        config = parse(KINDS[command], ["--config", recipe.stem], command)
+        assert config == parse(KINDS[command], ["--config", str(recipe)], command)
+        assert set(run_first(recipe.stem, command)) <= sections
+
+
+def test_the_keys_in_which_a_run_differs_are_named_with_both_values(tmp_path):
+    write_yaml(PPOConfig(seed=1, report_to=("wandb",), learning_rate=1e-5), tmp_path / "config.yaml")
+    assert differences(PPOConfig(seed=1, report_to=("wandb",), learning_rate=1e-5), tmp_path / "config.yaml") == []
+    other = PPOConfig(seed=2, report_to=(), learning_rate=1e-5)
+    assert differences(other, tmp_path / "config.yaml") == [
+        "seed: 1 there, 2 here",
+        "report_to: ['wandb'] there, [] here",
+    ]
+    assert differences(other, tmp_path / "config.yaml", ["seed", "report_to"]) == []
+    (tmp_path / "config.yaml").write_text("unknown: 3\n")
+    assert "unknown: 3 there, 'absent' here" in differences(other, tmp_path / "config.yaml")
+
+
+@pytest.mark.parametrize("how", ["file", "flag", "flag with ="])
+def test_a_key_is_understood_by_the_name_it_had_elsewhere(write, how):
+    arguments = {
+        "file": ["--config", write("gradient_checkpointing: true")],
+        "flag": ["--gradient_checkpointing", "True"],
+        "flag with =": ["--gradient-checkpointing=True"],
+    }[how]
+    assert parse(SFTConfig, arguments, "sft").activation_checkpointing
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--use_peft", "true"], ["--use-peft=YES"], ["--use_peft", "1"], ["--use_peft"], ["--use_peft", "--lora_r", "4"]],
+)
+def test_truth_values_are_understood_as_people_write_them(flags):
+    assert parse(SFTConfig, flags, "sft").use_peft is True
+
+
+def test_falsehoods_too_and_what_is_neither_is_refused(write):
+    assert parse(SFTConfig, ["--progress", "no", "--seed", "4"], "sft").progress is False
+    assert parse(SFTConfig, ["--config", write('progress: "off"')], "sft").progress is False
+    assert parse(SFTConfig, ["--run_name", "true"], "sft").run_name == "true"
+    with pytest.raises(ValueError, match="progress"):
+        parse(SFTConfig, ["--progress", "maybe"], "sft")
+
+
+def test_a_wrong_value_of_a_file_is_told_with_the_file_and_its_section_and_one_of_a_flag_is_not(write):
+    path = write("sft:\n  max_steps: three\ndpo:\n  beta: 0.1\n")
+    with pytest.raises(ValueError, match=rf"^{path}, sft: .*--max_steps.*three"):
+        parse(SFTConfig, ["--config", path], "sft")
+    with pytest.raises(ValueError, match=r"^(?!/).*--beta.*high"):
+        parse(DPOConfig, ["--config", path, "--beta", "high"], "dpo")
+
+
+@pytest.mark.parametrize("text", ["sft:\n  seed: 1\nsft:\n  seed: 2\n", "sft:\n  seed: 1\n\n  seed: 2\n"])
+def test_a_key_that_stands_twice_is_refused_with_its_lines(write, text):
+    with pytest.raises(ValueError, match=r"'(sft|seed)' stands there more than once, in lines (1 and 3|2 and 4)"):
+        read_yaml(write(text), SFTConfig, "sft")

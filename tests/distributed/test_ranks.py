@@ -1,0 +1,264 @@
+"""Two processes under torchrun, on the CPU, against one: the same losses, the same weights, the same files."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastrlhf import cli
+from fastrlhf.algorithms import ppo
+from fastrlhf.algorithms.rlp import train_rlp
+from fastrlhf.config import DemoConfig, EvalConfig, PPOConfig, RewardConfig, RLPConfig, SFTConfig
+from fastrlhf.data.packing import own_micro_batches
+from fastrlhf.demo import run_demo
+from fastrlhf.distributed.ranks import on_each, on_first, start, world_size
+from fastrlhf.evaluation.evaluate import evaluate_models
+from fastrlhf.runtime.inputs import open_inputs
+from fastrlhf.runtime.metrics import read_metrics
+from tests import ranks, resumable, tiny
+
+ROOT = Path(__file__).parent.parent
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "OMP_NUM_THREADS": "1"}
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+ROUNDING = ("sampling/",)
+"""Metrics that are a difference of two roundings, 0 but for those."""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Runs of two processes, in `two`, and of one, in `one`."""
+    place = tmp_path_factory.mktemp("ranks")
+    resumable.save_models(place)
+    examples = tiny.examples(11)
+    rows = {
+        "rows": [{"prompt": x.prompt, "completion": x.reference} for x in examples],
+        "pairs": [{"prompt": x.prompt, "chosen": x.chosen, "rejected": x.rejected} for x in examples],
+    }
+    for name, content in rows.items():
+        (place / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in content))
+    with (place / "stdout").open("w") as stdout, (place / "stderr").open("w") as stderr:
+        child = subprocess.Popen(
+            [*TORCHRUN, str(ROOT / "tests" / "ranks.py"), str(place)],
+            env=ENVIRONMENT,
+            stdout=stdout,
+            stderr=stderr,
+        )
+        try:
+            for kind in ranks.SETTINGS:
+                ranks.run(kind, place, place / "one" / kind)
+            assert cli.main(ranks.command(place, place / "one" / "command")) == 0
+            code = child.wait(timeout=300)
+        finally:
+            child.kill()
+    assert code == 0, (place / "stderr").read_text()[-4000:]
+    return place
+
+
+def seen(place: Path) -> list[dict]:
+    return [json.loads((place / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {
+        f"{file.parent.relative_to(folder)}/{name}": tensor
+        for file in sorted(folder.glob("**/*model.safetensors"))
+        if "checkpoint" not in str(file)
+        for name, tensor in load_file(file).items()
+    }
+
+
+def assert_same_run(one: Path, two: Path) -> None:
+    """Logs and weights within 1e-5: the order in which micro-batches are summed is all that differs."""
+    log, other = read_metrics(one / "metrics.jsonl"), read_metrics(two / "metrics.jsonl")
+    assert [row["step"] for row in log][-2:] == [1, 2]
+    assert len(log) == len(other)
+    for row, same in zip(map(resumable.untimed, log), map(resumable.untimed, other), strict=True):
+        assert row.keys() == same.keys()
+        for name in (name for name in row if not name.startswith(ROUNDING)):
+            assert math.isclose(row[name], same[name], rel_tol=1e-5, abs_tol=2e-6), (row["step"], name, row, same)
+    ours, theirs = weights(one), weights(two)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(theirs[name], tensor, rtol=0, atol=1e-5 * tensor.abs().max().item(), msg=name)
+
+
+@pytest.mark.parametrize("kind", [*ranks.SETTINGS, "command", "chain"])
+def test_two_processes_train_as_one(place, kind):
+    assert_same_run(place / "one" / kind, place / "two" / kind)
+
+
+def test_training_moved_the_weights(place):
+    before, after = weights(place / "policy"), weights(place / "two" / "sft")
+    moved = [(a - b).abs().max().item() for a, b in zip(before.values(), after.values(), strict=True)]
+    assert min(moved) > 1e-3  # else any two runs agree
+
+
+def test_the_first_process_alone_writes_and_speaks(place):
+    assert (place / "stdout").read_text().count("saved in") == 2  # by SFT and DPO
+    files = {path.name for path in (place / "two" / "command").iterdir()}
+    assert files == {path.name for path in (place / "one" / "command").iterdir()}
+    assert "lm_head.weight" not in load_file(place / "two" / "command" / "model.safetensors")  # it is tied
+
+
+def test_a_signal_to_one_process_stops_all_and_the_run_goes_on_bit_for_bit(place):
+    assert [rank["interrupted"] for rank in seen(place)] == [True, True]
+    whole, resumed = place / "two" / "ppo", place / "two" / "ppo-resumed"
+    assert len(list((resumed / "checkpoint-1").glob("*.shards/shard-*"))) == 4  # of weights and moments, by two
+    assert resumable.untimed_log(whole) == resumable.untimed_log(resumed)
+
+
+def test_one_process_goes_on_from_the_checkpoint_of_two(place):
+    ranks.run("ppo", place, place / "one" / "ppo-resumed")
+    assert_same_run(place / "one" / "ppo-resumed", place / "two" / "ppo")
+
+
+def test_what_the_processes_tell_each_other(place):
+    for rank, told in enumerate(rank["exchanges"] for rank in seen(place)):
+        assert told == {
+            "gathered": [0.0, 0.0, 1.0, 1.0, 1.0],
+            "total": [1.0, 1.0],
+            "largest": [1.0, 1.0],
+            "untouched": [float(rank)] * (rank + 2),
+            "from_all": [0, 1],
+            "on_first": 0,
+            "told": "integer division or modulo by zero",
+            "on_each": [0, 1],
+            "told_by_second": "integer division or modulo by zero",
+            "strange": "Stubborn: of a judge",
+            "share": [[0, 1], [2, 3, 4]][rank],
+        }
+
+
+def test_each_process_holds_its_part_of_the_weights_and_sums_the_gradients(place):
+    first, second = (rank["model"] for rank in seen(place))
+    assert first["held"] + second["held"] == first["all"]
+    assert abs(first["held"] - second["held"]) < 0.05 * first["all"]
+    for model in (first, second):
+        assert model["whole"] == model["filled"] == 0.0
+        assert model["begins"]
+        assert model["logprob"] < 1e-5
+        assert model["kept"] > 0 == model["left"]
+        assert model["gradient"] < 1e-5
+
+
+def test_models_over_one_base_share_it_when_sharded_and_an_adapter_is_added_to_one_of_them_alone(place):
+    for shared in (rank["shared"] for rank in seen(place)):
+        assert shared["others"] == 0
+        assert shared["adds"] > 0.1 > 1e-5 > max(shared["merged"], shared["kept"])
+
+
+def test_compiled_layers_are_sharded_and_compiled_once_for_packs_of_all_lengths(place):
+    for compiled in (rank["compiled"] for rank in seen(place)):
+        assert compiled["gradient"] < 1e-5
+        assert compiled["first"] > 0 == compiled["second"]
+
+
+@pytest.mark.parametrize("name", ranks.OPTIMIZERS)
+def test_an_update_of_sharded_weights_is_that_of_whole_ones_bit_for_bit(place, name):
+    if not ranks.installed(ranks.OPTIMIZERS[name]):
+        pytest.skip("needs bitsandbytes: pip install 'fastrlhf[bnb]'")
+    assert [rank["optimised"][name] for rank in seen(place)] == [True, True]
+
+
+def test_the_noise_of_a_rounding_is_that_of_the_place_in_the_whole_weight_where_parts_differ_in_size(place):
+    assert [rank["uneven"] for rank in seen(place)] == [True, True]
+
+
+@pytest.mark.skipif(
+    not ranks.installed({"optim": "adamw_8bit"}), reason="needs bitsandbytes: pip install 'fastrlhf[bnb]'"
+)
+def test_parts_that_cut_a_block_of_8_bit_moments_are_refused(place):
+    told = "optim: must be of 32 bits: 2 processes hold 4160 entries each of a weight of the shape [129, 64], no blocks"
+    assert all(rank["blocks"].startswith(told) for rank in seen(place))
+
+
+def test_what_all_processes_refuse_is_told_once():
+    command = [*TORCHRUN, "-m", "fastrlhf", "sft", "--learning_rate", "-1"]
+    ended = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode != 0
+    assert ended.stderr.count("fastrlhf sft: learning_rate: must be above 0; got -1.0") == 1, ended.stderr
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_another_process_than_the_first_waits_for_its_end_before_it_tells_an_error(monkeypatch, capsys, rank):
+    slept = []
+    monkeypatch.setattr(cli.time, "sleep", slept.append)
+    monkeypatch.setenv("RANK", str(rank))
+    assert cli.main(["sft", "--learning_rate", "-1"]) == 2
+    assert slept == [cli.PATIENCE] * rank
+    assert capsys.readouterr().err.startswith("fastrlhf sft: learning_rate: must be ")
+
+
+def test_one_process_has_everything():
+    assert world_size() == 1
+    assert on_first(lambda: 3) == 3
+    assert on_each(lambda: 3) == [3]
+    assert own_micro_batches([4, 4, 4], 8) == [[0, 2], [1]]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"use_peft": True, "load_in_4bit": True}, "load_in_4bit: must be False in 2 processes"),
+        ({"per_device_train_batch_size": 3}, "per_device_train_batch_size: .* a multiple of the 2 processes"),
+        ({"device": "cuda:1"}, "device: must be auto, cpu or cuda in 2 processes"),
+    ],
+)
+def test_what_two_processes_cannot_do_is_refused_before_anything_is_read(monkeypatch, settings, message):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=message):
+        open_inputs(SFTConfig(model_name_or_path="nowhere", **settings), ["reference"], None, None)
+    with pytest.raises(ValueError, match=message):
+        start(SFTConfig(**settings))
+
+
+@pytest.mark.parametrize(
+    ("local", "message"),
+    [
+        (None, "WORLD_SIZE: must be 1, or set by torchrun"),
+        ("4", "WORLD_SIZE: must be 4 processes on this machine at most"),
+    ],
+)
+def test_each_process_needs_a_gpu_of_its_own(monkeypatch, local, message):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if local:
+        monkeypatch.setenv("LOCAL_RANK", local)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(ValueError, match=message):
+        start(SFTConfig(per_device_train_batch_size=8))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_mini_batches": 4}, "num_mini_batches: must be such that the 1 trees of a mini-batch"),
+        ({"reset_group_size": 4, "num_mini_batches": 1}, "num_mini_batches: must be such that the 1 trees"),
+        ({"engine": "vllm"}, "engine: must be transformers in 2 processes"),
+        ({"compat": "reference"}, "compat: must be fixed in 2 processes"),
+        ({"decode": "cuda_graph"}, "decode: must be eager in 2 processes"),
+    ],
+)
+def test_an_update_that_two_processes_cannot_share_is_refused(monkeypatch, settings, message):
+    monkeypatch.setattr(ppo, "world_size", lambda: 2)
+    with pytest.raises(ValueError, match=message):
+        ppo._check_ranks(PPOConfig(per_device_train_batch_size=4, **settings))
+    ppo._check_ranks(PPOConfig(per_device_train_batch_size=4, reset_group_size=4, share_trunks=False))
+
+
+def test_commands_of_one_process_say_so(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, call in {
+        "rlp": lambda: train_rlp(RLPConfig(), RewardConfig(), PPOConfig()),
+        "demo": lambda: run_demo(DemoConfig()),
+        "eval": lambda: evaluate_models(EvalConfig()),
+    }.items():
+        with pytest.raises(ValueError, match=f"WORLD_SIZE: {name} runs in one process; start it without torchrun"):
+            call()

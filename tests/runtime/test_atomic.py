@@ -1,0 +1,131 @@
+"""Folders that are whole or not there."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from fastrlhf.runtime import atomic
+from fastrlhf.runtime.atomic import MANIFEST, check_folder, discard_folder, flush_tree, write_file, write_folder
+
+
+def fill(folder: Path) -> None:
+    (folder / "a.txt").write_text("alpha")
+    (folder / "deep").mkdir()
+    (folder / "deep" / "b.txt").write_text("beta")
+
+
+def names(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_written_folder_holds_its_files_and_a_manifest_that_they_match(tmp_path):
+    write_folder(tmp_path / "x", fill)
+    assert names(tmp_path) == {"x/a.txt", "x/deep/b.txt", f"x/{MANIFEST}"}
+    check_folder(tmp_path / "x")
+
+
+def test_a_folder_of_that_name_is_replaced(tmp_path):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "old.txt").write_text("old")
+    write_folder(tmp_path / "x", fill)
+    assert names(tmp_path) == {"x/a.txt", "x/deep/b.txt", f"x/{MANIFEST}"}
+
+
+def test_everything_is_on_the_disk_before_the_name_appears(tmp_path, monkeypatch):
+    events, flush, rename = [], os.fsync, os.rename
+
+    def flushed(descriptor):
+        events.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        flush(descriptor)
+
+    def renamed(source, target):
+        events.append("rename")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(os, "rename", renamed)
+    write_folder(tmp_path / "x", fill)
+    before, after = events[: events.index("rename")], events[events.index("rename") + 1 :]
+    assert set(before) == {"a.txt", "b.txt", "deep", MANIFEST, ".x.partial"}
+    assert after == [tmp_path.name]
+
+
+@pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_failure_leaves_the_folder_that_was_there_and_nothing_else(tmp_path, failure):
+    write_folder(tmp_path / "x", fill)
+
+    def fails(folder):
+        fill(folder)
+        raise failure
+
+    with pytest.raises(type(failure)) as error:
+        write_folder(tmp_path / "x", fails)
+    if isinstance(failure, OSError):
+        assert str(error.value) == f"{str(tmp_path / 'x')!r} cannot be written: {failure}"
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+    check_folder(tmp_path / "x")
+
+
+def test_a_file_that_another_host_has_written_elsewhere_is_an_error(tmp_path, monkeypatch):
+    others = iter([[["deep/c.txt"]], []])  # the names that it sees, then its share of the hashes
+    monkeypatch.setattr(atomic, "on_each", lambda call: [call(), *next(others)])
+    with pytest.raises(OSError, match=r"x' cannot be written: c.txt of another .* take a folder that all hosts see"):
+        write_folder(tmp_path / "x", fill)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "deep" / "b.txt").unlink(), r"^deep/b.txt is missing$"),
+        (lambda folder: (folder / "a.txt").write_text("alph"), r"^a.txt has 4 bytes where 5 were written$"),
+        (lambda folder: (folder / "a.txt").write_text("alphb"), r"^a.txt is not what was written: its hash differs$"),
+        (lambda folder: (folder / MANIFEST).unlink(), r"^manifest.json is missing$"),
+        (lambda folder: (folder / MANIFEST).write_text('{"files": {"a.txt": '), r"^manifest.json is damaged$"),
+        (lambda folder: (folder / MANIFEST).write_text('{"files": {"a.txt": {"size": 5}}}'), r"^manifest.json is dam"),
+        (lambda folder: (folder / MANIFEST).write_text("[]"), r"^manifest.json is damaged$"),
+    ],
+)
+def test_damage_is_named(tmp_path, damage, message):
+    write_folder(tmp_path / "x", fill)
+    damage(tmp_path / "x")
+    with pytest.raises(ValueError, match=message):
+        check_folder(tmp_path / "x")
+
+
+def test_files_that_are_not_needed_may_be_damaged_and_others_may_be_added(tmp_path):
+    write_folder(tmp_path / "x", fill)
+    (tmp_path / "x" / "notes.txt").write_text("mine")
+    check_folder(tmp_path / "x")
+    (tmp_path / "x" / "a.txt").unlink()
+    check_folder(tmp_path / "x", lambda name: name.endswith("b.txt"))
+
+
+def test_a_discarded_folder_is_gone_under_its_name_before_its_files_are(tmp_path, monkeypatch):
+    write_folder(tmp_path / "x", fill)
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", lambda *_, **__: None)  # a kill before the first file is deleted
+        discard_folder(tmp_path / "x")
+    assert [path.name for path in tmp_path.iterdir()] == [".x.discarded"]
+    write_folder(tmp_path / "x", fill)
+    discard_folder(tmp_path / "x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_flushing_a_tree_reads_it_only(tmp_path):
+    fill(tmp_path)
+    flush_tree(tmp_path)
+    assert names(tmp_path) == {"a.txt", "deep/b.txt"}
+
+
+def test_a_file_is_replaced_by_the_whole_new_one_or_not_at_all(tmp_path, monkeypatch):
+    file = tmp_path / "made" / "a.json"
+    write_file(file, "old")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: pytest.fail("the disk is full"))
+        with pytest.raises(pytest.fail.Exception):
+            write_file(file, "new")
+    assert file.read_text() == "old"
+    write_file(file, "new")
+    assert [path.read_text() for path in file.parent.iterdir()] == ["new"]

@@ -1,0 +1,219 @@
+import json
+import sys
+import warnings
+from types import ModuleType
+
+import pytest
+import torch
+
+from fastrlhf.runtime.metrics import MetricsWriter, read_metrics, read_rows
+
+
+class FakeRun:
+    """Stands in for a W&B run; fails from the step `fails_at` on."""
+
+    def __init__(self, fails_at=None):
+        self.rows, self.exit_code, self.fails_at = [], None, fails_at
+
+    def log(self, metrics, step):
+        if self.fails_at is not None and step >= self.fails_at:
+            raise ConnectionError("the network is down")
+        self.rows.append((step, metrics))
+
+    def finish(self, exit_code):
+        self.exit_code = exit_code
+
+
+class FakeWandB(ModuleType):
+    """Stands in for the package: `init` hands out `run` and keeps its arguments."""
+
+    def __init__(self):
+        super().__init__("wandb")
+        self.run = FakeRun()
+        self.arguments = {}
+
+    def init(self, **arguments):
+        self.arguments = arguments
+        return self.run
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    module = FakeWandB()
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    return module
+
+
+def test_each_step_is_one_json_line_with_its_metrics_in_order(tmp_path):
+    with MetricsWriter(tmp_path) as writer:
+        writer.log(1, {"loss": 0.5, "a/b": 2})
+        writer.log(2, {"a/b": 3, "loss": 0.25})
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [list(json.loads(line)) for line in lines] == [
+        ["step", "time", "loss", "a/b"],
+        ["step", "time", "a/b", "loss"],
+    ]
+    first, second = read_metrics(tmp_path / "metrics.jsonl")
+    assert (first["step"], first["loss"], first["a/b"]) == (1, 0.5, 2)
+    assert 0 <= first["time"] <= second["time"] < 60
+
+
+def test_a_row_is_on_disk_before_the_writer_is_closed(tmp_path):
+    with MetricsWriter(tmp_path) as writer:
+        writer.log(1, {"loss": 0.5})
+        writer.samples(1, [{"prompt": "p"}])
+        assert read_metrics(tmp_path / "metrics.jsonl")[0]["loss"] == 0.5
+        assert read_rows(tmp_path / "samples.jsonl") == [{"step": 1, "prompt": "p"}]
+
+
+def test_numbers_that_json_lacks_are_strings_in_the_file_and_floats_when_read(tmp_path):
+    with MetricsWriter(tmp_path) as writer:
+        writer.log(1, {"a": float("nan"), "b": float("inf"), "c": -float("inf"), "d": torch.tensor(float("nan"))})
+    text = (tmp_path / "metrics.jsonl").read_text()
+    row = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert (row["a"], row["b"], row["c"], row["d"]) == ("nan", "inf", "-inf", "nan")
+    (row,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert row["a"] != row["a"]
+    assert (row["b"], row["c"]) == (float("inf"), -float("inf"))
+
+
+def test_tensors_and_integers_are_written_as_the_numbers_they_hold(tmp_path):
+    with MetricsWriter(tmp_path) as writer:
+        writer.log(1, {"tensor": torch.tensor(0.5), "count": 2**60 + 1})
+    (row,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert (row["tensor"], row["count"]) == (0.5, 2**60 + 1)
+
+
+@pytest.mark.parametrize("name", ["step", "time"])
+def test_a_metric_may_not_take_the_name_of_a_column(tmp_path, name):
+    with MetricsWriter(tmp_path) as writer, pytest.raises(ValueError, match=name):
+        writer.log(1, {name: 3.0})
+
+
+def test_samples_keep_any_text(tmp_path):
+    rows = [
+        {"prompt": 'a\nb\u2028"c" \u00e9', "response": "\ud800 lone", "score": 0.5},
+        {"prompt": [{"role": "user", "content": "hi"}], "response": "", "score": None},
+    ]
+    with MetricsWriter(tmp_path) as writer:
+        writer.samples(7, rows)
+    assert read_rows(tmp_path / "samples.jsonl") == [{"step": 7, **row} for row in rows]
+
+
+def test_a_second_writer_appends_and_cuts_off_the_line_a_killed_run_left(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "lo')
+    assert [row["step"] for row in read_metrics(path)] == [1]
+    with MetricsWriter(tmp_path) as writer:
+        writer.log(2, {"loss": 2.0})
+    assert [(row["step"], row["loss"]) for row in read_metrics(path)] == [(1, 3.0), (2, 2.0)]
+
+
+def test_a_whole_last_line_without_its_newline_is_kept(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 3.0}')
+    assert [row["step"] for row in read_metrics(path)] == [1]
+    with MetricsWriter(tmp_path) as writer:
+        writer.log(2, {"loss": 2.0})
+    assert [row["step"] for row in read_metrics(path)] == [1, 2]
+
+
+@pytest.mark.parametrize("line", ["{oops}", "[1, 2]"])
+def test_a_broken_line_is_an_error_with_file_and_line(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2"):
+        read_metrics(path)
+
+
+def test_wandb_receives_the_same_numbers_and_how_the_run_ended(tmp_path, wandb):
+    with MetricsWriter(tmp_path / "run7", report_to=["wandb"], config={"beta": 0.1}) as writer:
+        writer.log(3, {"loss": torch.tensor(0.5)})
+    assert wandb.run.rows == [(3, {"loss": 0.5})]
+    assert wandb.run.exit_code == 0
+    assert wandb.arguments["project"] == "fastrlhf"
+    assert (wandb.arguments["name"], wandb.arguments["config"]) == ("run7", {"beta": 0.1})
+
+
+def test_wandb_learns_that_a_run_failed(tmp_path, wandb):
+    with pytest.raises(ZeroDivisionError), MetricsWriter(tmp_path, report_to=["wandb"], run_name="mine"):
+        _ = 1 / 0
+    assert wandb.run.exit_code == 1
+    assert wandb.arguments["name"] == "mine"
+
+
+def test_a_reporter_that_fails_is_reported_once_and_dropped_and_the_file_goes_on(tmp_path, wandb):
+    wandb.run = FakeRun(fails_at=2)
+    with MetricsWriter(tmp_path, report_to=["wandb"]) as writer:
+        writer.log(1, {"loss": 1.0})
+        with pytest.warns(RuntimeWarning, match=r"wandb.*network is down"):
+            writer.log(2, {"loss": 2.0})
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            writer.log(3, {"loss": 3.0})
+    assert wandb.run.rows == [(1, {"loss": 1.0})]
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_a_row_is_in_the_file_before_a_reporter_may_block_on_it(tmp_path, wandb):
+    seen = []
+    wandb.run.log = lambda metrics, step: seen.append(read_metrics(tmp_path / "metrics.jsonl")[-1]["step"])
+    with MetricsWriter(tmp_path, report_to=["wandb"]) as writer:
+        writer.log(1, {"loss": 1.0})
+        writer.log(2, {"loss": 2.0})
+    assert seen == [1, 2]
+
+
+def test_a_metrics_file_that_cannot_be_written_is_an_error(tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(OSError, match=r"metrics\.jsonl"):
+        MetricsWriter(tmp_path)
+
+
+def test_an_unknown_reporter_is_an_error_that_lists_the_known_ones(tmp_path):
+    with pytest.raises(ValueError, match=r"'tensorbord'.*tensorboard, wandb"):
+        MetricsWriter(tmp_path / "run", report_to=["tensorbord"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_package_is_an_error_that_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match="pip install wandb"):
+        MetricsWriter(tmp_path / "run", report_to=["wandb"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_tensorboard_holds_the_curve(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with MetricsWriter(tmp_path, report_to=["tensorboard"], config={"beta": 0.1}) as writer:
+        writer.log(1, {"loss": 0.5})
+        writer.log(2, {"loss": 0.25})
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 0.5), (2, 0.25)]
+
+
+def test_a_resumed_run_drops_later_rows_and_its_clock_goes_on(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 1, "time": 50.0}\n{"step": 2, "time": 90.5}\n{"step": 3, "time": 99.0}\n{"step": 4, "ti'
+    )
+    (tmp_path / "samples.jsonl").write_text('{"step": 2}\n{"step": 2}\n{"step": 3}\n')
+    with MetricsWriter(tmp_path, resumed_at=2) as writer:
+        writer.log(3, {"loss": 2.0})
+        writer.flush()
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert rows[2]["loss"] == 2.0
+    assert 90.5 <= rows[2]["time"] < 99.0
+    assert [row["step"] for row in read_rows(tmp_path / "samples.jsonl")] == [2, 2]
+
+
+def test_a_run_that_starts_again_from_nothing_drops_every_row(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "time": 40.0}\n{"step": 1, "time": 50.0}\n')
+    with MetricsWriter(tmp_path, resumed_at=0) as writer:
+        writer.log(1, {"loss": 2.0})
+    (row,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert row["time"] < 50

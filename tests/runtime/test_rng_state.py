@@ -1,0 +1,31 @@
+"""The state of the global generators survives JSON and brings back every draw."""
+
+import json
+import random
+
+import numpy as np
+import torch
+
+from fastrlhf.runtime.rng_state import GlobalRandomness
+
+
+def draws() -> list[float]:
+    return [random.random(), random.gauss(0, 1), float(np.random.standard_normal()), torch.rand(()).item()]
+
+
+def test_a_state_brings_back_the_draws_that_followed_it():
+    before = GlobalRandomness().state_dict()
+    tensors = {name: value for name, value in before.items() if isinstance(value, torch.Tensor)}
+    rest = json.loads(json.dumps({name: value for name, value in before.items() if name not in tensors}))
+    expected = [draws(), draws()]
+    assert expected[0] != expected[1]
+    GlobalRandomness().load_state_dict({**rest, **tensors})
+    assert [draws(), draws()] == expected
+
+
+def test_devices_that_are_gone_are_left_out(monkeypatch):
+    set_to = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: set_to.append((state, device)))
+    GlobalRandomness().load_state_dict(GlobalRandomness().state_dict() | {"cuda.0": "first", "cuda.1": "second"})
+    assert set_to == [("first", 0)]

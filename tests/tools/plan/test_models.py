@@ -1,0 +1,83 @@
+"""Which models a plan counts, and what each adds, by hand."""
+
+import pytest
+
+from fastrlhf.tools.plan.memory import Fakes
+from fastrlhf.tools.plan.models import open_models
+from fastrlhf.tools.plan.packs import read_rows
+from tests.tools import measure
+
+POLICY, SCORER = 5_261_568, 4_237_824
+LINEAR = 4 * (4 * 256 * 256 + 3 * 256 * 704)
+"""Weights of the linear layers of 4 layers."""
+BUFFERS = 1024
+"""Bytes, more than those of rotary positions."""
+
+
+def adapter(rank: int) -> int:
+    """Bytes: of each of 4 layers the rank times the sides of 4 square matrices and of 3 of the MLP."""
+    return 4 * 4 * rank * (4 * (256 + 256) + 3 * (256 + 704))
+
+
+def own(folder, command, sizes=measure.SIZES, **changes) -> dict[str, int]:
+    config = measure.config(folder, command, sizes, **changes)
+    return open_models(config, read_rows(config).tokenizer, Fakes.of(config.dtype, False)).own
+
+
+def test_roles_that_are_adapters_cost_their_adapters_by_the_ranks_in_their_settings(folder):
+    sizes = own(folder, "roles")
+    head = 4 * 256
+    assert sizes["policy"] == pytest.approx(4 * POLICY + adapter(16), abs=BUFFERS)
+    assert sizes["reference"] == 0
+    assert sizes["reward model"] == sizes["critic"] == adapter(measure.JUDGE_RANK) + head
+    assert sizes["DPO model"] == adapter(measure.DPO_RANK)
+
+
+def test_where_all_weights_are_trained_roles_share_those_of_the_reference(folder):
+    sizes = own(folder, "roles", use_peft=False)
+    assert sizes["policy"] == sizes["reference"] == pytest.approx(4 * POLICY, abs=BUFFERS)
+    assert sizes["critic"] == pytest.approx(4 * SCORER, abs=BUFFERS)  # with the adapter added
+    assert sizes["reward model"] == adapter(measure.JUDGE_RANK) + 4 * 256
+    second = own(folder, "roles", advantage_estimator="rloo", reset_group_size=2, **second_judge(folder))
+    assert second["second reward model"] == sizes["reward model"]
+    assert "critic" not in second
+
+
+def second_judge(folder) -> dict[str, str]:
+    return {"eval_reward_model_path": str(folder / "judge" / "adapter")}
+
+
+@measure.needs_bitsandbytes
+def test_linear_layers_in_4_bits_take_half_a_byte_and_the_scales_of_double_quantisation(folder):
+    packed = LINEAR * (1 / 2 + 1 / 64 + 4 / (64 * 256)) + 7 * 4 * 4 * (16 + 256 + 1)  # and each layer's two codes
+    expected = packed + 4 * (POLICY - LINEAR)
+    sizes = own(folder, "qlora")
+    assert sizes["policy"] == pytest.approx(expected + adapter(16), rel=1e-4)
+    roles = own(folder, "roles", load_in_4bit=True)
+    assert roles["policy"] == sizes["policy"]
+    assert roles["critic"] == adapter(measure.JUDGE_RANK) + 4 * 256
+    judged = own(folder, "lora", load_in_4bit=True)  # by a whole model, which stays as it was saved
+    assert judged["critic"] == pytest.approx(4 * SCORER + adapter(16), abs=BUFFERS)
+
+
+def test_a_reference_of_its_own_is_counted_beside_an_adapter(folder):
+    loaded = {"model_config": "", "model_name_or_path": str(folder / "tiny_policy"), "use_peft": True}
+    settings = loaded | {"precompute_ref_log_probs": False}
+    assert own(folder, "dpo", measure.SMALL, **settings)["reference"] == 0
+    settings["ref_model_name_or_path"] = str(folder / "policy")
+    assert own(folder, "dpo", measure.SMALL, **settings)["reference"] >= 4 * POLICY
+
+
+def test_a_model_from_scratch_is_refused_an_adapter_as_the_run_refuses_it(folder):
+    with pytest.raises(ValueError, match="use_peft: must be false: a model from scratch has no weights to adapt"):
+        own(folder, "sft", use_peft=True)
+
+
+def test_the_models_that_are_counted_are_those_that_the_run_loads(folder):
+    whole, judge = str(folder / "policy"), str(folder / "reward")
+    start = {"model_config": "", "model_name_or_path": whole, "dpo_model_path": whole, "dpo_ref_model_path": whole}
+    names = {"DPO model", "DPO reference", "second reward model"}
+    assert names & own(folder, "ppo", **start).keys() == {"DPO model"}  # its reference is the run's own
+    unpaid = own(folder, "ppo", **start, reward_shaping="none", eval_reward_model_path=judge)
+    assert names & unpaid.keys() == {"second reward model"}
+    assert unpaid["second reward model"] == unpaid["reward model"]

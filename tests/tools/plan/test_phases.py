@@ -1,0 +1,133 @@
+"""The parts of a step, counted by hand."""
+
+import dataclasses
+
+import pytest
+
+from fastrlhf.tools.plan.packs import read_rows
+from fastrlhf.tools.plan.phases import count_phases, readable
+from fastrlhf.tools.plan.plan import plan_run
+from tests.tools import measure
+
+ACTIVATIONS = "activations, blocks of logits, temporaries"
+MOMENTS = "optimiser state (float32, two per parameter)"
+POLICY, SCORER = 5_261_568, 4_237_824
+LORA = 4 * 16 * (4 * (256 + 256) + 3 * (256 + 704))
+"""Of each of 4 layers: rank 16 times the sides of 4 square matrices and of 3 of the MLP."""
+
+
+def test_parts_are_the_counts_of_the_models(folder):
+    plan = plan_run(measure.config(folder, "ppo", measure.SIZES))
+    assert "policy 5,261,568, critic 4,237,824, reference 5,261,568, reward model 4,237,824" in plan.facts[0]
+    rollout, training = plan.phases
+    assert training.parts["gradients"] == 4 * (5_261_568 + 4_237_824)
+    assert training.parts["optimiser state (float32, two per parameter)"] == 8 * (5_261_568 + 4_237_824)
+    # keys and values of 4 layers of 256, for 8 episodes of 160 + 24 tokens, 192 with those that are never used
+    assert rollout.parts["key-value cache"] == 2 * 4 * 256 * 8 * 192 * 4
+
+
+def test_bfloat16_halves_weights_and_adds_float32_copies(folder):
+    plan = plan_run(measure.config(folder, "sft", measure.SIZES, dtype="bfloat16"))
+    step = plan.phases[-1]
+    assert step.name == "optimiser step"
+    assert step.parts["gradients"] == 2 * 5_261_568
+    assert step.parts["float32 copies of bfloat16 weights"] == step.parts["gradients in float32"] == 4 * 5_261_568
+
+
+def test_an_adapter_is_all_that_is_trained_and_weights_are_shared(folder):
+    phases, facts = count_phases(
+        config := measure.config(folder, "lora", measure.SIZES), read_rows(config), is_cuda=False
+    )
+    assert f"of them trained: policy {LORA:,}, critic {LORA + 256:,}" in facts
+    training = phases[1].parts
+    assert training["gradients"] == 4 * (2 * LORA + 256)
+    assert training[MOMENTS] == 8 * (2 * LORA + 256)
+    assert training["weights of the policy"] == pytest.approx(4 * (POLICY + LORA), rel=1e-3)
+    assert not {"weights of the reference", "weights of the reward model"} & training.keys()
+
+
+def count_parts(config) -> dict[str, int]:
+    return count_phases(config, read_rows(config), is_cuda=False)[0][0].parts
+
+
+def test_moments_of_8_bits_take_two_bytes_and_paged_ones_are_told_apart(folder):
+    config = measure.config(folder, "sft", measure.SIZES, optim="adamw_8bit")
+    parts = count_parts(config)
+    # In float32: the embedding and 9 norms of 256. The head is not tied to the embedding.
+    small = measure.VOCAB * 256 + 9 * 256
+    assert parts[MOMENTS] == 8 * small
+    assert parts["optimiser state (8 bits)"] == (POLICY - small) * (2 + 8 / 256)
+    paged = measure.config(folder, "sft", optim="paged_adamw_32bit")
+    phases, facts = count_phases(paged, read_rows(paged), is_cuda=True)
+    assert MOMENTS not in phases[0].parts
+    assert facts[-1].startswith("optimiser state: ")
+
+
+def test_stochastic_rounding_keeps_no_copies_and_makes_weights_in_float32_for_an_update(folder):
+    settings = {"dtype": "bfloat16", "master_weights": "stochastic_rounding"}
+    config = measure.config(folder, "sft", measure.SIZES, **settings)
+    step = count_phases(config, read_rows(config), is_cuda=False)[0][-1]
+    assert step.parts["float32 copies of bfloat16 weights"] == 0
+    largest = measure.VOCAB * 256
+    assert step.parts["gradients and weights in float32, noise"] == 8 * POLICY + 6 * largest
+
+
+def test_activation_checkpointing_takes_less(folder):
+    plain, again = (
+        plan_run(measure.config(folder, "sft", measure.SIZES, activation_checkpointing=on)).phases[0].parts
+        for on in (False, True)
+    )
+    assert again[ACTIVATIONS] < 0.8 * plain[ACTIVATIONS]
+
+
+REFERENCE, JUDGE, DPO = (f"weights of the {name}" for name in ("reference", "reward model", "DPO model"))
+
+
+def offloaded(folder, **changes):
+    """The phases with frozen models that wait, and those with the same models that stay."""
+    start = {"model_config": "", "model_name_or_path": str(folder / "policy"), "dpo_model_path": str(folder / "policy")}
+    config = measure.config(folder, "ppo", measure.SIZES, **start | changes)
+    waits = dataclasses.replace(config, ref_reward_offload=True)
+    return (count_phases(each, read_rows(each), is_cuda=True) for each in (waits, config))
+
+
+def test_models_that_wait_are_on_a_gpu_while_they_score_and_not_while_others_work(folder):
+    (phases, facts), (stayed, _) = offloaded(folder)
+    assert [phase.name.split()[0] for phase in phases] == ["rollout", "scoring", "forward"]
+    rollout, scoring, training = (phase.parts for phase in phases)
+    frozen = {REFERENCE: 4 * POLICY, JUDGE: 4 * SCORER, DPO: 4 * POLICY}
+    for before, after in zip((phase.parts for phase in stayed), (rollout, training), strict=True):
+        assert before.keys() - after.keys() == frozen.keys()
+        assert all(after[name] == before[name] for name in after)
+        assert {name: before[name] for name in frozen} == pytest.approx(frozen, rel=1e-3)  # and buffers
+    kept = {name: size for name, size in scoring.items() if name != "activations of a forward without gradient"}
+    assert kept.keys() == training.keys() - {"gradients", ACTIVATIONS} | frozen.keys()
+    assert 0 < scoring["activations of a forward without gradient"] < training[ACTIVATIONS] / 2
+    assert facts[-1] == "in CPU memory but while they are asked: 56 MiB of frozen weights"
+
+
+def test_a_reference_that_writes_responses_is_on_the_gpu_for_that_too(folder):
+    (phases, _), _ = offloaded(folder, reset_prob=0.5, reset_source="sample")
+    own, rollout = phases[:2]
+    assert own.name.startswith("the reference's own of 8 episodes")
+    assert own.total - rollout.total == sum(own.parts[name] for name in (REFERENCE, JUDGE, DPO))
+
+
+def test_what_waits_on_a_cpu_or_is_shared_takes_no_less(folder):
+    config = measure.config(folder, "ppo")
+    assert plan_run(dataclasses.replace(config, ref_reward_offload=True)).phases == plan_run(config).phases
+    (phases, _), (stayed, _) = offloaded(folder, use_peft=True, dpo_model_path="")
+    assert phases == stayed
+
+
+def test_offloaded_inputs_of_layers_leave_the_device_all_but_one_and_are_told_apart(folder):
+    """Of 8 layers the one at work and the one before it are there. Two packs: so are the gradients, from the start."""
+    settings = {"activation_checkpointing": True, "micro_batch_tokens": 900, "device": "auto"}
+    config = measure.config(folder, "sft", measure.SIZES | {"num_hidden_layers": 8}, **settings)
+    kept, offloaded = (
+        plan_run(dataclasses.replace(config, activation_offloading=on), memory_gib=1) for on in (False, True)
+    )
+    name = "activations, blocks of logits, temporaries"
+    tokens = int(kept.phases[0].name.split()[4].replace(",", ""))
+    assert kept.phases[0].parts[name] - offloaded.phases[0].parts[name] == 6 * tokens * 256 * 4
+    assert f"inputs of layers: {readable(8 * 2**20)}, not counted below" in " ".join(offloaded.facts)

@@ -1,0 +1,60 @@
+"""The plan against what runs took, and what it advises. tests/tools/measure.py has the method of measuring."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fastrlhf.cli import main
+from fastrlhf.tools.plan.advice import advise
+from fastrlhf.tools.plan.plan import format_plan, plan_run
+from tests.tools import measure
+
+WITHIN = 0.03
+"""Of the measured peak. Seen: 1.3 %."""
+
+
+@pytest.mark.parametrize(
+    "command",
+    [pytest.param(name, marks=measure.needs_bitsandbytes if name == "qlora" else ()) for name in measure.TRAINERS],
+)
+def test_the_peak_is_that_of_real_runs(folder, command):
+    """Of it, activations are more than a quarter: parameters alone would not pass."""
+    plan = plan_run(measure.config(folder, command, measure.SIZES))
+    assert plan.peak == pytest.approx(measure.measure(folder, command), rel=WITHIN)
+    training = next(phase for phase in plan.phases if phase.name.startswith("forward and backward"))
+    assert list(training.parts.values())[-1] > plan.peak / 4
+
+
+def test_what_fits_is_told_no_change(folder):
+    plan = plan_run(measure.config(folder, "sft"), memory_gib=1)
+    assert plan.fits
+    assert plan.change == ""
+    assert format_plan(plan).endswith("MiB; 92% of a device of 1 GiB is 942 MiB: fits")
+
+
+def test_activations_are_offloaded_from_no_cpu(folder, monkeypatch):
+    """Of a machine without a GPU, where `--memory_gib` does not speak of another, and of a run that was here."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config = measure.config(folder, "sft", activation_checkpointing=True, device="auto")
+    assert "--activation_offloading" not in advise(config)
+    offloading = replace(config, activation_offloading=True)
+    assert plan_run(offloading, memory_gib=1).fits
+    with pytest.raises(ValueError, match=r"^activation_offloading: needs a CUDA GPU, and the run is on cpu"):
+        plan_run(offloading)
+
+
+def test_the_command_prints_the_plan_and_mistakes_are_one_line(folder, capsys):
+    settings = measure.settings(folder, "sft", measure.SMALL, "reward")
+    flags = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
+    assert main(["plan", "--command", "sft", *flags, "--memory_gib=4"]) == 0
+    assert "<- the peak" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", "--command", "sft", *flags, "--memory_gib", "0.0001"])
+    assert ended.value.code == 1
+    out = capsys.readouterr().out
+    assert "MiB; 92% of a device of 0.0001 GiB is 0 MiB: does not fit\nno setting of this command" in out
+    assert main(["plan", "--command", "sft", *flags, "--memory_gib", "much"]) == 2
+    assert capsys.readouterr().err == "fastrlhf plan: --memory_gib: 'much' is no number\n"
+    assert main(["plan", *flags]) == 2
+    assert "--command: no section says whose keys these are; choose one of sft" in capsys.readouterr().err
