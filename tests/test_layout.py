@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from graphlib import TopologicalSorter
 from itertools import chain
 from pathlib import Path
 
@@ -36,7 +37,6 @@ LAYERS = (  # lowest first: a module imports from its own layer and from those a
     ("cli",),
     ("__main__",),
 )
-ROOMS_OF_A_LAYER = (("data", "models"), ("config", "distributed"))  # the right one may import the left one
 MAX_FILES_AT_THE_ROOT = 5
 PURE = ("fastrlhf.types", "fastrlhf.data.resets", "fastrlhf.data.packing", "fastrlhf.algorithms.advantages")
 MAX_LINES = 400
@@ -95,6 +95,30 @@ def test_a_layer_never_imports_a_higher_one():
         for name in imports_of(path):
             if name.split(".")[0] == "fastrlhf":
                 assert layer_of(name) <= own, f"{path} imports {name}, which is above it"
+
+
+def room_of(name: str) -> str:
+    """The folder below fastrlhf that a module lies in; of a module at the root, the module."""
+    return name.split(".")[1]
+
+
+def test_no_two_rooms_import_each_other():
+    arrows = {
+        (room_of(MODULES[path]), room_of(name))
+        for path in modules_of("fastrlhf")
+        if path != "fastrlhf/__init__.py"
+        for name in imports_of(path)
+        if name.startswith("fastrlhf.")
+    }
+    order = TopologicalSorter[str]()
+    for room, imported in arrows:
+        if room != imported:
+            order.add(room, imported)
+    order.prepare()  # raises CycleError, which names the rooms
+
+
+def test_the_root_holds_few_files():
+    assert len(list((ROOT / "fastrlhf").glob("*.py"))) <= MAX_FILES_AT_THE_ROOT
 
 
 def test_the_trainer_imports_neither_bench_nor_tests():
@@ -169,10 +193,11 @@ def test_sources_are_ascii_and_of_readable_length(path: str):
     assert num_lines <= MAX_LINES
 
 
-def test_the_readme_maps_exactly_the_modules():
+def test_the_contributors_guide_maps_exactly_the_modules():
     """The first fenced block under the heading holds one path per line, then what it is for."""
-    _, heading, rest = readme().partition("\n## Map of the files\n")
-    assert heading, "README.md has no heading '## Map of the files'"
+    guide = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    _, heading, rest = guide.partition("\n## Map of the files\n")
+    assert heading, "CONTRIBUTING.md has no heading '## Map of the files'"
     block = re.split(r"^```.*$", rest, maxsplit=2, flags=re.MULTILINE)[1]
     listed = [line.split()[0] for line in block.splitlines() if line.strip()]
     assert len(listed) == len(set(listed)), "a path is listed twice"
