@@ -71,7 +71,7 @@ def _rows(config: DRPOConfig, rounds: int, device: str) -> list[Row]:
             sampled = sum(len(rollout.completion) for rollout in rollouts)
         found.append(
             {
-                "group_size": config.reset_group_size,
+                "group_size": config.num_generations,
                 "reset_group": config.reset_group,
                 "decode": decode,
                 "prefix_tokens": sum(map(len, texts)),

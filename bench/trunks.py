@@ -57,7 +57,7 @@ def run_trunks(group_sizes: list[int], episodes: int, rounds: int, device: str, 
 def config_of(group_size: int, reset_group: Any, episodes: int) -> DRPOConfig:
     return DRPOConfig(
         per_device_train_batch_size=episodes,
-        reset_group_size=group_size,
+        num_generations=group_size,
         reset_group=reset_group,
         num_ppo_epochs=1,
         response_length=53,
@@ -75,7 +75,7 @@ def _both(config: DRPOConfig, rounds: int, device: torch.device) -> list[Row]:
     for _ in range(rounds + 1):  # the first is a warm-up
         for share, way in ways.items():
             optimizer = Optimizer({"": policy, "value_": critic}, way, num_steps=1)
-            packs = pack_episodes(way, rollouts, range(config.batch_size // config.reset_group_size), device)
+            packs = pack_episodes(way, rollouts, range(config.batch_size // config.num_generations), device)
             scores = torch.zeros(len(rollouts), device=device)
             start = perf_counter()
             experience, _ = score_episodes(way, policy, reference, critic, rollouts, scores, packs, EOS)
@@ -104,7 +104,7 @@ def rollouts_of(config: DRPOConfig) -> list[Rollout]:
 
     prompts = [
         TokenizedExample(prompt=text(347, 95, 50, 512), reference=[*text(33, 6.5, 15, 52), EOS], row=row)
-        for row in range(config.batch_size // config.reset_group_size)
+        for row in range(config.batch_size // config.num_generations)
     ]
     found = []
     for prefix in draw_prefixes(config, prompts, 0):

@@ -18,6 +18,7 @@ from typing import Any
 from fastrlhf import config as configs
 from fastrlhf.config import files
 from fastrlhf.config.command_line import config_paths, parse, split_configs
+from fastrlhf.config.elsewhere import explain_command
 from fastrlhf.runtime.out_of_memory import describe, is_out_of_memory
 from fastrlhf.runtime.signals import Interrupted
 
@@ -61,8 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command, rest = arguments[0], arguments[1:]
     try:
         if command not in COMMANDS:
-            near = files.nearest(command, COMMANDS)
-            raise ValueError(f"unknown command {command!r}{near}; fastrlhf --help lists them")
+            told = explain_command(command, COMMANDS)
+            raise ValueError(f"unknown command {command!r}{told}; fastrlhf --help lists them")
         with quiet_when_unread():
             COMMANDS[command](rest)
     except (ValueError, OSError) as error:
@@ -298,7 +299,7 @@ def _parse_for_tool(arguments: Sequence[str], names: Sequence[str]) -> tuple[dic
             del rest[where : where + 2]
     command = options["command"] = options.get("command") or _only_section(rest)
     if command not in TRAINERS:
-        raise ValueError(f"--command: {command!r} is no trainer{files.nearest(command, TRAINERS)}")
+        raise ValueError(f"--command: {command!r} is no trainer{explain_command(command, TRAINERS)}")
     return options, parse(TRAINERS[command][0], rest, command)
 
 

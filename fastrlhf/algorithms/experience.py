@@ -40,13 +40,13 @@ class Pack:
 def pack_episodes(
     config: PPOConfig, rollouts: Sequence[Rollout], order: Sequence[int], device: torch.device
 ) -> list[list[Pack]]:
-    """Mini-batches of packs, whole groups of `reset_group_size` rollouts in the given order of the groups; of several
+    """Mini-batches of packs, whole groups of `num_generations` rollouts in the given order of the groups; of several
     ranks each has packs of its own.
 
     The rows of an episode are its sampled tokens; under compat "reference" the reset tokens before them as well. With
     `share_trunks` a group is one tree, never cut by a micro-batch.
     """
-    group = config.reset_group_size
+    group = config.num_generations
     together = group if config.share_trunks else 1
     offsets = np.cumsum([0, *(_num_given(config, rollout) + len(rollout.completion) for rollout in rollouts)])
     size = len(order) // config.num_mini_batches
@@ -224,7 +224,7 @@ def _group_advantage(config: PPOConfig, reward: Tensor, cu_rows: Tensor) -> Tens
     lengths = cu_rows.diff().long()
     episode_return = torch.segment_reduce(reward, "sum", lengths=lengths, unsafe=True)
     estimate = leave_one_out if config.advantage_estimator == "rloo" else group_normalised
-    return estimate(episode_return, config.reset_group_size).repeat_interleave(lengths, output_size=len(reward))
+    return estimate(episode_return, config.num_generations).repeat_interleave(lengths, output_size=len(reward))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -71,7 +71,7 @@ def train_ppo(
     held_out = with_room(data.eval, "eval", config.max_length, config.response_length) if data.eval else []
     if (held_out_judge or config.eval_reward_model_path) and not held_out:
         raise ValueError("eval_reward_model_path: nothing to judge; give num_eval_examples or dataset_test_split")
-    together = config.reset_group_size if config.share_trunks else 1
+    together = config.num_generations if config.share_trunks else 1
     for rows, responses in ((prompts, together), (held_out, 1)):
         if rows:
             check_micro_batch(config, rows, [len(row.prompt) + responses * config.response_length for row in rows])
@@ -89,7 +89,7 @@ def train_ppo(
     )
     policy, reference, critic, rewards = roles.policy, roles.reference, roles.critic, roles.rewards
     eos, _ = special_ids(tokenizer)
-    num_groups = config.batch_size // config.reset_group_size
+    num_groups = config.batch_size // config.num_generations
     optimizer = Optimizer(
         {"": policy} | ({"value_": critic} if critic else {}),
         config,
@@ -172,7 +172,7 @@ def _check_ranks(config: PPOConfig) -> None:
     if world == 1:
         return
     episodes = config.batch_size // config.num_mini_batches
-    items = episodes // (config.reset_group_size if config.share_trunks else 1)
+    items = episodes // (config.num_generations if config.share_trunks else 1)
     rule = f"such that the {items} trees of a mini-batch are a multiple of the {world} processes"
     require(items % world == 0, "num_mini_batches", config.num_mini_batches, rule)
     require(config.engine == "transformers", "engine", config.engine, f"transformers in {world} processes")
@@ -197,4 +197,4 @@ def num_updates(config: PPOConfig, num_prompts: int) -> int:
     """Updates of the run: `max_steps`, or by episodes, or by epochs over the prompts."""
     if config.max_steps == -1 and config.total_episodes:
         return max(1, config.total_episodes // config.batch_size)
-    return num_steps(config, num_prompts * config.reset_group_size)
+    return num_steps(config, num_prompts * config.num_generations)

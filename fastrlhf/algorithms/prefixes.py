@@ -39,7 +39,7 @@ def draw_prefixes(
     progress: float = 1.0,
     roll_in: Engine | None = None,
 ) -> list[Prefix]:
-    """Where each episode starts: `reset_group_size` episodes per prompt, next to each other.
+    """Where each episode starts: `num_generations` episodes per prompt, next to each other.
 
     Group number g, counted from `first_group`, has the episodes g * size, g * size + 1, ... It keys the choice of its
     response and, under `reset_group: point`, the one reset point of all of them; under `response` each episode keys its
@@ -64,7 +64,7 @@ def draw_prefixes(
 
 def _episodes(config: PPOConfig, group: int) -> list[tuple[int, int]]:
     """(number of the episode, key of its reset) of each episode of a group."""
-    size = config.reset_group_size
+    size = config.num_generations
     numbers = range(group * size, (group + 1) * size)
     return [(number, group if config.reset_group == "point" else number) for number in numbers]
 

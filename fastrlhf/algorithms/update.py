@@ -93,7 +93,7 @@ def _mini_batches(
     """(pass, its packs) for every optimiser step."""
     for epoch in range(config.num_ppo_epochs):
         if epoch > 0 and config.num_mini_batches > 1:
-            num_groups = len(rollouts) // config.reset_group_size
+            num_groups = len(rollouts) // config.num_generations
             order = np.random.default_rng([*seed, epoch]).permutation(num_groups).tolist()
             packs = pack_episodes(config, rollouts, order, device)
         for mini in packs:

@@ -14,8 +14,22 @@ from fastrlhf.config.on_policy import DRPOConfig, PPOConfig, RTOConfig
 from fastrlhf.config.rlp import RLPConfig
 from fastrlhf.config.train import COLUMNS, TrainConfig, parse_columns, parse_model_config
 
+CONFIGS: dict[str, type] = {
+    "sft": SFTConfig,
+    "reward": RewardConfig,
+    "dpo": DPOConfig,
+    "ppo": PPOConfig,
+    "drpo": DRPOConfig,
+    "rto": RTOConfig,
+    "rlp": RLPConfig,
+    "eval": EvalConfig,
+    "demo": DemoConfig,
+}
+"""Command -> its configuration: the commands that take keys and may have a section of their own in a file."""
+
 __all__ = [
     "COLUMNS",
+    "CONFIGS",
     "DPOConfig",
     "DRPOConfig",
     "DemoConfig",

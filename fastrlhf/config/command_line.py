@@ -30,8 +30,8 @@ def parse(kind: type, arguments: Sequence[str], command: str) -> Any:
         values |= files.read_yaml(path, kind, command)
         shared |= files.shared_keys(path, command)
         del rest[where : where + 2]
-    rest = [files.without_alias(argument) for argument in rest]
-    files.check_flags(rest, kind)
+    rest = [files.without_alias(argument, kind) for argument in rest]
+    files.check_flags(rest, kind, command)
     while True:
         try:
             return _from_flags(kind, [*files.as_flags(values), *rest], command)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -11,26 +10,20 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from fastrlhf.config import CONFIGS
+from fastrlhf.config.elsewhere import explain, explain_command
+
 RECIPES = Path(__file__).parent.parent / "recipes"
 
-COMMANDS = {"sft", "reward", "dpo", "ppo", "drpo", "rto", "rlp", "eval", "demo"}
-"""That take keys, and may have a section of their own in a file."""
-
+COMMANDS = {*CONFIGS}
 
 TRUTHS = {**dict.fromkeys(("true", "yes", "on", "1"), "True"), **dict.fromkeys(("false", "no", "off", "0"), "False")}
-ALIASES = {"gradient_checkpointing": "activation_checkpointing"}
-"""Names that keys had elsewhere."""
-
-KNOWN_ELSEWHERE = {
-    **dict.fromkeys(("max_new_tokens", "max_completion_length"), "response_length"),
-    "max_seq_length": "max_length",
-    "num_generations": "reset_group_size",
-    "init_kl_coef": "kl_coef",
-    "epsilon": "cliprange",
-    "batch_size": "per_device_train_batch_size",
-    "lr": "learning_rate",
+ALIASES = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "max_completion_length": "response_length",
+    "reset_group_size": "num_generations",
 }
-"""Names that other programs have for keys like these, to be suggested and not taken: not all mean quite the same."""
+"""Other spellings of keys that are understood: those of TRL, and those of the release before this one."""
 
 
 SAME_MODEL = (
@@ -54,16 +47,17 @@ def read_yaml(path: str, kind: type, command: str) -> dict[str, Any]:
     if set(content) & COMMANDS:
         for section in content:
             if section not in COMMANDS | {"shared"}:
-                raise ValueError(f"{path}: unknown section {section!r}{nearest(str(section), COMMANDS | {'shared'})}")
+                told = explain_command(str(section), COMMANDS | {"shared"})
+                raise ValueError(f"{path}: unknown section {section!r}{told}")
         if command not in content:
             raise ValueError(f"{path}: no section {command!r}; it has {', '.join(content)}")
         own = {key: value for key, value in _section(path, content, command).items() if key != "run_first"}
         content, place = {**_section(path, content, "shared"), **own}, f"{path}, {command}"
-    content = {ALIASES.get(key, key): value for key, value in content.items()}
-    known = [field.name for field in fields(kind)]
+    known = {field.name for field in fields(kind)}
+    content = {_without_alias(key, known): value for key, value in content.items()}
     for key in content:
         if key not in known:
-            raise ValueError(f"{place}: unknown key {key!r}{nearest(str(key), known)}")
+            raise ValueError(f"{place}: unknown key {key!r}{unknown(str(key), kind, command)}")
     return {key: _filled_in(path, key, value) for key, value in content.items()}
 
 
@@ -116,7 +110,7 @@ def check_unchanged(config: Any, section: str) -> None:
     A folder without a config.yaml is a model that was put there: it is taken as it is.
     """
     written = Path(config.output_dir) / "config.yaml"
-    before = load_yaml(str(written)) if written.exists() else {}
+    before = _by_new_names(load_yaml(str(written))) if written.exists() else {}
     changed = [
         f"{key} was {before[key]!r} and is {value!r}"
         for key, value in _plain(dataclasses.asdict(config)).items()
@@ -179,20 +173,25 @@ def _filled_in(path: str, key: str, value: Any) -> Any:
     return filled
 
 
-def check_flags(arguments: Sequence[str], kind: type) -> None:
-    """Raises ValueError, with the nearest known name, for a flag that is no field of `kind`."""
+def check_flags(arguments: Sequence[str], kind: type, command: str) -> None:
+    """Raises ValueError for a flag that is no field of `kind`, saying what to write instead."""
     known = [field.name for field in fields(kind)]
     for argument in arguments:
         name = argument.partition("=")[0][2:].replace("-", "_")
         if argument.startswith("--") and name not in (*known, "help"):
-            raise ValueError(f"unknown key {argument.partition('=')[0]}{nearest(name, known)}")
+            raise ValueError(f"unknown key {argument.partition('=')[0]}{unknown(name, kind, command)}")
 
 
-def without_alias(argument: str) -> str:
-    """A flag under the name of its key; anything else as it is."""
+def without_alias(argument: str, kind: type) -> str:
+    """A flag under the name of its key; anything else unchanged."""
     name, equals, value = argument.partition("=")
     alias = name[2:].replace("-", "_")
-    return f"--{ALIASES[alias]}{equals}{value}" if name.startswith("--") and alias in ALIASES else argument
+    key = _without_alias(alias, {field.name for field in fields(kind)})
+    return f"--{key}{equals}{value}" if name.startswith("--") and key != alias else argument
+
+
+def _without_alias(key: str, known: Collection[str]) -> str:
+    return ALIASES[key] if ALIASES.get(key) in known else key
 
 
 def spelled_out(arguments: Sequence[str], kind: type) -> list[str]:
@@ -217,12 +216,10 @@ def _is_flag_of(names: Collection[str], argument: str) -> bool:
     return argument.startswith("--") and argument[2:].replace("-", "_") in names
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """ "; did you mean 'x'?", or nothing where no known name is near or its name elsewhere."""
-    known = list(known)
-    same = KNOWN_ELSEWHERE.get(name)
-    near = [same] if same in known else difflib.get_close_matches(name, known, 1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+def unknown(name: str, kind: type, command: str) -> str:
+    """What to say of a key that `kind` lacks, after its name: see config/elsewhere.py."""
+    readers = {command: [field.name for field in fields(other)] for command, other in CONFIGS.items()}
+    return explain(name, command, [field.name for field in fields(kind)], readers)
 
 
 def as_flags(values: dict[str, Any]) -> list[str]:
@@ -251,13 +248,18 @@ def differences(config: Any, path: Path, ignored: Collection[str] = ()) -> list[
 
     Raises ValueError where the file is no configuration at all.
     """
-    there = load_yaml(str(path))
+    there = _by_new_names(load_yaml(str(path)))
     here = _plain(dataclasses.asdict(config))
     return [
         f"{key}: {there.get(key, 'absent')!r} there, {here.get(key, 'absent')!r} here"
         for key in {**there, **here}
         if key not in ignored and there.get(key, "absent") != here.get(key, "absent")
     ]
+
+
+def _by_new_names(written: dict[str, Any]) -> dict[str, Any]:
+    """The keys of a run of the release before this one, by the names that they have now."""
+    return {ALIASES.get(key, key): value for key, value in written.items()}
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

@@ -150,7 +150,7 @@ class PPOConfig(TrainConfig):
     """GAE's lambda."""
     advantage_estimator: Literal["gae", "rloo", "grpo"] = "gae"
     """gae needs a critic. The others have none and give every token the advantage of its episode among the
-    `reset_group_size` that start where it does: rloo its return minus the mean of the others', grpo minus the mean of
+    `num_generations` that start where it does: rloo its return minus the mean of the others', grpo minus the mean of
     all, over their standard deviation."""
     whiten_rewards: bool = False
     """Divide rewards by their standard deviation over the batch; the mean stays."""
@@ -164,7 +164,7 @@ class PPOConfig(TrainConfig):
     reset_curriculum: float = 0.0
     """Share of the run over which resets move from the end of a response to its beginning: k is uniform on {m, ..., L -
     1}, and m falls linearly from L - 1 to `reset_min`. 0: m is `reset_min` throughout, as published."""
-    reset_group_size: int = 1
+    num_generations: int = 1
     """Episodes per prompt of a batch, which has that many times fewer prompts."""
     reset_group: Literal["point", "response"] = "point"
     """Where they start: all at one reset point, or each at a point of its own in one response."""
@@ -179,7 +179,7 @@ class PPOConfig(TrainConfig):
     def __post_init__(self) -> None:
         TrainConfig.__post_init__(self)
         at_least(self, 1, "num_ppo_epochs", "num_mini_batches", "response_length", "rollout_batch_size")
-        at_least(self, 1, "reset_group_size", "kl_horizon")
+        at_least(self, 1, "num_generations", "kl_horizon")
         at_least(self, 0, "kl_coef", "vf_coef", "total_episodes", "num_sample_generations")
         at_least(self, 0, "score_coef", "score_clip", "dpo_reward_clip", "length_coef", "reward_function_clip")
         at_least(self, 0, "kl_target", "entropy_coef", "value_warmup_steps")
@@ -201,8 +201,8 @@ class PPOConfig(TrainConfig):
         for name in ("gamma", "lam", "reset_prob", "reset_curriculum"):
             require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "in 0..1")
         above_0(self, "psi_clip")
-        alone = bool(self.psi) and self.psi_opponents == "rollouts" and self.reset_group_size == 1
-        require(not alone, "reset_group_size", self.reset_group_size, "at least 2 where psi_opponents is rollouts")
+        alone = bool(self.psi) and self.psi_opponents == "rollouts" and self.num_generations == 1
+        require(not alone, "num_generations", self.num_generations, "at least 2 where psi_opponents is rollouts")
         require(self.reset_min in (0, 1), "reset_min", self.reset_min, "0 or 1")
         require(
             self.missing_eos_penalty is None or self.missing_eos_score is None,
@@ -211,21 +211,21 @@ class PPOConfig(TrainConfig):
             "null where missing_eos_score is given: one subtracts, the other replaces",
         )
         require(
-            self.batch_size % self.reset_group_size == 0,
-            "reset_group_size",
-            self.reset_group_size,
+            self.batch_size % self.num_generations == 0,
+            "num_generations",
+            self.num_generations,
             f"a divisor of the batch of {self.batch_size} episodes",
         )
         if self.advantage_estimator != "gae":
             because = f"with advantage_estimator {self.advantage_estimator}"
-            size, start, compat = self.reset_group_size, self.reset_group, self.compat
-            require(size >= 2, "reset_group_size", size, f"at least 2 {because}, which compares episodes")
+            size, start, compat = self.num_generations, self.reset_group, self.compat
+            require(size >= 2, "num_generations", size, f"at least 2 {because}, which compares episodes")
             require(start == "point", "reset_group", start, f"point {because}, which compares episodes of one state")
             require(self.gamma == 1, "gamma", self.gamma, f"1 {because}, which knows whole episodes only")
             require(compat == "fixed", "compat", compat, f"fixed {because}: the authors' code has a critic")
             warmup = self.value_warmup_steps
             require(warmup == 0, "value_warmup_steps", warmup, f"0 {because}, which has no critic")
-        groups = self.batch_size // self.reset_group_size
+        groups = self.batch_size // self.num_generations
         require(
             groups % self.num_mini_batches == 0,
             "num_mini_batches",
@@ -248,13 +248,13 @@ class PPOConfig(TrainConfig):
         resets = ("reset_min", "reset_source", "reset_curriculum")
         critic = ("vf_coef", "cliprange_value", "value_learning_rate", "lam", "truncation")
         no_critic = f"with advantage_estimator {self.advantage_estimator}"
-        grouped, one_step = self.reset_group_size > 1, self.num_ppo_epochs * self.num_mini_batches == 1
+        grouped, one_step = self.num_generations > 1, self.num_ppo_epochs * self.num_mini_batches == 1
         at_default(
             self,
             [
                 (bool(self.dpo_model_path), "without a dpo_model_path", dpo),
                 (self.reset_prob > 0, "where reset_prob is 0", (*resets, "reset_group")),
-                (grouped, "where reset_group_size is 1", ("reset_group", "share_trunks")),
+                (grouped, "where num_generations is 1", ("reset_group", "share_trunks")),
                 (not one_step, "where an update is one step, which is always taken", ("target_kl",)),
                 (self.advantage_estimator == "gae", no_critic, critic),
                 (self.engine == "vllm", "where engine is transformers", ("vllm_gpu_memory_utilization",)),

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from fastrlhf.config import TrainConfig, parse_model_config, require
-from fastrlhf.config.files import nearest
+from fastrlhf.config.elsewhere import nearest
 from fastrlhf.data.hub import check_hub
 from fastrlhf.data.tokens import is_missing_folder, load_tokenizer, special_ids
 from fastrlhf.models.adapters import add_adapter

@@ -305,7 +305,7 @@ def test_scores_are_reported_by_the_fifth_of_the_response_in_which_the_reset_lie
 def test_without_a_critic_every_token_has_the_advantage_of_its_episode_in_its_group(estimator, scale):
     """Two groups of two; returns 1 and 2, and 3 and 4: leave-one-out gives -1 and 1, half of that is the deviation from
     the mean, and the sample deviation is sqrt(1/2)."""
-    cfg = config(kl_coef=0.0, advantage_estimator=estimator, reset_group_size=2)
+    cfg = config(kl_coef=0.0, advantage_estimator=estimator, num_generations=2)
     found, metrics = experience(cfg, ROLLOUTS[:4], None, order=[1, 0], scores=SCORES[:4])
     signs = torch.tensor([-1.0] * 3 + [1.0] * 3 + [-1.0] * 4 + [1.0])
     torch.testing.assert_close(found.advantage, scale * signs)
@@ -314,7 +314,7 @@ def test_without_a_critic_every_token_has_the_advantage_of_its_episode_in_its_gr
 
 
 def test_the_return_of_an_episode_includes_its_kl():
-    cfg = config(kl_coef=0.25, advantage_estimator="rloo", reset_group_size=2)
+    cfg = config(kl_coef=0.25, advantage_estimator="rloo", num_generations=2)
     found, _ = experience(cfg, ROLLOUTS[:4], None, order=[0, 1], scores=SCORES[:4])
     log_ratio = found.sampler_logprob - found.reference_logprob
     returns = SCORES[:4] - 0.25 * torch.stack([part.sum() for part in log_ratio.split([3, 3, 4, 1])])
@@ -354,7 +354,7 @@ def test_an_exact_kl_charges_every_state_its_own_divergence(critic):
 @pytest.mark.parametrize("whitened", [False, True])
 def test_of_an_exact_kl_each_token_answers_for_its_own_log_ratio(whitened):
     """Beside what its episode earns, on the scale of the rewards."""
-    cfg = config(kl_coef=0.25, kl_estimator="exact", advantage_estimator="rloo", reset_group_size=2)
+    cfg = config(kl_coef=0.25, kl_estimator="exact", advantage_estimator="rloo", num_generations=2)
     cfg = replace(cfg, temperature=1.0, whiten_rewards=whitened, share_trunks=False)
     found, _ = experience(cfg, ROLLOUTS[:4], None, order=[0, 1], scores=SCORES[:4])
     kl = state_kl(1.0, ROLLOUTS[:4])

@@ -101,7 +101,7 @@ def test_without_a_critic_the_policy_learns_and_a_judge_alone_suffices(paths, es
         kl_coef=0.0,
         num_ppo_epochs=2,
         advantage_estimator=estimator,
-        reset_group_size=4,
+        num_generations=4,
     )
     result = train_ppo(cfg, tiny.examples(40), judge=likes_short)
     scores = [row["objective/scores"] for row in result.history]
@@ -113,8 +113,8 @@ def test_without_a_critic_the_policy_learns_and_a_judge_alone_suffices(paths, es
 
 
 def test_without_a_critic_the_reward_model_is_the_judge_alone(paths):
-    result = run(config(paths, DRPOConfig, advantage_estimator="rloo", reset_group_size=3))
-    with_critic = run(config(paths, DRPOConfig, reset_group_size=3))
+    result = run(config(paths, DRPOConfig, advantage_estimator="rloo", num_generations=3))
+    with_critic = run(config(paths, DRPOConfig, num_generations=3))
     assert result.history[0]["objective/scores"] == with_critic.history[0]["objective/scores"]
     assert result.value_model is None
     assert with_critic.value_model is not None
@@ -135,9 +135,7 @@ def test_psi_makes_the_reward_a_mean_preference_and_leaves_the_evaluation_in_sco
 
     examples = tiny.examples(8)
     group = 4 if opponents == "rollouts" else 1
-    cfg = config(
-        paths, max_steps=1, psi="identity", psi_opponents=opponents, reset_group_size=group, num_mini_batches=1
-    )
+    cfg = config(paths, max_steps=1, psi="identity", psi_opponents=opponents, num_generations=group, num_mini_batches=1)
     history = train_ppo(
         cfg, examples, tiny.examples(2, seed=1), judge=length, reward_functions={"watch": watch}
     ).history
@@ -156,7 +154,7 @@ def test_psi_makes_the_reward_a_mean_preference_and_leaves_the_evaluation_in_sco
 
 
 def test_opponents_of_the_group_need_a_group_and_a_psi_a_name(paths):
-    with pytest.raises(ValueError, match="reset_group_size: must be at least 2 where psi_opponents is rollouts"):
+    with pytest.raises(ValueError, match="num_generations: must be at least 2 where psi_opponents is rollouts"):
         config(paths, psi="identity", psi_opponents="rollouts")
     with pytest.raises(ValueError, match=r"^psi: 'logits' is none of identity"):
         train_ppo(config(paths, psi="logits"), tiny.examples(4))

@@ -30,7 +30,7 @@ def prompts(count: int) -> list[TokenizedExample]:
 
 
 def test_a_group_starts_at_one_point_and_its_episodes_are_numbered_on():
-    cfg = config(reset_group_size=4)
+    cfg = config(num_generations=4)
     prefixes = draw_prefixes(cfg, prompts(3), first_group=5)
     assert [p.episode for p in prefixes] == list(range(20, 32))
     assert [p.row for p in prefixes] == [row for row in range(3) for _ in range(4)]
@@ -41,14 +41,14 @@ def test_a_group_starts_at_one_point_and_its_episodes_are_numbered_on():
 
 
 def test_the_episodes_of_a_group_are_sampled_apart():
-    cfg = config(reset_group_size=4, reset_prob=0.0, temperature=2.0)
+    cfg = config(num_generations=4, reset_prob=0.0, temperature=2.0)
     rollouts = make_engine(cfg, tiny.policy(), tiny.EOS).generate(draw_prefixes(cfg, prompts(12), 0))
     for group in range(12):
         assert len({tuple(r.completion) for r in rollouts[4 * group : 4 * group + 4]}) > 1
 
 
 def test_the_episodes_of_a_group_may_start_at_points_of_their_own_in_one_response():
-    cfg = config(reset_group_size=4, reset_group="response", reset_source="both", reset_prob=0.8)
+    cfg = config(num_generations=4, reset_group="response", reset_source="both", reset_prob=0.8)
     prefixes = draw_prefixes(cfg, prompts(300), 0)
     for group in range(300):
         members = prefixes[4 * group : 4 * group + 4]
@@ -110,7 +110,7 @@ def test_a_run_from_sampled_prefixes_needs_no_response_in_its_data(tmp_path):
         model_name_or_path=tiny.save_policy(tmp_path / "sft"),
         reward_model_path=tiny.save_reward_model(tmp_path / "reward"),
         reset_source="sample",
-        reset_group_size=3,
+        num_generations=3,
         max_steps=2,
         micro_batch_tokens=64,
         progress=False,

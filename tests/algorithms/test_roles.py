@@ -26,7 +26,7 @@ def test_gae_trains_policy_and_critic_and_freezes_the_reference(tmp_path):
 
 
 def test_an_estimator_without_a_critic_opens_none(tmp_path):
-    cfg = config(tmp_path, advantage_estimator="rloo", reset_group_size=2)
+    cfg = config(tmp_path, advantage_estimator="rloo", num_generations=2)
     assert open_roles(cfg, tiny.tokenizer(), []).critic is None
 
 

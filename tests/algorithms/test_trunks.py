@@ -24,7 +24,7 @@ def config(group_size: int = 3, **settings) -> DRPOConfig:
         "response_length": 9,
         "max_length": 40,
         "per_device_train_batch_size": GROUPS * group_size,
-        "reset_group_size": group_size,
+        "num_generations": group_size,
         "micro_batch_tokens": 100,
         "num_ppo_epochs": 1,
         "progress": False,

@@ -54,7 +54,7 @@ def scored(cfg, policy, reference, critic=None) -> Experience:
     """As the trainer has it; without a critic, with the advantages of one group."""
     packs, judge = packed(cfg, policy), frozen_copy(critic) if critic else None
     if judge is None:
-        cfg = replace(cfg, advantage_estimator="rloo", reset_group_size=len(ROLLOUTS))
+        cfg = replace(cfg, advantage_estimator="rloo", num_generations=len(ROLLOUTS))
     scores = torch.linspace(-1, 2, len(ROLLOUTS))
     return score_episodes(cfg, policy, reference, judge, ROLLOUTS, scores, packs, tiny.EOS)[0]
 

@@ -76,8 +76,8 @@ def test_replace_checks_again(kind):
         (PPOConfig, "reset_prob", 1.01, r"in 0\.\.1"),
         (PPOConfig, "reset_min", 2, "0 or 1"),
         (PPOConfig, "reset_curriculum", 1.01, r"in 0\.\.1"),
-        (PPOConfig, "reset_group_size", 0, "at least 1"),
-        (PPOConfig, "reset_group_size", 3, "a divisor of the batch of 64 episodes"),
+        (PPOConfig, "num_generations", 0, "at least 1"),
+        (PPOConfig, "num_generations", 3, "a divisor of the batch of 64 episodes"),
         (PPOConfig, "num_mini_batches", 5, "a divisor of the batch of 64 episodes"),
         (PPOConfig, "response_length", 1024, "below max_length"),
         (EvalConfig, "response_length", 1024, "below max_length"),
@@ -117,13 +117,13 @@ CHOICES = [
 BESIDE = {
     "reward_shaping": {"dpo_model_path": "dpo"},
     "reset_source": {"reset_prob": 0.5},
-    "reset_group": {"reset_prob": 0.5, "reset_group_size": 2},
+    "reset_group": {"reset_prob": 0.5, "num_generations": 2},
     "dpo_reward_norm": {"dpo_model_path": "dpo"},
-    "psi_opponents": {"psi": "identity", "reset_group_size": 2},
+    "psi_opponents": {"psi": "identity", "num_generations": 2},
     "master_weights": {"dtype": "bfloat16"},
     "groupwise": {"loss_type": "ipo"},
     "reward_model": {"reward_model_path": "judge"},
-    **{name: {"reset_group_size": 2} for name in ("rloo", "grpo")},
+    **{name: {"num_generations": 2} for name in ("rloo", "grpo")},
     **{name: {"kl_placement": "loss"} for name in ("k2", "k3")},
     "loss": {"kl_estimator": "k2"},
     "bootstrap": {"missing_eos_score": None},
@@ -151,14 +151,14 @@ UNREAD = [
     *((kind, "dpo_reward_norm", {}) for kind in ON_POLICY),
     *((kind, key, {"reset_prob": 0.0}) for kind in ON_POLICY for key in ("reset_curriculum", "reset_source")),
     *((kind, "reset_min", {"reset_prob": 0.0}) for kind in ON_POLICY),
-    *((kind, "reset_group", {"reset_prob": 0.0, "reset_group_size": 2}) for kind in ON_POLICY),
+    *((kind, "reset_group", {"reset_prob": 0.0, "num_generations": 2}) for kind in ON_POLICY),
     *((kind, key, {"reset_prob": 0.5}) for kind in ON_POLICY for key in ("reset_group", "share_trunks")),
     *((kind, "target_kl", {"num_ppo_epochs": 1}) for kind in ON_POLICY),
     *((kind, key, {}) for kind in ON_POLICY for key in ("vllm_gpu_memory_utilization", "kl_horizon")),
     *((kind, key, {}) for kind in ON_POLICY for key in ("psi_opponents", "psi_clip")),
     (PPOConfig, "psi_clip", {"psi": "logit"}),
     *(
-        (kind, key, {"advantage_estimator": estimator, "reset_group_size": 2})
+        (kind, key, {"advantage_estimator": estimator, "num_generations": 2})
         for kind in ON_POLICY
         for estimator in ("rloo", "grpo")
         for key in ("vf_coef", "cliprange_value", "value_learning_rate", "lam", "truncation")

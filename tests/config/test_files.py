@@ -18,14 +18,12 @@ from fastrlhf.config import (
 from fastrlhf.config.command_line import parse
 from fastrlhf.config.files import (
     COMMANDS,
-    KNOWN_ELSEWHERE,
     RECIPES,
     as_flags,
     check_flags,
     check_unchanged,
     differences,
     names_folder,
-    nearest,
     read_yaml,
     run_first,
     write_yaml,
@@ -224,20 +222,24 @@ def test_flags_say_what_the_values_say():
 
 
 def test_unknown_flags_are_refused_with_the_nearest_name():
-    check_flags(["--learning_rate", "1e-4", "--max-steps=3", "-1", "--help"], SFTConfig)
+    check_flags(["--learning_rate", "1e-4", "--max-steps=3", "-1", "--help"], SFTConfig, "sft")
     with pytest.raises(ValueError, match=r"^unknown key --leaning-rate; did you mean 'learning_rate'\?$"):
-        check_flags(["--seed", "1", "--leaning-rate=1"], SFTConfig)
+        check_flags(["--seed", "1", "--leaning-rate=1"], SFTConfig, "sft")
 
 
-@pytest.mark.parametrize(("name", "ours"), KNOWN_ELSEWHERE.items())
-def test_a_name_known_from_elsewhere_is_told_ours_where_that_is_a_key(name, ours):
-    with pytest.raises(ValueError, match=rf"^unknown key --{name}; did you mean '{ours}'\?$"):
-        check_flags([f"--{name}", "1"], DRPOConfig)
-    assert nearest(name, ["seed"]) == ""
+def test_other_spellings_are_understood_where_the_key_exists(write):
+    path = write("num_generations: 2\nmax_completion_length: 7\n")
+    config = parse(PPOConfig, ["--config", path, "--reset-group-size=4", "--gradient_checkpointing", "true"], "ppo")
+    assert (config.num_generations, config.response_length, config.activation_checkpointing) == (4, 7, True)
+    with pytest.raises(ValueError, match=r"^unknown key --reset_group_size$"):
+        parse(SFTConfig, ["--reset_group_size", "4"], "sft")
 
 
-def test_a_name_like_no_other_gets_no_suggestion():
-    assert nearest("zzz", ["seed", "beta"]) == ""
+def test_a_run_of_the_release_before_compares_by_the_new_names(tmp_path):
+    write_yaml(PPOConfig(num_generations=2), tmp_path / "config.yaml")
+    text = (tmp_path / "config.yaml").read_text().replace("num_generations", "reset_group_size")
+    (tmp_path / "config.yaml").write_text(text)
+    assert differences(PPOConfig(num_generations=2), tmp_path / "config.yaml") == []
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)

@@ -45,8 +45,8 @@ def test_a_reference_of_no_dpo_model_is_refused():
 
 @pytest.mark.parametrize("estimator", ["rloo", "grpo"])
 def test_an_advantage_of_the_group_wants_a_group_whole_episodes_and_no_critic(estimator):
-    config = PPOConfig(advantage_estimator=estimator, reset_group_size=2)
-    refused = (("reset_group_size", 1), ("reset_group", "response"), ("gamma", 0.9), ("compat", "reference"))
+    config = PPOConfig(advantage_estimator=estimator, num_generations=2)
+    refused = (("num_generations", 1), ("reset_group", "response"), ("gamma", 0.9), ("compat", "reference"))
     for field, value in refused:
         with pytest.raises(ValueError, match=rf"^{field}: must be .* with advantage_estimator {estimator}"):
             replace(config, **{field: value})
@@ -54,7 +54,7 @@ def test_an_advantage_of_the_group_wants_a_group_whole_episodes_and_no_critic(es
 
 def test_mini_batches_hold_whole_groups():
     with pytest.raises(ValueError, match=r"^num_mini_batches: must be a divisor of the batch of 8 groups of episodes"):
-        PPOConfig(reset_group_size=8, num_mini_batches=16)
+        PPOConfig(num_generations=8, num_mini_batches=16)
 
 
 def test_vllm_reads_a_model_from_a_folder_and_has_no_temperature_below_its_own_least():
@@ -86,8 +86,8 @@ def test_an_exact_kl_in_the_loss_reads_the_reference_while_it_would_wait():
 
 def test_an_exact_kl_in_the_reward_is_not_rescaled_by_grpo():
     with pytest.raises(ValueError, match=r"^advantage_estimator: must be gae or rloo with kl_estimator exact"):
-        PPOConfig(kl_estimator="exact", advantage_estimator="grpo", reset_group_size=2)
-    PPOConfig(kl_placement="loss", kl_estimator="exact", advantage_estimator="grpo", reset_group_size=2)
+        PPOConfig(kl_estimator="exact", advantage_estimator="grpo", num_generations=2)
+    PPOConfig(kl_placement="loss", kl_estimator="exact", advantage_estimator="grpo", num_generations=2)
 
 
 def test_a_controller_needs_a_coefficient_to_multiply_and_a_horizon_of_a_batch():
@@ -127,4 +127,4 @@ def test_the_semantics_of_the_authors_leave_the_loss_as_it_is(field, settings):
 
 def test_a_warmup_of_the_critic_needs_one():
     with pytest.raises(ValueError, match=r"^value_warmup_steps: must be 0 with advantage_estimator rloo"):
-        PPOConfig(advantage_estimator="rloo", reset_group_size=2, value_warmup_steps=1)
+        PPOConfig(advantage_estimator="rloo", num_generations=2, value_warmup_steps=1)

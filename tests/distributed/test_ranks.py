@@ -240,7 +240,7 @@ def test_each_process_needs_a_gpu_of_its_own(monkeypatch, local, message):
     ("settings", "message"),
     [
         ({"num_mini_batches": 4}, "num_mini_batches: must be such that the 1 trees of a mini-batch"),
-        ({"reset_group_size": 4, "num_mini_batches": 1}, "num_mini_batches: must be such that the 1 trees"),
+        ({"num_generations": 4, "num_mini_batches": 1}, "num_mini_batches: must be such that the 1 trees"),
         ({"engine": "vllm"}, "engine: must be transformers in 2 processes"),
         ({"compat": "reference"}, "compat: must be fixed in 2 processes"),
         ({"decode": "cuda_graph"}, "decode: must be eager in 2 processes"),
@@ -250,7 +250,7 @@ def test_an_update_that_two_processes_cannot_share_is_refused(monkeypatch, setti
     monkeypatch.setattr(ppo, "world_size", lambda: 2)
     with pytest.raises(ValueError, match=message):
         ppo._check_ranks(PPOConfig(per_device_train_batch_size=4, **settings))
-    ppo._check_ranks(PPOConfig(per_device_train_batch_size=4, reset_group_size=4, share_trunks=False))
+    ppo._check_ranks(PPOConfig(per_device_train_batch_size=4, num_generations=4, share_trunks=False))
 
 
 def test_commands_of_one_process_say_so(monkeypatch):

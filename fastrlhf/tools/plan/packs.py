@@ -58,7 +58,7 @@ def read_rows(config: TrainConfig) -> Rows:
     num = config.batch_size
     steps = config.max_steps if config.max_steps > 0 else None
     if isinstance(config, PPOConfig):
-        num //= config.reset_group_size
+        num //= config.num_generations
         if steps is None and config.total_episodes:
             steps = max(1, config.total_episodes // config.batch_size)
     return Rows(
@@ -106,12 +106,12 @@ def _offline_packs(config: TrainConfig, rows: Rows) -> Packs:
 def _on_policy_packs(config: PPOConfig, rows: Rows) -> Packs:
     updates = []
     for batch in rows.batches[: MOST_BATCHES // 10]:
-        prompts = [rows.examples[i] for i in batch for _ in range(config.reset_group_size)]
+        prompts = [rows.examples[i] for i in batch for _ in range(config.num_generations)]
         updates.append(
             pack_episodes(config, [_whole(config, p) for p in prompts], range(len(batch)), torch.device("cpu"))
         )
     packs = [item.batch for update in updates for mini in update for item in mini]
-    together = config.reset_group_size if config.share_trunks else 1
+    together = config.num_generations if config.share_trunks else 1
     longest = max(len(rows.examples[i].prompt) for batch in rows.batches for i in batch)
     return Packs(
         largest=max(packs, key=lambda batch: batch.num_tokens),

@@ -104,7 +104,7 @@ def _with_tokenizer(config: TrainConfig, made: Made) -> TrainConfig:
 def _check_rows(config: TrainConfig) -> None:
     examples = open_work(config).examples
     if isinstance(config, PPOConfig):
-        together = config.reset_group_size if config.share_trunks else 1
+        together = config.num_generations if config.share_trunks else 1
         costs = [len(example.prompt) + together * config.response_length for example in examples]
     else:
         tree_of = to_tree(config)

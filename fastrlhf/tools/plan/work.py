@@ -46,7 +46,7 @@ def open_work(config: TrainConfig, most_batches: int = 1) -> Work:
     examples = data.train
     if isinstance(config, PPOConfig):
         examples = with_room(examples, "train", config.max_length, config.response_length)
-        steps, size = ppo.num_updates(config, len(examples)), config.batch_size // config.reset_group_size
+        steps, size = ppo.num_updates(config, len(examples)), config.batch_size // config.num_generations
     else:
         steps, size = num_steps(config, len(examples)), config.batch_size
     drawn = index_batches(len(examples), size, steps, config.seed)

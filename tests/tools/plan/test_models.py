@@ -38,7 +38,7 @@ def test_where_all_weights_are_trained_roles_share_those_of_the_reference(folder
     assert sizes["policy"] == sizes["reference"] == pytest.approx(4 * POLICY, abs=BUFFERS)
     assert sizes["critic"] == pytest.approx(4 * SCORER, abs=BUFFERS)  # with the adapter added
     assert sizes["reward model"] == adapter(measure.JUDGE_RANK) + 4 * 256
-    second = own(folder, "roles", advantage_estimator="rloo", reset_group_size=2, **second_judge(folder))
+    second = own(folder, "roles", advantage_estimator="rloo", num_generations=2, **second_judge(folder))
     assert second["second reward model"] == sizes["reward model"]
     assert "critic" not in second
 
