@@ -15,11 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
-Message = dict[str, str]
-"""One turn of a conversation: `{"role": ..., "content": ...}`."""
+Message = dict[str, Any]
+"""One turn of a conversation: `{"role": ..., "content": ...}`, with whatever else a chat template may read."""
 
 Text = str | list[Message]
 """Plain text, or the turns of a conversation that a chat template will render."""
@@ -53,6 +54,8 @@ class Example:
     num_labels: int | None = None
     row: int
     """Position in the source file, counted from 0: the name of this example in messages and in random draws."""
+    columns: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    """The other columns of the row, by their names in the file: what no field above was read from."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import logging
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -39,6 +39,10 @@ class Data:
     eval: list[TokenizedExample]
     report: TokenReport
     """What tokenising did to the training rows."""
+    train_rows: Mapping[int, Example] = dataclasses.field(default_factory=dict)
+    """Row number -> the example that it was read as, with its text and its other columns; empty unless kept."""
+    eval_rows: Mapping[int, Example] = dataclasses.field(default_factory=dict)
+    """The same of the rows to evaluate on, which may come from another split and so repeat the numbers."""
 
     @cached_property
     def fingerprint(self) -> dict[str, str]:
@@ -51,9 +55,12 @@ def open_inputs(
     fields: Sequence[str],
     train: Sequence[Example] | None,
     evaluation: Sequence[Example] | None,
+    *,
+    keep_rows: bool = False,
 ) -> tuple[PreTrainedTokenizerBase, Data]:
     """The tokenizer and the tokenised rows that have `fields`, the `needs` of `load_examples`; `train` and `evaluation`
-    stand in for the dataset's.
+    stand in for the dataset's. With `keep_rows` the examples stay in memory, so that a reward function can read the
+    text and the columns of a row.
 
     Raises ValueError for anything that is wrong with the paths, the files, the rows or the reporters, and for what the
     device or the installation lacks, before a model is loaded and before a folder is made.
@@ -72,6 +79,8 @@ def open_inputs(
         train=tokenized.examples,
         eval=_tokenize(config, tokenizer, evaluation, fields, "eval").examples if evaluation else [],
         report=tokenized.report,
+        train_rows=_by_number(train) if keep_rows else {},
+        eval_rows=_by_number(evaluation or ()) if keep_rows else {},
     )
     ranks, num_eval = world_size(), len(data.eval)
     require(num_eval == 0 or num_eval >= ranks, "num_eval_examples", num_eval, f"0, or at least the {ranks} processes")
@@ -128,6 +137,10 @@ def open_tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase:
         chat_template=config.chat_template or None,
         trust_remote_code=config.trust_remote_code,
     )
+
+
+def _by_number(examples: Sequence[Example]) -> dict[int, Example]:
+    return {example.row: example for example in examples}
 
 
 def _load_both(config: TrainConfig, fields: Sequence[str]) -> tuple[list[Example], list[Example]]:

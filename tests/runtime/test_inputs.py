@@ -67,6 +67,19 @@ def test_examples_from_python_stand_in_for_the_dataset(tokenizer_path):
     assert open_inputs(config, ["reference"], tiny.examples(5), None)[1].eval == []
 
 
+def test_rows_that_are_kept_hold_their_other_columns_by_number(tmp_path, config):
+    lines = [{"prompt": f"w{i}", "completion": "w1", "answer": i, "meta": {"id": [i]}} for i in range(4)]
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    config = replace(config, dataset_name=str(tmp_path / "b.jsonl"), num_eval_examples=1)
+    _, data = open_inputs(config, ["reference"], None, None, keep_rows=True)
+    assert {row: example.columns for row, example in data.train_rows.items()} == {
+        i: {"answer": i, "meta": {"id": [i]}} for i in range(3)
+    }
+    assert data.eval_rows[3].columns["answer"] == 3
+    assert data.eval_rows[3].prompt == "w3"
+    assert open_inputs(config, ["reference"], None, None)[1].train_rows == {}
+
+
 def test_the_last_rows_are_held_out_whatever_fields_are_needed(config):
     held_out = replace(config, num_eval_examples=4)
     for fields, missing in (([], []), (["chosen"], []), (["reference"], [17])):
