@@ -30,6 +30,7 @@ usage: fastrlhf COMMAND [--config FILE] [--key value ...]
   reward     a reward model from preference pairs
   dpo        DPO, or IPO with --loss_type ipo
   ppo        PPO
+  grpo       GRPO: groups of responses compared with each other, no critic
   drpo       DR-PO: PPO from reset states
   rto        RTO: PPO on the token rewards of a DPO model
   rlp        RLP: the reward model refitted on what the policy answers, the policy trained again
@@ -337,6 +338,7 @@ TRAINERS: dict[str, tuple[type, str, str]] = {
     "reward": (configs.RewardConfig, "reward_model", "train_reward_model"),
     "dpo": (configs.DPOConfig, "dpo", "train_dpo"),
     "ppo": (configs.PPOConfig, "ppo", "train_ppo"),
+    "grpo": (configs.GRPOConfig, "ppo", "train_ppo"),
     "drpo": (configs.DRPOConfig, "ppo", "train_ppo"),
     "rto": (configs.RTOConfig, "ppo", "train_ppo"),
     "rlp": (configs.RLPConfig, "rlp", "train_rlp"),

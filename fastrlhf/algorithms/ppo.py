@@ -190,7 +190,7 @@ def _fields_read(config: PPOConfig) -> list[str]:
 
 def _name(config: PPOConfig) -> str:
     parts = [name for name, used in (("drpo", config.reset_prob > 0), ("rto", config.dpo_model_path)) if used]
-    return "+".join(parts) or "ppo"
+    return "+".join(parts) or ("ppo" if config.advantage_estimator == "gae" else config.advantage_estimator)
 
 
 def num_updates(config: PPOConfig, num_prompts: int) -> int:

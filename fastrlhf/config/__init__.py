@@ -10,7 +10,7 @@ from __future__ import annotations
 from fastrlhf.config.checks import require
 from fastrlhf.config.commands import DemoConfig, EvalConfig
 from fastrlhf.config.offline import DPOConfig, RewardConfig, SFTConfig
-from fastrlhf.config.on_policy import DRPOConfig, PPOConfig, RTOConfig
+from fastrlhf.config.on_policy import DRPOConfig, GRPOConfig, PPOConfig, RTOConfig
 from fastrlhf.config.rlp import RLPConfig
 from fastrlhf.config.train import COLUMNS, TrainConfig, parse_columns, parse_model_config
 
@@ -19,6 +19,7 @@ CONFIGS: dict[str, type] = {
     "reward": RewardConfig,
     "dpo": DPOConfig,
     "ppo": PPOConfig,
+    "grpo": GRPOConfig,
     "drpo": DRPOConfig,
     "rto": RTOConfig,
     "rlp": RLPConfig,
@@ -34,6 +35,7 @@ __all__ = [
     "DRPOConfig",
     "DemoConfig",
     "EvalConfig",
+    "GRPOConfig",
     "PPOConfig",
     "RLPConfig",
     "RTOConfig",

@@ -236,7 +236,7 @@ KEYS: tuple[Key, ...] = (
     *_other("older", "rpo_alpha", "loss_type", "as loss_type: [sigmoid, sft] with loss_weights"),
     *_other("older", "precompute_ref_log_prob", "precompute_ref_log_probs"),
     # On-policy
-    *_same("grpo", "num_generations", "1 by default (8 with GRPO in TRL)"),
+    *_same("grpo", "num_generations", "8 by default in grpo, 1 elsewhere"),
     *_no("grpo", "num_generations_eval", "evaluation samples one response per prompt"),
     *_other("grpo", "max_completion_length", "response_length", "understood as an alias"),
     *_other("older", "max_new_tokens", "response_length"),
@@ -258,7 +258,7 @@ KEYS: tuple[Key, ...] = (
     *_no("grpo", "top_p top_k min_p repetition_penalty", "responses are drawn from the whole distribution"),
     *_no("grpo", "generation_kwargs", "sampling is set by temperature and response_length"),
     *_on("grpo", "cache_implementation", "sampling has a static cache of its own"),
-    *_no("grpo", "reward_weights", "weigh rewards inside reward_function"),
+    *_same("grpo", "reward_weights"),
     *_no("grpo", "multi_objective_aggregation", "rewards are summed"),
     *_other(
         "grpo", "scale_rewards", "advantage_estimator", "grpo scales by the group's standard deviation, rloo does not"
@@ -306,12 +306,11 @@ KEYS: tuple[Key, ...] = (
     *_no("ppo", "model_adapter_name ref_adapter_name", "use_peft trains one adapter; the reference is without it"),
     *_other("older", "init_kl_coef", "kl_coef"),
     *_other("older", "num_sample_generation", "num_sample_generations"),
-    *_other("older", "reward_funcs", "reward_function"),
+    *_other("older", "reward_funcs", "reward_functions", "understood as an alias"),
 )
 
 COMMANDS = {
-    "grpo": "write ppo with advantage_estimator: grpo and num_generations: 8",
-    "rloo": "write ppo with advantage_estimator: rloo and num_generations: 2 or more",
+    "rloo": "write grpo with advantage_estimator: rloo",
     "ipo": "write dpo with loss_type: ipo",
     "kto": "KTO is not supported",
     **{name: f"{name.upper()} is not supported" for name in ("orpo", "cpo", "simpo", "bco", "gkd")},

@@ -22,6 +22,8 @@ ALIASES = {
     "gradient_checkpointing": "activation_checkpointing",
     "max_completion_length": "response_length",
     "reset_group_size": "num_generations",
+    "reward_function": "reward_functions",
+    "reward_funcs": "reward_functions",
 }
 """Other spellings of keys that are understood: those of TRL, and those of the release before this one."""
 

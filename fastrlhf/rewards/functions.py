@@ -73,7 +73,7 @@ def call(name: str, function: RewardFunction, *arguments: Any, **keywords: Any) 
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        raise RuntimeError(f"reward_function: {name!r} raised {type(error).__name__}: {error}") from error
+        raise RuntimeError(f"reward_functions: {name!r} raised {type(error).__name__}: {error}") from error
 
 
 def texts_taken(function: RewardFunction) -> tuple[str, ...]:
@@ -106,17 +106,21 @@ def load_reward_functions(
     if isinstance(config, RTOConfig) and not config.dpo_model_path:
         raise ValueError("dpo_model_path: give the DPO model that rewards the tokens, trained by `fastrlhf dpo`")
     named = list((functions or {}).items())
-    if config.reward_function:
-        named.append(
-            (config.reward_function.rpartition(":")[2], load_function(config.reward_function, "reward_function"))
-        )
+    for path in config.reward_functions:
+        named.append((path.rpartition(":")[2], load_function(path, "reward_functions")))
     names = [*RESERVED, *(name for name, _ in named)]
     for name, function in named:
         if names.count(name) > 1:
-            raise ValueError(f"reward_function: {name!r} is the name of another reward; call it otherwise")
+            raise ValueError(f"reward_functions: {name!r} is the name of another reward; call it otherwise")
         try:
             texts_taken(function)
         except ValueError as error:
-            raise ValueError(f"reward_function: {name!r} {error}") from error
+            raise ValueError(f"reward_functions: {name!r} {error}") from error
     at_default(config, [(bool(named), "without a reward function", ("reward_function_norm", "reward_function_clip"))])
     return dict(named)
+
+
+def function_weights(config: PPOConfig) -> dict[str, float]:
+    """By the names of the functions of `reward_functions`."""
+    names = [path.rpartition(":")[2] for path in config.reward_functions]
+    return dict(zip(names, config.reward_weights or [1.0] * len(names), strict=True))

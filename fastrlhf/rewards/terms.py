@@ -26,7 +26,14 @@ from transformers import PreTrainedTokenizerBase
 from fastrlhf.config import PPOConfig
 from fastrlhf.distributed.ranks import on_first
 from fastrlhf.models.loading import resolve_device
-from fastrlhf.rewards.functions import RewardFunction, TextReward, call, load_reward_functions, texts_taken
+from fastrlhf.rewards.functions import (
+    RewardFunction,
+    TextReward,
+    call,
+    function_weights,
+    load_reward_functions,
+    texts_taken,
+)
 from fastrlhf.rewards.implicit import ImplicitReward
 from fastrlhf.rewards.kl_controller import KLController
 from fastrlhf.types import Rollout
@@ -89,6 +96,8 @@ class Rewards:
 
     config: PPOConfig
     functions: Mapping[str, RewardFunction | TextReward] = field(default_factory=dict)
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """Of functions, by name; 1 where there is none"""
     implicit: ImplicitReward | None = None
     """Where the DPO rewards come from: `open_implicit_reward`, once the reference of the run is there"""
     sentence_ends: Tensor | None = None
@@ -169,7 +178,8 @@ class Rewards:
             reward = self._standardised(name, reward, paid)
         reward, clipped = clip(reward, config.reward_function_clip)
         share = clipped.sum() / paid.sum().clamp(min=1)  # one number each, and all responses cut: none is paid
-        return Term(reward=reward, metrics={f"reward/{name}_clipped": share} if config.reward_function_clip else {})
+        metrics = {f"reward/{name}_clipped": share} if config.reward_function_clip else {}
+        return Term(reward=self.weights.get(name, 1.0) * reward, metrics=metrics)
 
     def _dpo(self, episodes: Episodes, log_ratio: Tensor) -> Term:
         config, earns = self.config, episodes.earns
@@ -327,6 +337,7 @@ def open_rewards(
             name: TextReward(name=name, function=function, tokenizer=tokenizer) if texts_taken(function) else function
             for name, function in named.items()
         },
+        weights=function_weights(config),
         sentence_ends=sentence_ends,
     )
 

@@ -9,6 +9,7 @@ from fastrlhf.config import (
     DPOConfig,
     DRPOConfig,
     EvalConfig,
+    GRPOConfig,
     PPOConfig,
     RewardConfig,
     RTOConfig,
@@ -19,7 +20,7 @@ from fastrlhf.config.commands import EVAL_READS
 
 TRAINING = (SFTConfig, RewardConfig, DPOConfig, PPOConfig, DRPOConfig, RTOConfig, EvalConfig)
 ON_POLICY = (PPOConfig, DRPOConfig, RTOConfig)
-ALL = (*TRAINING, DemoConfig)
+ALL = (*TRAINING, GRPOConfig, DemoConfig)
 
 
 def numeric_fields(kind: type, *types: type) -> list[str]:

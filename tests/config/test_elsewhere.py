@@ -12,7 +12,7 @@ from fastrlhf.config.elsewhere import COMMANDS, KEYS, TRL_CONFIGS, explain_comma
 from fastrlhf.config.files import ALIASES
 
 FIELDS = {command: {field.name for field in dataclasses.fields(kind)} for command, kind in CONFIGS.items()}
-COMMANDS_OF = {"sft": ["sft"], "dpo": ["dpo"], "reward": ["reward"], "grpo": ["ppo"], "ppo": ["ppo"]}
+COMMANDS_OF = {"sft": ["sft"], "dpo": ["dpo"], "reward": ["reward"], "grpo": ["grpo"], "ppo": ["ppo"]}
 """TRL config -> our commands that read its keys."""
 
 
@@ -80,8 +80,8 @@ def test_the_table_is_complete():
             "; always off (log-probs of the same tokens must be the same number twice): delete the key",
         ),
         ("sft", "--beta", "; it is a key of dpo"),
-        ("sft", "--num_iterations", "; it is a key of ppo, drpo, rto, as num_ppo_epochs"),
-        ("dpo", "--share_trunks", "; it is a key of ppo, drpo, rto"),
+        ("sft", "--num_iterations", "; it is a key of ppo, grpo, drpo, rto, as num_ppo_epochs"),
+        ("dpo", "--share_trunks", "; it is a key of ppo, grpo, drpo, rto"),
         ("ppo", "--zzz", ""),
     ],
 )
@@ -107,9 +107,8 @@ def test_keys_that_are_the_same_are_taken():
 
 def test_commands_of_other_programs_are_answered_plainly():
     assert explain_command("kto", OUR_COMMANDS) == ": KTO is not supported"
-    assert explain_command("rloo", OUR_COMMANDS).startswith(": write ppo with advantage_estimator: rloo")
+    assert explain_command("rloo", OUR_COMMANDS).startswith(": write grpo with advantage_estimator: rloo")
     assert explain_command("ipo", OUR_COMMANDS) == ": write dpo with loss_type: ipo"
     assert explain_command("stf", OUR_COMMANDS) == "; did you mean 'sft'?"
     assert explain_command("zzz", OUR_COMMANDS) == ""
-    assert "did you mean" not in explain_command("grpo", {"drpo", "rto"})
-    assert not {*COMMANDS} & {"sft", "reward", "dpo", "ppo", "drpo", "rto", "rlp", "eval", "demo"}
+    assert not {*COMMANDS} & {"sft", "reward", "dpo", "ppo", "grpo", "drpo", "rto", "rlp", "eval", "demo"}

@@ -55,8 +55,8 @@ def test_what_a_file_cannot_import_is_told_with_the_name_of_the_file(tmp_path, m
     monkeypatch.syspath_prepend(tmp_path)
     before = set(sys.modules)
     for place in (f"{tmp_path}/broken.py", "broken"):
-        with pytest.raises(ValueError, match=f"^reward_function: '{place}' cannot be imported: {missing}"):
-            load_function(f"{place}:f", "reward_function")
+        with pytest.raises(ValueError, match=f"^reward_functions: '{place}' cannot be imported: {missing}"):
+            load_function(f"{place}:f", "reward_functions")
     assert set(sys.modules) == before
 
 

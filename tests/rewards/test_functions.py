@@ -85,19 +85,19 @@ def test_what_a_function_asks_for_and_there_is_not_is_told_before_the_run():
         return [0.0]
 
     with pytest.raises(
-        ValueError, match=r"^reward_function: 'graded' asks for ground_truth; a function of completions"
+        ValueError, match=r"^reward_functions: 'graded' asks for ground_truth; a function of completions"
     ):
         load_reward_functions(PPOConfig(), {"graded": graded})
 
 
 def test_functions_of_a_run_have_names_of_their_own(tmp_path):
     (tmp_path / "mine.py").write_text("def brief(rollout):\n    return -float(len(rollout.completion))\n")
-    config = PPOConfig(reward_function=f"{tmp_path}/mine.py:brief")
+    config = PPOConfig(reward_functions=(f"{tmp_path}/mine.py:brief",))
     opened = open_rewards(config, tiny.tokenizer(), {"long": lambda rollout: 1.0})
     assert list(opened.functions) == ["long", "brief"]
     assert opened.terms(EPISODES)["brief"].reward.tolist() == [0, 0, 0, -4, 0, 0, 0, -3]
     for name in ("kl", "brief"):
-        with pytest.raises(ValueError, match=f"^reward_function: '{name}' is the name of another reward; call it"):
+        with pytest.raises(ValueError, match=f"^reward_functions: '{name}' is the name of another reward; call it"):
             load_reward_functions(config, {name: lambda rollout: 0.0})
 
 
@@ -126,7 +126,7 @@ def test_what_a_function_raises_is_told_with_its_name_and_its_own_traceback(erro
         opened = open_rewards(PPOConfig(), tiny.tokenizer(), {"mine": function})
         with pytest.raises(RuntimeError) as raised:
             opened.terms(EPISODES)
-        assert str(raised.value) == f"reward_function: 'mine' raised {type(error).__name__}: {error}"
+        assert str(raised.value) == f"reward_functions: 'mine' raised {type(error).__name__}: {error}"
         assert raised.value.__cause__ is error
 
 

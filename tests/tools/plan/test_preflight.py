@@ -39,7 +39,7 @@ def chain(tmp_path_factory):
         "sft": replace(of(SFTConfig, "sft"), model_name_or_path=base),
         "reward": of(RewardConfig, "reward"),
         "dpo": of(DPOConfig, "dpo"),
-        "rto": of(RTOConfig, "rto", **judged, reward_function=f"{folder}/mine.py:brief"),
+        "rto": of(RTOConfig, "rto", **judged, reward_functions=(f"{folder}/mine.py:brief",)),
     }
 
 
@@ -63,7 +63,7 @@ def test_a_chain_whose_models_are_yet_to_be_trained_is_good(chain):
         ("rto", {"max_length": 7}, "max_length: no train prompt leaves room for a response of 6 tokens"),
         ("rto", {"micro_batch_tokens": 8}, "micro_batch_tokens: must be at least .*, the tokens of row"),
         ("reward", {"micro_batch_tokens": 8}, "micro_batch_tokens: must be at least .*, the tokens of row"),
-        ("rto", {"reward_function": "nowhere.py:brief"}, "reward_function: no file 'nowhere.py'"),
+        ("rto", {"reward_functions": ("nowhere.py:brief",)}, "reward_functions: no file 'nowhere.py'"),
         ("rto", {"psi": "logits"}, "psi: 'logits' is none of identity"),
         ("dpo", {"report_to": ("tensorbord",)}, "report_to: unknown reporter 'tensorbord'"),
         ("dpo", {"model_name_or_path": "nowhere/at/all"}, "model_name_or_path: 'nowhere/at/all' is neither a folder"),
