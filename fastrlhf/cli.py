@@ -19,6 +19,7 @@ from fastrlhf import config as configs
 from fastrlhf.config import files
 from fastrlhf.config.command_line import config_paths, parse, split_configs
 from fastrlhf.config.elsewhere import explain_command
+from fastrlhf.config.help import format_help
 from fastrlhf.runtime.out_of_memory import describe, is_out_of_memory
 from fastrlhf.runtime.signals import Interrupted
 
@@ -66,7 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             told = explain_command(command, COMMANDS)
             raise ValueError(f"unknown command {command!r}{told}; fastrlhf --help lists them")
         with quiet_when_unread():
-            COMMANDS[command](rest)
+            if _asks_for_help(rest):
+                print(format_help(command) if command in configs.CONFIGS else USAGE)
+            else:
+                COMMANDS[command](rest)
     except (ValueError, OSError) as error:
         return _fail(command, " ".join(str(error).split()), 2)
     except ModuleNotFoundError as error:
@@ -204,15 +208,11 @@ def _demo(arguments: Sequence[str]) -> None:
 def _report(arguments: Sequence[str]) -> None:
     from fastrlhf.report.report import write_report
 
-    if _asks_for_help(arguments):
-        return
     configs.require(len(arguments) == 1, "RUN_DIR", list(arguments), "one folder of a run")
     print(write_report(Path(arguments[0])))
 
 
 def _inspect(arguments: Sequence[str]) -> None:
-    if _asks_for_help(arguments):
-        return
     options, config = _parse_for_tool(arguments, ("num", "html"))
     num = _number(options, "num", "5", int)
     _quiet_libraries()
@@ -227,8 +227,6 @@ def _inspect(arguments: Sequence[str]) -> None:
 
 
 def _plan(arguments: Sequence[str]) -> None:
-    if _asks_for_help(arguments):
-        return
     options, config = _parse_for_tool(arguments, ("memory_gib",))
     memory_gib = _number(options, "memory_gib", "0", float)
     _quiet_libraries()
@@ -243,8 +241,6 @@ def _plan(arguments: Sequence[str]) -> None:
 def _doctor(arguments: Sequence[str]) -> None:
     from fastrlhf.tools.doctor import examine, format_findings
 
-    if _asks_for_help(arguments):
-        return
     configs.require(len(arguments) <= 1, "OUTPUT_DIR", list(arguments), "one folder, where runs will be written")
     findings = examine(arguments[0] if arguments else ".")
     print(format_findings(findings))
@@ -281,10 +277,7 @@ def _is_unread() -> bool:
 
 
 def _asks_for_help(arguments: Sequence[str]) -> bool:
-    if {"-h", "--help"} & {*arguments}:
-        print(USAGE)
-        return True
-    return False
+    return bool({"-h", "--help"} & {*arguments})
 
 
 def _parse_for_tool(arguments: Sequence[str], names: Sequence[str]) -> tuple[dict[str, str], Any]:

@@ -321,19 +321,6 @@ def test_a_long_value_in_a_message_stays_whole(capsys):
     assert f"no file '{name}.yaml'" in fails(capsys, "sft", "--config", f"{name}.yaml")
 
 
-@pytest.mark.parametrize("command", ["sft", "reward", "dpo", "ppo", "drpo", "rto", "eval", "demo"])
-def test_help_lists_the_keys_of_a_command_with_what_they_mean(capsys, command):
-    with pytest.raises(SystemExit) as stop:
-        main([command, "--help"])
-    assert stop.value.code == 0
-    text = " ".join(capsys.readouterr().out.replace("\u2502", " ").split())
-    keys = {
-        "demo": "--num_eval INT Held-out posts",
-        "eval": "--models [STR [STR ...]] Folders or hub names of policies;",
-    }
-    assert keys.get(command, "--max_grad_norm FLOAT Gradients are scaled down to this norm") in text
-
-
 def test_the_list_of_commands(capsys):
     assert main(["--help"]) == 0
     assert main(["report", "--help"]) == 0

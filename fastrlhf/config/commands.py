@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import ClassVar, Literal
 
 from fastrlhf.config.checks import at_default, at_least, require
 from fastrlhf.config.train import TrainConfig
@@ -25,6 +25,10 @@ class EvalConfig(TrainConfig):
     model under `models` and a judge that are adapters, if not the one that the first of them says it was trained over.
     """
 
+    UNREAD: ClassVar[tuple[str, ...]] = tuple(
+        field.name for field in fields(TrainConfig) if field.name not in EVAL_READS
+    )
+
     models: tuple[str, ...] = ()
     """Folders or hub names of policies; those that are adapters (`adapter/` of a run) share one base in memory."""
     reward_model_path: str = ""
@@ -43,8 +47,7 @@ class EvalConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         TrainConfig.__post_init__(self)
-        unread = tuple(field.name for field in fields(TrainConfig) if field.name not in EVAL_READS)
-        at_default(self, [(False, "with eval, which trains nothing", unread)])
+        at_default(self, [(False, "with eval, which trains nothing", self.UNREAD)])
         at_least(self, 1, "response_length", "rollout_batch_size")
         at_least(self, 0, "temperature")
         require(self.decode == "eager" or self.device != "cpu", "decode", self.decode, "eager where device is cpu")

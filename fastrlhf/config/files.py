@@ -12,6 +12,7 @@ from typing import Any, get_type_hints
 
 from fastrlhf.config import CONFIGS
 from fastrlhf.config.elsewhere import explain, explain_command
+from fastrlhf.config.help import keys_of
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -220,7 +221,7 @@ def _is_flag_of(names: Collection[str], argument: str) -> bool:
 
 def unknown(name: str, kind: type, command: str) -> str:
     """What to say of a key that `kind` lacks, after its name: see config/elsewhere.py."""
-    readers = {command: [field.name for field in fields(other)] for command, other in CONFIGS.items()}
+    readers = {command: [*keys_of(other)] for command, other in CONFIGS.items()}
     return explain(name, command, [field.name for field in fields(kind)], readers)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import ClassVar, Literal
 
 from fastrlhf.config.checks import above_0, at_default, at_least, require
 from fastrlhf.config.train import TrainConfig
@@ -21,6 +21,10 @@ class RLPConfig(TrainConfig):
     names. Of the keys that all trainers share only `output_dir`, `seed`, `device`, `dtype` (of an NLI judge) and
     `micro_batch_tokens` (of scoring) are read here; the others are refused.
     """
+
+    UNREAD: ClassVar[tuple[str, ...]] = tuple(
+        field.name for field in fields(TrainConfig) if field.name not in RLP_READS
+    )
 
     policy: Literal["ppo", "drpo", "rto"] = "ppo"
     """The section that trains the policies."""
@@ -100,10 +104,9 @@ class RLPConfig(TrainConfig):
     """Tokens of one NLI batch, padding included."""
 
     def __post_init__(self) -> None:
-        elsewhere = tuple(field.name for field in fields(TrainConfig) if field.name not in RLP_READS)
         because = f"in section rlp (its place is in section reward, {self.policy} or shared)"
         # First, or a key of LoRA would be told to wait for use_peft, which is refused as well.
-        at_default(self, [(False, because, elsewhere)])
+        at_default(self, [(False, because, self.UNREAD)])
         TrainConfig.__post_init__(self)
         at_least(self, 1, "rounds", "view_width", "view_latent", "nli_batch_tokens", "nli_side_tokens")
         at_least(self, 2, "num_answers", "views_per_step")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from fastrlhf.config.checks import above_0, at_default, at_least, check_choices, require
 
@@ -18,6 +18,9 @@ COLUMNS = (
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """What all trainers share."""
+
+    UNREAD: ClassVar[tuple[str, ...]] = ()
+    """Keys of this class that a command which extends it does not read: they must keep their defaults there."""
 
     output_dir: str = ""
     """Folder of the run: config, metrics, samples, checkpoints, model. It must not hold a finished run. Empty: nothing

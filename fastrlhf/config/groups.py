@@ -1,0 +1,69 @@
+"""The sections of `--help`: every key of every command belongs to exactly one."""
+
+from __future__ import annotations
+
+GROUPS: dict[str, tuple[str, ...]] = {
+    "Run": ("output_dir", "out", "seed", "device", "methods"),
+    "Model": (
+        *("model_name_or_path", "models", "model_config", "tokenizer_name_or_path", "eos_token", "chat_template"),
+        *("trust_remote_code", "dtype"),
+    ),
+    "Data": (
+        *("dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "max_train_examples"),
+        *("columns", "response", "max_length", "truncation_mode", "max_bad_fraction"),
+    ),
+    "Batch and steps": (
+        *("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps"),
+        *("total_episodes", "num_ppo_epochs", "num_mini_batches"),
+    ),
+    "Optimiser": (
+        *("learning_rate", "value_learning_rate", "lr_scheduler_type", "warmup_steps", "value_warmup_steps"),
+        *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "optim", "master_weights"),
+    ),
+    "LoRA": (*("use_peft", "lora_r", "lora_alpha", "lora_target_modules", "use_rslora", "use_dora", "load_in_4bit"),),
+    "Loss": (
+        *("completion_only_loss", "beta", "loss_type", "loss_weights", "margin_scale", "label_smoothing"),
+        *("length_norm", "center_rewards_coefficient"),
+        *("cliprange", "cliprange_high", "dual_clip", "entropy_coef", "loss_aggregation", "target_kl"),
+        *("sampler_is_cap", "cliprange_value", "vf_coef"),
+    ),
+    "Labels and PsiPO": (
+        *("label_source", "label_prior", "score_scale", "psi", "psi_clip", "psi_backend", "psi_opponents"),
+    ),
+    "Reference model": ("ref_model_name_or_path", "precompute_ref_log_probs", "ref_cache_dir"),
+    "Sampling": (
+        *("response_length", "temperature", "num_generations", "rollout_batch_size", "engine", "decode"),
+        *("vllm_gpu_memory_utilization",),
+    ),
+    "Rewards": (
+        *("reward_model_path", "score_coef", "score_norm", "score_clip", "missing_eos_penalty", "missing_eos_score"),
+        *("dpo_model_path", "dpo_ref_model_path", "dpo_reward_scale", "dpo_reward_norm", "dpo_reward_clip"),
+        *("reward_shaping", "length_coef", "reward_function", "reward_function_norm", "reward_function_clip"),
+    ),
+    "KL": ("kl_coef", "kl_placement", "kl_estimator", "kl_target", "kl_horizon", "max_kl"),
+    "Advantages": ("advantage_estimator", "gamma", "lam", "whiten_rewards", "truncation", "compat"),
+    "Resets": ("reset_prob", "reset_min", "reset_source", "reset_curriculum", "reset_group"),
+    "RLP": (
+        *("policy", "refinement", "rounds", "refit_from", "policy_path", "num_answers", "answer_temperature"),
+        *("num_answer_prompts", "min_reward_variance"),
+    ),
+    "RLP-UML": (
+        *("mib_weight", "mib_loss", "mib_profile", "beta_start", "beta_end", "beta_ramp", "views_per_step"),
+        *("view_negatives", "view_critic", "view_learning_rate", "view_width", "view_latent"),
+    ),
+    "RLP-SPG": (
+        *("pairing", "min_confidence", "clustering", "early_reject", "num_calibration_prompts"),
+        *("max_synthetic_pairs", "equivalence", "nli_side_tokens", "nli_batch_tokens"),
+    ),
+    "Memory and speed": (
+        *("micro_batch_tokens", "share_prompts", "share_trunks", "activation_checkpointing", "activation_offloading"),
+        *("ref_reward_offload", "attn_implementation", "torch_compile", "use_liger_kernel"),
+    ),
+    "Evaluation": (
+        *("num_eval_examples", "num_eval", "eval_steps", "eval_on_start", "eval_reward_model_path", "opponent"),
+        *("num_sample_generations",),
+    ),
+    "Checkpoints": ("save_steps", "save_total_limit", "resume_from_checkpoint", "resume_weights_only"),
+    "Logging": ("report_to", "run_name", "progress"),
+}
+"""Heading -> keys, both in the order in which `--help` shows them."""
