@@ -10,7 +10,7 @@ OUT ?= runs/demo
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint docs bench clean
 
 help:  ## these lines
 	@sed -n 's/^\([a-z]*\): .*## /  make \1\t/p' Makefile
@@ -25,6 +25,9 @@ lint: .venv/test.stamp  ## ruff check, ruff format, pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+docs: .venv/docs.stamp  ## install, then the manual as a site, into build/docs; a warning or a broken link is an error
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -b html -d build/doctrees docs build/docs
 
 bench: .venv/bench.stamp  ## install, then python -m bench with ARGS
 	$(BIN)/python -m bench $(ARGS)
@@ -47,6 +50,10 @@ clean:  ## remove what make and python made; runs/ is yours and stays
 # The oldest Triton that the kernels must compile under, beside the installed one.
 .venv/triton36.stamp: .venv/train.stamp
 	$(BIN)/pip install --target .venv/triton36 --no-deps "triton==3.6.0" "numpy<2.4"
+	@touch $@
+
+.venv/docs.stamp: .venv/train.stamp
+	$(BIN)/pip install -e '.[train,docs]'
 	@touch $@
 
 .venv/bench.stamp: .venv/train.stamp

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 
-def main() -> None:
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # of torch's profiler, which announces every start and stop
+def make_parser() -> argparse.ArgumentParser:
+    """Every command with its options."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     toy = commands.add_parser("toy", help="the demo over several seeds: means, intervals, DR-PO against PPO")
@@ -97,7 +97,12 @@ def main() -> None:
     for command in (*offline, drpo):
         command.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
         command.add_argument("--out", type=Path, default=Path("bench/results"), help="folder that rows are appended in")
-    arguments = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler announces every start and stop otherwise
+    arguments = make_parser().parse_args()
     # Each command imports what it alone needs.
     if arguments.command == "toy":
         from bench.toy import run_toy

@@ -23,7 +23,11 @@ MODULES = {  # path in the repository -> dotted name; `package.__init__` is `pac
     for package, base in SOURCE_ROOTS.items()
     for path in sorted((base / package).rglob("*.py"))
 }
-OTHER_SOURCES = [path.relative_to(ROOT).as_posix() for top in ("bench", "tests") for path in (ROOT / top).rglob("*.py")]
+OTHER_SOURCES = [
+    path.relative_to(ROOT).as_posix()
+    for top in ("bench", "tests", "docs", "examples")
+    for path in (ROOT / top).rglob("*.py")
+]
 
 LAYERS = (  # lowest first: a module imports from its own layer and from those above it in this list
     ("__version__", "types", "config", "distributed"),
