@@ -1,8 +1,9 @@
-"""Where an on-policy run stops: the policy is too far from its reference, or a number is not finite.
+"""When an on-policy run stops: the policy is too far from its reference, its samples are those of another model, or a
+number is not finite.
 
-An error ends the run, which then leaves its last weights in `interrupted/` (runtime/run.py). Between two updates,
-where the KL is looked at and scores are, those are the weights of its last whole update.
-Scores are checked as they come (`checked_scores`), gradients before any weight moves (`Optimizer.step`).
+An error ends the run, which then leaves its last weights in `interrupted/` (runtime/run.py). KL and samples are checked
+between two updates, so those are the weights of the last whole update. Scores are checked where a judge returns them
+(`checked_scores`), gradients before any weight moves (`Optimizer.step`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from fastrlhf.config import PPOConfig
 from fastrlhf.types import Rollout
@@ -25,6 +27,36 @@ def check_kl(config: PPOConfig, update: int, kl: float) -> None:
             f"reference (objective/kl), more than {config.max_kl:g}; it is not trained further. Raise kl_coef, lower "
             "learning_rate, or raise max_kl"
         )
+
+
+def check_sampler(config: PPOConfig, update: int, difference: float, policy: PreTrainedModel, *, own: bool) -> None:
+    """Raises ValueError where the log-probs that the engine reported of its samples for update number `update`, counted
+    from 1, are on average `difference` nats per token away from those of the trainer's own forward, and this is more
+    than rounding explains. `own`: the engine is an object that the caller brought."""
+    limit = sampler_limit(config, policy.dtype, own=own)
+    if not difference > limit > 0:  # NaN is reported by `raise_not_finite`
+        return
+    name = "your own engine" if own else f"engine {config.engine}"
+    causes = {
+        "transformers": "its cached decoding computes something else than the packed forward; please report the model",
+        "vllm": "the weights of the policy have not reached vLLM, or its implementation of the model differs; take "
+        "engine transformers, or another version of vLLM",
+    }
+    cause = "it samples from other weights or reports log-probs at another temperature" if own else ""
+    raise ValueError(
+        f"max_sampling_logp_difference: {name} samples from another model than the trainer's: for update {update} its "
+        f"log-probs are {difference:.3g} nats per token away from those of {type(policy).__name__} "
+        f"(sampling/sampling_logp_difference/mean), more than {limit:.3g}; nothing is trained on these samples. Likely "
+        f"cause: {cause or causes[config.engine]}"
+    )
+
+
+def sampler_limit(config: PPOConfig, dtype: torch.dtype, *, own: bool = False) -> float:
+    """Nats per token. Rounding of logits grows with the inverse of a temperature below 1."""
+    if config.max_sampling_logp_difference is not None:
+        return config.max_sampling_logp_difference
+    exact = config.engine == "transformers" and not own and dtype == torch.float32
+    return (0.1 if exact else 0.3) / min(1.0, config.temperature)
 
 
 def raise_not_finite(numbers: Mapping[str, Tensor], cu_rows: Tensor, rollouts: Sequence[Rollout]) -> None:

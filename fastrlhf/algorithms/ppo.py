@@ -25,7 +25,7 @@ from functools import partial
 import numpy as np
 
 from fastrlhf.algorithms.experience import pack_episodes, score_episodes
-from fastrlhf.algorithms.guards import check_kl
+from fastrlhf.algorithms.guards import check_kl, check_sampler
 from fastrlhf.algorithms.prefixes import draw_prefixes, reset_fields
 from fastrlhf.algorithms.roles import EngineFactory, check_sources, open_roles
 from fastrlhf.algorithms.update import update
@@ -128,6 +128,8 @@ def train_ppo(
                 experience, metrics = score_episodes(
                     config, policy, reference, critic, rollouts, scores, packs, eos, rewards
                 )
+            difference = metrics["sampling/sampling_logp_difference/mean"]
+            check_sampler(config, step + 1, difference, policy, own=engine is not None)
             check_kl(config, step + 1, metrics["objective/kl"])
             scored = time.perf_counter()
             metrics |= update(

@@ -28,6 +28,7 @@ from fastrlhf.rewards.functions import RewardFunction
 from fastrlhf.rewards.implicit import implicit_sources, open_implicit_reward
 from fastrlhf.rewards.terms import Rewards, open_rewards
 from fastrlhf.rollout.engine import Engine, SharedEngine, TransformersEngine
+from fastrlhf.rollout.probe import decoder_of
 from fastrlhf.rollout.vllm import import_vllm, open_vllm
 from fastrlhf.types import TokenizedExample
 
@@ -94,6 +95,8 @@ def open_roles(
     """
     rewards = open_rewards(config, tokenizer, reward_functions)
     policy = open_policy(config, tokenizer)
+    if engine is None and config.engine == "transformers":
+        decoder_of(policy)  # refused now and not after the other models have been loaded
     reference = frozen_copy(policy)
     rewards.implicit = open_implicit_reward(config, tokenizer, reference)
     frozen: list[PreTrainedModel] = [reference, *(rewards.implicit.models if rewards.implicit else ())]

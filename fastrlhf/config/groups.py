@@ -33,7 +33,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Reference model": ("ref_model_name_or_path", "precompute_ref_log_probs", "ref_cache_dir"),
     "Sampling": (
         *("response_length", "temperature", "num_generations", "rollout_batch_size", "engine", "decode"),
-        *("vllm_gpu_memory_utilization",),
+        *("vllm_gpu_memory_utilization", "max_sampling_logp_difference"),
     ),
     "Rewards": (
         *("reward_model_path", "score_coef", "score_norm", "score_clip", "missing_eos_penalty", "missing_eos_score"),

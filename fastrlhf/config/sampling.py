@@ -28,9 +28,16 @@ class SamplingKeys:
     vllm_gpu_memory_utilization: float = 0.3
     """Share of the GPU's memory that vLLM takes, its copy of the weights included."""
 
+    max_sampling_logp_difference: float | None = None
+    """Nats per token: training stops where `sampling/sampling_logp_difference/mean`, the distance of the engine's
+    log-probs from the trainer's, exceeds it, because the samples are then those of another model. null: 0.1 for the
+    transformers engine in float32 and 0.3 otherwise, divided by `temperature` where that is below 1. 0: no limit."""
+
     def check_sampling(self) -> None:
         at_least(self, 1, "response_length", "rollout_batch_size")
         above_0(self, "temperature")
+        if self.max_sampling_logp_difference is not None:
+            at_least(self, 0, "max_sampling_logp_difference")
         share = self.vllm_gpu_memory_utilization
         require(0 < share < 1, "vllm_gpu_memory_utilization", share, "above 0 and below 1")
         if self.engine == "vllm":

@@ -1,10 +1,12 @@
 """From prefixes to completions.
 
 An engine is anything with `generate(prefixes) -> rollouts`; rollout/vllm.py has another. The one here decodes with the
-model in hand, in the slots of a static key-value cache (rollout/kv_cache.py). Every prefix is prefilled (a reset costs
-no decode step), once for all the episodes that start there or further back in the same text. An episode that ends, at
-its EOS or budget, leaves its slot to one that waits; where none waits, half of the slots are given up once the other
-half is enough. The log-prob of each sampled token is recorded as it is drawn; no other number of the logits is kept.
+trainer's own model in the slots of a static key-value cache (rollout/kv_cache.py). Every prefix is prefilled (a reset
+costs no decode step), once for all the episodes that start there or further back in the same text. An episode that
+ends, at its EOS or budget, leaves its slot to a waiting one; when none waits and half of the slots are enough, the
+other half is given up. The log-prob of each sampled token is recorded when it is drawn; no other number of the logits
+is kept. Models that cannot be decoded in slots go through transformers' `generate` (rollout/generate.py);
+rollout/probe.py decides.
 """
 
 from __future__ import annotations
@@ -25,25 +27,27 @@ from fastrlhf.data.packing import families, micro_batches, trunks
 from fastrlhf.data.resets import uniforms
 from fastrlhf.distributed.ranks import from_all, share
 from fastrlhf.models.sharding import whole
+from fastrlhf.rollout import generate
 from fastrlhf.rollout.cuda_graphs import CapturedSteps
 from fastrlhf.rollout.kv_cache import SlotCache, rounded_up
+from fastrlhf.rollout.probe import decoder_of
 from fastrlhf.types import Prefix, Rollout
 
 SAMPLE_STREAM = 2
 """The sampler's draws; resets.RESET_STREAM is another, so that resets never move a sample."""
 
 CHECK_EVERY = 8
-"""Decode steps between two looks at which episodes have ended: each look waits for the GPU."""
+"""Decode steps between two checks of which episodes have ended: each check waits for the GPU."""
 
 REFILL_SHARE = 0.25
-"""Of all slots: as many must be free before those that wait are prefilled, since few at a time would be slow."""
+"""Share of the slots that must be free before waiting episodes are prefilled: few at a time would be slow."""
 
 
 Decode = Literal["eager", "cuda_graph"]
 
 
 class Engine(Protocol):
-    """What a trainer asks of whatever generates: in process, or a server that holds the sampler's weights."""
+    """What a trainer needs of a sampler, in this process or in another one that holds the sampler's weights."""
 
     def generate(self, prefixes: Sequence[Prefix]) -> list[Rollout]:
         """One rollout per prefix, in the same order."""
@@ -68,16 +72,16 @@ class TransformersEngine:
     batch_size: int = 64
     """Slots: episodes side by side."""
     micro_batch_tokens: int = 8192
-    """Of a pack of prefixes, or a longer one alone; what they share counts once."""
+    """Tokens of a pack of prefixes, shared ones counted once; a longer prefix is a pack of its own."""
     stop_at_eos: bool = True
     stream: int = SAMPLE_STREAM
-    """Engines of one run that must not share their draws differ in this."""
+    """Engines of one run whose draws must be independent have different streams."""
     decode: Decode = "eager"
     """cuda_graph: a step is captured and replayed, the same kernels without their launches."""
 
     @classmethod
     def of(cls, config: PPOConfig, model: PreTrainedModel, eos_token_id: int, **others: Any) -> TransformersEngine:
-        """With the settings of an on-policy run, but for the fields in `others`."""
+        """With the settings of an on-policy run, except the fields in `others`."""
         settings = {
             "response_length": config.response_length,
             "temperature": config.temperature,
@@ -124,6 +128,28 @@ class TransformersEngine:
 
     def _decode(self, prefixes: Sequence[Prefix], episodes: _Episodes) -> None:
         """Samples every episode to its end."""
+        decoder = decoder_of(self.model)
+        if decoder == "slots":
+            self._decode_in_slots(prefixes, episodes)
+        elif self.decode == "cuda_graph":
+            raise ValueError(f"decode: {type(self.model).__name__} cannot be decoded by cuda_graph; set eager")
+        else:
+            self._decode_by_generate(prefixes, episodes, use_cache=decoder == "own cache")
+
+    def _decode_by_generate(self, prefixes: Sequence[Prefix], episodes: _Episodes, *, use_cache: bool) -> None:
+        for indices in _equal_lengths(prefixes, self.batch_size, self.micro_batch_tokens):
+            texts = torch.tensor([prefixes[i].token_ids for i in indices], device=self.model.device)
+            which = torch.tensor(indices, device=self.model.device)
+            generate.decode(
+                self.model,
+                texts,
+                self.response_length - min(prefixes[i].num_reset for i in indices),
+                partial(self._record, episodes, which),
+                lambda which=which: episodes.done[which],
+                use_cache=use_cache,
+            )
+
+    def _decode_in_slots(self, prefixes: Sequence[Prefix], episodes: _Episodes) -> None:
         device = self.model.device
         waiting = _in_families(prefixes)[::-1]  # the next one last
         num = min(self.batch_size, len(prefixes))
@@ -162,8 +188,9 @@ class TransformersEngine:
         tokens, positions = episodes.last(held)
         self._record(episodes, held, cache.step(self.model, tokens, positions, num_keys))
 
-    def _record(self, episodes: _Episodes, which: Tensor, logits: Tensor) -> None:
-        """Draws a token of each of the episodes `which` [n] from logits [n, V]. One that has ended stays as it is."""
+    def _record(self, episodes: _Episodes, which: Tensor, logits: Tensor) -> Tensor:
+        """Draws a token [n] for each of the episodes `which` [n] from logits [n, V]; one that has ended does not
+        change."""
         count, done = episodes.count[which], episodes.done[which]
         token, logprob = _draw(logits.float(), self.temperature, episodes.uniform[which, count])
         episodes.tokens[which, count], episodes.logprobs[which, count] = token, logprob
@@ -171,6 +198,7 @@ class TransformersEngine:
         done = done | (count >= episodes.budget[which])
         episodes.count[which] = count
         episodes.done[which] = (done | (token == self.eos_token_id)) if self.stop_at_eos else done
+        return token
 
     def _rollout(self, prefix: Prefix, tokens: list[int], logprobs: list[float]) -> Rollout:
         if not all(map(math.isfinite, logprobs)):
@@ -187,11 +215,11 @@ class _Episodes:
     budget: Tensor
     """[N] int64, tokens that may be sampled"""
     uniform: Tensor
-    """[N, L + 1] float32, one per token; of the last column nothing is used"""
+    """[N, L + 1] float32, one per token; the last column is not used"""
     tokens: Tensor
-    """[N, L + 1] int64: the first `count` are sampled, what is behind them means nothing"""
+    """[N, L + 1] int64: the first `count` are sampled, those behind mean nothing"""
     logprobs: Tensor
-    """[N, L + 1] float32 of them"""
+    """[N, L + 1] float32 of the tokens"""
     count: Tensor
     """[N] int64"""
     done: Tensor
@@ -211,6 +239,17 @@ def _in_families(prefixes: Sequence[Prefix]) -> list[int]:
     return sorted(range(len(prefixes)), key=lambda i: (len(texts[i]), texts[i], len(prefixes[i].token_ids), i))
 
 
+def _equal_lengths(prefixes: Sequence[Prefix], at_most: int, budget: int) -> list[list[int]]:
+    """Indices of prefixes of one length, at most `at_most` together and at most `budget` tokens, or a single one."""
+    lengths = [len(prefix.token_ids) for prefix in prefixes]
+    groups = []
+    for length in sorted(set(lengths)):
+        indices = [i for i, own in enumerate(lengths) if own == length]
+        size = max(1, min(at_most, budget // length))
+        groups += [indices[first : first + size] for first in range(0, len(indices), size)]
+    return groups
+
+
 def _packs(texts: Sequence[Sequence[int]], budget: int) -> list[list[int]]:
     """Indices of texts, by the pack that they are prefilled in."""
     budget = max(budget, *map(len, texts))
@@ -225,8 +264,8 @@ def _at_once(_: tuple[int, int], step: Callable[[], None]) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SharedEngine:
-    """The engines of all ranks as one: each answers its part of the prefixes with all the weights of `model`, and every
-    rank gets all rollouts. Every rank must ask, for the same prefixes."""
+    """The engines of all ranks as one: each rank continues its part of the prefixes with all the weights of `model`,
+    and every rank gets all rollouts. Every rank must call it, with the same prefixes."""
 
     engine: Engine
     model: PreTrainedModel
@@ -250,8 +289,8 @@ def check_room(prefixes: Sequence[Prefix], response_length: int) -> None:
 def checked_rollouts(
     rollouts: Sequence[Rollout], prefixes: Sequence[Prefix], *, eos_token_id: int, stops_at_eos: bool
 ) -> Sequence[Rollout]:
-    """What an engine returned, if it keeps the promises of `Engine` and `Rollout`. Raises ValueError naming the first
-    that it breaks: an engine of somebody else's would otherwise train on the wrong tokens in silence."""
+    """The rollouts of an engine, checked against the promises of `Engine` and `Rollout`. Raises ValueError naming the
+    first broken one: a faulty engine of your own would otherwise train on the wrong tokens in silence."""
     if [rollout.prefix.episode for rollout in rollouts] != [prefix.episode for prefix in prefixes]:
         raise ValueError(
             f"engine: must return one rollout per prefix, in order; got {len(rollouts)} of {len(prefixes)}"
@@ -284,6 +323,6 @@ def _draw(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, 
         total = cumulative[:, -1:]
         # A product that rounds up to the total would point past the last token of positive probability.
         threshold = torch.minimum(uniform[:, None] * total, total.nextafter(torch.zeros_like(total)))
-        # NaN logits have no place in the order: the clamp leaves them to the check at the end.
+        # With NaN logits the search ends past the last token; the check in `_rollout` reports them.
         token = torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
     return token, logprobs.gather(1, token[:, None])[:, 0]

@@ -1,12 +1,16 @@
 """Each guard is tested by breaking what it guards."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from fastrlhf.algorithms.experience import pack_episodes, score_episodes
-from fastrlhf.algorithms.guards import check_kl, raise_not_finite
+from fastrlhf.algorithms.guards import check_kl, check_sampler, raise_not_finite
 from fastrlhf.algorithms.ppo import train_ppo
+from fastrlhf.algorithms.roles import make_engine
 from fastrlhf.config import PPOConfig
 from fastrlhf.models.loading import load_reward_model
 from fastrlhf.runtime.metrics import read_metrics
@@ -97,3 +101,41 @@ def test_the_first_number_that_is_not_finite_is_named_and_empty_episodes_are_ski
     raise_not_finite({"a": good}, cu_rows, ROLLOUTS)
     with pytest.raises(ValueError, match=r"^b: -inf for a token of the response to row 12;"):
         raise_not_finite({"a": good, "b": bad, "c": bad}, cu_rows, ROLLOUTS)
+
+
+def policy(dtype):
+    return SimpleNamespace(dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("settings", "dtype", "own", "limit"),
+    [
+        ({}, torch.float32, False, 0.1 / 0.7),
+        ({"temperature": 1.5}, torch.float32, False, 0.1),
+        ({"temperature": 1.0}, torch.bfloat16, False, 0.3),
+        ({"temperature": 1.0}, torch.float32, True, 0.3),
+        ({"temperature": 1.0, "engine": "vllm", "model_name_or_path": "x"}, torch.float32, False, 0.3),
+        ({"max_sampling_logp_difference": 0.02}, torch.bfloat16, False, 0.02),
+    ],
+)
+def test_samples_of_another_model_are_those_beyond_rounding(settings, dtype, own, limit):
+    cfg = PPOConfig(**settings)
+    check_sampler(cfg, 1, limit * 0.999, policy(dtype), own=own)
+    with pytest.raises(ValueError, match=r"^max_sampling_logp_difference: .* for update 1 its"):
+        check_sampler(cfg, 1, limit * 1.001, policy(dtype), own=own)
+    check_sampler(replace(cfg, max_sampling_logp_difference=0), 1, 9.0, policy(dtype), own=own)
+
+
+def test_a_run_whose_engine_samples_from_other_weights_stops_at_its_first_update(tmp_path):
+    def stale(cfg, model, eos):
+        return make_engine(cfg, tiny.policy(seed=5), eos)
+
+    cfg = config(tmp_path, output_dir=str(tmp_path / "run"))
+    with pytest.raises(
+        ValueError,
+        match=r"^max_sampling_logp_difference: your own engine samples from another model than the trainer's: for "
+        r"update 1 its log-probs are 0\.755 nats per token away from those of LlamaForCausalLM \(.*\), more than "
+        r"0\.429; nothing is trained on these samples\. Likely cause: it samples from other weights",
+    ):
+        train_ppo(cfg, tiny.examples(20), engine=stale)
+    assert not read_metrics(tmp_path / "run" / "metrics.jsonl")

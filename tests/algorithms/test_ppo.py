@@ -275,7 +275,7 @@ class BiasedEngine:
 
 
 def test_an_engine_that_disagrees_is_seen_and_its_tokens_are_weighted(paths):
-    cfg = config(paths, max_steps=1, sampler_is_cap=1.2)
+    cfg = config(paths, max_steps=1, sampler_is_cap=1.2, max_sampling_logp_difference=0.5)
     biased = train_ppo(cfg, tiny.examples(40), engine=BiasedEngine)
     row = biased.history[0]
     assert row["sampling/sampling_logp_difference/mean"] == pytest.approx(0.3, rel=1e-4)

@@ -8,6 +8,7 @@ from fastrlhf.data.packing import pack, sequence
 from fastrlhf.data.resets import uniforms
 from fastrlhf.models.forward import token_logprobs
 from fastrlhf.rollout.engine import SAMPLE_STREAM, TransformersEngine, checked_rollouts, end_index
+from fastrlhf.rollout.probe import decoder_of
 from fastrlhf.types import Prefix, Rollout
 from tests import tiny
 
@@ -78,6 +79,7 @@ def forwards(
     model: PreTrainedModel, sampler: TransformersEngine, starts: list[Prefix]
 ) -> tuple[list[Rollout], list[tuple[int, ...]]]:
     """What the engine samples, and the shapes of what it had the model read."""
+    decoder_of(model)  # the probe reads the model too
     shapes = []
     hook = model.register_forward_pre_hook(
         lambda _, __, inputs: shapes.append(tuple(inputs["input_ids"].shape)), with_kwargs=True

@@ -1,0 +1,125 @@
+"""How a model is decoded: the fastest way whose log-probs are those of the plain model.
+
+A few given tokens are decoded in each way and their log-probs compared with those of one pass without a cache. A model
+for which no way is right is refused: it would be trained on samples of another model.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fastrlhf.rollout import generate
+from fastrlhf.rollout.kv_cache import SlotCache
+from fastrlhf.runtime.out_of_memory import is_out_of_memory
+
+log = logging.getLogger(__name__)
+
+Decoder = Literal["slots", "own cache", "no cache"]
+"""slots: rollout/kv_cache.py. own cache: that of the model's class. no cache: every step reads the whole text."""
+
+_DECODER = "fastrlhf_decoder"  # where a model keeps the answer: copies of the model have it too
+SAID: dict[Decoder, str] = {"own cache": "the cache of the model's own class", "no cache": "no cache"}
+NUM_GIVEN, NUM_DECODED = 5, 6
+"""Tokens of the probe: those that are prefilled and those that are decoded."""
+
+
+def decoder_of(model: PreTrainedModel) -> Decoder:
+    """The first decoder that gives the log-probs of the model's own forward; found out once per model.
+
+    Raises ValueError, naming the model and what was found, where none does.
+    """
+    if not hasattr(model, _DECODER):
+        setattr(model, _DECODER, _choose(model))
+    return getattr(model, _DECODER)
+
+
+@torch.no_grad()
+def _choose(model: PreTrainedModel) -> Decoder:
+    texts = _texts(model)
+    logits = model(input_ids=texts, use_cache=False).logits
+    expected = _logprobs(logits[:, NUM_GIVEN - 1 : -1], texts)
+    if not expected.isfinite().all():
+        raise ValueError("sampling: the policy's logits are not finite; its weights are broken")
+    ways: dict[Decoder, Callable[[PreTrainedModel, Tensor], Tensor]] = {
+        "slots": _in_slots,
+        "own cache": partial(_by_generate, use_cache=True),
+        "no cache": partial(_by_generate, use_cache=False),
+    }
+    found = []
+    if getattr(model.config.get_text_config(), "attention_chunk_size", None):
+        del ways["slots"]  # chunks are longer than the probe
+    for name, way in ways.items():
+        try:
+            error = _distance(_logprobs(way(model, texts), texts), expected)
+        except Exception as failure:  # of any kind that somebody's model raises
+            if is_out_of_memory(failure):
+                raise
+            found.append(f"{name}: {type(failure).__name__}: {str(failure).partition(chr(10))[0]}")
+            continue
+        if error <= _tolerance(model):
+            if name != "slots":
+                reason = "; ".join(found) or "attention in chunks"
+                log.warning("%s: sampling uses %s, which is slower (%s)", type(model).__name__, SAID[name], reason)
+            return name
+        found.append(f"{name}: differs from the plain model by {error:.2g} nats")
+    raise ValueError(
+        f"{type(model).__name__}: decoding token by token does not give the model's own log-probs "
+        f"({'; '.join(found)}), so its samples would be those of another model; take engine: vllm, or another model"
+    )
+
+
+def _texts(model: PreTrainedModel) -> Tensor:
+    """[2, NUM_GIVEN + NUM_DECODED] int64"""
+    config = model.config.get_text_config()
+    ids = [i for i in range(config.vocab_size) if i != getattr(config, "pad_token_id", None)]
+    length = NUM_GIVEN + NUM_DECODED
+    rows = [[ids[(5 * i * i + 7 * i + 3 * s + 1) % len(ids)] for i in range(length)] for s in range(2)]
+    return torch.tensor(rows, device=model.device)
+
+
+def _in_slots(model: PreTrainedModel, texts: Tensor) -> Tensor:
+    """Logits [2, NUM_DECODED, V] from which the decoded tokens would be drawn."""
+    cache = SlotCache(len(texts), texts.shape[1])
+    logits = [cache.prefill(model, texts[:, :NUM_GIVEN].tolist(), list(range(len(texts))))]
+    for t in range(NUM_GIVEN, texts.shape[1] - 1):
+        positions = torch.full((len(texts),), t, device=texts.device)
+        logits.append(cache.step(model, texts[:, t], positions, cache.capacity))
+    return torch.stack(logits, 1)
+
+
+def _by_generate(model: PreTrainedModel, texts: Tensor, *, use_cache: bool) -> Tensor:
+    logits: list[Tensor] = []
+
+    def given(scores: Tensor) -> Tensor:
+        logits.append(scores)
+        return texts[:, NUM_GIVEN + len(logits) - 1]
+
+    def done() -> Tensor:
+        return torch.full((len(texts),), len(logits) == NUM_DECODED, device=texts.device)
+
+    generate.decode(model, texts[:, :NUM_GIVEN], NUM_DECODED, given, done, use_cache=use_cache)
+    return torch.stack(logits, 1)
+
+
+def _logprobs(logits: Tensor, texts: Tensor) -> Tensor:
+    """[2, NUM_DECODED] float32 of the decoded tokens."""
+    return logits.float().log_softmax(-1).gather(2, texts[:, NUM_GIVEN:, None])[:, :, 0]
+
+
+def _distance(logprobs: Tensor, expected: Tensor) -> float:
+    """The largest difference in nats; infinite where a number is not finite."""
+    distance = (logprobs - expected).abs().max().item()
+    return distance if math.isfinite(distance) else math.inf
+
+
+def _tolerance(model: PreTrainedModel) -> float:
+    """Nats, for rounding: the same as that of the packed forward."""
+    return 1e-4 if model.dtype == torch.float32 else 0.1
