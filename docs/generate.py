@@ -6,110 +6,58 @@ trl_keys.txt        every key of TRL and transformers and what it is called here
 
 from __future__ import annotations
 
-import ast
-import inspect
-import json
-import textwrap
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
-from fastrlhf.cli import TRAINERS
-from fastrlhf.config import DemoConfig, EvalConfig, TrainConfig, elsewhere
+from fastrlhf.config import CONFIGS, elsewhere
+from fastrlhf.config.groups import GROUPS
+from fastrlhf.config.help import Key, as_yaml, keys_of
 
-CONFIGS: dict[str, type] = {name: entry[0] for name, entry in TRAINERS.items()} | {
-    "eval": EvalConfig,
-    "demo": DemoConfig,
-}
-"""Command -> its config class."""
+INTRODUCTION = """\
+# Configuration reference
 
-
-@dataclass(frozen=True, kw_only=True)
-class Key:
-    """One key of a configuration, as its class declares it."""
-
-    name: str
-    type: str
-    default: Any
-    help: str
-    """Empty where a class only changes the default of a key that it inherits."""
-
-
-def declared_keys(kind: type) -> list[Key]:
-    """The keys that the body of a config class declares, in order; those that it only inherits are not among them."""
-    defaults = {field.name: field.default for field in fields(kind)}
-    [node] = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
-    assert isinstance(node, ast.ClassDef)
-    keys = []
-    for statement, following in zip(node.body, [*node.body[1:], None], strict=True):
-        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-            text = following.value.value if _is_docstring(following) else ""
-            name = statement.target.id
-            keys.append(
-                Key(name=name, type=_type(statement.annotation), default=defaults[name], help=" ".join(text.split()))
-            )
-    return keys
-
-
-def _is_docstring(statement: ast.stmt | None) -> bool:
-    return (
-        isinstance(statement, ast.Expr)
-        and isinstance(statement.value, ast.Constant)
-        and isinstance(statement.value.value, str)
-    )
-
-
-def _type(annotation: ast.expr) -> str:
-    """`Literal["a", "b"]` as its values, anything else as it is written."""
-    if isinstance(annotation, ast.Subscript) and ast.unparse(annotation.value) == "Literal":
-        values = annotation.slice.elts if isinstance(annotation.slice, ast.Tuple) else [annotation.slice]
-        return ", ".join(f"`{ast.literal_eval(value)}`" for value in values)
-    return f"`{ast.unparse(annotation)}`"
-
-
-def as_yaml(value: Any) -> str:
-    """A default as one would write it in a file."""
-    if isinstance(value, float):
-        return f"{value:g}"
-    return json.dumps(list(value) if isinstance(value, tuple) else value)
+Written from the config classes of `fastrlhf.config`. A key is a flag (`--learning_rate 1e-6`), a line of a YAML file
+(`learning_rate: 1e-6`) or an argument of the class (`DPOConfig(learning_rate=1e-6)`). A key that nothing would read
+with the other settings is refused unless it has its default. `fastrlhf COMMAND --help` lists the keys of one command.
+"""
 
 
 def configuration() -> str:
-    """The page of all keys."""
-    return "\n".join(_configuration())
-
-
-def _configuration() -> Iterator[str]:
-    yield "# Configuration reference\n"
-    yield (
-        "Written from the config classes of `fastrlhf.config`. A key is a flag (`--learning_rate 1e-6`), a line of a "
-        "YAML file (`learning_rate: 1e-6`) or an argument of the class (`DPOConfig(learning_rate=1e-6)`). A key that "
-        "nothing would read with the other settings is refused unless it has its default.\n"
-    )
-    yield "## Keys of every trainer\n"
-    yield from _definitions(TrainConfig)
+    """The page of all keys, in the groups of `--help`."""
+    keys = {command: keys_of(kind) for command, kind in CONFIGS.items()}
+    lines = [INTRODUCTION, "| command | class | |", "|---|---|---|"]
     for command, kind in CONFIGS.items():
-        yield f"## `{command}`: {kind.__name__}\n"
-        yield inspect.cleandoc(kind.__doc__ or "") + "\n"
-        parents = [parent for parent in kind.__mro__[1:] if hasattr(parent, "__dataclass_fields__")]
-        if parents:
-            yield f"Takes {' and '.join(_where(parent) for parent in parents)} as well.\n"
-        yield from _definitions(kind)
+        text = " ".join((kind.__doc__ or "").partition("\n\n")[0].split())
+        lines.append(f"| `{command}` | `{kind.__name__}` | {text} |")
+    for group, names in GROUPS.items():
+        lines += ["", f"## {group}", ""]
+        for name in names:
+            lines += _entry(name, {command: known[name] for command, known in keys.items() if name in known})
+    return "\n".join(lines) + "\n"
 
 
-def _where(kind: type) -> str:
-    """A link to the section that lists the keys of a class."""
-    if kind is TrainConfig:
-        return "the [keys of every trainer](#keys-of-every-trainer)"
-    command = next(name for name, other in CONFIGS.items() if other is kind)
-    return f"the [keys of `{command}`](#{command}-{kind.__name__.lower()})"
+def _entry(name: str, readers: Mapping[str, Key]) -> Iterator[str]:
+    """A key with its readers; once for each of its descriptions, where commands describe it differently."""
+    for text, type_ in dict.fromkeys((key.help, key.type) for key in readers.values()):
+        same = {command: key for command, key in readers.items() if (key.help, key.type) == (text, type_)}
+        yield f"`{name}`\n: {text}\n\n  *{type_}*; {_defaults(same)}. Read by {_listed(list(same))}.\n"
 
 
-def _definitions(kind: type) -> Iterator[str]:
-    for key in declared_keys(kind):
-        text = key.help or "Described above; this command has another default."
-        yield f"`{key.name}`\n: {key.type}, default `{as_yaml(key.default)}`. {text}\n"
+def _defaults(readers: Mapping[str, Key]) -> str:
+    """The default, and the commands that have another one."""
+    shown = {
+        command: f"`{as_yaml(key.default)}`" if as_yaml(key.default) else "empty" for command, key in readers.items()
+    }
+    usual = max(dict.fromkeys(shown.values()), key=list(shown.values()).count)
+    others = [f"{value} for {command}" for command, value in shown.items() if value != usual]
+    return ", ".join([f"default {usual}", *others])
+
+
+def _listed(commands: list[str]) -> str:
+    training = [command for command in CONFIGS if command not in ("rlp", "eval", "demo")]
+    if set(training) <= set(commands):
+        commands = ["all trainers", *(command for command in commands if command not in training)]
+    return ", ".join(commands)
 
 
 def trl_keys() -> str:

@@ -14,8 +14,8 @@ from tests import tiny
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 COMMANDS = {"ipo": "dpo"}  # where the name of the example is not that of its command
-METHODS = ("sft", "reward", "dpo", "ipo", "ppo", "drpo", "rto", "rlp")
-ON_POLICY = ("ppo", "drpo", "rto")
+METHODS = ("sft", "reward", "dpo", "ipo", "ppo", "grpo", "drpo", "rto", "rlp")
+ON_POLICY = ("ppo", "grpo", "drpo", "rto")
 SHORT = {"max_length": 96, "micro_batch_tokens": 2048}  # the tiny model has 128 positions
 EXPECTED = {"dpo": "first loss 0.6931", "rlp": "the last policy is in runs/rlp"}
 FEW = {"response_length": 6, "num_ppo_epochs": 1, "max_steps": 1}
@@ -99,7 +99,7 @@ def test_a_script_runs(here: Path, method: str, capsys: pytest.CaptureFixture[st
 def test_every_method_has_a_file_and_a_script_of_readable_length():
     for suffix in ("yaml", "py"):
         named = {path.stem for path in EXAMPLES.glob(f"*.{suffix}")}
-        assert named - {"eval"} == set(METHODS)
+        assert named - {"eval", "rewards"} == set(METHODS)
     for method in METHODS:
         lines = [line for line in (EXAMPLES / f"{method}.py").read_text().splitlines() if line.strip()]
         assert len(lines) <= 25

@@ -38,7 +38,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Rewards": (
         *("reward_model_path", "score_coef", "score_norm", "score_clip", "missing_eos_penalty", "missing_eos_score"),
         *("dpo_model_path", "dpo_ref_model_path", "dpo_reward_scale", "dpo_reward_norm", "dpo_reward_clip"),
-        *("reward_shaping", "length_coef", "reward_function", "reward_function_norm", "reward_function_clip"),
+        *("reward_shaping", "length_coef", "reward_functions", "reward_weights", "reward_function_norm"),
+        *("reward_function_clip",),
     ),
     "KL": ("kl_coef", "kl_placement", "kl_estimator", "kl_target", "kl_horizon", "max_kl"),
     "Advantages": ("advantage_estimator", "gamma", "lam", "whiten_rewards", "truncation", "compat"),

@@ -37,6 +37,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "fastrlhf ppo --model_name_or_path runs/sft --reward_model_path runs/reward"
         " --dataset_name prompts.jsonl --advantage_estimator rloo --num_generations 4 --output_dir runs/rloo",
     ),
+    "grpo": (
+        "fastrlhf grpo --model_name_or_path runs/sft --reward_model_path runs/reward"
+        " --dataset_name prompts.jsonl --output_dir runs/grpo",
+    ),
     "drpo": (
         "fastrlhf drpo --model_name_or_path runs/sft --reward_model_path runs/reward"
         " --dataset_name rows.jsonl --output_dir runs/drpo",
