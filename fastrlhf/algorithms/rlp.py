@@ -51,6 +51,7 @@ from fastrlhf.models.forward import sequence_scores
 from fastrlhf.models.layers import LayerOptions
 from fastrlhf.models.loading import load_policy, load_reward_model, read_model_config, resolve_device
 from fastrlhf.models.roles import holds_adapter
+from fastrlhf.models.vocabulary import limit_vocabulary
 from fastrlhf.rewards.implicit import implicit_sources
 from fastrlhf.rollout.engine import TransformersEngine
 from fastrlhf.runtime.atomic import write_file
@@ -245,7 +246,7 @@ class _Run:
 
     def _load_policy(self, path: str) -> PreTrainedModel:
         settings = self.policy
-        return load_policy(
+        model = load_policy(
             path,
             field="policy_path",
             device=resolve_device(settings.device),
@@ -253,6 +254,8 @@ class _Run:
             trust_remote_code=settings.trust_remote_code,
             layers=LayerOptions.of(settings),
         )
+        limit_vocabulary(model, self.tokenizer)
+        return model
 
     def _tokenizer(self, start: str) -> dict[str, str]:
         """A refit that starts elsewhere than the section says keeps the section's tokenizer."""

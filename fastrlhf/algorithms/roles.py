@@ -24,6 +24,7 @@ from fastrlhf.models.loading import (
 from fastrlhf.models.offload import Waiting
 from fastrlhf.models.roles import holds_adapter, judge_and_critic, score_role
 from fastrlhf.models.sharding import shard
+from fastrlhf.models.vocabulary import limit_vocabulary
 from fastrlhf.rewards.functions import RewardFunction
 from fastrlhf.rewards.implicit import implicit_sources, open_implicit_reward
 from fastrlhf.rewards.terms import Rewards, open_rewards
@@ -95,6 +96,7 @@ def open_roles(
     """
     rewards = open_rewards(config, tokenizer, reward_functions)
     policy = open_policy(config, tokenizer)
+    limit_vocabulary(policy, tokenizer)
     if engine is None and config.engine == "transformers":
         decoder_of(policy)  # refused now and not after the other models have been loaded
     reference = frozen_copy(policy)

@@ -28,6 +28,7 @@ from fastrlhf.models.loading import (
     resolve_device,
 )
 from fastrlhf.models.roles import holds_adapter, open_base, policy_role, score_role
+from fastrlhf.models.vocabulary import limit_vocabulary
 from fastrlhf.runtime.checkpoint import check_output_dir, create_output_dir
 from fastrlhf.runtime.inputs import open_eval_inputs, with_room
 from fastrlhf.types import Example, Prefix, Rollout, TokenizedExample
@@ -60,15 +61,18 @@ def evaluate_models(config: EvalConfig, examples: Sequence[Example] | None = Non
     check_same_vocabulary({"reward_model_path": reward_model}, len(tokenizer))
     # All at once, since they cost little and what is wrong with one is told before another generates.
     adapted = {name: policy_role(name, base, "models") for name in config.models if base and holds_adapter(name)}
+
+    def policy(name: str) -> PreTrainedModel:
+        model = adapted.get(name) or _open_policy(config, name)
+        limit_vocabulary(model, tokenizer)
+        return model
+
     judge = reward_model_judge(reward_model, eos_token_id=eos, micro_batch_tokens=config.micro_batch_tokens)
 
     def score(rollouts: Sequence[Rollout]) -> np.ndarray:
         return judge(rollouts).cpu().numpy()
 
-    answers = {
-        name: _respond(config, name, adapted.get(name) or _open_policy(config, name), reward_model, rows, eos)
-        for name in config.models
-    }
+    answers = {name: _respond(config, name, policy(name), reward_model, rows, eos) for name in config.models}
     if against_column:
         answers[config.opponent] = _responses_of(rows, config.opponent, eos)
     scores = {name: score(rollouts) for name, rollouts in answers.items()}

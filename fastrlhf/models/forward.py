@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 from fastrlhf.data.packing import pack
 from fastrlhf.models.attention import chosen_attention, packed_attention
 from fastrlhf.models.offload import offloaded
-from fastrlhf.models.sharding import backbone_of, full
+from fastrlhf.models.sharding import backbone_of
+from fastrlhf.models.vocabulary import head_of
 from fastrlhf.types import PackedBatch, Segment
 from fastrlhf_kernels import TokenKL, TokenLogprobs, linear_kl, linear_logprob
 
@@ -98,13 +99,13 @@ def state_logprobs(
     stats: bool = False,
 ) -> TokenLogprobs:
     """The same from `scored_states` [R, D] that are at hand; targets [R] int64."""
-    head = cast(Linear, model.get_output_embeddings())
+    weight, bias = head_of(model)
     softcap, logit_scale = _logit_transform(model)
     return linear_logprob(
         states,
-        head.weight,
+        weight,
         targets,
-        bias=getattr(head, "bias", None),
+        bias=bias,
         temperature=temperature,
         logit_scale=logit_scale,
         softcap=softcap,
@@ -125,16 +126,16 @@ def state_kl(
 ) -> TokenKL:
     """KL(model || reference) [R] float32, in nats, of what either would draw from its `scored_states` [R, D], over the
     whole vocabulary; gradient flows to `model` and `states`. The two are of one architecture."""
-    head, reference_head = (cast(Linear, side.get_output_embeddings()) for side in (model, reference))
+    (weight, bias), (reference_weight, reference_bias) = head_of(model), head_of(reference, gathered=True)
     softcap, logit_scale = _logit_transform(model)
     return linear_kl(
         states,
-        head.weight,
+        weight,
         reference_states,
-        full(reference_head.weight),  # of its own forward, long ago, nothing may be left
+        reference_weight,
         targets=targets,
-        bias=getattr(head, "bias", None),
-        reference_bias=getattr(reference_head, "bias", None),
+        bias=bias,
+        reference_bias=reference_bias,
         temperature=temperature,
         logit_scale=logit_scale,
         softcap=softcap,

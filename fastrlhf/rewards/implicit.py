@@ -19,6 +19,7 @@ from fastrlhf.models.forward import token_logprobs
 from fastrlhf.models.layers import LayerOptions
 from fastrlhf.models.loading import check_same_tokenizer, check_same_vocabulary, load_policy
 from fastrlhf.models.roles import holds_adapter, policy_role
+from fastrlhf.models.vocabulary import limit_vocabulary
 from fastrlhf.types import PackedBatch
 
 
@@ -89,5 +90,5 @@ def open_implicit_reward(
         return None
     check_same_vocabulary({"model_name_or_path": base, **models}, len(tokenizer))
     for model in models.values():
-        model.requires_grad_(False)
+        limit_vocabulary(model.requires_grad_(False), tokenizer)
     return ImplicitReward(model=models["dpo_model_path"], reference=models.get("dpo_ref_model_path"))

@@ -27,6 +27,7 @@ from fastrlhf.data.packing import families, micro_batches, trunks
 from fastrlhf.data.resets import uniforms
 from fastrlhf.distributed.ranks import from_all, share
 from fastrlhf.models.sharding import whole
+from fastrlhf.models.vocabulary import num_ids
 from fastrlhf.rollout import generate
 from fastrlhf.rollout.cuda_graphs import CapturedSteps
 from fastrlhf.rollout.kv_cache import SlotCache, rounded_up
@@ -192,7 +193,8 @@ class TransformersEngine:
         """Draws a token [n] for each of the episodes `which` [n] from logits [n, V]; one that has ended does not
         change."""
         count, done = episodes.count[which], episodes.done[which]
-        token, logprob = _draw(logits.float(), self.temperature, episodes.uniform[which, count])
+        logits = logits[:, : num_ids(self.model)].float()
+        token, logprob = _draw(logits, self.temperature, episodes.uniform[which, count])
         episodes.tokens[which, count], episodes.logprobs[which, count] = token, logprob
         count = count + ~done
         done = done | (count >= episodes.budget[which])

@@ -1,0 +1,40 @@
+"""Ids that no text has: embeddings are often padded beyond the tokenizer, to a multiple of 64 or more.
+
+On-policy training and sampling take the distribution over the ids of the tokenizer alone: the others are never
+sampled, and log-probs, entropies and KLs are exact over the rest. Offline losses keep the whole vocabulary, as other
+trainers do, so that those ids are trained down.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+from torch import Tensor
+from torch.nn import Linear
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fastrlhf.models.sharding import full
+
+_NUM_IDS = "fastrlhf_num_ids"  # where a model keeps the number: copies of the model have it too
+
+
+def limit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """From now on the log-probs of the model are those over the ids up to the tokenizer's largest."""
+    num = max(tokenizer.get_vocab().values()) + 1
+    rows = len(cast(Linear, model.get_output_embeddings()).weight)
+    setattr(model, _NUM_IDS, num if num < rows else None)
+
+
+def num_ids(model: PreTrainedModel) -> int | None:
+    """The ids that may be sampled are those below it; None: all."""
+    return getattr(model, _NUM_IDS, None)
+
+
+def head_of(model: PreTrainedModel, *, gathered: bool = False) -> tuple[Tensor, Tensor | None]:
+    """Weight [V, D] and bias [V] of the head, the rows of the ids that may be sampled.
+
+    `gathered`: of a sharded model whose last forward may be long ago, so that this rank may hold only a part.
+    """
+    head, num = cast(Linear, model.get_output_embeddings()), num_ids(model)
+    weight, bias = full(head.weight) if gathered else head.weight, getattr(head, "bias", None)
+    return (weight, bias) if num is None else (weight[:num], None if bias is None else bias[:num])
