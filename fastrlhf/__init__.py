@@ -1,13 +1,62 @@
 """Preference learning for language models: SFT, reward models, DPO, IPO, PPO, DR-PO, RTO and RLP on packed batches.
 
-Importing this costs nothing: a public name loads its module when it is first asked for, so that the base install, which
+Importing this costs nothing: a public name loads its module when it is first used, so that the base install, which
 lacks the trainers' libraries, can use the losses.
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastrlhf.algorithms.dpo import train_dpo
+    from fastrlhf.algorithms.ppo import train_on_policy, train_ppo
+    from fastrlhf.algorithms.reward_model import train_reward_model
+    from fastrlhf.algorithms.rlp import train_rlp
+    from fastrlhf.algorithms.sft import train_sft
+    from fastrlhf.config import (
+        DPOConfig,
+        DRPOConfig,
+        EvalConfig,
+        PPOConfig,
+        RewardConfig,
+        RLPConfig,
+        RTOConfig,
+        SFTConfig,
+    )
+    from fastrlhf.data.examples import load_examples
+    from fastrlhf.evaluation.evaluate import evaluate_models
+    from fastrlhf.models.loading import load_policy, load_reward_model
+    from fastrlhf.runtime.run import TrainResult
+    from fastrlhf.types import Example, PackedBatch, Prefix, Rollout, Segment
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "DPOConfig",
+    "DRPOConfig",
+    "EvalConfig",
+    "Example",
+    "PPOConfig",
+    "PackedBatch",
+    "Prefix",
+    "RLPConfig",
+    "RTOConfig",
+    "RewardConfig",
+    "Rollout",
+    "SFTConfig",
+    "Segment",
+    "TrainResult",
+    "evaluate_models",
+    "load_examples",
+    "load_policy",
+    "load_reward_model",
+    "train_dpo",
+    "train_on_policy",
+    "train_ppo",
+    "train_reward_model",
+    "train_rlp",
+    "train_sft",
+]
 
 _EXPORTS: dict[str, str] = {
     **dict.fromkeys(
@@ -16,6 +65,7 @@ _EXPORTS: dict[str, str] = {
     ),
     **dict.fromkeys(("Example", "Prefix", "Rollout", "PackedBatch", "Segment"), "fastrlhf.types"),
     "load_examples": "fastrlhf.data.examples",
+    **dict.fromkeys(("load_policy", "load_reward_model"), "fastrlhf.models.loading"),
     "train_sft": "fastrlhf.algorithms.sft",
     "train_reward_model": "fastrlhf.algorithms.reward_model",
     "train_dpo": "fastrlhf.algorithms.dpo",
@@ -24,7 +74,7 @@ _EXPORTS: dict[str, str] = {
     "TrainResult": "fastrlhf.runtime.run",
     "evaluate_models": "fastrlhf.evaluation.evaluate",
 }
-"""Public name -> the module that defines it."""
+"""Public name -> the module that defines it; the imports above tell type checkers and editors the same."""
 
 
 def __getattr__(name: str) -> Any:
@@ -34,4 +84,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_EXPORTS])
+    return sorted([*__all__, "__version__"])

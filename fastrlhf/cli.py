@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fastrlhf import __version__
 from fastrlhf import config as configs
 from fastrlhf.config import files
 from fastrlhf.config.command_line import config_paths, parse, split_configs
@@ -42,7 +43,8 @@ usage: fastrlhf COMMAND [--config FILE] [--key value ...]
   doctor     fastrlhf doctor [OUTPUT_DIR]: versions, GPU, paths of the kernels, self-check against float64
 
 inspect and plan take the keys of one trainer; --command NAME says which, where FILE has the sections of several.
-fastrlhf COMMAND --help lists the keys of a command. FILE is YAML, or the name of a recipe."""
+fastrlhf COMMAND --help lists the keys of a command. FILE is YAML, or the name of a recipe.
+fastrlhf --version prints the version."""
 
 PATIENCE = 10.0
 """Seconds before another process than the first tells its error: torchrun ends it where the first has failed too."""
@@ -61,6 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"fastrlhf {__version__}")
+        return 0
     command, rest = arguments[0], arguments[1:]
     try:
         if command not in COMMANDS:

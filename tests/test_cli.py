@@ -11,6 +11,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from fastrlhf import __version__
 from fastrlhf.cli import USAGE, _run_first, main
 from fastrlhf.config import RTOConfig
 from fastrlhf.config.command_line import parse
@@ -326,6 +327,11 @@ def test_the_list_of_commands(capsys):
     assert main(["report", "--help"]) == 0
     assert main([]) == 2
     assert capsys.readouterr().out == f"{USAGE}\n" * 3
+
+
+def test_the_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"fastrlhf {__version__}\n"
 
 
 def test_an_interrupted_run_ends_with_130(capsys, monkeypatch):

@@ -223,5 +223,6 @@ def test_the_wheel_holds_the_two_packages_and_the_recipes(tmp_path: Path):
     wheel = next(WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"]))
     with zipfile.ZipFile(wheel) as archive:
         shipped = {name for name in archive.namelist() if ".dist-info/" not in name}
+    typed = {f"{package}/py.typed" for package in SOURCE_ROOTS}
     recipes = {path.relative_to(ROOT).as_posix() for path in (ROOT / "fastrlhf" / "recipes").glob("*.yaml")}
-    assert shipped == {path.removeprefix("kernels/") for path in MODULES} | recipes
+    assert shipped == {path.removeprefix("kernels/") for path in MODULES} | recipes | typed
