@@ -46,8 +46,9 @@ inspect and plan take the keys of one trainer; --command NAME says which, where 
 fastrlhf COMMAND --help lists the keys of a command. FILE is YAML, or the name of a recipe.
 fastrlhf --version prints the version."""
 
-PATIENCE = 10.0
-"""Seconds before another process than the first tells its error: torchrun ends it where the first has failed too."""
+PATIENCE = 2.0
+"""Seconds that a process other than rank 0 waits before it reports its error: where rank 0 has failed too, torchrun
+ends it meanwhile, and the error is reported once."""
 
 
 UNREAD_EXIT_CODE = 141
@@ -77,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             else:
                 COMMANDS[command](rest)
     except (ValueError, OSError) as error:
-        return _fail(command, " ".join(str(error).split()), 2)
+        return _fail(command, "; ".join([" ".join(str(error).split()), *getattr(error, "__notes__", ())]), 2)
     except ModuleNotFoundError as error:
         return _fail(command, f"needs {error.name}: pip install 'fastrlhf[train]'", 2)
     except (MemoryError, RuntimeError) as error:

@@ -151,8 +151,8 @@ def test_a_finished_run_is_left_alone(cut, paths):
 def test_two_runs_never_share_a_folder(paths, tmp_path, whole, monkeypatch):
     log, refused = Run.log, []
 
-    def intruding(run, step, metrics):
-        log(run, step, metrics)
+    def intruding(first, step, metrics):
+        log(first, step, metrics)
         if step == 3:
             monkeypatch.setattr(Run, "log", log)
             with pytest.raises(ValueError, match="another run is training in") as refusal:

@@ -121,6 +121,7 @@ def train_ppo(
                 roles.sampler.generate(prefixes), prefixes, eos_token_id=eos, stops_at_eos=config.compat == "fixed"
             )
             sampled = time.perf_counter()
+            run.between_parts()
             order = np.random.default_rng([config.seed, step]).permutation(num_groups).tolist()
             packs = pack_episodes(config, rollouts, order, policy.device)
             with roles.waiting.present():
@@ -132,6 +133,7 @@ def train_ppo(
             check_sampler(config, step + 1, difference, policy, own=engine is not None)
             check_kl(config, step + 1, metrics["objective/kl"])
             scored = time.perf_counter()
+            run.between_parts()
             metrics |= update(
                 config,
                 policy,

@@ -56,14 +56,13 @@ from fastrlhf.rewards.implicit import implicit_sources
 from fastrlhf.rollout.engine import TransformersEngine
 from fastrlhf.runtime.atomic import write_file
 from fastrlhf.runtime.checkpoint import (
-    check_idle,
     check_output_dir,
     create_output_dir,
     holds_model,
     is_unfinished,
-    locked,
 )
 from fastrlhf.runtime.inputs import Data, open_inputs, with_room
+from fastrlhf.runtime.locks import check_idle, locked
 from fastrlhf.runtime.metrics import read_metrics, read_rows
 from fastrlhf.runtime.run import TrainResult
 from fastrlhf.types import Example, TokenizedExample

@@ -141,6 +141,8 @@ class TrainConfig:
     """Optimiser steps (updates, in on-policy runs) between checkpoints; 0: none but when the run is stopped."""
     save_total_limit: int = 0
     """Checkpoints that are kept, the newest ones; 0 is all."""
+    disk_wait_minutes: float = 10.0
+    """Minutes that a run waits for room where the disk is full, before it ends; 0: it ends at once."""
     resume_from_checkpoint: Literal["auto", "never"] = "auto"
     """auto: where `output_dir` holds an unfinished run of the same configuration, go on from its newest whole
     checkpoint. never: that is an error."""
@@ -181,7 +183,7 @@ class TrainConfig:
             require(self.device != "cpu", "activation_offloading", True, "false where device is cpu")
         at_least(self, 2, "max_length")
         at_least(self, 0, "warmup_steps", "eval_steps", "num_eval_examples", "max_train_examples")
-        at_least(self, 0, "save_steps", "save_total_limit")
+        at_least(self, 0, "save_steps", "save_total_limit", "disk_wait_minutes")
         at_least(self, 0, "weight_decay", "max_grad_norm")
         above_0(self, "learning_rate", "num_train_epochs", "adam_epsilon")
         for name in ("adam_beta1", "adam_beta2"):

@@ -1,20 +1,25 @@
 """Several processes that train as one: `torchrun --nproc-per-node 8 -m fastrlhf COMMAND ...`, one process per GPU.
 
 Every rank reads the same data in the same order and knows the whole plan of a step; the batch size is that of the step.
-Only what costs is shared out: each rank computes its part of the micro-batches, of the prompts to answer, of the
-responses to judge, and what comes of it is exchanged until every rank holds the same numbers. So whatever decides
-anything (rewards, whitening, a KL coefficient, an early stop) is computed by all of them alike. The first alone writes,
-but for the parts of a checkpoint.
+Only expensive work is shared out: each rank computes its part of the micro-batches, of the prompts to answer, of the
+responses to judge, and the results are exchanged until every rank holds the same numbers. Every decision (rewards,
+whitening, a KL coefficient, an early stop) is then computed by all ranks alike. `compare` refuses ranks that differ
+before any of that. Only rank 0 writes, except for the parts of a checkpoint.
 
-In one process every function here gives back what it is given.
+In one process every function here returns what it is given.
 """
 
 from __future__ import annotations
 
 import atexit
+import dataclasses
+import hashlib
 import os
 import pickle
-from collections.abc import Callable, Sequence
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar, cast
 
 import torch
@@ -25,12 +30,16 @@ from fastrlhf.config import TrainConfig, require
 
 T = TypeVar("T")
 
+PATIENCE = 5.0
+"""Seconds that a rank with an error waits for the others to raise the same."""
+
 
 def start(config: TrainConfig) -> None:
-    """Joins the processes that torchrun has started, if it has: gloo between CPUs, NCCL between GPUs, of which each
-    rank takes the one of its place on the machine.
+    """Joins the processes that torchrun has started, if any: gloo between CPUs, NCCL between GPUs, one GPU per rank by
+    LOCAL_RANK.
 
-    Raises ValueError for what more than one process cannot do yet.
+    Raises ValueError for what several processes cannot do yet, and where ranks differ in a key of the configuration or
+    in the version of torch, transformers or this program.
     """
     world = max(_launched(), world_size())
     if world == 1:
@@ -46,22 +55,33 @@ def start(config: TrainConfig) -> None:
     require(
         config.device in ("auto", "cpu", "cuda"), "device", config.device, f"auto, cpu or cuda in {world} processes"
     )
-    if dist.is_initialized():
-        return
+    if not dist.is_initialized():
+        _join(config)
+    compare(dataclasses.asdict(config), "configuration")
+    compare({name: _version(name) for name in ("torch", "transformers", "fastrlhf")}, "version")
+
+
+def _version(package: str) -> str:
+    module = sys.modules.get(package)
+    return str(getattr(module, "__version__", "none"))
+
+
+def _join(config: TrainConfig) -> None:
     backend = "gloo"
     if config.device != "cpu" and torch.cuda.is_available():
+        world = _launched()
         rule = "1, or set by torchrun, which sets LOCAL_RANK too"
         require("LOCAL_RANK" in os.environ, "WORLD_SIZE", world, rule)
         place, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         require(place < gpus, "WORLD_SIZE", world, f"{gpus} processes on this machine at most, one per GPU")
         torch.cuda.set_device(place)
-        backend = "cpu:gloo,cuda:nccl"  # what the hosts tell each other does not wait for a GPU
+        backend = "cpu:gloo,cuda:nccl"  # exchanges between hosts do not wait for a GPU
     dist.init_process_group(backend)
     atexit.register(dist.destroy_process_group)
 
 
 def check_one_process(what: str) -> None:
-    """Raises ValueError where torchrun has started more."""
+    """Raises ValueError where torchrun has started several processes."""
     if _launched() > 1:
         raise ValueError(f"WORLD_SIZE: {what} runs in one process; start it without torchrun")
 
@@ -75,15 +95,15 @@ def is_first() -> bool:
 
 
 def on_first(function: Callable[[], T]) -> T:
-    """What `function` returns on the first rank, the only one that calls it, on every rank; or the error it raises
-    there. Nobody goes on before it has ended."""
+    """Calls `function` on rank 0 alone and returns its value on every rank; an error is raised on every rank. No rank
+    continues before it has ended."""
     if world_size() == 1:
         return function()
-    outcome: list[tuple[T | None, Exception | None]] = [(None, None)]
+    outcome: list[tuple[T | None, BaseException | None]] = [(None, None)]
     if is_first():
         try:
             outcome = [(function(), None)]
-        except Exception as error:  # whatever it is, the others would wait for ever
+        except (Exception, SystemExit) as error:  # whatever it is, the others would wait for ever
             outcome = [(None, _sendable(error))]
     dist.broadcast_object_list(outcome, src=0)
     value, error = outcome[0]
@@ -93,13 +113,13 @@ def on_first(function: Callable[[], T]) -> T:
 
 
 def on_each(function: Callable[[], T]) -> list[T]:
-    """What `function` returns on each rank, by rank; or, on all of them, the first error that it raises on any."""
+    """Calls `function` on each rank and returns the values by rank; the first rank's error is raised on every rank."""
     if world_size() == 1:
         return [function()]
-    outcome: tuple[T | None, Exception | None] = (None, None)
+    outcome: tuple[T | None, BaseException | None] = (None, None)
     try:
         outcome = (function(), None)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         outcome = (None, _sendable(error))
     outcomes = from_all(outcome)
     for _, error in outcomes:
@@ -109,11 +129,47 @@ def on_each(function: Callable[[], T]) -> list[T]:
 
 
 def from_all(value: T) -> list[T]:
-    """What each rank has, by rank."""
+    """The values of all ranks, by rank."""
     values: list[T] = [value] * world_size()
     if len(values) > 1:
         dist.all_gather_object(values, value)
     return values
+
+
+def compare(mine: Mapping[str, object], what: str) -> None:
+    """Raises ValueError, on every rank, where a rank has another value under a key than rank 0: `what` says of what
+    kind these are. Every rank must ask."""
+    if world_size() == 1:
+        return
+    first, *others = from_all((socket.gethostname(), dict(mine)))
+    for rank, (host, theirs) in enumerate(others, start=1):
+        for key in {**first[1], **theirs}:
+            here, there = (values.get(key, "absent") for values in (first[1], theirs))
+            if here != there:
+                raise ValueError(
+                    f"{key}: the {what} of rank {rank} on {host} is {there!r}, and that of rank 0 on {first[0]} is "
+                    f"{here!r}; give every process the same"
+                )
+
+
+def failed_together(error: BaseException, step: int) -> bool:
+    """Whether every rank has raised the same error in the same step, so that they can still exchange anything: errors
+    of `on_first` and `on_each`, and those of numbers that all ranks share. A rank that fails alone waits `PATIENCE`."""
+    if world_size() == 1:
+        return True
+    digest = hashlib.sha256(f"{step} {type(error).__name__} {error}".encode()).hexdigest()
+    key, world, deadline = f"fastrlhf/failed/{digest}", world_size(), time.monotonic() + PATIENCE
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        number = store.add(key, 1)  # a process may fail alike in several runs, one after the other
+        needed = -(-number // world) * world
+        while store.add(key, 0) < needed:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.05)
+    except Exception:  # the process that keeps the store is gone, and with it the run
+        return False
+    return True
 
 
 def total(values: Tensor) -> Tensor:
@@ -139,16 +195,16 @@ def gathered(rows: Tensor) -> Tensor:
 
 
 def share(items: Sequence[T]) -> Sequence[T]:
-    """The part of this rank: neighbours stay together, and in rank order the parts are the whole."""
+    """This rank's contiguous part of the items; the parts in rank order are the whole."""
     world = world_size()
     rank = dist.get_rank() if world > 1 else 0
     return items[len(items) * rank // world : len(items) * (rank + 1) // world]
 
 
-def _sendable(error: Exception) -> Exception:
+def _sendable(error: BaseException) -> BaseException:
     try:
-        pickle.dumps(error)
-    except Exception:  # of any class that a judge of the user's may have
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # user-defined functions raise errors of any class
         return RuntimeError(f"{type(error).__name__}: {error}")
     return error
 

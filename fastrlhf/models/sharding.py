@@ -9,6 +9,7 @@ DTensor of which this rank holds a part. Frozen models are spread in the same wa
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,19 +24,26 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import Module, ModuleList
 from transformers import PreTrainedModel
 
-from fastrlhf.distributed.ranks import from_all, is_first, world_size
+from fastrlhf.distributed.ranks import compare, from_all, is_first, world_size
 
 
 def shard(*models: PreTrainedModel) -> None:
     """Spreads models that every rank holds over all of them, in place; in one process nothing happens.
 
-    After their copies are made, and before their optimiser. A loss is a sum over ranks, divided by a count of the whole
+    After their copies are made, and before their optimiser. Raises ValueError, on every rank, where a rank has read
+    other weights (a hash of samples of every tensor). A loss is a sum over ranks, divided by a count of the whole
     step, so gradients are summed, in float32, and not averaged. From now on all ranks make equally many passes, except
     within `whole`. Frozen weights that several of the models share, they share when sharded too, but for parts that are
     smaller than those of the first rank.
     """
     if world_size() == 1:
         return
+    # Named by place too: a rank that was given another folder shows another name there.
+    names = [
+        f"model {i} ({type(model).__name__} from {model.name_or_path or 'scratch'})" for i, model in enumerate(models)
+    ]
+    compare({f"model {i}": name for i, name in enumerate(names)}, "source")
+    compare({name: weight_sample(model) for name, model in zip(names, models, strict=True)}, "starting weights")
     first: dict[int, tuple[PreTrainedModel, str]] = {}
     shared: dict[PreTrainedModel, dict[str, tuple[PreTrainedModel, str]]] = defaultdict(dict)
     for model in models:
@@ -89,6 +97,18 @@ def whole(model: PreTrainedModel) -> Iterator[None]:
             group.reshard()
         model.set_reshard_after_forward(True)
         model.set_reshard_after_forward(False, recurse=False)
+
+
+@torch.no_grad()
+def weight_sample(model: Module, length: int = 64) -> str:
+    """A hash of at most `length` entries of every tensor of a model that is not sharded yet, evenly spread over it."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        flat = tensor.detach().reshape(-1)
+        sample = flat[:: -(-flat.numel() // length) or 1].contiguous().cpu()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(sample.view(torch.uint8).numpy().tobytes() if sample.ndim and len(sample) else b"")
+    return digest.hexdigest()[:16]
 
 
 def give_back(model: PreTrainedModel) -> None:

@@ -1,38 +1,46 @@
-"""Folders that are there whole or not at all, whenever a process or the machine stops.
+"""Files and folders that are there whole or not at all, whenever a process or the machine stops.
 
-Of several processes every one makes the calls that say so: together they fill a folder that all of them see, and each
-computes its share of the hashes.
+Several processes fill a folder together, on a file system that all of them see, and each computes its share of the
+hashes: every rank must make the calls whose docstrings say so.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
 from fastrlhf.distributed.ranks import is_first, on_each, on_first, share
+from fastrlhf.runtime.disk import DiskFull, is_full
+
+log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+CANNOT_FLUSH = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.EPERM)
+"""What file systems answer that know no flush of a folder."""
 
 
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     """Makes `folder` of what `fill` writes into the path that it is given, with a manifest of sizes and hashes.
 
     Everything is flushed to the disk in a hidden folder beside it, which is then renamed; a folder of that name is
-    replaced. Raises OSError, leaving nothing behind, where the disk is full or a file cannot be written. Every rank
-    must ask, and calls `fill`, which fails on all of them or on none.
+    replaced. Raises OSError (DiskFull where the disk is full) and leaves nothing behind where a file cannot be written.
+    Every rank must ask, and calls `fill`, which fails on all of them or on none.
     """
     partial = folder.with_name(f".{folder.name}.partial")
     try:
         on_first(lambda: _make_empty(partial))
         fill(partial)
-        # Of a file system in a network, a rank is sure to see its own files at once.
+        # On a network file system a rank sees only its own files at once for sure.
         names = sorted({name for seen in on_each(lambda: _names(partial)) for name in seen})
         entries = on_each(lambda: {name: _entry(partial / name) for name in share(names)})
         on_first(lambda: _publish(partial, folder, entries))
@@ -40,31 +48,35 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         if is_first():
             shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, OSError | SafetensorError):
-            raise OSError(f"{str(folder)!r} cannot be written: {error}") from error
+            raise (DiskFull if is_full(error) else OSError)(f"{str(folder)!r} cannot be written: {error}") from error
         raise
 
 
-def write_file(path: Path, text: str) -> None:
-    """Makes a file, and the folders that lead to it; one of that name is replaced."""
+def write_file(path: Path, text: str, errors: str = "strict") -> None:
+    """Makes a file, and the folders that lead to it; one of that name is replaced. `errors` as of `str.encode`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    flush(partial)
-    os.replace(partial, path)
+    try:
+        partial.write_text(text, encoding="utf-8", errors=errors)
+        flush(partial)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
     flush(path.parent)
 
 
 def check_folder(folder: Path, needs: Callable[[str], bool] = lambda name: True) -> None:
     """Raises ValueError, naming the file, where one that the manifest lists is missing or is not as it was written.
 
-    Only the files, by their relative names, that `needs` asks for are looked at. Every rank must ask.
+    Only files whose relative names `needs` accepts are read. Every rank must ask.
     """
     files = on_first(lambda: {name: entry for name, entry in _read_manifest(folder).items() if needs(name)})
     on_each(lambda: [_check(folder, name, *files[name]) for name in share(list(files))])
 
 
 def discard_folder(folder: Path) -> None:
-    """Deletes it; under its own name it is gone at once, so that nobody meets half of it."""
+    """Deletes a folder. It is renamed first, so that no half of it is ever found under its own name."""
     hidden = folder.with_name(f".{folder.name}.discarded")
     shutil.rmtree(hidden, ignore_errors=True)
     os.rename(folder, hidden)
@@ -72,25 +84,47 @@ def discard_folder(folder: Path) -> None:
 
 
 def sweep(folder: Path, names: str) -> None:
-    """Deletes what a process that was killed has left half written or half deleted, of the folders in `folder` whose
-    names match `names`, a pattern as of glob."""
+    """Deletes what a killed process has left half written or half deleted in `folder`, of the folders whose names match
+    the glob pattern `names`."""
     for what in ("partial", "discarded"):
         for path in folder.glob(f".{names}.{what}"):
             shutil.rmtree(path)
 
 
 def flush(path: Path) -> None:
-    """Waits until a file's content, or the names in a folder, are on the disk."""
+    """Waits until a file's content, or the names in a folder, are on the disk. Some file systems cannot flush a folder;
+    a warning says once that a power failure may then lose what was just saved."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in CANNOT_FLUSH or not path.is_dir():
+            raise
+        _warn_once("the file system cannot flush folders (%s): a power failure may lose a checkpoint", error.strerror)
     finally:
         os.close(descriptor)
 
 
 def flush_tree(folder: Path) -> None:
+    """Flushes every file and folder below `folder`, and gives the files the permissions that the umask asks for:
+    safetensors makes its own readable for their owner alone."""
+    mode = 0o666 & ~current_umask()
     for path in [*folder.rglob("*"), folder]:
+        if path.is_file():
+            path.chmod(mode)
         flush(path)
+
+
+def current_umask() -> int:
+    """The process's umask, which can only be read by setting it."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    return umask
+
+
+@cache
+def _warn_once(message: str, *arguments: object) -> None:
+    log.warning(message, *arguments)
 
 
 def _make_empty(folder: Path) -> None:
@@ -135,7 +169,7 @@ def _names(folder: Path) -> list[str]:
 
 def _entry(file: Path) -> dict[str, Any]:
     if not file.is_file():
-        raise OSError(f"{file.name} of another process is not there; take a folder that all hosts see")
+        raise OSError(f"{file.name} of another process is not there; choose an output_dir that all hosts see")
     return {"size": file.stat().st_size, "sha256": _digest(file)}
 
 

@@ -14,14 +14,12 @@ Where several processes train, each writes its part of weights and moments, into
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -97,13 +95,6 @@ def check_run_dir(config: TrainConfig) -> None:
         )
 
 
-def check_idle(path: str) -> None:
-    """Raises ValueError where another run is training in the folder."""
-    if Path(path).exists():
-        with locked(Path(path)):
-            pass
-
-
 def holds_model(path: str) -> bool:
     """Whether a run in this folder has finished: the model is what it leaves last."""
     return (Path(path) / "config.json").exists()
@@ -123,20 +114,6 @@ def create_output_dir(path: str, config: Any) -> Path:
     os.replace(partial, folder / "config.yaml")
     flush(folder)
     return folder
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Holds the folder for this run. Raises ValueError where another one does; it ends with the process."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"output_dir: another run is training in {str(folder)!r}; choose another folder") from None
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def save_trained(
@@ -204,6 +181,10 @@ class Checkpointer:
         self._models, self._tokenizer, self._data = models, tokenizer, data
         self._parts = {**parts, "random": GlobalRandomness()}
         self._start = _start(models)
+        self.checkpoint_bytes = sum(map(_checkpoint_bytes, models.values()))
+        """Of one checkpoint, as estimated before the first step: weights, both moments, float32 copies."""
+        self.model_bytes = sum(map(_model_bytes, models.values()))
+        """Of what the run leaves at its end."""
         self._marked: dict[str, dict[str, Any]] = {}
         self._marked_position: int | None = None
 
@@ -286,6 +267,16 @@ class Checkpointer:
             self._tokenizer.save_pretrained(folder / name)
         (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
 
+    def drop_oldest(self, limit: int) -> bool:
+        """Where the disk is full: deletes the oldest checkpoint that `save_total_limit` would delete after the next
+        save, but never the last one. Whether it did."""
+        found = checkpoints(self.folder)
+        if not limit or len(found) <= max(limit - 1, 1):
+            return False
+        log.warning("%s is deleted to make room (save_total_limit %d)", found[0], limit)
+        discard_folder(found[0])
+        return True
+
     def _discard(self, step: int, limit: int) -> None:
         for old in [old for old in checkpoints(self.folder) if _step(old) <= step][:-limit]:
             discard_folder(old)
@@ -356,6 +347,16 @@ def _weights(model: PreTrainedModel) -> dict[str, Tensor]:
     kept = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     kept |= {name for name, _ in model.named_buffers()}
     return {name: tensor for name, tensor in model.state_dict().items() if name in kept}
+
+
+def _checkpoint_bytes(model: PreTrainedModel) -> int:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    updated = sum(parameter.numel() * (8 if parameter.dtype == torch.float32 else 12) for parameter in trained)
+    return updated + sum(tensor.numel() * tensor.element_size() for tensor in _weights(model).values())
+
+
+def _model_bytes(model: PreTrainedModel) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
 def _start(models: Mapping[str, PreTrainedModel]) -> str:

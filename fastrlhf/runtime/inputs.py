@@ -23,7 +23,8 @@ from fastrlhf.models.layers import check_liger
 from fastrlhf.models.loading import DTYPES, resolve_device
 from fastrlhf.models.offload import check_offloading
 from fastrlhf.runtime.adamw import check_optim
-from fastrlhf.runtime.checkpoint import check_idle, check_run_dir, check_same_data
+from fastrlhf.runtime.checkpoint import check_run_dir, check_same_data
+from fastrlhf.runtime.locks import check_idle
 from fastrlhf.runtime.metrics import import_reporters
 from fastrlhf.types import Example, TokenizedExample
 

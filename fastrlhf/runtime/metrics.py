@@ -11,7 +11,7 @@ metrics.jsonl holds one strict JSON object per call of `log`, flushed at once:
 `step` counts optimiser steps, 0 being before the first (`eval_on_start`); `time` is seconds since the writer was made.
 JSON has no number for NaN and the infinities: they are written as the strings "nan", "inf" and "-inf", and
 `read_metrics` turns them back into floats. A resumed run drops the rows past its checkpoint and appends, so that its
-log is that of an uninterrupted one.
+log is that of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import os
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any, Protocol, Self, SupportsFloat
@@ -73,9 +74,10 @@ REPORTERS = {"tensorboard": _TensorBoard, "wandb": _WandB}
 class MetricsWriter:
     """Writes the metrics and samples of one run, and sends the metrics to the reporters named.
 
-    The files are the record: failing to write them is an OSError that ends the run. A reporter is a convenience: when
-    it fails after the start, it is reported once as a warning and dropped. W&B takes its mode, project and key from its
-    usual environment variables (project "fastrlhf" where none is set).
+    The files are the record. A row that cannot be written (a full disk) is kept in memory, with a warning, and written
+    before the next one; `flush`, without which no checkpoint counts, raises OSError while rows are missing. A reporter
+    is a convenience: when it fails after the start, it is reported once as a warning and dropped. W&B takes its mode,
+    project and key from its usual environment variables (project "fastrlhf" where none is set).
     """
 
     def __init__(
@@ -93,8 +95,8 @@ class MetricsWriter:
             report_to: any of "tensorboard" and "wandb".
             run_name: name of the run at W&B; the directory's name by default.
             config: the resolved configuration, shown by the reporters.
-            resumed_at: rows of later steps are dropped, and `time` goes on from the last row; 0 is a run that starts
-                again, and all are dropped.
+            resumed_at: rows of later steps are dropped, and `time` continues from the last row; 0 is a run that starts
+                again, and all rows are dropped.
 
         Raises:
             ValueError: a reporter is unknown, or its package is not installed; nothing has been written then.
@@ -110,8 +112,8 @@ class MetricsWriter:
             for name in ("metrics.jsonl", "samples.jsonl"):
                 _drop_rows_after(directory / name, resumed_at)
         self._start = time.monotonic() - _last_time(directory / "metrics.jsonl", resumed_at or 0)
-        self._metrics = _open_to_append(directory / "metrics.jsonl")
-        self._samples = _open_to_append(directory / "samples.jsonl")
+        self._metrics = _Lines(directory / "metrics.jsonl")
+        self._samples = _Lines(directory / "samples.jsonl")
 
     def log(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
         """Append the metrics of one optimiser step, in the order given. Values may be 0-dim tensors.
@@ -123,19 +125,19 @@ class MetricsWriter:
                 raise ValueError(f"metric {name!r} has the name of a column of metrics.jsonl; call it something else")
         numbers = {name: _number(value) for name, value in metrics.items()}
         seconds = round(time.monotonic() - self._start, 3)
-        self._append(self._metrics, {"step": step, "time": seconds, **numbers})
+        self._metrics.append({"step": step, "time": seconds, **numbers})
         for name in list(self._reporters):
             self._attempt(name, lambda reporter: reporter.log(step, numbers))
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Append what the policy wrote at `step`, one row per sample: prompt, response, score, ..."""
         for row in rows:
-            self._append(self._samples, {"step": step, **row})
+            self._samples.append({"step": step, **row})
 
     def flush(self) -> None:
-        """Waits until every row is on the disk."""
-        for file in (self._metrics, self._samples):
-            os.fsync(file.fileno())
+        """Waits until every row is on the disk. Raises OSError, naming the file, where one cannot be written."""
+        self._metrics.flush()
+        self._samples.flush()
 
     def __enter__(self) -> Self:
         return self
@@ -149,10 +151,6 @@ class MetricsWriter:
             self._attempt(name, lambda reporter: reporter.close(failed=kind is not None))
         self._reporters.clear()
 
-    def _append(self, file: Any, row: Mapping[str, Any]) -> None:
-        file.write(json.dumps(_strict(row), ensure_ascii=False, allow_nan=False) + "\n")
-        file.flush()
-
     def _attempt(self, name: str, action: Any) -> None:
         try:
             action(self._reporters[name])
@@ -161,29 +159,74 @@ class MetricsWriter:
             warnings.warn(f"{name} failed and gets nothing more of this run: {error!r}", RuntimeWarning, stacklevel=3)
 
 
-def read_rows(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file of a run; a last line that a killed run left unfinished is left out.
+class _Lines:
+    """A JSON-lines file that whole lines are appended to; what cannot be written is kept for later."""
 
-    Raises:
-        ValueError: a line is not a JSON object; the message names file and line.
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        _complete(path)
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by `close`)
+        self._unwritten = b""
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        # A lone surrogate cannot be UTF-8; its backslash form is the JSON escape of the same character.
+        text = json.dumps(_strict(row), ensure_ascii=False, allow_nan=False) + "\n"
+        failed_before = bool(self._unwritten)
+        self._unwritten += text.encode("utf-8", errors="backslashreplace")
+        try:
+            self._write()
+        except OSError as error:
+            if not failed_before:
+                message = f"{self._path}: a row cannot be written ({error}); it is kept and written later"
+                warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+    def flush(self) -> None:
+        try:
+            self._write()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise OSError(error.errno, f"{str(self._path)!r} cannot be written: {error.strerror}") from error
+
+    def close(self) -> None:
+        with suppress(OSError):
+            self._write()
+        self._file.close()
+
+    def _write(self) -> None:
+        while self._unwritten:
+            self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+
+
+def read_rows(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of a JSON-lines file of a run, without a last line that a killed run left unfinished.
+
+    Raises ValueError, naming file, line and fix, where a line is not a JSON object in UTF-8.
     """
     rows = []
-    with open(path, encoding="utf-8", newline="\n") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                if not line.endswith("\n"):
-                    break
-                raise ValueError(f"{path}, line {number}: not JSON ({error}); mend or delete the line") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number}: expected a JSON object, found {line.strip()[:40]!r}")
+            if (row := _parsed(path, number, line)) is None:
+                break
             rows.append(row)
     return rows
 
 
+def _parsed(path: str | Path, number: int, line: bytes) -> dict[str, Any] | None:
+    """The object of a line; None for a line that was left unfinished."""
+    try:
+        row = json.loads(line)
+    except ValueError as error:  # of JSON or of UTF-8
+        if not line.endswith(b"\n"):
+            return None
+        raise ValueError(f"{path}, line {number}: not JSON ({error}); fix or delete the line") from error
+    if not isinstance(row, dict):
+        text = line.decode("utf-8", "replace").strip()[:40]
+        raise ValueError(f"{path}, line {number}: expected a JSON object, found {text!r}; fix or delete the line")
+    return row
+
+
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl, in order, "nan", "inf" and "-inf" turned back into floats.
+    """The rows of a metrics.jsonl, in order, with "nan", "inf" and "-inf" as floats.
 
     Raises ValueError as `read_rows` does.
     """
@@ -194,7 +237,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 def import_reporters(names: Sequence[str]) -> dict[str, ModuleType]:
-    """The modules of the reporters named. Raises ValueError where one is unknown, or its package not installed."""
+    """The modules of the named reporters. Raises ValueError where one is unknown or its package is not installed."""
     return {name: _import_reporter(name) for name in names}
 
 
@@ -210,8 +253,8 @@ def _import_reporter(name: str) -> ModuleType:
         ) from error
 
 
-def _open_to_append(path: Path) -> Any:
-    """Open for appending whole lines: a last line that a killed run left unfinished is cut off first."""
+def _complete(path: Path) -> None:
+    """Cuts off a last line that a killed run left unfinished, and ends a whole one."""
     if path.exists():
         with open(path, "rb+") as file:
             content = file.read()
@@ -220,26 +263,33 @@ def _open_to_append(path: Path) -> Any:
                 file.write(b"\n")
             else:
                 file.truncate(end)
-    # a lone surrogate cannot be UTF-8; its backslash form is the JSON escape of the same character
-    return open(path, "a", encoding="utf-8", errors="backslashreplace", newline="\n")
 
 
 def _drop_rows_after(path: Path, step: int) -> None:
-    """Steps never fall, so these are the last rows; one that is not whole is among them. After 0 is every row, one of
-    step 0 too."""
+    """Cuts the file before the first row of a later step: steps never fall. After step 0 every row is dropped, one of
+    step 0 too. Raises ValueError, naming file, line and fix, where a line is damaged."""
     if not path.exists():
         return
     with open(path, "rb+") as file:
         kept = 0
-        for line in file:
-            if not step or not line.endswith(b"\n") or json.loads(line)["step"] > step:
+        for number, line in enumerate(file, start=1):
+            if not step or not line.endswith(b"\n"):
+                break
+            row = _parsed(path, number, line) or {}
+            if not isinstance(row.get("step"), int):
+                raise ValueError(f"{path}, line {number}: the row has no step; fix or delete the line")
+            if row["step"] > step:
                 break
             kept += len(line)
         file.truncate(kept)
 
 
 def _last_time(path: Path, resumed_at: int) -> float:
-    return read_rows(path)[-1]["time"] if resumed_at and path.exists() and path.stat().st_size else 0.0
+    rows = read_rows(path) if resumed_at and path.exists() else []
+    time = rows[-1].get("time") if rows else 0.0
+    if not isinstance(time, int | float):
+        raise ValueError(f"{path}, line {len(rows)}: the row has no time; fix the line")
+    return time
 
 
 def _is_json(text: bytes) -> bool:

@@ -1,9 +1,10 @@
-"""What every trainer does around its loop: the folder, the data, the order, the log, the model that is left behind."""
+"""What every trainer does around its loop: the folder, the log, checkpoints, resuming, the final model."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -17,13 +18,14 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.config import TrainConfig, require
-from fastrlhf.distributed.ranks import from_all, is_first, largest, on_first, total, world_size
+from fastrlhf.distributed.ranks import failed_together, from_all, is_first, largest, on_first, total
 from fastrlhf.models.adapters import share_weights
 from fastrlhf.runtime.atomic import sweep
-from fastrlhf.runtime.checkpoint import Checkpointer, Stateful, check_run_dir, create_output_dir, locked, save_trained
+from fastrlhf.runtime.checkpoint import Checkpointer, Stateful, check_run_dir, create_output_dir, save_trained
+from fastrlhf.runtime.disk import check_room, with_room
 from fastrlhf.runtime.inputs import Data
+from fastrlhf.runtime.locks import locked
 from fastrlhf.runtime.metrics import MetricsWriter, read_metrics
-from fastrlhf.runtime.out_of_memory import is_out_of_memory
 from fastrlhf.runtime.signals import Interrupted, Interrupts
 from fastrlhf.types import TokenizedExample
 from fastrlhf_kernels import Max, Metric, merge
@@ -36,15 +38,15 @@ class TrainResult:
     """What a trainer returns."""
 
     model: PreTrainedModel
-    """In several processes sharded; on the CPU after `load_in_4bit`, for want of room."""
+    """In several processes sharded; on the CPU after `load_in_4bit`, because memory is short."""
     tokenizer: PreTrainedTokenizerBase
     history: list[dict[str, float]] = field(repr=False)
     """One row of metrics per optimiser step (per update, in on-policy runs)."""
     final: dict[str, float]
-    """The last evaluation; empty where there was nothing to evaluate on."""
+    """The last evaluation; empty where there were no rows to evaluate on."""
     output_dir: Path | None
     initial: dict[str, float] = field(default_factory=dict)
-    """That before the first step; empty without `eval_on_start`."""
+    """The evaluation before the first step; empty without `eval_on_start`."""
     value_model: PreTrainedModel | None = None
     """The critic of an on-policy run; on the CPU where it shared the weights of the policy."""
 
@@ -53,11 +55,13 @@ class Run:
     """One run of one trainer: `with Run("sft", config, num_steps, (model, tokenizer)) as run`.
 
     Where the folder holds an unfinished run of the same configuration, everything that is handed over is put back to
-    its newest checkpoint, and `remaining` goes on from there. Ctrl-C and SIGTERM are obeyed after the step that they
-    interrupt, with a checkpoint; so is running out of memory, where no weight has moved since. A run that ends by
-    another error leaves its weights in `interrupted/`, where no checkpoint has them: those of its last whole step, or,
-    where the error says so, some that its next step has moved already. Of several processes all make the same calls,
-    the first alone writes more than its part of a checkpoint, and after an error none can save.
+    its newest checkpoint, and `remaining` continues from there.
+
+    A request to stop (runtime/signals.py) is obeyed after the step that it interrupts, with a checkpoint. After an
+    error the last whole step is saved as a checkpoint where no weight has moved since, and the same command continues
+    from it; where some have moved, the weights go to `interrupted/`, and a note of the error says so. `SystemExit` is
+    an error too. Several processes make the same calls; only rank 0 writes more than its part of a checkpoint. After an
+    error they can save where all of them have raised the same one.
     """
 
     def __init__(
@@ -71,13 +75,14 @@ class Run:
         data: Data | None = None,
         parts: Mapping[str, Stateful] | None = None,
     ) -> None:
-        """`parts` are what remembers beside the models: the optimiser, normalisers, controllers."""
+        """`parts` are what has a state beside the models: the optimiser, normalisers, controllers."""
         self._name, self._config, self._steps, self._trained = name, config, steps, trained
         self._stack = ExitStack()
         self._start = self._saved = 0
         self.history: list[dict[str, float]] = []
         self.initial: dict[str, float] = {}
-        self.folder = Path(config.output_dir) if config.output_dir else None
+        # Absolute, so that a user-defined function that changes the directory does not split the run over two folders.
+        self.folder = Path(config.output_dir).absolute() if config.output_dir else None
         self._checkpointer = None
         self._writer: MetricsWriter | None = None  # of the first rank
         if self.folder and trained:
@@ -102,10 +107,11 @@ class Run:
         return self
 
     def _open(self, folder: Path, stack: ExitStack) -> None:
-        """The folder as it was at the checkpoint, and the run in the state of then."""
+        """Puts the folder and the run into the state of the checkpoint."""
         on_first(lambda: self._claim(folder, stack))
         if self._checkpointer:
             self._start = self._saved = self._checkpointer.load(self._config.resume_weights_only)
+            self._checkpointer.mark()
         rows = on_first(lambda: self._open_log(folder, stack))
         values = [{key: value for key, value in row.items() if key not in ("step", "time")} for row in rows]
         if rows and rows[0]["step"] == 0:
@@ -118,9 +124,12 @@ class Run:
         stack.enter_context(locked(folder))
         check_run_dir(self._config)
         sweep(folder, "checkpoint-*")
+        if self._checkpointer:
+            needed = self._checkpointer.checkpoint_bytes + self._checkpointer.model_bytes
+            check_room(folder, needed, "output_dir: the model with one checkpoint")
 
     def _open_log(self, folder: Path, stack: ExitStack) -> list[dict[str, Any]]:
-        """The rows of the log up to the checkpoint; it is open from now on."""
+        """Opens the log and returns its rows up to the checkpoint."""
         config = self._config
         # config.yaml marks the folder as a run: it comes after the reporters, which may fail to start.
         writer = MetricsWriter(
@@ -140,44 +149,54 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # One rank alone, where only that one failed, cannot gather the weights.
-        failed = error if isinstance(error, Exception) and world_size() == 1 else None
-        if failed and is_out_of_memory(failed):
-            self._rescue(failed)
-        if failed and self.folder and self._trained and len(self.history) > self._saved:
-            step, place = len(self.history), self.folder / "interrupted"
-            moved = step < self._steps and self._checkpointer and not self._checkpointer.back_to_mark()
-            try:
-                save_trained(*self._trained, place)
-                which = f", in the middle of step {step + 1}: some have moved since step {step}" if moved else ""
-                failed.add_note(f"its last weights are in {place}{which}")
-            except Exception as another:  # it must not hide the first one
-                log.warning("interrupted: the last weights cannot be saved: %s", another)
+        failed = error if isinstance(error, Exception) else None
+        if isinstance(error, SystemExit):
+            failed = RuntimeError(f"a function that the run calls has called sys.exit({error.code!r})")
+        if failed and self._checkpointer and self._trained and failed_together(failed, len(self.history)):
+            self._rescue(failed, self._checkpointer, self._trained)
         self._stack.__exit__(kind, error, trace)
+        if failed and failed is not error:
+            raise failed from error
 
-    def _rescue(self, error: Exception) -> None:
-        """Saves the last whole step, as after a signal, where nothing of the next one has moved yet."""
-        step = len(self.history)
-        if self._checkpointer and self._saved < step < self._steps and self._checkpointer.back_to_mark():
+    def _rescue(
+        self, error: Exception, checkpointer: Checkpointer, trained: tuple[PreTrainedModel, PreTrainedTokenizerBase]
+    ) -> None:
+        """After an error, saves the last whole step as a checkpoint, or, where the weights have moved since, saves them
+        in `interrupted/`. A failure to save is logged, so that it does not hide the error."""
+        step, whole = len(self.history), checkpointer.back_to_mark()
+        if step <= self._saved:
+            if step:
+                error.add_note(f"the same command continues from {checkpointer.path(step)}")
+            return
+        if whole:
             try:
-                error.add_note(f"saved as {self._save(self._checkpointer, step)}; the same command continues")
+                error.add_note(f"saved as {self._save(checkpointer, step, wait=False)}; the same command continues")
+                return
             except Exception as another:
                 log.warning("step %d cannot be saved: %s", step, another)
+        place = checkpointer.folder / "interrupted"
+        try:
+            save_trained(*trained, place)
+            which = "" if whole else f", in the middle of step {step + 1}: some have moved since step {step}"
+            error.add_note(f"its last weights are in {place}{which}")
+        except Exception as another:
+            shutil.rmtree(place, ignore_errors=True)
+            log.warning("interrupted: the last weights cannot be saved: %s", another)
 
     def on_start(self, evaluate: Callable[[], Mapping[str, float]]) -> None:
-        """The row of step 0, where `eval_on_start` asks for one: what `evaluate` finds before the first step. A run
-        that goes on from a checkpoint has it in its log."""
+        """Logs the row of step 0, what `evaluate` finds before the first step, where `eval_on_start` asks for it. A run
+        that continues from a checkpoint has it in its log."""
         if self._config.eval_on_start and self._start == 0:
             self.initial = dict(evaluate())
             if self._writer:
                 self._writer.log(0, self.initial)
 
     def remaining(self, batches: Iterable[list[int]]) -> Iterator[tuple[int, list[int]]]:
-        """(step, batch) from the step on at which the run starts or resumes."""
+        """(step, batch), from the step at which the run starts or resumes."""
         return ((step, batch) for step, batch in enumerate(batches) if step >= self._start)
 
     def log(self, step: int, metrics: Mapping[str, float], shown: str = "loss") -> None:
-        """One row per optimiser step, at once on disk, and a checkpoint where one is due: what ends a step.
+        """Ends a step: one row of metrics, at once on disk, and a checkpoint where one is due.
 
         Raises Interrupted, with a checkpoint on disk, where a signal has come during the step. After the last step the
         model itself is saved next, and no checkpoint is needed.
@@ -187,20 +206,44 @@ class Run:
             self._writer.log(step, metrics)
         self._bar.update()
         self._bar.set_postfix_str(f"{shown.rpartition('/')[2]} {metrics[shown]:.4g}")
-        if self._checkpointer and step < self._steps:
-            if self._config.save_steps and step % self._config.save_steps == 0:
-                self._save(self._checkpointer, step)
+        if self._checkpointer:
             self._checkpointer.mark()
-            # A signal does not reach all ranks in the same step.
-            if pending := max(from_all(self._interrupts.pending or 0)):
-                saved = self._save(self._checkpointer, step)
-                raise Interrupted(pending, f"after step {step}, saved as {saved}")
+            if step < self._steps:
+                if self._config.save_steps and step % self._config.save_steps == 0:
+                    self._save(self._checkpointer, step)
+                if pending := self._asked_to_stop():
+                    saved = self._save(self._checkpointer, step)
+                    raise Interrupted(pending, f"after step {step}, saved as {saved}")
 
-    def _save(self, checkpointer: Checkpointer, step: int) -> Path:
-        if step > self._saved:
+    def between_parts(self) -> None:
+        """Between the parts of a long step, before any weight has moved: a request to stop is obeyed here too, with the
+        last whole step saved as a checkpoint. Every rank must call."""
+        step = len(self.history)
+        if self._checkpointer and (pending := self._asked_to_stop()):
+            if not self._checkpointer.back_to_mark():
+                return
+            saved = f"step {step} is saved as {self._save(self._checkpointer, step)}" if step else "nothing is lost"
+            raise Interrupted(pending, f"before the update of step {step + 1}; {saved}")
+
+    def _asked_to_stop(self) -> int:
+        """The signal that has come, 0 for none; ranks receive it in different steps."""
+        return max(from_all(self._interrupts.pending or 0))
+
+    def _save(self, checkpointer: Checkpointer, step: int, wait: bool = True) -> Path:
+        def write() -> None:
             if self._writer:
                 self._writer.flush()
             checkpointer.save(step, self._config.save_total_limit)
+
+        if step > self._saved:
+            with_room(
+                write,
+                folder=checkpointer.folder,
+                needed=checkpointer.checkpoint_bytes,
+                what=checkpointer.path(step).name,
+                minutes=self._config.disk_wait_minutes if wait else 0,
+                make_room=lambda: checkpointer.drop_oldest(self._config.save_total_limit),
+            )
             self._saved = step
         return checkpointer.path(step)
 
@@ -219,19 +262,38 @@ class Run:
         final: dict[str, float],
         value_model: PreTrainedModel | None = None,
     ) -> TrainResult:
-        """Saves what was trained, adapters added to the weights, and returns it."""
-        if value_model is not None:
-            place, apart = self.folder and self.folder / "value_model", share_weights(model, value_model)
-            value_model = save_trained(value_model, tokenizer, place, apart=apart)
-        model = save_trained(model, tokenizer, self.folder)
+        """Saves what was trained, adapters added to the weights, and returns it. `final` is the last evaluation; a run
+        that was stopped after its last step has it in its log."""
+        if self._writer:
+            self._writer.flush()
+        saved: list[PreTrainedModel] = []
+
+        def write() -> None:
+            if value_model is not None and not saved:
+                place, apart = self.folder and self.folder / "value_model", share_weights(model, value_model)
+                saved.append(save_trained(value_model, tokenizer, place, apart=apart))
+            saved.append(save_trained(model, tokenizer, self.folder))
+
+        if checkpointer := self._checkpointer:
+            with_room(
+                write,
+                folder=checkpointer.folder,
+                needed=checkpointer.model_bytes,
+                what="the model",
+                minutes=self._config.disk_wait_minutes,
+                make_room=lambda: checkpointer.drop_oldest(self._config.save_total_limit),
+            )
+        else:
+            write()
+        last = self.history[-1] if self.history else {}
         return TrainResult(
-            model=model,
+            model=saved[-1],
             tokenizer=tokenizer,
             history=self.history,
-            final=final,
-            output_dir=self.folder,
+            final=final or {name: value for name, value in last.items() if name.startswith("eval_")},
+            output_dir=Path(self._config.output_dir) if self.folder else None,
             initial=self.initial,
-            value_model=value_model,
+            value_model=saved[0] if value_model is not None else None,
         )
 
 
@@ -247,7 +309,7 @@ def check_micro_batch(config: TrainConfig, examples: Sequence[TokenizedExample],
 
 
 class StepMetrics:
-    """Metrics of the losses, added up on the device over the micro-batches of a step (or the passes of an update), then
+    """Metrics of the losses, summed on the device over the micro-batches of a step (or the passes of an update), then
     over ranks."""
 
     def __init__(self) -> None:

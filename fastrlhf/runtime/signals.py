@@ -1,37 +1,48 @@
-"""Ctrl-C and SIGTERM during training: the step is finished and saved first."""
+"""Requests to stop: during training, Ctrl-C, SIGTERM and what schedulers send wait until the step is saved."""
 
 from __future__ import annotations
 
 import os
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Self
 
+REPEAT = 5.0
+"""Seconds within which further signals are the same request. SLURM and systemd signal every process of a job, torchrun
+forwards to its workers what it receives itself, and a terminal signals the whole process group: each rank receives the
+same request twice within milliseconds."""
+AS_TERM = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""Signals that count as SIGTERM: a lost connection, and `sbatch --signal`, which warns before the time limit."""
+HANDLED = (signal.SIGINT, signal.SIGTERM, *AS_TERM)
+
 
 class Interrupted(KeyboardInterrupt):
-    """A run was asked to stop and has; the message says when."""
+    """A run was asked to stop and has stopped; the message says when."""
 
     def __init__(self, number: int, when: str) -> None:
         super().__init__(f"interrupted {when}")
         self.exit_code = 128 + number
-        """As a shell reports it: 130 after Ctrl-C, 143 after SIGTERM."""
+        """As a shell reports it: 130 after Ctrl-C, 143 after SIGTERM and the signals that count as SIGTERM."""
 
 
 class Interrupts:
-    """Within it the first SIGINT or SIGTERM is only kept in `pending`; the second one raises Interrupted at once.
+    """Within it the first signal of `HANDLED` is only kept in `pending`, as SIGINT or SIGTERM. Another signal within
+    `REPEAT` seconds is the same request; a later one raises Interrupted at once.
 
-    One that is still pending when the block has ended well is delivered then. Outside the main thread, where Python
-    hands out no signals, nothing changes; nor does a signal that the process was told to ignore.
+    A signal that is still pending when the block ends without an error is delivered then. Outside the main thread,
+    where Python delivers no signals, nothing changes; a signal that the process ignores (under nohup) stays ignored.
     """
 
     def __init__(self) -> None:
         self.pending: int | None = None
+        self._first = 0.0
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in HANDLED:
                 if signal.getsignal(number) is not signal.SIG_IGN:
                     self._before[number] = signal.signal(number, self._receive)
         return self
@@ -45,8 +56,10 @@ class Interrupts:
             signal.raise_signal(self.pending)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.pending:
+        number = signal.SIGTERM if number in AS_TERM else number
+        if self.pending is None:
+            self.pending, self._first = number, time.monotonic()
+            # Not print: the signal may have come in the middle of one.
+            os.write(2, f"\nfinishing this step, then saving; again after {REPEAT:g} s ends at once\n".encode())
+        elif time.monotonic() - self._first > REPEAT:
             raise Interrupted(number, "in the middle of a step")
-        self.pending = number
-        # Not print: the signal may have come in the middle of one.
-        os.write(2, b"\nfinishing this step, then saving; once more ends at once\n")

@@ -23,7 +23,7 @@ from fastrlhf.runtime.inputs import open_inputs
 from fastrlhf.runtime.metrics import read_metrics
 from tests import ranks, resumable, tiny
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "OMP_NUM_THREADS": "1"}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 ROUNDING = ("sampling/",)

@@ -1,12 +1,16 @@
 """Folders that are whole or not there."""
 
+import errno
 import os
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from fastrlhf.runtime import atomic
 from fastrlhf.runtime.atomic import MANIFEST, check_folder, discard_folder, flush_tree, write_file, write_folder
+from fastrlhf.runtime.disk import DiskFull
 
 
 def fill(folder: Path) -> None:
@@ -70,7 +74,9 @@ def test_a_failure_leaves_the_folder_that_was_there_and_nothing_else(tmp_path, f
 def test_a_file_that_another_host_has_written_elsewhere_is_an_error(tmp_path, monkeypatch):
     others = iter([[["deep/c.txt"]], []])  # the names that it sees, then its share of the hashes
     monkeypatch.setattr(atomic, "on_each", lambda call: [call(), *next(others)])
-    with pytest.raises(OSError, match=r"x' cannot be written: c.txt of another .* take a folder that all hosts see"):
+    with pytest.raises(
+        OSError, match=r"x' cannot be written: c.txt of another .* choose an output_dir that all hosts see"
+    ):
         write_folder(tmp_path / "x", fill)
     assert list(tmp_path.iterdir()) == []
 
@@ -129,3 +135,47 @@ def test_a_file_is_replaced_by_the_whole_new_one_or_not_at_all(tmp_path, monkeyp
     assert file.read_text() == "old"
     write_file(file, "new")
     assert [path.read_text() for path in file.parent.iterdir()] == ["new"]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_files_get_the_permissions_of_the_umask(umask, mode, tmp_path):
+    """safetensors makes its files readable for their owner alone, whatever the umask."""
+    before = os.umask(umask)
+    try:
+        write_folder(tmp_path / "x", lambda folder: save_file({"a": torch.zeros(2)}, folder / "a.safetensors"))
+        assert atomic.current_umask() == umask
+    finally:
+        os.umask(before)
+    assert {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "x").iterdir()} == {
+        "a.safetensors": mode,
+        "manifest.json": mode,
+    }
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.EIO])
+def test_a_file_system_that_cannot_flush_folders_is_warned_of_and_used(number, tmp_path, monkeypatch, caplog):
+    flush = os.fsync
+
+    def refuse(descriptor):
+        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            raise OSError(number, os.strerror(number))
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    atomic._warn_once.cache_clear()
+    if number == errno.EIO:  # the disk is failing: that is no property of a file system
+        with pytest.raises(OSError, match="Input/output error"):
+            write_folder(tmp_path / "x", fill)
+        return
+    write_folder(tmp_path / "x", fill)
+    check_folder(tmp_path / "x")
+    assert caplog.text.count("the file system cannot flush folders") == 1
+
+
+def test_a_full_disk_is_raised_as_such(tmp_path):
+    def fail(folder):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(DiskFull, match=r"x' cannot be written: \[Errno 28\] No space left on device"):
+        write_folder(tmp_path / "x", fail)
+    assert list(tmp_path.iterdir()) == []

@@ -14,7 +14,6 @@ from fastrlhf.config.files import SAME_MODEL
 from fastrlhf.models.adapters import add_adapter
 from fastrlhf.runtime.checkpoint import (
     Checkpointer,
-    check_idle,
     check_output_dir,
     check_run_dir,
     check_same_data,
@@ -23,7 +22,6 @@ from fastrlhf.runtime.checkpoint import (
     find_checkpoint,
     holds_model,
     is_unfinished,
-    locked,
     save_model,
 )
 from tests import tiny
@@ -276,14 +274,6 @@ def test_an_unfinished_run_of_the_same_configuration_is_the_only_one_to_go_on(tm
     save_model(tiny.policy(), tiny.tokenizer(), tmp_path / "run")
     with pytest.raises(ValueError, match="already holds a run; choose another folder"):
         check_run_dir(config)
-
-
-def test_a_folder_in_which_a_run_is_training_is_not_idle(tmp_path):
-    check_idle(str(tmp_path))
-    with locked(tmp_path), pytest.raises(ValueError, match=r"^output_dir: another run is training in"):
-        check_idle(str(tmp_path))
-    check_idle(str(tmp_path))
-    check_idle(str(tmp_path / "nowhere"))
 
 
 def test_what_a_run_killed_at_its_start_leaves_is_an_empty_folder(tmp_path):

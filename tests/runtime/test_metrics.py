@@ -217,3 +217,53 @@ def test_a_run_that_starts_again_from_nothing_drops_every_row(tmp_path):
         writer.log(1, {"loss": 2.0})
     (row,) = read_metrics(tmp_path / "metrics.jsonl")
     assert row["time"] < 50
+
+
+class Full:
+    """A file on a disk that is full while `full`, and takes three bytes at a time else."""
+
+    def __init__(self, file):
+        self.file, self.full = file, True
+
+    def write(self, content):
+        if self.full:
+            raise OSError(28, "No space left on device")
+        return self.file.write(content[:3])
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+
+def test_a_row_that_cannot_be_written_is_kept_and_written_later_and_a_checkpoint_waits_for_it(tmp_path):
+    with MetricsWriter(tmp_path) as writer:
+        writer.log(1, {"loss": 1.0})
+        disk = writer._metrics._file = Full(writer._metrics._file)
+        with pytest.warns(RuntimeWarning, match=r"metrics.jsonl: a row cannot be written .*; it is kept") as told:  # noqa: PT031
+            writer.log(2, {"loss": 2.0})
+            writer.log(3, {"loss": 3.0})
+        assert len(told) == 1
+        with pytest.raises(OSError, match=r"metrics.jsonl' cannot be written: No space left on device") as error:
+            writer.flush()
+        assert error.value.errno == 28
+        disk.full = False
+        writer.flush()
+        assert [row["loss"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1.0, 2.0, 3.0]
+        writer.log(4, {"loss": 4.0})
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"step": 2, "time"\n', r"metrics.jsonl, line 2: not JSON \(.*\); fix or delete the line$"),
+        (b"\xff\xfe\n", r"metrics.jsonl, line 2: not JSON \(.*\); fix or delete the line$"),
+        (b"[2]\n", r"line 2: expected a JSON object, found '\[2\]'; fix or delete the line$"),
+        (b'{"loss": 1}\n', r"metrics.jsonl, line 2: the row has no step; fix or delete the line$"),
+    ],
+)
+def test_a_damaged_log_is_named_with_file_and_line_when_a_run_resumes(line, message, tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "time": 1.0}\n' + line + b'{"step": 3, "time": 3.0}\n')
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    with pytest.raises(ValueError, match=message):
+        MetricsWriter(tmp_path, resumed_at=3)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before

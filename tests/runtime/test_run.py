@@ -3,7 +3,9 @@
 import json
 import math
 import os
+import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,8 +17,10 @@ from fastrlhf.algorithms.ppo import train_ppo
 from fastrlhf.algorithms.sft import train_sft
 from fastrlhf.config import PPOConfig, SFTConfig
 from fastrlhf.models.loading import load_policy
+from fastrlhf.runtime import checkpoint, disk
 from fastrlhf.runtime.metrics import read_metrics
 from fastrlhf.runtime.run import Run, StepMetrics, check_micro_batch
+from fastrlhf.runtime.signals import Interrupted
 from fastrlhf.types import TokenizedExample
 from fastrlhf_kernels import Max, Sum
 from tests import resumable, tiny
@@ -132,26 +136,135 @@ def test_the_rows_are_on_the_disk_before_the_checkpoint_that_needs_them(model, t
     assert {"metrics.jsonl", "samples.jsonl"} <= {*events[: events.index("checkpoint-1")]}
 
 
-def test_a_run_that_fails_in_the_middle_leaves_its_metrics_and_the_weights_of_its_last_whole_step(
-    model, judge, tmp_path
+class Judge:
+    """The reward model's stand-in: scores a response by its length, and does something else at one call."""
+
+    def __init__(self, at: int, what):
+        self.calls, self.at, self.what = 0, at, what
+
+    def __call__(self, rollouts):
+        self.calls += 1
+        if self.calls == self.at:
+            return self.what(rollouts)
+        return torch.tensor([float(len(rollout.completion)) for rollout in rollouts])
+
+
+def unavailable(rollouts):
+    raise ConnectionError("503")
+
+
+def leave(rollouts):
+    sys.exit(0)
+
+
+def nan(rollouts):
+    return torch.full((len(rollouts),), float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("what", "kind", "message"),
+    [
+        (unavailable, ConnectionError, "503"),
+        (leave, RuntimeError, r"a function that the run calls has called sys.exit\(0\)"),
+        (nan, ValueError, r"the score of a response to row .* is nan"),
+    ],
+)
+def test_after_an_error_of_any_kind_the_last_whole_step_is_saved_and_the_same_command_continues(
+    what, kind, message, model, judge, tmp_path
 ):
-    calls = []
+    whole, cut = (replace(ppo_config(model, judge, tmp_path / name), max_steps=3) for name in ("whole", "cut"))
+    train_ppo(whole, tiny.examples(8), judge=Judge(0, None))
+    with pytest.raises(kind, match=message) as stop:
+        train_ppo(cut, tiny.examples(8), judge=Judge(2, what))
+    assert stop.value.__notes__ == [f"saved as {tmp_path / 'cut' / 'checkpoint-1'}; the same command continues"]
+    left = {"config.yaml", "metrics.jsonl", "samples.jsonl", "checkpoint-1"}
+    assert {path.name for path in (tmp_path / "cut").iterdir()} == left
+    result = train_ppo(cut, tiny.examples(8), judge=Judge(0, None))
+    assert resumable.untimed_log(tmp_path / "cut", result) == resumable.untimed_log(tmp_path / "whole")
 
-    def breaks_at_the_second_update(rollouts):
-        calls.append(len(rollouts))
-        return torch.full((len(rollouts),), 1.0 if len(calls) == 1 else float("nan"))
 
-    cfg = ppo_config(model, judge, tmp_path / "run")
-    with pytest.raises(ValueError, match=r"the score of a response to row .* is nan"):
-        train_ppo(cfg, tiny.examples(8), judge=breaks_at_the_second_update)
-    left = {"config.yaml", "metrics.jsonl", "samples.jsonl", "interrupted"}
-    assert {path.name for path in (tmp_path / "run").iterdir()} == left
-    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "interrupted")
-    unmoved = [torch.equal(a, b) for a, b in zip(saved.parameters(), load_policy(model).parameters(), strict=True)]
-    assert not any(unmoved)
-    assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 1
-    with pytest.raises(ValueError, match=r"output_dir: .* already holds a run that failed before its first checkpoint"):
-        train_ppo(cfg, tiny.examples(8))
+def test_an_error_after_the_last_step_loses_nothing_either(model, tmp_path, monkeypatch):
+    """The final model cannot be saved: the last step is saved as a checkpoint, and the same command saves the model."""
+    whole = train_sft(config(model, tmp_path / "whole"), tiny.examples(8), tiny.examples(4, seed=1))
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no luck") as stop:  # noqa: PT012
+        patch.setattr(checkpoint, "save_model", raiser(OSError("no luck")))
+        train_sft(config(model, tmp_path / "cut"), tiny.examples(8), tiny.examples(4, seed=1))
+    assert stop.value.__notes__ == [f"saved as {tmp_path / 'cut' / 'checkpoint-3'}; the same command continues"]
+    again = train_sft(config(model, tmp_path / "cut"), tiny.examples(8), tiny.examples(4, seed=1))
+    assert resumable.untimed_log(tmp_path / "cut", again) == resumable.untimed_log(tmp_path / "whole", whole)
+    assert again.final == whole.final != {}
+
+
+def raiser(error):
+    def fail(*arguments, **keywords):
+        raise error
+
+    return fail
+
+
+def test_a_request_to_stop_is_obeyed_between_rollout_and_update_where_no_weight_has_moved(model, judge, tmp_path):
+    def signalled(rollouts):
+        signal.raise_signal(signal.SIGTERM)
+        return Judge(0, None)(rollouts)
+
+    whole, cut, first = (ppo_config(model, judge, tmp_path / name) for name in ("whole", "cut", "first"))
+    train_ppo(whole, tiny.examples(8), judge=Judge(0, None))
+    with pytest.raises(Interrupted, match=r"^interrupted before the update of step 2; step 1 is saved as .*point-1$"):
+        train_ppo(cut, tiny.examples(8), judge=Judge(2, signalled))
+    train_ppo(cut, tiny.examples(8), judge=Judge(0, None))
+    assert resumable.untimed_log(tmp_path / "cut") == resumable.untimed_log(tmp_path / "whole")
+    with pytest.raises(Interrupted, match=r"^interrupted before the update of step 1; nothing is lost$"):
+        train_ppo(first, tiny.examples(8), judge=Judge(1, signalled))
+    assert not list((tmp_path / "first").glob("checkpoint-*"))
+
+
+def test_a_function_that_changes_the_directory_does_not_split_the_run(model, judge, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+
+    def moved(rollouts):
+        os.chdir(tmp_path / "elsewhere")
+        return Judge(0, None)(rollouts)
+
+    result = train_ppo(ppo_config(model, judge, "run"), tiny.examples(8), judge=Judge(1, moved))
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+    assert {"config.yaml", "metrics.jsonl", "config.json"} <= {path.name for path in (tmp_path / "run").iterdir()}
+    assert result.output_dir == Path("run")
+
+
+def test_a_run_is_refused_where_the_disk_has_no_room_for_model_and_checkpoint(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: SimpleNamespace(total=10**9, free=200_000))
+    with pytest.raises(OSError, match=r"^output_dir: the model with one checkpoint needs [\d,]+ bytes, and .* 200,000"):
+        train_sft(config(model, tmp_path / "run"), tiny.examples(8))
+    assert {path.name for path in (tmp_path / "run").iterdir()} == set()
+
+
+def test_a_full_disk_costs_the_oldest_checkpoint_and_then_time_but_no_step(model, tmp_path, monkeypatch, caplog):
+    """Room appears at the third look; by then the checkpoint that save_total_limit would delete is gone."""
+    free, looks = [10**9], []
+
+    def usage(path):
+        return SimpleNamespace(total=10**9, free=free[0])
+
+    def sleep(seconds):
+        looks.append({path.name for path in (tmp_path / "cut").glob("checkpoint-*")})
+        free[0] = 10**9 if len(looks) == 2 else 1000
+
+    def filling(run, step, *arguments, **keywords):
+        free[0] = 1000 if step == 4 else 10**9
+        log(run, step, *arguments, **keywords)
+
+    log = Run.log
+    monkeypatch.setattr(Run, "log", filling)
+    monkeypatch.setattr(disk.shutil, "disk_usage", usage)
+    monkeypatch.setattr(disk.time, "sleep", sleep)
+    settings = {"max_steps": 5, "save_steps": 1, "save_total_limit": 3}
+    train_sft(config(model, tmp_path / "cut", **settings), tiny.examples(8))
+    assert looks == [{"checkpoint-2", "checkpoint-3"}] * 2
+    assert "checkpoint-1 is deleted to make room (save_total_limit 3)" in caplog.text
+    assert "checkpoint-4 needs" in caplog.text
+    assert "waiting up to 10 minutes (disk_wait_minutes) for room" in caplog.text
+    assert {path.name for path in (tmp_path / "cut").glob("checkpoint-*")} == {f"checkpoint-{i}" for i in (2, 3, 4)}
 
 
 class FakeTensorBoard:
@@ -207,7 +320,7 @@ def test_the_row_that_no_micro_batch_can_hold_is_named():
         check_micro_batch(config("", "", micro_batch_tokens=8), examples, [5, 9])
 
 
-def test_weights_that_a_checkpoint_has_are_not_saved_a_second_time(model, tmp_path):
+def test_a_step_that_a_checkpoint_has_is_not_saved_a_second_time(model, tmp_path):
     for save_steps, expected in ((1, False), (0, True)):
         cfg = config(model, tmp_path / f"every-{save_steps}", save_steps=save_steps)
         loaded, tokenizer = load_policy(model), tiny.tokenizer()
@@ -215,9 +328,10 @@ def test_weights_that_a_checkpoint_has_are_not_saved_a_second_time(model, tmp_pa
         with pytest.raises(ZeroDivisionError) as stop, run:  # noqa: PT012
             run.log(1, {"loss": 1.0})
             _ = 1 / 0
-        whole = [f"its last weights are in {tmp_path / 'every-0' / 'interrupted'}"]  # of which no more is to be said
-        assert getattr(stop.value, "__notes__", []) == (whole if expected else [])
-        assert (tmp_path / f"every-{save_steps}" / "interrupted").exists() == expected
+        place = tmp_path / f"every-{save_steps}" / "checkpoint-1"
+        told = f"saved as {place}; the same command continues"
+        assert stop.value.__notes__ == [told if expected else f"the same command continues from {place}"]
+        assert {path.name for path in place.parent.iterdir() if path.is_dir()} == {"checkpoint-1"}
 
 
 def test_after_the_last_step_there_is_no_checkpoint_but_the_model(model, tmp_path):

@@ -1,25 +1,57 @@
-"""Signals: the first waits, the second does not."""
+"""Signals: the first waits, its repeats are the same request, a later one ends at once."""
 
 import signal
 import threading
 
 import pytest
 
+from fastrlhf.runtime import signals
 from fastrlhf.runtime.signals import Interrupted, Interrupts
 
 
-@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_the_first_signal_waits_and_the_second_ends_at_once(number, exit_code, capfd):
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds that pass only when a test says so."""
+    now = [100.0]
+    monkeypatch.setattr(signals.time, "monotonic", lambda: now[0])
+    return now
+
+
+@pytest.mark.parametrize(
+    ("number", "exit_code"),
+    [
+        (signal.SIGINT, 130),
+        (signal.SIGTERM, 143),
+        (signal.SIGHUP, 143),
+        (signal.SIGUSR1, 143),
+        (signal.SIGUSR2, 143),
+    ],
+)
+def test_the_first_signal_waits_and_one_after_the_time_of_repeats_ends_at_once(number, exit_code, clock, capfd):
     before = signal.getsignal(number)
     with pytest.raises(Interrupted, match=r"^interrupted in the middle of a step$") as stop, Interrupts() as interrupts:  # noqa: PT012
         assert interrupts.pending is None
         signal.raise_signal(number)
-        assert interrupts.pending == number
-        assert "finishing this step, then saving; once more ends at once" in capfd.readouterr().err
+        assert interrupts.pending == exit_code - 128
+        assert "finishing this step, then saving; again after 5 s ends at once" in capfd.readouterr().err
+        clock[0] += 5.001
         signal.raise_signal(number)
-        pytest.fail("the second signal was not heard")
+        pytest.fail("the later signal was not heard")
     assert stop.value.exit_code == exit_code
     assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize("second", signals.HANDLED)
+def test_repeats_within_five_seconds_are_the_same_request_and_said_once(second, clock, capfd):
+    """As SLURM signals ranks and launcher, and the launcher forwards."""
+    with pytest.raises(ZeroDivisionError), Interrupts() as interrupts:  # noqa: PT012
+        signal.raise_signal(signal.SIGTERM)
+        for seconds in (0.001, 2.0, 2.9):
+            clock[0] += seconds
+            signal.raise_signal(second)
+        assert interrupts.pending == signal.SIGTERM
+        _ = 1 / 0
+    assert capfd.readouterr().err.count("finishing this step") == 1
 
 
 def test_a_signal_that_nobody_obeyed_is_delivered_at_the_end():

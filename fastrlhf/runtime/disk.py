@@ -1,0 +1,88 @@
+"""Free space for what a run saves: checked before it starts and before every save, and waited for where it is short."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import shutil
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from fastrlhf.distributed.ranks import on_first
+
+log = logging.getLogger(__name__)
+
+GIB = 2**30
+PAUSE = 10.0
+"""Seconds between two looks at a full disk."""
+
+
+class DiskFull(OSError):
+    """There is no room for what is to be written; the message names the folder and the bytes."""
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether an error says that a disk is full or a quota is used up; safetensors says so in its message alone."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return isinstance(error, DiskFull) or any(f"os error {code})" in str(error) for code in (28, 122))
+
+
+def check_room(folder: Path, needed: int, what: str) -> None:
+    """Raises DiskFull where the file system of `folder`, which may not exist yet, has less than `needed` bytes free."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    usage = shutil.disk_usage(there)
+    if usage.total and usage.free < needed:  # some file systems report no sizes
+        raise DiskFull(f"{what} needs {size(needed)}, and {str(folder)!r} has {size(usage.free)} free")
+
+
+def with_room(
+    write: Callable[[], None],
+    *,
+    folder: Path,
+    needed: int,
+    what: str,
+    minutes: float,
+    make_room: Callable[[], bool] = lambda: False,
+) -> None:
+    """Calls `write` once there is room for it, and again where the disk was full after all.
+
+    Where room is short, `make_room` is asked to delete something and says whether it has; else the run waits, up to
+    `minutes`. Raises DiskFull then, with what to do. Every rank must ask, with a `write` that fails on all or on none.
+    """
+    clock = _Clock(minutes)
+    while True:
+        try:
+            on_first(lambda: check_room(folder, needed, what))
+            write()
+            return
+        except OSError as error:
+            if not is_full(error):
+                raise
+            short = str(error)
+        if on_first(make_room):
+            continue
+        if on_first(partial(clock.is_over, short)):
+            raise DiskFull(f"{short}; free some space, then start the same command again")
+        time.sleep(PAUSE)
+
+
+class _Clock:
+    """Starts at its first question."""
+
+    def __init__(self, minutes: float) -> None:
+        self._minutes, self._end = minutes, -1.0
+
+    def is_over(self, short: str) -> bool:
+        if self._end < 0:
+            self._end = time.monotonic() + 60 * self._minutes
+            if self._minutes:
+                log.warning("%s; waiting up to %g minutes (disk_wait_minutes) for room", short, self._minutes)
+        return time.monotonic() >= self._end
+
+
+def size(num_bytes: int) -> str:
+    """ "1.5 GiB", or for less than a hundredth of that "740,000 bytes"."""
+    return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB / 100 else f"{num_bytes:,} bytes"
