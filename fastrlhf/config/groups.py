@@ -64,7 +64,10 @@ GROUPS: dict[str, tuple[str, ...]] = {
         *("num_eval_examples", "num_eval", "eval_steps", "eval_on_start", "eval_reward_model_path", "opponent"),
         *("num_sample_generations",),
     ),
-    "Checkpoints": ("save_steps", "save_total_limit", "resume_from_checkpoint", "resume_weights_only"),
+    "Checkpoints": (
+        *("save_steps", "save_total_limit", "disk_wait_minutes"),
+        *("resume_from_checkpoint", "resume_weights_only"),
+    ),
     "Logging": ("report_to", "run_name", "progress"),
 }
 """Heading -> keys, both in the order in which `--help` shows them."""
