@@ -263,11 +263,14 @@ def _row_cases() -> Iterator[Case]:
     masked = {"mask": "*i1"}
     scalars = masked | dict.fromkeys(("low", "high", "dual_clip", "kl_coef", "entropy_coef"), "fp32")
     plain = "logprob sampler_logprob advantage partials d_logprob d_entropy"
-    yield case("policy_loss", policy.policy_kernel, plain, {"KL_KIND": "k2"}, scalars)
+    yield case("policy_loss", policy.policy_kernel, plain, {"KL_KIND": "k2", "LOSS_TYPE": "ppo"}, scalars)
     full = plain + " reference_logprob weight entropy"
-    yield case("policy_loss everything", policy.policy_kernel, full, {"KL_KIND": "k3"}, scalars)
+    yield case("policy_loss everything", policy.policy_kernel, full, {"KL_KIND": "k3", "LOSS_TYPE": "ppo"}, scalars)
+    group = {"KL_KIND": "k3", "LOSS_TYPE": "gspo"}
+    yield case("policy_loss gspo", policy.policy_kernel, full + " sequence_log_ratio", group, scalars)
+    yield case("policy_loss cispo", policy.policy_kernel, full, group | {"LOSS_TYPE": "cispo"}, scalars)
     rows = "value rollout_value returns partials slope"
-    yield case("value_loss", value.value_kernel, rows, {}, masked | {"clip": "fp32"})
+    yield case("value_loss", value.value_kernel, rows + " weight", {}, masked | {"clip": "fp32"})
     rows = "logprob reference_logprob sampler_logprob value slope"
     yield case("kl_estimate k3", kl.kl_kernel, rows, {"KIND": "k3"}, {})
     rows = "logprob reference_logprob partials slope"

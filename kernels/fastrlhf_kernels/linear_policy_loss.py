@@ -11,7 +11,7 @@ is that of a bfloat16 gradient (logits themselves, rounded so, would be off by u
 
 The price is a float32 accumulator of the head's size where the head is trained: it is added to once per chunk. The
 gradients are kept until the backward, which multiplies them by the upstream gradient into new memory. Losses
-of whole sequences (`pair_loss`) need every token of a sequence first and go through the two steps.
+of whole sequences (`pair_loss`, gspo) need every token of a sequence first and go through the two steps.
 
 Legend: T rows, V vocabulary, D hidden size. See `linear_logprob` for the gradient, `policy_loss` for the loss.
 """
@@ -56,6 +56,7 @@ def linear_policy_loss(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
+    loss_type: str = "ppo",
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     dual_clip: float | None = None,
@@ -71,8 +72,10 @@ def linear_policy_loss(
     transform = checked_transform(hidden, weight, targets, bias, temperature, logit_scale, softcap)
     count, scalars = checked_policy_options(
         (len(hidden),), hidden.device, sampler_logprob, advantage, mask, num_tokens, clip_low, clip_high, dual_clip,
-        reference_logprob, kl_coef, kl_kind, token_weight, entropy_coef,
+        reference_logprob, kl_coef, kl_kind, token_weight, entropy_coef, loss_type,
     )  # fmt: skip
+    if loss_type == "gspo":
+        raise ValueError("loss_type: gspo needs every token of a sequence first; call linear_logprob, then policy_loss")
     leaves, entropy = (hidden, weight, bias), entropy or entropy_coef != 0
     needs = [torch.is_grad_enabled() and leaf is not None and leaf.requires_grad for leaf in leaves]
     fixed = (sampler_logprob, advantage, mask, reference_logprob, token_weight)
@@ -131,6 +134,7 @@ def _one_shot(
     kl_coef: float,
     kl_kind: str,
     entropy_coef: float,
+    loss_type: str,
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
@@ -145,7 +149,7 @@ def _one_shot(
     live_temperature = None if row_temperature is None else chosen.take(row_temperature, 1)
     fixed = (sampler_logprob, advantage, live, reference_logprob, token_weight)
     live_fixed = [None if row is None else chosen.take(row) for row in fixed]
-    scalars = (low, high, dual_clip, kl_coef, kl_kind, entropy_coef, triton)
+    scalars = (low, high, dual_clip, kl_coef, kl_kind, entropy_coef, loss_type, triton)
     factor = scale / (temperature if live_temperature is None else live_temperature)
     chunks = (_TritonChunks if triton else _TorchChunks)(
         live_hidden,
@@ -165,12 +169,19 @@ def _one_shot(
             logprob[block], row_entropy[block], peak, total = chunks.fold(block, live_targets[block], ignore, entropy)
             rows = [_rows_of(row, block) for row in live_fixed]
             bonus = row_entropy[block] if entropy_coef else None
-            *_, d_logprob, d_entropy = _policy_loss(logprob[block], *rows, bonus, *scalars)
+            *_, d_logprob, d_entropy = _policy_loss(logprob[block], *rows, bonus, None, *scalars)
             d_logprob, d_entropy = d_logprob / num_tokens, d_entropy / num_tokens if entropy_coef else None
             row_factor = factor[block] if isinstance(factor, Tensor) else factor
             gradients = slopes(d_logprob, 0.0, d_entropy, row_factor, logprob[block], bonus, total)
             chunks.add_gradient(block, live_targets[block], peak, *gradients)
-    full = (chosen.put_back(logprob), *fixed[:2], mask, *fixed[3:], chosen.put_back(row_entropy) if entropy else None)
+    full = (
+        chosen.put_back(logprob),
+        *fixed[:2],
+        mask,
+        *fixed[3:],
+        chosen.put_back(row_entropy) if entropy else None,
+        None,
+    )
     loss, sums, ratio_max, _, _ = _policy_loss(*full, *scalars)
     grad_hidden = chunks.grad_hidden  # rows that were worked on for nothing are 0 already
     if grad_hidden is not None and chosen.rows is not None:

@@ -1,50 +1,51 @@
-"""The clipped policy loss of PPO, with everything that is added to it per token.
+"""The policy-gradient losses of PPO and the group family, with everything that is added to them per token.
 
     r_t    = exp(clamp(logprob - sampler_logprob, +-20))
-    l_t    = -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) + kl_coef w k - entropy_coef H
+    ppo      g_t = min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)
+    gspo     the same with s_t = exp(mean of logprob - sampler_logprob over the trained tokens of the sequence) for r_t
+    cispo    g_t = stop_gradient(clip(r, 1 - clip_low, 1 + clip_high)) A logprob;  clip_low 1 is no lower bound
+    l_t    = -g_t + kl_coef w k - entropy_coef H
     loss   = sum_t mask weight l_t / num_tokens
 
-With dual_clip c the first term is at most -c A where A < 0. k is k2 or k3 of `kl_estimate`, with its weight w.
+GRPO, DAPO, Dr. GRPO and BNPO are ppo's g_t under other averages, which `weight` and `num_tokens` express. With
+dual_clip c, -g_t is at most -c A where A < 0. k is k2 or k3 of `kl_estimate`, with its weight w.
 
-Gradient of the first term with respect to logprob: -r A where the token is active, 0 elsewhere. Active:
+Gradient of -g_t with respect to logprob. ppo and gspo: -r A (-s A) where the token is active, 0 elsewhere. Active:
 
     |logprob - sampler_logprob| <= 20  and  (A >= 0: r <= 1 + clip_high,   A < 0: r >= 1 - clip_low and r <= c)
 
-bounds included; with r = 1 everywhere it is REINFORCE's. Of the others: kl_coef w delta, and -entropy_coef for H.
+bounds included; with r = 1 everywhere it is REINFORCE's. gspo's is that of GSPO-token (eq. 14): each token moves its
+own log-prob, and where advantage and weight are the same over a sequence the sum over its tokens is GSPO's gradient.
+cispo: -clip(r) A, for every token. Of the others: kl_coef w delta, and -entropy_coef for H.
 
-What lies in rows with mask False, NaN and infinities too, reaches neither the loss nor a gradient.
+Rows with mask False reach neither the loss nor a gradient, even where they hold NaN or infinity.
 
 On a GPU one kernel reads the inputs once and writes the gradients: 17 T bytes in float32, 4 T more for each further
-tensor and for the gradient of the entropy. The backward moves 8 T for each gradient.
+tensor and for the gradient of the entropy; gspo's sequence means are a few passes over [T] before it. The backward
+moves 8 T for each gradient.
 
-Legend: T tokens, A advantage, H entropy. Schulman et al. 2017 (arXiv 1707.06347) eq. 7; dual clip: Ye et al. 2020
-(arXiv 1912.09729); asymmetric clip: Yu et al. 2025 (arXiv 2503.14476).
+Legend: T tokens, A advantage, H entropy. PPO: Schulman et al. 2017 (arXiv 1707.06347) eq. 7; dual clip: Ye et al. 2020
+(arXiv 1912.09729); asymmetric clip: DAPO, Yu et al. 2025 (arXiv 2503.14476) eq. 8; GSPO: Zheng et al. 2025 (arXiv
+2507.18071) eq. 5 and 14; CISPO: MiniMax-M1, 2025 (arXiv 2506.13585) eq. 4.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import itertools
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastrlhf_kernels import _rows
-from fastrlhf_kernels._checks import check_choice, check_range, check_rows, check_tensor, divisor
-from fastrlhf_kernels._rows import block_of_rows, contiguous, differentiate_by_slopes, load_float32, masked, store_sum
-from fastrlhf_kernels._triton import jit, tl, use_triton
-from fastrlhf_kernels.kl_estimate import (
-    LIMIT,
-    MAX_LOG_RATIO,
-    clamped,
-    estimator,
-    kl_terms,
-    torch_clamped,
-    torch_estimator,
-    torch_kl_terms,
-)
+from fastrlhf_kernels._checks import check_choice, check_cu_seqlens, check_range, check_rows, check_tensor, divisor
+from fastrlhf_kernels._policy_kernels import policy_kernel, torch_policy_terms
+from fastrlhf_kernels._rows import contiguous, differentiate_by_slopes, masked
+from fastrlhf_kernels._segments import segment_of_row, segment_sum
+from fastrlhf_kernels._triton import use_triton
 from fastrlhf_kernels.types import LossOutput, Max, Metric, Sum
 
+LOSS_TYPES = ("ppo", "gspo", "cispo")
 SUMS = ("policy_loss", "ratio", "clip_fraction", "approx_kl", "tokens", "kl", "entropy")
 
 
@@ -55,6 +56,8 @@ def policy_loss(
     mask: Tensor,  # [T] bool, True where the token is trained
     *,
     num_tokens: float | Tensor,  # trained tokens of the whole optimiser step, over all micro-batches and ranks
+    loss_type: str = "ppo",
+    cu_seqlens: Tensor | None = None,  # [N+1] int32, for gspo alone: the sequences that the T rows are
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     dual_clip: float | None = None,
@@ -66,18 +69,23 @@ def policy_loss(
     entropy_coef: float = 0.0,
     impl: str = "auto",
 ) -> LossOutput:
-    """sum_t mask weight (-min(r A, clip(r) A) + kl_coef w k - entropy_coef H) / num_tokens, float32.
+    """sum_t mask weight (-g_t + kl_coef w k - entropy_coef H) / num_tokens, float32; g_t as `loss_type` says.
 
-    Metrics, sums over the trained tokens: policy_loss (the first term, weighted), ratio, clip_fraction (tokens that the
-    clip leaves no gradient), approx_kl (k3 estimate of KL(sampler || policy)), tokens; kl (w k) and entropy where the
-    inputs are given; and the maximum ratio_max. Raises ValueError for bad arguments.
+    Metrics, sums over the trained tokens: policy_loss (the first term, weighted), ratio (gspo: of the sequence),
+    clip_fraction (tokens whose ratio the clip replaces, which leaves them no gradient under ppo and gspo), approx_kl
+    (k3 estimate of KL(sampler || policy), by token), tokens; kl (w k) and entropy where the inputs are given; and the
+    maximum ratio_max. Raises ValueError for bad arguments.
     """
     check_rows("logprob", logprob)
     shape, device = tuple(logprob.shape), logprob.device
     count, scalars = checked_policy_options(
         shape, device, sampler_logprob, advantage, mask, num_tokens, clip_low, clip_high, dual_clip,
-        reference_logprob, kl_coef, kl_kind, weight, entropy_coef,
+        reference_logprob, kl_coef, kl_kind, weight, entropy_coef, loss_type,
     )  # fmt: skip
+    if (loss_type == "gspo") != (cu_seqlens is not None):
+        raise ValueError(f"cu_seqlens: needed by loss_type gspo, and read by no other; loss_type is {loss_type!r}")
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, len(logprob), device)
     if entropy_coef and entropy is None:
         raise ValueError("entropy_coef needs entropy: ask linear_logprob for it with entropy=True")
     if entropy is not None:
@@ -91,6 +99,7 @@ def policy_loss(
         None if reference_logprob is None else reference_logprob.detach(),
         None if weight is None else weight.detach(),
         entropy if entropy is None or entropy_coef else entropy.detach(),  # else its backward would run for zeros
+        None if cu_seqlens is None else _sequence_log_ratio(logprob, sampler_logprob, mask, cu_seqlens),
         *scalars,
         use_triton(impl, device),
     )
@@ -112,14 +121,18 @@ def checked_policy_options(
     kl_kind: str,
     weight: Tensor | None,
     entropy_coef: float,
-) -> tuple[float | Tensor, tuple[float, float, float, float, str, float]]:
+    loss_type: str,
+) -> tuple[float | Tensor, tuple[float, float, float, float, str, float, str]]:
     """(what the sum is divided by, the scalars of `_policy_loss`). Raises ValueError for bad arguments."""
     check_tensor("mask", mask, shape, device, (torch.bool,))
     check_range("clip_low", clip_low, 0, 1)
     check_range("clip_high", clip_high, 0, float("inf"))
     check_choice("kl_kind", kl_kind, ("k2", "k3"))
+    check_choice("loss_type", loss_type, LOSS_TYPES)
     if dual_clip is not None:
         check_range("dual_clip", dual_clip, 1, float("inf"), open_ends=True)
+        if loss_type == "cispo":
+            raise ValueError("dual_clip: must be None with loss_type cispo, whose loss has no such bound")
     if kl_coef and reference_logprob is None:
         raise ValueError("kl_coef needs reference_logprob")
     check_tensor("sampler_logprob", sampler_logprob, shape, device)
@@ -128,7 +141,7 @@ def checked_policy_options(
         if tensor is not None:
             check_tensor(name, tensor, shape, device)
     bounds = (1 - clip_low, 1 + clip_high, float("inf") if dual_clip is None else float(dual_clip))
-    return divisor("num_tokens", num_tokens), (*bounds, float(kl_coef), kl_kind, float(entropy_coef))
+    return divisor("num_tokens", num_tokens), (*bounds, float(kl_coef), kl_kind, float(entropy_coef), loss_type)
 
 
 def policy_loss_reference(
@@ -141,9 +154,21 @@ def policy_loss_reference(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     dual_clip: float = float("inf"),
+    loss_type: str = "ppo",
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """The first term of the loss by its definition, in the dtype given; log-ratios within +-20, all values finite."""
-    ratio = torch.exp(logprob - sampler_logprob)
+    """The first term of the loss by its definition, in the dtype given; log-ratios within +-20, all values finite.
+
+    gspo is the sequence form (eq. 5): its gradient equals the op's where advantages are the same over a sequence.
+    """
+    log_ratio = logprob - sampler_logprob
+    if cu_seqlens is not None:
+        bounds = cu_seqlens.tolist()
+        parts = [(log_ratio[a:b], mask[a:b]) for a, b in itertools.pairwise(bounds)]
+        log_ratio = torch.cat([x[kept].mean().expand_as(x) for x, kept in parts])
+    ratio = torch.exp(log_ratio)
+    if loss_type == "cispo":
+        return -(ratio.clamp(1 - clip_low, 1 + clip_high).detach() * advantage * logprob)[mask].sum() / num_tokens
     gain = torch.minimum(ratio * advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * advantage)
     gain = torch.where(advantage < 0, torch.maximum(gain, dual_clip * advantage), gain)
     return -gain[mask].sum() / num_tokens
@@ -158,21 +183,25 @@ def _policy_loss(
     reference_logprob: Tensor | None,
     weight: Tensor | None,
     entropy: Tensor | None,
+    sequence_log_ratio: Tensor | None,
     low: float,
     high: float,
     dual_clip: float,
     kl_coef: float,
     kl_kind: str,
     entropy_coef: float,
+    loss_type: str,
     triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(sum of the loss [], SUMS [7], largest ratio [], slope by logprob [T], slope by entropy [T] or [0])."""
-    scalars = (low, high, dual_clip, kl_coef, entropy_coef, kl_kind)
+    scalars = (low, high, dual_clip, kl_coef, entropy_coef, kl_kind, loss_type)
     if not triton:
         scale = mask.float() if weight is None else masked(weight, mask)
         reference, bonus = (None if x is None else masked(x, mask) for x in (reference_logprob, entropy))
         logprob, sampler_logprob, advantage = (masked(x, mask) for x in (logprob, sampler_logprob, advantage))
-        terms = torch_policy_terms(logprob, sampler_logprob, advantage, scale, reference, bonus, *scalars)
+        terms = torch_policy_terms(
+            logprob, sampler_logprob, advantage, scale, reference, bonus, sequence_log_ratio, *scalars
+        )
         none, ratio = scale.new_empty(0), terms.ratio.where(mask, 0)
         rows = (terms.surrogate, ratio, terms.clipped.float(), terms.approx_kl, mask.float(), terms.kl)
         sums = torch.stack([x.sum() for x in (*rows, none if bonus is None else bonus)])
@@ -182,7 +211,8 @@ def _policy_loss(
     partials = logprob.new_empty(2 + len(SUMS), num_programs, dtype=torch.float32)
     d_logprob = logprob.new_empty(num_rows, dtype=torch.float32)
     d_entropy = logprob.new_empty(0 if entropy is None else num_rows, dtype=torch.float32)
-    tensors = contiguous(logprob, sampler_logprob, advantage, mask, reference_logprob, weight, entropy)
+    given = (logprob, sampler_logprob, advantage, mask, reference_logprob, weight, entropy, sequence_log_ratio)
+    tensors = contiguous(*given)
     with torch.cuda.device_of(logprob):
         policy_kernel[(num_programs,)](*tensors, partials, d_logprob, d_entropy, num_rows, *scalars, _rows.BLOCK)
     return partials[0].sum(), partials[1:-1].sum(1), partials[-1].amax(), d_logprob, d_entropy
@@ -197,158 +227,16 @@ def _(logprob, sampler_logprob, advantage, mask, reference_logprob, weight, entr
 differentiate_by_slopes("fastrlhf::policy_loss", leaves=(0, 6))
 
 
+@torch.no_grad()
+def _sequence_log_ratio(logprob: Tensor, sampler_logprob: Tensor, mask: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """[T] float32: the mean of logprob - sampler_logprob over the trained tokens of each row's sequence."""
+    difference = masked(logprob, mask) - masked(sampler_logprob, mask)
+    counts = segment_sum(mask.float(), cu_seqlens).clamp(min=1)
+    return (segment_sum(difference, cu_seqlens) / counts)[segment_of_row(cu_seqlens, len(logprob))]
+
+
 def policy_metrics(sums: Tensor, ratio_max: Tensor, kl: bool, entropy: bool) -> dict[str, Metric]:
     """What `policy_loss` reports; `sums` [7] in the order of SUMS."""
     metrics: dict[str, Metric] = {name: Sum(total) for name, total in zip(SUMS, sums.unbind(), strict=True)}
     metrics["ratio_max"] = Max(ratio_max)
     return {name: metrics[name] for name in metrics if (name != "kl" or kl) and (name != "entropy" or entropy)}
-
-
-class PolicyTerms(NamedTuple):
-    """Of each row, [T] float32, and bool for `clipped`."""
-
-    loss: Tensor
-    d_logprob: Tensor
-    d_entropy: Tensor
-    surrogate: Tensor
-    """The clipped term, weighted."""
-    ratio: Tensor
-    clipped: Tensor
-    """True where the token counts with a bound of the clip, which leaves it no gradient."""
-    approx_kl: Tensor
-    """k3 estimate of KL(sampler || policy)."""
-    kl: Tensor
-    """w k to the reference, 0 without one."""
-
-
-def torch_policy_terms(
-    logprob: Tensor,
-    sampler_logprob: Tensor,
-    advantage: Tensor,
-    weight: Tensor,
-    reference_logprob: Tensor | None,
-    entropy: Tensor | None,
-    low: float,
-    high: float,
-    dual_clip: float,
-    kl_coef: float,
-    entropy_coef: float,
-    kl_kind: str,
-) -> PolicyTerms:
-    """`policy_terms` in torch."""
-    difference = logprob - sampler_logprob
-    log_ratio = torch_clamped(difference)
-    ratio = log_ratio.exp()
-    # In terms of what is clipped, not of what is active: a NaN then goes on into the loss and the gradient.
-    rises, beyond = advantage >= 0, ratio > dual_clip
-    clipped = torch.where(rises, ratio > high, (ratio < low) | beyond)
-    bound = torch.full_like(ratio, low).masked_fill(beyond, dual_clip).masked_fill(rises, high)
-    loss = surrogate = -weight * (bound.where(clipped, ratio) * advantage)
-    d_logprob = (-weight * (ratio * advantage)).masked_fill(clipped | (difference.abs() > MAX_LOG_RATIO), 0)
-    d_entropy, kl = -entropy_coef * weight, torch.zeros_like(ratio)
-    if reference_logprob is not None:
-        kl, slope = torch_kl_terms(logprob, reference_logprob, ratio, kl_kind)
-        loss = loss + kl_coef * weight * kl
-        d_logprob = d_logprob + kl_coef * weight * slope
-    if entropy is not None:
-        loss = loss + d_entropy * entropy
-    approx_kl = torch_estimator(-log_ratio, "k3")
-    return PolicyTerms(loss, d_logprob, d_entropy, surrogate, ratio, clipped, approx_kl, kl)
-
-
-@jit
-def policy_terms(
-    logprob,
-    sampler_logprob,
-    advantage,
-    weight,
-    reference_logprob,  # or None
-    entropy,  # or None
-    low,
-    high,
-    dual_clip,
-    kl_coef,
-    entropy_coef,
-    KL_KIND: tl.constexpr,
-):
-    """(loss, d_logprob, d_entropy, surrogate, ratio, clipped, approx_kl, kl) of float32 rows: `PolicyTerms`."""
-    difference = logprob - sampler_logprob
-    log_ratio = clamped(difference)
-    ratio = tl.exp(log_ratio)
-    rises = advantage >= 0
-    beyond = ratio > dual_clip
-    clipped = tl.where(rises, ratio > high, (ratio < low) | beyond)
-    bound = tl.where(rises, high, tl.where(beyond, dual_clip, low))
-    surrogate = -weight * (tl.where(clipped, bound, ratio) * advantage)
-    loss = surrogate
-    d_logprob = tl.where(clipped | (tl.abs(difference) > LIMIT), 0.0, -weight * (ratio * advantage))
-    d_entropy = -entropy_coef * weight
-    kl = tl.zeros_like(ratio)
-    if reference_logprob is not None:
-        kl, slope = kl_terms(logprob, reference_logprob, ratio, KL_KIND)
-        loss += kl_coef * weight * kl
-        d_logprob += kl_coef * weight * slope
-    if entropy is not None:
-        loss += d_entropy * entropy
-    return loss, d_logprob, d_entropy, surrogate, ratio, clipped, estimator(-log_ratio, "k3"), kl
-
-
-@jit
-def policy_kernel(
-    logprob,
-    sampler_logprob,
-    advantage,
-    mask,
-    reference_logprob,  # or None
-    weight,  # or None
-    entropy,  # or None
-    partials,  # [9, programs]: loss, SUMS, largest ratio
-    d_logprob,
-    d_entropy,
-    num_rows,
-    low,
-    high,
-    dual_clip,
-    kl_coef,
-    entropy_coef,
-    KL_KIND: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    rows, inside, keep = block_of_rows(mask, num_rows, BLOCK)
-    scale = keep.to(tl.float32)
-    if weight is not None:
-        scale = load_float32(weight, rows, keep)
-    reference = reference_logprob
-    if reference_logprob is not None:
-        reference = load_float32(reference_logprob, rows, keep)
-    bonus = entropy
-    if entropy is not None:
-        bonus = load_float32(entropy, rows, keep)
-    loss, slope, entropy_slope, surrogate, ratio, clipped, approx_kl, kl = policy_terms(
-        load_float32(logprob, rows, keep),
-        load_float32(sampler_logprob, rows, keep),
-        load_float32(advantage, rows, keep),
-        scale,
-        reference,
-        bonus,
-        low,
-        high,
-        dual_clip,
-        kl_coef,
-        entropy_coef,
-        KL_KIND,
-    )
-    tl.store(d_logprob + rows, slope, mask=inside)
-    ratio = tl.where(keep, ratio, 0.0)
-    store_sum(partials, 0, loss)
-    store_sum(partials, 1, surrogate)
-    store_sum(partials, 2, ratio)
-    store_sum(partials, 3, clipped.to(tl.float32))
-    store_sum(partials, 4, approx_kl)
-    store_sum(partials, 5, keep.to(tl.float32))
-    store_sum(partials, 6, kl)
-    store_sum(partials, 7, tl.zeros_like(ratio) if entropy is None else bonus)
-    if entropy is not None:
-        tl.store(d_entropy + rows, entropy_slope, mask=inside)
-    largest = tl.where(tl.sum((ratio != ratio).to(tl.int32), 0) == 0, tl.max(ratio, 0), float("nan"))  # max drops NaN
-    tl.store(partials + 8 * tl.num_programs(0) + tl.program_id(0), largest)

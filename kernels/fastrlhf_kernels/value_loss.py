@@ -1,14 +1,15 @@
 """The clipped squared error of a critic.
 
     clipped = rollout_value + clamp(value - rollout_value, +-clip)
-    loss    = sum_t mask max((value - returns)^2, (clipped - returns)^2) / 2 / num_tokens
+    loss    = sum_t mask weight max((value - returns)^2, (clipped - returns)^2) / 2 / num_tokens
 
-Gradient with respect to value: value - returns where the first square is the larger or they are equal; elsewhere 0, as
-the second is only larger where the clamp holds. With clip None: value - returns.
+Gradient with respect to value: weight (value - returns) where the first square is the larger or they are equal;
+elsewhere 0, as the second is only larger where the clamp holds. With clip None: weight (value - returns).
 
-What lies in rows with mask False, NaN and infinities too, reaches neither the loss nor a gradient.
+Rows with mask False reach neither the loss nor a gradient, even where they hold NaN or infinity.
 
-On a GPU one kernel reads the inputs once and writes the gradient: 17 T bytes in float32. The backward moves 8 T.
+On a GPU one kernel reads the inputs once and writes the gradient: 17 T bytes in float32, 4 T more for a
+weight. The backward moves 8 T.
 
 Legend: T tokens. The critic's part of PPO2 (Dhariwal et al. 2017, OpenAI Baselines); Schulman et al. 2017 eq. 9.
 """
@@ -33,11 +34,13 @@ def value_loss(
     *,
     num_tokens: float | Tensor,  # masked-in rows of the whole optimiser step
     clip: float | None = 0.2,
+    weight: Tensor | None = None,  # [T], no gradient; for example 1 / length of a sequence, for means by sequence
     impl: str = "auto",
 ) -> LossOutput:
-    """sum_t mask max((V - R)^2, (V_clipped - R)^2) / 2 / num_tokens, float32.
+    """sum_t mask weight max((V - R)^2, (V_clipped - R)^2) / 2 / num_tokens, float32.
 
-    Metrics, sums over the rows in the mask: value_loss, value_clip_fraction, rows. Raises ValueError for bad arguments.
+    Metrics, sums over the rows in the mask: value_loss (weighted), value_clip_fraction, rows. Raises ValueError for bad
+    arguments.
     """
     check_rows("value", value)
     check_tensor("mask", mask, tuple(value.shape), value.device, (torch.bool,))
@@ -45,41 +48,61 @@ def value_loss(
         check_range("clip", clip, 0, float("inf"))
     for name, tensor in (("rollout_value", rollout_value), ("returns", returns)):
         check_tensor(name, tensor, tuple(value.shape), value.device)
+    if weight is not None:
+        check_tensor("weight", weight, tuple(value.shape), value.device)
     count, triton = divisor("num_tokens", num_tokens), use_triton(impl, value.device)
-    total, num_clipped, num_rows, _ = _value_loss(value, rollout_value.detach(), returns.detach(), mask, clip, triton)
+    total, num_clipped, num_rows, _ = _value_loss(
+        value, rollout_value.detach(), returns.detach(), mask, None if weight is None else weight.detach(), clip, triton
+    )
     sums = {"value_loss": total.detach(), "value_clip_fraction": num_clipped, "rows": num_rows}
     return LossOutput(total / count, {name: Sum(value) for name, value in sums.items()})
 
 
 def value_loss_reference(
-    value: Tensor, rollout_value: Tensor, returns: Tensor, mask: Tensor, *, num_tokens: float, clip: float | None = 0.2
+    value: Tensor,
+    rollout_value: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    *,
+    num_tokens: float,
+    clip: float | None = 0.2,
+    weight: float | Tensor = 1.0,
 ) -> Tensor:
     """The definition, in the dtype given; all values finite."""
     clip = float("inf") if clip is None else clip
     clipped = rollout_value + (value - rollout_value).clamp(-clip, clip)
-    return torch.maximum((value - returns) ** 2, (clipped - returns) ** 2)[mask].sum() / 2 / num_tokens
+    return (weight * torch.maximum((value - returns) ** 2, (clipped - returns) ** 2))[mask].sum() / 2 / num_tokens
 
 
 @torch.library.custom_op("fastrlhf::value_loss", mutates_args=())
 def _value_loss(
-    value: Tensor, rollout_value: Tensor, returns: Tensor, mask: Tensor, clip: float | None, triton: bool
+    value: Tensor,
+    rollout_value: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    weight: Tensor | None,
+    clip: float | None,
+    triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(sum of the loss [], clipped rows [], rows in the mask [], slope [T]), float32."""
     if not triton:
         value, rollout_value, returns = (masked(x, mask) for x in (value, rollout_value, returns))
         loss, slope, clipped = torch_value_terms(value, rollout_value, returns, clip)
+        if weight is not None:
+            scale = masked(weight, mask)
+            loss, slope = loss * scale, slope * scale
         return loss.sum(), clipped.float().sum(), mask.float().sum(), slope
     num_rows, num_programs = len(value), _rows.num_programs(len(value))
     partials = value.new_empty(3, num_programs, dtype=torch.float32)
     slope = value.new_empty(num_rows, dtype=torch.float32)
-    tensors = contiguous(value, rollout_value, returns, mask)
+    tensors = contiguous(value, rollout_value, returns, mask, weight)
     with torch.cuda.device_of(value):
         value_kernel[(num_programs,)](*tensors, partials, slope, num_rows, clip, _rows.BLOCK)
     return partials[0].sum(), partials[1].sum(), partials[2].sum(), slope
 
 
 @_value_loss.register_fake
-def _(value, rollout_value, returns, mask, clip, triton):
+def _(value, rollout_value, returns, mask, weight, clip, triton):
     return tuple(value.new_empty(shape, dtype=torch.float32) for shape in ((), (), (), value.shape))
 
 
@@ -119,6 +142,7 @@ def value_kernel(
     rollout_value,
     returns,
     mask,
+    weight,  # or None
     partials,  # [3, programs]: loss, clipped rows, rows in the mask
     slope,
     num_rows,
@@ -132,6 +156,10 @@ def value_kernel(
         load_float32(returns, rows, keep),
         clip,
     )
+    if weight is not None:
+        scale = load_float32(weight, rows, keep)
+        loss *= scale
+        row_slope *= scale
     tl.store(slope + rows, row_slope, mask=inside)
     store_sum(partials, 0, loss)
     store_sum(partials, 1, clipped)

@@ -162,7 +162,9 @@ def test_one_compiled_graph_serves_packs_of_every_length(impl: str):
 @pytest.mark.parametrize("clip", [0.2, None])
 def test_the_operator_is_registered_as_torch_asks(clip: float | None, impl: str):
     value = torch.ones(4, requires_grad=True)
-    torch.library.opcheck(_value_loss, (value, torch.zeros(4), torch.zeros(4), ALL, clip, impl == "triton"))
+    torch.library.opcheck(
+        _value_loss, (value, torch.zeros(4), torch.zeros(4), ALL, torch.ones(4), clip, impl == "triton")
+    )
 
 
 @pytest.mark.parametrize(
@@ -181,3 +183,16 @@ def test_bad_arguments_are_named(changes: dict, message: str):
     good = {"value": zeros, "rollout_value": zeros, "returns": zeros, "mask": ALL, "num_tokens": 4}
     with pytest.raises(ValueError, match=message):
         value_loss(**{**good, **changes})
+
+
+def test_a_weight_multiplies_loss_and_gradient_of_its_row(impl: str):
+    value, returns = torch.tensor([1.0, 2.0, 9.0], requires_grad=True), torch.tensor([0.0, 0.5, 0.0])
+    mask, weight = torch.tensor([True, True, False]), torch.tensor([0.5, 2.0, float("nan")])
+    out = value_loss(value, value.detach(), returns, mask, num_tokens=4, weight=weight, impl=impl)
+    out.loss.backward()
+    assert out.loss.item() == (0.5 * 1 + 2 * 2.25) / 2 / 4
+    assert value.grad.tolist() == [0.5 / 4, 3.0 / 4, 0.0]
+    assert out.metrics["value_loss"].value.item() == (0.5 * 1 + 2 * 2.25) / 2
+    assert out.metrics["rows"].value.item() == 2
+    truth = value_loss_reference(value[:2], value[:2], returns[:2], mask[:2], num_tokens=4, weight=weight[:2])
+    assert out.loss.item() == truth.item()

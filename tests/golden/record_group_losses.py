@@ -1,0 +1,203 @@
+"""Runs the policy losses of TRL 1.16.0 and verl 0.9.1 on one set of tensors and keeps them in group_losses.json, for
+tests/test_group_losses_golden.py: losses with their gradients by log-prob, and advantages of groups.
+
+TRL and verl are needed here and nowhere else. Of verl only trainer/ppo/core_algos.py runs, with stand-ins for the
+configuration classes that it imports. A library that is not installed leaves its numbers in the file as they were.
+
+    PYTHONPATH=.:kernels python tests/golden/record_group_losses.py
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import json
+import sys
+import textwrap
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FILE = Path(__file__).with_name("group_losses.json")
+
+LENGTHS = (3, 5, 1, 4)
+MAX_LENGTH = 6
+CLIP_LOW, CLIP_HIGH, CISPO_HIGH = 0.2, 0.28, 0.5
+REWARDS = (1.0, 0.0, 0.5, -1.0, 2.0, 2.0, 2.0, 2.0)
+RETURN_LENGTHS = (3, 5, 1, 4, 2, 6, 6, 1)
+GROUP = 4
+
+
+def wave(num: int, phase: float, scale: float) -> Tensor:
+    """[num] float64: a formula of the index, the same everywhere."""
+    return scale * torch.sin(torch.arange(num, dtype=torch.float64) * 1.7 + phase)
+
+
+def tensors() -> dict[str, Tensor]:
+    """Padded, [4, 6] float64: log-probs of policy, sampler and reference, mask, and the advantage [4]."""
+    size = len(LENGTHS) * MAX_LENGTH
+    sampler = -1.5 + wave(size, 0.3, 1.0)
+    mask = torch.arange(MAX_LENGTH)[None] < torch.tensor(LENGTHS)[:, None]
+    found = {"logprob": sampler + wave(size, 2.0, 0.4), "sampler": sampler, "reference": sampler + wave(size, 4.0, 0.3)}
+    return {name: x.view(len(LENGTHS), MAX_LENGTH) for name, x in found.items()} | {
+        "mask": mask.double(),
+        "advantage": torch.tensor([1.0, -0.7, 1.9, -2.2], dtype=torch.float64),
+    }
+
+
+TRL = {  # case -> what TRL calls it
+    "grpo": ("grpo", "token"),
+    "bnpo": ("bnpo", "token"),
+    "dapo": ("dapo", "token"),
+    "dr_grpo": ("dr_grpo", "token"),
+    "cispo": ("cispo", "token"),
+    "gspo": ("grpo", "sequence"),
+}
+
+
+def of_trl(case: str) -> dict[str, Any]:
+    from trl import GRPOTrainer
+
+    loss_type, level = TRL[case]
+    given = tensors()
+    leaf = given["logprob"].clone().requires_grad_()
+    # The bound of CISPO is 1 + eps here, and the bound itself there.
+    high = 1 + CISPO_HIGH if loss_type == "cispo" else CLIP_HIGH
+    trainer = SimpleNamespace(
+        loss_type=loss_type, importance_sampling_level=level, beta=0.0, epsilon_low=CLIP_LOW, epsilon_high=high,
+        top_entropy_quantile=1.0, off_policy_mask_threshold=None, use_vllm=False, _entropy_bonus_enabled=False,
+        max_completion_length=MAX_LENGTH, current_gradient_accumulation_steps=1, model=SimpleNamespace(training=True),
+        use_liger_kernel=False, tools=None, vllm_importance_sampling_correction=False, num_generations=2,
+        args=SimpleNamespace(delta=None, steps_per_generation=1, use_bias_correction_kl=False),
+        _get_per_token_logps_and_entropies=lambda *_, **__: (leaf, torch.zeros_like(leaf), None),
+        accelerator=SimpleNamespace(num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x),
+        aux_loss_enabled=False, _metrics={"train": defaultdict(list)},
+    )  # fmt: skip
+    inputs = {
+        "prompt_ids": torch.zeros(4, 1, dtype=torch.int64), "prompt_mask": torch.ones(4, 1, dtype=torch.int64),
+        "completion_ids": torch.zeros(4, MAX_LENGTH, dtype=torch.int64), "completion_mask": given["mask"].long(),
+        "advantages": given["advantage"], "old_per_token_logps": given["sampler"],
+        "ref_per_token_logps": given["reference"], "num_items_in_batch": given["mask"].sum(),
+    }  # fmt: skip
+    loss = GRPOTrainer._compute_loss(trainer, None, inputs)
+    loss.backward()
+    assert leaf.grad is not None
+    return {"loss": loss.item(), "gradient": leaf.grad[given["mask"].bool()].tolist()}
+
+
+def trl_advantages(scale: str) -> list[float]:
+    """The lines of TRL that turn rewards into advantages, run as they are installed."""
+    from trl import GRPOTrainer
+    from trl.trainer import grpo_trainer
+
+    source = inspect.getsource(GRPOTrainer._generate_and_score_completions)
+    start = source.index("        unscorable_mask = torch.isnan")
+    stop = source.index('        elif self.multi_objective_aggregation == "normalize_then_sum"')
+    names = dict(
+        torch=torch, nanstd=grpo_trainer.nanstd, num_generations=GROUP, device="cpu",
+        rewards_per_func=torch.tensor(REWARDS, dtype=torch.float64)[:, None],
+        self=SimpleNamespace(
+            multi_objective_aggregation="sum_then_normalize", scale_rewards=scale,
+            reward_weights=torch.ones(1, dtype=torch.float64),
+        ),
+    )  # fmt: skip
+    exec(textwrap.dedent(source[start:stop]), names)
+    return names["advantages"].tolist()
+
+
+VERL = {  # case -> (its function, how it averages)
+    "token_mean": ("compute_policy_loss_vanilla", "token-mean"),
+    "dual_clip": ("compute_policy_loss_vanilla", "token-mean"),
+    "gspo": ("compute_policy_loss_gspo", "seq-mean-token-mean"),
+    "cispo": ("compute_policy_loss_cispo", "token-mean"),
+    "dr_grpo": ("compute_policy_loss_vanilla", "seq-mean-token-sum-norm"),
+}
+
+
+def core_algos() -> ModuleType:
+    """verl/trainer/ppo/core_algos.py, with stand-ins for what it imports and these losses do not use."""
+
+    class Config(SimpleNamespace):
+        def get(self, name: str, default: Any = None) -> Any:
+            return getattr(self, name, default)
+
+    def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
+        return (values * mask).sum()
+
+    functional = SimpleNamespace(masked_sum=masked_sum, masked_mean=lambda x, m: masked_sum(x, m) / m.sum())
+    stand_ins = {
+        "omegaconf": {"DictConfig": Config},
+        "verl": {},
+        "verl.utils": {"as_torch_index": None, "group_mean_std": None},
+        "verl.utils.torch_functional": vars(functional),
+        "verl.trainer.config": {"AlgoConfig": type("AlgoConfig", (), {})},
+        "verl.utils.import_utils": {"deprecated": lambda _: lambda function: function},
+        "verl.workers.config": {"ActorConfig": Config},
+    }
+    place = importlib.util.find_spec("verl")
+    assert place is not None
+    assert place.submodule_search_locations is not None
+    path = Path(place.submodule_search_locations[0], "trainer", "ppo", "core_algos.py")
+    for name, members in stand_ins.items():
+        module = ModuleType(name)
+        vars(module).update(members)
+        sys.modules[name] = module
+    for name in ("verl.trainer", "verl.workers"):
+        sys.modules[name] = ModuleType(name)
+    sys.modules["verl.utils"].torch_functional = sys.modules["verl.utils.torch_functional"]
+    sys.modules["verl"].utils = sys.modules["verl.utils"]
+    spec = importlib.util.spec_from_file_location("core_algos", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def of_verl(algos: ModuleType, case: str) -> dict[str, Any]:
+    function, average = VERL[case]
+    given = tensors()
+    leaf = given["logprob"].clone().requires_grad_()
+    config = sys.modules["verl.workers.config"].ActorConfig(
+        clip_ratio=CLIP_LOW, clip_ratio_low=CLIP_LOW, clip_ratio_high=CISPO_HIGH if case == "cispo" else CLIP_HIGH,
+        clip_ratio_c=1.3 if case == "dual_clip" else 1e6, global_batch_info={},
+    )  # fmt: skip
+    advantages = given["advantage"][:, None].expand_as(leaf)
+    loss, _ = getattr(algos, function)(given["sampler"], leaf, advantages, given["mask"], average, config)
+    loss.backward()
+    assert leaf.grad is not None
+    return {"loss": loss.item(), "gradient": leaf.grad[given["mask"].bool()].tolist()}
+
+
+def verl_advantages(algos: ModuleType, function: str) -> list[float]:
+    lengths = torch.tensor(RETURN_LENGTHS)
+    mask = (torch.arange(MAX_LENGTH)[None] < lengths[:, None]).double()
+    rewards = torch.zeros_like(mask)
+    rewards[torch.arange(len(lengths)), lengths - 1] = torch.tensor(REWARDS, dtype=torch.float64)
+    index = torch.arange(len(REWARDS)).div(GROUP, rounding_mode="floor").numpy()
+    advantages, _ = getattr(algos, function)(rewards, mask, index)
+    return advantages[:, 0].tolist()
+
+
+def main() -> None:
+    kept = json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {}
+    recorders: dict[str, Callable[[], dict[str, Any]]] = {
+        "trl": lambda: {case: of_trl(case) for case in TRL}
+        | {f"advantage_{scale}": trl_advantages(scale) for scale in ("none", "group", "batch")},
+        "verl": lambda: (algos := core_algos())
+        and {case: of_verl(algos, case) for case in VERL}
+        | {"advantage_opo": verl_advantages(algos, "compute_opo_outcome_advantage")},
+    }
+    for library, record in recorders.items():
+        if importlib.util.find_spec(library):
+            kept[library] = record()
+    FILE.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
