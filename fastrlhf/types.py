@@ -202,7 +202,9 @@ class Experience:
     cu_rows: Tensor
     """(N+1,) int32: rows cu_rows[i] .. cu_rows[i+1] belong to episode i"""
     mask: Tensor
-    """[R] bool: True where the policy chose the token, so that its loss may train it"""
+    """[R] bool: True where the policy chose the token"""
+    trained: Tensor
+    """[R] bool: True where the policy's loss counts the token; within `mask`"""
     sampler_logprob: Tensor
     """[R] under the policy as it was when it sampled, rescored by the trainer's own forward"""
     reference_logprob: Tensor

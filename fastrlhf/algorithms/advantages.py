@@ -56,11 +56,27 @@ def leave_one_out(episode_return: Tensor, group_size: int) -> Tensor:
     return (groups - others).flatten()
 
 
-def group_normalised(episode_return: Tensor, group_size: int) -> Tensor:
+def group_normalised(episode_return: Tensor, group_size: int, scale: str = "group") -> Tensor:
     """GRPO (Shao et al. 2024, arXiv 2402.03300, section 4.1.2): A_i = (R_i - mean R) / (std R + 1e-4) in its group.
 
-    Shapes as in `leave_one_out`; sample standard deviation. A group whose returns are equal gives zeros.
+    Shapes as in `leave_one_out`; sample standard deviations (n - 1). `scale` "batch" divides by the deviation of all
+    returns, "none" by nothing (Dr. GRPO, Liu et al. 2025, arXiv 2503.20783). A group whose returns are equal gives
+    zeros.
     """
     groups = episode_return.view(-1, group_size)
     deviation = groups - groups.mean(1, keepdim=True)
-    return (deviation / (groups.std(1, keepdim=True) + 1e-4)).flatten()
+    if scale == "none":
+        return deviation.flatten()
+    std = groups.std(1, keepdim=True) if scale == "group" else episode_return.std()
+    return (deviation / (std + 1e-4)).flatten()
+
+
+def length_weighted(episode_return: Tensor, lengths: Tensor, group_size: int) -> Tensor:
+    """OPO (Hao et al. 2025, arXiv 2505.23585): A_i = R_i - sum_j l_j R_j / sum_j l_j over its group.
+
+    Shapes as in `leave_one_out`; lengths [N] int64 in tokens. It is the leave-one-out baseline with weights l_j, times
+    1 - l_i / sum_j l_j.
+    """
+    groups, weights = episode_return.view(-1, group_size), lengths.view(-1, group_size).to(episode_return.dtype)
+    baseline = (weights * groups).sum(1, keepdim=True) / weights.sum(1, keepdim=True)
+    return (groups - baseline).flatten()

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fastrlhf.algorithms.advantages import explained_variance, group_normalised, leave_one_out, whiten, whitening_scale
+from fastrlhf.algorithms.advantages import (
+    explained_variance,
+    group_normalised,
+    leave_one_out,
+    length_weighted,
+    whiten,
+    whitening_scale,
+)
 from fastrlhf.algorithms.guards import raise_not_finite
 from fastrlhf.config import PPOConfig
 from fastrlhf.data.packing import forest, num_computed, own_micro_batches, pack, sequence, tree
@@ -169,6 +176,7 @@ def score_episodes(
     experience = Experience(
         cu_rows=rows.cu_rows,
         mask=rows.mask,
+        trained=rows.mask & ~rows.cut if config.mask_truncated_completions else rows.mask,
         sampler_logprob=logprob,
         reference_logprob=reference_logprob,
         value=None if critic is None else value,
@@ -223,8 +231,14 @@ def _group_advantage(config: PPOConfig, reward: Tensor, cu_rows: Tensor) -> Tens
     """[R]: each token has the advantage of its episode, whose return is the sum of its rewards, the KL's included."""
     lengths = cu_rows.diff().long()
     episode_return = torch.segment_reduce(reward, "sum", lengths=lengths, unsafe=True)
-    estimate = leave_one_out if config.advantage_estimator == "rloo" else group_normalised
-    return estimate(episode_return, config.num_generations).repeat_interleave(lengths, output_size=len(reward))
+    size = config.num_generations
+    if config.advantage_estimator == "rloo":
+        advantage = leave_one_out(episode_return, size)
+    elif config.advantage_estimator == "opo":
+        advantage = length_weighted(episode_return, lengths, size)
+    else:
+        advantage = group_normalised(episode_return, size, config.scale_rewards)
+    return advantage.repeat_interleave(lengths, output_size=len(reward))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,10 +254,12 @@ class _Rows:
     """[N] int64: the row of the last valid token"""
     missing_eos: Tensor
     """[N] bool"""
+    cut: Tensor
+    """[R] bool: rows of episodes that the length limit cut"""
 
 
 def _rows(config: PPOConfig, rollouts: Sequence[Rollout], eos_token_id: int, device: torch.device) -> _Rows:
-    counts, mask, earns, ends, missing = [0], [], [], [], []
+    counts, mask, earns, ends, missing, cut = [0], [], [], [], [], []
     for rollout in rollouts:
         given = _num_given(config, rollout)
         end = end_index(rollout, eos_token_id)
@@ -251,6 +267,7 @@ def _rows(config: PPOConfig, rollouts: Sequence[Rollout], eos_token_id: int, dev
         # The authors look for padding after the EOS, so that one in the last slot counts as missing.
         missing.append(not rollout.ended or (config.compat == "reference" and end + 1 == len(rollout.completion)))
         mask.extend([False] * given + [True] * len(rollout.completion))
+        cut.extend([not rollout.ended] * (given + len(rollout.completion)))
         earns.extend([False] * given + [i <= end for i in range(len(rollout.completion))])
         counts.append(counts[-1] + given + len(rollout.completion))
     return _Rows(
@@ -259,6 +276,7 @@ def _rows(config: PPOConfig, rollouts: Sequence[Rollout], eos_token_id: int, dev
         earns=torch.tensor(earns, device=device),
         end=torch.tensor(ends, device=device),
         missing_eos=torch.tensor(missing, device=device),
+        cut=torch.tensor(cut, device=device),
     )
 
 

@@ -18,6 +18,7 @@ from fastrlhf.runtime.optim import Optimizer
 from fastrlhf.runtime.run import StepMetrics
 from fastrlhf.types import Experience, Rollout
 from fastrlhf_kernels import LossOutput, Sum, policy_loss, value_loss
+from fastrlhf_kernels.policy_loss import LOSS_TYPES
 
 
 def update(
@@ -42,8 +43,10 @@ def update(
     policy_totals, value_totals = StepMetrics(), StepMetrics()
     steps: list[dict[str, float]] = []
     num_stopped = 0
-    # A weighted mean over the tokens of a mini-batch, by what each is of its episode.
-    shares = _episode_shares(experience) if config.loss_aggregation == "sequence" else None
+    # Losses are weighted means over the tokens of a mini-batch. By sequence, a token weighs 1 / its episode's tokens.
+    by_sequence = config.aggregation == "sequence"
+    shares = _episode_shares(experience.cu_rows, experience.trained) if by_sequence else None
+    value_shares = _episode_shares(experience.cu_rows, torch.ones_like(experience.mask)) if by_sequence else None
     for epoch, mini in _mini_batches(config, rollouts, packs, seed, policy.device):
         in_mini = gathered(torch.cat([item.index for item in mini]))
         drift = torch.zeros((), device=policy.device)
@@ -52,8 +55,11 @@ def update(
             inside = item.index if config.compat == "reference" else in_mini
             share = len(mini) if config.compat == "reference" else 1
             if not critic_only:
-                num_tokens = experience.mask[inside].sum() * share
-                weight = None if shares is None else shares[item.index] * (num_tokens / shares[inside].sum())
+                num_tokens = experience.trained[inside].sum() * share
+                weight = None if shares is None else _with_mean_1(shares, item.index, inside, num_tokens)
+                if config.aggregation == "constant":
+                    limit = config.batch_size // config.num_mini_batches * config.response_length
+                    weight = (num_tokens / limit).expand(len(item.index))
                 chosen = _policy_loss(config, policy, reference, experience, item, weight, num_tokens)
                 chosen.loss.backward()  # before the critic's forward: one model's activations at a time
                 policy_totals.add(chosen.metrics)
@@ -69,6 +75,7 @@ def update(
                 torch.ones_like(item.index, dtype=torch.bool),
                 num_tokens=len(inside) * share,
                 clip=config.cliprange_value,
+                weight=None if value_shares is None else _with_mean_1(value_shares, item.index, inside, len(inside)),
             )
             (config.vf_coef * valued.loss).backward()
             value_totals.add(valued.metrics)
@@ -100,12 +107,17 @@ def _mini_batches(
             yield epoch, mini
 
 
-def _episode_shares(experience: Experience) -> Tensor:
-    """[R]: 1 / the trained tokens of its episode; 0 where the token is not trained."""
-    lengths = experience.cu_rows.diff().long()
-    trained = torch.segment_reduce(experience.mask.float(), "sum", lengths=lengths, unsafe=True)
-    shares = (1 / trained).repeat_interleave(lengths, output_size=len(experience.mask))
-    return torch.where(experience.mask, shares, 0.0)
+def _episode_shares(cu_rows: Tensor, trained: Tensor) -> Tensor:
+    """[R]: 1 / the trained tokens of the row's episode; 0 where the row is not trained."""
+    lengths = cu_rows.diff().long()
+    counts = torch.segment_reduce(trained.float(), "sum", lengths=lengths, unsafe=True)
+    shares = (1 / counts).repeat_interleave(lengths, output_size=len(trained))
+    return torch.where(trained, shares, 0.0)
+
+
+def _with_mean_1(shares: Tensor, index: Tensor, inside: Tensor, count: Tensor | int) -> Tensor:
+    """[R of the pack]: `shares` of the rows `index`, scaled to a mean of 1 over the `count` rows of the mini-batch."""
+    return shares[index] * (count / shares[inside].sum())
 
 
 def _policy_loss(
@@ -121,7 +133,7 @@ def _policy_loss(
 
     Metrics as those of `policy_loss`; its `kl` is the estimate of `kl_estimator`, where that is in the loss.
     """
-    index, mask = item.index, experience.mask[item.index]
+    index, mask = item.index, experience.trained[item.index]
     sampled = config.kl_placement == "loss" and config.kl_estimator != "exact"
     heat, entropy = config.temperature, config.entropy_coef > 0
     states, exact = scored_states(policy, item.batch), None
@@ -141,7 +153,9 @@ def _policy_loss(
         experience.advantage[index],
         mask,
         num_tokens=num_tokens,
-        clip_low=config.cliprange,
+        loss_type=config.loss_type if config.loss_type in LOSS_TYPES else "ppo",
+        cu_seqlens=item.batch.cu_rows if config.loss_type == "gspo" else None,
+        clip_low=1.0 if config.loss_type == "cispo" else config.cliprange,  # CISPO bounds the factor above alone
         clip_high=config.cliprange if config.cliprange_high is None else config.cliprange_high,
         dual_clip=config.dual_clip,
         reference_logprob=experience.reference_logprob[index] if sampled else None,

@@ -246,13 +246,15 @@ KEYS: tuple[Key, ...] = (
     *_other("grpo", "num_iterations", "num_ppo_epochs"),
     *_other("grpo", "beta", "kl_coef", "TRL's form has kl_placement: loss and kl_estimator: k3"),
     *_other("grpo", "epsilon", "cliprange"),
-    *_other("grpo", "epsilon_high", "cliprange_high"),
+    *_other("grpo", "epsilon_high", "cliprange_high", "with loss_type cispo, TRL's value minus 1"),
     *_other("grpo", "delta", "dual_clip"),
     *_same("grpo", "entropy_coef"),
     *_no("grpo", "use_adaptive_entropy entropy_coef_min entropy_coef_max", "entropy_coef is fixed"),
     *_no("grpo", "entropy_coef_delta entropy_target", "entropy_coef is fixed"),
-    *_other("grpo", "loss_type", "loss_aggregation", "token for dapo, sequence for grpo"),
-    *_no("grpo", "importance_sampling_level", "ratios are per token"),
+    *_same(
+        "grpo", "loss_type", "grpo, dapo, bnpo, dr_grpo, cispo, gspo, or ppo; sapo, luspo and vespo are not offered"
+    ),
+    *_other("grpo", "importance_sampling_level", "loss_type", "gspo for sequence"),
     *_no("grpo", "sapo_temperature_neg sapo_temperature_pos", "the loss type sapo is not offered"),
     *_no("grpo", "vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg", "the loss type vespo is not offered"),
     *_no("grpo", "top_p top_k min_p repetition_penalty", "responses are drawn from the whole distribution"),
@@ -260,10 +262,7 @@ KEYS: tuple[Key, ...] = (
     *_on("grpo", "cache_implementation", "sampling has a static cache of its own"),
     *_same("grpo", "reward_weights"),
     *_no("grpo", "multi_objective_aggregation", "rewards are summed"),
-    *_other(
-        "grpo", "scale_rewards", "advantage_estimator", "grpo scales by the group's standard deviation, rloo does not"
-    ),
-    *_no("grpo", "mask_truncated_completions", "see missing_eos_penalty, missing_eos_score and truncation"),
+    *_same("grpo", "scale_rewards mask_truncated_completions"),
     *_no("grpo", "top_entropy_quantile", "all sampled tokens are trained"),
     *_no("grpo", "max_tool_calling_iterations", "episodes call no tools"),
     *_no("grpo", "off_policy_mask_threshold", "see target_kl and sampler_is_cap"),

@@ -25,7 +25,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         *("completion_only_loss", "beta", "loss_type", "loss_weights", "margin_scale", "label_smoothing"),
         *("length_norm", "center_rewards_coefficient"),
         *("cliprange", "cliprange_high", "dual_clip", "entropy_coef", "loss_aggregation", "target_kl"),
-        *("sampler_is_cap", "cliprange_value", "vf_coef"),
+        *("mask_truncated_completions", "sampler_is_cap", "cliprange_value", "vf_coef"),
     ),
     "Labels and PsiPO": (
         *("label_source", "label_prior", "score_scale", "psi", "psi_clip", "psi_backend", "psi_opponents"),
@@ -42,7 +42,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         *("reward_function_clip",),
     ),
     "KL": ("kl_coef", "kl_placement", "kl_estimator", "kl_target", "kl_horizon", "max_kl"),
-    "Advantages": ("advantage_estimator", "gamma", "lam", "whiten_rewards", "truncation", "compat"),
+    "Advantages": ("advantage_estimator", "scale_rewards", "gamma", "lam", "whiten_rewards", "truncation", "compat"),
     "Resets": ("reset_prob", "reset_min", "reset_source", "reset_curriculum", "reset_group"),
     "RLP": (
         *("policy", "refinement", "rounds", "refit_from", "policy_path", "num_answers", "answer_temperature"),

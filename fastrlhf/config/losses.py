@@ -16,17 +16,27 @@ class LossKeys:
     """Passes over each batch of episodes."""
     num_mini_batches: int = 1
     """Optimiser steps per pass."""
+    loss_type: Literal["ppo", "grpo", "dapo", "bnpo", "dr_grpo", "cispo", "gspo"] = "ppo"
+    """Policy loss. ppo: clipped ratio of each token, averaged as `loss_aggregation` says. grpo (arXiv 2402.03300, eq.
+    3), dapo (arXiv 2503.14476, eq. 8) and bnpo, dr_grpo (arXiv 2503.20783): the same with the average fixed to
+    sequence, token, token and constant. cispo (arXiv 2506.13585, eq. 4): the ratio, at most 1 + cliprange_high, is a
+    constant factor of the log-prob, averaged over tokens. gspo (arXiv 2507.18071, eq. 5): the geometric mean of an
+    episode's ratios is clipped, averaged over episodes."""
     cliprange: float = 0.2
     """The ratio is clipped to 1 - cliprange .. 1 + cliprange."""
     cliprange_high: float | None = None
-    """Upper clip range, where it differs (DAPO: 0.28); null: `cliprange`."""
+    """Upper clip range, where it differs (DAPO: 0.28); null: `cliprange`. With loss_type cispo `cliprange` is not read
+    otherwise."""
     dual_clip: float | None = None
     """Where the advantage A is negative the loss is at most -dual_clip * A (Ye et al. 2020: 3); null is off."""
     entropy_coef: float = 0.0
     """Weight of the entropy of the policy, in nats per token, which the loss rewards."""
-    loss_aggregation: Literal["token", "sequence"] = "token"
-    """How the policy's loss averages. token: over all tokens of the mini-batch; sequence: over the tokens of an
-    episode, then over episodes."""
+    loss_aggregation: Literal["token", "sequence", "constant"] = "token"
+    """Average of the losses of policy and critic over a mini-batch. token: over all tokens. sequence: over the tokens
+    of each episode, then over episodes. constant (policy alone): the sum over tokens divided by episodes times
+    response_length, so that long responses are not discounted (Dr. GRPO)."""
+    mask_truncated_completions: bool = False
+    """Leave episodes that the length limit cut out of the policy's loss (DAPO's overlong filtering)."""
     target_kl: float | None = None
     """Nats per token: once a mini-batch finds the policy further than this from the sampler, that step and the rest of
     the update are skipped; null is off."""
@@ -45,12 +55,22 @@ class LossKeys:
     """Discount per token."""
     lam: float = 0.95
     """GAE's lambda."""
-    advantage_estimator: Literal["gae", "rloo", "grpo"] = "gae"
-    """gae needs a critic. The others have none and give every token the advantage of its episode among the
-    `num_generations` that start in the same state: rloo its return minus the mean of the others', grpo minus the mean
-    of all, over their standard deviation."""
+    advantage_estimator: Literal["gae", "rloo", "grpo", "opo"] = "gae"
+    """gae needs a critic. The others have none: they give every token of an episode one advantage, from the episodes of
+    its group of `num_generations`. rloo: return minus the mean return of the others (arXiv 2402.14740). grpo: return
+    minus the mean of all, scaled as `scale_rewards` says (arXiv 2402.03300). opo: return minus the mean weighted by
+    length (arXiv 2505.23585)."""
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """What grpo's advantages are divided by. group: the standard deviation of the group; batch: of all episodes of the
+    batch; none: nothing (Dr. GRPO, arXiv 2503.20783)."""
     whiten_rewards: bool = False
     """Divide rewards by their standard deviation over the batch; the mean stays."""
+
+    @property
+    def aggregation(self) -> str:
+        """How the losses average: `loss_aggregation`, or what `loss_type` fixes it to."""
+        fixed = {"grpo": "sequence", "gspo": "sequence", "dr_grpo": "constant"}
+        return self.loss_aggregation if self.loss_type == "ppo" else fixed.get(self.loss_type, "token")
 
     def check_losses(self) -> None:
         at_least(self, 1, "num_ppo_epochs", "num_mini_batches")

@@ -77,12 +77,13 @@ class PPOConfig(ResetKeys, LossKeys, SamplingKeys, RewardKeys, TrainConfig):
         warmup = self.value_warmup_steps
         require(warmup == 0, "value_warmup_steps", warmup, f"0 {because}, which has no critic")
         if (self.kl_placement, self.kl_estimator) == ("reward", "exact"):
-            advantage, rule = self.advantage_estimator, "gae or rloo with kl_estimator exact in the reward"
+            advantage, rule = self.advantage_estimator, "gae, rloo or opo with kl_estimator exact in the reward"
             require(advantage != "grpo", "advantage_estimator", advantage, f"{rule}: grpo rescales every group")
 
     def _check_compat(self) -> None:
         if self.compat == "reference":
-            for name, only in (("kl_placement", "reward"), ("loss_aggregation", "token"), ("truncation", "terminal")):
+            only_these = (("kl_placement", "reward"), ("loss_aggregation", "token"), ("truncation", "terminal"))
+            for name, only in (*only_these, ("loss_type", "ppo"), ("mask_truncated_completions", False)):
                 value = getattr(self, name)
                 require(value == only, name, value, f"{only} under compat reference, as in the authors' code")
 
@@ -90,6 +91,7 @@ class PPOConfig(ResetKeys, LossKeys, SamplingKeys, RewardKeys, TrainConfig):
         dpo = ("dpo_reward_scale", "dpo_reward_norm", "dpo_reward_clip", "reward_shaping")
         resets = ("reset_min", "reset_source", "reset_curriculum")
         critic = ("vf_coef", "cliprange_value", "value_learning_rate", "lam", "truncation")
+        no_grpo = f"where advantage_estimator is {self.advantage_estimator}, not grpo"
         no_critic = f"with advantage_estimator {self.advantage_estimator}"
         grouped, one_step = self.num_generations > 1, self.num_ppo_epochs * self.num_mini_batches == 1
         at_default(
@@ -101,6 +103,9 @@ class PPOConfig(ResetKeys, LossKeys, SamplingKeys, RewardKeys, TrainConfig):
                 (grouped, "where num_generations is 1", ("reset_group", "share_trunks")),
                 (not one_step, "where an update is one step, which is always taken", ("target_kl",)),
                 (self.advantage_estimator == "gae", no_critic, critic),
+                (self.advantage_estimator == "grpo", no_grpo, ("scale_rewards",)),
+                (self.loss_type == "ppo", f"with loss_type {self.loss_type}, which says how", ("loss_aggregation",)),
+                (self.loss_type != "cispo", "with loss_type cispo", ("cliprange", "dual_clip")),
                 (self.engine == "vllm", "where engine is transformers", ("vllm_gpu_memory_utilization",)),
                 (self.kl_target > 0, "without a kl_target", ("kl_horizon",)),
                 (bool(self.psi), "without psi", ("psi_opponents",)),
@@ -120,7 +125,8 @@ class GRPOConfig(PPOConfig):
     temperature: float = 1.0
     kl_coef: float = 0.0
     num_ppo_epochs: int = 1
-    advantage_estimator: Literal["gae", "rloo", "grpo"] = "grpo"
+    loss_type: Literal["ppo", "grpo", "dapo", "bnpo", "dr_grpo", "cispo", "gspo"] = "dapo"
+    advantage_estimator: Literal["gae", "rloo", "grpo", "opo"] = "grpo"
     num_generations: int = 8
 
 

@@ -88,13 +88,22 @@ def padded_gradients(cfg, policy, reference, experience) -> list[torch.Tensor]:
     low, high = 1 - cfg.cliprange, 1 + (cfg.cliprange if cfg.cliprange_high is None else cfg.cliprange_high)
     losses, row = [], 0
     for i, r in enumerate(ROLLOUTS):
+        if cfg.mask_truncated_completions and not r.ended:
+            row += len(r.completion)
+            continue
         losses.append([])
+        own = [logp[i, len(r.prefix.token_ids) - 1 + t, token] for t, token in enumerate(r.completion)]
+        geometric = (torch.stack(own) - experience.sampler_logprob[row : row + len(own)]).mean().exp()
         for t, token in enumerate(r.completion):
             at = len(r.prefix.token_ids) - 1 + t
             lp, lq = logp[i, at, token], logq[i, at, token]
             ratio = (lp - experience.sampler_logprob[row]).clamp(-20, 20).exp()
+            if cfg.loss_type == "gspo":  # GSPO-token: advantages differ within an episode here
+                ratio = geometric.detach() * (lp - lp.detach()).exp()
             advantage = experience.advantage[row]
             gain = torch.min(ratio * advantage, ratio.clamp(low, high) * advantage)
+            if cfg.loss_type == "cispo":
+                gain = ratio.clamp(max=high).detach() * advantage * lp
             if cfg.dual_clip is not None and advantage < 0:
                 gain = torch.max(gain, cfg.dual_clip * advantage)
             loss = -gain
@@ -109,8 +118,10 @@ def padded_gradients(cfg, policy, reference, experience) -> list[torch.Tensor]:
                 loss = loss + experience.kl_coef * (logp[i, at].exp() * (logp[i, at] - logq[i, at])).sum()
             losses[-1].append(loss)
             row += 1
-    if cfg.loss_aggregation == "sequence":
+    if cfg.aggregation == "sequence":
         total = torch.stack([torch.stack(part).mean() for part in losses]).mean()
+    elif cfg.aggregation == "constant":
+        total = torch.stack([loss for part in losses for loss in part]).sum() / (len(ROLLOUTS) * cfg.response_length)
     else:
         total = torch.stack([loss for part in losses for loss in part]).mean()
     policy.zero_grad()
@@ -126,6 +137,11 @@ SETTINGS = [
     {"dual_clip": 2.0},
     {"entropy_coef": 0.3},
     {"loss_aggregation": "sequence"},
+    {"loss_type": "gspo"},
+    {"loss_type": "cispo", "cliprange_high": 0.1},
+    {"loss_type": "dr_grpo"},
+    {"mask_truncated_completions": True},
+    {"loss_type": "grpo", "mask_truncated_completions": True, "entropy_coef": 0.3},
     {"sampler_is_cap": 1.5},
     {"kl_placement": "loss", "kl_estimator": "k2", "kl_coef": 0.3},
     {"kl_placement": "loss", "kl_estimator": "k3", "kl_coef": 0.3},
@@ -164,7 +180,7 @@ def test_log_ratios_of_25_leave_the_active_set_of_the_definition(dual_clip):
     tiny.assert_close_gradients(ours, padded_gradients(cfg, policy, reference, experience), 1e-4)
 
 
-@pytest.mark.parametrize("settings", [{"loss_aggregation": "sequence"}, SETTINGS[-1]])
+@pytest.mark.parametrize("settings", [{"loss_aggregation": "sequence"}, {"loss_type": "gspo"}, SETTINGS[-1]])
 def test_micro_batches_change_no_gradient(settings):
     """The same sums in another order: float32 rounding."""
     whole, split = config(micro_batch_tokens=1000, **settings), config(micro_batch_tokens=16, **settings)
@@ -188,10 +204,39 @@ def test_by_sequence_the_gradient_is_the_mean_of_those_of_single_episodes():
         of_one = replace(
             experience,
             cu_rows=torch.tensor([0, len(rollout.completion)], dtype=torch.int32),
-            **{name: getattr(experience, name)[rows] for name in ("mask", "sampler_logprob", "advantage")},
+            **{name: getattr(experience, name)[rows] for name in ("mask", "trained", "sampler_logprob", "advantage")},
         )
         alone.append(gradients(cfg, policy, of_one, [rollout]))
     tiny.assert_close_gradients(ours, [sum(parts) / len(ROLLOUTS) for parts in zip(*alone, strict=True)])
+
+
+def test_by_sequence_the_critics_gradient_is_the_mean_of_those_of_single_episodes(critic):
+    """As the released code of RTO averages (arXiv 2404.18922): over tokens of a sequence, then over sequences."""
+    cfg = config(loss_aggregation="sequence", micro_batch_tokens=24)
+    policy, trained = tiny.policy(), frozen_copy(critic).requires_grad_(True)
+    experience = scored(cfg, policy, tiny.policy(seed=5), critic)
+    experience = replace(experience, returns=experience.returns + SHIFTS)
+
+    def of(cfg, experience, rollouts):
+        recorder = tiny.GradientRecorder({"": policy, "value_": trained})
+        update(cfg, policy, trained, recorder, rollouts, experience, packed(cfg, policy, rollouts), seed=(0, 0))
+        return recorder.steps[0][1]
+
+    alone = []
+    for i, rollout in enumerate(ROLLOUTS):
+        rows = slice(*experience.cu_rows[i : i + 2].tolist())
+        names = ("mask", "trained", "sampler_logprob", "advantage", "value", "returns")
+        of_one = replace(
+            experience,
+            cu_rows=torch.tensor([0, len(rollout.completion)], dtype=torch.int32),
+            **{name: getattr(experience, name)[rows] for name in names},
+        )
+        alone.append(of(config(), of_one, [rollout]))
+    whole = of(cfg, experience, ROLLOUTS)
+    tiny.assert_close_gradients(whole, [sum(parts) / len(ROLLOUTS) for parts in zip(*alone, strict=True)])
+    by_token = of(config(), experience, ROLLOUTS)
+    with pytest.raises(AssertionError):
+        tiny.assert_close_gradients(whole, by_token, 1e-2)
 
 
 def test_the_authors_average_every_micro_batch_by_itself(critic):

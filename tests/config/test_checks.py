@@ -124,7 +124,8 @@ BESIDE = {
     "master_weights": {"dtype": "bfloat16"},
     "groupwise": {"loss_type": "ipo"},
     "reward_model": {"reward_model_path": "judge"},
-    **{name: {"num_generations": 2} for name in ("rloo", "grpo")},
+    **{name: {"num_generations": 2} for name in ("rloo", "grpo", "opo")},
+    "scale_rewards": {"advantage_estimator": "grpo", "num_generations": 2},
     **{name: {"kl_placement": "loss"} for name in ("k2", "k3")},
     "loss": {"kl_estimator": "k2"},
     "bootstrap": {"missing_eos_score": None},
@@ -161,7 +162,7 @@ UNREAD = [
     *(
         (kind, key, {"advantage_estimator": estimator, "num_generations": 2})
         for kind in ON_POLICY
-        for estimator in ("rloo", "grpo")
+        for estimator in ("rloo", "grpo", "opo")
         for key in ("vf_coef", "cliprange_value", "value_learning_rate", "lam", "truncation")
     ),
 ]

@@ -45,7 +45,7 @@ def test_mini_batches_hold_whole_groups():
 
 
 def test_an_exact_kl_in_the_reward_is_not_rescaled_by_grpo():
-    with pytest.raises(ValueError, match=r"^advantage_estimator: must be gae or rloo with kl_estimator exact"):
+    with pytest.raises(ValueError, match=r"^advantage_estimator: must be gae, rloo or opo with kl_estimator exact"):
         PPOConfig(kl_estimator="exact", advantage_estimator="grpo", num_generations=2)
     PPOConfig(kl_placement="loss", kl_estimator="exact", advantage_estimator="grpo", num_generations=2)
 
@@ -62,9 +62,33 @@ def test_a_controller_needs_a_coefficient_to_multiply_and_a_horizon_of_a_batch()
     [
         ("kl_placement", {"kl_placement": "loss", "kl_estimator": "k2"}),
         ("loss_aggregation", {"loss_aggregation": "sequence"}),
+        ("loss_type", {"loss_type": "gspo"}),
+        ("mask_truncated_completions", {"mask_truncated_completions": True}),
         ("truncation", {"truncation": "bootstrap", "missing_eos_score": None}),
     ],
 )
 def test_the_semantics_of_the_authors_leave_the_loss_as_it_is(field, settings):
     with pytest.raises(ValueError, match=rf"^{field}: must be .* under compat reference"):
         DRPOConfig(compat="reference", **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"loss_type": "grpo", "loss_aggregation": "constant"}, r"^loss_aggregation: .* with loss_type grpo"),
+        ({"loss_type": "cispo", "cliprange": 0.3}, r"^cliprange: .* with loss_type cispo"),
+        ({"loss_type": "cispo", "dual_clip": 3.0}, r"^dual_clip: .* with loss_type cispo"),
+        ({"scale_rewards": "none"}, r"^scale_rewards: .* where advantage_estimator is gae, not grpo"),
+    ],
+)
+def test_keys_of_the_group_family_that_nothing_reads_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        PPOConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "average"),
+    [("ppo", "token"), ("grpo", "sequence"), ("gspo", "sequence"), ("dapo", "token"), ("dr_grpo", "constant")],
+)
+def test_each_loss_averages_as_its_paper_says(name, average):
+    assert PPOConfig(loss_type=name).aggregation == average

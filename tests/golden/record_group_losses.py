@@ -98,14 +98,14 @@ def trl_advantages(scale: str) -> list[float]:
     source = inspect.getsource(GRPOTrainer._generate_and_score_completions)
     start = source.index("        unscorable_mask = torch.isnan")
     stop = source.index('        elif self.multi_objective_aggregation == "normalize_then_sum"')
-    names = dict(
-        torch=torch, nanstd=grpo_trainer.nanstd, num_generations=GROUP, device="cpu",
-        rewards_per_func=torch.tensor(REWARDS, dtype=torch.float64)[:, None],
-        self=SimpleNamespace(
+    names = {
+        "torch": torch, "nanstd": grpo_trainer.nanstd, "num_generations": GROUP, "device": "cpu",
+        "rewards_per_func": torch.tensor(REWARDS, dtype=torch.float64)[:, None],
+        "self": SimpleNamespace(
             multi_objective_aggregation="sum_then_normalize", scale_rewards=scale,
             reward_weights=torch.ones(1, dtype=torch.float64),
         ),
-    )  # fmt: skip
+    }  # fmt: skip
     exec(textwrap.dedent(source[start:stop]), names)
     return names["advantages"].tolist()
 
@@ -187,11 +187,15 @@ def verl_advantages(algos: ModuleType, function: str) -> list[float]:
 def main() -> None:
     kept = json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {}
     recorders: dict[str, Callable[[], dict[str, Any]]] = {
-        "trl": lambda: {case: of_trl(case) for case in TRL}
-        | {f"advantage_{scale}": trl_advantages(scale) for scale in ("none", "group", "batch")},
-        "verl": lambda: (algos := core_algos())
-        and {case: of_verl(algos, case) for case in VERL}
-        | {"advantage_opo": verl_advantages(algos, "compute_opo_outcome_advantage")},
+        "trl": lambda: (
+            {case: of_trl(case) for case in TRL}
+            | {f"advantage_{scale}": trl_advantages(scale) for scale in ("none", "group", "batch")}
+        ),
+        "verl": lambda: (
+            (algos := core_algos())
+            and {case: of_verl(algos, case) for case in VERL}
+            | {"advantage_opo": verl_advantages(algos, "compute_opo_outcome_advantage")}
+        ),
     }
     for library, record in recorders.items():
         if importlib.util.find_spec(library):

@@ -26,6 +26,7 @@ def experience(**rewards: list[float]) -> Experience:
     return Experience(
         cu_rows=torch.tensor([0, 4, 6], dtype=torch.int32),
         mask=torch.tensor([0, 1, 1, 1, 1, 1]).bool(),
+        trained=torch.tensor([0, 1, 1, 1, 1, 1]).bool(),
         sampler_logprob=zeros,
         reference_logprob=zeros,
         advantage=zeros,

@@ -1,0 +1,67 @@
+"""The policy losses of the group family, packed, against what tests/golden/record_group_losses.py has kept of TRL 1.16
+and verl 0.9.1 on the same tensors: losses and gradients to 1e-6, advantages to 1e-6."""
+
+import json
+
+import pytest
+import torch
+
+from fastrlhf.algorithms.advantages import group_normalised, length_weighted
+from fastrlhf.algorithms.update import _episode_shares, _with_mean_1
+from fastrlhf.config import PPOConfig
+from fastrlhf_kernels import policy_loss
+from tests.golden import record_group_losses as recorded
+
+GOLDEN = json.loads(recorded.FILE.read_text(encoding="utf-8"))
+CASES = [(library, case) for library in ("trl", "verl") for case in GOLDEN[library] if "advantage" not in case]
+
+
+@pytest.mark.parametrize(("library", "case"), CASES)
+def test_loss_and_gradient_are_theirs(library: str, case: str):
+    given = recorded.tensors()
+    inside = given["mask"].bool()
+    cu_seqlens = torch.tensor([0, *torch.tensor(recorded.LENGTHS).cumsum(0)], dtype=torch.int32)
+    logprob = given["logprob"][inside].float().requires_grad_()
+    advantage = given["advantage"][:, None].expand_as(inside)[inside].float()
+    trained, num_tokens = torch.ones_like(advantage, dtype=torch.bool), torch.tensor(len(advantage))
+    name = {"token_mean": "dapo", "dual_clip": "dapo"}.get(case, case)
+    average = PPOConfig(loss_type=name).aggregation
+    weight = None
+    if average == "sequence":
+        rows = torch.arange(len(advantage))
+        weight = _with_mean_1(_episode_shares(cu_seqlens, trained), rows, rows, num_tokens)
+    elif average == "constant":
+        weight = (num_tokens / (len(recorded.LENGTHS) * recorded.MAX_LENGTH)).expand(len(advantage))
+    high = recorded.CISPO_HIGH if case == "cispo" else recorded.CLIP_HIGH
+    # TRL and the paper have no lower bound of CISPO's factor, verl has one.
+    low = 1.0 if (library, case) == ("trl", "cispo") else recorded.CLIP_LOW
+    loss = policy_loss(
+        logprob,
+        given["sampler"][inside].float(),
+        advantage,
+        trained,
+        num_tokens=num_tokens,
+        loss_type=name if name in ("gspo", "cispo") else "ppo",
+        cu_seqlens=cu_seqlens if name == "gspo" else None,
+        clip_low=low,
+        clip_high=high,
+        dual_clip=1.3 if case == "dual_clip" else None,
+        weight=weight,
+    ).loss
+    loss.backward()
+    expected = GOLDEN[library][case]
+    assert any(expected["gradient"])
+    assert loss.item() == pytest.approx(expected["loss"], rel=1e-6, abs=1e-7)
+    assert logprob.grad.tolist() == pytest.approx(expected["gradient"], rel=2e-6, abs=1e-7)
+
+
+@pytest.mark.parametrize("scale", ["none", "group", "batch"])
+def test_advantages_of_grpo_are_trls(scale: str):
+    ours = group_normalised(torch.tensor(recorded.REWARDS), recorded.GROUP, scale)
+    assert ours.tolist() == pytest.approx(GOLDEN["trl"][f"advantage_{scale}"], rel=1e-6)
+
+
+def test_advantages_of_opo_are_verls():
+    lengths = torch.tensor(recorded.RETURN_LENGTHS)
+    ours = length_weighted(torch.tensor(recorded.REWARDS), lengths, recorded.GROUP)
+    assert ours.tolist() == pytest.approx(GOLDEN["verl"]["advantage_opo"], rel=1e-6)
