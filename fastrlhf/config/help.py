@@ -40,6 +40,8 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "grpo": (
         "fastrlhf grpo --model_name_or_path runs/sft --reward_model_path runs/reward"
         " --dataset_name prompts.jsonl --output_dir runs/grpo",
+        "fastrlhf grpo --model_name_or_path runs/sft --reward_model_path runs/reward"
+        " --dataset_name prompts.jsonl --reward_functions my_rewards.py:brevity --output_dir runs/grpo",
     ),
     "drpo": (
         "fastrlhf drpo --model_name_or_path runs/sft --reward_model_path runs/reward"
