@@ -1,4 +1,4 @@
-"""python -m bench toy | resets | papers | trunks | rollout | optim | kernels | train | ..., each with --help"""
+"""The command line of the measurements: `python -m bench COMMAND`, each with --help."""
 
 from __future__ import annotations
 
@@ -16,87 +16,125 @@ def make_parser() -> argparse.ArgumentParser:
     toy = commands.add_parser("toy", help="the demo over several seeds: means, intervals, DR-PO against PPO")
     toy.add_argument("--seeds", type=int, default=5, choices=range(1, 11), help="seeds 0 .. N - 1")
     toy.add_argument("--methods", nargs="+", default=["sft", "reward", "dpo", "ppo", "drpo"])
-    toy.add_argument("--jobs", type=int, default=2, help="seeds run side by side, the cores shared between them")
+    toy.add_argument("--jobs", type=int, default=2, help="seeds that run side by side and share the cores")
     toy.add_argument("--out", type=Path, default=Path("runs/bench_toy"), help="a folder per seed")
     resets = commands.add_parser("resets", help="PPO against DR-PO where exploration is hard and the judge is right")
     resets.add_argument("--seeds", type=int, default=5, choices=range(1, 11), help="seeds 0 .. N - 1")
-    resets.add_argument("--jobs", type=int, default=2, help="seeds run side by side, one thread each")
+    resets.add_argument("--jobs", type=int, default=2, help="seeds that run side by side, one thread each")
     resets.add_argument("--out", type=Path, default=Path("runs/bench_resets"), help="a folder per seed")
     labels = commands.add_parser("labels", help="DPO and IPO on few pairs, from noisy to deterministic labels")
     labels.add_argument("--seeds", type=int, default=3, choices=range(1, 11), help="seeds 0 .. N - 1")
-    labels.add_argument("--jobs", type=int, default=2, help="seeds run side by side, one thread each")
+    labels.add_argument("--jobs", type=int, default=2, help="seeds that run side by side, one thread each")
     labels.add_argument("--out", type=Path, default=Path("runs/bench_labels"), help="a folder per seed")
     papers = commands.add_parser("papers", help="the experiments of a paper: rows, a table, figures")
     papers.add_argument("names", nargs="+", choices=["ipo", "rto", "drpo", "rlp"])
-    papers.add_argument("--fast", action="store_true", help="tables of the small problems alone, fewer seeds and steps")
-    papers.add_argument("--batch-size", type=int, default=9, help="of ipo: pairs of a mini-batch")
-    papers.add_argument("--seeds", type=int, default=3, choices=range(1, 11), help="of the embedded task: 0 .. N - 1")
-    papers.add_argument("--jobs", type=int, default=2, help="runs of the embedded task side by side, one thread each")
-    papers.add_argument("--runs", type=Path, default=Path("runs/bench_papers"), help="their folders, reused")
+    papers.add_argument(
+        "--fast", action="store_true", help="only the tables of the small problems, with fewer seeds and steps"
+    )
+    papers.add_argument("--batch-size", type=int, default=9, help="pairs per mini-batch, for ipo")
+    papers.add_argument(
+        "--seeds", type=int, default=3, choices=range(1, 11), help="seeds of the embedded task, 0 .. N - 1"
+    )
+    papers.add_argument(
+        "--jobs", type=int, default=2, help="runs of the embedded task that run side by side, one thread each"
+    )
+    papers.add_argument(
+        "--runs", type=Path, default=Path("runs/bench_papers"), help="folders of these runs; finished ones are reused"
+    )
     papers.add_argument("--out", type=Path, default=Path("bench"), help="rows go to its results, PNGs to its figures")
     clustering = commands.add_parser("clustering", help="answers grouped by meaning, in waves and one pair at a time")
-    clustering.add_argument("--widths", type=int, nargs="+", default=[16, 128], help="of the NLI model")
+    clustering.add_argument("--widths", type=int, nargs="+", default=[16, 128], help="hidden sizes of the NLI model")
     clustering.add_argument("--prompts", type=int, default=50)
-    clustering.add_argument("--rounds", type=int, default=3, help="of which the fastest counts")
-    clustering.add_argument("--out", type=Path, default=Path("bench/results"), help="folder that rows are appended in")
+    clustering.add_argument("--rounds", type=int, default=3, help="rounds; the fastest counts")
+    clustering.add_argument(
+        "--out", type=Path, default=Path("bench/results"), help="folder of the files that rows are appended to"
+    )
     trunks = commands.add_parser("trunks", help="an update of DR-PO on shared trunks and on separate sequences")
     trunks.add_argument("--groups", type=int, nargs="+", default=[4, 8], help="episodes per prompt")
-    trunks.add_argument("--episodes", type=int, default=32, help="of an update")
+    trunks.add_argument("--episodes", type=int, default=32, help="episodes per update")
     trunks.add_argument("--rounds", type=int, default=3)
     trunks.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    trunks.add_argument("--out", type=Path, default=Path("bench/results"), help="folder that rows are appended in")
+    trunks.add_argument(
+        "--out", type=Path, default=Path("bench/results"), help="folder of the files that rows are appended to"
+    )
     optim = commands.add_parser("optim", help="bytes per trained bfloat16 weight and seconds per update, by optimiser")
-    optim.add_argument("--matrices", type=int, default=192, help="weights of 1024 x 1024")
+    optim.add_argument("--matrices", type=int, default=192, help="number of weights of 1024 x 1024")
     optim.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    optim.add_argument("--out", type=Path, default=Path("bench/results"), help="folder that rows are appended in")
+    optim.add_argument(
+        "--out", type=Path, default=Path("bench/results"), help="folder of the files that rows are appended to"
+    )
     rollout = commands.add_parser("rollout", help="sampling and judging the episodes of an update of DR-PO")
     rollout.add_argument("--groups", type=int, nargs="+", default=[1, 8], help="episodes per prompt")
-    rollout.add_argument("--episodes", type=int, default=32, help="of an update")
-    rollout.add_argument("--slots", type=int, default=32, help="episodes side by side")
+    rollout.add_argument("--episodes", type=int, default=32, help="episodes per update")
+    rollout.add_argument("--slots", type=int, default=32, help="episodes sampled side by side")
     rollout.add_argument("--rounds", type=int, default=3)
     rollout.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    rollout.add_argument("--out", type=Path, default=Path("bench/results"), help="folder that rows are appended in")
-    aot = commands.add_parser("aot", help="every kernel compiled without a GPU: registers, spills, shared memory")
+    rollout.add_argument(
+        "--out", type=Path, default=Path("bench/results"), help="folder of the files that rows are appended to"
+    )
+    aot = commands.add_parser("aot", help="compile every kernel without a GPU: registers, spills, shared memory")
     aot.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], choices=[80, 90, 100])
-    aot.add_argument("--check", action="store_true", help="exit with 1 where a kernel spills or misses its units")
+    aot.add_argument(
+        "--check", action="store_true", help="exit with 1 if a kernel spills or does not use the units it should"
+    )
     kernels = commands.add_parser("kernels", help="time, memory and error of every way to log-probs, peers included")
-    kernels.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="on a CPU: eager and ours, float32")
-    kernels.add_argument("--shape", type=int, nargs=3, action="append", metavar=("T", "D", "V"), help="repeatable")
+    kernels.add_argument(
+        "--device", default="cuda", choices=["cuda", "cpu"], help="on a CPU only eager and ours run, in float32"
+    )
+    kernels.add_argument(
+        "--shape",
+        type=int,
+        nargs=3,
+        action="append",
+        metavar=("T", "D", "V"),
+        help="tokens, hidden size, vocabulary; may be repeated",
+    )
     kernels.add_argument("--peaked", type=int, nargs="+", choices=[1, 0], help="peaked or flat logits, or both")
     kernels.add_argument("--dead", type=float, nargs="+", help="shares of rows without gradient")
-    kernels.add_argument("--tasks", nargs="+", help="of the first column of the table")
-    kernels.add_argument("--only", nargs="+", help="starts of names of the second column")
-    kernels.add_argument("--runs", type=int, help="rounds: 20, on a CPU 9")
+    kernels.add_argument("--tasks", nargs="+", help="only these names of the first column of the table")
+    kernels.add_argument("--only", nargs="+", help="only names of the second column that start so")
+    kernels.add_argument("--runs", type=int, help="rounds; default 20, on a CPU 9")
     kernels.add_argument("--seconds", type=float, default=1.0, help="per contender and case, on a GPU")
-    kernels.add_argument("--out", type=Path, default=Path("bench/results"), help="folder that rows are appended in")
-    kernels.add_argument("--table", type=Path, metavar="FILE", help="measure nothing, print the tables of these rows")
-    tune = commands.add_parser("tune", help="tiles of the fused head: candidates timed in turn, on a GPU")
+    kernels.add_argument(
+        "--out", type=Path, default=Path("bench/results"), help="folder of the files that rows are appended to"
+    )
+    kernels.add_argument(
+        "--table", type=Path, metavar="FILE", help="print the tables of the rows in FILE and measure nothing"
+    )
+    tune = commands.add_parser("tune", help="time candidate tiles of the fused head, on a GPU")
     tune.add_argument("--runs", type=int, default=10)
-    train = commands.add_parser("train", help="a trainer beside others'")
+    train = commands.add_parser("train", help="our trainers beside those of others")
     algorithms = train.add_subparsers(dest="algorithm", required=True)
     offline = [
         algorithms.add_parser(name, help=f"{what} beside TRL's, on real dialogues; TRL must be installed")
         for name, what in (("sft", "SFT"), ("dpo", "DPO"), ("reward", "a reward model"))
     ]
     for command in offline:
-        command.add_argument("--model", default="tiny", choices=["tiny", "qwen3-0.6b", "llama-3.2-1b"], help="a shape")
-        command.add_argument("--steps", type=int, default=4, help="that count, after one that does not")
-        command.add_argument("--rows", type=int, default=32, help="of a step: sequences, or pairs")
+        command.add_argument(
+            "--model",
+            default="tiny",
+            choices=["tiny", "qwen3-0.6b", "llama-3.2-1b"],
+            help="shape of the model; weights are random",
+        )
+        command.add_argument("--steps", type=int, default=4, help="measured steps, after one of warm-up")
+        command.add_argument("--rows", type=int, default=32, help="sequences or pairs per step")
         command.add_argument("--rounds", type=int, default=1, help="runs of each side, in turn")
-        command.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 2, 4, 8], help="of TRL")
+        command.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 2, 4, 8], help="batch sizes of TRL")
     drpo = algorithms.add_parser("drpo", help="one update beside the padded reference and TRL's PPO, TL;DR's lengths")
     drpo.add_argument("--shape", default="pythia-1b", choices=["tiny", "pythia-70m", "pythia-1b", "pythia-2.8b"])
     drpo.add_argument("--episodes", type=int, default=512)
     drpo.add_argument("--rounds", type=int, default=3, help="updates of each side, in turn")
-    drpo.add_argument("--micro-batch", type=int, default=4, help="episodes, of the padded sides")
-    drpo.add_argument("--micro-batch-tokens", type=int, default=2048, help="of ours")
+    drpo.add_argument("--micro-batch", type=int, default=4, help="episodes per micro-batch of the padded sides")
+    drpo.add_argument("--micro-batch-tokens", type=int, default=2048, help="tokens per micro-batch of ours")
     drpo.add_argument("--rollout-batch", type=int, default=32, help="episodes generated side by side, on every side")
-    drpo.add_argument("--trl-path", type=Path, help="folder that TRL 1.12.0 is unpacked in, where another is installed")
-    drpo.add_argument("--optim", default="adamw_torch_fused", help="of ours and the padded reference")
-    drpo.add_argument("--master-weights", default="float32", help="of both, in bfloat16")
+    drpo.add_argument("--trl-path", type=Path, help="folder with TRL 1.12.0, if another version is installed")
+    drpo.add_argument("--optim", default="adamw_torch_fused", help="optimiser of ours and the padded reference")
+    drpo.add_argument("--master-weights", default="float32", help="master weights of both, in bfloat16")
     for command in (*offline, drpo):
         command.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-        command.add_argument("--out", type=Path, default=Path("bench/results"), help="folder that rows are appended in")
+        command.add_argument(
+            "--out", type=Path, default=Path("bench/results"), help="folder of the files that rows are appended to"
+        )
     return parser
 
 
@@ -166,7 +204,7 @@ def _paper(name: str, a: argparse.Namespace) -> str:
         return run_ipo(a.batch_size, a.out, fast=a.fast)
     if name == "rlp":
         if a.fast:
-            sys.exit("papers rlp: no --fast, it has no small problem; --seeds 1 is the least")
+            sys.exit("papers rlp: --fast is not supported, since rlp has no small problem; use --seeds 1")
         from bench.papers.rlp import run_rlp
 
         return run_rlp(a.seeds, a.jobs, a.runs, a.out)

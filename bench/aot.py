@@ -1,7 +1,7 @@
-"""Compiles every kernel ahead of time, without a GPU: does it fit, does it spill, does it use the matrix and TMA units?
+"""Compiles every kernel ahead of time, without a GPU, and reports registers, spills, matrix and TMA units.
 
 `python -m bench aot [--arch 80 90 100] [--check]` prints a table in Markdown: warps x registers per thread, shared
-memory, units used. What is read from the compiled code is a fact about the code, not about its speed.
+memory, units used. These are facts about the compiled code, not about its speed.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""How fast are answers grouped by what they mean? RLP-SPG's waves, one question of every prompt in a call of the NLI
-model, beside a loop over pairs of answers, as in the code that RLP cites (Kuhn et al. 2023, arXiv 2302.09664): both
-directions, each in a call of its own.
+"""How fast are answers grouped by meaning?
 
-Posts and summaries are those of the embedded task; the model is a BERT with random weights, on which speed does not
-depend. Its groups do, and with them the number of questions, but they are the same on all sides.
+RLP-SPG asks one question of every prompt per call of the NLI model. The other side is a loop over pairs of answers, as
+in the code that RLP cites (Kuhn et al. 2023, arXiv 2302.09664), with one call for each direction.
+
+Posts and summaries are those of the embedded task. The model is a BERT with random weights: its speed does not depend
+on them. Its groups do, and so does the number of questions, but they are the same on all sides.
 """
 
 from __future__ import annotations

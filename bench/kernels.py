@@ -1,6 +1,6 @@
 """Time, memory and error of every way from hidden states to log-probs and losses, in one process.
 
-Ours is first compared with float64 on small cases: an op that fails has the reason in its row and no time.
+Our ops are first compared with float64 on small cases. The row of an op that fails holds the reason and no time.
 """
 
 from __future__ import annotations

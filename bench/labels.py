@@ -1,11 +1,11 @@
-"""DPO and IPO as labels become deterministic, few pairs and many epochs: does DPO forget its reference?
+"""DPO and IPO with few pairs and many epochs, from noisy to deterministic labels: does DPO forget its reference?
 
 Azar et al. 2023 (arXiv 2310.12036, section 4.2) argue that where a preference is certain DPO's optimum is infinitely
-far from the reference, whatever beta; that one label per pair always looks certain; and that IPO's log-ratios stop at
-1 / (2 tau). Their experiments are bandits (`python -m bench papers ipo`). Here a language model, a small set of pairs
-with one label each, and the gold judge of the embedded task, whose labels go from noisy to deterministic.
+far from the reference, whatever beta is; that one label per pair always looks certain; and that IPO's log-ratios stop
+at 1 / (2 tau). Their experiments are bandits (`python -m bench papers ipo`). This one has a language model, a small set
+of pairs with one label each, and the gold judge of the embedded task, whose labels go from noisy to deterministic.
 
-The candidates are the same at every temperature: labels alone differ. Held-out accuracy is against the gold order.
+The candidates are the same at every temperature; only the labels differ. Held-out accuracy is against the gold order.
 """
 
 from __future__ import annotations

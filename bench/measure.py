@@ -1,6 +1,6 @@
-"""What is measured of a step, forward and backward: its time, the memory it needs, how far it is from float64.
+"""Measures a forward and backward step: its time, the memory that it needs, its error against float64.
 
-Time is that of CUDA events, after the L2 cache has been overwritten, or on a CPU of the clock on the wall.
+Time is measured by CUDA events after the L2 cache has been overwritten; on a CPU it is wall-clock time.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
 """Model FLOPs utilisation: the operations that a model needs for its tokens, over the time taken and the device's peak
 (Chowdhery et al. 2022, arXiv 2204.02311, appendix B).
 
-An operation is one floating-point multiplication or addition. Of a forward are counted
+An operation is one floating-point multiplication or addition. A forward pass counts
 
     2 per weight of the layers' matrix products, for every token
     4 head_dim per head and layer, for every pair of a query and a key that causality lets it see
     2 per weight of the head, for every row that is read from it: scored tokens, scores, values
 
-and the backward is twice that. Not counted are padding, what is computed a second time (checkpointing) or without need
-(the head on rows that nothing reads, future keys), embeddings, norms, softmax and the optimiser. A prompt that two
-responses share is counted once where it is computed once.
+and the backward pass twice that. Not counted are padding, recomputation (checkpointing), work without need (the head on
+rows that nothing reads, future keys), embeddings, norms, softmax and the optimiser. A prompt that two responses share
+is counted once where it is computed once.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""`python -m bench optim`: bytes of a trained bfloat16 weight, and the time of an update, by optimiser.
+"""`python -m bench optim`: bytes of a trained bfloat16 weight and the time of an update, by optimiser.
 
-Square matrices whose gradients are there; two updates in a process of its own, which leave the moments behind. What is
-counted is the peak of that process beyond what it needs before there are weights: weight, gradient, moments, copies,
-and what an update makes and drops again.
+Each optimiser updates square matrices twice, in a process of its own, with gradients already there; the moments exist
+after the first update. The count is the peak of that process beyond what it needs before there are weights: weights,
+gradients, moments, copies, and the temporary tensors of an update.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the contenders of `python -m bench kernels` are given (`Case`, `Problem`) and asked for (`Task`)."""
+"""What the contenders of `python -m bench kernels` receive (`Case`, `Problem`) and compute (`Task`)."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""Who competes in `python -m bench kernels`. Another contender is another line of PROVIDERS, another question a Task.
+"""The contenders of `python -m bench kernels`: a new contender is a line of PROVIDERS, a new question a Task.
 
-Peers are imported when they run. Of two, whose packages import a training stack, only the file with the kernel is.
+Peers are imported when they run. Of two peers, whose packages import a training stack, only the file with the kernel is
+imported.
 """
 
 # pyright: reportMissingImports=false

@@ -1,8 +1,8 @@
 """`python -m bench rollout`: sampling and judging the episodes of an update of DR-PO.
 
-Prompts and responses as in `bench/trunks.py`, with the lengths of Reddit TL;DR; the model has random weights, so that
+Prompts and responses are as in `bench/trunks.py`, with the lengths of Reddit TL;DR. The model has random weights, so
 its responses end by their budget of 53 tokens, the reset's included, far more often than by an EOS. On a CPU the
-seconds are those of the processor, in all threads, so that what else runs there does not count.
+seconds are CPU seconds over all threads, so other programs on the machine do not count.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Which tiles are fastest: the fused forward and gradient of the head with each candidate, timed in turn on a GPU.
+"""Finds the fastest tiles: times the fused forward and gradient of the head with each candidate in turn, on a GPU.
 
-What wins is pinned by hand in `_tiles.py`; `python -m bench aot` then shows that it still fits on all architectures.
+The winner is pinned by hand in `_tiles.py`; `python -m bench aot` then shows that it still fits on all architectures.
 """
 
 from __future__ import annotations

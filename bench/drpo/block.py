@@ -1,6 +1,6 @@
-"""One update of one side in a process of its own: `python -m bench.drpo.block SIDE PROBLEM`, PROBLEM as JSON.
+"""One update of one side, in a process of its own: `python -m bench.drpo.block SIDE PROBLEM`, PROBLEM as JSON.
 
-A process of its own has its own peak of memory, and TRL's may have a path of its own. The last line is the row.
+A separate process has its own peak of memory, and TRL's can have its own import path. The last line printed is the row.
 """
 
 from __future__ import annotations

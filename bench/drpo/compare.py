@@ -1,4 +1,4 @@
-"""The sides in turn, block by block, each block a process: medians, ratios, and the targets they are held to."""
+"""Runs the sides in turn, block by block, each block in a process: medians, ratios, and their targets."""
 
 from __future__ import annotations
 

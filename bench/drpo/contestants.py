@@ -1,4 +1,6 @@
-"""Who is measured: ours, the padded reference, and TRL's PPO. Each is built once and then asked for an update."""
+"""The sides that are measured: ours, the padded reference, and TRL's PPO. Each is built once and then asked for an
+update.
+"""
 
 from __future__ import annotations
 

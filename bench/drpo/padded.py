@@ -1,9 +1,9 @@
-"""DR-PO as its authors' released code does it (specification of their semantics, none of their code): the reference.
+"""The reference: DR-PO as its authors' released code does it. It follows their semantics and holds none of their code.
 
-Prompts are padded on the left to one width, responses are always of full length, and every forward computes all logits
-and keeps all hidden states. A reset is forced through decoding, a token per step. What follows the EOS is sampled,
-rewarded and trained on; only the reward model does not see it. What they do not do on purpose is done well here: SDPA,
-a key-value cache, no wait for the GPU, and nothing on the host.
+Prompts are padded on the left to one width, responses always have full length, and every forward computes all logits
+and keeps all hidden states. A reset is forced through decoding, one token per step. Tokens after the EOS are sampled,
+rewarded and trained on; only the reward model does not see them. Everything else is done well: SDPA, a key-value cache,
+no wait for the GPU, nothing on the host.
 """
 
 from __future__ import annotations

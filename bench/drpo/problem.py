@@ -1,8 +1,8 @@
-"""The update that is measured: models of a shape with random weights, and episodes as long as those of TL;DR.
+"""The update that is measured: models of a given shape with random weights, and episodes as long as those of TL;DR.
 
-Neither speed nor memory asks what the weights are, but both ask when a response ends. So one unit of the policy is made
-constant and read by the EOS alone: an EOS has the same probability at every token, and every side samples from the same
-distribution of lengths without knowing of it.
+Speed and memory do not depend on the weights, but they depend on when a response ends. So one unit of the policy is
+constant and only the EOS reads it: the EOS has the same probability at every token, and every side samples from the
+same distribution of lengths.
 """
 
 from __future__ import annotations

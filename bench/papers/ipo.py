@@ -151,7 +151,7 @@ def run_ipo(batch_size: int, out: Path, *, fast: bool) -> str:
     if batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {batch_size}")
     if not fast and batch_size == 9 and find_spec("matplotlib") is None:
-        raise ValueError("the figures need matplotlib: pip install -e '.[train,bench]', or ask for --fast")
+        raise ValueError("the figures need matplotlib: pip install -e '.[train,bench]', or pass --fast")
     steps, size, seeds = (FAST_STEPS, None, 1) if fast else (STEPS, batch_size, SEEDS)
     runs = {kind: train(BANDITS, kind, steps=steps, batch_size=size, seeds=seeds) for kind in KINDS}
     if not fast:

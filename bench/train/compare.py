@@ -1,7 +1,7 @@
-"""Ours and TRL's in turn over the same rows, a step of ours being a step of theirs; rows and a table.
+"""Runs our trainer and TRL's in turn over the same rows, step by step; writes rows and a table.
 
-TRL pads, so it is tried with several batch sizes, with the rows of each step sorted by length, and for SFT without
-padding. All sides must start at the same loss, or nothing is written.
+TRL pads, so it runs with several batch sizes, with the rows of each step sorted by length, and for SFT without padding.
+All sides must start at the same loss, or nothing is written.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A run of either side: its steps timed in the same way, the loss of each, the most memory that it took."""
+"""One run of either side: the time and the loss of each step, and the peak of memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The trainers that are compared, as data: what ours and TRL's are called with, and what a row is to either."""
+"""The trainers that are compared, as data: the settings of ours and TRL's, and the form of a row for each."""
 
 from __future__ import annotations
 
