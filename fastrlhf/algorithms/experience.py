@@ -22,7 +22,7 @@ from fastrlhf.algorithms.advantages import (
 )
 from fastrlhf.algorithms.guards import raise_not_finite
 from fastrlhf.config import PPOConfig
-from fastrlhf.data.packing import forest, num_computed, own_micro_batches, pack, sequence, tree
+from fastrlhf.data.packing import forest, in_order, num_computed, own_micro_batches, pack, sequence, tree
 from fastrlhf.distributed.ranks import total
 from fastrlhf.models.forward import hidden_states, read_scores, scored_states, state_kl, state_logprobs
 from fastrlhf.models.sharding import give_back
@@ -51,7 +51,8 @@ def pack_episodes(
     ranks each has packs of its own.
 
     The rows of an episode are its sampled tokens; under compat "reference" the reset tokens before them as well. With
-    `share_trunks` a group is one tree, never cut by a micro-batch.
+    `share_trunks` a group is one tree, never cut by a micro-batch. Under compat "reference" a micro-batch holds
+    episodes that follow each other in `order`, as in the authors' code, where its composition changes the loss.
     """
     group = config.num_generations
     together = group if config.share_trunks else 1
@@ -69,7 +70,7 @@ def pack_episodes(
                         np.concatenate([np.arange(offsets[firsts[j]], offsets[firsts[j] + together]) for j in micro])
                     ).to(device),
                 )
-                for micro in own_micro_batches(
+                for micro in (in_order if config.compat == "reference" else own_micro_batches)(
                     [num_computed(segments) for segments in trees],
                     config.micro_batch_tokens,
                     "episode" if together == 1 else "group of episodes",

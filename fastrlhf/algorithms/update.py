@@ -17,7 +17,7 @@ from fastrlhf.models.forward import scored_states, state_kl, state_logprobs, tok
 from fastrlhf.runtime.optim import Optimizer
 from fastrlhf.runtime.run import StepMetrics
 from fastrlhf.types import Experience, Rollout
-from fastrlhf_kernels import LossOutput, Sum, policy_loss, value_loss
+from fastrlhf_kernels import LossOutput, Metric, Sum, policy_loss, value_loss
 from fastrlhf_kernels.policy_loss import LOSS_TYPES
 
 
@@ -34,7 +34,8 @@ def update(
     reference: PreTrainedModel | None = None,
     critic_only: bool = False,
 ) -> dict[str, float]:
-    """`num_ppo_epochs` passes over the batch; after the first, the mini-batches are drawn and packed anew.
+    """`num_ppo_epochs` passes over the batch; after the first, the mini-batches are drawn and packed anew, and under
+    compat "reference", where every micro-batch is a mean by itself, the micro-batches too.
 
     `reference` is needed for an exact KL in the loss alone: its head, as its states are in the experience. With
     `critic_only` the policy is neither computed nor moved, and its metrics are absent. Beyond `target_kl` the update
@@ -43,6 +44,8 @@ def update(
     policy_totals, value_totals = StepMetrics(), StepMetrics()
     steps: list[dict[str, float]] = []
     num_stopped = 0
+    # Under compat "reference" every micro-batch is a mean by itself, in losses and in metrics, as in the authors' code.
+    alone = config.compat == "reference"
     # Losses are weighted means over the tokens of a mini-batch. By sequence, a token weighs 1 / its episode's tokens.
     by_sequence = config.aggregation == "sequence"
     shares = _episode_shares(experience.cu_rows, experience.trained) if by_sequence else None
@@ -51,9 +54,8 @@ def update(
         in_mini = gathered(torch.cat([item.index for item in mini]))
         drift = torch.zeros((), device=policy.device)
         for item in mini:
-            # compat "reference": every micro-batch is its own mean, as in the authors' code.
-            inside = item.index if config.compat == "reference" else in_mini
-            share = len(mini) if config.compat == "reference" else 1
+            inside = item.index if alone else in_mini
+            share = len(mini) if alone else 1
             if not critic_only:
                 num_tokens = experience.trained[inside].sum() * share
                 weight = None if shares is None else _with_mean_1(shares, item.index, inside, num_tokens)
@@ -62,7 +64,7 @@ def update(
                     weight = (num_tokens / limit).expand(len(item.index))
                 chosen = _policy_loss(config, policy, reference, experience, item, weight, num_tokens)
                 chosen.loss.backward()  # before the critic's forward: one model's activations at a time
-                policy_totals.add(chosen.metrics)
+                policy_totals.add(_averaged(chosen.metrics, "tokens") if alone else chosen.metrics)
                 drift += chosen.metrics["approx_kl"].value / num_tokens
             if critic is None:
                 continue
@@ -78,14 +80,17 @@ def update(
                 weight=None if value_shares is None else _with_mean_1(value_shares, item.index, inside, len(inside)),
             )
             (config.vf_coef * valued.loss).backward()
-            value_totals.add(valued.metrics)
+            value_totals.add(_averaged(valued.metrics, "rows") if alone else valued.metrics)
         if config.target_kl is not None and steps and total(drift).item() > config.target_kl:
             num_stopped = config.num_ppo_epochs - epoch
             optimizer.skip(config.num_ppo_epochs * config.num_mini_batches - len(steps))
             break
         steps.append(optimizer.step())
     metrics = _training_metrics(
-        {} if critic_only else policy_totals.means("tokens"), value_totals.means("rows") if critic else {}, steps
+        {} if critic_only else policy_totals.means("tokens"),
+        value_totals.means("rows") if critic else {},
+        steps,
+        config.dual_clip is not None,
     )
     return metrics if config.target_kl is None else metrics | {"policy/stopped_passes": float(num_stopped)}
 
@@ -99,12 +104,18 @@ def _mini_batches(
 ) -> Iterator[tuple[int, Sequence[Pack]]]:
     """(pass, its packs) for every optimiser step."""
     for epoch in range(config.num_ppo_epochs):
-        if epoch > 0 and config.num_mini_batches > 1:
+        if epoch > 0 and (config.num_mini_batches > 1 or config.compat == "reference"):
             num_groups = len(rollouts) // config.num_generations
             order = np.random.default_rng([*seed, epoch]).permutation(num_groups).tolist()
             packs = pack_episodes(config, rollouts, order, device)
         for mini in packs:
             yield epoch, mini
+
+
+def _averaged(metrics: Mapping[str, Metric], count: str) -> dict[str, Metric]:
+    """The means of one micro-batch, as sums that count it once."""
+    number = metrics[count].value.clamp(min=1)
+    return {name: Sum(x.value / number) if isinstance(x, Sum) else x for name, x in metrics.items()}
 
 
 def _episode_shares(cu_rows: Tensor, trained: Tensor) -> Tensor:
@@ -174,19 +185,22 @@ def _policy_loss(
 
 
 def _training_metrics(
-    policy: Mapping[str, float], value: Mapping[str, float], steps: Sequence[Mapping[str, float]]
+    policy: Mapping[str, float], value: Mapping[str, float], steps: Sequence[Mapping[str, float]], dual_clip: bool
 ) -> dict[str, float]:
-    """TRL's names; means over the tokens of all passes, gradient norms over the optimiser steps. `policy` is empty
-    where it was not trained, `value` where there is no critic."""
+    """TRL's names. `policy/clipfrac_avg` is without the tokens of the dual clip, which have a metric of their own.
+    Means over the tokens of all passes, gradient norms over the optimiser steps. `policy` is empty where it was not
+    trained, `value` where there is no critic."""
     metrics = {"learning_rate": steps[-1]["learning_rate"]}
     if policy:
         metrics |= {
             "loss/policy_avg": policy["policy_loss"],
             "policy/approxkl_avg": policy["approx_kl"],
-            "policy/clipfrac_avg": policy["clip_fraction"],
+            "policy/clipfrac_avg": policy["clip_fraction"] - policy["dual_clip_fraction"],
             "val/ratio": policy["ratio"],
             "grad_norm": float(np.mean([step["grad_norm"] for step in steps])),
         }
+    if dual_clip and policy:
+        metrics["policy/dual_clipfrac_avg"] = policy["dual_clip_fraction"]
     if "kl" in policy:
         metrics["loss/kl_avg"] = policy["kl"]
     if value:

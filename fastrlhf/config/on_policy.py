@@ -132,7 +132,8 @@ class GRPOConfig(PPOConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class DRPOConfig(PPOConfig):
-    """PPO from reset states, with the paper's settings (Chang et al. 2024, arXiv 2404.08495, Table 5)."""
+    """PPO from reset states (Chang et al. 2024, arXiv 2404.08495). Four defaults are the paper's (Table 5); all of its
+    settings are the recipe drpo_tldr."""
 
     reset_prob: float = 1.0
     missing_eos_score: float | None = -1.0
@@ -142,7 +143,8 @@ class DRPOConfig(PPOConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class RTOConfig(PPOConfig):
-    """PPO on token rewards of a DPO model, with the paper's settings (Zhong et al. 2024, arXiv 2404.18922, App. D)."""
+    """PPO on token rewards of a DPO model (Zhong et al. 2024, arXiv 2404.18922). Two defaults are the paper's (App. D);
+    all of its settings are the recipe rto_ultrafeedback."""
 
     kl_coef: float = 0.01
     temperature: float = 1.0

@@ -180,12 +180,7 @@ def micro_batches(costs: Sequence[int], budget: int, what: str = "item", multipl
     """
     if not costs:
         return []
-    longest = max(range(len(costs)), key=costs.__getitem__)
-    if costs[longest] > budget:
-        raise ValueError(
-            f"micro_batch_tokens: {budget} cannot hold {what} {longest} of {costs[longest]} tokens; "
-            "raise micro_batch_tokens or lower max_length"
-        )
+    _check_budget(costs, budget, what)
     # No two items of more than half the budget share a micro-batch.
     count = max(-(-sum(costs) // budget), sum(2 * cost > budget for cost in costs))
     while (bins := _spread(costs, budget, count + -count % multiple)) is None:
@@ -200,6 +195,33 @@ def own_micro_batches(costs: Sequence[int], budget: int, what: str = "item") -> 
     the weights; else no rank has more than one more, and none at least where there are as many items as ranks.
     """
     return share(micro_batches(costs, budget, what, multiple=world_size()))
+
+
+def in_order(costs: Sequence[int], budget: int, what: str = "item") -> list[list[int]]:
+    """Fills micro-batches of at most `budget` tokens one after the other, in the order of the items. Returns indices.
+
+    Raises ValueError where one item exceeds the budget.
+    """
+    if costs:
+        _check_budget(costs, budget, what)
+    bins: list[list[int]] = []
+    room = -1
+    for i, cost in enumerate(costs):
+        if cost > room:
+            bins.append([])
+            room = budget
+        bins[-1].append(i)
+        room -= cost
+    return bins
+
+
+def _check_budget(costs: Sequence[int], budget: int, what: str) -> None:
+    longest = max(range(len(costs)), key=costs.__getitem__)
+    if costs[longest] > budget:
+        raise ValueError(
+            f"micro_batch_tokens: {budget} cannot hold {what} {longest} of {costs[longest]} tokens; "
+            "raise micro_batch_tokens or lower max_length"
+        )
 
 
 def _spread(costs: Sequence[int], budget: int, count: int) -> list[list[int]] | None:

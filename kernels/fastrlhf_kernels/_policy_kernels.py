@@ -31,7 +31,9 @@ class PolicyTerms(NamedTuple):
     """The clipped term, weighted."""
     ratio: Tensor
     clipped: Tensor
-    """True where the token counts with a bound of the clip, which leaves it no gradient."""
+    """True where a bound of the clip, or of the dual clip, stands for the token's ratio."""
+    dual_clipped: Tensor
+    """True where that is the bound of the dual clip."""
     approx_kl: Tensor
     """k3 estimate of KL(sampler || policy)."""
     kl: Tensor
@@ -61,10 +63,11 @@ def torch_policy_terms(
     ratio = token_ratio if sequence_log_ratio is None else torch_clamped(difference).exp()
     # In terms of what is clipped, not of what is active: a NaN then goes on into the loss and the gradient.
     rises, beyond = advantage >= 0, ratio > dual_clip
+    dual_clipped = ~rises & beyond
     clipped = torch.where(rises, ratio > high, (ratio < low) | beyond)
     bound = torch.full_like(ratio, low).masked_fill(beyond, dual_clip).masked_fill(rises, high)
     if loss_type == "cispo":
-        clipped = (ratio < low) | (ratio > high)
+        clipped, dual_clipped = (ratio < low) | (ratio > high), torch.zeros_like(clipped)
         bound = torch.full_like(ratio, low).masked_fill(ratio > high, high)
         d_logprob = -weight * (bound.where(clipped, ratio) * advantage)
         loss = surrogate = d_logprob * logprob
@@ -79,7 +82,7 @@ def torch_policy_terms(
     if entropy is not None:
         loss = loss + d_entropy * entropy
     approx_kl = torch_estimator(-log_ratio, "k3")
-    return PolicyTerms(loss, d_logprob, d_entropy, surrogate, ratio, clipped, approx_kl, kl)
+    return PolicyTerms(loss, d_logprob, d_entropy, surrogate, ratio, clipped, dual_clipped, approx_kl, kl)
 
 
 @jit
@@ -99,7 +102,8 @@ def policy_terms(
     KL_KIND: tl.constexpr,
     LOSS_TYPE: tl.constexpr,
 ):
-    """(loss, d_logprob, d_entropy, surrogate, ratio, clipped, approx_kl, kl) of float32 rows: `PolicyTerms`."""
+    """(loss, d_logprob, d_entropy, surrogate, ratio, clipped, dual_clipped, approx_kl, kl) of float32 rows:
+    `PolicyTerms`."""
     difference = logprob - sampler_logprob
     log_ratio = clamped(difference)
     token_ratio = tl.exp(log_ratio)
@@ -109,12 +113,14 @@ def policy_terms(
         ratio = tl.exp(clamped(difference))
     if LOSS_TYPE == "cispo":
         clipped = (ratio < low) | (ratio > high)
+        dual_clipped = ratio != ratio
         d_logprob = -weight * (tl.where(clipped, tl.where(ratio > high, high, low), ratio) * advantage)
         surrogate = d_logprob * logprob
     else:
         rises = advantage >= 0
         beyond = ratio > dual_clip
         clipped = tl.where(rises, ratio > high, (ratio < low) | beyond)
+        dual_clipped = (advantage < 0) & beyond
         bound = tl.where(rises, high, tl.where(beyond, dual_clip, low))
         surrogate = -weight * (tl.where(clipped, bound, ratio) * advantage)
         d_logprob = tl.where(clipped | (tl.abs(difference) > LIMIT), 0.0, -weight * (ratio * advantage))
@@ -127,7 +133,7 @@ def policy_terms(
         d_logprob += kl_coef * weight * slope
     if entropy is not None:
         loss += d_entropy * entropy
-    return loss, d_logprob, d_entropy, surrogate, ratio, clipped, estimator(-log_ratio, "k3"), kl
+    return loss, d_logprob, d_entropy, surrogate, ratio, clipped, dual_clipped, estimator(-log_ratio, "k3"), kl
 
 
 @jit
@@ -140,7 +146,7 @@ def policy_kernel(
     weight,  # or None
     entropy,  # or None
     sequence_log_ratio,  # or None
-    partials,  # [9, programs]: loss, SUMS, largest ratio
+    partials,  # [10, programs]: loss, SUMS, largest ratio
     d_logprob,
     d_entropy,
     num_rows,
@@ -166,7 +172,7 @@ def policy_kernel(
     of_sequence = sequence_log_ratio
     if sequence_log_ratio is not None:
         of_sequence = load_float32(sequence_log_ratio, rows, keep)
-    loss, slope, entropy_slope, surrogate, ratio, clipped, approx_kl, kl = policy_terms(
+    loss, slope, entropy_slope, surrogate, ratio, clipped, dual_clipped, approx_kl, kl = policy_terms(
         load_float32(logprob, rows, keep),
         load_float32(sampler_logprob, rows, keep),
         load_float32(advantage, rows, keep),
@@ -188,11 +194,12 @@ def policy_kernel(
     store_sum(partials, 1, surrogate)
     store_sum(partials, 2, ratio)
     store_sum(partials, 3, clipped.to(tl.float32))
-    store_sum(partials, 4, approx_kl)
-    store_sum(partials, 5, keep.to(tl.float32))
-    store_sum(partials, 6, kl)
-    store_sum(partials, 7, tl.zeros_like(ratio) if entropy is None else bonus)
+    store_sum(partials, 4, dual_clipped.to(tl.float32))
+    store_sum(partials, 5, approx_kl)
+    store_sum(partials, 6, keep.to(tl.float32))
+    store_sum(partials, 7, kl)
+    store_sum(partials, 8, tl.zeros_like(ratio) if entropy is None else bonus)
     if entropy is not None:
         tl.store(d_entropy + rows, entropy_slope, mask=inside)
     largest = tl.where(tl.sum((ratio != ratio).to(tl.int32), 0) == 0, tl.max(ratio, 0), float("nan"))  # max drops NaN
-    tl.store(partials + 8 * tl.num_programs(0) + tl.program_id(0), largest)
+    tl.store(partials + 9 * tl.num_programs(0) + tl.program_id(0), largest)

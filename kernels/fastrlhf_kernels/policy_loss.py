@@ -46,7 +46,7 @@ from fastrlhf_kernels._triton import use_triton
 from fastrlhf_kernels.types import LossOutput, Max, Metric, Sum
 
 LOSS_TYPES = ("ppo", "gspo", "cispo")
-SUMS = ("policy_loss", "ratio", "clip_fraction", "approx_kl", "tokens", "kl", "entropy")
+SUMS = ("policy_loss", "ratio", "clip_fraction", "dual_clip_fraction", "approx_kl", "tokens", "kl", "entropy")
 
 
 def policy_loss(
@@ -72,7 +72,8 @@ def policy_loss(
     """sum_t mask weight (-g_t + kl_coef w k - entropy_coef H) / num_tokens, float32; g_t as `loss_type` says.
 
     Metrics, sums over the trained tokens: policy_loss (the first term, weighted), ratio (gspo: of the sequence),
-    clip_fraction (tokens whose ratio the clip replaces, which leaves them no gradient under ppo and gspo), approx_kl
+    clip_fraction (tokens whose ratio the clip or the dual clip replaces, which leaves them no gradient under ppo and
+    gspo), dual_clip_fraction (those of the dual clip), approx_kl
     (k3 estimate of KL(sampler || policy), by token), tokens; kl (w k) and entropy where the inputs are given; and the
     maximum ratio_max. Raises ValueError for bad arguments.
     """
@@ -193,7 +194,7 @@ def _policy_loss(
     loss_type: str,
     triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(sum of the loss [], SUMS [7], largest ratio [], slope by logprob [T], slope by entropy [T] or [0])."""
+    """(sum of the loss [], SUMS [8], largest ratio [], slope by logprob [T], slope by entropy [T] or [0])."""
     scalars = (low, high, dual_clip, kl_coef, entropy_coef, kl_kind, loss_type)
     if not triton:
         scale = mask.float() if weight is None else masked(weight, mask)
@@ -203,7 +204,15 @@ def _policy_loss(
             logprob, sampler_logprob, advantage, scale, reference, bonus, sequence_log_ratio, *scalars
         )
         none, ratio = scale.new_empty(0), terms.ratio.where(mask, 0)
-        rows = (terms.surrogate, ratio, terms.clipped.float(), terms.approx_kl, mask.float(), terms.kl)
+        rows = (
+            terms.surrogate,
+            ratio,
+            terms.clipped.float(),
+            terms.dual_clipped.float(),
+            terms.approx_kl,
+            mask.float(),
+            terms.kl,
+        )
         sums = torch.stack([x.sum() for x in (*rows, none if bonus is None else bonus)])
         largest = F.pad(ratio, (0, 1)).amax()  # the pad is for T = 0
         return terms.loss.sum(), sums, largest, terms.d_logprob, none if bonus is None else terms.d_entropy
@@ -236,7 +245,7 @@ def _sequence_log_ratio(logprob: Tensor, sampler_logprob: Tensor, mask: Tensor, 
 
 
 def policy_metrics(sums: Tensor, ratio_max: Tensor, kl: bool, entropy: bool) -> dict[str, Metric]:
-    """What `policy_loss` reports; `sums` [7] in the order of SUMS."""
+    """What `policy_loss` reports; `sums` [8] in the order of SUMS."""
     metrics: dict[str, Metric] = {name: Sum(total) for name, total in zip(SUMS, sums.unbind(), strict=True)}
     metrics["ratio_max"] = Max(ratio_max)
     return {name: metrics[name] for name in metrics if (name != "kl" or kl) and (name != "entropy" or entropy)}

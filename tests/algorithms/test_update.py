@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fastrlhf.algorithms import update as update_module
 from fastrlhf.algorithms.experience import pack_episodes, score_episodes
 from fastrlhf.algorithms.update import update
 from fastrlhf.config import PPOConfig
@@ -255,6 +256,48 @@ def test_the_authors_average_every_micro_batch_by_itself(critic):
     alone = [of([item]) for item in packs]
     for ours, parts in zip(of(packs), zip(*alone, strict=True), strict=True):
         tiny.assert_close_gradients(ours, [sum(each) / len(packs) for each in zip(*parts, strict=True)])
+
+
+def test_the_authors_draw_micro_batches_anew_for_each_pass_and_log_means_of_their_means(critic, monkeypatch):
+    """compat reference: what a micro-batch holds changes its mean, so that the order of every pass matters."""
+    cfg = config(compat="reference", micro_batch_tokens=24, num_ppo_epochs=3)
+    policy, trained = tiny.policy(), frozen_copy(critic).requires_grad_(True)
+    experience = moved(scored(cfg, policy, tiny.policy(seed=5), critic))
+    found = []
+
+    def noted(config, rollouts, order, device):
+        [packs] = pack_episodes(config, rollouts, order, device)
+        found.append([item.index.tolist() for item in packs])
+        return [packs]
+
+    monkeypatch.setattr(update_module, "pack_episodes", noted)
+    recorder = tiny.GradientRecorder({"": policy, "value_": trained})
+    first = packed(cfg, policy)
+    metrics = update(cfg, policy, trained, recorder, ROLLOUTS, experience, first, seed=(0, 0))
+    assert len(found) == 2  # the first pass has the packs that were scored
+    assert found[0] != found[1]
+    means = []
+    for index in [*(item.index.tolist() for item in first[0]), *found[0], *found[1]]:
+        means.append(SHIFTS[index].exp().mean().item())
+    assert metrics["val/ratio"] == pytest.approx(sum(means) / len(means), rel=1e-4)
+
+
+def test_the_clip_fraction_is_told_with_and_without_the_dual_clip():
+    cfg = config(dual_clip=2.0)
+    policy, reference = tiny.policy(), tiny.policy(seed=5)
+    experience = moved(scored(cfg, policy, reference))
+
+    def metrics(cfg):
+        recorder = tiny.GradientRecorder({"": policy})
+        return update(cfg, policy, None, recorder, ROLLOUTS, experience, packed(cfg, policy), seed=(0, 0))
+
+    ratio = SHIFTS.exp()
+    expected = ((experience.advantage < 0) & (ratio > 2.0)).float().mean().item()
+    dual, plain = metrics(cfg), metrics(config())
+    assert expected > 0
+    assert dual["policy/dual_clipfrac_avg"] == pytest.approx(expected)
+    assert dual["policy/clipfrac_avg"] == plain["policy/clipfrac_avg"] > 0
+    assert "policy/dual_clipfrac_avg" not in plain
 
 
 def optimised(cfg, critic=None, **keywords):

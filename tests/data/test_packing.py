@@ -5,6 +5,7 @@ from fastrlhf.data.packing import (
     families,
     forest,
     group,
+    in_order,
     micro_batches,
     num_computed,
     num_in_sequences,
@@ -177,3 +178,10 @@ def test_a_forest_counts_parents_from_its_own_trees():
     tree = [Segment(token_ids=[1, 2]), Segment(token_ids=[3], parent=0, cut=1), Segment(token_ids=[4], parent=1, cut=1)]
     assert [s.parent for s in forest([tree, [Segment(token_ids=[5])], tree])] == [-1, 0, 1, -1, -1, 4, 5]
     assert num_in_sequences(tree[:2]) == 2
+
+
+def test_micro_batches_in_order_keep_neighbours_together():
+    assert in_order([3, 4, 2, 8, 1, 1], 8) == [[0, 1], [2], [3], [4, 5]]
+    assert in_order([], 8) == []
+    with pytest.raises(ValueError, match=r"^micro_batch_tokens: 8 cannot hold episode 1 of 9 tokens"):
+        in_order([3, 9], 8, "episode")
