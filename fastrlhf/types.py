@@ -55,7 +55,7 @@ class Example:
     row: int
     """Position in the source file, counted from 0: the name of this example in messages and in random draws."""
     columns: Mapping[str, Any] = field(default_factory=dict, compare=False)
-    """The other columns of the row, by their names in the file: what no field above was read from."""
+    """Every column of the row except that of the prompt, by its name in the file: what reward functions may read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -221,5 +221,7 @@ class Experience:
     """[R] truncated importance weights of the policy loss, trainer over engine; None: 1"""
     rewards: Mapping[str, Tensor] = field(default_factory=dict)
     """[R] each, by the names they are logged by, with their coefficients and before whitening: for people to look at"""
+    scores: Tensor | None = None
+    """[N] of each whole response: the judge's, or the sum of what functions or a DPO model give"""
     reference_states: Tensor | None = None
     """[R, D] of the reference, in the dtype of its weights, for an exact KL in the loss; else None"""

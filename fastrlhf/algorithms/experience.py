@@ -87,7 +87,7 @@ def score_episodes(
     reference: PreTrainedModel,
     critic: PreTrainedModel | None,
     rollouts: Sequence[Rollout],
-    scores: Tensor,
+    scores: Tensor | None,
     packs: Sequence[Sequence[Pack]],
     eos_token_id: int,
     rewards: Rewards | None = None,
@@ -95,9 +95,9 @@ def score_episodes(
     """Everything the update needs, frozen before it starts.
 
     The sampler's log-probs are rescored in the very packs of the first pass, by the op that the loss will use, so that
-    the first ratio is exactly 1. `critic` is None where `advantage_estimator` needs none. `rewards` are those of the
-    run; None: those that need neither a model nor a memory. With `truncation` bootstrap the critic's forward gives the
-    value of the state after the last token too: a pack holds that token.
+    the first ratio is exactly 1. `critic` is None where `advantage_estimator` needs none, `scores` where there is no
+    judge. `rewards` are those of the run; None: those that need neither a model nor a memory. With `truncation`
+    bootstrap the critic's forward gives the value of the state after the last token too: a pack holds that token.
     """
     rewards = rewards or Rewards(config=config)
     device = policy.device
@@ -187,8 +187,10 @@ def score_episodes(
         rewards={name: term.reward for name, term in terms.items()},
         weight=_importance_weight(config, logprob, drawn, rows.mask),
         reference_states=reference_states,
+        scores=_sum_of_rewards(terms, rows.cu_rows) if scores is None else scores,
     )
-    metrics = _objective(config, rollouts, scores, terms, experience, entropy, drawn, exact_kl)
+    metrics = _objective(config, rollouts, terms, experience, entropy, drawn, exact_kl)
+    metrics |= rewards.functions.metrics
     rewards.warn(metrics)
     return experience, metrics
 
@@ -299,7 +301,6 @@ def _num_given(config: PPOConfig, rollout: Rollout) -> int:
 def _objective(
     config: PPOConfig,
     rollouts: Sequence[Rollout],
-    scores: Tensor,
     terms: Mapping[str, Term],
     experience: Experience,
     entropy: Tensor,
@@ -316,7 +317,8 @@ def _objective(
     Raises ValueError, naming the row, where an advantage, or what it is made of, is not finite: found in the one wait
     for the GPU that the numbers need anyway.
     """
-    mask, logprob = experience.mask, experience.sampler_logprob
+    mask, logprob, scores = experience.mask, experience.sampler_logprob, experience.scores
+    assert scores is not None
 
     def over_sampled(values: Tensor) -> Tensor:  # an index by the mask would wait for the GPU
         return torch.where(mask, values, 0.0).sum()
@@ -332,7 +334,7 @@ def _objective(
     paid = {name: over_sampled(term.reward) / num for name, term in terms.items()}
     total = torch.stack(list(paid.values())).sum()
     # TRL counts the penalty for a missing EOS as part of the score.
-    by_score = paid["score"] + paid.get("missing_eos", 0.0)
+    by_score = sum(paid[name] for name in _score_names(terms)) + paid.get("missing_eos", 0.0)
     values = {
         "objective/scores": scores.mean(),
         "objective/kl": over_sampled(logprob - experience.reference_logprob) / num,
@@ -372,6 +374,17 @@ def _objective(
     if config.reset_prob > 0:
         metrics |= _reset_metrics(rollouts, by_episode)
     return metrics
+
+
+def _score_names(terms: Mapping[str, Term]) -> list[str]:
+    """The rewards that count as the score: the judge's; without a judge what functions or a DPO model give."""
+    return ["score"] if "score" in terms else [name for name in terms if name not in ("missing_eos", "kl", "length")]
+
+
+def _sum_of_rewards(terms: Mapping[str, Term], cu_rows: Tensor) -> Tensor:
+    """[N]: what stands for the score where there is no judge."""
+    rewards = reduce(torch.add, (terms[name].reward for name in _score_names(terms)))
+    return torch.segment_reduce(rewards, "sum", lengths=cu_rows.diff().long(), unsafe=True)
 
 
 def _numbers(terms: Mapping[str, Term], experience: Experience) -> dict[str, Tensor]:

@@ -1,18 +1,18 @@
-"""PPO (Schulman et al. 2017, arXiv 1707.06347), DR-PO (Chang et al. 2024, arXiv 2404.08495, Algorithm 2) and RTO (Zhong
-et al. 2024, arXiv 2404.18922): one trainer.
+"""PPO (Schulman et al. 2017, arXiv 1707.06347), GRPO (Shao et al. 2024, arXiv 2402.03300), DR-PO (Chang et al. 2024,
+arXiv 2404.08495, Algorithm 2) and RTO (Zhong et al. 2024, arXiv 2404.18922): one trainer.
 
     repeat
       prefixes    prompts, or with probability `reset_prob` a prompt and the first k tokens of a response to it
       rollouts    the policy writes on from there
-      scores      the judge reads the whole response (with `psi`, against other responses: PsiPO's reward)
-      experience  log-probs under sampler and reference, values, rewards (of the tokens, too, where a DPO model gives
-                  them), advantages: of the sampled tokens only
+      scores      the judge, if there is one, reads the whole response (with `psi`, against other responses: PsiPO)
+      experience  log-probs under sampler and reference, values, rewards (of reward functions, and of a DPO model's
+                  tokens), advantages: of the sampled tokens only
       updates     `num_ppo_epochs` passes of the clipped losses over the packs
 
 PPO is DR-PO with reset probability 0 and RTO with scale 0, bit for bit; with both, DR-PO and RTO mix. With
 `advantage_estimator` rloo or grpo there is no critic.
 
-`fastrlhf ppo --config FILE`, `fastrlhf drpo --config FILE`, `fastrlhf rto --config FILE`
+`fastrlhf ppo|grpo|drpo|rto --config FILE`
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -35,7 +36,7 @@ from fastrlhf.distributed.ranks import from_all, world_size
 from fastrlhf.evaluation.held_out import evaluate
 from fastrlhf.evaluation.judges import Judge, checked_scores
 from fastrlhf.report.samples import sample_rows
-from fastrlhf.rewards.functions import RewardFunction
+from fastrlhf.rewards.functions import RewardFunction, TrainerState, open_reward_functions
 from fastrlhf.rollout.engine import checked_rollouts
 from fastrlhf.runtime.inputs import open_inputs, with_room
 from fastrlhf.runtime.optim import Optimizer, index_batches, num_steps
@@ -56,16 +57,19 @@ def train_ppo(
     engine: EngineFactory | None = None,
     reward_functions: Mapping[str, RewardFunction] | None = None,
 ) -> TrainResult:
-    """Trains `config.model_name_or_path` against a judge; `examples` stand in for the configured dataset.
+    """Trains `config.model_name_or_path` against a judge or reward functions; `examples` stand in for the configured
+    dataset.
 
-    `judge` stands in for the reward model of `reward_model_path`; the critic, where there is one, still starts from
-    that. `held_out_judge` stands in for that of `eval_reward_model_path`. `engine` stands in for `make_engine`: it is
-    called once, with the policy whose weights it must sample with at every `generate`. `reward_functions` are rewards
-    of your own, by the names they are logged by. One row of metrics per update, TRL's names where it has them. Raises
-    ValueError for bad input before any time is spent, and where training must not go on (algorithms/guards.py).
+    `judge` stands in for the reward model of `reward_model_path`; a critic still starts from that, where it is given.
+    `held_out_judge` stands in for that of `eval_reward_model_path`. `engine` stands in for `make_engine`: it is called
+    once, with the policy whose weights it must sample with at every `generate`. `reward_functions` are more of them, by
+    the names they are logged by (rewards/functions.py). One row of metrics per update, TRL's names where it has them.
+    Raises ValueError for bad input before any time is spent, and where training must not go on (algorithms/guards.py).
     """
-    check_sources(config, judge=judge, engine=engine)
-    tokenizer, data = open_inputs(config, _fields_read(config), examples, eval_examples)
+    check_sources(config, judge=judge, engine=engine, functions=reward_functions or ())
+    rewarded = bool(config.reward_functions or reward_functions)
+    tokenizer, data = open_inputs(config, _fields_read(config), examples, eval_examples, keep_rows=rewarded)
+    functions = open_reward_functions(config, tokenizer, reward_functions, data.train_rows)
     _check_ranks(config)
     prompts = with_room(data.train, "train", config.max_length, config.response_length)
     held_out = with_room(data.eval, "eval", config.max_length, config.response_length) if data.eval else []
@@ -78,6 +82,7 @@ def train_ppo(
     steps = num_updates(config, len(prompts))
     if steps <= config.value_warmup_steps:
         raise ValueError(f"value_warmup_steps: must be below the {steps} updates of the run, or the policy never moves")
+    functions.rehearse(prompts, config.response_length)
     roles = open_roles(
         config,
         tokenizer,
@@ -85,7 +90,7 @@ def train_ppo(
         judge=judge,
         held_out_judge=held_out_judge,
         engine=engine,
-        reward_functions=reward_functions,
+        functions=functions,
     )
     policy, reference, critic, rewards = roles.policy, roles.reference, roles.critic, roles.rewards
     eos, _ = special_ids(tokenizer)
@@ -98,7 +103,9 @@ def train_ppo(
     )
     sample_every = -(-steps // config.num_sample_generations) if config.num_sample_generations else 0
     evaluate_held_out = partial(
-        evaluate, config, policy, reference, roles.judge, held_out, eos, roles.held_out_judge, roles.waiting.present
+        evaluate,
+        *(config, policy, reference, roles.judge, held_out, eos, roles.held_out_judge, roles.waiting.present),
+        functions=replace(functions, rows=data.eval_rows),
     )
     evaluation: dict[str, float] = {}
 
@@ -114,6 +121,7 @@ def train_ppo(
         run.on_start(evaluate_held_out)
         for step, indices in run.remaining(index_batches(len(prompts), num_groups, steps, config.seed)):
             start = time.perf_counter()
+            functions.state = TrainerState(global_step=step, max_steps=steps)
             drawn = [prompts[i] for i in indices]
             with roles.waiting.present() if roles.roll_in else nullcontext():
                 prefixes = draw_prefixes(config, drawn, step * num_groups, progress=step / steps, roll_in=roles.roll_in)
@@ -125,7 +133,7 @@ def train_ppo(
             order = np.random.default_rng([config.seed, step]).permutation(num_groups).tolist()
             packs = pack_episodes(config, rollouts, order, policy.device)
             with roles.waiting.present():
-                scores = checked_scores(roles.score(rollouts), rollouts, policy.device)
+                scores = checked_scores(roles.score(rollouts), rollouts, policy.device) if roles.score else None
                 experience, metrics = score_episodes(
                     config, policy, reference, critic, rollouts, scores, packs, eos, rewards
                 )
@@ -161,7 +169,7 @@ def train_ppo(
                 evaluation = evaluate_held_out()
                 metrics |= evaluation
             if sample_every and run.due(step, sample_every):
-                run.samples(step + 1, sample_rows(tokenizer, rollouts, scores, experience, NUM_SAMPLES))
+                run.samples(step + 1, sample_rows(tokenizer, rollouts, experience, NUM_SAMPLES, functions.extra))
             run.log(step + 1, metrics, shown="objective/scores")
         return run.finish(policy, tokenizer, evaluation, critic)
 

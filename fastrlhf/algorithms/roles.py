@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.algorithms.prefixes import make_roll_in
 from fastrlhf.algorithms.psipo import dataset_opponents, load_psi, psi_judge
-from fastrlhf.config import PPOConfig
+from fastrlhf.config import PPOConfig, require
+from fastrlhf.config.checks import at_default
 from fastrlhf.data.tokens import special_ids
 from fastrlhf.evaluation.judges import Judge, asked_once, reward_model_judge
 from fastrlhf.models.adapters import frozen_copy
@@ -22,10 +23,10 @@ from fastrlhf.models.loading import (
     read_model_config,
 )
 from fastrlhf.models.offload import Waiting
-from fastrlhf.models.roles import holds_adapter, judge_and_critic, score_role
+from fastrlhf.models.roles import critic_from, holds_adapter, judge_and_critic, new_critic, score_role
 from fastrlhf.models.sharding import shard
 from fastrlhf.models.vocabulary import limit_vocabulary
-from fastrlhf.rewards.functions import RewardFunction
+from fastrlhf.rewards.functions import RewardFunctions
 from fastrlhf.rewards.implicit import implicit_sources, open_implicit_reward
 from fastrlhf.rewards.terms import Rewards, open_rewards
 from fastrlhf.rollout.engine import Engine, SharedEngine, TransformersEngine
@@ -47,9 +48,9 @@ class Roles:
     """The policy as it was at the start, frozen; adapters of other roles share its weights."""
     critic: PreTrainedModel | None
     """Trained; None where the advantage estimator needs none."""
-    judge: Judge
-    """The score of each response."""
-    score: Judge
+    judge: Judge | None
+    """The score of each response; None where reward functions or a DPO model reward alone."""
+    score: Judge | None
     """What training is given: `judge`, or with `psi` its comparison with other responses."""
     held_out_judge: Judge | None
     """A second judge, which training never asks."""
@@ -62,17 +63,24 @@ class Roles:
     """The frozen models, which may wait in CPU memory."""
 
 
-def check_sources(config: PPOConfig, *, judge: Judge | None, engine: EngineFactory | None) -> None:
+def check_sources(
+    config: PPOConfig, *, judge: Judge | None, engine: EngineFactory | None, functions: Collection[str] = ()
+) -> None:
     """Reads the configuration of every model that `config` names, before data is read or weights are loaded.
 
-    Raises ValueError, naming the key, for a model that is missing, unreadable or of the wrong kind.
+    `functions` are the names of reward functions beside those of `config`. Raises ValueError, naming the key, for a
+    model that is missing, unreadable or of the wrong kind, where nothing rewards a response, and for keys of a score
+    where there is no judge.
     """
-    sources = implicit_sources(config) | {"eval_reward_model_path": config.eval_reward_model_path}
-    if config.advantage_estimator == "gae" or judge is None:
-        sources["reward_model_path"] = config.reward_model_path
-        if not config.reward_model_path:
-            raise ValueError("reward_model_path: give the reward model that judges and from which the critic starts")
-    for field, source in sources.items():
+    implicit = implicit_sources(config)
+    if judge is None and not config.reward_model_path:
+        if not (config.reward_functions or functions or implicit):
+            raise ValueError("reward_model_path: nothing rewards a response; give a reward model, or reward_functions")
+        value, rule = config.missing_eos_score, "null without a reward model, whose score it replaces"
+        require(value is None, "missing_eos_score", value, f"{rule}; missing_eos_penalty subtracts from any reward")
+        at_default(config, [(False, "without a reward model", ("psi", "score_norm", "score_clip"))])
+    sources = implicit | {name: getattr(config, name) for name in ("reward_model_path", "eval_reward_model_path")}
+    for field, source in (sources | {"critic_model_path": config.critic_model_path}).items():
         if source and not holds_adapter(source):
             read_model_config(source, field, config.trust_remote_code)
     if config.engine == "vllm" and engine is None:
@@ -87,14 +95,14 @@ def open_roles(
     judge: Judge | None = None,
     held_out_judge: Judge | None = None,
     engine: EngineFactory | None = None,
-    reward_functions: Mapping[str, RewardFunction] | None = None,
+    functions: RewardFunctions | None = None,
 ) -> Roles:
     """Loads the models of the run, shards them where several processes train, and makes its sampler.
 
     `judge`, `held_out_judge` and `engine` stand in for the reward models and the engine that `config` names. Raises
     ValueError as `check_sources` and the loaders of models do.
     """
-    rewards = open_rewards(config, tokenizer, reward_functions)
+    rewards = open_rewards(config, tokenizer, functions)
     policy = open_policy(config, tokenizer)
     limit_vocabulary(policy, tokenizer)
     if engine is None and config.engine == "transformers":
@@ -102,18 +110,21 @@ def open_roles(
     reference = frozen_copy(policy)
     rewards.implicit = open_implicit_reward(config, tokenizer, reference)
     frozen: list[PreTrainedModel] = [reference, *(rewards.implicit.models if rewards.implicit else ())]
-    needs_critic = config.advantage_estimator == "gae"
+    eos, pad = special_ids(tokenizer)
+    needs_critic, starts_at = config.advantage_estimator == "gae", config.critic_model_path
     reward_model = critic = None
-    if needs_critic or judge is None:
+    if config.reward_model_path and (judge is None or (needs_critic and not starts_at)):
         reward_model = _open_reward_model(config, "reward_model_path", reference, tokenizer)
-        if needs_critic:
-            reward_model, critic = judge_and_critic(config, reward_model)
-    eos, _ = special_ids(tokenizer)
+    if needs_critic and starts_at:
+        critic = critic_from(config, _open_reward_model(config, "critic_model_path", reference, tokenizer), starts_at)
+    elif needs_critic and reward_model is not None:
+        reward_model, critic = judge_and_critic(config, reward_model)
+    elif needs_critic:
+        critic = new_critic(config, reference, pad)
     if judge is not None:
         judge = asked_once(judge)
-    else:
-        assert reward_model is not None
-        frozen.append(reward_model)
+    elif reward_model is not None:
+        frozen.append(reward_model.requires_grad_(False))
         judge = reward_model_judge(reward_model, eos_token_id=eos, micro_batch_tokens=config.micro_batch_tokens)
     if held_out_judge is not None:
         held_out_judge = asked_once(held_out_judge)
@@ -121,7 +132,7 @@ def open_roles(
         frozen.append(_open_reward_model(config, "eval_reward_model_path", reference, tokenizer))
         held_out_judge = reward_model_judge(frozen[-1], eos_token_id=eos, micro_batch_tokens=config.micro_batch_tokens)
     score = judge
-    if config.psi:
+    if config.psi and judge is not None:
         opponents = [] if config.psi_opponents == "rollouts" else [config.psi_opponents]
         others = dataset_opponents(prompts, opponents) if opponents else None
         score = psi_judge(judge, others, load_psi(config.psi, config.psi_clip))

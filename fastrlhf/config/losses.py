@@ -43,6 +43,9 @@ class LossKeys:
     sampler_is_cap: float | None = None
     """For an engine whose log-probs are not the trainer's: each token's loss is weighted by min(trainer / engine,
     sampler_is_cap), truncated importance sampling (Yao et al. 2025: 2); null is off."""
+    critic_model_path: str = ""
+    """What the critic starts from: a reward model, or `value_model` of an earlier run (a warm start). Empty:
+    `reward_model_path`, and where that is empty too, the policy with a new value head."""
     cliprange_value: float = 0.2
     """The value moves at most this far from its value at sampling time."""
     vf_coef: float = 0.1

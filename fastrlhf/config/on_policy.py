@@ -90,7 +90,7 @@ class PPOConfig(ResetKeys, LossKeys, SamplingKeys, RewardKeys, TrainConfig):
     def _check_unread(self) -> None:
         dpo = ("dpo_reward_scale", "dpo_reward_norm", "dpo_reward_clip", "reward_shaping")
         resets = ("reset_min", "reset_source", "reset_curriculum")
-        critic = ("vf_coef", "cliprange_value", "value_learning_rate", "lam", "truncation")
+        critic = ("vf_coef", "cliprange_value", "value_learning_rate", "lam", "truncation", "critic_model_path")
         no_grpo = f"where advantage_estimator is {self.advantage_estimator}, not grpo"
         no_critic = f"with advantage_estimator {self.advantage_estimator}"
         grouped, one_step = self.num_generations > 1, self.num_ppo_epochs * self.num_mini_batches == 1

@@ -23,8 +23,9 @@ class RewardKeys:
     """The judge, reward functions, the KL, the token rewards of a DPO model, and what a missing EOS costs."""
 
     reward_model_path: str = ""
-    """The reward model that scores responses; the critic starts from it too, where there is one. As `adapter/` of a run
-    that started from `model_name_or_path` it shares those weights in memory; so do the other models below."""
+    """The reward model that scores responses. Empty: `reward_functions` reward alone. The critic starts from it too,
+    unless `critic_model_path` says otherwise. As `adapter/` of a run that started from `model_name_or_path` it shares
+    those weights in memory; so do the other models below."""
     eval_reward_model_path: str = ""
     """A second reward model, for evaluation only: where its score falls while the first one's rises, the policy is
     over-optimised. Empty: none."""
@@ -32,9 +33,10 @@ class RewardKeys:
     """Keep the reference, the reward models and the DPO model in CPU memory except while they score; weights that the
     policy or the critic shares with them (`use_peft`) stay."""
     reward_functions: tuple[str, ...] = ()
-    """Functions that reward responses, each "module:function" or "file.py:function" of a Rollout, giving a number, or
-    one per token. One with a parameter called completions is of texts: (prompts, completions, **kwargs), giving a list
-    of numbers."""
+    """Functions that reward responses, each "module:function" or "file.py:function". One with a parameter `prompts`,
+    `completions` or `completion_ids` is called as TRL's are: with lists of one item per response, every column of the
+    dataset among them, and gives a list of numbers. Any other is called with one Rollout and gives a number, or one per
+    token."""
     reward_weights: tuple[float, ...] = ()
     """Weight of each reward function, in the same order; empty: 1 each."""
     reward_function_norm: Literal["none", "running"] = "none"
@@ -43,6 +45,8 @@ class RewardKeys:
     reward_function_clip: float = 0.0
     """What a function gives is clipped to +-reward_function_clip, after reward_function_norm and before its weight; 0
     is off."""
+    reward_retries: int = 0
+    """How often a reward function that raises is called again, after 1, 2, 4, ... seconds, before the run ends."""
     psi: str = ""
     """Instead of its score r a response earns the mean over `psi_opponents` y' of Psi(sigmoid(r(y) - r(y'))), PsiPO's g
     (Azar et al. 2023, arXiv 2310.12036, eq. 7); kl_coef is then tau. identity (IPO), logit, clipped_logit, or your own
@@ -104,7 +108,7 @@ class RewardKeys:
     def check_rewards(self) -> None:
         at_least(self, 1, "kl_horizon")
         at_least(self, 0, "kl_coef", "kl_target", "score_coef", "score_clip", "dpo_reward_clip", "length_coef")
-        at_least(self, 0, "reward_function_clip")
+        at_least(self, 0, "reward_function_clip", "reward_retries")
         above_0(self, "psi_clip")
         if self.max_kl is not None:
             above_0(self, "max_kl")

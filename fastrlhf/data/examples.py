@@ -312,7 +312,6 @@ def _to_example(
         raise UnusableRow("wrong_type", f"the row is {type(row).__name__}, not an object")
     values = {name: row.get(column) for name, column in names.items()}
     fields = form.convert(values, conversational) | read_pair_labels(values, needs)
-    read = {names[name] for name in (*form.required, *fields, *needs) if name in names}
     group_labels = {name: fields.pop(name, None) for name in GROUP_LABELS}
     if "responses" in fields and {*GROUP_LABELS} & {*needs}:
         fields |= read_group_labels(group_labels, len(fields["responses"]))
@@ -328,7 +327,7 @@ def _to_example(
             del fields[name]
     if {"chosen", "rejected"} <= set(needs) and fields["chosen"] == fields["rejected"]:
         raise UnusableRow("chosen_equals_rejected", "both responses are the same")
-    columns = {column: value for column, value in row.items() if column not in read}
+    columns = {column: value for column, value in row.items() if column != names.get("prompt")}
     return Example(row=number, columns=columns, **fields)
 
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from fastrlhf.config import PPOConfig
 from fastrlhf.evaluation.completions import respond, response_kl
 from fastrlhf.evaluation.judges import Judge, checked_scores
+from fastrlhf.rewards.functions import Earned, RewardFunctions, mean_rewards
 from fastrlhf.types import Rollout, TokenizedExample
 
 NGRAM = 4
@@ -30,19 +31,23 @@ def evaluate(
     config: PPOConfig,
     policy: PreTrainedModel,
     reference: PreTrainedModel,
-    judge: Judge,
+    judge: Judge | None,
     examples: Sequence[TokenizedExample],
     eos_token_id: int,
     held_out_judge: Judge | None = None,
     present: Callable[[], AbstractContextManager[None]] = nullcontext,
+    functions: RewardFunctions | None = None,
 ) -> dict[str, float]:
     """One response per prompt as training samples it, and the likeliest one. Reference and judges are asked within
     `present`, after all sampling.
 
     `eval_objective/scores`, `eval_held_out/scores` (of `held_out_judge`) and `eval_objective/kl` (nats per response)
     are of the sampled responses, with `eval_completions/*`; `eval_greedy/*` is of the likeliest. Each mean score comes
-    with its standard error over the prompts. Raises ValueError, naming the row, for a score that is not finite.
+    with its standard error over the prompts. Without a judge the score is the weighted sum of the reward functions,
+    neither normalised nor clipped; `eval_rewards/NAME/mean` is the mean of each over the sampled responses that it
+    judges. Raises ValueError, naming the row, for a score that is not finite.
     """
+    functions = functions or RewardFunctions()
 
     def answers(temperature: float) -> list[Rollout]:
         return respond(
@@ -57,20 +62,27 @@ def evaluate(
             decode=config.decode,
         )
 
-    def scores(name: str, judge: Judge, rollouts: Sequence[Rollout]) -> dict[str, float]:
-        return mean_and_error(f"{name}/scores", checked_scores(judge(rollouts), rollouts, policy.device))
+    def scores(name: str, values: Tensor | Sequence[float], rollouts: Sequence[Rollout]) -> dict[str, float]:
+        return mean_and_error(f"{name}/scores", checked_scores(values, rollouts, policy.device))
+
+    def judged(name: str, rollouts: Sequence[Rollout], earned: Earned) -> dict[str, float]:
+        if judge is not None:
+            return scores(name, judge(rollouts), rollouts)
+        return scores(name, functions.totals(earned), rollouts) if earned else {}  # a DPO model alone gives no score
 
     sampled, greedy = answers(config.temperature), answers(0.0)
     with present():
-        metrics = scores("eval_objective", judge, sampled)
+        earned = functions(sampled)
+        metrics = {f"eval_rewards/{name}/mean": mean for name, mean in mean_rewards(earned).items()}
+        metrics |= judged("eval_objective", sampled, earned)
         metrics["eval_objective/kl"] = response_kl(
             policy, reference, sampled, temperature=config.temperature, micro_batch_tokens=config.micro_batch_tokens
         )
         metrics |= {f"eval_completions/{name}": value for name, value in describe(sampled).items()}
-        metrics |= scores("eval_greedy", judge, greedy)
+        metrics |= judged("eval_greedy", greedy, functions(greedy) if judge is None else {})
         metrics |= {f"eval_greedy/{name}": value for name, value in describe(greedy).items()}
         if held_out_judge is not None:
-            metrics |= scores("eval_held_out", held_out_judge, sampled)
+            metrics |= scores("eval_held_out", held_out_judge(sampled), sampled)
     return metrics
 
 

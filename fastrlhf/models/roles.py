@@ -13,7 +13,7 @@ import copy
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -103,16 +103,7 @@ def score_role(source: str, base: PreTrainedModel, field: str, pad_token_id: int
     The adapter and the head alone have gradients; the head runs in float32. Raises ValueError, naming `field`, as
     `policy_role` does, and where the adapter has no score head.
     """
-    config = copy.deepcopy(base.config)
-    config.num_labels, config.pad_token_id = 1, pad_token_id
-    with torch.device("meta"):
-        model = AutoModelForSequenceClassification.from_config(config)
-    # The layers read the configuration of the model that they are part of.
-    backbone = copy.deepcopy(base.base_model, {**frozen_tensors(base), id(base.config): model.config})
-    setattr(model, model.base_model_prefix, backbone)
-    model.is_loaded_in_4bit = is_four_bit(base)  # peft looks for it there
-    float_score_head(model, source, field).to_empty(device=base.device)
-    model = _with_adapter(model, source, base, field)
+    model = _with_adapter(_scorer_over(base, pad_token_id, source, field), source, base, field)
     model.score.requires_grad_(True)
     choose_attention(model, chosen_attention(base))
     check_packed_forward(model)
@@ -128,12 +119,54 @@ def judge_and_critic(config: PPOConfig, reward_model: PreTrainedModel) -> tuple[
     if not has_adapter(reward_model):
         make_trainable(reward_model, config, config.reward_model_path)
         return frozen_copy(reward_model), reward_model
-    judge, critic = shared_view(reward_model).requires_grad_(False), reward_model
+    judge = shared_view(reward_model).requires_grad_(False)
+    return judge, critic_from(config, reward_model, config.reward_model_path)
+
+
+def critic_from(config: PPOConfig, scorer: PreTrainedModel, source: str) -> PreTrainedModel:
+    """The critic to train, of a model with a score head that was loaded from `source`; as in `judge_and_critic`."""
+    if not has_adapter(scorer):
+        make_trainable(scorer, config, source)
+        return scorer
+    critic = scorer
     if not config.use_peft:
-        critic = merged_copy(reward_model).to(reward_model.device)  # pyright: ignore[reportArgumentType] (as there)
+        critic = merged_copy(scorer).to(scorer.device)  # pyright: ignore[reportArgumentType] (as there)
     if config.activation_checkpointing:
         enable_activation_checkpointing(critic, offload_to=HOST if config.activation_offloading else None)
-    return judge, critic
+    return critic
+
+
+def new_critic(config: PPOConfig, base: PreTrainedModel, pad_token_id: int | None) -> PreTrainedModel:
+    """A critic to train that starts from the backbone of the frozen causal LM `base`, its value 0 everywhere.
+
+    With `use_peft` it shares the weights of `base` and trains an adapter; without, it trains a copy of them.
+    """
+    critic = _scorer_over(base, pad_token_id, config.model_name_or_path, "model_name_or_path", shared=config.use_peft)
+    torch.nn.init.zeros_(cast(torch.nn.Linear, critic.score).weight)
+    critic = critic.requires_grad_(not config.use_peft).eval()
+    choose_attention(critic, chosen_attention(base))
+    check_packed_forward(critic)
+    make_trainable(critic, config, config.model_name_or_path)
+    critic.score.requires_grad_(True)
+    return critic
+
+
+def _scorer_over(
+    base: PreTrainedModel, pad_token_id: int | None, source: str, field: str, *, shared: bool = True
+) -> PreTrainedModel:
+    """A sequence classifier with one score around the backbone of a frozen causal LM, its weights shared or copied; the
+    head, in float32, holds no numbers yet."""
+    config = copy.deepcopy(base.config)
+    config.num_labels, config.pad_token_id = 1, pad_token_id
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(config)
+    # The layers read the configuration of the model that they are part of.
+    known = frozen_tensors(base) if shared else {}
+    backbone = copy.deepcopy(base.base_model, {**known, id(base.config): model.config})
+    setattr(model, model.base_model_prefix, backbone)
+    model.is_loaded_in_4bit = is_four_bit(base)  # peft looks for it there
+    float_score_head(model, source, field).to_empty(device=base.device)
+    return model
 
 
 def _with_adapter(model: PreTrainedModel, source: str, base: PreTrainedModel, field: str) -> PreTrainedModel:

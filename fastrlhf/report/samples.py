@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fastrlhf.report.charts import format_number
@@ -28,17 +27,20 @@ QUANTILE = 0.95
 def sample_rows(
     tokenizer: PreTrainedTokenizerBase,
     rollouts: Sequence[Rollout],
-    scores: Tensor,
     experience: Experience,
     count: int,
+    extra: Mapping[str, Sequence[Any]] | None = None,
 ) -> list[dict[str, Any]]:
-    """The first `count` episodes: row, prompt, reset, response, score [N], the response's `tokens` as text, and the
-    `rewards` of each by name, as `Experience.rewards` has them (five digits)."""
+    """The first `count` episodes: row, prompt, reset, response, score, the response's `tokens` as text, and the
+    `rewards` of each by name, as `Experience.rewards` has them (five digits). `extra`: more columns, one value per
+    episode; a value that JSON cannot hold is written as text."""
+    assert experience.scores is not None
     names = list(experience.rewards)
     paid = torch.stack(list(experience.rewards.values())).tolist() if names else []
     ends = experience.cu_rows.tolist()[1:]
     found = []
-    for rollout, score, end in zip(rollouts[:count], scores[:count].tolist(), ends, strict=False):
+    scores = experience.scores[:count].tolist()
+    for i, (rollout, score, end) in enumerate(zip(rollouts[:count], scores, ends, strict=False)):
         ids, num = rollout.prefix.token_ids, len(rollout.completion)
         cut = len(ids) - rollout.prefix.num_reset
         found.append(
@@ -54,8 +56,13 @@ def sample_rows(
                     for name, values in zip(names, paid, strict=True)
                 },
             }
+            | {name: _plain(values[i]) for name, values in (extra or {}).items() if i < len(values)}
         )
     return found
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 
 def has_token_rewards(row: Mapping[str, Any]) -> bool:

@@ -1,12 +1,29 @@
-"""Rewards that are functions of the user's: of a rollout, or of texts."""
+"""Reward functions: what they are called with, what they may give, what happens when they fail.
+
+There are two forms, told apart by the names of the parameters:
+
+    TRL's     a parameter is `prompts`, `completions` or `completion_ids`, or all are keywords (**kwargs). Called once
+              per batch, by keyword, with lists of one item per response; gives a list of numbers, paid at the last
+              valid token of each response.
+    per token anything else: called with one Rollout; gives one number, or one per token of `rollout.completion`.
+
+Either may be async, and may give None for a response that it does not judge. Of several processes the first one calls.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from inspect import Parameter, signature
-from typing import Any
+import asyncio
+import copy
+import json
+import logging
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from inspect import Parameter, iscoroutinefunction, signature
+from typing import Any, cast
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -14,94 +31,255 @@ from fastrlhf.config import PPOConfig, RTOConfig
 from fastrlhf.config.checks import at_default
 from fastrlhf.config.functions import load_function
 from fastrlhf.data.tokens import special_ids
+from fastrlhf.distributed.ranks import on_first
 from fastrlhf.rollout.engine import end_index
 from fastrlhf.runtime.out_of_memory import is_out_of_memory
-from fastrlhf.types import Rollout
+from fastrlhf.types import Example, Prefix, Rollout, TokenizedExample
+
+log = logging.getLogger(__name__)
 
 RewardFunction = Callable[..., Any]
-"""Of a Rollout: a number, earned at the last valid token, or one number per token of `rollout.completion`. One that has
-a parameter called `completions` is of texts instead, as TRL's are: see `TextReward`."""
+
+Earned = dict[str, list[Tensor | None]]
+"""By reward function, one float32 tensor per rollout: 0-dim, or one number per token; None where it is not judged."""
 
 RESERVED = ("score", "missing_eos", "kl", "dpo", "length")
 """Names of the rewards that are built in."""
 
 TEXTS = ("prompts", "completions", "completion_ids")
-"""What a function of texts may take, by name."""
+"""Parameters that mark a function of TRL's form."""
+
+GIVEN = (*TEXTS, "trainer_state", "log_extra", "log_metric")
+"""What a function of TRL's form may take besides the columns of the dataset."""
+
+DRY_ROWS = 2
+"""Responses that every function is tried on before the run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TextReward:
-    """A function of texts, `reward(prompts, completions, **kwargs)`: one number per response, earned at its last valid
-    token.
+class TrainerState:
+    """Where the run is: what a function may read of TRL's `trainer_state`."""
 
-    It is called once per batch, by keyword, with those of `TEXTS` that it takes, lists of one item per response: the
-    prompt and the whole response, what a reset gave of it included, as text without special tokens; `completion_ids`
-    are the response's tokens up to its EOS. Columns of the dataset are not there.
-    """
+    global_step: int
+    """Updates that have been made."""
+    max_steps: int
+    """Updates of the whole run."""
 
-    name: str
-    function: RewardFunction
-    tokenizer: PreTrainedTokenizerBase
 
-    def __call__(self, rollouts: Sequence[Rollout]) -> Sequence[Any] | Tensor:
-        """What the function gives, one item per rollout. Raises ValueError where it is another number of them."""
+@dataclass(kw_only=True)
+class RewardFunctions:
+    """The reward functions of a run. Calling it with rollouts gives, by name, what each function gives to each."""
+
+    functions: Mapping[str, RewardFunction] = field(default_factory=dict)
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """By name; 1 where there is none."""
+    tokenizer: PreTrainedTokenizerBase | None = None
+    """Needed by functions of TRL's form."""
+    rows: Mapping[int, Example] = field(default_factory=dict)
+    """Row number -> the example, whose prompt and columns are handed over."""
+    retries: int = 0
+    """How often a call that fails is repeated, after 1, 2, 4, ... seconds."""
+    state: TrainerState = TrainerState(global_step=0, max_steps=0)
+    metrics: dict[str, float] = field(default_factory=dict)
+    """What functions have logged by `log_metric` in the newest call; the mean of the numbers of one name."""
+    extra: dict[str, list[Any]] = field(default_factory=dict)
+    """What they have logged by `log_extra`: a value per response."""
+
+    def __call__(self, rollouts: Sequence[Rollout]) -> Earned:
+        """What each function gives to each rollout.
+
+        Raises ValueError, naming the function and the row, for anything else, and RuntimeError where a function raises.
+        """
+        self.metrics, self.extra = {}, {}
+        if not self.functions:
+            return {}
+        given, metrics, extra = on_first(lambda: self._ask(rollouts))
+        self.metrics, self.extra = metrics, extra
+        return {name: _checked(name, values, rollouts) for name, values in given.items()}
+
+    def weight(self, name: str) -> float:
+        return self.weights.get(name, 1.0)
+
+    def totals(self, earned: Earned) -> list[float]:
+        """By rollout, the weighted sum of what the functions give, tokens added up."""
+        columns = [
+            [0.0 if value is None else self.weight(name) * value.sum().item() for value in values]
+            for name, values in earned.items()
+        ]
+        return [sum(numbers) for numbers in zip(*columns, strict=True)]
+
+    def rehearse(self, prompts: Sequence[TokenizedExample], response_length: int) -> None:
+        """Calls every function on a few rows, so that a mistake shows before models are loaded.
+
+        The response is one of the dataset where the row has one, else an empty one. What functions remember is put back
+        afterwards. Raises as a call does.
+        """
+        if not self.functions or not prompts:
+            return
+        assert self.tokenizer is not None
         eos, _ = special_ids(self.tokenizer)
-        prompts, responses = [], []
+        rollouts = []
+        for i in range(DRY_ROWS):
+            row = prompts[i % len(prompts)]
+            ids = (row.reference or row.chosen or [eos])[:response_length]
+            prefix = Prefix(token_ids=row.prompt, num_reset=0, row=row.row, episode=i)
+            rollout = Rollout(prefix=prefix, completion=ids, sampler_logprob=[0.0] * len(ids), ended=eos in ids)
+            rollouts.append(rollout)
+        before = self.state_dict()
+        try:
+            values = self(rollouts)
+        except RuntimeError as error:
+            error.add_note(f"in a trial call on row {rollouts[0].prefix.row}, before the run")
+            raise
+        finally:
+            self.load_state_dict(before)
+        for name, (first, *_) in values.items():
+            log.info("reward function %s: %s for a response to row %d", name, _shown(first), rollouts[0].prefix.row)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the functions that have a `state_dict` remember, as NAME.KEY: tensors and what JSON can hold.
+
+        Raises ValueError, naming the function, for anything else, which no checkpoint could give back.
+        """
+        state: dict[str, Any] = {}
+        for name, function in self.functions.items():
+            own = cast(Any, function).state_dict() if hasattr(function, "state_dict") else {}
+            for key, value in own.items():
+                if not isinstance(value, Tensor) and not _is_json(value):
+                    raise ValueError(
+                        f"reward_functions: {name!r} has {key!r} of {type(value).__name__} in its state_dict, which a "
+                        "checkpoint cannot hold; give tensors, numbers, strings, lists, and dicts whose keys are text"
+                    )
+                state[f"{name}.{key}"] = copy.deepcopy(value)
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any], /) -> None:
+        for name, function in self.functions.items():
+            own = {key.removeprefix(f"{name}."): x for key, x in state.items() if key.startswith(f"{name}.")}
+            if own and hasattr(function, "load_state_dict"):
+                cast(Any, function).load_state_dict(own)
+
+    def _ask(self, rollouts: Sequence[Rollout]) -> tuple[dict[str, Any], dict[str, float], dict[str, list[Any]]]:
+        """What each function gives, and what they have logged: metrics, and columns of samples."""
+        metrics: dict[str, list[float]] = {}
+        extra: dict[str, list[Any]] = {}
+        given: dict[str, Any] = {}
+        if any(map(takes_texts, self.functions.values())):
+            given = self._texts(rollouts) | {
+                "trainer_state": self.state,
+                "log_metric": lambda name, value: metrics.setdefault(name, []).append(float(value)),
+                "log_extra": lambda column, values: extra.update({column: list(values)}),
+            }
+        calls = {
+            name: _batched(function, rollouts, {key: given[key] for key in taken(function, given)})
+            for name, function in self.functions.items()
+        }
+        waiting = [name for name, function in self.functions.items() if is_async(function)]
+        with ThreadPoolExecutor(max(1, len(waiting))) as pool:  # each in an event loop of its own, all at once
+            started = {name: pool.submit(call, name, calls[name], self.retries) for name in waiting}
+            values = {name: call(name, calls[name], self.retries) for name in calls if name not in started}
+            values |= {name: future.result() for name, future in started.items()}
+        means = {name: sum(numbers) / len(numbers) for name, numbers in metrics.items()}
+        return {name: values[name] for name in calls}, means, extra
+
+    def _texts(self, rollouts: Sequence[Rollout]) -> dict[str, list[Any]]:
+        """Prompts, completions, their ids and every column, one item per rollout. The completion is the whole response,
+        what a reset gave of it included, without special tokens; the ids go up to its EOS."""
+        assert self.tokenizer is not None
+        eos, _ = special_ids(self.tokenizer)
+        prompt_ids, responses = [], []
         for rollout in rollouts:
             ids, cut = rollout.prefix.token_ids, len(rollout.prefix.token_ids) - rollout.prefix.num_reset
-            prompts.append(ids[:cut])
+            prompt_ids.append(ids[:cut])
             responses.append([*ids[cut:], *rollout.completion[: end_index(rollout, eos) + 1]])
-        given = {"prompts": self._texts(prompts), "completions": self._texts(responses), "completion_ids": responses}
-        values = call(self.name, self.function, **{name: given[name] for name in texts_taken(self.function)})
-        if not isinstance(values, Sequence | Tensor) or len(values) != len(rollouts):
-            raise ValueError(
-                f"reward function {self.name!r}: gives {values!r} for {len(rollouts)} completions; give a list, one "
-                "number per completion"
-            )
-        return values
+        examples = [self.rows.get(rollout.prefix.row) for rollout in rollouts]
+        read = [example.prompt if example else None for example in examples]
+        decoded = [] if all(prompt is not None for prompt in read) else self._decode(prompt_ids)
+        prompts = [decoded[i] if prompt is None else prompt for i, prompt in enumerate(read)]
+        completions = [
+            text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+            for prompt, text in zip(prompts, self._decode(responses), strict=True)
+        ]
+        names = dict.fromkeys(name for example in examples if example for name in example.columns)
+        columns = {name: [example.columns.get(name) if example else None for example in examples] for name in names}
+        return columns | {"prompts": prompts, "completions": completions, "completion_ids": responses}
 
-    def _texts(self, ids: list[list[int]]) -> list[str]:
+    def _decode(self, ids: list[list[int]]) -> list[str]:
+        assert self.tokenizer is not None
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return [str(text) for text in texts]
 
 
-def call(name: str, function: RewardFunction, *arguments: Any, **keywords: Any) -> Any:
-    """What a function of the user's gives. Raises RuntimeError, which names it, from whatever it raises but a lack of
-    memory: with its own lines in the traceback, whatever the class of the error."""
-    try:
-        return function(*arguments, **keywords)
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        raise RuntimeError(f"reward_functions: {name!r} raised {type(error).__name__}: {error}") from error
+def mean_rewards(earned: Earned) -> dict[str, float]:
+    """By function, the mean over the rollouts that it judges, tokens added up; absent where it judges none."""
+    judged = {name: [value.sum().item() for value in values if value is not None] for name, values in earned.items()}
+    return {name: sum(values) / len(values) for name, values in judged.items() if values}
 
 
-def texts_taken(function: RewardFunction) -> tuple[str, ...]:
-    """Those of `TEXTS` that a function of texts takes; none for a function of a Rollout.
+def call(name: str, function: Callable[[], Any], retries: int = 0) -> Any:
+    """What a reward function gives; one that raises is asked again up to `retries` times.
 
-    Raises ValueError where it cannot do without something else.
+    Raises RuntimeError, naming the function, from whatever it raises at last; a lack of memory is raised as it is.
     """
-    try:
-        parameters = signature(function).parameters
-    except (TypeError, ValueError):  # some callables that are written in C have none
-        return ()
-    if "completions" not in parameters:
-        return ()
-    rest = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
-    needed = [name for name, one in parameters.items() if one.default is Parameter.empty and one.kind not in rest]
-    if others := [name for name in needed if name not in TEXTS]:
-        raise ValueError(f"asks for {', '.join(others)}; a function of completions is given {', '.join(TEXTS)}")
+    for attempt in range(retries + 1):
+        try:
+            value = function()
+            return asyncio.run(value) if asyncio.iscoroutine(value) else value
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            if attempt == retries:
+                message = f"reward_functions: {name!r} raised {type(error).__name__}: {error}"
+                raise RuntimeError(message) from error
+            log.warning("reward function %s raised %s: %s; asked again", name, type(error).__name__, error)
+            time.sleep(2**attempt)
+    raise AssertionError("unreachable")
+
+
+def is_async(function: RewardFunction) -> bool:
+    return iscoroutinefunction(function) or iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004
+
+
+def takes_texts(function: RewardFunction) -> bool:
+    """Whether a function is of TRL's form."""
+    parameters = _parameters(function)
+    keywords = (Parameter.VAR_KEYWORD, Parameter.KEYWORD_ONLY)
+    return bool({*TEXTS} & {*parameters}) or (
+        any(one.kind is Parameter.VAR_KEYWORD for one in parameters.values())
+        and all(one.kind in keywords for one in parameters.values())
+    )
+
+
+def taken(function: RewardFunction, given: Collection[str]) -> list[str]:
+    """Those of the `given` names that a function takes; none for a function of a Rollout."""
+    if not takes_texts(function):
+        return []
+    parameters = _parameters(function)
     takes_all = any(one.kind is Parameter.VAR_KEYWORD for one in parameters.values())
-    return tuple(name for name in TEXTS if takes_all or name in parameters)
+    return [name for name in given if takes_all or name in parameters]
+
+
+def check_parameters(name: str, function: RewardFunction, columns: Collection[str]) -> None:
+    """Raises ValueError where a function of TRL's form cannot do without something that is not there."""
+    if not takes_texts(function):
+        return
+    rest = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
+    parameters = _parameters(function)
+    needed = [key for key, one in parameters.items() if one.default is Parameter.empty and one.kind not in rest]
+    if others := [key for key in needed if key not in (*GIVEN, *columns)]:
+        raise ValueError(
+            f"reward_functions: {name!r} asks for {', '.join(others)}; it is given {', '.join(GIVEN)} and the columns "
+            f"of the dataset: {', '.join(columns) or 'none beside the prompt'}"
+        )
 
 
 def load_reward_functions(
     config: PPOConfig, functions: Mapping[str, RewardFunction] | None = None
 ) -> dict[str, RewardFunction]:
-    """The user's rewards by name, that of the configuration after `functions`.
+    """Reward functions by name: `functions`, then those of the configuration.
 
-    Raises ValueError where RTO has no DPO model, a function is none or asks for what there is not, its name is taken,
-    or there is none for the keys of functions.
+    Raises ValueError where RTO has no DPO model, one cannot be imported, two have one name, or keys of functions are
+    set and there is none.
     """
     if isinstance(config, RTOConfig) and not config.dpo_model_path:
         raise ValueError("dpo_model_path: give the DPO model that rewards the tokens, trained by `fastrlhf dpo`")
@@ -109,18 +287,88 @@ def load_reward_functions(
     for path in config.reward_functions:
         named.append((path.rpartition(":")[2], load_function(path, "reward_functions")))
     names = [*RESERVED, *(name for name, _ in named)]
-    for name, function in named:
+    for name, _ in named:
         if names.count(name) > 1:
-            raise ValueError(f"reward_functions: {name!r} is the name of another reward; call it otherwise")
-        try:
-            texts_taken(function)
-        except ValueError as error:
-            raise ValueError(f"reward_functions: {name!r} {error}") from error
-    at_default(config, [(bool(named), "without a reward function", ("reward_function_norm", "reward_function_clip"))])
+            raise ValueError(f"reward_functions: {name!r} is the name of another reward; rename the function")
+    read = ("reward_function_norm", "reward_function_clip", "reward_retries")
+    at_default(config, [(bool(named), "without a reward function", read)])
     return dict(named)
 
 
-def function_weights(config: PPOConfig) -> dict[str, float]:
-    """By the names of the functions of `reward_functions`."""
-    names = [path.rpartition(":")[2] for path in config.reward_functions]
-    return dict(zip(names, config.reward_weights or [1.0] * len(names), strict=True))
+def open_reward_functions(
+    config: PPOConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    functions: Mapping[str, RewardFunction] | None = None,
+    rows: Mapping[int, Example] | None = None,
+) -> RewardFunctions:
+    """The reward functions of a run, which read the text and the columns of `rows`. Raises ValueError as
+    `load_reward_functions` does, and where a function asks for a column that there is not."""
+    named, rows = load_reward_functions(config, functions), rows or {}
+    columns = list(dict.fromkeys(name for example in rows.values() for name in example.columns))
+    for name, function in named.items():
+        check_parameters(name, function, columns)
+    own = [path.rpartition(":")[2] for path in config.reward_functions]
+    weights = dict(zip(own, config.reward_weights or [1.0] * len(own), strict=True))
+    return RewardFunctions(
+        functions=named, weights=weights, tokenizer=tokenizer, rows=rows, retries=config.reward_retries
+    )
+
+
+def _parameters(function: RewardFunction) -> Mapping[str, Parameter]:
+    try:
+        return signature(function).parameters
+    except (TypeError, ValueError):  # some callables that are written in C have none
+        return {}
+
+
+def _batched(function: RewardFunction, rollouts: Sequence[Rollout], keywords: Mapping[str, Any]) -> Callable[[], Any]:
+    """The call that answers for all rollouts."""
+    if takes_texts(function):
+        return lambda: function(**keywords)
+    if not is_async(function):
+        return lambda: [function(rollout) for rollout in rollouts]
+
+    async def ask() -> list[Any]:
+        return await asyncio.gather(*map(function, rollouts))
+
+    return ask
+
+
+def _checked(name: str, values: Any, rollouts: Sequence[Rollout]) -> list[Tensor | None]:
+    if not isinstance(values, Sequence | Tensor) or isinstance(values, str) or len(values) != len(rollouts):
+        raise ValueError(
+            f"reward function {name!r}: gives {values!r} for {len(rollouts)} completions; give a list, one number per "
+            "completion"
+        )
+    return [_number(name, value, rollout) for value, rollout in zip(values, rollouts, strict=True)]
+
+
+def _number(name: str, value: Any, rollout: Rollout) -> Tensor | None:
+    if value is None:
+        return None
+    num, where = len(rollout.completion), f"reward function {name!r}: the response to row {rollout.prefix.row}"
+    try:
+        given = torch.as_tensor(value, dtype=torch.float32, device="cpu")
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{where} earns {value!r}; give one number, one per token, or None") from None
+    if given.shape not in ((), (num,)):
+        raise ValueError(
+            f"{where} has {num} tokens and rewards of shape {tuple(given.shape)}; give one number, or one per token"
+        )
+    if not given.isfinite().all():
+        raise ValueError(f"{where} earns {given[~given.isfinite()][0].item()}; give finite numbers, or None")
+    return given
+
+
+def _is_json(value: Any) -> bool:
+    """Whether JSON gives back the very value."""
+    try:
+        return json.loads(json.dumps(value)) == value
+    except (TypeError, ValueError):
+        return False
+
+
+def _shown(value: Tensor | None) -> str:
+    if value is None:
+        return "not judged"
+    return f"{value.item():.4g}" if value.ndim == 0 else f"{value.sum().item():.4g} over {len(value)} tokens"

@@ -24,16 +24,8 @@ from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 
 from fastrlhf.config import PPOConfig
-from fastrlhf.distributed.ranks import on_first
 from fastrlhf.models.loading import resolve_device
-from fastrlhf.rewards.functions import (
-    RewardFunction,
-    TextReward,
-    call,
-    function_weights,
-    load_reward_functions,
-    texts_taken,
-)
+from fastrlhf.rewards.functions import RewardFunctions
 from fastrlhf.rewards.implicit import ImplicitReward
 from fastrlhf.rewards.kl_controller import KLController
 from fastrlhf.types import Rollout
@@ -42,6 +34,8 @@ log = logging.getLogger(__name__)
 
 MOMENTS = "moments."
 """In a saved state the name of an addend follows."""
+FUNCTION = "function."
+"""In a saved state the name of a reward function and a key of its own state follow."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +53,8 @@ class Episodes:
     """[N] int64: the row of the last valid token"""
     missing_eos: Tensor
     """[N] bool"""
-    score: Tensor
-    """[N] float32, of the judge"""
+    score: Tensor | None
+    """[N] float32, of the judge; None where there is none"""
     token: Tensor
     """[R] int64"""
     logprob: Tensor
@@ -95,9 +89,7 @@ class Rewards:
     """The addends of one run, and what they keep from batch to batch. `open_rewards` makes it."""
 
     config: PPOConfig
-    functions: Mapping[str, RewardFunction | TextReward] = field(default_factory=dict)
-    weights: Mapping[str, float] = field(default_factory=dict)
-    """Of functions, by name; 1 where there is none"""
+    functions: RewardFunctions = field(default_factory=RewardFunctions)
     implicit: ImplicitReward | None = None
     """Where the DPO rewards come from: `open_implicit_reward`, once the reference of the run is there"""
     sentence_ends: Tensor | None = None
@@ -114,7 +106,7 @@ class Rewards:
     def terms(self, episodes: Episodes) -> dict[str, Term]:
         """Every addend by its name, in the order in which they are summed."""
         config = self.config
-        terms = {"score": self._score(episodes)}
+        terms = {} if episodes.score is None else {"score": self._score(episodes, episodes.score)}
         if config.missing_eos_penalty is not None:
             penalty = -config.missing_eos_penalty * episodes.missing_eos.float()
             terms["missing_eos"] = Term(reward=_at_end(penalty, episodes))
@@ -125,16 +117,21 @@ class Rewards:
             terms["dpo"] = self._dpo(episodes, episodes.dpo_log_ratio)
         if config.length_coef:
             terms["length"] = Term(reward=-config.length_coef * episodes.earns.float())
-        for name, function in self.functions.items():
-            terms[name] = self._function(name, function, episodes)
+        for name, values in self.functions(episodes.rollouts).items():
+            terms[name] = self._function(name, values, episodes)
         return terms
 
     def state_dict(self) -> dict[str, Any]:
-        """What later batches depend on: the moments by addend, and whether a warning was given."""
-        return {"warned": self._warned} | {MOMENTS + name: moments for name, moments in self._moments.items()}
+        """What later batches depend on: the moments by addend, what reward functions remember, and whether a warning
+        was given."""
+        moments = {MOMENTS + name: moments for name, moments in self._moments.items()}
+        functions = {FUNCTION + key: value for key, value in self.functions.state_dict().items()}
+        return {"warned": self._warned} | functions | moments
 
     def load_state_dict(self, state: dict[str, Any], /) -> None:
         self._warned = state["warned"]
+        functions = {key.removeprefix(FUNCTION): x for key, x in state.items() if key.startswith(FUNCTION)}
+        self.functions.load_state_dict(functions)
         self._moments = {key.removeprefix(MOMENTS): x for key, x in state.items() if key.startswith(MOMENTS)}
 
     def warn(self, metrics: Mapping[str, float]) -> None:
@@ -148,9 +145,9 @@ class Rewards:
                 ratio,
             )
 
-    def _score(self, episodes: Episodes) -> Term:
+    def _score(self, episodes: Episodes, given: Tensor) -> Term:
         config = self.config
-        score = torch.where(episodes.finished, episodes.score, 0.0)
+        score = torch.where(episodes.finished, given, 0.0)
         if config.score_norm == "running":
             score = self._standardised("score", score, episodes.finished)
         kept, clipped = clip(score, config.score_clip)
@@ -171,15 +168,19 @@ class Rewards:
         std = (squares / count - mean**2).clamp(min=0).sqrt()
         return torch.where(counts, (seen - mean) / std.clamp(min=1e-6), 0.0).float()
 
-    def _function(self, name: str, function: RewardFunction | TextReward, episodes: Episodes) -> Term:
+    def _function(self, name: str, values: Sequence[Tensor | None], episodes: Episodes) -> Term:
+        """Metrics, of what the function gives before normaliser, clip and weight: TRL's `rewards/NAME/mean` and `/std`
+        over the responses that it judges, and `rewards/NAME/unjudged`, the share of the others, where there are some.
+        """
         config = self.config
-        reward, paid = function_term(name, function, episodes)
+        metrics = _given_metrics(name, values, episodes.sampled.device)
+        reward, paid = function_term(values, episodes)
         if config.reward_function_norm == "running":
             reward = self._standardised(name, reward, paid)
         reward, clipped = clip(reward, config.reward_function_clip)
-        share = clipped.sum() / paid.sum().clamp(min=1)  # one number each, and all responses cut: none is paid
-        metrics = {f"reward/{name}_clipped": share} if config.reward_function_clip else {}
-        return Term(reward=self.weights.get(name, 1.0) * reward, metrics=metrics)
+        if config.reward_function_clip:  # of one number each, and all responses cut: none is paid
+            metrics[f"reward/{name}_clipped"] = clipped.sum() / paid.sum().clamp(min=1)
+        return Term(reward=self.functions.weight(name) * reward, metrics=metrics)
 
     def _dpo(self, episodes: Episodes, log_ratio: Tensor) -> Term:
         config, earns = self.config, episodes.earns
@@ -255,45 +256,39 @@ def clip(values: Tensor, limit: float) -> tuple[Tensor, Tensor]:
     return values.clamp(-limit, limit), values.abs() > limit
 
 
-def function_term(name: str, function: RewardFunction | TextReward, episodes: Episodes) -> tuple[Tensor, Tensor]:
-    """What a function of the user's gives [R] float32, and the rows [R] bool that it gives it to.
+def function_term(values: Sequence[Tensor | None], episodes: Episodes) -> tuple[Tensor, Tensor]:
+    """What a reward function gives [R] float32, and the rows [R] bool that it gives it to.
 
-    Raises ValueError where that is neither one finite number nor one per sampled token, RuntimeError where it raises.
+    `values`: one per episode, a number, or one per sampled token; None, which is paid nowhere.
     """
-    numbers: list[Tensor] = []
-    tokens: list[Tensor] = []
-    at_end: list[bool] = []
-    rollouts = episodes.rollouts
-
-    def ask() -> Sequence[Any] | Tensor:
-        if isinstance(function, TextReward):
-            return function(rollouts)
-        return [call(name, function, rollout) for rollout in rollouts]
-
-    values = on_first(ask)
-    for rollout, value in zip(rollouts, values, strict=True):
-        num, where = len(rollout.completion), f"reward function {name!r}: the response to row {rollout.prefix.row}"
-        try:
-            given = torch.as_tensor(value, dtype=torch.float32, device="cpu")
-        except (TypeError, ValueError, RuntimeError):
-            raise ValueError(f"{where} earns {value!r}; give one number, or one per token") from None
-        if given.shape not in ((), (num,)):
-            raise ValueError(
-                f"{where} has {num} tokens and rewards of shape {tuple(given.shape)}; give one number, or one per token"
-            )
-        if not given.isfinite().all():
-            raise ValueError(f"{where} earns {given[~given.isfinite()][0].item()}")
-        numbers.append(given.new_zeros(()) if given.ndim else given)
-        tokens.append(given if given.ndim else given.new_zeros(num))
-        at_end.append(not given.ndim)
-    device = episodes.sampled.device
+    zero, device = torch.zeros(()), episodes.sampled.device
+    numbers = [value if value is not None and not value.ndim else zero for value in values]
+    tokens = [
+        value if value is not None and value.ndim else torch.zeros(len(rollout.completion))
+        for value, rollout in zip(values, episodes.rollouts, strict=True)
+    ]
     by_token = torch.zeros(len(episodes.sampled), device=device)
     by_token.masked_scatter_(episodes.sampled, torch.cat(tokens).to(device))
     reward = _at_end(torch.stack(numbers).to(device), episodes) + torch.where(episodes.earns, by_token, 0.0)
-    once = torch.tensor(at_end, device=device)
+    once, each = (
+        torch.tensor([value is not None and bool(value.ndim) == per_token for value in values], device=device)
+        for per_token in (False, True)
+    )
     num_rows = episodes.cu_rows.diff().long()
-    paid = episodes.earns & ~once.repeat_interleave(num_rows, output_size=len(reward))
+    paid = episodes.earns & each.repeat_interleave(num_rows, output_size=len(reward))
     return reward, paid | _at_end(once.float(), episodes).bool()
+
+
+def _given_metrics(name: str, values: Sequence[Tensor | None], device: torch.device) -> dict[str, Tensor]:
+    judged = [value.sum() for value in values if value is not None]
+    metrics = {}
+    if judged:
+        numbers = torch.stack(judged)
+        metrics[f"rewards/{name}/mean"] = numbers.mean()
+        metrics[f"rewards/{name}/std"] = numbers.std() if len(judged) > 1 else torch.zeros(())
+    if len(judged) < len(values):
+        metrics[f"rewards/{name}/unjudged"] = torch.tensor(1 - len(judged) / len(values))
+    return {key: value.to(device) for key, value in metrics.items()}
 
 
 def reward_metrics(terms: Mapping[str, Term], cu_rows: Tensor) -> dict[str, Tensor]:
@@ -313,33 +308,21 @@ def reward_metrics(terms: Mapping[str, Term], cu_rows: Tensor) -> dict[str, Tens
         metrics |= {f"reward/{name}": returns[i].mean(), f"reward/{name}_share": shares[i]}
         metrics |= term.metrics
     if "dpo" in terms:
-        dpo, score = (return_sizes[list(terms).index(name)] for name in ("dpo", "score"))
         metrics["rto/share_of_return"] = return_shares[list(terms).index("dpo")]
+    if {"dpo", "score"} <= terms.keys():
+        dpo, score = (return_sizes[list(terms).index(name)] for name in ("dpo", "score"))
         metrics["rto/return_to_score"] = dpo / score.clamp(min=1e-12)
     return metrics
 
 
 def open_rewards(
-    config: PPOConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    functions: Mapping[str, RewardFunction] | None = None,
+    config: PPOConfig, tokenizer: PreTrainedTokenizerBase, functions: RewardFunctions | None = None
 ) -> Rewards:
-    """What the configuration asks for, but for models; `functions` are added to it.
-
-    Raises ValueError where RTO has no DPO model, a function is none, or no token ends a sentence.
-    """
-    named, sentence_ends = load_reward_functions(config, functions), None
+    """What the configuration asks for, except models. Raises ValueError where no token ends a sentence."""
+    sentence_ends = None
     if config.dpo_model_path and config.reward_shaping == "sentence":
         sentence_ends = sentence_end_ids(tokenizer).to(resolve_device(config.device))
-    return Rewards(
-        config=config,
-        functions={
-            name: TextReward(name=name, function=function, tokenizer=tokenizer) if texts_taken(function) else function
-            for name, function in named.items()
-        },
-        weights=function_weights(config),
-        sentence_ends=sentence_ends,
-    )
+    return Rewards(config=config, functions=functions or RewardFunctions(), sentence_ends=sentence_ends)
 
 
 def sentence_end_ids(tokenizer: PreTrainedTokenizerBase) -> Tensor:

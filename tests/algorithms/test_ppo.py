@@ -333,7 +333,7 @@ def test_compat_reference_writes_on_past_the_eos_and_counts_one_in_the_last_slot
 
 
 def test_missing_reward_model_and_prompts_without_room_are_named(paths):
-    with pytest.raises(ValueError, match="reward_model_path: give the reward model"):
+    with pytest.raises(ValueError, match="reward_model_path: nothing rewards a response"):
         train_ppo(config(paths | {"reward_model_path": ""}), tiny.examples(4))
     with pytest.raises(ValueError, match=r"reward_model_path: .* has no trained score head"):
         train_ppo(config(paths | {"reward_model_path": paths["model_name_or_path"]}), tiny.examples(4))

@@ -108,8 +108,77 @@ def test_without_a_critic_the_policy_learns_and_a_judge_alone_suffices(paths, es
     assert sum(scores[-3:]) / 3 > sum(scores[:3]) / 3 + 1.0
     assert result.value_model is None
     assert not {"loss/value_avg", "val/clipfrac_avg", "value_grad_norm"} & set(result.history[0])
-    with pytest.raises(ValueError, match="reward_model_path: give the reward model"):
+    with pytest.raises(
+        ValueError, match="reward_model_path: nothing rewards a response; give a reward model, or reward"
+    ):
         train_ppo(cfg, tiny.examples(40))
+
+
+def test_reward_functions_alone_train_the_policy_and_are_logged_by_name(paths, tmp_path):
+    """From the answer of each row, whose word must come first. No reward model is named, with a critic and without."""
+
+    def right(completions, answer, **kwargs):
+        return [float(text.startswith(word)) for text, word in zip(completions, answer, strict=True)]
+
+    examples = [replace(one, columns={"answer": f"w{one.row % 4}"}) for one in tiny.examples(24)]
+    policy = {"model_name_or_path": paths["model_name_or_path"]}
+    keys = {"per_device_train_batch_size": 48, "missing_eos_penalty": None, "kl_coef": 0.0, "micro_batch_tokens": 400}
+    group = {"advantage_estimator": "grpo", "num_generations": 8}
+    for estimator in (group, {"advantage_estimator": "gae", "vf_coef": 0.5}):
+        cfg = config(policy, max_steps=8, **keys | {"learning_rate": 1e-2, "response_length": 4} | estimator)
+        functions = {"right": right, "short": lambda rollout: -0.01 * len(rollout.completion)}
+        result = train_ppo(cfg, examples, examples[:6], reward_functions=functions)
+        first, last = result.history[0], result.history[-1]
+        for row in (first, last):
+            assert row["reward/right"] == pytest.approx(row["rewards/right/mean"])
+            assert row["objective/scores"] == pytest.approx(row["reward/right"] + row["reward/short"], abs=1e-6)
+        assert last["rewards/right/mean"] > first["rewards/right/mean"] + 0.1
+        summed = last["eval_rewards/right/mean"] + last["eval_rewards/short/mean"]
+        assert last["eval_objective/scores"] == pytest.approx(summed)
+        assert (result.value_model is None) == (estimator is group)
+
+
+def test_a_critic_starts_from_the_policy_or_from_the_value_model_of_an_earlier_run(paths, tmp_path):
+    def brief(completions):
+        return [-float(len(text)) for text in completions]
+
+    policy = {"model_name_or_path": paths["model_name_or_path"]}
+    cfg = config(policy, output_dir=str(tmp_path / "first"), learning_rate=1e-4, value_learning_rate=1e-2)
+    first = train_ppo(cfg, tiny.examples(8), reward_functions={"brief": brief})
+    assert first.history[0]["critic/explained_var"] == pytest.approx(0, abs=1e-6)  # every value is 0 at first
+    warm = replace(cfg, output_dir="", critic_model_path=str(tmp_path / "first" / "value_model"))
+    second = train_ppo(warm, tiny.examples(8), reward_functions={"brief": brief})
+    assert abs(second.history[0]["critic/explained_var"]) > 1e-3
+    untrained = replace(warm, critic_model_path=paths["model_name_or_path"])
+    with pytest.raises(ValueError, match=r"^critic_model_path: .* has no trained score head"):
+        train_ppo(untrained, tiny.examples(8), reward_functions={"brief": brief})
+
+
+def test_a_new_critic_shares_the_weights_under_an_adapter(paths):
+    cfg = config({"model_name_or_path": paths["model_name_or_path"]}, use_peft=True, lora_r=2, max_steps=1)
+    result = train_ppo(cfg, tiny.examples(8), reward_functions={"brief": lambda rollout: -1.0})
+    assert result.value_model is not None
+    assert result.history[0]["value_grad_norm"] > 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"missing_eos_score": -1.0}, "missing_eos_score: must be null without a reward model, whose score it"),
+        ({"psi": "identity"}, "psi: must be '' without a reward model, since nothing reads it there"),
+        ({"score_norm": "running"}, "score_norm: must be 'none' without a reward model, since"),
+    ],
+)
+def test_keys_of_a_score_are_refused_without_a_reward_model(paths, settings, told):
+    cfg = config({"model_name_or_path": paths["model_name_or_path"]}, **{"missing_eos_penalty": None} | settings)
+    with pytest.raises(ValueError, match=f"^{told}"):
+        train_ppo(cfg, tiny.examples(8), reward_functions={"one": lambda rollout: 1.0})
+
+
+def test_a_reward_function_is_tried_before_a_model_is_loaded(paths, monkeypatch):
+    monkeypatch.setattr("fastrlhf.algorithms.roles.open_policy", lambda *_: pytest.fail("a model was loaded"))
+    with pytest.raises(RuntimeError, match=r"^reward_functions: 'typo' raised KeyError: 'anser'"):
+        train_ppo(config(paths), tiny.examples(8), reward_functions={"typo": lambda completions, **rest: rest["anser"]})
 
 
 def test_without_a_critic_the_reward_model_is_the_judge_alone(paths):
@@ -139,6 +208,7 @@ def test_psi_makes_the_reward_a_mean_preference_and_leaves_the_evaluation_in_sco
     history = train_ppo(
         cfg, examples, tiny.examples(2, seed=1), judge=length, reward_functions={"watch": watch}
     ).history
+    del seen[2 + cfg.batch_size :], seen[:2]  # of the evaluation, and of the trial call
     scores = dict(zip(map(id, seen), length(seen).tolist(), strict=True))
     prompts = {r.prefix.row: len(r.prefix.token_ids) for r in seen}
     expected = []

@@ -32,7 +32,9 @@ def test_an_estimator_without_a_critic_opens_none(tmp_path):
 
 def test_a_judge_that_is_not_there_is_named_by_its_key(tmp_path):
     cfg = config(tmp_path, reward_model_path="")
-    with pytest.raises(ValueError, match=r"^reward_model_path: give the reward model"):
+    with pytest.raises(
+        ValueError, match=r"^reward_model_path: nothing rewards a response; give a reward model, or reward_functions$"
+    ):
         check_sources(cfg, judge=None, engine=None)
     cfg = config(tmp_path, eval_reward_model_path=str(tmp_path / "missing"))
     with pytest.raises(ValueError, match=r"^eval_reward_model_path: "):

@@ -42,7 +42,7 @@ EARNED = experience(
 
 
 def rows(count: int = 2):
-    return sample_rows(tiny.tokenizer(), ROLLOUTS, torch.tensor([2.5, -1.0]), EARNED, count)
+    return sample_rows(tiny.tokenizer(), ROLLOUTS, EARNED, count)
 
 
 def test_a_sample_has_the_rewards_of_its_sampled_tokens_by_name():

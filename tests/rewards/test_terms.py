@@ -15,12 +15,12 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from fastrlhf.config import PPOConfig, RTOConfig
+from fastrlhf.rewards.functions import RewardFunctions
 from fastrlhf.rewards.terms import (
     Episodes,
     Rewards,
     Term,
     moved_to,
-    open_rewards,
     reward_metrics,
     sentence_end_ids,
     shaped,
@@ -60,7 +60,7 @@ DPO = replace(EPISODES, dpo_log_ratio=RATIO)
 def terms(episodes: Episodes = EPISODES, functions=None, **settings) -> dict[str, Term]:
     dpo_model_path = "" if episodes.dpo_log_ratio is None else "dpo"
     config = PPOConfig(dpo_model_path=dpo_model_path, **settings)
-    return Rewards(config=config, functions=functions or {}).terms(episodes)
+    return Rewards(config=config, functions=RewardFunctions(functions=functions or {})).terms(episodes)
 
 
 def rewards(episodes: Episodes = EPISODES, functions=None, **settings) -> dict[str, list[float]]:
@@ -97,7 +97,7 @@ def test_a_response_that_goes_on_earns_what_is_of_its_tokens_and_nothing_of_a_wh
 def test_normalisers_count_no_score_and_no_number_that_is_not_paid():
     """Of scores 2 and 4 the first is one deviation below the mean; -3 and 100 are of responses that go on."""
     run = Rewards(config=PPOConfig(score_norm="running", reward_function_norm="running", reward_function_clip=0.5))
-    run.functions = {"number": lambda r: 2.0 if r.ended else 100.0}
+    run.functions = RewardFunctions(functions={"number": lambda r: 2.0 if r.ended else 100.0})
     for score, expected in ((2.0, 0.0), (4.0, 1.0)):
         cut = replace(EPISODES, goes_on=EPISODES.missing_eos, score=torch.tensor([score, -3.0]))
         found = run.terms(cut)
@@ -238,7 +238,11 @@ def test_what_a_function_gives_is_normalised_over_the_rows_it_pays_and_then_clip
         expected[rows] = scaled.clip(-1.2, 1.2)
         np.testing.assert_allclose(found[name].reward, expected, rtol=1e-6, atol=1e-7)
         assert found[name].metrics[f"reward/{name}_clipped"] == pytest.approx((abs(scaled) > 1.2).mean())
-    assert [(terms(functions=functions)[name].metrics) for name in functions] == [{}, {}]
+    plain = terms(functions=functions)["mixed"].metrics  # 10 and 1 + 2 + 3, by response
+    assert {name: value.item() for name, value in plain.items()} == {
+        "rewards/mixed/mean": 8.0,
+        "rewards/mixed/std": pytest.approx(8**0.5),
+    }
 
 
 def test_whole_numbers_from_python_are_as_good_as_floats():
@@ -265,8 +269,7 @@ def test_a_function_gives_a_number_at_the_end_or_one_per_sampled_token():
         ([1.0, 2.0], r"'f': the response to row 10 has 4 tokens and rewards of shape \(2,\)"),
         (float("nan"), "'f': the response to row 10 earns nan"),
         ([0.0, float("inf"), 0.0, 0.0], "'f': the response to row 10 earns inf"),
-        ("good", "'f': the response to row 10 earns 'good'; give one number, or one per token"),
-        (None, "'f': the response to row 10 earns None; give one number, or one per token"),
+        ("good", "'f': the response to row 10 earns 'good'; give one number, one per token, or None"),
     ],
 )
 def test_what_a_function_may_not_give_is_told_with_its_row(given, message):
@@ -316,11 +319,6 @@ def test_sentences_end_where_the_text_of_a_token_says_so():
     assert [words[i] for i in sentence_end_ids(tokenizer).tolist()] == ["b.", "c! ", "d?", "e\n\nf", "..."]
     with pytest.raises(ValueError, match=r"^reward_shaping: no token of this vocabulary ends a sentence"):
         sentence_end_ids(tiny.tokenizer())
-
-
-def test_what_a_run_lacks_is_told_before_anything_is_loaded():
-    with pytest.raises(ValueError, match=r"^dpo_model_path: give the DPO model"):
-        open_rewards(RTOConfig(), tiny.tokenizer())
 
 
 def test_the_moments_of_an_addend_go_on_from_a_saved_state():

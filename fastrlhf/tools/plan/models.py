@@ -49,9 +49,6 @@ def open_models(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, fakes: 
 
 
 def _add_roles(models: Models, config: PPOConfig, tokenizer: PreTrainedTokenizerBase, fakes: Fakes) -> None:
-    source = config.reward_model_path
-    if not source:
-        raise ValueError("reward_model_path: give the reward model that judges and from which the critic starts")
     start = models.start
     _freeze(models, "reference", fakes.policy(start, four_bit=config.load_in_4bit), config.use_peft)
 
@@ -63,24 +60,32 @@ def _add_roles(models: Models, config: PPOConfig, tokenizer: PreTrainedTokenizer
         else:
             _freeze(models, name, make(_model_config(config, source, field, tokenizer)))
 
-    role("reward model", source, "reward_model_path")
+    if config.reward_model_path:
+        role("reward model", config.reward_model_path, "reward_model_path")
     if config.advantage_estimator == "gae":
-        if not holds_adapter(source):
-            _train(
-                models, "critic", fakes.scorer(_model_config(config, source, "reward_model_path", tokenizer), config)
-            )
-            if config.use_peft:
-                models.own["reward model"] = 0  # the weights under the critic's adapter
-        elif config.use_peft:
-            settings = adapter_settings(source, "reward_model_path")
-            critic = fakes.scorer(start, config, adapter=settings, four_bit=config.load_in_4bit)
-            models.trained["critic"], models.own["critic"] = critic, critic.gradient_bytes
-        else:
-            _train(models, "critic", fakes.scorer(start, config))  # the adapter is added to weights of its own
+        _add_critic(models, config, tokenizer, fakes)
     for field, path in implicit_sources(config).items():
         role(DPO_NAMES[field], path, field)
     if second := config.eval_reward_model_path:
         role("second reward model", second, "eval_reward_model_path")
+
+
+def _add_critic(models: Models, config: PPOConfig, tokenizer: PreTrainedTokenizerBase, fakes: Fakes) -> None:
+    field = "critic_model_path" if config.critic_model_path else "reward_model_path"
+    source, start = getattr(config, field), models.start
+    if not source:  # the policy with a new head, its weights shared with the reference under an adapter
+        critic = fakes.scorer(start, config, four_bit=config.load_in_4bit)
+        _train(models, "critic", critic)
+        models.own["critic"] = critic.gradient_bytes if config.use_peft else critic.num_bytes
+    elif not holds_adapter(source):
+        _train(models, "critic", fakes.scorer(_model_config(config, source, field, tokenizer), config))
+        if config.use_peft and field == "reward_model_path":
+            models.own["reward model"] = 0  # the weights under the critic's adapter
+    elif config.use_peft:
+        critic = fakes.scorer(start, config, adapter=adapter_settings(source, field), four_bit=config.load_in_4bit)
+        models.trained["critic"], models.own["critic"] = critic, critic.gradient_bytes
+    else:
+        _train(models, "critic", fakes.scorer(start, config))  # the adapter is added to weights of its own
 
 
 def _train(models: Models, name: str, fake: FakeModel) -> None:

@@ -24,7 +24,7 @@ from fastrlhf.runtime.run import check_micro_batch
 from fastrlhf.tools.plan.work import open_work, to_tree
 
 POLICIES = ("model_name_or_path", "ref_model_name_or_path", "dpo_model_path", "dpo_ref_model_path")
-REWARD_MODELS = ("reward_model_path", "eval_reward_model_path")
+REWARD_MODELS = ("reward_model_path", "eval_reward_model_path", "critic_model_path")
 """Keys that name a model, by what it must be."""
 
 Made = Mapping[str, tuple[str, TrainConfig]]
