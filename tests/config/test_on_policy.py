@@ -25,7 +25,13 @@ def test_rto_is_ppo_with_the_settings_of_its_paper():
 def test_grpo_is_ppo_with_the_defaults_of_trl():
     """TRL 1.16's GRPOConfig: num_generations 8, beta 0, num_iterations 1, max_completion_length 256, temperature 1."""
     trl = {"learning_rate": 1e-6, "num_train_epochs": 3.0, "response_length": 256, "temperature": 1.0}
-    trl |= {"kl_coef": 0.0, "num_ppo_epochs": 1, "advantage_estimator": "grpo", "num_generations": 8}
+    trl |= {
+        "loss_type": "dapo",
+        "kl_coef": 0.0,
+        "num_ppo_epochs": 1,
+        "advantage_estimator": "grpo",
+        "num_generations": 8,
+    }
     assert {name: getattr(GRPOConfig(), name) for name in trl} == trl
     assert asdict(GRPOConfig()) == asdict(PPOConfig()) | trl
 
