@@ -81,9 +81,7 @@ KEYS: tuple[Key, ...] = (
     *_same("model all sft dpo reward grpo", "trust_remote_code"),
     *_no("model", "model_revision", "download that revision and give its folder as model_name_or_path"),
     *_off("model", "lora_dropout", "log-probs of the same tokens must be the same number twice"),
-    *_no(
-        "model", "lora_target_parameters lora_modules_to_save", "an adapter covers linear layers: lora_target_modules"
-    ),
+    *_no("model", "lora_modules_to_save", "only the adapter is trained; train without use_peft to move whole modules"),
     *_on("model", "lora_task_type", "each command knows its task"),
     *_no("model", "load_in_8bit", "use load_in_4bit"),
     *_on("model", "bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage", "load_in_4bit uses nested nf4"),

@@ -20,7 +20,10 @@ GROUPS: dict[str, tuple[str, ...]] = {
         *("learning_rate", "value_learning_rate", "lr_scheduler_type", "warmup_steps", "value_warmup_steps"),
         *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "optim", "master_weights"),
     ),
-    "LoRA": (*("use_peft", "lora_r", "lora_alpha", "lora_target_modules", "use_rslora", "use_dora", "load_in_4bit"),),
+    "LoRA": (
+        *("use_peft", "lora_r", "lora_alpha", "lora_target_modules", "lora_target_parameters"),
+        *("use_rslora", "use_dora", "load_in_4bit"),
+    ),
     "Loss": (
         *("completion_only_loss", "beta", "loss_type", "loss_weights", "margin_scale", "label_smoothing"),
         *("length_norm", "center_rewards_coefficient"),

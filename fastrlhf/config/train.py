@@ -45,11 +45,15 @@ class TrainConfig:
     """Train a low-rank adapter and leave the weights alone; the reference is then the same weights without it. The run
     ends with the adapter in `adapter/` and added to the weights."""
     lora_r: int = 16
-    """Its rank."""
+    """Rank of the low-rank adapter."""
     lora_alpha: int = 32
-    """It is scaled by lora_alpha / lora_r. There is no dropout: log-probs must be the same number twice."""
+    """The adapter is scaled by lora_alpha / lora_r. There is no dropout: log-probs must be the same number twice."""
     lora_target_modules: tuple[str, ...] = ("all-linear",)
-    """Ends of the names of the layers that get one; all-linear: every linear layer but the heads."""
+    """Ends of the names of the layers that get an adapter. all-linear: every linear layer except heads and routers, and
+    the experts of a mixture."""
+    lora_target_parameters: tuple[str, ...] = ()
+    """Ends of the names of parameters outside of linear layers that get an adapter too, for example
+    mlp.experts.down_proj."""
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(lora_r) (Kalajdzievski 2023, arXiv 2312.03732)."""
     use_dora: bool = False
@@ -162,7 +166,15 @@ class TrainConfig:
         at_least(self, 1, "per_device_train_batch_size", "gradient_accumulation_steps", "micro_batch_tokens")
         at_least(self, 1, "lora_r", "lora_alpha")
         require(bool(self.lora_target_modules), "lora_target_modules", self.lora_target_modules, "all-linear, or names")
-        lora = ("lora_r", "lora_alpha", "lora_target_modules", "use_rslora", "use_dora", "load_in_4bit")
+        lora = (
+            "lora_r",
+            "lora_alpha",
+            "lora_target_modules",
+            "lora_target_parameters",
+            "use_rslora",
+            "use_dora",
+            "load_in_4bit",
+        )
         at_default(
             self,
             [

@@ -1,15 +1,19 @@
-"""LoRA (Hu et al. 2021, arXiv 2106.09685) and its kin, from peft, over a base that every role of a run shares.
+"""LoRA (Hu et al. 2021, arXiv 2106.09685), rsLoRA and DoRA, from peft, over a base that every role of a run shares.
 
 An adapter is injected into the model: it stays the class it was, its backbone stays `model.base_model`, and only the
 adapter's weights (and a score head) have gradients. The reference is the same model without the adapter: another set of
-modules around the very same tensors, so that it costs no memory and nothing is switched on and off. `roles.py` hangs
-the other models of a run on the same tensors.
+modules around the very same tensors, so that it costs no memory and nothing is switched on and off. roles.py builds the
+other models of a run on the same tensors.
+
+Which layers and experts get an adapter by default is decided in adapter_targets.py.
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
+import logging
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +26,7 @@ from transformers import PreTrainedModel
 
 from fastrlhf.config import TrainConfig
 from fastrlhf.distributed.ranks import on_first
+from fastrlhf.models.adapter_targets import check_called, choose_targets, num_weights
 from fastrlhf.models.forward import disable_activation_checkpointing
 from fastrlhf.models.four_bit import is_four_bit, make_plain, plain_weight
 from fastrlhf.models.sharding import assign, beginnings, is_sharded, on_first_rank
@@ -29,6 +34,8 @@ from fastrlhf.models.sharding import assign, beginnings, is_sharded, on_first_ra
 if TYPE_CHECKING:
     from peft import LoraConfig
     from peft.tuners.tuners_utils import BaseTunerLayer
+
+log = logging.getLogger(__name__)
 
 ADAPTER = "default"
 """What peft calls the one adapter of a model."""
@@ -38,19 +45,21 @@ SCORE = "base_model.model.score.weight"
 
 def add_adapter(model: PreTrainedModel, config: TrainConfig, base: str) -> None:
     """Freezes the model and injects an adapter with the `lora_` keys of `config`, drawn with its seed; a `score` head
-    stays trainable. Until the first step the model's numbers are those it had. `base` is where it was loaded from.
+    stays trainable. Until the first step the model's numbers do not change. `base` is the folder or hub name that the
+    model was loaded from. Logs which share of the weights the adapter reaches.
 
     Raises ValueError where no module of the model fits `lora_target_modules`, and for embeddings and heads, whose
     weights are read without their module.
     """
     from peft import LoraConfig
 
-    targets = config.lora_target_modules
+    chosen = choose_targets(model, config)
     settings = LoraConfig(
         task_type="SEQ_CLS" if hasattr(model, "score") else "CAUSAL_LM",
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
-        target_modules="all-linear" if targets == ("all-linear",) else list(targets),
+        target_modules=chosen.modules,
+        target_parameters=chosen.parameters or None,
         exclude_modules=["score"] if hasattr(model, "score") else None,
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
@@ -61,11 +70,23 @@ def add_adapter(model: PreTrainedModel, config: TrainConfig, base: str) -> None:
     try:
         inject(settings, model, config.seed)
     except ValueError as error:
-        fit = f"{', '.join(targets)} fit no layer of {type(model).__name__}"
-        raise ValueError(f"lora_target_modules: {fit}: {error}") from error
+        named = ", ".join((*config.lora_target_modules, *config.lora_target_parameters))
+        raise ValueError(f"lora_target_modules: {named} fit no layer of {type(model).__name__}: {error}") from error
     for _, name, layer in _adapted(model):
-        if any(layer.get_base_layer().weight is weight for weight in apart):
+        if any(_base_weight(layer) is weight for weight in apart):
             raise ValueError(f"lora_target_modules: {name} is an embedding or a head; name layers of the backbone")
+    if model.device.type != "meta":
+        names = {id(layer): name for name, layer in model.named_modules()}
+        check_called(model, {names[id(layer)]: cast(Module, layer) for _, _, layer in _adapted(model)})
+    adapted = {id(weight): weight for weight in (_base_weight(layer) for _, _, layer in _adapted(model))}
+    log.info(
+        "LoRA: rank %d on %d tensors, %.0f %% of the weights of %s%s",
+        config.lora_r,
+        len(adapted),
+        100 * sum(map(num_weights, adapted.values())) / sum(num_weights(p) for n, p in _own(model)),
+        type(model).__name__,
+        chosen.remark,
+    )
     head = getattr(model, "score", None)
     if head is not None:
         head.requires_grad_(True)
@@ -86,18 +107,17 @@ def has_adapter(model: PreTrainedModel) -> bool:
 
 
 def base_fingerprint(model: PreTrainedModel) -> str:
-    """Of the backbone under an adapter, the same in float32 and bfloat16: of the first entries of every weight, as any
-    training moves most; in 4 bits it is another. A head is not part of it, so that a causal LM and a reward model may
-    have one base."""
+    """A hash of the backbone under an adapter, from the first entries of every weight, since training moves most of
+    them. It is the same in float32 and bfloat16 and differs in 4 bits. Heads are left out, so that a causal LM and a
+    reward model may have one base."""
     digest = hashlib.sha256()
-    named = cast(Module, model.base_model).named_parameters()
-    for start in beginnings((weight for name, weight in named if ".lora_" not in name), 64):
+    for start in beginnings((weight for _, weight in _own(cast(Module, model.base_model))), 64):
         digest.update(start.bfloat16().float().numpy().tobytes())
     return digest.hexdigest()[:32]
 
 
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """The model before its adapter, for nobody to train: the reference. Without one, a copy of the model as it is now.
+    """The reference: the model without its adapter, frozen. Without an adapter, a copy of the model as it is now.
 
     The weights under an adapter are shared with `model`, not copied; a score head, which is trained, is copied.
     """
@@ -107,8 +127,8 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def shared_view(model: PreTrainedModel) -> PreTrainedModel:
-    """Other modules around the same tensors; what is trained (an adapter, a score head) is copied. Without activation
-    checkpointing."""
+    """Other modules around the same tensors; trained ones (an adapter, a score head) are copied. Activation
+    checkpointing is off."""
     return _copy(model, frozen_tensors(model))
 
 
@@ -119,13 +139,13 @@ def _copy(model: PreTrainedModel, memo: dict[int, Tensor]) -> PreTrainedModel:
 
 
 def frozen_tensors(model: Module) -> dict[int, Tensor]:
-    """By id, as deepcopy's memo wants them: the weights that nobody trains, and the buffers."""
+    """The weights that are not trained and the buffers, by id, as deepcopy's memo takes them."""
     return {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers()) if not tensor.requires_grad}
 
 
 def merged_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """The plain model with the adapter added to the weights, which shares nothing with `model`. It is made on the CPU,
-    for want of room on the GPU."""
+    """The plain model with the adapter added to the weights, which shares nothing with `model`. It is made on the CPU
+    because memory is short on the GPU."""
     weights = {name: weight.to("cpu", copy=True).contiguous() for name, weight in plain_weights(model)}
     plain = shared_view(model)
     _drop_adapter(plain)
@@ -136,23 +156,21 @@ def merged_copy(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def share_weights(one: Module, other: Module) -> bool:
-    """Whether the two have a weight in common, which an adapter that is added to the one changes for the other. Sharded
-    models have none: what they share is the memory of their parts (`sharding.shard`, `sharding.assign`)."""
+    """Whether the two have a weight in common, so that adding an adapter to one changes the other. Sharded models have
+    none: they share the memory of their parts (`sharding.shard`, `sharding.assign`)."""
     return bool({id(weight) for weight in one.parameters()} & {id(weight) for weight in other.parameters()})
 
 
 def merge_adapter(model: PreTrainedModel) -> None:
     """Adds the adapter to the weights and leaves the plain model, in place; nothing happens where there is none.
 
-    Shared weights change with it, but for those of a sharded model: the reference of the run is no longer one
-    afterwards. In bfloat16 the sum is rounded. Not for weights in 4 bits, which the sum does not fit into:
-    `merged_copy`.
+    Shared weights change with it, except in a sharded model, so the reference of the run is no longer valid
+    afterwards. In bfloat16 the sum is rounded. Weights in 4 bits cannot hold the sum: use `merged_copy`.
     """
     if layers := _adapted(model):
         for _, _, layer in layers:
             if is_sharded(model):
-                base = cast(Linear, layer.get_base_layer())
-                assign(base, {"weight": _merged(layer, base.weight)})
+                assign(layer.get_base_layer(), {_parameter(layer): _merged(layer, _base_weight(layer))})
             else:
                 layer.merge(safe_merge=True)
         _drop_adapter(model)
@@ -161,15 +179,14 @@ def merge_adapter(model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def plain_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of the weights that the plain model would have with the adapter added, one at a time: what another
-    engine samples with. Weights in 4 bits come in the dtype that they were loaded in."""
-    layers = {id(layer.get_base_layer().weight): layer for _, _, layer in _adapted(model)}
-    for name, parameter in model.named_parameters():
-        if ".lora_" not in name:
-            layer, weight = cast(Any, layers.get(id(parameter))), plain_weight(parameter)
-            if layer is not None:
-                weight = _merged(layer, weight)
-            yield name.replace(".base_layer.", "."), weight.detach()
+    """(name, tensor) of the weights that the plain model would have with the adapter added, one at a time: the weights
+    that another engine samples with. Weights in 4 bits come in the dtype that they were loaded in."""
+    layers = {id(_base_weight(layer)): layer for _, _, layer in _adapted(model)}
+    for name, parameter in _own(model):
+        layer, weight = layers.get(id(parameter)), plain_weight(parameter)
+        if layer is not None:
+            weight = _merged(layer, weight)
+        yield re.sub(r"(\.base_layer)+\.", ".", name), weight.detach()
 
 
 @torch.no_grad()
@@ -182,8 +199,8 @@ def _merged(layer: Any, weight: Tensor) -> Tensor:
 
 
 def save_adapter(model: PreTrainedModel, folder: Path) -> None:
-    """Writes the adapter alone, and a trained head, in peft's form, into `folder`; the metadata of the file say over
-    which weights it was trained, and whether they were in 4 bits. Every rank must ask; the first one writes."""
+    """Writes the adapter alone, and a trained head, in peft's form, into `folder`; the metadata of the file name the
+    weights that it was trained over, and whether they were in 4 bits. Every rank must call it; rank 0 writes."""
     from safetensors.torch import save_file
 
     settings = cast("LoraConfig", copy.deepcopy(model.peft_config[ADAPTER]))
@@ -201,13 +218,27 @@ def save_adapter(model: PreTrainedModel, folder: Path) -> None:
 
 
 def adapter_weights(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The tensors themselves, and those of a score head, by the names that a PeftModel around the plain model gives."""
+    """The tensors of the adapter, and of a score head, by the names of a PeftModel around the plain model."""
     from peft import get_peft_model_state_dict
 
     weights = {f"base_model.model.{name}": weight for name, weight in get_peft_model_state_dict(model).items()}
     if hasattr(model, "score"):
         weights[SCORE] = cast(Linear, model.score).weight.detach()
     return weights
+
+
+def _own(model: Module) -> list[tuple[str, Tensor]]:
+    """The parameters of the model under an adapter, by the names that they have now."""
+    return [(name, parameter) for name, parameter in model.named_parameters() if ".lora_" not in name]
+
+
+def _parameter(layer: Any) -> str:
+    """The name, in the base layer, of the parameter that an adapter is of."""
+    return getattr(layer, "parameter_name", "weight")
+
+
+def _base_weight(layer: Any) -> Tensor:
+    return getattr(layer.get_base_layer(), _parameter(layer))
 
 
 def _drop_adapter(model: PreTrainedModel) -> None:
