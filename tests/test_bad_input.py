@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
 
 from fastrlhf.algorithms.dpo import train_dpo
 from fastrlhf.algorithms.ppo import train_ppo
@@ -244,6 +244,30 @@ def test_an_output_folder_that_holds_something(capsys, place, command, left, wha
 
 def test_an_output_folder_that_is_a_file(capsys):
     assert "output_dir: 'good.jsonl' is a file" in refuse(capsys, "sft", output_dir="good.jsonl")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_output_folder_that_cannot_be_made(capsys, command):
+    told = refuse(capsys, command, output_dir="good.jsonl/run", dataset_name="nowhere.jsonl")
+    assert told == "output_dir: 'good.jsonl/run' cannot be made: 'good.jsonl' is a file"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(("kind", "what"), [("t5", "an encoder-decoder model"), ("bert", "an encoder")])
+def test_a_model_that_is_no_decoder(capsys, command, kind, what):
+    if not Path(kind).exists():
+        AutoConfig.for_model(kind).save_pretrained(kind)
+        tiny.tokenizer().save_pretrained(kind)
+    told = refuse(capsys, command, model_name_or_path=kind, dataset_name="nowhere.jsonl")
+    assert told.startswith(f"model_name_or_path: '{kind}' is {what} ({kind})")
+    assert told.endswith("; give a causal language model (decoder only)")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_evaluation_steps_without_rows_to_evaluate_on(capsys, command):
+    told = refuse(capsys, command, eval_steps=5, dataset_name="nowhere.jsonl")
+    rule = "0 where no rows are held out; give num_eval_examples or dataset_test_split"
+    assert told == f"eval_steps: must be {rule}; got 5"
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -33,6 +33,7 @@ from fastrlhf.data.packing import forest, num_computed, num_in_sequences, own_mi
 from fastrlhf.models.forward import token_logprobs
 from fastrlhf.models.loading import open_policy, read_model_config
 from fastrlhf.models.sharding import shard, whole
+from fastrlhf.runtime.atomic import check_writable
 from fastrlhf.runtime.inputs import open_inputs
 from fastrlhf.runtime.optim import Optimizer, index_batches, num_steps
 from fastrlhf.runtime.run import Run, StepMetrics, TrainResult, check_micro_batch
@@ -87,6 +88,8 @@ def train_dpo(
     """
     if config.reward_model_path:
         read_model_config(config.reward_model_path, "reward_model_path", config.trust_remote_code)
+    if config.ref_cache_dir:
+        check_writable(config.ref_cache_dir, "ref_cache_dir")
     if config.psi_backend == "groupwise":
         return train_groups(config, examples, eval_examples)
     tokenizer, data = open_inputs(config, fields_read(config), examples, eval_examples)

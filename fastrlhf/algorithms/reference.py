@@ -86,9 +86,8 @@ def _compute(config: DPOConfig, policy: PreTrainedModel, trees: Sequence[Tree]) 
     """Of all responses, tree after tree. A reference of its own is loaded, used and freed."""
     own = bool(config.ref_model_name_or_path)
     model, field = (_open(config, policy), "ref_model_name_or_path") if own else (policy, "model_name_or_path")
-    return torch.cat(
-        per_response(model, trees, config.micro_batch_tokens, lambda batch: sequence_logprobs(model, batch), field)
-    )
+    budget, title = config.micro_batch_tokens, "log-probs of the reference" if config.progress else ""
+    return torch.cat(per_response(model, trees, budget, lambda batch: sequence_logprobs(model, batch), field, title))
 
 
 def _open(config: DPOConfig, policy: PreTrainedModel) -> PreTrainedModel:

@@ -15,6 +15,7 @@ from fastrlhf.distributed.ranks import from_all
 from fastrlhf.models.forward import sequence_scores, token_logprobs
 from fastrlhf.models.layers import LayerOptions
 from fastrlhf.models.loading import check_same_tokenizer, check_same_vocabulary, load_reward_model, resolve_device
+from fastrlhf.runtime.progress import watched
 from fastrlhf.types import PackedBatch, Segment
 
 Tree = Sequence[Segment]
@@ -23,14 +24,21 @@ Tree = Sequence[Segment]
 
 @torch.no_grad()
 def per_response(
-    model: PreTrainedModel, trees: Sequence[Tree], budget: int, read: Callable[[PackedBatch], Tensor], field: str
+    model: PreTrainedModel,
+    trees: Sequence[Tree],
+    budget: int,
+    read: Callable[[PackedBatch], Tensor],
+    field: str,
+    title: str = "",
 ) -> list[Tensor]:
-    """What `read` gives for the responses of every tree, [K] float32 on the CPU.
+    """What `read` returns for the responses of every tree, [K] float32 on the CPU.
 
-    Packs of at most `budget` tokens. Raises ValueError, naming `field`, for a number that is not finite.
+    Packs hold at most `budget` tokens. With a `title` the pass shows its progress under that name. Raises ValueError,
+    naming `field`, for a number that is not finite.
     """
     own: dict[int, Tensor] = {}
-    for micro in own_micro_batches([num_computed(tree) for tree in trees], budget, "example"):
+    micros = own_micro_batches([num_computed(tree) for tree in trees], budget, "example")
+    for micro in watched(micros, map(len, micros), title):
         batch = pack(forest(trees[i] for i in micro), model.device)
         sizes = [num_responses(trees[i]) for i in micro]
         own |= zip(micro, read(batch).cpu().split(sizes), strict=True)
@@ -69,6 +77,6 @@ def reward_scores(config: DPOConfig, trees: Sequence[Tree], tokenizer: PreTraine
         layers=LayerOptions.of(config),
     )
     check_same_vocabulary({"reward_model_path": model}, len(tokenizer))
-    return per_response(
-        model, trees, config.micro_batch_tokens, lambda batch: sequence_scores(model, batch), "reward_model_path"
-    )
+    title = "scores of label_source reward_model" if config.progress else ""
+    budget = config.micro_batch_tokens
+    return per_response(model, trees, budget, lambda batch: sequence_scores(model, batch), "reward_model_path", title)

@@ -169,9 +169,10 @@ KEYS: tuple[Key, ...] = (
     *_other("all", "use_cpu", "device: cpu"),
     *_other("older", "no_cuda", "device: cpu"),
     # Logging
-    *_same("all", "report_to", "tensorboard and wandb; metrics.jsonl is always written"),
+    *_same("all", "report_to", "tensorboard, wandb, none and all; metrics.jsonl is always written"),
+    *_same("all", "logging_steps", "lines of progress where the output is no terminal; metrics.jsonl has every step"),
     *_same("all", "run_name output_dir"),
-    *_on("all", "logging_strategy logging_steps logging_first_step", "metrics.jsonl has a row per optimiser step"),
+    *_on("all", "logging_strategy logging_first_step", "metrics.jsonl has a row per optimiser step"),
     *_off("all", "log_on_each_node logging_nan_inf_filter", "rank 0 logs numbers as they are"),
     *_on("all", "include_num_input_tokens_seen", "the metric num_tokens"),
     *_no("all", "log_level log_level_replica", "rank 0 logs; set levels by Python's logging module"),

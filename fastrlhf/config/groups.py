@@ -74,6 +74,6 @@ GROUPS: dict[str, tuple[str, ...]] = {
         *("save_steps", "save_total_limit", "disk_wait_minutes"),
         *("resume_from_checkpoint", "resume_weights_only"),
     ),
-    "Logging": ("report_to", "run_name", "progress"),
+    "Logging": ("report_to", "run_name", "progress", "logging_steps"),
 }
 """Heading -> keys, both in the order in which `--help` shows them."""

@@ -138,7 +138,7 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm; 0 is off (the norm is logged all the same)."""
     eval_steps: int = 0
-    """Optimiser steps between evaluations; 0: only at the end."""
+    """Optimiser steps between evaluations on the held-out rows; 0: only at the end."""
     eval_on_start: bool = False
     """Evaluate before the first step too: row 0 of the metrics."""
     save_steps: int = 0
@@ -155,16 +155,21 @@ class TrainConfig:
     seed: int = 42
     """Of the weights that are new, the order of the data, and every sample."""
     report_to: tuple[str, ...] = ()
-    """Of tensorboard, wandb; metrics.jsonl is always written."""
+    """Services that get the metrics too: tensorboard, wandb, none, or all that are installed. metrics.jsonl is always
+    written."""
     run_name: str = ""
-    """How the run is called there."""
+    """Name of the run in those services; empty: the name of `output_dir`."""
     progress: bool = True
-    """Show a progress bar."""
+    """Show how far the run is: a progress bar on a terminal, elsewhere a line every `logging_steps`. false: only
+    evaluations are printed."""
+    logging_steps: int = 10
+    """Optimiser steps (updates, in on-policy runs) between two lines of progress where the output is no terminal: loss
+    or score, learning rate, gradient norm, tokens per second, time left. metrics.jsonl has every step in any case."""
 
     def __post_init__(self) -> None:
         check_choices(self)
         at_least(self, 1, "per_device_train_batch_size", "gradient_accumulation_steps", "micro_batch_tokens")
-        at_least(self, 1, "lora_r", "lora_alpha")
+        at_least(self, 1, "lora_r", "lora_alpha", "logging_steps")
         require(bool(self.lora_target_modules), "lora_target_modules", self.lora_target_modules, "all-linear, or names")
         lora = (
             "lora_r",
@@ -179,6 +184,7 @@ class TrainConfig:
             self,
             [
                 (self.use_peft, "where use_peft is false", lora),
+                (self.progress, "where progress is false", ("logging_steps",)),
                 (self.dtype == "bfloat16", "where dtype is float32", ("master_weights",)),
             ],
         )

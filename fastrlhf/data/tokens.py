@@ -66,11 +66,12 @@ class TokenReport:
     def summary(self) -> str:
         """For the header of a run."""
         responses = self.eos_added + self.eos_present + self.responses_cut
-        parts = [
-            f"{self.num_kept:,} of {self.num_examples:,} rows within {self.max_length:,} tokens",
-            f"{self.eos_present:,} of {responses:,} responses end in EOS, added to {self.eos_added:,}",
-            f"cut: {self.responses_cut:,} responses, {self.prompts_cut:,} prompts",
-        ]
+        parts = [f"{self.num_kept:,} of {self.num_examples:,} rows within {self.max_length:,} tokens"]
+        if responses:
+            parts.append(f"{self.eos_present:,} of {responses:,} responses end in EOS, added to {self.eos_added:,}")
+            parts.append(f"cut: {self.responses_cut:,} responses, {self.prompts_cut:,} prompts")
+        else:  # rows of prompts alone
+            parts.append(f"cut: {self.prompts_cut:,} prompts")
         for reason, count in self.dropped.items():
             parts.append(f"dropped {count:,} for {reason} (first: row {self.first_dropped[reason]})")
         return "; ".join(parts)

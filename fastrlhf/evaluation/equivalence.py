@@ -25,6 +25,7 @@ from transformers import (
 from fastrlhf.config import require
 from fastrlhf.config.functions import load_function
 from fastrlhf.models.loading import DTYPES, resolve_device
+from fastrlhf.models.quiet import quiet
 
 
 class Relation(IntEnum):
@@ -96,9 +97,10 @@ class NLIJudge:
             config = AutoConfig.from_pretrained(source)
             self._relations = relations(cast(dict[int, str], config.id2label), source)
             self._tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(source))
-            model, loaded = AutoModelForSequenceClassification.from_pretrained(
-                source, dtype=DTYPES[dtype], output_loading_info=True
-            )
+            with quiet():
+                model, loaded = AutoModelForSequenceClassification.from_pretrained(
+                    source, dtype=DTYPES[dtype], output_loading_info=True
+                )
         except (OSError, SafetensorError) as error:
             raise ValueError(f"equivalence: {source!r} is no NLI model in a folder or on the hub: {error}") from error
         require(not loaded["missing_keys"], "equivalence", source, f"trained; it lacks {loaded['missing_keys']}")

@@ -29,10 +29,12 @@ from fastrlhf.config.elsewhere import nearest
 from fastrlhf.data.hub import check_hub
 from fastrlhf.data.tokens import is_missing_folder, load_tokenizer, special_ids
 from fastrlhf.models.adapters import add_adapter
+from fastrlhf.models.architecture import check_decoder
 from fastrlhf.models.forward import enable_activation_checkpointing
 from fastrlhf.models.four_bit import keep_layout, quantization
 from fastrlhf.models.layers import LayerOptions, prepare_layers
 from fastrlhf.models.offload import HOST, check_offloading
+from fastrlhf.models.quiet import quiet
 from fastrlhf.models.shards import is_sharded, read_tensors
 
 log = logging.getLogger(__name__)
@@ -138,21 +140,7 @@ def build_policy(
 
     The weights depend on `seed` alone. Raises ValueError for an unknown `model_type`.
     """
-    if isinstance(settings, PretrainedConfig):
-        config = copy.deepcopy(settings)
-    else:
-        fields = dict(settings)
-        try:
-            config = AutoConfig.for_model(fields.pop("model_type", ""), **fields)
-        except ValueError as error:
-            raise ValueError(f"model_config.model_type: {settings.get('model_type')!r} is not known") from error
-        except StrictDataclassError as error:  # of sizes that do not go together
-            raise ValueError(f"model_config: {' '.join(str(error).split())}") from error
-        known = {field.name for field in dataclasses.fields(config)}
-        for name in fields:
-            # A name that is like none of them may be an older one, which transformers still understands.
-            if name not in known and (guess := nearest(name, known)):
-                raise ValueError(f"model_config: {settings['model_type']} has no {name!r}{guess}")
+    config = copy.deepcopy(settings) if isinstance(settings, PretrainedConfig) else _build_config(settings)
     config.vocab_size, config.eos_token_id, config.bos_token_id, config.pad_token_id = (
         vocab_size,
         eos_token_id,
@@ -162,6 +150,23 @@ def build_policy(
     with _seeded(seed, torch.device(device)):
         model = AutoModelForCausalLM.from_config(_without_dropout(config), dtype=DTYPES[dtype])
     return _ready(model, device, layers)
+
+
+def _build_config(settings: Mapping[str, Any]) -> PretrainedConfig:
+    """The transformers configuration of these fields. Raises ValueError for an unknown `model_type` or field."""
+    fields = dict(settings)
+    try:
+        config = AutoConfig.for_model(fields.pop("model_type", ""), **fields)
+    except ValueError as error:
+        raise ValueError(f"model_config.model_type: {settings.get('model_type')!r} is not known") from error
+    except StrictDataclassError as error:  # of sizes that do not go together
+        raise ValueError(f"model_config: {' '.join(str(error).split())}") from error
+    known = {field.name for field in dataclasses.fields(config)}
+    for name in fields:
+        # A name that resembles none of them may be an older one, which transformers still understands.
+        if name not in known and (guess := nearest(name, known)):
+            raise ValueError(f"model_config: {settings['model_type']} has no {name!r}{guess}")
+    return config
 
 
 def load_reward_model(
@@ -262,7 +267,18 @@ def read_model_config(source: str, field: str, trust_remote_code: bool) -> Pretr
         if Path(source).is_dir():
             raise ValueError(f"{field}: {source!r} holds no model that transformers knows ({error})") from error
         raise ValueError(f"{field}: {source!r} is neither a folder here nor a model the hub gives us") from error
+    check_decoder(config, f"{field}: {source!r}")
     return _without_dropout(config)
+
+
+def check_architecture(config: TrainConfig) -> None:
+    """Raises ValueError, naming the key, where the model that `config` starts from is not a causal language model. Only
+    its configuration is read."""
+    if config.model_config:
+        model = _build_config(parse_model_config(config.model_config))
+        check_decoder(model, f"model_config.model_type: {model.model_type!r}")
+    elif config.model_name_or_path:
+        read_model_config(config.model_name_or_path, "model_name_or_path", config.trust_remote_code)
 
 
 def _open(
@@ -285,14 +301,15 @@ def _open(
             with torch.device("meta"):
                 opened = type(kind.from_config(config, trust_remote_code=trust_remote_code))
             settings |= {"pretrained_model_name_or_path": None, "state_dict": read_tensors(stem)}
-        loaded = opened.from_pretrained(
-            config=config,
-            dtype=DTYPES[dtype],
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            **settings,
-        )
+        with quiet():
+            loaded = opened.from_pretrained(
+                config=config,
+                dtype=DTYPES[dtype],
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **settings,
+            )
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"{field}: the weights of {source!r} cannot be loaded: {error}") from error
     model, info = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
@@ -338,14 +355,8 @@ def _check_positions(config: PretrainedConfig) -> None:
 
 def _without_dropout(config: PretrainedConfig) -> PretrainedConfig:
     """Log-probs of the same tokens must be the same number twice: no dropout, in any stage."""
-    for name in (
-        "attention_dropout",
-        "hidden_dropout",
-        "classifier_dropout",
-        "embd_pdrop",
-        "resid_pdrop",
-        "attn_pdrop",
-    ):
+    names = ("attention_dropout", "hidden_dropout", "classifier_dropout", "embd_pdrop", "resid_pdrop", "attn_pdrop")
+    for name in names:
         if getattr(config, name, None):
             setattr(config, name, 0.0)
     return config

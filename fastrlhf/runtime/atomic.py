@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from safetensors import SafetensorError
@@ -64,6 +65,22 @@ def write_file(path: Path, text: str, errors: str = "strict") -> None:
         partial.unlink(missing_ok=True)
         raise
     flush(path.parent)
+
+
+def check_writable(path: str, key: str) -> None:
+    """Raises ValueError, naming `key`, where the folder can neither be made nor be written to. It leaves nothing."""
+    try:
+        place = Path(path)
+        while not place.exists():
+            if place.is_symlink():
+                raise ValueError(f"{key}: {path!r} cannot be made: {str(place)!r} is a link to nothing")
+            place = place.parent
+        if not place.is_dir():
+            raise ValueError(f"{key}: {path!r} cannot be made: {str(place)!r} is a file")
+        with TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise ValueError(f"{key}: {path!r} cannot be written to: {error.strerror}") from error
 
 
 def check_folder(folder: Path, needs: Callable[[str], bool] = lambda name: True) -> None:

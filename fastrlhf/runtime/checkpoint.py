@@ -32,9 +32,10 @@ from fastrlhf.config.files import SAME_MODEL, differences, write_yaml
 from fastrlhf.distributed.ranks import on_each, on_first
 from fastrlhf.models.adapters import has_adapter, merge_adapter, merged_copy, save_adapter
 from fastrlhf.models.four_bit import is_four_bit
+from fastrlhf.models.quiet import quiet
 from fastrlhf.models.sharding import beginnings, whole_weights
 from fastrlhf.models.shards import describe_tensors, exists, read_into, read_tensors, write_tensors
-from fastrlhf.runtime.atomic import check_folder, discard_folder, flush, flush_tree, write_folder
+from fastrlhf.runtime.atomic import check_folder, check_writable, discard_folder, flush, flush_tree, write_folder
 from fastrlhf.runtime.rng_state import GlobalRandomness
 
 log = logging.getLogger(__name__)
@@ -58,8 +59,9 @@ def check_output_dir(path: str) -> None:
     Hidden and empty files do not count: a run that was killed as it started leaves no others.
     """
     folder = Path(path)
-    if folder.exists() and not folder.is_dir():
+    if folder.is_file():
         raise ValueError(f"output_dir: {path!r} is a file")
+    check_writable(path, "output_dir")
     for name, what in (("config.yaml", "run"), ("config.json", "model")):
         if (folder / name).exists():
             raise ValueError(f"output_dir: {path!r} already holds a {what}; choose another folder or move it away")
@@ -74,6 +76,8 @@ def check_run_dir(config: TrainConfig) -> None:
     its first checkpoint is left alone: the only weights that it has are its last, and starting again may replace them.
     """
     folder = Path(config.output_dir)
+    if is_unfinished(config.output_dir):
+        check_writable(config.output_dir, "output_dir")
     if config.resume_from_checkpoint == "never" or not is_unfinished(config.output_dir):
         check_output_dir(config.output_dir)
         return
@@ -152,7 +156,8 @@ def _save_model(
     partial = folder / ".partial"
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        model.save_pretrained(partial, state_dict=weights)
+        with quiet():
+            model.save_pretrained(partial, state_dict=weights)
         tokenizer.save_pretrained(partial)
         flush_tree(partial)
     except BaseException:

@@ -20,7 +20,7 @@ from fastrlhf.distributed.ranks import on_first, start, world_size
 from fastrlhf.models.attention import check_attention
 from fastrlhf.models.four_bit import quantization
 from fastrlhf.models.layers import check_liger
-from fastrlhf.models.loading import DTYPES, resolve_device
+from fastrlhf.models.loading import DTYPES, check_architecture, resolve_device
 from fastrlhf.models.offload import check_offloading
 from fastrlhf.runtime.adamw import check_optim
 from fastrlhf.runtime.checkpoint import check_run_dir, check_same_data
@@ -72,6 +72,9 @@ def open_inputs(
         on_first(lambda: check_idle(config.output_dir))
     import_reporters(config.report_to)
     check_libraries(config)
+    check_architecture(config)
+    if train is None and not config.dataset_test_split:
+        check_held_out(config, config.num_eval_examples)
     tokenizer = open_tokenizer(config)
     if train is None:
         train, evaluation = _load_both(config, fields)
@@ -85,8 +88,7 @@ def open_inputs(
     )
     ranks, num_eval = world_size(), len(data.eval)
     require(num_eval == 0 or num_eval >= ranks, "num_eval_examples", num_eval, f"0, or at least the {ranks} processes")
-    rule = "false where no rows are held out; give num_eval_examples or dataset_test_split"
-    require(num_eval > 0 or not config.eval_on_start, "eval_on_start", True, rule)
+    check_held_out(config, num_eval)
     if config.output_dir:
         check_same_data(config.output_dir, data.fingerprint)
     return tokenizer, data
@@ -224,6 +226,14 @@ def _fingerprint(rows: Sequence[TokenizedExample]) -> str:
             elif value is not None:
                 digest.update(f"{field.name} {value!r}".encode())
     return f"{len(rows)} rows of hash {digest.hexdigest()[:16]}"
+
+
+def check_held_out(config: TrainConfig, num_eval: int) -> None:
+    """Raises ValueError where evaluations are asked for and no rows are held out."""
+    if num_eval == 0:
+        rule = "where no rows are held out; give num_eval_examples or dataset_test_split"
+        require(not config.eval_on_start, "eval_on_start", True, f"false {rule}")
+        require(not config.eval_steps, "eval_steps", config.eval_steps, f"0 {rule}")
 
 
 def check_libraries(config: TrainConfig) -> None:

@@ -24,6 +24,7 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any, Protocol, Self, SupportsFloat
@@ -92,7 +93,7 @@ class MetricsWriter:
 
         Args:
             output_dir: directory of the run, made if absent; files already there are appended to.
-            report_to: any of "tensorboard" and "wandb".
+            report_to: any of "tensorboard" and "wandb"; or "none", or "all" whose packages are installed.
             run_name: name of the run at W&B; the directory's name by default.
             config: the resolved configuration, shown by the reporters.
             resumed_at: rows of later steps are dropped, and `time` continues from the last row; 0 is a run that starts
@@ -237,13 +238,24 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 def import_reporters(names: Sequence[str]) -> dict[str, ModuleType]:
-    """The modules of the named reporters. Raises ValueError where one is unknown or its package is not installed."""
+    """The modules of the reporters named: of none for `none`, of every one whose package is installed for `all`.
+
+    Raises ValueError where a reporter is unknown, where its package is not installed, and where `none` or `all` stands
+    beside another name.
+    """
+    for name in ("none", "all"):
+        if name in names and len(names) > 1:
+            raise ValueError(f"report_to: {name!r} stands alone; got {', '.join(names)}")
+    if "none" in names:
+        return {}
+    if "all" in names:
+        names = [name for name, reporter in REPORTERS.items() if find_spec(reporter.package)]
     return {name: _import_reporter(name) for name in names}
 
 
 def _import_reporter(name: str) -> ModuleType:
     if name not in REPORTERS:
-        raise ValueError(f"report_to: unknown reporter {name!r}; known are {', '.join(sorted(REPORTERS))}")
+        raise ValueError(f"report_to: unknown reporter {name!r}; known are {', '.join(sorted(REPORTERS))}, none, all")
     reporter = REPORTERS[name]
     try:
         return importlib.import_module(reporter.module)

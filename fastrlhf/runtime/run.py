@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import shutil
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -14,11 +13,10 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.config import TrainConfig, require
-from fastrlhf.distributed.ranks import failed_together, from_all, is_first, largest, on_first, total
+from fastrlhf.distributed.ranks import failed_together, from_all, largest, on_first, total
 from fastrlhf.models.adapters import share_weights
 from fastrlhf.runtime.atomic import sweep
 from fastrlhf.runtime.checkpoint import Checkpointer, Stateful, check_run_dir, create_output_dir, save_trained
@@ -26,6 +24,7 @@ from fastrlhf.runtime.disk import check_room, with_room
 from fastrlhf.runtime.inputs import Data
 from fastrlhf.runtime.locks import locked
 from fastrlhf.runtime.metrics import MetricsWriter, read_metrics
+from fastrlhf.runtime.progress import Progress
 from fastrlhf.runtime.signals import Interrupted, Interrupts
 from fastrlhf.types import TokenizedExample
 from fastrlhf_kernels import Max, Metric, merge
@@ -94,15 +93,9 @@ class Run:
         with ExitStack() as stack:
             if self.folder:
                 self._open(self.folder, stack)
-            bar = tqdm(
-                total=self._steps,
-                initial=self._start,
-                desc=self._name,
-                disable=not (self._config.progress and is_first()),
-                file=sys.stderr,
-                dynamic_ncols=True,
-            )
-            self._bar = stack.enter_context(bar)
+            every, shown = self._config.logging_steps, self._config.progress
+            progress = Progress(self._name, self._steps, start=self._start, every=every, shown=shown)
+            self._progress = stack.enter_context(progress)
             self._stack = stack.pop_all()
         return self
 
@@ -190,6 +183,7 @@ class Run:
             self.initial = dict(evaluate())
             if self._writer:
                 self._writer.log(0, self.initial)
+            self._progress.evaluation(0, self.initial)
 
     def remaining(self, batches: Iterable[list[int]]) -> Iterator[tuple[int, list[int]]]:
         """(step, batch), from the step at which the run starts or resumes."""
@@ -204,8 +198,7 @@ class Run:
         self.history.append(dict(metrics))
         if self._writer:
             self._writer.log(step, metrics)
-        self._bar.update()
-        self._bar.set_postfix_str(f"{shown.rpartition('/')[2]} {metrics[shown]:.4g}")
+        self._progress.step(step, metrics, shown)
         if self._checkpointer:
             self._checkpointer.mark()
             if step < self._steps:

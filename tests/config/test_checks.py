@@ -146,6 +146,7 @@ def test_a_word_that_is_no_choice_is_refused_with_the_choices(kind, field, choic
 UNREAD = [
     *((kind, key, {}) for kind in TRAINING for key in ("lora_r", "lora_alpha", "use_rslora", "use_dora")),
     *((kind, key, {}) for kind in TRAINING for key in ("lora_target_modules", "master_weights")),
+    *((kind, "logging_steps", {"progress": False}) for kind in TRAINING if kind is not EvalConfig),
     *((DPOConfig, key, {}) for key in ("label_prior", "score_scale", "psi_clip")),
     (DPOConfig, "psi_clip", {"psi": "logit", "loss_type": "ipo"}),
     *((EvalConfig, key, {}) for key in ("learning_rate", "per_device_train_batch_size", "save_steps", "report_to")),
@@ -177,7 +178,7 @@ OTHER |= {
     "share_trunks": False,
     "truncation": "bootstrap",
 }
-OTHER |= {"master_weights": "stochastic_rounding"}
+OTHER |= {"master_weights": "stochastic_rounding", "logging_steps": 1}
 
 
 @pytest.mark.parametrize(("kind", "field", "without"), UNREAD)

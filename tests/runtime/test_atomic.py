@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,15 @@ import torch
 from safetensors.torch import save_file
 
 from fastrlhf.runtime import atomic
-from fastrlhf.runtime.atomic import MANIFEST, check_folder, discard_folder, flush_tree, write_file, write_folder
+from fastrlhf.runtime.atomic import (
+    MANIFEST,
+    check_folder,
+    check_writable,
+    discard_folder,
+    flush_tree,
+    write_file,
+    write_folder,
+)
 from fastrlhf.runtime.disk import DiskFull
 
 
@@ -27,6 +36,27 @@ def test_a_written_folder_holds_its_files_and_a_manifest_that_they_match(tmp_pat
     write_folder(tmp_path / "x", fill)
     assert names(tmp_path) == {"x/a.txt", "x/deep/b.txt", f"x/{MANIFEST}"}
     check_folder(tmp_path / "x")
+
+
+def test_a_folder_that_cannot_be_made_is_named_with_its_key(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for path, why in (
+        (tmp_path / "file", f"cannot be made: '{tmp_path / 'file'}' is a file"),
+        (tmp_path / "file" / "a" / "b", f"cannot be made: '{tmp_path / 'file'}' is a file"),
+        (tmp_path / "link" / "a", f"cannot be made: '{tmp_path / 'link'}' is a link to nothing"),
+        (tmp_path / ("n" * 300), "cannot be written to: File name too long"),
+        (Path("/proc/fastrlhf/run"), "cannot be written to: "),
+    ):
+        with pytest.raises(ValueError, match="^" + re.escape(f"output_dir: {str(path)!r} {why}")):
+            check_writable(str(path), "output_dir")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
+
+
+def test_a_folder_that_can_be_made_is_not_made(tmp_path):
+    check_writable(str(tmp_path / "a" / "b"), "output_dir")
+    check_writable(str(tmp_path), "output_dir")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_of_that_name_is_replaced(tmp_path):

@@ -171,6 +171,19 @@ def test_bad_input_is_refused_before_any_folder_is_made(config, tmp_path):
     assert not out.exists()
 
 
+@pytest.mark.parametrize(("key", "value", "off"), [("eval_steps", 5, "0"), ("eval_on_start", True, "false")])
+def test_evaluations_without_held_out_rows_are_refused_before_a_row_is_read(config, key, value, off):
+    asked, message = replace(config, **{key: value}), f"^{key}: must be {off} where no rows are held out; give num_eval"
+    with pytest.raises(ValueError, match=message):
+        open_inputs(replace(asked, dataset_name="nowhere.jsonl"), ["reference"], None, None)
+    with pytest.raises(ValueError, match=message):
+        open_inputs(asked, ["reference"], tiny.examples(4), None)
+    _, data = open_inputs(asked, ["reference"], tiny.examples(4), tiny.examples(2))
+    assert len(data.eval) == 2
+    _, data = open_inputs(replace(asked, num_eval_examples=3), ["reference"], None, None)
+    assert rows(data.eval) == [18, 19]  # row 17 is not usable
+
+
 def test_a_prompt_without_room_for_a_response_is_left_out_and_said(caplog):
     examples = [TokenizedExample(prompt=[5] * length, row=length) for length in (3, 6, 7)]
     with caplog.at_level(logging.WARNING):

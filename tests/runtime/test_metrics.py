@@ -6,7 +6,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from fastrlhf.runtime.metrics import MetricsWriter, read_metrics, read_rows
+from fastrlhf.runtime.metrics import MetricsWriter, import_reporters, read_metrics, read_rows
 
 
 class FakeRun:
@@ -175,6 +175,17 @@ def test_an_unknown_reporter_is_an_error_that_lists_the_known_ones(tmp_path):
     with pytest.raises(ValueError, match=r"'tensorbord'.*tensorboard, wandb"):
         MetricsWriter(tmp_path / "run", report_to=["tensorbord"])
     assert not (tmp_path / "run").exists()
+
+
+def test_none_and_all_are_understood_as_in_transformers(monkeypatch):
+    assert import_reporters(["none"]) == {}
+    monkeypatch.setattr("fastrlhf.runtime.metrics.find_spec", lambda package: package == "wandb" or None)
+    monkeypatch.setitem(sys.modules, "wandb", FakeWandB())
+    assert list(import_reporters(["all"])) == ["wandb"]
+    for names in (["none", "wandb"], ["tensorboard", "all"]):
+        name = "none" if "none" in names else "all"
+        with pytest.raises(ValueError, match=f"^report_to: '{name}' stands alone; got {', '.join(names)}$"):
+            import_reporters(names)
 
 
 def test_a_missing_package_is_an_error_that_says_what_to_install(tmp_path, monkeypatch):

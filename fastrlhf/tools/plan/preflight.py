@@ -18,6 +18,7 @@ from fastrlhf.models.loading import read_model_config
 from fastrlhf.models.roles import holds_adapter
 from fastrlhf.rewards.functions import load_reward_functions
 from fastrlhf.rollout.vllm import import_vllm
+from fastrlhf.runtime.atomic import check_writable
 from fastrlhf.runtime.inputs import check_libraries
 from fastrlhf.runtime.metrics import import_reporters
 from fastrlhf.runtime.run import check_micro_batch
@@ -70,6 +71,8 @@ def _check(config: TrainConfig, made: Made) -> None:
         if config.engine == "vllm":
             import_vllm()
         load_reward_functions(config)
+    if isinstance(config, DPOConfig) and config.ref_cache_dir:
+        check_writable(config.ref_cache_dir, "ref_cache_dir")
     if isinstance(config, DPOConfig | PPOConfig) and config.psi:
         load_psi(config.psi, config.psi_clip)
     _check_rows(_with_tokenizer(config, made))

@@ -42,6 +42,9 @@ def open_work(config: TrainConfig, most_batches: int = 1) -> Work:
     alone = {"optim": "adamw_torch_fused", "attn_implementation": "auto", "use_liger_kernel": False}
     alone |= {"activation_offloading": False, "load_in_4bit": False}
     elsewhere = dataclasses.replace(config, output_dir="", report_to=(), **alone)
+    if config.model_name_or_path:  # an earlier run of a chain may have yet to make the model
+        source = config.tokenizer_name_or_path or config.model_name_or_path
+        elsewhere = dataclasses.replace(elsewhere, tokenizer_name_or_path=source, model_name_or_path="")
     tokenizer, data = open_inputs(elsewhere, _fields(config), None, None)
     examples = data.train
     if isinstance(config, PPOConfig):

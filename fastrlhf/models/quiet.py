@@ -1,0 +1,32 @@
+"""Keeps transformers and bitsandbytes from printing while a model is loaded or saved: progress bars, tables of missing
+weights, advice. What matters of it the callers check themselves, and raise."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import transformers
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+BITSANDBYTES = logging.getLogger("bitsandbytes")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Within it these libraries print errors only; afterwards their settings are what they were."""
+    settings = transformers.logging
+    verbosity, bars, level = settings.get_verbosity(), settings.is_progress_bar_enabled(), BITSANDBYTES.level
+    downloads = not are_progress_bars_disabled()
+    settings.set_verbosity_error()
+    settings.disable_progress_bar()
+    BITSANDBYTES.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        settings.set_verbosity(verbosity)
+        BITSANDBYTES.setLevel(level)
+        if bars:
+            settings.enable_progress_bar()
+        (enable_progress_bars if downloads else disable_progress_bars)()

@@ -1,0 +1,36 @@
+import re
+
+import pytest
+from transformers import AutoConfig, LlamaConfig
+
+from fastrlhf.models.architecture import check_decoder
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ("t5", "an encoder-decoder model (t5)"),
+        ("bart", "an encoder-decoder model (bart)"),
+        ("bert", "an encoder (bert), which does not write text"),
+        ("modernbert", "an encoder (modernbert), which does not write text"),
+        ("vit", "a vit model, for which transformers has no causal language model"),
+    ],
+)
+def test_what_is_no_causal_language_model_is_refused_by_its_kind(kind, told):
+    message = re.escape(f"model_name_or_path: 'x' is {told}; give a causal language model (decoder only)")
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        check_decoder(AutoConfig.for_model(kind), "model_name_or_path: 'x'")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(),
+        AutoConfig.for_model("gpt_neox"),
+        AutoConfig.for_model("bert", is_decoder=True),
+        AutoConfig.for_model("vit", auto_map={"AutoModelForCausalLM": "mine.Model"}),
+    ],
+    ids=["llama", "gpt_neox", "bert as a decoder", "code of its own"],
+)
+def test_causal_language_models_pass(config):
+    check_decoder(config, "model_name_or_path: 'x'")
