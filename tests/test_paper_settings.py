@@ -163,6 +163,7 @@ PAPERS: dict[str, dict[str, dict[str, tuple[Any, str]]]] = {
         },
         "rlp": {
             "num_answers": (10, f"{RLP} section 5"),
+            "answer_temperature": (1.0, f"{RLP} section 5.3"),
             "mib_weight": (0.5, f"{RLP} section 5: lambda"),
             "min_confidence": (0.5, f"{RLP} section 5: gamma"),
         },

@@ -263,7 +263,7 @@ def test_the_operator_is_registered_as_torch_wants_it():
         None,
         torch.tensor(3.0),
     )
-    options = (None, 1.0, 1.0, None, -100, False, 0.8, 1.2, 3.0, 0.0, "k2", 0.0, True, True, False, False)
+    options = (None, 1.0, 1.0, None, -100, False, 0.8, 1.2, 3.0, 0.0, "k2", 0.0, "ppo", True, True, False, False)
     torch.library.opcheck(torch.ops.fastrlhf.linear_policy_loss.default, (hidden, weight, None, *fixed, *options))
 
 
