@@ -154,6 +154,7 @@ PAPERS: dict[str, dict[str, dict[str, tuple[Any, str]]]] = {
             "response_length": (300, FARM),
             "temperature": (1.0, FARM),
             "adam_epsilon": (1e-5, FARM),
+            "whiten_rewards": (True, FARM),
             "kl_coef": (0.0067, FARM),
             "cliprange": (0.2, FARM),
             "cliprange_value": (0.2, FARM),
