@@ -37,7 +37,7 @@ usage: fastrlhf COMMAND [--config FILE] [--key value ...]
   rto        RTO: PPO on the token rewards of a DPO model
   rlp        RLP: the reward model refitted on what the policy answers, the policy trained again
   eval       win rates between models and dataset responses
-  report     fastrlhf report RUN_DIR: one HTML page of a run
+  report     fastrlhf report RUN_DIR: one HTML page of a run; RUN_DIR RUN_DIR ... [--html PAGE]: a comparison of runs
   inspect    the rows as the model will see them, each token by its role: --config FILE [--num N] [--html PAGE]
   plan       the memory that a run will need, and its steps: --config FILE [--memory_gib N]; ends in 1 if too large
   doctor     fastrlhf doctor [OUTPUT_DIR]: versions, GPU, paths of the kernels, self-check against float64
@@ -50,6 +50,9 @@ PATIENCE = 2.0
 """Seconds that a process other than rank 0 waits before it reports its error: where rank 0 has failed too, torchrun
 ends it meanwhile, and the error is reported once."""
 
+
+COMPARISON = "comparison.html"
+"""The page of `fastrlhf report` about several runs, in the current folder."""
 
 UNREAD_EXIT_CODE = 141
 """As the shell tells of a program that SIGPIPE has ended."""
@@ -212,10 +215,22 @@ def _demo(arguments: Sequence[str]) -> None:
 
 
 def _report(arguments: Sequence[str]) -> None:
+    from fastrlhf.report.compare import write_comparison
     from fastrlhf.report.report import write_report
 
-    configs.require(len(arguments) == 1, "RUN_DIR", list(arguments), "one folder of a run")
-    print(write_report(Path(arguments[0])))
+    folders, page = list(arguments), COMPARISON
+    if "--html" in folders:
+        where = folders.index("--html")
+        configs.require(where + 1 < len(folders), "--html", "", "followed by the page to write")
+        page = folders[where + 1]
+        del folders[where : where + 2]
+    unknown = [folder for folder in folders if folder.startswith("-")]
+    configs.require(bool(folders) and not unknown, "RUN_DIR", list(arguments), "the folder of a run, or of several")
+    if len(folders) > 1:
+        print(write_comparison([Path(folder) for folder in folders], Path(page)))
+    else:
+        configs.require(page == COMPARISON, "--html", page, "left out where one run is given: its page is report.html")
+        print(write_report(Path(folders[0])))
 
 
 def _inspect(arguments: Sequence[str]) -> None:

@@ -292,7 +292,7 @@ def test_the_written_configuration_gives_the_same_run_bit_for_bit(chain, place, 
         (["sft", "--config"], "--config: give a file or the name of a recipe"),
         (["sft", "--config", "nowhere.yaml"], "config: no file 'nowhere.yaml'; the recipes are dpo_hh, "),
         (["sft", "--max_steps", "1"], "output_dir: must be the folder of the sft run; got ''"),
-        (["report"], "RUN_DIR: must be one folder of a run; got []"),
+        (["report"], "RUN_DIR: must be the folder of a run, or of several; got []"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from html import escape
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,8 +23,12 @@ BUCKETS = 160
 SMOOTH_FROM = 40
 """Curves of at least as many points get a moving average."""
 
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 320, 160, 40, 12, 8, 20
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 320, 182, 40, 12, 20, 34
 _PLOT_WIDTH, _PLOT_HEIGHT = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
+_MARGIN = 4
+"""Curves may reach this far out of the plot, so that lines and dots at its edges are whole."""
+_MOST_HITS = 40
+"""Steps of a chart whose values can be read with the mouse: those of short curves, and of long ones so many."""
 _DIGIT = 6
 """Width of a digit of a label, rounded up."""
 _FURTHEST = 1e300
@@ -42,10 +47,12 @@ class Curve:
     values: Array
     """[n], gaps where not finite"""
     color: int = 0
+    dashed: bool = False
 
 
-def line_chart(title: str, curves: list[Curve], over: str = "steps") -> str:
-    """A figure: caption with the last value of every curve, axes, and the curves over optimiser steps (or `over`).
+def line_chart(title: str, curves: list[Curve], over: str = "steps", unit: str = "") -> str:
+    """A figure: caption with the last value of every curve, named axes, and the curves over optimiser steps (or
+    `over`). Where the mouse rests, the values of the step below it are shown.
 
     Long curves are drawn twice: raw and faint, and as a centred moving average. The frame may then leave
     out 1 % of the points, and at most five, at either end, so that one spike does not flatten the rest.
@@ -59,11 +66,16 @@ def line_chart(title: str, curves: list[Curve], over: str = "steps") -> str:
     family = f"<small>{escape(prefix)}/</small>" if prefix else ""
     drawn = "".join(_draw(curve, x_range, y_range) for curve in curves)
     box, told = f"{-more} 0 {_WIDTH + more} {_HEIGHT}", f"{title} over {over}"
+    clip = f"{-_MARGIN} {-_MARGIN} {_PLOT_WIDTH + 2 * _MARGIN} {_PLOT_HEIGHT + 2 * _MARGIN}"
+    x, y, width, height = _LEFT - _MARGIN, _TOP - _MARGIN, *clip.split()[2:]
+    axis_names = f'<text x="{-more}" y="10">{escape(unit or name)}</text>'
+    axis_names += f'<text class="over" x="{_WIDTH - _RIGHT}" y="{_HEIGHT - 4}">{escape(over)}</text>'
     return (
         f"<figure><figcaption><b>{family}{escape(name)}</b>{_key(curves)}</figcaption>"
         f'<svg viewBox="{box}" role="img" aria-label="{escape(told)}">'
-        f"{_axes(x_range, y_range, labels, whole=over == 'steps')}"
-        f'<svg x="{_LEFT}" y="{_TOP}" width="{_PLOT_WIDTH}" height="{_PLOT_HEIGHT}">{drawn}</svg></svg></figure>\n'
+        f"{_axes(x_range, y_range, labels, whole=over == 'steps')}{axis_names}"
+        f'<svg x="{x}" y="{y}" width="{width}" height="{height}" viewBox="{clip}">{drawn}</svg>'
+        f"{_hits(curves, x_range, 'step' if over == 'steps' else over)}</svg></figure>\n"
     )
 
 
@@ -187,7 +199,33 @@ def _draw(curve: Curve, x_range: Range, y_range: Range) -> str:
     if finite.any():
         low, high = (format_number(f(curve.values[finite])) for f in (np.min, np.max))
         hover += f", from {low} to {high}"
-    return f'<g style="stroke:var(--c{curve.color})"><title>{escape(hover)}</title>{"".join(paths)}</g>'
+    dashed = ' class="dashed"' if curve.dashed else ""
+    return f'<g{dashed} style="stroke:var(--c{curve.color})"><title>{escape(hover)}</title>{"".join(paths)}</g>'
+
+
+def _hits(curves: list[Curve], x_range: Range, over: str) -> str:
+    """Invisible strips over the plot, one per step that can be read; a strip's title has the values of that step."""
+    steps = sorted({step for curve in curves for step in _spread(curve.steps)})
+    if len(steps) > 3 * _MOST_HITS:  # many runs at different steps
+        steps = list(_spread(np.array(steps)))
+    places = [_LEFT + (step - x_range[0]) / (x_range[1] - x_range[0]) * _PLOT_WIDTH for step in steps]
+    middles = [(a + b) / 2 for a, b in pairwise(places)]
+    strips = []
+    for step, left, right in zip(steps, [_LEFT, *middles], [*middles, _WIDTH - _RIGHT], strict=True):
+        values = [
+            f"{escape(curve.label)} {format_number(float(value))}"
+            for curve in curves
+            for value in curve.values[curve.steps == step][:1]
+        ]
+        title = "\n".join([f"{over} {format_number(step)}", *values])
+        strips.append(f'<rect x="{left:.1f}" width="{max(right - left, 0.1):.1f}"><title>{title}</title></rect>')
+    return f'<g class="hits">{"".join(strips)}</g>'
+
+
+def _spread(steps: Array) -> list[float]:
+    """At most `_MOST_HITS` of them, evenly, the first and the last included."""
+    chosen = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), _MOST_HITS)).round().astype(int))
+    return [float(step) for step in steps[chosen]]
 
 
 def _path(steps: Array, values: Array, x_range: Range, y_range: Range) -> str:
@@ -220,7 +258,7 @@ def _axes(x_range: Range, y_range: Range, y_labels: list[tuple[float, str]], who
     x_ticks = [value for value in ticks(*x_range, 4) if not whole or value == int(value)]
     for value, label in zip(x_ticks, tick_labels(x_ticks), strict=True):
         x = _LEFT + (value - x_range[0]) / (x_range[1] - x_range[0]) * _PLOT_WIDTH
-        parts.append(f'<text class="x" x="{x:.1f}" y="{_HEIGHT - 5}">{label}</text>')
+        parts.append(f'<text class="x" x="{x:.1f}" y="{_HEIGHT - _BOTTOM + 14}">{label}</text>')
     return "".join(parts)
 
 
@@ -230,8 +268,9 @@ def _key(curves: list[Curve]) -> str:
     for curve in curves:
         bad = int((~np.isfinite(curve.values)).sum())
         warning = f' <em title="values that are nan or inf">{bad} not finite</em>' if bad else ""
+        dot = f'<i style="background:var(--c{curve.color})"></i>'
         items.append(
-            f'<span><i style="background:var(--c{curve.color})"></i>{escape(curve.label)} '
+            f"<span{' class=dashed' if curve.dashed else ''}>{dot}{escape(curve.label)} "
             f"<b>{format_number(float(curve.values[-1]))}</b>{warning}</span>"
         )
     return f'<div class="key">{"".join(items)}</div>'

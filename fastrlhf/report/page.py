@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from html import escape
 
 
@@ -36,6 +37,21 @@ def render_page(title: str, facts: list[str], sections: list[tuple[str, str]], f
 """
 
 
+def scrolling(table: str) -> str:
+    """A table that scrolls sideways where it is too wide, with a shadow at the edge behind which there is more."""
+    return f'<div class="wide" tabindex="0">{table}</div>'
+
+
+def render_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of texts, which are escaped here; the first column names the row."""
+    top = "".join(f"<th>{escape(name)}</th>" for name in head)
+    body = "".join(
+        f"<tr><th>{escape(first)}</th>{''.join(f'<td>{escape(text)}</td>' for text in others)}</tr>\n"
+        for first, *others in rows
+    )
+    return scrolling(f'<table class="values"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>')
+
+
 def token_markup(text: str) -> str:
     """The text of a token: line ends are shown as well as made, and a token without text is a dot."""
     return escape(text).replace("\n", "&crarr;\n") or "&middot;"
@@ -46,6 +62,7 @@ _STYLE = """
   color-scheme: light dark;
   --page: #f6f7f9; --card: #ffffff; --ink: #1b2430;
   --muted: #667085; --rule: #e3e7ed; --grid: #edf0f4; --bad: #b42318;
+  --shade: rgb(20 30 50 / 0.35);
   --c0: #7446d8; --c1: #a17a00; --c2: #0d8f6f; --c3: #dd6b10;
   --c4: #2563eb; --c5: #c0297d; --c6: #0b8fb3; --c7: #5b6472;
 }
@@ -53,6 +70,7 @@ _STYLE = """
   :root {
     --page: #11151b; --card: #191f28; --ink: #e6eaf0;
     --muted: #95a0b1; --rule: #2b3440; --grid: #252d38; --bad: #ff8a7a;
+    --shade: rgb(0 0 0 / 0.9);
     --c0: #b394ff; --c1: #e3bd3f; --c2: #3fcfa5; --c3: #ff9440;
     --c4: #6ea0ff; --c5: #ff74b8; --c6: #4fd0f0; --c7: #aab4c3;
   }
@@ -86,24 +104,45 @@ i { display: inline-block; width: 9px; height: 9px; margin-right: 6px; border-ra
 figure svg { display: block; width: 100%; height: auto; }
 figure svg svg { overflow: hidden; }
 svg text { fill: var(--muted); font-size: 9.5px; }
-text.y { text-anchor: end; }
+text.y, text.over { text-anchor: end; }
 text.x { text-anchor: middle; }
+.hits rect { y: 20px; height: 128px; fill: transparent; }
+.hits rect:hover { fill: var(--ink); opacity: 0.1; }
 .grid { stroke: var(--grid); }
 path { fill: none; stroke-linejoin: round; stroke-linecap: round; }
 .line { stroke-width: 1.6; }
 .dot { stroke-width: 6; }
+.dashed path { stroke-dasharray: 4 3; }
+.key .dashed i { border-radius: 0; height: 2px; width: 12px; vertical-align: 3px; }
 .raw { stroke-width: 0.8; opacity: 0.35; }
 .bar { vertical-align: -3px; margin-right: 10px; }
 .track { stroke: var(--rule); stroke-width: 4; stroke-linecap: round; }
 .half { stroke: var(--muted); stroke-dasharray: 2 2; }
 .interval { stroke-width: 7; stroke-linecap: round; opacity: 0.45; }
 .bar circle { stroke: var(--card); stroke-width: 1.5; }
-.wide { overflow-x: auto; }
+.wide {
+  overflow-x: auto;
+  background:
+    linear-gradient(to right, var(--card) 40%, transparent) left / 48px 100% no-repeat local,
+    linear-gradient(to left, var(--card) 40%, transparent) right / 48px 100% no-repeat local,
+    linear-gradient(to right, var(--shade), transparent) left / 18px 100% no-repeat scroll,
+    linear-gradient(to left, var(--shade), transparent) right / 18px 100% no-repeat scroll,
+    var(--card);
+}
+.wide::-webkit-scrollbar { height: 10px; }
+.wide::-webkit-scrollbar-thumb { background: var(--muted); border: 3px solid var(--card); border-radius: 5px; }
 table { width: 100%; border-collapse: collapse; }
 th, td { padding: 9px 14px; text-align: left; border-top: 1px solid var(--rule); }
 thead th { border-top: 0; color: var(--muted); font-size: 12.5px; font-weight: 600; white-space: nowrap; }
 .results td, .results tbody th { white-space: nowrap; }
 .results th:nth-child(n + 3), .results td:nth-child(n + 3) { text-align: right; }
+.values td, .values th:nth-child(n + 2) { text-align: right; }
+.values tbody th { font-weight: 400; overflow-wrap: anywhere; min-width: 130px; }
+.values th, .values td { padding: 6px 12px; }
+.group { padding-bottom: 1px; }
+.group > .charts, .group > .wide { margin: 0 12px 12px; }
+.group > .wide { border: 1px solid var(--rule); border-radius: 10px; }
+summary small { color: var(--muted); font: inherit; font-weight: 400; margin-left: 6px; }
 .muted { color: var(--muted); }
 .samples td { vertical-align: top; }
 .samples td div { max-height: 180px; max-width: 620px; overflow: auto; }

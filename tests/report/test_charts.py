@@ -36,7 +36,7 @@ def coordinates(path):
 def test_the_box_has_room_for_the_longest_label(values):
     """Six units of width for each of its digits, that end where the axis begins; no less than the usual margin."""
     figure = line_chart("ratio", [curve(values)])
-    left, width = map(float, re.findall(r'viewBox="(\S+) 0 (\S+) 160"', figure)[0])
+    left, width = map(float, re.findall(r'viewBox="(\S+) 0 (\S+) 182"', figure)[0])
     labels = re.findall(r'class="y" x="(\d+)".*?>(.*?)<', figure)
     assert left == min(0, *(int(x) - 6 * len(label) for x, label in labels))
     assert left + width == 320
@@ -144,6 +144,43 @@ def test_the_interval_bar_places_a_half_in_the_middle():
     assert 'x1="4.0" x2="136.0"' in bar
     assert 'cx="70.0"' in bar
     assert "var(--c3)" in bar
+
+
+def test_both_axes_have_a_name():
+    figure = line_chart("logps/chosen", [curve([1.0, 2.0])], unit="nats")
+    assert re.findall(r"<text x=[^>]*>(.*?)<", figure) == ["nats"]
+    assert re.findall(r'class="over"[^>]*>(.*?)<', figure) == ["steps"]
+    assert re.findall(r"<text x=[^>]*>(.*?)<", line_chart("a/<b>", [curve([1.0, 2.0])])) == ["&lt;b&gt;"]
+
+
+def test_the_values_of_a_step_are_read_where_the_mouse_rests():
+    """One strip per step, from the middle before it to the middle after it; a curve without a value there is left
+    out."""
+    figure = line_chart("m", [curve([1.0, 2.0, 4.0]), curve([0.25], label="eval", steps=[2.0])])
+    strips = re.findall(r'<rect x="([\d.]+)" width="([\d.]+)"><title>(.*?)</title>', figure, flags=re.DOTALL)
+    assert [title for _, _, title in strips] == ["step 1\nrun 1", "step 2\nrun 2\neval 0.25", "step 3\nrun 4"]
+    edges = [(float(x), float(x) + float(width)) for x, width, _ in strips]
+    assert edges == [(40.0, 107.0), (107.0, 241.0), (241.0, 308.0)]
+
+
+def test_a_long_curve_has_a_strip_for_its_first_and_last_step_and_some_between():
+    figure = line_chart("m", [curve(np.arange(1000.0))])
+    steps = [int(float(step)) for step in re.findall(r"<title>step (\d+)\n", figure)]
+    assert len(steps) == 40
+    assert (steps[0], steps[-1]) == (1, 1000)
+
+
+def test_dots_and_lines_at_the_edge_of_the_plot_are_whole():
+    """The drawing reaches 4 units further than the plot on every side; a dot has a radius of 3."""
+    figure = line_chart("m", [curve([1.0, 2.0]), curve([2.0], steps=[2.0])])
+    assert '<svg x="36" y="16" width="276" height="136" viewBox="-4 -4 276 136">' in figure
+    assert 'class="dot" d="M268.0,' in figure
+
+
+def test_a_dashed_curve_is_dashed_in_the_key_too():
+    plain, dashed = curve([1.0, 2.0]), curve([2.0, 3.0], label="eval")
+    figure = line_chart("m", [plain, Curve(label="eval", steps=dashed.steps, values=dashed.values, dashed=True)])
+    assert figure.count('<g class="dashed"') == figure.count("<span class=dashed>") == 1
 
 
 def test_steps_have_ticks_at_whole_numbers_and_other_axes_where_they_are_round():

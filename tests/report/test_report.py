@@ -53,7 +53,7 @@ def test_one_run_gives_one_chart_per_metric_with_families_together(tmp_path):
     assert path == tmp_path / "run" / "report.html"
     assert list(figures(path.read_text()).items()) == [
         ("loss", ["run"]),
-        ("rewards/chosen", ["run"]),
+        ("rewards/chosen and rejected", ["run, chosen"]),
         ("rewards/margins", ["run"]),
     ]
 
@@ -260,7 +260,40 @@ def test_what_tells_how_a_run_fares_comes_before_counters_and_seconds(tmp_path):
     logged = ("timing/rollout", "policy/clipfrac_avg", "learning_rate", "value_grad_norm", "grad_norm", "num_tokens")
     telling = ("loss", "accuracy", "objective/scores", "objective/kl", "eval_objective/kl", "reward/score")
     write_metrics(tmp_path, dict.fromkeys(logged + telling, 1.0))
-    assert list(figures(write_report(tmp_path).read_text())) == [*telling, logged[1], *logged[2:], logged[0]]
+    page = write_report(tmp_path).read_text()
+    assert list(figures(page)) == [
+        *("loss", "accuracy", "objective/scores", "reward/score", "objective/kl"),  # with eval_objective/kl
+        *("policy/clipfrac_avg", "timing/rollout", "learning_rate", "value_grad_norm", "grad_norm", "num_tokens"),
+    ]
+    name = tmp_path.name
+    assert figures(page)["objective/kl"] == [name, f"{name}, eval"]
+    assert re.findall(r'<details class="group"( open)?><summary>(.*?) <small>(.*?)<', page) == [
+        (" open", "Loss and accuracy", "2 charts"),
+        (" open", "Scores and rewards", "2 charts"),
+        (" open", "KL and entropy", "1 chart"),
+        ("", "Updates of policy and critic", "1 chart"),
+        ("", "Housekeeping", "5 charts"),
+    ]
+
+
+def test_what_was_measured_once_is_a_row_of_a_table_and_no_chart(tmp_path):
+    write_metrics(tmp_path / "run", {"loss": 1.0})
+    with MetricsWriter(tmp_path / "run") as writer:
+        writer.log(5, {"loss": 5.0, "eval_loss": 0.5, "eval_accuracy": 0.75, "eval_accuracy_low": 0.5})
+    page = write_report(tmp_path / "run").read_text()
+    assert figures(page) == {"loss": ["run", "run, eval"]}
+    assert "1 chart, 2 single values" in page
+    assert re.findall(r"<tr><th>([^<]*)</th><td>(.*?)</td><td>(.*?)</td><td>(.*?)</td></tr>", page) == [
+        ("eval_accuracy", "run", "5", "0.75"),
+        ("eval_accuracy_low", "run", "5", "0.5"),
+    ]
+
+
+def test_a_table_that_is_too_wide_scrolls_and_shows_that_there_is_more(tmp_path):
+    (tmp_path / "summary.json").write_text(json.dumps({"methods": {"a": {"win_rate": 0.5}}}))
+    page = write_report(tmp_path).read_text()
+    assert page.count('<div class="wide" tabindex="0"><table class="results">') == 1
+    assert "linear-gradient(to left, var(--shade), transparent) right / 18px 100% no-repeat scroll" in page
 
 
 def test_samples_with_token_rewards_are_text_and_others_stay_a_table(tmp_path):
