@@ -1,12 +1,12 @@
-"""`fastrlhf demo`: the whole chain on the embedded task, with the trainers that everything else uses.
+"""`fastrlhf demo`: the whole chain on the embedded task, with the same trainers as every other run.
 
-    SFT -> reward model -> DPO, PPO and DR-PO, each from the same SFT model -> judged on posts that none has seen
+    SFT -> reward model -> DPO, PPO and DR-PO, each from the same SFT model -> judged on held-out posts
 
-IPO, cDPO, RTO (alone and with resets, on the token rewards of the DPO model) and RLP (both variants, which go on from
-the reward model and the PPO policy) run where `--methods` names them.
+IPO, cDPO, RTO (alone and with resets, on the token rewards of the DPO model) and RLP (both variants, which start from
+the reward model and the PPO policy) run if `--methods` names them.
 
-The gold judge of the task labels the preference pairs and judges at the end; no trainer sees it. RLP-SPG groups answers
-by gold equivalence, whether they state the same facts: it is not held up by a judge of language.
+The gold judge of the task labels the preference pairs and scores the final policies; no trainer sees it. RLP-SPG groups
+answers that state the same facts, so that its result does not depend on the quality of an NLI judge.
 """
 
 from __future__ import annotations
@@ -49,36 +49,37 @@ from fastrlhf.runtime.checkpoint import check_output_dir, create_output_dir
 from fastrlhf.runtime.run import TrainResult
 
 STAGES = ("sft", "reward", "dpo", "ipo", "cdpo", "ppo", "drpo", "rto", "drpo+rto", "rlp-uml", "rlp-spg")
-"""In the order in which they run: each starts from products of earlier ones."""
+"""Stages in the order in which they run; each starts from the results of earlier ones."""
 
 TEMPERATURE = 1.0
-"""Of sampling, in training and when the methods are judged."""
+"""Sampling temperature, both in training and in the final evaluation."""
 
 NUM_SFT, NUM_PAIRS, NUM_PROMPTS, NUM_ANSWERED = 14_000, 18_000, 8_000, 2_000
-"""Posts with a reference, pairs, prompts of the on-policy runs, and those among them that RLP has answered."""
+"""Numbers of rows: posts with a reference, preference pairs, prompts of the on-policy runs, and prompts that RLP
+samples answers to."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Judged:
-    """What the responses of one policy to the held-out posts are worth."""
+    """Results of one policy on the held-out posts."""
 
     gold: np.ndarray
     """[n] gold reward of each response, in facts"""
     reference_gold: np.ndarray
-    """[n] of each human-like reference"""
+    """[n] gold reward of each human-like reference, in facts"""
     score: float | None
-    """Mean of the reward model's; None where none was trained"""
+    """Mean score of the reward model; None where none was trained"""
     kl: float
-    """To the SFT model, nats per response"""
+    """KL to the SFT model, nats per response"""
     mean_length: float
-    """Tokens, the EOS included"""
+    """Mean length in tokens, EOS included"""
 
 
 def run_demo(config: DemoConfig, task: ToyTask | None = None) -> dict[str, Any]:
-    """Runs the stages, leaves a folder for each, summary.json and report.html, and returns the summary.
+    """Runs the stages and returns the summary. Writes a folder per stage, summary.json and report.html.
 
-    Raises ValueError, before any time is spent, for an unknown stage, one whose predecessor is missing, or a folder
-    that holds a run.
+    Raises ValueError, before any time is spent, for an unknown stage, a stage whose predecessor is not among `methods`,
+    or a folder that already holds a run.
     """
     check_one_process("demo")
     stages = _stages(config.methods)
@@ -112,7 +113,7 @@ def run_demo(config: DemoConfig, task: ToyTask | None = None) -> dict[str, Any]:
 def stage_config(
     name: str, config: DemoConfig, out: Path
 ) -> SFTConfig | RewardConfig | DPOConfig | PPOConfig | RLPConfig:
-    """The settings of one stage: what `fastrlhf NAME` would be given."""
+    """The settings of one stage, as one would pass them to `fastrlhf NAME`."""
     shared: dict[str, Any] = {
         "output_dir": str(out / name),
         "tokenizer_name_or_path": str(out / "tokenizer"),
@@ -177,13 +178,13 @@ def stage_config(
                 num_answer_prompts=NUM_ANSWERED,
             )
         case _:
-            # An episode from inside a response samples fewer tokens: more updates for about as many.
+            # Episodes that start inside a response sample fewer tokens, hence more updates for about as many tokens.
             both = token_rewards if name == "drpo+rto" else {}
             return DRPOConfig(**{**on_policy, "max_steps": 48, **both}, reset_prob=0.5, reset_min=0)
 
 
 def format_summary(summary: Mapping[str, Any]) -> str:
-    """The table that the demo prints: a line per method, intervals of 95 %."""
+    """The table that the demo prints: one line per method, with 95 % intervals."""
     lines = ["method   win rate % vs reference  gold reward  minus SFT                RM score     KL  length  seconds"]
     for name, row in summary["methods"].items():
         gain = f"{row['minus_sft']:+.3f} {_interval(row['minus_sft_ci'], '+.3f')}" if "minus_sft" in row else ""
@@ -205,7 +206,7 @@ def _stages(methods: Sequence[str]) -> list[str]:
     asked = set(STAGES if "all" in methods else methods)
     for name in sorted(asked - set(STAGES)):
         raise ValueError(f"methods: unknown method {name!r}; choose among {', '.join(STAGES)}, or all")
-    require("sft" in asked, "methods", methods, "a list with sft, which all else starts from")
+    require("sft" in asked, "methods", methods, "a list with sft, from which every other method starts")
     on_policy, by_token = asked & {"ppo", "drpo", "rto", "drpo+rto"}, asked & {"rto", "drpo+rto"}
     refits = asked & {"rlp-uml", "rlp-spg"}
     needs = (
@@ -219,7 +220,7 @@ def _stages(methods: Sequence[str]) -> list[str]:
 
 
 def run_stage(name: str, config: DemoConfig, task: ToyTask, out: Path) -> TrainResult:
-    """Trains one stage into `out/name`, from the products of earlier ones there."""
+    """Trains one stage into `out/name`, starting from the results of earlier stages there."""
     settings = stage_config(name, config, out)
     match settings:
         case SFTConfig():
@@ -250,7 +251,7 @@ def run_stage(name: str, config: DemoConfig, task: ToyTask, out: Path) -> TrainR
 
 
 def judge_stage(config: DemoConfig, task: ToyTask, out: Path, name: str) -> Judged:
-    """Samples from the policy that the stage `name` has left in `out` and judges it."""
+    """Samples from the policy of stage `name` in `out` and scores the responses."""
     tokenizer = toy_tokenizer()
     eos, pad = special_ids(tokenizer)
     folder = out / name / "round-1" / "policy" if name.startswith("rlp") else out / name

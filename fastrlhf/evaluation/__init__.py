@@ -1,1 +1,1 @@
-"""What a trained policy is worth: win rates with intervals, and the report of a run."""
+"""Evaluation of trained policies: judges, win rates with intervals, held-out prompts during training."""

@@ -1,4 +1,4 @@
-"""What a policy answers to prompts, and how far it has moved from its reference."""
+"""Responses of a policy to prompts, and its KL to the reference on them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastrlhf.rollout.engine import Decode, SharedEngine, TransformersEngine
 from fastrlhf.types import Prefix, Rollout, TokenizedExample
 
 EVAL_EPISODES = 1 << 40
-"""Evaluation numbers its episodes from here, out of reach of training's draws."""
+"""Evaluation numbers its episodes from here, so that its random draws never coincide with those of training."""
 
 
 def respond(
@@ -30,7 +30,7 @@ def respond(
     micro_batch_tokens: int = 8192,
     decode: Decode = "eager",
 ) -> list[Rollout]:
-    """One full response per prompt, with no reset, in order; temperature 0 takes the likeliest token."""
+    """Samples one full response per prompt, without resets, in order; temperature 0 takes the most probable token."""
     engine = TransformersEngine(
         model=model,
         eos_token_id=eos_token_id,
@@ -58,7 +58,8 @@ def response_kl(
     temperature: float,
     micro_batch_tokens: int,
 ) -> float:
-    """Nats: the sum over the tokens of a response of log(policy / reference), averaged over the policy's responses."""
+    """KL in nats per response: log(policy / reference) summed over the tokens of a response, averaged over the
+    policy's responses."""
     segments = [sequence(rollout.prefix.token_ids, rollout.completion) for rollout in rollouts]
     log_ratio = torch.zeros((), device=policy.device)
     with whole(policy), whole(reference):

@@ -1,7 +1,7 @@
-"""Who says whether two answers to one prompt mean the same.
+"""Judges of whether two answers to one prompt mean the same.
 
-A judge is a function of ordered comparisons: does the first answer entail the second, contradict it, or neither? An NLI
-classifier is one; equality of texts and a user's own function, which know no direction, are others.
+A judge is a function of ordered comparisons: does the first answer entail the second, contradict it, or neither? It can
+be an NLI classifier, the equality of texts, or a user-defined function; the last two are symmetric.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Comparison(NamedTuple):
 
 
 EquivalenceJudge = Callable[[Sequence[Comparison]], list[Relation]]
-"""Comparisons -> what each is, in order."""
+"""Comparisons -> the relation of each, in the same order."""
 
 SameMeaning = Callable[[str, str, str], bool]
 """(prompt, answer, answer) -> whether they mean the same."""
@@ -62,7 +62,7 @@ def open_judge(
 
 
 def exact_match(comparisons: Sequence[Comparison]) -> list[Relation]:
-    """Equal but for case, punctuation and white space: entailment; else contradiction."""
+    """Entailment where two answers are equal except for case, punctuation and white space; contradiction otherwise."""
     return [_symmetric(normalised(c.premise) == normalised(c.hypothesis)) for c in comparisons]
 
 
@@ -72,7 +72,8 @@ def normalised(text: str) -> str:
 
 
 def function_judge(same: SameMeaning) -> EquivalenceJudge:
-    """A judge of a function that says whether two answers mean the same. Raises ValueError where it says no bool."""
+    """Makes a judge of a function that returns whether two answers mean the same. Raises ValueError where it returns
+    anything but a bool."""
 
     def judge(comparisons: Sequence[Comparison]) -> list[Relation]:
         said = [same(*comparison) for comparison in comparisons]
@@ -86,9 +87,10 @@ def function_judge(same: SameMeaning) -> EquivalenceJudge:
 class NLIJudge:
     """A sequence classifier of three labels.
 
-    Each side of a true pair is the prompt and an answer. Comparisons that repeat are asked once; the rest are sorted by
-    length and cut into batches of at most `batch_tokens` tokens, padding included: these encoders have no packed form.
-    The label ids are read from the model's configuration: checkpoints order them differently.
+    Premise and hypothesis are each the prompt followed by one of the answers. Repeated comparisons are computed once.
+    The others are sorted by length and cut into batches of at most `batch_tokens` tokens, padding included, because
+    these encoders do not run on packs. The label ids are read from the model's configuration, because checkpoints order
+    them differently.
     """
 
     def __init__(self, source: str, *, device: str, dtype: str, batch_tokens: int, side_tokens: int) -> None:
@@ -139,14 +141,14 @@ class NLIJudge:
         encoded = self._tokenizer(
             [sides[c.prompt, c.premise] for c in comparisons],
             [sides[c.prompt, c.hypothesis] for c in comparisons],
-            truncation="longest_first",  # two words at a cut may become one token more
+            truncation="longest_first",  # joining two texts may add a token at the cut
             max_length=self._longest,
         )
         return [{name: values[i] for name, values in encoded.items()} for i in range(len(comparisons))]
 
     def _sides(self, answers: Sequence[tuple[str, str]]) -> list[str]:
-        """Prompt and answer as one text of `side_tokens` tokens at most: first the prompt loses its beginning, then the
-        answer its end."""
+        """Joins prompt and answer into one text of at most `side_tokens` tokens. The beginning of the prompt is cut
+        first, then the end of the answer."""
         prompts, texts = (self._offsets([part[i] for part in answers]) for i in (0, 1))
         sides = []
         for (prompt, answer), in_prompt, in_answer in zip(answers, prompts, texts, strict=True):
@@ -159,7 +161,7 @@ class NLIJudge:
         return sides
 
     def _offsets(self, texts: Sequence[str]) -> list[list[tuple[int, int]]]:
-        """Where each token of a text begins and ends, in characters."""
+        """For each text, the (start, end) of each token in characters."""
         distinct = list(dict.fromkeys(texts))
         offsets = self._tokenizer(distinct, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         known = dict(zip(distinct, cast(list[list[tuple[int, int]]], offsets), strict=True))
@@ -167,7 +169,8 @@ class NLIJudge:
 
 
 def relations(id2label: Mapping[int, str], source: str) -> list[Relation]:
-    """What each label id means, by its name. Raises ValueError where the names are not those of the three relations."""
+    """The relation that each label id stands for, by the label's name. Raises ValueError where the names are not
+    those of the three relations."""
     found = [
         [relation for relation in Relation if label.upper().startswith(relation.name[:6])]
         for _, label in sorted((int(i), label) for i, label in id2label.items())

@@ -39,11 +39,11 @@ COLUMNS = ("reference", "chosen", "rejected")
 
 
 def evaluate_models(config: EvalConfig, examples: Sequence[Example] | None = None) -> dict[str, Comparison]:
-    """Each of `config.models` against `config.opponent`, on the same prompts; `examples` stand in for the dataset.
+    """Compares each of `config.models` with `config.opponent` on the same prompts; `examples` replace the dataset.
 
-    The prompts are those that training with the same dataset keys evaluates on, and that leave room for a response.
-    With `output_dir` the comparisons and all responses are written there. Raises ValueError for bad input, a model that
-    is not there included, before anything is generated.
+    The prompts are those that training with the same dataset keys evaluates on, as far as they leave room for a
+    response. With `output_dir` the comparisons and all responses are written there. Raises ValueError for bad input,
+    including a missing model, before anything is generated.
     """
     check_one_process("eval")
     _check(config)
@@ -59,7 +59,7 @@ def evaluate_models(config: EvalConfig, examples: Sequence[Example] | None = Non
     base = open_base(config, [("reward_model_path", config.reward_model_path), *(("models", m) for m in config.models)])
     reward_model = _open_judge(config, base, pad)
     check_same_vocabulary({"reward_model_path": reward_model}, len(tokenizer))
-    # All at once, since they cost little and what is wrong with one is told before another generates.
+    # All adapters are opened first: they are cheap, and a broken one is reported before any model generates.
     adapted = {name: policy_role(name, base, "models") for name in config.models if base and holds_adapter(name)}
 
     def policy(name: str) -> PreTrainedModel:
@@ -91,8 +91,8 @@ def _write(
     scores: Mapping[str, np.ndarray],
     comparisons: Mapping[str, Comparison],
 ) -> None:
-    """config.yaml, summary.json with the comparisons (`fastrlhf report` shows them), and samples.jsonl with every
-    prompt, response and score."""
+    """Writes config.yaml, summary.json with the comparisons (shown by `fastrlhf report`), and samples.jsonl with
+    every prompt, response and score."""
     folder = create_output_dir(config.output_dir, config)
     summary = {
         "opponent": config.opponent,
@@ -115,8 +115,8 @@ def _write(
 
 
 def format_table(comparisons: Mapping[str, Comparison], opponent: str, judge: str) -> str:
-    """The judge; one line per model: win rate in per cent, mean score and how much more than the opponent's that is,
-    with intervals of 95 %; and the opponent's mean score."""
+    """Formats the result: the judge; per model a line with its win rate in per cent, its mean score and the
+    difference from the opponent's, with 95 % intervals; and the opponent's mean score."""
     width = max(map(len, ("model", opponent, *comparisons)))
     wins, gain = f"{f'win rate % vs {opponent}':21}", f"{f'minus {opponent}':26}"
     lines = [f"{'model':{width}}  {wins}  mean score  {gain}  prompts"]
@@ -135,8 +135,8 @@ def format_table(comparisons: Mapping[str, Comparison], opponent: str, judge: st
 
 
 def _warn_of_trained_rows(config: EvalConfig, rows: Sequence[TokenizedExample]) -> None:
-    """Where the run that left a model has trained it on some of `rows`, as far as its config.yaml tells: the last rows
-    of a split are held out by `num_eval_examples` alone."""
+    """Warns where a model was trained on some of `rows`, as far as the config.yaml of its run shows. Only
+    `num_eval_examples` holds out the last rows of a split."""
     split = config.dataset_test_split or config.dataset_train_split
     end = max((row.row for row in rows), default=-1) + 1
     for name in config.models:
@@ -158,14 +158,14 @@ def _warn_of_trained_rows(config: EvalConfig, rows: Sequence[TokenizedExample]) 
 
 
 def _run_config(model: str) -> dict[str, Any]:
-    """What the run was told that left the model, its adapter or its checkpoint here; nothing where there was none."""
+    """The configuration of the run that left this model, adapter or checkpoint; empty where no run did."""
     folder = Path(model)
     if folder.name == "adapter" or folder.name.startswith("checkpoint-"):
         folder = folder.parent
     file = folder / "config.yaml"
     try:
         return load_yaml(str(file)) if file.is_file() else {}
-    except ValueError:  # somebody else's file
+    except ValueError:  # not a config.yaml of this program
         return {}
 
 
@@ -187,7 +187,7 @@ def _check(config: EvalConfig) -> None:
 
 
 def _open_judge(config: EvalConfig, base: PreTrainedModel | None, pad_token_id: int | None) -> PreTrainedModel:
-    """The reward model; one that is an adapter shares the weights of `base`."""
+    """Opens the reward model; an adapter shares the weights of `base`."""
     source = config.reward_model_path
     if base and holds_adapter(source):
         return score_role(source, base, "reward_model_path", pad_token_id).requires_grad_(False)
@@ -236,7 +236,7 @@ def _respond(
 
 
 def _responses_of(rows: Sequence[TokenizedExample], column: str, eos: int) -> list[Rollout]:
-    """The responses of a dataset, as if they had been sampled; one that was cut has no EOS."""
+    """The responses of the dataset in the form of rollouts; a truncated response has no EOS."""
     return [
         Rollout(
             prefix=Prefix(token_ids=row.prompt, num_reset=0, row=row.row, episode=i),

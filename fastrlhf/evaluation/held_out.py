@@ -1,8 +1,9 @@
-"""What an on-policy run is watched by while it trains: full responses to held-out prompts, with no reset.
+"""Evaluation during on-policy runs: full responses to held-out prompts, without resets.
 
-They compare across reset probabilities, as the numbers of training (`objective/kl` above all, of the sampled tokens
-alone) do not. A second judge that training never asks shows over-optimisation: its score falls while that of the
-training judge still rises (Gao et al. 2022, arXiv 2210.10760, Figure 1, over the square root of the KL).
+These numbers are comparable between runs with different reset probabilities. The metrics of training are not:
+`objective/kl`, for example, covers only the sampled tokens. A second judge that training never uses reveals
+over-optimisation: its score falls while that of the training judge still rises (Gao et al. 2022, arXiv 2210.10760,
+Figure 1, over the square root of the KL).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from fastrlhf.rewards.functions import Earned, RewardFunctions, mean_rewards
 from fastrlhf.types import Rollout, TokenizedExample
 
 NGRAM = 4
-"""Tokens of the n-grams that a loop repeats."""
+"""Length in tokens of the n-grams by which a loop is recognised."""
 
 
 @torch.no_grad()
@@ -38,14 +39,14 @@ def evaluate(
     present: Callable[[], AbstractContextManager[None]] = nullcontext,
     functions: RewardFunctions | None = None,
 ) -> dict[str, float]:
-    """One response per prompt as training samples it, and the likeliest one. Reference and judges are asked within
-    `present`, after all sampling.
+    """Generates one response per prompt with the sampling of training and one greedily, and judges both. Reference and
+    judges run within `present`, after all sampling.
 
     `eval_objective/scores`, `eval_held_out/scores` (of `held_out_judge`) and `eval_objective/kl` (nats per response)
-    are of the sampled responses, with `eval_completions/*`; `eval_greedy/*` is of the likeliest. Each mean score comes
-    with its standard error over the prompts. Without a judge the score is the weighted sum of the reward functions,
-    neither normalised nor clipped; `eval_rewards/NAME/mean` is the mean of each over the sampled responses that it
-    judges. Raises ValueError, naming the row, for a score that is not finite.
+    describe the sampled responses, and so do `eval_completions/*`; `eval_greedy/*` describes the greedy ones. Each mean
+    score has its standard error over the prompts beside it. Without a judge the score is the weighted sum of the reward
+    functions, neither normalised nor clipped; `eval_rewards/NAME/mean` is the mean of each function over the sampled
+    responses that it judges. Raises ValueError, naming the row, for a score that is not finite.
     """
     functions = functions or RewardFunctions()
 
@@ -94,8 +95,8 @@ def mean_and_error(name: str, scores: Tensor) -> dict[str, float]:
 
 
 def describe(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """Length in tokens, and shares in 0..1 of the responses: those that ended, that loop (more than half of whose
-    4-grams have occurred in them before), that another prompt was answered with too, token by token."""
+    """Mean length in tokens, and shares of the responses in [0, 1]: `ended` have an EOS; `looping` repeat more than
+    half of their 4-grams; `duplicates` equal the response to another prompt, token by token."""
     prompts_of: dict[tuple[int, ...], set[tuple[int, ...]]] = {}
     for rollout in rollouts:
         prompts_of.setdefault(tuple(rollout.completion), set()).add(tuple(rollout.prefix.token_ids))
@@ -108,7 +109,7 @@ def describe(rollouts: Sequence[Rollout]) -> dict[str, float]:
 
 
 def repetition(tokens: Sequence[int]) -> float:
-    """seq-rep-4 (Welleck et al. 2019, arXiv 1908.04319): 1 - distinct 4-grams / 4-grams; 0 where there is none.
+    """seq-rep-4 (Welleck et al. 2019, arXiv 1908.04319): 1 - distinct 4-grams / 4-grams; 0 for fewer than 4 tokens.
 
     [1, 2, 1, 2, 1, 2, 1]  ->  1 - 2 / 4
     """

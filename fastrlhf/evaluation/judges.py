@@ -1,4 +1,4 @@
-"""Who judges a response. A judge is a function of rollouts; a reward model is one, a user's own function another."""
+"""Judges of responses: functions of rollouts, made from a reward model or defined by the user."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ Judge = Callable[[Sequence[Rollout]], Tensor]
 
 
 def reward_model_judge(model: PreTrainedModel, *, eos_token_id: int, micro_batch_tokens: int) -> Judge:
-    """The scores of a reward model, which reads the prompt and the response up to its first EOS.
+    """Makes a judge of a reward model, which reads the prompt and the response up to its first EOS.
 
-    What rollouts share, the prefix of a group or the text that their prefixes are cut from, is computed once.
+    Text that rollouts share, for example the prefix of a group, is computed once.
     """
 
     @torch.no_grad()
@@ -42,7 +42,8 @@ def reward_model_judge(model: PreTrainedModel, *, eos_token_id: int, micro_batch
 
 
 def asked_once(judge: Judge) -> Judge:
-    """A judge that may cost money or change its mind: of several processes the first one asks it, for all of them."""
+    """Calls the judge on rank 0 only and gives its scores to all ranks, because a user-defined judge may be
+    expensive or random."""
     return judge if world_size() == 1 else lambda rollouts: on_first(lambda: torch.as_tensor(judge(rollouts)).cpu())
 
 
@@ -51,9 +52,9 @@ def _tree(prefixes: Sequence[Sequence[int]], responses: Sequence[Sequence[int]])
 
 
 def checked_scores(scores: Tensor | Sequence[float], rollouts: Sequence[Rollout], device: torch.device) -> Tensor:
-    """What a judge returned as [N] float32 on `device`, if it is one finite number per rollout.
+    """The result of a judge as [N] float32 on `device`.
 
-    Raises ValueError otherwise, naming the row of a prompt whose response has no finite score.
+    Raises ValueError where it is not one finite number per rollout, naming the row of the prompt.
     """
     values = torch.as_tensor(scores, dtype=torch.float32, device=device)
     if values.shape != (len(rollouts),):

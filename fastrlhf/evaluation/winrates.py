@@ -1,8 +1,7 @@
-"""Who wins, and how sure we are: win rates and paired differences with bootstrap intervals. Pure numpy.
+"""Win rates and paired score differences with bootstrap intervals. Pure numpy.
 
 All scores are of the same rows in the same order: row i of `scores_a` and of `scores_b` answer the same prompt. Every
-interval is a percentile bootstrap over rows (Efron 1979): it tells how far the number would move with other prompts,
-not with another training seed.
+interval is a percentile bootstrap over rows (Efron 1979): it covers the choice of prompts, not the training seed.
 """
 
 from __future__ import annotations
@@ -21,13 +20,13 @@ _DRAWS_AT_ONCE = 1 << 22
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """a against b on the same rows."""
+    """Comparison of a with b on the same rows."""
 
     win_rate: float
     """Probability in [0, 1] that a beats b on a row; 0.5 is a draw."""
     win_rate_ci: Interval
     mean_score: float
-    """Of a, in the units of the scores; b's is this minus `mean_difference`."""
+    """Mean score of a, in the units of the scores; b's is this minus `mean_difference`."""
     mean_difference: float
     """Mean of (a - b), in the units of the scores."""
     mean_difference_ci: Interval

@@ -1,7 +1,7 @@
-"""Numbers to SVG: a small line chart and an interval bar. Pure functions from arrays to markup.
+"""SVG charts: a small line chart and an interval bar. Pure functions from arrays to markup.
 
-Colours, fonts and line widths are classes and the CSS variables `--c0` .. `--c7` of the page around them, so that one
-style sheet serves light and dark. Every label is escaped here.
+Colours, fonts and line widths come from the style sheet of the page (CSS variables `--c0` .. `--c7`), so that charts
+follow its light and dark themes. Labels are escaped here.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ NUM_COLORS = 8
 BUCKETS = 160
 """A curve is drawn with at most two points (lowest and highest) per bucket of steps: about one per pixel."""
 SMOOTH_FROM = 40
-"""Curves of at least as many points get a moving average."""
+"""Curves with at least this many points also get a moving average."""
 
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 320, 182, 40, 12, 20, 34
 _PLOT_WIDTH, _PLOT_HEIGHT = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
 _MARGIN = 4
 """Curves may reach this far out of the plot, so that lines and dots at its edges are whole."""
 _MOST_HITS = 40
-"""Steps of a chart whose values can be read with the mouse: those of short curves, and of long ones so many."""
+"""Steps per curve whose values the mouse can show; longer curves show this many, evenly spaced."""
 _DIGIT = 6
 """Width of a digit of a label, rounded up."""
 _FURTHEST = 1e300
@@ -43,9 +43,9 @@ class Curve:
 
     label: str
     steps: Array
-    """[n] increasing, where on the horizontal axis"""
+    """[n] positions on the horizontal axis, increasing"""
     values: Array
-    """[n], gaps where not finite"""
+    """[n] values; those that are not finite leave gaps"""
     color: int = 0
     dashed: bool = False
 
@@ -60,7 +60,7 @@ def line_chart(title: str, curves: list[Curve], over: str = "steps", unit: str =
     x_range = _widened(min(c.steps[0] for c in curves), max(c.steps[-1] for c in curves), least=1.0)
     y_range = _value_range(curves)
     labels = _y_labels(y_range)
-    # a label at the left edge may need more than the margin
+    # long labels widen the left margin
     more = max(0, _DIGIT * max(len(label) for _, label in labels) - (_LEFT - 5))
     prefix, _, name = title.rpartition("/")
     family = f"<small>{escape(prefix)}/</small>" if prefix else ""
@@ -134,7 +134,7 @@ _UNITS = ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k"))
 
 
 def thin(steps: Array, values: Array, buckets: int = BUCKETS) -> tuple[Array, Array]:
-    """At most 2 * `buckets` of the points: of every bucket the lowest and the highest, so that no spike is lost."""
+    """At most 2 * `buckets` points: the lowest and the highest of every bucket, so that no spike is lost."""
     if len(values) <= 2 * buckets:
         return steps, values
     parts = np.array_split(np.arange(len(values)), buckets)
@@ -143,7 +143,8 @@ def thin(steps: Array, values: Array, buckets: int = BUCKETS) -> tuple[Array, Ar
 
 
 def moving_average(steps: Array, values: Array, points: int = BUCKETS) -> tuple[Array, Array]:
-    """At most `points` of the steps, and the mean of the finite values around each: 1/20 of the curve in all."""
+    """At most `points` of the steps, and for each the mean of the finite values around it, over a window of 1/20 of
+    the curve."""
     num = len(values)
     centres = np.unique(np.linspace(0, num - 1, min(points, num)).round().astype(int))
     around = [values[max(at - num // 40, 0) : at + num // 40 + 1] for at in centres]
@@ -162,12 +163,13 @@ def _tick_step(low: float, high: float, most: int) -> float:
 
 
 def _widened(low: float, high: float, least: float) -> Range:
-    """The range itself, or one of width `least` around a single number."""
+    """The range, or one of width `least` around it where it is a single number."""
     return (low, high) if high > low else (low - least / 2, high + least / 2)
 
 
 def _value_range(curves: list[Curve]) -> Range:
-    """The values to show, 4 % of room on either side; from 0 where that is close to values of one sign."""
+    """The range of the vertical axis: the values plus 4 % on either side; it starts at 0 where values of one sign
+    come close to 0."""
     lows, highs = [], []
     for curve in curves:
         finite = curve.values[np.isfinite(curve.values)].clip(-_FURTHEST, _FURTHEST)
@@ -177,7 +179,7 @@ def _value_range(curves: list[Curve]) -> Range:
             highs.append(float(np.quantile(finite, 1 - trim)))
     low, high = (min(lows), max(highs)) if lows else (0.0, 1.0)
     size = max(abs(low), abs(high))
-    if high - low <= 1e-9 * size + _NEAREST:  # one value, up to rounding
+    if high - low <= 1e-9 * size + _NEAREST:  # all values are equal up to rounding
         low, high = _widened(low, low, least=0.2 * size if size > _NEAREST else 1.0)
     if 0 < low < 0.3 * high:
         low = 0.0
@@ -204,7 +206,7 @@ def _draw(curve: Curve, x_range: Range, y_range: Range) -> str:
 
 
 def _hits(curves: list[Curve], x_range: Range, over: str) -> str:
-    """Invisible strips over the plot, one per step that can be read; a strip's title has the values of that step."""
+    """Invisible strips over the plot, one per step; the title of a strip shows the values of its step."""
     steps = sorted({step for curve in curves for step in _spread(curve.steps)})
     if len(steps) > 3 * _MOST_HITS:  # many runs at different steps
         steps = list(_spread(np.array(steps)))
@@ -223,7 +225,7 @@ def _hits(curves: list[Curve], x_range: Range, over: str) -> str:
 
 
 def _spread(steps: Array) -> list[float]:
-    """At most `_MOST_HITS` of them, evenly, the first and the last included."""
+    """At most `_MOST_HITS` of the steps, evenly spaced, including the first and the last."""
     chosen = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), _MOST_HITS)).round().astype(int))
     return [float(step) for step in steps[chosen]]
 
@@ -237,7 +239,7 @@ def _path(steps: Array, values: Array, x_range: Range, y_range: Range) -> str:
         x, y = thin(steps[start:stop], values[start:stop], share)
         x = (x - x_range[0]) / (x_range[1] - x_range[0]) * _PLOT_WIDTH
         y = (y_range[1] - y) / (y_range[1] - y_range[0]) * _PLOT_HEIGHT
-        # far outside the frame all places look the same, and renderers overflow
+        # renderers overflow on huge coordinates, and points far outside the frame are not seen
         points = [f"{a:.1f},{b:.1f}" for a, b in zip(x, y.clip(-1e4, 1e4), strict=True)]
         pieces.append("M" + " ".join(points) + ("h0" if len(points) == 1 else ""))
     return "".join(pieces)
@@ -263,7 +265,7 @@ def _axes(x_range: Range, y_range: Range, y_labels: list[tuple[float, str]], who
 
 
 def _key(curves: list[Curve]) -> str:
-    """Label and last value of every curve: legend and reading in one."""
+    """The legend: label and last value of every curve."""
     items = []
     for curve in curves:
         bad = int((~np.isfinite(curve.values)).sum())

@@ -17,7 +17,7 @@ from fastrlhf.report.stages import Stage, find_stages, overlaid
 
 
 def write_comparison(run_dirs: Sequence[Path], path: Path) -> Path:
-    """Writes one page about several runs to `path`, which is returned. A page that is there already is replaced.
+    """Writes one page about several runs to `path` and returns `path`. An existing page is replaced.
 
     Raises ValueError, naming the folder, where one is given twice or holds no metrics.
     """
@@ -44,7 +44,7 @@ def write_comparison(run_dirs: Sequence[Path], path: Path) -> Path:
 
 
 def _names(run_dirs: Sequence[Path]) -> list[str]:
-    """The folders' names; where two are alike, the paths below what they have in common."""
+    """The names of the folders; where two are the same, their paths relative to the common parent."""
     resolved = [run_dir.resolve() for run_dir in run_dirs]
     for i, run_dir in enumerate(resolved):
         if run_dir in resolved[:i]:

@@ -1,4 +1,4 @@
-"""The frame of our pages: one HTML document and its style sheet, light and dark."""
+"""The HTML document around a page and its style sheet, with light and dark themes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from html import escape
 def render_page(title: str, facts: list[str], sections: list[tuple[str, str]], footer: str = "") -> str:
     """A whole HTML document: the title, a line of facts, links to the sections, and the sections (heading, markup).
 
-    Title, facts, headings and footer are escaped here. The policy in its head forbids the browser any request and any
-    script.
+    Title, facts, headings and footer are escaped here. The content security policy in the head forbids requests and
+    scripts.
     """
     links = "".join(f'<a href="#s{i}">{escape(name)}</a>' for i, (name, _) in enumerate(sections))
     chips = "".join(f"<span>{escape(fact)}</span>" for fact in facts)
@@ -38,7 +38,7 @@ def render_page(title: str, facts: list[str], sections: list[tuple[str, str]], f
 
 
 def scrolling(table: str) -> str:
-    """A table that scrolls sideways where it is too wide, with a shadow at the edge behind which there is more."""
+    """Makes a table scroll sideways where it is too wide, with a shadow at an edge that hides more columns."""
     return f'<div class="wide" tabindex="0">{table}</div>'
 
 
@@ -53,7 +53,7 @@ def render_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def token_markup(text: str) -> str:
-    """The text of a token: line ends are shown as well as made, and a token without text is a dot."""
+    """Markup of a token's text: a line break is shown as a sign too, and an empty token as a dot."""
     return escape(text).replace("\n", "&crarr;\n") or "&middot;"
 
 

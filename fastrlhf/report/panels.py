@@ -29,14 +29,15 @@ GROUPS = (
     ("Log-probs and logits", r"^log(ps|its)/|logprob|log_prob"),
     ("Updates of policy and critic", r"^(policy|value|val|views|hidden_grad|rlp)/|ratio|clip"),
 )
-"""Heading -> the metrics, without `eval_`, that it holds; the first match counts, and what matches none is Other."""
+"""(heading, pattern of the metrics in it, without `eval_`). The first match counts; a metric that matches none is in
+Other."""
 
 ORDER = (
     *("Loss and accuracy", "Scores and rewards", "KL and entropy", "Completions", "Log-probs and logits"),
     *("Updates of policy and critic", "Other", "Housekeeping"),
 )
 OPEN = ORDER[:3]
-"""Groups that are open when the page is; the others are opened by a click."""
+"""Groups that are open at first; a click opens the others."""
 
 UNITS = {
     r"kl|entropy|^logps|logprob": "nats",
@@ -97,7 +98,8 @@ def render_charts(stages: Sequence[Stage]) -> str:
 
 
 def _curves(stages: Sequence[Stage], parts: dict[str, str]) -> list[tuple[str, Curve]]:
-    """Every metric of every stage with its name; an evaluation has the colour of its training metric and is dashed."""
+    """(metric, curve) for every metric of every stage; an evaluation has the colour of its training metric and is
+    dashed."""
     kinds = list(dict.fromkeys(_color_part(part) for part in parts.values()))
     shift = 3 if len(kinds) > 2 else 4
     return [

@@ -1,6 +1,6 @@
-"""report.html: one self-contained page from what a run leaves in its directory.
+"""report.html: one self-contained page made from the files in the directory of a run.
 
-The page needs no network and no script. It shows, as far as they are there:
+The page needs no network and no script. It shows these files, as far as they exist:
     summary.json    the table of methods of a demo, or of models that were compared
     metrics.jsonl   charts in groups (panels.py), of the directory itself and of the stages in its sub-folders; stages
                     that log the same metrics (ppo and drpo, two seeds) share their charts
@@ -28,7 +28,7 @@ MAX_SAMPLES = 12
 """Samples shown per stage: the last ones."""
 
 MAX_PROMPTS = 6
-"""Prompts shown, each with the answers of all models that were compared."""
+"""Prompts shown after `fastrlhf eval`, each with the answers of every model."""
 
 _COLUMNS = {
     "win_rate": "Win rate",
@@ -77,10 +77,10 @@ def _read_summary(path: Path) -> dict[str, Any]:
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}); mend or delete the file") from error
+        raise ValueError(f"{path}: not JSON ({error}); fix or delete the file") from error
     methods = summary.get("methods", {}) if isinstance(summary, dict) else None
     if not isinstance(methods, dict) or not all(isinstance(row, dict) for row in methods.values()):
-        raise ValueError(f'{path}: expected {{"methods": {{name: {{...}}}}, ...}}; mend or delete the file')
+        raise ValueError(f'{path}: expected {{"methods": {{name: {{...}}}}, ...}}; fix or delete the file')
     return summary
 
 
@@ -102,7 +102,7 @@ def _results(summary: dict[str, Any], stages: list[Stage]) -> str:
 
 
 def _cell(key: str, value: Any, interval: Any, color: int) -> str:
-    """A number and its interval; a win rate in per cent and with a bar."""
+    """A number with its interval; a win rate in per cent, with a bar."""
     if value is None:
         return '<span class="muted">&ndash;</span>'
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -140,7 +140,7 @@ def _samples(run_dir: Path, stages: list[Stage]) -> str:
 
 
 def _side_by_side(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The answers of all models to the last `MAX_PROMPTS` prompts, prompt after prompt, which is named once."""
+    """The answers of all models to the last `MAX_PROMPTS` prompts, grouped by prompt; a prompt is shown once."""
     answers: dict[Any, list[dict[str, Any]]] = {}
     for row in rows:
         answers.setdefault(row.get("row"), []).append(row)
@@ -162,7 +162,8 @@ def _sample_table(rows: list[dict[str, Any]]) -> str:
 
 
 def _sample_cell(value: Any) -> str:
-    """Columns of texts keep a width to read them at, and the table scrolls; numbers and words take what they need."""
+    """A cell of a sample. Columns with long texts keep a readable width, and the table scrolls; other columns are as
+    wide as their content."""
     text = _text(value)
     return f"<td{' class=text' if len(text) > 40 else ''}><div>{escape(text)}</div></td>"
 
@@ -183,7 +184,7 @@ def _directories(run_dir: Path, stages: list[Stage]) -> list[tuple[str, Path]]:
 
 
 def _text(value: Any) -> str:
-    """A sample's field for reading: numbers rounded, conversations as turns."""
+    """The field of a sample as text: numbers are rounded, conversations are shown as turns."""
     if isinstance(value, str):
         return value
     if isinstance(value, float):
@@ -196,7 +197,7 @@ def _text(value: Any) -> str:
 
 
 def _facts(summary: dict[str, Any], stages: list[Stage]) -> list[str]:
-    """The line under the title: what the summary says of the run, and the length of every stage."""
+    """The line under the title: facts from the summary, and the steps and seconds of every stage."""
     facts = []
     for name, value in summary.items():
         if name not in ("task", "methods"):
@@ -204,7 +205,7 @@ def _facts(summary: dict[str, Any], stages: list[Stage]) -> list[str]:
             facts += [f"{name} {part}".replace("_", " ").strip() + f" {_text(parts[part])}" for part in parts]
     for stage in stages:
         times = [row.get("time", 0.0) for row in stage.rows]
-        # a resumed run counts its seconds from 0 again
+        # seconds start again at 0 in a resumed run
         seconds = sum(b - a if b >= a else b for a, b in pairwise([0.0, *times]))
         facts.append(f"{stage.name}: step {format_number(stage.rows[-1]['step'])}, {seconds:.0f} s")
     return facts

@@ -1,4 +1,4 @@
-"""Samples of an on-policy run and what each of their tokens earned: as rows of samples.jsonl, and as coloured text."""
+"""Samples of an on-policy run with the reward of each token: as rows of samples.jsonl and as coloured text."""
 
 from __future__ import annotations
 
@@ -15,13 +15,16 @@ from fastrlhf.report.page import token_markup
 from fastrlhf.types import Experience, Rollout
 
 OF_THE_RESPONSE = ("score", "missing_eos")
-"""Rewards of the response as a whole, paid at its last token: beside those of tokens they would be all one sees."""
+"""Rewards of the whole response, paid at its last token. They are left out of the colours because they would
+outshine the rewards of tokens."""
 
 STRONGEST = 60
-"""Per cent of a hue behind the tokens that earn most; text stays readable on it, in light and dark."""
+"""Strength in per cent of the colour behind the tokens with the largest rewards; text stays readable on it in both
+themes."""
 
 QUANTILE = 0.95
-"""Of the sizes of token rewards: what has the strongest colour, so that one outlier does not fade the rest."""
+"""Quantile of the absolute token rewards that gets the strongest colour, so that one outlier does not fade the
+others."""
 
 
 def sample_rows(
@@ -66,7 +69,7 @@ def _plain(value: Any) -> Any:
 
 
 def has_token_rewards(row: Mapping[str, Any]) -> bool:
-    """Whether a row of samples.jsonl is one of `sample_rows`, its numbers finite."""
+    """Whether a row of samples.jsonl has the form that `sample_rows` writes, with finite numbers."""
     tokens, rewards = row.get("tokens"), row.get("rewards")
     return (
         isinstance(tokens, list)
@@ -78,8 +81,8 @@ def has_token_rewards(row: Mapping[str, Any]) -> bool:
 
 
 def token_samples(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Markup: a legend, and every sample as text whose tokens have the colour of what they earned, each reward by name
-    where the mouse rests. `rows` are some that `has_token_rewards`."""
+    """Markup: a legend, and every sample as text whose tokens are coloured by their reward; the mouse shows each
+    reward by name. All `rows` satisfy `has_token_rewards`."""
     earned = [_of_tokens(row) for row in rows]
     sizes = np.abs(np.concatenate([np.zeros(1), *earned]))
     scale = float(np.quantile(sizes[sizes > 0], QUANTILE)) if sizes.any() else 0.0
@@ -87,7 +90,8 @@ def token_samples(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
-    """The text that each token adds to what stands before it; of a character made of several tokens, the last one."""
+    """The text that each token adds to the text before it. A character made of several tokens belongs to the last of
+    them."""
     texts, start, shown = [], 0, ""
     for i in range(len(ids)):
         text = _decode(tokenizer, ids[start : i + 1])
@@ -103,7 +107,7 @@ def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 
 
 def _of_tokens(row: Mapping[str, Any]) -> np.ndarray:
-    """[tokens] the sum of the rewards that are the tokens' own."""
+    """[tokens] the sum of the rewards that are paid per token."""
     own = [values for name, values in row["rewards"].items() if name not in OF_THE_RESPONSE]
     return np.array(own, dtype=np.float64).reshape(len(own), len(row["tokens"])).sum(axis=0)
 
@@ -112,11 +116,13 @@ def _legend(scale: float) -> str:
     shares = (-1, -0.5, 0, 0.5, 1)
     shades = " ".join(_colored(f"{x * scale:+.2g}" if x else "0", x * scale, scale) for x in shares)
     told = (
-        f"Behind each token what it earned, coefficients included: {shades} "
-        "and beyond. The score and the penalty for a missing EOS are the response's and not in the colour. Rest the "
-        "mouse on a token to see its rewards by name."
+        f"The colour behind a token shows its reward, coefficients included: {shades} "
+        "and beyond. The score and the penalty for a missing EOS belong to the whole response and are not in the "
+        "colour. Rest the mouse on a token to see its rewards by name."
     )
-    given = 'Grey is given: the <span class="given">prompt</span>, the tokens of a <span class="prompt">reset</span>.'
+    given = (
+        'Grey text was given: the <span class="given">prompt</span>, the tokens of a <span class="prompt">reset</span>.'
+    )
     return f'<p class="legend tokens">{told} {given}</p>'
 
 
@@ -134,7 +140,7 @@ def _sample(row: Mapping[str, Any], earned: np.ndarray, scale: float) -> str:
 
 
 def _named(rewards: Mapping[str, Sequence[float]], i: int) -> str:
-    """ "dpo +0.12, kl -0.01": of token i, those that are not 0."""
+    """ "dpo +0.12, kl -0.01": the rewards of token i that are not 0."""
     return ", ".join(f"{name} {values[i]:+.3g}" for name, values in rewards.items() if values[i]) or "0"
 
 
