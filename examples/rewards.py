@@ -1,8 +1,15 @@
 """Reward functions for the examples, named as examples/rewards.py:NAME."""
 
+import re
 from typing import Any
 
 
+def correct(completions: list[str], answer: list[str], **_: Any) -> list[float]:
+    """1 where the last number of a response is the `answer` of its row, a column of the dataset."""
+    numbers = [re.findall(r"-?\d+", completion) for completion in completions]
+    return [float(bool(found) and found[-1] == wanted) for found, wanted in zip(numbers, answer, strict=True)]
+
+
 def brevity(completions: list[str], **_: Any) -> list[float]:
-    """One number per response: minus its length in characters, over 100."""
+    """Minus the characters of a response, over 100."""
     return [-0.01 * len(completion) for completion in completions]

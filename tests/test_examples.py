@@ -47,7 +47,7 @@ def settings_for(method: str) -> dict[str, object]:
 
 def models_for(method: str) -> dict[str, str]:
     names = {"model_name_or_path": "models/sft"}
-    names |= {"reward_model_path": "models/reward"} if method in ON_POLICY else {}
+    names |= {"reward_model_path": "models/reward"} if method in ("ppo", "drpo", "rto") else {}
     return names | ({"dpo_model_path": "models/dpo"} if method == "rto" else {})
 
 
