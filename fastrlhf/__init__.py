@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         DPOConfig,
         DRPOConfig,
         EvalConfig,
+        GRPOConfig,
         PPOConfig,
         RewardConfig,
         RLPConfig,
@@ -36,6 +37,7 @@ __all__ = [
     "DRPOConfig",
     "EvalConfig",
     "Example",
+    "GRPOConfig",
     "PPOConfig",
     "PackedBatch",
     "Prefix",
@@ -60,9 +62,10 @@ __all__ = [
 
 _EXPORTS: dict[str, str] = {
     **dict.fromkeys(
-        ("SFTConfig", "RewardConfig", "DPOConfig", "PPOConfig", "DRPOConfig", "RTOConfig", "RLPConfig", "EvalConfig"),
+        ("SFTConfig", "RewardConfig", "DPOConfig", "PPOConfig", "GRPOConfig", "DRPOConfig", "RTOConfig", "RLPConfig"),
         "fastrlhf.config",
     ),
+    "EvalConfig": "fastrlhf.config",
     **dict.fromkeys(("Example", "Prefix", "Rollout", "PackedBatch", "Segment"), "fastrlhf.types"),
     "load_examples": "fastrlhf.data.examples",
     **dict.fromkeys(("load_policy", "load_reward_model"), "fastrlhf.models.loading"),
