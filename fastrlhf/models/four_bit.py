@@ -1,8 +1,11 @@
 """Weights in 4 bits under an adapter: QLoRA (Dettmers et al. 2023, arXiv 2305.14314), by bitsandbytes.
 
 Linear layers of the backbone are kept as 4-bit NormalFloat, their scales quantised once more: 0.52 bytes per weight.
-Heads, embeddings, norms and adapters stay as they are. Where no gradient is asked for, bitsandbytes may multiply by
-another kernel, so that the first ratio of an on-policy update is 1 up to the rounding of `dtype`.
+Heads, embeddings, norms and adapters stay as they are. In passes without gradients bitsandbytes may multiply by another
+kernel, so that the first ratio of an on-policy update is 1 up to the rounding of `dtype`.
+
+A model that is stored in 4 bits by bitsandbytes is used in the same way, with its own settings; other stored forms of
+quantisation are refused.
 """
 
 from __future__ import annotations
@@ -14,16 +17,56 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.nn import Linear, Module
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+
+DEQUANTISED = {"mxfp4": "Mxfp4Config(dequantize=True)", "fp8": "FineGrainedFP8Config(dequantize=True)"}
+"""Stored forms that transformers turns into plain weights, and by which of its settings."""
 
 
 def quantization(dtype: torch.dtype) -> BitsAndBytesConfig:
-    """How a model is loaded; it computes in `dtype`. Raises ValueError where bitsandbytes is not installed."""
-    if find_spec("bitsandbytes") is None:
-        raise ValueError("load_in_4bit: bitsandbytes is not installed; pip install 'fastrlhf[bnb]'")
+    """The settings with which a model is quantised as it is loaded; it computes in `dtype`. Raises ValueError where
+    bitsandbytes is not installed."""
+    check_installed("load_in_4bit: bitsandbytes")
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
+
+
+def check_installed(what: str) -> None:
+    """Raises ValueError, naming `what` needs it, where bitsandbytes is not installed."""
+    if find_spec("bitsandbytes") is None:
+        raise ValueError(f"{what} is not installed; pip install 'fastrlhf[bnb]'")
+
+
+def stored_in_four_bit(config: PretrainedConfig, source: str, field: str) -> bool:
+    """Whether the weights of a model are stored in 4 bits by bitsandbytes, which an adapter can be trained over.
+
+    Raises ValueError, naming `field`, where they are stored in another quantised form, whose weights have no gradients,
+    and where bitsandbytes is needed and not installed.
+    """
+    stored: Any = getattr(config, "quantization_config", None)
+    if stored is None:
+        return False
+    settings = stored if isinstance(stored, dict) else stored.to_dict()
+    method = str(settings.get("quant_method", "an unknown method"))
+    if settings.get("load_in_4bit"):
+        check_installed(f"{field}: {source!r} is stored in 4 bits by bitsandbytes, which")
+        return True
+    name = "8 bits by bitsandbytes" if settings.get("load_in_8bit") else method
+    fix = "give the model that it was made from, with use_peft and load_in_4bit where memory is short"
+    if method in DEQUANTISED:
+        call = f"AutoModelForCausalLM.from_pretrained({source!r}, quantization_config={DEQUANTISED[method]})"
+        fix = f"save a plain copy once, by {call}.save_pretrained(FOLDER), and give FOLDER"
+    raise ValueError(f"{field}: {source!r} is stored in {name}, and such weights cannot be trained; {fix}")
+
+
+def check_trainable(model: PreTrainedModel, use_peft: bool) -> None:
+    """Raises ValueError where all weights are to be trained and some are in 4 bits."""
+    if is_four_bit(model) and not use_peft:
+        raise ValueError(
+            f"use_peft: must be true for {model.name_or_path!r}, whose weights are in 4 bits; only an adapter over "
+            "them can be trained"
+        )
 
 
 def is_four_bit(model: PreTrainedModel) -> bool:
@@ -31,14 +74,14 @@ def is_four_bit(model: PreTrainedModel) -> bool:
 
 
 def keep_layout(model: PreTrainedModel) -> None:
-    """Keeps bitsandbytes from laying weights out anew, in place, at a pass without gradient, as it does on some CPUs:
-    afterwards none would flow."""
+    """Keeps bitsandbytes from rearranging weights in place in a pass without gradients, which it does on some CPUs:
+    afterwards no gradient would flow."""
     for layer in _layers(model).values():
         layer.support_avx512bf16_for_cpu = False
 
 
 def quantize_without_data(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Makes of a model on the meta device, in place, what loading it in 4 bits gives, but for the data."""
+    """Turns a model on the meta device, in place, into what loading it in 4 bits gives, without the data."""
     from bitsandbytes.nn.modules import Params4bit  # pyright: ignore[reportMissingImports]
     from transformers.quantizers.auto import AutoHfQuantizer
 
@@ -73,13 +116,13 @@ def empty_weight(shape: torch.Size, dtype: torch.dtype) -> tuple[Tensor, Any]:
 
 
 def state_tensors(weight: Tensor) -> list[Tensor]:
-    """What belongs to a weight in 4 bits beside itself; nothing of any other."""
+    """The scales and tables of a weight in 4 bits; empty for any other weight."""
     state = getattr(weight, "quant_state", None)
     return [] if state is None else [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
 
 
 def plain_weight(weight: Tensor) -> Tensor:
-    """The weight that is computed with: dequantised, in the dtype that it was loaded in, where it is in 4 bits."""
+    """The weight itself, or, where it is in 4 bits, dequantised in the dtype that it was loaded in."""
     state = getattr(weight, "quant_state", None)
     if state is None:
         return weight
@@ -89,7 +132,7 @@ def plain_weight(weight: Tensor) -> Tensor:
 
 
 def make_plain(model: PreTrainedModel) -> None:
-    """Replaces the layers in 4 bits, in place, by ordinary ones without data, to be given weights."""
+    """Replaces the layers in 4 bits, in place, by ordinary ones without data, which are to be given weights."""
     for name, layer in _layers(model).items():
         dtype = layer.weight.quant_state.dtype
         plain = Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta", dtype=dtype)

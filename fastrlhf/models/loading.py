@@ -31,7 +31,7 @@ from fastrlhf.data.tokens import is_missing_folder, load_tokenizer, special_ids
 from fastrlhf.models.adapters import add_adapter
 from fastrlhf.models.architecture import check_decoder
 from fastrlhf.models.forward import enable_activation_checkpointing
-from fastrlhf.models.four_bit import keep_layout, quantization
+from fastrlhf.models.four_bit import check_trainable, keep_layout, quantization, stored_in_four_bit
 from fastrlhf.models.layers import LayerOptions, prepare_layers
 from fastrlhf.models.offload import HOST, check_offloading
 from fastrlhf.models.quiet import quiet
@@ -95,10 +95,11 @@ def open_policy(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreT
 def make_trainable(model: PreTrainedModel, config: TrainConfig, base: str) -> None:
     """What `config` asks of a model that it trains, loaded from `base`: an adapter, activation checkpointing.
 
-    Raises ValueError where activations cannot be offloaded.
+    Raises ValueError where activations cannot be offloaded, and where weights in 4 bits would be trained themselves.
     """
     if config.activation_offloading:
         check_offloading(model.device)
+    check_trainable(model, config.use_peft)
     if config.use_peft:
         add_adapter(model, config, base)
     if config.activation_checkpointing:
@@ -268,6 +269,7 @@ def read_model_config(source: str, field: str, trust_remote_code: bool) -> Pretr
             raise ValueError(f"{field}: {source!r} holds no model that transformers knows ({error})") from error
         raise ValueError(f"{field}: {source!r} is neither a folder here nor a model the hub gives us") from error
     check_decoder(config, f"{field}: {source!r}")
+    stored_in_four_bit(config, source, field)
     return _without_dropout(config)
 
 
@@ -293,7 +295,9 @@ def _open(
 ) -> tuple[PreTrainedModel, set[str]]:
     """The model, and the names of those of its weights that the checkpoint does not have in its shape."""
     settings: dict[str, Any] = {"pretrained_model_name_or_path": source}
-    if load_in_4bit:  # quantised where they will be
+    if stored_in_four_bit(config, source, field):
+        settings |= {"device_map": {"": device}}
+    elif load_in_4bit:  # quantised where they will be
         settings |= {"quantization_config": quantization(DTYPES[dtype]), "device_map": {"": device}}
     opened: Any = kind
     try:

@@ -1,6 +1,7 @@
 """QLoRA end to end: the 4 bits stay, the adapter learns, roles share them, and what is left behind is plain."""
 
 import importlib.util
+import json
 import math
 
 import pytest
@@ -198,3 +199,47 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, monkeypatch):
     watch.kill = None
     again = resumable.run("lora", paths, tmp_path / "cut", load_in_4bit=True)
     assert resumable.untimed_log(tmp_path / "cut", again) == resumable.untimed_log(tmp_path / "whole", whole)
+
+
+@needs_bitsandbytes
+def test_a_base_that_is_stored_in_4_bits_is_trained_under_an_adapter_alone(runs, tmp_path):
+    """The same numbers as 4 bits made at the start, and refused before a step where all weights would be trained."""
+    made = load_policy(runs["base"], load_in_4bit=True)
+    made.save_pretrained(tmp_path / "stored")
+    tiny.tokenizer().save_pretrained(tmp_path / "stored")
+    stored = load_policy(str(tmp_path / "stored"))
+    assert four_bit.is_four_bit(stored)
+    assert torch.equal(logprobs(stored), logprobs(made))
+    result, ours = (
+        dpo(path, load_in_4bit=four) for path, four in ((str(tmp_path / "stored"), False), (runs["base"], True))
+    )
+    assert [row["loss"] for row in result.history] == [row["loss"] for row in ours.history]
+    assert not four_bit.is_four_bit(result.model)
+    with pytest.raises(
+        ValueError, match=r"^use_peft: must be true for .*stored', whose weights are in 4 bits; only an"
+    ):
+        dpo(str(tmp_path / "stored"), use_peft=False, load_in_4bit=False, lora_r=16)
+
+
+@pytest.mark.parametrize(
+    ("stored", "told"),
+    [
+        (
+            {"quant_method": "gptq", "bits": 4},
+            "gptq, and such weights cannot be trained; give the model that it was ma",
+        ),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "8 bits by bitsandbytes, and such weights cannot"),
+        (
+            {"quant_method": "mxfp4"},
+            r"mxfp4, .*; save a plain copy once, by AutoModelForCausalLM\.from_pretrained\('.*base', "
+            r"quantization_config=Mxfp4Config\(dequantize=True\)\)\.save_pretrained\(FOLDER\), and give FOLDER$",
+        ),
+        ({"quant_method": "fp8"}, r"fp8, .*FineGrainedFP8Config\(dequantize=True\)"),
+    ],
+)
+def test_other_stored_forms_are_refused_before_weights_are_read(stored, told, tmp_path):
+    path = save_base(tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config | {"quantization_config": stored}))
+    with pytest.raises(ValueError, match=rf"^model_name_or_path: '.*base' is stored in {told}"):
+        load_policy(path)
