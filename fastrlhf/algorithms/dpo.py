@@ -32,6 +32,7 @@ from fastrlhf.data.labels import COUNTS
 from fastrlhf.data.packing import forest, num_computed, num_in_sequences, own_micro_batches, pack, pair
 from fastrlhf.models.forward import token_logprobs
 from fastrlhf.models.loading import open_policy, read_model_config
+from fastrlhf.models.router_loss import begin_step
 from fastrlhf.models.sharding import shard, whole
 from fastrlhf.runtime.atomic import check_writable
 from fastrlhf.runtime.inputs import open_inputs
@@ -122,6 +123,7 @@ def train_dpo(
         run.on_start(evaluate_held_out)
         for step, indices in run.remaining(index_batches(num_train, config.batch_size, steps, config.seed)):
             drawn, totals = everything[indices], StepMetrics()
+            begin_step(model, 2 * len(drawn))
             for micro in _micro_batches(drawn, config):
                 output = _loss(config, model, reference, everything, [indices[i] for i in micro], drawn)
                 output.loss.backward()

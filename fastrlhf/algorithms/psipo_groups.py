@@ -28,6 +28,7 @@ from fastrlhf.config import DPOConfig
 from fastrlhf.data.labels import GROUP_LABELS
 from fastrlhf.data.packing import forest, group, num_computed, num_in_sequences, own_micro_batches, pack
 from fastrlhf.models.loading import open_policy
+from fastrlhf.models.router_loss import begin_step
 from fastrlhf.models.sharding import shard, whole
 from fastrlhf.runtime.inputs import open_inputs
 from fastrlhf.runtime.optim import Optimizer, index_batches, num_steps
@@ -84,6 +85,7 @@ def train_groups(
         run.on_start(evaluate_held_out)
         for step, indices in run.remaining(index_batches(num_train, config.batch_size, steps, config.seed)):
             totals, drawn = StepMetrics(), [groups[i] for i in indices]
+            begin_step(model, sum(len(group.tree) - len({s.parent for s in group.tree} - {-1}) for group in drawn))
             for micro in _micro_batches(drawn, config):
                 output = _loss(model, reference, groups, [indices[i] for i in micro], num_groups=len(drawn))
                 output.loss.backward()

@@ -31,6 +31,7 @@ from fastrlhf.evaluation.winrates import bootstrap_interval
 from fastrlhf.models.forward import hidden_states, read_scores, sequence_scores
 from fastrlhf.models.layers import LayerOptions
 from fastrlhf.models.loading import check_same_vocabulary, load_reward_model, make_trainable, resolve_device
+from fastrlhf.models.router_loss import begin_step
 from fastrlhf.models.sharding import shard, whole
 from fastrlhf.runtime.inputs import open_inputs
 from fastrlhf.runtime.optim import Optimizer, index_batches, num_steps
@@ -121,6 +122,7 @@ def _backward(
     part of it down (Gao et al. 2021, arXiv 2101.06983): the same gradient as of one large batch.
     """
     trees, totals = [*pairs, *views], StepMetrics()
+    begin_step(model, 2 * len(trees))
     micros = own_micro_batches([num_computed(tree) for tree in trees], config.micro_batch_tokens, "pair")
     kept: Tensor | None = None
     if loss_of_views and len(micros) > 1:

@@ -18,6 +18,7 @@ from fastrlhf.data.packing import own_micro_batches, pack
 from fastrlhf.distributed.ranks import total
 from fastrlhf.models.forward import token_logprobs
 from fastrlhf.models.loading import open_policy
+from fastrlhf.models.router_loss import begin_step
 from fastrlhf.models.sharding import shard, whole
 from fastrlhf.runtime.inputs import open_inputs
 from fastrlhf.runtime.optim import Optimizer, index_batches, num_steps
@@ -49,6 +50,7 @@ def train_sft(
         for step, indices in run.remaining(index_batches(len(segments), config.batch_size, steps, config.seed)):
             chosen = [segments[i] for i in indices]
             num_trained = sum(segment.num_scored for segment in chosen)
+            begin_step(model, len(chosen))
             loss = torch.zeros((), device=model.device)
             for micro in own_micro_batches([len(s.token_ids) for s in chosen], config.micro_batch_tokens):
                 batch = pack([chosen[i] for i in micro], model.device)

@@ -14,6 +14,7 @@ from fastrlhf.algorithms.experience import Pack, pack_episodes
 from fastrlhf.config import PPOConfig
 from fastrlhf.distributed.ranks import gathered, total
 from fastrlhf.models.forward import scored_states, state_kl, state_logprobs, token_values
+from fastrlhf.models.router_loss import begin_step
 from fastrlhf.runtime.optim import Optimizer
 from fastrlhf.runtime.run import StepMetrics
 from fastrlhf.types import Experience, Rollout
@@ -53,6 +54,8 @@ def update(
     for epoch, mini in _mini_batches(config, rollouts, packs, seed, policy.device):
         in_mini = gathered(torch.cat([item.index for item in mini]))
         drift = torch.zeros((), device=policy.device)
+        for model in (policy, critic) if critic else (policy,):
+            begin_step(model, config.batch_size // config.num_mini_batches)
         for item in mini:
             inside = item.index if alone else in_mini
             share = len(mini) if alone else 1
@@ -199,6 +202,9 @@ def _training_metrics(
             "val/ratio": policy["ratio"],
             "grad_norm": float(np.mean([step["grad_norm"] for step in steps])),
         }
+    for name in ("aux_loss", "value_aux_loss"):
+        if name in steps[-1]:
+            metrics[name] = float(np.mean([step[name] for step in steps]))
     if dual_clip and policy:
         metrics["policy/dual_clipfrac_avg"] = policy["dual_clip_fraction"]
     if "kl" in policy:

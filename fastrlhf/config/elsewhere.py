@@ -91,7 +91,7 @@ KEYS: tuple[Key, ...] = (
     *_off("sft dpo reward", "pad_token", "nothing is padded"),
     *_off("sft dpo reward grpo", "pad_to_multiple_of", "nothing is padded"),
     *_on("dpo reward grpo", "disable_dropout", "all dropout is off in every command"),
-    *_no("sft dpo grpo", "router_aux_loss_coef", "the auxiliary loss of a mixture of experts is not added"),
+    *_same("sft dpo grpo", "router_aux_loss_coef", "null: the value in the model's configuration"),
     *_on("grpo", "cast_lm_head_to_fp32", "log-probs are computed in float32"),
     *_other("older", "torch_dtype", "dtype"),
     *_other("older", "model_id", "model_name_or_path"),

@@ -26,7 +26,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "Loss": (
         *("completion_only_loss", "beta", "loss_type", "loss_weights", "margin_scale", "label_smoothing"),
-        *("length_norm", "center_rewards_coefficient"),
+        *("length_norm", "center_rewards_coefficient", "router_aux_loss_coef"),
         *("cliprange", "cliprange_high", "dual_clip", "entropy_coef", "loss_aggregation", "target_kl"),
         *("mask_truncated_completions", "sampler_is_cap", "cliprange_value", "vf_coef"),
     ),

@@ -114,6 +114,9 @@ class TrainConfig:
     """Passes over the data, where `max_steps` is not given."""
     max_steps: int = -1
     """Optimiser steps (updates, in on-policy runs); -1: by epochs."""
+    router_aux_loss_coef: float | None = None
+    """Weight of the auxiliary loss that spreads tokens over the experts of a mixture, as a mean over the sequences of a
+    step; logged as aux_loss. null: the value in the model's configuration; 0 is off."""
     learning_rate: float = 1e-5
     """Peak."""
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
@@ -202,6 +205,8 @@ class TrainConfig:
         at_least(self, 2, "max_length")
         at_least(self, 0, "warmup_steps", "eval_steps", "num_eval_examples", "max_train_examples")
         at_least(self, 0, "save_steps", "save_total_limit", "disk_wait_minutes")
+        if self.router_aux_loss_coef is not None:
+            at_least(self, 0, "router_aux_loss_coef")
         at_least(self, 0, "weight_decay", "max_grad_norm")
         above_0(self, "learning_rate", "num_train_epochs", "adam_epsilon")
         for name in ("adam_beta1", "adam_beta2"):

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from fastrlhf.data.packing import pack
 from fastrlhf.models.attention import chosen_attention, packed_attention
 from fastrlhf.models.offload import offloaded
+from fastrlhf.models.router_loss import wanted, with_router_loss
 from fastrlhf.models.sharding import backbone_of
 from fastrlhf.models.vocabulary import head_of
 from fastrlhf.types import PackedBatch, Segment
@@ -37,8 +38,9 @@ def hidden_states(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
             attention_plan=batch.plan,
             attention_backend=chosen_attention(model),
             use_cache=False,
+            **wanted(model),
         )
-    return output.last_hidden_state[0]
+    return with_router_loss(model, batch, output)[0]
 
 
 def enable_activation_checkpointing(model: PreTrainedModel, *, offload_to: torch.device | None = None) -> None:

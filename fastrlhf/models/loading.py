@@ -35,6 +35,7 @@ from fastrlhf.models.four_bit import check_trainable, keep_layout, quantization,
 from fastrlhf.models.layers import LayerOptions, prepare_layers
 from fastrlhf.models.offload import HOST, check_offloading
 from fastrlhf.models.quiet import quiet
+from fastrlhf.models.router_loss import set_router_loss
 from fastrlhf.models.shards import is_sharded, read_tensors
 
 log = logging.getLogger(__name__)
@@ -100,6 +101,7 @@ def make_trainable(model: PreTrainedModel, config: TrainConfig, base: str) -> No
     if config.activation_offloading:
         check_offloading(model.device)
     check_trainable(model, config.use_peft)
+    set_router_loss(model, config.router_aux_loss_coef)
     if config.use_peft:
         add_adapter(model, config, base)
     if config.activation_checkpointing:

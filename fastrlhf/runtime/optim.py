@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import Embedding, Module, Parameter
 
 from fastrlhf.config import TrainConfig
+from fastrlhf.models.router_loss import router_loss
 from fastrlhf.models.sharding import first_entry, full, like, of_parts, part
 from fastrlhf.runtime.adamw import make_adamw, moments, moments_in_8_bits, set_moments
 
@@ -106,6 +107,8 @@ class Optimizer:
                     f"{name}grad_norm is {norm.item()}: a loss or a gradient is not finite; lower learning_rate"
                 )
             metrics[f"{name}grad_norm"] = norm.item()
+            if (aux := router_loss(model)) is not None:
+                metrics[f"{name}aux_loss"] = aux
             scales[name] = ((self._max_norm or math.inf) / (norm + 1e-6)).clamp(max=1.0).item()
         share = self._rate(self._num_done)
         self._num_done += 1  # before any weight moves: whoever finds an old number finds the old weights
