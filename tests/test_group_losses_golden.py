@@ -1,7 +1,8 @@
-"""The policy losses of the group family, packed, against what tests/golden/record_group_losses.py has kept of TRL 1.16
-and verl 0.9.1 on the same tensors: losses and gradients to 1e-6, advantages to 1e-6."""
+"""Policy and value losses, packed, against what tests/golden/record_group_losses.py has kept of TRL 1.16, verl 0.9.1
+and RTO's released code on the same tensors: losses, gradients and advantages to 1e-6."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -9,11 +10,13 @@ import torch
 from fastrlhf.algorithms.advantages import group_normalised, length_weighted
 from fastrlhf.algorithms.update import _episode_shares, _with_mean_1
 from fastrlhf.config import PPOConfig
-from fastrlhf_kernels import policy_loss
+from fastrlhf_kernels import policy_loss, value_loss
 from tests.golden import record_group_losses as recorded
 
 GOLDEN = json.loads(recorded.FILE.read_text(encoding="utf-8"))
-CASES = [(library, case) for library in ("trl", "verl") for case in GOLDEN[library] if "advantage" not in case]
+CASES = [
+    (library, case) for library in ("trl", "verl") for case in GOLDEN[library] if not re.match("advantage|value", case)
+]
 
 
 @pytest.mark.parametrize(("library", "case"), CASES)
@@ -52,6 +55,48 @@ def test_loss_and_gradient_are_theirs(library: str, case: str):
     expected = GOLDEN[library][case]
     assert any(expected["gradient"])
     assert loss.item() == pytest.approx(expected["loss"], rel=1e-6, abs=1e-7)
+    assert logprob.grad.tolist() == pytest.approx(expected["gradient"], rel=2e-6, abs=1e-7)
+
+
+def weight_of(average: str) -> torch.Tensor | None:
+    """[R] of the trainer's losses, for episodes of LENGTHS tokens that are all trained."""
+    cu_seqlens = torch.tensor([0, *torch.tensor(recorded.LENGTHS).cumsum(0)], dtype=torch.int32)
+    rows = torch.arange(sum(recorded.LENGTHS))
+    shares = _episode_shares(cu_seqlens, torch.ones_like(rows, dtype=torch.bool))
+    return _with_mean_1(shares, rows, rows, len(rows)) if average == "sequence" else None
+
+
+@pytest.mark.parametrize(
+    ("library", "case", "average"),
+    [("rto", "value", "sequence"), ("verl", "value_sequence", "sequence"), ("verl", "value_token", "token")],
+)
+def test_the_value_loss_is_theirs(library: str, case: str, average: str):
+    given = recorded.tensors()
+    inside = given["mask"].bool()
+    value, rollout_value, returns = (given[name][inside].float() for name in ("value", "rollout_value", "returns"))
+    value.requires_grad_()
+    ones = torch.ones_like(value, dtype=torch.bool)
+    loss = value_loss(
+        value, rollout_value, returns, ones, num_tokens=len(value), clip=recorded.CLIP_LOW, weight=weight_of(average)
+    ).loss
+    loss.backward()
+    expected = GOLDEN[library][case]
+    assert 0.0 in expected["gradient"]  # the clip holds somewhere
+    assert loss.item() == pytest.approx(expected["loss"], rel=1e-6)
+    assert value.grad.tolist() == pytest.approx(expected["gradient"], rel=2e-6, abs=1e-7)
+
+
+def test_the_policy_loss_by_sequence_is_rtos():
+    given = recorded.tensors()
+    inside = given["mask"].bool()
+    logprob = given["logprob"][inside].float().requires_grad_()
+    advantage = given["advantage"][:, None].expand_as(inside)[inside].float()
+    ones = torch.ones_like(advantage, dtype=torch.bool)
+    sampler = given["sampler"][inside].float()
+    loss = policy_loss(logprob, sampler, advantage, ones, num_tokens=len(advantage), weight=weight_of("sequence")).loss
+    loss.backward()
+    expected = GOLDEN["rto"]["policy"]
+    assert loss.item() == pytest.approx(expected["loss"], rel=1e-6)
     assert logprob.grad.tolist() == pytest.approx(expected["gradient"], rel=2e-6, abs=1e-7)
 
 

@@ -1,10 +1,12 @@
-"""Runs the policy losses of TRL 1.16.0 and verl 0.9.1 on one set of tensors and keeps them in group_losses.json, for
-tests/test_group_losses_golden.py: losses with their gradients by log-prob, and advantages of groups.
+"""Runs the policy and value losses of TRL 1.16.0, verl 0.9.1 and the released code of RTO (zkshan2002/RTO, commit
+f2c1294) on one set of tensors and keeps them in group_losses.json, for tests/test_group_losses_golden.py: losses with
+their gradients by log-prob or value, and advantages of groups.
 
-TRL and verl are needed here and nowhere else. Of verl only trainer/ppo/core_algos.py runs, with stand-ins for the
-configuration classes that it imports. A library that is not installed leaves its numbers in the file as they were.
+They are needed here and nowhere else. Of verl only trainer/ppo/core_algos.py runs, with stand-ins for the configuration
+classes that it imports; of RTO openrlhf/models/loss.py, with one for `masked_mean`, its checkout named by RTO_REPO.
+What is not there leaves its numbers in the file as they were.
 
-    PYTHONPATH=.:kernels python tests/golden/record_group_losses.py
+    PYTHONPATH=.:kernels RTO_REPO=../RTO python tests/golden/record_group_losses.py
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import json
+import os
 import sys
 import textwrap
 from collections import defaultdict
@@ -47,6 +50,9 @@ def tensors() -> dict[str, Tensor]:
     return {name: x.view(len(LENGTHS), MAX_LENGTH) for name, x in found.items()} | {
         "mask": mask.double(),
         "advantage": torch.tensor([1.0, -0.7, 1.9, -2.2], dtype=torch.float64),
+        "value": wave(size, 1.0, 0.6).view(len(LENGTHS), MAX_LENGTH),
+        "rollout_value": wave(size, 2.2, 0.5).view(len(LENGTHS), MAX_LENGTH),
+        "returns": wave(size, 2.9, 1.1).view(len(LENGTHS), MAX_LENGTH),
     }
 
 
@@ -119,6 +125,9 @@ VERL = {  # case -> (its function, how it averages)
 }
 
 
+VALUE_AVERAGES = {"token": "token-mean", "sequence": "seq-mean-token-mean"}
+
+
 def core_algos() -> ModuleType:
     """verl/trainer/ppo/core_algos.py, with stand-ins for what it imports and these losses do not use."""
 
@@ -129,7 +138,11 @@ def core_algos() -> ModuleType:
     def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
         return (values * mask).sum()
 
-    functional = SimpleNamespace(masked_sum=masked_sum, masked_mean=lambda x, m: masked_sum(x, m) / m.sum())
+    functional = SimpleNamespace(
+        masked_sum=masked_sum,
+        masked_mean=lambda x, m: masked_sum(x, m) / m.sum(),
+        clip_by_value=lambda x, low, high: torch.max(torch.min(x, high), low),
+    )
     stand_ins = {
         "omegaconf": {"DictConfig": Config},
         "verl": {},
@@ -174,6 +187,47 @@ def of_verl(algos: ModuleType, case: str) -> dict[str, Any]:
     return {"loss": loss.item(), "gradient": leaf.grad[given["mask"].bool()].tolist()}
 
 
+def verl_value(algos: ModuleType, average: str) -> dict[str, Any]:
+    given = tensors()
+    leaf = given["value"].clone().requires_grad_()
+    loss, _ = algos.compute_value_loss(leaf, given["returns"], given["rollout_value"], given["mask"], CLIP_LOW, average)
+    loss.backward()
+    assert leaf.grad is not None
+    return {"loss": loss.item(), "gradient": leaf.grad[given["mask"].bool()].tolist()}
+
+
+def of_rto(repository: str) -> dict[str, Any]:
+    """Losses of openrlhf/models/loss.py, with the masked mean that its package has."""
+
+    def masked_mean(values: Tensor, mask: Tensor, dim: int) -> Tensor:
+        return (values * mask).sum(dim) / mask.sum(dim)
+
+    utils = ModuleType("rto.utils")
+    utils.masked_mean = masked_mean  # pyright: ignore[reportAttributeAccessIssue]
+    package = ModuleType("rto")
+    package.__path__ = []
+    sys.modules |= {"rto": package, "rto.utils": utils}
+    path = Path(repository, "openrlhf", "models", "loss.py")
+    spec = importlib.util.spec_from_file_location("rto.loss", path)
+    assert spec is not None
+    assert spec.loader is not None
+    losses = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(losses)
+    given, found = tensors(), {}
+    inside = given["mask"].bool()
+    advantages = given["advantage"][:, None].expand_as(inside)
+    for name, leaf, function, others in (
+        ("policy", given["logprob"], losses.PolicyLoss(CLIP_LOW), (given["sampler"], advantages)),
+        ("value", given["value"], losses.ValueLoss(CLIP_LOW), (given["rollout_value"], given["returns"])),
+    ):
+        leaf = leaf.clone().requires_grad_()
+        loss = function(leaf, *others, given["mask"])
+        loss.backward()
+        assert leaf.grad is not None
+        found[name] = {"loss": loss.item(), "gradient": leaf.grad[inside].tolist()}
+    return found
+
+
 def verl_advantages(algos: ModuleType, function: str) -> list[float]:
     lengths = torch.tensor(RETURN_LENGTHS)
     mask = (torch.arange(MAX_LENGTH)[None] < lengths[:, None]).double()
@@ -194,9 +248,12 @@ def main() -> None:
         "verl": lambda: (
             (algos := core_algos())
             and {case: of_verl(algos, case) for case in VERL}
+            | {f"value_{name}": verl_value(algos, average) for name, average in VALUE_AVERAGES.items()}
             | {"advantage_opo": verl_advantages(algos, "compute_opo_outcome_advantage")}
         ),
     }
+    if repository := os.environ.get("RTO_REPO"):
+        kept["rto"] = of_rto(repository)
     for library, record in recorders.items():
         if importlib.util.find_spec(library):
             kept[library] = record()
