@@ -27,6 +27,8 @@ myst_heading_anchors = 3
 nitpicky = True
 html_theme = "furo"
 html_title = f"fastrlhf {version}"
+html_static_path = ["_static"]
+html_css_files = ["style.css"]
 html_math_renderer = "mathml"
 html_copy_source = False
 

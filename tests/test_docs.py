@@ -7,6 +7,7 @@ import importlib.util
 import json
 import re
 import shlex
+import statistics
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -228,6 +229,27 @@ def test_every_file_that_is_named_exists(page: Path):
 
 def test_the_readme_is_one_page():
     assert len((ROOT / "README.md").read_text().split()) <= MAX_WORDS
+
+
+def test_the_demo_table_of_the_readme_is_made_of_the_rows():
+    """Means over five seeds with intervals of Student's t; the sixth column is without interval."""
+    rows = [json.loads(line) for line in (ROOT / "bench/results/cpu-x86_64.jsonl").read_text().splitlines()]
+    table = (ROOT / "README.md").read_text()
+    for method, shown in (("sft", "SFT"), ("dpo", "DPO"), ("ppo", "PPO"), ("drpo", "DR-PO")):
+        own = [row for row in rows if row["bench"] == "toy" and row["method"] == method]
+        assert [row["seed"] for row in own] == [0, 1, 2, 3, 4]
+        cells = {name: mean_and_interval([row[name] for row in own]) for name in ("win_rate", "gold_reward")}
+        (win, win_error), (gold, gold_error) = cells["win_rate"], cells["gold_reward"]
+        kl, seconds = (mean_and_interval([row[name] for row in own])[0] for name in ("kl", "seconds"))
+        line = (
+            f"| {100 * win:.1f} +- {100 * win_error:.1f} | {gold:.2f} +- {gold_error:.2f} | {kl:.2f} | {seconds:.0f} |"
+        )
+        assert f"| {shown} {line}" in table
+
+
+def mean_and_interval(values: list[float]) -> tuple[float, float]:
+    """The mean and half of its 95 % interval for five values."""
+    return statistics.mean(values), 2.7764 * statistics.stdev(values) / 5**0.5
 
 
 @cache
