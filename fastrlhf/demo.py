@@ -36,7 +36,8 @@ from fastrlhf.config import (
     SFTConfig,
     require,
 )
-from fastrlhf.data.tokens import special_ids, tokenize_examples
+from fastrlhf.data.specials import special_ids
+from fastrlhf.data.tokens import tokenize_examples
 from fastrlhf.data.toy import MAX_SUMMARY_TOKENS, ToyTask, toy_model_config, toy_tokenizer
 from fastrlhf.distributed.ranks import check_one_process
 from fastrlhf.evaluation.completions import respond, response_kl

@@ -22,6 +22,9 @@ from torch import Tensor
 Message = dict[str, Any]
 """One turn of a conversation: `{"role": ..., "content": ...}`, with whatever else a chat template may read."""
 
+EndIds = int | Sequence[int]
+"""The token id, or the ids, that end a response."""
+
 Text = str | list[Message]
 """Plain text, or the turns of a conversation that a chat template will render."""
 
@@ -107,7 +110,7 @@ class Rollout:
     sampler_logprob: list[float]
     """Nats, one per sampled token, under the tempered distribution that drew it."""
     ended: bool
-    """True where an EOS was sampled, the last token unless the engine was told to go on; False where the budget ran
+    """True where an end was sampled, the last token unless the engine was told to go on; False where the budget ran
     out."""
 
 

@@ -33,7 +33,7 @@ from bench.results import append_row
 from bench.toy import interval
 from fastrlhf.algorithms.ppo import train_ppo
 from fastrlhf.config import DemoConfig, PPOConfig
-from fastrlhf.data.tokens import special_ids
+from fastrlhf.data.specials import special_ids
 from fastrlhf.data.toy import FACTS, ToyTask, toy_tokenizer
 from fastrlhf.demo import NUM_PROMPTS, judge_stage, run_stage, stage_config
 from fastrlhf.evaluation.judges import Judge, reward_model_judge

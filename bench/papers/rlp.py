@@ -39,7 +39,8 @@ from fastrlhf.algorithms.rlp_spg import synthetic_pairs
 from fastrlhf.algorithms.rlp_uml import Views
 from fastrlhf.algorithms.scoring import per_response
 from fastrlhf.config import DemoConfig, PPOConfig, RewardConfig, RLPConfig
-from fastrlhf.data.tokens import special_ids, tokenize_examples
+from fastrlhf.data.specials import special_ids
+from fastrlhf.data.tokens import tokenize_examples
 from fastrlhf.data.toy import MAX_SUMMARY_TOKENS, ToyTask, toy_tokenizer
 from fastrlhf.demo import judge_stage, run_stage, stage_config
 from fastrlhf.evaluation.equivalence import function_judge

@@ -26,7 +26,7 @@ from fastrlhf.algorithms.scoring import Tree
 from fastrlhf.config import TrainConfig
 from fastrlhf.data.examples import load_examples
 from fastrlhf.data.packing import forest, num_in_sequences
-from fastrlhf.data.tokens import special_ids
+from fastrlhf.data.specials import special_ids
 from fastrlhf.models.loading import build_policy, load_reward_model
 from fastrlhf.runtime.inputs import open_inputs
 from fastrlhf.runtime.optim import index_batches

@@ -27,7 +27,7 @@ from fastrlhf.models.forward import hidden_states, read_scores, scored_states, s
 from fastrlhf.models.sharding import give_back
 from fastrlhf.rewards.terms import Episodes, Rewards, own_kl_advantage
 from fastrlhf.rollout.engine import end_index
-from fastrlhf.types import Experience, PackedBatch, Rollout, Segment
+from fastrlhf.types import EndIds, Experience, PackedBatch, Rollout, Segment
 from fastrlhf_kernels import gae
 
 
@@ -85,7 +85,7 @@ def score_episodes(
     rollouts: Sequence[Rollout],
     scores: Tensor | None,
     packs: Sequence[Sequence[Pack]],
-    eos_token_id: int,
+    eos_token_id: EndIds,
     rewards: Rewards | None = None,
 ) -> tuple[Experience, dict[str, float]]:
     """Everything the update needs, frozen before it starts.
@@ -257,7 +257,7 @@ class _Rows:
     """[R] bool: rows of episodes that the length limit cut"""
 
 
-def _rows(config: PPOConfig, rollouts: Sequence[Rollout], eos_token_id: int, device: torch.device) -> _Rows:
+def _rows(config: PPOConfig, rollouts: Sequence[Rollout], eos_token_id: EndIds, device: torch.device) -> _Rows:
     counts, mask, earns, ends, missing, cut = [0], [], [], [], [], []
     for rollout in rollouts:
         given = _num_given(config, rollout)

@@ -31,7 +31,7 @@ from fastrlhf.algorithms.prefixes import draw_prefixes, reset_fields
 from fastrlhf.algorithms.roles import EngineFactory, check_sources, open_roles
 from fastrlhf.algorithms.update import update
 from fastrlhf.config import PPOConfig, require
-from fastrlhf.data.tokens import special_ids
+from fastrlhf.data.specials import end_ids
 from fastrlhf.distributed.ranks import from_all, world_size
 from fastrlhf.evaluation.held_out import evaluate
 from fastrlhf.evaluation.judges import Judge, checked_scores
@@ -93,7 +93,7 @@ def train_ppo(
         functions=functions,
     )
     policy, reference, critic, rewards = roles.policy, roles.reference, roles.critic, roles.rewards
-    eos, _ = special_ids(tokenizer)
+    eos = end_ids(tokenizer)
     num_groups = config.batch_size // config.num_generations
     optimizer = Optimizer(
         {"": policy} | ({"value_": critic} if critic else {}),

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from fastrlhf.config import PPOConfig
 from fastrlhf.data.resets import cut_prefix, is_reset, reset_length, takes_first
 from fastrlhf.rollout.engine import Engine, SharedEngine, TransformersEngine
-from fastrlhf.types import Prefix, TokenizedExample
+from fastrlhf.types import EndIds, Prefix, TokenizedExample
 
 ROLL_IN_STREAM = 3
 """The draws of roll-ins; the sampler's and the resets' are others, so that none moves another."""
@@ -22,10 +22,10 @@ def reset_fields(config: PPOConfig) -> list[str]:
     return ["reference", "chosen"] if config.reset_source == "both" else [config.reset_source]
 
 
-def make_roll_in(config: PPOConfig, reference: PreTrainedModel, eos_token_id: int) -> Engine:
+def make_roll_in(config: PPOConfig, reference: PreTrainedModel, eos_token_id: EndIds) -> Engine:
     """What writes the responses that `reset_source: sample` resets to (PPO++, Chang et al. 2023, arXiv 2306.11816).
 
-    A response ends at its EOS under either `compat`.
+    A response ends at its first end under either `compat`.
     """
     engine = TransformersEngine.of(config, reference, eos_token_id, stream=ROLL_IN_STREAM)
     return SharedEngine(engine=engine, model=reference)

@@ -25,7 +25,7 @@ from fastrlhf.algorithms.rlp_uml import ViewObjective, Views
 from fastrlhf.algorithms.scoring import Tree
 from fastrlhf.config import RewardConfig, require
 from fastrlhf.data.packing import forest, micro_batches, num_computed, num_in_sequences, own_micro_batches, pack, pair
-from fastrlhf.data.tokens import special_ids
+from fastrlhf.data.specials import special_ids
 from fastrlhf.distributed.ranks import gathered
 from fastrlhf.evaluation.winrates import bootstrap_interval
 from fastrlhf.models.forward import hidden_states, read_scores, sequence_scores

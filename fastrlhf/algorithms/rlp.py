@@ -44,7 +44,7 @@ from fastrlhf.algorithms.rlp_uml import Views
 from fastrlhf.algorithms.scoring import per_response
 from fastrlhf.config import PPOConfig, RewardConfig, RLPConfig, require
 from fastrlhf.config.files import SAME_MODEL, differences
-from fastrlhf.data.tokens import special_ids
+from fastrlhf.data.specials import end_ids, special_ids
 from fastrlhf.distributed.ranks import check_one_process
 from fastrlhf.evaluation.equivalence import EquivalenceJudge, open_judge
 from fastrlhf.models.forward import sequence_scores
@@ -186,7 +186,7 @@ class _Run:
         if not file.exists():
             config, settings = self.config, self.policy
             log.info("rlp: %d answers to each of %d prompts", config.num_answers, len(self.prompts))
-            model, eos = self._load_policy(policy), special_ids(self.tokenizer)[0]
+            model, eos = self._load_policy(policy), end_ids(self.tokenizer)
             own = {"temperature": config.answer_temperature, "seed": config.seed, "stream": ANSWER_STREAM}
             engine = TransformersEngine.of(settings, model, eos, **own)
             write_rows(file, map(asdict, sample_answers(engine, self.prompts, config.num_answers, round_)))

@@ -11,7 +11,7 @@ from fastrlhf.algorithms.prefixes import make_roll_in
 from fastrlhf.algorithms.psipo import dataset_opponents, load_psi, psi_judge
 from fastrlhf.config import PPOConfig, require
 from fastrlhf.config.checks import at_default
-from fastrlhf.data.tokens import special_ids
+from fastrlhf.data.specials import end_ids, special_ids
 from fastrlhf.evaluation.judges import Judge, asked_once, reward_model_judge
 from fastrlhf.models.adapters import frozen_copy
 from fastrlhf.models.layers import LayerOptions
@@ -32,10 +32,10 @@ from fastrlhf.rewards.terms import Rewards, open_rewards
 from fastrlhf.rollout.engine import Engine, SharedEngine, TransformersEngine
 from fastrlhf.rollout.probe import decoder_of
 from fastrlhf.rollout.vllm import import_vllm, open_vllm
-from fastrlhf.types import TokenizedExample
+from fastrlhf.types import EndIds, TokenizedExample
 
-EngineFactory = Callable[[PPOConfig, PreTrainedModel, int], Engine]
-"""(config, policy, EOS id) -> the engine of the run."""
+EngineFactory = Callable[[PPOConfig, PreTrainedModel, EndIds], Engine]
+"""(config, policy, the ids that end a response) -> the engine of the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +110,7 @@ def open_roles(
     reference = frozen_copy(policy)
     rewards.implicit = open_implicit_reward(config, tokenizer, reference)
     frozen: list[PreTrainedModel] = [reference, *(rewards.implicit.models if rewards.implicit else ())]
-    eos, pad = special_ids(tokenizer)
+    eos, (_, pad) = end_ids(tokenizer), special_ids(tokenizer)
     needs_critic, starts_at = config.advantage_estimator == "gae", config.critic_model_path
     reward_model = critic = None
     if config.reward_model_path and (judge is None or (needs_critic and not starts_at)):
@@ -152,7 +152,7 @@ def open_roles(
     )
 
 
-def make_engine(config: PPOConfig, policy: PreTrainedModel, eos_token_id: int) -> Engine:
+def make_engine(config: PPOConfig, policy: PreTrainedModel, eos_token_id: EndIds) -> Engine:
     """The engine of the configuration; it samples from `policy` as it is at each call."""
     if config.engine == "vllm":
         return open_vllm(config, policy, eos_token_id)

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.config import DPOConfig
 from fastrlhf.data.packing import forest, num_computed, own_micro_batches, pack
-from fastrlhf.data.tokens import special_ids
+from fastrlhf.data.specials import special_ids
 from fastrlhf.distributed.ranks import from_all
 from fastrlhf.models.forward import sequence_scores, token_logprobs
 from fastrlhf.models.layers import LayerOptions

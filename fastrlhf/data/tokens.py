@@ -9,34 +9,21 @@ The BOS rule: what the tokenizer puts before a text stands before a text prompt;
 
 from __future__ import annotations
 
-import gzip
-import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal, cast
 
 from jinja2 import TemplateError
-from tokenizers import Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 from fastrlhf.data.examples import RESPONSES
-from fastrlhf.data.hub import check_hub
 from fastrlhf.data.labels import GROUP_LABELS, PAIR_LABELS
+from fastrlhf.data.specials import add_ends, end_ids, split_end, template_end
+from fastrlhf.data.tokenizer import resolve_chat_template
 from fastrlhf.types import Example, Message, TokenizedExample
 
 TruncationMode = Literal["keep_start", "keep_end", "drop"]
-
-HH_CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message.role == 'user' %}{{ '\n\nHuman: ' + message.content }}"
-    "{% elif message.role == 'assistant' %}{{ '\n\nAssistant: ' + message.content }}"
-    "{% else %}{{ raise_exception('the hh template has no role ' + message.role) }}{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
-)
-"""The form of Anthropic's HH text (Bai et al. 2022, arXiv 2204.05862)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,86 +70,6 @@ class TokenizedExamples:
     report: TokenReport
 
 
-def load_tokenizer(
-    name_or_path: str,
-    *,
-    eos_token: str | None = None,
-    chat_template: str | None = None,
-    trust_remote_code: bool = False,
-) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder, of a hub name, or of one tokenizer.json[.gz] file, sure to have an EOS.
-
-    Args:
-        eos_token: replaces the tokenizer's. A token that is not in the vocabulary is added to it, at id len(tokenizer):
-            a model whose embedding is smaller than the new len(tokenizer) must then be resized.
-        chat_template: replaces the tokenizer's: Jinja, or "hh" for `HH_CHAT_TEMPLATE`.
-
-    Raises:
-        ValueError: there is no tokenizer there, it has no EOS, or the template is none.
-    """
-    path = Path(name_or_path).expanduser()
-    if is_missing_folder(name_or_path):
-        raise ValueError(f"tokenizer {name_or_path}: no such folder (a hub model is named like owner/name)")
-    check_hub(name_or_path, f"tokenizer {name_or_path}:")
-    try:
-        if path.is_file():
-            tokenizer = _from_file(path)
-        else:
-            tokenizer = AutoTokenizer.from_pretrained(
-                str(path) if path.exists() else name_or_path, trust_remote_code=trust_remote_code
-            )
-    except (OSError, ValueError, KeyError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(
-            f"tokenizer {name_or_path}: no tokenizer found in a folder or on the hub of that name: {reason}"
-        ) from None
-    if eos_token:
-        tokenizer.add_special_tokens({"eos_token": eos_token})
-    _require_eos(tokenizer)
-    if chat_template:
-        tokenizer.chat_template = resolve_chat_template(chat_template, tokenizer)
-    return tokenizer
-
-
-def is_missing_folder(name_or_path: str) -> bool:
-    """Whether this means a folder, by its form or because its first part is one here, that is not there.
-
-    The hub need not be asked for it.
-    """
-    path = Path(name_or_path).expanduser()
-    looks_local = path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1
-    return not path.exists() and (looks_local or (len(path.parts) > 1 and Path(path.parts[0]).is_dir()))
-
-
-def special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int | None]:
-    """The ids of EOS and of padding; None where padding has no id of its own: EOS is a token that is read and trained.
-
-    Raises ValueError where there is no EOS.
-    """
-    eos, pad = _require_eos(tokenizer), cast(int | None, tokenizer.pad_token_id)
-    return eos, None if pad == eos else pad
-
-
-def _from_file(path: Path) -> PreTrainedTokenizerBase:
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
-        content = file.read()
-    try:
-        json.loads(content)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"line {error.lineno} is no JSON; a tokenizer file is a tokenizer.json or its .gz") from None
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(content))
-
-
-def resolve_chat_template(chat_template: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The Jinja of `chat_template`: itself, or of the name "hh", which writes the BOS that this tokenizer would."""
-    if "{" in chat_template:
-        return chat_template
-    if chat_template != "hh":
-        raise ValueError(f'chat_template: {chat_template!r} is neither a Jinja template nor the name "hh"')
-    has_bos = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-    return "{{ bos_token }}" * has_bos + HH_CHAT_TEMPLATE
-
-
 def tokenize_examples(
     examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,
@@ -199,32 +106,32 @@ def tokenize_examples(
     known = (*RESPONSES, "responses")
     if unknown := set(fields) - set(known):
         raise ValueError(f"fields: {sorted(unknown)} not among {', '.join(known)}")
-    eos, bos = _require_eos(tokenizer), cast(int | None, tokenizer.bos_token_id)
     template = resolve_chat_template(chat_template, tokenizer) if chat_template else None
+    ends, bos = _ends(tokenizer, template), cast(int | None, tokenizer.bos_token_id)
     fields = [name for name in known if name in fields]
 
     texts = [_render(example, fields, tokenizer, template) for example in examples]
     prompts = _encode_prompts(examples, [text["prompt"] for text in texts], tokenizer)
-    bodies, had_eos = _encode_responses([text[name] for text in texts for name in list(text)[1:]], tokenizer)
+    bodies, found = _encode_responses([text[name] for text in texts for name in list(text)[1:]], tokenizer, ends)
 
     kept: list[TokenizedExample] = []
     counts: Counter[str] = Counter()
     dropped: Counter[str] = Counter()
     first_dropped: dict[str, int] = {}
-    response = iter(zip(bodies, had_eos, strict=True))
+    response = iter(zip(bodies, found, strict=True))
     for example, text, prompt in zip(examples, texts, prompts, strict=True):
         read = {name: next(response) for name in list(text)[1:]}
-        whole = {name: [*body, eos] for name, (body, _) in read.items()}
-        reason, prompt_ids, ids = _fit(prompt, whole, max_length, truncation_mode, bos)
+        whole = {name: [*body, next(iter(ends)) if end is None else end] for name, (body, end) in read.items()}
+        reason, prompt_ids, ids = _fit(prompt, whole, max_length, truncation_mode, bos, ends.keys())
         if reason:
             dropped[reason] += 1
             first_dropped.setdefault(reason, example.row)
             continue
         kept.append(_tokenized(example, prompt_ids, ids))
         counts["prompts_cut"] += prompt_ids != prompt
-        for name, (_, present) in read.items():
+        for name, (_, end) in read.items():
             cut = len(ids[name]) < len(whole[name])
-            counts["responses_cut" if cut else "eos_present" if present else "eos_added"] += 1
+            counts["responses_cut" if cut else "eos_added" if end is None else "eos_present"] += 1
     report = TokenReport(
         num_examples=len(examples),
         num_kept=len(kept),
@@ -241,15 +148,6 @@ def tokenize_examples(
             f"no row is left after tokenising; max_length or truncation_mode may mend it: {report.summary()}"
         )
     return TokenizedExamples(examples=kept, report=report)
-
-
-def _require_eos(tokenizer: PreTrainedTokenizerBase) -> int:
-    if tokenizer.eos_token_id is None:
-        raise ValueError(
-            f"tokenizer {tokenizer.name_or_path}: it has no EOS token, so no response could end; "
-            "name one with eos_token (it is added to the vocabulary if it is not there)"
-        )
-    return cast(int, tokenizer.eos_token_id)
 
 
 def _render(
@@ -336,27 +234,38 @@ def _encode_prompts(
     return [ids[row][:-1] if closed[row] else ids[row] for row in range(len(texts))]
 
 
-def _encode_responses(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> tuple[list[list[int]], list[bool]]:
-    """Ids without the final EOS, and whether the text had one."""
-    eos, eos_text = tokenizer.eos_token_id, str(tokenizer.eos_token)
-    present = [text.rstrip().endswith(eos_text) for text in texts]
-    bare = [text.rstrip().removesuffix(eos_text) if had else text for text, had in zip(texts, present, strict=True)]
-    bodies = _encode(bare, tokenizer, add_special_tokens=False)
-    for ids in bodies:
-        while ids[-1:] == [eos]:  # two in a row mean one
-            ids.pop()
-    return bodies, present
+def _ends(tokenizer: PreTrainedTokenizerBase, template: str | None) -> dict[int, str]:
+    """Id -> text of the tokens that end a response, the EOS first."""
+    if template and (end := template_end(tokenizer, template)) is not None:
+        add_ends(tokenizer, [end], "chat_template")
+    ids = end_ids(tokenizer)
+    return dict(zip(ids, map(str, tokenizer.convert_ids_to_tokens(list(ids))), strict=True))
+
+
+def _encode_responses(
+    texts: list[str], tokenizer: PreTrainedTokenizerBase, ends: Mapping[int, str]
+) -> tuple[list[list[int]], list[int | None]]:
+    """Ids without the end of the response, and the id of that; None where the text has none."""
+    ids_of = {text: token for token, text in ends.items()}
+    parts = [split_end(text, ids_of) for text in texts]
+    bodies = _encode([body for body, _, _ in parts], tokenizer, add_special_tokens=False)
+    return bodies, [ids_of.get(end) for _, end, _ in parts]
 
 
 def _fit(
-    prompt: list[int], responses: dict[str, list[int]], max_length: int, mode: TruncationMode, bos: int | None
+    prompt: list[int],
+    responses: dict[str, list[int]],
+    max_length: int,
+    mode: TruncationMode,
+    bos: int | None,
+    ends: Set[int],
 ) -> tuple[str, list[int], dict[str, list[int]]]:
-    """(reason to drop or "", prompt, responses within `max_length`). Responses end in EOS."""
+    """(reason to drop or "", prompt, responses within `max_length`). Responses end in one of `ends`."""
     if not prompt:
         return "empty_prompt", prompt, responses
     if any(len(ids) == 1 for ids in responses.values()):
         return "empty_response", prompt, responses
-    if any(ids[-1] in ids[:-1] for ids in responses.values()):
+    if any(not ends.isdisjoint(ids[:-1]) for ids in responses.values()):
         return "eos_inside_response", prompt, responses
     longest = max(map(len, responses.values()), default=0)
     if len(prompt) + longest > max_length:

@@ -12,7 +12,7 @@ from fastrlhf.distributed.ranks import total
 from fastrlhf.models.forward import token_logprobs
 from fastrlhf.models.sharding import whole
 from fastrlhf.rollout.engine import Decode, SharedEngine, TransformersEngine
-from fastrlhf.types import Prefix, Rollout, TokenizedExample
+from fastrlhf.types import EndIds, Prefix, Rollout, TokenizedExample
 
 EVAL_EPISODES = 1 << 40
 """Evaluation numbers its episodes from here, so that its random draws never coincide with those of training."""
@@ -22,7 +22,7 @@ def respond(
     model: PreTrainedModel,
     examples: Sequence[TokenizedExample],
     *,
-    eos_token_id: int,
+    eos_token_id: EndIds,
     response_length: int,
     temperature: float,
     seed: int,

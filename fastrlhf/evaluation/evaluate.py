@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.config import EvalConfig, require
 from fastrlhf.config.files import load_yaml
-from fastrlhf.data.tokens import special_ids
+from fastrlhf.data.specials import end_ids, special_ids
 from fastrlhf.distributed.ranks import check_one_process
 from fastrlhf.evaluation.completions import respond
 from fastrlhf.evaluation.judges import reward_model_judge
@@ -29,9 +29,10 @@ from fastrlhf.models.loading import (
 )
 from fastrlhf.models.roles import holds_adapter, open_base, policy_role, score_role
 from fastrlhf.models.vocabulary import limit_vocabulary
+from fastrlhf.rollout.engine import as_ids
 from fastrlhf.runtime.checkpoint import check_output_dir, create_output_dir
 from fastrlhf.runtime.inputs import open_eval_inputs, with_room
-from fastrlhf.types import Example, Prefix, Rollout, TokenizedExample
+from fastrlhf.types import EndIds, Example, Prefix, Rollout, TokenizedExample
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ def evaluate_models(config: EvalConfig, examples: Sequence[Example] | None = Non
     if examples is None:
         _warn_of_trained_rows(config, rows)
     rows = with_room(rows, "eval", config.max_length, config.response_length)
-    eos, pad = special_ids(tokenizer)
+    eos, (_, pad) = end_ids(tokenizer), special_ids(tokenizer)
     base = open_base(config, [("reward_model_path", config.reward_model_path), *(("models", m) for m in config.models)])
     reward_model = _open_judge(config, base, pad)
     check_same_vocabulary({"reward_model_path": reward_model}, len(tokenizer))
@@ -219,7 +220,7 @@ def _respond(
     policy: PreTrainedModel,
     reward_model: PreTrainedModel,
     rows: Sequence[TokenizedExample],
-    eos: int,
+    eos: EndIds,
 ) -> list[Rollout]:
     check_same_vocabulary({name: policy, "reward_model_path": reward_model}, 0)
     return respond(
@@ -235,14 +236,14 @@ def _respond(
     )
 
 
-def _responses_of(rows: Sequence[TokenizedExample], column: str, eos: int) -> list[Rollout]:
+def _responses_of(rows: Sequence[TokenizedExample], column: str, eos: EndIds) -> list[Rollout]:
     """The responses of the dataset in the form of rollouts; a truncated response has no EOS."""
     return [
         Rollout(
             prefix=Prefix(token_ids=row.prompt, num_reset=0, row=row.row, episode=i),
             completion=getattr(row, column),
             sampler_logprob=[],
-            ended=getattr(row, column)[-1] == eos,
+            ended=getattr(row, column)[-1] in as_ids(eos),
         )
         for i, row in enumerate(rows)
     ]

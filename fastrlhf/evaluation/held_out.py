@@ -21,7 +21,7 @@ from fastrlhf.config import PPOConfig
 from fastrlhf.evaluation.completions import respond, response_kl
 from fastrlhf.evaluation.judges import Judge, checked_scores
 from fastrlhf.rewards.functions import Earned, RewardFunctions, mean_rewards
-from fastrlhf.types import Rollout, TokenizedExample
+from fastrlhf.types import EndIds, Rollout, TokenizedExample
 
 NGRAM = 4
 """Length in tokens of the n-grams by which a loop is recognised."""
@@ -34,7 +34,7 @@ def evaluate(
     reference: PreTrainedModel,
     judge: Judge | None,
     examples: Sequence[TokenizedExample],
-    eos_token_id: int,
+    eos_token_id: EndIds,
     held_out_judge: Judge | None = None,
     present: Callable[[], AbstractContextManager[None]] = nullcontext,
     functions: RewardFunctions | None = None,

@@ -13,13 +13,13 @@ from fastrlhf.distributed.ranks import on_first, total, world_size
 from fastrlhf.models.forward import sequence_scores
 from fastrlhf.models.sharding import whole
 from fastrlhf.rollout.engine import end_index
-from fastrlhf.types import Rollout, Segment
+from fastrlhf.types import EndIds, Rollout, Segment
 
 Judge = Callable[[Sequence[Rollout]], Tensor]
 """Rollouts -> scores [N] float32, one per whole response."""
 
 
-def reward_model_judge(model: PreTrainedModel, *, eos_token_id: int, micro_batch_tokens: int) -> Judge:
+def reward_model_judge(model: PreTrainedModel, *, eos_token_id: EndIds, micro_batch_tokens: int) -> Judge:
     """Makes a judge of a reward model, which reads the prompt and the response up to its first EOS.
 
     Text that rollouts share, for example the prefix of a group, is computed once.

@@ -27,7 +27,8 @@ from transformers import (
 from fastrlhf.config import TrainConfig, parse_model_config, require
 from fastrlhf.config.elsewhere import nearest
 from fastrlhf.data.hub import check_hub
-from fastrlhf.data.tokens import is_missing_folder, load_tokenizer, special_ids
+from fastrlhf.data.specials import end_ids
+from fastrlhf.data.tokenizer import is_missing_folder, load_tokenizer
 from fastrlhf.models.adapters import add_adapter
 from fastrlhf.models.architecture import check_decoder
 from fastrlhf.models.forward import enable_activation_checkpointing
@@ -37,6 +38,7 @@ from fastrlhf.models.offload import HOST, check_offloading
 from fastrlhf.models.quiet import quiet
 from fastrlhf.models.router_loss import set_router_loss
 from fastrlhf.models.shards import is_sharded, read_tensors
+from fastrlhf.models.vocabulary import write_ends
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +63,7 @@ def open_policy(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreT
         model = build_policy(
             parse_model_config(config.model_config),
             vocab_size=len(tokenizer),
-            eos_token_id=special_ids(tokenizer)[0],
+            eos_token_id=end_ids(tokenizer)[0],
             seed=config.seed,
             device=device,
             dtype=config.dtype,
@@ -86,6 +88,7 @@ def open_policy(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreT
         log.warning(
             "tokenizer_name_or_path: %d rows added to the embedding of the model, for tokens that it has not seen", new
         )
+    write_ends(model, end_ids(tokenizer))
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions and config.max_length > positions:
         log.warning("max_length: %d is more than the %d positions of the model", config.max_length, positions)

@@ -7,6 +7,7 @@ trainers do, so that those ids are trained down.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 from torch import Tensor
@@ -38,3 +39,12 @@ def head_of(model: PreTrainedModel, *, gathered: bool = False) -> tuple[Tensor, 
     head, num = cast(Linear, model.get_output_embeddings()), num_ids(model)
     weight, bias = full(head.weight) if gathered else head.weight, getattr(head, "bias", None)
     return (weight, bias) if num is None else (weight[:num], None if bias is None else bias[:num])
+
+
+def write_ends(model: PreTrainedModel, ids: Sequence[int]) -> None:
+    """What the model is saved with says what its responses end in, as the ids of training do: one id, or a list where
+    there are several or where the model had one."""
+    for config in (model.config, model.generation_config):
+        if config is not None:
+            several = len(ids) > 1 if config is model.generation_config else isinstance(config.eos_token_id, list)
+            config.eos_token_id = list(ids) if several else ids[0]

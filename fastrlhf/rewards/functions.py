@@ -30,7 +30,7 @@ from transformers import PreTrainedTokenizerBase
 from fastrlhf.config import PPOConfig, RTOConfig
 from fastrlhf.config.checks import at_default
 from fastrlhf.config.functions import load_function
-from fastrlhf.data.tokens import special_ids
+from fastrlhf.data.specials import end_ids
 from fastrlhf.distributed.ranks import on_first
 from fastrlhf.rollout.engine import end_index
 from fastrlhf.runtime.out_of_memory import is_out_of_memory
@@ -117,13 +117,14 @@ class RewardFunctions:
         if not self.functions or not prompts:
             return
         assert self.tokenizer is not None
-        eos, _ = special_ids(self.tokenizer)
+        ends = end_ids(self.tokenizer)
         rollouts = []
         for i in range(DRY_ROWS):
             row = prompts[i % len(prompts)]
-            ids = (row.reference or row.chosen or [eos])[:response_length]
+            ids = (row.reference or row.chosen or [ends[0]])[:response_length]
             prefix = Prefix(token_ids=row.prompt, num_reset=0, row=row.row, episode=i)
-            rollout = Rollout(prefix=prefix, completion=ids, sampler_logprob=[0.0] * len(ids), ended=eos in ids)
+            ended = not set(ends).isdisjoint(ids)
+            rollout = Rollout(prefix=prefix, completion=ids, sampler_logprob=[0.0] * len(ids), ended=ended)
             rollouts.append(rollout)
         before = self.state_dict()
         try:
@@ -186,7 +187,7 @@ class RewardFunctions:
         """Prompts, completions, their ids and every column, one item per rollout. The completion is the whole response,
         what a reset gave of it included, without special tokens; the ids go up to its EOS."""
         assert self.tokenizer is not None
-        eos, _ = special_ids(self.tokenizer)
+        eos = end_ids(self.tokenizer)
         prompt_ids, responses = [], []
         for rollout in rollouts:
             ids, cut = rollout.prefix.token_ids, len(rollout.prefix.token_ids) - rollout.prefix.num_reset

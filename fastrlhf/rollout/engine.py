@@ -32,7 +32,7 @@ from fastrlhf.rollout import generate
 from fastrlhf.rollout.cuda_graphs import CapturedSteps
 from fastrlhf.rollout.kv_cache import SlotCache, rounded_up
 from fastrlhf.rollout.probe import decoder_of
-from fastrlhf.types import Prefix, Rollout
+from fastrlhf.types import EndIds, Prefix, Rollout
 
 SAMPLE_STREAM = 2
 """The sampler's draws; resets.RESET_STREAM is another, so that resets never move a sample."""
@@ -66,7 +66,7 @@ class TransformersEngine:
     """
 
     model: PreTrainedModel
-    eos_token_id: int
+    eos_token_id: EndIds
     response_length: int
     temperature: float
     seed: int
@@ -81,7 +81,7 @@ class TransformersEngine:
     """cuda_graph: a step is captured and replayed, the same kernels without their launches."""
 
     @classmethod
-    def of(cls, config: PPOConfig, model: PreTrainedModel, eos_token_id: int, **others: Any) -> TransformersEngine:
+    def of(cls, config: PPOConfig, model: PreTrainedModel, eos_token_id: EndIds, **others: Any) -> TransformersEngine:
         """With the settings of an on-policy run, except the fields in `others`."""
         settings = {
             "response_length": config.response_length,
@@ -125,6 +125,7 @@ class TransformersEngine:
             logprobs=torch.zeros(num, longest + 1, device=device),
             count=torch.zeros(num, dtype=torch.int64, device=device),
             done=torch.zeros(num, dtype=torch.bool, device=device),
+            ends=torch.tensor(as_ids(self.eos_token_id), device=device),
         )
 
     def _decode(self, prefixes: Sequence[Prefix], episodes: _Episodes) -> None:
@@ -199,13 +200,14 @@ class TransformersEngine:
         count = count + ~done
         done = done | (count >= episodes.budget[which])
         episodes.count[which] = count
-        episodes.done[which] = (done | (token == self.eos_token_id)) if self.stop_at_eos else done
+        episodes.done[which] = (done | (token[:, None] == episodes.ends).any(-1)) if self.stop_at_eos else done
         return token
 
     def _rollout(self, prefix: Prefix, tokens: list[int], logprobs: list[float]) -> Rollout:
         if not all(map(math.isfinite, logprobs)):
             raise ValueError("sampling: the policy's logits are not finite; its weights are broken")
-        return Rollout(prefix=prefix, completion=tokens, sampler_logprob=logprobs, ended=self.eos_token_id in tokens)
+        ended = first_end(tokens, self.eos_token_id) is not None
+        return Rollout(prefix=prefix, completion=tokens, sampler_logprob=logprobs, ended=ended)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -226,6 +228,8 @@ class _Episodes:
     """[N] int64"""
     done: Tensor
     """[N] bool"""
+    ends: Tensor
+    """[E] int64, the tokens that end an episode"""
 
     def last(self, which: Tensor) -> tuple[Tensor, Tensor]:
         """The last token of the episodes `which` [n] and its position in prompt and response, [n] int64 each."""
@@ -289,7 +293,7 @@ def check_room(prefixes: Sequence[Prefix], response_length: int) -> None:
 
 
 def checked_rollouts(
-    rollouts: Sequence[Rollout], prefixes: Sequence[Prefix], *, eos_token_id: int, stops_at_eos: bool
+    rollouts: Sequence[Rollout], prefixes: Sequence[Prefix], *, eos_token_id: EndIds, stops_at_eos: bool
 ) -> Sequence[Rollout]:
     """The rollouts of an engine, checked against the promises of `Engine` and `Rollout`. Raises ValueError naming the
     first broken one: a faulty engine of your own would otherwise train on the wrong tokens in silence."""
@@ -303,16 +307,28 @@ def checked_rollouts(
             raise ValueError(f"{where} has {len(tokens)} tokens and {len(rollout.sampler_logprob)} log-probs")
         if not all(map(math.isfinite, rollout.sampler_logprob)):
             raise ValueError(f"{where} has a log-prob that is not finite; the policy's weights are broken")
-        if rollout.ended != (eos_token_id in tokens):
+        end = first_end(tokens, eos_token_id)
+        if rollout.ended != (end is not None):
             raise ValueError(f"{where} says ended={rollout.ended}, but its tokens say otherwise")
-        if stops_at_eos and eos_token_id in tokens[:-1]:
+        if stops_at_eos and end is not None and end + 1 < len(tokens):
             raise ValueError(f"{where} goes on after its EOS")
     return rollouts
 
 
-def end_index(rollout: Rollout, eos_token_id: int) -> int:
-    """Index in the completion of its first EOS, or of its last token."""
-    return rollout.completion.index(eos_token_id) if rollout.ended else len(rollout.completion) - 1
+def as_ids(eos_token_id: EndIds) -> tuple[int, ...]:
+    return (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id)
+
+
+def first_end(tokens: Sequence[int], eos_token_id: EndIds) -> int | None:
+    """Index of the first token that ends a response; None where there is none."""
+    ends = as_ids(eos_token_id)
+    return next((i for i, token in enumerate(tokens) if token in ends), None)
+
+
+def end_index(rollout: Rollout, eos_token_id: EndIds) -> int:
+    """Index in the completion of its first end, or of its last token."""
+    end = first_end(rollout.completion, eos_token_id)
+    return len(rollout.completion) - 1 if end is None else end
 
 
 def _draw(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, Tensor]:

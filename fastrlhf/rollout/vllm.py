@@ -29,8 +29,8 @@ from transformers import PreTrainedModel
 from fastrlhf.config import PPOConfig
 from fastrlhf.data.resets import uniforms
 from fastrlhf.models.adapters import plain_weights
-from fastrlhf.rollout.engine import SAMPLE_STREAM, check_room
-from fastrlhf.types import Prefix, Rollout
+from fastrlhf.rollout.engine import SAMPLE_STREAM, as_ids, check_room, first_end
+from fastrlhf.types import EndIds, Prefix, Rollout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +45,7 @@ class VLLMEngine:
     """vllm.LLM of the same architecture"""
     sampling_params: Callable[..., Any]
     """vllm.SamplingParams"""
-    eos_token_id: int
+    eos_token_id: EndIds
     response_length: int
     temperature: float
     seed: int
@@ -70,7 +70,7 @@ class VLLMEngine:
             max_tokens=self.response_length - prefix.num_reset,
             # The EOS is the trainer's, not the one that vLLM would read from the model's folder.
             ignore_eos=True,
-            stop_token_ids=[self.eos_token_id] if self.stop_at_eos else [],
+            stop_token_ids=list(as_ids(self.eos_token_id)) if self.stop_at_eos else [],
             seed=int(uniforms(self.seed, SAMPLE_STREAM, prefix.episode, 1)[0] * 2**53),
             logprobs=0,  # none but the sampled token's
             detokenize=False,
@@ -82,11 +82,11 @@ class VLLMEngine:
             prefix=prefix,
             completion=tokens,
             sampler_logprob=[at[token].logprob for at, token in zip(output.logprobs, tokens, strict=True)],
-            ended=self.eos_token_id in tokens,
+            ended=first_end(tokens, self.eos_token_id) is not None,
         )
 
 
-def open_vllm(config: PPOConfig, policy: PreTrainedModel, eos_token_id: int) -> VLLMEngine:
+def open_vllm(config: PPOConfig, policy: PreTrainedModel, eos_token_id: EndIds) -> VLLMEngine:
     """The engine of a run, which keeps `vllm_gpu_memory_utilization` of the GPU as long as it lives."""
     vllm = import_vllm()
     llm = vllm.LLM(

@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from fastrlhf.config import TrainConfig, parse_columns, require
 from fastrlhf.data.examples import RESPONSES, LoadedExamples, load_examples
 from fastrlhf.data.labels import GROUP_LABELS
-from fastrlhf.data.tokens import TokenizedExamples, TokenReport, load_tokenizer, tokenize_examples
+from fastrlhf.data.tokenizer import load_tokenizer
+from fastrlhf.data.tokens import TokenizedExamples, TokenReport, tokenize_examples
 from fastrlhf.distributed.ranks import on_first, start, world_size
 from fastrlhf.models.attention import check_attention
 from fastrlhf.models.four_bit import quantization
@@ -139,6 +140,7 @@ def open_tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase:
         eos_token=config.eos_token or None,
         chat_template=config.chat_template or None,
         trust_remote_code=config.trust_remote_code,
+        model=config.model_name_or_path or None,
     )
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from fastrlhf.algorithms.scoring import Tree
 from fastrlhf.config import DPOConfig, PPOConfig, RewardConfig, SFTConfig, TrainConfig, require
 from fastrlhf.data.packing import micro_batches, num_computed
-from fastrlhf.data.tokens import special_ids
+from fastrlhf.data.specials import end_ids
 from fastrlhf.report.page import render_page, token_markup
 from fastrlhf.report.samples import token_texts
 from fastrlhf.runtime.run import check_micro_batch
@@ -79,7 +79,7 @@ def inspect_rows(config: TrainConfig, num: int) -> Inspection:
     trees = [tree_of(example) for example in examples]
     check_micro_batch(config, examples, [num_computed(tree) for tree in trees])
     drawn = [i for batch in work.batches for i in batch]
-    eos, _ = special_ids(work.tokenizer)
+    ends = end_ids(work.tokenizer)
     return Inspection(
         tokenizer=work.tokenizer,
         facts=[
@@ -87,7 +87,7 @@ def inspect_rows(config: TrainConfig, num: int) -> Inspection:
             _describe_tokens(trees),
             _describe_step(config, [trees[i] for i in work.batches[0]], work.steps),
         ],
-        rows=[_row(config, examples[i], trees[i], eos) for i in drawn[:num]],
+        rows=[_row(config, examples[i], trees[i], ends) for i in drawn[:num]],
     )
 
 
@@ -164,7 +164,7 @@ def _episode(config: PPOConfig, prefix: Prefix) -> Row:
     )
 
 
-def _row(config: TrainConfig, example: TokenizedExample, tree: Tree, eos: int) -> Row:
+def _row(config: TrainConfig, example: TokenizedExample, tree: Tree, ends: Sequence[int]) -> Row:
     trunks = {segment.parent for segment in tree}
     names, lines = _names(config), []
     for index, segment in enumerate(tree):
@@ -175,11 +175,11 @@ def _row(config: TrainConfig, example: TokenizedExample, tree: Tree, eos: int) -
         for i, token in enumerate(segment.token_ids):
             role = "prompt" if i < num_prompt else "masked"
             if i >= first_scored:
-                role = "eos" if token == eos and i + 1 == len(segment.token_ids) else "trained"
+                role = "eos" if token in ends and i + 1 == len(segment.token_ids) else "trained"
             tokens.append((role, token))
         if isinstance(config, RewardConfig) and not is_trunk:
             tokens[-1] = ("score", tokens[-1][1])
-        cut = not is_trunk and segment.token_ids[-1] != eos
+        cut = not is_trunk and segment.token_ids[-1] not in ends
         note = "; cut by max_length, so without EOS" if cut else ""
         lines.append(Line(name="prompt" if is_trunk else next(names), tokens=tokens, note=note))
     return Row(title=f"row {example.row}: {num_computed(tree)} tokens, {_num_scored(tree)} trained", lines=lines)

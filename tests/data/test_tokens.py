@@ -3,35 +3,19 @@ import os
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedTokenizerFast
 
 from fastrlhf.data.examples import load_examples
-from fastrlhf.data.tokens import load_tokenizer, resolve_chat_template, special_ids, tokenize_examples
+from fastrlhf.data.tokenizer import load_tokenizer, resolve_chat_template
+from fastrlhf.data.tokens import tokenize_examples
 from fastrlhf.types import Example, Message
-from tests import tiny
+from tests.data.words import ASSISTANT, BOS, END, EOS, HUMAN, IS_ASSISTANT, IS_USER, A, B, C, D, E, F, words
 
-EOS, BOS, UNK = 0, 1, 2
-WORDS = ["<eos>", "<bos>", "<unk>", *"abcdef", "Human:", "Assistant:", "[user]", "[assistant]", "[end]"]
-A, B, C, D, E, F, HUMAN, ASSISTANT, IS_USER, IS_ASSISTANT, END = range(3, 14)
 TURN_TEMPLATE = (
     "{% for m in messages %}[{{ m.role }}] {{ m.content }} [end]\n{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
 EOS_TEMPLATE = TURN_TEMPLATE.replace("[end]", "<eos>")
 real_data = pytest.mark.skipif("FASTRLHF_DATA" not in os.environ, reason="FASTRLHF_DATA names no folder of samples")
-
-
-def words(post: str | None = None, **special: str | None) -> PreTrainedTokenizerFast:
-    """Ids are places in WORDS; `post` is the template put around every text, such as "<bos> $A"."""
-    core = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    core.pre_tokenizer = WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]
-    if post:
-        core.post_processor = TemplateProcessing(single=post, special_tokens=[("<eos>", EOS), ("<bos>", BOS)])  # pyright: ignore[reportAttributeAccessIssue]
-    return PreTrainedTokenizerFast(tokenizer_object=core, **({"eos_token": "<eos>", "unk_token": "<unk>"} | special))
 
 
 def turn(role: str, content: str) -> list[Message]:
@@ -90,13 +74,6 @@ def test_an_eos_that_equals_pad_and_bos_changes_nothing():
 def test_a_tokenizer_without_eos_is_refused_with_the_flag_that_mends_it():
     with pytest.raises(ValueError, match=r"no EOS token.*eos_token"):
         ids([example("a", chosen="b")], words(eos_token=None))
-
-
-def test_padding_has_an_id_only_where_it_is_not_eos():
-    assert special_ids(words()) == special_ids(words(pad_token="<eos>")) == (EOS, None)
-    assert special_ids(words(pad_token="<bos>")) == (EOS, BOS)
-    with pytest.raises(ValueError, match="no EOS token"):
-        special_ids(words(eos_token=None))
 
 
 def test_truncation_and_padding_stored_in_the_tokenizer_do_not_apply():
@@ -287,47 +264,6 @@ def test_a_template_that_refuses_a_role_names_the_row():
         ids([row], chat_template="hh")
 
 
-# Loading. -------------------------------------------------------------------
-
-
-def test_a_saved_tokenizer_comes_back_with_its_eos(tmp_path):
-    words().save_pretrained(tmp_path)
-    assert load_tokenizer(str(tmp_path)).eos_token_id == EOS
-
-
-def test_a_saved_tokenizer_without_eos_needs_the_flag(tmp_path):
-    words(eos_token=None).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=f"{tmp_path}: it has no EOS token.*eos_token"):
-        load_tokenizer(str(tmp_path))
-    assert load_tokenizer(str(tmp_path), eos_token="<eos>").eos_token_id == EOS
-
-
-def test_an_eos_outside_the_vocabulary_is_added_at_its_end(tmp_path):
-    words(eos_token=None).save_pretrained(tmp_path)
-    tokenizer = load_tokenizer(str(tmp_path), eos_token="<stop>")
-    assert (tokenizer.eos_token_id, len(tokenizer)) == (len(WORDS), len(WORDS) + 1)
-    assert ids([example("a", chosen="b<stop>", rejected="c")], tokenizer) == [([A], [B, 14], [C, 14], None)]
-
-
-def test_the_chat_template_flag_stays_with_the_tokenizer(tmp_path):
-    words().save_pretrained(tmp_path)
-    load_tokenizer(str(tmp_path), chat_template="hh").save_pretrained(tmp_path / "again")
-    again = load_tokenizer(str(tmp_path / "again"))
-    assert ids([chat("a", chosen="b")], again) == [([HUMAN, A, ASSISTANT], [B, EOS], None, None)]
-
-
-@pytest.mark.parametrize("name", ["/nowhere/a", "./nowhere", "a/b/c"])
-def test_a_missing_folder_is_never_looked_for_on_the_hub(name):
-    with pytest.raises(ValueError, match=f"tokenizer {name}: no such folder"):
-        load_tokenizer(name)
-
-
-def test_a_folder_without_a_tokenizer_is_one_clear_error(tmp_path):
-    with pytest.raises(ValueError, match=f"tokenizer {tmp_path}: no tokenizer found") as caught:
-        load_tokenizer(str(tmp_path))
-    assert caught.value.__cause__ is None
-
-
 # The real samples. ----------------------------------------------------------
 
 
@@ -373,20 +309,3 @@ def test_real_conversations_decode_to_the_raw_text_that_they_came_from(bpe_folde
         text = "".join(f"\n\n{marks[m['role']]}: {m['content']}" for m in [*row.prompt, *row.chosen])  # pyright: ignore
         assert tokenizer.decode(tokens.prompt + tokens.chosen) == f"{text}<|endoftext|>"
         assert str(tokenizer.decode(tokens.prompt)).endswith("\n\nAssistant:")
-
-
-@pytest.mark.parametrize("suffix", ["", ".gz"])
-def test_a_tokenizer_may_be_one_file(tmp_path, suffix):
-    path = tmp_path / f"tokenizer.json{suffix}"
-    content = tiny.tokenizer().backend_tokenizer.to_str().encode()
-    path.write_bytes(gzip.compress(content) if suffix else content)
-    loaded = load_tokenizer(str(path), eos_token="<eos>")
-    assert loaded("w3 w0")["input_ids"] == tiny.tokenizer()("w3 w0")["input_ids"]
-    assert loaded.eos_token_id == tiny.EOS
-
-
-def test_a_tokenizer_file_that_is_none_is_named(tmp_path):
-    path = tmp_path / "tokenizer.json"
-    path.write_text("{\n nonsense")
-    with pytest.raises(ValueError, match=r"tokenizer\.json.*line 2 is no JSON"):
-        load_tokenizer(str(path), eos_token="<eos>")

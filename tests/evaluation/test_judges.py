@@ -48,6 +48,13 @@ def test_a_response_is_judged_after_its_prompt_and_up_to_its_first_eos(model, mi
     assert len(set(judged.tolist())) >= 3
 
 
+def test_a_response_is_judged_up_to_the_first_of_several_ends(model):
+    judge = reward_model_judge(model, eos_token_id=(tiny.EOS, 9), micro_batch_tokens=100)
+    judged = judge([rollout([5, 6], [8, 9, 7, tiny.EOS]), rollout([5, 6], [8, tiny.EOS, 9])])
+    texts = [[5, 6, 8, 9], [5, 6, 8, tiny.EOS]]
+    torch.testing.assert_close(judged, torch.stack([score(model, text) for text in texts]), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("micro_batch_tokens", [12, 19, 1000])
 def test_what_responses_share_is_read_once_and_changes_no_score(model, micro_batch_tokens):
     """Eight episodes from four points of one text, among others. float32 in another order of summation."""

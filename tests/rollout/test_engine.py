@@ -49,6 +49,19 @@ def test_a_response_stops_at_its_eos_or_when_its_budget_with_the_reset_is_spent(
             assert len(rollout.completion) == LENGTH - rollout.prefix.num_reset
 
 
+def test_a_response_stops_at_the_first_of_several_ends_and_is_the_same_up_to_there():
+    ends = (tiny.EOS, 9, 17)
+    rollouts = engine(tiny.policy(), eos_token_id=ends).generate(prefixes(100))
+    assert {rollout.completion[-1] for rollout in rollouts if rollout.ended} == set(ends)
+    for rollout, alone in zip(rollouts, engine(tiny.policy()).generate(prefixes(100)), strict=True):
+        assert not set(ends) & set(rollout.completion[:-1])
+        assert rollout.completion == alone.completion[: len(rollout.completion)]
+        assert rollout.ended == (rollout.completion[-1] in ends)
+    assert checked_rollouts(rollouts, prefixes(100), eos_token_id=ends, stops_at_eos=True) == rollouts
+    with pytest.raises(ValueError, match="says ended=True, but its tokens say otherwise"):
+        checked_rollouts(rollouts, prefixes(100), eos_token_id=tiny.EOS, stops_at_eos=True)
+
+
 def test_an_eos_in_the_last_slot_ends_the_response():
     rollouts = engine(tiny.policy()).generate(prefixes(400))
     last_slot = [

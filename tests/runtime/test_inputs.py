@@ -1,13 +1,15 @@
 import json
 import logging
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from fastrlhf.config import EvalConfig, SFTConfig, TrainConfig
 from fastrlhf.models import layers
-from fastrlhf.runtime.inputs import Data, open_eval_inputs, open_inputs, with_room
+from fastrlhf.models.loading import open_policy
+from fastrlhf.runtime.inputs import Data, open_eval_inputs, open_inputs, open_tokenizer, with_room
 from fastrlhf.types import TokenizedExample
 from tests import tiny
 
@@ -212,3 +214,27 @@ def test_the_fingerprint_is_of_every_number_of_every_row_in_order(config):
         found = Data(train=changed, eval=rows[:1], report=report).fingerprint
         assert found["train"] != base["train"]
         assert found["eval"] == base["eval"]
+
+
+@pytest.mark.parametrize(
+    ("in_config", "in_generation", "eos_token", "expected"),
+    [
+        (1, 1, "", (1, 1)),
+        (1, [1, 2], "", (1, [1, 2])),
+        ([2, 1], [2, 1], "", ([1, 2], [1, 2])),
+        (1, 1, "<unk>", (2, [2, 1])),
+        (2, [2, 1], "w3", (6, [6, 2, 1])),
+    ],
+)
+def test_a_model_is_saved_with_the_ends_that_it_was_trained_with(
+    in_config, in_generation, eos_token, expected, tmp_path
+):
+    source = tiny.save_policy(tmp_path / "model")
+    for name, ids in (("config.json", in_config), ("generation_config.json", in_generation)):
+        file = Path(source) / name
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": ids}))
+    config = SFTConfig(model_name_or_path=source, eos_token=eos_token)
+    tokenizer = open_tokenizer(config)
+    open_policy(config, tokenizer).save_pretrained(tmp_path / "saved")
+    saved = [json.loads((tmp_path / "saved" / name).read_text()) for name in ("config.json", "generation_config.json")]
+    assert tuple(each["eos_token_id"] for each in saved) == expected

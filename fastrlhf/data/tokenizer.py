@@ -1,0 +1,102 @@
+"""Tokenizers by folder, by hub name, from one file; sure to have an EOS, and to know every end of a response."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from fastrlhf.data.hub import check_hub
+from fastrlhf.data.specials import add_ends, generation_ends, require_eos, template_end
+
+HH_CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message.role == 'user' %}{{ '\n\nHuman: ' + message.content }}"
+    "{% elif message.role == 'assistant' %}{{ '\n\nAssistant: ' + message.content }}"
+    "{% else %}{{ raise_exception('the hh template has no role ' + message.role) }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
+)
+"""The form of Anthropic's HH text (Bai et al. 2022, arXiv 2204.05862)."""
+
+
+def load_tokenizer(
+    name_or_path: str,
+    *,
+    eos_token: str | None = None,
+    chat_template: str | None = None,
+    trust_remote_code: bool = False,
+    model: str | None = None,
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder, of a hub name, or of one tokenizer.json[.gz] file, sure to have an EOS.
+
+    Its `end_ids` (data/specials.py) are the EOS, what generation_config.json beside it and beside `model` names, and
+    the special token by which its chat template ends an answer.
+
+    Args:
+        eos_token: replaces the tokenizer's. A token that is not in the vocabulary is added to it, at id len(tokenizer):
+            a model whose embedding is smaller than the new len(tokenizer) must then be resized.
+        chat_template: replaces the tokenizer's: Jinja, or "hh" for `HH_CHAT_TEMPLATE`.
+
+    Raises:
+        ValueError: there is no tokenizer there, it has no EOS, or the template is none.
+    """
+    path = Path(name_or_path).expanduser()
+    if is_missing_folder(name_or_path):
+        raise ValueError(f"tokenizer {name_or_path}: no such folder (a hub model is named like owner/name)")
+    check_hub(name_or_path, f"tokenizer {name_or_path}:")
+    try:
+        if path.is_file():
+            tokenizer = _from_file(path)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(path) if path.exists() else name_or_path, trust_remote_code=trust_remote_code
+            )
+    except (OSError, ValueError, KeyError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(
+            f"tokenizer {name_or_path}: no tokenizer found in a folder or on the hub of that name: {reason}"
+        ) from None
+    if eos_token:
+        tokenizer.add_special_tokens({"eos_token": eos_token})
+    require_eos(tokenizer)
+    for source in dict.fromkeys((name_or_path, model or name_or_path)):
+        add_ends(tokenizer, generation_ends(source), f"{source}: generation_config.eos_token_id")
+    if chat_template:
+        tokenizer.chat_template = resolve_chat_template(chat_template, tokenizer)
+    if tokenizer.chat_template and (end := template_end(tokenizer)) is not None:
+        add_ends(tokenizer, [end], "chat_template")
+    return tokenizer
+
+
+def is_missing_folder(name_or_path: str) -> bool:
+    """Whether this means a folder, by its form or because its first part is one here, that is not there.
+
+    The hub need not be asked for it.
+    """
+    path = Path(name_or_path).expanduser()
+    looks_local = path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1
+    return not path.exists() and (looks_local or (len(path.parts) > 1 and Path(path.parts[0]).is_dir()))
+
+
+def _from_file(path: Path) -> PreTrainedTokenizerBase:
+    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+        content = file.read()
+    try:
+        json.loads(content)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"line {error.lineno} is no JSON; a tokenizer file is a tokenizer.json or its .gz") from None
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(content))
+
+
+def resolve_chat_template(chat_template: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The Jinja of `chat_template`: itself, or of the name "hh", which writes the BOS that this tokenizer would."""
+    if "{" in chat_template:
+        return chat_template
+    if chat_template != "hh":
+        raise ValueError(f'chat_template: {chat_template!r} is neither a Jinja template nor the name "hh"')
+    has_bos = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return "{{ bos_token }}" * has_bos + HH_CHAT_TEMPLATE

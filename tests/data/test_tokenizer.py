@@ -1,0 +1,103 @@
+import gzip
+import json
+
+import pytest
+
+from fastrlhf.data.specials import end_ids
+from fastrlhf.data.tokenizer import load_tokenizer
+from fastrlhf.data.tokens import tokenize_examples
+from fastrlhf.types import Example
+from tests import tiny
+from tests.data.words import ASSISTANT, EOS, HUMAN, UNK, WORDS, A, B, words
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def ids(example: Example, tokenizer) -> tuple:
+    (row,) = tokenize_examples([example], tokenizer, max_length=100).examples
+    return row.prompt, row.chosen, row.rejected
+
+
+def test_a_saved_tokenizer_comes_back_with_its_eos(tmp_path):
+    words().save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path)).eos_token_id == EOS
+
+
+def test_a_saved_tokenizer_without_eos_needs_the_flag(tmp_path):
+    words(eos_token=None).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"{tmp_path}: it has no EOS token.*eos_token"):
+        load_tokenizer(str(tmp_path))
+    assert load_tokenizer(str(tmp_path), eos_token="<eos>").eos_token_id == EOS
+
+
+def test_an_eos_outside_the_vocabulary_is_added_at_its_end(tmp_path):
+    words(eos_token=None).save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path), eos_token="<stop>")
+    assert (tokenizer.eos_token_id, len(tokenizer)) == (len(WORDS), len(WORDS) + 1)
+    assert ids(Example(prompt="a", chosen="b<stop>", rejected="a", row=0), tokenizer) == ([A], [B, 14], [A, 14])
+
+
+def test_the_chat_template_flag_stays_with_the_tokenizer(tmp_path):
+    words().save_pretrained(tmp_path)
+    load_tokenizer(str(tmp_path), chat_template="hh").save_pretrained(tmp_path / "again")
+    again = load_tokenizer(str(tmp_path / "again"))
+    turns = {"prompt": [{"role": "user", "content": "a"}], "chosen": [{"role": "assistant", "content": "b"}]}
+    assert ids(Example(**turns, row=0), again) == ([HUMAN, A, ASSISTANT], [B, EOS], None)
+
+
+@pytest.mark.parametrize("name", ["/nowhere/a", "./nowhere", "a/b/c"])
+def test_a_missing_folder_is_never_looked_for_on_the_hub(name):
+    with pytest.raises(ValueError, match=f"tokenizer {name}: no such folder"):
+        load_tokenizer(name)
+
+
+def test_a_folder_without_a_tokenizer_is_one_clear_error(tmp_path):
+    with pytest.raises(ValueError, match=f"tokenizer {tmp_path}: no tokenizer found") as caught:
+        load_tokenizer(str(tmp_path))
+    assert caught.value.__cause__ is None
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_a_tokenizer_may_be_one_file(tmp_path, suffix):
+    path = tmp_path / f"tokenizer.json{suffix}"
+    content = tiny.tokenizer().backend_tokenizer.to_str().encode()
+    path.write_bytes(gzip.compress(content) if suffix else content)
+    loaded = load_tokenizer(str(path), eos_token="<eos>")
+    assert loaded("w3 w0")["input_ids"] == tiny.tokenizer()("w3 w0")["input_ids"]
+    assert loaded.eos_token_id == tiny.EOS
+
+
+def test_a_tokenizer_file_that_is_none_is_named(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    path.write_text("{\n nonsense")
+    with pytest.raises(ValueError, match=r"tokenizer\.json.*line 2 is no JSON"):
+        load_tokenizer(str(path), eos_token="<eos>")
+
+
+def test_responses_may_end_in_every_special_id_of_the_generation_config(tmp_path, caplog):
+    words().save_pretrained(tmp_path)
+    assert end_ids(load_tokenizer(str(tmp_path))) == (EOS,)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [UNK, A, EOS]}))
+    assert end_ids(load_tokenizer(str(tmp_path))) == (EOS, UNK)
+    assert f"generation_config.eos_token_id: id {A}, which it names as an end, is no special token" in caplog.text
+
+
+def test_the_generation_config_is_that_of_the_model_where_the_tokenizer_lies_elsewhere(tmp_path):
+    words().save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps({"eos_token_id": UNK}))
+    loaded = load_tokenizer(str(tmp_path / "tokenizer"), model=str(tmp_path / "model"))
+    assert end_ids(loaded) == (EOS, UNK)
+
+
+def test_the_end_of_turn_of_the_template_is_an_end(tmp_path):
+    tokenizer = words()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.save_pretrained(tmp_path)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert end_ids(load_tokenizer(str(tmp_path))) == (EOS,)
+    assert end_ids(load_tokenizer(str(tmp_path), chat_template=CHATML)) == (EOS, end)
+    assert end_ids(load_tokenizer(str(tmp_path), chat_template=CHATML, eos_token="<|im_end|>")) == (end,)
