@@ -51,7 +51,7 @@ def tensors() -> dict[str, Tensor]:
         "mask": mask.double(),
         "advantage": torch.tensor([1.0, -0.7, 1.9, -2.2], dtype=torch.float64),
         "value": wave(size, 1.0, 0.6).view(len(LENGTHS), MAX_LENGTH),
-        "rollout_value": wave(size, 2.2, 0.5).view(len(LENGTHS), MAX_LENGTH),
+        "rollout_value": wave(size, 4.0, 0.5).view(len(LENGTHS), MAX_LENGTH),
         "returns": wave(size, 2.9, 1.1).view(len(LENGTHS), MAX_LENGTH),
     }
 
