@@ -59,7 +59,7 @@ def test_stages_may_be_left_out_but_not_what_others_start_from(short, tmp_path):
         ("sft ppo drpo", "with reward, which judges drpo, ppo"),
         ("sft reward rto", "with dpo, which rewards the tokens of rto"),
         ("sft reward rlp-uml rlp-spg", "with ppo, which answers for rlp-spg, rlp-uml"),
-        ("dpo", "with sft, which all else starts from"),
+        ("dpo", "with sft, from which every other method starts"),
         ("sft dqo", "unknown method 'dqo'"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -1,4 +1,5 @@
-"""What a policy answers, several times, to each prompt: the material of RLP (Lang et al. 2024, arXiv 2403.19279)."""
+"""Several answers of a policy to each prompt, from which RLP refits its reward model (Lang et al. 2024, arXiv
+2403.19279)."""
 
 from __future__ import annotations
 
@@ -16,22 +17,22 @@ from fastrlhf.runtime.atomic import write_file
 from fastrlhf.types import Prefix, Segment, TokenizedExample
 
 ANSWER_STREAM = 4
-"""The draws of the answers; no other sampler of a run has them."""
+"""Stream of the random draws of answers; no other sampler of a run uses it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answers:
-    """n responses of one policy to one prompt, in the order in which they were drawn; repeats are kept."""
+    """n responses of one policy to one prompt, in the order in which they were drawn, repeats included."""
 
     row: int
     prompt: list[int]
     responses: list[list[int]]
     logprob: list[float]
-    """Nats per token of each response, under the policy at the temperature that drew it."""
+    """Mean log-prob per token of each response, in nats, under the policy at the sampling temperature."""
 
     @property
     def tree(self) -> list[Segment]:
-        """For scoring: the prompt once, every response hanging on it."""
+        """The tree for scoring: the prompt, computed once, with all responses attached to it."""
         return group(self.prompt, self.responses, scored=False, share_prompt=True)
 
     @property
@@ -42,7 +43,8 @@ class Answers:
 def sample_answers(
     engine: TransformersEngine, examples: Sequence[TokenizedExample], num_answers: int, round_: int
 ) -> list[Answers]:
-    """`num_answers` per prompt. The draws are keyed by (the engine's seed, round, place of the prompt, answer)."""
+    """Samples `num_answers` answers per prompt. The random draws are keyed by (the engine's seed, round, place of
+    the prompt, answer)."""
     rollouts = engine.generate(
         [
             Prefix(
@@ -68,7 +70,7 @@ def sample_answers(
 
 
 def two_that_differ(answers: Answers, draw: np.random.Generator) -> tuple[int, int]:
-    """The indices of two responses, drawn without replacement until their tokens differ; `answers.differ` must hold."""
+    """Indices of two random responses whose tokens differ. `answers.differ` must be true."""
     while True:
         first, second = draw.choice(len(answers.responses), 2, replace=False).tolist()
         if answers.responses[first] != answers.responses[second]:
@@ -76,5 +78,5 @@ def two_that_differ(answers: Answers, draw: np.random.Generator) -> tuple[int, i
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """One JSON object per line; a file that exists is whole."""
+    """Writes one JSON object per line. The file appears only once it is complete."""
     write_file(path, "".join(f"{json.dumps(row)}\n" for row in rows))

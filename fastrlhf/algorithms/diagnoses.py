@@ -1,11 +1,11 @@
-"""What users of DPO ask when they see their curves, answered once in the log. Pure."""
+"""Explanations of common DPO curves, logged once per run. Pure functions of the metrics."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 WINDOW = 10
-"""Steps whose mean is compared with that of the first ones."""
+"""Number of steps whose mean is compared with the mean of as many first steps."""
 
 BOTH_FALL = (
     "the log-probs of chosen and rejected responses both fall ({chosen:+.1f} and {rejected:+.1f} nats) while the "
@@ -19,7 +19,7 @@ SATURATED = (
 
 
 class Diagnoses:
-    """Looks at the metrics of one step after the other; each finding is told once."""
+    """Examines the metrics step by step and reports each finding once."""
 
     def __init__(self, losses: Sequence[str]) -> None:
         self._losses = losses
@@ -28,7 +28,7 @@ class Diagnoses:
         self._told: set[str] = set()
 
     def look(self, metrics: Mapping[str, float]) -> list[str]:
-        """What there is to say now that was not said before; mostly nothing. `metrics` are those of `train_dpo`."""
+        """The findings that are new at this step, usually none. `metrics` are those of `train_dpo`."""
         if len(self._first) < WINDOW:
             self._first.append(metrics)
         self._last = [*self._last[-WINDOW + 1 :], metrics]
@@ -43,7 +43,7 @@ class Diagnoses:
             BOTH_FALL: "sft" not in self._losses
             and max(chosen, rejected) < -1
             and margin > max(0.0, _mean(self._first, "rewards/margins")),
-            # sigmoid(-10) is 5e-5; the margin of ipo is large where it has reached its target
+            # sigmoid(-10) is 5e-5; ipo is excluded because large margins can be its target
             SATURATED: "ipo" not in self._losses and accuracy > 0.99 and margin > 10,
         }
         new = [text for text, holds in found.items() if holds and text not in self._told]

@@ -1,5 +1,5 @@
 """Policies from preference pairs, on packs: DPO (Rafailov et al. 2023, arXiv 2305.18290, eq. 7) and IPO (Azar et al.
-2023, arXiv 2310.12036, eq. 17), one scalar derivative per sequence apart.
+2023, arXiv 2310.12036, eq. 17). The losses differ in one scalar derivative per sequence.
 
     repeat: draw a batch of pairs; D = log-ratio of chosen - log-ratio of rejected; loss(D) / pairs; step
 
@@ -48,13 +48,13 @@ KINDS = {"sigmoid": "dpo", "ipo": "ipo", "hinge": "hinge", "robust": "robust"}
 
 @dataclass(frozen=True, kw_only=True)
 class Pairs:
-    """What the loss reads of a set of pairs, in one order."""
+    """The inputs of the loss for a set of pairs, all in the same order."""
 
     trees: list[Tree]
     label_prob: Tensor | None
-    """[B] float32 on the CPU, as the others; None where every label is hard"""
+    """[B] float32 on the CPU, like the fields below: P(chosen is better); None where every label is hard"""
     target: Tensor | None
-    """[B] float32 nats, what PsiPO asks of the difference of log-ratios; None where psi is the identity"""
+    """[B] float32 nats, PsiPO's target of the difference of log-ratios; None where psi is the identity"""
     margin: Tensor | None
     """[B] float32, in the units of beta times nats"""
 
@@ -78,14 +78,14 @@ class Pairs:
 def train_dpo(
     config: DPOConfig, examples: Sequence[Example] | None = None, eval_examples: Sequence[Example] | None = None
 ) -> TrainResult:
-    """Trains `config.model_name_or_path` on pairs; `examples` stand in for the configured dataset.
+    """Trains `config.model_name_or_path` on pairs; `examples` replace the configured dataset.
 
     Metrics per step, TRL's names: loss (and loss/NAME of each where there are several), rewards/chosen,
     rewards/rejected, rewards/margins, rewards/accuracies, logps/chosen, logps/rejected (nats per response),
     logits/chosen, logits/rejected (mean over tokens and vocabulary), entropy (nats per token), mean_token_accuracy (of
     the chosen), grad_norm, learning_rate, num_tokens (of the sequences, as TRL counts), num_unique_tokens (computed).
-    Raises ValueError for bad input before any time is spent, and where the loss of the untrained policy is not what it
-    must be (ln 2 for DPO).
+    Raises ValueError for bad input before any time is spent, and where the first loss is not that of an untrained
+    policy (ln 2 for DPO).
     """
     if config.reward_model_path:
         read_model_config(config.reward_model_path, "reward_model_path", config.trust_remote_code)
@@ -118,7 +118,7 @@ def train_dpo(
         data=data,
         parts={"optimizer": optimizer},
     ) as run:
-        for earlier in run.history:  # a resumed run has told of those
+        for earlier in run.history:  # findings that a resumed run has already reported
             diagnoses.look(earlier)
         run.on_start(evaluate_held_out)
         for step, indices in run.remaining(index_batches(num_train, config.batch_size, steps, config.seed)):
@@ -151,7 +151,7 @@ def _loss(
     micro: Sequence[int],
     step: Pairs,
 ) -> LossOutput:
-    """What the pairs `micro` add to the loss of `step`, the pairs of the whole optimiser step."""
+    """The contribution of the pairs `micro` to the loss of `step`, the pairs of the whole optimiser step."""
     own, num_pairs = pairs[micro], len(step)
     batch = pack(forest(own.trees), model.device)
     scored = token_logprobs(model, batch, entropy=True, stats=True)
@@ -201,7 +201,7 @@ def _pair_loss(
 
 @torch.no_grad()
 def _token_metrics(scored: TokenLogprobs, batch: PackedBatch) -> dict[str, Metric]:
-    """Sums over the tokens of chosen and of rejected responses, and how many they are."""
+    """Sums over the tokens of chosen and of rejected responses, and their numbers."""
     assert scored.entropy is not None
     assert scored.max_logprob is not None
     assert scored.mean_logit is not None
@@ -214,8 +214,7 @@ def _token_metrics(scored: TokenLogprobs, batch: PackedBatch) -> dict[str, Metri
 
 
 def length_norm(config: DPOConfig, loss_type: str) -> str:
-    """What `auto` means: the mean over tokens for ipo of hard labels, as in TRL; the sum for all else, PsiPO among
-    them."""
+    """Resolves `auto`: the mean over tokens for ipo with hard labels, as in TRL; otherwise, PsiPO included, the sum."""
     if config.length_norm != "auto":
         return config.length_norm
     plain = config.psi == "identity" and config.label_source == "data"
@@ -223,7 +222,7 @@ def length_norm(config: DPOConfig, loss_type: str) -> str:
 
 
 def describe_target(config: DPOConfig, pairs: Pairs) -> str:
-    """The log-ratio that IPO asks of a pair, (1 - 2 label_smoothing) / (2 tau), per token and per response."""
+    """Describes the margin that IPO aims at, (1 - 2 label_smoothing) / (2 tau), per token and per response."""
     target = (1 - 2 * config.label_smoothing) / (2 * config.beta)
     length = sum(tree[-1].num_scored + tree[-2].num_scored for tree in pairs.trees) / (2 * len(pairs))
     per_response, per_token = (target, target / length)
@@ -236,10 +235,10 @@ def describe_target(config: DPOConfig, pairs: Pairs) -> str:
 
 
 def check_first_loss(config: DPOConfig, pairs: Pairs, means: Mapping[str, float]) -> None:
-    """Raises ValueError where a loss is not that of a policy which still equals its reference: ln 2 for DPO, 1 for
-    hinge, (1 / (2 tau))^2 for IPO, more or less where there are margins or soft labels.
+    """Raises ValueError where a loss is not that of a policy equal to its reference: ln 2 for DPO, 1 for hinge, (1 / (2
+    tau))^2 for IPO; other values with margins or soft labels.
 
-    Every log-ratio is then 0 but for rounding: 3e-5 of a response's log-prob are allowed, 1e-2 in bfloat16.
+    Every log-ratio is then 0 except for rounding: 3e-5 of a response's log-prob is allowed, 1e-2 in bfloat16.
     """
     size = abs(means["logprob_chosen"]) + abs(means["logprob_rejected"])
     rounding = (3e-5 if config.dtype == "float32" else 1e-2) * size
@@ -254,7 +253,7 @@ def check_first_loss(config: DPOConfig, pairs: Pairs, means: Mapping[str, float]
 
 
 def _loss_at(config: DPOConfig, name: str, pairs: Pairs, difference: float) -> float:
-    """The mean loss of the pairs if all had this difference of log-ratios."""
+    """The mean loss of the pairs if each had this difference of log-ratios."""
     logprob = torch.tensor([difference, 0.0]).repeat(len(pairs))
     cu_rows = torch.arange(2 * len(pairs) + 1, dtype=torch.int32)
     return _pair_loss(config, name, logprob, None, cu_rows, pairs, len(pairs)).loss.item()
@@ -272,7 +271,7 @@ def _evaluate(
 
 
 def _named(config: DPOConfig, means: Mapping[str, float]) -> dict[str, float]:
-    """TRL's names for the means over pairs."""
+    """Means over pairs under TRL's names."""
     chosen, rejected = means["chosen_tokens"], means["rejected_tokens"]
     several = {f"loss/{name}": means[f"loss/{name}"] for name in config.losses} if len(config.losses) > 1 else {}
     return {
@@ -296,7 +295,7 @@ def _micro_batches(pairs: Pairs, config: DPOConfig) -> Sequence[list[int]]:
 
 
 def fields_read(config: DPOConfig) -> list[str]:
-    """The columns that these losses read."""
+    """Columns that the configured losses read."""
     labels = {"label_prob": ("label_prob",), "counts": COUNTS}.get(config.label_source, ())
     return ["chosen", "rejected", *labels, *["margin"] * (config.margin_scale != 0)]
 
@@ -310,7 +309,7 @@ def _pairs(
     psi = None
     if config.psi != "identity":
         psi = load_psi(config.psi, config.psi_clip)
-        pair_target(psi, torch.full((1,), 0.6), config.beta)  # refused, if at all, before anything is scored
+        pair_target(psi, torch.full((1,), 0.6), config.beta)  # an unsuitable psi is refused before anything is scored
     margin = config.margin_scale * pair_margins(examples) if config.margin_scale else None
     prob, target = pair_probabilities(config, examples, trees, tokenizer), None
     if psi:
@@ -320,7 +319,7 @@ def _pairs(
 
 
 def to_tree(example: TokenizedExample, config: DPOConfig) -> Tree:
-    """The segments that a row is trained as."""
+    """The segments of a row: prompt, chosen, rejected."""
     assert example.chosen is not None
     assert example.rejected is not None
     responses = (example.chosen, example.rejected)

@@ -1,5 +1,5 @@
-"""When an on-policy run stops: the policy is too far from its reference, its samples are those of another model, or a
-number is not finite.
+"""Conditions that stop an on-policy run: the policy is too far from its reference, the samples come from another model,
+or a number is not finite.
 
 An error ends the run, which then leaves its last weights in `interrupted/` (runtime/run.py). KL and samples are checked
 between two updates, so those are the weights of the last whole update. Scores are checked where a judge returns them

@@ -1,4 +1,4 @@
-"""How probable it is that one response is better than another, from what the data say or a reward model thinks."""
+"""Probabilities that one response is better than another, from labels of the data or from a reward model."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ def pair_probabilities(
             counts = [_read(example, COUNTS) for example in examples]
             for example, count in zip(examples, counts, strict=True):
                 if config.label_prior == 0 and count["num_labels"] == 0:
-                    raise ValueError(f"row {example.row} has no labels, which takes a label_prior above 0")
+                    raise ValueError(
+                        f"row {example.row} has num_labels 0; give a label_prior above 0 or leave the row out"
+                    )
             wins, labels = (torch.tensor([count[name] for count in counts]) for name in COUNTS)
             return label_probability(wins, labels, config.label_prior)
         case _:
@@ -39,15 +41,15 @@ def pair_probabilities(
 
 
 def pair_margins(examples: Sequence[TokenizedExample]) -> Tensor:
-    """The margins of the rows, [B] float32 on the CPU."""
+    """The column `margin` of the rows, [B] float32 on the CPU."""
     return torch.tensor([_read(example, ("margin",))["margin"] for example in examples], dtype=torch.float32)
 
 
 def group_preferences(
     config: DPOConfig, examples: Sequence[TokenizedExample], trees: Sequence[Tree], tokenizer: PreTrainedTokenizerBase
 ) -> list[Tensor]:
-    """P [K, K] float64 on the CPU of every group, by `label_source`. Raises ValueError, naming the row, for labels that
-    are none."""
+    """P [K, K] float64 on the CPU of every group, by `label_source`. Raises ValueError, naming the row, for invalid
+    labels."""
     if config.label_source == "reward_model":
         return [
             reward_preferences(config.score_scale * scores.double())

@@ -1,4 +1,4 @@
-"""PsiPO: what preference optimisation has in common, and its targets for any Psi (Azar et al. 2023, arXiv 2310.12036).
+"""PsiPO: preference optimisation for any Psi, and its targets (Azar et al. 2023, arXiv 2310.12036).
 
     objective   E_{y~pi, y'~mu} Psi(p(y > y')) - tau KL(pi || pi_ref)                                      (eq. 6)
     optimum     pi*(y) = pi_ref(y) exp(g(y) / tau) / Z,   g(y) = E_{y'~mu} Psi(p(y > y'))                  (eq. 7, 9)
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 Estimator = Literal["self_included", "leave_two_out"]
 GRID = torch.linspace(0, 1, 1001, dtype=torch.float64)
-"""Where a function of the user's is examined; it is its own mirror image about 1/2."""
+"""Probabilities at which user-defined functions are examined; the grid is symmetric about 1/2."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,9 +48,9 @@ class Psi:
     name: str
     function: Callable[[Tensor], Tensor]
     is_odd: bool
-    """About 1/2: Psi(q) + Psi(1 - q) is constant. Only then is a pair on its own enough."""
+    """Whether Psi is odd about 1/2: Psi(q) + Psi(1 - q) is constant. Only then are pairs enough."""
     is_affine: bool
-    """Only then does E Psi(label) = Psi(E label), so that one hard label per pair is unbiased."""
+    """Whether Psi is affine. Only then E Psi(label) = Psi(E label), so that one hard label per pair is unbiased."""
 
     def __call__(self, prob: Tensor) -> Tensor:
         value = self.function(prob)
@@ -64,15 +64,15 @@ class Psi:
 
 
 def load_psi(name: str, clip: float) -> Psi:
-    """The Psi of a name.
+    """The Psi with this name.
 
         identity        q, which is IPO
         logit           log(q / (1 - q)); infinite at 0 and 1, which are refused
         clipped_logit   logit between -clip and clip nats: no preference counts as surer than sigmoid(clip)
-        module:name     a function of the user's, float64 tensor -> float64 tensor of the same shape; a file will do
-                        for the module, as in `my_psi.py:rank`
+        module:name     a user-defined function, float64 tensor -> float64 tensor of the same shape; the module may be a
+                        file, for example `my_psi.py:rank`
 
-    Raises ValueError for another name, and for a function that is not finite or not non-decreasing on [0, 1].
+    Raises ValueError for an unknown name, and for a function that is not finite or decreases somewhere on [0, 1].
     """
     if name == "identity":
         return Psi(name=name, function=lambda q: q, is_odd=True, is_affine=True)
@@ -81,15 +81,15 @@ def load_psi(name: str, clip: float) -> Psi:
     if name == "clipped_logit":
         return Psi(name=name, function=lambda q: q.logit().clamp(-clip, clip), is_odd=True, is_affine=False)
     if ":" not in name:
-        raise ValueError(f"psi: {name!r} is none of identity, logit, clipped_logit, module:function")
+        raise ValueError(f"psi: {name!r} is unknown; give identity, logit, clipped_logit or module:function")
     return examined(load_function(name, "psi"), name)
 
 
 def examined(function: Callable[[Tensor], Tensor], name: str) -> Psi:
-    """A function of the user's as a Psi, its symmetry and straightness measured on a grid of [0, 1]."""
+    """Makes a Psi of a user-defined function; whether it is odd and affine is measured on a grid of [0, 1]."""
     values = function(GRID)
     if not isinstance(values, Tensor) or values.shape != GRID.shape:
-        raise ValueError(f"psi: {name} must give a tensor of the shape that it is given, {tuple(GRID.shape)}")
+        raise ValueError(f"psi: {name} must return a tensor of the shape of its argument, {tuple(GRID.shape)}")
     if not bool(values.isfinite().all()):
         bad = GRID[~values.isfinite()][0].item()
         raise ValueError(
@@ -100,7 +100,7 @@ def examined(function: Callable[[Tensor], Tensor], name: str) -> Psi:
     if len(falls):
         first = int(falls[0, 0])
         raise ValueError(f"psi: {name} must be non-decreasing; it falls from {GRID[first]:g} to {GRID[first + 1]:g}")
-    # Of the function's own rounding: it may have gone through another dtype.
+    # Tolerance for the rounding of the function, which may compute in another dtype.
     eps = torch.finfo(values.dtype).eps if values.is_floating_point() else 0.0
     tolerance = max(1e-9, 32 * eps) * max(1.0, float(values.abs().max()))
     values = values.double()
@@ -116,8 +116,8 @@ def examined(function: Callable[[Tensor], Tensor], name: str) -> Psi:
 def label_probability(wins: Tensor, labels: Tensor, smoothing: float = 0.5) -> Tensor:
     """P(chosen > rejected) from `wins` of `labels` comparisons: (a + wins) / (2 a + labels), in float64.
 
-    The mean under a Beta(a, a) prior. With a = 1/2 it stays 1 / (2 labels + 2) away from 0 and 1. Raises ValueError for
-    counts that are none, and where no label and no smoothing is left to divide by.
+    The mean under a Beta(a, a) prior. With a = 1/2 it stays 1 / (2 labels + 2) away from 0 and 1. Raises ValueError
+    for invalid counts, and for a pair without labels where smoothing is 0.
     """
     if smoothing < 0:
         raise ValueError(f"smoothing: must be at least 0; got {smoothing}")
@@ -163,7 +163,7 @@ def reward_preferences(scores: Tensor) -> Tensor:
 def group_rewards(preference: Tensor, psi: Psi) -> Tensor:
     """g of eq. 7, [..., K, K] -> [..., K] float64, with mu the uniform distribution over the K responses.
 
-    y_i itself is one of them and adds Psi(1/2) / K: leaving it out would inflate g_i - g_j by K / (K - 1).
+    y_i itself is among the K responses and adds Psi(1/2) / K; leaving it out would inflate g_i - g_j by K / (K - 1).
     """
     return psi(preference.double()).mean(-1)
 
@@ -177,7 +177,7 @@ def group_target(preference: Tensor, psi: Psi, tau: float, estimator: Estimator)
                         at K = 2 it is `pair_target`
         leave_two_out   t_ij = sum over l not in {i, j} of (M_il - M_jl) / ((K - 2) tau): exact for any Psi, K >= 3
 
-    and the target is the u that comes closest to the t. Raises ValueError where an estimator does not suit Psi or K.
+    and the target is the u closest to the t. Raises ValueError where the estimator does not suit Psi or K.
     """
     size = preference.shape[-1]
     if estimator == "self_included":
@@ -201,13 +201,13 @@ def group_loss(log_ratio: Tensor, target: Tensor, cu_groups: Tensor, *, num_grou
     That mean is twice the sample variance of u - t, so the loss costs O(N). log_ratio and target [N]; cu_groups [G+1]
     int: members cu_groups[i] .. cu_groups[i+1] are group i, two at least. Gradient flows to log_ratio alone.
 
-    Metrics, sums over the groups of a group's share: loss; groups; and over its pairs with t_i > t_j: ordered (1 where
-    there are any), accuracy (pairs with u_i > u_j), margin (u_i - u_j), target_margin (t_i - t_j).
+    Metrics, as sums over groups: loss; groups; and, over the pairs of a group with t_i > t_j: ordered (1 if there
+    are any), accuracy (share of pairs with u_i > u_j), margin (u_i - u_j), target_margin (t_i - t_j).
     """
     sizes = cu_groups.diff().long()
     group = torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes, output_size=len(log_ratio))
     error = log_ratio - target
-    # The gradient through a mean of its own deviations is 0.
+    # The mean needs no gradient: deviations from it sum to 0.
     mean = _group_sums(error.detach(), cu_groups)[group] / sizes[group]
     loss = (2 * (error - mean).square() / (sizes - 1)[group]).sum()
 
@@ -230,10 +230,10 @@ def psi_judge(judge: Judge, opponents: Sequence[Rollout] | None, psi: Psi) -> Ju
     """The reward back-end: a judge whose score of y is the mean over y' of Psi(sigmoid(r(y) - r(y'))).
 
     r is `judge`. y' are the `opponents` with the same prompt, whose scores are taken once, now (`dataset_opponents`);
-    mu is then the dataset's distribution, and PPO with KL coefficient tau and no other reward goes to eq. 9. With None
-    they are the other rollouts of the same prompt in the call: mu is then the sampler itself, and what is approached is
-    self-play's equilibrium. A rollout is no opponent of its own there: it would shrink every difference of rewards by
-    (n - 1) / n. A prompt without an opponent raises ValueError, naming its row.
+    mu is then the dataset's distribution, and PPO with KL coefficient tau and no other reward converges to eq. 9.
+    With None the opponents are the other rollouts of the same prompt in the call: mu is then the sampler itself, and
+    training approaches the equilibrium of self-play. A rollout is not its own opponent, which would shrink every
+    difference of rewards by (n - 1) / n. A prompt without an opponent raises ValueError, naming its row.
     """
     known: Mapping[tuple[int, ...], Tensor] = {}
     if opponents is not None:
@@ -257,7 +257,7 @@ def psi_judge(judge: Judge, opponents: Sequence[Rollout] | None, psi: Psi) -> Ju
 def dataset_opponents(
     examples: Sequence[TokenizedExample], fields: Sequence[str] = ("chosen", "rejected", "reference")
 ) -> list[Rollout]:
-    """The responses of examples (`responses`, or those of `fields` that are there), as if they had been sampled, for
+    """The responses of examples (`responses`, or the `fields` that are present) in the form of rollouts, for
     `psi_judge`."""
     return [
         Rollout(
@@ -273,7 +273,7 @@ def dataset_opponents(
 
 
 def _by_prompt(judge: Judge, rollouts: Sequence[Rollout]) -> dict[tuple[int, ...], tuple[list[int], Tensor]]:
-    """Prompt -> (indices of its rollouts, their scores [n] float64 on the CPU)."""
+    """Groups rollouts by prompt: prompt -> (indices of its rollouts, their scores [n] float64 on the CPU)."""
     scores = torch.as_tensor(judge(rollouts)).double().cpu()
     indices: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for i, rollout in enumerate(rollouts):
@@ -283,5 +283,5 @@ def _by_prompt(judge: Judge, rollouts: Sequence[Rollout]) -> dict[tuple[int, ...
 
 
 def _group_sums(values: Tensor, cu_groups: Tensor) -> Tensor:
-    """[N] -> [G], in a fixed order."""
+    """Sums [N] over groups -> [G], in a fixed order."""
     return torch.segment_reduce(values, "sum", offsets=cu_groups.long())

@@ -4,7 +4,7 @@
     repeat: draw a batch of groups; u = log pi / pi_ref of each response;
             loss = mean over pairs of a group of (u_i - u_j - (t_i - t_j))^2, over groups; step
 
-A group is a tree: its prompt is computed once and K responses hang on it.
+A group is a tree: its prompt is computed once and K responses are attached to it.
 
 `fastrlhf dpo --loss_type ipo --psi_backend groupwise --config FILE`
 """
@@ -39,7 +39,7 @@ from fastrlhf_kernels import LossOutput, Sum
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """A prompt, its K responses and where their log-ratios shall go."""
+    """A prompt, its K responses and the targets of their log-ratios."""
 
     tree: Tree
     target: Tensor
@@ -47,21 +47,21 @@ class Group:
 
     @property
     def best_and_worst(self) -> tuple[int, int]:
-        """By target."""
+        """Indices of the responses with the highest and the lowest target."""
         return int(self.target.argmax()), int(self.target.argmin())
 
 
 def train_groups(
     config: DPOConfig, examples: Sequence[Example] | None = None, eval_examples: Sequence[Example] | None = None
 ) -> TrainResult:
-    """Trains `config.model_name_or_path` on groups of responses; `examples` stand in for the configured dataset.
+    """Trains `config.model_name_or_path` on groups of responses; `examples` replace the configured dataset.
 
     Metrics per step: loss (nats^2 per pair of a group); over the pairs of responses that differ in g,
     rewards/accuracies (the log-ratios are in their order), rewards/margins and rewards/target_margins (beta times the
     difference of log-ratios, now and at the optimum); logps/chosen, logps/rejected (nats of the response of highest and
     of lowest g); grad_norm, learning_rate, num_tokens (of the sequences), num_unique_tokens (computed). Raises
-    ValueError for bad input before any time is spent on training, and where the first loss is not that of a policy that
-    equals its reference.
+    ValueError for bad input before any time is spent on training, and where the first loss is not that of a policy
+    equal to its reference.
     """
     psi = load_psi(config.psi, config.psi_clip)
     fields = ["responses", *(GROUP_LABELS if config.label_source == "data" else ())]
@@ -105,7 +105,7 @@ def train_groups(
 def _loss(
     model: PreTrainedModel, reference: Reference, groups: Sequence[Group], micro: Sequence[int], *, num_groups: int
 ) -> LossOutput:
-    """What the groups `micro` add to the loss of a step of `num_groups`."""
+    """The contribution of the groups `micro` to the loss of a step of `num_groups` groups."""
     own = [groups[i] for i in micro]
     batch = pack(forest(g.tree for g in own), model.device)
     logprob = sequence_logprobs(model, batch)
@@ -128,7 +128,7 @@ def _to(device: torch.device, values: Tensor) -> Tensor:
 def _targets(
     config: DPOConfig, psi: Psi, examples: Sequence[TokenizedExample], preferences: Sequence[Tensor]
 ) -> list[Tensor]:
-    """Log-ratios [K] float32 of every group, from P [K, K]."""
+    """Target log-ratios [K] float32 of every group, from P [K, K]."""
     check_not_hard(psi, torch.cat([p[~torch.eye(len(p), dtype=torch.bool)] for p in preferences]))
     estimator = "self_included" if psi.is_odd else "leave_two_out"
     targets = []
@@ -141,9 +141,10 @@ def _targets(
 
 
 def _check_first_loss(config: DPOConfig, groups: Sequence[Group], metrics: Mapping[str, float]) -> None:
-    """Raises ValueError where the loss is not that of a policy which still equals its reference: the targets' own.
+    """Raises ValueError where the loss is not that of a policy equal to its reference, which is given by the targets
+    alone.
 
-    Every log-ratio is then 0 but for rounding: 3e-5 of a response's log-prob are allowed, 1e-2 in bfloat16.
+    Every log-ratio is then 0 except for rounding: 3e-5 of a response's log-prob is allowed, 1e-2 in bfloat16.
     """
     expected = sum(2 * g.target.double().var().item() for g in groups) / len(groups)
     size = abs(metrics["logps/chosen"]) + abs(metrics["logps/rejected"])
@@ -167,7 +168,8 @@ def _evaluate(
 
 
 def _named(means: dict[str, float], config: DPOConfig) -> dict[str, float]:
-    """TRL's names where it has them. A group whose responses are all alike says nothing about their order."""
+    """Metrics under TRL's names where it has them. Groups without an ordered pair are left out of accuracies and
+    margins."""
     ordered = means["ordered"] or 1.0
     return {
         "loss": means["loss"],
@@ -180,9 +182,9 @@ def _named(means: dict[str, float], config: DPOConfig) -> dict[str, float]:
 
 
 def to_tree(example: TokenizedExample, config: DPOConfig) -> Tree:
-    """The segments that a row is trained as."""
+    """The segments of a row: the prompt and its responses."""
     if not example.responses or len(example.responses) < 2:
-        raise ValueError(f"row {example.row}: a group needs two responses at least")
+        raise ValueError(f"row {example.row}: a group needs at least two responses")
     return group(example.prompt, example.responses, scored=True, share_prompt=config.share_prompts)
 
 

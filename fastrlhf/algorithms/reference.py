@@ -1,7 +1,7 @@
 """Log-probs of the frozen reference of pairs: computed once, kept on disk, or taken from a copy at every step.
 
-All three give the same numbers up to the rounding of different packs. Computed once is the default: it costs one pass
-over the data, as one epoch of the copy would, and no second model.
+All three give the same numbers up to the rounding of different packs. The default is to compute them once: that
+costs one pass over the data and needs no second model during training.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ def open_reference(
 ) -> Reference:
     """The reference of `config`: `ref_model_name_or_path`, or the policy as it is now.
 
-    It will be asked about the `needed` of the `trees`, and these are computed; all of them where they are kept for
-    other runs. Raises ValueError where the reference does not fit the policy, gives a log-prob that is not finite, or
-    the cache cannot be used.
+    Log-probs are computed for the trees whose indices are `needed`; with `ref_cache_dir`, for all trees, so that other
+    runs can use them. Raises ValueError where the reference does not fit the policy, gives a log-prob that is not
+    finite, or the cache cannot be used.
     """
     if not config.precompute_ref_log_probs:
         model = _open(config, policy) if config.ref_model_name_or_path else frozen_copy(policy)
@@ -54,7 +54,7 @@ def open_reference(
 
 
 def _precomputed(config: DPOConfig, policy: PreTrainedModel, trees: Sequence[Tree]) -> Tensor:
-    """Of all responses, tree after tree, from the cache where it is there."""
+    """Log-probs of all responses, tree after tree, read from the cache if it exists."""
     if not config.ref_cache_dir:
         return _compute(config, policy, trees)
     folder = Path(config.ref_cache_dir)
@@ -76,14 +76,15 @@ def _precomputed(config: DPOConfig, policy: PreTrainedModel, trees: Sequence[Tre
 
 
 def _keep(sums: Tensor, file: Path) -> None:
-    partial = file.with_suffix(f".{os.getpid()}.partial")  # two runs may compute the same
+    partial = file.with_suffix(f".{os.getpid()}.partial")  # two runs may write the same file
     save_file({"logprobs": sums.cpu()}, partial)
     os.replace(partial, file)
     log.info("reference: log-probs of %d responses kept in %s", len(sums), file)
 
 
 def _compute(config: DPOConfig, policy: PreTrainedModel, trees: Sequence[Tree]) -> Tensor:
-    """Of all responses, tree after tree. A reference of its own is loaded, used and freed."""
+    """Computes the log-probs of all responses, tree after tree. A separate reference model is loaded, used and
+    freed."""
     own = bool(config.ref_model_name_or_path)
     model, field = (_open(config, policy), "ref_model_name_or_path") if own else (policy, "model_name_or_path")
     budget, title = config.micro_batch_tokens, "log-probs of the reference" if config.progress else ""
@@ -104,7 +105,7 @@ def _open(config: DPOConfig, policy: PreTrainedModel) -> PreTrainedModel:
 
 
 def _fingerprint(config: DPOConfig, policy: PreTrainedModel, trees: Sequence[Tree]) -> str:
-    """Of everything that the log-probs depend on but the machine: configuration, weights, dtype, tokens."""
+    """Hash of everything that the log-probs depend on, except the machine: configuration, weights, dtype, tokens."""
     digest = hashlib.sha256(config.dtype.encode())
     if config.ref_model_name_or_path:
         _digest_files(digest, config.ref_model_name_or_path)
@@ -112,7 +113,7 @@ def _fingerprint(config: DPOConfig, policy: PreTrainedModel, trees: Sequence[Tre
         settings = {name: value for name, value in policy.config.to_dict().items() if name != "_name_or_path"}
         digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
         for name, tensor in policy.state_dict().items():
-            if ".lora_" in name:  # not yet trained, so that it adds nothing
+            if ".lora_" in name:  # an untrained adapter adds nothing
                 continue
             digest.update(name.replace(".base_layer.", ".").encode())
             digest.update(tensor.detach().reshape(-1).view(torch.uint8).cpu().numpy())
@@ -124,7 +125,7 @@ def _fingerprint(config: DPOConfig, policy: PreTrainedModel, trees: Sequence[Tre
 
 
 def _digest_files(digest: hashlib._Hash, source: str) -> None:
-    """Of the configuration and the weights of a saved model, without loading it."""
+    """Adds configuration and weights of a saved model to the hash without loading the model."""
     found = source if Path(source).is_dir() else os.path.dirname(cached_file(source, "config.json") or "")
     files = [file for file in sorted(Path(found).iterdir()) if file.suffix in (".safetensors", ".bin", ".json")]
     if not any(file.suffix != ".json" for file in files):

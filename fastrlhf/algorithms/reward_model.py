@@ -3,8 +3,9 @@ section 3.4).
 
     repeat: draw a batch of pairs; loss = -sum of log sigmoid(r(x, chosen) - r(x, rejected)) / pairs; step
 
-A margin of the row may be asked of the difference, and scores may be pulled to 0. RLP (`rlp.py`) refits a reward model
-here: on synthetic pairs beside those of the dataset, or with a second loss on views in the packs of the pairs.
+Options: a margin per row that the difference must exceed, and a penalty that centres the scores on 0. RLP (`rlp.py`)
+refits a reward model here: on synthetic pairs beside those of the dataset, or with a second loss on views in the packs
+of the pairs.
 
 `fastrlhf reward --config FILE`
 """
@@ -48,7 +49,7 @@ def train_reward_model(
     synthetic: Sequence[TokenizedExample] = (),
     views: Views | None = None,
 ) -> TrainResult:
-    """Trains a score head on the trunk of `config.model_name_or_path`; `examples` stand in for the configured dataset.
+    """Trains a score head on the backbone of `config.model_name_or_path`; `examples` replace the configured dataset.
 
     `synthetic` pairs are added to those of the dataset, all in one shuffle and of equal weight. `views` add their loss
     at every step, on trees in the packs of its pairs.
@@ -58,7 +59,7 @@ def train_reward_model(
     num_unique_tokens (computed); with views also those of `_view_metrics`. Raises ValueError for bad input before any
     time is spent.
     """
-    require(bool(config.model_name_or_path), "model_name_or_path", "", "the model whose trunk gets the score head")
+    require(bool(config.model_name_or_path), "model_name_or_path", "", "the model whose backbone gets the score head")
     require(not config.model_config, "model_config", config.model_config, "empty: a reward model starts from a model")
     tokenizer, data = open_inputs(config, fields_read(config), examples, eval_examples)
     model = load_reward_model(
@@ -117,9 +118,9 @@ def _backward(
 ) -> tuple[Tensor, Tensor, StepMetrics]:
     """Adds the gradients of one step: scores [B, 2] and losses [B] of its pairs, sums of its views.
 
-    A view has all others of the step as negatives. Where they spread over micro-batches, a first pass without gradient
-    computes what the score reads of all views, the gradient of their loss there is kept, and each micro-batch sends its
-    part of it down (Gao et al. 2021, arXiv 2101.06983): the same gradient as of one large batch.
+    All other views of the step are negatives of a view. With several micro-batches, a first pass without gradient
+    computes the last hidden states of all views and the gradient of the loss with respect to them; each micro-batch
+    then backpropagates its part (Gao et al. 2021, arXiv 2101.06983). The gradient is that of one large batch.
     """
     trees, totals = [*pairs, *views], StepMetrics()
     begin_step(model, 2 * len(trees))
@@ -134,7 +135,7 @@ def _backward(
     scores, losses = [], []
     for micro in micros:
         batch = pack(forest(trees[i] for i in micro), model.device)
-        hidden = hidden_states(model, batch)[batch.last]  # a micro-batch is in ascending order: pairs, then views
+        hidden = hidden_states(model, batch)[batch.last]  # indices are ascending: pairs, then views
         own = [i for i in micro if i < len(pairs)]
         score = read_scores(model, hidden[: 2 * len(own)]).view(-1, 2)
         loss = ranking_losses(config, score, margins[own])
@@ -166,7 +167,7 @@ def _with_loss(output: LossOutput) -> dict[str, Metric]:
 
 @torch.no_grad()
 def _last_hidden(model: PreTrainedModel, trees: Sequence[Tree], budget: int) -> Tensor:
-    """[2B, D] what the score would read of the two responses of every tree."""
+    """[2B, D] the last hidden states of the two responses of every tree, which the score head reads."""
     hidden = torch.empty(len(trees), 2, model.config.hidden_size, dtype=model.dtype, device=model.device)
     for micro in micro_batches([num_computed(tree) for tree in trees], budget, "view"):
         batch = pack(forest(trees[i] for i in micro), model.device)
@@ -176,7 +177,8 @@ def _last_hidden(model: PreTrainedModel, trees: Sequence[Tree], budget: int) -> 
 
 def _view_metrics(means: dict[str, float], objective: ViewObjective, step: int) -> dict[str, float]:
     """views/: loss (lambda times L_M), jsd, skl, mutual_information (nats), std and mean_rms (per dimension of a
-    latent), beta; hidden_grad/: the norms of what pairs and views send to the hidden states that the score reads."""
+    latent), beta; hidden_grad/: the norms of the gradients of pairs and views with respect to the hidden states that
+    the score head reads."""
     num = objective.config.views_per_step
     named = {name: means[name] for name in ("loss", "jsd", "skl", "mutual_information", "std") if name in means}
     return {
@@ -237,18 +239,18 @@ def _summary(scores: Tensor, losses: Tensor) -> dict[str, float]:
 
 
 def _margins(config: RewardConfig, examples: Sequence[TokenizedExample]) -> Tensor:
-    """[B] float32 on the CPU, what the scores of each pair must differ by. Raises ValueError, naming the row, for a
-    margin that is not finite."""
+    """[B] float32 on the CPU, the margin by which the scores of each pair should differ. Raises ValueError, naming
+    the row, for a margin that is not finite."""
     return config.margin_scale * (pair_margins(examples) if config.margin_scale else torch.zeros(len(examples)))
 
 
 def fields_read(config: RewardConfig) -> list[str]:
-    """The columns that the loss reads."""
+    """Columns that the loss reads."""
     return ["chosen", "rejected", *["margin"] * (config.margin_scale != 0)]
 
 
 def to_tree(example: TokenizedExample, config: RewardConfig) -> Tree:
-    """The segments that a row is trained as."""
+    """The segments of a row: prompt, chosen, rejected."""
     assert example.chosen is not None
     assert example.rejected is not None
     responses = (example.chosen, example.rejected)

@@ -8,9 +8,9 @@
       pi'    a policy, from the SFT model again, against r'
       r, pi = r', pi'
 
-With refinement "none" that is r and pi: plain PPO (or DR-PO, RTO), bit for bit. A refit without views and without
-synthetic pairs is r again, bit for bit. The authors have released no code; where the paper is silent the keys of
-RLPConfig say what is done.
+With refinement "none" the result is r and pi: plain PPO (or DR-PO, RTO), bit for bit. A refit without views and without
+synthetic pairs gives r again, bit for bit. The authors have released no code; where the paper is silent, keys of
+RLPConfig decide.
 
     output_dir/reward, policy                          r and pi, as their own commands leave them
     output_dir/round-1/answers.jsonl                   P, as token ids
@@ -18,7 +18,7 @@ RLPConfig say what is done.
     output_dir/round-1/reward, policy                  r' and pi'
     output_dir/round-1/report.json                     r and r' compared
 
-What is there is not made again: a run that was interrupted goes on with its first unfinished stage.
+Finished stages are not repeated: an interrupted run continues with its first unfinished stage.
 
 `fastrlhf rlp --config FILE`, whose sections `reward` and `ppo` (or what `policy` names) train the models
 """
@@ -70,10 +70,10 @@ from fastrlhf.types import Example, TokenizedExample
 log = logging.getLogger(__name__)
 
 MAY_CHANGE = ("output_dir", "rounds", "min_reward_variance", "device")
-"""Keys that another start of the same run may give anew."""
+"""Keys that may differ when the same run is started again."""
 
 Gold = Callable[[str, str], float]
-"""(prompt, response) -> what it is really worth; no trainer sees it."""
+"""(prompt, response) -> true value of the response; no trainer sees it."""
 
 
 def train_rlp(
@@ -88,16 +88,16 @@ def train_rlp(
     equivalence: EquivalenceJudge | None = None,
     gold: Gold | None = None,
 ) -> TrainResult:
-    """Runs what is not finished yet in `config.output_dir` and returns the last policy.
+    """Runs the unfinished stages in `config.output_dir` and returns the last policy.
 
     `reward` and `policy` configure every reward model and every policy; `output_dir` of both and `reward_model_path` of
-    the policy are those of the stage. `pairs` and `prompts` stand in for their datasets, `equivalence` for the judge of
-    `config.equivalence`; with `gold` the reward models are also compared with it, on the policy's answers.
+    the policy are those of the stage. `pairs` and `prompts` replace their datasets, `equivalence` replaces the judge of
+    `config.equivalence`. With `gold` the reward models are also compared with it on the policy's answers.
 
     `final` of the result has the last evaluation of the policy and, from the last round, rlp/rm_accuracy_offline and
     rlp/rm_accuracy_policy (before and after the refit), rlp/rm_drift, rlp/rm_order_agreement, rlp/rm_variance_ratio.
-    Raises ValueError for bad input before any time is spent, where the folder holds a run of other settings, and where
-    a refitted model no longer tells the answers to a prompt apart.
+    Raises ValueError for bad input before any time is spent, where the folder holds a run of other settings, and
+    where a refitted model no longer distinguishes the answers to a prompt.
     """
     check_one_process("rlp")
     run = _open(config, reward, policy, pairs, eval_pairs, prompts, eval_prompts, equivalence, gold)
@@ -114,7 +114,7 @@ def train_rlp(
 
 @dataclass(kw_only=True)
 class _Run:
-    """What all stages of a run share."""
+    """State that all stages of a run share."""
 
     config: RLPConfig
     reward: RewardConfig
@@ -126,7 +126,7 @@ class _Run:
     equivalence: EquivalenceJudge | None
     gold: Gold | None
     result: TrainResult | None = None
-    """Of the policy that was trained last; None where none has been."""
+    """Result of the policy that was trained last; None before the first."""
 
     def folder(self, name: str) -> Path:
         return Path(self.config.output_dir) / name
@@ -149,9 +149,9 @@ class _Run:
         return folder
 
     def refit(self, round_: int, judged_by: str, policy: str) -> tuple[str, dict[str, float]]:
-        """The folder of the refitted reward model, and how it compares with the one before."""
+        """Returns the folder of the refitted reward model and its comparison with the one before."""
         config, name = self.config, f"round-{round_}"
-        self.result = None  # its policy and critic would stay in memory beside the models of the refit
+        self.result = None  # frees its policy and critic before the models of the refit are loaded
         report = self.folder(f"{name}/report.json")
         if report.exists():
             found = json.loads(report.read_text(encoding="utf-8"))
@@ -176,7 +176,7 @@ class _Run:
         return refitted, found
 
     def read_result(self, folder: Path) -> TrainResult:
-        """Of a policy that an earlier start of the run has trained."""
+        """Result of a policy that was trained before this run was resumed."""
         history = [row for row in read_metrics(folder / "metrics.jsonl") if row["step"] > 0]
         model = self._load_policy(str(folder))
         return TrainResult(model=model, tokenizer=self.tokenizer, history=history, final={}, output_dir=folder)
@@ -209,7 +209,10 @@ class _Run:
             write_rows(file, map(self._pair_row, found.pairs))
         rows = [row.pop("ids") | {"row": row["row"]} for row in read_rows(file)]
         if not rows:
-            log.warning("spg: no synthetic pair; the refit is the reward model again. %s/spg.json says why", name)
+            log.warning(
+                "spg: no synthetic pair: the refit repeats the first training; %s/spg.json has the reasons",
+                name,
+            )
         return [TokenizedExample(**row) for row in rows]
 
     def _pair_row(self, pair: TokenizedExample) -> dict[str, object]:
@@ -226,7 +229,7 @@ class _Run:
             )
 
     def _scores(self, reward_model: str, answers: Sequence[Answers]) -> list[Tensor]:
-        """[n] float32 of the answers to each prompt."""
+        """Scores [n] float32 of the answers to each prompt."""
         model = self._load_reward(reward_model)
         trees = [one.tree for one in answers]
         budget = self.config.micro_batch_tokens
@@ -257,7 +260,7 @@ class _Run:
         return model
 
     def _tokenizer(self, start: str) -> dict[str, str]:
-        """A refit that starts elsewhere than the section says keeps the section's tokenizer."""
+        """The tokenizer of section `reward`, for a refit that starts from another model than that section."""
         named = self.reward.tokenizer_name_or_path or self.reward.model_name_or_path
         return {} if start == self.reward.model_name_or_path else {"tokenizer_name_or_path": named}
 
@@ -326,7 +329,7 @@ def _open(
 
 
 def _check_same_run(config: RLPConfig) -> None:
-    """Raises ValueError where the folder holds something else than an earlier part of this run, or is in use."""
+    """Raises ValueError where the folder is in use or holds anything but an earlier part of this run."""
     check_idle(config.output_dir)
     file = Path(config.output_dir) / "config.yaml"
     if not file.exists():
@@ -338,13 +341,13 @@ def _check_same_run(config: RLPConfig) -> None:
 
 
 def _check_stage(config: RLPConfig, name: str, section: RewardConfig | PPOConfig) -> None:
-    """Raises ValueError where a stage's folder holds something else, or what another section has trained."""
+    """Raises ValueError where the folder of a stage holds anything but this stage, trained with the same section."""
     folder = Path(config.output_dir) / name
     if not holds_model(str(folder)):
-        if not is_unfinished(str(folder)):  # which its trainer resumes, or refuses
+        if not is_unfinished(str(folder)):  # an unfinished run is resumed or refused by its trainer
             check_output_dir(str(folder))
         return
-    given = ["reward_model_path"]  # by the run, as is the start of a refit that goes on
+    given = ["reward_model_path"]  # set by the run, like the model that a refit starts from
     if config.refit_from == "reward" and "/" in name:
         given += ["model_name_or_path", "tokenizer_name_or_path"]
     other = differences(section, folder / "config.yaml", [*SAME_MODEL, *given])

@@ -1,4 +1,5 @@
-"""What a refit did to a reward model: accuracy on the policy's answers, drift, spread, and whether views taught it."""
+"""Comparison of a reward model before and after a refit: accuracy on the policy's answers, drift, spread, and
+whether the loss on views had an effect."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from fastrlhf.algorithms.rlp_uml import is_active
 log = logging.getLogger(__name__)
 
 COMPARED_STREAM = 31
-"""Of the two answers per prompt that reward models are compared on."""
+"""Stream of the random draws of two answers per prompt on which reward models are compared."""
 
 
 def compare_scores(
@@ -25,7 +26,8 @@ def compare_scores(
     after: Sequence[Tensor],
     worth: Sequence[Sequence[float]] | None = None,
 ) -> dict[str, float]:
-    """The scores [n] of the answers to each prompt before and after a refit, and what they are really `worth`.
+    """Compares the scores [n] of the answers to each prompt before and after a refit, and with their true values
+    `worth`.
 
     rlp/rm_drift (mean change of a score); rlp/rm_variance_before, _after and _ratio (of the scores within a prompt,
     mean over prompts whose answers differ); on one random pair of different answers per prompt rlp/rm_order_agreement
@@ -56,8 +58,8 @@ def compare_scores(
 
 
 def agreement(ours: Tensor, theirs: Tensor) -> float:
-    """Share of the differences [N] whose signs agree, where `theirs` is not 0; a 0 of ours counts one half. 0 where
-    there is none."""
+    """Share of the differences [N] whose signs agree, among those where `theirs` is not 0; where `ours` is 0, one
+    half counts. 0 if no difference is left."""
     decided = theirs != 0
     if not decided.any():
         return 0.0
@@ -65,15 +67,15 @@ def agreement(ours: Tensor, theirs: Tensor) -> float:
 
 
 def view_activity(history: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """rlp/views_jsd over the last tenth of a refit and rlp/views_active, with a warning where that is 0; empty where
-    the loss on views has no information."""
+    """rlp/views_jsd over the last tenth of a refit and rlp/views_active, with a warning where the latter is 0; empty
+    where the loss on views does not estimate information."""
     jsd = [row["views/jsd"] for row in history if "views/jsd" in row]
     if not jsd:
         return {}
     last = _mean(jsd[-max(1, len(jsd) // 10) :])
     if not is_active(jsd):
         log.warning(
-            "uml: inactive: the information of the views ends at %.3f, and a critic that tells nothing apart has "
+            "uml: inactive: the information of the views ends at %.3f, and a critic that distinguishes nothing has "
             "-1.386, so the refit is a second training on the pairs. Try beta_end 0.1, then 0.01, in a new output_dir",
             last,
         )

@@ -1,10 +1,11 @@
-"""RLP-SPG: preference pairs from what a policy says again and again (Lang et al. 2024, arXiv 2403.19279, section 4.2).
+"""RLP-SPG: preference pairs from the most frequent meaning among a policy's answers (Lang et al. 2024, arXiv
+2403.19279, section 4.2).
 
     per prompt: n answers -> groups of equal meaning; confidence = size of the largest group / n
                 where it reaches gamma: chosen = the best-scored answer of that group, rejected = a random one outside
 
-Equal meaning is bidirectional entailment (Kuhn et al. 2023, arXiv 2302.09664, algorithm 1), of which texts and codes
-have four incompatible versions; the paper does not say which it is.
+Equal meaning is bidirectional entailment (Kuhn et al. 2023, arXiv 2302.09664, algorithm 1). Papers and released code
+have four incompatible versions of it, and the paper does not say which one it uses; `lax` is ours.
 
     strict          both directions entail; greedy: in the order of the answers, against the first of each group
     lax             no direction contradicts and not both are neutral; greedy. Ours
@@ -17,8 +18,8 @@ have four incompatible versions; the paper does not say which it is.
 Many prompts are grouped at once: each is a generator of questions, and every wave asks one question of each, in one
 call of the judge. The second direction is asked only where the first leaves the answer open.
 
-Open in the paper and settled here: the first reward model scores; unanimous prompts give no pair; of equally large
-groups the one with the best answer counts, then the one that begins first; repeated answers count each time.
+Choices that the paper leaves open: the first reward model scores; unanimous prompts give no pair; among equally
+large groups the one with the best answer wins, then the one that begins first; repeated answers count each time.
 """
 
 from __future__ import annotations
@@ -42,16 +43,17 @@ log = logging.getLogger(__name__)
 PAIR_STREAM, SUBSET_STREAM = 21, 22
 
 FEW = 0.05
-"""A rule that accepts a smaller share of prompts than this is worth a warning."""
+"""A rule that accepts a smaller share of prompts than this is warned about."""
 
 Question = tuple[int, int]
-"""Does answer i entail answer j?"""
+"""Question: does answer i entail answer j?"""
 
 Same = Callable[[int, int], Generator[Question, Relation, bool]]
-"""Whether answers i and j mean the same, by at most two questions."""
+"""Generator that asks at most two questions and returns whether answers i and j mean the same."""
 
 Grouping = Generator[Question, Relation, list[int] | None]
-"""Asks questions and returns the group of every answer; None where none can be large enough any more."""
+"""Generator that asks questions and returns the group of every answer; None as soon as no group can become large
+enough."""
 
 
 def both_entail(i: int, j: int) -> Generator[Question, Relation, bool]:
@@ -71,8 +73,8 @@ def no_contradiction_nor_both_neutral(i: int, j: int) -> Generator[Question, Rel
 
 
 def greedy(same: Same, num: int, needed: int = 0) -> Grouping:
-    """Each answer joins the first group whose first member means the same, or begins one. None as soon as no group can
-    reach `needed` members."""
+    """Each answer joins the first group whose first member means the same, or begins a new group. Returns None as
+    soon as no group can reach `needed` members."""
     firsts: list[int] = []
     groups: list[int] = []
     for item in range(num):
@@ -89,7 +91,7 @@ def greedy(same: Same, num: int, needed: int = 0) -> Grouping:
 
 
 def overwriting(same: Same, num: int, needed: int = 0) -> Grouping:
-    """For all i < j that mean the same, j takes the group of i, whatever it had."""
+    """For all i < j that mean the same, j takes the group of i and leaves its earlier group."""
     groups = list(range(num))
     for i in range(num):
         for j in range(i + 1, num):
@@ -119,23 +121,23 @@ RULES: dict[str, Callable[[int, int], Grouping]] = {
     "lax_2024": partial(scanning, no_contradiction_nor_both_neutral),
     "strict_2024": partial(scanning, both_entail),
 }
-"""Key -> (number of answers, members that the largest group must reach) -> the grouping. The codes of 2023 and 2024
-give up on nothing."""
+"""Key -> (number of answers, members that the largest group must reach) -> the grouping. The rules of 2023 and 2024
+never stop early."""
 
 
 def num_needed(min_confidence: float, num: int) -> int:
-    """Members of the largest group that make a prompt sure enough."""
+    """Members that the largest group needs for a pair."""
     return math.ceil(min_confidence * num - 1e-9)
 
 
 def group_answers(
     prompts: Sequence[str], texts: Sequence[Sequence[str]], judge: EquivalenceJudge, rule: str, needed: int = 0
 ) -> list[list[int] | None]:
-    """The groups of the answers to every prompt, in waves over all prompts. Equal texts are not asked about."""
+    """The groups of the answers to every prompt, computed in waves over all prompts. Equal texts need no question."""
     groupings = [RULES[rule](len(answers), needed) for answers in texts]
     groups: list[list[int] | None] = [None] * len(prompts)
     known: list[dict[Comparison, Relation]] = [{} for _ in prompts]
-    asked: dict[int, Comparison | None] = dict.fromkeys(range(len(prompts)))  # None: not yet begun
+    asked: dict[int, Comparison | None] = dict.fromkeys(range(len(prompts)))  # None: not started yet
     while asked:
         waiting: dict[int, Comparison] = {}
         for k, comparison in asked.items():
@@ -159,20 +161,20 @@ def group_answers(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """What the answers to one prompt come to: a pair, or the reason why there is none."""
+    """Outcome of one prompt: a pair, or the reason why there is none."""
 
     reason: str
     """accepted, unsure (no group is large enough), unanimous (nothing is outside it), tied (two equal scores)"""
     chosen: int = -1
     rejected: int = -1
     size: int = 0
-    """Members of the largest group; 0 where that is not known."""
+    """Members of the largest group; 0 if unknown."""
 
 
 def choose(
     answers: Answers, groups: Sequence[int] | None, scores: Sequence[float], needed: int, draw: np.random.Generator
 ) -> Choice:
-    """The pair of one prompt, from the group and the score of each answer."""
+    """Makes the pair of one prompt from the group and the score of each answer."""
     if groups is None:
         return Choice(reason="unsure")
     sizes = Counter(groups)
@@ -192,7 +194,7 @@ def choose(
 
 
 def choose_by(answers: Answers, values: Sequence[float], draw: np.random.Generator) -> Choice:
-    """The ablations: of two random answers that differ, the one of higher value is chosen."""
+    """The ablations: among two random answers that differ, the one with the higher value is chosen."""
     if not answers.differ:
         return Choice(reason="unanimous")
     first, second = two_that_differ(answers, draw)
@@ -204,7 +206,7 @@ def choose_by(answers: Answers, values: Sequence[float], draw: np.random.Generat
 
 @dataclass(frozen=True, kw_only=True)
 class Synthetic:
-    """The pairs of a round, and what became of the prompts."""
+    """The pairs of a round and a report on its prompts."""
 
     pairs: list[TokenizedExample] = field(repr=False)
     report: dict[str, float | list[int] | dict[str, list[int]]]
@@ -218,11 +220,12 @@ def synthetic_pairs(
     scores: Sequence[Sequence[float]],
     judge: EquivalenceJudge | None,
 ) -> Synthetic:
-    """One pair per prompt at most; `prompts`, `texts` and `scores` are those of `answers`, in order.
+    """Makes at most one pair per prompt; `prompts`, `texts` and `scores` belong to `answers`, in the same order.
 
-    `judge` is None where `pairing` asks nobody. The draws are keyed by (seed, row). Report: prompts, accepted, unsure,
-    unanimous, tied, pairs (after `max_synthetic_pairs`), acceptance_rate, sizes (prompts by the size of their largest
-    group from 0, unknown, to n), chosen_length and rejected_length (mean tokens), calibration (see `calibrate`).
+    `judge` is None where `pairing` needs none. The draws are keyed by (seed, row). Report: prompts, accepted,
+    unsure, unanimous, tied, pairs (after `max_synthetic_pairs`), acceptance_rate, sizes (prompts by the size of
+    their largest group from 0, unknown, to n), chosen_length and rejected_length (mean tokens), calibration (see
+    `calibrate`).
     """
     choices, needed = [], num_needed(config.min_confidence, config.num_answers)
     groups: Sequence[list[int] | None] = [None] * len(answers)
@@ -262,8 +265,8 @@ def synthetic_pairs(
 def calibrate(
     config: RLPConfig, prompts: Sequence[str], texts: Sequence[Sequence[str]], judge: EquivalenceJudge
 ) -> dict[str, list[int]]:
-    """Rule -> prompts by the size of their largest group, from 0 to n, all answers compared; of the rule of the run, of
-    strict and of lax. Warns where that of the run leaves hardly a prompt."""
+    """For the rule of the run, strict and lax: the number of prompts by the size of their largest group, from 0 to
+    n, with all answers compared. Warns where the rule of the run accepts hardly any prompt."""
     needed, sizes = num_needed(config.min_confidence, config.num_answers), {}
     for rule in dict.fromkeys((config.clustering, "strict", "lax")):
         largest = Counter(
@@ -273,9 +276,9 @@ def calibrate(
     # Unanimous prompts give no pair either.
     shares = {rule: sum(counts[needed:-1]) / max(1, len(prompts)) for rule, counts in sizes.items()}
     told = ", ".join(f"{rule} {100 * share:.1f} %" for rule, share in shares.items())
-    log.info("spg: of the first %d prompts these give a pair: %s", len(prompts), told)
+    log.info("spg: prompts among the first %d that give a pair: %s", len(prompts), told)
     if shares[config.clustering] < FEW:
-        log.warning("spg: clustering %s gives hardly a pair (%s); choose another rule", config.clustering, told)
+        log.warning("spg: clustering %s gives hardly any pair (%s); choose another rule", config.clustering, told)
     return sizes
 
 

@@ -1,20 +1,21 @@
 """RLP-UML: a reward model whose representation is trained on views (Lang et al. 2024, arXiv 2403.19279, section 4.2).
 
-Two different answers of the policy to one prompt are its views v1, v2. Of what the score head reads of a view, h, two
-networks make a Gaussian latent, z ~ N(mean(h), std(h)^2); beside the pairs the reward model minimises
+Two different answers of the policy to one prompt are its views v1, v2. From the hidden state h of a view that the score
+head reads, two networks compute a Gaussian latent z ~ N(mean(h), std(h)^2). In addition to the loss on pairs, the
+reward model minimises
 
     lambda L_M,   L_M = mean over prompts of -I(z1; z2) + beta SKL(p(z|v1), p(z|v2))
 
 the multi-view information bottleneck (Federici et al. 2020, arXiv 2002.07017, eq. 4): features that two answers share
 are kept, others are not. I is the Jensen-Shannon estimate of mutual information (Hjelm et al. 2019, arXiv 1808.06670,
-eq. 4), with a critic T that is trained along:
+eq. 4), with a critic T that is trained at the same time:
 
     I = mean -softplus(-T(z1_i, z2_i)) - mean over j != i of softplus(T(z1_j, z2_i)),   between -log 4 and 0
 
-and SKL is the mean of the two directed KLs, in closed form. Heads and critic are thrown away afterwards.
+and SKL is the mean of the two directed KLs, in closed form. Heads and critic are discarded afterwards.
 
 The paper does not give the position of h (here the last token, which the score reads), the sizes of the networks, the
-negatives, a learning rate of their own, or a schedule of beta: those are keys of RLPConfig. Constant beta 1 ("paper")
+negatives, their learning rate, or a schedule of beta; these are keys of RLPConfig. Constant beta 1 ("paper")
 collapses: I ends at -log 4, no information. The ramp ("robust") is ours.
 """
 
@@ -36,10 +37,10 @@ from fastrlhf.types import Segment
 from fastrlhf_kernels import LossOutput, Metric, Sum
 
 ORDER_STREAM, PAIR_STREAM, NOISE_STREAM = 11, 12, 13
-"""Of the prompts of a step, of the two views of a prompt, of the noise of a latent."""
+"""Streams of the random draws: prompts of a step, the two views of a prompt, noise of a latent."""
 
 INACTIVE = -1.36
-"""Below this, I is that of a critic that tells nothing apart, -log 4 = -1.386."""
+"""Below this, I is close to -log 4 = -1.386, the value of a critic that distinguishes nothing."""
 
 CONTRAST_TEMPERATURE = 0.1
 
@@ -54,7 +55,7 @@ class Gaussian(NamedTuple):
 
 
 class ViewHeads(nn.Module):
-    """The two networks of the latents and the critic, float32, their weights a function of the seed alone."""
+    """The two networks of the latents and the critic, in float32; their initial weights depend on the seed alone."""
 
     def __init__(self, config: RLPConfig, hidden_size: int, device: torch.device) -> None:
         super().__init__()
@@ -90,8 +91,8 @@ def symmetrised_kl(first: Gaussian, second: Gaussian) -> Tensor:
 
 
 def jensen_shannon(scores: Tensor, negatives: str = "all") -> Tensor:
-    """[B]: what each column i of critic scores [B, B], T(z1_j, z2_i), adds to I. `negatives`: "all" others, or "roll",
-    the one before. Raises ValueError for a batch of one, which has no negative."""
+    """[B]: the contribution to I of each column i of the critic's scores [B, B], T(z1_j, z2_i). `negatives`: "all"
+    other prompts, or "roll", the previous one. Raises ValueError for a batch of one, which has no negative."""
     num = len(scores)
     require(num >= 2, "views_per_step", num, "at least 2 prompts: the others are a view's negatives")
     positive = -F.softplus(-scores.diagonal())
@@ -112,11 +113,12 @@ def info_nce(first: Tensor, second: Tensor) -> Tensor:
 def view_loss(
     config: RLPConfig, heads: ViewHeads, hidden: Tensor, noise: Tensor, *, beta: float, num_views: float
 ) -> LossOutput:
-    """L_M of hidden states [2B, D], a prompt's two views one after the other, and standard normal noise [2B, L].
+    """L_M of hidden states [2B, D], in which the two views of a prompt are neighbours, with standard normal noise [2B,
+    L].
 
-    A sum over the B prompts, all that there are negatives among, divided by `num_views`. Metrics are sums: views, jsd,
-    skl, mutual_information (nats; the estimate of Federici et al., logged and not trained), std and mean_square (per
-    dimension of a latent).
+    The loss is a sum over the B prompts, which are each other's negatives, divided by `num_views`. Metrics are sums:
+    views, jsd, skl, mutual_information (nats; the estimate of Federici et al., logged and not trained), std and
+    mean_square (per dimension of a latent).
     """
     latent = heads(hidden)
     sample = latent.mean + latent.log_std.exp() * noise
@@ -146,14 +148,14 @@ def beta_at(config: RLPConfig, step: int, num_steps: int) -> float:
 
 
 def is_active(jsd: Sequence[float]) -> bool:
-    """Whether I, step by step, is above `INACTIVE` over the last tenth of a run; else the views trained nothing."""
+    """Whether the mean of I over the last tenth of a run is above `INACTIVE`; otherwise the views had no effect."""
     last = jsd[-max(1, len(jsd) // 10) :]
     return sum(last) / len(last) > INACTIVE
 
 
 @dataclass(frozen=True, kw_only=True)
 class Views:
-    """Answers as the second objective of a reward model."""
+    """Answers whose views are the second objective of a reward model."""
 
     config: RLPConfig
     answers: Sequence[Answers]
@@ -178,7 +180,7 @@ class Views:
 
 @dataclass(frozen=True, kw_only=True)
 class ViewObjective:
-    """What a training loop asks for at every step: the views, and their loss."""
+    """The views of every step and their loss."""
 
     config: RLPConfig
     answers: Sequence[Answers]
@@ -186,8 +188,8 @@ class ViewObjective:
     num_steps: int
 
     def draw(self, step: int) -> list[list[Segment]]:
-        """The trees of two views of `views_per_step` different prompts; every prompt once before any is drawn again,
-        but for a rest of less than a step."""
+        """Draws `views_per_step` different prompts and two views of each, as trees. Every prompt is drawn once
+        before any is drawn again, except for a remainder smaller than a step."""
         trees = []
         for epoch, i in self._prompts(step):
             answers = self.answers[i]
@@ -197,7 +199,7 @@ class ViewObjective:
         return trees
 
     def loss(self, hidden: Tensor, step: int) -> LossOutput:
-        """lambda L_M of the last hidden states [2B, D] of what `draw` gave for this step."""
+        """lambda L_M of the last hidden states [2B, D] of the views that `draw` returned for this step."""
         noise = np.concatenate(
             [
                 np.random.default_rng([self.config.seed, NOISE_STREAM, step, self.answers[i].row]).standard_normal(
@@ -224,7 +226,7 @@ class ViewObjective:
         return beta_at(self.config, step, self.num_steps)
 
     def _prompts(self, step: int) -> list[tuple[int, int]]:
-        """(epoch, index of the answers) of every prompt of a step."""
+        """(epoch, index into the answers) of every prompt of a step."""
         size = self.config.views_per_step
         epoch, batch = divmod(step, len(self.answers) // size)
         order = np.random.default_rng([self.config.seed, ORDER_STREAM, epoch]).permutation(len(self.answers))
@@ -232,7 +234,7 @@ class ViewObjective:
 
 
 def _mutual_information(scores: Tensor) -> Tensor:
-    """Nats, of a critic trained to the optimum: mean T(positive) - mean exp T(negative) + 1."""
+    """Mutual information in nats, exact for an optimal critic: mean T(positive) - mean exp T(negative) + 1."""
     num = len(scores)
     ratios = scores.clamp(max=20).exp()
     return scores.diagonal().mean() - (ratios.sum() - ratios.diagonal().sum()) / (num * (num - 1)) + 1

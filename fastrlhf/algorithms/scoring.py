@@ -1,4 +1,4 @@
-"""One number per response of many trees, by a model in packs: what is computed once, before training."""
+"""One number per response of many trees, computed by a model in packs, once before training."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from fastrlhf.runtime.progress import watched
 from fastrlhf.types import PackedBatch, Segment
 
 Tree = Sequence[Segment]
-"""Of one example: its prompt and the responses that hang on it; or the responses with the prompt in each."""
+"""The segments of one example: its prompt and the responses attached to it, or responses that each contain the
+prompt."""
 
 
 @torch.no_grad()
@@ -46,7 +47,7 @@ def per_response(
     values = [by_tree[i] for i in range(len(trees))]
     bad = next((i for i, value in enumerate(values) if not bool(value.isfinite().all())), None)
     if bad is not None:
-        raise ValueError(f"{field}: what it gives for example {bad} is not finite; the model is broken")
+        raise ValueError(f"{field}: its output for example {bad} is not finite; the model is broken")
     return values
 
 
@@ -65,7 +66,7 @@ def num_responses(tree: Tree) -> int:
 
 
 def reward_scores(config: DPOConfig, trees: Sequence[Tree], tokenizer: PreTrainedTokenizerBase) -> list[Tensor]:
-    """Scores [K] of the responses of every tree by `reward_model_path`, which is loaded, used and freed."""
+    """Scores [K] of the responses of every tree by `reward_model_path`, The model is loaded, used and freed here."""
     check_same_tokenizer("reward_model_path", config.reward_model_path, tokenizer, config, required=False)
     model = load_reward_model(
         config.reward_model_path,

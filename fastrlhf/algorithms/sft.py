@@ -29,7 +29,7 @@ from fastrlhf.types import Example, Segment, TokenizedExample
 def train_sft(
     config: SFTConfig, examples: Sequence[Example] | None = None, eval_examples: Sequence[Example] | None = None
 ) -> TrainResult:
-    """Trains `config.model_name_or_path` to write `config.response`; `examples` stand in for the configured dataset.
+    """Trains `config.model_name_or_path` to write `config.response`; `examples` replace the configured dataset.
 
     Metrics per step: loss (nats per trained token), grad_norm, learning_rate, num_tokens (of the packs). Raises
     ValueError for bad input before any time is spent.
@@ -77,7 +77,7 @@ def evaluate(model: PreTrainedModel, segments: Sequence[Segment], micro_batch_to
 
 
 def to_segment(example: TokenizedExample, config: SFTConfig) -> Segment:
-    """The sequence that a row is trained as."""
+    """The sequence of a row: prompt and response."""
     response = getattr(example, config.response)
     token_ids = [*example.prompt, *response]
     return Segment(token_ids=token_ids, num_scored=len(response) if config.completion_only_loss else len(token_ids) - 1)

@@ -137,8 +137,8 @@ def from_all(value: T) -> list[T]:
 
 
 def compare(mine: Mapping[str, object], what: str) -> None:
-    """Raises ValueError, on every rank, where a rank has another value under a key than rank 0: `what` says of what
-    kind these are. Every rank must ask."""
+    """Raises ValueError on every rank where a rank and rank 0 have different values under a key; `what` names the
+    kind of values in the message. Every rank must call."""
     if world_size() == 1:
         return
     first, *others = from_all((socket.gethostname(), dict(mine)))
@@ -153,8 +153,9 @@ def compare(mine: Mapping[str, object], what: str) -> None:
 
 
 def failed_together(error: BaseException, step: int) -> bool:
-    """Whether every rank has raised the same error in the same step, so that they can still exchange anything: errors
-    of `on_first` and `on_each`, and those of numbers that all ranks share. A rank that fails alone waits `PATIENCE`."""
+    """Whether every rank has raised the same error in the same step, so that ranks can still communicate. This holds
+    for errors of `on_first` and `on_each` and for errors about numbers that all ranks share. A rank that fails alone
+    waits `PATIENCE` seconds."""
     if world_size() == 1:
         return True
     digest = hashlib.sha256(f"{step} {type(error).__name__} {error}".encode()).hexdigest()
@@ -167,7 +168,7 @@ def failed_together(error: BaseException, step: int) -> bool:
             if time.monotonic() > deadline:
                 return False
             time.sleep(0.05)
-    except Exception:  # the process that keeps the store is gone, and with it the run
+    except Exception:  # the process with the store has ended, and so has the run
         return False
     return True
 

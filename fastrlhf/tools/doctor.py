@@ -1,5 +1,4 @@
-"""Is this machine fit to train on: versions, devices, paths of the kernels, attention, disk. The lines to paste into a
-bug report.
+"""Checks of this machine: versions, devices, paths of the kernels, attention, disk. Paste its lines into a bug report.
 
 `fastrlhf doctor [OUTPUT_DIR]`
 """
@@ -24,12 +23,12 @@ from fastrlhf_kernels import _triton
 
 GIB = 2**30
 OLDEST = {"torch": "2.11", "triton": "3.6", "transformers": "5.17"}
-"""Of each, the oldest version that is tested (pyproject.toml)."""
+"""Package -> oldest version that is tested (pyproject.toml)."""
 NEEDED = ("transformers", "tokenizers", "datasets", "safetensors", "peft", "tyro", "pyyaml", "tqdm", "jinja2")
-"""By the commands; the losses need none."""
+"""Packages that the commands need; the losses alone need none of them."""
 OPTIONAL = ("bitsandbytes", "flash-attn", "flash-attn-4", "liger-kernel", "vllm", "tensorboard", "wandb")
 LEAST_CAPABILITY = (8, 0)
-"""Of a GPU that has bfloat16, for which the kernels are compiled in the tests."""
+"""Oldest compute capability with bfloat16; the tests compile the kernels for it."""
 LEAST_FREE = 10 * GIB
 
 
@@ -42,7 +41,7 @@ class Finding:
 
 
 def examine(output_dir: str = ".") -> list[Finding]:
-    """Everything, in a fixed order. Nothing is fetched, nothing is written, and no check that fails ends the others."""
+    """Runs all checks in a fixed order. Nothing is fetched or written, and a failing check does not stop the others."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return [
         *_versions(),
@@ -55,7 +54,7 @@ def examine(output_dir: str = ".") -> list[Finding]:
 
 
 def format_findings(findings: list[Finding]) -> str:
-    """One line each, and a last one that counts."""
+    """One line per finding, and a last line with their counts."""
     width = max(len(finding.name) for finding in findings)
     lines = [
         f"{finding.level:7}  {finding.name:{width}}  {finding.text}{f'; {finding.mend}' if finding.mend else ''}"
@@ -131,7 +130,7 @@ def _kernels(device: torch.device) -> Iterator[Finding]:
     for check in CHECKS:
         try:
             outcome = check_op(check, device)
-        except Exception as error:  # whatever a driver or a compiler may raise is what we are here to show
+        except Exception as error:  # any error of a driver or a compiler is a finding
             told = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
             yield Finding(level="broken", name=check.op, text=told, mend="report it with these lines")
             continue
@@ -146,7 +145,8 @@ def _kernels(device: torch.device) -> Iterator[Finding]:
 
 
 def _attention(device: torch.device) -> Iterator[Finding]:
-    """Which backend, and whether sequences of a pack stay apart, on a two-layer model made here."""
+    """Which backend computes attention, and whether it isolates the sequences of a pack, on a two-layer model made
+    here."""
     try:
         from transformers import LlamaConfig
 
@@ -175,13 +175,13 @@ def _attention(device: torch.device) -> Iterator[Finding]:
 
 
 def _cache_dir() -> Path:
-    """Where the hub's files are kept."""
+    """Folder of the files that were fetched from the hub."""
     home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
     return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
 
 
 def _disk(name: str, folder: Path) -> Finding:
-    """Free space where the folder is, or would be made."""
+    """Free space on the disk of the folder, whether or not the folder exists yet."""
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not os.access(there, os.W_OK | os.X_OK) or not there.is_dir():
         mend = {"cache": "set HF_HOME to a folder of yours", "output": "choose another output_dir"}[name]

@@ -1,7 +1,7 @@
-"""The rows as the model will see them: every token with the role that it has in training.
+"""Shows the rows as the model will see them: every token with its role in training.
 
-Loading, tokenising, packing and the draws of resets are the trainers' own (tools/plan/work.py). A tokenizer is needed,
-a model is not.
+Loading, tokenising, packing and the draws of resets are those of the trainers (tools/plan/work.py). Only a tokenizer is
+needed, no model.
 
 `fastrlhf inspect --config FILE [--command dpo] [--num 5] [--html PAGE]`
 """
@@ -33,7 +33,7 @@ ROLES = {
     "masked": "of a response, but not trained",
     "score": "the last one: the reward model scores here",
 }
-"""What a token may be."""
+"""Roles that a token can have."""
 
 ANSI = {"prompt": "2", "reset": "33", "trained": "32", "eos": "1;35", "masked": "36", "score": "1;35"}
 """Role -> its colour in a terminal (select graphic rendition)."""
@@ -44,7 +44,7 @@ class Line:
     """One segment of a pack."""
 
     name: str
-    """What it is: prompt, chosen, ..."""
+    """What the segment is: prompt, chosen, ..."""
     tokens: list[tuple[str, int]]
     """(role, id), in order"""
     note: str = ""
@@ -52,7 +52,7 @@ class Line:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One item of a batch: a sequence, a pair, a group, or where an episode starts."""
+    """One item of a batch: a sequence, a pair, a group, or the prefix of an episode."""
 
     title: str
     lines: list[Line]
@@ -62,14 +62,14 @@ class Row:
 class Inspection:
     tokenizer: PreTrainedTokenizerBase
     facts: list[str]
-    """Counts over the whole training data, and of the first step."""
+    """Counts of the training data and of the first step."""
     rows: list[Row]
 
 
 def inspect_rows(config: TrainConfig, num: int) -> Inspection:
-    """The first `num` rows (episodes, of an on-policy run) in the order in which the run draws them.
+    """The first `num` rows (episodes in on-policy runs) in the order in which the run draws them.
 
-    Raises ValueError as the trainer would: for a bad path, a bad row, or a row that fits no micro-batch.
+    Raises ValueError as the trainer would: for a bad path, a bad row, or a row that does not fit a micro-batch.
     """
     require(num >= 1, "num", num, "at least 1")
     work = open_work(config, most_batches=-(-num // config.batch_size))
@@ -92,7 +92,7 @@ def inspect_rows(config: TrainConfig, num: int) -> Inspection:
 
 
 def format_text(inspection: Inspection, *, colour: bool) -> str:
-    """For a terminal: a line per run of tokens of one role. Control characters are written out, as \\x1b."""
+    """Text for a terminal: a line per run of tokens with the same role. Control characters are escaped, e.g. \\x1b."""
 
     def paint(role: str, text: str) -> str:
         return f"\033[{ANSI[role]}m{text}\033[0m" if colour else text
@@ -114,7 +114,7 @@ def format_text(inspection: Inspection, *, colour: bool) -> str:
 
 
 def format_html(inspection: Inspection, title: str) -> str:
-    """One self-contained page: every token in the colour of its role, its id where the mouse rests on it."""
+    """One self-contained page: every token has the colour of its role, and the mouse shows its id."""
     legend = "".join(f'<span class="{role}">{role}</span> {told}<br>' for role, told in ROLES.items())
     sections = [("What the colours mean", f'<p class="tokens">{legend}</p>')]
     for row in inspection.rows:
@@ -186,7 +186,7 @@ def _row(config: TrainConfig, example: TokenizedExample, tree: Tree, ends: Seque
 
 
 def _names(config: TrainConfig) -> Iterator[str]:
-    """Of the leaves of a tree, in order."""
+    """Names of the leaves of a tree, in order."""
     if isinstance(config, SFTConfig):
         return iter([f"prompt and {config.response}"])
     if isinstance(config, DPOConfig) and config.psi_backend == "groupwise":
@@ -218,7 +218,7 @@ def _describe_step(config: TrainConfig, trees: Sequence[Tree], steps: int) -> st
 
 
 def _printable(text: str) -> list[str]:
-    """The lines of a text, each ending in the \\n that it ended in, with every control character written out."""
+    """The lines of a text, each with its \\n at the end; all other control characters are escaped."""
     shown = text.replace("\n", "\\n\n")
     if shown.endswith("\n"):
         shown = shown[:-1]

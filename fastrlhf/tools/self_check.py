@@ -1,7 +1,8 @@
-"""Every op of fastrlhf_kernels on small inputs, on the path that it takes here, against its definition in float64.
+"""Compares every op of fastrlhf_kernels with its definition in float64, on small inputs and on the path that it takes
+on this machine.
 
-The tests hold the ops to tighter bounds on many more inputs; this is to catch a machine: a broken driver, a Triton that
-does not compile here, products in TF32.
+The tests check tighter bounds on many more inputs. This check finds faults of a machine: a broken driver, a Triton
+that does not compile, products in TF32.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from fastrlhf_kernels._triton import use_triton
 T, V, D = 96, 301, 64
 
 TOLERANCE = 1e-4
-"""Float32 makes errors of about 1e-6 here; products in TF32, which keep 10 bits, of about 1e-3."""
+"""Bound of the error. Float32 gives about 1e-6 here; products in TF32, which keep 10 bits, give about 1e-3."""
 
 HEAD = ("hidden", "weight")
 PAIRS = ("reference_logprob", "cu_seqlens", "mask")
@@ -30,10 +31,10 @@ EPISODES = ("sampler_logprob", "advantage", "mask")
 class Check:
     op: str
     arguments: tuple[str, ...]
-    """By position, of `_inputs`; the first is what the gradient is taken by."""
+    """Positional arguments, as names of `_inputs`; the gradient is taken with respect to the first."""
     options: dict[str, Any]
     read: Callable[[Any], Tensor]
-    """The number or numbers to compare, of what the op or its reference returns."""
+    """Takes the numbers to compare from the result of the op or of its reference."""
 
 
 def _loss(output: Any) -> Tensor:
@@ -84,18 +85,18 @@ class Outcome:
     path: str
     """triton or torch"""
     error: float
-    """Nats, the largest of a row of the result or of the loss"""
+    """Largest error of a row of the result or of the loss, in nats"""
     gradient_error: float | None
-    """Of the gradient, relative to its largest element; None where the op has none"""
+    """Largest error of the gradient relative to its largest element; None where the op has no gradient"""
 
     @property
     def is_good(self) -> bool:
-        # a NaN is not below anything
+        # False for NaN
         return self.error <= TOLERANCE and (self.gradient_error is None or self.gradient_error <= TOLERANCE)
 
 
 def check_op(check: Check, device: torch.device) -> Outcome:
-    """Runs one op and its reference. Raises whatever the op does where it cannot run here."""
+    """Runs one op and its reference. Errors of an op that cannot run here are raised as they are."""
     module = import_module(f"fastrlhf_kernels.{check.op}")
     op, reference = getattr(module, check.op), getattr(module, f"{check.op}_reference")
     result, gradient = _run(op, check, device, torch.float32)
@@ -114,7 +115,7 @@ def check_op(check: Check, device: torch.device) -> Outcome:
 def _run(
     function: Callable[..., Any], check: Check, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
-    """Its result, and the gradient of the sum of that by the first argument, where it has one."""
+    """The result, and the gradient of its sum with respect to the first argument if there is one."""
     known = _inputs()
     inputs = [known[name].to(device, dtype if known[name].is_floating_point() else None) for name in check.arguments]
     leaf = inputs[0].requires_grad_(check.op != "gae")
@@ -124,7 +125,8 @@ def _run(
 
 
 def _inputs() -> dict[str, Tensor]:
-    """Float32 on the CPU, the same on every machine: a head of [V, D], and three pairs of sequences in T rows."""
+    """Float32 inputs, drawn on the CPU so that every machine has the same: a head [V, D] and three pairs of
+    sequences in T rows."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:

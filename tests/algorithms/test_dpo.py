@@ -277,7 +277,7 @@ def test_a_psi_that_is_none_is_told_before_anything_is_scored(model, monkeypatch
     monkeypatch.setattr(dpo, "open_policy", refuse)
     monkeypatch.setattr(dpo, "pair_probabilities", refuse)
     square = "tests.algorithms.test_psipo:square"
-    for psi, message in (("logits", "is none of identity"), (square, "is not odd about 1/2")):
+    for psi, message in (("logits", "is unknown; give identity"), (square, "is not odd about 1/2")):
         with pytest.raises(ValueError, match=message):
             train_dpo(config(model, loss_type="ipo", psi=psi), tiny.examples(8))
 

@@ -226,5 +226,5 @@ def test_psi_makes_the_reward_a_mean_preference_and_leaves_the_evaluation_in_sco
 def test_opponents_of_the_group_need_a_group_and_a_psi_a_name(paths):
     with pytest.raises(ValueError, match="num_generations: must be at least 2 where psi_opponents is rollouts"):
         config(paths, psi="identity", psi_opponents="rollouts")
-    with pytest.raises(ValueError, match=r"^psi: 'logits' is none of identity"):
+    with pytest.raises(ValueError, match=r"^psi: 'logits' is unknown; give identity"):
         train_ppo(config(paths, psi="logits"), tiny.examples(4))

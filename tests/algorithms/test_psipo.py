@@ -250,7 +250,7 @@ def test_smoothed_probabilities_by_hand():
     [
         (torch.logit, r"mine is not finite at 0, .* clip it, as clipped_logit"),
         (lambda q: (q - 0.3).abs(), r"mine must be non-decreasing; it falls from 0 to 0\.001"),
-        (lambda q: q.sum(), r"mine must give a tensor of the shape that it is given, \(1001,\)"),
+        (lambda q: q.sum(), r"mine must return a tensor of the shape of its argument, \(1001,\)"),
     ],
 )
 def test_a_function_that_is_no_psi_is_refused(function, message):
@@ -279,7 +279,9 @@ def test_a_psi_is_found_by_module_or_file(tmp_path):
     for name, reason in (("torch:nothing", "has no function"), ("no_such_module:f", "No module named")):
         with pytest.raises(ValueError, match=f"^psi: .*{reason}"):
             load_psi(name, 1.0)
-    with pytest.raises(ValueError, match=r"^psi: 'logits' is none of identity, logit, clipped_logit, module:function"):
+    with pytest.raises(
+        ValueError, match=r"^psi: 'logits' is unknown; give identity, logit, clipped_logit or module:function"
+    ):
         load_psi("logits", 1.0)
 
 

@@ -174,7 +174,7 @@ def test_the_new_head_depends_on_the_seed_alone(policy):
 
 
 def test_it_starts_from_a_model_and_from_nothing_else(policy):
-    with pytest.raises(ValueError, match="model_name_or_path: must be the model whose trunk"):
+    with pytest.raises(ValueError, match="model_name_or_path: must be the model whose backbone"):
         train_reward_model(RewardConfig(tokenizer_name_or_path=policy), tiny.examples(4))
     with pytest.raises(ValueError, match="model_config: must be empty"):
         train_reward_model(config(policy, model_config='{"model_type": "llama"}'), tiny.examples(4))

@@ -233,7 +233,7 @@ def test_calibration_reports_every_rule_in_full_and_warns_of_one_that_accepts_no
     judge = judge_of([[2, 1, 1, 0], [2, 2, 1, 0], [1, 1, 2, 0], [0, 0, 0, 2]])
     sizes = calibrate(CONFIG, ["p"] * 3, texts, judge)
     assert sizes == {"strict": [0, 3, 0, 0, 0], "lax": [0, 0, 3, 0, 0]}
-    assert "clustering strict gives hardly a pair (strict 0.0 %, lax 100.0 %)" in caplog.text
+    assert "clustering strict gives hardly any pair (strict 0.0 %, lax 100.0 %)" in caplog.text
     caplog.clear()
     calibrate(replace(CONFIG, clustering="lax"), ["p"] * 3, texts, judge)
     assert "hardly" not in caplog.text

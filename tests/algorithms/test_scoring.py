@@ -38,5 +38,5 @@ def test_a_number_that_is_not_finite_names_the_field_and_the_example():
     model = tiny.policy()
     broken = iter([torch.zeros(3), torch.tensor([0.0, float("nan"), 0.0])])
     two = [trees(True)[1]] * 2
-    with pytest.raises(ValueError, match=r"^reward_model_path: what it gives for example 1 is not finite"):
+    with pytest.raises(ValueError, match=r"^reward_model_path: its output for example 1 is not finite"):
         per_response(model, two, 12, lambda _: next(broken), "reward_model_path")

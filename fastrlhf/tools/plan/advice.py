@@ -1,4 +1,4 @@
-"""What `plan` says to a run that ran out of memory."""
+"""Advice of `plan` for a run that ran out of memory."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from fastrlhf.tools.plan.phases import GIB, readable
 from fastrlhf.tools.plan.plan import USABLE, plan_run
 
 SHARE = 0.8
-"""Of the peak by plan's count: what a change must come below where plan thought that the run would fit. Something that
-it does not count then takes the rest."""
+"""Where plan had counted that the run fits, a change must bring the peak below this share of the counted one: the
+rest of the memory is then taken by something that plan does not count."""
 
 
 def add_advice(error: Exception, config: TrainConfig) -> None:
-    """What `plan` thinks of it, as a note, once the tensors of the run are gone."""
+    """Adds the advice of `plan` to the error as a note, after the tensors of the run have been freed."""
     clear_frames(error.__traceback__)
     try:
         error.add_note(advise(config))
@@ -27,7 +27,7 @@ def add_advice(error: Exception, config: TrainConfig) -> None:
 
 def advise(config: TrainConfig) -> str:
     """The largest parts of the peak and the cheapest change, in one line. Raises ValueError as `plan_run` does."""
-    config = replace(config, device=str(resolve_device(config.device)))  # auto was this machine's, whatever its memory
+    config = replace(config, device=str(resolve_device(config.device)))  # auto meant the device of this machine
     plan = plan_run(config)
     worst = max(plan.phases, key=lambda phase: phase.total)
     largest = sorted(worst.parts.items(), key=lambda part: -part[1])[:3]

@@ -1,4 +1,4 @@
-"""The cheapest change of a configuration that makes a run fit."""
+"""Finds the cheapest change of a configuration with which a run fits into memory."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from fastrlhf.tools.plan.phases import Phase, count_phases, readable
 def cheapest_change(
     config: TrainConfig, rows: Rows, phases: Sequence[Phase], limit: int, *, is_cuda: bool, may_offload: bool
 ) -> str:
-    """The first change after which no phase takes more than `limit` bytes, in the order of `_bases`, each of them with
-    less side by side where it alone is not enough. Where none does, what the least of them needs. `phases` are those
-    of `config`; `may_offload`: the run has a GPU to take activations and frozen models from."""
+    """The first change after which no phase takes more than `limit` bytes. Changes are tried in the order of
+    `_bases`; where one is not enough, smaller micro-batches and rollout batches are tried on top of it. Where
+    nothing fits, the text says what the smallest configuration needs. `phases` are those of `config`; `may_offload`:
+    the run has a GPU to take activations and frozen models from."""
     least = max(phase.total for phase in phases)
 
     def totals(changed: TrainConfig) -> list[int]:
@@ -32,7 +33,7 @@ def cheapest_change(
         )
         least = min(least, *needs, *(max(totals(changed)) for changed in smaller[-1:]))
         if least > limit:
-            continue  # not even the smallest
+            continue  # even the smallest configuration is too large
         for changed in smaller:
             if (peak := max(totals(changed))) <= limit:
                 return f"the cheapest change that fits: {_told(config, changed)}: {readable(peak)}"
@@ -43,12 +44,12 @@ def cheapest_change(
 
 
 def _bases(config: TrainConfig, may_offload: bool) -> Iterator[TrainConfig]:
-    """Settings that save memory without being a number to turn down, the cheapest first, each on top of the one before.
+    """Settings that save memory, the cheapest first; each includes those before it.
 
-    To compute the reference's log-probs once costs nothing, to fetch frozen models from CPU memory a moment per update,
-    to compute activations again a third more time: none of these changes a number, nor do copies of what is then left
-    of activations. Moments in 8 bits and bfloat16 round; a LoRA trains something else. Several processes cannot
-    fetch models.
+    Computing the log-probs of the reference once costs nothing. Fetching frozen models from CPU memory takes a
+    moment per update, and recomputing activations a third more time. None of these changes a number, and neither
+    does offloading the remaining activations. 8-bit moments and bfloat16 round, and LoRA trains other parameters.
+    Several processes cannot offload models.
     """
     if isinstance(config, DPOConfig) and not config.precompute_ref_log_probs:
         config = replace(config, precompute_ref_log_probs=True)
@@ -70,7 +71,7 @@ def _bases(config: TrainConfig, may_offload: bool) -> Iterator[TrainConfig]:
 
 
 def _can_wait(config: TrainConfig) -> bool:
-    """Whether frozen models have weights of their own, which nothing reads while they would wait."""
+    """Whether frozen models have weights of their own that can be offloaded while nothing reads them."""
     if not isinstance(config, PPOConfig) or config.use_peft or world_size() > 1:
         return False
     try:
@@ -81,7 +82,7 @@ def _can_wait(config: TrainConfig) -> bool:
 
 
 def _smaller(config: TrainConfig, rows: Rows, *, rollout: bool, training: bool) -> list[TrainConfig]:
-    """Less side by side, in the phases that are too large; the least last."""
+    """Smaller micro-batches and rollout batches, for the phases that are too large; the smallest last."""
     packs = find_packs(config, rows)
     settings = [config]
     if training:

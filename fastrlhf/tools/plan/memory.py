@@ -2,8 +2,8 @@
 
 The trainer's own forward runs on fake tensors (torch.FakeTensorMode): they have shapes, dtypes and storages of a size,
 and no data. Every storage that an operator returns is counted from its birth to its death, so saved activations,
-gradients and temporaries are those of the real pass, of any architecture. What an operator holds inside itself is not
-seen; for the blocks of logits of `linear_logprob`, the largest of these, the file of that op has a formula.
+gradients and temporaries are those of the real pass, of any architecture. Memory inside an operator is not seen; the
+largest such part, the blocks of logits of `linear_logprob`, is counted by a formula in the file of that op.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 TRITON_PART = 128 * 2**20
-"""Bytes of the part of the logits' gradient that the Triton path of linear_logprob stores."""
+"""Bytes of the logits' gradient that the Triton path of linear_logprob stores at a time."""
 
 ELSEWHERE = torch.device("meta")
-"""Where what a run keeps in the CPU's memory is here: not on the device whose bytes are counted."""
+"""Fake device that stands for CPU memory; its bytes are not counted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,19 +52,19 @@ class FakeModel:
 
     model: PreTrainedModel
     num_parameters: int
-    """Tied ones once."""
+    """Number of parameters; tied ones count once."""
     num_bytes: int
-    """Of parameters and buffers."""
+    """Bytes of parameters and buffers."""
     num_trained: int
-    """Parameters that have gradients."""
+    """Number of parameters that are trained."""
     gradient_bytes: int
 
 
 @dataclass(kw_only=True)
 class Fakes:
-    """Fake models of one run, all of one mode. `fakes.policy(model)` and `fakes.scorer(model)` make them of the models'
-    configurations. Where they are given the run's as well, they are as it trains them: with its adapter, or with the
-    one that `adapter` describes, of a role. `four_bit`: the backbone under it is in 4 bits."""
+    """Fake models of one run, made from the configurations of the models under one FakeTensorMode:
+    `fakes.policy(model)`, `fakes.scorer(model)`. With the configuration of the run they are as it trains them, with
+    its adapter or with the one that `adapter` describes. `four_bit`: the backbone under the adapter is in 4 bits."""
 
     dtype: str
     is_cuda: bool
@@ -82,7 +82,7 @@ class Fakes:
         adapter: LoraConfig | None = None,
         four_bit: bool = False,
     ) -> FakeModel:
-        """A causal LM."""
+        """A fake causal LM."""
         return self._made(
             lambda: AutoModelForCausalLM.from_config(model, dtype=DTYPES[self.dtype]), run, adapter, four_bit
         )
@@ -95,7 +95,7 @@ class Fakes:
         adapter: LoraConfig | None = None,
         four_bit: bool = False,
     ) -> FakeModel:
-        """The same backbone with one score, whose head is float32."""
+        """A fake sequence classifier with one score and a float32 head."""
         model = copy.deepcopy(model)
         model.num_labels = 1
 
@@ -114,7 +114,7 @@ class Fakes:
         adapter: LoraConfig | None,
         four_bit: bool,
     ) -> FakeModel:
-        """On the meta device first, where peft can move its layers; fake tensors cannot be moved."""
+        """Adapters are added on the meta device, because peft moves layers and fake tensors cannot be moved."""
         with torch.device("meta"):
             model = make()
             if four_bit:
@@ -148,7 +148,7 @@ class Fakes:
         batch = self._faked(batch)
         models = [fake.model for fake in (*trained.values(), *([reference] if reference else []))]
         with self._counting(models) as tally:
-            for _ in range(min(num_packs, 2)):  # from the second on gradients are there; a third is like it
+            for _ in range(min(num_packs, 2)):  # gradients exist from the second pass on; a third is the same
                 for name, fake in trained.items():
                     output = _read(name, fake.model, batch)
                     if reference and name == "policy":
@@ -168,7 +168,7 @@ class Fakes:
         return tally.peak
 
     def prefill_peak(self, policy: FakeModel, batch: PackedBatch) -> int:
-        """The same of the backbone, with one row."""
+        """The same for a forward of the backbone, with one row."""
         one = torch.zeros(1, dtype=torch.int64)
         return self.forward_peak({"policy": policy}, replace(batch, rows=one, targets=one))
 
@@ -188,7 +188,7 @@ class Fakes:
 
 
 class _Tally(TorchDispatchMode):
-    """Counts the bytes of storages that live; those of `models` are known and count nothing."""
+    """Counts the bytes of live storages; the storages of `models` are excluded."""
 
     def __init__(self, models: Sequence[PreTrainedModel], is_cuda: bool) -> None:
         super().__init__()
@@ -221,8 +221,8 @@ class _Tally(TorchDispatchMode):
         self._now -= self._sizes.pop(key)
 
     def _workspace(self, name: str, args: Sequence[Any]) -> int:
-        """What an operator holds beyond its results: linear_logprob by the formula of its file, with blocks no larger
-        than the op, a product with a weight in 4 bits that weight in full."""
+        """Bytes that an operator holds beyond its results. For linear_logprob this is the formula of its file, with
+        blocks no larger than its input; for a product with a 4-bit weight, the dequantised weight."""
         if name.startswith("bitsandbytes.gemm_4bit"):
             return args[0].element_size() * math.prod(args[2])
         if not name.startswith("fastrlhf.linear_logprob"):
@@ -233,10 +233,10 @@ class _Tally(TorchDispatchMode):
         if self._is_cuda:
             return is_backward * (max(TRITON_PART, 4096 * num_rows) + 4 * num_rows * size)
         rows, columns = min(num_rows, CPU_BLOCK[0]), min(vocab, CPU_BLOCK[1])
-        # While the next block is made, the one before is there.
+        # The previous block still exists while the next one is made.
         held = 1 + (num_rows > rows or vocab > columns)
         is_cast, wants_entropy = weight.dtype != torch.float32, args[2] is not None if is_backward else args[9]
-        of_weight = is_cast + (is_backward and args[-2])  # a gradient that is asked for
+        of_weight = is_cast + (is_backward and args[-2])  # a gradient that is needed
         cast_up = 8 * num_rows * size if hidden.dtype != torch.float32 else 0
         return 4 * columns * (held * of_weight * size + (held + wants_entropy) * rows) + cast_up
 
@@ -266,7 +266,7 @@ def _num_parameters(parameter: Tensor) -> int:
 
 
 def _fake(x: Tensor) -> Tensor:
-    """In the mode that is on; a weight in 4 bits with its scales."""
+    """Fake copies under the active mode; a 4-bit weight includes its scales."""
     if not isinstance(x, torch.nn.Parameter):
         return torch.empty(x.shape, dtype=x.dtype)
     state = getattr(x, "quant_state", None)
@@ -280,7 +280,8 @@ def _fake(x: Tensor) -> Tensor:
 
 
 class Params4bit(FakeTensor):
-    """By this name peft knows a weight to dequantise, for the norms of DoRA; bitsandbytes' own cannot be fake."""
+    """peft recognises by this class name a weight that it must dequantise for the norms of DoRA; the class of
+    bitsandbytes cannot hold fake tensors."""
 
 
 def _tensors(part: Any) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
-"""The models of a run, without data: which there are, and what each holds that no other does.
+"""The models of a run without data, and the bytes that each adds.
 
-Roles that are adapters are made of the settings beside their weights; that they belong to the policy's base is for the
-run to check.
+Roles that are adapters are made from the settings beside their weights. Whether they fit the policy's base is
+checked by the run.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ DPO_NAMES = {"dpo_model_path": "DPO model", "dpo_ref_model_path": "DPO reference
 @dataclass(kw_only=True)
 class Models:
     start: PretrainedConfig
-    """Of the model that the run starts from."""
+    """Configuration of the model that the run starts from."""
     trained: dict[str, FakeModel] = dataclasses.field(default_factory=dict)
-    """By "policy", "scorer" or "critic"."""
+    """Trained models by "policy", "scorer" or "critic"."""
     frozen: dict[str, FakeModel] = dataclasses.field(default_factory=dict)
-    """By what they are called in a plan."""
+    """Frozen models by their names in a plan."""
     own: dict[str, int] = dataclasses.field(default_factory=dict)
-    """Bytes of weights by the same names: what no model told before them has; 0 where that is nothing."""
+    """Bytes of weights by the same names, without the weights shared with earlier models."""
 
 
 def open_models(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, fakes: Fakes) -> Models:
-    """Raises ValueError, as the run would, for a model that is not there or that its keys do not fit."""
+    """Raises ValueError, as the run would, for a missing model or one that does not fit the keys."""
     start = _model_config(config, config.model_name_or_path, "model_name_or_path", tokenizer)
     models = Models(start=start)
     name, make = ("scorer", fakes.scorer) if isinstance(config, RewardConfig) else ("policy", fakes.policy)
@@ -97,7 +97,7 @@ def _freeze(models: Models, name: str, fake: FakeModel, shares: bool = False) ->
 
 
 def _model_config(config: TrainConfig, source: str, field: str, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
-    """Of a model as the run will open it: its vocabulary is at least the tokenizer's."""
+    """The configuration of a model as the run will open it: its vocabulary is at least the tokenizer's."""
     if config.model_config and field == "model_name_or_path":
         require(not config.use_peft, "use_peft", True, "false: a model from scratch has no weights to adapt")
         fields = parse_model_config(config.model_config)

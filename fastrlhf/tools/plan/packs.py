@@ -1,7 +1,7 @@
-"""What a run is planned by: the rows of its steps, and the packs that its trainer makes of them.
+"""Rows of the steps of a run, and the packs that its trainer makes of them.
 
-Rows are read and tokenised as the run will; of a dataset of the hub, which is not fetched for this, rows of
-`max_length` are assumed. Responses are taken to be as long as `response_length` allows.
+Rows are read and tokenised as in the run. A hub dataset is not fetched: its rows are assumed to have `max_length`
+tokens. Responses are assumed to have `response_length` tokens.
 """
 
 from __future__ import annotations
@@ -21,18 +21,19 @@ from fastrlhf.tools.plan.work import open_work, to_tree
 from fastrlhf.types import PackedBatch, Prefix, Rollout, TokenizedExample
 
 MOST_BATCHES = 200
-"""Steps whose packs are looked at for the largest one; of on-policy runs, whose packs cost more to make, a tenth."""
+"""Number of steps among whose packs the largest is sought; a tenth of it in on-policy runs, whose packs take longer
+to make."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """What the steps are made of; it does not depend on the settings that `_changes` varies."""
+    """Content of the steps; it does not depend on the settings that tools/plan/changes.py varies."""
 
     tokenizer: PreTrainedTokenizerBase
     examples: list[TokenizedExample]
     batches: list[list[int]]
     steps: int | None
-    """None where the size of the dataset is not known and the steps depend on it."""
+    """None where the steps depend on the size of the dataset and that is unknown."""
     note: str
 
 
@@ -40,11 +41,11 @@ class Rows:
 class Packs:
     largest: PackedBatch
     num_packs: int
-    """Of a step, at most."""
+    """Largest number in a step."""
     longest: int
-    """Tokens of an item that no micro-batch may cut."""
+    """Tokens of the largest item that a micro-batch must hold whole."""
     tokens_per_step: float
-    """Computed in one pass over the batch."""
+    """Tokens that one pass over the batch computes."""
 
 
 def read_rows(config: TrainConfig) -> Rows:
@@ -71,7 +72,7 @@ def read_rows(config: TrainConfig) -> Rows:
 
 
 def _assumed(config: TrainConfig) -> TokenizedExample:
-    """A row of `max_length` tokens; of a pair, prompt and both responses together."""
+    """A row of `max_length` tokens; in a pair, the prompt and both responses together have that length."""
     if isinstance(config, PPOConfig):
         return TokenizedExample(prompt=[0] * (config.max_length - config.response_length), row=0)
     part = max(1, config.max_length // 4)
@@ -122,7 +123,8 @@ def _on_policy_packs(config: PPOConfig, rows: Rows) -> Packs:
 
 
 def _whole(config: PPOConfig, example: TokenizedExample) -> Rollout:
-    """An episode from the prompt that uses up its budget. A reset would leave it as long, with fewer trained tokens."""
+    """An episode that starts at the prompt and uses its whole budget. With a reset it would be as long, with fewer
+    trained tokens."""
     length = config.response_length
     return Rollout(
         prefix=Prefix(token_ids=example.prompt, num_reset=0, row=example.row, episode=0),

@@ -1,10 +1,10 @@
-"""The parts of a step, and what each holds in memory at its worst moment.
+"""The parts of a step and the memory that each needs at its peak.
 
-Weights, gradients and optimiser state are counted on the models' configurations, activations by running the trainer's
-forward and backward on tensors without data (tools/plan/memory.py), the rollout's cache by its shape.
+Weights, gradients and optimiser state are counted from the configurations of the models, activations by running the
+trainer's forward and backward on tensors without data (tools/plan/memory.py), and the rollout's cache from its shape.
 
-Not counted: what a fragmented allocator wastes, the workspaces of cuBLAS and of attention, the dataset itself, and the
-Python process with its libraries (0.3 to 0.5 GiB of a CPU's memory; the CUDA context, of a GPU's).
+Not counted: fragmentation of the allocator, workspaces of cuBLAS and of attention, the dataset, and the Python
+process with its libraries (0.3 to 0.5 GiB of CPU memory; on a GPU the CUDA context).
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ GIB = 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """A part of a step, and what is in memory at its worst moment."""
+    """A part of a step, and the content of memory at its peak."""
 
     name: str
     parts: dict[str, int]
-    """What -> bytes"""
+    """Content -> bytes"""
 
     @property
     def total(self) -> int:
@@ -49,8 +49,8 @@ def readable(size: int) -> str:
 def count_phases(config: TrainConfig, rows: Rows, *, is_cuda: bool) -> tuple[list[Phase], list[str]]:
     """The phases, the rollout first where there is one, and facts: steps, tokens and parameters.
 
-    With `ref_reward_offload` the frozen models are on the device in the phases that ask them alone. Raises ValueError,
-    as the run would, for a model that is not there or that its keys do not fit.
+    With `ref_reward_offload` the frozen models are on the device only in the phases that use them. Raises
+    ValueError, as the run would, for a missing model or one that does not fit the keys.
     """
     packs = find_packs(config, rows)
     fakes = Fakes.of(config.dtype, is_cuda)
@@ -118,7 +118,7 @@ def count_phases(config: TrainConfig, rows: Rows, *, is_cuda: bool) -> tuple[lis
 
 
 def _optimiser(config: TrainConfig, trained: Iterable[FakeModel]) -> tuple[dict[str, int], int, dict[str, int]]:
-    """Bytes of the moments, of the float32 copies, and of what an update makes and drops again."""
+    """Bytes of the moments, of the float32 copies, and of the temporaries of an update."""
     in_float32 = in_8_bits = copies = update = 0
     keeps_copies = config.master_weights == "float32"
     for fake in trained:
@@ -128,7 +128,7 @@ def _optimiser(config: TrainConfig, trained: Iterable[FakeModel]) -> tuple[dict[
             in_8_bits += sum(2 * size + 8 * -(-size // 256) for size in sizes) if small else 0
             copied = [param.numel() for _, param in params if param.dtype != torch.float32]
             copies += 4 * sum(copied) if keeps_copies else 0
-            # Without copies, the weights as well, and of one tensor its noise and its new values.
+            # Without copies: the weights too, and the noise and the new values of one tensor.
             update = max(update, 4 * sum(copied) if keeps_copies else 8 * sum(copied) + 6 * max(copied, default=0))
     made = "gradients in float32" if keeps_copies else "gradients and weights in float32, noise"
     moments = {"optimiser state (float32, two per parameter)": in_float32, "optimiser state (8 bits)": in_8_bits}
@@ -136,15 +136,15 @@ def _optimiser(config: TrainConfig, trained: Iterable[FakeModel]) -> tuple[dict[
 
 
 def _inputs_of_layers(fake: FakeModel, num_tokens: int) -> int:
-    """Bytes of pinned memory, in powers of 2 as torch takes it."""
+    """Bytes of pinned memory; torch allocates it in powers of 2."""
     text = fake.model.config.get_text_config()
     size = num_tokens * text.hidden_size * fake.model.dtype.itemsize
     return text.num_hidden_layers * 2 ** math.ceil(math.log2(size))
 
 
 def _rollout(config: PPOConfig, rows: Rows, fakes: Fakes, model: PretrainedConfig, policy: FakeModel) -> Phase:
-    """Generation of `rollout_batch_size` episodes, beyond the weights: prefilled a micro-batch at a time, then one
-    token each."""
+    """Generation of `rollout_batch_size` episodes, without the weights: prefilled one micro-batch at a time, then
+    one token per episode and step."""
     number = min(config.rollout_batch_size, config.batch_size)
     width = max(len(rows.examples[i].prompt) for batch in rows.batches for i in batch)
     text = model.get_text_config()
@@ -153,9 +153,9 @@ def _rollout(config: PPOConfig, rows: Rows, fakes: Fakes, model: PretrainedConfi
     item = DTYPES[config.dtype].itemsize
     per_layer = 2 * heads * head_dim * item * number * rounded_up(width + config.response_length)
     prefilled = min(number, max(1, config.micro_batch_tokens // width))
-    # The keys of all: episodes of one prompt are prefilled together, and it counts once.
+    # The keys of all episodes; episodes of one prompt are prefilled together, and the prompt counts once.
     prefill = per_layer // 2 + fakes.prefill_peak(policy, pack([Segment(token_ids=range(width))] * prefilled))
-    # logits, and in float32: tempered, their log-softmax, its exponential and the cumulative sum of that
+    # the logits, and in float32 the tempered logits, their log-softmax, its exponential and the cumulative sum
     drawing = number * text.vocab_size * (item + 16)
     return Phase(
         name=f"{number:,} episodes of {width:,} + {config.response_length:,} tokens",

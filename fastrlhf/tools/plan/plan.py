@@ -1,7 +1,7 @@
-"""The memory and the steps of a run, before a weight is loaded. tools/plan/phases.py says what is counted,
-tools/plan/packs.py what the steps are made of, tools/plan/changes.py what would make it fit.
+"""Memory and steps of a run, known before a weight is loaded. tools/plan/phases.py lists what is counted,
+tools/plan/packs.py makes the steps, tools/plan/changes.py finds what makes a run fit.
 
-`fastrlhf plan --config FILE [--command drpo] [--memory_gib 80]`, which ends in 1 where the run does not fit
+`fastrlhf plan --config FILE [--command drpo] [--memory_gib 80]`, which exits with 1 if the run does not fit
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fastrlhf.tools.plan.packs import read_rows
 from fastrlhf.tools.plan.phases import GIB, Phase, count_phases, readable
 
 USABLE = 0.92
-"""Of a device's memory; the rest is for what is not counted."""
+"""Share of a device's memory that a run may fill; the rest is for what is not counted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class Plan:
     memory: int
     """Bytes of the device."""
     change: str = ""
-    """What makes it fit; empty where it does."""
+    """The change that makes the run fit; empty where it fits as it is."""
 
     @property
     def peak(self) -> int:
@@ -50,7 +50,7 @@ class Plan:
 def plan_run(config: TrainConfig, *, memory_gib: float = 0.0) -> Plan:
     """The plan of a run on this machine's device, or on one of `memory_gib` GiB.
 
-    Raises ValueError, as the run would, for a model, a tokenizer or a dataset that is not there.
+    Raises ValueError, as the run would, for a missing model, tokenizer or dataset.
     """
     require(memory_gib >= 0, "memory_gib", memory_gib, "at least 0")
     device = resolve_device(config.device)
@@ -62,8 +62,8 @@ def plan_run(config: TrainConfig, *, memory_gib: float = 0.0) -> Plan:
     if config.activation_offloading and not may_offload:
         check_offloading(device)
     if isinstance(config, PPOConfig) and not may_offload:
-        config = replace(config, ref_reward_offload=False)  # on a CPU, frozen models wait where they are
-    # Rows are read as on this machine, and whether it can offload was asked above, of the device that is planned for.
+        config = replace(config, ref_reward_offload=False)  # offloading does nothing on a CPU
+    # Rows are read on this machine; whether the planned device can offload was checked above.
     rows, is_cuda = read_rows(replace(config, activation_offloading=False)), device.type == "cuda"
     phases, facts = count_phases(config, rows, is_cuda=is_cuda)
     plan = Plan(phases=phases, facts=facts, device=name, memory=memory)
@@ -87,7 +87,7 @@ def format_plan(plan: Plan) -> str:
 
 
 def _device_memory(device: torch.device) -> tuple[str, int]:
-    """(name, bytes); of a container, what it may use."""
+    """(name, bytes); in a container, the bytes that it may use."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return properties.name, properties.total_memory

@@ -1,7 +1,7 @@
-"""What is wrong with the runs of a chain, as far as it can be known before the first of them starts.
+"""Checks of the runs of a chain before the first of them starts.
 
-Each trainer checks its own input when it starts, which for the last run of a chain is hours too late. Here the same
-functions are asked at once, about everything that is no weight of a model that an earlier run will leave.
+Each trainer checks its input when it starts, which for the last run of a chain is hours too late. Here the same
+functions check everything at once, except the weights that earlier runs have yet to make.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fastrlhf.tools.plan.work import open_work, to_tree
 
 POLICIES = ("model_name_or_path", "ref_model_name_or_path", "dpo_model_path", "dpo_ref_model_path")
 REWARD_MODELS = ("reward_model_path", "eval_reward_model_path", "critic_model_path")
-"""Keys that name a model, by what it must be."""
+"""Keys that name a reward model; those above name a policy."""
 
 Made = Mapping[str, tuple[str, TrainConfig]]
 """Absolute output_dir -> (name, configuration) of a run that will have finished."""
@@ -34,9 +34,10 @@ Made = Mapping[str, tuple[str, TrainConfig]]
 
 def check_chain(runs: Sequence[tuple[str, TrainConfig]]) -> None:
     """Raises ValueError, naming the run, where one after the first cannot start: its models, tokenizer, rows, functions
-    or reporters are not there or not usable, or its folder is another's.
+    or reporters are missing or unusable, or another run has the same folder.
 
-    `runs` are (name, configuration), in order; what an earlier one leaves counts as there. The first checks itself.
+    `runs` are (name, configuration), in order. Results of earlier runs count as present. The first run
+    checks itself.
     """
     made: dict[str, tuple[str, TrainConfig]] = {}
     for name, config in runs:
@@ -52,7 +53,7 @@ def check_chain(runs: Sequence[tuple[str, TrainConfig]]) -> None:
 
 
 def rlp_stages(config: RLPConfig, reward: RewardConfig, policy: PPOConfig) -> list[tuple[str, TrainConfig]]:
-    """The first two runs that RLP makes of its sections."""
+    """The first two runs of RLP, made from its sections."""
     folder, judge = Path(config.output_dir), config.reward_model_path
     first = dataclasses.replace(reward, output_dir=str(folder / "reward"))
     judged = dataclasses.replace(policy, output_dir=str(folder / "policy"), reward_model_path=judge or first.output_dir)
@@ -89,12 +90,12 @@ def _check_model(config: TrainConfig, key: str, path: str, made: Made) -> None:
         return
     if isinstance(config, PPOConfig) and key != "model_name_or_path" and holds_adapter(path):
         return
-    if not {*map(str, place.parents)} & {*made}:  # a checkpoint of a run to come is not there yet
+    if not {*map(str, place.parents)} & {*made}:  # checkpoints of earlier runs do not exist yet
         read_model_config(path, key, config.trust_remote_code)
 
 
 def _with_tokenizer(config: TrainConfig, made: Made) -> TrainConfig:
-    """The configuration with the tokenizer that it will find beside its model, where that is there already."""
+    """The configuration with the tokenizer that will lie beside its model, where that exists already."""
     own = {name: getattr(config, name) for name in ("eos_token", "chat_template")}
     source = config.tokenizer_name_or_path or config.model_name_or_path
     while os.path.abspath(source) in made:

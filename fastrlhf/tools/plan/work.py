@@ -1,4 +1,4 @@
-"""What a run would train on, made by the functions that its trainer calls, without a model."""
+"""The rows that a run would train on, made without a model by the functions that its trainer calls."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ from fastrlhf.types import Prefix, Rollout, TokenizedExample
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """The rows of a run, and the order in which it draws them."""
+    """Rows of a run in the order in which it draws them."""
 
     tokenizer: PreTrainedTokenizerBase
     examples: list[TokenizedExample]
-    """Those that are trained on; of an on-policy run, whose prompt leaves room for a response."""
+    """Rows that are trained on; in on-policy runs, those whose prompt leaves room for a response."""
     report: TokenReport
     steps: int
-    """Optimiser steps; updates, of an on-policy run."""
+    """Optimiser steps; updates in on-policy runs."""
     batches: list[list[int]]
-    """Of the first steps, the indices into `examples` that each draws."""
+    """Indices into `examples` that each of the first steps draws."""
 
 
 def open_work(config: TrainConfig, most_batches: int = 1) -> Work:
-    """Reads and tokenises the rows as the trainer of `config` does; a folder that holds a run is no obstacle.
+    """Reads and tokenises the rows as the trainer of `config` does; `output_dir` may already hold a run.
 
     Raises ValueError as the trainer would.
     """
-    # What the run alone needs: a folder, reporters, a device and libraries.
+    # A folder, reporters, a device and libraries are needed by the run only.
     alone = {"optim": "adamw_torch_fused", "attn_implementation": "auto", "use_liger_kernel": False}
     alone |= {"activation_offloading": False, "load_in_4bit": False}
     elsewhere = dataclasses.replace(config, output_dir="", report_to=(), **alone)
-    if config.model_name_or_path:  # an earlier run of a chain may have yet to make the model
+    if config.model_name_or_path:  # the model may not exist yet: an earlier run of a chain makes it
         source = config.tokenizer_name_or_path or config.model_name_or_path
         elsewhere = dataclasses.replace(elsewhere, tokenizer_name_or_path=source, model_name_or_path="")
     tokenizer, data = open_inputs(elsewhere, _fields(config), None, None)
@@ -63,7 +63,7 @@ def open_work(config: TrainConfig, most_batches: int = 1) -> Work:
 
 
 def to_tree(config: TrainConfig) -> Callable[[TokenizedExample], Tree]:
-    """From a row to the segments that an offline trainer makes of it."""
+    """The function from a row to the segments that an offline trainer makes of it."""
     if isinstance(config, SFTConfig):
         return lambda example: [sft.to_segment(example, config)]
     if isinstance(config, RewardConfig):
@@ -74,10 +74,10 @@ def to_tree(config: TrainConfig) -> Callable[[TokenizedExample], Tree]:
 
 
 def first_prefixes(config: PPOConfig, work: Work) -> list[Prefix]:
-    """Where the episodes of `work.batches` start, by the draws of the run.
+    """The prefixes of the episodes of `work.batches`, as the run draws them.
 
-    Responses that the reference policy would have to write first (`reset_source: sample`) are not there: these episodes
-    start at the prompt.
+    For `reset_source: sample` the reference policy would have to write responses first; these episodes start at the
+    prompt here.
     """
     return [
         prefix
@@ -93,7 +93,7 @@ def first_prefixes(config: PPOConfig, work: Work) -> list[Prefix]:
 
 
 class _WritesNothing:
-    """Stands in for the reference policy as what writes the responses to reset to."""
+    """Replaces the reference policy where it would write responses to reset to."""
 
     def generate(self, prefixes: Sequence[Prefix]) -> list[Rollout]:
         return []

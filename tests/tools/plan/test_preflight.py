@@ -64,7 +64,7 @@ def test_a_chain_whose_models_are_yet_to_be_trained_is_good(chain):
         ("rto", {"micro_batch_tokens": 8}, "micro_batch_tokens: must be at least .*, the tokens of row"),
         ("reward", {"micro_batch_tokens": 8}, "micro_batch_tokens: must be at least .*, the tokens of row"),
         ("rto", {"reward_functions": ("nowhere.py:brief",)}, "reward_functions: no file 'nowhere.py'"),
-        ("rto", {"psi": "logits"}, "psi: 'logits' is none of identity"),
+        ("rto", {"psi": "logits"}, "psi: 'logits' is unknown; give identity"),
         ("dpo", {"report_to": ("tensorbord",)}, "report_to: unknown reporter 'tensorbord'"),
         ("dpo", {"model_name_or_path": "nowhere/at/all"}, "model_name_or_path: 'nowhere/at/all' is neither a folder"),
         ("rto", {"eval_reward_model_path": "nowhere/at/all"}, "eval_reward_model_path: 'nowhere/at/all' is neither"),
