@@ -1,7 +1,7 @@
 """Losses of preference learning on packed tokens; each op is one file, described in kernels/README.md.
 
     linear_logprob       hidden states -> log-probs of the targets, without the logits
-    logprob_from_logits  the same from logits that exist
+    logprob_from_logits  logits -> log-probs of the targets
     linear_kl            hidden states of two models -> exact KL per token, without the logits
     kl_estimate          per-token estimates of KL to a reference
     policy_loss          PPO's clipped objective        value_loss   its critic's

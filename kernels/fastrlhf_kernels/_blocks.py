@@ -1,4 +1,4 @@
-"""Logits of a head, one block of rows x vocabulary at a time: what the chunked ops share.
+"""Logits of a head, one block of rows x vocabulary at a time: code shared by the chunked ops.
 
     for part in logits.parts():                 VOCAB rows of the weight, cast once
         for block in logits.row_blocks():       ROWS rows of hidden
@@ -17,13 +17,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# (ROWS, VOCAB). Any size from (512, 512) on is as fast on an idle CPU; a larger one has fewer threads to wait for.
+# (ROWS, VOCAB). On an idle CPU all sizes from (512, 512) on are equally fast; larger blocks synchronise threads less.
 CPU_BLOCK = (2048, 2048)
 GPU_BLOCK = (4096, 8192)
 
 LOG2_E = 1 / math.log(2)
-LOWEST = -1e30  # stands for the peak of a block whose logits are all -inf, where -inf - -inf would be NaN
-VANISHED = -1e4  # its exp is 0 as that of -inf is, and 0 times it is not NaN
+LOWEST = -1e30  # replaces the peak of a block whose logits are all -inf, where -inf - -inf would be NaN
+VANISHED = -1e4  # replaces -inf: its exp is 0 too, and 0 times it is not NaN
 
 
 class Part(NamedTuple):
@@ -58,7 +58,7 @@ class Logits:
         scale: float,
         softcap: float | None,
     ) -> Logits:
-        # Only a GPU accumulates bfloat16 products in float32 and hands them out so; float16 would lose small gradients.
+        # Only a GPU returns float32 results of bfloat16 products; float16 would lose small gradients.
         native = hidden.is_cuda and hidden.dtype == weight.dtype == torch.bfloat16
         hidden = hidden if native else hidden.float()
         return Logits(
@@ -66,7 +66,7 @@ class Logits:
         )
 
     def row_blocks(self) -> list[slice]:
-        """At least one, be it empty, so that an empty pack takes no path of its own."""
+        """At least one block, possibly empty, so that an empty pack needs no special case."""
         step, num_rows = self._block_shape()[0], len(self.hidden)
         return [slice(start, min(start + step, num_rows)) for start in range(0, max(num_rows, 1), step)]
 
@@ -129,7 +129,7 @@ def fold(state: tuple[Tensor, ...], z: Tensor, column: Tensor, entropy: bool, st
 
 
 def locate(column: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the target lies in this block: [rows] bool, and an index [rows, 1] that is valid in every row."""
+    """Whether each target lies in this block, [rows] bool, and its column [rows, 1], valid in every row."""
     width = z.shape[1]
     return (column >= 0) & (column < width), column.clamp(0, width - 1)[:, None]
 
@@ -137,7 +137,7 @@ def locate(column: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
 def gradient(z: Tensor, column: Tensor, peak: Tensor, level: Tensor, tilt: Tensor | None, at_target: Tensor) -> Tensor:
     """The gradient [rows, width] of a block of logits z, which is overwritten, as `slopes` has it, without `slope`.
 
-    `column` is where each row's target lies in this block, if it does; the others are [rows].
+    `column` is the column of each row's target if it lies in this block; the other arguments are [rows].
     """
     z -= peak[:, None]
     if tilt is None:
@@ -157,12 +157,12 @@ def slopes(
     entropy: Tensor | None,
     total: Tensor,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """(level, tilt, at_target), [T] each: what a row's gradient is made of, in every column but the target's
+    """(level, tilt, at_target), [T] each: the coefficients of a row's gradient, in every column except the target's
 
         dx = slope * exp(z - peak) * (level - tilt * (z - peak))
 
-    and slope * at_target there, for upstream gradients g of logprob, `on_logsumexp` and `on_entropy`. `factor` is the
-    derivative of a logit by the product it comes from, without the soft cap's `slope`.
+    and slope * at_target in the target's column, for upstream gradients g of logprob, `on_logsumexp` and
+    `on_entropy`. `factor` is the derivative of a logit with respect to its product, without the soft cap's `slope`.
     """
     level, at_target = on_logsumexp - g, on_logsumexp * logprob.exp() - g * logprob.expm1()
     if on_entropy is None:
@@ -180,10 +180,11 @@ def multiply_parts(
     grad_weight: Tensor | None,
     grad_bias: Tensor | None,
 ) -> None:
-    """From the gradient by the products to those of hidden, weight and bias, one part of the vocabulary at a time.
+    """Gradients of hidden, weight and bias from the gradient with respect to the products, one part of the vocabulary
+    at a time.
 
-    Each part comes with what gives that gradient [rows, part] for a block of rows, float32. Adds to `grad_hidden`
-    [T, D] float32, and fills `grad_weight` and `grad_bias`, as far as they are given.
+    Each part comes with a function that returns that gradient, [rows, part] float32, for a block of rows. Adds to
+    `grad_hidden` [T, D] float32, and fills `grad_weight` and `grad_bias`, as far as they are given.
     """
     for part, gradient_of in parts:
         columns = slice(part.start, part.start + len(part.weight))
@@ -207,9 +208,10 @@ def multiply_parts(
 def gradients_like(
     leaves: tuple[Tensor, Tensor, Tensor | None], needs: tuple[bool, bool, bool], scalar_like: Tensor
 ) -> tuple[Tensor, ...]:
-    """Gradients of (hidden, weight, bias) as the operators lay them out, unwritten; [0] like the last argument if none.
+    """Uninitialised gradients of (hidden, weight, bias) in the layout that the operators return; [0], like the last
+    argument, for those not needed.
 
-    That of hidden is contiguous, whatever hidden is: its rows were worked on apart and put back.
+    The gradient of hidden is contiguous whatever the layout of hidden.
     """
     hidden, *others = leaves
     likes = (torch.empty_like(hidden, memory_format=torch.contiguous_format), *others)
@@ -233,35 +235,36 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def exp_(z: Tensor) -> Tensor:
-    """e^z in place, by exp2: three times as fast as exp on a CPU (measured), and as exact where it counts, near 0."""
+    """e^z in place, by exp2: three times as fast as exp on a CPU (measured), and as exact near 0, where it matters."""
     return z.mul_(LOG2_E).exp2_()
 
 
 def can_select(device: torch.device, wait: bool) -> bool:
-    """Whether rows may be counted: on a GPU it waits for all work so far, and no graph that is captured can do it."""
+    """Whether rows may be counted: on a GPU this waits for all earlier work, which is impossible while a graph is
+    captured."""
     return device.type == "cpu" or (wait and not torch.cuda.is_current_stream_capturing())
 
 
 class Selection(NamedTuple):
-    """The rows of a pack that an op works on: the live ones where they can be counted, else all of them."""
+    """The rows of a pack that an op processes: the live ones if they can be counted, otherwise all."""
 
     live: Tensor
     """[T] bool"""
     rows: Tensor | None
-    """Indices of the rows worked on; None for all."""
+    """Indices of the processed rows; None for all."""
     dead: Tensor | None
-    """[T, 1] bool, True where a row is worked on for nothing and must be masked; None where there can be none."""
+    """[T, 1] bool, True for processed rows that are not live and must be masked; None if there are none."""
 
     @staticmethod
     def of(live: Tensor, *, wait: bool) -> Selection:
-        """`wait` allows to wait for a GPU, once, to know how many there are."""
+        """With `wait` the live rows are counted, which waits for a GPU once."""
         if not can_select(live.device, wait):
             return Selection(live, None, ~live[:, None])
-        rows = live.nonzero()[:, 0]  # waits: how many there are decides its shape
+        rows = live.nonzero()[:, 0]  # waits: the shape depends on their number
         return Selection(live, None if len(rows) == len(live) else rows, None)
 
     def take(self, tensor: Tensor, filler: float | None = None) -> Tensor:
-        """The rows worked on, with `filler`, if given, in those that are so for nothing: 0 times NaN would be NaN."""
+        """The processed rows; those that are not live contain `filler`, if given, because 0 times NaN would be NaN."""
         if self.rows is not None:
             return tensor[self.rows]
         return tensor if self.dead is None or filler is None else self._fill(tensor, filler)

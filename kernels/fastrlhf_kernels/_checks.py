@@ -1,4 +1,4 @@
-"""What every op asks of its arguments: errors are ValueErrors that name the argument, and none waits for a GPU."""
+"""Checks of the arguments of ops. Errors are ValueErrors that name the argument; no check waits for a GPU."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def check_tensor(
     device: torch.device,
     dtypes: Sequence[torch.dtype] = FLOATS,
 ) -> None:
-    """Raises ValueError unless `tensor` is one of exactly this shape, on this device, in one of the dtypes."""
+    """Raises ValueError unless `tensor` has exactly this shape, this device and one of the dtypes."""
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name} must be a tensor of shape {shape}, got {type(tensor).__name__}")
     if hasattr(tensor, "full_tensor"):
@@ -47,9 +47,9 @@ def check_rows(name: str, tensor: Tensor, rank: int = 1) -> None:
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, num_rows: int, device: torch.device) -> None:
-    """Raises ValueError unless `cu_seqlens` is (N+1,) integers from 0 to `num_rows`, never falling.
+    """Raises ValueError unless `cu_seqlens` is (N+1,) non-decreasing integers from 0 to `num_rows`.
 
-    The values are looked at on the CPU only: on a GPU that would wait for it.
+    The values are checked on the CPU only; on a GPU the check would wait for the device.
     """
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
         raise ValueError("cu_seqlens must be a tensor of shape (N+1,), for no sequence the single number 0")
@@ -67,13 +67,13 @@ def check_range(name: str, value: float, low: float, high: float, *, open_ends: 
 
 
 def check_first_derivative(op: str) -> None:
-    """Raises RuntimeError where a backward is itself to be differentiated: it would take slopes for constants."""
+    """Raises RuntimeError where a backward would itself be differentiated: it treats slopes as constants."""
     if torch.is_grad_enabled():
         raise RuntimeError(f"{op} has no second derivative: create_graph must be False")
 
 
 def divisor(name: str, count: float | Tensor) -> float | Tensor:
-    """What a sum over `count` things is divided by: `count`, or 1 where there is none, as the sum is then 0.
+    """The divisor of a sum over `count` items: `count`, or 1 where it is 0, because the sum is then 0.
 
     Raises ValueError for a negative number and for a tensor that is not 0-dim.
     """

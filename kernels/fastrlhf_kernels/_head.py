@@ -1,4 +1,4 @@
-"""How the kernels of `_head_kernels.py` are launched: for `linear_logprob`, and for one-shot losses."""
+"""Launches of the kernels of `_head_kernels.py`, for `linear_logprob` and `linear_policy_loss`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fastrlhf_kernels._tiles import (
     scales,
 )
 
-FAR = 1e30  # as the peak of a row: each of its probabilities is 0
+FAR = 1e30  # as the peak of a row it makes all probabilities 0
 SHARE = 4096  # columns of the vocabulary that one forward program walks over
 MERGED = 128  # rows of a program of the merge
 PART_BYTES = 1 << 27  # of the gradient of the logits that exists at a time
@@ -46,7 +46,7 @@ def forward(
     masses: Tensor | None = None,
     tops: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What `linear_logprob`'s operator returns.
+    """Returns what the operator of `linear_logprob` returns.
 
     With `tiles` (of STORING), `masses` [T, V] is filled with exp(z - top) and `tops`
     [tiles of the vocabulary, T] with the largest logit of the row up to that tile.
@@ -174,17 +174,18 @@ def multiply_parts(
     grad_weight: Tensor | None,
     grad_bias: Tensor | None,
 ) -> None:
-    """From the gradient by the products to those of hidden, weight and bias, one part of the vocabulary at a time.
+    """Gradients of hidden, weight and bias from the gradient with respect to the products, one part of the vocabulary
+    at a time.
 
-    `launch(dx, start, stop)` fills dx [T, stop - start] with it; `multiple` columns are a tile. Adds to `grad_hidden`
-    [T, D] float32, and fills `grad_weight` and `grad_bias`, as far as they are given. dx is rounded once, to the
-    inputs' dtype; to float32 where that is float16, which would lose small gradients.
+    `launch(dx, start, stop)` fills dx [T, stop - start] with it; `multiple` columns are a tile. Adds to
+    `grad_hidden` [T, D] float32, and fills `grad_weight` and `grad_bias`, as far as they are given. dx is rounded
+    once, to the inputs' dtype; to float32 where that is float16, which would lose small gradients.
     """
     num_rows, vocab = len(hidden), len(weight)
     dtype = torch.bfloat16 if hidden.dtype == weight.dtype == torch.bfloat16 else torch.float32
     inputs = hidden.to(dtype) if grad_weight is not None else hidden
     width = max(PART_BYTES // (num_rows * dtype.itemsize) // multiple * multiple, SMALLEST_PART)
-    # 16 columns more than asked for at the end of an odd vocabulary: cuBLAS wants rows at multiples of 16 bytes.
+    # Up to 16 extra columns at the end of an odd vocabulary: cuBLAS needs rows at multiples of 16 bytes.
     buffer = hidden.new_empty(num_rows, min(width, cdiv(vocab, 16) * 16), dtype=dtype)
     for start in range(0, vocab, width):
         stop = min(start + width, vocab)
@@ -215,9 +216,10 @@ def scale_masses(
     tilt: Tensor | None,
     at_target: Tensor,
 ) -> None:
-    """Turns the masses that `forward` stored into the gradient by the products, in place.
+    """Turns the masses that `forward` stored into the gradient with respect to the products, in place.
 
-    `at_target` is the gradient there, with the slope of the soft cap, which no mass that has vanished could tell.
+    `at_target` is the gradient in the target's column, including the slope of the soft cap, which cannot be
+    recovered from a mass that has underflowed to 0.
     """
     num_rows, vocab = masses.shape
     scale_kernel[(cdiv(num_rows, SCALED_ROWS), cdiv(vocab, tiles.vocab))](

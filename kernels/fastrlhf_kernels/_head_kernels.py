@@ -1,11 +1,12 @@
-"""The Triton kernels over a head: a tile of logits is folded, or turned into its gradient, before it is stored.
+"""Triton kernels over a head: a tile of logits is reduced, or turned into its gradient, before anything is stored.
 
     forward    a program walks over its rows' tiles in one share of the vocabulary and keeps five numbers per row; a
                second kernel merges the shares in order
     gradient   the same product again, turned into the gradient of the logits and stored, for one part of the
                vocabulary; cuBLAS multiplies it with the weight and with the hidden states
 
-How the vocabulary is shared out depends on its size alone: a row has the same bits in any pack, at any place in it.
+The split of the vocabulary depends on its size alone, so that a row gives the same bits in any pack and at any
+position.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from fastrlhf_kernels._triton import jit, tl
 
 @jit
 def _fold(peak, total, gap, new_peak, new_total, new_gap):
-    """Two parts of the vocabulary as one: total = sum exp(z - peak), gap = sum exp(z - peak) (peak - z)."""
+    """Merges two parts of the vocabulary: total = sum exp(z - peak), gap = sum exp(z - peak) (peak - z)."""
     top = tl.maximum(peak, new_peak)
     old = tl.exp(peak - top)
     new = tl.exp(new_peak - top)
@@ -245,7 +246,7 @@ def scale_kernel(
     columns = tile * VOCAB + tl.arange(0, VOCAB)
     place = masses + rows.to(tl.int64)[:, None] * stride_masses + columns[None, :]
     within = (rows < num_rows)[:, None] & (columns < vocab)[None, :]
-    # A row without any gradient is not read: where all rows of a tile are ignored, nothing was written there.
+    # Rows without gradient are not read: a tile whose rows are all ignored was never written.
     level = tl.load(levels + rows, mask=rows < num_rows, other=0.0)
     at_target = tl.load(at_targets + rows, mask=rows < num_rows, other=0.0)
     live = (level != 0) | (at_target != 0)
@@ -259,7 +260,7 @@ def scale_kernel(
     target = tl.load(targets + rows, mask=rows < num_rows, other=-1).to(tl.int32)
     dx = mass * (tl.exp(tl.minimum(top - peak, 0.0)) * level)[:, None]
     if tilts is not None or SOFTCAP:
-        z = tl.log(tl.maximum(mass, 1e-37)) + top[:, None]  # where it is less, dx is 0 whatever z is
+        z = tl.log(tl.maximum(mass, 1e-37)) + top[:, None]  # below, dx is 0 whatever z is
     if tilts is not None:
         dx -= mass * (tl.exp(tl.minimum(top - peak, 0.0)) * tilt)[:, None] * (z - peak[:, None])
     if SOFTCAP:

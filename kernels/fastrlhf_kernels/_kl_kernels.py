@@ -1,4 +1,4 @@
-"""The Triton kernels of `linear_kl`: those of `_head_kernels.py` with a second tile of logits, the reference's.
+"""Triton kernels of `linear_kl`: those of `_head_kernels.py` with a second tile of logits for the reference.
 
     forward    a program walks over its rows' tiles in one share of the vocabulary, both sides' products of a tile one
                after the other, and keeps eight numbers per row; a second kernel merges the shares in order
@@ -46,12 +46,12 @@ class Head(NamedTuple):
 
 
 class Slopes(NamedTuple):
-    """What a row's gradient is made of, [T] each; a = z - peak, b = z' - reference_peak.
+    """Coefficients of a row's gradient, [T] each; a = z - peak, b = z' - reference_peak.
 
         dx = slope * exp(a) * (level - tilt * a + pull * (a - b))
 
-    and slope * (at_target + exp(a) * pull * (a - b)) in the target's column: what `slopes` of `_blocks.py` describes,
-    and the pull of the reference.
+    and slope * (at_target + exp(a) * pull * (a - b)) in the target's column. These are the coefficients of `slopes`
+    in `_blocks.py` plus `pull`, which belongs to the reference.
     """
 
     peak: Tensor
@@ -65,7 +65,7 @@ class Slopes(NamedTuple):
 def forward(
     policy: Head, reference: Head, targets: Tensor, transform: Transform, ignore: int, entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What `linear_kl`'s operator returns."""
+    """Returns what the operator of `linear_kl` returns."""
     num_rows, vocab = len(policy.hidden), len(policy.weight)
 
     def rows(wanted: bool = True) -> Tensor:
@@ -131,7 +131,7 @@ def _prepare(
 
 @jit
 def raised(total, cross, gap, rise, reference_rise):
-    """Sums relative to peaks as sums relative to higher ones."""
+    """Rescales sums relative to peaks to sums relative to higher peaks."""
     weight = tl.exp(-rise)
     return weight * total, weight * (cross + (reference_rise - rise) * total), weight * (gap + rise * total)
 
@@ -290,7 +290,7 @@ def merge_kernel(
     tl.store(reference_logprob + rows, tl.where(keep, reference_at_target, 0.0), mask=inside)
     if ENTROPY:
         tl.store(entropy + rows, tl.where(keep, tl.log(total) + gap / total, 0.0), mask=inside)
-    # Of ignored rows, of which nothing was loaded, these are finite.
+    # Ignored rows were not loaded; these values keep them finite.
     tl.store(peaks + rows, peak, mask=inside)
     tl.store(totals + rows, total, mask=inside)
     tl.store(reference_peaks + rows, reference_peak, mask=inside)

@@ -1,7 +1,8 @@
-"""What the kernels over rows share: a program per block of rows, its part of the sums over all rows, and the way back.
+"""Code shared by kernels over rows: one program per block of rows, its part of the sums over all rows, and the
+backward.
 
-The kernel of a loss reads every input once. Beside the loss it writes the loss's derivative by each row, its slope, so
-that the backward is one product with the upstream gradient.
+The kernel of a loss reads every input once. Beside the loss it writes the derivative of the loss with respect to
+each row, the slope, so that the backward is one product with the upstream gradient.
 """
 
 from __future__ import annotations
@@ -13,16 +14,16 @@ from fastrlhf_kernels._checks import check_first_derivative
 from fastrlhf_kernels._tiles import cdiv
 from fastrlhf_kernels._triton import jit, tl
 
-BLOCK = 1024  # rows of a program, or of a step of one that walks over a segment
+BLOCK = 1024  # rows of a program, or of one step of a program that walks over a segment
 
 
 def num_programs(num_rows: int) -> int:
-    """One even where there is no row, so that there are sums, of 0."""
+    """Number of programs; at least one, so that sums over no rows are 0."""
     return max(cdiv(num_rows, BLOCK), 1)
 
 
 def masked(tensor: Tensor, mask: Tensor) -> Tensor:
-    """Float32, and 0 outside the mask."""
+    """Converts to float32, with 0 outside the mask."""
     return tensor.float().where(mask, 0)
 
 
@@ -31,9 +32,10 @@ def contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def differentiate_by_slopes(op: str, leaves: tuple[int, ...]) -> None:
-    """Registers the backward of a custom op whose last outputs are the slopes of its first by the inputs `leaves`.
+    """Registers the backward of a custom op whose last outputs are the slopes of its first output with respect to the
+    inputs `leaves`.
 
-    A slope is float32 in the shape of its leaf, or empty where the leaf is None. Nothing but the first output is
+    A slope is float32 in the shape of its leaf, or empty where the leaf is None. Only the first output is
     differentiable.
     """
 
@@ -56,7 +58,7 @@ def differentiate_by_slopes(op: str, leaves: tuple[int, ...]) -> None:
 
 @jit
 def block_of_rows(mask, num_rows, BLOCK: tl.constexpr):
-    """(rows of this program, which of them there are, which are in the mask), [BLOCK] each."""
+    """(rows of this program, whether each exists, whether each is in the mask), [BLOCK] each."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = rows < num_rows
     return rows, inside, tl.load(mask + rows, mask=inside, other=0).to(tl.int1)

@@ -19,7 +19,7 @@ def segment_of_row(cu_seqlens: Tensor, num_rows: int) -> Tensor:
 
 def segment_sum(rows: Tensor, cu_seqlens: Tensor) -> Tensor:
     """[T] float32 -> [N]: sums in the order of the rows, on every run; 0 for an empty segment."""
-    # unsafe leaves out the check of the offsets, which waits for the device
+    # unsafe skips the check of the offsets, which waits for the device
     return torch.segment_reduce(rows, "sum", offsets=cu_seqlens.long(), axis=0, unsafe=True)
 
 

@@ -1,7 +1,8 @@
-"""Logits of a head in Triton, one tile of rows x vocabulary at a time: what the fused kernels share.
+"""Logits of a head in Triton, one tile of rows x vocabulary at a time: code shared by the fused kernels.
 
 The product of a tile is summed over the hidden size in one fixed order, so forward and backward see the same bits.
-Logits stay in nats up to the exponential: in bits, z log2(e), a large constant in all of them would cost digits.
+Logits stay in nats until the exponential; multiplied by log2(e) first, a large constant in all of them would cost
+digits.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from fastrlhf_kernels._triton import INTERPRETED, constant, jit, tl, triton
 
 LOG2_E = constant(1 / math.log(2))
 FLOOR = constant(-1e30)  # for logits that are -inf or beyond the vocabulary: -inf - -inf would be NaN
-GROUP = 16  # row tiles that are worked on together, so that a tile of the weight is read from DRAM once per group
+GROUP = 16  # row tiles processed together, so that a tile of the weight is read from DRAM once per group
 
 
 class Tiles(NamedTuple):
-    """How a product is cut up: ROWS x VOCAB logits per tile, INNER of the hidden size per step."""
+    """Tile sizes of a product: ROWS x VOCAB logits per tile, INNER of the hidden size per step."""
 
     rows: int
     vocab: int
@@ -39,10 +40,10 @@ class Pinned(NamedTuple):
 
     light: Tiles
     heavy: Tiles
-    """With a bias, a soft cap or a temperature per row, which need registers."""
+    """Tiles with a bias, a soft cap or a temperature per row, which need more registers."""
 
 
-# 3.6 and 3.7 specialise the warps of the forward's outer loop on sm_90 and need fewer registers; later ones fail to.
+# Triton 3.6 and 3.7 specialise the warps of the forward's outer loop on sm_90 and need fewer registers.
 OLDER = triton is not None and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)
 INTERPRETER = Tiles(16, 32, 32, 4, 1, descriptors=False)
 SMALL_SHARED_MEMORY = Tiles(64, 128, 32, 8, 3, descriptors=False)  # sm_86, sm_89, sm_120: 99 KB
@@ -62,7 +63,7 @@ STORING = {
     9: Pinned(HOPPER_WIDE if OLDER else SQUARE, SQUARE),
     10: Pinned(NARROW, NARROW),
 }
-"""Of a forward that stores what the gradient needs."""
+"""Tiles of a forward that stores what the gradient needs."""
 GRADIENT = {8: Pinned(AMPERE, AMPERE), 9: Pinned(HOPPER_WIDE, SQUARE), 10: Pinned(SQUARE, NARROW)}
 KL_FORWARD = {
     8: Pinned(AMPERE._replace(vocab=64), AMPERE._replace(vocab=64)),
@@ -70,13 +71,13 @@ KL_FORWARD = {
     10: Pinned(NARROW, NARROW),
 }
 KL_GRADIENT = {**KL_FORWARD, 10: Pinned(SQUARE, NARROW)}
-"""By the major number of the compute capability: the largest tiles, KL's in pairs, that compile without a spill."""
+"""Major compute capability -> the largest tiles that compile without register spills; those of KL hold two products."""
 
 
 def choose_tiles(
     table: dict[int, Pinned], hidden: Tensor, weight: Tensor, heavy: bool, reference: Sequence[Tensor] = ()
 ) -> Tiles:
-    """The pinned tiles for this device and these matrices, those of a reference among them."""
+    """The tiles for this device and these matrices, including those of the reference."""
     if hidden.device.type != "cuda":
         return INTERPRETER
     matrices = (hidden, weight, *reference)
@@ -85,14 +86,14 @@ def choose_tiles(
         return FLOAT32
     if (major == 8 and minor) or major > 10:
         return SMALL_SHARED_MEMORY
-    # The gradient of float16 is stored in float32, and such a tile beside those of TMA is more than there is memory.
+    # The gradient of float16 is stored in float32; such a tile does not fit beside those of TMA.
     loadable = all(matrix.dtype == torch.bfloat16 and _aligned(matrix) for matrix in matrices)
     pinned = table[min(max(major, 8), 10) if loadable else 8]
     return pinned.heavy if heavy else pinned.light
 
 
 def _aligned(matrix: Tensor) -> bool:
-    """What a TMA descriptor asks for."""
+    """Whether a matrix meets the requirements of a TMA descriptor."""
     width = matrix.element_size()
     apart = matrix.stride(0) * width % 16 == 0 and matrix.stride(0) >= matrix.shape[1]
     return matrix.data_ptr() % 16 == 0 and apart and matrix.stride(1) == 1
@@ -124,7 +125,7 @@ def product_tile(
     DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """a[row:] @ b[column:].T, [ROWS, COLUMNS] float32; entries beyond num_rows and num_columns mean nothing."""
+    """a[row:] @ b[column:].T, [ROWS, COLUMNS] float32; entries beyond num_rows and num_columns are undefined."""
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     if DESCRIPTORS:
         for k in range(0, size, INNER):
@@ -189,7 +190,7 @@ def logits_tile(
     DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The logits of `product_tile`'s products; FLOOR where they are -inf."""
+    """Logits of the products of `product_tile`; FLOOR replaces -inf."""
     z = product_tile(
         hidden, weight, row, column, num_rows, vocab, size, stride_hidden, stride_weight,
         ROWS, VOCAB, INNER, DESCRIPTORS, PRECISION,
@@ -205,7 +206,7 @@ def scales(scale: float, softcap: float | None, temperature: float) -> tuple[flo
 
 
 def operand(matrix: Tensor, tiles: Tiles, rows: int, columns: int):
-    """What a kernel takes for a matrix: a TMA descriptor of tiles [rows, columns], or the tensor."""
+    """The kernel argument for a matrix: a TMA descriptor of tiles [rows, columns], or the tensor."""
     if not tiles.descriptors:
         return matrix
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -213,12 +214,12 @@ def operand(matrix: Tensor, tiles: Tiles, rows: int, columns: int):
     return TensorDescriptor.from_tensor(matrix, [rows, columns])
 
 
-# Of products of float32: three in TF32 that add up to float32's digits. Half precision ignores it.
+# Precision of float32 products: three TF32 products that together have float32's digits. Half precision ignores it.
 PRECISION = "ieee" if INTERPRETED else "tf32x3"
 
 
 def row_major(matrix: Tensor) -> Tensor:
-    """With neighbours side by side within a row; rows may lie apart."""
+    """Makes the elements of a row adjacent in memory; rows may have gaps between them."""
     return matrix if matrix.stride(1) == 1 or matrix.shape[1] <= 1 else matrix.contiguous()
 
 

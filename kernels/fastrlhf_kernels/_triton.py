@@ -1,4 +1,4 @@
-"""Triton, where it is installed: which path an op takes, and what all kernels share.
+"""Optional use of Triton: the path that an op takes, and helpers shared by all kernels.
 
 Kernels are compiled on a CUDA device. With TRITON_INTERPRET=1 in the environment, set before this package is imported,
 they run on the CPU instead, slowly and one program after another, which is how they are tested without a GPU.
@@ -25,7 +25,7 @@ INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)  # pyr
 
 
 def jit(function: Callable[..., Any]) -> Any:
-    """`triton.jit`, or without Triton the function itself, which nothing will call."""
+    """`triton.jit`; without Triton the function itself, which is then never called."""
     return function if triton is None else triton.jit(function)
 
 
@@ -35,7 +35,7 @@ def constant(value: Any) -> Any:
 
 
 def use_triton(impl: str, device: torch.device) -> bool:
-    """Whether an op takes its Triton path: for "auto" on a CUDA device, where Triton is installed.
+    """Whether an op takes its Triton path; "auto" does so on a CUDA device if Triton is installed.
 
     Raises ValueError for an unknown `impl`, and for "triton" where it cannot run.
     """

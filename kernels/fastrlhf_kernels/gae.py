@@ -4,14 +4,14 @@
     A_t     = delta_t + gamma lam A_next,   returns_t = A_t + V_t
 
 `next` is the next row of the segment that is in the mask; after the last one A_next = 0 and V_next = bootstrap, which
-is 0 where the episode ended. A row outside the mask (a tool's output) hands A on unchanged and gives 0; its reward and
-value count for nothing.
+is 0 where the episode ended. A row outside the mask (for example the output of a tool) passes A on unchanged and
+returns 0; its reward and value are ignored.
 
 The recurrence A_t = b_t + a_t A_next is a scan over pairs (a, b). On a GPU each program of one kernel walks backwards
 through a segment, in blocks, and carries A and V on: one pass, 17 T bytes in float32. In torch it is solved by
-doubling: after step k a row knows b and a of the 2^k rows from it on; log2(T) steps of a few passes. Neither waits for
-the device. A row never reads past the end of its segment, so a segment's result has the same bits in any pack, and a
-NaN stays in its segment.
+doubling: after step k each row holds (a, b) of the 2^k rows that start with it; log2(T) steps of a few passes. Neither
+waits for the device. A row never reads past the end of its segment, so a segment's result has the same bits in any
+pack, and a NaN stays in its segment.
 
 No gradient. Legend: T rows, N segments. Schulman et al. 2016 (arXiv 1506.02438) eq. 11, 16; the scan: Hillis and Steele
 1986.
@@ -67,7 +67,7 @@ def gae_reference(
     mask: Tensor | None = None,
     bootstrap: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The definition: backwards through every segment, in the dtype given."""
+    """The definition: backwards through every segment, in the given dtype."""
     advantage, returns = torch.zeros_like(reward), torch.zeros_like(reward)
     bounds = cu_seqlens.tolist()
     for i, (start, stop) in enumerate(pairwise(bounds)):
@@ -121,7 +121,7 @@ def _by_doubling(
     row = torch.arange(len(reward), device=reward.device)
     segment = segment_of_row(cu_seqlens, len(row))
     end = cu_seqlens.long()[segment + 1]
-    # For each row the first row in the mask that comes after it: a reverse running minimum over indices.
+    # Next row in the mask after each row: a reverse running minimum over indices.
     upcoming = row.where(keep, len(row)).flip(0).cummin(0).values.flip(0)
     upcoming = torch.cat([upcoming[1:], upcoming.new_full((1,), len(row))])
     after = torch.zeros_like(value) if bootstrap is None else bootstrap.float()[segment]
@@ -142,7 +142,7 @@ def _by_doubling(
 
 @jit
 def _follow(a, b, next_a, next_b):
-    """x -> a x + b, then x -> next_a x + next_b, as one."""
+    """Composes x -> a x + b with x -> next_a x + next_b after it."""
     return a * next_a, next_a * b + next_b
 
 

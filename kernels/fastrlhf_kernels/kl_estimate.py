@@ -7,8 +7,8 @@ Gradient with respect to logprob: w delta for k2 and k3, which is, in expectatio
 token-wise KL(policy || reference). (Differentiating k3 itself gives the gradient of KL(reference || policy); k1 gives
 noise of mean 0, so it has none here: it belongs in the reward.) Nothing flows to the other arguments.
 
-Both log-ratios are clamped to +-20: the value cannot overflow, and the gradient stays at w 20 where it would be needed
-most. For |delta| < 1, k3 is its series: exp(-d) - 1 + d has no correct digit left at d = 1e-4.
+Both log-ratios are clamped to +-20: the value cannot overflow, and the gradient stays at w 20 where the policies are
+far apart. For |delta| < 1, k3 is computed by its series, because exp(-d) - 1 + d has no correct digit left at d = 1e-4.
 
 On a GPU one kernel reads the inputs once and writes value and slope: 20 T bytes in float32. The backward moves 12 T.
 
@@ -29,7 +29,7 @@ from fastrlhf_kernels._triton import constant, jit, tl, use_triton
 KINDS = ("k1", "k2", "k3")
 MAX_LOG_RATIO = 20.0
 LIMIT = constant(MAX_LOG_RATIO)
-POWER = 11  # of delta, at which the series of k3 ends: what follows is less than 1e-8 of it
+POWER = 11  # power of delta at which the series of k3 ends; the remainder is below 1e-8 of it
 LAST = constant(POWER)
 
 
@@ -38,7 +38,7 @@ def kl_estimate(
     reference_logprob: Tensor,  # [T]
     *,
     kind: str = "k1",
-    sampler_logprob: Tensor | None = None,  # [T], of the policy that drew the tokens; None where that is this policy
+    sampler_logprob: Tensor | None = None,  # [T] of the policy that drew the tokens; None if that is this policy
     impl: str = "auto",
 ) -> Tensor:
     """w k [T] float32, nats, with gradient w delta for k2 and k3, none for k1. Raises ValueError for bad arguments."""
@@ -56,7 +56,7 @@ def kl_estimate(
 def kl_estimate_reference(
     logprob: Tensor, reference_logprob: Tensor, *, kind: str, sampler_logprob: Tensor | None = None
 ) -> Tensor:
-    """The definition, in the dtype given and without clamps: autograd finds w delta by itself.
+    """The definition, in the given dtype and without clamps; autograd derives w delta.
 
     It is the gradient of w k3 where w is differentiated too, and of w k2 where it is not.
     """

@@ -14,20 +14,20 @@ S' = sum exp(z' - m'), and C = sum exp(z - m) ((z - m) - (z' - m')), rescaled wh
 
     kl        = C / S + log(S' / S),     dz = k exp(z - m) / S ((z - m) - (z' - m') - C / S)
 
-so that a constant added to all logits of either side costs no digits. Where both sides are the same, every difference
-is 0, and kl and its gradient are exactly 0. Near it kl is a small difference of two numbers, off by 2e-7 nats (plain
-float32: 7e-7; V = 20000). A kl below 0 is given as 0; the gradient, which is the formula's, does not see that.
+so that a constant added to all logits of either side costs no digits. Where both sides are equal, every difference is
+0, and kl and its gradient are exactly 0. Near equality kl is a small difference of two numbers with an error of 2e-7
+nats (plain float32: 7e-7; V = 20000). A kl below 0 is returned as 0; the gradient is not changed by that.
 
-A token that both sides forbid with a bias of -inf counts for nothing. Where the reference alone forbids one, the
-divergence is infinite: kl is then 1e30 p and its gradient as large, which nobody overlooks.
+A token that both sides forbid with a bias of -inf does not count. Where only the reference forbids a token, the
+divergence is infinite: kl is then 1e30 p, with a gradient as large, so that the error is noticed.
 
 The blocks are those of `linear_logprob`, in pairs. Beyond the returned gradients this holds about
 4 (5 ROWS VOCAB + VOCAB (2 D + Dr)) bytes, and 8 T D + 4 T Dr more for half precision; on a GPU, as `linear_logprob`,
-128 MiB and a float32 dhidden. The backward computes both sides' logits again, 6 products in all, unless kl was only
-looked at, and leaves rows without upstream gradient out; to count them, it waits once for a GPU.
+128 MiB and a float32 dhidden. The backward computes the logits of both sides again, 6 products in all, unless no
+gradient of kl is needed. It skips rows without upstream gradient; counting them waits once for a GPU.
 
-Legend: T rows, V vocabulary, D and Dr hidden sizes. Why not differentiate a sampled estimate: Tang and Munos 2025
-(arXiv 2506.09477).
+Legend: T rows, V vocabulary, D and Dr hidden sizes. Reasons not to differentiate a sampled estimate: Tang and Munos
+2025 (arXiv 2506.09477).
 """
 
 from __future__ import annotations
@@ -78,14 +78,14 @@ def linear_kl(
 ) -> TokenKL:
     """sum_v p (log p - log q) for p, q = softmax(softcap(logit_scale * (h @ w.T + b)) / temperature) of the two sides.
 
-    With `targets`, also both sides' log-probs of these; rows whose target is -100 give 0 in every output and no
-    gradient, whatever lies in them. Raises ValueError for wrong shapes, dtypes and devices, and on the CPU for a target
-    outside the vocabulary and a row's temperature that is not above 0 (on a GPU these give NaN).
+    With `targets`, also their log-probs on both sides; rows whose target is -100 return 0 in every output and have
+    no gradient, whatever their content. Raises ValueError for wrong shapes, dtypes and devices, and on the CPU for a
+    target outside the vocabulary and a row's temperature that is not above 0 (on a GPU these give NaN).
     """
     check_rows("hidden", hidden, rank=2)
     check_rows("reference_hidden", reference_hidden, rank=2)
     targeted = targets is not None
-    if targets is None:  # any token will do
+    if targets is None:  # any valid token
         targets = hidden.new_zeros(hidden.shape[:1], dtype=torch.int64)
     transform = checked_transform(hidden, weight, targets, bias, temperature, logit_scale, softcap)
     num_rows, vocab, device = hidden.shape[0], weight.shape[0], hidden.device
@@ -115,7 +115,7 @@ def linear_kl_reference(
     logit_scale: float = 1.0,
     softcap: float | None = None,
 ) -> TokenKL:
-    """The definition: all logits at once, in the dtype given."""
+    """The definition: all logits at once, in the given dtype."""
 
     def log_softmax(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         logits = logit_scale * torch.nn.functional.linear(hidden, weight, bias)
@@ -149,7 +149,8 @@ def _forward(
     entropy: bool,
     triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(kl, logprob, reference_logprob, entropy, peak, total, reference_peak, drift), [T] each, or empty: the entropy.
+    """(kl, logprob, reference_logprob, entropy, peak, total, reference_peak, drift), [T] each; the entropy is empty if
+    not wanted.
 
     `peak` is the largest logit of the row, `total` the sum of exp(z - peak), `drift` the mean under the policy of
     (z - peak) - (z' - reference_peak).
@@ -210,7 +211,7 @@ def _save(ctx, inputs, output):
 def _differentiate(ctx, grad_kl, grad_logprob, _, grad_entropy, *__):
     check_first_derivative("linear_kl")
     needs, (*transform, triton) = ctx.needs_input_grad[:3], ctx.options
-    if grad_kl is None:  # it was only looked at
+    if grad_kl is None:  # kl has no upstream gradient
         *policy, _, _, _, targets, row_temperature, logprob, entropy, peak, total, _, _ = ctx.saved_tensors
         saved = (*policy, targets, row_temperature, logprob, entropy, peak, total)
         grads = logprob_backward(grad_logprob, None, grad_entropy, *saved, *transform, IGNORE, triton, *needs)
@@ -241,7 +242,7 @@ def _fold(state: tuple[Tensor, ...], z: Tensor, y: Tensor, column: Tensor, entro
 
 
 def _relative(z: Tensor, peak: Tensor) -> Tensor:
-    """z - peak in place, finite where z is -inf."""
+    """z - peak in place; finite even where z is -inf."""
     return z.sub_(peak[:, None]).clamp_(min=LOWEST)
 
 

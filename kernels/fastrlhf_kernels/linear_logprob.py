@@ -11,15 +11,15 @@ Gradient, for upstream gradients g of logprob, l of logsumexp and e of entropy:
 
 The target's entry is computed as -expm1(logprob) g: 1 - p has fewer correct digits than logprob where p is nearly 1.
 
-A block of ROWS x VOCAB logits is computed, folded into running statistics and forgotten; the backward computes it by
-the same products again (4 in all, where storing needs 3). Beyond the returned gradients this holds about
-4 (2 VOCAB D + 3 ROWS VOCAB) bytes, and 8 T D more for half precision, where log_softmax holds 12 T V; a frozen weight
-costs no dweight. Rows whose upstream gradients are all 0 (masked tokens, clipped ratios) are left out of the backward's
-products; to find them, the backward waits once for a GPU, the forward never does.
+A block of ROWS x VOCAB logits is computed, reduced to running statistics and discarded; the backward computes it again
+by the same products (4 in all, where storing needs 3). Beyond the returned gradients this holds about 4 (2 VOCAB D + 3
+ROWS VOCAB) bytes, and 8 T D more for half precision, where log_softmax holds 12 T V; a frozen weight costs no dweight.
+Rows whose upstream gradients are all 0 (masked tokens, clipped ratios) are left out of the backward's products; to find
+them, the backward waits once for a GPU, the forward never does.
 
-On a GPU the Triton kernels of `_head_kernels.py` fold each tile of logits where it was computed; the backward stores
-the gradient of a part of the logits, rounded once to bfloat16, and leaves the other two products to cuBLAS. It holds
-that part (128 MiB, or 4096 T bytes where that is more), a float32 dhidden and, where rows are left out, a copy of the
+On a GPU the Triton kernels of `_head_kernels.py` reduce each tile of logits in registers; the backward stores the
+gradient of a part of the logits, rounded once to bfloat16, and leaves the other two products to cuBLAS. It holds that
+part (128 MiB, or 4096 T bytes where that is more), a float32 dhidden and, where rows are left out, a copy of the
 others.
 
 Precision: products accumulate in float32, logits are never rounded, and all is relative to the largest logit of the
@@ -59,9 +59,9 @@ def linear_logprob(
 ) -> TokenLogprobs:
     """log softmax(softcap(logit_scale * (hidden @ weight.T + bias)) / temperature)[t, targets[t]], float32, in nats.
 
-    Rows whose target is `ignore_index` give 0 in every output and no gradient, whatever lies in them. Raises ValueError
-    for wrong shapes, dtypes and devices, and on the CPU for a target outside the vocabulary and a row's temperature
-    that is not above 0 (on a GPU these give NaN).
+    Rows whose target is `ignore_index` return 0 in every output and have no gradient, whatever their content. Raises
+    ValueError for wrong shapes, dtypes and devices, and on the CPU for a target outside the vocabulary and a row's
+    temperature that is not above 0 (on a GPU these give NaN).
     """
     transform = checked_transform(hidden, weight, targets, bias, temperature, logit_scale, softcap)
     logprob, logsumexp, row_entropy, max_logprob, mean_logit, _, _ = _forward(
@@ -102,13 +102,14 @@ def checked_transform(
 
 
 def positive_or_nan(temperature: Tensor) -> Tensor:
-    """[T] float32; NaN for what is no temperature, as nobody can look at it on a GPU without waiting."""
+    """[T] float32; NaN replaces invalid temperatures, because checking them on a GPU would wait for it."""
     temperature = temperature.detach().float()
     return temperature.where(temperature > 0, float("nan"))
 
 
 def check_rows_that_count(chosen: Selection, targets: Tensor, vocab: int, row_temperature: Tensor | None) -> None:
-    """Raises ValueError for a target outside the vocabulary and a temperature of NaN; on a GPU, looking would wait."""
+    """Raises ValueError for a target outside the vocabulary and a temperature of NaN; skipped on a GPU, where it
+    would wait."""
     if chosen.dead is not None or not chosen.live.any():
         return
     for extreme in chosen.take(targets).aminmax():
@@ -128,7 +129,7 @@ def linear_logprob_reference(
     softcap: float | None = None,
     ignore_index: int = -100,
 ) -> TokenLogprobs:
-    """The definition: all logits at once, in the dtype given."""
+    """The definition: all logits at once, in the given dtype."""
     logits = logit_scale * torch.nn.functional.linear(hidden, weight, bias)
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     logits = logits / (temperature[:, None] if isinstance(temperature, Tensor) else temperature)
@@ -155,7 +156,7 @@ def _forward(
     stats: bool,
     triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(logprob, logsumexp, entropy, max_logprob, mean_logit, peak, total), each [T] or, not asked for, empty.
+    """(logprob, logsumexp, entropy, max_logprob, mean_logit, peak, total), each [T], or empty if not wanted.
 
     `peak` is the largest logit of the row, `total` the sum of exp(z - peak).
     """

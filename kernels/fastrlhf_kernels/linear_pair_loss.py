@@ -1,7 +1,7 @@
 """From hidden states to the loss on preference pairs: `pair_loss(linear_logprob(...))`, in one call.
 
-A pair's loss needs every token of both responses before any gradient is known, so there is nothing to gain from fusing
-it with the head's products: this is the two steps, in value, gradient, time and memory.
+A pair's loss needs every token of both responses before any gradient is known, so fusing it with the products of the
+head gains nothing: this function runs the two steps, with the same values, gradients, time and memory.
 
 Legend: T rows, B pairs, V vocabulary, D hidden size.
 """
@@ -82,6 +82,6 @@ def linear_pair_loss_reference(
     softcap: float | None = None,
     **options: Any,
 ) -> Tensor:
-    """The two definitions, one after the other, in the dtype given."""
+    """The two definitions, one after the other, in the given dtype."""
     logprob = linear_logprob_reference(hidden, weight, targets, softcap=softcap).logprob
     return pair_loss_reference(logprob, reference_logprob, cu_seqlens, mask, **options)

@@ -1,10 +1,10 @@
-"""From hidden states to PPO's loss in one go: `policy_loss(linear_logprob(...))`, equal in value and gradient.
+"""From hidden states to PPO's loss in one op: `policy_loss(linear_logprob(...))`, with equal value and gradient.
 
-The gradient by each log-prob is known as soon as a row's logits are, so the forward takes the gradients too: three
-matrix products instead of the four of the two-step form, and two instead of three where the head is frozen. (On a GPU
-rows outside the mask still cost the last two, unless a whole tile is; the two-step form leaves them out.) Rows are
-worked on in chunks; the logits of one chunk exist, as exp(z - peak) in bfloat16 on a GPU, whose relative error of 2^-9
-is that of a bfloat16 gradient (logits themselves, rounded so, would be off by up to 0.06 nats).
+The gradient with respect to a log-prob is known as soon as the logits of its row are, so the forward computes the
+gradients too: three matrix products instead of the four of the two-step form, and two instead of three where the head
+is frozen. (On a GPU rows outside the mask still cost the last two, unless a whole tile is; the two-step form leaves
+them out.) Rows are worked on in chunks; the logits of one chunk exist, as exp(z - peak) in bfloat16 on a GPU, whose
+relative error of 2^-9 is that of a bfloat16 gradient (logits themselves, rounded so, would be off by up to 0.06 nats).
 
     chunk of rows: products -> masses, logprob, entropy -> slopes of the loss -> gradient of the logits, in place
                    -> dhidden of these rows, dweight += ...
@@ -64,7 +64,7 @@ def linear_policy_loss(
     kl_coef: float = 0.0,
     kl_kind: str = "k2",
     token_weight: Tensor | None = None,  # the `weight` of policy_loss
-    entropy: bool = False,  # report it; an entropy_coef asks for it by itself
+    entropy: bool = False,  # whether to report it; a non-zero entropy_coef computes it in any case
     entropy_coef: float = 0.0,
     impl: str = "auto",
 ) -> LossOutput:
@@ -105,7 +105,7 @@ def linear_policy_loss_reference(
     softcap: float | None = None,
     **options: Any,
 ) -> Tensor:
-    """The two definitions, one after the other, in the dtype given."""
+    """The two definitions, one after the other, in the given dtype."""
     logprob = linear_logprob_reference(hidden, weight, targets, softcap=softcap).logprob
     return policy_loss_reference(logprob, sampler_logprob, advantage, mask, **options)
 
@@ -183,7 +183,7 @@ def _one_shot(
         None,
     )
     loss, sums, ratio_max, _, _ = _policy_loss(*full, *scalars)
-    grad_hidden = chunks.grad_hidden  # rows that were worked on for nothing are 0 already
+    grad_hidden = chunks.grad_hidden  # processed rows that are not live are 0 already
     if grad_hidden is not None and chosen.rows is not None:
         grad_hidden = chosen.put_back(grad_hidden)
     grads = [
@@ -202,7 +202,8 @@ def _(hidden, weight, bias, *rest):
 
 
 def _kept_dtype(leaf: Tensor) -> torch.dtype:
-    """Of a gradient until the upstream one, which may hold the scale of a loss, is known: float16 would lose it."""
+    """Dtype of a gradient until the upstream gradient, which may contain a loss scale, is known: float16 would
+    underflow."""
     return torch.float32 if leaf.dtype == torch.float16 else leaf.dtype
 
 
@@ -225,7 +226,7 @@ def _differentiate(ctx, grad, *_):
 
 @torch.library.custom_op("fastrlhf::scaled", mutates_args=())
 def _scaled(tensor: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """tensor * factor, multiplied in float32 and rounded once, without a float32 copy of all."""
+    """tensor * factor, multiplied in float32 and rounded once, without a float32 copy of the whole tensor."""
     out = torch.empty_like(tensor, dtype=dtype)
     for some, part in zip(tensor.split(8192), out.split(8192), strict=True):
         part.copy_(some.float() * factor)
@@ -241,7 +242,7 @@ torch.library.register_autograd("fastrlhf::linear_policy_loss", _differentiate, 
 
 
 class _TorchChunks:
-    """The rows of a head in chunks: the logits of one of them, and the gradients of all so far."""
+    """The rows of a head in chunks: the logits of the current chunk, and the gradients of all chunks so far."""
 
     def __init__(self, hidden, weight, bias, row_temperature, temperature, scale, softcap, dead, needs):
         hidden = hidden if dead is None else hidden.masked_fill(dead, 0)
@@ -295,7 +296,7 @@ class _TritonChunks:
         self.grad_hidden = hidden.new_zeros(hidden.shape, dtype=self.dtype) if need_hidden else None
         self.grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
         self.grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias else None
-        vocab = cdiv(len(weight), 16) * 16  # cuBLAS and TMA want rows at multiples of 16 bytes
+        vocab = cdiv(len(weight), 16) * 16  # cuBLAS and TMA need rows at multiples of 16 bytes
         self.step = chunk_rows(vocab * self.dtype.itemsize, GPU_CHUNK)
         self.tiles = choose_tiles(STORING, *self.head[:2], _head.is_heavy(bias, row_temperature, softcap))
         rows = min(self.step, len(hidden))
@@ -339,7 +340,7 @@ class _TritonChunks:
 
 
 def chunk_rows(row_bytes: int, limit: int) -> int:
-    """Rows whose logits take about `limit` bytes: a multiple of 128, or of 16 where that is too many."""
+    """Number of rows whose logits take about `limit` bytes: a multiple of 128, or of 16 where 128 rows are too many."""
     rows = limit // row_bytes
     return max(rows // 128 * 128 or rows // 16 * 16, 16)
 

@@ -1,4 +1,4 @@
-"""Log-probs of given tokens, from logits that exist already, without a float32 copy of them or their softmax.
+"""Log-probs of given tokens from existing logits, without a float32 copy of the logits or their softmax.
 
     z[t, v]   = softcap(logit_scale * logits[t, v]) / temperature,   softcap(x) = c tanh(x / c)
     logprob   = z[t, y_t] - logsumexp_v z[t, v]
@@ -12,11 +12,11 @@ Gradient, for upstream gradients g of logprob, l of logsumexp and e of entropy:
 The target's entry is computed as -expm1(logprob) g: 1 - p has fewer correct digits than logprob where p is nearly 1.
 
 The forward reads the logits once and keeps five numbers per row; the backward reads them once more and writes the
-gradient in their dtype, rounded once, to new memory or over them. Ignored rows are not read, rows without upstream
-gradient not again. The torch path also holds up to five float32 blocks of rows, 2 MiB each on a CPU.
+gradient in their dtype, rounded once, to new memory or over the logits. Ignored rows are never read, and rows without
+upstream gradient are read only once. The torch path also holds up to five float32 blocks of rows, 2 MiB each on a CPU.
 
 Precision: float32, relative to the largest logit of the row, which is subtracted before anything is multiplied: a
-constant added to all logits changes no bit of a log-prob. How a row is shared out over programs depends on V alone.
+constant added to all logits changes no bit of a log-prob. The split of a row over programs depends on V alone.
 
 Legend: T rows, V vocabulary. Online normaliser: Milakov and Gimelshein 2018 (arXiv 1805.02867). `linear_logprob` is for
 logits that need not exist.
@@ -39,8 +39,8 @@ from fastrlhf_kernels.types import TokenLogprobs
 
 BIT = math.log(2)  # in nats
 LN_2 = constant(BIT)
-VANISHED = -1e4  # its exponential is 0 as that of -inf is, and 0 times it is not NaN
-CPU_BLOCK_BYTES = 1 << 21  # of a float32 block of rows: it stays in the cache of a core
+VANISHED = -1e4  # replaces -inf: its exponential is 0 too, and 0 times it is not NaN
+CPU_BLOCK_BYTES = 1 << 21  # bytes of a float32 block of rows, so that it stays in the cache of a core
 GPU_BLOCK_BYTES = 1 << 27
 
 SHARE = 16384  # columns that one forward program folds: 8 programs share a row of 128256
@@ -62,8 +62,8 @@ def logprob_from_logits(
 ) -> TokenLogprobs:
     """log softmax(softcap(logit_scale * logits) / temperature)[t, targets[t]], float32, in nats.
 
-    Rows whose target is `ignore_index` give 0 in every output and no gradient, whatever lies in them. `max_logprob` and
-    `mean_logit` are None.
+    Rows whose target is `ignore_index` return 0 in every output and have no gradient, whatever their content.
+    `max_logprob` and `mean_logit` are None.
 
     With `inplace_backward` the gradient overwrites the logits, so that the backward allocates nothing of their size. Do
     not read them afterwards: they hold the gradient. Another backward that needs their values raises RuntimeError.
@@ -105,7 +105,7 @@ def logprob_from_logits_reference(
     softcap: float | None = None,
     ignore_index: int = -100,
 ) -> TokenLogprobs:
-    """The definition, in the dtype given."""
+    """The definition, in the given dtype."""
     logits = logit_scale * logits
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     logits = logits / (temperature[:, None] if isinstance(temperature, Tensor) else temperature)
@@ -139,7 +139,8 @@ def _forward(
     inplace: bool,
     triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(logprob, logsumexp, entropy, peak = max x, total = sum 2^(bits (x - peak))), each [T] or, not wanted, empty."""
+    """(logprob, logsumexp, entropy, peak = max x, total = sum 2^(bits (x - peak))), each [T], or empty if not
+    wanted."""
     keep, vocab = targets != ignore, logits.shape[1]
     chosen = Selection.of(keep, wait=False)
     check_rows_that_count(chosen, targets, vocab, bits)
@@ -183,7 +184,7 @@ def _(logits, targets, bits, inner, capped, ignore, entropy, inplace, triton):
 def _blocks(logits: Tensor, chosen: Selection, inner: float, capped: bool) -> Iterator[tuple[Tensor, Tensor]]:
     """The chosen rows, a block at a time: their indices, and x [rows, V] in fresh float32 memory.
 
-    There is at least one block, be it empty, so that an empty pack takes no path of its own.
+    There is at least one block, possibly empty, so that an empty pack needs no special case.
     """
     rows = torch.arange(len(logits), device=logits.device) if chosen.rows is None else chosen.rows
     size = CPU_BLOCK_BYTES if logits.device.type == "cpu" else GPU_BLOCK_BYTES
@@ -206,7 +207,7 @@ def _differentiate(ctx, grad_logprob, grad_logsumexp, grad_entropy, *_):
     inner, capped, ignore, _, inplace, triton = ctx.options
     check_first_derivative("logprob_from_logits")
     on_logprob, on_total = (0 if grad is None else grad for grad in (grad_logprob, grad_logsumexp))
-    logprob = logprob.clamp(min=VANISHED)  # of a forbidden target
+    logprob = logprob.clamp(min=VANISHED)  # the target is forbidden
     prob = logprob.exp()
     level = on_total - on_logprob
     tilt = torch.zeros_like(total)
@@ -229,7 +230,7 @@ def _differentiate(ctx, grad_logprob, grad_logsumexp, grad_entropy, *_):
 torch.library.register_autograd("fastrlhf::logprob_from_logits", _differentiate, setup_context=_save)
 
 
-# It declares what it overwrites: where that is the logits, autograd's version counter and torch.compile know it.
+# The op declares what it overwrites, so that autograd's version counter and torch.compile know it.
 @torch.library.custom_op("fastrlhf::logprob_from_logits_backward", mutates_args=("grad",))
 def _backward(
     grad: Tensor,
@@ -243,7 +244,7 @@ def _backward(
     tilted: bool,
     triton: bool,
 ) -> None:
-    """Writes the gradient to `grad` [T, V], where the logits themselves lie if `logits` is None.
+    """Writes the gradient to `grad` [T, V]; if `logits` is None, `grad` contains the logits and is overwritten.
 
     terms [3, T] are level, tilt and at_target. With z = bits (x - peak), the gradient is 2^z (level - tilt z), and
     at_target in the target's column; with a soft cap times 1 - x^2. A row whose terms are all 0 is not read.
@@ -285,7 +286,7 @@ def _load(pointer, inside, inner, SOFTCAP: tl.constexpr):
 
 @jit
 def _fold(peak, total, gap, x, bits, ENTROPY: tl.constexpr):
-    """The numbers of each lane [LANES], with a block x [DEPTH, LANES] added."""
+    """Adds a block x [DEPTH, LANES] to the statistics of each lane [LANES]."""
     top = tl.maximum(peak, tl.max(x, 0))
     shift = (peak - top) * bits
     old = tl.exp2(shift)
@@ -300,7 +301,7 @@ def _fold(peak, total, gap, x, bits, ENTROPY: tl.constexpr):
 
 @jit
 def _merge(peak, total, gap, bits):
-    """Parts of a row as one: total = sum 2^z, gap = -sum 2^z z, z = bits (x - peak)."""
+    """Merges parts of a row: total = sum 2^z, gap = -sum 2^z z, z = bits (x - peak)."""
     top = tl.max(peak, 0)
     shift = (peak - top) * bits
     old = tl.exp2(shift)

@@ -64,7 +64,7 @@ def pair_loss(
     length_norm: str = "sum",
     impl: str = "auto",
 ) -> LossOutput:
-    """sum over pairs of weight L(z) / num_pairs, float32; a pair with an empty member counts for nothing.
+    """sum over pairs of weight L(z) / num_pairs, float32; a pair with an empty member is ignored.
 
     Metrics, sums over the pairs that count: loss (weighted), pairs, accuracy (pairs with a reward margin above 0),
     reward_chosen and reward_rejected (beta u, whatever the length_norm), margin (their difference), logprob_chosen and
@@ -122,7 +122,7 @@ def pair_loss_reference(
     label_smoothing: float = 0.0,
     length_norm: str = "sum",
 ) -> Tensor:
-    """The definition, one pair at a time in the textbooks' form, in the dtype given; [T] reference, no empty member."""
+    """The definition, one pair at a time in textbook form, in the given dtype; [T] reference, no empty member."""
     total, bounds, eps = logprob.new_zeros(()), cu_seqlens.tolist(), label_smoothing
     for i in range(0, len(bounds) - 1, 2):
         members = [slice(bounds[j], bounds[j + 1]) for j in (i, i + 1)]
@@ -160,7 +160,8 @@ def _pair_loss(
     per_row: bool,
     triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(sum of the loss [], SUMS [7], slope [T]), float32; `per_row` says what reference_logprob is."""
+    """(sum of the loss [], SUMS [7], slope [T]), float32; `per_row`: whether reference_logprob is per row or per
+    sequence."""
     num_pairs, num_rows = len(cu_seqlens) // 2, len(logprob)
     options = (label_prob, margin, weight, target)
     if triton:
@@ -256,7 +257,7 @@ def pair_terms(difference, beta, kappa, label_prob, margin, target, KIND: tl.con
 
 @jit
 def log1p(x):
-    """log(1 + x) of x in [0, 1], relatively exact: 2 artanh(x / (2 + x)), its series up to power 15."""
+    """log(1 + x) for x in [0, 1] with a small relative error: 2 artanh(x / (2 + x)) by its series up to power 15."""
     s = x / (2 + x)
     square = s * s
     series = square * 0
@@ -271,7 +272,7 @@ def pair_kernel(
     reference_logprob,  # or None
     cu_seqlens,
     mask,
-    label_prob,  # or None, as the three that follow
+    label_prob,  # or None, like the next three
     margin,
     weight,
     target,
@@ -353,7 +354,7 @@ def _member_sums(logprob, reference_logprob, mask, start, stop, PER_ROW: tl.cons
 
 @jit
 def _spread(slope, value, mask, start, stop, BLOCK: tl.constexpr):
-    """`value` into a sequence's rows in the mask, 0 into its others."""
+    """Writes `value` to the rows of a sequence in the mask and 0 to its other rows."""
     for first in range(start, stop, BLOCK):
         rows = first + tl.arange(0, BLOCK)
         keep = tl.load(mask + rows, mask=rows < stop, other=0).to(tl.int1)
@@ -373,7 +374,7 @@ def _check_options(
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"label_smoothing must be in [0, 0.5), got {label_smoothing}")
     if label_prob is not None and label_smoothing:
-        raise ValueError("label_prob and label_smoothing both say how sure the labels are: give one")
+        raise ValueError("label_prob and label_smoothing both describe the noise of labels: give only one")
     if target is not None and (kind != "ipo" or label_prob is not None or label_smoothing):
         raise ValueError('target is for kind="ipo" alone, without label_prob and label_smoothing')
     if margin is not None and kind == "ipo":

@@ -1,4 +1,4 @@
-"""The policy-gradient losses of PPO and the group family, with everything that is added to them per token.
+"""Policy-gradient losses of PPO and of GRPO's family, with the per-token terms that are added to them.
 
     r_t    = exp(clamp(logprob - sampler_logprob, +-20))
     ppo      g_t = min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)
@@ -16,7 +16,7 @@ Gradient of -g_t with respect to logprob. ppo and gspo: -r A (-s A) where the to
 
 bounds included; with r = 1 everywhere it is REINFORCE's. gspo's is that of GSPO-token (eq. 14): each token moves its
 own log-prob, and where advantage and weight are the same over a sequence the sum over its tokens is GSPO's gradient.
-cispo: -clip(r) A, for every token. Of the others: kl_coef w delta, and -entropy_coef for H.
+cispo: -clip(r) A, for every token. The other terms: kl_coef w delta, and -entropy_coef with respect to H.
 
 Rows with mask False reach neither the loss nor a gradient, even where they hold NaN or infinity.
 
@@ -99,7 +99,7 @@ def policy_loss(
         mask,
         None if reference_logprob is None else reference_logprob.detach(),
         None if weight is None else weight.detach(),
-        entropy if entropy is None or entropy_coef else entropy.detach(),  # else its backward would run for zeros
+        entropy if entropy is None or entropy_coef else entropy.detach(),  # otherwise its backward would run on zeros
         None if cu_seqlens is None else _sequence_log_ratio(logprob, sampler_logprob, mask, cu_seqlens),
         *scalars,
         use_triton(impl, device),
@@ -158,7 +158,7 @@ def policy_loss_reference(
     loss_type: str = "ppo",
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """The first term of the loss by its definition, in the dtype given; log-ratios within +-20, all values finite.
+    """The first term of the loss by its definition, in the given dtype; log-ratios within +-20, all values finite.
 
     gspo is the sequence form (eq. 5): its gradient equals the op's where advantages are the same over a sequence.
     """
@@ -245,7 +245,7 @@ def _sequence_log_ratio(logprob: Tensor, sampler_logprob: Tensor, mask: Tensor, 
 
 
 def policy_metrics(sums: Tensor, ratio_max: Tensor, kl: bool, entropy: bool) -> dict[str, Metric]:
-    """What `policy_loss` reports; `sums` [8] in the order of SUMS."""
+    """Metrics of `policy_loss`; `sums` [8] in the order of SUMS."""
     metrics: dict[str, Metric] = {name: Sum(total) for name, total in zip(SUMS, sums.unbind(), strict=True)}
     metrics["ratio_max"] = Max(ratio_max)
     return {name: metrics[name] for name in metrics if (name != "kl" or kl) and (name != "entropy" or entropy)}

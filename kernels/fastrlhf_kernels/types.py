@@ -1,7 +1,7 @@
-"""What the ops return.
+"""Results of the ops.
 
-Metrics stay on the device, detached, and say how they combine: a Sum adds up over micro-batches and ranks, a Max takes
-the larger. A mean is a Sum over another Sum (`policy_loss` over `tokens`), divided once, at the end.
+Metrics stay on the device, detached, and define how they combine over micro-batches and ranks: a Sum adds up, a Max
+takes the larger value. A mean is a Sum over another Sum (`policy_loss` over `tokens`), divided once, at the end.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class TokenLogprobs(NamedTuple):
-    """What `linear_logprob` knows of each row; [T] float32, nats. Ignored rows are 0 everywhere."""
+    """Results of `linear_logprob` per row; [T] float32, nats. Ignored rows are 0."""
 
     logprob: Tensor
     """log p(target), never above 0; differentiable."""
@@ -30,14 +30,14 @@ class TokenLogprobs(NamedTuple):
 
 
 class TokenKL(NamedTuple):
-    """What `linear_kl` knows of each row; [T] float32, nats. Ignored rows are 0 everywhere."""
+    """Results of `linear_kl` per row; [T] float32, nats. Ignored rows are 0."""
 
     kl: Tensor
     """KL(policy || reference) over the whole vocabulary, never below 0; differentiable."""
     logprob: Tensor | None
     """log p(target) under the policy, never above 0; differentiable. None without targets."""
     reference_logprob: Tensor | None
-    """The same under the reference, detached. None without targets."""
+    """log p(target) under the reference, detached. None without targets."""
     entropy: Tensor | None
     """-sum p log p of the policy; differentiable. None unless asked for."""
 
@@ -56,7 +56,7 @@ class Sum:
 
 @dataclass(frozen=True, slots=True)
 class Max:
-    """A 0-dim float32 tensor of which micro-batches and ranks keep the largest; + is that maximum."""
+    """A 0-dim float32 tensor whose maximum is kept over micro-batches and ranks; + is that maximum."""
 
     value: Tensor
 
@@ -70,7 +70,7 @@ Metric = Sum | Max
 
 
 class LossOutput(NamedTuple):
-    """A loss with what is worth logging about it."""
+    """A loss with its metrics."""
 
     loss: Tensor
     """0-dim float32; call backward on it."""
@@ -78,7 +78,7 @@ class LossOutput(NamedTuple):
 
 
 def merge(*metrics: Mapping[str, Metric]) -> dict[str, Metric]:
-    """The metrics of several micro-batches as those of one; a name may be missing from some. Waits for no device.
+    """Merges the metrics of several micro-batches; a name may be missing from some. Does not wait for the device.
 
         merge({"tokens": Sum(3)}, {"tokens": Sum(4), "ratio_max": Max(2)})  ->  {"tokens": Sum(7), "ratio_max": Max(2)}
 

@@ -4,7 +4,7 @@
     loss    = sum_t mask weight max((value - returns)^2, (clipped - returns)^2) / 2 / num_tokens
 
 Gradient with respect to value: weight (value - returns) where the first square is the larger or they are equal;
-elsewhere 0, as the second is only larger where the clamp holds. With clip None: weight (value - returns).
+elsewhere 0, because the second is larger only where the clamp is active. With clip None: weight (value - returns).
 
 Rows with mask False reach neither the loss nor a gradient, even where they hold NaN or infinity.
 
@@ -68,7 +68,7 @@ def value_loss_reference(
     clip: float | None = 0.2,
     weight: float | Tensor = 1.0,
 ) -> Tensor:
-    """The definition, in the dtype given; all values finite."""
+    """The definition, in the given dtype; all values finite."""
     clip = float("inf") if clip is None else clip
     clipped = rollout_value + (value - rollout_value).clamp(-clip, clip)
     return (weight * torch.maximum((value - returns) ** 2, (clipped - returns) ** 2))[mask].sum() / 2 / num_tokens
