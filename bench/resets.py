@@ -1,9 +1,10 @@
 """When do resets help? PPO against DR-PO where exploration is hard, the references are good and the judge is right.
 
-The demo's task is easy to explore and its learned judge is what limits PPO (bench/LOG.md). Here, as in the theory of
-DR-PO (arXiv 2404.08495, section 5), good late states are rare for the SFT policy and common in the references: writers
-are sloppier, an unbroken run of right facts pays far more, resets start from careful references that SFT never saw,
-and the gold judge itself gives the reward, so that exploration is all that differs.
+The demo's task is easy to explore, and its learned judge is what limits PPO (bench/LOG.md). In this task, as in the
+theory of DR-PO (arXiv 2404.08495, section 5), good late states are rare for the SFT policy and common in the
+references: the writers of the SFT data are sloppier, an unbroken run of right facts pays far more, resets start from
+careful references that SFT never saw, and the gold judge itself gives the reward. Exploration is then all that
+differs.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
 """The theory of DR-PO (Chang et al. 2024, arXiv 2404.08495, section 4 and Algorithm 3) on tables, in float64.
 
-Mirror descent, its update the natural policy gradient, in closed form,
+First, mirror descent with the natural policy gradient as its update, in closed form,
 
     pi'(a|s) = argmax <pi, Q> - lam KL(pi || pi_SFT) - KL(pi || pi_t) / eta
              ~ pi_SFT^(eta lam / (eta lam + 1))  pi_t^(1 / (eta lam + 1))  exp(eta Q / (eta lam + 1))
 
-beside a numerical optimiser of the same objective, on a random deterministic MDP. And what resets buy on a combination
-lock: one of two tokens is right at each of H steps, a wrong one ends it, all right ones earn 1. pi_SFT is uniform. A
-batch of episodes is rolled out from the first step, or from a uniform step of a given response; Q is the mean return of
-each state and token, and the same closed form is the update. What changes is where the episodes start.
+is compared with a numerical optimiser of the same objective, on a random deterministic MDP. Second, what resets are
+worth on a combination lock: one of two tokens is right at each of H steps, a wrong one ends the episode, all right ones
+earn 1. pi_SFT is uniform. A batch of episodes starts at the first step, or at a uniform step of a given response; Q is
+the mean return of each state and token, and the update is the same closed form. Only the starts of episodes differ.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
-"""RTO and DR-PO on the embedded task, smaller than the demo: which rewards, from which states, on how many prompts?
+"""RTO and DR-PO on the embedded task, smaller than the demo: which rewards, which starts, how many prompts?
 
-    granularity  RTO with its token rewards paid at every token, at the end of every fact, at the end, everywhere and
-                 taken back at the end, nowhere (arXiv 2404.18922, section 5.2 and figure 4)
+    granularity  RTO with its token rewards paid at every token, at the end of every fact, at the end of the response,
+                 at every token and taken back at the end, or nowhere (arXiv 2404.18922, section 5.2 and figure 4)
     prompts      RTO and PPO, one pass over few or many prompts (figure 4c there)
     resets       DR-PO by the share of episodes that are reset (arXiv 2404.08495, table 2), on the task of
                  `bench.resets` with the gold judge as reward, at about the same number of sampled tokens
-    lengths      DR-PO, every episode reset, and PPO on posts of which 3, 5 or 7 facts matter (section 5 there: without
-                 resets the price of exploration grows with the horizon); models of posts of 3 to 7 facts
+    lengths      DR-PO with every episode reset, and PPO, on posts of which 3, 5 or 7 facts matter (section 5 there:
+                 without resets the price of exploration grows with the horizon); models of posts of 3 to 7 facts
 
-SFT, reward and DPO model of a seed and task are made once, with the demo's settings; the arms of a seed share them. The
-runs have the demo's settings too, but for half its episodes per update.
+The SFT, reward and DPO models of a seed and task are trained once, with the demo's settings, and shared by all arms.
+The runs have the demo's settings too, except for half its episodes per update.
 """
 
 from __future__ import annotations

@@ -3,12 +3,12 @@
     pi = softmax(theta), theta = 0 at first, the uniform reference; data: ordered pairs of actions, winner first
     repeat: draw a mini-batch of pairs with replacement; Adam on `pair_loss`, an action being a response of one token
 
-The paper prints neither its values of tau nor a mini-batch other than 9 (TRL's notes on its proceedings version say
-90). Its last data set is printed as {(a, b), (b, a)}, "leaving (a, c) unobserved". On those pairs both losses are
-symmetric in a and b and blind to c, so nothing moves and the figure that is described cannot come out. It is run as
-printed (D3 literal) and in two readings: (a, c) left out of D1 (D3b), and one pair added in which c loses (D3c).
+The paper does not print its values of tau. Its mini-batch is 9 (TRL's notes on the proceedings version say 90). Its
+last data set is printed as {(a, b), (b, a)}, "leaving (a, c) unobserved". On those pairs both losses are symmetric in
+a and b and do not see c, so nothing moves and the described figure cannot result. It is run as printed (D3 literal)
+and in two readings: (a, c) left out of D1 (D3b), and one pair added in which c loses (D3c).
 
-    IPO: theta_w - theta_l = 1 / (2 tau) on every pair, in least squares; DPO has no minimum but in D2 and D3 literal
+    IPO: theta_w - theta_l = 1 / (2 tau) on every pair, in least squares; DPO has a minimum only in D2 and D3 literal
 """
 
 from __future__ import annotations

@@ -1,17 +1,17 @@
-"""Does a reward model that is refitted on what the policy answers train a better policy? RLP (arXiv 2403.19279) on the
-embedded task, its variants and the controls that the paper lacks.
+"""Does a reward model that is refitted on the policy's answers train a better policy? RLP (arXiv 2403.19279) on the
+embedded task, with its variants and the controls that the paper lacks.
 
-    r, pi       a reward model and PPO against it
+    r, pi       a reward model, and PPO against it
     P           10 answers of pi to each of 2560 prompts, drawn once
-    per arm     r', refitted from the SFT model on the pairs of r and on P, then PPO from the SFT model against r'
+    per arm     r', refitted from the SFT model on the pairs of r and on P; then PPO from the SFT model against r'
 
-`lambda 0` trains on the pairs alone, so it is r with other draws. All refits of a seed have these draws (head, order of
-the pairs) and all policies those of pi: arms differ in what is added. `gold pairs` asks what the best synthetic pairs
-would give: as many, on the same answers, told by the judge of the task. SPG groups answers by gold equivalence, so that
-no error of an NLI model holds it up.
+`lambda 0` trains on the pairs alone: it is r with other random draws. All refits of a seed share these draws (head,
+order of the pairs) and all policies share those of pi, so arms differ only in what is added. `gold pairs` shows what
+the best synthetic pairs would give: as many pairs, on the same answers, labelled by the judge of the task. SPG groups
+answers by gold equivalence, so that errors of an NLI model play no part.
 
-Smaller than the paper, for a CPU: one pass over 8960 pairs (the paper's 9.2 k), 2560 prompts (20 k), 40 updates of 64
-episodes. A model has 0.9 million parameters.
+It is smaller than the paper, for a CPU: one pass over 8960 pairs (the paper: 9.2 k), 2560 prompts (20 k), 40 updates
+of 64 episodes. A model has 0.9 million parameters.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Algorithm 1 of RTO (Zhong et al. 2024, arXiv 2404.18922, section 4.1) on small trees: does pessimism help?
 
-A response is `HORIZON` tokens out of `ACTIONS`; the state is what was written before. The reward is linear, phi .
+A response is `HORIZON` tokens out of `ACTIONS`; the state is the tokens written so far. The reward is linear, phi .
 theta, with one feature per state and token and |theta*| = `BOUND`. Pairs of responses are labelled by Bradley-Terry on
 the sums of their token rewards. Then
 
