@@ -279,8 +279,7 @@ def read_model_config(source: str, field: str, trust_remote_code: bool) -> Pretr
 
 
 def check_architecture(config: TrainConfig) -> None:
-    """Raises ValueError, naming the key, where the model that `config` starts from is not a causal language model. Only
-    its configuration is read."""
+    """Raises ValueError, naming the key, where the configuration of the starting model is not that of a causal LM."""
     if config.model_config:
         model = _build_config(parse_model_config(config.model_config))
         check_decoder(model, f"model_config.model_type: {model.model_type!r}")
