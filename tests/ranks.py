@@ -13,6 +13,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,9 +23,11 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 
+import fastrlhf
 from fastrlhf import cli
 from fastrlhf.config import SFTConfig
 from fastrlhf.data.packing import pack, sequence
@@ -307,6 +310,60 @@ def stopped(place: Path, two: Path) -> bool:
     return interrupted
 
 
+def differences(place: Path, two: Path) -> dict[str, str]:
+    """What every process is told where the second one is given something else, before the first step."""
+    second, own = dist.get_rank() == 1, place / f"seen by {dist.get_rank()}"
+    for name in ("policy", "judge"):
+        shutil.copytree(place / name, own / name)
+    weights = load_file(own / "policy" / "model.safetensors")
+    weights["model.norm.weight"][-1] += 0.01 * second
+    save_file(weights, own / "policy" / "model.safetensors", {"format": "pt"})
+    here, examples = Path.cwd(), tiny.examples
+    told = {
+        "seed": refusal(lambda: run("sft", place, two / "seed", seed=42 + second)),
+        "key": refusal(lambda: run("sft", place, two / "key", learning_rate=0.5 if second else 0.25)),
+    }
+    try:
+        tiny.examples = lambda count, seed=0: examples(count, seed + 5) if second else examples(count, seed)
+        told["other rows"] = refusal(lambda: run("sft", place, two / "other rows"))
+        tiny.examples = lambda count, seed=0: examples(count - 1, seed) if second else examples(count, seed)
+        told["fewer rows"] = refusal(lambda: run("sft", place, two / "fewer rows"))
+        tiny.examples = examples
+        os.chdir(own)  # the same relative path is another model there
+        told["weights"] = refusal(lambda: run("ppo", Path(), two / "weights"))
+        if second:
+            tiny.examples = lambda count, seed=0: [replace(one, reference=None) for one in examples(count, seed)]
+        told["no reference"] = refusal(lambda: run("sft", place, two / "no reference"))
+    finally:
+        tiny.examples = examples
+        os.chdir(here)
+    with patch.object(fastrlhf, "__version__", "9.9" if second else fastrlhf.__version__):
+        told["versions"] = refusal(lambda: run("sft", place, two / "versions"))
+    return told
+
+
+def rescued(place: Path, two: Path) -> list[str]:
+    """A run whose judge, asked by the first process alone, fails in the second step; then the same command again."""
+    judge, calls = resumable.noisy_judge, []
+
+    def unavailable(rollouts: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise ConnectionError("503")
+        return judge(rollouts)
+
+    resumable.noisy_judge = unavailable
+    notes = ["no error"]
+    try:
+        run("drpo", place, two / "drpo-resumed")
+    except ConnectionError as error:
+        notes = error.__notes__
+    finally:
+        resumable.noisy_judge = judge
+    run("drpo", place, two / "drpo-resumed")
+    return notes
+
+
 def main(place: Path) -> None:
     torch.set_num_threads(1)
     two = place / "two"
@@ -321,6 +378,8 @@ def main(place: Path) -> None:
         "uneven": optimised(129, **ROUNDED),
         "blocks": refusal(lambda: optimised(129, optim="adamw_8bit")) if installed({"optim": "adamw_8bit"}) else "",
         "interrupted": stopped(place, two),
+        "differences": differences(place, two),
+        "rescued": rescued(place, two),
     }
     (place / f"rank-{dist.get_rank()}.json").write_text(json.dumps(seen))
     assert is_first() == (dist.get_rank() == 0)

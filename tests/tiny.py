@@ -23,7 +23,7 @@ from transformers import (
 from fastrlhf.config import SFTConfig
 from fastrlhf.models import adapters
 from fastrlhf.models.loading import build_policy, load_policy, load_reward_model
-from fastrlhf.runtime.checkpoint import save_trained
+from fastrlhf.runtime.merging import save_trained
 from fastrlhf.types import Example
 
 WORDS = [f"w{i}" for i in range(29)]

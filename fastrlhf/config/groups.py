@@ -22,7 +22,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "LoRA": (
         *("use_peft", "lora_r", "lora_alpha", "lora_target_modules", "lora_target_parameters"),
-        *("use_rslora", "use_dora", "load_in_4bit"),
+        *("use_rslora", "use_dora", "load_in_4bit", "merged_dtype", "max_merge_shift"),
     ),
     "Loss": (
         *("completion_only_loss", "beta", "loss_type", "loss_weights", "margin_scale", "label_smoothing"),

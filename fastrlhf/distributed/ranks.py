@@ -46,6 +46,8 @@ def start(config: TrainConfig) -> None:
         return
     rule = f"False in {world} processes, among which weights in 4 bits cannot be spread"
     require(not config.load_in_4bit, "load_in_4bit", True, rule)
+    rule = f"float32 in {world} processes, which cannot measure the shift"
+    require(config.merged_dtype == "float32", "merged_dtype", config.merged_dtype, rule)
     require(
         config.batch_size % world == 0,
         "per_device_train_batch_size",
@@ -126,6 +128,16 @@ def on_each(function: Callable[[], T]) -> list[T]:
         if error is not None:
             raise error
     return [cast(T, value) for value, _ in outcomes]
+
+
+def together(function: Callable[[], T]) -> T:
+    """Calls `function`, which exchanges nothing, on each rank and returns the rank's own value. Where any rank fails,
+    every rank raises the first one's error, so that no rank waits for one that has refused its input."""
+    if world_size() == 1:
+        return function()
+    own: list[T] = []
+    on_each(lambda: own.append(function()))
+    return own[0]
 
 
 def from_all(value: T) -> list[T]:

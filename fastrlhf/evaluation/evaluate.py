@@ -27,7 +27,7 @@ from fastrlhf.models.loading import (
     read_model_config,
     resolve_device,
 )
-from fastrlhf.models.roles import holds_adapter, open_base, policy_role, score_role
+from fastrlhf.models.roles import holds_adapter, open_base, policy_role, score_role, unmerged_adapter
 from fastrlhf.models.vocabulary import limit_vocabulary
 from fastrlhf.rollout.engine import as_ids
 from fastrlhf.runtime.checkpoint import check_output_dir, create_output_dir
@@ -192,6 +192,13 @@ def _open_judge(config: EvalConfig, base: PreTrainedModel | None, pad_token_id: 
     source = config.reward_model_path
     if base and holds_adapter(source):
         return score_role(source, base, "reward_model_path", pad_token_id).requires_grad_(False)
+    if adapter := unmerged_adapter(source, config.dtype):  # as for a policy
+        try:
+            own = open_base(replace(config, model_name_or_path=""), [("reward_model_path", adapter)])
+            if own is not None:
+                return score_role(adapter, own, "reward_model_path", pad_token_id).requires_grad_(False)
+        except ValueError as error:
+            log.warning("reward_model_path: %s judges with its merged weights, rounded to bfloat16: %s", source, error)
     return load_reward_model(
         source,
         pad_token_id=pad_token_id,
@@ -204,6 +211,15 @@ def _open_judge(config: EvalConfig, base: PreTrainedModel | None, pad_token_id: 
 
 
 def _open_policy(config: EvalConfig, name: str) -> PreTrainedModel:
+    """The model of that name. Of a run with an adapter it is the adapter over its base, as it was trained, where the
+    merged weights would be rounded to bfloat16; those where the base is not to be had, with a warning."""
+    if adapter := unmerged_adapter(name, config.dtype):
+        try:
+            base = open_base(replace(config, model_name_or_path=""), [("models", adapter)])
+            if base is not None:
+                return policy_role(adapter, base, "models")
+        except ValueError as error:
+            log.warning("models: %s is judged by its merged weights, rounded to bfloat16: %s", name, error)
     return load_policy(
         name,
         field="models",

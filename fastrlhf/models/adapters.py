@@ -143,15 +143,18 @@ def frozen_tensors(model: Module) -> dict[int, Tensor]:
     return {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers()) if not tensor.requires_grad}
 
 
-def merged_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """The plain model with the adapter added to the weights, which shares nothing with `model`. It is made on the CPU
-    because memory is short on the GPU."""
-    weights = {name: weight.to("cpu", copy=True).contiguous() for name, weight in plain_weights(model)}
+def merged_copy(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The plain model with the adapter added to the weights, which shares nothing with `model`: on the CPU, because
+    memory is short on the GPU, and in `dtype`, or in the dtype of each weight."""
+    named = plain_weights(model, dtype)
+    weights = {name: weight.to("cpu", copy=True).contiguous() for name, weight in named}
     plain = shared_view(model)
     _drop_adapter(plain)
     make_plain(plain)
     plain.load_state_dict(weights, strict=False, assign=True)  # not strict: of tied weights there is one
     plain.tie_weights()
+    if dtype:
+        plain.config.dtype = dtype
     return plain.to("cpu").requires_grad_(True)  # pyright: ignore[reportArgumentType] (as in loading._ready)
 
 
@@ -164,8 +167,8 @@ def share_weights(one: Module, other: Module) -> bool:
 def merge_adapter(model: PreTrainedModel) -> None:
     """Adds the adapter to the weights and leaves the plain model, in place; nothing happens where there is none.
 
-    Shared weights change with it, except in a sharded model, so the reference of the run is no longer valid
-    afterwards. In bfloat16 the sum is rounded. Weights in 4 bits cannot hold the sum: use `merged_copy`.
+    Weights that other models share change with it, except in a sharded model. For float32 weights: bfloat16 ones would
+    round most of the update away, and weights in 4 bits cannot hold it (`merged_copy`).
     """
     if layers := _adapted(model):
         for _, _, layer in layers:
@@ -178,24 +181,53 @@ def merge_adapter(model: PreTrainedModel) -> None:
 
 
 @torch.no_grad()
-def plain_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of the weights that the plain model would have with the adapter added, one at a time: the weights
-    that another engine samples with. Weights in 4 bits come in the dtype that they were loaded in."""
+def plain_weights(model: PreTrainedModel, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of the weights that the plain model would have with the adapter added, one at a time.
+
+    The sum is taken in float32 and given in `dtype`, or in the dtype of the weight: that in which 4 bits were loaded.
+    """
     layers = {id(_base_weight(layer)): layer for _, _, layer in _adapted(model)}
     for name, parameter in _own(model):
         layer, weight = layers.get(id(parameter)), plain_weight(parameter)
+        given = dtype or weight.dtype
         if layer is not None:
-            weight = _merged(layer, weight)
-        yield re.sub(r"(\.base_layer)+\.", ".", name), weight.detach()
+            weight = _merged(layer, weight.float())
+        yield re.sub(r"(\.base_layer)+\.", ".", name), weight.detach().to(given)
 
 
 @torch.no_grad()
 def _merged(layer: Any, weight: Tensor) -> Tensor:
-    """The weight of a layer with its adapter added."""
-    variant = layer.lora_variant.get(ADAPTER)  # DoRA
+    """The weight of a layer with its adapter added, all of it computed in the dtype of `weight`."""
+    update, variant = _update(layer, weight.dtype), layer.lora_variant.get(ADAPTER)
     if variant is None:
-        return weight + layer.get_delta_weight(ADAPTER).to(weight.dtype)
-    return variant.merge_safe(layer, ADAPTER, weight)
+        return weight + update
+    layer.get_delta_weight = lambda adapter: update  # DoRA asks the layer for its update
+    try:
+        return variant.merge_safe(layer, ADAPTER, weight)
+    finally:
+        del layer.get_delta_weight
+
+
+def _update(layer: Any, dtype: torch.dtype) -> Tensor:
+    """What an adapter adds to the weight of its layer, in `dtype`: peft's `get_delta_weight` rounds the product to the
+    dtype of the matrices or of the weight."""
+    a, b = (matrices[ADAPTER].weight.to(dtype) for matrices in (layer.lora_A, layer.lora_B))
+    if (experts := getattr(layer, "num_experts", 1)) > 1:  # of fused experts, whose weight is one parameter
+        a, b = a.reshape(experts, -1, a.shape[-1]), b.reshape(b.shape[0], -1, experts)
+        order = "e o i" if layer._did_swap_in_out_features else "e i o"
+        return torch.einsum(f"o r e, e r i -> {order}", b, a) * layer.scaling[ADAPTER]
+    product = b @ a
+    return (product.T if getattr(layer, "fan_in_fan_out", False) else product) * layer.scaling[ADAPTER]
+
+
+def warn_if_rounded(source: str, dtype: str, field: str) -> None:
+    """Where the folder of a run holds weights with an adapter added, and another dtype than float32 rounds the sum."""
+    if dtype != "float32" and (Path(source) / "adapter" / "adapter_config.json").exists():
+        log.warning(
+            "%s: %s holds weights with an adapter added; %s rounds part of what the adapter learned away: use dtype "
+            "float32",
+            *(field, source, dtype),
+        )
 
 
 def save_adapter(model: PreTrainedModel, folder: Path) -> None:

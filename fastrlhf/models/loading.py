@@ -29,7 +29,7 @@ from fastrlhf.config.elsewhere import nearest
 from fastrlhf.data.hub import check_hub
 from fastrlhf.data.specials import end_ids
 from fastrlhf.data.tokenizer import is_missing_folder, load_tokenizer
-from fastrlhf.models.adapters import add_adapter
+from fastrlhf.models.adapters import add_adapter, warn_if_rounded
 from fastrlhf.models.architecture import check_decoder
 from fastrlhf.models.forward import enable_activation_checkpointing
 from fastrlhf.models.four_bit import check_trainable, keep_layout, quantization, stored_in_four_bit
@@ -147,12 +147,8 @@ def build_policy(
     The weights depend on `seed` alone. Raises ValueError for an unknown `model_type`.
     """
     config = copy.deepcopy(settings) if isinstance(settings, PretrainedConfig) else _build_config(settings)
-    config.vocab_size, config.eos_token_id, config.bos_token_id, config.pad_token_id = (
-        vocab_size,
-        eos_token_id,
-        None,
-        None,
-    )
+    config.vocab_size, config.eos_token_id = vocab_size, eos_token_id
+    config.bos_token_id = config.pad_token_id = None
     with _seeded(seed, torch.device(device)):
         model = AutoModelForCausalLM.from_config(_without_dropout(config), dtype=DTYPES[dtype])
     return _ready(model, device, layers)
@@ -298,6 +294,7 @@ def _open(
     trust_remote_code: bool,
 ) -> tuple[PreTrainedModel, set[str]]:
     """The model, and the names of those of its weights that the checkpoint does not have in its shape."""
+    warn_if_rounded(source, dtype, field)
     settings: dict[str, Any] = {"pretrained_model_name_or_path": source}
     if stored_in_four_bit(config, source, field):
         settings |= {"device_map": {"": device}}

@@ -10,6 +10,7 @@ a judge scores or an engine is handed its weights. A path that names a model mak
 from __future__ import annotations
 
 import copy
+import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,6 +49,19 @@ log = logging.getLogger(__name__)
 def holds_adapter(source: str) -> bool:
     """Whether `source` is a folder with an adapter and no model."""
     return (Path(source) / "adapter_config.json").exists() and not (Path(source) / "config.json").exists()
+
+
+def unmerged_adapter(source: str, dtype: str) -> str:
+    """The folder of the adapter of a run, where its merged weights are not what was trained once they are in `dtype`:
+    in bfloat16 either on disk or as they would be loaded. Empty where there is none such."""
+    folder = Path(source)
+    if not (folder / "adapter" / "adapter_config.json").exists() or not (folder / "config.json").exists():
+        return ""
+    try:
+        saved = str(json.loads((folder / "config.json").read_bytes()).get("dtype"))
+    except (ValueError, AttributeError):
+        saved = ""
+    return "" if saved == dtype == "float32" else str(folder / "adapter")
 
 
 def open_base(config: TrainConfig, sources: Sequence[tuple[str, str]]) -> PreTrainedModel | None:

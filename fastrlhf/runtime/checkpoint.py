@@ -30,8 +30,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fastrlhf.config import TrainConfig
 from fastrlhf.config.files import SAME_MODEL, differences, write_yaml
 from fastrlhf.distributed.ranks import on_each, on_first
-from fastrlhf.models.adapters import has_adapter, merge_adapter, merged_copy, save_adapter
-from fastrlhf.models.four_bit import is_four_bit
+from fastrlhf.models.adapters import has_adapter
 from fastrlhf.models.quiet import quiet
 from fastrlhf.models.sharding import beginnings, whole_weights
 from fastrlhf.models.shards import describe_tensors, exists, read_into, read_tensors, write_tensors
@@ -120,33 +119,20 @@ def create_output_dir(path: str, config: Any) -> Path:
     return folder
 
 
-def save_trained(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path | None, *, apart: bool = False
-) -> PreTrainedModel:
-    """What a run leaves, in `folder` if there is one: the model with its adapter added to the weights, and the adapter
-    alone in `adapter/`.
-
-    Returns the former. It is a copy on the CPU where weights are in 4 bits and where `apart` says that others still
-    need them as they are.
-    """
-    if folder and has_adapter(model):
-        save_adapter(model, folder / "adapter")
-        on_first(lambda: tokenizer.save_pretrained(folder / "adapter"))
-    if apart or is_four_bit(model):
-        model = merged_copy(model)
-    merge_adapter(model)
-    if folder:
-        save_model(model, tokenizer, folder)
-    return model
-
-
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Writes model and tokenizer in `save_pretrained` form into `folder`.
 
     They are written beside it first and moved in file by file, the weights before the config.json that makes a folder
     a model, so a crash never leaves a half-written model that loads.
     """
-    weights = whole_weights(model)
+    save_weights(model, whole_weights(model), tokenizer, folder)
+
+
+def save_weights(
+    model: PreTrainedModel, weights: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> None:
+    """The same of weights by name, which rank 0 has whole, for a `model` that may be without any. Every rank must
+    ask."""
     on_first(lambda: _save_model(model, weights, tokenizer, folder))
 
 
@@ -361,7 +347,8 @@ def _checkpoint_bytes(model: PreTrainedModel) -> int:
 
 
 def _model_bytes(model: PreTrainedModel) -> int:
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    least = 4 if has_adapter(model) else 0  # which is merged in float32
+    return sum(parameter.numel() * max(parameter.element_size(), least) for parameter in model.parameters())
 
 
 def _start(models: Mapping[str, PreTrainedModel]) -> str:

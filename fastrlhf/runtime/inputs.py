@@ -17,7 +17,7 @@ from fastrlhf.data.examples import RESPONSES, LoadedExamples, load_examples
 from fastrlhf.data.labels import GROUP_LABELS
 from fastrlhf.data.tokenizer import load_tokenizer
 from fastrlhf.data.tokens import TokenizedExamples, TokenReport, tokenize_examples
-from fastrlhf.distributed.ranks import on_first, start, world_size
+from fastrlhf.distributed.ranks import compare, on_first, start, together, world_size
 from fastrlhf.models.attention import check_attention
 from fastrlhf.models.four_bit import quantization
 from fastrlhf.models.layers import check_liger
@@ -65,12 +65,31 @@ def open_inputs(
     text and the columns of a row.
 
     Raises ValueError for anything that is wrong with the paths, the files, the rows or the reporters, and for what the
-    device or the installation lacks, before a model is loaded and before a folder is made.
+    device or the installation lacks, before a model is loaded and before a folder is made; on every rank, where only
+    one of them has anything wrong, and where ranks have read different rows.
     """
     start(config)
     if config.output_dir:
         on_first(lambda: check_run_dir(config))
         on_first(lambda: check_idle(config.output_dir))
+    tokenizer, data = together(lambda: _read(config, fields, train, evaluation, keep_rows))
+    if world_size() > 1:
+        compare(data.fingerprint, "dataset")
+    ranks, num_eval = world_size(), len(data.eval)
+    require(num_eval == 0 or num_eval >= ranks, "num_eval_examples", num_eval, f"0, or at least the {ranks} processes")
+    check_held_out(config, num_eval)
+    if config.output_dir:
+        check_same_data(config.output_dir, data.fingerprint)
+    return tokenizer, data
+
+
+def _read(
+    config: TrainConfig,
+    fields: Sequence[str],
+    train: Sequence[Example] | None,
+    evaluation: Sequence[Example] | None,
+    keep_rows: bool,
+) -> tuple[PreTrainedTokenizerBase, Data]:
     import_reporters(config.report_to)
     check_libraries(config)
     check_architecture(config)
@@ -80,19 +99,13 @@ def open_inputs(
     if train is None:
         train, evaluation = _load_both(config, fields)
     tokenized = _tokenize(config, tokenizer, train, fields, "train")
-    data = Data(
+    return tokenizer, Data(
         train=tokenized.examples,
         eval=_tokenize(config, tokenizer, evaluation, fields, "eval").examples if evaluation else [],
         report=tokenized.report,
         train_rows=_by_number(train) if keep_rows else {},
         eval_rows=_by_number(evaluation or ()) if keep_rows else {},
     )
-    ranks, num_eval = world_size(), len(data.eval)
-    require(num_eval == 0 or num_eval >= ranks, "num_eval_examples", num_eval, f"0, or at least the {ranks} processes")
-    check_held_out(config, num_eval)
-    if config.output_dir:
-        check_same_data(config.output_dir, data.fingerprint)
-    return tokenizer, data
 
 
 def open_eval_inputs(

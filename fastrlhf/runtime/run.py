@@ -19,10 +19,11 @@ from fastrlhf.config import TrainConfig, require
 from fastrlhf.distributed.ranks import failed_together, from_all, largest, on_first, total
 from fastrlhf.models.adapters import share_weights
 from fastrlhf.runtime.atomic import sweep
-from fastrlhf.runtime.checkpoint import Checkpointer, Stateful, check_run_dir, create_output_dir, save_trained
+from fastrlhf.runtime.checkpoint import Checkpointer, Stateful, check_run_dir, create_output_dir
 from fastrlhf.runtime.disk import check_room, with_room
 from fastrlhf.runtime.inputs import Data
 from fastrlhf.runtime.locks import locked
+from fastrlhf.runtime.merging import Acceptance, save_trained
 from fastrlhf.runtime.metrics import MetricsWriter, read_metrics
 from fastrlhf.runtime.progress import Progress
 from fastrlhf.runtime.signals import Interrupted, Interrupts
@@ -75,7 +76,7 @@ class Run:
         parts: Mapping[str, Stateful] | None = None,
     ) -> None:
         """`parts` are what has a state beside the models: the optimiser, normalisers, controllers."""
-        self._name, self._config, self._steps, self._trained = name, config, steps, trained
+        self._name, self._config, self._steps, self._trained, self._data = name, config, steps, trained, data
         self._stack = ExitStack()
         self._start = self._saved = 0
         self.history: list[dict[str, float]] = []
@@ -260,12 +261,19 @@ class Run:
         if self._writer:
             self._writer.flush()
         saved: list[PreTrainedModel] = []
+        accept = None
+        if self._config.merged_dtype == "bfloat16":
+            rows = (self._data.eval or self._data.train) if self._data else []
+            accept = Acceptance(rows, self._config.max_merge_shift)
 
         def write() -> None:
             if value_model is not None and not saved:
                 place, apart = self.folder and self.folder / "value_model", share_weights(model, value_model)
                 saved.append(save_trained(value_model, tokenizer, place, apart=apart))
-            saved.append(save_trained(model, tokenizer, self.folder))
+            saved.append(save_trained(model, tokenizer, self.folder, accept=accept))
+            if accept and self.folder:
+                with (self.folder / "config.yaml").open("a") as file:
+                    file.write(f"# {accept.told}\n")
 
         if checkpointer := self._checkpointer:
             with_room(

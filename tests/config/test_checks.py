@@ -122,6 +122,7 @@ BESIDE = {
     "dpo_reward_norm": {"dpo_model_path": "dpo"},
     "psi_opponents": {"psi": "identity", "num_generations": 2},
     "master_weights": {"dtype": "bfloat16"},
+    "merged_dtype": {"use_peft": True},
     "groupwise": {"loss_type": "ipo"},
     "reward_model": {"reward_model_path": "judge"},
     **{name: {"num_generations": 2} for name in ("rloo", "grpo", "opo")},

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -111,6 +112,45 @@ def test_a_signal_to_one_process_stops_all_and_the_run_goes_on_bit_for_bit(place
     whole, resumed = place / "two" / "ppo", place / "two" / "ppo-resumed"
     assert len(list((resumed / "checkpoint-1").glob("*.shards/shard-*"))) == 4  # of weights and moments, by two
     assert resumable.untimed_log(whole) == resumable.untimed_log(resumed)
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        (
+            "seed",
+            "seed: the configuration of rank 1 on HOST is 43, and that of rank 0 on HOST is 42; give every process",
+        ),
+        ("key", "learning_rate: the configuration of rank 1 on HOST is 0.5, and that of rank 0 on HOST is 0.25; "),
+        (
+            "other rows",
+            "train: the dataset of rank 1 on HOST is '10 rows of hash ID', and that of rank 0 on HOST is '10 ",
+        ),
+        (
+            "fewer rows",
+            "train: the dataset of rank 1 on HOST is '9 rows of hash ID', and that of rank 0 on HOST is '10 ",
+        ),
+        (
+            "weights",
+            "model 0 (LlamaForCausalLM from policy): the starting weights of rank 1 on HOST is 'ID', and that ",
+        ),
+        ("versions", "fastrlhf: the version of rank 1 on HOST is '9.9', and that of rank 0 on HOST is "),
+        ("no reference", "train: row 0 has no reference; leave it out or give one"),
+    ],
+)
+def test_ranks_that_were_given_different_things_are_refused_on_every_rank(place, case, message):
+    told = [rank["differences"][case] for rank in seen(place)]
+    assert told[0] == told[1]
+    pattern = re.escape(message).replace("HOST", r"\S+").replace("ID", r"\w+")
+    assert re.match(pattern, told[0]), told[0]
+    assert not (place / "two" / case).exists()
+
+
+def test_an_error_that_every_rank_has_raised_is_rescued_and_the_run_ends_alike(place):
+    folder = place / "two" / "drpo-resumed"
+    note = f"saved as {folder / 'checkpoint-1'}; the same command continues"
+    assert [rank["rescued"] for rank in seen(place)] == [[note], [note]]
+    assert resumable.untimed_log(folder) == resumable.untimed_log(place / "two" / "drpo")
 
 
 def test_one_process_goes_on_from_the_checkpoint_of_two(place):

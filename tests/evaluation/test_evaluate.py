@@ -14,6 +14,7 @@ from fastrlhf.evaluation.completions import respond
 from fastrlhf.evaluation.evaluate import evaluate_models, format_table
 from fastrlhf.evaluation.judges import reward_model_judge
 from fastrlhf.evaluation.winrates import Comparison, compare
+from fastrlhf.models.adapters import has_adapter
 from fastrlhf.models.loading import build_policy, load_policy, load_reward_model
 from fastrlhf.report.report import write_report
 from fastrlhf.runtime.inputs import open_eval_inputs
@@ -240,6 +241,41 @@ def test_an_adapter_is_laid_over_the_model_that_is_given_and_no_other(adapted, c
     ):
         with pytest.raises((ValueError, TypeError), match=message):
             evaluate_models(replace(roles, **settings), tiny.examples(4))
+
+
+def test_of_a_run_folder_what_was_trained_is_judged_not_what_bfloat16_leaves_of_it(
+    config, tmp_path, monkeypatch, caplog
+):
+    """Where the dtype is float32, the merged weights; in bfloat16 the adapter over its base."""
+    base, opponent = config.models[0], config.models[1]
+    adapter = tiny.save_adapter(tmp_path / "run", base, 3)
+    run = str(tmp_path / "run")
+    opened = []
+
+    def seen(policy, *arguments, **keywords):
+        opened.append(has_adapter(policy))
+        return respond(policy, *arguments, **keywords)
+
+    monkeypatch.setattr(evaluate, "respond", seen)
+
+    def judged(name: str, dtype: str) -> Comparison:
+        keys = replace(config, models=(name, opponent), opponent=opponent, dtype=dtype)
+        return evaluate_models(keys, tiny.examples(12))[name]
+
+    alone = replace(config, model_name_or_path=base, models=(adapter, opponent), opponent=opponent, dtype="bfloat16")
+    expected = evaluate_models(alone, tiny.examples(12))[adapter]
+    opened.clear()
+    assert judged(run, "bfloat16") == expected
+    assert judged(run, "float32") != expected
+    assert opened == [True, False, False, False]
+    assert "rounds part of what the adapter learned" not in caplog.text
+    shutil.move(base, tmp_path / "gone")
+    judged(run, "bfloat16")
+    assert (
+        f"models: {run} is judged by its merged weights, rounded to bfloat16: model_name_or_path: '{base}'"
+        in caplog.text
+    )
+    assert f"models: {run} holds weights with an adapter added; bfloat16 rounds part of what" in caplog.text
 
 
 def test_the_table_is_aligned():

@@ -1,0 +1,125 @@
+"""The model that a run leaves: of a low-rank adapter the adapter itself and the weights with it added.
+
+The sum is taken and saved in float32. A bfloat16 weight has 8 significant bits, so that most entries that a low-rank
+update moves by less stay where they were: saved in bfloat16, the folder would not be the policy that was trained and
+evaluated. `merged_dtype: bfloat16` is obeyed where the shift, measured on held-out rows, is small.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from fastrlhf.data.packing import pack, sequence
+from fastrlhf.distributed.ranks import on_first
+from fastrlhf.models.adapters import has_adapter, merge_adapter, merged_copy, plain_weights, save_adapter
+from fastrlhf.models.forward import sequence_scores, token_logprobs
+from fastrlhf.models.four_bit import is_four_bit
+from fastrlhf.models.sharding import is_sharded, on_first_rank
+from fastrlhf.runtime.checkpoint import save_model, save_weights
+from fastrlhf.types import TokenizedExample
+
+log = logging.getLogger(__name__)
+
+NUM_ROWS = 32
+"""Rows on which the shift of bfloat16 is measured."""
+
+
+def save_trained(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path | None,
+    *,
+    apart: bool = False,
+    accept: Callable[[PreTrainedModel, PreTrainedModel], bool] | None = None,
+) -> PreTrainedModel:
+    """Saves what a run leaves in `folder`, if there is one: the model, with an adapter added to its weights, and the
+    adapter alone in `adapter/`. Returns the plain model.
+
+    An adapter over bfloat16 or 4 bits is merged into a float32 copy on the CPU; so is any where `apart` says that other
+    models still need the weights as they are. `accept`, asked with the trained model and a merged copy in bfloat16,
+    says whether that copy is saved and returned instead. Of sharded bfloat16 weights the model itself is returned, with
+    its adapter. Every rank must ask.
+    """
+    if not has_adapter(model):
+        if folder:
+            save_model(model, tokenizer, folder)
+        return model
+    if folder:
+        save_adapter(model, folder / "adapter")
+        on_first(lambda: tokenizer.save_pretrained(folder / "adapter"))
+    in_float32 = model.dtype == torch.float32 and not is_four_bit(model)
+    if accept and not is_sharded(model):
+        merged = merged_copy(model, torch.bfloat16)
+        if not accept(model, merged):
+            merged = merged_copy(model, torch.float32)
+    elif is_sharded(model) or (in_float32 and not apart):
+        if folder:  # before the adapter is gone: where this fails, the run can still be saved as it was
+            buffers = {name for name, _ in model.named_buffers()}
+            kept = {name: tensor for name, tensor in model.state_dict().items() if name in buffers}
+            weights = on_first_rank(dict(plain_weights(model, torch.float32)) | kept)
+            save_weights(_without_weights(model), weights, tokenizer, folder)
+        if in_float32:
+            merge_adapter(model)
+        return model
+    else:
+        merged = merged_copy(model, torch.float32)
+    if folder:
+        save_model(merged, tokenizer, folder)
+    return merged
+
+
+def _without_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """The plain model in float32, as transformers makes it, on the meta device."""
+    kind = AutoModelForSequenceClassification if hasattr(model, "score") else AutoModelForCausalLM
+    with torch.device("meta"):
+        return kind.from_config(model.config, dtype=torch.float32)
+
+
+def shift(model: PreTrainedModel, other: PreTrainedModel, rows: Sequence[TokenizedExample]) -> float:
+    """Mean distance in nats between the log-probs that two models give to the tokens of the rows' responses (of the
+    prompts, where there are none); of reward models, between the scores of the responses, which are log-odds."""
+    distances = [_distance(model, other, row) for row in rows]
+    return torch.cat(distances).mean().item()
+
+
+@torch.no_grad()
+def _distance(model: PreTrainedModel, other: PreTrainedModel, row: TokenizedExample) -> Tensor:
+    responses = [one for one in (row.chosen, row.rejected, row.reference, *(row.responses or ())) if one]
+    pairs = [(row.prompt, one) for one in responses] or [(row.prompt[:1], row.prompt[1:])]
+
+    def measured(of: PreTrainedModel) -> Tensor:
+        batch = pack([sequence(prompt, response) for prompt, response in pairs], of.device)
+        return (sequence_scores(of, batch) if hasattr(of, "score") else token_logprobs(of, batch).logprob).cpu()
+
+    return (measured(model) - measured(other)).abs()
+
+
+class Acceptance:
+    """Asked by `save_trained` whether a merged copy in bfloat16 may be saved; keeps what it has found in one line."""
+
+    def __init__(self, rows: Sequence[TokenizedExample], most: float) -> None:
+        """`most`: the largest shift that is accepted, in nats per token."""
+        self._rows, self._most = rows[:NUM_ROWS], most
+        self.told = ""
+
+    def __call__(self, model: PreTrainedModel, merged: PreTrainedModel) -> bool:
+        moved = shift(model, merged.to(model.device), self._rows)  # pyright: ignore[reportArgumentType] (as in loading._ready)
+        merged.to("cpu")  # pyright: ignore[reportArgumentType]
+        accepted = moved <= self._most
+        self.told = (
+            f"the adapter is merged in {'bfloat16' if accepted else 'float32'}: bfloat16 shifts {len(self._rows)} rows "
+            f"by {moved:.2g} nats a token (max_merge_shift {self._most:g})"
+        )
+        log.log(logging.INFO if accepted else logging.WARNING, "merged_dtype: %s", self.told)
+        return accepted
