@@ -256,7 +256,11 @@ KEYS: tuple[Key, ...] = (
     *_other("grpo", "importance_sampling_level", "loss_type", "gspo for sequence"),
     *_no("grpo", "sapo_temperature_neg sapo_temperature_pos", "the loss type sapo is not offered"),
     *_no("grpo", "vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg", "the loss type vespo is not offered"),
-    *_no("grpo", "top_p top_k min_p repetition_penalty", "responses are drawn from the whole distribution"),
+    *_no(
+        "grpo",
+        "top_p top_k min_p repetition_penalty",
+        "responses are drawn from the whole distribution: the loss needs their log-probs under what drew them",
+    ),
     *_no("grpo", "generation_kwargs", "sampling is set by temperature and response_length"),
     *_on("grpo", "cache_implementation", "sampling has a static cache of its own"),
     *_same("grpo", "reward_weights"),

@@ -33,10 +33,10 @@ class RewardKeys:
     """Keep the reference, the reward models and the DPO model in CPU memory except while they score; weights that the
     policy or the critic shares with them (`use_peft`) stay."""
     reward_functions: tuple[str, ...] = ()
-    """Functions that reward responses, each "module:function" or "file.py:function". One with a parameter `prompts`,
-    `completions` or `completion_ids` is called as TRL's are: with lists of one item per response, every column of the
-    dataset among them, and gives a list of numbers. Any other is called with one Rollout and gives a number, or one per
-    token."""
+    """Functions that reward responses: "module:function", "file.py:function", or a ready-made one: exact_match,
+    math_answer, hash_format, boxed_format, think_format, num_tokens. One with a parameter `prompts`, `completions` or
+    `completion_ids` is called as TRL's are: with lists of one item per response, every column of the dataset among
+    them, and gives a list of numbers. Any other is called with one Rollout and gives a number, or one per token."""
     reward_weights: tuple[float, ...] = ()
     """Weight of each reward function, in the same order; empty: 1 each."""
     reward_function_norm: Literal["none", "running"] = "none"

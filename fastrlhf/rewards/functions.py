@@ -32,6 +32,8 @@ from fastrlhf.config.checks import at_default
 from fastrlhf.config.functions import load_function
 from fastrlhf.data.specials import end_ids
 from fastrlhf.distributed.ranks import on_first
+from fastrlhf.rewards import ready
+from fastrlhf.rewards.ready import READY
 from fastrlhf.rollout.engine import end_index
 from fastrlhf.runtime.out_of_memory import is_out_of_memory
 from fastrlhf.types import Example, Prefix, Rollout, TokenizedExample
@@ -286,7 +288,7 @@ def load_reward_functions(
         raise ValueError("dpo_model_path: give the DPO model that rewards the tokens, trained by `fastrlhf dpo`")
     named = list((functions or {}).items())
     for path in config.reward_functions:
-        named.append((path.rpartition(":")[2], load_function(path, "reward_functions")))
+        named.append((path.rpartition(":")[2], _load(path)))
     names = [*RESERVED, *(name for name, _ in named)]
     for name, _ in named:
         if names.count(name) > 1:
@@ -313,6 +315,17 @@ def open_reward_functions(
     return RewardFunctions(
         functions=named, weights=weights, tokenizer=tokenizer, rows=rows, retries=config.reward_retries
     )
+
+
+def _load(path: str) -> RewardFunction:
+    if path in READY:
+        return getattr(ready, path)
+    if ":" not in path:
+        raise ValueError(
+            f"reward_functions: {path!r} must be one of {', '.join(READY)}, or look like package.module:function or "
+            "path/to/file.py:function"
+        )
+    return load_function(path, "reward_functions")
 
 
 def _parameters(function: RewardFunction) -> Mapping[str, Parameter]:

@@ -1,0 +1,181 @@
+"""A reward function that asks a judge over HTTP, for models too large to load here.
+
+    # my_judge.py
+    from fastrlhf.rewards.http_judge import HTTPJudge
+    helpful = HTTPJudge(url="http://localhost:8000/v1", model="my-judge")
+
+    fastrlhf grpo --reward_functions my_judge.py:helpful ...
+
+With a `model` the judge is an OpenAI-compatible server, which is asked for a number in a chat, one response per
+request. Without, it is any server that answers {"prompts": [...], "completions": [...]} with {"scores": [...]}, in
+batches. No text is sent twice while it is remembered.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import logging
+import math
+import os
+import re
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, urlopen
+
+from fastrlhf.types import Text
+
+log = logging.getLogger(__name__)
+
+TEMPLATE = """\
+Rate the response to the request from {low:g} to {high:g}. Answer with the number alone.
+
+Request:
+{prompt}
+
+Response:
+{completion}"""
+
+NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?")
+AGAIN = (408, 409, 425, 429)
+"""Codes below 500 that ask to come again."""
+
+Score = float | None
+
+
+class JudgeError(RuntimeError):
+    """The judge gave no usable answer."""
+
+
+@dataclass(kw_only=True)
+class HTTPJudge:
+    """Called as TRL's reward functions are, with prompts and completions; one number per response, or None where the
+    reply of a chat holds no number in `low`..`high`.
+
+    Raises JudgeError, naming the URL, where a request fails `retries` + 1 times.
+    """
+
+    url: str
+    """Of the endpoint; with a `model` the base URL, to which /chat/completions is added."""
+    model: str = ""
+    """Name of the model on an OpenAI-compatible server; empty: plain JSON."""
+    template: str = TEMPLATE
+    """What the chat asks; {prompt}, {completion}, {low} and {high} are filled in."""
+    low: float = 0.0
+    high: float = 10.0
+    """The range of scores; a number outside is no answer."""
+    max_tokens: int = 16
+    """Of the reply of a chat."""
+    batch_size: int = 16
+    """Responses per request in plain JSON."""
+    concurrency: int = 8
+    """Requests at a time."""
+    timeout: float = 60.0
+    """Seconds until a whole answer must be there."""
+    retries: int = 3
+    """Further attempts, after 1, 2, 4, ... seconds, where the server fails, hangs, or answers nonsense."""
+    api_key_env: str = "OPENAI_API_KEY"
+    """Environment variable whose value, if it is set, is sent as a bearer token."""
+    cache_size: int = 100_000
+    """Texts whose scores are remembered, the newest ones."""
+    _cache: dict[tuple[str, str], Score] = field(default_factory=dict, init=False, repr=False)
+
+    def __call__(self, prompts: Sequence[Text], completions: Sequence[Text]) -> list[Score]:
+        pairs = [(_plain(prompt), _plain(text)) for prompt, text in zip(prompts, completions, strict=True)]
+        known = {pair: self._cache[pair] for pair in pairs if pair in self._cache}
+        new = [pair for pair in dict.fromkeys(pairs) if pair not in known]
+        size = 1 if self.model else self.batch_size
+        batches = [new[i : i + size] for i in range(0, len(new), size)]
+        with ThreadPoolExecutor(self.concurrency) as pool:
+            for batch, scores in zip(batches, pool.map(self._scores, batches), strict=True):
+                known |= zip(batch, scores, strict=True)
+        self._cache |= known
+        while len(self._cache) > self.cache_size:
+            del self._cache[next(iter(self._cache))]
+        return [known[pair] for pair in pairs]
+
+    def _scores(self, batch: Sequence[tuple[str, str]]) -> list[Score]:
+        for attempt in range(self.retries + 1):
+            try:
+                return self._chat(*batch[0]) if self.model else self._batch(batch)
+            except JudgeError as error:
+                if attempt == self.retries or isinstance(error, _Refused):
+                    raise
+                log.warning("%s; asked again", error)
+                time.sleep(2**attempt)
+        raise AssertionError("unreachable")
+
+    def _chat(self, prompt: str, completion: str) -> list[Score]:
+        asked = self.template.format(prompt=prompt, completion=completion, low=self.low, high=self.high)
+        body = {"model": self.model, "temperature": 0, "max_tokens": self.max_tokens}
+        answer = self._post(
+            f"{self.url.rstrip('/')}/chat/completions", body | {"messages": [{"role": "user", "content": asked}]}
+        )
+        try:
+            reply = str(answer["choices"][0]["message"]["content"])
+        except (TypeError, KeyError, IndexError):
+            raise JudgeError(f"judge {self.url}: the answer is no chat completion: {_short(answer)}") from None
+        numbers = [float(text) for text in NUMBER.findall(reply)]
+        inside = [number for number in numbers if self.low <= number <= self.high]
+        return [inside[0] if len(inside) == 1 == len(numbers) else None]
+
+    def _batch(self, batch: Sequence[tuple[str, str]]) -> list[Score]:
+        prompts, completions = zip(*batch, strict=True)
+        answer = self._post(self.url, {"prompts": prompts, "completions": completions})
+        scores = answer.get("scores") if isinstance(answer, dict) else None
+        if not isinstance(scores, list) or len(scores) != len(batch):
+            told = f'{{"scores": [...]}} with {len(batch)} numbers'
+            raise JudgeError(f"judge {self.url}: must answer {told}; got {_short(answer)}")
+        for score in scores:
+            number = isinstance(score, int | float) and not isinstance(score, bool)
+            if score is not None and not (number and self.low <= score <= self.high):
+                told = f"a score must be in {self.low:g}..{self.high:g}, or null"
+                raise JudgeError(f"judge {self.url}: {told}; got {_short(score)}")
+        return [None if score is None else float(score) for score in scores]
+
+    def _post(self, url: str, body: dict[str, Any]) -> Any:
+        headers = {"Content-Type": "application/json"}
+        if key := os.environ.get(self.api_key_env):
+            headers["Authorization"] = f"Bearer {key}"
+        request = Request(url, json.dumps(body).encode(), headers)
+        until = time.monotonic() + self.timeout
+        try:
+            with urlopen(request, timeout=self.timeout) as response:
+                content = b""
+                while part := response.read1(1 << 16):
+                    content += part
+                    if time.monotonic() > until:
+                        raise TimeoutError
+            return json.loads(content, parse_constant=lambda name: math.nan)
+        except HTTPError as error:
+            kind = _Refused if error.code < 500 and error.code not in AGAIN else JudgeError
+            raise kind(f"judge {url}: {error.code} {error.reason}: {_short(error.read(200))}") from None
+        except TimeoutError:
+            raise JudgeError(f"judge {url}: no whole answer in {self.timeout:g} s") from None
+        except URLError as error:
+            late = isinstance(error.reason, TimeoutError)
+            raise JudgeError(f"judge {url}: {f'no answer in {self.timeout:g} s' if late else error.reason}") from None
+        except (ValueError, OSError, http.client.HTTPException) as error:
+            raise JudgeError(f"judge {url}: {type(error).__name__}: {error}") from None
+
+
+class _Refused(JudgeError):
+    """A request that would be refused again."""
+
+
+def _plain(text: Text) -> str:
+    """A conversation as text: its turns, each after the name of its role."""
+    if isinstance(text, str):
+        return text
+    if len(text) == 1:
+        return str(text[0]["content"])
+    return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in text)
+
+
+def _short(value: Any) -> str:
+    shown = value.decode(errors="replace") if isinstance(value, bytes) else repr(value)
+    return shown if len(shown) <= 120 else shown[:120] + "..."
