@@ -312,7 +312,7 @@ def test_a_mistake_in_the_file_is_one_line_too(capsys, tmp_path):
 
 
 def test_what_the_system_refuses_is_one_line(capsys, chain):
-    assert "Not a directory: 'all.yaml/run'" in fails(
+    assert "output_dir: 'all.yaml/run' cannot be made: 'all.yaml' is a file" in fails(
         capsys, "sft", "--config", "all.yaml", "--output_dir", "all.yaml/run"
     )
 
