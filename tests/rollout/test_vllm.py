@@ -12,15 +12,27 @@ from typing import ClassVar
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from safetensors.torch import load_file
+from torch.nn import Linear
+from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig
 
 from fastrlhf.algorithms.ppo import train_ppo
 from fastrlhf.algorithms.roles import make_engine
-from fastrlhf.config import DRPOConfig
+from fastrlhf.config import DRPOConfig, SFTConfig
+from fastrlhf.models.adapters import add_adapter, merged_copy
 from fastrlhf.models.loading import load_policy
+from fastrlhf.models.vocabulary import limit_vocabulary
 from fastrlhf.rollout.engine import checked_rollouts
+from fastrlhf.rollout.vllm import checkpoint_weights
 from fastrlhf.types import Prefix
 from tests import tiny
+
+
+class TransformersForCausalLM(Linear):
+    """What vLLM wraps around the class of transformers."""
+
+    def __init__(self):
+        super().__init__(1, 1)
 
 
 class SamplingParams:
@@ -34,6 +46,7 @@ class SamplingParams:
         seed: int | None = None,
         logprobs: int | None = None,
         detokenize: bool = True,
+        allowed_token_ids: list[int] | None = None,
     ):
         assert temperature >= 0.01
         assert max_tokens >= 1
@@ -42,10 +55,12 @@ class SamplingParams:
         assert not detokenize, "there is no tokenizer"
         self.temperature, self.max_tokens, self.seed = temperature, max_tokens, seed
         self.stop_token_ids = stop_token_ids or []
+        self.allowed_token_ids = allowed_token_ids
 
 
 class LLM:
     made: ClassVar[list["LLM"]] = []
+    gives_up_its_cache: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -84,8 +99,11 @@ class LLM:
         return [None]
 
     def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
-        self.cache_is_stale = False
-        return True
+        self.cache_is_stale = not LLM.gives_up_its_cache
+        return LLM.gives_up_its_cache
+
+    def apply_model(self, func):
+        return [func(self.model)]
 
     def generate(self, prompts, sampling_params=None, *, use_tqdm=True):
         assert not self.cache_is_stale
@@ -99,6 +117,10 @@ class LLM:
         tokens, logprobs = [], []
         while len(tokens) < params.max_tokens and len(prompt) + len(tokens) < self.max_model_len:
             logits = self.model(torch.tensor([[*prompt, *tokens]])).logits[0, -1].float()
+            if params.allowed_token_ids is not None:
+                hidden = torch.ones_like(logits, dtype=torch.bool)
+                hidden[params.allowed_token_ids] = False
+                logits = logits.masked_fill(hidden, float("-inf"))
             tempered = (logits / params.temperature).log_softmax(-1)
             token = int(torch.multinomial(tempered.exp(), 1, generator=generator))
             told = tempered if self.tempered else logits.log_softmax(-1)
@@ -192,6 +214,78 @@ def test_a_policy_with_a_larger_vocabulary_than_its_folder_is_handed_over_whole(
     policy.resize_token_embeddings(tiny.VOCAB + 3)
     make_engine(cfg, policy, tiny.EOS).generate(prefixes(2))
     assert torch.equal(LLM.made[0].model.lm_head.weight, policy.lm_head.weight)
+
+
+def test_keys_and_values_of_old_weights_stop_the_run(paths, monkeypatch):
+    engine = make_engine(config(paths), load_policy(paths["model_name_or_path"]), tiny.EOS)
+    monkeypatch.setattr(LLM, "gives_up_its_cache", False)
+    with pytest.raises(ValueError, match=r"^engine: vllm did not give up the keys and values of the weights before"):
+        engine.generate(prefixes(2))
+
+
+def test_weights_that_do_not_arrive_stop_the_run_at_its_first_update(paths, monkeypatch):
+    """As a tied head did on a CPU: the engine goes on with the random weights that it started from."""
+    monkeypatch.setattr(LLM, "collective_rpc", lambda *_, **__: [None])
+    with pytest.raises(
+        ValueError,
+        match=r"^max_sampling_logp_difference: engine vllm samples from another model than the trainer's: for update 1 "
+        r"its log-probs are \d\.\d+ nats per token away .*: the weights of the policy have not reached vLLM",
+    ):
+        train_ppo(config(paths), tiny.examples(20))
+
+
+def test_a_prefix_without_room_for_a_response_is_an_error_and_no_cut(paths):
+    engine = make_engine(config(paths), load_policy(paths["model_name_or_path"]), tiny.EOS)
+    fits = Prefix(token_ids=[5] * 28, num_reset=2, row=7, episode=0)
+    assert len(engine.generate([fits])) == 1
+    with pytest.raises(ValueError, match=r"^max_length: row 8 needs 33 tokens .*, more than 32; vLLM would cut"):
+        engine.generate([replace(fits, token_ids=[5] * 29, row=8)])
+
+
+def test_the_generators_of_the_process_are_left_alone_and_the_seed_is_the_runs(paths, monkeypatch):
+    init = LLM.__init__
+
+    def seeding(self, *arguments, seed, **keywords):
+        LLM.seed = seed
+        torch.manual_seed(seed)
+        init(self, *arguments, seed=seed, **keywords)
+
+    monkeypatch.setattr(LLM, "__init__", seeding)
+    policy = load_policy(paths["model_name_or_path"])
+    before = torch.get_rng_state()
+    make_engine(config(paths, seed=11), policy, tiny.EOS)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert LLM.seed == 11
+
+
+def test_ids_above_the_tokenizer_are_not_asked_for(paths):
+    policy = load_policy(paths["model_name_or_path"])
+    policy.resize_token_embeddings(tiny.VOCAB + 3)
+    with torch.no_grad():
+        policy.lm_head.weight[tiny.VOCAB :] = 10 * policy.lm_head.weight[:3]
+    limit_vocabulary(policy, tiny.tokenizer())
+    rollouts = make_engine(config(paths), policy, tiny.EOS).generate(prefixes(40))
+    assert max(max(r.completion) for r in rollouts) < tiny.VOCAB
+
+
+def test_an_architecture_that_vllm_would_rewrite_is_refused(paths, monkeypatch):
+    monkeypatch.setattr(LLM, "apply_model", lambda self, func: [func(TransformersForCausalLM())])
+    with pytest.raises(ValueError, match=r"^engine: vllm has no LlamaForCausalLM of its own and rewrites that class"):
+        make_engine(config(paths), load_policy(paths["model_name_or_path"]), tiny.EOS)
+
+
+def test_experts_are_handed_over_by_the_names_of_a_checkpoint(tmp_path):
+    """Mixtral's are fused in memory; an adapter over them is added first."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "num_local_experts": 4, "vocab_size": tiny.VOCAB}
+    model = AutoModelForCausalLM.from_config(MixtralConfig(**sizes))
+    add_adapter(model, SFTConfig(use_peft=True, lora_r=2), "base")
+    merged_copy(model).save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    handed = dict(checkpoint_weights(model))
+    assert "model.layers.1.block_sparse_moe.experts.3.w2.weight" in handed
+    assert set(handed) == set(saved)
+    assert all(torch.equal(handed[name], saved[name]) for name in saved)
 
 
 def test_a_reset_that_leaves_nothing_to_sample_is_refused(paths):
