@@ -135,6 +135,11 @@ def make_parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--out", type=Path, default=Path("bench/results"), help="folder of the files that rows are appended to"
         )
+    models = commands.add_parser("models", help="every causal language model of transformers, tiny, against itself")
+    models.add_argument("types", nargs="*", help="model types to run again; without any, those without a row of now")
+    models.add_argument("--checks", nargs="+", default=[], help="only these, for rows that are not committed")
+    models.add_argument("--out", type=Path, help="file of the rows; default bench/results/models.jsonl")
+    models.add_argument("--page", action="store_true", help="print the rows as a Markdown table and run nothing")
     return parser
 
 
@@ -184,6 +189,14 @@ def main() -> None:
         options = ("steps", "rows", "rounds", "batch_sizes", "device")
         chosen = {name: getattr(arguments, name) for name in options}
         print(run_train(arguments.algorithm, arguments.model, **chosen, folder=arguments.out))
+    if arguments.command == "models":
+        from bench.models.sweep import ROWS, page, read_rows, run_models
+
+        path = arguments.out or ROWS
+        if arguments.page:
+            print(page(read_rows(path).values()))
+        else:
+            print(run_models(arguments.types, arguments.checks, path, again=bool(arguments.types)))
     if arguments.command == "tune":
         from bench.tune import run_tune
 

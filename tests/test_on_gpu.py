@@ -10,9 +10,10 @@ from fastrlhf.algorithms.sft import train_sft
 from fastrlhf.config import DPOConfig, DRPOConfig, RewardConfig, SFTConfig
 from fastrlhf.data.packing import pack
 from fastrlhf.models import loading
-from fastrlhf.models.forward import check_packed_forward, enable_activation_checkpointing, token_logprobs
+from fastrlhf.models.forward import enable_activation_checkpointing, token_logprobs
 from fastrlhf.models.layers import LayerOptions, prepare_layers
 from fastrlhf.models.offload import HOST
+from fastrlhf.models.probe import check_packed_forward
 from fastrlhf.types import Segment
 from tests import tiny
 

@@ -1,20 +1,23 @@
 """Attention over a pack: sequences never see each other.
 
-transformers calls the attention function registered here under a name of ours and hands it the plan that the forward
-was given as the keyword `attention_plan`. Who does the work (`attn_implementation`) is a row of `BACKENDS`:
+transformers calls the attention function that is registered here, with the plan that the forward got as the keyword
+`attention_plan`. The kernel behind it (`attn_implementation`) is one of `BACKENDS`:
 
     flash_attention_2   the flash-attn package          CUDA, bf16 or fp16
     flash_attention_3   its package for Hopper          the same, compute capability 9
     flash_attention_4   the flash-attn-4 package        the same, compute capability 9 to 11
     varlen              torch.nn.attention.varlen       CUDA, bf16 or fp16, no soft-capping
     flex                torch's FlexAttention           CUDA, any dtype
-    sdpa                one SDPA call per segment       any device and dtype
+    sdpa                one SDPA call per segment       any device and dtype, the only one with attention sinks
 
-All of them know sliding windows and branches, whose keys and values are gathered before the call. `auto` takes
-flash_attention_2, else varlen, else sdpa; the others have never run on a GPU here, and are for those who ask.
+All of them support sliding windows and branches, whose keys and values are gathered before the call. `auto` takes
+flash_attention_2, else varlen, else sdpa. The others have never run on a GPU here; they have to be asked for.
 
 A [T, T] mask is never built: it makes packing slower than padding. No mask function is registered beside the attention
-function, for transformers would look for packed sequences in the positions before it calls one, and wait for the GPU.
+function, because transformers would then look for packed sequences in the positions and wait for the GPU.
+
+A model whose sequences cannot share a pass (recurrent state, attention that is not transformers') runs the sequences
+of a pack one by one, with its own attention: models/alone.py. models/probe.py decides.
 """
 
 from __future__ import annotations
@@ -36,13 +39,13 @@ from fastrlhf.models import flex
 from fastrlhf.types import AttentionPlan
 
 PACKED = "fastrlhf_packed"
-_CHOICE = "fastrlhf_attention"  # where a model keeps its `attn_implementation`: copies of the model have it too
+_CHOICE = "fastrlhf_attention"  # attribute of a model with its `attn_implementation`; copies of the model have it too
+_ALONE = "fastrlhf_alone"  # attribute of a model with the reason why its sequences run one by one
 
 
 @contextmanager
 def packed_attention(model: PreTrainedModel, name: str = PACKED) -> Iterator[None]:
-    """Within it, the model's forward expects `attention_plan`, or what the attention function registered as `name`
-    expects; afterwards it is as before."""
+    """Within it, the forward of the model calls the attention function registered as `name`."""
     before = cast(str, model.config._attn_implementation)
     model.config._attn_implementation = name  # its layers read it at every call
     try:
@@ -52,11 +55,11 @@ def packed_attention(model: PreTrainedModel, name: str = PACKED) -> Iterator[Non
 
 
 def choose_attention(model: PreTrainedModel, implementation: str) -> str:
-    """From now on packs of the model go through `implementation`; returns its name, that of the best one for "auto".
+    """From now on packs of the model go through `implementation`. Returns the name of the backend, for "auto" the best.
 
-    Raises ValueError, with the reason and the mend, where it cannot run this model on its device in its dtype.
+    Raises ValueError, with the reason and the fix, if it cannot run this model on its device in its dtype.
     """
-    softcap = getattr(model.config, "attn_logit_softcapping", None)
+    softcap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
     check_attention(implementation, model.device, model.dtype, softcap)
     setattr(model, _CHOICE, implementation)
     return backend(model.device, model.dtype, softcap) if implementation == "auto" else implementation
@@ -65,23 +68,42 @@ def choose_attention(model: PreTrainedModel, implementation: str) -> str:
 def check_attention(
     implementation: str, device: torch.device, dtype: torch.dtype, softcap: float | None = None
 ) -> None:
-    """Raises ValueError, with the reason and the mend, where `implementation` cannot run there."""
+    """Raises ValueError, with the reason and the fix, if `implementation` cannot run there."""
     if implementation != "auto" and (obstacle := _obstacle(implementation, device, dtype, softcap)):
         raise ValueError(f"attn_implementation: {implementation} {obstacle}, or leave it at auto")
 
 
 def chosen_attention(model: PreTrainedModel) -> str:
-    """What `choose_attention` was told, else "auto"."""
+    """The argument of the last `choose_attention`, "auto" if there was none."""
     return getattr(model, _CHOICE, "auto")
 
 
-def backend(device: torch.device, dtype: torch.dtype, softcap: float | None = None) -> str:
-    """What "auto" takes: the name of a row of `BACKENDS`."""
-    return next(name for name in AUTO if not _obstacle(name, device, dtype, softcap))
+def run_alone(model: PreTrainedModel, reason: str) -> None:
+    """From now on the sequences of a pack go through the model one by one, with its own attention."""
+    setattr(model, _ALONE, reason)
 
 
-def _obstacle(name: str, device: torch.device, dtype: torch.dtype, softcap: float | None) -> str:
-    """Why a backend cannot run, and what to do, as the end of a sentence; empty where it can."""
+def runs_alone(model: PreTrainedModel) -> str:
+    """Why the sequences of a pack go through the model one by one; empty if they share a pass."""
+    return getattr(model, _ALONE, "")
+
+
+def run_like(model: PreTrainedModel, other: PreTrainedModel) -> None:
+    """Makes the packed forward of a model take the way of another one with the same backbone."""
+    for name in (_CHOICE, _ALONE):
+        if hasattr(other, name):
+            setattr(model, name, getattr(other, name))
+
+
+def backend(device: torch.device, dtype: torch.dtype, softcap: float | None = None, *, sinks: bool = False) -> str:
+    """The row of `BACKENDS` that "auto" takes."""
+    return next(name for name in AUTO if not _obstacle(name, device, dtype, softcap, sinks=sinks))
+
+
+def _obstacle(
+    name: str, device: torch.device, dtype: torch.dtype, softcap: float | None, *, sinks: bool = False
+) -> str:
+    """Why a backend cannot run, and the fix, as the end of a sentence; empty if it can."""
     able = BACKENDS[name]
     if able.only_cuda and device.type != "cuda":
         return f"needs a CUDA GPU, and the run is on {device.type}; take sdpa"
@@ -89,6 +111,8 @@ def _obstacle(name: str, device: torch.device, dtype: torch.dtype, softcap: floa
         return f"knows no {dtype}; set dtype to bfloat16, take flex or sdpa"
     if softcap is not None and not able.softcap:
         return "has no soft-capping, which this model needs; take flash_attention_2, flex or sdpa"
+    if sinks and not able.sinks:
+        return "has no attention sinks, which this model needs; take sdpa"
     if able.module and not _installed(able.module):
         return f"needs {able.module}, which is not installed: {able.install}"
     if able.capabilities and (found := torch.cuda.get_device_capability(device)[0]) not in able.capabilities:
@@ -102,7 +126,7 @@ def _attend(
     query: Tensor,  # [1, H, T, d]
     key: Tensor,  # [1, H_kv, T, d]
     value: Tensor,  # [1, H_kv, T, d]
-    attention_mask: Tensor | None,  # always None: the plan says who sees whom
+    attention_mask: Tensor | None,  # must be None: the plan says who sees whom
     *,
     attention_plan: AttentionPlan,
     attention_backend: str = "auto",
@@ -110,19 +134,27 @@ def _attend(
     dropout: float = 0.0,
     softcap: float | None = None,
     sliding_window: int | None = None,
-    s_aux: Tensor | None = None,
+    s_aux: Tensor | None = None,  # [H] logits of sinks: keys without a value that every query sees
+    indices: Tensor | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
     """transformers' attention signature; returns [1, T, H, d]."""
-    if dropout or s_aux is not None:
-        raise ValueError("packed attention has neither dropout nor attention sinks; set attention_dropout to 0")
+    if dropout:
+        raise ValueError("packed attention has no dropout")
+    if attention_mask is not None or indices is not None:
+        raise ValueError("the model masks its attention itself")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, H, d]
     if attention_plan.key_index is not None:
         # Indexing, not index_select: its backward sorts and adds in one order, where the other adds with atomics.
         k, v = (x[attention_plan.key_index] for x in (k, v))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if s_aux is not None:
+        if attention_backend != "auto" and not BACKENDS[attention_backend].sinks:
+            raise ValueError(f"{attention_backend} has no attention sinks")
+        return _sdpa(q, k, v, attention_plan, scale, softcap, sliding_window, s_aux)[None].contiguous(), None
     name = backend(q.device, q.dtype, softcap) if attention_backend == "auto" else attention_backend
-    return BACKENDS[name].attend(q, k, v, attention_plan, scale, softcap, sliding_window)[None], None
+    # Contiguous, because some models view the heads of the result as one dimension.
+    return BACKENDS[name].attend(q, k, v, attention_plan, scale, softcap, sliding_window)[None].contiguous(), None
 
 
 def _flash_attn(
@@ -135,7 +167,7 @@ def _flash_attn(
     window: int | None,
     *,
     module: str,
-    unlimited: int | None = -1,  # how the left side of a window says that it has no end
+    unlimited: int | None = -1,  # the left side of a window that has no end
 ) -> Tensor:
     output = import_module(module).flash_attn_varlen_func(
         q,
@@ -176,7 +208,14 @@ def _varlen(
 
 
 def _sdpa(
-    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, softcap: float | None, window: int | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: AttentionPlan,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Per segment, on views of the pack: [H, Lq, d] x [H_kv, Lk, d] -> [H, Lq, d]."""
     parts = zip(
@@ -185,12 +224,20 @@ def _sdpa(
         v.transpose(0, 1).split(plan.key_lengths, 1),
         strict=True,
     )
-    return torch.cat([_one(*part, scale, softcap, window) for part in parts], 1).transpose(0, 1)
+    return torch.cat([_one(*part, scale, softcap, window, sinks) for part in parts], 1).transpose(0, 1)
 
 
-def _one(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None, window: int | None) -> Tensor:
+def _one(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+    sinks: Tensor | None = None,
+) -> Tensor:
     num_q, num_k = q.shape[1], k.shape[1]
-    if softcap is None and (window is None or num_k <= window):
+    if softcap is None and sinks is None and (window is None or num_k <= window):
         mask = None if num_q == num_k else _visible(num_q, num_k, None, q.device)
         attended = F.scaled_dot_product_attention(
             q[None], k[None], v[None], attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
@@ -201,7 +248,9 @@ def _one(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None, w
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~_visible(num_q, num_k, window, q.device), float("-inf"))
-    weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.to(scores.dtype)[:, None, None].expand(-1, num_q, 1)], 2)
+    weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)[..., :num_k]
     return weights @ v.repeat_interleave(groups, 0)
 
 
@@ -217,28 +266,29 @@ def _installed(module: str) -> bool:
         spec = find_spec(module)
     except ModuleNotFoundError:  # of the package around it
         return False
-    # flash-attn-4 alone leaves a package `flash_attn` without a file of its own, which is not flash-attn.
+    # flash-attn-4 without flash-attn installs a package `flash_attn` that has no file of its own.
     return spec is not None and spec.origin is not None
 
 
 Attend = Callable[[Tensor, Tensor, Tensor, AttentionPlan, float, float | None, int | None], Tensor]
-"""q [T, H, d], k and v [K, H_kv, d], the plan, the scale of scores, their soft-cap, the window -> [T, H, d]."""
+"""q [T, H, d], k and v [K, H_kv, d], plan, scale of the scores, their soft-cap, window -> [T, H, d]."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Backend:
-    """Who can attend, and to what."""
+    """One kernel and what it can do."""
 
     attend: Attend
     module: str = ""
-    """What has to be installed beside torch."""
+    """The package that it needs beside torch."""
     install: str = ""
     only_cuda: bool = True
     only_half: bool = True
     """bfloat16 and float16."""
     softcap: bool = True
+    sinks: bool = False
     capabilities: tuple[int, ...] = ()
-    """Of GPUs, their first digits; empty: all that torch runs on."""
+    """Major compute capabilities of the GPUs that it runs on; empty: all."""
 
 
 BACKENDS = {
@@ -266,10 +316,10 @@ BACKENDS = {
         softcap=False,
     ),
     "flex": Backend(attend=flex.attend, only_half=False),
-    "sdpa": Backend(attend=_sdpa, only_cuda=False, only_half=False),
+    "sdpa": Backend(attend=_sdpa, only_cuda=False, only_half=False, sinks=True),
 }
 AUTO = ("flash_attention_2", "varlen", "sdpa")
 """Best first."""
 
-# torch.compile leaves it alone: one break of the graph per layer, in which any backend runs as it always does.
+# Not compiled by torch.compile: one graph break per layer, in which every backend runs as it does without.
 AttentionInterface.register(PACKED, torch.compiler.disable(_attend))

@@ -1,15 +1,16 @@
-"""How the backbone of a model is computed: which attention, Liger's kernels, torch.compile. The numbers stay the same
-but for rounding, and that is checked before a run starts.
+"""How the backbone of a model is computed: which attention, Liger's kernels, torch.compile, or one sequence at a time.
+The numbers stay the same except for rounding, which is checked before a run starts.
 
-torch.compile gets the layers one by one, in packed forwards alone, so that sampling is as it was. Layers of a kind
-share one compiled code, whatever the length of a pack (`dynamic`), and activation checkpointing recomputes with it.
-Attention breaks the graph once per layer (models/attention.py). What is fused are the norms, rotary positions,
-activations and residuals between it and the matrix products.
+torch.compile gets the layers one by one, in packed forwards only, so that sampling is not changed. Layers of one class
+share their compiled code, for packs of any length (`dynamic`), and activation checkpointing recomputes with it.
+Attention breaks the graph once per layer (models/attention.py). The norms, rotary positions, activations and residuals
+between attention and the matrix products are fused.
 """
 
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -25,21 +26,27 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fastrlhf.config import TrainConfig
-from fastrlhf.models.attention import choose_attention
-from fastrlhf.models.forward import check_packed_forward, own_forward
+from fastrlhf.models.attention import choose_attention, run_alone
+from fastrlhf.models.forward import set_logit_map
+from fastrlhf.models.positions import rope_obstacle
+from fastrlhf.models.probe import check_packed_forward, find_logit_map, is_scorer, obstacle_to_packs, own_forward
 from fastrlhf_kernels import _triton
 
+log = logging.getLogger(__name__)
+
 LIGER = ("rope", "rms_norm", "swiglu", "geglu")
-"""What is taken of Liger's kernels, each where the model has it. The losses are our own."""
+"""The kernels of Liger that are used, each if the model has the layer. The losses are our own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerOptions:
-    """The keys of a run that all of its models share."""
+    """The keys of a run that hold for all of its models."""
 
     attn_implementation: str = "auto"
     use_liger_kernel: bool = False
     torch_compile: bool = False
+    max_length: int | None = None
+    """Tokens of the longest sequence; None: not known."""
 
     @classmethod
     def of(cls, config: TrainConfig) -> LayerOptions:
@@ -47,17 +54,24 @@ class LayerOptions:
             attn_implementation=config.attn_implementation,
             use_liger_kernel=config.use_liger_kernel,
             torch_compile=config.torch_compile,
+            max_length=config.max_length,
         )
 
 
 def prepare_layers(model: PreTrainedModel, options: LayerOptions) -> str:
-    """Makes packed forwards of the model, and of copies of it, run as `options` say; returns the attention's name.
+    """Makes packed forwards of the model, and of copies of it, run as `options` say. Returns the attention in words.
 
-    Raises ValueError where something asked for cannot run this model here, and where a pack then gives other numbers
-    than the plain model gives one sequence at a time.
+    A model whose sequences cannot share a pass runs them one by one, which is logged with the reason. Raises ValueError
+    if an option cannot be had with this model here, and if the numbers are not those of the plain model, one sequence
+    at a time.
     """
     expected = own_forward(model)
+    if not is_scorer(model):
+        set_logit_map(model, find_logit_map(model))
     attention = choose_attention(model, options.attn_implementation)
+    reason = rope_obstacle(model.config, options.max_length) or obstacle_to_packs(model, expected)
+    if reason:
+        attention = _run_alone(model, options, reason)
     if options.use_liger_kernel:
         apply_liger(model)
     if options.torch_compile:
@@ -70,11 +84,27 @@ def prepare_layers(model: PreTrainedModel, options: LayerOptions) -> str:
     return attention
 
 
+def _run_alone(model: PreTrainedModel, options: LayerOptions, reason: str) -> str:
+    kind = type(model).__name__
+    because = f"the packed forward of {kind} {reason}"
+    if options.attn_implementation != "auto":
+        raise ValueError(f"attn_implementation: {because}; set it to auto, and its sequences run one by one")
+    if options.torch_compile:
+        raise ValueError(f"torch_compile: {because}, so that its sequences run one by one; set it to false")
+    run_alone(model, reason)
+    log.warning(
+        "%s: the sequences of a pack run one by one with the model's own attention, which is exact and slower, and a "
+        "shared prompt is computed once per response: the packed forward %s",
+        *(kind, reason),
+    )
+    return f"{model.config._attn_implementation}, one sequence at a time"
+
+
 def compile_layers(model: PreTrainedModel) -> None:
     """Compiles the layers of the backbone for packed forwards: at the first one without gradients, and at the first
     with.
 
-    Raises ValueError where the backbone has no layers that transformers could checkpoint one by one.
+    Raises ValueError if the backbone has no layers that transformers could checkpoint one by one.
     """
     layers = [layer for layer in model.base_model.modules() if isinstance(layer, GradientCheckpointingLayer)]
     if not layers:
@@ -87,7 +117,7 @@ def compile_layers(model: PreTrainedModel) -> None:
 
 def _forward(layer: Module, *arguments: object, **keywords: object) -> Tensor:
     forward = type(layer).forward
-    # `forward.hidden_states` alone gives this keyword; sampling may give a plan, for its prefill.
+    # Only `forward.hidden_states` gives this keyword; the prefill of sampling may give a plan.
     return (_compiled(forward) if "attention_backend" in keywords else forward)(layer, *arguments, **keywords)
 
 
@@ -97,7 +127,7 @@ def _compiled(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def check_liger(device: torch.device) -> None:
-    """Raises ValueError where Liger is not installed or there is no GPU."""
+    """Raises ValueError if Liger is not installed or there is no GPU."""
     if find_spec("liger_kernel") is None:
         raise ValueError("use_liger_kernel: liger-kernel is not installed; pip install 'fastrlhf[liger]'")
     if device.type != "cuda" and not _triton.INTERPRETED:
@@ -106,9 +136,9 @@ def check_liger(device: torch.device) -> None:
 
 def apply_liger(model: PreTrainedModel) -> None:
     """Puts Liger's kernels (Hsu et al. 2024, arXiv 2410.10989) into the backbone, by its public function for the
-    model's `model_type`. Its rotary positions hold for every model of that type in the process.
+    model's `model_type`. Its rotary positions are used by every model of that type in the process.
 
-    Raises ValueError where Liger is not installed, has no function for the type, or where there is no GPU.
+    Raises ValueError if Liger is not installed or has no function for the type, or if there is no GPU.
     """
     kind = model.config.model_type
     check_liger(model.device)

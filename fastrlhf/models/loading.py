@@ -1,4 +1,4 @@
-"""Models by hub name, by folder, or from scratch; refused here if they cannot be trained right."""
+"""Models by hub name, by folder, or from scratch. A model that cannot be trained right is refused here."""
 
 from __future__ import annotations
 
@@ -6,19 +6,17 @@ import copy
 import dataclasses
 import logging
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from torch import Tensor
 from torch.nn import Linear, Module
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -34,16 +32,17 @@ from fastrlhf.models.architecture import check_decoder
 from fastrlhf.models.forward import enable_activation_checkpointing
 from fastrlhf.models.four_bit import check_trainable, keep_layout, quantization, stored_in_four_bit
 from fastrlhf.models.layers import LayerOptions, prepare_layers
+from fastrlhf.models.noise import silence, silent_config
 from fastrlhf.models.offload import HOST, check_offloading
+from fastrlhf.models.probe import check_checkpointing, one_line
 from fastrlhf.models.quiet import quiet
+from fastrlhf.models.reward_head import scorer_class
 from fastrlhf.models.router_loss import set_router_loss
 from fastrlhf.models.shards import is_sharded, read_tensors
 from fastrlhf.models.vocabulary import write_ends
 
 log = logging.getLogger(__name__)
 
-WINDOWS_IN_MASK = ("blt", "doge", "phimoe", "qwen2_moe")
-"""Types whose windows transformers builds into a mask, which packs do not have, and does not tell attention of."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PLAIN = LayerOptions()
 
@@ -80,8 +79,8 @@ def open_policy(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreT
         )
     else:
         raise ValueError("model_name_or_path: give a folder or a hub name, or build a model from model_config")
-    if model.config.vocab_size < len(tokenizer):
-        new = len(tokenizer) - model.config.vocab_size
+    if vocabulary(model) < len(tokenizer):
+        new = len(tokenizer) - vocabulary(model)
         require(not config.use_peft, "use_peft", True, f"false: the embeddings of {new} new tokens have to be trained")
         with _seeded(config.seed, device):
             model.resize_token_embeddings(len(tokenizer))
@@ -89,7 +88,7 @@ def open_policy(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreT
             "tokenizer_name_or_path: %d rows added to the embedding of the model, for tokens that it has not seen", new
         )
     write_ends(model, end_ids(tokenizer))
-    positions = getattr(model.config, "max_position_embeddings", None)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions and config.max_length > positions:
         log.warning("max_length: %d is more than the %d positions of the model", config.max_length, positions)
     make_trainable(model, config, config.model_name_or_path)
@@ -99,16 +98,18 @@ def open_policy(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreT
 def make_trainable(model: PreTrainedModel, config: TrainConfig, base: str) -> None:
     """What `config` asks of a model that it trains, loaded from `base`: an adapter, activation checkpointing.
 
-    Raises ValueError where activations cannot be offloaded, and where weights in 4 bits would be trained themselves.
+    Raises ValueError if activations cannot be offloaded, if 4-bit weights themselves would be trained, or if layers
+    that are computed again give other gradients.
     """
     if config.activation_offloading:
         check_offloading(model.device)
     check_trainable(model, config.use_peft)
-    set_router_loss(model, config.router_aux_loss_coef)
     if config.use_peft:
         add_adapter(model, config, base)
     if config.activation_checkpointing:
-        enable_activation_checkpointing(model, offload_to=HOST if config.activation_offloading else None)
+        target = HOST if config.activation_offloading else None
+        check_checkpointing(model, lambda: enable_activation_checkpointing(model, offload_to=target))
+    set_router_loss(model, config.router_aux_loss_coef)  # after the probe, which is no step
 
 
 def load_policy(
@@ -147,10 +148,20 @@ def build_policy(
     The weights depend on `seed` alone. Raises ValueError for an unknown `model_type`.
     """
     config = copy.deepcopy(settings) if isinstance(settings, PretrainedConfig) else _build_config(settings)
-    config.vocab_size, config.eos_token_id = vocab_size, eos_token_id
-    config.bos_token_id = config.pad_token_id = None
-    with _seeded(seed, torch.device(device)):
-        model = AutoModelForCausalLM.from_config(_without_dropout(config), dtype=DTYPES[dtype])
+    ids = {"vocab_size": vocab_size, "eos_token_id": eos_token_id, "bos_token_id": None, "pad_token_id": None}
+    for part in (config, config.get_text_config()):
+        for name, value in ids.items():
+            with suppress(StrictDataclassFieldValidationError):  # of a type that cannot be without one
+                setattr(part, name, value)
+    try:
+        with _seeded(seed, torch.device(device)):
+            model = AutoModelForCausalLM.from_config(silent_config(config), dtype=DTYPES[dtype])
+    except Exception as error:  # of whatever kind a family's own code raises
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ValueError(
+            f"model_config: a model of type {config.model_type} cannot be built ({one_line(error)})"
+        ) from error
     return _ready(model, device, layers)
 
 
@@ -159,10 +170,10 @@ def _build_config(settings: Mapping[str, Any]) -> PretrainedConfig:
     fields = dict(settings)
     try:
         config = AutoConfig.for_model(fields.pop("model_type", ""), **fields)
-    except ValueError as error:
-        raise ValueError(f"model_config.model_type: {settings.get('model_type')!r} is not known") from error
-    except StrictDataclassError as error:  # of sizes that do not go together
-        raise ValueError(f"model_config: {' '.join(str(error).split())}") from error
+    except Exception as error:  # sizes that do not go together, or anything else that a configuration raises
+        if type(error) is ValueError:
+            raise ValueError(f"model_config.model_type: {settings.get('model_type')!r} is not known") from error
+        raise ValueError(f"model_config: {one_line(error)}") from error
     known = {field.name for field in dataclasses.fields(config)}
     for name in fields:
         # A name that resembles none of them may be an older one, which transformers still understands.
@@ -194,13 +205,18 @@ def load_reward_model(
     is not one linear map, or where `must_be_trained` and the head is new.
     """
     config = read_model_config(source, field, trust_remote_code)
-    config.num_labels, config.pad_token_id = 1, pad_token_id
-    model, missing = _open(
-        AutoModelForSequenceClassification, source, field, config, device, dtype, load_in_4bit, trust_remote_code
-    )
+    config.num_labels = 1
+    config.pad_token_id = config.get_text_config().pad_token_id = pad_token_id
+    kind = scorer_class(config)
+    model, missing = _open(kind, source, field, config, device, dtype, load_in_4bit, trust_remote_code)
     head = float_score_head(model, source, field)
-    _check_complete(source, field, missing - {"score.weight"})
+    _check_complete(source, field, set(missing) - {"score.weight"})
     if missing:
+        if shape := missing["score.weight"]:
+            raise ValueError(
+                f"{field}: {source!r} has a trained head with {shape[0]} labels, and a reward model has one; give a "
+                "model without a head, or one whose head has one label"
+            )
         if must_be_trained:
             raise ValueError(f"{field}: {source!r} has no trained score head; train one with `fastrlhf reward`")
         generator = torch.Generator().manual_seed(seed)
@@ -218,9 +234,14 @@ def float_score_head(model: PreTrainedModel, source: str, field: str) -> Linear:
     return head
 
 
+def vocabulary(model: PreTrainedModel) -> int:
+    """Rows of the embedding, as the configuration says."""
+    return model.config.get_text_config().vocab_size
+
+
 def check_same_vocabulary(models: Mapping[str, PreTrainedModel], num_tokens: int) -> None:
     """Raises ValueError where a model's embedding is smaller than the tokenizer, or where two models disagree."""
-    sizes = {field: model.config.vocab_size for field, model in models.items()}
+    sizes = {field: vocabulary(model) for field, model in models.items()}
     for field, size in sizes.items():
         if size < num_tokens:
             raise ValueError(
@@ -256,22 +277,25 @@ def check_same_tokenizer(
 
 
 def read_model_config(source: str, field: str, trust_remote_code: bool) -> PretrainedConfig:
-    """The configuration of a model, its dropout off. Raises ValueError, naming `field`, where there is none."""
+    """The configuration of a model, without dropout and other noise. Raises ValueError, naming `field`, if there is
+    none."""
     if is_missing_folder(source):
         raise ValueError(f"{field}: {source!r} is neither a folder here nor a name that a model of the hub can have")
     check_hub(source, f"{field}: {source!r}")
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of whatever kind a configuration raises for values that do not fit
         if (Path(source) / "adapter_config.json").exists():
             whole = "give the folder of its run, where it is added to the weights"
             raise ValueError(f"{field}: {source!r} holds an adapter alone; {whole}") from error
         if Path(source).is_dir():
-            raise ValueError(f"{field}: {source!r} holds no model that transformers knows ({error})") from error
+            raise ValueError(
+                f"{field}: {source!r} holds no model that transformers knows ({one_line(error)})"
+            ) from error
         raise ValueError(f"{field}: {source!r} is neither a folder here nor a model the hub gives us") from error
     check_decoder(config, f"{field}: {source!r}")
     stored_in_four_bit(config, source, field)
-    return _without_dropout(config)
+    return silent_config(config)
 
 
 def check_architecture(config: TrainConfig) -> None:
@@ -284,7 +308,7 @@ def check_architecture(config: TrainConfig) -> None:
 
 
 def _open(
-    kind: type[AutoModelForCausalLM | AutoModelForSequenceClassification],
+    kind: Any,
     source: str,
     field: str,
     config: PretrainedConfig,
@@ -292,8 +316,9 @@ def _open(
     dtype: str,
     load_in_4bit: bool,
     trust_remote_code: bool,
-) -> tuple[PreTrainedModel, set[str]]:
-    """The model, and the names of those of its weights that the checkpoint does not have in its shape."""
+) -> tuple[PreTrainedModel, dict[str, tuple[int, ...]]]:
+    """The model, of an auto class or a class of its own, and those of its weights that the checkpoint does not have in
+    this shape: by name, the shape there, empty if it has none."""
     warn_if_rounded(source, dtype, field)
     settings: dict[str, Any] = {"pretrained_model_name_or_path": source}
     if stored_in_four_bit(config, source, field):
@@ -304,7 +329,8 @@ def _open(
     try:
         if is_sharded(stem := Path(source) / "model"):  # the checkpoint of several processes
             with torch.device("meta"):
-                opened = type(kind.from_config(config, trust_remote_code=trust_remote_code))
+                if not issubclass(kind, PreTrainedModel):
+                    opened = type(kind.from_config(config, trust_remote_code=trust_remote_code))
             settings |= {"pretrained_model_name_or_path": None, "state_dict": read_tensors(stem)}
         with quiet():
             loaded = opened.from_pretrained(
@@ -315,10 +341,13 @@ def _open(
                 ignore_mismatched_sizes=True,
                 **settings,
             )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"{field}: the weights of {source!r} cannot be loaded: {error}") from error
+    except Exception as error:  # of whatever kind a family's own code, or a file, raises
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ValueError(f"{field}: the weights of {source!r} cannot be loaded: {one_line(error)}") from error
     model, info = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
-    return model, {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
+    mismatched = {name: tuple(there) for name, there, _ in info["mismatched_keys"]}
+    return model, dict.fromkeys(info["missing_keys"], ()) | mismatched
 
 
 def _check_complete(source: str, field: str, missing: Collection[str]) -> None:
@@ -338,37 +367,8 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-def _check_positions(config: PretrainedConfig) -> None:
-    """Raises ValueError for rotary positions or windows that depend on what else is in the pass: packs would leak."""
-    parameters = getattr(config, "rope_parameters", None) or {}
-    per_layer = [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
-    kinds = {value.get("rope_type") for value in per_layer}
-    if kinds & {"dynamic", "longrope"}:
-        raise ValueError(
-            f"{config.model_type}: rope_type {', '.join(sorted(map(str, kinds)))} depends on the longest sequence of a "
-            "pass, so sequences of a pack would change each other; use another rope_type"
-        )
-    if getattr(config, "attention_chunk_size", None):
-        raise ValueError(f"{config.model_type}: attention in chunks is not known to packed attention")
-    window = getattr(config, "sliding_window", None)
-    if config.model_type in WINDOWS_IN_MASK and window and window < config.max_position_embeddings:
-        raise ValueError(
-            f"{config.model_type}: packed attention is not told of its sliding_window of {window}; set that to null in "
-            f"its config.json, and max_length to at most {window}"
-        )
-
-
-def _without_dropout(config: PretrainedConfig) -> PretrainedConfig:
-    """Log-probs of the same tokens must be the same number twice: no dropout, in any stage."""
-    names = ("attention_dropout", "hidden_dropout", "classifier_dropout", "embd_pdrop", "resid_pdrop", "attn_pdrop")
-    for name in names:
-        if getattr(config, name, None):
-            setattr(config, name, 0.0)
-    return config
-
-
 def _ready(model: PreTrainedModel, device: torch.device | str, layers: LayerOptions) -> PreTrainedModel:
-    _check_positions(model.config)
+    silence(model)
     model.to(device)  # pyright: ignore[reportArgumentType] (transformers' wrapper hides that it is a method)
     model.eval()
     keep_layout(model)

@@ -14,12 +14,12 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import PreTrainedModel
 
 from fastrlhf.config import PPOConfig, TrainConfig
 from fastrlhf.models.adapters import (
@@ -33,12 +33,14 @@ from fastrlhf.models.adapters import (
     merged_copy,
     shared_view,
 )
-from fastrlhf.models.attention import choose_attention, chosen_attention
-from fastrlhf.models.forward import check_packed_forward, enable_activation_checkpointing
+from fastrlhf.models.attention import run_like
+from fastrlhf.models.forward import enable_activation_checkpointing
 from fastrlhf.models.four_bit import is_four_bit
 from fastrlhf.models.layers import LayerOptions
 from fastrlhf.models.loading import float_score_head, load_policy, make_trainable, resolve_device
 from fastrlhf.models.offload import HOST
+from fastrlhf.models.probe import check_packed_forward
+from fastrlhf.models.reward_head import scorer_class
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -119,7 +121,7 @@ def score_role(source: str, base: PreTrainedModel, field: str, pad_token_id: int
     """
     model = _with_adapter(_scorer_over(base, pad_token_id, source, field), source, base, field)
     model.score.requires_grad_(True)
-    choose_attention(model, chosen_attention(base))
+    run_like(model, base)
     check_packed_forward(model)
     return model
 
@@ -158,7 +160,7 @@ def new_critic(config: PPOConfig, base: PreTrainedModel, pad_token_id: int | Non
     critic = _scorer_over(base, pad_token_id, config.model_name_or_path, "model_name_or_path", shared=config.use_peft)
     torch.nn.init.zeros_(cast(torch.nn.Linear, critic.score).weight)
     critic = critic.requires_grad_(not config.use_peft).eval()
-    choose_attention(critic, chosen_attention(base))
+    run_like(critic, base)
     check_packed_forward(critic)
     make_trainable(critic, config, config.model_name_or_path)
     critic.score.requires_grad_(True)
@@ -171,12 +173,15 @@ def _scorer_over(
     """A sequence classifier with one score around the backbone of a frozen causal LM, its weights shared or copied; the
     head, in float32, holds no numbers yet."""
     config = copy.deepcopy(base.config)
-    config.num_labels, config.pad_token_id = 1, pad_token_id
+    config.num_labels = 1
+    config.pad_token_id = config.get_text_config().pad_token_id = pad_token_id
     with torch.device("meta"):
-        model = AutoModelForSequenceClassification.from_config(config)
+        model = cast(Any, scorer_class(config)(config))
     # The layers read the configuration of the model that they are part of.
-    known = frozen_tensors(base) if shared else {}
-    backbone = copy.deepcopy(base.base_model, {**known, id(base.config): model.config})
+    known: dict[int, Any] = {**frozen_tensors(base)} if shared else {}
+    known |= {id(base.config): model.config}
+    known |= {id(getattr(base.config, name)): getattr(model.config, name) for name in base.config.sub_configs}
+    backbone = copy.deepcopy(base.base_model, known)
     setattr(model, model.base_model_prefix, backbone)
     model.is_loaded_in_4bit = is_four_bit(base)  # peft looks for it there
     float_score_head(model, source, field).to_empty(device=base.device)

@@ -26,6 +26,8 @@ from transformers import PreTrainedModel
 
 from fastrlhf.distributed.ranks import compare, from_all, is_first, world_size
 
+_WHOLE = "fastrlhf_whole"  # attribute of a sharded model within `whole`
+
 
 def shard(*models: PreTrainedModel) -> None:
     """Spreads models that every rank holds over all of them, in place; in one process nothing happens.
@@ -77,7 +79,7 @@ def _shard(model: PreTrainedModel) -> None:
 def backbone_of(model: PreTrainedModel) -> Callable[..., Any]:
     """What computes the hidden states: `model.base_model`, or the same where gathering the weights of a sharded model
     is taken care of."""
-    return cast(Callable[..., Any], model.run_backbone) if isinstance(model, FSDPModule) else model.base_model
+    return cast(Callable[..., Any], model.run_backbone) if isinstance(model, FSDPModule) else _backbone(model)
 
 
 @contextmanager
@@ -90,9 +92,11 @@ def whole(model: PreTrainedModel) -> Iterator[None]:
     model.set_reshard_after_forward(False)
     for group in _groups(model):
         group.unshard()
+    setattr(model, _WHOLE, True)
     try:
         yield
     finally:
+        delattr(model, _WHOLE)
         for group in _groups(model):
             group.reshard()
         model.set_reshard_after_forward(True)
@@ -109,6 +113,11 @@ def weight_sample(model: Module, length: int = 64) -> str:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(sample.view(torch.uint8).numpy().tobytes() if sample.ndim and len(sample) else b"")
     return digest.hexdigest()[:16]
+
+
+def runs_in_step(model: PreTrainedModel) -> bool:
+    """Whether every rank has to make equally many passes through the model, because each pass gathers its weights."""
+    return isinstance(model, FSDPModule) and not hasattr(model, _WHOLE)
 
 
 def give_back(model: PreTrainedModel) -> None:
@@ -205,7 +214,14 @@ def of_parts(tensor: Tensor, own: Tensor) -> Tensor:
 
 
 def _run_backbone(model: PreTrainedModel, **inputs: Any) -> Any:
-    return model.base_model(**inputs)
+    return _backbone(model)(**inputs)
+
+
+def _backbone(model: PreTrainedModel) -> PreTrainedModel:
+    """`base_model`, which is the model itself if the prefix that its class declares is not the name of its backbone."""
+    if (base := model.base_model) is not model:
+        return cast(PreTrainedModel, base)
+    return next((child for child in model.children() if isinstance(child, PreTrainedModel)), model)
 
 
 def _groups(model: Module) -> list[FSDPModule]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from fastrlhf.models.attention import runs_alone
 from fastrlhf.rollout import generate
 from fastrlhf.rollout.kv_cache import SlotCache
 from fastrlhf.runtime.out_of_memory import is_out_of_memory
@@ -54,8 +55,9 @@ def _choose(model: PreTrainedModel) -> Decoder:
         "no cache": partial(_by_generate, use_cache=False),
     }
     found = []
-    if getattr(model.config.get_text_config(), "attention_chunk_size", None):
-        del ways["slots"]  # chunks are longer than the probe
+    if alone := runs_alone(model):
+        del ways["slots"]  # windows and chunks may be longer than the probe
+        found.append(f"slots: its packed forward {alone}")
     for name, way in ways.items():
         try:
             error = _distance(_logprobs(way(model, texts), texts), expected)
@@ -66,8 +68,8 @@ def _choose(model: PreTrainedModel) -> Decoder:
             continue
         if error <= _tolerance(model):
             if name != "slots":
-                reason = "; ".join(found) or "attention in chunks"
-                log.warning("%s: sampling uses %s, which is slower (%s)", type(model).__name__, SAID[name], reason)
+                kind = type(model).__name__
+                log.warning("%s: sampling uses %s, which is slower (%s)", kind, SAID[name], "; ".join(found))
             return name
         found.append(f"{name}: differs from the plain model by {error:.2g} nats")
     raise ValueError(

@@ -124,10 +124,45 @@ def test_heads_share_keys_in_groups(settings, num_key_heads):
     agree(FOREST, settings, num_key_heads=num_key_heads)
 
 
-@pytest.mark.parametrize("refused", [{"dropout": 0.1}, {"s_aux": torch.zeros(4)}])
-def test_dropout_and_sinks_are_refused(refused):
-    with pytest.raises(ValueError, match="neither dropout nor attention sinks"):
-        attend(PLAIN, *draw(PLAIN), **refused)
+def test_dropout_and_masks_of_the_models_own_are_refused():
+    for settings, told in (
+        ({"dropout": 0.1}, "no dropout"),
+        ({"indices": torch.zeros(1)}, "masks its attention itself"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            attend(PLAIN, *draw(PLAIN), **settings)
+    with pytest.raises(ValueError, match="masks its attention itself"):
+        AttentionInterface()[PACKED](None, *draw(PLAIN), torch.zeros(1), attention_plan=pack(PLAIN).plan)
+
+
+@pytest.mark.parametrize("settings", [{}, {"sliding_window": 3}], ids=["all", "window"])
+def test_a_sink_is_a_key_without_a_value(settings):
+    """Against a softmax with one more column, whose weight is dropped; gradients of the sinks included."""
+    sinks = torch.tensor([0.5, -1.0, 2.0, 0.0], requires_grad=True)
+    results = []
+    for ours in (True, False):
+        query, key, value = draw(FOREST)
+        sinks.grad = None
+        if ours:
+            output = attend(FOREST, query, key, value, s_aux=sinks, **settings)
+        else:
+            rows = []
+            for row, path in enumerate(paths(FOREST)):
+                seen = path[-settings.get("sliding_window", 99) :]
+                keys, values = (x[0, :, seen].repeat_interleave(2, 0) for x in (key, value))  # [H, n, d]
+                scores = (keys @ query[0, :, row, :, None])[..., 0] * 8**-0.5
+                weights = torch.cat([scores, sinks[:, None]], 1).softmax(1)[:, :-1]
+                rows.append((weights[..., None] * values).sum(1))
+            output = torch.stack(rows)[None]
+        (output * torch.linspace(-1, 1, output.numel()).view(output.shape)).sum().backward()
+        results.append([output.detach(), query.grad, key.grad, value.grad, sinks.grad.clone()])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_backend_without_sinks_is_refused():
+    with pytest.raises(ValueError, match="varlen has no attention sinks"):
+        attend(PLAIN, *draw(PLAIN), s_aux=torch.zeros(4), attention_backend="varlen")
 
 
 def test_keywords_of_other_models_are_left_alone():

@@ -168,7 +168,7 @@ def test_all_models_of_a_run_are_prepared_alike(monkeypatch, tmp_path, kind):
     else:
         paths = {"reward_model_path": reward_model, "dpo_model_path": policy}
         train_ppo(PPOConfig(**common, **paths, response_length=4), tiny.examples(8))
-    assert asked == [LayerOptions(attn_implementation="sdpa")] * (2 if kind == "dpo" else 3)
+    assert asked == [LayerOptions(attn_implementation="sdpa", max_length=64)] * (2 if kind == "dpo" else 3)
 
 
 def test_a_compiler_that_is_missing_is_one_clear_error(compile_with):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DiffLlamaConfig, GptOssConfig, Lfm2Config
 
+from fastrlhf.models.attention import run_alone
 from fastrlhf.rollout import generate, kv_cache
 from fastrlhf.rollout.engine import TransformersEngine
 from fastrlhf.rollout.kv_cache import SlotCache
@@ -113,11 +114,12 @@ def test_a_lack_of_memory_is_no_reason_for_another_decoder(monkeypatch):
         decoder_of(tiny.policy())
 
 
-def test_chunks_longer_than_the_probe_are_not_left_to_it(caplog):
+def test_a_model_whose_sequences_run_one_by_one_is_not_decoded_in_slots(caplog):
+    """Its windows or chunks may be longer than the probe."""
     model = tiny.policy()
-    model.config.attention_chunk_size = 8192
+    run_alone(model, "has attention in chunks")
     assert decoder_of(model) == "own cache"
-    assert "(attention in chunks)" in caplog.text
+    assert "(slots: its packed forward has attention in chunks)" in caplog.text
 
 
 def test_a_graph_cannot_be_made_of_another_decoder(monkeypatch):

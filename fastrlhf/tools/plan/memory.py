@@ -23,7 +23,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import (
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     PretrainedConfig,
     PreTrainedModel,
 )
@@ -33,6 +32,7 @@ from fastrlhf.models.adapters import inject
 from fastrlhf.models.forward import enable_activation_checkpointing, sequence_scores, token_logprobs, token_values
 from fastrlhf.models.four_bit import empty_weight, quantize_without_data, state_tensors
 from fastrlhf.models.loading import DTYPES, make_trainable
+from fastrlhf.models.reward_head import scorer_class
 from fastrlhf.types import PackedBatch
 from fastrlhf_kernels._blocks import CPU_BLOCK
 
@@ -100,7 +100,7 @@ class Fakes:
         model.num_labels = 1
 
         def make() -> PreTrainedModel:
-            made = AutoModelForSequenceClassification.from_config(model, dtype=DTYPES[self.dtype])
+            made = cast(Any, scorer_class(model))._from_config(model, dtype=DTYPES[self.dtype])
             if self.dtype != "float32":
                 made.score = torch.nn.Linear(cast(torch.nn.Linear, made.score).in_features, 1, bias=False)
             return made

@@ -1,0 +1,36 @@
+"""Everything random in a model off: log-probs of the same tokens must be the same numbers in every pass.
+
+Dropout of every kind and name, layer drop, jitter of routers and inputs. Evaluation mode is not enough: layers that
+are computed again in the backward run in training mode.
+"""
+
+from __future__ import annotations
+
+import re
+
+from torch.nn import Module
+from torch.nn.modules.dropout import _DropoutNd
+from transformers import PretrainedConfig
+
+RANDOM = re.compile(r"drop|pdrop|jitter|noise")
+"""What the name of a probability or of an amplitude has in it."""
+
+
+def silent_config(config: PretrainedConfig) -> PretrainedConfig:
+    """The configuration and its parts with every such number at 0, in place."""
+    for name, value in list(vars(config).items()):
+        if isinstance(value, PretrainedConfig):
+            silent_config(value)
+        elif isinstance(value, float) and value and RANDOM.search(name):
+            setattr(config, name, 0.0)
+    return config
+
+
+def silence(model: Module) -> None:
+    """The modules of a model, in place."""
+    for module in model.modules():
+        if isinstance(module, _DropoutNd):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and value and RANDOM.search(name):
+                setattr(module, name, 0.0)

@@ -1,0 +1,298 @@
+"""A model runs a few tokens at the start of a run: the packed forward must give the model's own numbers.
+
+Everything is found out from the model, nothing from a list of names: whether its sequences can share a pass, and by
+which factor and soft-cap its logits follow from its hidden states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn import Linear, Module
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
+
+from fastrlhf.data.packing import pack
+from fastrlhf.models.attention import packed_attention, runs_alone
+from fastrlhf.models.forward import LogitMap, head_input, hidden_states, read_scores, state_logprobs
+from fastrlhf.models.sharding import backbone_of
+from fastrlhf.types import PackedBatch, Segment
+
+MASKED = "fastrlhf_masked"
+FAR = 1 << 17
+"""A distance, in tokens, beyond every window and chunk."""
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Nats by which two computations of one log-prob may differ."""
+    return 1e-4 if dtype == torch.float32 else 0.1
+
+
+@torch.no_grad()
+def own_forward(model: PreTrainedModel) -> Tensor:
+    """Log-probs, or scores, of the probe by the model's own forward, one sequence at a time.
+
+    Raises ValueError if that fails or is not finite.
+    """
+    _, sequences = probe_batch(model)
+    with _evaluating(model), _named(model, "its own forward fails"):
+        logits = [model(input_ids=ids[None], use_cache=False).logits[0] for ids in sequences]
+    if is_scorer(model):
+        found = torch.cat([x.reshape(-1)[-1:] for x in logits]).float()
+    else:
+        pairs = zip(logits, sequences, strict=True)
+        found = torch.cat([x[:-1].float().log_softmax(-1).gather(1, ids[1:, None])[:, 0] for x, ids in pairs])
+    if not found.isfinite().all():
+        raise ValueError(
+            f"{type(model).__name__} of {model.config.name_or_path!r}: its weights give numbers that are not finite"
+        )
+    return found
+
+
+def is_scorer(model: PreTrainedModel) -> bool:
+    """Whether the model has a score head, not a language-model head. Raises ValueError if it has neither."""
+    if model.get_output_embeddings() is None and not hasattr(model, "score"):
+        raise ValueError(f"{type(model).__name__}: has no head over the vocabulary, so there are no log-probs to train")
+    return hasattr(model, "score")
+
+
+@torch.no_grad()
+def find_logit_map(model: PreTrainedModel) -> LogitMap:
+    """From the head's weights and the logits of the probe. Raises ValueError if they do not follow from each other."""
+    _, sequences = probe_batch(model)
+    ids = sequences[-1][None]
+    head = cast(Linear, model.get_output_embeddings())
+    with _evaluating(model), _named(model, "its own forward fails"):
+        logits = model(input_ids=ids, use_cache=False).logits[0].float()
+        states = {at_head: read(model, ids) for at_head, read in ((False, _backbone_output), (True, _head_input))}
+    limit = 1e-4 if model.dtype == torch.float32 else 0.03
+    bias = getattr(head, "bias", None)
+    for at_head, hidden in states.items():
+        if hidden.shape[-1] != head.weight.shape[1] or logits.shape[-1] != head.weight.shape[0]:
+            continue
+        raw = hidden.float() @ head.weight.float().T + (0 if bias is None else bias.float())
+        for softcap in _softcaps(model.config.get_text_config()):
+            if softcap is not None and logits.abs().max() >= softcap:
+                continue
+            linear = logits if softcap is None else softcap * torch.atanh(logits / softcap)
+            fitted = ((raw.double() * linear).sum() / raw.double().square().sum()).item()
+            scale = _exact(fitted, model.config.get_text_config(), limit)
+            mapped = raw * scale if softcap is None else softcap * torch.tanh(raw * scale / softcap)
+            if (mapped - logits).abs().max() <= limit * logits.abs().max():
+                return LogitMap(scale=scale, softcap=softcap, at_head=at_head)
+    raise ValueError(
+        f"{type(model).__name__}: its logits are not a multiple of its head's weights times hidden states, and "
+        "log-probs here are computed as such; take another model"
+    )
+
+
+def _backbone_output(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """[L, D]; empty where the backbone is not a part that runs by itself."""
+    try:
+        return backbone_of(model)(input_ids=ids, use_cache=False).last_hidden_state[0]
+    except (AttributeError, TypeError):
+        return torch.empty(0, 0)
+
+
+def _head_input(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    return head_input(model, input_ids=ids, use_cache=False)[0]
+
+
+def _softcaps(config: PretrainedConfig) -> Iterator[float | None]:
+    """Candidates: the usual key first, no cap, then any other number whose name says cap."""
+    usual = getattr(config, "final_logit_softcapping", None)
+    if usual:
+        yield float(usual)
+    yield None
+    for name, value in _numbers(config):
+        if "cap" in name and value > 0 and value != usual:
+            yield value
+
+
+def _exact(fitted: float, config: PretrainedConfig, limit: float) -> float:
+    """1, or the number of the configuration or its reciprocal, that a fitted factor is up to rounding; else itself."""
+    named = [value for name, value in _numbers(config) if "scal" in name or "mult" in name]
+    for value in (1.0, *(x for key in named if key for x in (key, 1 / key))):
+        if abs(fitted - value) <= limit * abs(value):
+            return value
+    return fitted
+
+
+def _numbers(config: PretrainedConfig) -> list[tuple[str, float]]:
+    return [(k, float(v)) for k, v in vars(config).items() if isinstance(v, int | float) and not isinstance(v, bool)]
+
+
+@torch.no_grad()
+def check_packed_forward(model: PreTrainedModel, expected: Tensor | None = None) -> None:
+    """Refuses a model whose packed forward does not give the numbers of its own forward, one sequence at a time.
+
+    Finds attention, or a recurrent state, that leaks between sequences, and logits that are not what `logit_map` says.
+    `expected`: `own_forward` before the backbone was changed; None: computed now. Raises ValueError.
+    """
+    expected = own_forward(model) if expected is None else expected
+    if difference := _difference(model, expected):
+        raise ValueError(f"{type(model).__name__}: the packed forward {difference}; training would be on wrong numbers")
+
+
+def obstacle_to_packs(model: PreTrainedModel, expected: Tensor) -> str:
+    """Why the sequences of a pack cannot share a pass, as a clause; empty if they can."""
+    try:
+        return _difference(model, expected) or (_hidden_masks(model) if not runs_alone(model) else "")
+    except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError, AssertionError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        return f"cannot run: {one_line(error)}"
+
+
+@torch.no_grad()
+def _difference(model: PreTrainedModel, expected: Tensor) -> str:
+    batch, sequences = probe_batch(model)
+    with _evaluating(model):
+        hidden, leaks = _probe_states(model, batch, len(sequences[0]))
+        if is_scorer(model):
+            packed = read_scores(model, hidden[batch.last])
+        else:
+            packed = state_logprobs(model, hidden[batch.rows], batch.targets).logprob
+    error = (packed - expected).abs().max().item()
+    if leaks:
+        return "mixes sequences"
+    if not error <= tolerance(model.dtype):
+        return f"differs from the model's own by {error:.2g} nats"
+    return ""
+
+
+def _probe_states(model: PreTrainedModel, batch: PackedBatch, num_first: int) -> tuple[Tensor, bool]:
+    """Last hidden states [T, D], and whether those after the first sequence, of `num_first` tokens, depend on it: then
+    a gradient flows there, which in any dtype is exactly 0 where nothing leaks."""
+    inputs: list[Tensor] = []
+
+    def as_leaf(module: Module, arguments: Any, output: Tensor) -> Tensor:
+        inputs.append(output.detach().requires_grad_())
+        return inputs[-1]
+
+    embedding = cast(Module, model.get_input_embeddings())
+    with torch.enable_grad(), embedding.register_forward_hook(as_leaf):
+        hidden = hidden_states(model, batch)
+    if runs_alone(model):  # a call per sequence
+        return hidden.detach(), False
+    seen = torch.arange(hidden.numel(), device=hidden.device).cos().view_as(hidden).to(hidden.dtype)
+    seen[:num_first] = 0
+    gradients = torch.autograd.grad(hidden, inputs, seen, allow_unused=True)
+    return hidden.detach(), any(bool(g[0, :num_first].any()) for g in gradients if g is not None)
+
+
+def check_checkpointing(model: PreTrainedModel, enable: Callable[[], None]) -> None:
+    """Turns activation checkpointing on by `enable` and compares gradients before and after. Raises ValueError if they
+    differ. Models on the meta device are not run."""
+    if model.device.type == "meta":
+        return enable()
+    plain = _embedding_gradient(model)
+    with _named(model, "activation_checkpointing", "set it to false"):
+        enable()
+        error = (_embedding_gradient(model) - plain).abs().max().item()
+        if not error <= tolerance(model.dtype) * plain.abs().max().item():
+            raise ValueError(f"layers that are computed again give gradients that differ by {error:.2g}")
+
+
+def _embedding_gradient(model: PreTrainedModel) -> Tensor:
+    """[T, D] float32, of a fixed function of the probe's hidden states."""
+    batch, _ = probe_batch(model)
+    inputs: list[Tensor] = []
+
+    def as_leaf(module: Module, arguments: Any, output: Tensor) -> Tensor:
+        inputs.append(output.detach().requires_grad_())
+        return inputs[-1]
+
+    embedding = cast(Module, model.get_input_embeddings())
+    with torch.enable_grad(), embedding.register_forward_hook(as_leaf):
+        hidden = hidden_states(model, batch)
+        weight = torch.arange(hidden.numel(), device=hidden.device).cos().view_as(hidden).to(hidden.dtype)
+        gradients = torch.autograd.grad(hidden, inputs, weight, allow_unused=True)
+    return torch.cat([g.float().flatten(0, 1) for g in gradients if g is not None])
+
+
+@torch.no_grad()
+def _hidden_masks(model: PreTrainedModel) -> str:
+    """Whether transformers would mask more than causality and the windows that attention is told of.
+
+    Packs have no masks, so such a window or chunk would be lost, and is longer than the probe. Here the model runs with
+    masks that are made as for tokens far apart, and each is compared with what attention is told.
+    """
+    places = _places(model.config.get_text_config())
+    found: list[str] = []
+
+    def mask(*, mask_function: Callable[..., Any], q_length: int, kv_length: int, device: Any, **_: Any) -> Tensor:
+        at = torch.tensor(places, device=device)
+        visible = mask_function(torch.zeros(1, dtype=torch.int64, device=device), 0, at[:, None], at[None, :])
+        return cast(Tensor, visible).expand(1, 1, q_length, kv_length)
+
+    def attend(
+        module: Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        sliding_window: int | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        if attention_mask is not None:
+            at = torch.tensor(places, device=query.device)
+            distance = at[:, None] - at[None, :]
+            told = (distance >= 0) & (distance < (sliding_window or 1 << 62))
+            if attention_mask.dtype != torch.bool or not torch.equal(attention_mask[0, 0], told):
+                found.append("has attention in windows or chunks that packs are not told of")
+        return torch.zeros_like(query).transpose(1, 2)[..., : value.shape[-1]].contiguous(), None
+
+    AttentionInterface.register(MASKED, attend)
+    AttentionMaskInterface.register(MASKED, mask)
+    ids = probe_batch(model)[1][0][0].expand(1, len(places))
+    with _evaluating(model), packed_attention(model, MASKED):
+        backbone_of(model)(input_ids=ids, use_cache=False)
+    return found[0] if found else ""
+
+
+def _places(config: PretrainedConfig) -> list[int]:
+    """Positions whose distances are on both sides of every window and chunk of a configuration."""
+    lengths = {int(value) for name, value in _numbers(config) if ("window" in name or "chunk" in name) and value > 1}
+    return sorted({0, 1, 2, 3, 7, FAR, FAR + 1} | {x + i for x in lengths for i in (-1, 0, 1, 2) if x < FAR})
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        if was_training:
+            model.train()
+
+
+@contextmanager
+def _named(model: PreTrainedModel, what: str, fix: str = "take another model") -> Iterator[None]:
+    """Exceptions of a family's own code become a ValueError of one line."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{type(model).__name__}: {what} ({one_line(error)}); {fix}") from error
+
+
+def one_line(error: BaseException, longest: int = 300) -> str:
+    """An exception of somebody else's code, for a message of one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text if len(text) <= longest else text[:longest] + ' ...'}"
+
+
+def probe_batch(model: PreTrainedModel) -> tuple[PackedBatch, list[Tensor]]:
+    """Two sequences, in a pack and one by one."""
+    config = model.config.get_text_config()
+    # A sequence classifier looks for its last token that is not padding.
+    ids = [i for i in range(config.vocab_size) if i != getattr(config, "pad_token_id", None)]
+    sequences = [[ids[(5 * i * i + 7 * i + 3 * s) % len(ids)] for i in range(6 + 5 * s)] for s in range(2)]
+    batch = pack([Segment(token_ids=s, num_scored=len(s) - 1) for s in sequences], model.device)
+    return batch, [torch.tensor(s, device=model.device) for s in sequences]

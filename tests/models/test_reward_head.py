@@ -1,0 +1,61 @@
+"""A reward model over any backbone, read by plain transformers."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
+
+from fastrlhf.data.packing import pack
+from fastrlhf.models.forward import sequence_scores
+from fastrlhf.models.loading import build_policy, load_reward_model
+from fastrlhf.models.reward_head import scorer_class
+from fastrlhf.types import Segment
+from tests import tiny
+
+SEQUENCES = [[5, 6, 7, 8], [9, 10], [11, 12, 13, 14, 15, 16]]
+
+
+@pytest.fixture
+def policy(tmp_path) -> str:
+    """Granite has no sequence classifier in transformers."""
+    config = transformers.GraniteConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
+    )
+    model = build_policy(config, vocab_size=tiny.VOCAB, eos_token_id=tiny.EOS, seed=0)
+    model.save_pretrained(tmp_path / "policy")
+    return str(tmp_path / "policy")
+
+
+def test_transformers_own_class_is_taken_where_its_head_is_one_linear_map():
+    assert scorer_class(tiny.model_config()) is LlamaForSequenceClassification
+    assert scorer_class(transformers.GraniteConfig()).__name__ == "GraniteForSequenceClassification"
+    with pytest.raises(ValueError, match=r"^clip: transformers has no causal language model of this type"):
+        scorer_class(transformers.CLIPConfig())
+
+
+def test_a_saved_reward_model_is_read_by_plain_transformers_and_by_us(policy, tmp_path):
+    model = load_reward_model(policy, pad_token_id=0, seed=3)
+    assert {name for name, p in model.named_parameters() if "score" in name or "lm_head" in name} == {"score.weight"}
+    folder = tmp_path / "reward"
+    model.save_pretrained(folder)
+    assert json.loads((folder / "config.json").read_text())["auto_map"] == {
+        "AutoModelForSequenceClassification": "reward_head.RewardModel"
+    }
+    ours = sequence_scores(model, pack([Segment(token_ids=ids) for ids in SEQUENCES]))
+    again = load_reward_model(str(folder), pad_token_id=0, must_be_trained=True)
+    theirs = sequence_scores(again, pack([Segment(token_ids=ids) for ids in SEQUENCES]))
+    torch.testing.assert_close(theirs, ours, rtol=1e-6, atol=1e-7)
+    plain = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True).eval()
+    padded = torch.tensor([ids + [0] * (6 - len(ids)) for ids in SEQUENCES])
+    with torch.no_grad():
+        scores = plain(padded, attention_mask=(padded != 0).long()).logits[:, 0]
+    torch.testing.assert_close(scores, ours.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_trained_head_with_several_labels_is_not_dropped_in_silence(policy, tmp_path):
+    config = transformers.AutoConfig.from_pretrained(policy, num_labels=3)
+    scorer_class(config).from_pretrained(policy, config=config).save_pretrained(tmp_path / "three")
+    with pytest.raises(ValueError, match=r"^reward_model_path: .*three' has a trained head with 3 labels"):
+        load_reward_model(str(tmp_path / "three"), pad_token_id=0)
