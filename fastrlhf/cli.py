@@ -1,5 +1,5 @@
-"""The command line: `fastrlhf COMMAND [--config FILE] [--key value ...]`. Flags beat the file, the file beats the
-defaults."""
+"""The command line: `fastrlhf COMMAND [--config FILE] [--key value ...]`. Flags override the file, and the file
+overrides the defaults."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ from fastrlhf.runtime.signals import Interrupted
 USAGE = """\
 usage: fastrlhf COMMAND [--config FILE] [--key value ...]
 
-  demo       the whole chain on the embedded task: SFT, reward model, DPO, PPO, DR-PO, evaluation
+  demo       runs the whole chain on the embedded task: SFT, reward model, DPO, PPO, DR-PO, evaluation
   sft        supervised fine-tuning
-  reward     a reward model from preference pairs
+  reward     trains a reward model on preference pairs
   dpo        DPO, or IPO with --loss_type ipo
-  ppo        PPO
+  ppo        PPO, with a critic
   grpo       GRPO: groups of responses compared with each other, no critic
   drpo       DR-PO: PPO from reset states
   rto        RTO: PPO on the token rewards of a DPO model
-  rlp        RLP: the reward model refitted on what the policy answers, the policy trained again
-  eval       win rates between models and dataset responses
+  rlp        RLP: refits the reward model with answers of the policy and trains the policy again
+  eval       win rates of models against each other or against responses of a dataset
   report     fastrlhf report RUN_DIR: one HTML page of a run; RUN_DIR RUN_DIR ... [--html PAGE]: a comparison of runs
-  inspect    the rows as the model will see them, each token by its role: --config FILE [--num N] [--html PAGE]
-  plan       the memory that a run will need, and its steps: --config FILE [--memory_gib N]; ends in 1 if too large
+  inspect    shows rows as the model sees them, each token by its role: --config FILE [--num N] [--html PAGE]
+  plan       memory and steps of a run: --config FILE [--memory_gib N]; exit code 1 if the run does not fit
   doctor     fastrlhf doctor [OUTPUT_DIR]: versions, GPU, paths of the kernels, self-check against float64
 
-inspect and plan take the keys of one trainer; --command NAME says which, where FILE has the sections of several.
-fastrlhf COMMAND --help lists the keys of a command. FILE is YAML, or the name of a recipe.
+inspect and plan take the keys of one trainer; --command NAME says which one if FILE has sections of several.
+fastrlhf COMMAND --help lists the keys of a command. FILE is a YAML file or the name of a recipe.
 fastrlhf --version prints the version."""
 
 PATIENCE = 2.0
@@ -55,14 +55,15 @@ COMPARISON = "comparison.html"
 """The page of `fastrlhf report` about several runs, in the current folder."""
 
 UNREAD_EXIT_CODE = 141
-"""As the shell tells of a program that SIGPIPE has ended."""
+"""What a shell reports for a program that SIGPIPE has ended."""
 
 STDOUT = 1
 """The file descriptor."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; a mistake of the user's is one line on standard error and exit code 2, a lack of memory 1."""
+    """Runs one command. The exit code is 2 after a user's mistake, which is told in one line on standard error, and 1
+    where memory was short."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
@@ -97,9 +98,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(command: str, message: str, exit_code: int) -> int:
-    """One line on standard error; of several processes that all fail alike, from the first alone."""
+    """Prints one line on standard error; where several processes fail in the same way, only rank 0 prints it."""
     if not _is_first():
-        if exit_code > 128:  # a signal, which they obey together
+        if exit_code > 128:  # a signal, which every process gets
             return exit_code
         time.sleep(PATIENCE)
     print(f"fastrlhf {command}: {message}", file=sys.stderr)
@@ -111,8 +112,8 @@ def _is_first() -> bool:
 
 
 def _train(command: str, arguments: Sequence[str]) -> None:
-    """Runs one trainer, after the sections of its file that it names in `run_first`, that it still needs and that have
-    not run yet. What is wrong with any of them is told before the first starts."""
+    """Runs one trainer. Sections that it names in `run_first` run before it, unless they have finished or a flag has
+    made them unnecessary. All of them are checked before the first one starts."""
     config = _parse_run(command, arguments)
     earlier = _run_first(command, config, config_paths(arguments))
     sections = _rlp_sections(config, arguments) if command == "rlp" else ()
@@ -126,7 +127,7 @@ def _train(command: str, arguments: Sequence[str]) -> None:
     for name, run in finished:
         print(f"{name}: {run.output_dir} holds a finished run; skipped")
     for name, run in runs:
-        if name != "rlp":  # which goes on where it stopped, and checks its stages itself
+        if name != "rlp":  # rlp resumes by itself and checks its own stages
             check_run_dir(run)
     if len(runs) > 1:
         from fastrlhf.tools.plan.preflight import check_chain, rlp_stages
@@ -141,8 +142,8 @@ def _train(command: str, arguments: Sequence[str]) -> None:
 def _run_first(command: str, config: Any, paths: Sequence[str]) -> list[tuple[str, Any]]:
     """The sections that `run_first` names and their configurations, in order.
 
-    Flags are for `command` alone; where one has replaced the folder of a section, so that no key names it any more, the
-    section is left out, and those that it alone needed with it.
+    Flags apply to `command` only. Where a flag has replaced the folder of a section, so that no key names it any more,
+    that section is left out, together with sections that only it needed.
     """
     earlier = []
     for path in paths:
@@ -165,7 +166,7 @@ def _run_first(command: str, config: Any, paths: Sequence[str]) -> list[tuple[st
 
 
 def _rlp_sections(config: configs.RLPConfig, arguments: Sequence[str]) -> tuple[Any, Any]:
-    """The sections that train the reward models and the policies of RLP."""
+    """The configurations of the sections that train RLP's reward models and policies."""
     paths = config_paths(arguments)
     configs.require(len(paths) == 1, "--config", paths, f"one file with sections rlp, reward and {config.policy}")
     reward, policy = (parse(TRAINERS[name][0], ["--config", paths[0]], name) for name in ("reward", config.policy))
@@ -179,7 +180,7 @@ def _run(command: str, config: Any, *sections: Any) -> None:
     try:
         result = getattr(import_module(f"fastrlhf.algorithms.{module}"), function)(config, *sections)
     except (MemoryError, RuntimeError) as error:
-        if is_out_of_memory(error) and command != "rlp":  # whose stages have configurations of their own
+        if is_out_of_memory(error) and command != "rlp":  # the stages of rlp have their own configurations
             from fastrlhf.tools.plan.advice import add_advice
 
             add_advice(error, config)
@@ -271,10 +272,10 @@ def _doctor(arguments: Sequence[str]) -> None:
 
 @contextmanager
 def quiet_when_unread() -> Iterator[None]:
-    """Raises SystemExit where what is printed within it has lost its reader; what is left to print is dropped.
+    """Ends the program quietly when the reader of standard output has closed the pipe; further output is dropped.
 
-    A broken pipe that is not standard output is raised as it is. The signal itself is left alone: it would end a run
-    for any connection that a library loses.
+    Any other broken pipe is raised as it is. SIGPIPE keeps its handler, because a library's lost connection would
+    otherwise end the run.
     """
     try:
         try:
@@ -286,14 +287,14 @@ def quiet_when_unread() -> Iterator[None]:
     except BrokenPipeError:
         if not _is_unread():
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)  # or the flush at exit complains again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)  # otherwise the flush at exit fails again
         raise SystemExit(UNREAD_EXIT_CODE) from None
 
 
 def _is_unread() -> bool:
     """Whether standard output is a pipe whose other end is closed."""
     poll = select.poll()
-    poll.register(STDOUT, 0)  # errors are told unasked
+    poll.register(STDOUT, 0)  # POLLERR is reported even though it is not requested
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
@@ -302,7 +303,7 @@ def _asks_for_help(arguments: Sequence[str]) -> bool:
 
 
 def _parse_for_tool(arguments: Sequence[str], names: Sequence[str]) -> tuple[dict[str, str], Any]:
-    """(the flags of the tool itself, the configuration of the trainer that it is asked about)."""
+    """Splits arguments into the tool's own flags and the configuration of the trainer that it examines."""
     rest, options = split_configs(arguments), {}
     for name in ("command", *names):
         rest = [part for given in rest for part in (given.split("=", 1) if given.startswith(f"--{name}=") else [given])]
@@ -314,16 +315,16 @@ def _parse_for_tool(arguments: Sequence[str], names: Sequence[str]) -> tuple[dic
             del rest[where : where + 2]
     command = options["command"] = options.get("command") or _only_section(rest)
     if command not in TRAINERS:
-        raise ValueError(f"--command: {command!r} is no trainer{explain_command(command, TRAINERS)}")
+        raise ValueError(f"--command: {command!r} is not a trainer{explain_command(command, TRAINERS)}")
     return options, parse(TRAINERS[command][0], rest, command)
 
 
 def _only_section(arguments: Sequence[str]) -> str:
-    """The training section of the files, where they have just one. Raises ValueError elsewhere."""
+    """The one training section of the files. Raises ValueError if they have none or several."""
     sections = list(dict.fromkeys(name for path in config_paths(arguments) for name in files.training_sections(path)))
     if len(sections) == 1:
         return sections[0]
-    told = f"the file has the sections {', '.join(sections)}" if sections else "no section says whose keys these are"
+    told = f"the file has the sections {', '.join(sections)}" if sections else "no section names the trainer"
     raise ValueError(f"--command: {told}; choose one of {', '.join(sections or TRAINERS)}")
 
 
@@ -331,11 +332,11 @@ def _number(options: dict[str, str], name: str, default: str, kind: type[int] | 
     try:
         return kind(options.get(name, default))
     except ValueError:
-        raise ValueError(f"--{name}: {options[name]!r} is no number") from None
+        raise ValueError(f"--{name}: {options[name]!r} is not a number") from None
 
 
 def _quiet_libraries() -> None:
-    """Their progress bars and advice would hide ours; errors still show. Of several processes the first one speaks."""
+    """Silences the progress bars and advice of other libraries, except errors, and all output except that of rank 0."""
     import datasets
     import transformers
 
@@ -344,7 +345,7 @@ def _quiet_libraries() -> None:
     datasets.disable_progress_bars()
     logging.basicConfig(format="%(message)s")
     logging.getLogger("fastrlhf").setLevel(logging.INFO if _is_first() else logging.ERROR)
-    sys.stdout = sys.stdout if _is_first() else open(os.devnull, "w")  # noqa: SIM115 (for good)
+    sys.stdout = sys.stdout if _is_first() else open(os.devnull, "w")  # noqa: SIM115 (open until the end)
 
 
 TRAINERS: dict[str, tuple[type, str, str]] = {
@@ -357,7 +358,7 @@ TRAINERS: dict[str, tuple[type, str, str]] = {
     "rto": (configs.RTOConfig, "ppo", "train_ppo"),
     "rlp": (configs.RLPConfig, "rlp", "train_rlp"),
 }
-"""Command -> its configuration, and its module and function in fastrlhf.algorithms."""
+"""Command -> its configuration class, and its module and function in fastrlhf.algorithms."""
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "demo": _demo,

@@ -1,4 +1,4 @@
-"""Everything that flows through a run, in order of life: the map of the project.
+"""The data types of a run, in the order in which they occur.
 
     row of a file -> Example -> TokenizedExample -> Prefix -> Rollout -> PackedBatch, Experience -> loss
 
@@ -43,9 +43,9 @@ class Example:
     reference: Text | None = None
     """A demonstration: what SFT imitates and what a reset may copy from."""
     label_prob: float | None = None
-    """How probable it is that the chosen response is the better one, in 0..1."""
+    """Probability that the chosen response is the better one, in 0..1."""
     margin: float | None = None
-    """How much better it is."""
+    """How much better the chosen response is."""
     responses: list[Text] | None = None
     """K responses to the prompt, judged by `preferences` or `scores`."""
     preferences: list[list[float]] | None = None
@@ -53,10 +53,11 @@ class Example:
     scores: list[float] | None = None
     """[K]: a reward or a rating of each response."""
     wins: int | None = None
-    """Of `num_labels` comparisons of chosen and rejected, those that chosen won."""
+    """Number of comparisons that chosen won, out of `num_labels`."""
     num_labels: int | None = None
-    row: int
-    """Position in the source file, counted from 0: the name of this example in messages and in random draws."""
+    row: int = -1
+    """Position in the source, counted from 0: the name of this example in messages and in random draws. -1: unknown;
+    trainers fill in the position in the list that they are given."""
     columns: Mapping[str, Any] = field(default_factory=dict, compare=False)
     """Every column of the row except that of the prompt, by its name in the file: what reward functions may read."""
 
@@ -65,7 +66,7 @@ class Example:
 class TokenizedExample:
     """An Example as ids. Prompt and responses are tokenised apart; a sequence is their concatenation.
 
-    Responses end in EOS (added where the text has none), except where `max_length` cut them.
+    Responses end in EOS, which is added if the text lacks it, except responses that `max_length` cut.
     """
 
     prompt: list[int]
@@ -93,16 +94,16 @@ class Prefix:
     num_reset: int
     """Reset tokens at the end of `token_ids`; 0 is an ordinary episode from the prompt."""
     reset_depth: float = 0.0
-    """`num_reset` over the tokens of the response that it was cut from, in 0..1."""
+    """`num_reset` divided by the length of the response that the reset was copied from, in 0..1."""
     row: int
-    """The example that it was cut from."""
+    """Row number of the example."""
     episode: int
-    """A number no other episode of the run has: it keys the random draws of the episode."""
+    """Number of the episode, unique in the run; it keys the random draws of the episode."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
-    """What the sampler wrote after a prefix."""
+    """The tokens that the sampler generated after a prefix."""
 
     prefix: Prefix
     completion: list[int]
@@ -118,8 +119,8 @@ class Rollout:
 class Segment:
     """A run of tokens that is computed once; a pack is a forest of them.
 
-    A root stands alone. A child hangs on an earlier segment `parent` of the same pack and continues its first
-    `cut` tokens: it sees those, what they see, and itself. The prompt of a pair and its two responses:
+    A root has no parent. A child continues the first `cut` tokens of an earlier segment `parent` of the same pack: it
+    attends to those, to what they attend to, and to itself. For example the prompt of a pair and its two responses:
 
         segments        Segment([7, 8])   Segment([1, 0], parent=0, cut=2)   Segment([2, 0], parent=0, cut=2)
         token_ids       7 8 | 1 0 | 2 0
@@ -130,14 +131,15 @@ class Segment:
     num_scored: int = 0
     """The last `num_scored` tokens are scored: each gives one row of the pack."""
     parent: int = -1
-    """Index of the segment it hangs on; -1 is a root."""
+    """Index of the segment that it continues; -1 for a root."""
     cut: int = 0
-    """Tokens of the parent, from its first one, that it continues."""
+    """Number of tokens of the parent, counted from its first, that come before this segment."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionPlan:
-    """Who sees whom in a pack of S segments: one variable-length attention call, causal, aligned at the bottom right.
+    """Which tokens of a pack of S segments attend to which: one variable-length attention call, causal, aligned at the
+    bottom right.
 
     FlashAttention's convention: queries of segment i are rows cu_seqlens[i] .. cu_seqlens[i+1] of the pack, its keys
     are rows cu_seqlens_k[i] .. cu_seqlens_k[i+1] of `key_index` (of the pack itself where there is no branch).
@@ -213,17 +215,17 @@ class Experience:
     reference_logprob: Tensor
     """[R]"""
     value: Tensor | None = None
-    """[R] of the critic at sampling time; None where there is no critic"""
+    """[R] values of the critic at sampling time; None without a critic"""
     advantage: Tensor
-    """[R] of GAE, whitened over the batch; or of the group, as it is"""
+    """[R] GAE, whitened over the batch; or the advantage within the group, not whitened"""
     returns: Tensor | None = None
-    """[R] the critic's target: advantage before whitening + value"""
+    """[R] target of the critic: advantage before whitening + value"""
     kl_coef: float
-    """Of the KL to the reference, in the reward or in the loss"""
+    """Coefficient of the KL to the reference, in the reward or in the loss"""
     weight: Tensor | None = None
     """[R] truncated importance weights of the policy loss, trainer over engine; None: 1"""
     rewards: Mapping[str, Tensor] = field(default_factory=dict)
-    """[R] each, by the names they are logged by, with their coefficients and before whitening: for people to look at"""
+    """Name in the logs -> [R], coefficient included, before whitening; for display only"""
     scores: Tensor | None = None
     """[N] of each whole response: the judge's, or the sum of what functions or a DPO model give"""
     reference_states: Tensor | None = None

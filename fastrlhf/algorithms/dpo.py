@@ -27,18 +27,20 @@ from fastrlhf.algorithms.psipo import load_psi, pair_target
 from fastrlhf.algorithms.psipo_groups import train_groups
 from fastrlhf.algorithms.reference import Reference, open_reference
 from fastrlhf.algorithms.scoring import Tree, sequence_sums
-from fastrlhf.config import DPOConfig
+from fastrlhf.config import DPOConfig, check_config
+from fastrlhf.data.given import Rows
 from fastrlhf.data.labels import COUNTS
 from fastrlhf.data.packing import forest, num_computed, num_in_sequences, own_micro_batches, pack, pair
 from fastrlhf.models.forward import token_logprobs
-from fastrlhf.models.loading import open_policy, read_model_config
+from fastrlhf.models.given import policy_or_given
+from fastrlhf.models.loading import read_model_config
 from fastrlhf.models.router_loss import begin_step
 from fastrlhf.models.sharding import shard, whole
 from fastrlhf.runtime.atomic import check_writable
 from fastrlhf.runtime.inputs import open_inputs
 from fastrlhf.runtime.optim import Optimizer, index_batches, num_steps
 from fastrlhf.runtime.run import Run, StepMetrics, TrainResult, check_micro_batch
-from fastrlhf.types import Example, PackedBatch, TokenizedExample
+from fastrlhf.types import PackedBatch, TokenizedExample
 from fastrlhf_kernels import LossOutput, Metric, Sum, TokenLogprobs, pair_loss
 
 log = logging.getLogger(__name__)
@@ -76,9 +78,15 @@ class Pairs:
 
 
 def train_dpo(
-    config: DPOConfig, examples: Sequence[Example] | None = None, eval_examples: Sequence[Example] | None = None
+    config: DPOConfig,
+    examples: Rows | None = None,
+    eval_examples: Rows | None = None,
+    *,
+    model: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> TrainResult:
-    """Trains `config.model_name_or_path` on pairs; `examples` replace the configured dataset.
+    """Trains `config.model_name_or_path` on pairs. `examples` replace the configured dataset; `model`, which is then
+    trained in place, and `tokenizer` replace those that `config` names.
 
     Metrics per step, TRL's names: loss (and loss/NAME of each where there are several), rewards/chosen,
     rewards/rejected, rewards/margins, rewards/accuracies, logps/chosen, logps/rejected (nats per response),
@@ -87,18 +95,19 @@ def train_dpo(
     Raises ValueError for bad input before any time is spent, and where the first loss is not that of an untrained
     policy (ln 2 for DPO).
     """
+    check_config(config, DPOConfig, "train_dpo")
     if config.reward_model_path:
         read_model_config(config.reward_model_path, "reward_model_path", config.trust_remote_code)
     if config.ref_cache_dir:
         check_writable(config.ref_cache_dir, "ref_cache_dir")
     if config.psi_backend == "groupwise":
-        return train_groups(config, examples, eval_examples)
-    tokenizer, data = open_inputs(config, fields_read(config), examples, eval_examples)
+        return train_groups(config, examples, eval_examples, model=model, tokenizer=tokenizer)
+    tokenizer, data = open_inputs(config, fields_read(config), examples, eval_examples, tokenizer=tokenizer)
     rows = [*data.train, *data.eval]
     trees = [to_tree(example, config) for example in rows]
     check_micro_batch(config, rows, [num_computed(tree) for tree in trees])
     everything = _pairs(config, rows, trees, tokenizer)
-    model = open_policy(config, tokenizer)
+    model = policy_or_given(config, tokenizer, model)
     num_train, held_out = len(data.train), range(len(data.train), len(trees))
     steps = num_steps(config, num_train)
     if "ipo" in config.losses and config.psi == "identity" and config.label_source == "data":

@@ -18,19 +18,21 @@ PPO is DR-PO with reset probability 0 and RTO with scale 0, bit for bit; with bo
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
 import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.algorithms.experience import pack_episodes, score_episodes
 from fastrlhf.algorithms.guards import check_kl, check_sampler
 from fastrlhf.algorithms.prefixes import draw_prefixes, reset_fields
 from fastrlhf.algorithms.roles import EngineFactory, check_sources, open_roles
 from fastrlhf.algorithms.update import update
-from fastrlhf.config import PPOConfig, require
+from fastrlhf.config import PPOConfig, check_config, require
+from fastrlhf.data.given import Rows
 from fastrlhf.data.specials import end_ids
 from fastrlhf.distributed.ranks import from_all, world_size
 from fastrlhf.evaluation.held_out import evaluate
@@ -38,10 +40,10 @@ from fastrlhf.evaluation.judges import Judge, checked_scores
 from fastrlhf.report.samples import sample_rows
 from fastrlhf.rewards.functions import RewardFunction, TrainerState, open_reward_functions
 from fastrlhf.rollout.engine import checked_rollouts
-from fastrlhf.runtime.inputs import open_inputs, with_room
+from fastrlhf.runtime.inputs import Data, open_inputs, with_room
 from fastrlhf.runtime.optim import Optimizer, index_batches, num_steps
 from fastrlhf.runtime.run import Run, TrainResult, check_micro_batch
-from fastrlhf.types import Example
+from fastrlhf.types import TokenizedExample
 
 NUM_SAMPLES = 4
 """Episodes written to samples.jsonl at a time."""
@@ -49,16 +51,18 @@ NUM_SAMPLES = 4
 
 def train_ppo(
     config: PPOConfig,
-    examples: Sequence[Example] | None = None,
-    eval_examples: Sequence[Example] | None = None,
+    examples: Rows | None = None,
+    eval_examples: Rows | None = None,
     *,
+    model: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     judge: Judge | None = None,
     held_out_judge: Judge | None = None,
     engine: EngineFactory | None = None,
     reward_functions: Mapping[str, RewardFunction] | None = None,
 ) -> TrainResult:
-    """Trains `config.model_name_or_path` against a judge or reward functions; `examples` stand in for the configured
-    dataset.
+    """Trains `config.model_name_or_path` against a judge or reward functions. `examples` stand in for the configured
+    dataset, `model`, which is then trained in place, and `tokenizer` for those that `config` names.
 
     `judge` stands in for the reward model of `reward_model_path`; a critic still starts from that, where it is given.
     `held_out_judge` stands in for that of `eval_reward_model_path`. `engine` stands in for `make_engine`: it is called
@@ -66,41 +70,27 @@ def train_ppo(
     the names they are logged by (rewards/functions.py). One row of metrics per update, TRL's names where it has them.
     Raises ValueError for bad input before any time is spent, and where training must not go on (algorithms/guards.py).
     """
+    check_config(config, PPOConfig, "train_ppo")
     check_sources(config, judge=judge, engine=engine, functions=reward_functions or ())
     rewarded = bool(config.reward_functions or reward_functions)
-    tokenizer, data = open_inputs(config, _fields_read(config), examples, eval_examples, keep_rows=rewarded)
+    tokenizer, data = open_inputs(
+        config, _fields_read(config), examples, eval_examples, tokenizer=tokenizer, keep_rows=rewarded
+    )
     functions = open_reward_functions(config, tokenizer, reward_functions, data.train_rows)
     _check_ranks(config)
-    prompts = with_room(data.train, "train", config.max_length, config.response_length)
-    held_out = with_room(data.eval, "eval", config.max_length, config.response_length) if data.eval else []
+    prompts, held_out = _prompts(config, data)
     if (held_out_judge or config.eval_reward_model_path) and not held_out:
         raise ValueError("eval_reward_model_path: nothing to judge; give num_eval_examples or dataset_test_split")
-    together = config.num_generations if config.share_trunks else 1
-    for rows, responses in ((prompts, together), (held_out, 1)):
-        if rows:
-            check_micro_batch(config, rows, [len(row.prompt) + responses * config.response_length for row in rows])
     steps = num_updates(config, len(prompts))
     if steps <= config.value_warmup_steps:
         raise ValueError(f"value_warmup_steps: must be below the {steps} updates of the run, or the policy never moves")
     functions.rehearse(prompts, config.response_length)
-    roles = open_roles(
-        config,
-        tokenizer,
-        prompts,
-        judge=judge,
-        held_out_judge=held_out_judge,
-        engine=engine,
-        functions=functions,
-    )
+    judges = {"judge": judge, "held_out_judge": held_out_judge}
+    roles = open_roles(config, tokenizer, prompts, model=model, **judges, engine=engine, functions=functions)
     policy, reference, critic, rewards = roles.policy, roles.reference, roles.critic, roles.rewards
     eos = end_ids(tokenizer)
     num_groups = config.batch_size // config.num_generations
-    optimizer = Optimizer(
-        {"": policy} | ({"value_": critic} if critic else {}),
-        config,
-        num_steps=steps * config.num_ppo_epochs * config.num_mini_batches,
-        learning_rates={"value_": config.value_learning_rate or config.learning_rate},
-    )
+    optimizer = _optimizer(config, policy, critic, steps)
     sample_every = -(-steps // config.num_sample_generations) if config.num_sample_generations else 0
     evaluate_held_out = partial(
         evaluate,
@@ -176,6 +166,26 @@ def train_ppo(
 
 train_on_policy = train_ppo
 """The name of 0.1; it goes with 0.3."""
+
+
+def _prompts(config: PPOConfig, data: Data) -> tuple[list[TokenizedExample], list[TokenizedExample]]:
+    """The rows to train and to evaluate on whose prompt leaves room for a response, in micro-batches that hold them."""
+    prompts = with_room(data.train, "train", config.max_length, config.response_length)
+    held_out = with_room(data.eval, "eval", config.max_length, config.response_length) if data.eval else []
+    together = config.num_generations if config.share_trunks else 1
+    for rows, responses in ((prompts, together), (held_out, 1)):
+        if rows:
+            check_micro_batch(config, rows, [len(row.prompt) + responses * config.response_length for row in rows])
+    return prompts, held_out
+
+
+def _optimizer(config: PPOConfig, policy: PreTrainedModel, critic: PreTrainedModel | None, updates: int) -> Optimizer:
+    return Optimizer(
+        {"": policy} | ({"value_": critic} if critic else {}),
+        config,
+        num_steps=updates * config.num_ppo_epochs * config.num_mini_batches,
+        learning_rates={"value_": config.value_learning_rate or config.learning_rate},
+    )
 
 
 def _check_ranks(config: PPOConfig) -> None:

@@ -18,22 +18,23 @@ from itertools import accumulate, chain
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.algorithms.pair_labels import group_preferences
 from fastrlhf.algorithms.psipo import Psi, check_not_hard, group_loss, group_target, load_psi
 from fastrlhf.algorithms.reference import Reference, open_reference
 from fastrlhf.algorithms.scoring import Tree, sequence_logprobs
 from fastrlhf.config import DPOConfig
+from fastrlhf.data.given import Rows
 from fastrlhf.data.labels import GROUP_LABELS
 from fastrlhf.data.packing import forest, group, num_computed, num_in_sequences, own_micro_batches, pack
-from fastrlhf.models.loading import open_policy
+from fastrlhf.models.given import policy_or_given
 from fastrlhf.models.router_loss import begin_step
 from fastrlhf.models.sharding import shard, whole
 from fastrlhf.runtime.inputs import open_inputs
 from fastrlhf.runtime.optim import Optimizer, index_batches, num_steps
 from fastrlhf.runtime.run import Run, StepMetrics, TrainResult, check_micro_batch
-from fastrlhf.types import Example, TokenizedExample
+from fastrlhf.types import TokenizedExample
 from fastrlhf_kernels import LossOutput, Sum
 
 
@@ -52,7 +53,12 @@ class Group:
 
 
 def train_groups(
-    config: DPOConfig, examples: Sequence[Example] | None = None, eval_examples: Sequence[Example] | None = None
+    config: DPOConfig,
+    examples: Rows | None = None,
+    eval_examples: Rows | None = None,
+    *,
+    model: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> TrainResult:
     """Trains `config.model_name_or_path` on groups of responses; `examples` replace the configured dataset.
 
@@ -65,13 +71,13 @@ def train_groups(
     """
     psi = load_psi(config.psi, config.psi_clip)
     fields = ["responses", *(GROUP_LABELS if config.label_source == "data" else ())]
-    tokenizer, data = open_inputs(config, fields, examples, eval_examples)
+    tokenizer, data = open_inputs(config, fields, examples, eval_examples, tokenizer=tokenizer)
     rows = [*data.train, *data.eval]
     trees = [to_tree(example, config) for example in rows]
     check_micro_batch(config, rows, list(map(num_computed, trees)))
     targets = _targets(config, psi, rows, group_preferences(config, rows, trees, tokenizer))
     groups = [Group(tree=tree, target=target) for tree, target in zip(trees, targets, strict=True)]
-    model = open_policy(config, tokenizer)
+    model = policy_or_given(config, tokenizer, model)
     num_train, held_out = len(data.train), range(len(data.train), len(trees))
     steps = num_steps(config, num_train)
     trained = chain.from_iterable(index_batches(num_train, config.batch_size, steps, config.seed))

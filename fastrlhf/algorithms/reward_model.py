@@ -19,37 +19,48 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.algorithms.pair_labels import pair_margins
 from fastrlhf.algorithms.rlp_uml import ViewObjective, Views
 from fastrlhf.algorithms.scoring import Tree
-from fastrlhf.config import RewardConfig, require
+from fastrlhf.config import RewardConfig, check_config, require
+from fastrlhf.data.given import Rows
 from fastrlhf.data.packing import forest, micro_batches, num_computed, num_in_sequences, own_micro_batches, pack, pair
 from fastrlhf.data.specials import special_ids
 from fastrlhf.distributed.ranks import gathered
 from fastrlhf.evaluation.winrates import bootstrap_interval
 from fastrlhf.models.forward import hidden_states, read_scores, sequence_scores
+from fastrlhf.models.given import adopt_reward_model
 from fastrlhf.models.layers import LayerOptions
-from fastrlhf.models.loading import check_same_vocabulary, load_reward_model, make_trainable, resolve_device
+from fastrlhf.models.loading import (
+    check_same_vocabulary,
+    load_reward_model,
+    make_trainable,
+    resolve_device,
+)
 from fastrlhf.models.router_loss import begin_step
 from fastrlhf.models.sharding import shard, whole
 from fastrlhf.runtime.inputs import open_inputs
 from fastrlhf.runtime.optim import Optimizer, index_batches, num_steps
 from fastrlhf.runtime.run import Run, StepMetrics, TrainResult, check_micro_batch
-from fastrlhf.types import Example, TokenizedExample
+from fastrlhf.types import TokenizedExample
 from fastrlhf_kernels import LossOutput, Metric, Sum
 
 
 def train_reward_model(
     config: RewardConfig,
-    examples: Sequence[Example] | None = None,
-    eval_examples: Sequence[Example] | None = None,
+    examples: Rows | None = None,
+    eval_examples: Rows | None = None,
     *,
+    model: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     synthetic: Sequence[TokenizedExample] = (),
     views: Views | None = None,
 ) -> TrainResult:
-    """Trains a score head on the backbone of `config.model_name_or_path`; `examples` replace the configured dataset.
+    """Trains a score head on the backbone of `config.model_name_or_path`. `examples` replace the configured dataset;
+    `model`, a sequence classifier with one label that is then trained in place, and `tokenizer` replace those that
+    `config` names.
 
     `synthetic` pairs are added to those of the dataset, all in one shuffle and of equal weight. `views` add their loss
     at every step, on trees in the packs of its pairs.
@@ -59,20 +70,13 @@ def train_reward_model(
     num_unique_tokens (computed); with views also those of `_view_metrics`. Raises ValueError for bad input before any
     time is spent.
     """
-    require(bool(config.model_name_or_path), "model_name_or_path", "", "the model whose backbone gets the score head")
+    check_config(config, RewardConfig, "train_reward_model")
+    if model is None:
+        told = "the model whose backbone gets the score head"
+        require(bool(config.model_name_or_path), "model_name_or_path", "", told)
     require(not config.model_config, "model_config", config.model_config, "empty: a reward model starts from a model")
-    tokenizer, data = open_inputs(config, fields_read(config), examples, eval_examples)
-    model = load_reward_model(
-        config.model_name_or_path,
-        field="model_name_or_path",
-        pad_token_id=special_ids(tokenizer)[1],
-        seed=config.seed,
-        device=resolve_device(config.device),
-        dtype=config.dtype,
-        load_in_4bit=config.load_in_4bit,
-        trust_remote_code=config.trust_remote_code,
-        layers=LayerOptions.of(config),
-    )
+    tokenizer, data = open_inputs(config, fields_read(config), examples, eval_examples, tokenizer=tokenizer)
+    model = _open(config, tokenizer) if model is None else adopt_reward_model(model, config, tokenizer)
     check_same_vocabulary({"model_name_or_path": model}, len(tokenizer))
     make_trainable(model, config, config.model_name_or_path)
     train = [*data.train, *synthetic]
@@ -106,6 +110,20 @@ def train_reward_model(
                 metrics |= evaluation
             run.log(step + 1, metrics)
         return run.finish(model, tokenizer, evaluation)
+
+
+def _open(config: RewardConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    return load_reward_model(
+        config.model_name_or_path,
+        field="model_name_or_path",
+        pad_token_id=special_ids(tokenizer)[1],
+        seed=config.seed,
+        device=resolve_device(config.device),
+        dtype=config.dtype,
+        load_in_4bit=config.load_in_4bit,
+        trust_remote_code=config.trust_remote_code,
+        layers=LayerOptions.of(config),
+    )
 
 
 def _backward(

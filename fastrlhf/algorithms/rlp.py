@@ -42,7 +42,7 @@ from fastrlhf.algorithms.rlp_report import compare_scores, view_activity
 from fastrlhf.algorithms.rlp_spg import synthetic_pairs
 from fastrlhf.algorithms.rlp_uml import Views
 from fastrlhf.algorithms.scoring import per_response
-from fastrlhf.config import PPOConfig, RewardConfig, RLPConfig, require
+from fastrlhf.config import PPOConfig, RewardConfig, RLPConfig, check_config, require
 from fastrlhf.config.files import SAME_MODEL, differences
 from fastrlhf.data.specials import end_ids, special_ids
 from fastrlhf.distributed.ranks import check_one_process
@@ -99,6 +99,8 @@ def train_rlp(
     Raises ValueError for bad input before any time is spent, where the folder holds a run of other settings, and
     where a refitted model no longer distinguishes the answers to a prompt.
     """
+    for given, kind in ((config, RLPConfig), (reward, RewardConfig), (policy, PPOConfig)):
+        check_config(given, kind, "train_rlp")
     check_one_process("rlp")
     run = _open(config, reward, policy, pairs, eval_pairs, prompts, eval_prompts, equivalence, gold)
     with locked(Path(config.output_dir)):

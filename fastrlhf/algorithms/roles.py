@@ -14,12 +14,12 @@ from fastrlhf.config.checks import at_default
 from fastrlhf.data.specials import end_ids, special_ids
 from fastrlhf.evaluation.judges import Judge, asked_once, reward_model_judge
 from fastrlhf.models.adapters import frozen_copy
+from fastrlhf.models.given import policy_or_given
 from fastrlhf.models.layers import LayerOptions
 from fastrlhf.models.loading import (
     check_same_tokenizer,
     check_same_vocabulary,
     load_reward_model,
-    open_policy,
     read_model_config,
 )
 from fastrlhf.models.offload import Waiting
@@ -92,6 +92,7 @@ def open_roles(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[TokenizedExample],
     *,
+    model: PreTrainedModel | None = None,
     judge: Judge | None = None,
     held_out_judge: Judge | None = None,
     engine: EngineFactory | None = None,
@@ -103,7 +104,11 @@ def open_roles(
     ValueError as `check_sources` and the loaders of models do.
     """
     rewards = open_rewards(config, tokenizer, functions)
-    policy = open_policy(config, tokenizer)
+    if model is not None:
+        require(
+            config.engine == "transformers" or engine is not None, "engine", config.engine, "transformers with a model"
+        )
+    policy = policy_or_given(config, tokenizer, model)
     limit_vocabulary(policy, tokenizer)
     if engine is None and config.engine == "transformers":
         decoder_of(policy)  # refused now and not after the other models have been loaded

@@ -11,34 +11,42 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastrlhf.config import SFTConfig
+from fastrlhf.config import SFTConfig, check_config
+from fastrlhf.data.given import Rows
 from fastrlhf.data.packing import own_micro_batches, pack
 from fastrlhf.distributed.ranks import total
 from fastrlhf.models.forward import token_logprobs
-from fastrlhf.models.loading import open_policy
+from fastrlhf.models.given import policy_or_given
 from fastrlhf.models.router_loss import begin_step
 from fastrlhf.models.sharding import shard, whole
 from fastrlhf.runtime.inputs import open_inputs
 from fastrlhf.runtime.optim import Optimizer, index_batches, num_steps
 from fastrlhf.runtime.run import Run, TrainResult, check_micro_batch
-from fastrlhf.types import Example, Segment, TokenizedExample
+from fastrlhf.types import Segment, TokenizedExample
 
 
 def train_sft(
-    config: SFTConfig, examples: Sequence[Example] | None = None, eval_examples: Sequence[Example] | None = None
+    config: SFTConfig,
+    examples: Rows | None = None,
+    eval_examples: Rows | None = None,
+    *,
+    model: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> TrainResult:
-    """Trains `config.model_name_or_path` to write `config.response`; `examples` replace the configured dataset.
+    """Trains `config.model_name_or_path` to write `config.response`. `examples` replace the configured dataset;
+    `model`, which is then trained in place, and `tokenizer` replace those that `config` names.
 
     Metrics per step: loss (nats per trained token), grad_norm, learning_rate, num_tokens (of the packs). Raises
     ValueError for bad input before any time is spent.
     """
-    tokenizer, data = open_inputs(config, [config.response], examples, eval_examples)
+    check_config(config, SFTConfig, "train_sft")
+    tokenizer, data = open_inputs(config, [config.response], examples, eval_examples, tokenizer=tokenizer)
     segments = [to_segment(example, config) for example in data.train]
     held_out = [to_segment(example, config) for example in data.eval]
     check_micro_batch(config, [*data.train, *data.eval], [len(s.token_ids) for s in [*segments, *held_out]])
-    model = open_policy(config, tokenizer)
+    model = policy_or_given(config, tokenizer, model)
     shard(model)
     steps = num_steps(config, len(segments))
     optimizer = Optimizer({"": model}, config, num_steps=steps)

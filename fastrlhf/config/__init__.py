@@ -7,7 +7,7 @@ a run used is written, in full, to `config.yaml` in its output directory.
 
 from __future__ import annotations
 
-from fastrlhf.config.checks import require
+from fastrlhf.config.checks import check_config, require
 from fastrlhf.config.commands import DemoConfig, EvalConfig
 from fastrlhf.config.offline import DPOConfig, RewardConfig, SFTConfig
 from fastrlhf.config.on_policy import DRPOConfig, GRPOConfig, PPOConfig, RTOConfig
@@ -42,6 +42,7 @@ __all__ = [
     "RewardConfig",
     "SFTConfig",
     "TrainConfig",
+    "check_config",
     "parse_columns",
     "parse_model_config",
     "require",

@@ -1,11 +1,14 @@
-"""What every configuration is checked with where it is defined."""
+"""Checks that every configuration runs where it is made."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
 from dataclasses import fields
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from numbers import Integral, Real
+from os import PathLike, fspath
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
 def require(ok: bool, name: str, value: object, rule: str) -> None:
@@ -25,11 +28,11 @@ def above_0(config: object, *names: str) -> None:
 
 
 UNREAD = "since nothing reads it there"
-"""How the rule ends that a key breaks which nothing would read."""
+"""The end of every message about a key that nothing would read."""
 
 
 def at_default(config: Any, readers: Iterable[tuple[bool, str, tuple[str, ...]]]) -> None:
-    """Raises ValueError for a key that nothing would read and that is not the default of its class all the same.
+    """Raises ValueError for a key that nothing would read and that differs from its default all the same.
 
     `readers`: (whether something reads the keys, why nothing would, the keys).
     """
@@ -40,10 +43,70 @@ def at_default(config: Any, readers: Iterable[tuple[bool, str, tuple[str, ...]]]
             require(value == default, name, value, f"{default!r} {because}, {UNREAD}")
 
 
-def check_choices(config: object) -> None:
-    """What dataclasses leave unchecked: a Literal field holds one of its values, and every number is finite."""
-    for name, hint in get_type_hints(type(config)).items():
-        value = getattr(config, name)
-        if get_origin(hint) is Literal:
-            require(value in get_args(hint), name, value, f"one of {', '.join(map(str, get_args(hint)))}")
-        require(not isinstance(value, float) or math.isfinite(value), name, value, "finite")
+def check_types(config: Any) -> None:
+    """Raises ValueError for a field whose value is not of its declared type, and for a number that is not finite.
+
+    Dataclasses check neither. A path becomes its text, a list a tuple, a lone text a tuple of one where texts are
+    listed, and a number of numpy the number.
+    """
+    hints = get_type_hints(type(config))
+    for field in fields(config):
+        hint, value = hints[field.name], getattr(config, field.name)
+        try:
+            plain = _plain(hint, value)
+        except TypeError:
+            require(False, field.name, value, _in_words(hint))
+            raise
+        numbers = [item for item in (plain if isinstance(plain, tuple) else (plain,)) if isinstance(item, float)]
+        require(all(map(math.isfinite, numbers)), field.name, plain, "finite")
+        if plain is not value:
+            object.__setattr__(config, field.name, plain)  # of a frozen class, while it is being made
+
+
+def check_config(config: object, kind: type, trainer: str) -> None:
+    """Raises TypeError where a trainer is given the configuration of another."""
+    if not isinstance(config, kind):
+        given = f"the class {config.__name__}" if isinstance(config, type) else f"an object of {type(config).__name__}"
+        raise TypeError(f"{trainer}: config must be an object of {kind.__name__}; got {given}")
+
+
+def _plain(hint: Any, value: Any) -> Any:
+    """The value as its hint declares it. Raises TypeError where it is of another type."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Literal and value in arguments:
+        return value
+    if origin in (Union, UnionType):
+        for option in arguments:
+            try:
+                return _plain(option, value)
+            except TypeError:
+                continue
+    if origin is tuple and isinstance(value, (tuple, list)):
+        items = tuple(_plain(arguments[0], item) for item in value)
+        return value if items == value else items
+    if origin is tuple and arguments[0] is str and isinstance(value, str) and value:
+        return (value,)
+    if isinstance(value, bool):
+        if hint is bool:
+            return value
+    elif hint is int and isinstance(value, Integral):
+        return value if type(value) is int else int(value)
+    elif hint is float and isinstance(value, Real):
+        return value if type(value) in (int, float) else float(value)
+    if hint is str and isinstance(value, (str, PathLike)):
+        return value if isinstance(value, str) else fspath(value)
+    if hint is NoneType and value is None:
+        return value
+    raise TypeError
+
+
+NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", NoneType: "null"}
+
+
+def _in_words(hint: Any) -> str:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return f"one of {', '.join(map(str, arguments))}"
+    if origin is tuple:
+        return "a list of texts" if arguments[0] is str else "a list of numbers"
+    return " or ".join(map(_in_words, arguments)) if arguments else NAMES[hint]

@@ -1,4 +1,4 @@
-"""The command line's flags and the files that they name, as one configuration."""
+"""Flags and the files that they name, merged into one configuration."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from fastrlhf.config.checks import UNREAD
 
 
 def parse(kind: type, arguments: Sequence[str], command: str) -> Any:
-    """The configuration that a file and flags describe. Raises ValueError for a key or a value that is none.
+    """The configuration that files and flags describe. Raises ValueError for an unknown key or a bad value.
 
-    A key of a section `shared` that nothing would read under this command is left to the other sections.
+    A key of section `shared` that nothing would read under this command is ignored here; other sections may read it.
     """
     rest = split_configs(arguments)
     values: dict[str, Any] = {}
@@ -40,7 +40,7 @@ def parse(kind: type, arguments: Sequence[str], command: str) -> Any:
             if key in shared & values.keys() and UNREAD in str(error):
                 del values[key]
                 continue
-            named = re.search(r"--(\w+)", str(error))  # by the parser, which knows nothing of files
+            named = re.search(r"--(\w+)", str(error))  # the parser does not know that the value came from a file
             if named and named[1] in values and not any(part.startswith(named[0]) for part in rest):
                 raise ValueError(f"{path}, {command}: {error}") from None
             raise
@@ -67,7 +67,7 @@ def _from_flags(kind: type, flags: Sequence[str], command: str) -> Any:
 
 
 def split_configs(arguments: Sequence[str]) -> list[str]:
-    """The arguments with --config=FILE as two of them."""
+    """The arguments, with --config=FILE split into two."""
     return [
         part
         for argument in arguments
@@ -80,8 +80,8 @@ def config_paths(arguments: Sequence[str]) -> list[str]:
 
 
 def _first_paragraph(box: str) -> str:
-    """What tyro's box of several lines says below its title, in one: the text up to the next rule. Where the terminal
-    has no such characters, the box is of hyphens and the title has a rule of its own."""
+    """The text below the title of tyro's error box, up to the next rule, on one line. In a terminal without box-drawing
+    characters the box is made of hyphens, and a rule follows the title."""
     rules = ("\u2500", "\u2570", "---")
     lines = [line.strip("\u2502 ") for line in box.splitlines()[1:]]
     body = dropwhile(lambda line: line.startswith(rules), lines)

@@ -1,11 +1,11 @@
-"""Commands that train nothing, or everything."""
+"""Keys of `fastrlhf eval` and `fastrlhf demo`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
-from fastrlhf.config.checks import at_default, at_least, require
+from fastrlhf.config.checks import at_default, at_least, check_types, require
 from fastrlhf.config.train import TrainConfig
 
 EVAL_READS = (
@@ -14,15 +14,15 @@ EVAL_READS = (
     *("dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "columns", "max_bad_fraction"),
     *("num_eval_examples", "max_train_examples", "attn_implementation", "torch_compile", "use_liger_kernel"),
 )
-"""The keys of trainers that `fastrlhf eval` reads."""
+"""The keys of all trainers that `fastrlhf eval` reads."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig(TrainConfig):
     """Win rates of models against the responses of a dataset, or against each other, judged by a reward model.
 
-    `model_name_or_path` names no model here but where the tokenizer is, if not beside the first of `models`; and the
-    model under `models` and a judge that are adapters, if not the one that the first of them says it was trained over.
+    `model_name_or_path` is read for two things only: it names the tokenizer, if that is not the one of the first of
+    `models`, and the base model of adapters, if that is not the one that the first adapter was trained over.
     """
 
     UNREAD: ClassVar[tuple[str, ...]] = tuple(
@@ -30,19 +30,19 @@ class EvalConfig(TrainConfig):
     )
 
     models: tuple[str, ...] = ()
-    """Folders or hub names of policies; those that are adapters (`adapter/` of a run) share one base in memory."""
+    """Folders or hub names of policies; adapters (`adapter/` of a run) share one base model in memory."""
     reward_model_path: str = ""
-    """The judge, which may be an adapter over that base too."""
+    """Reward model that judges the responses; it may be an adapter over the same base model."""
     opponent: str = "reference"
-    """What they are compared with: a column (reference, chosen, rejected) or one of `models`."""
+    """What the models are compared with: a column of the dataset (reference, chosen or rejected) or one of `models`."""
     response_length: int = 53
-    """Tokens of a response at most."""
+    """Maximum number of tokens of a response."""
     temperature: float = 0.7
-    """Of sampling; 0 takes the likeliest token."""
+    """Sampling temperature; 0: the likeliest token is taken."""
     rollout_batch_size: int = 64
     """Responses that are generated side by side."""
     decode: Literal["eager", "cuda_graph"] = "eager"
-    """As in ppo: cuda_graph records a decode step and replays it. Not yet run on a GPU."""
+    """How a decode step runs, as in ppo. cuda_graph: it is recorded once and replayed. Not yet run on a GPU."""
     num_eval_examples: int = 500
 
     def __post_init__(self) -> None:
@@ -56,17 +56,18 @@ class EvalConfig(TrainConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """The whole chain on the embedded task: SFT, reward model, DPO, PPO, DR-PO, evaluation."""
+    """Runs the whole chain on the embedded task: SFT, reward model, DPO, PPO, DR-PO and evaluation."""
 
     out: str = "runs/demo"
-    """Folder of the run; it must not hold one already."""
+    """Folder of the run; it must not hold a run yet."""
     seed: int = 0
-    """Of the data, the weights and every sample."""
+    """Seed of the data, of the weights and of every sample."""
     methods: tuple[str, ...] = ("sft", "reward", "dpo", "ppo", "drpo")
-    """Which stages run, among sft, reward, dpo, ipo, cdpo, ppo, drpo, rto, drpo+rto, rlp-uml, rlp-spg; or all."""
+    """Stages to run: sft, reward, dpo, ipo, cdpo, ppo, drpo, rto, drpo+rto, rlp-uml, rlp-spg, or all."""
     num_eval: int = 600
-    """Held-out posts the methods are judged on."""
+    """Number of held-out posts on which the methods are judged."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         at_least(self, 1, "num_eval")
         at_least(self, 0, "seed")

@@ -1,4 +1,4 @@
-"""Configurations on disk and on the command line: YAML in, flags beside it, the resolved YAML out."""
+"""Configurations in YAML files and flags, and the resolved configuration that a run writes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 from fastrlhf.config import CONFIGS
 from fastrlhf.config.elsewhere import explain, explain_command
@@ -35,16 +36,17 @@ SAME_MODEL = (
     *("activation_checkpointing", "activation_offloading", "attn_implementation", "torch_compile", "use_liger_kernel"),
     *("save_steps", "save_total_limit", "disk_wait_minutes", "resume_from_checkpoint", "resume_weights_only"),
 )
-"""Keys that say where, how fast and how loudly a run goes: with others of these it would leave the same model."""
+"""Keys that change where a run writes, how fast it is and what it shows, but not the model that it leaves."""
 
 
 def read_yaml(path: str, kind: type, command: str) -> dict[str, Any]:
     """The keys that a YAML file, or a recipe by its name, gives to one command, each checked to be a field of `kind`.
 
-    The file is either flat, or has a section per command; a section `shared` then holds what all of them are given,
-    and a section may set a key of it anew. Its `run_first` is no key but names other sections (see there). Environment
-    variables in values, as $NAME, are filled in, and so is ~ at their start. Raises ValueError, with the nearest known
-    name, for a key that is none.
+    The file is either flat or has a section per command; the keys of a section `shared` then hold for all commands,
+    unless a command's own section sets them. `run_first` in a section names other sections (see `run_first`).
+    Environment variables ($NAME) and a leading ~ in values are expanded. A blank or null key counts as absent, unless
+    null is a value of it. Raises ValueError for an unknown key, saying
+    what to write instead.
     """
     content, place = load_yaml(path), path
     if set(content) & COMMANDS:
@@ -55,17 +57,22 @@ def read_yaml(path: str, kind: type, command: str) -> dict[str, Any]:
         if command not in content:
             raise ValueError(f"{path}: no section {command!r}; it has {', '.join(content)}")
         own = {key: value for key, value in _section(path, content, command).items() if key != "run_first"}
-        content, place = {**_section(path, content, "shared"), **own}, f"{path}, {command}"
-    known = {field.name for field in fields(kind)}
-    content = {_without_alias(key, known): value for key, value in content.items()}
-    for key in content:
+        parts, place = [_section(path, content, "shared"), own], f"{path}, {command}"
+    else:
+        parts = [content]
+    hints = get_type_hints(kind)
+    known, given = {field.name for field in fields(kind)}, dict[str, Any]()
+    for alias, value in (item for part in parts for item in part.items()):
+        key = _without_alias(alias, known)
         if key not in known:
-            raise ValueError(f"{place}: unknown key {key!r}{unknown(str(key), kind, command)}")
-    return {key: _filled_in(path, key, value) for key, value in content.items()}
+            raise ValueError(f"{place}: unknown key {alias!r}{unknown(str(alias), kind, command)}")
+        if value is not None or NoneType in get_args(hints[key]):
+            given[key] = _filled_in(path, key, value)
+    return given
 
 
 def shared_keys(path: str, command: str) -> set[str]:
-    """The keys that `shared` alone gives to a command."""
+    """The keys that a command takes from section `shared`."""
     content = load_yaml(path)
     if not set(content) & COMMANDS:
         return set()
@@ -74,9 +81,9 @@ def shared_keys(path: str, command: str) -> set[str]:
 
 
 def run_first(path: str, command: str) -> list[str]:
-    """The sections of the file that are to run before that of `command`, in order: its `run_first`, a list.
+    """The sections of the file to run before that of `command`, in order: the list `run_first` of its section.
 
-    What those name in turn is not followed. Raises ValueError for a name that is no other training section of the file.
+    A `run_first` of those sections is ignored. Raises ValueError for a name that is no other training section.
     """
     content = load_yaml(path)
     names = _section(path, content, command).get("run_first") or []
@@ -85,17 +92,19 @@ def run_first(path: str, command: str) -> list[str]:
         raise ValueError(f"{path}: run_first: must be a list of sections, as [sft, reward]; got {names!r}")
     for name in names:
         if name not in others:
-            raise ValueError(f"{path}: run_first: {name!r} is no other training section; it has {', '.join(others)}")
+            raise ValueError(
+                f"{path}: run_first: {name!r} is not another training section; the file has {', '.join(others)}"
+            )
     return names
 
 
 def training_sections(path: str) -> list[str]:
-    """The sections of a file, or of a recipe, that a trainer reads, in order; none of a flat file."""
+    """The sections of a file or recipe that configure trainers, in order; a flat file has none."""
     return [name for name in load_yaml(path) if name in COMMANDS - {"eval", "demo"}]
 
 
 def names_folder(values: Iterable[Mapping[str, Any]], folder: str) -> bool:
-    """Whether a key of one of these configurations, other than output_dir, names the folder or a place in it."""
+    """Whether a key other than output_dir in one of these configurations names the folder or a path inside it."""
     texts = [
         text
         for keys in values
@@ -108,9 +117,9 @@ def names_folder(values: Iterable[Mapping[str, Any]], folder: str) -> bool:
 
 
 def check_unchanged(config: Any, section: str) -> None:
-    """Raises ValueError where the finished run in `config.output_dir` was made with other settings.
+    """Raises ValueError where the finished run in `config.output_dir` had other settings.
 
-    A folder without a config.yaml is a model that was put there: it is taken as it is.
+    A folder without a config.yaml holds a model from elsewhere and is used as it is.
     """
     written = Path(config.output_dir) / "config.yaml"
     before = _by_new_names(load_yaml(str(written))) if written.exists() else {}
@@ -134,7 +143,7 @@ def _section(path: str, content: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def load_yaml(path: str) -> dict[str, Any]:
-    """The mapping in a file, or in the recipe of that name. Raises ValueError where it is none, naming the file."""
+    """The mapping in a file, or in the recipe of that name. Raises ValueError, naming the file, where it holds none."""
     import yaml  # not in the base install
 
     file = Path(path)
@@ -155,13 +164,13 @@ def load_yaml(path: str) -> dict[str, Any]:
 
 
 def _check_repeats(node: Any, path: str) -> None:
-    """Raises ValueError for a key that stands twice in one mapping, of which YAML would take the last in silence."""
+    """Raises ValueError for a key that occurs twice in one mapping; YAML would silently take the last."""
     pairs = node.value if node is not None and node.id == "mapping" else []
     keys = [key.value for key, _ in pairs]
     for key, value in pairs:
         if keys.count(key.value) > 1:
             lines = [str(other.start_mark.line + 1) for other, _ in pairs if other.value == key.value]
-            raise ValueError(f"{path}: {key.value!r} stands there more than once, in lines {' and '.join(lines)}")
+            raise ValueError(f"{path}: {key.value!r} occurs more than once, in lines {' and '.join(lines)}")
         _check_repeats(value, path)
 
 
@@ -198,8 +207,8 @@ def _without_alias(key: str, known: Collection[str]) -> str:
 
 
 def spelled_out(arguments: Sequence[str], kind: type) -> list[str]:
-    """The arguments with truth values as the parser knows them: true, yes, on and 1 are True, in any case, and so is a
-    flag of a truth value that stands alone."""
+    """The arguments with truth values spelled as the parser expects them: true, yes, on and 1 become True, in any case,
+    and a boolean flag without a value is followed by True."""
     truths = {name for name, hint in get_type_hints(kind).items() if hint is bool}
     spelled: list[str] = []
     for argument in arguments:
@@ -226,7 +235,7 @@ def unknown(name: str, kind: type, command: str) -> str:
 
 
 def as_flags(values: dict[str, Any]) -> list[str]:
-    """Command-line flags that say the same: the parser of the flags is the only parser there is."""
+    """The same values as command-line flags, so that one parser reads files and flags."""
     flags = []
     for key, value in values.items():
         flags.append(f"--{key}")
@@ -240,16 +249,16 @@ def as_flags(values: dict[str, Any]) -> list[str]:
 
 
 def write_yaml(config: Any, path: Path) -> None:
-    """The resolved configuration: reading it back gives the same run."""
+    """Writes the resolved configuration; reading it back gives the same run."""
     import yaml  # not in the base install
 
     path.write_text(yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False), encoding="utf-8")
 
 
 def differences(config: Any, path: Path, ignored: Collection[str] = ()) -> list[str]:
-    """The keys in which the resolved configuration in a file is another one, as "seed: 1 there, 2 here".
+    """The keys in which the resolved configuration in a file differs, for example "seed: 1 there, 2 here".
 
-    Raises ValueError where the file is no configuration at all.
+    Raises ValueError where the file holds no mapping.
     """
     there = _by_new_names(load_yaml(str(path)))
     here = _plain(dataclasses.asdict(config))

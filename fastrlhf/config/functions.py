@@ -1,4 +1,4 @@
-"""Functions of the user's, by name."""
+"""User-defined functions, by name."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def load_function(name: str, field: str) -> Callable[..., Any]:
     try:
         module = _run_file(place, field) if place.endswith(".py") else import_module(place)
     except ImportError as error:
-        raise ValueError(f"{field}: {place!r} cannot be imported: {error}; install it or mend the name") from error
+        raise ValueError(f"{field}: {place!r} cannot be imported: {error}; install it or correct the name") from error
     function = getattr(module, attribute, None)
     if not callable(function):
         raise ValueError(f"{field}: {place!r} has no function {attribute!r}")

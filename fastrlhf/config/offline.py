@@ -1,4 +1,4 @@
-"""Trainers that learn from a dataset alone: SFT, reward models, preference pairs and groups."""
+"""Keys of the trainers that learn from a dataset alone: `fastrlhf sft`, `reward` and `dpo`."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ PAIR_LOSSES = ("sigmoid", "ipo", "hinge", "robust", "sft")
 
 @dataclass(frozen=True, kw_only=True)
 class SFTConfig(TrainConfig):
-    """Supervised fine-tuning: the log-likelihood of a response given its prompt."""
+    """Supervised fine-tuning: maximises the log-likelihood of each response given its prompt."""
 
     learning_rate: float = 2e-5
     response: Literal["reference", "chosen"] = "reference"
-    """Which response is imitated; `reference` is the completion of prompt-completion rows."""
+    """Which response is imitated: chosen, or reference, which is the completion of prompt-completion rows."""
     completion_only_loss: bool = True
-    """False trains the tokens of the prompt as well."""
+    """Train only the tokens of the response. False: those of the prompt as well."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RewardConfig(TrainConfig):
-    """A reward model from preference pairs (Bradley-Terry)."""
+    """A reward model trained on preference pairs with the Bradley-Terry loss."""
 
     learning_rate: float = 1e-4
     num_train_epochs: float = 1.0
     truncation_mode: Literal["keep_start", "keep_end", "drop"] = "drop"
     center_rewards_coefficient: float = 0.0
-    """Times (score of chosen + score of rejected)^2 is added to the loss, so that scores centre on 0 (Eisenstein et
-    al. 2023, arXiv 2312.09244, eq. 2); TRL advises 0.01."""
+    """Coefficient of (score of chosen + score of rejected)^2 in the loss, which keeps scores around 0 (Eisenstein et
+    al. 2023, arXiv 2312.09244, eq. 2); TRL recommends 0.01."""
     margin_scale: float = 0.0
-    """Times the column `margin` is what the scores of a pair must differ by (Touvron et al. 2023, arXiv 2307.09288,
-    eq. 2); 0 reads no such column."""
+    """Factor on the column `margin`, by which the scores of a pair must differ (Touvron et al. 2023, arXiv 2307.09288,
+    eq. 2); 0: the column is not read."""
     share_prompts: bool = True
-    """Compute the prompt of a pair once, both responses hanging on it; the same numbers with fewer tokens."""
+    """Compute the prompt of a pair once for both responses; the same numbers with fewer tokens."""
 
     def __post_init__(self) -> None:
         TrainConfig.__post_init__(self)
@@ -45,54 +45,56 @@ class RewardConfig(TrainConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class DPOConfig(TrainConfig):
-    """Direct preference optimisation, and IPO by `loss_type`. `psi`, `psi_backend` and `label_source` make IPO the
-    general PsiPO (Azar et al. 2023, arXiv 2310.12036), which sums log-ratios over a response."""
+    """Direct preference optimisation (DPO), or IPO with loss_type ipo, from preference pairs. With `psi`, `psi_backend`
+    and `label_source` IPO becomes the general PsiPO (Azar et al. 2023, arXiv 2310.12036), which sums log-ratios over a
+    response."""
 
     learning_rate: float = 1e-6
     num_train_epochs: float = 1.0
     beta: float = 0.1
-    """Strength of the tie to the reference; for ipo the paper's tau."""
+    """Strength of the tie to the reference; for ipo it is the paper's tau."""
     loss_type: str | tuple[str, ...] = "sigmoid"
-    """sigmoid (DPO), ipo, hinge or robust; or several, added up, among them sft: minus the mean log-prob of a token of
-    the chosen responses."""
+    """sigmoid (DPO), ipo, hinge or robust; or a list whose losses are added up, which may include sft: minus the mean
+    log-prob of the tokens of the chosen responses."""
     loss_weights: tuple[float, ...] = ()
-    """Of each of several losses; empty: 1."""
+    """Weight of each loss where `loss_type` is a list. Empty: 1 each."""
     margin_scale: float = 0.0
-    """Times the column `margin` is subtracted from beta times the difference of log-ratios (Amini et al. 2024, arXiv
-    2402.10571); not for ipo. 0 reads no such column."""
+    """Factor on the column `margin`, which is subtracted from beta times the difference of log-ratios (Amini et al.
+    2024, arXiv 2402.10571); not for ipo. 0: the column is not read."""
     label_smoothing: float = 0.0
-    """Share of pairs believed to be labelled the wrong way round (cDPO; robust needs it below 0.5)."""
+    """Assumed share of pairs with swapped labels (cDPO; robust needs it below 0.5)."""
     length_norm: Literal["auto", "sum", "mean", "pair_mean"] = "auto"
-    """Of a response's log-ratio. auto: mean over tokens for ipo with hard labels (as in TRL), else sum, as in the
-    papers."""
+    """How the log-ratio of a response is formed from its tokens. auto: the mean for ipo with hard labels (as in TRL),
+    the sum otherwise, as in the papers."""
     ref_model_name_or_path: str = ""
-    """The reference; empty: the model before training."""
+    """Folder or hub name of the reference model. Empty: the model before training."""
     precompute_ref_log_probs: bool = True
-    """Compute the reference's log-probs once, before the first step, and keep no second model. False: at every step,
-    from a copy."""
+    """Compute the log-probs of the reference once, before the first step, and keep no second model. False: compute them
+    at every step from a frozen copy."""
     ref_cache_dir: str = ""
-    """Folder that keeps precomputed log-probs by a fingerprint of reference, tokens and dtype: the next run with the
-    same ones loads no reference. Empty: they are not kept."""
+    """Folder that keeps precomputed log-probs under a fingerprint of reference, tokens and dtype, so that the next run
+    with the same ones need not compute them. Empty: they are not kept."""
     share_prompts: bool = True
-    """Compute the prompt of a pair once, both responses hanging on it; the same numbers with fewer tokens."""
+    """Compute the prompt of a pair once for both responses; the same numbers with fewer tokens."""
     psi: str = "identity"
-    """What PsiPO does to the probability that a response is better: identity (IPO), logit (the optimum of RLHF),
-    clipped_logit, or a non-decreasing function of yours, as module:function or file.py:function."""
+    """Function that PsiPO applies to the probability that a response is better: identity (IPO), logit (the optimum of
+    RLHF), clipped_logit, or your own non-decreasing function, as module:function or file.py:function."""
     psi_clip: float = 3.0
-    """Nats; of clipped_logit, for which no preference is surer than sigmoid(psi_clip), 0.953."""
+    """Bound of clipped_logit, in nats: no preference counts as surer than sigmoid(psi_clip), which is 0.953 for 3."""
     psi_backend: Literal["pairwise", "groupwise"] = "pairwise"
-    """pairwise: pairs, for a psi that is odd about 1/2. groupwise: rows with a list of `responses`, drawn alike, and
-    their `preferences` or `scores`; 2 per prompt are enough where psi is odd, 3 for any other."""
+    """pairwise: rows are pairs, for a psi that is odd about 1/2. groupwise: rows have a list of `responses`, drawn from
+    one policy, with `preferences` or `scores`; 2 responses per prompt suffice where psi is odd, otherwise 3."""
     label_source: Literal["data", "label_prob", "counts", "reward_model"] = "data"
-    """Where probabilities of labels come from. data: chosen is better; of groups, `preferences`, or sigmoid of
-    differences of `scores`. label_prob: the column of that name. counts: the columns wins and num_labels. reward_model:
-    sigmoid of differences of its scores. Not for hinge and robust."""
+    """Where the probability that a response is better comes from. data: the chosen response is better; in groups
+    `preferences`, or the sigmoid of differences of `scores`. label_prob: the column of that name. counts: the columns
+    wins and num_labels. reward_model: the sigmoid of differences of its scores. hinge and robust take data only."""
     label_prior: float = 0.5
-    """Of counts: the probability is (label_prior + wins) / (2 label_prior + num_labels)."""
+    """Pseudo-count of label_source counts: the probability is (label_prior + wins) / (2 label_prior + num_labels)."""
     score_scale: float = 1.0
-    """Multiplies scores before the sigmoid: how many nats one point of a rating is worth."""
+    """Factor on scores before the sigmoid: how many nats one point of a rating is worth."""
     reward_model_path: str = ""
-    """The reward model of label_source; it scores every response once, before training."""
+    """Folder or hub name of the reward model of label_source reward_model; it scores every response once, before
+    training."""
 
     def __post_init__(self) -> None:
         TrainConfig.__post_init__(self)

@@ -1,21 +1,21 @@
-"""Reward learning on policy."""
+"""Keys of `fastrlhf rlp`, reward learning on policy."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
-from fastrlhf.config.checks import above_0, at_default, at_least, require
+from fastrlhf.config.checks import above_0, at_default, at_least, check_types, require
 from fastrlhf.config.train import TrainConfig
 
 RLP_READS = ("output_dir", "seed", "device", "dtype", "micro_batch_tokens")
-"""The keys of trainers that the section `rlp` reads; `reward` and the policy's section have their own of all."""
+"""The keys of all trainers that section `rlp` reads; the sections of reward model and policy have all of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RLPConfig(TrainConfig):
-    """RLP (Lang et al. 2024, arXiv 2403.19279): a reward model, a policy, the policy's answers, the reward model
-    refitted with them, the policy again from its start.
+    """RLP (Lang et al. 2024, arXiv 2403.19279): trains a reward model and a policy, refits the reward model with the
+    policy's answers, and trains the policy again from its start.
 
     The reward models are trained by the section `reward` of the same file, the policies by the section that `policy`
     names. Of the keys that all trainers share only `output_dir`, `seed`, `device`, `dtype` (of an NLI judge) and
@@ -27,83 +27,89 @@ class RLPConfig(TrainConfig):
     )
 
     policy: Literal["ppo", "drpo", "rto"] = "ppo"
-    """The section that trains the policies."""
+    """Section of the file that configures the policies."""
     refinement: Literal["none", "uml", "spg", "both"] = "spg"
-    """How the policy's answers refit the reward model. uml: two answers to a prompt are views of it, and what the score
-    reads of them is trained to be informative of each other. spg: preference pairs from groups of answers that mean the
-    same. both: together, which the paper does not try. none: no refit, the section of the policy alone."""
+    """How the policy's answers refit the reward model. uml: two answers to a prompt are two views of it, and the
+    latents that are read from them are trained to be informative of each other. spg: synthetic preference pairs are
+    made from groups of answers that mean the same. both: uml and spg together, which the paper does not try. none: no
+    refit; only the policy is trained."""
     rounds: int = 1
-    """Refits, each followed by a policy; the paper has one."""
+    """Number of refits, each followed by training a policy; the paper has one."""
     refit_from: Literal["start", "reward"] = "start"
-    """Where a refit starts: from the model of the section `reward`, or from the reward model before it. The paper does
-    not say."""
+    """Model that a refit starts from. start: the starting model of section `reward`. reward: the latest reward model.
+    The paper does not say which."""
     reward_model_path: str = ""
-    """A trained reward model that takes the place of the first one; empty: it is trained."""
+    """Trained reward model to use as the first one. Empty: it is trained."""
     policy_path: str = ""
-    """A trained policy that takes the place of the first one; empty: it is trained."""
+    """Trained policy to use as the first one. Empty: it is trained."""
     num_answers: int = 10
-    """Answers per prompt."""
+    """Answers sampled per prompt."""
     answer_temperature: float = 1.0
-    """Of their sampling."""
+    """Temperature at which answers are sampled."""
     num_answer_prompts: int = 0
-    """Prompts that are answered, the first ones of the policy's; 0 is all."""
+    """Number of prompts to answer, the first ones of the policy's dataset; 0: all."""
     min_reward_variance: float = 0.25
     """The run stops where the variance of the refitted model's scores among answers to one prompt falls below this
-    share of what it was: the paper's views can teach it to ignore the answer. 0 is off."""
+    share of its value before the refit, because the paper's loss on views can teach the model to ignore the answer. 0:
+    never."""
 
     mib_weight: float = 0.5
-    """The paper's lambda, of the loss on views. 0: the reward model is trained again, on the pairs alone."""
+    """Weight of the loss on views, the paper's lambda. 0: the reward model is trained again on the pairs alone."""
     mib_loss: Literal["mib", "mvi", "infomax", "cl"] = "mib"
-    """mib: minus the mutual information of the views' latents plus beta times their divergence. Its ablations: mvi
-    without the divergence, infomax between a view and its own latent, cl contrastive (InfoNCE at temperature 0.1)."""
+    """Loss on views. mib: minus the mutual information of the two latents plus beta times their divergence. The
+    ablations of the paper: mvi leaves out the divergence, infomax takes the mutual information of a view and its own
+    latent, cl is contrastive (InfoNCE at temperature 0.1)."""
     mib_profile: Literal["robust", "paper"] = "robust"
-    """Of beta. robust: it rises geometrically from `beta_start` to `beta_end` over the first `beta_ramp` of the steps.
-    paper: `beta_end` throughout, under which the latents have lost all information in every trial of ours."""
+    """Schedule of beta. robust: it rises geometrically from `beta_start` to `beta_end` over the first `beta_ramp` of
+    the steps. paper: it is `beta_end` throughout; the latents lost all information in every trial that we ran with
+    it."""
     beta_start: float = 1e-3
-    """See mib_profile."""
+    """First value of beta with mib_profile robust."""
     beta_end: float = 1.0
-    """See mib_profile."""
+    """Last value of beta."""
     beta_ramp: float = 0.8
-    """See mib_profile."""
+    """Share of the steps over which beta rises with mib_profile robust."""
     views_per_step: int = 16
-    """Prompts with two views each, beside the pairs of a step; each is a negative for all others."""
+    """Prompts with two views each in an optimiser step, beside its pairs; each prompt is a negative for all others."""
     view_negatives: Literal["all", "roll"] = "all"
-    """The prompts that a view is told apart from: all others of the step, or the one before it."""
+    """Prompts that a view is contrasted with. all: all others of the step. roll: only the one before it."""
     view_critic: Literal["mlp", "dot"] = "mlp"
-    """Of the mutual information: a network of both latents, or their inner product."""
+    """Critic of the mutual information: a network (mlp) that reads both latents, or their inner product (dot)."""
     view_learning_rate: float = 1e-3
-    """Peak, of heads and critic, which are new; a reward model's own is far too low for them."""
+    """Peak learning rate of heads and critic; they are new and need a far higher one than the reward model."""
     view_width: int = 1024
     """Hidden units of heads and critic."""
     view_latent: int = 64
-    """Dimensions of a latent."""
+    """Dimension of a latent."""
 
     pairing: Literal["spg", "reward", "rlaif"] = "spg"
-    """Where synthetic pairs come from. spg: the best-scored answer of the largest group over a random one outside it.
-    Its ablations, on two random answers: reward prefers the higher score, rlaif what the policy itself finds likelier
-    per token (the paper asks the policy in words, which needs a model that follows instructions)."""
+    """How synthetic pairs are made. spg: the best-scored answer of the largest group is preferred to a random one
+    outside it. Two ablations compare two random answers: reward prefers the one with the higher score, rlaif the one
+    that the policy finds likelier per token (the paper asks the policy in words, which needs a model that follows
+    instructions)."""
     min_confidence: float = 0.5
-    """The paper's gamma: a prompt gives a pair where the largest group holds this share of its answers. 0 is
-    Select-All."""
+    """Least share of a prompt's answers that the largest group must hold for the prompt to give a pair, the paper's
+    gamma. 0: every prompt gives one (Select-All)."""
     clustering: Literal["strict", "lax", "no_contra_2023", "lax_2024", "strict_2024"] = "strict"
-    """When two answers mean the same, and how groups are made of that (algorithms/rlp_spg.py). strict: both directions
-    entail, compared with the first of each group."""
+    """Rule by which two answers count as the same and groups are formed (algorithms/rlp_spg.py). strict: each answer is
+    compared with the first one of each group, and both must entail each other."""
     early_reject: bool = True
-    """Stop comparing the answers to a prompt that can no longer reach min_confidence; the same pairs for less."""
+    """Stop comparing the answers to a prompt that can no longer reach min_confidence; the same pairs for less work."""
     num_calibration_prompts: int = 200
-    """Prompts that are first grouped in full, for the histogram of confidences; 0 is off."""
+    """Prompts that are grouped completely first, for a histogram of confidences; 0: none."""
     max_synthetic_pairs: int = 0
-    """Synthetic pairs at most, a random subset; 0 is all."""
+    """Maximum number of synthetic pairs, a random subset of those found; 0: all."""
     equivalence: str = "microsoft/deberta-large-mnli"
-    """Who says what two answers have to do with each other: an NLI classifier by folder or hub name; `exact`, the same
-    text but for case, punctuation and white space; or a function (prompt, answer, answer) -> bool, as module:function
-    or file.py:function."""
+    """What decides whether two answers mean the same: an NLI classifier by folder or hub name; exact, which compares
+    the text without case, punctuation and white space; or your own function (prompt, answer, answer) -> bool, as
+    module:function or file.py:function."""
     nli_side_tokens: int = 254
-    """Tokens of prompt and answer on either side of an NLI pair; of longer ones the prompt is cut first."""
+    """Maximum number of tokens of prompt and answer on each side of an NLI pair; longer prompts are cut first."""
     nli_batch_tokens: int = 16384
-    """Tokens of one NLI batch, padding included."""
+    """Maximum number of tokens of one NLI batch, padding included."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         because = f"in section rlp (its place is in section reward, {self.policy} or shared)"
         # First, or a key of LoRA would be told to wait for use_peft, which is refused as well.
         at_default(self, [(False, because, self.UNREAD)])

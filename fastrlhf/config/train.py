@@ -1,4 +1,4 @@
-"""What all trainers share, and how its compound keys are read."""
+"""The keys that all trainers share, and the parsers of their compound values."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from fastrlhf.config.checks import above_0, at_default, at_least, check_choices, require
+from fastrlhf.config.checks import above_0, at_default, at_least, check_types, require
 
 COLUMNS = (
     *("prompt", "chosen", "rejected", "reference", "label_prob", "margin"),
@@ -17,33 +17,35 @@ COLUMNS = (
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """What all trainers share."""
+    """The keys that all trainers share."""
 
     UNREAD: ClassVar[tuple[str, ...]] = ()
     """Keys of this class that a command which extends it does not read: they must keep their defaults there."""
 
     output_dir: str = ""
-    """Folder of the run: config, metrics, samples, checkpoints, model. It must not hold a finished run. Empty: nothing
-    is written."""
+    """Folder of the run: configuration, metrics, samples, checkpoints and model. It must not hold a finished run.
+    Empty: nothing is written."""
     model_name_or_path: str = ""
     """Folder or hub name of the model to start from."""
     model_config: str = ""
-    """Instead of a model: the fields of a transformers configuration (a mapping in YAML, JSON as a flag), built from
-    scratch."""
+    """Build the model from scratch instead: the fields of a transformers configuration, as a mapping in YAML or as JSON
+    in a flag."""
     tokenizer_name_or_path: str = ""
-    """Folder or hub name of the tokenizer; empty: the one beside the model."""
+    """Folder or hub name of the tokenizer. Empty: the one saved with the model."""
     eos_token: str = ""
-    """The token that ends a response, for a tokenizer that names none; added to its vocabulary where it is missing."""
+    """Token that ends a response, for a tokenizer without an EOS token; it is added to the vocabulary if it is missing
+    there."""
     chat_template: str = ""
-    """A Jinja template for conversations, or "hh" for the Anthropic form; empty: the tokenizer's own."""
+    """Jinja template for conversations, or "hh" for Anthropic's Human/Assistant form. Empty: the template of the
+    tokenizer."""
     trust_remote_code: bool = False
-    """Run code that comes with a model."""
+    """Run Python code that comes with a model."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the weights; bfloat16 ones are updated as `master_weights` says. Log-probs, rewards, advantages, heads and
-    losses are float32 in any case."""
+    """Data type of the weights; bfloat16 weights are updated as `master_weights` says. Log-probs, rewards, advantages,
+    heads and losses are float32 with either."""
     use_peft: bool = False
-    """Train a low-rank adapter and leave the weights alone; the reference is then the same weights without it. The run
-    ends with the adapter in `adapter/` and added to the weights."""
+    """Train a low-rank adapter (LoRA) and freeze the weights; the reference is then the same model without the adapter.
+    The run saves the adapter in `adapter/` and, merged into the weights, the whole model."""
     lora_r: int = 16
     """Rank of the low-rank adapter."""
     lora_alpha: int = 32
@@ -55,13 +57,13 @@ class TrainConfig:
     """Ends of the names of parameters outside of linear layers that get an adapter too, for example
     mlp.experts.down_proj."""
     use_rslora: bool = False
-    """Scale by lora_alpha / sqrt(lora_r) (Kalajdzievski 2023, arXiv 2312.03732)."""
+    """Scale the adapter by lora_alpha / sqrt(lora_r) instead (Kalajdzievski 2023, arXiv 2312.03732)."""
     use_dora: bool = False
-    """Train the norms of the weights apart (Liu et al. 2024, arXiv 2402.09353)."""
+    """Train the norms of the weight vectors separately from their directions (Liu et al. 2024, arXiv 2402.09353)."""
     load_in_4bit: bool = False
     """QLoRA (Dettmers et al. 2023, arXiv 2305.14314): keep the weights of `model_name_or_path` under the adapter in 4
-    bits; other models are as they were saved. The run ends with the adapter added to what those 4 bits stand for, in
-    `dtype`. It needs bitsandbytes: install fastrlhf[bnb]."""
+    bits; other models keep their precision. At the end the adapter is merged into the dequantised weights, in
+    `merged_dtype`. It needs bitsandbytes: install fastrlhf[bnb]."""
     merged_dtype: Literal["float32", "bfloat16"] = "float32"
     """dtype of the final weights with the adapter added. bfloat16 halves the file and rounds part of what was learned
     away: how far log-probs of held-out rows shift is measured and written to config.yaml, and above `max_merge_shift`
@@ -69,105 +71,112 @@ class TrainConfig:
     max_merge_shift: float = 0.01
     """Largest shift, in nats per token, at which merged weights are saved in bfloat16."""
     activation_checkpointing: bool = False
-    """Keep the inputs of layers alone and compute the layers again in the backward: a third more time for a fraction of
-    the memory. The older name gradient_checkpointing is understood."""
+    """Keep only the inputs of layers and compute the layers again in the backward pass: about a third more time for a
+    fraction of the memory. The older name gradient_checkpointing is understood."""
     activation_offloading: bool = False
-    """Keep those inputs in the CPU's memory, copied out and back while layers compute; the same numbers bit for bit. It
-    needs a CUDA GPU, where it has not yet run."""
+    """Keep the inputs of layers in CPU memory and copy them back for the backward pass, while other layers compute; the
+    numbers are the same bit for bit. It needs activation_checkpointing and a CUDA GPU, on which it has not yet been
+    run."""
     attn_implementation: Literal[
         "auto", "flash_attention_2", "flash_attention_3", "flash_attention_4", "varlen", "flex", "sdpa"
     ] = "auto"
-    """Who computes attention over packs, of all models of the run; sampling decides for itself. auto: flash_attention_2
-    where flash-attn is installed, else torch's own varlen, on a GPU in bfloat16; else sdpa, one call per sequence."""
+    """Attention kernel for packed sequences, for all models of the run; sampling has its own. auto: on a GPU in
+    bfloat16, flash_attention_2 where flash-attn is installed, otherwise torch's varlen; elsewhere sdpa, one call per
+    sequence."""
     torch_compile: bool = False
-    """Compile the layers of every model for packed forwards: slower to start, and fewer passes over memory."""
+    """Compile the layers of every model for packed sequences: a slower start for fewer passes over memory."""
     use_liger_kernel: bool = False
-    """RMSNorm, SwiGLU (GeGLU) and rotary positions by Liger's kernels (`pip install 'fastrlhf[liger]'`), on a GPU."""
+    """Use Liger's kernels for RMSNorm, SwiGLU (GeGLU) and rotary positions. It needs a GPU and fastrlhf[liger]."""
     device: str = "auto"
-    """auto: the first CUDA GPU, else the CPU; under torchrun the GPU of the place that a process has on its machine."""
+    """Device of the run. auto: the first CUDA GPU, or the CPU where there is none; under torchrun the GPU with the
+    local rank of the process."""
 
     dataset_name: str = ""
-    """Hub name, or a local .jsonl[.gz], .json, .csv or .parquet file or folder."""
+    """Hub name of the dataset, or a local file or folder of .jsonl, .jsonl.gz, .json, .csv or .parquet."""
     dataset_config: str = ""
-    """Configuration of a hub dataset."""
+    """Name of the configuration of a hub dataset that has several."""
     dataset_train_split: str = "train"
     """Split to train on."""
     dataset_test_split: str = ""
-    """Split to evaluate on; empty: `num_eval_examples` rows are held out of the training split."""
+    """Split to evaluate on. Empty: the last `num_eval_examples` rows of the training split are held out."""
     num_eval_examples: int = 0
-    """Rows to evaluate on, at most; 0: all of `dataset_test_split`, none where that is empty."""
+    """Maximum number of rows to evaluate on. 0: all rows of `dataset_test_split`, or none where that is empty."""
     max_train_examples: int = 0
-    """Rows to train on, at most; 0 is all."""
+    """Maximum number of rows to train on; 0: all."""
     columns: str = ""
-    """Column names of the file where they are not the usual ones, as "prompt=question,chosen=better"."""
+    """Column names of the dataset where they differ from the usual ones, for example
+    "prompt=question,chosen=better"."""
     max_bad_fraction: float = 0.1
-    """Rows that cannot be used are skipped and counted; more than this share of them is an error."""
+    """Rows that cannot be used are skipped and counted; a larger share of them than this is an error."""
     max_length: int = 1024
-    """Tokens of prompt and response together."""
+    """Maximum number of tokens of prompt and response together."""
     truncation_mode: Literal["keep_start", "keep_end", "drop"] = "keep_start"
-    """Longer rows: keep_start cuts the end of the response, keep_end the beginning of the prompt, drop leaves them
-    out."""
+    """What happens to longer rows. keep_start: the end of the response is cut. keep_end: the beginning of the prompt is
+    cut. drop: the row is left out."""
 
     per_device_train_batch_size: int = 8
-    """Sequences, pairs or episodes of an optimiser step, of all processes together; times
+    """Sequences, pairs or episodes per optimiser step, summed over all processes; multiplied by
     `gradient_accumulation_steps`."""
     gradient_accumulation_steps: int = 1
-    """Multiplies the batch, as in TRL. How a batch is cut to fit memory is `micro_batch_tokens`' business alone."""
+    """Multiplies the batch size, as in TRL. It does not change memory use: `micro_batch_tokens` does."""
     micro_batch_tokens: int = 8192
-    """Tokens of one forward and backward, at most; the keys of a shared prompt, gathered anew for every branch, are not
-    counted. It changes memory and speed, never a gradient."""
+    """Maximum number of tokens in one forward and backward pass; a shared prompt counts once. It changes memory and
+    speed and never a gradient."""
     num_train_epochs: float = 3.0
-    """Passes over the data, where `max_steps` is not given."""
+    """Passes over the data, where `max_steps` is -1."""
     max_steps: int = -1
-    """Optimiser steps (updates, in on-policy runs); -1: by epochs."""
+    """Number of optimiser steps (of updates in on-policy runs); -1: given by the epochs."""
     router_aux_loss_coef: float | None = None
     """Weight of the auxiliary loss that spreads tokens over the experts of a mixture, as a mean over the sequences of a
     step; logged as aux_loss. null: the value in the model's configuration; 0 is off."""
     learning_rate: float = 1e-5
-    """Peak."""
+    """Peak learning rate, after warm-up."""
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
-    """From the peak to 0 over the run; constant stays."""
+    """Schedule after warm-up. linear and cosine: from the peak to 0 at the end of the run. constant: the peak
+    throughout."""
     warmup_steps: int = 0
-    """Optimiser steps from 0 to the peak."""
+    """Optimiser steps over which the learning rate rises linearly from 0 to its peak."""
     weight_decay: float = 0.0
-    """AdamW's, on matrices; vectors have none."""
+    """Weight decay of AdamW, for matrices; vectors such as biases and norms have none."""
     adam_beta1: float = 0.9
-    """AdamW."""
+    """Decay rate of AdamW's mean of gradients."""
     adam_beta2: float = 0.999
-    """AdamW."""
+    """Decay rate of AdamW's mean of squared gradients."""
     adam_epsilon: float = 1e-8
-    """AdamW."""
+    """Constant in AdamW's denominator."""
     optim: Literal["adamw_torch_fused", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"] = "adamw_torch_fused"
-    """Which AdamW, by transformers' names; all but the first are those of bitsandbytes (install fastrlhf[bnb]). 8bit:
-    moments take 2 bytes per weight in place of 8, but for embeddings. paged: they move to the CPU's memory where the
-    GPU's is short (not yet run on a GPU)."""
+    """Which AdamW, by transformers' names. adamw_torch_fused is torch's; the others are those of bitsandbytes (install
+    fastrlhf[bnb]). 8bit: moments take 2 bytes per weight instead of 8, except those of embeddings. paged: moments move
+    to CPU memory when GPU memory is short (not yet run on a GPU)."""
     master_weights: Literal["float32", "stochastic_rounding"] = "float32"
-    """What bfloat16 weights are updated through. float32: copies (4 more bytes per weight). stochastic_rounding: no
-    copies; a new weight is rounded up or down at random, so that its mean is right; `seed` and step key the draws."""
+    """How bfloat16 weights are updated. float32: through float32 copies (4 more bytes per weight). stochastic_rounding:
+    without copies; a new weight is rounded up or down at random so that its mean is right, with draws keyed by `seed`
+    and step."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm; 0 is off (the norm is logged all the same)."""
+    """Gradients are clipped to this total norm; 0: no clipping. The norm before clipping is always logged."""
     eval_steps: int = 0
     """Optimiser steps between evaluations on the held-out rows; 0: only at the end."""
     eval_on_start: bool = False
-    """Evaluate before the first step too: row 0 of the metrics."""
+    """Evaluate before the first step too; the result is row 0 of the metrics."""
     save_steps: int = 0
-    """Optimiser steps (updates, in on-policy runs) between checkpoints; 0: none but when the run is stopped."""
+    """Optimiser steps (updates in on-policy runs) between checkpoints; 0: a checkpoint only where the run is
+    stopped."""
     save_total_limit: int = 0
-    """Checkpoints that are kept, the newest ones; 0 is all."""
+    """Maximum number of checkpoints to keep, the newest ones; 0: all."""
     disk_wait_minutes: float = 10.0
     """Minutes that a run waits for room where the disk is full, before it ends; 0: it ends at once."""
     resume_from_checkpoint: Literal["auto", "never"] = "auto"
-    """auto: where `output_dir` holds an unfinished run of the same configuration, go on from its newest whole
-    checkpoint. never: that is an error."""
+    """auto: continue an unfinished run of the same configuration in `output_dir` from its newest complete checkpoint.
+    never: an unfinished run there is an error."""
     resume_weights_only: bool = False
-    """Resume from weights and step alone, the optimiser as new: where its part of the checkpoint is lost."""
+    """Resume with the weights and the step but a new optimiser, for a checkpoint whose optimiser file is lost."""
     seed: int = 42
-    """Of the weights that are new, the order of the data, and every sample."""
+    """Seed of new weights, of the order of the data and of every sample."""
     report_to: tuple[str, ...] = ()
     """Services that get the metrics too: tensorboard, wandb, none, or all that are installed. metrics.jsonl is always
     written."""
     run_name: str = ""
-    """Name of the run in those services; empty: the name of `output_dir`."""
+    """Name of the run in those services. Empty: the name of `output_dir`."""
     progress: bool = True
     """Show how far the run is: a progress bar on a terminal, elsewhere a line every `logging_steps`. false: only
     evaluations are printed."""
@@ -176,7 +185,7 @@ class TrainConfig:
     or score, learning rate, gradient norm, tokens per second, time left. metrics.jsonl has every step in any case."""
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_types(self)
         at_least(self, 1, "per_device_train_batch_size", "gradient_accumulation_steps", "micro_batch_tokens")
         at_least(self, 1, "lora_r", "lora_alpha", "logging_steps")
         require(bool(self.lora_target_modules), "lora_target_modules", self.lora_target_modules, "all-linear, or names")

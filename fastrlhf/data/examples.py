@@ -13,7 +13,7 @@ from itertools import islice
 from typing import Any
 
 from fastrlhf.data.labels import GROUP_LABELS, PAIR_LABELS, read_group_labels, read_pair_labels
-from fastrlhf.data.rows import UnusableRow, read_rows, shorten
+from fastrlhf.data.rows import IN_MEMORY, UnusableRow, read_rows, shorten
 from fastrlhf.types import Example, Message, Text
 
 RESPONSES = ("chosen", "rejected", "reference")
@@ -43,7 +43,7 @@ class LoadedExamples:
 
 
 def load_examples(
-    source: str,
+    source: str | Iterable[Mapping[str, Any]],
     *,
     split: str = "train",
     config_name: str | None = None,
@@ -52,7 +52,8 @@ def load_examples(
     max_bad_fraction: float = 0.1,
     limit: int | None = None,
 ) -> LoadedExamples:
-    """Reads one split of a hub dataset, of a local file (`SUFFIXES`; its only split is "train") or of a folder of them.
+    """Reads one split of a hub dataset, of a local file (`SUFFIXES`; its only split is "train") or of a folder of them;
+    or rows in memory, for example a datasets.Dataset.
 
     Known forms, told apart by the columns, and as text or conversations by the values, that most rows have:
 
@@ -84,6 +85,7 @@ def load_examples(
     needs = tuple(dict.fromkeys(("prompt", *needs)))
     _check_arguments(needs, max_bad_fraction, limit)
     rows = list(islice(read_rows(source, split, config_name), limit))
+    source = source if isinstance(source, str) else IN_MEMORY
     if not rows:
         raise ValueError(f"{source}: split {split!r} has no rows")
     values = [row for _, row in rows]

@@ -11,7 +11,7 @@ import gzip
 import json
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,22 @@ class UnusableRow(Exception):
         self.reason = reason
 
 
-def read_rows(source: str, split: str, config_name: str | None) -> Iterator[tuple[str, object]]:
-    """(place, row) of a split, in order. Raises ValueError for what is missing, broken or not UTF-8."""
+IN_MEMORY = "rows in memory"
+"""What messages call a source that is not a name."""
+
+
+def read_rows(
+    source: str | Iterable[Mapping[str, Any]], split: str, config_name: str | None
+) -> Iterator[tuple[str, object]]:
+    """(place, row) of a split, or of rows in memory, in order. Raises ValueError for what is missing, broken or not
+    UTF-8, and for a mapping of splits or columns, which is not an iterable of rows."""
+    if not isinstance(source, str):
+        if isinstance(source, Mapping):
+            names = ", ".join(map(str, source))
+            raise ValueError(f"{IN_MEMORY}: give rows, not a {type(source).__name__} of {names}")
+        for number, row in enumerate(source):
+            yield f"number {number} of those given", dict(row) if isinstance(row, Mapping) else row
+        return
     path = Path(source).expanduser()
     if path.is_dir():
         splits = _folder_splits(path, config_name)

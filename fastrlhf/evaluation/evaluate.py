@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastrlhf.config import EvalConfig, require
+from fastrlhf.config import EvalConfig, check_config, require
 from fastrlhf.config.files import load_yaml
+from fastrlhf.data.given import Rows
 from fastrlhf.data.specials import end_ids, special_ids
 from fastrlhf.distributed.ranks import check_one_process
 from fastrlhf.evaluation.completions import respond
@@ -32,20 +33,21 @@ from fastrlhf.models.vocabulary import limit_vocabulary
 from fastrlhf.rollout.engine import as_ids
 from fastrlhf.runtime.checkpoint import check_output_dir, create_output_dir
 from fastrlhf.runtime.inputs import open_eval_inputs, with_room
-from fastrlhf.types import EndIds, Example, Prefix, Rollout, TokenizedExample
+from fastrlhf.types import EndIds, Prefix, Rollout, TokenizedExample
 
 log = logging.getLogger(__name__)
 
 COLUMNS = ("reference", "chosen", "rejected")
 
 
-def evaluate_models(config: EvalConfig, examples: Sequence[Example] | None = None) -> dict[str, Comparison]:
+def evaluate_models(config: EvalConfig, examples: Rows | None = None) -> dict[str, Comparison]:
     """Compares each of `config.models` with `config.opponent` on the same prompts; `examples` replace the dataset.
 
     The prompts are those that training with the same dataset keys evaluates on, as far as they leave room for a
     response. With `output_dir` the comparisons and all responses are written there. Raises ValueError for bad input,
     including a missing model, before anything is generated.
     """
+    check_config(config, EvalConfig, "evaluate_models")
     check_one_process("eval")
     _check(config)
     if config.output_dir:

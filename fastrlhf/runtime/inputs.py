@@ -14,7 +14,9 @@ from transformers import PreTrainedTokenizerBase
 
 from fastrlhf.config import TrainConfig, parse_columns, require
 from fastrlhf.data.examples import RESPONSES, LoadedExamples, load_examples
+from fastrlhf.data.given import Rows, given_examples
 from fastrlhf.data.labels import GROUP_LABELS
+from fastrlhf.data.specials import special_ids
 from fastrlhf.data.tokenizer import load_tokenizer
 from fastrlhf.data.tokens import TokenizedExamples, TokenReport, tokenize_examples
 from fastrlhf.distributed.ranks import compare, on_first, start, together, world_size
@@ -55,14 +57,15 @@ class Data:
 def open_inputs(
     config: TrainConfig,
     fields: Sequence[str],
-    train: Sequence[Example] | None,
-    evaluation: Sequence[Example] | None,
+    train: Rows | None,
+    evaluation: Rows | None,
     *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     keep_rows: bool = False,
 ) -> tuple[PreTrainedTokenizerBase, Data]:
     """The tokenizer and the tokenised rows that have `fields`, the `needs` of `load_examples`; `train` and `evaluation`
-    stand in for the dataset's. With `keep_rows` the examples stay in memory, so that a reward function can read the
-    text and the columns of a row.
+    stand in for the dataset's, and `tokenizer` for the one that `config` names. With `keep_rows` the examples stay in
+    memory, so that a reward function can read the text and the columns of a row.
 
     Raises ValueError for anything that is wrong with the paths, the files, the rows or the reporters, and for what the
     device or the installation lacks, before a model is loaded and before a folder is made; on every rank, where only
@@ -72,7 +75,7 @@ def open_inputs(
     if config.output_dir:
         on_first(lambda: check_run_dir(config))
         on_first(lambda: check_idle(config.output_dir))
-    tokenizer, data = together(lambda: _read(config, fields, train, evaluation, keep_rows))
+    tokenizer, data = together(lambda: _read(config, fields, train, evaluation, tokenizer, keep_rows))
     if world_size() > 1:
         compare(data.fingerprint, "dataset")
     ranks, num_eval = world_size(), len(data.eval)
@@ -86,8 +89,9 @@ def open_inputs(
 def _read(
     config: TrainConfig,
     fields: Sequence[str],
-    train: Sequence[Example] | None,
-    evaluation: Sequence[Example] | None,
+    train: Rows | None,
+    evaluation: Rows | None,
+    tokenizer: PreTrainedTokenizerBase | None,
     keep_rows: bool,
 ) -> tuple[PreTrainedTokenizerBase, Data]:
     import_reporters(config.report_to)
@@ -95,21 +99,25 @@ def _read(
     check_architecture(config)
     if train is None and not config.dataset_test_split:
         check_held_out(config, config.num_eval_examples)
-    tokenizer = open_tokenizer(config)
+    tokenizer = open_tokenizer(config) if tokenizer is None else given_tokenizer(config, tokenizer)
     if train is None:
         train, evaluation = _load_both(config, fields)
+    train, evaluation = (
+        given_examples(config, fields, train, "train"),
+        given_examples(config, fields, evaluation, "eval"),
+    )
     tokenized = _tokenize(config, tokenizer, train, fields, "train")
     return tokenizer, Data(
         train=tokenized.examples,
         eval=_tokenize(config, tokenizer, evaluation, fields, "eval").examples if evaluation else [],
         report=tokenized.report,
         train_rows=_by_number(train) if keep_rows else {},
-        eval_rows=_by_number(evaluation or ()) if keep_rows else {},
+        eval_rows=_by_number(evaluation) if keep_rows else {},
     )
 
 
 def open_eval_inputs(
-    config: TrainConfig, fields: Sequence[str], examples: Sequence[Example] | None
+    config: TrainConfig, fields: Sequence[str], examples: Rows | None
 ) -> tuple[PreTrainedTokenizerBase, list[TokenizedExample]]:
     """The tokenizer and the rows to judge; `examples` stand in for the dataset's.
 
@@ -123,6 +131,7 @@ def open_eval_inputs(
         else:
             train, held_out = _split(config, fields)
             examples = held_out if config.num_eval_examples else train
+    examples = given_examples(config, fields, examples, "eval")
     return tokenizer, _tokenize(config, tokenizer, examples, fields, "eval").examples
 
 
@@ -142,6 +151,16 @@ def with_room(
     return kept
 
 
+def given_tokenizer(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer that a trainer was given, which must have an EOS. Raises ValueError where `config` names another,
+    or something that is set on the tokenizer itself."""
+    for key in ("tokenizer_name_or_path", "eos_token", "chat_template"):
+        value = getattr(config, key)
+        require(not value, key, value, "empty where a tokenizer is given; set it on the tokenizer")
+    special_ids(tokenizer)
+    return tokenizer
+
+
 def open_tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase:
     """The tokenizer that `config` names, or that lies beside its model. Raises ValueError where there is none."""
     source = config.tokenizer_name_or_path or config.model_name_or_path
@@ -158,7 +177,13 @@ def open_tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase:
 
 
 def _by_number(examples: Sequence[Example]) -> dict[int, Example]:
-    return {example.row: example for example in examples}
+    numbered = {example.row: example for example in examples}
+    if len(numbered) < len(examples):
+        for example in examples:
+            same = numbered[example.row]
+            rule = "unique where reward functions read the columns of a row"
+            require((same, same.columns) == (example, example.columns), "row", example.row, rule)
+    return numbered
 
 
 def _load_both(config: TrainConfig, fields: Sequence[str]) -> tuple[list[Example], list[Example]]:

@@ -1,9 +1,12 @@
 import pickle
 from dataclasses import FrozenInstanceError, fields, replace
+from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
+import numpy as np
 import pytest
 
+from fastrlhf import evaluate_models, train_dpo, train_ppo, train_reward_model, train_rlp, train_sft
 from fastrlhf.config import (
     DemoConfig,
     DPOConfig,
@@ -12,6 +15,7 @@ from fastrlhf.config import (
     GRPOConfig,
     PPOConfig,
     RewardConfig,
+    RLPConfig,
     RTOConfig,
     SFTConfig,
     TrainConfig,
@@ -227,3 +231,74 @@ def test_the_fields_with_choices_are_found():
 def test_every_command_shares_the_keys_of_the_trainers():
     shared = {f.name for f in fields(TrainConfig)}
     assert all({f.name for f in fields(kind)} >= shared for kind in TRAINING)
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value", "rule"),
+    [
+        (SFTConfig, "use_peft", "false", "true or false"),
+        (SFTConfig, "use_peft", 1, "true or false"),
+        (SFTConfig, "learning_rate", "1e-6", "a number"),
+        (SFTConfig, "learning_rate", None, "a number"),
+        (SFTConfig, "max_steps", 3.0, "a whole number"),
+        (SFTConfig, "max_steps", True, "a whole number"),
+        (SFTConfig, "output_dir", None, "text"),
+        (SFTConfig, "seed", "7", "a whole number"),
+        (SFTConfig, "report_to", 3, "a list of texts"),
+        (SFTConfig, "lora_target_modules", ("q_proj", 1), "a list of texts"),
+        (SFTConfig, "lr_scheduler_type", "cosin", "one of linear, cosine, constant"),
+        (DPOConfig, "loss_weights", ("1",), "a list of numbers"),
+        (DPOConfig, "loss_weights", (float("inf"),), "finite"),
+        (DPOConfig, "loss_type", 1, "text or a list of texts"),
+        (PPOConfig, "cliprange_high", "0.28", "a number or null"),
+        (PPOConfig, "kl_coef", float("nan"), "finite"),
+        (EvalConfig, "models", 1, "a list of texts"),
+        (DemoConfig, "num_eval", "600", "a whole number"),
+        (RLPConfig, "beta_end", "1", "a number"),
+    ],
+)
+def test_a_value_of_another_type_is_refused_by_name(kind, field, value, rule):
+    with pytest.raises(ValueError, match="must be") as error:
+        kind(**{field: value})
+    assert str(error.value) == f"{field}: must be {rule}; got {value!r}"
+
+
+def test_values_that_mean_the_same_become_the_declared_type():
+    config = DPOConfig(
+        output_dir=Path("runs") / "x",
+        report_to=["wandb"],
+        lora_target_modules="q_proj",
+        use_peft=True,
+        seed=np.int64(3),
+        learning_rate=np.float32(0.5),
+        loss_type=["sigmoid", "sft"],
+        max_grad_norm=1,
+    )
+    assert (config.output_dir, config.report_to, config.lora_target_modules) == ("runs/x", ("wandb",), ("q_proj",))
+    assert (type(config.seed), type(config.learning_rate), config.loss_type) == (int, float, ("sigmoid", "sft"))
+    assert config == replace(config)
+    assert DPOConfig(loss_type="ipo").loss_type == "ipo"
+
+
+@pytest.mark.parametrize(
+    ("trainer", "kind", "given", "told"),
+    [
+        (train_sft, "SFTConfig", PPOConfig(), "an object of PPOConfig"),
+        (train_dpo, "DPOConfig", SFTConfig(), "an object of SFTConfig"),
+        (train_reward_model, "RewardConfig", {"seed": 1}, "an object of dict"),
+        (train_ppo, "PPOConfig", DPOConfig(), "an object of DPOConfig"),
+        (train_ppo, "PPOConfig", DRPOConfig, "the class DRPOConfig"),
+        (evaluate_models, "EvalConfig", SFTConfig(), "an object of SFTConfig"),
+    ],
+)
+def test_a_trainer_refuses_the_configuration_of_another(trainer, kind, given, told):
+    with pytest.raises(TypeError) as error:
+        trainer(given)
+    assert str(error.value) == f"{trainer.__name__}: config must be an object of {kind}; got {told}"
+
+
+def test_rlp_refuses_a_policy_configuration_of_another_trainer():
+    with pytest.raises(
+        TypeError, match=r"^train_rlp: config must be an object of PPOConfig; got an object of DPOConfig$"
+    ):
+        train_rlp(RLPConfig(), RewardConfig(), DPOConfig())

@@ -103,9 +103,9 @@ def test_a_section_may_name_those_that_run_before_it(write):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("rto: {run_first: [sft, dpo]}\ndpo:", "run_first: 'sft' is no other training section; it has dpo"),
-        ("rto: {run_first: [rto]}\ndpo:", "run_first: 'rto' is no other training section"),
-        ("rto: {run_first: [eval]}\neval:", "run_first: 'eval' is no other training section"),
+        ("rto: {run_first: [sft, dpo]}\ndpo:", "run_first: 'sft' is not another training section; the file has dpo"),
+        ("rto: {run_first: [rto]}\ndpo:", "run_first: 'rto' is not another training section"),
+        ("rto: {run_first: [eval]}\neval:", "run_first: 'eval' is not another training section"),
         ("rto: {run_first: dpo}\ndpo:", "run_first: must be a list of sections, as [sft, reward]; got 'dpo'"),
     ],
 )
@@ -235,6 +235,15 @@ def test_other_spellings_are_understood_where_the_key_exists(write):
         parse(SFTConfig, ["--reset_group_size", "4"], "sft")
 
 
+def test_a_blank_or_null_key_is_absent_unless_null_is_a_value_of_it(write):
+    path = write(
+        "shared: {seed: 3}\nsft:\n  eos_token:\n  seed: null\n  report_to: ~\ndrpo: {missing_eos_score: null}\n"
+    )
+    assert read_yaml(path, SFTConfig, "sft") == {"seed": 3}
+    assert parse(SFTConfig, ["--config", path], "sft") == SFTConfig(seed=3)
+    assert parse(DRPOConfig, ["--config", path], "drpo").missing_eos_score is None
+
+
 def test_a_run_of_the_release_before_compares_by_the_new_names(tmp_path):
     write_yaml(PPOConfig(num_generations=2), tmp_path / "config.yaml")
     text = (tmp_path / "config.yaml").read_text().replace("num_generations", "reset_group_size")
@@ -302,5 +311,5 @@ def test_a_wrong_value_of_a_file_is_told_with_the_file_and_its_section_and_one_o
 
 @pytest.mark.parametrize("text", ["sft:\n  seed: 1\nsft:\n  seed: 2\n", "sft:\n  seed: 1\n\n  seed: 2\n"])
 def test_a_key_that_stands_twice_is_refused_with_its_lines(write, text):
-    with pytest.raises(ValueError, match=r"'(sft|seed)' stands there more than once, in lines (1 and 3|2 and 4)"):
+    with pytest.raises(ValueError, match=r"'(sft|seed)' occurs more than once, in lines (1 and 3|2 and 4)"):
         read_yaml(write(text), SFTConfig, "sft")

@@ -60,7 +60,7 @@ def test_the_examples_are_valid_commands(example, monkeypatch):
 
 def test_an_entry_reads_as_it_should():
     page = format_help("sft")
-    assert "\n  --max_grad_norm  number  [1]\n      Gradients are scaled down to this norm" in page
+    assert "\n  --max_grad_norm  number  [1]\n      Gradients are clipped to this total norm" in page
     assert "\n  --dataset_test_split  text\n" in page
 
 

@@ -118,6 +118,6 @@ def test_the_command_infers_the_one_section_and_asks_where_there_are_two(setting
     assert main(["inspect", "--config", str(file)]) == 2
     assert "--command: the file has the sections dpo, sft; choose one of dpo, sft" in capsys.readouterr().err
     assert main(["inspect", "--config", str(file), "--command", "stf"]) == 2
-    assert "--command: 'stf' is no trainer; did you mean 'sft'?" in capsys.readouterr().err
+    assert "--command: 'stf' is not a trainer; did you mean 'sft'?" in capsys.readouterr().err
     assert main(["inspect", "--config", str(file), "--command", "sft", "--num", "0"]) == 2
     assert "num: must be at least 1; got 0" in capsys.readouterr().err

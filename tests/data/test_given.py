@@ -1,0 +1,63 @@
+"""Rows that a program holds, in place of the configured dataset."""
+
+import logging
+from dataclasses import replace
+
+import datasets
+import pytest
+
+from fastrlhf import (
+    DPOConfig,
+    SFTConfig,
+    load_examples,
+)
+from fastrlhf.data.given import given_examples
+from tests import tiny
+
+FIELDS = {"per_device_train_batch_size": 4, "max_steps": 1, "progress": False, "device": "cpu"}
+EXAMPLES = tiny.examples(6)
+ROWS = [{"prompt": example.prompt, "completion": example.reference, "other": 1} for example in EXAMPLES]
+PAIRS = [{"prompt": e.prompt, "chosen": e.chosen, "rejected": e.rejected} for e in EXAMPLES]
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [replace(example, row=-1) for example in EXAMPLES],
+        (replace(example, row=-1) for example in EXAMPLES),
+        ROWS,
+        iter(ROWS),
+        datasets.Dataset.from_list(ROWS),
+        datasets.Dataset.from_list(ROWS).to_iterable_dataset(),
+        load_examples(ROWS, needs=["reference"]),
+    ],
+    ids=["examples", "generator", "mappings", "iterator", "dataset", "iterable dataset", "loaded"],
+)
+def test_rows_in_any_form_are_the_same_examples(rows):
+    found = given_examples(SFTConfig(), ["reference"], rows, "train")
+    assert [(e.prompt, e.reference, e.row) for e in found] == [(e.prompt, e.reference, e.row) for e in EXAMPLES]
+
+
+def test_columns_and_bad_rows_count_as_in_a_file(caplog):
+    rows = [{"question": "w1", "better": "w2", "worse": "w3"}] * 3 + [{"question": "w1", "better": "w2", "worse": ""}]
+    config = DPOConfig(columns="prompt=question,chosen=better,rejected=worse", max_bad_fraction=0.5)
+    with caplog.at_level(logging.INFO, logger="fastrlhf"):
+        found = given_examples(config, ["chosen", "rejected"], rows, "train")
+    assert [example.row for example in found] == [0, 1, 2]
+    assert "train: rows in memory: 3 examples of 4 rows" in caplog.text
+    with pytest.raises(ValueError, match=r"^rows in memory: 1 of 4 rows cannot be used"):
+        given_examples(replace(config, max_bad_fraction=0.1), ["chosen", "rejected"], rows, "train")
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        ("rows.jsonl", "^train rows: must be rows; the name of a dataset goes into dataset_name; got 'rows.jsonl'$"),
+        ([EXAMPLES[0], ROWS[0]], "^train rows: must be all objects of Example, or all mappings; got 'dict'$"),
+        (datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS)), "give rows, not a DatasetDict of train$"),
+        ([{"text_a": "w1"}], "rows in memory: "),
+    ],
+)
+def test_what_is_no_list_of_rows_is_refused(rows, told):
+    with pytest.raises(ValueError, match=told):
+        given_examples(SFTConfig(), ["reference"], rows, "train")
