@@ -15,6 +15,7 @@ from fastrlhf import (
     train_reward_model,
     train_sft,
 )
+from fastrlhf.models.adapters import add_adapter
 from tests import tiny
 
 FIELDS = {"per_device_train_batch_size": 4, "max_steps": 1, "progress": False, "device": "cpu"}
@@ -96,6 +97,6 @@ def test_a_model_that_is_no_classifier_is_no_reward_model(policy):
 
 def test_a_model_with_an_adapter_is_refused(policy):
     model = AutoModelForCausalLM.from_pretrained(policy)
-    train_sft(SFTConfig(use_peft=True, **FIELDS), EXAMPLES, model=model, tokenizer=tiny.tokenizer())
+    add_adapter(model, SFTConfig(use_peft=True), policy)
     with pytest.raises(ValueError, match=r"^model: must be without an adapter; merge or remove it first"):
         train_sft(SFTConfig(**FIELDS), EXAMPLES, model=model, tokenizer=tiny.tokenizer())
