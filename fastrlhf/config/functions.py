@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
+from hashlib import sha256
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -23,10 +25,34 @@ def load_function(name: str, field: str) -> Callable[..., Any]:
         module = _run_file(place, field) if place.endswith(".py") else import_module(place)
     except ImportError as error:
         raise ValueError(f"{field}: {place!r} cannot be imported: {error}; install it or correct the name") from error
+    except SystemExit as error:
+        raise ValueError(f"{field}: {place!r} calls sys.exit({error.code!r}) when it is imported") from error
     function = getattr(module, attribute, None)
     if not callable(function):
         raise ValueError(f"{field}: {place!r} has no function {attribute!r}")
     return function
+
+
+def function_hashes(config: Any) -> dict[str, str]:
+    """SHA-256 of the file of every function that a key of a configuration names, by the key's value: what a checkpoint
+    keeps, so that a run does not continue with another reward in silence. Modules that a file imports are not part."""
+    names = [
+        text
+        for value in asdict(config).values()
+        for text in (value if isinstance(value, (list, tuple)) else [value])
+        if isinstance(text, str) and ":" in text
+    ]
+    found = {name: _source(name.rpartition(":")[0]) for name in names}
+    return {name: sha256(path.read_bytes()).hexdigest() for name, path in found.items() if path is not None}
+
+
+def _source(place: str) -> Path | None:
+    """The file of a module that has been loaded by its path or its name."""
+    if place.endswith(".py"):
+        path = Path(place).expanduser().resolve()
+        return path if path.is_file() else None
+    file = getattr(sys.modules.get(place), "__file__", None)
+    return Path(file) if file and Path(file).is_file() else None
 
 
 def _run_file(place: str, field: str) -> ModuleType:

@@ -72,7 +72,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "Checkpoints": (
         *("save_steps", "save_total_limit", "disk_wait_minutes"),
-        *("resume_from_checkpoint", "resume_weights_only"),
+        *("resume_from_checkpoint", "resume_changed_functions", "resume_weights_only"),
     ),
     "Logging": ("report_to", "run_name", "progress", "logging_steps"),
 }

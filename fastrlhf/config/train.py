@@ -168,6 +168,8 @@ class TrainConfig:
     resume_from_checkpoint: Literal["auto", "never"] = "auto"
     """auto: continue an unfinished run of the same configuration in `output_dir` from its newest complete checkpoint.
     never: an unfinished run there is an error."""
+    resume_changed_functions: bool = False
+    """Resume although the file of a user-defined function has changed since the checkpoint."""
     resume_weights_only: bool = False
     """Resume with the weights and the step but a new optimiser, for a checkpoint whose optimiser file is lost."""
     seed: int = 42

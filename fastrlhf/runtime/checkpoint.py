@@ -165,12 +165,14 @@ class Checkpointer:
         tokenizer: PreTrainedTokenizerBase,
         parts: Mapping[str, Stateful],
         data: Mapping[str, str],
+        functions: Mapping[str, str] | None = None,
     ) -> None:
         """`models` are what is trained, untrained yet, by their place in a checkpoint, "" for the policy; `parts` what
         else goes on where it was; `data` what the run reads, as `Data.fingerprint` says it."""
         self.folder = folder
         self._models, self._tokenizer, self._data = models, tokenizer, data
         self._parts = {**parts, "random": GlobalRandomness()}
+        self._functions = dict(functions or {})
         self._start = _start(models)
         self.checkpoint_bytes = sum(map(_checkpoint_bytes, models.values()))
         """Of one checkpoint, as estimated before the first step: weights, both moments, float32 copies."""
@@ -210,7 +212,7 @@ class Checkpointer:
     def _position(self) -> int | None:
         return getattr(self._parts.get("optimizer"), "num_done", None)
 
-    def load(self, weights_only: bool = False) -> int:
+    def load(self, weights_only: bool = False, changed_functions: bool = False) -> int:
         """Puts everything where the newest whole checkpoint has it and returns its step, 0 where there is none.
 
         With `weights_only` the models alone are read, and the parts are as new at that step. Raises ValueError as
@@ -227,6 +229,12 @@ class Checkpointer:
                 f"output_dir: the run of {str(path)!r} started from other weights than the models that are named now "
                 "hold; give it the old ones or choose another folder"
             )
+        for name, digest in state.get("functions", {}).items():
+            if self._functions.get(name, digest) != digest and not changed_functions:
+                raise ValueError(
+                    f"output_dir: the file of {name!r} has changed since {str(path)!r} was saved; put the old one "
+                    "back, choose another folder, or give resume_changed_functions"
+                )
         for name, model in self._models.items():
             _load_weights(model, path / name / "model")
         for name, part in self._parts.items():
@@ -245,7 +253,8 @@ class Checkpointer:
             state = part.state_dict()
             tensors[name] = {key: value for key, value in state.items() if isinstance(value, Tensor)}
             parts[name] = {key: value for key, value in state.items() if key not in tensors[name]}
-        state = {"step": step, "data": dict(self._data), "start": self._start, "parts": parts}
+        origin = {"data": dict(self._data), "start": self._start, "functions": self._functions}
+        state = {"step": step, **origin, "parts": parts}
         on_first(lambda: self._write_rest(folder, state))
         for name, model in self._models.items():
             write_tensors(folder / name / "model", _weights(model))

@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.config import TrainConfig, require
+from fastrlhf.config.functions import function_hashes
 from fastrlhf.distributed.ranks import failed_together, from_all, largest, on_first, total
 from fastrlhf.models.adapters import share_weights
 from fastrlhf.runtime.atomic import sweep
@@ -88,7 +89,8 @@ class Run:
         if self.folder and trained:
             models = {"": trained[0]} | ({"value_model": value_model} if value_model is not None else {})
             fingerprint = data.fingerprint if data else {}
-            self._checkpointer = Checkpointer(self.folder, models, trained[1], parts or {}, fingerprint)
+            functions = function_hashes(config)
+            self._checkpointer = Checkpointer(self.folder, models, trained[1], parts or {}, fingerprint, functions)
 
     def __enter__(self) -> Run:
         with ExitStack() as stack:
@@ -104,7 +106,9 @@ class Run:
         """Puts the folder and the run into the state of the checkpoint."""
         on_first(lambda: self._claim(folder, stack))
         if self._checkpointer:
-            self._start = self._saved = self._checkpointer.load(self._config.resume_weights_only)
+            self._start = self._saved = self._checkpointer.load(
+                self._config.resume_weights_only, self._config.resume_changed_functions
+            )
             self._checkpointer.mark()
         rows = on_first(lambda: self._open_log(folder, stack))
         values = [{key: value for key, value in row.items() if key not in ("step", "time")} for row in rows]

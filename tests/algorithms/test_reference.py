@@ -4,6 +4,7 @@ import logging
 from dataclasses import replace
 
 import pytest
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from fastrlhf.algorithms import reference
@@ -96,12 +97,27 @@ def test_only_what_is_trained_or_held_out_is_computed_unless_it_is_kept(model, t
     assert sizes == [8 + 6, 30 + 6]
 
 
-def test_a_damaged_cache_is_named(model, tmp_path):
+def flip_a_byte(content: bytes) -> bytes:
+    return content[:-3] + bytes([content[-3] ^ 4]) + content[-2:]
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[:20], flip_a_byte])
+def test_a_damaged_cache_is_named(damage, model, tmp_path):
+    """A byte that flipped in the numbers, too: the file itself is whole."""
     cfg = config(model, ref_cache_dir=str(tmp_path))
     run(cfg)
     [file] = tmp_path.iterdir()
-    file.write_bytes(file.read_bytes()[:20])
+    file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(ValueError, match=rf"ref_cache_dir: '{file}' is damaged; delete it"):
+        run(cfg)
+
+
+def test_a_cache_without_a_hash_is_not_trusted(model, tmp_path):
+    cfg = config(model, ref_cache_dir=str(tmp_path))
+    run(cfg)
+    [file] = tmp_path.iterdir()
+    save_file(load_file(file), file)
+    with pytest.raises(ValueError, match=rf"ref_cache_dir: '{file}' has no hash, as an older version wrote it; delete"):
         run(cfg)
 
 

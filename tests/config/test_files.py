@@ -313,3 +313,34 @@ def test_a_wrong_value_of_a_file_is_told_with_the_file_and_its_section_and_one_o
 def test_a_key_that_stands_twice_is_refused_with_its_lines(write, text):
     with pytest.raises(ValueError, match=r"'(sft|seed)' occurs more than once, in lines (1 and 3|2 and 4)"):
         read_yaml(write(text), SFTConfig, "sft")
+
+
+def test_a_key_that_a_newer_version_added_counts_with_its_default_and_paths_by_what_they_lead_to(tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    written = SFTConfig(model_name_or_path="model", seed=3)
+    write_yaml(written, tmp_path / "config.yaml")
+    lines = [line for line in (tmp_path / "config.yaml").read_text().splitlines() if "disk_wait_minutes" not in line]
+    (tmp_path / "config.yaml").write_text("\n".join(lines))
+    assert differences(replace(written, model_name_or_path=str(tmp_path / "model")), tmp_path / "config.yaml") == []
+    changed = replace(written, model_name_or_path=str(tmp_path), disk_wait_minutes=3.0)
+    assert differences(changed, tmp_path / "config.yaml") == [
+        f"model_name_or_path: 'model' there, {str(tmp_path)!r} here",
+        "disk_wait_minutes: 10.0 there, 3.0 here",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "allowed"),
+    [
+        ({"max_steps": 5}, {"max_steps": 9}, True),
+        ({"num_train_epochs": 1.0}, {"num_train_epochs": 2.0}, True),
+        ({"max_steps": 9}, {"max_steps": 5}, False),  # a checkpoint may be beyond
+        ({"max_steps": -1}, {"max_steps": 5}, False),
+        ({"max_steps": 5, "lr_scheduler_type": "linear"}, {"max_steps": 9}, False),
+    ],
+)
+def test_a_run_may_be_made_longer_where_nothing_so_far_depends_on_its_end(before, after, allowed, tmp_path):
+    written = SFTConfig(**{"lr_scheduler_type": "constant"} | before)
+    write_yaml(written, tmp_path / "config.yaml")
+    assert (differences(replace(written, **after), tmp_path / "config.yaml") == []) == allowed

@@ -218,6 +218,19 @@ def test_a_request_to_stop_is_obeyed_between_rollout_and_update_where_no_weight_
     assert not list((tmp_path / "first").glob("checkpoint-*"))
 
 
+def test_a_reward_whose_file_has_changed_is_not_continued_with_in_silence(model, judge, tmp_path):
+    file = tmp_path / "reward.py"
+    file.write_text("def short(rollout):\n    return -len(rollout.completion)\n")
+    cfg = replace(ppo_config(model, judge, tmp_path / "run"), **{"reward_functions": (f"{file}:short",)})
+    with pytest.raises(ConnectionError):
+        train_ppo(cfg, tiny.examples(8), judge=Judge(2, unavailable))
+    file.write_text(file.read_text().replace("-len", "+len"))
+    told = rf"^output_dir: the file of '{file}:short' has changed since .*checkpoint-1' was saved; put the old one back"
+    with pytest.raises(ValueError, match=told):
+        train_ppo(cfg, tiny.examples(8), judge=Judge(0, None))
+    train_ppo(replace(cfg, resume_changed_functions=True), tiny.examples(8), judge=Judge(0, None))
+
+
 def test_a_function_that_changes_the_directory_does_not_split_the_run(model, judge, tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path)

@@ -1,0 +1,158 @@
+"""What the manual says about stops, held against tests; and the stops of real torchrun jobs. Long ones are marked
+`faults`: `make test-faults`."""
+
+import ast
+import gc
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from fastrlhf.algorithms.ppo import train_ppo
+from fastrlhf.config import PPOConfig
+from fastrlhf.runtime.atomic import check_folder
+from fastrlhf.runtime.metrics import read_metrics
+from fastrlhf.runtime.run import Run
+from tests import tiny
+from tests.ranks import MODEL
+from tests.resumable import save_models, untimed_log
+from tests.stops import STOPS
+
+ROOT = Path(__file__).parent.parent
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "OMP_NUM_THREADS": "1"}
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+PATIENCE = 180.0
+
+
+def test_every_line_of_the_manuals_table_of_stops_names_tests_that_exist():
+    table = (ROOT / "docs" / "resume.md").read_text(encoding="utf-8").partition("## What happens when")[2]
+    events = re.findall(r"^\| ([^|]+?) \|", table.partition("\n## ")[0], flags=re.MULTILINE)[1:]
+    assert [event for event in events if event not in STOPS] == []
+    for file, names in STOPS.values():
+        tree = ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8"))
+        defined = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+        assert set(names) <= defined, (file, set(names) - defined)
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """A configuration of 60 steps on two processes, and how to start it in a folder."""
+    place = tmp_path_factory.mktemp("job")
+    tiny.tokenizer().save_pretrained(place / "tokenizer")
+    rows = [{"prompt": row.prompt, "completion": row.reference} for row in tiny.examples(40)]
+    (place / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    keys = {
+        "model_config": MODEL,
+        "tokenizer_name_or_path": str(place / "tokenizer"),
+        "dataset_name": str(place / "rows.jsonl"),
+        "per_device_train_batch_size": 4,
+        "max_length": 32,
+        "max_steps": 60,
+        "progress": False,
+    }
+    (place / "job.yaml").write_text(json.dumps(keys))  # JSON is YAML
+
+    def start(folder: Path) -> subprocess.Popen:
+        command = [*TORCHRUN, "-m", "fastrlhf", "sft", "--config", str(place / "job.yaml"), "--output_dir", str(folder)]
+        return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+    return start
+
+
+def rows_of(folder: Path) -> int:
+    file = folder / "metrics.jsonl"
+    return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
+def ranks_of(launcher: int) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()]
+
+
+def stop(child: subprocess.Popen, folder: Path, rows: int, number: int) -> str:
+    """Signals the launcher and its ranks at once, as SLURM does, when the log has that many rows; what was said."""
+    end = time.monotonic() + PATIENCE
+    while rows_of(folder) < rows and child.poll() is None:
+        assert time.monotonic() < end, "the job has not come that far"
+        time.sleep(0.002)
+    for pid in [child.pid, *ranks_of(child.pid)]:
+        os.kill(pid, number)
+    try:
+        return child.communicate(timeout=PATIENCE)[1]
+    finally:
+        child.kill()
+
+
+def check_saved(folder: Path, said: str) -> int:
+    """The step at which a stopped job was saved: its last one."""
+    step = rows_of(folder)
+    assert (
+        f"interrupted after step {step}, saved as {folder / f'checkpoint-{step}'}; the same command continues" in said
+    )
+    check_folder(folder / f"checkpoint-{step}")
+    assert [row["step"] for row in read_metrics(folder / "metrics.jsonl")] == list(range(1, step + 1))
+    return step
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM])
+def test_a_job_whose_launcher_and_ranks_are_signalled_at_once_saves_its_last_step(number, job, tmp_path):
+    child = job(tmp_path / "run")
+    said = stop(child, tmp_path / "run", 3, number)
+    assert 3 <= check_saved(tmp_path / "run", said) < 60
+    assert child.returncode != 0
+
+
+@pytest.mark.faults
+def test_a_job_that_is_stopped_twenty_times_ends_with_the_bits_of_one_that_never_was(job, tmp_path):
+    whole = job(tmp_path / "whole")
+    assert whole.wait(timeout=PATIENCE) == 0
+    draw, folder, steps = random.Random(0), tmp_path / "run", [0]
+    numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
+    while len(steps) <= 20:
+        child = job(folder)
+        said = stop(child, folder, steps[-1] + draw.randint(1, 2), numbers[len(steps) % 3])
+        steps.append(check_saved(folder, said))
+    assert job(folder).wait(timeout=PATIENCE) == 0
+    assert untimed_log(folder) == untimed_log(tmp_path / "whole")
+
+
+@pytest.mark.faults
+def test_five_hundred_updates_with_evaluation_take_no_more_memory_files_or_threads(tmp_path, monkeypatch):
+    """Growth from update 100, when every pool and cache has its size, to update 500: below 5 MB."""
+    paths, seen, log = save_models(tmp_path), {}, Run.log
+
+    def measured(run, step, *arguments, **keywords):
+        log(run, step, *arguments, **keywords)
+        if step in (100, 499):
+            gc.collect()
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            files = len(list(Path("/proc/self/fd").iterdir()))
+            seen[step] = pages * os.sysconf("SC_PAGE_SIZE"), files, threading.active_count()
+
+    monkeypatch.setattr(Run, "log", measured)
+    config = PPOConfig(
+        model_name_or_path=paths["policy"],
+        reward_model_path=paths["judge"],
+        output_dir=str(tmp_path / "run"),
+        per_device_train_batch_size=4,
+        num_ppo_epochs=1,
+        num_mini_batches=1,
+        response_length=5,
+        max_length=32,
+        max_steps=500,
+        eval_steps=25,
+        save_steps=100,
+        save_total_limit=1,
+        progress=False,
+    )
+    train_ppo(config, tiny.examples(10), tiny.examples(4, seed=1))
+    (memory, *counts), (later, *later_counts) = seen[100], seen[499]
+    assert later_counts == counts
+    assert later - memory < 5e6, f"{(later - memory) / 1e6:.1f} MB in 400 updates"
