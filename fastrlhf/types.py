@@ -111,8 +111,8 @@ class Rollout:
     sampler_logprob: list[float]
     """Nats, one per sampled token, under the tempered distribution that drew it."""
     ended: bool
-    """True where an end was sampled, the last token unless the engine was told to go on; False where the budget ran
-    out."""
+    """True where an end was sampled, the last token unless the engine was told to go on, and where a stop string was
+    reached; False where the budget ran out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,7 @@ arXiv 2404.08495, Algorithm 2) and RTO (Zhong et al. 2024, arXiv 2404.18922): on
       scores      the judge, if there is one, reads the whole response (with `psi`, against other responses: PsiPO)
       experience  log-probs under sampler and reference, values, rewards (of reward functions, and of a DPO model's
                   tokens), advantages: of the sampled tokens only
-      updates     `num_ppo_epochs` passes of the clipped losses over the packs
+      updates     `num_ppo_epochs` passes of the clipped losses over the packs, or with `update` pair of a pair loss
 
 PPO is DR-PO with reset probability 0 and RTO with scale 0, bit for bit; with both, DR-PO and RTO mix. With
 `advantage_estimator` rloo or grpo there is no critic.
@@ -28,6 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.algorithms.experience import pack_episodes, score_episodes
 from fastrlhf.algorithms.guards import check_kl, check_sampler
+from fastrlhf.algorithms.pair_update import update_pairs
 from fastrlhf.algorithms.prefixes import draw_prefixes, reset_fields
 from fastrlhf.algorithms.roles import EngineFactory, check_sources, open_roles
 from fastrlhf.algorithms.update import update
@@ -96,6 +97,7 @@ def train_ppo(
         evaluate,
         *(config, policy, reference, roles.judge, held_out, eos, roles.held_out_judge, roles.waiting.present),
         functions=replace(functions, rows=data.eval_rows),
+        stops=roles.stops,
     )
     evaluation: dict[str, float] = {}
 
@@ -116,7 +118,11 @@ def train_ppo(
             with roles.waiting.present() if roles.roll_in else nullcontext():
                 prefixes = draw_prefixes(config, drawn, step * num_groups, progress=step / steps, roll_in=roles.roll_in)
             rollouts = checked_rollouts(
-                roles.sampler.generate(prefixes), prefixes, eos_token_id=eos, stops_at_eos=config.compat == "fixed"
+                roles.sampler.generate(prefixes),
+                prefixes,
+                eos_token_id=eos,
+                stops_at_eos=config.compat == "fixed",
+                may_stop=bool(config.stop),
             )
             sampled = time.perf_counter()
             run.between_parts()
@@ -132,18 +138,21 @@ def train_ppo(
             check_kl(config, step + 1, metrics["objective/kl"])
             scored = time.perf_counter()
             run.between_parts()
-            metrics |= update(
-                config,
-                policy,
-                critic,
-                optimizer,
-                rollouts,
-                experience,
-                packs,
-                seed=(config.seed, step),
-                reference=reference,
-                critic_only=step < config.value_warmup_steps,
-            )
+            if config.update == "pair":
+                metrics |= update_pairs(config, policy, optimizer, rollouts, experience, packs, (config.seed, step))
+            else:
+                metrics |= update(
+                    config,
+                    policy,
+                    critic,
+                    optimizer,
+                    rollouts,
+                    experience,
+                    packs,
+                    seed=(config.seed, step),
+                    reference=reference,
+                    critic_only=step < config.value_warmup_steps,
+                )
             if step >= config.value_warmup_steps:
                 rewards.kl.update(metrics["objective/kl"], len(rollouts))
             metrics |= {

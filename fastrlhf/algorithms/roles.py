@@ -31,6 +31,7 @@ from fastrlhf.rewards.implicit import implicit_sources, open_implicit_reward
 from fastrlhf.rewards.terms import Rewards, open_rewards
 from fastrlhf.rollout.engine import Engine, SharedEngine, TransformersEngine
 from fastrlhf.rollout.probe import decoder_of
+from fastrlhf.rollout.stop import StoppingEngine, Stops
 from fastrlhf.rollout.vllm import import_vllm, open_vllm
 from fastrlhf.types import EndIds, TokenizedExample
 
@@ -59,6 +60,8 @@ class Roles:
     sampler: Engine
     roll_in: Engine | None
     """Where episodes start for `reset_source: sample`."""
+    stops: Stops | None
+    """The strings that end a response, where there are some."""
     waiting: Waiting
     """The frozen models, which may wait in CPU memory."""
 
@@ -143,6 +146,8 @@ def open_roles(
         score = psi_judge(judge, others, load_psi(config.psi, config.psi_clip))
     trained = [policy, critic] if critic else [policy]
     shard(*trained, *frozen)
+    sampler = SharedEngine(engine=(engine or make_engine)(config, policy, eos), model=policy)
+    stops = Stops(strings=config.stop, tokenizer=tokenizer) if config.stop else None
     return Roles(
         policy=policy,
         reference=reference,
@@ -151,7 +156,8 @@ def open_roles(
         score=score,
         held_out_judge=held_out_judge,
         rewards=rewards,
-        sampler=SharedEngine(engine=(engine or make_engine)(config, policy, eos), model=policy),
+        sampler=sampler if stops is None else StoppingEngine(engine=sampler, stops=stops),
+        stops=stops,
         roll_in=make_roll_in(config, reference, eos) if config.reset_source == "sample" else None,
         waiting=Waiting(frozen if config.ref_reward_offload else (), trained, policy.device),
     )

@@ -51,7 +51,7 @@ def update(
     by_sequence = config.aggregation == "sequence"
     shares = _episode_shares(experience.cu_rows, experience.trained) if by_sequence else None
     value_shares = _episode_shares(experience.cu_rows, torch.ones_like(experience.mask)) if by_sequence else None
-    for epoch, mini in _mini_batches(config, rollouts, packs, seed, policy.device):
+    for epoch, mini in mini_batches(config, rollouts, packs, seed, policy.device):
         in_mini = gathered(torch.cat([item.index for item in mini]))
         drift = torch.zeros((), device=policy.device)
         for model in (policy, critic) if critic else (policy,):
@@ -98,7 +98,7 @@ def update(
     return metrics if config.target_kl is None else metrics | {"policy/stopped_passes": float(num_stopped)}
 
 
-def _mini_batches(
+def mini_batches(
     config: PPOConfig,
     rollouts: Sequence[Rollout],
     packs: Sequence[Sequence[Pack]],

@@ -29,13 +29,14 @@ GROUPS: dict[str, tuple[str, ...]] = {
         *("length_norm", "center_rewards_coefficient", "router_aux_loss_coef"),
         *("cliprange", "cliprange_high", "dual_clip", "entropy_coef", "loss_aggregation", "target_kl"),
         *("mask_truncated_completions", "sampler_is_cap", "cliprange_value", "vf_coef"),
+        *("update", "pair_loss", "pair_select", "pair_eta", "pair_beta"),
     ),
     "Labels and PsiPO": (
         *("label_source", "label_prior", "score_scale", "psi", "psi_clip", "psi_backend", "psi_opponents"),
     ),
     "Reference model": ("ref_model_name_or_path", "precompute_ref_log_probs", "ref_cache_dir"),
     "Sampling": (
-        *("response_length", "temperature", "num_generations", "rollout_batch_size", "engine", "decode"),
+        *("response_length", "temperature", "stop", "num_generations", "rollout_batch_size", "engine", "decode"),
         *("vllm_gpu_memory_utilization", "max_sampling_logp_difference"),
     ),
     "Rewards": (

@@ -1,5 +1,5 @@
 """The on-policy trainer: PPO, and the defaults of GRPO, DR-PO and RTO. Most keys are declared in groups: rewards.py,
-sampling.py, losses.py, resets.py."""
+sampling.py, losses.py, pairs.py, resets.py."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Literal
 
 from fastrlhf.config.checks import at_default, at_least, require
 from fastrlhf.config.losses import LossKeys
+from fastrlhf.config.pairs import PairKeys
 from fastrlhf.config.resets import ResetKeys
 from fastrlhf.config.rewards import RewardKeys
 from fastrlhf.config.sampling import SamplingKeys
@@ -15,7 +16,7 @@ from fastrlhf.config.train import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class PPOConfig(ResetKeys, LossKeys, SamplingKeys, RewardKeys, TrainConfig):
+class PPOConfig(ResetKeys, PairKeys, LossKeys, SamplingKeys, RewardKeys, TrainConfig):
     """PPO with a critic, GRPO by `advantage_estimator`, DR-PO by `reset_prob`, RTO by `dpo_model_path`, and any mix of
     them. `model_name_or_path` is the SFT model, which is also the reference."""
 
@@ -36,10 +37,12 @@ class PPOConfig(ResetKeys, LossKeys, SamplingKeys, RewardKeys, TrainConfig):
         self.check_sampling()
         self.check_rewards()
         self.check_losses()
+        self.check_pairs()
         self.check_resets()
         self._check_batch()
         self._check_engine()
         self._check_estimator()
+        self._check_pair_update()
         self._check_compat()
         self._check_unread()
         self.check_truncation()
@@ -80,8 +83,28 @@ class PPOConfig(ResetKeys, LossKeys, SamplingKeys, RewardKeys, TrainConfig):
             advantage, rule = self.advantage_estimator, "gae, rloo or opo with kl_estimator exact in the reward"
             require(advantage != "grpo", "advantage_estimator", advantage, f"{rule}: grpo rescales every group")
 
+    def _check_pair_update(self) -> None:
+        if self.update != "pair":
+            return
+        because = "with update pair"
+        estimator, size = self.advantage_estimator, self.num_generations
+        rule = f"rloo, grpo or opo {because}, which has no critic"
+        require(estimator != "gae", "advantage_estimator", estimator, rule)
+        rule = f"even {because} and pair_select neighbours"
+        require(size % 2 == 0 or self.pair_select != "neighbours", "num_generations", size, rule)
+        rule = f"true {because}, whose pairs are computed in one tree"
+        require(self.share_trunks, "share_trunks", self.share_trunks, rule)
+        require(not self.whiten_rewards, "whiten_rewards", True, f"false {because}, which compares rewards as they are")
+        rule = f"reward {because}, whose loss has no other term"
+        require(self.kl_placement == "reward", "kl_placement", self.kl_placement, rule)
+        rule = f"k1 {because}, which compares the rewards of whole episodes"
+        require(self.kl_estimator == "k1", "kl_estimator", self.kl_estimator, rule)
+
     def _check_compat(self) -> None:
         if self.compat == "reference":
+            require(
+                not self.stop, "stop", self.stop, "empty under compat reference, whose sampling goes on past the end"
+            )
             only_these = (("kl_placement", "reward"), ("loss_aggregation", "token"), ("truncation", "terminal"))
             for name, only in (*only_these, ("loss_type", "ppo"), ("mask_truncated_completions", False)):
                 value = getattr(self, name)
@@ -92,6 +115,9 @@ class PPOConfig(ResetKeys, LossKeys, SamplingKeys, RewardKeys, TrainConfig):
         resets = ("reset_min", "reset_source", "reset_curriculum")
         critic = ("vf_coef", "cliprange_value", "value_learning_rate", "lam", "truncation", "critic_model_path")
         no_grpo = f"where advantage_estimator is {self.advantage_estimator}, not grpo"
+        clipped = ("cliprange", "cliprange_high", "dual_clip", "entropy_coef", "loss_type", "loss_aggregation")
+        clipped += ("target_kl", "sampler_is_cap", "scale_rewards")
+        in_pairs, rebel = self.update == "pair", self.pair_loss == "rebel"
         no_critic = f"with advantage_estimator {self.advantage_estimator}"
         grouped, one_step = self.num_generations > 1, self.num_ppo_epochs * self.num_mini_batches == 1
         at_default(
@@ -106,6 +132,10 @@ class PPOConfig(ResetKeys, LossKeys, SamplingKeys, RewardKeys, TrainConfig):
                 (self.advantage_estimator == "grpo", no_grpo, ("scale_rewards",)),
                 (self.loss_type == "ppo", f"with loss_type {self.loss_type}, which says how", ("loss_aggregation",)),
                 (self.loss_type != "cispo", "with loss_type cispo", ("cliprange", "dual_clip")),
+                (not in_pairs, "with update pair", clipped),
+                (in_pairs, "where update is clipped", ("pair_loss", "pair_select", "pair_eta", "pair_beta")),
+                (rebel, "where pair_loss is not rebel", ("pair_eta",)),
+                (not rebel, "where pair_loss is rebel", ("pair_beta",)),
                 (self.engine == "vllm", "where engine is transformers", ("vllm_gpu_memory_utilization",)),
                 (self.kl_target > 0, "without a kl_target", ("kl_horizon",)),
                 (bool(self.psi), "without psi", ("psi_opponents",)),

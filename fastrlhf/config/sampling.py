@@ -16,6 +16,9 @@ class SamplingKeys:
     """Maximum number of tokens of a response, including those of a reset."""
     temperature: float = 0.7
     """Divides the logits when sampling and in every log-prob of the run."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a response besides the EOS: it is cut after the token that completes the first of them, and
+    counts as ended. The tokens after it are sampled and dropped."""
     rollout_batch_size: int = 64
     """Episodes that are generated side by side."""
     decode: Literal["eager", "cuda_graph"] = "eager"
@@ -36,6 +39,7 @@ class SamplingKeys:
     def check_sampling(self) -> None:
         at_least(self, 1, "response_length", "rollout_batch_size")
         above_0(self, "temperature")
+        require(all(self.stop), "stop", self.stop, "strings that are not empty")
         if self.max_sampling_logp_difference is not None:
             at_least(self, 0, "max_sampling_logp_difference")
         share = self.vllm_gpu_memory_utilization

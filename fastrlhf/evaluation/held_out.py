@@ -21,6 +21,7 @@ from fastrlhf.config import PPOConfig
 from fastrlhf.evaluation.completions import respond, response_kl
 from fastrlhf.evaluation.judges import Judge, checked_scores
 from fastrlhf.rewards.functions import Earned, RewardFunctions, mean_rewards
+from fastrlhf.rollout.stop import Stops
 from fastrlhf.types import EndIds, Rollout, TokenizedExample
 
 NGRAM = 4
@@ -38,6 +39,7 @@ def evaluate(
     held_out_judge: Judge | None = None,
     present: Callable[[], AbstractContextManager[None]] = nullcontext,
     functions: RewardFunctions | None = None,
+    stops: Stops | None = None,
 ) -> dict[str, float]:
     """Generates one response per prompt with the sampling of training and one greedily, and judges both. Reference and
     judges run within `present`, after all sampling.
@@ -51,7 +53,7 @@ def evaluate(
     functions = functions or RewardFunctions()
 
     def answers(temperature: float) -> list[Rollout]:
-        return respond(
+        found = respond(
             policy,
             examples,
             eos_token_id=eos_token_id,
@@ -62,6 +64,7 @@ def evaluate(
             micro_batch_tokens=config.micro_batch_tokens,
             decode=config.decode,
         )
+        return found if stops is None else list(map(stops.cut, found))
 
     def scores(name: str, values: Tensor | Sequence[float], rollouts: Sequence[Rollout]) -> dict[str, float]:
         return mean_and_error(f"{name}/scores", checked_scores(values, rollouts, policy.device))

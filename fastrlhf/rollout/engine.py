@@ -293,7 +293,12 @@ def check_room(prefixes: Sequence[Prefix], response_length: int) -> None:
 
 
 def checked_rollouts(
-    rollouts: Sequence[Rollout], prefixes: Sequence[Prefix], *, eos_token_id: EndIds, stops_at_eos: bool
+    rollouts: Sequence[Rollout],
+    prefixes: Sequence[Prefix],
+    *,
+    eos_token_id: EndIds,
+    stops_at_eos: bool,
+    may_stop: bool = False,
 ) -> Sequence[Rollout]:
     """The rollouts of an engine, checked against the promises of `Engine` and `Rollout`. Raises ValueError naming the
     first broken one: a faulty engine of your own would otherwise train on the wrong tokens in silence."""
@@ -308,7 +313,7 @@ def checked_rollouts(
         if not all(map(math.isfinite, rollout.sampler_logprob)):
             raise ValueError(f"{where} has a log-prob that is not finite; the policy's weights are broken")
         end = first_end(tokens, eos_token_id)
-        if rollout.ended != (end is not None):
+        if rollout.ended != (end is not None) and not (may_stop and rollout.ended):
             raise ValueError(f"{where} says ended={rollout.ended}, but its tokens say otherwise")
         if stops_at_eos and end is not None and end + 1 < len(tokens):
             raise ValueError(f"{where} goes on after its EOS")

@@ -119,7 +119,9 @@ CHOICES = [
 ]
 
 
+PAIR = {"update": "pair", "advantage_estimator": "rloo", "num_generations": 2, "whiten_rewards": False}
 BESIDE = {
+    **dict.fromkeys(("pair", "pair_loss", "pair_select"), PAIR),
     "reward_shaping": {"dpo_model_path": "dpo"},
     "reset_source": {"reset_prob": 0.5},
     "reset_group": {"reset_prob": 0.5, "num_generations": 2},
