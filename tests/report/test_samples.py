@@ -32,6 +32,7 @@ def experience(**rewards: list[float]) -> Experience:
         advantage=zeros,
         kl_coef=0.1,
         rewards={name: torch.tensor(values) for name, values in rewards.items()},
+        scores=torch.tensor([2.5, -1.0]),
     )
 
 
