@@ -1,7 +1,8 @@
 """Every causal language model of the installed transformers, one process each: what is right, what runs slower, what is
 refused with which words.
 
-A row per type goes to bench/results/models.jsonl. A type whose row has the versions of now is not run again.
+A row per type goes to bench/results/models.jsonl. A type whose row has all checks with this version of transformers
+is not run again.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ ROWS = RESULTS / "models.jsonl"
 SECONDS = 180
 """Of the processor, for one type."""
 
+CELLS = {"right": "yes", "": "not run", "wrong": "no", "crashed": "no", "refused": "no"}
+"""Verdict of a check -> cell of the table."""
+
 Row = dict[str, Any]
 
 
@@ -38,7 +42,9 @@ def run_models(types: Sequence[str], checks: Sequence[str], path: Path = ROWS, *
     with quiet():
         for model_type in types or causal_types():
             old = rows.get(model_type, {})
-            fresh = old.get("transformers") == transformers.__version__
+            fresh = old.get("transformers") == transformers.__version__ and (
+                "refused" in old or "crashed" in old or {*names} <= {*old["checks"]}
+            )
             if again or not fresh:
                 rows[model_type] = _in_process(model_type, names)
                 print(line(rows[model_type]), flush=True)
@@ -106,7 +112,7 @@ def _markdown(row: Row) -> str:
     if text := row.get("refused") or row.get("crashed"):
         return f"| {kind} | refused: {text.replace('|', '/')} | | | | | | |\n"
     way = "one sequence at a time" if row["alone"] else "together"
-    cells = ["yes" if row["checks"].get(n, {}).get("verdict") == "right" else "no" for n in CHECKS]
+    cells = [CELLS[row["checks"].get(name, {}).get("verdict", "")] for name in CHECKS]
     return f"| {kind} | {way} | {' | '.join(cells)} |\n"
 
 

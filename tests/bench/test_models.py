@@ -17,6 +17,7 @@ ROWS = [
     row("a"),
     row("b", alone="mixes sequences"),
     row("c", checks=RIGHT | {"lora": {"verdict": "wrong", "text": "lora differ by 1"}}),
+    row("c2", checks={"packed": {"verdict": "right"}}),
     row("d", checks={}, refused="D: set x | y"),
     row("e", checks={}, crashed="KeyError: 'z'"),
     row(
@@ -26,8 +27,8 @@ ROWS = [
 
 
 def test_the_worst_check_of_a_row_is_its_verdict():
-    assert [verdict(each) for each in ROWS] == ["right", "right", "wrong", "refused", "crashed", "crashed"]
-    assert summary(ROWS) == "2 crashed, 1 refused, 2 right, 1 wrong"
+    assert [verdict(each) for each in ROWS] == ["right", "right", "wrong", "right", "refused", "crashed", "crashed"]
+    assert summary(ROWS) == "2 crashed, 1 refused, 3 right, 1 wrong"
 
 
 def test_rows_are_written_in_order_and_read_again(tmp_path):
@@ -44,6 +45,7 @@ def test_the_page_has_a_line_per_type_with_the_versions_on_top():
         "| `a` | together | yes | yes | yes | yes | yes | yes |",
         "| `b` | one sequence at a time | yes | yes | yes | yes | yes | yes |",
         "| `c` | together | yes | yes | yes | yes | yes | no |",
+        "| `c2` | together | yes | not run | not run | not run | not run | not run |",
         "| `d` | refused: D: set x / y | | | | | | |",
         "| `e` | refused: KeyError: 'z' | | | | | | |",
         "| `f` | together | no | yes | yes | yes | yes | no |",
