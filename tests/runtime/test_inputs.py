@@ -75,7 +75,7 @@ def test_rows_that_are_kept_hold_their_other_columns_by_number(tmp_path, config)
     config = replace(config, dataset_name=str(tmp_path / "b.jsonl"), num_eval_examples=1)
     _, data = open_inputs(config, ["reference"], None, None, keep_rows=True)
     assert {row: example.columns for row, example in data.train_rows.items()} == {
-        i: {"answer": i, "meta": {"id": [i]}} for i in range(3)
+        i: {"completion": "w1", "answer": i, "meta": {"id": [i]}} for i in range(3)
     }
     assert data.eval_rows[3].columns["answer"] == 3
     assert data.eval_rows[3].prompt == "w3"
