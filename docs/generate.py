@@ -2,6 +2,7 @@
 
 configuration.md    every key of every command, from the config dataclasses and the docstring under each field
 trl_keys.txt        every key of TRL and transformers and what it is called here, for docs/trl.md to include
+models.txt          the sweep of architectures, from the rows of `python -m bench models`, for docs/models.md to include
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from bench.models.sweep import ROWS, page, read_rows
 from fastrlhf.config import CONFIGS, elsewhere
 from fastrlhf.config.groups import GROUPS
 from fastrlhf.config.help import Key, as_yaml, keys_of
@@ -76,11 +78,17 @@ def _ours(key: elsewhere.Key) -> str:
     return f"`{key.ours}`" if key.ours else ""
 
 
-PAGES = {"configuration.md": configuration, "trl_keys.txt": trl_keys}
+def models() -> str:
+    """The table of architectures; a sentence where no rows are committed."""
+    rows = read_rows(ROWS).values() if ROWS.exists() else []
+    return page(rows) if rows else "No rows of this sweep are committed yet.\n"
+
+
+PAGES = {"configuration.md": configuration, "trl_keys.txt": trl_keys, "models.txt": models}
 
 
 def write(folder: Path) -> None:
     """Writes every page into `folder`."""
     folder.mkdir(exist_ok=True)
-    for name, page in PAGES.items():
-        (folder / name).write_text(page(), encoding="utf-8")
+    for name, text_of in PAGES.items():
+        (folder / name).write_text(text_of(), encoding="utf-8")
