@@ -176,7 +176,7 @@ def test_keys_of_a_score_are_refused_without_a_reward_model(paths, settings, tol
 
 
 def test_a_reward_function_is_tried_before_a_model_is_loaded(paths, monkeypatch):
-    monkeypatch.setattr("fastrlhf.algorithms.roles.open_policy", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("fastrlhf.algorithms.ppo.open_roles", lambda *_, **__: pytest.fail("a model was loaded"))
     with pytest.raises(RuntimeError, match=r"^reward_functions: 'typo' raised KeyError: 'anser'"):
         train_ppo(config(paths), tiny.examples(8), reward_functions={"typo": lambda completions, **rest: rest["anser"]})
 
