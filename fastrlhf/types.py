@@ -33,7 +33,8 @@ Text = str | list[Message]
 class Example:
     """One usable row of a dataset, whatever form it was stored in.
 
-    A conversation keeps its turns: `prompt` is then a list of messages, and every response a list of one.
+    A conversation keeps its turns: `prompt` is then a list of messages, and so is every response, which begins and ends
+    with a turn of the assistant.
     """
 
     prompt: Text
@@ -58,6 +59,8 @@ class Example:
     row: int = -1
     """Position in the source, counted from 0: the name of this example in messages and in random draws. -1: unknown;
     trainers fill in the position in the list that they are given."""
+    template: Mapping[str, Any] = field(default_factory=dict)
+    """What the row gives the chat template beside the turns: `tools`, `documents`, `chat_template_kwargs`."""
     columns: Mapping[str, Any] = field(default_factory=dict, compare=False)
     """Every column of the row except that of the prompt, by its name in the file: what reward functions may read."""
 
@@ -66,7 +69,7 @@ class Example:
 class TokenizedExample:
     """An Example as ids. Prompt and responses are tokenised apart; a sequence is their concatenation.
 
-    Responses end in EOS, which is added if the text lacks it, except responses that `max_length` cut.
+    Responses end in an end (EOS is added where the text has none), except where `max_length` cut them.
     """
 
     prompt: list[int]
@@ -80,7 +83,14 @@ class TokenizedExample:
     scores: list[float] | None = None
     wins: int | None = None
     num_labels: int | None = None
+    trained: Mapping[str, list[int]] | None = None
+    """Name of a response ("chosen", "responses[0]") -> indices of its trained tokens, in order; of those responses that
+    hold others: what tools and users wrote between the turns of the assistant."""
     row: int
+
+    def scored(self, name: str) -> list[int] | None:
+        """The trained tokens of a response; None: all."""
+        return (self.trained or {}).get(name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +140,8 @@ class Segment:
     token_ids: Sequence[int]
     num_scored: int = 0
     """The last `num_scored` tokens are scored: each gives one row of the pack."""
+    scored: Sequence[int] | None = None
+    """Indices of the `num_scored` tokens that are scored, in order, where they are not the last ones."""
     parent: int = -1
     """Index of the segment that it continues; -1 for a root."""
     cut: int = 0

@@ -332,4 +332,5 @@ def to_tree(example: TokenizedExample, config: DPOConfig) -> Tree:
     assert example.chosen is not None
     assert example.rejected is not None
     responses = (example.chosen, example.rejected)
-    return pair(example.prompt, *responses, scored=True, share_prompt=config.share_prompts)
+    trained = (example.scored("chosen"), example.scored("rejected"))
+    return pair(example.prompt, *responses, scored=True, share_prompt=config.share_prompts, trained=trained)

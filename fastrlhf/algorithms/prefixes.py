@@ -95,7 +95,11 @@ def _dataset_response(config: PPOConfig, example: TokenizedExample, group: int) 
     source = config.reset_source
     if source == "both":
         source = "reference" if takes_first(seed=config.seed, key=group) else "chosen"
-    return getattr(example, source)
+    response, trained = getattr(example, source), example.scored(source)
+    if trained is None:
+        return response
+    # An episode may not start after what the policy has not written: it resets within the first turn of the assistant.
+    return response[: next((n for n, i in enumerate(trained) if n != i), len(trained))]
 
 
 def _withheld(config: PPOConfig, progress: float) -> float:

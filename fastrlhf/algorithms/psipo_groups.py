@@ -191,7 +191,8 @@ def to_tree(example: TokenizedExample, config: DPOConfig) -> Tree:
     """The segments of a row: the prompt and its responses."""
     if not example.responses or len(example.responses) < 2:
         raise ValueError(f"row {example.row}: a group needs at least two responses")
-    return group(example.prompt, example.responses, scored=True, share_prompt=config.share_prompts)
+    trained = [example.scored(f"responses[{i}]") for i in range(len(example.responses))]
+    return group(example.prompt, example.responses, scored=True, share_prompt=config.share_prompts, trained=trained)
 
 
 def _micro_batches(groups: Sequence[Group], config: DPOConfig) -> Sequence[list[int]]:

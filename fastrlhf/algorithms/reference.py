@@ -139,7 +139,9 @@ def _fingerprint(config: DPOConfig, policy: PreTrainedModel, trees: Sequence[Tre
             digest.update(tensor.detach().reshape(-1).view(torch.uint8).cpu().numpy())
     for segment in (segment for tree in trees for segment in tree):
         digest.update(
-            np.array([segment.parent, segment.cut, segment.num_scored, *segment.token_ids], np.int64).tobytes()
+            np.array(
+                [segment.parent, segment.cut, segment.num_scored, *segment.token_ids, *(segment.scored or ())], np.int64
+            ).tobytes()
         )
     return digest.hexdigest()[:32]
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.config import SFTConfig, check_config
 from fastrlhf.data.given import Rows
-from fastrlhf.data.packing import own_micro_batches, pack
+from fastrlhf.data.packing import own_micro_batches, pack, sequence
 from fastrlhf.distributed.ranks import total
 from fastrlhf.models.forward import token_logprobs
 from fastrlhf.models.given import policy_or_given
@@ -87,5 +87,7 @@ def evaluate(model: PreTrainedModel, segments: Sequence[Segment], micro_batch_to
 def to_segment(example: TokenizedExample, config: SFTConfig) -> Segment:
     """The sequence of a row: prompt and response."""
     response = getattr(example, config.response)
-    token_ids = [*example.prompt, *response]
-    return Segment(token_ids=token_ids, num_scored=len(response) if config.completion_only_loss else len(token_ids) - 1)
+    if config.train_on == "all" or not config.completion_only_loss:
+        token_ids = [*example.prompt, *response]
+        return Segment(token_ids=token_ids, num_scored=len(token_ids) - 1)
+    return sequence(example.prompt, response, example.scored(config.response))

@@ -12,7 +12,7 @@ from fastrlhf.config.commands import DemoConfig, EvalConfig
 from fastrlhf.config.offline import DPOConfig, RewardConfig, SFTConfig
 from fastrlhf.config.on_policy import DRPOConfig, GRPOConfig, PPOConfig, RTOConfig
 from fastrlhf.config.rlp import RLPConfig
-from fastrlhf.config.train import COLUMNS, TrainConfig, parse_columns, parse_model_config
+from fastrlhf.config.train import COLUMNS, TrainConfig, parse_columns, parse_model_config, parse_template_kwargs
 
 CONFIGS: dict[str, type] = {
     "sft": SFTConfig,
@@ -45,5 +45,6 @@ __all__ = [
     "check_config",
     "parse_columns",
     "parse_model_config",
+    "parse_template_kwargs",
     "require",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import fields
 from numbers import Integral, Real
@@ -110,3 +111,14 @@ def _in_words(hint: Any) -> str:
     if origin is tuple:
         return "a list of texts" if arguments[0] is str else "a list of numbers"
     return " or ".join(map(_in_words, arguments)) if arguments else NAMES[hint]
+
+
+def expand_home(config: Any) -> None:
+    """Fills in `~/` at the start of texts, alone or in tuples, of a frozen configuration."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, str) and value.startswith("~/"):
+            object.__setattr__(config, field.name, os.path.expanduser(value))
+        elif isinstance(value, tuple) and any(isinstance(each, str) and each.startswith("~/") for each in value):
+            expanded = tuple(os.path.expanduser(each) if isinstance(each, str) else each for each in value)
+            object.__setattr__(config, field.name, expanded)

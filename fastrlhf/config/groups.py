@@ -6,11 +6,12 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Run": ("output_dir", "out", "seed", "device", "methods"),
     "Model": (
         *("model_name_or_path", "models", "model_config", "tokenizer_name_or_path", "eos_token", "chat_template"),
-        *("trust_remote_code", "dtype"),
+        *("chat_template_kwargs", "template_date", "trust_remote_code", "dtype"),
     ),
     "Data": (
         *("dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "max_train_examples"),
         *("columns", "response", "max_length", "truncation_mode", "max_bad_fraction"),
+        *("max_dropped_fraction",),
     ),
     "Batch and steps": (
         *("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps"),
@@ -25,7 +26,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
         *("use_rslora", "use_dora", "load_in_4bit", "merged_dtype", "max_merge_shift"),
     ),
     "Loss": (
-        *("completion_only_loss", "beta", "loss_type", "loss_weights", "margin_scale", "label_smoothing"),
+        *("completion_only_loss", "train_on", "train_suffix"),
+        *("beta", "loss_type", "loss_weights", "margin_scale", "label_smoothing"),
         *("length_norm", "center_rewards_coefficient", "router_aux_loss_coef"),
         *("cliprange", "cliprange_high", "dual_clip", "entropy_coef", "loss_aggregation", "target_kl"),
         *("mask_truncated_completions", "sampler_is_cap", "cliprange_value", "vf_coef"),

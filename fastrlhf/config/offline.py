@@ -20,6 +20,17 @@ class SFTConfig(TrainConfig):
     """Which response is imitated: chosen, or reference, which is the completion of prompt-completion rows."""
     completion_only_loss: bool = True
     """Train only the tokens of the response. False: those of the prompt as well."""
+    train_on: Literal["last_assistant", "all_assistant", "all"] = "last_assistant"
+    """What is trained of a conversation. last_assistant: the response, which is the last turn of `messages`.
+    all_assistant: every turn of the assistant, those of the prompt too (TRL's assistant_only_loss). all: every token,
+    as completion_only_loss false. Of a response of several turns only those of the assistant are trained."""
+    train_suffix: bool = False
+    """Train what the chat template writes behind the end of a turn too, as TRL does: the newline of ChatML."""
+
+    def __post_init__(self) -> None:
+        TrainConfig.__post_init__(self)
+        rule = "last_assistant where completion_only_loss is false, which trains every token"
+        require(self.completion_only_loss or self.train_on == "last_assistant", "train_on", self.train_on, rule)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +64,9 @@ class DPOConfig(TrainConfig):
     num_train_epochs: float = 1.0
     beta: float = 0.1
     """Strength of the tie to the reference; for ipo it is the paper's tau."""
+    train_suffix: bool = False
+    """Count what the chat template writes behind the end of a turn as a part of the response, as TRL does: the newline
+    of ChatML."""
     loss_type: str | tuple[str, ...] = "sigmoid"
     """sigmoid (DPO), ipo, hinge or robust; or a list whose losses are added up, which may include sft: minus the mean
     log-prob of the tokens of the chosen responses."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from datetime import date
 from typing import Any, ClassVar, Literal
 
-from fastrlhf.config.checks import above_0, at_default, at_least, check_types, require
+from fastrlhf.config.checks import above_0, at_default, at_least, check_types, expand_home, require
 
 COLUMNS = (
     *("prompt", "chosen", "rejected", "reference", "label_prob", "margin"),
@@ -36,8 +37,14 @@ class TrainConfig:
     """Token that ends a response, for a tokenizer without an EOS token; it is added to the vocabulary if it is missing
     there."""
     chat_template: str = ""
-    """Jinja template for conversations, or "hh" for Anthropic's Human/Assistant form. Empty: the template of the
-    tokenizer."""
+    """Jinja template for conversations, a file that holds one, or "hh" for Anthropic's Human/Assistant form. Empty: the
+    template of the tokenizer."""
+    chat_template_kwargs: str = ""
+    """What the chat template is given beside the turns (a mapping in YAML, JSON as a flag), for example
+    {"enable_thinking": false}; those of a row come first."""
+    template_date: str = ""
+    """What a chat template is told that asks for the day, as 2026-11-30. Empty: the day that the run in `output_dir` or
+    the model's own run has recorded, else today; config.yaml then has it."""
     trust_remote_code: bool = False
     """Run Python code that comes with a model."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -92,7 +99,7 @@ class TrainConfig:
     local rank of the process."""
 
     dataset_name: str = ""
-    """Hub name of the dataset, or a local file or folder of .jsonl, .jsonl.gz, .json, .csv or .parquet."""
+    """Hub name of the dataset, or a local file or folder of .jsonl, .jsonl.gz, .ndjson, .json, .csv or .parquet."""
     dataset_config: str = ""
     """Name of the configuration of a hub dataset that has several."""
     dataset_train_split: str = "train"
@@ -107,7 +114,11 @@ class TrainConfig:
     """Column names of the dataset where they differ from the usual ones, for example
     "prompt=question,chosen=better"."""
     max_bad_fraction: float = 0.1
-    """Rows that cannot be used are skipped and counted; a larger share of them than this is an error."""
+    """Rows that cannot be used, or that the chat template refuses or changes, are counted; more than this share of them
+    is an error."""
+    max_dropped_fraction: float = 0.5
+    """Rows that do not fit `max_length`, or that tokenising must drop for another reason, are counted; more than this
+    share of them is an error."""
     max_length: int = 1024
     """Maximum number of tokens of prompt and response together."""
     truncation_mode: Literal["keep_start", "keep_end", "drop"] = "keep_start"
@@ -187,7 +198,12 @@ class TrainConfig:
     or score, learning rate, gradient norm, tokens per second, time left. metrics.jsonl has every step in any case."""
 
     def __post_init__(self) -> None:
+        expand_home(self)
+        if self.report_to == ("none",):
+            object.__setattr__(self, "report_to", ())
         check_types(self)
+        parse_template_kwargs(self.chat_template_kwargs)
+        require(_is_day(self.template_date), "template_date", self.template_date, "a day such as 2026-11-30, or empty")
         at_least(self, 1, "per_device_train_batch_size", "gradient_accumulation_steps", "micro_batch_tokens")
         at_least(self, 1, "lora_r", "lora_alpha", "logging_steps")
         require(bool(self.lora_target_modules), "lora_target_modules", self.lora_target_modules, "all-linear, or names")
@@ -233,7 +249,8 @@ class TrainConfig:
         require(
             self.max_steps == -1 or self.max_steps >= 1, "max_steps", self.max_steps, "at least 1, or -1 for epochs"
         )
-        require(0 <= self.max_bad_fraction <= 1, "max_bad_fraction", self.max_bad_fraction, "in 0..1")
+        for name in ("max_bad_fraction", "max_dropped_fraction"):
+            require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "in 0..1")
         require(0 <= self.seed < 2**63, "seed", self.seed, "in 0..2^63 - 1")
 
     @property
@@ -251,6 +268,24 @@ def parse_columns(columns: str) -> dict[str, str]:
                 f"columns: {columns!r} must look like prompt=question,chosen=better, of the names {', '.join(COLUMNS)}"
             )
     return {name: column for name, _, column in pairs}
+
+
+def _is_day(text: str) -> bool:
+    try:
+        return not text or bool(date.fromisoformat(text))
+    except ValueError:
+        return False
+
+
+def parse_template_kwargs(chat_template_kwargs: str) -> dict[str, Any]:
+    """The JSON of `chat_template_kwargs` as a mapping, empty where it is. Raises ValueError where it is none."""
+    try:
+        values = json.loads(chat_template_kwargs or "{}")
+    except json.JSONDecodeError as error:
+        raise ValueError(f"chat_template_kwargs: no valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError('chat_template_kwargs: must be a mapping, such as {"enable_thinking": false}')
+    return values
 
 
 def parse_model_config(model_config: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 
@@ -42,7 +42,7 @@ def pack(segments: Sequence[Segment], device: Device = "cpu") -> PackedBatch:
         keys.append([*seen, range(start, start + length)])
         positions.extend(range(depth, depth + length))
 
-        scored = range(length - segment.num_scored, length)
+        scored = range(length - segment.num_scored, length) if segment.scored is None else segment.scored
         rows.extend(start + i - 1 if i else seen[-1].stop - 1 for i in scored)
         targets.extend(segment.token_ids[i] for i in scored)
         rows_per_segment.append(segment.num_scored)
@@ -63,33 +63,49 @@ def pack(segments: Sequence[Segment], device: Device = "cpu") -> PackedBatch:
     )
 
 
-def sequence(prompt: Sequence[int], response: Sequence[int]) -> Segment:
-    """A root that scores the response: the plain case."""
-    return Segment(token_ids=[*prompt, *response], num_scored=len(response))
+def sequence(prompt: Sequence[int], response: Sequence[int], trained: Sequence[int] | None = None) -> Segment:
+    """A root that scores the response, or its tokens at the indices `trained`."""
+    if trained is None:
+        return Segment(token_ids=[*prompt, *response], num_scored=len(response))
+    scored = [len(prompt) + i for i in trained]
+    return Segment(token_ids=[*prompt, *response], num_scored=len(scored), scored=scored)
 
 
 def pair(
-    prompt: Sequence[int], chosen: Sequence[int], rejected: Sequence[int], *, scored: bool, share_prompt: bool
+    prompt: Sequence[int],
+    chosen: Sequence[int],
+    rejected: Sequence[int],
+    *,
+    scored: bool,
+    share_prompt: bool,
+    trained: Sequence[Sequence[int] | None] = (),
 ) -> list[Segment]:
     """The tree of a pair, chosen before rejected: a `group` of two."""
-    return group(prompt, (chosen, rejected), scored=scored, share_prompt=share_prompt)
+    return group(prompt, (chosen, rejected), scored=scored, share_prompt=share_prompt, trained=trained)
 
 
 def group(
-    prompt: Sequence[int], responses: Sequence[Sequence[int]], *, scored: bool, share_prompt: bool
+    prompt: Sequence[int],
+    responses: Sequence[Sequence[int]],
+    *,
+    scored: bool,
+    share_prompt: bool,
+    trained: Sequence[Sequence[int] | None] = (),
 ) -> list[Segment]:
     """The tree of several responses to a prompt, in order; where they share it, it is computed once and all hang on it.
 
-    `scored` scores the tokens of the responses, all of them.
+    `scored` scores the tokens of the responses: those at the indices that `trained` has for a response, or all of them.
     """
+    each = list(zip(responses, trained or [None] * len(responses), strict=True))
     if not share_prompt or not prompt:
         return [
-            Segment(token_ids=[*prompt, *response], num_scored=len(response) if scored else 0) for response in responses
+            sequence(prompt, response, some) if scored else Segment(token_ids=[*prompt, *response])
+            for response, some in each
         ]
     trunk = Segment(token_ids=prompt)
     branches = (
-        Segment(token_ids=response, num_scored=len(response) if scored else 0, parent=0, cut=len(prompt))
-        for response in responses
+        replace(sequence((), response, some) if scored else Segment(token_ids=response), parent=0, cut=len(prompt))
+        for response, some in each
     )
     return [trunk, *branches]
 
@@ -247,6 +263,13 @@ def _check(index: int, segment: Segment, segments: Sequence[Segment]) -> None:
             f"segments[{index}]: cut {segment.cut} must be in 1..{len(segments[segment.parent].token_ids)}, "
             "the tokens of its parent"
         )
+    scored, first = segment.scored, int(segment.parent < 0)
+    if scored is not None and (
+        len(scored) != segment.num_scored
+        or any(not first <= i < len(segment.token_ids) for i in scored)
+        or any(a >= b for a, b in pairwise(scored))
+    ):
+        raise ValueError(f"segments[{index}]: scored must be {segment.num_scored} indices of its tokens, in order")
     most = len(segment.token_ids) - (segment.parent < 0)
     if not 0 <= segment.num_scored <= most:
         raise ValueError(

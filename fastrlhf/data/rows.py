@@ -7,6 +7,7 @@ must name the line, one odd value must spoil one row and not the file, and "007"
 from __future__ import annotations
 
 import csv
+import glob
 import gzip
 import json
 import tempfile
@@ -20,7 +21,8 @@ from datasets.exceptions import DatasetsError
 
 from fastrlhf.data.hub import check_hub
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parquet")
+SUFFIXES = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parquet")
+"""Of names in lower case."""
 
 
 class UnusableRow(Exception):
@@ -28,7 +30,7 @@ class UnusableRow(Exception):
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
-        self.reason = reason
+        self.reason, self.detail = reason, detail
 
 
 IN_MEMORY = "rows in memory"
@@ -52,7 +54,12 @@ def read_rows(
         splits = _folder_splits(path, config_name)
     elif path.is_file():
         splits = {"train": [path]}
-    elif path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1 or source.endswith(SUFFIXES):
+    elif (
+        path.is_absolute()
+        or source.startswith((".", "~"))
+        or source.count("/") > 1
+        or source.lower().endswith(SUFFIXES)
+    ):
         raise ValueError(f"{source}: no such file or folder (a hub dataset is named like owner/name)")
     else:
         yield from _hub_rows(source, split, config_name)
@@ -72,7 +79,9 @@ def _folder_splits(folder: Path, config_name: str | None) -> dict[str, list[Path
             raise ValueError(
                 f"{folder}: not a folder of data files (or config_name is wrong): {shorten(str(error))}"
             ) from None
-    splits = {str(split): [Path(file) for file in files if file.endswith(SUFFIXES)] for split, files in found.items()}
+    splits = {
+        str(split): [Path(file) for file in files if file.lower().endswith(SUFFIXES)] for split, files in found.items()
+    }
     splits = {split: files for split, files in splits.items() if files}
     if not splits:
         raise ValueError(f"{folder}: no file that ends in one of {', '.join(SUFFIXES)}")
@@ -93,12 +102,12 @@ def _hub_rows(name: str, split: str, config_name: str | None) -> Iterator[tuple[
 
 
 def _file_rows(path: Path) -> Iterator[tuple[str, object]]:
-    kind = path.name.removesuffix(".gz")
+    kind = path.name.lower().removesuffix(".gz")
     if kind.endswith(".parquet"):
         return _parquet_rows(path)
     if kind.endswith(".csv"):
         return _csv_rows(path)
-    if kind.endswith((".json", ".jsonl")):
+    if kind.endswith((".json", ".jsonl", ".ndjson")):
         return _json_rows(path)
     raise ValueError(f"{path}: a data file ends in one of {', '.join(SUFFIXES)}")
 
@@ -106,7 +115,7 @@ def _file_rows(path: Path) -> Iterator[tuple[str, object]]:
 def _parquet_rows(path: Path) -> Iterator[tuple[str, object]]:
     try:
         # streaming writes no Arrow cache, so new content at an old path is never served stale
-        dataset = datasets.load_dataset("parquet", data_files=[str(path)], split="train", streaming=True)
+        dataset = datasets.load_dataset("parquet", data_files=[glob.escape(str(path))], split="train", streaming=True)
         for index, row in enumerate(dataset):
             yield f"{path.name} row {index}", row
     except (OSError, ValueError) as error:
@@ -117,7 +126,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """(number from 1, text with its line end), a byte-order mark dropped."""
     number = 0
     try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+        with gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
@@ -127,18 +136,34 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, object]]:
-    """One object per line; or one array of objects, in a file named .json."""
+    """One object per line; or, in a file named .json, one array of objects, alone or as the only value of an object."""
     lines = _lines(path)
-    if not path.name.removesuffix(".gz").endswith(".jsonl"):
+    if path.name.lower().removesuffix(".gz").endswith(".json"):
         text = "".join(line for _, line in lines)
-        if text.lstrip().startswith("["):
-            for index, row in enumerate(_parse_json(text, path, 1)):
+        rows = _array(text, path)
+        if rows is not None:
+            for index, row in enumerate(rows):
                 yield f"{path.name} item {index}", row
             return
         lines = enumerate(text.split("\n"), start=1)
     for number, line in lines:
         if line.strip():
             yield f"{path.name} line {number}", _parse_json(line.rstrip(), path, number)
+
+
+def _array(text: str, path: Path) -> list[Any] | None:
+    """The rows of `[...]` and of `{"data": [...]}`; None of a text of another form."""
+    if text.lstrip().startswith("["):
+        return _parse_json(text, path, 1)
+    try:
+        whole = json.loads(text)
+    except (ValueError, RecursionError):  # one object per line
+        return None
+    values = list(whole.values()) if isinstance(whole, dict) else []
+    rows = values[0] if len(values) == 1 else None
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+        return None
+    return None if {"role", "from"} & set(rows[0]) else rows  # turns: the whole is one row
 
 
 def _parse_json(text: str, path: Path, line: int) -> Any:

@@ -93,10 +93,14 @@ def _from_file(path: Path) -> PreTrainedTokenizerBase:
 
 
 def resolve_chat_template(chat_template: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The Jinja of `chat_template`: itself, or of the name "hh", which writes the BOS that this tokenizer would."""
+    """The Jinja of `chat_template`: itself, that in the file of this name, or of the name "hh", which writes the BOS
+    that this tokenizer would."""
     if "{" in chat_template:
         return chat_template
+    file = Path(chat_template).expanduser()
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
     if chat_template != "hh":
-        raise ValueError(f'chat_template: {chat_template!r} is neither a Jinja template nor the name "hh"')
+        raise ValueError(f'chat_template: {chat_template!r} is neither a Jinja template, nor a file, nor the name "hh"')
     has_bos = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
     return "{{ bos_token }}" * has_bos + HH_CHAT_TEMPLATE

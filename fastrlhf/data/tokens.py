@@ -1,67 +1,37 @@
 """Examples as token ids: prompt and response tokenised apart, their ids concatenated and never tokenised again.
 
-The same ids are trained on, scored and sampled from, so no span is ever searched for in a re-tokenised text.
+The same ids are trained on, scored and sampled from, so no span is ever searched for in a re-tokenised text. A response
+has the ids that it has behind its prompt (data/encoding.py).
 
-The EOS rule: every response ends in EOS. It is appended where the text does not end in it already (white space after it
-is dropped), and missing only where `max_length` cut the response. A prompt never gets one.
-The BOS rule: what the tokenizer puts before a text stands before a text prompt; a chat template writes its own.
+The end rule: every response ends in one of `end_ids`. The EOS is appended where the text ends in none of them (white
+space after one is dropped), and the end is missing only where `max_length` cut the response. A prompt never gets one.
+The BOS rule: what the tokenizer puts before a text stands before a text prompt, once; a chat template writes its own.
+The rule of turns: of a response of several turns only those of the assistant are trained, each with its end.
+The suffix rule: what a template writes behind the end of a turn (the newline of ChatML) is not trained and, behind the
+last turn, not there. With `train_suffix` it is trained, as in TRL.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, field
-from typing import Literal, cast
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import date
+from typing import Any, Literal, cast
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from fastrlhf.data.examples import RESPONSES
+from fastrlhf.data.encoding import encode, encode_inside, encode_prompts, is_lossless, reads_back
+from fastrlhf.data.forms import RESPONSES
 from fastrlhf.data.labels import GROUP_LABELS, PAIR_LABELS
+from fastrlhf.data.rows import UnusableRow
 from fastrlhf.data.specials import add_ends, end_ids, split_end, template_end
+from fastrlhf.data.templates import Piece, Rendered, Renderer
+from fastrlhf.data.token_report import TokenReport, check_fractions
 from fastrlhf.data.tokenizer import resolve_chat_template
-from fastrlhf.types import Example, Message, TokenizedExample
+from fastrlhf.types import Example, Text, TokenizedExample
 
 TruncationMode = Literal["keep_start", "keep_end", "drop"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenReport:
-    """What tokenising did. Every kept response is counted once under eos_added, eos_present or responses_cut."""
-
-    num_examples: int
-    num_kept: int
-    max_length: int
-    eos_added: int
-    """Responses that got an EOS."""
-    eos_present: int
-    """Responses whose text ended in the EOS token already."""
-    responses_cut: int
-    """Responses that lost their end, and so have no EOS (keep_start)."""
-    prompts_cut: int
-    """Prompts that lost their beginning (keep_end)."""
-    dropped: dict[str, int]
-    """Reason -> rows."""
-    first_dropped: dict[str, int]
-    """Reason -> row number of the first one."""
-
-    @property
-    def truncated(self) -> int:
-        return self.responses_cut + self.prompts_cut
-
-    def summary(self) -> str:
-        """For the header of a run."""
-        responses = self.eos_added + self.eos_present + self.responses_cut
-        parts = [f"{self.num_kept:,} of {self.num_examples:,} rows within {self.max_length:,} tokens"]
-        if responses:
-            parts.append(f"{self.eos_present:,} of {responses:,} responses end in EOS, added to {self.eos_added:,}")
-            parts.append(f"cut: {self.responses_cut:,} responses, {self.prompts_cut:,} prompts")
-        else:  # rows of prompts alone
-            parts.append(f"cut: {self.prompts_cut:,} prompts")
-        for reason, count in self.dropped.items():
-            parts.append(f"dropped {count:,} for {reason} (first: row {self.first_dropped[reason]})")
-        return "; ".join(parts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +48,11 @@ def tokenize_examples(
     truncation_mode: TruncationMode = "keep_start",
     fields: Sequence[str] = RESPONSES,
     chat_template: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    day: date | None = None,
+    train_suffix: bool = False,
+    max_bad_fraction: float = 1.0,
+    max_dropped_fraction: float = 1.0,
 ) -> TokenizedExamples:
     """Token ids of prompts and of the responses named by `fields`, the groups of `responses` among them; other
     responses are left out, labels are kept.
@@ -89,15 +64,20 @@ def tokenize_examples(
         keep_start    the ends of its responses are cut, and their EOS with them; dropped if the prompt leaves no room
         keep_end      the beginning of its prompt is cut (a BOS stays); dropped if a response leaves it no room
         drop          dropped
-    A row without responses fits up to `max_length` itself. Dropped, too: a prompt or response without
-    tokens, a response that goes on after an EOS, and a pair whose chosen and rejected are the same tokens.
+    A row without responses fits up to `max_length` itself. Dropped, too: a prompt or response without tokens, a
+    response that goes on after an end, a pair whose chosen and rejected are the same tokens, and a row that the chat
+    template refuses or does not write whole.
 
     Args:
         chat_template: instead of the tokenizer's: Jinja, or "hh".
+        chat_template_kwargs: what the template is given beside the turns; those of a row come before these.
+        day: what a template that asks for the day is told; None: today.
+        train_suffix: train what the template writes behind the end of a turn.
+        max_bad_fraction: rows that the template refuses or changes / rows, at most.
+        max_dropped_fraction: rows dropped / rows, at most.
 
     Raises:
-        ValueError: no EOS, no chat template for a conversation, a template that fails on a row or does not continue the
-            prompt as it rendered it, a bad argument, or no row left.
+        ValueError: no EOS, no chat template for a conversation, a bad argument, no row left, or too few of them.
     """
     if max_length < 2:
         raise ValueError(f"max_length: {max_length} tokens hold no prompt and response; give 2 or more")
@@ -108,130 +88,126 @@ def tokenize_examples(
         raise ValueError(f"fields: {sorted(unknown)} not among {', '.join(known)}")
     template = resolve_chat_template(chat_template, tokenizer) if chat_template else None
     ends, bos = _ends(tokenizer, template), cast(int | None, tokenizer.bos_token_id)
+    renderer = Renderer(
+        tokenizer=tokenizer,
+        ends=tuple(ends.values()),
+        template=template,
+        kwargs=chat_template_kwargs or {},
+        day=day or date.today(),
+    )
     fields = [name for name in known if name in fields]
 
-    texts = [_render(example, fields, tokenizer, template) for example in examples]
-    prompts = _encode_prompts(examples, [text["prompt"] for text in texts], tokenizer)
-    bodies, found = _encode_responses([text[name] for text in texts for name in list(text)[1:]], tokenizer, ends)
-
-    kept: list[TokenizedExample] = []
     counts: Counter[str] = Counter()
     dropped: Counter[str] = Counter()
-    first_dropped: dict[str, int] = {}
-    response = iter(zip(bodies, found, strict=True))
-    for example, text, prompt in zip(examples, texts, prompts, strict=True):
-        read = {name: next(response) for name in list(text)[1:]}
-        whole = {name: [*body, next(iter(ends)) if end is None else end] for name, (body, end) in read.items()}
-        reason, prompt_ids, ids = _fit(prompt, whole, max_length, truncation_mode, bos, ends.keys())
+    firsts: dict[str, str] = {}
+
+    def drop(reason: str, row: int, detail: str = "") -> None:
+        dropped[reason] += 1
+        firsts.setdefault(reason, f"row {row}{detail and f', {detail}'}")
+
+    rendered: list[tuple[Example, Rendered]] = []
+    for example in examples:
+        try:
+            rendered.append((example, renderer.render(example, _responses(example, fields))))
+        except UnusableRow as bad:
+            drop(bad.reason, example.row, bad.detail)
+    prompts, counts["bos_present"] = _encode_prompts(rendered, tokenizer)
+    responses = _encode_responses([each.responses for _, each in rendered], tokenizer, ends, train_suffix)
+    lossless, changed = is_lossless(tokenizer), Counter[str]()
+
+    kept: list[TokenizedExample] = []
+    for (example, text), prompt, own in zip(rendered, prompts, responses, strict=True):
+        if not prompt and example.prompt == "":  # a whole text: its first token has nothing to be predicted from
+            prompt, own = _after_first_token(own)
+        whole = {name: response.ids for name, response in own.items()}
+        inside = any(response.goes_on for response in own.values())
+        reason, prompt_ids, ids = _fit(prompt, whole, max_length, truncation_mode, bos, inside)
+        trained = {name: response.trained_within(len(ids[name])) for name, response in own.items()}
+        if not reason and any(some is not None and not some for some in trained.values()):
+            reason = "no_trained_token"
         if reason:
-            dropped[reason] += 1
-            first_dropped.setdefault(reason, example.row)
+            drop(reason, example.row)
             continue
-        kept.append(_tokenized(example, prompt_ids, ids))
+        kept.append(_tokenized(example, prompt_ids, ids, trained))
+        for change in sorted(set(text.changed.values())):
+            changed[change] += 1
+            firsts.setdefault(change, f"row {example.row}")
+        cut = {name for name in own if len(ids[name]) < len(whole[name])}
         counts["prompts_cut"] += prompt_ids != prompt
-        for name, (_, end) in read.items():
-            cut = len(ids[name]) < len(whole[name])
-            counts["responses_cut" if cut else "eos_added" if end is None else "eos_present"] += 1
+        counts["rows_cut"] += prompt_ids != prompt or bool(cut)
+        counts["num_tokens"] += len(prompt_ids) + sum(map(len, ids.values()))
+        for name, response in own.items():
+            some = trained[name]
+            counts["num_trained"] += len(ids[name]) if some is None else len(some)
+            counts["responses_cut" if name in cut else "eos_present" if response.had_end else "eos_added"] += 1
+            counts["other_end"] += response.had_end and name not in cut and response.end != next(iter(ends))
+            counts["unlike_text"] += not (lossless or reads_back(prompt, whole[name], response.text, tokenizer))
     report = TokenReport(
         num_examples=len(examples),
         num_kept=len(kept),
         max_length=max_length,
-        eos_added=counts["eos_added"],
-        eos_present=counts["eos_present"],
-        responses_cut=counts["responses_cut"],
-        prompts_cut=counts["prompts_cut"],
+        ends=tuple(ends.values()),
         dropped=dict(dropped.most_common()),
-        first_dropped=first_dropped,
+        changed=dict(changed.most_common()),
+        firsts=firsts,
+        **{name: counts[name] for name in _COUNTED},
     )
-    if not kept:
-        raise ValueError(
-            f"no row is left after tokenising; max_length or truncation_mode may mend it: {report.summary()}"
-        )
+    check_fractions(report, max_bad_fraction, max_dropped_fraction)
     return TokenizedExamples(examples=kept, report=report)
 
 
-def _render(
-    example: Example, fields: Iterable[str], tokenizer: PreTrainedTokenizerBase, template: str | None
-) -> dict[str, str]:
-    """The prompt, which comes first, and the responses that the example has, as texts to tokenise apart."""
-    responses = {name: value for name in fields if (value := getattr(example, name)) is not None}
-    for i, value in enumerate(responses.pop("responses", ())):
-        responses[f"responses[{i}]"] = value
-    if isinstance(example.prompt, str):
-        return {"prompt": example.prompt, **responses}
-    if not (template or tokenizer.chat_template):
-        raise ValueError(
-            f"row {example.row} is a conversation and tokenizer {tokenizer.name_or_path} has no chat template; "
-            'give one with chat_template: Jinja, or "hh" for Human/Assistant text'
-        )
-    texts = {"prompt": _apply(example.prompt, example.row, tokenizer, template, add_generation_prompt=True)}
-    for name, turns in responses.items():
-        whole = _apply(example.prompt + turns, example.row, tokenizer, template, add_generation_prompt=False)
-        if not whole.startswith(texts["prompt"]):
-            raise ValueError(f"row {example.row}, {name}: {_first_difference(texts['prompt'], whole)}")
-        texts[name] = whole.removeprefix(texts["prompt"])
-    return texts
+_COUNTED = (
+    *("eos_added", "eos_present", "other_end", "bos_present", "responses_cut", "prompts_cut", "rows_cut"),
+    *("num_tokens", "num_trained", "unlike_text"),
+)
 
 
-def _tokenized(example: Example, prompt: list[int], ids: dict[str, list[int]]) -> TokenizedExample:
+@dataclass(slots=True, kw_only=True)
+class _Response:
+    """A response as ids, and how it came to them."""
+
+    ids: list[int]
+    trained: list[int] | None
+    """Indices of the trained tokens; None: all."""
+    end: int
+    had_end: bool
+    """Whether the text had that end."""
+    goes_on: bool
+    """Whether an end stands before the end, inside of a turn."""
+    text: str
+    """What the ids should read."""
+
+    def trained_within(self, length: int) -> list[int] | None:
+        return None if self.trained is None else [i for i in self.trained if i < length]
+
+
+def _after_first_token(responses: dict[str, _Response]) -> tuple[list[int], dict[str, _Response]]:
+    """The first token as the prompt, where there is one response alone."""
+    if len(responses) != 1:
+        return [], responses
+    ((name, response),) = responses.items()
+    return response.ids[:1], {name: replace(response, ids=response.ids[1:])}
+
+
+def _responses(example: Example, fields: Sequence[str]) -> dict[str, Text]:
+    """The responses of an example by name, those of a group as responses[i]."""
+    named = {name: value for name in fields if (value := getattr(example, name)) is not None}
+    group = named.pop("responses", ())
+    return named | {f"responses[{i}]": value for i, value in enumerate(group)}
+
+
+def _tokenized(
+    example: Example, prompt: list[int], ids: dict[str, list[int]], trained: Mapping[str, list[int] | None]
+) -> TokenizedExample:
     group = [response for name, response in ids.items() if name.startswith("responses[")]
     return TokenizedExample(
         prompt=prompt,
         responses=group or None,
         row=example.row,
+        trained={name: some for name, some in trained.items() if some is not None} or None,
         **{name: response for name, response in ids.items() if name in RESPONSES},
         **{name: getattr(example, name) for name in (*GROUP_LABELS, *PAIR_LABELS)},
     )
-
-
-def _apply(
-    turns: list[Message],
-    row: int,
-    tokenizer: PreTrainedTokenizerBase,
-    template: str | None,
-    *,
-    add_generation_prompt: bool,
-) -> str:
-    try:
-        text = tokenizer.apply_chat_template(
-            turns, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-    except TemplateError as error:
-        raise ValueError(f"row {row}: the chat template refuses it: {error}") from None
-    return cast(str, text)
-
-
-def _first_difference(prompt: str, whole: str) -> str:
-    at = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(whole))
-    start = max(0, at - 20)
-    return (
-        f"the chat template does not continue the prompt: at character {at} the prompt alone has "
-        f"{prompt[start : at + 40]!r}, with the response it is {whole[start : at + 40]!r}; "
-        "give a chat_template whose generation prompt is also what stands before a finished answer"
-    )
-
-
-def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase, *, add_special_tokens: bool) -> list[list[int]]:
-    if not texts:
-        return []
-    encoded = tokenizer(texts, add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False)
-    return cast(list[list[int]], encoded["input_ids"])
-
-
-def _encode_prompts(
-    examples: Sequence[Example], texts: list[str], tokenizer: PreTrainedTokenizerBase
-) -> list[list[int]]:
-    ids: dict[int, list[int]] = {}
-    for plain in (True, False):
-        rows = [row for row, example in enumerate(examples) if isinstance(example.prompt, str) == plain]
-        encoded = _encode([texts[row] for row in rows], tokenizer, add_special_tokens=plain)
-        ids.update(zip(rows, encoded, strict=True))
-    # some tokenizers close every text with EOS; a prompt goes on
-    closed = [
-        ids[row][-1:] == [tokenizer.eos_token_id] and not text.endswith(str(tokenizer.eos_token))
-        for row, text in enumerate(texts)
-    ]
-    return [ids[row][:-1] if closed[row] else ids[row] for row in range(len(texts))]
 
 
 def _ends(tokenizer: PreTrainedTokenizerBase, template: str | None) -> dict[int, str]:
@@ -242,14 +218,84 @@ def _ends(tokenizer: PreTrainedTokenizerBase, template: str | None) -> dict[int,
     return dict(zip(ids, map(str, tokenizer.convert_ids_to_tokens(list(ids))), strict=True))
 
 
+def _encode_prompts(
+    rendered: Sequence[tuple[Example, Rendered]], tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[list[int]], int]:
+    """Ids, and how many texts began with a BOS; in what a template wrote it stands once already."""
+    plain = [i for i, (example, _) in enumerate(rendered) if isinstance(example.prompt, str)]
+    written = [i for i, (example, _) in enumerate(rendered) if not isinstance(example.prompt, str)]
+    ids, present = encode_prompts([rendered[i][1].prompt for i in plain], tokenizer)
+    found = dict(zip(plain, ids, strict=True))
+    found |= zip(written, encode([rendered[i][1].prompt for i in written], tokenizer), strict=True)
+    return [found[i] for i in range(len(rendered))], present
+
+
 def _encode_responses(
-    texts: list[str], tokenizer: PreTrainedTokenizerBase, ends: Mapping[int, str]
-) -> tuple[list[list[int]], list[int | None]]:
-    """Ids without the end of the response, and the id of that; None where the text has none."""
+    rows: Sequence[Mapping[str, Sequence[Piece]]],
+    tokenizer: PreTrainedTokenizerBase,
+    ends: Mapping[int, str],
+    train_suffix: bool,
+) -> list[dict[str, _Response]]:
     ids_of = {text: token for token, text in ends.items()}
-    parts = [split_end(text, ids_of) for text in texts]
-    bodies = _encode([body for body, _, _ in parts], tokenizer, add_special_tokens=False)
-    return bodies, [ids_of.get(end) for _, end, _ in parts]
+    parts = [[_parts(pieces, ids_of, train_suffix) for pieces in row.values()] for row in rows]
+    flat = [text for row in parts for own in row for text in (*(piece.text for piece in own.pieces), own.suffix)]
+    encoded = iter(encode_inside(flat, tokenizer))
+    return [
+        {name: _assembled(own, encoded, ids_of, next(iter(ends))) for name, own in zip(row, of_row, strict=True)}
+        for row, of_row in zip(rows, parts, strict=True)
+    ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Parts:
+    pieces: list[Piece]
+    """The last one without its end"""
+    end: str
+    suffix: str
+
+
+def _parts(pieces: Sequence[Piece], ends: Mapping[str, int], train_suffix: bool) -> _Parts:
+    """The texts to tokenise, one by one; with `train_suffix` white space at the start of what follows a turn of the
+    assistant goes to that turn."""
+    body, end, rest = split_end(pieces[-1].text, ends)
+    texts = [*pieces[:-1], Piece(text=body)]
+    suffix = ""
+    if train_suffix:
+        suffix = _leading_space(rest) if end else ""
+        for i, piece in enumerate(texts[1:-1], 1):
+            if not piece.trained:
+                space = _leading_space(piece.text)
+                texts[i - 1] = Piece(text=texts[i - 1].text + space)
+                texts[i] = Piece(text=piece.text.removeprefix(space), trained=False)
+    return _Parts(pieces=texts, end=end, suffix=suffix)
+
+
+def _leading_space(text: str) -> str:
+    return text[: len(text) - len(text.lstrip())]
+
+
+def _assembled(parts: _Parts, encoded: Iterator[list[int]], ends: Mapping[str, int], eos: int) -> _Response:
+    ids: list[int] = []
+    trained: list[int] = []
+    body: list[int] = []
+    for piece in parts.pieces:
+        body = next(encoded)
+        if piece.trained:
+            trained += range(len(ids), len(ids) + len(body))
+        ids += body
+    suffix, end = next(encoded), ends.get(parts.end, eos)
+    trained += range(len(ids), len(ids) + 1 + len(suffix))
+    ids += [end, *suffix]
+    text = "".join(piece.text for piece in parts.pieces)
+    end_text = parts.end or next(text for text, token in ends.items() if token == eos)
+    return _Response(
+        ids=ids,
+        trained=None if len(trained) == len(ids) else trained,
+        end=end,
+        had_end=bool(parts.end),
+        goes_on=not set(ends.values()).isdisjoint(body),
+        text=text + end_text + parts.suffix,
+    )
 
 
 def _fit(
@@ -258,14 +304,14 @@ def _fit(
     max_length: int,
     mode: TruncationMode,
     bos: int | None,
-    ends: Set[int],
+    goes_on: bool,
 ) -> tuple[str, list[int], dict[str, list[int]]]:
-    """(reason to drop or "", prompt, responses within `max_length`). Responses end in one of `ends`."""
+    """(reason to drop or "", prompt, responses within `max_length`)."""
     if not prompt:
         return "empty_prompt", prompt, responses
     if any(len(ids) == 1 for ids in responses.values()):
         return "empty_response", prompt, responses
-    if any(not ends.isdisjoint(ids[:-1]) for ids in responses.values()):
+    if goes_on:
         return "eos_inside_response", prompt, responses
     longest = max(map(len, responses.values()), default=0)
     if len(prompt) + longest > max_length:

@@ -8,17 +8,24 @@ import logging
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from functools import cached_property
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from fastrlhf.config import TrainConfig, parse_columns, require
-from fastrlhf.data.examples import RESPONSES, LoadedExamples, load_examples
+from fastrlhf.config import DPOConfig, SFTConfig, TrainConfig, parse_columns, parse_template_kwargs, require
+from fastrlhf.config.files import load_yaml
+from fastrlhf.data.examples import LoadedExamples, load_examples
+from fastrlhf.data.forms import RESPONSES
 from fastrlhf.data.given import Rows, given_examples
 from fastrlhf.data.labels import GROUP_LABELS
 from fastrlhf.data.specials import special_ids
+from fastrlhf.data.templates import reads_clock
+from fastrlhf.data.token_report import TokenReport
 from fastrlhf.data.tokenizer import load_tokenizer
-from fastrlhf.data.tokens import TokenizedExamples, TokenReport, tokenize_examples
+from fastrlhf.data.tokens import TokenizedExamples, tokenize_examples
+from fastrlhf.data.turns import from_first_answer
 from fastrlhf.distributed.ranks import compare, on_first, start, together, world_size
 from fastrlhf.models.attention import check_attention
 from fastrlhf.models.four_bit import quantization
@@ -34,7 +41,7 @@ from fastrlhf.types import Example, TokenizedExample
 log = logging.getLogger(__name__)
 
 MUCH = 0.1
-"""Share of rows that are cut or dropped above which a warning is due."""
+"""Share of rows that are too long above which a warning is due."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +54,8 @@ class Data:
     """Row number -> the example that it was read as, with its text and its other columns; empty unless kept."""
     eval_rows: Mapping[int, Example] = dataclasses.field(default_factory=dict)
     """The same of the rows to evaluate on, which may come from another split and so repeat the numbers."""
+    day: str = ""
+    """The day that a chat template was told that asks for it; empty where it does not."""
 
     @cached_property
     def fingerprint(self) -> dict[str, str]:
@@ -100,16 +109,18 @@ def _read(
     if train is None and not config.dataset_test_split:
         check_held_out(config, config.num_eval_examples)
     tokenizer = open_tokenizer(config) if tokenizer is None else given_tokenizer(config, tokenizer)
+    day = _template_day(config, tokenizer)
     if train is None:
         train, evaluation = _load_both(config, fields)
     train, evaluation = (
         given_examples(config, fields, train, "train"),
         given_examples(config, fields, evaluation, "eval"),
     )
-    tokenized = _tokenize(config, tokenizer, train, fields, "train")
+    tokenized = _tokenize(config, tokenizer, train, fields, "train", day)
     return tokenizer, Data(
         train=tokenized.examples,
-        eval=_tokenize(config, tokenizer, evaluation, fields, "eval").examples if evaluation else [],
+        eval=_tokenize(config, tokenizer, evaluation, fields, "eval", day).examples if evaluation else [],
+        day=day,
         report=tokenized.report,
         train_rows=_by_number(train) if keep_rows else {},
         eval_rows=_by_number(evaluation) if keep_rows else {},
@@ -132,7 +143,8 @@ def open_eval_inputs(
             train, held_out = _split(config, fields)
             examples = held_out if config.num_eval_examples else train
     examples = given_examples(config, fields, examples, "eval")
-    return tokenizer, _tokenize(config, tokenizer, examples, fields, "eval").examples
+    day = _template_day(config, tokenizer)
+    return tokenizer, _tokenize(config, tokenizer, examples, fields, "eval", day).examples
 
 
 def with_room(
@@ -174,6 +186,23 @@ def open_tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase:
         trust_remote_code=config.trust_remote_code,
         model=config.model_name_or_path or None,
     )
+
+
+def _template_day(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The day for a chat template that asks for it: that of `template_date`, of the run that is resumed, of the run
+    that left the model, or today. Empty where the template does not ask."""
+    if not reads_clock(tokenizer):
+        return ""
+    places = [Path(place) for place in (config.output_dir, config.model_name_or_path) if place]
+    recorded = (_recorded_day(folder / "config.yaml") for place in places for folder in (place, place.parent))
+    return config.template_date or next(filter(None, recorded), "") or date.today().isoformat()
+
+
+def _recorded_day(file: Path) -> str:
+    try:
+        return str(load_yaml(str(file)).get("template_date") or "") if file.is_file() else ""
+    except ValueError:  # somebody else's file
+        return ""
 
 
 def _by_number(examples: Sequence[Example]) -> dict[int, Example]:
@@ -233,26 +262,50 @@ def _tokenize(
     examples: Sequence[Example],
     fields: Sequence[str],
     name: str,
+    day: str,
 ) -> TokenizedExamples:
     for example in examples:
         for field in fields:
             if field not in GROUP_LABELS and getattr(example, field) is None:
                 raise ValueError(f"{name}: row {example.row} has no {field}; leave it out or give one")
+    train_on = config.train_on if isinstance(config, SFTConfig) else ""
+    if train_on == "all_assistant":
+        examples = [from_first_answer(example, response) for example in examples for response in fields]
     tokenized = tokenize_examples(
         examples,
         tokenizer,
         max_length=config.max_length,
         truncation_mode=config.truncation_mode,
         fields=[name for name in fields if name in (*RESPONSES, "responses")],
+        chat_template_kwargs=parse_template_kwargs(config.chat_template_kwargs),
+        day=date.fromisoformat(day) if day else None,
+        train_suffix=isinstance(config, SFTConfig | DPOConfig) and config.train_suffix,
+        max_bad_fraction=config.max_bad_fraction,
+        max_dropped_fraction=config.max_dropped_fraction,
     )
-    log.info("%s: %s", name, tokenized.report.summary())
-    lost = len(examples) - tokenized.report.num_kept + tokenized.report.truncated
-    if lost > MUCH * len(examples):
+    report = tokenized.report
+    log.info("%s: %s", name, report.summary())
+    if isinstance(config, SFTConfig):
+        log.info("%s: %s", name, _describe_trained(config, examples, report))
+    if day:
+        log.info("%s: the chat template asks for the day; it is told %s", name, day)
+    if report.changed:
+        log.warning("%s: the chat template changes what responses say: %s", name, report.describe_changes())
+    if report.rows_too_long > MUCH * len(examples):
         log.warning(
             "%s: %d of %d rows do not fit max_length %d as they are; raise it, or see truncation_mode",
-            *(name, lost, len(examples), config.max_length),
+            *(name, report.rows_too_long, len(examples), config.max_length),
         )
     return tokenized
+
+
+def _describe_trained(config: SFTConfig, examples: Sequence[Example], report: TokenReport) -> str:
+    if config.train_on == "all" or not config.completion_only_loss:
+        return f"all {report.num_tokens:,} tokens are trained, those of prompts too"
+    told = f"{report.num_trained:,} of {report.num_tokens:,} tokens are trained ({config.train_on})"
+    turns = [turn for example in examples if isinstance(example.prompt, list) for turn in example.prompt]
+    earlier = sum(turn["role"] == "assistant" for turn in turns)
+    return told + (f"; {earlier:,} earlier turns of the assistant are not: see train_on" if earlier else "")
 
 
 def _fingerprint(rows: Sequence[TokenizedExample]) -> str:

@@ -77,6 +77,8 @@ class Run:
         parts: Mapping[str, Stateful] | None = None,
     ) -> None:
         """`parts` are what has a state beside the models: the optimiser, normalisers, controllers."""
+        if data and data.day:
+            config = dataclasses.replace(config, template_date=data.day)
         self._name, self._config, self._steps, self._trained, self._data = name, config, steps, trained, data
         self._stack = ExitStack()
         self._start = self._saved = 0

@@ -170,12 +170,13 @@ def _row(config: TrainConfig, example: TokenizedExample, tree: Tree, ends: Seque
     for index, segment in enumerate(tree):
         is_trunk = index in trunks
         num_prompt = len(segment.token_ids) if is_trunk else 0 if segment.parent >= 0 else len(example.prompt)
-        first_scored = len(segment.token_ids) - segment.num_scored
+        length = len(segment.token_ids)
+        scored = set(range(length - segment.num_scored, length) if segment.scored is None else segment.scored)
         tokens = []
         for i, token in enumerate(segment.token_ids):
             role = "prompt" if i < num_prompt else "masked"
-            if i >= first_scored:
-                role = "eos" if token in ends and i + 1 == len(segment.token_ids) else "trained"
+            if i in scored:
+                role = "eos" if token in ends else "trained"
             tokens.append((role, token))
         if isinstance(config, RewardConfig) and not is_trunk:
             tokens[-1] = ("score", tokens[-1][1])

@@ -187,13 +187,14 @@ OPENAI = {
         ("wrong_type", TEXT, TEXT | {"chosen": "half a pair \ud800"}),
         ("wrong_type", TEXT, CHAT),
         ("wrong_type", TEXT, ["not", "an", "object"]),
-        ("wrong_type", CHAT, TEXT),
+        ("wrong_type", CHAT, CHAT | {"prompt": 3}),
         ("wrong_type", CHAT, CHAT | {"prompt": [{"role": "user", "content": None}]}),
         ("missing_prompt", CHAT, CHAT | {"prompt": None}),
         ("empty_prompt", CHAT, CHAT | {"prompt": []}),
         ("empty_response", CHAT, CHAT | {"chosen": [assistant("")]}),
-        ("response_not_one_assistant_turn", CHAT, CHAT | {"chosen": [user("a")]}),
-        ("response_not_one_assistant_turn", CHAT, CHAT | {"chosen": [assistant("a"), user("b"), assistant("c")]}),
+        ("response_not_by_assistant", CHAT, CHAT | {"chosen": [user("a")]}),
+        ("response_not_by_assistant", CHAT, CHAT | {"chosen": [assistant("a"), user("b")]}),
+        ("response_not_by_assistant", CHAT, CHAT | {"chosen": []}),
         ("prompts_differ", HH, HH | {"rejected": human("R", "b")}),
         ("prompts_differ", HH, HH | {"rejected": human("Q", "a", "b", "c")}),
         ("roles_do_not_alternate", HH, {"chosen": human("Q", "a", "b"), "rejected": human("Q", "a", "c")}),
@@ -239,12 +240,15 @@ def test_the_summary_names_form_counts_and_first_bad_row(tmp_path):
     assert load_examples(path, limit=1).summary() == f"{path}: 1 examples of 1 rows (pairs, text), none skipped"
 
 
-def test_the_summary_says_that_the_label_of_an_unpaired_preference_is_not_read(tmp_path):
-    row = {"prompt": "Say it.", "completion": "It."}
-    for name, rows, told in (("a", [row, row | {"label": False}], ", label is not read"), ("b", [row], "")):
-        loaded = load_examples(write(tmp_path / f"{name}.jsonl", rows), needs=("prompt", "reference"))
-        assert len(loaded.examples) == len(rows)
-        assert f"(demonstrations, text{told}), none skipped" in loaded.summary()
+def test_unpaired_preferences_are_demonstrations_only_where_that_is_asked_for(tmp_path):
+    row = {"prompt": "Say it.", "completion": "It.", "label": True}
+    good = write(tmp_path / "good.jsonl", [row, row])
+    assert len(load_examples(good, needs=("prompt", "reference")).examples) == 2
+    mixed = write(tmp_path / "mixed.jsonl", [row, row | {"label": False}])
+    with pytest.raises(ValueError, match=r"label is false in 1 of 2 rows: .*columns: reference=completion"):
+        load_examples(mixed, needs=("prompt", "reference"))
+    asked = load_examples(mixed, needs=("prompt", "reference"), columns={"reference": "completion"})
+    assert len(asked.examples) == 2
 
 
 # Errors of the whole dataset. -----------------------------------------------
@@ -256,7 +260,7 @@ def test_the_summary_says_that_the_label_of_an_unpaired_preference_is_not_read(t
         ("a.jsonl", b"", "split 'train' has no rows"),
         ("a.json", b"[]", "split 'train' has no rows"),
         ("a.csv", b"prompt\n", "split 'train' has no rows"),
-        ("a.jsonl", b'{"text": "a", "label": 1}\n', "columns text, label are none of the known forms.*with columns"),
+        ("a.jsonl", b'{"body": "a", "label": 1}\n', "columns body, label are none of the known forms.*with columns"),
         ("a.jsonl", b"1\n2\n", "rows are not objects"),
         ("a.jsonl", b'{"prompt": ""}\n', "none of 1 rows can be used .1 empty_prompt."),
     ],

@@ -185,3 +185,15 @@ def test_micro_batches_in_order_keep_neighbours_together():
     assert in_order([], 8) == []
     with pytest.raises(ValueError, match=r"^micro_batch_tokens: 8 cannot hold episode 1 of 9 tokens"):
         in_order([3, 9], 8, "episode")
+
+
+def test_tokens_that_are_not_trained_are_read_and_give_no_row():
+    alone = pack([sequence([7, 8], [1, 5, 6, 0], trained=[0, 3])])
+    assert (alone.rows.tolist(), alone.targets.tolist(), alone.cu_rows.tolist()) == ([1, 4], [1, 0], [0, 2])
+    shared = pair([7, 8], [1, 5, 0], [2, 0], scored=True, share_prompt=True, trained=[[0, 2], None])
+    apart = pair([7, 8], [1, 5, 0], [2, 0], scored=True, share_prompt=False, trained=[[0, 2], None])
+    for segments in (shared, apart):
+        batch = pack(segments)
+        assert (batch.targets.tolist(), batch.cu_rows.tolist()) == ([1, 0, 2, 0], [0, 2, 4])
+    with pytest.raises(ValueError, match="scored must be 1 indices of its tokens, in order"):
+        pack([Segment(token_ids=[7, 8], num_scored=1, scored=[0])])

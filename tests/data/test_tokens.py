@@ -104,7 +104,7 @@ def test_keep_start_drops_a_row_whose_prompt_fills_max_length():
     rows = [example("a b c", row=4, chosen="d"), example("a b", row=5, chosen="d")]
     assert ids(rows, max_length=3) == [([A, B], [D], None, None)]
     counts = report(rows, max_length=3)
-    assert (counts.dropped, counts.first_dropped) == ({"prompt_fills_max_length": 1}, {"prompt_fills_max_length": 4})
+    assert (counts.dropped, counts.firsts) == ({"prompt_fills_max_length": 1}, {"prompt_fills_max_length": "row 4"})
     assert "dropped 1 for prompt_fills_max_length (first: row 4)" in counts.summary()
 
 
@@ -124,7 +124,7 @@ def test_keep_end_keeps_the_bos():
 def test_keep_end_drops_a_row_whose_response_leaves_no_room_for_a_prompt():
     rows = [example("a", row=3, chosen="b c d"), example("a b", chosen="c")]
     counts = report(rows, max_length=4, truncation_mode="keep_end")
-    assert counts.first_dropped == {"response_fills_max_length": 3}
+    assert counts.firsts == {"response_fills_max_length": "row 3"}
 
 
 def test_drop_leaves_out_the_whole_row_where_one_response_is_too_long():
@@ -146,7 +146,7 @@ def test_responses_that_tokens_cannot_tell_apart_are_dropped():
     cut = example("a", row=2, chosen="b c", rejected="b d")
     kept = example("a", chosen="b", rejected="c")
     counts = report([kept, unknown, cut], max_length=2)
-    assert (counts.dropped, counts.first_dropped) == ({"chosen_equals_rejected": 2}, {"chosen_equals_rejected": 1})
+    assert (counts.dropped, counts.firsts) == ({"chosen_equals_rejected": 2}, {"chosen_equals_rejected": "row 1"})
 
 
 def test_rows_without_tokens_and_responses_past_their_eos_are_dropped():
@@ -156,7 +156,11 @@ def test_rows_without_tokens_and_responses_past_their_eos_are_dropped():
         example(" ", row=2, chosen="b"),
         example("a", row=3, chosen="b <eos> c"),
     ]
-    assert report(rows).first_dropped == {"empty_response": 1, "empty_prompt": 2, "eos_inside_response": 3}
+    assert report(rows).firsts == {
+        "empty_response": "row 1",
+        "empty_prompt": "row 2",
+        "eos_inside_response": "row 3",
+    }
 
 
 def test_every_row_is_kept_or_counted_and_every_response_has_one_fate():
@@ -260,7 +264,7 @@ def test_a_template_that_does_not_continue_the_prompt_is_an_error_with_the_first
 
 def test_a_template_that_refuses_a_role_names_the_row():
     row = Example(prompt=turn("system", "a"), chosen=turn("assistant", "b"), row=8)
-    with pytest.raises(ValueError, match="row 8: the chat template refuses it: the hh template has no role system"):
+    with pytest.raises(ValueError, match="row 8, the chat template refuses it: the hh template has no role system"):
         ids([row], chat_template="hh")
 
 

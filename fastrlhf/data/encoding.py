@@ -1,0 +1,86 @@
+"""Text as ids in the place where it stands: a response as it is after its prompt, and no special token twice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import cast
+
+from tokenizers.decoders import ByteLevel
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+ANCHORS = ("", "\n", "|", "x")
+"""What may stand before a text while it is encoded, so that no space is put before it; the first that works is used."""
+
+PROBES = ("def f", " a", "\n", "1", "\u00e9", "Yes.", "<b>")
+
+
+def encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, specials: bool = False) -> list[list[int]]:
+    """The ids of each text by itself; with `specials` what the tokenizer puts around a text too. What the text holds of
+    special tokens is one id each."""
+    if not texts:
+        return []
+    encoded = tokenizer(list(texts), add_special_tokens=specials, return_attention_mask=False, verbose=False)
+    return cast(list[list[int]], encoded["input_ids"])
+
+
+def decode(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    return cast(str, tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def encode_prompts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> tuple[list[list[int]], int]:
+    """The ids of prompts that are plain text, after the BOS that the tokenizer puts there; and how many texts began
+    with a BOS of their own: those get no second one."""
+    encoded, present = encode(texts, tokenizer, specials=True), 0
+    bos, text = tokenizer.bos_token_id, str(tokenizer.bos_token)
+    for ids, prompt in zip(encoded, texts, strict=True):
+        if bos is not None and ids[:2] == [bos, bos] and not prompt.startswith(text * 2):
+            del ids[0]
+            present += 1
+        # some tokenizers close every text with EOS; a prompt goes on
+        if ids[-1:] == [tokenizer.eos_token_id] and not prompt.endswith(str(tokenizer.eos_token)):
+            del ids[-1]
+    return encoded, present
+
+
+def encode_inside(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """The ids of texts that stand behind another text.
+
+    SentencePiece tokenizers put a space before a text that is encoded by itself, so that "def" would read " def" behind
+    a prompt. Each text is then encoded behind an anchor, whose ids are taken off again.
+    """
+    return _encode_behind(_anchor(tokenizer), texts, tokenizer)
+
+
+def reads_back(prompt: Sequence[int], response: Sequence[int], text: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the ids of the response, behind those of the prompt, are `text`."""
+    return decode([*prompt, *response], tokenizer) == decode(prompt, tokenizer) + text
+
+
+def is_lossless(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether every text reads back from its ids, whatever stands before it: byte-level BPE without a normaliser."""
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        return False
+    core = tokenizer.backend_tokenizer
+    return isinstance(core.decoder, ByteLevel) and core.normalizer is None and _anchor(tokenizer) == ""
+
+
+def _anchor(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The first of ANCHORS behind which the probes are encoded as what they are; none where that is so of no anchor."""
+    before = encode(["Q:\n"], tokenizer)[0]
+    reads = partial(reads_back, before, tokenizer=tokenizer)
+    for anchor in ANCHORS:
+        if all(map(lambda ids, text: reads(ids, text), _encode_behind(anchor, PROBES, tokenizer), PROBES)):
+            return anchor
+    return ""
+
+
+def _encode_behind(anchor: str, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Ids of `texts` behind `anchor`; of one that grows together with it, by itself."""
+    if not anchor:
+        return encode(texts, tokenizer)
+    first = encode([anchor], tokenizer)[0]
+    encoded = encode([anchor + text for text in texts], tokenizer)
+    joined = [i for i, ids in enumerate(encoded) if ids[: len(first)] != first]
+    alone = dict(zip(joined, encode([texts[i] for i in joined], tokenizer), strict=True))
+    return [alone[i] if i in alone else ids[len(first) :] for i, ids in enumerate(encoded)]

@@ -1,0 +1,237 @@
+"""Conversations as text: what a chat template writes, cut into the prompt and the turns of a response.
+
+Every turn reaches the template whole, with the row's tools, documents and keyword arguments. Where a turn starts and
+ends is read off the template's own renderings of the turns up to it, each checked to be a prefix of the whole; nothing
+is searched for by the look of it, but the end of a turn that the template renders in another way once others follow.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import date, datetime, time
+from typing import Any, cast
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from fastrlhf.data.rows import UnusableRow
+from fastrlhf.data.specials import split_end
+from fastrlhf.types import Example, Message
+
+CLOCK = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+"""How templates ask for the day: transformers gives them a function of that name."""
+
+MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+"""Tags around what the assistant writes, in templates that are made for training."""
+
+REASONING = ("reasoning_content", "thinking", "reasoning")
+"""Keys of a turn that hold its reasoning; transformers gives a template each under all of these names."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """A part of a response: what the assistant wrote, with the end of its turn, or what stands between its turns."""
+
+    text: str
+    trained: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rendered:
+    """An example as text. A response is its pieces, one after the other, right after the prompt."""
+
+    prompt: str
+    responses: dict[str, list[Piece]]
+    changed: dict[str, str] = field(default_factory=dict)
+    """Name of a response -> how the template changed what its turns say."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Renderer:
+    """Renders examples through the chat template of a tokenizer, or through another one."""
+
+    tokenizer: PreTrainedTokenizerBase
+    ends: Collection[str]
+    """Texts of the tokens that end a turn."""
+    template: str | None = None
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Of every row: what the template is given beside the turns; those of a row come before these."""
+    day: date = field(default_factory=date.today)
+    """What a template that asks for the day is told."""
+
+    def render(self, example: Example, responses: Mapping[str, Any]) -> Rendered:
+        """Prompt and `responses` (text, or turns after the prompt) of an example.
+
+        Raises UnusableRow where the template refuses the turns, does not continue the prompt that it wrote for them, or
+        leaves out tools or their calls; ValueError where there is no template for a conversation.
+        """
+        if isinstance(example.prompt, str):
+            return Rendered(
+                prompt=example.prompt, responses={name: [Piece(text=text)] for name, text in responses.items()}
+            )
+        if not (self.template or self.tokenizer.chat_template):
+            raise ValueError(
+                f"row {example.row} is a conversation and tokenizer {self.tokenizer.name_or_path} has no chat "
+                'template; give one with chat_template: Jinja, a file, or "hh" for Human/Assistant text'
+            )
+        prompt = self._text(example, example.prompt, generate=True)
+        pieces, changed = {}, {}
+        for name, turns in responses.items():
+            pieces[name] = self._pieces(example, name, prompt, turns)
+            if change := _change(pieces[name], turns):
+                changed[name] = change
+        _check_tools(example, prompt, pieces, responses)
+        return Rendered(prompt=prompt, responses=pieces, changed=changed)
+
+    def _pieces(self, example: Example, name: str, prompt: str, turns: Sequence[Message]) -> list[Piece]:
+        assert isinstance(example.prompt, list)
+        before = [*example.prompt, *turns]
+        whole = self._text(example, before, generate=False)
+        if not whole.startswith(prompt):
+            raise UnusableRow("template_does_not_continue_prompt", f"{name}: {_first_difference(prompt, whole)}")
+        spans, at = [], len(prompt)
+        for i in (i for i, turn in enumerate(turns) if turn["role"] == "assistant"):
+            number = len(example.prompt) + i
+            start = prompt if i == 0 else self._text(example, before[:number], generate=True)
+            end = len(whole)
+            if i + 1 < len(turns) and whole.startswith(start):
+                end = self._end_of_turn(example, whole, start, before[: number + 1])
+            if not whole.startswith(start) or end < len(start):
+                return self._marked(example, name, before, whole, len(prompt), number)
+            spans.append((len(start), end))
+        pieces = []
+        for start, end in spans:
+            pieces += [Piece(text=whole[at:start], trained=False)] if start > at else []
+            pieces.append(Piece(text=whole[start:end]))
+            at = end
+        return pieces
+
+    def _end_of_turn(self, example: Example, whole: str, start: str, turns: Sequence[Message]) -> int:
+        """Where the last of `turns`, an assistant's, ends in `whole`, behind the token that ends it; -1 where unknown.
+
+        As the template writes the turns up to it; or, where it writes that turn in another way once others follow it
+        (without its reasoning, say), behind the first token that ends a turn after what the turn says.
+        """
+        alone = self._text(example, turns, generate=False)
+        if alone.startswith(start):
+            body, end, _ = split_end(alone[len(start) :], self.ends)
+            until = start + body + end if end else alone
+            if whole.startswith(until):
+                return len(until)
+        content = str(turns[-1].get("content") or "").strip()
+        said = whole.find(content, len(start))
+        if said < 0:
+            return -1
+        places = {each: whole.find(each, said + len(content)) for each in self.ends}
+        ends = [place + len(each) for each, place in places.items() if place >= 0]
+        return min(ends, default=-1)
+
+    def _marked(
+        self, example: Example, name: str, turns: Sequence[Message], whole: str, start: int, number: int
+    ) -> list[Piece]:
+        """The pieces by the template's generation markers."""
+        template, pieces, at = self._template(example), [], start
+        if MARKERS.search(template):
+            given = {**self.tokenizer.special_tokens_map, **self._given(example)}
+            _, spans = cast(Any, render_jinja_template)(
+                conversations=[list(turns)], chat_template=template, return_assistant_tokens_mask=True, **given
+            )
+            for first, end in (span for span in spans[0] if span[0] >= start):
+                pieces += [Piece(text=whole[at:first], trained=False)] if first > at else []
+                pieces.append(Piece(text=whole[first:end]))
+                at = end
+        if not pieces:
+            raise UnusableRow(
+                "template_rewrites_turns",
+                f"{name}: turn {number} cannot be found in the whole conversation: the template writes earlier turns "
+                "in another way once others follow; use train_on last_assistant, or a chat_template with generation "
+                "markers",
+            )
+        return [*pieces[:-1], Piece(text=pieces[-1].text + whole[at:])]
+
+    def _text(self, example: Example, turns: Sequence[Message], *, generate: bool) -> str:
+        """What the template writes for `turns`. Where it writes "None" for an empty content, as if there were none."""
+        text = self._apply(example, turns, generate)
+        if any(turn.get("content", "") is None for turn in turns):
+            empty = [{**turn, "content": "" if turn.get("content") is None else turn["content"]} for turn in turns]
+            without = self._apply(example, empty, generate)
+            if text != without and text.replace("None", "") == without.replace("None", ""):
+                return without
+        return text
+
+    def _apply(self, example: Example, turns: Sequence[Message], generate: bool) -> str:
+        try:
+            text = self.tokenizer.apply_chat_template(
+                list(turns),
+                chat_template=self._template(example),
+                tokenize=False,
+                add_generation_prompt=generate,
+                **self._given(example),
+            )
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+            raise UnusableRow("template_refuses", f"the chat template refuses it: {error}") from None
+        return cast(str, text)
+
+    def _given(self, example: Example) -> dict[str, Any]:
+        own = dict(example.template)
+        return {**self.kwargs, **own.pop("chat_template_kwargs", {}), **own}
+
+    def _template(self, example: Example) -> str:
+        template = self.tokenizer.get_chat_template(self.template, tools=example.template.get("tools"))
+        midnight = datetime.combine(self.day, time())
+        return CLOCK.sub(lambda found: json.dumps(midnight.strftime(found[2])), template)
+
+
+def reads_clock(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a chat template of the tokenizer asks for the day."""
+    return CLOCK.search(str(tokenizer.chat_template or "")) is not None
+
+
+def _change(pieces: Sequence[Piece], turns: Sequence[Message]) -> str:
+    """How the rendered turns of the assistant differ from what they say; empty where they do not."""
+    texts = [piece.text for piece in pieces if piece.trained]
+    said = [turn for turn in turns if turn["role"] == "assistant"]
+    if len(texts) != len(said):
+        return ""
+    trimmed = False
+    for text, turn in zip(texts, said, strict=True):
+        content = str(turn.get("content") or "")
+        reasoning = next((str(turn[key]) for key in REASONING if turn.get(key)), "")
+        if content.strip() not in text or reasoning.strip() not in text:
+            return "text_lost"
+        trimmed = trimmed or content not in text
+    return "white_space_trimmed" if trimmed else ""
+
+
+def _check_tools(
+    example: Example, prompt: str, responses: Mapping[str, Sequence[Piece]], said: Mapping[str, Sequence[Message]]
+) -> None:
+    """Raises UnusableRow where tools or documents of the row, or calls of a tool in its turns, are not in the text."""
+    text = prompt + "".join(piece.text for pieces in responses.values() for piece in pieces)
+    turns = [turn for part in (example.prompt, *said.values()) for turn in part if isinstance(turn, dict)]
+    calls = [call for turn in turns for call in turn.get("tool_calls") or ()]
+    named = {"tools": example.template.get("tools") or (), "tool_calls": calls}
+    wanted = [(what, _function_name(each)) for what, many in named.items() for each in many]
+    wanted += [("documents", str(each.get("text", ""))) for each in example.template.get("documents") or ()]
+    for what, name in wanted:
+        if name not in text:
+            raise UnusableRow(f"template_ignores_{what}", f"the chat template writes nothing of {what} {name!r}")
+
+
+def _function_name(tool: Mapping[str, Any]) -> str:
+    function = tool.get("function", tool)
+    return str(function.get("name", "")) if isinstance(function, Mapping) else ""
+
+
+def _first_difference(prompt: str, whole: str) -> str:
+    at = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(whole))
+    start = max(0, at - 20)
+    return (
+        f"the chat template does not continue the prompt: at character {at} the prompt alone has "
+        f"{prompt[start : at + 40]!r}, with the response it is {whole[start : at + 40]!r}; "
+        "give a chat_template whose generation prompt is also what stands before a finished answer"
+    )

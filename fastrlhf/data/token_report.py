@@ -1,0 +1,108 @@
+"""What tokenising did to the rows of a split, counted, in the first lines of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+TOO_LONG = ("longer_than_max_length", "prompt_fills_max_length", "response_fills_max_length", "no_trained_token")
+"""Reasons to drop a row that `max_length` is to blame for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenReport:
+    """What tokenising did. Every kept response is counted once under eos_added, eos_present or responses_cut."""
+
+    num_examples: int
+    num_kept: int
+    max_length: int
+    eos_added: int
+    """Responses that got an EOS."""
+    eos_present: int
+    """Responses whose text ended in an end already."""
+    responses_cut: int
+    """Responses that lost their end (keep_start)."""
+    prompts_cut: int
+    """Prompts that lost their beginning (keep_end)."""
+    dropped: dict[str, int]
+    """Reason -> rows."""
+    firsts: dict[str, str]
+    """Reason, or kind of change -> the first such row, with what is wrong with it."""
+    rows_cut: int = 0
+    """Rows of which a response or the prompt was cut."""
+    ends: tuple[str, ...] = ()
+    """Texts of the tokens that may end a response, the EOS first."""
+    other_end: int = 0
+    """Responses that end in another of them than the EOS."""
+    bos_present: int = 0
+    """Text prompts that began with a BOS, so that they got no second one."""
+    changed: dict[str, int] = field(default_factory=dict)
+    """How the chat template changed a response -> kept rows."""
+    num_tokens: int = 0
+    """Of prompts and responses that were kept."""
+    num_trained: int = 0
+    """Of the responses, without what stands between the turns of the assistant."""
+    unlike_text: int = 0
+    """Responses whose ids read otherwise than their text."""
+
+    @property
+    def truncated(self) -> int:
+        return self.responses_cut + self.prompts_cut
+
+    @property
+    def rows_too_long(self) -> int:
+        """Rows that were cut or dropped because of their length."""
+        return self.rows_cut + sum(self.dropped.get(reason, 0) for reason in TOO_LONG)
+
+    def summary(self) -> str:
+        """For the header of a run."""
+        responses = self.eos_added + self.eos_present + self.responses_cut
+        parts = [f"{self.num_kept:,} of {self.num_examples:,} rows within {self.max_length:,} tokens"]
+        if responses:
+            parts.append(f"{self.eos_present:,} of {responses:,} responses end in EOS, added to {self.eos_added:,}")
+            parts.append(f"cut: {self.responses_cut:,} responses, {self.prompts_cut:,} prompts")
+        else:  # rows of prompts alone
+            parts.append(f"cut: {self.prompts_cut:,} prompts")
+        if self.other_end:
+            parts.append(f"{self.other_end:,} end in {' or '.join(self.ends[1:])} and get no {self.ends[0]} behind it")
+        if self.bos_present:
+            parts.append(f"{self.bos_present:,} prompts begin with BOS themselves and get no second one")
+        if self.unlike_text:
+            parts.append(
+                f"{self.unlike_text:,} responses read otherwise as tokens than as text (this tokenizer's doing)"
+            )
+        if self.changed:
+            parts.append(f"changed by the chat template: {self.describe_changes()}")
+        parts += [f"dropped {self._told(reason, count, 'for ' + reason)}" for reason, count in self.dropped.items()]
+        return "; ".join(parts)
+
+    def describe_changes(self) -> str:
+        return ", ".join(self._told(kind, count, f"rows with {kind}") for kind, count in self.changed.items())
+
+    def _told(self, reason: str, count: int, what: str) -> str:
+        return f"{count:,} {what} (first: {self.firsts[reason]})"
+
+
+def check_fractions(report: TokenReport, max_bad_fraction: float, max_dropped_fraction: float) -> None:
+    """Raises ValueError where no row is left, where the chat template refuses or changes too many, or where too many
+    are dropped."""
+    if not report.num_kept:
+        raise ValueError(
+            f"no row is left after tokenising; max_length or truncation_mode may be the cause: {report.summary()}"
+        )
+    by_template = {reason: count for reason, count in report.dropped.items() if reason.startswith("template_")}
+    bad = by_template | report.changed
+    if (num := sum(bad.values())) > max_bad_fraction * report.num_examples:
+        raise ValueError(
+            f"chat_template: it refuses or changes {num:,} of {report.num_examples:,} rows ({_firsts(report, bad)}), "
+            f"more than max_bad_fraction {max_bad_fraction:g} allows; give another template, or raise max_bad_fraction"
+        )
+    if (num := sum(report.dropped.values())) > max_dropped_fraction * report.num_examples:
+        raise ValueError(
+            f"max_dropped_fraction: {num:,} of {report.num_examples:,} rows are dropped "
+            f"({_firsts(report, report.dropped)}), more than {max_dropped_fraction:g} allows; raise it, or max_length"
+        )
+
+
+def _firsts(report: TokenReport, counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} {reason}, first {report.firsts[reason]}" for reason, count in counts.items())
