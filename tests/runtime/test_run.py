@@ -17,7 +17,7 @@ from fastrlhf.algorithms.ppo import train_ppo
 from fastrlhf.algorithms.sft import train_sft
 from fastrlhf.config import PPOConfig, SFTConfig
 from fastrlhf.models.loading import load_policy
-from fastrlhf.runtime import checkpoint, disk
+from fastrlhf.runtime import disk, merging
 from fastrlhf.runtime.metrics import read_metrics
 from fastrlhf.runtime.run import Run, StepMetrics, check_micro_batch
 from fastrlhf.runtime.signals import Interrupted
@@ -187,7 +187,7 @@ def test_an_error_after_the_last_step_loses_nothing_either(model, tmp_path, monk
     """The final model cannot be saved: the last step is saved as a checkpoint, and the same command saves the model."""
     whole = train_sft(config(model, tmp_path / "whole"), tiny.examples(8), tiny.examples(4, seed=1))
     with monkeypatch.context() as patch, pytest.raises(OSError, match="no luck") as stop:  # noqa: PT012
-        patch.setattr(checkpoint, "save_model", raiser(OSError("no luck")))
+        patch.setattr(merging, "save_model", raiser(OSError("no luck")))
         train_sft(config(model, tmp_path / "cut"), tiny.examples(8), tiny.examples(4, seed=1))
     assert stop.value.__notes__ == [f"saved as {tmp_path / 'cut' / 'checkpoint-3'}; the same command continues"]
     again = train_sft(config(model, tmp_path / "cut"), tiny.examples(8), tiny.examples(4, seed=1))
