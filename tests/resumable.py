@@ -75,7 +75,9 @@ def run(kind: str, paths: dict[str, str], folder: Path, **settings):
             keys = shared | judged | remembered | {"eval_on_start": True} | settings
             return ppo.train_ppo(PPOConfig(**keys), examples, held_out)
         case "drpo":
-            keys = shared | judged | {"num_generations": 2, "advantage_estimator": "rloo"} | settings | {"eval_steps": 0}
+            keys = (
+                shared | judged | {"num_generations": 2, "advantage_estimator": "rloo"} | settings | {"eval_steps": 0}
+            )
             return ppo.train_ppo(DRPOConfig(**keys), examples, judge=noisy_judge)
         case "roles":
             over_one_base = {"reward_model_path": paths["judge adapter"], "dpo_model_path": paths["dpo adapter"]}
