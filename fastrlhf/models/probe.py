@@ -159,9 +159,19 @@ def _difference(model: PreTrainedModel, expected: Tensor) -> str:
     error = (packed - expected).abs().max().item()
     if leaks:
         return "mixes sequences"
+    if runs_alone(model) and _looks_ahead(model, sequences[-1].tolist()):
+        return "has hidden states that depend on later tokens"
     if not error <= tolerance(model.dtype):
         return f"differs from the model's own by {error:.2g} nats"
     return ""
+
+
+def _looks_ahead(model: PreTrainedModel, ids: list[int]) -> bool:
+    """Whether the states of a text depend on what follows it: a model that is not causal, whose log-probs mean nothing
+    and whose shared prompts would be those of one response."""
+    whole, start = (hidden_states(model, pack([Segment(token_ids=part)], model.device)) for part in (ids, ids[:5]))
+    limit = 1e-3 if model.dtype == torch.float32 else 0.1
+    return bool((whole[:5] - start).abs().max() > limit * start.abs().max())
 
 
 def _probe_states(model: PreTrainedModel, batch: PackedBatch, num_first: int) -> tuple[Tensor, bool]:

@@ -172,6 +172,12 @@ def test_layers_that_compute_something_else_the_second_time_are_refused():
         check_checkpointing(model, lambda: enable_activation_checkpointing(model))
 
 
+def test_a_model_that_looks_ahead_is_refused():
+    config = transformers.XLNetConfig(d_model=16, n_layer=1, n_head=2, d_inner=16)
+    with pytest.raises(ValueError, match=r"^XLNetLMHeadModel: the packed forward has hidden states that depend on"):
+        build(config)
+
+
 def test_a_model_without_layers_to_compute_again_is_refused():
     model = torch.nn.Linear(2, 2)
     with pytest.raises(ValueError, match=r"^activation_checkpointing: Linear does not support it; set it to false$"):
