@@ -62,8 +62,8 @@ STDOUT = 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command. The exit code is 2 after a user's mistake, which is told in one line on standard error, and 1
-    where memory was short."""
+    """Runs one command. The exit code is 2 after a user's mistake, which one line on standard error explains, and 1
+    when memory was short."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
@@ -100,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _fail(command: str, message: str, exit_code: int) -> int:
     """Prints one line on standard error; where several processes fail in the same way, only rank 0 prints it."""
     if not _is_first():
-        if exit_code > 128:  # a signal, which every process gets
+        if exit_code > 128:  # A signal reaches every process, so only rank 0 reports it.
             return exit_code
         time.sleep(PATIENCE)
     print(f"fastrlhf {command}: {message}", file=sys.stderr)
@@ -274,7 +274,7 @@ def _doctor(arguments: Sequence[str]) -> None:
 def quiet_when_unread() -> Iterator[None]:
     """Ends the program quietly when the reader of standard output has closed the pipe; further output is dropped.
 
-    Any other broken pipe is raised as it is. SIGPIPE keeps its handler, because a library's lost connection would
+    Any other broken pipe is raised unchanged. SIGPIPE keeps its handler, because a library's lost connection would
     otherwise end the run.
     """
     try:

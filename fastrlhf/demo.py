@@ -114,7 +114,7 @@ def run_demo(config: DemoConfig, task: ToyTask | None = None) -> dict[str, Any]:
 def stage_config(
     name: str, config: DemoConfig, out: Path
 ) -> SFTConfig | RewardConfig | DPOConfig | PPOConfig | RLPConfig:
-    """The settings of one stage, as one would pass them to `fastrlhf NAME`."""
+    """The settings of one stage, in the form of keys of `fastrlhf NAME`."""
     shared: dict[str, Any] = {
         "output_dir": str(out / name),
         "tokenizer_name_or_path": str(out / "tokenizer"),

@@ -69,7 +69,7 @@ class Example:
 class TokenizedExample:
     """An Example as ids. Prompt and responses are tokenised apart; a sequence is their concatenation.
 
-    Responses end in an end (EOS is added where the text has none), except where `max_length` cut them.
+    Responses end with an end token (EOS is added where the text has none), unless `max_length` cut them.
     """
 
     prompt: list[int]
@@ -84,12 +84,12 @@ class TokenizedExample:
     wins: int | None = None
     num_labels: int | None = None
     trained: Mapping[str, list[int]] | None = None
-    """Name of a response ("chosen", "responses[0]") -> indices of its trained tokens, in order; of those responses that
-    hold others: what tools and users wrote between the turns of the assistant."""
+    """Name of a response ("chosen", "responses[0]") -> indices of its trained tokens, in order. Only responses with
+    untrained tokens (turns of tools and users between the assistant turns) have an entry."""
     row: int
 
     def scored(self, name: str) -> list[int] | None:
-        """The trained tokens of a response; None: all."""
+        """Indices of the trained tokens of a response; None: all."""
         return (self.trained or {}).get(name)
 
 
@@ -121,8 +121,8 @@ class Rollout:
     sampler_logprob: list[float]
     """Nats, one per sampled token, under the tempered distribution that drew it."""
     ended: bool
-    """True where an end was sampled, the last token unless the engine was told to go on, and where a stop string was
-    reached; False where the budget ran out."""
+    """True if an end token was sampled (the last token, unless the engine samples past it) or a stop string was
+    reached; False if the length limit was reached."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,8 +173,8 @@ class PackedBatch:
     """Flat tensors of several sequences; nothing is padded.
 
     A *sequence* is a leaf of the forest (without branches, every segment). A *row* is one scored token: `rows[r]` is
-    where in the pack it is predicted from, that is the token before it, so the shift by one has happened here and
-    nowhere else.
+    the position in the pack that predicts it, that is the token before it; the shift by one happens here and nowhere
+    else.
 
         two sequences   [7 8 1 5 0] scoring the last 2, and [7 9 4] scoring the last 1
         token_ids       7 8 1 5 0 | 7 9 4

@@ -1,8 +1,8 @@
 """Every setting of every run: one flat frozen dataclass per command, checked where it is defined.
 
-Names and defaults are those of Hugging Face's TrainingArguments and TRL wherever they have one. A file of YAML gives
-some of the keys, flags of the same names beat it, the rest are the defaults below. Nothing is derived silently: what
-a run used is written, in full, to `config.yaml` in its output directory.
+Names and defaults are those of Hugging Face's TrainingArguments and TRL wherever they have one. A YAML file gives some
+of the keys, flags of the same names override it, and the rest take the defaults below. Nothing is derived silently:
+every value that a run used is written to `config.yaml` in its output directory.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Checks that every configuration runs where it is made."""
+"""Checks that every configuration runs when it is constructed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ UNREAD = "since nothing reads it there"
 
 
 def at_default(config: Any, readers: Iterable[tuple[bool, str, tuple[str, ...]]]) -> None:
-    """Raises ValueError for a key that nothing would read and that differs from its default all the same.
+    """Raises ValueError for a key that differs from its default although nothing would read it.
 
     `readers`: (whether something reads the keys, why nothing would, the keys).
     """
@@ -47,8 +47,8 @@ def at_default(config: Any, readers: Iterable[tuple[bool, str, tuple[str, ...]]]
 def check_types(config: Any) -> None:
     """Raises ValueError for a field whose value is not of its declared type, and for a number that is not finite.
 
-    Dataclasses check neither. A path becomes its text, a list a tuple, a lone text a tuple of one where texts are
-    listed, and a number of numpy the number.
+    Dataclasses check neither. A path becomes a str, a list a tuple, a single str a tuple of one where the field is a
+    tuple of str, and a numpy scalar a Python number.
     """
     hints = get_type_hints(type(config))
     for field in fields(config):
@@ -61,18 +61,18 @@ def check_types(config: Any) -> None:
         numbers = [item for item in (plain if isinstance(plain, tuple) else (plain,)) if isinstance(item, float)]
         require(all(map(math.isfinite, numbers)), field.name, plain, "finite")
         if plain is not value:
-            object.__setattr__(config, field.name, plain)  # of a frozen class, while it is being made
+            object.__setattr__(config, field.name, plain)  # frozen, and still under construction
 
 
 def check_config(config: object, kind: type, trainer: str) -> None:
-    """Raises TypeError where a trainer is given the configuration of another."""
+    """Raises TypeError when a trainer is given the configuration of a different trainer."""
     if not isinstance(config, kind):
         given = f"the class {config.__name__}" if isinstance(config, type) else f"an object of {type(config).__name__}"
         raise TypeError(f"{trainer}: config must be an object of {kind.__name__}; got {given}")
 
 
 def _plain(hint: Any, value: Any) -> Any:
-    """The value as its hint declares it. Raises TypeError where it is of another type."""
+    """The value converted to the type that its hint declares. Raises TypeError if it has another type."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Literal and value in arguments:
         return value
@@ -114,7 +114,7 @@ def _in_words(hint: Any) -> str:
 
 
 def expand_home(config: Any) -> None:
-    """Fills in `~/` at the start of texts, alone or in tuples, of a frozen configuration."""
+    """Expands a leading `~/` in every str, and in every str of a tuple, of a frozen configuration."""
     for field in fields(config):
         value = getattr(config, field.name)
         if isinstance(value, str) and value.startswith("~/"):

@@ -35,13 +35,13 @@ class EvalConfig(TrainConfig):
     reward_model_path: str = ""
     """Reward model that judges the responses; it may be an adapter over the same base model."""
     opponent: str = "reference"
-    """What the models are compared with: a column of the dataset (reference, chosen or rejected) or one of `models`."""
+    """Opponent of the models: a column of the dataset (reference, chosen or rejected) or one of `models`."""
     response_length: int = 53
     """Maximum number of tokens of a response."""
     temperature: float = 0.7
-    """Sampling temperature; 0: the likeliest token is taken."""
+    """Sampling temperature; 0: greedy decoding."""
     rollout_batch_size: int = 64
-    """Responses that are generated side by side."""
+    """Number of responses generated in one batch."""
     decode: Literal["eager", "cuda_graph"] = "eager"
     """How a decode step runs, as in ppo. cuda_graph: it is recorded once and replayed. Not yet run on a GPU."""
     num_eval_examples: int = 500

@@ -322,11 +322,11 @@ COMMANDS = {
     "chat": "there is no chat; `fastrlhf eval` compares models",
     "env": "write doctor",
 }
-"""Commands and trainers of other programs, and what to do here; asked for those alone that are no commands here."""
+"""Commands and trainers of other programs -> what to do here. Looked up only for names that are no commands here."""
 
 
 def find(name: str, command: str) -> Key | None:
-    """The row for a key of TRL or transformers as `command` would understand it."""
+    """The row for a key of TRL or transformers, with the meaning that it has for `command`."""
     rows = [key for key in KEYS if key.name == name]
     wanted = (*READ_BY.get(command, (command,)), "all", "model", "script", "older")
     return next((key for config in wanted for key in rows if config in key.configs), rows[0] if rows else None)

@@ -37,7 +37,7 @@ SAME_MODEL = (
     *("save_steps", "save_total_limit", "disk_wait_minutes", "resume_from_checkpoint", "resume_weights_only"),
     "resume_changed_functions",
 )
-"""Keys that change where a run writes, how fast it is and what it shows, but not the model that it leaves."""
+"""Keys that change where a run writes, how fast it is and what it shows, but not the final model."""
 
 
 def read_yaml(path: str, kind: type, command: str) -> dict[str, Any]:
@@ -46,8 +46,7 @@ def read_yaml(path: str, kind: type, command: str) -> dict[str, Any]:
     The file is either flat or has a section per command; the keys of a section `shared` then hold for all commands,
     unless a command's own section sets them. `run_first` in a section names other sections (see `run_first`).
     Environment variables ($NAME) and a leading ~ in values are expanded. A blank or null key counts as absent, unless
-    null is a value of it. Raises ValueError for an unknown key, saying
-    what to write instead.
+    null is one of its values. Raises ValueError for an unknown key, saying what to write instead.
     """
     content, place = load_yaml(path), path
     if set(content) & COMMANDS:
@@ -230,7 +229,7 @@ def _is_flag_of(names: Collection[str], argument: str) -> bool:
 
 
 def unknown(name: str, kind: type, command: str) -> str:
-    """What to say of a key that `kind` lacks, after its name: see config/elsewhere.py."""
+    """The rest of the message about a key that `kind` lacks, after its name: see config/elsewhere.py."""
     readers = {command: [*keys_of(other)] for command, other in CONFIGS.items()}
     return explain(name, command, [field.name for field in fields(kind)], readers)
 
@@ -280,8 +279,8 @@ def _same_place(one: Any, other: Any) -> bool:
 
 
 def _longer(config: Any, there: Mapping[str, Any], key: str) -> bool:
-    """Whether a run is only made longer than it was, which changes none of its steps so far: its learning rate depends
-    on no last step, nor does a curriculum."""
+    """Whether the only change makes the run longer without changing any step so far: neither the learning rate nor a
+    curriculum depends on the number of steps."""
     old, new = there.get(key), getattr(config, key, None)
     return (
         key in ("max_steps", "num_train_epochs")
@@ -294,7 +293,7 @@ def _longer(config: Any, there: Mapping[str, Any], key: str) -> bool:
 
 
 def _by_new_names(written: dict[str, Any]) -> dict[str, Any]:
-    """The keys of a run of the release before this one, by the names that they have now."""
+    """The keys of a run of the previous release, under their present names."""
     return {ALIASES.get(key, key): value for key, value in written.items()}
 
 

@@ -16,7 +16,7 @@ from typing import Any
 def load_function(name: str, field: str) -> Callable[..., Any]:
     """The function that "package.module:function" or "path/to/file.py:function" names.
 
-    Raises ValueError, naming `field`, where there is none, and where something that its module imports is missing.
+    Raises ValueError, naming `field`, where there is none, and when its module imports something that is missing.
     """
     place, _, attribute = name.rpartition(":")
     if not place or not attribute:
@@ -34,8 +34,8 @@ def load_function(name: str, field: str) -> Callable[..., Any]:
 
 
 def function_hashes(config: Any) -> dict[str, str]:
-    """SHA-256 of the file of every function that a key of a configuration names, by the key's value: what a checkpoint
-    keeps, so that a run does not continue with another reward in silence. Modules that a file imports are not part."""
+    """SHA-256 of the file of every function that a key of a configuration names, by the key's value. Checkpoints keep
+    it, so that a run does not silently continue with another reward. Modules that the file imports are not hashed."""
     names = [
         text
         for value in asdict(config).values()
@@ -59,12 +59,12 @@ def _run_file(place: str, field: str) -> ModuleType:
     path = Path(place).expanduser().resolve()
     if not path.is_file():
         raise ValueError(f"{field}: no file {place!r}")
-    # A name that no installed module has, and no file of the same name in another folder.
+    # A unique name: no installed module has it, nor a file of the same name in another folder.
     spec = spec_from_file_location(str(path.with_suffix("")).replace(".", "_"), path)
     assert spec is not None
     assert spec.loader is not None
     module = module_from_spec(spec)
-    # Before it runs: dataclasses look their module up there, to read annotations that are strings.
+    # Registered before it runs: dataclasses look up their module there to resolve string annotations.
     sys.modules[spec.name] = module
     try:
         spec.loader.exec_module(module)

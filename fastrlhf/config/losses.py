@@ -10,7 +10,7 @@ from fastrlhf.config.checks import above_0, at_least, require
 
 @dataclass(frozen=True, kw_only=True)
 class LossKeys:
-    """The clipped loss of the policy, the critic's, and the advantages that they are given."""
+    """The clipped policy loss, the critic's loss, and how advantages are estimated."""
 
     num_ppo_epochs: int = 4
     """Passes over each batch of episodes."""
@@ -25,12 +25,12 @@ class LossKeys:
     cliprange: float = 0.2
     """The ratio is clipped to 1 - cliprange .. 1 + cliprange."""
     cliprange_high: float | None = None
-    """Upper clip range, where it differs (DAPO: 0.28); null: `cliprange`. With loss_type cispo `cliprange` is not read
-    otherwise."""
+    """Upper clip range, where it differs (DAPO: 0.28); null: `cliprange`. With loss_type cispo, `cliprange` is read
+    only as this default."""
     dual_clip: float | None = None
-    """Where the advantage A is negative the loss is at most -dual_clip * A (Ye et al. 2020: 3); null is off."""
+    """Where the advantage A is negative, the loss is at most -dual_clip * A (Ye et al. 2020: 3); null is off."""
     entropy_coef: float = 0.0
-    """Weight of the entropy of the policy, in nats per token, which the loss rewards."""
+    """Weight of the entropy bonus (nats per token), which is subtracted from the loss."""
     loss_aggregation: Literal["token", "sequence", "constant"] = "token"
     """Average of the losses of policy and critic over a mini-batch. token: over all tokens. sequence: over the tokens
     of each episode, then over episodes. constant (policy alone): the sum over tokens divided by episodes times
@@ -38,8 +38,8 @@ class LossKeys:
     mask_truncated_completions: bool = False
     """Leave episodes that the length limit cut out of the policy's loss (DAPO's overlong filtering)."""
     target_kl: float | None = None
-    """Nats per token: once a mini-batch finds the policy further than this from the sampler, that step and the rest of
-    the update are skipped; null is off."""
+    """Early stop: once a mini-batch measures a KL from the sampler above this (nats per token), that step and the rest
+    of the update are skipped; null is off."""
     sampler_is_cap: float | None = None
     """For an engine whose log-probs are not the trainer's: each token's loss is weighted by min(trainer / engine,
     sampler_is_cap), truncated importance sampling (Yao et al. 2025: 2); null is off."""
@@ -53,16 +53,16 @@ class LossKeys:
     value_learning_rate: float | None = None
     """Peak learning rate of the critic; null: `learning_rate`."""
     value_warmup_steps: int = 0
-    """First updates, in which only the critic is trained."""
+    """Number of updates at the start in which only the critic is trained."""
     gamma: float = 1.0
     """Discount per token."""
     lam: float = 0.95
     """GAE's lambda."""
     advantage_estimator: Literal["gae", "rloo", "grpo", "opo"] = "gae"
-    """gae needs a critic. The others have none: they give every token of an episode one advantage, from the episodes of
-    its group of `num_generations`. rloo: return minus the mean return of the others (arXiv 2402.14740). grpo: return
-    minus the mean of all, scaled as `scale_rewards` says (arXiv 2402.03300). opo: return minus the mean weighted by
-    length (arXiv 2505.23585)."""
+    """gae needs a critic. The others have no critic: all tokens of an episode share one advantage, computed from its
+    group of `num_generations` episodes. rloo: return minus the mean return of the others (arXiv 2402.14740). grpo:
+    return minus the mean of all, scaled as `scale_rewards` says (arXiv 2402.03300). opo: return minus the mean weighted
+    by length (arXiv 2505.23585)."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """What grpo's advantages are divided by. group: the standard deviation of the group; batch: of all episodes of the
     batch; none: nothing (Dr. GRPO, arXiv 2503.20783)."""
@@ -71,7 +71,7 @@ class LossKeys:
 
     @property
     def aggregation(self) -> str:
-        """How the losses average: `loss_aggregation`, or what `loss_type` fixes it to."""
+        """How the losses are averaged: `loss_aggregation`, or the value that `loss_type` fixes."""
         fixed = {"grpo": "sequence", "gspo": "sequence", "dr_grpo": "constant"}
         return self.loss_aggregation if self.loss_type == "ppo" else fixed.get(self.loss_type, "token")
 

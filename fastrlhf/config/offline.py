@@ -21,9 +21,9 @@ class SFTConfig(TrainConfig):
     completion_only_loss: bool = True
     """Train only the tokens of the response. False: those of the prompt as well."""
     train_on: Literal["last_assistant", "all_assistant", "all"] = "last_assistant"
-    """What is trained of a conversation. last_assistant: the response, which is the last turn of `messages`.
-    all_assistant: every turn of the assistant, those of the prompt too (TRL's assistant_only_loss). all: every token,
-    as completion_only_loss false. Of a response of several turns only those of the assistant are trained."""
+    """Which tokens of a conversation are trained. last_assistant: the response, which is the last turn of `messages`.
+    all_assistant: every assistant turn, including those in the prompt (TRL's assistant_only_loss). all: every token,
+    like completion_only_loss false. In a response of several turns, only the assistant turns are trained."""
     train_suffix: bool = False
     """Train what the chat template writes behind the end of a turn too, as TRL does: the newline of ChatML."""
 
@@ -41,11 +41,11 @@ class RewardConfig(TrainConfig):
     num_train_epochs: float = 1.0
     truncation_mode: Literal["keep_start", "keep_end", "drop"] = "drop"
     center_rewards_coefficient: float = 0.0
-    """Coefficient of (score of chosen + score of rejected)^2 in the loss, which keeps scores around 0 (Eisenstein et
-    al. 2023, arXiv 2312.09244, eq. 2); TRL recommends 0.01."""
+    """Coefficient of (score of chosen + score of rejected)^2 in the loss, a penalty that centres scores on 0
+    (Eisenstein et al. 2023, arXiv 2312.09244, eq. 2); TRL recommends 0.01."""
     margin_scale: float = 0.0
-    """Factor on the column `margin`, by which the scores of a pair must differ (Touvron et al. 2023, arXiv 2307.09288,
-    eq. 2); 0: the column is not read."""
+    """Factor on the column `margin`, the amount by which the scores of a pair must differ (Touvron et al. 2023, arXiv
+    2307.09288, eq. 2); 0: the column is not read."""
     share_prompts: bool = True
     """Compute the prompt of a pair once for both responses; the same numbers with fewer tokens."""
 
@@ -94,7 +94,8 @@ class DPOConfig(TrainConfig):
     """Function that PsiPO applies to the probability that a response is better: identity (IPO), logit (the optimum of
     RLHF), clipped_logit, or your own non-decreasing function, as module:function or file.py:function."""
     psi_clip: float = 3.0
-    """Bound of clipped_logit, in nats: no preference counts as surer than sigmoid(psi_clip), which is 0.953 for 3."""
+    """Bound of clipped_logit, in nats: no preference probability counts as higher than sigmoid(psi_clip), which is
+    0.953 for 3."""
     psi_backend: Literal["pairwise", "groupwise"] = "pairwise"
     """pairwise: rows are pairs, for a psi that is odd about 1/2. groupwise: rows have a list of `responses`, drawn from
     one policy, with `preferences` or `scores`; 2 responses per prompt suffice where psi is odd, otherwise 3."""

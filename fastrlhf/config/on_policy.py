@@ -26,8 +26,8 @@ class PPOConfig(ResetKeys, PairKeys, LossKeys, SamplingKeys, RewardKeys, TrainCo
     total_episodes: int = 0
     """Episodes of the run, where `max_steps` is not given; 0: by epochs over the prompts."""
     compat: Literal["fixed", "reference"] = "fixed"
-    """fixed: an episode is its sampled tokens up to the EOS. reference: what the released code of DR-PO does: sampling
-    goes on past the EOS, and KL, values and whitening include the reset tokens and what follows the EOS."""
+    """fixed: an episode is its sampled tokens up to the EOS. reference: as in the released code of DR-PO, sampling goes
+    on past the EOS, and KL, values and whitening include the reset tokens and what follows the EOS."""
     num_sample_generations: int = 10
     """Times per run that samples are written to samples.jsonl; 0 is never."""
 
@@ -162,8 +162,8 @@ class GRPOConfig(PPOConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class DRPOConfig(PPOConfig):
-    """PPO from reset states (Chang et al. 2024, arXiv 2404.08495). Four defaults are the paper's (Table 5); all of its
-    settings are the recipe drpo_tldr."""
+    """PPO from reset states (Chang et al. 2024, arXiv 2404.08495). Four defaults are the paper's (Table 5); the recipe
+    drpo_tldr has all of its settings."""
 
     reset_prob: float = 1.0
     missing_eos_score: float | None = -1.0
@@ -174,7 +174,7 @@ class DRPOConfig(PPOConfig):
 @dataclass(frozen=True, kw_only=True)
 class RTOConfig(PPOConfig):
     """PPO on token rewards of a DPO model (Zhong et al. 2024, arXiv 2404.18922). Two defaults are the paper's (App. D);
-    all of its settings are the recipe rto_ultrafeedback."""
+    the recipe rto_ultrafeedback has all of its settings."""
 
     kl_coef: float = 0.01
     temperature: float = 1.0

@@ -13,7 +13,7 @@ class PairKeys:
     """Pair losses on rollouts from one state: REBEL, REFUEL, online DPO, online IPO."""
 
     update: Literal["clipped", "pair"] = "clipped"
-    """What an update minimises. clipped: the clipped loss of `loss_type`. pair: `pair_loss` on pairs of episodes that
+    """Loss of an update. clipped: the clipped loss of `loss_type`. pair: `pair_loss` on pairs of episodes that
     start in the same state; it needs no critic."""
     pair_loss: Literal["rebel", "dpo", "ipo"] = "rebel"
     """With D = log(policy / base) of one response minus that of the other, and r their returns. rebel (Gao et al. 2024,
@@ -27,7 +27,7 @@ class PairKeys:
     pair_eta: float = 1.0
     """Log-ratio per unit of reward that rebel regresses to; a larger one moves the policy further."""
     pair_beta: float = 0.1
-    """beta of dpo, tau of ipo: nats of log-ratio count less where it is small."""
+    """beta of dpo, tau of ipo: the smaller it is, the further the policy may move from the reference."""
 
     def check_pairs(self) -> None:
         above_0(self, "pair_eta", "pair_beta")

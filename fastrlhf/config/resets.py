@@ -17,13 +17,13 @@ class ResetKeys:
     reset_min: int = 1
     """Fewest tokens of a reset: 1 as published, 0 so that the initial state is among the reset states."""
     reset_source: Literal["reference", "chosen", "both", "sample"] = "reference"
-    """Which response is copied from. both: reference or chosen, with equal probability. sample: one that the frozen
+    """Response that a reset copies from. both: reference or chosen, with equal probability. sample: one that the frozen
     reference policy writes to the prompt, at `temperature` (PPO++)."""
     reset_curriculum: float = 0.0
     """Share of the run over which resets move from the end of a response to its beginning: k is uniform on {m, ..., L -
     1}, and m falls linearly from L - 1 to `reset_min`. 0: m is `reset_min` throughout, as published."""
     num_generations: int = 1
-    """Episodes per prompt of a batch; the batch has that many times fewer prompts."""
+    """Episodes per prompt of a batch; the number of prompts in a batch is divided by this."""
     reset_group: Literal["point", "response"] = "point"
     """Where the episodes of a group start: all at one reset point, or each at its own point of one response."""
     share_trunks: bool = True

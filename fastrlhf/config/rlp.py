@@ -29,10 +29,10 @@ class RLPConfig(TrainConfig):
     policy: Literal["ppo", "drpo", "rto"] = "ppo"
     """Section of the file that configures the policies."""
     refinement: Literal["none", "uml", "spg", "both"] = "spg"
-    """How the policy's answers refit the reward model. uml: two answers to a prompt are two views of it, and the
-    latents that are read from them are trained to be informative of each other. spg: synthetic preference pairs are
-    made from groups of answers that mean the same. both: uml and spg together, which the paper does not try. none: no
-    refit; only the policy is trained."""
+    """How the policy's answers refit the reward model. uml: two answers to a prompt are two views of it, and latents
+    computed from them are trained to have high mutual information. spg: synthetic preference pairs are made from groups
+    of answers that mean the same. both: uml and spg together, which the paper does not try. none: no refit; only the
+    policy is trained."""
     rounds: int = 1
     """Number of refits, each followed by training a policy; the paper has one."""
     refit_from: Literal["start", "reward"] = "start"
@@ -76,7 +76,8 @@ class RLPConfig(TrainConfig):
     view_critic: Literal["mlp", "dot"] = "mlp"
     """Critic of the mutual information: a network (mlp) that reads both latents, or their inner product (dot)."""
     view_learning_rate: float = 1e-3
-    """Peak learning rate of heads and critic; they are new and need a far higher one than the reward model."""
+    """Peak learning rate of heads and critic; they start from random weights and need a far higher one than the reward
+    model."""
     view_width: int = 1024
     """Hidden units of heads and critic."""
     view_latent: int = 64
@@ -111,7 +112,7 @@ class RLPConfig(TrainConfig):
     def __post_init__(self) -> None:
         check_types(self)
         because = f"in section rlp (its place is in section reward, {self.policy} or shared)"
-        # First, or a key of LoRA would be told to wait for use_peft, which is refused as well.
+        # Checked first: otherwise a LoRA key would be refused with advice to set use_peft, which is refused as well.
         at_default(self, [(False, because, self.UNREAD)])
         TrainConfig.__post_init__(self)
         at_least(self, 1, "rounds", "view_width", "view_latent", "nli_batch_tokens", "nli_side_tokens")

@@ -20,7 +20,7 @@ class SamplingKeys:
     """Strings that end a response besides the EOS: it is cut after the token that completes the first of them, and
     counts as ended. The tokens after it are sampled and dropped."""
     rollout_batch_size: int = 64
-    """Episodes that are generated side by side."""
+    """Number of episodes generated in one batch."""
     decode: Literal["eager", "cuda_graph"] = "eager"
     """How the transformers engine runs a decode step. cuda_graph: a step is recorded once and replayed, which gives the
     same samples without the cost of launching kernels; a model that cannot be recorded is refused. Not yet run on a
@@ -33,7 +33,7 @@ class SamplingKeys:
 
     max_sampling_logp_difference: float | None = None
     """Nats per token: training stops where `sampling/sampling_logp_difference/mean`, the distance of the engine's
-    log-probs from the trainer's, exceeds it, because the samples are then those of another model. null: 0.1 for the
+    log-probs from the trainer's, exceeds this, which means that another model drew the samples. null: 0.1 for the
     transformers engine in float32 and 0.3 otherwise, divided by `temperature` where that is below 1. 0: no limit."""
 
     def check_sampling(self) -> None:

@@ -40,11 +40,11 @@ class TrainConfig:
     """Jinja template for conversations, a file that holds one, or "hh" for Anthropic's Human/Assistant form. Empty: the
     template of the tokenizer."""
     chat_template_kwargs: str = ""
-    """What the chat template is given beside the turns (a mapping in YAML, JSON as a flag), for example
-    {"enable_thinking": false}; those of a row come first."""
+    """Variables passed to the chat template in addition to the turns (a mapping in YAML, JSON as a flag), for example
+    {"enable_thinking": false}; those of a row take precedence."""
     template_date: str = ""
-    """What a chat template is told that asks for the day, as 2026-11-30. Empty: the day that the run in `output_dir` or
-    the model's own run has recorded, else today; config.yaml then has it."""
+    """Date given to a chat template that asks for it, for example 2026-11-30. Empty: the date that the run in
+    `output_dir` or the model's own run has recorded, otherwise today; the run records it in config.yaml."""
     trust_remote_code: bool = False
     """Run Python code that comes with a model."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -56,7 +56,8 @@ class TrainConfig:
     lora_r: int = 16
     """Rank of the low-rank adapter."""
     lora_alpha: int = 32
-    """The adapter is scaled by lora_alpha / lora_r. There is no dropout: log-probs must be the same number twice."""
+    """The adapter is scaled by lora_alpha / lora_r. There is no dropout, because log-probs of the same tokens must be
+    reproducible."""
     lora_target_modules: tuple[str, ...] = ("all-linear",)
     """Ends of the names of the layers that get an adapter. all-linear: every linear layer except heads and routers, and
     the experts of a mixture."""
@@ -72,9 +73,9 @@ class TrainConfig:
     bits; other models keep their precision. At the end the adapter is merged into the dequantised weights, in
     `merged_dtype`. It needs bitsandbytes: install fastrlhf[bnb]."""
     merged_dtype: Literal["float32", "bfloat16"] = "float32"
-    """dtype of the final weights with the adapter added. bfloat16 halves the file and rounds part of what was learned
-    away: how far log-probs of held-out rows shift is measured and written to config.yaml, and above `max_merge_shift`
-    the weights are saved in float32 all the same."""
+    """dtype of the final weights with the adapter added. bfloat16 halves the file and loses part of the update to
+    rounding: the shift of the log-probs of held-out rows is measured and written to config.yaml, and if it exceeds
+    `max_merge_shift` the weights are saved in float32 instead."""
     max_merge_shift: float = 0.01
     """Largest shift, in nats per token, at which merged weights are saved in bfloat16."""
     activation_checkpointing: bool = False
@@ -186,12 +187,12 @@ class TrainConfig:
     seed: int = 42
     """Seed of new weights, of the order of the data and of every sample."""
     report_to: tuple[str, ...] = ()
-    """Services that get the metrics too: tensorboard, wandb, none, or all that are installed. metrics.jsonl is always
-    written."""
+    """Services to which the metrics are also sent: tensorboard, wandb, none, or all that are installed. metrics.jsonl
+    is always written."""
     run_name: str = ""
     """Name of the run in those services. Empty: the name of `output_dir`."""
     progress: bool = True
-    """Show how far the run is: a progress bar on a terminal, elsewhere a line every `logging_steps`. false: only
+    """Show progress: a progress bar on a terminal, elsewhere a line every `logging_steps`. false: only
     evaluations are printed."""
     logging_steps: int = 10
     """Optimiser steps (updates, in on-policy runs) between two lines of progress where the output is no terminal: loss
@@ -233,7 +234,7 @@ class TrainConfig:
             "false where torch_compile is true: both fuse the same operations",
         )
         if self.activation_offloading:
-            because = "layers that are not computed again keep more than can be copied meanwhile"
+            because = "layers that are not recomputed keep more than can be copied during their computation"
             rule = f"false where activation_checkpointing is false: {because}"
             require(self.activation_checkpointing, "activation_offloading", True, rule)
             require(self.device != "cpu", "activation_offloading", True, "false where device is cpu")
@@ -278,7 +279,8 @@ def _is_day(text: str) -> bool:
 
 
 def parse_template_kwargs(chat_template_kwargs: str) -> dict[str, Any]:
-    """The JSON of `chat_template_kwargs` as a mapping, empty where it is. Raises ValueError where it is none."""
+    """The JSON of `chat_template_kwargs` as a mapping; an empty text gives an empty mapping. Raises ValueError if it is
+    not a mapping."""
     try:
         values = json.loads(chat_template_kwargs or "{}")
     except json.JSONDecodeError as error:
@@ -289,7 +291,7 @@ def parse_template_kwargs(chat_template_kwargs: str) -> dict[str, Any]:
 
 
 def parse_model_config(model_config: str) -> dict[str, Any]:
-    """The JSON of `model_config` as a mapping. Raises ValueError where it is none or names no model_type."""
+    """The JSON of `model_config` as a mapping. Raises ValueError if it is not a mapping or names no model_type."""
     try:
         values = json.loads(model_config)
     except json.JSONDecodeError as error:
