@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 WINDOW = 10
-"""Number of steps whose mean is compared with the mean of as many first steps."""
+"""Number of steps in a window: the mean over the latest window is compared with the mean over the first."""
 
 BOTH_FALL = (
     "the log-probs of chosen and rejected responses both fall ({chosen:+.1f} and {rejected:+.1f} nats) while the "
-    "margin rises: the loss asks for the difference alone. It is no mistake; where the chosen must stay likely, add "
+    "margin rises: the loss depends on the difference alone. This is no error; to keep the chosen likely, add "
     "the loss sft (loss_type: [sigmoid, sft]) or lower learning_rate"
 )
 SATURATED = (
@@ -43,7 +43,7 @@ class Diagnoses:
             BOTH_FALL: "sft" not in self._losses
             and max(chosen, rejected) < -1
             and margin > max(0.0, _mean(self._first, "rewards/margins")),
-            # sigmoid(-10) is 5e-5; ipo is excluded because large margins can be its target
+            # sigmoid(-10) is 5e-5; not for ipo, which may aim at such large margins
             SATURATED: "ipo" not in self._losses and accuracy > 0.99 and margin > 10,
         }
         new = [text for text, holds in found.items() if holds and text not in self._told]

@@ -160,7 +160,8 @@ def _loss(
     micro: Sequence[int],
     step: Pairs,
 ) -> LossOutput:
-    """The contribution of the pairs `micro` to the loss of `step`, the pairs of the whole optimiser step."""
+    """The contribution of the pairs `micro` (one micro-batch) to the loss over `step` (all pairs of the optimiser
+    step)."""
     own, num_pairs = pairs[micro], len(step)
     batch = pack(forest(own.trees), model.device)
     scored = token_logprobs(model, batch, entropy=True, stats=True)

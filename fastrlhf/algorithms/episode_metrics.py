@@ -1,4 +1,4 @@
-"""What is logged of a batch of episodes before it is trained on."""
+"""Metrics of a batch of episodes, logged before the update."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastrlhf.types import Experience, Rollout
 from fastrlhf_kernels import kl_estimate
 
 NUM_DEPTHS = 5
-"""Bins of equal width in which scores are reported by how much of the response a reset gave away."""
+"""Number of bins of equal width for scores by reset depth, the share of the response that the reset copied."""
 
 
 def episode_metrics(
@@ -29,15 +29,15 @@ def episode_metrics(
     drawn: Tensor,
     exact_kl: Tensor | None,
 ) -> dict[str, float]:
-    """TRL's names. `objective/kl` is over the sampled tokens alone, which are fewer after a reset: across reset
-    probabilities only `eval_objective/kl` compares, of full responses from the prompt. It is the mean of k1;
-    `objective/kl_k2` and `objective/kl_k3` are those of the other estimates, never negative. `sampling/outside_clip` is
-    the share of tokens whose ratio of trainer to engine the clip of the loss would already cut, and
-    `completions/clipped_ratio` that of responses that the budget cut; the judge's mean score of these is
+    """TRL's names. `objective/kl` is over the sampled tokens alone, which are fewer after a reset: to compare runs with
+    different reset probabilities, use `eval_objective/kl`, which is over full responses from the prompt. It is the mean
+    of k1; `objective/kl_k2` and `objective/kl_k3` are those of the other estimates, never negative.
+    `sampling/outside_clip` is the share of tokens whose ratio of trainer to engine the clip of the loss would already
+    cut, and `completions/clipped_ratio` that of responses that the budget cut; the judge's mean score of these is
     `objective/scores_clipped`, absent where there are none.
 
-    Raises ValueError, naming the row, where an advantage, or what it is made of, is not finite: found in the one wait
-    for the GPU that the numbers need anyway.
+    Raises ValueError, naming the row, where an advantage, or what it is made of, is not finite: this check needs no
+    wait for the GPU beyond that of the metrics.
     """
     mask, logprob, scores = experience.mask, experience.sampler_logprob, experience.scores
     assert scores is not None
@@ -99,18 +99,19 @@ def episode_metrics(
 
 
 def score_names(terms: Mapping[str, Term]) -> list[str]:
-    """The rewards that count as the score: the judge's; without a judge what functions or a DPO model give."""
+    """The rewards that count as the score: the judge's; without a judge, those of reward functions or of a DPO
+    model."""
     return ["score"] if "score" in terms else [name for name in terms if name not in ("missing_eos", "kl", "length")]
 
 
 def sum_of_rewards(terms: Mapping[str, Term], cu_rows: Tensor) -> Tensor:
-    """[N]: what stands for the score where there is no judge."""
+    """[N]: the sum that replaces the score when there is no judge."""
     rewards = reduce(torch.add, (terms[name].reward for name in score_names(terms)))
     return torch.segment_reduce(rewards, "sum", lengths=cu_rows.diff().long(), unsafe=True)
 
 
 def _numbers(terms: Mapping[str, Term], experience: Experience) -> dict[str, Tensor]:
-    """All [R] that go into the advantages, by the names to complain of them, causes before effects."""
+    """All tensors [R] that enter the advantages, by their names in error messages, causes before effects."""
     numbers = {"log-prob of the policy": experience.sampler_logprob}
     numbers["log-prob of the reference"] = experience.reference_logprob
     if experience.value is not None:

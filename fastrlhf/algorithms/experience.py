@@ -1,4 +1,4 @@
-"""From rollouts to what an on-policy update needs: packs, log-probs, values, rewards, advantages."""
+"""Turns rollouts into the input of an on-policy update: packs, log-probs, values, rewards, advantages."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class Pack:
 def pack_episodes(
     config: PPOConfig, rollouts: Sequence[Rollout], order: Sequence[int], device: torch.device
 ) -> list[list[Pack]]:
-    """Mini-batches of packs, whole groups of `num_generations` rollouts in the given order of the groups; of several
-    ranks each has packs of its own.
+    """Mini-batches of packs, whole groups of `num_generations` rollouts in the given order of the groups; each rank has
+    its own packs.
 
     The rows of an episode are its sampled tokens; under compat "reference" the reset tokens before them as well. With
     `share_trunks` a group is one tree, never cut by a micro-batch. Under compat "reference" a micro-batch holds
@@ -88,18 +88,18 @@ def score_episodes(
     eos_token_id: EndIds,
     rewards: Rewards | None = None,
 ) -> tuple[Experience, dict[str, float]]:
-    """Everything the update needs, frozen before it starts.
-
-    The sampler's log-probs are rescored in the very packs of the first pass, by the op that the loss will use, so that
-    the first ratio is exactly 1. `critic` is None where `advantage_estimator` needs none, `scores` where there is no
-    judge. `rewards` are those of the run; None: those that need neither a model nor a memory. With `truncation`
-    bootstrap the critic's forward gives the value of the state after the last token too: a pack holds that token.
+    """The complete input of the update, computed before it starts. The sampler's log-probs are rescored in the same
+    packs as in the first pass and by the op of the loss, so that the first ratio is exactly 1. `critic` is None where
+    `advantage_estimator` needs none, `scores` where there is no judge. `rewards` computes the rewards of the run; None:
+    only the rewards that need neither a model nor a state. With `truncation` bootstrap the critic's forward gives the
+    value of the state
+    after the last token too: a pack holds that token.
     """
     rewards = rewards or Rewards(config=config)
     device = policy.device
     rows = _rows(config, rollouts, eos_token_id, device)
     num_rows = len(rows.mask)
-    # 0 where another rank has the row, so that the sum over ranks is what it computed.
+    # 0 in the rows of other ranks, so that the sum over ranks is the value that the owner computed.
     logprob, reference_logprob, value, entropy = (torch.zeros(num_rows, device=device) for _ in range(4))
     token = torch.zeros(num_rows, dtype=torch.int64, device=device)
     dpo_log_ratio = torch.zeros(num_rows, device=device) if rewards.implicit else None
@@ -152,7 +152,7 @@ def score_episodes(
         goes_on=None if value_after is None else rows.missing_eos,
     )
     terms = rewards.terms(episodes)
-    # One after the other, so that an addend of zeros changes no bit.
+    # Summed in sequence, so that an addend of zeros changes no bit.
     reward = reduce(torch.add, (term.reward for term in terms.values()))
     own_kl = own_kl_advantage(episodes, rewards.kl.coef) if config.kl_placement == "reward" else None
     every_row = torch.ones_like(rows.mask)
@@ -199,7 +199,7 @@ class _Scored(NamedTuple):
     reference_logprob: Tensor
     exact_kl: Tensor | None
     reference_states: Tensor | None
-    """[R of the pack, D], where the loss will need them"""
+    """[R of the pack, D]; None unless the loss needs them"""
 
 
 def _scored(config: PPOConfig, policy: PreTrainedModel, reference: PreTrainedModel, batch: PackedBatch) -> _Scored:

@@ -32,7 +32,7 @@ def check_kl(config: PPOConfig, update: int, kl: float) -> None:
 def check_sampler(config: PPOConfig, update: int, difference: float, policy: PreTrainedModel, *, own: bool) -> None:
     """Raises ValueError where the log-probs that the engine reported of its samples for update number `update`, counted
     from 1, are on average `difference` nats per token away from those of the trainer's own forward, and this is more
-    than rounding explains. `own`: the engine is an object that the caller brought."""
+    than rounding explains. `own`: the caller passed the engine as an object."""
     limit = sampler_limit(config, policy.dtype, own=own)
     if not difference > limit > 0:  # NaN is reported by `raise_not_finite`
         return

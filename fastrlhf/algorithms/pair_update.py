@@ -1,4 +1,4 @@
-"""What an update does with `update: pair`: losses on pairs of rollouts that start in one state.
+"""The update of `update: pair`: losses on pairs of rollouts that start in one state.
 
 With D = log(policy / base)(y) - log(policy / base)(y'), sums over the sampled tokens, and returns r, r' (all rewards of
 an episode, that of the KL included):
@@ -9,7 +9,8 @@ an episode, that of the KL included):
 
 Where rebel's loss is 0 for all pairs, the policy is proportional to sampler * exp(eta r): a step of natural policy
 gradient. From reset states the pair continues one response, and rebel is REFUEL (Gao et al. 2024, arXiv 2410.04612).
-REFUEL cuts where a turn ends; here `reset_*` say where. Equation numbers are from memory of the papers.
+REFUEL resets to the end of a turn; here the `reset_*` keys decide. Equation numbers were not checked against the
+papers.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ def update_pairs(
 ) -> dict[str, float]:
     """`num_ppo_epochs` passes over the pairs of the batch, in the packs that the sampler was scored in.
 
-    Metrics: loss/policy_avg; pair/accuracy, the share of pairs whose better response the policy has come to prefer to
-    what the base does; pair/margin and pair/return_difference, the means of D and of r - r' of the better response.
+    Metrics: loss/policy_avg; pair/accuracy, the share of pairs with D > 0 for the better response; pair/margin and
+    pair/return_difference, the means of D and of r - r' of the better response.
     """
     rewards = reduce(torch.add, experience.rewards.values())
     totals, steps = StepMetrics(), []
@@ -98,7 +99,7 @@ def loss_of_pairs(
             settings = {"kind": "ipo", "target": config.pair_eta * difference}
         case "ipo":
             settings = {"kind": "ipo", "target": (difference.sigmoid() - 0.5) / config.pair_beta}
-        case _:  # equal returns say nothing of which is better
+        case _:  # with equal returns neither response is the better one
             settings = {"kind": "dpo", "beta": config.pair_beta, "weight": (difference > 0).float()}
     loss, metrics = pair_loss(
         logprob[rows], base_logprob[rows], cu_seqlens, mask[rows], num_pairs=num_pairs, **settings
@@ -109,7 +110,7 @@ def loss_of_pairs(
 
 def select_pairs(returns: Tensor, group_size: int, select: str) -> tuple[Tensor, Tensor]:
     """(the better, the worse) episode of each pair, [B] int64, from returns [N] of groups of `group_size`; of equal
-    ones the earlier counts as the better."""
+    returns, the earlier episode counts as the better."""
     groups = returns.view(-1, group_size)
     first = torch.arange(len(groups), device=returns.device)[:, None] * group_size
     if select == "best_worst":

@@ -5,9 +5,9 @@ arXiv 2404.08495, Algorithm 2) and RTO (Zhong et al. 2024, arXiv 2404.18922): on
       prefixes    prompts, or with probability `reset_prob` a prompt and the first k tokens of a response to it
       rollouts    the policy writes on from there
       scores      the judge, if there is one, reads the whole response (with `psi`, against other responses: PsiPO)
-      experience  log-probs under sampler and reference, values, rewards (of reward functions, and of a DPO model's
-                  tokens), advantages: of the sampled tokens only
-      updates     `num_ppo_epochs` passes of the clipped losses over the packs, or with `update` pair of a pair loss
+      experience  log-probs under sampler and reference, values, rewards (of reward functions and of a DPO model),
+      advantages: of the sampled tokens only updates     `num_ppo_epochs` passes of the clipped losses over the packs,
+      or with `update` pair of a pair loss
 
 PPO is DR-PO with reset probability 0 and RTO with scale 0, bit for bit; with both, DR-PO and RTO mix. With
 `advantage_estimator` rloo or grpo there is no critic.
@@ -174,7 +174,7 @@ def train_ppo(
 
 
 train_on_policy = train_ppo
-"""The name of 0.1; it goes with 0.3."""
+"""Deprecated name of `train_ppo`, to be removed in 0.3."""
 
 
 def _prompts(config: PPOConfig, data: Data) -> tuple[list[TokenizedExample], list[TokenizedExample]]:

@@ -12,18 +12,19 @@ from fastrlhf.rollout.engine import Engine, SharedEngine, TransformersEngine
 from fastrlhf.types import EndIds, Prefix, TokenizedExample
 
 ROLL_IN_STREAM = 3
-"""The draws of roll-ins; the sampler's and the resets' are others, so that none moves another."""
+"""Stream of the random draws of roll-ins. Sampler and resets have other streams, so the draws are independent."""
 
 
 def reset_fields(config: PPOConfig) -> list[str]:
-    """The responses that a row of the data must have."""
+    """Names of the responses that a row of the dataset must have."""
     if config.reset_prob == 0 or config.reset_source == "sample":
         return []
     return ["reference", "chosen"] if config.reset_source == "both" else [config.reset_source]
 
 
 def make_roll_in(config: PPOConfig, reference: PreTrainedModel, eos_token_id: EndIds) -> Engine:
-    """What writes the responses that `reset_source: sample` resets to (PPO++, Chang et al. 2023, arXiv 2306.11816).
+    """The engine that writes the responses that `reset_source: sample` resets to (PPO++, Chang et al. 2023, arXiv
+    2306.11816).
 
     A response ends at its first end under either `compat`.
     """
@@ -43,7 +44,7 @@ def draw_prefixes(
 
     Group number g, counted from `first_group`, has the episodes g * size, g * size + 1, ... It keys the choice of its
     response and, under `reset_group: point`, the one reset point of all of them; under `response` each episode keys its
-    own. `progress` is the share of the run that is done, of which the curriculum is a function. `roll_in` writes the
+    own. `progress` is the share of the run that is done, on which the curriculum depends. `roll_in` writes the
     responses of `reset_source: sample`. A response longer than the budget is reset to within the budget.
     """
     responses = _responses(config, prompts, first_group, roll_in)
@@ -72,7 +73,8 @@ def _episodes(config: PPOConfig, group: int) -> list[tuple[int, int]]:
 def _responses(
     config: PPOConfig, prompts: Sequence[TokenizedExample], first_group: int, roll_in: Engine | None
 ) -> list[Sequence[int]]:
-    """What each group may reset to, within the budget; empty where it does not reset."""
+    """The responses that each group may reset to, within the length limit; empty for groups that start at the
+    prompt."""
     resetting = {
         group: example
         for group, example in enumerate(prompts, first_group)
@@ -98,10 +100,10 @@ def _dataset_response(config: PPOConfig, example: TokenizedExample, group: int) 
     response, trained = getattr(example, source), example.scored(source)
     if trained is None:
         return response
-    # An episode may not start after what the policy has not written: it resets within the first turn of the assistant.
+    # An episode must not start after text that the policy did not write, so it resets within the first assistant turn.
     return response[: next((n for n, i in enumerate(trained) if n != i), len(trained))]
 
 
 def _withheld(config: PPOConfig, progress: float) -> float:
-    """The share of the admissible reset lengths, the shortest first, that the curriculum still keeps back."""
+    """The share of the admissible reset lengths, counted from the shortest, that the curriculum still excludes."""
     return max(0.0, 1 - progress / config.reset_curriculum) if config.reset_curriculum else 0.0

@@ -86,7 +86,7 @@ def load_psi(name: str, clip: float) -> Psi:
 
 
 def examined(function: Callable[[Tensor], Tensor], name: str) -> Psi:
-    """Makes a Psi of a user-defined function; whether it is odd and affine is measured on a grid of [0, 1]."""
+    """Makes a Psi from a user-defined function; a grid of [0, 1] shows whether it is odd and affine."""
     values = function(GRID)
     if not isinstance(values, Tensor) or values.shape != GRID.shape:
         raise ValueError(f"psi: {name} must return a tensor of the shape of its argument, {tuple(GRID.shape)}")

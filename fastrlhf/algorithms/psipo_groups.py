@@ -63,11 +63,11 @@ def train_groups(
     """Trains `config.model_name_or_path` on groups of responses; `examples` replace the configured dataset.
 
     Metrics per step: loss (nats^2 per pair of a group); over the pairs of responses that differ in g,
-    rewards/accuracies (the log-ratios are in their order), rewards/margins and rewards/target_margins (beta times the
-    difference of log-ratios, now and at the optimum); logps/chosen, logps/rejected (nats of the response of highest and
-    of lowest g); grad_norm, learning_rate, num_tokens (of the sequences), num_unique_tokens (computed). Raises
-    ValueError for bad input before any time is spent on training, and where the first loss is not that of a policy
-    equal to its reference.
+    rewards/accuracies (share whose log-ratios have the same order as g), rewards/margins and rewards/target_margins
+    (beta times the difference of log-ratios, now and at the optimum); logps/chosen, logps/rejected (nats of the
+    response of highest and of lowest g); grad_norm, learning_rate, num_tokens (of the sequences), num_unique_tokens
+    (computed). Raises ValueError for bad input before any time is spent on training, and where the first loss is not
+    that of a policy equal to its reference.
     """
     psi = load_psi(config.psi, config.psi_clip)
     fields = ["responses", *(GROUP_LABELS if config.label_source == "data" else ())]
@@ -111,7 +111,7 @@ def train_groups(
 def _loss(
     model: PreTrainedModel, reference: Reference, groups: Sequence[Group], micro: Sequence[int], *, num_groups: int
 ) -> LossOutput:
-    """The contribution of the groups `micro` to the loss of a step of `num_groups` groups."""
+    """The contribution of the groups `micro` (one micro-batch) to the loss of a step of `num_groups` groups."""
     own = [groups[i] for i in micro]
     batch = pack(forest(g.tree for g in own), model.device)
     logprob = sequence_logprobs(model, batch)

@@ -74,7 +74,7 @@ def _precomputed(config: DPOConfig, policy: PreTrainedModel, trees: Sequence[Tre
 
 
 def _keep(sums: Tensor, file: Path) -> None:
-    partial = file.with_suffix(f".{os.getpid()}.partial")  # two runs may compute the same
+    partial = file.with_suffix(f".{os.getpid()}.partial")  # two runs may write the same file
     sums = sums.cpu()
     save_file({"logprobs": sums}, partial, {"sha256": _hash(sums)})
     partial.chmod(0o666 & ~current_umask())
@@ -85,7 +85,7 @@ def _keep(sums: Tensor, file: Path) -> None:
 
 
 def _read(file: Path, num: int) -> Tensor:
-    """The log-probs of `num` responses. Raises ValueError where the file is not as it was written."""
+    """The log-probs of `num` responses. Raises ValueError if the file has changed since it was written."""
     try:
         with safe_open(file, "pt") as content:
             sums, kept = content.get_tensor("logprobs"), (content.metadata() or {}).get("sha256")

@@ -14,8 +14,8 @@ RLPConfig decide.
 
     output_dir/reward, policy                          r and pi, as their own commands leave them
     output_dir/round-1/answers.jsonl                   P, as token ids
-    output_dir/round-1/pairs.jsonl, spg.json           the synthetic pairs, a preference dataset, and what became of P
-    output_dir/round-1/reward, policy                  r' and pi'
+    output_dir/round-1/pairs.jsonl, spg.json           the synthetic pairs, a preference dataset, and the outcome of
+    each prompt of P output_dir/round-1/reward, policy                  r' and pi'
     output_dir/round-1/report.json                     r and r' compared
 
 Finished stages are not repeated: an interrupted run continues with its first unfinished stage.
@@ -90,13 +90,14 @@ def train_rlp(
 ) -> TrainResult:
     """Runs the unfinished stages in `config.output_dir` and returns the last policy.
 
-    `reward` and `policy` configure every reward model and every policy; `output_dir` of both and `reward_model_path` of
-    the policy are those of the stage. `pairs` and `prompts` replace their datasets, `equivalence` replaces the judge of
-    `config.equivalence`. With `gold` the reward models are also compared with it on the policy's answers.
+    `reward` and `policy` configure every reward model and every policy; the run sets `output_dir` of both, and
+    `reward_model_path` of the policy, for each stage. `pairs` and `prompts` replace their datasets, `equivalence`
+    replaces the judge of `config.equivalence`. With `gold` the reward models are also compared with it on the policy's
+    answers.
 
     `final` of the result has the last evaluation of the policy and, from the last round, rlp/rm_accuracy_offline and
     rlp/rm_accuracy_policy (before and after the refit), rlp/rm_drift, rlp/rm_order_agreement, rlp/rm_variance_ratio.
-    Raises ValueError for bad input before any time is spent, where the folder holds a run of other settings, and
+    Raises ValueError for bad input before any time is spent, when the folder holds a run with other settings, and
     where a refitted model no longer distinguishes the answers to a prompt.
     """
     for given, kind in ((config, RLPConfig), (reward, RewardConfig), (policy, PPOConfig)):
@@ -116,7 +117,7 @@ def train_rlp(
 
 @dataclass(kw_only=True)
 class _Run:
-    """State that all stages of a run share."""
+    """The state that all stages of a run share."""
 
     config: RLPConfig
     reward: RewardConfig
@@ -153,7 +154,7 @@ class _Run:
     def refit(self, round_: int, judged_by: str, policy: str) -> tuple[str, dict[str, float]]:
         """Returns the folder of the refitted reward model and its comparison with the one before."""
         config, name = self.config, f"round-{round_}"
-        self.result = None  # frees its policy and critic before the models of the refit are loaded
+        self.result = None  # frees the policy and the critic before the models of the refit are loaded
         report = self.folder(f"{name}/report.json")
         if report.exists():
             found = json.loads(report.read_text(encoding="utf-8"))
@@ -231,7 +232,7 @@ class _Run:
             )
 
     def _scores(self, reward_model: str, answers: Sequence[Answers]) -> list[Tensor]:
-        """Scores [n] float32 of the answers to each prompt."""
+        """The scores of the answers, one tensor [n] float32 per prompt."""
         model = self._load_reward(reward_model)
         trees = [one.tree for one in answers]
         budget = self.config.micro_batch_tokens
@@ -262,7 +263,7 @@ class _Run:
         return model
 
     def _tokenizer(self, start: str) -> dict[str, str]:
-        """The tokenizer of section `reward`, for a refit that starts from another model than that section."""
+        """The tokenizer of section `reward`. A refit that starts from a different model than that section needs it."""
         named = self.reward.tokenizer_name_or_path or self.reward.model_name_or_path
         return {} if start == self.reward.model_name_or_path else {"tokenizer_name_or_path": named}
 

@@ -16,7 +16,7 @@ from fastrlhf.algorithms.rlp_uml import is_active
 log = logging.getLogger(__name__)
 
 COMPARED_STREAM = 31
-"""Stream of the random draws of two answers per prompt on which reward models are compared."""
+"""Stream of the random draws that pick two answers per prompt; reward models are compared on these pairs."""
 
 
 def compare_scores(

@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 PAIR_STREAM, SUBSET_STREAM = 21, 22
 
 FEW = 0.05
-"""A rule that accepts a smaller share of prompts than this is warned about."""
+"""A warning is logged for a rule that accepts a smaller share of prompts than this."""
 
 Question = tuple[int, int]
 """Question: does answer i entail answer j?"""

@@ -41,27 +41,27 @@ EngineFactory = Callable[[PPOConfig, PreTrainedModel, EndIds], Engine]
 
 @dataclass(frozen=True, kw_only=True)
 class Roles:
-    """Who does what in an on-policy run."""
+    """The models of an on-policy run, by role."""
 
     policy: PreTrainedModel
-    """Trained."""
+    """The policy, which is trained."""
     reference: PreTrainedModel
     """The policy as it was at the start, frozen; adapters of other roles share its weights."""
     critic: PreTrainedModel | None
-    """Trained; None where the advantage estimator needs none."""
+    """The critic, which is trained; None if the advantage estimator needs none."""
     judge: Judge | None
     """The score of each response; None where reward functions or a DPO model reward alone."""
     score: Judge | None
-    """What training is given: `judge`, or with `psi` its comparison with other responses."""
+    """The score that training uses: that of `judge`, or with `psi` the comparison with other responses."""
     held_out_judge: Judge | None
-    """A second judge, which training never asks."""
+    """A second judge, for evaluation only."""
     rewards: Rewards
-    """What a token earns."""
+    """The reward terms: how the reward of each token is computed."""
     sampler: Engine
     roll_in: Engine | None
-    """Where episodes start for `reset_source: sample`."""
+    """Writes the responses that `reset_source: sample` resets to; None for other sources."""
     stops: Stops | None
-    """The strings that end a response, where there are some."""
+    """The stop strings of a response; None if there are none."""
     waiting: Waiting
     """The frozen models, which may wait in CPU memory."""
 
@@ -72,8 +72,8 @@ def check_sources(
     """Reads the configuration of every model that `config` names, before data is read or weights are loaded.
 
     `functions` are the names of reward functions beside those of `config`. Raises ValueError, naming the key, for a
-    model that is missing, unreadable or of the wrong kind, where nothing rewards a response, and for keys of a score
-    where there is no judge.
+    model that is missing, unreadable or of the wrong kind, when nothing rewards a response, and for keys that concern a
+    score when there is no judge.
     """
     implicit = implicit_sources(config)
     if judge is None and not config.reward_model_path:
@@ -114,7 +114,7 @@ def open_roles(
     policy = policy_or_given(config, tokenizer, model)
     limit_vocabulary(policy, tokenizer)
     if engine is None and config.engine == "transformers":
-        decoder_of(policy)  # refused now and not after the other models have been loaded
+        decoder_of(policy)  # checked before the other models are loaded
     reference = frozen_copy(policy)
     rewards.implicit = open_implicit_reward(config, tokenizer, reference)
     frozen: list[PreTrainedModel] = [reference, *(rewards.implicit.models if rewards.implicit else ())]
@@ -173,8 +173,8 @@ def make_engine(config: PPOConfig, policy: PreTrainedModel, eos_token_id: EndIds
 def _open_reward_model(
     config: PPOConfig, field: str, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> PreTrainedModel:
-    """The reward model that `field` names, with its trained head: a judge's weights, and where the critic starts. One
-    that is an adapter shares the weights of `base`."""
+    """The reward model that `field` names, with its trained head. It serves as a judge, and the critic starts from its
+    weights. If it is an adapter, it shares the weights of `base`."""
     source, (_, pad) = getattr(config, field), special_ids(tokenizer)
     check_same_tokenizer(field, source, tokenizer, config, required=False)
     if holds_adapter(source):

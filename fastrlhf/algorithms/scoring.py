@@ -1,4 +1,4 @@
-"""One number per response of many trees, computed by a model in packs, once before training."""
+"""Computes one number per response for many trees with a model, in packs, once before training."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def num_responses(tree: Tree) -> int:
 
 
 def reward_scores(config: DPOConfig, trees: Sequence[Tree], tokenizer: PreTrainedTokenizerBase) -> list[Tensor]:
-    """Scores [K] of the responses of every tree by `reward_model_path`, The model is loaded, used and freed here."""
+    """Scores [K] of the responses of every tree by `reward_model_path`. The model is loaded, used and freed here."""
     check_same_tokenizer("reward_model_path", config.reward_model_path, tokenizer, config, required=False)
     model = load_reward_model(
         config.reward_model_path,

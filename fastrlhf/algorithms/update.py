@@ -1,4 +1,4 @@
-"""What an on-policy update does with a batch of episodes: passes of the clipped losses over its packs."""
+"""The on-policy update: passes of the clipped losses over the packs of a batch of episodes."""
 
 from __future__ import annotations
 
@@ -38,9 +38,10 @@ def update(
     """`num_ppo_epochs` passes over the batch; after the first, the mini-batches are drawn and packed anew, and under
     compat "reference", where every micro-batch is a mean by itself, the micro-batches too.
 
-    `reference` is needed for an exact KL in the loss alone: its head, as its states are in the experience. With
-    `critic_only` the policy is neither computed nor moved, and its metrics are absent. Beyond `target_kl` the update
-    ends before the step that a mini-batch was computed for; the first step, at ratio 1, is always taken.
+    `reference` is needed only for an exact KL in the loss, which reads its head (its states are in the experience).
+    With `critic_only` the policy is neither computed nor updated, and its metrics are absent. When the KL of a
+    mini-batch exceeds `target_kl`, the update ends before the step of that mini-batch; the first step, at ratio 1, is
+    always taken.
     """
     policy_totals, value_totals = StepMetrics(), StepMetrics()
     steps: list[dict[str, float]] = []
@@ -66,7 +67,7 @@ def update(
                     limit = config.batch_size // config.num_mini_batches * config.response_length
                     weight = (num_tokens / limit).expand(len(item.index))
                 chosen = _policy_loss(config, policy, reference, experience, item, weight, num_tokens)
-                chosen.loss.backward()  # before the critic's forward: one model's activations at a time
+                chosen.loss.backward()  # before the critic's forward, to hold one model's activations at a time
                 policy_totals.add(_averaged(chosen.metrics, "tokens") if alone else chosen.metrics)
                 drift += chosen.metrics["approx_kl"].value / num_tokens
             if critic is None:
@@ -116,7 +117,7 @@ def mini_batches(
 
 
 def _averaged(metrics: Mapping[str, Metric], count: str) -> dict[str, Metric]:
-    """The means of one micro-batch, as sums that count it once."""
+    """The means of one micro-batch, in the form of sums with count 1."""
     number = metrics[count].value.clamp(min=1)
     return {name: Sum(x.value / number) if isinstance(x, Sum) else x for name, x in metrics.items()}
 
@@ -169,7 +170,7 @@ def _policy_loss(
         num_tokens=num_tokens,
         loss_type=config.loss_type if config.loss_type in LOSS_TYPES else "ppo",
         cu_seqlens=item.batch.cu_rows if config.loss_type == "gspo" else None,
-        clip_low=1.0 if config.loss_type == "cispo" else config.cliprange,  # CISPO bounds the factor above alone
+        clip_low=1.0 if config.loss_type == "cispo" else config.cliprange,  # CISPO bounds the factor only from above
         clip_high=config.cliprange if config.cliprange_high is None else config.cliprange_high,
         dual_clip=config.dual_clip,
         reference_logprob=experience.reference_logprob[index] if sampled else None,
@@ -191,8 +192,8 @@ def _training_metrics(
     policy: Mapping[str, float], value: Mapping[str, float], steps: Sequence[Mapping[str, float]], dual_clip: bool
 ) -> dict[str, float]:
     """TRL's names. `policy/clipfrac_avg` is without the tokens of the dual clip, which have a metric of their own.
-    Means over the tokens of all passes, gradient norms over the optimiser steps. `policy` is empty where it was not
-    trained, `value` where there is no critic."""
+    Means over the tokens of all passes, gradient norms over the optimiser steps. `policy` is empty if the policy was
+    not trained, `value` if there is no critic."""
     metrics = {"learning_rate": steps[-1]["learning_rate"]}
     if policy:
         metrics |= {

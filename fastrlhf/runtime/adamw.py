@@ -20,15 +20,15 @@ from fastrlhf.models.sharding import first_entry, full, is_sharded, like, of_par
 SMALLEST_8BIT = 4096
 """Entries of the smallest tensor whose moments are kept in 8 bits."""
 BLOCK = 256
-"""Neighbouring entries that share a scale."""
+"""Number of neighbouring entries that share a scale."""
 SCALES = ("absmax1", "absmax2")
-"""What bitsandbytes calls them, of the two moments."""
+"""bitsandbytes' names of the two moments."""
 CONSTANT = ("qmap1", "qmap2")
-"""What bitsandbytes keeps with the moments and never changes."""
+"""bitsandbytes' names of constants that it keeps with the moments."""
 
 
 def check_optim(config: TrainConfig, device: torch.device) -> None:
-    """Raises ValueError where `optim` is of bitsandbytes and that is not installed, or cannot page on `device`."""
+    """Raises ValueError if `optim` needs bitsandbytes and it is not installed, or cannot page on `device`."""
     if config.optim != "adamw_torch_fused":
         if config.optim.startswith("paged"):
             require(device.type == "cuda", "optim", config.optim, "adamw_torch_fused or adamw_8bit without a CUDA GPU")
@@ -36,8 +36,8 @@ def check_optim(config: TrainConfig, device: torch.device) -> None:
 
 
 def moments_in_8_bits(config: TrainConfig, param: Tensor, *, is_embedding: bool) -> bool:
-    """Raises ValueError where the scales of such moments would not be those of one process: where a rank's part of the
-    parameter is not whole blocks."""
+    """Whether the moments of the parameter are kept in 8 bits. Raises ValueError if a rank's part of it is not a whole
+    number of blocks: the scales would then differ from those of one process."""
     if not config.optim.endswith("8bit") or is_embedding or param.numel() < SMALLEST_8BIT:
         return False
     size = part_size(param)
@@ -50,7 +50,8 @@ def moments_in_8_bits(config: TrainConfig, param: Tensor, *, is_embedding: bool)
 def make_adamw(
     config: TrainConfig, params: Sequence[Tensor], *, rate: float, decay: float, in_8_bits: bool
 ) -> torch.optim.Optimizer:
-    """Over float32 tensors that share a rate and a decay; of sharded ones, the parts of this rank."""
+    """Makes the optimiser for float32 tensors that share a learning rate and a weight decay; of sharded tensors it gets
+    the parts of this rank."""
     settings: dict[str, Any] = {
         "lr": rate,
         "betas": (config.adam_beta1, config.adam_beta2),
@@ -60,15 +61,15 @@ def make_adamw(
     if config.optim == "adamw_torch_fused":
         return torch.optim.AdamW(params, fused=True, **settings)
     bits, paged = 8 if in_8_bits else 32, config.optim.startswith("paged")
-    # Which moments are small is told by the whole parameter, of which this may be a part.
+    # The size of the whole parameter decides whether moments are small; this may be a part of it.
     smallest = 0 if in_8_bits else SMALLEST_8BIT
     adamw = _of_parts_too(_bitsandbytes(config.optim).optim.AdamW)
     return adamw(params, optim_bits=bits, is_paged=paged, min_8bit_size=smallest, **settings)
 
 
 def moments(adamw: torch.optim.Optimizer, updated: Tensor, param: Tensor) -> dict[str, Tensor]:
-    """By name: the two moments, their scales where they are of 8 bits, the step. Empty before the first step. `updated`
-    is what `adamw` updates for `param`; of a sharded one the moments are sharded as it is."""
+    """By name: the two moments, the scales of 8-bit moments, and the step. Empty before the first step. `updated`
+    is what `adamw` updates for `param`; the moments of a sharded parameter are sharded in the same way."""
     state = {what: torch.as_tensor(x) for what, x in adamw.state.get(updated, {}).items() if what not in CONSTANT}
     if not is_sharded(param):
         return state
@@ -80,13 +81,13 @@ def moments(adamw: torch.optim.Optimizer, updated: Tensor, param: Tensor) -> dic
 
 @torch.no_grad()
 def set_moments(adamw: torch.optim.Optimizer, updated: Tensor, param: Tensor, saved: dict[str, Tensor]) -> None:
-    """Puts back what `moments` gave, whole or sharded; where there is nothing, `updated` is as new."""
+    """Restores the result of `moments`, whole or sharded; an empty one leaves `updated` without optimiser state."""
     if isinstance(adamw, torch.optim.AdamW):
         adamw.state[updated] = {what: part(like(param, value)) for what, value in saved.items()}
         return
     adamw.state[updated] = {}
     if saved:
-        # It allocates: in paged memory, where that is asked for.
+        # This allocates the moments, in paged memory if `optim` asks for it.
         adamw.init_state(adamw.param_groups[0], updated, 0, 0)  # pyright: ignore[reportAttributeAccessIssue]
         state, first = adamw.state[updated], first_entry(param) // BLOCK
         for what, value in saved.items():
@@ -99,8 +100,8 @@ def set_moments(adamw: torch.optim.Optimizer, updated: Tensor, param: Tensor, sa
 
 
 def _of_parts_too(base: Any) -> Any:
-    """bitsandbytes' AdamW, also where a rank holds nothing of a weight of fewer rows than ranks: a CUDA kernel over
-    nothing is an error, at which bitsandbytes ends the process."""
+    """bitsandbytes' AdamW that skips empty tensors. A rank holds nothing of a weight with fewer rows than ranks, and a
+    CUDA kernel over an empty tensor is an error at which bitsandbytes ends the process."""
 
     class AdamW(base):
         def update_step(self, group: Any, p: Tensor, gindex: int, pindex: int) -> None:

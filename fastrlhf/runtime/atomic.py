@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all, whenever a process or the machine stops.
+"""Files and folders that are either complete or absent, whenever a process or the machine stops.
 
 Several processes fill a folder together, on a file system that all of them see, and each computes its share of the
 hashes: every rank must make the calls whose docstrings say so.
@@ -27,21 +27,22 @@ log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 CANNOT_FLUSH = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.EPERM)
-"""What file systems answer that know no flush of a folder."""
+"""Error numbers of file systems that cannot flush a folder."""
 
 
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Makes `folder` of what `fill` writes into the path that it is given, with a manifest of sizes and hashes.
+    """Makes `folder` from the files that `fill` writes into the path it is called with, and adds a manifest of sizes
+    and hashes.
 
     Everything is flushed to the disk in a hidden folder beside it, which is then renamed; a folder of that name is
-    replaced. Raises OSError (DiskFull where the disk is full) and leaves nothing behind where a file cannot be written.
-    Every rank must ask, and calls `fill`, which fails on all of them or on none.
+    replaced. Raises OSError (DiskFull where the disk is full) and leaves nothing behind if a file cannot be written.
+    Every rank must call it; each calls `fill`, which must fail on all ranks or on none.
     """
     partial = folder.with_name(f".{folder.name}.partial")
     try:
         on_first(lambda: _make_empty(partial))
         fill(partial)
-        # On a network file system a rank sees only its own files at once for sure.
+        # On a network file system a rank is sure to see only its own files at once.
         names = sorted({name for seen in on_each(lambda: _names(partial)) for name in seen})
         entries = on_each(lambda: {name: _entry(partial / name) for name in share(names)})
         on_first(lambda: _publish(partial, folder, entries))
@@ -54,7 +55,7 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
 
 
 def write_file(path: Path, text: str, errors: str = "strict") -> None:
-    """Makes a file, and the folders that lead to it; one of that name is replaced. `errors` as of `str.encode`."""
+    """Writes a file and makes its parent folders; an existing file is replaced. `errors`: as in `str.encode`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -68,7 +69,7 @@ def write_file(path: Path, text: str, errors: str = "strict") -> None:
 
 
 def check_writable(path: str, key: str) -> None:
-    """Raises ValueError, naming `key`, where the folder can neither be made nor be written to. It leaves nothing."""
+    """Raises ValueError, naming `key`, if the folder cannot be made or cannot be written to. Leaves nothing behind."""
     try:
         place = Path(path)
         while not place.exists():
@@ -84,9 +85,8 @@ def check_writable(path: str, key: str) -> None:
 
 
 def check_folder(folder: Path, needs: Callable[[str], bool] = lambda name: True) -> None:
-    """Raises ValueError, naming the file, where one that the manifest lists is missing or is not as it was written.
-
-    Only files whose relative names `needs` accepts are read. Every rank must ask.
+    """Raises ValueError, naming the file, if a file of the manifest is missing or has changed since it was written.
+    Only files whose relative names `needs` accepts are read. Every rank must call it.
     """
     files = on_first(lambda: {name: entry for name, entry in _read_manifest(folder).items() if needs(name)})
     on_each(lambda: [_check(folder, name, *files[name]) for name in share(list(files))])
@@ -101,8 +101,8 @@ def discard_folder(folder: Path) -> None:
 
 
 def sweep(folder: Path, names: str) -> None:
-    """Deletes what a killed process has left half written or half deleted in `folder`, of the folders whose names match
-    the glob pattern `names`."""
+    """Deletes folders that a killed process has left half written or half deleted in `folder`; only those whose names
+    match the glob pattern `names`."""
     for what in ("partial", "discarded"):
         for path in folder.glob(f".{names}.{what}"):
             shutil.rmtree(path)

@@ -1,8 +1,8 @@
-"""What a run leaves on disk, and how it goes on from there. Nothing of the user's is ever overwritten; a folder of this
-program is whole or not there.
+"""The files of a run, and how it resumes from them. Files of the user are never overwritten; a folder of this program
+is either complete or absent.
 
     checkpoint-N/                 after N steps; loads as a model like any other, unless it trains an adapter
-        model.safetensors, config.json, the tokenizer's files; of an adapter, what is trained alone
+        model.safetensors, config.json, the tokenizer's files; for an adapter only the trained weights
         value_model/              of an on-policy run with a critic
         optimizer.safetensors     moments, float32 copies of bfloat16 weights; as NAME.safetensors for other parts
         state.json                what is no tensor: step, position of the schedule, what the data were
@@ -41,10 +41,9 @@ log = logging.getLogger(__name__)
 
 
 class Stateful(Protocol):
-    """A part of a run that remembers: an optimiser, a normaliser, a controller.
-
-    Its state is a flat mapping to tensors and to what JSON holds. A state without its tensors is that of the part as
-    new, at the same position: what `resume_weights_only` gives it.
+    """A part of a run that has a state: an optimiser, a normaliser, a controller. The state is a flat mapping to
+    tensors and JSON values. Without its tensors it describes a new part at the same position, which is what
+    `resume_weights_only` loads.
     """
 
     def state_dict(self) -> dict[str, Any]: ...
@@ -53,9 +52,8 @@ class Stateful(Protocol):
 
 
 def check_output_dir(path: str) -> None:
-    """Raises ValueError where the folder already holds anything, or is no folder.
-
-    Hidden and empty files do not count: a run that was killed as it started leaves no others.
+    """Raises ValueError if the path is not a folder, or the folder already holds anything. Hidden and empty files do
+    not count: a run that was killed while it started leaves only those.
     """
     folder = Path(path)
     if folder.is_file():
@@ -69,10 +67,9 @@ def check_output_dir(path: str) -> None:
 
 
 def check_run_dir(config: TrainConfig) -> None:
-    """Raises ValueError where the folder of a run can be neither made nor resumed.
-
-    To be resumed, it holds an unfinished run of the same configuration; a difference is named. One that failed before
-    its first checkpoint is left alone: the only weights that it has are its last, and starting again may replace them.
+    """Raises ValueError if the folder of a run can be neither made nor resumed. It can be resumed if it holds an
+    unfinished run of the same configuration; otherwise the message names the differences. A run that failed before its
+    first checkpoint is refused: `interrupted/` has its only weights, and starting again may replace them.
     """
     folder = Path(config.output_dir)
     if is_unfinished(config.output_dir):
@@ -82,7 +79,7 @@ def check_run_dir(config: TrainConfig) -> None:
         return
     try:
         changed = differences(config, folder / "config.yaml", SAME_MODEL)
-    except ValueError:  # somebody else's file: what it says is nothing to resume
+    except ValueError:  # not a config.yaml of this program: there is nothing to resume
         check_output_dir(config.output_dir)
         return
     if changed:
@@ -99,7 +96,7 @@ def check_run_dir(config: TrainConfig) -> None:
 
 
 def holds_model(path: str) -> bool:
-    """Whether a run in this folder has finished: the model is what it leaves last."""
+    """Whether a run in this folder has finished: the model is the last thing that it writes."""
     return (Path(path) / "config.json").exists()
 
 
@@ -131,8 +128,8 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
 def save_weights(
     model: PreTrainedModel, weights: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> None:
-    """The same of weights by name, which rank 0 has whole, for a `model` that may be without any. Every rank must
-    ask."""
+    """As `save_model`, with weights given by name, which only rank 0 has; `model` itself may have none. Every rank must
+    call it."""
     on_first(lambda: _save_model(model, weights, tokenizer, folder))
 
 
@@ -147,7 +144,7 @@ def _save_model(
         tokenizer.save_pretrained(partial)
         flush_tree(partial)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)  # on a full disk, half a model is in the way
+        shutil.rmtree(partial, ignore_errors=True)  # half a model must not take up room on a full disk
         raise
     for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):
         os.replace(file, folder / file.name)
@@ -156,7 +153,7 @@ def _save_model(
 
 
 class Checkpointer:
-    """Writes and reads the checkpoints of one run. Any number of ranks can go on from what any other number wrote."""
+    """Writes and reads the checkpoints of one run. A run may resume with another number of ranks than wrote them."""
 
     def __init__(
         self,
@@ -167,17 +164,17 @@ class Checkpointer:
         data: Mapping[str, str],
         functions: Mapping[str, str] | None = None,
     ) -> None:
-        """`models` are what is trained, untrained yet, by their place in a checkpoint, "" for the policy; `parts` what
-        else goes on where it was; `data` what the run reads, as `Data.fingerprint` says it."""
+        """`models`: the models to train, before training, by their folder in a checkpoint ("" for the policy). `parts`:
+        the other objects with a state. `data`: the data of the run, as `Data.fingerprint` describes them."""
         self.folder = folder
         self._models, self._tokenizer, self._data = models, tokenizer, data
         self._parts = {**parts, "random": GlobalRandomness()}
         self._functions = dict(functions or {})
         self._start = _start(models)
         self.checkpoint_bytes = sum(map(_checkpoint_bytes, models.values()))
-        """Of one checkpoint, as estimated before the first step: weights, both moments, float32 copies."""
+        """Estimated bytes of one checkpoint, known before the first step: weights, both moments, float32 copies."""
         self.model_bytes = sum(map(_model_bytes, models.values()))
-        """Of what the run leaves at its end."""
+        """Estimated bytes of the files that the run writes at its end."""
         self._marked: dict[str, dict[str, Any]] = {}
         self._marked_position: int | None = None
 
@@ -185,10 +182,8 @@ class Checkpointer:
         return self.folder / f"checkpoint-{step}"
 
     def save(self, step: int, limit: int = 0) -> Path:
-        """Writes `checkpoint-STEP`; the last `limit` up to it are kept, all of them where that is 0.
-
-        Every rank must ask, and writes what it holds. Raises OSError, on all, where one cannot; older ones are
-        untouched then.
+        """Writes `checkpoint-STEP`; the newest `limit` checkpoints are kept, or all if that is 0. Every rank must call
+        it and writes its own part. If one rank cannot write, all raise OSError, and older checkpoints are untouched.
         """
         write_folder(self.path(step), lambda partial: self._fill(partial, step))
         if limit:
@@ -196,13 +191,13 @@ class Checkpointer:
         return self.path(step)
 
     def mark(self) -> None:
-        """Remembers, at the end of a step, where the parts are; of the optimiser, its position is enough."""
+        """Records the state of the parts at the end of a step; for the optimiser only its position."""
         self._marked = {name: part.state_dict() for name, part in self._parts.items() if name != "optimizer"}
         self._marked_position = self._position()
 
     def back_to_mark(self) -> bool:
-        """Puts the parts back to where they were at the mark, so that its step can still be saved. False where weights
-        have moved since."""
+        """Restores the parts to their state at the mark, so that its step can still be saved. False if weights have
+        changed since."""
         if self._position() != self._marked_position:
             return False
         for name, state in self._marked.items():
@@ -213,10 +208,9 @@ class Checkpointer:
         return getattr(self._parts.get("optimizer"), "num_done", None)
 
     def load(self, weights_only: bool = False, changed_functions: bool = False) -> int:
-        """Puts everything where the newest whole checkpoint has it and returns its step, 0 where there is none.
-
-        With `weights_only` the models alone are read, and the parts are as new at that step. Raises ValueError as
-        `find_checkpoint` does, and where the checkpoint is of other models or of a run that started from others.
+        """Loads the newest undamaged checkpoint and returns its step, 0 if there is none. With `weights_only` only the
+        models are read, and the parts are new at that step. Raises ValueError as `find_checkpoint` does, and if the
+        checkpoint belongs to other models or to a run that started from others.
         """
         path = find_checkpoint(self.folder, weights_only)
         if path is None:
@@ -240,7 +234,7 @@ class Checkpointer:
         for name, part in self._parts.items():
             if name not in state["parts"]:
                 raise ValueError(f"{str(path)!r} has no state of {name!r}: it is of another version of the program")
-            # Moments are as large as the weights, and spread as they are.
+            # Moments have the size and the sharding of the weights.
             pattern = next(self._models[""].parameters()) if name == "optimizer" else None
             tensors = read_tensors(path / name, pattern) if exists(path / name) and not weights_only else {}
             part.load_state_dict({**state["parts"][name], **tensors})
@@ -268,8 +262,8 @@ class Checkpointer:
         (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
 
     def drop_oldest(self, limit: int) -> bool:
-        """Where the disk is full: deletes the oldest checkpoint that `save_total_limit` would delete after the next
-        save, but never the last one. Whether it did."""
+        """For a full disk: deletes the oldest checkpoint that `save_total_limit` would delete after the next save, but
+        never the last one. Returns whether it did."""
         found = checkpoints(self.folder)
         if not limit or len(found) <= max(limit - 1, 1):
             return False
@@ -288,11 +282,9 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def find_checkpoint(folder: Path, weights_only: bool = False) -> Path | None:
-    """The newest checkpoint that is as it was written, None where there is none; the log says which are skipped, and
-    why.
-
-    With `weights_only` the weights and the step are enough. Raises ValueError, naming what is wrong, where there are
-    checkpoints and none is whole. Every rank must ask.
+    """The newest undamaged checkpoint, None if there are no checkpoints; the log says which are skipped, and why. With
+    `weights_only` the weights and the step are enough. Raises ValueError, naming what is wrong, if there are
+    checkpoints and all are damaged. Every rank must call it.
     """
     damages = []
     for path in reversed(on_first(lambda: checkpoints(folder))):
@@ -313,12 +305,12 @@ def find_checkpoint(folder: Path, weights_only: bool = False) -> Path | None:
 
 def check_same_data(path: str, data: Mapping[str, str]) -> None:
     """Raises ValueError, naming the split, where the newest checkpoint in the folder was trained on other data. Every
-    rank must ask."""
+    rank must call it."""
     for checkpoint in reversed(on_first(lambda: checkpoints(Path(path)))):
         try:
             check_folder(checkpoint, lambda name: name == "state.json")
         except ValueError:
-            continue  # it will be skipped, and said
+            continue  # it will be skipped, with a line in the log
         before = json.loads((checkpoint / "state.json").read_bytes())["data"]
         for split, content in data.items():
             if before.get(split) != content:
@@ -330,7 +322,7 @@ def check_same_data(path: str, data: Mapping[str, str]) -> None:
 
 
 def _is_needed(name: str) -> bool:
-    """Of a checkpoint whose weights alone are read."""
+    """Which files are needed of a checkpoint of which only the weights are read."""
     return name == "state.json" or "model.shards" in Path(name).parts or Path(name).name == "model.safetensors"
 
 
@@ -343,7 +335,8 @@ def _step(path: Path) -> int:
 
 
 def _weights(model: PreTrainedModel) -> dict[str, Tensor]:
-    """What is trained, and persistent buffers, by name; tied weights once. Frozen ones are where they came from."""
+    """Trained weights and persistent buffers by name, tied weights once. Frozen weights are not saved: their source has
+    them."""
     kept = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     kept |= {name for name, _ in model.named_buffers()}
     return {name: tensor for name, tensor in model.state_dict().items() if name in kept}
@@ -356,19 +349,20 @@ def _checkpoint_bytes(model: PreTrainedModel) -> int:
 
 
 def _model_bytes(model: PreTrainedModel) -> int:
-    least = 4 if has_adapter(model) else 0  # which is merged in float32
+    least = 4 if has_adapter(model) else 0  # the merged model is float32
     return sum(parameter.numel() * max(parameter.element_size(), least) for parameter in model.parameters())
 
 
 def _start(models: Mapping[str, PreTrainedModel]) -> str:
-    """A fingerprint of weights before training: of the first entries of every tensor, as any training moves most."""
+    """A fingerprint of weights before training, from the first entries of every tensor; training changes most of
+    them."""
     tensors = beginnings((tensor for model in models.values() for tensor in model.parameters()), 64)
     return hashlib.sha256(torch.cat(tensors).numpy().tobytes()).hexdigest() if tensors else ""
 
 
 @torch.no_grad()
 def _load_weights(model: PreTrainedModel, stem: Path) -> None:
-    """Into the tensors that are there, so that the optimiser still means them."""
+    """Copies into the existing tensors, to which the optimiser refers."""
     own, described = _weights(model), on_each(lambda: describe_tensors(stem))[0]
     for name in sorted(own.keys() ^ described.keys()):
         raise ValueError(f"{str(stem)!r} is of another model: {name} is in one of the two alone")

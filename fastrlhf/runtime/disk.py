@@ -16,15 +16,15 @@ log = logging.getLogger(__name__)
 
 GIB = 2**30
 PAUSE = 10.0
-"""Seconds between two looks at a full disk."""
+"""Seconds between two checks of a full disk."""
 
 
 class DiskFull(OSError):
-    """There is no room for what is to be written; the message names the folder and the bytes."""
+    """There is no room for a file or folder; the message names the folder and the bytes."""
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether an error says that a disk is full or a quota is used up; safetensors says so in its message alone."""
+    """Whether an error means that a disk is full or a quota is used up; for safetensors only the message tells."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
     return isinstance(error, DiskFull) or any(f"os error {code})" in str(error) for code in (28, 122))
@@ -47,10 +47,9 @@ def with_room(
     minutes: float,
     make_room: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Calls `write` once there is room for it, and again where the disk was full after all.
-
-    Where room is short, `make_room` is asked to delete something and says whether it has; else the run waits, up to
-    `minutes`. Raises DiskFull then, with what to do. Every rank must ask, with a `write` that fails on all or on none.
+    """Calls `write` once there is room for it, and again if the disk turned out to be full. When room is short,
+    `make_room` is called to delete something and returns whether it has; if not, the run waits, up to `minutes`, and
+    then raises DiskFull with advice. Every rank must call it, with a `write` that fails on all ranks or on none.
     """
     clock = _Clock(minutes)
     while True:
@@ -70,7 +69,7 @@ def with_room(
 
 
 class _Clock:
-    """Starts at its first question."""
+    """A deadline; the time starts with its first call."""
 
     def __init__(self, minutes: float) -> None:
         self._minutes, self._end = minutes, -1.0

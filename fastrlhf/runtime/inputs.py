@@ -1,4 +1,4 @@
-"""From a configuration to tokenised rows: what every command does first, and before it loads a model."""
+"""From a configuration to tokenised rows, which every command does before it loads a model."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from fastrlhf.types import Example, TokenizedExample
 log = logging.getLogger(__name__)
 
 MUCH = 0.1
-"""Share of rows that are too long above which a warning is due."""
+"""A warning is logged when the share of rows that are too long exceeds this."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,13 +53,13 @@ class Data:
     train_rows: Mapping[int, Example] = dataclasses.field(default_factory=dict)
     """Row number -> the example that it was read as, with its text and its other columns; empty unless kept."""
     eval_rows: Mapping[int, Example] = dataclasses.field(default_factory=dict)
-    """The same of the rows to evaluate on, which may come from another split and so repeat the numbers."""
+    """The same for the rows to evaluate on; they may come from another split, in which row numbers start at 0 again."""
     day: str = ""
-    """The day that a chat template was told that asks for it; empty where it does not."""
+    """The date given to a chat template that asks for it; empty if it does not ask."""
 
     @cached_property
     def fingerprint(self) -> dict[str, str]:
-        """Of each split how many rows it has, and a hash of all that they hold, in order."""
+        """The number of rows of each split, and a hash of their content in order."""
         return {name: _fingerprint(rows) for name, rows in (("train", self.train), ("eval", self.eval))}
 
 
@@ -76,9 +76,9 @@ def open_inputs(
     stand in for the dataset's, and `tokenizer` for the one that `config` names. With `keep_rows` the examples stay in
     memory, so that a reward function can read the text and the columns of a row.
 
-    Raises ValueError for anything that is wrong with the paths, the files, the rows or the reporters, and for what the
-    device or the installation lacks, before a model is loaded and before a folder is made; on every rank, where only
-    one of them has anything wrong, and where ranks have read different rows.
+    Raises ValueError for anything wrong with the paths, the files, the rows or the reporters, and for anything that the
+    device or the installation lacks, before a model is loaded or a folder is made. It is raised on every rank if any
+    rank finds an error, and if ranks have read different rows.
     """
     start(config)
     if config.output_dir:
@@ -132,8 +132,8 @@ def open_eval_inputs(
 ) -> tuple[PreTrainedTokenizerBase, list[TokenizedExample]]:
     """The tokenizer and the rows to judge; `examples` stand in for the dataset's.
 
-    They are those that training with the same dataset keys evaluates on. Where that is none (no `dataset_test_split`,
-    and `num_eval_examples` is 0) they are all rows of the split. Raises ValueError as `open_inputs` does.
+    They are those that training with the same dataset keys evaluates on. If there are none (no `dataset_test_split`,
+    and `num_eval_examples` is 0), all rows of the split are judged. Raises ValueError as `open_inputs` does.
     """
     tokenizer = open_tokenizer(config)
     if examples is None:
@@ -164,8 +164,8 @@ def with_room(
 
 
 def given_tokenizer(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """The tokenizer that a trainer was given, which must have an EOS. Raises ValueError where `config` names another,
-    or something that is set on the tokenizer itself."""
+    """The tokenizer that a trainer was given, which must have an EOS. Raises ValueError if `config` also names one, or
+    sets a key that must be set on the tokenizer itself."""
     for key in ("tokenizer_name_or_path", "eos_token", "chat_template"):
         value = getattr(config, key)
         require(not value, key, value, "empty where a tokenizer is given; set it on the tokenizer")
@@ -174,7 +174,7 @@ def given_tokenizer(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def open_tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer that `config` names, or that lies beside its model. Raises ValueError where there is none."""
+    """The tokenizer that `config` names, or that was saved with its model. Raises ValueError where there is none."""
     source = config.tokenizer_name_or_path or config.model_name_or_path
     if config.model_config:
         require(bool(source), "tokenizer_name_or_path", source, "given beside a model_config")
@@ -201,7 +201,7 @@ def _template_day(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> st
 def _recorded_day(file: Path) -> str:
     try:
         return str(load_yaml(str(file)).get("template_date") or "") if file.is_file() else ""
-    except ValueError:  # somebody else's file
+    except ValueError:  # not a config.yaml of this program
         return ""
 
 

@@ -83,7 +83,7 @@ def _clear_dead(folder: Path, has_locks: bool) -> None:
     found = _read(folder)
     if not found and not (folder / LOCK).exists():
         return
-    if not (has_locks and found.get("host") == socket.gethostname()):  # else its process would hold the kernel's lock
+    if not (has_locks and found.get("host") == socket.gethostname()):  # here a live run has the kernel's lock
         log.warning("%s: a lock file of %s; watching for %g s whether it is alive", folder, _owner(found), WATCH)
         end = time.monotonic() + WATCH
         while time.monotonic() < end:

@@ -1,8 +1,7 @@
-"""The model that a run leaves: of a low-rank adapter the adapter itself and the weights with it added.
-
-The sum is taken and saved in float32. A bfloat16 weight has 8 significant bits, so that most entries that a low-rank
-update moves by less stay where they were: saved in bfloat16, the folder would not be the policy that was trained and
-evaluated. `merged_dtype: bfloat16` is obeyed where the shift, measured on held-out rows, is small.
+"""The final model of a run; with a low-rank adapter, both the adapter and the merged weights. They are merged and saved
+in float32. A bfloat16 weight has 8 significant bits, so that most entries that a low-rank update moves by less stay
+where they were: saved in bfloat16, the folder would not be the policy that was trained and evaluated. `merged_dtype:
+bfloat16` takes effect only if the shift of log-probs, measured on held-out rows, is small.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from fastrlhf.types import TokenizedExample
 log = logging.getLogger(__name__)
 
 NUM_ROWS = 32
-"""Rows on which the shift of bfloat16 is measured."""
+"""Maximum number of rows on which the shift of log-probs caused by bfloat16 is measured."""
 
 
 def save_trained(
@@ -43,13 +42,13 @@ def save_trained(
     apart: bool = False,
     accept: Callable[[PreTrainedModel, PreTrainedModel], bool] | None = None,
 ) -> PreTrainedModel:
-    """Saves what a run leaves in `folder`, if there is one: the model, with an adapter added to its weights, and the
-    adapter alone in `adapter/`. Returns the plain model.
+    """Saves the final model of a run in `folder`, if one is given: the model, with an adapter added to its weights, and
+    the adapter alone in `adapter/`. Returns the plain model.
 
-    An adapter over bfloat16 or 4 bits is merged into a float32 copy on the CPU; so is any where `apart` says that other
-    models still need the weights as they are. `accept`, asked with the trained model and a merged copy in bfloat16,
-    says whether that copy is saved and returned instead. Of sharded bfloat16 weights the model itself is returned, with
-    its adapter. Every rank must ask.
+    An adapter over bfloat16 or 4 bits is merged into a float32 copy on the CPU; so is every adapter if `apart` is true,
+    because other models still need the unmerged weights. `accept`, asked with the trained model and a merged copy in
+    bfloat16, says whether that copy is saved and returned instead. Of sharded bfloat16 weights the model itself is
+    returned, with its adapter. Every rank must call it.
     """
     if not has_adapter(model):
         if folder:
@@ -64,7 +63,7 @@ def save_trained(
         if not accept(model, merged):
             merged = merged_copy(model, torch.float32)
     elif is_sharded(model) or (in_float32 and not apart):
-        if folder:  # before the adapter is gone: where this fails, the run can still be saved as it was
+        if folder:  # before the adapter is merged: if this fails, the run can still be saved unmerged
             buffers = {name for name, _ in model.named_buffers()}
             kept = {name: tensor for name, tensor in model.state_dict().items() if name in buffers}
             weights = on_first_rank(dict(plain_weights(model, torch.float32)) | kept)
@@ -106,7 +105,7 @@ def _distance(model: PreTrainedModel, other: PreTrainedModel, row: TokenizedExam
 
 
 class Acceptance:
-    """Asked by `save_trained` whether a merged copy in bfloat16 may be saved; keeps what it has found in one line."""
+    """Decides for `save_trained` whether a merged copy in bfloat16 may be saved, and keeps its finding in one line."""
 
     def __init__(self, rows: Sequence[TokenizedExample], most: float) -> None:
         """`most`: the largest shift that is accepted, in nats per token."""

@@ -76,7 +76,7 @@ class MetricsWriter:
     """Writes the metrics and samples of one run, and sends the metrics to the reporters named.
 
     The files are the record. A row that cannot be written (a full disk) is kept in memory, with a warning, and written
-    before the next one; `flush`, without which no checkpoint counts, raises OSError while rows are missing. A reporter
+    before the next one; `flush`, which precedes every checkpoint, raises OSError while rows are missing. A reporter
     is a convenience: when it fails after the start, it is reported once as a warning and dropped. W&B takes its mode,
     project and key from its usual environment variables (project "fastrlhf" where none is set).
     """
@@ -161,7 +161,7 @@ class MetricsWriter:
 
 
 class _Lines:
-    """A JSON-lines file that whole lines are appended to; what cannot be written is kept for later."""
+    """A JSON-lines file to which whole lines are appended; a line that cannot be written is kept and written later."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -238,7 +238,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 def import_reporters(names: Sequence[str]) -> dict[str, ModuleType]:
-    """The modules of the reporters named: of none for `none`, of every one whose package is installed for `all`.
+    """The modules of the named reporters; `none` gives none, `all` gives every one whose package is installed.
 
     Raises ValueError where a reporter is unknown, where its package is not installed, and where `none` or `all` stands
     beside another name.

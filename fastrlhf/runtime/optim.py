@@ -20,22 +20,23 @@ from fastrlhf.models.sharding import first_entry, full, like, of_parts, part
 from fastrlhf.runtime.adamw import make_adamw, moments, moments_in_8_bits, set_moments
 
 BUCKET = 2**26
-"""Parameters that are updated at once, at most, or one tensor that is larger: the float32 gradients (and, without
-master weights, the float32 weights) that an update makes and drops again exist for them alone."""
+"""Maximum number of parameters that are updated at once (a larger tensor is updated alone). The float32 gradients and,
+without master weights, the float32 weights of an update exist only for these parameters at a time."""
 NOISE = 2**22
-"""Entries whose rounding one generator decides."""
+"""Number of entries whose rounding noise comes from one generator."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Weight:
     name: str
     index: int
-    """Among all that are trained: it keys the noise of its rounding."""
+    """Index among all trained tensors; it keys the rounding noise."""
     param: Parameter
     own: Tensor
-    """What this rank holds of it: all of it, in one process."""
+    """The part of the tensor that this rank holds; in one process, the whole."""
     updated: Tensor
-    """What AdamW updates: that, or its float32 copy, which is empty between updates where none is kept."""
+    """The tensor that AdamW updates: `own`, or its float32 copy, which is empty between updates if no copies are
+    kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,7 @@ class Optimizer:
     """AdamW over one or more models, each clipped to its own gradient norm; a schedule that counts optimiser steps.
 
     It works in float32. bfloat16 weights are updated through float32 copies, which are kept (`master_weights: float32`)
-    or made for the update and rounded stochastically. What is made for an update exists for one bucket at a time.
+    or made for each update and rounded stochastically. Temporary copies exist for one bucket at a time.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class Optimizer:
         num_steps: int,
         learning_rates: Mapping[str, float] | None = None,
     ) -> None:
-        """`models` by the prefix of their metrics ("" for the policy); `learning_rates` where one differs from the
+        """`models`: by the prefix of their metrics ("" for the policy). `learning_rates`: those that differ from the
         config's."""
         rates = learning_rates or {}
         self._models = models
@@ -89,7 +90,7 @@ class Optimizer:
 
     @property
     def num_done(self) -> int:
-        """Steps that were taken or skipped."""
+        """Number of steps taken or skipped."""
         return self._num_done
 
     @torch.no_grad()
@@ -111,7 +112,7 @@ class Optimizer:
                 metrics[f"{name}aux_loss"] = aux
             scales[name] = ((self._max_norm or math.inf) / (norm + 1e-6)).clamp(max=1.0).item()
         share = self._rate(self._num_done)
-        self._num_done += 1  # before any weight moves: whoever finds an old number finds the old weights
+        self._num_done += 1  # before any weight changes: an old `num_steps` always goes with the old weights
         for bucket in self._buckets:
             self._update(bucket, bucket.peak_rate * share, scales[bucket.model])
         metrics["learning_rate"] = self._buckets[0].peak_rate * share
@@ -160,14 +161,14 @@ class Optimizer:
             weight.updated.data = weight.updated.new_empty(0)
 
     def skip(self, steps: int) -> None:
-        """Steps that are not taken: clears the gradients; the schedule goes on, so that it still ends with the run."""
+        """Skips steps: clears the gradients and advances the schedule, so that it still ends with the run."""
         for model in self._models.values():
             model.zero_grad(set_to_none=True)
         self._num_done += steps
 
     def state_dict(self) -> dict[str, Any]:
         """num_steps done, and by "NAME OF THE PARAMETER.what" AdamW's moments and step, and the float32 copy (master)
-        where one is kept. What has the shape of a sharded weight is sharded with it, and every rank must ask."""
+        where one is kept. Tensors with the shape of a sharded weight are sharded like it. Every rank must call it."""
         state: dict[str, Any] = {"num_steps": self._num_done}
         for bucket in self._buckets:
             for weight in bucket.weights:
@@ -181,8 +182,8 @@ class Optimizer:
     def load_state_dict(self, state: dict[str, Any], /) -> None:
         """Goes on where the state was taken, with the weights that the models hold now.
 
-        A state of `num_steps` alone is that of an optimiser without moments at that place of the schedule. Raises
-        ValueError where it is of other parameters.
+        A state with `num_steps` only gives an optimiser without moments at that position of the schedule. Raises
+        ValueError if the state belongs to other parameters.
         """
         self._num_done = state["num_steps"]
         saved: dict[str, dict[str, Tensor]] = defaultdict(dict)
@@ -254,7 +255,7 @@ def stochastic_round(x: Tensor, noise: Tensor) -> Tensor:
 
 
 def _grad_norm(model: Module) -> Tensor:
-    """Of all gradients together: [] float32 on the CPU, whatever dtype they are in."""
+    """Total norm of all gradients: [] float32 on the CPU, whatever their dtype."""
     gradients = [param.grad for param in model.parameters() if param.grad is not None]
     if not gradients:
         return torch.zeros(())

@@ -1,7 +1,5 @@
-"""What one sees of a run while it goes, on standard error.
-
-On a terminal a bar. Elsewhere (a pipe, a log file, a notebook) one line after the first step, after every
-`logging_steps` and after the last:
+"""Progress of a run on standard error. On a terminal it is a bar. Elsewhere (a pipe, a log file, a notebook) one line
+after the first step, after every `logging_steps` and after the last:
 
     sft 20/94: loss 0.6512, learning_rate 1.6e-05, grad_norm 1.24, 4.52k tokens/s, ETA 01:23
 
@@ -33,7 +31,8 @@ PASS_INTERVAL = 10.0
 
 
 class Progress:
-    """How far a run of `total` steps is, `start` of which were done before: `with Progress("sft", 94) as progress`.
+    """Shows the progress of a run of `total` steps, `start` of which were done before: `with Progress("sft", 94) as
+    progress`.
 
     `every` is `logging_steps`; with `shown` false only evaluations are printed.
     """
@@ -73,7 +72,7 @@ class Progress:
         self.evaluation(step, {name: value for name, value in metrics.items() if name.startswith("eval_")})
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Prints what an evaluation has found after this many steps, if there was one."""
+        """Prints the metrics of an evaluation after this many steps, if there was one."""
         if metrics and is_first():
             self._write(step, ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
 
@@ -93,8 +92,8 @@ class Progress:
 
 
 def watched(parts: Sequence[T], sizes: Iterable[int], title: str, unit: str = "examples") -> Iterator[T]:
-    """The parts of a pass over data, each of so many units, and how far the pass is: a bar on a terminal; elsewhere a
-    line every ten seconds and one at the end. An empty title shows nothing.
+    """Iterates over the parts of a pass over data, each with its number of units, and shows progress: a bar on a
+    terminal; elsewhere a line every ten seconds and one at the end. An empty title shows nothing.
 
         reference: 5120 of 60000 examples, ETA 02:31
         reference: 60000 examples in 02:46

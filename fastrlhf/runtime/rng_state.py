@@ -10,7 +10,7 @@ import torch
 
 
 class GlobalRandomness:
-    """Generators that are nobody's own. Nothing here draws from them, but a judge or a reward of the user's may."""
+    """State of the process-wide generators. Nothing here draws from them, but a user-defined judge or reward may."""
 
     def state_dict(self) -> dict[str, Any]:
         kind, keys, *rest = np.random.get_state(legacy=True)
@@ -29,6 +29,6 @@ class GlobalRandomness:
         np.random.set_state((kind, np.array(keys, np.uint32), *rest))
         if "torch" in state:
             torch.set_rng_state(state["torch"])
-        for device in range(torch.cuda.device_count()):  # there may be fewer than there were
+        for device in range(torch.cuda.device_count()):  # there may be fewer GPUs than before
             if f"cuda.{device}" in state:
                 torch.cuda.set_rng_state(state[f"cuda.{device}"], device)

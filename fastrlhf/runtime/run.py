@@ -55,14 +55,12 @@ class TrainResult:
 class Run:
     """One run of one trainer: `with Run("sft", config, num_steps, (model, tokenizer)) as run`.
 
-    Where the folder holds an unfinished run of the same configuration, everything that is handed over is put back to
-    its newest checkpoint, and `remaining` continues from there.
-
-    A request to stop (runtime/signals.py) is obeyed after the step that it interrupts, with a checkpoint. After an
-    error the last whole step is saved as a checkpoint where no weight has moved since, and the same command continues
-    from it; where some have moved, the weights go to `interrupted/`, and a note of the error says so. `SystemExit` is
-    an error too. Several processes make the same calls; only rank 0 writes more than its part of a checkpoint. After an
-    error they can save where all of them have raised the same one.
+    Where the folder holds an unfinished run of the same configuration, all models and parts passed to it are restored
+    from its newest checkpoint, and `remaining` continues from there. A request to stop (runtime/signals.py) takes
+    effect after the current step, with a checkpoint. After an error the last whole step is saved as a checkpoint where
+    no weight has moved since, and the same command continues from it; otherwise the weights go to `interrupted/`, and a
+    note of the error says so. `SystemExit` is an error too. All processes make the same calls; only rank 0 writes more
+    than its part of a checkpoint. After an error they can save only if all have raised the same one.
     """
 
     def __init__(
@@ -184,8 +182,8 @@ class Run:
             log.warning("interrupted: the last weights cannot be saved: %s", another)
 
     def on_start(self, evaluate: Callable[[], Mapping[str, float]]) -> None:
-        """Logs the row of step 0, what `evaluate` finds before the first step, where `eval_on_start` asks for it. A run
-        that continues from a checkpoint has it in its log."""
+        """Logs the row of step 0, what `evaluate` finds before the first step, where `eval_on_start` asks for it. A
+        resumed run already has it in its log."""
         if self._config.eval_on_start and self._start == 0:
             self.initial = dict(evaluate())
             if self._writer:
@@ -326,7 +324,7 @@ class StepMetrics:
         self._totals = merge(self._totals, metrics)
 
     def means(self, count: str) -> dict[str, float]:
-        """Every sum over the sum called `count`; maxima as they are. Waits for the GPU, once."""
+        """Every sum divided by the sum called `count`; maxima unchanged. Waits for the GPU once."""
         names = list(self._totals)
         own = torch.stack([self._totals[name].value for name in names])
         sums, maxima = torch.stack([total(own), largest(own)]).tolist()
