@@ -37,7 +37,7 @@ usage: fastrlhf COMMAND [--config FILE] [--key value ...]
   rto        RTO: PPO on the token rewards of a DPO model
   rlp        RLP: refits the reward model with answers of the policy and trains the policy again
   eval       win rates of models against each other or against responses of a dataset
-  report     fastrlhf report RUN_DIR: one HTML page of a run; RUN_DIR RUN_DIR ... [--html PAGE]: a comparison of runs
+  report     fastrlhf report RUN_DIR [--output PAGE]: one HTML page of a run; RUN_DIR RUN_DIR ...: a comparison of runs
   inspect    shows rows as the model sees them, each token by its role: --config FILE [--num N] [--html PAGE]
   plan       memory and steps of a run: --config FILE [--memory_gib N]; exit code 1 if the run does not fit
   doctor     fastrlhf doctor [OUTPUT_DIR]: versions, GPU, paths of the kernels, self-check against float64
@@ -219,19 +219,18 @@ def _report(arguments: Sequence[str]) -> None:
     from fastrlhf.report.compare import write_comparison
     from fastrlhf.report.report import write_report
 
-    folders, page = list(arguments), COMPARISON
-    if "--html" in folders:
-        where = folders.index("--html")
-        configs.require(where + 1 < len(folders), "--html", "", "followed by the page to write")
-        page = folders[where + 1]
+    folders, page = list(arguments), None
+    if "--output" in folders:
+        where = folders.index("--output")
+        configs.require(where + 1 < len(folders), "--output", "", "followed by the page to write")
+        page = Path(folders[where + 1])
         del folders[where : where + 2]
     unknown = [folder for folder in folders if folder.startswith("-")]
     configs.require(bool(folders) and not unknown, "RUN_DIR", list(arguments), "the folder of a run, or of several")
     if len(folders) > 1:
-        print(write_comparison([Path(folder) for folder in folders], Path(page)))
+        print(write_comparison([Path(folder) for folder in folders], page or Path(COMPARISON)))
     else:
-        configs.require(page == COMPARISON, "--html", page, "left out where one run is given: its page is report.html")
-        print(write_report(Path(folders[0])))
+        print(write_report(Path(folders[0]), page))
 
 
 def _inspect(arguments: Sequence[str]) -> None:

@@ -248,11 +248,11 @@ def as_flags(values: dict[str, Any]) -> list[str]:
     return flags
 
 
-def write_yaml(config: Any, path: Path) -> None:
-    """Writes the resolved configuration; reading it back gives the same run."""
+def as_yaml(config: Any) -> str:
+    """The resolved configuration as the text of a file; reading it back gives the same run."""
     import yaml  # not in the base install
 
-    path.write_text(yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False), encoding="utf-8")
+    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)
 
 
 def differences(config: Any, path: Path, ignored: Collection[str] = ()) -> list[str]:

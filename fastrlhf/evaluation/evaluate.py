@@ -13,7 +13,7 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.config import EvalConfig, check_config, require
-from fastrlhf.config.files import load_yaml
+from fastrlhf.config.files import as_yaml, load_yaml
 from fastrlhf.data.given import Rows
 from fastrlhf.data.specials import end_ids, special_ids
 from fastrlhf.distributed.ranks import check_one_process
@@ -31,13 +31,17 @@ from fastrlhf.models.loading import (
 from fastrlhf.models.roles import holds_adapter, open_base, policy_role, score_role, unmerged_adapter
 from fastrlhf.models.vocabulary import limit_vocabulary
 from fastrlhf.rollout.engine import as_ids
-from fastrlhf.runtime.checkpoint import check_output_dir, create_output_dir
+from fastrlhf.runtime.atomic import sweep_files, write_files
+from fastrlhf.runtime.checkpoint import check_output_dir
 from fastrlhf.runtime.inputs import open_eval_inputs, with_room
 from fastrlhf.types import EndIds, Prefix, Rollout, TokenizedExample
 
 log = logging.getLogger(__name__)
 
 COLUMNS = ("reference", "chosen", "rejected")
+
+FILES = ("samples.jsonl", "summary.json", "config.yaml")
+"""What `fastrlhf eval` leaves in its folder. A folder with config.yaml has all of them."""
 
 
 def evaluate_models(config: EvalConfig, examples: Rows | None = None) -> dict[str, Comparison]:
@@ -51,6 +55,7 @@ def evaluate_models(config: EvalConfig, examples: Rows | None = None) -> dict[st
     check_one_process("eval")
     _check(config)
     if config.output_dir:
+        sweep_files(Path(config.output_dir), FILES)
         check_output_dir(config.output_dir)
     against_column = config.opponent in COLUMNS
     source = replace(config, model_name_or_path=config.model_name_or_path or config.models[0])
@@ -95,26 +100,27 @@ def _write(
     comparisons: Mapping[str, Comparison],
 ) -> None:
     """Writes config.yaml, summary.json with the comparisons (shown by `fastrlhf report`), and samples.jsonl with
-    every prompt, response and score."""
-    folder = create_output_dir(config.output_dir, config)
+    every prompt, response and score. A kill leaves all of them or none that counts."""
     summary = {
         "opponent": config.opponent,
         "opponent_mean_score": float(scores[config.opponent].mean(dtype=np.float64)),
         "judge": config.reward_model_path,
         "methods": {name: asdict(made) for name, made in comparisons.items()},
     }
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    with (folder / "samples.jsonl").open("w", encoding="utf-8") as file:
-        for name, rollouts in answers.items():
-            for rollout, score in zip(rollouts, scores[name].tolist(), strict=True):
-                row = {
-                    "row": rollout.prefix.row,
-                    "prompt": tokenizer.decode(rollout.prefix.token_ids),
-                    "model": name,
-                    "response": tokenizer.decode(rollout.completion),
-                    "score": score,
-                }
-                file.write(json.dumps(row) + "\n")
+    rows = [
+        {
+            "row": rollout.prefix.row,
+            "prompt": tokenizer.decode(rollout.prefix.token_ids),
+            "model": name,
+            "response": tokenizer.decode(rollout.completion),
+            "score": score,
+        }
+        for name, rollouts in answers.items()
+        for rollout, score in zip(rollouts, scores[name].tolist(), strict=True)
+    ]
+    samples = "".join(json.dumps(row) + "\n" for row in rows)
+    texts = (samples, json.dumps(summary, indent=2) + "\n", as_yaml(config))
+    write_files(Path(config.output_dir), dict(zip(FILES, texts, strict=True)))
 
 
 def format_table(comparisons: Mapping[str, Comparison], opponent: str, judge: str) -> str:

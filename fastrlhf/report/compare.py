@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from fastrlhf.report.charts import NUM_COLORS, format_number
-from fastrlhf.report.page import render_page, render_table
+from fastrlhf.report.page import render_page, render_table, write_page
 from fastrlhf.report.panels import CHART_NOTE, last_values, render_charts
 from fastrlhf.report.stages import Stage, find_stages, overlaid
 
@@ -38,8 +38,7 @@ def write_comparison(run_dirs: Sequence[Path], path: Path) -> Path:
         sections.append(("Settings that differ", _table("Key", stages, different)))
     sections += [(", ".join(stage.name for stage in group), render_charts(group)) for group in overlaid(stages)]
     facts = [f"{name}: {run_dir}" for name, run_dir in zip(names, run_dirs, strict=True)]
-    page = render_page(f"{len(names)} runs compared", facts, sections, footer=CHART_NOTE)
-    path.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
+    write_page(path, render_page(f"{len(names)} runs compared", facts, sections, footer=CHART_NOTE))
     return path
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from html import escape
+from pathlib import Path
+
+from fastrlhf.runtime.atomic import write_file
 
 
 def render_page(title: str, facts: list[str], sections: list[tuple[str, str]], footer: str = "") -> str:
@@ -35,6 +38,15 @@ def render_page(title: str, facts: list[str], sections: list[tuple[str, str]], f
 </body>
 </html>
 """
+
+
+def write_page(path: Path, page: str) -> None:
+    """Writes the whole page or leaves the old one. Raises ValueError, with the fix, where the folder is read-only."""
+    try:
+        write_file(path, page, errors="xmlcharrefreplace")
+    except OSError as error:
+        told = f"{str(path)!r} cannot be written: {error.strerror}; give another page with --output PAGE"
+        raise ValueError(told) from error
 
 
 def scrolling(table: str) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fastrlhf.report.charts import NUM_COLORS, format_number, interval_bar
-from fastrlhf.report.page import render_page, scrolling
+from fastrlhf.report.page import render_page, scrolling, write_page
 from fastrlhf.report.panels import CHART_NOTE, render_charts
 from fastrlhf.report.samples import has_token_rewards, token_samples
 from fastrlhf.report.stages import Stage, find_stages, overlaid
@@ -45,13 +45,15 @@ _COLUMNS = {
 }
 
 
-def write_report(run_dir: Path) -> Path:
-    """Write `run_dir`/report.html and return its path. An older report is replaced.
+def write_report(run_dir: Path, path: Path | None = None) -> Path:
+    """Write the page to `path`, `run_dir`/report.html by default, and return its path. An older page is replaced.
 
     Raises:
-        ValueError: the directory holds neither metrics nor a summary, or one of its files is malformed.
+        ValueError: the directory holds neither metrics nor a summary, one of its files is malformed, or the page
+            cannot be written.
     """
     run_dir = Path(run_dir)
+    path = path or run_dir / "report.html"
     stages = find_stages(run_dir)
     summary = _read_summary(run_dir / "summary.json")
     if not stages and not summary:
@@ -65,9 +67,7 @@ def write_report(run_dir: Path) -> Path:
     sections += [(", ".join(stage.name for stage in group), render_charts(group)) for group in groups]
     sections += [("Samples", samples)] if (samples := _samples(run_dir, stages)) else []
     sections += [("Configuration", config)] if (config := _configs(run_dir, stages)) else []
-    path = run_dir / "report.html"
-    page = render_page(title, _facts(summary, stages), sections, footer=CHART_NOTE if stages else "")
-    path.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
+    write_page(path, render_page(title, _facts(summary, stages), sections, footer=CHART_NOTE if stages else ""))
     return path
 
 

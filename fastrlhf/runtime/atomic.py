@@ -68,6 +68,34 @@ def write_file(path: Path, text: str, errors: str = "strict") -> None:
     flush(path.parent)
 
 
+def write_files(folder: Path, texts: Mapping[str, str]) -> None:
+    """Makes the files of a new folder, text by name. The last one marks the folder as whole: all are flushed under
+    hidden names before the first gets its own. `sweep_files` deletes what a kill left."""
+    partial = {name: folder / f".{name}.partial" for name in texts}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            partial[name].write_text(text, encoding="utf-8")
+            flush(partial[name])
+        for name, file in partial.items():
+            os.replace(file, folder / name)
+    except BaseException:
+        sweep_files(folder, texts)
+        raise
+    flush(folder)
+
+
+def sweep_files(folder: Path, names: Iterable[str]) -> None:
+    """Deletes the files that a kill during `write_files` left: as long as the last one has its hidden name, those
+    before it are not whole."""
+    *others, mark = names
+    if (folder / f".{mark}.partial").exists():
+        for name in others:
+            (folder / name).unlink(missing_ok=True)
+    for name in (*others, mark):
+        (folder / f".{name}.partial").unlink(missing_ok=True)
+
+
 def check_writable(path: str, key: str) -> None:
     """Raises ValueError, naming `key`, if the folder cannot be made or cannot be written to. Leaves nothing behind."""
     try:

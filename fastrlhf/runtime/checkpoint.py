@@ -28,13 +28,21 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.config import TrainConfig
-from fastrlhf.config.files import SAME_MODEL, differences, write_yaml
+from fastrlhf.config.files import SAME_MODEL, as_yaml, differences
 from fastrlhf.distributed.ranks import on_each, on_first
 from fastrlhf.models.adapters import has_adapter
 from fastrlhf.models.quiet import quiet
 from fastrlhf.models.sharding import beginnings, whole_weights
 from fastrlhf.models.shards import describe_tensors, exists, read_into, read_tensors, write_tensors
-from fastrlhf.runtime.atomic import check_folder, check_writable, discard_folder, flush, flush_tree, write_folder
+from fastrlhf.runtime.atomic import (
+    check_folder,
+    check_writable,
+    discard_folder,
+    flush,
+    flush_tree,
+    write_file,
+    write_folder,
+)
 from fastrlhf.runtime.rng_state import GlobalRandomness
 
 log = logging.getLogger(__name__)
@@ -107,12 +115,7 @@ def is_unfinished(path: str) -> bool:
 def create_output_dir(path: str, config: Any) -> Path:
     """Creates the folder of a run, if need be, and writes the resolved configuration to its config.yaml."""
     folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / ".config.yaml"
-    write_yaml(config, partial)
-    flush(partial)
-    os.replace(partial, folder / "config.yaml")
-    flush(folder)
+    write_file(folder / "config.yaml", as_yaml(config))
     return folder
 
 

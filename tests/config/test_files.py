@@ -5,13 +5,12 @@ import pytest
 import yaml
 
 from fastrlhf.config import (
-    DemoConfig,
+    CONFIGS,
     DPOConfig,
     DRPOConfig,
     EvalConfig,
     PPOConfig,
     RewardConfig,
-    RLPConfig,
     RTOConfig,
     SFTConfig,
 )
@@ -20,26 +19,14 @@ from fastrlhf.config.files import (
     COMMANDS,
     RECIPES,
     as_flags,
+    as_yaml,
     check_flags,
     check_unchanged,
     differences,
     names_folder,
     read_yaml,
     run_first,
-    write_yaml,
 )
-
-KINDS = {
-    "sft": SFTConfig,
-    "reward": RewardConfig,
-    "dpo": DPOConfig,
-    "ppo": PPOConfig,
-    "drpo": DRPOConfig,
-    "rto": RTOConfig,
-    "rlp": RLPConfig,
-    "eval": EvalConfig,
-    "demo": DemoConfig,
-}
 
 
 @pytest.fixture
@@ -132,7 +119,7 @@ def test_a_folder_is_named_by_itself_or_by_a_place_in_it_but_not_as_output_dir(m
 
 def test_a_finished_run_of_other_settings_is_refused_with_every_key_that_differs(tmp_path):
     config = DPOConfig(output_dir=str(tmp_path), beta=0.5, loss_weights=(1.0,))
-    write_yaml(config, tmp_path / "config.yaml")
+    (tmp_path / "config.yaml").write_text(as_yaml(config))
     check_unchanged(config, "dpo")
     check_unchanged(replace(config, micro_batch_tokens=64, progress=False, report_to=("wandb",)), "dpo")
     with pytest.raises(
@@ -185,11 +172,11 @@ def test_environment_variables_and_the_home_folder_are_filled_in_but_not_in_a_te
     }
 
 
-@pytest.mark.parametrize("command", KINDS)
+@pytest.mark.parametrize("command", CONFIGS)
 def test_a_resolved_configuration_reads_back_as_the_same_run(tmp_path, command):
-    config = KINDS[command](seed=5)
-    write_yaml(config, tmp_path / "config.yaml")
-    assert parse(KINDS[command], ["--config", str(tmp_path / "config.yaml")], command) == config
+    config = CONFIGS[command](seed=5)
+    (tmp_path / "config.yaml").write_text(as_yaml(config))
+    assert parse(CONFIGS[command], ["--config", str(tmp_path / "config.yaml")], command) == config
 
 
 def test_awkward_values_read_back_the_same(tmp_path):
@@ -203,12 +190,12 @@ def test_awkward_values_read_back_the_same(tmp_path):
         progress=False,
         adam_epsilon=1e-12,
     )
-    write_yaml(config, tmp_path / "config.yaml")
+    (tmp_path / "config.yaml").write_text(as_yaml(config))
     assert parse(PPOConfig, ["--config", str(tmp_path / "config.yaml")], "ppo") == config
 
 
 def test_the_written_file_holds_every_field(tmp_path):
-    write_yaml(DRPOConfig(), tmp_path / "config.yaml")
+    (tmp_path / "config.yaml").write_text(as_yaml(DRPOConfig()))
     written = yaml.safe_load((tmp_path / "config.yaml").read_text())
     fields = asdict(DRPOConfig())
     assert written == {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
@@ -245,7 +232,7 @@ def test_a_blank_or_null_key_is_absent_unless_null_is_a_value_of_it(write):
 
 
 def test_a_run_of_the_release_before_compares_by_the_new_names(tmp_path):
-    write_yaml(PPOConfig(num_generations=2), tmp_path / "config.yaml")
+    (tmp_path / "config.yaml").write_text(as_yaml(PPOConfig(num_generations=2)))
     text = (tmp_path / "config.yaml").read_text().replace("num_generations", "reset_group_size")
     (tmp_path / "config.yaml").write_text(text)
     assert differences(PPOConfig(num_generations=2), tmp_path / "config.yaml") == []
@@ -257,13 +244,13 @@ def test_every_section_of_every_recipe_is_a_valid_configuration(recipe, monkeypa
     sections = set(yaml.safe_load(recipe.read_text())) & COMMANDS
     assert sections
     for command in sections:
-        config = parse(KINDS[command], ["--config", recipe.stem], command)
-        assert config == parse(KINDS[command], ["--config", str(recipe)], command)
+        config = parse(CONFIGS[command], ["--config", recipe.stem], command)
+        assert config == parse(CONFIGS[command], ["--config", str(recipe)], command)
         assert set(run_first(recipe.stem, command)) <= sections
 
 
 def test_the_keys_in_which_a_run_differs_are_named_with_both_values(tmp_path):
-    write_yaml(PPOConfig(seed=1, report_to=("wandb",), learning_rate=1e-5), tmp_path / "config.yaml")
+    (tmp_path / "config.yaml").write_text(as_yaml(PPOConfig(seed=1, report_to=("wandb",), learning_rate=1e-5)))
     assert differences(PPOConfig(seed=1, report_to=("wandb",), learning_rate=1e-5), tmp_path / "config.yaml") == []
     other = PPOConfig(seed=2, report_to=(), learning_rate=1e-5)
     assert differences(other, tmp_path / "config.yaml") == [
@@ -319,7 +306,7 @@ def test_a_key_that_a_newer_version_added_counts_with_its_default_and_paths_by_w
     (tmp_path / "model").mkdir()
     monkeypatch.chdir(tmp_path)
     written = SFTConfig(model_name_or_path="model", seed=3)
-    write_yaml(written, tmp_path / "config.yaml")
+    (tmp_path / "config.yaml").write_text(as_yaml(written))
     lines = [line for line in (tmp_path / "config.yaml").read_text().splitlines() if "disk_wait_minutes" not in line]
     (tmp_path / "config.yaml").write_text("\n".join(lines))
     assert differences(replace(written, model_name_or_path=str(tmp_path / "model")), tmp_path / "config.yaml") == []
@@ -342,5 +329,5 @@ def test_a_key_that_a_newer_version_added_counts_with_its_default_and_paths_by_w
 )
 def test_a_run_may_be_made_longer_where_nothing_so_far_depends_on_its_end(before, after, allowed, tmp_path):
     written = SFTConfig(**{"lr_scheduler_type": "constant"} | before)
-    write_yaml(written, tmp_path / "config.yaml")
+    (tmp_path / "config.yaml").write_text(as_yaml(written))
     assert (differences(replace(written, **after), tmp_path / "config.yaml") == []) == allowed

@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 from dataclasses import replace
 from html import escape
@@ -17,6 +18,7 @@ from fastrlhf.evaluation.winrates import Comparison, compare
 from fastrlhf.models.adapters import has_adapter
 from fastrlhf.models.loading import build_policy, load_policy, load_reward_model
 from fastrlhf.report.report import write_report
+from fastrlhf.runtime import atomic
 from fastrlhf.runtime.inputs import open_eval_inputs
 from fastrlhf.runtime.metrics import read_rows
 from tests import tiny
@@ -105,6 +107,31 @@ def test_what_it_prints_is_left_in_a_file_that_the_report_shows(config, tmp_path
     last = [row["response"] for row in rows if row["row"] >= 14]  # of the last 6 prompts, all three answers
     assert len(last) == 6 * 3
     assert all(f"<div>{escape(response)}</div>" in page for response in last)
+
+
+def test_a_killed_evaluation_leaves_nothing_that_counts_and_runs_again(config, tmp_path, monkeypatch):
+    folder = tmp_path / "eval"
+    keys = replace(config, models=config.models[:1], output_dir=str(folder))
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):  # noqa: PT012 (killed after the first of three renames)
+        patch.setattr(atomic, "sweep_files", lambda *arguments: None)
+        names = []
+
+        def replaced(source, target, rename=os.replace):
+            names.append(target.name)
+            if len(names) == 2:
+                raise SystemExit
+            rename(source, target)
+
+        patch.setattr(os, "replace", replaced)
+        evaluate_models(keys, tiny.examples(6))
+    assert names == ["samples.jsonl", "summary.json"]
+    with pytest.raises(ValueError, match="nothing to report"):
+        write_report(folder)
+    evaluate_models(keys, tiny.examples(6))
+    assert {path.name for path in folder.iterdir()} == {"samples.jsonl", "summary.json", "config.yaml"}
+    assert len(read_rows(folder / "samples.jsonl")) == 12
+    with pytest.raises(ValueError, match="already holds a run"):
+        evaluate_models(keys, tiny.examples(6))
 
 
 def test_a_response_of_the_dataset_that_was_cut_is_judged_as_it_stands(config):

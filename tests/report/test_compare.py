@@ -52,10 +52,10 @@ def test_the_command_writes_the_page_into_the_current_folder_or_where_it_is_told
         write_run(tmp_path / name, 0.5)
     monkeypatch.chdir(tmp_path)
     assert main(["report", "a", "b"]) == 0
-    assert main(["report", "a", "b", "--html", "two.html"]) == 0
+    assert main(["report", "a", "b", "--output", "two.html"]) == 0
     assert capsys.readouterr().out == "comparison.html\ntwo.html\n"
     assert (tmp_path / "comparison.html").read_text() == (tmp_path / "two.html").read_text()
-    assert main(["report", "a", "--html", "two.html"]) == 2
-    assert "--html: must be left out where one run is given" in capsys.readouterr().err
+    assert main(["report", "a", "--output"]) == 2
+    assert "--output: must be followed by the page to write" in capsys.readouterr().err
     assert main(["report", "a", "--wrong"]) == 2
     assert "RUN_DIR: must be the folder of a run, or of several" in capsys.readouterr().err

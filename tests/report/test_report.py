@@ -1,9 +1,12 @@
+import errno
 import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
+from fastrlhf.cli import main
 from fastrlhf.report.report import write_report
 from fastrlhf.runtime.metrics import MetricsWriter
 
@@ -330,6 +333,27 @@ def test_writing_twice_gives_the_same_page(tmp_path):
     write_metrics(tmp_path, ON_POLICY)
     first = write_report(tmp_path).read_bytes()
     assert write_report(tmp_path).read_bytes() == first
+
+
+def test_a_page_that_cannot_be_written_leaves_the_old_one_and_goes_elsewhere(tmp_path, monkeypatch, capsys):
+    run, page = tmp_path / "run", tmp_path / "pages" / "run.html"
+    write_metrics(run, ON_POLICY)
+    old = write_report(run).read_bytes()
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "time": 1.0, "loss": 2.0}\n')
+
+    def read_only(path, *arguments, write=Path.write_text, **keywords):
+        if path.parent == run:
+            raise OSError(errno.EROFS, "Read-only file system")
+        return write(path, *arguments, **keywords)
+
+    monkeypatch.setattr(Path, "write_text", read_only)
+    assert main(["report", str(run)]) == 2
+    told = f"fastrlhf report: {str(run / 'report.html')!r} cannot be written: Read-only file system; give another page"
+    assert told in capsys.readouterr().err
+    assert main(["report", str(run), "--output", str(page)]) == 0
+    assert capsys.readouterr().out == f"{page}\n"
+    assert page.read_bytes() != old == (run / "report.html").read_bytes()
 
 
 def test_a_directory_without_metrics_or_summary_is_an_error_that_names_it(tmp_path):

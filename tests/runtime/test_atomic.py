@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,9 @@ from fastrlhf.runtime.atomic import (
     check_writable,
     discard_folder,
     flush_tree,
+    sweep_files,
     write_file,
+    write_files,
     write_folder,
 )
 from fastrlhf.runtime.disk import DiskFull
@@ -165,6 +168,31 @@ def test_a_file_is_replaced_by_the_whole_new_one_or_not_at_all(tmp_path, monkeyp
     assert file.read_text() == "old"
     write_file(file, "new")
     assert [path.read_text() for path in file.parent.iterdir()] == ["new"]
+
+
+def test_files_that_belong_together_are_all_there_or_can_be_swept_away(tmp_path, monkeypatch):
+    """Killed at each of its operations in turn: flushes of three files, renames of three."""
+    texts = {"a": "1", "b": "2", "mark": "3"}
+    for at in range(6):
+        folder, done = tmp_path / str(at), []
+
+        def killed(*arguments, at=at, done=done, do=None):
+            done.append(0)
+            if len(done) > at:
+                raise SystemExit
+            return do(*arguments)
+
+        with monkeypatch.context() as patch, pytest.raises(SystemExit):  # noqa: PT012
+            patch.setattr(atomic, "sweep_files", lambda *arguments: None)  # nobody tidies after SIGKILL
+            for name in ("fsync", "replace"):
+                patch.setattr(os, name, partial(killed, do=getattr(os, name)))
+            write_files(folder, texts)
+        assert not (folder / "mark").exists()
+        sweep_files(folder, texts)
+        assert list(folder.iterdir()) == []
+        write_files(folder, texts)
+        sweep_files(folder, texts)
+        assert {path.name: path.read_text() for path in folder.iterdir()} == texts
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
