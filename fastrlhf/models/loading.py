@@ -231,6 +231,7 @@ def float_score_head(model: PreTrainedModel, source: str, field: str) -> Linear:
         raise ValueError(f"{field}: {type(model).__name__} of {source!r} has no `score` head that is one linear map")
     # Both our own forward and the plain model's then compute the score in float32.
     head.float().register_forward_pre_hook(_float_input)
+    head.weight.data = head.weight.data.clone()  # the alignment in a mapped file would change the last bits of a score
     return head
 
 
