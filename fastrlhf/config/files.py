@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from types import NoneType
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from fastrlhf.config import CONFIGS
 from fastrlhf.config.elsewhere import explain, explain_command
@@ -46,9 +48,25 @@ def read_yaml(path: str, kind: type, command: str) -> dict[str, Any]:
     The file is either flat or has a section per command; the keys of a section `shared` then hold for all commands,
     unless a command's own section sets them. `run_first` in a section names other sections (see `run_first`).
     Environment variables ($NAME) and a leading ~ in values are expanded. A blank or null key counts as absent, unless
-    null is one of its values. Raises ValueError for an unknown key, saying what to write instead.
+    null is one of its values. A key that takes text gets the characters that the file has: `run_name: 12:30` is no number.
+    Raises ValueError for an unknown key, saying what to write instead.
     """
-    content, place = load_yaml(path), path
+    hints = get_type_hints(kind)
+    known, given = {field.name for field in fields(kind)}, dict[str, Any]()
+    texts, place = _keys_of_command(path, load_yaml(path, as_text=True), command)
+    for (alias, value), text in zip(_keys_of_command(path, load_yaml(path), command)[0], texts, strict=True):
+        key = _without_alias(alias, known)
+        if key not in known:
+            raise ValueError(f"{place}: unknown key {alias!r}{unknown(str(alias), kind, command)}")
+        if value is not None or NoneType in get_args(hints[key]):
+            written = text[1] if _takes_text(hints[key]) and not isinstance(value, dict) else value
+            given[key] = _filled_in(path, key, written)
+    return given
+
+
+def _keys_of_command(path: str, content: dict[str, Any], command: str) -> tuple[list[tuple[Any, Any]], str]:
+    """The keys and values for one command in the order in which they count, and the place for messages about them."""
+    place = path
     if set(content) & COMMANDS:
         for section in content:
             if section not in COMMANDS | {"shared"}:
@@ -60,15 +78,15 @@ def read_yaml(path: str, kind: type, command: str) -> dict[str, Any]:
         parts, place = [_section(path, content, "shared"), own], f"{path}, {command}"
     else:
         parts = [content]
-    hints = get_type_hints(kind)
-    known, given = {field.name for field in fields(kind)}, dict[str, Any]()
-    for alias, value in (item for part in parts for item in part.items()):
-        key = _without_alias(alias, known)
-        if key not in known:
-            raise ValueError(f"{place}: unknown key {alias!r}{unknown(str(alias), kind, command)}")
-        if value is not None or NoneType in get_args(hints[key]):
-            given[key] = _filled_in(path, key, value)
-    return given
+    return [item for part in parts for item in part.items()], place
+
+
+def _takes_text(hint: Any) -> bool:
+    """Whether every value that the hint allows is text, a list of texts or null."""
+    if get_origin(hint) is Literal:
+        return all(isinstance(value, str) for value in get_args(hint))
+    options = [option for option in get_args(hint) if option not in (NoneType, Ellipsis)]
+    return all(map(_takes_text, options)) if options else hint is str
 
 
 def shared_keys(path: str, command: str) -> set[str]:
@@ -142,11 +160,12 @@ def _section(path: str, content: dict[str, Any], name: str) -> dict[str, Any]:
     return section
 
 
-def load_yaml(path: str) -> dict[str, Any]:
-    """The mapping in a file, or in the recipe of that name. Raises ValueError, naming the file, where it holds none."""
+def load_yaml(path: str, *, as_text: bool = False) -> dict[str, Any]:
+    """The mapping in a file, or in the recipe of that name; with `as_text` every value but null is the text that the
+    file has. Raises ValueError, naming the file, where it holds no mapping."""
     import yaml  # not in the base install
 
-    file = Path(path)
+    file = Path(path).expanduser()
     if not file.exists() and (RECIPES / f"{path}.yaml").exists():
         file = RECIPES / f"{path}.yaml"
     if not file.is_file():
@@ -154,13 +173,51 @@ def load_yaml(path: str) -> dict[str, Any]:
         raise ValueError(f"config: no file {path!r}; the recipes are {recipes}")
     try:
         text = file.read_text(encoding="utf-8")
-        content = yaml.safe_load(text) or {}
+        content = yaml.load(text, _loader(as_text)) or {}
         _check_repeats(yaml.compose(text, yaml.SafeLoader), path)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: no valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: must be a mapping of keys to values")
     return content
+
+
+FLOAT = re.compile(
+    r"[-+]?(\d+\.\d*|\.\d+)([eE][-+]?\d+)?$|[-+]?\d+[eE][-+]?\d+$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"
+)
+INTEGER = re.compile(r"[-+]?(0|[1-9][0-9_]*)$|0x[0-9a-fA-F]+$")
+
+
+@cache
+def _loader(as_text: bool) -> Any:
+    """A loader that reads 12:30, 2026-11-30 and 007 as text and 1e-4 as a number, which YAML 1.1 does not; with
+    `as_text` every value but null is text."""
+    import yaml  # not in the base install
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    others = {f"tag:yaml.org,2002:{name}" for name in ("int", "float", "timestamp", *(["bool"] if as_text else []))}
+    Loader.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag not in others]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    if not as_text:
+        Loader.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+.0123456789"))
+        Loader.add_implicit_resolver("tag:yaml.org,2002:int", INTEGER, list("-+0123456789"))
+    return Loader
+
+
+@cache
+def _dumper() -> Any:
+    """A dumper that also quotes a text such as 1e6, which `_loader` would read as a number."""
+    import yaml  # not in the base install
+
+    class Dumper(yaml.SafeDumper):
+        pass
+
+    Dumper.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+.0123456789"))
+    return Dumper
 
 
 def _check_repeats(node: Any, path: str) -> None:
@@ -176,6 +233,8 @@ def _check_repeats(node: Any, path: str) -> None:
 
 def _filled_in(path: str, key: str, value: Any) -> Any:
     if isinstance(value, list):
+        if None in value:
+            raise ValueError(f"{path}: {key}: item {value.index(None) + 1} of the list is blank; remove it")
         return [_filled_in(path, key, item) for item in value]
     if not isinstance(value, str) or key == "chat_template":
         return value
@@ -252,7 +311,7 @@ def as_yaml(config: Any) -> str:
     """The resolved configuration as the text of a file; reading it back gives the same run."""
     import yaml  # not in the base install
 
-    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)
+    return yaml.dump(_plain(dataclasses.asdict(config)), Dumper=_dumper(), sort_keys=False)
 
 
 def differences(config: Any, path: Path, ignored: Collection[str] = ()) -> list[str]:

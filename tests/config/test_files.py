@@ -1,5 +1,6 @@
 import json
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import yaml
@@ -40,7 +41,7 @@ def write(tmp_path):
 
 def test_a_flat_file_gives_its_keys(write):
     path = write("learning_rate: 1e-4\nmax_steps: 3\nreport_to: [wandb]\n")
-    expected = {"learning_rate": "1e-4", "max_steps": 3, "report_to": ["wandb"]}  # YAML reads 1e-4 as text
+    expected = {"learning_rate": 1e-4, "max_steps": 3, "report_to": ["wandb"]}
     assert read_yaml(path, SFTConfig, "sft") == expected
     assert parse(SFTConfig, ["--config", path], "sft") == SFTConfig(
         learning_rate=1e-4, max_steps=3, report_to=("wandb",)
@@ -229,6 +230,44 @@ def test_a_blank_or_null_key_is_absent_unless_null_is_a_value_of_it(write):
     assert read_yaml(path, SFTConfig, "sft") == {"seed": 3}
     assert parse(SFTConfig, ["--config", path], "sft") == SFTConfig(seed=3)
     assert parse(DRPOConfig, ["--config", path], "drpo").missing_eos_score is None
+
+
+@pytest.mark.parametrize(
+    "text", ["12:30", "2026-11-30", "2026-11-30 12:30:00", "007", "1.10", "1e6", "0x10", "1_000", "yes", "off", "True"]
+)
+def test_a_key_that_takes_text_gets_the_characters_of_the_file(write, tmp_path, text):
+    path = write(f"run_name: {text}\nreport_to: [{text}]\n")
+    config = parse(SFTConfig, ["--config", path], "sft")
+    assert (config.run_name, config.report_to) == (text, (text,))
+    (tmp_path / "config.yaml").write_text(as_yaml(config), encoding="utf-8")
+    assert parse(SFTConfig, ["--config", str(tmp_path / "config.yaml")], "sft") == config
+    assert differences(config, tmp_path / "config.yaml") == []
+
+
+def test_numbers_are_read_as_written_and_quoted_ones_too(write):
+    path = write("seed: '12'\nlearning_rate: \"1e-4\"\nmax_steps: 007\nadam_epsilon: 1e-9\nwarmup_steps: 1_000\n")
+    config = parse(SFTConfig, ["--config", path], "sft")
+    assert (config.seed, config.learning_rate, config.max_steps) == (12, 1e-4, 7)
+    assert (config.adam_epsilon, config.warmup_steps) == (1e-9, 1000)
+    with pytest.raises(ValueError, match=r"--seed.*12:30"):
+        parse(SFTConfig, ["--config", write("seed: 12:30")], "sft")
+
+
+def test_values_inside_a_mapping_keep_their_types(write):
+    path = write("chat_template_kwargs: {day: 2026-11-30, at: 12:30, theta: 1e6, n: 3, x: .5, ok: true, none: null}")
+    written = parse(SFTConfig, ["--config", path], "sft").chat_template_kwargs
+    expected = {"day": "2026-11-30", "at": "12:30", "theta": 1e6, "n": 3, "x": 0.5, "ok": True, "none": None}
+    assert json.loads(written) == expected
+
+
+def test_a_blank_item_of_a_list_is_refused(write):
+    with pytest.raises(ValueError, match=r"run.yaml: report_to: item 2 of the list is blank"):
+        read_yaml(write("report_to:\n- wandb\n-\n"), SFTConfig, "sft")
+
+
+def test_a_file_in_the_home_folder_is_found(write, monkeypatch):
+    monkeypatch.setenv("HOME", str(Path(write("seed: 3")).parent))
+    assert parse(SFTConfig, ["--config=~/run.yaml"], "sft").seed == 3
 
 
 def test_a_run_of_the_release_before_compares_by_the_new_names(tmp_path):
