@@ -48,7 +48,7 @@ def read_yaml(path: str, kind: type, command: str) -> dict[str, Any]:
     The file is either flat or has a section per command; the keys of a section `shared` then hold for all commands,
     unless a command's own section sets them. `run_first` in a section names other sections (see `run_first`).
     Environment variables ($NAME) and a leading ~ in values are expanded. A blank or null key counts as absent, unless
-    null is one of its values. A key that takes text gets the characters that the file has: `run_name: 12:30` is no number.
+    null is one of its values. A key that takes text gets the characters of the file: `run_name: 12:30` is no number.
     Raises ValueError for an unknown key, saying what to write instead.
     """
     hints = get_type_hints(kind)
