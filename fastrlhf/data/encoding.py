@@ -1,4 +1,4 @@
-"""Text as ids in the place where it stands: a response as it is after its prompt, and no special token twice."""
+"""Encodes text as it reads in its context: a response as it follows its prompt, and no special token twice."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from tokenizers.decoders import ByteLevel
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 ANCHORS = ("", "\n", "|", "x")
-"""What may stand before a text while it is encoded, so that no space is put before it; the first that works is used."""
+"""Candidates for an anchor: text put before a text while it is encoded, so that no space is added. The first that works
+is used."""
 
 PROBES = ("def f", " a", "\n", "1", "\u00e9", "Yes.", "<b>")
 
 
 def encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, specials: bool = False) -> list[list[int]]:
-    """The ids of each text by itself; with `specials` what the tokenizer puts around a text too. What the text holds of
-    special tokens is one id each."""
+    """The ids of each text by itself; with `specials` also the tokens that the tokenizer puts around a text. Each
+    special token within the text becomes one id."""
     if not texts:
         return []
     encoded = tokenizer(list(texts), add_special_tokens=specials, return_attention_mask=False, verbose=False)
@@ -29,36 +30,36 @@ def decode(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def encode_prompts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> tuple[list[list[int]], int]:
-    """The ids of prompts that are plain text, after the BOS that the tokenizer puts there; and how many texts began
-    with a BOS of their own: those get no second one."""
+    """The ids of plain-text prompts, with the BOS that the tokenizer adds, and the number of texts that already began
+    with a BOS and get no second one."""
     encoded, present = encode(texts, tokenizer, specials=True), 0
     bos, text = tokenizer.bos_token_id, str(tokenizer.bos_token)
     for ids, prompt in zip(encoded, texts, strict=True):
         if bos is not None and ids[:2] == [bos, bos] and not prompt.startswith(text * 2):
             del ids[0]
             present += 1
-        # some tokenizers close every text with EOS; a prompt goes on
+        # some tokenizers end every text with EOS, but a response follows a prompt
         if ids[-1:] == [tokenizer.eos_token_id] and not prompt.endswith(str(tokenizer.eos_token)):
             del ids[-1]
     return encoded, present
 
 
 def encode_inside(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """The ids of texts that stand behind another text.
+    """The ids of texts that follow another text.
 
     SentencePiece tokenizers put a space before a text that is encoded by itself, so that "def" would read " def" behind
-    a prompt. Each text is then encoded behind an anchor, whose ids are taken off again.
+    a prompt. Each text is therefore encoded behind an anchor, whose ids are removed again.
     """
     return _encode_behind(_anchor(tokenizer), texts, tokenizer)
 
 
 def reads_back(prompt: Sequence[int], response: Sequence[int], text: str, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the ids of the response, behind those of the prompt, are `text`."""
+    """Whether the ids of the response, decoded after those of the prompt, give `text`."""
     return decode([*prompt, *response], tokenizer) == decode(prompt, tokenizer) + text
 
 
 def is_lossless(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether every text reads back from its ids, whatever stands before it: byte-level BPE without a normaliser."""
+    """Whether decoding gives back every text, whatever precedes it: true for byte-level BPE without a normaliser."""
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         return False
     core = tokenizer.backend_tokenizer
@@ -66,7 +67,7 @@ def is_lossless(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _anchor(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The first of ANCHORS behind which the probes are encoded as what they are; none where that is so of no anchor."""
+    """The first of ANCHORS behind which the ids of all probes decode to the probes; None if there is none."""
     before = encode(["Q:\n"], tokenizer)[0]
     reads = partial(reads_back, before, tokenizer=tokenizer)
     for anchor in ANCHORS:
@@ -76,7 +77,7 @@ def _anchor(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _encode_behind(anchor: str, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Ids of `texts` behind `anchor`; of one that grows together with it, by itself."""
+    """Ids of `texts` behind `anchor`; a text that merges with the anchor into one token is encoded by itself."""
     if not anchor:
         return encode(texts, tokenizer)
     first = encode([anchor], tokenizer)[0]

@@ -34,23 +34,23 @@ from fastrlhf.types import Example
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedExamples:
-    """The usable rows of a split, in order, and what became of the others."""
+    """The usable rows of a split, in order, and why the others were skipped."""
 
     source: str
     form: str
-    """The form that the columns were understood as."""
+    """Name of the form that was recognised from the columns."""
     examples: list[Example] = field(repr=False)
     num_rows: int
-    """Rows read, the skipped ones included."""
+    """Number of rows read, including skipped ones."""
     skipped: dict[str, int]
-    """Reason -> rows."""
+    """Reason -> number of rows."""
     first_bad: str | None
     """The first skipped row: its number from 0, where it stands, why it was skipped, how it begins."""
     unread: tuple[str, ...] = ()
-    """Columns that hold text and that nothing reads."""
+    """Columns with text that are not read."""
 
     def summary(self) -> str:
-        """For the header of a run."""
+        """One-line summary for the header of a run."""
         text = f"{self.source}: {len(self.examples):,} examples of {self.num_rows:,} rows ({self.form})"
         unread = f"; not read: {', '.join(self.unread)}" if self.unread else ""
         if self.first_bad is None:
@@ -183,16 +183,15 @@ def _name_columns(rows: Sequence[object], columns: Mapping[str, str], source: st
 def _detect_form(
     rows: Sequence[object], names: Mapping[str, str], needs: Sequence[str], source: str
 ) -> tuple[Form, bool]:
-    """The first form that these columns make and that has all `needs`; and whether it is conversational.
-
-    A form that fewer than half of the rows have is taken only where no other is: a stray column makes no form.
+    """The first form that these columns match and that has all `needs`, and whether it is conversational. A form that
+    fewer than half of the rows have is taken only if no other fits, because a stray column does not make a form.
     """
     candidates = [form for form in FORMS if set(form.required) <= set(names)]
     having = {form.name: _having(rows, [names[name] for name in form.required]) for form in candidates}
     candidates = [form for form in candidates if 2 * len(having[form.name]) >= len(rows)] or candidates
-    if names.get("prompt", "prompt") != "prompt":  # named by the user: no form may write a prompt of its own
+    if names.get("prompt", "prompt") != "prompt":  # the user named a prompt column, so no form may build another prompt
         candidates = [form for form in candidates if "prompt" in form.required] or candidates
-    if "reference" not in needs:  # a text without a prompt
+    if "reference" not in needs:  # the form "text" has no prompt
         candidates = [form for form in candidates if form is not TEXTS] or candidates
     form = next((form for form in candidates if set(needs) <= form.provides(names)), None)
     if form is None:
@@ -215,7 +214,7 @@ def _detect_form(
 
 
 def _check_unpaired(rows: Sequence[object], form: Form, columns: Mapping[str, str], source: str) -> None:
-    """Raises ValueError for unpaired preferences (KTO): completions, of which some are labelled as bad."""
+    """Raises ValueError for unpaired preferences (KTO): completions some of which are labelled as bad."""
     bad = sum(row["label"] is False for row in _having(rows, ["label"]))
     if form is DEMONSTRATIONS and bad and "reference" not in columns:
         raise ValueError(
@@ -232,7 +231,7 @@ def _kind(form: Form, conversational: bool, as_turns: bool) -> str:
 
 
 def _unread(examples: Sequence[Example], names: Mapping[str, str], form: Form, needs: Sequence[str]) -> tuple[str, ...]:
-    """The columns with text that no example was made of."""
+    """The columns with text from which no example was made."""
     read = {*form.required, *needs, *form.provides(names), *(["input"] if form is ALPACA else ())}
     if examples and isinstance(examples[0].prompt, list):
         read |= {*TEMPLATE_KEYS, "system"}

@@ -1,4 +1,4 @@
-"""The forms that rows come in, and what each gives: prompt and responses, as text or as turns."""
+"""The forms of rows, and how each gives a prompt and responses, as text or as turns."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from fastrlhf.types import Message, Text
 RESPONSES = ("chosen", "rejected", "reference")
 
 Fields = dict[str, Any]
-"""prompt, chosen, rejected, reference (Text) and a group's fields: those that a row has."""
+"""prompt, chosen, rejected, reference (Text) and the fields of a group, as far as the row has them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class Form:
     convert: Callable[[Mapping[str, Any], bool], Fields]
     """(row under the names of the forms, conversational) -> fields. Raises UnusableRow."""
     gives: tuple[str, ...] | None = None
-    """Responses it makes; None: those that are columns of the dataset."""
+    """Responses that the form makes; None: those that are columns of the dataset."""
 
     def provides(self, names: Iterable[str]) -> set[str]:
         given = RESPONSES if self.gives is None else ()
@@ -104,7 +104,8 @@ def _common_turns(conversations: Sequence[list[Message]]) -> list[Message]:
 
 
 def _common_prefix(row: Mapping[str, Any], conversational: bool) -> Fields:
-    """Plain text whose prompt is what both responses begin with; a space at its end is left to them, as in TRL."""
+    """Plain text whose prompt is the common beginning of both responses; a space at its end goes to the responses, as
+    in TRL."""
     chosen, rejected = (read_text(present(row, name), name) for name in ("chosen", "rejected"))
     equal = sum(takewhile(bool, (a == b for a, b in zip(chosen, rejected, strict=False))))
     prompt = chosen[:equal].removesuffix(" ")
@@ -197,7 +198,8 @@ FORMS = (
     *(COMPARISONS, POSTS, PAIRS, DEMONSTRATIONS, SHAREGPT_PAIRS, CONVERSATION_PAIRS, MESSAGES, SHAREGPT, ALPACA),
     *(PROMPTS, GROUPS, RATED, TEXTS),
 )
-"""The first that fits is taken: the richer before the poorer, and a group only where one is needed."""
+"""The first form that fits is taken: forms with more fields come first, and groups are used only where they are
+needed."""
 LABELS = ("responses", *GROUP_LABELS, *PAIR_LABELS)
 NAMES = (
     *("prompt", *RESPONSES, *LABELS, "messages", "conversations", "output", "input", "text", "system"),

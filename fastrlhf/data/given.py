@@ -1,4 +1,4 @@
-"""Rows that a program holds, in place of the configured dataset."""
+"""Rows passed in by a program, in place of the configured dataset."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from fastrlhf.types import Example
 log = logging.getLogger(__name__)
 
 Rows = LoadedExamples | Iterable[Example] | Iterable[Mapping[str, Any]]
-"""What trainers take in place of the configured dataset: the result of `load_examples`, examples, or rows in a form
-that files may have, for example a datasets.Dataset."""
+"""Rows that trainers accept in place of the configured dataset: the result of `load_examples`, examples, or rows in a
+form that files may have, for example a datasets.Dataset."""
 
 
 def given_examples(config: TrainConfig, fields: Sequence[str], rows: Rows | None, name: str) -> list[Example]:

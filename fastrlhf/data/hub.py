@@ -1,4 +1,4 @@
-"""The Hugging Face hub, where it does not answer: its own client may then wait for ever, and say nothing."""
+"""Check that the Hugging Face hub answers: otherwise its client may wait for ever without a message."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from huggingface_hub import constants
 
 
 def check_hub(source: str, what: str) -> None:
-    """Raises ValueError, beginning with `what`, where `source` is no place here and the hub does not answer in time.
-
-    Any answer will do, and so will a refusal to connect: of that the hub's client makes an error, or uses its cache.
-    Asked once per process.
+    """Raises ValueError, beginning with `what`, where `source` is not a local path and the hub does not answer in time.
+    Any answer is fine, and so is a refused connection, for which the hub's client raises an error or uses its cache.
+    The check runs once per process.
     """
     if not Path(source).expanduser().exists() and not constants.HF_HUB_OFFLINE and not _answers(constants.ENDPOINT):
         raise ValueError(

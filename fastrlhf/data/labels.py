@@ -13,14 +13,14 @@ GROUP_LABELS = ("preferences", "scores")
 COUNTS = ("wins", "num_labels")
 PAIR_LABELS = ("label_prob", "margin", *COUNTS)
 TOLERANCE = 1e-3
-"""Of P_ij + P_ji = 1: probabilities of a file are often rounded."""
+"""Tolerance of P_ij + P_ji = 1, because probabilities in files are often rounded."""
 
 
 def read_group_labels(row: Mapping[str, Any], num_responses: int) -> dict[str, Any]:
     """The `preferences` [K][K] or the `scores` [K] of K responses, as floats; empty where the row has neither.
 
-    Raises UnusableRow for numbers that are none, and for preferences that are no probabilities: P_ij + P_ji is 1, so a
-    response meets itself with 1/2. A judge that depends on the order is averaged over both orders first.
+    Raises UnusableRow for values that are not numbers, and for preferences that are not probabilities with P_ij + P_ji
+    = 1 (so P_ii is 1/2). If a judge depends on the order, average it over both orders first.
     """
     given = [name for name in GROUP_LABELS if row.get(name) is not None]
     if len(given) == 2:
@@ -46,20 +46,20 @@ def read_group_labels(row: Mapping[str, Any], num_responses: int) -> dict[str, A
 
 
 def read_pair_labels(row: Mapping[str, Any], needs: Collection[str]) -> dict[str, Any]:
-    """Those of PAIR_LABELS that are needed. Raises UnusableRow where one is missing, or not what it should be: a
+    """The labels among PAIR_LABELS that are needed. Raises UnusableRow if one is missing or invalid; valid are a
     `label_prob` in 0..1, a finite `margin`, `wins` of `num_labels` comparisons."""
     numbers: dict[str, Any] = {name: _number(row.get(name), name) for name in ("label_prob", "margin") if name in needs}
     return numbers | (read_counts(row) if set(COUNTS) & set(needs) else {})
 
 
 def read_counts(row: Mapping[str, Any]) -> dict[str, int]:
-    """`wins` of `num_labels` comparisons. Raises UnusableRow where they are missing or no counts."""
+    """`wins` of `num_labels` comparisons. Raises UnusableRow if they are missing or not counts."""
     counts: dict[str, int] = {}
     for name in COUNTS:
         value = row.get(name)
         if value is None:
             raise UnusableRow(f"missing_{name}", f"no {name} in this row")
-        text = isinstance(value, str) and value.isdecimal()  # as in CSV
+        text = isinstance(value, str) and value.isdecimal()  # CSV gives text
         if not text and (not isinstance(value, Integral) or isinstance(value, bool)):
             raise UnusableRow("wrong_type", f"{name} is {value!r}, not a count")
         counts[name] = int(value)
@@ -76,7 +76,7 @@ def _number(value: object, name: str) -> float:
 
 
 def _float(value: str | Real) -> float:
-    """NaN for text that is no number, and for a whole number that no float can hold."""
+    """The value as a float; NaN for text that is not a number and for an integer too large for a float."""
     try:
         return float(value)
     except (ValueError, OverflowError):

@@ -22,13 +22,13 @@ Device = torch.device | str
 def pack(segments: Sequence[Segment], device: Device = "cpu") -> PackedBatch:
     """Lays the segments one after the other, in the order given.
 
-    Raises ValueError where a segment is empty, scores more tokens than have a predecessor, or hangs on a segment that
-    does not come before it or is shorter than the cut.
+    Raises ValueError where a segment is empty, scores more tokens than have a predecessor, or has a parent that does
+    not come before it or is shorter than the cut.
     """
     if not segments:
         raise ValueError("segments: nothing to pack")
     starts = [0, *accumulate(len(segment.token_ids) for segment in segments)]
-    keys: list[list[range]] = []  # per segment, the rows it sees: its ancestors' up to their cuts, then its own
+    keys: list[list[range]] = []  # per segment, the rows it sees: first those of its ancestors, up to their cuts
     positions: list[int] = []
     rows: list[int] = []
     targets: list[int] = []
@@ -64,7 +64,7 @@ def pack(segments: Sequence[Segment], device: Device = "cpu") -> PackedBatch:
 
 
 def sequence(prompt: Sequence[int], response: Sequence[int], trained: Sequence[int] | None = None) -> Segment:
-    """A root that scores the response, or its tokens at the indices `trained`."""
+    """A root segment of prompt and response that scores the response, or only its tokens at the indices `trained`."""
     if trained is None:
         return Segment(token_ids=[*prompt, *response], num_scored=len(response))
     scored = [len(prompt) + i for i in trained]
@@ -92,7 +92,8 @@ def group(
     share_prompt: bool,
     trained: Sequence[Sequence[int] | None] = (),
 ) -> list[Segment]:
-    """The tree of several responses to a prompt, in order; where they share it, it is computed once and all hang on it.
+    """The tree of several responses to a prompt, in order. A shared prompt is computed once, and all responses are
+    attached to it.
 
     `scored` scores the tokens of the responses: those at the indices that `trained` has for a response, or all of them.
     """
@@ -112,7 +113,7 @@ def group(
 
 def tree(prefixes: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[Segment]:
     """Several responses, each scored whole, to prefixes of one text: the longest prefix is computed once, and every
-    response hangs on it where its own prefix ends.
+    response is attached to it where its own prefix ends.
 
         prefixes [7, 8], [7, 8, 1]; responses [5, 0], [2, 0]   ->   7 8 1 | 5 0 (cut 2) | 2 0 (cut 3)
     """
@@ -125,22 +126,23 @@ def tree(prefixes: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) 
 
 
 def trunks(sequences: Iterable[Sequence[int]]) -> dict[tuple[int, ...], tuple[int, ...]]:
-    """Of each sequence one of them that begins with it and that none goes on from: itself, or what it is cut from.
+    """Maps each sequence to one of the sequences that begins with it and that no other sequence extends (possibly
+    itself).
 
     [7, 8], [7, 8, 1], [7, 9]   ->   (7, 8): (7, 8, 1), (7, 8, 1): (7, 8, 1), (7, 9): (7, 9)
     """
     found: dict[tuple[int, ...], tuple[int, ...]] = {}
     after: tuple[int, ...] = ()
     for each in sorted(set(map(tuple, sequences)), reverse=True):
-        # In lexical order what begins with a sequence comes right after it.
+        # In lexical order, extensions of a sequence come right after it.
         found[each] = found[after] if after and after[: len(each)] == each else each
         after = each
     return found
 
 
 def families(prefixes: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], budget: int) -> list[list[int]]:
-    """Indices of sequences whose prefixes are cut from one text, so that a `tree` computes it once: of at most `budget`
-    tokens, or a sequence alone. In the order of their first sequences."""
+    """Groups (indices) of sequences whose prefixes are cut from one text, so that a `tree` computes it once. A group
+    has at most `budget` tokens or a single sequence. Groups are in the order of their first sequences."""
 
     def computed(members: Sequence[int]) -> int:
         return max(len(prefixes[i]) for i in members) + sum(len(responses[i]) for i in members)
@@ -167,12 +169,13 @@ def forest(trees: Iterable[Sequence[Segment]]) -> list[Segment]:
 
 
 def num_computed(tree: Sequence[Segment]) -> int:
-    """Tokens of a tree, what it costs."""
+    """Number of tokens of a tree, which is its cost."""
     return sum(len(segment.token_ids) for segment in tree)
 
 
 def num_in_sequences(tree: Sequence[Segment]) -> int:
-    """Tokens of the sequences that end in its leaves, one by one; each segment hangs on a root or is one."""
+    """Number of tokens of each sequence that ends in a leaf, summed separately; each segment is a root or a child of a
+    root."""
     trunks = {segment.parent for segment in tree}
     return sum(segment.cut + len(segment.token_ids) for i, segment in enumerate(tree) if i not in trunks)
 
@@ -207,8 +210,8 @@ def micro_batches(costs: Sequence[int], budget: int, what: str = "item", multipl
 def own_micro_batches(costs: Sequence[int], budget: int, what: str = "item") -> Sequence[list[int]]:
     """This rank's micro-batches of items of `costs` tokens, as `micro_batches` spreads them.
 
-    Where the items are a multiple of the ranks every rank has equally many, and so meets the others at every gather of
-    the weights; else no rank has more than one more, and none at least where there are as many items as ranks.
+    If the number of items is a multiple of the ranks, every rank has equally many micro-batches and so takes part in
+    every gather of the weights. Otherwise the numbers differ by at most one.
     """
     return share(micro_batches(costs, budget, what, multiple=world_size()))
 
@@ -241,7 +244,7 @@ def _check_budget(costs: Sequence[int], budget: int, what: str) -> None:
 
 
 def _spread(costs: Sequence[int], budget: int, count: int) -> list[list[int]] | None:
-    """The items over at most `count` bins, or None where that overfills one."""
+    """The items in at most `count` bins, or None if a bin would overflow."""
     bins: list[list[int]] = [[] for _ in range(count)]
     loads = [(0, index) for index in range(count)]  # a heap
     for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):

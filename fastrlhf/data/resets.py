@@ -1,8 +1,8 @@
 """Where an episode starts (DR-PO, Chang et al. 2024, arXiv 2404.08495, Algorithm 2). Pure.
 
 With probability `prob` the episode starts after the first k tokens of a response, k uniform on {minimum, ..., L - 1};
-otherwise at the prompt. L counts the EOS, so the EOS itself is never given away and at least one token is left to
-sample. Every draw is keyed by (seed, key), the key being the number of an episode, or of a group of episodes that start
+otherwise at the prompt. L counts the EOS, so the EOS itself is never copied and at least one token is left to sample.
+Every draw is keyed by (seed, key), the key being the number of an episode, or of a group of episodes that start
 at the same point: it depends on neither the batch order, nor the number of ranks, nor on any other draw of the run.
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 from fastrlhf.types import Prefix
 
 RESET_STREAM = 1
-"""Distinguishes these draws from the sampler's, which share seed and episode: one never moves the other."""
+"""Stream of these draws. The sampler uses the same seed and episode with another stream, so the two are independent."""
 
 
 def uniforms(seed: int, stream: int, episode: int, count: int) -> np.ndarray:
@@ -24,18 +24,18 @@ def uniforms(seed: int, stream: int, episode: int, count: int) -> np.ndarray:
 
 
 def is_reset(*, seed: int, key: int, prob: float) -> bool:
-    """Whether the coin says that the episode starts inside a response."""
+    """Draws whether the episode starts inside a response."""
     return uniforms(seed, RESET_STREAM, key, 1)[0] < prob
 
 
 def reset_length(
     response_length: int, *, seed: int, key: int, prob: float, minimum: int = 1, withheld: float = 0.0
 ) -> int:
-    """Tokens of a response of `response_length` tokens (EOS included) to start after; 0 is no reset.
+    """Number of tokens to copy from a response of `response_length` tokens (EOS included); 0 is no reset.
 
-    A response with no admissible k (shorter than `minimum + 1` tokens) is never reset to, as in the authors' code.
-    `withheld`, in 0..1, is the share of the admissible k, the shortest first, that is left out; at 1 the longest alone
-    remains.
+    There is no reset into a response without an admissible k (shorter than `minimum + 1` tokens), as in the authors'
+    code. `withheld`, in 0..1, is the share of the admissible k, the shortest first, that is left out; at 1 only the
+    longest remains.
     """
     choices = response_length - minimum
     if choices < 1 or not is_reset(seed=seed, key=key, prob=prob):
@@ -45,7 +45,7 @@ def reset_length(
 
 
 def takes_first(*, seed: int, key: int) -> bool:
-    """A fair coin: which of two responses is reset to."""
+    """A fair coin that picks which of two responses the reset copies from."""
     return uniforms(seed, RESET_STREAM, key, 3)[2] < 0.5
 
 

@@ -22,11 +22,11 @@ from datasets.exceptions import DatasetsError
 from fastrlhf.data.hub import check_hub
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parquet")
-"""Of names in lower case."""
+"""Suffixes of data files, compared with names in lower case."""
 
 
 class UnusableRow(Exception):
-    """A row that gives no example: `reason` is what it is counted under, `detail` says more about this one."""
+    """A row that gives no example. `reason` is the name under which it is counted; `detail` describes this row."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
@@ -34,14 +34,14 @@ class UnusableRow(Exception):
 
 
 IN_MEMORY = "rows in memory"
-"""What messages call a source that is not a name."""
+"""Name that messages use for a source in memory."""
 
 
 def read_rows(
     source: str | Iterable[Mapping[str, Any]], split: str, config_name: str | None
 ) -> Iterator[tuple[str, object]]:
-    """(place, row) of a split, or of rows in memory, in order. Raises ValueError for what is missing, broken or not
-    UTF-8, and for a mapping of splits or columns, which is not an iterable of rows."""
+    """(place, row) of a split, or of rows in memory, in order. Raises ValueError for a source that is missing, broken
+    or not UTF-8, and for a mapping of splits or columns, which is not an iterable of rows."""
     if not isinstance(source, str):
         if isinstance(source, Mapping):
             names = ", ".join(map(str, source))
@@ -123,7 +123,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, object]]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(number from 1, text with its line end), a byte-order mark dropped."""
+    """(line number from 1, text with its line end); a byte-order mark is dropped."""
     number = 0
     try:
         with gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb") as file:
@@ -152,7 +152,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, object]]:
 
 
 def _array(text: str, path: Path) -> list[Any] | None:
-    """The rows of `[...]` and of `{"data": [...]}`; None of a text of another form."""
+    """The rows of `[...]` and of `{"data": [...]}`; None for text in another form."""
     if text.lstrip().startswith("["):
         return _parse_json(text, path, 1)
     try:

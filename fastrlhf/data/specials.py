@@ -1,7 +1,7 @@
 """The tokens that begin and end a text, as the tokenizer, the model and its chat template name them.
 
-A response may end in any of `end_ids`: sampling stops at each, and a text that ends in one gets no other. The first of
-them is the tokenizer's EOS, which is added to a text that ends in none.
+A response may end in any of `end_ids`: sampling stops at each, and no EOS is added to a text that already ends in one.
+The first of them is the tokenizer's EOS, which is added to all other texts.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 log = logging.getLogger(__name__)
 
 PROBE = "Qx7"
-"""Stands for an answer where a template is asked what it writes after one."""
+"""Placeholder answer, rendered to see what a template writes after an answer."""
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int | None]:
-    """The ids of EOS and of padding; None where padding has no id of its own: EOS is a token that is read and trained.
+    """The ids of EOS and of padding; None for padding that shares its id with EOS, which is a token that is read and
+    trained.
 
     Raises ValueError where there is no EOS.
     """
@@ -59,7 +60,7 @@ def add_ends(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int], source: str
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
-    """Id -> text of the special tokens: those that are never a part of ordinary text."""
+    """Id -> text of the special tokens, which never occur in ordinary text."""
     added = tokenizer.added_tokens_decoder
     named = zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True)
     return {token: str(each) for token, each in added.items() if each.special} | dict(named)
@@ -79,8 +80,7 @@ def generation_ends(source: str) -> list[int]:
 
 
 def template_end(tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None) -> int | None:
-    """The special token that a chat template writes right after an answer; None where it writes another text, or
-    refuses the question."""
+    """The special token that a chat template writes right after an answer; None if it writes other text, or fails."""
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": PROBE}]
     try:
         text = cast(str, tokenizer.apply_chat_template(turns, chat_template=chat_template, tokenize=False))

@@ -1,8 +1,8 @@
 """Conversations as text: what a chat template writes, cut into the prompt and the turns of a response.
 
 Every turn reaches the template whole, with the row's tools, documents and keyword arguments. Where a turn starts and
-ends is read off the template's own renderings of the turns up to it, each checked to be a prefix of the whole; nothing
-is searched for by the look of it, but the end of a turn that the template renders in another way once others follow.
+ends is read off the template's own renderings of the turns up to it, each checked to be a prefix of the whole; no text
+is searched for, except the end of a turn that the template renders differently once other turns follow.
 """
 
 from __future__ import annotations
@@ -23,18 +23,19 @@ from fastrlhf.data.specials import split_end
 from fastrlhf.types import Example, Message
 
 CLOCK = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
-"""How templates ask for the day: transformers gives them a function of that name."""
+"""The function through which templates ask for the date; transformers provides it under this name."""
 
 MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
-"""Tags around what the assistant writes, in templates that are made for training."""
+"""Tags around the text of the assistant, in templates made for training."""
 
 REASONING = ("reasoning_content", "thinking", "reasoning")
-"""Keys of a turn that hold its reasoning; transformers gives a template each under all of these names."""
+"""Keys of a turn that may hold its reasoning; a template gets it under all of these names, as in transformers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """A part of a response: what the assistant wrote, with the end of its turn, or what stands between its turns."""
+    """A part of a response: either text of the assistant with the end of its turn, or the text between two of its
+    turns."""
 
     text: str
     trained: bool = True
@@ -59,9 +60,9 @@ class Renderer:
     """Texts of the tokens that end a turn."""
     template: str | None = None
     kwargs: Mapping[str, Any] = field(default_factory=dict)
-    """Of every row: what the template is given beside the turns; those of a row come before these."""
+    """Template variables for every row; those of a row take precedence."""
     day: date = field(default_factory=date.today)
-    """What a template that asks for the day is told."""
+    """The date given to a template that asks for it."""
 
     def render(self, example: Example, responses: Mapping[str, Any]) -> Rendered:
         """Prompt and `responses` (text, or turns after the prompt) of an example.
@@ -111,10 +112,10 @@ class Renderer:
         return pieces
 
     def _end_of_turn(self, example: Example, whole: str, start: str, turns: Sequence[Message]) -> int:
-        """Where the last of `turns`, an assistant's, ends in `whole`, behind the token that ends it; -1 where unknown.
-
-        As the template writes the turns up to it; or, where it writes that turn in another way once others follow it
-        (without its reasoning, say), behind the first token that ends a turn after what the turn says.
+        """The position in `whole` after the end token of the last of `turns`, an assistant turn; -1 if unknown. It is
+        found by rendering the turns up to it. If the template renders that turn differently once others follow (for
+        example without its reasoning), it is the position after the first end token that follows the content of the
+        turn.
         """
         alone = self._text(example, turns, generate=False)
         if alone.startswith(start):
@@ -133,7 +134,7 @@ class Renderer:
     def _marked(
         self, example: Example, name: str, turns: Sequence[Message], whole: str, start: int, number: int
     ) -> list[Piece]:
-        """The pieces by the template's generation markers."""
+        """The pieces, split at the template's generation markers."""
         template, pieces, at = self._template(example), [], start
         if MARKERS.search(template):
             given = {**self.tokenizer.special_tokens_map, **self._given(example)}
@@ -154,7 +155,8 @@ class Renderer:
         return [*pieces[:-1], Piece(text=pieces[-1].text + whole[at:])]
 
     def _text(self, example: Example, turns: Sequence[Message], *, generate: bool) -> str:
-        """What the template writes for `turns`. Where it writes "None" for an empty content, as if there were none."""
+        """The text that the template renders for `turns`. A template that writes "None" for missing content gets empty
+        content."""
         text = self._apply(example, turns, generate)
         if any(turn.get("content", "") is None for turn in turns):
             empty = [{**turn, "content": "" if turn.get("content") is None else turn["content"]} for turn in turns]
@@ -187,12 +189,12 @@ class Renderer:
 
 
 def reads_clock(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a chat template of the tokenizer asks for the day."""
+    """Whether a chat template of the tokenizer asks for the date."""
     return CLOCK.search(str(tokenizer.chat_template or "")) is not None
 
 
 def _change(pieces: Sequence[Piece], turns: Sequence[Message]) -> str:
-    """How the rendered turns of the assistant differ from what they say; empty where they do not."""
+    """How the rendered assistant turns differ from their content; empty if they do not."""
     texts = [piece.text for piece in pieces if piece.trained]
     said = [turn for turn in turns if turn["role"] == "assistant"]
     if len(texts) != len(said):

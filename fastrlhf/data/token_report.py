@@ -1,4 +1,4 @@
-"""What tokenising did to the rows of a split, counted, in the first lines of a run."""
+"""Counts of what tokenising did to the rows of a split, shown in the first lines of a run."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 TOO_LONG = ("longer_than_max_length", "prompt_fills_max_length", "response_fills_max_length", "no_trained_token")
-"""Reasons to drop a row that `max_length` is to blame for."""
+"""Reasons for dropping a row that are due to `max_length`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenReport:
-    """What tokenising did. Every kept response is counted once under eos_added, eos_present or responses_cut."""
+    """Counts of what tokenising did. Every kept response is counted once under eos_added, eos_present or
+    responses_cut."""
 
     num_examples: int
     num_kept: int
     max_length: int
     eos_added: int
-    """Responses that got an EOS."""
+    """Number of responses to which an EOS was added."""
     eos_present: int
     """Responses whose text ended in an end already."""
     responses_cut: int
@@ -25,7 +26,7 @@ class TokenReport:
     prompts_cut: int
     """Prompts that lost their beginning (keep_end)."""
     dropped: dict[str, int]
-    """Reason -> rows."""
+    """Reason -> number of rows."""
     firsts: dict[str, str]
     """Reason, or kind of change -> the first such row, with what is wrong with it."""
     rows_cut: int = 0
@@ -33,17 +34,17 @@ class TokenReport:
     ends: tuple[str, ...] = ()
     """Texts of the tokens that may end a response, the EOS first."""
     other_end: int = 0
-    """Responses that end in another of them than the EOS."""
+    """Responses that end in one of them other than the EOS."""
     bos_present: int = 0
     """Text prompts that began with a BOS, so that they got no second one."""
     changed: dict[str, int] = field(default_factory=dict)
     """How the chat template changed a response -> kept rows."""
     num_tokens: int = 0
-    """Of prompts and responses that were kept."""
+    """Number of tokens of the kept prompts and responses."""
     num_trained: int = 0
-    """Of the responses, without what stands between the turns of the assistant."""
+    """Number of trained tokens: those of the responses, without the text between assistant turns."""
     unlike_text: int = 0
-    """Responses whose ids read otherwise than their text."""
+    """Responses whose ids do not decode to their text."""
 
     @property
     def truncated(self) -> int:
@@ -55,7 +56,7 @@ class TokenReport:
         return self.rows_cut + sum(self.dropped.get(reason, 0) for reason in TOO_LONG)
 
     def summary(self) -> str:
-        """For the header of a run."""
+        """One-line summary for the header of a run."""
         responses = self.eos_added + self.eos_present + self.responses_cut
         parts = [f"{self.num_kept:,} of {self.num_examples:,} rows within {self.max_length:,} tokens"]
         if responses:

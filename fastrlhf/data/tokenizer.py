@@ -1,4 +1,5 @@
-"""Tokenizers by folder, by hub name, from one file; sure to have an EOS, and to know every end of a response."""
+"""Opens tokenizers from a folder, a hub name or one file, and makes sure that they have an EOS and know every end of a
+response."""
 
 from __future__ import annotations
 
@@ -73,9 +74,8 @@ def load_tokenizer(
 
 
 def is_missing_folder(name_or_path: str) -> bool:
-    """Whether this means a folder, by its form or because its first part is one here, that is not there.
-
-    The hub need not be asked for it.
+    """Whether this names a local folder (by its form, or because its first part exists here) that does not exist. The
+    hub is then not asked.
     """
     path = Path(name_or_path).expanduser()
     looks_local = path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1
@@ -93,8 +93,8 @@ def _from_file(path: Path) -> PreTrainedTokenizerBase:
 
 
 def resolve_chat_template(chat_template: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The Jinja of `chat_template`: itself, that in the file of this name, or of the name "hh", which writes the BOS
-    that this tokenizer would."""
+    """The Jinja text of `chat_template`: the value itself, the content of the file of that name, or the template "hh",
+    which writes the BOS that this tokenizer would add."""
     if "{" in chat_template:
         return chat_template
     file = Path(chat_template).expanduser()

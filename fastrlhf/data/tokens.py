@@ -5,10 +5,11 @@ has the ids that it has behind its prompt (data/encoding.py).
 
 The end rule: every response ends in one of `end_ids`. The EOS is appended where the text ends in none of them (white
 space after one is dropped), and the end is missing only where `max_length` cut the response. A prompt never gets one.
-The BOS rule: what the tokenizer puts before a text stands before a text prompt, once; a chat template writes its own.
-The rule of turns: of a response of several turns only those of the assistant are trained, each with its end.
-The suffix rule: what a template writes behind the end of a turn (the newline of ChatML) is not trained and, behind the
-last turn, not there. With `train_suffix` it is trained, as in TRL.
+The BOS rule: a text prompt begins once with the tokens that the tokenizer puts before a text; a chat template writes
+its own BOS.
+The rule of turns: in a response of several turns, only the assistant turns are trained, each with its end.
+The suffix rule: text that a template writes after the end of a turn (the newline of ChatML) is not trained and, after
+the last turn, left out. With `train_suffix` it is trained, as in TRL.
 """
 
 from __future__ import annotations
@@ -164,25 +165,25 @@ _COUNTED = (
 
 @dataclass(slots=True, kw_only=True)
 class _Response:
-    """A response as ids, and how it came to them."""
+    """A response as ids, and how they were made."""
 
     ids: list[int]
     trained: list[int] | None
     """Indices of the trained tokens; None: all."""
     end: int
     had_end: bool
-    """Whether the text had that end."""
+    """Whether the text already had that end."""
     goes_on: bool
-    """Whether an end stands before the end, inside of a turn."""
+    """Whether an end token occurs inside a turn, before its end."""
     text: str
-    """What the ids should read."""
+    """The text to which the ids should decode."""
 
     def trained_within(self, length: int) -> list[int] | None:
         return None if self.trained is None else [i for i in self.trained if i < length]
 
 
 def _after_first_token(responses: dict[str, _Response]) -> tuple[list[int], dict[str, _Response]]:
-    """The first token as the prompt, where there is one response alone."""
+    """The first token becomes the prompt; only for an example with a single response."""
     if len(responses) != 1:
         return [], responses
     ((name, response),) = responses.items()
@@ -221,7 +222,7 @@ def _ends(tokenizer: PreTrainedTokenizerBase, template: str | None) -> dict[int,
 def _encode_prompts(
     rendered: Sequence[tuple[Example, Rendered]], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[list[int]], int]:
-    """Ids, and how many texts began with a BOS; in what a template wrote it stands once already."""
+    """Ids, and how many texts began with a BOS; text from a template already has its BOS."""
     plain = [i for i, (example, _) in enumerate(rendered) if isinstance(example.prompt, str)]
     written = [i for i, (example, _) in enumerate(rendered) if not isinstance(example.prompt, str)]
     ids, present = encode_prompts([rendered[i][1].prompt for i in plain], tokenizer)
@@ -249,7 +250,7 @@ def _encode_responses(
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Parts:
     pieces: list[Piece]
-    """The last one without its end"""
+    """The texts of the pieces, the last one without its end"""
     end: str
     suffix: str
 

@@ -95,7 +95,7 @@ class ToyTask:
     chain: float = 0.3
     """The n-th fact of an unbroken run from the first one is worth `chain * (n - 1)` more than 1."""
     length_cost: float = 0.05
-    """Reward taken per word."""
+    """Reward subtracted per word."""
     min_haste: float = 0.5
     max_haste: float = 1.5
     """Writers of references have a haste uniform between the two; posts do not depend on it."""
@@ -105,7 +105,7 @@ class ToyTask:
     """A pair is labelled by a Bradley-Terry draw: P(a beats b) = sigmoid((gold(a) - gold(b)) / label_temperature).
     0: the better candidate always wins, ties by a fair coin."""
     label_flips: float = 0.0
-    """Probability that a label is turned round after that draw."""
+    """Probability that a label is flipped after that draw."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_salient <= self.max_salient <= min(self.num_facts, MAX_FACTS):
@@ -168,7 +168,7 @@ class ToyTask:
     def _example(self, split: str, index: int) -> Example:
         rng = random.Random(f"{self.seed}/{split}/{index}")
         facts = self._draw_post(rng)
-        # The checksum of a post names its split: no post is in two.
+        # The checksum of a post decides its split, so no post is in two splits.
         while zlib.crc32(_prompt(facts).encode()) % len(SPLITS) != SPLITS.index(split):
             facts = self._draw_post(rng)
         prompt = _prompt(facts)
@@ -184,7 +184,7 @@ class ToyTask:
         return Example(prompt=prompt, reference=reference, chosen=chosen, rejected=rejected, row=index)
 
     def _win_prob(self, margin: float) -> float:
-        """That the label names the first of two candidates, which is better by `margin` facts."""
+        """Probability that the label prefers the first of two candidates, which is better by `margin` facts."""
         if self.label_temperature > 0:
             prob = 0.5 + 0.5 * math.tanh(margin / self.label_temperature / 2)
         else:
@@ -227,7 +227,7 @@ def read_post(prompt: str) -> list[Fact]:
 
 
 def read_summary(summary: str) -> list[Pair]:
-    """The facts that a summary states: each subject with any value right behind it; other words state nothing."""
+    """The facts that a summary states: each subject directly followed by any value; other words state nothing."""
     words = summary.split()
     return [(a, b) for a, b in pairwise(words) if a in FACTS and b in _VALUES]
 

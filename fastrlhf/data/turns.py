@@ -1,4 +1,4 @@
-"""The values of a row as text and as turns: checked, and brought to one form, with nothing of a turn lost."""
+"""The values of a row as text and as turns: checked, and brought to one form, without losing any part of a turn."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROLES = {
 """ShareGPT's `from` -> role."""
 
 TEMPLATE_KEYS = ("tools", "documents", "chat_template_kwargs")
-"""Columns that a chat template is given beside the turns."""
+"""Columns that are passed to the chat template in addition to the turns."""
 
 HH_MARK = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 HH_ROLES = {"Human": "user", "Assistant": "assistant"}
@@ -46,7 +46,7 @@ def read_turns(value: object, name: str) -> list[Message]:
     """The turns of a list of {role, content} or of ShareGPT's {from, value}. A single turn may stand for a list of it.
 
     Content is text, or a list of text parts, which are joined; null where a turn calls tools. Keys without a value are
-    left out, all others stay. Raises UnusableRow for anything else, for images and audio by their names.
+    left out, all others stay. Raises UnusableRow for anything else, naming the type for images and audio.
     """
     turns = [value] if isinstance(value, dict) else value
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
@@ -98,8 +98,8 @@ def _of_sharegpt(turn: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def read_template_values(row: Mapping[str, Any]) -> dict[str, Any]:
-    """`tools`, `documents` and `chat_template_kwargs` of a row, JSON text read. Raises UnusableRow where they are not
-    what a template takes."""
+    """`tools`, `documents` and `chat_template_kwargs` of a row, JSON text read. Raises UnusableRow if a template cannot
+    take them."""
     found: dict[str, Any] = {}
     for name in TEMPLATE_KEYS:
         value = row.get(name)
@@ -136,8 +136,8 @@ def answer(turns: list[Message], name: str) -> list[Message]:
 
 
 def from_first_answer(example: Example, response: str) -> Example:
-    """The example with its prompt cut before the first turn of the assistant in it: that and what follows it are then
-    the beginning of `response`."""
+    """The example with its prompt cut before the prompt's first assistant turn; the part cut off becomes the beginning
+    of `response`."""
     prompt, answered = example.prompt, getattr(example, response)
     if isinstance(prompt, str) or answered is None:
         return example
@@ -164,7 +164,7 @@ def check_alternate(turns: list[Message], name: str) -> None:
 
 
 def is_empty(text: Text) -> bool:
-    """No character but white space, and no call of a tool."""
+    """Whether a turn has only white space and no tool call."""
     if isinstance(text, str):
         return not text.strip()
     return not any((turn["content"] or "").strip() or turn.get("tool_calls") for turn in text)

@@ -130,7 +130,7 @@ def _unit(size: float) -> tuple[float, str]:
 
 
 _UNITS = ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k"))
-"""(smallest number it is used for, what it stands for, its letter)"""
+"""(smallest number that gets the suffix, factor, suffix letter)"""
 
 
 def thin(steps: Array, values: Array, buckets: int = BUCKETS) -> tuple[Array, Array]:

@@ -47,7 +47,8 @@ class Stage:
         return [name for name in dict.fromkeys(numeric) if name not in ("step", "time")]
 
     def curve(self, metric: str, part: str = "", shift: int = 0, dashed: bool = False) -> Curve:
-        """One metric over steps, the later row of a step counting; `part` distinguishes it from others of its chart."""
+        """One metric over steps (the last row of each step counts); `part` distinguishes it from other curves of its
+        chart."""
         last = {row["step"]: row[metric] for row in self.rows if isinstance(row.get(metric), int | float)}
         steps = sorted(last)
         return Curve(

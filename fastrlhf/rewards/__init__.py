@@ -1,1 +1,1 @@
-"""What a token earns: the addends of the reward."""
+"""The reward of a token and its addends."""

@@ -1,4 +1,4 @@
-"""Reward functions: what they are called with, what they may give, what happens when they fail.
+"""Reward functions: their arguments, their results, and how failures are handled.
 
 There are two forms, told apart by the names of the parameters:
 
@@ -7,7 +7,7 @@ There are two forms, told apart by the names of the parameters:
               valid token of each response.
     per token anything else: called with one Rollout; gives one number, or one per token of `rollout.completion`.
 
-Either may be async, and may give None for a response that it does not judge. Of several processes the first one calls.
+Either may be async, and may give None for a response that it does not judge. Only rank 0 calls them.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ log = logging.getLogger(__name__)
 RewardFunction = Callable[..., Any]
 
 Earned = dict[str, list[Tensor | None]]
-"""By reward function, one float32 tensor per rollout: 0-dim, or one number per token; None where it is not judged."""
+"""Per reward function, one float32 tensor per rollout: 0-dim, or one number per token; None for a rollout that the
+function does not judge."""
 
 RESERVED = ("score", "missing_eos", "kl", "dpo", "length")
 """Names of the rewards that are built in."""
@@ -52,20 +53,20 @@ TEXTS = ("prompts", "completions", "completion_ids")
 """Parameters that mark a function of TRL's form."""
 
 GIVEN = (*TEXTS, "trainer_state", "log_extra", "log_metric")
-"""What a function of TRL's form may take besides the columns of the dataset."""
+"""Arguments that a function of TRL's form may take besides the columns of the dataset."""
 
 DRY_ROWS = 2
-"""Responses that every function is tried on before the run."""
+"""Number of responses on which every function is tried before the run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainerState:
-    """Where the run is: what a function may read of TRL's `trainer_state`."""
+    """Progress of the run: the fields of TRL's `trainer_state` that a function may read."""
 
     global_step: int
-    """Updates that have been made."""
+    """Number of updates done."""
     max_steps: int
-    """Updates of the whole run."""
+    """Number of updates of the whole run."""
 
 
 @dataclass(kw_only=True)
@@ -74,18 +75,19 @@ class RewardFunctions:
 
     functions: Mapping[str, RewardFunction] = field(default_factory=dict)
     weights: Mapping[str, float] = field(default_factory=dict)
-    """By name; 1 where there is none."""
+    """Weights by name; 1 for a name that is missing."""
     tokenizer: PreTrainedTokenizerBase | None = None
     """Needed by functions of TRL's form."""
     rows: Mapping[int, Example] = field(default_factory=dict)
     """Row number -> the example, whose prompt and columns are handed over."""
     retries: int = 0
-    """How often a call that fails is repeated, after 1, 2, 4, ... seconds."""
+    """Number of retries of a failing call, after 1, 2, 4, ... seconds."""
     state: TrainerState = TrainerState(global_step=0, max_steps=0)
     metrics: dict[str, float] = field(default_factory=dict)
-    """What functions have logged by `log_metric` in the newest call; the mean of the numbers of one name."""
+    """Metrics that functions have logged with `log_metric` in the latest call; the mean over the numbers of one
+    name."""
     extra: dict[str, list[Any]] = field(default_factory=dict)
-    """What they have logged by `log_extra`: a value per response."""
+    """Columns that they have logged with `log_extra`: a value per response."""
 
     def __call__(self, rollouts: Sequence[Rollout]) -> Earned:
         """What each function gives to each rollout.
@@ -103,7 +105,7 @@ class RewardFunctions:
         return self.weights.get(name, 1.0)
 
     def totals(self, earned: Earned) -> list[float]:
-        """By rollout, the weighted sum of what the functions give, tokens added up."""
+        """Per rollout, the weighted sum over functions, summed over tokens."""
         columns = [
             [0.0 if value is None else self.weight(name) * value.sum().item() for value in values]
             for name, values in earned.items()
@@ -113,8 +115,8 @@ class RewardFunctions:
     def rehearse(self, prompts: Sequence[TokenizedExample], response_length: int) -> None:
         """Calls every function on a few rows, so that a mistake shows before models are loaded.
 
-        The response is one of the dataset where the row has one, else an empty one. What functions remember is put back
-        afterwards. Raises as a call does.
+        The response is one of the dataset if the row has one, otherwise an empty one. The state of functions is
+        restored afterwards. Raises as a call does.
         """
         if not self.functions or not prompts:
             return
@@ -140,9 +142,8 @@ class RewardFunctions:
             log.info("reward function %s: %s for a response to row %d", name, _shown(first), rollouts[0].prefix.row)
 
     def state_dict(self) -> dict[str, Any]:
-        """What the functions that have a `state_dict` remember, as NAME.KEY: tensors and what JSON can hold.
-
-        Raises ValueError, naming the function, for anything else, which no checkpoint could give back.
+        """The states of the functions that have a `state_dict`, as NAME.KEY: tensors and JSON values. Raises
+        ValueError, naming the function, for anything else, because a checkpoint could not restore it.
         """
         state: dict[str, Any] = {}
         for name, function in self.functions.items():
@@ -163,7 +164,7 @@ class RewardFunctions:
                 cast(Any, function).load_state_dict(own)
 
     def _ask(self, rollouts: Sequence[Rollout]) -> tuple[dict[str, Any], dict[str, float], dict[str, list[Any]]]:
-        """What each function gives, and what they have logged: metrics, and columns of samples."""
+        """The results of each function, and what the functions have logged: metrics, and columns of samples."""
         metrics: dict[str, list[float]] = {}
         extra: dict[str, list[Any]] = {}
         given: dict[str, Any] = {}
@@ -178,7 +179,7 @@ class RewardFunctions:
             for name, function in self.functions.items()
         }
         waiting = [name for name, function in self.functions.items() if is_async(function)]
-        with ThreadPoolExecutor(max(1, len(waiting))) as pool:  # each in an event loop of its own, all at once
+        with ThreadPoolExecutor(max(1, len(waiting))) as pool:  # all at once, each in its own event loop
             started = {name: pool.submit(call, name, calls[name], self.retries) for name in waiting}
             values = {name: call(name, calls[name], self.retries) for name in calls if name not in started}
             values |= {name: future.result() for name, future in started.items()}
@@ -187,7 +188,7 @@ class RewardFunctions:
 
     def _texts(self, rollouts: Sequence[Rollout]) -> dict[str, list[Any]]:
         """Prompts, completions, their ids and every column, one item per rollout. The completion is the whole response,
-        what a reset gave of it included, without special tokens; the ids go up to its EOS."""
+        including the tokens of a reset, without special tokens; the ids go up to its EOS."""
         assert self.tokenizer is not None
         eos = end_ids(self.tokenizer)
         prompt_ids, responses = [], []
@@ -214,15 +215,14 @@ class RewardFunctions:
 
 
 def mean_rewards(earned: Earned) -> dict[str, float]:
-    """By function, the mean over the rollouts that it judges, tokens added up; absent where it judges none."""
+    """Per function, the mean over the rollouts that it judges, summed over tokens; absent if it judges none."""
     judged = {name: [value.sum().item() for value in values if value is not None] for name, values in earned.items()}
     return {name: sum(values) / len(values) for name, values in judged.items() if values}
 
 
 def call(name: str, function: Callable[[], Any], retries: int = 0) -> Any:
-    """What a reward function gives; one that raises is asked again up to `retries` times.
-
-    Raises RuntimeError, naming the function, from whatever it raises at last; a lack of memory is raised as it is.
+    """The result of a reward function; if it raises, it is called again up to `retries` times. Raises RuntimeError,
+    naming the function, from its last error; an out-of-memory error is raised unchanged.
     """
     for attempt in range(retries + 1):
         try:
@@ -263,7 +263,7 @@ def taken(function: RewardFunction, given: Collection[str]) -> list[str]:
 
 
 def check_parameters(name: str, function: RewardFunction, columns: Collection[str]) -> None:
-    """Raises ValueError where a function of TRL's form cannot do without something that is not there."""
+    """Raises ValueError if a function of TRL's form has a required argument that is not available."""
     if not takes_texts(function):
         return
     rest = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
@@ -305,7 +305,7 @@ def open_reward_functions(
     rows: Mapping[int, Example] | None = None,
 ) -> RewardFunctions:
     """The reward functions of a run, which read the text and the columns of `rows`. Raises ValueError as
-    `load_reward_functions` does, and where a function asks for a column that there is not."""
+    `load_reward_functions` does, and if a function asks for a column that does not exist."""
     named, rows = load_reward_functions(config, functions), rows or {}
     columns = list(dict.fromkeys(name for example in rows.values() for name in example.columns))
     for name, function in named.items():
@@ -331,12 +331,12 @@ def _load(path: str) -> RewardFunction:
 def _parameters(function: RewardFunction) -> Mapping[str, Parameter]:
     try:
         return signature(function).parameters
-    except (TypeError, ValueError):  # some callables that are written in C have none
+    except (TypeError, ValueError):  # some callables written in C have no signature
         return {}
 
 
 def _batched(function: RewardFunction, rollouts: Sequence[Rollout], keywords: Mapping[str, Any]) -> Callable[[], Any]:
-    """The call that answers for all rollouts."""
+    """The single call for all rollouts."""
     if takes_texts(function):
         return lambda: function(**keywords)
     if not is_async(function):
@@ -375,7 +375,7 @@ def _number(name: str, value: Any, rollout: Rollout) -> Tensor | None:
 
 
 def _is_json(value: Any) -> bool:
-    """Whether JSON gives back the very value."""
+    """Whether a round trip through JSON preserves the value."""
     try:
         return json.loads(json.dumps(value)) == value
     except (TypeError, ValueError):
