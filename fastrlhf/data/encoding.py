@@ -67,7 +67,7 @@ def is_lossless(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _anchor(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The first of ANCHORS behind which the ids of all probes decode to the probes; None if there is none."""
+    """The first of ANCHORS behind which the ids of all probes decode to the probes; "" if there is none."""
     before = encode(["Q:\n"], tokenizer)[0]
     reads = partial(reads_back, before, tokenizer=tokenizer)
     for anchor in ANCHORS:

@@ -46,8 +46,8 @@ def read_group_labels(row: Mapping[str, Any], num_responses: int) -> dict[str, A
 
 
 def read_pair_labels(row: Mapping[str, Any], needs: Collection[str]) -> dict[str, Any]:
-    """The labels among PAIR_LABELS that are needed. Raises UnusableRow if one is missing or invalid; valid are a
-    `label_prob` in 0..1, a finite `margin`, `wins` of `num_labels` comparisons."""
+    """The labels among PAIR_LABELS that are needed. Raises UnusableRow if one is missing or invalid: `label_prob` must
+    be in 0..1, `margin` finite, and `wins` at most `num_labels`."""
     numbers: dict[str, Any] = {name: _number(row.get(name), name) for name in ("label_prob", "margin") if name in needs}
     return numbers | (read_counts(row) if set(COUNTS) & set(needs) else {})
 

@@ -183,7 +183,7 @@ class _Response:
 
 
 def _after_first_token(responses: dict[str, _Response]) -> tuple[list[int], dict[str, _Response]]:
-    """The first token becomes the prompt; only for an example with a single response."""
+    """Moves the first token into the prompt if the example has a single response."""
     if len(responses) != 1:
         return [], responses
     ((name, response),) = responses.items()

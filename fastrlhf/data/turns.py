@@ -164,7 +164,7 @@ def check_alternate(turns: list[Message], name: str) -> None:
 
 
 def is_empty(text: Text) -> bool:
-    """Whether a turn has only white space and no tool call."""
+    """Whether text, or all turns of a list, contain only white space and no tool call."""
     if isinstance(text, str):
         return not text.strip()
     return not any((turn["content"] or "").strip() or turn.get("tool_calls") for turn in text)

@@ -8,7 +8,7 @@
 
 With a `model` the judge is an OpenAI-compatible server, which is asked for a number in a chat, one response per
 request. Without, it is any server that answers {"prompts": [...], "completions": [...]} with {"scores": [...]}, in
-batches. No text is sent twice while it is remembered.
+batches. A text is not sent again while its score is cached.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Response:
 
 NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?")
 AGAIN = (408, 409, 425, 429)
-"""Codes below 500 that ask to come again."""
+"""Status codes below 500 after which a retry makes sense."""
 
 Score = float | None
 
@@ -60,28 +60,28 @@ class HTTPJudge:
     """
 
     url: str
-    """Of the endpoint; with a `model` the base URL, to which /chat/completions is added."""
+    """URL of the endpoint; with a `model` the base URL, to which /chat/completions is added."""
     model: str = ""
     """Name of the model on an OpenAI-compatible server; empty: plain JSON."""
     template: str = TEMPLATE
-    """What the chat asks; {prompt}, {completion}, {low} and {high} are filled in."""
+    """Text of the chat message; {prompt}, {completion}, {low} and {high} are filled in."""
     low: float = 0.0
     high: float = 10.0
-    """The range of scores; a number outside is no answer."""
+    """The range of scores; a number outside it does not count as an answer."""
     max_tokens: int = 16
-    """Of the reply of a chat."""
+    """Maximum number of tokens of a chat reply."""
     batch_size: int = 16
     """Responses per request in plain JSON."""
     concurrency: int = 8
-    """Requests at a time."""
+    """Number of concurrent requests."""
     timeout: float = 60.0
-    """Seconds until a whole answer must be there."""
+    """Seconds within which a complete answer must arrive."""
     retries: int = 3
     """Further attempts, after 1, 2, 4, ... seconds, where the server fails, hangs, or answers nonsense."""
     api_key_env: str = "OPENAI_API_KEY"
     """Environment variable whose value, if it is set, is sent as a bearer token."""
     cache_size: int = 100_000
-    """Texts whose scores are remembered, the newest ones."""
+    """Number of texts whose scores are cached, the newest ones."""
     _cache: dict[tuple[str, str], Score] = field(default_factory=dict, init=False, repr=False)
 
     def __call__(self, prompts: Sequence[Text], completions: Sequence[Text]) -> list[Score]:
@@ -164,7 +164,7 @@ class HTTPJudge:
 
 
 class _Refused(JudgeError):
-    """A request that would be refused again."""
+    """The server refused the request, and would refuse it again."""
 
 
 def _plain(text: Text) -> str:

@@ -25,7 +25,7 @@ from fastrlhf.types import PackedBatch
 
 @dataclass(frozen=True, kw_only=True)
 class ImplicitReward:
-    """A frozen model and the reference of its training."""
+    """A frozen model and the reference that it was trained against."""
 
     model: PreTrainedModel
     reference: PreTrainedModel | None
@@ -41,8 +41,8 @@ class ImplicitReward:
     ) -> Tensor:
         """log(model / reference) [R] float32, in nats, of every scored token of the pack.
 
-        `run_reference_logprob` [R] are those of `run_reference` at temperature 1, where they are known: its pass is
-        then not made again.
+        `run_reference_logprob` [R] are those of `run_reference` at temperature 1, if they are known; its forward pass
+        is then skipped.
         """
         logprob = token_logprobs(self.model, batch).logprob
         if self.reference is not None:
@@ -53,7 +53,7 @@ class ImplicitReward:
 
 
 def implicit_sources(config: PPOConfig) -> dict[str, str]:
-    """What is to be loaded, by field; empty where no token earns such a reward."""
+    """The paths to load, by field; empty if no token gets such a reward."""
     if config.reward_shaping == "none" or not config.dpo_model_path:
         return {}
     sources = {"dpo_model_path": config.dpo_model_path, "dpo_ref_model_path": config.dpo_ref_model_path}
@@ -65,10 +65,9 @@ def implicit_sources(config: PPOConfig) -> dict[str, str]:
 def open_implicit_reward(
     config: PPOConfig, tokenizer: PreTrainedTokenizerBase, base: PreTrainedModel
 ) -> ImplicitReward | None:
-    """The models of `dpo_model_path` and `dpo_ref_model_path`, None where no token earns such a reward. One that is an
-    adapter shares the weights of `base`, the frozen reference of the run.
-
-    Raises ValueError, before any of them is loaded, where one has another tokenizer than the run.
+    """The models of `dpo_model_path` and `dpo_ref_model_path`, None if no token gets such a reward. A model that is an
+    adapter shares the weights of `base`, the frozen reference of the run. Raises ValueError, before any of them is
+    loaded, if one has a different tokenizer than the run.
     """
     sources = implicit_sources(config)
     for field, source in sources.items():

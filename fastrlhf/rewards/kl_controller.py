@@ -1,4 +1,4 @@
-"""The coefficient of the KL, steered to a target (Ziegler et al. 2019, arXiv 1909.08593, section 2.2)."""
+"""The coefficient of the KL, adapted towards a target KL (Ziegler et al. 2019, arXiv 1909.08593, section 2.2)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 class KLController:
     """coef <- coef (1 + clip(kl / target - 1, +-0.2) num_episodes / horizon) after every batch of episodes.
 
-    A target of 0 leaves it alone. The coefficient is all that it remembers.
+    With a target of 0 the coefficient is constant. The coefficient is the only state.
     """
 
     coef: float

@@ -14,7 +14,7 @@ from typing import Any
 from fastrlhf.types import Text
 
 READY = ("exact_match", "math_answer", "hash_format", "boxed_format", "think_format", "num_tokens")
-"""Names that `reward_functions` takes as they are."""
+"""Names that `reward_functions` accepts without a module."""
 
 NUMBER = r"[-+]?\$?\d[\d,]*(?:\.\d+)?%?"
 HASH = re.compile(rf"####[ \t]*{NUMBER}[ \t]*\.?\s*\Z")
@@ -82,14 +82,14 @@ def plain(completion: Text) -> str:
 
 
 def normalised(text: str) -> str:
-    """In compatibility characters and lower case, without white space at the ends, a final full stop, or more than one
-    space in a row."""
+    """The text in Unicode compatibility form and lower case, stripped, without a final full stop and with runs of white
+    space as one space."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).rstrip(".").rstrip()
 
 
 def final_answer(text: str) -> str | None:
-    r"""What a response marks as its answer: the last \boxed{...}, else the line after the last ####; None where neither
-    is there."""
+    r"""The marked answer of a response: the last \boxed{...}, otherwise the line after the last ####; None if there is
+    neither."""
     if answers := boxed(text):
         return answers[-1]
     _, mark, after = text.rpartition("####")
@@ -110,5 +110,5 @@ def boxed(text: str) -> list[str]:
 
 
 def _marked(answer: str) -> str:
-    """As math-verify reads an expression, whatever its notation."""
+    """The expression as math-verify parses it, in any notation."""
     return rf"\boxed{{{answer}}}"

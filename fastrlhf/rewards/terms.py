@@ -1,14 +1,15 @@
-"""What a token earns: named addends, each a float32 [R] over the flat rows of a batch of episodes; the reward is their
-sum. RTO (Zhong et al. 2024, arXiv 2404.18922, eq. 4.7) is PPO with one more of them, `dpo`:
+"""The reward of a token is a sum of named addends, each a float32 [R] over the flat rows of a batch of episodes. RTO
+(Zhong et al. 2024, arXiv 2404.18922, eq. 4.7) is PPO with one more of them, `dpo`:
 
     r_h = beta1 log(pi_dpo / pi_ref) - beta2 log(pi / pi_ref) + [h is the last token] beta3 score
 
-beta1 is `dpo_reward_scale`, beta2 is `kl_coef`, beta3 is `score_coef`. Prompts and resets earn nothing, nor does what
-follows an EOS; under compat "reference" the KL alone is charged there too, as the authors of DR-PO do. With
+beta1 is `dpo_reward_scale`, beta2 is `kl_coef`, beta3 is `score_coef`. Tokens of prompts and resets and tokens after an
+EOS get no reward; under compat "reference" the KL is charged there too, as in the code of the authors of DR-PO. With
 `kl_placement` loss the KL is no reward.
 
-With `truncation` bootstrap a response that the budget cut goes on, and what a whole one earns at its end, the score
-above all, is not paid: the critic's value of the state after the cut expects it, and it would count twice.
+With `truncation` bootstrap, a response that the length limit cut does not count as ended, and the rewards of a whole
+response (above all the score) are not paid: the critic's value of the state after the cut includes them, so they would
+count twice.
 """
 
 from __future__ import annotations
@@ -33,14 +34,14 @@ from fastrlhf.types import Rollout
 log = logging.getLogger(__name__)
 
 MOMENTS = "moments."
-"""In a saved state the name of an addend follows."""
+"""Prefix of keys in a saved state; the name of an addend follows."""
 FUNCTION = "function."
-"""In a saved state the name of a reward function and a key of its own state follow."""
+"""Prefix of keys in a saved state; the name of a reward function and a key of the function's state follow."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Episodes:
-    """What an addend may know: the R rows of N episodes, flat, episode after episode. Log-probs in nats, float32."""
+    """Input of the addends: the R rows of N episodes, flat, episode after episode. Log-probs are in nats, float32."""
 
     rollouts: Sequence[Rollout]
     cu_rows: Tensor
@@ -66,11 +67,12 @@ class Episodes:
     exact_kl: Tensor | None = None
     """[R] KL(sampler || reference) of the state that the token was drawn in; None where the KL is that of the token"""
     goes_on: Tensor | None = None
-    """[N] bool: cut by the budget, and their return goes on with the critic's value; None where every episode ends"""
+    """[N] bool: cut by the length limit, so that the return continues with the critic's value; None if every episode
+    ends"""
 
     @property
     def finished(self) -> Tensor:
-        """[N] bool: those that are paid what a whole response earns"""
+        """[N] bool: episodes that receive the rewards of a whole response"""
         return torch.ones_like(self.missing_eos) if self.goes_on is None else ~self.goes_on
 
 
@@ -86,17 +88,17 @@ class Term:
 
 @dataclass(kw_only=True)
 class Rewards:
-    """The addends of one run, and what they keep from batch to batch. `open_rewards` makes it."""
+    """The addends of one run and their state between batches. Made by `open_rewards`."""
 
     config: PPOConfig
     functions: RewardFunctions = field(default_factory=RewardFunctions)
     implicit: ImplicitReward | None = None
-    """Where the DPO rewards come from: `open_implicit_reward`, once the reference of the run is there"""
+    """The source of the DPO rewards; `open_implicit_reward` makes it after the reference of the run is loaded"""
     sentence_ends: Tensor | None = None
     """int64 ids of the tokens that end a sentence, for the shaping "sentence" """
     kl: KLController = field(init=False)
     _moments: dict[str, Tensor] = field(init=False, default_factory=dict)
-    """By addend [3] float64: count, sum and sum of squares of what its normaliser has seen so far"""
+    """Per addend, [3] float64: count, sum and sum of squares of all values that its normaliser has seen"""
     _warned: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
@@ -122,7 +124,7 @@ class Rewards:
         return terms
 
     def state_dict(self) -> dict[str, Any]:
-        """What later batches depend on: the moments by addend, what reward functions remember, and whether a warning
+        """The state that later batches depend on: moments by addend, states of reward functions, and whether a warning
         was given."""
         moments = {MOMENTS + name: moments for name, moments in self._moments.items()}
         functions = {FUNCTION + key: value for key, value in self.functions.state_dict().items()}
@@ -135,7 +137,7 @@ class Rewards:
         self._moments = {key.removeprefix(MOMENTS): x for key, x in state.items() if key.startswith(MOMENTS)}
 
     def warn(self, metrics: Mapping[str, float]) -> None:
-        """Says once in a run that the token rewards outweigh the score, which the authors of RTO advise against."""
+        """Warns once per run if the token rewards outweigh the score, which the authors of RTO advise against."""
         ratio = metrics.get("rto/return_to_score", 0.0)
         if ratio > 1 and self.config.score_coef > 0 and not self._warned:
             self._warned = True
@@ -157,8 +159,8 @@ class Rewards:
         return Term(reward=_at_end(config.score_coef * kept, episodes), metrics=metrics)
 
     def _standardised(self, name: str, values: Tensor, counts: Tensor) -> Tensor:
-        """(value - mean) / std where `counts` [bool] is True, over all that the run has seen there, these included; 0
-        elsewhere."""
+        """(value - mean) / std where `counts` [bool] is True, with mean and std over all such values of the run so far,
+        including these; 0 elsewhere."""
         seen = torch.where(counts, values, 0.0).double()
         batch = torch.stack([counts.sum().double(), seen.sum(), (seen**2).sum()])
         before = self._moments.get(name)
@@ -169,8 +171,9 @@ class Rewards:
         return torch.where(counts, (seen - mean) / std.clamp(min=1e-6), 0.0).float()
 
     def _function(self, name: str, values: Sequence[Tensor | None], episodes: Episodes) -> Term:
-        """Metrics, of what the function gives before normaliser, clip and weight: TRL's `rewards/NAME/mean` and `/std`
-        over the responses that it judges, and `rewards/NAME/unjudged`, the share of the others, where there are some.
+        """Metrics of the function's output before normalisation, clipping and weighting: TRL's `rewards/NAME/mean` and
+        `/std` over the responses that it judges, and `rewards/NAME/unjudged`, the share of the others, if there are
+        any.
         """
         config = self.config
         metrics = _given_metrics(name, values, episodes.sampled.device)
@@ -178,7 +181,7 @@ class Rewards:
         if config.reward_function_norm == "running":
             reward = self._standardised(name, reward, paid)
         reward, clipped = clip(reward, config.reward_function_clip)
-        if config.reward_function_clip:  # of one number each, and all responses cut: none is paid
+        if config.reward_function_clip:  # one number per response and all responses cut: no reward is paid
             metrics[f"reward/{name}_clipped"] = clipped.sum() / paid.sum().clamp(min=1)
         return Term(reward=self.functions.weight(name) * reward, metrics=metrics)
 
@@ -203,12 +206,12 @@ class Rewards:
 
 
 def own_kl_advantage(episodes: Episodes, coef: float) -> Tensor | None:
-    """[R]: what an exact KL in the reward leaves out of the advantage of the token itself; None for a sampled one.
+    """[R]: the part of a token's own advantage that an exact KL in the reward leaves out; None for a sampled KL.
 
-    The exact KL of a state is the same whatever is drawn there, so as a reward it teaches the tokens before it and
-    not the token itself. Its log-ratio does: coef * (exact_kl - log_ratio) has mean 0 in every state, and the mean of
-    grad logprob times it is -coef times the gradient of the state's KL. Of the KL of later states nothing is sampled
-    (Amini et al. 2025, arXiv 2504.10637, condition it in this way).
+    The exact KL of a state does not depend on the token drawn there, so as a reward it trains the earlier tokens but
+    not the token itself. The log-ratio of the token does: coef * (exact_kl - log_ratio) has mean 0 in every state, and
+    the mean of grad logprob times it is -coef times the gradient of the state's KL. The KL of later states is not
+    sampled (Amini et al. 2025, arXiv 2504.10637, condition it in this way).
     """
     if episodes.exact_kl is None:
         return None
@@ -241,7 +244,8 @@ def shaped(token: Tensor, shaping: str, ends: Tensor, sentence_ends: Tensor) -> 
 
 
 def moved_to(reward: Tensor, stops: Tensor) -> Tensor:
-    """Every reward [R] moved on to the next row where `stops` [R] bool is True (its own row, if it is one), summed."""
+    """Moves every reward [R] forward to the next row at which `stops` [R] bool is True (possibly its own row), and sums
+    them there."""
     group = stops.cumsum(0) - stops.long()
     # In float64, so that the order in which a GPU adds is lost in rounding.
     sums = torch.zeros(len(reward) + 1, dtype=torch.float64, device=reward.device)
@@ -250,14 +254,14 @@ def moved_to(reward: Tensor, stops: Tensor) -> Tensor:
 
 
 def clip(values: Tensor, limit: float) -> tuple[Tensor, Tensor]:
-    """The values within +-limit, and where [bool] they were not; a limit of 0 is none."""
+    """The values clamped to +-limit, and a bool mask of the clamped ones; 0 means no limit."""
     if not limit:
         return values, torch.zeros_like(values, dtype=torch.bool)
     return values.clamp(-limit, limit), values.abs() > limit
 
 
 def function_term(values: Sequence[Tensor | None], episodes: Episodes) -> tuple[Tensor, Tensor]:
-    """What a reward function gives [R] float32, and the rows [R] bool that it gives it to.
+    """The rewards of a function [R] float32, and the rows [R] bool that receive them.
 
     `values`: one per episode, a number, or one per sampled token; None, which is paid nowhere.
     """
@@ -292,11 +296,10 @@ def _given_metrics(name: str, values: Sequence[Tensor | None], device: torch.dev
 
 
 def reward_metrics(terms: Mapping[str, Term], cu_rows: Tensor) -> dict[str, Tensor]:
-    """0-dim each: `reward/NAME`, the mean over episodes of what the addend gives to one; `reward/NAME_share`, its share
-    of all rewards in absolute value, row by row; and what the addends report of themselves.
-
-    Of the DPO term also, from its sum over each episode: `rto/share_of_return`, the share of those in absolute value,
-    and `rto/return_to_score`, their size over the score's.
+    """0-dim each: `reward/NAME`, the mean over episodes of the addend's sum; `reward/NAME_share`, its share
+    of all rewards in absolute value, row by row; and the addends' own metrics. For the DPO term also, from its sum over
+    each episode: `rto/share_of_return`, the share of those in absolute value, and `rto/return_to_score`, their size
+    over the score's.
     """
     rewards = torch.stack([term.reward for term in terms.values()]).double()
     until = pad(rewards.cumsum(1), (1, 0))
@@ -318,7 +321,7 @@ def reward_metrics(terms: Mapping[str, Term], cu_rows: Tensor) -> dict[str, Tens
 def open_rewards(
     config: PPOConfig, tokenizer: PreTrainedTokenizerBase, functions: RewardFunctions | None = None
 ) -> Rewards:
-    """What the configuration asks for, except models. Raises ValueError where no token ends a sentence."""
+    """The rewards that the configuration asks for, except models. Raises ValueError where no token ends a sentence."""
     sentence_ends = None
     if config.dpo_model_path and config.reward_shaping == "sentence":
         sentence_ends = sentence_end_ids(tokenizer).to(resolve_device(config.device))
@@ -338,6 +341,6 @@ def sentence_end_ids(tokenizer: PreTrainedTokenizerBase) -> Tensor:
 
 
 def _at_end(values: Tensor, episodes: Episodes) -> Tensor:
-    """values [N] float32, each at the row of the last valid token of its episode, where that ends; 0 elsewhere."""
+    """values [N] float32, each at the row of the last valid token of its episode, if the episode ends; 0 elsewhere."""
     paid = torch.where(episodes.finished, values, 0.0)
     return torch.zeros(len(episodes.sampled), device=values.device).index_copy(0, episodes.end, paid)

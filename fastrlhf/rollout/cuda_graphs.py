@@ -14,16 +14,15 @@ from fastrlhf.runtime.out_of_memory import is_out_of_memory
 
 
 class CapturedSteps:
-    """Runs steps by the key of their shapes: the first of a key as it is, then one recorded graph of it.
+    """Runs steps, keyed by their shapes: the first step of a key runs normally, later ones replay its recorded graph.
 
-    A step takes tensors, changes tensors in place, allocates what it likes, and neither reads a tensor on the host nor
-    draws from a generator. All steps of a key must use the same memory, the weights included: make a new one of these
-    for every rollout, between which weights may be replaced, and nothing can be stale.
+    A step takes tensors and changes tensors in place. It may allocate, but must neither read a tensor on the host nor
+    draw from a generator. All steps of a key must use the same memory, the weights included: make a new object for
+    every rollout, because weights may be replaced between rollouts and a graph would then be stale.
 
-    Graphs that outlived a rollout would hold the memory that they were recorded on, the keys and values of all slots
-    above all, while training needs it. What they would save is little: to record one is to launch the kernels of a step
-    once more, and a rollout has one per number of slots and block of keys (rollout/kv_cache.py), so a few
-    among hundreds of steps.
+    Graphs that outlived a rollout would also hold their memory (above all the keys and values of all slots) while
+    training needs it. They would save little: recording costs one more launch of the kernels of a step, and a rollout
+    records one graph per number of slots and block of keys (rollout/kv_cache.py), a few among hundreds of steps.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -33,9 +32,9 @@ class CapturedSteps:
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph | None] = {}
 
     def __call__(self, key: Hashable, step: Callable[[], None]) -> None:
-        """Raises ValueError where the step cannot be captured, but for want of memory."""
+        """Raises ValueError if the step cannot be captured; out-of-memory errors are raised unchanged."""
         if key not in self._graphs:
-            # Libraries choose kernels and take workspaces at a first call, which no graph may hold.
+            # At the first call libraries choose kernels and allocate workspaces, which must not be captured in a graph.
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
                 step()

@@ -3,10 +3,10 @@
 An engine is anything with `generate(prefixes) -> rollouts`; rollout/vllm.py has another. The one here decodes with the
 trainer's own model in the slots of a static key-value cache (rollout/kv_cache.py). Every prefix is prefilled (a reset
 costs no decode step), once for all the episodes that start there or further back in the same text. An episode that
-ends, at its EOS or budget, leaves its slot to a waiting one; when none waits and half of the slots are enough, the
-other half is given up. The log-prob of each sampled token is recorded when it is drawn; no other number of the logits
-is kept. Models that cannot be decoded in slots go through transformers' `generate` (rollout/generate.py);
-rollout/probe.py decides.
+ends, at its EOS or length limit, leaves its slot to a waiting one; when none waits and half of the slots suffice, the
+other half is freed. The log-prob of each sampled token is recorded when it is drawn; no other number of the logits is
+kept. Models that cannot be decoded in slots go through transformers' `generate` (rollout/generate.py); rollout/probe.py
+decides.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from fastrlhf.rollout.probe import decoder_of
 from fastrlhf.types import EndIds, Prefix, Rollout
 
 SAMPLE_STREAM = 2
-"""The sampler's draws; resets.RESET_STREAM is another, so that resets never move a sample."""
+"""Stream of the sampler's draws. Resets use another (resets.RESET_STREAM), so that they do not affect samples."""
 
 CHECK_EVERY = 8
 """Decode steps between two checks of which episodes have ended: each check waits for the GPU."""
@@ -48,7 +48,8 @@ Decode = Literal["eager", "cuda_graph"]
 
 
 class Engine(Protocol):
-    """What a trainer needs of a sampler, in this process or in another one that holds the sampler's weights."""
+    """The interface of a sampler for the trainer, in this process or in another one that holds the sampler's
+    weights."""
 
     def generate(self, prefixes: Sequence[Prefix]) -> list[Rollout]:
         """One rollout per prefix, in the same order."""
@@ -57,12 +58,10 @@ class Engine(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransformersEngine:
-    """Samples from `model` as it is at the moment of the call.
-
-    A response has at most `response_length` tokens, those of the reset included. The t-th token of an episode is the
-    inverse of the tempered distribution function at a uniform number keyed by (seed, stream, episode, t): which
-    episodes are generated side by side does not matter. temperature 0 takes the likeliest token, and its log-probs are
-    those at 1.
+    """Samples from `model` with its weights at the moment of the call. A response has at most `response_length` tokens,
+    including those of the reset. The t-th token of an episode is the inverse of the tempered distribution function at a
+    uniform number keyed by (seed, stream, episode, t): the sample does not depend on which episodes are generated
+    together. Temperature 0 takes the most likely token and records its log-prob at temperature 1.
     """
 
     model: PreTrainedModel
@@ -71,18 +70,18 @@ class TransformersEngine:
     temperature: float
     seed: int
     batch_size: int = 64
-    """Slots: episodes side by side."""
+    """Number of slots: episodes generated together."""
     micro_batch_tokens: int = 8192
-    """Tokens of a pack of prefixes, shared ones counted once; a longer prefix is a pack of its own."""
+    """Maximum number of tokens of a pack of prefixes, shared ones counted once; a longer prefix gets its own pack."""
     stop_at_eos: bool = True
     stream: int = SAMPLE_STREAM
     """Engines of one run whose draws must be independent have different streams."""
     decode: Decode = "eager"
-    """cuda_graph: a step is captured and replayed, the same kernels without their launches."""
+    """cuda_graph: a step is captured once and replayed: the same kernels without launch overhead."""
 
     @classmethod
     def of(cls, config: PPOConfig, model: PreTrainedModel, eos_token_id: EndIds, **others: Any) -> TransformersEngine:
-        """With the settings of an on-policy run, except the fields in `others`."""
+        """An engine with the settings of an on-policy run, except the fields in `others`."""
         settings = {
             "response_length": config.response_length,
             "temperature": config.temperature,
@@ -157,7 +156,7 @@ class TransformersEngine:
         num = min(self.batch_size, len(prefixes))
         cache = SlotCache(num, max(len(p.token_ids) - p.num_reset for p in prefixes) + self.response_length)
         held = torch.zeros(num, dtype=torch.int64, device=device)  # the episode in each slot
-        live, reach = np.zeros(num, dtype=bool), np.zeros(num, dtype=int)  # by slot; reach: tokens that it may hold
+        live, reach = np.zeros(num, dtype=bool), np.zeros(num, dtype=int)  # by slot; reach: its maximum of tokens
         run = CapturedSteps(self.model) if self.decode == "cuda_graph" else _at_once
         num_steps = CHECK_EVERY if device.type == "cuda" else 1
         while waiting or live.any():
@@ -186,7 +185,7 @@ class TransformersEngine:
             live = ~episodes.done[held].cpu().numpy()
 
     def _step(self, cache: SlotCache, episodes: _Episodes, held: Tensor, num_keys: int) -> None:
-        """One more token of each episode that is held, if it has not ended: tensors in, tensors changed in place."""
+        """Samples one more token of each episode in a slot that has not ended; tensors are changed in place."""
         tokens, positions = episodes.last(held)
         self._record(episodes, held, cache.step(self.model, tokens, positions, num_keys))
 
@@ -221,7 +220,7 @@ class _Episodes:
     uniform: Tensor
     """[N, L + 1] float32, one per token; the last column is not used"""
     tokens: Tensor
-    """[N, L + 1] int64: the first `count` are sampled, those behind mean nothing"""
+    """[N, L + 1] int64: the first `count` are sampled tokens, the rest is undefined"""
     logprobs: Tensor
     """[N, L + 1] float32 of the tokens"""
     count: Tensor
@@ -238,15 +237,16 @@ class _Episodes:
 
 
 def _in_families(prefixes: Sequence[Prefix]) -> list[int]:
-    """Indices of prefixes: those of one text side by side, since they are then prefilled together; short texts first,
-    so that the slots of a step hold about as many keys."""
+    """Indices of prefixes, in order: prefixes of one text are adjacent, so that they are prefilled together; short
+    texts come first, so that the slots of a step hold similar numbers of keys."""
     trunk_of = trunks(prefix.token_ids for prefix in prefixes)
     texts = [trunk_of[tuple(prefix.token_ids)] for prefix in prefixes]
     return sorted(range(len(prefixes)), key=lambda i: (len(texts[i]), texts[i], len(prefixes[i].token_ids), i))
 
 
 def _equal_lengths(prefixes: Sequence[Prefix], at_most: int, budget: int) -> list[list[int]]:
-    """Indices of prefixes of one length, at most `at_most` together and at most `budget` tokens, or a single one."""
+    """Groups of indices of prefixes of equal length: at most `at_most` prefixes and `budget` tokens, or a single
+    prefix."""
     lengths = [len(prefix.token_ids) for prefix in prefixes]
     groups = []
     for length in sorted(set(lengths)):
@@ -257,7 +257,7 @@ def _equal_lengths(prefixes: Sequence[Prefix], at_most: int, budget: int) -> lis
 
 
 def _packs(texts: Sequence[Sequence[int]], budget: int) -> list[list[int]]:
-    """Indices of texts, by the pack that they are prefilled in."""
+    """Indices of texts, one list per pack in which they are prefilled."""
     budget = max(budget, *map(len, texts))
     together = families(texts, [()] * len(texts), budget)
     packs = micro_batches([max(len(texts[i]) for i in family) for family in together], budget)
@@ -301,7 +301,7 @@ def checked_rollouts(
     may_stop: bool = False,
 ) -> Sequence[Rollout]:
     """The rollouts of an engine, checked against the promises of `Engine` and `Rollout`. Raises ValueError naming the
-    first broken one: a faulty engine of your own would otherwise train on the wrong tokens in silence."""
+    first broken one: otherwise a faulty user-defined engine would silently train on the wrong tokens."""
     if [rollout.prefix.episode for rollout in rollouts] != [prefix.episode for prefix in prefixes]:
         raise ValueError(
             f"engine: must return one rollout per prefix, in order; got {len(rollouts)} of {len(prefixes)}"
@@ -344,7 +344,7 @@ def _draw(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, 
     else:
         cumulative = logprobs.exp().cumsum(-1)
         total = cumulative[:, -1:]
-        # A product that rounds up to the total would point past the last token of positive probability.
+        # A product rounded up to the total would select a token after the last one with positive probability.
         threshold = torch.minimum(uniform[:, None] * total, total.nextafter(torch.zeros_like(total)))
         # With NaN logits the search ends past the last token; the check in `_rollout` reports them.
         token = torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)

@@ -3,7 +3,7 @@
 For models whose attention or recurrent state cannot live in the slots of rollout/kv_cache.py: linear attention, short
 convolutions, attention sinks, attention in chunks. A logits processor draws the tokens, so that seeds, budgets and
 log-probs are those of the other path. Texts of a call have equal lengths, because padding would enter recurrent states.
-It is slower: no episode takes the place of one that has ended, and equal prefixes are not shared.
+This path is slower: no new episode takes the place of one that has ended, and equal prefixes are not shared.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def decode(
     """Continues `texts` [n, L] int64 by at most `num_tokens` tokens each. Without a cache every step reads the whole
     texts again.
 
-    `draw` takes the logits [n, V] float32 after the last tokens and returns the next ones, [n] int64; `done` says after
-    each step which of the n texts need no more, [n] bool.
+    `draw` takes the logits [n, V] float32 after the last tokens and returns the next ones, [n] int64; `done` returns
+    after each step which of the n texts are finished, [n] bool.
     """
     # eos_token_id: the caller decides what ends a text. Everything else that would change the logits is at its default.
     settings = GenerationConfig(max_new_tokens=num_tokens, do_sample=False, use_cache=use_cache, pad_token_id=0)

@@ -1,8 +1,9 @@
 """A static key-value cache of slots: sequences are prefilled into them, decoded in them, and make room for others.
 
-Nothing here ever grows. A slot holds the keys and values of one sequence from its first token on, and a step writes
-those of one more token per slot where a tensor says; what lies behind it, of an earlier sequence say, is masked. A step
-of so many slots and so many keys is thus the same work on the same memory each time, as a CUDA graph needs it.
+Its memory never grows. A slot holds the keys and values of one sequence from its first token on. A step writes those of
+one more token per slot, at positions given by a tensor; later positions, which may hold an earlier sequence, are
+masked. A step with a given number of slots and keys is thus the same work on the same memory each time, as a CUDA graph
+requires.
 
 As in attention.py no model is patched and no cache of transformers' is used: the attention function registered here
 reads and writes the slots that the forward was given as the keyword `kv`.
@@ -27,7 +28,7 @@ from fastrlhf.types import Segment
 CACHED = "fastrlhf_cached"
 
 KEY_BLOCK = 64
-"""A step attends to a multiple of this many keys, so that steps have few shapes."""
+"""The number of keys of a step is rounded up to a multiple of this, so that steps have few shapes."""
 
 
 class SlotCache:
@@ -45,8 +46,8 @@ class SlotCache:
     def prefill(self, model: PreTrainedModel, sequences: Sequence[Sequence[int]], slots: Sequence[int]) -> Tensor:
         """Puts sequence i into slot `slots[i]` and returns the logits [N, V] after its last token.
 
-        Packed, without padding. What several sequences begin with is computed once where one of them is a prefix of
-        another: keys and values depend on what came before them alone.
+        Packed, without padding. A common beginning is computed once if one of the sequences is a prefix of another,
+        because keys and values depend only on the tokens before them.
         """
         device, starts = model.device, [tuple(sequence) for sequence in sequences]
         trunk_of = trunks(starts)
@@ -82,7 +83,7 @@ class SlotCache:
     def step(self, model: PreTrainedModel, tokens: Tensor, positions: Tensor, num_keys: int) -> Tensor:
         """Continues the sequences of the first n slots by `tokens` [n] at `positions` [n]; returns logits [n, V].
 
-        Every position that counts must be below `num_keys`; of a slot for which it is not the logits mean nothing.
+        Every position that counts must be below `num_keys`; the logits of other slots are undefined.
         """
         kv = _Step(cache=self, positions=positions, num_keys=num_keys)
         with packed_attention(model, CACHED):
@@ -90,7 +91,7 @@ class SlotCache:
         return output.logits[:, -1]
 
     def move(self, source: Tensor, target: Tensor) -> None:
-        """What the slots `source` hold goes to the slots `target`, [n] int64 each and none in both."""
+        """Copies the content of the slots `source` to the slots `target`, [n] int64 each, without a slot in both."""
         for layer in self._layers.values():
             for held in layer:
                 held[target] = held[source]
@@ -98,7 +99,7 @@ class SlotCache:
     def of_layer(self, module: Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """The keys and values [num_slots, H_kv, capacity, d] of the layer whose attention is `module`."""
         if module not in self._layers:
-            # Zeros, because what is masked is still multiplied, by 0.
+            # Zeros, because masked values are still multiplied by 0, which must not give NaN.
             held = tuple(x.new_zeros(self.num_slots, x.shape[1], self.capacity, x.shape[3]) for x in (key, value))
             self._layers[module] = (held[0], held[1])
         return self._layers[module]
@@ -154,7 +155,7 @@ class _Step:
             buffer[slots, :, self.positions] = new[:, :, 0]
         keys, values = (buffer[:num, :, : self.num_keys] for buffer in held)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        grouped = query.reshape(num, keys.shape[1], -1, query.shape[-1])  # the queries that share a key side by side
+        grouped = query.reshape(num, keys.shape[1], -1, query.shape[-1])  # queries that share a key are adjacent
         mask = self._mask(sliding_window, query.dtype)
         if softcap is None:
             attended = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
@@ -173,7 +174,7 @@ class _Step:
 
 
 def rounded_up(num_keys: int) -> int:
-    """To a multiple of KEY_BLOCK."""
+    """Rounds up to a multiple of KEY_BLOCK."""
     return -(-num_keys // KEY_BLOCK) * KEY_BLOCK
 
 
@@ -182,7 +183,7 @@ def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,  # always None: positions say who sees whom
+    attention_mask: Tensor | None,  # always None: positions decide which keys a query sees
     *,
     kv: _Attend,
     dropout: float = 0.0,

@@ -26,14 +26,14 @@ log = logging.getLogger(__name__)
 Decoder = Literal["slots", "own cache", "no cache"]
 """slots: rollout/kv_cache.py. own cache: that of the model's class. no cache: every step reads the whole text."""
 
-_DECODER = "fastrlhf_decoder"  # where a model keeps the answer: copies of the model have it too
+_DECODER = "fastrlhf_decoder"  # attribute of the model with the result; copies of the model have it too
 SAID: dict[Decoder, str] = {"own cache": "the cache of the model's own class", "no cache": "no cache"}
 NUM_GIVEN, NUM_DECODED = 5, 6
-"""Tokens of the probe: those that are prefilled and those that are decoded."""
+"""Numbers of tokens of the probe that are prefilled and that are decoded."""
 
 
 def decoder_of(model: PreTrainedModel) -> Decoder:
-    """The first decoder that gives the log-probs of the model's own forward; found out once per model.
+    """The first decoder that gives the log-probs of the model's own forward; determined once per model.
 
     Raises ValueError, naming the model and what was found, where none does.
     """
@@ -61,7 +61,7 @@ def _choose(model: PreTrainedModel) -> Decoder:
     for name, way in ways.items():
         try:
             error = _distance(_logprobs(way(model, texts), texts), expected)
-        except Exception as failure:  # of any kind that somebody's model raises
+        except Exception as failure:  # a model's own code may raise any exception
             if is_out_of_memory(failure):
                 raise
             found.append(f"{name}: {type(failure).__name__}: {str(failure).partition(chr(10))[0]}")

@@ -1,8 +1,8 @@
 """Responses that end at a string.
 
 A response is cut after the token with which its text first holds one of the strings, and counts as ended. That token
-may hold more than the string: tokens are trained as they were sampled. The engine behind it does not know of the
-strings; what it wrote after them is dropped, so that they cost its time.
+may hold more than the string: tokens are trained as they were sampled. The wrapped engine does not know the strings;
+tokens that it sampled after them are dropped, so their time is lost.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fastrlhf.types import Prefix, Rollout
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stops:
-    """The strings of a run."""
+    """Finds the stop strings of a run in responses."""
 
     strings: tuple[str, ...]
     tokenizer: PreTrainedTokenizerBase

@@ -43,9 +43,8 @@ from fastrlhf.types import EndIds, Prefix, Rollout
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VLLMEngine:
-    """Samples from `policy` as it is at the moment of the call. `open_vllm` makes it.
-
-    A response has at most `response_length` tokens, those of the reset included.
+    """Samples from `policy` with its weights at the moment of the call. Made by `open_vllm`. A response has at most
+    `response_length` tokens, including those of the reset.
     """
 
     policy: PreTrainedModel
@@ -59,12 +58,12 @@ class VLLMEngine:
     seed: int
     stop_at_eos: bool = True
     max_length: int = 1 << 62
-    """Tokens of prefix and response that vLLM has room for."""
+    """Maximum number of tokens of prefix and response in vLLM."""
 
     @torch.no_grad()
     def generate(self, prefixes: Sequence[Prefix]) -> list[Rollout]:
         """One rollout per prefix, in order. Raises ValueError where a prefix leaves no token to sample or is too long,
-        and where vLLM keeps keys and values of the weights before."""
+        or if vLLM did not drop the keys and values of the previous weights."""
         check_room(prefixes, self.response_length)
         for prefix in prefixes:
             needed = len(prefix.token_ids) + self.response_length - prefix.num_reset
@@ -95,7 +94,7 @@ class VLLMEngine:
             ignore_eos=True,
             stop_token_ids=list(as_ids(self.eos_token_id)) if self.stop_at_eos else [],
             seed=int(uniforms(self.seed, SAMPLE_STREAM, prefix.episode, 1)[0] * 2**53),
-            logprobs=0,  # none but the sampled token's
+            logprobs=0,  # only the sampled token's
             detokenize=False,
             **({} if num_ids(self.policy) is None else {"allowed_token_ids": list(range(num_ids(self.policy) or 0))}),
         )
@@ -124,7 +123,7 @@ def open_vllm(config: PPOConfig, policy: PreTrainedModel, eos_token_id: EndIds) 
         skip_tokenizer_init=True,
         generation_config="vllm",
         logprobs_mode="processed_logprobs",
-        hf_overrides={"vocab_size": policy.config.vocab_size},  # of a tokenizer that has grown since
+        hf_overrides={"vocab_size": policy.config.vocab_size},  # the tokenizer may have grown since
         dtype=str(policy.dtype).removeprefix("torch."),
         max_model_len=config.max_length,
         max_num_seqs=config.rollout_batch_size,
@@ -168,8 +167,8 @@ def _class_name(model: Module) -> str:
 
 
 def _repack_tied_head(model: Module) -> None:
-    """On a CPU vLLM keeps a copy of each weight in another layout, and does not renew that of a head which is tied to
-    the embedding: it would keep the random one that the engine started with."""
+    """On a CPU vLLM keeps a copy of each weight in another layout, and does not update that copy for a head tied to the
+    embedding, which would keep its random initial weights."""
     head, embedding = getattr(model, "lm_head", None), getattr(getattr(model, "model", None), "embed_tokens", None)
     tied = head is not None and embedding is not None and getattr(head, "weight", None) is embedding.weight
     if tied and embedding.weight.device.type == "cpu":
@@ -177,7 +176,7 @@ def _repack_tied_head(model: Module) -> None:
 
 
 def import_vllm() -> ModuleType:
-    """The module, told to stay in this process. Raises ValueError where it is not installed."""
+    """The vllm module, configured to run in this process. Raises ValueError where it is not installed."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     try:
