@@ -219,8 +219,8 @@ def _open_judge(config: EvalConfig, base: PreTrainedModel | None, pad_token_id: 
 
 
 def _open_policy(config: EvalConfig, name: str) -> PreTrainedModel:
-    """The model of that name. Of a run with an adapter it is the adapter over its base, as it was trained, where the
-    merged weights would be rounded to bfloat16; those where the base is not to be had, with a warning."""
+    """The model of that name. For a run with an adapter whose merged weights would be rounded to bfloat16, it is the
+    adapter over its base, as trained; if the base is not available, the merged weights, with a warning."""
     if adapter := unmerged_adapter(name, config.dtype):
         try:
             base = open_base(replace(config, model_name_or_path=""), [("models", adapter)])

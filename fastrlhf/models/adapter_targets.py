@@ -1,9 +1,9 @@
 """Which weights of a model get a low-rank adapter.
 
 By default (`all-linear`) every linear layer of the backbone, and the experts of a mixture. transformers keeps experts
-fused in tensors of three dimensions that no linear layer holds; peft adapts those by parameter. Routers are left alone:
-a router that drifts sends tokens to other experts than those that learn from them. So are the layers whose weights the
-kernels of Mamba read without calling them: an adapter would do nothing there until it is merged.
+fused in 3-D tensors outside of linear layers; peft adapts those by parameter. Routers get no adapter, because a router
+that changes sends tokens to other experts than those trained on them. Nor do layers of Mamba whose weights the kernels
+read directly, without calling the layer: an adapter there would have no effect until it is merged.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
 READ_BY_MAMBA = ("x_proj", "dt_proj", "out_proj")
 """Linear layers of a Mamba mixer, which has the parameters A_log and D."""
 RENAMED_BY_PEFT = frozenset({"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
-"""Ends of names that peft takes for the experts of older checkpoints, whatever layer they name: layers with these names
-are given to it as parameters."""
+"""Name endings that peft always takes for experts of older checkpoints: layers with these names are passed to it as
+parameters."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Targets:
-    """What peft's LoraConfig is given."""
+    """Arguments of peft's LoraConfig."""
 
     modules: str | list[str]
     parameters: list[str]
     remark: str = ""
-    """What the log says of experts and routers."""
+    """Remark on experts and routers for the log."""
 
 
 def choose_targets(model: PreTrainedModel, config: TrainConfig) -> Targets:
@@ -72,7 +72,7 @@ def choose_targets(model: PreTrainedModel, config: TrainConfig) -> Targets:
 @torch.no_grad()
 def check_called(model: PreTrainedModel, layers: Mapping[str, Module]) -> None:
     """Raises ValueError, naming one of the adapted `layers`, where the forward of the model does not call it: its
-    adapter would not be trained. Experts that are modules of their own may get no token."""
+    adapter would not be trained. Experts that are separate modules are exempt, since they may get no token."""
     silent = {name for name in layers if ".experts." not in name}
     hooks = [
         layer.register_forward_pre_hook(lambda *_, name=name: silent.discard(name)) for name, layer in layers.items()
@@ -89,7 +89,7 @@ def check_called(model: PreTrainedModel, layers: Mapping[str, Module]) -> None:
 
 
 def num_weights(tensor: Tensor) -> int:
-    """The weights of a tensor, which packs two into a byte where it is in 4 bits."""
+    """Number of weights in a tensor; a 4-bit tensor packs two into a byte."""
     state = getattr(tensor, "quant_state", None)
     return tensor.numel() if state is None else state.shape.numel()
 
@@ -107,7 +107,7 @@ def _experts(model: PreTrainedModel) -> list[str]:
 
 
 def _ends(names: Iterable[str]) -> list[str]:
-    """Of model.layers.3.mlp.up_proj what follows the number of the layer, once for all layers."""
+    """The part of a name after the layer number (mlp.up_proj of model.layers.3.mlp.up_proj), once for all layers."""
     ends = set()
     for name in names:
         parts = name.split(".")

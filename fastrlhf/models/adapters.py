@@ -1,9 +1,9 @@
 """LoRA (Hu et al. 2021, arXiv 2106.09685), rsLoRA and DoRA, from peft, over a base that every role of a run shares.
 
-An adapter is injected into the model: it stays the class it was, its backbone stays `model.base_model`, and only the
-adapter's weights (and a score head) have gradients. The reference is the same model without the adapter: another set of
-modules around the very same tensors, so that it costs no memory and nothing is switched on and off. roles.py builds the
-other models of a run on the same tensors.
+An adapter is injected into the model: the model keeps its class, its backbone stays `model.base_model`, and only the
+adapter's weights (and a score head) have gradients. The reference is the same model without the adapter: a second set
+of modules around the same tensors, so that it costs no memory and nothing has to be switched on and off. roles.py
+builds the other models of a run on the same tensors.
 
 Which layers and experts get an adapter by default is decided in adapter_targets.py.
 """
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ADAPTER = "default"
-"""What peft calls the one adapter of a model."""
+"""peft's name for the only adapter of a model."""
 SCORE = "base_model.model.score.weight"
 """The name of a score head's weight in the file of an adapter."""
 
@@ -139,7 +139,7 @@ def _copy(model: PreTrainedModel, memo: dict[int, Tensor]) -> PreTrainedModel:
 
 
 def frozen_tensors(model: Module) -> dict[int, Tensor]:
-    """The weights that are not trained and the buffers, by id, as deepcopy's memo takes them."""
+    """The frozen weights and the buffers by id, in the form of deepcopy's memo."""
     return {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers()) if not tensor.requires_grad}
 
 
@@ -151,7 +151,7 @@ def merged_copy(model: PreTrainedModel, dtype: torch.dtype | None = None) -> Pre
     plain = shared_view(model)
     _drop_adapter(plain)
     make_plain(plain)
-    plain.load_state_dict(weights, strict=False, assign=True)  # not strict: of tied weights there is one
+    plain.load_state_dict(weights, strict=False, assign=True)  # not strict: tied weights occur once
     plain.tie_weights()
     if dtype:
         plain.config.dtype = dtype
@@ -159,7 +159,7 @@ def merged_copy(model: PreTrainedModel, dtype: torch.dtype | None = None) -> Pre
 
 
 def share_weights(one: Module, other: Module) -> bool:
-    """Whether the two have a weight in common, so that adding an adapter to one changes the other. Sharded models have
+    """Whether the two models share a weight, so that adding an adapter to one changes the other. Sharded models have
     none: they share the memory of their parts (`sharding.shard`, `sharding.assign`)."""
     return bool({id(weight) for weight in one.parameters()} & {id(weight) for weight in other.parameters()})
 
@@ -167,8 +167,8 @@ def share_weights(one: Module, other: Module) -> bool:
 def merge_adapter(model: PreTrainedModel) -> None:
     """Adds the adapter to the weights and leaves the plain model, in place; nothing happens where there is none.
 
-    Weights that other models share change with it, except in a sharded model. For float32 weights: bfloat16 ones would
-    round most of the update away, and weights in 4 bits cannot hold it (`merged_copy`).
+    Weights that other models share change with it, except in a sharded model. Only for float32 weights: bfloat16 would
+    lose most of the update to rounding, and 4-bit weights cannot hold it (see `merged_copy`).
     """
     if layers := _adapted(model):
         for _, _, layer in layers:
@@ -184,7 +184,8 @@ def merge_adapter(model: PreTrainedModel) -> None:
 def plain_weights(model: PreTrainedModel, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of the weights that the plain model would have with the adapter added, one at a time.
 
-    The sum is taken in float32 and given in `dtype`, or in the dtype of the weight: that in which 4 bits were loaded.
+    The sum is computed in float32 and returned in `dtype`, or in the dtype of the weight (for 4-bit weights, the dtype
+    in which they were loaded).
     """
     layers = {id(_base_weight(layer)): layer for _, _, layer in _adapted(model)}
     for name, parameter in _own(model):
@@ -209,8 +210,8 @@ def _merged(layer: Any, weight: Tensor) -> Tensor:
 
 
 def _update(layer: Any, dtype: torch.dtype) -> Tensor:
-    """What an adapter adds to the weight of its layer, in `dtype`: peft's `get_delta_weight` rounds the product to the
-    dtype of the matrices or of the weight."""
+    """The update that an adapter adds to the weight of its layer, in `dtype`: peft's `get_delta_weight` rounds the
+    product to the dtype of the matrices or of the weight."""
     a, b = (matrices[ADAPTER].weight.to(dtype) for matrices in (layer.lora_A, layer.lora_B))
     if (experts := getattr(layer, "num_experts", 1)) > 1:  # of fused experts, whose weight is one parameter
         a, b = a.reshape(experts, -1, a.shape[-1]), b.reshape(b.shape[0], -1, experts)
@@ -221,7 +222,7 @@ def _update(layer: Any, dtype: torch.dtype) -> Tensor:
 
 
 def warn_if_rounded(source: str, dtype: str, field: str) -> None:
-    """Where the folder of a run holds weights with an adapter added, and another dtype than float32 rounds the sum."""
+    """Warns if the folder of a run holds merged weights and `dtype` is not float32, which rounds them."""
     if dtype != "float32" and (Path(source) / "adapter" / "adapter_config.json").exists():
         log.warning(
             "%s: %s holds weights with an adapter added; %s rounds part of what the adapter learned away: use dtype "
@@ -231,7 +232,7 @@ def warn_if_rounded(source: str, dtype: str, field: str) -> None:
 
 
 def save_adapter(model: PreTrainedModel, folder: Path) -> None:
-    """Writes the adapter alone, and a trained head, in peft's form, into `folder`; the metadata of the file name the
+    """Writes only the adapter, and a trained head, in peft's format into `folder`; the metadata of the file name the
     weights that it was trained over, and whether they were in 4 bits. Every rank must call it; rank 0 writes."""
     from safetensors.torch import save_file
 
@@ -260,12 +261,12 @@ def adapter_weights(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def _own(model: Module) -> list[tuple[str, Tensor]]:
-    """The parameters of the model under an adapter, by the names that they have now."""
+    """The parameters of the model under an adapter, by their present names."""
     return [(name, parameter) for name, parameter in model.named_parameters() if ".lora_" not in name]
 
 
 def _parameter(layer: Any) -> str:
-    """The name, in the base layer, of the parameter that an adapter is of."""
+    """The name, in the base layer, of the adapted parameter."""
     return getattr(layer, "parameter_name", "weight")
 
 

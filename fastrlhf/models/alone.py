@@ -21,7 +21,7 @@ from fastrlhf.types import AttentionPlan, PackedBatch
 def states_one_by_one(
     run: Callable[[Tensor], Sequence[Tensor]], batch: PackedBatch, *, in_step: bool = False
 ) -> list[Tensor]:
-    """What `run` computes for the tokens of a pack, [T, ...] each.
+    """The results of `run` for the tokens of a pack, [T, ...] each.
 
     `run` maps ids [B, L] of B sequences to tensors [B, L, ...], for example their hidden states. With `in_step` every
     process of a run makes equally many calls, as sharded weights need it: one with fewer lengths repeats its last call.
@@ -36,25 +36,26 @@ def states_one_by_one(
     rows = [torch.tensor(call, device=batch.token_ids.device) for call in calls]  # [B, L] each
     results = zip(*(run(batch.token_ids[each]) for each in rows), strict=True)
     flat = [torch.cat([part.flatten(0, 1) for part in parts]) for parts in results]
-    # What a shared token computes does not depend on the branch, so its first copy gives value and gradient.
+    # The result for a shared token does not depend on the branch, so its first copy gives value and gradient.
     row = np.concatenate([np.asarray(call).reshape(-1) for call in calls])
     source = np.empty(batch.num_tokens, dtype=np.int64)
-    source[row[::-1]] = np.arange(len(row))[::-1]  # of equal indices the last one stays
+    source[row[::-1]] = np.arange(len(row))[::-1]  # of equal indices the last one wins
     index = torch.from_numpy(source).to(batch.token_ids.device)
     return [each[index] for each in flat]
 
 
 def num_computed_alone(plan: AttentionPlan) -> int:
-    """Tokens that `states_one_by_one` computes."""
+    """Number of tokens that `states_one_by_one` computes."""
     return sum(map(len, _paths(plan)))
 
 
 def _paths(plan: AttentionPlan) -> Sequence[list[int]]:
-    """Rows of the pack, from the first token of a sequence to its last: as few sequences as reach every token."""
+    """Rows of the pack for each of the sequences to run, from first to last token: as few sequences as cover every
+    token."""
     keys = torch.arange(sum(plan.key_lengths)) if plan.key_index is None else plan.key_index.cpu()
     paths, reached = [], set[int]()
     segments = list(zip(keys.split(plan.key_lengths), plan.query_lengths, strict=True))
-    for seen, num_own in reversed(segments):  # branches before what they hang on
+    for seen, num_own in reversed(segments):  # branches before their parents
         path: list[int] = seen.tolist()
         if not reached.issuperset(path[-num_own:]):
             paths.append(path)

@@ -1,4 +1,4 @@
-"""Which architectures can be trained, known from the configuration of a model alone."""
+"""Checks from the configuration of a model whether its architecture can be trained."""
 
 from __future__ import annotations
 

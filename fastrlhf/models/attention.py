@@ -11,7 +11,7 @@ transformers calls the attention function that is registered here, with the plan
     sdpa                one SDPA call per segment       any device and dtype, the only one with attention sinks
 
 All of them support sliding windows and branches, whose keys and values are gathered before the call. `auto` takes
-flash_attention_2, else varlen, else sdpa. The others have never run on a GPU here; they have to be asked for.
+flash_attention_2, else varlen, else sdpa. The others have not been tested on a GPU; they are used only on request.
 
 A [T, T] mask is never built: it makes packing slower than padding. No mask function is registered beside the attention
 function, because transformers would then look for packed sequences in the positions and wait for the GPU.
@@ -45,9 +45,9 @@ _ALONE = "fastrlhf_alone"  # attribute of a model with the reason why its sequen
 
 @contextmanager
 def packed_attention(model: PreTrainedModel, name: str = PACKED) -> Iterator[None]:
-    """Within it, the forward of the model calls the attention function registered as `name`."""
+    """Context in which the forward of the model calls the attention function registered as `name`."""
     before = cast(str, model.config._attn_implementation)
-    model.config._attn_implementation = name  # its layers read it at every call
+    model.config._attn_implementation = name  # the layers read it at every call
     try:
         yield
     finally:
@@ -55,7 +55,7 @@ def packed_attention(model: PreTrainedModel, name: str = PACKED) -> Iterator[Non
 
 
 def choose_attention(model: PreTrainedModel, implementation: str) -> str:
-    """From now on packs of the model go through `implementation`. Returns the name of the backend, for "auto" the best.
+    """Makes packed forwards of the model use `implementation`. Returns the name of the backend, for "auto" the best.
 
     Raises ValueError, with the reason and the fix, if it cannot run this model on its device in its dtype.
     """
@@ -79,7 +79,7 @@ def chosen_attention(model: PreTrainedModel) -> str:
 
 
 def run_alone(model: PreTrainedModel, reason: str) -> None:
-    """From now on the sequences of a pack go through the model one by one, with its own attention."""
+    """Makes the model run the sequences of a pack one by one, with its own attention."""
     setattr(model, _ALONE, reason)
 
 
@@ -89,7 +89,7 @@ def runs_alone(model: PreTrainedModel) -> str:
 
 
 def run_like(model: PreTrainedModel, other: PreTrainedModel) -> None:
-    """Makes the packed forward of a model take the way of another one with the same backbone."""
+    """Makes a model compute packs in the same way (backend, or one by one) as another model with the same backbone."""
     for name in (_CHOICE, _ALONE):
         if hasattr(other, name):
             setattr(model, name, getattr(other, name))
@@ -126,7 +126,7 @@ def _attend(
     query: Tensor,  # [1, H, T, d]
     key: Tensor,  # [1, H_kv, T, d]
     value: Tensor,  # [1, H_kv, T, d]
-    attention_mask: Tensor | None,  # must be None: the plan says who sees whom
+    attention_mask: Tensor | None,  # must be None: the plan decides which keys a query sees
     *,
     attention_plan: AttentionPlan,
     attention_backend: str = "auto",
@@ -167,7 +167,7 @@ def _flash_attn(
     window: int | None,
     *,
     module: str,
-    unlimited: int | None = -1,  # the left side of a window that has no end
+    unlimited: int | None = -1,  # window size for an unlimited left side
 ) -> Tensor:
     output = import_module(module).flash_attn_varlen_func(
         q,
@@ -183,7 +183,7 @@ def _flash_attn(
         softcap=softcap or 0.0,
         deterministic=True,
     )
-    return output[0] if isinstance(output, tuple) else output  # 4, and 3 at first, give the logsumexp with it
+    return output[0] if isinstance(output, tuple) else output  # 4, and early releases of 3, return logsumexp too
 
 
 def _varlen(
@@ -264,7 +264,7 @@ def _visible(num_q: int, num_k: int, window: int | None, device: torch.device) -
 def _installed(module: str) -> bool:
     try:
         spec = find_spec(module)
-    except ModuleNotFoundError:  # of the package around it
+    except ModuleNotFoundError:  # of the enclosing package
         return False
     # flash-attn-4 without flash-attn installs a package `flash_attn` that has no file of its own.
     return spec is not None and spec.origin is not None
@@ -280,11 +280,11 @@ class Backend:
 
     attend: Attend
     module: str = ""
-    """The package that it needs beside torch."""
+    """Package that it needs in addition to torch."""
     install: str = ""
     only_cuda: bool = True
     only_half: bool = True
-    """bfloat16 and float16."""
+    """Whether it supports only bfloat16 and float16."""
     softcap: bool = True
     sinks: bool = False
     capabilities: tuple[int, ...] = ()
@@ -319,7 +319,7 @@ BACKENDS = {
     "sdpa": Backend(attend=_sdpa, only_cuda=False, only_half=False, sinks=True),
 }
 AUTO = ("flash_attention_2", "varlen", "sdpa")
-"""Best first."""
+"""Backends, the best first."""
 
 # Not compiled by torch.compile: one graph break per layer, in which every backend runs as it does without.
 AttentionInterface.register(PACKED, torch.compiler.disable(_attend))

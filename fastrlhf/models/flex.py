@@ -1,8 +1,8 @@
 """FlexAttention over a pack (Dong et al. 2024, arXiv 2412.05496).
 
 The keys of a segment are a run of rows, and its queries see them causally, so each query sees one interval of key rows:
-two integers per token say who sees whom, branches and windows included, and the blocks of a block mask follow from
-them without a mask of all pairs.
+two integers per token describe the mask, branches and windows included, and a block mask follows from them without a
+mask of all pairs.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ BLOCK = 128
 def attend(
     q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, softcap: float | None, window: int | None
 ) -> Tensor:
-    """q [T, H, d], k and v [K, H_kv, d] -> [T, H, d]. On a CPU torch has its reference math alone, which builds all
-    scores and has no backward: enough to test the masks."""
+    """q [T, H, d], k and v [K, H_kv, d] -> [T, H, d]. On a CPU torch has only reference code, which computes all scores
+    and has no backward; that suffices to test the masks."""
     run = _compiled() if q.is_cuda else flex_attention
     output = run(
         *(x.transpose(0, 1)[None] for x in (q, k, v)),
@@ -35,11 +35,11 @@ def attend(
     return output[0].transpose(0, 1)
 
 
-@lru_cache(maxsize=8)  # all layers of a forward, and of its recomputation, ask for the same one or two
+@lru_cache(maxsize=8)  # cached: all layers of a forward and of its recomputation use the same one or two
 def block_mask(
     query_lengths: tuple[int, ...], key_lengths: tuple[int, ...], window: int | None, device: torch.device
 ) -> BlockMask:
-    """Of the queries of a pack against its gathered keys."""
+    """The block mask of the queries of a pack against its gathered keys."""
     first, last = (rows.to(device, non_blocking=True) for rows in visible(query_lengths, key_lengths, window))
     num_queries, num_keys = sum(query_lengths), sum(key_lengths)
     top = torch.arange(0, num_queries, BLOCK, device=device)

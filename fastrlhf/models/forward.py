@@ -26,7 +26,7 @@ from fastrlhf.models.vocabulary import head_of
 from fastrlhf.types import PackedBatch
 from fastrlhf_kernels import TokenKL, TokenLogprobs, linear_kl, linear_logprob
 
-_NEW_NAME = hasattr(PreTrainedModel, "activation_checkpointing_enable")  # transformers 5.17 has the old one
+_NEW_NAME = hasattr(PreTrainedModel, "activation_checkpointing_enable")  # transformers 5.17 has the old name
 CHECKPOINTING = "activation_checkpointing" if _NEW_NAME else "gradient_checkpointing"
 
 
@@ -45,12 +45,12 @@ _LOGITS = "fastrlhf_logits"  # attribute of a model with its LogitMap; copies of
 
 
 def set_logit_map(model: PreTrainedModel, found: LogitMap) -> None:
-    """What models/probe.py found out about the logits of the model."""
+    """Stores what models/probe.py has found out about the logits of the model."""
     setattr(model, _LOGITS, found)
 
 
 def logit_map(model: PreTrainedModel) -> LogitMap:
-    """That of the last `set_logit_map`; else what the keys of the configuration say, as far as they are known here."""
+    """The map of the last `set_logit_map`; otherwise the one that known keys of the configuration describe."""
     if hasattr(model, _LOGITS):
         return getattr(model, _LOGITS)
     config = model.config.get_text_config()
@@ -78,7 +78,7 @@ def hidden_states(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
 
 
 def _own_states(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
-    """Of sequences [B, L]: hidden states [B, L, D], then the router logits [B, L, E] of every layer if wanted."""
+    """For sequences [B, L]: hidden states [B, L, D], then the router logits [B, L, E] of every layer if wanted."""
     output = _output(model, input_ids=ids)
     routers = output.router_logits if wanted(model) else ()
     return [output.last_hidden_state, *(logits.reshape(*ids.shape, -1) for logits in routers)]
@@ -95,7 +95,7 @@ def _output(model: PreTrainedModel, **inputs: Any) -> Any:
 
 
 def head_input(model: PreTrainedModel, **inputs: Any) -> Tensor:
-    """[B, L, D]: what the model gives its head, which does not run."""
+    """[B, L, D]: the input of the model's head; the head itself does not run."""
     head = cast(Module, model.get_output_embeddings())
     with head.register_forward_pre_hook(_stop):
         try:
@@ -116,8 +116,8 @@ def _stop(module: Module, arguments: tuple[Tensor]) -> None:
 
 
 def enable_activation_checkpointing(model: PreTrainedModel, *, offload_to: torch.device | None = None) -> None:
-    """From now on each layer of the backbone keeps only its input, on the device `offload_to` if one is given, and is
-    computed again in the backward.
+    """Turns on activation checkpointing: each layer of the backbone keeps only its input (on the device `offload_to` if
+    one is given) and is recomputed in the backward.
 
     Raises ValueError if the model has no layers that can be computed again.
     """
@@ -135,8 +135,8 @@ def enable_activation_checkpointing(model: PreTrainedModel, *, offload_to: torch
 
 
 def disable_activation_checkpointing(model: PreTrainedModel) -> None:
-    """For a copy of a model: its layers would be computed again with the attention of the original, and keep the
-    original alive."""
+    """Turns checkpointing off in a copy of a model: its layers would be recomputed with the attention of the original
+    and would keep the original alive."""
     if getattr(model, f"is_{CHECKPOINTING}"):
         getattr(model, f"{CHECKPOINTING}_disable")()
 
@@ -147,15 +147,15 @@ def _recomputed_layers(model: PreTrainedModel) -> list[Module]:
 
 @contextmanager
 def _again(model: PreTrainedModel, layers: Sequence[Module]) -> Iterator[None]:
-    """The state of the model in the forward, for a layer that is computed again in the backward."""
+    """Context that restores the state of the model's forward when a layer is recomputed in the backward."""
     with _training(layers), nullcontext() if runs_alone(model) else packed_attention(model):
         yield
 
 
 @contextmanager
 def _training(layers: Sequence[Module]) -> Iterator[None]:
-    """Within it the layers, but not what they are made of, are in training mode, in which alone transformers computes
-    them again."""
+    """Context in which the layers, but not their submodules, are in training mode; transformers recomputes layers only
+    in that mode."""
     before = [layer.training for layer in layers]
     for layer in layers:
         layer.training = True

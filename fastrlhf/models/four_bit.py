@@ -20,7 +20,7 @@ from torch.nn import Linear, Module
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
 DEQUANTISED = {"mxfp4": "Mxfp4Config(dequantize=True)", "fp8": "FineGrainedFP8Config(dequantize=True)"}
-"""Stored forms that transformers turns into plain weights, and by which of its settings."""
+"""Quantised formats that transformers can dequantise on loading, and the settings with which it does so."""
 
 
 def quantization(dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -33,7 +33,7 @@ def quantization(dtype: torch.dtype) -> BitsAndBytesConfig:
 
 
 def check_installed(what: str) -> None:
-    """Raises ValueError, naming `what` needs it, where bitsandbytes is not installed."""
+    """Raises ValueError, naming `what` needs it, if bitsandbytes is not installed."""
     if find_spec("bitsandbytes") is None:
         raise ValueError(f"{what} is not installed; pip install 'fastrlhf[bnb]'")
 
@@ -81,7 +81,7 @@ def keep_layout(model: PreTrainedModel) -> None:
 
 
 def quantize_without_data(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Turns a model on the meta device, in place, into what loading it in 4 bits gives, without the data."""
+    """Turns a model on the meta device, in place, into its 4-bit form without data."""
     from bitsandbytes.nn.modules import Params4bit  # pyright: ignore[reportMissingImports]
     from transformers.quantizers.auto import AutoHfQuantizer
 
@@ -91,7 +91,7 @@ def quantize_without_data(model: PreTrainedModel, dtype: torch.dtype) -> None:
     keep_layout(model)
     for layer in _layers(model).values():
         packed, state = empty_weight(layer.weight.shape, dtype)
-        made: Any = Params4bit  # whose __new__ takes more than its base's __init__ says
+        made: Any = Params4bit  # its __new__ takes more arguments than its base's __init__ declares
         layer.weight = made(packed, requires_grad=False, quant_state=state, bnb_quantized=True)
 
 
@@ -132,7 +132,7 @@ def plain_weight(weight: Tensor) -> Tensor:
 
 
 def make_plain(model: PreTrainedModel) -> None:
-    """Replaces the layers in 4 bits, in place, by ordinary ones without data, which are to be given weights."""
+    """Replaces the 4-bit layers, in place, by ordinary ones without data; the caller assigns their weights."""
     for name, layer in _layers(model).items():
         dtype = layer.weight.quant_state.dtype
         plain = Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta", dtype=dtype)

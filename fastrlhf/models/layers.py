@@ -46,7 +46,7 @@ class LayerOptions:
     use_liger_kernel: bool = False
     torch_compile: bool = False
     max_length: int | None = None
-    """Tokens of the longest sequence; None: not known."""
+    """Number of tokens of the longest sequence; None: unknown."""
 
     @classmethod
     def of(cls, config: TrainConfig) -> LayerOptions:
@@ -112,7 +112,7 @@ def compile_layers(model: PreTrainedModel) -> None:
     # The roles of a run (with and without gradients or an adapter) share the code of a layer, and its count.
     torch.compiler.config.recompile_limit = max(torch.compiler.config.recompile_limit, 64)
     for layer in layers:
-        layer.forward = MethodType(_forward, layer)  # a method, so that a copy of the layer calls its own
+        layer.forward = MethodType(_forward, layer)  # a bound method: a copy of the layer calls its own
 
 
 def _forward(layer: Module, *arguments: object, **keywords: object) -> Tensor:

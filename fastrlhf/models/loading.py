@@ -1,4 +1,4 @@
-"""Models by hub name, by folder, or from scratch. A model that cannot be trained right is refused here."""
+"""Models by hub name, by folder, or from scratch. A model that cannot be trained correctly is refused here."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def open_policy(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreT
 
 
 def make_trainable(model: PreTrainedModel, config: TrainConfig, base: str) -> None:
-    """What `config` asks of a model that it trains, loaded from `base`: an adapter, activation checkpointing.
+    """Applies the settings of `config` to a model to train, loaded from `base`: adapter, activation checkpointing.
 
     Raises ValueError if activations cannot be offloaded, if 4-bit weights themselves would be trained, or if layers
     that are computed again give other gradients.
@@ -109,7 +109,7 @@ def make_trainable(model: PreTrainedModel, config: TrainConfig, base: str) -> No
     if config.activation_checkpointing:
         target = HOST if config.activation_offloading else None
         check_checkpointing(model, lambda: enable_activation_checkpointing(model, offload_to=target))
-    set_router_loss(model, config.router_aux_loss_coef)  # after the probe, which is no step
+    set_router_loss(model, config.router_aux_loss_coef)  # after the probe, whose passes are not part of a step
 
 
 def load_policy(
@@ -151,12 +151,12 @@ def build_policy(
     ids = {"vocab_size": vocab_size, "eos_token_id": eos_token_id, "bos_token_id": None, "pad_token_id": None}
     for part in (config, config.get_text_config()):
         for name, value in ids.items():
-            with suppress(StrictDataclassFieldValidationError):  # of a type that cannot be without one
+            with suppress(StrictDataclassFieldValidationError):  # of a model type that requires one
                 setattr(part, name, value)
     try:
         with _seeded(seed, torch.device(device)):
             model = AutoModelForCausalLM.from_config(silent_config(config), dtype=DTYPES[dtype])
-    except Exception as error:  # of whatever kind a family's own code raises
+    except Exception as error:  # a family's own code may raise any exception
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise ValueError(
@@ -236,7 +236,7 @@ def float_score_head(model: PreTrainedModel, source: str, field: str) -> Linear:
 
 
 def vocabulary(model: PreTrainedModel) -> int:
-    """Rows of the embedding, as the configuration says."""
+    """Number of rows of the embedding, from the configuration."""
     return model.config.get_text_config().vocab_size
 
 
@@ -318,13 +318,13 @@ def _open(
     load_in_4bit: bool,
     trust_remote_code: bool,
 ) -> tuple[PreTrainedModel, dict[str, tuple[int, ...]]]:
-    """The model, of an auto class or a class of its own, and those of its weights that the checkpoint does not have in
-    this shape: by name, the shape there, empty if it has none."""
+    """The model, of an auto class or a class of its own, and the weights that the checkpoint lacks or has in another
+    shape: name -> shape in the checkpoint, empty if it is missing there."""
     warn_if_rounded(source, dtype, field)
     settings: dict[str, Any] = {"pretrained_model_name_or_path": source}
     if stored_in_four_bit(config, source, field):
         settings |= {"device_map": {"": device}}
-    elif load_in_4bit:  # quantised where they will be
+    elif load_in_4bit:  # quantised on the final device
         settings |= {"quantization_config": quantization(DTYPES[dtype]), "device_map": {"": device}}
     opened: Any = kind
     try:
@@ -362,7 +362,8 @@ def _float_input(module: Module, arguments: tuple[Tensor]) -> Tensor:
 
 @contextmanager
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Within it, what torch draws on the CPU and on `device` depends on `seed` alone; outside, nothing has changed."""
+    """Context in which torch's draws on the CPU and on `device` depend only on `seed`; afterwards the generators are
+    restored."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
@@ -394,5 +395,5 @@ def resolve_device(device: str) -> torch.device:
     except RuntimeError as error:
         raise ValueError(f"device: {device!r} is none; give auto, cpu or cuda") from error
     if found.index is not None and found.type == "cuda":
-        torch.cuda.set_device(found)  # kernels and graphs run on the current one
+        torch.cuda.set_device(found)  # kernels and graphs run on the current device
     return found

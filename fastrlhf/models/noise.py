@@ -1,4 +1,4 @@
-"""Everything random in a model off: log-probs of the same tokens must be the same numbers in every pass.
+"""Turns off all randomness in a model: log-probs of the same tokens must be the same numbers in every pass.
 
 Dropout of every kind and name, layer drop, jitter of routers and inputs. Evaluation mode is not enough: layers that
 are computed again in the backward run in training mode.
@@ -13,11 +13,11 @@ from torch.nn.modules.dropout import _DropoutNd
 from transformers import PretrainedConfig
 
 RANDOM = re.compile(r"drop|pdrop|jitter|noise")
-"""What the name of a probability or of an amplitude has in it."""
+"""Parts of the names of settings that are a probability or an amplitude of noise."""
 
 
 def silent_config(config: PretrainedConfig) -> PretrainedConfig:
-    """The configuration and its parts with every such number at 0, in place."""
+    """Sets all such numbers of the configuration and its parts to 0, in place."""
     for name, value in list(vars(config).items()):
         if isinstance(value, PretrainedConfig):
             silent_config(value)
@@ -27,7 +27,7 @@ def silent_config(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def silence(model: Module) -> None:
-    """The modules of a model, in place."""
+    """Sets all such numbers of the modules of a model to 0, in place."""
     for module in model.modules():
         if isinstance(module, _DropoutNd):
             module.p = 0.0

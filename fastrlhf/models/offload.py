@@ -1,4 +1,4 @@
-"""What waits in CPU memory while the GPU has no use for it: frozen models between two questions, and the inputs of
+"""Offloading to CPU memory: frozen models while they are not used, and the inputs of
 layers between forward and backward."""
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ HOST = torch.device("cpu")
 
 
 class Waiting:
-    """The weights of frozen models, but for those that models which stay share with them.
-
-    They never change, so that a copy on the CPU is made once and nothing is copied back.
+    """The weights of frozen models, except those shared with models that stay on the device. They never change, so they
+    are copied to the CPU once and never copied back.
     """
 
     def __init__(self, frozen: Sequence[Module], staying: Sequence[Module], device: torch.device) -> None:
@@ -32,7 +31,7 @@ class Waiting:
 
     @contextmanager
     def present(self) -> Iterator[None]:
-        """Within it, the models are on the device."""
+        """Context in which the models are on the device."""
         for weight, kept in zip(self._weights, self._kept, strict=True):
             weight.data = kept.to(self._device, non_blocking=True)
         try:
@@ -46,16 +45,16 @@ class Waiting:
 
 
 def _on_host(weight: Tensor, *, pinned: bool) -> Tensor:
-    """Straight into pinned memory, so that no second copy is made."""
+    """Copies directly into pinned memory, without a second copy."""
     return torch.empty_like(weight, device="cpu", pin_memory=pinned).copy_(weight)
 
 
 Checkpoint = Callable[..., Any]
-"""As `torch.utils.checkpoint.checkpoint`: a function and what it is called with."""
+"""The signature of `torch.utils.checkpoint.checkpoint`: a function and its arguments."""
 
 
 def check_offloading(device: torch.device) -> None:
-    """Raises ValueError where activations would be copied from the CPU's memory to the CPU's memory."""
+    """Raises ValueError if the run is on a CPU, where offloading would copy from CPU memory to CPU memory."""
     if device.type != "cuda":
         raise ValueError(f"activation_offloading: needs a CUDA GPU, and the run is on {device}; set it to false")
 
@@ -77,21 +76,22 @@ def offloaded(checkpoint: Checkpoint, place: torch.device = HOST) -> Checkpoint:
 
 @dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
 class _Input:
-    """What the backward of a layer holds in place of its input."""
+    """The object that the backward of a layer holds in place of its input."""
 
     copy: Tensor
     device: torch.device
     before: weakref.ref[_Input] | None
-    """The one that left before it, which the backward asks for next."""
+    """The input that was offloaded before it, which the backward needs next."""
 
 
 class _LayerInputs:
-    """Copies beside the computation, on one stream: an input leaves while its layer computes, and comes back while the
-    layer after it is computed again. The last to leave is the first that is asked for, and has stayed.
+    """Copies layer inputs in parallel with the computation, on one stream: an input is offloaded while its layer
+    computes, and fetched while the layer after it is recomputed. The last input is needed first and stays on the
+    device.
 
-    One tensor at a time is under way, and is held until the computation has waited for the stream; so at most one is
-    on the device that no layer works on, memory is given back in the order of the computation alone (no record_stream),
-    and the host waits for nothing.
+    Only one tensor is copied at a time, and it is held until the computation has waited for the stream. So at most one
+    tensor is on the device that no layer uses, memory is freed in the order of the computation (no record_stream), and
+    the host never waits.
     """
 
     def __init__(self, place: torch.device) -> None:
@@ -103,7 +103,7 @@ class _LayerInputs:
     def leave(self, tensor: Tensor) -> _Input | Tensor:
         """The pack hook: a copy of the tensor starts once all computation asked for so far is done."""
         tensor = tensor.detach()
-        if not tensor.numel():  # torch 2.11 saves such a one beside every input, and not on its device
+        if not tensor.numel():  # torch 2.11 saves an empty tensor with every input, on another device
             return tensor
         self._wait(tensor.device)
         copy = torch.empty_like(tensor, device=self._place, pin_memory=tensor.is_cuda)

@@ -1,6 +1,5 @@
-"""A model runs a few tokens at the start of a run: the packed forward must give the model's own numbers.
-
-Everything is found out from the model, nothing from a list of names: whether its sequences can share a pass, and by
+"""Runs a few tokens through a model at the start of a run: the packed forward must give the model's own numbers. All
+properties are measured on the model, none comes from a list of names: whether its sequences can share a pass, and by
 which factor and soft-cap its logits follow from its hidden states.
 """
 
@@ -23,7 +22,7 @@ from fastrlhf.types import PackedBatch, Segment
 
 MASKED = "fastrlhf_masked"
 FAR = 1 << 17
-"""A distance, in tokens, beyond every window and chunk."""
+"""A distance in tokens that is larger than every window and chunk."""
 
 
 def tolerance(dtype: torch.dtype) -> float:
@@ -61,7 +60,8 @@ def is_scorer(model: PreTrainedModel) -> bool:
 
 @torch.no_grad()
 def find_logit_map(model: PreTrainedModel) -> LogitMap:
-    """From the head's weights and the logits of the probe. Raises ValueError if they do not follow from each other."""
+    """Finds the logit map from the head's weights and the logits of the probe. Raises ValueError if they do not follow
+    from each other."""
     _, sequences = probe_batch(model)
     ids = sequences[-1][None]
     head = cast(Linear, model.get_output_embeddings())
@@ -102,7 +102,7 @@ def _head_input(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
 
 def _softcaps(config: PretrainedConfig) -> Iterator[float | None]:
-    """Candidates: the usual key first, no cap, then any other number whose name says cap."""
+    """Candidates for the soft cap: the usual key first, then no cap, then any other number with "cap" in its name."""
     usual = getattr(config, "final_logit_softcapping", None)
     if usual:
         yield float(usual)
@@ -113,7 +113,8 @@ def _softcaps(config: PretrainedConfig) -> Iterator[float | None]:
 
 
 def _exact(fitted: float, config: PretrainedConfig, limit: float) -> float:
-    """1, or the number of the configuration or its reciprocal, that a fitted factor is up to rounding; else itself."""
+    """The exact value that a fitted factor equals up to rounding: 1, a number of the configuration or its reciprocal;
+    otherwise the factor itself."""
     named = [value for name, value in _numbers(config) if "scal" in name or "mult" in name]
     for value in (1.0, *(x for key in named if key for x in (key, 1 / key))):
         if abs(fitted - value) <= limit * abs(value):
@@ -186,7 +187,7 @@ def _probe_states(model: PreTrainedModel, batch: PackedBatch, num_first: int) ->
     embedding = cast(Module, model.get_input_embeddings())
     with torch.enable_grad(), embedding.register_forward_hook(as_leaf):
         hidden = hidden_states(model, batch)
-    if runs_alone(model):  # a call per sequence
+    if runs_alone(model):  # one call per sequence
         return hidden.detach(), False
     seen = torch.arange(hidden.numel(), device=hidden.device).cos().view_as(hidden).to(hidden.dtype)
     seen[:num_first] = 0
@@ -208,7 +209,7 @@ def check_checkpointing(model: PreTrainedModel, enable: Callable[[], None]) -> N
 
 
 def _embedding_gradient(model: PreTrainedModel) -> Tensor:
-    """[T, D] float32, of a fixed function of the probe's hidden states."""
+    """[T, D] float32: gradients of a fixed function of the probe's hidden states."""
     batch, _ = probe_batch(model)
     inputs: list[Tensor] = []
 
@@ -293,7 +294,7 @@ def _named(model: PreTrainedModel, what: str, fix: str = "take another model") -
 
 
 def one_line(error: BaseException, longest: int = 300) -> str:
-    """An exception of somebody else's code, for a message of one line."""
+    """An exception of third-party code as a message of one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text if len(text) <= longest else text[:longest] + ' ...'}"
 

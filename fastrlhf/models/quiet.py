@@ -1,5 +1,5 @@
 """Keeps transformers and bitsandbytes from printing while a model is loaded or saved: progress bars, tables of missing
-weights, advice. What matters of it the callers check themselves, and raise."""
+weights, advice. The callers check for real problems themselves and raise errors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BITSANDBYTES = logging.getLogger("bitsandbytes")
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Within it these libraries print errors only; afterwards their settings are what they were."""
+    """Context in which these libraries print only errors; afterwards their settings are restored."""
     settings = transformers.logging
     verbosity, bars, level = settings.get_verbosity(), settings.is_progress_bar_enabled(), BITSANDBYTES.level
     downloads = not are_progress_bars_disabled()

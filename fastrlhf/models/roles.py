@@ -1,10 +1,10 @@
 """One backbone, many roles: reference, DPO model, judge and critic of a run over the weights that its policy started
 from.
 
-A path that names an adapter alone, such as `adapter/` of a run that `use_peft` trained, makes a role: an adapter, and
-for scores a head, around the very tensors of the base. Each role is a model with modules of its own, so that it costs
-its adapter and its head, and there is no switch that could stand wrong while a layer is computed again in the backward,
-a judge scores or an engine is handed its weights. A path that names a model makes a model of its own.
+A path that names an adapter alone, such as `adapter/` of a run that `use_peft` trained, makes a role: an adapter (and
+for scores a head) around the same tensors as the base. Each role is a model with modules of its own, so it costs only
+its adapter and head. There is no adapter switch that could be in the wrong position while a layer is recomputed, a
+judge scores or an engine receives weights. A path that names a model makes a model of its own.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def holds_adapter(source: str) -> bool:
 
 def unmerged_adapter(source: str, dtype: str) -> str:
     """The folder of the adapter of a run, where its merged weights are not what was trained once they are in `dtype`:
-    in bfloat16 either on disk or as they would be loaded. Empty where there is none such."""
+    in bfloat16 either on disk or as they would be loaded. Empty if there is none."""
     folder = Path(source)
     if not (folder / "adapter" / "adapter_config.json").exists() or not (folder / "config.json").exists():
         return ""
@@ -92,13 +92,14 @@ def open_base(config: TrainConfig, sources: Sequence[tuple[str, str]]) -> PreTra
 
 
 def adapter_settings(source: str, field: str) -> LoraConfig:
-    """Of the adapter in a folder, as a role has it. Raises ValueError, naming `field`, where it is no LoRA."""
+    """The LoraConfig of the adapter in a folder, for use as a role. Raises ValueError, naming `field`, where it is no
+    LoRA."""
     from peft import LoraConfig, PeftConfig
 
     settings = PeftConfig.from_pretrained(source)
     if not isinstance(settings, LoraConfig):
         raise ValueError(f"{field}: {source!r} holds an adapter of the kind {settings.peft_type}; only LoRA is known")
-    # The head is ours to load; dropout would make the log-probs of the same tokens two numbers.
+    # The head is loaded separately; dropout would make log-probs of the same tokens differ between passes.
     settings.modules_to_save, settings.lora_dropout, settings.inference_mode = None, 0.0, False
     return settings
 
@@ -212,7 +213,8 @@ def _with_adapter(model: PreTrainedModel, source: str, base: PreTrainedModel, fi
 
 
 def _read(source: str, field: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The weights of an adapter, and what is told of those it was trained over, where it was written here."""
+    """The weights of an adapter and, if this program wrote it, the metadata about the weights that it was trained
+    over."""
     try:
         with safe_open(Path(source) / "adapter_model.safetensors", "pt") as content:
             weights = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 (it is no mapping)
@@ -222,7 +224,8 @@ def _read(source: str, field: str) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _check_base(source: str, field: str, named: str | None, metadata: dict[str, str], base: PreTrainedModel) -> None:
-    """An adapter of another program has no fingerprint; the name of its base is then all there is."""
+    """Compares the base of an adapter with that of the run. An adapter of another program has no fingerprint; then only
+    the name of its base is known."""
     here, fingerprint = base.name_or_path or "model_config", metadata.get("base")
     own = "true" if is_four_bit(base) else "false"
     if (then := metadata.get("load_in_4bit", own)) != own:

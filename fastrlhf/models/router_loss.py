@@ -1,4 +1,4 @@
-"""The auxiliary loss of mixtures of experts (Fedus et al. 2021, arXiv 2101.03961, eq. 4 to 6): routers are to spread
+"""The auxiliary loss of mixtures of experts (Fedus et al. 2021, arXiv 2101.03961, eq. 4 to 6): it makes routers spread
 tokens over experts.
 
     aux = E * sum over experts i of f_i * P_i
@@ -35,13 +35,13 @@ class _State:
     coef: float
     experts_per_token: int
     num_sequences: int = 0
-    """Of the whole optimiser step, over all ranks."""
+    """Number of sequences of the whole optimiser step, over all ranks."""
     sum: Tensor | None = None
-    """Of aux over the sequences of this rank since the step began."""
+    """Sum of aux over the sequences of this rank since the step began."""
 
 
 def set_router_loss(model: PreTrainedModel, coef: float | None) -> None:
-    """From now on backward passes of the model have the auxiliary loss; `coef` None: that of its configuration.
+    """Adds the auxiliary loss to all later backward passes of the model; `coef` None: that of its configuration.
 
     Nothing happens for a model without recorded routers. Raises ValueError where a coefficient above 0 is asked for
     and the model has none.
@@ -63,8 +63,8 @@ def begin_step(model: PreTrainedModel, num_sequences: int) -> None:
 
 
 def router_loss(model: Module) -> float | None:
-    """The mean of aux over the sequences of the step, without the coefficient; None where the model has no such loss.
-    Every rank must ask."""
+    """The mean of aux over the sequences of the step, without the coefficient; None if the model has no such loss.
+    Every rank must call it."""
     state = _state(model)
     if state is None or not state.num_sequences:
         return None

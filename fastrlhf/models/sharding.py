@@ -1,10 +1,10 @@
 """Weights, gradients and moments spread over the processes of a run: FSDP2 (`fully_shard`; Zhao et al. 2023, arXiv
 2304.11277, is its predecessor).
 
-Each layer is a group that is gathered before its forward and its backward and given back after. What is left
-(embeddings, last norm, head) is the root's and stays from the forward to the end of the backward, or to `give_back`
-where there is none, so that losses can read the weight of the head as in one process. Outside of these a parameter is a
-DTensor of which this rank holds a part. Frozen models are spread in the same way.
+Each layer is a group that is gathered before its forward and its backward and given back after. The remaining weights
+(embeddings, last norm, head) belong to the root group and stays from the forward to the end of the backward, or to
+`give_back` where there is none, so that losses can read the weight of the head as in one process. Outside of these a
+parameter is a DTensor of which this rank holds a part. Frozen models are spread in the same way.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def shard(*models: PreTrainedModel) -> None:
     """
     if world_size() == 1:
         return
-    # Named by place too: a rank that was given another folder shows another name there.
+    # The key has the position too: ranks given different folders then report different names for it.
     names = [
         f"model {i} ({type(model).__name__} from {model.name_or_path or 'scratch'})" for i, model in enumerate(models)
     ]
@@ -71,21 +71,21 @@ def _shard(model: PreTrainedModel) -> None:
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     for group in _groups(model):
         group.set_gradient_divide_factor(1.0)
-        group.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+        group.set_force_sum_reduction_for_comms(True)  # gloo supports only sums
     model.run_backbone = MethodType(_run_backbone, model)  # pyright: ignore[reportArgumentType] (modules keep methods too)
     register_fsdp_forward_method(model, "run_backbone")
 
 
 def backbone_of(model: PreTrainedModel) -> Callable[..., Any]:
-    """What computes the hidden states: `model.base_model`, or the same where gathering the weights of a sharded model
-    is taken care of."""
+    """The callable that computes the hidden states: `model.base_model`, or for a sharded model a method that gathers
+    its weights first."""
     return cast(Callable[..., Any], model.run_backbone) if isinstance(model, FSDPModule) else _backbone(model)
 
 
 @contextmanager
 def whole(model: PreTrainedModel) -> Iterator[None]:
-    """Within it every rank holds all weights, and may run the model without gradients as often as it likes: to sample
-    or to evaluate, where the others make more passes or fewer."""
+    """Context in which every rank holds all weights and may run the model without gradients any number of times, for
+    example to sample or evaluate, independently of the number of passes on other ranks."""
     if not isinstance(model, FSDPModule):
         yield
         return
@@ -121,13 +121,13 @@ def runs_in_step(model: PreTrainedModel) -> bool:
 
 
 def give_back(model: PreTrainedModel) -> None:
-    """What the root of a model that has no backward would keep after its passes."""
+    """Frees the weights that the root of a model without a backward would keep after its passes."""
     if isinstance(model, FSDPModule):
         model.reshard()
 
 
 def full(tensor: Tensor) -> Tensor:
-    """The whole of a tensor of which this rank may hold a part; every rank must ask."""
+    """The whole of a tensor of which this rank may hold a part; every rank must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -139,9 +139,9 @@ def held(tensor: Tensor) -> Tensor:
 
 
 def beginnings(tensors: Iterable[Tensor], length: int) -> list[Tensor]:
-    """The first `length` entries of each, or all that it has, flat, in float32 on the CPU; every rank must ask, and
-    gathers nothing else."""
-    # Copies, since a view would be sent with all that it is a view of.
+    """The first `length` entries of each, or all that it has, flat, in float32 on the CPU; nothing else is gathered.
+    Every rank must call it."""
+    # Copies, because a view would be sent with its whole storage.
     own = [held(tensor.detach()).reshape(-1)[:length].float().cpu().clone() for tensor in tensors]
     return [torch.cat(parts)[:length] for parts in zip(*from_all(own), strict=True)]
 
@@ -177,8 +177,8 @@ def assign(module: Module, weights: Mapping[str, Tensor]) -> None:
 
 
 def like(tensor: Tensor, value: Tensor) -> Tensor:
-    """`value`, a whole tensor that every rank holds, as `tensor` is: on its device and, where that is sharded, the part
-    of this rank. One of which each rank holds its part stays as it is."""
+    """`value`, a whole tensor that every rank holds, in the layout of `tensor`: on its device and, if that is sharded,
+    the part of this rank. A `value` that is already sharded is returned unchanged."""
     if isinstance(value, DTensor):
         return value if isinstance(tensor, DTensor) else full(value)
     value = value.to(tensor.device)
@@ -193,7 +193,7 @@ def part(tensor: Tensor) -> Tensor:
 
 
 def part_size(tensor: Tensor) -> int:
-    """The entries that a rank holds of it: the first ranks as many, the last ones what is left."""
+    """Number of entries that a full part of it has; the last ranks may hold fewer."""
     if not isinstance(tensor, DTensor):
         return tensor.numel()
     return -(-len(tensor) // world_size()) * (tensor.numel() // len(tensor))

@@ -1,11 +1,11 @@
 """The tensors of a checkpoint, by name: NAME.safetensors, or NAME.shards/ with the parts of several processes.
 
 Of weights that are spread over processes each writes the part that it holds and reads the part that it needs, through
-torch.distributed.checkpoint, so that nobody ever gathers them, and any number of processes reads what any other has
+torch.distributed.checkpoint, so that they are never gathered, and any number of processes reads what any other has
 written. Every part is a safetensors file, whose metadata say where in the whole it belongs. The metadata of torch's
 other formats, a pickle, are neither written nor read.
 
-Raised on every rank is the error of the first one that has any.
+If any rank fails, every rank raises the error of the first one that failed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from torch.distributed.tensor import empty as empty_dtensor
 from fastrlhf.distributed.ranks import on_each, on_first, world_size
 
 FILE = 2**28
-"""Bytes of a part, about. Twice as many, and what is copied from a GPU, a process needs beside its tensors to write."""
+"""Approximate bytes of a part. To write, a process needs twice as much memory beside its tensors, plus copies from a
+GPU."""
 
 
 def is_sharded(stem: Path) -> bool:
@@ -45,7 +46,7 @@ def exists(stem: Path) -> bool:
 
 def write_tensors(stem: Path, tensors: Mapping[str, Tensor]) -> None:
     """Writes `stem`.shards/ where any of the tensors is spread over the ranks, else `stem`.safetensors, by the first;
-    nothing where there are none. Every rank must ask, with the same names."""
+    nothing if there are no tensors. Every rank must call it, with the same names."""
     if any(isinstance(tensor, DTensor) for tensor in tensors.values()):
         # By running size, so that a rank has less than FILE in a file, and one tensor more.
         ends = accumulate(tensor.numel() * tensor.element_size() for tensor in tensors.values())
@@ -70,7 +71,7 @@ def describe_tensors(stem: Path) -> dict[str, tuple[torch.dtype, torch.Size]]:
 
 
 def read_into(stem: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Fills the tensors, or of those that are spread the parts of this rank; these every rank must ask for."""
+    """Fills the tensors, or this rank's parts of sharded ones; every rank must call it for those."""
     together = any(isinstance(tensor, DTensor) for tensor in tensors.values())
     with _first_error(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
@@ -79,7 +80,7 @@ def read_into(stem: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def read_tensors(stem: Path, pattern: Tensor | None = None) -> dict[str, Tensor]:
     """All tensors, whole and on the CPU; or, where `pattern` is spread over the ranks, all but scalars as it is."""
-    together = isinstance(pattern, DTensor)  # who cannot read the names must not leave the others waiting
+    together = isinstance(pattern, DTensor)  # a rank that cannot read the names must not leave the others waiting
     described = on_each(lambda: describe_tensors(stem))[0] if together else describe_tensors(stem)
     tensors = {name: _room(pattern, dtype, shape) for name, (dtype, shape) in described.items()}
     read_into(stem, tensors)
@@ -94,7 +95,7 @@ def _room(pattern: Tensor | None, dtype: torch.dtype, shape: torch.Size) -> Tens
 
 
 class _Reader(HuggingFaceStorageReader):
-    """Of one file, without those beside it, or of a folder."""
+    """A reader of one file (without the files beside it) or of a folder."""
 
     def __init__(self, stem: Path) -> None:
         super().__init__(str(_folder(stem) if is_sharded(stem) else _file(stem)))

@@ -1,4 +1,4 @@
-"""Ids that no text has: embeddings are often padded beyond the tokenizer, to a multiple of 64 or more.
+"""Ids that never occur in text: embeddings are often padded beyond the tokenizer, to a multiple of 64 or more.
 
 On-policy training and sampling take the distribution over the ids of the tokenizer alone: the others are never
 sampled, and log-probs, entropies and KLs are exact over the rest. Offline losses keep the whole vocabulary, as other
@@ -16,25 +16,26 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.models.sharding import full
 
-_NUM_IDS = "fastrlhf_num_ids"  # where a model keeps the number: copies of the model have it too
+_NUM_IDS = "fastrlhf_num_ids"  # attribute of the model with the number; copies of the model have it too
 
 
 def limit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """From now on the log-probs of the model are those over the ids up to the tokenizer's largest."""
+    """Restricts the log-probs of the model to the ids up to the tokenizer's largest."""
     num = max(tokenizer.get_vocab().values()) + 1
     rows = len(cast(Linear, model.get_output_embeddings()).weight)
     setattr(model, _NUM_IDS, num if num < rows else None)
 
 
 def num_ids(model: PreTrainedModel) -> int | None:
-    """The ids that may be sampled are those below it; None: all."""
+    """Only ids below this number may be sampled; None: all."""
     return getattr(model, _NUM_IDS, None)
 
 
 def head_of(model: PreTrainedModel, *, gathered: bool = False) -> tuple[Tensor, Tensor | None]:
     """Weight [V, D] and bias [V] of the head, the rows of the ids that may be sampled.
 
-    `gathered`: of a sharded model whose last forward may be long ago, so that this rank may hold only a part.
+    `gathered`: gather the weights first; needed for a sharded model when this rank may hold only a part since the last
+    forward.
     """
     head, num = cast(Linear, model.get_output_embeddings()), num_ids(model)
     weight, bias = full(head.weight) if gathered else head.weight, getattr(head, "bias", None)
@@ -42,8 +43,8 @@ def head_of(model: PreTrainedModel, *, gathered: bool = False) -> tuple[Tensor, 
 
 
 def write_ends(model: PreTrainedModel, ids: Sequence[int]) -> None:
-    """What the model is saved with says what its responses end in, as the ids of training do: one id, or a list where
-    there are several or where the model had one."""
+    """Sets the EOS ids that are saved with the model to the end ids of training: one id, or a list if there are several
+    or the model had a list."""
     for config in (model.config, model.generation_config):
         if config is not None:
             several = len(ids) > 1 if config is model.generation_config else isinstance(config.eos_token_id, list)

@@ -1,1 +1,1 @@
-"""What to ask before a run: is this machine sound, what will the model see, will it fit."""
+"""Checks before a run: does this machine work, what will the model see, does the run fit into memory."""

@@ -12,8 +12,8 @@ from fastrlhf.tools.plan.phases import GIB, readable
 from fastrlhf.tools.plan.plan import USABLE, plan_run
 
 SHARE = 0.8
-"""Where plan had counted that the run fits, a change must bring the peak below this share of the counted one: the
-rest of the memory is then taken by something that plan does not count."""
+"""If plan counts that the run fits, although it ran out of memory, something that plan does not count takes memory; a
+change must then bring the peak below this share of the counted peak."""
 
 
 def add_advice(error: Exception, config: TrainConfig) -> None:

@@ -101,7 +101,7 @@ def count_phases(config: TrainConfig, rows: Rows, *, is_cuda: bool) -> tuple[lis
             1, "of them trained: " + ", ".join(f"{name} {fake.num_trained:,}" for name, fake in trained.items())
         )
     if waiting:
-        facts.append(f"in CPU memory but while they are asked: {readable(sum(waiting.values()))} of frozen weights")
+        facts.append(f"in CPU memory except while they are used: {readable(sum(waiting.values()))} of frozen weights")
     if paged:
         told = readable(sum(moments.values()))
         facts.append(f"optimiser state: {told}, not counted below: in paged memory, which moves to the CPU's")
