@@ -92,9 +92,9 @@ def make_parser() -> argparse.ArgumentParser:
     kernels.add_argument("--peaked", type=int, nargs="+", choices=[1, 0], help="peaked or flat logits, or both")
     kernels.add_argument("--dead", type=float, nargs="+", help="shares of rows without gradient")
     kernels.add_argument("--tasks", nargs="+", help="only these names of the first column of the table")
-    kernels.add_argument("--only", nargs="+", help="only names of the second column that start so")
+    kernels.add_argument("--only", nargs="+", help="only names of the second column with these prefixes")
     kernels.add_argument("--runs", type=int, help="rounds; default 20, on a CPU 9")
-    kernels.add_argument("--seconds", type=float, default=1.0, help="per contender and case, on a GPU")
+    kernels.add_argument("--seconds", type=float, default=1.0, help="seconds per contender and case, on a GPU")
     kernels.add_argument(
         "--out", type=Path, default=Path("bench/results"), help="folder of the files that rows are appended to"
     )
@@ -114,13 +114,15 @@ def make_parser() -> argparse.ArgumentParser:
             "--model",
             default="tiny",
             choices=["tiny", "qwen3-0.6b", "llama-3.2-1b"],
-            help="shape of the model; weights are random",
+            help="shape of the model, which has random weights",
         )
         command.add_argument("--steps", type=int, default=4, help="measured steps, after one of warm-up")
         command.add_argument("--rows", type=int, default=32, help="sequences or pairs per step")
         command.add_argument("--rounds", type=int, default=1, help="runs of each side, in turn")
         command.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 2, 4, 8], help="batch sizes of TRL")
-    drpo = algorithms.add_parser("drpo", help="one update beside the padded reference and TRL's PPO, TL;DR's lengths")
+    drpo = algorithms.add_parser(
+        "drpo", help="one update beside the padded reference and TRL's PPO, with TL;DR lengths"
+    )
     drpo.add_argument("--shape", default="pythia-1b", choices=["tiny", "pythia-70m", "pythia-1b", "pythia-2.8b"])
     drpo.add_argument("--episodes", type=int, default=512)
     drpo.add_argument("--rounds", type=int, default=3, help="updates of each side, in turn")
@@ -135,18 +137,18 @@ def make_parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--out", type=Path, default=Path("bench/results"), help="folder of the files that rows are appended to"
         )
-    models = commands.add_parser("models", help="every causal language model of transformers, tiny, against itself")
-    models.add_argument("types", nargs="*", help="model types to run again; without any, those without a row of now")
-    models.add_argument("--checks", nargs="+", default=[], help="only these, for rows that are not committed")
+    models = commands.add_parser("models", help="a tiny model of every causal LM type, against transformers")
+    models.add_argument("types", nargs="*", help="model types to run again; default: those without a current row")
+    models.add_argument("--checks", nargs="+", default=[], help="only these checks; do not commit their rows")
     models.add_argument("--out", type=Path, help="file of the rows; default bench/results/models.jsonl")
     models.add_argument("--page", action="store_true", help="print the rows as a Markdown table and run nothing")
     return parser
 
 
 def main() -> None:
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler announces every start and stop otherwise
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # otherwise torch's profiler logs every start and stop
     arguments = make_parser().parse_args()
-    # Each command imports what it alone needs.
+    # Each command imports only what it needs.
     if arguments.command == "toy":
         from bench.toy import run_toy
 

@@ -36,7 +36,7 @@ from fastrlhf_kernels._tiles import (
 
 ARCHITECTURES = (80, 90, 100)
 SHARED_MEMORY = {80: 166_912, 90: 232_448, 100: 232_448}
-"""Bytes that one program may use."""
+"""Bytes of shared memory that one program may use."""
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 MATRIX_UNITS = re.compile(r"\b(HMMA|HGMMA|UTCHMMA|UTCQMMA|UTCMMA)\b")
 TMA_LOAD = re.compile(r"\bUTMALDG\b")
@@ -51,16 +51,16 @@ class Case:
     types: Mapping[str, str]
     """argument -> "*bf16", "i32", "tensordesc<bf16[128, 64]>", ..."""
     constants: Mapping[str, Any]
-    """What is in neither is None: an optional argument that is not given."""
+    """Arguments in neither are None: optional arguments that are not given."""
     warps: int = 4
     stages: int = 3
     multiplies: bool = False
-    """Must use the matrix units, and TMA where it takes descriptors."""
+    """Whether it must use the matrix units, and TMA if it takes descriptors."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Compiled:
-    """What the compiler made of a case."""
+    """The compiled code of a case."""
 
     case: Case
     arch: int
@@ -74,7 +74,7 @@ class Compiled:
     tma: bool
 
     def fault(self) -> str:
-        """What is wrong with it; empty where nothing is."""
+        """The fault of the compiled code; empty if there is none."""
         if self.spilled:
             return f"spills {self.spilled} bytes"
         if self.shared > SHARED_MEMORY[self.arch]:
@@ -86,7 +86,7 @@ class Compiled:
 
 
 def cases(arch: int) -> Iterator[Case]:
-    """Every kernel as it is launched on this architecture, in bfloat16, with everything switched on and off."""
+    """Every kernel as launched on this architecture, in bfloat16, with all options on and with all options off."""
     yield from _head_cases(FORWARD[arch // 10], STORING[arch // 10], GRADIENT[arch // 10])
     yield from _kl_cases(KL_FORWARD[arch // 10], KL_GRADIENT[arch // 10])
     yield from _logits_cases()

@@ -1,4 +1,4 @@
-"""How fast are answers grouped by meaning?
+"""Measures how fast answers are grouped by meaning.
 
 RLP-SPG asks one question of every prompt per call of the NLI model. The other side is a loop over pairs of answers, as
 in the code that RLP cites (Kuhn et al. 2023, arXiv 2302.09664), with one call for each direction.
@@ -75,7 +75,7 @@ def _measure(width: int, num_prompts: int, rounds: int) -> list[dict]:
 
 
 class Counted:
-    """The same judge; questions are counted."""
+    """The same judge, which also counts its questions."""
 
     def __init__(self, judge: EquivalenceJudge) -> None:
         self.judge, self.questions = judge, 0
@@ -103,7 +103,7 @@ def one_at_a_time(prompt: str, answers: Sequence[str], judge: EquivalenceJudge) 
 
 
 def draw_answers(num_prompts: int) -> tuple[list[str], list[list[str]]]:
-    """Posts, and to each ten answers of six different texts."""
+    """Posts with ten answers each, which have six different texts."""
     draw = random.Random(0)
     posts = ToyTask(seed=0).examples("preferences", num_prompts)
     texts = sorted({str(text) for post in posts for text in (post.chosen, post.rejected)})
@@ -112,7 +112,8 @@ def draw_answers(num_prompts: int) -> tuple[list[str], list[list[str]]]:
 
 
 def save_nli(folder: Path, width: int) -> str:
-    """A BERT of two layers, of random weights, whose three labels are about as likely; the folder."""
+    """Writes a two-layer BERT with random weights whose three labels are about equally likely, and returns its
+    folder."""
     tokenizer = toy_tokenizer()
     tokenizer.save_pretrained(folder)
     labels = ("contradiction", "neutral", "entailment")

@@ -23,7 +23,7 @@ from bench.results import RESULTS, append_row, device_name
 SHAPES = ((8192, 4096, 128256), (16384, 2048, 151936), (4096, 896, 151936))
 CPU_SHAPE = (2048, 512, 50257)
 ALONE = Case(1 << 20, 1, 1)  # of the ops on log-probs alone
-CHECKED = (Case(65, 64, 1003, dead=0.5), Case(130, 128, 5003))  # V below and above what one forward program takes
+CHECKED = (Case(65, 64, 1003, dead=0.5), Case(130, 128, 5003))  # V below and above the columns of one forward program
 NOT_INSTALLED = "not installed"
 ERRORS = ("logprob_error", "entropy_error", "hidden_grad_error", "weight_grad_error")
 COLUMNS = {  # of a row: heading and format in the table
@@ -49,7 +49,7 @@ def all_cases(shapes: Sequence[Sequence[int]], peaked: Sequence[int], dead: Sequ
 
 
 def competing(case: Case, providers: Sequence[Provider]) -> list[Provider]:
-    """Those that have something to do in this case; none where only the floors have."""
+    """The contenders with a task in this case; none if only the floors have one."""
     found = [p for p in providers if p.asked.alone == case.alone]
     return found if {p.task for p in found} - set(FLOORS) else []
 
@@ -62,7 +62,7 @@ def run_kernels(
     seconds: float = math.inf,
     folder: Path = RESULTS,
 ) -> list[str]:
-    """Prints a table per case and appends its rows as they come. Returns what is wrong with our ops.
+    """Prints a table per case and appends its rows as they come. Returns the faults of our ops.
 
     bfloat16 on a GPU, float32 on a CPU. `seconds` are per contender and case.
     """
@@ -85,7 +85,7 @@ def run_kernels(
 
 
 def fault(provider: Provider, dtype: torch.dtype, device: torch.device) -> str:
-    """Where it is less exact than plain torch in the same dtype; "" where it is not."""
+    """The results that are less exact than plain torch in the same dtype; "" if there are none."""
     task = provider.asked
     for case in CHECKED:
         problem = make_problem(case, dtype, device)
@@ -108,7 +108,7 @@ def measure_case(
     runs: int,
     seconds: float,
 ) -> list[Row]:
-    """A row per contender. All that run are timed in turn; those that fail have the reason instead."""
+    """A row per contender. Contenders are timed in turn; a row of one that fails has the reason instead."""
     problem = make_problem(case, dtype, device)
     rows, steps = {}, {}
     for name, group in groupby(providers, key=lambda provider: provider.task):
@@ -122,7 +122,7 @@ def measure_case(
                 continue
             step = task.step(provider.function, problem)
             try:
-                run(step)  # compiles and tunes, which may spoil what it returns
+                run(step)  # the first call compiles and tunes, which may spoil its results
                 extra, outputs, gradients = peak_extra_bytes(step, device)
                 row |= {"peak_extra_mb": extra / 1e6} | ({} if truth is None else _errors(outputs, gradients, *truth))
                 steps[provider] = step
@@ -142,7 +142,7 @@ def measure_case(
 
 
 def _errors(outputs: Tensors, gradients: Tensors, true_outputs: list[Tensor], true_gradients: list[Tensor]) -> Row:
-    """Which of ERRORS there are."""
+    """The names in ERRORS that apply to the task."""
     found: Row = dict(zip(ERRORS[:2], map(largest_error, outputs, true_outputs), strict=False))
     found |= dict(zip(ERRORS[2:], map(relative_error, gradients, true_gradients), strict=False))
     if not all(map(math.isfinite, found.values())):
@@ -151,7 +151,8 @@ def _errors(outputs: Tensors, gradients: Tensors, true_outputs: list[Tensor], tr
 
 
 def _reason(error: Exception, device: torch.device) -> str:
-    """One line. A device that an illegal access has broken raises here: nothing measured on it would be true."""
+    """The error in one line. Raises if an illegal access has broken the device, because later measurements would be
+    invalid."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()

@@ -35,10 +35,10 @@ LEARNING_RATE = 3e-4
 
 class Arm(NamedTuple):
     temperature: float
-    """Of the labels (`ToyTask.label_temperature`)"""
+    """Temperature of the labels (`ToyTask.label_temperature`)"""
     epochs: int
     method: str
-    """A stage of the demo"""
+    """Name of a stage of the demo"""
     beta: float
     """DPO's beta, IPO's tau"""
 
@@ -50,7 +50,7 @@ ARMS = [
 
 
 def run_labels(seeds: int, jobs: int, out: Path) -> str:
-    """Runs what is not there yet, appends a row per new run, and returns the table in Markdown."""
+    """Runs what has no results yet, appends a row per new run, and returns the table in Markdown."""
     with ProcessPoolExecutor(jobs) as pool:
         return table(list(pool.map(partial(_run_seed, out), range(seeds))))
 

@@ -47,7 +47,7 @@ def run(step: Step) -> tuple[Tensors, Tensors]:
 def now(device: torch.device) -> float:
     """Seconds: on the wall, once the GPU has done its work; on a CPU, of this process, whatever else runs there.
 
-    The threads of a process add up, so time it with one.
+    CPU time is summed over threads, so use one thread.
     """
     if device.type == "cpu":
         return time.process_time()
@@ -87,8 +87,8 @@ def interleave(
 ) -> dict[Key, dict[str, Any] | Exception]:
     """Times the steps in turn, `runs` rounds, so that clocks and heat are the same for all.
 
-    A step that has used up its `seconds` sits the later rounds out, but has `LEAST_RUNS`. Gives medians, with the
-    quantiles at 20 and 80 % of the total; for a step that raised, what it raised.
+    A step that has used up its `seconds` skips later rounds after `LEAST_RUNS`. Returns medians, with the 20 and 80 %
+    quantiles of the total; for a step that raised, its exception.
     """
     timer, times, failed = Timer(device), {key: [] for key in steps}, {}
     for _ in range(runs):
@@ -118,7 +118,7 @@ def _summary(times: list[tuple[float, float]]) -> dict[str, Any]:
 
 
 def peak_extra_bytes(step: Step, device: torch.device) -> tuple[int, Tensors, Tensors]:
-    """(the most memory allocated at once beyond what was there and the gradients, outputs, gradients)"""
+    """(peak memory beyond earlier allocations and the gradients, outputs, gradients)"""
     kept: list[tuple[Tensors, Tensors]] = []
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
@@ -132,7 +132,7 @@ def peak_extra_bytes(step: Step, device: torch.device) -> tuple[int, Tensors, Te
 
 
 def peak_bytes(function: Callable[[], Any]) -> int:
-    """The most memory of a CPU that `function` allocates at once."""
+    """Peak CPU memory that `function` allocates."""
     with profile(profile_memory=True) as recorded:
         function()
     current = peak = 0
@@ -153,7 +153,7 @@ def largest_error(actual: Tensor, truth: Tensor) -> float:
 
 
 def excess(actual: Tensor, plain: Tensor, truth: Tensor) -> str:
-    """Why `actual` is not as exact as plain torch in the same dtype against float64, or "" where it is."""
+    """Why `actual` is less exact than plain torch in the same dtype, both against float64; "" if it is not."""
     allowed = FACTOR * largest_error(plain, truth)
     allowed += EPSILONS * torch.finfo(plain.dtype).eps * truth.abs().max().item()
     error = largest_error(actual, truth)

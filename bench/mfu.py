@@ -7,9 +7,9 @@ An operation is one floating-point multiplication or addition. A forward pass co
     4 head_dim per head and layer, for every pair of a query and a key that causality lets it see
     2 per weight of the head, for every row that is read from it: scored tokens, scores, values
 
-and the backward pass twice that. Not counted are padding, recomputation (checkpointing), work without need (the head on
-rows that nothing reads, future keys), embeddings, norms, softmax and the optimiser. A prompt that two responses share
-is counted once where it is computed once.
+and the backward pass twice that. Not counted are padding, recomputation (checkpointing), unnecessary work (the head on
+rows that are not read, future keys), embeddings, norms, softmax and the optimiser. A prompt that two responses share is
+counted once where it is computed once.
 """
 
 from __future__ import annotations
@@ -31,11 +31,13 @@ PEAKS = {
 """Operations per second of dense bfloat16 matrix products, by the data sheets; H100 and H200 on SXM."""
 
 Span = tuple[int, int]
-"""(tokens before it, tokens of it): a run of tokens that is computed once and sees what is before it."""
+"""(number of earlier tokens, number of its tokens): a run of tokens that is computed once and attends to the earlier
+ones."""
 
 
 def training_operations(config: PretrainedConfig, spans: Iterable[Span], *, rows: int, outputs: int) -> int:
-    """Of a forward and a backward over `spans`; the head has `outputs` (the vocabulary, or 1) and is read at `rows`.
+    """Operations of a forward and a backward over `spans`; the head has `outputs` (the vocabulary, or 1) and is read at
+    `rows`.
 
     Every layer is taken to attend fully: no sliding windows.
     """
@@ -51,6 +53,6 @@ def training_operations(config: PretrainedConfig, spans: Iterable[Span], *, rows
 
 
 def utilisation(operations_per_second: float, device: str) -> float | None:
-    """In 0..1 of the peak of the device of that name; None where `PEAKS` does not know it."""
+    """MFU in 0..1 of the peak of the named device; None if `PEAKS` lacks it."""
     peak = PEAKS.get(device)
     return peak and operations_per_second / peak

@@ -1,8 +1,8 @@
-"""`python -m bench optim`: bytes of a trained bfloat16 weight and the time of an update, by optimiser.
+"""`python -m bench optim`: bytes per trained bfloat16 weight and time of an update, by optimiser.
 
 Each optimiser updates square matrices twice, in a process of its own, with gradients already there; the moments exist
-after the first update. The count is the peak of that process beyond what it needs before there are weights: weights,
-gradients, moments, copies, and the temporary tensors of an update.
+after the first update. The count is the memory peak of that process beyond its memory before the weights exist:
+weights, gradients, moments, copies, and the temporary tensors of an update.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ SETTINGS = [
 
 
 def run_optim(matrices: int, device: str, folder: Path = RESULTS) -> str:
-    """Measures each setting, appends a row for it, and returns the table in Markdown. Those of 8 bits need bitsandbytes
-    and are left out without it."""
+    """Measures each setting, appends a row for it, and returns the table in Markdown. 8-bit optimisers need
+    bitsandbytes and are left out without it."""
     settings = [pair for pair in SETTINGS if "8bit" not in pair[0] or find_spec("bitsandbytes")]
     lines = ["| optim | master_weights | bytes per parameter | seconds per update |", "|---|---|---|---|"]
     for optim, masters in settings:
@@ -52,8 +52,8 @@ def run_optim(matrices: int, device: str, folder: Path = RESULTS) -> str:
 def measure(optim: str, masters: str, matrices: int, device: str) -> dict[str, float]:
     """Peak bytes per parameter of two updates, and seconds of the second."""
     torch.set_num_threads(1)
-    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)  # tensors that are freed leave the process
-    _updates(optim, masters, 1, device)  # what is loaded and kept once
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)  # freed tensors return their memory to the system
+    _updates(optim, masters, 1, device)  # libraries that are loaded once and stay
     before = _start_of_peak(device)
     seconds = _updates(optim, masters, matrices, device)
     return {"bytes": (_peak(device) - before) / (matrices * WIDTH**2), "seconds": seconds}

@@ -22,14 +22,14 @@ from fastrlhf_kernels.pair_loss import pair_loss_reference
 from fastrlhf_kernels.policy_loss import policy_loss_reference
 
 SEQUENCE = 1024  # rows, where there are enough for a pair of sequences
-CHUNK = {"cpu": 1 << 24, "cuda": 1 << 27}  # float64 logits that exist at a time
+CHUNK = {"cpu": 1 << 24, "cuda": 1 << 27}  # number of float64 logits in memory at a time
 
 
 class Case(NamedTuple):
     rows: int  # T
     size: int  # D
     vocab: int  # V; 1 for the ops on log-probs alone
-    peaked: bool = True  # targets as likely as where a policy scores what it wrote; else about 1 / V
+    peaked: bool = True  # targets are as likely as samples of the policy; otherwise about 1 / V
     dead: float = 0.0  # share of rows without gradient: ignored if the task says so, else clipped or of advantage 0
 
     @property
@@ -46,7 +46,7 @@ class Case(NamedTuple):
 
 @dataclass(frozen=True)
 class Problem:
-    """The tensors of a case, the same for all contenders; those without a word on it are float32."""
+    """The tensors of a case, the same for all contenders; float32 unless noted otherwise."""
 
     hidden: Tensor  # [T, D] in the dtype of the model
     weight: Tensor  # [V, D] the same
@@ -55,7 +55,7 @@ class Problem:
     grad_logprob: Tensor  # [T], 0 in dead rows
     grad_entropy: Tensor  # [T], 0 in dead rows
     logprob: Tensor  # [T] of the targets
-    sampler_logprob: Tensor  # [T] of a policy 0.1 nats away
+    sampler_logprob: Tensor  # [T] log-probs of a policy 0.1 nats away
     advantage: Tensor  # [T], one number per sequence
     cu_seqlens: Tensor  # [2B+1] int64
     reference_hidden: Tensor  # [T, D] the same, of a model a little away with the same head
@@ -91,7 +91,8 @@ class Problem:
 
 
 def make_problem(case: Case, dtype: torch.dtype, device: torch.device) -> Problem:
-    """The same on every call. Ids are log-uniform, about as words are; 90 % of peaked targets have p = .5 to .9997."""
+    """The same tensors on every call. Ids are log-uniform, about as words are; 90 % of peaked targets have p = .5 to
+    .9997."""
     rng = torch.Generator(device).manual_seed(0)
     normal = partial(torch.randn, generator=rng, device=device)
     uniform = partial(torch.rand, generator=rng, device=device)
@@ -137,13 +138,13 @@ class Task:
     leaves: tuple[str, ...] = ("hidden", "weight")
     """Fields of the problem that are trained"""
     by_row: bool = True
-    """Asks for numbers per row, so that the truth can be had a few rows at a time"""
+    """Whether results are per row, so that the float64 truth can be computed a few rows at a time"""
     options: bool = False
     """With a bias, a soft cap and a temperature per row"""
     ignores: bool = False
     """Dead rows are ignored targets, as in supervised fine-tuning."""
     row_bytes: int = 0
-    """For an op on log-probs alone: what it must read and write per row, forward and backward"""
+    """For an op on log-probs only: bytes that it must read and write per row, forward and backward"""
 
     @property
     def alone(self) -> bool:

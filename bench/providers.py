@@ -32,9 +32,9 @@ class Provider:
     function: Callable[[Problem], Tensors]
     """Gives (logprob,), (logprob, entropy) or (loss,), as the task asks."""
     package: str = ""
-    """What has to be installed"""
+    """Package that has to be installed"""
     gpu: bool = False
-    """Needs one, or is of no interest without"""
+    """Needs a GPU, or is of no interest without one"""
     ours: bool = False
     """Is checked against float64 before it is timed"""
 
@@ -301,7 +301,8 @@ PROVIDERS = (
 
 
 def select(device: torch.device, tasks: Sequence[str] = (), only: Sequence[str] = ()) -> list[Provider]:
-    """Who can run on this device, has one of the tasks, or is a floor, and a name that starts so; () for all."""
+    """The contenders that can run on this device, have one of the tasks (or are a floor) and a name with one of the
+    prefixes; () for all."""
     return [
         p
         for p in PROVIDERS

@@ -1,4 +1,4 @@
-"""When do resets help? PPO against DR-PO where exploration is hard, the references are good and the judge is right.
+"""Tests when resets help: PPO against DR-PO where exploration is hard, the references are good and the judge is right.
 
 The demo's task is easy to explore, and its learned judge is what limits PPO (bench/LOG.md). In this task, as in the
 theory of DR-PO (arXiv 2404.08495, section 5), good late states are rare for the SFT policy and common in the
@@ -39,7 +39,7 @@ def strict_task(seed: int) -> ToyTask:
 
 
 def run_resets(seeds: int, jobs: int, out: Path) -> str:
-    """Runs what is not there yet, appends a row per seed and arm, and returns the table in Markdown."""
+    """Runs what has no results yet, appends a row per seed and arm, and returns the table in Markdown."""
     with ProcessPoolExecutor(jobs) as pool:
         rows = list(pool.map(partial(_run_seed, out), range(seeds)))
     lines = ["| arm | gold reward | minus PPO | KL | length | sampled tokens |", "|---|---|---|---|---|---|"]
@@ -58,7 +58,7 @@ def _run_seed(out: Path, seed: int) -> dict[str, dict[str, float]]:
     config, task = DemoConfig(out=str(folder), seed=seed), strict_task(seed)
     if not (folder / "tokenizer").exists():
         toy_tokenizer().save_pretrained(folder / "tokenizer")
-    for stage in ("sft", "reward"):  # the critic starts from the reward model; it judges nothing
+    for stage in ("sft", "reward"):  # only the critic starts from the reward model; it does not score responses
         if not (folder / stage).exists():
             run_stage(stage, config, task, folder)
     rows = {"sft": _row(judge_stage(config, task, folder, "sft"), tokens=0)}
@@ -81,7 +81,7 @@ def _row(judged: Judged, tokens: int) -> dict[str, float]:
 
 
 def gold_judge(task: ToyTask, rollouts: Sequence[Rollout]) -> torch.Tensor:
-    """[N] gold reward, in facts / SCALE, of the whole responses, what was given away by a reset included."""
+    """[N] gold reward, in facts / SCALE, of the whole responses, including the tokens of a reset."""
     tokenizer, scores = toy_tokenizer(), []
     for rollout in rollouts:
         text = str(tokenizer.decode([*rollout.prefix.token_ids, *rollout.completion], skip_special_tokens=True))

@@ -1,4 +1,5 @@
-"""The demo over several seeds: each seed has its own data, weights and samples. Is DR-PO better than PPO?"""
+"""The demo over several seeds: each seed has its own data, weights and samples. Tests whether DR-PO is better than
+PPO."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ STUDENT_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9:
 
 
 def run_toy(seeds: int, methods: Sequence[str], jobs: int, out: Path) -> str:
-    """Runs what is not there yet, appends a row per seed and method, and returns the table in Markdown."""
+    """Runs what has no results yet, appends a row per seed and method, and returns the table in Markdown."""
     threads = max(1, (os.cpu_count() or 1) // jobs)
     with ThreadPoolExecutor(jobs) as pool:
         summaries = list(pool.map(lambda seed: _run_seed(seed, methods, threads, out / f"seed-{seed}"), range(seeds)))

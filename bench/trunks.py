@@ -1,4 +1,4 @@
-"""`python -m bench trunks`: an update of DR-PO on shared trunks and on separate sequences, the same episodes.
+"""`python -m bench trunks`: an update of DR-PO on shared trunks and on separate sequences, with the same episodes.
 
 Prompts and responses have the lengths of Reddit TL;DR (347 and 34 tokens in the mean) and random tokens; the models
 have random weights, on which neither speed nor tokens depend. Timed: scoring (policy, reference, critic) and one pass

@@ -58,7 +58,7 @@ def compare(name: str, table: dict[int, Pinned], major: int, problem: Problem, r
     steps, refused = {}, []
     for tiles in CANDIDATES:
         if tiles.specialize and name == "gradient":
-            continue  # it has no loop to specialise
+            continue  # the gradient kernel has no loop to specialise
         step = task.step(partial(with_tiles, tiles=tiles), problem)
         try:
             error = max(map(relative_error, chain(*run(step)), expected))

@@ -1,6 +1,7 @@
 """One update of one side, in a process of its own: `python -m bench.drpo.block SIDE PROBLEM`, PROBLEM as JSON.
 
-A separate process has its own peak of memory, and TRL's can have its own import path. The last line printed is the row.
+A separate process has its own memory peak, and the process of TRL can have its own import path. The last line printed
+is the row.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def run_block(side: str, problem: Problem) -> dict[str, Any]:
 
 
 def _most_bytes(cuda: bool) -> int:
-    """The most that was allocated at once so far: of the GPU's memory, or resident in this process."""
+    """Peak memory so far: allocated on the GPU, or resident in this process."""
     return torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 

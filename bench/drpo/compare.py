@@ -24,9 +24,9 @@ TARGETS = {
     ("trl", "cuda"): {"seconds": 2.0, "extra_mb": 2.0},
     ("padded", "cpu"): {"seconds": 3.0},
 }
-"""How many times ours a side is to take, at least."""
+"""Target: the least ratio of a side's time or memory to ours."""
 MFU_TARGET = 0.45
-"""Of our training phase on a GPU, at Pythia-1B."""
+"""Target MFU of our training phase on a GPU, for Pythia-1B."""
 
 Row = dict[str, Any]
 
@@ -35,8 +35,8 @@ def run_drpo(problem: Problem, rounds: int, trl_path: Path | None = None, folder
     """Measures every side `rounds` times, in turn; appends a row for each, returns the table.
 
     TRL is left out, and the table says so, where `trl_path` (the folder that holds `trl/`; None: what is installed) has
-    no PPO trainer; so is a side, but for ours, that the GPU has no memory for. Raises ValueError where episodes are not
-    whole micro-batches, and RuntimeError where a block fails otherwise.
+    no PPO trainer; so is any other side than ours that does not fit into GPU memory. Raises ValueError where episodes
+    are not whole micro-batches, and RuntimeError where a block fails otherwise.
     """
     if problem.episodes % problem.micro_batch:
         raise ValueError(f"episodes: {problem.episodes} must be a multiple of micro-batches of {problem.micro_batch}")
@@ -72,7 +72,7 @@ def _block(side: str, problem: Problem, path: Path | None) -> Row:
 
 
 def _python(arguments: Sequence[str], path: Path | None) -> subprocess.CompletedProcess[str]:
-    """A Python like this one, from the root of the repository, that finds `path` first."""
+    """The environment of a Python process in the root of the repository that searches `path` first."""
     paths = [str(p) for p in (path and path.resolve(), ROOT, ROOT / "kernels", os.environ.get("PYTHONPATH")) if p]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, *arguments]
@@ -80,7 +80,7 @@ def _python(arguments: Sequence[str], path: Path | None) -> subprocess.Completed
 
 
 def _summary(blocks: Sequence[Row]) -> Row:
-    """Medians over the rounds, and the whole update's extremes."""
+    """Medians over the rounds, and the extremes of the whole update."""
     seconds = [block["seconds"] for block in blocks]
     medians = {
         name: median(block[name] for block in blocks) for name, value in blocks[0].items() if isinstance(value, float)

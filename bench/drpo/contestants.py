@@ -1,6 +1,4 @@
-"""The sides that are measured: ours, the padded reference, and TRL's PPO. Each is built once and then asked for an
-update.
-"""
+"""The sides that are measured: ours, the padded reference, and TRL's PPO. Each is built once and then runs updates."""
 
 from __future__ import annotations
 
@@ -37,7 +35,7 @@ class Contestant(Protocol):
 
     @property
     def state_bytes(self) -> int:
-        """Of what an update has made and keeps: gradients and moments."""
+        """Bytes of the state that remains after an update: gradients and moments."""
         ...
 
     def update(self, examples: Sequence[TokenizedExample], epochs: int) -> Row:
@@ -143,7 +141,7 @@ class TRL:
 
     @property
     def state_bytes(self) -> int:
-        """Of gradients and two moments, all in the dtype of the weights."""
+        """Bytes of gradients and two moments, all in the dtype of the weights."""
         return 3 * sum(p.nbytes for model in (self.models.policy, self.models.critic) for p in model.parameters())
 
     def update(self, examples: Sequence[TokenizedExample], epochs: int) -> Row:
@@ -163,7 +161,7 @@ class TRL:
             return sequences, logits
 
         def first_forward(*_: Any) -> None:
-            if len(marks) == 2:  # the wrapper of policy and critic runs in training alone
+            if len(marks) == 2:  # the wrapper of policy and critic runs only in training
                 marks.append(clock.now())
 
         class End(TrainerCallback):
@@ -179,7 +177,7 @@ class TRL:
                     total_episodes=len(examples), num_ppo_epochs=epochs, num_mini_batches=1,
                     local_rollout_forward_batch_size=settings.rollout_batch_size, response_length=RESPONSE_LENGTH,
                     stop_token="eos", temperature=settings.temperature, kl_coef=settings.kl_coef,
-                    missing_eos_penalty=1.0, whiten_rewards=len(examples) >= 8,  # TRL refuses fewer
+                    missing_eos_penalty=1.0, whiten_rewards=len(examples) >= 8,  # TRL refuses a smaller number
                     learning_rate=settings.learning_rate, lr_scheduler_type="constant", seed=settings.seed,
                     dataloader_pin_memory=policy.device.type == "cuda",
                 ),
@@ -212,7 +210,7 @@ class TRL:
 
 
 def training_work(models: Models, episodes: Sequence[tuple[int, int]], epochs: int) -> Row:
-    """What the passes of training have to compute of episodes of (given, sampled) tokens, up to the EOS: the policy's
+    """The operations that training must compute for episodes of (given, sampled) tokens, up to the EOS: the policy's
     log-probs and the critic's values of the sampled ones. Operations are those of `bench.mfu`."""
     spans = [(0, given + sampled) for given, sampled in episodes]
     rows = sum(sampled for _, sampled in episodes)
@@ -233,13 +231,13 @@ def _lengths(episodes: padded.Episodes) -> list[tuple[int, int]]:
 
 
 def _up_to_eos(response: Tensor) -> Tensor:
-    """[N, G] bool: True up to the first EOS and on it."""
+    """[N, G] bool: True up to and including the first EOS."""
     is_eos = response == EOS
     return is_eos.cumsum(1) - is_eos.long() == 0
 
 
 def _optimizer(problem: Problem, models: Models) -> Optimizer:
-    """The same one for ours and for the reference: it is not what is compared."""
+    """The optimiser, the same for ours and for the reference, because it is not compared."""
     return Optimizer({"": models.policy, "value_": models.critic}, problem.config(), num_steps=1)
 
 
@@ -251,7 +249,7 @@ def _state_bytes(models: Models, optimizer: Optimizer) -> int:
 
 
 def _tokenizer(policy: PreTrainedModel) -> PreTrainedTokenizerFast:
-    """Two ids are all that TRL asks of it: the EOS, and as padding one that no text holds."""
+    """A stub with the two ids that TRL reads: the EOS, and a padding id that no text contains."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
 

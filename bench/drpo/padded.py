@@ -2,8 +2,8 @@
 
 Prompts are padded on the left to one width, responses always have full length, and every forward computes all logits
 and keeps all hidden states. A reset is forced through decoding, one token per step. Tokens after the EOS are sampled,
-rewarded and trained on; only the reward model does not see them. Everything else is done well: SDPA, a key-value cache,
-no wait for the GPU, nothing on the host.
+rewarded and trained on; only the reward model does not see them. Everything else is efficient: SDPA, a key-value cache,
+no wait for the GPU, no work on the host.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class ForceReset(LogitsProcessor):
 
 @torch.no_grad()
 def rollout(config: DRPOConfig, policy: PreTrainedModel, prefixes: Sequence[Prefix]) -> Episodes:
-    """Decodes `response_length` tokens in every row, those of the reset included, and past any EOS.
+    """Decodes `response_length` tokens in every row, including those of the reset and those after an EOS.
 
     Chunks of `rollout_batch_size`; draws from torch's global generator.
     """
@@ -106,7 +106,7 @@ def score(
     episodes: Episodes,
     eos_token_id: int,
 ) -> Experience:
-    """Log-probs are computed anew, scores are read at the first EOS, and an EOS in the last place counts as missing."""
+    """Log-probs are recomputed, scores are read at the first EOS, and an EOS in the last position counts as missing."""
     is_eos = episodes.response == eos_token_id
     after = is_eos.cumsum(1) - is_eos.long() > 0
     end = (~after).sum(1) - 1
@@ -152,7 +152,7 @@ def update(
 ) -> dict[str, float]:
     """`num_ppo_epochs` steps over micro-batches of `micro_batch` episodes, each its own mean; means of the metrics.
 
-    Reset tokens are left out of the policy's loss and of nothing else.
+    Reset tokens are left out only of the policy's loss.
     """
     metrics: list[Tensor] = []
     num = len(episodes.tokens)
@@ -191,13 +191,13 @@ def _logprobs(logits: Tensor, response: Tensor) -> Tensor:
 
 
 def _all_values(model: PreTrainedModel, tokens: Tensor, seen: Tensor) -> Tensor:
-    """[N, W + G] float32: what a scalar head says at every position."""
+    """[N, W + G] float32: the output of a scalar head at every position."""
     output = model.base_model(input_ids=tokens, attention_mask=seen, output_hidden_states=True, use_cache=False)
     return model.score(output.hidden_states[-1])[..., 0].float()  # pyright: ignore[reportCallIssue]
 
 
 def _gae(reward: Tensor, value: Tensor, gamma: float, lam: float) -> Tensor:
-    """[N, G], over all G tokens, whatever the EOS says."""
+    """[N, G], over all G tokens, regardless of the EOS."""
     advantages, later = [], torch.zeros_like(value[:, 0])
     following = torch.zeros_like(later)
     for t in reversed(range(value.shape[1])):

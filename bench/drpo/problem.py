@@ -24,7 +24,7 @@ from fastrlhf.models.loading import DTYPES, build_policy
 from fastrlhf.types import Prefix, TokenizedExample
 
 EOS = 0
-PROMPT_LENGTH, RESPONSE_LENGTH = 512, 53  # tokens, at most: the released code's
+PROMPT_LENGTH, RESPONSE_LENGTH = 512, 53  # maximum number of tokens, from the released code
 PROMPT_QUANTILES = {0.0: 130, 0.1: 216, 0.5: 350, 0.9: 475, 0.99: 510, 1.0: PROMPT_LENGTH}
 """Tokens of a TL;DR prompt, measured on 1,945 posts of the validation split; the shortest one is a guess."""
 REFERENCE_LENGTH = NormalDist(33.9, 6.5)
@@ -53,7 +53,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """What every side is given. Fields are JSON: a problem travels to a process of its own."""
+    """The input of every side. Fields are JSON values, because a problem is sent to a separate process."""
 
     shape: str
     episodes: int
@@ -63,12 +63,13 @@ class Problem:
     micro_batch_tokens: int
     """Tokens of a micro-batch of ours."""
     rollout_batch: int
-    """Episodes that are generated side by side, on every side."""
+    """Number of episodes generated together, for every side."""
     epochs: int = 4
     seed: int = 0
     optim: Any = "adamw_torch_fused"
     master_weights: Any = "float32"
-    """The keys of those names, of ours and of the padded reference; TRL's AdamW works in the dtype of the weights."""
+    """The keys `optim` and `master_weights` of ours and of the padded reference; TRL's AdamW works in the dtype of the
+    weights."""
 
     def config(self) -> DRPOConfig:
         """The paper's settings; one schedule-free step of AdamW per epoch, without weight decay or clipping."""
@@ -109,7 +110,8 @@ def make_examples(problem: Problem) -> list[TokenizedExample]:
 
 
 def eos_probability(examples: Sequence[TokenizedExample], prefixes: Sequence[Prefix]) -> float:
-    """Of a token to be the EOS, such that responses, resets included, are as long on average as the references are.
+    """The probability that a token is the EOS, such that responses, resets included, have the same mean length as the
+    references.
 
     With probability p at every token, an episode with b tokens left samples (1 - (1 - p)^b) / p of them on average.
     """
@@ -126,7 +128,7 @@ def eos_probability(examples: Sequence[TokenizedExample], prefixes: Sequence[Pre
 class Models:
     policy: PreTrainedModel
     critic: PreTrainedModel
-    """A sequence classifier: where the critic starts, and the reward model."""
+    """A sequence classifier: the reward model, from which the critic starts too."""
 
 
 def make_models(problem: Problem, examples: Sequence[TokenizedExample]) -> Models:

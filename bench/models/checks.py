@@ -1,4 +1,4 @@
-"""What is checked of a family, on a tiny random model: our numbers against those of plain transformers."""
+"""The checks of a model family, on a tiny random model: our numbers against those of plain transformers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ from fastrlhf.rollout.engine import TransformersEngine
 from fastrlhf.types import Prefix, Segment
 
 VALUES, GRADIENTS = 1e-5, 2e-5
-"""Nats; a share of the largest entry of each gradient, or of a hundredth of the largest of all."""
+"""Tolerances: nats for log-probs; for gradients a share of the largest entry of each, or of a hundredth of the largest
+of all."""
 SAMPLING = 1e-4
 LENGTHS = (7, 2, 19)
 MAX_LENGTH = 24
@@ -73,7 +74,7 @@ def check_packed(family: Family) -> dict[str, float]:
 
 
 def check_branched(family: Family) -> dict[str, float]:
-    """The same of responses that share a prompt."""
+    """The same for responses that share a prompt."""
     prompt, one, two = _ids(9, 5), _ids(6, 6), _ids(3, 7)
     segments = [
         Segment(token_ids=prompt),
@@ -84,7 +85,7 @@ def check_branched(family: Family) -> dict[str, float]:
 
 
 def check_checkpointing(family: Family) -> dict[str, float]:
-    """Log-probs and gradients with layers that are computed again in the backward against those without."""
+    """Log-probs and gradients with activation checkpointing against those without."""
     model = family.policy
     batch = pack([Segment(token_ids=_ids(n, s), num_scored=n - 1) for s, n in enumerate(LENGTHS)])
     plain = _gradients(model, lambda: token_logprobs(model, batch).logprob)
@@ -161,7 +162,8 @@ CHECKS: dict[str, Callable[[Family], dict[str, float]]] = {
 
 
 def run_checks(model_type: str, names: list[str]) -> Iterator[tuple[str, Any]]:
-    """(name, differences), (name, the exception), or ("refused", message); first of all ("alone", why)."""
+    """Yields ("alone", why) first, then for each check (name, differences), (name, exception) or ("refused",
+    message)."""
     with tempfile.TemporaryDirectory() as folder:
         family = Family(model_type, Path(folder))
         try:
@@ -228,7 +230,7 @@ def _within(**found: tuple[float, float]) -> dict[str, float]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the logs of transformers and ours."""
+    """Context without log output of transformers and of this project."""
     import logging
 
     import transformers

@@ -1,7 +1,7 @@
 """A tiny random configuration of every causal language model that the installed transformers knows.
 
 A configuration is the default one of its class with every size made small by its name. Windows, chunks and the top-k of
-sparse indexers are made shorter than the test sequences, so that a family that uses them is seen to.
+sparse indexers are made shorter than the test sequences, so that they take effect.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "gemma4_assistant": {"hidden_size_per_layer_input": 0},
 }
-"""By type: fields, also of the text configuration, whose small value does not follow from their names."""
+"""Per model type, the fields (also of the text configuration) whose small value does not follow from their names."""
 
 
 def causal_types() -> list[str]:
@@ -105,7 +105,7 @@ def causal_types() -> list[str]:
 
 
 def tiny_config(model_type: str) -> PretrainedConfig:
-    """A few thousand parameters, in which every kind of layer of the family occurs."""
+    """A configuration with a few thousand parameters and every kind of layer of the family."""
     default = AutoConfig.for_model(model_type)
     fields = _small(default, OVERRIDES.get(model_type, {}))
     return type(default)(**fields)
@@ -156,6 +156,6 @@ def _small(config: PretrainedConfig, overrides: Mapping[str, Any]) -> dict[str, 
 
 
 def _each_kind(kinds: list[Any]) -> list[Any]:
-    """Every kind once, in order; a single kind twice."""
+    """Layer types: every kind once, in order; a single kind twice."""
     found = [kind for i, kind in enumerate(kinds) if kind not in kinds[:i]]
     return found if len(found) > 1 else found * 2

@@ -1,5 +1,5 @@
-"""Every causal language model of the installed transformers, one process each: what is right, what runs slower, what is
-refused with which words.
+"""Every causal language model of the installed transformers, one process each: which are right, which run slower, and
+which are refused with which message.
 
 A row per type goes to bench/results/models.jsonl. A type whose row has all checks with this version of transformers
 is not run again.
@@ -27,7 +27,7 @@ from bench.results import RESULTS
 
 ROWS = RESULTS / "models.jsonl"
 SECONDS = 180
-"""Of the processor, for one type."""
+"""CPU seconds for one type."""
 
 CELLS = {"right": "yes", "": "not run", "wrong": "no", "crashed": "no", "refused": "no"}
 """Verdict of a check -> cell of the table."""
@@ -68,7 +68,8 @@ def write_rows(rows: dict[str, Row], path: Path) -> None:
 
 
 def verdict(row: Row) -> str:
-    """right: every check; refused: one line of ours; crashed: somebody else's exception; wrong: a number differs."""
+    """right: every check passed; refused: a one-line error of this project; crashed: another exception; wrong: a number
+    differs."""
     if "refused" in row:
         return "refused"
     if "crashed" in row:
@@ -143,7 +144,7 @@ def _in_process(model_type: str, names: list[str]) -> Row:
 
 
 def _child(model_type: str, names: list[str], sender: Any) -> None:
-    signal.setitimer(signal.ITIMER_PROF, SECONDS)  # its signal ends the process
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)  # the signal ends the process
     torch.set_num_threads(1)
     for name, value in run_checks(model_type, names):
         if name in CHECKS:

@@ -5,10 +5,10 @@ First, mirror descent with the natural policy gradient as its update, in closed 
     pi'(a|s) = argmax <pi, Q> - lam KL(pi || pi_SFT) - KL(pi || pi_t) / eta
              ~ pi_SFT^(eta lam / (eta lam + 1))  pi_t^(1 / (eta lam + 1))  exp(eta Q / (eta lam + 1))
 
-is compared with a numerical optimiser of the same objective, on a random deterministic MDP. Second, what resets are
-worth on a combination lock: one of two tokens is right at each of H steps, a wrong one ends the episode, all right ones
-earn 1. pi_SFT is uniform. A batch of episodes starts at the first step, or at a uniform step of a given response; Q is
-the mean return of each state and token, and the update is the same closed form. Only the starts of episodes differ.
+is compared with a numerical optimiser of the same objective, on a random deterministic MDP. Second, the value of resets
+on a combination lock: one of two tokens is right at each of H steps, a wrong one ends the episode, all right ones earn
+1. pi_SFT is uniform. A batch of episodes starts at the first step, or at a uniform step of a given response; Q is the
+mean return of each state and token, and the update is the same closed form. Only the starts of episodes differ.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MAX_EPISODES = 2**18
 SEEDS, FAST_SEEDS = 10, 3
 HORIZONS, FAST_HORIZONS = (2, 4, 6, 8, 10, 12, 14, 16, 24, 32, 48, 64), (2, 4, 6, 8, 10)
 GIVEN = {"no resets": None, "right in 100 %": 1.0, "right in 90 %": 0.9, "from pi_SFT": 0.5}
-"""How likely each token of the responses that are reset to is right. 0.5 is what pi_SFT writes."""
+"""Probability that each token of a reset response is right; pi_SFT has 0.5."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +156,8 @@ def run_npg(seeds: int) -> str:
 
 def episodes_to_solve(horizon: int, right: float | None, seeds: int, max_episodes: int = MAX_EPISODES) -> Tensor:
     """[seeds] float64: episodes after which the policy opens the lock from the start in more than half of all tries;
-    inf where `max_episodes` are too few. `right` None: no resets. Its first token is the right one, say."""
+    inf where `max_episodes` are too few. `right` None: no resets. Without loss of generality, the first token is the
+    right one."""
     generator = torch.Generator().manual_seed(horizon)
     uniform = torch.full((seeds, horizon, 2), math.log(0.5), dtype=torch.float64)
     policy, steps = uniform, torch.arange(horizon)

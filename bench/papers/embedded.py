@@ -1,4 +1,4 @@
-"""RTO and DR-PO on the embedded task, smaller than the demo: which rewards, which starts, how many prompts?
+"""RTO and DR-PO on the embedded task, smaller than the demo: comparison of rewards, starts and numbers of prompts.
 
     granularity  RTO with its token rewards paid at every token, at the end of every fact, at the end of the response,
                  at every token and taken back at the end, or nowhere (arXiv 2404.18922, section 5.2 and figure 4)
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 EPISODES = 64
-"""Of an update."""
+"""Episodes of an update."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,11 +54,11 @@ class Arm:
     experiment: str
     name: str
     method: str
-    """A stage of the demo"""
+    """Name of a stage of the demo"""
     num_prompts: int = NUM_PROMPTS
     settings: Mapping[str, Any] = field(default_factory=dict)
     facts: int = 0
-    """That matter in every post; 0: as many as in the task of the paper"""
+    """Number of facts that matter in every post; 0: as in the task of the paper"""
 
     @property
     def models(self) -> str:
@@ -125,8 +125,8 @@ Row = dict[str, Any]
 
 
 def run_embedded(paper: str, seeds: int, jobs: int, runs: Path, out: Path) -> str:
-    """Trains what is not there yet under `runs`, appends a row per new run to `out/results`, draws into `out/figures`,
-    and returns the tables in Markdown."""
+    """Trains what does not exist yet under `runs`, appends a row per new run to `out/results`, draws into
+    `out/figures`, and returns the tables in Markdown."""
     found = run_arms(paper, seeds, jobs, runs, out / "results")
     figures = out / "figures"
     if paper == "drpo":
@@ -170,7 +170,8 @@ def _make_models(runs: Path, models: str, seed: int) -> None:
 
 
 def _sentence_tokenizer() -> PreTrainedTokenizerFast:
-    """The embedded task's, but a value is followed by a full stop when it is decoded: a fact is a sentence."""
+    """The tokenizer of the embedded task, except that it decodes a value with a full stop, so that a fact is a
+    sentence."""
     tokenizer = toy_tokenizer()
     values = "|".join(sorted(value for values in FACTS.values() for value in values))
     stop, space = decoders.Replace(Regex(rf"(?<=^(?:{values}))$"), "."), decoders.Replace(Regex("$"), " ")
@@ -224,7 +225,7 @@ def _learned_judge(folder: Path) -> Judge:
 
 
 def _recorded(judge: Judge, task: ToyTask, gold: list[float]) -> Judge:
-    """The same judge; the mean gold reward of what it is shown is kept, in facts."""
+    """The same judge, which also records the mean gold reward (in facts) of the responses that it scores."""
 
     def judged(rollouts: Sequence[Rollout]) -> torch.Tensor:
         gold.append(SCALE * float(gold_judge(task, rollouts).mean()))
@@ -235,7 +236,7 @@ def _recorded(judge: Judge, task: ToyTask, gold: list[float]) -> Judge:
 
 def granularity_table(found: Mapping[str, Sequence[Row]]) -> str:
     """Means over seeds with 95 % intervals, differences paired: over all updates, of the sampled responses; at the end,
-    of the held-out posts. Every seed has its own reward model, so that of RM scores the differences alone compare."""
+    of the held-out posts. Every seed has its own reward model, so only differences of RM scores are comparable."""
     none = found["granularity_none"]
     unpaid = [fmean(row["score_curve"]) for row in none]
     lines = [

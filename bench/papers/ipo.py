@@ -42,7 +42,7 @@ class Bandit:
     pairs: Sequence[tuple[int, int]]
     """Winner and loser of each observation."""
     dpo_limit: Sequence[float]
-    """Where the probabilities under DPO go, whatever beta: the gradient flow from the uniform policy."""
+    """Limit of the probabilities under DPO, for any beta: the gradient flow from the uniform policy."""
 
 
 THIRD = (1 / 3, 1 / 3, 1 / 3)
@@ -58,7 +58,7 @@ FIGURES = {"ipo_fig1.png": ("D1",), "ipo_fig2.png": ("D3 literal", "D3b", "D3c")
 
 
 def tournament(num_actions: int) -> Bandit:
-    """Every pair once, the smaller index wins."""
+    """Every pair once; the smaller index wins."""
     pairs = list(combinations(range(num_actions), 2))
     limit = [1.0] + [0.0] * (num_actions - 1)
     return Bandit(name=f"tournament of {num_actions}", num_actions=num_actions, pairs=pairs, dpo_limit=limit)
@@ -77,7 +77,7 @@ class Curves:
 
 
 def ipo_minimiser(bandit: Bandit, tau: float) -> Tensor:
-    """[actions] float64: where the mean over pairs of eq. 17 is least, nearest to uniform where pairs leave it open."""
+    """[actions] float64: minimises the mean of eq. 17 over pairs; where pairs leave it open, nearest to uniform."""
     rows = torch.zeros(len(bandit.pairs), bandit.num_actions, dtype=torch.float64)
     for row, (winner, loser) in zip(rows, bandit.pairs, strict=True):
         row[winner], row[loser] = 1, -1
@@ -94,7 +94,7 @@ def train(
     seeds: int = 1,
     taus: Sequence[float] = TAUS,
 ) -> dict[str, Curves]:
-    """Curves by name: all bandits, seeds and taus side by side, every one a policy of its own.
+    """Curves by name: all bandits, seeds and taus in one batch, each with its own policy.
 
     `batch_size` None draws nothing: each step sees every pair of a bandit equally often. tau is the beta of DPO. There
     beta D is linear in the log-probs, so beta may scale those instead and one call of `pair_loss` serves all.
@@ -147,7 +147,8 @@ def _draw_pairs(bandits: Sequence[Bandit], steps: int, batch_size: int | None, s
 
 def run_ipo(batch_size: int, out: Path, *, fast: bool) -> str:
     """Returns the table in Markdown. The full run appends a row per bandit and method to `out/results`; at the paper's
-    mini-batch of 9 it draws the paper's two figures into `out/figures`. Raises ValueError where it could not."""
+    mini-batch of 9 it draws the paper's two figures into `out/figures`. Raises ValueError if the figures cannot be
+    drawn."""
     if batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {batch_size}")
     if not fast and batch_size == 9 and find_spec("matplotlib") is None:

@@ -1,4 +1,4 @@
-"""Does a reward model that is refitted on the policy's answers train a better policy? RLP (arXiv 2403.19279) on the
+"""Tests whether a reward model refitted on the policy's answers trains a better policy: RLP (arXiv 2403.19279) on the
 embedded task, with its variants and the controls that the paper lacks.
 
     r, pi       a reward model, and PPO against it
@@ -55,10 +55,10 @@ if TYPE_CHECKING:
 
 NUM_PAIRS, NUM_HELD_OUT = 8960, 1024
 NUM_PROMPTS, NUM_UNSEEN = 2560, 512
-"""Prompts of the policies and of P; those whose answers only measure reward models."""
+"""Numbers of prompts: of the policies and of P; and those whose answers only measure reward models."""
 EPISODES, NUM_ANSWERS = 64, 10
 OTHER_DRAWS = 100
-"""Added to the seed of a refit."""
+"""Offset added to the seed of a refit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,11 +67,11 @@ class Arm:
     refit: Mapping[str, Any] | None = field(default_factory=dict)
     """Keys of RLPConfig; None: r itself"""
     matched: bool = False
-    """As many synthetic pairs as spg has."""
+    """Whether it gets as many synthetic pairs as spg."""
     told_by_gold: bool = False
-    """Gold rewards stand in for the scores of r."""
+    """Whether gold rewards replace the scores of r."""
     policy: bool = True
-    """Else the refit alone."""
+    """Whether a policy is trained; otherwise only the refit."""
 
     @property
     def folder(self) -> str:
@@ -96,7 +96,7 @@ Row = dict[str, Any]
 
 
 def run_rlp(seeds: int, jobs: int, runs: Path, out: Path) -> str:
-    """Trains what is not there yet under `runs`, first the arms of all seeds, then their ablations; appends a row per
+    """Trains what does not exist yet under `runs`, first the arms of all seeds, then their ablations; appends a row per
     new run to `out/results`, draws into `out/figures`, and returns the table in Markdown."""
     found: dict[str, list[Row]] = {}
     with ProcessPoolExecutor(jobs) as pool:
@@ -134,7 +134,7 @@ class _Problem:
     folder: Path
 
     def make_models(self) -> None:
-        """The SFT model, r, pi, its answers to seen and unseen prompts, and what r says of the seen ones."""
+        """The SFT model, r, pi, its answers to seen and unseen prompts, and the scores of r for the seen ones."""
         if not (self.folder / "tokenizer").exists():
             _tokenizer().save_pretrained(self.folder / "tokenizer")
         if not holds_model(str(self.folder / "sft")):
@@ -151,7 +151,8 @@ class _Problem:
             scores.write_text(json.dumps([score.tolist() for score in of_r]))
 
     def run(self, arm: Arm) -> Row:
-        """What the refit did, in accuracies against the gold order; with a policy, what it is worth on unseen posts."""
+        """Results of the refit: accuracies against the gold order and, with a policy, its gold reward on unseen
+        posts."""
         own, row = self.folder / arm.folder, {}
         reward = self.folder / "reward"
         if arm.refit is not None:

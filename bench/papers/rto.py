@@ -1,4 +1,4 @@
-"""Algorithm 1 of RTO (Zhong et al. 2024, arXiv 2404.18922, section 4.1) on small trees: does pessimism help?
+"""Algorithm 1 of RTO (Zhong et al. 2024, arXiv 2404.18922, section 4.1) on small trees, to see whether pessimism helps.
 
 A response is `HORIZON` tokens out of `ACTIONS`; the state is the tokens written so far. The reward is linear, phi .
 theta, with one feature per state and token and |theta*| = `BOUND`. Pairs of responses are labelled by Bradley-Terry on
@@ -31,7 +31,7 @@ BOUND, BETA, RIDGE = 6.0, 0.1, 1.0
 WRITERS = ("good", "blind", "bad")
 NUM_PAIRS = (50, 200, 1000)
 RHOS = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, math.inf)
-"""inf: the policy heeds the penalty alone"""
+"""inf: the policy follows only the penalty"""
 PROBLEMS, FAST_PROBLEMS = 100, 20
 FIT_STEPS = 2000
 
@@ -87,7 +87,7 @@ def fit_reward(wins: Tensor, bound: float) -> Tensor:
     """
     features = response_features()
     pairs = wins.sum((-2, -1), keepdim=True)
-    # Where all pairs are of one response with itself there is nothing to fit: theta stays 0.
+    # If all pairs compare a response with itself, there is nothing to fit and theta stays 0.
     curvature = (0.25 * torch.linalg.matrix_norm(_scatter(wins, features) / pairs, 2)).clamp(min=1e-9)
     theta = look = torch.zeros(len(wins), features.shape[1], dtype=torch.float64)
     momentum = 1.0
@@ -175,7 +175,7 @@ def visits(logprob: Tensor) -> Tensor:
 
 
 def theory_rho(delta: float = 0.1) -> float:
-    """What the paper's theorem asks for, its constant C taken as 1."""
+    """The rho of the paper's theorem, with its constant C taken as 1."""
     spread = 2 * HORIZON * BOUND
     inverse = 2 + math.exp(-spread) + math.exp(spread)
     return math.sqrt(NUM_FEATURES * math.log(1 / delta) * inverse + RIDGE * BOUND**2)

@@ -34,29 +34,29 @@ from fastrlhf.tools.plan.work import to_tree
 from fastrlhf.types import Example, TokenizedExample
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
-"""Between first losses, in parts: sums of float32 in another order, and three digits of bfloat16."""
+"""Largest relative difference of first losses: float32 sums in another order; three digits in bfloat16."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What all sides are given."""
+    """The input of all sides."""
 
     task: Task
     config: TrainConfig
-    """Of ours; its model is where every side starts."""
+    """Configuration of ours; every side starts from its model."""
     examples: list[Example]
     drawn: list[TokenizedExample]
     """The rows of all steps, in the order in which ours draws them."""
     shape: PretrainedConfig
     outputs: int
-    """Of the head: the vocabulary, or 1."""
+    """Outputs of the head: the vocabulary size, or 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Side:
     run: Callable[[], Run]
     trees: list[Tree]
-    """What it computes in the steps that count, but for padding."""
+    """Tokens and operations of the counted steps, without padding."""
 
 
 def run_train(
@@ -74,9 +74,9 @@ def run_train(
     pairs, which TRL cuts into `batch_sizes`. Appends a row per side and returns a table.
 
     The dialogues are the first ones of hh_helpful_test in FASTRLHF_DATA. A step's seconds are the median over the
-    rounds; on a CPU those of one thread's processor, so that other work counts less. A side that the GPU has no memory
-    for is left out, and the table says so. Raises ValueError where steps are not whole batches, and RuntimeError where
-    first losses differ by more than `TOLERANCE`: the sides would not have the same task, and nothing is written.
+    rounds; on a CPU those of one thread's processor, so that other work counts less. A side that does not fit into GPU
+    memory is left out, and the table says so. Raises ValueError where steps are not whole batches, and RuntimeError
+    where first losses differ by more than `TOLERANCE`: the sides would not have the same task, and nothing is written.
     """
     for batch_size in batch_sizes:
         if rows % batch_size:
@@ -174,7 +174,7 @@ def _sides(setup: Setup, batch_sizes: Sequence[int]) -> dict[str, Side]:
     theirs = {"": (drawn, {}), ", sorted by length": (by_length, {})}
     theirs |= {f", {name}": (drawn, settings) for name, settings in task.trl_ways.items()}
     for batch_size in batch_sizes:
-        # A batch of one row is the same in any order, and without padding but for that within a pair.
+        # A batch of one row is the same in any order, and has no padding except within a pair.
         for name, (ordered, settings) in theirs.items() if batch_size > 1 else [("", theirs[""])]:
             rows = [task.to_row(example) for example in ordered]
             run = partial(run_trl, task, setup.config, rows, batch_size, settings)
@@ -201,7 +201,7 @@ def _summary(setup: Setup, runs: Sequence[Run], trees: Sequence[Tree]) -> Row:
     rows = 2 * len(trees) if setup.task.is_classifier else sum(segment.num_scored for segment in segments)
     spans = [(segment.cut, len(segment.token_ids)) for segment in segments]
     operations = training_operations(setup.shape, spans, rows=rows, outputs=setup.outputs)
-    # A step at a time: a round in which the machine was busy for a while is not thrown away as a whole.
+    # Medians are per step, so that a busy moment of the machine does not spoil a whole round.
     seconds = sum(median(times) for times in zip(*(run.seconds for run in runs), strict=True))
     return {
         "tokens_per_second": sum(map(num_in_sequences, trees)) / seconds,

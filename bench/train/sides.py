@@ -1,4 +1,4 @@
-"""One run of either side: the time and the loss of each step, and the peak of memory."""
+"""One run of one side, ours or TRL's: time and loss of each step, and the memory peak."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from fastrlhf.types import Example
 @dataclass(frozen=True, kw_only=True)
 class Run:
     seconds: list[float]
-    """Of each step but the first, from the end of the one before it; on a CPU, of the processor."""
+    """Seconds of each step except the first, from the end of the previous one; CPU seconds on a CPU."""
     losses: list[float]
-    """Of every step."""
+    """Loss of every step."""
     peak_mb: float | None
-    """Of the GPU's memory, weights included, beyond what was there; None on a CPU."""
+    """Peak GPU memory, weights included, beyond earlier allocations; None on a CPU."""
 
 
 def run_ours(task: Task, config: TrainConfig, examples: Sequence[Example]) -> Run:
@@ -57,7 +57,7 @@ def run_trl(task: Task, ours: TrainConfig, rows: Sequence[Row], batch_size: int,
     base, config = getattr(trl, f"{task.trl}Trainer"), getattr(trl, f"{task.trl}Config")
 
     class Trainer(base):
-        """Takes the token ids as they are."""
+        """A data collator that uses the token ids unchanged."""
 
         def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
             return dataset
@@ -117,7 +117,7 @@ def _measured(device: str) -> Iterator[_Measured]:
 
 @contextmanager
 def _after_steps_of_ours(mark: Callable[[], None]) -> Iterator[None]:
-    """TRL has a callback for it."""
+    """Records times and losses through TRL's callback interface."""
     step = Optimizer.step
 
     def marked(self: Optimizer) -> dict[str, float]:

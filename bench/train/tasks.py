@@ -30,7 +30,7 @@ MODELS: dict[str, PretrainedConfig] = {
         num_key_value_heads=8, head_dim=64, max_position_embeddings=4096, tie_word_embeddings=True,
     ),
 }  # fmt: skip
-"""Random weights: neither speed nor memory asks what they are."""
+"""Models with random weights, on which neither speed nor memory depends."""
 
 Row = dict[str, Any]
 
@@ -42,21 +42,21 @@ class Task:
     config: type[TrainConfig]
     train: Callable[..., TrainResult]
     fields: tuple[str, ...]
-    """Columns of the dataset beside the prompt."""
+    """Columns of the dataset in addition to the prompt."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """Of ours, beyond those that all tasks share."""
+    """Settings of ours, beyond those that all tasks share."""
     ways: Mapping[str, Mapping[str, Any]]
-    """Ours by name: settings of each."""
+    """Variants of ours: name -> settings."""
     gpu_ways: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Those that only a GPU has a reason for."""
+    """Names of variants that make sense only on a GPU."""
     trl: str
-    """NAMETrainer and NAMEConfig of TRL."""
+    """NAME of TRL's NAMETrainer and NAMEConfig."""
     to_row: Callable[[TokenizedExample], Row]
     """A row of TRL's dataset, tokenised."""
     trl_settings: Callable[[int], Mapping[str, Any]] = lambda batch_size: {}
-    """Of TRL's configuration, by the size of a batch."""
+    """Settings of TRL's configuration for a batch size."""
     trl_ways: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Ways of TRL beside padded batches."""
+    """Variants of TRL in addition to padded batches."""
     is_classifier: bool = False
     """The model is a sequence classifier, with one score per sequence."""
 
@@ -93,7 +93,7 @@ TASKS = {
         ways={"ours": {}},
         trl="SFT",
         to_row=_completion,
-        # What TRL's packing computes, and the same examples in each step, as packing would not have.
+        # The computation of TRL's packing, but with the same examples in each step, which packing would change.
         trl_ways={"padding-free": {"padding_free": True}},
     ),
     "dpo": Task(

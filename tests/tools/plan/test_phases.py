@@ -103,7 +103,7 @@ def test_models_that_wait_are_on_a_gpu_while_they_score_and_not_while_others_wor
     kept = {name: size for name, size in scoring.items() if name != "activations of a forward without gradient"}
     assert kept.keys() == training.keys() - {"gradients", ACTIVATIONS} | frozen.keys()
     assert 0 < scoring["activations of a forward without gradient"] < training[ACTIVATIONS] / 2
-    assert facts[-1] == "in CPU memory but while they are asked: 56 MiB of frozen weights"
+    assert facts[-1] == "in CPU memory except while they are used: 56 MiB of frozen weights"
 
 
 def test_a_reference_that_writes_responses_is_on_the_gpu_for_that_too(folder):
