@@ -22,7 +22,7 @@ from bench.results import RESULTS, append_row, device_name
 
 SHAPES = ((8192, 4096, 128256), (16384, 2048, 151936), (4096, 896, 151936))
 CPU_SHAPE = (2048, 512, 50257)
-ALONE = Case(1 << 20, 1, 1)  # of the ops on log-probs alone
+ALONE = Case(1 << 20, 1, 1)  # for the ops that take only log-probs
 CHECKED = (Case(65, 64, 1003, dead=0.5), Case(130, 128, 5003))  # V below and above the columns of one forward program
 NOT_INSTALLED = "not installed"
 ERRORS = ("logprob_error", "entropy_error", "hidden_grad_error", "weight_grad_error")
@@ -44,7 +44,7 @@ Row = dict[str, Any]
 
 
 def all_cases(shapes: Sequence[Sequence[int]], peaked: Sequence[int], dead: Sequence[float]) -> list[Case]:
-    """Every mixture for every shape, the shapes side by side, and the ops on log-probs alone."""
+    """Every combination of peakedness and dead share for every shape, and the case of the ops on log-probs only."""
     return [ALONE, *(Case(t, d, v, bool(p), share) for p in peaked for share in dead for t, d, v in shapes)]
 
 

@@ -1,6 +1,6 @@
 """`python -m bench optim`: bytes per trained bfloat16 weight and time of an update, by optimiser.
 
-Each optimiser updates square matrices twice, in a process of its own, with gradients already there; the moments exist
+Each optimiser runs in a separate process and updates square matrices twice, with existing gradients; the moments exist
 after the first update. The count is the memory peak of that process beyond its memory before the weights exist:
 weights, gradients, moments, copies, and the temporary tensors of an update.
 """

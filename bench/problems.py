@@ -28,7 +28,7 @@ CHUNK = {"cpu": 1 << 24, "cuda": 1 << 27}  # number of float64 logits in memory 
 class Case(NamedTuple):
     rows: int  # T
     size: int  # D
-    vocab: int  # V; 1 for the ops on log-probs alone
+    vocab: int  # V; 1 for the ops that take only log-probs
     peaked: bool = True  # targets are as likely as samples of the policy; otherwise about 1 / V
     dead: float = 0.0  # share of rows without gradient: ignored if the task says so, else clipped or of advantage 0
 

@@ -60,7 +60,8 @@ class Example:
     """Position in the source, counted from 0: the name of this example in messages and in random draws. -1: unknown;
     trainers fill in the position in the list that they are given."""
     template: Mapping[str, Any] = field(default_factory=dict)
-    """What the row gives the chat template beside the turns: `tools`, `documents`, `chat_template_kwargs`."""
+    """Variables that the row passes to the chat template in addition to the turns: `tools`, `documents`,
+    `chat_template_kwargs`."""
     columns: Mapping[str, Any] = field(default_factory=dict, compare=False)
     """Every column of the row except that of the prompt, by its name in the file: what reward functions may read."""
 

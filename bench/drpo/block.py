@@ -1,4 +1,4 @@
-"""One update of one side, in a process of its own: `python -m bench.drpo.block SIDE PROBLEM`, PROBLEM as JSON.
+"""Runs one update of one side in a separate process: `python -m bench.drpo.block SIDE PROBLEM`, PROBLEM as JSON.
 
 A separate process has its own memory peak, and the process of TRL can have its own import path. The last line printed
 is the row.

@@ -39,7 +39,7 @@ GIVEN = {"no resets": None, "right in 100 %": 1.0, "right in 90 %": 0.9, "from p
 
 @dataclass(frozen=True, kw_only=True)
 class Mdp:
-    """Deterministic, of `horizon` steps."""
+    """A deterministic MDP of `horizon` steps."""
 
     horizon: int
     following: Tensor
@@ -94,7 +94,7 @@ def npg_step(q: Tensor, log_sft: Tensor, log_old: Tensor, *, lam: float, eta: fl
 
 
 def direct_step(q: Tensor, log_sft: Tensor, log_old: Tensor, *, lam: float, eta: float) -> Tensor:
-    """The same by L-BFGS on the logits of all states at once."""
+    """The same optimum, found by L-BFGS on the logits of all states at once."""
     logits = torch.zeros_like(q, requires_grad=True)
     optimizer = torch.optim.LBFGS(
         [logits],

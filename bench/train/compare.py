@@ -56,7 +56,7 @@ class Setup:
 class Side:
     run: Callable[[], Run]
     trees: list[Tree]
-    """Tokens and operations of the counted steps, without padding."""
+    """The trees that it computes in the counted steps, without padding."""
 
 
 def run_train(

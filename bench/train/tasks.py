@@ -48,7 +48,7 @@ class Task:
     ways: Mapping[str, Mapping[str, Any]]
     """Variants of ours: name -> settings."""
     gpu_ways: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Names of variants that make sense only on a GPU."""
+    """Variants of ours that make sense only on a GPU: name -> settings."""
     trl: str
     """NAME of TRL's NAMETrainer and NAMEConfig."""
     to_row: Callable[[TokenizedExample], Row]

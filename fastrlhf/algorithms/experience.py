@@ -242,7 +242,7 @@ def _group_advantage(config: PPOConfig, reward: Tensor, cu_rows: Tensor) -> Tens
 
 @dataclass(frozen=True, kw_only=True)
 class _Rows:
-    """Where the episodes lie in the flat rows."""
+    """Positions of the episodes in the flat rows."""
 
     cu_rows: Tensor
     mask: Tensor

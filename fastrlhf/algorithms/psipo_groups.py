@@ -147,8 +147,8 @@ def _targets(
 
 
 def _check_first_loss(config: DPOConfig, groups: Sequence[Group], metrics: Mapping[str, float]) -> None:
-    """Raises ValueError where the loss is not that of a policy equal to its reference, which is given by the targets
-    alone.
+    """Raises ValueError where the loss is not that of a policy equal to its reference, which depends only on the
+    targets.
 
     Every log-ratio is then 0 except for rounding: 3e-5 of a response's log-prob is allowed, 1e-2 in bfloat16.
     """

@@ -50,7 +50,7 @@ class Roles:
     critic: PreTrainedModel | None
     """The critic, which is trained; None if the advantage estimator needs none."""
     judge: Judge | None
-    """The score of each response; None where reward functions or a DPO model reward alone."""
+    """The score of each response; None if only reward functions or a DPO model give rewards."""
     score: Judge | None
     """The score that training uses: that of `judge`, or with `psi` the comparison with other responses."""
     held_out_judge: Judge | None
@@ -164,7 +164,7 @@ def open_roles(
 
 
 def make_engine(config: PPOConfig, policy: PreTrainedModel, eos_token_id: EndIds) -> Engine:
-    """The engine of the configuration; it samples from `policy` as it is at each call."""
+    """The engine of the configuration; it samples with the weights that `policy` has at each call."""
     if config.engine == "vllm":
         return open_vllm(config, policy, eos_token_id)
     return TransformersEngine.of(config, policy, eos_token_id, stop_at_eos=config.compat == "fixed")

@@ -194,8 +194,9 @@ def micro_batches(costs: Sequence[int], budget: int, what: str = "item", multipl
     """Spreads items of `costs` tokens over as few micro-batches of at most `budget` tokens as it can, evenly filled.
 
     Longest first onto the least loaded micro-batch; one more micro-batch is opened until all fit. Returns indices, each
-    micro-batch in ascending order, so that the result depends on the costs alone. Their number is a multiple of
-    `multiple`, or that of the items where these are fewer. Raises ValueError where one item exceeds the budget.
+    micro-batch in ascending order, so that the result depends on the costs alone. The number of micro-batches is a
+    multiple of `multiple`, or the number of items if that is smaller. Raises ValueError where one item exceeds the
+    budget.
     """
     if not costs:
         return []

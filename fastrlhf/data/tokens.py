@@ -71,8 +71,8 @@ def tokenize_examples(
 
     Args:
         chat_template: instead of the tokenizer's: Jinja, or "hh".
-        chat_template_kwargs: what the template is given beside the turns; those of a row come before these.
-        day: what a template that asks for the day is told; None: today.
+        chat_template_kwargs: variables passed to the template in addition to the turns; those of a row take precedence.
+        day: date given to a template that asks for it; None: today.
         train_suffix: train what the template writes behind the end of a turn.
         max_bad_fraction: rows that the template refuses or changes / rows, at most.
         max_dropped_fraction: rows dropped / rows, at most.

@@ -197,7 +197,7 @@ class ToyTask:
         return [Fact(subject, rng.choice(FACTS[subject]), subject in salient) for subject in subjects]
 
     def _write(self, facts: Sequence[Fact], rng: random.Random, haste: float) -> list[Pair]:
-        """What a writer states; never empty, at most MAX_FACTS facts."""
+        """The facts that a writer states; never empty, at most MAX_FACTS facts."""
         stated: list[Pair] = []
         for fact in _in_order(facts):
             if rng.random() >= (1 - haste * self.omit if fact.matters else haste * self.stray):

@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 COLUMNS = ("reference", "chosen", "rejected")
 
 FILES = ("samples.jsonl", "summary.json", "config.yaml")
-"""What `fastrlhf eval` leaves in its folder. A folder with config.yaml has all of them."""
+"""The files that `fastrlhf eval` writes into its folder. A folder with config.yaml has all of them."""
 
 
 def evaluate_models(config: EvalConfig, examples: Rows | None = None) -> dict[str, Comparison]:

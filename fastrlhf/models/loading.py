@@ -318,7 +318,7 @@ def _open(
     load_in_4bit: bool,
     trust_remote_code: bool,
 ) -> tuple[PreTrainedModel, dict[str, tuple[int, ...]]]:
-    """The model, of an auto class or a class of its own, and the weights that the checkpoint lacks or has in another
+    """The model, of an auto class or of a specific class, and the weights that the checkpoint lacks or has in another
     shape: name -> shape in the checkpoint, empty if it is missing there."""
     warn_if_rounded(source, dtype, field)
     settings: dict[str, Any] = {"pretrained_model_name_or_path": source}

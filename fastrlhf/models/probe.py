@@ -227,10 +227,11 @@ def _embedding_gradient(model: PreTrainedModel) -> Tensor:
 
 @torch.no_grad()
 def _hidden_masks(model: PreTrainedModel) -> str:
-    """Whether transformers would mask more than causality and the windows that attention is told of.
+    """Whether transformers would mask more than causality and the windows that the attention function receives.
 
     Packs have no masks, so such a window or chunk would be lost, and is longer than the probe. Here the model runs with
-    masks that are made as for tokens far apart, and each is compared with what attention is told.
+    masks that are made as for tokens far apart, and each mask is compared with the arguments that the attention
+    function receives.
     """
     places = _places(model.config.get_text_config())
     found: list[str] = []

@@ -130,8 +130,8 @@ def score_role(source: str, base: PreTrainedModel, field: str, pad_token_id: int
 def judge_and_critic(config: PPOConfig, reward_model: PreTrainedModel) -> tuple[PreTrainedModel, PreTrainedModel]:
     """The frozen judge and the critic to train, which start as one reward model and share what is not trained.
 
-    With `use_peft` the critic trains an adapter: the one that a role has, whatever its rank, and a new one for a model
-    of its own. Without, it trains all weights.
+    With `use_peft` the critic trains an adapter: the existing one of a role, whatever its rank, or a new one over a
+    separate model. Without `use_peft` it trains all weights.
     """
     if not has_adapter(reward_model):
         make_trainable(reward_model, config, config.reward_model_path)

@@ -2,8 +2,8 @@
 2304.11277, is its predecessor).
 
 Each layer is a group that is gathered before its forward and its backward and given back after. The remaining weights
-(embeddings, last norm, head) belong to the root group and stays from the forward to the end of the backward, or to
-`give_back` where there is none, so that losses can read the weight of the head as in one process. Outside of these a
+(embeddings, last norm, head) belong to the root group and stay gathered from the forward to the end of the backward, or
+to `give_back` where there is none, so that losses can read the weight of the head as in one process. At other times a
 parameter is a DTensor of which this rank holds a part. Frozen models are spread in the same way.
 """
 
@@ -35,8 +35,8 @@ def shard(*models: PreTrainedModel) -> None:
     After their copies are made, and before their optimiser. Raises ValueError, on every rank, where a rank has read
     other weights (a hash of samples of every tensor). A loss is a sum over ranks, divided by a count of the whole
     step, so gradients are summed, in float32, and not averaged. From now on all ranks make equally many passes, except
-    within `whole`. Frozen weights that several of the models share, they share when sharded too, but for parts that are
-    smaller than those of the first rank.
+    within `whole`. Models that share frozen weights still share them when sharded, except parts that are smaller than
+    those of the first rank.
     """
     if world_size() == 1:
         return
@@ -188,7 +188,7 @@ def like(tensor: Tensor, value: Tensor) -> Tensor:
 
 
 def part(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor, over the same memory; the tensor itself where it is not sharded."""
+    """This rank's part of a tensor, over the same memory; the tensor itself if it is not sharded."""
     return cast(DTensor, tensor.detach()).to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -200,13 +200,13 @@ def part_size(tensor: Tensor) -> int:
 
 
 def first_entry(tensor: Tensor) -> int:
-    """Where, among all entries of a tensor, those of this rank begin."""
+    """Index, among all entries of a tensor, of the first entry of this rank."""
     rank = tensor.device_mesh.get_local_rank() if isinstance(tensor, DTensor) else 0
     return min(rank * part_size(tensor), tensor.numel())
 
 
 def of_parts(tensor: Tensor, own: Tensor) -> Tensor:
-    """What is sharded as `tensor` is, of which this rank holds `own`; `own` itself where `tensor` is not sharded."""
+    """A tensor sharded like `tensor`, of which this rank holds `own`; `own` itself if `tensor` is not sharded."""
     if not isinstance(tensor, DTensor):
         return own
     shape, stride = tensor.shape, tensor.stride()

@@ -1,8 +1,8 @@
 """The tensors of a checkpoint, by name: NAME.safetensors, or NAME.shards/ with the parts of several processes.
 
-Of weights that are spread over processes each writes the part that it holds and reads the part that it needs, through
-torch.distributed.checkpoint, so that they are never gathered, and any number of processes reads what any other has
-written. Every part is a safetensors file, whose metadata say where in the whole it belongs. The metadata of torch's
+For weights that are spread over processes, each process writes the part that it holds and reads the part that it needs,
+through torch.distributed.checkpoint, so that they are never gathered, and any number of processes reads what any other
+has written. Every part is a safetensors file, whose metadata say where in the whole it belongs. The metadata of torch's
 other formats, a pickle, are neither written nor read.
 
 If any rank fails, every rank raises the error of the first one that failed.
@@ -79,7 +79,7 @@ def read_into(stem: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def read_tensors(stem: Path, pattern: Tensor | None = None) -> dict[str, Tensor]:
-    """All tensors, whole and on the CPU; or, where `pattern` is spread over the ranks, all but scalars as it is."""
+    """All tensors, whole and on the CPU; or, if `pattern` is sharded, all except scalars sharded like it."""
     together = isinstance(pattern, DTensor)  # a rank that cannot read the names must not leave the others waiting
     described = on_each(lambda: describe_tensors(stem))[0] if together else describe_tensors(stem)
     tensors = {name: _room(pattern, dtype, shape) for name, (dtype, shape) in described.items()}

@@ -79,7 +79,7 @@ class RewardFunctions:
     tokenizer: PreTrainedTokenizerBase | None = None
     """Needed by functions of TRL's form."""
     rows: Mapping[int, Example] = field(default_factory=dict)
-    """Row number -> the example, whose prompt and columns are handed over."""
+    """Row number -> the example, whose prompt and columns are passed to the function."""
     retries: int = 0
     """Number of retries of a failing call, after 1, 2, 4, ... seconds."""
     state: TrainerState = TrainerState(global_step=0, max_steps=0)
@@ -90,7 +90,7 @@ class RewardFunctions:
     """Columns that they have logged with `log_extra`: a value per response."""
 
     def __call__(self, rollouts: Sequence[Rollout]) -> Earned:
-        """What each function gives to each rollout.
+        """The reward of each function for each rollout.
 
         Raises ValueError, naming the function and the row, for anything else, and RuntimeError where a function raises.
         """

@@ -56,7 +56,7 @@ def decode(
 
 @contextmanager
 def _no_generation_config(model: PreTrainedModel) -> Iterator[None]:
-    """Within it, the settings that came with the model (a repetition penalty, ids that end a text) are not read."""
+    """Context in which the settings saved with the model (a repetition penalty, ids that end a text) are not read."""
     before = model.generation_config
     model.generation_config = GenerationConfig()
     try:

@@ -1,1 +1,1 @@
-"""What surrounds a training loop: the run, its inputs, optimizer, checkpoints and metrics."""
+"""Everything around a training loop: the run, its inputs, optimizer, checkpoints and metrics."""

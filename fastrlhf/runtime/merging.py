@@ -47,7 +47,7 @@ def save_trained(
 
     An adapter over bfloat16 or 4 bits is merged into a float32 copy on the CPU; so is every adapter if `apart` is true,
     because other models still need the unmerged weights. `accept`, asked with the trained model and a merged copy in
-    bfloat16, says whether that copy is saved and returned instead. Of sharded bfloat16 weights the model itself is
+    bfloat16, says whether that copy is saved and returned instead. With sharded bfloat16 weights, the model itself is
     returned, with its adapter. Every rank must call it.
     """
     if not has_adapter(model):

@@ -1,4 +1,4 @@
-"""What a run says about itself while it trains: metrics.jsonl, samples.jsonl, TensorBoard and W&B.
+"""The records that a run writes while it trains: metrics.jsonl, samples.jsonl, TensorBoard and W&B.
 
     with MetricsWriter(output_dir, report_to=["tensorboard"]) as writer:
         writer.log(1, {"loss": 0.693, "rewards/margins": 0.0})

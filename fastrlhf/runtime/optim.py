@@ -138,8 +138,8 @@ class Optimizer:
         self._give_back(copied)
 
     def _round(self, weight: _Weight) -> None:
-        """Noise is drawn for `NOISE` entries of the whole tensor at a time, so that a part of it is rounded as it is
-        within the whole."""
+        """Noise is drawn for `NOISE` entries of the whole tensor at a time, so that a part of it is rounded in the same
+        way as within the whole."""
         new, own = weight.updated.view(-1), weight.own.view(-1)
         first = first_entry(weight.param)
         last = first + len(new)

@@ -1,4 +1,4 @@
-"""What counts as running out of memory, and where in a run it happened."""
+"""Recognises out-of-memory errors, and finds where in a run they happened."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ PLACES = {
     "fastrlhf.evaluation.held_out": "the evaluation",
     "fastrlhf.runtime.checkpoint": "saving",
 }
-"""Module -> what it does; anywhere else it is a forward or backward of training."""
+"""Module -> what it does; an error anywhere else is from a forward or backward of training."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Of a GPU, by torch's own class; of the CPU, Python's or a RuntimeError of torch's allocator."""
+    """Whether an error means that memory ran out: on a GPU torch's own class; on a CPU Python's, or a RuntimeError of
+    torch's allocator."""
     torch = sys.modules.get("torch")
     if isinstance(error, MemoryError) or (torch and isinstance(error, torch.OutOfMemoryError)):
         return True
@@ -29,7 +30,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def describe(error: BaseException) -> str:
-    """Where it happened, what was asked for, and the notes of the error: one line."""
+    """Where it happened, the size requested, and the notes of the error, in one line."""
     frames = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
     places = [PLACES[name] for name in frames if name in PLACES]
     size = re.search(r"ried to allocate ([\d.]+ \w+)", str(error))

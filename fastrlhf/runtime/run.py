@@ -1,4 +1,4 @@
-"""What every trainer does around its loop: the folder, the log, checkpoints, resuming, the final model."""
+"""The parts that all trainers share around their loop: the folder, the log, checkpoints, resuming, the final model."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
-    """What a trainer returns."""
+    """The result of a trainer."""
 
     model: PreTrainedModel
     """In several processes sharded; on the CPU after `load_in_4bit`, because memory is short."""

@@ -28,8 +28,8 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Interrupts:
-    """Within it the first signal of `HANDLED` is only kept in `pending`, as SIGINT or SIGTERM. Another signal within
-    `REPEAT` seconds is the same request; a later one raises Interrupted at once.
+    """Context in which the first signal of `HANDLED` is only kept in `pending`, as SIGINT or SIGTERM. Another signal
+    within `REPEAT` seconds is the same request; a later one raises Interrupted at once.
 
     A signal that is still pending when the block ends without an error is delivered then. Outside the main thread,
     where Python delivers no signals, nothing changes; a signal that the process ignores (under nohup) stays ignored.

@@ -44,7 +44,7 @@ class Line:
     """One segment of a pack."""
 
     name: str
-    """What the segment is: prompt, chosen, ..."""
+    """Name of the segment: prompt, chosen, ..."""
     tokens: list[tuple[str, int]]
     """(role, id), in order"""
     note: str = ""

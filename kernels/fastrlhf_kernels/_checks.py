@@ -67,7 +67,7 @@ def check_range(name: str, value: float, low: float, high: float, *, open_ends: 
 
 
 def check_first_derivative(op: str) -> None:
-    """Raises RuntimeError where a backward would itself be differentiated: it treats slopes as constants."""
+    """Raises RuntimeError if a backward would itself be differentiated, because it treats slopes as constants."""
     if torch.is_grad_enabled():
         raise RuntimeError(f"{op} has no second derivative: create_graph must be False")
 

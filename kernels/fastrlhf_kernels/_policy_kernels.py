@@ -22,7 +22,7 @@ from fastrlhf_kernels.kl_estimate import (
 
 
 class PolicyTerms(NamedTuple):
-    """Of each row, [T] float32, and bool for `clipped`."""
+    """The terms of each row, [T] float32; flags are bool."""
 
     loss: Tensor
     d_logprob: Tensor
@@ -31,7 +31,7 @@ class PolicyTerms(NamedTuple):
     """The clipped term, weighted."""
     ratio: Tensor
     clipped: Tensor
-    """True where a bound of the clip, or of the dual clip, stands for the token's ratio."""
+    """True where a bound of the clip, or of the dual clip, replaces the token's ratio."""
     dual_clipped: Tensor
     """True where that is the bound of the dual clip."""
     approx_kl: Tensor
@@ -61,7 +61,7 @@ def torch_policy_terms(
     token_ratio = log_ratio.exp()
     difference = logprob - sampler_logprob if sequence_log_ratio is None else sequence_log_ratio
     ratio = token_ratio if sequence_log_ratio is None else torch_clamped(difference).exp()
-    # In terms of what is clipped, not of what is active: a NaN then goes on into the loss and the gradient.
+    # Tests for clipped rather than active rows, so that a NaN reaches the loss and the gradient.
     rises, beyond = advantage >= 0, ratio > dual_clip
     dual_clipped = ~rises & beyond
     clipped = torch.where(rises, ratio > high, (ratio < low) | beyond)

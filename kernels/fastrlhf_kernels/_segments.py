@@ -25,6 +25,7 @@ def segment_sum(rows: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 @jit
 def segment_bounds(cu_seqlens, segment, num_rows):
-    """(first row, row after the last) of a segment, int64; never beyond the rows, as nobody has read a GPU's bounds."""
+    """(first row, row after the last) of a segment, int64; never beyond the rows, because bounds on a GPU have not been
+    checked."""
     start = tl.load(cu_seqlens + segment).to(tl.int64)
     return start, tl.minimum(tl.load(cu_seqlens + segment + 1).to(tl.int64), num_rows)

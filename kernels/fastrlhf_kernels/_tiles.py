@@ -86,7 +86,7 @@ def choose_tiles(
         return FLOAT32
     if (major == 8 and minor) or major > 10:
         return SMALL_SHARED_MEMORY
-    # The gradient of float16 is stored in float32; such a tile does not fit beside those of TMA.
+    # The gradient of float16 is stored in float32; such a tile does not fit into shared memory beside the TMA tiles.
     loadable = all(matrix.dtype == torch.bfloat16 and _aligned(matrix) for matrix in matrices)
     pinned = table[min(max(major, 8), 10) if loadable else 8]
     return pinned.heavy if heavy else pinned.light

@@ -57,7 +57,7 @@ def policy_loss(
     *,
     num_tokens: float | Tensor,  # trained tokens of the whole optimiser step, over all micro-batches and ranks
     loss_type: str = "ppo",
-    cu_seqlens: Tensor | None = None,  # [N+1] int32, for gspo alone: the sequences that the T rows are
+    cu_seqlens: Tensor | None = None,  # [N+1] int32, only for gspo: delimits the sequences in the T rows
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     dual_clip: float | None = None,
@@ -99,7 +99,7 @@ def policy_loss(
         mask,
         None if reference_logprob is None else reference_logprob.detach(),
         None if weight is None else weight.detach(),
-        entropy if entropy is None or entropy_coef else entropy.detach(),  # otherwise its backward would run on zeros
+        entropy if entropy is None or entropy_coef else entropy.detach(),  # otherwise its backward would run, on zeros
         None if cu_seqlens is None else _sequence_log_ratio(logprob, sampler_logprob, mask, cu_seqlens),
         *scalars,
         use_triton(impl, device),
