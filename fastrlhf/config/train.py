@@ -99,12 +99,13 @@ class TrainConfig:
     """Device of the run. auto: the first CUDA GPU, or the CPU where there is none; under torchrun the GPU with the
     local rank of the process."""
 
-    dataset_name: str = ""
-    """Hub name of the dataset, or a local file or folder of .jsonl, .jsonl.gz, .ndjson, .json, .csv or .parquet."""
+    dataset_name: str | tuple[str, ...] = ""
+    """Hub name of the dataset, or a local file (.jsonl, .ndjson, .json, .csv, each also .gz or .zst, or .parquet) or
+    folder; a list of several is read as one."""
     dataset_config: str = ""
     """Name of the configuration of a hub dataset that has several."""
     dataset_train_split: str = "train"
-    """Split to train on."""
+    """Split to train on, or a slice of one, for example train[:500] or train[10%:]."""
     dataset_test_split: str = ""
     """Split to evaluate on. Empty: the last `num_eval_examples` rows of the training split are held out."""
     num_eval_examples: int = 0

@@ -27,7 +27,7 @@ from fastrlhf.data.forms import (
     Form,
 )
 from fastrlhf.data.labels import GROUP_LABELS, read_group_labels, read_pair_labels
-from fastrlhf.data.rows import IN_MEMORY, UnusableRow, read_rows, shorten
+from fastrlhf.data.rows import IN_MEMORY, UnusableRow, read_rows, shorten, source_names
 from fastrlhf.data.turns import HH_MARK, TEMPLATE_KEYS, is_empty, present, read_template_values, read_text
 from fastrlhf.types import Example
 
@@ -59,7 +59,7 @@ class LoadedExamples:
 
 
 def load_examples(
-    source: str | Iterable[Mapping[str, Any]],
+    source: str | Iterable[str] | Iterable[Mapping[str, Any]],
     *,
     split: str = "train",
     config_name: str | None = None,
@@ -68,8 +68,9 @@ def load_examples(
     max_bad_fraction: float = 0.1,
     limit: int | None = None,
 ) -> LoadedExamples:
-    """Reads one split of a hub dataset, of a local file (`SUFFIXES`; its only split is "train") or of a folder of them;
-    or rows in memory, for example a datasets.Dataset.
+    """Reads one split, or a slice of one such as train[:500], of a hub dataset, of a local file (`SUFFIXES`; its only
+    split is "train"), of a folder of them or of one that `save_to_disk` wrote, or of a list of several of these; or
+    rows in memory, for example a datasets.Dataset.
 
     Known forms, told apart by the columns, and as text or conversations by the values, that most rows have:
 
@@ -109,7 +110,7 @@ def load_examples(
     needs = tuple(dict.fromkeys(("prompt", *needs)))
     _check_arguments(needs, max_bad_fraction, limit)
     rows = list(islice(read_rows(source, split, config_name), limit))
-    source = source if isinstance(source, str) else IN_MEMORY
+    source = ", ".join(source_names(source)) or IN_MEMORY
     if not rows:
         raise ValueError(f"{source}: split {split!r} has no rows")
     values = [row for _, row in rows]

@@ -9,6 +9,7 @@ from typing import Any
 
 from fastrlhf.config import TrainConfig, parse_columns, require
 from fastrlhf.data.examples import LoadedExamples, load_examples
+from fastrlhf.data.rows import source_names
 from fastrlhf.types import Example
 
 log = logging.getLogger(__name__)
@@ -28,7 +29,7 @@ def given_examples(config: TrainConfig, fields: Sequence[str], rows: Rows | None
         return []
     if isinstance(rows, LoadedExamples):
         return rows.examples
-    require(not isinstance(rows, str), f"{name} rows", rows, "rows; the name of a dataset goes into dataset_name")
+    require(not source_names(rows), f"{name} rows", rows, "rows; the name of a dataset goes into dataset_name")
     given: Any = rows
     values = [given] if isinstance(given, Mapping) else list(given)
     kinds = {type(value) for value in values}

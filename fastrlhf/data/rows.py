@@ -1,7 +1,8 @@
 """Rows of a dataset, each with a place for messages: the hub, local files and folders.
 
-The hub, the splits of a folder and Parquet go through `datasets`. JSON and CSV are read line by line, because a message
-must name the line, one odd value must spoil one row and not the file, and "007" must stay text.
+The hub, the splits of a folder, folders of `save_to_disk` and Parquet go through `datasets`. JSON and CSV are read line
+by line, because a message must name the line, one odd value must spoil one row and not the file, and "007" must stay
+text.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 import csv
 import glob
 import gzip
+import io
 import json
+import logging
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,12 +20,23 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow
+from datasets.data_files import DataFilesDict, get_data_patterns
 from datasets.exceptions import DatasetsError
 
 from fastrlhf.data.hub import check_hub
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parquet")
-"""Suffixes of data files, compared with names in lower case."""
+log = logging.getLogger(__name__)
+
+PACKED = (".gz", ".zst")
+KINDS = (".jsonl", ".ndjson", ".json", ".csv")
+SUFFIXES = (*(kind + packed for kind in KINDS for packed in ("", *PACKED)), ".parquet")
+"""Endings of the files that are read, in lower case; names may have them in any case."""
+
+ENDINGS = ".jsonl, .ndjson, .json, .csv (alone or with .gz or .zst) or .parquet"
+
+OTHER_DATA = (".arrow", ".txt", ".tsv", ".xml", ".orc", ".avro", ".zip", ".tar", ".bz2", ".xz", ".lz4", ".7z")
+"""Endings of data files that are not read; files with other endings, such as README.md, are no data."""
 
 
 class UnusableRow(Exception):
@@ -38,54 +52,139 @@ IN_MEMORY = "rows in memory"
 
 
 def read_rows(
-    source: str | Iterable[Mapping[str, Any]], split: str, config_name: str | None
+    source: str | Iterable[str] | Iterable[Mapping[str, Any]], split: str, config_name: str | None
 ) -> Iterator[tuple[str, object]]:
-    """(place, row) of a split, or of rows in memory, in order. Raises ValueError for a source that is missing, broken
-    or not UTF-8, and for a mapping of splits or columns, which is not an iterable of rows."""
-    if not isinstance(source, str):
+    """(place, row) of a split, or of rows in memory, in order. Several names are read one after the other as if they
+    were one. `split` may be a slice such as train[:500], train[10%:] or train+test, counted over all of them.
+
+    Raises ValueError for a source that is missing, broken or not UTF-8, and for a mapping of splits or columns, which
+    is not an iterable of rows."""
+    names = source_names(source)
+    if not names:
         if isinstance(source, Mapping):
-            names = ", ".join(map(str, source))
-            raise ValueError(f"{IN_MEMORY}: give rows, not a {type(source).__name__} of {names}")
+            keys = ", ".join(map(str, source))
+            raise ValueError(f"{IN_MEMORY}: give rows, not a {type(source).__name__} of {keys}")
         for number, row in enumerate(source):
             yield f"number {number} of those given", dict(row) if isinstance(row, Mapping) else row
         return
-    path = Path(source).expanduser()
+    if not set("[+") & set(split) or (len(names) == 1 and not is_local(names[0])):  # the hub slices by itself
+        for name in names:
+            yield from _split_rows(name, split, config_name)
+        return
+    try:
+        instruction = datasets.ReadInstruction.from_spec(split)
+    except ValueError:
+        form = "a slice looks like train[:500], train[10%:] or train[:500]+test"
+        raise ValueError(f"split {split!r} cannot be understood: {form}") from None
+    splits = dict.fromkeys(part.partition("[")[0].strip() for part in split.split("+"))
+    rows = {each: [row for name in names for row in _split_rows(name, each, config_name)] for each in splits}
+    try:
+        parts = instruction.to_absolute({each: len(rows[each]) for each in splits})
+    except (AssertionError, ValueError) as error:
+        raise ValueError(f"split {split!r}: {shorten(str(error))}") from None
+    for part in parts:
+        yield from rows[part.splitname][part.from_ : part.to]
+
+
+def source_names(source: object) -> tuple[str, ...]:
+    """The names of files, folders or hub datasets that a source is; empty for rows in memory."""
+    if isinstance(source, str):
+        return (source,)
+    values: tuple[Any, ...] = tuple(source) if isinstance(source, (list, tuple)) else ()
+    return values if all(isinstance(value, str) for value in values) else ()
+
+
+def is_local(name: str) -> bool:
+    """Whether a name is a file or folder, or can only be the name of one; else it is looked for on the hub."""
+    path = Path(name).expanduser()
+    looks_local = name.startswith((".", "~")) or name.count("/") > 1 or name.lower().endswith(SUFFIXES)
+    return path.is_absolute() or looks_local or path.exists()
+
+
+def _split_rows(name: str, split: str, config_name: str | None) -> Iterator[tuple[str, object]]:
+    path = Path(name).expanduser()
+    if not is_local(name):
+        yield from _hub_rows(name, split, config_name)
+        return
     if path.is_dir():
-        splits = _folder_splits(path, config_name)
+        splits = _saved_splits(path) or _folder_splits(path, config_name)
     elif path.is_file():
         splits = {"train": [path]}
-    elif (
-        path.is_absolute()
-        or source.startswith((".", "~"))
-        or source.count("/") > 1
-        or source.lower().endswith(SUFFIXES)
-    ):
-        raise ValueError(f"{source}: no such file or folder (a hub dataset is named like owner/name)")
     else:
-        yield from _hub_rows(source, split, config_name)
-        return
+        raise ValueError(f"{name}: no such file or folder (a hub dataset is named like owner/name)")
     if split not in splits:
-        raise ValueError(f"{source}: no split {split!r} among {sorted(splits)} (a single file is the split 'train')")
-    for file in splits[split]:
-        yield from _file_rows(file)
+        raise ValueError(f"{name}: no split {split!r} among {sorted(splits)} (a single file is the split 'train')")
+    for part in splits[split]:
+        if isinstance(part, Path):
+            yield from _file_rows(part)
+        else:
+            yield from ((f"{path.name} row {index}", row) for index, row in enumerate(part))
+
+
+def _saved_splits(folder: Path) -> dict[str, list[Any]]:
+    """Split -> datasets of a folder that `save_to_disk` wrote, a lone dataset as "train"; empty for other folders."""
+    if not any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        return {}
+    try:
+        saved = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError, KeyError, pyarrow.ArrowException) as error:
+        raise ValueError(f"{folder}: not a readable folder of save_to_disk: {shorten(str(error))}") from None
+    splits = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
+    return {str(split): [dataset] for split, dataset in splits.items()}
 
 
 def _folder_splits(folder: Path, config_name: str | None) -> dict[str, list[Path]]:
-    """Split -> files, by the naming rules of `datasets` (train.jsonl, test-00000-of-00002.parquet, ...)."""
+    """Split -> files, by the naming rules of `datasets` (train.jsonl, test-00000-of-00002.parquet, ...) or by the
+    configurations in README.md. Warns of data files that are in no split or that nothing reads."""
     with tempfile.TemporaryDirectory() as cache:
+        # `datasets` takes brackets in the name of a folder for patterns, so it is given another name
+        link = Path(cache) / "folder"
+        link.symlink_to(folder.resolve(), target_is_directory=True)
+        by_card = bool(config_name) or "configs:" in _card(folder)
         try:
-            found = datasets.load_dataset_builder(str(folder), config_name, cache_dir=cache).config.data_files or {}
+            if by_card:
+                found = datasets.load_dataset_builder(str(link), config_name, cache_dir=cache).config.data_files or {}
+            else:  # a builder would read the files of one ending only
+                found = DataFilesDict.from_patterns(get_data_patterns(str(link)), base_path=str(link))
         except (OSError, ValueError) as error:
-            raise ValueError(
-                f"{folder}: not a folder of data files (or config_name is wrong): {shorten(str(error))}"
-            ) from None
+            told = shorten(str(error).replace(str(link), str(folder)))
+            raise ValueError(f"{folder}: not a folder of data files (or config_name is wrong): {told}") from None
+        files = {
+            str(split): [folder / Path(file).relative_to(link) for file in dict.fromkeys(files)]
+            for split, files in found.items()
+        }
     splits = {
-        str(split): [Path(file) for file in files if file.lower().endswith(SUFFIXES)] for split, files in found.items()
+        split: readable
+        for split, own in files.items()
+        if (readable := [file for file in own if file.name.lower().endswith(SUFFIXES)])
     }
-    splits = {split: files for split, files in splits.items() if files}
     if not splits:
         raise ValueError(f"{folder}: no file that ends in one of {', '.join(SUFFIXES)}")
+    left_out = [] if by_card else _left_out(folder, {file for own in splits.values() for file in own})
+    if left_out:
+        more = f" and {len(left_out) - 5:,} more" if len(left_out) > 5 else ""
+        log.warning(
+            "%s: not read: %s%s; the others make the splits %s. A split takes files with its name in theirs and one "
+            "of the endings %s",
+            *(folder, ", ".join(left_out[:5]), more, ", ".join(splits), ENDINGS),
+        )
     return splits
+
+
+def _card(folder: Path) -> str:
+    card = folder / "README.md"
+    return card.read_text("utf-8", "replace") if card.is_file() else ""
+
+
+def _left_out(folder: Path, read: set[Path]) -> list[str]:
+    """Data files in a folder, by their paths within it, that are not among those read; hidden ones do not count."""
+    paths = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path not in read and path.is_file())
+    return [
+        str(path)
+        for path in paths
+        if path.name.lower().endswith((*SUFFIXES, *OTHER_DATA))
+        and not any(part.startswith((".", "__")) for part in path.parts)
+    ]
 
 
 def _hub_rows(name: str, split: str, config_name: str | None) -> Iterator[tuple[str, object]]:
@@ -102,14 +201,29 @@ def _hub_rows(name: str, split: str, config_name: str | None) -> Iterator[tuple[
 
 
 def _file_rows(path: Path) -> Iterator[tuple[str, object]]:
-    kind = path.name.lower().removesuffix(".gz")
-    if kind.endswith(".parquet"):
+    kind = _kind(path)
+    if kind == ".parquet":
         return _parquet_rows(path)
-    if kind.endswith(".csv"):
+    if kind == ".csv":
         return _csv_rows(path)
-    if kind.endswith((".json", ".jsonl", ".ndjson")):
+    if kind in (".json", ".jsonl", ".ndjson"):
         return _json_rows(path)
     raise ValueError(f"{path}: a data file ends in one of {', '.join(SUFFIXES)}")
+
+
+def _kind(path: Path) -> str:
+    """The ending in lower case, without that of the compression."""
+    name = path.name.lower()
+    for packed in PACKED:
+        name = name.removesuffix(packed)
+    return Path(name).suffix
+
+
+def _open(path: Path) -> Any:
+    packed = path.suffix.lower()
+    if packed == ".gz":
+        return gzip.open(path, "rb")
+    return io.BufferedReader(pyarrow.input_stream(str(path), "zstd")) if packed == ".zst" else path.open("rb")
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, object]]:
@@ -126,7 +240,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """(line number from 1, text with its line end); a byte-order mark is dropped."""
     number = 0
     try:
-        with gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb") as file:
+        with _open(path) as file:
             for number, line in enumerate(file, start=1):
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
@@ -138,7 +252,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 def _json_rows(path: Path) -> Iterator[tuple[str, object]]:
     """One object per line; or, in a file named .json, one array of objects, alone or as the only value of an object."""
     lines = _lines(path)
-    if path.name.lower().removesuffix(".gz").endswith(".json"):
+    if _kind(path) == ".json":
         text = "".join(line for _, line in lines)
         rows = _array(text, path)
         if rows is not None:

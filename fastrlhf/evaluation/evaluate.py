@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fastrlhf.config import EvalConfig, check_config, require
 from fastrlhf.config.files import as_yaml, load_yaml
 from fastrlhf.data.given import Rows
+from fastrlhf.data.rows import source_names
 from fastrlhf.data.specials import end_ids, special_ids
 from fastrlhf.distributed.ranks import check_one_process
 from fastrlhf.evaluation.completions import respond
@@ -152,7 +153,7 @@ def _warn_of_trained_rows(config: EvalConfig, rows: Sequence[TokenizedExample]) 
         run = _run_config(name)
         if (
             not run.get("dataset_name")
-            or Path(run["dataset_name"]).expanduser().resolve() != Path(config.dataset_name).expanduser().resolve()
+            or _places(run["dataset_name"]) != _places(config.dataset_name)
             or (run.get("dataset_config"), run.get("dataset_train_split")) != (config.dataset_config, split)
         ):
             continue
@@ -164,6 +165,10 @@ def _warn_of_trained_rows(config: EvalConfig, rows: Sequence[TokenizedExample]) 
                 "the same num_eval_examples there and here",
                 *(name, num, len(rows)),
             )
+
+
+def _places(dataset_name: str | Sequence[str]) -> list[Path]:
+    return [Path(name).expanduser().resolve() for name in source_names(dataset_name)]
 
 
 def _run_config(model: str) -> dict[str, Any]:

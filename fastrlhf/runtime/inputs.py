@@ -20,6 +20,7 @@ from fastrlhf.data.examples import LoadedExamples, load_examples
 from fastrlhf.data.forms import RESPONSES
 from fastrlhf.data.given import Rows, given_examples
 from fastrlhf.data.labels import GROUP_LABELS
+from fastrlhf.data.rows import source_names
 from fastrlhf.data.specials import special_ids
 from fastrlhf.data.templates import reads_clock
 from fastrlhf.data.token_report import TokenReport
@@ -242,7 +243,12 @@ def _split(config: TrainConfig, fields: Sequence[str]) -> tuple[list[Example], l
 
 
 def _load(config: TrainConfig, fields: Sequence[str], split: str, limit: int) -> LoadedExamples:
-    require(bool(config.dataset_name), "dataset_name", config.dataset_name, "a hub name, or a local file or folder")
+    require(
+        all(source_names(config.dataset_name) or [""]),
+        "dataset_name",
+        config.dataset_name,
+        "a hub name, or a local file or folder",
+    )
     loaded = load_examples(
         config.dataset_name,
         split=split,

@@ -260,6 +260,18 @@ def test_values_inside_a_mapping_keep_their_types(write):
     assert json.loads(written) == expected
 
 
+def test_a_dataset_is_one_name_or_several(write, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    files = ("a b.jsonl", "/home/someone/b,c.jsonl")
+    text = "dataset_name: [a b.jsonl, '~/b,c.jsonl']"
+    assert parse(SFTConfig, ["--config", write(text)], "sft").dataset_name == files
+    flags = parse(SFTConfig, ["--dataset_name", "a b.jsonl", "~/b,c.jsonl", "--seed", "1"], "sft")
+    assert flags.dataset_name == files
+    assert parse(SFTConfig, ["--config", write(as_yaml(flags))], "sft") == flags
+    assert parse(SFTConfig, ["--config", write("dataset_name: 007")], "sft").dataset_name == "007"
+    assert SFTConfig(dataset_name=[Path("a"), "b"]).dataset_name == ("a", "b")
+
+
 def test_a_blank_item_of_a_list_is_refused(write):
     with pytest.raises(ValueError, match=r"run.yaml: report_to: item 2 of the list is blank"):
         read_yaml(write("report_to:\n- wandb\n-\n"), SFTConfig, "sft")

@@ -1,9 +1,11 @@
 import gzip
 import json
+import logging
 import os
 from pathlib import Path
 
 import datasets
+import pyarrow
 import pytest
 
 from fastrlhf.data.rows import read_rows, shorten
@@ -23,6 +25,13 @@ def write(path: Path, rows: list) -> Path:
     return path
 
 
+def zstd(content: bytes) -> bytes:
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(content)
+    return sink.getvalue().to_pybytes()
+
+
 def test_the_same_rows_are_read_from_every_kind_of_file(tmp_path):
     rows = [{"prompt": "007", "completion": 'a, "b"\nc'}, {"prompt": "NA", "completion": "\u00fc"}]
     lines = write(tmp_path / "a.jsonl", rows)
@@ -35,8 +44,11 @@ def test_the_same_rows_are_read_from_every_kind_of_file(tmp_path):
     for file in list(tmp_path.iterdir()):
         if file.suffix != ".parquet":
             (tmp_path / f"{file.name}.gz").write_bytes(gzip.compress(file.read_bytes()))
+            (tmp_path / f"{file.name}.zst").write_bytes(zstd(file.read_bytes()))
+    for file in list(tmp_path.iterdir()):
+        (tmp_path / f"upper {file.name.upper()}").write_bytes(file.read_bytes())
     files = sorted(tmp_path.iterdir())
-    assert len(files) == 9
+    assert len(files) == 26
     for file in files:
         assert read(file) == rows, file.name
 
@@ -88,6 +100,119 @@ def test_a_folder_has_the_splits_that_its_file_names_say(tmp_path):
         read(tmp_path, "validation")
 
 
+def test_a_split_of_a_folder_has_files_of_every_ending(tmp_path):
+    write(tmp_path / "train-1.jsonl", [{"prompt": "a"}])
+    (tmp_path / "train-2.csv").write_text("prompt\nb\n")
+    write(tmp_path / "train-3.JSONL", [{"prompt": "c"}])
+    (tmp_path / "train-4.jsonl.zst").write_bytes(zstd(b'{"prompt": "d"}\n'))
+    write(tmp_path / "train-5.ndjson", [{"prompt": "e"}])
+    datasets.Dataset.from_list([{"prompt": "f"}]).to_parquet(tmp_path / "train-6.parquet")
+    assert [row["prompt"] for row in read(tmp_path)] == ["a", "b", "c", "d", "e", "f"]
+
+
+def test_data_files_of_a_folder_that_are_not_read_are_named(tmp_path, caplog):
+    write(tmp_path / "train.jsonl", [{"prompt": "a"}])
+    with caplog.at_level(logging.WARNING, "fastrlhf"):
+        assert read(tmp_path) == [{"prompt": "a"}]
+    assert not caplog.records
+    write(tmp_path / "more.jsonl", [{"prompt": "b"}])
+    write(tmp_path / ".hidden" / "rows.jsonl", [{"prompt": "c"}])
+    for name in ("train.txt", "README.md"):
+        (tmp_path / name).write_text("about")
+    with caplog.at_level(logging.WARNING, "fastrlhf"):
+        assert read(tmp_path) == [{"prompt": "a"}]
+    (told,) = caplog.messages
+    assert told.startswith(f"{tmp_path}: not read: more.jsonl, train.txt; the others make the splits train. ")
+
+
+def test_a_file_that_two_rules_put_into_a_split_is_read_once(tmp_path):
+    write(tmp_path / "train" / "train-1" / "a.jsonl", [{"prompt": "a"}])
+    assert read(tmp_path) == [{"prompt": "a"}]
+
+
+def test_brackets_and_other_characters_of_patterns_are_part_of_a_name(tmp_path):
+    folder = tmp_path / "run[1]*?{a}"
+    write(folder / "train[ab].jsonl", [{"prompt": "a"}])
+    datasets.Dataset.from_list([{"prompt": "b"}]).to_parquet(folder / "train-[x]?.parquet")
+    write(tmp_path / "run1" / "traina.jsonl", [{"prompt": "wrong"}])
+    write(folder / "traina.jsonl", [{"prompt": "left out"}])
+    assert read(folder / "train[ab].jsonl") == [{"prompt": "a"}]
+    assert read(folder / "train-[x]?.parquet") == [{"prompt": "b"}]
+    (folder / "traina.jsonl").unlink()
+    (folder / "train[ab].jsonl").rename(folder / "train-[ab].jsonl")
+    assert read(folder) == [{"prompt": "a"}, {"prompt": "b"}]
+
+
+def test_a_folder_that_save_to_disk_wrote_is_read(tmp_path):
+    rows = [{"prompt": "a", "n": 1}, {"prompt": "b", "n": 2}]
+    dataset = datasets.Dataset.from_list(rows)
+    dataset.save_to_disk(tmp_path / "one[1]")
+    datasets.DatasetDict({"train": dataset, "held": dataset.select([1])}).save_to_disk(tmp_path / "two")
+    assert read(tmp_path / "one[1]") == rows
+    assert places(tmp_path / "two") == ["two row 0", "two row 1"]
+    assert read(tmp_path / "two", "held") == rows[1:]
+    with pytest.raises(ValueError, match=r"no split 'test' among \['held', 'train'\]"):
+        read(tmp_path / "two", "test")
+    for file in (tmp_path / "one[1]").glob("*.arrow"):
+        file.unlink()
+    with pytest.raises(ValueError, match="not a readable folder of save_to_disk"):
+        read(tmp_path / "one[1]")
+
+
+@pytest.mark.parametrize(
+    ("split", "rows"),
+    [
+        ("train[:3]", "abc"),
+        ("train[-2:]", "ij"),
+        ("train[10%:30%]", "bc"),
+        ("train[:99]", "abcdefghij"),
+        ("train[8:]+test[:1]", "ijx"),
+        ("test+train[:1]", "xya"),
+    ],
+)
+def test_slices_of_splits_are_those_of_datasets(tmp_path, split, rows):
+    write(tmp_path / "train.jsonl", [{"prompt": letter} for letter in "abcdefghij"])
+    write(tmp_path / "test.jsonl", [{"prompt": letter} for letter in "xy"])
+    assert "".join(row["prompt"] for row in read(tmp_path, split)) == rows
+    files = {name: str(tmp_path / f"{name}.jsonl") for name in ("train", "test")}
+    theirs = datasets.load_dataset("json", data_files=files, split=split, cache_dir=str(tmp_path / "cache"))
+    assert "".join(theirs["prompt"]) == rows
+
+
+def test_a_slice_that_cannot_be_understood_is_refused(tmp_path):
+    file = write(tmp_path / "a.jsonl", [{"prompt": "a"}])
+    with pytest.raises(ValueError, match=r"split 'train\[::2\]' cannot be understood: a slice looks"):
+        read(file, "train[::2]")
+    with pytest.raises(ValueError, match=r"no split 'test' among \['train'\]"):
+        read(file, "test[:3]")
+
+
+def test_several_files_are_read_as_one(tmp_path):
+    first = write(tmp_path / "a.jsonl", [{"prompt": "a"}, {"prompt": "b"}])
+    (tmp_path / "b.csv").write_text("prompt\nc\n")
+    names = [str(first), str(tmp_path / "b.csv")]
+    assert [place for place, _ in read_rows(names, "train", None)] == [
+        "a.jsonl line 1",
+        "a.jsonl line 2",
+        "b.csv line 2",
+    ]
+    assert [row["prompt"] for _, row in read_rows(tuple(names), "train[1:]", None)] == ["b", "c"]
+    with pytest.raises(ValueError, match=r"missing.jsonl: no such file or folder"):
+        list(read_rows([*names, "missing.jsonl"], "train", None))
+
+
+def test_the_hub_slices_by_itself(monkeypatch):
+    asked = []
+
+    def load_dataset(name, config_name, split):
+        asked.append(split)
+        return datasets.Dataset.from_list([{"prompt": "a"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert read("owner/name", "train[:1]") == [{"prompt": "a"}]
+    assert asked == ["train[:1]"]
+
+
 def test_a_single_file_is_the_split_train(tmp_path):
     with pytest.raises(ValueError, match=r"no split 'test' among \['train'\] \(a single file is the split 'train'\)"):
         read(write(tmp_path / "a.jsonl", [{"prompt": "a"}]), "test")
@@ -137,6 +262,8 @@ def test_new_content_at_an_old_path_is_read_anew(tmp_path, name):
         ("a.parquet", b"PAR1 not", "a.parquet: not a readable Parquet file"),
         ("a.jsonl.gz", b"not gzip", "cannot be read, or cut short: Not a gzipped file"),
         ("a.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 99, mtime=0)[:-12], "cannot be read, or cut short"),
+        ("a.jsonl.zst", b"not zstd", "cannot be read, or cut short"),
+        ("a.jsonl.zst", zstd(b'{"prompt": "a"}\n' * 99)[:-6], "cannot be read, or cut short: Truncated"),
         ("a.txt", b"hello", "a data file ends in one of .jsonl"),
     ],
 )

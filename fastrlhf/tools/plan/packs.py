@@ -7,7 +7,6 @@ tokens. Responses are assumed to have `response_length` tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -15,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from fastrlhf.algorithms.experience import pack_episodes
 from fastrlhf.config import DPOConfig, PPOConfig, RewardConfig, TrainConfig, require
 from fastrlhf.data.packing import forest, micro_batches, num_computed, pack
-from fastrlhf.data.rows import SUFFIXES
+from fastrlhf.data.rows import is_local, source_names
 from fastrlhf.runtime.inputs import open_tokenizer
 from fastrlhf.tools.plan.work import open_work, to_tree
 from fastrlhf.types import PackedBatch, Prefix, Rollout, TokenizedExample
@@ -49,9 +48,9 @@ class Packs:
 
 
 def read_rows(config: TrainConfig) -> Rows:
-    source = config.dataset_name
-    require(bool(source), "dataset_name", source, "a hub name, or a local file or folder")
-    if Path(source).expanduser().exists() or source.endswith(SUFFIXES) or source.startswith((".", "~", "/")):
+    sources = source_names(config.dataset_name)
+    require(all(sources or [""]), "dataset_name", config.dataset_name, "a hub name, or a local file or folder")
+    if all(map(is_local, sources)):
         work = open_work(config, most_batches=MOST_BATCHES)
         note = f"rows: {work.report.summary()}"
         return Rows(tokenizer=work.tokenizer, examples=work.examples, batches=work.batches, steps=work.steps, note=note)
@@ -67,7 +66,8 @@ def read_rows(config: TrainConfig) -> Rows:
         examples=examples,
         batches=[list(range(num))],
         steps=steps,
-        note=f"dataset: {source} is not on this disk, so not read; rows of {config.max_length:,} tokens are assumed",
+        note=f"dataset: {', '.join(sources)} is not on this disk, so not read; "
+        f"rows of {config.max_length:,} tokens are assumed",
     )
 
 
