@@ -72,7 +72,7 @@ def train_ppo(
     Raises ValueError for bad input before any time is spent, and where training must not go on (algorithms/guards.py).
     """
     check_config(config, PPOConfig, "train_ppo")
-    check_sources(config, judge=judge, engine=engine, functions=reward_functions or ())
+    check_sources(config, judge=judge, engine=engine, functions=reward_functions)
     rewarded = bool(config.reward_functions or reward_functions)
     tokenizer, data = open_inputs(
         config, _fields_read(config), examples, eval_examples, tokenizer=tokenizer, keep_rows=rewarded

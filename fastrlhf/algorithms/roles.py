@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,7 +26,7 @@ from fastrlhf.models.offload import Waiting
 from fastrlhf.models.roles import critic_from, holds_adapter, judge_and_critic, new_critic, score_role
 from fastrlhf.models.sharding import shard
 from fastrlhf.models.vocabulary import limit_vocabulary
-from fastrlhf.rewards.functions import RewardFunctions
+from fastrlhf.rewards.functions import RewardFunction, RewardFunctions
 from fastrlhf.rewards.implicit import implicit_sources, open_implicit_reward
 from fastrlhf.rewards.terms import Rewards, open_rewards
 from fastrlhf.rollout.engine import Engine, SharedEngine, TransformersEngine
@@ -67,14 +67,23 @@ class Roles:
 
 
 def check_sources(
-    config: PPOConfig, *, judge: Judge | None, engine: EngineFactory | None, functions: Collection[str] = ()
+    config: PPOConfig,
+    *,
+    judge: Judge | None,
+    engine: EngineFactory | None,
+    functions: Mapping[str, RewardFunction] | None = None,
 ) -> None:
     """Reads the configuration of every model that `config` names, before data is read or weights are loaded.
 
-    `functions` are the names of reward functions beside those of `config`. Raises ValueError, naming the key, for a
+    `functions` are the reward functions beside those of `config`, by name. Raises ValueError, naming the key, for a
     model that is missing, unreadable or of the wrong kind, when nothing rewards a response, and for keys that concern a
     score when there is no judge.
     """
+    if functions is not None and not isinstance(functions, Mapping):
+        kind = type(functions).__name__
+        raise ValueError(
+            f"reward_functions: must map names to functions, for example {{'correct': correct}}; got a {kind}"
+        )
     implicit = implicit_sources(config)
     if judge is None and not config.reward_model_path:
         if not (config.reward_functions or functions or implicit):

@@ -30,6 +30,7 @@ def parse(kind: type, arguments: Sequence[str], command: str) -> Any:
         values |= files.read_yaml(path, kind, command)
         shared |= files.shared_keys(path, command)
         del rest[where : where + 2]
+    files.check_one_name(rest, kind)
     rest = [files.without_alias(argument, kind) for argument in rest]
     files.check_flags(rest, kind, command)
     while True:

@@ -53,8 +53,8 @@ def read_yaml(path: str, kind: type, command: str) -> dict[str, Any]:
     """
     hints = get_type_hints(kind)
     known, given = {field.name for field in fields(kind)}, dict[str, Any]()
-    texts, place = _keys_of_command(path, load_yaml(path, as_text=True), command)
-    for (alias, value), text in zip(_keys_of_command(path, load_yaml(path), command)[0], texts, strict=True):
+    texts, place = _keys_of_command(path, load_yaml(path, as_text=True), command, known)
+    for (alias, value), text in zip(_keys_of_command(path, load_yaml(path), command, known)[0], texts, strict=True):
         key = _without_alias(alias, known)
         if key not in known:
             raise ValueError(f"{place}: unknown key {alias!r}{unknown(str(alias), kind, command)}")
@@ -64,8 +64,12 @@ def read_yaml(path: str, kind: type, command: str) -> dict[str, Any]:
     return given
 
 
-def _keys_of_command(path: str, content: dict[str, Any], command: str) -> tuple[list[tuple[Any, Any]], str]:
-    """The keys and values for one command in the order in which they count, and the place for messages about them."""
+def _keys_of_command(
+    path: str, content: dict[str, Any], command: str, known: Collection[str]
+) -> tuple[list[tuple[Any, Any]], str]:
+    """The keys and values for one command in the order in which they count, and the place for messages about them.
+
+    Raises ValueError for an unknown section, and where one section sets a key of `known` by two of its names."""
     place = path
     if set(content) & COMMANDS:
         for section in content:
@@ -78,6 +82,8 @@ def _keys_of_command(path: str, content: dict[str, Any], command: str) -> tuple[
         parts, place = [_section(path, content, "shared"), own], f"{path}, {command}"
     else:
         parts = [content]
+    for part in parts:
+        _check_one_name(part, known, place)
     return [item for part in parts for item in part.items()], place
 
 
@@ -259,6 +265,21 @@ def without_alias(argument: str, kind: type) -> str:
     alias = name[2:].replace("-", "_")
     key = _without_alias(alias, {field.name for field in fields(kind)})
     return f"--{key}{equals}{value}" if name.startswith("--") and key != alias else argument
+
+
+def check_one_name(arguments: Sequence[str], kind: type) -> None:
+    """Raises ValueError where flags set one key by two of its names; the parser would silently take the last."""
+    flags = [argument.partition("=")[0][2:].replace("-", "_") for argument in arguments if argument.startswith("--")]
+    _check_one_name(flags, {field.name for field in fields(kind)})
+
+
+def _check_one_name(names: Iterable[str], known: Collection[str], place: str = "") -> None:
+    used: dict[str, str] = {}
+    for name in names:
+        key = _without_alias(name, known)
+        if (other := used.setdefault(key, name)) != name:
+            where = f"{place}: " if place else ""
+            raise ValueError(f"{where}{other!r} and {name!r} are two names of the key {key}; give one of them")
 
 
 def _without_alias(key: str, known: Collection[str]) -> str:

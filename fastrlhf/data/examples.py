@@ -52,7 +52,7 @@ class LoadedExamples:
     def summary(self) -> str:
         """One-line summary for the header of a run."""
         text = f"{self.source}: {len(self.examples):,} examples of {self.num_rows:,} rows ({self.form})"
-        unread = f"; not read: {', '.join(self.unread)}" if self.unread else ""
+        unread = f"; no part of prompt or response: {', '.join(self.unread)}" if self.unread else ""
         if self.first_bad is None:
             return f"{text}, none skipped{unread}"
         return f"{text}, skipped {_counts(self.skipped)}; the first: {self.first_bad}{unread}"
@@ -196,10 +196,13 @@ def _detect_form(
         candidates = [form for form in candidates if form is not TEXTS] or candidates
     form = next((form for form in candidates if set(needs) <= form.provides(names)), None)
     if form is None:
-        missing = sorted(set(needs) - candidates[0].provides(names))
+        given = candidates[0].provides(names)
+        missing = sorted(set(needs) - given)
+        instead = ", or use the response chosen (response of sft, reset_source of drpo, opponent of eval)"
         raise ValueError(
             f"{source}: no {' and no '.join(missing)} in {candidates[0].name} ({', '.join(names.values())}); "
             f"name a column for it with columns, as {missing[0]}=<column>"
+            f"{instead if 'reference' in missing and 'chosen' in given else ''}"
         )
     keys = [names[name] for name in form.required]
     lists = [row for row in having[form.name] if isinstance(row[keys[-1]], list)]

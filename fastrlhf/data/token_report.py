@@ -87,11 +87,14 @@ class TokenReport:
 def check_fractions(report: TokenReport, max_bad_fraction: float, max_dropped_fraction: float) -> None:
     """Raises ValueError where no row is left, where the chat template refuses or changes too many, or where too many
     are dropped."""
-    if not report.num_kept:
-        raise ValueError(
-            f"no row is left after tokenising; max_length or truncation_mode may be the cause: {report.summary()}"
-        )
     by_template = {reason: count for reason, count in report.dropped.items() if reason.startswith("template_")}
+    if not report.num_examples:
+        raise ValueError("no row is left to train or evaluate on: none was given; give at least one example")
+    if not report.num_kept:
+        template_alone = report.dropped and len(by_template) == len(report.dropped)
+        cause = "chat_template: " if template_alone else ""
+        fix = "give another template" if template_alone else "max_length or truncation_mode may be the cause"
+        raise ValueError(f"{cause}no row is left after tokenising; {fix}: {report.summary()}")
     bad = by_template | report.changed
     if (num := sum(bad.values())) > max_bad_fraction * report.num_examples:
         raise ValueError(

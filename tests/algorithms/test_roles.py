@@ -39,3 +39,10 @@ def test_a_judge_that_is_not_there_is_named_by_its_key(tmp_path):
     cfg = config(tmp_path, eval_reward_model_path=str(tmp_path / "missing"))
     with pytest.raises(ValueError, match=r"^eval_reward_model_path: "):
         check_sources(cfg, judge=None, engine=None)
+
+
+@pytest.mark.parametrize("functions", [[len], len])
+def test_reward_functions_without_names_are_refused(tmp_path, functions):
+    told = r"^reward_functions: must map names to functions, for example .*; got a (list|builtin)"
+    with pytest.raises(ValueError, match=told):
+        check_sources(config(tmp_path), judge=None, engine=None, functions=functions)

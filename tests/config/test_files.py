@@ -223,6 +223,18 @@ def test_other_spellings_are_understood_where_the_key_exists(write):
         parse(SFTConfig, ["--reset_group_size", "4"], "sft")
 
 
+def test_two_names_of_one_key_are_refused_in_one_place(write):
+    told = r"'response_length' and 'max_completion_length' are two names of the key response_length; give one of them$"
+    with pytest.raises(ValueError, match="^" + told):
+        parse(PPOConfig, ["--response-length", "4", "--max_completion_length=7"], "ppo")
+    path = write("response_length: 4\nmax_completion_length: 7\n")
+    with pytest.raises(ValueError, match=f"^{path}: {told}"):
+        parse(PPOConfig, ["--config", path], "ppo")
+    path = write("shared:\n  response_length: 4\nppo:\n  max_completion_length: 7\n")
+    assert parse(PPOConfig, ["--config", path], "ppo").response_length == 7
+    assert parse(PPOConfig, ["--config", path, "--response_length", "5"], "ppo").response_length == 5
+
+
 def test_a_blank_or_null_key_is_absent_unless_null_is_a_value_of_it(write):
     path = write(
         "shared: {seed: 3}\nsft:\n  eos_token:\n  seed: null\n  report_to: ~\ndrpo: {missing_eos_score: null}\n"

@@ -357,6 +357,16 @@ def test_a_prompt_column_that_the_user_names_beats_a_prompt_built_from_other_col
     assert str(example.prompt).startswith("SUBREDDIT: r/a")
 
 
+def test_pairs_in_place_of_demonstrations_are_refused_with_the_keys_that_name_chosen(tmp_path):
+    told = r"no reference in pairs .* as reference=<column>, or use the response chosen \(response of sft, .*"
+    path = write(tmp_path / "a.jsonl", [{"prompt": "Q", "chosen": "a", "rejected": "b"}])
+    with pytest.raises(ValueError, match=told):
+        load_examples(path, needs=("prompt", "reference"))
+    path = write(tmp_path / "b.jsonl", [{"prompt": "Q"}])
+    with pytest.raises(ValueError, match=r"no reference in prompts \(prompt\); .* as reference=<column>$"):
+        load_examples(path, needs=("prompt", "reference"))
+
+
 def test_numbers_of_a_pair_are_read_where_they_are_needed_and_checked(tmp_path):
     row = {"prompt": "Q", "chosen": "a", "rejected": "b", "label_prob": 1, "gap": 0.5}
     path = write(tmp_path / "a.jsonl", [row])

@@ -184,8 +184,18 @@ def test_every_row_is_kept_or_counted_and_every_response_has_one_fate():
 def test_no_row_left_is_an_error_with_the_counts():
     with pytest.raises(ValueError, match=r"no row is left.*dropped 2 for prompt_fills_max_length"):
         ids([example("a b", chosen="c")] * 2, max_length=2)
-    with pytest.raises(ValueError, match="no row is left"):
+    with pytest.raises(ValueError, match=r"^no row is left to train or evaluate on: none was given; give at least one"):
         ids([])
+
+
+def test_a_template_that_refuses_every_row_is_named_as_the_cause():
+    turns = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
+    rows = [Example(prompt=turns, reference=[{"role": "assistant", "content": "c"}], row=0)]
+    told = (
+        r"^chat_template: no row is left after tokenising; give another template: .*the hh template has no role system"
+    )
+    with pytest.raises(ValueError, match=told):
+        tokenize_examples(rows, words(), max_length=9, truncation_mode="keep_start", chat_template="hh")
 
 
 @pytest.mark.parametrize(
