@@ -170,8 +170,9 @@ def _repack_tied_head(model: Module) -> None:
     """On a CPU vLLM keeps a copy of each weight in another layout, and does not update that copy for a head tied to the
     embedding, which would keep its random initial weights."""
     head, embedding = getattr(model, "lm_head", None), getattr(getattr(model, "model", None), "embed_tokens", None)
-    tied = head is not None and embedding is not None and getattr(head, "weight", None) is embedding.weight
-    if tied and embedding.weight.device.type == "cpu":
+    if head is None or embedding is None or getattr(head, "weight", None) is not embedding.weight:
+        return
+    if embedding.weight.device.type == "cpu":
         head.quant_method.process_weights_after_loading(head)
 
 
