@@ -37,6 +37,8 @@ class TokenReport:
     """Responses that end in one of them other than the EOS."""
     bos_present: int = 0
     """Text prompts that began with a BOS, so that they got no second one."""
+    space_ended: int = 0
+    """Text prompts that end in a space or tab, which stays with the prompt."""
     changed: dict[str, int] = field(default_factory=dict)
     """How the chat template changed a response -> kept rows."""
     num_tokens: int = 0
@@ -68,6 +70,10 @@ class TokenReport:
             parts.append(f"{self.other_end:,} end in {' or '.join(self.ends[1:])} and get no {self.ends[0]} behind it")
         if self.bos_present:
             parts.append(f"{self.bos_present:,} prompts begin with BOS themselves and get no second one")
+        if self.space_ended:
+            parts.append(
+                f"{self.space_ended:,} prompts end in a space, which stays in the prompt (TRL moves it to the response)"
+            )
         if self.unlike_text:
             parts.append(
                 f"{self.unlike_text:,} responses read otherwise as tokens than as text (this tokenizer's doing)"

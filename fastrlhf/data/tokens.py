@@ -113,6 +113,8 @@ def tokenize_examples(
         except UnusableRow as bad:
             drop(bad.reason, example.row, bad.detail)
     prompts, counts["bos_present"] = _encode_prompts(rendered, tokenizer)
+    texts = (example.prompt for example, _ in rendered if isinstance(example.prompt, str))
+    counts["space_ended"] = sum(text.endswith((" ", "\t")) for text in texts)
     responses = _encode_responses([each.responses for _, each in rendered], tokenizer, ends, train_suffix)
     lossless, changed = is_lossless(tokenizer), Counter[str]()
 
@@ -159,7 +161,7 @@ def tokenize_examples(
 
 _COUNTED = (
     *("eos_added", "eos_present", "other_end", "bos_present", "responses_cut", "prompts_cut", "rows_cut"),
-    *("num_tokens", "num_trained", "unlike_text"),
+    *("num_tokens", "num_trained", "unlike_text", "space_ended"),
 )
 
 

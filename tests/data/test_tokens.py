@@ -58,6 +58,14 @@ def test_an_eos_in_the_text_is_not_added_again_and_both_kinds_are_counted():
     assert "3 of 4 responses end in EOS, added to 1" in counts.summary()
 
 
+def test_prompts_that_end_in_a_space_keep_it_and_are_counted():
+    rows = [example("a ", chosen="b"), example("a\t", chosen="b"), example("a\n", chosen="b"), example("a", chosen="b")]
+    counts = report([*rows, chat("a ", chosen="b")], words(chat_template=TURN_TEMPLATE))
+    assert counts.space_ended == 2
+    assert "2 prompts end in a space, which stays in the prompt (TRL moves it to the response)" in counts.summary()
+    assert "space" not in report(rows[2:]).summary()
+
+
 def test_a_prompt_gets_the_bos_of_its_tokenizer_and_never_an_eos():
     row = example("a b", chosen="c", rejected="d")
     expected = [([BOS, A, B], [C, EOS], [D, EOS], None)]
