@@ -133,7 +133,9 @@ def _train(command: str, arguments: Sequence[str]) -> None:
         from fastrlhf.tools.plan.preflight import check_chain, rlp_stages
 
         check_chain([*runs[:-1], *(rlp_stages(config, *sections) if sections else runs[-1:])])
+    here = Path.cwd()
     for name, run in runs:
+        os.chdir(here)  # a user-defined function of the stage before may have left it
         if earlier:
             print(f"{name}:")
         _run(name, run, *(sections if name == command else ()))
@@ -177,6 +179,7 @@ def _run(command: str, config: Any, *sections: Any) -> None:
     from importlib import import_module
 
     _, module, function = TRAINERS[command]
+    here = Path.cwd()
     try:
         result = getattr(import_module(f"fastrlhf.algorithms.{module}"), function)(config, *sections)
     except (MemoryError, RuntimeError) as error:
@@ -187,7 +190,8 @@ def _run(command: str, config: Any, *sections: Any) -> None:
         raise
     for name, value in result.final.items():
         print(f"{name} {value:.4f}")
-    print(f"saved in {result.output_dir}")
+    absolute = os.path.isabs(config.output_dir)
+    print(f"saved in {result.output_dir if absolute else os.path.relpath(result.output_dir, here)}")
 
 
 def _parse_run(command: str, arguments: Sequence[str]) -> Any:

@@ -356,7 +356,7 @@ def test_a_signal_saves_a_checkpoint_and_the_same_command_goes_on(number, code, 
 
     monkeypatch.setattr(torch.optim.AdamW, "step", signalled)
     assert main(command) == code
-    saved = Path(f"runs/stopped-{code}/checkpoint-1")
+    saved = Path(f"runs/stopped-{code}/checkpoint-1").absolute()
     told = f"fastrlhf sft: interrupted after step 1, saved as {saved}; the same command continues"
     assert capsys.readouterr().err.splitlines()[-1] == told
     assert main(command) == 0

@@ -27,7 +27,8 @@ from fastrlhf.algorithms.psipo import load_psi, pair_target
 from fastrlhf.algorithms.psipo_groups import train_groups
 from fastrlhf.algorithms.reference import Reference, open_reference
 from fastrlhf.algorithms.scoring import Tree, sequence_sums
-from fastrlhf.config import DPOConfig, check_config
+from fastrlhf.config import DPOConfig
+from fastrlhf.config.paths import at_start
 from fastrlhf.data.given import Rows
 from fastrlhf.data.labels import COUNTS
 from fastrlhf.data.packing import forest, num_computed, num_in_sequences, own_micro_batches, pack, pair
@@ -95,7 +96,7 @@ def train_dpo(
     Raises ValueError for bad input before any time is spent, and where the first loss is not that of an untrained
     policy (ln 2 for DPO).
     """
-    check_config(config, DPOConfig, "train_dpo")
+    config = at_start(config, DPOConfig, "train_dpo")
     if config.reward_model_path:
         read_model_config(config.reward_model_path, "reward_model_path", config.trust_remote_code)
     if config.ref_cache_dir:

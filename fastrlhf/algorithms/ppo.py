@@ -32,7 +32,8 @@ from fastrlhf.algorithms.pair_update import update_pairs
 from fastrlhf.algorithms.prefixes import draw_prefixes, reset_fields
 from fastrlhf.algorithms.roles import EngineFactory, check_sources, open_roles
 from fastrlhf.algorithms.update import update
-from fastrlhf.config import PPOConfig, check_config, require
+from fastrlhf.config import PPOConfig, require
+from fastrlhf.config.paths import at_start
 from fastrlhf.data.given import Rows
 from fastrlhf.data.specials import end_ids
 from fastrlhf.distributed.ranks import from_all, world_size
@@ -71,7 +72,7 @@ def train_ppo(
     the names they are logged by (rewards/functions.py). One row of metrics per update, TRL's names where it has them.
     Raises ValueError for bad input before any time is spent, and where training must not go on (algorithms/guards.py).
     """
-    check_config(config, PPOConfig, "train_ppo")
+    config = at_start(config, PPOConfig, "train_ppo")
     check_sources(config, judge=judge, engine=engine, functions=reward_functions)
     rewarded = bool(config.reward_functions or reward_functions)
     tokenizer, data = open_inputs(

@@ -24,7 +24,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fastrlhf.algorithms.pair_labels import pair_margins
 from fastrlhf.algorithms.rlp_uml import ViewObjective, Views
 from fastrlhf.algorithms.scoring import Tree
-from fastrlhf.config import RewardConfig, check_config, require
+from fastrlhf.config import RewardConfig, require
+from fastrlhf.config.paths import at_start
 from fastrlhf.data.given import Rows
 from fastrlhf.data.packing import forest, micro_batches, num_computed, num_in_sequences, own_micro_batches, pack, pair
 from fastrlhf.data.specials import special_ids
@@ -70,7 +71,7 @@ def train_reward_model(
     num_unique_tokens (computed); with views also those of `_view_metrics`. Raises ValueError for bad input before any
     time is spent.
     """
-    check_config(config, RewardConfig, "train_reward_model")
+    config = at_start(config, RewardConfig, "train_reward_model")
     if model is None:
         told = "the model whose backbone gets the score head"
         require(bool(config.model_name_or_path), "model_name_or_path", "", told)

@@ -42,8 +42,9 @@ from fastrlhf.algorithms.rlp_report import compare_scores, view_activity
 from fastrlhf.algorithms.rlp_spg import synthetic_pairs
 from fastrlhf.algorithms.rlp_uml import Views
 from fastrlhf.algorithms.scoring import per_response
-from fastrlhf.config import PPOConfig, RewardConfig, RLPConfig, check_config, require
+from fastrlhf.config import PPOConfig, RewardConfig, RLPConfig, require
 from fastrlhf.config.files import SAME_MODEL, differences
+from fastrlhf.config.paths import at_start
 from fastrlhf.data.specials import end_ids, special_ids
 from fastrlhf.distributed.ranks import check_one_process
 from fastrlhf.evaluation.equivalence import EquivalenceJudge, open_judge
@@ -100,8 +101,8 @@ def train_rlp(
     Raises ValueError for bad input before any time is spent, when the folder holds a run with other settings, and
     where a refitted model no longer distinguishes the answers to a prompt.
     """
-    for given, kind in ((config, RLPConfig), (reward, RewardConfig), (policy, PPOConfig)):
-        check_config(given, kind, "train_rlp")
+    config = at_start(config, RLPConfig, "train_rlp")
+    reward, policy = at_start(reward, RewardConfig, "train_rlp"), at_start(policy, PPOConfig, "train_rlp")
     check_one_process("rlp")
     run = _open(config, reward, policy, pairs, eval_pairs, prompts, eval_prompts, equivalence, gold)
     with locked(Path(config.output_dir)):

@@ -13,7 +13,8 @@ from functools import partial
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastrlhf.config import SFTConfig, check_config
+from fastrlhf.config import SFTConfig
+from fastrlhf.config.paths import at_start
 from fastrlhf.data.given import Rows
 from fastrlhf.data.packing import own_micro_batches, pack, sequence
 from fastrlhf.distributed.ranks import total
@@ -41,7 +42,7 @@ def train_sft(
     Metrics per step: loss (nats per trained token), grad_norm, learning_rate, num_tokens (of the packs). Raises
     ValueError for bad input before any time is spent.
     """
-    check_config(config, SFTConfig, "train_sft")
+    config = at_start(config, SFTConfig, "train_sft")
     tokenizer, data = open_inputs(config, [config.response], examples, eval_examples, tokenizer=tokenizer)
     segments = [to_segment(example, config) for example in data.train]
     held_out = [to_segment(example, config) for example in data.eval]

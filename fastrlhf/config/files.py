@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from fastrlhf.config import CONFIGS
 from fastrlhf.config.elsewhere import explain, explain_command
 from fastrlhf.config.help import keys_of
+from fastrlhf.config.paths import as_given, filled_in, is_same, remember
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -150,7 +151,7 @@ def check_unchanged(config: Any, section: str) -> None:
     changed = [
         f"{key} was {before[key]!r} and is {value!r}"
         for key, value in _plain(dataclasses.asdict(config)).items()
-        if key not in SAME_MODEL and key in before and before[key] != value
+        if key not in SAME_MODEL and key in before and not is_same(key, before[key], value)
     ]
     if changed:
         raise ValueError(
@@ -244,9 +245,11 @@ def _filled_in(path: str, key: str, value: Any) -> Any:
         return [_filled_in(path, key, item) for item in value]
     if not isinstance(value, str) or key == "chat_template":
         return value
-    filled = os.path.expanduser(os.path.expandvars(value))
+    filled = filled_in(key, value)
     if "$" in filled:
         raise ValueError(f"{path}: {key}: {value!r} names an environment variable that is not set")
+    if "$" in value:
+        remember(key, filled, value)
     return filled
 
 
@@ -329,10 +332,11 @@ def as_flags(values: dict[str, Any]) -> list[str]:
 
 
 def as_yaml(config: Any) -> str:
-    """The resolved configuration as the text of a file; reading it back gives the same run."""
+    """The whole configuration as the text of a file; reading it back gives the same run. Variables and relative paths
+    are written as they were given."""
     import yaml  # not in the base install
 
-    return yaml.dump(_plain(dataclasses.asdict(config)), Dumper=_dumper(), sort_keys=False)
+    return yaml.dump(_plain(as_given(config)), Dumper=_dumper(), sort_keys=False)
 
 
 def differences(config: Any, path: Path, ignored: Collection[str] = ()) -> list[str]:
@@ -349,13 +353,8 @@ def differences(config: Any, path: Path, ignored: Collection[str] = ()) -> list[
         f"{key}: {old!r} there, {new!r} here"
         for key in {**there, **here}
         for old, new in [(there.get(key, defaults.get(key, "absent")), here.get(key, "absent"))]
-        if key not in ignored and old != new and not _same_place(old, new) and not _longer(config, there, key)
+        if key not in ignored and not is_same(key, old, new) and not _longer(config, there, key)
     ]
-
-
-def _same_place(one: Any, other: Any) -> bool:
-    texts = isinstance(one, str) and isinstance(other, str) and one and other
-    return bool(texts) and os.path.exists(one) and os.path.exists(other) and os.path.samefile(one, other)
 
 
 def _longer(config: Any, there: Mapping[str, Any], key: str) -> bool:

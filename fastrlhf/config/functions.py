@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from hashlib import sha256
 from importlib import import_module
@@ -11,6 +11,8 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from fastrlhf.config.paths import as_given
 
 
 def load_function(name: str, field: str) -> Callable[..., Any]:
@@ -36,14 +38,14 @@ def load_function(name: str, field: str) -> Callable[..., Any]:
 def function_hashes(config: Any) -> dict[str, str]:
     """SHA-256 of the file of every function that a key of a configuration names, by the key's value. Checkpoints keep
     it, so that a run does not silently continue with another reward. Modules that the file imports are not hashed."""
-    names = [
-        text
-        for value in asdict(config).values()
-        for text in (value if isinstance(value, (list, tuple)) else [value])
-        if isinstance(text, str) and ":" in text
-    ]
-    found = {name: _source(name.rpartition(":")[0]) for name in names}
+    used, given = _names(asdict(config)), _names(as_given(config))
+    found = {name: _source(place.rpartition(":")[0]) for name, place in zip(given, used, strict=True)}
     return {name: sha256(path.read_bytes()).hexdigest() for name, path in found.items() if path is not None}
+
+
+def _names(values: Mapping[str, Any]) -> list[str]:
+    items = [item for value in values.values() for item in (value if isinstance(value, (list, tuple)) else [value])]
+    return [item for item in items if isinstance(item, str) and ":" in item]
 
 
 def _source(place: str) -> Path | None:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.config import EvalConfig, check_config, require
 from fastrlhf.config.files import as_yaml, load_yaml
+from fastrlhf.config.paths import filled_in
 from fastrlhf.data.given import Rows
 from fastrlhf.data.rows import source_names
 from fastrlhf.data.specials import end_ids, special_ids
@@ -178,7 +179,8 @@ def _run_config(model: str) -> dict[str, Any]:
         folder = folder.parent
     file = folder / "config.yaml"
     try:
-        return load_yaml(str(file)) if file.is_file() else {}
+        written = load_yaml(str(file)) if file.is_file() else {}
+        return {key: filled_in(key, value) for key, value in written.items()}
     except ValueError:  # not a config.yaml of this program
         return {}
 

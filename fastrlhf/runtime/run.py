@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.config import TrainConfig, require
 from fastrlhf.config.functions import function_hashes
+from fastrlhf.config.paths import as_given
 from fastrlhf.distributed.ranks import failed_together, from_all, largest, on_first, total
 from fastrlhf.models.adapters import share_weights
 from fastrlhf.runtime.atomic import sweep
@@ -82,8 +83,7 @@ class Run:
         self._start = self._saved = 0
         self.history: list[dict[str, float]] = []
         self.initial: dict[str, float] = {}
-        # Absolute, so that a user-defined function that changes the directory does not split the run over two folders.
-        self.folder = Path(config.output_dir).absolute() if config.output_dir else None
+        self.folder = Path(config.output_dir) if config.output_dir else None
         self._checkpointer = None
         self._writer: MetricsWriter | None = None  # of the first rank
         if self.folder and trained:
@@ -131,7 +131,7 @@ class Run:
         config = self._config
         # config.yaml marks the folder as a run: it comes after the reporters, which may fail to start.
         writer = MetricsWriter(
-            folder, config.report_to, config.run_name or None, dataclasses.asdict(config), resumed_at=self._start
+            folder, config.report_to, config.run_name or None, as_given(config), resumed_at=self._start
         )
         self._writer = stack.enter_context(writer)
         rows = read_metrics(folder / "metrics.jsonl")
@@ -296,7 +296,7 @@ class Run:
             tokenizer=tokenizer,
             history=self.history,
             final=final or {name: value for name, value in last.items() if name.startswith("eval_")},
-            output_dir=Path(self._config.output_dir) if self.folder else None,
+            output_dir=self.folder,
             initial=self.initial,
             value_model=saved[0] if value_model is not None else None,
         )

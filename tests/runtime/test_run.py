@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from fastrlhf.algorithms.ppo import train_ppo
@@ -242,7 +243,28 @@ def test_a_function_that_changes_the_directory_does_not_split_the_run(model, jud
     result = train_ppo(ppo_config(model, judge, "run"), tiny.examples(8), judge=Judge(1, moved))
     assert list((tmp_path / "elsewhere").iterdir()) == []
     assert {"config.yaml", "metrics.jsonl", "config.json"} <= {path.name for path in (tmp_path / "run").iterdir()}
-    assert result.output_dir == Path("run")
+    assert result.output_dir == tmp_path / "run"
+
+
+def test_relative_paths_of_every_kind_are_those_of_the_start(model, judge, tmp_path, monkeypatch):
+    """A reward function changes the directory when it is first called: before any model is opened."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    for name, source in (("policy", model), ("judge", judge)):
+        (tmp_path / name).symlink_to(source)
+    source = "import os\n\ndef away(rollout):\n    os.chdir('elsewhere' if os.path.isdir('elsewhere') else '.')\n"
+    (tmp_path / "away.py").write_text(f"{source}    return 1.0\n")
+    keys = {"reward_functions": ("away.py:away",), "reward_model_path": "judge", "save_steps": 1}
+    cfg = replace(ppo_config("policy", judge, "run"), **keys)
+    train_ppo(cfg, tiny.examples(8))
+    assert Path.cwd() == tmp_path / "elsewhere"
+    assert list(Path.cwd().iterdir()) == []
+    written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    given = ("run", "policy", "judge", ["away.py:away"])
+    keys = ("output_dir", "model_name_or_path", "reward_model_path", "reward_functions")
+    assert tuple(written[key] for key in keys) == given
+    state = json.loads((tmp_path / "run" / "checkpoint-1" / "state.json").read_text())
+    assert [*state["functions"]] == ["away.py:away"]
 
 
 def test_a_run_is_refused_where_the_disk_has_no_room_for_model_and_checkpoint(model, tmp_path, monkeypatch):

@@ -1,0 +1,99 @@
+"""Relative paths of a run, resolved once at its start, and the texts that they were given as, which a run writes."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fastrlhf.config.checks import check_config
+from fastrlhf.config.train import TrainConfig
+
+Config = TypeVar("Config", bound=TrainConfig)
+
+FUNCTIONS = ("reward_functions", "psi", "equivalence")
+"""Keys whose values may name a function of a file: path/to/file.py:function."""
+
+MADE = ("output_dir", "ref_cache_dir")
+"""Keys of folders that a run makes where they are missing."""
+
+_GIVEN: dict[tuple[str, str], str] = {}
+"""(key, resolved text) -> the text that was given: a relative path, or one with $NAME."""
+
+
+def at_start(config: Config, kind: type, trainer: str) -> Config:
+    """The configuration with absolute paths, so that a user-defined function that changes the working directory changes
+    nothing else. Every trainer begins with it.
+
+    A path of something to read is resolved where it is here; it may be the name of something on the hub otherwise.
+    Raises TypeError for the configuration of another trainer.
+    """
+    check_config(config, kind, trainer)
+    changed = {}
+    for field in fields(config):
+        value = getattr(config, field.name)
+        items = value if isinstance(value, tuple) else (value,)
+        texts = tuple(_absolute(field.name, item) if isinstance(item, str) and item else item for item in items)
+        if texts != items:
+            changed[field.name] = texts if isinstance(value, tuple) else texts[0]
+    return replace(config, **changed) if changed else config
+
+
+def remember(key: str, resolved: str, given: str) -> None:
+    """Remembers that the value of a key was given in another text than the one that is used."""
+    if resolved != given:
+        _GIVEN[key, resolved] = _GIVEN.get((key, given), given)
+
+
+def as_given(config: Any) -> dict[str, Any]:
+    """The keys of a configuration with their values as they were given: what config.yaml and the trackers get."""
+    return {key: _as_given(key, value) for key, value in asdict(config).items()}
+
+
+def filled_in(key: str, value: Any) -> Any:
+    """A value of a file with $NAME and a leading ~ filled in, except in a chat template, which may be Jinja."""
+    if isinstance(value, (list, tuple)):
+        return [filled_in(key, item) for item in value]
+    if not isinstance(value, str) or key == "chat_template":
+        return value
+    return os.path.expanduser(os.path.expandvars(value))
+
+
+def is_same(key: str, written: Any, value: Any) -> bool:
+    """Whether the value that a config.yaml has is the one that is used now. Two paths are the same where they lead to
+    the same place; a variable counts with the value that it has now."""
+    value = list(value) if isinstance(value, tuple) else value
+    filled = filled_in(key, written)
+    return (
+        value in (written, filled)
+        or ("$" not in str(written) and written == _as_given(key, value))
+        or _is_same_place(filled, value)
+    )
+
+
+def _absolute(key: str, text: str) -> str:
+    path, colon, function = text.rpartition(":") if key in FUNCTIONS else (text, "", "")
+    named = key in (*FUNCTIONS, *MADE, "dataset_name", "chat_template") or key.endswith("_path")
+    path = os.path.expanduser(path)
+    if not named or not path or not (key in MADE or os.path.lexists(path)):
+        return text
+    resolved = f"{os.path.abspath(path)}{colon}{function}"
+    remember(key, resolved, text)
+    return resolved
+
+
+def _as_given(key: str, value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return type(value)(_as_given(key, item) for item in value)
+    if not isinstance(value, str) or (key, value) in _GIVEN or not os.path.isabs(value):
+        return _GIVEN.get((key, value), value)
+    for parent in Path(value).parents:  # a stage of rlp, in the folder of the run
+        if ("output_dir", str(parent)) in _GIVEN:
+            return os.path.join(_GIVEN["output_dir", str(parent)], Path(value).relative_to(parent))
+    return value
+
+
+def _is_same_place(one: Any, other: Any) -> bool:
+    texts = isinstance(one, str) and isinstance(other, str) and one and other
+    return bool(texts) and os.path.exists(one) and os.path.exists(other) and os.path.samefile(one, other)
