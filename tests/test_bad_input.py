@@ -280,7 +280,7 @@ def test_a_broken_model_configuration(capsys):
     def told(text: str) -> str:
         return refuse(capsys, "sft", model_name_or_path="", tokenizer_name_or_path="policy", model_config=text)
 
-    assert "model_config: no valid JSON" in told("{")
+    assert "model_config: not valid JSON" in told("{")
     assert "model_config: must be a mapping with a model_type" in told("[1]")
     assert "model_config.model_type: 'lama' is not known" in told('{"model_type": "lama"}')
     assert "model_config" in refuse(capsys, "sft", model_config='{"model_type": "llama"}')

@@ -306,7 +306,7 @@ def test_a_mistake_in_the_file_is_one_line_too(capsys, tmp_path):
         return fails(capsys, "sft", "--config", str(tmp_path / "run.yaml"))
 
     assert "run.yaml: unknown key 'max_step'; did you mean 'max_steps'?" in told("max_step: 3")
-    assert "run.yaml: no valid YAML" in told("a: [1\nb: {")
+    assert "run.yaml: not valid YAML" in told("a: [1\nb: {")
     assert "--max_steps: invalid literal for int()" in told("max_steps: many")
     assert "max_steps: must be at least 1, or -1 for epochs; got 0" in told("max_steps: 0")
 

@@ -111,7 +111,9 @@ def check_first_losses(losses: Mapping[str, Sequence[float]], tolerance: float) 
     for side, found in losses.items():
         for loss in found:
             if not abs(loss - expected) <= tolerance * abs(expected):
-                raise RuntimeError(f"{side}: the first loss is {loss:.7g}, that of ours {expected:.7g}: another task")
+                raise RuntimeError(
+                    f"{side}: the first loss is {loss:.7g}, that of ours {expected:.7g}: the tasks differ"
+                )
 
 
 def _prepare(task: Task, model: str, steps: int, rows: int, device: str, work: str) -> Setup:

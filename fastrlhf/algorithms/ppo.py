@@ -210,7 +210,7 @@ def _check_ranks(config: PPOConfig) -> None:
     require(config.engine == "transformers", "engine", config.engine, f"transformers in {world} processes")
     require(config.decode == "eager", "decode", config.decode, f"eager in {world} processes")
     require(not config.ref_reward_offload, "ref_reward_offload", True, f"false in {world} processes")
-    own_mean = f"fixed in {world} processes: under reference every micro-batch is a mean of its own"
+    own_mean = f"fixed in {world} processes: under reference every micro-batch is averaged separately"
     require(config.compat == "fixed", "compat", config.compat, own_mean)
 
 

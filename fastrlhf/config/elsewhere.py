@@ -156,7 +156,7 @@ KEYS: tuple[Key, ...] = (
     *_no("all", "fp16", "use dtype: bfloat16, which needs no loss scaling"),
     *_other("all", "bf16_full_eval", "dtype: bfloat16", "evaluation runs in the dtype of the weights"),
     *_no("all", "fp16_full_eval", "evaluation runs in the dtype of the weights"),
-    *_no("all", "tf32", "call torch.set_float32_matmul_precision in a script of your own"),
+    *_no("all", "tf32", "call torch.set_float32_matmul_precision in your own script"),
     *_same("all", "activation_checkpointing", "false by default"),
     *_other("all", "gradient_checkpointing", "activation_checkpointing", "the old name is understood"),
     *_on("all", "activation_checkpointing_kwargs gradient_checkpointing_kwargs", "non-reentrant"),

@@ -183,7 +183,7 @@ def load_yaml(path: str, *, as_text: bool = False) -> dict[str, Any]:
         content = yaml.load(text, _loader(as_text)) or {}
         _check_repeats(yaml.compose(text, yaml.SafeLoader), path)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: no valid YAML: {error}") from error
+        raise ValueError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: must be a mapping of keys to values")
     return content

@@ -75,7 +75,7 @@ class PPOConfig(ResetKeys, PairKeys, LossKeys, SamplingKeys, RewardKeys, TrainCo
         size, start, compat = self.num_generations, self.reset_group, self.compat
         require(size >= 2, "num_generations", size, f"at least 2 {because}, which compares episodes")
         require(start == "point", "reset_group", start, f"point {because}, which compares episodes of one state")
-        require(self.gamma == 1, "gamma", self.gamma, f"1 {because}, which knows whole episodes only")
+        require(self.gamma == 1, "gamma", self.gamma, f"1 {because}, which uses only whole episodes")
         require(compat == "fixed", "compat", compat, f"fixed {because}: the authors' code has a critic")
         warmup = self.value_warmup_steps
         require(warmup == 0, "value_warmup_steps", warmup, f"0 {because}, which has no critic")

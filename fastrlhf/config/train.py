@@ -285,7 +285,7 @@ def parse_template_kwargs(chat_template_kwargs: str) -> dict[str, Any]:
     try:
         values = json.loads(chat_template_kwargs or "{}")
     except json.JSONDecodeError as error:
-        raise ValueError(f"chat_template_kwargs: no valid JSON: {error}") from error
+        raise ValueError(f"chat_template_kwargs: not valid JSON: {error}") from error
     if not isinstance(values, dict):
         raise ValueError('chat_template_kwargs: must be a mapping, such as {"enable_thinking": false}')
     return values
@@ -296,7 +296,7 @@ def parse_model_config(model_config: str) -> dict[str, Any]:
     try:
         values = json.loads(model_config)
     except json.JSONDecodeError as error:
-        raise ValueError(f"model_config: no valid JSON: {error}") from error
+        raise ValueError(f"model_config: not valid JSON: {error}") from error
     if not isinstance(values, dict) or "model_type" not in values:
         raise ValueError('model_config: must be a mapping with a model_type, such as {"model_type": "llama", ...}')
     return values

@@ -65,7 +65,7 @@ def read_rows(
             keys = ", ".join(map(str, source))
             raise ValueError(f"{IN_MEMORY}: give rows, not a {type(source).__name__} of {keys}")
         for number, row in enumerate(source):
-            yield f"number {number} of those given", dict(row) if isinstance(row, Mapping) else row
+            yield f"item {number} of the rows given", dict(row) if isinstance(row, Mapping) else row
         return
     if not set("[+") & set(split) or (len(names) == 1 and not is_local(names[0])):  # the hub slices by itself
         for name in names:

@@ -88,7 +88,7 @@ def _from_file(path: Path) -> PreTrainedTokenizerBase:
     try:
         json.loads(content)
     except json.JSONDecodeError as error:
-        raise ValueError(f"line {error.lineno} is no JSON; a tokenizer file is a tokenizer.json or its .gz") from None
+        raise ValueError(f"line {error.lineno} is not JSON; a tokenizer file is a tokenizer.json or its .gz") from None
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(content))
 
 

@@ -81,7 +81,7 @@ def tokenize_examples(
         ValueError: no EOS, no chat template for a conversation, a bad argument, no row left, or too few of them.
     """
     if max_length < 2:
-        raise ValueError(f"max_length: {max_length} tokens hold no prompt and response; give 2 or more")
+        raise ValueError(f"max_length: {max_length} tokens cannot hold a prompt and a response; give 2 or more")
     if truncation_mode not in ("keep_start", "keep_end", "drop"):
         raise ValueError(f"truncation_mode: {truncation_mode!r} is not one of keep_start, keep_end, drop")
     known = (*RESPONSES, "responses")

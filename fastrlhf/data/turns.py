@@ -78,7 +78,7 @@ def _part(part: object, name: str) -> str:
     kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
     if not isinstance(part, dict) or kind != "text":
         reason = f"has_{kind}" if kind in ("image", "image_url", "audio", "input_audio", "video") else "wrong_type"
-        raise UnusableRow(reason, f"content of {name} has a part of type {kind!r}; models here read text alone")
+        raise UnusableRow(reason, f"content of {name} has a part of type {kind!r}; only text is supported")
     return read_text(part.get("text"), f"content of {name}")
 
 
@@ -92,7 +92,7 @@ def _of_sharegpt(turn: Mapping[str, Any], name: str) -> dict[str, Any]:
     try:
         calls = json.loads(read_text(said, f"value of {name}"))
     except json.JSONDecodeError as error:
-        raise UnusableRow("wrong_type", f"a function_call of {name} is no JSON: {error}") from None
+        raise UnusableRow("wrong_type", f"a function_call of {name} is not JSON: {error}") from None
     many = calls if isinstance(calls, list) else [calls]
     return {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": c} for c in many]}
 
@@ -107,7 +107,7 @@ def read_template_values(row: Mapping[str, Any]) -> dict[str, Any]:
             try:
                 value = json.loads(value)
             except ValueError as error:
-                raise UnusableRow("wrong_type", f"{name} is no JSON: {error}") from None
+                raise UnusableRow("wrong_type", f"{name} is not JSON: {error}") from None
         if not value:
             continue
         is_list = isinstance(value, list) and all(isinstance(each, dict) for each in value)

@@ -288,7 +288,7 @@ def read_model_config(source: str, field: str, trust_remote_code: bool) -> Pretr
     except Exception as error:  # of whatever kind a configuration raises for values that do not fit
         if (Path(source) / "adapter_config.json").exists():
             whole = "give the folder of its run, where it is added to the weights"
-            raise ValueError(f"{field}: {source!r} holds an adapter alone; {whole}") from error
+            raise ValueError(f"{field}: {source!r} holds only an adapter; {whole}") from error
         if Path(source).is_dir():
             raise ValueError(
                 f"{field}: {source!r} holds no model that transformers knows ({one_line(error)})"
@@ -393,7 +393,7 @@ def resolve_device(device: str) -> torch.device:
     try:
         found = torch.device(device)
     except RuntimeError as error:
-        raise ValueError(f"device: {device!r} is none; give auto, cpu or cuda") from error
+        raise ValueError(f"device: {device!r} is not a device; give auto, cpu or cuda") from error
     if found.index is not None and found.type == "cuda":
         torch.cuda.set_device(found)  # kernels and graphs run on the current device
     return found

@@ -234,7 +234,7 @@ def call(name: str, function: Callable[[], Any], retries: int = 0) -> Any:
             if attempt == retries:
                 message = f"reward_functions: {name!r} raised {type(error).__name__}: {error}"
                 raise RuntimeError(message) from error
-            log.warning("reward function %s raised %s: %s; asked again", name, type(error).__name__, error)
+            log.warning("reward function %s raised %s: %s; it is called again", name, type(error).__name__, error)
             time.sleep(2**attempt)
     raise AssertionError("unreachable")
 

@@ -134,7 +134,7 @@ def open_vllm(config: PPOConfig, policy: PreTrainedModel, eos_token_id: EndIds) 
     generators.load_state_dict(before)
     if any(name.startswith("Transformers") for name in llm.apply_model(_class_name)):
         raise ValueError(
-            f"engine: vllm has no {type(policy).__name__} of its own and rewrites that class of transformers in this "
+            f"engine: vllm has no native {type(policy).__name__} and rewrites that class of transformers in this "
             "process, so that the trainer could not use it; take engine transformers"
         )
     return VLLMEngine(

@@ -42,7 +42,7 @@ def moments_in_8_bits(config: TrainConfig, param: Tensor, *, is_embedding: bool)
         return False
     size = part_size(param)
     held = f"{world_size()} processes hold {size} entries each of a weight of the shape {list(param.shape)}"
-    rule = f"of 32 bits: {held}, no blocks of {BLOCK}"
+    rule = f"of 32 bits: {held}, not whole blocks of {BLOCK}"
     require(size % BLOCK == 0 or size == param.numel(), "optim", config.optim, rule)
     return True
 

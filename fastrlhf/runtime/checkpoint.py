@@ -93,7 +93,7 @@ def check_run_dir(config: TrainConfig) -> None:
     if changed:
         shown = "; ".join(changed[:5]) + (f"; and {len(changed) - 5} more" if len(changed) > 5 else "")
         raise ValueError(
-            f"output_dir: {config.output_dir!r} already holds a run, unfinished, of another configuration ({shown}); "
+            f"output_dir: {config.output_dir!r} already holds an unfinished run of another configuration ({shown}); "
             "give it the old one, choose another folder or move it away"
         )
     if (folder / "interrupted").exists() and not checkpoints(folder):
@@ -368,7 +368,7 @@ def _load_weights(model: PreTrainedModel, stem: Path) -> None:
     """Copies into the existing tensors, to which the optimiser refers."""
     own, described = _weights(model), on_each(lambda: describe_tensors(stem))[0]
     for name in sorted(own.keys() ^ described.keys()):
-        raise ValueError(f"{str(stem)!r} is of another model: {name} is in one of the two alone")
+        raise ValueError(f"{str(stem)!r} is of another model: {name} is in only one of the two")
     for name, tensor in own.items():
         dtype, shape = described[name]
         if shape != tensor.shape or dtype != tensor.dtype:

@@ -294,12 +294,12 @@ def _tokenize(
     if isinstance(config, SFTConfig):
         log.info("%s: %s", name, _describe_trained(config, examples, report))
     if day:
-        log.info("%s: the chat template asks for the day; it is told %s", name, day)
+        log.info("%s: the chat template asks for the date; it gets %s", name, day)
     if report.changed:
         log.warning("%s: the chat template changes what responses say: %s", name, report.describe_changes())
     if report.rows_too_long > MUCH * len(examples):
         log.warning(
-            "%s: %d of %d rows do not fit max_length %d as they are; raise it, or see truncation_mode",
+            "%s: %d of %d rows do not fit max_length %d uncut; raise it, or see truncation_mode",
             *(name, report.rows_too_long, len(examples), config.max_length),
         )
     return tokenized

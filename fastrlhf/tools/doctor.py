@@ -118,7 +118,7 @@ def _devices() -> Iterator[Finding]:
         if capability < LEAST_CAPABILITY:
             yield Finding(level="warning", name=f"gpu {index}", text=text, mend="use dtype float32: no bfloat16 here")
         elif free < total / 2:
-            yield Finding(level="warning", name=f"gpu {index}", text=text, mend="nvidia-smi tells who holds the rest")
+            yield Finding(level="warning", name=f"gpu {index}", text=text, mend="nvidia-smi shows what uses the rest")
         else:
             yield Finding(level="ok", name=f"gpu {index}", text=text)
 
@@ -184,7 +184,7 @@ def _disk(name: str, folder: Path) -> Finding:
     """Free space on the disk of the folder, whether or not the folder exists yet."""
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not os.access(there, os.W_OK | os.X_OK) or not there.is_dir():
-        mend = {"cache": "set HF_HOME to a folder of yours", "output": "choose another output_dir"}[name]
+        mend = {"cache": "set HF_HOME to a folder that you can write to", "output": "choose another output_dir"}[name]
         return Finding(level="broken", name=f"disk, {name}", text=f"{there} cannot be written to", mend=mend)
     free = shutil.disk_usage(there).free
     text = f"{free / GIB:.1f} GiB free in {there}"

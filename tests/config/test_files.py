@@ -68,7 +68,7 @@ def test_a_section_beats_what_is_shared_and_the_other_sections_are_left_alone(wr
         ("sft: 3", "section 'sft' must be a mapping of keys to values"),
         ("shared: [1]\nsft: {}", "section 'shared' must be a mapping of keys to values"),
         ("- 1", "must be a mapping of keys to values"),
-        ("a: [", "no valid YAML"),
+        ("a: [", "not valid YAML"),
         ("run_name: $NO_SUCH_NAME_HERE", "run_name: '$NO_SUCH_NAME_HERE' names an environment variable"),
         ("report_to: [$NO_SUCH_NAME_HERE]", "report_to: '$NO_SUCH_NAME_HERE' names"),
     ],
@@ -157,7 +157,7 @@ def test_a_file_that_is_not_there_is_an_error_that_lists_the_recipes():
 
 def test_text_that_is_not_utf8_is_an_error(tmp_path):
     (tmp_path / "run.yaml").write_bytes(b"run_name: \xff\n")
-    with pytest.raises(ValueError, match="no valid YAML"):
+    with pytest.raises(ValueError, match="not valid YAML"):
         read_yaml(str(tmp_path / "run.yaml"), SFTConfig, "sft")
 
 

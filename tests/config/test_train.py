@@ -23,7 +23,7 @@ def test_columns_are_pairs_of_a_known_name_and_a_column():
 
 def test_a_model_config_is_a_json_mapping_with_a_model_type():
     assert parse_model_config('{"model_type": "llama", "hidden_size": 8}') == {"model_type": "llama", "hidden_size": 8}
-    with pytest.raises(ValueError, match=r"^model_config: no valid JSON"):
+    with pytest.raises(ValueError, match=r"^model_config: not valid JSON"):
         parse_model_config("{model_type: llama}")
     for wrong in ("[]", '{"hidden_size": 8}'):
         with pytest.raises(ValueError, match=r"^model_config: must be a mapping with a model_type"):

@@ -73,7 +73,7 @@ def test_a_tokenizer_may_be_one_file(tmp_path, suffix):
 def test_a_tokenizer_file_that_is_none_is_named(tmp_path):
     path = tmp_path / "tokenizer.json"
     path.write_text("{\n nonsense")
-    with pytest.raises(ValueError, match=r"tokenizer\.json.*line 2 is no JSON"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json.*line 2 is not JSON"):
         load_tokenizer(str(path), eos_token="<eos>")
 
 

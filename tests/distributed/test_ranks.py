@@ -214,7 +214,7 @@ def test_the_noise_of_a_rounding_is_that_of_the_place_in_the_whole_weight_where_
     not ranks.installed({"optim": "adamw_8bit"}), reason="needs bitsandbytes: pip install 'fastrlhf[bnb]'"
 )
 def test_parts_that_cut_a_block_of_8_bit_moments_are_refused(place):
-    told = "optim: must be of 32 bits: 2 processes hold 4160 entries each of a weight of the shape [129, 64], no blocks"
+    told = "optim: must be of 32 bits: 2 processes hold 4160 entries each of a weight of the shape [129, 64], not whole"
     assert all(rank["blocks"].startswith(told) for rank in seen(place))
 
 

@@ -174,7 +174,7 @@ def test_a_run_leaves_the_merged_model_and_the_adapter_that_makes_it(paths, tmp_
     adapted = PeftModel.from_pretrained(base, str(folder / "adapter"))
     assert adapted.peft_config["default"].base_model_name_or_path == paths[0]
     torch.testing.assert_close(logprobs(adapted.get_base_model()), expected, rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match=r"model_name_or_path: '.*adapter' holds an adapter alone; give the folder"):
+    with pytest.raises(ValueError, match=r"model_name_or_path: '.*adapter' holds only an adapter; give the folder"):
         train_dpo(dpo(str(folder / "adapter"), tokenizer_name_or_path=paths[0]), tiny.examples(8))
 
 

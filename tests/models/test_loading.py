@@ -212,7 +212,7 @@ def test_a_device_is_one_that_is_there(monkeypatch):
         assert resolve_device("auto") == torch.device(expected)
     with pytest.raises(ValueError, match=r"^device: 'cuda:1' asked for, but torch sees no CUDA GPU"):
         resolve_device("cuda:1")
-    with pytest.raises(ValueError, match=r"^device: 'gpu' is none"):
+    with pytest.raises(ValueError, match=r"^device: 'gpu' is not a device"):
         resolve_device("gpu")
 
 

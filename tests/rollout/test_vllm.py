@@ -270,7 +270,7 @@ def test_ids_above_the_tokenizer_are_not_asked_for(paths):
 
 def test_an_architecture_that_vllm_would_rewrite_is_refused(paths, monkeypatch):
     monkeypatch.setattr(LLM, "apply_model", lambda self, func: [func(TransformersForCausalLM())])
-    with pytest.raises(ValueError, match=r"^engine: vllm has no LlamaForCausalLM of its own and rewrites that class"):
+    with pytest.raises(ValueError, match=r"^engine: vllm has no native LlamaForCausalLM and rewrites that class"):
         make_engine(config(paths), load_policy(paths["model_name_or_path"]), tiny.EOS)
 
 

@@ -129,4 +129,4 @@ def test_experts_that_vllm_keeps_as_they_were_on_a_cpu_stop_the_run(name, tmp_pa
 def test_a_class_that_vllm_would_rewrite_under_the_trainer_is_refused(tmp_path):
     message = run(tmp_path, "gpt_neox")
     assert isinstance(message, str), message
-    assert message.startswith("engine: vllm has no GPTNeoXForCausalLM of its own and rewrites that class")
+    assert message.startswith("engine: vllm has no native GPTNeoXForCausalLM and rewrites that class")

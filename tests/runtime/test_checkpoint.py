@@ -210,7 +210,7 @@ def test_weights_of_another_model_are_refused(other, tmp_path, monkeypatch):
     monkeypatch.setattr("fastrlhf.runtime.checkpoint._start", lambda models: "")
     checkpointer(tmp_path / "run", tiny.policy(), Counter(3)).save(7)
     if other == "gpt_neox":
-        with pytest.raises(ValueError, match=r"is of another model: .* is in one of the two alone"):
+        with pytest.raises(ValueError, match=r"is of another model: .* is in only one of the two"):
             checkpointer(tmp_path / "run", tiny.policy(other), Counter(3)).load()
     with pytest.raises(ValueError, match=r"is torch.float32 \[.*\] there and torch.bfloat16"):
         checkpointer(tmp_path / "run", tiny.policy().bfloat16(), Counter(3)).load()

@@ -22,7 +22,7 @@ def add_advice(error: Exception, config: TrainConfig) -> None:
     try:
         error.add_note(advise(config))
     except (ValueError, OSError, MemoryError, RuntimeError) as another:
-        error.add_note(f"plan has no advice: {another}")
+        error.add_note(f"plan cannot give advice: {another}")
 
 
 def advise(config: TrainConfig) -> str:

@@ -38,7 +38,7 @@ def cheapest_change(
             if (peak := max(totals(changed))) <= limit:
                 return f"the cheapest change that fits: {_told(config, changed)}: {readable(peak)}"
     return (
-        f"no setting of this command makes it fit: the least needs {readable(least)}; "
+        f"no setting of this command makes it fit: the smallest needs {readable(least)}; "
         "take a smaller model or a larger device"
     )
 
