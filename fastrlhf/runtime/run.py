@@ -261,9 +261,12 @@ class Run:
         value_model: PreTrainedModel | None = None,
     ) -> TrainResult:
         """Saves what was trained, adapters added to the weights, and returns it. `final` is the last evaluation; a run
-        that was stopped after its last step has it in its log."""
+        that was stopped after its last step has it in its log. A log that cannot be written costs no weights."""
         if self._writer:
-            self._writer.flush()
+            try:
+                self._writer.flush()
+            except OSError as error:
+                log.warning("the last rows of the log are missing, the model is saved all the same: %s", error)
         saved: list[PreTrainedModel] = []
         accept = None
         if self._config.merged_dtype == "bfloat16":

@@ -1,5 +1,6 @@
 """What a run leaves behind, whether it ends well or not."""
 
+import errno
 import json
 import math
 import os
@@ -194,6 +195,18 @@ def test_an_error_after_the_last_step_loses_nothing_either(model, tmp_path, monk
     again = train_sft(config(model, tmp_path / "cut"), tiny.examples(8), tiny.examples(4, seed=1))
     assert resumable.untimed_log(tmp_path / "cut", again) == resumable.untimed_log(tmp_path / "whole", whole)
     assert again.final == whole.final != {}
+
+
+def test_a_log_that_cannot_be_written_costs_no_model(model, tmp_path, monkeypatch, caplog):
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr("fastrlhf.runtime.metrics._Lines._write", raiser(full))
+    with pytest.warns(RuntimeWarning, match=r"metrics.jsonl: a row cannot be written .* kept and written later"):
+        result = train_sft(config(model, tmp_path / "run"), tiny.examples(8))
+    assert len(result.history) == 3
+    told = f"all the same: [Errno 28] '{tmp_path / 'run' / 'metrics.jsonl'}' cannot be written: No space left on device"
+    assert told in caplog.text
+    left = load_policy(str(tmp_path / "run")).state_dict()
+    assert all(torch.equal(left[name], value) for name, value in result.model.state_dict().items())
 
 
 def raiser(error):
