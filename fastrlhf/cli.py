@@ -247,7 +247,7 @@ def _inspect(arguments: Sequence[str]) -> None:
     print(format_text(found, colour=sys.stdout.isatty() and not os.environ.get("NO_COLOR")))
     if "html" in options:
         page = format_html(found, f"{options['command']}: {config.dataset_name}")
-        Path(options["html"]).write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
+        Path(options["html"]).expanduser().write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
         print(f"\nwritten to {options['html']}")
 
 

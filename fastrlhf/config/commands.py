@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
-from fastrlhf.config.checks import at_default, at_least, check_types, require
+from fastrlhf.config.checks import at_default, at_least, check_types, expand_home, require
 from fastrlhf.config.train import TrainConfig
 
 EVAL_READS = (
@@ -69,6 +69,7 @@ class DemoConfig:
     """Number of held-out posts on which the methods are judged."""
 
     def __post_init__(self) -> None:
+        expand_home(self)
         check_types(self)
         at_least(self, 1, "num_eval")
         at_least(self, 0, "seed")

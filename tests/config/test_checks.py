@@ -304,3 +304,10 @@ def test_rlp_refuses_a_policy_configuration_of_another_trainer():
         TypeError, match=r"^train_rlp: config must be an object of PPOConfig; got an object of DPOConfig$"
     ):
         train_rlp(RLPConfig(), RewardConfig(), DPOConfig())
+
+
+def test_the_home_folder_is_filled_in_for_every_path(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert DemoConfig(out="~/demo").out == "/home/someone/demo"
+    config = EvalConfig(models=("~/a", "b"), dataset_name=("~/a.jsonl", "b~"))
+    assert (config.models, config.dataset_name) == (("/home/someone/a", "b"), ("/home/someone/a.jsonl", "b~"))

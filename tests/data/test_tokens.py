@@ -8,6 +8,7 @@ from fastrlhf.data.examples import load_examples
 from fastrlhf.data.tokenizer import load_tokenizer, resolve_chat_template
 from fastrlhf.data.tokens import tokenize_examples
 from fastrlhf.types import Example, Message
+from tests.data.vocabularies import byte_level
 from tests.data.words import ASSISTANT, BOS, END, EOS, HUMAN, IS_ASSISTANT, IS_USER, A, B, C, D, E, F, words
 
 TURN_TEMPLATE = (
@@ -64,6 +65,15 @@ def test_prompts_that_end_in_a_space_keep_it_and_are_counted():
     assert counts.space_ended == 2
     assert "2 prompts end in a space, which stays in the prompt (TRL moves it to the response)" in counts.summary()
     assert "space" not in report(rows[2:]).summary()
+
+
+def test_a_space_at_the_end_of_a_prompt_merges_with_no_response():
+    tokenizer = byte_level()
+    together = tokenizer("a: f")["input_ids"]
+    (row,) = tokenize_examples([example("a: ", chosen="f")], tokenizer, max_length=9).examples
+    assert len(together) == 3  # " f" is one token, which TRL gives to the response
+    assert row.prompt[:2] == together[:2]
+    assert [tokenizer.decode([token]) for token in (*row.prompt[2:], *row.chosen)] == [" ", "f", "</s>"]
 
 
 def test_a_prompt_gets_the_bos_of_its_tokenizer_and_never_an_eos():

@@ -194,7 +194,7 @@ def test_a_prompt_without_room_for_a_response_is_left_out(config):
     [comparison, _] = evaluate_models(config, examples).values()
     assert comparison.num == 7  # prompts of 20 to 26 tokens, and 6 of the response, in 32
     with pytest.raises(ValueError, match=r"^max_length: no eval prompt leaves room for a response of 6 tokens"):
-        evaluate_models(replace(config, max_length=25), examples)
+        evaluate_models(replace(config, max_length=25, max_dropped_fraction=1.0), examples)
 
 
 def test_bad_input_is_refused_before_anything_is_generated(config, tmp_path, monkeypatch):
