@@ -103,7 +103,9 @@ def _fail(command: str, message: str, exit_code: int) -> int:
         if exit_code > 128:  # A signal reaches every process, so only rank 0 reports it.
             return exit_code
         time.sleep(PATIENCE)
-    print(f"fastrlhf {command}: {message}", file=sys.stderr)
+    # A name of a file or column may hold characters that would move the cursor or recolour the terminal.
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+    print(f"fastrlhf {command}: {shown}", file=sys.stderr)
     return exit_code
 
 

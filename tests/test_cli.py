@@ -12,7 +12,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from fastrlhf import __version__
-from fastrlhf.cli import USAGE, _run_first, main
+from fastrlhf.cli import USAGE, _fail, _run_first, main
 from fastrlhf.config import RTOConfig
 from fastrlhf.config.command_line import parse
 from fastrlhf.runtime.metrics import read_metrics
@@ -315,6 +315,14 @@ def test_what_the_system_refuses_is_one_line(capsys, chain):
     assert "output_dir: 'all.yaml/run' cannot be made: 'all.yaml' is a file" in fails(
         capsys, "sft", "--config", "all.yaml", "--output_dir", "all.yaml/run"
     )
+
+
+def test_control_characters_of_names_are_escaped_in_messages_and_letters_are_not(capsys):
+    assert main(["sft", "--config", "\x1b[31m\u202e\u00e9.yaml"]) == 2
+    told = "fastrlhf sft: config: no file '\\x1b[31m\\u202e\u00e9.yaml'"
+    assert capsys.readouterr().err.startswith(told)
+    _fail("report", "\x1b[2J\u00e9: no column", 2)
+    assert capsys.readouterr().err == "fastrlhf report: \\x1b[2J\u00e9: no column\n"
 
 
 def test_a_long_value_in_a_message_stays_whole(capsys):

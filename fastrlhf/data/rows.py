@@ -208,6 +208,8 @@ def _file_rows(path: Path) -> Iterator[tuple[str, object]]:
         return _csv_rows(path)
     if kind in (".json", ".jsonl", ".ndjson"):
         return _json_rows(path)
+    if kind.endswith(".py"):
+        raise ValueError(f"{path}: dataset scripts are not run; save their rows, for example with Dataset.to_parquet")
     raise ValueError(f"{path}: a data file ends in one of {', '.join(SUFFIXES)}")
 
 

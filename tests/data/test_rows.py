@@ -265,6 +265,7 @@ def test_new_content_at_an_old_path_is_read_anew(tmp_path, name):
         ("a.jsonl.zst", b"not zstd", "cannot be read, or cut short"),
         ("a.jsonl.zst", zstd(b'{"prompt": "a"}\n' * 99)[:-6], "cannot be read, or cut short: Truncated"),
         ("a.txt", b"hello", "a data file ends in one of .jsonl"),
+        ("a.py", b"1 / 0", "a.py: dataset scripts are not run; save their rows, for example with Dataset.to_parquet"),
     ],
 )
 def test_a_broken_file_is_one_clear_error(tmp_path, name, content, message):
