@@ -9,6 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before any test imports a library that rea
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the CPU, one program after another
 torch.set_num_threads(1)  # the models are so small that threads only wait for each other
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup ignores
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job, and all it starts, would ignore it
 
 

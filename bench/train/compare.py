@@ -135,7 +135,8 @@ def _prepare(task: Task, model: str, steps: int, rows: int, device: str, work: s
         **task.settings,
     )
     examples = load_examples(f"{data}/hh_helpful_test.jsonl.gz").examples[: (1 + steps) * rows]
-    tokenizer, inputs = open_inputs(config, [*task.fields], examples, None)
+    # The model is made below: the folder that names it is empty until then.
+    tokenizer, inputs = open_inputs(replace(config, model_name_or_path=""), [*task.fields], examples, None)
     # Not EOS: transformers' classifiers would read the score before it.
     tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
     tokenizer.save_pretrained(work)

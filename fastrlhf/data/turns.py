@@ -61,9 +61,11 @@ def _turn(turn: Mapping[str, Any], name: str) -> Message:
     others = {key: value for key, value in turn.items() if value is not None and key not in ("role", "content")}
     if others:
         try:
-            json.dumps(others, ensure_ascii=False, default=str).encode()
+            json.dumps(others, ensure_ascii=False, default=str, allow_nan=False).encode()
         except UnicodeEncodeError:
             raise UnusableRow("wrong_type", f"{name} holds half a surrogate pair, which is no character") from None
+        except ValueError:
+            raise UnusableRow("wrong_type", f"a turn of {name} holds a number that is not finite") from None
     content = turn.get("content")
     if isinstance(content, list):
         content = "".join(_part(part, name) for part in content)

@@ -274,7 +274,7 @@ def test_a_psi_that_is_none_is_told_before_anything_is_scored(model, monkeypatch
     def refuse(*_, **__):
         raise AssertionError("too late")
 
-    monkeypatch.setattr(dpo, "open_policy", refuse)
+    monkeypatch.setattr(dpo, "policy_or_given", refuse)
     monkeypatch.setattr(dpo, "pair_probabilities", refuse)
     square = "tests.algorithms.test_psipo:square"
     for psi, message in (("logits", "is unknown; give identity"), (square, "is not odd about 1/2")):

@@ -42,7 +42,7 @@ def test_a_policy_too_far_from_its_reference_stops_before_it_is_trained_further(
     assert 1 <= len(rows) < 30
     assert all(row["objective/kl"] <= 0.5 for row in rows)
     shorter = train_ppo(config(tmp_path, max_steps=len(rows)), tiny.examples(20))
-    left = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "interrupted")
+    left = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / f"checkpoint-{len(rows)}")
     for ours, theirs in zip(left.parameters(), shorter.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
 

@@ -17,7 +17,7 @@ from fastrlhf.config import (
         ({"loss_type": ("ipo", "ipo")}, "^loss_type: must be without repeats"),
         ({"loss_weights": (1.0, 2.0)}, r"^loss_weights: must be 1 numbers, one per loss_type; got \(1.0, 2.0\)"),
         ({"loss_type": ("sigmoid", "sft"), "loss_weights": (1.0, 0.0)}, "^loss_weights: must be above 0"),
-        ({"loss_type": ("sigmoid", "sft"), "loss_weights": (1.0, float("nan"))}, "^loss_weights: must be above 0"),
+        ({"loss_type": ("sigmoid", "sft"), "loss_weights": (1.0, float("nan"))}, "^loss_weights: must be finite"),
         (
             {"loss_type": "hinge", "label_smoothing": 0.1},
             "^label_smoothing: must be 0 where loss_type is hinge; got 0.1",

@@ -1,6 +1,7 @@
 """What goes together in RLP."""
 
 from dataclasses import fields
+from typing import Any, get_args, get_type_hints
 
 import pytest
 
@@ -45,10 +46,20 @@ def test_a_weight_of_0_is_no_views():
     assert not RLPConfig(refinement="uml", mib_weight=0.0).with_views
 
 
+def another(hint: Any, default: Any) -> Any:
+    """A value of a key's type that is not its default."""
+    if choices := [choice for choice in get_args(hint) if isinstance(choice, str) and choice != default]:
+        return choices[0]
+    if isinstance(default, bool):
+        return not default
+    return {str: "x", tuple: ("x",), float: 5.0}.get(type(default), 5)
+
+
 def test_each_key_of_the_trainers_that_it_does_not_read_is_refused_and_its_sections_are_named():
     read = {"output_dir": "runs/rlp", "seed": 7, "device": "cpu", "dtype": "bfloat16", "micro_batch_tokens": 100}
+    hints = get_type_hints(TrainConfig)
     for field in fields(TrainConfig):
-        changed = read.get(field.name, ("x",) if isinstance(field.default, tuple) else 5)
+        changed = read.get(field.name, another(hints[field.name], field.default))
         assert changed != field.default
         if field.name in read:
             assert getattr(RLPConfig(**{field.name: changed}), field.name) == changed

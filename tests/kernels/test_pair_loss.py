@@ -370,7 +370,7 @@ def test_the_operator_is_registered_as_torch_asks(per_row: bool, impl: str):
         ({"length_norm": "max"}, "length_norm must be one of sum, mean, pair_mean"),
         ({"beta": 0.0}, "beta must be in"),
         ({"label_smoothing": 0.5}, r"label_smoothing must be in \[0, 0.5\)"),
-        ({"label_smoothing": 0.1, "label_prob": torch.ones(1)}, "give one"),
+        ({"label_smoothing": 0.1, "label_prob": torch.ones(1)}, "give only one"),
         ({"label_prob": torch.ones(1), "kind": "robust"}, "label_prob is for"),
         ({"label_smoothing": 0.1, "kind": "hinge"}, "label_smoothing is not for"),
         ({"margin": torch.ones(1), "kind": "ipo"}, "margin is not for"),

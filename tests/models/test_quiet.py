@@ -1,5 +1,6 @@
 import logging
 
+import pytest
 import transformers
 from huggingface_hub.utils import are_progress_bars_disabled
 
@@ -13,19 +14,17 @@ def state() -> tuple:
     return settings.get_verbosity(), settings.is_progress_bar_enabled(), are_progress_bars_disabled(), level
 
 
-def test_settings_come_back(monkeypatch):
-    before = state()
-    with quiet():
-        assert state() == (transformers.logging.ERROR, False, True, logging.ERROR)
-    assert state() == before
-    transformers.logging.disable_progress_bar()
+@pytest.mark.parametrize("bars", ["enable_progress_bar", "disable_progress_bar"])
+def test_settings_come_back(bars):
+    getattr(transformers.logging, bars)()
     try:
+        before = state()
         with quiet():
-            pass
-        assert state() == (before[0], False, True, before[3])
+            inside = state()
+        assert (inside[0], inside[1], inside[3]) == (transformers.logging.ERROR, False, logging.ERROR)
+        assert state() == before
     finally:
         transformers.logging.enable_progress_bar()
-    assert state() == before
 
 
 def test_a_new_reward_head_is_loaded_without_a_word(tmp_path, capfd):

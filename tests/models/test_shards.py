@@ -16,7 +16,7 @@ from fastrlhf.models.shards import describe_tensors, exists, is_sharded, read_in
 from fastrlhf.runtime.checkpoint import checkpoints, find_checkpoint
 from tests.shard_ranks import Trained, same
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
