@@ -1,6 +1,7 @@
 """What users get wrong: one clear line each, before any time is spent, and nothing of theirs is touched."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -84,7 +85,8 @@ def refuse(capsys, command: str, **settings) -> str:
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith(f"fastrlhf {command}: ")
     assert Path("out").exists() == existed
-    return last.removeprefix(f"fastrlhf {command}: ")
+    # Messages name absolute paths; the tests name those below the folder that they run in.
+    return last.removeprefix(f"fastrlhf {command}: ").replace(f"{Path.cwd()}{os.sep}", "")
 
 
 def rows(tmp_path, *changes: dict | None, copies: int = 1) -> str:

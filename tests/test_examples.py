@@ -17,7 +17,7 @@ COMMANDS = {"ipo": "dpo"}  # where the name of the example is not that of its co
 METHODS = ("sft", "reward", "dpo", "ipo", "ppo", "grpo", "drpo", "rto", "rlp")
 ON_POLICY = ("ppo", "grpo", "drpo", "rto")
 SHORT = {"max_length": 96, "micro_batch_tokens": 2048}  # the tiny model has 128 positions
-EXPECTED = {"dpo": "first loss 0.6931", "rlp": "the last policy is in runs/rlp"}
+EXPECTED = {"dpo": "first loss 0.6931", "rlp": "runs/rlp/round-1/policy"}
 FEW = {"response_length": 6, "num_ppo_epochs": 1, "max_steps": 1}
 
 

@@ -12,7 +12,6 @@ In one process every function here returns what it is given.
 from __future__ import annotations
 
 import atexit
-import dataclasses
 import hashlib
 import os
 import pickle
@@ -27,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastrlhf.config import TrainConfig, require
+from fastrlhf.config.paths import as_given
 
 T = TypeVar("T")
 
@@ -59,7 +59,7 @@ def start(config: TrainConfig) -> None:
     )
     if not dist.is_initialized():
         _join(config)
-    compare(dataclasses.asdict(config), "configuration")
+    compare(as_given(config), "configuration")  # a host may keep the same files elsewhere
     compare({name: _version(name) for name in ("torch", "transformers", "fastrlhf")}, "version")
 
 
