@@ -13,6 +13,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from types import MethodType
 from typing import Any, cast
 
@@ -40,10 +41,9 @@ def shard(*models: PreTrainedModel) -> None:
     """
     if world_size() == 1:
         return
-    # The key has the position too: ranks given different folders then report different names for it.
-    names = [
-        f"model {i} ({type(model).__name__} from {model.name_or_path or 'scratch'})" for i, model in enumerate(models)
-    ]
+    # The last part of the path: hosts may keep the same model in different places.
+    sources = [Path(model.name_or_path or "").name or "scratch" for model in models]
+    names = [f"model {i} ({type(models[i]).__name__} from {source})" for i, source in enumerate(sources)]
     compare({f"model {i}": name for i, name in enumerate(names)}, "source")
     compare({name: weight_sample(model) for name, model in zip(names, models, strict=True)}, "starting weights")
     first: dict[int, tuple[PreTrainedModel, str]] = {}
