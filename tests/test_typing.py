@@ -82,7 +82,7 @@ def run(*command: str, cwd: Path) -> str:
 
 
 def test_pyright_sees_real_types_and_the_three_mistakes(python, programs):
-    told = run("pyright", "--pythonpath", python, ".", cwd=programs)
+    told = run(sys.executable, "-m", "pyright", "--pythonpath", python, ".", cwd=programs)
     for name, expected in REVEALED.items():
         assert re.findall(rf'{name}:\d+:\d+ - information: Type of ".*" is "(.*)"', told) == expected
     assert [int(line) for line in re.findall(r"mistakes\.py:(\d+):\d+ - error", told)] == [3, 4, 5]
