@@ -279,6 +279,17 @@ def _row_cases() -> Iterator[Case]:
     yield case("pair_loss dpo", pair.pair_kernel, rows, kind, pairs, pair.WARPS)
     kind = {"KIND": "ipo", "LENGTH_NORM": "mean", "PER_ROW": False}
     yield case("pair_loss ipo, sums", pair.pair_kernel, rows + " weight target", kind, pairs, pair.WARPS)
+    kind = {"KIND": "orpo", "LENGTH_NORM": "mean", "PER_ROW": False}
+    yield case("pair_loss orpo", pair.pair_kernel, "logprob partials slope", kind, pairs, pair.WARPS)
+    kind = {"KIND": "apo_down", "LENGTH_NORM": "sum", "PER_ROW": False}
+    yield case(
+        "pair_loss apo_down, sums",
+        pair.pair_kernel,
+        "logprob reference_logprob partials slope",
+        kind,
+        pairs,
+        pair.WARPS,
+    )
     rows = "reward value bootstrap advantage returns"
     yield case("gae", gae.gae_kernel, rows, {}, masked | {"cu_seqlens": "*i32", "gamma": "fp32", "decay": "fp32"})
 

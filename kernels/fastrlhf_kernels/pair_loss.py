@@ -1,20 +1,27 @@
-"""Losses on preference pairs: DPO, cDPO, robust DPO, IPO, hinge.
+"""Losses on preference pairs: DPO, cDPO, robust DPO, IPO, hinge, APO and ORPO.
 
     u_s  = sum over the rows of sequence s in the mask of (logprob - reference_logprob)
-    D    = u_chosen / n_chosen - u_rejected / n_rejected,   n by length_norm: 1, own tokens, or the pair's mean
+    v_s  = u_s / n_s,   n by length_norm: 1, own tokens, or the pair's mean;   D = v_chosen - v_rejected
     z    = beta D - margin
     loss = sum over pairs of weight L / num_pairs
 
-    kind     L                                    dL/dD
-    dpo      softplus(-z) + kappa z               beta (kappa - sigmoid(-z))
-    robust   the same                             the same
-    ipo      (D - target)^2                       2 (D - target)
-    hinge    max(0, 1 - z)                        -beta where z < 1, else 0
+    kind      L                                                           dL/dv_chosen                dL/dv_rejected
+    dpo       softplus(-z) + kappa z                                      beta (kappa - sigmoid(-z))  the opposite
+    robust    softplus(-z) + kappa z                                      beta (kappa - sigmoid(-z))  the opposite
+    ipo       (D - target)^2                                              2 (D - target)              the opposite
+    hinge     max(0, 1 - z)                                               -beta where z < 1, else 0   the opposite
+    apo_zero  sigmoid(-beta v_chosen) + sigmoid(beta v_rejected)          by the derivative of the sigmoid
+    apo_down  sigmoid(beta v_chosen) + sigmoid(-beta D)                   by the derivative of the sigmoid
+    orpo      beta softplus(odds(v_rejected) - odds(v_chosen)),  odds(v) = v - log(1 - exp(v)) of a mean log-prob v
 
 kappa is 0, the label smoothing e (cDPO), 1 - label_prob (soft labels), or -e / (1 - 2 e) (robust: unbiased for labels
 flipped with probability e; unbounded below, so stop early). target is 1 / (2 beta), beta being the paper's tau;
-smoothing makes it (1 - 2 e) / (2 beta) and soft labels (label_prob - 1/2) / beta. Gradient with respect to a logprob:
-dL/dD / n in the chosen sequence, -dL/dD / n in the rejected one, 0 outside the mask.
+smoothing makes it (1 - 2 e) / (2 beta) and soft labels (label_prob - 1/2) / beta. The gradient with
+respect to a logprob is dL/dv / n of its sequence, and 0 outside the mask.
+
+Without a reference (None) the losses are those of the policy alone. kind "dpo" then is CPO (Xu et al. 2024, arXiv
+2401.08417, eq. 3) with length_norm "sum", and SimPO (Meng et al. 2024, arXiv 2405.14734, eq. 6) with "mean" and gamma
+as the margin; both papers' further terms are added by the caller.
 
 With length_norm "sum" (the papers) the IPO target is in nats per sequence, with "mean" (TRL's IPO) in nats per token:
 at length n the mean with beta is the sum with beta / n, its loss n^2 smaller. "pair_mean" keeps D a scaled log-odds.
@@ -25,7 +32,8 @@ On a GPU each program of one kernel reads the rows of a pair, then writes their 
 less without a reference per row. The backward moves 8 T.
 
 Legend: T rows, B pairs. DPO: Rafailov et al. 2023 (arXiv 2305.18290) eq. 7; IPO: Azar et al. 2023 (arXiv 2310.12036)
-eq. 17; cDPO: Mitchell 2023; robust: Chowdhury et al. 2024 (arXiv 2403.00409); hinge: Zhao et al. 2023 (2305.10425).
+eq. 17; cDPO: Mitchell 2023; robust: Chowdhury et al. 2024 (arXiv 2403.00409); hinge: Zhao et al. 2023 (2305.10425);
+APO: D'Oosterlinck et al. 2024 (arXiv 2408.06266) eq. 7 and 8; ORPO: Hong et al. 2024 (arXiv 2403.07691) eq. 4 and 7.
 """
 
 from __future__ import annotations
@@ -36,13 +44,13 @@ from torch import Tensor
 
 from fastrlhf_kernels import _rows
 from fastrlhf_kernels._checks import check_choice, check_cu_seqlens, check_range, check_rows, check_tensor, divisor
+from fastrlhf_kernels._pair_kernels import check_options, pair_terms, torch_pair_terms
 from fastrlhf_kernels._rows import contiguous, differentiate_by_slopes, load_float32, masked
 from fastrlhf_kernels._segments import segment_bounds, segment_of_row, segment_sum
 from fastrlhf_kernels._triton import jit, tl, use_triton
 from fastrlhf_kernels.types import LossOutput, Sum
 
 WARPS = 8  # with 4, Triton 3.6 spills on sm_90
-KINDS = ("dpo", "ipo", "hinge", "robust")
 LENGTH_NORMS = ("sum", "mean", "pair_mean")
 SUMS = ("pairs", "accuracy", "reward_chosen", "reward_rejected", "margin", "logprob_chosen", "logprob_rejected")
 
@@ -64,7 +72,7 @@ def pair_loss(
     length_norm: str = "sum",
     impl: str = "auto",
 ) -> LossOutput:
-    """sum over pairs of weight L(z) / num_pairs, float32; a pair with an empty member is ignored.
+    """sum over pairs of weight L / num_pairs, float32; a pair with an empty member is ignored.
 
     Metrics, sums over the pairs that count: loss (weighted), pairs, accuracy (pairs with a reward margin above 0),
     reward_chosen and reward_rejected (beta u, whatever the length_norm), margin (their difference), logprob_chosen and
@@ -82,7 +90,7 @@ def pair_loss(
     for name, tensor in (("label_prob", label_prob), ("margin", margin), ("weight", weight), ("target", target)):
         if tensor is not None:
             check_tensor(name, tensor, (num_sequences // 2,), device)
-    _check_options(kind, label_smoothing, label_prob, margin, target)
+    check_options(kind, label_smoothing, label_prob, margin, target, reference_logprob, length_norm)
 
     per_row = reference_logprob is not None and reference_logprob.shape == logprob.shape
     if reference_logprob is not None:
@@ -112,7 +120,7 @@ def pair_loss(
 
 def pair_loss_reference(
     logprob: Tensor,
-    reference_logprob: Tensor,
+    reference_logprob: Tensor | None,
     cu_seqlens: Tensor,
     mask: Tensor,
     *,
@@ -122,14 +130,16 @@ def pair_loss_reference(
     label_smoothing: float = 0.0,
     length_norm: str = "sum",
 ) -> Tensor:
-    """The definition, one pair at a time in textbook form, in the given dtype; [T] reference, no empty member."""
+    """The definition, one pair at a time in textbook form, in the given dtype. The reference is [T] or None, and every
+    response has rows in the mask."""
     total, bounds, eps = logprob.new_zeros(()), cu_seqlens.tolist(), label_smoothing
     for i in range(0, len(bounds) - 1, 2):
         members = [slice(bounds[j], bounds[j + 1]) for j in (i, i + 1)]
         counts = torch.stack([mask[rows].sum() for rows in members])
         length = {"sum": torch.ones(2), "mean": counts, "pair_mean": counts.float().mean().expand(2)}[length_norm]
-        u = [(logprob[rows] - reference_logprob[rows])[mask[rows]].sum() for rows in members]
-        difference = u[0] / length[0] - u[1] / length[1]
+        log_ratio = logprob if reference_logprob is None else logprob - reference_logprob
+        chosen, rejected = (log_ratio[rows][mask[rows]].sum() / n for rows, n in zip(members, length, strict=True))
+        difference = chosen - rejected
         win, lose = -F.logsigmoid(beta * difference), -F.logsigmoid(-beta * difference)
         total = (
             total
@@ -138,6 +148,9 @@ def pair_loss_reference(
                 "robust": ((1 - eps) * win - eps * lose) / (1 - 2 * eps),
                 "ipo": (difference - (1 - 2 * eps) / (2 * beta)) ** 2,
                 "hinge": (1 - beta * difference).clamp(min=0),
+                "apo_zero": 1 - torch.sigmoid(beta * chosen) + torch.sigmoid(beta * rejected),
+                "apo_down": torch.sigmoid(beta * chosen) + 1 - torch.sigmoid(beta * difference),
+                "orpo": -beta * F.logsigmoid(torch.logit(chosen.exp()) - torch.logit(rejected.exp())),
             }[kind]
         )
     return total / num_pairs
@@ -187,11 +200,12 @@ def _pair_loss(
     normed = log_ratio / lengths
 
     label_prob, margin, weight, target = (None if x is None else x.float() for x in options)
-    loss, slope = torch_pair_terms(normed[:, 0] - normed[:, 1], beta, kappa, label_prob, margin, target, kind)
+    loss, *slope = torch_pair_terms(*normed.unbind(1), beta, kappa, label_prob, margin, target, kind)
+    slope = torch.stack(slope, 1)
     if weight is not None:
-        loss, slope = loss * weight, slope * weight
-    loss, slope = loss.where(valid[:, 0], 0), slope.where(valid[:, 0], 0)
-    slopes = (torch.stack([slope, -slope], 1) / lengths).flatten()
+        loss, slope = loss * weight, slope * weight[:, None]
+    loss, slope = loss.where(valid[:, 0], 0), slope.where(valid, 0)
+    slopes = (slope / lengths).flatten()
     rewards = beta * log_ratio
     right, margins = rewards[:, 0] > rewards[:, 1], rewards[:, 0] - rewards[:, 1]
     per_pair = (valid[:, 0].float(), right.float(), *rewards.unbind(1), margins, *logprob.unbind(1))
@@ -205,65 +219,6 @@ def _(logprob, *_):
 
 
 differentiate_by_slopes("fastrlhf::pair_loss", leaves=(0,))
-
-
-def torch_pair_terms(
-    difference: Tensor,
-    beta: float,
-    kappa: float,
-    label_prob: Tensor | None,
-    margin: Tensor | None,
-    target: Tensor | None,
-    kind: str,
-) -> tuple[Tensor, Tensor]:
-    """`pair_terms` in torch."""
-    flip = kappa if label_prob is None else 1 - label_prob
-    if kind == "ipo":
-        error = difference - ((0.5 - flip) / beta if target is None else target)
-        return error.square(), 2 * error
-    z = beta * difference
-    if margin is not None:
-        z = z - margin
-    if kind == "hinge":
-        return F.relu(1 - z), torch.full_like(z, -beta).masked_fill(z >= 1, 0)
-    return flip * z - F.logsigmoid(z), beta * (flip - torch.sigmoid(-z))
-
-
-@jit
-def pair_terms(difference, beta, kappa, label_prob, margin, target, KIND: tl.constexpr):
-    """(L, dL/dD) of D in float32; label_prob, margin and target may be None."""
-    flip = kappa
-    if label_prob is not None:
-        flip = 1 - label_prob
-    if KIND == "ipo":
-        aim = target
-        if target is None:
-            aim = (0.5 - flip) / beta
-        loss = (difference - aim) * (difference - aim)
-        slope = 2 * (difference - aim)
-    else:
-        z = beta * difference
-        if margin is not None:
-            z -= margin
-        if KIND == "hinge":
-            loss = tl.where(z >= 1, 0.0, 1 - z)
-            slope = tl.where(z >= 1, 0.0, -beta)
-        else:
-            small = tl.exp(-tl.abs(z))
-            loss = flip * z + log1p(small) + tl.where(z < 0, -z, 0.0)
-            slope = beta * (flip - tl.where(z < 0, 1.0, small) / (1 + small))
-    return loss, slope
-
-
-@jit
-def log1p(x):
-    """log(1 + x) for x in [0, 1] with a small relative error: 2 artanh(x / (2 + x)) by its series up to power 15."""
-    s = x / (2 + x)
-    square = s * s
-    series = square * 0
-    for n in tl.static_range(15, 0, -2):  # pyright: ignore[reportGeneralTypeIssues]
-        series = series * square + 1.0 / n
-    return 2 * s * series
 
 
 @jit
@@ -312,15 +267,20 @@ def pair_kernel(
         margin = tl.load(margin + pair).to(tl.float32)
     if target is not None:
         target = tl.load(target + pair).to(tl.float32)
-    difference = chosen / length_chosen - rejected / length_rejected
-    loss, pair_slope = pair_terms(difference, beta, kappa, label_prob, margin, target, KIND)
+    normed_chosen = chosen / length_chosen
+    normed_rejected = rejected / length_rejected
+    loss, d_chosen, d_rejected = pair_terms(
+        normed_chosen, normed_rejected, beta, kappa, label_prob, margin, target, KIND
+    )
     if weight is not None:
         pair_weight = tl.load(weight + pair).to(tl.float32)
         loss *= pair_weight
-        pair_slope *= pair_weight
-    pair_slope = tl.where(valid, pair_slope, 0.0)
-    _spread(slope, pair_slope / length_chosen, mask, start, middle, BLOCK)
-    _spread(slope, -pair_slope / length_rejected, mask, middle, stop, BLOCK)
+        d_chosen *= pair_weight
+        d_rejected *= pair_weight
+    d_chosen = tl.where(valid, d_chosen, 0.0)
+    d_rejected = tl.where(valid, d_rejected, 0.0)
+    _spread(slope, d_chosen / length_chosen, mask, start, middle, BLOCK)
+    _spread(slope, d_rejected / length_rejected, mask, middle, stop, BLOCK)
 
     reward_chosen = beta * chosen
     reward_rejected = beta * rejected
@@ -364,22 +324,3 @@ def _spread(slope, value, mask, start, stop, BLOCK: tl.constexpr):
 @jit
 def _store(partials, index: tl.constexpr, value, valid):
     tl.store(partials + index * tl.num_programs(0) + tl.program_id(0), tl.where(valid, value, 0.0))
-
-
-def _check_options(
-    kind: str, label_smoothing: float, label_prob: Tensor | None, margin: Tensor | None, target: Tensor | None
-) -> None:
-    """Raises ValueError for an option that this kind would silently ignore."""
-    check_choice("kind", kind, KINDS)
-    if not 0 <= label_smoothing < 0.5:
-        raise ValueError(f"label_smoothing must be in [0, 0.5), got {label_smoothing}")
-    if label_prob is not None and label_smoothing:
-        raise ValueError("label_prob and label_smoothing both describe the noise of labels: give only one")
-    if target is not None and (kind != "ipo" or label_prob is not None or label_smoothing):
-        raise ValueError('target is for kind="ipo" alone, without label_prob and label_smoothing')
-    if margin is not None and kind == "ipo":
-        raise ValueError('margin is not for kind="ipo": pass target instead')
-    if label_prob is not None and kind not in ("dpo", "ipo"):
-        raise ValueError(f'label_prob is for kind="dpo" and "ipo", not {kind!r}')
-    if label_smoothing and kind == "hinge":
-        raise ValueError('label_smoothing is not for kind="hinge"')

@@ -5,18 +5,24 @@ import torch
 from torch import Tensor
 
 from fastrlhf_kernels import merge, pair_loss
-from fastrlhf_kernels.pair_loss import KINDS, LENGTH_NORMS, _pair_loss, pair_loss_reference
+from fastrlhf_kernels._pair_kernels import KINDS
+from fastrlhf_kernels.pair_loss import LENGTH_NORMS, _pair_loss, pair_loss_reference
 from tests.tolerance import assert_op_matches
 
 TWO = torch.tensor([0, 2, 3])  # one pair: chosen of 2 rows, rejected of 1
 ALL = torch.ones(3, dtype=torch.bool)
 
 
+# every kind with the length norms that it has
+FORMS = [(kind, norm) for kind in KINDS for norm in (["mean"] if kind == "orpo" else LENGTH_NORMS)]
+
+
 def run(impl: str, log_ratio: list[float], cu_seqlens: Tensor = TWO, mask: Tensor | None = None, **options):
-    """Loss, gradient per row and metrics against a reference of zeros, over 1 pair."""
+    """Loss, gradient per row and metrics over 1 pair, against a reference of zeros (none for ORPO)."""
     logprob = torch.tensor(log_ratio, requires_grad=True)
     mask = torch.ones(len(log_ratio), dtype=torch.bool) if mask is None else mask
-    out = pair_loss(logprob, torch.zeros(len(log_ratio)), cu_seqlens, mask, num_pairs=1, impl=impl, **options)
+    reference = None if options.get("kind") == "orpo" else torch.zeros(len(log_ratio))
+    out = pair_loss(logprob, reference, cu_seqlens, mask, num_pairs=1, impl=impl, **options)
     out.loss.backward()
     return out.loss.item(), logprob.grad.tolist(), {name: metric.value.item() for name, metric in out.metrics.items()}
 
@@ -159,8 +165,7 @@ def test_hand_computed_length_norms(impl: str):
     assert gradient == pytest.approx([4 / 9, 4 / 9, -4 / 9], rel=1e-6)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("length_norm", LENGTH_NORMS)
+@pytest.mark.parametrize(("kind", "length_norm"), FORMS)
 def test_a_pair_with_an_empty_member_counts_for_nothing(kind: str, length_norm: str, impl: str):
     # chosen without rows; rejected without a row in the mask; both empty; one whole pair
     cu_seqlens = torch.tensor([0, 0, 2, 3, 5, 5, 5, 6, 8])
@@ -201,7 +206,8 @@ def assert_matches_reference(
 
     def call(op, **extra):
         def inner(logprob: Tensor):
-            out = op(logprob, reference.to(logprob.dtype), cu_seqlens, mask, **options, **extra)
+            given = None if kind == "orpo" else reference.to(logprob.dtype)
+            out = op(logprob, given, cu_seqlens, mask, **options, **extra)
             return [out if isinstance(out, Tensor) else out.loss]
 
         return inner
@@ -209,12 +215,11 @@ def assert_matches_reference(
     assert_op_matches(call(pair_loss, impl=impl), call(pair_loss_reference), {"logprob": logprob})
 
 
-@pytest.mark.parametrize(
-    ("kind", "smoothing"), [("dpo", 0.0), ("dpo", 0.2), ("robust", 0.2), ("ipo", 0.2), ("hinge", 0)]
-)
-@pytest.mark.parametrize("length_norm", LENGTH_NORMS)
-def test_it_equals_the_reference(kind: str, smoothing: float, length_norm: str, impl: str):
-    assert_matches_reference(impl, kind, length_norm, smoothing)
+@pytest.mark.parametrize(("kind", "length_norm"), FORMS)
+def test_it_equals_the_reference(kind: str, length_norm: str, impl: str):
+    assert_matches_reference(impl, kind, length_norm)
+    if kind in ("dpo", "robust", "ipo"):
+        assert_matches_reference(impl, kind, length_norm, smoothing=0.2)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -267,7 +272,12 @@ def test_the_reference_passes_gradcheck(kind: str):
     logprob, reference, cu_seqlens, mask = pairs([3, 2, 1, 4])
     assert torch.autograd.gradcheck(
         lambda x: pair_loss_reference(
-            x, reference.double(), cu_seqlens, mask, num_pairs=3, kind=kind, length_norm="mean"
+            x,
+            None if kind == "orpo" else reference.double(),
+            *(cu_seqlens, mask),
+            num_pairs=3,
+            kind=kind,
+            length_norm="mean",
         ),
         (logprob.double().requires_grad_(),),
     )
@@ -302,10 +312,13 @@ def test_rows_outside_the_mask_reach_nothing(impl: str):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_nan_in_the_mask_shows_in_the_loss_and_in_its_gradient(kind: str, impl: str):
-    loss, gradient, metrics = run(impl, [1.0, float("nan"), 1.0], kind=kind)
+    options = {"length_norm": "mean"} if kind == "orpo" else {}
+    loss, gradient, metrics = run(impl, [1.0, float("nan"), 1.0], kind=kind, **options)
     assert math.isnan(loss)
     assert math.isnan(metrics["reward_chosen"])
-    if kind != "hinge":  # whose slope is one of two numbers
+    if kind == "apo_zero":  # its slope by the rejected response does not depend on the chosen one
+        assert all(map(math.isnan, gradient[:2]))
+    elif kind != "hinge":  # the slope of hinge is one of two numbers
         assert all(map(math.isnan, gradient))
 
 
@@ -329,6 +342,8 @@ def test_inputs_need_not_be_contiguous(impl: str):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_default_dtype_of_torch_changes_nothing(kind: str, impl: str, request: pytest.FixtureRequest):
     tensors, options = pairs([20, 33, 7, 3]), {"num_pairs": 2, "kind": kind, "beta": 0.3, "impl": impl}
+    if kind == "orpo":
+        tensors, options["length_norm"] = (tensors[0], None, *tensors[2:]), "mean"
     plain = pair_loss(*tensors, **options).loss
     request.addfinalizer(lambda: torch.set_default_dtype(torch.float32))
     torch.set_default_dtype(torch.bfloat16)
@@ -374,7 +389,7 @@ def test_the_operator_is_registered_as_torch_asks(per_row: bool, impl: str):
         ({"label_prob": torch.ones(1), "kind": "robust"}, "label_prob is for"),
         ({"label_smoothing": 0.1, "kind": "hinge"}, "label_smoothing is not for"),
         ({"margin": torch.ones(1), "kind": "ipo"}, "margin is not for"),
-        ({"target": torch.ones(1)}, "target is for"),
+        ({"target": torch.ones(1)}, "target is only for"),
         ({"weight": torch.ones(2)}, r"weight must have shape \(1,\)"),
         ({"impl": "cuda"}, 'impl must be "auto", "triton" or "torch"'),
     ],
