@@ -268,7 +268,7 @@ def _plan(arguments: Sequence[str]) -> None:
 def _doctor(arguments: Sequence[str]) -> None:
     from fastrlhf.tools.doctor import examine, format_findings
 
-    configs.require(len(arguments) <= 1, "OUTPUT_DIR", list(arguments), "one folder, where runs will be written")
+    configs.require(len(arguments) <= 1, "OUTPUT_DIR", list(arguments), "one folder, in which runs will be written")
     findings = examine(arguments[0] if arguments else ".")
     print(format_findings(findings))
     if any(finding.level == "broken" for finding in findings):

@@ -268,7 +268,7 @@ def test_a_model_that_is_no_decoder(capsys, command, kind, what):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_evaluation_steps_without_rows_to_evaluate_on(capsys, command):
     told = refuse(capsys, command, eval_steps=5, dataset_name="nowhere.jsonl")
-    rule = "0 where no rows are held out; give num_eval_examples or dataset_test_split"
+    rule = "0 when no rows are held out; give num_eval_examples or dataset_test_split"
     assert told == f"eval_steps: must be {rule}; got 5"
 
 

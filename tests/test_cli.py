@@ -221,7 +221,7 @@ def test_rlp_takes_its_models_from_other_sections_and_goes_on_where_it_stopped(c
     assert {file: file.stat().st_mtime_ns for file in policies} == policies
     message = "--config: must be one file with sections rlp, reward and ppo; got []"
     assert fails(capsys, "rlp", "--output_dir", "runs/other") == message
-    assert "section rlp (its" in fails(capsys, "rlp", "--config", "rlp.yaml", "--max_length", "32")
+    assert "section rlp (set it" in fails(capsys, "rlp", "--config", "rlp.yaml", "--max_length", "32")
 
 
 def test_a_mistake_in_a_later_section_costs_no_earlier_one(place, capsys):
@@ -287,7 +287,7 @@ def test_the_written_configuration_gives_the_same_run_bit_for_bit(chain, place, 
         (["sft", "all.yaml"], "Unrecognized options: all.yaml"),
         (["sft", "--learning_rate", "-1"], "learning_rate: must be above 0; got -1.0"),
         (["sft", "--learning_rate", "nan"], "learning_rate: must be finite; got nan"),
-        (["drpo", "--missing_eos_penalty", "1"], "missing_eos_penalty: must be null where missing_eos_score is given"),
+        (["drpo", "--missing_eos_penalty", "1"], "missing_eos_penalty: must be null when missing_eos_score is given"),
         (["ppo", "--reset_prob", "1.5"], "reset_prob: must be in 0..1; got 1.5"),
         (["sft", "--config"], "--config: give a file or the name of a recipe"),
         (["sft", "--config", "nowhere.yaml"], "config: no file 'nowhere.yaml'; the recipes are dpo_hh, "),

@@ -258,7 +258,7 @@ def check_first_loss(config: DPOConfig, pairs: Pairs, means: Mapping[str, float]
         loss = means[f"loss/{name}"]
         if not abs(loss - expected) <= max(abs(low - expected), abs(high - expected)) + 1e-6:
             raise ValueError(
-                f"the first {name} loss is {loss:.6g} where a policy that equals its reference has {expected:.6g}: "
+                f"the first {name} loss is {loss:.6g}, but a policy that equals its reference has {expected:.6g}: "
                 "log-probs of the same tokens differ between two passes, so the model is not deterministic"
             )
 

@@ -157,7 +157,7 @@ def _check_first_loss(config: DPOConfig, groups: Sequence[Group], metrics: Mappi
     rounding = 2 * size * (3e-5 if config.dtype == "float32" else 1e-2)
     if not abs(metrics["loss"] - expected) <= (2 * expected**0.5 + rounding) * rounding + 1e-5 * expected + 1e-6:
         raise ValueError(
-            f"the first loss is {metrics['loss']:.6g} where a policy that equals its reference has {expected:.6g}: "
+            f"the first loss is {metrics['loss']:.6g}, but a policy that equals its reference has {expected:.6g}: "
             "log-probs of the same tokens differ between two passes, so the model is not deterministic"
         )
 

@@ -1,8 +1,8 @@
-"""Every setting of every run: one flat frozen dataclass per command, checked where it is defined.
+"""The configuration of every command: one flat, frozen dataclass per command, with its checks.
 
-Names and defaults are those of Hugging Face's TrainingArguments and TRL wherever they have one. A YAML file gives some
-of the keys, flags of the same names override it, and the rest take the defaults below. Nothing is derived silently:
-every value that a run used is written to `config.yaml` in its output directory.
+A key that Hugging Face's TrainingArguments or TRL also has keeps its name and default. A YAML file sets some of the
+keys, command-line flags of the same names override it, and all other keys have the defaults below. Every value that a
+run used is written to `config.yaml` in its output directory.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CONFIGS: dict[str, type] = {
     "eval": EvalConfig,
     "demo": DemoConfig,
 }
-"""Command -> its configuration: the commands that take keys and may have a section of their own in a file."""
+"""The configuration class of each command. These commands take keys and may have a section in a configuration file."""
 
 __all__ = [
     "COLUMNS",

@@ -1,4 +1,4 @@
-"""Checks that every configuration runs when it is constructed."""
+"""Checks that a configuration runs when it is constructed."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def above_0(config: object, *names: str) -> None:
         require(getattr(config, name) > 0, name, getattr(config, name), "above 0")
 
 
-UNREAD = "since nothing reads it there"
-"""The end of every message about a key that nothing would read."""
+UNREAD = "since it would have no effect"
+"""End of the message about a key that is set although the run would ignore it."""
 
 
 def at_default(config: Any, readers: Iterable[tuple[bool, str, tuple[str, ...]]]) -> None:
-    """Raises ValueError for a key that differs from its default although nothing would read it.
+    """Raises ValueError for a key that is set, that is, differs from its default, although the run would ignore it.
 
-    `readers`: (whether something reads the keys, why nothing would, the keys).
+    `readers`: tuples of (whether the run reads the keys, the reason if it does not, the names of the keys).
     """
     defaults = {field.name: field.default for field in fields(config)}
     for read, because, names in readers:
@@ -47,8 +47,8 @@ def at_default(config: Any, readers: Iterable[tuple[bool, str, tuple[str, ...]]]
 def check_types(config: Any) -> None:
     """Raises ValueError for a field whose value is not of its declared type, and for a number that is not finite.
 
-    Dataclasses check neither. A path becomes a str, a list a tuple, a single str a tuple of one where the field is a
-    tuple of str, and a numpy scalar a Python number.
+    Dataclasses check neither. Values are converted if their type is close: a path to a str, a list to a tuple, a numpy
+    scalar to a Python number, and, for a field that is a tuple of str, a single str to a tuple.
     """
     hints = get_type_hints(type(config))
     for field in fields(config):

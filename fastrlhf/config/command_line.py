@@ -1,4 +1,4 @@
-"""Flags and the files that they name, merged into one configuration."""
+"""Merges command-line flags and the configuration files that they name into one configuration."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from fastrlhf.config.checks import UNREAD
 
 
 def parse(kind: type, arguments: Sequence[str], command: str) -> Any:
-    """The configuration that files and flags describe. Raises ValueError for an unknown key or a bad value.
+    """Builds the configuration of a command from its flags and files. A flag overrides a file, and of a repeated flag
+    the last one counts. Raises ValueError for an unknown key or a bad value.
 
-    A key of section `shared` that nothing would read under this command is ignored here; other sections may read it.
+    A key of section `shared` that has no effect for this command is ignored, because other sections may read it.
     """
     rest = split_configs(arguments)
     values: dict[str, Any] = {}
@@ -41,7 +42,7 @@ def parse(kind: type, arguments: Sequence[str], command: str) -> Any:
             if key in shared & values.keys() and UNREAD in str(error):
                 del values[key]
                 continue
-            named = re.search(r"--(\w+)", str(error))  # the parser does not know that the value came from a file
+            named = re.search(r"--(\w+)", str(error))  # the parser cannot tell that the value comes from a file
             if named and named[1] in values and not any(part.startswith(named[0]) for part in rest):
                 raise ValueError(f"{path}, {command}: {error}") from None
             raise
@@ -68,7 +69,7 @@ def _from_flags(kind: type, flags: Sequence[str], command: str) -> Any:
 
 
 def split_configs(arguments: Sequence[str]) -> list[str]:
-    """The arguments, with --config=FILE split into two."""
+    """Splits every `--config=FILE` among the arguments into `--config` and `FILE`."""
     return [
         part
         for argument in arguments
@@ -81,8 +82,8 @@ def config_paths(arguments: Sequence[str]) -> list[str]:
 
 
 def _first_paragraph(box: str) -> str:
-    """The text below the title of tyro's error box, up to the next rule, on one line. In a terminal without box-drawing
-    characters the box is made of hyphens, and a rule follows the title."""
+    """Returns the first paragraph of tyro's error box, without its title, on one line. If the terminal lacks
+    box-drawing characters, the box is made of hyphens, and a line of hyphens follows the title."""
     rules = ("\u2500", "\u2570", "---")
     lines = [line.strip("\u2502 ") for line in box.splitlines()[1:]]
     body = dropwhile(lambda line: line.startswith(rules), lines)

@@ -15,15 +15,15 @@ EVAL_READS = (
     *("dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "columns", "max_bad_fraction"),
     *("num_eval_examples", "max_train_examples", "attn_implementation", "torch_compile", "use_liger_kernel"),
 )
-"""The keys of all trainers that `fastrlhf eval` reads."""
+"""The keys of TrainConfig that `fastrlhf eval` reads; it refuses the others."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig(TrainConfig):
-    """Win rates of models against the responses of a dataset, or against each other, judged by a reward model.
+    """Measures win rates of models against the responses of a dataset or against each other, judged by a reward model.
 
-    `model_name_or_path` is read for two things only: it names the tokenizer, if that is not the one of the first of
-    `models`, and the base model of adapters, if that is not the one that the first adapter was trained over.
+    `model_name_or_path` is needed only in two cases: if the tokenizer is not the one saved with the first of `models`,
+    or if adapters have another base model than the one that the first adapter was trained on.
     """
 
     UNREAD: ClassVar[tuple[str, ...]] = tuple(
@@ -43,7 +43,8 @@ class EvalConfig(TrainConfig):
     rollout_batch_size: int = 64
     """Number of responses generated in one batch."""
     decode: Literal["eager", "cuda_graph"] = "eager"
-    """How a decode step runs, as in ppo. cuda_graph: it is recorded once and replayed. Not yet run on a GPU."""
+    """How a decode step runs, as in ppo. eager: its kernels are launched one by one. cuda_graph: the step is recorded
+    once as a CUDA graph and replayed. Not yet run on a GPU."""
     num_eval_examples: int = 500
 
     def __post_init__(self) -> None:
@@ -51,16 +52,16 @@ class EvalConfig(TrainConfig):
         at_default(self, [(False, "with eval, which trains nothing", self.UNREAD)])
         at_least(self, 1, "response_length", "rollout_batch_size")
         at_least(self, 0, "temperature")
-        require(self.decode == "eager" or self.device != "cpu", "decode", self.decode, "eager where device is cpu")
+        require(self.decode == "eager" or self.device != "cpu", "decode", self.decode, "eager when device is cpu")
         require(self.response_length < self.max_length, "response_length", self.response_length, "below max_length")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """Runs the whole chain on the embedded task: SFT, reward model, DPO, PPO, DR-PO and evaluation."""
+    """Runs all stages on a small built-in task: SFT, reward model, DPO, PPO, DR-PO and evaluation."""
 
     out: str = "runs/demo"
-    """Folder of the run; it must not hold a run yet."""
+    """Output folder; it must not contain an earlier run."""
     seed: int = 0
     """Seed of the data, of the weights and of every sample."""
     methods: tuple[str, ...] = ("sft", "reward", "dpo", "ppo", "drpo")

@@ -1,5 +1,5 @@
-"""What the keys of TRL and transformers are called here: the one table behind the answers to unknown keys and the
-page for TRL users.
+"""The table of TRL's and transformers' keys and their counterparts here. Messages about unknown keys and the manual's
+page for TRL users are both made from it.
 
 The table covers every field of TRL 1.16's SFTConfig, DPOConfig, RewardConfig, GRPOConfig, ModelConfig and
 ScriptArguments (transformers' TrainingArguments included), of the PPOConfig that TRL had until 1.12, and common names
@@ -26,11 +26,11 @@ TRL_CONFIGS = {
     "ppo": "TRL's PPOConfig, until 1.12",
     "older": "older releases of TRL and transformers, and other programs",
 }
-"""Where a key comes from."""
+"""Short name -> the configuration class or release that has a key."""
 
 READ_BY = {"drpo": ("ppo", "grpo"), "rto": ("ppo", "grpo"), "ppo": ("ppo", "grpo"), "grpo": ("grpo", "ppo")}
-"""Our command -> the TRL configs whose meaning of a key counts there, first match first; elsewhere the command's own
-name."""
+"""Our command -> the TRL configs in which its keys are looked up, in this order. A command that is not listed is looked
+up under its own name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,9 +42,9 @@ class Key:
     """Keys of TRL_CONFIGS."""
     status: Status
     ours: str = ""
-    """What to write here instead, for `other name`."""
+    """The key (and value) to write here instead, if the status is `other name`."""
     note: str = ""
-    """What differs, why it is missing, or what to do. One line, lower case, without a full stop."""
+    """A remark on what differs, why the key is missing, or what to do: one line in lower case without a full stop."""
 
 
 def _keys(status: Status, configs: str, names: str, note: str = "", ours: str = "") -> tuple[Key, ...]:
@@ -80,7 +80,7 @@ KEYS: tuple[Key, ...] = (
     *_same("model", "dtype", "float32 by default; write bfloat16 on a GPU"),
     *_same("model all sft dpo reward grpo", "trust_remote_code"),
     *_no("model", "model_revision", "download that revision and give its folder as model_name_or_path"),
-    *_off("model", "lora_dropout", "log-probs of the same tokens must be the same number twice"),
+    *_off("model", "lora_dropout", "log-probs of the same tokens must be reproducible"),
     *_no("model", "lora_modules_to_save", "only the adapter is trained; train without use_peft to move whole modules"),
     *_on("model", "lora_task_type", "each command knows its task"),
     *_no("model", "load_in_8bit", "use load_in_4bit"),
@@ -102,7 +102,7 @@ KEYS: tuple[Key, ...] = (
         "script", "dataset_test_split", "empty by default; num_eval_examples rows are held out of the training split"
     ),
     *_no("script", "dataset_streaming", "rows are tokenised before the first step; limit them by max_train_examples"),
-    *_no("script", "ignore_bias_buffers", "for buffers under DDP, which is not used"),
+    *_no("script", "ignore_bias_buffers", "it concerns buffers under DDP, which is not used"),
     *_other("sft", "dataset_text_field", "columns", "as columns: reference=NAME"),
     *_no("sft", "dataset_kwargs", "prepare the rows beforehand; `fastrlhf inspect` shows what the model sees"),
     *_off("sft dpo reward ppo", "dataset_num_proc", "rows are tokenised in this process by a fast tokenizer"),
@@ -116,8 +116,10 @@ KEYS: tuple[Key, ...] = (
     *_same("grpo", "chat_template_kwargs"),
     *_on("all", "remove_unused_columns", "each command reads the columns that it needs"),
     *_no("all", "label_names length_column_name", "columns have fixed names; rename them by `columns`"),
-    *_off("all", "dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers", "rows wait tokenised"),
-    *_off("all", "dataloader_prefetch_factor dataloader_multiprocessing_context", "rows wait tokenised"),
+    *_off(
+        "all", "dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers", "rows are tokenised before"
+    ),
+    *_off("all", "dataloader_prefetch_factor dataloader_multiprocessing_context", "rows are tokenised before"),
     *_on("all", "dataloader_in_order"),
     *_off("all", "dataloader_drop_last", "the last batch of an epoch is completed by rows of the next"),
     *_on("all", "train_sampling_strategy", "each epoch is shuffled by seed; packing needs no grouping by length"),
@@ -130,11 +132,11 @@ KEYS: tuple[Key, ...] = (
     *_no("older", "formatting_func", "write the rows in a known form; `columns` renames columns"),
     # Batch and steps
     *_same("all", "per_device_train_batch_size", "counts all processes together: TRL's value times the GPUs"),
-    *_same("all", "gradient_accumulation_steps", "multiplies the batch; memory is set by micro_batch_tokens alone"),
+    *_same("all", "gradient_accumulation_steps", "multiplies the batch; memory depends only on micro_batch_tokens"),
     *_same("all", "num_train_epochs max_steps"),
-    *_on("all", "average_tokens_across_devices", "a loss is divided by counts of the whole step"),
-    *_other("all", "auto_find_batch_size", "micro_batch_tokens", "`fastrlhf plan` says which size fits"),
-    *_other("all", "per_device_eval_batch_size", "micro_batch_tokens", "packs of evaluation have the same size"),
+    *_on("all", "average_tokens_across_devices", "a loss is divided by the token count of the whole step"),
+    *_other("all", "auto_find_batch_size", "micro_batch_tokens", "`fastrlhf plan` shows which size fits"),
+    *_other("all", "per_device_eval_batch_size", "micro_batch_tokens", "evaluation uses packs of the same size"),
     *_other("older", "batch_size", "per_device_train_batch_size"),
     *_other("older", "train_batch_size", "per_device_train_batch_size"),
     *_other("older", "num_epochs", "num_train_epochs"),
@@ -146,7 +148,7 @@ KEYS: tuple[Key, ...] = (
     *_no(
         "all", "optim_args optim_target_modules", "AdamW is set by adam_beta1, adam_beta2, adam_epsilon, weight_decay"
     ),
-    *_no("all", "label_smoothing_factor", "smoothing of tokens is not offered; DPO has label_smoothing"),
+    *_no("all", "label_smoothing_factor", "smoothing over tokens is not offered; DPO has label_smoothing"),
     *_no("all", "neftune_noise_alpha", "noise in embeddings would make log-probs random"),
     *_other("older", "warmup_ratio", "warmup_steps", "a number of optimiser steps"),
     *_other("older", "lr", "learning_rate"),
@@ -170,7 +172,11 @@ KEYS: tuple[Key, ...] = (
     *_other("older", "no_cuda", "device: cpu"),
     # Logging
     *_same("all", "report_to", "tensorboard, wandb, none and all; metrics.jsonl is always written"),
-    *_same("all", "logging_steps", "lines of progress where the output is no terminal; metrics.jsonl has every step"),
+    *_same(
+        "all",
+        "logging_steps",
+        "steps between lines of progress if the output is not a terminal; metrics.jsonl has every step",
+    ),
     *_same("all", "run_name output_dir"),
     *_on("all", "logging_strategy logging_first_step", "metrics.jsonl has a row per optimiser step"),
     *_off("all", "log_on_each_node logging_nan_inf_filter", "rank 0 logs numbers as they are"),
@@ -187,19 +193,27 @@ KEYS: tuple[Key, ...] = (
     *_no("all", "eval_delay", "evaluation starts at step eval_steps; eval_on_start adds step 0"),
     *_on("all", "prediction_loss_only eval_do_concat_batches", "evaluation keeps means of metrics"),
     *_off("all", "eval_use_gather_object eval_accumulation_steps", "evaluation keeps means of metrics"),
-    *_no("all", "include_for_metrics batch_eval_metrics", "each command has its metrics of evaluation"),
-    *_off("all", "do_train do_eval do_predict", "commands train; `fastrlhf eval` evaluates"),
-    *_no("all", "load_best_model_at_end metric_for_best_model greater_is_better", "pick a checkpoint by metrics.jsonl"),
+    *_no("all", "include_for_metrics batch_eval_metrics", "each command has fixed evaluation metrics"),
+    *_off("all", "do_train do_eval do_predict", "the command says what to do; `fastrlhf eval` evaluates"),
+    *_no(
+        "all",
+        "load_best_model_at_end metric_for_best_model greater_is_better",
+        "choose a checkpoint by the values in metrics.jsonl",
+    ),
     # Checkpoints
-    *_same("all", "save_steps", "0 by default: the model at the end, and a checkpoint where the run is stopped"),
+    *_same("all", "save_steps", "0 by default: only the final model, and a checkpoint if the run is stopped"),
     *_same("all", "save_total_limit", "0 keeps all"),
     *_same("all", "resume_from_checkpoint", "auto (default) or never; output_dir says where"),
     *_other("all", "save_strategy", "save_steps"),
-    *_no("all", "save_only_model", "a checkpoint holds all that resuming needs; the model alone is saved at the end"),
+    *_no(
+        "all",
+        "save_only_model",
+        "a checkpoint holds all that resuming needs; only the final model is saved without the optimiser",
+    ),
     *_on("all", "enable_jit_checkpoint", "SIGTERM and Ctrl-C save a checkpoint at the end of the step"),
     *_off("all", "save_on_each_node", "the first process writes"),
     *_on("all", "restore_callback_states_from_checkpoint", "a resumed run continues bit for bit"),
-    *_off("all", "ignore_data_skip", "a resumed run continues with the rows that the stopped one had left"),
+    *_off("all", "ignore_data_skip", "a resumed run continues at the row where it stopped"),
     *_other("older", "overwrite_output_dir", "output_dir", "give a new folder; finished runs are not overwritten"),
     *_on("older", "save_safetensors"),
     *_no("all ppo", "push_to_hub", "upload the folder afterwards: hf upload NAME OUTPUT_DIR"),
@@ -212,14 +226,14 @@ KEYS: tuple[Key, ...] = (
     *_on("all", "fsdp fsdp_config", "under torchrun FSDP2 spreads weights, gradients and moments over the processes"),
     *_no("all", "deepspeed", "start several processes by torchrun; FSDP2 spreads weights as ZeRO-3 does"),
     *_no("all", "ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph", "no DDP: FSDP2"),
-    *_no("all", "ddp_backend ddp_timeout", "nccl on GPUs, gloo on CPUs, with torch's timeout"),
+    *_no("all", "ddp_backend ddp_timeout", "nccl on GPUs and gloo on CPUs, with torch's default timeout"),
     *_on("all", "local_rank", "torchrun sets it"),
     *_on("ppo", "world_size", "torchrun sets it"),
     *_no("all", "debug", "a loss or gradient that is not finite stops the run"),
     *_no("all", "skip_memory_metrics", "`fastrlhf plan` shows the memory of every phase beforehand"),
     *_off("grpo ppo", "ds3_gather_for_generation", "DeepSpeed is not used"),
     # SFT, DPO and reward models
-    *_no("sft", "loss_type", "SFT has one loss: minus the mean log-prob of a trained token"),
+    *_no("sft", "loss_type", "SFT has one loss: minus the mean log-prob of the trained tokens"),
     *_same("dpo", "loss_type", "sigmoid, ipo, hinge, robust, sft, or a list of them"),
     *_same("dpo", "loss_weights label_smoothing beta"),
     *_same("dpo", "precompute_ref_log_probs", "true by default"),
@@ -228,11 +242,11 @@ KEYS: tuple[Key, ...] = (
     *_no("dpo", "f_divergence_type f_alpha_divergence_coef", "the divergence is the reverse KL"),
     *_no("dpo", "use_weighting", "WPO is not offered"),
     *_no("dpo", "discopop_tau", "the loss type discopop is not offered"),
-    *_no("dpo grpo", "sync_ref_model ref_model_mixup_alpha ref_model_sync_steps", "the reference stays as it is"),
-    *_same("reward", "center_rewards_coefficient", "0 by default, as TRL's null"),
+    *_no("dpo grpo", "sync_ref_model ref_model_mixup_alpha ref_model_sync_steps", "the reference is never updated"),
+    *_same("reward", "center_rewards_coefficient", "0 by default, which equals TRL's null"),
     *_other("older", "ref_model", "ref_model_name_or_path"),
     *_off("older", "reference_free", "DPO has a reference: the model before training"),
-    *_other("older", "rpo_alpha", "loss_type", "as loss_type: [sigmoid, sft] with loss_weights"),
+    *_other("older", "rpo_alpha", "loss_type", "write loss_type: [sigmoid, sft] and loss_weights"),
     *_other("older", "precompute_ref_log_prob", "precompute_ref_log_probs"),
     # On-policy
     *_same("grpo", "num_generations", "8 by default in grpo, 1 elsewhere"),
@@ -240,10 +254,10 @@ KEYS: tuple[Key, ...] = (
     *_other("grpo", "max_completion_length", "response_length", "understood as an alias"),
     *_other("older", "max_new_tokens", "response_length"),
     *_same("grpo ppo", "temperature", "0.7 by default in ppo"),
-    *_other("grpo", "generation_batch_size", "per_device_train_batch_size", "episodes of one update"),
+    *_other("grpo", "generation_batch_size", "per_device_train_batch_size", "number of episodes in one update"),
     *_other("grpo", "steps_per_generation", "num_mini_batches", "optimiser steps per pass over an update's episodes"),
     *_other("grpo", "num_iterations", "num_ppo_epochs"),
-    *_other("grpo", "beta", "kl_coef", "TRL's form has kl_placement: loss and kl_estimator: k3"),
+    *_other("grpo", "beta", "kl_coef", "for TRL's form set kl_placement: loss and kl_estimator: k3"),
     *_other("grpo", "epsilon", "cliprange"),
     *_other("grpo", "epsilon_high", "cliprange_high", "with loss_type cispo, TRL's value minus 1"),
     *_other("grpo", "delta", "dual_clip"),
@@ -259,20 +273,20 @@ KEYS: tuple[Key, ...] = (
     *_no(
         "grpo",
         "top_p top_k min_p repetition_penalty",
-        "responses are drawn from the whole distribution: the loss needs their log-probs under what drew them",
+        "responses are sampled from the full distribution, because the loss needs their exact log-probs",
     ),
     *_no("grpo", "generation_kwargs", "sampling is set by temperature and response_length"),
-    *_on("grpo", "cache_implementation", "sampling has a static cache of its own"),
+    *_on("grpo", "cache_implementation", "sampling has its own static cache"),
     *_same("grpo", "reward_weights"),
     *_no("grpo", "multi_objective_aggregation", "rewards are summed"),
     *_same("grpo", "scale_rewards mask_truncated_completions"),
     *_no("grpo", "top_entropy_quantile", "all sampled tokens are trained"),
     *_no("grpo", "max_tool_calling_iterations", "episodes call no tools"),
     *_no("grpo", "off_policy_mask_threshold", "see target_kl and sampler_is_cap"),
-    *_no("grpo", "use_bias_correction_kl", "kl_placement and kl_estimator say which gradient the KL has"),
-    *_on("grpo", "log_completions", "samples.jsonl; num_sample_generations says how often"),
+    *_no("grpo", "use_bias_correction_kl", "kl_placement and kl_estimator determine the gradient of the KL"),
+    *_on("grpo", "log_completions", "written to samples.jsonl, num_sample_generations times per run"),
     *_other("grpo", "num_completions_to_print", "num_sample_generations", "how often samples are written"),
-    *_no("grpo", "log_multimodal", "models of text only"),
+    *_no("grpo", "log_multimodal", "only text models are supported"),
     *_off("grpo", "log_unique_prompts"),
     *_no("grpo", "log_completions_hub_repo", "samples are written to samples.jsonl"),
     *_other("grpo", "use_vllm", "engine: vllm"),
@@ -322,19 +336,20 @@ COMMANDS = {
     "chat": "there is no chat; `fastrlhf eval` compares models",
     "env": "write doctor",
 }
-"""Commands and trainers of other programs -> what to do here. Looked up only for names that are no commands here."""
+"""Commands and trainers of other programs -> what to do here. Only names that are not commands here are looked up."""
 
 
 def find(name: str, command: str) -> Key | None:
-    """The row for a key of TRL or transformers, with the meaning that it has for `command`."""
+    """Finds the row of a key of TRL or transformers, with the meaning that the key has for `command`; None if there is
+    none."""
     rows = [key for key in KEYS if key.name == name]
     wanted = (*READ_BY.get(command, (command,)), "all", "model", "script", "older")
     return next((key for config in wanted for key in rows if config in key.configs), rows[0] if rows else None)
 
 
 def explain(name: str, command: str, known: Collection[str], readers: Mapping[str, Collection[str]]) -> str:
-    """What follows "unknown key NAME": how to say it here, which commands read it, the nearest of the `known` keys, or
-    nothing. `readers`: command -> its keys."""
+    """Returns the text to append to "unknown key NAME": the name to write here, the commands that read the key, the
+    most similar of the `known` keys, or nothing. `readers`: command -> its keys."""
     key = find(name, command)
     ours = name if key is None else first_name(key.ours) or name
     note = f" ({key.note})" if key and key.note else ""
@@ -351,23 +366,23 @@ def explain(name: str, command: str, known: Collection[str], readers: Mapping[st
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """ "; did you mean 'x'?", or nothing where no known name is near."""
+    """Returns "; did you mean 'x'?", or nothing if no known name is similar."""
     near = difflib.get_close_matches(name, list(known), 1)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def first_name(ours: str) -> str:
-    """The key in "key: value"."""
+    """Returns the key of "key: value"."""
     return ours.partition(":")[0]
 
 
 def explain_command(name: str, commands: Iterable[str]) -> str:
-    """What follows "unknown command NAME"."""
+    """Returns the text to append to "unknown command NAME"."""
     if name in COMMANDS:
         return f": {COMMANDS[name]}"
     return nearest(name, commands)
 
 
 def rows(config: str) -> list[Key]:
-    """The table of one TRL config, in order, each key once."""
+    """Returns the rows for one TRL config, in the order of the table, each key once."""
     return [replace(key, configs=(config,)) for key in KEYS if config in key.configs]

@@ -1,4 +1,4 @@
-"""Configurations in YAML files and flags, and the resolved configuration that a run writes."""
+"""Reads configurations from YAML files and flags, and writes and compares the resolved configuration of a run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ALIASES = {
     "reward_function": "reward_functions",
     "reward_funcs": "reward_functions",
 }
-"""Other spellings of keys that are understood: those of TRL, and those of the release before this one."""
+"""Other accepted names of keys: TRL's, and those of the previous release."""
 
 
 SAME_MODEL = (
@@ -40,17 +40,17 @@ SAME_MODEL = (
     *("save_steps", "save_total_limit", "disk_wait_minutes", "resume_from_checkpoint", "resume_weights_only"),
     "resume_changed_functions",
 )
-"""Keys that change where a run writes, how fast it is and what it shows, but not the final model."""
+"""Keys that do not change the final model, only where a run writes, how fast it is and what it shows."""
 
 
 def read_yaml(path: str, kind: type, command: str) -> dict[str, Any]:
-    """The keys that a YAML file, or a recipe by its name, gives to one command, each checked to be a field of `kind`.
+    """Reads the keys for one command from a YAML file or a recipe, and checks that each is a field of `kind`.
 
     The file is either flat or has a section per command; the keys of a section `shared` then hold for all commands,
     unless a command's own section sets them. `run_first` in a section names other sections (see `run_first`).
     Environment variables ($NAME) and a leading ~ in values are expanded. A blank or null key counts as absent, unless
-    null is one of its values. A key that takes text gets the characters of the file: `run_name: 12:30` is no number.
-    Raises ValueError for an unknown key, saying what to write instead.
+    null is one of its values. The value of a text key is taken literally: `run_name: 12:30` is not converted to a
+    number. Raises ValueError for an unknown key, saying what to write instead.
     """
     hints = get_type_hints(kind)
     known, given = {field.name for field in fields(kind)}, dict[str, Any]()
@@ -68,9 +68,10 @@ def read_yaml(path: str, kind: type, command: str) -> dict[str, Any]:
 def _keys_of_command(
     path: str, content: dict[str, Any], command: str, known: Collection[str]
 ) -> tuple[list[tuple[Any, Any]], str]:
-    """The keys and values for one command in the order in which they count, and the place for messages about them.
+    """Returns the (key, value) pairs for one command, later ones overriding earlier ones, and the name of the file (and
+    section) for error messages.
 
-    Raises ValueError for an unknown section, and where one section sets a key of `known` by two of its names."""
+    Raises ValueError for an unknown section, and if one section sets a key of `known` under two of its names."""
     place = path
     if set(content) & COMMANDS:
         for section in content:
@@ -97,7 +98,7 @@ def _takes_text(hint: Any) -> bool:
 
 
 def shared_keys(path: str, command: str) -> set[str]:
-    """The keys that a command takes from section `shared`."""
+    """Returns the keys that a command takes from section `shared`."""
     content = load_yaml(path)
     if not set(content) & COMMANDS:
         return set()
@@ -106,9 +107,10 @@ def shared_keys(path: str, command: str) -> set[str]:
 
 
 def run_first(path: str, command: str) -> list[str]:
-    """The sections of the file to run before that of `command`, in order: the list `run_first` of its section.
+    """Returns the sections to run, in order, before the section of `command`: its list `run_first`.
 
-    A `run_first` of those sections is ignored. Raises ValueError for a name that is no other training section.
+    A `run_first` list inside one of these sections is ignored. Raises ValueError for a name that is not another
+    training section.
     """
     content = load_yaml(path)
     names = _section(path, content, command).get("run_first") or []
@@ -124,12 +126,12 @@ def run_first(path: str, command: str) -> list[str]:
 
 
 def training_sections(path: str) -> list[str]:
-    """The sections of a file or recipe that configure trainers, in order; a flat file has none."""
+    """Returns the names of the training sections of a file or recipe, in order; a file without sections has none."""
     return [name for name in load_yaml(path) if name in COMMANDS - {"eval", "demo"}]
 
 
 def names_folder(values: Iterable[Mapping[str, Any]], folder: str) -> bool:
-    """Whether a key other than output_dir in one of these configurations names the folder or a path inside it."""
+    """Returns whether any key other than output_dir in one of the configurations is a path to the folder or into it."""
     texts = [
         text
         for keys in values
@@ -142,9 +144,9 @@ def names_folder(values: Iterable[Mapping[str, Any]], folder: str) -> bool:
 
 
 def check_unchanged(config: Any, section: str) -> None:
-    """Raises ValueError where the finished run in `config.output_dir` had other settings.
+    """Raises ValueError if the finished run in `config.output_dir` had other settings.
 
-    A folder without a config.yaml holds a model from elsewhere and is used as it is.
+    A folder without a config.yaml passes, because it holds a model that no run of ours has written.
     """
     written = Path(config.output_dir) / "config.yaml"
     before = _by_new_names(load_yaml(str(written))) if written.exists() else {}
@@ -168,8 +170,8 @@ def _section(path: str, content: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def load_yaml(path: str, *, as_text: bool = False) -> dict[str, Any]:
-    """The mapping in a file, or in the recipe of that name; with `as_text` every value but null is the text that the
-    file has. Raises ValueError, naming the file, where it holds no mapping."""
+    """Loads the mapping in a YAML file, or in the recipe of that name. With `as_text` every value except null is
+    returned as the text in the file. Raises ValueError, naming the file, if it does not hold a mapping."""
     import yaml  # not in the base install
 
     file = Path(path).expanduser()
@@ -197,8 +199,8 @@ INTEGER = re.compile(r"[-+]?(0|[1-9][0-9_]*)$|0x[0-9a-fA-F]+$")
 
 @cache
 def _loader(as_text: bool) -> Any:
-    """A loader that reads 12:30, 2026-11-30 and 007 as text and 1e-4 as a number, which YAML 1.1 does not; with
-    `as_text` every value but null is text."""
+    """Returns a YAML loader that differs from YAML 1.1: it reads 12:30, 2026-11-30 and 007 as text and 1e-4 as a
+    number. With `as_text` it reads every value except null as text."""
     import yaml  # not in the base install
 
     class Loader(yaml.SafeLoader):
@@ -217,7 +219,7 @@ def _loader(as_text: bool) -> Any:
 
 @cache
 def _dumper() -> Any:
-    """A dumper that also quotes a text such as 1e6, which `_loader` would read as a number."""
+    """Returns a YAML dumper that also quotes text such as 1e6, which `_loader` would otherwise read as a number."""
     import yaml  # not in the base install
 
     class Dumper(yaml.SafeDumper):
@@ -228,7 +230,7 @@ def _dumper() -> Any:
 
 
 def _check_repeats(node: Any, path: str) -> None:
-    """Raises ValueError for a key that occurs twice in one mapping; YAML would silently take the last."""
+    """Raises ValueError for a key that occurs twice in one mapping; PyYAML would silently take the last."""
     pairs = node.value if node is not None and node.id == "mapping" else []
     keys = [key.value for key, _ in pairs]
     for key, value in pairs:
@@ -254,7 +256,7 @@ def _filled_in(path: str, key: str, value: Any) -> Any:
 
 
 def check_flags(arguments: Sequence[str], kind: type, command: str) -> None:
-    """Raises ValueError for a flag that is no field of `kind`, saying what to write instead."""
+    """Raises ValueError for a flag that is not a field of `kind`; the message says what to write instead."""
     known = [field.name for field in fields(kind)]
     for argument in arguments:
         name = argument.partition("=")[0][2:].replace("-", "_")
@@ -263,7 +265,7 @@ def check_flags(arguments: Sequence[str], kind: type, command: str) -> None:
 
 
 def without_alias(argument: str, kind: type) -> str:
-    """A flag under the name of its key; anything else unchanged."""
+    """Replaces an alias in a flag by the name of its key; other arguments are returned unchanged."""
     name, equals, value = argument.partition("=")
     alias = name[2:].replace("-", "_")
     key = _without_alias(alias, {field.name for field in fields(kind)})
@@ -271,7 +273,7 @@ def without_alias(argument: str, kind: type) -> str:
 
 
 def check_one_name(arguments: Sequence[str], kind: type) -> None:
-    """Raises ValueError where flags set one key by two of its names; the parser would silently take the last."""
+    """Raises ValueError if flags set one key under two of its names; the parser would silently take the last."""
     flags = [argument.partition("=")[0][2:].replace("-", "_") for argument in arguments if argument.startswith("--")]
     _check_one_name(flags, {field.name for field in fields(kind)})
 
@@ -290,8 +292,8 @@ def _without_alias(key: str, known: Collection[str]) -> str:
 
 
 def spelled_out(arguments: Sequence[str], kind: type) -> list[str]:
-    """The arguments with truth values spelled as the parser expects them: true, yes, on and 1 become True, in any case,
-    and a boolean flag without a value is followed by True."""
+    """Spells truth values as the parser expects them: true, yes, on and 1, in upper or lower case, become True, and a
+    boolean flag without a value gets True."""
     truths = {name for name, hint in get_type_hints(kind).items() if hint is bool}
     spelled: list[str] = []
     for argument in arguments:
@@ -312,13 +314,14 @@ def _is_flag_of(names: Collection[str], argument: str) -> bool:
 
 
 def unknown(name: str, kind: type, command: str) -> str:
-    """The rest of the message about a key that `kind` lacks, after its name: see config/elsewhere.py."""
+    """Returns the end of the message about an unknown key, which says what to write instead (see
+    config/elsewhere.py)."""
     readers = {command: [*keys_of(other)] for command, other in CONFIGS.items()}
     return explain(name, command, [field.name for field in fields(kind)], readers)
 
 
 def as_flags(values: dict[str, Any]) -> list[str]:
-    """The same values as command-line flags, so that one parser reads files and flags."""
+    """Converts values from a file to command-line flags, so that one parser reads files and flags."""
     flags = []
     for key, value in values.items():
         flags.append(f"--{key}")
@@ -332,19 +335,20 @@ def as_flags(values: dict[str, Any]) -> list[str]:
 
 
 def as_yaml(config: Any) -> str:
-    """The whole configuration as the text of a file; reading it back gives the same run. Variables and relative paths
-    are written as they were given."""
+    """Returns the whole configuration as YAML text; a run that reads it is the same run. Environment variables and
+    relative paths are written as the user gave them."""
     import yaml  # not in the base install
 
     return yaml.dump(_plain(as_given(config)), Dumper=_dumper(), sort_keys=False)
 
 
 def differences(config: Any, path: Path, ignored: Collection[str] = ()) -> list[str]:
-    """The keys in which the resolved configuration in a file differs, for example "seed: 1 there, 2 here".
+    """Lists the differences between the resolved configuration in a file and `config`, for example "seed: 1 there, 2
+    here".
 
-    A key that the file does not have, since a newer version added it, counts with its default. Two paths are the same
-    where they lead to the same place; with a constant learning rate, a run may be made longer. Raises ValueError where
-    the file holds no mapping.
+    A key that is missing in the file, because a newer version added it, has its default there. Two paths are equal if
+    they lead to the same place. A larger number of steps is no difference if the learning rate is constant. Raises
+    ValueError if the file does not hold a mapping.
     """
     there = _by_new_names(load_yaml(str(path)))
     here = _plain(dataclasses.asdict(config))
@@ -358,8 +362,8 @@ def differences(config: Any, path: Path, ignored: Collection[str] = ()) -> list[
 
 
 def _longer(config: Any, there: Mapping[str, Any], key: str) -> bool:
-    """Whether the only change makes the run longer without changing any step so far: neither the learning rate nor a
-    curriculum depends on the number of steps."""
+    """Returns whether the change of this key only makes the run longer and leaves all past steps valid: neither the
+    learning rate nor a curriculum depends on the number of steps."""
     old, new = there.get(key), getattr(config, key, None)
     return (
         key in ("max_steps", "num_train_epochs")
@@ -372,7 +376,7 @@ def _longer(config: Any, there: Mapping[str, Any], key: str) -> bool:
 
 
 def _by_new_names(written: dict[str, Any]) -> dict[str, Any]:
-    """The keys of a run of the previous release, under their present names."""
+    """Renames the keys that a run of the previous release has written to their present names."""
     return {ALIASES.get(key, key): value for key, value in written.items()}
 
 

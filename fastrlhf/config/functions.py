@@ -1,4 +1,4 @@
-"""User-defined functions, by name."""
+"""Loads user-defined functions by name."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from fastrlhf.config.paths import as_given
 
 
 def load_function(name: str, field: str) -> Callable[..., Any]:
-    """The function that "package.module:function" or "path/to/file.py:function" names.
+    """Loads the function named "package.module:function" or "path/to/file.py:function".
 
-    Raises ValueError, naming `field`, where there is none, and when its module imports something that is missing.
+    Raises ValueError, naming `field`, if the function does not exist or its module imports something that is missing.
     """
     place, _, attribute = name.rpartition(":")
     if not place or not attribute:
@@ -36,8 +36,9 @@ def load_function(name: str, field: str) -> Callable[..., Any]:
 
 
 def function_hashes(config: Any) -> dict[str, str]:
-    """SHA-256 of the file of every function that a key of a configuration names, by the key's value. Checkpoints keep
-    it, so that a run does not silently continue with another reward. Modules that the file imports are not hashed."""
+    """Maps the name of every user-defined function in a configuration to the SHA-256 of its file. Checkpoints store the
+    hashes, so that a run does not silently continue with another reward function. Modules that the file imports are not
+    hashed."""
     used, given = _names(asdict(config)), _names(as_given(config))
     found = {name: _source(place.rpartition(":")[0]) for name, place in zip(given, used, strict=True)}
     return {name: sha256(path.read_bytes()).hexdigest() for name, path in found.items() if path is not None}
@@ -49,7 +50,7 @@ def _names(values: Mapping[str, Any]) -> list[str]:
 
 
 def _source(place: str) -> Path | None:
-    """The file of a module that has been loaded by its path or its name."""
+    """Returns the file of a module that was loaded by path or by name."""
     if place.endswith(".py"):
         path = Path(place).expanduser().resolve()
         return path if path.is_file() else None
@@ -61,12 +62,12 @@ def _run_file(place: str, field: str) -> ModuleType:
     path = Path(place).expanduser().resolve()
     if not path.is_file():
         raise ValueError(f"{field}: no file {place!r}")
-    # A unique name: no installed module has it, nor a file of the same name in another folder.
+    # A unique module name, which no installed module and no file of the same name in another folder has.
     spec = spec_from_file_location(str(path.with_suffix("")).replace(".", "_"), path)
     assert spec is not None
     assert spec.loader is not None
     module = module_from_spec(spec)
-    # Registered before it runs: dataclasses look up their module there to resolve string annotations.
+    # The module is registered before it runs, because dataclasses look it up there to resolve string annotations.
     sys.modules[spec.name] = module
     try:
         spec.loader.exec_module(module)

@@ -1,4 +1,4 @@
-"""The sections of `--help`: every key of every command belongs to exactly one."""
+"""The groups of keys in `--help`. Every key of every command belongs to exactly one group."""
 
 from __future__ import annotations
 
@@ -79,4 +79,4 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "Logging": ("report_to", "run_name", "progress", "logging_steps"),
 }
-"""Heading -> keys, both in the order in which `--help` shows them."""
+"""Heading -> keys, in the order in which `--help` shows them."""

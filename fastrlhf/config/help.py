@@ -1,4 +1,4 @@
-"""`fastrlhf COMMAND --help`: the keys of a command in groups, with the docstring under each field of its class."""
+"""Formats the page of `fastrlhf COMMAND --help`: the keys in groups, each with the docstring under its field."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "fastrlhf demo --methods dpo ipo ppo drpo --seed 1 --out runs/demo_1",
     ),
 }
-"""Two or three ways to start each command."""
+"""Command -> one to three example command lines for its help page."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +83,7 @@ class Key:
 
 
 def keys_of(kind: type) -> dict[str, Key]:
-    """The keys that a config class reads, in order of declaration."""
+    """Returns the keys that a config class reads, in order of declaration."""
     declared: dict[str, tuple[str, str]] = {}
     for parent in reversed(kind.__mro__):
         if "__dataclass_fields__" in vars(parent):
@@ -100,7 +100,7 @@ def keys_of(kind: type) -> dict[str, Key]:
 
 
 def _declarations(kind: type) -> Iterator[tuple[str, str, str]]:
-    """(name, type in words, docstring) of each field that the body of a class declares."""
+    """Yields (name, type in words, docstring) of each field that a class itself declares."""
     [node] = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
     assert isinstance(node, ast.ClassDef)
     for statement, following in zip(node.body, [*node.body[1:], None], strict=True):
@@ -129,7 +129,7 @@ def _in_words(annotation: ast.expr) -> str:
 
 
 def as_yaml(value: Any) -> str:
-    """A default as one would write it in a file; nothing for an empty one."""
+    """Formats a default as it is written in a YAML file; an empty default gives an empty text."""
     if value in ("", ()):
         return ""
     if isinstance(value, str):
@@ -138,13 +138,14 @@ def as_yaml(value: Any) -> str:
 
 
 def format_help(command: str, width: int = WIDTH) -> str:
-    """The whole page: what the command does, examples, then its keys in the groups of config/groups.py."""
+    """Returns the whole help page: what the command does, examples, then its keys in the groups of config/groups.py."""
     kind = CONFIGS[command]
     lines = textwrap.wrap(f"fastrlhf {command}: {_first_paragraph(kind)}", width, break_on_hyphens=False)
     lines += ["", "Examples", *(line for example in EXAMPLES[command] for line in _as_command(example, width))]
     lines += [
         "",
-        "A key is a flag (--seed 1) or a line of a YAML file (seed: 1) given by --config FILE; flags win.",
+        "A key is a flag (--seed 1) or a line of a YAML file (seed: 1) given by --config FILE.",
+        "A flag overrides the file; if a flag is repeated, the last one counts.",
         "Brackets hold the default; a key without one is empty.",
     ]
     keys = keys_of(kind)
@@ -168,7 +169,8 @@ def _entry(key: Key, width: int) -> list[str]:
 
 
 def _as_command(example: str, width: int) -> list[str]:
-    """One shell command, continued on further lines where it is too long; a flag stays with its value."""
+    """Breaks an example command into shell lines of at most `width` characters; a flag stays on the line of its
+    value."""
     parts = example.replace(" --", "\n--").split("\n")
     lines, line = [], f"  {parts[0]}"
     for part in parts[1:]:

@@ -1,5 +1,5 @@
-"""The on-policy trainer: PPO, and the defaults of GRPO, DR-PO and RTO. Most keys are declared in groups: rewards.py,
-sampling.py, losses.py, pairs.py, resets.py."""
+"""Configurations of the on-policy commands: `ppo`, and `grpo`, `drpo` and `rto`, which only have other defaults. Most
+of the keys are in rewards.py, sampling.py, losses.py, pairs.py and resets.py."""
 
 from __future__ import annotations
 
@@ -17,19 +17,22 @@ from fastrlhf.config.train import TrainConfig
 
 @dataclass(frozen=True, kw_only=True)
 class PPOConfig(ResetKeys, PairKeys, LossKeys, SamplingKeys, RewardKeys, TrainConfig):
-    """PPO with a critic, GRPO by `advantage_estimator`, DR-PO by `reset_prob`, RTO by `dpo_model_path`, and any mix of
-    them. `model_name_or_path` is the SFT model, which is also the reference."""
+    """Trains a policy on its own samples: PPO with a critic, GRPO if `advantage_estimator` is grpo, DR-PO if
+    `reset_prob` is above 0, RTO with a `dpo_model_path`, and combinations of them. `model_name_or_path` is the SFT
+    model; the policy starts from it, and it is the reference model."""
 
     learning_rate: float = 3e-6
     per_device_train_batch_size: int = 64
     num_train_epochs: float = 1.0
     total_episodes: int = 0
-    """Episodes of the run, where `max_steps` is not given; 0: by epochs over the prompts."""
+    """Number of episodes of the whole run, if `max_steps` is not given. 0: `num_train_epochs` passes over the
+    prompts."""
     compat: Literal["fixed", "reference"] = "fixed"
-    """fixed: an episode is its sampled tokens up to the EOS. reference: as in the released code of DR-PO, sampling goes
-    on past the EOS, and KL, values and whitening include the reset tokens and what follows the EOS."""
+    """What counts as an episode. fixed: the sampled tokens up to and including the EOS. reference: reproduces the code
+    that the authors of DR-PO released, in which sampling continues after the EOS, and KL, values and whitening include
+    the reset tokens and the tokens after the EOS."""
     num_sample_generations: int = 10
-    """Times per run that samples are written to samples.jsonl; 0 is never."""
+    """How many times per run samples are written to samples.jsonl; 0: never."""
 
     def __post_init__(self) -> None:
         TrainConfig.__post_init__(self)
@@ -58,14 +61,14 @@ class PPOConfig(ResetKeys, PairKeys, LossKeys, SamplingKeys, RewardKeys, TrainCo
             rule = f"at least the batch of {batch} episodes"
             require(self.kl_horizon >= batch, "kl_horizon", self.kl_horizon, rule)
         alone = bool(self.psi) and self.psi_opponents == "rollouts" and size == 1
-        require(not alone, "num_generations", size, "at least 2 where psi_opponents is rollouts")
+        require(not alone, "num_generations", size, "at least 2 when psi_opponents is rollouts")
 
     def _check_engine(self) -> None:
-        require(self.decode == "eager" or self.device != "cpu", "decode", self.decode, "eager where device is cpu")
+        require(self.decode == "eager" or self.device != "cpu", "decode", self.decode, "eager when device is cpu")
         if self.engine == "vllm":
-            require(not self.model_config, "model_config", self.model_config, "empty with engine vllm, which reads it")
+            require(not self.model_config, "model_config", self.model_config, "empty with engine vllm")
         if self.decode == "cuda_graph" and self.reset_source == "sample":
-            rule = "false where decode cuda_graph records the reference's weights, which reset_source sample reads"
+            rule = "false with decode cuda_graph and reset_source sample, since the graph reads the reference's weights"
             require(not self.ref_reward_offload, "ref_reward_offload", True, rule)
 
     def _check_estimator(self) -> None:
@@ -74,14 +77,14 @@ class PPOConfig(ResetKeys, PairKeys, LossKeys, SamplingKeys, RewardKeys, TrainCo
         because = f"with advantage_estimator {self.advantage_estimator}"
         size, start, compat = self.num_generations, self.reset_group, self.compat
         require(size >= 2, "num_generations", size, f"at least 2 {because}, which compares episodes")
-        require(start == "point", "reset_group", start, f"point {because}, which compares episodes of one state")
+        require(start == "point", "reset_group", start, f"point {because}, which compares episodes from one state")
         require(self.gamma == 1, "gamma", self.gamma, f"1 {because}, which uses only whole episodes")
         require(compat == "fixed", "compat", compat, f"fixed {because}: the authors' code has a critic")
         warmup = self.value_warmup_steps
         require(warmup == 0, "value_warmup_steps", warmup, f"0 {because}, which has no critic")
         if (self.kl_placement, self.kl_estimator) == ("reward", "exact"):
             advantage, rule = self.advantage_estimator, "gae, rloo or opo with kl_estimator exact in the reward"
-            require(advantage != "grpo", "advantage_estimator", advantage, f"{rule}: grpo rescales every group")
+            require(advantage != "grpo", "advantage_estimator", advantage, f"{rule}, since grpo rescales every group")
 
     def _check_pair_update(self) -> None:
         if self.update != "pair":
@@ -92,29 +95,27 @@ class PPOConfig(ResetKeys, PairKeys, LossKeys, SamplingKeys, RewardKeys, TrainCo
         require(estimator != "gae", "advantage_estimator", estimator, rule)
         rule = f"even {because} and pair_select neighbours"
         require(size % 2 == 0 or self.pair_select != "neighbours", "num_generations", size, rule)
-        rule = f"true {because}, whose pairs are computed in one tree"
+        rule = f"true {because}, which computes the two episodes of a pair together"
         require(self.share_trunks, "share_trunks", self.share_trunks, rule)
-        require(not self.whiten_rewards, "whiten_rewards", True, f"false {because}, which compares rewards as they are")
-        rule = f"reward {because}, whose loss has no other term"
+        require(not self.whiten_rewards, "whiten_rewards", True, f"false {because}, which compares unscaled rewards")
+        rule = f"reward {because}, since the pair loss has no KL term"
         require(self.kl_placement == "reward", "kl_placement", self.kl_placement, rule)
         rule = f"k1 {because}, which compares the rewards of whole episodes"
         require(self.kl_estimator == "k1", "kl_estimator", self.kl_estimator, rule)
 
     def _check_compat(self) -> None:
         if self.compat == "reference":
-            require(
-                not self.stop, "stop", self.stop, "empty under compat reference, whose sampling goes on past the end"
-            )
+            require(not self.stop, "stop", self.stop, "empty with compat reference, which samples past the end")
             only_these = (("kl_placement", "reward"), ("loss_aggregation", "token"), ("truncation", "terminal"))
             for name, only in (*only_these, ("loss_type", "ppo"), ("mask_truncated_completions", False)):
                 value = getattr(self, name)
-                require(value == only, name, value, f"{only} under compat reference, as in the authors' code")
+                require(value == only, name, value, f"{only} with compat reference, as in the authors' code")
 
     def _check_unread(self) -> None:
         dpo = ("dpo_reward_scale", "dpo_reward_norm", "dpo_reward_clip", "reward_shaping")
         resets = ("reset_min", "reset_source", "reset_curriculum")
         critic = ("vf_coef", "cliprange_value", "value_learning_rate", "lam", "truncation", "critic_model_path")
-        no_grpo = f"where advantage_estimator is {self.advantage_estimator}, not grpo"
+        no_grpo = f"when advantage_estimator is {self.advantage_estimator}, not grpo"
         clipped = ("cliprange", "cliprange_high", "dual_clip", "entropy_coef", "loss_type", "loss_aggregation")
         clipped += ("target_kl", "sampler_is_cap", "scale_rewards")
         in_pairs, rebel = self.update == "pair", self.pair_loss == "rebel"
@@ -125,29 +126,34 @@ class PPOConfig(ResetKeys, PairKeys, LossKeys, SamplingKeys, RewardKeys, TrainCo
             [
                 (bool(self.dpo_model_path), "without a dpo_model_path", dpo),
                 (bool(self.reward_functions), "without reward_functions", ("reward_weights",)),
-                (self.reset_prob > 0, "where reset_prob is 0", (*resets, "reset_group")),
-                (grouped, "where num_generations is 1", ("reset_group", "share_trunks")),
-                (not one_step, "where an update is one step, which is always taken", ("target_kl",)),
+                (self.reset_prob > 0, "when reset_prob is 0", (*resets, "reset_group")),
+                (grouped, "when num_generations is 1", ("reset_group", "share_trunks")),
+                (not one_step, "when an update has only one step, which is always taken", ("target_kl",)),
                 (self.advantage_estimator == "gae", no_critic, critic),
                 (self.advantage_estimator == "grpo", no_grpo, ("scale_rewards",)),
-                (self.loss_type == "ppo", f"with loss_type {self.loss_type}, which says how", ("loss_aggregation",)),
+                (
+                    self.loss_type == "ppo",
+                    f"with loss_type {self.loss_type}, which has a fixed one",
+                    ("loss_aggregation",),
+                ),
                 (self.loss_type != "cispo", "with loss_type cispo", ("cliprange", "dual_clip")),
                 (not in_pairs, "with update pair", clipped),
-                (in_pairs, "where update is clipped", ("pair_loss", "pair_select", "pair_eta", "pair_beta")),
-                (rebel, "where pair_loss is not rebel", ("pair_eta",)),
-                (not rebel, "where pair_loss is rebel", ("pair_beta",)),
-                (self.engine == "vllm", "where engine is transformers", ("vllm_gpu_memory_utilization",)),
+                (in_pairs, "when update is clipped", ("pair_loss", "pair_select", "pair_eta", "pair_beta")),
+                (rebel, "when pair_loss is not rebel", ("pair_eta",)),
+                (not rebel, "when pair_loss is rebel", ("pair_beta",)),
+                (self.engine == "vllm", "when engine is transformers", ("vllm_gpu_memory_utilization",)),
                 (self.kl_target > 0, "without a kl_target", ("kl_horizon",)),
                 (bool(self.psi), "without psi", ("psi_opponents",)),
-                (self.psi == "clipped_logit", "where psi is not clipped_logit", ("psi_clip",)),
+                (self.psi == "clipped_logit", "when psi is not clipped_logit", ("psi_clip",)),
             ],
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class GRPOConfig(PPOConfig):
-    """PPO's loss on groups of responses without a critic (Shao et al. 2024, arXiv 2402.03300), with the defaults of
-    TRL's GRPO where it has them: no KL, one pass over each batch, groups of 8."""
+    """Trains a policy by GRPO (Shao et al. 2024, arXiv 2402.03300): PPO's loss with advantages from groups of responses
+    to one prompt, without a critic. The defaults are those of TRL's GRPOConfig: no KL, one pass over each batch, groups
+    of 8."""
 
     learning_rate: float = 1e-6
     num_train_epochs: float = 3.0
@@ -162,8 +168,8 @@ class GRPOConfig(PPOConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class DRPOConfig(PPOConfig):
-    """PPO from reset states (Chang et al. 2024, arXiv 2404.08495). Four defaults are the paper's (Table 5); the recipe
-    drpo_tldr has all of its settings."""
+    """Trains a policy by DR-PO (Chang et al. 2024, arXiv 2404.08495): PPO whose episodes start inside responses of the
+    dataset. Four defaults are the paper's (Table 5); the recipe drpo_tldr has all of the paper's settings."""
 
     reset_prob: float = 1.0
     missing_eos_score: float | None = -1.0
@@ -173,8 +179,8 @@ class DRPOConfig(PPOConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class RTOConfig(PPOConfig):
-    """PPO on token rewards of a DPO model (Zhong et al. 2024, arXiv 2404.18922). Two defaults are the paper's (App. D);
-    the recipe rto_ultrafeedback has all of its settings."""
+    """Trains a policy by RTO (Zhong et al. 2024, arXiv 2404.18922): PPO with token rewards from a DPO model. Two
+    defaults are the paper's (App. D); the recipe rto_ultrafeedback has all of the paper's settings."""
 
     kl_coef: float = 0.01
     temperature: float = 1.0

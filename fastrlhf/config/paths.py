@@ -1,4 +1,5 @@
-"""Relative paths of a run, resolved once at its start, and the texts that they were given as, which a run writes."""
+"""Resolves the relative paths of a configuration at the start of a run, and remembers the text that the user gave,
+which is what config.yaml gets."""
 
 from __future__ import annotations
 
@@ -13,21 +14,21 @@ from fastrlhf.config.train import TrainConfig
 Config = TypeVar("Config", bound=TrainConfig)
 
 FUNCTIONS = ("reward_functions", "psi", "equivalence")
-"""Keys whose values may name a function of a file: path/to/file.py:function."""
+"""Keys whose values may name a function in a file: path/to/file.py:function."""
 
 MADE = ("output_dir", "ref_cache_dir")
-"""Keys of folders that a run makes where they are missing."""
+"""Keys of folders that a run creates if they are missing."""
 
 _GIVEN: dict[tuple[str, str], str] = {}
-"""(key, resolved text) -> the text that was given: a relative path, or one with $NAME."""
+"""(key, resolved text) -> the text that the user gave: a relative path, or a path with $NAME."""
 
 
 def at_start(config: Config, kind: type, trainer: str) -> Config:
-    """The configuration with absolute paths, so that a user-defined function that changes the working directory changes
-    nothing else. Every trainer begins with it.
+    """Returns the configuration with absolute paths, so that a user-defined function may change the working directory.
+    Every trainer calls this first.
 
-    A path of something to read is resolved where it is here; it may be the name of something on the hub otherwise.
-    Raises TypeError for the configuration of another trainer.
+    The path of an input is made absolute only if it exists; otherwise it may be a name on the hub. Raises TypeError for
+    the configuration of another trainer.
     """
     check_config(config, kind, trainer)
     changed = {}
@@ -41,18 +42,18 @@ def at_start(config: Config, kind: type, trainer: str) -> Config:
 
 
 def remember(key: str, resolved: str, given: str) -> None:
-    """Remembers that the value of a key was given in another text than the one that is used."""
+    """Remembers the text that the user gave for a key whose value has been resolved."""
     if resolved != given:
         _GIVEN[key, resolved] = _GIVEN.get((key, given), given)
 
 
 def as_given(config: Any) -> dict[str, Any]:
-    """The keys of a configuration with their values as they were given: what config.yaml and the trackers get."""
+    """Returns the values of a configuration as the user gave them, for config.yaml and the trackers."""
     return {key: _as_given(key, value) for key, value in asdict(config).items()}
 
 
 def filled_in(key: str, value: Any) -> Any:
-    """A value of a file with $NAME and a leading ~ filled in, except in a chat template, which may be Jinja."""
+    """Expands $NAME and a leading ~ in a value from a file, except in a chat template, which may be Jinja."""
     if isinstance(value, (list, tuple)):
         return [filled_in(key, item) for item in value]
     if not isinstance(value, str) or key == "chat_template":
@@ -61,8 +62,8 @@ def filled_in(key: str, value: Any) -> Any:
 
 
 def is_same(key: str, written: Any, value: Any) -> bool:
-    """Whether the value that a config.yaml has is the one that is used now. Two paths are the same where they lead to
-    the same place; a variable counts with the value that it has now."""
+    """Returns whether the value written in a config.yaml equals the present one. Two paths are equal if they lead to
+    the same place; an environment variable has its present value."""
     value = list(value) if isinstance(value, tuple) else value
     filled = filled_in(key, written)
     return (
@@ -88,7 +89,7 @@ def _as_given(key: str, value: Any) -> Any:
         return type(value)(_as_given(key, item) for item in value)
     if not isinstance(value, str) or (key, value) in _GIVEN or not os.path.isabs(value):
         return _GIVEN.get((key, value), value)
-    for parent in Path(value).parents:  # a stage of rlp, in the folder of the run
+    for parent in Path(value).parents:  # a path inside output_dir, such as a stage of rlp
         if ("output_dir", str(parent)) in _GIVEN:
             return os.path.join(_GIVEN["output_dir", str(parent)], Path(value).relative_to(parent))
     return value

@@ -1,4 +1,4 @@
-"""Keys of on-policy runs that say where episodes start."""
+"""Keys of on-policy runs for the states in which episodes start."""
 
 from __future__ import annotations
 
@@ -10,24 +10,29 @@ from fastrlhf.config.checks import at_least, require
 
 @dataclass(frozen=True, kw_only=True)
 class ResetKeys:
-    """Resets into responses (DR-PO), and groups of episodes that share a start."""
+    """Keys for resets into responses (DR-PO) and for groups of episodes that share a start."""
 
     reset_prob: float = 0.0
-    """Share of episodes that start inside a response instead of at the prompt; 0 is PPO."""
+    """Share of episodes that start inside a response of the dataset (a reset) instead of right after the prompt; 0:
+    plain PPO."""
     reset_min: int = 1
-    """Fewest tokens of a reset: 1 as published, 0 so that the initial state is among the reset states."""
+    """Minimum number of response tokens that a reset keeps: 1 as in the paper, or 0, which also allows a start right
+    after the prompt."""
     reset_source: Literal["reference", "chosen", "both", "sample"] = "reference"
-    """Response that a reset copies from. both: reference or chosen, with equal probability. sample: one that the frozen
-    reference policy writes to the prompt, at `temperature` (PPO++)."""
+    """Response that a reset copies tokens from. reference, chosen: the column of that name. both: one of the two
+    columns, with equal probability. sample: a response that the frozen reference model samples at `temperature`
+    (PPO++)."""
     reset_curriculum: float = 0.0
-    """Share of the run over which resets move from the end of a response to its beginning: k is uniform on {m, ..., L -
-    1}, and m falls linearly from L - 1 to `reset_min`. 0: m is `reset_min` throughout, as published."""
+    """Share of the run over which resets move from the end of a response to its beginning. The number of copied tokens
+    is uniform on {m, ..., L - 1} for a response of L tokens, and m falls linearly from L - 1 to `reset_min`. 0: m is
+    `reset_min` throughout, as in the paper."""
     num_generations: int = 1
-    """Episodes per prompt of a batch; the number of prompts in a batch is divided by this."""
+    """Number of episodes per prompt in a batch; a batch has batch size / num_generations prompts."""
     reset_group: Literal["point", "response"] = "point"
-    """Where the episodes of a group start: all at one reset point, or each at its own point of one response."""
+    """Where the episodes of a group start. point: all at the same reset point. response: each at its own point of the
+    same response."""
     share_trunks: bool = True
-    """Compute the shared prefix of a group once; the same numbers with fewer tokens."""
+    """Compute the prefix that the episodes of a group share only once, which saves time and changes no result."""
 
     def check_resets(self) -> None:
         at_least(self, 1, "num_generations")

@@ -1,4 +1,4 @@
-"""Keys of on-policy runs that say how the policy samples."""
+"""Keys of on-policy runs for sampling from the policy."""
 
 from __future__ import annotations
 
@@ -10,31 +10,32 @@ from fastrlhf.config.checks import above_0, at_least, require
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingKeys:
-    """Lengths, the sampling distribution, and the engine that samples."""
+    """Keys for lengths, the sampling distribution, and the engine that samples."""
 
     response_length: int = 53
-    """Maximum number of tokens of a response, including those of a reset."""
+    """Maximum number of tokens of a response, including the tokens that a reset copies."""
     temperature: float = 0.7
-    """Divides the logits when sampling and in every log-prob of the run."""
+    """Sampling temperature. The logits are divided by it for sampling and for every log-prob of the run."""
     stop: tuple[str, ...] = ()
-    """Strings that end a response besides the EOS: it is cut after the token that completes the first of them, and
-    counts as ended. The tokens after it are sampled and dropped."""
+    """Strings that end a response, in addition to the EOS. The response is cut after the token that completes the first
+    such string and counts as ended; the tokens sampled after it are dropped."""
     rollout_batch_size: int = 64
     """Number of episodes generated in one batch."""
     decode: Literal["eager", "cuda_graph"] = "eager"
-    """How the transformers engine runs a decode step. cuda_graph: a step is recorded once and replayed, which gives the
-    same samples without the cost of launching kernels; a model that cannot be recorded is refused. Not yet run on a
-    GPU."""
+    """How the transformers engine runs a decode step. eager: its kernels are launched one by one. cuda_graph: the step
+    is recorded once as a CUDA graph and replayed, which gives the same samples with less launch overhead; a model that
+    cannot be recorded is refused. Not yet run on a GPU."""
     engine: Literal["transformers", "vllm"] = "transformers"
-    """What generates the episodes. vllm: a vLLM engine in this process (install fastrlhf[vllm]), which receives the
-    weights of the policy before each batch; evaluation stays with transformers. Not yet run on a GPU."""
+    """Engine that generates the episodes. vllm: a vLLM engine in this process (install fastrlhf[vllm]), which receives
+    the weights of the policy before each batch; evaluation still uses transformers. Not yet run on a GPU."""
     vllm_gpu_memory_utilization: float = 0.3
-    """Share of the GPU's memory that vLLM takes, its copy of the weights included."""
+    """Share of the GPU's memory that vLLM takes, including its copy of the weights."""
 
     max_sampling_logp_difference: float | None = None
-    """Nats per token: training stops where `sampling/sampling_logp_difference/mean`, the distance of the engine's
-    log-probs from the trainer's, exceeds this, which means that another model drew the samples. null: 0.1 for the
-    transformers engine in float32 and 0.3 otherwise, divided by `temperature` where that is below 1. 0: no limit."""
+    """Training stops if the mean absolute difference between the engine's and the trainer's log-probs, logged as
+    `sampling/sampling_logp_difference/mean` (nats per token), exceeds this: the samples then come from another model.
+    null: 0.1 for the transformers engine in float32 and 0.3 otherwise, divided by `temperature` if it is below 1. 0: no
+    limit."""
 
     def check_sampling(self) -> None:
         at_least(self, 1, "response_length", "rollout_batch_size")

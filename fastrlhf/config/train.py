@@ -13,7 +13,7 @@ COLUMNS = (
     *("prompt", "chosen", "rejected", "reference", "label_prob", "margin"),
     *("responses", "preferences", "scores", "wins", "num_labels"),
 )
-"""What `columns` may rename."""
+"""The column names that the key `columns` may map to other names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,35 +21,34 @@ class TrainConfig:
     """The keys that all trainers share."""
 
     UNREAD: ClassVar[tuple[str, ...]] = ()
-    """Keys of this class that a command which extends it does not read: they must keep their defaults there."""
+    """Keys of this class that a subclass does not read; there they must keep their defaults."""
 
     output_dir: str = ""
-    """Folder of the run: configuration, metrics, samples, checkpoints and model. It must not hold a finished run.
-    Empty: nothing is written."""
+    """Folder to which the run writes its configuration, metrics, samples, checkpoints and model. It must not hold a
+    finished run. Empty: nothing is written."""
     model_name_or_path: str = ""
     """Folder or hub name of the model to start from."""
     model_config: str = ""
-    """Build the model from scratch instead: the fields of a transformers configuration, as a mapping in YAML or as JSON
-    in a flag."""
+    """Fields of a transformers configuration, from which the model is built with random weights, in place of
+    model_name_or_path: a mapping in YAML, or JSON in a flag."""
     tokenizer_name_or_path: str = ""
     """Folder or hub name of the tokenizer. Empty: the one saved with the model."""
     eos_token: str = ""
-    """Token that ends a response, for a tokenizer without an EOS token; it is added to the vocabulary if it is missing
-    there."""
+    """Token that ends a response, for a tokenizer without an EOS token. If the vocabulary lacks it, it is added."""
     chat_template: str = ""
-    """Jinja template for conversations, a file that holds one, or "hh" for Anthropic's Human/Assistant form. Empty: the
+    """Chat template: Jinja text, a file that holds it, or "hh" for Anthropic's Human/Assistant format. Empty: the
     template of the tokenizer."""
     chat_template_kwargs: str = ""
-    """Variables passed to the chat template in addition to the turns (a mapping in YAML, JSON as a flag), for example
-    {"enable_thinking": false}; those of a row take precedence."""
+    """Variables passed to the chat template in addition to the turns, for example {"enable_thinking": false}: a mapping
+    in YAML, or JSON in a flag. Variables in the column chat_template_kwargs of a row take precedence."""
     template_date: str = ""
-    """Date given to a chat template that asks for it, for example 2026-11-30. Empty: the date that the run in
-    `output_dir` or the model's own run has recorded, otherwise today; the run records it in config.yaml."""
+    """Date for a chat template that writes the current date, for example 2026-11-30. Empty: the date recorded by the
+    run in `output_dir` or by the run that trained the model, otherwise today. The run records it in config.yaml."""
     trust_remote_code: bool = False
-    """Run Python code that comes with a model."""
+    """Allow Python code that comes with a model to run."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Data type of the weights; bfloat16 weights are updated as `master_weights` says. Log-probs, rewards, advantages,
-    heads and losses are float32 with either."""
+    """Data type of the weights. Log-probs, rewards, advantages, heads and losses are float32 in both cases.
+    `master_weights` says how bfloat16 weights are updated."""
     use_peft: bool = False
     """Train a low-rank adapter (LoRA) and freeze the weights; the reference is then the same model without the adapter.
     The run saves the adapter in `adapter/` and, merged into the weights, the whole model."""
@@ -59,49 +58,52 @@ class TrainConfig:
     """The adapter is scaled by lora_alpha / lora_r. There is no dropout, because log-probs of the same tokens must be
     reproducible."""
     lora_target_modules: tuple[str, ...] = ("all-linear",)
-    """Ends of the names of the layers that get an adapter. all-linear: every linear layer except heads and routers, and
-    the experts of a mixture."""
+    """Layers that get an adapter, given by the ends of their names. all-linear: every linear layer except heads and
+    routers, and the experts of a mixture-of-experts model."""
     lora_target_parameters: tuple[str, ...] = ()
-    """Ends of the names of parameters outside of linear layers that get an adapter too, for example
+    """Parameters outside of linear layers that get an adapter too, given by the ends of their names, for example
     mlp.experts.down_proj."""
     use_rslora: bool = False
-    """Scale the adapter by lora_alpha / sqrt(lora_r) instead (Kalajdzievski 2023, arXiv 2312.03732)."""
+    """Scale the adapter by lora_alpha / sqrt(lora_r) in place of lora_alpha / lora_r (Kalajdzievski 2023, arXiv
+    2312.03732)."""
     use_dora: bool = False
-    """Train the norms of the weight vectors separately from their directions (Liu et al. 2024, arXiv 2402.09353)."""
+    """DoRA: train the norms of the weight vectors separately from their directions (Liu et al. 2024, arXiv
+    2402.09353)."""
     load_in_4bit: bool = False
-    """QLoRA (Dettmers et al. 2023, arXiv 2305.14314): keep the weights of `model_name_or_path` under the adapter in 4
-    bits; other models keep their precision. At the end the adapter is merged into the dequantised weights, in
-    `merged_dtype`. It needs bitsandbytes: install fastrlhf[bnb]."""
+    """QLoRA (Dettmers et al. 2023, arXiv 2305.14314): store the frozen weights of `model_name_or_path` in 4 bits and
+    train the adapter; other models keep their precision. At the end the adapter is merged into the dequantised weights,
+    in `merged_dtype`. It needs bitsandbytes: install fastrlhf[bnb]."""
     merged_dtype: Literal["float32", "bfloat16"] = "float32"
-    """dtype of the final weights with the adapter added. bfloat16 halves the file and loses part of the update to
-    rounding: the shift of the log-probs of held-out rows is measured and written to config.yaml, and if it exceeds
-    `max_merge_shift` the weights are saved in float32 instead."""
+    """Data type of the final weights, into which the adapter is merged. bfloat16 halves the file, but rounding loses
+    part of the update: the shift of the log-probs of held-out rows is measured and written to config.yaml, and if it
+    exceeds `max_merge_shift` the weights are saved in float32 instead."""
     max_merge_shift: float = 0.01
-    """Largest shift, in nats per token, at which merged weights are saved in bfloat16."""
+    """Largest shift of the log-probs, in nats per token, at which merged weights are still saved in bfloat16."""
     activation_checkpointing: bool = False
-    """Keep only the inputs of layers and compute the layers again in the backward pass: about a third more time for a
-    fraction of the memory. The older name gradient_checkpointing is understood."""
+    """Keep only the inputs of the layers and recompute the layers in the backward pass: it takes about a third more
+    time and a fraction of the memory. The older name gradient_checkpointing is accepted too."""
     activation_offloading: bool = False
-    """Keep the inputs of layers in CPU memory and copy them back for the backward pass, while other layers compute; the
-    numbers are the same bit for bit. It needs activation_checkpointing and a CUDA GPU, on which it has not yet been
-    run."""
+    """Keep the inputs of the layers in CPU memory and copy them back during the backward pass, while other layers are
+    computed; the results are identical bit for bit. It needs activation_checkpointing and a CUDA GPU. Not yet run on a
+    GPU."""
     attn_implementation: Literal[
         "auto", "flash_attention_2", "flash_attention_3", "flash_attention_4", "varlen", "flex", "sdpa"
     ] = "auto"
-    """Attention kernel for packed sequences, for all models of the run; sampling has its own. auto: on a GPU in
-    bfloat16, flash_attention_2 where flash-attn is installed, otherwise torch's varlen; elsewhere sdpa, one call per
-    sequence."""
+    """Attention kernel for packed sequences, for all models of the run; sampling has its own kernel. auto: on a GPU in
+    bfloat16, flash_attention_2 if flash-attn is installed, otherwise torch's varlen; in all other cases sdpa, one call
+    per sequence."""
     torch_compile: bool = False
-    """Compile the layers of every model for packed sequences: a slower start for fewer passes over memory."""
+    """Compile the layers of every model for packed sequences: the start takes longer, and each step reads and writes
+    less memory."""
     use_liger_kernel: bool = False
     """Use Liger's kernels for RMSNorm, SwiGLU (GeGLU) and rotary positions. It needs a GPU and fastrlhf[liger]."""
     device: str = "auto"
-    """Device of the run. auto: the first CUDA GPU, or the CPU where there is none; under torchrun the GPU with the
-    local rank of the process."""
+    """Device of the run. auto: the first CUDA GPU, or the CPU if there is none; under torchrun, the GPU whose index is
+    the local rank of the process."""
 
     dataset_name: str | tuple[str, ...] = ""
     """Hub name of the dataset, or a local file (.jsonl, .ndjson, .json, .csv, each also .gz or .zst, or .parquet) or
-    folder; a list of several is read as one."""
+    folder. A list of datasets is concatenated."""
     dataset_config: str = ""
     """Name of the configuration of a hub dataset that has several."""
     dataset_train_split: str = "train"
@@ -109,48 +111,49 @@ class TrainConfig:
     dataset_test_split: str = ""
     """Split to evaluate on. Empty: the last `num_eval_examples` rows of the training split are held out."""
     num_eval_examples: int = 0
-    """Maximum number of rows to evaluate on. 0: all rows of `dataset_test_split`, or none where that is empty."""
+    """Maximum number of rows to evaluate on. 0: all rows of `dataset_test_split`, or none if `dataset_test_split` is
+    empty."""
     max_train_examples: int = 0
     """Maximum number of rows to train on; 0: all."""
     columns: str = ""
-    """Column names of the dataset where they differ from the usual ones, for example
+    """Names of the dataset's columns that differ from the expected names, for example
     "prompt=question,chosen=better"."""
     max_bad_fraction: float = 0.1
-    """Rows that cannot be used, or that the chat template refuses or changes, are counted; more than this share of them
-    is an error."""
+    """Largest share of rows that may be unusable, or refused or changed by the chat template; a larger share is an
+    error."""
     max_dropped_fraction: float = 0.5
-    """Rows that do not fit `max_length`, or that tokenising must drop for another reason, are counted; more than this
-    share of them is an error."""
+    """Largest share of rows that tokenisation may drop, because they do not fit `max_length` or for another reason; a
+    larger share is an error."""
     max_length: int = 1024
     """Maximum number of tokens of prompt and response together."""
     truncation_mode: Literal["keep_start", "keep_end", "drop"] = "keep_start"
-    """What happens to longer rows. keep_start: the end of the response is cut. keep_end: the beginning of the prompt is
-    cut. drop: the row is left out."""
+    """What happens to rows longer than `max_length`. keep_start: the end of the response is cut. keep_end: the
+    beginning of the prompt is cut. drop: the row is dropped."""
 
     per_device_train_batch_size: int = 8
-    """Sequences, pairs or episodes per optimiser step, summed over all processes; multiplied by
-    `gradient_accumulation_steps`."""
+    """Number of sequences, pairs or episodes per optimiser step over all processes together;
+    `gradient_accumulation_steps` multiplies it."""
     gradient_accumulation_steps: int = 1
-    """Multiplies the batch size, as in TRL. It does not change memory use: `micro_batch_tokens` does."""
+    """Factor on the batch size, as in TRL. It does not change memory use; `micro_batch_tokens` does."""
     micro_batch_tokens: int = 8192
-    """Maximum number of tokens in one forward and backward pass; a shared prompt counts once. It changes memory and
-    speed and never a gradient."""
+    """Maximum number of tokens in one forward and backward pass; a shared prompt counts once. It changes memory use and
+    speed but no gradient."""
     num_train_epochs: float = 3.0
-    """Passes over the data, where `max_steps` is -1."""
+    """Number of passes over the data, if `max_steps` is -1."""
     max_steps: int = -1
-    """Number of optimiser steps (of updates in on-policy runs); -1: given by the epochs."""
+    """Number of optimiser steps (on-policy: updates). -1: `num_train_epochs` determines it."""
     router_aux_loss_coef: float | None = None
-    """Weight of the auxiliary loss that spreads tokens over the experts of a mixture, as a mean over the sequences of a
-    step; logged as aux_loss. null: the value in the model's configuration; 0 is off."""
+    """Weight of the auxiliary loss that balances the load of the experts of a mixture-of-experts model, averaged over
+    the sequences of a step and logged as aux_loss. null: the value in the model's configuration. 0: off."""
     learning_rate: float = 1e-5
     """Peak learning rate, after warm-up."""
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
-    """Schedule after warm-up. linear and cosine: from the peak to 0 at the end of the run. constant: the peak
-    throughout."""
+    """Learning rate schedule after warm-up. linear, cosine: from the peak to 0 at the end of the run. constant: the
+    peak throughout."""
     warmup_steps: int = 0
-    """Optimiser steps over which the learning rate rises linearly from 0 to its peak."""
+    """Number of optimiser steps over which the learning rate rises linearly from 0 to its peak."""
     weight_decay: float = 0.0
-    """Weight decay of AdamW, for matrices; vectors such as biases and norms have none."""
+    """Weight decay of AdamW. It applies to matrices, not to vectors such as biases and norms."""
     adam_beta1: float = 0.9
     """Decay rate of AdamW's mean of gradients."""
     adam_beta2: float = 0.999
@@ -158,46 +161,47 @@ class TrainConfig:
     adam_epsilon: float = 1e-8
     """Constant in AdamW's denominator."""
     optim: Literal["adamw_torch_fused", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"] = "adamw_torch_fused"
-    """Which AdamW, by transformers' names. adamw_torch_fused is torch's; the others are those of bitsandbytes (install
-    fastrlhf[bnb]). 8bit: moments take 2 bytes per weight instead of 8, except those of embeddings. paged: moments move
-    to CPU memory when GPU memory is short (not yet run on a GPU)."""
+    """Implementation of AdamW, under the name that transformers uses. adamw_torch_fused is torch's; the others are from
+    bitsandbytes (install fastrlhf[bnb]). 8bit: the moments take 2 bytes per weight instead of 8, except for embeddings.
+    paged: the moments move to CPU memory when GPU memory is short (not yet run on a GPU)."""
     master_weights: Literal["float32", "stochastic_rounding"] = "float32"
-    """How bfloat16 weights are updated. float32: through float32 copies (4 more bytes per weight). stochastic_rounding:
-    without copies; a new weight is rounded up or down at random so that its mean is right, with draws keyed by `seed`
-    and step."""
+    """How bfloat16 weights are updated. float32: a float32 copy of the weights is kept (4 more bytes per weight).
+    stochastic_rounding: no copy is kept; each new weight is rounded up or down at random, without bias, with draws that
+    depend on `seed` and the step."""
     max_grad_norm: float = 1.0
-    """Gradients are clipped to this total norm; 0: no clipping. The norm before clipping is always logged."""
+    """Gradients are clipped to this total norm. 0: no clipping. The norm before clipping is always logged."""
     eval_steps: int = 0
-    """Optimiser steps between evaluations on the held-out rows; 0: only at the end."""
+    """Number of optimiser steps between evaluations on the held-out rows. 0: evaluation only at the end."""
     eval_on_start: bool = False
-    """Evaluate before the first step too; the result is row 0 of the metrics."""
+    """Also evaluate before the first step; the result is logged as step 0."""
     save_steps: int = 0
-    """Optimiser steps (updates in on-policy runs) between checkpoints; 0: a checkpoint only where the run is
+    """Number of optimiser steps (on-policy: updates) between checkpoints. 0: a checkpoint is saved only if the run is
     stopped."""
     save_total_limit: int = 0
-    """Maximum number of checkpoints to keep, the newest ones; 0: all."""
+    """Number of newest checkpoints to keep; older ones are deleted. 0: all are kept."""
     disk_wait_minutes: float = 10.0
-    """Minutes that a run waits for room where the disk is full, before it ends; 0: it ends at once."""
+    """Number of minutes that a run waits for free space if the disk is full, before it ends. 0: it ends at once."""
     resume_from_checkpoint: Literal["auto", "never"] = "auto"
-    """auto: continue an unfinished run of the same configuration in `output_dir` from its newest complete checkpoint.
-    never: an unfinished run there is an error."""
+    """What to do if `output_dir` holds an unfinished run. auto: continue it from its newest complete checkpoint, if its
+    configuration is the same. never: raise an error."""
     resume_changed_functions: bool = False
-    """Resume although the file of a user-defined function has changed since the checkpoint."""
+    """Resume even if the file of a user-defined function has changed since the checkpoint."""
     resume_weights_only: bool = False
     """Resume with the weights and the step but a new optimiser, for a checkpoint whose optimiser file is lost."""
     seed: int = 42
-    """Seed of new weights, of the order of the data and of every sample."""
+    """Seed of new weights, of the order of the data and of all sampling."""
     report_to: tuple[str, ...] = ()
     """Services to which the metrics are also sent: tensorboard, wandb, none, or all that are installed. metrics.jsonl
     is always written."""
     run_name: str = ""
     """Name of the run in those services. Empty: the name of `output_dir`."""
     progress: bool = True
-    """Show progress: a progress bar on a terminal, elsewhere a line every `logging_steps`. false: only
+    """Show progress: a bar on a terminal, or a line every `logging_steps` if the output is not a terminal. false: only
     evaluations are printed."""
     logging_steps: int = 10
-    """Optimiser steps (updates, in on-policy runs) between two lines of progress where the output is no terminal: loss
-    or score, learning rate, gradient norm, tokens per second, time left. metrics.jsonl has every step in any case."""
+    """Number of optimiser steps (on-policy: updates) between two lines of progress if the output is not a terminal. A
+    line has loss or score, learning rate, gradient norm, tokens per second and time left. metrics.jsonl always has
+    every step."""
 
     def __post_init__(self) -> None:
         expand_home(self)
@@ -205,7 +209,7 @@ class TrainConfig:
             object.__setattr__(self, "report_to", ())
         check_types(self)
         parse_template_kwargs(self.chat_template_kwargs)
-        require(_is_day(self.template_date), "template_date", self.template_date, "a day such as 2026-11-30, or empty")
+        require(_is_day(self.template_date), "template_date", self.template_date, "a date such as 2026-11-30, or empty")
         at_least(self, 1, "per_device_train_batch_size", "gradient_accumulation_steps", "micro_batch_tokens")
         at_least(self, 1, "lora_r", "lora_alpha", "logging_steps")
         require(bool(self.lora_target_modules), "lora_target_modules", self.lora_target_modules, "all-linear, or names")
@@ -222,23 +226,23 @@ class TrainConfig:
         at_default(
             self,
             [
-                (self.use_peft, "where use_peft is false", lora),
-                (self.progress, "where progress is false", ("logging_steps",)),
-                (self.dtype == "bfloat16", "where dtype is float32", ("master_weights",)),
-                (self.merged_dtype == "bfloat16", "where merged_dtype is float32", ("max_merge_shift",)),
+                (self.use_peft, "when use_peft is false", lora),
+                (self.progress, "when progress is false", ("logging_steps",)),
+                (self.dtype == "bfloat16", "when dtype is float32", ("master_weights",)),
+                (self.merged_dtype == "bfloat16", "when merged_dtype is float32", ("max_merge_shift",)),
             ],
         )
         require(
             not (self.torch_compile and self.use_liger_kernel),
             "use_liger_kernel",
             self.use_liger_kernel,
-            "false where torch_compile is true: both fuse the same operations",
+            "false when torch_compile is true: both fuse the same operations",
         )
         if self.activation_offloading:
-            because = "layers that are not recomputed keep more than can be copied during their computation"
-            rule = f"false where activation_checkpointing is false: {because}"
+            because = "without recomputation there is too much to copy"
+            rule = f"false when activation_checkpointing is false: {because}"
             require(self.activation_checkpointing, "activation_offloading", True, rule)
-            require(self.device != "cpu", "activation_offloading", True, "false where device is cpu")
+            require(self.device != "cpu", "activation_offloading", True, "false when device is cpu")
         at_least(self, 2, "max_length")
         at_least(self, 0, "warmup_steps", "eval_steps", "num_eval_examples", "max_train_examples")
         at_least(self, 0, "save_steps", "save_total_limit", "disk_wait_minutes")
@@ -261,13 +265,14 @@ class TrainConfig:
 
 
 def parse_columns(columns: str) -> dict[str, str]:
-    """ "prompt=question,chosen=better" -> {"prompt": "question", "chosen": "better"}. Raises ValueError on another
-    form."""
+    """Parses "prompt=question,chosen=better" to {"prompt": "question", "chosen": "better"}. Raises ValueError for text
+    in another form."""
     pairs = [pair.partition("=") for pair in columns.split(",") if pair]
     for name, equals, column in pairs:
         if not equals or not column or name not in COLUMNS:
             raise ValueError(
-                f"columns: {columns!r} must look like prompt=question,chosen=better, of the names {', '.join(COLUMNS)}"
+                f"columns: {columns!r} must look like prompt=question,chosen=better; the names before = are "
+                f"{', '.join(COLUMNS)}"
             )
     return {name: column for name, _, column in pairs}
 
@@ -280,8 +285,8 @@ def _is_day(text: str) -> bool:
 
 
 def parse_template_kwargs(chat_template_kwargs: str) -> dict[str, Any]:
-    """The JSON of `chat_template_kwargs` as a mapping; an empty text gives an empty mapping. Raises ValueError if it is
-    not a mapping."""
+    """Parses the JSON of `chat_template_kwargs` to a mapping; empty text gives an empty mapping. Raises ValueError if
+    it is not a mapping."""
     try:
         values = json.loads(chat_template_kwargs or "{}")
     except json.JSONDecodeError as error:
@@ -292,7 +297,7 @@ def parse_template_kwargs(chat_template_kwargs: str) -> dict[str, Any]:
 
 
 def parse_model_config(model_config: str) -> dict[str, Any]:
-    """The JSON of `model_config` as a mapping. Raises ValueError if it is not a mapping or names no model_type."""
+    """Parses the JSON of `model_config` to a mapping. Raises ValueError if it is not a mapping or has no model_type."""
     try:
         values = json.loads(model_config)
     except json.JSONDecodeError as error:

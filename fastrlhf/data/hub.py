@@ -18,8 +18,8 @@ def check_hub(source: str, what: str) -> None:
     """
     if not Path(source).expanduser().exists() and not constants.HF_HUB_OFFLINE and not _answers(constants.ENDPOINT):
         raise ValueError(
-            f"{what} is no file or folder here, and the hub at {constants.ENDPOINT} has not answered for "
-            f"{constants.HF_HUB_ETAG_TIMEOUT} s; try again, or with HF_HUB_OFFLINE=1 where it was downloaded before"
+            f"{what} is not a local file or folder, and the hub at {constants.ENDPOINT} has not answered for "
+            f"{constants.HF_HUB_ETAG_TIMEOUT} s; try again, or set HF_HUB_OFFLINE=1 if it is in the cache"
         )
 
 

@@ -53,7 +53,7 @@ def stored_in_four_bit(config: PretrainedConfig, source: str, field: str) -> boo
         check_installed(f"{field}: {source!r} is stored in 4 bits by bitsandbytes, which")
         return True
     name = "8 bits by bitsandbytes" if settings.get("load_in_8bit") else method
-    fix = "give the model that it was made from, with use_peft and load_in_4bit where memory is short"
+    fix = "give the model that it was made from, with use_peft and load_in_4bit if memory is short"
     if method in DEQUANTISED:
         call = f"AutoModelForCausalLM.from_pretrained({source!r}, quantization_config={DEQUANTISED[method]})"
         fix = f"save a plain copy once, by {call}.save_pretrained(FOLDER), and give FOLDER"

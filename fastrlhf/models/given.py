@@ -40,7 +40,7 @@ def adopt(model: PreTrainedModel, config: TrainConfig, tokenizer: PreTrainedToke
     require(not has_adapter(model), "model", f"{kind} with an adapter", "without an adapter; merge or remove it first")
     for key, unset in (("model_name_or_path", ""), ("model_config", ""), ("load_in_4bit", False)):
         value = getattr(config, key)
-        require(value == unset, key, value, f"{unset!r} where a model is given")
+        require(value == unset, key, value, f"{unset!r} when a model is given")
     require(model.dtype == DTYPES[config.dtype], "dtype", config.dtype, f"that of the model given, {model.dtype}")
     check_same_vocabulary({"model": model}, len(tokenizer))
     return _ready(model.requires_grad_(True), resolve_device(config.device), LayerOptions.of(config))

@@ -287,7 +287,7 @@ def read_model_config(source: str, field: str, trust_remote_code: bool) -> Pretr
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as error:  # of whatever kind a configuration raises for values that do not fit
         if (Path(source) / "adapter_config.json").exists():
-            whole = "give the folder of its run, where it is added to the weights"
+            whole = "give the folder of its run, which holds the whole model"
             raise ValueError(f"{field}: {source!r} holds only an adapter; {whole}") from error
         if Path(source).is_dir():
             raise ValueError(

@@ -231,14 +231,14 @@ def _check_base(source: str, field: str, named: str | None, metadata: dict[str, 
     if (then := metadata.get("load_in_4bit", own)) != own:
         raise ValueError(
             f"{field}: {source!r} was trained with load_in_4bit: {then}, and in this run it is {own}; set it to "
-            f"{then}, or give here the folder of the run that trained it, where the adapter is added to the weights"
+            f"{then}, or give here the folder of the run that trained it, which holds the whole model"
         )
     same = base_fingerprint(base) == fingerprint if fingerprint else _same_place(named or "", here)
     if not same:
         raise ValueError(
             f"{field}: {source!r} was trained over the weights of {named!r}, and the policy of this run starts from "
             f"others, those of {here!r}; give a model_name_or_path that holds the same, or here the folder of the run "
-            "that trained it, where the adapter is added to the weights"
+            "that trained it, which holds the whole model"
         )
 
 

@@ -28,11 +28,11 @@ def exact_match(completions: Sequence[Text], answer: Sequence[Any], **_: Any) ->
 
 
 def math_answer(completions: Sequence[Text], answer: Sequence[Any], **_: Any) -> list[float | None]:
-    r"""1 where `final_answer` of the response equals that of the column in value, as math-verify compares expressions;
-    0 where it differs or the response marks none. None, not judged, where the column holds nothing that math-verify
+    r"""1 when `final_answer` of the response equals that of the column in value, as math-verify compares expressions;
+    0 when it differs or the response marks none. None, not judged, when the column holds nothing that math-verify
     can read.
 
-    "1/2" and "\boxed{0.5}" are equal. Raises ValueError where math-verify is not installed.
+    "1/2" and "\boxed{0.5}" are equal. Raises ValueError when math-verify is not installed.
     """
     try:
         from math_verify import parse, verify
@@ -51,7 +51,7 @@ def hash_format(completions: Sequence[Text], **_: Any) -> list[float]:
 
 
 def boxed_format(completions: Sequence[Text], **_: Any) -> list[float]:
-    r"""1 where the response holds exactly one \boxed{...} that is not empty."""
+    r"""1 when the response holds exactly one \boxed{...} that is not empty."""
     found = [boxed(plain(text)) for text in completions]
     return [float(len(answers) == 1 and bool(answers[0].strip())) for answers in found]
 

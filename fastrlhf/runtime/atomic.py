@@ -203,7 +203,7 @@ def _check(folder: Path, name: str, size: int, digest: str) -> None:
     if not file.is_file():
         raise ValueError(f"{name} is missing")
     if file.stat().st_size != size:
-        raise ValueError(f"{name} has {file.stat().st_size} bytes where {size} were written")
+        raise ValueError(f"{name} has {file.stat().st_size} bytes, but {size} were written")
     if _digest(file) != digest:
         raise ValueError(f"{name} is not what was written: its hash differs")
 

@@ -301,7 +301,7 @@ def find_checkpoint(folder: Path, weights_only: bool = False) -> Path | None:
     if damages:
         raise ValueError(
             f"output_dir: no checkpoint in {str(folder)!r} is whole ({'; '.join(damages)}); restore the file, move the "
-            "folder away to start again, or give resume_weights_only where the weights are whole"
+            "folder away to start again, or set resume_weights_only if the weights are intact"
         )
     return None
 

@@ -169,7 +169,7 @@ def given_tokenizer(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> 
     sets a key that must be set on the tokenizer itself."""
     for key in ("tokenizer_name_or_path", "eos_token", "chat_template"):
         value = getattr(config, key)
-        require(not value, key, value, "empty where a tokenizer is given; set it on the tokenizer")
+        require(not value, key, value, "empty when a tokenizer is given; set it on the tokenizer")
     special_ids(tokenizer)
     return tokenizer
 
@@ -211,7 +211,7 @@ def _by_number(examples: Sequence[Example]) -> dict[int, Example]:
     if len(numbered) < len(examples):
         for example in examples:
             same = numbered[example.row]
-            rule = "unique where reward functions read the columns of a row"
+            rule = "unique, because reward functions read the columns of a row"
             require((same, same.columns) == (example, example.columns), "row", example.row, rule)
     return numbered
 
@@ -330,7 +330,7 @@ def _fingerprint(rows: Sequence[TokenizedExample]) -> str:
 def check_held_out(config: TrainConfig, num_eval: int) -> None:
     """Raises ValueError where evaluations are asked for and no rows are held out."""
     if num_eval == 0:
-        rule = "where no rows are held out; give num_eval_examples or dataset_test_split"
+        rule = "when no rows are held out; give num_eval_examples or dataset_test_split"
         require(not config.eval_on_start, "eval_on_start", True, f"false {rule}")
         require(not config.eval_steps, "eval_steps", config.eval_steps, f"0 {rule}")
 

@@ -37,7 +37,7 @@ class Finding:
     level: Literal["ok", "warning", "broken"]
     name: str
     text: str
-    mend: str = ""
+    fix: str = ""
 
 
 def examine(output_dir: str = ".") -> list[Finding]:
@@ -57,7 +57,7 @@ def format_findings(findings: list[Finding]) -> str:
     """One line per finding, and a last line with their counts."""
     width = max(len(finding.name) for finding in findings)
     lines = [
-        f"{finding.level:7}  {finding.name:{width}}  {finding.text}{f'; {finding.mend}' if finding.mend else ''}"
+        f"{finding.level:7}  {finding.name:{width}}  {finding.text}{f'; {finding.fix}' if finding.fix else ''}"
         for finding in findings
     ]
     counts = {level: sum(finding.level == level for finding in findings) for level in ("broken", "warning")}
@@ -86,10 +86,10 @@ def _versions() -> Iterator[Finding]:
 def _package(name: str, text: str = "") -> Finding:
     found, oldest = _version(name), OLDEST.get(name, "0")
     if found is None:
-        return Finding(level="warning", name=name, text="not installed", mend="pip install 'fastrlhf[train]'")
+        return Finding(level="warning", name=name, text="not installed", fix="pip install 'fastrlhf[train]'")
     if _numbers(found) < _numbers(oldest):
-        mend = f"pip install '{name}>={oldest}'"
-        return Finding(level="broken", name=name, text=f"{text or found} is older than {oldest}", mend=mend)
+        fix = f"pip install '{name}>={oldest}'"
+        return Finding(level="broken", name=name, text=f"{text or found} is older than {oldest}", fix=fix)
     return Finding(level="ok", name=name, text=text or found)
 
 
@@ -116,9 +116,9 @@ def _devices() -> Iterator[Finding]:
             f"{free / GIB:.1f} of {total / GIB:.1f} GiB free"
         )
         if capability < LEAST_CAPABILITY:
-            yield Finding(level="warning", name=f"gpu {index}", text=text, mend="use dtype float32: no bfloat16 here")
+            yield Finding(level="warning", name=f"gpu {index}", text=text, fix="use dtype float32: no bfloat16 here")
         elif free < total / 2:
-            yield Finding(level="warning", name=f"gpu {index}", text=text, mend="nvidia-smi shows what uses the rest")
+            yield Finding(level="warning", name=f"gpu {index}", text=text, fix="nvidia-smi shows what uses the rest")
         else:
             yield Finding(level="ok", name=f"gpu {index}", text=text)
 
@@ -126,13 +126,13 @@ def _devices() -> Iterator[Finding]:
 def _kernels(device: torch.device) -> Iterator[Finding]:
     if _triton.INTERPRETED:
         text = "TRITON_INTERPRET is set: kernels are interpreted, thousands of times slower"
-        yield Finding(level="warning", name="kernels", text=text, mend="unset it, except to test kernels")
+        yield Finding(level="warning", name="kernels", text=text, fix="unset it, except to test kernels")
     for check in CHECKS:
         try:
             outcome = check_op(check, device)
         except Exception as error:  # any error of a driver or a compiler is a finding
             told = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-            yield Finding(level="broken", name=check.op, text=told, mend="report it with these lines")
+            yield Finding(level="broken", name=check.op, text=told, fix="report it with these lines")
             continue
         text = f"{outcome.path} on {device.type}, within {outcome.error:.1e} nats of float64"
         if outcome.gradient_error is not None:
@@ -140,8 +140,8 @@ def _kernels(device: torch.device) -> Iterator[Finding]:
         if outcome.is_good:
             yield Finding(level="ok", name=check.op, text=text)
         else:
-            mend = f"above {TOLERANCE:g}; is TF32 forced on (NVIDIA_TF32_OVERRIDE)? else report it"
-            yield Finding(level="broken", name=check.op, text=text, mend=mend)
+            fix = f"above {TOLERANCE:g}; is TF32 forced on (NVIDIA_TF32_OVERRIDE)? else report it"
+            yield Finding(level="broken", name=check.op, text=text, fix=fix)
 
 
 def _attention(device: torch.device) -> Iterator[Finding]:
@@ -168,7 +168,7 @@ def _attention(device: torch.device) -> Iterator[Finding]:
             build_policy(config, vocab_size=64, eos_token_id=0, seed=0, device=device, dtype=name)
         except Exception as error:  # as above
             told = f"{path}: {type(error).__name__}: {error}"
-            yield Finding(level="broken", name="attention", text=told, mend="report it with these lines")
+            yield Finding(level="broken", name="attention", text=told, fix="report it with these lines")
         else:
             text = f"{path}: a pack gives what its sequences give alone"
             yield Finding(level="ok", name="attention", text=text)
@@ -184,11 +184,11 @@ def _disk(name: str, folder: Path) -> Finding:
     """Free space on the disk of the folder, whether or not the folder exists yet."""
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not os.access(there, os.W_OK | os.X_OK) or not there.is_dir():
-        mend = {"cache": "set HF_HOME to a folder that you can write to", "output": "choose another output_dir"}[name]
-        return Finding(level="broken", name=f"disk, {name}", text=f"{there} cannot be written to", mend=mend)
+        fix = {"cache": "set HF_HOME to a folder that you can write to", "output": "choose another output_dir"}[name]
+        return Finding(level="broken", name=f"disk, {name}", text=f"{there} cannot be written to", fix=fix)
     free = shutil.disk_usage(there).free
     text = f"{free / GIB:.1f} GiB free in {there}"
     if free < LEAST_FREE:
-        mend = "a model and its checkpoints may not fit; free some, or choose another folder"
-        return Finding(level="warning", name=f"disk, {name}", text=text, mend=mend)
+        fix = "a model and its checkpoints may not fit; free some, or choose another folder"
+        return Finding(level="warning", name=f"disk, {name}", text=text, fix=fix)
     return Finding(level="ok", name=f"disk, {name}", text=text)

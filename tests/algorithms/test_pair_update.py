@@ -167,10 +167,10 @@ def test_the_first_pass_of_rebel_starts_at_the_sampler(paths):
         ),
         ({"share_trunks": False}, "share_trunks: must be true with update pair"),
         ({"kl_placement": "loss", "kl_estimator": "k3"}, "kl_placement: must be reward with update pair"),
-        ({"cliprange": 0.1}, "cliprange: must be 0.2 with update pair, since nothing reads it there"),
-        ({"update": "clipped", "pair_eta": 2.0}, "pair_eta: must be 1.0 where update is clipped, since nothing"),
-        ({"pair_loss": "dpo", "pair_eta": 2.0}, "pair_eta: must be 1.0 where pair_loss is not rebel, since nothing"),
-        ({"pair_beta": 0.2}, "pair_beta: must be 0.1 where pair_loss is rebel, since nothing reads it there"),
+        ({"cliprange": 0.1}, "cliprange: must be 0.2 with update pair, since it would have no effect"),
+        ({"update": "clipped", "pair_eta": 2.0}, "pair_eta: must be 1.0 when update is clipped, since it"),
+        ({"pair_loss": "dpo", "pair_eta": 2.0}, "pair_eta: must be 1.0 when pair_loss is not rebel, since it"),
+        ({"pair_beta": 0.2}, "pair_beta: must be 0.1 when pair_loss is rebel, since it would have no effect"),
     ],
 )
 def test_what_does_not_go_together_with_pairs(settings, told):

@@ -165,7 +165,7 @@ def test_a_new_critic_shares_the_weights_under_an_adapter(paths):
     ("settings", "told"),
     [
         ({"missing_eos_score": -1.0}, "missing_eos_score: must be null without a reward model, whose score it"),
-        ({"psi": "identity"}, "psi: must be '' without a reward model, since nothing reads it there"),
+        ({"psi": "identity"}, "psi: must be '' without a reward model, since it would have no effect"),
         ({"score_norm": "running"}, "score_norm: must be 'none' without a reward model, since"),
     ],
 )
@@ -224,7 +224,7 @@ def test_psi_makes_the_reward_a_mean_preference_and_leaves_the_evaluation_in_sco
 
 
 def test_opponents_of_the_group_need_a_group_and_a_psi_a_name(paths):
-    with pytest.raises(ValueError, match="num_generations: must be at least 2 where psi_opponents is rollouts"):
+    with pytest.raises(ValueError, match="num_generations: must be at least 2 when psi_opponents is rollouts"):
         config(paths, psi="identity", psi_opponents="rollouts")
     with pytest.raises(ValueError, match=r"^psi: 'logits' is unknown; give identity"):
         train_ppo(config(paths, psi="logits"), tiny.examples(4))

@@ -193,7 +193,7 @@ def test_a_key_that_nothing_would_read_is_refused_unless_it_is_the_default(kind,
     default = getattr(kind(), field)
     assert getattr(kind(**without), field) == default
     with pytest.raises(
-        ValueError, match=rf"^{field}: must be .* (where|without|with) .*, since nothing reads it there; got"
+        ValueError, match=rf"^{field}: must be .* (when|without|with) .*, since it would have no effect; got"
     ):
         kind(**{field: OTHER.get(field, 0.25)} | without)
 
@@ -221,7 +221,7 @@ def test_the_same_keys_are_taken_where_something_reads_them(kind, settings):
 @pytest.mark.parametrize("kind", [PPOConfig, EvalConfig])
 def test_a_cuda_graph_is_refused_on_a_cpu(kind):
     assert kind(decode="cuda_graph").decode == "cuda_graph"
-    with pytest.raises(ValueError, match=r"^decode: must be eager where device is cpu; got 'cuda_graph'"):
+    with pytest.raises(ValueError, match=r"^decode: must be eager when device is cpu; got 'cuda_graph'"):
         kind(decode="cuda_graph", device="cpu")
 
 

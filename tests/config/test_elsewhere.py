@@ -64,12 +64,12 @@ def test_the_table_is_complete():
         (
             "reward",
             "--per_device_eval_batch_size",
-            "; here it is micro_batch_tokens (packs of evaluation have the same size)",
+            "; here it is micro_batch_tokens (evaluation uses packs of the same size)",
         ),
         ("ppo", "--epsilon_high", "; here it is cliprange_high (with loss_type cispo, TRL's value minus 1)"),
         ("drpo", "--epsilon", "; here it is cliprange"),
         ("ppo", "--num_iterations", "; here it is num_ppo_epochs"),
-        ("rto", "--beta", "; here it is kl_coef (TRL's form has kl_placement: loss and kl_estimator: k3)"),
+        ("rto", "--beta", "; here it is kl_coef (for TRL's form set kl_placement: loss and kl_estimator: k3)"),
         ("ppo", "--importance_sampling_level", "; here it is loss_type (gspo for sequence)"),
         ("ppo", "--max_new_tokens", "; here it is response_length"),
         ("sft", "--max_seq_length", "; here it is max_length"),
@@ -77,7 +77,7 @@ def test_the_table_is_complete():
         (
             "dpo",
             "--lora_dropout",
-            "; always off (log-probs of the same tokens must be the same number twice): delete the key",
+            "; always off (log-probs of the same tokens must be reproducible): delete the key",
         ),
         ("sft", "--beta", "; it is a key of dpo"),
         ("sft", "--num_iterations", "; it is a key of ppo, grpo, drpo, rto, as num_ppo_epochs"),

@@ -139,7 +139,7 @@ def test_a_shared_key_that_nothing_reads_in_one_section_is_for_the_others(write)
     assert (dpo.use_peft, dpo.lora_r, dpo.use_rslora) == (True, 64, True)
     for kind, command, flags in ((RewardConfig, "reward", []), (SFTConfig, "sft", ["--lora_r", "8"])):
         with pytest.raises(
-            ValueError, match=r"^lora_r: must be 16 where use_peft is false, since nothing reads it there"
+            ValueError, match=r"^lora_r: must be 16 when use_peft is false, since it would have no effect"
         ):
             parse(kind, ["--config", path, *flags], command)
     with pytest.raises(ValueError, match=r"^lora_r: must be at least 1; got 0"):

@@ -20,31 +20,34 @@ from fastrlhf.config import (
         ({"loss_type": ("sigmoid", "sft"), "loss_weights": (1.0, float("nan"))}, "^loss_weights: must be finite"),
         (
             {"loss_type": "hinge", "label_smoothing": 0.1},
-            "^label_smoothing: must be 0 where loss_type is hinge; got 0.1",
+            "^label_smoothing: must be 0 when loss_type is hinge; got 0.1",
         ),
         ({"loss_type": "robust", "label_source": "label_prob"}, "^label_source: must be data for hinge and robust"),
         (
             {"label_source": "label_prob", "label_smoothing": 0.1},
-            "^label_smoothing: must be 0 where label_source is not data",
+            "^label_smoothing: must be 0 when label_source is not data",
         ),
-        ({"label_source": "reward_model"}, "^reward_model_path: must be given where label_source is reward_model"),
+        ({"label_source": "reward_model"}, "^reward_model_path: must be given when label_source is reward_model"),
         (
             {"reward_model_path": "somewhere"},
-            r"^reward_model_path: must be given where .* only there; got 'somewh",
+            r"^reward_model_path: must be given when .* only then; got 'somewh",
         ),
-        ({"psi": "logit"}, "^loss_type: must be ipo where psi is not identity"),
-        ({"psi_backend": "groupwise"}, "^loss_type: must be ipo where psi_backend is groupwise"),
+        ({"psi": "logit"}, "^loss_type: must be ipo when psi is not identity"),
+        ({"psi_backend": "groupwise"}, "^loss_type: must be ipo when psi_backend is groupwise"),
         (
             {"loss_type": "ipo", "psi": "logit", "length_norm": "mean"},
-            "^length_norm: must be auto or sum where psi is not",
+            "^length_norm: must be auto or sum when psi is not",
         ),
-        ({"loss_type": "ipo", "psi": "logit", "label_smoothing": 0.1}, "^label_smoothing: must be 0 where psi is not"),
+        ({"loss_type": "ipo", "psi": "logit", "label_smoothing": 0.1}, "^label_smoothing: must be 0 when psi is not"),
         (
             {"loss_type": "ipo", "psi_backend": "groupwise", "label_source": "counts"},
-            "^label_source: must be data or reward_model where psi_backend is groupwise",
+            "^label_source: must be data or reward_model when psi_backend is groupwise",
         ),
-        ({"loss_type": ("sigmoid", "ipo"), "margin_scale": 1.0}, "^margin_scale: must be 0 where loss_type is ipo"),
-        ({"ref_cache_dir": "x", "precompute_ref_log_probs": False}, "^ref_cache_dir: must be empty where nothing is"),
+        ({"loss_type": ("sigmoid", "ipo"), "margin_scale": 1.0}, "^margin_scale: must be 0 when loss_type is ipo"),
+        (
+            {"ref_cache_dir": "x", "precompute_ref_log_probs": False},
+            "^ref_cache_dir: must be empty when precompute_ref_log_probs is",
+        ),
     ],
 )
 def test_losses_that_do_not_go_together_are_refused(settings, message):

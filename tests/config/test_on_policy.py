@@ -57,7 +57,7 @@ def test_an_exact_kl_in_the_reward_is_not_rescaled_by_grpo():
 
 
 def test_a_controller_needs_a_coefficient_to_multiply_and_a_horizon_of_a_batch():
-    with pytest.raises(ValueError, match=r"^kl_coef: must be above 0 where kl_target is given"):
+    with pytest.raises(ValueError, match=r"^kl_coef: must be above 0 when kl_target is given"):
         PPOConfig(kl_target=6.0, kl_coef=0.0)
     with pytest.raises(ValueError, match=r"^kl_horizon: must be at least the batch of 64 episodes"):
         PPOConfig(kl_target=6.0, kl_horizon=63)
@@ -74,7 +74,7 @@ def test_a_controller_needs_a_coefficient_to_multiply_and_a_horizon_of_a_batch()
     ],
 )
 def test_the_semantics_of_the_authors_leave_the_loss_as_it_is(field, settings):
-    with pytest.raises(ValueError, match=rf"^{field}: must be .* under compat reference"):
+    with pytest.raises(ValueError, match=rf"^{field}: must be .* with compat reference"):
         DRPOConfig(compat="reference", **settings)
 
 
@@ -84,7 +84,7 @@ def test_the_semantics_of_the_authors_leave_the_loss_as_it_is(field, settings):
         ({"loss_type": "grpo", "loss_aggregation": "constant"}, r"^loss_aggregation: .* with loss_type grpo"),
         ({"loss_type": "cispo", "cliprange": 0.3}, r"^cliprange: .* with loss_type cispo"),
         ({"loss_type": "cispo", "dual_clip": 3.0}, r"^dual_clip: .* with loss_type cispo"),
-        ({"scale_rewards": "none"}, r"^scale_rewards: .* where advantage_estimator is gae, not grpo"),
+        ({"scale_rewards": "none"}, r"^scale_rewards: .* when advantage_estimator is gae, not grpo"),
     ],
 )
 def test_keys_of_the_group_family_that_nothing_reads_are_refused(settings, message):

@@ -8,7 +8,7 @@ from fastrlhf.config import DRPOConfig, PPOConfig, RTOConfig
 
 
 def test_only_one_rule_for_a_missing_eos():
-    with pytest.raises(ValueError, match=r"^missing_eos_penalty: must be null where missing_eos_score is given"):
+    with pytest.raises(ValueError, match=r"^missing_eos_penalty: must be null when missing_eos_score is given"):
         DRPOConfig(missing_eos_penalty=1.0)
     assert DRPOConfig(missing_eos_penalty=1.0, missing_eos_score=None).missing_eos_penalty == 1
 
@@ -19,13 +19,13 @@ def test_only_one_rule_for_a_missing_eos():
 )
 def test_a_response_that_goes_on_has_no_end_to_pay_at(field, value):
     plain = RTOConfig(dpo_model_path="dpo", **{field: value})
-    with pytest.raises(ValueError, match=rf"^{field}: must be .* where truncation is bootstrap"):
+    with pytest.raises(ValueError, match=rf"^{field}: must be .* when truncation is bootstrap"):
         replace(plain, truncation="bootstrap")
     replace(plain, truncation="bootstrap", **{field: getattr(RTOConfig(), field)})
 
 
 def test_a_reference_of_no_dpo_model_is_refused():
-    with pytest.raises(ValueError, match=r"^dpo_ref_model_path: must be empty where there is no dpo_model_path"):
+    with pytest.raises(ValueError, match=r"^dpo_ref_model_path: must be empty when there is no dpo_model_path"):
         RTOConfig(dpo_ref_model_path="sft")
 
 
@@ -34,7 +34,7 @@ def test_a_reference_of_no_dpo_model_is_refused():
     [
         ("reward", "k2", "k1 or exact in the reward: the mean of k2 is not the KL"),
         ("reward", "k3", r"k1 or exact in the reward: .* minus that of KL\(reference \|\| policy\)"),
-        ("loss", "k1", "k2, k3 or exact in the loss: the gradient of k1 is 0 in the mean"),
+        ("loss", "k1", "k2, k3 or exact in the loss: the expected gradient of k1 is 0"),
     ],
 )
 def test_an_estimator_that_is_wrong_where_it_stands_is_refused_with_the_reason(placement, estimator, reason):
@@ -43,7 +43,9 @@ def test_an_estimator_that_is_wrong_where_it_stands_is_refused_with_the_reason(p
 
 
 def test_an_exact_kl_in_the_loss_reads_the_reference_while_it_would_wait():
-    with pytest.raises(ValueError, match=r"^ref_reward_offload: must be false with kl_estimator exact in the loss"):
+    with pytest.raises(
+        ValueError, match=r"^ref_reward_offload: must be false with kl_placement loss and kl_estimator exact"
+    ):
         PPOConfig(kl_placement="loss", kl_estimator="exact", ref_reward_offload=True)
     PPOConfig(kl_estimator="exact", ref_reward_offload=True)
 

@@ -15,11 +15,11 @@ from fastrlhf.config import RLPConfig, TrainConfig
         ({"num_answers": 1}, "num_answers: must be at least 2"),
         ({"min_confidence": 1.5}, r"min_confidence: must be in 0\.\.1"),
         ({"beta_start": 0.0}, "beta_start: must be above 0"),
-        ({"mib_loss": "infomax", "view_critic": "dot"}, "view_critic: must be mlp where mib_loss is infomax"),
-        ({"policy_path": "runs/ppo"}, "reward_model_path: must be given where policy_path is"),
+        ({"mib_loss": "infomax", "view_critic": "dot"}, "view_critic: must be mlp when mib_loss is infomax"),
+        ({"policy_path": "runs/ppo"}, "reward_model_path: must be given when policy_path is"),
         (
             {"policy_path": "a", "reward_model_path": "b", "refinement": "none"},
-            "policy_path: must be empty where refinement is none",
+            "policy_path: must be empty when refinement is none",
         ),
         ({"refinement": "nothing"}, "refinement: must be one of none, uml, spg, both"),
     ],
@@ -64,8 +64,8 @@ def test_each_key_of_the_trainers_that_it_does_not_read_is_refused_and_its_secti
         if field.name in read:
             assert getattr(RLPConfig(**{field.name: changed}), field.name) == changed
             continue
-        with pytest.raises(ValueError, match=rf"^{field.name}: must be .* in section rlp \(its place is in section "):
+        with pytest.raises(ValueError, match=rf"^{field.name}: must be .* in section rlp \(set it in section "):
             RLPConfig(**{field.name: changed})
-    rule = r"16 in section rlp \(its place is in section reward, drpo or shared\), since nothing reads it there; got 8"
+    rule = r"16 in section rlp \(set it in section reward, drpo or shared\), since it would have no effect; got 8"
     with pytest.raises(ValueError, match=f"^lora_r: must be {rule}$"):
         RLPConfig(policy="drpo", lora_r=8)

@@ -58,7 +58,7 @@ def test_a_run_that_needs_a_silent_hub_ends_in_one_line(silent, tmp_path, lacks)
     )
     assert ended.returncode == 2
     told = ended.stderr.splitlines()[-1]
-    assert f"is no file or folder here, and the hub at {silent} has not answered for 1 s; try again" in told
+    assert f"is not a local file or folder, and the hub at {silent} has not answered for 1 s; try again" in told
     assert f"owner/{'model' if lacks == 'model' else 'data'}" in told
     assert not (tmp_path / "run").exists()
 
@@ -83,7 +83,9 @@ def test_what_is_here_and_an_offline_run_ask_no_hub(silent, tmp_path, monkeypatc
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     check_hub("owner/model", "tokenizer:")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    with pytest.raises(ValueError, match=r"^tokenizer: is no file or folder here, and the hub at .* has not answered"):
+    with pytest.raises(
+        ValueError, match=r"^tokenizer: is not a local file or folder, and the hub at .* has not answered"
+    ):
         check_hub("owner/model", "tokenizer:")
 
 

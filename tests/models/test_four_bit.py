@@ -77,7 +77,7 @@ def test_without_bitsandbytes_the_error_says_what_to_install(tmp_path, monkeypat
         ValueError, match=r"^load_in_4bit: bitsandbytes is not installed; pip install 'fastrlhf\[bnb\]'"
     ):
         dpo(save_base(tmp_path))
-    with pytest.raises(ValueError, match="load_in_4bit: must be False where use_peft is false"):
+    with pytest.raises(ValueError, match="load_in_4bit: must be False when use_peft is false"):
         SFTConfig(load_in_4bit=True)
 
 

@@ -70,7 +70,7 @@ def test_ppo_on_a_model_in_memory_samples_what_it_samples_by_name(policy, reward
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"model_name_or_path": "x"}, "^model_name_or_path: must be '' where a model is given; got 'x'$"),
+        ({"model_name_or_path": "x"}, "^model_name_or_path: must be '' when a model is given; got 'x'$"),
         ({"dtype": "bfloat16"}, "^dtype: must be that of the model given, torch.float32; got 'bfloat16'$"),
         ({"use_peft": True, "load_in_4bit": True}, "load_in_4bit"),
     ],
@@ -85,7 +85,7 @@ def test_keys_that_contradict_the_model_given_are_refused(policy, settings, told
 
 def test_keys_of_the_tokenizer_are_refused_beside_one_given(policy):
     config = SFTConfig(model_name_or_path=policy, chat_template="hh", **FIELDS)
-    with pytest.raises(ValueError, match=r"^chat_template: must be empty where a tokenizer is given"):
+    with pytest.raises(ValueError, match=r"^chat_template: must be empty when a tokenizer is given"):
         train_sft(config, EXAMPLES, tokenizer=tiny.tokenizer())
 
 

@@ -191,7 +191,7 @@ def test_a_trunk_without_layers_of_its_own_is_refused():
 
 
 def test_liger_and_torch_compile_together_are_refused():
-    with pytest.raises(ValueError, match="use_liger_kernel: must be false where torch_compile is true"):
+    with pytest.raises(ValueError, match="use_liger_kernel: must be false when torch_compile is true"):
         SFTConfig(use_liger_kernel=True, torch_compile=True)
 
 

@@ -254,10 +254,10 @@ def test_an_input_is_on_its_way_back_while_the_layer_after_it_is_computed_again(
 
 
 def test_a_run_on_a_cpu_and_one_without_checkpointing_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"^activation_offloading: must be false where activation_checkpointing is fa"):
+    with pytest.raises(ValueError, match=r"^activation_offloading: must be false when activation_checkpointing is fa"):
         SFTConfig(activation_offloading=True)
     settings = {"activation_checkpointing": True, "activation_offloading": True}
-    with pytest.raises(ValueError, match=r"^activation_offloading: must be false where device is cpu"):
+    with pytest.raises(ValueError, match=r"^activation_offloading: must be false when device is cpu"):
         SFTConfig(device="cpu", **settings)
     with pytest.raises(ValueError, match=r"^activation_offloading: needs a CUDA GPU, and the run is on cpu"):
         loading.make_trainable(tiny.policy(), SFTConfig(**settings), "")

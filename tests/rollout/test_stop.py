@@ -77,7 +77,7 @@ def test_a_run_trains_and_evaluates_on_responses_that_end_at_the_string(paths):
 
 
 def test_stop_strings_are_refused_under_compat_reference_and_where_they_are_empty():
-    with pytest.raises(ValueError, match=r"^stop: must be empty under compat reference"):
+    with pytest.raises(ValueError, match=r"^stop: must be empty with compat reference"):
         PPOConfig(compat="reference", stop=("x",))
     with pytest.raises(ValueError, match=r"^stop: must be strings that are not empty; got \('',\)"):
         PPOConfig(stop=("",))

@@ -118,7 +118,7 @@ def test_a_file_that_another_host_has_written_elsewhere_is_an_error(tmp_path, mo
     ("damage", "message"),
     [
         (lambda folder: (folder / "deep" / "b.txt").unlink(), r"^deep/b.txt is missing$"),
-        (lambda folder: (folder / "a.txt").write_text("alph"), r"^a.txt has 4 bytes where 5 were written$"),
+        (lambda folder: (folder / "a.txt").write_text("alph"), r"^a.txt has 4 bytes, but 5 were written$"),
         (lambda folder: (folder / "a.txt").write_text("alphb"), r"^a.txt is not what was written: its hash differs$"),
         (lambda folder: (folder / MANIFEST).unlink(), r"^manifest.json is missing$"),
         (lambda folder: (folder / MANIFEST).write_text('{"files": {"a.txt": '), r"^manifest.json is damaged$"),

@@ -101,8 +101,8 @@ def test_a_crash_while_saving_leaves_no_folder_that_loads(tmp_path, monkeypatch)
 
     monkeypatch.undo()
     save_model(tiny.policy(), tiny.tokenizer(), tmp_path / "cut")
-    whole, mended = ({path.name for path in (tmp_path / name).iterdir()} for name in ("whole", "cut"))
-    assert mended == whole
+    whole, restored = ({path.name for path in (tmp_path / name).iterdir()} for name in ("whole", "cut"))
+    assert restored == whole
 
 
 def test_a_run_has_finished_once_its_model_is_there(tmp_path):

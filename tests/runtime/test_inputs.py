@@ -103,7 +103,7 @@ def test_the_same_dataset_keys_judge_exactly_what_training_held_out(config, keys
 
 
 def test_an_evaluation_on_start_needs_rows_that_are_held_out(config):
-    with pytest.raises(ValueError, match=r"^eval_on_start: must be false where no rows are held out; give num_eval_"):
+    with pytest.raises(ValueError, match=r"^eval_on_start: must be false when no rows are held out; give num_eval_"):
         open_inputs(replace(config, eval_on_start=True), [], None, None)
     _, data = open_inputs(replace(config, eval_on_start=True, num_eval_examples=4), [], None, None)
     assert len(data.eval) == 4
@@ -175,7 +175,7 @@ def test_bad_input_is_refused_before_any_folder_is_made(config, tmp_path):
 
 @pytest.mark.parametrize(("key", "value", "off"), [("eval_steps", 5, "0"), ("eval_on_start", True, "false")])
 def test_evaluations_without_held_out_rows_are_refused_before_a_row_is_read(config, key, value, off):
-    asked, message = replace(config, **{key: value}), f"^{key}: must be {off} where no rows are held out; give num_eval"
+    asked, message = replace(config, **{key: value}), f"^{key}: must be {off} when no rows are held out; give num_eval"
     with pytest.raises(ValueError, match=message):
         open_inputs(replace(asked, dataset_name="nowhere.jsonl"), ["reference"], None, None)
     with pytest.raises(ValueError, match=message):

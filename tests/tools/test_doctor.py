@@ -38,8 +38,8 @@ def test_an_old_library_is_broken_and_a_missing_one_a_warning(monkeypatch):
     versions = {"transformers": "5.2.0", "tyro": None, "torch": "2.11.0"}
     monkeypatch.setattr(doctor, "_version", lambda name: versions.get(name, "99.0"))
     found = {finding.name: finding for finding in doctor._versions()}
-    assert (found["transformers"].level, found["transformers"].mend) == ("broken", "pip install 'transformers>=5.17'")
-    assert (found["tyro"].level, found["tyro"].mend) == ("warning", "pip install 'fastrlhf[train]'")
+    assert (found["transformers"].level, found["transformers"].fix) == ("broken", "pip install 'transformers>=5.17'")
+    assert (found["tyro"].level, found["tyro"].fix) == ("warning", "pip install 'fastrlhf[train]'")
     assert found["torch"].level == "ok"
 
 
