@@ -10,8 +10,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "Data": (
         *("dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "max_train_examples"),
-        *("columns", "response", "max_length", "truncation_mode", "max_bad_fraction"),
-        *("max_dropped_fraction",),
+        *("columns", "response", "max_length", "truncation_mode", "trailing_space"),
+        *("max_bad_fraction", "max_dropped_fraction"),
     ),
     "Batch and steps": (
         *("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps"),

@@ -129,6 +129,10 @@ class TrainConfig:
     truncation_mode: Literal["keep_start", "keep_end", "drop"] = "keep_start"
     """What happens to rows longer than `max_length`. keep_start: the end of the response is cut. keep_end: the
     beginning of the prompt is cut. drop: the row is dropped."""
+    trailing_space: Literal["prompt", "response"] = "prompt"
+    """Where white space at the end of a prompt belongs. prompt: it is the end of the prompt. response: it is the
+    beginning of the response if the tokenizer joins the two, as in TRL: "TL;DR: " before "cats" becomes "TL;DR:" before
+    " cats"."""
 
     per_device_train_batch_size: int = 8
     """Number of sequences, pairs or episodes per optimiser step over all processes together;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import takewhile
 from typing import cast
 
 from tokenizers.decoders import ByteLevel
@@ -51,6 +52,29 @@ def encode_inside(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> l
     a prompt. Each text is therefore encoded behind an anchor, whose ids are removed again.
     """
     return _encode_behind(_anchor(tokenizer), texts, tokenizer)
+
+
+def space_lengths(
+    prompts: Sequence[str], responses: Sequence[Sequence[str]], tokenizer: PreTrainedTokenizerBase
+) -> list[int]:
+    """For every prompt the number of characters at its end that are tokens of the response once both are tokenised as
+    one text: the prompt's own ids stop at the first that differs behind one of its responses. This is where TRL cuts.
+    Only prompts that end in white space are considered; without responses a letter follows.
+
+    "TL;DR: " before "cats"  ->  1, because " cats" is one token
+    """
+    which = [i for i, prompt in enumerate(prompts) if prompt[-1:].isspace()]
+    alone = dict(zip(which, encode([prompts[i] for i in which], tokenizer), strict=True))
+    pairs = [(i, prompts[i] + text) for i in which for text in responses[i] or ("a",)]
+    shared = {i: len(ids) for i, ids in alone.items()}
+    for (i, _), whole in zip(pairs, encode([text for _, text in pairs], tokenizer), strict=True):
+        same = takewhile(lambda both: both[0] == both[1], zip(alone[i], whole, strict=False))
+        shared[i] = min(shared[i], sum(1 for _ in same))
+    lengths = [0] * len(prompts)
+    for i, ids in alone.items():
+        end = decode(ids, tokenizer)[len(decode(ids[: shared[i]], tokenizer)) :]
+        lengths[i] = len(end) if prompts[i].endswith(end) else 0
+    return lengths
 
 
 def reads_back(prompt: Sequence[int], response: Sequence[int], text: str, tokenizer: PreTrainedTokenizerBase) -> bool:

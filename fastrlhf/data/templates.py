@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date, datetime, time
 from typing import Any, cast
 
@@ -49,6 +49,17 @@ class Rendered:
     responses: dict[str, list[Piece]]
     changed: dict[str, str] = field(default_factory=dict)
     """Name of a response -> how the template changed what its turns say."""
+
+    def moved(self, num: int) -> Rendered:
+        """With the last `num` characters of the prompt at the beginning of every response instead."""
+        if not num:
+            return self
+        prompt, space = self.prompt[:-num], self.prompt[-num:]
+        responses = {
+            name: [replace(first, text=space + first.text), *others]
+            for name, (first, *others) in self.responses.items()
+        }
+        return replace(self, prompt=prompt, responses=responses)
 
 
 @dataclass(frozen=True, kw_only=True)

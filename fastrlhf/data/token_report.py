@@ -38,7 +38,9 @@ class TokenReport:
     bos_present: int = 0
     """Text prompts that began with a BOS, so that they got no second one."""
     space_ended: int = 0
-    """Text prompts that end in a space or tab, which stays with the prompt."""
+    """Prompts whose last white space would be in one token with the response, were both tokenised as one text."""
+    trailing_space: str = "prompt"
+    """Where that white space is: at the end of the prompt, or in the response."""
     changed: dict[str, int] = field(default_factory=dict)
     """How the chat template changed a response -> kept rows."""
     num_tokens: int = 0
@@ -71,9 +73,9 @@ class TokenReport:
         if self.bos_present:
             parts.append(f"{self.bos_present:,} prompts begin with BOS themselves and get no second one")
         if self.space_ended:
-            parts.append(
-                f"{self.space_ended:,} prompts end in a space, which stays in the prompt (TRL moves it to the response)"
-            )
+            where = "begins the response" if self.trailing_space == "response" else "stays in the prompt"
+            other = "as in TRL" if self.trailing_space == "response" else "TRL moves it: see trailing_space"
+            parts.append(f"{self.space_ended:,} prompts end in white space, which {where} ({other})")
         if self.unlike_text:
             parts.append(
                 f"{self.unlike_text:,} responses read otherwise as tokens than as text (this tokenizer's doing)"

@@ -8,6 +8,8 @@ space after one is dropped), and the end is missing only where `max_length` cut 
 The BOS rule: a text prompt begins once with the tokens that the tokenizer puts before a text; a chat template writes
 its own BOS.
 The rule of turns: in a response of several turns, only the assistant turns are trained, each with its end.
+The space rule: white space at the end of a prompt belongs to the prompt. With `trailing_space` response it begins the
+response if their joined text has it in one token with the response ("TL;DR: " before "cats"), as in TRL.
 The suffix rule: text that a template writes after the end of a turn (the newline of ChatML) is not trained and, after
 the last turn, left out. With `train_suffix` it is trained, as in TRL.
 """
@@ -22,7 +24,7 @@ from typing import Any, Literal, cast
 
 from transformers import PreTrainedTokenizerBase
 
-from fastrlhf.data.encoding import encode, encode_inside, encode_prompts, is_lossless, reads_back
+from fastrlhf.data.encoding import encode, encode_inside, encode_prompts, is_lossless, reads_back, space_lengths
 from fastrlhf.data.forms import RESPONSES
 from fastrlhf.data.labels import GROUP_LABELS, PAIR_LABELS
 from fastrlhf.data.rows import UnusableRow
@@ -52,6 +54,7 @@ def tokenize_examples(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     day: date | None = None,
     train_suffix: bool = False,
+    trailing_space: Literal["prompt", "response"] = "prompt",
     max_bad_fraction: float = 1.0,
     max_dropped_fraction: float = 1.0,
 ) -> TokenizedExamples:
@@ -74,6 +77,7 @@ def tokenize_examples(
         chat_template_kwargs: variables passed to the template in addition to the turns; those of a row take precedence.
         day: date given to a template that asks for it; None: today.
         train_suffix: train what the template writes behind the end of a turn.
+        trailing_space: where white space at the end of a prompt belongs.
         max_bad_fraction: rows that the template refuses or changes / rows, at most.
         max_dropped_fraction: rows dropped / rows, at most.
 
@@ -112,9 +116,11 @@ def tokenize_examples(
             rendered.append((example, renderer.render(example, _responses(example, fields))))
         except UnusableRow as bad:
             drop(bad.reason, example.row, bad.detail)
+    spaces = _space_lengths(rendered, tokenizer, whole=trailing_space == "response")
+    counts["space_ended"] = sum(map(bool, spaces))
+    if trailing_space == "response":
+        rendered = [(example, text.moved(num)) for (example, text), num in zip(rendered, spaces, strict=True)]
     prompts, counts["bos_present"] = _encode_prompts(rendered, tokenizer)
-    texts = (example.prompt for example, _ in rendered if isinstance(example.prompt, str))
-    counts["space_ended"] = sum(text.endswith((" ", "\t")) for text in texts)
     responses = _encode_responses([each.responses for _, each in rendered], tokenizer, ends, train_suffix)
     lossless, changed = is_lossless(tokenizer), Counter[str]()
 
@@ -153,6 +159,7 @@ def tokenize_examples(
         dropped=dict(dropped.most_common()),
         changed=dict(changed.most_common()),
         firsts=firsts,
+        trailing_space=trailing_space,
         **{name: counts[name] for name in _COUNTED},
     )
     check_fractions(report, max_bad_fraction, max_dropped_fraction)
@@ -219,6 +226,20 @@ def _ends(tokenizer: PreTrainedTokenizerBase, template: str | None) -> dict[int,
         add_ends(tokenizer, [end], "chat_template")
     ids = end_ids(tokenizer)
     return dict(zip(ids, map(str, tokenizer.convert_ids_to_tokens(list(ids))), strict=True))
+
+
+def _space_lengths(
+    rendered: Sequence[tuple[Example, Rendered]], tokenizer: PreTrainedTokenizerBase, *, whole: bool
+) -> list[int]:
+    """`space_lengths` of the rows; of the texts around the cuts if not of the `whole` texts, which is for counting."""
+    start, end = (None, None) if whole else (-_AROUND, _AROUND)
+    prompts = [text.prompt[start:] for _, text in rendered]
+    firsts = [[pieces[0].text[:end] for pieces in text.responses.values()] for _, text in rendered]
+    return space_lengths(prompts, firsts, tokenizer)
+
+
+_AROUND = 64
+"""Number of characters on either side of a cut that are tokenised together to count."""
 
 
 def _encode_prompts(

@@ -286,6 +286,7 @@ def _tokenize(
         chat_template_kwargs=parse_template_kwargs(config.chat_template_kwargs),
         day=date.fromisoformat(day) if day else None,
         train_suffix=isinstance(config, SFTConfig | DPOConfig) and config.train_suffix,
+        trailing_space=config.trailing_space,
         max_bad_fraction=config.max_bad_fraction,
         max_dropped_fraction=config.max_dropped_fraction,
     )

@@ -59,12 +59,15 @@ def test_an_eos_in_the_text_is_not_added_again_and_both_kinds_are_counted():
     assert "3 of 4 responses end in EOS, added to 1" in counts.summary()
 
 
-def test_prompts_that_end_in_a_space_keep_it_and_are_counted():
-    rows = [example("a ", chosen="b"), example("a\t", chosen="b"), example("a\n", chosen="b"), example("a", chosen="b")]
-    counts = report([*rows, chat("a ", chosen="b")], words(chat_template=TURN_TEMPLATE))
-    assert counts.space_ended == 2
-    assert "2 prompts end in a space, which stays in the prompt (TRL moves it to the response)" in counts.summary()
-    assert "space" not in report(rows[2:]).summary()
+def test_white_space_before_a_response_is_counted_if_it_would_join_the_response():
+    rows = [example("a ", chosen="f"), example("a\t", chosen="f"), example("a\n", chosen="f"), example("a", chosen="f")]
+    template = TURN_TEMPLATE.replace("[assistant]{% endif", "[assistant] {% endif").replace("] {{", "]{{ ' ' +")
+    counts = report(
+        [*rows, chat("a", chosen="f"), example("b" * 99 + " ", chosen="f")], byte_level(), chat_template=template
+    )
+    assert counts.space_ended == 3  # the template's generation prompt ends in a space, too
+    assert "white space" not in report(rows[1:], byte_level()).summary()
+    assert report(rows).space_ended == 0  # no token of this vocabulary holds a space
 
 
 def test_a_space_at_the_end_of_a_prompt_merges_with_no_response():

@@ -13,7 +13,7 @@ SPECIALS = ("<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>")
 
 def byte_level() -> PreTrainedTokenizerFast:
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = [("d", "e"), ("de", "f"), ("\u0120", "f"), ("Y", "es")][:3]
+    merges = [("d", "e"), ("de", "f"), ("\u0120", "f"), ("\u010a", "\u010a")]  # the last two: " f" and two newlines
     words = [*SPECIALS, *letters, *("".join(pair) for pair in merges)]
     core = Tokenizer(BPE({word: i for i, word in enumerate(words)}, merges))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
