@@ -76,12 +76,11 @@ def _no(configs: str, names: str, note: str) -> tuple[Key, ...]:
 KEYS: tuple[Key, ...] = (
     # Model and tokenizer
     *_same("model", "model_name_or_path attn_implementation use_peft lora_r lora_alpha lora_target_modules"),
-    *_same("model", "use_rslora use_dora load_in_4bit"),
+    *_same("model", "lora_target_parameters lora_modules_to_save use_rslora use_dora load_in_4bit"),
     *_same("model", "dtype", "float32 by default; write bfloat16 on a GPU"),
     *_same("model all sft dpo reward grpo", "trust_remote_code"),
     *_no("model", "model_revision", "download that revision and give its folder as model_name_or_path"),
     *_off("model", "lora_dropout", "log-probs of the same tokens must be reproducible"),
-    *_no("model", "lora_modules_to_save", "only the adapter is trained; train without use_peft to move whole modules"),
     *_on("model", "lora_task_type", "each command knows its task"),
     *_no("model", "load_in_8bit", "use load_in_4bit"),
     *_on("model", "bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage", "load_in_4bit uses nested nf4"),

@@ -23,7 +23,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "LoRA": (
         *("use_peft", "lora_r", "lora_alpha", "lora_target_modules", "lora_target_parameters"),
-        *("use_rslora", "use_dora", "load_in_4bit", "merged_dtype", "max_merge_shift"),
+        *("lora_modules_to_save", "use_rslora", "use_dora", "load_in_4bit", "merged_dtype", "max_merge_shift"),
     ),
     "Loss": (
         *("completion_only_loss", "train_on", "train_suffix"),

@@ -63,6 +63,9 @@ class TrainConfig:
     lora_target_parameters: tuple[str, ...] = ()
     """Parameters outside of linear layers that get an adapter too, given by the ends of their names, for example
     mlp.experts.down_proj."""
+    lora_modules_to_save: tuple[str, ...] = ()
+    """Ends of the names of modules that are trained whole and saved with the adapter, for example embed_tokens and
+    lm_head, which new tokens need. The reference keeps a copy of each."""
     use_rslora: bool = False
     """Scale the adapter by lora_alpha / sqrt(lora_r) in place of lora_alpha / lora_r (Kalajdzievski 2023, arXiv
     2312.03732)."""
@@ -222,6 +225,7 @@ class TrainConfig:
             "lora_alpha",
             "lora_target_modules",
             "lora_target_parameters",
+            "lora_modules_to_save",
             "use_rslora",
             "use_dora",
             "load_in_4bit",

@@ -2,18 +2,23 @@
 
 By default (`all-linear`) every linear layer of the backbone, and the experts of a mixture. transformers keeps experts
 fused in 3-D tensors outside of linear layers; peft adapts those by parameter. Routers get no adapter, because a router
-that changes sends tokens to other experts than those trained on them. Nor do layers of Mamba whose weights the kernels
-read directly, without calling the layer: an adapter there would have no effect until it is merged.
+that changes sends tokens to other experts than those trained on them. Nor do layers that text never reaches (a vision
+tower, cross-attention without an encoder), nor layers of Mamba whose weights the kernels read directly, without calling
+the layer: an adapter there would have no effect until it is merged.
+
+`lora_modules_to_save` names modules that are trained whole beside the adapter, for example the embedding of new tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import Linear, Module
+from torch.nn import Embedding, Linear, Module
 from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
 
@@ -34,16 +39,30 @@ class Targets:
 
     modules: str | list[str]
     parameters: list[str]
+    excluded: str = ""
+    """A regular expression for the names of modules that get no adapter; empty: none."""
     remark: str = ""
     """Remark on experts and routers for the log."""
 
 
-def choose_targets(model: PreTrainedModel, config: TrainConfig) -> Targets:
-    """The targets that `config` names, or, for `all-linear`, those of this model."""
+def choose_targets(model: PreTrainedModel, config: TrainConfig, saved: Sequence[str] = ()) -> Targets:
+    """The targets that `config` names, or, for `all-linear`, those of this model.
+
+    `saved`: the modules that are trained whole, which get no adapter. Raises ValueError if `config` names a module as
+    both.
+    """
     named = [*config.lora_target_parameters]
+    heads = ["score"] if hasattr(model, "score") else []
     if config.lora_target_modules != ("all-linear",):
-        return Targets(modules=list(config.lora_target_modules), parameters=named)
-    experts = _experts(model)
+        if twice := {*config.lora_target_modules} & {*config.lora_modules_to_save}:
+            raise ValueError(
+                f"lora_modules_to_save: {min(twice)!r} is in lora_target_modules too; a module is trained whole or by "
+                "an adapter, so name it once"
+            )
+        return Targets(modules=list(config.lora_target_modules), parameters=named, excluded=pattern(heads))
+    idle = _idle(model)
+    excluded = pattern([*heads, *idle])
+    experts = [name for name in _experts(model) if not _within(f"{model.base_model_prefix}.{name}", [*saved, *idle])]
     modules = dict(model.base_model.named_modules())
     apart = [
         f"{name}.{layer}" if name else layer
@@ -52,7 +71,7 @@ def choose_targets(model: PreTrainedModel, config: TrainConfig) -> Targets:
         for layer in READ_BY_MAMBA
     ]
     if not experts and not apart and not any(name.rpartition(".")[2] == "experts" for name in modules):
-        return Targets(modules="all-linear", parameters=named)
+        return Targets(modules="all-linear", parameters=named, excluded=excluded)
     head = model.get_output_embeddings()  # part of the backbone in some families
     linear = [
         name
@@ -63,29 +82,117 @@ def choose_targets(model: PreTrainedModel, config: TrainConfig) -> Targets:
     layers = _ends(name for name in linear if name not in renamed)
     if config.use_dora:  # peft has no DoRA by parameter
         left_out = "; experts and routers are left out, since peft has no DoRA for experts in fused form"
-        return Targets(modules=layers, parameters=named, remark=left_out if experts else "")
+        return Targets(modules=layers, parameters=named, excluded=excluded, remark=left_out if experts else "")
+    renamed = [name for name in renamed if not _within(f"{model.base_model_prefix}.{name}", saved)]
     parameters = _ends([*experts, *(f"{name}.weight" for name in renamed)])
     remark = "; experts are adapted by parameter, routers are left out" if experts else ""
-    return Targets(modules=layers, parameters=sorted({*named, *parameters}), remark=remark)
+    return Targets(modules=layers, parameters=sorted({*named, *parameters}), excluded=excluded, remark=remark)
+
+
+def modules_to_save(model: PreTrainedModel, named: Sequence[str]) -> list[str]:
+    """The full names of the modules that end in a name of `named`, and of the modules that share all their weights with
+    one of them; a score head is left out, since it is trained in any case.
+
+    Raises ValueError where a name fits no module, and for modules in 4 bits. For a model with a score head a name that
+    fits no module is ignored, since the head over the vocabulary is only in the policy.
+    """
+    found: dict[str, Module] = {}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for end in named:
+        fit = {name: module for name, module in modules.items() if name == end or name.endswith(f".{end}")}
+        if not fit and not hasattr(model, "score"):
+            raise ValueError(f"lora_modules_to_save: {end!r} fits no module of {type(model).__name__}")
+        found |= fit
+    for name, module in found.items():
+        if not all(weight.is_floating_point() for weight in module.parameters()):
+            raise ValueError(f"lora_modules_to_save: the weights of {name} are in 4 bits and cannot be trained")
+    weights = {id(weight) for module in found.values() for weight in module.parameters()}
+    tied = {
+        name
+        for name, module in modules.items()
+        if isinstance(module, Linear | Embedding) and weights.issuperset(id(weight) for weight in module.parameters())
+    }
+    names = sorted(name for name in {*found, *tied} if name != "score")
+    return [name for name in names if not _within(name, [other for other in names if other != name])]
+
+
+def check_new_rows(model: PreTrainedModel, named: Sequence[str], new: int) -> None:
+    """Raises ValueError where the embeddings of `new` tokens, or their rows of the head, are not among the modules that
+    are trained whole."""
+    saved = modules_to_save(model, named)
+    names = {id(module): name for name, module in model.named_modules()}
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if (name := names[id(module)]) not in saved:
+            end = name.rpartition(".")[2]
+            raise ValueError(
+                f"use_peft: the rows of {end} for {new} new tokens have to be trained; add {end} to "
+                "lora_modules_to_save, or train without use_peft"
+            )
 
 
 @torch.no_grad()
 def check_called(model: PreTrainedModel, layers: Mapping[str, Module]) -> None:
     """Raises ValueError, naming one of the adapted `layers`, where the forward of the model does not call it: its
     adapter would not be trained. Experts that are separate modules are exempt, since they may get no token."""
-    silent = {name for name in layers if ".experts." not in name}
-    hooks = [
-        layer.register_forward_pre_hook(lambda *_, name=name: silent.discard(name)) for name, layer in layers.items()
-    ]
-    model(input_ids=torch.tensor([[2, 3, 5, 7]], device=model.device), use_cache=False)
-    for hook in hooks:
-        hook.remove()
+    with _silent(layers) as silent:
+        _run(model)
     if silent:
         name = min(silent)
         raise ValueError(
             f"lora_target_modules: {type(model).__name__} reads the weight of {name} without calling that layer, so an "
             "adapter on it would do nothing; name other layers"
         )
+
+
+@torch.no_grad()
+def _idle(model: PreTrainedModel) -> list[str]:
+    """The topmost modules in which text calls no linear layer, though they have some. Empty where a model without data
+    cannot run."""
+    linear = {name: layer for name, layer in model.named_modules() if isinstance(layer, Linear)}
+    linear.pop("score", None)
+    with _silent(linear) as silent:
+        try:
+            _run(model)
+        except Exception:
+            if model.device.type != "meta":  # on which experts that tokens choose do not run
+                raise
+            return []
+    called = [name for name in linear if name not in silent]
+    found: list[str] = []
+    for name, _ in model.named_modules():  # parents first
+        is_idle = any(_within(each, [name]) for each in silent) and not any(_within(each, [name]) for each in called)
+        if name and is_idle and not _within(name, found):
+            found.append(name)
+    return found
+
+
+@contextmanager
+def _silent(layers: Mapping[str, Module]) -> Iterator[set[str]]:
+    """Yields the set of names of the layers that have not been called yet, without experts that are separate
+    modules."""
+    silent = {name for name in layers if ".experts." not in name}
+    hooks = [
+        layer.register_forward_pre_hook(lambda *_, name=name: silent.discard(name)) for name, layer in layers.items()
+    ]
+    try:
+        yield silent
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _run(model: PreTrainedModel) -> None:
+    model(input_ids=torch.tensor([[2, 3, 5, 7]], device=model.device), use_cache=False)
+
+
+def _within(name: str, modules: Iterable[str]) -> bool:
+    """Whether a module or parameter is one of the modules or a part of one."""
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
+def pattern(modules: Sequence[str]) -> str:
+    """A regular expression for the names of these modules and their parts; empty if there are none."""
+    return rf"({'|'.join(map(re.escape, modules))})(\..*)?" if modules else ""
 
 
 def num_weights(tensor: Tensor) -> int:

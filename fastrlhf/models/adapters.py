@@ -1,9 +1,9 @@
 """LoRA (Hu et al. 2021, arXiv 2106.09685), rsLoRA and DoRA, from peft, over a base that every role of a run shares.
 
 An adapter is injected into the model: the model keeps its class, its backbone stays `model.base_model`, and only the
-adapter's weights (and a score head) have gradients. The reference is the same model without the adapter: a second set
-of modules around the same tensors, so that it costs no memory and nothing has to be switched on and off. roles.py
-builds the other models of a run on the same tensors.
+adapter's weights, a score head and the modules of `lora_modules_to_save` have gradients. The reference is the same
+model without the adapter: a second set of modules around the same frozen tensors, so that nothing has to be switched on
+and off and only trained modules are copied. roles.py builds the other models of a run on the same tensors.
 
 Which layers and experts get an adapter by default is decided in adapter_targets.py.
 """
@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
-from torch.nn import Linear, Module
+from torch.nn import Module
 from transformers import PreTrainedModel
 
 from fastrlhf.config import TrainConfig
 from fastrlhf.distributed.ranks import on_first
-from fastrlhf.models.adapter_targets import check_called, choose_targets, num_weights
+from fastrlhf.models.adapter_targets import check_called, choose_targets, modules_to_save, num_weights, pattern
 from fastrlhf.models.forward import disable_activation_checkpointing
 from fastrlhf.models.four_bit import is_four_bit, make_plain, plain_weight
 from fastrlhf.models.sharding import assign, beginnings, is_sharded, on_first_rank
@@ -41,26 +41,30 @@ ADAPTER = "default"
 """peft's name for the only adapter of a model."""
 SCORE = "base_model.model.score.weight"
 """The name of a score head's weight in the file of an adapter."""
+_BASE = "fastrlhf_base"  # attribute of a model with an adapter: the fingerprint of its base
 
 
 def add_adapter(model: PreTrainedModel, config: TrainConfig, base: str) -> None:
     """Freezes the model and injects an adapter with the `lora_` keys of `config`, drawn with its seed; a `score` head
-    stays trainable. Until the first step the model's numbers do not change. `base` is the folder or hub name that the
-    model was loaded from. Logs which share of the weights the adapter reaches.
+    and the modules of `lora_modules_to_save` stay trainable. Until the first step the model's numbers do not change.
+    `base` is the folder or hub name that the model was loaded from. Logs which share of the weights the adapter
+    reaches.
 
-    Raises ValueError where no module of the model fits `lora_target_modules`, and for embeddings and heads, whose
-    weights are read without their module.
+    Raises ValueError where no module of the model fits `lora_target_modules` or `lora_modules_to_save`, and for
+    adapters on embeddings and heads, whose weights are read without their module.
     """
     from peft import LoraConfig
 
-    chosen = choose_targets(model, config)
+    saved = modules_to_save(model, config.lora_modules_to_save)
+    chosen = choose_targets(model, config, saved)
     settings = LoraConfig(
         task_type="SEQ_CLS" if hasattr(model, "score") else "CAUSAL_LM",
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         target_modules=chosen.modules,
         target_parameters=chosen.parameters or None,
-        exclude_modules=["score"] if hasattr(model, "score") else None,
+        exclude_modules=chosen.excluded or None,
+        modules_to_save=saved or None,
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
         base_model_name_or_path=base,
@@ -80,26 +84,41 @@ def add_adapter(model: PreTrainedModel, config: TrainConfig, base: str) -> None:
         check_called(model, {names[id(layer)]: cast(Module, layer) for _, _, layer in _adapted(model)})
     adapted = {id(weight): weight for weight in (_base_weight(layer) for _, _, layer in _adapted(model))}
     log.info(
-        "LoRA: rank %d on %d tensors, %.0f %% of the weights of %s%s",
+        "LoRA: rank %d on %d tensors, %.0f %% of the weights of %s%s%s",
         config.lora_r,
         len(adapted),
         100 * sum(map(num_weights, adapted.values())) / sum(num_weights(p) for n, p in _own(model)),
         type(model).__name__,
         chosen.remark,
+        f"; trained whole: {', '.join(saved)}" if saved else "",
     )
-    head = getattr(model, "score", None)
-    if head is not None:
-        head.requires_grad_(True)
 
 
 def inject(settings: LoraConfig, model: PreTrainedModel, seed: int) -> None:
-    """Freezes the model and gives it an adapter, drawn with `seed`."""
+    """Freezes the model and gives it an adapter, drawn with `seed`; a score head and the modules to save of `settings`
+    stay trainable."""
     from peft import inject_adapter_in_model
 
-    device = model.device
+    device, saved, excluded = model.device, settings.modules_to_save, settings.exclude_modules
+    if saved:  # without peft's wrapper, which renames modules and keeps their first weights too
+        first = excluded if isinstance(excluded, str) else rf"(.*\.)?{pattern(excluded)}" if excluded else ""
+        settings.exclude_modules = "|".join(part for part in (first, pattern(saved)) if part)
+        settings.modules_to_save = None
+    if device.type != "meta":  # before the modules to save move away from the base
+        setattr(model, _BASE, base_fingerprint(model))
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         inject_adapter_in_model(settings, model)
+    kept = cast("LoraConfig", model.peft_config[ADAPTER])
+    kept.modules_to_save, kept.exclude_modules = saved, excluded
+    for name in _trained_modules(model):
+        model.get_submodule(name).requires_grad_(True)
+
+
+def _trained_modules(model: PreTrainedModel) -> list[str]:
+    """The names of the modules that are trained whole beside the adapter."""
+    settings = cast("LoraConfig", model.peft_config[ADAPTER])
+    return [*(settings.modules_to_save or ()), *["score"] * hasattr(model, "score")]
 
 
 def has_adapter(model: PreTrainedModel) -> bool:
@@ -232,15 +251,18 @@ def warn_if_rounded(source: str, dtype: str, field: str) -> None:
 
 
 def save_adapter(model: PreTrainedModel, folder: Path) -> None:
-    """Writes only the adapter, and a trained head, in peft's format into `folder`; the metadata of the file name the
-    weights that it was trained over, and whether they were in 4 bits. Every rank must call it; rank 0 writes."""
+    """Writes only the adapter, and the modules trained beside it, in peft's format into `folder`; the metadata of the
+    file name the weights that it was trained over, and whether they were in 4 bits. Every rank must call it; rank 0
+    writes."""
     from safetensors.torch import save_file
 
     settings = cast("LoraConfig", copy.deepcopy(model.peft_config[ADAPTER]))
-    if hasattr(model, "score"):
-        settings.modules_to_save = ["score"]
+    settings.modules_to_save = _trained_modules(model) or None
     weights = {name: weight.contiguous() for name, weight in on_first_rank(adapter_weights(model)).items()}
-    base = {"base": base_fingerprint(model), "load_in_4bit": "true" if is_four_bit(model) else "false"}
+    for name in sorted(weights):  # a file has no tied tensors
+        if any(weights[name].data_ptr() == weights[other].data_ptr() for other in weights if other < name):
+            weights[name] = weights[name].clone()
+    base = {"base": getattr(model, _BASE), "load_in_4bit": "true" if is_four_bit(model) else "false"}
 
     def write() -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -251,13 +273,15 @@ def save_adapter(model: PreTrainedModel, folder: Path) -> None:
 
 
 def adapter_weights(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The tensors of the adapter, and of a score head, by the names of a PeftModel around the plain model."""
+    """The tensors of the adapter, and of the modules trained beside it, by the names of a PeftModel around the plain
+    model. A weight that several of these modules share occurs under each name, because peft copies each module."""
     from peft import get_peft_model_state_dict
 
-    weights = {f"base_model.model.{name}": weight for name, weight in get_peft_model_state_dict(model).items()}
-    if hasattr(model, "score"):
-        weights[SCORE] = cast(Linear, model.score).weight.detach()
-    return weights
+    own = get_peft_model_state_dict(model, save_embedding_layers=False)
+    for name in _trained_modules(model):
+        for part, weight in model.get_submodule(name).named_parameters():
+            own[f"{name}.{part}"] = weight.detach()
+    return {f"base_model.model.{name}": weight for name, weight in own.items()}
 
 
 def _own(model: Module) -> list[tuple[str, Tensor]]:

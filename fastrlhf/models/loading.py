@@ -27,6 +27,7 @@ from fastrlhf.config.elsewhere import nearest
 from fastrlhf.data.hub import check_hub
 from fastrlhf.data.specials import end_ids
 from fastrlhf.data.tokenizer import is_missing_folder, load_tokenizer
+from fastrlhf.models.adapter_targets import check_new_rows
 from fastrlhf.models.adapters import add_adapter, warn_if_rounded
 from fastrlhf.models.architecture import check_decoder
 from fastrlhf.models.forward import enable_activation_checkpointing
@@ -81,7 +82,8 @@ def open_policy(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreT
         raise ValueError("model_name_or_path: give a folder or a hub name, or build a model from model_config")
     if vocabulary(model) < len(tokenizer):
         new = len(tokenizer) - vocabulary(model)
-        require(not config.use_peft, "use_peft", True, f"false: the embeddings of {new} new tokens have to be trained")
+        if config.use_peft:
+            check_new_rows(model, config.lora_modules_to_save, new)
         with _seeded(config.seed, device):
             model.resize_token_embeddings(len(tokenizer))
         log.warning(
@@ -159,9 +161,8 @@ def build_policy(
     except Exception as error:  # a family's own code may raise any exception
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        raise ValueError(
-            f"model_config: a model of type {config.model_type} cannot be built ({one_line(error)})"
-        ) from error
+        kind = config.model_type
+        raise ValueError(f"model_config: a model of type {kind} cannot be built ({one_line(error)})") from error
     return _ready(model, device, layers)
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fastrlhf.config import PPOConfig, TrainConfig
+from fastrlhf.models.adapter_targets import modules_to_save
 from fastrlhf.models.adapters import (
     SCORE,
     adapter_weights,
@@ -46,6 +47,9 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 log = logging.getLogger(__name__)
+
+HEADS = ("score", "classifier")
+"""Names that peft writes into the settings of every sequence classifier."""
 
 
 def holds_adapter(source: str) -> bool:
@@ -100,15 +104,16 @@ def adapter_settings(source: str, field: str) -> LoraConfig:
     if not isinstance(settings, LoraConfig):
         raise ValueError(f"{field}: {source!r} holds an adapter of the kind {settings.peft_type}; only LoRA is known")
     # The head is loaded separately; dropout would make log-probs of the same tokens differ between passes.
-    settings.modules_to_save, settings.lora_dropout, settings.inference_mode = None, 0.0, False
+    saved = [name for name in settings.modules_to_save or () if name not in HEADS]
+    settings.modules_to_save, settings.lora_dropout, settings.inference_mode = saved or None, 0.0, False
     return settings
 
 
 def policy_role(source: str, base: PreTrainedModel, field: str) -> PreTrainedModel:
     """The causal LM that the adapter in the folder `source` makes of the frozen `base`, whose weights it shares.
 
-    The adapter alone has gradients. Raises ValueError, naming `field`, where it is no LoRA, was trained over another
-    base, does not fit, or is a reward model's.
+    Only the adapter, and the modules that were trained with it, have gradients. Raises ValueError, naming `field`,
+    where it is no LoRA, was trained over another base, does not fit, or is a reward model's.
     """
     return _with_adapter(shared_view(base), source, base, field)
 
@@ -196,6 +201,8 @@ def _with_adapter(model: PreTrainedModel, source: str, base: PreTrainedModel, fi
     if (SCORE in saved) != hasattr(model, "score"):
         wrong = "has no trained score head; train one with `fastrlhf reward`"
         raise ValueError(f"{field}: {source!r} {'is a reward model' if SCORE in saved else wrong}")
+    settings.modules_to_save = modules_to_save(model, settings.modules_to_save or ()) or None
+    _own_copies(model, settings.modules_to_save or ())
     inject(settings, model, seed=0)
     own = adapter_weights(model)
     for name in sorted(set(own) ^ set(saved)):
@@ -207,9 +214,21 @@ def _with_adapter(model: PreTrainedModel, source: str, base: PreTrainedModel, fi
                 shapes = f"{list(saved[name].shape)} there and {list(weight.shape)} in the base"
                 raise ValueError(f"{field}: {source!r} does not fit: {name} is {shapes}")
             weight.copy_(saved[name])
+        for name, weight in own.items():  # written twice if two modules share it
+            if not torch.equal(weight, saved[name].to(weight.device, weight.dtype)):
+                raise ValueError(f"{field}: {source!r} does not fit: {name} is tied to another weight in the base")
     num = sum(weight.numel() for weight in saved.values())
     log.info("%s: an adapter of %.3g parameters over the weights of %s", field, num, base.name_or_path)
     return model.eval()
+
+
+def _own_copies(model: PreTrainedModel, modules: Sequence[str]) -> None:
+    """Gives the model copies of the weights of these modules, which it shares with the base; tied weights stay tied."""
+    copies: dict[int, torch.nn.Parameter] = {}
+    for name in modules:
+        for part in model.get_submodule(name).modules():
+            for key, weight in list(part.named_parameters(recurse=False)):
+                setattr(part, key, copies.setdefault(id(weight), torch.nn.Parameter(weight.detach().clone())))
 
 
 def _read(source: str, field: str) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -1,10 +1,11 @@
 """Which weights get an adapter: experts by parameter, no router, nothing that the forward does not call."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from transformers import (
     AutoModelForCausalLM,
     GptOssConfig,
@@ -14,9 +15,15 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from fastrlhf.config import SFTConfig
+from bench.models.checks import Family
+from fastrlhf.algorithms.dpo import train_dpo
+from fastrlhf.algorithms.sft import train_sft
+from fastrlhf.config import DPOConfig, SFTConfig
 from fastrlhf.models.adapters import add_adapter, frozen_copy, merged_copy, plain_weights, save_adapter
+from fastrlhf.models.loading import build_policy, load_policy
+from fastrlhf.models.roles import policy_role
 from tests import tiny
+from tests.resumable import Killed, Watch, left, run
 
 SIZES = {
     "vocab_size": tiny.VOCAB,
@@ -139,3 +146,106 @@ def test_a_layer_whose_weight_is_read_without_it_gets_no_adapter():
         ValueError, match=r"^lora_target_modules: MambaForCausalLM reads the weight of .*\.dt_proj witho"
     ):
         add_adapter(model_of(config), SFTConfig(**LORA, lora_target_modules=("dt_proj",)), "base")
+
+
+def policy_folder(folder, *, tied=False) -> str:
+    config = tiny.model_config()
+    config.tie_word_embeddings = tied
+    model = build_policy(config, vocab_size=tiny.VOCAB, eos_token_id=tiny.EOS, seed=3)
+    model.save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def run_dpo(source: str, saved: tuple[str, ...], **settings):
+    fields = {"per_device_train_batch_size": 8, "max_steps": 3, "learning_rate": 1e-2, "progress": False, **LORA}
+    config = DPOConfig(model_name_or_path=source, lora_modules_to_save=saved, **fields | settings)
+    return train_dpo(config, tiny.examples(16))
+
+
+@pytest.mark.parametrize(
+    ("saved", "tied", "names"),
+    [
+        (("embed_tokens", "lm_head"), False, ["lm_head", "model.embed_tokens"]),
+        (("lm_head",), True, ["lm_head", "model.embed_tokens"]),
+        (("model.norm", "layers.1.mlp"), False, ["model.layers.1.mlp", "model.norm"]),
+    ],
+    ids=["heads", "tied", "layers"],
+)
+def test_modules_to_save_are_trained_whole_saved_and_read_by_peft_and_as_roles(saved, tied, names, tmp_path):
+    base, folder = policy_folder(tmp_path / "base", tied=tied), tmp_path / "run"
+    result = run_dpo(base, saved, precompute_ref_log_probs=False, output_dir=str(folder))
+    # The live reference keeps the modules of the start, whose log-probs the precomputed one has.
+    for row, other in zip(result.history, run_dpo(base, saved).history, strict=True):
+        assert row == pytest.approx(other, rel=1e-4, abs=1e-5)
+    plain, moved = load_policy(base), logprobs(result.model)
+    start = logprobs(plain)
+    for name in names:
+        before, after = plain.get_submodule(name), result.model.get_submodule(name)
+        assert all((x != y).any() for x, y in zip(before.parameters(), after.parameters(), strict=True))
+    untouched = "model.layers.0.input_layernorm.weight"
+    assert torch.equal(plain.get_parameter(untouched), result.model.get_parameter(untouched))
+    settings = PeftConfig.from_pretrained(str(folder / "adapter"))
+    assert settings.modules_to_save == names
+    assert torch.equal(logprobs(AutoModelForCausalLM.from_pretrained(folder)), moved)
+    read = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(folder / "adapter"))
+    torch.testing.assert_close(logprobs(read), moved, rtol=1e-5, atol=1e-5)
+    role = policy_role(str(folder / "adapter"), plain.requires_grad_(False), "dpo_model_path")
+    torch.testing.assert_close(logprobs(role), moved, rtol=1e-5, atol=1e-5)
+    assert torch.equal(logprobs(plain), start)
+    assert (moved - start).abs().max() > 0.01
+
+
+def test_a_run_with_modules_to_save_goes_on_from_its_checkpoint_with_the_same_bits(tmp_path, monkeypatch):
+    paths = {"policy": policy_folder(tmp_path / "base"), "judge": tiny.save_reward_model(tmp_path / "judge")}
+    settings = LORA | {"lora_modules_to_save": ("embed_tokens", "lm_head"), "max_steps": 3}
+    watch = Watch("ppo", monkeypatch)
+    whole = left(run("ppo", paths, tmp_path / "whole", **settings), watch.made[-1], tmp_path / "whole")
+    watch.kill = (2, "after")
+    with pytest.raises(Killed):
+        run("ppo", paths, tmp_path / "cut", **settings)
+    watch.kill = None
+    assert left(run("ppo", paths, tmp_path / "cut", **settings), watch.made[-1], tmp_path / "cut") == whole
+
+
+def test_new_tokens_are_trained_under_an_adapter_where_their_rows_are(tmp_path):
+    base = policy_folder(tmp_path / "base")
+    config = SFTConfig(
+        model_name_or_path=base,
+        eos_token="<end>",
+        lora_modules_to_save=("embed_tokens", "lm_head"),
+        output_dir=str(tmp_path / "run"),
+        per_device_train_batch_size=8,
+        max_steps=2,
+        progress=False,
+        **LORA,
+    )
+    model = train_sft(config, tiny.examples(16)).model
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    assert len(saved.lm_head.weight) == tiny.VOCAB + 1
+    assert torch.equal(logprobs(saved), logprobs(model))
+    with pytest.raises(ValueError, match=r"^use_peft: the rows of lm_head for 1 new tokens have to be trained; add lm"):
+        train_sft(replace(config, lora_modules_to_save=("embed_tokens",), output_dir=""), tiny.examples(16))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lora_modules_to_save": ("wte",)}, "'wte' fits no module of LlamaForCausalLM"),
+        (
+            {"lora_modules_to_save": ("q_proj",), "lora_target_modules": ("q_proj", "v_proj")},
+            "'q_proj' is in lora_target_modules too; a module is trained whole or by an adapter, so name it once",
+        ),
+    ],
+)
+def test_modules_to_save_that_do_not_fit_are_refused(settings, message):
+    with pytest.raises(ValueError, match=f"^lora_modules_to_save: {message}$"):
+        add_adapter(tiny.policy(), SFTConfig(**LORA, **settings), "base")
+
+
+def test_a_vision_tower_gets_no_adapter(tmp_path):
+    model = Family("gemma3", tmp_path).policy
+    add_adapter(model, SFTConfig(**LORA), "base")
+    names = {name for name, layer in model.named_modules() if hasattr(layer, "lora_A")}
+    assert len(names) == 2 * 7
+    assert all(name.startswith("model.language_model.layers.") for name in names)

@@ -43,6 +43,8 @@ def open_models(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, fakes: 
         other = _model_config(config, source, "ref_model_name_or_path", tokenizer) if source else None
         shares = config.use_peft and other is None
         _freeze(models, "reference", fakes.policy(other or start, four_bit=shares and config.load_in_4bit), shares)
+        if shares:
+            _add_saved_modules(models, config)
     if isinstance(config, PPOConfig):
         _add_roles(models, config, tokenizer, fakes)
     return models
@@ -51,6 +53,7 @@ def open_models(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, fakes: 
 def _add_roles(models: Models, config: PPOConfig, tokenizer: PreTrainedTokenizerBase, fakes: Fakes) -> None:
     start = models.start
     _freeze(models, "reference", fakes.policy(start, four_bit=config.load_in_4bit), config.use_peft)
+    _add_saved_modules(models, config)
 
     def role(name: str, source: str, field: str) -> None:
         make = fakes.policy if name in DPO_NAMES.values() else fakes.scorer
@@ -68,6 +71,14 @@ def _add_roles(models: Models, config: PPOConfig, tokenizer: PreTrainedTokenizer
         role(DPO_NAMES[field], path, field)
     if second := config.eval_reward_model_path:
         role("second reward model", second, "eval_reward_model_path")
+
+
+def _add_saved_modules(models: Models, config: TrainConfig) -> None:
+    """The reference has copies of its own of the modules of `lora_modules_to_save`."""
+    if config.lora_modules_to_save:
+        named = models.trained["policy"].model.named_parameters()
+        copies = [x for name, x in named if x.requires_grad and ".lora_" not in name]
+        models.own["reference"] += sum(x.numel() * x.element_size() for x in copies)
 
 
 def _add_critic(models: Models, config: PPOConfig, tokenizer: PreTrainedTokenizerBase, fakes: Fakes) -> None:
