@@ -1,10 +1,10 @@
-"""Losses of preference learning on packed tokens; each op is one file, described in kernels/README.md.
+"""Losses for preference learning on packed tokens. Each op has its own file and a section in kernels/README.md.
 
     linear_logprob       hidden states -> log-probs of the targets, without the logits
     logprob_from_logits  logits -> log-probs of the targets
     linear_kl            hidden states of two models -> exact KL per token, without the logits
     kl_estimate          per-token estimates of KL to a reference
-    policy_loss          PPO's clipped objective        value_loss   its critic's
+    policy_loss          PPO's clipped objective        value_loss   clipped squared error of the critic
     pair_loss            DPO, cDPO, robust DPO, IPO, hinge
     gae                  advantages and returns
     linear_policy_loss   hidden states -> PPO's loss    linear_pair_loss   hidden states -> a pair loss

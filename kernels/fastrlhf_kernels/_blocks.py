@@ -1,10 +1,10 @@
-"""Logits of a head, one block of rows x vocabulary at a time: code shared by the chunked ops.
+"""Computes the logits of a language-model head one block (rows x vocabulary) at a time, for the chunked ops.
 
     for part in logits.parts():                 VOCAB rows of the weight, cast once
         for block in logits.row_blocks():       ROWS rows of hidden
-            z = logits.block(block, part)       [ROWS, VOCAB] float32, transformed
+            z = logits.block(block, part)       [ROWS, VOCAB] float32, scaled, capped and divided by the temperature
 
-The vocabulary is the outer loop, so that a gradient of the weight is written once per part and never read again.
+The vocabulary is the outer loop, so that each part of the weight's gradient is written once and never read again.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# (ROWS, VOCAB). On an idle CPU all sizes from (512, 512) on are equally fast; larger blocks synchronise threads less.
+# (ROWS, VOCAB). On an idle CPU all sizes from (512, 512) up are equally fast; larger blocks synchronise threads less.
 CPU_BLOCK = (2048, 2048)
 GPU_BLOCK = (4096, 8192)
 
 LOG2_E = 1 / math.log(2)
-LOWEST = -1e30  # replaces the peak of a block whose logits are all -inf, where -inf - -inf would be NaN
-VANISHED = -1e4  # replaces -inf: its exp is 0 too, and 0 times it is not NaN
+LOWEST = -1e30  # used as the largest logit of a block whose logits are all -inf, because -inf - -inf is NaN
+VANISHED = -1e4  # stands for -inf: exp(-1e4) is 0 as well, but 0 * -1e4 is 0 whereas 0 * -inf is NaN
 
 
 class Part(NamedTuple):
-    """Rows start .. start + len(weight) of the head, in the dtype of the products."""
+    """Rows start .. start + len(weight) of the head's weight, cast to the dtype in which they are multiplied."""
 
     start: int
     weight: Tensor
@@ -39,9 +39,9 @@ class Logits:
     """z = softcap(scale * (hidden @ weight.T + bias)) / temperature, float32, computed block by block."""
 
     hidden: Tensor
-    """[T, D] in the dtype of the products"""
+    """[T, D], already in the dtype in which hidden states and weight are multiplied"""
     weight: Tensor
-    """[V, D] as given"""
+    """[V, D] in its original dtype"""
     bias: Tensor | None
     scale: float
     softcap: float | None
@@ -58,7 +58,8 @@ class Logits:
         scale: float,
         softcap: float | None,
     ) -> Logits:
-        # Only a GPU returns float32 results of bfloat16 products; float16 would lose small gradients.
+        # Only a GPU can multiply bfloat16 matrices with a float32 result. float16 is cast, because it would lose
+        # small gradients.
         native = hidden.is_cuda and hidden.dtype == weight.dtype == torch.bfloat16
         hidden = hidden if native else hidden.float()
         return Logits(
@@ -66,11 +67,12 @@ class Logits:
         )
 
     def row_blocks(self) -> list[slice]:
-        """At least one block, possibly empty, so that an empty pack needs no special case."""
+        """Slices that split the T rows into blocks. An empty pack gives one empty block and needs no special case."""
         step, num_rows = self._block_shape()[0], len(self.hidden)
         return [slice(start, min(start + step, num_rows)) for start in range(0, max(num_rows, 1), step)]
 
     def parts(self) -> Iterator[Part]:
+        """Yields the head's weight and bias in parts of VOCAB rows."""
         step = self._block_shape()[1]
         for start in range(0, len(self.weight), step):
             rows = slice(start, start + step)
@@ -78,7 +80,7 @@ class Logits:
             yield Part(start, self.weight[rows].to(self.hidden.dtype), bias)
 
     def block(self, rows: slice, part: Part) -> Tensor:
-        """Logits [rows, part] in fresh memory; the same call gives the same bits in forward and backward."""
+        """The logits [rows, part] in new memory. Forward and backward get bit-identical logits."""
         z = product(self.hidden[rows], part.weight.T)
         if part.bias is not None:
             z += part.bias
@@ -93,7 +95,7 @@ class Logits:
         return z
 
     def slope(self, rows: slice, z: Tensor) -> Tensor:
-        """The derivative of the soft cap at logits z of these rows."""
+        """The derivative of the soft cap for these rows, computed from their logits z."""
         assert self.softcap is not None
         temperature = self.temperature[rows] if isinstance(self.temperature, Tensor) else self.temperature
         return 1 - (z * (temperature / self.softcap)).square()
@@ -103,9 +105,11 @@ class Logits:
 
 
 def fold(state: tuple[Tensor, ...], z: Tensor, column: Tensor, entropy: bool, stats: bool) -> tuple[Tensor, ...]:
-    """Statistics of the vocabulary so far with one more block z, which is overwritten; `state` is () at the first.
+    """Updates the running statistics over the vocabulary with one more block of logits z, and overwrites z.
 
-    (peak, total, target logit, gap = sum exp(z - peak) (peak - z), sum of logits), [rows] each or empty if not wanted.
+    `state` is () for the first block. Returns (peak = largest logit, total = sum exp(z - peak), target logit,
+    gap = sum exp(z - peak) (peak - z), sum of logits), [rows] each; the last two are empty unless requested by
+    `entropy` and `stats`.
     """
     inside, index = locate(column, z)
     target = z.gather(1, index)[:, 0].where(inside, float("nan"))
@@ -129,15 +133,16 @@ def fold(state: tuple[Tensor, ...], z: Tensor, column: Tensor, entropy: bool, st
 
 
 def locate(column: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-    """Whether each target lies in this block, [rows] bool, and its column [rows, 1], valid in every row."""
+    """Returns whether each target lies in this block ([rows] bool), and its column [rows, 1], clamped to the block."""
     width = z.shape[1]
     return (column >= 0) & (column < width), column.clamp(0, width - 1)[:, None]
 
 
 def gradient(z: Tensor, column: Tensor, peak: Tensor, level: Tensor, tilt: Tensor | None, at_target: Tensor) -> Tensor:
-    """The gradient [rows, width] of a block of logits z, which is overwritten, as `slopes` has it, without `slope`.
+    """The gradient [rows, width] for a block of logits z, by the formula of `slopes` without the factor `slope`.
 
-    `column` is the column of each row's target if it lies in this block; the other arguments are [rows].
+    Overwrites z. `column` [rows] is the target's column relative to this block, and may lie outside it. `peak`,
+    `level`, `tilt` and `at_target` are [rows] as well.
     """
     z -= peak[:, None]
     if tilt is None:
@@ -157,12 +162,13 @@ def slopes(
     entropy: Tensor | None,
     total: Tensor,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """(level, tilt, at_target), [T] each: the coefficients of a row's gradient, in every column except the target's
+    """Coefficients (level, tilt, at_target), [T] each, of the gradient dx with respect to hidden @ weight.T.
 
-        dx = slope * exp(z - peak) * (level - tilt * (z - peak))
+        dx = slope * exp(z - peak) * (level - tilt * (z - peak))      in every column except the target's
+        dx = slope * at_target                                        in the target's column
 
-    and slope * at_target in the target's column, for upstream gradients g of logprob, `on_logsumexp` and
-    `on_entropy`. `factor` is the derivative of a logit with respect to its product, without the soft cap's `slope`.
+    The upstream gradients are g (of logprob), `on_logsumexp` and `on_entropy`. `slope` is the derivative of the soft
+    cap; `factor` is the rest of the derivative of a logit with respect to its product, scale / temperature.
     """
     level, at_target = on_logsumexp - g, on_logsumexp * logprob.exp() - g * logprob.expm1()
     if on_entropy is None:
@@ -180,11 +186,11 @@ def multiply_parts(
     grad_weight: Tensor | None,
     grad_bias: Tensor | None,
 ) -> None:
-    """Gradients of hidden, weight and bias from the gradient with respect to the products, one part of the vocabulary
-    at a time.
+    """Computes the gradients of hidden, weight and bias from dx, the gradient with respect to hidden @ weight.T.
 
-    Each part comes with a function that returns that gradient, [rows, part] float32, for a block of rows. Adds to
-    `grad_hidden` [T, D] float32, and fills `grad_weight` and `grad_bias`, as far as they are given.
+    Works on one part of the vocabulary at a time. Each part comes with a function that returns dx [rows, part] float32
+    for a block of rows. Adds to `grad_hidden` [T, D] float32 and overwrites `grad_weight` and `grad_bias`; a gradient
+    that is None is skipped.
     """
     for part, gradient_of in parts:
         columns = slice(part.start, part.start + len(part.weight))
@@ -208,10 +214,10 @@ def multiply_parts(
 def gradients_like(
     leaves: tuple[Tensor, Tensor, Tensor | None], needs: tuple[bool, bool, bool], scalar_like: Tensor
 ) -> tuple[Tensor, ...]:
-    """Uninitialised gradients of (hidden, weight, bias) in the layout that the operators return; [0], like the last
-    argument, for those not needed.
+    """Uninitialised gradients of (hidden, weight, bias) with the shapes and strides that the operators return.
 
-    The gradient of hidden is contiguous whatever the layout of hidden.
+    A gradient that is not needed has shape [0] and the dtype of `scalar_like`. The gradient of hidden is always
+    contiguous.
     """
     hidden, *others = leaves
     likes = (torch.empty_like(hidden, memory_format=torch.contiguous_format), *others)
@@ -227,7 +233,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, for a float32 total."""
+    """Adds a @ b to the float32 tensor `total` in place."""
     if a.dtype == torch.float32 or not a.is_cuda:
         total.addmm_(a.float(), b.float())
     else:
@@ -235,42 +241,44 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def exp_(z: Tensor) -> Tensor:
-    """e^z in place, by exp2: three times as fast as exp on a CPU (measured), and as exact near 0, where it matters."""
+    """Replaces z by e^z, computed with exp2: on a CPU 3 times as fast as exp (measured), and as exact near z = 0."""
     return z.mul_(LOG2_E).exp2_()
 
 
 def can_select(device: torch.device, wait: bool) -> bool:
-    """Whether rows may be counted: on a GPU this waits for all earlier work, which is impossible while a graph is
-    captured."""
+    """Whether the live rows may be counted. On a GPU counting waits for the device, which is impossible while a CUDA
+    graph is captured."""
     return device.type == "cpu" or (wait and not torch.cuda.is_current_stream_capturing())
 
 
 class Selection(NamedTuple):
-    """The rows of a pack that an op processes: the live ones if they can be counted, otherwise all."""
+    """The rows of a pack that an op processes: only the live rows if they can be counted, otherwise all rows."""
 
     live: Tensor
-    """[T] bool"""
+    """[T] bool, True for rows that have a result or a gradient."""
     rows: Tensor | None
-    """Indices of the processed rows; None for all."""
+    """Indices of the processed rows; None if all rows are processed."""
     dead: Tensor | None
-    """[T, 1] bool, True for processed rows that are not live and must be masked; None if there are none."""
+    """[T, 1] bool, True for processed rows that are not live and must be masked; None if only live rows are processed
+    or all rows are live."""
 
     @staticmethod
     def of(live: Tensor, *, wait: bool) -> Selection:
-        """With `wait` the live rows are counted, which waits for a GPU once."""
+        """Selects the live rows. On a GPU they are counted only with `wait=True`, which waits for the device once."""
         if not can_select(live.device, wait):
             return Selection(live, None, ~live[:, None])
-        rows = live.nonzero()[:, 0]  # waits: the shape depends on their number
+        rows = live.nonzero()[:, 0]  # waits for a GPU, because the shape depends on the number of live rows
         return Selection(live, None if len(rows) == len(live) else rows, None)
 
     def take(self, tensor: Tensor, filler: float | None = None) -> Tensor:
-        """The processed rows; those that are not live contain `filler`, if given, because 0 times NaN would be NaN."""
+        """The processed rows of `tensor`. `filler`, if given, replaces rows that are not live, because a NaN in them
+        would survive a multiplication by 0."""
         if self.rows is not None:
             return tensor[self.rows]
         return tensor if self.dead is None or filler is None else self._fill(tensor, filler)
 
     def put_back(self, tensor: Tensor) -> Tensor:
-        """The inverse of `take`, with 0 in the rows that are not live."""
+        """Puts processed rows back to their places in [T, ...]; rows that are not live become 0."""
         if self.dead is not None:
             return self._fill(tensor, 0)
         if self.rows is None:

@@ -1,4 +1,4 @@
-"""Checks of the arguments of ops. Errors are ValueErrors that name the argument; no check waits for a GPU."""
+"""Argument checks of the ops. Each raises a ValueError that names the argument; no check waits for a GPU."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def check_tensor(
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name} must be a tensor of shape {shape}, got {type(tensor).__name__}")
     if hasattr(tensor, "full_tensor"):
-        raise ValueError(f"{name} is a DTensor, of which this rank holds a part: pass {name}.full_tensor()")
+        raise ValueError(f"{name} is a DTensor and this rank holds only a part of it: pass {name}.full_tensor()")
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
     if tensor.dtype not in dtypes:
@@ -39,7 +39,7 @@ def check_tensor(
 
 
 def check_rows(name: str, tensor: Tensor, rank: int = 1) -> None:
-    """Raises ValueError unless the first argument of an op is a floating tensor of this rank."""
+    """Raises ValueError unless `tensor`, the first argument of an op, is a floating-point tensor of this rank."""
     if not isinstance(tensor, Tensor) or tensor.dim() != rank:
         found = f"shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
         raise ValueError(f"{name} must be a tensor with {rank} dimension{'s' * (rank > 1)}, got {found}")
@@ -47,12 +47,12 @@ def check_rows(name: str, tensor: Tensor, rank: int = 1) -> None:
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, num_rows: int, device: torch.device) -> None:
-    """Raises ValueError unless `cu_seqlens` is (N+1,) non-decreasing integers from 0 to `num_rows`.
+    """Raises ValueError unless `cu_seqlens` has shape (N+1,) and non-decreasing integers from 0 to `num_rows`.
 
-    The values are checked on the CPU only; on a GPU the check would wait for the device.
+    The values are checked only on the CPU, because on a GPU the check would wait for the device.
     """
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
-        raise ValueError("cu_seqlens must be a tensor of shape (N+1,), for no sequence the single number 0")
+        raise ValueError("cu_seqlens must be a tensor of shape (N+1,); without sequences it holds the single number 0")
     check_tensor("cu_seqlens", cu_seqlens, tuple(cu_seqlens.shape), device, INTEGERS)
     if device.type != "cpu" or torch.compiler.is_compiling():
         return
@@ -67,13 +67,13 @@ def check_range(name: str, value: float, low: float, high: float, *, open_ends: 
 
 
 def check_first_derivative(op: str) -> None:
-    """Raises RuntimeError if a backward would itself be differentiated, because it treats slopes as constants."""
+    """Raises RuntimeError inside a backward with create_graph=True: the ops have no second derivative."""
     if torch.is_grad_enabled():
         raise RuntimeError(f"{op} has no second derivative: create_graph must be False")
 
 
 def divisor(name: str, count: float | Tensor) -> float | Tensor:
-    """The divisor of a sum over `count` items: `count`, or 1 where it is 0, because the sum is then 0.
+    """The number that a sum over `count` items is divided by: `count`, or 1 if `count` is 0 (the sum is then 0 too).
 
     Raises ValueError for a negative number and for a tensor that is not 0-dim.
     """

@@ -1,4 +1,4 @@
-"""Launches of the kernels of `_head_kernels.py`, for `linear_logprob` and `linear_policy_loss`."""
+"""Launches the Triton kernels of `_head_kernels.py` for `linear_logprob` and `linear_policy_loss`."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from fastrlhf_kernels._tiles import (
     scales,
 )
 
-FAR = 1e30  # as the peak of a row it makes all probabilities 0
-SHARE = 4096  # columns of the vocabulary that one forward program walks over
-MERGED = 128  # rows of a program of the merge
-PART_BYTES = 1 << 27  # of the gradient of the logits that exists at a time
-SCALED_ROWS = 16  # rows of a program that scales masses
-SMALLEST_PART = 2048  # columns: below, the products are too thin to be fast
+FAR = 1e30  # used as the peak of a row, it makes every exp(z - peak) of the row 0
+SHARE = 4096  # vocabulary columns that one program of the forward kernel processes
+MERGED = 128  # rows that one program of the merge kernel processes
+PART_BYTES = 1 << 27  # size of the part of the logits' gradient that exists at any time
+SCALED_ROWS = 16  # rows that one program of the scale kernel processes
+SMALLEST_PART = 2048  # vocabulary columns of a part; products with fewer columns are slow
 
 
 def forward(
@@ -46,10 +46,10 @@ def forward(
     masses: Tensor | None = None,
     tops: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns what the operator of `linear_logprob` returns.
+    """Runs the forward kernels; returns the seven outputs of the operator of `linear_logprob`.
 
-    With `tiles` (of STORING), `masses` [T, V] is filled with exp(z - top) and `tops`
-    [tiles of the vocabulary, T] with the largest logit of the row up to that tile.
+    If `masses` and `tops` are given, with `tiles` from the table STORING, `masses` [T, V] is filled with exp(z - top)
+    and `tops` [tiles of the vocabulary, T] with the largest logit of the row in all tiles up to this tile.
     """
     num_rows, vocab = len(hidden), len(weight)
 
@@ -102,6 +102,7 @@ def forward(
 
 
 def is_heavy(bias: Tensor | None, row_temperature: Tensor | None, softcap: float | None) -> bool:
+    """Whether the head has options that need more registers per program, and so smaller tiles."""
     return bias is not None or row_temperature is not None or softcap is not None
 
 
@@ -123,7 +124,7 @@ def backward(
     grad_weight: Tensor | None,
     grad_bias: Tensor | None,
 ) -> None:
-    """Adds to `grad_hidden` [T, D] float32, and fills `grad_weight` and `grad_bias`, as far as they are given."""
+    """Adds to `grad_hidden` [T, D] float32 and overwrites `grad_weight` and `grad_bias`; None gradients are skipped."""
     num_rows, vocab = len(hidden), len(weight)
     hidden, weight, targets = row_major(hidden), row_major(weight), targets.contiguous()
     if dead is not None:
@@ -174,18 +175,18 @@ def multiply_parts(
     grad_weight: Tensor | None,
     grad_bias: Tensor | None,
 ) -> None:
-    """Gradients of hidden, weight and bias from the gradient with respect to the products, one part of the vocabulary
-    at a time.
+    """Computes the gradients of hidden, weight and bias from dx, the gradient with respect to hidden @ weight.T.
 
-    `launch(dx, start, stop)` fills dx [T, stop - start] with it; `multiple` columns are a tile. Adds to
-    `grad_hidden` [T, D] float32, and fills `grad_weight` and `grad_bias`, as far as they are given. dx is rounded
-    once, to the inputs' dtype; to float32 where that is float16, which would lose small gradients.
+    Works on one part of the vocabulary at a time: `launch(dx, start, stop)` fills dx [T, stop - start]. The width of a
+    part is a multiple of `multiple`, the columns of a tile. Adds to `grad_hidden` [T, D] float32 and overwrites
+    `grad_weight` and `grad_bias`; a gradient that is None is skipped. dx is rounded once, to bfloat16 if hidden and
+    weight are both bfloat16; otherwise it stays float32, because float16 would lose small gradients.
     """
     num_rows, vocab = len(hidden), len(weight)
     dtype = torch.bfloat16 if hidden.dtype == weight.dtype == torch.bfloat16 else torch.float32
     inputs = hidden.to(dtype) if grad_weight is not None else hidden
     width = max(PART_BYTES // (num_rows * dtype.itemsize) // multiple * multiple, SMALLEST_PART)
-    # Up to 16 extra columns at the end of an odd vocabulary: cuBLAS needs rows at multiples of 16 bytes.
+    # The buffer has up to 15 spare columns, because cuBLAS needs rows that start at multiples of 16 bytes.
     buffer = hidden.new_empty(num_rows, min(width, cdiv(vocab, 16) * 16), dtype=dtype)
     for start in range(0, vocab, width):
         stop = min(start + width, vocab)
@@ -216,10 +217,10 @@ def scale_masses(
     tilt: Tensor | None,
     at_target: Tensor,
 ) -> None:
-    """Turns the masses that `forward` stored into the gradient with respect to the products, in place.
+    """Turns the `masses` that `forward` stored into the gradient with respect to hidden @ weight.T, in place.
 
-    `at_target` is the gradient in the target's column, including the slope of the soft cap, which cannot be
-    recovered from a mass that has underflowed to 0.
+    `at_target` is the gradient in the target's column. It must include the derivative of the soft cap, which cannot
+    be recovered from a mass that has underflowed to 0.
     """
     num_rows, vocab = masses.shape
     scale_kernel[(cdiv(num_rows, SCALED_ROWS), cdiv(vocab, tiles.vocab))](

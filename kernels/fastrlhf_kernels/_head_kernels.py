@@ -1,11 +1,11 @@
-"""Triton kernels over a head: a tile of logits is reduced, or turned into its gradient, before anything is stored.
+"""Triton kernels that fuse the product of a language-model head with the reduction of its logits.
 
-    forward    a program walks over its rows' tiles in one share of the vocabulary and keeps five numbers per row; a
-               second kernel merges the shares in order
-    gradient   the same product again, turned into the gradient of the logits and stored, for one part of the
-               vocabulary; cuBLAS multiplies it with the weight and with the hidden states
+    forward    each program computes the logits of some rows in one share of the vocabulary, tile by tile, and keeps
+               five numbers per row; a second kernel merges the shares in order
+    gradient   computes the same logits again for one part of the vocabulary and stores their gradient; cuBLAS
+               multiplies the gradient with the weight and with the hidden states
 
-The split of the vocabulary depends on its size alone, so that a row gives the same bits in any pack and at any
+The split of the vocabulary depends only on its size, so that a row gives the same bits in any pack and at any
 position.
 """
 
@@ -17,7 +17,7 @@ from fastrlhf_kernels._triton import jit, tl
 
 @jit
 def _fold(peak, total, gap, new_peak, new_total, new_gap):
-    """Merges two parts of the vocabulary: total = sum exp(z - peak), gap = sum exp(z - peak) (peak - z)."""
+    """Merges the statistics of two vocabulary parts: total = sum exp(z - peak), gap = sum exp(z - peak) (peak - z)."""
     top = tl.maximum(peak, new_peak)
     old = tl.exp(peak - top)
     new = tl.exp(new_peak - top)
@@ -170,7 +170,7 @@ def gradient_kernel(
     row_temperature,  # or None
     targets,
     peaks,  # [T]
-    levels,  # [T] dx = exp(z - peak) (level - tilt (z - peak)) slope; at the target at_target slope
+    levels,  # [T]; dx = exp(z - peak) (level - tilt (z - peak)) slope, and at_target slope in the target's column
     tilts,  # or None
     at_targets,
     out,  # [T, stop - start], rows stride_out apart
@@ -225,13 +225,13 @@ def gradient_kernel(
 
 @jit
 def scale_kernel(
-    masses,  # [T, V] of `forward_kernel`; becomes the gradient by the products
+    masses,  # [T, V] from `forward_kernel`; overwritten with the gradient with respect to hidden @ weight.T
     tops,
     targets,
     peaks,  # [T], as in `gradient_kernel`
     levels,
     tilts,  # or None
-    at_targets,  # with the slope of the soft cap: where a target's mass has vanished, its logit is lost
+    at_targets,  # includes the soft cap's derivative, which cannot be recovered from a mass that has underflowed
     row_temperature,  # or None
     num_rows,
     vocab,
@@ -246,7 +246,7 @@ def scale_kernel(
     columns = tile * VOCAB + tl.arange(0, VOCAB)
     place = masses + rows.to(tl.int64)[:, None] * stride_masses + columns[None, :]
     within = (rows < num_rows)[:, None] & (columns < vocab)[None, :]
-    # Rows without gradient are not read: a tile whose rows are all ignored was never written.
+    # Masses of rows without a gradient are not read: `forward_kernel` writes nothing for a tile of ignored rows.
     level = tl.load(levels + rows, mask=rows < num_rows, other=0.0)
     at_target = tl.load(at_targets + rows, mask=rows < num_rows, other=0.0)
     live = (level != 0) | (at_target != 0)
@@ -260,7 +260,7 @@ def scale_kernel(
     target = tl.load(targets + rows, mask=rows < num_rows, other=-1).to(tl.int32)
     dx = mass * (tl.exp(tl.minimum(top - peak, 0.0)) * level)[:, None]
     if tilts is not None or SOFTCAP:
-        z = tl.log(tl.maximum(mass, 1e-37)) + top[:, None]  # below, dx is 0 whatever z is
+        z = tl.log(tl.maximum(mass, 1e-37)) + top[:, None]  # for a smaller mass, dx is 0 for any z
     if tilts is not None:
         dx -= mass * (tl.exp(tl.minimum(top - peak, 0.0)) * tilt)[:, None] * (z - peak[:, None])
     if SOFTCAP:

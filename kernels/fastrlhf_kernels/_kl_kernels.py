@@ -1,10 +1,10 @@
-"""Triton kernels of `linear_kl`: those of `_head_kernels.py` with a second tile of logits for the reference.
+"""Triton kernels of `linear_kl`: like `_head_kernels.py`, with a second tile of logits for the reference model.
 
-    forward    a program walks over its rows' tiles in one share of the vocabulary, both sides' products of a tile one
-               after the other, and keeps eight numbers per row; a second kernel merges the shares in order
-    gradient   the same two products again, turned into the gradient of the policy's logits
+    forward    each program computes the logits of policy and reference for some rows in one share of the vocabulary,
+               tile by tile, and keeps eight numbers per row; a second kernel merges the shares in order
+    gradient   computes both models' logits again and stores the gradient of the policy's logits
 
-Both sides run through the same code, so that equal inputs give equal bits and a divergence of exactly 0.
+Policy and reference run through the same code, so that equal inputs give equal bits and a divergence of exactly 0.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from fastrlhf_kernels._tiles import (
 from fastrlhf_kernels._triton import jit, tl
 
 Transform = tuple[Tensor | None, float, float, float | None]
-"""(temperature by row, temperature, scale, soft cap), the same for both sides"""
+"""(temperature per row, temperature, scale, soft cap); policy and reference share them"""
 
 
 class Head(NamedTuple):
@@ -46,12 +46,12 @@ class Head(NamedTuple):
 
 
 class Slopes(NamedTuple):
-    """Coefficients of a row's gradient, [T] each; a = z - peak, b = z' - reference_peak.
+    """Coefficients, [T] each, of the gradient dx of a row, with a = z - peak and b = z' - reference_peak.
 
-        dx = slope * exp(a) * (level - tilt * a + pull * (a - b))
+        dx = slope * exp(a) * (level - tilt * a + pull * (a - b))     in every column except the target's
+        dx = slope * (at_target + exp(a) * pull * (a - b))            in the target's column
 
-    and slope * (at_target + exp(a) * pull * (a - b)) in the target's column. These are the coefficients of `slopes`
-    in `_blocks.py` plus `pull`, which belongs to the reference.
+    `level`, `tilt` and `at_target` are those of `slopes` in `_blocks.py`; `pull` is the weight of the KL term.
     """
 
     peak: Tensor
@@ -65,7 +65,7 @@ class Slopes(NamedTuple):
 def forward(
     policy: Head, reference: Head, targets: Tensor, transform: Transform, ignore: int, entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns what the operator of `linear_kl` returns."""
+    """Runs the forward kernels; returns the eight outputs of the operator of `linear_kl`."""
     num_rows, vocab = len(policy.hidden), len(policy.weight)
 
     def rows(wanted: bool = True) -> Tensor:
@@ -96,7 +96,7 @@ def backward(
     grad_weight: Tensor | None,
     grad_bias: Tensor | None,
 ) -> None:
-    """Adds to `grad_hidden` [T, D] float32, and fills `grad_weight` and `grad_bias`, as far as they are given."""
+    """Adds to `grad_hidden` [T, D] float32 and overwrites `grad_weight` and `grad_bias`; None gradients are skipped."""
     tiles, arguments, constants = _prepare(KL_GRADIENT, policy, reference, targets, transform)
 
     def launch(dx: Tensor, start: int, stop: int) -> None:
@@ -110,7 +110,7 @@ def backward(
 def _prepare(
     table: dict[int, Pinned], policy: Head, reference: Head, targets: Tensor, transform: Transform
 ) -> tuple[Tiles, list[Any], dict[str, Any]]:
-    """The tiles of a kernel, its first arguments, and its constants."""
+    """Returns the tile sizes of a kernel, its first arguments and its compile-time constants."""
     row_temperature, temperature, scale, softcap = transform
     heavy = _head.is_heavy(policy.bias, row_temperature, softcap) or reference.bias is not None
     matrices = [row_major(matrix) for matrix in (*policy[:2], *reference[:2])]
@@ -131,14 +131,14 @@ def _prepare(
 
 @jit
 def raised(total, cross, gap, rise, reference_rise):
-    """Rescales sums relative to peaks to sums relative to higher peaks."""
+    """Rescales sums of exp(z - peak) when the peaks of policy and reference rise by `rise` and `reference_rise`."""
     weight = tl.exp(-rise)
     return weight * total, weight * (cross + (reference_rise - rise) * total), weight * (gap + rise * total)
 
 
 @jit
 def picked(found, z, columns, target):
-    """`found`, with the logits of the targets among these columns."""
+    """Adds to `found` the logits of those targets that lie among these columns."""
     if tl.sum(((target >= tl.min(columns, 0)) & (target <= tl.max(columns, 0))).to(tl.int32), 0) != 0:
         found += tl.sum(tl.where(columns[None, :] == target[:, None], z, 0.0), 1)
     return found
@@ -164,7 +164,7 @@ def forward_kernel(
     stride_reference_weight,
     inner_scale,
     outer_scale,
-    partial,  # [8, shares, T]: each side's peak, total and target logit in turn, cross, gap
+    partial,  # [8, shares, T]: peak, total and target logit (each for policy, then reference), cross, gap
     ignore,
     ROWS: tl.constexpr,
     VOCAB: tl.constexpr,
@@ -290,7 +290,7 @@ def merge_kernel(
     tl.store(reference_logprob + rows, tl.where(keep, reference_at_target, 0.0), mask=inside)
     if ENTROPY:
         tl.store(entropy + rows, tl.where(keep, tl.log(total) + gap / total, 0.0), mask=inside)
-    # Ignored rows were not loaded; these values keep them finite.
+    # Ignored rows were not loaded; the defaults of the loads above make their values finite.
     tl.store(peaks + rows, peak, mask=inside)
     tl.store(totals + rows, total, mask=inside)
     tl.store(reference_peaks + rows, reference_peak, mask=inside)
@@ -317,7 +317,7 @@ def gradient_kernel(
     stride_reference_weight,
     inner_scale,
     outer_scale,
-    peaks,  # [T], and so on: the fields of `Slopes`
+    peaks,  # [T], like the next five: the fields of `Slopes`
     levels,
     tilts,  # or None
     at_targets,

@@ -1,5 +1,7 @@
-"""The terms of `pair_loss` per pair, in torch and in Triton, and the checks of its options. The table of the losses is
-in pair_loss.py."""
+"""The loss of one pair and its derivatives for every kind of `pair_loss`, in torch and in Triton, and option checks.
+
+The formulas are in the docstring of pair_loss.py.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from fastrlhf_kernels._triton import constant, jit, tl
 KINDS = ("dpo", "ipo", "hinge", "robust", "apo_zero", "apo_down", "orpo")
 BOUND = -(2.0**-20)
 MAX_MEAN_LOGPROB = constant(BOUND)
-"""Largest mean log-prob (nats per token) for ORPO: the odds of a response that is certain are infinite."""
+"""ORPO clamps mean log-probs (nats per token) to this value, because a response of probability 1 has infinite odds."""
 
 
 def torch_pair_terms(
@@ -26,7 +28,7 @@ def torch_pair_terms(
     target: Tensor | None,
     kind: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(L, dL/d chosen, dL/d rejected) of normed log-ratios [B]; see `pair_loss` for the kinds."""
+    """Returns (L, dL/dv_chosen, dL/dv_rejected), [B] each, for length-normalised log-ratios; see `pair_loss`."""
     difference = chosen - rejected
     if kind == "apo_zero":
         loss_chosen, slope_chosen = _torch_sigmoid(-beta * chosen)
@@ -57,12 +59,12 @@ def torch_pair_terms(
 
 
 def _torch_sigmoid(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The sigmoid and its derivative, which stays exact where the sigmoid rounds to 1."""
+    """Returns the sigmoid and its derivative, which stays exact even if the sigmoid rounds to 1."""
     return torch.sigmoid(x), torch.sigmoid(x) * torch.sigmoid(-x)
 
 
 def _torch_log_odds(mean_logprob: Tensor) -> tuple[Tensor, Tensor]:
-    """log(p / (1 - p)) of a mean log-prob log p, and its derivative by log p."""
+    """Returns the log-odds log(p / (1 - p)) for a mean log-prob log p, and their derivative with respect to log p."""
     clamped = mean_logprob.clamp(max=BOUND)
     other = -torch.expm1(clamped)
     return clamped - other.log(), 1 / other
@@ -70,7 +72,7 @@ def _torch_log_odds(mean_logprob: Tensor) -> tuple[Tensor, Tensor]:
 
 @jit
 def pair_terms(chosen, rejected, beta, kappa, label_prob, margin, target, KIND: tl.constexpr):
-    """(L, dL/d chosen, dL/d rejected) in float32; label_prob, margin and target may be None."""
+    """Returns (L, dL/dv_chosen, dL/dv_rejected) in float32; label_prob, margin and target may be None."""
     difference = chosen - rejected
     flip = kappa
     if label_prob is not None:
@@ -120,16 +122,16 @@ def pair_terms(chosen, rejected, beta, kappa, label_prob, margin, target, KIND: 
 
 @jit
 def sigmoid(x):
-    """The sigmoid and its derivative, both with a small relative error."""
+    """Returns the sigmoid and its derivative, both with a small relative error."""
     small = tl.exp(-tl.abs(x))
     return tl.where(x < 0, small, 1.0) / (1 + small), small / ((1 + small) * (1 + small))
 
 
 @jit
 def log_odds(mean_logprob):
-    """log(p / (1 - p)) of a mean log-prob log p, and its derivative by log p."""
+    """Returns the log-odds log(p / (1 - p)) for a mean log-prob log p, and their derivative with respect to log p."""
     clamped = tl.where(mean_logprob > MAX_MEAN_LOGPROB, MAX_MEAN_LOGPROB, mean_logprob)
-    series = clamped * 0 + 1  # 1 - p by its Taylor series where p is near 1
+    series = clamped * 0 + 1  # 1 - p by its Taylor series, used for p near 1
     for n in tl.static_range(10, 1, -1):  # pyright: ignore[reportGeneralTypeIssues]
         series = 1 + series * clamped / n
     other = tl.where(clamped > -0.5, -clamped * series, 1 - tl.exp(clamped))
@@ -138,7 +140,7 @@ def log_odds(mean_logprob):
 
 @jit
 def log1p(x):
-    """log(1 + x) for x in [0, 1] with a small relative error: 2 artanh(x / (2 + x)) by its series up to power 15."""
+    """log(1 + x) for x in [0, 1], exact also for tiny x: 2 artanh(x / (2 + x)) by its series up to power 15."""
     s = x / (2 + x)
     square = s * s
     series = square * 0
@@ -156,7 +158,7 @@ def check_options(
     reference_logprob: Tensor | None,
     length_norm: str,
 ) -> None:
-    """Raises ValueError for an option that this kind would silently ignore, and for a form that the kind lacks."""
+    """Raises ValueError for an option that this kind of loss would ignore or does not support."""
     check_choice("kind", kind, KINDS)
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"label_smoothing must be in [0, 0.5), got {label_smoothing}")

@@ -1,4 +1,4 @@
-"""The terms of `policy_loss` per row, in torch and in Triton, and the kernel over rows."""
+"""The per-token terms of `policy_loss`, in torch and in Triton, and the Triton kernel that sums them."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from fastrlhf_kernels.kl_estimate import (
 
 
 class PolicyTerms(NamedTuple):
-    """The terms of each row, [T] float32; flags are bool."""
+    """Loss, gradients and metrics of each token, [T]: float32, or bool for `clipped` and `dual_clipped`."""
 
     loss: Tensor
     d_logprob: Tensor
     d_entropy: Tensor
     surrogate: Tensor
-    """The clipped term, weighted."""
+    """The weighted first term of the loss, -g_t in `policy_loss`."""
     ratio: Tensor
     clipped: Tensor
-    """True where a bound of the clip, or of the dual clip, replaces the token's ratio."""
+    """True where a bound of the clip or of the dual clip replaces the token's ratio."""
     dual_clipped: Tensor
-    """True where that is the bound of the dual clip."""
+    """True where the bound of the dual clip replaces the token's ratio."""
     approx_kl: Tensor
     """k3 estimate of KL(sampler || policy)."""
     kl: Tensor
-    """w k to the reference, 0 without one."""
+    """Weighted KL estimate w k to the reference (see `kl_estimate`); 0 without a reference."""
 
 
 def torch_policy_terms(
@@ -56,12 +56,12 @@ def torch_policy_terms(
     kl_kind: str,
     loss_type: str,
 ) -> PolicyTerms:
-    """`policy_terms` in torch."""
+    """Computes the terms of each token in torch; `policy_terms` is the Triton version."""
     log_ratio = torch_clamped(logprob - sampler_logprob)
     token_ratio = log_ratio.exp()
     difference = logprob - sampler_logprob if sequence_log_ratio is None else sequence_log_ratio
     ratio = token_ratio if sequence_log_ratio is None else torch_clamped(difference).exp()
-    # Tests for clipped rather than active rows, so that a NaN reaches the loss and the gradient.
+    # Compute `clipped` and not its negation: comparisons with NaN are False, so a NaN reaches loss and gradient.
     rises, beyond = advantage >= 0, ratio > dual_clip
     dual_clipped = ~rises & beyond
     clipped = torch.where(rises, ratio > high, (ratio < low) | beyond)
@@ -102,8 +102,7 @@ def policy_terms(
     KL_KIND: tl.constexpr,
     LOSS_TYPE: tl.constexpr,
 ):
-    """(loss, d_logprob, d_entropy, surrogate, ratio, clipped, dual_clipped, approx_kl, kl) of float32 rows:
-    `PolicyTerms`."""
+    """Returns the fields of `PolicyTerms` for float32 rows, in their order."""
     difference = logprob - sampler_logprob
     log_ratio = clamped(difference)
     token_ratio = tl.exp(log_ratio)
@@ -201,5 +200,5 @@ def policy_kernel(
     store_sum(partials, 8, tl.zeros_like(ratio) if entropy is None else bonus)
     if entropy is not None:
         tl.store(d_entropy + rows, entropy_slope, mask=inside)
-    largest = tl.where(tl.sum((ratio != ratio).to(tl.int32), 0) == 0, tl.max(ratio, 0), float("nan"))  # max drops NaN
+    largest = tl.where(tl.sum((ratio != ratio).to(tl.int32), 0) == 0, tl.max(ratio, 0), float("nan"))  # max ignores NaN
     tl.store(partials + 9 * tl.num_programs(0) + tl.program_id(0), largest)

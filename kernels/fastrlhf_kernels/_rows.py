@@ -1,8 +1,7 @@
-"""Code shared by kernels over rows: one program per block of rows, its part of the sums over all rows, and the
-backward.
+"""Code shared by the kernels of per-token losses: splitting rows over programs, partial sums, and the backward.
 
-The kernel of a loss reads every input once. Beside the loss it writes the derivative of the loss with respect to
-each row, the slope, so that the backward is one product with the upstream gradient.
+A loss kernel reads every input once. Besides the loss it writes the slope of each row, which is the derivative of the
+loss with respect to that row. The backward then only multiplies the slopes by the upstream gradient.
 """
 
 from __future__ import annotations
@@ -14,29 +13,29 @@ from fastrlhf_kernels._checks import check_first_derivative
 from fastrlhf_kernels._tiles import cdiv
 from fastrlhf_kernels._triton import jit, tl
 
-BLOCK = 1024  # rows of a program, or of one step of a program that walks over a segment
+BLOCK = 1024  # rows that a program processes, or that it processes per step if it loops over a segment
 
 
 def num_programs(num_rows: int) -> int:
-    """Number of programs; at least one, so that sums over no rows are 0."""
+    """Number of programs for this many rows; at least one, so that a sum over no rows is written as 0."""
     return max(cdiv(num_rows, BLOCK), 1)
 
 
 def masked(tensor: Tensor, mask: Tensor) -> Tensor:
-    """Converts to float32, with 0 outside the mask."""
+    """Converts `tensor` to float32 and sets rows outside the mask to 0."""
     return tensor.float().where(mask, 0)
 
 
 def contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Makes every tensor contiguous; None stays None."""
     return tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
 
 
 def differentiate_by_slopes(op: str, leaves: tuple[int, ...]) -> None:
-    """Registers the backward of a custom op whose last outputs are the slopes of its first output with respect to the
-    inputs `leaves`.
+    """Registers the backward of a custom op that returns its own derivatives ("slopes") as its last outputs.
 
-    A slope is float32 in the shape of its leaf, or empty where the leaf is None. Only the first output is
-    differentiable.
+    The slopes are the derivatives of the first output with respect to the inputs at the positions `leaves`. A slope is
+    float32 and has the shape of its input, or is empty if that input is None. Only the first output is differentiable.
     """
 
     def save(ctx, inputs, output):
@@ -58,7 +57,7 @@ def differentiate_by_slopes(op: str, leaves: tuple[int, ...]) -> None:
 
 @jit
 def block_of_rows(mask, num_rows, BLOCK: tl.constexpr):
-    """(rows of this program, whether each exists, whether each is in the mask), [BLOCK] each."""
+    """Returns (indices of this program's rows, whether each exists, whether each is in the mask), [BLOCK] each."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = rows < num_rows
     return rows, inside, tl.load(mask + rows, mask=inside, other=0).to(tl.int1)
@@ -66,10 +65,11 @@ def block_of_rows(mask, num_rows, BLOCK: tl.constexpr):
 
 @jit
 def load_float32(pointer, rows, keep):
+    """Loads rows as float32, with 0 for rows that are not in `keep`."""
     return tl.load(pointer + rows, mask=keep, other=0.0).to(tl.float32)
 
 
 @jit
 def store_sum(partials, index: tl.constexpr, x):
-    """This program's part of sum number `index`; partials [sums, programs]."""
+    """Stores sum(x) as this program's part of sum number `index`; `partials` is [sums, programs]."""
     tl.store(partials + index * tl.num_programs(0) + tl.program_id(0), tl.sum(x, 0))

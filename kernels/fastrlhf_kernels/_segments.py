@@ -1,4 +1,4 @@
-"""Sums over the sequences of a pack, as `cu_seqlens` delimits them."""
+"""Sums over the sequences (segments) of a pack, which `cu_seqlens` delimits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fastrlhf_kernels._triton import jit, tl
 
 
 def segment_of_row(cu_seqlens: Tensor, num_rows: int) -> Tensor:
-    """[T] int64: the segment that each row lies in.
+    """The index of the segment that contains each row, [T] int64.
 
     cu_seqlens [0, 2, 2, 3]  ->  [0, 0, 2]
     """
@@ -18,14 +18,14 @@ def segment_of_row(cu_seqlens: Tensor, num_rows: int) -> Tensor:
 
 
 def segment_sum(rows: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """[T] float32 -> [N]: sums in the order of the rows, on every run; 0 for an empty segment."""
-    # unsafe skips the check of the offsets, which waits for the device
+    """Sums [T] float32 rows over each segment -> [N], always in the order of the rows; an empty segment gives 0."""
+    # unsafe=True skips the check of the offsets, which would wait for the device
     return torch.segment_reduce(rows, "sum", offsets=cu_seqlens.long(), axis=0, unsafe=True)
 
 
 @jit
 def segment_bounds(cu_seqlens, segment, num_rows):
-    """(first row, row after the last) of a segment, int64; never beyond the rows, because bounds on a GPU have not been
-    checked."""
+    """Returns (first row, row after the last) of a segment, int64, clamped to `num_rows`: values of cu_seqlens on a GPU
+    have not been checked."""
     start = tl.load(cu_seqlens + segment).to(tl.int64)
     return start, tl.minimum(tl.load(cu_seqlens + segment + 1).to(tl.int64), num_rows)

@@ -1,8 +1,8 @@
-"""Logits of a head in Triton, one tile of rows x vocabulary at a time: code shared by the fused kernels.
+"""Computes the logits of a language-model head in Triton, one tile (rows x vocabulary) at a time.
 
 The product of a tile is summed over the hidden size in one fixed order, so forward and backward see the same bits.
-Logits stay in nats until the exponential; multiplied by log2(e) first, a large constant in all of them would cost
-digits.
+Logits stay in nats until the exponential. Multiplying them by log2(e) earlier would lose digits when all logits share a
+large constant.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torch import Tensor
 from fastrlhf_kernels._triton import INTERPRETED, constant, jit, tl, triton
 
 LOG2_E = constant(1 / math.log(2))
-FLOOR = constant(-1e30)  # for logits that are -inf or beyond the vocabulary: -inf - -inf would be NaN
-GROUP = 16  # row tiles processed together, so that a tile of the weight is read from DRAM once per group
+FLOOR = constant(-1e30)  # replaces logits that are -inf or beyond the vocabulary, because -inf - -inf is NaN
+GROUP = 16  # number of row tiles processed together, so that a weight tile is read from DRAM once per group
 
 
 class Tiles(NamedTuple):
-    """Tile sizes of a product: ROWS x VOCAB logits per tile, INNER of the hidden size per step."""
+    """Tile sizes and launch options of a kernel: ROWS x VOCAB logits per tile, INNER hidden dimensions per step."""
 
     rows: int
     vocab: int
@@ -30,20 +30,20 @@ class Tiles(NamedTuple):
     warps: int
     stages: int
     descriptors: bool
-    """Load by TMA (sm_90 and later); needs rows that start at multiples of 16 bytes."""
+    """Loads tiles by TMA (sm_90 and later); rows must start at multiples of 16 bytes."""
     specialize: bool = False
-    """One group of warps loads, the others multiply; Triton does it for 4 warps, which become 12."""
+    """Warp specialisation: some warps load and the others multiply. Needs `warps` 4, which Triton turns into 12."""
 
 
 class Pinned(NamedTuple):
-    """The tiles of a kernel on one architecture."""
+    """The tile sizes of a kernel on one GPU architecture."""
 
     light: Tiles
     heavy: Tiles
-    """Tiles with a bias, a soft cap or a temperature per row, which need more registers."""
+    """Used with a bias, a soft cap or a temperature per row, which need more registers."""
 
 
-# Triton 3.6 and 3.7 specialise the warps of the forward's outer loop on sm_90 and need fewer registers.
+# Triton before 3.8 specialises the warps of the forward's outer loop on sm_90, which saves registers.
 OLDER = triton is not None and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)
 INTERPRETER = Tiles(16, 32, 32, 4, 1, descriptors=False)
 SMALL_SHARED_MEMORY = Tiles(64, 128, 32, 8, 3, descriptors=False)  # sm_86, sm_89, sm_120: 99 KB
@@ -63,7 +63,7 @@ STORING = {
     9: Pinned(HOPPER_WIDE if OLDER else SQUARE, SQUARE),
     10: Pinned(NARROW, NARROW),
 }
-"""Tiles of a forward that stores what the gradient needs."""
+"""Tile sizes of the forward that also stores exp(z - top), from which `linear_policy_loss` computes the gradient."""
 GRADIENT = {8: Pinned(AMPERE, AMPERE), 9: Pinned(HOPPER_WIDE, SQUARE), 10: Pinned(SQUARE, NARROW)}
 KL_FORWARD = {
     8: Pinned(AMPERE._replace(vocab=64), AMPERE._replace(vocab=64)),
@@ -71,13 +71,14 @@ KL_FORWARD = {
     10: Pinned(NARROW, NARROW),
 }
 KL_GRADIENT = {**KL_FORWARD, 10: Pinned(SQUARE, NARROW)}
-"""Major compute capability -> the largest tiles that compile without register spills; those of KL hold two products."""
+"""Each table: major compute capability -> the largest tiles that compile without register spills. The tiles of the KL
+kernels are smaller, because they hold the logits of two models."""
 
 
 def choose_tiles(
     table: dict[int, Pinned], hidden: Tensor, weight: Tensor, heavy: bool, reference: Sequence[Tensor] = ()
 ) -> Tiles:
-    """The tiles for this device and these matrices, including those of the reference."""
+    """Chooses the tile sizes for the device and the dtypes of hidden, weight and the matrices of the reference."""
     if hidden.device.type != "cuda":
         return INTERPRETER
     matrices = (hidden, weight, *reference)
@@ -86,14 +87,14 @@ def choose_tiles(
         return FLOAT32
     if (major == 8 and minor) or major > 10:
         return SMALL_SHARED_MEMORY
-    # The gradient of float16 is stored in float32; such a tile does not fit into shared memory beside the TMA tiles.
+    # float16 does not use TMA: its gradient is float32, and a float32 tile does not fit into shared memory with it.
     loadable = all(matrix.dtype == torch.bfloat16 and _aligned(matrix) for matrix in matrices)
     pinned = table[min(max(major, 8), 10) if loadable else 8]
     return pinned.heavy if heavy else pinned.light
 
 
 def _aligned(matrix: Tensor) -> bool:
-    """Whether a matrix meets the requirements of a TMA descriptor."""
+    """Whether the address and the strides of a matrix meet the requirements of a TMA descriptor."""
     width = matrix.element_size()
     apart = matrix.stride(0) * width % 16 == 0 and matrix.stride(0) >= matrix.shape[1]
     return matrix.data_ptr() % 16 == 0 and apart and matrix.stride(1) == 1
@@ -101,7 +102,8 @@ def _aligned(matrix: Tensor) -> bool:
 
 @jit
 def place_of_program(num_rows, column_tiles, ROWS: tl.constexpr, GROUP: tl.constexpr):
-    """(first row, column tile) of this program; the rows of a group go together, so that they share columns in L2."""
+    """Returns (first row, column tile) of this program. The row tiles of a group run together, so that they share
+    weight tiles in the L2 cache."""
     first = tl.program_id(0) // (GROUP * column_tiles) * GROUP
     in_group = tl.minimum(tl.cdiv(num_rows, ROWS) - first, GROUP)
     place = tl.program_id(0) % (GROUP * column_tiles)
@@ -151,7 +153,7 @@ def product_tile(
 
 @jit
 def transformed(z, bias, columns, num_columns, inner_scale, outer_scale, SOFTCAP: tl.constexpr):
-    """Logits of products z."""
+    """Turns products z into logits: adds the bias, then applies scale, soft cap and temperature."""
     if bias is not None:
         z += tl.load(bias + columns, mask=columns < num_columns, other=0.0).to(tl.float32)[None, :]
     if SOFTCAP:
@@ -161,7 +163,7 @@ def transformed(z, bias, columns, num_columns, inner_scale, outer_scale, SOFTCAP
 
 @jit
 def row_scale(outer_scale, row_temperature, rows, num_rows):
-    """[ROWS, 1] or, where all rows have one temperature, a number."""
+    """The outer scale divided by the temperature of each row, [ROWS, 1]; a number if all rows share one temperature."""
     scale = outer_scale
     if row_temperature is not None:
         scale = (outer_scale / tl.load(row_temperature + rows, mask=rows < num_rows, other=1.0))[:, None]
@@ -190,7 +192,7 @@ def logits_tile(
     DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Logits of the products of `product_tile`; FLOOR replaces -inf."""
+    """Computes the logits of one tile, [ROWS, VOCAB] float32; FLOOR replaces -inf."""
     z = product_tile(
         hidden, weight, row, column, num_rows, vocab, size, stride_hidden, stride_weight,
         ROWS, VOCAB, INNER, DESCRIPTORS, PRECISION,
@@ -201,7 +203,7 @@ def logits_tile(
 
 
 def scales(scale: float, softcap: float | None, temperature: float) -> tuple[float, float]:
-    """(inner_scale, outer_scale) of `transformed`."""
+    """Returns the factors (inner_scale, outer_scale) that `transformed` needs."""
     return (0.0, scale / temperature) if softcap is None else (scale / softcap, softcap / temperature)
 
 
@@ -214,12 +216,13 @@ def operand(matrix: Tensor, tiles: Tiles, rows: int, columns: int):
     return TensorDescriptor.from_tensor(matrix, [rows, columns])
 
 
-# Precision of float32 products: three TF32 products that together have float32's digits. Half precision ignores it.
+# Precision of float32 products: "tf32x3" sums three TF32 products and is as exact as float32. It has no effect on half
+# precision.
 PRECISION = "ieee" if INTERPRETED else "tf32x3"
 
 
 def row_major(matrix: Tensor) -> Tensor:
-    """Makes the elements of a row adjacent in memory; rows may have gaps between them."""
+    """Copies the matrix unless the elements of each row are adjacent in memory; gaps between rows are allowed."""
     return matrix if matrix.stride(1) == 1 or matrix.shape[1] <= 1 else matrix.contiguous()
 
 

@@ -1,7 +1,7 @@
-"""Optional use of Triton: the path that an op takes, and helpers shared by all kernels.
+"""Chooses between Triton and torch for each op, and works without Triton installed.
 
-Kernels are compiled on a CUDA device. With TRITON_INTERPRET=1 in the environment, set before this package is imported,
-they run on the CPU instead, slowly and one program after another, which is how they are tested without a GPU.
+Kernels are compiled on a CUDA device. If TRITON_INTERPRET=1 is set in the environment before this package is imported,
+they run on the CPU instead, slowly and one program after another. The tests use this on machines without a GPU.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)  # pyr
 
 
 def jit(function: Callable[..., Any]) -> Any:
-    """`triton.jit`; without Triton the function itself, which is then never called."""
+    """Applies `triton.jit`. Without Triton, returns the function unchanged; it is then never called."""
     return function if triton is None else triton.jit(function)
 
 
 def constant(value: Any) -> Any:
-    """A module constant that kernels may read."""
+    """Wraps a module-level constant so that Triton kernels may read it."""
     return value if tl is None else tl.constexpr(value)
 
 
 def use_triton(impl: str, device: torch.device) -> bool:
-    """Whether an op takes its Triton path; "auto" does so on a CUDA device if Triton is installed.
+    """Whether an op uses Triton; "auto" does so on a CUDA device if Triton is installed.
 
-    Raises ValueError for an unknown `impl`, and for "triton" where it cannot run.
+    Raises ValueError for an unknown `impl`, and for "triton" if it cannot run on this device.
     """
     if impl not in ("auto", "triton", "torch"):
         raise ValueError(f'impl must be "auto", "triton" or "torch", got {impl!r}')

@@ -3,18 +3,18 @@
     delta_t = reward_t + gamma V_next - V_t
     A_t     = delta_t + gamma lam A_next,   returns_t = A_t + V_t
 
-`next` is the next row of the segment that is in the mask; after the last one A_next = 0 and V_next = bootstrap, which
-is 0 where the episode ended. A row outside the mask (for example the output of a tool) passes A on unchanged and
-returns 0; its reward and value are ignored.
+`next` is the next row of the segment that is in the mask. After the last one A_next = 0 and V_next = bootstrap, which
+is 0 if the episode ended. A row outside the mask (for example the output of a tool) is skipped: its reward and value
+are ignored and its results are 0.
 
 The recurrence A_t = b_t + a_t A_next is a scan over pairs (a, b). On a GPU each program of one kernel walks backwards
-through a segment, in blocks, and carries A and V on: one pass, 17 T bytes in float32. In torch it is solved by
-doubling: after step k each row holds (a, b) of the 2^k rows that start with it; log2(T) steps of a few passes. Neither
-waits for the device. A row never reads past the end of its segment, so a segment's result has the same bits in any
-pack, and a NaN stays in its segment.
+through a segment in blocks and carries A and V along: one pass, 17 T bytes in float32. In torch the recurrence is
+solved by doubling: after step k each row holds (a, b) composed over the 2^k rows that start with it, so log2(T) steps
+of a few passes suffice. Neither path waits for the device. A row never reads past the end of its segment, so a
+segment's result has the same bits in any pack, and a NaN stays in its segment.
 
-No gradient. Legend: T rows, N segments. Schulman et al. 2016 (arXiv 1506.02438) eq. 11, 16; the scan: Hillis and Steele
-1986.
+There is no gradient. Legend: T rows, N segments. Schulman et al. 2016 (arXiv 1506.02438) eq. 11, 16; scan: Hillis and
+Steele 1986.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ from fastrlhf_kernels._triton import jit, tl, use_triton
 @torch.no_grad()
 def gae(
     reward: Tensor,  # [T]
-    value: Tensor,  # [T] of the state in which the row's token was chosen
+    value: Tensor,  # [T] value of the state in which the row's token was chosen
     cu_seqlens: Tensor,  # [N+1] int32 or int64; empty segments allowed
     *,
     gamma: float = 1.0,
     lam: float = 0.95,
     mask: Tensor | None = None,  # [T] bool; None for all rows
-    bootstrap: Tensor | None = None,  # [N] value after the last row of cut segments, 0 for ended ones; None for all 0
+    bootstrap: Tensor | None = None,  # [N] value after the last row of a truncated segment, 0 if it ended; None: all 0
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """(advantage, returns), [T] float32 each, detached. Raises ValueError for bad arguments."""
+    """Returns (advantage, returns), [T] float32 each, detached. Raises ValueError for bad arguments."""
     check_rows("reward", reward)
     shape, device = tuple(reward.shape), reward.device
     check_tensor("value", value, shape, device)
@@ -67,7 +67,7 @@ def gae_reference(
     mask: Tensor | None = None,
     bootstrap: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The definition: backwards through every segment, in the given dtype."""
+    """Computes GAE by its definition: a loop backwards through every segment, in the dtype of the inputs."""
     advantage, returns = torch.zeros_like(reward), torch.zeros_like(reward)
     bounds = cu_seqlens.tolist()
     for i, (start, stop) in enumerate(pairwise(bounds)):
@@ -90,7 +90,7 @@ def _gae(
     lam: float,
     triton: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(advantage, returns), [T] float32 each."""
+    """The operator behind `gae`; returns (advantage, returns), [T] float32 each."""
     if not triton:
         keep = torch.ones_like(reward, dtype=torch.bool) if mask is None else mask
         return _by_doubling(reward.float(), value.float(), cu_seqlens, keep, bootstrap, gamma, lam)
@@ -116,12 +116,13 @@ def _by_doubling(
     gamma: float,
     lam: float,
 ) -> tuple[Tensor, Tensor]:
+    """GAE in torch: log2(T) steps, each of which doubles the number of rows that a row's result covers."""
     if len(reward) == 0:
         return torch.zeros_like(reward), torch.zeros_like(value)
     row = torch.arange(len(reward), device=reward.device)
     segment = segment_of_row(cu_seqlens, len(row))
     end = cu_seqlens.long()[segment + 1]
-    # Next row in the mask after each row: a reverse running minimum over indices.
+    # The next row in the mask after each row, found as a running minimum of indices from the end.
     upcoming = row.where(keep, len(row)).flip(0).cummin(0).values.flip(0)
     upcoming = torch.cat([upcoming[1:], upcoming.new_full((1,), len(row))])
     after = torch.zeros_like(value) if bootstrap is None else bootstrap.float()[segment]
@@ -142,7 +143,7 @@ def _by_doubling(
 
 @jit
 def _follow(a, b, next_a, next_b):
-    """Composes x -> a x + b with x -> next_a x + next_b after it."""
+    """Composes two affine maps: first x -> a x + b, then x -> next_a x + next_b."""
     return a * next_a, next_a * b + next_b
 
 
@@ -177,7 +178,7 @@ def gae_kernel(
             keep = tl.load(mask + rows, mask=inside, other=0).to(tl.int1)
             kept_next = tl.load(mask + rows + 1, mask=kept_next, other=0).to(tl.int1)
         row_value = load_float32(value, rows, keep)
-        # V_next of a row is the value of the row after it, or where that is outside the mask the V_next of that row.
+        # V_next of a row is the value of the following row, or that row's own V_next if it is outside the mask.
         held, next_value = tl.associative_scan(
             (tl.where(kept_next, 0.0, 1.0), load_float32(value, rows + 1, kept_next)), 0, _follow
         )

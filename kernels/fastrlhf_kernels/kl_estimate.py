@@ -1,14 +1,15 @@
-"""Per-token estimates of KL(policy || reference) from the tokens that were sampled.
+"""Per-token estimates of KL(policy || reference) from sampled tokens.
 
-    delta = logprob - reference_logprob,   w = exp(logprob - sampler_logprob), or 1
+    delta = logprob - reference_logprob,   w = exp(logprob - sampler_logprob), or 1 without sampler_logprob
     k1 = delta        k2 = delta^2 / 2        k3 = exp(-delta) - 1 + delta        value = w k
 
-Gradient with respect to logprob: w delta for k2 and k3, which is, in expectation over the sampler's tokens, that of the
-token-wise KL(policy || reference). (Differentiating k3 itself gives the gradient of KL(reference || policy); k1 gives
-noise of mean 0, so it has none here: it belongs in the reward.) Nothing flows to the other arguments.
+The gradient with respect to logprob is w delta for k2 and k3. Its expectation over the sampler's tokens is the gradient
+of the token-wise KL(policy || reference). (Differentiating k3 itself would give the gradient of KL(reference ||
+policy).) k1 has no gradient here, because that gradient would be 0 in expectation: use k1 in the reward. No other
+argument has a gradient.
 
-Both log-ratios are clamped to +-20: the value cannot overflow, and the gradient stays at w 20 where the policies are
-far apart. For |delta| < 1, k3 is computed by its series, because exp(-d) - 1 + d has no correct digit left at d = 1e-4.
+Both log-ratios are clamped to +-20: the value cannot overflow, and the gradient stays at w 20 if the policies are far
+apart. For |delta| < 1, k3 is computed by its series, because exp(-d) - 1 + d has no correct digit left at d = 1e-4.
 
 On a GPU one kernel reads the inputs once and writes value and slope: 20 T bytes in float32. The backward moves 12 T.
 
@@ -29,19 +30,22 @@ from fastrlhf_kernels._triton import constant, jit, tl, use_triton
 KINDS = ("k1", "k2", "k3")
 MAX_LOG_RATIO = 20.0
 LIMIT = constant(MAX_LOG_RATIO)
-POWER = 11  # power of delta at which the series of k3 ends; the remainder is below 1e-8 of it
+POWER = 11  # highest power of delta in the series of k3; the truncation error is below 1e-8 of k3
 LAST = constant(POWER)
 
 
 def kl_estimate(
-    logprob: Tensor,  # [T] nats; gradient flows here and only here
+    logprob: Tensor,  # [T] nats; the only argument with a gradient
     reference_logprob: Tensor,  # [T]
     *,
     kind: str = "k1",
-    sampler_logprob: Tensor | None = None,  # [T] of the policy that drew the tokens; None if that is this policy
+    sampler_logprob: Tensor | None = None,  # [T] under the policy that sampled the tokens; None: the current policy
     impl: str = "auto",
 ) -> Tensor:
-    """w k [T] float32, nats, with gradient w delta for k2 and k3, none for k1. Raises ValueError for bad arguments."""
+    """The KL estimate w k of each token, [T] float32, nats; gradient w delta for k2 and k3, none for k1.
+
+    Raises ValueError for bad arguments.
+    """
     check_choice("kind", kind, KINDS)
     check_rows("logprob", logprob)
     check_tensor("reference_logprob", reference_logprob, tuple(logprob.shape), logprob.device)
@@ -56,9 +60,9 @@ def kl_estimate(
 def kl_estimate_reference(
     logprob: Tensor, reference_logprob: Tensor, *, kind: str, sampler_logprob: Tensor | None = None
 ) -> Tensor:
-    """The definition, in the given dtype and without clamps; autograd derives w delta.
+    """Computes the estimate by its definition, in the dtype of the inputs, without clamps; autograd finds w delta.
 
-    It is the gradient of w k3 where w is differentiated too, and of w k2 where it is not.
+    w delta is the gradient of w k3 if w is differentiated too, and of w k2 if w is held constant.
     """
     weight = torch.exp(logprob - (logprob.detach() if sampler_logprob is None else sampler_logprob.detach()))
     delta = logprob - reference_logprob.detach()
@@ -71,7 +75,7 @@ def kl_estimate_reference(
 def _kl_estimate(
     logprob: Tensor, reference_logprob: Tensor, sampler_logprob: Tensor | None, kind: str, triton: bool
 ) -> tuple[Tensor, Tensor]:
-    """(w k, its slope w delta), [T] float32 each."""
+    """The operator behind `kl_estimate`; returns (value w k, slope w delta), [T] float32 each."""
     if not triton:
         logprob, weight = logprob.float(), torch.ones_like(logprob, dtype=torch.float32)
         if sampler_logprob is not None:
@@ -94,13 +98,13 @@ differentiate_by_slopes("fastrlhf::kl_estimate", leaves=(0,))
 
 
 def torch_kl_terms(logprob: Tensor, reference_logprob: Tensor, weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """`kl_terms` in torch."""
+    """Returns (value w k, slope w delta) per row; `kl_terms` is the Triton version."""
     delta = torch_clamped(logprob - reference_logprob)
     return weight * torch_estimator(delta, kind), weight * delta
 
 
 def torch_estimator(delta: Tensor, kind: str) -> Tensor:
-    """k1, k2 or k3 of log-ratios delta."""
+    """Evaluates the estimator k1, k2 or k3 at log-ratios delta."""
     if kind == "k1":
         return delta
     half_square = delta.square() / 2
@@ -113,19 +117,20 @@ def torch_estimator(delta: Tensor, kind: str) -> Tensor:
 
 
 def torch_clamped(log_ratio: Tensor) -> Tensor:
+    """Clamps log-ratios to +-MAX_LOG_RATIO; NaN stays NaN."""
     return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
 @jit
 def kl_terms(logprob, reference_logprob, weight, KIND: tl.constexpr):
-    """(w k, its slope w delta) of float32 rows with weight w."""
+    """Returns (value w k, slope w delta) of float32 rows with weight w."""
     delta = clamped(logprob - reference_logprob)
     return weight * estimator(delta, KIND), weight * delta
 
 
 @jit
 def estimator(delta, KIND: tl.constexpr):
-    """k1, k2 or k3 of log-ratios delta."""
+    """Evaluates the estimator k1, k2 or k3 at log-ratios delta."""
     value = delta
     if KIND != "k1":
         value = delta * delta * 0.5
@@ -139,6 +144,7 @@ def estimator(delta, KIND: tl.constexpr):
 
 @jit
 def clamped(log_ratio):
+    """Clamps log-ratios to +-LIMIT; NaN stays NaN."""
     return tl.clamp(log_ratio, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
 
 

@@ -1,30 +1,30 @@
 """KL(policy || reference) of every token over the whole vocabulary, from hidden states, without the logits [T, V].
 
     z[t, v]   = softcap(logit_scale * (hidden[t] . weight[v] + bias[v])) / temperature,   p = softmax_v(z)
-    z'[t, v]  = the same of the reference's hidden states, weight and bias,               q = softmax_v(z')
+    z'[t, v]  = the logits computed alike from the reference's tensors,                   q = softmax_v(z')
     kl        = sum_v p (log p - log q)
 
-Gradient, for an upstream gradient k of kl; those of logprob and entropy are as in `linear_logprob`, and the reference
-gets none:
+Gradient for an upstream gradient k of kl (for logprob and entropy see `linear_logprob`; the reference has no gradient):
 
     dz[t, v]  = k p ((z - z') - E_p[z - z'])
 
-One pass. With m and m' the largest logits of the row on either side, it keeps the totals S = sum exp(z - m) and
-S' = sum exp(z' - m'), and C = sum exp(z - m) ((z - m) - (z' - m')), rescaled where a peak moves:
+The op makes one pass over the vocabulary. Let m and m' be the largest logits of the row under policy and reference. It
+keeps the totals S = sum exp(z - m), S' = sum exp(z' - m') and C = sum exp(z - m) ((z - m) - (z' - m')), and rescales
+them when m or m' rises:
 
     kl        = C / S + log(S' / S),     dz = k exp(z - m) / S ((z - m) - (z' - m') - C / S)
 
-so that a constant added to all logits of either side costs no digits. Where both sides are equal, every difference is
-0, and kl and its gradient are exactly 0. Near equality kl is a small difference of two numbers with an error of 2e-7
-nats (plain float32: 7e-7; V = 20000). A kl below 0 is returned as 0; the gradient is not changed by that.
+A constant added to all logits of one model therefore costs no digits. If both models are equal, every difference is 0,
+and kl and its gradient are exactly 0. If they are nearly equal, kl is a small difference of two numbers and has an
+error of 2e-7 nats (plain float32: 7e-7; V = 20000). A negative kl is returned as 0, without changing the gradient.
 
-A token that both sides forbid with a bias of -inf does not count. Where only the reference forbids a token, the
-divergence is infinite: kl is then 1e30 p, with a gradient as large, so that the error is noticed.
+A token that both models forbid with a bias of -inf does not count. If only the reference forbids a token, the true
+divergence is infinite. The op then returns 1e30 p, with an equally large gradient, so that the error is noticed.
 
-The blocks are those of `linear_logprob`, in pairs. Beyond the returned gradients this holds about
-4 (5 ROWS VOCAB + VOCAB (2 D + Dr)) bytes, and 8 T D + 4 T Dr more for half precision; on a GPU, as `linear_logprob`,
-128 MiB and a float32 dhidden. The backward computes the logits of both sides again, 6 products in all, unless no
-gradient of kl is needed. It skips rows without upstream gradient; counting them waits once for a GPU.
+The op works in blocks like `linear_logprob`, one block of each model at a time. Beyond the returned gradients it holds
+about 4 (5 ROWS VOCAB + VOCAB (2 D + Dr)) bytes, and 8 T D + 4 T Dr more in half precision; on a GPU 128 MiB and a
+float32 dhidden, like `linear_logprob`. The backward recomputes the logits of both models (6 products in all), unless kl
+has no upstream gradient. It skips rows without an upstream gradient; counting them waits once for a GPU.
 
 Legend: T rows, V vocabulary, D and Dr hidden sizes. Reasons not to differentiate a sampled estimate: Tang and Munos
 2025 (arXiv 2506.09477).
@@ -70,16 +70,17 @@ def linear_kl(
     targets: Tensor | None = None,  # [T] int64
     bias: Tensor | None = None,  # [V]
     reference_bias: Tensor | None = None,  # [V]; no gradient
-    temperature: float | Tensor = 1.0,  # of both sides: a number or [T]; no gradient
+    temperature: float | Tensor = 1.0,  # of both models: a number or [T]; no gradient
     logit_scale: float = 1.0,
     softcap: float | None = None,
     entropy: bool = False,
     impl: str = "auto",
 ) -> TokenKL:
-    """sum_v p (log p - log q) for p, q = softmax(softcap(logit_scale * (h @ w.T + b)) / temperature) of the two sides.
+    """Exact KL(policy || reference) = sum_v p (log p - log q) of every row, from the hidden states of both models.
 
-    With `targets`, also their log-probs on both sides; rows whose target is -100 return 0 in every output and have
-    no gradient, whatever their content. Raises ValueError for wrong shapes, dtypes and devices, and on the CPU for a
+    p and q are softmax(softcap(logit_scale * (h @ w.T + b)) / temperature). With `targets`, the result also holds the
+    log-probs of the targets under both models. A row whose target is -100 returns 0 in every output and has no
+    gradient, even if it contains NaN. Raises ValueError for wrong shapes, dtypes and devices, and on the CPU for a
     target outside the vocabulary and a row's temperature that is not above 0 (on a GPU these give NaN).
     """
     check_rows("hidden", hidden, rank=2)
@@ -115,7 +116,7 @@ def linear_kl_reference(
     logit_scale: float = 1.0,
     softcap: float | None = None,
 ) -> TokenKL:
-    """The definition: all logits at once, in the given dtype."""
+    """Computes the KL by its definition, from all logits at once, in the dtype of the inputs."""
 
     def log_softmax(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         logits = logit_scale * torch.nn.functional.linear(hidden, weight, bias)
@@ -132,7 +133,8 @@ def linear_kl_reference(
     return TokenKL(*(row.where(keep, 0) for row in (kl, logprob, reference_logprob, entropy)))
 
 
-# Opaque operators: torch.compile sees neither the loops, whose number depends on T, nor the selection of rows.
+# Custom operators are opaque to torch.compile, which could trace neither a loop count that depends on T nor the
+# selection of rows.
 @torch.library.custom_op("fastrlhf::linear_kl", mutates_args=())
 def _forward(
     hidden: Tensor,
@@ -149,11 +151,10 @@ def _forward(
     entropy: bool,
     triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(kl, logprob, reference_logprob, entropy, peak, total, reference_peak, drift), [T] each; the entropy is empty if
-    not wanted.
+    """Returns (kl, logprob, reference_logprob, entropy, peak, total, reference_peak, drift), [T] each.
 
-    `peak` is the largest logit of the row, `total` the sum of exp(z - peak), `drift` the mean under the policy of
-    (z - peak) - (z' - reference_peak).
+    `entropy` is empty unless requested. `peak` is the largest logit of the row, `total` the sum of exp(z - peak),
+    `drift` the mean of (z - peak) - (z' - reference_peak) under the policy.
     """
     keep = targets != IGNORE
     chosen = Selection.of(keep, wait=False)
@@ -199,7 +200,7 @@ def _(*args):
 
 
 def _save(ctx, inputs, output):
-    """The inputs and six numbers per row."""
+    """Saves the inputs and six numbers per row for the backward."""
     *tensors, temperature, scale, softcap, _, triton = inputs
     _, logprob, reference_logprob, entropy, *rows = output
     ctx.save_for_backward(*tensors, logprob, entropy, *rows)
@@ -224,10 +225,10 @@ torch.library.register_autograd("fastrlhf::linear_kl", _differentiate, setup_con
 
 
 def _fold(state: tuple[Tensor, ...], z: Tensor, y: Tensor, column: Tensor, entropy: bool) -> tuple[Tensor, ...]:
-    """Statistics of the vocabulary so far with one more block of either side; `state` is () at the first.
+    """Updates the running statistics over the vocabulary with logits z (policy) and y (reference) of one more block.
 
-    (cross = sum exp(z - peak) ((z - peak) - (y - reference_peak)), what `fold` knows of the policy, and of the
-    reference), [rows] each or empty.
+    `state` is () for the first block. Returns (cross, statistics of `fold` for the policy, and for the reference),
+    [rows] each or empty, with cross = sum exp(z - peak) ((z - peak) - (y - reference_peak)).
     """
     policy, reference = (
         fold(state[1:6], z.clone(), column, entropy, False),
@@ -242,7 +243,7 @@ def _fold(state: tuple[Tensor, ...], z: Tensor, y: Tensor, column: Tensor, entro
 
 
 def _relative(z: Tensor, peak: Tensor) -> Tensor:
-    """z - peak in place; finite even where z is -inf."""
+    """Subtracts the peak of each row from z in place; -inf becomes LOWEST, which is finite."""
     return z.sub_(peak[:, None]).clamp_(min=LOWEST)
 
 
@@ -273,7 +274,7 @@ def _backward(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight and bias in their dtypes; empty where not needed."""
+    """Returns the gradients of hidden, weight and bias in their dtypes; a gradient that is not needed is empty."""
     zero, keep = torch.zeros_like(logprob), targets != IGNORE
     upstream = [zero if grad is None else grad.where(keep, 0) for grad in (grad_kl, grad_logprob, grad_entropy)]
     chosen = Selection.of((torch.stack(upstream) != 0).any(0), wait=True)
@@ -313,7 +314,7 @@ def _backward_blocks(
     grad_weight: Tensor | None,
     grad_bias: Tensor | None,
 ) -> None:
-    """Adds to grad_hidden, and fills grad_weight and grad_bias, as far as they are given."""
+    """Adds to grad_hidden and overwrites grad_weight and grad_bias, block by block; None gradients are skipped."""
     logits, reference_logits = Logits.of(*policy, *transform), Logits.of(*reference, *transform)
 
     def dx(part: Part, reference_part: Part, block: slice) -> Tensor:

@@ -1,4 +1,4 @@
-"""Log-probs of given tokens, from hidden states and the head's weight, without the logits [T, V].
+"""Log-probs of given tokens, computed from hidden states and the head's weight without storing the logits [T, V].
 
     z[t, v]   = softcap(logit_scale * (hidden[t] . weight[v] + bias[v])) / temperature,   softcap(x) = c tanh(x / c)
     logprob   = z[t, y_t] - logsumexp_v z[t, v]
@@ -9,24 +9,23 @@ Gradient, for upstream gradients g of logprob, l of logsumexp and e of entropy:
     dz[t, v]  = g (1[v = y_t] - p) + l p - e p (log p + entropy)
     dx        = dz * softcap'(x) * logit_scale / temperature,   dhidden = dx @ weight,   dweight = dx.T @ hidden
 
-The target's entry is computed as -expm1(logprob) g: 1 - p has fewer correct digits than logprob where p is nearly 1.
+The target's entry is computed as -expm1(logprob) g, because 1 - p loses digits when p is nearly 1.
 
-A block of ROWS x VOCAB logits is computed, reduced to running statistics and discarded; the backward computes it again
-by the same products (4 in all, where storing needs 3). Beyond the returned gradients this holds about 4 (2 VOCAB D + 3
-ROWS VOCAB) bytes, and 8 T D more for half precision, where log_softmax holds 12 T V; a frozen weight costs no dweight.
-Rows whose upstream gradients are all 0 (masked tokens, clipped ratios) are left out of the backward's products; to find
-them, the backward waits once for a GPU, the forward never does.
+A block of ROWS x VOCAB logits is computed, reduced to running statistics and discarded. The backward computes the
+logits again (4 products in all; storing the logits needs 3). Beyond the returned gradients the op holds about
+4 (2 VOCAB D + 3 ROWS VOCAB) bytes, and 8 T D more in half precision; log_softmax holds 12 T V. A frozen weight costs no
+dweight. The backward skips rows whose upstream gradients are all 0 (masked tokens, clipped ratios). To find them it
+waits once for a GPU; the forward never waits.
 
-On a GPU the Triton kernels of `_head_kernels.py` reduce each tile of logits in registers; the backward stores the
-gradient of a part of the logits, rounded once to bfloat16, and leaves the other two products to cuBLAS. It holds that
-part (128 MiB, or 4096 T bytes where that is more), a float32 dhidden and, where rows are left out, a copy of the
-others.
+On a GPU the Triton kernels of `_head_kernels.py` reduce each tile of logits in registers. The backward stores the
+gradient of a part of the logits, rounded once to bfloat16, and cuBLAS computes the two products with it. It holds this
+part (128 MiB, or 4096 T bytes if that is more), a float32 dhidden and, if rows are skipped, a copy of the other rows.
 
-Precision: products accumulate in float32, logits are never rounded, and all is relative to the largest logit of the
-row, so that a constant added to every logit costs no digits. Results are float32.
+Precision: products accumulate in float32, logits are never rounded, and all sums are relative to the largest logit of
+the row, so that a constant added to every logit costs no digits. Results are float32.
 
-Legend: T rows, V vocabulary, D hidden size. Online normaliser: Milakov and Gimelshein 2018 (arXiv 1805.02867); logits
-that never exist: Wijmans et al. 2024 (arXiv 2411.09009).
+Legend: T rows, V vocabulary, D hidden size. Online normaliser: Milakov and Gimelshein 2018 (arXiv 1805.02867); losses
+without stored logits: Wijmans et al. 2024 (arXiv 2411.09009).
 """
 
 from __future__ import annotations
@@ -57,11 +56,12 @@ def linear_logprob(
     ignore_index: int = -100,
     impl: str = "auto",
 ) -> TokenLogprobs:
-    """log softmax(softcap(logit_scale * (hidden @ weight.T + bias)) / temperature)[t, targets[t]], float32, in nats.
+    """Log-probs of `targets` under the language-model head applied to `hidden`, [T] float32, in nats.
 
-    Rows whose target is `ignore_index` return 0 in every output and have no gradient, whatever their content. Raises
-    ValueError for wrong shapes, dtypes and devices, and on the CPU for a target outside the vocabulary and a row's
-    temperature that is not above 0 (on a GPU these give NaN).
+    They are log_softmax(softcap(logit_scale * (hidden @ weight.T + bias)) / temperature)[t, targets[t]]. A row whose
+    target is `ignore_index` returns 0 in every output and has no gradient, even if it contains NaN. Raises ValueError
+    for wrong shapes, dtypes and devices, and on the CPU for a target outside the vocabulary and a row's temperature
+    that is not above 0 (on a GPU these give NaN).
     """
     transform = checked_transform(hidden, weight, targets, bias, temperature, logit_scale, softcap)
     logprob, logsumexp, row_entropy, max_logprob, mean_logit, _, _ = _forward(
@@ -80,7 +80,10 @@ def checked_transform(
     logit_scale: float,
     softcap: float | None,
 ) -> tuple[Tensor | None, float, float, float | None]:
-    """(temperature by row, temperature, scale, soft cap) of a head. Raises ValueError for bad arguments."""
+    """Checks the arguments of a head; returns (temperature per row, temperature, scale, soft cap).
+
+    Raises ValueError for bad arguments.
+    """
     check_rows("hidden", hidden, rank=2)
     check_rows("weight", weight, rank=2)
     (num_rows, size), vocab, device = hidden.shape, weight.shape[0], hidden.device
@@ -102,14 +105,16 @@ def checked_transform(
 
 
 def positive_or_nan(temperature: Tensor) -> Tensor:
-    """[T] float32; NaN replaces invalid temperatures, because checking them on a GPU would wait for it."""
+    """Temperatures as [T] float32, with NaN for invalid ones: raising an error would make a GPU wait."""
     temperature = temperature.detach().float()
     return temperature.where(temperature > 0, float("nan"))
 
 
 def check_rows_that_count(chosen: Selection, targets: Tensor, vocab: int, row_temperature: Tensor | None) -> None:
-    """Raises ValueError for a target outside the vocabulary and a temperature of NaN; skipped on a GPU, where it
-    would wait."""
+    """Raises ValueError if a live row has a target outside the vocabulary or a temperature of NaN.
+
+    On a GPU nothing is checked, because the check would wait for the device.
+    """
     if chosen.dead is not None or not chosen.live.any():
         return
     for extreme in chosen.take(targets).aminmax():
@@ -129,7 +134,7 @@ def linear_logprob_reference(
     softcap: float | None = None,
     ignore_index: int = -100,
 ) -> TokenLogprobs:
-    """The definition: all logits at once, in the given dtype."""
+    """Computes the log-probs by their definition, from all logits at once, in the dtype of the inputs."""
     logits = logit_scale * torch.nn.functional.linear(hidden, weight, bias)
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     logits = logits / (temperature[:, None] if isinstance(temperature, Tensor) else temperature)
@@ -140,7 +145,8 @@ def linear_logprob_reference(
     return TokenLogprobs(*(row.where(keep, 0) for row in rows))
 
 
-# Opaque operators: torch.compile sees neither the loops, whose number depends on T, nor the selection of rows.
+# Custom operators are opaque to torch.compile, which could trace neither a loop count that depends on T nor the
+# selection of rows.
 @torch.library.custom_op("fastrlhf::linear_logprob", mutates_args=())
 def _forward(
     hidden: Tensor,
@@ -156,7 +162,7 @@ def _forward(
     stats: bool,
     triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(logprob, logsumexp, entropy, max_logprob, mean_logit, peak, total), each [T], or empty if not wanted.
+    """Returns (logprob, logsumexp, entropy, max_logprob, mean_logit, peak, total), [T] each; empty if not requested.
 
     `peak` is the largest logit of the row, `total` the sum of exp(z - peak).
     """
@@ -197,7 +203,7 @@ def _(hidden, weight, bias, targets, row_temperature, temperature, scale, softca
 
 
 def _save(ctx, inputs, output):
-    """The inputs and four numbers per row."""
+    """Saves the inputs and four numbers per row for the backward."""
     hidden, weight, bias, targets, row_temperature, *transform, ignore, _, _, triton = inputs
     logprob, _, entropy, max_logprob, mean_logit, peak, total = output
     ctx.save_for_backward(hidden, weight, bias, targets, row_temperature, logprob, entropy, peak, total)
@@ -239,7 +245,7 @@ def _backward(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight and bias in their dtypes; empty where not needed."""
+    """Returns the gradients of hidden, weight and bias in their dtypes; a gradient that is not needed is empty."""
     zero, keep = torch.zeros_like(logprob), targets != ignore
     upstream = [zero if grad is None else grad.where(keep, 0) for grad in (grad_logprob, grad_logsumexp, grad_entropy)]
     chosen = Selection.of((torch.stack(upstream) != 0).any(0), wait=True)
@@ -286,7 +292,7 @@ def _backward_blocks(
     grad_weight: Tensor | None,
     grad_bias: Tensor | None,
 ) -> None:
-    """Adds to grad_hidden, and fills grad_weight and grad_bias, as far as they are given."""
+    """Adds to grad_hidden and overwrites grad_weight and grad_bias, block by block; None gradients are skipped."""
     logits = Logits.of(hidden, weight, bias, row_temperature, temperature, scale, softcap)
 
     def dx(part: Part, block: slice) -> Tensor:

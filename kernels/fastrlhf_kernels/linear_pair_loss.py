@@ -1,7 +1,7 @@
-"""From hidden states to the loss on preference pairs: `pair_loss(linear_logprob(...))`, in one call.
+"""Computes the loss on preference pairs from hidden states: `pair_loss(linear_logprob(...))` in one call.
 
 A pair's loss needs every token of both responses before any gradient is known, so fusing it with the products of the
-head gains nothing: this function runs the two steps, with the same values, gradients, time and memory.
+head gains nothing. This function runs the two ops one after the other; values, gradients, time and memory are theirs.
 
 Legend: T rows, B pairs, V vocabulary, D hidden size.
 """
@@ -18,11 +18,11 @@ from fastrlhf_kernels.types import LossOutput
 
 
 def linear_pair_loss(
-    hidden: Tensor,  # [T, D]; gradient flows here, to weight and to bias
+    hidden: Tensor,  # [T, D]; hidden, weight and bias have gradients
     weight: Tensor,  # [V, D]
     targets: Tensor,  # [T] int64
-    reference_logprob: Tensor | None,  # [T], or [2B] sums over the rows of a sequence in the mask, or None for 0
-    cu_seqlens: Tensor,  # [2B+1]; sequences 2i and 2i+1 are the chosen and rejected of pair i
+    reference_logprob: Tensor | None,  # [T], or [2B] sums over the masked rows of each sequence, or None for 0
+    cu_seqlens: Tensor,  # [2B+1]; sequences 2i and 2i+1 are the chosen and the rejected response of pair i
     mask: Tensor,  # [T] bool
     *,
     num_pairs: float | Tensor,
@@ -41,7 +41,7 @@ def linear_pair_loss(
     length_norm: str = "sum",
     impl: str = "auto",
 ) -> LossOutput:
-    """`pair_loss` of the log-probs of `targets`, with its metrics. Raises ValueError for bad arguments."""
+    """Loss and metrics of `pair_loss` for the log-probs of `targets`. Raises ValueError for bad arguments."""
     rows = linear_logprob(
         hidden,
         weight,
@@ -82,6 +82,6 @@ def linear_pair_loss_reference(
     softcap: float | None = None,
     **options: Any,
 ) -> Tensor:
-    """The two definitions, one after the other, in the given dtype."""
+    """Computes log-probs and then the loss by their definitions, in the dtype of the inputs."""
     logprob = linear_logprob_reference(hidden, weight, targets, softcap=softcap).logprob
     return pair_loss_reference(logprob, reference_logprob, cu_seqlens, mask, **options)

@@ -1,17 +1,17 @@
-"""From hidden states to PPO's loss in one op: `policy_loss(linear_logprob(...))`, with equal value and gradient.
+"""Computes PPO's loss from hidden states in one op; value and gradient are those of `policy_loss(linear_logprob(...))`.
 
-The gradient with respect to a log-prob is known as soon as the logits of its row are, so the forward computes the
-gradients too: three matrix products instead of the four of the two-step form, and two instead of three where the head
-is frozen. (On a GPU rows outside the mask still cost the last two, unless a whole tile is; the two-step form leaves
-them out.) Rows are worked on in chunks; the logits of one chunk exist, as exp(z - peak) in bfloat16 on a GPU, whose
-relative error of 2^-9 is that of a bfloat16 gradient (logits themselves, rounded so, would be off by up to 0.06 nats).
+The gradient with respect to a log-prob is known as soon as the logits of its row are known, so the forward computes the
+gradients too. It needs three matrix products instead of the four of the two-step form, and two instead of three if the
+head is frozen. (On a GPU rows outside the mask still cost the last two products; the two-step form skips these rows.)
+The op works on chunks of rows and stores the logits of one chunk. On a GPU they are stored as exp(z - peak) in
+bfloat16, whose relative error of 2^-9 is that of a bfloat16 gradient (bfloat16 logits would be off by up to 0.06 nats).
 
     chunk of rows: products -> masses, logprob, entropy -> slopes of the loss -> gradient of the logits, in place
                    -> dhidden of these rows, dweight += ...
 
-The price is a float32 accumulator of the head's size where the head is trained: it is added to once per chunk. The
-gradients are kept until the backward, which multiplies them by the upstream gradient into new memory. Losses
-of whole sequences (`pair_loss`, gspo) need every token of a sequence first and go through the two steps.
+If the head is trained, this costs a float32 accumulator of the head's size, to which each chunk adds. The forward keeps
+the gradients; the backward multiplies them by the upstream gradient into new memory. Losses of whole sequences
+(`pair_loss`, gspo) need every token of a sequence first and use the two-step form.
 
 Legend: T rows, V vocabulary, D hidden size. See `linear_logprob` for the gradient, `policy_loss` for the loss.
 """
@@ -43,10 +43,10 @@ CAST_ROWS = 8192
 
 
 def linear_policy_loss(
-    hidden: Tensor,  # [T, D]; gradient flows here, to weight and to bias
+    hidden: Tensor,  # [T, D]; hidden, weight and bias have gradients
     weight: Tensor,  # [V, D]
     targets: Tensor,  # [T] int64
-    sampler_logprob: Tensor,  # [T] of the policy that drew the tokens, under the same temperature
+    sampler_logprob: Tensor,  # [T] under the policy that sampled the tokens, at the same temperature
     advantage: Tensor,  # [T]
     mask: Tensor,  # [T] bool, True where the token is trained
     *,
@@ -64,11 +64,11 @@ def linear_policy_loss(
     kl_coef: float = 0.0,
     kl_kind: str = "k2",
     token_weight: Tensor | None = None,  # the `weight` of policy_loss
-    entropy: bool = False,  # whether to report it; a non-zero entropy_coef computes it in any case
+    entropy: bool = False,  # whether to report the entropy; with a non-zero entropy_coef it is always computed
     entropy_coef: float = 0.0,
     impl: str = "auto",
 ) -> LossOutput:
-    """`policy_loss` of the log-probs of `targets`, with its metrics. Raises ValueError for bad arguments."""
+    """Loss and metrics of `policy_loss` for the log-probs of `targets`. Raises ValueError for bad arguments."""
     transform = checked_transform(hidden, weight, targets, bias, temperature, logit_scale, softcap)
     count, scalars = checked_policy_options(
         (len(hidden),), hidden.device, sampler_logprob, advantage, mask, num_tokens, clip_low, clip_high, dual_clip,
@@ -83,7 +83,7 @@ def linear_policy_loss(
         *leaves,
         targets,
         *(None if row is None else row.detach() for row in fixed),
-        torch.ones((), dtype=torch.float32, device=hidden.device) * count,  # torch.full would make it a constant
+        torch.ones((), dtype=torch.float32, device=hidden.device) * count,  # torch.full would become a constant
         *transform,
         ignore_index,
         entropy,
@@ -105,7 +105,7 @@ def linear_policy_loss_reference(
     softcap: float | None = None,
     **options: Any,
 ) -> Tensor:
-    """The two definitions, one after the other, in the given dtype."""
+    """Computes log-probs and then the loss by their definitions, in the dtype of the inputs."""
     logprob = linear_logprob_reference(hidden, weight, targets, softcap=softcap).logprob
     return policy_loss_reference(logprob, sampler_logprob, advantage, mask, **options)
 
@@ -140,8 +140,11 @@ def _one_shot(
     need_bias: bool,
     triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss [], sums of the metrics, largest ratio [], gradients of hidden, weight and bias or, not needed, [0])."""
-    targets = targets.where(mask, ignore)  # tiles without a trained row are skipped; a copy in the order of memory
+    """Returns (loss [], sums of the metrics, largest ratio [], gradients of hidden, weight and bias).
+
+    A gradient that is not needed has shape [0].
+    """
+    targets = targets.where(mask, ignore)  # so that tiles without a trained row are skipped
     live = targets != ignore
     chosen = Selection.of(live, wait=False)
     check_rows_that_count(chosen, targets, len(weight), row_temperature)
@@ -183,7 +186,7 @@ def _one_shot(
         None,
     )
     loss, sums, ratio_max, _, _ = _policy_loss(*full, *scalars)
-    grad_hidden = chunks.grad_hidden  # processed rows that are not live are 0 already
+    grad_hidden = chunks.grad_hidden  # already 0 in processed rows that are not live
     if grad_hidden is not None and chosen.rows is not None:
         grad_hidden = chosen.put_back(grad_hidden)
     grads = [
@@ -202,8 +205,10 @@ def _(hidden, weight, bias, *rest):
 
 
 def _kept_dtype(leaf: Tensor) -> torch.dtype:
-    """Dtype of a gradient until the upstream gradient, which may contain a loss scale, is known: float16 would
-    underflow."""
+    """The dtype in which the forward keeps the gradient of a tensor: that of the tensor, but float32 for float16.
+
+    The upstream gradient, which may contain a loss scale, is not known yet; without it float16 would underflow.
+    """
     return torch.float32 if leaf.dtype == torch.float16 else leaf.dtype
 
 
@@ -226,7 +231,7 @@ def _differentiate(ctx, grad, *_):
 
 @torch.library.custom_op("fastrlhf::scaled", mutates_args=())
 def _scaled(tensor: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """tensor * factor, multiplied in float32 and rounded once, without a float32 copy of the whole tensor."""
+    """Computes tensor * factor in float32 and rounds once to `dtype`, without a float32 copy of the whole tensor."""
     out = torch.empty_like(tensor, dtype=dtype)
     for some, part in zip(tensor.split(8192), out.split(8192), strict=True):
         part.copy_(some.float() * factor)
@@ -242,7 +247,7 @@ torch.library.register_autograd("fastrlhf::linear_policy_loss", _differentiate, 
 
 
 class _TorchChunks:
-    """The rows of a head in chunks: the logits of the current chunk, and the gradients of all chunks so far."""
+    """Processes rows in chunks in torch; holds the logits of the current chunk and the gradients of all so far."""
 
     def __init__(self, hidden, weight, bias, row_temperature, temperature, scale, softcap, dead, needs):
         hidden = hidden if dead is None else hidden.masked_fill(dead, 0)
@@ -255,7 +260,8 @@ class _TorchChunks:
         self.z = hidden.new_empty(min(self.step, len(hidden)), len(weight), dtype=torch.float32)
 
     def fold(self, block: slice, targets: Tensor, ignore: int, entropy: bool) -> tuple[Tensor, ...]:
-        """(logprob, entropy or 0, peak, total) of a chunk, [rows] each; its logits stay in `z`."""
+        """Computes the logits of a chunk, keeps them in `z`, and returns (logprob, entropy or 0, peak, total), [rows]
+        each."""
         state = ()
         for part in self.logits.parts():
             z = self.logits.block(block, part)
@@ -266,7 +272,7 @@ class _TorchChunks:
         return target - peak - log_total, log_total + gap / total if entropy else torch.zeros_like(peak), peak, total
 
     def add_gradient(self, block: slice, targets: Tensor, peak: Tensor, *rows: Tensor | None) -> None:
-        """`rows` are those of `slopes`."""
+        """Adds the gradients of a chunk; `rows` are the coefficients (level, tilt, at_target) that `slopes` returns."""
         hidden = self.logits.hidden[block]
         for part in self.logits.parts():
             columns = slice(part.start, part.start + len(part.weight))
@@ -285,7 +291,10 @@ class _TorchChunks:
 
 
 class _TritonChunks:
-    """The same on the kernels of `_head_kernels.py`; the logits of a chunk are kept as masses exp(z - top)."""
+    """Processes rows in chunks like `_TorchChunks`, with the Triton kernels of `_head_kernels.py`.
+
+    The logits of a chunk are kept as masses exp(z - top).
+    """
 
     def __init__(self, hidden, weight, bias, row_temperature, temperature, scale, softcap, dead, needs):
         self.head, self.dead = (row_major(hidden), row_major(weight), bias), dead
@@ -296,7 +305,7 @@ class _TritonChunks:
         self.grad_hidden = hidden.new_zeros(hidden.shape, dtype=self.dtype) if need_hidden else None
         self.grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
         self.grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias else None
-        vocab = cdiv(len(weight), 16) * 16  # cuBLAS and TMA need rows at multiples of 16 bytes
+        vocab = cdiv(len(weight), 16) * 16  # cuBLAS and TMA need rows that start at multiples of 16 bytes
         self.step = chunk_rows(vocab * self.dtype.itemsize, GPU_CHUNK)
         self.tiles = choose_tiles(STORING, *self.head[:2], _head.is_heavy(bias, row_temperature, softcap))
         rows = min(self.step, len(hidden))
@@ -311,7 +320,7 @@ class _TritonChunks:
         logprob, _, row_entropy, _, _, peak, total = _head.forward(
             hidden, weight, bias, targets, temperature, *options, *stored
         )
-        self.logit = logprob + peak + total.log()  # of the targets
+        self.logit = logprob + peak + total.log()  # logits of the targets
         return logprob, row_entropy if entropy else torch.zeros_like(logprob), peak, total
 
     def add_gradient(
@@ -331,7 +340,7 @@ class _TritonChunks:
         if self.grad_hidden is not None and self.dtype == torch.bfloat16:
             torch.mm(dx, weight, out=self.grad_hidden[block])
         elif self.grad_hidden is not None:
-            for start in range(0, len(weight), CAST_ROWS):  # of the weight, cast for the product
+            for start in range(0, len(weight), CAST_ROWS):  # casts a few rows of the weight at a time
                 part = slice(start, start + CAST_ROWS)
                 add_product(self.grad_hidden[block], dx[:, part], weight[part].float())
         if self.grad_weight is not None:
@@ -340,7 +349,7 @@ class _TritonChunks:
 
 
 def chunk_rows(row_bytes: int, limit: int) -> int:
-    """Number of rows whose logits take about `limit` bytes: a multiple of 128, or of 16 where 128 rows are too many."""
+    """Number of rows whose logits take about `limit` bytes: a multiple of 128, or of 16 if 128 rows are too many."""
     rows = limit // row_bytes
     return max(rows // 128 * 128 or rows // 16 * 16, 16)
 

@@ -1,4 +1,4 @@
-"""Log-probs of given tokens from existing logits, without a float32 copy of the logits or their softmax.
+"""Log-probs of given tokens from existing logits, without a float32 copy of the logits or of their softmax.
 
     z[t, v]   = softcap(logit_scale * logits[t, v]) / temperature,   softcap(x) = c tanh(x / c)
     logprob   = z[t, y_t] - logsumexp_v z[t, v]
@@ -9,17 +9,17 @@ Gradient, for upstream gradients g of logprob, l of logsumexp and e of entropy:
     dz[t, v]       = g (1[v = y_t] - p) + l p - e p (log p + entropy)
     dlogits[t, v]  = dz * softcap'(logit_scale * logits[t, v]) * logit_scale / temperature
 
-The target's entry is computed as -expm1(logprob) g: 1 - p has fewer correct digits than logprob where p is nearly 1.
+The target's entry is computed as -expm1(logprob) g, because 1 - p loses digits when p is nearly 1.
 
 The forward reads the logits once and keeps five numbers per row; the backward reads them once more and writes the
-gradient in their dtype, rounded once, to new memory or over the logits. Ignored rows are never read, and rows without
-upstream gradient are read only once. The torch path also holds up to five float32 blocks of rows, 2 MiB each on a CPU.
+gradient in the logits' dtype, rounded once, to new memory or over the logits. Ignored rows are never read, and rows
+without an upstream gradient only once. The torch path also holds up to five float32 blocks of rows (CPU: 2 MiB each).
 
-Precision: float32, relative to the largest logit of the row, which is subtracted before anything is multiplied: a
-constant added to all logits changes no bit of a log-prob. The split of a row over programs depends on V alone.
+Precision: float32. The largest logit of the row is subtracted before anything else is computed, so a constant added to
+all logits changes no bit of a log-prob. The split of a row over programs depends only on V.
 
-Legend: T rows, V vocabulary. Online normaliser: Milakov and Gimelshein 2018 (arXiv 1805.02867). `linear_logprob` is for
-logits that need not exist.
+Legend: T rows, V vocabulary. Online normaliser: Milakov and Gimelshein 2018 (arXiv 1805.02867). If you have hidden
+states, use `linear_logprob`, which does not store the logits.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from fastrlhf_kernels._triton import constant, jit, tl, use_triton
 from fastrlhf_kernels.linear_logprob import check_rows_that_count, positive_or_nan
 from fastrlhf_kernels.types import TokenLogprobs
 
-BIT = math.log(2)  # in nats
+BIT = math.log(2)  # one bit in nats
 LN_2 = constant(BIT)
-VANISHED = -1e4  # replaces -inf: its exponential is 0 too, and 0 times it is not NaN
-CPU_BLOCK_BYTES = 1 << 21  # bytes of a float32 block of rows, so that it stays in the cache of a core
+VANISHED = -1e4  # stands for -inf: 2^-1e4 is 0 as well, but 0 * -1e4 is 0 whereas 0 * -inf is NaN
+CPU_BLOCK_BYTES = 1 << 21  # bytes of a float32 block of rows; small enough for the cache of a core
 GPU_BLOCK_BYTES = 1 << 27
 
-SHARE = 16384  # columns that one forward program folds: 8 programs share a row of 128256
-DEPTH, LANES = 4, 1024  # of a block of columns: the threads fold lanes of their own and meet once, at the end
+SHARE = 16384  # columns that one forward program reduces; a row of 128256 columns takes 8 programs
+DEPTH, LANES = 4, 1024  # shape of a block of columns; each thread reduces its own lanes, which merge once, at the end
 BACKWARD_BLOCK = 4096  # columns that one backward program writes
 
 
@@ -60,13 +60,13 @@ def logprob_from_logits(
     inplace_backward: bool = False,
     impl: str = "auto",
 ) -> TokenLogprobs:
-    """log softmax(softcap(logit_scale * logits) / temperature)[t, targets[t]], float32, in nats.
+    """Log-probs log_softmax(softcap(logit_scale * logits) / temperature)[t, targets[t]], [T] float32, in nats.
 
-    Rows whose target is `ignore_index` return 0 in every output and have no gradient, whatever their content.
+    A row whose target is `ignore_index` returns 0 in every output and has no gradient, even if it contains NaN.
     `max_logprob` and `mean_logit` are None.
 
     With `inplace_backward` the gradient overwrites the logits, so that the backward allocates nothing of their size. Do
-    not read them afterwards: they hold the gradient. Another backward that needs their values raises RuntimeError.
+    not read the logits afterwards. Another backward that needs their values raises RuntimeError.
 
     Raises ValueError for wrong shapes, dtypes and devices, and on the CPU for a target outside the vocabulary and a
     row's temperature that is not above 0 (on a GPU these give NaN); with `inplace_backward` also for logits that are a
@@ -105,7 +105,7 @@ def logprob_from_logits_reference(
     softcap: float | None = None,
     ignore_index: int = -100,
 ) -> TokenLogprobs:
-    """The definition, in the given dtype."""
+    """Computes the log-probs by their definition, in the dtype of the logits."""
     logits = logit_scale * logits
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     logits = logits / (temperature[:, None] if isinstance(temperature, Tensor) else temperature)
@@ -117,7 +117,7 @@ def logprob_from_logits_reference(
 
 
 def _check_expendable(logits: Tensor) -> None:
-    """Raises ValueError where a gradient must not overwrite the logits."""
+    """Raises ValueError if the gradient must not overwrite the logits."""
     for tensor in (logits, logits._base):
         if tensor is not None and tensor.is_leaf and tensor.requires_grad:
             raise ValueError("logits must not be a leaf with inplace_backward, which destroys its values: pass a clone")
@@ -125,8 +125,8 @@ def _check_expendable(logits: Tensor) -> None:
         raise ValueError("logits must not overlap from row to row with inplace_backward: pass logits.contiguous()")
 
 
-# Below, x = tanh(inner * logits) with a soft cap, else the logits; differences of x times bits[t] are log2 of ratios.
-# The operators are opaque: torch.compile sees neither loops, whose number depends on T, nor the selection of rows.
+# Below, x is tanh(inner * logits) with a soft cap, otherwise the logits; bits[t] * (x - peak) is log2(exp(z - max z)).
+# Custom operators are opaque to torch.compile, which could not trace a loop count that depends on T.
 @torch.library.custom_op("fastrlhf::logprob_from_logits", mutates_args=())
 def _forward(
     logits: Tensor,
@@ -139,8 +139,8 @@ def _forward(
     inplace: bool,
     triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(logprob, logsumexp, entropy, peak = max x, total = sum 2^(bits (x - peak))), each [T], or empty if not
-    wanted."""
+    """Returns (logprob, logsumexp, entropy, peak = max x, total = sum 2^(bits (x - peak))), [T] each; the entropy is
+    empty unless requested."""
     keep, vocab = targets != ignore, logits.shape[1]
     chosen = Selection.of(keep, wait=False)
     check_rows_that_count(chosen, targets, vocab, bits)
@@ -182,9 +182,9 @@ def _(logits, targets, bits, inner, capped, ignore, entropy, inplace, triton):
 
 
 def _blocks(logits: Tensor, chosen: Selection, inner: float, capped: bool) -> Iterator[tuple[Tensor, Tensor]]:
-    """The chosen rows, a block at a time: their indices, and x [rows, V] in fresh float32 memory.
+    """Yields the chosen rows in blocks: their indices, and x [rows, V] in new float32 memory.
 
-    There is at least one block, possibly empty, so that an empty pack needs no special case.
+    An empty pack gives one empty block and needs no special case.
     """
     rows = torch.arange(len(logits), device=logits.device) if chosen.rows is None else chosen.rows
     size = CPU_BLOCK_BYTES if logits.device.type == "cpu" else GPU_BLOCK_BYTES
@@ -194,7 +194,7 @@ def _blocks(logits: Tensor, chosen: Selection, inner: float, capped: bool) -> It
 
 
 def _save(ctx, inputs, output):
-    """The logits and five numbers per row."""
+    """Saves the logits and five numbers per row for the backward."""
     logits, targets, bits, *ctx.options = inputs
     logprob, _, entropy, peak, total = output
     ctx.save_for_backward(logits, targets, bits, logprob, entropy, peak, total)
@@ -207,7 +207,7 @@ def _differentiate(ctx, grad_logprob, grad_logsumexp, grad_entropy, *_):
     inner, capped, ignore, _, inplace, triton = ctx.options
     check_first_derivative("logprob_from_logits")
     on_logprob, on_total = (0 if grad is None else grad for grad in (grad_logprob, grad_logsumexp))
-    logprob = logprob.clamp(min=VANISHED)  # the target is forbidden
+    logprob = logprob.clamp(min=VANISHED)  # -inf if the target's logit is -inf
     prob = logprob.exp()
     level = on_total - on_logprob
     tilt = torch.zeros_like(total)
@@ -230,7 +230,7 @@ def _differentiate(ctx, grad_logprob, grad_logsumexp, grad_entropy, *_):
 torch.library.register_autograd("fastrlhf::logprob_from_logits", _differentiate, setup_context=_save)
 
 
-# The op declares what it overwrites, so that autograd's version counter and torch.compile know it.
+# `mutates_args` tells autograd's version counter and torch.compile that the op overwrites `grad`.
 @torch.library.custom_op("fastrlhf::logprob_from_logits_backward", mutates_args=("grad",))
 def _backward(
     grad: Tensor,
@@ -246,8 +246,8 @@ def _backward(
 ) -> None:
     """Writes the gradient to `grad` [T, V]; if `logits` is None, `grad` contains the logits and is overwritten.
 
-    terms [3, T] are level, tilt and at_target. With z = bits (x - peak), the gradient is 2^z (level - tilt z), and
-    at_target in the target's column; with a soft cap times 1 - x^2. A row whose terms are all 0 is not read.
+    `terms` [3, T] are level, tilt and at_target. With z = bits (x - peak), the gradient is 2^z (level - tilt z), or
+    at_target in the target's column; a soft cap multiplies both by 1 - x^2. Rows whose terms are all 0 are not read.
     """
     logits = grad if logits is None else logits
     vocab = logits.shape[1]
@@ -280,7 +280,7 @@ _backward.register_fake(lambda *inputs: None)
 
 @jit
 def _load(pointer, inside, inner, SOFTCAP: tl.constexpr):
-    """x of the logits there."""
+    """Loads logits as float32 and applies tanh(inner * logits) if there is a soft cap."""
     return transformed(tl.load(pointer, mask=inside, other=0.0).to(tl.float32), None, 0, 0, inner, 1.0, SOFTCAP)
 
 
@@ -301,7 +301,7 @@ def _fold(peak, total, gap, x, bits, ENTROPY: tl.constexpr):
 
 @jit
 def _merge(peak, total, gap, bits):
-    """Merges parts of a row: total = sum 2^z, gap = -sum 2^z z, z = bits (x - peak)."""
+    """Merges the statistics of several parts of a row: total = sum 2^z, gap = -sum 2^z z, with z = bits (x - peak)."""
     top = tl.max(peak, 0)
     shift = (peak - top) * bits
     old = tl.exp2(shift)
@@ -374,7 +374,7 @@ def merge_kernel(
 @jit
 def backward_kernel(
     logits, targets, bits, peaks, levels, tilts, at_targets,
-    grad,  # [T, V], may be the logits
+    grad,  # [T, V]; may be the same memory as the logits
     stride_logits, stride_grad, vocab, inner,
     SOFTCAP: tl.constexpr, TILT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip

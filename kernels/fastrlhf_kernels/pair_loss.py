@@ -1,35 +1,38 @@
 """Losses on preference pairs: DPO, cDPO, robust DPO, IPO, hinge, APO and ORPO.
 
-    u_s  = sum over the rows of sequence s in the mask of (logprob - reference_logprob)
-    v_s  = u_s / n_s,   n by length_norm: 1, own tokens, or the pair's mean;   D = v_chosen - v_rejected
+    u_s  = sum of (logprob - reference_logprob) over the rows of sequence s in the mask
+    v_s  = u_s / n_s (n: see length_norm below),   D = v_chosen - v_rejected
     z    = beta D - margin
     loss = sum over pairs of weight L / num_pairs
 
     kind      L                                                           dL/dv_chosen                dL/dv_rejected
-    dpo       softplus(-z) + kappa z                                      beta (kappa - sigmoid(-z))  the opposite
-    robust    softplus(-z) + kappa z                                      beta (kappa - sigmoid(-z))  the opposite
-    ipo       (D - target)^2                                              2 (D - target)              the opposite
-    hinge     max(0, 1 - z)                                               -beta where z < 1, else 0   the opposite
-    apo_zero  sigmoid(-beta v_chosen) + sigmoid(beta v_rejected)          by the derivative of the sigmoid
-    apo_down  sigmoid(beta v_chosen) + sigmoid(-beta D)                   by the derivative of the sigmoid
+    dpo       softplus(-z) + kappa z                                      beta (kappa - sigmoid(-z))  -dL/dv_chosen
+    robust    softplus(-z) + kappa z                                      beta (kappa - sigmoid(-z))  -dL/dv_chosen
+    ipo       (D - target)^2                                              2 (D - target)              -dL/dv_chosen
+    hinge     max(0, 1 - z)                                               -beta if z < 1, else 0      -dL/dv_chosen
+    apo_zero  sigmoid(-beta v_chosen) + sigmoid(beta v_rejected)          from the derivative of the sigmoid
+    apo_down  sigmoid(beta v_chosen) + sigmoid(-beta D)                   from the derivative of the sigmoid
     orpo      beta softplus(odds(v_rejected) - odds(v_chosen)),  odds(v) = v - log(1 - exp(v)) of a mean log-prob v
 
-kappa is 0, the label smoothing e (cDPO), 1 - label_prob (soft labels), or -e / (1 - 2 e) (robust: unbiased for labels
-flipped with probability e; unbounded below, so stop early). target is 1 / (2 beta), beta being the paper's tau;
-smoothing makes it (1 - 2 e) / (2 beta) and soft labels (label_prob - 1/2) / beta. The gradient with
+kappa is 0; e with label smoothing e (cDPO); 1 - label_prob with soft labels; -e / (1 - 2 e) for robust (unbiased for
+labels flipped with probability e, but unbounded below, so stop early). target is 1 / (2 beta), where beta is the
+paper's tau; (1 - 2 e) / (2 beta) with label smoothing; (label_prob - 1/2) / beta with soft labels. The gradient with
 respect to a logprob is dL/dv / n of its sequence, and 0 outside the mask.
 
-Without a reference (None) the losses are those of the policy alone. kind "dpo" then is CPO (Xu et al. 2024, arXiv
-2401.08417, eq. 3) with length_norm "sum", and SimPO (Meng et al. 2024, arXiv 2405.14734, eq. 6) with "mean" and gamma
-as the margin; both papers' further terms are added by the caller.
+Without a reference (None) the log-probs of the policy take the place of log-ratios. kind "dpo" is then CPO (Xu et al.
+2024, arXiv 2401.08417, eq. 3) with length_norm "sum", and SimPO (Meng et al. 2024, arXiv 2405.14734, eq. 6) with "mean"
+and gamma as the margin. The caller adds the other terms of these papers.
 
-With length_norm "sum" (the papers) the IPO target is in nats per sequence, with "mean" (TRL's IPO) in nats per token:
-at length n the mean with beta is the sum with beta / n, its loss n^2 smaller. "pair_mean" keeps D a scaled log-odds.
+length_norm sets n: 1 ("sum", as in the papers), the sequence's own number of tokens ("mean", TRL's IPO) or the mean
+number of the pair ("pair_mean"). With "sum" the IPO target is in nats per sequence, with "mean" in nats per token: at
+length n, "mean" with beta equals "sum" with beta / n, and its loss is n^2 smaller. "pair_mean" keeps D proportional to
+a difference of log-odds.
 
-Differences are summed, never two large sums subtracted. The order of summation depends on the sequence alone.
+The op sums differences of log-probs; it never subtracts two large sums. The order of summation depends only on the
+sequence.
 
-On a GPU each program of one kernel reads the rows of a pair, then writes their gradients: 14 T bytes in float32, 4 T
-less without a reference per row. The backward moves 8 T.
+On a GPU each program of one kernel reads the rows of a pair and then writes their gradients: 14 T bytes in float32, or
+10 T without a reference per row. The backward moves 8 T.
 
 Legend: T rows, B pairs. DPO: Rafailov et al. 2023 (arXiv 2305.18290) eq. 7; IPO: Azar et al. 2023 (arXiv 2310.12036)
 eq. 17; cDPO: Mitchell 2023; robust: Chowdhury et al. 2024 (arXiv 2403.00409); hinge: Zhao et al. 2023 (2305.10425);
@@ -56,8 +59,8 @@ SUMS = ("pairs", "accuracy", "reward_chosen", "reward_rejected", "margin", "logp
 
 
 def pair_loss(
-    logprob: Tensor,  # [T] nats; gradient flows here and only here
-    reference_logprob: Tensor | None,  # [T], or [2B] sums over the mask, or None for 0; [T] where T == 2B
+    logprob: Tensor,  # [T] nats; the only argument with a gradient
+    reference_logprob: Tensor | None,  # [T], or [2B] sums over the masked rows (if T == 2B: read as [T]), or None for 0
     cu_seqlens: Tensor,  # [2B+1] int32 or int64: sequences 2i and 2i+1 are chosen and rejected of pair i
     mask: Tensor,  # [T] bool, True on the tokens of the responses
     *,
@@ -65,18 +68,19 @@ def pair_loss(
     kind: str = "dpo",
     beta: float = 0.1,
     label_smoothing: float = 0.0,
-    label_prob: Tensor | None = None,  # [B] probability that chosen is the better one
+    label_prob: Tensor | None = None,  # [B] probability that the chosen response is the better one
     margin: Tensor | None = None,  # [B]
     weight: Tensor | None = None,  # [B]
     target: Tensor | None = None,  # [B] replaces IPO's 1 / (2 beta)
     length_norm: str = "sum",
     impl: str = "auto",
 ) -> LossOutput:
-    """sum over pairs of weight L / num_pairs, float32; a pair with an empty member is ignored.
+    """The preference loss sum(weight L) / num_pairs over all pairs, float32. A pair with an empty response is ignored.
 
-    Metrics, sums over the pairs that count: loss (weighted), pairs, accuracy (pairs with a reward margin above 0),
-    reward_chosen and reward_rejected (beta u, whatever the length_norm), margin (their difference), logprob_chosen and
-    logprob_rejected (of whole sequences). Raises ValueError for bad arguments and for options the kind does not have.
+    Metrics, summed over the pairs that are not ignored: loss (weighted), pairs, accuracy (pairs with a reward margin
+    above 0), reward_chosen and reward_rejected (beta u, for every length_norm), margin (their difference),
+    logprob_chosen and logprob_rejected (of whole sequences). Raises ValueError for bad arguments and for options that
+    the kind does not have.
     """
     check_rows("logprob", logprob)
     (num_rows,), device = logprob.shape, logprob.device
@@ -130,8 +134,10 @@ def pair_loss_reference(
     label_smoothing: float = 0.0,
     length_norm: str = "sum",
 ) -> Tensor:
-    """The definition, one pair at a time in textbook form, in the given dtype. The reference is [T] or None, and every
-    response has rows in the mask."""
+    """Computes the loss by its definition, one pair at a time, in the dtype of the inputs.
+
+    `reference_logprob` must be [T] or None, and every response must have rows in the mask.
+    """
     total, bounds, eps = logprob.new_zeros(()), cu_seqlens.tolist(), label_smoothing
     for i in range(0, len(bounds) - 1, 2):
         members = [slice(bounds[j], bounds[j + 1]) for j in (i, i + 1)]
@@ -173,8 +179,10 @@ def _pair_loss(
     per_row: bool,
     triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(sum of the loss [], SUMS [7], slope [T]), float32; `per_row`: whether reference_logprob is per row or per
-    sequence."""
+    """Returns (sum of the loss [], the metrics SUMS [7], slope [T]), float32.
+
+    `per_row` says whether reference_logprob holds one number per row or one per sequence.
+    """
     num_pairs, num_rows = len(cu_seqlens) // 2, len(logprob)
     options = (label_prob, margin, weight, target)
     if triton:
@@ -296,7 +304,7 @@ def pair_kernel(
 
 @jit
 def _member_sums(logprob, reference_logprob, mask, start, stop, PER_ROW: tl.constexpr, BLOCK: tl.constexpr):
-    """(sum of the log-ratios, sum of the log-probs, number) of a sequence's rows in the mask."""
+    """Returns (sum of the log-ratios, sum of the log-probs, number of rows) over a sequence's rows in the mask."""
     log_ratio = tl.zeros([BLOCK], tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     count = tl.zeros([BLOCK], tl.float32)
@@ -314,7 +322,7 @@ def _member_sums(logprob, reference_logprob, mask, start, stop, PER_ROW: tl.cons
 
 @jit
 def _spread(slope, value, mask, start, stop, BLOCK: tl.constexpr):
-    """Writes `value` to the rows of a sequence in the mask and 0 to its other rows."""
+    """Writes `value` to those rows of a sequence that are in the mask and 0 to its other rows."""
     for first in range(start, stop, BLOCK):
         rows = first + tl.arange(0, BLOCK)
         keep = tl.load(mask + rows, mask=rows < stop, other=0).to(tl.int1)
@@ -323,4 +331,5 @@ def _spread(slope, value, mask, start, stop, BLOCK: tl.constexpr):
 
 @jit
 def _store(partials, index: tl.constexpr, value, valid):
+    """Stores this pair's part of sum number `index`, or 0 for an invalid pair; `partials` is [8, B]."""
     tl.store(partials + index * tl.num_programs(0) + tl.program_id(0), tl.where(valid, value, 0.0))

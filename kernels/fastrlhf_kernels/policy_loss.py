@@ -1,28 +1,30 @@
-"""Policy-gradient losses of PPO and of GRPO's family, with the per-token terms that are added to them.
+"""Policy-gradient losses of PPO and of the GRPO family, with optional KL and entropy terms per token.
 
     r_t    = exp(clamp(logprob - sampler_logprob, +-20))
     ppo      g_t = min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)
-    gspo     the same with s_t = exp(mean of logprob - sampler_logprob over the trained tokens of the sequence) for r_t
-    cispo    g_t = stop_gradient(clip(r, 1 - clip_low, 1 + clip_high)) A logprob;  clip_low 1 is no lower bound
+    gspo     as ppo, with s_t = exp(mean of logprob - sampler_logprob over the sequence's trained tokens) for r_t
+    cispo    g_t = stop_gradient(clip(r, 1 - clip_low, 1 + clip_high)) A logprob;  clip_low 1 means no lower bound
     l_t    = -g_t + kl_coef w k - entropy_coef H
     loss   = sum_t mask weight l_t / num_tokens
 
-GRPO, DAPO, Dr. GRPO and BNPO are ppo's g_t under other averages, which `weight` and `num_tokens` express. With
-dual_clip c, -g_t is at most -c A where A < 0. k is k2 or k3 of `kl_estimate`, with its weight w.
+GRPO, DAPO, Dr. GRPO and BNPO use ppo's g_t with other averages, which `weight` and `num_tokens` express. With
+dual_clip c, -g_t is at most -c A for A < 0. k is k2 or k3 of `kl_estimate`, with its weight w.
 
-Gradient of -g_t with respect to logprob. ppo and gspo: -r A (-s A) where the token is active, 0 elsewhere. Active:
+The gradient of -g_t with respect to logprob, for ppo and gspo, is -r A (gspo: -s A) if the token is active, else 0. A
+token is active if
 
     |logprob - sampler_logprob| <= 20  and  (A >= 0: r <= 1 + clip_high,   A < 0: r >= 1 - clip_low and r <= c)
 
-bounds included; with r = 1 everywhere it is REINFORCE's. gspo's is that of GSPO-token (eq. 14): each token moves its
-own log-prob, and where advantage and weight are the same over a sequence the sum over its tokens is GSPO's gradient.
-cispo: -clip(r) A, for every token. The other terms: kl_coef w delta, and -entropy_coef with respect to H.
+With r = 1 everywhere this is the gradient of REINFORCE. For gspo it is the gradient of GSPO-token (eq. 14): each token
+moves only its own log-prob. If advantage and weight are constant over a sequence, the sum over its tokens is GSPO's
+gradient. For cispo the gradient is -clip(r) A, for every token. The KL term adds kl_coef w delta; the gradient with
+respect to H is -entropy_coef.
 
-Rows with mask False reach neither the loss nor a gradient, even where they hold NaN or infinity.
+Rows with mask False affect neither the loss nor a gradient, even if they hold NaN or infinity.
 
 On a GPU one kernel reads the inputs once and writes the gradients: 17 T bytes in float32, 4 T more for each further
-tensor and for the gradient of the entropy; gspo's sequence means are a few passes over [T] before it. The backward
-moves 8 T for each gradient.
+tensor and for the gradient of the entropy. gspo first computes its sequence means, in a few passes over [T]. The
+backward moves 8 T for each gradient.
 
 Legend: T tokens, A advantage, H entropy. PPO: Schulman et al. 2017 (arXiv 1707.06347) eq. 7; dual clip: Ye et al. 2020
 (arXiv 1912.09729); asymmetric clip: DAPO, Yu et al. 2025 (arXiv 2503.14476) eq. 8; GSPO: Zheng et al. 2025 (arXiv
@@ -50,8 +52,8 @@ SUMS = ("policy_loss", "ratio", "clip_fraction", "dual_clip_fraction", "approx_k
 
 
 def policy_loss(
-    logprob: Tensor,  # [T] nats; gradient flows here and to entropy
-    sampler_logprob: Tensor,  # [T] of the policy that drew the tokens, under the same temperature
+    logprob: Tensor,  # [T] nats; logprob and entropy have gradients
+    sampler_logprob: Tensor,  # [T] under the policy that sampled the tokens, at the same temperature
     advantage: Tensor,  # [T]
     mask: Tensor,  # [T] bool, True where the token is trained
     *,
@@ -64,18 +66,18 @@ def policy_loss(
     reference_logprob: Tensor | None = None,  # [T]
     kl_coef: float = 0.0,
     kl_kind: str = "k2",
-    weight: Tensor | None = None,  # [T] multiplies all of l_t; no gradient
+    weight: Tensor | None = None,  # [T] multiplies every term of l_t; no gradient
     entropy: Tensor | None = None,  # [T] nats
     entropy_coef: float = 0.0,
     impl: str = "auto",
 ) -> LossOutput:
-    """sum_t mask weight (-g_t + kl_coef w k - entropy_coef H) / num_tokens, float32; g_t as `loss_type` says.
+    """The policy loss sum_t mask weight (-g_t + kl_coef w k - entropy_coef H) / num_tokens, float32.
 
-    Metrics, sums over the trained tokens: policy_loss (the first term, weighted), ratio (gspo: of the sequence),
-    clip_fraction (tokens whose ratio the clip or the dual clip replaces, which leaves them no gradient under ppo and
-    gspo), dual_clip_fraction (those of the dual clip), approx_kl
-    (k3 estimate of KL(sampler || policy), by token), tokens; kl (w k) and entropy where the inputs are given; and the
-    maximum ratio_max. Raises ValueError for bad arguments.
+    `loss_type` chooses g_t. Metrics, summed over the trained tokens: policy_loss (the first term, weighted), ratio
+    (gspo: of the sequence), clip_fraction (tokens whose ratio is replaced by a bound of the clip or of the dual clip;
+    under ppo and gspo they have no gradient), dual_clip_fraction (tokens replaced by the dual clip's bound), approx_kl
+    (k3 estimate of KL(sampler || policy), per token), tokens, and kl (w k) and entropy if their inputs are given.
+    ratio_max is a maximum. Raises ValueError for bad arguments.
     """
     check_rows("logprob", logprob)
     shape, device = tuple(logprob.shape), logprob.device
@@ -84,7 +86,7 @@ def policy_loss(
         reference_logprob, kl_coef, kl_kind, weight, entropy_coef, loss_type,
     )  # fmt: skip
     if (loss_type == "gspo") != (cu_seqlens is not None):
-        raise ValueError(f"cu_seqlens: needed by loss_type gspo, and read by no other; loss_type is {loss_type!r}")
+        raise ValueError(f"cu_seqlens: pass it with loss_type gspo, and only then; loss_type is {loss_type!r}")
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, len(logprob), device)
     if entropy_coef and entropy is None:
@@ -99,7 +101,7 @@ def policy_loss(
         mask,
         None if reference_logprob is None else reference_logprob.detach(),
         None if weight is None else weight.detach(),
-        entropy if entropy is None or entropy_coef else entropy.detach(),  # otherwise its backward would run, on zeros
+        entropy if entropy is None or entropy_coef else entropy.detach(),  # skips a backward of zeros
         None if cu_seqlens is None else _sequence_log_ratio(logprob, sampler_logprob, mask, cu_seqlens),
         *scalars,
         use_triton(impl, device),
@@ -124,7 +126,10 @@ def checked_policy_options(
     entropy_coef: float,
     loss_type: str,
 ) -> tuple[float | Tensor, tuple[float, float, float, float, str, float, str]]:
-    """(what the sum is divided by, the scalars of `_policy_loss`). Raises ValueError for bad arguments."""
+    """Checks the arguments; returns (the divisor of the sum, the scalar arguments of `_policy_loss`).
+
+    Raises ValueError for bad arguments.
+    """
     check_tensor("mask", mask, shape, device, (torch.bool,))
     check_range("clip_low", clip_low, 0, 1)
     check_range("clip_high", clip_high, 0, float("inf"))
@@ -133,7 +138,7 @@ def checked_policy_options(
     if dual_clip is not None:
         check_range("dual_clip", dual_clip, 1, float("inf"), open_ends=True)
         if loss_type == "cispo":
-            raise ValueError("dual_clip: must be None with loss_type cispo, whose loss has no such bound")
+            raise ValueError("dual_clip: must be None with loss_type cispo, which has no dual clip")
     if kl_coef and reference_logprob is None:
         raise ValueError("kl_coef needs reference_logprob")
     check_tensor("sampler_logprob", sampler_logprob, shape, device)
@@ -158,9 +163,10 @@ def policy_loss_reference(
     loss_type: str = "ppo",
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """The first term of the loss by its definition, in the given dtype; log-ratios within +-20, all values finite.
+    """Computes the first term of the loss by its definition, in the dtype of the inputs.
 
-    gspo is the sequence form (eq. 5): its gradient equals the op's where advantages are the same over a sequence.
+    Log-ratios must be within +-20 and all values finite. gspo is the sequence form (eq. 5), whose gradient equals the
+    op's if advantages are constant over a sequence.
     """
     log_ratio = logprob - sampler_logprob
     if cu_seqlens is not None:
@@ -194,7 +200,10 @@ def _policy_loss(
     loss_type: str,
     triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(sum of the loss [], SUMS [8], largest ratio [], slope by logprob [T], slope by entropy [T] or [0])."""
+    """Returns (sum of the loss [], metrics SUMS [8], largest ratio [], d loss / d logprob [T], d loss / d entropy [T]).
+
+    The last is [0] without `entropy`.
+    """
     scalars = (low, high, dual_clip, kl_coef, entropy_coef, kl_kind, loss_type)
     if not triton:
         scale = mask.float() if weight is None else masked(weight, mask)
@@ -214,7 +223,7 @@ def _policy_loss(
             terms.kl,
         )
         sums = torch.stack([x.sum() for x in (*rows, none if bonus is None else bonus)])
-        largest = F.pad(ratio, (0, 1)).amax()  # the pad is for T = 0
+        largest = F.pad(ratio, (0, 1)).amax()  # the padding makes T = 0 work
         return terms.loss.sum(), sums, largest, terms.d_logprob, none if bonus is None else terms.d_entropy
     num_rows, num_programs = len(logprob), _rows.num_programs(len(logprob))
     partials = logprob.new_empty(2 + len(SUMS), num_programs, dtype=torch.float32)
@@ -238,14 +247,14 @@ differentiate_by_slopes("fastrlhf::policy_loss", leaves=(0, 6))
 
 @torch.no_grad()
 def _sequence_log_ratio(logprob: Tensor, sampler_logprob: Tensor, mask: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """[T] float32: the mean of logprob - sampler_logprob over the trained tokens of each row's sequence."""
+    """For each row, the mean of logprob - sampler_logprob over the trained tokens of its sequence, [T] float32."""
     difference = masked(logprob, mask) - masked(sampler_logprob, mask)
     counts = segment_sum(mask.float(), cu_seqlens).clamp(min=1)
     return (segment_sum(difference, cu_seqlens) / counts)[segment_of_row(cu_seqlens, len(logprob))]
 
 
 def policy_metrics(sums: Tensor, ratio_max: Tensor, kl: bool, entropy: bool) -> dict[str, Metric]:
-    """Metrics of `policy_loss`; `sums` [8] in the order of SUMS."""
+    """Collects the metrics of `policy_loss` in a dict; `sums` [8] are in the order of SUMS."""
     metrics: dict[str, Metric] = {name: Sum(total) for name, total in zip(SUMS, sums.unbind(), strict=True)}
     metrics["ratio_max"] = Max(ratio_max)
     return {name: metrics[name] for name in metrics if (name != "kl" or kl) and (name != "entropy" or entropy)}

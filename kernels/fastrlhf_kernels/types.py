@@ -1,7 +1,8 @@
-"""Results of the ops.
+"""The result types of the ops, and the metrics that come with a loss.
 
-Metrics stay on the device, detached, and define how they combine over micro-batches and ranks: a Sum adds up, a Max
-takes the larger value. A mean is a Sum over another Sum (`policy_loss` over `tokens`), divided once, at the end.
+Metrics are detached tensors on the device. Their type says how they combine over micro-batches and ranks: a Sum is
+added up, a Max keeps the larger value. Means are not stored: divide one Sum by another at the end, for example
+`policy_loss` by `tokens`.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ class TokenLogprobs(NamedTuple):
     logprob: Tensor
     """log p(target), never above 0; differentiable."""
     logsumexp: Tensor
-    """log of the normaliser of the transformed logits; differentiable (z-loss)."""
+    """log of the softmax normaliser, after scale, soft cap and temperature; differentiable (for a z-loss)."""
     entropy: Tensor | None
-    """-sum p log p over the vocabulary; differentiable. None unless asked for."""
+    """-sum p log p over the vocabulary; differentiable. None unless requested."""
     max_logprob: Tensor | None
-    """Largest log-prob of the row, detached; the target is the greedy choice where they agree. None without stats."""
+    """Largest log-prob of the row, detached; equals logprob if the target is the greedy choice. None without stats."""
     mean_logit: Tensor | None
-    """Mean of the transformed logits over the vocabulary, detached. None without stats."""
+    """Mean logit over the vocabulary, after scale, soft cap and temperature, detached. None without stats."""
 
 
 class TokenKL(NamedTuple):
@@ -39,12 +40,12 @@ class TokenKL(NamedTuple):
     reference_logprob: Tensor | None
     """log p(target) under the reference, detached. None without targets."""
     entropy: Tensor | None
-    """-sum p log p of the policy; differentiable. None unless asked for."""
+    """-sum p log p of the policy; differentiable. None unless requested."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sum:
-    """A 0-dim float32 tensor that adds up over micro-batches and ranks."""
+    """A metric (0-dim float32) that is added up over micro-batches and ranks."""
 
     value: Tensor
 
@@ -56,7 +57,7 @@ class Sum:
 
 @dataclass(frozen=True, slots=True)
 class Max:
-    """A 0-dim float32 tensor whose maximum is kept over micro-batches and ranks; + is that maximum."""
+    """A metric (0-dim float32) whose maximum is kept over micro-batches and ranks; `+` takes the larger value."""
 
     value: Tensor
 
@@ -70,19 +71,19 @@ Metric = Sum | Max
 
 
 class LossOutput(NamedTuple):
-    """A loss with its metrics."""
+    """The result of a loss op: the loss and its metrics."""
 
     loss: Tensor
-    """0-dim float32; call backward on it."""
+    """0-dim float32; call `backward()` on it."""
     metrics: Mapping[str, Metric]
 
 
 def merge(*metrics: Mapping[str, Metric]) -> dict[str, Metric]:
-    """Merges the metrics of several micro-batches; a name may be missing from some. Does not wait for the device.
+    """Merges the metrics of several micro-batches without waiting for the device. A name may be missing from some.
 
         merge({"tokens": Sum(3)}, {"tokens": Sum(4), "ratio_max": Max(2)})  ->  {"tokens": Sum(7), "ratio_max": Max(2)}
 
-    Raises ValueError for a name that is a Sum here and a Max there.
+    Raises ValueError if a name is a Sum in one micro-batch and a Max in another.
     """
     merged: dict[str, Metric] = {}
     for mapping in metrics:

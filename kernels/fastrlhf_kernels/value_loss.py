@@ -3,15 +3,16 @@
     clipped = rollout_value + clamp(value - rollout_value, +-clip)
     loss    = sum_t mask weight max((value - returns)^2, (clipped - returns)^2) / 2 / num_tokens
 
-Gradient with respect to value: weight (value - returns) where the first square is the larger or they are equal;
-elsewhere 0, because the second is larger only where the clamp is active. With clip None: weight (value - returns).
+The gradient with respect to value is weight (value - returns) if the first square is at least as large as the second.
+Otherwise it is 0, because the second can only be larger while the clamp is active. With clip None it is always
+weight (value - returns).
 
-Rows with mask False reach neither the loss nor a gradient, even where they hold NaN or infinity.
+Rows with mask False affect neither the loss nor a gradient, even if they hold NaN or infinity.
 
 On a GPU one kernel reads the inputs once and writes the gradient: 17 T bytes in float32, 4 T more for a
 weight. The backward moves 8 T.
 
-Legend: T tokens. The critic's part of PPO2 (Dhariwal et al. 2017, OpenAI Baselines); Schulman et al. 2017 eq. 9.
+Legend: T tokens. Source: PPO2's critic loss (Dhariwal et al. 2017, OpenAI Baselines); Schulman et al. 2017 eq. 9.
 """
 
 from __future__ import annotations
@@ -27,20 +28,20 @@ from fastrlhf_kernels.types import LossOutput, Sum
 
 
 def value_loss(
-    value: Tensor,  # [T]; gradient flows here and only here
-    rollout_value: Tensor,  # [T] the critic's value when the rollout was made
+    value: Tensor,  # [T]; the only argument with a gradient
+    rollout_value: Tensor,  # [T] the critic's values at the time of the rollout
     returns: Tensor,  # [T]
     mask: Tensor,  # [T] bool
     *,
-    num_tokens: float | Tensor,  # masked-in rows of the whole optimiser step
+    num_tokens: float | Tensor,  # rows with mask True in the whole optimiser step, over all micro-batches and ranks
     clip: float | None = 0.2,
-    weight: Tensor | None = None,  # [T], no gradient; for example 1 / length of a sequence, for means by sequence
+    weight: Tensor | None = None,  # [T], no gradient; for example 1 / sequence length, to average per sequence
     impl: str = "auto",
 ) -> LossOutput:
-    """sum_t mask weight max((V - R)^2, (V_clipped - R)^2) / 2 / num_tokens, float32.
+    """The critic's loss sum_t mask weight max((V - R)^2, (V_clipped - R)^2) / 2 / num_tokens, float32.
 
-    Metrics, sums over the rows in the mask: value_loss (weighted), value_clip_fraction, rows. Raises ValueError for bad
-    arguments.
+    V is `value`, R is `returns`. Metrics, summed over the rows in the mask: value_loss (weighted),
+    value_clip_fraction, rows. Raises ValueError for bad arguments.
     """
     check_rows("value", value)
     check_tensor("mask", mask, tuple(value.shape), value.device, (torch.bool,))
@@ -68,7 +69,7 @@ def value_loss_reference(
     clip: float | None = 0.2,
     weight: float | Tensor = 1.0,
 ) -> Tensor:
-    """The definition, in the given dtype; all values finite."""
+    """Computes the loss by its definition, in the dtype of the inputs; all values must be finite."""
     clip = float("inf") if clip is None else clip
     clipped = rollout_value + (value - rollout_value).clamp(-clip, clip)
     return (weight * torch.maximum((value - returns) ** 2, (clipped - returns) ** 2))[mask].sum() / 2 / num_tokens
@@ -84,7 +85,7 @@ def _value_loss(
     clip: float | None,
     triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(sum of the loss [], clipped rows [], rows in the mask [], slope [T]), float32."""
+    """Returns (sum of the loss [], clipped rows [], rows in the mask [], slope [T]), float32."""
     if not triton:
         value, rollout_value, returns = (masked(x, mask) for x in (value, rollout_value, returns))
         loss, slope, clipped = torch_value_terms(value, rollout_value, returns, clip)
@@ -112,7 +113,7 @@ differentiate_by_slopes("fastrlhf::value_loss", leaves=(0,))
 def torch_value_terms(
     value: Tensor, rollout_value: Tensor, returns: Tensor, clip: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`value_terms` in torch."""
+    """Returns (loss, slope, whether the clipped square is used) per row; `value_terms` is the Triton version."""
     error = value - returns
     if clip is None:
         return error.square() / 2, error, torch.zeros_like(error, dtype=torch.bool)
@@ -124,7 +125,7 @@ def torch_value_terms(
 
 @jit
 def value_terms(value, rollout_value, returns, clip):
-    """(loss, its slope, whether the clip holds) of float32 rows; clip may be None."""
+    """Returns (loss, slope, whether the clipped square is used) for float32 rows; clip may be None."""
     error = value - returns
     if clip is None:
         return error * error * 0.5, error, error * 0
