@@ -78,6 +78,8 @@ def test_rows_are_tokenised_as_by_trl():
         ("cdpo", {"label_smoothing": 0.1}),  # record_trl.py says how TRL was made to compute it
         ("robust", {"loss_type": "robust", "label_smoothing": 0.1}),
         ("hinge", {"loss_type": "hinge", "beta": 1.0}),
+        ("apo_zero", {"loss_type": "apo_zero", "beta": 0.3}),
+        ("apo_down", {"loss_type": "apo_down", "beta": 0.3}),
         ("ipo", {"loss_type": "ipo", "beta": 0.2}),  # means over tokens, EOS included, in both
     ],
 )

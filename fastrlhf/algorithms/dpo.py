@@ -12,8 +12,7 @@ second model stays in memory (algorithms/reference.py).
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import chain
 
@@ -23,9 +22,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.algorithms.diagnoses import Diagnoses
 from fastrlhf.algorithms.pair_labels import pair_margins, pair_probabilities
+from fastrlhf.algorithms.pair_losses import Pairs, check_first_loss, describe_target, loss_of_pairs, pair_function
 from fastrlhf.algorithms.psipo import load_psi, pair_target
 from fastrlhf.algorithms.psipo_groups import train_groups
-from fastrlhf.algorithms.reference import Reference, open_reference
+from fastrlhf.algorithms.reference import open_reference
 from fastrlhf.algorithms.scoring import Tree, sequence_sums
 from fastrlhf.config import DPOConfig
 from fastrlhf.config.paths import at_start
@@ -42,40 +42,12 @@ from fastrlhf.runtime.inputs import open_inputs
 from fastrlhf.runtime.optim import Optimizer, index_batches, num_steps
 from fastrlhf.runtime.run import Run, StepMetrics, TrainResult, check_micro_batch
 from fastrlhf.types import PackedBatch, TokenizedExample
-from fastrlhf_kernels import LossOutput, Metric, Sum, TokenLogprobs, pair_loss
+from fastrlhf_kernels import LossOutput, Metric, Sum, TokenLogprobs
 
 log = logging.getLogger(__name__)
 
-KINDS = {"sigmoid": "dpo", "ipo": "ipo", "hinge": "hinge", "robust": "robust"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pairs:
-    """The inputs of the loss for a set of pairs, all in the same order."""
-
-    trees: list[Tree]
-    label_prob: Tensor | None
-    """[B] float32 on the CPU, like the fields below: P(chosen is better); None where every label is hard"""
-    target: Tensor | None
-    """[B] float32 nats, PsiPO's target of the difference of log-ratios; None where psi is the identity"""
-    margin: Tensor | None
-    """[B] float32, in the units of beta times nats"""
-
-    def __getitem__(self, indices: Sequence[int]) -> Pairs:
-        rows = list(indices)
-        return Pairs(
-            trees=[self.trees[i] for i in rows],
-            label_prob=None if self.label_prob is None else self.label_prob[rows],
-            target=None if self.target is None else self.target[rows],
-            margin=None if self.margin is None else self.margin[rows],
-        )
-
-    def __len__(self) -> int:
-        return len(self.trees)
-
-    @property
-    def num_chosen_tokens(self) -> int:
-        return sum(tree[-2].num_scored for tree in self.trees)
+Reference = Callable[[PackedBatch, Sequence[int]], Tensor | None]
+"""(pack, indices of its pairs) -> log-probs of the reference for its sequences [N], or None where no loss reads any"""
 
 
 def train_dpo(
@@ -101,6 +73,8 @@ def train_dpo(
         read_model_config(config.reward_model_path, "reward_model_path", config.trust_remote_code)
     if config.ref_cache_dir:
         check_writable(config.ref_cache_dir, "ref_cache_dir")
+    for name in config.functions:
+        pair_function(name)
     if config.psi_backend == "groupwise":
         return train_groups(config, examples, eval_examples, model=model, tokenizer=tokenizer)
     tokenizer, data = open_inputs(config, fields_read(config), examples, eval_examples, tokenizer=tokenizer)
@@ -114,7 +88,8 @@ def train_dpo(
     if "ipo" in config.losses and config.psi == "identity" and config.label_source == "data":
         log.info(describe_target(config, everything))
     trained = chain.from_iterable(index_batches(num_train, config.batch_size, steps, config.seed))
-    reference = open_reference(config, model, trees, chain(trained, held_out))
+    needed = chain(trained, held_out)
+    reference = open_reference(config, model, trees, needed) if config.has_reference else _no_reference
     shard(model)
     optimizer, diagnoses = Optimizer({"": model}, config, num_steps=steps), Diagnoses(config.losses)
     evaluate_held_out = partial(_evaluate, config, model, reference, everything, held_out)
@@ -139,7 +114,7 @@ def train_dpo(
                 output.loss.backward()
                 totals.add(output.metrics)
             means = totals.means("pairs")
-            if step == 0 and not config.ref_model_name_or_path:
+            if step == 0 and config.has_reference and not config.ref_model_name_or_path:
                 check_first_loss(config, drawn, means)
             metrics = _named(config, means)
             metrics |= {**optimizer.step(), "num_tokens": sum(map(num_in_sequences, drawn.trees))}
@@ -151,6 +126,10 @@ def train_dpo(
             for finding in diagnoses.look(metrics):
                 log.warning("step %d: %s", step + 1, finding)
         return run.finish(model, tokenizer, evaluation)
+
+
+def _no_reference(batch: PackedBatch, indices: Sequence[int]) -> None:
+    """Stands in for the reference of losses that read none."""
 
 
 def _loss(
@@ -173,41 +152,12 @@ def _loss(
         if name == "sft":
             loss = -sequence_sums(scored.logprob, batch)[::2].sum() / step.num_chosen_tokens
         else:
-            output = _pair_loss(config, name, scored.logprob, reference_logprob, batch.cu_rows, own, num_pairs)
+            output = loss_of_pairs(config, name, scored.logprob, reference_logprob, batch.cu_rows, own, num_pairs)
             loss, metrics = output.loss, {**output.metrics, **metrics}
         total = total + weight * loss
         metrics[f"loss/{name}"] = Sum(loss.detach() * num_pairs)
     metrics["loss"] = Sum(total.detach() * num_pairs)
     return LossOutput(total, metrics | _token_metrics(scored, batch))
-
-
-def _pair_loss(
-    config: DPOConfig,
-    name: str,
-    logprob: Tensor,
-    reference_logprob: Tensor | None,
-    cu_rows: Tensor,
-    pairs: Pairs,
-    num_pairs: int,
-) -> LossOutput:
-    label_prob, target, margin = (
-        None if column is None else column.to(logprob.device, non_blocking=True)
-        for column in (pairs.label_prob, pairs.target, pairs.margin)
-    )
-    return pair_loss(
-        logprob,
-        reference_logprob,
-        cu_rows,
-        torch.ones_like(logprob, dtype=torch.bool),
-        num_pairs=num_pairs,
-        kind=KINDS[name],
-        beta=config.beta,
-        label_smoothing=config.label_smoothing,
-        label_prob=label_prob if target is None else None,
-        margin=margin,
-        target=target,
-        length_norm=length_norm(config, name),
-    )
 
 
 @torch.no_grad()
@@ -222,52 +172,6 @@ def _token_metrics(scored: TokenLogprobs, batch: PackedBatch) -> dict[str, Metri
     names = ("logits_chosen", "logits_rejected", "greedy_chosen", "greedy_rejected", "chosen_tokens", "rejected_tokens")
     sums = dict(zip(names, torch.cat([*by_side, counts]).unbind(), strict=True))
     return {name: Sum(value) for name, value in (sums | {"entropy": scored.entropy.sum()}).items()}
-
-
-def length_norm(config: DPOConfig, loss_type: str) -> str:
-    """Resolves `auto`: the mean over tokens for ipo with hard labels, as in TRL; otherwise, PsiPO included, the sum."""
-    if config.length_norm != "auto":
-        return config.length_norm
-    plain = config.psi == "identity" and config.label_source == "data"
-    return "mean" if loss_type == "ipo" and plain else "sum"
-
-
-def describe_target(config: DPOConfig, pairs: Pairs) -> str:
-    """Describes the margin that IPO aims at, (1 - 2 label_smoothing) / (2 tau), per token and per response."""
-    target = (1 - 2 * config.label_smoothing) / (2 * config.beta)
-    length = sum(tree[-1].num_scored + tree[-2].num_scored for tree in pairs.trees) / (2 * len(pairs))
-    per_response, per_token = (target, target / length)
-    if length_norm(config, "ipo") != "sum":
-        per_response, per_token = target * length, target
-    return (
-        f"ipo: beta (tau) {config.beta:g} with length_norm {length_norm(config, 'ipo')} asks for a margin of "
-        f"{per_token:.3g} nats per token, {per_response:.3g} per response of {length:.1f} tokens"
-    )
-
-
-def check_first_loss(config: DPOConfig, pairs: Pairs, means: Mapping[str, float]) -> None:
-    """Raises ValueError where a loss is not that of a policy equal to its reference: ln 2 for DPO, 1 for hinge, (1 / (2
-    tau))^2 for IPO; other values with margins or soft labels.
-
-    Every log-ratio is then 0 except for rounding: 3e-5 of a response's log-prob is allowed, 1e-2 in bfloat16.
-    """
-    size = abs(means["logprob_chosen"]) + abs(means["logprob_rejected"])
-    rounding = (3e-5 if config.dtype == "float32" else 1e-2) * size
-    for name in (name for name in config.losses if name != "sft"):
-        low, expected, high = (_loss_at(config, name, pairs, x) for x in (-rounding, 0.0, rounding))
-        loss = means[f"loss/{name}"]
-        if not abs(loss - expected) <= max(abs(low - expected), abs(high - expected)) + 1e-6:
-            raise ValueError(
-                f"the first {name} loss is {loss:.6g}, but a policy that equals its reference has {expected:.6g}: "
-                "log-probs of the same tokens differ between two passes, so the model is not deterministic"
-            )
-
-
-def _loss_at(config: DPOConfig, name: str, pairs: Pairs, difference: float) -> float:
-    """The mean loss of the pairs if each had this difference of log-ratios."""
-    logprob = torch.tensor([difference, 0.0]).repeat(len(pairs))
-    cu_rows = torch.arange(2 * len(pairs) + 1, dtype=torch.int32)
-    return _pair_loss(config, name, logprob, None, cu_rows, pairs, len(pairs)).loss.item()
 
 
 @torch.no_grad()

@@ -24,11 +24,18 @@ TRL_CONFIGS = {
     "reward": "TRL's RewardConfig",
     "grpo": "TRL's GRPOConfig",
     "ppo": "TRL's PPOConfig, until 1.12",
+    "cpo": "TRL's CPOConfig and ORPOConfig, and its older DPOConfig",
     "older": "older releases of TRL and transformers, and other programs",
 }
 """Short name -> the configuration class or release that has a key."""
 
-READ_BY = {"drpo": ("ppo", "grpo"), "rto": ("ppo", "grpo"), "ppo": ("ppo", "grpo"), "grpo": ("grpo", "ppo")}
+READ_BY = {
+    "dpo": ("dpo", "cpo"),
+    "drpo": ("ppo", "grpo"),
+    "rto": ("ppo", "grpo"),
+    "ppo": ("ppo", "grpo"),
+    "grpo": ("grpo", "ppo"),
+}
 """Our command -> the TRL configs in which its keys are looked up, in this order. A command that is not listed is looked
 up under its own name."""
 
@@ -233,7 +240,7 @@ KEYS: tuple[Key, ...] = (
     *_off("grpo ppo", "ds3_gather_for_generation", "DeepSpeed is not used"),
     # SFT, DPO and reward models
     *_no("sft", "loss_type", "SFT has one loss: minus the mean log-prob of the trained tokens"),
-    *_same("dpo", "loss_type", "sigmoid, ipo, hinge, robust, sft, or a list of them"),
+    *_same("dpo", "loss_type", "not exo_pair, nca_pair, bco_pair, sppo_hard, aot, discopop: give your own function"),
     *_same("dpo", "loss_weights label_smoothing beta"),
     *_same("dpo", "precompute_ref_log_probs", "true by default"),
     *_other("dpo", "precompute_ref_batch_size", "micro_batch_tokens"),
@@ -244,7 +251,9 @@ KEYS: tuple[Key, ...] = (
     *_no("dpo grpo", "sync_ref_model ref_model_mixup_alpha ref_model_sync_steps", "the reference is never updated"),
     *_same("reward", "center_rewards_coefficient", "0 by default, which equals TRL's null"),
     *_other("older", "ref_model", "ref_model_name_or_path"),
-    *_off("older", "reference_free", "DPO has a reference: the model before training"),
+    *_same("cpo", "reference_free"),
+    *_same("cpo", "simpo_gamma", "with loss_type: simpo"),
+    *_other("cpo", "cpo_alpha", "loss_weights", "the second of loss_type: cpo is the weight of the sft term"),
     *_other("older", "rpo_alpha", "loss_type", "write loss_type: [sigmoid, sft] and loss_weights"),
     *_other("older", "precompute_ref_log_prob", "precompute_ref_log_probs"),
     # On-policy
@@ -328,7 +337,8 @@ COMMANDS = {
     "rloo": "write grpo with advantage_estimator: rloo",
     "ipo": "write dpo with loss_type: ipo",
     "kto": "KTO is not supported",
-    **{name: f"{name.upper()} is not supported" for name in ("orpo", "cpo", "simpo", "bco", "gkd")},
+    **{name: f"write dpo with loss_type: {name}" for name in ("orpo", "cpo", "simpo")},
+    **{name: f"{name.upper()} is not supported" for name in ("bco", "gkd")},
     "reward_model": "write reward",
     "rm": "write reward",
     "vllm-serve": "vLLM runs in the trainer's process: engine: vllm",

@@ -27,7 +27,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "Loss": (
         *("completion_only_loss", "train_on", "train_suffix"),
-        *("beta", "loss_type", "loss_weights", "margin_scale", "label_smoothing"),
+        *("beta", "loss_type", "loss_weights", "simpo_gamma", "margin_scale", "label_smoothing"),
         *("length_norm", "center_rewards_coefficient", "router_aux_loss_coef"),
         *("cliprange", "cliprange_high", "dual_clip", "entropy_coef", "loss_aggregation", "target_kl"),
         *("mask_truncated_completions", "sampler_is_cap", "cliprange_value", "vf_coef"),
@@ -36,7 +36,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Labels and PsiPO": (
         *("label_source", "label_prior", "score_scale", "psi", "psi_clip", "psi_backend", "psi_opponents"),
     ),
-    "Reference model": ("ref_model_name_or_path", "precompute_ref_log_probs", "ref_cache_dir"),
+    "Reference model": (*("ref_model_name_or_path", "reference_free", "precompute_ref_log_probs", "ref_cache_dir"),),
     "Sampling": (
         *("response_length", "temperature", "stop", "num_generations", "rollout_batch_size", "engine", "decode"),
         *("vllm_gpu_memory_utilization", "max_sampling_logp_difference"),

@@ -8,7 +8,8 @@ from typing import Literal
 from fastrlhf.config.checks import above_0, at_default, at_least, require
 from fastrlhf.config.train import TrainConfig
 
-PAIR_LOSSES = ("sigmoid", "ipo", "hinge", "robust", "sft")
+REFERENCE_FREE = ("simpo", "cpo", "orpo")
+PAIR_LOSSES = ("sigmoid", "ipo", "hinge", "robust", "apo_zero", "apo_down", *REFERENCE_FREE, "sft")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,24 +66,31 @@ class DPOConfig(TrainConfig):
     num_train_epochs: float = 1.0
     beta: float = 0.1
     """Strength of the regularisation towards the reference: the larger it is, the closer the policy stays. For ipo it
-    is the paper's tau."""
+    is the paper's tau, for orpo its lambda, the weight of the loss."""
     train_suffix: bool = False
     """Count the text that the chat template writes after the end of a turn as a part of the response, as TRL does: for
     ChatML, a newline."""
     loss_type: str | tuple[str, ...] = "sigmoid"
-    """Loss: sigmoid (DPO), ipo, hinge or robust; or a list of losses to be added up. The list may include sft: minus
-    the mean log-prob of the tokens of the chosen responses."""
+    """Loss on pairs: sigmoid (DPO), ipo, hinge, robust, apo_zero, apo_down; simpo, cpo and orpo, which read no reference;
+    or your own function of the log-ratios of the chosen and of the rejected responses, as file.py:function. A list of
+    losses is added up and may include sft: minus the mean log-prob of the tokens of the chosen responses. cpo and orpo
+    without a list mean [cpo, sft] and [orpo, sft], as in their papers."""
     loss_weights: tuple[float, ...] = ()
     """Weight of each loss if `loss_type` is a list. Empty: 1 each."""
     margin_scale: float = 0.0
     """Factor on the column `margin`, which is subtracted from beta times the difference of log-ratios (Amini et al.
     2024, arXiv 2402.10571); not for ipo. 0: the column is not read."""
+    simpo_gamma: float = 0.5
+    """Margin of simpo, in the units of beta times nats per token (Meng et al. 2024, arXiv 2405.14734, eq. 6, whose beta
+    is 2 to 10)."""
+    reference_free: bool = False
+    """Leave the reference out of every loss: log-ratios become log-probs. simpo, cpo and orpo never read one."""
     label_smoothing: float = 0.0
     """Assumed share of pairs whose labels are swapped, below 0.5 (cDPO, and loss_type robust)."""
     length_norm: Literal["auto", "sum", "mean", "pair_mean"] = "auto"
     """How the log-ratio of a response is computed from those of its tokens. sum: their sum. mean: their mean.
     pair_mean: their sum divided by the mean length of the two responses of the pair. auto: the mean for ipo with hard
-    labels (as in TRL), the sum otherwise (as in the papers)."""
+    labels (as in TRL), simpo and orpo, the sum otherwise (as in the papers)."""
     ref_model_name_or_path: str = ""
     """Folder or hub name of the reference model. Empty: the model before training."""
     precompute_ref_log_probs: bool = True
@@ -124,31 +132,35 @@ class DPOConfig(TrainConfig):
         require(0 <= self.label_smoothing < 0.5, "label_smoothing", self.label_smoothing, "at least 0 and below 0.5")
         losses, weights = self.losses, self.loss_weights
         require(bool({*losses} - {"sft"}), "loss_type", self.loss_type, "at least one loss on pairs")
-        require({*losses} <= {*PAIR_LOSSES}, "loss_type", self.loss_type, f"of {', '.join(PAIR_LOSSES)}")
+        known = {*PAIR_LOSSES, *self.functions}
+        require(
+            {*losses} <= known, "loss_type", self.loss_type, f"one of {', '.join(PAIR_LOSSES)}, or file.py:function"
+        )
         require(len({*losses}) == len(losses), "loss_type", losses, "without repeats")
-        require(len(weights) in (0, len(losses)), "loss_weights", weights, f"{len(losses)} numbers, one per loss_type")
+        one = f"1 number, for {losses[0]}"
+        rule = one if len(losses) == 1 else f"{len(losses)} numbers, one for each of {', '.join(losses)}"
+        require(len(weights) in (0, len(losses)), "loss_weights", weights, rule)
         require(all(weight > 0 for weight in weights), "loss_weights", weights, "above 0")
-        smooth, soft = self.label_smoothing > 0, self.label_source != "data"
-        if "hinge" in losses:
-            require(not smooth, "label_smoothing", self.label_smoothing, "0 when loss_type is hinge")
-        if soft:
-            hard = {"hinge", "robust"} & {*losses}
-            require(not hard, "label_source", self.label_source, "data for hinge and robust")
-            require(not smooth, "label_smoothing", self.label_smoothing, "0 when label_source is not data")
+        self._check_labels()
+        self._check_reference()
         judged, path = self.label_source == "reward_model", self.reward_model_path
         require(
             bool(path) == judged, "reward_model_path", path, "given when label_source is reward_model, and only then"
         )
         self._check_psi()
-        if "ipo" in losses:
-            require(not self.margin_scale, "margin_scale", self.margin_scale, "0 when loss_type is ipo")
+        if fixed := {"ipo", "apo_zero", "apo_down", "orpo", *self.functions} & {*losses}:
+            rule = f"0 when loss_type is {', '.join(sorted(fixed))}"
+            require(not self.margin_scale, "margin_scale", self.margin_scale, rule)
+        for name in {"simpo", "orpo"} & {*losses}:
+            require(self.length_norm in ("auto", "mean"), "length_norm", self.length_norm, f"auto or mean for {name}")
         scored = judged or self.psi_backend == "groupwise"
         at_default(
             self,
             [
-                (self.label_source == "counts", "when label_source is not counts", ("label_prior",)),
-                (scored, "when probabilities are not computed from scores", ("score_scale",)),
-                (self.psi == "clipped_logit", "when psi is not clipped_logit", ("psi_clip",)),
+                (self.label_source == "counts", "where label_source is not counts", ("label_prior",)),
+                (scored, "where no scores give probabilities", ("score_scale",)),
+                (self.psi == "clipped_logit", "where psi is not clipped_logit", ("psi_clip",)),
+                ("simpo" in losses, "where loss_type is not simpo", ("simpo_gamma",)),
             ],
         )
         cache = self.ref_cache_dir
@@ -161,7 +173,47 @@ class DPOConfig(TrainConfig):
 
     @property
     def losses(self) -> tuple[str, ...]:
-        return (self.loss_type,) if isinstance(self.loss_type, str) else self.loss_type
+        """The names in `loss_type`; cpo and orpo alone stand for their sum with sft."""
+        if not isinstance(self.loss_type, str):
+            return self.loss_type
+        return (self.loss_type, "sft") if self.loss_type in ("cpo", "orpo") else (self.loss_type,)
+
+    @property
+    def functions(self) -> tuple[str, ...]:
+        """The user-defined losses in `losses`."""
+        return tuple(name for name in self.losses if ":" in name)
+
+    @property
+    def reference_free_losses(self) -> tuple[str, ...]:
+        """The losses on pairs that read no reference."""
+        return tuple(name for name in self.losses if name in REFERENCE_FREE or self.reference_free)
+
+    @property
+    def has_reference(self) -> bool:
+        return not {*self.losses} <= {"sft", *self.reference_free_losses}
+
+    def _check_labels(self) -> None:
+        losses, smooth, soft = {*self.losses}, self.label_smoothing > 0, self.label_source != "data"
+        only_hard = losses & {"hinge", "apo_zero", "apo_down", "orpo", *self.functions}
+        if only_hard:
+            rule = f"0 when loss_type is {', '.join(sorted(only_hard))}"
+            require(not smooth, "label_smoothing", self.label_smoothing, rule)
+        if soft:
+            only_hard |= losses & {"robust"}
+            rule = f"data when loss_type is {', '.join(sorted(only_hard))}"
+            require(not only_hard, "label_source", self.label_source, rule)
+            require(not smooth, "label_smoothing", self.label_smoothing, "0 when label_source is not data")
+
+    def _check_reference(self) -> None:
+        free, others = {*self.losses} & {*REFERENCE_FREE}, {*self.losses} - {*REFERENCE_FREE, "sft"}
+        if free and others:
+            rule = f"true when {', '.join(sorted(free))} and {', '.join(sorted(others))} are added up"
+            require(self.reference_free, "reference_free", self.reference_free, rule)
+        elif free:
+            rule = f"false when loss_type is {', '.join(sorted(free))}, which never reads a reference"
+            require(not self.reference_free, "reference_free", self.reference_free, rule)
+        keys = ("ref_model_name_or_path", "precompute_ref_log_probs", "ref_cache_dir")
+        at_default(self, [(self.has_reference, "where no loss has a reference", keys)])
 
     def _check_psi(self) -> None:
         groups = self.psi_backend == "groupwise"
@@ -170,6 +222,7 @@ class DPOConfig(TrainConfig):
             require(self.losses == ("ipo",), "loss_type", self.loss_type, f"ipo {because}")
             require(self.length_norm in ("auto", "sum"), "length_norm", self.length_norm, f"auto or sum {because}")
             require(not self.label_smoothing, "label_smoothing", self.label_smoothing, f"0 {because}")
+            require(not self.reference_free, "reference_free", self.reference_free, f"false {because}")
         if groups:
             require(not self.loss_weights, "loss_weights", self.loss_weights, f"empty {because}")
             sources = ("data", "reward_model")

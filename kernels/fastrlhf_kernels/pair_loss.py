@@ -208,7 +208,7 @@ def _pair_loss(
     normed = log_ratio / lengths
 
     label_prob, margin, weight, target = (None if x is None else x.float() for x in options)
-    loss, *slope = torch_pair_terms(*normed.unbind(1), beta, kappa, label_prob, margin, target, kind)
+    loss, *slope = torch_pair_terms(normed[:, 0], normed[:, 1], beta, kappa, label_prob, margin, target, kind)
     slope = torch.stack(slope, 1)
     if weight is not None:
         loss, slope = loss * weight, slope * weight[:, None]

@@ -12,7 +12,7 @@ from fastrlhf.config.elsewhere import COMMANDS, KEYS, TRL_CONFIGS, explain_comma
 from fastrlhf.config.files import ALIASES
 
 FIELDS = {command: {field.name for field in dataclasses.fields(kind)} for command, kind in CONFIGS.items()}
-COMMANDS_OF = {"sft": ["sft"], "dpo": ["dpo"], "reward": ["reward"], "grpo": ["grpo"], "ppo": ["ppo"]}
+COMMANDS_OF = {"sft": ["sft"], "dpo": ["dpo"], "cpo": ["dpo"], "reward": ["reward"], "grpo": ["grpo"], "ppo": ["ppo"]}
 """TRL config -> our commands that read its keys."""
 
 

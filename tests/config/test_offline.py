@@ -10,19 +10,22 @@ from fastrlhf.config import (
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"loss_type": "dpo"}, r"^loss_type: must be of sigmoid, ipo, hinge, robust, sft; got 'dpo'"),
-        ({"loss_type": ("sigmoid", "dpo")}, r"^loss_type: must be of .*; got \('sigmoid', 'dpo'\)"),
+        ({"loss_type": "dpo"}, r"^loss_type: must be one of sigmoid, ipo, .*, sft, or file.py:function; got 'dpo'"),
+        ({"loss_type": ("sigmoid", "dpo")}, r"^loss_type: must be one of .*; got \('sigmoid', 'dpo'\)"),
         ({"loss_type": ()}, "^loss_type: must be at least one loss on pairs"),
         ({"loss_type": "sft"}, "^loss_type: must be at least one loss on pairs"),
         ({"loss_type": ("ipo", "ipo")}, "^loss_type: must be without repeats"),
-        ({"loss_weights": (1.0, 2.0)}, r"^loss_weights: must be 1 numbers, one per loss_type; got \(1.0, 2.0\)"),
+        ({"loss_weights": (1.0, 2.0)}, r"^loss_weights: must be 1 number, for sigmoid; got \(1.0, 2.0\)"),
         ({"loss_type": ("sigmoid", "sft"), "loss_weights": (1.0, 0.0)}, "^loss_weights: must be above 0"),
         ({"loss_type": ("sigmoid", "sft"), "loss_weights": (1.0, float("nan"))}, "^loss_weights: must be finite"),
         (
             {"loss_type": "hinge", "label_smoothing": 0.1},
             "^label_smoothing: must be 0 when loss_type is hinge; got 0.1",
         ),
-        ({"loss_type": "robust", "label_source": "label_prob"}, "^label_source: must be data for hinge and robust"),
+        (
+            {"loss_type": "robust", "label_source": "label_prob"},
+            "^label_source: must be data when loss_type is robust",
+        ),
         (
             {"label_source": "label_prob", "label_smoothing": 0.1},
             "^label_smoothing: must be 0 when label_source is not data",

@@ -5,7 +5,7 @@ TRL is needed here and nowhere else: trl==1.16.0 for all but PPO, which it no lo
 versions of torch and transformers that trl.json names. A case that is not named stays in the file as it was.
 
     export PYTHONPATH=.:kernels HF_HUB_OFFLINE=1
-    python tests/golden/record_trl.py sft sft_whole dpo cdpo robust hinge ipo reward   # trl 1.16.0
+    python tests/golden/record_trl.py sft sft_whole dpo cdpo robust hinge ipo apo_zero apo_down reward  # trl 1.16.0
     python tests/golden/record_trl.py sft_run dpo_run ipo_run reward_run               # trl 1.16.0
     python tests/golden/record_trl.py ppo ppo_whitened                                 # trl 1.12.0
 
@@ -55,6 +55,8 @@ PREFERENCE = {  # TRL's DPOConfig, beyond the defaults
     "robust": {"beta": 0.1, "label_smoothing": 0.1, "loss_type": "robust"},
     "hinge": {"beta": 1.0, "loss_type": "hinge"},
     "ipo": {"beta": 0.2, "loss_type": "ipo"},
+    "apo_zero": {"beta": 0.3, "loss_type": "apo_zero"},
+    "apo_down": {"beta": 0.3, "loss_type": "apo_down"},
 }
 ON_POLICY = {  # settings that TRL and fastrlhf call by the same names
     "ppo": {"response_length": 6, "temperature": 0.7, "missing_eos_penalty": 1.0},

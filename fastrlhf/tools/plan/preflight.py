@@ -11,6 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from fastrlhf.algorithms.pair_losses import pair_function
 from fastrlhf.algorithms.psipo import load_psi
 from fastrlhf.config import DPOConfig, PPOConfig, RewardConfig, RLPConfig, TrainConfig, parse_model_config
 from fastrlhf.data.packing import num_computed
@@ -74,6 +75,9 @@ def _check(config: TrainConfig, made: Made) -> None:
         load_reward_functions(config)
     if isinstance(config, DPOConfig) and config.ref_cache_dir:
         check_writable(config.ref_cache_dir, "ref_cache_dir")
+    if isinstance(config, DPOConfig):
+        for name in config.functions:
+            pair_function(name)
     if isinstance(config, DPOConfig | PPOConfig) and config.psi:
         load_psi(config.psi, config.psi_clip)
     _check_rows(_with_tokenizer(config, made))
