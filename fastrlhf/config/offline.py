@@ -71,7 +71,7 @@ class DPOConfig(TrainConfig):
     """Count the text that the chat template writes after the end of a turn as a part of the response, as TRL does: for
     ChatML, a newline."""
     loss_type: str | tuple[str, ...] = "sigmoid"
-    """Loss on pairs: sigmoid (DPO), ipo, hinge, robust, apo_zero, apo_down; simpo, cpo and orpo, which read no reference;
+    """Loss on pairs: sigmoid (DPO), ipo, hinge, robust, apo_zero, apo_down; simpo, cpo, orpo, which read no reference;
     or your own function of the log-ratios of the chosen and of the rejected responses, as file.py:function. A list of
     losses is added up and may include sft: minus the mean log-prob of the tokens of the chosen responses. cpo and orpo
     without a list mean [cpo, sft] and [orpo, sft], as in their papers."""
@@ -157,10 +157,10 @@ class DPOConfig(TrainConfig):
         at_default(
             self,
             [
-                (self.label_source == "counts", "where label_source is not counts", ("label_prior",)),
-                (scored, "where no scores give probabilities", ("score_scale",)),
-                (self.psi == "clipped_logit", "where psi is not clipped_logit", ("psi_clip",)),
-                ("simpo" in losses, "where loss_type is not simpo", ("simpo_gamma",)),
+                (self.label_source == "counts", "when label_source is not counts", ("label_prior",)),
+                (scored, "when probabilities are not computed from scores", ("score_scale",)),
+                (self.psi == "clipped_logit", "when psi is not clipped_logit", ("psi_clip",)),
+                ("simpo" in losses, "when loss_type is not simpo", ("simpo_gamma",)),
             ],
         )
         cache = self.ref_cache_dir
@@ -213,7 +213,7 @@ class DPOConfig(TrainConfig):
             rule = f"false when loss_type is {', '.join(sorted(free))}, which never reads a reference"
             require(not self.reference_free, "reference_free", self.reference_free, rule)
         keys = ("ref_model_name_or_path", "precompute_ref_log_probs", "ref_cache_dir")
-        at_default(self, [(self.has_reference, "where no loss has a reference", keys)])
+        at_default(self, [(self.has_reference, "when no loss has a reference", keys)])
 
     def _check_psi(self) -> None:
         groups = self.psi_backend == "groupwise"
