@@ -96,7 +96,7 @@ class TokenizedExample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prefix:
-    """Where an episode starts: the prompt and the first `num_reset` tokens of a dataset response.
+    """Where an episode starts: the prompt and the first `num_reset` tokens of a response to it.
 
     prompt [7, 8], response [1, 2, 3, 0], k = 1  ->  token_ids [7, 8, 1], num_reset 1
     """

@@ -63,11 +63,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ppo": {"truncation": "bootstrap"},
     "drpo": LORA | {"num_mini_batches": 1, "reset_source": "sample"},
     "rto": {"kl_placement": "loss", "kl_estimator": "exact"},
+    "refuel": {},
     "roles": LORA | STEADY,
 }
 """Every trainer: with a live reference (groups); with a critic, returns that go on, a steered KL and early stops (ppo);
-with a judge of the user's and resets that the reference writes (drpo); with the exact KL in the loss (rto); with models
-that share the weights of one (roles), and an adapter of fewer rows than ranks (sft dora)."""
+with a judge of the user's and resets that the reference writes (drpo); with the exact KL in the loss (rto); with pairs
+of suffixes of failures of the policy (refuel); with models that share the weights of one (roles), and an adapter of
+fewer rows than ranks (sft dora)."""
 
 MODEL = {
     "model_type": "llama",

@@ -11,7 +11,7 @@ import torch
 from fastrlhf.algorithms import dpo, ppo, psipo_groups, reward_model, sft
 from fastrlhf.algorithms.completions import Answers
 from fastrlhf.algorithms.rlp_uml import Views
-from fastrlhf.config import DPOConfig, DRPOConfig, PPOConfig, RewardConfig, RLPConfig, RTOConfig, SFTConfig
+from fastrlhf.config import DPOConfig, DRPOConfig, GRPOConfig, PPOConfig, RewardConfig, RLPConfig, RTOConfig, SFTConfig
 from fastrlhf.runtime.metrics import read_metrics
 from fastrlhf.runtime.run import Run
 from fastrlhf.types import Example
@@ -79,6 +79,10 @@ def run(kind: str, paths: dict[str, str], folder: Path, **settings):
                 shared | judged | {"num_generations": 2, "advantage_estimator": "rloo"} | settings | {"eval_steps": 0}
             )
             return ppo.train_ppo(DRPOConfig(**keys), examples, judge=noisy_judge)
+        case "refuel":
+            own = {"reset_prob": 0.7, "reset_source": "rollout", "num_generations": 2, "update": "pair"}
+            keys = shared | judged | own | {"per_device_train_batch_size": 8} | settings
+            return ppo.train_ppo(GRPOConfig(**keys), examples, held_out)
         case "roles":
             over_one_base = {"reward_model_path": paths["judge adapter"], "dpo_model_path": paths["dpo adapter"]}
             keys = shared | judged | over_one_base | {"use_peft": True, "lora_r": 2} | settings
@@ -98,7 +102,7 @@ def noisy_judge(rollouts):
     return [torch.rand(()).item() + random.random() + float(np.random.random()) for _ in rollouts]
 
 
-KINDS = ("sft", "bf16", "lora", "reward", "views", "dpo", "groups", "ppo", "drpo", "rto", "roles")
+KINDS = ("sft", "bf16", "lora", "reward", "views", "dpo", "groups", "ppo", "drpo", "rto", "refuel", "roles")
 OPTIMIZERS = dict.fromkeys(("reward", "views"), reward_model) | {
     "sft": sft,
     "bf16": sft,

@@ -3,14 +3,15 @@
 With D = log(policy / base)(y) - log(policy / base)(y'), sums over the sampled tokens, and returns r, r' (all rewards of
 an episode, that of the KL included):
 
-    rebel  (D - eta (r - r'))^2                  base: the sampler     Gao et al. 2024, arXiv 2404.16767, eq. 4
+    rebel  (D - eta (r - r'))^2                  base: the sampler     Gao et al. 2024, arXiv 2404.16767
     dpo    -log sigmoid(beta D), y the better    base: the reference   Guo et al. 2024, arXiv 2402.04792
     ipo    (D - (sigmoid(r - r') - 1/2) / tau)^2 base: the reference   Calandriello et al. 2024, arXiv 2403.08635
 
 Where rebel's loss is 0 for all pairs, the policy is proportional to sampler * exp(eta r): a step of natural policy
 gradient. From reset states the pair continues one response, and rebel is REFUEL (Gao et al. 2024, arXiv 2410.04612).
-REFUEL resets to the end of a turn; here the `reset_*` keys decide. Equation numbers were not checked against the
-papers.
+REFUEL resets to the end of a turn and sums D over the next turn; here the `reset_*` keys say where a pair starts, and
+D is summed up to the end of the response. rebel and REFUEL are the losses of their authors' released code. The text of
+the four papers was not available, so that no equation numbers are given.
 """
 
 from __future__ import annotations

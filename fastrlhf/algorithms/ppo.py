@@ -18,18 +18,21 @@ PPO is DR-PO with reset probability 0 and RTO with scale 0, bit for bit; with bo
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.algorithms.experience import pack_episodes, score_episodes
 from fastrlhf.algorithms.guards import check_kl, check_sampler
+from fastrlhf.algorithms.outcomes import successes
+from fastrlhf.algorithms.own_resets import DROPPED, restart_failures
 from fastrlhf.algorithms.pair_update import update_pairs
-from fastrlhf.algorithms.prefixes import draw_prefixes, reset_fields
+from fastrlhf.algorithms.prefixes import draw_prefixes, reset_fields, sentence_ends_of
 from fastrlhf.algorithms.roles import EngineFactory, check_sources, open_roles
 from fastrlhf.algorithms.update import update
 from fastrlhf.config import PPOConfig, require
@@ -45,7 +48,7 @@ from fastrlhf.rollout.engine import checked_rollouts
 from fastrlhf.runtime.inputs import Data, open_inputs, with_room
 from fastrlhf.runtime.optim import Optimizer, index_batches, num_steps
 from fastrlhf.runtime.run import Run, TrainResult, check_micro_batch
-from fastrlhf.types import TokenizedExample
+from fastrlhf.types import Prefix, Rollout, TokenizedExample
 
 NUM_SAMPLES = 4
 """Episodes written to samples.jsonl at a time."""
@@ -79,6 +82,7 @@ def train_ppo(
         config, _fields_read(config), examples, eval_examples, tokenizer=tokenizer, keep_rows=rewarded
     )
     functions = open_reward_functions(config, tokenizer, reward_functions, data.train_rows)
+    sentence_ends = sentence_ends_of(config, tokenizer)
     _check_ranks(config)
     prompts, held_out = _prompts(config, data)
     if (held_out_judge or config.eval_reward_model_path) and not held_out:
@@ -102,6 +106,15 @@ def train_ppo(
     )
     evaluation: dict[str, float] = {}
 
+    def sample(prefixes: Sequence[Prefix]) -> Sequence[Rollout]:
+        return checked_rollouts(
+            roles.sampler.generate(prefixes),
+            prefixes,
+            eos_token_id=eos,
+            stops_at_eos=config.compat == "fixed",
+            may_stop=bool(config.stop),
+        )
+
     with Run(
         _name(config),
         config,
@@ -116,15 +129,19 @@ def train_ppo(
             start = time.perf_counter()
             functions.state = TrainerState(global_step=step, max_steps=steps)
             drawn = [prompts[i] for i in indices]
+            place: dict[str, Any] = {
+                "first_group": step * num_groups,
+                "progress": step / steps,
+                "sentence_ends": sentence_ends,
+            }
             with roles.waiting.present() if roles.roll_in else nullcontext():
-                prefixes = draw_prefixes(config, drawn, step * num_groups, progress=step / steps, roll_in=roles.roll_in)
-            rollouts = checked_rollouts(
-                roles.sampler.generate(prefixes),
-                prefixes,
-                eos_token_id=eos,
-                stops_at_eos=config.compat == "fixed",
-                may_stop=bool(config.stop),
-            )
+                prefixes = draw_prefixes(config, drawn, **place, roll_in=roles.roll_in)
+            rollouts, restarts = sample(prefixes), dict[str, float]()
+            if config.reset_source == "rollout":
+                with roles.waiting.present():
+                    outcome = roles.outcomes(config, rollouts)
+                found = successes(config, outcome)
+                rollouts, restarts = restart_failures(config, rollouts, outcome, found, sample=sample, **place)
             sampled = time.perf_counter()
             run.between_parts()
             order = np.random.default_rng([config.seed, step]).permutation(num_groups).tolist()
@@ -156,12 +173,14 @@ def train_ppo(
                 )
             if step >= config.value_warmup_steps:
                 rewards.kl.update(metrics["objective/kl"], len(rollouts))
+            metrics |= restarts
             metrics |= {
                 "timing/rollout": sampled - start,
                 "timing/scoring": scored - sampled,
                 "timing/training": time.perf_counter() - scored,
                 "episode": (step + 1) * config.batch_size,
-                "num_tokens": sum(len(rollout.completion) for rollout in rollouts),  # sampled
+                "num_tokens": sum(len(rollout.completion) for rollout in rollouts)
+                + restarts.get(DROPPED, 0),  # sampled
                 # of one pass
                 "num_unique_tokens": sum(from_all(sum(item.batch.num_tokens for mini in packs for item in mini))),
             }

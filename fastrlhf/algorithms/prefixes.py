@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.config import PPOConfig
-from fastrlhf.data.resets import cut_prefix, is_reset, reset_length, takes_first
+from fastrlhf.data.resets import cut_prefix, is_reset, reset_length, sentence_cuts, takes_first
+from fastrlhf.rewards.terms import sentence_end_ids
 from fastrlhf.rollout.engine import Engine, SharedEngine, TransformersEngine
 from fastrlhf.types import EndIds, Prefix, TokenizedExample
 
@@ -17,7 +18,7 @@ ROLL_IN_STREAM = 3
 
 def reset_fields(config: PPOConfig) -> list[str]:
     """Names of the responses that a row of the dataset must have."""
-    if config.reset_prob == 0 or config.reset_source == "sample":
+    if config.reset_prob == 0 or config.reset_source in ("sample", "rollout"):
         return []
     return ["reference", "chosen"] if config.reset_source == "both" else [config.reset_source]
 
@@ -32,6 +33,16 @@ def make_roll_in(config: PPOConfig, reference: PreTrainedModel, eos_token_id: En
     return SharedEngine(engine=engine, model=reference)
 
 
+def sentence_ends_of(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The tokens after which a response may be cut, for `reset_cut: sentence`; empty where any cut is allowed.
+
+    Raises ValueError where no token of the vocabulary ends a sentence.
+    """
+    if config.reset_cut != "sentence":
+        return frozenset()
+    return frozenset(sentence_end_ids(tokenizer, "reset_cut").tolist())
+
+
 def draw_prefixes(
     config: PPOConfig,
     prompts: Sequence[TokenizedExample],
@@ -39,6 +50,7 @@ def draw_prefixes(
     *,
     progress: float = 1.0,
     roll_in: Engine | None = None,
+    sentence_ends: Collection[int] = (),
 ) -> list[Prefix]:
     """Where each episode starts: `num_generations` episodes per prompt, next to each other.
 
@@ -46,24 +58,34 @@ def draw_prefixes(
     response and, under `reset_group: point`, the one reset point of all of them; under `response` each episode keys its
     own. `progress` is the share of the run that is done, on which the curriculum depends. `roll_in` writes the
     responses of `reset_source: sample`. A response longer than the budget is reset to within the budget.
+    `sentence_ends` are the tokens after which `reset_cut: sentence` may cut. With `reset_source: rollout` every episode
+    starts at the prompt; own_resets.py resets it later.
     """
     responses = _responses(config, prompts, first_group, roll_in)
     prefixes = []
     for group, (example, response) in enumerate(zip(prompts, responses, strict=True), first_group):
-        for episode, key in _episodes(config, group):
-            k = reset_length(
-                len(response),
-                seed=config.seed,
-                key=key,
-                prob=config.reset_prob,
-                minimum=config.reset_min,
-                withheld=_withheld(config, progress),
-            )
+        for episode, key in episodes_of(config, group):
+            k = draw_cut(config, response, key, progress, sentence_ends)
             prefixes.append(cut_prefix(example.prompt, response, k, row=example.row, episode=episode))
     return prefixes
 
 
-def _episodes(config: PPOConfig, group: int) -> list[tuple[int, int]]:
+def draw_cut(
+    config: PPOConfig, response: Sequence[int], key: int, progress: float, sentence_ends: Collection[int]
+) -> int:
+    """The number of tokens that the episode or group with this key copies from the response; 0 is no reset."""
+    return reset_length(
+        len(response),
+        seed=config.seed,
+        key=key,
+        prob=config.reset_prob,
+        minimum=config.reset_min,
+        withheld=_withheld(config, progress),
+        cuts=sentence_cuts(response, sentence_ends) if config.reset_cut == "sentence" else None,
+    )
+
+
+def episodes_of(config: PPOConfig, group: int) -> list[tuple[int, int]]:
     """(number of the episode, key of its reset) of each episode of a group."""
     size = config.num_generations
     numbers = range(group * size, (group + 1) * size)
@@ -78,9 +100,11 @@ def _responses(
     resetting = {
         group: example
         for group, example in enumerate(prompts, first_group)
-        if any(is_reset(seed=config.seed, key=key, prob=config.reset_prob) for _, key in _episodes(config, group))
+        if any(is_reset(seed=config.seed, key=key, prob=config.reset_prob) for _, key in episodes_of(config, group))
     }
-    if config.reset_source == "sample":
+    if config.reset_source == "rollout":
+        found = {}
+    elif config.reset_source == "sample":
         assert roll_in is not None or not resetting
         starts = [
             Prefix(token_ids=example.prompt, num_reset=0, row=example.row, episode=group)

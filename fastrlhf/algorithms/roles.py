@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fastrlhf.algorithms.outcomes import outcomes
 from fastrlhf.algorithms.prefixes import make_roll_in
 from fastrlhf.algorithms.psipo import dataset_opponents, load_psi, psi_judge
 from fastrlhf.config import PPOConfig, require
 from fastrlhf.config.checks import at_default
 from fastrlhf.data.specials import end_ids, special_ids
-from fastrlhf.evaluation.judges import Judge, asked_once, reward_model_judge
+from fastrlhf.evaluation.judges import Judge, asked_once, checked_scores, reward_model_judge
 from fastrlhf.models.adapters import frozen_copy
 from fastrlhf.models.given import policy_or_given
 from fastrlhf.models.layers import LayerOptions
@@ -33,7 +35,7 @@ from fastrlhf.rollout.engine import Engine, SharedEngine, TransformersEngine
 from fastrlhf.rollout.probe import decoder_of
 from fastrlhf.rollout.stop import StoppingEngine, Stops
 from fastrlhf.rollout.vllm import import_vllm, open_vllm
-from fastrlhf.types import EndIds, TokenizedExample
+from fastrlhf.types import EndIds, Rollout, TokenizedExample
 
 EngineFactory = Callable[[PPOConfig, PreTrainedModel, EndIds], Engine]
 """(config, policy, the ids that end a response) -> the engine of the run."""
@@ -65,6 +67,12 @@ class Roles:
     waiting: Waiting
     """The frozen models, which may wait in CPU memory."""
 
+    def outcomes(self, config: PPOConfig, rollouts: Sequence[Rollout]) -> Tensor:
+        """[N] float64: the outcome of each response (outcomes.py), by the judge and the reward functions of the run."""
+        scores = checked_scores(self.score(rollouts), rollouts, self.policy.device) if self.score else None
+        functions = self.rewards.functions
+        return outcomes(config, rollouts, scores, functions, functions(rollouts))
+
 
 def check_sources(
     config: PPOConfig,
@@ -91,6 +99,9 @@ def check_sources(
         value, rule = config.missing_eos_score, "null without a reward model, whose score it replaces"
         require(value is None, "missing_eos_score", value, f"{rule}; missing_eos_penalty subtracts from any reward")
         at_default(config, [(False, "without a reward model", ("psi", "score_norm", "score_clip"))])
+        judged = bool(config.reward_functions or functions)
+        rule = "another source without a reward model or reward functions, which say what failed"
+        require(judged or config.reset_source != "rollout", "reset_source", config.reset_source, rule)
     sources = implicit | {name: getattr(config, name) for name in ("reward_model_path", "eval_reward_model_path")}
     for field, source in (sources | {"critic_model_path": config.critic_model_path}).items():
         if source and not holds_adapter(source):

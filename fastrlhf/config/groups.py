@@ -45,14 +45,16 @@ GROUPS: dict[str, tuple[str, ...]] = {
         *("reward_model_path", "score_coef", "score_norm", "score_clip", "missing_eos_penalty", "missing_eos_score"),
         *("dpo_model_path", "dpo_ref_model_path", "dpo_reward_scale", "dpo_reward_norm", "dpo_reward_clip"),
         *("reward_shaping", "length_coef", "reward_functions", "reward_weights", "reward_function_norm"),
-        *("reward_function_clip", "reward_retries"),
+        *("reward_function_clip", "reward_retries", "success_threshold"),
     ),
     "KL": ("kl_coef", "kl_placement", "kl_estimator", "kl_target", "kl_horizon", "max_kl"),
     "Advantages": (
         *("advantage_estimator", "scale_rewards", "critic_model_path", "gamma", "lam", "whiten_rewards"),
         *("truncation", "compat"),
     ),
-    "Resets": ("reset_prob", "reset_min", "reset_source", "reset_curriculum", "reset_group"),
+    "Resets": (
+        *("reset_prob", "reset_min", "reset_source", "reset_cut", "reset_band", "reset_curriculum", "reset_group"),
+    ),
     "RLP": (
         *("policy", "refinement", "rounds", "refit_from", "policy_path", "num_answers", "answer_temperature"),
         *("num_answer_prompts", "min_reward_variance"),

@@ -46,6 +46,7 @@ class PPOConfig(ResetKeys, PairKeys, LossKeys, SamplingKeys, RewardKeys, TrainCo
         self._check_engine()
         self._check_estimator()
         self._check_pair_update()
+        self._check_own_resets()
         self._check_compat()
         self._check_unread()
         self.check_truncation()
@@ -103,6 +104,16 @@ class PPOConfig(ResetKeys, PairKeys, LossKeys, SamplingKeys, RewardKeys, TrainCo
         rule = f"k1 {because}, which compares the rewards of whole episodes"
         require(self.kl_estimator == "k1", "kl_estimator", self.kl_estimator, rule)
 
+    def _check_own_resets(self) -> None:
+        if self.reset_source != "rollout" or self.reset_prob == 0:
+            return
+        because = "with reset_source rollout"
+        rule = f"fixed {because}: under reference sampling goes on past the end, and no end could be cut off"
+        require(self.compat == "fixed", "compat", self.compat, rule)
+        known = self.num_generations > 1 or self.success_threshold is not None
+        rule = f"a number {because} and num_generations 1, which has no group to compare with"
+        require(known, "success_threshold", self.success_threshold, rule)
+
     def _check_compat(self) -> None:
         if self.compat == "reference":
             require(not self.stop, "stop", self.stop, "empty with compat reference, which samples past the end")
@@ -113,7 +124,8 @@ class PPOConfig(ResetKeys, PairKeys, LossKeys, SamplingKeys, RewardKeys, TrainCo
 
     def _check_unread(self) -> None:
         dpo = ("dpo_reward_scale", "dpo_reward_norm", "dpo_reward_clip", "reward_shaping")
-        resets = ("reset_min", "reset_source", "reset_curriculum")
+        resets = ("reset_min", "reset_source", "reset_curriculum", "reset_cut")
+        own_resets = self.reset_source == "rollout"
         critic = ("vf_coef", "cliprange_value", "value_learning_rate", "lam", "truncation", "critic_model_path")
         no_grpo = f"when advantage_estimator is {self.advantage_estimator}, not grpo"
         clipped = ("cliprange", "cliprange_high", "dual_clip", "entropy_coef", "loss_type", "loss_aggregation")
@@ -127,6 +139,7 @@ class PPOConfig(ResetKeys, PairKeys, LossKeys, SamplingKeys, RewardKeys, TrainCo
                 (bool(self.dpo_model_path), "without a dpo_model_path", dpo),
                 (bool(self.reward_functions), "without reward_functions", ("reward_weights",)),
                 (self.reset_prob > 0, "when reset_prob is 0", (*resets, "reset_group")),
+                (own_resets, "when reset_source is not rollout", ("reset_band", "success_threshold")),
                 (grouped, "when num_generations is 1", ("reset_group", "share_trunks")),
                 (not one_step, "when an update has only one step, which is always taken", ("target_kl",)),
                 (self.advantage_estimator == "gae", no_critic, critic),

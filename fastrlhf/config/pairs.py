@@ -17,7 +17,7 @@ class PairKeys:
     episodes that start in the same state, without a critic."""
     pair_loss: Literal["rebel", "dpo", "ipo"] = "rebel"
     """Loss on a pair. Let D be the difference of log(policy / base) between the two responses, r and r' their returns.
-    rebel (Gao et al. 2024, arXiv 2404.16767, eq. 4; with `reset_prob` above 0 REFUEL, arXiv 2410.04612): (D - pair_eta
+    rebel (Gao et al. 2024, arXiv 2404.16767; with `reset_prob` above 0 REFUEL, arXiv 2410.04612): (D - pair_eta
     (r - r'))^2, where the base is the policy that sampled them. dpo (online DPO, Guo et al. 2024, arXiv 2402.04792):
     -log sigmoid(pair_beta D) for the response with the higher return, where the base is the reference. ipo (online IPO,
     Calandriello et al. 2024, arXiv 2403.08635): (D - (p - 1/2) / pair_beta)^2 with p = sigmoid(r - r'), where the base

@@ -69,6 +69,10 @@ class RewardKeys:
     """How a response that reaches the length limit without an EOS is treated. terminal: it ends there and is scored
     like every other response. bootstrap: it counts as interrupted (Pardo et al. 2018, arXiv 1712.00378): it gets token
     rewards only, and the critic's value of the state after its last token stands for the rest of its return."""
+    success_threshold: float | None = None
+    """Lowest outcome at which a response counts as a success, read by reset_source rollout. The outcome is the score
+    plus the weighted rewards of the reward functions, without normalisation and without the KL. null: the mean outcome
+    of the group."""
     kl_coef: float = 0.05
     """Weight of the KL to the reference, in reward per nat. By default each token is rewarded with -kl_coef *
     log(policy / reference); `kl_placement` and `kl_estimator` change this. It is RTO's beta2."""

@@ -2,13 +2,14 @@
 
 With probability `prob` the episode starts after the first k tokens of a response, k uniform on {minimum, ..., L - 1};
 otherwise at the prompt. L counts the EOS, so the EOS itself is never copied and at least one token is left to sample.
+Where only some cuts are allowed, such as ends of sentences, k is uniform on those within the same bounds.
 Every draw is keyed by (seed, key), the key being the number of an episode, or of a group of episodes that start
 at the same point: it depends on neither the batch order, nor the number of ranks, nor on any other draw of the run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -29,19 +30,38 @@ def is_reset(*, seed: int, key: int, prob: float) -> bool:
 
 
 def reset_length(
-    response_length: int, *, seed: int, key: int, prob: float, minimum: int = 1, withheld: float = 0.0
+    response_length: int,
+    *,
+    seed: int,
+    key: int,
+    prob: float,
+    minimum: int = 1,
+    withheld: float = 0.0,
+    cuts: Sequence[int] | None = None,
 ) -> int:
     """Number of tokens to copy from a response of `response_length` tokens (EOS included); 0 is no reset.
 
     There is no reset into a response without an admissible k (shorter than `minimum + 1` tokens), as in the authors'
     code. `withheld`, in 0..1, is the share of the admissible k, the shortest first, that is left out; at 1 only the
-    longest remains.
+    longest remains. `cuts`, ascending: the only k that are admissible; None: all within the bounds.
     """
-    choices = response_length - minimum
-    if choices < 1 or not is_reset(seed=seed, key=key, prob=prob):
+    allowed = range(minimum, response_length)
+    if cuts is not None:
+        allowed = [k for k in cuts if minimum <= k < response_length]
+    if not allowed or not is_reset(seed=seed, key=key, prob=prob):
         return 0
-    left_out = min(int(withheld * choices), choices - 1)
-    return minimum + left_out + int(uniforms(seed, RESET_STREAM, key, 2)[1] * (choices - left_out))
+    left_out = min(int(withheld * len(allowed)), len(allowed) - 1)
+    return allowed[left_out + int(uniforms(seed, RESET_STREAM, key, 2)[1] * (len(allowed) - left_out))]
+
+
+def sentence_cuts(response: Sequence[int], sentence_ends: Collection[int]) -> list[int]:
+    """Every k such that the first k tokens of the response end with a token that ends a sentence."""
+    return [k for k, token in enumerate(response, 1) if token in sentence_ends]
+
+
+def one_of(choices: Sequence[int], *, seed: int, key: int) -> int:
+    """Draws one of several responses that a reset may copy from, with equal probability."""
+    return choices[int(uniforms(seed, RESET_STREAM, key, 4)[3] * len(choices))]
 
 
 def takes_first(*, seed: int, key: int) -> bool:

@@ -328,15 +328,16 @@ def open_rewards(
     return Rewards(config=config, functions=functions or RewardFunctions(), sentence_ends=sentence_ends)
 
 
-def sentence_end_ids(tokenizer: PreTrainedTokenizerBase) -> Tensor:
+def sentence_end_ids(tokenizer: PreTrainedTokenizerBase, field: str = "reward_shaping") -> Tensor:
     """int64 ids of the tokens whose text, decoded alone, ends in . ! or ? (spaces aside) or holds a new line.
 
-    Raises ValueError where the vocabulary has none.
+    Raises ValueError, naming the key `field`, where the vocabulary has none.
     """
     texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
     ends = [i for i, text in enumerate(texts) if "\n" in text or text.rstrip().endswith((".", "!", "?"))]
     if not ends:
-        raise ValueError("reward_shaping: no token of this vocabulary ends a sentence; sentence would be eos")
+        instead = "sentence would be eos" if field == "reward_shaping" else "take uniform"
+        raise ValueError(f"{field}: no token of this vocabulary ends a sentence; {instead}")
     return torch.tensor(ends)
 
 

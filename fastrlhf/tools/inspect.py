@@ -141,6 +141,8 @@ def _episodes(config: PPOConfig, work: Work, num: int) -> Inspection:
     ]
     if config.reset_source == "sample" and config.reset_prob > 0:
         facts.append("reset_source: sample: the reference model writes what is reset to, so no reset is shown here")
+    if config.reset_source == "rollout":
+        facts.append("reset_source: rollout: the policy writes what is reset to, so no reset is shown here")
     return Inspection(
         tokenizer=work.tokenizer,
         facts=facts,

@@ -123,7 +123,8 @@ PAIR = {"update": "pair", "advantage_estimator": "rloo", "num_generations": 2, "
 BESIDE = {
     **dict.fromkeys(("pair", "pair_loss", "pair_select"), PAIR),
     "reward_shaping": {"dpo_model_path": "dpo"},
-    "reset_source": {"reset_prob": 0.5},
+    **{key: {"reset_prob": 0.5} for key in ("reset_source", "reset_cut")},
+    "rollout": {"num_generations": 2},
     "reset_group": {"reset_prob": 0.5, "num_generations": 2},
     "dpo_reward_norm": {"dpo_model_path": "dpo"},
     "psi_opponents": {"psi": "identity", "num_generations": 2},

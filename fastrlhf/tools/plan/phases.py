@@ -114,6 +114,11 @@ def count_phases(config: TrainConfig, rows: Rows, *, is_cuda: bool) -> tuple[lis
             facts.index(per_pass) + 1,
             f"an update: {passes} such passes, {passes * config.num_mini_batches} optimiser steps",
         )
+        if config.reset_source == "rollout":
+            num = config.batch_size
+            facts.append(
+                f"sampled per update: {num:,} responses from the prompt, and at most {num:,} more from cuts of failures"
+            )
     return phases, facts
 
 

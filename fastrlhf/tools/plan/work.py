@@ -10,7 +10,7 @@ from itertools import islice
 from transformers import PreTrainedTokenizerBase
 
 from fastrlhf.algorithms import dpo, ppo, psipo_groups, reward_model, sft
-from fastrlhf.algorithms.prefixes import draw_prefixes, reset_fields
+from fastrlhf.algorithms.prefixes import draw_prefixes, reset_fields, sentence_ends_of
 from fastrlhf.algorithms.scoring import Tree
 from fastrlhf.config import DPOConfig, PPOConfig, RewardConfig, SFTConfig, TrainConfig
 from fastrlhf.data.tokens import TokenReport
@@ -76,9 +76,10 @@ def to_tree(config: TrainConfig) -> Callable[[TokenizedExample], Tree]:
 def first_prefixes(config: PPOConfig, work: Work) -> list[Prefix]:
     """The prefixes of the episodes of `work.batches`, as the run draws them.
 
-    For `reset_source: sample` the reference policy would have to write responses first; these episodes start at the
+    For `reset_source: sample` and `rollout` a model would have to write responses first; these episodes start at the
     prompt here.
     """
+    sentence_ends = sentence_ends_of(config, work.tokenizer)
     return [
         prefix
         for step, batch in enumerate(work.batches)
@@ -88,6 +89,7 @@ def first_prefixes(config: PPOConfig, work: Work) -> list[Prefix]:
             step * len(batch),
             progress=step / work.steps,
             roll_in=_WritesNothing(),
+            sentence_ends=sentence_ends,
         )
     ]
 

@@ -1,0 +1,77 @@
+"""Resets into the policy's own failed responses: `reset_source: rollout`.
+
+Random-reset policy optimisation (RRPO, Samanta et al. 2026, arXiv 2605.25507) learns from a response y that failed: it
+cuts y at a random point k, samples a group of G suffixes from there, and gives each suffix the advantage within its
+group. With the group-relative advantage of GRPO,
+
+    y_i ~ policy(. | x, y_{1:k}),   A_i = (r(x, y_{1:k}, y_i) - mean_j r_j) / std_j r_j,   i, j = 1 .. G
+
+and the policy gradient is that of the suffix tokens; the tokens before the cut have none. The suffixes share
+everything up to the cut, so that their difference in reward is due to decisions after it. The paper cuts between
+reasoning steps; here `reset_cut` says where.
+
+One update: every group is sampled from the prompt and scored. Of a group whose share of successes lies in
+`reset_band`, one failed response is drawn, and with probability `reset_prob` its group is sampled again from a cut of
+it. All other groups keep their first responses as episodes, which are exactly those of a run without resets. With
+rewards of two values this choice favours no direction: given the number of successes, the successful responses of a
+prompt are independent draws of the policy, and so are the failed ones. It only changes how much each prompt weighs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+
+from torch import Tensor
+
+from fastrlhf.algorithms.prefixes import draw_cut, episodes_of
+from fastrlhf.config import PPOConfig
+from fastrlhf.data.resets import cut_prefix, one_of
+from fastrlhf.types import Prefix, Rollout
+
+RESAMPLED = 2**40
+"""Added to the number of an episode that is sampled again. The number keys the sampler's draws: with the old one the
+suffix would repeat the draws of the response that failed."""
+DROPPED = "drpo/dropped_tokens"
+"""Metric: the number of sampled tokens that no episode of the update keeps."""
+
+
+def restart_failures(
+    config: PPOConfig,
+    rollouts: Sequence[Rollout],
+    outcome: Tensor,
+    succeeded: Tensor,
+    first_group: int,
+    sample: Callable[[list[Prefix]], Sequence[Rollout]],
+    *,
+    progress: float,
+    sentence_ends: Collection[int] = (),
+) -> tuple[list[Rollout], dict[str, float]]:
+    """The episodes of the update: `rollouts`, all from the prompt, where suffixes of failures replace some groups.
+
+    outcome [N] float64 and succeeded [N] bool are those of `rollouts`; `sample` gives a rollout per prefix. Metrics:
+    drpo/first_outcome and drpo/first_success, the mean outcome and the share of successes of `rollouts`;
+    drpo/groups_restarted, the share of groups that were sampled again; drpo/dropped_tokens, the number of sampled
+    tokens that no episode keeps.
+    """
+    size, low, high = config.num_generations, *config.reset_band
+    starts: dict[int, Prefix] = {}
+    for i, members in enumerate(succeeded.view(-1, size).tolist()):
+        failed = [i * size + j for j, success in enumerate(members) if not success]
+        if not failed or not low <= sum(members) / size <= high:
+            continue
+        source = rollouts[one_of(failed, seed=config.seed, key=first_group + i)]
+        prompt, response = source.prefix.token_ids, source.completion
+        for j, (episode, key) in enumerate(episodes_of(config, first_group + i)):
+            if k := draw_cut(config, response, key, progress, sentence_ends):
+                start = cut_prefix(prompt, response, k, row=source.prefix.row, episode=episode + RESAMPLED)
+                starts[i * size + j] = start
+    episodes = list(rollouts)
+    for index, suffix in zip(starts, sample(list(starts.values())) if starts else (), strict=True):
+        episodes[index] = suffix
+    restarted = {index // size for index in starts}
+    return episodes, {
+        "drpo/first_outcome": outcome.mean().item(),
+        "drpo/first_success": succeeded.double().mean().item(),
+        "drpo/groups_restarted": len(restarted) * size / len(rollouts),
+        DROPPED: float(sum(len(rollouts[index].completion) for index in starts)),
+    }
