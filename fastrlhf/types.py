@@ -15,8 +15,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 Message = dict[str, Any]
@@ -110,6 +111,8 @@ class Prefix:
     """Row number of the example."""
     episode: int
     """Number of the episode, unique in the run; it keys the random draws of the episode."""
+    temperature: float | None = None
+    """Temperature at which this episode is sampled and scored; None: that of the run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,6 +127,18 @@ class Rollout:
     ended: bool
     """True if an end token was sampled (the last token, unless the engine samples past it) or a stop string was
     reached; False if the length limit was reached."""
+    kept: Sequence[np.ndarray] | None = field(default=None, compare=False)
+    """If the sampler truncates its distribution (top_k, top_p, min_p): for each sampled token, the ids of the tokens
+    that could have been drawn in its place, itself included; int32. None: all tokens of the vocabulary."""
+
+
+class KeptTokens(NamedTuple):
+    """The tokens that truncated sampling kept at each row of a pack."""
+
+    ids: Tensor
+    """[K] int64, row after row"""
+    cu_rows: Tensor
+    """(R+1,) int64: ids cu_rows[r] .. cu_rows[r+1] belong to row r"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

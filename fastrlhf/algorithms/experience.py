@@ -26,8 +26,9 @@ from fastrlhf.distributed.ranks import total
 from fastrlhf.models.forward import hidden_states, read_scores, scored_states, state_kl, state_logprobs
 from fastrlhf.models.sharding import give_back
 from fastrlhf.rewards.terms import Episodes, Rewards, own_kl_advantage
-from fastrlhf.rollout.engine import end_index
-from fastrlhf.types import EndIds, Experience, PackedBatch, Rollout, Segment
+from fastrlhf.rollout.engine import end_index, temperature_of
+from fastrlhf.rollout.truncation import kept_tokens
+from fastrlhf.types import EndIds, Experience, KeptTokens, PackedBatch, Rollout, Segment
 from fastrlhf_kernels import gae
 
 
@@ -38,6 +39,10 @@ class Pack:
     batch: PackedBatch
     index: Tensor
     """[R of the pack] int64"""
+    temperature: float | Tensor
+    """Of the log-probs of the pack: a number, or [R of the pack] float32"""
+    kept: KeptTokens | None
+    """The tokens that truncated sampling kept at each row; None: all"""
 
 
 def pack_episodes(
@@ -60,11 +65,12 @@ def pack_episodes(
         trees = [_tree(config, rollouts[first : first + together]) for first in firsts]
         packs.append(
             [
-                Pack(
-                    batch=pack(forest(trees[j] for j in micro), device),
-                    index=torch.from_numpy(
-                        np.concatenate([np.arange(offsets[firsts[j]], offsets[firsts[j] + together]) for j in micro])
-                    ).to(device),
+                _pack(
+                    config,
+                    forest(trees[j] for j in micro),
+                    [rollout for j in micro for rollout in rollouts[firsts[j] : firsts[j] + together]],
+                    np.concatenate([np.arange(offsets[firsts[j]], offsets[firsts[j] + together]) for j in micro]),
+                    device,
                 )
                 for micro in (in_order if config.compat == "reference" else own_micro_batches)(
                     [num_computed(segments) for segments in trees],
@@ -74,6 +80,26 @@ def pack_episodes(
             ]
         )
     return packs
+
+
+def _pack(
+    config: PPOConfig,
+    segments: Sequence[Segment],
+    rollouts: Sequence[Rollout],
+    index: np.ndarray,
+    device: torch.device,
+) -> Pack:
+    """The pack of `rollouts`, whose segments and places in the flat rows are given."""
+    heat = temperature_of([rollout.prefix for rollout in rollouts], config.temperature, device)
+    if isinstance(heat, Tensor):
+        lengths = [_num_given(config, rollout) + len(rollout.completion) for rollout in rollouts]
+        heat = heat.repeat_interleave(torch.tensor(lengths, device=device), output_size=len(index))
+    return Pack(
+        batch=pack(segments, device),
+        index=torch.from_numpy(index).to(device),
+        temperature=heat,
+        kept=kept_tokens(rollouts, device),
+    )
 
 
 @torch.no_grad()
@@ -108,7 +134,7 @@ def score_episodes(
     value_after = torch.zeros(num_rows, device=device) if config.truncation == "bootstrap" else None
     reference_states = None
     for item in (item for mini in packs for item in mini):
-        scored = _scored(config, policy, reference, item.batch)
+        scored = _scored(config, policy, reference, item)
         logprob[item.index], entropy[item.index] = scored.logprob, scored.entropy
         reference_logprob[item.index] = scored.reference_logprob
         if scored.exact_kl is not None:
@@ -127,7 +153,8 @@ def score_episodes(
         token[item.index] = item.batch.targets
         if rewards.implicit:
             assert dpo_log_ratio is not None
-            known = reference_logprob[item.index] if config.temperature == 1 else None
+            at_1 = item.temperature == 1 if isinstance(item.temperature, float) else False
+            known = reference_logprob[item.index] if at_1 and item.kept is None else None
             dpo_log_ratio[item.index] = rewards.implicit.log_ratio(item.batch, reference, known)
     for model in (reference, *(rewards.implicit.models if rewards.implicit else ())):
         give_back(model)
@@ -202,12 +229,13 @@ class _Scored(NamedTuple):
     """[R of the pack, D]; None unless the loss needs them"""
 
 
-def _scored(config: PPOConfig, policy: PreTrainedModel, reference: PreTrainedModel, batch: PackedBatch) -> _Scored:
+def _scored(config: PPOConfig, policy: PreTrainedModel, reference: PreTrainedModel, item: Pack) -> _Scored:
+    batch, heat, kept = item.batch, item.temperature, item.kept
     states, reference_states = scored_states(policy, batch), scored_states(reference, batch)
-    heat, in_loss = config.temperature, config.kl_placement == "loss"
+    in_loss = config.kl_placement == "loss"
     if config.kl_estimator != "exact":
-        ours = state_logprobs(policy, states, batch.targets, temperature=heat, entropy=True)
-        theirs = state_logprobs(reference, reference_states, batch.targets, temperature=heat)
+        ours = state_logprobs(policy, states, batch.targets, temperature=heat, kept=kept, entropy=True)
+        theirs = state_logprobs(reference, reference_states, batch.targets, temperature=heat, kept=kept)
         assert ours.entropy is not None
         return _Scored(ours.logprob, ours.entropy, theirs.logprob, None, None)
     both = state_kl(policy, states, reference, reference_states, batch.targets, temperature=heat, entropy=in_loss)

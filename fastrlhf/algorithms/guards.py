@@ -56,7 +56,7 @@ def sampler_limit(config: PPOConfig, dtype: torch.dtype, *, own: bool = False) -
     if config.max_sampling_logp_difference is not None:
         return config.max_sampling_logp_difference
     exact = config.engine == "transformers" and not own and dtype == torch.float32
-    return (0.1 if exact else 0.3) / min(1.0, config.temperature)
+    return (0.1 if exact else 0.3) / min(1.0, config.temperature, *config.temperatures)
 
 
 def raise_not_finite(numbers: Mapping[str, Tensor], cu_rows: Tensor, rollouts: Sequence[Rollout]) -> None:

@@ -23,7 +23,7 @@ from collections.abc import Callable, Collection, Sequence
 
 from torch import Tensor
 
-from fastrlhf.algorithms.prefixes import draw_cut, episodes_of
+from fastrlhf.algorithms.prefixes import draw_cut, episodes_of, temperature_of_episode
 from fastrlhf.config import PPOConfig
 from fastrlhf.data.resets import cut_prefix, one_of
 from fastrlhf.types import Prefix, Rollout
@@ -63,7 +63,8 @@ def restart_failures(
         prompt, response = source.prefix.token_ids, source.completion
         for j, (episode, key) in enumerate(episodes_of(config, first_group + i)):
             if k := draw_cut(config, response, key, progress, sentence_ends):
-                start = cut_prefix(prompt, response, k, row=source.prefix.row, episode=episode + RESAMPLED)
+                heat, number = temperature_of_episode(config, episode), episode + RESAMPLED
+                start = cut_prefix(prompt, response, k, row=source.prefix.row, episode=number, temperature=heat)
                 starts[i * size + j] = start
     episodes = list(rollouts)
     for index, suffix in zip(starts, sample(list(starts.values())) if starts else (), strict=True):

@@ -56,7 +56,9 @@ def update_pairs(
         for item in mini:
             batch, index = item.batch, item.index
             states = scored_states(policy, batch)
-            logprob = state_logprobs(policy, states, batch.targets, temperature=config.temperature).logprob
+            logprob = state_logprobs(
+                policy, states, batch.targets, temperature=item.temperature, kept=item.kept
+            ).logprob
             base = experience.sampler_logprob if config.pair_loss == "rebel" else experience.reference_logprob
             loss, metrics = loss_of_pairs(
                 config, logprob, base[index], rewards[index], experience.trained[index], batch.cu_rows, num_pairs

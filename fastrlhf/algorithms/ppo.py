@@ -113,6 +113,7 @@ def train_ppo(
             eos_token_id=eos,
             stops_at_eos=config.compat == "fixed",
             may_stop=bool(config.stop),
+            truncated=config.truncated,
         )
 
     with Run(

@@ -66,7 +66,9 @@ def draw_prefixes(
     for group, (example, response) in enumerate(zip(prompts, responses, strict=True), first_group):
         for episode, key in episodes_of(config, group):
             k = draw_cut(config, response, key, progress, sentence_ends)
-            prefixes.append(cut_prefix(example.prompt, response, k, row=example.row, episode=episode))
+            heat = temperature_of_episode(config, episode)
+            prefix = cut_prefix(example.prompt, response, k, row=example.row, episode=episode, temperature=heat)
+            prefixes.append(prefix)
     return prefixes
 
 
@@ -83,6 +85,11 @@ def draw_cut(
         withheld=_withheld(config, progress),
         cuts=sentence_cuts(response, sentence_ends) if config.reset_cut == "sentence" else None,
     )
+
+
+def temperature_of_episode(config: PPOConfig, episode: int) -> float | None:
+    """The temperature of an episode by its place in its group; None for that of the run."""
+    return config.temperatures[episode % len(config.temperatures)] if config.temperatures else None
 
 
 def episodes_of(config: PPOConfig, group: int) -> list[tuple[int, int]]:

@@ -150,7 +150,7 @@ def _policy_loss(
     """
     index, mask = item.index, experience.trained[item.index]
     sampled = config.kl_placement == "loss" and config.kl_estimator != "exact"
-    heat, entropy = config.temperature, config.entropy_coef > 0
+    heat, kept, entropy = item.temperature, item.kept, config.entropy_coef > 0
     states, exact = scored_states(policy, item.batch), None
     if experience.reference_states is not None:
         assert reference is not None
@@ -158,7 +158,7 @@ def _policy_loss(
         scored = state_kl(policy, states, reference, known, item.batch.targets, temperature=heat, entropy=entropy)
         exact = scored.kl
     else:
-        scored = state_logprobs(policy, states, item.batch.targets, temperature=heat, entropy=entropy)
+        scored = state_logprobs(policy, states, item.batch.targets, temperature=heat, kept=kept, entropy=entropy)
     assert scored.logprob is not None
     importance = None if experience.weight is None else experience.weight[index]
     weights = [x for x in (weight, importance) if x is not None]

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
 from fastrlhf.config.checks import at_default, at_least, check_types, expand_home, require
+from fastrlhf.config.sampling import TruncationKeys
 from fastrlhf.config.train import TrainConfig
 
 EVAL_READS = (
@@ -19,7 +20,7 @@ EVAL_READS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalConfig(TrainConfig):
+class EvalConfig(TruncationKeys, TrainConfig):
     """Measures win rates of models against the responses of a dataset or against each other, judged by a reward model.
 
     `model_name_or_path` is needed only in two cases: if the tokenizer is not the one saved with the first of `models`,
@@ -52,6 +53,9 @@ class EvalConfig(TrainConfig):
         at_default(self, [(False, "with eval, which trains nothing", self.UNREAD)])
         at_least(self, 1, "response_length", "rollout_batch_size")
         at_least(self, 0, "temperature")
+        self.check_truncated()
+        eager = self.decode == "eager" or not self.truncated
+        require(eager, "decode", self.decode, "eager with top_k, top_p or min_p")
         require(self.decode == "eager" or self.device != "cpu", "decode", self.decode, "eager when device is cpu")
         require(self.response_length < self.max_length, "response_length", self.response_length, "below max_length")
 

@@ -278,11 +278,8 @@ KEYS: tuple[Key, ...] = (
     *_other("grpo", "importance_sampling_level", "loss_type", "gspo for sequence"),
     *_no("grpo", "sapo_temperature_neg sapo_temperature_pos", "the loss type sapo is not offered"),
     *_no("grpo", "vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg", "the loss type vespo is not offered"),
-    *_no(
-        "grpo",
-        "top_p top_k min_p repetition_penalty",
-        "responses are sampled from the full distribution, because the loss needs their exact log-probs",
-    ),
+    *_same("grpo", "top_p top_k min_p", "log-probs are those of the truncated distribution; in TRL, of the whole one"),
+    *_no("grpo", "repetition_penalty", "it depends on earlier tokens: log-probs of sampler and trainer would differ"),
     *_no("grpo", "generation_kwargs", "sampling is set by temperature and response_length"),
     *_on("grpo", "cache_implementation", "sampling has its own static cache"),
     *_same("grpo", "reward_weights"),

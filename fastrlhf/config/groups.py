@@ -38,7 +38,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "Reference model": (*("ref_model_name_or_path", "reference_free", "precompute_ref_log_probs", "ref_cache_dir"),),
     "Sampling": (
-        *("response_length", "temperature", "stop", "num_generations", "rollout_batch_size", "engine", "decode"),
+        *("response_length", "temperature", "temperatures", "top_k", "top_p", "min_p", "stop"),
+        *("num_generations", "rollout_batch_size", "engine", "decode"),
         *("vllm_gpu_memory_utilization", "max_sampling_logp_difference"),
     ),
     "Rewards": (

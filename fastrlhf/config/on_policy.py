@@ -64,7 +64,16 @@ class PPOConfig(ResetKeys, PairKeys, LossKeys, SamplingKeys, RewardKeys, TrainCo
         alone = bool(self.psi) and self.psi_opponents == "rollouts" and size == 1
         require(not alone, "num_generations", size, "at least 2 when psi_opponents is rollouts")
 
+        rounds = len(self.temperatures) or 1
+        rule = f"such that the {size} episodes of a group (num_generations) have each temperature equally often"
+        require(size % rounds == 0, "temperatures", self.temperatures, rule)
+
     def _check_engine(self) -> None:
+        if self.truncated:
+            rule = "k1, k2 or k3 with top_k, top_p or min_p, because exact is over the whole vocabulary"
+            require(self.kl_estimator != "exact", "kl_estimator", self.kl_estimator, rule)
+            rule = "fixed with top_k, top_p or min_p, because reference scores tokens that were not sampled"
+            require(self.compat == "fixed", "compat", self.compat, rule)
         require(self.decode == "eager" or self.device != "cpu", "decode", self.decode, "eager when device is cpu")
         if self.engine == "vllm":
             require(not self.model_config, "model_config", self.model_config, "empty with engine vllm")

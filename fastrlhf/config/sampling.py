@@ -9,13 +9,41 @@ from fastrlhf.config.checks import above_0, at_least, require
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingKeys:
+class TruncationKeys:
+    """Keys for which tokens can be drawn."""
+
+    top_k: int = 0
+    """Only this many of the most likely tokens can be drawn; 0: all. In training, top_k, top_p and min_p change every
+    log-prob (policy, sampler and reference): it is that of the distribution over the tokens that the sampler kept."""
+    top_p: float = 1.0
+    """Only the fewest most likely tokens with at least this probability together can be drawn, after top_k; 1: all."""
+    min_p: float | None = None
+    """Only tokens with at least this share of the probability of the most likely token can be drawn; null: all."""
+
+    @property
+    def truncated(self) -> bool:
+        """Whether top_k, top_p or min_p excludes tokens."""
+        return self.top_k > 0 or self.top_p < 1 or bool(self.min_p)
+
+    def check_truncated(self) -> None:
+        """Raises ValueError for a key outside its range."""
+        at_least(self, 0, "top_k")
+        require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
+        require(self.min_p is None or 0 <= self.min_p <= 1, "min_p", self.min_p, "null, or in 0..1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingKeys(TruncationKeys):
     """Keys for lengths, the sampling distribution, and the engine that samples."""
 
     response_length: int = 53
     """Maximum number of tokens of a response, including the tokens that a reset copies."""
     temperature: float = 0.7
     """Sampling temperature. The logits are divided by it for sampling and for every log-prob of the run."""
+    temperatures: tuple[float, ...] = ()
+    """Temperatures of the episodes of a group, in turn: with [0.7, 1.0] and num_generations 4 they are 0.7, 1.0, 0.7,
+    1.0. Each episode is sampled and scored at its own temperature. Empty: `temperature`, which evaluation always
+    uses."""
     stop: tuple[str, ...] = ()
     """Strings that end a response, in addition to the EOS. The response is cut after the token that completes the first
     such string and counts as ended; the tokens sampled after it are dropped."""
@@ -40,6 +68,7 @@ class SamplingKeys:
     def check_sampling(self) -> None:
         at_least(self, 1, "response_length", "rollout_batch_size")
         above_0(self, "temperature")
+        self._check_distribution()
         require(all(self.stop), "stop", self.stop, "strings that are not empty")
         if self.max_sampling_logp_difference is not None:
             at_least(self, 0, "max_sampling_logp_difference")
@@ -47,3 +76,14 @@ class SamplingKeys:
         require(0 < share < 1, "vllm_gpu_memory_utilization", share, "above 0 and below 1")
         if self.engine == "vllm":
             require(self.temperature >= 0.01, "temperature", self.temperature, "at least 0.01 with engine vllm")
+
+    def _check_distribution(self) -> None:
+        heats = self.temperatures
+        require(all(heat > 0 for heat in heats), "temperatures", heats, "above 0")
+        require(not heats or self.engine == "transformers", "temperatures", heats, "empty with engine vllm")
+        self.check_truncated()
+        if self.truncated:
+            name = "top_k" if self.top_k else "top_p" if self.top_p < 1 else "min_p"
+            because = f"with {name}: the loss needs the tokens that the sampler kept, which only"
+            require(self.engine == "transformers", "engine", self.engine, f"transformers {because} this engine reports")
+            require(self.decode == "eager", "decode", self.decode, f"eager {because} eager decoding can record")

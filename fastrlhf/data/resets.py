@@ -69,7 +69,22 @@ def takes_first(*, seed: int, key: int) -> bool:
     return uniforms(seed, RESET_STREAM, key, 3)[2] < 0.5
 
 
-def cut_prefix(prompt: Sequence[int], response: Sequence[int], k: int, *, row: int, episode: int) -> Prefix:
+def cut_prefix(
+    prompt: Sequence[int],
+    response: Sequence[int],
+    k: int,
+    *,
+    row: int,
+    episode: int,
+    temperature: float | None = None,
+) -> Prefix:
     """The prompt and the first k tokens of the response: where this episode starts."""
     depth = k / len(response) if k else 0.0
-    return Prefix(token_ids=[*prompt, *response[:k]], num_reset=k, reset_depth=depth, row=row, episode=episode)
+    return Prefix(
+        token_ids=[*prompt, *response[:k]],
+        num_reset=k,
+        reset_depth=depth,
+        row=row,
+        episode=episode,
+        temperature=temperature,
+    )

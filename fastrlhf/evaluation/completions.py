@@ -12,6 +12,7 @@ from fastrlhf.distributed.ranks import total
 from fastrlhf.models.forward import token_logprobs
 from fastrlhf.models.sharding import whole
 from fastrlhf.rollout.engine import Decode, SharedEngine, TransformersEngine
+from fastrlhf.rollout.truncation import Truncation, kept_tokens
 from fastrlhf.types import EndIds, Prefix, Rollout, TokenizedExample
 
 EVAL_EPISODES = 1 << 40
@@ -29,6 +30,7 @@ def respond(
     batch_size: int,
     micro_batch_tokens: int = 8192,
     decode: Decode = "eager",
+    truncation: Truncation | None = None,
 ) -> list[Rollout]:
     """Samples one full response per prompt, without resets, in order; temperature 0 takes the most probable token."""
     engine = TransformersEngine(
@@ -40,6 +42,7 @@ def respond(
         batch_size=batch_size,
         micro_batch_tokens=micro_batch_tokens,
         decode=decode,
+        truncation=truncation or Truncation(),
     )
     return SharedEngine(engine=engine, model=model).generate(
         [
@@ -59,12 +62,13 @@ def response_kl(
     micro_batch_tokens: int,
 ) -> float:
     """KL in nats per response: log(policy / reference) summed over the tokens of a response, averaged over the
-    policy's responses."""
+    policy's responses. With truncated sampling both are distributions over the tokens that the sampler kept."""
     segments = [sequence(rollout.prefix.token_ids, rollout.completion) for rollout in rollouts]
     log_ratio = torch.zeros((), device=policy.device)
     with whole(policy), whole(reference):
         for micro in own_micro_batches([len(s.token_ids) for s in segments], micro_batch_tokens, "response"):
             batch = pack([segments[i] for i in micro], policy.device)
-            log_ratio += token_logprobs(policy, batch, temperature=temperature).logprob.sum()
-            log_ratio -= token_logprobs(reference, batch, temperature=temperature).logprob.sum()
+            kept = kept_tokens([rollouts[i] for i in micro], policy.device)
+            log_ratio += token_logprobs(policy, batch, temperature=temperature, kept=kept).logprob.sum()
+            log_ratio -= token_logprobs(reference, batch, temperature=temperature, kept=kept).logprob.sum()
     return total(log_ratio).item() / len(rollouts)

@@ -33,6 +33,7 @@ from fastrlhf.models.loading import (
 from fastrlhf.models.roles import holds_adapter, open_base, policy_role, score_role, unmerged_adapter
 from fastrlhf.models.vocabulary import limit_vocabulary
 from fastrlhf.rollout.engine import as_ids
+from fastrlhf.rollout.truncation import Truncation
 from fastrlhf.runtime.atomic import sweep_files, write_files
 from fastrlhf.runtime.checkpoint import check_output_dir
 from fastrlhf.runtime.inputs import open_eval_inputs, with_room
@@ -260,6 +261,7 @@ def _respond(
         eos_token_id=eos,
         response_length=config.response_length,
         temperature=config.temperature,
+        truncation=Truncation.of(config),
         seed=config.seed,
         batch_size=config.rollout_batch_size,
         micro_batch_tokens=config.micro_batch_tokens,

@@ -22,6 +22,7 @@ from fastrlhf.evaluation.completions import respond, response_kl
 from fastrlhf.evaluation.judges import Judge, checked_scores
 from fastrlhf.rewards.functions import Earned, RewardFunctions, mean_rewards
 from fastrlhf.rollout.stop import Stops
+from fastrlhf.rollout.truncation import Truncation
 from fastrlhf.types import EndIds, Rollout, TokenizedExample
 
 NGRAM = 4
@@ -63,6 +64,7 @@ def evaluate(
             batch_size=config.rollout_batch_size,
             micro_batch_tokens=config.micro_batch_tokens,
             decode=config.decode,
+            truncation=Truncation.of(config),
         )
         return found if stops is None else list(map(stops.cut, found))
 

@@ -23,8 +23,8 @@ from fastrlhf.models.offload import offloaded
 from fastrlhf.models.router_loss import wanted, with_router_loss
 from fastrlhf.models.sharding import backbone_of, runs_in_step
 from fastrlhf.models.vocabulary import head_of
-from fastrlhf.types import PackedBatch
-from fastrlhf_kernels import TokenKL, TokenLogprobs, linear_kl, linear_logprob
+from fastrlhf.types import KeptTokens, PackedBatch
+from fastrlhf_kernels import TokenKL, TokenLogprobs, linear_kept_logprob, linear_kl, linear_logprob
 
 _NEW_NAME = hasattr(PreTrainedModel, "activation_checkpointing_enable")  # transformers 5.17 has the old name
 CHECKPOINTING = "activation_checkpointing" if _NEW_NAME else "gradient_checkpointing"
@@ -175,13 +175,17 @@ def token_logprobs(
     model: PreTrainedModel,
     batch: PackedBatch,
     *,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
+    kept: KeptTokens | None = None,
     entropy: bool = False,
     stats: bool = False,
 ) -> TokenLogprobs:
-    """Log-prob [R] float32, in nats, of every scored token of the pack, under the tempered distribution."""
+    """Log-prob [R] float32, in nats, of every scored token of the pack, under the tempered distribution, over the
+    `kept` tokens of each row if they are given."""
     states = scored_states(model, batch)
-    return state_logprobs(model, states, batch.targets, temperature=temperature, entropy=entropy, stats=stats)
+    return state_logprobs(
+        model, states, batch.targets, temperature=temperature, kept=kept, entropy=entropy, stats=stats
+    )
 
 
 def state_logprobs(
@@ -189,13 +193,28 @@ def state_logprobs(
     states: Tensor,
     targets: Tensor,
     *,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
+    kept: KeptTokens | None = None,
     entropy: bool = False,
     stats: bool = False,
 ) -> TokenLogprobs:
-    """The same from given `scored_states` [R, D]; targets [R] int64."""
+    """Log-probs as those of `token_logprobs`, from given `scored_states` [R, D]; targets [R] int64, temperature a
+    number or [R]. With `kept` there are no `stats`."""
     weight, bias = head_of(model)
     found = logit_map(model)
+    if kept is not None:
+        return linear_kept_logprob(
+            states,
+            weight,
+            targets,
+            kept.ids,
+            kept.cu_rows,
+            bias=bias,
+            temperature=temperature,
+            logit_scale=found.scale,
+            softcap=found.softcap,
+            entropy=entropy,
+        )
     return linear_logprob(
         states,
         weight,
@@ -216,7 +235,7 @@ def state_kl(
     reference_states: Tensor,
     targets: Tensor,
     *,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     entropy: bool = False,
 ) -> TokenKL:
     """KL(model || reference) [R] float32, in nats, between the next-token distributions of two models of one

@@ -4,16 +4,16 @@ An engine is anything with `generate(prefixes) -> rollouts`; rollout/vllm.py has
 trainer's own model in the slots of a static key-value cache (rollout/kv_cache.py). Every prefix is prefilled (a reset
 costs no decode step), once for all the episodes that start there or further back in the same text. An episode that
 ends, at its EOS or length limit, leaves its slot to a waiting one; when none waits and half of the slots suffice, the
-other half is freed. The log-prob of each sampled token is recorded when it is drawn; no other number of the logits is
-kept. Models that cannot be decoded in slots go through transformers' `generate` (rollout/generate.py); rollout/probe.py
-decides.
+other half is freed. The log-prob of each sampled token is recorded when it is drawn, and with truncated sampling the
+tokens that could be drawn; no other number of the logits is kept. Models that cannot be decoded in slots go through
+transformers' `generate` (rollout/generate.py); rollout/probe.py decides.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, Protocol
 
@@ -32,6 +32,7 @@ from fastrlhf.rollout import generate
 from fastrlhf.rollout.cuda_graphs import CapturedSteps
 from fastrlhf.rollout.kv_cache import SlotCache, rounded_up
 from fastrlhf.rollout.probe import decoder_of
+from fastrlhf.rollout.truncation import KeptRecord, Truncation
 from fastrlhf.types import EndIds, Prefix, Rollout
 
 SAMPLE_STREAM = 2
@@ -61,7 +62,8 @@ class TransformersEngine:
     """Samples from `model` with its weights at the moment of the call. A response has at most `response_length` tokens,
     including those of the reset. The t-th token of an episode is the inverse of the tempered distribution function at a
     uniform number keyed by (seed, stream, episode, t): the sample does not depend on which episodes are generated
-    together. Temperature 0 takes the most likely token and records its log-prob at temperature 1.
+    together. The temperature of a prefix comes before that of the engine. Temperature 0 takes the most likely token,
+    which every truncation keeps, and records its log-prob at temperature 1.
     """
 
     model: PreTrainedModel
@@ -78,6 +80,8 @@ class TransformersEngine:
     """Engines of one run whose draws must be independent have different streams."""
     decode: Decode = "eager"
     """cuda_graph: a step is captured once and replayed: the same kernels without launch overhead."""
+    truncation: Truncation = field(default_factory=Truncation)
+    """Which tokens may be drawn. Log-probs are those of the truncated distribution."""
 
     @classmethod
     def of(cls, config: PPOConfig, model: PreTrainedModel, eos_token_id: EndIds, **others: Any) -> TransformersEngine:
@@ -89,6 +93,7 @@ class TransformersEngine:
             "batch_size": config.rollout_batch_size,
             "micro_batch_tokens": config.micro_batch_tokens,
             "decode": config.decode,
+            "truncation": Truncation.of(config),
         }
         return cls(model=model, eos_token_id=eos_token_id, **settings | others)
 
@@ -96,6 +101,8 @@ class TransformersEngine:
         device = self.model.device
         if self.decode == "cuda_graph" and device.type != "cuda":
             raise ValueError(f"decode: cuda_graph needs a CUDA GPU, but the model is on the {device}; set eager")
+        if self.decode == "cuda_graph" and self.truncation:
+            raise ValueError("decode: cuda_graph cannot record the tokens that truncated sampling keeps; set eager")
 
     @torch.no_grad()
     def generate(self, prefixes: Sequence[Prefix]) -> list[Rollout]:
@@ -105,10 +112,12 @@ class TransformersEngine:
             return []
         episodes = self._episodes(prefixes)
         self._decode(prefixes, episodes)
-        sampled = (episodes.count.tolist(), episodes.tokens.tolist(), episodes.logprobs.tolist())
+        counts = episodes.count.tolist()
+        kept = [None] * len(counts) if episodes.kept is None else episodes.kept.sets(counts)
+        sampled = (counts, episodes.tokens.tolist(), episodes.logprobs.tolist(), kept)
         return [
-            self._rollout(prefix, tokens[:count], logprobs[:count])
-            for prefix, count, tokens, logprobs in zip(prefixes, *sampled, strict=True)
+            self._rollout(prefix, tokens[:count], logprobs[:count], sets)
+            for prefix, count, tokens, logprobs, sets in zip(prefixes, *sampled, strict=True)
         ]
 
     def _episodes(self, prefixes: Sequence[Prefix]) -> _Episodes:
@@ -125,6 +134,8 @@ class TransformersEngine:
             count=torch.zeros(num, dtype=torch.int64, device=device),
             done=torch.zeros(num, dtype=torch.bool, device=device),
             ends=torch.tensor(as_ids(self.eos_token_id), device=device),
+            temperature=temperature_of(prefixes, self.temperature, device),
+            kept=KeptRecord() if self.truncation and self.temperature > 0 else None,
         )
 
     def _decode(self, prefixes: Sequence[Prefix], episodes: _Episodes) -> None:
@@ -194,7 +205,13 @@ class TransformersEngine:
         change."""
         count, done = episodes.count[which], episodes.done[which]
         logits = logits[:, : num_ids(self.model)].float()
-        token, logprob = _draw(logits, self.temperature, episodes.uniform[which, count])
+        heat = episodes.temperature
+        heat = heat[which, None] if isinstance(heat, Tensor) else heat
+        if episodes.kept is not None:
+            logits = self.truncation(logits / heat)
+            episodes.kept.add(which[~done], count[~done], (logits > -math.inf)[~done])
+            heat = 1.0
+        token, logprob = _draw(logits, heat, episodes.uniform[which, count])
         episodes.tokens[which, count], episodes.logprobs[which, count] = token, logprob
         count = count + ~done
         done = done | (count >= episodes.budget[which])
@@ -202,11 +219,13 @@ class TransformersEngine:
         episodes.done[which] = (done | (token[:, None] == episodes.ends).any(-1)) if self.stop_at_eos else done
         return token
 
-    def _rollout(self, prefix: Prefix, tokens: list[int], logprobs: list[float]) -> Rollout:
+    def _rollout(
+        self, prefix: Prefix, tokens: list[int], logprobs: list[float], kept: list[np.ndarray] | None
+    ) -> Rollout:
         if not all(map(math.isfinite, logprobs)):
             raise ValueError("sampling: the policy's logits are not finite; its weights are broken")
         ended = first_end(tokens, self.eos_token_id) is not None
-        return Rollout(prefix=prefix, completion=tokens, sampler_logprob=logprobs, ended=ended)
+        return Rollout(prefix=prefix, completion=tokens, sampler_logprob=logprobs, ended=ended, kept=kept)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -229,6 +248,10 @@ class _Episodes:
     """[N] bool"""
     ends: Tensor
     """[E] int64, the tokens that end an episode"""
+    temperature: float | Tensor
+    """a number, or [N] float32"""
+    kept: KeptRecord | None
+    """None if all tokens may be drawn"""
 
     def last(self, which: Tensor) -> tuple[Tensor, Tensor]:
         """The last token of the episodes `which` [n] and its position in prompt and response, [n] int64 each."""
@@ -299,6 +322,7 @@ def checked_rollouts(
     eos_token_id: EndIds,
     stops_at_eos: bool,
     may_stop: bool = False,
+    truncated: bool = False,
 ) -> Sequence[Rollout]:
     """The rollouts of an engine, checked against the promises of `Engine` and `Rollout`. Raises ValueError naming the
     first broken one: otherwise a faulty user-defined engine would silently train on the wrong tokens."""
@@ -317,7 +341,28 @@ def checked_rollouts(
             raise ValueError(f"{where} says ended={rollout.ended}, but its tokens say otherwise")
         if stops_at_eos and end is not None and end + 1 < len(tokens):
             raise ValueError(f"{where} goes on after its EOS")
+        if truncated != (rollout.kept is not None):
+            problem = (
+                "lacks `kept`, the tokens that top_k, top_p and min_p left"
+                if truncated
+                else "has `kept`: it was drawn from a truncated distribution, but top_k, top_p and min_p are off"
+            )
+            raise ValueError(f"{where} {problem}")
+        if rollout.kept is not None and not _holds(rollout.kept, tokens):
+            raise ValueError(f"{where} has a token that is not among those that could be drawn (`kept`)")
     return rollouts
+
+
+def _holds(kept: Sequence[np.ndarray], tokens: Sequence[int]) -> bool:
+    return len(kept) == len(tokens) and all(token in own for token, own in zip(tokens, kept, strict=True))
+
+
+def temperature_of(prefixes: Sequence[Prefix], default: float, device: torch.device) -> float | Tensor:
+    """The temperature of each episode, [N] float32; `default` if no prefix has one."""
+    if all(prefix.temperature is None for prefix in prefixes):
+        return float(default)
+    heats = [default if prefix.temperature is None else prefix.temperature for prefix in prefixes]
+    return torch.tensor(heats, dtype=torch.float32, device=device)
 
 
 def as_ids(eos_token_id: EndIds) -> tuple[int, ...]:
@@ -336,10 +381,12 @@ def end_index(rollout: Rollout, eos_token_id: EndIds) -> int:
     return len(rollout.completion) - 1 if end is None else end
 
 
-def _draw(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """One token per row of logits [N, V] float32 and its log-prob, by inverting the distribution function."""
-    logprobs = (logits / (temperature or 1.0)).log_softmax(-1)
-    if temperature == 0:
+def _draw(logits: Tensor, temperature: float | Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """One token per row of logits [N, V] float32 and its log-prob, by inverting the distribution function.
+    `temperature` is a number, or [N, 1] above 0."""
+    greedy = isinstance(temperature, float) and temperature == 0
+    logprobs = (logits / (1.0 if greedy else temperature)).log_softmax(-1)
+    if greedy:
         token = logits.argmax(-1)
     else:
         cumulative = logprobs.exp().cumsum(-1)

@@ -30,7 +30,13 @@ class Stops:
         if not self._holds_one(tokens):
             return rollout
         end = bisect_left(range(1, len(tokens) + 1), True, key=lambda num: self._holds_one(tokens[:num])) + 1
-        return replace(rollout, completion=tokens[:end], sampler_logprob=rollout.sampler_logprob[:end], ended=True)
+        return replace(
+            rollout,
+            completion=tokens[:end],
+            sampler_logprob=rollout.sampler_logprob[:end],
+            ended=True,
+            kept=None if rollout.kept is None else rollout.kept[:end],
+        )
 
     def _holds_one(self, tokens: list[int]) -> bool:
         text = str(self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False))

@@ -1,6 +1,7 @@
 """Losses for preference learning on packed tokens. Each op has its own file and a section in kernels/README.md.
 
     linear_logprob       hidden states -> log-probs of the targets, without the logits
+    linear_kept_logprob  the same under a distribution truncated to a set of tokens per row
     logprob_from_logits  logits -> log-probs of the targets
     linear_kl            hidden states of two models -> exact KL per token, without the logits
     kl_estimate          per-token estimates of KL to a reference
@@ -15,6 +16,7 @@ Every op takes flat, packed rows in float32, bfloat16 or float16, computes in fl
 
 from fastrlhf_kernels.gae import gae
 from fastrlhf_kernels.kl_estimate import kl_estimate
+from fastrlhf_kernels.linear_kept_logprob import linear_kept_logprob
 from fastrlhf_kernels.linear_kl import linear_kl
 from fastrlhf_kernels.linear_logprob import linear_logprob
 from fastrlhf_kernels.linear_pair_loss import linear_pair_loss
@@ -34,6 +36,7 @@ __all__ = [
     "TokenLogprobs",
     "gae",
     "kl_estimate",
+    "linear_kept_logprob",
     "linear_kl",
     "linear_logprob",
     "linear_pair_loss",
