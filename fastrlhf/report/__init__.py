@@ -1,1 +1,1 @@
-"""One HTML page per run."""
+"""The HTML report of a run or of several runs."""

@@ -1,4 +1,4 @@
-"""SVG charts: a small line chart and an interval bar. Pure functions from arrays to markup.
+"""Draws SVG charts, namely line charts and interval bars, by pure functions from arrays to markup.
 
 Colours, fonts and line widths come from the style sheet of the page (CSS variables `--c0` .. `--c7`), so that charts
 follow its light and dark themes. Labels are escaped here.
@@ -26,15 +26,16 @@ SMOOTH_FROM = 40
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 320, 182, 40, 12, 20, 34
 _PLOT_WIDTH, _PLOT_HEIGHT = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
 _MARGIN = 4
-"""Curves may reach this far out of the plot, so that lines and dots at its edges are whole."""
+"""Curves may extend beyond the plot by this many units, so that lines and dots at its edges are not clipped."""
 _MOST_HITS = 40
-"""Steps per curve whose values the mouse can show; longer curves show this many, evenly spaced."""
+"""Maximum number of steps per curve whose values appear under the mouse; of a longer curve, evenly spaced steps are
+chosen."""
 _DIGIT = 6
-"""Width of a digit of a label, rounded up."""
+"""Width of one digit of an axis label, rounded up."""
 _FURTHEST = 1e300
-"""Values are drawn as at most this large: the height of the frame stays finite."""
+"""Larger values are drawn as this one, so that the height of the plot stays finite."""
 _NEAREST = 1e-290
-"""Values closer than this are drawn as one: the height of the frame stays above 0."""
+"""Values that differ by less than this count as equal, so that the height of the plot stays above 0."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,22 +46,23 @@ class Curve:
     steps: Array
     """[n] positions on the horizontal axis, increasing"""
     values: Array
-    """[n] values; those that are not finite leave gaps"""
+    """[n] values; the curve has a gap at a value that is not finite"""
     color: int = 0
     dashed: bool = False
 
 
 def line_chart(title: str, curves: list[Curve], over: str = "steps", unit: str = "") -> str:
-    """A figure: caption with the last value of every curve, named axes, and the curves over optimiser steps (or
-    `over`). Where the mouse rests, the values of the step below it are shown.
+    """Draws a chart: a caption with the last value of every curve, named axes, and the curves over optimiser steps (or
+    over the quantity that `over` names). The values of a step are shown when the mouse rests on it.
 
-    Long curves are drawn twice: raw and faint, and as a centred moving average. The frame may then leave
-    out 1 % of the points, and at most five, at either end, so that one spike does not flatten the rest.
+    Long curves are drawn twice: the raw values in a faint colour, and their centred moving average. For a long curve
+    the vertical axis may leave out the lowest and the highest 1 % of the points (at most five each), so that a single
+    spike does not flatten the curve.
     """
     x_range = _widened(min(c.steps[0] for c in curves), max(c.steps[-1] for c in curves), least=1.0)
     y_range = _value_range(curves)
     labels = _y_labels(y_range)
-    # long labels widen the left margin
+    # Long labels widen the left margin.
     more = max(0, _DIGIT * max(len(label) for _, label in labels) - (_LEFT - 5))
     prefix, _, name = title.rpartition("/")
     family = f"<small>{escape(prefix)}/</small>" if prefix else ""
@@ -80,7 +82,7 @@ def line_chart(title: str, curves: list[Curve], over: str = "steps", unit: str =
 
 
 def interval_bar(value: float, low: float, high: float, color: int) -> str:
-    """A probability and its interval on a scale from 0 to 1, with a mark at 0.5."""
+    """Draws a probability and its interval on a scale from 0 to 1 with a mark at 0.5."""
     x, x_low, x_high = (4 + 132 * min(max(number, 0.0), 1.0) for number in (value, low, high))
     return (
         '<svg class="bar" viewBox="0 0 140 16" width="140" height="16" aria-hidden="true">'
@@ -92,7 +94,8 @@ def interval_bar(value: float, low: float, high: float, color: int) -> str:
 
 
 def ticks(low: float, high: float, most: int) -> list[float]:
-    """At most `most` + 1 multiples of 1, 2 or 5 times a power of ten within [low, high], low < high.
+    """Returns at most `most` + 1 axis ticks within [low, high], low < high: multiples of 1, 2 or 5 times a power of
+    ten.
 
     ticks(0, 1, 4)  ->  [0.0, 0.5, 1.0]
     """
@@ -101,7 +104,7 @@ def ticks(low: float, high: float, most: int) -> list[float]:
 
 
 def tick_labels(values: list[float]) -> list[str]:
-    """One label per tick, all with the same unit and number of decimals.
+    """Returns one label per tick, all with the same unit and number of decimals.
 
     [0.0, 0.05, 0.1] -> 0.00 0.05 0.10;  [0, 5000, 10000] -> 0 5k 10k;  [0, 2e-6] -> 0, 2e-6
     """
@@ -114,7 +117,7 @@ def tick_labels(values: list[float]) -> list[str]:
 
 
 def format_number(value: float) -> str:
-    """Four significant digits, for people: 0.6931, 12.35, 48.2k, 3e-6, nan."""
+    """Formats a number for display, with at most four significant digits: 0.6931, 12.35, 48.2k, 3e-6, nan."""
     if not math.isfinite(value):
         return str(value)
     size = abs(value)
@@ -134,7 +137,8 @@ _UNITS = ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k"))
 
 
 def thin(steps: Array, values: Array, buckets: int = BUCKETS) -> tuple[Array, Array]:
-    """At most 2 * `buckets` points: the lowest and the highest of every bucket, so that no spike is lost."""
+    """Reduces a curve to at most about 2 * `buckets` points: the lowest and the highest of every bucket of steps, so
+    that no spike is lost."""
     if len(values) <= 2 * buckets:
         return steps, values
     parts = np.array_split(np.arange(len(values)), buckets)
@@ -143,8 +147,8 @@ def thin(steps: Array, values: Array, buckets: int = BUCKETS) -> tuple[Array, Ar
 
 
 def moving_average(steps: Array, values: Array, points: int = BUCKETS) -> tuple[Array, Array]:
-    """At most `points` of the steps, and for each the mean of the finite values around it, over a window of 1/20 of
-    the curve."""
+    """Returns at most `points` steps and, for each of them, the mean of the finite values in a window of 1/20 of the
+    curve around it."""
     num = len(values)
     centres = np.unique(np.linspace(0, num - 1, min(points, num)).round().astype(int))
     around = [values[max(at - num // 40, 0) : at + num // 40 + 1] for at in centres]
@@ -163,13 +167,13 @@ def _tick_step(low: float, high: float, most: int) -> float:
 
 
 def _widened(low: float, high: float, least: float) -> Range:
-    """The range, or one of width `least` around it where it is a single number."""
+    """Returns (low, high), or a range of width `least` around the number if both are equal."""
     return (low, high) if high > low else (low - least / 2, high + least / 2)
 
 
 def _value_range(curves: list[Curve]) -> Range:
-    """The range of the vertical axis: the values plus 4 % on either side; it starts at 0 where values of one sign
-    come close to 0."""
+    """Returns the range of the vertical axis: the range of the values plus 4 % on either side. The axis is extended to
+    0 if all values have the same sign and come close to 0."""
     lows, highs = [], []
     for curve in curves:
         finite = curve.values[np.isfinite(curve.values)].clip(-_FURTHEST, _FURTHEST)
@@ -206,9 +210,10 @@ def _draw(curve: Curve, x_range: Range, y_range: Range) -> str:
 
 
 def _hits(curves: list[Curve], x_range: Range, over: str) -> str:
-    """Invisible strips over the plot, one per step; the title of a strip shows the values of its step."""
+    """Covers the plot with invisible strips, one per step; the tooltip (title) of a strip shows the values of its
+    step."""
     steps = sorted({step for curve in curves for step in _spread(curve.steps)})
-    if len(steps) > 3 * _MOST_HITS:  # many runs at different steps
+    if len(steps) > 3 * _MOST_HITS:  # happens with many runs that logged different steps
         steps = list(_spread(np.array(steps)))
     places = [_LEFT + (step - x_range[0]) / (x_range[1] - x_range[0]) * _PLOT_WIDTH for step in steps]
     middles = [(a + b) / 2 for a, b in pairwise(places)]
@@ -231,7 +236,8 @@ def _spread(steps: Array) -> list[float]:
 
 
 def _path(steps: Array, values: Array, x_range: Range, y_range: Range) -> str:
-    """Path data of the finite runs of a curve; a run of a single point becomes a dot (round line caps)."""
+    """Returns the SVG path of a curve, in pieces between values that are not finite. A piece of one point becomes a
+    dot, because line caps are round."""
     pieces = []
     edges = np.flatnonzero(np.diff(np.isfinite(values).astype(int), prepend=0, append=0))
     for start, stop in edges.reshape(-1, 2):
@@ -239,7 +245,7 @@ def _path(steps: Array, values: Array, x_range: Range, y_range: Range) -> str:
         x, y = thin(steps[start:stop], values[start:stop], share)
         x = (x - x_range[0]) / (x_range[1] - x_range[0]) * _PLOT_WIDTH
         y = (y_range[1] - y) / (y_range[1] - y_range[0]) * _PLOT_HEIGHT
-        # renderers overflow on huge coordinates, and points far outside the frame are not seen
+        # Huge coordinates overflow in renderers. Points that far outside the plot are invisible anyway.
         points = [f"{a:.1f},{b:.1f}" for a, b in zip(x, y.clip(-1e4, 1e4), strict=True)]
         pieces.append("M" + " ".join(points) + ("h0" if len(points) == 1 else ""))
     return "".join(pieces)
@@ -251,7 +257,7 @@ def _y_labels(y_range: Range) -> list[tuple[float, str]]:
 
 
 def _axes(x_range: Range, y_range: Range, y_labels: list[tuple[float, str]], whole: bool) -> str:
-    """Grid, ticks and labels; a horizontal axis of steps has ticks at whole numbers only."""
+    """Draws grid lines, ticks and labels; with `whole`, the ticks of the horizontal axis are whole numbers."""
     parts = []
     for value, label in y_labels:
         y = _TOP + (y_range[1] - value) / (y_range[1] - y_range[0]) * _PLOT_HEIGHT
@@ -265,7 +271,7 @@ def _axes(x_range: Range, y_range: Range, y_labels: list[tuple[float, str]], who
 
 
 def _key(curves: list[Curve]) -> str:
-    """The legend: label and last value of every curve."""
+    """Draws the legend: the label and last value of every curve."""
     items = []
     for curve in curves:
         bad = int((~np.isfinite(curve.values)).sum())

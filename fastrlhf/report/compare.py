@@ -1,4 +1,5 @@
-"""fastrlhf report RUN RUN ...: one page that compares runs: last values, settings that differ, curves in one frame."""
+"""`fastrlhf report RUN RUN ...`: writes one page that compares runs by their last values, their different settings and
+their curves in shared charts."""
 
 from __future__ import annotations
 
@@ -17,9 +18,9 @@ from fastrlhf.report.stages import Stage, find_stages, overlaid
 
 
 def write_comparison(run_dirs: Sequence[Path], path: Path) -> Path:
-    """Writes one page about several runs to `path` and returns `path`. An existing page is replaced.
+    """Writes one page that compares several runs to `path`, replacing an existing page, and returns `path`.
 
-    Raises ValueError, naming the folder, where one is given twice or holds no metrics.
+    Raises ValueError, naming the folder, if a folder is given twice or holds no metrics.
     """
     names = _names(run_dirs)
     stages: list[Stage] = []
@@ -43,7 +44,7 @@ def write_comparison(run_dirs: Sequence[Path], path: Path) -> Path:
 
 
 def _names(run_dirs: Sequence[Path]) -> list[str]:
-    """The names of the folders; where two are the same, their paths relative to the common parent."""
+    """Returns the names of the folders, or, if two names are equal, the paths relative to the common parent."""
     resolved = [run_dir.resolve() for run_dir in run_dirs]
     for i, run_dir in enumerate(resolved):
         if run_dir in resolved[:i]:
@@ -56,7 +57,7 @@ def _names(run_dirs: Sequence[Path]) -> list[str]:
 
 
 def _different_settings(stages: Sequence[Stage]) -> dict[str, dict[str, Any]]:
-    """Key -> name of the stage -> value, for keys of config.yaml that are not the same in all stages that have them."""
+    """Returns key -> name of the stage -> value, for the keys of config.yaml whose values differ between the stages."""
     settings: dict[str, dict[str, Any]] = {}
     for stage in stages:
         file = stage.path / "config.yaml"

@@ -1,4 +1,4 @@
-"""The HTML document around a page and its style sheet, with light and dark themes."""
+"""Renders the HTML document of a page with its style sheet, which has a light and a dark theme."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from fastrlhf.runtime.atomic import write_file
 
 
 def render_page(title: str, facts: list[str], sections: list[tuple[str, str]], footer: str = "") -> str:
-    """A whole HTML document: the title, a line of facts, links to the sections, and the sections (heading, markup).
+    """Renders a whole HTML document: the title, a line of facts, links to the sections, and the sections. Each section
+    is (heading, markup).
 
-    Title, facts, headings and footer are escaped here. The content security policy in the head forbids requests and
-    scripts.
+    Title, facts, headings and footer are escaped by this function; the markup of sections is not. The content security
+    policy in the head forbids requests and scripts.
     """
     links = "".join(f'<a href="#s{i}">{escape(name)}</a>' for i, (name, _) in enumerate(sections))
     chips = "".join(f"<span>{escape(fact)}</span>" for fact in facts)
@@ -41,7 +42,8 @@ def render_page(title: str, facts: list[str], sections: list[tuple[str, str]], f
 
 
 def write_page(path: Path, page: str) -> None:
-    """Writes the whole page or leaves the old one. Raises ValueError, with the fix, where the folder is read-only."""
+    """Writes a page atomically: after a failure the old page is still there. Raises ValueError, with the fix, if the
+    file cannot be written."""
     try:
         write_file(path, page, errors="xmlcharrefreplace")
     except OSError as error:
@@ -50,12 +52,13 @@ def write_page(path: Path, page: str) -> None:
 
 
 def scrolling(table: str) -> str:
-    """Makes a table scroll sideways where it is too wide, with a shadow at an edge that hides more columns."""
+    """Wraps a table so that it scrolls sideways if it is too wide; a shadow marks an edge behind which there are more
+    columns."""
     return f'<div class="wide" tabindex="0">{table}</div>'
 
 
 def render_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of texts, which are escaped here; the first column names the row."""
+    """Renders a table of plain texts, which this function escapes; the first column holds the names of the rows."""
     top = "".join(f"<th>{escape(name)}</th>" for name in head)
     body = "".join(
         f"<tr><th>{escape(first)}</th>{''.join(f'<td>{escape(text)}</td>' for text in others)}</tr>\n"
@@ -65,7 +68,7 @@ def render_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def token_markup(text: str) -> str:
-    """Markup of a token's text: a line break is shown as a sign too, and an empty token as a dot."""
+    """Renders the text of a token; a line break gets a visible sign in addition, and an empty token becomes a dot."""
     return escape(text).replace("\n", "&crarr;\n") or "&middot;"
 
 

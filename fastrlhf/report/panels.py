@@ -1,7 +1,7 @@
-"""The charts of one page: which metrics share a chart, and which charts share a group.
+"""Arranges the charts of a page: which metrics share a chart, and which charts share a group.
 
-A training metric and its `eval_` counterpart share a chart, and so do `chosen` and `rejected`, and the minimum, mean
-and maximum of the rewards. A metric that was measured once is a row of a table, not a chart of a single dot.
+A training metric and its `eval_` counterpart share a chart. So do `chosen` and `rejected`, and the minimum, mean and
+maximum of the rewards. A metric that was measured only once is a row of a table instead of a chart with a single dot.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from fastrlhf.report.page import render_table
 from fastrlhf.report.stages import DEPTH, RECENT, Stage
 
 CHART_NOTE = (
-    "Horizontal axes count optimiser steps unless they name something else. Long curves: faint lines have every step, "
-    "bold lines are the mean over 1/20 of the run, and a few spikes may leave the frame. Dashed: evaluations. Numbers "
-    "beside the names are the last values. Rest the mouse on a chart to read the values of a step."
+    "Horizontal axes count optimiser steps unless labelled otherwise. In charts of long curves, faint lines show every "
+    "step, bold lines the mean over 1/20 of the run, and a few spikes may lie outside the chart. Dashed lines are "
+    "evaluations. Numbers beside the names are last values. Rest the mouse on a chart to read the values of a step."
 )
 
 GROUPS = (
@@ -29,15 +29,15 @@ GROUPS = (
     ("Log-probs and logits", r"^log(ps|its)/|logprob|log_prob"),
     ("Updates of policy and critic", r"^(policy|value|val|views|hidden_grad|rlp)/|ratio|clip"),
 )
-"""(heading, pattern of the metrics in it, without `eval_`). The first match counts; a metric that matches none is in
-Other."""
+"""(heading of a group, pattern of its metrics without the prefix `eval_`). The first match counts; a metric that
+matches no pattern is in the group Other."""
 
 ORDER = (
     *("Loss and accuracy", "Scores and rewards", "KL and entropy", "Completions", "Log-probs and logits"),
     *("Updates of policy and critic", "Other", "Housekeeping"),
 )
 OPEN = ORDER[:3]
-"""Groups that are open at first; a click opens the others."""
+"""Groups that are open when the page is loaded; the others open on a click."""
 
 UNITS = {
     r"kl|entropy|^logps|logprob": "nats",
@@ -49,7 +49,7 @@ UNITS = {
 
 
 def place(metric: str) -> tuple[str, str, str]:
-    """(group, title of its chart, its part of that chart).
+    """Returns (group, title of the chart, name of the curve within the chart) of a metric.
 
     place("eval_rewards/chosen")  ->  ("Scores and rewards", "rewards/chosen and rejected", "eval chosen")
     """
@@ -67,7 +67,7 @@ def place(metric: str) -> tuple[str, str, str]:
 
 
 def render_charts(stages: Sequence[Stage]) -> str:
-    """The charts of stages that log the same metrics, in groups that open and close."""
+    """Renders the charts of stages that log the same metrics, in groups that can be opened and closed."""
     panels: dict[str, dict[str, dict[str, str]]] = {}  # group -> title -> metric -> part
     for metric in dict.fromkeys(metric for stage in stages for metric in stage.metrics):
         if not metric.startswith(DEPTH):
@@ -85,8 +85,8 @@ def render_charts(stages: Sequence[Stage]) -> str:
                 single.setdefault(group, []).extend(curves)
     scores = figures.setdefault("Scores and rewards", [])
     if by_depth := [curve for stage in stages for curve in stage.depth_curve]:
-        title = f"drpo/score by % of the response given away, last {RECENT} steps"
-        scores.append(line_chart(title, by_depth, over="% of the response given away"))
+        title = f"drpo/score by % of the response that resets copied, last {RECENT} steps"
+        scores.append(line_chart(title, by_depth, over="% of the response that resets copied"))
     if judged := [curve for stage in stages for curve in stage.optimisation_curves]:
         title = "score gained since the first evaluation, over sqrt(KL)"
         scores.append(line_chart(title, judged, over="sqrt(KL to the reference)"))
@@ -98,8 +98,8 @@ def render_charts(stages: Sequence[Stage]) -> str:
 
 
 def _curves(stages: Sequence[Stage], parts: dict[str, str]) -> list[tuple[str, Curve]]:
-    """(metric, curve) for every metric of every stage; an evaluation has the colour of its training metric and is
-    dashed."""
+    """Returns (metric, curve) for every metric of every stage. The curve of an evaluation is dashed and has the colour
+    of the training metric."""
     kinds = list(dict.fromkeys(_color_part(part) for part in parts.values()))
     shift = 3 if len(kinds) > 2 else 4
     return [
@@ -140,7 +140,8 @@ def _unit(title: str) -> str:
 
 
 def last_values(stages: Iterable[Stage]) -> dict[str, dict[str, float]]:
-    """Metric -> name of the stage -> last value, of the groups in `OPEN` and in their order."""
+    """Returns metric -> name of the stage -> last value, for the metrics of the groups in `OPEN`, in the order of the
+    groups."""
     found: dict[str, dict[str, float]] = {}
     for stage in stages:
         for metric in stage.metrics:

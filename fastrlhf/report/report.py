@@ -1,11 +1,11 @@
-"""report.html: one self-contained page made from the files in the directory of a run.
+"""Writes report.html, one self-contained page made from the files in the directory of a run.
 
-The page needs no network and no script. It shows these files, as far as they exist:
-    summary.json    the table of methods of a demo, or of models that were compared
-    metrics.jsonl   charts in groups (panels.py), of the directory itself and of the stages in its sub-folders; stages
-                    that log the same metrics (ppo and drpo, two seeds) share their charts
-    samples.jsonl   the last samples; in on-policy runs each token is coloured by its reward; after `fastrlhf eval` the
-                    last prompts with the answers of every model
+The page needs no network and no script. It shows those of the following files that exist:
+    summary.json    the table of results of a demo or of an evaluation
+    metrics.jsonl   charts in groups (panels.py), for the directory itself and for the stages in its sub-folders; stages
+    that log the same metrics (ppo and drpo, or two seeds) share their charts
+    samples.jsonl   the last samples: in on-policy runs with each token coloured by its reward, after `fastrlhf eval`
+    with the answers of every model to each prompt
     config.yaml     the resolved configuration
 """
 
@@ -25,10 +25,10 @@ from fastrlhf.report.stages import Stage, find_stages, overlaid
 from fastrlhf.runtime.metrics import read_rows
 
 MAX_SAMPLES = 12
-"""Samples shown per stage: the last ones."""
+"""Number of samples shown per stage; the last ones are shown."""
 
 MAX_PROMPTS = 6
-"""Prompts shown after `fastrlhf eval`, each with the answers of every model."""
+"""Number of prompts shown after `fastrlhf eval`, each with the answers of every model; the last ones are shown."""
 
 _COLUMNS = {
     "win_rate": "Win rate",
@@ -46,7 +46,7 @@ _COLUMNS = {
 
 
 def write_report(run_dir: Path, path: Path | None = None) -> Path:
-    """Write the page to `path`, `run_dir`/report.html by default, and return its path. An older page is replaced.
+    """Writes the page to `path`, by default `run_dir`/report.html, and returns its path. An existing page is replaced.
 
     Raises:
         ValueError: the directory holds neither metrics nor a summary, one of its files is malformed, or the page
@@ -58,7 +58,7 @@ def write_report(run_dir: Path, path: Path | None = None) -> Path:
     summary = _read_summary(run_dir / "summary.json")
     if not stages and not summary:
         raise ValueError(
-            f"{run_dir}: nothing to report, neither metrics.jsonl (here or in a sub-folder) nor summary.json; "
+            f"{run_dir}: nothing to report: no metrics.jsonl, here or in a sub-folder, and no summary.json; "
             "give the output directory of a run"
         )
     title = str(summary.get("task") or run_dir.resolve().name)
@@ -96,13 +96,13 @@ def _results(summary: dict[str, Any], stages: list[Stage]) -> str:
         color = colors.get(method, i % NUM_COLORS)
         cells = "".join(f"<td>{_cell(key, row.get(key), row.get(f'{key}_ci'), color)}</td>" for key in keys)
         body += f'<tr><th><i style="background:var(--c{color})"></i>{escape(method)}</th>{cells}</tr>\n'
-    note = "Bars run from 0 to 100 %, the dotted mark is 50 %. Grey numbers are the ends of an interval."
+    note = "Bars range from 0 to 100 %, with a dotted mark at 50 %. Grey numbers are the bounds of an interval."
     table = f'<table class="results"><thead><tr><th>Method</th>{head}</tr></thead><tbody>{body}</tbody></table>'
     return f'{scrolling(table)}\n<p class="muted">{note}</p>'
 
 
 def _cell(key: str, value: Any, interval: Any, color: int) -> str:
-    """A number with its interval; a win rate in per cent, with a bar."""
+    """Renders a number with its interval; a win rate is shown in per cent with a bar."""
     if value is None:
         return '<span class="muted">&ndash;</span>'
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -129,7 +129,7 @@ def _samples(run_dir: Path, stages: list[Stage]) -> str:
         if rows:
             compared = "model" in rows[-1]
             rows = _side_by_side(rows) if compared else rows[-MAX_SAMPLES:]
-            what = "prompts, and what each model answered" if compared else f"{len(rows)} samples"
+            what = "prompts, with the answers of each model" if compared else f"{len(rows)} samples"
             colored = [row for row in rows if has_token_rewards(row)]
             shown = token_samples(colored) if colored else ""
             shown += _sample_table([row for row in rows if not has_token_rewards(row)])
@@ -140,7 +140,8 @@ def _samples(run_dir: Path, stages: list[Stage]) -> str:
 
 
 def _side_by_side(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The answers of all models to the last `MAX_PROMPTS` prompts, grouped by prompt; a prompt is shown once."""
+    """Groups the answers of all models to the last `MAX_PROMPTS` prompts by prompt; only the first row of a group shows
+    the prompt."""
     answers: dict[Any, list[dict[str, Any]]] = {}
     for row in rows:
         answers.setdefault(row.get("row"), []).append(row)
@@ -162,8 +163,8 @@ def _sample_table(rows: list[dict[str, Any]]) -> str:
 
 
 def _sample_cell(value: Any) -> str:
-    """A cell of a sample. Columns with long texts keep a readable width, and the table scrolls; other columns are as
-    wide as their content."""
+    """Renders a cell of the table of samples. A column with long texts keeps a readable width, and the table scrolls;
+    other columns are as wide as their content."""
     text = _text(value)
     return f"<td{' class=text' if len(text) > 40 else ''}><div>{escape(text)}</div></td>"
 
@@ -178,13 +179,13 @@ def _configs(run_dir: Path, stages: list[Stage]) -> str:
 
 
 def _directories(run_dir: Path, stages: list[Stage]) -> list[tuple[str, Path]]:
-    """The run's own directory first, then those of its stages."""
+    """Lists the directory of the run first, then those of its stages."""
     names = {run_dir: run_dir.resolve().name} | {stage.path: stage.name for stage in stages}
     return [(name, path) for path, name in names.items()]
 
 
 def _text(value: Any) -> str:
-    """The field of a sample as text: numbers are rounded, conversations are shown as turns."""
+    """Formats a value of a sample as text: numbers are rounded, and a conversation becomes one line per turn."""
     if isinstance(value, str):
         return value
     if isinstance(value, float):
@@ -197,7 +198,7 @@ def _text(value: Any) -> str:
 
 
 def _facts(summary: dict[str, Any], stages: list[Stage]) -> list[str]:
-    """The line under the title: facts from the summary, and the steps and seconds of every stage."""
+    """Returns the facts under the title: those of the summary, and the steps and seconds of every stage."""
     facts = []
     for name, value in summary.items():
         if name not in ("task", "methods"):
@@ -205,7 +206,7 @@ def _facts(summary: dict[str, Any], stages: list[Stage]) -> list[str]:
             facts += [f"{name} {part}".replace("_", " ").strip() + f" {_text(parts[part])}" for part in parts]
     for stage in stages:
         times = [row.get("time", 0.0) for row in stage.rows]
-        # seconds start again at 0 in a resumed run
+        # In a resumed run the seconds start again at 0.
         seconds = sum(b - a if b >= a else b for a, b in pairwise([0.0, *times]))
         facts.append(f"{stage.name}: step {format_number(stage.rows[-1]['step'])}, {seconds:.0f} s")
     return facts

@@ -1,4 +1,4 @@
-"""Samples of an on-policy run with the reward of each token: as rows of samples.jsonl and as coloured text."""
+"""Samples of an on-policy run with the reward of each token, as rows of samples.jsonl and as coloured text."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from fastrlhf.report.page import token_markup
 from fastrlhf.types import Experience, Rollout
 
 OF_THE_RESPONSE = ("score", "missing_eos")
-"""Rewards of the whole response, paid at its last token. They are left out of the colours because they would
-outshine the rewards of tokens."""
+"""Rewards for the whole response, which its last token gets. The colours exclude them, because the rewards of tokens
+would look faint beside them."""
 
 STRONGEST = 60
-"""Strength in per cent of the colour behind the tokens with the largest rewards; text stays readable on it in both
+"""Opacity, in per cent, of the colour behind the tokens with the largest rewards; text stays readable on it in both
 themes."""
 
 QUANTILE = 0.95
-"""Quantile of the absolute token rewards that gets the strongest colour, so that one outlier does not fade the
-others."""
+"""Quantile of the absolute token rewards at which the colour reaches full strength; the largest value is not used,
+because a single outlier would make all other tokens look faint."""
 
 
 def sample_rows(
@@ -34,9 +34,10 @@ def sample_rows(
     count: int,
     extra: Mapping[str, Sequence[Any]] | None = None,
 ) -> list[dict[str, Any]]:
-    """The first `count` episodes: row, prompt, reset, response, score, the response's `tokens` as text, and the
-    `rewards` of each by name, as `Experience.rewards` has them (five digits). `extra`: more columns, one value per
-    episode; a value that JSON cannot hold is written as text."""
+    """Returns the rows of samples.jsonl for the first `count` episodes: row, prompt, reset, response, score, the
+    `tokens` of the response as text, and the `rewards` of each token by name, those of `Experience.rewards` rounded to
+    five digits. `extra`: further columns, with one value per episode; a value that JSON cannot hold is written as
+    text."""
     assert experience.scores is not None
     names = list(experience.rewards)
     paid = torch.stack(list(experience.rewards.values())).tolist() if names else []
@@ -69,7 +70,7 @@ def _plain(value: Any) -> Any:
 
 
 def has_token_rewards(row: Mapping[str, Any]) -> bool:
-    """Whether a row of samples.jsonl has the form that `sample_rows` writes, with finite numbers."""
+    """Returns whether a row of samples.jsonl has token rewards in the form that `sample_rows` writes."""
     tokens, rewards = row.get("tokens"), row.get("rewards")
     return (
         isinstance(tokens, list)
@@ -81,8 +82,8 @@ def has_token_rewards(row: Mapping[str, Any]) -> bool:
 
 
 def token_samples(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Markup: a legend, and every sample as text whose tokens are coloured by their reward; the mouse shows each
-    reward by name. All `rows` satisfy `has_token_rewards`."""
+    """Renders a legend and every sample as text in which each token is coloured by its reward; a tooltip shows the
+    rewards by name. All `rows` must satisfy `has_token_rewards`."""
     earned = [_of_tokens(row) for row in rows]
     sizes = np.abs(np.concatenate([np.zeros(1), *earned]))
     scale = float(np.quantile(sizes[sizes > 0], QUANTILE)) if sizes.any() else 0.0
@@ -90,8 +91,8 @@ def token_samples(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
-    """The text that each token adds to the text before it. A character made of several tokens belongs to the last of
-    them."""
+    """Returns the text of each token within the decoded sequence. A character that consists of several tokens belongs
+    to the last of them."""
     texts, start, shown = [], 0, ""
     for i in range(len(ids)):
         text = _decode(tokenizer, ids[start : i + 1])
@@ -107,7 +108,7 @@ def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 
 
 def _of_tokens(row: Mapping[str, Any]) -> np.ndarray:
-    """[tokens] the sum of the rewards that are paid per token."""
+    """Returns [tokens], the sum of the rewards of each token, without the rewards for the whole response."""
     own = [values for name, values in row["rewards"].items() if name not in OF_THE_RESPONSE]
     return np.array(own, dtype=np.float64).reshape(len(own), len(row["tokens"])).sum(axis=0)
 
@@ -116,12 +117,13 @@ def _legend(scale: float) -> str:
     shares = (-1, -0.5, 0, 0.5, 1)
     shades = " ".join(_colored(f"{x * scale:+.2g}" if x else "0", x * scale, scale) for x in shares)
     told = (
-        f"The colour behind a token shows its reward, coefficients included: {shades} "
-        "and beyond. The score and the penalty for a missing EOS belong to the whole response and are not in the "
+        f"The colour behind a token shows its reward, including coefficients: {shades} "
+        "and beyond. The score and the penalty for a missing EOS belong to the whole response and do not change the "
         "colour. Rest the mouse on a token to see its rewards by name."
     )
     given = (
-        'Grey text was given: the <span class="given">prompt</span>, the tokens of a <span class="prompt">reset</span>.'
+        'Grey text was not sampled: the <span class="given">prompt</span> and the tokens of a '
+        '<span class="prompt">reset</span>.'
     )
     return f'<p class="legend tokens">{told} {given}</p>'
 
@@ -140,7 +142,7 @@ def _sample(row: Mapping[str, Any], earned: np.ndarray, scale: float) -> str:
 
 
 def _named(rewards: Mapping[str, Sequence[float]], i: int) -> str:
-    """ "dpo +0.12, kl -0.01": the rewards of token i that are not 0."""
+    """Formats the rewards of token i that are not 0, for example "dpo +0.12, kl -0.01"."""
     return ", ".join(f"{name} {values[i]:+.3g}" for name, values in rewards.items() if values[i]) or "0"
 
 

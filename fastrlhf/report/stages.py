@@ -1,4 +1,4 @@
-"""What a run has logged: one stage per folder that holds a metrics.jsonl."""
+"""Reads what a run has logged: one stage per folder with a metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastrlhf.report.charts import NUM_COLORS, Curve
 from fastrlhf.runtime.metrics import read_metrics
 
 RECENT = 20
-"""The scores by reset depth are means over this many last steps."""
+"""Number of last steps over which the scores by reset depth are averaged."""
 
 DEPTH = "drpo/score_depth_"
 _JUDGES = {"training judge": "eval_objective/scores", "held-out judge": "eval_held_out/scores"}
@@ -28,7 +28,7 @@ _HOUSEKEEPING = {
     "timing",
     "perf",
 }
-"""Metrics and families that every stage logs, whatever it trains."""
+"""Metrics, and families of metrics, that stages of every kind log."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,8 +47,8 @@ class Stage:
         return [name for name in dict.fromkeys(numeric) if name not in ("step", "time")]
 
     def curve(self, metric: str, part: str = "", shift: int = 0, dashed: bool = False) -> Curve:
-        """One metric over steps (the last row of each step counts); `part` distinguishes it from other curves of its
-        chart."""
+        """Returns one metric over steps; if a step has several rows, the last one counts. `part` is added to the label,
+        to distinguish the curve from others in the chart."""
         last = {row["step"]: row[metric] for row in self.rows if isinstance(row.get(metric), int | float)}
         steps = sorted(last)
         return Curve(
@@ -61,8 +61,8 @@ class Stage:
 
     @property
     def depth_curve(self) -> list[Curve]:
-        """The scores by reset depth: each bin's last `RECENT` values in the mean, over the share of the response that
-        was given away, in per cent; none where the stage has no resets."""
+        """The score by reset depth: for each bin the mean of the last `RECENT` values, over the share of the response
+        that the reset copied, in per cent. The list is empty if the stage has no resets."""
         bins = sorted(int(name.removeprefix(DEPTH)) for name in self.metrics if name.startswith(DEPTH))
         means = [self.curve(f"{DEPTH}{i}").values[-RECENT:].mean() for i in bins]
         middles = np.array([20.0 * i + 10 for i in bins])
@@ -70,8 +70,8 @@ class Stage:
 
     @property
     def optimisation_curves(self) -> list[Curve]:
-        """What each judge's score has gained since the first evaluation, over sqrt(KL): Gao et al. 2022 (arXiv
-        2210.10760, Figure 1). None where fewer than two evaluations have both judges' scores."""
+        """For each judge, the gain of its score since the first evaluation over sqrt(KL), as in Gao et al. 2022 (arXiv
+        2210.10760, Figure 1). The list is empty if fewer than two evaluations have the scores of both judges."""
         names = ("eval_objective/kl", *_JUDGES.values())
         rows = {row["step"]: [row.get(name) for name in names] for row in self.rows}
         points = np.array([values for values in rows.values() if all(map(is_finite, values))])
@@ -91,14 +91,17 @@ class Stage:
 
 
 def find_stages(run_dir: Path) -> list[Stage]:
-    """The directory itself and its sub-folders at any depth, in the order of the pipeline."""
+    """Finds the stages in a directory and in its sub-folders at any depth, in the order of the pipeline (sft, reward,
+    ...)."""
     found = []
     for file in run_dir.rglob("metrics.jsonl"):
         name = file.parent.relative_to(run_dir).as_posix()
         rows = read_metrics(file)
         for number, row in enumerate(rows, start=1):
             if not isinstance(row.get("step"), int):
-                raise ValueError(f'{file}, line {number}: no whole number "step"; is this a metrics file of a run?')
+                raise ValueError(
+                    f'{file}, line {number}: "step" is not a whole number; is this a metrics file of a run?'
+                )
         if rows:
             found.append((name if name != "." else run_dir.resolve().name, file.parent, rows))
 
@@ -113,7 +116,8 @@ def find_stages(run_dir: Path) -> list[Stage]:
 
 
 def overlaid(stages: list[Stage]) -> list[list[Stage]]:
-    """Stages that have at least half of their metrics in common: ppo with drpo, but never sft with reward."""
+    """Groups stages that have at least half of their metrics in common, for example ppo and drpo, but not sft and
+    reward."""
 
     def signature(stage: Stage) -> set[str]:
         return {m for m in stage.metrics if m not in _HOUSEKEEPING and m.split("/")[0] not in _HOUSEKEEPING}

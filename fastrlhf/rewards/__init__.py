@@ -1,1 +1,1 @@
-"""The reward of a token and its addends."""
+"""Rewards of tokens: the reward model's score, reward functions, KL, DPO rewards and penalties."""

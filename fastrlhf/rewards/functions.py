@@ -1,13 +1,14 @@
-"""Reward functions: their arguments, their results, and how failures are handled.
+"""Calls reward functions, checks their results and handles their failures.
 
-There are two forms, told apart by the names of the parameters:
+A function has one of two forms, which the names of its parameters tell apart:
 
-    TRL's     a parameter is `prompts`, `completions` or `completion_ids`, or all are keywords (**kwargs). Called once
-              per batch, by keyword, with lists of one item per response; gives a list of numbers, paid at the last
-              valid token of each response.
-    per token anything else: called with one Rollout; gives one number, or one per token of `rollout.completion`.
+    TRL's      One of its parameters is `prompts`, `completions` or `completion_ids`, or it takes only keywords
+               (**kwargs). It is called once per batch, with keyword arguments that are lists of one item per response,
+               and returns a list of numbers, the rewards of the last valid tokens of the responses.
+    per token  All other functions. It is called with one Rollout and returns one number, or one number per token of
+               `rollout.completion`.
 
-Either may be async, and may give None for a response that it does not judge. Only rank 0 calls them.
+A function of either form may be async, and may return None for a response that it does not judge. Only rank 0 calls it.
 """
 
 from __future__ import annotations
@@ -47,52 +48,53 @@ Earned = dict[str, list[Tensor | None]]
 function does not judge."""
 
 RESERVED = ("score", "missing_eos", "kl", "dpo", "length")
-"""Names of the rewards that are built in."""
+"""Names of the built-in rewards."""
 
 TEXTS = ("prompts", "completions", "completion_ids")
-"""Parameters that mark a function of TRL's form."""
+"""Parameters by which a function of TRL's form is recognised."""
 
 GIVEN = (*TEXTS, "trainer_state", "log_extra", "log_metric")
-"""Arguments that a function of TRL's form may take besides the columns of the dataset."""
+"""Arguments that a function of TRL's form may take in addition to the columns of the dataset."""
 
 DRY_ROWS = 2
-"""Number of responses on which every function is tried before the run."""
+"""Number of responses with which every function is called on trial before the run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainerState:
-    """Progress of the run: the fields of TRL's `trainer_state` that a function may read."""
+    """Progress of the run, passed as TRL's argument `trainer_state`; of TRL's fields, it has these."""
 
     global_step: int
-    """Number of updates done."""
+    """Number of completed updates."""
     max_steps: int
     """Number of updates of the whole run."""
 
 
 @dataclass(kw_only=True)
 class RewardFunctions:
-    """The reward functions of a run. Calling it with rollouts gives, by name, what each function gives to each."""
+    """The reward functions of a run. Calling the object with rollouts returns the rewards of every function, by its
+    name."""
 
     functions: Mapping[str, RewardFunction] = field(default_factory=dict)
     weights: Mapping[str, float] = field(default_factory=dict)
-    """Weights by name; 1 for a name that is missing."""
+    """Name of a function -> its weight; 1 if the name is missing."""
     tokenizer: PreTrainedTokenizerBase | None = None
-    """Needed by functions of TRL's form."""
+    """The tokenizer that decodes texts for functions of TRL's form; other functions do not need it."""
     rows: Mapping[int, Example] = field(default_factory=dict)
-    """Row number -> the example, whose prompt and columns are passed to the function."""
+    """Row number -> the example whose prompt and columns are passed to functions of TRL's form."""
     retries: int = 0
-    """Number of retries of a failing call, after 1, 2, 4, ... seconds."""
+    """Number of retries of a failing call, with waits of 1, 2, 4, ... seconds."""
     state: TrainerState = TrainerState(global_step=0, max_steps=0)
     metrics: dict[str, float] = field(default_factory=dict)
-    """Metrics that functions have logged with `log_metric` in the latest call; the mean over the numbers of one
-    name."""
+    """Metrics that functions logged with `log_metric` in the latest call: name -> mean of the logged numbers."""
     extra: dict[str, list[Any]] = field(default_factory=dict)
-    """Columns that they have logged with `log_extra`: a value per response."""
+    """Columns that functions logged with `log_extra` in the latest call, with one value per response."""
 
     def __call__(self, rollouts: Sequence[Rollout]) -> Earned:
-        """The reward of each function for each rollout.
+        """Returns the reward that each function gives to each rollout.
 
-        Raises ValueError, naming the function and the row, for anything else, and RuntimeError where a function raises.
+        Raises ValueError, naming the function and the row, if a result is neither a number, numbers per token nor None,
+        and RuntimeError if a function raises.
         """
         self.metrics, self.extra = {}, {}
         if not self.functions:
@@ -105,7 +107,7 @@ class RewardFunctions:
         return self.weights.get(name, 1.0)
 
     def totals(self, earned: Earned) -> list[float]:
-        """Per rollout, the weighted sum over functions, summed over tokens."""
+        """Returns for each rollout the weighted sum of the rewards of all functions, summed over tokens."""
         columns = [
             [0.0 if value is None else self.weight(name) * value.sum().item() for value in values]
             for name, values in earned.items()
@@ -113,10 +115,10 @@ class RewardFunctions:
         return [sum(numbers) for numbers in zip(*columns, strict=True)]
 
     def rehearse(self, prompts: Sequence[TokenizedExample], response_length: int) -> None:
-        """Calls every function on a few rows, so that a mistake shows before models are loaded.
+        """Calls every function with a few rows, so that a mistake is found before models are loaded.
 
-        The response is one of the dataset if the row has one, otherwise an empty one. The state of functions is
-        restored afterwards. Raises as a call does.
+        The response is the dataset's if the row has one, otherwise only an EOS. The state of functions is restored
+        afterwards. Raises the errors of `__call__`.
         """
         if not self.functions or not prompts:
             return
@@ -142,8 +144,8 @@ class RewardFunctions:
             log.info("reward function %s: %s for a response to row %d", name, _shown(first), rollouts[0].prefix.row)
 
     def state_dict(self) -> dict[str, Any]:
-        """The states of the functions that have a `state_dict`, as NAME.KEY: tensors and JSON values. Raises
-        ValueError, naming the function, for anything else, because a checkpoint could not restore it.
+        """Returns the states of the functions that have a `state_dict`, under keys NAME.KEY. Raises ValueError, naming
+        the function, for a value that is neither a tensor nor a JSON value, because a checkpoint cannot hold it.
         """
         state: dict[str, Any] = {}
         for name, function in self.functions.items():
@@ -164,7 +166,7 @@ class RewardFunctions:
                 cast(Any, function).load_state_dict(own)
 
     def _ask(self, rollouts: Sequence[Rollout]) -> tuple[dict[str, Any], dict[str, float], dict[str, list[Any]]]:
-        """The results of each function, and what the functions have logged: metrics, and columns of samples."""
+        """Calls the functions. Returns the results of each function, the logged metrics, and the logged columns."""
         metrics: dict[str, list[float]] = {}
         extra: dict[str, list[Any]] = {}
         given: dict[str, Any] = {}
@@ -179,7 +181,7 @@ class RewardFunctions:
             for name, function in self.functions.items()
         }
         waiting = [name for name, function in self.functions.items() if is_async(function)]
-        with ThreadPoolExecutor(max(1, len(waiting))) as pool:  # all at once, each in its own event loop
+        with ThreadPoolExecutor(max(1, len(waiting))) as pool:  # one event loop per function
             started = {name: pool.submit(call, name, calls[name], self.retries) for name in waiting}
             values = {name: call(name, calls[name], self.retries) for name in calls if name not in started}
             values |= {name: future.result() for name, future in started.items()}
@@ -187,8 +189,9 @@ class RewardFunctions:
         return {name: values[name] for name in calls}, means, extra
 
     def _texts(self, rollouts: Sequence[Rollout]) -> dict[str, list[Any]]:
-        """Prompts, completions, their ids and every column, one item per rollout. The completion is the whole response,
-        including the tokens of a reset, without special tokens; the ids go up to its EOS."""
+        """Returns prompts, completions, completion ids and every column of the dataset, as lists with one item per
+        rollout. A completion is the whole response, including the tokens of a reset, without special tokens. Its ids
+        end with the EOS."""
         assert self.tokenizer is not None
         eos = end_ids(self.tokenizer)
         prompt_ids, responses = [], []
@@ -215,14 +218,15 @@ class RewardFunctions:
 
 
 def mean_rewards(earned: Earned) -> dict[str, float]:
-    """Per function, the mean over the rollouts that it judges, summed over tokens; absent if it judges none."""
+    """Returns, for each function, the mean over the rollouts that it judges of its reward summed over tokens. A
+    function that judges no rollout is absent."""
     judged = {name: [value.sum().item() for value in values if value is not None] for name, values in earned.items()}
     return {name: sum(values) / len(values) for name, values in judged.items() if values}
 
 
 def call(name: str, function: Callable[[], Any], retries: int = 0) -> Any:
-    """The result of a reward function; if it raises, it is called again up to `retries` times. Raises RuntimeError,
-    naming the function, from its last error; an out-of-memory error is raised unchanged.
+    """Calls a reward function and returns its result. If it raises, it is called again, up to `retries` times. Raises
+    RuntimeError, naming the function, after the last failure; an out-of-memory error is raised unchanged at once.
     """
     for attempt in range(retries + 1):
         try:
@@ -234,7 +238,7 @@ def call(name: str, function: Callable[[], Any], retries: int = 0) -> Any:
             if attempt == retries:
                 message = f"reward_functions: {name!r} raised {type(error).__name__}: {error}"
                 raise RuntimeError(message) from error
-            log.warning("reward function %s raised %s: %s; it is called again", name, type(error).__name__, error)
+            log.warning("reward function %s raised %s: %s; retrying", name, type(error).__name__, error)
             time.sleep(2**attempt)
     raise AssertionError("unreachable")
 
@@ -244,7 +248,7 @@ def is_async(function: RewardFunction) -> bool:
 
 
 def takes_texts(function: RewardFunction) -> bool:
-    """Whether a function is of TRL's form."""
+    """Returns whether a function has TRL's form (see the docstring of this module)."""
     parameters = _parameters(function)
     keywords = (Parameter.VAR_KEYWORD, Parameter.KEYWORD_ONLY)
     return bool({*TEXTS} & {*parameters}) or (
@@ -254,7 +258,8 @@ def takes_texts(function: RewardFunction) -> bool:
 
 
 def taken(function: RewardFunction, given: Collection[str]) -> list[str]:
-    """Those of the `given` names that a function takes; none for a function of a Rollout."""
+    """Returns the names in `given` that a function of TRL's form takes as arguments; a function of the other form takes
+    none."""
     if not takes_texts(function):
         return []
     parameters = _parameters(function)
@@ -271,18 +276,18 @@ def check_parameters(name: str, function: RewardFunction, columns: Collection[st
     needed = [key for key, one in parameters.items() if one.default is Parameter.empty and one.kind not in rest]
     if others := [key for key in needed if key not in (*GIVEN, *columns)]:
         raise ValueError(
-            f"reward_functions: {name!r} asks for {', '.join(others)}; it is given {', '.join(GIVEN)} and the columns "
-            f"of the dataset: {', '.join(columns) or 'none beside the prompt'}"
+            f"reward_functions: {name!r} has parameters {', '.join(others)}; available are {', '.join(GIVEN)} and the "
+            f"columns of the dataset: {', '.join(columns) or 'there are none beside the prompt'}"
         )
 
 
 def load_reward_functions(
     config: PPOConfig, functions: Mapping[str, RewardFunction] | None = None
 ) -> dict[str, RewardFunction]:
-    """Reward functions by name: `functions`, then those of the configuration.
+    """Returns all reward functions by name: `functions`, followed by the functions that the configuration names.
 
-    Raises ValueError where RTO has no DPO model, one cannot be imported, two have one name, or keys of functions are
-    set and there is none.
+    Raises ValueError if RTO has no DPO model, a function cannot be imported, two rewards have the same name, or a key
+    about reward functions is set although there are none.
     """
     if isinstance(config, RTOConfig) and not config.dpo_model_path:
         raise ValueError("dpo_model_path: give the DPO model that rewards the tokens, trained by `fastrlhf dpo`")
@@ -304,8 +309,8 @@ def open_reward_functions(
     functions: Mapping[str, RewardFunction] | None = None,
     rows: Mapping[int, Example] | None = None,
 ) -> RewardFunctions:
-    """The reward functions of a run, which read the text and the columns of `rows`. Raises ValueError as
-    `load_reward_functions` does, and if a function asks for a column that does not exist."""
+    """Makes the reward functions of a run, which get prompts and columns from `rows`. Raises ValueError as
+    `load_reward_functions` does, and if a function has a parameter for a column that does not exist."""
     named, rows = load_reward_functions(config, functions), rows or {}
     columns = list(dict.fromkeys(name for example in rows.values() for name in example.columns))
     for name, function in named.items():
@@ -336,7 +341,7 @@ def _parameters(function: RewardFunction) -> Mapping[str, Parameter]:
 
 
 def _batched(function: RewardFunction, rollouts: Sequence[Rollout], keywords: Mapping[str, Any]) -> Callable[[], Any]:
-    """The single call for all rollouts."""
+    """Returns a function without arguments that makes the call, or calls, for all rollouts."""
     if takes_texts(function):
         return lambda: function(**keywords)
     if not is_async(function):
@@ -351,8 +356,8 @@ def _batched(function: RewardFunction, rollouts: Sequence[Rollout], keywords: Ma
 def _checked(name: str, values: Any, rollouts: Sequence[Rollout]) -> list[Tensor | None]:
     if not isinstance(values, Sequence | Tensor) or isinstance(values, str) or len(values) != len(rollouts):
         raise ValueError(
-            f"reward function {name!r}: gives {values!r} for {len(rollouts)} completions; give a list, one number per "
-            "completion"
+            f"reward function {name!r} returns {values!r} for {len(rollouts)} completions; return a list with one "
+            "number per completion"
         )
     return [_number(name, value, rollout) for value, rollout in zip(values, rollouts, strict=True)]
 
@@ -364,18 +369,19 @@ def _number(name: str, value: Any, rollout: Rollout) -> Tensor | None:
     try:
         given = torch.as_tensor(value, dtype=torch.float32, device="cpu")
     except (TypeError, ValueError, RuntimeError):
-        raise ValueError(f"{where} earns {value!r}; give one number, one per token, or None") from None
+        raise ValueError(f"{where} gets {value!r}; return one number, one per token, or None") from None
     if given.shape not in ((), (num,)):
         raise ValueError(
-            f"{where} has {num} tokens and rewards of shape {tuple(given.shape)}; give one number, or one per token"
+            f"{where} has {num} tokens and gets rewards of shape {tuple(given.shape)}; return one number, or one "
+            "per token"
         )
     if not given.isfinite().all():
-        raise ValueError(f"{where} earns {given[~given.isfinite()][0].item()}; give finite numbers, or None")
+        raise ValueError(f"{where} gets {given[~given.isfinite()][0].item()}; return finite numbers, or None")
     return given
 
 
 def _is_json(value: Any) -> bool:
-    """Whether a round trip through JSON preserves the value."""
+    """Returns whether a value can be written as JSON and read back unchanged."""
     try:
         return json.loads(json.dumps(value)) == value
     except (TypeError, ValueError):

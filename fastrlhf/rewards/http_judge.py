@@ -1,4 +1,4 @@
-"""A reward function that asks a judge over HTTP, for models too large to load here.
+"""A reward function that gets scores from a judge over HTTP, for models that are too large to load in the trainer.
 
     # my_judge.py
     from fastrlhf.rewards.http_judge import HTTPJudge
@@ -6,9 +6,9 @@
 
     fastrlhf grpo --reward_functions my_judge.py:helpful ...
 
-With a `model` the judge is an OpenAI-compatible server, which is asked for a number in a chat, one response per
-request. Without, it is any server that answers {"prompts": [...], "completions": [...]} with {"scores": [...]}, in
-batches. A text is not sent again while its score is cached.
+With a `model`, the judge is an OpenAI-compatible server. Each request is a chat that asks for a score of one response.
+Without a `model`, the judge is a server that accepts {"prompts": [...], "completions": [...]} and answers {"scores":
+[...]}. Scores are cached, and a response with a cached score is not sent again.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from fastrlhf.types import Text
 log = logging.getLogger(__name__)
 
 TEMPLATE = """\
-Rate the response to the request from {low:g} to {high:g}. Answer with the number alone.
+Rate the response to the request from {low:g} to {high:g}. Answer with only the number.
 
 Request:
 {prompt}
@@ -42,7 +42,7 @@ Response:
 
 NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?")
 AGAIN = (408, 409, 425, 429)
-"""Status codes below 500 after which a retry makes sense."""
+"""Status codes below 500 after which the request is retried."""
 
 Score = float | None
 
@@ -53,35 +53,37 @@ class JudgeError(RuntimeError):
 
 @dataclass(kw_only=True)
 class HTTPJudge:
-    """Called as TRL's reward functions are, with prompts and completions; one number per response, or None where the
-    reply of a chat holds no number in `low`..`high`.
+    """A reward function of TRL's form, which takes prompts and completions. It returns one number per response, or None
+    if the chat reply is not exactly one number in `low`..`high`.
 
-    Raises JudgeError, naming the URL, where a request fails `retries` + 1 times.
+    Raises JudgeError, naming the URL, if a request fails `retries` + 1 times.
     """
 
     url: str
-    """URL of the endpoint; with a `model` the base URL, to which /chat/completions is added."""
+    """URL of the judge; with a `model`, the base URL, to which /chat/completions is added."""
     model: str = ""
-    """Name of the model on an OpenAI-compatible server; empty: plain JSON."""
+    """Name of the model on an OpenAI-compatible server. Empty: the server answers prompts and completions with
+    scores."""
     template: str = TEMPLATE
     """Text of the chat message; {prompt}, {completion}, {low} and {high} are filled in."""
     low: float = 0.0
     high: float = 10.0
-    """The range of scores; a number outside it does not count as an answer."""
+    """Scores range from `low` to `high`; a number outside this range is not accepted."""
     max_tokens: int = 16
     """Maximum number of tokens of a chat reply."""
     batch_size: int = 16
-    """Responses per request in plain JSON."""
+    """Number of responses per request, without a `model`."""
     concurrency: int = 8
     """Number of concurrent requests."""
     timeout: float = 60.0
-    """Seconds within which a complete answer must arrive."""
+    """Number of seconds within which a complete answer must arrive."""
     retries: int = 3
-    """Further attempts, after 1, 2, 4, ... seconds, where the server fails, hangs, or answers nonsense."""
+    """Number of retries, with waits of 1, 2, 4, ... seconds, if the server fails, does not answer in time, or gives an
+    invalid answer."""
     api_key_env: str = "OPENAI_API_KEY"
     """Environment variable whose value, if it is set, is sent as a bearer token."""
     cache_size: int = 100_000
-    """Number of texts whose scores are cached, the newest ones."""
+    """Number of responses whose scores are cached; the oldest are dropped."""
     _cache: dict[tuple[str, str], Score] = field(default_factory=dict, init=False, repr=False)
 
     def __call__(self, prompts: Sequence[Text], completions: Sequence[Text]) -> list[Score]:
@@ -105,7 +107,7 @@ class HTTPJudge:
             except JudgeError as error:
                 if attempt == self.retries or isinstance(error, _Refused):
                     raise
-                log.warning("%s; asked again", error)
+                log.warning("%s; retrying", error)
                 time.sleep(2**attempt)
         raise AssertionError("unreachable")
 
@@ -118,7 +120,7 @@ class HTTPJudge:
         try:
             reply = str(answer["choices"][0]["message"]["content"])
         except (TypeError, KeyError, IndexError):
-            raise JudgeError(f"judge {self.url}: the answer is no chat completion: {_short(answer)}") from None
+            raise JudgeError(f"judge {self.url}: the answer is not a chat completion: {_short(answer)}") from None
         numbers = [float(text) for text in NUMBER.findall(reply)]
         inside = [number for number in numbers if self.low <= number <= self.high]
         return [inside[0] if len(inside) == 1 == len(numbers) else None]
@@ -155,20 +157,21 @@ class HTTPJudge:
             kind = _Refused if error.code < 500 and error.code not in AGAIN else JudgeError
             raise kind(f"judge {url}: {error.code} {error.reason}: {_short(error.read(200))}") from None
         except TimeoutError:
-            raise JudgeError(f"judge {url}: no whole answer in {self.timeout:g} s") from None
+            raise JudgeError(f"judge {url}: no complete answer within {self.timeout:g} s") from None
         except URLError as error:
             late = isinstance(error.reason, TimeoutError)
-            raise JudgeError(f"judge {url}: {f'no answer in {self.timeout:g} s' if late else error.reason}") from None
+            told = f"no answer within {self.timeout:g} s" if late else error.reason
+            raise JudgeError(f"judge {url}: {told}") from None
         except (ValueError, OSError, http.client.HTTPException) as error:
             raise JudgeError(f"judge {url}: {type(error).__name__}: {error}") from None
 
 
 class _Refused(JudgeError):
-    """The server refused the request, and would refuse it again."""
+    """The server rejected the request with a status code after which a retry is pointless."""
 
 
 def _plain(text: Text) -> str:
-    """A conversation as text: its turns, each after the name of its role."""
+    """Formats a conversation as text: each turn follows the name of its role."""
     if isinstance(text, str):
         return text
     if len(text) == 1:

@@ -1,9 +1,9 @@
-"""The token rewards that a model trained on preferences implies: log(pi_dpo / pi_ref).
+"""Computes the token rewards that a DPO model implies: log(pi_dpo / pi_ref).
 
-Under a DPO model (or cDPO, IPO, ...) they sum, over a response, to its reward up to a constant of the prompt; token by
-token they are that reward shaped by a potential (Rafailov et al. 2024, arXiv 2404.12358; RTO, arXiv 2404.18922, eq.
-4.3). This holds for the distributions that were trained, so both log-probs are those at temperature 1, whatever
-temperature the run samples with.
+Summed over a response, they equal the implicit reward of the DPO model (or of a cDPO or IPO model), up to a constant
+that depends on the prompt. Token by token they are that reward under potential-based shaping (Rafailov et al. 2024,
+arXiv 2404.12358; RTO, arXiv 2404.18922, eq. 4.3). This holds for the distributions that were trained, so both log-probs
+are computed at temperature 1, even if the run samples at another temperature.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from fastrlhf.types import PackedBatch
 
 @dataclass(frozen=True, kw_only=True)
 class ImplicitReward:
-    """A frozen model and the reference that it was trained against."""
+    """A frozen DPO model and the reference with which it was trained."""
 
     model: PreTrainedModel
     reference: PreTrainedModel | None
-    """None: the reference of the run."""
+    """None: the DPO model was trained with the run's own reference."""
 
     @property
     def models(self) -> list[PreTrainedModel]:
@@ -39,10 +39,10 @@ class ImplicitReward:
     def log_ratio(
         self, batch: PackedBatch, run_reference: PreTrainedModel, run_reference_logprob: Tensor | None = None
     ) -> Tensor:
-        """log(model / reference) [R] float32, in nats, of every scored token of the pack.
+        """Returns log(model / reference) [R] float32, in nats, of every scored token of the pack.
 
-        `run_reference_logprob` [R] are those of `run_reference` at temperature 1, if they are known; its forward pass
-        is then skipped.
+        `run_reference_logprob` [R] are the log-probs under `run_reference` at temperature 1, if they are known already;
+        its forward pass is then skipped.
         """
         logprob = token_logprobs(self.model, batch).logprob
         if self.reference is not None:
@@ -53,7 +53,7 @@ class ImplicitReward:
 
 
 def implicit_sources(config: PPOConfig) -> dict[str, str]:
-    """The paths to load, by field; empty if no token gets such a reward."""
+    """Returns the paths of the models to load, by their keys; empty if no token gets a DPO reward."""
     if config.reward_shaping == "none" or not config.dpo_model_path:
         return {}
     sources = {"dpo_model_path": config.dpo_model_path, "dpo_ref_model_path": config.dpo_ref_model_path}
@@ -65,9 +65,9 @@ def implicit_sources(config: PPOConfig) -> dict[str, str]:
 def open_implicit_reward(
     config: PPOConfig, tokenizer: PreTrainedTokenizerBase, base: PreTrainedModel
 ) -> ImplicitReward | None:
-    """The models of `dpo_model_path` and `dpo_ref_model_path`, None if no token gets such a reward. A model that is an
-    adapter shares the weights of `base`, the frozen reference of the run. Raises ValueError, before any of them is
-    loaded, if one has a different tokenizer than the run.
+    """Loads the models of `dpo_model_path` and `dpo_ref_model_path`; returns None if no token gets a DPO reward. A
+    model that is an adapter shares the weights of `base`, the frozen reference of the run. Raises ValueError, before
+    any model is loaded, if a model has another tokenizer than the run.
     """
     sources = implicit_sources(config)
     for field, source in sources.items():

@@ -1,4 +1,5 @@
-"""The coefficient of the KL, adapted towards a target KL (Ziegler et al. 2019, arXiv 1909.08593, section 2.2)."""
+"""Adapts the coefficient of the KL so that the KL approaches a target (Ziegler et al. 2019, arXiv 1909.08593, section
+2.2)."""
 
 from __future__ import annotations
 
@@ -7,7 +8,8 @@ from dataclasses import dataclass
 
 @dataclass(kw_only=True)
 class KLController:
-    """coef <- coef (1 + clip(kl / target - 1, +-0.2) num_episodes / horizon) after every batch of episodes.
+    """The coefficient of the KL. After every batch of episodes it becomes coef (1 + clip(kl / target - 1, +-0.2)
+    num_episodes / horizon).
 
     With a target of 0 the coefficient is constant. The coefficient is the only state.
     """
@@ -20,7 +22,8 @@ class KLController:
     """Episodes"""
 
     def update(self, kl: float, num_episodes: int) -> None:
-        """`kl` in nats: the mean over the episodes of the batch, each summed over its sampled tokens."""
+        """Adapts the coefficient. `kl`, in nats, is the mean over the episodes of the batch of the KL summed over
+        sampled tokens."""
         if self.target:
             error = min(max(kl / self.target - 1, -0.2), 0.2)
             self.coef *= 1 + error * num_episodes / self.horizon

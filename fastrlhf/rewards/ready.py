@@ -1,5 +1,5 @@
-"""Ready-made reward functions, named in `reward_functions` without a module: exact_match, math_answer, hash_format,
-boxed_format, think_format, num_tokens. Each gives one number per response; a format or a right answer is worth 1.
+"""Built-in reward functions, which `reward_functions` names without a module: exact_match, math_answer, hash_format,
+boxed_format, think_format, num_tokens. All but num_tokens give 1 for a right answer or a right format and 0 otherwise.
 
 `exact_match` and `math_answer` read the column `answer` of the dataset.
 """
@@ -22,17 +22,16 @@ THINK = re.compile(r"\A\s*<think>(?:(?!</?think>).)*</think>(?:(?!</?think>).)*\
 
 
 def exact_match(completions: Sequence[Text], answer: Sequence[Any], **_: Any) -> list[float]:
-    """1 where the response is the answer, after `normalised`."""
+    """1 if response and answer are equal after `normalised`, otherwise 0."""
     pairs = zip(completions, answer, strict=True)
     return [float(normalised(plain(text)) == normalised(str(right))) for text, right in pairs]
 
 
 def math_answer(completions: Sequence[Text], answer: Sequence[Any], **_: Any) -> list[float | None]:
-    r"""1 when `final_answer` of the response equals that of the column in value, as math-verify compares expressions;
-    0 when it differs or the response marks none. None, not judged, when the column holds nothing that math-verify
-    can read.
+    r"""1 if the `final_answer` of the response has the same value as that of the column `answer`, by math-verify; 0 if
+    it has another value or the response has no marked answer. None (not judged) if math-verify cannot read the column.
 
-    "1/2" and "\boxed{0.5}" are equal. Raises ValueError when math-verify is not installed.
+    For example, "1/2" and "\boxed{0.5}" have the same value. Raises ValueError if math-verify is not installed.
     """
     try:
         from math_verify import parse, verify
@@ -46,28 +45,30 @@ def math_answer(completions: Sequence[Text], answer: Sequence[Any], **_: Any) ->
 
 
 def hash_format(completions: Sequence[Text], **_: Any) -> list[float]:
-    """1 where the response ends in "#### " and a number, as the answers of GSM8K do."""
+    """1 if the response ends in "#### " and a number, like the answers of GSM8K, otherwise 0."""
     return [float(bool(HASH.search(plain(text)))) for text in completions]
 
 
 def boxed_format(completions: Sequence[Text], **_: Any) -> list[float]:
-    r"""1 when the response holds exactly one \boxed{...} that is not empty."""
+    r"""1 if the response holds exactly one \boxed{...} and it is not empty, otherwise 0."""
     found = [boxed(plain(text)) for text in completions]
     return [float(len(answers) == 1 and bool(answers[0].strip())) for answers in found]
 
 
 def think_format(completions: Sequence[Text], **_: Any) -> list[float]:
-    """1 where the response is one <think>...</think> and then something else."""
+    """1 if the response is one <think>...</think> followed by other text, otherwise 0."""
     return [float(bool(THINK.match(plain(text)))) for text in completions]
 
 
 def num_tokens(completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:
-    """Tokens of the response, its EOS included; a weight below 0 rewards short ones."""
+    """Number of tokens of the response, including its EOS. With a weight below 0, short responses get higher
+    rewards."""
     return [float(len(ids)) for ids in completion_ids]
 
 
 def matches(pattern: str) -> Callable[..., list[float]]:
-    """A reward function that gives 1 where a regular expression is found in the response; . matches new lines too."""
+    """Makes a reward function that gives 1 if a regular expression is found in the response, otherwise 0. A dot also
+    matches line breaks."""
     compiled = re.compile(pattern, re.DOTALL)
 
     def reward(completions: Sequence[Text], **_: Any) -> list[float]:
@@ -77,19 +78,19 @@ def matches(pattern: str) -> Callable[..., list[float]]:
 
 
 def plain(completion: Text) -> str:
-    """The text of a completion: of a conversation, what its last turn says."""
+    """Returns the text of a completion; of a conversation, the text of the last turn."""
     return completion if isinstance(completion, str) else str(completion[-1]["content"])
 
 
 def normalised(text: str) -> str:
-    """The text in Unicode compatibility form and lower case, stripped, without a final full stop and with runs of white
-    space as one space."""
+    """Normalises a text for comparison: Unicode compatibility form, lower case, single spaces, no white space at the
+    ends and no final full stop."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).rstrip(".").rstrip()
 
 
 def final_answer(text: str) -> str | None:
-    r"""The marked answer of a response: the last \boxed{...}, otherwise the line after the last ####; None if there is
-    neither."""
+    r"""Returns the marked answer of a response: the content of the last \boxed{...}, otherwise the line after the last
+    ####; None if it has neither."""
     if answers := boxed(text):
         return answers[-1]
     _, mark, after = text.rpartition("####")
@@ -97,7 +98,7 @@ def final_answer(text: str) -> str | None:
 
 
 def boxed(text: str) -> list[str]:
-    r"""The content of every \boxed{...} whose braces close, in order."""
+    r"""Returns the content of every \boxed{...} with balanced braces, in order."""
     found = []
     for start in re.finditer(r"\\boxed\s*\{", text):
         depth = 1
@@ -110,5 +111,5 @@ def boxed(text: str) -> list[str]:
 
 
 def _marked(answer: str) -> str:
-    """The expression as math-verify parses it, in any notation."""
+    """Wraps an expression in \boxed{}, so that math-verify parses it in any notation."""
     return rf"\boxed{{{answer}}}"

@@ -1,15 +1,14 @@
-"""The reward of a token is a sum of named addends, each a float32 [R] over the flat rows of a batch of episodes. RTO
-(Zhong et al. 2024, arXiv 2404.18922, eq. 4.7) is PPO with one more of them, `dpo`:
+"""Computes the reward of every token as a sum of named terms, each a float32 [R] over the flat rows of a batch of
+episodes. RTO (Zhong et al. 2024, arXiv 2404.18922, eq. 4.7) is PPO with the additional term `dpo`:
 
     r_h = beta1 log(pi_dpo / pi_ref) - beta2 log(pi / pi_ref) + [h is the last token] beta3 score
 
 beta1 is `dpo_reward_scale`, beta2 is `kl_coef`, beta3 is `score_coef`. Tokens of prompts and resets and tokens after an
-EOS get no reward; under compat "reference" the KL is charged there too, as in the code of the authors of DR-PO. With
-`kl_placement` loss the KL is no reward.
+EOS get no reward; only with compat "reference" do they also get the KL term, as in the code of the authors of DR-PO.
+With `kl_placement` loss there is no KL term.
 
-With `truncation` bootstrap, a response that the length limit cut does not count as ended, and the rewards of a whole
-response (above all the score) are not paid: the critic's value of the state after the cut includes them, so they would
-count twice.
+With `truncation` bootstrap, a response that was cut at the length limit counts as interrupted. It gets no rewards for a
+whole response, such as the score: the critic's value of the state after the cut includes them already.
 """
 
 from __future__ import annotations
@@ -34,14 +33,15 @@ from fastrlhf.types import Rollout
 log = logging.getLogger(__name__)
 
 MOMENTS = "moments."
-"""Prefix of keys in a saved state; the name of an addend follows."""
+"""Prefix of keys in a saved state; the name of a term follows."""
 FUNCTION = "function."
 """Prefix of keys in a saved state; the name of a reward function and a key of the function's state follow."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Episodes:
-    """Input of the addends: the R rows of N episodes, flat, episode after episode. Log-probs are in nats, float32."""
+    """Input of the terms: the R rows of N episodes, flat, one episode after the other. Log-probs are float32, in
+    nats."""
 
     rollouts: Sequence[Rollout]
     cu_rows: Tensor
@@ -49,56 +49,57 @@ class Episodes:
     sampled: Tensor
     """[R] bool: the tokens of the completions, in order"""
     earns: Tensor
-    """[R] bool: the sampled tokens up to the first EOS"""
+    """[R] bool: the sampled tokens up to and including the first EOS, which get rewards"""
     end: Tensor
     """[N] int64: the row of the last valid token"""
     missing_eos: Tensor
     """[N] bool"""
     score: Tensor | None
-    """[N] float32, of the judge; None where there is none"""
+    """[N] float32: the scores of the reward model; None without a reward model"""
     token: Tensor
     """[R] int64"""
     logprob: Tensor
-    """[R] of the sampler"""
+    """[R] log-probs under the policy that sampled"""
     reference_logprob: Tensor
     """[R]"""
     dpo_log_ratio: Tensor | None
-    """[R] log(pi_dpo / pi_ref) at temperature 1; None where there is no such model"""
+    """[R] log(pi_dpo / pi_ref) at temperature 1; None without a DPO model"""
     exact_kl: Tensor | None = None
-    """[R] KL(sampler || reference) of the state that the token was drawn in; None where the KL is that of the token"""
+    """[R] KL(sampler || reference) over the vocabulary, in the state in which the token was drawn; None if the KL is
+    estimated from the token"""
     goes_on: Tensor | None = None
-    """[N] bool: cut by the length limit, so that the return continues with the critic's value; None if every episode
-    ends"""
+    """[N] bool: the episode was cut at the length limit, so its return continues with the critic's value; None if every
+    episode ends"""
 
     @property
     def finished(self) -> Tensor:
-        """[N] bool: episodes that receive the rewards of a whole response"""
+        """[N] bool: episodes that get the rewards for a whole response"""
         return torch.ones_like(self.missing_eos) if self.goes_on is None else ~self.goes_on
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Term:
-    """One addend."""
+    """One term of the reward."""
 
     reward: Tensor
     """[R] float32"""
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
-    """0-dim each"""
+    """0-dim tensors by metric name"""
 
 
 @dataclass(kw_only=True)
 class Rewards:
-    """The addends of one run and their state between batches. Made by `open_rewards`."""
+    """The reward terms of a run and their state between batches. `open_rewards` makes it."""
 
     config: PPOConfig
     functions: RewardFunctions = field(default_factory=RewardFunctions)
     implicit: ImplicitReward | None = None
-    """The source of the DPO rewards; `open_implicit_reward` makes it after the reference of the run is loaded"""
+    """The models that give the DPO rewards; set by `open_implicit_reward` after the reference of the run is loaded"""
     sentence_ends: Tensor | None = None
-    """int64 ids of the tokens that end a sentence, for the shaping "sentence" """
+    """int64 ids of the tokens that end a sentence, for reward_shaping "sentence""""
     kl: KLController = field(init=False)
     _moments: dict[str, Tensor] = field(init=False, default_factory=dict)
-    """Per addend, [3] float64: count, sum and sum of squares of all values that its normaliser has seen"""
+    """For each normalised term, [3] float64: count, sum and sum of squares of all its values so far"""
     _warned: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
@@ -106,7 +107,7 @@ class Rewards:
         self.kl = KLController(coef=config.kl_coef, target=config.kl_target, horizon=config.kl_horizon)
 
     def terms(self, episodes: Episodes) -> dict[str, Term]:
-        """Every addend by its name, in the order in which they are summed."""
+        """Computes all terms by name, in the order in which they are summed."""
         config = self.config
         terms = {} if episodes.score is None else {"score": self._score(episodes, episodes.score)}
         if config.missing_eos_penalty is not None:
@@ -124,8 +125,8 @@ class Rewards:
         return terms
 
     def state_dict(self) -> dict[str, Any]:
-        """The state that later batches depend on: moments by addend, states of reward functions, and whether a warning
-        was given."""
+        """Returns the state that later batches depend on: moments by term, states of reward functions, and whether the
+        warning has been logged."""
         moments = {MOMENTS + name: moments for name, moments in self._moments.items()}
         functions = {FUNCTION + key: value for key, value in self.functions.state_dict().items()}
         return {"warned": self._warned} | functions | moments
@@ -137,13 +138,14 @@ class Rewards:
         self._moments = {key.removeprefix(MOMENTS): x for key, x in state.items() if key.startswith(MOMENTS)}
 
     def warn(self, metrics: Mapping[str, float]) -> None:
-        """Warns once per run if the token rewards outweigh the score, which the authors of RTO advise against."""
+        """Logs a warning, once per run, if the DPO rewards outweigh the score, which the authors of RTO advise
+        against."""
         ratio = metrics.get("rto/return_to_score", 0.0)
         if ratio > 1 and self.config.score_coef > 0 and not self._warned:
             self._warned = True
             log.warning(
-                "rto: the DPO rewards of an episode are %.2g times its score; lower dpo_reward_scale, or the policy "
-                "follows the DPO model rather than the judge",
+                "rto: the DPO rewards of an episode are %.2g times its score; lower dpo_reward_scale, otherwise the "
+"policy follows the DPO model rather than the judge",
                 ratio,
             )
 
@@ -159,8 +161,8 @@ class Rewards:
         return Term(reward=_at_end(config.score_coef * kept, episodes), metrics=metrics)
 
     def _standardised(self, name: str, values: Tensor, counts: Tensor) -> Tensor:
-        """(value - mean) / std where `counts` [bool] is True, with mean and std over all such values of the run so far,
-        including these; 0 elsewhere."""
+        """Returns (value - mean) / std for rows where `counts` [bool] is True, and 0 elsewhere. Mean and std are over
+        all counted values of the run so far, including these."""
         seen = torch.where(counts, values, 0.0).double()
         batch = torch.stack([counts.sum().double(), seen.sum(), (seen**2).sum()])
         before = self._moments.get(name)
@@ -171,9 +173,9 @@ class Rewards:
         return torch.where(counts, (seen - mean) / std.clamp(min=1e-6), 0.0).float()
 
     def _function(self, name: str, values: Sequence[Tensor | None], episodes: Episodes) -> Term:
-        """Metrics of the function's output before normalisation, clipping and weighting: TRL's `rewards/NAME/mean` and
-        `/std` over the responses that it judges, and `rewards/NAME/unjudged`, the share of the others, if there are
-        any.
+        """Makes the term of a reward function. Metrics are over its outputs before normalisation, clipping and
+        weighting: TRL's `rewards/NAME/mean` and `rewards/NAME/std` over the responses that it judges, and, if it left
+        out any, `rewards/NAME/unjudged`, the share of responses without a judgement.
         """
         config = self.config
         metrics = _given_metrics(name, values, episodes.sampled.device)
@@ -181,13 +183,13 @@ class Rewards:
         if config.reward_function_norm == "running":
             reward = self._standardised(name, reward, paid)
         reward, clipped = clip(reward, config.reward_function_clip)
-        if config.reward_function_clip:  # one number per response and all responses cut: no reward is paid
+        if config.reward_function_clip:  # clamped, since no row may get a reward
             metrics[f"reward/{name}_clipped"] = clipped.sum() / paid.sum().clamp(min=1)
         return Term(reward=self.functions.weight(name) * reward, metrics=metrics)
 
     def _dpo(self, episodes: Episodes, log_ratio: Tensor) -> Term:
         config, earns = self.config, episodes.earns
-        # Not a product with `earns`: a row that does not count may be infinite.
+        # `where` instead of a product with `earns`, because rows that do not count may be infinite.
         ratio = torch.where(earns, log_ratio, 0.0)
         if config.dpo_reward_norm == "running":
             ratio = self._standardised("dpo", ratio, earns)
@@ -206,12 +208,13 @@ class Rewards:
 
 
 def own_kl_advantage(episodes: Episodes, coef: float) -> Tensor | None:
-    """[R]: the part of a token's own advantage that an exact KL in the reward leaves out; None for a sampled KL.
+    """Returns [R], the part of each token's own advantage that an exact KL in the reward leaves out; None for a sampled
+    KL.
 
-    The exact KL of a state does not depend on the token drawn there, so as a reward it trains the earlier tokens but
-    not the token itself. The log-ratio of the token does: coef * (exact_kl - log_ratio) has mean 0 in every state, and
-    the mean of grad logprob times it is -coef times the gradient of the state's KL. The KL of later states is not
-    sampled (Amini et al. 2025, arXiv 2504.10637, condition it in this way).
+    The exact KL of a state does not depend on the token drawn there. As a reward it therefore trains the earlier tokens
+    but not this token. The log-ratio of the token does depend on it: coef * (exact_kl - log_ratio) has mean 0 in every
+    state, and its product with the gradient of the log-prob has the mean -coef times the gradient of the state's KL.
+    The KL of later states is exact, too, and not sampled (Amini et al. 2025, arXiv 2504.10637).
     """
     if episodes.exact_kl is None:
         return None
@@ -219,16 +222,20 @@ def own_kl_advantage(episodes: Episodes, coef: float) -> Tensor | None:
 
 
 def shaped(token: Tensor, shaping: str, ends: Tensor, sentence_ends: Tensor) -> Tensor:
-    """The token rewards [R] of RTO, or one of the ablations of its section 5.2.
+    """Distributes the DPO rewards [R] over tokens as `shaping` says: RTO, or one of the ablations in its section 5.2.
 
-    token     where they are (RTO)
-    sentence  summed over a sentence, at the token that ends it; what follows the last one, at the end (Semi-RTO)
-    eos       summed over the response, at its end (DDPO)
-    rs        where they are, and minus their sum at the end: the return is that without them (RS-PPO)
-    none      nothing (PPO)
+    token     each token gets its own reward (RTO)
+        sentence  the token that ends a sentence gets the sum over the sentence; the last token of the response gets the
+        sum
+                  over an unfinished sentence (Semi-RTO)
+        eos       the last token of the response gets the sum over the response (DDPO)
+        rs        each token gets its own reward, and the last one also minus their sum, so the return is unchanged
+        (RS-PPO)
+        none      no token gets a reward (PPO)
 
     `ends` [R] bool is True at the last valid token of every episode, `sentence_ends` [R] bool there and at the last
-    token of every sentence. With gamma 1 the first three have one optimum, and so have the last two.
+    token of every sentence. With gamma 1 the first three shapings have the same optimal policy, and so have the last
+    two.
     """
     match shaping:
         case "token":
@@ -244,26 +251,26 @@ def shaped(token: Tensor, shaping: str, ends: Tensor, sentence_ends: Tensor) -> 
 
 
 def moved_to(reward: Tensor, stops: Tensor) -> Tensor:
-    """Moves every reward [R] forward to the next row at which `stops` [R] bool is True (possibly its own row), and sums
-    them there."""
+    """Moves every reward [R] forward to the next row at which `stops` [R] bool is True (possibly its own row), and adds
+    up the rewards that arrive at the same row."""
     group = stops.cumsum(0) - stops.long()
-    # In float64, so that the order in which a GPU adds is lost in rounding.
+    # In float64, so that the result in float32 does not depend on the order in which a GPU adds.
     sums = torch.zeros(len(reward) + 1, dtype=torch.float64, device=reward.device)
     sums.index_add_(0, group, reward.double())
     return torch.where(stops, sums[group], 0.0).to(reward.dtype)
 
 
 def clip(values: Tensor, limit: float) -> tuple[Tensor, Tensor]:
-    """The values clamped to +-limit, and a bool mask of the clamped ones; 0 means no limit."""
+    """Returns the values clamped to +-limit and a bool mask of the clamped values. A limit of 0 means no limit."""
     if not limit:
         return values, torch.zeros_like(values, dtype=torch.bool)
     return values.clamp(-limit, limit), values.abs() > limit
 
 
 def function_term(values: Sequence[Tensor | None], episodes: Episodes) -> tuple[Tensor, Tensor]:
-    """The rewards of a function [R] float32, and the rows [R] bool that receive them.
+    """Returns the rewards of a function, [R] float32, and the rows that get them, [R] bool.
 
-    `values`: one per episode, a number, or one per sampled token; None, which is paid nowhere.
+    `values`: for each episode a number, or one number per sampled token, or None, which gives no reward.
     """
     zero, device = torch.zeros(()), episodes.sampled.device
     numbers = [value if value is not None and not value.ndim else zero for value in values]
@@ -296,10 +303,10 @@ def _given_metrics(name: str, values: Sequence[Tensor | None], device: torch.dev
 
 
 def reward_metrics(terms: Mapping[str, Term], cu_rows: Tensor) -> dict[str, Tensor]:
-    """0-dim each: `reward/NAME`, the mean over episodes of the addend's sum; `reward/NAME_share`, its share
-    of all rewards in absolute value, row by row; and the addends' own metrics. For the DPO term also, from its sum over
-    each episode: `rto/share_of_return`, the share of those in absolute value, and `rto/return_to_score`, their size
-    over the score's.
+    """Returns 0-dim metrics of all terms, in addition to each term's own: `reward/NAME`, the sum of the term over an
+    episode, averaged over episodes; and `reward/NAME_share`, the sum of its absolute values over all rows, divided by
+    that of all terms. For the DPO term also, with sums over episodes in place of rows: `rto/share_of_return`, and
+    `rto/return_to_score`, the ratio of its absolute sums to those of the score.
     """
     rewards = torch.stack([term.reward for term in terms.values()]).double()
     until = pad(rewards.cumsum(1), (1, 0))
@@ -321,7 +328,8 @@ def reward_metrics(terms: Mapping[str, Term], cu_rows: Tensor) -> dict[str, Tens
 def open_rewards(
     config: PPOConfig, tokenizer: PreTrainedTokenizerBase, functions: RewardFunctions | None = None
 ) -> Rewards:
-    """The rewards that the configuration asks for, except models. Raises ValueError where no token ends a sentence."""
+    """Makes the reward terms of a run, without their models. Raises ValueError if reward_shaping is sentence and no
+    token of the vocabulary ends a sentence."""
     sentence_ends = None
     if config.dpo_model_path and config.reward_shaping == "sentence":
         sentence_ends = sentence_end_ids(tokenizer).to(resolve_device(config.device))
@@ -329,19 +337,19 @@ def open_rewards(
 
 
 def sentence_end_ids(tokenizer: PreTrainedTokenizerBase, field: str = "reward_shaping") -> Tensor:
-    """int64 ids of the tokens whose text, decoded alone, ends in . ! or ? (spaces aside) or holds a new line.
+    """Returns the int64 ids of the tokens whose text ends in . ! or ?, ignoring spaces, or contains a line break.
 
-    Raises ValueError, naming the key `field`, where the vocabulary has none.
+    Raises ValueError, naming the key `field`, if the vocabulary has no such token.
     """
     texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
     ends = [i for i, text in enumerate(texts) if "\n" in text or text.rstrip().endswith((".", "!", "?"))]
     if not ends:
-        instead = "sentence would be eos" if field == "reward_shaping" else "take uniform"
+        instead = "use eos, which gives the same rewards" if field == "reward_shaping" else "use uniform"
         raise ValueError(f"{field}: no token of this vocabulary ends a sentence; {instead}")
     return torch.tensor(ends)
 
 
 def _at_end(values: Tensor, episodes: Episodes) -> Tensor:
-    """values [N] float32, each at the row of the last valid token of its episode, if the episode ends; 0 elsewhere."""
+    """Puts values [N] float32 at the row of the last valid token of each episode that ends; all other rows are 0."""
     paid = torch.where(episodes.finished, values, 0.0)
     return torch.zeros(len(episodes.sampled), device=values.device).index_copy(0, episodes.end, paid)

@@ -1,6 +1,6 @@
-"""Checks of this machine: versions, devices, paths of the kernels, attention, disk. Paste its lines into a bug report.
+"""Checks this machine: versions, devices, implementations of the kernels, attention and disks.
 
-`fastrlhf doctor [OUTPUT_DIR]`
+`fastrlhf doctor [OUTPUT_DIR]` prints one line per check, to be pasted into a bug report.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from fastrlhf_kernels import _triton
 
 GIB = 2**30
 OLDEST = {"torch": "2.11", "triton": "3.6", "transformers": "5.17"}
-"""Package -> oldest version that is tested (pyproject.toml)."""
+"""Package -> oldest supported version, as in pyproject.toml."""
 NEEDED = ("transformers", "tokenizers", "datasets", "safetensors", "peft", "tyro", "pyyaml", "tqdm", "jinja2")
-"""Packages that the commands need; the losses alone need none of them."""
+"""Packages that the commands need. Programs that use only the losses of fastrlhf_kernels need none of them."""
 OPTIONAL = ("bitsandbytes", "flash-attn", "flash-attn-4", "liger-kernel", "vllm", "tensorboard", "wandb")
 LEAST_CAPABILITY = (8, 0)
-"""Oldest compute capability with bfloat16; the tests compile the kernels for it."""
+"""Lowest compute capability with bfloat16; the tests compile the kernels for it."""
 LEAST_FREE = 10 * GIB
 
 
@@ -41,7 +41,8 @@ class Finding:
 
 
 def examine(output_dir: str = ".") -> list[Finding]:
-    """Runs all checks in a fixed order. Nothing is fetched or written, and a failing check does not stop the others."""
+    """Runs all checks in a fixed order. It downloads and writes nothing, and a failing check does not stop the
+    others."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return [
         *_versions(),
@@ -54,7 +55,7 @@ def examine(output_dir: str = ".") -> list[Finding]:
 
 
 def format_findings(findings: list[Finding]) -> str:
-    """One line per finding, and a last line with their counts."""
+    """Formats one line per finding, and a last line with the numbers of broken items and warnings."""
     width = max(len(finding.name) for finding in findings)
     lines = [
         f"{finding.level:7}  {finding.name:{width}}  {finding.text}{f'; {finding.fix}' if finding.fix else ''}"
@@ -107,7 +108,7 @@ def _numbers(text: str) -> list[int]:
 def _devices() -> Iterator[Finding]:
     yield Finding(level="ok", name="cpu", text=f"{os.cpu_count()} cores, {torch.get_num_threads()} threads of torch")
     if not torch.cuda.is_available():
-        yield Finding(level="ok", name="gpu", text="torch sees no CUDA GPU: runs go to the CPU")
+        yield Finding(level="ok", name="gpu", text="torch finds no CUDA GPU: runs use the CPU")
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
         capability = torch.cuda.get_device_capability(index)
@@ -116,7 +117,7 @@ def _devices() -> Iterator[Finding]:
             f"{free / GIB:.1f} of {total / GIB:.1f} GiB free"
         )
         if capability < LEAST_CAPABILITY:
-            yield Finding(level="warning", name=f"gpu {index}", text=text, fix="use dtype float32: no bfloat16 here")
+            yield Finding(level="warning", name=f"gpu {index}", text=text, fix="it lacks bfloat16: use dtype float32")
         elif free < total / 2:
             yield Finding(level="warning", name=f"gpu {index}", text=text, fix="nvidia-smi shows what uses the rest")
         else:
@@ -126,27 +127,27 @@ def _devices() -> Iterator[Finding]:
 def _kernels(device: torch.device) -> Iterator[Finding]:
     if _triton.INTERPRETED:
         text = "TRITON_INTERPRET is set: kernels are interpreted, thousands of times slower"
-        yield Finding(level="warning", name="kernels", text=text, fix="unset it, except to test kernels")
+        yield Finding(level="warning", name="kernels", text=text, fix="unset it, unless you test kernels")
     for check in CHECKS:
         try:
             outcome = check_op(check, device)
-        except Exception as error:  # any error of a driver or a compiler is a finding
+        except Exception as error:  # an error of a driver or a compiler, of any type, is a finding
             told = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-            yield Finding(level="broken", name=check.op, text=told, fix="report it with these lines")
+            yield Finding(level="broken", name=check.op, text=told, fix="report it with this output")
             continue
-        text = f"{outcome.path} on {device.type}, within {outcome.error:.1e} nats of float64"
+        text = f"{outcome.path} on {device.type}, differs from float64 by {outcome.error:.1e} nats"
         if outcome.gradient_error is not None:
-            text += f", its gradient by {outcome.gradient_error:.1e}"
+            text += f", in the gradient by {outcome.gradient_error:.1e}"
         if outcome.is_good:
             yield Finding(level="ok", name=check.op, text=text)
         else:
-            fix = f"above {TOLERANCE:g}; is TF32 forced on (NVIDIA_TF32_OVERRIDE)? else report it"
+            fix = f"more than {TOLERANCE:g}; if NVIDIA_TF32_OVERRIDE is set, unset it, otherwise report it"
             yield Finding(level="broken", name=check.op, text=text, fix=fix)
 
 
 def _attention(device: torch.device) -> Iterator[Finding]:
-    """Which backend computes attention, and whether it isolates the sequences of a pack, on a two-layer model made
-    here."""
+    """Checks which backend computes attention, and whether it keeps the sequences of a pack apart, on a small random
+    model of two layers."""
     try:
         from transformers import LlamaConfig
 
@@ -166,22 +167,22 @@ def _attention(device: torch.device) -> Iterator[Finding]:
         path = f"{backend(device, getattr(torch, name))} in {name}"
         try:
             build_policy(config, vocab_size=64, eos_token_id=0, seed=0, device=device, dtype=name)
-        except Exception as error:  # as above
+        except Exception as error:  # of any type, as in _kernels
             told = f"{path}: {type(error).__name__}: {error}"
-            yield Finding(level="broken", name="attention", text=told, fix="report it with these lines")
+            yield Finding(level="broken", name="attention", text=told, fix="report it with this output")
         else:
-            text = f"{path}: a pack gives what its sequences give alone"
+            text = f"{path}: a pack gives the same results as its sequences one by one"
             yield Finding(level="ok", name="attention", text=text)
 
 
 def _cache_dir() -> Path:
-    """Folder of the files that were fetched from the hub."""
+    """Returns the folder of files downloaded from the hub."""
     home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
     return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
 
 
 def _disk(name: str, folder: Path) -> Finding:
-    """Free space on the disk of the folder, whether or not the folder exists yet."""
+    """Checks the free space on the disk of a folder, which need not exist yet."""
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not os.access(there, os.W_OK | os.X_OK) or not there.is_dir():
         fix = {"cache": "set HF_HOME to a folder that you can write to", "output": "choose another output_dir"}[name]
@@ -189,6 +190,6 @@ def _disk(name: str, folder: Path) -> Finding:
     free = shutil.disk_usage(there).free
     text = f"{free / GIB:.1f} GiB free in {there}"
     if free < LEAST_FREE:
-        fix = "a model and its checkpoints may not fit; free some, or choose another folder"
+        fix = "a model and its checkpoints may not fit; free some space, or choose another folder"
         return Finding(level="warning", name=f"disk, {name}", text=text, fix=fix)
     return Finding(level="ok", name=f"disk, {name}", text=text)

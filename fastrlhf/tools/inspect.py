@@ -1,7 +1,7 @@
-"""Shows the rows as the model will see them: every token with its role in training.
+"""Shows the rows of a dataset as the model will see them: every token with its role in training.
 
-Loading, tokenising, packing and the draws of resets are those of the trainers (tools/plan/work.py). Only a tokenizer is
-needed, no model.
+Rows are loaded, tokenised and packed, and resets are drawn, by the functions of the trainers (tools/plan/work.py). Only
+a tokenizer is needed, no model.
 
 `fastrlhf inspect --config FILE [--command dpo] [--num 5] [--html PAGE]`
 """
@@ -26,17 +26,17 @@ from fastrlhf.tools.plan.work import Work, first_prefixes, open_work, to_tree
 from fastrlhf.types import Prefix, TokenizedExample
 
 ROLES = {
-    "prompt": "read, not trained",
-    "reset": "copied from a response: read, not trained",
-    "trained": "the loss is on these",
+    "prompt": "given to the model, not trained",
+    "reset": "copied from a response of the dataset, given to the model, not trained",
+    "trained": "the loss is computed on these tokens",
     "eos": "a trained token that ends the response",
-    "masked": "of a response, but not trained",
-    "score": "the last one: the reward model scores here",
+    "masked": "belongs to a response, but is not trained",
+    "score": "the last token, at which the reward model gives its score",
 }
 """Roles that a token can have."""
 
 ANSI = {"prompt": "2", "reset": "33", "trained": "32", "eos": "1;35", "masked": "36", "score": "1;35"}
-"""Role -> its colour in a terminal (select graphic rendition)."""
+"""Role -> parameters of the terminal's colour code (SGR)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,12 +62,12 @@ class Row:
 class Inspection:
     tokenizer: PreTrainedTokenizerBase
     facts: list[str]
-    """Counts of the training data and of the first step."""
+    """Lines about the training data and the first step."""
     rows: list[Row]
 
 
 def inspect_rows(config: TrainConfig, num: int) -> Inspection:
-    """The first `num` rows (episodes in on-policy runs) in the order in which the run draws them.
+    """Returns the first `num` rows (on-policy: episodes) in the order in which the run draws them.
 
     Raises ValueError as the trainer would: for a bad path, a bad row, or a row that does not fit a micro-batch.
     """
@@ -92,7 +92,8 @@ def inspect_rows(config: TrainConfig, num: int) -> Inspection:
 
 
 def format_text(inspection: Inspection, *, colour: bool) -> str:
-    """Text for a terminal: a line per run of tokens with the same role. Control characters are escaped, e.g. \\x1b."""
+    """Formats rows for a terminal: one line per sequence of tokens with the same role. Control characters are escaped,
+    e.g. \\x1b."""
 
     def paint(role: str, text: str) -> str:
         return f"\033[{ANSI[role]}m{text}\033[0m" if colour else text
@@ -114,7 +115,8 @@ def format_text(inspection: Inspection, *, colour: bool) -> str:
 
 
 def format_html(inspection: Inspection, title: str) -> str:
-    """One self-contained page: every token has the colour of its role, and the mouse shows its id."""
+    """Formats rows as a self-contained HTML page: every token has the colour of its role, and a tooltip shows its
+    id."""
     legend = "".join(f'<span class="{role}">{role}</span> {told}<br>' for role, told in ROLES.items())
     sections = [("What the colours mean", f'<p class="tokens">{legend}</p>')]
     for row in inspection.rows:
@@ -137,12 +139,12 @@ def _episodes(config: PPOConfig, work: Work, num: int) -> Inspection:
         f"{len(lengths):,} prompts of {sum(lengths) / len(lengths):.1f} tokens on average, {max(lengths):,} at most",
         f"update 1 of {work.steps:,}: {len(first):,} episodes, {len(resets):,} after a reset"
         + (f" of {sum(resets) / len(resets):.1f} tokens on average" if resets else "")
-        + f"; at most {config.response_length} tokens of a response, those of its reset among them",
+        + f"; a response has at most {config.response_length} tokens, including those of its reset",
     ]
     if config.reset_source == "sample" and config.reset_prob > 0:
-        facts.append("reset_source: sample: the reference model writes what is reset to, so no reset is shown here")
+        facts.append("with reset_source sample the reference model writes what resets copy, so no reset is shown here")
     if config.reset_source == "rollout":
-        facts.append("reset_source: rollout: the policy writes what is reset to, so no reset is shown here")
+        facts.append("with reset_source rollout the policy writes what resets copy, so no reset is shown here")
     return Inspection(
         tokenizer=work.tokenizer,
         facts=facts,
@@ -160,7 +162,7 @@ def _episode(config: PPOConfig, prefix: Prefix) -> Row:
             Line(
                 name="prefix",
                 tokens=list(zip(roles, prefix.token_ids, strict=True)),
-                note=f"; then the policy samples, at most {config.response_length - prefix.num_reset} tokens",
+                note=f"; after it the policy samples at most {config.response_length - prefix.num_reset} tokens",
             )
         ],
     )
@@ -183,13 +185,13 @@ def _row(config: TrainConfig, example: TokenizedExample, tree: Tree, ends: Seque
         if isinstance(config, RewardConfig) and not is_trunk:
             tokens[-1] = ("score", tokens[-1][1])
         cut = not is_trunk and segment.token_ids[-1] not in ends
-        note = "; cut by max_length, so without EOS" if cut else ""
+        note = "; cut at max_length, so it has no EOS" if cut else ""
         lines.append(Line(name="prompt" if is_trunk else next(names), tokens=tokens, note=note))
     return Row(title=f"row {example.row}: {num_computed(tree)} tokens, {_num_scored(tree)} trained", lines=lines)
 
 
 def _names(config: TrainConfig) -> Iterator[str]:
-    """Names of the leaves of a tree, in order."""
+    """Yields the names of the responses of a row, in the order of the leaves of its tree."""
     if isinstance(config, SFTConfig):
         return iter([f"prompt and {config.response}"])
     if isinstance(config, DPOConfig) and config.psi_backend == "groupwise":
@@ -208,7 +210,7 @@ def _describe_rows(work: Work) -> list[str]:
 def _describe_tokens(trees: Sequence[Tree]) -> str:
     costs = [num_computed(tree) for tree in trees]
     return (
-        f"{sum(costs):,} tokens an epoch, {sum(map(_num_scored, trees)):,} of them trained; a row has "
+        f"{sum(costs):,} tokens per epoch, {sum(map(_num_scored, trees)):,} of them trained; a row has "
         f"{sum(costs) / len(costs):.1f} on average, {max(costs):,} at most"
     )
 
@@ -221,7 +223,8 @@ def _describe_step(config: TrainConfig, trees: Sequence[Tree], steps: int) -> st
 
 
 def _printable(text: str) -> list[str]:
-    """The lines of a text, each with its \\n at the end; all other control characters are escaped."""
+    """Splits a text into lines; each line break is shown as \\n at the end of its line, and all other control
+    characters are escaped."""
     shown = text.replace("\n", "\\n\n")
     if shown.endswith("\n"):
         shown = shown[:-1]

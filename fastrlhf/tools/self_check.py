@@ -1,8 +1,8 @@
-"""Compares every op of fastrlhf_kernels with its definition in float64, on small inputs and on the path that it takes
-on this machine.
+"""Compares every op of fastrlhf_kernels, as it runs on this machine (Triton or torch), with its definition in float64
+on small inputs.
 
 The tests check tighter bounds on many more inputs. This check finds faults of a machine: a broken driver, a Triton
-that does not compile, products in TF32.
+installation that cannot compile, or matrix products in TF32.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from fastrlhf_kernels._triton import use_triton
 T, V, D = 96, 301, 64
 
 TOLERANCE = 1e-4
-"""Bound of the error. Float32 gives about 1e-6 here; products in TF32, which keep 10 bits, give about 1e-3."""
+"""Largest accepted error. Float32 gives about 1e-6 here; products in TF32, which has a mantissa of 10 bits, give about
+1e-3."""
 
 HEAD = ("hidden", "weight")
 PAIRS = ("reference_logprob", "cu_seqlens", "mask")
@@ -31,10 +32,10 @@ EPISODES = ("sampler_logprob", "advantage", "mask")
 class Check:
     op: str
     arguments: tuple[str, ...]
-    """Positional arguments, as names of `_inputs`; the gradient is taken with respect to the first."""
+    """Positional arguments, by their names in `_inputs`; the gradient is taken with respect to the first one."""
     options: dict[str, Any]
     read: Callable[[Any], Tensor]
-    """Takes the numbers to compare from the result of the op or of its reference."""
+    """Extracts the numbers to compare from the result of the op or of its reference."""
 
 
 def _loss(output: Any) -> Tensor:
@@ -85,18 +86,18 @@ class Outcome:
     path: str
     """triton or torch"""
     error: float
-    """Largest error of a row of the result or of the loss, in nats"""
+    """Largest absolute error of the result (a value per row, or the loss), in nats"""
     gradient_error: float | None
-    """Largest error of the gradient relative to its largest element; None where the op has no gradient"""
+    """Largest error of the gradient, relative to its largest element; None if the op has no gradient"""
 
     @property
     def is_good(self) -> bool:
-        # False for NaN
+        # The comparisons are False for NaN.
         return self.error <= TOLERANCE and (self.gradient_error is None or self.gradient_error <= TOLERANCE)
 
 
 def check_op(check: Check, device: torch.device) -> Outcome:
-    """Runs one op and its reference. Errors of an op that cannot run here are raised as they are."""
+    """Runs one op and its reference, and compares them. If the op cannot run here, its error is raised unchanged."""
     module = import_module(f"fastrlhf_kernels.{check.op}")
     op, reference = getattr(module, check.op), getattr(module, f"{check.op}_reference")
     result, gradient = _run(op, check, device, torch.float32)
@@ -115,7 +116,8 @@ def check_op(check: Check, device: torch.device) -> Outcome:
 def _run(
     function: Callable[..., Any], check: Check, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
-    """The result, and the gradient of its sum with respect to the first argument if there is one."""
+    """Returns the result and, if the op has a gradient, the gradient of the result's sum with respect to the first
+    argument."""
     known = _inputs()
     inputs = [known[name].to(device, dtype if known[name].is_floating_point() else None) for name in check.arguments]
     leaf = inputs[0].requires_grad_(check.op != "gae")
@@ -125,8 +127,8 @@ def _run(
 
 
 def _inputs() -> dict[str, Tensor]:
-    """Float32 inputs, drawn on the CPU so that every machine has the same: a head [V, D] and three pairs of
-    sequences in T rows."""
+    """Draws float32 inputs: a head [V, D] and three pairs of sequences in T rows. They are drawn on the CPU, so that
+    they are equal on all machines."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:

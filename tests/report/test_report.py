@@ -81,7 +81,7 @@ def test_scores_by_reset_depth_are_one_chart_of_the_last_steps(tmp_path):
     write_metrics(tmp_path / "ppo", ON_POLICY)
     page = write_report(tmp_path).read_text()
     [title] = [title for title in figures(page) if "score" in title and "drpo" in title]
-    assert title == "drpo/score by % of the response given away, last 20 steps"
+    assert title == "drpo/score by % of the response that resets copied, last 20 steps"
     assert figures(page)[title] == ["drpo"]
     assert "drpo: 2 points, from 20.5 to 2050" in page
     assert "score_depth" not in page

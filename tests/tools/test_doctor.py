@@ -30,7 +30,7 @@ def test_a_broken_op_is_named_and_ends_in_1(monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert next(line for line in lines if line.startswith("broken")).split(maxsplit=2)[1:] == [
         "gae",
-        "RuntimeError: no such instruction; report it with these lines",
+        "RuntimeError: no such instruction; report it with this output",
     ]
 
 

@@ -47,7 +47,7 @@ def test_a_cut_response_has_no_eos_and_says_so(settings):
     inspection = inspect_rows(SFTConfig(**settings, max_length=5), 1)
     (line,) = inspection.rows[0].lines
     assert line.tokens == [*of("prompt", "w1 w2"), *of("trained", "w3 w4 w5")]
-    assert "cut by max_length" in line.note
+    assert "cut at max_length" in line.note
     assert "cut: 1 responses, 0 prompts" in inspection.facts
 
 

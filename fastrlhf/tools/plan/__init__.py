@@ -1,1 +1,1 @@
-"""`fastrlhf plan`: memory and tokens per step before anything is loaded."""
+"""`fastrlhf plan`: predicts the memory and the tokens per step of a run without loading its models."""

@@ -1,4 +1,4 @@
-"""Finds the cheapest change of a configuration with which a run fits into memory."""
+"""Finds the cheapest change of a configuration that makes the run fit into memory."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from fastrlhf.tools.plan.phases import Phase, count_phases, readable
 def cheapest_change(
     config: TrainConfig, rows: Rows, phases: Sequence[Phase], limit: int, *, is_cuda: bool, may_offload: bool
 ) -> str:
-    """The first change after which no phase takes more than `limit` bytes. Changes are tried in the order of
-    `_bases`; where one is not enough, smaller micro-batches and rollout batches are tried on top of it. Where
-    nothing fits, the text says what the smallest configuration needs. `phases` are those of `config`; `may_offload`:
-    the run has a GPU to take activations and frozen models from."""
+    """Returns a text that names the first change after which no phase takes more than `limit` bytes. Changes are tried
+    in the order of `_bases`, each of them also with smaller micro-batches and rollout batches. If no change is enough,
+    the text gives the memory of the smallest configuration. `phases` are the phases of `config`. `may_offload`: the run
+    has a GPU whose activations and frozen models can be moved to CPU memory."""
     least = max(phase.total for phase in phases)
 
     def totals(changed: TrainConfig) -> list[int]:
@@ -38,18 +38,18 @@ def cheapest_change(
             if (peak := max(totals(changed))) <= limit:
                 return f"the cheapest change that fits: {_told(config, changed)}: {readable(peak)}"
     return (
-        f"no setting of this command makes it fit: the smallest needs {readable(least)}; "
+        f"no change of settings is enough: the smallest configuration needs {readable(least)}; "
         "take a smaller model or a larger device"
     )
 
 
 def _bases(config: TrainConfig, may_offload: bool) -> Iterator[TrainConfig]:
-    """Settings that save memory, the cheapest first; each includes those before it.
+    """Yields configurations that save memory, the cheapest change first; each includes the changes before it.
 
-    Computing the log-probs of the reference once costs nothing. Fetching frozen models from CPU memory takes a
-    moment per update, and recomputing activations a third more time. None of these changes a number, and neither
-    does offloading the remaining activations. 8-bit moments and bfloat16 round, and LoRA trains other parameters.
-    Several processes cannot offload models.
+    Computing the log-probs of the reference once costs no time, copying frozen models from CPU memory a little per
+    update, and recomputing activations about a third. These changes and the offloading of the remaining activations
+    change no result. bfloat16 and 8-bit moments round, and LoRA trains other parameters. Runs of several processes
+    cannot offload models.
     """
     if isinstance(config, DPOConfig) and not config.precompute_ref_log_probs:
         config = replace(config, precompute_ref_log_probs=True)
@@ -71,7 +71,7 @@ def _bases(config: TrainConfig, may_offload: bool) -> Iterator[TrainConfig]:
 
 
 def _can_wait(config: TrainConfig) -> bool:
-    """Whether frozen models have weights of their own that can be offloaded while nothing reads them."""
+    """Returns whether the frozen models have separate weights that can be offloaded while they are not used."""
     if not isinstance(config, PPOConfig) or config.use_peft or world_size() > 1:
         return False
     try:
@@ -82,7 +82,8 @@ def _can_wait(config: TrainConfig) -> bool:
 
 
 def _smaller(config: TrainConfig, rows: Rows, *, rollout: bool, training: bool) -> list[TrainConfig]:
-    """Smaller micro-batches and rollout batches, for the phases that are too large; the smallest last."""
+    """Returns configurations with smaller micro-batches (if training is too large) and rollout batches (if the rollout
+    is too large), the smallest one last."""
     packs = find_packs(config, rows)
     settings = [config]
     if training:
@@ -95,7 +96,7 @@ def _smaller(config: TrainConfig, rows: Rows, *, rollout: bool, training: bool) 
 
 
 def _halvings(value: int, least: int) -> list[int]:
-    """value / 2, value / 4, ... and at last `least`, all below `value`."""
+    """Returns value / 2, value / 4, ... and `least` as the last number; empty if `value` is at most `least`."""
     found = []
     while value > least:
         value = max(value // 2, least)

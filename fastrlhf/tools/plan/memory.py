@@ -1,9 +1,10 @@
-"""How many bytes a forward and backward hold at their peak, counted without computing or allocating anything.
+"""Counts the peak memory of a forward and backward pass without computing or allocating anything.
 
-The trainer's own forward runs on fake tensors (torch.FakeTensorMode): they have shapes, dtypes and storages of a size,
-and no data. Every storage that an operator returns is counted from its birth to its death, so saved activations,
-gradients and temporaries are those of the real pass, of any architecture. Memory inside an operator is not seen; the
-largest such part, the blocks of logits of `linear_logprob`, is counted by a formula in the file of that op.
+The trainer's own forward pass runs on fake tensors (torch.FakeTensorMode), which have a shape, a dtype and a storage
+size but no data. The storage of every operator's result is counted from its creation until it is freed. The count
+therefore includes saved activations, gradients and temporaries, for any architecture. Memory that an operator uses
+internally is not visible; the largest such part, the blocks of logits in `linear_logprob`, is computed by a formula
+(see `_Tally._workspace`).
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 TRITON_PART = 128 * 2**20
-"""Bytes of the logits' gradient that the Triton path of linear_logprob stores at a time."""
+"""Bytes of the block of logit gradients that linear_logprob stores at a time in its Triton implementation."""
 
 ELSEWHERE = torch.device("meta")
 """Fake device that stands for CPU memory; its bytes are not counted."""
@@ -48,23 +49,25 @@ ELSEWHERE = torch.device("meta")
 
 @dataclass(frozen=True, kw_only=True)
 class FakeModel:
-    """A model without data."""
+    """A model of fake tensors, which have no data, and its sizes."""
 
     model: PreTrainedModel
     num_parameters: int
-    """Number of parameters; tied ones count once."""
+    """Number of parameters; tied parameters count once."""
     num_bytes: int
     """Bytes of parameters and buffers."""
     num_trained: int
-    """Number of parameters that are trained."""
+    """Number of trained parameters."""
     gradient_bytes: int
 
 
 @dataclass(kw_only=True)
 class Fakes:
-    """Fake models of one run, made from the configurations of the models under one FakeTensorMode:
-    `fakes.policy(model)`, `fakes.scorer(model)`. With the configuration of the run they are as it trains them, with
-    its adapter or with the one that `adapter` describes. `four_bit`: the backbone under the adapter is in 4 bits."""
+    """Builds the fake models of a run from their transformers configurations, under one FakeTensorMode.
+
+    In `policy` and `scorer`, `run` is the configuration of the run if the run trains the model; the model then gets
+    the adapter that the run configures. `adapter` describes an existing adapter. `four_bit`: the weights under the
+    adapter are in 4 bits."""
 
     dtype: str
     is_cuda: bool
@@ -114,7 +117,8 @@ class Fakes:
         adapter: LoraConfig | None,
         four_bit: bool,
     ) -> FakeModel:
-        """Adapters are added on the meta device, because peft moves layers and fake tensors cannot be moved."""
+        """Builds a model on the meta device and then replaces its tensors by fake ones. Adapters are added in between,
+        because peft moves layers to a device, which fake tensors do not allow."""
         with torch.device("meta"):
             model = make()
             if four_bit:
@@ -129,7 +133,7 @@ class Fakes:
                 make_trainable(model, replace(run, activation_offloading=False), "")
             if run and run.activation_offloading:
                 enable_activation_checkpointing(model, offload_to=ELSEWHERE)
-        known: dict[int, Tensor] = {}  # tied tensors stay tied
+        known: dict[int, Tensor] = {}  # keeps tied tensors tied
         with self.mode:
             for module in model.modules():
                 for name, x in (*module._parameters.items(), *module._buffers.items()):
@@ -140,15 +144,17 @@ class Fakes:
     def peak(
         self, trained: Mapping[str, FakeModel], batch: PackedBatch, *, reference: FakeModel | None, num_packs: int
     ) -> int:
-        """Bytes beyond the weights, gradients included, at the worst moment of an optimiser step of `num_packs` packs
-        like this one: a forward and backward of each model in turn, by name "policy", "scorer" or "critic".
+        """Returns the peak memory beyond the weights, in bytes, of an optimiser step over `num_packs` packs of the size
+        of `batch`, including gradients. For every pack, each model in `trained` (named "policy", "scorer" or "critic")
+        runs a forward and a backward pass in turn.
 
-        `reference` runs without gradient between the forward and the backward of the policy, as live DPO does.
+        `reference` runs without gradient between the forward and the backward pass of the policy, as in DPO without
+        precomputed reference log-probs.
         """
         batch = self._faked(batch)
         models = [fake.model for fake in (*trained.values(), *([reference] if reference else []))]
         with self._counting(models) as tally:
-            for _ in range(min(num_packs, 2)):  # gradients exist from the second pass on; a third is the same
+            for _ in range(min(num_packs, 2)):  # the second pass starts with gradients; further passes are like it
                 for name, fake in trained.items():
                     output = _read(name, fake.model, batch)
                     if reference and name == "policy":
@@ -159,8 +165,8 @@ class Fakes:
         return tally.peak
 
     def forward_peak(self, models: Mapping[str, FakeModel], batch: PackedBatch) -> int:
-        """Bytes beyond the weights at the worst moment of a forward without gradient of each model in turn, by the
-        names of `peak`."""
+        """Returns the peak memory beyond the weights, in bytes, of a forward pass without gradient of each model in
+        turn. The names of `models` are those of `peak`."""
         batch = self._faked(batch)
         with self._counting([fake.model for fake in models.values()]) as tally, torch.no_grad():
             for name, fake in models.items():
@@ -168,7 +174,8 @@ class Fakes:
         return tally.peak
 
     def prefill_peak(self, policy: FakeModel, batch: PackedBatch) -> int:
-        """The same for a forward of the backbone, with one row."""
+        """Returns the peak memory beyond the weights, in bytes, of prefilling: a forward pass that computes the
+        log-prob of a single row."""
         one = torch.zeros(1, dtype=torch.int64)
         return self.forward_peak({"policy": policy}, replace(batch, rows=one, targets=one))
 
@@ -221,8 +228,8 @@ class _Tally(TorchDispatchMode):
         self._now -= self._sizes.pop(key)
 
     def _workspace(self, name: str, args: Sequence[Any]) -> int:
-        """Bytes that an operator holds beyond its results. For linear_logprob this is the formula of its file, with
-        blocks no larger than its input; for a product with a 4-bit weight, the dequantised weight."""
+        """Returns the bytes that an operator uses internally: for linear_logprob, its blocks of logits; for a product
+        with a 4-bit weight, the dequantised weight; 0 for all other operators."""
         if name.startswith("bitsandbytes.gemm_4bit"):
             return args[0].element_size() * math.prod(args[2])
         if not name.startswith("fastrlhf.linear_logprob"):
@@ -233,10 +240,12 @@ class _Tally(TorchDispatchMode):
         if self._is_cuda:
             return is_backward * (max(TRITON_PART, 4096 * num_rows) + 4 * num_rows * size)
         rows, columns = min(num_rows, CPU_BLOCK[0]), min(vocab, CPU_BLOCK[1])
-        # The previous block still exists while the next one is made.
+        # The previous block still exists while the next one is computed.
         held = 1 + (num_rows > rows or vocab > columns)
         is_cast, wants_entropy = weight.dtype != torch.float32, args[2] is not None if is_backward else args[9]
-        of_weight = is_cast + (is_backward and args[-2])  # a gradient is needed
+        of_weight = is_cast + (
+            is_backward and args[-2]
+        )  # the last but one argument says whether the weight needs a gradient
         cast_up = 8 * num_rows * size if hidden.dtype != torch.float32 else 0
         return 4 * columns * (held * of_weight * size + (held + wants_entropy) * rows) + cast_up
 
@@ -266,7 +275,7 @@ def _num_parameters(parameter: Tensor) -> int:
 
 
 def _fake(x: Tensor) -> Tensor:
-    """Fake copies under the active mode; a 4-bit weight includes its scales."""
+    """Returns a fake copy of a tensor under the active FakeTensorMode; a 4-bit weight is copied with its scales."""
     if not isinstance(x, torch.nn.Parameter):
         return torch.empty(x.shape, dtype=x.dtype)
     state = getattr(x, "quant_state", None)
@@ -280,8 +289,8 @@ def _fake(x: Tensor) -> Tensor:
 
 
 class Params4bit(FakeTensor):
-    """peft recognises by this class name a weight that it must dequantise for the norms of DoRA; the class of
-    bitsandbytes cannot hold fake tensors."""
+    """Stands for the class of the same name in bitsandbytes, which cannot hold fake tensors. By this name peft
+    recognises a weight that it must dequantise to compute the norms of DoRA."""
 
 
 def _tensors(part: Any) -> dict[str, Tensor]:

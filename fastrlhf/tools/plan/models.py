@@ -1,7 +1,7 @@
-"""The models of a run without data, and the bytes that each adds.
+"""Builds the models of a run without their data, and counts the bytes of each.
 
-Roles that are adapters are made from the settings beside their weights. Whether they fit the policy's base is
-checked by the run.
+Models that are adapters are built from the adapter settings saved with their weights. Only the run itself checks that
+they fit the base model of the policy.
 """
 
 from __future__ import annotations
@@ -25,15 +25,16 @@ class Models:
     start: PretrainedConfig
     """Configuration of the model that the run starts from."""
     trained: dict[str, FakeModel] = dataclasses.field(default_factory=dict)
-    """Trained models by "policy", "scorer" or "critic"."""
+    """Trained models, by name: "policy", "scorer" or "critic"."""
     frozen: dict[str, FakeModel] = dataclasses.field(default_factory=dict)
-    """Frozen models by their names in a plan."""
+    """Frozen models, by the names that a plan prints."""
     own: dict[str, int] = dataclasses.field(default_factory=dict)
-    """Bytes of weights by the same names, without the weights shared with earlier models."""
+    """Bytes of weights of each trained or frozen model, by name, without weights shared with models listed earlier."""
 
 
 def open_models(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, fakes: Fakes) -> Models:
-    """Raises ValueError, as the run would, for a missing model or one that does not fit the keys."""
+    """Builds all models of a run. Raises ValueError, as the run would, for a model that is missing or does not fit the
+    configuration."""
     start = _model_config(config, config.model_name_or_path, "model_name_or_path", tokenizer)
     models = Models(start=start)
     name, make = ("scorer", fakes.scorer) if isinstance(config, RewardConfig) else ("policy", fakes.policy)
@@ -84,19 +85,19 @@ def _add_saved_modules(models: Models, config: TrainConfig) -> None:
 def _add_critic(models: Models, config: PPOConfig, tokenizer: PreTrainedTokenizerBase, fakes: Fakes) -> None:
     field = "critic_model_path" if config.critic_model_path else "reward_model_path"
     source, start = getattr(config, field), models.start
-    if not source:  # the policy with a new head, its weights shared with the reference under an adapter
+    if not source:  # a copy of the policy with a new head; under an adapter it shares the reference's weights
         critic = fakes.scorer(start, config, four_bit=config.load_in_4bit)
         _train(models, "critic", critic)
         models.own["critic"] = critic.gradient_bytes if config.use_peft else critic.num_bytes
     elif not holds_adapter(source):
         _train(models, "critic", fakes.scorer(_model_config(config, source, field, tokenizer), config))
         if config.use_peft and field == "reward_model_path":
-            models.own["reward model"] = 0  # the weights under the critic's adapter
+            models.own["reward model"] = 0  # it shares the weights under the critic's adapter
     elif config.use_peft:
         critic = fakes.scorer(start, config, adapter=adapter_settings(source, field), four_bit=config.load_in_4bit)
         models.trained["critic"], models.own["critic"] = critic, critic.gradient_bytes
     else:
-        _train(models, "critic", fakes.scorer(start, config))  # the adapter is added to weights of its own
+        _train(models, "critic", fakes.scorer(start, config))  # the adapter is merged into own weights
 
 
 def _train(models: Models, name: str, fake: FakeModel) -> None:
@@ -108,9 +109,10 @@ def _freeze(models: Models, name: str, fake: FakeModel, shares: bool = False) ->
 
 
 def _model_config(config: TrainConfig, source: str, field: str, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
-    """The configuration of a model as the run will open it: its vocabulary is at least the tokenizer's."""
+    """Returns the configuration of a model as the run will build it: with a vocabulary of at least the tokenizer's
+    size."""
     if config.model_config and field == "model_name_or_path":
-        require(not config.use_peft, "use_peft", True, "false: a model from scratch has no weights to adapt")
+        require(not config.use_peft, "use_peft", True, "false with model_config: random weights need no adapter")
         fields = parse_model_config(config.model_config)
         try:
             model = AutoConfig.for_model(fields.pop("model_type"), **fields)

@@ -1,7 +1,7 @@
-"""Rows of the steps of a run, and the packs that its trainer makes of them.
+"""Reads the rows of the first steps of a run and makes the packs that the trainer would make.
 
-Rows are read and tokenised as in the run. A hub dataset is not fetched: its rows are assumed to have `max_length`
-tokens. Responses are assumed to have `response_length` tokens.
+Rows are read and tokenised as in the run. A hub dataset is not downloaded; its rows are assumed to have `max_length`
+tokens. Sampled responses are assumed to have `response_length` tokens.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from fastrlhf.tools.plan.work import open_work, to_tree
 from fastrlhf.types import PackedBatch, Prefix, Rollout, TokenizedExample
 
 MOST_BATCHES = 200
-"""Number of steps among whose packs the largest is sought; a tenth of it in on-policy runs, whose packs take longer
-to make."""
+"""Number of first steps whose packs are made to find the largest one; on-policy runs use a tenth of it, because their
+packs take longer to make."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """Content of the steps; it does not depend on the settings that tools/plan/changes.py varies."""
+    """The rows of a run's first steps. They do not depend on the settings that tools/plan/changes.py varies."""
 
     tokenizer: PreTrainedTokenizerBase
     examples: list[TokenizedExample]
     batches: list[list[int]]
     steps: int | None
-    """None where the steps depend on the size of the dataset and that is unknown."""
+    """Number of steps of the run; None if it depends on the size of the dataset, which is unknown."""
     note: str
 
 
@@ -40,11 +40,11 @@ class Rows:
 class Packs:
     largest: PackedBatch
     num_packs: int
-    """Largest number in a step."""
+    """Largest number of packs in a step."""
     longest: int
-    """Tokens of the largest item that a micro-batch must hold whole."""
+    """Number of tokens of the largest item, which must fit one micro-batch."""
     tokens_per_step: float
-    """Tokens that one pass over the batch computes."""
+    """Mean number of tokens that one pass over a batch computes."""
 
 
 def read_rows(config: TrainConfig) -> Rows:
@@ -72,7 +72,8 @@ def read_rows(config: TrainConfig) -> Rows:
 
 
 def _assumed(config: TrainConfig) -> TokenizedExample:
-    """A row of `max_length` tokens; in a pair, the prompt and both responses together have that length."""
+    """Returns a row that stands for an unknown one: it has `max_length` tokens; in a pair, prompt and both responses
+    together do."""
     if isinstance(config, PPOConfig):
         return TokenizedExample(prompt=[0] * (config.max_length - config.response_length), row=0)
     part = max(1, config.max_length // 4)
@@ -123,8 +124,8 @@ def _on_policy_packs(config: PPOConfig, rows: Rows) -> Packs:
 
 
 def _whole(config: PPOConfig, example: TokenizedExample) -> Rollout:
-    """An episode that starts at the prompt and uses its whole budget. With a reset it would be as long, with fewer
-    trained tokens."""
+    """Returns an episode that starts right after the prompt and has `response_length` tokens. A reset would not make it
+    longer and would leave fewer trained tokens."""
     length = config.response_length
     return Rollout(
         prefix=Prefix(token_ids=example.prompt, num_reset=0, row=example.row, episode=0),

@@ -1,7 +1,8 @@
-"""The parts of a step and the memory that each needs at its peak.
+"""Computes the peak memory of each phase of a step: rollout, scoring, forward and backward, optimiser step.
 
-Weights, gradients and optimiser state are counted from the configurations of the models, activations by running the
-trainer's forward and backward on tensors without data (tools/plan/memory.py), and the rollout's cache from its shape.
+Weights, gradients and optimiser state are counted from the configurations of the models, and the key-value cache of the
+rollout from its shape. Activations are counted by running the trainer's forward and backward pass on tensors without
+data (tools/plan/memory.py).
 
 Not counted: fragmentation of the allocator, workspaces of cuBLAS and of attention, the dataset, and the Python
 process with its libraries (0.3 to 0.5 GiB of CPU memory; on a GPU the CUDA context).
@@ -31,11 +32,11 @@ GIB = 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """A part of a step, and the content of memory at its peak."""
+    """One phase of a step, and what memory holds at its peak."""
 
     name: str
     parts: dict[str, int]
-    """Content -> bytes"""
+    """What is in memory -> its bytes"""
 
     @property
     def total(self) -> int:
@@ -47,10 +48,11 @@ def readable(size: int) -> str:
 
 
 def count_phases(config: TrainConfig, rows: Rows, *, is_cuda: bool) -> tuple[list[Phase], list[str]]:
-    """The phases, the rollout first where there is one, and facts: steps, tokens and parameters.
+    """Returns the phases of a step (the rollout first, in on-policy runs) and lines of facts about parameters, steps
+    and tokens.
 
-    With `ref_reward_offload` the frozen models are on the device only in the phases that use them. Raises
-    ValueError, as the run would, for a missing model or one that does not fit the keys.
+    With `ref_reward_offload` the frozen models are on the device only in the phases that use them. Raises ValueError,
+    as the run would, for a model that is missing or does not fit the configuration.
     """
     packs = find_packs(config, rows)
     fakes = Fakes.of(config.dtype, is_cuda)
@@ -82,13 +84,15 @@ def count_phases(config: TrainConfig, rows: Rows, *, is_cuda: bool) -> tuple[lis
         rollout = _rollout(config, rows, fakes, models.start, trained["policy"])
         before = [Phase(name=f"rollout of {rollout.name}", parts=kept | rollout.parts)]
         if waiting and config.reset_source == "sample":
-            before.insert(0, Phase(name=f"the reference's own of {rollout.name}", parts=kept | waiting | rollout.parts))
+            before.insert(
+                0, Phase(name=f"sampling by the reference of {rollout.name}", parts=kept | waiting | rollout.parts)
+            )
         if waiting:
             forward = {"activations of a forward without gradient": fakes.forward_peak(trained, packs.largest)}
             before.append(Phase(name=f"scoring of {pack_tokens:,} tokens", parts=kept | waiting | forward))
         phases = before + phases
     counts = {name: fake.num_parameters for name, fake in (*trained.items(), *frozen.items())}
-    per_pass = f"a pass over a batch: {packs.tokens_per_step:,.0f} tokens, in {packs.num_packs} packs at most"
+    per_pass = f"one pass over a batch: {packs.tokens_per_step:,.0f} tokens, in at most {packs.num_packs} packs"
     facts = [
         "parameters: " + ", ".join(f"{name} {count:,}" for name, count in counts.items()),
         f"{'updates' if isinstance(config, PPOConfig) else 'optimiser steps'}: "
@@ -104,15 +108,15 @@ def count_phases(config: TrainConfig, rows: Rows, *, is_cuda: bool) -> tuple[lis
         facts.append(f"in CPU memory except while they are used: {readable(sum(waiting.values()))} of frozen weights")
     if paged:
         told = readable(sum(moments.values()))
-        facts.append(f"optimiser state: {told}, not counted below: in paged memory, which moves to the CPU's")
+        facts.append(f"optimiser state: {told} of paged memory, not counted below, since it can move to CPU memory")
     if config.activation_offloading:
         told = readable(max(_inputs_of_layers(fake, pack_tokens) for fake in trained.values()))
-        facts.append(f"inputs of layers: {told}, not counted below: in the CPU's memory between forward and backward")
+        facts.append(f"inputs of layers: {told}, not counted below, since they are kept in CPU memory")
     if isinstance(config, PPOConfig):
         passes = config.num_ppo_epochs
         facts.insert(
             facts.index(per_pass) + 1,
-            f"an update: {passes} such passes, {passes * config.num_mini_batches} optimiser steps",
+            f"one update: {passes} passes over its batch, {passes * config.num_mini_batches} optimiser steps",
         )
         if config.reset_source == "rollout":
             num = config.batch_size
@@ -123,7 +127,8 @@ def count_phases(config: TrainConfig, rows: Rows, *, is_cuda: bool) -> tuple[lis
 
 
 def _optimiser(config: TrainConfig, trained: Iterable[FakeModel]) -> tuple[dict[str, int], int, dict[str, int]]:
-    """Bytes of the moments, of the float32 copies, and of the temporaries of an update."""
+    """Returns the bytes of the moments, of the float32 copies of bfloat16 weights, and of the temporaries of an
+    optimiser step."""
     in_float32 = in_8_bits = copies = update = 0
     keeps_copies = config.master_weights == "float32"
     for fake in trained:
@@ -133,7 +138,7 @@ def _optimiser(config: TrainConfig, trained: Iterable[FakeModel]) -> tuple[dict[
             in_8_bits += sum(2 * size + 8 * -(-size // 256) for size in sizes) if small else 0
             copied = [param.numel() for _, param in params if param.dtype != torch.float32]
             copies += 4 * sum(copied) if keeps_copies else 0
-            # Without copies: the weights too, and the noise and the new values of one tensor.
+            # Without copies, the weights are converted too, and one tensor at a time needs noise and new values.
             update = max(update, 4 * sum(copied) if keeps_copies else 8 * sum(copied) + 6 * max(copied, default=0))
     made = "gradients in float32" if keeps_copies else "gradients and weights in float32, noise"
     moments = {"optimiser state (float32, two per parameter)": in_float32, "optimiser state (8 bits)": in_8_bits}
@@ -141,15 +146,15 @@ def _optimiser(config: TrainConfig, trained: Iterable[FakeModel]) -> tuple[dict[
 
 
 def _inputs_of_layers(fake: FakeModel, num_tokens: int) -> int:
-    """Bytes of pinned memory; torch allocates it in powers of 2."""
+    """Returns the bytes of pinned CPU memory for the inputs of all layers; torch allocates it in powers of 2."""
     text = fake.model.config.get_text_config()
     size = num_tokens * text.hidden_size * fake.model.dtype.itemsize
     return text.num_hidden_layers * 2 ** math.ceil(math.log2(size))
 
 
 def _rollout(config: PPOConfig, rows: Rows, fakes: Fakes, model: PretrainedConfig, policy: FakeModel) -> Phase:
-    """Generation of `rollout_batch_size` episodes, without the weights: prefilled one micro-batch at a time, then
-    one token per episode and step."""
+    """Returns the memory of generating `rollout_batch_size` episodes, without the weights: prompts are prefilled one
+    micro-batch at a time, then each decode step adds one token per episode."""
     number = min(config.rollout_batch_size, config.batch_size)
     width = max(len(rows.examples[i].prompt) for batch in rows.batches for i in batch)
     text = model.get_text_config()
@@ -158,14 +163,15 @@ def _rollout(config: PPOConfig, rows: Rows, fakes: Fakes, model: PretrainedConfi
     item = DTYPES[config.dtype].itemsize
     per_layer = 2 * heads * head_dim * item * number * rounded_up(width + config.response_length)
     prefilled = min(number, max(1, config.micro_batch_tokens // width))
-    # The keys of all episodes; episodes of one prompt are prefilled together, and the prompt counts once.
+    # The keys of all episodes. Episodes of one prompt are prefilled together, and their prompt counts once.
     prefill = per_layer // 2 + fakes.prefill_peak(policy, pack([Segment(token_ids=range(width))] * prefilled))
-    # the logits, and in float32 the tempered logits, their log-softmax, its exponential and the cumulative sum
+    # Logits, and in float32 the logits divided by the temperature, their log-softmax, its exponential and cumulative
+    # sum.
     drawing = number * text.vocab_size * (item + 16)
     return Phase(
         name=f"{number:,} episodes of {width:,} + {config.response_length:,} tokens",
         parts={
             "key-value cache": per_layer * text.num_hidden_layers,
-            "prefill, keys on their way to the cache, or logits of one token each": max(prefill, drawing),
+            "prefill, copies of keys, or logits of one token per episode": max(prefill, drawing),
         },
     )

@@ -1,7 +1,9 @@
-"""Memory and steps of a run, known before a weight is loaded. tools/plan/phases.py lists what is counted,
-tools/plan/packs.py makes the steps, tools/plan/changes.py finds what makes a run fit.
+"""Plans a run before any weight is loaded: its memory, steps and tokens, and, if it does not fit, a change that helps.
 
-`fastrlhf plan --config FILE [--command drpo] [--memory_gib 80]`, which exits with 1 if the run does not fit
+tools/plan/phases.py says what is counted, tools/plan/packs.py makes the packs of the first steps, and
+tools/plan/changes.py finds the change.
+
+`fastrlhf plan --config FILE [--command drpo] [--memory_gib 80]` exits with code 1 if the run does not fit.
 """
 
 from __future__ import annotations
@@ -20,19 +22,19 @@ from fastrlhf.tools.plan.packs import read_rows
 from fastrlhf.tools.plan.phases import GIB, Phase, count_phases, readable
 
 USABLE = 0.92
-"""Share of a device's memory that a run may fill; the rest is for what is not counted."""
+"""Share of the device's memory that the counted parts may fill; the rest is left for what is not counted."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     phases: list[Phase]
     facts: list[str]
-    """Steps, tokens and parameters."""
+    """Lines about parameters, steps and tokens."""
     device: str
     memory: int
-    """Bytes of the device."""
+    """Memory of the device in bytes."""
     change: str = ""
-    """The change that makes the run fit; empty where it fits as it is."""
+    """A text that names the change that makes the run fit; empty if the run fits unchanged."""
 
     @property
     def peak(self) -> int:
@@ -48,7 +50,7 @@ class Plan:
 
 
 def plan_run(config: TrainConfig, *, memory_gib: float = 0.0) -> Plan:
-    """The plan of a run on this machine's device, or on one of `memory_gib` GiB.
+    """Plans a run for this machine's device or, with `memory_gib`, for a device with that much memory.
 
     Raises ValueError, as the run would, for a missing model, tokenizer or dataset.
     """
@@ -62,7 +64,7 @@ def plan_run(config: TrainConfig, *, memory_gib: float = 0.0) -> Plan:
     if config.activation_offloading and not may_offload:
         check_offloading(device)
     if isinstance(config, PPOConfig) and not may_offload:
-        config = replace(config, ref_reward_offload=False)  # offloading does nothing on a CPU
+        config = replace(config, ref_reward_offload=False)  # offloading has no effect on a CPU
     # Rows are read on this machine; whether the planned device can offload was checked above.
     rows, is_cuda = read_rows(replace(config, activation_offloading=False)), device.type == "cuda"
     phases, facts = count_phases(config, rows, is_cuda=is_cuda)
@@ -79,7 +81,7 @@ def format_plan(plan: Plan) -> str:
     output = [*plan.facts]
     for phase in plan.phases:
         output += ["", f"{phase.name}{'  <- the peak' if phase is worst else ''}"]
-        parts = {what: size for what, size in phase.parts.items() if size} | {"together": phase.total}
+        parts = {what: size for what, size in phase.parts.items() if size} | {"total": phase.total}
         output += [f"  {size / unit:9.{digits}f} {name}  {what}" for what, size in parts.items()]
     verdict = "fits" if plan.fits else "does not fit"
     output += ["", f"needs {readable(plan.peak)}; {USABLE:.0%} of {plan.device} is {readable(plan.usable)}: {verdict}"]
@@ -87,7 +89,7 @@ def format_plan(plan: Plan) -> str:
 
 
 def _device_memory(device: torch.device) -> tuple[str, int]:
-    """(name, bytes); in a container, the bytes that it may use."""
+    """Returns the (name, bytes) of a device's memory; in a container, the bytes that it may use."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return properties.name, properties.total_memory

@@ -1,7 +1,7 @@
-"""Checks of the runs of a chain before the first of them starts.
+"""Checks all runs of a chain before the first of them starts.
 
-Each trainer checks its input when it starts, which for the last run of a chain is hours too late. Here the same
-functions check everything at once, except the weights that earlier runs have yet to make.
+Each trainer checks its input when it starts, which may be hours after the start of the chain. These functions check the
+input of all runs at once, except weights that an earlier run has yet to train.
 """
 
 from __future__ import annotations
@@ -27,25 +27,27 @@ from fastrlhf.tools.plan.work import open_work, to_tree
 
 POLICIES = ("model_name_or_path", "ref_model_name_or_path", "dpo_model_path", "dpo_ref_model_path")
 REWARD_MODELS = ("reward_model_path", "eval_reward_model_path", "critic_model_path")
-"""Keys that name a reward model; those above name a policy."""
+"""Keys that name a reward model; the keys in POLICIES name a policy."""
 
 Made = Mapping[str, tuple[str, TrainConfig]]
-"""Absolute output_dir -> (name, configuration) of a run that will have finished."""
+"""Absolute output_dir -> (name, configuration) of the runs that come before a run."""
 
 
 def check_chain(runs: Sequence[tuple[str, TrainConfig]]) -> None:
-    """Raises ValueError, naming the run, where one after the first cannot start: its models, tokenizer, rows, functions
-    or reporters are missing or unusable, or another run has the same folder.
+    """Raises ValueError, naming the run, if a run after the first could not start: its models, tokenizer, rows,
+    functions or reporters are missing or unusable, or another run has the same output_dir.
 
-    `runs` are (name, configuration), in order. Results of earlier runs count as present. The first run
-    checks itself.
+    `runs` are (name, configuration), in order. Results of earlier runs count as present. The first run is not checked
+    here, because it checks its input itself when it starts.
     """
     made: dict[str, tuple[str, TrainConfig]] = {}
     for name, config in runs:
         folder = os.path.abspath(config.output_dir)
         try:
             if folder in made:
-                raise ValueError(f"output_dir: {config.output_dir!r} is that of {made[folder][0]} too; give it another")
+                raise ValueError(
+                    f"output_dir: {config.output_dir!r} is also the output_dir of {made[folder][0]}; give another"
+                )
             if made:
                 _check(config, made)
         except ValueError as error:
@@ -54,7 +56,7 @@ def check_chain(runs: Sequence[tuple[str, TrainConfig]]) -> None:
 
 
 def rlp_stages(config: RLPConfig, reward: RewardConfig, policy: PPOConfig) -> list[tuple[str, TrainConfig]]:
-    """The first two runs of RLP, made from its sections."""
+    """Returns the first two runs of RLP, made from the sections of its file."""
     folder, judge = Path(config.output_dir), config.reward_model_path
     first = dataclasses.replace(reward, output_dir=str(folder / "reward"))
     judged = dataclasses.replace(policy, output_dir=str(folder / "policy"), reward_model_path=judge or first.output_dir)
@@ -90,16 +92,17 @@ def _check_model(config: TrainConfig, key: str, path: str, made: Made) -> None:
         if isinstance(earlier, RewardConfig) != (key in REWARD_MODELS):
             kinds = ("a policy", "a reward model")
             found, wanted = (kinds[x] for x in (isinstance(earlier, RewardConfig), key in REWARD_MODELS))
-            raise ValueError(f"{key}: {path!r} will hold {found}, by {name}; give {wanted}")
+            raise ValueError(f"{key}: {path!r} will hold {found}, trained by {name}; give {wanted}")
         return
     if isinstance(config, PPOConfig) and key != "model_name_or_path" and holds_adapter(path):
         return
-    if not {*map(str, place.parents)} & {*made}:  # checkpoints of earlier runs do not exist yet
+    if not {*map(str, place.parents)} & {*made}:  # a path inside the folder of an earlier run may not exist yet
         read_model_config(path, key, config.trust_remote_code)
 
 
 def _with_tokenizer(config: TrainConfig, made: Made) -> TrainConfig:
-    """The configuration with the tokenizer that will lie beside its model, where that exists already."""
+    """Returns the configuration with a tokenizer that already exists: if its model is the result of an earlier run, the
+    tokenizer that this earlier run starts from."""
     own = {name: getattr(config, name) for name in ("eos_token", "chat_template")}
     source = config.tokenizer_name_or_path or config.model_name_or_path
     while os.path.abspath(source) in made:

@@ -1,4 +1,4 @@
-"""The rows that a run would train on, made without a model by the functions that its trainer calls."""
+"""Makes the rows that a run would train on, by the functions of its trainer but without a model."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from fastrlhf.types import Prefix, Rollout, TokenizedExample
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """Rows of a run in the order in which it draws them."""
+    """The rows of a run and the order in which it draws them."""
 
     tokenizer: PreTrainedTokenizerBase
     examples: list[TokenizedExample]
-    """Rows that are trained on; in on-policy runs, those whose prompt leaves room for a response."""
+    """Training rows; in on-policy runs, only rows whose prompt leaves room for a response."""
     report: TokenReport
     steps: int
-    """Optimiser steps; updates in on-policy runs."""
+    """Number of optimiser steps (on-policy: updates)."""
     batches: list[list[int]]
-    """Indices into `examples` that each of the first steps draws."""
+    """For each of the first steps, the indices into `examples` that it draws."""
 
 
 def open_work(config: TrainConfig, most_batches: int = 1) -> Work:
@@ -38,11 +38,11 @@ def open_work(config: TrainConfig, most_batches: int = 1) -> Work:
 
     Raises ValueError as the trainer would.
     """
-    # A folder, reporters, a device and libraries are needed by the run only.
+    # Only the run itself needs an output folder, reporters, a device and optional libraries.
     alone = {"optim": "adamw_torch_fused", "attn_implementation": "auto", "use_liger_kernel": False}
     alone |= {"activation_offloading": False, "load_in_4bit": False}
     elsewhere = dataclasses.replace(config, output_dir="", report_to=(), **alone)
-    if config.model_name_or_path:  # the model may not exist yet: an earlier run of a chain makes it
+    if config.model_name_or_path:  # The model may not exist yet, if an earlier run of the chain trains it.
         source = config.tokenizer_name_or_path or config.model_name_or_path
         elsewhere = dataclasses.replace(elsewhere, tokenizer_name_or_path=source, model_name_or_path="")
     tokenizer, data = open_inputs(elsewhere, _fields(config), None, None)
@@ -63,7 +63,7 @@ def open_work(config: TrainConfig, most_batches: int = 1) -> Work:
 
 
 def to_tree(config: TrainConfig) -> Callable[[TokenizedExample], Tree]:
-    """The function from a row to the segments that an offline trainer makes of it."""
+    """Returns the function that makes the segments of a row, as the offline trainer of `config` does."""
     if isinstance(config, SFTConfig):
         return lambda example: [sft.to_segment(example, config)]
     if isinstance(config, RewardConfig):
@@ -74,10 +74,10 @@ def to_tree(config: TrainConfig) -> Callable[[TokenizedExample], Tree]:
 
 
 def first_prefixes(config: PPOConfig, work: Work) -> list[Prefix]:
-    """The prefixes of the episodes of `work.batches`, as the run draws them.
+    """Draws the prefixes of the episodes of `work.batches` as the run does.
 
-    For `reset_source: sample` and `rollout` a model would have to write responses first; these episodes start at the
-    prompt here.
+    With `reset_source: sample` and `rollout` a model would have to write responses first, so these episodes have no
+    reset here.
     """
     sentence_ends = sentence_ends_of(config, work.tokenizer)
     return [
@@ -95,7 +95,7 @@ def first_prefixes(config: PPOConfig, work: Work) -> list[Prefix]:
 
 
 class _WritesNothing:
-    """Replaces the reference policy where it would write responses to reset to."""
+    """Stands for the reference policy, which would write the responses that resets copy from."""
 
     def generate(self, prefixes: Sequence[Prefix]) -> list[Rollout]:
         return []

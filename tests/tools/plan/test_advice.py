@@ -23,5 +23,5 @@ def test_of_several_processes_it_says_that_the_number_is_that_of_one(folder, mon
     config = measure.config(folder, "sft")
     alone = advise(config)
     monkeypatch.setattr(advice, "world_size", lambda: 4)
-    share = ", of one process (each of the 4 has a share of weights, gradients and moments)"
+    share = " for a single process (each of the 4 holds a share of weights, gradients and moments)"
     assert advise(config).replace(share, "") == alone != advise(config)

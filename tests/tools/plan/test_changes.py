@@ -50,7 +50,7 @@ def test_frozen_models_are_sent_to_wait_before_anything_is_computed_twice(folder
 
 def test_where_nothing_helps_it_says_so(folder):
     change = plan_run(measure.config(folder, "sft"), memory_gib=0.001).change
-    assert change.startswith("no setting of this command makes it fit: the smallest needs ")
+    assert change.startswith("no change of settings is enough: the smallest configuration needs ")
 
 
 def test_what_changes_no_number_comes_before_what_does(folder):

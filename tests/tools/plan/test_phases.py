@@ -109,7 +109,7 @@ def test_models_that_wait_are_on_a_gpu_while_they_score_and_not_while_others_wor
 def test_a_reference_that_writes_responses_is_on_the_gpu_for_that_too(folder):
     (phases, _), _ = offloaded(folder, reset_prob=0.5, reset_source="sample")
     own, rollout = phases[:2]
-    assert own.name.startswith("the reference's own of 8 episodes")
+    assert own.name.startswith("sampling by the reference of 8 episodes")
     assert own.total - rollout.total == sum(own.parts[name] for name in (REFERENCE, JUDGE, DPO))
 
 

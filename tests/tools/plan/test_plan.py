@@ -53,7 +53,7 @@ def test_the_command_prints_the_plan_and_mistakes_are_one_line(folder, capsys):
         main(["plan", "--command", "sft", *flags, "--memory_gib", "0.0001"])
     assert ended.value.code == 1
     out = capsys.readouterr().out
-    assert "MiB; 92% of a device of 0.0001 GiB is 0 MiB: does not fit\nno setting of this command" in out
+    assert "MiB; 92% of a device of 0.0001 GiB is 0 MiB: does not fit\nno change of settings" in out
     assert main(["plan", "--command", "sft", *flags, "--memory_gib", "much"]) == 2
     assert capsys.readouterr().err == "fastrlhf plan: --memory_gib: 'much' is not a number\n"
     assert main(["plan", *flags]) == 2

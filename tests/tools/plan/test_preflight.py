@@ -120,7 +120,7 @@ def test_what_the_device_or_the_installation_lacks_is_told(chain, settings, mess
 
 def test_two_runs_of_one_folder_are_refused(chain):
     message = told(chain, "dpo", output_dir=chain["sft"].output_dir)
-    assert message.startswith(f"output_dir: {chain['sft'].output_dir!r} is that of sft too")
+    assert message.startswith(f"output_dir: {chain['sft'].output_dir!r} is also the output_dir of sft")
 
 
 def test_the_tokenizer_of_an_earlier_run_is_looked_for_where_that_will_take_it_from(chain):
