@@ -96,7 +96,7 @@ class Rewards:
     implicit: ImplicitReward | None = None
     """The models that give the DPO rewards; set by `open_implicit_reward` after the reference of the run is loaded"""
     sentence_ends: Tensor | None = None
-    """int64 ids of the tokens that end a sentence, for reward_shaping "sentence""""
+    """int64 ids of the tokens that end a sentence, of reward_shaping sentence"""
     kl: KLController = field(init=False)
     _moments: dict[str, Tensor] = field(init=False, default_factory=dict)
     """For each normalised term, [3] float64: count, sum and sum of squares of all its values so far"""
@@ -145,7 +145,7 @@ class Rewards:
             self._warned = True
             log.warning(
                 "rto: the DPO rewards of an episode are %.2g times its score; lower dpo_reward_scale, otherwise the "
-"policy follows the DPO model rather than the judge",
+                "policy follows the DPO model rather than the judge",
                 ratio,
             )
 

@@ -278,5 +278,5 @@ def test_a_run_without_outcomes_is_refused_before_models_load(paths, tmp_path):
 
 
 def test_a_vocabulary_without_sentence_ends_is_refused(paths):
-    with pytest.raises(ValueError, match=r"^reset_cut: no token of this vocabulary ends a sentence; take uniform"):
+    with pytest.raises(ValueError, match=r"^reset_cut: no token of this vocabulary ends a sentence; use uniform"):
         learned(paths, **OWN, reset_cut="sentence")

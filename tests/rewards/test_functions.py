@@ -155,7 +155,7 @@ def test_a_run_pays_a_function_of_trls_form_at_the_last_valid_token():
 @pytest.mark.parametrize("given", [1.0, [1.0], None, "go", [1.0, 2.0, 3.0]])
 def test_another_number_of_rewards_than_of_completions_is_refused(given):
     with pytest.raises(
-        ValueError, match=r"^reward function 'mine': gives .* for 2 completions; give a list, one number"
+        ValueError, match=r"^reward function 'mine' returns .* for 2 completions; return a list with one number"
     ):
         ask(mine=lambda completions: given)
 
@@ -163,9 +163,9 @@ def test_another_number_of_rewards_than_of_completions_is_refused(given):
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        ("good", "row 1 earns 'good'; give one number, one per token, or None"),
-        (float("nan"), "row 1 earns nan; give finite numbers, or None"),
-        ([1.0, 2.0, 3.0], r"row 1 has 2 tokens and rewards of shape \(3,\)"),
+        ("good", "row 1 gets 'good'; return one number, one per token, or None"),
+        (float("nan"), "row 1 gets nan; return finite numbers, or None"),
+        ([1.0, 2.0, 3.0], r"row 1 has 2 tokens and gets rewards of shape \(3,\)"),
     ],
 )
 def test_a_reward_that_is_no_number_is_told_with_its_row(given, told):
@@ -179,8 +179,8 @@ def test_a_column_that_there_is_not_is_told_before_the_run():
 
     with pytest.raises(
         ValueError,
-        match=r"^reward_functions: 'graded' asks for ground_truth; it is given prompts, .* and the columns of the "
-        r"dataset: answer, level$",
+        match=r"^reward_functions: 'graded' has parameters ground_truth; available are prompts, .* and the columns of "
+        r"the dataset: answer, level$",
     ):
         open_reward_functions(PPOConfig(), tiny.tokenizer(), {"graded": graded}, ROWS)
     rows = {0: Example(prompt="w1", row=0, columns={"ground_truth": 1})}
@@ -224,7 +224,7 @@ def test_a_trial_call_on_real_rows_finds_what_is_wrong_and_leaves_no_trace(caplo
     assert "reward function mine: 0.25 for a response to row 0" in caplog.messages
     assert "reward function token: 2 over 2 tokens for a response to row 0" in caplog.messages
     for broken, kind, told in (
-        (lambda completions: [0.0], ValueError, "^reward function 'mine': gives"),
+        (lambda completions: [0.0], ValueError, "^reward function 'mine' returns"),
         (lambda completions: 1 / 0, RuntimeError, "^reward_functions: 'mine' raised ZeroDivisionError"),
         (lambda rollout, other: 0.0, RuntimeError, "^reward_functions: 'mine' raised TypeError"),
     ):

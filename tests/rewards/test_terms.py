@@ -266,10 +266,10 @@ def test_a_function_gives_a_number_at_the_end_or_one_per_sampled_token():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ([1.0, 2.0], r"'f': the response to row 10 has 4 tokens and rewards of shape \(2,\)"),
-        (float("nan"), "'f': the response to row 10 earns nan"),
-        ([0.0, float("inf"), 0.0, 0.0], "'f': the response to row 10 earns inf"),
-        ("good", "'f': the response to row 10 earns 'good'; give one number, one per token, or None"),
+        ([1.0, 2.0], r"'f': the response to row 10 has 4 tokens and gets rewards of shape \(2,\)"),
+        (float("nan"), "'f': the response to row 10 gets nan"),
+        ([0.0, float("inf"), 0.0, 0.0], "'f': the response to row 10 gets inf"),
+        ("good", "'f': the response to row 10 gets 'good'; return one number, one per token, or None"),
     ],
 )
 def test_what_a_function_may_not_give_is_told_with_its_row(given, message):

@@ -80,9 +80,11 @@ def test_a_mistake_in_a_later_run_is_told_with_its_name(chain, name, settings, m
 def test_a_model_of_the_wrong_kind_is_told_before_it_is_trained(chain):
     folders = {name: config.output_dir for name, config in chain.items()}
     message = told(chain, "rto", reward_model_path=folders["dpo"])
-    assert message == f"reward_model_path: {folders['dpo']!r} will hold a policy, by dpo; give a reward model"
+    assert message == f"reward_model_path: {folders['dpo']!r} will hold a policy, trained by dpo; give a reward model"
     message = told(chain, "rto", dpo_model_path=folders["reward"])
-    assert message == f"dpo_model_path: {folders['reward']!r} will hold a reward model, by reward; give a policy"
+    assert (
+        message == f"dpo_model_path: {folders['reward']!r} will hold a reward model, trained by reward; give a policy"
+    )
 
 
 def test_an_adapter_may_be_a_role_of_an_on_policy_run_and_no_model_to_start_from(chain, tmp_path):
