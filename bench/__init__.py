@@ -1,1 +1,1 @@
-"""Measurements: `python -m bench COMMAND`. Every run appends its rows to bench/results."""
+"""Benchmarks and experiments: `python -m bench COMMAND`. Every run appends its results, as rows, to bench/results."""

@@ -1,4 +1,4 @@
-"""The command line of the measurements: `python -m bench COMMAND`, each with --help."""
+"""The command line of the benchmarks: `python -m bench COMMAND`. Every command has --help."""
 
 from __future__ import annotations
 
@@ -10,76 +10,103 @@ from pathlib import Path
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Every command with its options."""
+    """Builds the argument parser with all commands and their options."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     toy = commands.add_parser("toy", help="the demo over several seeds: means, intervals, DR-PO against PPO")
     toy.add_argument("--seeds", type=int, default=5, choices=range(1, 11), help="seeds 0 .. N - 1")
     toy.add_argument("--methods", nargs="+", default=["sft", "reward", "dpo", "ppo", "drpo"])
-    toy.add_argument("--jobs", type=int, default=2, help="seeds that run side by side and share the cores")
-    toy.add_argument("--out", type=Path, default=Path("runs/bench_toy"), help="a folder per seed")
-    resets = commands.add_parser("resets", help="PPO against DR-PO where exploration is hard and the judge is right")
+    toy.add_argument("--jobs", type=int, default=2, help="seeds that run at the same time and share the cores")
+    toy.add_argument(
+        "--out", type=Path, default=Path("runs/bench_toy"), help="output folder, with one subfolder per seed"
+    )
+    resets = commands.add_parser("resets", help="PPO against DR-PO on a task with hard exploration and an exact judge")
     resets.add_argument("--seeds", type=int, default=5, choices=range(1, 11), help="seeds 0 .. N - 1")
-    resets.add_argument("--jobs", type=int, default=2, help="seeds that run side by side, one thread each")
-    resets.add_argument("--out", type=Path, default=Path("runs/bench_resets"), help="a folder per seed")
+    resets.add_argument("--jobs", type=int, default=2, help="seeds that run at the same time, one thread each")
+    resets.add_argument(
+        "--out", type=Path, default=Path("runs/bench_resets"), help="output folder, with one subfolder per seed"
+    )
     labels = commands.add_parser("labels", help="DPO and IPO on few pairs, from noisy to deterministic labels")
     labels.add_argument("--seeds", type=int, default=3, choices=range(1, 11), help="seeds 0 .. N - 1")
-    labels.add_argument("--jobs", type=int, default=2, help="seeds that run side by side, one thread each")
-    labels.add_argument("--out", type=Path, default=Path("runs/bench_labels"), help="a folder per seed")
-    papers = commands.add_parser("papers", help="the experiments of a paper: rows, a table, figures")
+    labels.add_argument("--jobs", type=int, default=2, help="seeds that run at the same time, one thread each")
+    labels.add_argument(
+        "--out", type=Path, default=Path("runs/bench_labels"), help="output folder, with one subfolder per seed"
+    )
+    papers = commands.add_parser("papers", help="reproduce the experiments of a paper: rows, a table, figures")
     papers.add_argument("names", nargs="+", choices=["ipo", "rto", "drpo", "rlp"])
     papers.add_argument(
-        "--fast", action="store_true", help="only the tables of the small problems, with fewer seeds and steps"
+        "--fast",
+        action="store_true",
+        help="run only the small problems, with fewer seeds and steps; print tables, write nothing",
     )
     papers.add_argument("--batch-size", type=int, default=9, help="pairs per mini-batch, for ipo")
     papers.add_argument(
         "--seeds", type=int, default=3, choices=range(1, 11), help="seeds of the embedded task, 0 .. N - 1"
     )
     papers.add_argument(
-        "--jobs", type=int, default=2, help="runs of the embedded task that run side by side, one thread each"
+        "--jobs", type=int, default=2, help="runs of the embedded task at the same time, one thread each"
     )
     papers.add_argument(
-        "--runs", type=Path, default=Path("runs/bench_papers"), help="folders of these runs; finished ones are reused"
+        "--runs",
+        type=Path,
+        default=Path("runs/bench_papers"),
+        help="output folder of these runs; finished runs are reused",
     )
-    papers.add_argument("--out", type=Path, default=Path("bench"), help="rows go to its results, PNGs to its figures")
-    clustering = commands.add_parser("clustering", help="answers grouped by meaning, in waves and one pair at a time")
+    papers.add_argument(
+        "--out",
+        type=Path,
+        default=Path("bench"),
+        help="folder whose subfolders results and figures receive the rows and the PNGs",
+    )
+    clustering = commands.add_parser(
+        "clustering", help="speed of grouping answers by meaning: batched questions or one pair at a time"
+    )
     clustering.add_argument("--widths", type=int, nargs="+", default=[16, 128], help="hidden sizes of the NLI model")
     clustering.add_argument("--prompts", type=int, default=50)
-    clustering.add_argument("--rounds", type=int, default=3, help="rounds; the fastest counts")
+    clustering.add_argument("--rounds", type=int, default=3, help="number of rounds; the fastest one is reported")
     clustering.add_argument(
-        "--out", type=Path, default=Path("bench/results"), help="folder of the files that rows are appended to"
+        "--out", type=Path, default=Path("bench/results"), help="folder of the files to which rows are appended"
     )
-    trunks = commands.add_parser("trunks", help="an update of DR-PO on shared trunks and on separate sequences")
+    trunks = commands.add_parser(
+        "trunks", help="time of a DR-PO update with shared prefixes and with separate sequences"
+    )
     trunks.add_argument("--groups", type=int, nargs="+", default=[4, 8], help="episodes per prompt")
     trunks.add_argument("--episodes", type=int, default=32, help="episodes per update")
     trunks.add_argument("--rounds", type=int, default=3)
     trunks.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     trunks.add_argument(
-        "--out", type=Path, default=Path("bench/results"), help="folder of the files that rows are appended to"
+        "--out", type=Path, default=Path("bench/results"), help="folder of the files to which rows are appended"
     )
     optim = commands.add_parser("optim", help="bytes per trained bfloat16 weight and seconds per update, by optimiser")
-    optim.add_argument("--matrices", type=int, default=192, help="number of weights of 1024 x 1024")
+    optim.add_argument("--matrices", type=int, default=192, help="number of weight matrices of 1024 x 1024")
     optim.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     optim.add_argument(
-        "--out", type=Path, default=Path("bench/results"), help="folder of the files that rows are appended to"
+        "--out", type=Path, default=Path("bench/results"), help="folder of the files to which rows are appended"
     )
-    rollout = commands.add_parser("rollout", help="sampling and judging the episodes of an update of DR-PO")
+    rollout = commands.add_parser("rollout", help="time of sampling and judging the episodes of a DR-PO update")
     rollout.add_argument("--groups", type=int, nargs="+", default=[1, 8], help="episodes per prompt")
     rollout.add_argument("--episodes", type=int, default=32, help="episodes per update")
-    rollout.add_argument("--slots", type=int, default=32, help="episodes sampled side by side")
+    rollout.add_argument("--slots", type=int, default=32, help="episodes sampled at the same time")
     rollout.add_argument("--rounds", type=int, default=3)
     rollout.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     rollout.add_argument(
-        "--out", type=Path, default=Path("bench/results"), help="folder of the files that rows are appended to"
+        "--out", type=Path, default=Path("bench/results"), help="folder of the files to which rows are appended"
     )
     aot = commands.add_parser("aot", help="compile every kernel without a GPU: registers, spills, shared memory")
     aot.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], choices=[80, 90, 100])
     aot.add_argument(
-        "--check", action="store_true", help="exit with 1 if a kernel spills or does not use the units it should"
+        "--check",
+        action="store_true",
+        help="exit with 1 if a kernel spills registers or does not use the matrix or TMA units",
     )
-    kernels = commands.add_parser("kernels", help="time, memory and error of every way to log-probs, peers included")
+    kernels = commands.add_parser(
+        "kernels", help="time, memory and error of our loss kernels and those of other libraries"
+    )
     kernels.add_argument(
-        "--device", default="cuda", choices=["cuda", "cpu"], help="on a CPU only eager and ours run, in float32"
+        "--device",
+        default="cuda",
+        choices=["cuda", "cpu"],
+        help="device; on a CPU only plain torch and our kernels run, in float32",
     )
     kernels.add_argument(
         "--shape",
@@ -87,26 +114,32 @@ def make_parser() -> argparse.ArgumentParser:
         nargs=3,
         action="append",
         metavar=("T", "D", "V"),
-        help="tokens, hidden size, vocabulary; may be repeated",
+        help="tokens, hidden size, vocabulary size; may be repeated",
     )
     kernels.add_argument("--peaked", type=int, nargs="+", choices=[1, 0], help="peaked or flat logits, or both")
-    kernels.add_argument("--dead", type=float, nargs="+", help="shares of rows without gradient")
-    kernels.add_argument("--tasks", nargs="+", help="only these names of the first column of the table")
-    kernels.add_argument("--only", nargs="+", help="only names of the second column with these prefixes")
-    kernels.add_argument("--runs", type=int, help="rounds; default 20, on a CPU 9")
-    kernels.add_argument("--seconds", type=float, default=1.0, help="seconds per contender and case, on a GPU")
+    kernels.add_argument("--dead", type=float, nargs="+", help="fractions of rows without a gradient")
+    kernels.add_argument("--tasks", nargs="+", help="run only these tasks (first column of the table)")
     kernels.add_argument(
-        "--out", type=Path, default=Path("bench/results"), help="folder of the files that rows are appended to"
+        "--only",
+        nargs="+",
+        help="run only implementations whose name starts with one of these (second column of the table)",
+    )
+    kernels.add_argument("--runs", type=int, help="number of rounds; default 20 on a GPU, 9 on a CPU")
+    kernels.add_argument(
+        "--seconds", type=float, default=1.0, help="time limit in seconds per implementation and case, on a GPU"
+    )
+    kernels.add_argument(
+        "--out", type=Path, default=Path("bench/results"), help="folder of the files to which rows are appended"
     )
     kernels.add_argument(
         "--table", type=Path, metavar="FILE", help="print the tables of the rows in FILE and measure nothing"
     )
-    tune = commands.add_parser("tune", help="time candidate tiles of the fused head, on a GPU")
+    tune = commands.add_parser("tune", help="time candidate tile sizes of the fused head kernels; needs a GPU")
     tune.add_argument("--runs", type=int, default=10)
-    train = commands.add_parser("train", help="our trainers beside those of others")
+    train = commands.add_parser("train", help="compare our trainers with those of other libraries")
     algorithms = train.add_subparsers(dest="algorithm", required=True)
     offline = [
-        algorithms.add_parser(name, help=f"{what} beside TRL's, on real dialogues; TRL must be installed")
+        algorithms.add_parser(name, help=f"{what} compared with TRL's, on real dialogues; TRL must be installed")
         for name, what in (("sft", "SFT"), ("dpo", "DPO"), ("reward", "a reward model"))
     ]
     for command in offline:
@@ -114,39 +147,47 @@ def make_parser() -> argparse.ArgumentParser:
             "--model",
             default="tiny",
             choices=["tiny", "qwen3-0.6b", "llama-3.2-1b"],
-            help="shape of the model, which has random weights",
+            help="architecture and size of the model; its weights are random",
         )
-        command.add_argument("--steps", type=int, default=4, help="measured steps, after one of warm-up")
+        command.add_argument("--steps", type=int, default=4, help="number of measured steps, after one warm-up step")
         command.add_argument("--rows", type=int, default=32, help="sequences or pairs per step")
-        command.add_argument("--rounds", type=int, default=1, help="runs of each side, in turn")
+        command.add_argument("--rounds", type=int, default=1, help="number of runs of each trainer, alternating")
         command.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 2, 4, 8], help="batch sizes of TRL")
     drpo = algorithms.add_parser(
-        "drpo", help="one update beside the padded reference and TRL's PPO, with TL;DR lengths"
+        "drpo", help="one DR-PO update compared with the padded reference and TRL's PPO, with TL;DR lengths"
     )
     drpo.add_argument("--shape", default="pythia-1b", choices=["tiny", "pythia-70m", "pythia-1b", "pythia-2.8b"])
     drpo.add_argument("--episodes", type=int, default=512)
-    drpo.add_argument("--rounds", type=int, default=3, help="updates of each side, in turn")
-    drpo.add_argument("--micro-batch", type=int, default=4, help="episodes per micro-batch of the padded sides")
-    drpo.add_argument("--micro-batch-tokens", type=int, default=2048, help="tokens per micro-batch of ours")
-    drpo.add_argument("--rollout-batch", type=int, default=32, help="episodes generated side by side, on every side")
+    drpo.add_argument("--rounds", type=int, default=3, help="number of updates of each implementation, alternating")
+    drpo.add_argument(
+        "--micro-batch", type=int, default=4, help="episodes per micro-batch of the padded implementations"
+    )
+    drpo.add_argument("--micro-batch-tokens", type=int, default=2048, help="tokens per micro-batch of our trainer")
+    drpo.add_argument(
+        "--rollout-batch", type=int, default=32, help="episodes generated at the same time, in every implementation"
+    )
     drpo.add_argument("--trl-path", type=Path, help="folder with TRL 1.12.0, if another version is installed")
-    drpo.add_argument("--optim", default="adamw_torch_fused", help="optimiser of ours and the padded reference")
-    drpo.add_argument("--master-weights", default="float32", help="master weights of both, in bfloat16")
+    drpo.add_argument(
+        "--optim", default="adamw_torch_fused", help="optimiser of our trainer and of the padded reference"
+    )
+    drpo.add_argument("--master-weights", default="float32", help="master weights of both, if weights are bfloat16")
     for command in (*offline, drpo):
         command.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
         command.add_argument(
-            "--out", type=Path, default=Path("bench/results"), help="folder of the files that rows are appended to"
+            "--out", type=Path, default=Path("bench/results"), help="folder of the files to which rows are appended"
         )
-    models = commands.add_parser("models", help="a tiny model of every causal LM type, against transformers")
-    models.add_argument("types", nargs="*", help="model types to run again; default: those without a current row")
-    models.add_argument("--checks", nargs="+", default=[], help="only these checks; do not commit their rows")
-    models.add_argument("--out", type=Path, help="file of the rows; default bench/results/models.jsonl")
+    models = commands.add_parser("models", help="check a tiny model of every causal LM type against transformers")
+    models.add_argument("types", nargs="*", help="model types to check; default: those without a current row")
+    models.add_argument(
+        "--checks", nargs="+", default=[], help="run only these checks; do not commit the resulting incomplete rows"
+    )
+    models.add_argument("--out", type=Path, help="file to which rows are written; default bench/results/models.jsonl")
     models.add_argument("--page", action="store_true", help="print the rows as a Markdown table and run nothing")
     return parser
 
 
 def main() -> None:
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # otherwise torch's profiler logs every start and stop
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # keeps torch's profiler from logging every start and stop
     arguments = make_parser().parse_args()
     # Each command imports only what it needs.
     if arguments.command == "toy":
@@ -219,7 +260,7 @@ def _paper(name: str, a: argparse.Namespace) -> str:
         return run_ipo(a.batch_size, a.out, fast=a.fast)
     if name == "rlp":
         if a.fast:
-            sys.exit("papers rlp: --fast is not supported, since rlp has no small problem; use --seeds 1")
+            sys.exit("papers rlp: --fast is not supported, because rlp has no small problem; use --seeds 1")
         from bench.papers.rlp import run_rlp
 
         return run_rlp(a.seeds, a.jobs, a.runs, a.out)
@@ -251,7 +292,7 @@ def _kernels(a: argparse.Namespace) -> list[str]:
         print(table(read_rows(a.table), cases))
         return []
     if not cpu and not torch.cuda.is_available():
-        return ["there is no GPU here: --device cpu"]
+        return ["no GPU found: pass --device cpu"]
     tasks, only = a.tasks or (["logprob"] if cpu else []), a.only or (["eager", "ours"] if cpu else [])
     providers = select(torch.device(a.device), tasks, only)
     runs, seconds = a.runs or (9 if cpu else 20), math.inf if cpu else a.seconds

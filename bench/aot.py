@@ -1,7 +1,7 @@
-"""Compiles every kernel ahead of time, without a GPU, and reports registers, spills, matrix and TMA units.
+"""Compiles every Triton kernel without a GPU and reports registers, spills, shared memory, matrix and TMA units.
 
 `python -m bench aot [--arch 80 90 100] [--check]` prints a table in Markdown: warps x registers per thread, shared
-memory, units used. These are facts about the compiled code, not about its speed.
+memory, units used. The table describes the compiled code; it says nothing about speed.
 """
 
 from __future__ import annotations
@@ -44,23 +44,23 @@ TMA_LOAD = re.compile(r"\bUTMALDG\b")
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A kernel with the types and constants that it is launched with."""
+    """A kernel to compile, with the argument types and constants of its launch."""
 
     name: str
     kernel: Any
     types: Mapping[str, str]
-    """argument -> "*bf16", "i32", "tensordesc<bf16[128, 64]>", ..."""
+    """Argument name -> Triton type, such as "*bf16", "i32" or "tensordesc<bf16[128, 64]>"."""
     constants: Mapping[str, Any]
-    """Arguments in neither are None: optional arguments that are not given."""
+    """Argument name -> constant. An argument in neither mapping is an optional one and is compiled as None."""
     warps: int = 4
     stages: int = 3
     multiplies: bool = False
-    """Whether it must use the matrix units, and TMA if it takes descriptors."""
+    """Whether the kernel must use the matrix units, and TMA if it takes descriptors."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Compiled:
-    """The compiled code of a case."""
+    """Resource usage of a compiled case."""
 
     case: Case
     arch: int
@@ -74,19 +74,19 @@ class Compiled:
     tma: bool
 
     def fault(self) -> str:
-        """The fault of the compiled code; empty if there is none."""
+        """Describes what is wrong with the compiled code; empty if nothing is."""
         if self.spilled:
             return f"spills {self.spilled} bytes"
         if self.shared > SHARED_MEMORY[self.arch]:
-            return f"asks for {self.shared} bytes of shared memory, of {SHARED_MEMORY[self.arch]}"
+            return f"asks for {self.shared} bytes of shared memory; the GPU has {SHARED_MEMORY[self.arch]}"
         if self.case.multiplies and not self.matrix_units:
-            return "multiplies without the matrix units"
+            return "does not use the matrix units"
         descriptors = any(kind.startswith("tensordesc") for kind in self.case.types.values())
-        return "loads descriptors without TMA" if descriptors and not self.tma else ""
+        return "takes descriptors but does not use TMA" if descriptors and not self.tma else ""
 
 
 def cases(arch: int) -> Iterator[Case]:
-    """Every kernel as launched on this architecture, in bfloat16, with all options on and with all options off."""
+    """All kernels in bfloat16, each with all options on and with all options off, as launched on this architecture."""
     yield from _head_cases(FORWARD[arch // 10], STORING[arch // 10], GRADIENT[arch // 10])
     yield from _kl_cases(KL_FORWARD[arch // 10], KL_GRADIENT[arch // 10])
     yield from _logits_cases()
@@ -129,7 +129,7 @@ def _dump(flag: str, cubin: str) -> str:
 
 
 def _head_cases(*tables: Pinned) -> Iterator[Case]:
-    """`linear_logprob`, and the forward of `linear_policy_loss`, which stores what the gradient needs."""
+    """Cases of `linear_logprob`, and of the forward of `linear_policy_loss`, which also stores exp(z - top)."""
     optional = {"bias": "*bf16", "row_temperature": "*fp32"}
     integers = ("num_rows", "vocab", "size", "stride_hidden", "stride_weight")
     numbers = {**dict.fromkeys(integers, "i32"), "inner_scale": "fp32", "outer_scale": "fp32"}
@@ -204,7 +204,7 @@ def _head_cases(*tables: Pinned) -> Iterator[Case]:
 
 
 def _kl_cases(*tables: Pinned) -> Iterator[Case]:
-    """`linear_kl`."""
+    """Cases of the kernels of `linear_kl`."""
     optional = {"bias": "*bf16", "reference_bias": "*bf16", "row_temperature": "*fp32"}
     strides = (f"stride_{side}{matrix}" for side in ("", "reference_") for matrix in ("hidden", "weight"))
     integers = ("num_rows", "vocab", "size", "reference_size", *strides)
@@ -250,9 +250,10 @@ def _kl_cases(*tables: Pinned) -> Iterator[Case]:
 
 
 def _row_cases() -> Iterator[Case]:
-    """The kernels of a loss over rows: a thread per row, nothing to multiply."""
+    """Cases of the per-token loss kernels, which use one thread per row and no matrix products."""
     modules = (f"fastrlhf_kernels.{name}" for name in ("policy_loss", "value_loss", "kl_estimate", "pair_loss", "gae"))
-    policy, value, kl, pair, gae = (importlib.import_module(name) for name in modules)  # the package exports functions
+    # Imported by name, because the package exports functions of the same names.
+    policy, value, kl, pair, gae = (importlib.import_module(name) for name in modules)
 
     def case(
         name: str, kernel: Any, floats: str, constants: Mapping[str, Any], other: Mapping[str, str], warps: int = 4
@@ -295,7 +296,7 @@ def _row_cases() -> Iterator[Case]:
 
 
 def _logits_cases() -> Iterator[Case]:
-    """`logprob_from_logits` at V = 128256."""
+    """Cases of `logprob_from_logits` at V = 128256."""
     op = importlib.import_module("fastrlhf_kernels.logprob_from_logits")
     types = {"logits": "*bf16", "targets": "*i64", "bits": "*fp32"} | dict.fromkeys(("stride_logits", "vocab"), "i32")
     inputs = types | {"partial": "*fp32", "inner": "fp32", "ignore": "i32"}
@@ -319,7 +320,7 @@ def _matrix(tiles: Tiles, rows: int, columns: int) -> str:
 
 
 def run_aot(arches: Sequence[int]) -> tuple[str, list[str]]:
-    """A table in Markdown with a line per kernel, and the faults found."""
+    """Compiles all kernels for `arches`; returns a Markdown table with a line per kernel, and the faults found."""
     cells: dict[str, dict[int, str]] = {}
     faults = []
     for arch in arches:

@@ -1,10 +1,10 @@
 """Measures how fast answers are grouped by meaning.
 
-RLP-SPG asks one question of every prompt per call of the NLI model. The other side is a loop over pairs of answers, as
-in the code that RLP cites (Kuhn et al. 2023, arXiv 2302.09664), with one call for each direction.
+RLP-SPG batches its questions: each call of the NLI model holds one question of every prompt. The baseline is a loop
+over pairs of answers with one call per direction, as in the code that RLP cites (Kuhn et al. 2023, arXiv 2302.09664).
 
-Posts and summaries are those of the embedded task. The model is a BERT with random weights: its speed does not depend
-on them. Its groups do, and so does the number of questions, but they are the same on all sides.
+Posts and summaries come from the embedded task. The NLI model is a BERT with random weights. Its weights do not affect
+its speed. They affect the groups and so the number of questions, but equally for all methods.
 """
 
 from __future__ import annotations
@@ -28,8 +28,11 @@ Groups = list[list[int] | None]
 
 
 def run_clustering(widths: Sequence[int], num_prompts: int, rounds: int, out: Path) -> str:
-    """Groups the answers in all ways, `rounds` times in turn, on one thread of the CPU; appends a row per width and way
-    with the CPU seconds of the fastest round, and returns the table in Markdown."""
+    """Times every grouping method on one CPU thread and returns the table in Markdown.
+
+    The methods alternate, `rounds` times. A row per width and method, with the CPU seconds of the fastest round, is
+    appended to the files in `out`.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     lines = ["| width | way | questions per prompt | prompts per second | times |", "|---|---|---|---|---|"]
@@ -75,7 +78,7 @@ def _measure(width: int, num_prompts: int, rounds: int) -> list[dict]:
 
 
 class Counted:
-    """The same judge, which also counts its questions."""
+    """Wraps a judge and counts the questions that it is asked."""
 
     def __init__(self, judge: EquivalenceJudge) -> None:
         self.judge, self.questions = judge, 0
@@ -86,7 +89,10 @@ class Counted:
 
 
 def one_at_a_time(prompt: str, answers: Sequence[str], judge: EquivalenceJudge) -> list[int]:
-    """Each answer joins the first group whose first member it entails and is entailed by, or begins one."""
+    """The baseline: groups answers with one call of the judge per direction; returns the group of each answer.
+
+    An answer joins the first group whose first member entails it and is entailed by it; otherwise it starts a group.
+    """
     firsts: list[str] = []
     groups: list[int] = []
     for answer in answers:
@@ -103,7 +109,7 @@ def one_at_a_time(prompt: str, answers: Sequence[str], judge: EquivalenceJudge) 
 
 
 def draw_answers(num_prompts: int) -> tuple[list[str], list[list[str]]]:
-    """Posts with ten answers each, which have six different texts."""
+    """Draws posts with ten answers each, of which at most six are different."""
     draw = random.Random(0)
     posts = ToyTask(seed=0).examples("preferences", num_prompts)
     texts = sorted({str(text) for post in posts for text in (post.chosen, post.rejected)})
@@ -112,8 +118,10 @@ def draw_answers(num_prompts: int) -> tuple[list[str], list[list[str]]]:
 
 
 def save_nli(folder: Path, width: int) -> str:
-    """Writes a two-layer BERT with random weights whose three labels are about equally likely, and returns its
-    folder."""
+    """Saves a two-layer BERT with random weights as NLI model and returns its folder.
+
+    Its three labels are about equally likely.
+    """
     tokenizer = toy_tokenizer()
     tokenizer.save_pretrained(folder)
     labels = ("contradiction", "neutral", "entailment")

@@ -1,15 +1,17 @@
 #!/usr/bin/env bash
-# What wants a GPU, in parts of less than nine minutes, without a network. Rows and logs go to OUT.
+# Runs the tests and benchmarks that need a GPU, in parts of less than nine minutes. Needs no network.
+# Rows and logs go to the folder OUT.
 #
 #     OUT=results COMMIT=abc1234 bash bench/gpu.sh PART [arguments of the part's commands]
 #
 #     test  tune  kernels
-#     train_600m  train_1b        SFT, DPO and a reward model beside TRL, at Qwen3-0.6B and at Llama-3.2-1B
-#     on_policy_1b  on_policy_3b  an update of DR-PO beside the padded reference and TRL's PPO, at Pythia-1B and -2.8B;
-#                                 the first also times trunks and rollout
+#     train_600m  train_1b        SFT, DPO and a reward model compared with TRL, at Qwen3-0.6B and at Llama-3.2-1B
+#     on_policy_1b  on_policy_3b  an update of DR-PO compared with the padded reference and TRL's PPO, at Pythia-1B and
+#                                 -2.8B; on_policy_1b also runs the benchmarks trunks and rollout
 #
-# Peers come from wheels/, TRL 1.12 (PPO) from the folder TRL_112, dialogues from FASTRLHF_DATA; what is missing is left
-# out and said. DEVICE=cpu runs the same steps at tiny shapes: a rehearsal, no measurement.
+# Other libraries are installed from wheels/, TRL 1.12 (PPO) is read from the folder TRL_112, dialogues from
+# FASTRLHF_DATA. What is missing is skipped with a message. DEVICE=cpu runs the same steps with tiny models, to test this
+# script; its times mean nothing.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -21,7 +23,7 @@ OUT=${OUT:-bench/results}
 PYTHON=${PYTHON:-python3}
 PEERS=$(mktemp -d)
 export PYTHONPATH=.:kernels:$PEERS:${PYTHONPATH:-} PYTHONUNBUFFERED=1
-export CUBLAS_WORKSPACE_CONFIG=:4096:8 # what deterministic tests need of cuBLAS
+export CUBLAS_WORKSPACE_CONFIG=:4096:8 # makes cuBLAS deterministic, for tests that need it
 mkdir -p "$OUT"
 if [[ $DEVICE == cuda ]]; then
     nvidia-smi --query-gpu=name,driver_version,clocks.sm,temperature.gpu --format=csv,noheader || exit 1
@@ -41,7 +43,7 @@ step() { # seconds, name, command...
     ((status == 0)) || FAILED=1
     return "$status"
 }
-bench() { # seconds, name, arguments of python -m bench: one that fails does not stop the next
+bench() { # seconds, name, arguments of python -m bench; a failure does not stop later steps
     local seconds=$1 name=$2
     shift 2
     step "$seconds" "$name" "$PYTHON" -m bench "$@" --device "$DEVICE" --out "$OUT"
@@ -50,14 +52,14 @@ bench() { # seconds, name, arguments of python -m bench: one that fails does not
 case $PART in
 test)
     step 300 tests_gpu "$PYTHON" -m pytest -q --tb=short -m gpu --continue-on-collection-errors tests "$@"
-    (($? == 5)) && FAILED=0 # pytest's "no test was run": there is no GPU
+    (($? == 5)) && FAILED=0 # status 5 is pytest's "no tests ran": there is no GPU
     [[ $DEVICE == cuda ]] && step 200 tests_kernels "$PYTHON" -m pytest -q --tb=short -m "not gpu and not slow" tests/kernels
     ;;
 tune)
     if [[ $DEVICE == cuda ]]; then
         step 520 tune "$PYTHON" -m bench tune "$@"
     else
-        step 520 aot "$PYTHON" -m bench aot --arch 90 --check # tiles that can be compiled are all a CPU can tell
+        step 520 aot "$PYTHON" -m bench aot --arch 90 --check # a CPU can only check that the kernels compile
     fi
     ;;
 kernels)
@@ -65,13 +67,14 @@ kernels)
     [[ $DEVICE == cpu ]] && shapes=(--shape 64 32 100 --runs 2)
     bench 400 kernels kernels "${shapes[@]}" "$@"
     if (($? != 0 && SECONDS < 420)) && [[ $DEVICE == cuda ]]; then
-        # One that breaks the device takes the others with it: without peers, then.
+        # An implementation that breaks the GPU makes all later ones fail, so try again without other libraries.
         bench 110 kernels_alone kernels "${shapes[@]}" "$@" --only "3 products" "4 products" copy eager ours
     fi
     ;;
 train_600m | train_1b)
-    # Guesses for an H100; none was measured. A trainer: 40 s to start and to make the weights; then 6 to 8 sides, each 5
-    # to 10 s to load and 7 steps of 10,000 to 20,000 tokens, .5 s each, TRL's padded ones 1 to 2. So 100 to 170 s.
+    # Estimated times on an H100, not measured. Per trainer: 40 s to start and to make the weights, then 6 to 8 variants,
+    # each with 5 to 10 s to load and 7 steps of 10,000 to 20,000 tokens (.5 s per step; TRL with padding: 1 to 2 s).
+    # In total 100 to 170 s.
     model=(--model qwen3-0.6b)
     [[ $PART == train_1b ]] && model=(--model llama-3.2-1b)
     size=(--steps 6 --batch-sizes 8 16)
@@ -81,24 +84,24 @@ train_600m | train_1b)
             bench 175 "$PART.$trainer" train "$trainer" "${model[@]}" "${size[@]}" "$@"
         done
     else
-        echo "== $PART is left out: it needs trl and FASTRLHF_DATA"
+        echo "== $PART is skipped: it needs trl and FASTRLHF_DATA"
         FAILED=1
     fi
     ;;
 on_policy_1b | on_policy_3b)
-    # Guesses for an H100; none was measured. A block: 10 s to start, two models made on the CPU (20 s at 1B, 40 s at
-    # 2.8B), an update and a warm-up (15 s, 40 s). There are three sides, at 1B twice.
+    # Estimated times on an H100, not measured. Per process: 10 s to start, 20 s (1B) or 40 s (2.8B) to make two models on
+    # the CPU, 15 s or 40 s for a warm-up and an update. Three implementations run, at 1B twice.
     size=(--shape pythia-1b --episodes 64 --rounds 2) seconds=300
     if [[ $PART == on_policy_3b ]]; then
-        # Four models and two gradients take 33 GB; AdamW in float32 with its copies would add 67. So 8-bit moments and
-        # stochastic rounding, 13 GB, for ours and the reference; TRL's moments are of bfloat16, 22 GB.
+        # Four models and two gradients take 33 GB; float32 AdamW with its copies would add 67 GB. Our trainer and the
+        # padded reference therefore use 8-bit moments and stochastic rounding (13 GB); TRL uses bfloat16 moments (22 GB).
         size=(--shape pythia-2.8b --episodes 64 --rounds 1 --optim adamw_8bit --master-weights stochastic_rounding)
         seconds=500
     fi
     trunks=(--episodes 128) rollout=(--episodes 512 --slots 64)
     if [[ $DEVICE == cpu ]]; then
         size=(--shape tiny --episodes 4 --rounds 1)
-        [[ $PART == on_policy_3b ]] && size+=(--optim adamw_8bit) # its weights are of float32: nothing to round
+        [[ $PART == on_policy_3b ]] && size+=(--optim adamw_8bit) # weights are float32 here, so there is nothing to round
         trunks=(--episodes 4 --rounds 1 --groups 4) rollout=(--episodes 4 --slots 4 --rounds 1 --groups 4)
     fi
     [[ -n ${TRL_112:-} ]] && size+=(--trl-path "$TRL_112")
@@ -109,12 +112,12 @@ on_policy_1b | on_policy_3b)
     elif "$PYTHON" -c "import bitsandbytes" 2>/dev/null; then
         bench "$seconds" "$PART" train drpo "${size[@]}" "$@"
     else
-        echo "== $PART is left out: it needs bitsandbytes"
+        echo "== $PART is skipped: it needs bitsandbytes"
         FAILED=1
     fi
     ;;
 *)
-    echo "gpu.sh: no part $PART; $PARTS" >&2
+    echo "gpu.sh: unknown part $PART; choose $PARTS" >&2
     exit 2
     ;;
 esac

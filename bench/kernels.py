@@ -1,4 +1,4 @@
-"""Time, memory and error of every way from hidden states to log-probs and losses, in one process.
+"""Measures time, memory and error of implementations that compute log-probs and losses from hidden states.
 
 Our ops are first compared with float64 on small cases. The row of an op that fails holds the reason and no time.
 """
@@ -22,11 +22,11 @@ from bench.results import RESULTS, append_row, device_name
 
 SHAPES = ((8192, 4096, 128256), (16384, 2048, 151936), (4096, 896, 151936))
 CPU_SHAPE = (2048, 512, 50257)
-ALONE = Case(1 << 20, 1, 1)  # for the ops that take only log-probs
-CHECKED = (Case(65, 64, 1003, dead=0.5), Case(130, 128, 5003))  # V below and above the columns of one forward program
+ALONE = Case(1 << 20, 1, 1)  # for ops that take log-probs and no hidden states
+CHECKED = (Case(65, 64, 1003, dead=0.5), Case(130, 128, 5003))  # V below and above the share of one forward program
 NOT_INSTALLED = "not installed"
 ERRORS = ("logprob_error", "entropy_error", "hidden_grad_error", "weight_grad_error")
-COLUMNS = {  # of a row: heading and format in the table
+COLUMNS = {  # key of a row -> heading and format in the table
     "forward_ms": ("forward ms", ".2f"),
     "backward_ms": ("backward ms", ".2f"),
     "total_ms": ("total ms [20, 80 %]", ".2f"),
@@ -35,21 +35,22 @@ COLUMNS = {  # of a row: heading and format in the table
     **dict(zip(ERRORS, (("logprob", ".1e"), ("entropy", ".1e"), ("dX", ".1e"), ("dW", ".1e")), strict=True)),
 }
 LEGEND = """\
-Medians of interleaved runs, on a GPU with the L2 cache overwritten before each. % of floor: the time of 4 bare products
-over all rows (logits, logits again, dX, dW; for ops on log-probs alone, of copying as many bytes) over the total; more
-than 100 where products or rows are saved. Extra: peak memory beyond inputs and returned gradients. Errors are against
-float64: the largest of logprob (of kl, for kl) and entropy, in nats; |d - d64| / |d64| of the gradients."""
+Times are medians of interleaved runs; on a GPU the L2 cache is overwritten before each run. "% of floor" is the time of
+the 4 bare matrix products over all rows (logits, logits again, dX, dW), divided by the total time; for ops that only
+take log-probs it is the time to copy as many bytes. It exceeds 100 if an op skips products or rows. "extra" is the peak
+memory beyond inputs and returned gradients. Errors are relative to float64: the largest error of logprob (or kl) and of
+entropy, in nats, and |d - d64| / |d64| of the gradients."""
 
 Row = dict[str, Any]
 
 
 def all_cases(shapes: Sequence[Sequence[int]], peaked: Sequence[int], dead: Sequence[float]) -> list[Case]:
-    """Every combination of peakedness and dead share for every shape, and the case of the ops on log-probs only."""
+    """Every combination of shape, peakedness and fraction of dead rows, and one case for ops on log-probs."""
     return [ALONE, *(Case(t, d, v, bool(p), share) for p in peaked for share in dead for t, d, v in shapes)]
 
 
 def competing(case: Case, providers: Sequence[Provider]) -> list[Provider]:
-    """The contenders with a task in this case; none if only the floors have one."""
+    """The implementations that take part in this case; none if only hardware floors would take part."""
     found = [p for p in providers if p.asked.alone == case.alone]
     return found if {p.task for p in found} - set(FLOORS) else []
 
@@ -62,9 +63,9 @@ def run_kernels(
     seconds: float = math.inf,
     folder: Path = RESULTS,
 ) -> list[str]:
-    """Prints a table per case and appends its rows as they come. Returns the faults of our ops.
+    """Measures all cases: prints a table and appends rows after each. Returns the faults of our ops.
 
-    bfloat16 on a GPU, float32 on a CPU. `seconds` are per contender and case.
+    Runs in bfloat16 on a GPU and float32 on a CPU. `seconds` limits the time per implementation and case.
     """
     print(LEGEND, flush=True)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -85,7 +86,7 @@ def run_kernels(
 
 
 def fault(provider: Provider, dtype: torch.dtype, device: torch.device) -> str:
-    """The results that are less exact than plain torch in the same dtype; "" if there are none."""
+    """Describes the first result that is less exact than plain torch in the same dtype; "" if there is none."""
     task = provider.asked
     for case in CHECKED:
         problem = make_problem(case, dtype, device)
@@ -108,7 +109,10 @@ def measure_case(
     runs: int,
     seconds: float,
 ) -> list[Row]:
-    """A row per contender. Contenders are timed in turn; a row of one that fails has the reason instead."""
+    """Measures all implementations of a case, alternating; returns a row for each.
+
+    The row of an implementation that fails holds the reason instead of numbers.
+    """
     problem = make_problem(case, dtype, device)
     rows, steps = {}, {}
     for name, group in groupby(providers, key=lambda provider: provider.task):
@@ -122,7 +126,7 @@ def measure_case(
                 continue
             step = task.step(provider.function, problem)
             try:
-                run(step)  # the first call compiles and tunes, which may spoil its results
+                run(step)  # the first call compiles and autotunes; its results may be wrong
                 extra, outputs, gradients = peak_extra_bytes(step, device)
                 row |= {"peak_extra_mb": extra / 1e6} | ({} if truth is None else _errors(outputs, gradients, *truth))
                 steps[provider] = step
@@ -132,7 +136,7 @@ def measure_case(
         rows[provider] |= {"error": _reason(times, device)} if isinstance(times, Exception) else times
     floors = [row["total_ms"] for provider, row in rows.items() if provider.task in FLOORS]
     for provider, row in rows.items():
-        if provider.asked.given_logits and row["total_ms"]:  # read twice, their gradient written
+        if provider.asked.given_logits and row["total_ms"]:  # logits are read twice and their gradient is written once
             row["gb_per_s"] = 3 * dtype.itemsize * case.rows * case.vocab / row["total_ms"] / 1e6
         elif floors and floors[-1] and row["total_ms"]:
             share = provider.asked.row_bytes / TASKS["copy"].row_bytes if case.alone else 1.0
@@ -142,7 +146,7 @@ def measure_case(
 
 
 def _errors(outputs: Tensors, gradients: Tensors, true_outputs: list[Tensor], true_gradients: list[Tensor]) -> Row:
-    """The names in ERRORS that apply to the task."""
+    """Errors of outputs and gradients relative to float64, by the names in ERRORS that apply to the task."""
     found: Row = dict(zip(ERRORS[:2], map(largest_error, outputs, true_outputs), strict=False))
     found |= dict(zip(ERRORS[2:], map(relative_error, gradients, true_gradients), strict=False))
     if not all(map(math.isfinite, found.values())):
@@ -151,8 +155,10 @@ def _errors(outputs: Tensors, gradients: Tensors, true_outputs: list[Tensor], tr
 
 
 def _reason(error: Exception, device: torch.device) -> str:
-    """The error in one line. Raises if an illegal access has broken the device, because later measurements would be
-    invalid."""
+    """Describes an exception in one line.
+
+    Raises it again if an illegal memory access has broken the GPU, because later measurements would be invalid.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
@@ -169,7 +175,7 @@ def read_rows(file: Path) -> list[Row]:
 
 
 def table(rows: Sequence[Row], cases: Sequence[Case], providers: Sequence[Provider] = PROVIDERS) -> str:
-    """Markdown: the newest row of every contender in every case, "not measured yet" where there is none."""
+    """Formats the newest row of every implementation and case as Markdown; "not measured yet" if there is no row."""
     headings = [heading for heading, _ in COLUMNS.values()]
     lines = []
     for case in cases:

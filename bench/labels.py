@@ -1,11 +1,12 @@
-"""DPO and IPO with few pairs and many epochs, from noisy to deterministic labels: does DPO forget its reference?
+"""Trains DPO and IPO on few pairs for many epochs, with noisy to deterministic labels: does DPO forget its reference?
 
-Azar et al. 2023 (arXiv 2310.12036, section 4.2) argue that where a preference is certain DPO's optimum is infinitely
-far from the reference, whatever beta is; that one label per pair always looks certain; and that IPO's log-ratios stop
-at 1 / (2 tau). Their experiments are bandits (`python -m bench papers ipo`). This one has a language model, a small set
-of pairs with one label each, and the gold judge of the embedded task, whose labels go from noisy to deterministic.
+Azar et al. 2023 (arXiv 2310.12036, section 4.2) argue three points. If a preference is certain, DPO's optimum is
+infinitely far from the reference for every beta. A single label per pair always looks certain. IPO's log-ratios stop at
+1 / (2 tau). Their experiments are bandits (`python -m bench papers ipo`). This experiment trains a language model on a
+small set of pairs of the embedded task, with one label each by its gold judge at different temperatures.
 
-The candidates are the same at every temperature; only the labels differ. Held-out accuracy is against the gold order.
+The responses are the same at every temperature; only the labels differ. Held-out accuracy is measured against the gold
+order.
 """
 
 from __future__ import annotations
@@ -35,10 +36,10 @@ LEARNING_RATE = 3e-4
 
 class Arm(NamedTuple):
     temperature: float
-    """Temperature of the labels (`ToyTask.label_temperature`)"""
+    """`ToyTask.label_temperature`: 0 gives deterministic labels, larger values noisier ones."""
     epochs: int
     method: str
-    """Name of a stage of the demo"""
+    """Name of a training stage of the demo: "dpo" or "ipo"."""
     beta: float
     """DPO's beta, IPO's tau"""
 
@@ -50,14 +51,17 @@ ARMS = [
 
 
 def run_labels(seeds: int, jobs: int, out: Path) -> str:
-    """Runs what has no results yet, appends a row per new run, and returns the table in Markdown."""
+    """Trains all arms that have no results yet, appends a row per new run, and returns the table in Markdown."""
     with ProcessPoolExecutor(jobs) as pool:
         return table(list(pool.map(partial(_run_seed, out), range(seeds))))
 
 
 def table(seeds: Sequence[Mapping[Arm | None, Mapping[str, float]]]) -> str:
-    """Means over seeds with 95 % intervals: gold reward (facts), KL to SFT (nats per response), held-out accuracy (%).
-    Means of the last epoch's training pairs: difference of the log-ratios (nats), accuracy (%)."""
+    """Formats the results as a Markdown table with a line per arm.
+
+    Means over seeds with 95 % intervals: gold reward (facts), KL to SFT (nats per response), held-out accuracy (%).
+    Means over the training pairs in the last epoch: difference of the log-ratios (nats), accuracy (%).
+    """
     lines = [
         "| labels | epochs | method | beta | gold reward | KL to SFT | held-out % | training nats | training % |",
         "|---|---|---|---|---|---|---|---|---|",

@@ -1,4 +1,4 @@
-"""Measures a forward and backward step: its time, the memory that it needs, its error against float64.
+"""Measures the time, the memory and the error (relative to float64) of a forward and backward step.
 
 Time is measured by CUDA events after the L2 cache has been overwritten; on a CPU it is wall-clock time.
 """
@@ -17,17 +17,17 @@ from torch.profiler import profile
 Key = TypeVar("Key", bound=Hashable)
 Tensors = tuple[Tensor, ...]
 LEAST_RUNS = 3
-FACTOR, EPSILONS = 2.0, 4.0  # of the bound in `excess`
+FACTOR, EPSILONS = 2.0, 4.0  # tolerance of `excess`: FACTOR times plain torch's error, plus EPSILONS roundings
 
 
 @dataclass(frozen=True)
 class Step:
-    """`forward`, then the gradients of its outputs with respect to `leaves`."""
+    """A forward function and a backward to the tensors `leaves`."""
 
     forward: Callable[[], Tensors]
     leaves: Tensors = ()
     upstream: Tensors = ()
-    """The gradients of the first outputs; a loss, 0-dim, needs none."""
+    """Upstream gradients of the first outputs; a 0-dim loss needs none."""
 
     def backward(self, outputs: Tensors) -> Tensors:
         if not self.leaves:
@@ -39,15 +39,15 @@ class Step:
 
 
 def run(step: Step) -> tuple[Tensors, Tensors]:
-    """(outputs, gradients)"""
+    """Runs a step; returns (outputs, gradients)."""
     outputs = step.forward()
     return outputs, step.backward(outputs)
 
 
 def now(device: torch.device) -> float:
-    """Seconds: on the wall, once the GPU has done its work; on a CPU, of this process, whatever else runs there.
+    """The current time in seconds: wall-clock time after waiting for the GPU, or CPU time of this process on a CPU.
 
-    CPU time is summed over threads, so use one thread.
+    CPU time excludes other processes but is summed over threads, so use one thread.
     """
     if device.type == "cpu":
         return time.process_time()
@@ -56,7 +56,7 @@ def now(device: torch.device) -> float:
 
 
 class Timer:
-    """Milliseconds of (forward, backward)."""
+    """Times a step; a call returns milliseconds of (forward, backward)."""
 
     def __init__(self, device: torch.device):
         self.scratch = None
@@ -85,10 +85,10 @@ class Timer:
 def interleave(
     steps: Mapping[Key, Step], device: torch.device, runs: int, seconds: float
 ) -> dict[Key, dict[str, Any] | Exception]:
-    """Times the steps in turn, `runs` rounds, so that clocks and heat are the same for all.
+    """Times the steps alternately for `runs` rounds, so that clock speed and heat affect all of them equally.
 
-    A step that has used up its `seconds` skips later rounds after `LEAST_RUNS`. Returns medians, with the 20 and 80 %
-    quantiles of the total; for a step that raised, its exception.
+    A step that has used up its `seconds` skips the rounds after `LEAST_RUNS`. Returns medians, with the 20 and 80 %
+    quantiles of the total. The result of a step that raised an exception is the exception.
     """
     timer, times, failed = Timer(device), {key: [] for key in steps}, {}
     for _ in range(runs):
@@ -118,7 +118,10 @@ def _summary(times: list[tuple[float, float]]) -> dict[str, Any]:
 
 
 def peak_extra_bytes(step: Step, device: torch.device) -> tuple[int, Tensors, Tensors]:
-    """(peak memory beyond earlier allocations and the gradients, outputs, gradients)"""
+    """Runs a step; returns (extra bytes, outputs, gradients).
+
+    The extra bytes are the peak memory beyond earlier allocations and the returned gradients.
+    """
     kept: list[tuple[Tensors, Tensors]] = []
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
@@ -132,7 +135,7 @@ def peak_extra_bytes(step: Step, device: torch.device) -> tuple[int, Tensors, Te
 
 
 def peak_bytes(function: Callable[[], Any]) -> int:
-    """Peak CPU memory that `function` allocates."""
+    """Peak of the CPU memory, in bytes, that torch allocates while `function` runs."""
     with profile(profile_memory=True) as recorded:
         function()
     current = peak = 0
@@ -144,7 +147,7 @@ def peak_bytes(function: Callable[[], Any]) -> int:
 
 
 def relative_error(actual: Tensor, truth: Tensor) -> float:
-    """|actual - truth| / |truth|, Euclidean."""
+    """Relative error |actual - truth| / |truth| in the Euclidean norm."""
     return ((actual.double() - truth).norm() / truth.norm()).item()
 
 
@@ -153,7 +156,10 @@ def largest_error(actual: Tensor, truth: Tensor) -> float:
 
 
 def excess(actual: Tensor, plain: Tensor, truth: Tensor) -> str:
-    """Why `actual` is less exact than plain torch in the same dtype, both against float64; "" if it is not."""
+    """Reports the error of `actual` if it clearly exceeds that of plain torch in the same dtype; otherwise "".
+
+    Both errors are relative to `truth`, which is float64.
+    """
     allowed = FACTOR * largest_error(plain, truth)
     allowed += EPSILONS * torch.finfo(plain.dtype).eps * truth.abs().max().item()
     error = largest_error(actual, truth)

@@ -1,15 +1,15 @@
-"""Model FLOPs utilisation: the operations that a model needs for its tokens, over the time taken and the device's peak
-(Chowdhery et al. 2022, arXiv 2204.02311, appendix B).
+"""Model FLOPs utilisation (MFU): needed operations per second, divided by the peak of the device.
 
-An operation is one floating-point multiplication or addition. A forward pass counts
+Definition: Chowdhery et al. 2022, arXiv 2204.02311, appendix B. An operation is one floating-point multiplication or
+addition. A forward pass counts
 
     2 per weight of the layers' matrix products, for every token
-    4 head_dim per head and layer, for every pair of a query and a key that causality lets it see
-    2 per weight of the head, for every row that is read from it: scored tokens, scores, values
+    4 head_dim per attention head and layer, for every query and every key up to its position
+    2 per weight of the head, for every row whose output is used: scored tokens, scores, values
 
-and the backward pass twice that. Not counted are padding, recomputation (checkpointing), unnecessary work (the head on
-rows that are not read, future keys), embeddings, norms, softmax and the optimiser. A prompt that two responses share is
-counted once where it is computed once.
+and the backward pass twice as many. Not counted are padding, recomputation (checkpointing), unnecessary work (unused
+rows of the head, future keys), embeddings, norms, softmax and the optimiser. If a prompt that two responses share is
+computed once, it counts once.
 """
 
 from __future__ import annotations
@@ -28,18 +28,17 @@ PEAKS = {
     "NVIDIA A100-PCIE-40GB": 312e12,
     "NVIDIA A100 80GB PCIe": 312e12,
 }
-"""Operations per second of dense bfloat16 matrix products, by the data sheets; H100 and H200 on SXM."""
+"""Device name -> peak operations per second of dense bfloat16 products, from the data sheets (H100, H200: SXM)."""
 
 Span = tuple[int, int]
-"""(number of earlier tokens, number of its tokens): a run of tokens that is computed once and attends to the earlier
-ones."""
+"""(number of earlier tokens, number of new tokens): the new tokens are computed once and attend to the earlier ones."""
 
 
 def training_operations(config: PretrainedConfig, spans: Iterable[Span], *, rows: int, outputs: int) -> int:
-    """Operations of a forward and a backward over `spans`; the head has `outputs` (the vocabulary, or 1) and is read at
-    `rows`.
+    """Number of operations of a forward and a backward over `spans`.
 
-    Every layer is taken to attend fully: no sliding windows.
+    The head has `outputs` outputs (the vocabulary size, or 1) and is applied to `rows` rows. Every layer counts as full
+    attention, also if it has a sliding window.
     """
     with torch.device("meta"):
         trunk = AutoModel.from_config(config)
@@ -53,6 +52,6 @@ def training_operations(config: PretrainedConfig, spans: Iterable[Span], *, rows
 
 
 def utilisation(operations_per_second: float, device: str) -> float | None:
-    """MFU in 0..1 of the peak of the named device; None if `PEAKS` lacks it."""
+    """The MFU on the named device, from 0 to 1; None if `PEAKS` lacks the device."""
     peak = PEAKS.get(device)
     return peak and operations_per_second / peak

@@ -1,7 +1,7 @@
-"""`python -m bench optim`: bytes per trained bfloat16 weight and time of an update, by optimiser.
+"""`python -m bench optim`: memory per trained bfloat16 weight and time of an update, for each optimiser.
 
-Each optimiser runs in a separate process and updates square matrices twice, with existing gradients; the moments exist
-after the first update. The count is the memory peak of that process beyond its memory before the weights exist:
+Each optimiser runs in a separate process and updates square matrices twice with given gradients; after the first update
+its moments exist. The reported memory is the peak of the process minus its memory before the weights exist. It includes
 weights, gradients, moments, copies, and the temporary tensors of an update.
 """
 
@@ -32,12 +32,14 @@ SETTINGS = [
     ("adamw_8bit", "float32"),
     ("adamw_8bit", "stochastic_rounding"),
 ]
-"""`optim`, `master_weights`; "torch" is its own AdamW over float32 weights, as mixed precision by autocast has them."""
+"""Measured values of (`optim`, `master_weights`). "torch": torch's AdamW on float32 weights, as used with autocast."""
 
 
 def run_optim(matrices: int, device: str, folder: Path = RESULTS) -> str:
-    """Measures each setting, appends a row for it, and returns the table in Markdown. 8-bit optimisers need
-    bitsandbytes and are left out without it."""
+    """Measures each optimiser setting, appends a row for it, and returns the table in Markdown.
+
+    8-bit optimisers need bitsandbytes and are skipped without it.
+    """
     settings = [pair for pair in SETTINGS if "8bit" not in pair[0] or find_spec("bitsandbytes")]
     lines = ["| optim | master_weights | bytes per parameter | seconds per update |", "|---|---|---|---|"]
     for optim, masters in settings:
@@ -50,10 +52,10 @@ def run_optim(matrices: int, device: str, folder: Path = RESULTS) -> str:
 
 
 def measure(optim: str, masters: str, matrices: int, device: str) -> dict[str, float]:
-    """Peak bytes per parameter of two updates, and seconds of the second."""
+    """Runs two updates in this process; returns peak bytes per parameter and the seconds of the second update."""
     torch.set_num_threads(1)
-    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)  # freed tensors return their memory to the system
-    _updates(optim, masters, 1, device)  # libraries that are loaded once and stay
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)  # so that freed tensors return their memory to the system
+    _updates(optim, masters, 1, device)  # loads libraries, so that their memory is not counted below
     before = _start_of_peak(device)
     seconds = _updates(optim, masters, matrices, device)
     return {"bytes": (_peak(device) - before) / (matrices * WIDTH**2), "seconds": seconds}

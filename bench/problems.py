@@ -1,4 +1,4 @@
-"""What the contenders of `python -m bench kernels` receive (`Case`, `Problem`) and compute (`Task`)."""
+"""The inputs (`Case`, `Problem`) and the computations (`Task`) of `python -m bench kernels`."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from fastrlhf_kernels.logprob_from_logits import logprob_from_logits_reference
 from fastrlhf_kernels.pair_loss import pair_loss_reference
 from fastrlhf_kernels.policy_loss import policy_loss_reference
 
-SEQUENCE = 1024  # rows, where there are enough for a pair of sequences
+SEQUENCE = 1024  # rows per sequence; a case with fewer than 2048 rows is split into two shorter sequences
 CHUNK = {"cpu": 1 << 24, "cuda": 1 << 27}  # number of float64 logits in memory at a time
 
 
 class Case(NamedTuple):
     rows: int  # T
     size: int  # D
-    vocab: int  # V; 1 for the ops that take only log-probs
-    peaked: bool = True  # targets are as likely as samples of the policy; otherwise about 1 / V
-    dead: float = 0.0  # share of rows without gradient: ignored if the task says so, else clipped or of advantage 0
+    vocab: int  # V; 1 for ops that take log-probs and no hidden states
+    peaked: bool = True  # targets are as likely as tokens sampled from a policy; otherwise their p is about 1 / V
+    dead: float = 0.0  # fraction of rows without a gradient: ignored targets (Task.ignores), or clipped or advantage 0
 
     @property
     def alone(self) -> bool:
@@ -46,21 +46,21 @@ class Case(NamedTuple):
 
 @dataclass(frozen=True)
 class Problem:
-    """The tensors of a case, the same for all contenders; float32 unless noted otherwise."""
+    """The input tensors of a case, equal for all implementations; float32 unless noted otherwise."""
 
     hidden: Tensor  # [T, D] in the dtype of the model
-    weight: Tensor  # [V, D] the same
+    weight: Tensor  # [V, D] in the dtype of the model
     targets: Tensor  # [T] int64
     dead: Tensor  # [T] bool
     grad_logprob: Tensor  # [T], 0 in dead rows
     grad_entropy: Tensor  # [T], 0 in dead rows
-    logprob: Tensor  # [T] of the targets
-    sampler_logprob: Tensor  # [T] log-probs of a policy 0.1 nats away
-    advantage: Tensor  # [T], one number per sequence
+    logprob: Tensor  # [T] log-probs of the targets
+    sampler_logprob: Tensor  # [T] `logprob` plus noise of 0.1 nats
+    advantage: Tensor  # [T], constant within a sequence
     cu_seqlens: Tensor  # [2B+1] int64
-    reference_hidden: Tensor  # [T, D] the same, of a model a little away with the same head
-    logits: Tensor | None = None  # [T, V] the same, for tasks that are given them
-    bias: Tensor | None = None  # [V] the same
+    reference_hidden: Tensor  # [T, D] `hidden` plus noise, in the dtype of the model
+    logits: Tensor | None = None  # [T, V] in the dtype of the model, for tasks that start from logits
+    bias: Tensor | None = None  # [V] in the dtype of the model
     temperature: Tensor | float = 1.0  # [T]
     softcap: float | None = None
 
@@ -82,7 +82,7 @@ class Problem:
         return replace(self, **floats)
 
     def chunks(self, elements: int) -> Iterator[Problem]:
-        """The rows in order, few enough at a time for `elements` logits; `cu_seqlens` loses its meaning."""
+        """Yields the problem in consecutive parts with about `elements` logits each; their `cu_seqlens` is invalid."""
         step = max(1, elements // len(self.weight))
         names = {f.name for f in fields(self)} - {"weight", "bias", "cu_seqlens"}
         by_row = {name: value for name in names if isinstance(value := getattr(self, name), Tensor)}
@@ -91,8 +91,11 @@ class Problem:
 
 
 def make_problem(case: Case, dtype: torch.dtype, device: torch.device) -> Problem:
-    """The same tensors on every call. Ids are log-uniform, about as words are; 90 % of peaked targets have p = .5 to
-    .9997."""
+    """Draws the tensors of a case from a fixed seed, so that every call gives equal tensors.
+
+    Target ids are log-uniform, similar to word frequencies. In a peaked case 90 % of the targets have a probability of
+    .5 to .9997.
+    """
     rng = torch.Generator(device).manual_seed(0)
     normal = partial(torch.randn, generator=rng, device=device)
     uniform = partial(torch.rand, generator=rng, device=device)
@@ -131,20 +134,20 @@ def make_problem(case: Case, dtype: torch.dtype, device: torch.device) -> Proble
 
 @dataclass(frozen=True)
 class Task:
-    """A question to which all contenders give the same answer."""
+    """A computation that several implementations perform, with equal results up to rounding."""
 
     reference: Callable[[Problem], Tensors]
-    """The definition, in the dtype of the problem"""
+    """Computes the outputs by their definition, in the dtype of the problem."""
     leaves: tuple[str, ...] = ("hidden", "weight")
-    """Fields of the problem that are trained"""
+    """Fields of the problem that need gradients."""
     by_row: bool = True
-    """Whether results are per row, so that the float64 truth can be computed a few rows at a time"""
+    """Whether results are per row, so that the float64 results can be computed a few rows at a time."""
     options: bool = False
-    """With a bias, a soft cap and a temperature per row"""
+    """Whether there are a bias, a soft cap and a temperature per row."""
     ignores: bool = False
-    """Dead rows are ignored targets, as in supervised fine-tuning."""
+    """Whether dead rows have an ignored target, as in supervised fine-tuning."""
     row_bytes: int = 0
-    """For an op on log-probs only: bytes that it must read and write per row, forward and backward"""
+    """For an op that takes log-probs: bytes that it must read and write per row, forward and backward together."""
 
     @property
     def alone(self) -> bool:
@@ -166,7 +169,7 @@ class Task:
         return Step(partial(function, problem), tuple(leaves.values()), (problem.grad_logprob, problem.grad_entropy))
 
     def truth(self, problem: Problem) -> tuple[list[Tensor], list[Tensor]]:
-        """(outputs, gradients) of the definition in float64."""
+        """Computes (outputs, gradients) by the definition in float64."""
         weight = problem.weight.double()
         outputs, hidden_grads, weight_grad = [], [], torch.zeros_like(weight)
         for chunk in problem.chunks(CHUNK[weight.device.type]):
@@ -228,4 +231,5 @@ TASKS = {
     "pair_loss": Task(lambda p: pairs(p, p.logprob, exact=True), ("logprob",), by_row=False, row_bytes=13),
     "gae": Task(lambda p: gae_reference(p.advantage, p.logprob, p.cu_seqlens), (), by_row=False, row_bytes=16),
 }
-FLOORS = ("products", "copy")  # what the hardware allows; the last contender of one is the floor of its case
+# Tasks that measure the limit of the hardware. The last implementation of each is the floor of its case.
+FLOORS = ("products", "copy")

@@ -1,7 +1,7 @@
-"""The contenders of `python -m bench kernels`: a new contender is a line of PROVIDERS, a new question a Task.
+"""The implementations that `python -m bench kernels` compares: ours, plain torch, and other libraries.
 
-Peers are imported when they run. Of two peers, whose packages import a training stack, only the file with the kernel is
-imported.
+To add an implementation, add a line to PROVIDERS; to add a computation, add a Task. Other libraries are imported when
+they run. Importing TRL or verl would import a whole training stack, so only the file with the kernel is imported.
 """
 
 # pyright: reportMissingImports=false
@@ -30,13 +30,13 @@ class Provider:
     name: str
     task: str
     function: Callable[[Problem], Tensors]
-    """Gives (logprob,), (logprob, entropy) or (loss,), as the task asks."""
+    """Returns (logprob,), (logprob, entropy) or (loss,), depending on the task."""
     package: str = ""
-    """Package that has to be installed"""
+    """Package that has to be installed."""
     gpu: bool = False
-    """Needs a GPU, or is of no interest without one"""
+    """Whether it runs only on a GPU, because it needs one or is of no interest without one."""
     ours: bool = False
-    """Is checked against float64 before it is timed"""
+    """Whether it is one of our ops, which are compared with float64 before they are timed."""
 
     @property
     def asked(self) -> Task:
@@ -48,7 +48,7 @@ class Provider:
 
 
 class Products(torch.autograd.Function):
-    """The bare products of a head: logits, dhidden and dweight, and the logits a second time where `passes` is 4."""
+    """The bare matrix products of a head: logits, dhidden, dweight and, if `passes` is 4, the logits a second time."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, passes: int) -> Tensor:
@@ -68,7 +68,7 @@ def products(p: Problem, passes: int) -> Tensors:
 
 
 def eager(p: Problem, entropy: bool = False, dtype: torch.dtype | None = None) -> Tensors:
-    """Logits in `dtype`, that of the weights if None, as models give them; from there on float32."""
+    """Plain torch: logits in `dtype` (None: that of the weights), then everything in float32."""
     hidden, weight, bias = (x if x is None else x.to(dtype or p.weight.dtype) for x in (p.hidden, p.weight, p.bias))
     z = F.linear(hidden, weight, bias).float()  # pyright: ignore[reportArgumentType]
     z = z if p.softcap is None else p.softcap * torch.tanh(z / p.softcap)
@@ -150,7 +150,7 @@ def liger_scaled(p: Problem, entropy: bool = False, fallback: bool = False) -> T
 
 
 def _padded(p: Problem, tensor: Tensor) -> Tensor:
-    """[N, T / N, ...] of sequences of the same length."""
+    """Reshapes packed rows of N sequences of equal length to [N, T / N, ...]."""
     return tensor.view(len(p.cu_seqlens) - 1, -1, *tensor.shape[1:])
 
 
@@ -187,7 +187,7 @@ def _without_init(*packages: str) -> None:
 
 def trl(p: Problem, entropy: bool = False) -> Tensors:
     _without_init("trl", "trl.trainer")
-    if "trl.trainer.utils" not in sys.modules:  # its backward asks this module for a context of DeepSpeed
+    if "trl.trainer.utils" not in sys.modules:  # TRL's backward looks up a DeepSpeed context in this module
         utils = sys.modules["trl.trainer.utils"] = ModuleType("trl.trainer.utils")
         utils.maybe_gather_lm_head_ctx = lambda *_: nullcontext()  # pyright: ignore[reportAttributeAccessIssue]
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction as Function
@@ -220,7 +220,7 @@ def eager_pair_loss(p: Problem) -> Tensors:
 
 
 def eager_gae(p: Problem) -> Tensors:
-    """gamma 1, lambda .95, as a loop over the time steps of padded sequences."""
+    """GAE in plain torch with gamma 1 and lambda .95: a loop over the time steps of padded sequences."""
     reward, value = _padded(p, p.advantage), _padded(p, p.logprob)
     last, after, steps = torch.zeros_like(value[:, 0]), torch.zeros_like(value[:, 0]), []
     for t in reversed(range(value.shape[1])):
@@ -301,8 +301,10 @@ PROVIDERS = (
 
 
 def select(device: torch.device, tasks: Sequence[str] = (), only: Sequence[str] = ()) -> list[Provider]:
-    """The contenders that can run on this device, have one of the tasks (or are a floor) and a name with one of the
-    prefixes; () for all."""
+    """Selects implementations that can run on `device`, by task and by prefix of the name; () selects all.
+
+    Hardware floors are selected for every task.
+    """
     return [
         p
         for p in PROVIDERS

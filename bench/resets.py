@@ -1,10 +1,10 @@
-"""Tests when resets help: PPO against DR-PO where exploration is hard, the references are good and the judge is right.
+"""Compares PPO and DR-PO on a task that favours resets: hard exploration, good references and an exact judge.
 
-The demo's task is easy to explore, and its learned judge is what limits PPO (bench/LOG.md). In this task, as in the
-theory of DR-PO (arXiv 2404.08495, section 5), good late states are rare for the SFT policy and common in the
-references: the writers of the SFT data are sloppier, an unbroken run of right facts pays far more, resets start from
-careful references that SFT never saw, and the gold judge itself gives the reward. Exploration is then all that
-differs.
+The demo's task is easy to explore, and there PPO is limited by the learned judge (bench/LOG.md). This task follows the
+theory of DR-PO (arXiv 2404.08495, section 5): good late states are rare under the SFT policy and common in the
+references. The writers of the SFT data are sloppier, an unbroken run of right facts pays far more, resets start from
+careful references that SFT never saw, and the gold judge gives the reward. PPO and DR-PO then differ only in
+exploration.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from fastrlhf.data.toy import QUESTION, ToyTask, toy_tokenizer
 from fastrlhf.demo import NUM_PROMPTS, Judged, judge_stage, run_stage, stage_config
 from fastrlhf.types import Rollout
 
-SCALE = 4.0  # facts per unit of reward: scores of the size that the demo's reward model gives
-ARMS: dict[str, tuple[str, dict[str, Any]]] = {  # about the same number of sampled tokens each
+SCALE = 4.0  # facts per unit of reward, so that rewards are as large as the scores of the demo's reward model
+ARMS: dict[str, tuple[str, dict[str, Any]]] = {  # all arms sample about equally many tokens
     "ppo": ("ppo", {}),
     "drpo 0.5": ("drpo", {"reset_prob": 0.5, "max_steps": 48}),
     "drpo 1.0": ("drpo", {"reset_prob": 1.0, "max_steps": 60}),
@@ -39,7 +39,7 @@ def strict_task(seed: int) -> ToyTask:
 
 
 def run_resets(seeds: int, jobs: int, out: Path) -> str:
-    """Runs what has no results yet, appends a row per seed and arm, and returns the table in Markdown."""
+    """Trains all arms that have no results yet, appends a row per seed and arm, and returns the table in Markdown."""
     with ProcessPoolExecutor(jobs) as pool:
         rows = list(pool.map(partial(_run_seed, out), range(seeds)))
     lines = ["| arm | gold reward | minus PPO | KL | length | sampled tokens |", "|---|---|---|---|---|---|"]
@@ -58,7 +58,7 @@ def _run_seed(out: Path, seed: int) -> dict[str, dict[str, float]]:
     config, task = DemoConfig(out=str(folder), seed=seed), strict_task(seed)
     if not (folder / "tokenizer").exists():
         toy_tokenizer().save_pretrained(folder / "tokenizer")
-    for stage in ("sft", "reward"):  # only the critic starts from the reward model; it does not score responses
+    for stage in ("sft", "reward"):  # the reward model only initialises the critic; it does not score responses
         if not (folder / stage).exists():
             run_stage(stage, config, task, folder)
     rows = {"sft": _row(judge_stage(config, task, folder, "sft"), tokens=0)}
@@ -81,7 +81,7 @@ def _row(judged: Judged, tokens: int) -> dict[str, float]:
 
 
 def gold_judge(task: ToyTask, rollouts: Sequence[Rollout]) -> torch.Tensor:
-    """[N] gold reward, in facts / SCALE, of the whole responses, including the tokens of a reset."""
+    """Gold rewards of the whole responses, reset tokens included, in facts / SCALE, [N]."""
     tokenizer, scores = toy_tokenizer(), []
     for rollout in rollouts:
         text = str(tokenizer.decode([*rollout.prefix.token_ids, *rollout.completion], skip_special_tokens=True))

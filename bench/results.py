@@ -1,4 +1,4 @@
-"""Rows of measurements: one JSON object per line, each with what it was measured on."""
+"""Files of benchmark results: one JSON object per line, with the commit, versions and device of the measurement."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "cut-cross-entrop
 
 
 def device_name(kind: str = "cuda") -> str:
-    """The GPU's, or the processor's where `kind` is "cpu" or there is no GPU."""
+    """Name of the GPU, or of the processor if `kind` is "cpu" or there is no GPU."""
     gpu = kind == "cuda" and torch.cuda.is_available()
     return torch.cuda.get_device_name() if gpu else f"cpu-{platform.machine()}"
 
 
 def append_row(row: Mapping[str, Any], folder: Path = RESULTS) -> None:
-    """Appends the row, with commit, date, versions and device, to the file of its device.
+    """Adds commit, date, versions and device to the row and appends it to the device's file in `folder`.
 
-    COMMIT in the environment names the commit of a copy without its history.
+    In a copy without git history, set COMMIT in the environment to the commit.
     """
     stamp = {
         "device": row.get("device") or device_name(),

@@ -1,8 +1,8 @@
-"""`python -m bench rollout`: sampling and judging the episodes of an update of DR-PO.
+"""`python -m bench rollout`: times the sampling and the judging of the episodes of a DR-PO update.
 
-Prompts and responses are as in `bench/trunks.py`, with the lengths of Reddit TL;DR. The model has random weights, so
-its responses end by their budget of 53 tokens, the reset's included, far more often than by an EOS. On a CPU the
-seconds are CPU seconds over all threads, so other programs on the machine do not count.
+Prompts and responses have the lengths of Reddit TL;DR, as in `bench/trunks.py`. The model has random weights, so most
+responses end at the limit of 53 tokens (reset tokens included) and few at an EOS. On a CPU the reported seconds are CPU
+seconds summed over all threads, so other programs on the machine do not count.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fastrlhf.rollout.engine import Decode
 def run_rollout(
     group_sizes: list[int], episodes: int, slots: int, rounds: int, device: str, folder: Path = RESULTS
 ) -> str:
-    """Times each group size and way to decode, appends a row for each, and returns the table in Markdown."""
+    """Times each group size and decoder, appends a row for each, and returns the table in Markdown."""
     rows = [
         row
         for size in group_sizes
@@ -63,7 +63,7 @@ def _rows(config: DRPOConfig, rounds: int, device: str) -> list[Row]:
         seconds, judge_seconds, sampled = [], [], 0
         for _ in range(rounds + 1):  # the first is a warm-up
             start = clock()
-            rollouts = engine.generate(prefixes)  # ends on the host
+            rollouts = engine.generate(prefixes)  # includes the copy to the host, which waits for the device
             seconds.append(clock() - start)
             start = clock()
             torch.as_tensor(judge(rollouts)).sum().item()
@@ -75,7 +75,7 @@ def _rows(config: DRPOConfig, rounds: int, device: str) -> list[Row]:
                 "reset_group": config.reset_group,
                 "decode": decode,
                 "prefix_tokens": sum(map(len, texts)),
-                "prefilled": sum(map(len, set(trunks(texts).values()))),  # where all fit into the slots at once
+                "prefilled": sum(map(len, set(trunks(texts).values()))),  # if all of them fit into the slots at once
                 "sampled": sampled,
                 "seconds": float(np.median(seconds[1:])),
                 "judge_seconds": float(np.median(judge_seconds[1:])),

@@ -1,5 +1,7 @@
-"""The demo over several seeds: each seed has its own data, weights and samples. Tests whether DR-PO is better than
-PPO."""
+"""Runs the demo for several seeds to test whether DR-PO is better than PPO.
+
+Each seed has its own data, weights and samples.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +18,11 @@ from typing import Any
 from bench.results import append_row
 
 STUDENT_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
-"""Two-sided 95 % quantile of Student's t for a mean over n seeds (n - 1 degrees of freedom)."""
+"""Number of seeds n -> two-sided 95 % quantile of Student's t with n - 1 degrees of freedom."""
 
 
 def run_toy(seeds: int, methods: Sequence[str], jobs: int, out: Path) -> str:
-    """Runs what has no results yet, appends a row per seed and method, and returns the table in Markdown."""
+    """Runs the seeds that have no results yet, appends a row per seed and method, and returns the table in Markdown."""
     threads = max(1, (os.cpu_count() or 1) // jobs)
     with ThreadPoolExecutor(jobs) as pool:
         summaries = list(pool.map(lambda seed: _run_seed(seed, methods, threads, out / f"seed-{seed}"), range(seeds)))
@@ -41,7 +43,7 @@ def _run_seed(seed: int, methods: Sequence[str], threads: int, folder: Path) -> 
 
 
 def table(summaries: Sequence[Mapping[str, Any]]) -> str:
-    """Means over seeds with 95 % intervals (Student's t over seeds), and the paired difference of DR-PO and PPO."""
+    """Formats means over seeds with 95 % intervals (Student's t), and the paired difference of DR-PO and PPO."""
     methods = list(summaries[0]["methods"])
     lines = [
         "| method | win rate vs reference % | gold reward | minus SFT | RM score | KL | length | seconds |",
@@ -66,7 +68,7 @@ def table(summaries: Sequence[Mapping[str, Any]]) -> str:
 
 
 def interval(values: Sequence[float]) -> str:
-    """Mean and half the width of the 95 % interval over seeds, by Student's t."""
+    """Formats the mean over seeds and half the width of its 95 % interval (Student's t): "mean +- half"."""
     if len(values) < 2:
         return f"{values[0]:.2f}"
     return f"{mean(values):.2f} +- {STUDENT_95[len(values)] * stdev(values) / len(values) ** 0.5:.2f}"

@@ -1,8 +1,8 @@
-"""`python -m bench trunks`: an update of DR-PO on shared trunks and on separate sequences, with the same episodes.
+"""`python -m bench trunks`: times a DR-PO update with shared prefixes ("trunks") and with separate sequences.
 
-Prompts and responses have the lengths of Reddit TL;DR (347 and 34 tokens in the mean) and random tokens; the models
-have random weights, on which neither speed nor tokens depend. Timed: scoring (policy, reference, critic) and one pass
-of training (policy, critic). Sampling and the judge are timed by `python -m bench rollout`.
+Both process the same episodes. Prompts and responses are random tokens with the lengths of Reddit TL;DR (347 and 34
+tokens on average). The weights are random, which affects neither speed nor token counts. Timed are scoring (policy,
+reference, critic) and one training pass (policy, critic); `python -m bench rollout` times sampling and the judge.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Row = dict[str, Any]
 
 
 def run_trunks(group_sizes: list[int], episodes: int, rounds: int, device: str, folder: Path = RESULTS) -> str:
-    """Times both ways in turn, appends a row per way, and returns the table in Markdown."""
+    """Times both layouts alternately, appends a row for each, and returns the table in Markdown."""
     rows = [
         {"group_size": size, "reset_group": kind, **row}
         for size in group_sizes
@@ -79,7 +79,8 @@ def _both(config: DRPOConfig, rounds: int, device: torch.device) -> list[Row]:
             scores = torch.zeros(len(rollouts), device=device)
             start = perf_counter()
             experience, _ = score_episodes(way, policy, reference, critic, rollouts, scores, packs, EOS)
-            update(way, policy, critic, optimizer, rollouts, experience, packs, seed=(0, 0))  # waits for the device
+            # The update ends with a wait for the device.
+            update(way, policy, critic, optimizer, rollouts, experience, packs, seed=(0, 0))
             seconds[share].append(perf_counter() - start)
             tokens[share] = sum(item.batch.num_tokens for mini in packs for item in mini)
     return [
@@ -89,7 +90,7 @@ def _both(config: DRPOConfig, rounds: int, device: torch.device) -> list[Row]:
 
 
 def critic_like(policy: Any) -> LlamaForSequenceClassification:
-    """A critic of the policy's shape."""
+    """Makes a critic with the same architecture as the policy."""
     config = LlamaConfig(**policy.config.to_diff_dict() | {"num_labels": 1, "pad_token_id": None})
     critic = LlamaForSequenceClassification(config)
     critic.to(policy.device)  # pyright: ignore[reportArgumentType] (as in models/loading.py)

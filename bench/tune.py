@@ -1,6 +1,6 @@
-"""Finds the fastest tiles: times the fused forward and gradient of the head with each candidate in turn, on a GPU.
+"""Finds the fastest tile sizes on a GPU: times the fused forward and gradient kernels of the head for each candidate.
 
-The winner is pinned by hand in `_tiles.py`; `python -m bench aot` then shows that it still fits on all architectures.
+Enter the winner by hand in `_tiles.py`, then check with `python -m bench aot` that it fits on all architectures.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ CANDIDATES = (
     Tiles(128, 128, 64, 4, 4, descriptors=True, specialize=True),
     Tiles(128, 256, 64, 4, 4, descriptors=True, specialize=True),
 )
-AGREE = 1e-2  # relative; gradients are rounded to bfloat16, so that two good ones are 3e-3 apart
+AGREE = 1e-2  # allowed relative error; two correct gradients differ by 3e-3, because they are rounded to bfloat16
 
 
 def run_tune(runs: int) -> None:
-    """Prints a list per kernel and shape, fastest first; * marks what is pinned."""
+    """Prints the candidates for each kernel and shape, fastest first; * marks the tiles that are in use now."""
     major = torch.cuda.get_device_capability()[0]
     for shape in SHAPES:
         problem = make_problem(Case(*shape), torch.bfloat16, torch.device("cuda"))
@@ -42,9 +42,10 @@ def run_tune(runs: int) -> None:
 
 
 def compare(name: str, table: dict[int, Pinned], major: int, problem: Problem, runs: int) -> list[str]:
-    """The candidates in the table of the "forward" or the "gradient" kernel, each first compared with the torch path.
+    """Times each candidate in the "forward" or the "gradient" kernel; returns lines of text, fastest first.
 
-    The head is frozen, so that the backward is the gradient kernel and one product.
+    A candidate is first compared with the torch path. The head is frozen, so that the backward consists of the gradient
+    kernel and one product.
     """
     pinned = table[major]
     task = TASKS["frozen head"]
@@ -58,7 +59,7 @@ def compare(name: str, table: dict[int, Pinned], major: int, problem: Problem, r
     steps, refused = {}, []
     for tiles in CANDIDATES:
         if tiles.specialize and name == "gradient":
-            continue  # the gradient kernel has no loop to specialise
+            continue  # warp specialisation does not apply to the gradient kernel
         step = task.step(partial(with_tiles, tiles=tiles), problem)
         try:
             error = max(map(relative_error, chain(*run(step)), expected))

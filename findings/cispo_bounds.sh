@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# One name, two bounds: the upper bound of CISPO's factor in TRL and in verl, at both libraries' default settings.
+# TRL and verl read the upper bound of CISPO's factor differently; this script shows it at both libraries' defaults.
 #
 # CISPO (MiniMax-M1, arXiv 2506.13585, eq. 4) multiplies the log-prob by the probability ratio, clipped to
 # 1 - epsilon_low .. 1 + epsilon_high and detached. Seen with trl 1.16.0 and verl 0.9.1:
-#   * trl takes `epsilon_high` as the bound itself, not as 1 + epsilon_high, and falls back to `epsilon` = 0.2 where it is
-#     not set. With loss_type "cispo" and nothing else changed, the factor of an untouched policy (ratio 1) is 0.2 for
-#     every token: the gradient is a fifth of the intended one, without a warning.
+#   * trl uses `epsilon_high` itself as the bound, not 1 + epsilon_high. If `epsilon_high` is not set, it uses
+#     `epsilon` = 0.2. With loss_type "cispo" and all other settings at their defaults, the factor of an unchanged policy
+#     (ratio 1) is 0.2 for every token: the gradient is a fifth of the intended one, without a warning.
 #   * verl bounds the factor by 1 - clip_ratio_low and 1 + clip_ratio_high: at ratio 1 the factor is 1.
-# The same number therefore means different things; a setting carried over from one to the other changes the step size.
-# Fails where either library does something else.
+# A setting that is copied from one library to the other therefore changes the step size.
+# The script exits with an error if either library behaves differently.
 set -euo pipefail
 place=$(mktemp -d)
 trap 'rm -rf "$place"' EXIT

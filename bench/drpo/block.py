@@ -1,7 +1,7 @@
-"""Runs one update of one side in a separate process: `python -m bench.drpo.block SIDE PROBLEM`, PROBLEM as JSON.
+"""Measures one update of one implementation: `python -m bench.drpo.block SIDE PROBLEM`, with PROBLEM as JSON.
 
-A separate process has its own memory peak, and the process of TRL can have its own import path. The last line printed
-is the row.
+It runs in a separate process, which has its own memory peak and, for TRL, its own import path. The last line that it
+prints is the row.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from bench.results import device_name
 
 
 def run_block(side: str, problem: Problem) -> dict[str, Any]:
-    """Seconds as `Clock` counts them and on the wall, tokens, speed and MFU of the training phase, and the peak of
-    memory beyond weights, gradients and optimiser state, in MB.
+    """Runs one update of the implementation `side` and returns its row.
 
-    On a GPU one micro-batch warms up: kernels are loaded and compiled then. A CPU has one thread.
+    The row holds seconds (by `Clock`, and wall-clock), tokens, speed and MFU of the training phase, and the peak memory
+    beyond weights, gradients and optimiser state, in MB. On a GPU one micro-batch runs first as a warm-up, which loads
+    and compiles kernels. On a CPU one thread is used.
     """
     cuda = problem.device == "cuda"
     if not cuda:
@@ -56,7 +57,7 @@ def run_block(side: str, problem: Problem) -> dict[str, Any]:
 
 
 def _most_bytes(cuda: bool) -> int:
-    """Peak memory so far: allocated on the GPU, or resident in this process."""
+    """Peak memory so far in bytes: allocated on the GPU, or resident memory of this process."""
     return torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 

@@ -1,4 +1,4 @@
-"""Runs the sides in turn, block by block, each block in a process: medians, ratios, and their targets."""
+"""Runs the implementations of a DR-PO update alternately, each in its own process, and tabulates medians and ratios."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from bench.results import RESULTS, append_row, device_name
 
 ROOT = Path(__file__).parents[2]
 MEASURED = ("seconds", *PHASES, "extra_mb")
-"""Columns of the table of ratios; `seconds` is the sum of the phases."""
+"""Columns of the table of ratios; `seconds` is the sum over all phases."""
 TARGETS = {
     ("padded", "cuda"): {"rollout": 5.0, "training": 1.6, "seconds": 3.0, "extra_mb": 2.0},
     ("trl", "cuda"): {"seconds": 2.0, "extra_mb": 2.0},
     ("padded", "cpu"): {"seconds": 3.0},
 }
-"""Target: the least ratio of a side's time or memory to ours."""
+"""Targets: our implementation should be faster, or need less memory, by at least this factor."""
 MFU_TARGET = 0.45
 """Target MFU of our training phase on a GPU, for Pythia-1B."""
 
@@ -32,11 +32,12 @@ Row = dict[str, Any]
 
 
 def run_drpo(problem: Problem, rounds: int, trl_path: Path | None = None, folder: Path = RESULTS) -> str:
-    """Measures every side `rounds` times, in turn; appends a row for each, returns the table.
+    """Measures every implementation `rounds` times, alternating; appends a row for each and returns the table.
 
-    TRL is left out, and the table says so, where `trl_path` (the folder that holds `trl/`; None: what is installed) has
-    no PPO trainer; so is any other side than ours that does not fit into GPU memory. Raises ValueError where episodes
-    are not whole micro-batches, and RuntimeError where a block fails otherwise.
+    TRL is skipped if `trl_path` (the folder that holds `trl/`; None: the installed version) has no PPO trainer. The
+    padded reference and TRL are skipped if they do not fit into GPU memory. The table names what was skipped. Raises
+    ValueError if the episodes are not a whole number of micro-batches, and RuntimeError if a block fails for another
+    reason.
     """
     if problem.episodes % problem.micro_batch:
         raise ValueError(f"episodes: {problem.episodes} must be a multiple of micro-batches of {problem.micro_batch}")
@@ -44,7 +45,7 @@ def run_drpo(problem: Problem, rounds: int, trl_path: Path | None = None, folder
     notes = []
     if _python(["-c", "import trl.experimental.ppo"], trl_path).returncode:
         del paths["trl"]
-        notes.append(f"TRL left out: {trl_path or 'what is installed'} has no PPO trainer (trl 1.12.0 has)")
+        notes.append(f"TRL skipped: {trl_path or 'the installed version'} has no PPO trainer (trl 1.12.0 has one)")
     load = os.getloadavg()[0]
     blocks: dict[str, list[Row]] = {side: [] for side in paths}
     for _ in range(rounds):
@@ -53,7 +54,7 @@ def run_drpo(problem: Problem, rounds: int, trl_path: Path | None = None, folder
                 blocks[side].append(_block(side, problem, paths[side]))
             except MemoryError:
                 del blocks[side]
-                notes.append(f"{side} left out: out of the GPU's memory")
+                notes.append(f"{side} skipped: out of GPU memory")
     rows = {side: _summary(past) for side, past in blocks.items()}
     shared = {"bench": "train drpo", **asdict(problem), "device": device_name(problem.device), "load_before": load}
     for row in rows.values():
@@ -67,12 +68,12 @@ def _block(side: str, problem: Problem, path: Path | None) -> Row:
     if done.returncode:
         if side != "ours" and "torch.OutOfMemoryError" in done.stderr:
             raise MemoryError
-        raise RuntimeError(f"the block of {side!r} failed:\n{done.stderr[-4000:]}")
+        raise RuntimeError(f"the measurement of {side!r} failed:\n{done.stderr[-4000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def _python(arguments: Sequence[str], path: Path | None) -> subprocess.CompletedProcess[str]:
-    """The environment of a Python process in the root of the repository that searches `path` first."""
+    """Runs Python in the root of the repository, with `path` first on its import path."""
     paths = [str(p) for p in (path and path.resolve(), ROOT, ROOT / "kernels", os.environ.get("PYTHONPATH")) if p]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, *arguments]
@@ -80,7 +81,7 @@ def _python(arguments: Sequence[str], path: Path | None) -> subprocess.Completed
 
 
 def _summary(blocks: Sequence[Row]) -> Row:
-    """Medians over the rounds, and the extremes of the whole update."""
+    """Combines the rounds: medians of all numbers, and the fastest and slowest whole update."""
     seconds = [block["seconds"] for block in blocks]
     medians = {
         name: median(block[name] for block in blocks) for name, value in blocks[0].items() if isinstance(value, float)

@@ -1,4 +1,4 @@
-"""The sides that are measured: ours, the padded reference, and TRL's PPO. Each is built once and then runs updates."""
+"""The compared implementations: ours, the padded reference, and TRL's PPO. Each is built once and then runs updates."""
 
 from __future__ import annotations
 
@@ -35,17 +35,19 @@ class Contestant(Protocol):
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of the state that remains after an update: gradients and moments."""
+        """Bytes of the gradients and optimiser moments, which remain after an update."""
         ...
 
     def update(self, examples: Sequence[TokenizedExample], epochs: int) -> Row:
-        """One update; seconds by phase, tokens sampled, tokens of one pass over the sequences, padding included, and
-        `training_work`."""
+        """Runs one update; returns seconds by phase, token counts and `training_work`.
+
+        The counts are the sampled tokens, and the tokens of one pass over the sequences, padding included.
+        """
         ...
 
 
 class Clock:
-    """Seconds by phase, as `measure.now` counts them."""
+    """Adds up the seconds of each phase of an update, measured by `measure.now`."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -130,7 +132,7 @@ class Padded:
 
 
 class TRL:
-    """TRL 1.12's PPO from the prompts: it has no resets. Its trainer is driven by its own `train`."""
+    """TRL 1.12's PPO, which has no resets: episodes start at the prompts. Runs through the trainer's own `train`."""
 
     def __init__(self, problem: Problem, models: Models) -> None:
         import trl  # pyright: ignore[reportMissingImports]
@@ -141,7 +143,7 @@ class TRL:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of gradients and two moments, all in the dtype of the weights."""
+        """Bytes of the gradients and the two moments, which are all in the dtype of the weights."""
         return 3 * sum(p.nbytes for model in (self.models.policy, self.models.critic) for p in model.parameters())
 
     def update(self, examples: Sequence[TokenizedExample], epochs: int) -> Row:
@@ -161,7 +163,7 @@ class TRL:
             return sequences, logits
 
         def first_forward(*_: Any) -> None:
-            if len(marks) == 2:  # the wrapper of policy and critic runs only in training
+            if len(marks) == 2:  # TRL's wrapper of policy and critic is only called in the training phase
                 marks.append(clock.now())
 
         class End(TrainerCallback):
@@ -177,7 +179,7 @@ class TRL:
                     total_episodes=len(examples), num_ppo_epochs=epochs, num_mini_batches=1,
                     local_rollout_forward_batch_size=settings.rollout_batch_size, response_length=RESPONSE_LENGTH,
                     stop_token="eos", temperature=settings.temperature, kl_coef=settings.kl_coef,
-                    missing_eos_penalty=1.0, whiten_rewards=len(examples) >= 8,  # TRL refuses a smaller number
+                    missing_eos_penalty=1.0, whiten_rewards=len(examples) >= 8,  # TRL refuses to whiten fewer episodes
                     learning_rate=settings.learning_rate, lr_scheduler_type="constant", seed=settings.seed,
                     dataloader_pin_memory=policy.device.type == "cuda",
                 ),
@@ -210,8 +212,11 @@ class TRL:
 
 
 def training_work(models: Models, episodes: Sequence[tuple[int, int]], epochs: int) -> Row:
-    """The operations that training must compute for episodes of (given, sampled) tokens, up to the EOS: the policy's
-    log-probs and the critic's values of the sampled ones. Operations are those of `bench.mfu`."""
+    """Number of operations that training must compute, counted as in `bench.mfu`.
+
+    Training needs the policy's log-probs and the critic's values of the sampled tokens up to the EOS. `episodes` holds
+    (given tokens, sampled tokens) per episode.
+    """
     spans = [(0, given + sampled) for given, sampled in episodes]
     rows = sum(sampled for _, sampled in episodes)
     heads = ((models.policy.config, models.policy.config.vocab_size), (models.critic.config, 1))
@@ -223,7 +228,7 @@ def training_work(models: Models, episodes: Sequence[tuple[int, int]], epochs: i
 
 
 def _lengths(episodes: padded.Episodes) -> list[tuple[int, int]]:
-    """(tokens of prompt and reset, tokens sampled up to the EOS) of every episode."""
+    """Counts for every episode (tokens of prompt and reset, sampled tokens up to the EOS)."""
     width = episodes.tokens.shape[1] - episodes.response_length
     given = episodes.seen[:, :width].sum(1) + episodes.given
     sampled = (episodes.sampled & _up_to_eos(episodes.response)).sum(1)
@@ -231,25 +236,28 @@ def _lengths(episodes: padded.Episodes) -> list[tuple[int, int]]:
 
 
 def _up_to_eos(response: Tensor) -> Tensor:
-    """[N, G] bool: True up to and including the first EOS."""
+    """Marks the tokens of each response up to and including the first EOS, [N, G] bool."""
     is_eos = response == EOS
     return is_eos.cumsum(1) - is_eos.long() == 0
 
 
 def _optimizer(problem: Problem, models: Models) -> Optimizer:
-    """The optimiser, the same for ours and for the reference, because it is not compared."""
+    """Makes the optimiser. Our implementation and the padded reference share it, because it is not compared."""
     return Optimizer({"": models.policy, "value_": models.critic}, problem.config(), num_steps=1)
 
 
 def _state_bytes(models: Models, optimizer: Optimizer) -> int:
-    """Gradients are in the dtype of the weights; float32 copies are there before the first update."""
+    """Bytes of the gradients (in the dtype of the weights) and of the moments.
+
+    float32 copies of the weights are not counted here, because they exist before the first update.
+    """
     gradients = sum(p.nbytes for model in (models.policy, models.critic) for p in model.parameters())
     state = optimizer.state_dict()
     return gradients + sum(state[name].nbytes for name in state if "." in name and not name.endswith(".master"))
 
 
 def _tokenizer(policy: PreTrainedModel) -> PreTrainedTokenizerFast:
-    """A stub with the two ids that TRL reads: the EOS, and a padding id that no text contains."""
+    """Makes a stub tokenizer with the two ids that TRL reads: the EOS, and a padding id that no text contains."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
 

@@ -1,9 +1,9 @@
-"""The reference: DR-PO as its authors' released code does it. It follows their semantics and holds none of their code.
+"""The padded reference: DR-PO with the semantics of its authors' released code, written without any of that code.
 
 Prompts are padded on the left to one width, responses always have full length, and every forward computes all logits
-and keeps all hidden states. A reset is forced through decoding, one token per step. Tokens after the EOS are sampled,
-rewarded and trained on; only the reward model does not see them. Everything else is efficient: SDPA, a key-value cache,
-no wait for the GPU, no work on the host.
+and keeps all hidden states. A reset is decoded token by token, with the next token forced. Tokens after the EOS are
+sampled, rewarded and trained on; only the reward model does not see them. Apart from this the code is efficient: SDPA,
+a key-value cache, no wait for the GPU, no work on the host.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from fastrlhf.types import Prefix
 
 @dataclass(frozen=True, kw_only=True)
 class Episodes:
-    """N episodes of W prompt tokens and G response tokens."""
+    """A batch of N episodes with W prompt tokens and G response tokens each."""
 
     tokens: Tensor
     """[N, W + G] int64"""
     seen: Tensor
-    """[N, W + G] bool, False on the padding to the left of a prompt"""
+    """[N, W + G] bool, False on the padding to the left of a prompt."""
     given: Tensor
-    """[N] int64: tokens of the reset, the first of the response"""
+    """[N] int64: number of reset tokens, with which the response begins."""
     response_length: int
-    """G"""
+    """Response length G."""
 
     @property
     def response(self) -> Tensor:
@@ -39,13 +39,13 @@ class Episodes:
 
     @property
     def sampled(self) -> Tensor:
-        """[N, G] bool: True where the policy chose the token."""
+        """[N, G] bool: True for tokens that the policy sampled, False for reset tokens."""
         return torch.arange(self.response_length, device=self.given.device) >= self.given[:, None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Experience:
-    """[N, G] float32 each, in nats."""
+    """Log-probs (nats), values, advantages and returns of a batch of episodes, [N, G] float32 each."""
 
     logprob: Tensor
     reference_logprob: Tensor
@@ -55,7 +55,7 @@ class Experience:
 
 
 class ForceReset(LogitsProcessor):
-    """While a row is inside its reset, only the next token of the reset is possible."""
+    """A logits processor that allows only the next token of the reset while a row is still inside its reset."""
 
     def __init__(self, reset: Tensor, given: Tensor, width: int) -> None:
         self.reset, self.given, self.width = reset, given, width
@@ -68,9 +68,9 @@ class ForceReset(LogitsProcessor):
 
 @torch.no_grad()
 def rollout(config: DRPOConfig, policy: PreTrainedModel, prefixes: Sequence[Prefix]) -> Episodes:
-    """Decodes `response_length` tokens in every row, including those of the reset and those after an EOS.
+    """Decodes `response_length` tokens in every row; reset tokens and tokens after an EOS count.
 
-    Chunks of `rollout_batch_size`; draws from torch's global generator.
+    Works in chunks of `rollout_batch_size` rows and samples with torch's global generator.
     """
     width, length, device = config.max_length - config.response_length, config.response_length, policy.device
     prompts = [prefix.token_ids[: len(prefix.token_ids) - prefix.num_reset] for prefix in prefixes]
@@ -106,7 +106,10 @@ def score(
     episodes: Episodes,
     eos_token_id: int,
 ) -> Experience:
-    """Log-probs are recomputed, scores are read at the first EOS, and an EOS in the last position counts as missing."""
+    """Computes log-probs, values, advantages and returns of the episodes.
+
+    Log-probs are recomputed. Scores are read at the first EOS; an EOS in the last position counts as missing.
+    """
     is_eos = episodes.response == eos_token_id
     after = is_eos.cumsum(1) - is_eos.long() > 0
     end = (~after).sum(1) - 1
@@ -150,9 +153,10 @@ def update(
     experience: Experience,
     micro_batch: int,
 ) -> dict[str, float]:
-    """`num_ppo_epochs` steps over micro-batches of `micro_batch` episodes, each its own mean; means of the metrics.
+    """Takes `num_ppo_epochs` optimiser steps over the episodes; returns the means of the metrics.
 
-    Reset tokens are left out only of the policy's loss.
+    The loss is averaged within each micro-batch of `micro_batch` episodes. Reset tokens are excluded from the policy's
+    loss only, not from the critic's.
     """
     metrics: list[Tensor] = []
     num = len(episodes.tokens)
@@ -180,24 +184,24 @@ def update(
 
 
 def _logits(model: PreTrainedModel, tokens: Tensor, seen: Tensor, length: int, temperature: float) -> Tensor:
-    """[N, G, V] of the response, out of [N, W + G, V]."""
+    """Computes all logits [N, W + G, V] and returns those that predict the response, [N, G, V]."""
     output = model(input_ids=tokens, attention_mask=seen, output_hidden_states=True, use_cache=False)
     return output.logits[:, -length - 1 : -1] / temperature
 
 
 def _logprobs(logits: Tensor, response: Tensor) -> Tensor:
-    """[N, G] float32"""
+    """Log-probs of the response tokens, [N, G] float32."""
     return logits.log_softmax(-1, dtype=torch.float32).gather(2, response[..., None])[..., 0]
 
 
 def _all_values(model: PreTrainedModel, tokens: Tensor, seen: Tensor) -> Tensor:
-    """[N, W + G] float32: the output of a scalar head at every position."""
+    """Outputs of a model with a scalar head at every position, [N, W + G] float32."""
     output = model.base_model(input_ids=tokens, attention_mask=seen, output_hidden_states=True, use_cache=False)
     return model.score(output.hidden_states[-1])[..., 0].float()  # pyright: ignore[reportCallIssue]
 
 
 def _gae(reward: Tensor, value: Tensor, gamma: float, lam: float) -> Tensor:
-    """[N, G], over all G tokens, regardless of the EOS."""
+    """GAE advantages [N, G] over all G tokens; an EOS does not end the episode."""
     advantages, later = [], torch.zeros_like(value[:, 0])
     following = torch.zeros_like(later)
     for t in reversed(range(value.shape[1])):

@@ -1,8 +1,8 @@
-"""The update that is measured: models of a given shape with random weights, and episodes as long as those of TL;DR.
+"""The update that `bench train drpo` measures: random models of a given size, and episodes with TL;DR lengths.
 
-Speed and memory do not depend on the weights, but they depend on when a response ends. So one unit of the policy is
-constant and only the EOS reads it: the EOS has the same probability at every token, and every side samples from the
-same distribution of lengths.
+Speed and memory depend on the weights only through the lengths of responses. To fix the distribution of lengths, one
+hidden unit of the policy is set to a constant, and only the logit of the EOS reads it. The EOS then has the same
+probability at every token, in every implementation.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from fastrlhf.types import Prefix, TokenizedExample
 EOS = 0
 PROMPT_LENGTH, RESPONSE_LENGTH = 512, 53  # maximum number of tokens, from the released code
 PROMPT_QUANTILES = {0.0: 130, 0.1: 216, 0.5: 350, 0.9: 475, 0.99: 510, 1.0: PROMPT_LENGTH}
-"""Tokens of a TL;DR prompt, measured on 1,945 posts of the validation split; the shortest one is a guess."""
+"""Quantile -> tokens of a TL;DR prompt, measured on 1,945 validation posts; the length of the shortest is a guess."""
 REFERENCE_LENGTH = NormalDist(33.9, 6.5)
-"""Tokens of a human summary and its EOS, on the same posts, where they lie in 16..50."""
+"""Distribution of the tokens of a human summary with its EOS on these posts; measured lengths lie in 16..50."""
 
 _COMMON = {"model_type": "gpt_neox", "rotary_pct": 0.25, "max_position_embeddings": 2048, "classifier_dropout": 0.0}
 SHAPES: dict[str, dict[str, Any]] = {
@@ -53,26 +53,29 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """The input of every side. Fields are JSON values, because a problem is sent to a separate process."""
+    """The settings of the measured update. Fields are JSON values, because they are sent to a separate process."""
 
     shape: str
     episodes: int
     device: str
     micro_batch: int
-    """Episodes of a micro-batch of the padded sides."""
+    """Episodes per micro-batch of the padded implementations."""
     micro_batch_tokens: int
-    """Tokens of a micro-batch of ours."""
+    """Tokens per micro-batch of our implementation."""
     rollout_batch: int
-    """Number of episodes generated together, for every side."""
+    """Number of episodes generated together, in every implementation."""
     epochs: int = 4
     seed: int = 0
     optim: Any = "adamw_torch_fused"
     master_weights: Any = "float32"
-    """The keys `optim` and `master_weights` of ours and of the padded reference; TRL's AdamW works in the dtype of the
-    weights."""
+    """`optim` and `master_weights` apply to our implementation and the padded reference; TRL's AdamW works in the dtype
+    of the weights."""
 
     def config(self) -> DRPOConfig:
-        """The paper's settings; one schedule-free step of AdamW per epoch, without weight decay or clipping."""
+        """The trainer's configuration: the paper's settings, with one AdamW step per epoch.
+
+        The learning rate is constant; there is no weight decay and no gradient clipping.
+        """
         return DRPOConfig(
             per_device_train_batch_size=self.episodes,
             num_ppo_epochs=self.epochs,
@@ -91,12 +94,15 @@ class Problem:
 
 
 def make_examples(problem: Problem) -> list[TokenizedExample]:
-    """Random ids. Lengths stand at evenly spaced quantiles, shuffled, so that few episodes are as long as many."""
+    """Makes prompts and references of random ids.
+
+    Lengths are evenly spaced quantiles, shuffled, so that even a few episodes have the right mean length.
+    """
     draw = np.random.default_rng([problem.seed, 1])
     quantiles = (np.arange(problem.episodes) + 0.5) / problem.episodes
     prompts = np.interp(draw.permutation(quantiles), list(PROMPT_QUANTILES), list(PROMPT_QUANTILES.values()))
     references = [REFERENCE_LENGTH.inv_cdf(quantile) for quantile in draw.permutation(quantiles)]
-    last = SHAPES[problem.shape]["vocab_size"] - 1  # TRL's padding, which no text may hold
+    last = SHAPES[problem.shape]["vocab_size"] - 1  # the padding id of TRL, which must not occur in a text
 
     def ids(count: int) -> list[int]:
         return draw.integers(1, last, count).tolist()
@@ -110,8 +116,7 @@ def make_examples(problem: Problem) -> list[TokenizedExample]:
 
 
 def eos_probability(examples: Sequence[TokenizedExample], prefixes: Sequence[Prefix]) -> float:
-    """The probability that a token is the EOS, such that responses, resets included, have the same mean length as the
-    references.
+    """The probability of the EOS at which responses (resets included) have the mean length of the references.
 
     With probability p at every token, an episode with b tokens left samples (1 - (1 - p)^b) / p of them on average.
     """
@@ -128,7 +133,7 @@ def eos_probability(examples: Sequence[TokenizedExample], prefixes: Sequence[Pre
 class Models:
     policy: PreTrainedModel
     critic: PreTrainedModel
-    """A sequence classifier: the reward model, from which the critic starts too."""
+    """A sequence classifier; the critic starts from it."""
 
 
 def make_models(problem: Problem, examples: Sequence[TokenizedExample]) -> Models:
@@ -148,10 +153,11 @@ def make_models(problem: Problem, examples: Sequence[TokenizedExample]) -> Model
 
 @torch.no_grad()
 def _set_eos_probability(policy: PreTrainedModel, probability: float, temperature: float) -> None:
-    """Unit 0 of the last hidden state becomes 1, and only the logit of the EOS reads it.
+    """Changes the policy so that the EOS has the given probability at every token.
 
-    The other logits are normal with variance std^2 (D - 1), the norm of a normalised state: the log of the sum of their
-    exponentials is that of a log-normal, to 1e-2 at these sizes.
+    Unit 0 of the last hidden state becomes 1, and only the logit of the EOS reads it. The other logits are normal with
+    variance std^2 (D - 1), because the norm of the hidden state is fixed. The log of the sum of their exponentials
+    therefore follows from the mean of a log-normal distribution, to within 1e-2 at these sizes.
     """
     norm = cast(LayerNorm, policy.base_model.final_layer_norm)
     head = cast(Linear, policy.get_output_embeddings()).weight

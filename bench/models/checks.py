@@ -1,4 +1,4 @@
-"""The checks of a model family, on a tiny random model: our numbers against those of plain transformers."""
+"""Checks of a model family: compares our results on a tiny random model with those of plain transformers."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from fastrlhf.rollout.engine import TransformersEngine
 from fastrlhf.types import Prefix, Segment
 
 VALUES, GRADIENTS = 1e-5, 2e-5
-"""Tolerances: nats for log-probs; for gradients a share of the largest entry of each, or of a hundredth of the largest
-of all."""
+"""Tolerances: VALUES is absolute, in nats. GRADIENTS is relative to the largest entry of the same parameter's gradient,
+or to 1 % of the largest entry of all gradients if that is more."""
 SAMPLING = 1e-4
 LENGTHS = (7, 2, 19)
 MAX_LENGTH = 24
@@ -39,7 +39,7 @@ MAX_LENGTH = 24
 
 @dataclass
 class Family:
-    """A tiny model of one type, with weights large enough that log-probs of different tokens differ by nats."""
+    """A tiny model of one type. Its weights are large, so that log-probs of different tokens differ by nats."""
 
     model_type: str
     folder: Path
@@ -67,14 +67,14 @@ def write_model(model_type: str, folder: Path) -> None:
 
 
 def check_packed(family: Family) -> dict[str, float]:
-    """Log-probs and all gradients of a pack against the plain model, one sequence at a time."""
+    """Compares log-probs and all gradients of a pack with the plain model, which gets one sequence at a time."""
     sequences = [_ids(length, salt) for salt, length in enumerate(LENGTHS)]
     segments = [Segment(token_ids=ids, num_scored=len(ids) - 1) for ids in sequences]
     return _compare(family.policy, segments, [(ids, 1) for ids in sequences])
 
 
 def check_branched(family: Family) -> dict[str, float]:
-    """The same for responses that share a prompt."""
+    """Compares log-probs and all gradients of responses that share a prompt with the plain model."""
     prompt, one, two = _ids(9, 5), _ids(6, 6), _ids(3, 7)
     segments = [
         Segment(token_ids=prompt),
@@ -85,7 +85,7 @@ def check_branched(family: Family) -> dict[str, float]:
 
 
 def check_checkpointing(family: Family) -> dict[str, float]:
-    """Log-probs and gradients with activation checkpointing against those without."""
+    """Compares log-probs and gradients with and without activation checkpointing."""
     model = family.policy
     batch = pack([Segment(token_ids=_ids(n, s), num_scored=n - 1) for s, n in enumerate(LENGTHS)])
     plain = _gradients(model, lambda: token_logprobs(model, batch).logprob)
@@ -97,7 +97,7 @@ def check_checkpointing(family: Family) -> dict[str, float]:
 
 
 def check_sampling(family: Family) -> dict[str, float]:
-    """Log-probs that sampling records against those of the plain model."""
+    """Compares the log-probs that sampling records with those of the plain model."""
     model = family.policy
     engine = TransformersEngine(model=model, eos_token_id=EOS, response_length=9, temperature=1.0, seed=0, batch_size=2)
     starts = [_ids(n, 11 + n) for n in (3, 6, 3)]
@@ -112,7 +112,7 @@ def check_sampling(family: Family) -> dict[str, float]:
 
 
 def check_reward(family: Family) -> dict[str, float]:
-    """Scores of a saved reward model against plain transformers reading the same folder, and ours reading it again."""
+    """Saves a reward model and compares its scores with those of plain transformers, and with ours after a reload."""
     family.policy  # noqa: B018 (saves it)
     model = load_reward_model(str(family.folder / "policy"), pad_token_id=0)
     model.save_pretrained(family.folder / "reward")
@@ -129,7 +129,7 @@ def check_reward(family: Family) -> dict[str, float]:
 
 
 def check_lora(family: Family) -> dict[str, float]:
-    """An adapter with the default targets after a step, merged, saved and read by plain transformers."""
+    """Compares a model with a random LoRA adapter with its merged and saved copy, loaded by plain transformers."""
     family.policy  # noqa: B018 (saves it)
     source = str(family.folder / "policy")
     model = load_policy(source)
@@ -147,7 +147,7 @@ def check_lora(family: Family) -> dict[str, float]:
         plain = AutoModelForCausalLM.from_pretrained(family.folder / "merged").eval()
         merged = _own_logprobs(plain, ids)
     if torch.equal(ours, before):
-        raise AssertionError("the adapter changes nothing")
+        raise AssertionError("the adapter does not change the log-probs")
     return _within(lora=((ours - merged).abs().max().item(), 5 * VALUES))
 
 
@@ -162,8 +162,12 @@ CHECKS: dict[str, Callable[[Family], dict[str, float]]] = {
 
 
 def run_checks(model_type: str, names: list[str]) -> Iterator[tuple[str, Any]]:
-    """Yields ("alone", why) first, then for each check (name, differences), (name, exception) or ("refused",
-    message)."""
+    """Runs the checks and yields a result for each.
+
+    The first result is ("alone", why sequences cannot share a pack, or ""). Then follows for each check
+    (name, differences) or (name, exception). If the model cannot be loaded, the only result is ("refused", error), with
+    the one-line error of this project, or ("crashed", exception).
+    """
     with tempfile.TemporaryDirectory() as folder:
         family = Family(model_type, Path(folder))
         try:
@@ -192,7 +196,7 @@ def _own_logprobs(model: PreTrainedModel, ids: list[int]) -> Tensor:
 
 
 def _compare(model: PreTrainedModel, segments: list[Segment], alone: list[tuple[list[int], int]]) -> dict[str, float]:
-    """`alone`: (ids, index of the first scored one)."""
+    """Compares packed `segments` with the plain model on `alone`: sequences (ids, index of the first scored id)."""
     ours = _gradients(model, lambda: token_logprobs(model, pack(segments)).logprob)
     plain = _gradients(model, lambda: torch.cat([_own_logprobs(model, ids)[first - 1 :] for ids, first in alone]))
     return _differences(ours, plain)
@@ -202,7 +206,7 @@ Numbers = tuple[Tensor, dict[str, Tensor]]
 
 
 def _gradients(model: PreTrainedModel, forward: Callable[[], Tensor]) -> Numbers:
-    """(log-probs, gradients by name) of a sum of log-probs with different weights."""
+    """Runs forward and backward of a weighted sum of log-probs; returns (log-probs, gradients by parameter name)."""
     model.zero_grad()
     values = forward()
     (values * torch.linspace(-1, 1, len(values)).cos()).sum().backward()
@@ -211,7 +215,7 @@ def _gradients(model: PreTrainedModel, forward: Callable[[], Tensor]) -> Numbers
 
 def _differences(ours: Numbers, plain: Numbers) -> dict[str, float]:
     if {n for n, g in ours[1].items() if g.any()} != {n for n, g in plain[1].items() if g.any()}:
-        raise AssertionError("other parameters have gradients")
+        raise AssertionError("packed and plain model have gradients for different parameters")
     largest = max(g.abs().max().item() for g in plain[1].values())
     worst = max(
         (ours[1][n] - g).abs().max().item() / max(g.abs().max().item(), 1e-2 * largest)
@@ -230,7 +234,7 @@ def _within(**found: tuple[float, float]) -> dict[str, float]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Context without log output of transformers and of this project."""
+    """A context manager that silences the logs of transformers and of this project."""
     import logging
 
     import transformers

@@ -1,7 +1,7 @@
-"""A tiny random configuration of every causal language model that the installed transformers knows.
+"""Makes a tiny configuration for every causal language model of the installed transformers.
 
-A configuration is the default one of its class with every size made small by its name. Windows, chunks and the top-k of
-sparse indexers are made shorter than the test sequences, so that they take effect.
+It starts from the default configuration of the class and reduces every size, which is recognised by its field name.
+Windows, chunks and the top-k of sparse indexers are made shorter than the test sequences, so that they take effect.
 """
 
 from __future__ import annotations
@@ -96,16 +96,16 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "gemma4_assistant": {"hidden_size_per_layer_input": 0},
 }
-"""Per model type, the fields (also of the text configuration) whose small value does not follow from their names."""
+"""Model type -> values of fields that the rules by field name would set wrongly (also in the text configuration)."""
 
 
 def causal_types() -> list[str]:
-    """The model types of transformers' causal language models, in its order."""
+    """The model types of all causal language models, in the order of transformers."""
     return list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
 def tiny_config(model_type: str) -> PretrainedConfig:
-    """A configuration with a few thousand parameters and every kind of layer of the family."""
+    """A configuration for a model with a few thousand parameters that has every kind of layer of its family."""
     default = AutoConfig.for_model(model_type)
     fields = _small(default, OVERRIDES.get(model_type, {}))
     return type(default)(**fields)
@@ -143,7 +143,7 @@ def _small(config: PretrainedConfig, overrides: Mapping[str, Any]) -> dict[str, 
         for name, value in fields.items():
             if isinstance(value, list) and name != "layer_types" and len(value) == len(kinds):
                 fields[name] = _each_kind(value)[: len(fields["layer_types"])]
-    if fields.get("kv_lora_rank"):  # latent attention has no groups
+    if fields.get("kv_lora_rank"):  # multi-head latent attention has no grouped keys and values
         fields["num_key_value_heads"] = fields["num_attention_heads"]
     if "is_decoder" in fields:
         fields["is_decoder"] = True
@@ -156,6 +156,6 @@ def _small(config: PretrainedConfig, overrides: Mapping[str, Any]) -> dict[str, 
 
 
 def _each_kind(kinds: list[Any]) -> list[Any]:
-    """Layer types: every kind once, in order; a single kind twice."""
+    """Shortens a list of layer types: every kind once, in order; if there is only one kind, two layers of it."""
     found = [kind for i, kind in enumerate(kinds) if kind not in kinds[:i]]
     return found if len(found) > 1 else found * 2

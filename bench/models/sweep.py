@@ -1,8 +1,8 @@
-"""Every causal language model of the installed transformers, one process each: which are right, which run slower, and
-which are refused with which message.
+"""Checks every causal language model type of the installed transformers, each in its own process.
 
-A row per type goes to bench/results/models.jsonl. A type whose row has all checks with this version of transformers
-is not run again.
+The result says whether its numbers are right, whether its sequences must run one at a time, or with which message it is
+refused. Each type has a row in bench/results/models.jsonl. A type is skipped if its row has all checks with the
+installed version of transformers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from bench.results import RESULTS
 
 ROWS = RESULTS / "models.jsonl"
 SECONDS = 180
-"""CPU seconds for one type."""
+"""Limit of the CPU seconds for one model type."""
 
 CELLS = {"right": "yes", "": "not run", "wrong": "no", "crashed": "no", "refused": "no"}
 """Verdict of a check -> cell of the table."""
@@ -36,7 +36,7 @@ Row = dict[str, Any]
 
 
 def run_models(types: Sequence[str], checks: Sequence[str], path: Path = ROWS, *, again: bool = False) -> str:
-    """Runs the checks of the types that have no row yet, writes the rows, and returns a table of all."""
+    """Runs the checks of the types that have no current row, writes the rows, and returns a summary of all rows."""
     rows = read_rows(path)
     names = list(checks) or list(CHECKS)
     with quiet():
@@ -53,7 +53,7 @@ def run_models(types: Sequence[str], checks: Sequence[str], path: Path = ROWS, *
 
 
 def read_rows(path: Path = ROWS) -> dict[str, Row]:
-    """By type."""
+    """Reads the rows of a file as a dict by model type."""
     if not path.exists():
         return {}
     rows = [json.loads(each) for each in path.read_text(encoding="utf-8").splitlines()]
@@ -68,8 +68,11 @@ def write_rows(rows: dict[str, Row], path: Path) -> None:
 
 
 def verdict(row: Row) -> str:
-    """right: every check passed; refused: a one-line error of this project; crashed: another exception; wrong: a number
-    differs."""
+    """The verdict on a model type: "right", "refused", "crashed" or "wrong".
+
+    right: every check passed; refused: this project raised its one-line error; crashed: another exception was raised;
+    wrong: a number differs.
+    """
     if "refused" in row:
         return "refused"
     if "crashed" in row:
@@ -96,7 +99,7 @@ def summary(rows: Iterable[Row]) -> str:
 
 
 def page(rows: Iterable[Row]) -> str:
-    """The table of supported models in Markdown: type, how its packs run, what works."""
+    """Formats the table of supported models in Markdown: type, how its packs run, which checks passed."""
     rows = sorted(rows, key=lambda row: row["model_type"])
     first = rows[0] if rows else {"torch": "", "transformers": ""}
     head = (
@@ -144,7 +147,7 @@ def _in_process(model_type: str, names: list[str]) -> Row:
 
 
 def _child(model_type: str, names: list[str], sender: Any) -> None:
-    signal.setitimer(signal.ITIMER_PROF, SECONDS)  # the signal ends the process
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)  # its signal ends the process after SECONDS of CPU time
     torch.set_num_threads(1)
     for name, value in run_checks(model_type, names):
         if name in CHECKS:

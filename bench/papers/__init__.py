@@ -1,1 +1,1 @@
-"""The experiments of the papers, run through the code of this project."""
+"""Experiments of the papers behind IPO, RTO, DR-PO and RLP, repeated with the code of this project."""

@@ -1,14 +1,15 @@
-"""The theory of DR-PO (Chang et al. 2024, arXiv 2404.08495, section 4 and Algorithm 3) on tables, in float64.
+"""Tests the theory of DR-PO (Chang et al. 2024, arXiv 2404.08495, section 4, Algorithm 3) on tabular policies, float64.
 
-First, mirror descent with the natural policy gradient as its update, in closed form,
+The first experiment (`run_npg`) checks the natural policy gradient step of mirror descent, which has a closed form,
 
     pi'(a|s) = argmax <pi, Q> - lam KL(pi || pi_SFT) - KL(pi || pi_t) / eta
              ~ pi_SFT^(eta lam / (eta lam + 1))  pi_t^(1 / (eta lam + 1))  exp(eta Q / (eta lam + 1))
 
-is compared with a numerical optimiser of the same objective, on a random deterministic MDP. Second, the value of resets
-on a combination lock: one of two tokens is right at each of H steps, a wrong one ends the episode, all right ones earn
-1. pi_SFT is uniform. A batch of episodes starts at the first step, or at a uniform step of a given response; Q is the
-mean return of each state and token, and the update is the same closed form. Only the starts of episodes differ.
+against a numerical optimiser of the objective, on random deterministic MDPs. The second (`run_lock`) measures the value
+of resets on a combination lock: at each of H steps one of two tokens is right, a wrong token ends the episode, and a
+response of H right tokens earns 1. pi_SFT is uniform. Episodes start either at the first step or at a uniformly drawn
+step of a given response. Q is the mean return of each state and token, and the update is the closed form above. The
+compared methods differ only in the starts of their episodes.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ MDPS, FAST_MDPS = 50, 5
 
 LOCK_LAM, LOCK_ETA = 0.01, 4.0
 BATCH = 32
-"""Episodes of an update"""
+"""Episodes per update of the lock experiment."""
 MAX_EPISODES = 2**18
 SEEDS, FAST_SEEDS = 10, 3
 HORIZONS, FAST_HORIZONS = (2, 4, 6, 8, 10, 12, 14, 16, 24, 32, 48, 64), (2, 4, 6, 8, 10)
 GIVEN = {"no resets": None, "right in 100 %": 1.0, "right in 90 %": 0.9, "from pi_SFT": 0.5}
-"""Probability that each token of a reset response is right; pi_SFT has 0.5."""
+"""Name -> probability that a token of the response to which episodes are reset is right (pi_SFT: 0.5)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +44,11 @@ class Mdp:
 
     horizon: int
     following: Tensor
-    """[states, actions] int64"""
+    """The next state, [states, actions] int64."""
     reward: Tensor
     """[states, actions] float64"""
     log_sft: Tensor
-    """[states, actions] float64"""
+    """Log-probs of pi_SFT, [states, actions] float64."""
 
 
 def random_mdp(seed: int, states: int = 6, actions: int = 3, horizon: int = 5) -> Mdp:
@@ -62,9 +63,10 @@ def random_mdp(seed: int, states: int = 6, actions: int = 3, horizon: int = 5) -
 
 
 def action_values(mdp: Mdp, policy: Tensor, lam: float) -> Tensor:
-    """Q [horizon, states, actions] of log-probs of that shape: rewards, minus lam KL to pi_SFT at all *later* steps.
+    """Q values [horizon, states, actions]: the sum of rewards minus lam KL to pi_SFT at all *later* steps.
 
-    Algorithm 3 sums rewards alone, lam 0; the trainer charges the KL as a reward, and so does PPO for language models.
+    `policy` holds log-probs [horizon, states, actions]. Algorithm 3 of the paper sums only rewards (lam 0). This
+    project's trainer subtracts the KL from the rewards, as PPO for language models does.
     """
     value, q = torch.zeros_like(mdp.reward[:, 0]), torch.empty_like(policy)
     for h in reversed(range(mdp.horizon)):
@@ -74,13 +76,13 @@ def action_values(mdp: Mdp, policy: Tensor, lam: float) -> Tensor:
 
 
 def objective(mdp: Mdp, policy: Tensor, lam: float) -> float:
-    """Mean over first states of E[sum of rewards] - lam KL(policy || pi_SFT)."""
+    """The value of the policy: E[sum of rewards] - lam KL(policy || pi_SFT), averaged over all first states."""
     first = action_values(mdp, policy, lam)[0] - lam * (policy[0] - mdp.log_sft)
     return float((policy[0].exp() * first).sum(-1).mean())
 
 
 def optimum(mdp: Mdp, lam: float) -> Tensor:
-    """[horizon, states, actions] log-probs of the best policy under `objective`, by soft value iteration."""
+    """Log-probs [horizon, states, actions] of the policy that maximises `objective`, by soft value iteration."""
     value, policy = torch.zeros_like(mdp.reward[:, 0]), mdp.log_sft.repeat(mdp.horizon, 1, 1)
     for h in reversed(range(mdp.horizon)):
         scores = mdp.log_sft + (mdp.reward + value[mdp.following]) / lam
@@ -89,12 +91,12 @@ def optimum(mdp: Mdp, lam: float) -> Tensor:
 
 
 def npg_step(q: Tensor, log_sft: Tensor, log_old: Tensor, *, lam: float, eta: float) -> Tensor:
-    """The closed form: log-probs [..., actions]."""
+    """One update by the closed form in the module docstring; returns log-probs [..., actions]."""
     return ((eta * lam * log_sft + log_old + eta * q) / (eta * lam + 1)).log_softmax(-1)
 
 
 def direct_step(q: Tensor, log_sft: Tensor, log_old: Tensor, *, lam: float, eta: float) -> Tensor:
-    """The same optimum, found by L-BFGS on the logits of all states at once."""
+    """The update of `npg_step`, found numerically by L-BFGS on the logits of all states at once."""
     logits = torch.zeros_like(q, requires_grad=True)
     optimizer = torch.optim.LBFGS(
         [logits],
@@ -118,7 +120,10 @@ def direct_step(q: Tensor, log_sft: Tensor, log_old: Tensor, *, lam: float, eta:
 
 
 def mirror_descent(mdp: Mdp, *, lam: float, eta: float, steps: int, kl_in_q: bool) -> Tensor:
-    """[horizon, states, actions]: the last policy, from pi_SFT on, with exact Q."""
+    """Runs `steps` updates from pi_SFT with exact Q; returns the log-probs of the last policy.
+
+    The result is [horizon, states, actions]. With `kl_in_q`, Q includes the KL at later steps.
+    """
     sft = mdp.log_sft.repeat(mdp.horizon, 1, 1)
     policy = sft
     for _ in range(steps):
@@ -127,7 +132,7 @@ def mirror_descent(mdp: Mdp, *, lam: float, eta: float, steps: int, kl_in_q: boo
 
 
 def run_npg(seeds: int) -> str:
-    """Markdown: means over random MDPs."""
+    """Compares closed form and optimiser on random MDPs; returns a table of means in Markdown."""
     rows = []
     for seed in range(seeds):
         mdp = random_mdp(seed)
@@ -155,9 +160,11 @@ def run_npg(seeds: int) -> str:
 
 
 def episodes_to_solve(horizon: int, right: float | None, seeds: int, max_episodes: int = MAX_EPISODES) -> Tensor:
-    """[seeds] float64: episodes after which the policy opens the lock from the start in more than half of all tries;
-    inf where `max_episodes` are too few. `right` None: no resets. Without loss of generality, the first token is the
-    right one."""
+    """Number of episodes until the policy opens the lock from the first step with a probability above 1/2.
+
+    Returns [seeds] float64, inf for seeds that need more than `max_episodes`. `right` is the probability that a token
+    of the response for resets is right; None means no resets. The right token has index 0.
+    """
     generator = torch.Generator().manual_seed(horizon)
     uniform = torch.full((seeds, horizon, 2), math.log(0.5), dtype=torch.float64)
     policy, steps = uniform, torch.arange(horizon)
@@ -184,13 +191,19 @@ def episodes_to_solve(horizon: int, right: float | None, seeds: int, max_episode
 
 
 def _mean_return(visits: Tensor, opened: Tensor) -> Tensor:
-    """[seeds, horizon] mean over the visits [seeds, episodes, horizon]; 0 where there is none."""
+    """Fraction of the visits to each step that end with an open lock, [seeds, horizon]; 0 for a step without visits.
+
+    `visits` is [seeds, episodes, horizon].
+    """
     return (visits & opened).sum(1).double() / visits.sum(1).clamp(min=1)
 
 
 def run_lock(out: Path, *, fast: bool) -> str:
-    """Returns the table in Markdown: median episodes to solve by horizon, the fastest and the slowest seed. The full
-    run appends a row per line to `out/results` and draws `out/figures/drpo_lock.png`."""
+    """Runs the lock experiment and returns its table in Markdown.
+
+    The table holds, per horizon, the episodes to solve: median over seeds, fastest and slowest seed. A full run (not
+    `fast`) also appends a row per kind of resets to `out/results` and draws `out/figures/drpo_lock.png`.
+    """
     horizons, seeds, limit = (FAST_HORIZONS, FAST_SEEDS, 2**13) if fast else (HORIZONS, SEEDS, MAX_EPISODES)
     found: dict[str, dict[int, Tensor]] = {}
     for name, right in GIVEN.items():
@@ -198,7 +211,7 @@ def run_lock(out: Path, *, fast: bool) -> str:
         for horizon in horizons:
             found[name][horizon] = episodes_to_solve(horizon, right, seeds, limit)
             if found[name][horizon].isinf().all():
-                break  # longer ones are harder
+                break  # longer locks are harder
     if not fast:
         for name, by_horizon in found.items():
             row = {"bench": "papers", "paper": "drpo", "experiment": "lock", "resets": name, "batch": BATCH}
@@ -211,7 +224,7 @@ def run_lock(out: Path, *, fast: bool) -> str:
 
 
 def _or_none(number: float) -> float | None:
-    """JSON has no inf."""
+    """Replaces inf, which JSON does not have, by None."""
     return number if number < math.inf else None
 
 
@@ -230,7 +243,10 @@ def _cell(episodes: Tensor) -> str:
 
 
 def draw(found: Mapping[str, Mapping[int, Tensor]], path: Path) -> None:
-    """Median episodes to solve by horizon, both logarithmic; bars from the fastest to the slowest seed."""
+    """Draws the median number of episodes to solve against the horizon, on logarithmic axes.
+
+    Error bars reach from the fastest to the slowest seed.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5, 3.6), layout="constrained")

@@ -1,15 +1,16 @@
-"""RTO and DR-PO on the embedded task, smaller than the demo: comparison of rewards, starts and numbers of prompts.
+"""Experiments with RTO and DR-PO on the embedded task; smaller than the demo.
 
     granularity  RTO with its token rewards paid at every token, at the end of every fact, at the end of the response,
-                 at every token and taken back at the end, or nowhere (arXiv 2404.18922, section 5.2 and figure 4)
-    prompts      RTO and PPO, one pass over few or many prompts (figure 4c there)
-    resets       DR-PO by the share of episodes that are reset (arXiv 2404.08495, table 2), on the task of
-                 `bench.resets` with the gold judge as reward, at about the same number of sampled tokens
-    lengths      DR-PO with every episode reset, and PPO, on posts of which 3, 5 or 7 facts matter (section 5 there:
-                 without resets the price of exploration grows with the horizon); models of posts of 3 to 7 facts
+                 at every token but subtracted again at the end, or not at all (arXiv 2404.18922, section 5.2, figure 4)
+    prompts      RTO and PPO with one pass over few or many prompts (arXiv 2404.18922, figure 4c)
+    resets       DR-PO with different reset probabilities (arXiv 2404.08495, table 2), on the task of `bench.resets`,
+                 with the gold judge as reward and about equally many sampled tokens
+    lengths      PPO, and DR-PO with every episode reset, on posts in which 3, 5 or 7 facts matter. Section 5 of arXiv
+                 2404.08495 says that without resets the cost of exploration grows with the horizon. The starting models
+                 are trained on posts with 3 to 7 facts.
 
-The SFT, reward and DPO models of a seed and task are trained once, with the demo's settings, and shared by all arms.
-The runs have the demo's settings too, except for half its episodes per update.
+An arm is one method with its settings. The SFT, reward and DPO models of a seed and task are trained once, with the
+demo's settings, and shared by all arms. The arms use the demo's settings too, but half its episodes per update.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 EPISODES = 64
-"""Episodes of an update."""
+"""Episodes per update."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,15 +55,15 @@ class Arm:
     experiment: str
     name: str
     method: str
-    """Name of a stage of the demo"""
+    """Name of the demo stage that trains this arm: "ppo", "drpo" or "rto"."""
     num_prompts: int = NUM_PROMPTS
     settings: Mapping[str, Any] = field(default_factory=dict)
     facts: int = 0
-    """Number of facts that matter in every post; 0: as in the task of the paper"""
+    """Number of facts that matter in every post; 0 keeps the default of the experiment's task."""
 
     @property
     def models(self) -> str:
-        """The arms of a seed that start from the same models."""
+        """Name of the set of starting models; arms of one seed with equal names share them."""
         return "lengths" if self.facts else self.paper
 
     @property
@@ -90,10 +91,12 @@ def _settings(reset_prob: float) -> dict[str, Any]:
 
 
 UPDATES = {0.0: 40, 0.25: 44, 0.5: 48, 0.75: 54, 1.0: 60}
-"""By reset probability: an episode from inside a response samples fewer tokens."""
+"""Reset probability -> number of updates. Episodes that start inside a response sample fewer tokens, so more updates
+are needed for equally many sampled tokens."""
 SHAPINGS = ("token", "sentence", "eos", "rs")
 PROMPTS = (320, 640, 1280, 2560)
-"""2560 is the whole run of 40 updates: the arms token and none of the granularity"""
+"""Numbers of prompts. 2560 prompts are the full 40 updates; their results are those of the granularity arms "token"
+(RTO) and "none" (PPO)."""
 GRANULARITY = [
     *(
         Arm(paper="rto", experiment="granularity", name=name, method="rto", settings={"reward_shaping": name})
@@ -119,14 +122,17 @@ BY_LENGTH = [
 ]
 FEWER_PROMPTS = [_pass_over(method, num) for method, num in product(("rto", "ppo"), PROMPTS[:-1])]
 ARMS = {"rto": [*GRANULARITY, *FEWER_PROMPTS], "drpo": [*RESETS, *BY_LENGTH]}
-"""By paper."""
+"""Paper -> arms."""
 
 Row = dict[str, Any]
 
 
 def run_embedded(paper: str, seeds: int, jobs: int, runs: Path, out: Path) -> str:
-    """Trains what does not exist yet under `runs`, appends a row per new run to `out/results`, draws into
-    `out/figures`, and returns the tables in Markdown."""
+    """Runs the experiments of a paper and returns the tables in Markdown.
+
+    Models that exist under `runs` are not trained again. A row per new run is appended to `out/results`; the figures
+    are drawn into `out/figures`.
+    """
     found = run_arms(paper, seeds, jobs, runs, out / "results")
     figures = out / "figures"
     if paper == "drpo":
@@ -139,7 +145,7 @@ def run_embedded(paper: str, seeds: int, jobs: int, runs: Path, out: Path) -> st
 
 
 def run_arms(paper: str, seeds: int, jobs: int, runs: Path, results: Path) -> dict[str, list[Row]]:
-    """The rows of each arm, by its folder's name, in the order of the seeds."""
+    """Trains the arms of a paper for all seeds; returns folder name -> rows in the order of the seeds."""
     with ProcessPoolExecutor(jobs) as pool:
         models = dict.fromkeys(arm.models for arm in ARMS[paper])
         list(pool.map(partial(_make_models, runs), *zip(*product(models, range(seeds)), strict=True)))
@@ -170,8 +176,10 @@ def _make_models(runs: Path, models: str, seed: int) -> None:
 
 
 def _sentence_tokenizer() -> PreTrainedTokenizerFast:
-    """The tokenizer of the embedded task, except that it decodes a value with a full stop, so that a fact is a
-    sentence."""
+    """The tokenizer of the embedded task, changed so that it decodes a full stop after each value.
+
+    A fact is then a sentence, which the reward shaping "sentence" needs.
+    """
     tokenizer = toy_tokenizer()
     values = "|".join(sorted(value for values in FACTS.values() for value in values))
     stop, space = decoders.Replace(Regex(rf"(?<=^(?:{values}))$"), "."), decoders.Replace(Regex("$"), " ")
@@ -196,8 +204,10 @@ def _run_arm(runs: Path, results: Path, arm: Arm, seed: int) -> Row:
 
 
 def _train(arm: Arm, config: DemoConfig, task: ToyTask, folder: Path) -> Row:
-    """The run's size and its curves: means over the sampled responses of each update, of the score in training and of
-    the gold reward in facts."""
+    """Trains the policy of an arm; returns the size of the run and its learning curves.
+
+    The curves are the mean training score and the mean gold reward (in facts) of the responses sampled in each update.
+    """
     settings = stage_config(arm.method, config, folder)
     assert isinstance(settings, PPOConfig)
     settings = replace(
@@ -225,7 +235,7 @@ def _learned_judge(folder: Path) -> Judge:
 
 
 def _recorded(judge: Judge, task: ToyTask, gold: list[float]) -> Judge:
-    """The same judge, which also records the mean gold reward (in facts) of the responses that it scores."""
+    """Wraps a judge so that it also appends the mean gold reward (in facts) of the scored responses to `gold`."""
 
     def judged(rollouts: Sequence[Rollout]) -> torch.Tensor:
         gold.append(SCALE * float(gold_judge(task, rollouts).mean()))
@@ -235,8 +245,11 @@ def _recorded(judge: Judge, task: ToyTask, gold: list[float]) -> Judge:
 
 
 def granularity_table(found: Mapping[str, Sequence[Row]]) -> str:
-    """Means over seeds with 95 % intervals, differences paired: over all updates, of the sampled responses; at the end,
-    of the held-out posts. Every seed has its own reward model, so only differences of RM scores are comparable."""
+    """Formats the granularity results in Markdown: means over seeds with 95 % intervals, differences paired by seed.
+
+    Values "over the run" are means over all updates of the sampled responses; values "at the end" are measured on
+    held-out posts. Every seed has its own reward model, so only differences of RM scores are comparable.
+    """
     none = found["granularity_none"]
     unpaid = [fmean(row["score_curve"]) for row in none]
     lines = [
@@ -256,6 +269,7 @@ def granularity_table(found: Mapping[str, Sequence[Row]]) -> str:
 
 
 def prompts_table(found: Mapping[str, Sequence[Row]]) -> str:
+    """Formats the gold rewards of PPO and RTO by number of prompts in Markdown: means with 95 % intervals."""
     lines = ["| prompts | PPO | RTO | RTO minus PPO | RTO minus PPO on all prompts |", "|---|---|---|---|---|"]
     full = _on_prompts(found, "ppo", PROMPTS[-1])
     for num in PROMPTS:
@@ -266,6 +280,7 @@ def prompts_table(found: Mapping[str, Sequence[Row]]) -> str:
 
 
 def resets_table(found: Mapping[str, Sequence[Row]]) -> str:
+    """Formats gold reward, KL and sampled tokens by reset probability in Markdown."""
     lines = ["| reset probability | gold reward | minus 0 | KL | sampled tokens |", "|---|---|---|---|---|"]
     for arm in RESETS:
         rows = found[arm.folder]
@@ -276,6 +291,7 @@ def resets_table(found: Mapping[str, Sequence[Row]]) -> str:
 
 
 def lengths_table(found: Mapping[str, Sequence[Row]]) -> str:
+    """Formats the gold rewards of PPO and DR-PO by the number of facts that matter in Markdown."""
     lines = ["| facts that matter | PPO | DR-PO | DR-PO minus PPO | sampled tokens |", "|---|---|---|---|---|"]
     for facts in LENGTHS:
         ppo, drpo = (found[f"lengths_{name}_{facts}"] for name in ("ppo", "drpo"))
@@ -304,8 +320,10 @@ def _unless(same: bool, values: Sequence[float]) -> str:
 
 
 def draw_granularity(found: Mapping[str, Sequence[Row]], path: Path) -> None:
-    """RM score, less PPO's for the same seed and prompts, and gold reward of the sampled responses by update: mean over
-    seeds, a band over the seeds' range."""
+    """Draws two learning curves per arm: RM score minus PPO's RM score of the same seed, and gold reward.
+
+    Lines are means over seeds, bands reach from the lowest to the highest seed.
+    """
     figure, panels = _figure(2)
     names = {"score_curve": "RM score minus PPO's", "gold_curve": "gold reward, facts"}
     for panel, (curve, label) in zip(panels, names.items(), strict=True):
@@ -323,7 +341,7 @@ def draw_granularity(found: Mapping[str, Sequence[Row]], path: Path) -> None:
 
 
 def draw_prompts(found: Mapping[str, Sequence[Row]], path: Path) -> None:
-    """Gold reward by prompts: mean and every seed."""
+    """Draws the gold reward of RTO and PPO against the number of prompts: a line for the mean, a dot per seed."""
     figure, (panel,) = _figure(1)
     for method in ("rto", "ppo"):
         gold = torch.tensor([_gold(_on_prompts(found, method, num)) for num in PROMPTS])
@@ -338,7 +356,7 @@ def draw_prompts(found: Mapping[str, Sequence[Row]], path: Path) -> None:
 
 
 def draw_resets(found: Mapping[str, Sequence[Row]], path: Path) -> None:
-    """Gold reward by reset probability: mean, and a line per seed."""
+    """Draws the gold reward against the reset probability: a black line for the mean, a grey line per seed."""
     figure, (panel,) = _figure(1)
     gold = torch.tensor([_gold(found[arm.folder]) for arm in RESETS])
     panel.plot(list(UPDATES), gold, "o-", linewidth=0.6, markersize=3, alpha=0.5, color="gray")
@@ -349,7 +367,10 @@ def draw_resets(found: Mapping[str, Sequence[Row]], path: Path) -> None:
 
 
 def draw_lengths(found: Mapping[str, Sequence[Row]], path: Path) -> None:
-    """DR-PO's gold reward minus PPO's by the facts that matter: mean, and a line per seed."""
+    """Draws DR-PO's gold reward minus PPO's against the number of facts that matter.
+
+    The mean is a black line, each seed a grey one.
+    """
     figure, (panel,) = _figure(1)
     gain = torch.tensor([_minus(found[f"lengths_drpo_{num}"], found[f"lengths_ppo_{num}"]) for num in LENGTHS])
     panel.plot(LENGTHS, gain, "o-", linewidth=0.6, markersize=3, alpha=0.5, color="gray")

@@ -1,14 +1,17 @@
-"""The bandits of the IPO paper (Azar et al. 2023, arXiv 2310.12036 v2, sections 5.3 and 5.4), DPO beside IPO.
+"""Repeats the bandit experiments of the IPO paper (Azar et al. 2023, arXiv 2310.12036 v2, sections 5.3 and 5.4).
 
-    pi = softmax(theta), theta = 0 at first, the uniform reference; data: ordered pairs of actions, winner first
-    repeat: draw a mini-batch of pairs with replacement; Adam on `pair_loss`, an action being a response of one token
+    policy: pi = softmax(theta), starting at theta = 0, the uniform reference
+    data: ordered pairs of actions, winner first
+    training: mini-batches of pairs drawn with replacement; Adam on `pair_loss`; an action is a response of one token
 
 The paper does not print its values of tau. Its mini-batch is 9 (TRL's notes on the proceedings version say 90). Its
-last data set is printed as {(a, b), (b, a)}, "leaving (a, c) unobserved". On those pairs both losses are symmetric in
-a and b and do not see c, so nothing moves and the described figure cannot result. It is run as printed (D3 literal)
-and in two readings: (a, c) left out of D1 (D3b), and one pair added in which c loses (D3c).
+last data set is printed as {(a, b), (b, a)}, "leaving (a, c) unobserved". On these pairs both losses are symmetric in
+a and b and ignore c, so the policy stays uniform and cannot give the figure that the paper describes. The data set is
+run as printed (D3 literal) and in two other readings: D1 without (a, c) (D3b), and with one more pair, in which c loses
+(D3c).
 
-    IPO: theta_w - theta_l = 1 / (2 tau) on every pair, in least squares; DPO has a minimum only in D2 and D3 literal
+The minimum of IPO is the least-squares solution of theta_w - theta_l = 1 / (2 tau) over the pairs. DPO has a minimum
+only in D2 and D3 literal.
 """
 
 from __future__ import annotations
@@ -40,9 +43,9 @@ class Bandit:
     name: str
     num_actions: int
     pairs: Sequence[tuple[int, int]]
-    """Winner and loser of each observation."""
+    """(winner, loser) of each observation."""
     dpo_limit: Sequence[float]
-    """Limit of the probabilities under DPO, for any beta: the gradient flow from the uniform policy."""
+    """Probabilities to which DPO converges from the uniform policy, for any beta."""
 
 
 THIRD = (1 / 3, 1 / 3, 1 / 3)
@@ -58,7 +61,7 @@ FIGURES = {"ipo_fig1.png": ("D1",), "ipo_fig2.png": ("D3 literal", "D3b", "D3c")
 
 
 def tournament(num_actions: int) -> Bandit:
-    """Every pair once; the smaller index wins."""
+    """A bandit in which every pair of actions is observed once and the smaller index wins."""
     pairs = list(combinations(range(num_actions), 2))
     limit = [1.0] + [0.0] * (num_actions - 1)
     return Bandit(name=f"tournament of {num_actions}", num_actions=num_actions, pairs=pairs, dpo_limit=limit)
@@ -66,18 +69,23 @@ def tournament(num_actions: int) -> Bandit:
 
 @dataclass(frozen=True, kw_only=True)
 class Curves:
+    """Action probabilities during training, recorded at P points."""
+
     steps: Tensor
-    """[P] int64: optimiser steps done at each point, 0 first."""
+    """[P] int64: number of optimiser steps before each point; the first is 0."""
     probs: Tensor
     """[P, seeds, taus, actions] float32"""
 
     def tail(self) -> Tensor:
-        """The points of the last sixth of the run: 3,000 of 18,000 steps."""
+        """The probabilities in the last sixth of the run (3,000 of 18,000 steps)."""
         return self.probs[self.steps > self.steps[-1] * 5 // 6]
 
 
 def ipo_minimiser(bandit: Bandit, tau: float) -> Tensor:
-    """[actions] float64: minimises the mean of eq. 17 over pairs; where pairs leave it open, nearest to uniform."""
+    """Action probabilities [actions] float64 that minimise eq. 17 of the paper, averaged over the pairs.
+
+    If there are several minimisers, returns the one with the smallest logits.
+    """
     rows = torch.zeros(len(bandit.pairs), bandit.num_actions, dtype=torch.float64)
     for row, (winner, loser) in zip(rows, bandit.pairs, strict=True):
         row[winner], row[loser] = 1, -1
@@ -94,10 +102,11 @@ def train(
     seeds: int = 1,
     taus: Sequence[float] = TAUS,
 ) -> dict[str, Curves]:
-    """Curves by name: all bandits, seeds and taus in one batch, each with its own policy.
+    """Trains a policy for every bandit, seed and tau, all in one batch; returns the curves by bandit name.
 
-    `batch_size` None draws nothing: each step sees every pair of a bandit equally often. tau is the beta of DPO. There
-    beta D is linear in the log-probs, so beta may scale those instead and one call of `pair_loss` serves all.
+    With `batch_size` None nothing is drawn: each step uses every pair of a bandit equally often. For DPO, tau is beta.
+    DPO's loss depends on beta only through beta times the log-probs, so the log-probs are scaled by beta and a single
+    call of `pair_loss` serves all values.
     """
     tau = torch.tensor(taus)
     actions = torch.from_numpy(_draw_pairs(bandits, steps, batch_size, seeds))
@@ -116,7 +125,7 @@ def train(
     for step in range(steps):
         drawn = actions[step].long().unsqueeze(2).expand(*shape, -1)
         logprob = (scale * logits.log_softmax(-1)).gather(-1, drawn).flatten()
-        # A uniform reference is the same for both actions of a pair and leaves D alone.
+        # The uniform reference has equal log-probs for both actions of a pair and cancels in D.
         output = pair_loss(logprob, None, cu_seqlens, mask, num_pairs=size, kind=kind, beta=1.0, target=target)
         optimizer.zero_grad()
         output.loss.backward()
@@ -131,7 +140,10 @@ def train(
 
 
 def _draw_pairs(bandits: Sequence[Bandit], steps: int, batch_size: int | None, seeds: int) -> np.ndarray:
-    """[steps, bandits, seeds, 2 pairs] uint8 actions, winner and loser in turn; bandits of a seed share its draws."""
+    """Draws the pairs of all steps: uint8 actions [steps, bandits, seeds, 2 * pairs], winner and loser alternating.
+
+    Each bandit uses the random numbers of its seed anew.
+    """
     all_pairs = [np.array(bandit.pairs, dtype=np.uint8) for bandit in bandits]
     if batch_size is None:
         size = math.lcm(*map(len, all_pairs))
@@ -146,9 +158,11 @@ def _draw_pairs(bandits: Sequence[Bandit], steps: int, batch_size: int | None, s
 
 
 def run_ipo(batch_size: int, out: Path, *, fast: bool) -> str:
-    """Returns the table in Markdown. The full run appends a row per bandit and method to `out/results`; at the paper's
-    mini-batch of 9 it draws the paper's two figures into `out/figures`. Raises ValueError if the figures cannot be
-    drawn."""
+    """Runs the bandits with DPO and IPO and returns the table in Markdown.
+
+    A full run (not `fast`) appends a row per bandit and method to `out/results` and, at the paper's mini-batch of 9,
+    draws the paper's two figures into `out/figures`. Raises ValueError if matplotlib is missing for the figures.
+    """
     if batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {batch_size}")
     if not fast and batch_size == 9 and find_spec("matplotlib") is None:
@@ -168,7 +182,7 @@ def run_ipo(batch_size: int, out: Path, *, fast: bool) -> str:
 
 
 def table(runs: Mapping[str, Mapping[str, Curves]]) -> str:
-    """Markdown: probabilities of the actions in percent, means over seeds and the last sixth of the steps."""
+    """Formats the action probabilities (percent) in Markdown: means over seeds and the last sixth of the steps."""
     lines = ["| bandit | | " + " | ".join(f"tau {tau:g}" for tau in TAUS) + " |", "|---|---" + "|---" * len(TAUS) + "|"]
     for bandit in BANDITS:
         means = {kind: runs[kind][bandit.name].tail().mean((0, 1)) for kind in KINDS}
@@ -184,8 +198,10 @@ def table(runs: Mapping[str, Mapping[str, Curves]]) -> str:
 
 
 def draw(bandits: Sequence[Bandit], runs: Mapping[str, Mapping[str, Curves]], path: Path) -> None:
-    """Learning curves: a row of panels per bandit and method, a column per action, a colour per tau. Mean over seeds
-    with 95 % intervals; dotted: the closed form of IPO, the limit of DPO."""
+    """Draws the learning curves: a row of panels per bandit and method, a column per action, a colour per tau.
+
+    Lines are means over seeds with 95 % intervals. Dotted lines are the closed form of IPO and the limit of DPO.
+    """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -221,13 +237,16 @@ def draw(bandits: Sequence[Bandit], runs: Mapping[str, Mapping[str, Curves]], pa
 
 
 def _mean_and_interval(probs: Tensor) -> tuple[Tensor, Tensor]:
-    """[..., seeds, taus, actions] -> mean over seeds and half the width of its 95 % interval (Student's t)."""
+    """Mean over the seeds of [..., seeds, taus, actions] and half the width of its 95 % interval (Student's t)."""
     seeds = probs.shape[-3]
     return probs.mean(-3), STUDENT_95[seeds] * probs.std(-3) / seeds**0.5
 
 
 def _numbers(bandit: Bandit, kind: str, curves: Curves) -> dict[str, list]:
-    """Numbers per tau and action; `tail_sd` is a single run's over time and seeds."""
+    """Results for a row of the results file, per tau and action.
+
+    `tail_sd` is the standard deviation over the points of the last sixth and over seeds.
+    """
     mean, half = _mean_and_interval(curves.probs[-1])
     tail = curves.tail()
     closed = [ipo_minimiser(bandit, tau) if kind == "ipo" else torch.tensor(bandit.dpo_limit) for tau in TAUS]

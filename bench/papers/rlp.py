@@ -1,17 +1,18 @@
-"""Tests whether a reward model refitted on the policy's answers trains a better policy: RLP (arXiv 2403.19279) on the
-embedded task, with its variants and the controls that the paper lacks.
+"""Tests on the embedded task whether RLP (arXiv 2403.19279) improves the policy, with controls that the paper lacks.
 
-    r, pi       a reward model, and PPO against it
-    P           10 answers of pi to each of 2560 prompts, drawn once
-    per arm     r', refitted from the SFT model on the pairs of r and on P; then PPO from the SFT model against r'
+RLP refits the reward model on the policy's answers and trains the policy again.
 
-`lambda 0` trains on the pairs alone: it is r with other random draws. All refits of a seed share these draws (head,
-order of the pairs) and all policies share those of pi, so arms differ only in what is added. `gold pairs` shows what
-the best synthetic pairs would give: as many pairs, on the same answers, labelled by the judge of the task. SPG groups
-answers by gold equivalence, so that errors of an NLI model play no part.
+    r, pi       a reward model, and the policy that PPO trains against it
+    P           10 answers of pi to each of 2560 prompts, sampled once
+    per arm     r' is refitted from the SFT model on the pairs of r and on P; PPO then trains the SFT model against r'
 
-It is smaller than the paper, for a CPU: one pass over 8960 pairs (the paper: 9.2 k), 2560 prompts (20 k), 40 updates
-of 64 episodes. A model has 0.9 million parameters.
+`lambda 0` trains only on the pairs of r: it is r with a different random seed. All refits of a seed share their random
+numbers (head, order of the pairs), and so do all policies, so arms differ only in the data or losses that they add.
+`gold pairs` shows what perfect synthetic pairs would give: equally many pairs of the same answers, labelled by the
+task's gold judge. SPG groups answers by gold equivalence, so that errors of an NLI model play no role.
+
+To run on a CPU, the experiment is smaller than in the paper: one pass over 8960 pairs (paper: 9.2 k), 2560 prompts
+(20 k), 40 updates of 64 episodes, models with 0.9 million parameters.
 """
 
 from __future__ import annotations
@@ -55,23 +56,23 @@ if TYPE_CHECKING:
 
 NUM_PAIRS, NUM_HELD_OUT = 8960, 1024
 NUM_PROMPTS, NUM_UNSEEN = 2560, 512
-"""Numbers of prompts: of the policies and of P; and those whose answers only measure reward models."""
+"""Number of prompts for training policies and for P, and number of prompts whose answers only measure reward models."""
 EPISODES, NUM_ANSWERS = 64, 10
 OTHER_DRAWS = 100
-"""Offset added to the seed of a refit."""
+"""A refit uses the seed of its run plus this offset."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
     name: str
     refit: Mapping[str, Any] | None = field(default_factory=dict)
-    """Keys of RLPConfig; None: r itself"""
+    """Keys of RLPConfig for the refit; None: no refit, the arm uses r itself."""
     matched: bool = False
-    """Whether it gets as many synthetic pairs as spg."""
+    """Whether the number of synthetic pairs is limited to that of the arm `spg`."""
     told_by_gold: bool = False
-    """Whether gold rewards replace the scores of r."""
+    """Whether the synthetic pairs are labelled by gold rewards instead of the scores of r."""
     policy: bool = True
-    """Whether a policy is trained; otherwise only the refit."""
+    """Whether a policy is trained after the refit."""
 
     @property
     def folder(self) -> str:
@@ -96,8 +97,11 @@ Row = dict[str, Any]
 
 
 def run_rlp(seeds: int, jobs: int, runs: Path, out: Path) -> str:
-    """Trains what does not exist yet under `runs`, first the arms of all seeds, then their ablations; appends a row per
-    new run to `out/results`, draws into `out/figures`, and returns the table in Markdown."""
+    """Runs all arms for all seeds, then the ablations, and returns the table in Markdown.
+
+    Models that exist under `runs` are not trained again. A row per new run is appended to `out/results`; the figure is
+    drawn into `out/figures`.
+    """
     found: dict[str, list[Row]] = {}
     with ProcessPoolExecutor(jobs) as pool:
         for arms in (ARMS, ABLATIONS):
@@ -127,14 +131,14 @@ def _run_seed(runs: Path, results: Path, arms: Sequence[Arm], seed: int) -> list
 
 @dataclass(frozen=True, kw_only=True)
 class _Problem:
-    """A seed's models, prompts and answers, which all arms share."""
+    """The models, prompts and answers of one seed, which all arms share."""
 
     config: DemoConfig
     task: ToyTask
     folder: Path
 
     def make_models(self) -> None:
-        """The SFT model, r, pi, its answers to seen and unseen prompts, and the scores of r for the seen ones."""
+        """Trains the SFT model, r and pi; samples pi's answers to seen and unseen prompts; scores the former with r."""
         if not (self.folder / "tokenizer").exists():
             _tokenizer().save_pretrained(self.folder / "tokenizer")
         if not holds_model(str(self.folder / "sft")):
@@ -151,8 +155,10 @@ class _Problem:
             scores.write_text(json.dumps([score.tolist() for score in of_r]))
 
     def run(self, arm: Arm) -> Row:
-        """Results of the refit: accuracies against the gold order and, with a policy, its gold reward on unseen
-        posts."""
+        """Refits the reward model of an arm, trains its policy if it has one, and returns the row of results.
+
+        The row holds accuracies relative to the gold order and, with a policy, its gold reward on unseen posts.
+        """
         own, row = self.folder / arm.folder, {}
         reward = self.folder / "reward"
         if arm.refit is not None:
@@ -207,8 +213,11 @@ class _Problem:
         return found | view_activity(read_metrics(folder / "metrics.jsonl"))
 
     def _measure(self, reward: Path) -> Row:
-        """Accuracy on held-out pairs and, for answers of pi to unseen prompts, on all pairs of a prompt, each against
-        the gold order; the variance of the scores among answers to a prompt."""
+        """Measures a reward model against the gold order.
+
+        Returns its accuracy on held-out pairs, its accuracy on all pairs of pi's answers to the same unseen prompt, and
+        the mean variance of its scores among the answers to a prompt.
+        """
         answers = self._answers("validation")
         gold, scores = self._gold(answers), torch.stack(self._scores(reward, answers))
         examples = replace(self.task, label_temperature=0.0).examples("preferences_test", NUM_HELD_OUT)
@@ -271,11 +280,13 @@ class _Problem:
         return per_response(model, trees, 4096, lambda batch: sequence_scores(model, batch), str(reward))
 
     def _gold(self, answers: Sequence[Answers]) -> Tensor:
-        """[prompts, answers] facts."""
+        """Gold rewards in facts, [prompts, answers]."""
         return torch.tensor([[self._worth(one.prompt, text) for text in one.responses] for one in answers])
 
     def _worth(self, prompt: Sequence[int], response: Sequence[int]) -> float:
-        return round(self.task.gold_reward(_text(prompt), _text(response)), 6)  # equal ones may differ by rounding
+        return round(
+            self.task.gold_reward(_text(prompt), _text(response)), 6
+        )  # equal rewards may differ by rounding errors
 
 
 def _load_reward(folder: Path) -> Any:
@@ -292,13 +303,15 @@ def _tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _differences(values: Tensor) -> Tensor:
-    """[prompts, answers] -> of all ordered pairs of answers to one prompt."""
+    """Differences of values [prompts, answers] for all ordered pairs of answers to the same prompt, flattened."""
     return (values[:, :, None] - values[:, None, :]).flatten()
 
 
 def seeds_and_prompts_interval(differences: Sequence[Sequence[float]], samples: int = 10000) -> tuple[float, float]:
-    """95 % percentile bootstrap of the mean of differences [seeds, prompts]: seeds are drawn with replacement, and
-    within each the prompts."""
+    """95 % percentile bootstrap interval for the mean of differences [seeds, prompts].
+
+    Each sample draws seeds with replacement, and prompts with replacement within each seed.
+    """
     values, rng = np.asarray(differences), np.random.default_rng(0)
     num_seeds, num_prompts = values.shape
     means = np.empty(samples)
@@ -310,7 +323,10 @@ def seeds_and_prompts_interval(differences: Sequence[Sequence[float]], samples: 
 
 
 def table(found: Mapping[str, Sequence[Row]]) -> str:
-    """Means over seeds; differences of gold reward paired by seed and post, with the bootstrap over both."""
+    """Formats the results in Markdown: means over seeds.
+
+    Differences of gold reward are paired by seed and post, with bootstrap intervals over both.
+    """
     lines = [
         "| arm | gold reward | minus PPO | minus lambda 0 | RM score of r | KL | length "
         "| RM accuracy offline % | on policy % | variance / r's | synthetic pairs | right % |",
@@ -341,8 +357,10 @@ def _minus(rows: Sequence[Row], others: Sequence[Row]) -> str:
 
 
 def draw(found: Mapping[str, Sequence[Row]], path: Path) -> None:
-    """By arm, every seed in grey and the mean in black: gold reward less PPO's, and accuracy on the policy's answers
-    less r's."""
+    """Draws two panels by arm: gold reward minus PPO's, and accuracy on the policy's answers minus that of r.
+
+    Seeds are grey dots, means are black dashes.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8.4, 3.2), layout="constrained")

@@ -1,17 +1,17 @@
-"""Algorithm 1 of RTO (Zhong et al. 2024, arXiv 2404.18922, section 4.1) on small trees, to see whether pessimism helps.
+"""Runs Algorithm 1 of RTO (Zhong et al. 2024, arXiv 2404.18922, section 4.1) on small trees: does pessimism help?
 
-A response is `HORIZON` tokens out of `ACTIONS`; the state is the tokens written so far. The reward is linear, phi .
-theta, with one feature per state and token and |theta*| = `BOUND`. Pairs of responses are labelled by Bradley-Terry on
-the sums of their token rewards. Then
+A response consists of `HORIZON` tokens out of `ACTIONS`; the state is the sequence of tokens so far. The true reward is
+linear, phi . theta*, with one feature per state and token and |theta*| = `BOUND`. Pairs of responses are labelled by a
+Bradley-Terry model on the sums of their token rewards. From these labels the algorithm computes
 
-    theta        maximum likelihood under |theta| <= BOUND
-    Sigma        RIDGE I + sum over pairs of D D^T, D the difference of the two feature sums
+    theta        the maximum-likelihood estimate with |theta| <= BOUND
+    Sigma        RIDGE I + sum over pairs of D D^T, where D is the difference of the two feature sums
     reward       phi . theta - rho |phi| in the norm of Sigma^-1, at every token
-    policy       exact soft value iteration against a uniform reference, KL coefficient `BETA`
+    policy       exact soft value iteration against a uniform reference with KL coefficient `BETA`
 
-and the sub-optimality is V*(s_1) - V(s_1), both with the true reward and the KL. Whether pessimism pays depends on who
-wrote the responses, so there are three kinds of writers: good ones, who rarely take a bad token; blind ones, who rarely
-take the last token whatever it is worth; bad ones, who rarely take a good token.
+The sub-optimality is V*(s_1) - V(s_1), where both values use the true reward and the KL. Whether pessimism helps
+depends on the policy that wrote the responses. There are three kinds of writers: good writers rarely choose a bad
+token, blind writers rarely choose the last token regardless of its reward, bad writers rarely choose a good token.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ BOUND, BETA, RIDGE = 6.0, 0.1, 1.0
 WRITERS = ("good", "blind", "bad")
 NUM_PAIRS = (50, 200, 1000)
 RHOS = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, math.inf)
-"""inf: the policy follows only the penalty"""
+"""Strengths of the pessimism penalty; with inf the policy minimises only the penalty."""
 PROBLEMS, FAST_PROBLEMS = 100, 20
 FIT_STEPS = 2000
 
@@ -40,19 +40,21 @@ NUM_FEATURES, NUM_RESPONSES = sum(SIZES), ACTIONS**HORIZON
 
 
 def levels(cells: Tensor) -> list[Tensor]:
-    """[..., features] -> for h = 0 .. HORIZON - 1 a view [..., ACTIONS^h states, ACTIONS]."""
+    """Splits [..., features] into one view per step h = 0 .. HORIZON - 1: [..., ACTIONS^h states, ACTIONS]."""
     return [level.unflatten(-1, (-1, ACTIONS)) for level in cells.split(SIZES, -1)]
 
 
 def response_features() -> Tensor:
-    """[responses, features] float64: the sum of phi over each response, in lexical order."""
+    """The feature sum of every response, [responses, features] float64; responses are in lexical order."""
     columns = [torch.eye(size, dtype=torch.float64).repeat_interleave(NUM_RESPONSES // size, 0) for size in SIZES]
     return torch.cat(columns, 1)
 
 
 def plan(reward: Tensor, log_reference: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """Soft value iteration. [..., features] token rewards and log-probs of the reference -> log-probs [..., features]
-    of the policy that is best in E[sum of rewards - beta KL], and its value [...] at the prompt.
+    """Soft value iteration: the policy that maximises E[sum of rewards - beta KL].
+
+    `reward` and `log_reference` are token rewards and log-probs [..., features]. Returns the policy's log-probs
+    [..., features] and its value [...] at the prompt:
 
     V(s) = beta log sum_a pi_ref(a|s) exp((r(s, a) + V(s')) / beta), pi = pi_ref exp((r + V(s') - V(s)) / beta).
     """
@@ -66,7 +68,10 @@ def plan(reward: Tensor, log_reference: Tensor, beta: float) -> tuple[Tensor, Te
 
 
 def evaluate(logprob: Tensor, reward: Tensor, log_reference: Tensor, beta: float) -> Tensor:
-    """[...] E[sum of rewards - beta log(policy / reference)] of a policy [..., features], at the prompt."""
+    """The value E[sum of rewards - beta log(policy / reference)] of a policy at the prompt, [...].
+
+    `logprob` holds the log-probs [..., features] of the policy.
+    """
     value = reward.new_zeros((*reward.shape[:-1], NUM_RESPONSES))
     charged = reward - beta * (logprob - log_reference)
     for earned, log_pi in zip(reversed(levels(charged)), reversed(levels(logprob)), strict=True):
@@ -75,15 +80,15 @@ def evaluate(logprob: Tensor, reward: Tensor, log_reference: Tensor, beta: float
 
 
 def uniform_policy() -> Tensor:
-    """[features] float64 log-probs"""
+    """Log-probs of the uniform policy, [features] float64."""
     return torch.full((NUM_FEATURES,), -math.log(ACTIONS), dtype=torch.float64)
 
 
 def fit_reward(wins: Tensor, bound: float) -> Tensor:
-    """Maximum likelihood of Bradley-Terry under |theta| <= bound: [problems, features] float64.
+    """Maximum-likelihood estimate of theta in the Bradley-Terry model with |theta| <= bound, [problems, features].
 
-    `wins` [problems, responses, responses] counts how often the first was preferred to the second. Projected gradients
-    with Nesterov's momentum; theta is found up to what no pair tells apart, the smallest such from theta = 0 on.
+    `wins` [problems, responses, responses] counts how often the first was preferred to the second. Uses projected
+    gradient ascent with Nesterov momentum from theta = 0. Directions of theta that no pair determines stay 0.
     """
     features = response_features()
     pairs = wins.sum((-2, -1), keepdim=True)
@@ -103,28 +108,28 @@ def fit_reward(wins: Tensor, bound: float) -> Tensor:
 
 
 def _scatter(wins: Tensor, features: Tensor) -> Tensor:
-    """[problems, features, features]: sum over pairs of D D^T."""
+    """Sum over pairs of D D^T (see the module docstring), [problems, features, features]."""
     met = wins + wins.transpose(-2, -1)
     return features.T @ (torch.diag_embed(met.sum(-1)) - met) @ features
 
 
 def covariance(wins: Tensor) -> Tensor:
-    """Sigma [problems, features, features] float64"""
+    """The matrix Sigma of the module docstring, [problems, features, features] float64."""
     return RIDGE * torch.eye(NUM_FEATURES, dtype=torch.float64) + _scatter(wins, response_features())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Problems:
-    """Random rewards, and pairs that writers of one kind wrote."""
+    """Random true rewards, and labelled pairs of responses by one kind of writers."""
 
     theta: Tensor
-    """[problems, features] float64: the true one"""
+    """The true theta*, [problems, features] float64."""
     wins: Tensor
-    """[problems, responses, responses] float64: how often the first was preferred to the second"""
+    """How often the first response was preferred to the second, [problems, responses, responses] float64."""
 
 
 def draw_problems(writers: str, num_pairs: int, num_problems: int) -> Problems:
-    """Problem i has the same reward and the same random numbers for all writers and numbers of pairs."""
+    """Draws problems. Problem i has equal rewards and random numbers for all kinds of writers and numbers of pairs."""
     features, rows = response_features(), torch.arange(num_pairs)
     thetas, counts = [], []
     for problem in range(num_problems):
@@ -143,15 +148,18 @@ def draw_problems(writers: str, num_pairs: int, num_problems: int) -> Problems:
 
 
 def _write(writers: str, theta: Tensor) -> Tensor:
-    """[features] log-probs of the behaviour policy"""
+    """Log-probs of the policy of these writers, [features]."""
     if writers == "blind":
         return torch.tensor([0.6, 0.37, 0.03], dtype=torch.float64).log().repeat(NUM_FEATURES // ACTIONS)
     return plan(theta if writers == "good" else -theta, uniform_policy(), beta=0.4)[0]
 
 
 def pessimism(problems: Problems) -> dict[str, Tensor]:
-    """[problems] sub-optimality by rho, of the rho that is the true error |theta - theta*|_Sigma, and of the reference;
-    and what the guarantee says at that rho, 2 rho E*[sum |phi|] - beta KL(pi* || pi)."""
+    """Sub-optimality [problems] of the policy of each rho, and of the reference.
+
+    "error" uses the true error |theta - theta*|_Sigma (also returned, as "radius") as rho. "guarantee" is the paper's
+    upper bound on the sub-optimality at this rho, 2 rho E*[sum |phi|] - beta KL(pi* || pi).
+    """
     reference = uniform_policy()
     best, best_value = plan(problems.theta, reference.expand_as(problems.theta), BETA)
     fitted, sigma = fit_reward(problems.wins, BOUND), covariance(problems.wins)
@@ -169,21 +177,24 @@ def pessimism(problems: Problems) -> dict[str, Tensor]:
 
 
 def visits(logprob: Tensor) -> Tensor:
-    """[..., features]: the probability that a policy comes to a state and takes a token there."""
+    """Probability that a policy reaches a state and chooses a token there, [..., features]."""
     features = response_features()
     return (logprob @ features.T).exp() @ features
 
 
 def theory_rho(delta: float = 0.1) -> float:
-    """The rho of the paper's theorem, with its constant C taken as 1."""
+    """The value of rho in the paper's theorem, with its unspecified constant C set to 1."""
     spread = 2 * HORIZON * BOUND
     inverse = 2 + math.exp(-spread) + math.exp(spread)
     return math.sqrt(NUM_FEATURES * math.log(1 / delta) * inverse + RIDGE * BOUND**2)
 
 
 def run_pessimism(out: Path, *, fast: bool) -> str:
-    """Returns the table in Markdown. The full run appends a row per kind of writers and number of pairs to
-    `out/results` and draws `out/figures/rto_pessimism.png`."""
+    """Runs Algorithm 1 for all kinds of writers and numbers of pairs; returns the table in Markdown.
+
+    A full run (not `fast`) also appends a row for each of them to `out/results` and draws
+    `out/figures/rto_pessimism.png`.
+    """
     num_problems = FAST_PROBLEMS if fast else PROBLEMS
     found = {
         (writers, num): pessimism(draw_problems(writers, num, num_problems)) for writers in WRITERS for num in NUM_PAIRS
@@ -205,12 +216,15 @@ def _numbers(gaps: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
 
 
 def mean_and_interval(values: Tensor) -> tuple[float, float]:
-    """Mean and half the width of its 95 % interval, normal: there are many problems."""
+    """Mean and half the width of its 95 % interval, by the normal approximation (there are many problems)."""
     return float(values.mean()), 1.96 * float(values.std()) / len(values) ** 0.5
 
 
 def table(found: Mapping[tuple[str, int], Mapping[str, Tensor]]) -> str:
-    """Markdown: mean sub-optimality, and what the rho that is the true error changes, paired over problems."""
+    """Formats the mean sub-optimality by writers, pairs and rho in Markdown.
+
+    The last column is the difference between rho = true error and rho = 0, paired by problem, with its 95 % interval.
+    """
     names = [f"{rho:g}" for rho in RHOS] + ["error"]
     lines = ["| writers | pairs | reference | " + " | ".join(f"rho {name}" for name in names) + " | error minus 0 |"]
     lines.append("|---" * (4 + len(names)) + "|")
@@ -222,7 +236,10 @@ def table(found: Mapping[tuple[str, int], Mapping[str, Tensor]]) -> str:
 
 
 def draw(found: Mapping[tuple[str, int], Mapping[str, Tensor]], path: Path) -> None:
-    """A panel per kind of writers, a line per number of pairs; dotted: the reference."""
+    """Draws the sub-optimality against rho: a panel per kind of writers, a line per number of pairs.
+
+    The dotted line is the reference policy.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3), layout="constrained")

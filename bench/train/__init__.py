@@ -1,1 +1,1 @@
-"""`python -m bench train sft | dpo | reward`: our trainer and TRL's on the same token ids of real dialogues."""
+"""`python -m bench train sft | dpo | reward`: compares our trainer with TRL's on identical token ids of dialogues."""

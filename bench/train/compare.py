@@ -1,7 +1,8 @@
-"""Runs our trainer and TRL's in turn over the same rows, step by step; writes rows and a table.
+"""Runs our trainer and TRL's alternately over the same data; writes result rows and a table.
 
-TRL pads, so it runs with several batch sizes, with the rows of each step sorted by length, and for SFT without padding.
-All sides must start at the same loss, or nothing is written.
+TRL pads, so it runs in several variants: with several batch sizes, with the data of each step sorted by length, and for
+SFT without padding. A "side" below is one variant of one trainer. All sides must start at the same loss, otherwise
+nothing is written.
 """
 
 from __future__ import annotations
@@ -34,29 +35,29 @@ from fastrlhf.tools.plan.work import to_tree
 from fastrlhf.types import Example, TokenizedExample
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
-"""Largest relative difference of first losses: float32 sums in another order; three digits in bfloat16."""
+"""Largest allowed relative difference of first losses: float32 sums differ in their order, bfloat16 has 3 digits."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """The input of all sides."""
+    """The model and data that all sides share."""
 
     task: Task
     config: TrainConfig
-    """Configuration of ours; every side starts from its model."""
+    """Configuration of our trainer; every side starts from its model."""
     examples: list[Example]
     drawn: list[TokenizedExample]
-    """The rows of all steps, in the order in which ours draws them."""
+    """The examples of all steps, in the order in which our trainer draws them."""
     shape: PretrainedConfig
     outputs: int
-    """Outputs of the head: the vocabulary size, or 1."""
+    """Number of outputs of the head: the vocabulary size, or 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Side:
     run: Callable[[], Run]
     trees: list[Tree]
-    """The trees that it computes in the counted steps, without padding."""
+    """The token trees that the side must compute in the counted steps, without padding."""
 
 
 def run_train(
@@ -70,13 +71,14 @@ def run_train(
     device: str,
     folder: Path = RESULTS,
 ) -> str:
-    """Runs ours and TRL's `rounds` times in turn: a step to warm up and `steps` that count, each of `rows` sequences or
-    pairs, which TRL cuts into `batch_sizes`. Appends a row per side and returns a table.
+    """Runs all sides alternately, `rounds` times each; appends a row per side and returns a table.
 
-    The dialogues are the first ones of hh_helpful_test in FASTRLHF_DATA. A step's seconds are the median over the
-    rounds; on a CPU those of one thread's processor, so that other work counts less. A side that does not fit into GPU
-    memory is left out, and the table says so. Raises ValueError where steps are not whole batches, and RuntimeError
-    where first losses differ by more than `TOLERANCE`: the sides would not have the same task, and nothing is written.
+    A run is one warm-up step and `steps` counted steps of `rows` sequences or pairs each. TRL splits each step into
+    batches of each size in `batch_sizes`. The data are the first dialogues of hh_helpful_test in FASTRLHF_DATA. The
+    time of a step is the median over the rounds; on a CPU it is the CPU time of one thread, so that other programs
+    matter less. A side that does not fit into GPU memory is skipped, and the table says so. Raises ValueError if a
+    batch size does not divide `rows`, and RuntimeError if first losses differ by more than `TOLERANCE`; then the sides
+    would not compute the same task, and nothing is written.
     """
     for batch_size in batch_sizes:
         if rows % batch_size:
@@ -106,14 +108,12 @@ def run_train(
 
 
 def check_first_losses(losses: Mapping[str, Sequence[float]], tolerance: float) -> None:
-    """Raises RuntimeError where a side's loss, relative to that of the first side, differs by more than `tolerance`."""
+    """Raises RuntimeError if a side's loss differs from the first side's by more than the relative `tolerance`."""
     expected = next(iter(losses.values()))[0]
     for side, found in losses.items():
         for loss in found:
             if not abs(loss - expected) <= tolerance * abs(expected):
-                raise RuntimeError(
-                    f"{side}: the first loss is {loss:.7g}, that of ours {expected:.7g}: the tasks differ"
-                )
+                raise RuntimeError(f"{side}: the first loss is {loss:.7g}, ours is {expected:.7g}: the tasks differ")
 
 
 def _prepare(task: Task, model: str, steps: int, rows: int, device: str, work: str) -> Setup:
@@ -135,9 +135,9 @@ def _prepare(task: Task, model: str, steps: int, rows: int, device: str, work: s
         **task.settings,
     )
     examples = load_examples(f"{data}/hh_helpful_test.jsonl.gz").examples[: (1 + steps) * rows]
-    # The model is made below: the folder that names it is empty until then.
+    # The model is only written below; until then its folder is empty.
     tokenizer, inputs = open_inputs(replace(config, model_name_or_path=""), [*task.fields], examples, None)
-    # Not EOS: transformers' classifiers would read the score before it.
+    # The padding token must not be the EOS: transformers' classifiers would read the score at the token before it.
     tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
     tokenizer.save_pretrained(work)
     eos, pad = special_ids(tokenizer)
@@ -177,7 +177,7 @@ def _sides(setup: Setup, batch_sizes: Sequence[int]) -> dict[str, Side]:
     theirs = {"": (drawn, {}), ", sorted by length": (by_length, {})}
     theirs |= {f", {name}": (drawn, settings) for name, settings in task.trl_ways.items()}
     for batch_size in batch_sizes:
-        # A batch of one row is the same in any order, and has no padding except within a pair.
+        # Sorting and padding-free variants are pointless for batches of one row, which have no padding between rows.
         for name, (ordered, settings) in theirs.items() if batch_size > 1 else [("", theirs[""])]:
             rows = [task.to_row(example) for example in ordered]
             run = partial(run_trl, task, setup.config, rows, batch_size, settings)
@@ -186,7 +186,7 @@ def _sides(setup: Setup, batch_sizes: Sequence[int]) -> dict[str, Side]:
 
 
 def _in_turn(sides: Mapping[str, Side], rounds: int) -> tuple[dict[str, list[Run]], list[str]]:
-    """(the runs of each side, the sides that do not fit into the GPU's memory)"""
+    """Runs all sides alternately; returns (the runs of each side, the sides that do not fit into GPU memory)."""
     runs: dict[str, list[Run]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name in [*runs]:
@@ -198,13 +198,16 @@ def _in_turn(sides: Mapping[str, Side], rounds: int) -> tuple[dict[str, list[Run
 
 
 def _summary(setup: Setup, runs: Sequence[Run], trees: Sequence[Tree]) -> Row:
-    """Tokens are those of every sequence, its prompt included: the same on all sides. Operations are those of what is
-    computed."""
+    """Makes the result row of a side.
+
+    Tokens per second count every sequence with its prompt, equally on all sides. TFLOP/s count only what the side must
+    compute, so a shared prompt counts once.
+    """
     segments = forest(trees)
     rows = 2 * len(trees) if setup.task.is_classifier else sum(segment.num_scored for segment in segments)
     spans = [(segment.cut, len(segment.token_ids)) for segment in segments]
     operations = training_operations(setup.shape, spans, rows=rows, outputs=setup.outputs)
-    # Medians are per step, so that a busy moment of the machine does not spoil a whole round.
+    # The median is taken per step, so that a short load on the machine does not spoil a whole round.
     seconds = sum(median(times) for times in zip(*(run.seconds for run in runs), strict=True))
     return {
         "tokens_per_second": sum(map(num_in_sequences, trees)) / seconds,

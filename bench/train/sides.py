@@ -1,4 +1,4 @@
-"""One run of one side, ours or TRL's: time and loss of each step, and the memory peak."""
+"""Runs our trainer or TRL's once and records the time and the loss of each step, and the memory peak."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from fastrlhf.types import Example
 @dataclass(frozen=True, kw_only=True)
 class Run:
     seconds: list[float]
-    """Seconds of each step except the first, from the end of the previous one; CPU seconds on a CPU."""
+    """Seconds of each step except the first, measured from the end of the previous step; CPU seconds on a CPU."""
     losses: list[float]
     """Loss of every step."""
     peak_mb: float | None
-    """Peak GPU memory, weights included, beyond earlier allocations; None on a CPU."""
+    """Peak GPU memory beyond earlier allocations, in bytes, weights included; None on a CPU."""
 
 
 def run_ours(task: Task, config: TrainConfig, examples: Sequence[Example]) -> Run:
@@ -45,11 +45,11 @@ def run_ours(task: Task, config: TrainConfig, examples: Sequence[Example]) -> Ru
 
 
 def run_trl(task: Task, ours: TrainConfig, rows: Sequence[Row], batch_size: int, settings: Mapping[str, Any]) -> Run:
-    """TRL's trainer on the model of `ours`, its tokenizer beside it; `rows` are those of all steps.
+    """Runs TRL's trainer on the model and tokenizer in the model folder of `ours`; `rows` are the data of all steps.
 
-    As fast as TRL can be made without changing what it computes: bfloat16 weights are updated in place, where ours (and
-    TRL's autocast) keep float32 copies, nothing is computed again in the backward, and attention is flash-attn's where
-    that is installed. Both sides log every step.
+    TRL runs with the fastest settings that do not change what it computes. bfloat16 weights are updated in place (our
+    trainer, and TRL with autocast, keep float32 copies), nothing is recomputed in the backward, and attention is
+    flash-attn's if it is installed. Both trainers log every step.
     """
     import trl  # pyright: ignore[reportMissingImports]
     from datasets import Dataset
@@ -57,7 +57,7 @@ def run_trl(task: Task, ours: TrainConfig, rows: Sequence[Row], batch_size: int,
     base, config = getattr(trl, f"{task.trl}Trainer"), getattr(trl, f"{task.trl}Config")
 
     class Trainer(base):
-        """A data collator that uses the token ids unchanged."""
+        """TRL's trainer, except that it does not tokenise: rows already contain token ids."""
 
         def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
             return dataset
@@ -106,7 +106,7 @@ class _Measured:
 def _measured(device: str) -> Iterator[_Measured]:
     measured, before = _Measured(device), 0
     if device == "cuda":
-        gc.collect()  # trainers refer to themselves
+        gc.collect()  # trainers hold reference cycles, so their memory is not freed at once
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -117,7 +117,7 @@ def _measured(device: str) -> Iterator[_Measured]:
 
 @contextmanager
 def _after_steps_of_ours(mark: Callable[[], None]) -> Iterator[None]:
-    """Records times and losses through TRL's callback interface."""
+    """Calls `mark` after every step of our trainer, to record the time."""
     step = Optimizer.step
 
     def marked(self: Optimizer) -> dict[str, float]:

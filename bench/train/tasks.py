@@ -1,4 +1,4 @@
-"""The trainers that are compared, as data: the settings of ours and TRL's, and the form of a row for each."""
+"""The compared training tasks (SFT, DPO, reward model): settings of our trainer and of TRL's, and data formats."""
 
 from __future__ import annotations
 
@@ -30,35 +30,35 @@ MODELS: dict[str, PretrainedConfig] = {
         num_key_value_heads=8, head_dim=64, max_position_embeddings=4096, tie_word_embeddings=True,
     ),
 }  # fmt: skip
-"""Models with random weights, on which neither speed nor memory depends."""
+"""Model name -> architecture. Weights are random, which affects neither speed nor memory."""
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """One algorithm on both sides."""
+    """One training algorithm, with its settings for our trainer and for TRL's."""
 
     config: type[TrainConfig]
     train: Callable[..., TrainResult]
     fields: tuple[str, ...]
-    """Columns of the dataset in addition to the prompt."""
+    """Columns of the dataset besides the prompt."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """Settings of ours, beyond those that all tasks share."""
+    """Settings of our trainer that this task adds to the shared ones."""
     ways: Mapping[str, Mapping[str, Any]]
-    """Variants of ours: name -> settings."""
+    """Variants of our trainer: name -> settings."""
     gpu_ways: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Variants of ours that make sense only on a GPU: name -> settings."""
+    """Variants of our trainer that only make sense on a GPU: name -> settings."""
     trl: str
-    """NAME of TRL's NAMETrainer and NAMEConfig."""
+    """Prefix NAME of TRL's classes NAMETrainer and NAMEConfig."""
     to_row: Callable[[TokenizedExample], Row]
-    """A row of TRL's dataset, tokenised."""
+    """Converts an example to a tokenised row of TRL's dataset."""
     trl_settings: Callable[[int], Mapping[str, Any]] = lambda batch_size: {}
-    """Settings of TRL's configuration for a batch size."""
+    """Returns the settings of TRL's configuration for a batch size."""
     trl_ways: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Variants of TRL in addition to padded batches."""
+    """Variants of TRL's trainer besides padded batches: name -> settings."""
     is_classifier: bool = False
-    """The model is a sequence classifier, with one score per sequence."""
+    """Whether the model is a sequence classifier, with one score per sequence."""
 
 
 def _completion(example: TokenizedExample) -> Row:
@@ -93,7 +93,7 @@ TASKS = {
         ways={"ours": {}},
         trl="SFT",
         to_row=_completion,
-        # The computation of TRL's packing, but with the same examples in each step, which packing would change.
+        # Padding-free batches cost what TRL's packing costs, but keep each step's examples, which packing would change.
         trl_ways={"padding-free": {"padding_free": True}},
     ),
     "dpo": Task(

@@ -177,7 +177,7 @@ def test_a_side_without_room_is_left_out_and_said(tmp_path, monkeypatch):
 
     monkeypatch.setattr(compare, "_block", block)
     table = run_drpo(PROBLEM, rounds=2, trl_path=tmp_path, folder=tmp_path / "results")
-    assert "padded left out: out of the GPU's memory" in table
+    assert "padded skipped: out of GPU memory" in table
     assert "| 50.0 (target 45) |" in table
 
 
@@ -201,7 +201,7 @@ def test_the_command_leaves_a_row_for_each_side_and_says_that_trl_is_missing(tmp
     assert 4 <= ours["sampled_tokens"] < ours["sequence_tokens"] - prompts <= 4 * RESPONSE_LENGTH
     ratio = reference["seconds"] / ours["seconds"]
     assert f"| padded reference | {ratio:.2f} (target 3) |" in table
-    assert f"TRL left out: {tmp_path} has no PPO trainer" in table
+    assert f"TRL skipped: {tmp_path} has no PPO trainer" in table
 
 
 def test_episodes_that_are_no_whole_micro_batches_are_refused_before_any_time_is_spent(tmp_path):

@@ -51,7 +51,7 @@ def test_a_shared_prompt_is_counted_as_tokens_twice_and_as_operations_once(tmp_p
 
 def test_sides_that_start_at_different_losses_are_refused():
     check_first_losses({"ours": [7.0, 7.0], "TRL": [7.00006]}, tolerance=1e-5)
-    with pytest.raises(RuntimeError, match=r"TRL: the first loss is 7\.0001, that of ours 7: the tasks differ"):
+    with pytest.raises(RuntimeError, match=r"TRL: the first loss is 7\.0001, ours is 7: the tasks differ"):
         check_first_losses({"ours": [7.0], "TRL": [7.0, 7.0001]}, tolerance=1e-5)
 
 
