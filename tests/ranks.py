@@ -65,11 +65,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "rto": {"kl_placement": "loss", "kl_estimator": "exact"},
     "refuel": {},
     "roles": LORA | STEADY,
+    "sft qwen3_moe": {"router_aux_loss_coef": 0.5, "adam_epsilon": 1e-3},
+    "dpo qwen3_next": {"precompute_ref_log_probs": False, "adam_epsilon": 1e-3},
 }
 """Every trainer: with a live reference (groups); with a critic, returns that go on, a steered KL and early stops (ppo);
 with a judge of the user's and resets that the reference writes (drpo); with the exact KL in the loss (rto); with pairs
-of suffixes of failures of the policy (refuel); with models that share the weights of one (roles), and an adapter of
-fewer rows than ranks (sft dora)."""
+of suffixes of failures of the policy (refuel); with models that share the weights of one (roles), an adapter of
+fewer rows than ranks (sft dora), and other families."""
+FAMILIES = ("qwen3_moe", "qwen3_next")
+"""A mixture of experts with its router's loss, and a hybrid model, whose sequences run one by one."""
 
 MODEL = {
     "model_type": "llama",
@@ -95,7 +99,8 @@ def run(kind: str, place: Path, folder: Path, **settings: Any):
     np.random.seed(0)
     keys = {"max_steps": 2, "eval_steps": 1, "save_steps": 0, "micro_batch_tokens": 64}
     trainer = kind.partition(" ")[0]
-    return resumable.run(trainer, models(place), folder, **keys | SETTINGS[kind] | settings)
+    family = {"policy": str(place / kind.partition(" ")[2])} if kind.endswith(FAMILIES) else {}
+    return resumable.run(trainer, models(place) | family, folder, **keys | SETTINGS[kind] | settings)
 
 
 def models(place: Path) -> dict[str, str]:

@@ -53,9 +53,12 @@ class Family:
         return self._policy
 
 
-def write_model(model_type: str, folder: Path) -> None:
+def write_model(model_type: str, folder: Path, **fields: Any) -> None:
+    """Saves a tiny random model of the type; `fields` of its text configuration replace those of `tiny_config`."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(tiny_config(model_type))
+    config = tiny_config(model_type)
+    config.get_text_config().update(fields)
+    model = AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():

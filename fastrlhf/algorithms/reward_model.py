@@ -40,6 +40,7 @@ from fastrlhf.models.loading import (
     make_trainable,
     resolve_device,
 )
+from fastrlhf.models.reward_head import width
 from fastrlhf.models.router_loss import begin_step
 from fastrlhf.models.sharding import shard, whole
 from fastrlhf.runtime.inputs import open_inputs
@@ -88,7 +89,7 @@ def train_reward_model(
     check_micro_batch(config, [*train, *data.eval], [num_computed(tree) for tree in [*pairs, *held_out]])
     shard(model)
     steps = num_steps(config, len(pairs))
-    objective = views.open(model.config.hidden_size, model.device, steps) if views else None
+    objective = views.open(width(model.config), model.device, steps) if views else None
     heads, rates = ({"view_": objective.heads}, {"view_": objective.learning_rate}) if objective else ({}, {})
     optimizer = Optimizer({"": model, **heads}, config, num_steps=steps, learning_rates=rates)
     evaluate_held_out = partial(evaluate, config, model, held_out, held_out_margins)
@@ -187,7 +188,7 @@ def _with_loss(output: LossOutput) -> dict[str, Metric]:
 @torch.no_grad()
 def _last_hidden(model: PreTrainedModel, trees: Sequence[Tree], budget: int) -> Tensor:
     """[2B, D] the last hidden states of the two responses of every tree, which the score head reads."""
-    hidden = torch.empty(len(trees), 2, model.config.hidden_size, dtype=model.dtype, device=model.device)
+    hidden = torch.empty(len(trees), 2, width(model.config), dtype=model.dtype, device=model.device)
     for micro in micro_batches([num_computed(tree) for tree in trees], budget, "view"):
         batch = pack(forest(trees[i] for i in micro), model.device)
         hidden[micro] = hidden_states(model, batch)[batch.last].view(len(micro), 2, -1)

@@ -72,7 +72,7 @@ def _scorer_over(causal: type[PreTrainedModel]) -> type[PreTrainedModel]:
                 if module is head:
                     setattr(parent, name, torch.nn.Identity())
         self.num_labels = num_labels = cast(int, config.num_labels)
-        self.score = Linear(_width(config), num_labels, bias=False)
+        self.score = Linear(width(config), num_labels, bias=False)
         self._tied_weights_keys = self.all_tied_weights_keys = {}
         self._init_weights(self.score)
 
@@ -118,7 +118,7 @@ def _backbone(model: PreTrainedModel) -> PreTrainedModel:
     return next(child for child in model.children() if isinstance(child, PreTrainedModel))
 
 
-def _width(config: PretrainedConfig) -> int:
+def width(config: PretrainedConfig) -> int:
     """Size of the backbone's last hidden states."""
     text = config.get_text_config()
     for source in (text, config):

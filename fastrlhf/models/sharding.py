@@ -24,6 +24,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import Module, ModuleList
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fastrlhf.distributed.ranks import compare, from_all, is_first, world_size
 
@@ -62,8 +63,7 @@ def shard(*models: PreTrainedModel) -> None:
 def _shard(model: PreTrainedModel) -> None:
     mesh = init_device_mesh(model.device.type, (world_size(),))
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
-    backbone: Module = model.base_model
-    layers = [layer for child in backbone.children() if isinstance(child, ModuleList) for layer in child]
+    layers = _layers(model.base_model)
     # A group has one dtype, and a score head is float32 under any backbone.
     heads = [model.score] if hasattr(model, "score") else []
     for module in [*layers, *heads]:
@@ -74,6 +74,17 @@ def _shard(model: PreTrainedModel) -> None:
         group.set_force_sum_reduction_for_comms(True)  # gloo supports only sums
     model.run_backbone = MethodType(_run_backbone, model)  # pyright: ignore[reportArgumentType] (modules keep methods too)
     register_fsdp_forward_method(model, "run_backbone")
+
+
+def _layers(module: Module) -> list[Module]:
+    """The layers of a backbone, at any depth; layers within layers are not listed. Families without transformers' layer
+    class: the modules in its direct lists."""
+    found: list[str] = []
+    for name, part in module.named_modules():  # parents first
+        if isinstance(part, GradientCheckpointingLayer) and not any(name.startswith(f"{each}.") for each in found):
+            found.append(name)
+    layers = [module.get_submodule(name) for name in found]
+    return layers or [layer for child in module.children() if isinstance(child, ModuleList) for layer in child]
 
 
 def backbone_of(model: PreTrainedModel) -> Callable[..., Any]:

@@ -45,7 +45,8 @@ def head_of(model: PreTrainedModel, *, gathered: bool = False) -> tuple[Tensor, 
 def write_ends(model: PreTrainedModel, ids: Sequence[int]) -> None:
     """Sets the EOS ids that are saved with the model to the end ids of training: one id, or a list if there are several
     or the model had a list."""
-    for config in (model.config, model.generation_config):
+    text = model.config.get_text_config()  # a composite configuration has none itself
+    for config in (text, model.generation_config):
         if config is not None:
-            several = len(ids) > 1 if config is model.generation_config else isinstance(config.eos_token_id, list)
+            several = len(ids) > 1 if config is model.generation_config else isinstance(text.eos_token_id, list)
             config.eos_token_id = list(ids) if several else ids[0]

@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
+from bench.models.checks import write_model
+from bench.models.configs import tiny_config
 from fastrlhf import cli
 from fastrlhf.algorithms import ppo
 from fastrlhf.algorithms.rlp import train_rlp
@@ -20,6 +23,7 @@ from fastrlhf.data.packing import own_micro_batches
 from fastrlhf.demo import run_demo
 from fastrlhf.distributed.ranks import on_each, on_first, start, world_size
 from fastrlhf.evaluation.evaluate import evaluate_models
+from fastrlhf.models.sharding import _layers
 from fastrlhf.runtime.inputs import open_inputs
 from fastrlhf.runtime.metrics import read_metrics
 from tests import ranks, resumable, tiny
@@ -36,6 +40,9 @@ def place(tmp_path_factory):
     """Runs of two processes, in `two`, and of one, in `one`."""
     place = tmp_path_factory.mktemp("ranks")
     resumable.save_models(place)
+    for family in ranks.FAMILIES:
+        write_model(family, place / family, vocab_size=tiny.VOCAB)
+        tiny.tokenizer().save_pretrained(place / family)
     examples = tiny.examples(11)
     rows = {
         "rows": [{"prompt": x.prompt, "completion": x.reference} for x in examples],
@@ -92,6 +99,14 @@ def assert_same_run(one: Path, two: Path) -> None:
 @pytest.mark.parametrize("kind", [*ranks.SETTINGS, "command", "chain"])
 def test_two_processes_train_as_one(place, kind):
     assert_same_run(place / "one" / kind, place / "two" / kind)
+
+
+def test_layers_at_any_depth_are_groups():
+    for kind, name in (("gemma3", "language_model.layers"), ("opt", "decoder.layers"), ("mixtral", "layers")):
+        with torch.device("meta"):
+            backbone = AutoModelForCausalLM.from_config(tiny_config(kind)).base_model
+        assert {*backbone.get_submodule(name)} <= {*_layers(backbone)}
+        assert not any(module in _layers(backbone) for layer in _layers(backbone) for module in layer.children())
 
 
 def test_training_moved_the_weights(place):
