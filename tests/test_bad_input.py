@@ -144,7 +144,7 @@ def test_a_file_that_is_not_utf8(capsys, tmp_path):
 def test_a_missing_column(capsys, tmp_path, command, column):
     told = refuse(capsys, command, dataset_name=rows(tmp_path, {column: None}))
     assert f"no {'reference' if column == 'completion' else column} in" in told
-    assert "name a column for it with columns" in told
+    assert "name the column by columns" in told
 
 
 def test_an_example_without_the_response_that_training_needs():

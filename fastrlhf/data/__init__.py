@@ -1,1 +1,1 @@
-"""From the rows of a file to packs of tokens."""
+"""Reads datasets, tokenises their rows and packs the tokens."""

@@ -1,4 +1,5 @@
-"""Encodes text as it reads in its context: a response as it follows its prompt, and no special token twice."""
+"""Encodes text in its context: a response gets the ids that it has after its prompt, and no special token is added
+twice."""
 
 from __future__ import annotations
 
@@ -11,15 +12,15 @@ from tokenizers.decoders import ByteLevel
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 ANCHORS = ("", "\n", "|", "x")
-"""Candidates for an anchor: text put before a text while it is encoded, so that no space is added. The first that works
-is used."""
+"""Candidates for an anchor. An anchor is put before a text while it is encoded, so that the tokenizer adds no space to
+the text. The first candidate that works is used."""
 
 PROBES = ("def f", " a", "\n", "1", "\u00e9", "Yes.", "<b>")
 
 
 def encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, specials: bool = False) -> list[list[int]]:
-    """The ids of each text by itself; with `specials` also the tokens that the tokenizer puts around a text. Each
-    special token within the text becomes one id."""
+    """Returns the ids of each text, encoded separately; with `specials`, including the tokens that the tokenizer adds
+    around a text. A special token that is written in the text becomes one id."""
     if not texts:
         return []
     encoded = tokenizer(list(texts), add_special_tokens=specials, return_attention_mask=False, verbose=False)
@@ -31,25 +32,25 @@ def decode(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def encode_prompts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> tuple[list[list[int]], int]:
-    """The ids of plain-text prompts, with the BOS that the tokenizer adds, and the number of texts that already began
-    with a BOS and get no second one."""
+    """Returns the ids of plain-text prompts, including the BOS that the tokenizer adds, and the number of prompts whose
+    text already begins with a BOS and gets no second one."""
     encoded, present = encode(texts, tokenizer, specials=True), 0
     bos, text = tokenizer.bos_token_id, str(tokenizer.bos_token)
     for ids, prompt in zip(encoded, texts, strict=True):
         if bos is not None and ids[:2] == [bos, bos] and not prompt.startswith(text * 2):
             del ids[0]
             present += 1
-        # some tokenizers end every text with EOS, but a response follows a prompt
+        # Some tokenizers add an EOS to every text; it is removed, because a response follows the prompt.
         if ids[-1:] == [tokenizer.eos_token_id] and not prompt.endswith(str(tokenizer.eos_token)):
             del ids[-1]
     return encoded, present
 
 
 def encode_inside(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """The ids of texts that follow another text.
+    """Returns the ids of texts that follow another text.
 
-    SentencePiece tokenizers put a space before a text that is encoded by itself, so that "def" would read " def" behind
-    a prompt. Each text is therefore encoded behind an anchor, whose ids are removed again.
+    SentencePiece tokenizers put a space before a text that is encoded separately, so that "def" would become " def"
+    after a prompt. Each text is therefore encoded after an anchor, whose ids are then removed.
     """
     return _encode_behind(_anchor(tokenizer), texts, tokenizer)
 
@@ -57,9 +58,9 @@ def encode_inside(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> l
 def space_lengths(
     prompts: Sequence[str], responses: Sequence[Sequence[str]], tokenizer: PreTrainedTokenizerBase
 ) -> list[int]:
-    """For every prompt the number of characters at its end that are tokens of the response once both are tokenised as
-    one text: the prompt's own ids stop at the first that differs behind one of its responses. This is where TRL cuts.
-    Only prompts that end in white space are considered; without responses a letter follows.
+    """Returns, for every prompt, how many characters at its end become part of the response if both are tokenised as
+    one text. TRL cuts there: at the first id that differs between the prompt and any of the joined texts. The number is
+    0 for prompts that do not end in white space. A prompt without responses is joined with a letter.
 
     "TL;DR: " before "cats"  ->  1, because " cats" is one token
     """
@@ -78,12 +79,13 @@ def space_lengths(
 
 
 def reads_back(prompt: Sequence[int], response: Sequence[int], text: str, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the ids of the response, decoded after those of the prompt, give `text`."""
+    """Returns whether the ids of the response, decoded after the ids of the prompt, give `text`."""
     return decode([*prompt, *response], tokenizer) == decode(prompt, tokenizer) + text
 
 
 def is_lossless(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether decoding gives back every text, whatever precedes it: true for byte-level BPE without a normaliser."""
+    """Returns whether decoding restores every text, whatever text precedes it. This holds for byte-level BPE without a
+    normaliser."""
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         return False
     core = tokenizer.backend_tokenizer
@@ -91,7 +93,8 @@ def is_lossless(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _anchor(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The first of ANCHORS behind which the ids of all probes decode to the probes; "" if there is none."""
+    """Returns the first of ANCHORS after which the ids of all PROBES decode to the probes again; "" if there is
+    none."""
     before = encode(["Q:\n"], tokenizer)[0]
     reads = partial(reads_back, before, tokenizer=tokenizer)
     for anchor in ANCHORS:
@@ -101,7 +104,8 @@ def _anchor(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _encode_behind(anchor: str, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Ids of `texts` behind `anchor`; a text that merges with the anchor into one token is encoded by itself."""
+    """Returns the ids of `texts` after `anchor`. A text whose beginning merges with the anchor into one token is
+    encoded without the anchor."""
     if not anchor:
         return encode(texts, tokenizer)
     first = encode([anchor], tokenizer)[0]

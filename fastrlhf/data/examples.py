@@ -1,6 +1,7 @@
-"""Rows of a dataset, whatever their form, as `Example`s.
+"""Reads a dataset in any known form and makes an `Example` of every row.
 
-source -> rows -> one form for the whole dataset -> Example per row, or a counted reason why not
+The source is read as rows, one form is recognised for the whole dataset, and each row becomes an Example or is counted
+as skipped, with a reason.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from fastrlhf.types import Example
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedExamples:
-    """The usable rows of a split, in order, and why the others were skipped."""
+    """The usable rows of a split, in order, and the reasons for which rows were skipped."""
 
     source: str
     form: str
@@ -45,14 +46,15 @@ class LoadedExamples:
     skipped: dict[str, int]
     """Reason -> number of rows."""
     first_bad: str | None
-    """The first skipped row: its number from 0, where it stands, why it was skipped, how it begins."""
+    """The first skipped row: its number, counted from 0, its place in the source, the reason, and the beginning of the
+    row."""
     unread: tuple[str, ...] = ()
-    """Columns with text that are not read."""
+    """Columns with text that are no part of a prompt or response."""
 
     def summary(self) -> str:
-        """One-line summary for the header of a run."""
+        """Formats a one-line summary for the first lines of a run."""
         text = f"{self.source}: {len(self.examples):,} examples of {self.num_rows:,} rows ({self.form})"
-        unread = f"; no part of prompt or response: {', '.join(self.unread)}" if self.unread else ""
+        unread = f"; columns not used in prompt or response: {', '.join(self.unread)}" if self.unread else ""
         if self.first_bad is None:
             return f"{text}, none skipped{unread}"
         return f"{text}, skipped {_counts(self.skipped)}; the first: {self.first_bad}{unread}"
@@ -68,44 +70,48 @@ def load_examples(
     max_bad_fraction: float = 0.1,
     limit: int | None = None,
 ) -> LoadedExamples:
-    """Reads one split, or a slice of one such as train[:500], of a hub dataset, of a local file (`SUFFIXES`; its only
-    split is "train"), of a folder of them or of one that `save_to_disk` wrote, or of a list of several of these; or
-    rows in memory, for example a datasets.Dataset.
+    """Reads the rows of a dataset, in any known form, as examples.
 
-    Known forms, told apart by the columns, and as text or conversations by the values, that most rows have:
+        `source` is the name of a hub dataset, a local file (see `SUFFIXES`; its only split is "train"), a folder of
+        such files or one written by `save_to_disk`, a list of several of these, or rows in memory, for example a
+        datasets.Dataset. `split` may be a slice such as train[:500].
+
+    The form is recognised by the columns that most rows have, and their values tell text from conversations. Known
+    forms are:
 
         prompt, chosen, rejected               strings, or lists of {"role", "content"}
         prompt, completion                     the completion is the reference
-        chosen, rejected                       the prompt inside: all turns before the last, as messages or as
+        chosen, rejected                       the prompt is all turns before the last one, as messages or as
                                                "\\n\\nHuman: ...\\n\\nAssistant: ..." text (Anthropic HH)
-        messages                               the last turn is the reference, those before it the prompt
+        messages                               the last turn is the reference, the turns before it the prompt
         prompt
-        conversations                          ShareGPT: turns of {"from", "value"}, as messages; beside chosen and
-                                               rejected the prompt of a pair
-        chosen, rejected                       plain text: the prompt is what both begin with
+        conversations                          ShareGPT: turns of {"from", "value"}, read like messages; together
+                                               with chosen and rejected, the prompt of a pair
+        chosen, rejected                       plain text: the prompt is the beginning that both share
         instruction, input, output             Alpaca: a turn of the user and one of the assistant
         text                                   the whole text is trained
         info, summaries, choice                OpenAI's comparisons, prompt and response in their TL;DR form
         subreddit, title, post, summary        TL;DR posts; the summary is the reference
         instruction, completions               UltraFeedback: a group of responses, overall_score their scores
-        prompt, responses                      a list of strings, or of lists of messages, of which `preferences` (a
-                                               matrix of P(i better than j)) or `scores` (numbers) may judge
+        prompt, responses                      a list of strings, or of lists of messages, with optional
+                                               `preferences` (a matrix of P(i is better than j)) or `scores` (numbers)
 
-    Text beside turns in a row is a turn. A column `system` is a turn before the prompt, whatever the form; `tools`,
-    `documents` and `chat_template_kwargs` go to the chat template. All other columns stay with the example.
+    If a row has turns in one column and text in another, the text is read as one turn. In every form, a column `system`
+    becomes a turn before the prompt, and `tools`, `documents` and `chat_template_kwargs` are passed to the chat
+    template. All other columns are kept in the example.
 
     Args:
-        config_name: of a hub dataset, or of a folder whose README.md names configurations.
-        columns: name above -> column of the dataset, where they differ; also "reference" for any column.
-        needs: which of prompt, chosen, rejected, reference, responses a usable row must have; other responses are given
-            where good. And which of label_prob, margin, wins, num_labels, which are read only where they are needed;
-            so are preferences and scores, of which a row has one or none.
-        max_bad_fraction: skipped rows / rows read, at most.
-        limit: rows read, at most.
+        config_name: configuration of a hub dataset, or of a folder whose README.md names configurations.
+        columns: name in the list above, or "reference" -> column of the dataset, for columns with other names.
+        needs: the fields that a usable row must have, among prompt, chosen, rejected, reference, responses, label_prob,
+            margin, wins and num_labels. Responses that are not needed are kept if they are valid; labels that are not
+            needed are ignored. If preferences or scores are named, a row may have either or neither of them.
+        max_bad_fraction: largest allowed share of skipped rows.
+        limit: maximum number of rows to read.
 
     Raises:
-        ValueError: the source, split, file or columns are wrong, there is no row or no usable one, or too many are
-            skipped; the message says which and how to fix it.
+        ValueError: the source, split, file or columns are wrong, there is no usable row, or too many rows are skipped;
+            the message names the cause and the fix.
     """
     needs = tuple(dict.fromkeys(("prompt", *needs)))
     _check_arguments(needs, max_bad_fraction, limit)
@@ -119,7 +125,7 @@ def load_examples(
     form, conversational = _detect_form(values, names, required, source)
 
     _check_unpaired(values, form, columns or {}, source)
-    # A system prompt is a turn, so that its rows are conversations, and then all rows are.
+    # A system prompt is a turn. Rows with one are therefore conversations, and then all rows are read as conversations.
     has_system = any(str(row["system"]).strip() for row in _having(values, ["system"]))
     as_turns = has_system and form in (PAIRS, DEMONSTRATIONS, PROMPTS, GROUPS)
     examples: list[Example] = []
@@ -157,11 +163,11 @@ def _check_arguments(needs: Sequence[str], max_bad_fraction: float, limit: int |
     if not 0 <= max_bad_fraction <= 1:
         raise ValueError(f"max_bad_fraction: {max_bad_fraction} is not in 0..1")
     if limit is not None and limit < 1:
-        raise ValueError(f"limit: {limit} rows leave nothing to read; give 1 or more, or None for all")
+        raise ValueError(f"limit: must be at least 1, or None for all rows; got {limit}")
 
 
 def _name_columns(rows: Sequence[object], columns: Mapping[str, str], source: str) -> dict[str, str]:
-    """Name of a form -> column of the dataset."""
+    """Maps names that the forms use to columns of the dataset."""
     found = list(dict.fromkeys(column for row in rows if isinstance(row, dict) for column in row))
     names = {name: name for name in NAMES if name in found}
     if len(_having(rows, ["completion"])) > len(_having(rows, ["reference"])):
@@ -175,8 +181,8 @@ def _name_columns(rows: Sequence[object], columns: Mapping[str, str], source: st
     if not any(set(form.required) <= set(names) for form in FORMS):
         forms = "; ".join(", ".join(form.required) for form in FORMS)
         raise ValueError(
-            f"{source}: columns {', '.join(found) or '(none: rows are not objects)'} are none of the known forms "
-            f"({forms}; completion counts as reference); name them with columns, as prompt=<column>,chosen=<column>"
+            f"{source}: columns {', '.join(found) or '(none: rows are not objects)'} fit no known form "
+            f"({forms}; completion counts as reference); map them, for example columns: prompt=<column>,chosen=<column>"
         )
     return names
 
@@ -184,15 +190,16 @@ def _name_columns(rows: Sequence[object], columns: Mapping[str, str], source: st
 def _detect_form(
     rows: Sequence[object], names: Mapping[str, str], needs: Sequence[str], source: str
 ) -> tuple[Form, bool]:
-    """The first form that these columns match and that has all `needs`, and whether it is conversational. A form that
-    fewer than half of the rows have is taken only if no other fits, because a stray column does not make a form.
+    """Returns the first form whose columns exist and that provides all `needs`, and whether its rows are conversations.
+    A form whose columns fewer than half of the rows have is taken only if no other form fits, because a few stray
+    values do not make a form.
     """
     candidates = [form for form in FORMS if set(form.required) <= set(names)]
     having = {form.name: _having(rows, [names[name] for name in form.required]) for form in candidates}
     candidates = [form for form in candidates if 2 * len(having[form.name]) >= len(rows)] or candidates
-    if names.get("prompt", "prompt") != "prompt":  # the user named a prompt column, so no form may build another prompt
+    if names.get("prompt", "prompt") != "prompt":  # the user named a prompt column, so no other prompt may be built
         candidates = [form for form in candidates if "prompt" in form.required] or candidates
-    if "reference" not in needs:  # the form "text" has no prompt
+    if "reference" not in needs:  # rows of the form "text" have no prompt
         candidates = [form for form in candidates if form is not TEXTS] or candidates
     form = next((form for form in candidates if set(needs) <= form.provides(names)), None)
     if form is None:
@@ -201,7 +208,7 @@ def _detect_form(
         instead = ", or use the response chosen (response of sft, reset_source of drpo, opponent of eval)"
         raise ValueError(
             f"{source}: no {' and no '.join(missing)} in {candidates[0].name} ({', '.join(names.values())}); "
-            f"name a column for it with columns, as {missing[0]}=<column>"
+            f"name the column by columns: {missing[0]}=<column>"
             f"{instead if 'reference' in missing and 'chosen' in given else ''}"
         )
     keys = [names[name] for name in form.required]
@@ -209,7 +216,7 @@ def _detect_form(
     whole = [row for row in lists if len(row[keys[-1]]) > 1 and isinstance(row[keys[0]], str)]
     conversational = 2 * len(lists) > len(having[form.name])
     if form is PAIRS and conversational and 2 * len(whole) > len(lists):
-        form = CONVERSATION_PAIRS  # whole conversations beside the bare text of their first turn
+        form = CONVERSATION_PAIRS  # chosen is a whole conversation, and prompt only repeats its first turn
     if form is CONVERSATION_PAIRS and not conversational and "rejected" in names:
         texts = [row[keys[-1]] for row in having[form.name] if isinstance(row[keys[-1]], str)]
         if 2 * sum(HH_MARK.match(text.strip()) is not None for text in texts) < len(texts):
@@ -218,13 +225,12 @@ def _detect_form(
 
 
 def _check_unpaired(rows: Sequence[object], form: Form, columns: Mapping[str, str], source: str) -> None:
-    """Raises ValueError for unpaired preferences (KTO): completions some of which are labelled as bad."""
+    """Raises ValueError for unpaired preferences (KTO), that is, if some completions are labelled as bad."""
     bad = sum(row["label"] is False for row in _having(rows, ["label"]))
     if form is DEMONSTRATIONS and bad and "reference" not in columns:
         raise ValueError(
-            f"{source}: label is false in {bad:,} of {len(rows):,} rows: these completions are examples of what not to "
-            "write (unpaired preferences, as for KTO); leave them out, or train on all with "
-            "columns: reference=completion"
+            f"{source}: label is false in {bad:,} of {len(rows):,} rows, whose completions are bad examples (unpaired "
+            "preferences, as for KTO); remove these rows, or train on all rows with columns: reference=completion"
         )
 
 
@@ -249,7 +255,7 @@ def _is_text(value: object) -> bool:
 
 
 def _having(rows: Iterable[object], keys: Sequence[str]) -> list[dict[str, Any]]:
-    """The rows that have all these columns."""
+    """Returns the rows that have a value in all of these columns."""
     return [row for row in rows if isinstance(row, dict) and all(row.get(key) is not None for key in keys)]
 
 

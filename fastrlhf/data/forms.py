@@ -1,4 +1,4 @@
-"""The forms of rows, and how each gives a prompt and responses, as text or as turns."""
+"""The known forms of rows. Each converts a row to a prompt and responses, as text or as turns."""
 
 from __future__ import annotations
 
@@ -25,18 +25,19 @@ from fastrlhf.types import Message, Text
 RESPONSES = ("chosen", "rejected", "reference")
 
 Fields = dict[str, Any]
-"""prompt, chosen, rejected, reference (Text) and the fields of a group, as far as the row has them."""
+"""The fields that a row gives, among prompt, chosen, rejected and reference (Text) and the fields of a group."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Form:
     name: str
     required: tuple[str, ...]
-    """Columns that the dataset must have; the type of the last one says whether it is conversational."""
+    """Columns that the dataset must have. The type of the last one shows whether the rows are conversations."""
     convert: Callable[[Mapping[str, Any], bool], Fields]
-    """(row under the names of the forms, conversational) -> fields. Raises UnusableRow."""
+    """Converts (row, with the forms' names as keys; whether it is a conversation) to fields. Raises UnusableRow."""
     gives: tuple[str, ...] | None = None
-    """Responses that the form makes; None: those that are columns of the dataset."""
+    """Names of the responses that the form makes; None: the columns chosen, rejected and reference that the dataset
+    has."""
 
     def provides(self, names: Iterable[str]) -> set[str]:
         given = RESPONSES if self.gives is None else ()
@@ -83,17 +84,17 @@ def _implicit(row: Mapping[str, Any], conversational: bool) -> Fields:
     read = read_turns if conversational else human_assistant_turns
     turns = {name: read(row[name], name) for name in RESPONSES if row.get(name) is not None}
     if not turns:
-        raise UnusableRow("missing_chosen", "no response in this row")
+        raise UnusableRow("missing_chosen", "this row has no response")
     if not conversational:
         prompts = [conversation[:-1] for conversation in turns.values()]
         if any(prompt != prompts[0] for prompt in prompts):
-            raise UnusableRow("prompts_differ", f"{' and '.join(turns)} differ before their last turn")
+            raise UnusableRow("prompts_differ", f"{' and '.join(turns)} have different turns before the last one")
         for name, conversation in turns.items():
             check_alternate(conversation, name)
         return {"prompt": prompts[0]} | {name: answer(c[-1:], name) for name, c in turns.items()}
     shared = _common_turns([conversation[:-1] for conversation in turns.values()])
     if any(conversation[len(shared)]["role"] != "assistant" for conversation in turns.values()):
-        raise UnusableRow("prompts_differ", f"{' and '.join(turns)} differ before a turn of the assistant")
+        raise UnusableRow("prompts_differ", f"{' and '.join(turns)} differ in a turn that is not the assistant's")
     return {"prompt": shared} | {name: answer(c[len(shared) :], name) for name, c in turns.items()}
 
 
@@ -104,8 +105,8 @@ def _common_turns(conversations: Sequence[list[Message]]) -> list[Message]:
 
 
 def _common_prefix(row: Mapping[str, Any], conversational: bool) -> Fields:
-    """Plain text whose prompt is the common beginning of both responses; a space at its end goes to the responses, as
-    in TRL."""
+    """Converts a pair of plain texts: the prompt is their common beginning. A space at the end of the prompt is moved
+    to the responses, as in TRL."""
     chosen, rejected = (read_text(present(row, name), name) for name in ("chosen", "rejected"))
     equal = sum(takewhile(bool, (a == b for a, b in zip(chosen, rejected, strict=False))))
     prompt = chosen[:equal].removesuffix(" ")
@@ -117,7 +118,8 @@ def _conversation_and_pair(row: Mapping[str, Any], conversational: bool) -> Fiel
 
 
 def _alpaca(row: Mapping[str, Any], conversational: bool) -> Fields:
-    """One turn of the user, instruction and input with a line between them, and one of the assistant."""
+    """Converts an Alpaca row to a turn of the user, which is instruction and input separated by a line break, and a
+    turn of the assistant."""
     asked, given = (read_text(row.get(name) or "", name) for name in ("instruction", "input"))
     text = "\n".join(part for part in (asked, given) if part)
     output = read_text(present(row, "output"), "output")
@@ -129,7 +131,7 @@ def _whole_text(row: Mapping[str, Any], conversational: bool) -> Fields:
 
 
 def _prompt_turns(value: object) -> list[Message]:
-    """The turns of a prompt. Text is one turn of the user."""
+    """Returns the turns of a prompt; text becomes one turn of the user."""
     return (
         [{"role": "user", "content": read_text(value, "prompt")}]
         if isinstance(value, str)
@@ -198,8 +200,8 @@ FORMS = (
     *(COMPARISONS, POSTS, PAIRS, DEMONSTRATIONS, SHAREGPT_PAIRS, CONVERSATION_PAIRS, MESSAGES, SHAREGPT, ALPACA),
     *(PROMPTS, GROUPS, RATED, TEXTS),
 )
-"""The first form that fits is taken: forms with more fields come first, and groups are used only where they are
-needed."""
+"""The forms in the order in which they are tried. Forms with more columns come first; groups come late, because they
+are used only if they are needed."""
 LABELS = ("responses", *GROUP_LABELS, *PAIR_LABELS)
 NAMES = (
     *("prompt", *RESPONSES, *LABELS, "messages", "conversations", "output", "input", "text", "system"),

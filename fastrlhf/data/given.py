@@ -1,4 +1,4 @@
-"""Rows passed in by a program, in place of the configured dataset."""
+"""Converts rows that a program passes to a trainer in place of the configured dataset."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from fastrlhf.types import Example
 log = logging.getLogger(__name__)
 
 Rows = LoadedExamples | Iterable[Example] | Iterable[Mapping[str, Any]]
-"""Rows that trainers accept in place of the configured dataset: the result of `load_examples`, examples, or rows in a
-form that files may have, for example a datasets.Dataset."""
+"""Rows that trainers accept in place of the configured dataset: the result of `load_examples`, Example objects, or
+mappings in any form that a file may have, for example a datasets.Dataset."""
 
 
 def given_examples(config: TrainConfig, fields: Sequence[str], rows: Rows | None, name: str) -> list[Example]:
-    """The rows that a trainer was given, as examples with a row number each. Rows that are mappings are understood like
-    those of a file, under `columns` and `max_bad_fraction`.
+    """Converts the rows passed to a trainer to examples with row numbers. Rows that are mappings are read like the rows
+    of a file, with the keys `columns` and `max_bad_fraction`.
 
-    Raises ValueError for a name, for rows of both kinds, and as `load_examples` does.
+    Raises ValueError if the rows are the name of a dataset or a mixture of Examples and mappings, and as
+    `load_examples` does.
     """
     if rows is None:
         return []

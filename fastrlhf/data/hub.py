@@ -1,4 +1,4 @@
-"""Check that the Hugging Face hub answers: otherwise its client may wait for ever without a message."""
+"""Checks that the Hugging Face hub answers, because its client may otherwise wait for ever without a message."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from huggingface_hub import constants
 
 
 def check_hub(source: str, what: str) -> None:
-    """Raises ValueError, beginning with `what`, where `source` is not a local path and the hub does not answer in time.
-    Any answer is fine, and so is a refused connection, for which the hub's client raises an error or uses its cache.
-    The check runs once per process.
+    """Raises ValueError if `source` is not a local path and the hub does not answer in time; the message begins with
+    `what`. Every answer passes, and so does a refused connection, after which the hub's client raises an error or uses
+    its cache. The hub is asked once per process.
     """
     if not Path(source).expanduser().exists() and not constants.HF_HUB_OFFLINE and not _answers(constants.ENDPOINT):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The numbers of a row that say which response is better, checked."""
+"""Reads and checks the numbers of a row that say which response is better."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ GROUP_LABELS = ("preferences", "scores")
 COUNTS = ("wins", "num_labels")
 PAIR_LABELS = ("label_prob", "margin", *COUNTS)
 TOLERANCE = 1e-3
-"""Tolerance of P_ij + P_ji = 1, because probabilities in files are often rounded."""
+"""Allowed deviation of P_ij + P_ji from 1, because probabilities in files are often rounded."""
 
 
 def read_group_labels(row: Mapping[str, Any], num_responses: int) -> dict[str, Any]:
-    """The `preferences` [K][K] or the `scores` [K] of K responses, as floats; empty where the row has neither.
+    """Returns the `preferences` [K][K] or the `scores` [K] of K responses as floats; empty if the row has neither.
 
     Raises UnusableRow for values that are not numbers, and for preferences that are not probabilities with P_ij + P_ji
     = 1 (so P_ii is 1/2). If a judge depends on the order, average it over both orders first.
     """
     given = [name for name in GROUP_LABELS if row.get(name) is not None]
     if len(given) == 2:
-        raise UnusableRow("preferences_and_scores", "which of them counts? leave one out")
+        raise UnusableRow("preferences_and_scores", "the row has both preferences and scores; remove one of them")
     if given == ["scores"]:
         return {"scores": _numbers(row["scores"], num_responses, "scores")}
     if given == ["preferences"]:
@@ -46,20 +46,21 @@ def read_group_labels(row: Mapping[str, Any], num_responses: int) -> dict[str, A
 
 
 def read_pair_labels(row: Mapping[str, Any], needs: Collection[str]) -> dict[str, Any]:
-    """The labels among PAIR_LABELS that are needed. Raises UnusableRow if one is missing or invalid: `label_prob` must
-    be in 0..1, `margin` finite, and `wins` at most `num_labels`."""
+    """Returns the labels in PAIR_LABELS that are needed. Raises UnusableRow if a needed label is missing or invalid:
+    `label_prob` must be in 0..1, `margin` finite, and `wins` at most `num_labels`."""
     numbers: dict[str, Any] = {name: _number(row.get(name), name) for name in ("label_prob", "margin") if name in needs}
     return numbers | (read_counts(row) if set(COUNTS) & set(needs) else {})
 
 
 def read_counts(row: Mapping[str, Any]) -> dict[str, int]:
-    """`wins` of `num_labels` comparisons. Raises UnusableRow if they are missing or not counts."""
+    """Returns `wins`, the number of comparisons that chosen won, and `num_labels`, the number of comparisons. Raises
+    UnusableRow if either is missing or not a count."""
     counts: dict[str, int] = {}
     for name in COUNTS:
         value = row.get(name)
         if value is None:
-            raise UnusableRow(f"missing_{name}", f"no {name} in this row")
-        text = isinstance(value, str) and value.isdecimal()  # CSV gives text
+            raise UnusableRow(f"missing_{name}", f"this row has no {name}")
+        text = isinstance(value, str) and value.isdecimal()  # cells of CSV files are text
         if not text and (not isinstance(value, Integral) or isinstance(value, bool)):
             raise UnusableRow("wrong_type", f"{name} is {value!r}, not a count")
         counts[name] = int(value)
@@ -76,7 +77,7 @@ def _number(value: object, name: str) -> float:
 
 
 def _float(value: str | Real) -> float:
-    """The value as a float; NaN for text that is not a number and for an integer too large for a float."""
+    """Converts a value to a float; text that is not a number and an integer too large for a float become NaN."""
     try:
         return float(value)
     except (ValueError, OverflowError):

@@ -1,7 +1,8 @@
-"""Packs sequences into flat tensors and spreads them over micro-batches. Pure: no model, no tokenizer, no randomness.
+"""Packs sequences into flat tensors and distributes them over micro-batches, by pure functions without model, tokenizer
+or randomness.
 
-A pack is a forest of segments (types.Segment). Nothing is padded: whatever is not attention sees flat tokens, and
-attention sees the lengths. The shift by one token happens in `pack` and nowhere else.
+A pack is a forest of segments (types.Segment). Nothing is padded: attention reads the lengths of the segments, and all
+other layers see a flat row of tokens. The shift by one token between inputs and targets happens only in `pack`.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ Device = torch.device | str
 
 
 def pack(segments: Sequence[Segment], device: Device = "cpu") -> PackedBatch:
-    """Lays the segments one after the other, in the order given.
+    """Makes one pack of the segments, one after the other in the given order.
 
-    Raises ValueError where a segment is empty, scores more tokens than have a predecessor, or has a parent that does
-    not come before it or is shorter than the cut.
+    Raises ValueError if a segment is empty, scores a token that has no predecessor, or has a parent that does not come
+    before it or that is shorter than the cut.
     """
     if not segments:
         raise ValueError("segments: nothing to pack")
     starts = [0, *accumulate(len(segment.token_ids) for segment in segments)]
-    keys: list[list[range]] = []  # per segment, the rows it sees: first those of its ancestors, up to their cuts
+    keys: list[list[range]] = []  # per segment, the rows it attends to, ancestors' first
     positions: list[int] = []
     rows: list[int] = []
     targets: list[int] = []
@@ -50,7 +51,7 @@ def pack(segments: Sequence[Segment], device: Device = "cpu") -> PackedBatch:
     trunks = {segment.parent for segment in segments}
     leaves = [i for i in range(len(segments)) if i not in trunks]
     if any(rows_per_segment[i] for i in trunks if i >= 0):
-        raise ValueError("segments: a segment that others hang on cannot itself be scored; score the branches")
+        raise ValueError("segments: a parent of other segments cannot have scored tokens; score its children")
 
     return PackedBatch(
         token_ids=_int64([token for segment in segments for token in segment.token_ids], device),
@@ -64,7 +65,8 @@ def pack(segments: Sequence[Segment], device: Device = "cpu") -> PackedBatch:
 
 
 def sequence(prompt: Sequence[int], response: Sequence[int], trained: Sequence[int] | None = None) -> Segment:
-    """A root segment of prompt and response that scores the response, or only its tokens at the indices `trained`."""
+    """Returns a root segment of prompt and response in which all tokens of the response, or only those at the indices
+    `trained`, are scored."""
     if trained is None:
         return Segment(token_ids=[*prompt, *response], num_scored=len(response))
     scored = [len(prompt) + i for i in trained]
@@ -80,7 +82,7 @@ def pair(
     share_prompt: bool,
     trained: Sequence[Sequence[int] | None] = (),
 ) -> list[Segment]:
-    """The tree of a pair, chosen before rejected: a `group` of two."""
+    """Returns the tree of a pair, a `group` of two responses, with chosen before rejected."""
     return group(prompt, (chosen, rejected), scored=scored, share_prompt=share_prompt, trained=trained)
 
 
@@ -92,10 +94,10 @@ def group(
     share_prompt: bool,
     trained: Sequence[Sequence[int] | None] = (),
 ) -> list[Segment]:
-    """The tree of several responses to a prompt, in order. A shared prompt is computed once, and all responses are
-    attached to it.
+    """Returns the tree of several responses to one prompt, in order. With `share_prompt` the prompt is one segment,
+    which is computed once, and the responses are its children.
 
-    `scored` scores the tokens of the responses: those at the indices that `trained` has for a response, or all of them.
+    With `scored`, the tokens of each response are scored: those at the indices in `trained`, or all if that is None.
     """
     each = list(zip(responses, trained or [None] * len(responses), strict=True))
     if not share_prompt or not prompt:
@@ -112,8 +114,8 @@ def group(
 
 
 def tree(prefixes: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[Segment]:
-    """Several responses, each scored whole, to prefixes of one text: the longest prefix is computed once, and every
-    response is attached to it where its own prefix ends.
+    """Returns the tree of responses whose prefixes are beginnings of one text. The longest prefix is computed once, and
+    every response is attached to it at the end of its own prefix. All tokens of the responses are scored.
 
         prefixes [7, 8], [7, 8, 1]; responses [5, 0], [2, 0]   ->   7 8 1 | 5 0 (cut 2) | 2 0 (cut 3)
     """
@@ -126,23 +128,24 @@ def tree(prefixes: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) 
 
 
 def trunks(sequences: Iterable[Sequence[int]]) -> dict[tuple[int, ...], tuple[int, ...]]:
-    """Maps each sequence to one of the sequences that begins with it and that no other sequence extends (possibly
-    itself).
+    """Maps each sequence to its trunk: a sequence that begins with it and that no other sequence extends, possibly
+    itself.
 
     [7, 8], [7, 8, 1], [7, 9]   ->   (7, 8): (7, 8, 1), (7, 8, 1): (7, 8, 1), (7, 9): (7, 9)
     """
     found: dict[tuple[int, ...], tuple[int, ...]] = {}
     after: tuple[int, ...] = ()
     for each in sorted(set(map(tuple, sequences)), reverse=True):
-        # In lexical order, extensions of a sequence come right after it.
+        # In reverse lexical order, a sequence comes right after its extensions.
         found[each] = found[after] if after and after[: len(each)] == each else each
         after = each
     return found
 
 
 def families(prefixes: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], budget: int) -> list[list[int]]:
-    """Groups (indices) of sequences whose prefixes are cut from one text, so that a `tree` computes it once. A group
-    has at most `budget` tokens or a single sequence. Groups are in the order of their first sequences."""
+    """Groups sequences whose prefixes are beginnings of one text, so that a `tree` computes this text once. Returns
+    groups of indices, in the order of their first sequences. A group has at most `budget` tokens, unless it is a single
+    sequence."""
 
     def computed(members: Sequence[int]) -> int:
         return max(len(prefixes[i]) for i in members) + sum(len(responses[i]) for i in members)
@@ -160,7 +163,8 @@ def families(prefixes: Sequence[Sequence[int]], responses: Sequence[Sequence[int
 
 
 def forest(trees: Iterable[Sequence[Segment]]) -> list[Segment]:
-    """The segments of several trees, one tree after the other; `parent` counts from the first segment of its tree."""
+    """Concatenates the segments of several trees. In each tree given, `parent` is an index into that tree; in the
+    result, it is an index into the whole list."""
     segments: list[Segment] = []
     for tree in trees:
         start = len(segments)
@@ -169,19 +173,20 @@ def forest(trees: Iterable[Sequence[Segment]]) -> list[Segment]:
 
 
 def num_computed(tree: Sequence[Segment]) -> int:
-    """Number of tokens of a tree, which is its cost."""
+    """Returns the number of tokens of a tree, which is its computing cost."""
     return sum(len(segment.token_ids) for segment in tree)
 
 
 def num_in_sequences(tree: Sequence[Segment]) -> int:
-    """Number of tokens of each sequence that ends in a leaf, summed separately; each segment is a root or a child of a
-    root."""
+    """Returns the number of tokens that a tree would have if its sequences did not share segments. Every segment must
+    be a root or a child of a root."""
     trunks = {segment.parent for segment in tree}
     return sum(segment.cut + len(segment.token_ids) for i, segment in enumerate(tree) if i not in trunks)
 
 
 def unpack(batch: PackedBatch) -> list[list[int]]:
-    """The token ids of every sequence of the pack, ancestors included: the inverse of `pack` on plain sequences."""
+    """Returns the token ids of every sequence of the pack, including those of its ancestors. It inverts `pack` for
+    sequences without a shared segment."""
     plan = batch.plan
     seen = batch.token_ids if plan.key_index is None else batch.token_ids[plan.key_index]
     per_segment = [part.tolist() for part in seen.split(plan.key_lengths)]
@@ -191,17 +196,17 @@ def unpack(batch: PackedBatch) -> list[list[int]]:
 
 
 def micro_batches(costs: Sequence[int], budget: int, what: str = "item", multiple: int = 1) -> list[list[int]]:
-    """Spreads items of `costs` tokens over as few micro-batches of at most `budget` tokens as it can, evenly filled.
+    """Distributes items of `costs` tokens evenly over few micro-batches of at most `budget` tokens.
 
-    Longest first onto the least loaded micro-batch; one more micro-batch is opened until all fit. Returns indices, each
-    micro-batch in ascending order, so that the result depends on the costs alone. The number of micro-batches is a
-    multiple of `multiple`, or the number of items if that is smaller. Raises ValueError where one item exceeds the
-    budget.
+    The longest item goes first, always into the micro-batch with the fewest tokens; if the items do not fit, the number
+    of micro-batches is increased. Returns the indices of each micro-batch in ascending order; they depend only on the
+    costs. The number of micro-batches is a multiple of `multiple`, or the number of items if that is smaller. Raises
+    ValueError if an item exceeds the budget.
     """
     if not costs:
         return []
     _check_budget(costs, budget, what)
-    # No two items of more than half the budget share a micro-batch.
+    # Two items of more than half the budget each cannot share a micro-batch.
     count = max(-(-sum(costs) // budget), sum(2 * cost > budget for cost in costs))
     while (bins := _spread(costs, budget, count + -count % multiple)) is None:
         count += max(1, count // 64)
@@ -209,10 +214,10 @@ def micro_batches(costs: Sequence[int], budget: int, what: str = "item", multipl
 
 
 def own_micro_batches(costs: Sequence[int], budget: int, what: str = "item") -> Sequence[list[int]]:
-    """This rank's micro-batches of items of `costs` tokens, as `micro_batches` spreads them.
+    """Returns the micro-batches of `micro_batches` that belong to this rank.
 
-    If the number of items is a multiple of the ranks, every rank has equally many micro-batches and so takes part in
-    every gather of the weights. Otherwise the numbers differ by at most one.
+    If the number of items is a multiple of the number of ranks, every rank has equally many micro-batches and so takes
+    part in every gather of the weights. Otherwise the numbers differ by at most one.
     """
     return share(micro_batches(costs, budget, what, multiple=world_size()))
 
@@ -220,7 +225,7 @@ def own_micro_batches(costs: Sequence[int], budget: int, what: str = "item") -> 
 def in_order(costs: Sequence[int], budget: int, what: str = "item") -> list[list[int]]:
     """Fills micro-batches of at most `budget` tokens one after the other, in the order of the items. Returns indices.
 
-    Raises ValueError where one item exceeds the budget.
+    Raises ValueError if an item exceeds the budget.
     """
     if costs:
         _check_budget(costs, budget, what)
@@ -245,9 +250,9 @@ def _check_budget(costs: Sequence[int], budget: int, what: str) -> None:
 
 
 def _spread(costs: Sequence[int], budget: int, count: int) -> list[list[int]] | None:
-    """The items in at most `count` bins, or None if a bin would overflow."""
+    """Distributes the items over at most `count` bins; returns None if a bin would overflow."""
     bins: list[list[int]] = [[] for _ in range(count)]
-    loads = [(0, index) for index in range(count)]  # a heap
+    loads = [(0, index) for index in range(count)]  # a heap of (tokens, bin)
     for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
         load, index = loads[0]
         if load + costs[i] > budget:

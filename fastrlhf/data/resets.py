@@ -1,10 +1,11 @@
-"""Where an episode starts (DR-PO, Chang et al. 2024, arXiv 2404.08495, Algorithm 2). Pure.
+"""Draws where an episode starts (DR-PO, Chang et al. 2024, arXiv 2404.08495, Algorithm 2), by pure functions.
 
 With probability `prob` the episode starts after the first k tokens of a response, k uniform on {minimum, ..., L - 1};
-otherwise at the prompt. L counts the EOS, so the EOS itself is never copied and at least one token is left to sample.
-Where only some cuts are allowed, such as ends of sentences, k is uniform on those within the same bounds.
-Every draw is keyed by (seed, key), the key being the number of an episode, or of a group of episodes that start
-at the same point: it depends on neither the batch order, nor the number of ranks, nor on any other draw of the run.
+otherwise it starts right after the prompt. The length L includes the EOS, so the EOS itself is never copied and at
+least one token is left to sample. If only some values of k are allowed, such as ends of sentences, k is uniform on the
+allowed values within these bounds. Every draw depends only on (seed, key), where the key is the number of an episode,
+or of a group of episodes that start at the same point. It does not depend on the batch order, the number of ranks, or
+other draws of the run.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ import numpy as np
 from fastrlhf.types import Prefix
 
 RESET_STREAM = 1
-"""Stream of these draws. The sampler uses the same seed and episode with another stream, so the two are independent."""
+"""Random stream of the draws of resets. The sampler uses the same seed and episode with another stream, so its draws
+are independent of these."""
 
 
 def uniforms(seed: int, stream: int, episode: int, count: int) -> np.ndarray:
-    """`count` float64 numbers in [0, 1) that depend on the three keys alone (Philox, counter-based)."""
+    """Draws `count` float64 numbers in [0, 1) that depend only on `seed`, `stream` and `episode` (Philox, a
+    counter-based generator)."""
     return np.random.Generator(np.random.Philox(key=[seed, (episode << 8) | stream])).random(count)
 
 
@@ -39,11 +42,13 @@ def reset_length(
     withheld: float = 0.0,
     cuts: Sequence[int] | None = None,
 ) -> int:
-    """Number of tokens to copy from a response of `response_length` tokens (EOS included); 0 is no reset.
+    """Draws the number of tokens to copy from a response of `response_length` tokens (including the EOS); 0 means no
+    reset.
 
-    There is no reset into a response without an admissible k (shorter than `minimum + 1` tokens), as in the authors'
-    code. `withheld`, in 0..1, is the share of the admissible k, the shortest first, that is left out; at 1 only the
-    longest remains. `cuts`, ascending: the only k that are admissible; None: all within the bounds.
+    A response without an allowed number, for example one shorter than `minimum + 1` tokens, gets no reset, as in the
+    authors' code. `withheld`, in 0..1, is the share of the allowed numbers that is excluded, beginning with the
+    smallest; at 1 only the largest remains. `cuts`, in ascending order, restricts the allowed numbers; None: no
+    restriction.
     """
     allowed = range(minimum, response_length)
     if cuts is not None:
@@ -55,7 +60,7 @@ def reset_length(
 
 
 def sentence_cuts(response: Sequence[int], sentence_ends: Collection[int]) -> list[int]:
-    """Every k such that the first k tokens of the response end with a token that ends a sentence."""
+    """Returns every k for which the first k tokens of the response end with a token that ends a sentence."""
     return [k for k, token in enumerate(response, 1) if token in sentence_ends]
 
 
@@ -65,7 +70,7 @@ def one_of(choices: Sequence[int], *, seed: int, key: int) -> int:
 
 
 def takes_first(*, seed: int, key: int) -> bool:
-    """A fair coin that picks which of two responses the reset copies from."""
+    """Draws, with equal probability, whether a reset copies from the first of two responses or from the second."""
     return uniforms(seed, RESET_STREAM, key, 3)[2] < 0.5
 
 
@@ -78,7 +83,7 @@ def cut_prefix(
     episode: int,
     temperature: float | None = None,
 ) -> Prefix:
-    """The prompt and the first k tokens of the response: where this episode starts."""
+    """Returns the prefix from which an episode starts: the prompt and the first k tokens of the response."""
     depth = k / len(response) if k else 0.0
     return Prefix(
         token_ids=[*prompt, *response[:k]],

@@ -1,8 +1,9 @@
-"""Rows of a dataset, each with a place for messages: the hub, local files and folders.
+"""Reads the rows of a dataset from the hub, from files and from folders; every row comes with its place, for error
+messages.
 
-The hub, the splits of a folder, folders of `save_to_disk` and Parquet go through `datasets`. JSON and CSV are read line
-by line, because a message must name the line, one odd value must spoil one row and not the file, and "007" must stay
-text.
+`datasets` reads hub datasets, folders written by `save_to_disk`, and Parquet, and finds the splits of a folder. JSON
+and CSV files are read here line by line, so that messages can name the line, a bad value affects only its row, and
+"007" stays text.
 """
 
 from __future__ import annotations
@@ -31,16 +32,17 @@ log = logging.getLogger(__name__)
 PACKED = (".gz", ".zst")
 KINDS = (".jsonl", ".ndjson", ".json", ".csv")
 SUFFIXES = (*(kind + packed for kind in KINDS for packed in ("", *PACKED)), ".parquet")
-"""Endings of the files that are read, in lower case; names may have them in any case."""
+"""Endings of the files that can be read. Upper and lower case are equivalent in names of files."""
 
 ENDINGS = ".jsonl, .ndjson, .json, .csv (alone or with .gz or .zst) or .parquet"
 
 OTHER_DATA = (".arrow", ".txt", ".tsv", ".xml", ".orc", ".avro", ".zip", ".tar", ".bz2", ".xz", ".lz4", ".7z")
-"""Endings of data files that are not read; files with other endings, such as README.md, are no data."""
+"""Endings of data files that cannot be read. Files with other endings, such as README.md, are not data files."""
 
 
 class UnusableRow(Exception):
-    """A row that gives no example. `reason` is the name under which it is counted; `detail` describes this row."""
+    """Raised for a row that cannot become an example. `reason` is the name under which such rows are counted; `detail`
+    describes this row."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
@@ -48,17 +50,18 @@ class UnusableRow(Exception):
 
 
 IN_MEMORY = "rows in memory"
-"""Name that messages use for a source in memory."""
+"""Name of a source in memory in messages."""
 
 
 def read_rows(
     source: str | Iterable[str] | Iterable[Mapping[str, Any]], split: str, config_name: str | None
 ) -> Iterator[tuple[str, object]]:
-    """(place, row) of a split, or of rows in memory, in order. Several names are read one after the other as if they
-    were one. `split` may be a slice such as train[:500], train[10%:] or train+test, counted over all of them.
+    """Yields (place, row) for the rows of a split, or for rows in memory, in order. Several names are read one after
+    the other as one dataset. `split` may be a slice such as train[:500], train[10%:] or train+test, whose numbers count
+    over all names.
 
-    Raises ValueError for a source that is missing, broken or not UTF-8, and for a mapping of splits or columns, which
-    is not an iterable of rows."""
+    Raises ValueError for a source that is missing, damaged or not UTF-8, and for a mapping of splits or columns in
+    place of rows."""
     names = source_names(source)
     if not names:
         if isinstance(source, Mapping):
@@ -67,7 +70,7 @@ def read_rows(
         for number, row in enumerate(source):
             yield f"item {number} of the rows given", dict(row) if isinstance(row, Mapping) else row
         return
-    if not set("[+") & set(split) or (len(names) == 1 and not is_local(names[0])):  # the hub slices by itself
+    if not set("[+") & set(split) or (len(names) == 1 and not is_local(names[0])):  # the hub slices
         for name in names:
             yield from _split_rows(name, split, config_name)
         return
@@ -87,7 +90,7 @@ def read_rows(
 
 
 def source_names(source: object) -> tuple[str, ...]:
-    """The names of files, folders or hub datasets that a source is; empty for rows in memory."""
+    """Returns the names of files, folders or hub datasets in a source; empty for rows in memory."""
     if isinstance(source, str):
         return (source,)
     values: tuple[Any, ...] = tuple(source) if isinstance(source, (list, tuple)) else ()
@@ -95,7 +98,8 @@ def source_names(source: object) -> tuple[str, ...]:
 
 
 def is_local(name: str) -> bool:
-    """Whether a name is a file or folder, or can only be the name of one; else it is looked for on the hub."""
+    """Returns whether a name is an existing file or folder, or has the form of a path. Other names are looked up on the
+    hub."""
     path = Path(name).expanduser()
     looks_local = name.startswith((".", "~")) or name.count("/") > 1 or name.lower().endswith(SUFFIXES)
     return path.is_absolute() or looks_local or path.exists()
@@ -111,7 +115,7 @@ def _split_rows(name: str, split: str, config_name: str | None) -> Iterator[tupl
     elif path.is_file():
         splits = {"train": [path]}
     else:
-        raise ValueError(f"{name}: no such file or folder (a hub dataset is named like owner/name)")
+        raise ValueError(f"{name}: no such file or folder (the name of a hub dataset looks like owner/name)")
     if split not in splits:
         raise ValueError(f"{name}: no split {split!r} among {sorted(splits)} (a single file is the split 'train')")
     for part in splits[split]:
@@ -122,7 +126,8 @@ def _split_rows(name: str, split: str, config_name: str | None) -> Iterator[tupl
 
 
 def _saved_splits(folder: Path) -> dict[str, list[Any]]:
-    """Split -> datasets of a folder that `save_to_disk` wrote, a lone dataset as "train"; empty for other folders."""
+    """Returns split -> datasets of a folder written by `save_to_disk`; a dataset without splits is "train". Empty for
+    other folders."""
     if not any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
         return {}
     try:
@@ -134,17 +139,18 @@ def _saved_splits(folder: Path) -> dict[str, list[Any]]:
 
 
 def _folder_splits(folder: Path, config_name: str | None) -> dict[str, list[Path]]:
-    """Split -> files, by the naming rules of `datasets` (train.jsonl, test-00000-of-00002.parquet, ...) or by the
-    configurations in README.md. Warns of data files that are in no split or that nothing reads."""
+    """Returns split -> files of a folder, by the naming rules of `datasets` (train.jsonl, test-00000-of-00002.parquet,
+    ...) or by the configurations in README.md. Logs a warning about data files that belong to no split or cannot be
+    read."""
     with tempfile.TemporaryDirectory() as cache:
-        # `datasets` takes brackets in the name of a folder for patterns, so it is given another name
+        # `datasets` would treat brackets in the name of the folder as patterns, so it gets a link with another name.
         link = Path(cache) / "folder"
         link.symlink_to(folder.resolve(), target_is_directory=True)
         by_card = bool(config_name) or "configs:" in _card(folder)
         try:
             if by_card:
                 found = datasets.load_dataset_builder(str(link), config_name, cache_dir=cache).config.data_files or {}
-            else:  # a builder would read the files of one ending only
+            else:  # a builder would read only files with the same ending
                 found = DataFilesDict.from_patterns(get_data_patterns(str(link)), base_path=str(link))
         except (OSError, ValueError) as error:
             told = shorten(str(error).replace(str(link), str(folder)))
@@ -164,8 +170,8 @@ def _folder_splits(folder: Path, config_name: str | None) -> dict[str, list[Path
     if left_out:
         more = f" and {len(left_out) - 5:,} more" if len(left_out) > 5 else ""
         log.warning(
-            "%s: not read: %s%s; the others make the splits %s. A split takes files with its name in theirs and one "
-            "of the endings %s",
+            "%s: files that are not read: %s%s; the others form the splits %s. A file belongs to a split if its name "
+            "contains the split's name and ends in one of %s",
             *(folder, ", ".join(left_out[:5]), more, ", ".join(splits), ENDINGS),
         )
     return splits
@@ -177,7 +183,8 @@ def _card(folder: Path) -> str:
 
 
 def _left_out(folder: Path, read: set[Path]) -> list[str]:
-    """Data files in a folder, by their paths within it, that are not among those read; hidden ones do not count."""
+    """Returns the paths, within the folder, of data files that are not among the files in `read`; hidden files are
+    ignored."""
     paths = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path not in read and path.is_file())
     return [
         str(path)
@@ -193,7 +200,7 @@ def _hub_rows(name: str, split: str, config_name: str | None) -> Iterator[tuple[
         dataset = datasets.load_dataset(name, config_name, split=split)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise ValueError(
-            f"{name}: no file or folder here, and the hub gave no split {split!r} of it: {shorten(str(error))} "
+            f"{name}: not a local file or folder, and the hub gave no split {split!r} of it: {shorten(str(error))} "
             "(check the name, the split and config_name, and that the hub can be reached: HF_HUB_OFFLINE)"
         ) from None
     for index, row in enumerate(dataset):
@@ -214,7 +221,7 @@ def _file_rows(path: Path) -> Iterator[tuple[str, object]]:
 
 
 def _kind(path: Path) -> str:
-    """The ending in lower case, without that of the compression."""
+    """Returns the ending of a file name in lower case, without the ending of the compression."""
     name = path.name.lower()
     for packed in PACKED:
         name = name.removesuffix(packed)
@@ -230,7 +237,7 @@ def _open(path: Path) -> Any:
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, object]]:
     try:
-        # streaming writes no Arrow cache, so new content at an old path is never served stale
+        # Streaming writes no Arrow cache, so that changed content at the same path is read again.
         dataset = datasets.load_dataset("parquet", data_files=[glob.escape(str(path))], split="train", streaming=True)
         for index, row in enumerate(dataset):
             yield f"{path.name} row {index}", row
@@ -239,7 +246,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, object]]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(line number from 1, text with its line end); a byte-order mark is dropped."""
+    """Yields (line number from 1, text with its line end) for a file; a byte-order mark is dropped."""
     number = 0
     try:
         with _open(path) as file:
@@ -248,11 +255,12 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} line {number}: not UTF-8 ({error.reason}); convert the file to UTF-8") from None
     except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: cannot be read, or cut short: {error}") from None
+        raise ValueError(f"{path}: cannot be read, or is truncated: {error}") from None
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, object]]:
-    """One object per line; or, in a file named .json, one array of objects, alone or as the only value of an object."""
+    """Yields the rows of a JSON file: one object per line, or, in a file named .json, one array of objects, which may
+    be the only value of an object."""
     lines = _lines(path)
     if _kind(path) == ".json":
         text = "".join(line for _, line in lines)
@@ -268,7 +276,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, object]]:
 
 
 def _array(text: str, path: Path) -> list[Any] | None:
-    """The rows of `[...]` and of `{"data": [...]}`; None for text in another form."""
+    """Returns the rows of text in the form `[...]` or `{"data": [...]}`; None for text in another form."""
     if text.lstrip().startswith("["):
         return _parse_json(text, path, 1)
     try:
@@ -279,7 +287,7 @@ def _array(text: str, path: Path) -> list[Any] | None:
     rows = values[0] if len(values) == 1 else None
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         return None
-    return None if {"role", "from"} & set(rows[0]) else rows  # turns: the whole is one row
+    return None if {"role", "from"} & set(rows[0]) else rows  # a list of turns: the object is one row
 
 
 def _parse_json(text: str, path: Path, line: int) -> Any:
@@ -289,12 +297,12 @@ def _parse_json(text: str, path: Path, line: int) -> Any:
         place = f"{path} line {line + error.lineno - 1}, column {error.colno}"
         near = error.doc[max(0, error.pos - 40) : error.pos + 40]
         raise ValueError(f"{place}: broken JSON, {error.msg} near {near!r}; expected one object per line") from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists in lists
+    except (ValueError, RecursionError) as error:  # for example a number with thousands of digits, or very deep nesting
         raise ValueError(f"{path} line {line}: broken JSON, {error}") from None
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, object]]:
-    """Every cell is text; the first line names the columns."""
+    """Yields the rows of a CSV file. The first line has the names of the columns, and every cell is text."""
     csv.field_size_limit(2**31 - 1)  # a conversation can be longer than the default of 128 KiB
     reader = csv.reader((line for _, line in _lines(path)), strict=True)
     try:
@@ -309,6 +317,6 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, object]]:
 
 
 def shorten(text: str, width: int = 300) -> str:
-    """One line of at most `width` characters."""
+    """Shortens a text to one line of at most `width` characters, followed by ... if it was cut."""
     line = " ".join(text.split())
     return line if len(line) <= width else f"{line[:width]}..."

@@ -1,7 +1,8 @@
-"""The tokens that begin and end a text, as the tokenizer, the model and its chat template name them.
+"""Special tokens: EOS, padding, and all tokens that may end a response according to the tokenizer, the model or its
+chat template.
 
 A response may end in any of `end_ids`: sampling stops at each, and no EOS is added to a text that already ends in one.
-The first of them is the tokenizer's EOS, which is added to all other texts.
+The first of `end_ids` is the tokenizer's EOS, which is added to a text that ends in none of them.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 log = logging.getLogger(__name__)
 
 PROBE = "Qx7"
-"""Placeholder answer, rendered to see what a template writes after an answer."""
+"""Placeholder for an answer, rendered to find out what a template writes after an answer."""
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int | None]:
-    """The ids of EOS and of padding; None for padding that shares its id with EOS, which is a token that is read and
-    trained.
+    """Returns the ids of the EOS and of the padding token. If both are the same token, the padding id is None, because
+    the EOS is a token that the model reads and is trained on.
 
-    Raises ValueError where there is no EOS.
+    Raises ValueError if the tokenizer has no EOS.
     """
     eos, pad = require_eos(tokenizer), cast(int | None, tokenizer.pad_token_id)
     return eos, None if pad == eos else pad
@@ -35,39 +36,38 @@ def require_eos(tokenizer: PreTrainedTokenizerBase) -> int:
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"tokenizer {tokenizer.name_or_path}: it has no EOS token, so no response could end; "
-            "name one with eos_token (it is added to the vocabulary if it is not there)"
+            "set eos_token to one (it is added to the vocabulary if it is missing there)"
         )
     return cast(int, tokenizer.eos_token_id)
 
 
 def end_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The ids that end a response, the tokenizer's EOS first. Raises ValueError where there is no EOS."""
+    """Returns the ids that may end a response, the tokenizer's EOS first. Raises ValueError if the tokenizer has no
+    EOS."""
     eos = require_eos(tokenizer)
     return (eos, *(token for token in getattr(tokenizer, "more_end_ids", ()) if token != eos))
 
 
 def add_ends(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int], source: str) -> None:
-    """Lets responses end in `ids` too, for as long as the object lives. An id that is no special token of the tokenizer
-    is left out, with a warning that names `source`: it would end responses in the middle."""
+    """Adds `ids` to the `end_ids` of this tokenizer object. An id that is not a special token of the tokenizer could
+    end a response in the middle, so it is ignored, with a warning that names `source`."""
     known, special, ids = end_ids(tokenizer), special_tokens(tokenizer), tuple(ids)
     for token in ids:
         if token not in special:
-            log.warning(
-                "%s: id %d, which it names as an end, is no special token of the tokenizer: not used", source, token
-            )
+            log.warning("%s: the end token %d is not a special token of the tokenizer, so it is ignored", source, token)
     all_ends = dict.fromkeys((*known, *(token for token in ids if token in special)))
     tokenizer.more_end_ids = tuple(all_ends)[1:]  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
-    """Id -> text of the special tokens, which never occur in ordinary text."""
+    """Returns id -> text of the special tokens, which never occur in ordinary text."""
     added = tokenizer.added_tokens_decoder
     named = zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True)
     return {token: str(each) for token, each in added.items() if each.special} | dict(named)
 
 
 def generation_ends(source: str) -> list[int]:
-    """`eos_token_id` of the generation_config.json of a folder or a hub model; empty where there is none."""
+    """Returns the `eos_token_id` in the generation_config.json of a folder or a hub model; empty if there is none."""
     path = Path(source).expanduser()
     if path.is_file() or (path.is_dir() and not (path / "generation_config.json").is_file()):
         return []
@@ -80,7 +80,8 @@ def generation_ends(source: str) -> list[int]:
 
 
 def template_end(tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None) -> int | None:
-    """The special token that a chat template writes right after an answer; None if it writes other text, or fails."""
+    """Returns the special token that a chat template writes right after an answer; None if it writes other text there,
+    or raises."""
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": PROBE}]
     try:
         text = cast(str, tokenizer.apply_chat_template(turns, chat_template=chat_template, tokenize=False))
@@ -92,8 +93,9 @@ def template_end(tokenizer: PreTrainedTokenizerBase, chat_template: str | None =
 
 
 def split_end(text: str, ends: Collection[str]) -> tuple[str, str, str]:
-    """(body, end, rest) of a response that ends in one or several of `ends`, with white space between them: the first
-    of these is its end, what follows it is the rest. Without one all is body.
+    """Splits a response that ends in one or several of the texts `ends`, possibly with white space between them, into
+    (body, end, rest): end is the first of these texts, and rest is all that follows it. A response that ends in none of
+    them is all body.
 
     "yes<|end|>\\n<eos>"  ->  "yes", "<|end|>", "\\n<eos>"
     """

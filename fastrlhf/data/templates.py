@@ -1,8 +1,8 @@
-"""Conversations as text: what a chat template writes, cut into the prompt and the turns of a response.
+"""Renders conversations by a chat template and splits the text into the prompt and the turns of a response.
 
-Every turn reaches the template whole, with the row's tools, documents and keyword arguments. Where a turn starts and
-ends is read off the template's own renderings of the turns up to it, each checked to be a prefix of the whole; no text
-is searched for, except the end of a turn that the template renders differently once other turns follow.
+The template gets every turn with all its keys, and the row's tools, documents and keyword arguments. The start and end
+of a turn are found by rendering the turns up to it; each such text is checked to be a prefix of the whole text. Text is
+searched for in one case only: to find the end of a turn that the template renders differently once other turns follow.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from fastrlhf.data.specials import split_end
 from fastrlhf.types import Example, Message
 
 CLOCK = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
-"""The function through which templates ask for the date; transformers provides it under this name."""
+"""A call of the function `strftime_now`, which transformers provides and by which templates get the date."""
 
 MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
-"""Tags around the text of the assistant, in templates made for training."""
+"""Tags that mark the text of the assistant in templates made for training."""
 
 REASONING = ("reasoning_content", "thinking", "reasoning")
-"""Keys of a turn that may hold its reasoning; a template gets it under all of these names, as in transformers."""
+"""Keys of a turn that may hold its reasoning."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """A part of a response: either text of the assistant with the end of its turn, or the text between two of its
+    """A part of a response: either a turn of the assistant including the end of the turn, or the text between two such
     turns."""
 
     text: str
@@ -43,15 +43,15 @@ class Piece:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rendered:
-    """An example as text. A response is its pieces, one after the other, right after the prompt."""
+    """An example as text. The text of a response is the concatenation of its pieces and follows the prompt directly."""
 
     prompt: str
     responses: dict[str, list[Piece]]
     changed: dict[str, str] = field(default_factory=dict)
-    """Name of a response -> how the template changed what its turns say."""
+    """Name of a response -> how the template changed the content of its turns."""
 
     def moved(self, num: int) -> Rendered:
-        """With the last `num` characters of the prompt at the beginning of every response instead."""
+        """Moves the last `num` characters of the prompt to the beginning of every response."""
         if not num:
             return self
         prompt, space = self.prompt[:-num], self.prompt[-num:]
@@ -64,22 +64,22 @@ class Rendered:
 
 @dataclass(frozen=True, kw_only=True)
 class Renderer:
-    """Renders examples through the chat template of a tokenizer, or through another one."""
+    """Renders examples by the chat template of a tokenizer, or by another template."""
 
     tokenizer: PreTrainedTokenizerBase
     ends: Collection[str]
     """Texts of the tokens that end a turn."""
     template: str | None = None
     kwargs: Mapping[str, Any] = field(default_factory=dict)
-    """Template variables for every row; those of a row take precedence."""
+    """Template variables for all rows; variables in a row take precedence."""
     day: date = field(default_factory=date.today)
-    """The date given to a template that asks for it."""
+    """The date that a template gets if it asks for the current date."""
 
     def render(self, example: Example, responses: Mapping[str, Any]) -> Rendered:
-        """Prompt and `responses` (text, or turns after the prompt) of an example.
+        """Renders the prompt of an example and its `responses` (texts, or turns that follow the prompt).
 
-        Raises UnusableRow where the template refuses the turns, does not continue the prompt that it wrote for them, or
-        leaves out tools or their calls; ValueError where there is no template for a conversation.
+        Raises UnusableRow if the template refuses the turns, does not begin the whole text with the prompt that it
+        rendered, or leaves out tools or tool calls, and ValueError if there is no template for a conversation.
         """
         if isinstance(example.prompt, str):
             return Rendered(
@@ -88,7 +88,7 @@ class Renderer:
         if not (self.template or self.tokenizer.chat_template):
             raise ValueError(
                 f"row {example.row} is a conversation and tokenizer {self.tokenizer.name_or_path} has no chat "
-                'template; give one with chat_template: Jinja, a file, or "hh" for Human/Assistant text'
+                'template; set chat_template to Jinja text, to a file, or to "hh" for Human/Assistant text'
             )
         prompt = self._text(example, example.prompt, generate=True)
         pieces, changed = {}, {}
@@ -123,10 +123,10 @@ class Renderer:
         return pieces
 
     def _end_of_turn(self, example: Example, whole: str, start: str, turns: Sequence[Message]) -> int:
-        """The position in `whole` after the end token of the last of `turns`, an assistant turn; -1 if unknown. It is
-        found by rendering the turns up to it. If the template renders that turn differently once others follow (for
-        example without its reasoning), it is the position after the first end token that follows the content of the
-        turn.
+        """Returns the position in `whole` after the end token of the last of `turns`, an assistant turn; -1 if it is
+        unknown. It is found by rendering `turns`. If the template renders the last turn differently once others follow
+        (for example without its reasoning), the result is the position after the first end token that follows the
+        content of the turn.
         """
         alone = self._text(example, turns, generate=False)
         if alone.startswith(start):
@@ -145,7 +145,7 @@ class Renderer:
     def _marked(
         self, example: Example, name: str, turns: Sequence[Message], whole: str, start: int, number: int
     ) -> list[Piece]:
-        """The pieces, split at the template's generation markers."""
+        """Splits a response into pieces at the template's generation markers."""
         template, pieces, at = self._template(example), [], start
         if MARKERS.search(template):
             given = {**self.tokenizer.special_tokens_map, **self._given(example)}
@@ -159,15 +159,14 @@ class Renderer:
         if not pieces:
             raise UnusableRow(
                 "template_rewrites_turns",
-                f"{name}: turn {number} cannot be found in the whole conversation: the template writes earlier turns "
-                "in another way once others follow; use train_on last_assistant, or a chat_template with generation "
-                "markers",
+                f"{name}: turn {number} cannot be found in the whole conversation: the template changes turns once "
+                "others follow; use train_on last_assistant, or a chat_template with generation markers",
             )
         return [*pieces[:-1], Piece(text=pieces[-1].text + whole[at:])]
 
     def _text(self, example: Example, turns: Sequence[Message], *, generate: bool) -> str:
-        """The text that the template renders for `turns`. A template that writes "None" for missing content gets empty
-        content."""
+        """Returns the text that the template renders for `turns`. If the template writes "None" for a turn without
+        content, the turn is rendered with empty content instead."""
         text = self._apply(example, turns, generate)
         if any(turn.get("content", "") is None for turn in turns):
             empty = [{**turn, "content": "" if turn.get("content") is None else turn["content"]} for turn in turns]
@@ -186,7 +185,7 @@ class Renderer:
                 **self._given(example),
             )
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-            raise UnusableRow("template_refuses", f"the chat template refuses it: {error}") from None
+            raise UnusableRow("template_refuses", f"the chat template refuses the turns: {error}") from None
         return cast(str, text)
 
     def _given(self, example: Example) -> dict[str, Any]:
@@ -200,12 +199,13 @@ class Renderer:
 
 
 def reads_clock(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a chat template of the tokenizer asks for the date."""
+    """Returns whether a chat template of the tokenizer asks for the date."""
     return CLOCK.search(str(tokenizer.chat_template or "")) is not None
 
 
 def _change(pieces: Sequence[Piece], turns: Sequence[Message]) -> str:
-    """How the rendered assistant turns differ from their content; empty if they do not."""
+    """Returns how the rendered assistant turns differ from their content: text_lost, white_space_trimmed, or "" for no
+    change."""
     texts = [piece.text for piece in pieces if piece.trained]
     said = [turn for turn in turns if turn["role"] == "assistant"]
     if len(texts) != len(said):
@@ -223,7 +223,7 @@ def _change(pieces: Sequence[Piece], turns: Sequence[Message]) -> str:
 def _check_tools(
     example: Example, prompt: str, responses: Mapping[str, Sequence[Piece]], said: Mapping[str, Sequence[Message]]
 ) -> None:
-    """Raises UnusableRow where tools or documents of the row, or calls of a tool in its turns, are not in the text."""
+    """Raises UnusableRow if tools or documents of the row, or tool calls in its turns, are missing in the text."""
     text = prompt + "".join(piece.text for pieces in responses.values() for piece in pieces)
     turns = [turn for part in (example.prompt, *said.values()) for turn in part if isinstance(turn, dict)]
     calls = [call for turn in turns for call in turn.get("tool_calls") or ()]
@@ -232,7 +232,7 @@ def _check_tools(
     wanted += [("documents", str(each.get("text", ""))) for each in example.template.get("documents") or ()]
     for what, name in wanted:
         if name not in text:
-            raise UnusableRow(f"template_ignores_{what}", f"the chat template writes nothing of {what} {name!r}")
+            raise UnusableRow(f"template_ignores_{what}", f"the chat template leaves out {what} {name!r}")
 
 
 def _function_name(tool: Mapping[str, Any]) -> str:
@@ -244,7 +244,7 @@ def _first_difference(prompt: str, whole: str) -> str:
     at = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(whole))
     start = max(0, at - 20)
     return (
-        f"the chat template does not continue the prompt: at character {at} the prompt alone has "
-        f"{prompt[start : at + 40]!r}, with the response it is {whole[start : at + 40]!r}; "
-        "give a chat_template whose generation prompt is also what stands before a finished answer"
+        f"the chat template does not continue the prompt: at character {at} the prompt has "
+        f"{prompt[start : at + 40]!r}, the text with the response has {whole[start : at + 40]!r}; "
+        "give a chat_template that writes its generation prompt before a finished answer too"
     )

@@ -1,4 +1,4 @@
-"""Counts of what tokenising did to the rows of a split, shown in the first lines of a run."""
+"""Counts the effects of tokenisation on the rows of a split; a run prints them in its first lines."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ TOO_LONG = ("longer_than_max_length", "prompt_fills_max_length", "response_fills
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenReport:
-    """Counts of what tokenising did. Every kept response is counted once under eos_added, eos_present or
+    """Effects of tokenisation on the rows of a split. Every kept response counts once, under eos_added, eos_present or
     responses_cut."""
 
     num_examples: int
@@ -20,35 +20,36 @@ class TokenReport:
     eos_added: int
     """Number of responses to which an EOS was added."""
     eos_present: int
-    """Responses whose text ended in an end already."""
+    """Number of responses whose text already ended in an end token."""
     responses_cut: int
-    """Responses that lost their end (keep_start)."""
+    """Number of responses whose end was cut off (keep_start)."""
     prompts_cut: int
-    """Prompts that lost their beginning (keep_end)."""
+    """Number of prompts whose beginning was cut off (keep_end)."""
     dropped: dict[str, int]
     """Reason -> number of rows."""
     firsts: dict[str, str]
-    """Reason, or kind of change -> the first such row, with what is wrong with it."""
+    """Reason for dropping a row, or kind of change -> the first such row, with details."""
     rows_cut: int = 0
-    """Rows of which a response or the prompt was cut."""
+    """Number of rows in which a response or the prompt was cut."""
     ends: tuple[str, ...] = ()
     """Texts of the tokens that may end a response, the EOS first."""
     other_end: int = 0
-    """Responses that end in one of them other than the EOS."""
+    """Number of responses that end in another of these tokens than the EOS."""
     bos_present: int = 0
-    """Text prompts that began with a BOS, so that they got no second one."""
+    """Number of text prompts that already began with a BOS and got no second one."""
     space_ended: int = 0
-    """Prompts whose last white space would be in one token with the response, were both tokenised as one text."""
+    """Number of prompts whose last white space would be in one token with the response if both were tokenised as one
+    text."""
     trailing_space: str = "prompt"
-    """Where that white space is: at the end of the prompt, or in the response."""
+    """Where such white space is: "prompt" (at its end) or "response" (at its beginning)."""
     changed: dict[str, int] = field(default_factory=dict)
-    """How the chat template changed a response -> kept rows."""
+    """How the chat template changed a response -> number of kept rows."""
     num_tokens: int = 0
     """Number of tokens of the kept prompts and responses."""
     num_trained: int = 0
-    """Number of trained tokens: those of the responses, without the text between assistant turns."""
+    """Number of trained tokens, that is, tokens of responses without the text between assistant turns."""
     unlike_text: int = 0
-    """Responses whose ids do not decode to their text."""
+    """Number of responses whose ids do not decode to their text."""
 
     @property
     def truncated(self) -> int:
@@ -56,17 +57,17 @@ class TokenReport:
 
     @property
     def rows_too_long(self) -> int:
-        """Rows that were cut or dropped because of their length."""
+        """Number of rows that were cut or dropped because of their length."""
         return self.rows_cut + sum(self.dropped.get(reason, 0) for reason in TOO_LONG)
 
     def summary(self) -> str:
-        """One-line summary for the header of a run."""
+        """Formats a one-line summary for the first lines of a run."""
         responses = self.eos_added + self.eos_present + self.responses_cut
         parts = [f"{self.num_kept:,} of {self.num_examples:,} rows within {self.max_length:,} tokens"]
         if responses:
             parts.append(f"{self.eos_present:,} of {responses:,} responses end in EOS, added to {self.eos_added:,}")
             parts.append(f"cut: {self.responses_cut:,} responses, {self.prompts_cut:,} prompts")
-        else:  # rows of prompts alone
+        else:  # rows without responses
             parts.append(f"cut: {self.prompts_cut:,} prompts")
         if self.other_end:
             parts.append(f"{self.other_end:,} end in {' or '.join(self.ends[1:])} and get no {self.ends[0]} behind it")
@@ -77,9 +78,7 @@ class TokenReport:
             other = "as in TRL" if self.trailing_space == "response" else "TRL moves it: see trailing_space"
             parts.append(f"{self.space_ended:,} prompts end in white space, which {where} ({other})")
         if self.unlike_text:
-            parts.append(
-                f"{self.unlike_text:,} responses read otherwise as tokens than as text (this tokenizer's doing)"
-            )
+            parts.append(f"{self.unlike_text:,} responses do not decode to their original text with this tokenizer")
         if self.changed:
             parts.append(f"changed by the chat template: {self.describe_changes()}")
         parts += [f"dropped {self._told(reason, count, 'for ' + reason)}" for reason, count in self.dropped.items()]
@@ -93,11 +92,11 @@ class TokenReport:
 
 
 def check_fractions(report: TokenReport, max_bad_fraction: float, max_dropped_fraction: float) -> None:
-    """Raises ValueError where no row is left, where the chat template refuses or changes too many, or where too many
+    """Raises ValueError if no row is left, if the chat template refuses or changes too many rows, or if too many rows
     are dropped."""
     by_template = {reason: count for reason, count in report.dropped.items() if reason.startswith("template_")}
     if not report.num_examples:
-        raise ValueError("no row is left to train or evaluate on: none was given; give at least one example")
+        raise ValueError("there are no rows to train or evaluate on; give at least one example")
     if not report.num_kept:
         template_alone = report.dropped and len(by_template) == len(report.dropped)
         cause = "chat_template: " if template_alone else ""

@@ -1,5 +1,5 @@
-"""Opens tokenizers from a folder, a hub name or one file, and makes sure that they have an EOS and know every end of a
-response."""
+"""Loads tokenizers from a folder, a hub name or a single file, checks that they have an EOS, and registers all tokens
+that may end a response."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HH_CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
 )
-"""The form of Anthropic's HH text (Bai et al. 2022, arXiv 2204.05862)."""
+"""Chat template for the text format of Anthropic's HH dataset (Bai et al. 2022, arXiv 2204.05862)."""
 
 
 def load_tokenizer(
@@ -32,22 +32,23 @@ def load_tokenizer(
     trust_remote_code: bool = False,
     model: str | None = None,
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder, of a hub name, or of one tokenizer.json[.gz] file, sure to have an EOS.
+    """Loads the tokenizer of a folder, of a hub name, or of one tokenizer.json[.gz] file, and checks that it has an
+    EOS.
 
-    Its `end_ids` (data/specials.py) are the EOS, what generation_config.json beside it and beside `model` names, and
-    the special token by which its chat template ends an answer.
+    Its `end_ids` (data/specials.py) are the EOS, the end tokens named by the generation_config.json of the tokenizer's
+    folder and of `model`, and the special token by which its chat template ends an answer.
 
     Args:
-        eos_token: replaces the tokenizer's. A token that is not in the vocabulary is added to it, at id len(tokenizer):
-            a model whose embedding is smaller than the new len(tokenizer) must then be resized.
-        chat_template: replaces the tokenizer's: Jinja, or "hh" for `HH_CHAT_TEMPLATE`.
+        eos_token: replaces the tokenizer's EOS. A token that is not in the vocabulary is added to it with id
+        len(tokenizer); a model whose embedding is smaller than the new len(tokenizer) must then be resized.
+        chat_template: replaces the tokenizer's template: Jinja text, or "hh" for `HH_CHAT_TEMPLATE`.
 
     Raises:
-        ValueError: there is no tokenizer there, it has no EOS, or the template is none.
+        ValueError: no tokenizer is found, it has no EOS, or `chat_template` is not a template.
     """
     path = Path(name_or_path).expanduser()
     if is_missing_folder(name_or_path):
-        raise ValueError(f"tokenizer {name_or_path}: no such folder (a hub model is named like owner/name)")
+        raise ValueError(f"tokenizer {name_or_path}: no such folder (the name of a hub model looks like owner/name)")
     check_hub(name_or_path, f"tokenizer {name_or_path}:")
     try:
         if path.is_file():
@@ -59,7 +60,7 @@ def load_tokenizer(
     except (OSError, ValueError, KeyError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(
-            f"tokenizer {name_or_path}: no tokenizer found in a folder or on the hub of that name: {reason}"
+            f"tokenizer {name_or_path}: no tokenizer found in a folder or on the hub under this name: {reason}"
         ) from None
     if eos_token:
         tokenizer.add_special_tokens({"eos_token": eos_token})
@@ -74,8 +75,8 @@ def load_tokenizer(
 
 
 def is_missing_folder(name_or_path: str) -> bool:
-    """Whether this names a local folder (by its form, or because its first part exists here) that does not exist. The
-    hub is then not asked.
+    """Returns whether a name refers to a local folder that does not exist: it has the form of a path, or the first part
+    of it is an existing folder. The hub is not asked about such a name.
     """
     path = Path(name_or_path).expanduser()
     looks_local = path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1
@@ -93,14 +94,14 @@ def _from_file(path: Path) -> PreTrainedTokenizerBase:
 
 
 def resolve_chat_template(chat_template: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The Jinja text of `chat_template`: the value itself, the content of the file of that name, or the template "hh",
-    which writes the BOS that this tokenizer would add."""
+    """Returns the Jinja text of `chat_template`: the value itself, the content of the file of that name, or the
+    template "hh", which writes a BOS if this tokenizer adds one to texts."""
     if "{" in chat_template:
         return chat_template
     file = Path(chat_template).expanduser()
     if file.is_file():
         return file.read_text(encoding="utf-8")
     if chat_template != "hh":
-        raise ValueError(f'chat_template: {chat_template!r} is neither a Jinja template, nor a file, nor the name "hh"')
+        raise ValueError(f'chat_template: {chat_template!r} is not a Jinja template, a file, or the name "hh"')
     has_bos = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
     return "{{ bos_token }}" * has_bos + HH_CHAT_TEMPLATE

@@ -1,17 +1,17 @@
-"""Examples as token ids: prompt and response tokenised apart, their ids concatenated and never tokenised again.
+"""Tokenises examples: prompt and response separately, after which their ids are concatenated and never tokenised again.
 
-The same ids are trained on, scored and sampled from, so no span is ever searched for in a re-tokenised text. A response
-has the ids that it has behind its prompt (data/encoding.py).
+Training, scoring and sampling use the same ids, so no span is ever searched for in re-tokenised text. A response has
+the ids that its text has after the prompt (data/encoding.py).
 
-The end rule: every response ends in one of `end_ids`. The EOS is appended where the text ends in none of them (white
-space after one is dropped), and the end is missing only where `max_length` cut the response. A prompt never gets one.
-The BOS rule: a text prompt begins once with the tokens that the tokenizer puts before a text; a chat template writes
-its own BOS.
-The rule of turns: in a response of several turns, only the assistant turns are trained, each with its end.
-The space rule: white space at the end of a prompt belongs to the prompt. With `trailing_space` response it begins the
-response if their joined text has it in one token with the response ("TL;DR: " before "cats"), as in TRL.
-The suffix rule: text that a template writes after the end of a turn (the newline of ChatML) is not trained and, after
-the last turn, left out. With `train_suffix` it is trained, as in TRL.
+- End tokens: every response ends in one of `end_ids`, unless `max_length` cut it off. If its text ends in none of them,
+  the EOS is appended; white space after an end token is dropped. A prompt never gets an end token.
+- BOS: a text prompt begins with the tokens that the tokenizer adds to a text. They are not repeated if the text already
+  has them. A chat template writes its own BOS.
+- Turns: in a response of several turns, only the assistant turns are trained, each including its end token.
+- White space at the end of a prompt belongs to the prompt. With `trailing_space` response, it begins the response if it
+  forms one token with the response in their joined text ("TL;DR: " before "cats"), as in TRL.
+- Suffixes: text that a template writes after the end of a turn (for ChatML, a newline) is not trained, and after the
+  last turn it is left out. With `train_suffix` it is trained, as in TRL.
 """
 
 from __future__ import annotations
@@ -58,31 +58,36 @@ def tokenize_examples(
     max_bad_fraction: float = 1.0,
     max_dropped_fraction: float = 1.0,
 ) -> TokenizedExamples:
-    """Token ids of prompts and of the responses named by `fields`, the groups of `responses` among them; other
-    responses are left out, labels are kept.
+    """Tokenises the prompts and the responses named by `fields`, which may include the groups of `responses`. Other
+    responses are left out; labels are kept.
 
-    A conversation goes through the chat template: the prompt with the generation prompt, the response as what the
-    template writes after it once the response is there.
+    A conversation is rendered by the chat template: the prompt with the generation prompt, and the response as the text
+    that the template writes after it.
 
-    A row longer than `max_length` tokens, prompt and longest response together, is treated as a whole:
-        keep_start    the ends of its responses are cut, and their EOS with them; dropped if the prompt leaves no room
-        keep_end      the beginning of its prompt is cut (a BOS stays); dropped if a response leaves it no room
-        drop          dropped
-    A row without responses fits up to `max_length` itself. Dropped, too: a prompt or response without tokens, a
-    response that goes on after an end, a pair whose chosen and rejected are the same tokens, and a row that the chat
-    template refuses or does not write whole.
+    A row whose prompt and longest response together have more than `max_length` tokens is treated as `truncation_mode`
+    says:
+        keep_start    the end of every response, including its EOS, is cut; the row is dropped if the prompt leaves no
+                      room for it
+        keep_end      the beginning of the prompt is cut, except a BOS; the row is dropped if a response leaves no room
+        drop          the row is dropped
+
+    A row without responses may have `max_length` tokens. A row is also dropped if its prompt or a response has no
+    tokens, if a response continues after an end token, if chosen and rejected are the same tokens, or if the chat
+    template refuses it or leaves out a part of it.
 
     Args:
-        chat_template: instead of the tokenizer's: Jinja, or "hh".
-        chat_template_kwargs: variables passed to the template in addition to the turns; those of a row take precedence.
-        day: date given to a template that asks for it; None: today.
-        train_suffix: train what the template writes behind the end of a turn.
-        trailing_space: where white space at the end of a prompt belongs.
-        max_bad_fraction: rows that the template refuses or changes / rows, at most.
-        max_dropped_fraction: rows dropped / rows, at most.
+        chat_template: used in place of the tokenizer's template: Jinja text, or "hh".
+        chat_template_kwargs: variables passed to the template in addition to the turns; variables in a row take
+            precedence.
+        day: date for a template that asks for the current date; None: today.
+        train_suffix: train the text that the template writes after the end of a turn.
+        trailing_space: whether white space at the end of a prompt belongs to the prompt or to the response.
+        max_bad_fraction: largest allowed share of rows that the template refuses or changes.
+        max_dropped_fraction: largest allowed share of dropped rows.
 
     Raises:
-        ValueError: no EOS, no chat template for a conversation, a bad argument, no row left, or too few of them.
+        ValueError: the tokenizer has no EOS or, for a conversation, no chat template; an argument is invalid; or no
+            row, or too small a share of the rows, is left.
     """
     if max_length < 2:
         raise ValueError(f"max_length: {max_length} tokens cannot hold a prompt and a response; give 2 or more")
@@ -126,7 +131,7 @@ def tokenize_examples(
 
     kept: list[TokenizedExample] = []
     for (example, text), prompt, own in zip(rendered, prompts, responses, strict=True):
-        if not prompt and example.prompt == "":  # a whole text: its first token has nothing to be predicted from
+        if not prompt and example.prompt == "":  # a whole text, whose first token has no predecessor
             prompt, own = _after_first_token(own)
         whole = {name: response.ids for name, response in own.items()}
         inside = any(response.goes_on for response in own.values())
@@ -174,16 +179,16 @@ _COUNTED = (
 
 @dataclass(slots=True, kw_only=True)
 class _Response:
-    """A response as ids, and how they were made."""
+    """A tokenised response."""
 
     ids: list[int]
     trained: list[int] | None
     """Indices of the trained tokens; None: all."""
     end: int
     had_end: bool
-    """Whether the text already had that end."""
+    """Whether the text already ended in this end token."""
     goes_on: bool
-    """Whether an end token occurs inside a turn, before its end."""
+    """Whether an end token occurs inside a turn, before the end of the turn."""
     text: str
     """The text to which the ids should decode."""
 
@@ -192,7 +197,7 @@ class _Response:
 
 
 def _after_first_token(responses: dict[str, _Response]) -> tuple[list[int], dict[str, _Response]]:
-    """Moves the first token into the prompt if the example has a single response."""
+    """Moves the first token of the response to the prompt, if the example has exactly one response."""
     if len(responses) != 1:
         return [], responses
     ((name, response),) = responses.items()
@@ -200,7 +205,7 @@ def _after_first_token(responses: dict[str, _Response]) -> tuple[list[int], dict
 
 
 def _responses(example: Example, fields: Sequence[str]) -> dict[str, Text]:
-    """The responses of an example by name, those of a group as responses[i]."""
+    """Returns the responses of an example by name; the responses of a group are named responses[i]."""
     named = {name: value for name in fields if (value := getattr(example, name)) is not None}
     group = named.pop("responses", ())
     return named | {f"responses[{i}]": value for i, value in enumerate(group)}
@@ -221,7 +226,7 @@ def _tokenized(
 
 
 def _ends(tokenizer: PreTrainedTokenizerBase, template: str | None) -> dict[int, str]:
-    """Id -> text of the tokens that end a response, the EOS first."""
+    """Returns id -> text of the tokens that may end a response, the EOS first."""
     if template and (end := template_end(tokenizer, template)) is not None:
         add_ends(tokenizer, [end], "chat_template")
     ids = end_ids(tokenizer)
@@ -231,7 +236,8 @@ def _ends(tokenizer: PreTrainedTokenizerBase, template: str | None) -> dict[int,
 def _space_lengths(
     rendered: Sequence[tuple[Example, Rendered]], tokenizer: PreTrainedTokenizerBase, *, whole: bool
 ) -> list[int]:
-    """`space_lengths` of the rows; of the texts around the cuts if not of the `whole` texts, which is for counting."""
+    """Returns `space_lengths` of the rows. Unless `whole`, only the text around the cut is tokenised, which is enough
+    for counting."""
     start, end = (None, None) if whole else (-_AROUND, _AROUND)
     prompts = [text.prompt[start:] for _, text in rendered]
     firsts = [[pieces[0].text[:end] for pieces in text.responses.values()] for _, text in rendered]
@@ -239,13 +245,14 @@ def _space_lengths(
 
 
 _AROUND = 64
-"""Number of characters on either side of a cut that are tokenised together to count."""
+"""Number of characters on either side of a cut that are tokenised for counting."""
 
 
 def _encode_prompts(
     rendered: Sequence[tuple[Example, Rendered]], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[list[int]], int]:
-    """Ids, and how many texts began with a BOS; text from a template already has its BOS."""
+    """Returns the ids of the prompts, and how many text prompts already began with a BOS. Text from a template already
+    has its BOS."""
     plain = [i for i, (example, _) in enumerate(rendered) if isinstance(example.prompt, str)]
     written = [i for i, (example, _) in enumerate(rendered) if not isinstance(example.prompt, str)]
     ids, present = encode_prompts([rendered[i][1].prompt for i in plain], tokenizer)
@@ -273,14 +280,14 @@ def _encode_responses(
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Parts:
     pieces: list[Piece]
-    """The texts of the pieces, the last one without its end"""
+    """The pieces of a response; the last one is without its end token"""
     end: str
     suffix: str
 
 
 def _parts(pieces: Sequence[Piece], ends: Mapping[str, int], train_suffix: bool) -> _Parts:
-    """The texts to tokenise, one by one; with `train_suffix` white space at the start of what follows a turn of the
-    assistant goes to that turn."""
+    """Returns the texts of a response that are tokenised one by one. With `train_suffix`, white space after a turn of
+    the assistant is moved to that turn."""
     body, end, rest = split_end(pieces[-1].text, ends)
     texts = [*pieces[:-1], Piece(text=body)]
     suffix = ""
@@ -330,7 +337,7 @@ def _fit(
     bos: int | None,
     goes_on: bool,
 ) -> tuple[str, list[int], dict[str, list[int]]]:
-    """(reason to drop or "", prompt, responses within `max_length`)."""
+    """Truncates a row to `max_length`. Returns (reason to drop the row, or ""; prompt; responses)."""
     if not prompt:
         return "empty_prompt", prompt, responses
     if any(len(ids) == 1 for ids in responses.values()):

@@ -1,20 +1,20 @@
-"""The embedded task: a small summarisation problem made by a seeded generator, with a gold judge.
+"""The built-in task of the demo: a small summarisation problem made by a seeded generator, with a gold judge.
 
     post        lamp new BOSS angry dog asleep RENT late ... TL;DR:
     ideal       boss angry rent late ...
-    reference   boss angry cake sweet                  (a hasty writer: skips, mixes up, adds, stops early)
+    reference   boss angry cake sweet                  (a hasty writer omits, confuses and adds facts and stops early)
 
-A post is twelve facts `subject value`; a subject in capitals says that the fact matters. A good summary states the
-facts that matter, subjects in the order of `FACTS`. Every subject has values of its own, so that a model of a million
-parameters learns within a minute which value belongs to which subject of a post. References come from writers of
-varying haste: a model that imitates them is far below the ideal, and even its likeliest summary stops too early.
+A post consists of twelve facts, each a subject and a value; a subject in capitals marks a fact that matters. A good
+summary states the facts that matter, in the order of subjects in `FACTS`. No value belongs to two subjects, so that a
+model of a million parameters learns the task within a minute. References come from writers of varying haste: a model
+that imitates them stays far below the ideal, and even its most likely summary stops too early.
 
-Why resets can help here (DR-PO, arXiv 2404.08495, section 5): with `chain` above 0 the gold reward pays for an unbroken
-run of right facts from the first one on, so an early mistake takes away most of what the later facts are worth. A model
-just after SFT seldom gets far without a mistake: what is learnt about late facts is learnt in states that are rare from
-the prompt, and that a reset puts it in. `chain=0` takes this away and leaves the task.
+Resets can help on this task (DR-PO, arXiv 2404.08495, section 5): with `chain` above 0 the gold reward pays for an
+unbroken run of right facts from the first one on, so that after an early mistake the later facts are worth little. A
+model just after SFT seldom gets far without a mistake. States in which it can learn about late facts are therefore rare
+in episodes from the prompt, but a reset starts in them. With `chain=0` resets lose this advantage.
 
-Everything is a pure function of (seed, split, index), and no two splits share a post, whatever the seed.
+All data are pure functions of (seed, split, index). No two splits share a post, not even under different seeds.
 """
 
 from __future__ import annotations
@@ -50,15 +50,16 @@ FACTS = {
     "school": ("closed", "strict", "famous"),
     "ticket": ("expired", "cheap", "missing"),
 }
-"""Subject -> its values. The order of the subjects is the order of a good summary."""
+"""Subject -> its values. A good summary states the subjects in this order."""
 
 QUESTION = "TL;DR:"
 SPLITS = ("train", "validation", "test", "preferences", "preferences_test")
-"""SFT and on-policy training use `train`; `preferences_test` holds pairs out to measure a reward model."""
+"""Splits of the task. SFT and on-policy training use `train`; `preferences_test` has held-out pairs to evaluate reward
+models."""
 
 MAX_FACTS = 7
 MAX_SUMMARY_TOKENS = 2 * MAX_FACTS + 2
-"""A budget for responses: every reference, ideal, chosen and rejected fits, its EOS included."""
+"""Number of tokens within which every reference, ideal, chosen and rejected response fits, including its EOS."""
 
 
 class Fact(NamedTuple):
@@ -68,44 +69,44 @@ class Fact(NamedTuple):
 
 
 Pair = tuple[str, str]
-"""A stated fact: subject and value."""
+"""A fact stated in a summary: subject and value."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToyTask:
-    """The task and its gold judge; `examples`, `ideal` and `gold_reward` are pure functions.
+    """The built-in task and its gold judge. `examples`, `ideal` and `gold_reward` are pure functions.
 
-    The rates are those of a writer of haste 1; every rate grows in proportion to haste.
+    Error rates are given for a writer with haste 1 and are proportional to the haste of the writer.
     """
 
     seed: int = 0
     num_facts: int = 12
-    """Facts of a post, 2 tokens each."""
+    """Number of facts of a post, 2 tokens each."""
     min_salient: int = 5
     max_salient: int = 7
-    """How many facts of a post matter: uniform between the two."""
+    """The number of facts that matter in a post is uniform between min_salient and max_salient."""
     omit: float = 0.08
     """Probability that a fact that matters is left out."""
     stray: float = 0.04
     """Probability that a fact that does not matter is stated."""
     wrong: float = 0.06
-    """Probability that a stated fact takes another value of its subject."""
+    """Probability that a stated fact has a wrong value of its subject."""
     tire: float = 0.15
     """After n stated facts the writer stops with probability `tire * (n - 1)`."""
     chain: float = 0.3
-    """The n-th fact of an unbroken run from the first one is worth `chain * (n - 1)` more than 1."""
+    """The n-th fact of an unbroken run of right facts from the first one on is worth 1 + `chain * (n - 1)`."""
     length_cost: float = 0.05
     """Reward subtracted per word."""
     min_haste: float = 0.5
     max_haste: float = 1.5
-    """Writers of references have a haste uniform between the two; posts do not depend on it."""
+    """The haste of a writer of references is uniform between min_haste and max_haste. Posts do not depend on it."""
     spoiled: float = 0.4
     """Share of candidates in preference pairs that are spoiled on purpose: cut, shuffled, repeated, ..."""
     label_temperature: float = 1.0
-    """A pair is labelled by a Bradley-Terry draw: P(a beats b) = sigmoid((gold(a) - gold(b)) / label_temperature).
-    0: the better candidate always wins, ties by a fair coin."""
+    """A pair is labelled by a Bradley-Terry draw: P(a beats b) = sigmoid((gold(a) - gold(b)) / label_temperature). 0:
+    the better candidate always wins, and a fair coin decides ties."""
     label_flips: float = 0.0
-    """Probability that a label is flipped after that draw."""
+    """Probability that the label drawn in this way is then flipped."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_salient <= self.max_salient <= min(self.num_facts, MAX_FACTS):
@@ -126,7 +127,8 @@ class ToyTask:
             raise ValueError(f"ToyTask: label_temperature must be at least 0, got {self.label_temperature}")
 
     def examples(self, split: str, count: int) -> list[Example]:
-        """The first `count` examples of a split: prompt and reference; in the preference splits the pair as well."""
+        """Returns the first `count` examples of a split, with prompt and reference and, in the preference splits, a
+        pair."""
         if split not in SPLITS:
             raise ValueError(f"the embedded task has no split {split!r}; choose one of {', '.join(SPLITS)}")
         if split.startswith("preferences") and not any((self.omit, self.stray, self.wrong, self.tire, self.spoiled)):
@@ -134,17 +136,17 @@ class ToyTask:
         return [self._example(split, index) for index in range(count)]
 
     def ideal(self, prompt: str) -> str:
-        """The facts that matter, in order: the summary with the highest gold reward."""
+        """Returns the summary with the highest gold reward: the facts that matter, in order."""
         return _text(_salient(read_post(prompt)))
 
     def gold_reward(self, prompt: str, summary: str) -> float:
-        """The judge that no trainer may see, in units of one fact.
+        """Returns the gold reward of a summary, in units of one fact. No trainer has access to it. It is
 
-          distinct facts that matter, rightly stated
-        - other stated facts (wrong, beside the point, repeated)
-        - half the words that belong to no stated fact
-        + chain * run (run - 1) / 2, for the first `run` stated facts that equal the first `run` of the ideal
-        - length_cost * words
+          the number of distinct facts that matter and are stated with the right value
+        - the number of other stated facts (wrong, irrelevant or repeated)
+        - half the number of words that belong to no stated fact
+        + chain * run (run - 1) / 2, if the first `run` stated facts equal the first `run` facts of the ideal summary
+        - length_cost * the number of words
         """
         ideal = _salient(read_post(prompt))
         stated = read_summary(summary)
@@ -162,7 +164,8 @@ class ToyTask:
         )
 
     def same_meaning(self, prompt: str, first: str, second: str) -> bool:
-        """Whether two summaries state the same facts, in whatever order and however often: gold equivalence."""
+        """Returns whether two summaries state the same facts, in any order and any number of times (the gold
+        equivalence)."""
         return set(read_summary(first)) == set(read_summary(second))
 
     def _example(self, split: str, index: int) -> Example:
@@ -184,7 +187,8 @@ class ToyTask:
         return Example(prompt=prompt, reference=reference, chosen=chosen, rejected=rejected, row=index)
 
     def _win_prob(self, margin: float) -> float:
-        """Probability that the label prefers the first of two candidates, which is better by `margin` facts."""
+        """Returns the probability that the label prefers the first of two candidates, whose gold reward is higher by
+        `margin` facts."""
         if self.label_temperature > 0:
             prob = 0.5 + 0.5 * math.tanh(margin / self.label_temperature / 2)
         else:
@@ -197,7 +201,7 @@ class ToyTask:
         return [Fact(subject, rng.choice(FACTS[subject]), subject in salient) for subject in subjects]
 
     def _write(self, facts: Sequence[Fact], rng: random.Random, haste: float) -> list[Pair]:
-        """The facts that a writer states; never empty, at most MAX_FACTS facts."""
+        """Draws the facts that a writer states: at least one and at most MAX_FACTS facts."""
         stated: list[Pair] = []
         for fact in _in_order(facts):
             if rng.random() >= (1 - haste * self.omit if fact.matters else haste * self.stray):
@@ -209,7 +213,8 @@ class ToyTask:
         return stated or _salient(facts)[:1]
 
     def _candidate(self, facts: Sequence[Fact], rng: random.Random) -> str:
-        """One side of a pair: a summary by a writer of any haste, spoiled now and then."""
+        """Draws a candidate of a pair: a summary by a writer of random haste, which is spoiled with probability
+        `spoiled`."""
         stated = self._write(facts, rng, haste=rng.uniform(0, 3))
         if rng.random() >= self.spoiled:
             return _text(stated)
@@ -218,7 +223,7 @@ class ToyTask:
 
 
 def read_post(prompt: str) -> list[Fact]:
-    """The facts of a prompt; ValueError where it is not a post of this task."""
+    """Parses the facts of a prompt. Raises ValueError if it is not a post of this task."""
     *words, question = prompt.split() or [""]
     facts = [Fact(a.lower(), b, a.isupper()) for a, b in zip(words[::2], words[1::2], strict=False)]
     if question != QUESTION or len(words) % 2 or any(fact.value not in FACTS.get(fact.subject, ()) for fact in facts):
@@ -227,13 +232,14 @@ def read_post(prompt: str) -> list[Fact]:
 
 
 def read_summary(summary: str) -> list[Pair]:
-    """The facts that a summary states: each subject directly followed by any value; other words state nothing."""
+    """Parses the facts that a summary states: each is a subject directly followed by any value. Other words state
+    nothing."""
     words = summary.split()
     return [(a, b) for a, b in pairwise(words) if a in FACTS and b in _VALUES]
 
 
 def toy_tokenizer() -> PreTrainedTokenizerFast:
-    """One id per word; `<pad>` is 0, `<eos>` is 1, and decoding gives back the text."""
+    """Returns a tokenizer with one id per word. `<pad>` is 0, `<eos>` is 1, and decoding restores the text."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -252,7 +258,8 @@ def toy_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def toy_model_config() -> LlamaConfig:
-    """A Llama of about a million parameters, to be trained from scratch on a CPU: wide rather than deep."""
+    """Returns the configuration of a Llama with about a million parameters, wide rather than deep, which trains from
+    scratch on a CPU."""
     from transformers import LlamaConfig
 
     return LlamaConfig(
@@ -307,7 +314,7 @@ def _repeat_all(facts: Sequence[Fact], stated: list[Pair], rng: random.Random) -
 
 
 def _mismatch(facts: Sequence[Fact], stated: list[Pair], rng: random.Random) -> list[str]:
-    """Right words in wrong pairs: the values move on by one or more facts."""
+    """Spoils a summary by moving the values on by one or more facts, so that right words are in wrong pairs."""
     shift = rng.randint(1, max(1, len(stated) - 1))
     values = [value for _, value in stated[shift:] + stated[:shift]]
     return _words([(subject, value) for (subject, _), value in zip(stated, values, strict=True)])

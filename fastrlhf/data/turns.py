@@ -1,4 +1,5 @@
-"""The values of a row as text and as turns: checked, and brought to one form, without losing any part of a turn."""
+"""Reads texts and turns from the values of a row: checks them and converts turns to one form without dropping any of
+their keys."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ ROLES = {
     **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
     "system": "system",
 }
-"""ShareGPT's `from` -> role."""
+"""Value of ShareGPT's `from` -> role."""
 
 TEMPLATE_KEYS = ("tools", "documents", "chat_template_kwargs")
 """Columns that are passed to the chat template in addition to the turns."""
@@ -28,7 +29,7 @@ HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 
 def present(row: Mapping[str, Any], name: str) -> Any:
     if row.get(name) is None:
-        raise UnusableRow(f"missing_{name}", f"no {name} in this row")
+        raise UnusableRow(f"missing_{name}", f"this row has no {name}")
     return row[name]
 
 
@@ -38,15 +39,17 @@ def read_text(value: object, name: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise UnusableRow("wrong_type", f"{name} holds half a surrogate pair, which is no character") from None
+        raise UnusableRow("wrong_type", f"{name} has half a surrogate pair, which is not a character") from None
     return value
 
 
 def read_turns(value: object, name: str) -> list[Message]:
-    """The turns of a list of {role, content} or of ShareGPT's {from, value}. A single turn may stand for a list of it.
+    """Reads the turns of a list of {role, content} or of ShareGPT's {from, value}. A single turn is read like a list of
+    one turn.
 
-    Content is text, or a list of text parts, which are joined; null where a turn calls tools. Keys without a value are
-    left out, all others stay. Raises UnusableRow for anything else, naming the type for images and audio.
+    The content of a turn is text, a list of text parts, which are joined, or null if the turn calls tools. Keys without
+    a value are dropped; all others are kept. Raises UnusableRow for anything else, naming the type for images and
+    audio.
     """
     turns = [value] if isinstance(value, dict) else value
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
@@ -63,7 +66,9 @@ def _turn(turn: Mapping[str, Any], name: str) -> Message:
         try:
             json.dumps(others, ensure_ascii=False, default=str, allow_nan=False).encode()
         except UnicodeEncodeError:
-            raise UnusableRow("wrong_type", f"{name} holds half a surrogate pair, which is no character") from None
+            raise UnusableRow(
+                "wrong_type", f"{name} contains half a surrogate pair, which is not a character"
+            ) from None
         except ValueError:
             raise UnusableRow("wrong_type", f"a turn of {name} holds a number that is not finite") from None
     content = turn.get("content")
@@ -100,8 +105,8 @@ def _of_sharegpt(turn: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def read_template_values(row: Mapping[str, Any]) -> dict[str, Any]:
-    """`tools`, `documents` and `chat_template_kwargs` of a row, JSON text read. Raises UnusableRow if a template cannot
-    take them."""
+    """Returns `tools`, `documents` and `chat_template_kwargs` of a row, parsed if they are JSON text. Raises
+    UnusableRow if they have the wrong type."""
     found: dict[str, Any] = {}
     for name in TEMPLATE_KEYS:
         value = row.get(name)
@@ -121,16 +126,16 @@ def read_template_values(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def answer_to(prompt: list[Message], value: object, name: str) -> list[Message]:
-    """The turns that answer a prompt. Text is one turn of the assistant."""
+    """Returns the turns that answer a prompt; text becomes one turn of the assistant."""
     if isinstance(value, str):
         return [{"role": "assistant", "content": read_text(value, name)}]
     turns = read_turns(value, name)
-    # some datasets repeat the prompt at the start of every response
+    # Some datasets repeat the prompt at the start of every response.
     return answer(turns[len(prompt) :] if turns[: len(prompt)] == prompt else turns, name)
 
 
 def answer(turns: list[Message], name: str) -> list[Message]:
-    """The turns, where the first and the last are the assistant's."""
+    """Returns the turns of a response, after checking that the first and the last are the assistant's."""
     if not turns or turns[0]["role"] != "assistant" or turns[-1]["role"] != "assistant":
         roles = ", ".join(turn["role"] for turn in turns) or "none"
         raise UnusableRow("response_not_by_assistant", f"turns of {name} after the prompt: {roles}")
@@ -138,8 +143,8 @@ def answer(turns: list[Message], name: str) -> list[Message]:
 
 
 def from_first_answer(example: Example, response: str) -> Example:
-    """The example with its prompt cut before the prompt's first assistant turn; the part cut off becomes the beginning
-    of `response`."""
+    """Moves the part of the prompt from its first assistant turn on to the beginning of the response named
+    `response`."""
     prompt, answered = example.prompt, getattr(example, response)
     if isinstance(prompt, str) or answered is None:
         return example
@@ -166,7 +171,8 @@ def check_alternate(turns: list[Message], name: str) -> None:
 
 
 def is_empty(text: Text) -> bool:
-    """Whether text, or all turns of a list, contain only white space and no tool call."""
+    """Returns whether a text contains only white space, or whether all turns of a list contain only white space and no
+    tool call."""
     if isinstance(text, str):
         return not text.strip()
     return not any((turn["content"] or "").strip() or turn.get("tool_calls") for turn in text)

@@ -62,7 +62,7 @@ def test_responses_that_tokens_cannot_hold_are_counted():
     rows = [Example(prompt="a", chosen=" b", row=0), Example(prompt="a", chosen="b\n\nc", row=1)]
     report = tokenize_examples(rows, words(), max_length=50).report
     assert report.unlike_text == 2  # the EOS reads as a word of its own
-    assert "2 responses read otherwise as tokens than as text" in report.summary()
+    assert "2 responses do not decode to their original text" in report.summary()
     assert tokenize_examples(rows, vocabularies.byte_level(), max_length=50).report.unlike_text == 0
     assert tokenize_examples(rows, vocabularies.sentencepiece(legacy=True), max_length=50).report.unlike_text == 0
 

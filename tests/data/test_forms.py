@@ -59,7 +59,8 @@ def test_a_system_column_is_a_turn_and_makes_text_a_conversation(tmp_path):
     assert pair.prompt == [{"role": "system", "content": "Be kind."}, *turns("q")]
     assert pair.chosen == turns("q", "a")[1:]
     assert loaded.summary().endswith(
-        "read as conversations because of the column system), none skipped; no part of prompt or response: note"
+        "read as conversations because of the column system), none skipped; "
+        "columns not used in prompt or response: note"
     )
 
 

@@ -83,7 +83,7 @@ def test_labels_of_a_group_are_read_where_they_are_needed(tmp_path):
 def test_who_needs_no_group_does_not_read_it(tmp_path):
     rows = [{"prompt": "x", "chosen": "a", "rejected": "b", "responses": "odd", "wins": "odd"}]
     assert load(tmp_path, rows).examples == [Example(prompt="x", chosen="a", rejected="b", row=0)]
-    with pytest.raises(ValueError, match=r"no responses in pairs .*; name a column for it with columns, as responses="):
+    with pytest.raises(ValueError, match=r"no responses in pairs .*; name the column by columns: responses="):
         load(tmp_path, [{"prompt": "x", "chosen": "a", "rejected": "b"}], "responses")
 
 

@@ -97,7 +97,10 @@ def test_unpack_inverts_pack():
         ([Segment(token_ids=[1, 2], num_scored=2)], r"num_scored 2 must be in 0\.\.1"),
         ([Segment(token_ids=[1], parent=0, cut=1)], "must come before it"),
         ([Segment(token_ids=[1]), Segment(token_ids=[2], parent=0, cut=2)], r"cut 2 must be in 1\.\.1"),
-        ([Segment(token_ids=[1, 2], num_scored=1), Segment(token_ids=[2], parent=0, cut=1)], "cannot itself be scored"),
+        (
+            [Segment(token_ids=[1, 2], num_scored=1), Segment(token_ids=[2], parent=0, cut=1)],
+            "cannot have scored tokens",
+        ),
     ],
 )
 def test_a_forest_that_is_none_is_refused(segments, message):

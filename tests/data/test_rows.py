@@ -122,7 +122,9 @@ def test_data_files_of_a_folder_that_are_not_read_are_named(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "fastrlhf"):
         assert read(tmp_path) == [{"prompt": "a"}]
     (told,) = caplog.messages
-    assert told.startswith(f"{tmp_path}: not read: more.jsonl, train.txt; the others make the splits train. ")
+    assert told.startswith(
+        f"{tmp_path}: files that are not read: more.jsonl, train.txt; the others form the splits train. "
+    )
 
 
 def test_a_file_that_two_rules_put_into_a_split_is_read_once(tmp_path):
@@ -260,10 +262,10 @@ def test_new_content_at_an_old_path_is_read_anew(tmp_path, name):
         ("a.csv", b"prompt,completion\na,b,c\n", "a.csv line 2: broken CSV: 3 cells under 2 columns"),
         ("a.csv", b'prompt\n"a\nb\n', "a.csv line 3: broken CSV"),
         ("a.parquet", b"PAR1 not", "a.parquet: not a readable Parquet file"),
-        ("a.jsonl.gz", b"not gzip", "cannot be read, or cut short: Not a gzipped file"),
-        ("a.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 99, mtime=0)[:-12], "cannot be read, or cut short"),
-        ("a.jsonl.zst", b"not zstd", "cannot be read, or cut short"),
-        ("a.jsonl.zst", zstd(b'{"prompt": "a"}\n' * 99)[:-6], "cannot be read, or cut short: Truncated"),
+        ("a.jsonl.gz", b"not gzip", "cannot be read, or is truncated: Not a gzipped file"),
+        ("a.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 99, mtime=0)[:-12], "cannot be read, or is truncated"),
+        ("a.jsonl.zst", b"not zstd", "cannot be read, or is truncated"),
+        ("a.jsonl.zst", zstd(b'{"prompt": "a"}\n' * 99)[:-6], "cannot be read, or is truncated: Truncated"),
         ("a.txt", b"hello", "a data file ends in one of .jsonl"),
         ("a.py", b"1 / 0", "a.py: dataset scripts are not run; save their rows, for example with Dataset.to_parquet"),
     ],
@@ -291,7 +293,7 @@ def test_what_the_hub_answers_is_one_line_of_a_value_error(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(
-        ValueError, match=r"owner/name: no file or folder here.* reach 'owner/name' on the Hub \(check"
+        ValueError, match=r"owner/name: not a local file or folder.* reach 'owner/name' on the Hub \(check"
     ) as caught:
         read("owner/name")
     assert caught.value.__suppress_context__

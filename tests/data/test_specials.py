@@ -17,7 +17,7 @@ def test_ends_are_added_once_behind_the_eos_and_only_special_tokens(caplog):
     add_ends(tokenizer, [UNK], "there")
     assert end_ids(tokenizer) == (EOS, UNK)
     assert [record.getMessage() for record in caplog.records] == [
-        f"here: id {A}, which it names as an end, is no special token of the tokenizer: not used"
+        f"here: the end token {A} is not a special token of the tokenizer, so it is ignored"
     ]
 
 

@@ -199,7 +199,7 @@ def test_a_row_that_the_template_refuses_is_counted_and_the_others_stay():
     refusing = "{% if messages | length > 2 %}{{ raise_exception('too long') }}{% endif %}" + CHATML
     report = ids([ROWS["one turn"], replace(ROWS["several turns"], row=4)], refusing, max_bad_fraction=0.5).report
     assert (report.num_kept, report.dropped) == (1, {"template_refuses": 1})
-    assert report.firsts["template_refuses"] == "row 4, the chat template refuses it: too long"
+    assert report.firsts["template_refuses"] == "row 4, the chat template refuses the turns: too long"
 
 
 turns = st.lists(

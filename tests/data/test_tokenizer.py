@@ -82,7 +82,7 @@ def test_responses_may_end_in_every_special_id_of_the_generation_config(tmp_path
     assert end_ids(load_tokenizer(str(tmp_path))) == (EOS,)
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [UNK, A, EOS]}))
     assert end_ids(load_tokenizer(str(tmp_path))) == (EOS, UNK)
-    assert f"generation_config.eos_token_id: id {A}, which it names as an end, is no special token" in caplog.text
+    assert f"generation_config.eos_token_id: the end token {A} is not a special token" in caplog.text
 
 
 def test_the_generation_config_is_that_of_the_model_where_the_tokenizer_lies_elsewhere(tmp_path):

@@ -205,7 +205,7 @@ def test_every_row_is_kept_or_counted_and_every_response_has_one_fate():
 def test_no_row_left_is_an_error_with_the_counts():
     with pytest.raises(ValueError, match=r"no row is left.*dropped 2 for prompt_fills_max_length"):
         ids([example("a b", chosen="c")] * 2, max_length=2)
-    with pytest.raises(ValueError, match=r"^no row is left to train or evaluate on: none was given; give at least one"):
+    with pytest.raises(ValueError, match=r"^there are no rows to train or evaluate on; give at least one"):
         ids([])
 
 
@@ -225,7 +225,7 @@ def test_a_template_that_refuses_every_row_is_named_as_the_cause():
         ({"max_length": 1}, "max_length: 1"),
         ({"truncation_mode": "keep"}, "truncation_mode: 'keep' is not one of keep_start"),
         ({"fields": ("completion",)}, "fields: .*'completion'"),
-        ({"chat_template": "chatml"}, "chat_template: 'chatml' is neither"),
+        ({"chat_template": "chatml"}, "chat_template: 'chatml' is not a Jinja"),
     ],
 )
 def test_a_wrong_argument_is_one_clear_error(arguments, message):
@@ -281,21 +281,23 @@ def test_text_and_conversations_may_stand_side_by_side():
 
 
 def test_a_conversation_without_a_template_names_the_row_and_the_flag():
-    with pytest.raises(
-        ValueError, match=r'row 5 is a conversation .*no chat template; give one with chat_template.*"hh"'
-    ):
+    with pytest.raises(ValueError, match=r'row 5 is a conversation .*no chat template; set chat_template.*"hh"'):
         ids([chat("a", row=5, chosen="b")])
 
 
 def test_a_template_that_does_not_continue_the_prompt_is_an_error_with_the_first_difference():
     thinking = TURN_TEMPLATE.replace("%}[assistant]{%", "%}[assistant] <think>{%")
-    with pytest.raises(ValueError, match=r"row 6, chosen: .*\[assistant\] <think>', with the response it is .* b"):
+    with pytest.raises(
+        ValueError, match=r"row 6, chosen: .*\[assistant\] <think>', the text with the response has .* b"
+    ):
         ids([chat("a", row=6, chosen="b")], chat_template=thinking)
 
 
 def test_a_template_that_refuses_a_role_names_the_row():
     row = Example(prompt=turn("system", "a"), chosen=turn("assistant", "b"), row=8)
-    with pytest.raises(ValueError, match="row 8, the chat template refuses it: the hh template has no role system"):
+    with pytest.raises(
+        ValueError, match="row 8, the chat template refuses the turns: the hh template has no role system"
+    ):
         ids([row], chat_template="hh")
 
 
