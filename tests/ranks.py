@@ -10,7 +10,6 @@ import json
 import os
 import random
 import shutil
-import signal
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -38,9 +37,8 @@ from fastrlhf.models.loading import build_policy
 from fastrlhf.models.sharding import beginnings, full, give_back, like, shard, whole
 from fastrlhf.runtime import optim
 from fastrlhf.runtime.optim import Optimizer
-from fastrlhf.runtime.run import Run
-from fastrlhf.runtime.signals import Interrupted
 from tests import resumable, tiny
+from tests.cut_ranks import CUTS, cut, stopped
 
 LORA = {"use_peft": True, "lora_r": 3, "adam_epsilon": 1e-3}
 """A large epsilon: the first steps of Adam are signs of gradients, and those of a new adapter are near zero."""
@@ -295,28 +293,6 @@ def optimised(width: int, **settings: Any) -> bool:
     return all(same) and all(torch.equal(full(ours), theirs) for ours, theirs in pairs)
 
 
-def stopped(place: Path, two: Path) -> bool:
-    """A PPO run that a signal to the second rank alone stops after its first step; then the same command again."""
-    log, folder = Run.log, two / "ppo-resumed"
-
-    def signalled(run: Run, step: int, *arguments: Any, **keywords: Any) -> None:
-        if step == 1 and dist.get_rank() == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        log(run, step, *arguments, **keywords)
-
-    Run.log = signalled
-    try:
-        run("ppo", place, folder)
-    except Interrupted as stop:
-        interrupted = stop.exit_code == 128 + signal.SIGTERM
-    else:
-        interrupted = False
-    Run.log = log
-    on_first(lambda: shutil.copytree(folder, place / "one" / "ppo-resumed"))
-    run("ppo", place, folder)
-    return interrupted
-
-
 def differences(place: Path, two: Path) -> dict[str, str]:
     """What every process is told where the second one is given something else, before the first step."""
     second, own = dist.get_rank() == 1, place / f"seen by {dist.get_rank()}"
@@ -384,7 +360,8 @@ def main(place: Path) -> None:
         "optimised": {name: optimised(136, **settings) for name, settings in OPTIMIZERS.items() if installed(settings)},
         "uneven": optimised(129, **ROUNDED),
         "blocks": refusal(lambda: optimised(129, optim="adamw_8bit")) if installed({"optim": "adamw_8bit"}) else "",
-        "interrupted": stopped(place, two),
+        "interrupted": stopped(run, place, two),
+        "cuts": {part: cut(run, part, place, two) for part in CUTS},
         "differences": differences(place, two),
         "rescued": rescued(place, two),
     }

@@ -2,12 +2,17 @@
 
 import random
 import signal
+import sys
 
 import numpy as np
 import pytest
 import torch
 
+from fastrlhf.algorithms import ppo
+from fastrlhf.evaluation import held_out
+from fastrlhf.rollout import engine
 from fastrlhf.runtime.metrics import read_metrics
+from fastrlhf.runtime.optim import Optimizer
 from fastrlhf.runtime.run import Run
 from fastrlhf.runtime.signals import Interrupted
 from tests.resumable import KINDS, STEPS, Killed, Watch, left, run, save_models, untimed_log
@@ -22,6 +27,14 @@ def paths(tmp_path_factory):
 def whole(paths, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "whole"
     return untimed_log(folder, run("sft", paths, folder))
+
+
+@pytest.fixture(scope="module")
+def whole_ppo(paths, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "whole ppo"
+    with pytest.MonkeyPatch.context() as patch:
+        watch = Watch("ppo", patch)
+        return left(run("ppo", paths, folder, **CUT), watch.made[-1], folder)
 
 
 def seed_everything() -> None:
@@ -73,7 +86,9 @@ def test_a_signal_ends_the_step_saves_and_the_same_command_goes_on(number, paths
         return step_of(optimizer, *arguments)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", signalled)
-    with pytest.raises(Interrupted, match=r"^interrupted after step 3, saved as .*checkpoint-3$") as stop:
+    with pytest.raises(
+        Interrupted, match=r"^interrupted in the evaluation after step 3, saved as .*checkpoint-3$"
+    ) as stop:
         run("sft", paths, tmp_path / "run")
     assert stop.value.exit_code == 128 + number
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
@@ -82,15 +97,93 @@ def test_a_signal_ends_the_step_saves_and_the_same_command_goes_on(number, paths
     assert untimed_log(tmp_path / "run", run("sft", paths, tmp_path / "run")) == whole
 
 
-def test_a_signal_in_the_last_step_lets_the_run_finish_and_is_heard_then(paths, whole, tmp_path, monkeypatch):
+def test_a_signal_in_the_last_step_is_obeyed_before_its_evaluation_and_else_when_the_model_is_saved(
+    paths, whole, tmp_path, monkeypatch
+):
     log = Run.log
 
-    def late(run, step, metrics):
+    def late(run, step, *arguments, **keywords):
         if step == STEPS:
             signal.raise_signal(signal.SIGINT)
-        log(run, step, metrics)
+        log(run, step, *arguments, **keywords)
 
-    monkeypatch.setattr(Run, "log", late)
-    with pytest.raises(KeyboardInterrupt):
-        run("sft", paths, tmp_path / "run")
-    assert untimed_log(tmp_path / "run") == whole
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "log", late)
+        with pytest.raises(Interrupted, match=r"in the evaluation after step 5, saved as .*checkpoint-5$"):
+            run("sft", paths, tmp_path / "run")
+        with pytest.raises(KeyboardInterrupt) as stop:
+            run("drpo", paths, tmp_path / "without evaluation")
+    assert not isinstance(stop.value, Interrupted)
+    assert (tmp_path / "without evaluation" / "model.safetensors").exists()
+    assert untimed_log(tmp_path / "run", run("sft", paths, tmp_path / "run")) == whole
+
+
+CUT = {"save_steps": 0, "sampler_is_cap": 2.0, "target_kl": 9.0}
+MOMENTS = {
+    "rollout": (engine, "check_room", 5, "in step 3; step 2 is saved as"),
+    "scoring": (ppo, "score_episodes", 3, "in step 3; step 2 is saved as"),
+    "update": (Optimizer, "step", 14, "in step 4; step 3 is saved as"),
+    "evaluation": (held_out, "describe", 3, "in the evaluation after step 3, saved as"),
+}
+"""Part of an on-policy step -> a function of it, the number of the call in which a signal comes, and what is said."""
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_signal_in_any_part_of_an_on_policy_step_loses_no_whole_step_and_changes_no_bit(
+    moment, paths, whole_ppo, tmp_path, monkeypatch
+):
+    """In the update weights have moved: its second half is resumed with the experience of the first."""
+    place, name, at, said = MOMENTS[moment]
+    watch, function, calls = Watch("ppo", monkeypatch), getattr(place, name), []
+
+    def signalled(*arguments, **keywords):
+        calls.append(1)
+        if len(calls) == at:
+            signal.raise_signal(signal.SIGTERM)
+        return function(*arguments, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, name, signalled)
+        with pytest.raises(Interrupted, match=f"^interrupted {said} .*checkpoint-[23]$"):
+            run("ppo", paths, tmp_path / "cut", **CUT)
+    assert left(run("ppo", paths, tmp_path / "cut", **CUT), watch.made[-1], tmp_path / "cut") == whole_ppo
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_signal_at_a_random_moment_loses_no_whole_step_and_changes_no_bit(kind, paths, tmp_path, monkeypatch):
+    """The signal comes at the call of a random Python function between the start and the end of the run."""
+    draw, watch, count = random.Random(kind), Watch(kind, monkeypatch), [0, -1]
+    enter, leave = Run.__enter__, Run.__exit__
+
+    def look(frame, event, argument):
+        count[0] += event == "call"
+        if count[0] == count[1]:
+            sys.setprofile(None)
+            signal.raise_signal(signal.SIGTERM)
+
+    def entered(run):
+        enter(run)
+        count[0] = 0
+        sys.setprofile(look)
+        return run
+
+    def left_by(run, *error):
+        sys.setprofile(None)
+        leave(run, *error)
+
+    monkeypatch.setattr(Run, "__enter__", entered)
+    monkeypatch.setattr(Run, "__exit__", left_by)
+    seed_everything()
+    whole = left(run(kind, paths, tmp_path / "whole"), watch.made[-1], tmp_path / "whole")
+    moments = [draw.randrange(count[0]) for _ in range(8)]
+    for moment in moments:
+        folder, count[1] = tmp_path / str(moment), moment
+        seed_everything()
+        with pytest.raises(KeyboardInterrupt) as stop:
+            run(kind, paths, folder, save_steps=0)
+        count[1] = -1
+        if isinstance(stop.value, Interrupted):  # otherwise the run had ended
+            if "nothing is saved" in str(stop.value):
+                seed_everything()
+            assert left(run(kind, paths, folder, save_steps=0), watch.made[-1], folder) == whole, moment

@@ -93,9 +93,7 @@ def stop(child: subprocess.Popen, folder: Path, rows: int, number: int) -> str:
 def check_saved(folder: Path, said: str) -> int:
     """The step at which a stopped job was saved: its last one."""
     step = rows_of(folder)
-    assert (
-        f"interrupted after step {step}, saved as {folder / f'checkpoint-{step}'}; the same command continues" in said
-    )
+    assert f"saved as {folder / f'checkpoint-{step}'}; the same command continues" in said, said
     check_folder(folder / f"checkpoint-{step}")
     assert [row["step"] for row in read_metrics(folder / "metrics.jsonl")] == list(range(1, step + 1))
     return step

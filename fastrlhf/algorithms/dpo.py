@@ -40,7 +40,8 @@ from fastrlhf.models.sharding import shard, whole
 from fastrlhf.runtime.atomic import check_writable
 from fastrlhf.runtime.inputs import open_inputs
 from fastrlhf.runtime.optim import Optimizer, index_batches, num_steps
-from fastrlhf.runtime.run import Run, StepMetrics, TrainResult, check_micro_batch
+from fastrlhf.runtime.run import Run, TrainResult, check_micro_batch
+from fastrlhf.runtime.step_metrics import StepMetrics
 from fastrlhf.types import PackedBatch, TokenizedExample
 from fastrlhf_kernels import LossOutput, Metric, Sum, TokenLogprobs
 
@@ -93,7 +94,6 @@ def train_dpo(
     shard(model)
     optimizer, diagnoses = Optimizer({"": model}, config, num_steps=steps), Diagnoses(config.losses)
     evaluate_held_out = partial(_evaluate, config, model, reference, everything, held_out)
-    evaluation: dict[str, float] = {}
 
     with Run(
         config.losses[0].replace("sigmoid", "dpo"),
@@ -102,14 +102,14 @@ def train_dpo(
         (model, tokenizer),
         data=data,
         parts={"optimizer": optimizer},
+        evaluate=evaluate_held_out if held_out else None,
     ) as run:
         for earlier in run.history:  # findings that a resumed run has already reported
             diagnoses.look(earlier)
-        run.on_start(evaluate_held_out)
         for step, indices in run.remaining(index_batches(num_train, config.batch_size, steps, config.seed)):
             drawn, totals = everything[indices], StepMetrics()
             begin_step(model, 2 * len(drawn))
-            for micro in _micro_batches(drawn, config):
+            for micro in run.parts(_micro_batches(drawn, config)):
                 output = _loss(config, model, reference, everything, [indices[i] for i in micro], drawn)
                 output.loss.backward()
                 totals.add(output.metrics)
@@ -119,13 +119,10 @@ def train_dpo(
             metrics = _named(config, means)
             metrics |= {**optimizer.step(), "num_tokens": sum(map(num_in_sequences, drawn.trees))}
             metrics["num_unique_tokens"] = sum(map(num_computed, drawn.trees))
-            if held_out and run.due(step, config.eval_steps):
-                evaluation = evaluate_held_out()
-                metrics |= evaluation
             run.log(step + 1, metrics)
             for finding in diagnoses.look(metrics):
                 log.warning("step %d: %s", step + 1, finding)
-        return run.finish(model, tokenizer, evaluation)
+        return run.finish(model, tokenizer)
 
 
 def _no_reference(batch: PackedBatch, indices: Sequence[int]) -> None:

@@ -26,11 +26,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fastrlhf.algorithms.experience import Pack
-from fastrlhf.algorithms.update import mini_batches
+from fastrlhf.algorithms.open_update import OpenUpdate
+from fastrlhf.algorithms.update import mini_batches, remaining
 from fastrlhf.config import PPOConfig
 from fastrlhf.models.forward import scored_states, state_logprobs
 from fastrlhf.runtime.optim import Optimizer
-from fastrlhf.runtime.run import StepMetrics
 from fastrlhf.types import Experience, Rollout
 from fastrlhf_kernels import LossOutput, Sum, pair_loss
 
@@ -43,16 +43,19 @@ def update_pairs(
     experience: Experience,
     packs: Sequence[Sequence[Pack]],
     seed: tuple[int, int],
+    opened: OpenUpdate | None = None,
 ) -> dict[str, float]:
-    """`num_ppo_epochs` passes over the pairs of the batch, in the packs that the sampler was scored in.
+    """`num_ppo_epochs` passes over the pairs of the batch, in the packs that the sampler was scored in; `opened` as in
+    `update`.
 
     Metrics: loss/policy_avg; pair/accuracy, the share of pairs with D > 0 for the better response; pair/margin and
     pair/return_difference, the means of D and of r - r' of the better response.
     """
     rewards = reduce(torch.add, experience.rewards.values())
-    totals, steps = StepMetrics(), []
+    opened = opened or OpenUpdate()
+    totals, steps = opened.totals["policy"], opened.steps
     num_pairs = num_mini_batch_pairs(config)
-    for _, mini in mini_batches(config, rollouts, packs, seed, policy.device):
+    for _, mini in remaining(mini_batches(config, rollouts, packs, seed, policy.device), opened):
         for item in mini:
             batch, index = item.batch, item.index
             states = scored_states(policy, batch)

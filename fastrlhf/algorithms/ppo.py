@@ -29,6 +29,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.algorithms.experience import pack_episodes, score_episodes
 from fastrlhf.algorithms.guards import check_kl, check_sampler
+from fastrlhf.algorithms.open_update import OpenUpdate
 from fastrlhf.algorithms.outcomes import successes
 from fastrlhf.algorithms.own_resets import DROPPED, restart_failures
 from fastrlhf.algorithms.pair_update import update_pairs
@@ -104,7 +105,7 @@ def train_ppo(
         functions=replace(functions, rows=data.eval_rows),
         stops=roles.stops,
     )
-    evaluation: dict[str, float] = {}
+    opened = OpenUpdate(device=policy.device)
 
     def sample(prefixes: Sequence[Prefix]) -> Sequence[Rollout]:
         return checked_rollouts(
@@ -123,75 +124,72 @@ def train_ppo(
         (policy, tokenizer),
         value_model=critic,
         data=data,
-        parts={"optimizer": optimizer, "rewards": rewards, "kl": rewards.kl},
+        parts={"optimizer": optimizer, "rewards": rewards, "kl": rewards.kl, "update": opened},
+        evaluate=evaluate_held_out if held_out else None,
     ) as run:
-        run.on_start(evaluate_held_out)
+        opened.stop = partial(run.between_parts, resumable=True)
         for step, indices in run.remaining(index_batches(len(prompts), num_groups, steps, config.seed)):
-            start = time.perf_counter()
             functions.state = TrainerState(global_step=step, max_steps=steps)
-            drawn = [prompts[i] for i in indices]
-            place: dict[str, Any] = {
-                "first_group": step * num_groups,
-                "progress": step / steps,
-                "sentence_ends": sentence_ends,
-            }
-            with roles.waiting.present() if roles.roll_in else nullcontext():
-                prefixes = draw_prefixes(config, drawn, **place, roll_in=roles.roll_in)
-            rollouts, restarts = sample(prefixes), dict[str, float]()
-            if config.reset_source == "rollout":
-                with roles.waiting.present():
-                    outcome = roles.outcomes(config, rollouts)
-                found = successes(config, outcome)
-                rollouts, restarts = restart_failures(config, rollouts, outcome, found, sample=sample, **place)
-            sampled = time.perf_counter()
-            run.between_parts()
             order = np.random.default_rng([config.seed, step]).permutation(num_groups).tolist()
-            packs = pack_episodes(config, rollouts, order, policy.device)
-            with roles.waiting.present():
-                scores = checked_scores(roles.score(rollouts), rollouts, policy.device) if roles.score else None
-                experience, metrics = score_episodes(
-                    config, policy, reference, critic, rollouts, scores, packs, eos, rewards
-                )
-            difference = metrics["sampling/sampling_logp_difference/mean"]
-            check_sampler(config, step + 1, difference, policy, own=engine is not None)
-            check_kl(config, step + 1, metrics["objective/kl"])
-            scored = time.perf_counter()
-            run.between_parts()
+            if opened.experience is not None:  # the run has been resumed in the middle of this update
+                packs = pack_episodes(config, opened.rollouts, order, policy.device)
+            else:
+                start = time.perf_counter()
+                drawn = [prompts[i] for i in indices]
+                place: dict[str, Any] = {
+                    "first_group": step * num_groups,
+                    "progress": step / steps,
+                    "sentence_ends": sentence_ends,
+                }
+                with roles.waiting.present() if roles.roll_in else nullcontext():
+                    prefixes = draw_prefixes(config, drawn, **place, roll_in=roles.roll_in)
+                rollouts, restarts = sample(prefixes), dict[str, float]()
+                if config.reset_source == "rollout":
+                    with roles.waiting.present():
+                        outcome = roles.outcomes(config, rollouts)
+                    found = successes(config, outcome)
+                    rollouts, restarts = restart_failures(config, rollouts, outcome, found, sample=sample, **place)
+                sampled = time.perf_counter()
+                run.between_parts()
+                packs = pack_episodes(config, rollouts, order, policy.device)
+                with roles.waiting.present():
+                    scores = checked_scores(roles.score(rollouts), rollouts, policy.device) if roles.score else None
+                    experience, metrics = score_episodes(
+                        config, policy, reference, critic, rollouts, scores, packs, eos, rewards
+                    )
+                difference = metrics["sampling/sampling_logp_difference/mean"]
+                check_sampler(config, step + 1, difference, policy, own=engine is not None)
+                check_kl(config, step + 1, metrics["objective/kl"])
+                due = sample_every and run.due(step, sample_every)
+                samples = sample_rows(tokenizer, rollouts, experience, NUM_SAMPLES, functions.extra) if due else []
+                timing = {"timing/rollout": sampled - start, "timing/scoring": time.perf_counter() - sampled}
+                opened.begin(rollouts, experience, metrics | restarts | timing, samples)
+                run.between_parts()
+            assert opened.experience is not None
+            rollouts, metrics, scored = opened.rollouts, dict(opened.metrics), time.perf_counter()
+            given = (rollouts, opened.experience, packs, (config.seed, step))
             if config.update == "pair":
-                metrics |= update_pairs(config, policy, optimizer, rollouts, experience, packs, (config.seed, step))
+                metrics |= update_pairs(config, policy, optimizer, *given, opened=opened)
             else:
                 metrics |= update(
-                    config,
-                    policy,
-                    critic,
-                    optimizer,
-                    rollouts,
-                    experience,
-                    packs,
-                    seed=(config.seed, step),
+                    *(config, policy, critic, optimizer, *given),
                     reference=reference,
                     critic_only=step < config.value_warmup_steps,
+                    opened=opened,
                 )
             if step >= config.value_warmup_steps:
                 rewards.kl.update(metrics["objective/kl"], len(rollouts))
-            metrics |= restarts
             metrics |= {
-                "timing/rollout": sampled - start,
-                "timing/scoring": scored - sampled,
                 "timing/training": time.perf_counter() - scored,
                 "episode": (step + 1) * config.batch_size,
-                "num_tokens": sum(len(rollout.completion) for rollout in rollouts)
-                + restarts.get(DROPPED, 0),  # sampled
+                "num_tokens": sum(len(rollout.completion) for rollout in rollouts) + metrics.get(DROPPED, 0),  # sampled
                 # of one pass
                 "num_unique_tokens": sum(from_all(sum(item.batch.num_tokens for mini in packs for item in mini))),
             }
-            if held_out and run.due(step, config.eval_steps):
-                evaluation = evaluate_held_out()
-                metrics |= evaluation
-            if sample_every and run.due(step, sample_every):
-                run.samples(step + 1, sample_rows(tokenizer, rollouts, experience, NUM_SAMPLES, functions.extra))
-            run.log(step + 1, metrics, shown="objective/scores")
-        return run.finish(policy, tokenizer, evaluation, critic)
+            samples = opened.samples
+            opened.end()
+            run.log(step + 1, metrics, shown="objective/scores", samples=samples)
+        return run.finish(policy, tokenizer, critic)
 
 
 train_on_policy = train_ppo

@@ -33,7 +33,8 @@ from fastrlhf.models.router_loss import begin_step
 from fastrlhf.models.sharding import shard, whole
 from fastrlhf.runtime.inputs import open_inputs
 from fastrlhf.runtime.optim import Optimizer, index_batches, num_steps
-from fastrlhf.runtime.run import Run, StepMetrics, TrainResult, check_micro_batch
+from fastrlhf.runtime.run import Run, TrainResult, check_micro_batch
+from fastrlhf.runtime.step_metrics import StepMetrics
 from fastrlhf.types import TokenizedExample
 from fastrlhf_kernels import LossOutput, Sum
 
@@ -85,14 +86,20 @@ def train_groups(
     shard(model)
     optimizer = Optimizer({"": model}, config, num_steps=steps)
     evaluate_held_out = partial(_evaluate, config, model, reference, groups, held_out)
-    evaluation: dict[str, float] = {}
 
-    with Run("psipo", config, steps, (model, tokenizer), data=data, parts={"optimizer": optimizer}) as run:
-        run.on_start(evaluate_held_out)
+    with Run(
+        "psipo",
+        config,
+        steps,
+        (model, tokenizer),
+        data=data,
+        parts={"optimizer": optimizer},
+        evaluate=evaluate_held_out if held_out else None,
+    ) as run:
         for step, indices in run.remaining(index_batches(num_train, config.batch_size, steps, config.seed)):
             totals, drawn = StepMetrics(), [groups[i] for i in indices]
             begin_step(model, sum(len(group.tree) - len({s.parent for s in group.tree} - {-1}) for group in drawn))
-            for micro in _micro_batches(drawn, config):
+            for micro in run.parts(_micro_batches(drawn, config)):
                 output = _loss(model, reference, groups, [indices[i] for i in micro], num_groups=len(drawn))
                 output.loss.backward()
                 totals.add(output.metrics)
@@ -101,11 +108,8 @@ def train_groups(
                 _check_first_loss(config, drawn, metrics)
             metrics |= {**optimizer.step(), "num_tokens": sum(num_in_sequences(g.tree) for g in drawn)}
             metrics["num_unique_tokens"] = sum(num_computed(g.tree) for g in drawn)
-            if held_out and run.due(step, config.eval_steps):
-                evaluation = evaluate_held_out()
-                metrics |= evaluation
             run.log(step + 1, metrics)
-        return run.finish(model, tokenizer, evaluation)
+        return run.finish(model, tokenizer)
 
 
 def _loss(

@@ -12,7 +12,7 @@ of the pairs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -45,7 +45,8 @@ from fastrlhf.models.router_loss import begin_step
 from fastrlhf.models.sharding import shard, whole
 from fastrlhf.runtime.inputs import open_inputs
 from fastrlhf.runtime.optim import Optimizer, index_batches, num_steps
-from fastrlhf.runtime.run import Run, StepMetrics, TrainResult, check_micro_batch
+from fastrlhf.runtime.run import Run, TrainResult, check_micro_batch
+from fastrlhf.runtime.step_metrics import StepMetrics
 from fastrlhf.types import TokenizedExample
 from fastrlhf_kernels import LossOutput, Metric, Sum
 
@@ -93,25 +94,21 @@ def train_reward_model(
     heads, rates = ({"view_": objective.heads}, {"view_": objective.learning_rate}) if objective else ({}, {})
     optimizer = Optimizer({"": model, **heads}, config, num_steps=steps, learning_rates=rates)
     evaluate_held_out = partial(evaluate, config, model, held_out, held_out_margins)
-    evaluation: dict[str, float] = {}
 
     parts: dict[str, Any] = {"optimizer": optimizer} | ({"views": objective.heads} if objective else {})
-    with Run("reward", config, steps, (model, tokenizer), data=data, parts=parts) as run:
-        run.on_start(evaluate_held_out)
+    watch = evaluate_held_out if held_out else None
+    with Run("reward", config, steps, (model, tokenizer), data=data, parts=parts, evaluate=watch) as run:
         for step, indices in run.remaining(index_batches(len(pairs), config.batch_size, steps, config.seed)):
             drawn, seen = [pairs[i] for i in indices], objective.draw(step) if objective else []
             loss_of_views = partial(objective.loss, step=step) if objective else None
-            scores, losses, totals = _backward(config, model, drawn, margins[indices], seen, loss_of_views)
+            scores, losses, totals = _backward(config, model, drawn, margins[indices], seen, loss_of_views, run.parts)
             metrics = _summary(scores, losses)
             if objective:
                 metrics |= _view_metrics(totals.means("views"), objective, step)
             metrics |= {**optimizer.step(), "num_tokens": sum(map(num_in_sequences, [*drawn, *seen]))}
             metrics["num_unique_tokens"] = sum(map(num_computed, [*drawn, *seen]))
-            if held_out and run.due(step, config.eval_steps):
-                evaluation = evaluate_held_out()
-                metrics |= evaluation
             run.log(step + 1, metrics)
-        return run.finish(model, tokenizer, evaluation)
+        return run.finish(model, tokenizer)
 
 
 def _open(config: RewardConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -135,8 +132,10 @@ def _backward(
     margins: Tensor,
     views: Sequence[Tree],
     loss_of_views: Callable[[Tensor], LossOutput] | None,
+    parts: Callable[[Sequence[list[int]]], Iterable[list[int]]],
 ) -> tuple[Tensor, Tensor, StepMetrics]:
-    """Adds the gradients of one step: scores [B, 2] and losses [B] of its pairs, sums of its views.
+    """Adds the gradients of one step: scores [B, 2] and losses [B] of its pairs, sums of its views. `parts` watches
+    the micro-batches for a request to stop (`Run.parts`).
 
     All other views of the step are negatives of a view. With several micro-batches, a first pass without gradient
     computes the last hidden states of all views and the gradient of the loss with respect to them; each micro-batch
@@ -153,7 +152,7 @@ def _backward(
         totals.add(_with_loss(output))
         kept = leaf.grad
     scores, losses = [], []
-    for micro in micros:
+    for micro in parts(micros):
         batch = pack(forest(trees[i] for i in micro), model.device)
         hidden = hidden_states(model, batch)[batch.last]  # indices are ascending: pairs, then views
         own = [i for i in micro if i < len(pairs)]

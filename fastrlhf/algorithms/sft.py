@@ -52,27 +52,30 @@ def train_sft(
     steps = num_steps(config, len(segments))
     optimizer = Optimizer({"": model}, config, num_steps=steps)
     evaluate_held_out = partial(evaluate, model, held_out, config.micro_batch_tokens)
-    evaluation: dict[str, float] = {}
 
-    with Run("sft", config, steps, (model, tokenizer), data=data, parts={"optimizer": optimizer}) as run:
-        run.on_start(evaluate_held_out)
+    with Run(
+        "sft",
+        config,
+        steps,
+        (model, tokenizer),
+        data=data,
+        parts={"optimizer": optimizer},
+        evaluate=evaluate_held_out if held_out else None,
+    ) as run:
         for step, indices in run.remaining(index_batches(len(segments), config.batch_size, steps, config.seed)):
             chosen = [segments[i] for i in indices]
             num_trained = sum(segment.num_scored for segment in chosen)
             begin_step(model, len(chosen))
             loss = torch.zeros((), device=model.device)
-            for micro in own_micro_batches([len(s.token_ids) for s in chosen], config.micro_batch_tokens):
+            for micro in run.parts(own_micro_batches([len(s.token_ids) for s in chosen], config.micro_batch_tokens)):
                 batch = pack([chosen[i] for i in micro], model.device)
                 micro_loss = -token_logprobs(model, batch).logprob.sum() / num_trained
                 micro_loss.backward()
                 loss += micro_loss.detach()
             metrics = {"loss": total(loss).item(), **optimizer.step()}
             metrics["num_tokens"] = sum(len(s.token_ids) for s in chosen)
-            if held_out and run.due(step, config.eval_steps):
-                evaluation = evaluate_held_out()
-                metrics |= evaluation
             run.log(step + 1, metrics)
-        return run.finish(model, tokenizer, evaluation)
+        return run.finish(model, tokenizer)
 
 
 @torch.no_grad()

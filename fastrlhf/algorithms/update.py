@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import reduce
 
 import numpy as np
@@ -11,12 +11,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fastrlhf.algorithms.experience import Pack, pack_episodes
+from fastrlhf.algorithms.open_update import OpenUpdate
 from fastrlhf.config import PPOConfig
 from fastrlhf.distributed.ranks import gathered, total
 from fastrlhf.models.forward import scored_states, state_kl, state_logprobs, token_values
 from fastrlhf.models.router_loss import begin_step
 from fastrlhf.runtime.optim import Optimizer
-from fastrlhf.runtime.run import StepMetrics
 from fastrlhf.types import Experience, Rollout
 from fastrlhf_kernels import LossOutput, Metric, Sum, policy_loss, value_loss
 from fastrlhf_kernels.policy_loss import LOSS_TYPES
@@ -34,6 +34,7 @@ def update(
     *,
     reference: PreTrainedModel | None = None,
     critic_only: bool = False,
+    opened: OpenUpdate | None = None,
 ) -> dict[str, float]:
     """`num_ppo_epochs` passes over the batch; after the first, the mini-batches are drawn and packed anew, and under
     compat "reference", where every micro-batch is a mean by itself, the micro-batches too.
@@ -41,10 +42,10 @@ def update(
     `reference` is needed only for an exact KL in the loss, which reads its head (its states are in the experience).
     With `critic_only` the policy is neither computed nor updated, and its metrics are absent. When the KL of a
     mini-batch exceeds `target_kl`, the update ends before the step of that mini-batch; the first step, at ratio 1, is
-    always taken.
+    always taken. `opened` keeps the progress of the update, which may have begun before the run was resumed.
     """
-    policy_totals, value_totals = StepMetrics(), StepMetrics()
-    steps: list[dict[str, float]] = []
+    opened = opened or OpenUpdate()
+    policy_totals, value_totals, steps = opened.totals["policy"], opened.totals["value"], opened.steps
     num_stopped = 0
     # Under compat "reference" every micro-batch is a mean by itself, in losses and in metrics, as in the authors' code.
     alone = config.compat == "reference"
@@ -52,7 +53,7 @@ def update(
     by_sequence = config.aggregation == "sequence"
     shares = _episode_shares(experience.cu_rows, experience.trained) if by_sequence else None
     value_shares = _episode_shares(experience.cu_rows, torch.ones_like(experience.mask)) if by_sequence else None
-    for epoch, mini in mini_batches(config, rollouts, packs, seed, policy.device):
+    for epoch, mini in remaining(mini_batches(config, rollouts, packs, seed, policy.device), opened):
         in_mini = gathered(torch.cat([item.index for item in mini]))
         drift = torch.zeros((), device=policy.device)
         for model in (policy, critic) if critic else (policy,):
@@ -97,6 +98,18 @@ def update(
         config.dual_clip is not None,
     )
     return metrics if config.target_kl is None else metrics | {"policy/stopped_passes": float(num_stopped)}
+
+
+def remaining(
+    batches: Iterable[tuple[int, Sequence[Pack]]], opened: OpenUpdate
+) -> Iterator[tuple[int, Sequence[Pack]]]:
+    """The mini-batches that an update has not trained yet; between two of them the run can be stopped."""
+    for number, batch in enumerate(batches):
+        if number < len(opened.steps):
+            continue
+        if number:
+            opened.stop()
+        yield batch
 
 
 def mini_batches(

@@ -18,7 +18,8 @@ import pickle
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TypeVar, cast
 
 import torch
@@ -32,6 +33,9 @@ T = TypeVar("T")
 
 PATIENCE = 5.0
 """Seconds that a rank with an error waits for the others to raise the same."""
+
+_apart = False
+"""Whether this rank is in a block in which no rank waits for another."""
 
 
 def start(config: TrainConfig) -> None:
@@ -92,8 +96,37 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def rank() -> int:
+    return dist.get_rank() if world_size() > 1 else 0
+
+
 def is_first() -> bool:
-    return world_size() == 1 or dist.get_rank() == 0
+    return rank() == 0
+
+
+def may_unwind() -> bool:
+    """Whether an exception of a signal handler would reach every rank: in one process always, in several inside of
+    `apart`, `on_first` and `on_each`."""
+    return world_size() == 1 or _apart
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Context in which the ranks exchange nothing. A KeyboardInterrupt on any rank is raised on every rank at the end
+    of the block. Every rank must enter it."""
+    global _apart
+    before, stop = _apart, None
+    try:
+        _apart = True
+        yield
+        _apart = before
+    except KeyboardInterrupt as interrupt:
+        _apart, stop = before, interrupt
+    finally:
+        _apart = before
+    for other in from_all(stop):
+        if other is not None:
+            raise other
 
 
 def on_first(function: Callable[[], T]) -> T:
@@ -103,10 +136,7 @@ def on_first(function: Callable[[], T]) -> T:
         return function()
     outcome: list[tuple[T | None, BaseException | None]] = [(None, None)]
     if is_first():
-        try:
-            outcome = [(function(), None)]
-        except (Exception, SystemExit) as error:  # whatever it is, the others would wait for ever
-            outcome = [(None, _sendable(error))]
+        outcome = [_outcome(function)]
     dist.broadcast_object_list(outcome, src=0)
     value, error = outcome[0]
     if error is not None:
@@ -118,12 +148,7 @@ def on_each(function: Callable[[], T]) -> list[T]:
     """Calls `function` on each rank and returns the values by rank; the first rank's error is raised on every rank."""
     if world_size() == 1:
         return [function()]
-    outcome: tuple[T | None, BaseException | None] = (None, None)
-    try:
-        outcome = (function(), None)
-    except (Exception, SystemExit) as error:
-        outcome = (None, _sendable(error))
-    outcomes = from_all(outcome)
+    outcomes = from_all(_outcome(function))
     for _, error in outcomes:
         if error is not None:
             raise error
@@ -209,9 +234,22 @@ def gathered(rows: Tensor) -> Tensor:
 
 def share(items: Sequence[T]) -> Sequence[T]:
     """This rank's contiguous part of the items; the parts in rank order are the whole."""
-    world = world_size()
-    rank = dist.get_rank() if world > 1 else 0
-    return items[len(items) * rank // world : len(items) * (rank + 1) // world]
+    world, own = world_size(), rank()
+    return items[len(items) * own // world : len(items) * (own + 1) // world]
+
+
+def _outcome(function: Callable[[], T]) -> tuple[T | None, BaseException | None]:
+    """The value of a function, or its error: whatever that is, the other ranks would wait for ever."""
+    global _apart
+    before = _apart
+    try:
+        _apart = True
+        value = function()
+        _apart = before
+        return value, None
+    except (Exception, SystemExit, KeyboardInterrupt) as error:
+        _apart = before
+        return None, _sendable(error)
 
 
 def _sendable(error: BaseException) -> BaseException:

@@ -26,7 +26,7 @@ from torch.nn import Module, ModuleList
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from fastrlhf.distributed.ranks import compare, from_all, is_first, world_size
+from fastrlhf.distributed.ranks import apart, compare, from_all, is_first, world_size
 
 _WHOLE = "fastrlhf_whole"  # attribute of a sharded model within `whole`
 
@@ -105,7 +105,8 @@ def whole(model: PreTrainedModel) -> Iterator[None]:
         group.unshard()
     setattr(model, _WHOLE, True)
     try:
-        yield
+        with apart():
+            yield
     finally:
         delattr(model, _WHOLE)
         for group in _groups(model):

@@ -51,7 +51,7 @@ log = logging.getLogger(__name__)
 class Stateful(Protocol):
     """A part of a run that has a state: an optimiser, a normaliser, a controller. The state is a flat mapping to
     tensors and JSON values. Without its tensors it describes a new part at the same position, which is what
-    `resume_weights_only` loads.
+    `resume_weights_only` loads. An empty state is not saved, and the part of a resumed run stays as it was made.
     """
 
     def state_dict(self) -> dict[str, Any]: ...
@@ -198,10 +198,15 @@ class Checkpointer:
         self._marked = {name: part.state_dict() for name, part in self._parts.items() if name != "optimizer"}
         self._marked_position = self._position()
 
+    @property
+    def is_at_mark(self) -> bool:
+        """Whether no weight has changed since the mark."""
+        return self._position() == self._marked_position
+
     def back_to_mark(self) -> bool:
         """Restores the parts to their state at the mark, so that its step can still be saved. False if weights have
         changed since."""
-        if self._position() != self._marked_position:
+        if not self.is_at_mark:
             return False
         for name, state in self._marked.items():
             self._parts[name].load_state_dict(state)
@@ -236,6 +241,8 @@ class Checkpointer:
             _load_weights(model, path / name / "model")
         for name, part in self._parts.items():
             if name not in state["parts"]:
+                if not part.state_dict():
+                    continue
                 raise ValueError(f"{str(path)!r} has no state of {name!r}: it is of another version of the program")
             # Moments have the size and the sharding of the weights.
             pattern = next(self._models[""].parameters()) if name == "optimizer" else None
@@ -247,7 +254,8 @@ class Checkpointer:
     def _fill(self, folder: Path, step: int) -> None:
         parts, tensors = {}, {}
         for name, part in self._parts.items():
-            state = part.state_dict()
+            if not (state := part.state_dict()):
+                continue
             tensors[name] = {key: value for key, value in state.items() if isinstance(value, Tensor)}
             parts[name] = {key: value for key, value in state.items() if key not in tensors[name]}
         origin = {"data": dict(self._data), "start": self._start, "functions": self._functions}

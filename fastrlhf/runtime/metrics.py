@@ -96,7 +96,7 @@ class MetricsWriter:
             report_to: any of "tensorboard" and "wandb"; or "none", or "all" whose packages are installed.
             run_name: name of the run at W&B; the directory's name by default.
             config: the resolved configuration, shown by the reporters.
-            resumed_at: rows of later steps are dropped, and `time` continues from the last row; 0 is a run that starts
+            resumed_at: rows of later steps are dropped, and `time` continues from the last row; -1 is a run that starts
                 again, and all rows are dropped.
 
         Raises:
@@ -112,7 +112,7 @@ class MetricsWriter:
         if resumed_at is not None:
             for name in ("metrics.jsonl", "samples.jsonl"):
                 _drop_rows_after(directory / name, resumed_at)
-        self._start = time.monotonic() - _last_time(directory / "metrics.jsonl", resumed_at or 0)
+        self._start = time.monotonic() - _last_time(directory / "metrics.jsonl", resumed_at)
         self._metrics = _Lines(directory / "metrics.jsonl")
         self._samples = _Lines(directory / "samples.jsonl")
 
@@ -278,14 +278,14 @@ def _complete(path: Path) -> None:
 
 
 def _drop_rows_after(path: Path, step: int) -> None:
-    """Cuts the file before the first row of a later step: steps never fall. After step 0 every row is dropped, one of
-    step 0 too. Raises ValueError, naming file, line and fix, where a line is damaged."""
+    """Cuts the file before the first row of a later step: steps never fall. Every row comes after step -1, damaged ones
+    too. Raises ValueError, naming file, line and fix, where a line is damaged."""
     if not path.exists():
         return
     with open(path, "rb+") as file:
         kept = 0
         for number, line in enumerate(file, start=1):
-            if not step or not line.endswith(b"\n"):
+            if step < 0 or not line.endswith(b"\n"):
                 break
             row = _parsed(path, number, line) or {}
             if not isinstance(row.get("step"), int):
@@ -296,8 +296,8 @@ def _drop_rows_after(path: Path, step: int) -> None:
         file.truncate(kept)
 
 
-def _last_time(path: Path, resumed_at: int) -> float:
-    rows = read_rows(path) if resumed_at and path.exists() else []
+def _last_time(path: Path, resumed_at: int | None) -> float:
+    rows = read_rows(path) if resumed_at is not None and path.exists() else []
     time = rows[-1].get("time") if rows else 0.0
     if not isinstance(time, int | float):
         raise ValueError(f"{path}, line {len(rows)}: the row has no time; fix the line")

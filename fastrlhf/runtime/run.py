@@ -10,15 +10,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.config import TrainConfig, require
 from fastrlhf.config.functions import function_hashes
 from fastrlhf.config.paths import as_given
-from fastrlhf.distributed.ranks import failed_together, from_all, largest, on_first, total
+from fastrlhf.distributed.ranks import failed_together, from_all, may_unwind, on_first
 from fastrlhf.models.adapters import share_weights
 from fastrlhf.runtime.atomic import sweep
 from fastrlhf.runtime.checkpoint import Checkpointer, Stateful, check_run_dir, create_output_dir
@@ -30,9 +29,10 @@ from fastrlhf.runtime.metrics import MetricsWriter, read_metrics
 from fastrlhf.runtime.progress import Progress
 from fastrlhf.runtime.signals import Interrupted, Interrupts
 from fastrlhf.types import TokenizedExample
-from fastrlhf_kernels import Max, Metric, merge
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,11 +57,18 @@ class Run:
     """One run of one trainer: `with Run("sft", config, num_steps, (model, tokenizer)) as run`.
 
     Where the folder holds an unfinished run of the same configuration, all models and parts passed to it are restored
-    from its newest checkpoint, and `remaining` continues from there. A request to stop (runtime/signals.py) takes
-    effect after the current step, with a checkpoint. After an error the last whole step is saved as a checkpoint where
-    no weight has moved since, and the same command continues from it; otherwise the weights go to `interrupted/`, and a
-    note of the error says so. `SystemExit` is an error too. All processes make the same calls; only rank 0 writes more
-    than its part of a checkpoint. After an error they can save only if all have raised the same one.
+    from its newest checkpoint, and `remaining` continues from there.
+
+    A request to stop (runtime/signals.py) saves the last whole step and ends the run: at once as long as no weight has
+    moved since that step, otherwise at the end of the step or where `between_parts` can be resumed. In several
+    processes every rank must stop at the same point: at the next call of `between_parts`, `parts` or `log`, or where
+    the ranks exchange nothing (`apart` in distributed/ranks.py: rollouts, evaluations). A step counts as whole when its
+    weights are updated: its evaluation may follow after a resume.
+
+    After an error the last whole step is saved as a checkpoint where no weight has moved since, and the same command
+    continues from it; otherwise the weights go to `interrupted/`, and a note of the error says so. `SystemExit` is an
+    error too. All processes make the same calls; only rank 0 writes more than its part of a checkpoint. After an error
+    they can save only if all have raised the same one.
     """
 
     def __init__(
@@ -74,13 +81,17 @@ class Run:
         value_model: PreTrainedModel | None = None,
         data: Data | None = None,
         parts: Mapping[str, Stateful] | None = None,
+        evaluate: Callable[[], Mapping[str, float]] | None = None,
     ) -> None:
-        """`parts` are what has a state beside the models: the optimiser, normalisers, controllers."""
+        """`parts` are what has a state beside the models: the optimiser, normalisers, controllers. `evaluate` measures
+        the model on the held-out rows; None where there are none."""
         if data and data.day:
             config = dataclasses.replace(config, template_date=data.day)
         self._name, self._config, self._steps, self._trained, self._data = name, config, steps, trained, data
         self._stack = ExitStack()
-        self._start = self._saved = 0
+        self._start = self._saved = self._whole = 0
+        self._evaluate, self._final = evaluate, dict[str, float]()
+        self._begun, self._stoppable, self._unlogged = 0, False, _Unlogged()
         self.history: list[dict[str, float]] = []
         self.initial: dict[str, float] = {}
         self.folder = Path(config.output_dir) if config.output_dir else None
@@ -90,7 +101,8 @@ class Run:
             models = {"": trained[0]} | ({"value_model": value_model} if value_model is not None else {})
             fingerprint = data.fingerprint if data else {}
             functions = function_hashes(config)
-            self._checkpointer = Checkpointer(self.folder, models, trained[1], parts or {}, fingerprint, functions)
+            stateful = {**(parts or {}), "unlogged": self._unlogged}
+            self._checkpointer = Checkpointer(self.folder, models, trained[1], stateful, fingerprint, functions)
 
     def __enter__(self) -> Run:
         with ExitStack() as stack:
@@ -106,7 +118,7 @@ class Run:
         """Puts the folder and the run into the state of the checkpoint."""
         on_first(lambda: self._claim(folder, stack))
         if self._checkpointer:
-            self._start = self._saved = self._checkpointer.load(
+            self._start = self._saved = self._whole = self._checkpointer.load(
                 self._config.resume_weights_only, self._config.resume_changed_functions
             )
             self._checkpointer.mark()
@@ -115,7 +127,7 @@ class Run:
         if rows and rows[0]["step"] == 0:
             self.initial = values.pop(0)
         self.history = values
-        self._interrupts = stack.enter_context(Interrupts())
+        self._interrupts = stack.enter_context(Interrupts(self._may_unwind))
 
     def _claim(self, folder: Path, stack: ExitStack) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -130,15 +142,14 @@ class Run:
         """Opens the log and returns its rows up to the checkpoint."""
         config = self._config
         # config.yaml marks the folder as a run: it comes after the reporters, which may fail to start.
-        writer = MetricsWriter(
-            folder, config.report_to, config.run_name or None, as_given(config), resumed_at=self._start
-        )
+        logged = self._start - len(self._unlogged.rows) if self._start else -1
+        writer = MetricsWriter(folder, config.report_to, config.run_name or None, as_given(config), resumed_at=logged)
         self._writer = stack.enter_context(writer)
         rows = read_metrics(folder / "metrics.jsonl")
         first = 0 if config.eval_on_start else 1
-        if self._start and [row["step"] for row in rows] != list(range(first, self._start + 1)):
+        if self._start and [row["step"] for row in rows] != list(range(first, logged + 1)):
             raise ValueError(
-                f"{str(folder / 'metrics.jsonl')!r} does not hold the steps {first} to {self._start} of the run that "
+                f"{str(folder / 'metrics.jsonl')!r} does not hold the steps {first} to {logged} of the run that "
                 "is to be resumed; restore the file"
             )
         create_output_dir(config.output_dir, config)
@@ -150,18 +161,44 @@ class Run:
         failed = error if isinstance(error, Exception) else None
         if isinstance(error, SystemExit):
             failed = RuntimeError(f"a function that the run calls has called sys.exit({error.code!r})")
-        if failed and self._checkpointer and self._trained and failed_together(failed, len(self.history)):
-            self._rescue(failed, self._checkpointer, self._trained)
-        self._stack.__exit__(kind, error, trace)
+        self._stoppable = False
+        try:
+            if isinstance(error, Interrupted) and not error.when and self._checkpointer:
+                failed = self._stop(error, self._checkpointer)
+            if failed and self._checkpointer and self._trained and failed_together(failed, len(self.history)):
+                self._rescue(failed, self._checkpointer, self._trained)
+        finally:
+            self._stack.__exit__(kind, error, trace)
         if failed and failed is not error:
             raise failed from error
+
+    def _stop(self, stop: Interrupted, checkpointer: Checkpointer) -> Exception | None:
+        """Saves the last whole step, if it is not saved yet, and says so in `stop`; returns the error if it cannot be
+        saved."""
+        step = self._whole
+        if not step:
+            stop.when = "before the first step was complete; nothing is saved"
+            return None
+        try:
+            if step > self._saved:
+                checkpointer.back_to_mark()
+            saved = self._save(checkpointer, step)
+        except Exception as error:
+            return error
+        if self._unlogged.rows:
+            stop.when = f"in the evaluation after step {step}, saved as {saved}"
+        elif self._begun <= step:
+            stop.when = f"after step {step}, saved as {saved}"
+        else:
+            stop.when = f"in step {step + 1}; step {step} is saved as {saved}"
+        return None
 
     def _rescue(
         self, error: Exception, checkpointer: Checkpointer, trained: tuple[PreTrainedModel, PreTrainedTokenizerBase]
     ) -> None:
         """After an error, saves the last whole step as a checkpoint, or, where the weights have moved since, saves them
         in `interrupted/`. A failure to save is logged, so that it does not hide the error."""
-        step, whole = len(self.history), checkpointer.back_to_mark()
+        step, whole = self._whole, checkpointer.back_to_mark()
         if step <= self._saved:
             if step:
                 error.add_note(f"the same command continues from {checkpointer.path(step)}")
@@ -181,47 +218,80 @@ class Run:
             shutil.rmtree(place, ignore_errors=True)
             log.warning("interrupted: the last weights cannot be saved: %s", another)
 
-    def on_start(self, evaluate: Callable[[], Mapping[str, float]]) -> None:
-        """Logs the row of step 0, what `evaluate` finds before the first step, where `eval_on_start` asks for it. A
-        resumed run already has it in its log."""
-        if self._config.eval_on_start and self._start == 0:
-            self.initial = dict(evaluate())
+    def remaining(self, batches: Iterable[list[int]]) -> Iterator[tuple[int, list[int]]]:
+        """(step, batch), from the step at which the run starts or resumes. Before the first step, row 0 of the log is
+        the evaluation of `eval_on_start`; a resumed run first evaluates and logs a step that it had only trained."""
+        if self._config.eval_on_start and self._start == 0 and self._evaluate:
+            self._stoppable = True
+            self.initial = dict(self._evaluate())
+            self._stoppable = False
             if self._writer:
                 self._writer.log(0, self.initial)
             self._progress.evaluation(0, self.initial)
+        for step, metrics, shown, samples in list(self._unlogged.rows):
+            self.log(step, metrics, shown, samples)
+        for step, batch in enumerate(batches):
+            if step >= self._start:
+                self._begun, self._stoppable = step + 1, True
+                yield step, batch
+                self._stoppable = False
 
-    def remaining(self, batches: Iterable[list[int]]) -> Iterator[tuple[int, list[int]]]:
-        """(step, batch), from the step at which the run starts or resumes."""
-        return ((step, batch) for step, batch in enumerate(batches) if step >= self._start)
+    def parts(self, micros: Iterable[T]) -> Iterator[T]:
+        """The micro-batches of a step, of which every rank has equally many: a run can also stop between them."""
+        for micro in micros:
+            self.between_parts()
+            yield micro
 
-    def log(self, step: int, metrics: Mapping[str, float], shown: str = "loss") -> None:
-        """Ends a step: one row of metrics, at once on disk, and a checkpoint where one is due.
+    def between_parts(self, resumable: bool = False) -> None:
+        """Raises Interrupted if there is a request to stop and no weight has moved since the last whole step, or if the
+        parts of the run are `resumable` at this point. Every rank must call."""
+        if self._checkpointer and (pending := self._asked_to_stop()):
+            if resumable and self._whole > self._saved:
+                self._checkpointer.mark()
+            if resumable or self._checkpointer.is_at_mark:
+                raise Interrupted(pending)
 
-        Raises Interrupted, with a checkpoint on disk, where a signal has come during the step. After the last step the
-        model itself is saved next, and no checkpoint is needed.
+    def log(
+        self, step: int, metrics: Mapping[str, float], shown: str = "loss", samples: Sequence[dict[str, Any]] = ()
+    ) -> None:
+        """Ends a step: evaluates where that is due, then writes a row of metrics and the samples, and a checkpoint
+        where one is due. `shown` is the metric that the progress shows.
+
+        Raises Interrupted if there is a request to stop. After the last step the model itself is saved next, and no
+        checkpoint is needed.
         """
-        self.history.append(dict(metrics))
+        self._whole, row = step, dict(metrics)
+        if self._evaluate and self.due(step - 1, self._config.eval_steps):
+            self._final = self._evaluated((step, row, shown, list(samples)), self._evaluate)
+            row |= self._final
+        self._stoppable = False
+        self.history.append(row)
         if self._writer:
-            self._writer.log(step, metrics)
-        self._progress.step(step, metrics, shown)
+            self._writer.samples(step, list(samples))
+            self._writer.log(step, row)
+        self._progress.step(step, row, shown)
         if self._checkpointer:
             self._checkpointer.mark()
             if step < self._steps:
                 if self._config.save_steps and step % self._config.save_steps == 0:
                     self._save(self._checkpointer, step)
                 if pending := self._asked_to_stop():
-                    saved = self._save(self._checkpointer, step)
-                    raise Interrupted(pending, f"after step {step}, saved as {saved}")
+                    raise Interrupted(pending)
 
-    def between_parts(self) -> None:
-        """Between the parts of a long step, before any weight has moved: a request to stop is obeyed here too, with the
-        last whole step saved as a checkpoint. Every rank must call."""
-        step = len(self.history)
-        if self._checkpointer and (pending := self._asked_to_stop()):
-            if not self._checkpointer.back_to_mark():
-                return
-            saved = f"step {step} is saved as {self._save(self._checkpointer, step)}" if step else "nothing is lost"
-            raise Interrupted(pending, f"before the update of step {step + 1}; {saved}")
+    def _evaluated(self, row: _Row, evaluate: Callable[[], Mapping[str, float]]) -> dict[str, float]:
+        """What `evaluate` measures after a step. A checkpoint that is saved meanwhile holds the row of that step."""
+        self._unlogged.rows = [row]
+        if self._checkpointer:
+            self._checkpointer.mark()
+        self._stoppable = True
+        self.between_parts()
+        measured = dict(evaluate())
+        self._stoppable, self._unlogged.rows = False, []
+        return measured
+
+    def _may_unwind(self) -> bool:
+        """Whether a signal that arrives now may end the step: see the class."""
+        return self._stoppable and self._checkpointer is not None and self._checkpointer.is_at_mark and may_unwind()
 
     def _asked_to_stop(self) -> int:
         """The signal that has come, 0 for none; ranks receive it in different steps."""
@@ -245,10 +315,6 @@ class Run:
             self._saved = step
         return checkpointer.path(step)
 
-    def samples(self, step: int, rows: Sequence[dict[str, object]]) -> None:
-        if self._writer:
-            self._writer.samples(step, list(rows))
-
     def due(self, step: int, every: int) -> bool:
         """True after the last step, and every `every` steps where that is not 0."""
         return step + 1 == self._steps or (every > 0 and (step + 1) % every == 0)
@@ -257,11 +323,10 @@ class Run:
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        final: dict[str, float],
         value_model: PreTrainedModel | None = None,
     ) -> TrainResult:
-        """Saves what was trained, adapters added to the weights, and returns it. `final` is the last evaluation; a run
-        that was stopped after its last step has it in its log. A log that cannot be written costs no weights."""
+        """Saves what was trained, adapters added to the weights, and returns it with the last evaluation, which a run
+        that was stopped after its last step has in its log. A log that cannot be written costs no weights."""
         if self._writer:
             try:
                 self._writer.flush()
@@ -298,11 +363,29 @@ class Run:
             model=saved[-1],
             tokenizer=tokenizer,
             history=self.history,
-            final=final or {name: value for name, value in last.items() if name.startswith("eval_")},
+            final=self._final or {name: value for name, value in last.items() if name.startswith("eval_")},
             output_dir=self.folder,
             initial=self.initial,
             value_model=saved[0] if value_model is not None else None,
         )
+
+
+_Row = tuple[int, dict[str, float], str, list[dict[str, Any]]]
+"""The arguments of `Run.log`."""
+
+
+class _Unlogged:
+    """The row of the step that is evaluated at the moment, as a part of the run: it is logged with the evaluation."""
+
+    def __init__(self) -> None:
+        self.rows: list[_Row] = []
+        """None or one."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self.rows} if self.rows else {}
+
+    def load_state_dict(self, state: dict[str, Any], /) -> None:
+        self.rows = [(*row,) for row in state.get("rows", ())]
 
 
 def check_micro_batch(config: TrainConfig, examples: Sequence[TokenizedExample], costs: Sequence[int]) -> None:
@@ -314,25 +397,3 @@ def check_micro_batch(config: TrainConfig, examples: Sequence[TokenizedExample],
         config.micro_batch_tokens,
         f"at least {costs[longest]}, the tokens of row {examples[longest].row}, or max_length lower",
     )
-
-
-class StepMetrics:
-    """Metrics of the losses, summed on the device over the micro-batches of a step (or the passes of an update), then
-    over ranks."""
-
-    def __init__(self) -> None:
-        self._totals: dict[str, Metric] = {}
-
-    def add(self, metrics: Mapping[str, Metric]) -> None:
-        self._totals = merge(self._totals, metrics)
-
-    def means(self, count: str) -> dict[str, float]:
-        """Every sum divided by the sum called `count`; maxima unchanged. Waits for the GPU once."""
-        names = list(self._totals)
-        own = torch.stack([self._totals[name].value for name in names])
-        sums, maxima = torch.stack([total(own), largest(own)]).tolist()
-        number = max(sums[names.index(count)], 1.0)
-        return {
-            name: maximum if isinstance(self._totals[name], Max) else value / number
-            for name, value, maximum in zip(names, sums, maxima, strict=True)
-        }

@@ -1,4 +1,4 @@
-"""Requests to stop: during training, Ctrl-C, SIGTERM and what schedulers send wait until the step is saved."""
+"""Requests to stop: Ctrl-C, SIGTERM and the signals of schedulers end a run as soon as its progress can be saved."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Self
 
@@ -18,26 +19,36 @@ AS_TERM = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 HANDLED = (signal.SIGINT, signal.SIGTERM, *AS_TERM)
 
 
-class Interrupted(KeyboardInterrupt):
-    """A run was asked to stop and has stopped; the message says when."""
+IN_THE_MIDDLE = "in the middle of a step"
+"""What Interrupted says after a second request, which ends a run without saving."""
 
-    def __init__(self, number: int, when: str) -> None:
-        super().__init__(f"interrupted {when}")
+
+class Interrupted(KeyboardInterrupt):
+    """A run was asked to stop and has stopped; `when` says at which point, and what was saved."""
+
+    def __init__(self, number: int, when: str = "") -> None:
+        super().__init__(number, when)
+        self.when = when
         self.exit_code = 128 + number
         """As a shell reports it: 130 after Ctrl-C, 143 after SIGTERM and the signals that count as SIGTERM."""
 
+    def __str__(self) -> str:
+        return f"interrupted {self.when}"
+
 
 class Interrupts:
-    """Context in which the first signal of `HANDLED` is only kept in `pending`, as SIGINT or SIGTERM. Another signal
-    within `REPEAT` seconds is the same request; a later one raises Interrupted at once.
+    """Context in which the first signal of `HANDLED` is kept in `pending`, as SIGINT or SIGTERM, and raises Interrupted
+    if `may_raise` returns True at that moment. Another signal within `REPEAT` seconds is the same request; a later one
+    raises Interrupted with `IN_THE_MIDDLE` in any case.
 
     A signal that is still pending when the block ends without an error is delivered then. Outside the main thread,
     where Python delivers no signals, nothing changes; a signal that the process ignores (under nohup) stays ignored.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, may_raise: Callable[[], bool] = lambda: False) -> None:
         self.pending: int | None = None
         self._first = 0.0
+        self._may_raise = may_raise
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> Self:
@@ -60,6 +71,8 @@ class Interrupts:
         if self.pending is None:
             self.pending, self._first = number, time.monotonic()
             # Not print: the signal may have come in the middle of one.
-            os.write(2, f"\nfinishing this step, then saving; again after {REPEAT:g} s ends at once\n".encode())
+            os.write(2, f"\nsaving, then stopping; again after {REPEAT:g} s ends at once\n".encode())
+            if self._may_raise():
+                raise Interrupted(number)
         elif time.monotonic() - self._first > REPEAT:
-            raise Interrupted(number, "in the middle of a step")
+            raise Interrupted(number, IN_THE_MIDDLE)

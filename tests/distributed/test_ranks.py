@@ -27,6 +27,7 @@ from fastrlhf.models.sharding import _layers
 from fastrlhf.runtime.inputs import open_inputs
 from fastrlhf.runtime.metrics import read_metrics
 from tests import ranks, resumable, tiny
+from tests.cut_ranks import CUTS
 
 ROOT = Path(__file__).parent.parent.parent
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "OMP_NUM_THREADS": "1"}
@@ -127,6 +128,17 @@ def test_a_signal_to_one_process_stops_all_and_the_run_goes_on_bit_for_bit(place
     whole, resumed = place / "two" / "ppo", place / "two" / "ppo-resumed"
     assert len(list((resumed / "checkpoint-1").glob("*.shards/shard-*"))) == 4  # of weights and moments, by two
     assert resumable.untimed_log(whole) == resumable.untimed_log(resumed)
+
+
+@pytest.mark.parametrize("part", CUTS)
+def test_a_signal_in_a_part_of_a_step_stops_all_processes_there_and_the_run_goes_on_bit_for_bit(place, part):
+    """In the middle of a rollout, of a judge that only the first process asks, and between two mini-batches."""
+    folder = place / "two" / f"drpo cut in the {part}"
+    said = f"interrupted in step 2; step 1 is saved as {folder / 'checkpoint-1'}"
+    assert [rank["cuts"][part] for rank in seen(place)] == [said, said]
+    assert resumable.untimed_log(folder) == resumable.untimed_log(place / "two" / "drpo")
+    state = json.loads((folder / "checkpoint-1" / "state.json").read_text())
+    assert ("update" in state["parts"]) == (part == "update")
 
 
 @pytest.mark.parametrize(

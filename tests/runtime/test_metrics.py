@@ -224,7 +224,7 @@ def test_a_resumed_run_drops_later_rows_and_its_clock_goes_on(tmp_path):
 
 def test_a_run_that_starts_again_from_nothing_drops_every_row(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "time": 40.0}\n{"step": 1, "time": 50.0}\n')
-    with MetricsWriter(tmp_path, resumed_at=0) as writer:
+    with MetricsWriter(tmp_path, resumed_at=-1) as writer:
         writer.log(1, {"loss": 2.0})
     (row,) = read_metrics(tmp_path / "metrics.jsonl")
     assert row["time"] < 50

@@ -1,5 +1,6 @@
-"""Signals: the first waits, its repeats are the same request, a later one ends at once."""
+"""Signals: the first waits or ends the work, its repeats are the same request, a later one ends at once."""
 
+import pickle
 import signal
 import threading
 
@@ -33,7 +34,7 @@ def test_the_first_signal_waits_and_one_after_the_time_of_repeats_ends_at_once(n
         assert interrupts.pending is None
         signal.raise_signal(number)
         assert interrupts.pending == exit_code - 128
-        assert "finishing this step, then saving; again after 5 s ends at once" in capfd.readouterr().err
+        assert "saving, then stopping; again after 5 s ends at once" in capfd.readouterr().err
         clock[0] += 5.001
         signal.raise_signal(number)
         pytest.fail("the later signal was not heard")
@@ -51,7 +52,26 @@ def test_repeats_within_five_seconds_are_the_same_request_and_said_once(second, 
             signal.raise_signal(second)
         assert interrupts.pending == signal.SIGTERM
         _ = 1 / 0
-    assert capfd.readouterr().err.count("finishing this step") == 1
+    assert capfd.readouterr().err.count("saving, then stopping") == 1
+
+
+def test_the_first_signal_ends_the_work_at_once_where_that_is_allowed_and_only_the_first(clock):
+    allowed = [False]
+    with pytest.raises(Interrupted) as stop, Interrupts(lambda: allowed[0]) as interrupts:  # noqa: PT012
+        allowed[0] = True
+        signal.raise_signal(signal.SIGUSR1)
+        pytest.fail("the signal was not heard")
+    assert (stop.value.when, stop.value.exit_code, interrupts.pending) == ("", 143, signal.SIGTERM)
+    with Interrupts(lambda: True) as interrupts:
+        with pytest.raises(Interrupted):
+            signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        interrupts.pending = None
+
+
+def test_the_request_can_be_sent_to_other_processes():
+    stop = pickle.loads(pickle.dumps(Interrupted(signal.SIGTERM, "after step 3")))
+    assert (str(stop), stop.exit_code) == ("interrupted after step 3", 143)
 
 
 def test_a_signal_that_nobody_obeyed_is_delivered_at_the_end():

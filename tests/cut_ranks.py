@@ -1,0 +1,75 @@
+"""Runs of several processes that signals cut off, for tests/ranks.py, whose `run` they are given."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch.distributed as dist
+
+from fastrlhf.distributed.ranks import on_first
+from fastrlhf.rollout import engine
+from fastrlhf.runtime.optim import Optimizer
+from fastrlhf.runtime.run import Run
+from fastrlhf.runtime.signals import Interrupted
+from tests import resumable
+
+
+def stopped(run: Callable[..., Any], place: Path, two: Path) -> bool:
+    """A PPO run that a signal to the second rank alone stops after its first step; then the same command again."""
+    log, folder = Run.log, two / "ppo-resumed"
+
+    def signalled(run: Run, step: int, *arguments: Any, **keywords: Any) -> None:
+        if step == 1 and dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        log(run, step, *arguments, **keywords)
+
+    Run.log = signalled
+    try:
+        run("ppo", place, folder)
+    except Interrupted as stop:
+        interrupted = stop.exit_code == 128 + signal.SIGTERM
+    else:
+        interrupted = False
+    Run.log = log
+    on_first(lambda: shutil.copytree(folder, place / "one" / "ppo-resumed"))
+    run("ppo", place, folder)
+    return interrupted
+
+
+CUTS: dict[str, tuple[Any, str, tuple[int, ...]]] = {
+    "rollout": (engine, "check_room", (0, 1)),
+    "judge": (resumable, "noisy_judge", (0,)),
+    "update": (Optimizer, "step", (1,)),
+}
+"""Part of a step -> a function of it, and the ranks that get a signal when it is called first."""
+
+
+def cut(run: Callable[..., Any], part: str, place: Path, two: Path) -> str:
+    """What a run says that gets a signal in a part of its second step; then the same command again."""
+    owner, name, signalled = CUTS[part]
+    function, log, sent = getattr(owner, name), Run.log, [True]
+
+    def logged(run: Run, step: int, *arguments: Any, **keywords: Any) -> None:
+        log(run, step, *arguments, **keywords)
+        sent[:] = [dist.get_rank() not in signalled]
+
+    def called(*arguments: Any, **keywords: Any) -> Any:
+        if not sent[0]:
+            sent[0] = True
+            os.kill(os.getpid(), signal.SIGTERM)
+        return function(*arguments, **keywords)
+
+    folder, said = two / f"drpo cut in the {part}", "no interruption"
+    with patch.object(Run, "log", logged), patch.object(owner, name, called):
+        try:
+            run("drpo", place, folder)
+        except Interrupted as stop:
+            said = str(stop)
+    run("drpo", place, folder)
+    return said
