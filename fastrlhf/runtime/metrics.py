@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import math
 import os
 import time
@@ -28,6 +29,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any, Protocol, Self, SupportsFloat
+
+log = logging.getLogger(__name__)
 
 
 class Reporter(Protocol):
@@ -76,7 +79,7 @@ class MetricsWriter:
     """Writes the metrics and samples of one run, and sends the metrics to the reporters named.
 
     The files are the record. A row that cannot be written (a full disk) is kept in memory, with a warning, and written
-    before the next one; `flush`, which precedes every checkpoint, raises OSError while rows are missing. A reporter
+    before the next one. `flush` precedes every checkpoint, which stores the rows that are still unwritten. A reporter
     is a convenience: when it fails after the start, it is reported once as a warning and dropped. W&B takes its mode,
     project and key from its usual environment variables (project "fastrlhf" where none is set).
     """
@@ -88,6 +91,7 @@ class MetricsWriter:
         run_name: str | None = None,
         config: dict[str, Any] | None = None,
         resumed_at: int | None = None,
+        unwritten: Mapping[str, str] | None = None,
     ):
         """Open the files and start the reporters.
 
@@ -98,6 +102,7 @@ class MetricsWriter:
             config: the resolved configuration, shown by the reporters.
             resumed_at: rows of later steps are dropped, and `time` continues from the last row; -1 is a run that starts
                 again, and all rows are dropped.
+            unwritten: rows to append to the files before any other, as `flush` returned them.
 
         Raises:
             ValueError: a reporter is unknown, or its package is not installed; nothing has been written then.
@@ -112,9 +117,11 @@ class MetricsWriter:
         if resumed_at is not None:
             for name in ("metrics.jsonl", "samples.jsonl"):
                 _drop_rows_after(directory / name, resumed_at)
+        self._files = {name: _Lines(directory / name) for name in ("metrics.jsonl", "samples.jsonl")}
+        self._metrics, self._samples = self._files.values()
+        for name, rows in (unwritten or {}).items():
+            self._files[name].add(rows)
         self._start = time.monotonic() - _last_time(directory / "metrics.jsonl", resumed_at)
-        self._metrics = _Lines(directory / "metrics.jsonl")
-        self._samples = _Lines(directory / "samples.jsonl")
 
     def log(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
         """Append the metrics of one optimiser step, in the order given. Values may be 0-dim tensors.
@@ -135,10 +142,9 @@ class MetricsWriter:
         for row in rows:
             self._samples.append({"step": step, **row})
 
-    def flush(self) -> None:
-        """Waits until every row is on the disk. Raises OSError, naming the file, where one cannot be written."""
-        self._metrics.flush()
-        self._samples.flush()
+    def flush(self) -> dict[str, str]:
+        """Waits until the rows are on the disk. Returns, by file name, those that cannot be written: whole lines."""
+        return {name: rows for name, file in self._files.items() if (rows := file.flush())}
 
     def __enter__(self) -> Self:
         return self
@@ -146,8 +152,8 @@ class MetricsWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._metrics.close()
-        self._samples.close()
+        for file in self._files.values():
+            file.close()
         for name in list(self._reporters):
             self._attempt(name, lambda reporter: reporter.close(failed=kind is not None))
         self._reporters.clear()
@@ -167,13 +173,16 @@ class _Lines:
         self._path = path
         _complete(path)
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by `close`)
-        self._unwritten = b""
+        self._unwritten, self._done = b"", 0
+        """Whole lines, and how many of their bytes are in the file."""
 
     def append(self, row: Mapping[str, Any]) -> None:
         # A lone surrogate cannot be UTF-8; its backslash form is the JSON escape of the same character.
-        text = json.dumps(_strict(row), ensure_ascii=False, allow_nan=False) + "\n"
+        self.add(json.dumps(_strict(row), ensure_ascii=False, allow_nan=False) + "\n")
+
+    def add(self, lines: str) -> None:
         failed_before = bool(self._unwritten)
-        self._unwritten += text.encode("utf-8", errors="backslashreplace")
+        self._unwritten += lines.encode("utf-8", errors="backslashreplace")
         try:
             self._write()
         except OSError as error:
@@ -181,12 +190,16 @@ class _Lines:
                 message = f"{self._path}: a row cannot be written ({error}); it is kept and written later"
                 warnings.warn(message, RuntimeWarning, stacklevel=4)
 
-    def flush(self) -> None:
+    def flush(self) -> str:
+        """The lines that cannot be written, the one with them whose beginning is in the file: a resumed run cuts it."""
         try:
             self._write()
             os.fsync(self._file.fileno())
         except OSError as error:
-            raise OSError(error.errno, f"{str(self._path)!r} cannot be written: {error.strerror}") from error
+            lines = self._unwritten[self._unwritten.rfind(b"\n", 0, self._done) + 1 :]
+            log.warning("%s cannot be written: %s", self._path, error.strerror)
+            return lines.decode()
+        return ""
 
     def close(self) -> None:
         with suppress(OSError):
@@ -194,8 +207,9 @@ class _Lines:
         self._file.close()
 
     def _write(self) -> None:
-        while self._unwritten:
-            self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        while self._done < len(self._unwritten):
+            self._done += self._file.write(self._unwritten[self._done :])
+        self._unwritten, self._done = b"", 0
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:

@@ -28,6 +28,7 @@ from fastrlhf.runtime.merging import Acceptance, save_trained
 from fastrlhf.runtime.metrics import MetricsWriter, read_metrics
 from fastrlhf.runtime.progress import Progress
 from fastrlhf.runtime.signals import Interrupted, Interrupts
+from fastrlhf.runtime.unlogged import Row, Unlogged
 from fastrlhf.types import TokenizedExample
 
 log = logging.getLogger(__name__)
@@ -91,7 +92,7 @@ class Run:
         self._stack = ExitStack()
         self._start = self._saved = self._whole = 0
         self._evaluate, self._final = evaluate, dict[str, float]()
-        self._begun, self._stoppable, self._unlogged = 0, False, _Unlogged()
+        self._begun, self._stoppable, self._unlogged = 0, False, Unlogged()
         self.history: list[dict[str, float]] = []
         self.initial: dict[str, float] = {}
         self.folder = Path(config.output_dir) if config.output_dir else None
@@ -143,7 +144,9 @@ class Run:
         config = self._config
         # config.yaml marks the folder as a run: it comes after the reporters, which may fail to start.
         logged = self._start - len(self._unlogged.rows) if self._start else -1
-        writer = MetricsWriter(folder, config.report_to, config.run_name or None, as_given(config), resumed_at=logged)
+        writer = MetricsWriter(
+            folder, config.report_to, config.run_name or None, as_given(config), logged, self._unlogged.unwritten
+        )
         self._writer = stack.enter_context(writer)
         rows = read_metrics(folder / "metrics.jsonl")
         first = 0 if config.eval_on_start else 1
@@ -278,7 +281,7 @@ class Run:
                 if pending := self._asked_to_stop():
                     raise Interrupted(pending)
 
-    def _evaluated(self, row: _Row, evaluate: Callable[[], Mapping[str, float]]) -> dict[str, float]:
+    def _evaluated(self, row: Row, evaluate: Callable[[], Mapping[str, float]]) -> dict[str, float]:
         """What `evaluate` measures after a step. A checkpoint that is saved meanwhile holds the row of that step."""
         self._unlogged.rows = [row]
         if self._checkpointer:
@@ -299,8 +302,7 @@ class Run:
 
     def _save(self, checkpointer: Checkpointer, step: int, wait: bool = True) -> Path:
         def write() -> None:
-            if self._writer:
-                self._writer.flush()
+            self._unlogged.unwritten = self._writer.flush() if self._writer else {}
             checkpointer.save(step, self._config.save_total_limit)
 
         if step > self._saved:
@@ -327,11 +329,8 @@ class Run:
     ) -> TrainResult:
         """Saves what was trained, adapters added to the weights, and returns it with the last evaluation, which a run
         that was stopped after its last step has in its log. A log that cannot be written costs no weights."""
-        if self._writer:
-            try:
-                self._writer.flush()
-            except OSError as error:
-                log.warning("the last rows of the log are missing, the model is saved all the same: %s", error)
+        if self._writer and self._writer.flush():
+            log.warning("the last rows of the log are missing; the model is saved all the same")
         saved: list[PreTrainedModel] = []
         accept = None
         if self._config.merged_dtype == "bfloat16":
@@ -368,24 +367,6 @@ class Run:
             initial=self.initial,
             value_model=saved[0] if value_model is not None else None,
         )
-
-
-_Row = tuple[int, dict[str, float], str, list[dict[str, Any]]]
-"""The arguments of `Run.log`."""
-
-
-class _Unlogged:
-    """The row of the step that is evaluated at the moment, as a part of the run: it is logged with the evaluation."""
-
-    def __init__(self) -> None:
-        self.rows: list[_Row] = []
-        """None or one."""
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"rows": self.rows} if self.rows else {}
-
-    def load_state_dict(self, state: dict[str, Any], /) -> None:
-        self.rows = [(*row,) for row in state.get("rows", ())]
 
 
 def check_micro_batch(config: TrainConfig, examples: Sequence[TokenizedExample], costs: Sequence[int]) -> None:

@@ -245,7 +245,7 @@ class Full:
         return getattr(self.file, name)
 
 
-def test_a_row_that_cannot_be_written_is_kept_and_written_later_and_a_checkpoint_waits_for_it(tmp_path):
+def test_a_row_that_cannot_be_written_is_kept_and_written_later_and_a_checkpoint_can_hold_it(tmp_path, caplog):
     with MetricsWriter(tmp_path) as writer:
         writer.log(1, {"loss": 1.0})
         disk = writer._metrics._file = Full(writer._metrics._file)
@@ -253,14 +253,43 @@ def test_a_row_that_cannot_be_written_is_kept_and_written_later_and_a_checkpoint
             writer.log(2, {"loss": 2.0})
             writer.log(3, {"loss": 3.0})
         assert len(told) == 1
-        with pytest.raises(OSError, match=r"metrics.jsonl' cannot be written: No space left on device") as error:
-            writer.flush()
-        assert error.value.errno == 28
+        kept = writer.flush()
+        assert [json.loads(line)["step"] for line in kept["metrics.jsonl"].splitlines()] == [2, 3]
+        assert f"{tmp_path / 'metrics.jsonl'} cannot be written: No space left on device" in caplog.text
+        resumed_in(tmp_path / "resumed", tmp_path, kept)
         disk.full = False
-        writer.flush()
+        assert writer.flush() == {}
         assert [row["loss"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1.0, 2.0, 3.0]
         writer.log(4, {"loss": 4.0})
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def resumed_in(folder, source, kept):
+    """The log of a run that was killed and continues in a copy of its folder."""
+    folder.mkdir()
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        (folder / name).write_bytes((source / name).read_bytes())
+    with MetricsWriter(folder, resumed_at=3, unwritten=kept) as writer:
+        writer.log(4, {"loss": 4.0})
+    assert [row["loss"] for row in read_metrics(folder / "metrics.jsonl")] == [1.0, 2.0, 3.0, 4.0]
+
+
+def test_a_row_whose_beginning_is_on_the_disk_is_kept_whole(tmp_path):
+    class Almost(Full):
+        def write(self, content):
+            if not self.full:
+                raise OSError(28, "No space left on device")
+            self.full = False
+            return self.file.write(content[:9])
+
+    with MetricsWriter(tmp_path) as writer:
+        writer.log(1, {"loss": 1.0})
+        writer._metrics._file = Almost(writer._metrics._file)
+        with pytest.warns(RuntimeWarning, match="it is kept"):  # noqa: PT031
+            writer.log(2, {"loss": 2.0})
+            writer.log(3, {"loss": 3.0})
+        assert not (tmp_path / "metrics.jsonl").read_bytes().endswith(b"\n")
+        resumed_in(tmp_path / "resumed", tmp_path, writer.flush())
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,9 @@ import errno
 import json
 import math
 import os
+import shutil
 import signal
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -202,10 +204,71 @@ def test_a_log_that_cannot_be_written_costs_no_model(model, tmp_path, monkeypatc
     with pytest.warns(RuntimeWarning, match=r"metrics.jsonl: a row cannot be written .* kept and written later"):
         result = train_sft(config(model, tmp_path / "run"), tiny.examples(8))
     assert len(result.history) == 3
-    told = f"all the same: [Errno 28] '{tmp_path / 'run' / 'metrics.jsonl'}' cannot be written: No space left on device"
-    assert told in caplog.text
+    assert f"{tmp_path / 'run' / 'metrics.jsonl'} cannot be written: No space left on device" in caplog.text
+    assert "the last rows of the log are missing; the model is saved all the same" in caplog.text
     left = load_policy(str(tmp_path / "run")).state_dict()
     assert all(torch.equal(left[name], value) for name, value in result.model.state_dict().items())
+
+
+def test_a_log_that_cannot_be_written_keeps_no_checkpoint_from_being_saved_and_loses_no_row(model, tmp_path):
+    """From step 2 on no row can be written; the run is killed after step 4, whose checkpoint has the rows."""
+    train_sft(config(model, tmp_path / "whole", max_steps=5), tiny.examples(8))
+    lines, log = "fastrlhf.runtime.metrics._Lines._write", Run.log
+
+    def filling(run, step, *arguments, **keywords):
+        if step == 2:
+            patch.setattr(lines, raiser(OSError(errno.ENOSPC, "No space left on device")))
+        log(run, step, *arguments, **keywords)
+        if step == 4:
+            raise resumable.Killed
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(Run, "log", filling)
+    with pytest.warns(RuntimeWarning, match="it is kept"), pytest.raises(resumable.Killed):
+        train_sft(config(model, tmp_path / "cut", max_steps=5, save_steps=4), tiny.examples(8))
+    patch.undo()
+    assert [row["step"] for row in read_metrics(tmp_path / "cut" / "metrics.jsonl")] == [1]
+    train_sft(config(model, tmp_path / "cut", max_steps=5, save_steps=4), tiny.examples(8))
+    assert resumable.untimed_log(tmp_path / "cut") == resumable.untimed_log(tmp_path / "whole")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 3 MB, where this process may mount one."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = shutil.which("mount")
+    command = [mount or "mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(place)]
+    if not mount or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_a_file_system_that_is_full_is_waited_for_and_no_step_is_lost(model, small_disk, tmp_path, monkeypatch, caplog):
+    """A real one: a file fills it before the checkpoint of step 2, and is deleted at the second look."""
+    train_sft(config(model, tmp_path / "whole"), tiny.examples(8))
+    ballast, log, looks = small_disk / "ballast", Run.log, []
+
+    def filling(run, step, *arguments, **keywords):
+        if step == 2:
+            free = shutil.disk_usage(small_disk).free
+            ballast.write_bytes(bytes(free - 50_000))
+        log(run, step, *arguments, **keywords)
+
+    def sleep(seconds):
+        looks.append(sorted(path.name for path in (small_disk / "run").glob("*checkpoint*")))
+        if len(looks) == 2:
+            ballast.unlink()
+
+    monkeypatch.setattr(Run, "log", filling)
+    monkeypatch.setattr(disk.time, "sleep", sleep)
+    train_sft(config(model, small_disk / "run", save_steps=1, save_total_limit=1), tiny.examples(8))
+    assert looks == [["checkpoint-1"]] * 2
+    assert "waiting up to 10 minutes (disk_wait_minutes) for room" in caplog.text
+    assert resumable.untimed_log(small_disk / "run") == resumable.untimed_log(tmp_path / "whole")
 
 
 def raiser(error):
