@@ -1,6 +1,8 @@
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 
+import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -9,7 +11,7 @@ from fastrlhf.types import Experience, Prefix, Rollout
 from fastrlhf_kernels import Sum
 
 
-def opened() -> OpenUpdate:
+def opened(truncated: bool = False) -> OpenUpdate:
     mask = torch.tensor([True, True, False])
     experience = Experience(
         cu_rows=torch.tensor([0, 1, 3], dtype=torch.int32),
@@ -26,6 +28,9 @@ def opened() -> OpenUpdate:
         Rollout(prefix=prefix, completion=[4], sampler_logprob=[-0.1], ended=False),
         Rollout(prefix=prefix, completion=[5, 0], sampler_logprob=[-1 / 3, -2.0], ended=True),
     ]
+    if truncated:
+        sets = iter(np.array(ids, dtype=np.int32) for ids in ([4], [2, 5, 6], [0, 3]))
+        rollouts = [replace(rollout, kept=[next(sets) for _ in rollout.completion]) for rollout in rollouts]
     update = OpenUpdate()
     update.begin(rollouts, experience, {"objective/kl": 1 / 7}, [{"row": 3, "score": 0.5}])
     update.steps.append({"learning_rate": 1e-3, "grad_norm": 2.0})
@@ -40,10 +45,13 @@ def through_files(state, folder):
     return rest | load_file(folder / "update.safetensors")
 
 
-def test_an_update_is_continued_from_the_files_of_a_checkpoint_bit_for_bit(tmp_path):
-    before, after = opened(), OpenUpdate()
+@pytest.mark.parametrize("truncated", [False, True])
+def test_an_update_is_continued_from_the_files_of_a_checkpoint_bit_for_bit(tmp_path, truncated):
+    before, after = opened(truncated), OpenUpdate()
     after.load_state_dict(through_files(before.state_dict(), tmp_path))
     assert after.rollouts == before.rollouts
+    kept = [[[*map(int, ids)] for ids in rollout.kept or ()] for rollout in after.rollouts]
+    assert kept == ([[[4]], [[2, 5, 6], [0, 3]]] if truncated else [[], []])
     assert (after.metrics, after.samples, after.steps) == (before.metrics, before.samples, before.steps)
     assert after.totals["policy"].means("tokens") == before.totals["policy"].means("tokens")
     assert before.experience is not None
