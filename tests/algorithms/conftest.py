@@ -1,4 +1,4 @@
-"""Folders with a policy each, for the trainers on pairs and groups."""
+"""Fixtures shared by the tests of trainers on pairs and groups: folders with a tiny policy each."""
 
 import pytest
 

@@ -20,17 +20,17 @@ def test_whitening_may_keep_the_mean():
     torch.testing.assert_close(whiten(VALUES, MASK, shift_mean=False), expected)
 
 
-def test_the_scale_is_that_of_the_deviations():
+def test_the_scale_is_the_standard_deviation():
     torch.testing.assert_close(whitening_scale(VALUES, MASK), torch.tensor((3 / 8) ** 0.5))
     assert whitening_scale(torch.full((3,), 2.0), torch.ones(3, dtype=torch.bool)) == 0
 
 
-def test_whitening_nothing_or_a_constant_is_finite():
+def test_whitening_an_empty_mask_or_a_constant_is_finite():
     assert whiten(VALUES, torch.zeros(4, dtype=torch.bool)).tolist() == [0.0] * 4
     assert whiten(torch.full((3,), 2.0), torch.ones(3, dtype=torch.bool)).tolist() == [0.0] * 3
 
 
-def test_rounding_errors_of_a_constant_are_not_blown_up():
+def test_whitening_does_not_amplify_rounding_errors_of_a_constant():
     constant, everywhere = torch.full((1000,), 0.1), torch.ones(1000, dtype=torch.bool)
     assert whiten(constant, everywhere).abs().max() == 0
     torch.testing.assert_close(whiten(constant, everywhere, shift_mean=False), constant)
@@ -66,14 +66,14 @@ def test_group_normalised_divides_by_the_deviation_of_the_group_and_survives_equ
 
 
 def test_leave_one_out_gives_the_gradient_of_the_expected_reward_of_a_bandit():
-    """Exactly, by enumeration of what two episodes may do; in float64, rounding alone is left."""
+    """Enumerates all outcomes of two episodes in float64, so the result is exact up to rounding."""
     logits = torch.tensor([0.3, -1.0, 0.8], dtype=torch.float64, requires_grad=True)
     reward = torch.tensor([1.0, -2.0, 5.0], dtype=torch.float64)
     [exact] = torch.autograd.grad(logits.softmax(0) @ reward, logits)
     logprob = logits.log_softmax(0)
     surrogate = sum(
         (logprob[a] + logprob[b]).exp().detach()
-        * (leave_one_out(reward[[a, b]], 2) * logprob[[a, b]]).mean()  # what one step on this group descends
+        * (leave_one_out(reward[[a, b]], 2) * logprob[[a, b]]).mean()  # the loss of one step on this group
         for a, b in product(range(3), repeat=2)
     )
     [found] = torch.autograd.grad(surrogate, logits)

@@ -1,4 +1,4 @@
-"""Answers: what is drawn, and that it is drawn the same again."""
+"""Tests of the answers that a policy gives to prompts: what is sampled, and that sampling is reproducible."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ def engine(**settings):
     return TransformersEngine(model=tiny.policy(), **fields | settings)
 
 
-def test_each_prompt_gets_its_own_answers_whatever_the_batch_and_another_round_gets_others():
+def test_answers_depend_on_prompt_and_round_but_not_on_the_batch():
     prompts = [TokenizedExample(prompt=[3 + i, 4, 5], row=10 + i) for i in range(3)]
     drawn = sample_answers(engine(), prompts, 4, round_=1)
     assert [(a.row, a.prompt, len(a.responses)) for a in drawn] == [(10 + i, [3 + i, 4, 5], 4) for i in range(3)]
@@ -29,7 +29,7 @@ def test_each_prompt_gets_its_own_answers_whatever_the_batch_and_another_round_g
     assert [a.responses for a in sample_answers(engine(), prompts, 4, round_=2)] != [a.responses for a in drawn]
 
 
-def test_the_log_prob_is_the_mean_over_the_tokens_that_were_drawn():
+def test_the_log_prob_is_the_mean_over_the_sampled_tokens():
     [drawn] = sample_answers(engine(), [TokenizedExample(prompt=[3, 4, 5], row=0)], 2, round_=1)
     [again] = sample_answers(engine(response_length=1), [TokenizedExample(prompt=[3, 4, 5], row=0)], 2, round_=1)
     assert [r[:1] for r in drawn.responses] == again.responses
@@ -37,14 +37,14 @@ def test_the_log_prob_is_the_mean_over_the_tokens_that_were_drawn():
     assert again.logprob != pytest.approx(drawn.logprob)
 
 
-def test_two_that_differ_are_never_the_same_tokens_and_every_such_pair_occurs():
+def test_a_drawn_pair_always_has_different_tokens_and_every_such_pair_occurs():
     a, b = [5, 1], [6, 1]
     drawn = {two_that_differ(answers([a, a, b]), np.random.default_rng(i)) for i in range(100)}
     assert drawn == {(0, 2), (1, 2), (2, 0), (2, 1)}
     assert not answers([a, a]).differ
 
 
-def test_rows_come_back_as_they_were_written(tmp_path):
+def test_rows_are_read_back_unchanged(tmp_path):
     rows = [{"row": 1, "ids": [1, 2]}, {"row": 2, "text": "a\nb"}]
     write_rows(tmp_path / "new" / "rows.jsonl", iter(rows))
     assert read_rows(tmp_path / "new" / "rows.jsonl") == rows

@@ -1,4 +1,4 @@
-"""DPO and IPO on packs against a padded textbook loop."""
+"""Tests of DPO and IPO on packs, against a textbook loop on padded tensors."""
 
 import math
 from dataclasses import replace
@@ -21,7 +21,8 @@ def config(model, **settings):
 
 
 def padded_log_ratios(model, reference, examples, mean: bool):
-    """[B, 2] log pi(y|x) / pi_ref(y|x) of chosen and rejected: right padding, full logits, a 0/1 mask."""
+    """log pi(y|x) / pi_ref(y|x) of chosen and rejected responses, [B, 2], from right-padded batches, full logits and a
+    mask."""
     rows = [(tiny.ids(e.prompt), [*tiny.ids(y), tiny.EOS]) for e in examples for y in (e.chosen, e.rejected)]
     width = max(len(x) + len(y) for x, y in rows)
     ids = torch.tensor([x + y + [0] * (width - len(x) - len(y)) for x, y in rows])
@@ -68,7 +69,7 @@ def test_loss_and_gradient_are_those_of_the_padded_textbook_loop(model, other, m
     loss.backward()
     assert row["loss"] == pytest.approx(loss.item(), rel=1e-5)
     tiny.assert_close_gradients(made[0].steps[0][0], [p.grad for p in policy.parameters()])
-    with torch.no_grad():  # rewards are of whole responses, however the loss divides them
+    with torch.no_grad():  # rewards are sums over whole responses, for every length_norm
         rewards = cfg.beta * padded_log_ratios(policy, reference, examples, mean=False)
     assert row["rewards/accuracies"] == (rewards[:, 0] > rewards[:, 1]).float().mean().item()
     assert row["rewards/margins"] == pytest.approx((rewards[:, 0] - rewards[:, 1]).mean().item(), rel=1e-4)
@@ -97,13 +98,13 @@ def test_micro_batches_of_one_pair_change_no_gradient(model, other, monkeypatch)
     ],
     ids=str,
 )
-def test_the_first_loss_of_a_policy_that_is_its_reference(model, settings, first):
+def test_the_first_loss_when_policy_and_reference_are_equal(model, settings, first):
     [row] = train_dpo(config(model, micro_batch_tokens=80, **settings), tiny.examples(8)).history
     assert row["loss"] == pytest.approx(first, abs=1e-6 * max(1, first))
 
 
-def test_the_reference_stays_what_the_policy_was_at_the_start(model):
-    """After three steps, the logged rewards are log-ratios to the start, which is on disk as it was."""
+def test_the_reference_is_the_initial_policy(model):
+    """After three steps the logged rewards are log-ratios to the initial model, which is unchanged on disk."""
     held_out = tiny.examples(6, seed=1)
     result = train_dpo(config(model, max_steps=3), tiny.examples(8), held_out)
     start = AutoModelForCausalLM.from_pretrained(model)
@@ -116,13 +117,13 @@ def test_the_reference_stays_what_the_policy_was_at_the_start(model):
     assert result.final["eval_rewards/rejected"] == pytest.approx(0.1 * log_ratios[:, 1].mean().item(), rel=1e-3)
 
 
-def test_a_reference_of_its_own_that_equals_the_start_changes_nothing(model):
+def test_a_separate_reference_equal_to_the_initial_policy_changes_nothing(model):
     cfg, examples = config(model, max_steps=3), tiny.examples(16)
     assert train_dpo(replace(cfg, ref_model_name_or_path=model), examples).history == train_dpo(cfg, examples).history
 
 
 @pytest.mark.parametrize("settings", [{}, {"loss_type": "ipo"}], ids=str)
-def test_a_reference_whose_rows_are_mixed_up_is_noticed_at_the_first_step(model, monkeypatch, settings):
+def test_a_reference_with_permuted_rows_is_noticed_at_the_first_step(model, monkeypatch, settings):
     compute = reference._compute
     monkeypatch.setattr(reference, "_compute", lambda *arguments: compute(*arguments).roll(1, 0))
     with pytest.raises(ValueError, match=r"the first (sigmoid|ipo) loss is .* equals its reference has (0.693147|25):"):
@@ -158,7 +159,8 @@ def test_soft_labels_and_margins_are_those_of_the_textbook(model, other, monkeyp
     elif cfg.loss_type == "ipo":
         target = 1 / (2 * cfg.beta)
         loss = (prob * (difference - target) ** 2 + (1 - prob) * (difference + target) ** 2).mean()
-        constant = (4 * prob * (1 - prob) * target**2).mean()  # which no policy changes, and pair_loss leaves out
+        # A constant that pair_loss omits, because it does not depend on the policy
+        constant = (4 * prob * (1 - prob) * target**2).mean()
         loss = loss - constant
     else:
         z = cfg.beta * difference - cfg.margin_scale * torch.tensor([e.margin for e in examples])
@@ -169,7 +171,7 @@ def test_soft_labels_and_margins_are_those_of_the_textbook(model, other, monkeyp
 
 
 @pytest.mark.parametrize("budget", [1000, 40])
-def test_several_losses_are_added_with_their_weights_whatever_the_micro_batch(model, other, monkeypatch, budget):
+def test_several_losses_are_added_with_their_weights_for_every_micro_batch_size(model, other, monkeypatch, budget):
     made = tiny.record_gradients(monkeypatch, dpo)
     examples = tiny.examples(8)
     losses = {"loss_type": ("ipo", "sigmoid", "sft"), "loss_weights": (0.01, 2.0, 0.5)}
@@ -191,7 +193,7 @@ def test_several_losses_are_added_with_their_weights_whatever_the_micro_batch(mo
 
 
 def chosen_nll(policy, examples):
-    """Mean over the tokens of all chosen responses."""
+    """Mean negative log-likelihood over the tokens of all chosen responses."""
     total, count = 0.0, 0
     for example in examples:
         prompt, response = tiny.ids(example.prompt), [*tiny.ids(example.chosen), tiny.EOS]
@@ -222,7 +224,7 @@ def test_token_metrics_are_those_of_plain_logits(model):
 
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "ipo"])
-def test_an_easy_rule_is_learnt_for_pairs_never_seen(model, loss_type):
+def test_an_easy_rule_generalises_to_unseen_pairs(model, loss_type):
     cfg = config(model, max_steps=15, per_device_train_batch_size=16, loss_type=loss_type)
     result = train_dpo(cfg, tiny.easy_pairs(200), tiny.easy_pairs(64, seed=1))
     assert result.history[0]["rewards/accuracies"] < 0.9
@@ -243,7 +245,7 @@ def test_one_loss_may_have_a_weight(model):
     assert set(halved) == set(plain)
 
 
-def test_a_psi_that_is_none_is_told_before_anything_is_scored(model, monkeypatch):
+def test_an_invalid_psi_is_refused_before_anything_is_scored(model, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("too late")
 
@@ -256,7 +258,7 @@ def test_a_psi_that_is_none_is_told_before_anything_is_scored(model, monkeypatch
 
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "ipo"])
-def test_sharing_the_prompt_changes_no_number_but_the_tokens_computed(model, monkeypatch, loss_type):
+def test_sharing_the_prompt_changes_only_the_number_of_computed_tokens(model, monkeypatch, loss_type):
     made = tiny.record_gradients(monkeypatch, dpo)
     examples = tiny.examples(8)
     settings = {"loss_type": loss_type, "ref_model_name_or_path": model, "micro_batch_tokens": 60}

@@ -1,4 +1,4 @@
-"""Which rewards count as the score of a response."""
+"""Tests which rewards are reported as the score of a response."""
 
 import torch
 
@@ -6,7 +6,7 @@ from fastrlhf.algorithms.episode_metrics import score_names, sum_of_rewards
 from fastrlhf.rewards.terms import Term
 
 
-def test_the_score_is_the_judges_and_without_one_what_functions_and_a_dpo_model_give():
+def test_the_score_is_that_of_the_judge_or_else_of_functions_and_dpo_model():
     terms = {
         name: Term(reward=torch.tensor(values))
         for name, values in {

@@ -1,4 +1,4 @@
-"""Where rewards land, what counts as an end, and what the order of the packs may not change."""
+"""Tests of the rewards and advantages of rollouts: which token earns what, and independence of the packing order."""
 
 from dataclasses import fields, replace
 
@@ -37,13 +37,13 @@ def rollout(prompt: list[int], reset: list[int], completion: list[int], row: int
 
 ROLLOUTS = [
     rollout([5, 6, 7], [], [8, 9, EOS]),
-    rollout([5, 6], [7, 8], [9, 10, 11], row=1),  # no end
-    rollout([9, 8, 7, 6], [5], [12, 13, 14, EOS], row=2),  # the end in the last of 5 slots
+    rollout([5, 6], [7, 8], [9, 10, 11], row=1),  # no EOS
+    rollout([9, 8, 7, 6], [5], [12, 13, 14, EOS], row=2),  # ends in the last of 5 slots
     rollout([4], [20, 21, 22, 23], [EOS], row=3),
-    rollout([3, 4, 5], [], [25, 26, 27, 28, 29], row=4),  # no end
+    rollout([3, 4, 5], [], [25, 26, 27, 28, 29], row=4),  # no EOS
 ]
 SCORES = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
-FULL = [  # as the authors sample: every response fills its 5 slots, whatever comes after the EOS
+FULL = [  # as the released code samples: every response fills its 5 slots, even after an EOS
     rollout([5, 6, 7], [], [8, 9, EOS, 17, 18]),
     rollout([5, 6], [7, 8], [9, 10, 11], row=1),
     rollout([9, 8, 7, 6], [5], [12, 13, 14, EOS], row=2),
@@ -66,7 +66,7 @@ def experience(cfg, rollouts, critic, order=None, scores=SCORES, packs=None, rew
 
 
 def rewards(cfg, rollouts, critic, implicit=None) -> list[float]:
-    """Per row. With lambda 0 the target of the critic is r_t + V_{t+1}, and with a critic of zeros r_t itself."""
+    """Rewards per row: with lambda 0 and a critic of zeros, the critic's target is the reward itself."""
     zeros = frozen_copy(critic)
     torch.nn.init.zeros_(zeros.score.weight)
     cfg = replace(cfg, lam=0.0, gamma=1.0)
@@ -111,16 +111,16 @@ def test_a_missing_eos_score_takes_the_place_of_the_score(critic):
     assert rewards(cfg, ROLLOUTS, critic) == [0, 0, 1, 0, 0, -1, 0, 0, 0, 3, 4, 0, 0, 0, 0, -1]
 
 
-def test_a_return_goes_on_beyond_the_budget_with_the_value_of_the_state_after_the_last_token(critic):
+def test_the_return_of_a_truncated_episode_includes_the_value_after_its_last_token(critic):
     """With lambda 0 the last row's return is its reward + gamma times the value after it. The critic here is a judge,
-    whose value of that state is its score of the text so far; an episode that ended has none after it."""
+    and its value of a state is its score of the text so far. After an episode that ended there is no value."""
     cfg = config(kl_coef=0.0, lam=0.0, gamma=0.5, truncation="bootstrap")
     found, metrics = experience(cfg, ROLLOUTS, critic)
     judge = reward_model_judge(critic, eos_token_id=EOS, micro_batch_tokens=1000)
     cut = torch.tensor([not r.ended for r in ROLLOUTS])
     last = found.returns[found.cu_rows[1:].long() - 1]
     torch.testing.assert_close(last, torch.where(cut, 0.5 * judge(ROLLOUTS), SCORES), rtol=1e-6, atol=1e-6)
-    assert metrics["objective/scores"] == SCORES.mean()  # they are judged all the same
+    assert metrics["objective/scores"] == SCORES.mean()  # truncated episodes are judged as well
     assert metrics["reward/score"] == pytest.approx((1 + 3 + 4) / 5)
 
 
@@ -137,10 +137,10 @@ def test_every_row_earns_minus_kl_coef_times_its_log_ratio_to_the_reference(crit
     assert metrics["objective/scores"] == 3.0
 
 
-def test_the_kl_is_reported_by_three_estimates_beside_what_the_engine_and_the_budget_did(critic):
+def test_kl_estimates_engine_ratios_and_truncation_are_reported(critic):
     cfg = config(cliprange=0.2, cliprange_high=1.0)
     plain, _ = experience(cfg, ROLLOUTS, critic)
-    shifts = torch.linspace(-0.5, 1.0, 16)  # log(trainer / engine): below the band, in it, above it
+    shifts = torch.linspace(-0.5, 1.0, 16)  # log(trainer / engine): below, within and above the band
     drawn = (plain.sampler_logprob - shifts).split([3, 3, 4, 1, 5])
     rollouts = [replace(r, sampler_logprob=x.tolist()) for r, x in zip(ROLLOUTS, drawn, strict=True)]
     found, metrics = experience(cfg, rollouts, critic)
@@ -152,14 +152,14 @@ def test_the_kl_is_reported_by_three_estimates_beside_what_the_engine_and_the_bu
     assert (ratio < 0.8).any()
     assert (ratio > 2).any()
     assert metrics["completions/clipped_ratio"] == 2 / 5
-    assert metrics["objective/scores_clipped"] == 3.5  # of 2 and 5
+    assert metrics["objective/scores_clipped"] == 3.5  # the mean of 2 and 5
     _, ended = experience(cfg, [ROLLOUTS[0], *ROLLOUTS[2:4]], critic, scores=SCORES[:3])
     assert ended["completions/clipped_ratio"] == 0
     assert "objective/scores_clipped" not in ended
 
 
 def log_ratio(dpo, reference, rollouts) -> torch.Tensor:
-    """log(dpo / reference) at temperature 1 of every sampled token, from the models' own logits."""
+    """log(dpo / reference) at temperature 1 for every sampled token, from the models' logits."""
     found = []
     for r in rollouts:
         ids = torch.tensor([[*r.prefix.token_ids, *r.completion]])
@@ -171,7 +171,7 @@ def log_ratio(dpo, reference, rollouts) -> torch.Tensor:
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_every_sampled_token_earns_the_dpo_log_ratio_at_temperature_1(critic, temperature):
-    """To the run's reference, or to one of the DPO model's own; prompts and reset tokens earn nothing."""
+    """The reference is that of the run or of the DPO model. Prompts and reset tokens earn nothing."""
     cfg = config(
         kl_coef=0.0, dpo_model_path="dpo", dpo_reward_scale=0.5, temperature=temperature, micro_batch_tokens=16
     )
@@ -183,7 +183,7 @@ def test_every_sampled_token_earns_the_dpo_log_ratio_at_temperature_1(critic, te
         torch.testing.assert_close(torch.tensor(earned), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_under_the_authors_semantics_too_only_tokens_up_to_the_eos_earn_token_rewards(critic):
+def test_in_compat_reference_only_tokens_up_to_the_eos_earn_token_rewards(critic):
     cfg = config(compat="reference", kl_coef=0.0, dpo_model_path="dpo", dpo_reward_scale=0.5)
     implicit = ImplicitReward(model=tiny.policy(seed=1), reference=None)
     found = torch.tensor(rewards(cfg, FULL, critic, implicit)) - torch.tensor(rewards(cfg, FULL, critic))
@@ -191,7 +191,7 @@ def test_under_the_authors_semantics_too_only_tokens_up_to_the_eos_earn_token_re
     assert found.abs().gt(1e-4).int().tolist() == earns
 
 
-def test_fixed_trains_the_sampled_tokens_alone_and_whitens_over_them(critic):
+def test_compat_fixed_trains_and_whitens_only_the_sampled_tokens(critic):
     found, _ = experience(config(), ROLLOUTS, critic)
     assert found.cu_rows.tolist() == [0, 3, 6, 10, 11, 16]
     assert found.mask.all()
@@ -199,7 +199,7 @@ def test_fixed_trains_the_sampled_tokens_alone_and_whitens_over_them(critic):
     assert found.advantage.square().mean().item() == pytest.approx(1, rel=1e-5)
 
 
-def test_the_authors_rows_are_the_reset_tokens_the_sampled_ones_and_those_after_the_eos(critic):
+def test_compat_reference_has_rows_for_reset_tokens_and_tokens_after_the_eos(critic):
     found, _ = experience(config(DRPOConfig, compat="reference", whiten_rewards=True), FULL, critic)
     assert found.cu_rows.tolist() == [0, 5, 10, 15, 20, 25]
     given = [0] * 5 + [1, 1, 0, 0, 0] + [1, 0, 0, 0, 0] + [1, 1, 1, 1, 0] + [0] * 5
@@ -209,7 +209,7 @@ def test_the_authors_rows_are_the_reset_tokens_the_sampled_ones_and_those_after_
     assert found.advantage[5:7].abs().min() > 1e-4
 
 
-def test_the_authors_pay_the_score_at_the_first_eos_and_take_one_in_the_last_slot_as_missing(critic):
+def test_compat_reference_pays_at_the_first_eos_and_ignores_one_in_the_last_slot(critic):
     cfg = config(DRPOConfig, compat="reference", kl_coef=0.0, missing_eos_score=-1.0)
     first, no_end, last_slot, only, twice = torch.tensor(rewards(cfg, FULL, critic)).split(5)
     assert first.tolist() == [0, 0, 1, 0, 0]
@@ -240,8 +240,8 @@ def test_the_order_of_the_packs_and_their_size_change_no_number(critic, keys):
         assert other_metrics == pytest.approx(metrics, rel=1e-4, abs=1e-5)
 
 
-def test_what_would_come_after_the_eos_changes_nothing_in_fixed(critic):
-    """The rollouts of an engine that goes on are those of one that stops, up to the EOS; the judge reads no further."""
+def test_tokens_after_the_eos_change_nothing_in_compat_fixed(critic):
+    """An engine that continues after the EOS gives the same rollouts up to the EOS; the judge reads no further."""
     policy = tiny.policy()
     prefixes = [Prefix(token_ids=[3 + i % 29, 9, 4], num_reset=i % 3, row=i, episode=i) for i in range(60)]
     stopping, going_on = (
@@ -261,8 +261,8 @@ def test_what_would_come_after_the_eos_changes_nothing_in_fixed(critic):
     assert torch.equal(judge(spoilt), judge(going_on))
 
 
-def test_the_policy_gets_no_gradient_from_reset_tokens_under_the_authors_semantics(critic):
-    """Only the mask keeps them out there: moving their advantages moves no gradient of the policy."""
+def test_in_compat_reference_reset_tokens_give_the_policy_no_gradient(critic):
+    """Only the mask excludes reset tokens: changing their advantages does not change the policy's gradient."""
     cfg = config(DRPOConfig, compat="reference", num_ppo_epochs=1)
     policy, value_model = tiny.policy(), frozen_copy(critic).requires_grad_(True)
     packs = pack_episodes(cfg, FULL, [0, 1, 2, 3, 4], policy.device)
@@ -275,36 +275,36 @@ def test_the_policy_gets_no_gradient_from_reset_tokens_under_the_authors_semanti
     assert max(g.abs().max() for g in recorder.steps[0][0]) > 1e-4
 
 
-def test_the_critic_is_told_how_much_of_the_returns_it_explains(critic):
+def test_the_explained_variance_of_the_critic_is_reported(critic):
     found, metrics = experience(config(), ROLLOUTS, critic)
     left = (found.returns - found.value).var() / found.returns.var()
     assert metrics["critic/explained_var"] == pytest.approx(1 - left.item(), rel=1e-4)
 
 
-def test_reset_and_scratch_episodes_are_reported_apart(critic):
+def test_reset_episodes_and_others_are_reported_separately(critic):
     _, metrics = experience(config(DRPOConfig, reset_prob=0.5), ROLLOUTS, critic)
     assert metrics["drpo/reset_fraction"] == 3 / 5
     assert metrics["drpo/prefix_len_mean"] == (2 + 1 + 4) / 5
-    assert metrics["drpo/score_reset"] == 3.0  # of 2, 3, 4
-    assert metrics["drpo/score_scratch"] == 3.0  # of 1, 5
+    assert metrics["drpo/score_reset"] == 3.0  # the mean of 2, 3, 4
+    assert metrics["drpo/score_scratch"] == 3.0  # the mean of 1, 5
     assert metrics["val/num_eos_tokens"] == 3.0
     assert metrics["completions/mean_length"] == 16 / 5
     _, plain = experience(config(), ROLLOUTS, critic)
     assert not any(name.startswith("drpo/") for name in plain)
 
 
-def test_scores_are_reported_by_the_fifth_of_the_response_in_which_the_reset_lies(critic):
+def test_scores_are_reported_by_reset_depth_in_fifths(critic):
     depths = [0.0, 0.19, 0.2, 0.99, 0.25]
     rollouts = [rollout([5, 6], [7] * (d > 0), [9, EOS], row=i, depth=d) for i, d in enumerate(depths)]
     _, metrics = experience(config(DRPOConfig, reset_prob=0.5), rollouts, critic)
     found = {name: value for name, value in metrics.items() if name.startswith("drpo/score_depth_")}
-    assert found == {"drpo/score_depth_0": 2.0, "drpo/score_depth_1": 4.0, "drpo/score_depth_4": 4.0}  # 3 and 5; 4
+    assert found == {"drpo/score_depth_0": 2.0, "drpo/score_depth_1": 4.0, "drpo/score_depth_4": 4.0}  # mean(3, 5)
 
 
 @pytest.mark.parametrize(("estimator", "scale"), [("rloo", 1.0), ("grpo", 1 / (2 * (0.5**0.5 + 1e-4)))])
 def test_without_a_critic_every_token_has_the_advantage_of_its_episode_in_its_group(estimator, scale):
-    """Two groups of two; returns 1 and 2, and 3 and 4: leave-one-out gives -1 and 1, half of that is the deviation from
-    the mean, and the sample deviation is sqrt(1/2)."""
+    """Two groups of two episodes, with returns 1, 2 and 3, 4. Leave-one-out gives -1 and 1; the deviation from the mean
+    is half of this; the sample standard deviation is sqrt(1/2)."""
     cfg = config(kl_coef=0.0, advantage_estimator=estimator, num_generations=2)
     found, metrics = experience(cfg, ROLLOUTS[:4], None, order=[1, 0], scores=SCORES[:4])
     signs = torch.tensor([-1.0] * 3 + [1.0] * 3 + [-1.0] * 4 + [1.0])
@@ -324,7 +324,7 @@ def test_the_return_of_an_episode_includes_its_kl():
 
 @torch.no_grad()
 def state_kl(temperature: float, rollouts) -> torch.Tensor:
-    """KL(policy || reference) in the state of every sampled token, from the models' own logits."""
+    """KL(policy || reference) in the state before every sampled token, from the models' logits."""
     found = []
     for r in rollouts:
         ids = torch.tensor([[*r.prefix.token_ids, *r.completion]])
@@ -336,7 +336,7 @@ def state_kl(temperature: float, rollouts) -> torch.Tensor:
     return torch.cat(found)
 
 
-def test_an_exact_kl_charges_every_state_its_own_divergence(critic):
+def test_with_exact_kl_every_state_is_charged_its_divergence(critic):
     cfg = config(kl_coef=0.25, kl_estimator="exact", temperature=0.7, micro_batch_tokens=16)
     expected = state_kl(0.7, ROLLOUTS)
     score = torch.tensor([0, 0, 1, 0, 0, 2, 0, 0, 0, 3, 4, 0, 0, 0, 0, 5.0])
@@ -352,8 +352,8 @@ def test_an_exact_kl_charges_every_state_its_own_divergence(critic):
 
 
 @pytest.mark.parametrize("whitened", [False, True])
-def test_of_an_exact_kl_each_token_answers_for_its_own_log_ratio(whitened):
-    """Beside what its episode earns, on the scale of the rewards."""
+def test_with_exact_kl_each_advantage_includes_the_tokens_own_log_ratio(whitened):
+    """The log-ratio is added to what the episode earns, on the scale of the rewards."""
     cfg = config(kl_coef=0.25, kl_estimator="exact", advantage_estimator="rloo", num_generations=2)
     cfg = replace(cfg, temperature=1.0, whiten_rewards=whitened, share_trunks=False)
     found, _ = experience(cfg, ROLLOUTS[:4], None, order=[0, 1], scores=SCORES[:4])
@@ -380,7 +380,7 @@ def test_a_kl_in_the_loss_is_no_reward(critic, estimator):
 
 
 def test_the_truncated_importance_weight_is_the_trainers_probability_over_the_engines(critic):
-    """The engine says -4 nats of every token. What was not sampled weighs 1."""
+    """The engine reports -4 nats for every token. Tokens that were not sampled have weight 1."""
 
     def of_engine(rollouts):
         return [replace(r, sampler_logprob=[-4.0] * len(r.completion)) for r in rollouts]

@@ -1,4 +1,4 @@
-"""Each guard is tested by breaking what it guards."""
+"""Tests of the guards that stop an on-policy run; each test violates the condition that a guard checks."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -35,7 +35,8 @@ def config(folder, **settings):
 
 
 def test_a_policy_too_far_from_its_reference_stops_before_it_is_trained_further(tmp_path):
-    """What is left is the policy that was measured, bit for bit: that of a run that ends one update earlier."""
+    """The saved policy is the one whose KL was measured: bit-identical to that of a run that ends one update
+    earlier."""
     with pytest.raises(ValueError, match=r"^max_kl: the policy that sampled for update \d+ is .* more than 0\.5;"):
         train_ppo(config(tmp_path, max_kl=0.5, output_dir=str(tmp_path / "run")), tiny.examples(20))
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
@@ -84,7 +85,8 @@ ROLLOUTS = [
 )
 @pytest.mark.parametrize("whiten", [False, True])
 def test_a_broken_model_is_named_with_the_row_that_it_fails_on(tmp_path, broken, name, whiten):
-    """NaN in the embedding of one token, which the prompt of row 11 alone has; whitening spreads it to every row."""
+    """The embedding of one token is NaN, and only the prompt of row 11 contains this token; whitening spreads the NaN
+    to every row."""
     cfg = config(tmp_path, whiten_rewards=whiten)
     critic = load_reward_model(cfg.reward_model_path, pad_token_id=0, must_be_trained=True)
     models = {"policy": tiny.policy(), "reference": tiny.policy(seed=5), "critic": critic}
@@ -118,7 +120,7 @@ def policy(dtype):
         ({"max_sampling_logp_difference": 0.02}, torch.bfloat16, False, 0.02),
     ],
 )
-def test_samples_of_another_model_are_those_beyond_rounding(settings, dtype, own, limit):
+def test_log_probs_beyond_rounding_errors_reveal_another_model(settings, dtype, own, limit):
     cfg = PPOConfig(**settings)
     check_sampler(cfg, 1, limit * 0.999, policy(dtype), own=own)
     with pytest.raises(ValueError, match=r"^max_sampling_logp_difference: .* for update 1 its"):

@@ -1,4 +1,4 @@
-"""Outcomes by hand, and which responses count as successes."""
+"""Tests of outcomes computed by hand, and of which responses count as successes."""
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ def test_a_response_succeeds_at_the_threshold_or_at_the_mean_of_its_group():
 
 
 @pytest.mark.parametrize("value", [0.1, 1e-17, 1e30])
-def test_equal_outcomes_all_succeed_whatever_the_rounding_of_their_mean(value):
+def test_equal_outcomes_all_succeed_despite_rounding_of_their_mean(value):
     size = 7
     cfg = config(num_generations=size, per_device_train_batch_size=size, reset_prob=1.0, reset_source="rollout")
     assert successes(cfg, torch.full((size,), value, dtype=torch.float64)).all()

@@ -1,4 +1,5 @@
-"""Resets into failed responses: which states they start from, what they converge to, and that they change no more."""
+"""Tests of resets into the policy's own failed responses: where episodes start, where training converges, and what
+stays unchanged."""
 
 from collections import Counter
 from dataclasses import replace
@@ -41,10 +42,10 @@ def restarted(cfg, rollouts, success, **others):
     return restart_failures(cfg, rollouts, succeeded.double(), succeeded, **keys | others)
 
 
-def test_a_group_goes_on_from_one_cut_of_one_of_its_failures():
+def test_a_group_restarts_from_one_cut_of_one_failed_response():
     rollouts = [first(0, i, [3 + i, 7, 8, 1]) for i in range(SIZE)] + [first(1, i, [4, 1]) for i in range(SIZE)]
     episodes, metrics = restarted(resets_config(), rollouts, [1, 0, 1, 0, 1, 1, 1, 1])
-    assert episodes[SIZE:] == rollouts[SIZE:]  # all of the second group succeeded
+    assert episodes[SIZE:] == rollouts[SIZE:]  # all responses of the second group succeeded
     starts = {tuple(episode.prefix.token_ids) for episode in episodes[:SIZE]}
     (start,) = starts
     k = len(start) - 1
@@ -65,8 +66,8 @@ def test_a_group_goes_on_from_one_cut_of_one_of_its_failures():
 @pytest.mark.parametrize(
     ("settings", "completion", "success"),
     [
-        ({}, [5, 1], [1, 1, 1, 1]),  # nothing failed
-        ({}, [1], [0, 0, 0, 0]),  # a response of one token has no cut
+        ({}, [5, 1], [1, 1, 1, 1]),  # no response failed
+        ({}, [1], [0, 0, 0, 0]),  # a response of one token cannot be cut
         ({"reset_band": (0.3, 1.0)}, [5, 6, 1], [0, 1, 0, 0]),
         ({"reset_band": (0.0, 0.0)}, [5, 6, 1], [0, 1, 0, 0]),
         ({"reset_cut": "sentence"}, [5, 6, 1], [0, 0, 0, 1]),  # no sentence ends before the EOS
@@ -92,10 +93,11 @@ def test_sentences_are_cut_at_their_ends():
     rollouts = [first(group, i, [5, 2, 6, 7, 2, 8, 2]) for group in range(60) for i in range(SIZE)]
     cfg = resets_config(reset_cut="sentence", per_device_train_batch_size=60 * SIZE, response_length=9)
     episodes, _ = restarted(cfg, rollouts, [0] * 60 * SIZE, sentence_ends={2})
-    assert {episode.prefix.num_reset for episode in episodes} == {2, 5}  # the last one ends the response
+    # The last sentence end is the end of the response
+    assert {episode.prefix.num_reset for episode in episodes} == {2, 5}
 
 
-def test_episodes_of_a_group_may_have_cuts_of_their_own_in_one_failure():
+def test_episodes_of_a_group_may_have_separate_cuts_in_one_failed_response():
     rollouts = [first(0, i, [4 + i, 7, 8, 7, 1]) for i in range(SIZE)]
     cfg = resets_config(PPOConfig, reset_group="response", per_device_train_batch_size=SIZE, seed=3)
     episodes, _ = restarted(cfg, rollouts, [0, 0, 1, 1])
@@ -107,11 +109,11 @@ def test_episodes_of_a_group_may_have_cuts_of_their_own_in_one_failure():
 
 HORIZON = 3
 CODE = (1, 0, 1)
-"""A combination lock: only this response of three binary tokens succeeds."""
+"""The only successful response of a combination lock with three binary tokens."""
 
 
 class Table:
-    """A policy with one logit per state; a state is what has been written so far."""
+    """A policy with one logit per state; a state is the sequence of tokens so far."""
 
     def __init__(self, seed: int):
         self.logit: dict[tuple[int, ...], float] = {}
@@ -138,8 +140,11 @@ def reward(rollouts) -> torch.Tensor:
 
 
 def test_the_starts_are_uniform_cuts_of_the_failures_of_the_policy():
-    """Against the enumeration of all responses: a start of k tokens has the probability of a failed response with
-    these tokens, given a group with a failure, times 1 / (L - 1)."""
+    """Compares with an enumeration of all responses.
+
+    A start of k tokens has the probability of a failed response that begins with these tokens, given a group with a
+    failure, times 1 / (L - 1).
+    """
     table, num = Table(0), 6_000
     cfg = resets_config(num_generations=2, per_device_train_batch_size=2 * num, reset_cut="uniform")
     rollouts = table.sample(table.prompts(2 * num, 0))
@@ -158,7 +163,10 @@ def test_the_starts_are_uniform_cuts_of_the_failures_of_the_policy():
 
 @pytest.mark.parametrize("band", [(0.0, 1.0), (0.0, 0.0)])
 def test_it_converges_to_the_best_policy_from_the_prompt_and_from_reachable_states(band):
-    """Group advantages on the suffix only. Half of the groups are not reset, so that the first token is trained too."""
+    """Group advantages apply only to the suffix.
+
+    Half of the groups are not reset, so that the first token is trained too.
+    """
     table = Table(1)
     cfg = resets_config(reset_prob=0.5, per_device_train_batch_size=16, reset_band=band, success_threshold=1.0)
     for step in range(150):
@@ -210,7 +218,9 @@ def test_a_run_restarts_the_groups_that_failed_and_counts_all_sampled_tokens(pat
         return float(rollout.completion[-1] % 3 == 0)
 
     result = learned(paths, functions={"right": right}, **OWN, success_threshold=1.0, max_steps=2)
-    calls = [seen[-16 * i : len(seen) - 16 * (i - 1)] for i in (4, 3, 2, 1)]  # the rehearsal comes before them
+    calls = [
+        seen[-16 * i : len(seen) - 16 * (i - 1)] for i in (4, 3, 2, 1)
+    ]  # the calls of the rehearsal come before these
     for drawn, trained, row in zip(calls[::2], calls[1::2], result.history, strict=True):
         again = [x for x in trained if x.prefix.num_reset]
         assert row["drpo/groups_restarted"] == len(again) / 16 > 0
@@ -234,7 +244,7 @@ def test_a_run_restarts_the_groups_that_failed_and_counts_all_sampled_tokens(pat
         (PPOConfig, {"num_generations": 1, "success_threshold": 0.5, "reset_min": 0, "reset_curriculum": 1.0}),
     ],
 )
-def test_it_goes_together_with_pairs_critics_and_single_episodes(paths, kind, settings):
+def test_own_resets_work_with_pair_losses_critics_and_single_episodes(paths, kind, settings):
     history = learned(paths, kind, **OWN, **settings, max_steps=2).history
     assert all(np.isfinite(list(row.values())).all() for row in history)
     assert history[0]["drpo/reset_fraction"] > 0
@@ -254,12 +264,12 @@ def test_it_goes_together_with_pairs_critics_and_single_episodes(paths, kind, se
         ({"reset_band": (0.0, 1.5)}, "reset_band: must be two numbers"),
     ],
 )
-def test_keys_that_nothing_reads_and_wrong_ones_are_refused(settings, told):
+def test_unread_keys_and_wrong_values_are_refused(settings, told):
     with pytest.raises(ValueError, match=f"^{told}"):
         replace(resets_config(), **settings)
 
 
-def test_one_episode_per_prompt_needs_a_threshold_and_the_authors_code_has_no_end():
+def test_one_episode_per_prompt_needs_a_threshold_and_compat_reference_is_refused():
     with pytest.raises(ValueError, match=r"^success_threshold: must be a number with reset_source rollout and"):
         resets_config(PPOConfig, num_generations=1)
     with pytest.raises(ValueError, match=r"^compat: must be fixed with reset_source rollout"):

@@ -1,4 +1,4 @@
-"""Probabilities of labels from columns, counts and scores."""
+"""Tests of label probabilities from columns, counts and scores."""
 
 import math
 from dataclasses import replace

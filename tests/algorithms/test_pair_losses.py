@@ -1,4 +1,4 @@
-"""The losses of `fastrlhf dpo` by their names."""
+"""Tests of the losses of `fastrlhf dpo`, selected by name."""
 
 import math
 
@@ -18,7 +18,7 @@ from tests.algorithms.test_dpo import config, padded_log_ratios
 
 
 def softplus_loss(chosen, rejected):
-    """A user-defined loss: DPO's, at beta 0.3, with a penalty on a chosen response that gets less likely."""
+    """A user-defined loss: DPO's at beta 0.3, plus a penalty if the chosen response becomes less likely."""
     return -F.logsigmoid(0.3 * (chosen - rejected)) + F.relu(-chosen)
 
 
@@ -31,7 +31,7 @@ def one_number(chosen, rejected):
 
 
 def textbook_loss(cfg, u, mean, nll):
-    """The loss of `cfg` from log-ratios (or log-probs) u [B, 2] of responses, sums or means per token."""
+    """Computes the loss of `cfg` from log-ratios (or log-probs) u [B, 2] of responses, as sums or means per token."""
     chosen, rejected = (mean if cfg.loss_type in ("simpo", "orpo") else u).unbind(1)
     return {
         "apo_zero": lambda: 1 - (cfg.beta * chosen).sigmoid() + (cfg.beta * rejected).sigmoid(),
@@ -75,7 +75,7 @@ def test_loss_and_gradient_are_those_of_the_padded_textbook_loop(model, other, m
     assert row["rewards/margins"] == pytest.approx(cfg.beta * (u[:, 0] - u[:, 1]).mean().item(), rel=1e-4)
 
 
-def test_cpo_and_orpo_by_name_are_their_sums_with_sft():
+def test_cpo_and_orpo_by_name_equal_the_sums_of_their_terms():
     assert DPOConfig(loss_type="orpo").losses == ("orpo", "sft")
     assert DPOConfig(loss_type="cpo").losses == ("cpo", "sft")
     assert DPOConfig(loss_type=("orpo",)).losses == ("orpo",)
@@ -113,7 +113,7 @@ def test_settings_that_do_not_fit_are_refused(settings, message):
         (f"{__name__}:textbook_loss", "failed on a trial call with two pairs: TypeError"),
     ],
 )
-def test_a_function_that_is_no_loss_is_refused_before_a_model_is_loaded(model, monkeypatch, name, message):
+def test_an_invalid_loss_function_is_refused_before_a_model_is_loaded(model, monkeypatch, name, message):
     monkeypatch.setattr(dpo, "policy_or_given", None)
     with pytest.raises(ValueError, match=message):
         train_dpo(config(model, loss_type=name), tiny.examples(8))
@@ -125,11 +125,12 @@ def test_a_user_defined_loss_divides_log_ratios_as_pair_loss_does(norm):
     pairs = pair_losses.Pairs(trees=[(), ()], label_prob=None, target=None, margin=None)
     logprob, cu_rows = torch.tensor([0.5, 1.0, 0.25, 2.0, 1.0, 0.5, 0.5]), torch.tensor([0, 2, 3, 4, 7])
     ours, plain = (pair_losses.loss_of_pairs(cfg, name, logprob, None, cu_rows, pairs, 2).loss for name in cfg.losses)
-    assert ours.item() == pytest.approx(plain.item(), rel=1e-6)  # chosen are likelier than before: no penalty
+    # Chosen responses are more likely than before, so there is no penalty
+    assert ours.item() == pytest.approx(plain.item(), rel=1e-6)
     assert pair_function(cfg.functions[0]) is pair_function(cfg.functions[0])
 
 
-def test_the_first_loss_may_differ_by_rounding_and_by_no_more():
+def test_the_first_loss_may_differ_only_by_rounding():
     metrics = {"logprob_chosen": -150.0, "logprob_rejected": -250.0}
     cfg, pairs = DPOConfig(beta=0.1), pair_losses.Pairs(trees=[()], label_prob=None, target=None, margin=None)
     pair_losses.check_first_loss(cfg, pairs, metrics | {"loss/sigmoid": math.log(2) + 0.5 * 0.1 * 3e-5 * 400})
@@ -140,11 +141,12 @@ def test_the_first_loss_may_differ_by_rounding_and_by_no_more():
 
 
 @pytest.mark.parametrize("length_norm", ["sum", "mean"])
-def test_the_target_of_ipo_is_told_per_token_and_per_response(length_norm):
+def test_the_target_of_ipo_is_reported_per_token_and_per_response(length_norm):
     cfg = DPOConfig(loss_type="ipo", beta=0.1, label_smoothing=0.1, length_norm=length_norm)
     tree = pair([3], [4, 5, 1], [4, 1, 1, 1, 1], scored=True, share_prompt=True)
     text = pair_losses.describe_target(cfg, pair_losses.Pairs(trees=[tree], label_prob=None, target=None, margin=None))
-    per_token, per_response = (4, 16) if length_norm == "mean" else (1, 4)  # (1 - 0.2) / 0.2 is 4; 4 tokens on average
+    # (1 - 0.2) / 0.2 is 4 per token; responses have 4 tokens on average
+    per_token, per_response = (4, 16) if length_norm == "mean" else (1, 4)
     assert f"{per_token} nats per token, {per_response} per response of 4.0 tokens" in text
 
 

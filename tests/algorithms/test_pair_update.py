@@ -1,4 +1,5 @@
-"""Pair losses on rollouts: numbers by hand, gradients in closed form, and what they converge to."""
+"""Tests of pair losses on rollouts: values by hand, gradients in closed form, and the policies to which they
+converge."""
 
 import math
 from dataclasses import replace
@@ -19,7 +20,7 @@ MASK = torch.tensor([1, 1, 1, 1, 1, 0, 1]).bool()
 REWARD = torch.tensor([0.0, 1.0, 3.0, 0.5, 0.5, 0.0, -1.0])  # returns 1, 3; 1, -1
 LOGPROB = torch.tensor([-1.0, -2.0, -0.5, -1.5, -0.25, -9.0, -2.0])
 BASE = torch.tensor([-1.5, -2.0, -1.0, -1.0, -1.0, -3.0, -1.0])
-MARGINS = torch.tensor([0.5 - 0.5, (-0.5 + 0.75) - -1.0])  # D of the better: episode 1 over 0, 2 over 3
+MARGINS = torch.tensor([0.5 - 0.5, (-0.5 + 0.75) - -1.0])  # D of the better episode over the other: 1 over 0, 2 over 3
 DIFFERENCE = torch.tensor([2.0, 2.0])
 
 
@@ -36,7 +37,7 @@ def pairs_config(**settings) -> PPOConfig:
 
 
 def closed_form(cfg: PPOConfig) -> tuple[float, torch.Tensor]:
-    """The loss over two pairs, and its derivative in D of each."""
+    """The loss over two pairs, and its derivative with respect to the D of each pair."""
     match cfg.pair_loss:
         case "rebel":
             error = MARGINS - cfg.pair_eta * DIFFERENCE
@@ -57,19 +58,20 @@ def test_loss_and_gradient_are_the_closed_form(kind):
     loss.backward()
     expected, slope = closed_form(cfg)
     assert loss.item() == pytest.approx(expected, rel=1e-6)
-    sign = torch.tensor([-1.0, -1, 1, 1, 1, 0, -1])  # of the better response; the masked row has none
+    # +1 for the better response, -1 for the other, 0 for the masked row
+    sign = torch.tensor([-1.0, -1, 1, 1, 1, 0, -1])
     torch.testing.assert_close(logprob.grad, sign * slope[torch.tensor([0, 0, 0, 1, 1, 1, 1])], rtol=1e-6, atol=1e-6)
     found = {name: metric.value.item() for name, metric in metrics.items()}
     assert found == {
         "loss": pytest.approx(2 * expected, rel=1e-6),
         "pairs": 2,
-        "accuracy": 1,  # D is 0 and 1.25
+        "accuracy": 1,  # one of two: D is 0 and 1.25
         "margin": pytest.approx(1.25),
         "return_difference": 4,
     }
 
 
-def test_equal_returns_teach_dpo_nothing_and_rebel_that_nothing_should_move():
+def test_equal_returns_give_dpo_no_loss_and_rebel_a_target_of_zero():
     reward = torch.tensor([1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0])
     for kind, expected in (("dpo", 0.0), ("rebel", (MARGINS**2).mean().item())):
         logprob = LOGPROB.clone().requires_grad_()
@@ -96,8 +98,10 @@ def test_rows_of_episodes():
 
 @pytest.mark.parametrize("kind", ["rebel", "ipo"])
 def test_enumerated_pairs_lead_to_the_policy_in_closed_form(kind):
-    """Four responses of one token, every pair once. rebel: policy = sampler exp(eta r) / Z. ipo: its D is (p - 1/2) /
-    tau for the pair of the two responses that there are."""
+    """Four responses of one token, every pair once. rebel: policy = sampler exp(eta r) / Z. ipo:
+
+    D is (p - 1/2) / tau for the two existing responses.
+    """
     cfg = pairs_config(**SETTINGS[kind])
     num = 4 if kind == "rebel" else 2
     reward = torch.tensor([1.0, -1.0, 0.5, 2.0])[:num]
@@ -143,7 +147,7 @@ def test_the_policy_learns_from_pairs_of_its_rollouts(paths, kind, select):
 
 
 def test_the_first_pass_of_rebel_starts_at_the_sampler(paths):
-    """D is 0, so the loss is the mean of (eta (r - r'))^2."""
+    """D is 0 in the first pass, so the loss is the mean of (eta (r - r'))^2."""
     cfg = config(
         {"model_name_or_path": paths["model_name_or_path"]},
         GRPOConfig,
@@ -173,6 +177,6 @@ def test_the_first_pass_of_rebel_starts_at_the_sampler(paths):
         ({"pair_beta": 0.2}, "pair_beta: must be 0.1 when pair_loss is rebel, since it would have no effect"),
     ],
 )
-def test_what_does_not_go_together_with_pairs(settings, told):
+def test_options_that_pair_losses_do_not_support_are_refused(settings, told):
     with pytest.raises(ValueError, match=f"^{told}"):
         replace(pairs_config(), **settings)

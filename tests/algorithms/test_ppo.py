@@ -1,4 +1,4 @@
-"""The on-policy trainer against an independent padded loop, and the identities between PPO and DR-PO."""
+"""Tests of the on-policy trainer against an independent padded loop, and of the identities between PPO and DR-PO."""
 
 import json
 import math
@@ -66,7 +66,7 @@ def assert_same_history(a, b):
 
 
 class GradientRecorder:
-    """Stands in for the optimiser: keeps each step's gradients and leaves the weights alone."""
+    """Replaces the optimiser: records the gradients of each step and does not change the weights."""
 
     def __init__(self, *models):
         self.models, self.steps = models, []
@@ -79,12 +79,12 @@ class GradientRecorder:
 
 
 def padded_ppo_gradients(cfg: PPOConfig, policy, reference, critic, rollouts: list[Rollout], scores: torch.Tensor):
-    """One PPO update in the textbook way: right-padded [N, L] tensors, full logits, loops over tokens."""
+    """Gradients of one PPO update, computed with right-padded [N, L] tensors, full logits and loops over tokens."""
     sequences = [[*r.prefix.token_ids, *r.completion] for r in rollouts]
     width = max(map(len, sequences))
     ids = torch.tensor([s + [0] * (width - len(s)) for s in sequences])
     attention = torch.tensor([[1] * len(s) + [0] * (width - len(s)) for s in sequences])
-    sampled = torch.zeros(len(rollouts), width - 1)  # 1 where the next token was sampled
+    sampled = torch.zeros(len(rollouts), width - 1)  # 1 if the next token was sampled
     for i, r in enumerate(rollouts):
         sampled[i, len(r.prefix.token_ids) - 1 : len(sequences[i]) - 1] = 1
 
@@ -158,7 +158,7 @@ def run(cfg, **settings):
 
 @pytest.mark.parametrize(("probability", "truncation"), [(0.0, {}), (1e-300, {}), (1e-300, BOOTSTRAP)])
 def test_ppo_is_drpo_with_probability_zero_bit_for_bit(paths, probability, truncation):
-    """1e-300: responses are loaded and coins are thrown, and none comes up."""
+    """Also with probability 1e-300: responses are loaded and random numbers are drawn, but no episode is reset."""
     ppo = run(config(paths, PPOConfig, **truncation))
     drpo = run(config(paths, DRPOConfig, reset_prob=probability, **truncation))
     assert_same_history(ppo, drpo)
@@ -186,7 +186,7 @@ def test_the_first_ratio_is_exactly_one(paths):
 
 
 @pytest.mark.parametrize(("placement", "estimator"), [("reward", "exact"), ("loss", "exact"), ("loss", "k3")])
-def test_wherever_the_kl_stands_the_first_ratio_is_exactly_one_and_the_run_learns(paths, placement, estimator):
+def test_for_every_kl_placement_the_first_ratio_is_exactly_one_and_the_run_learns(paths, placement, estimator):
     cfg = config(paths, num_ppo_epochs=1, kl_placement=placement, kl_estimator=estimator)
     history = run(cfg).history
     assert [row["val/ratio"] for row in history] == [1.0, 1.0]
@@ -194,7 +194,7 @@ def test_wherever_the_kl_stands_the_first_ratio_is_exactly_one_and_the_run_learn
 
 
 def test_the_coefficient_is_steered_by_the_kl_of_every_update(paths):
-    """And is what the next one charges."""
+    """The controlled coefficient is used by the next update."""
     cfg = config(paths, max_steps=4, kl_target=0.5, kl_horizon=24, micro_batch_tokens=1000)
     history, coef = run(cfg).history, cfg.kl_coef
     for row in history:
@@ -206,18 +206,18 @@ def test_the_coefficient_is_steered_by_the_kl_of_every_update(paths):
 
 
 def test_the_policy_waits_for_the_critic(paths):
-    """And so does the coefficient of the KL."""
+    """The KL coefficient does not change during the critic's warm-up either."""
     result = run(config(paths, max_steps=4, value_warmup_steps=2, kl_target=0.5, kl_horizon=24))
     assert [row["policy/kl_coef"] for row in result.history] == pytest.approx([0.05, 0.05, 0.05, 0.045])
     moved = [row["objective/kl"] != 0 for row in result.history]
-    assert moved == [False, False, False, True]  # after updates 1 and 2, of the critic, and 3
+    assert moved == [False, False, False, True]  # the policy moves in update 3; updates 1 and 2 train only the critic
     assert ["loss/policy_avg" in row for row in result.history] == [False, False, True, True]
     assert all(row["loss/value_avg"] > 0 for row in result.history)
     with pytest.raises(ValueError, match=r"^value_warmup_steps: must be below the 2 updates of the run"):
         run(config(paths, max_steps=2, value_warmup_steps=2))
 
 
-def test_the_critic_has_a_learning_rate_of_its_own(paths):
+def test_the_critic_has_its_own_learning_rate(paths):
     """Adam's first step moves every weight that has a gradient by the learning rate."""
     cfg = config(paths, max_steps=1, num_ppo_epochs=1)
     start = load_reward_model(cfg.reward_model_path, pad_token_id=0)
@@ -229,7 +229,8 @@ def test_the_critic_has_a_learning_rate_of_its_own(paths):
 
 
 def prefixes_of(cfg):
-    """[updates][episodes]: where the episodes of a run started; and its result."""
+    """Runs a configuration; returns the prefixes [updates][episodes] from which its episodes started, and its
+    result."""
     seen = []
 
     def engine(cfg, policy, eos):
@@ -245,14 +246,14 @@ def prefixes_of(cfg):
 
 
 def test_the_curriculum_follows_the_updates_of_the_run(paths):
-    """From the last token before the EOS to anywhere in the response."""
+    """Resets start at the last token before the EOS and end anywhere in the response."""
     seen, _ = prefixes_of(config(paths, DRPOConfig, max_steps=3, reset_curriculum=0.5))
     missing = [{round(p.num_reset / p.reset_depth) - p.num_reset for p in prefixes if p.num_reset} for prefixes in seen]
     assert missing[0] == {1}
     assert len(missing[2]) > 2
 
 
-def test_what_is_reset_to_is_written_by_the_reference_after_the_policy_has_moved(paths):
+def test_reset_responses_come_from_the_reference_even_after_the_policy_has_changed(paths):
     cfg = config(paths, DRPOConfig, reset_source="sample", learning_rate=1e-2)
     [_, second], result = prefixes_of(cfg)
     prompts = [TokenizedExample(prompt=p.token_ids[: len(p.token_ids) - p.num_reset], row=p.row) for p in second]
@@ -262,7 +263,7 @@ def test_what_is_reset_to_is_written_by_the_reference_after_the_policy_has_moved
 
 
 class BiasedEngine:
-    """Samples as the trainer's own engine does, and reports log-probs that are off by 0.3 nats, up and down."""
+    """Samples like the trainer's own engine, but reports log-probs with errors of +0.3 and -0.3 nats."""
 
     def __init__(self, cfg, policy, eos):
         self.engine = make_engine(cfg, policy, eos)
@@ -274,12 +275,12 @@ class BiasedEngine:
         ]
 
 
-def test_an_engine_that_disagrees_is_seen_and_its_tokens_are_weighted(paths):
+def test_a_disagreeing_engine_is_reported_and_its_tokens_are_weighted(paths):
     cfg = config(paths, max_steps=1, sampler_is_cap=1.2, max_sampling_logp_difference=0.5)
     biased = train_ppo(cfg, tiny.examples(40), engine=BiasedEngine)
     row = biased.history[0]
     assert row["sampling/sampling_logp_difference/mean"] == pytest.approx(0.3, rel=1e-4)
-    capped = row["sampling/is_weight_capped"]  # the odd tokens, exp(0.3); the even ones have exp(-0.3)
+    capped = row["sampling/is_weight_capped"]  # the odd tokens have weight exp(0.3), the even tokens exp(-0.3)
     assert 0.2 < capped < 0.5
     assert row["sampling/is_weight_mean"] == pytest.approx(1.2 * capped + math.exp(-0.3) * (1 - capped), rel=1e-4)
     honest = run(cfg)
@@ -287,7 +288,8 @@ def test_an_engine_that_disagrees_is_seen_and_its_tokens_are_weighted(paths):
     ignored = train_ppo(replace(cfg, sampler_is_cap=None), tiny.examples(40), engine=BiasedEngine)
     plain = run(replace(cfg, sampler_is_cap=None))
     pairs = zip(ignored.model.parameters(), plain.model.parameters(), strict=True)
-    assert all(torch.equal(a, b) for a, b in pairs)  # its log-probs are looked at, and not trained on
+    # The engine's log-probs are only reported; the loss does not use them
+    assert all(torch.equal(a, b) for a, b in pairs)
     assert not torch.equal(next(biased.model.parameters()), next(plain.model.parameters()))
 
 
@@ -325,7 +327,7 @@ def test_rewards_follow_a_judge_of_the_users(paths):
     assert sum(scores[-3:]) / 3 > sum(scores[:3]) / 3 + 1.0
 
 
-def test_compat_reference_writes_on_past_the_eos_and_counts_one_in_the_last_slot_as_missing(paths):
+def test_compat_reference_samples_past_the_eos_and_ignores_one_in_the_last_slot(paths):
     cfg = config(paths, DRPOConfig, compat="reference", missing_eos_penalty=None, missing_eos_score=-1.0)
     result = run(cfg, max_steps=1)
     history = result.history[0]
@@ -358,7 +360,7 @@ def test_a_second_reward_model_judges_the_held_out_prompts_and_moves_nothing(pat
 
 @pytest.mark.parametrize("field", ["reward_model_path", "eval_reward_model_path"])
 def test_a_judge_of_another_tokenizer_is_refused_with_the_token_that_differs(paths, tmp_path, field):
-    """Of the same size, so that every id would be read as some other word in silence."""
+    """The vocabularies have equal size, so that without the check every id would silently mean another word."""
     judge = tiny.save_reward_model(tmp_path / "judge")
     file = tmp_path / "judge" / "tokenizer.json"
     known = json.loads(file.read_text())

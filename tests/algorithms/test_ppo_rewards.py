@@ -1,4 +1,5 @@
-"""What the on-policy trainer can earn and do without: RTO, PsiPO, functions of the user's, no critic."""
+"""Tests of the rewards of the on-policy trainer (RTO, PsiPO, user-defined functions) and of training without a
+critic."""
 
 # ruff: noqa: F811 (the fixture)
 
@@ -19,7 +20,10 @@ from tests.algorithms.test_ppo import assert_same_history, config, paths, run  #
 
 @pytest.mark.parametrize(("kind", "shaping"), [(PPOConfig, "token"), (DRPOConfig, "rs")])
 def test_ppo_is_rto_with_scale_zero_bit_for_bit(paths, tmp_path, kind, shaping):
-    """The DPO model is loaded and its token rewards are computed; times 0 they move nothing. The same from resets."""
+    """The DPO model is loaded and its token rewards are computed, but scaled by 0.
+
+    Tested from prompts and from resets.
+    """
     dpo = tiny.save_policy(tmp_path / "dpo", seed=1)
     plain = run(config(paths, kind))
     rto = run(config(paths, kind, dpo_model_path=dpo, dpo_reward_scale=0.0, reward_shaping=shaping))
@@ -34,8 +38,8 @@ def test_ppo_is_rto_with_scale_zero_bit_for_bit(paths, tmp_path, kind, shaping):
 
 
 @pytest.mark.parametrize("scale", [0.5, -0.5])
-def test_rto_draws_the_policy_to_the_dpo_model_or_away_from_it(paths, tmp_path, scale):
-    """Without a score the token rewards rise, whatever the sign of their scale (measured: by 0.21 and 0.12)."""
+def test_rto_moves_the_policy_towards_the_dpo_model_or_away_from_it(paths, tmp_path, scale):
+    """Without a score the token rewards rise for either sign of their scale (measured: by 0.21 and 0.12)."""
     dpo = tiny.save_policy(tmp_path / "dpo", seed=1)
     cfg = config(paths, RTOConfig, dpo_model_path=dpo, dpo_reward_scale=scale, score_coef=0.0, kl_coef=0.0)
     cfg = replace(cfg, per_device_train_batch_size=32, num_ppo_epochs=3, micro_batch_tokens=1000)
@@ -44,7 +48,7 @@ def test_rto_draws_the_policy_to_the_dpo_model_or_away_from_it(paths, tmp_path, 
     assert sum(rewards[-3:]) / 3 > rewards[0] + 0.06
 
 
-def test_a_function_of_the_users_is_a_reward_of_its_own(paths):
+def test_a_user_defined_function_is_a_separate_reward(paths):
     result = train_ppo(
         config(paths, max_steps=1),
         tiny.examples(40),
@@ -61,7 +65,10 @@ def test_a_function_of_the_users_is_a_reward_of_its_own(paths):
 
 @pytest.mark.parametrize("compat", ["fixed", "reference"])
 def test_samples_have_the_rewards_of_their_own_tokens(paths, tmp_path, compat):
-    """From resets, whose own rows earn too under compat reference: a reward that names the token shows any shift."""
+    """Tested from resets, whose reset tokens also earn rewards in compat "reference".
+
+    The reward depends on the token, so any shift shows.
+    """
     cfg = config(paths, DRPOConfig, max_steps=1, compat=compat, output_dir=str(tmp_path / "run"))
     train_ppo(cfg, tiny.examples(8), reward_functions={"id": lambda r: [float(i) for i in r.completion]})
     rows = read_rows(tmp_path / "run" / "samples.jsonl")
@@ -75,7 +82,7 @@ def test_samples_have_the_rewards_of_their_own_tokens(paths, tmp_path, compat):
         assert has_token_rewards(row)
 
 
-def test_rto_without_a_dpo_model_is_told_what_it_lacks(paths):
+def test_rto_without_a_dpo_model_is_refused(paths):
     with pytest.raises(ValueError, match=r"^dpo_model_path: give the DPO model"):
         train_ppo(config(paths, RTOConfig), tiny.examples(4))
 
@@ -115,7 +122,10 @@ def test_without_a_critic_the_policy_learns_and_a_judge_alone_suffices(paths, es
 
 
 def test_reward_functions_alone_train_the_policy_and_are_logged_by_name(paths, tmp_path):
-    """From the answer of each row, whose word must come first. No reward model is named, with a critic and without."""
+    """The reward function checks that the answer of the row comes first.
+
+    There is no reward model; with and without a critic.
+    """
 
     def right(completions, answer, **kwargs):
         return [float(text.startswith(word)) for text, word in zip(completions, answer, strict=True)]
@@ -145,7 +155,8 @@ def test_a_critic_starts_from_the_policy_or_from_the_value_model_of_an_earlier_r
     policy = {"model_name_or_path": paths["model_name_or_path"]}
     cfg = config(policy, output_dir=str(tmp_path / "first"), learning_rate=1e-4, value_learning_rate=1e-2)
     first = train_ppo(cfg, tiny.examples(8), reward_functions={"brief": brief})
-    assert first.history[0]["critic/explained_var"] == pytest.approx(0, abs=1e-6)  # every value is 0 at first
+    # Every value is 0 in the first update
+    assert first.history[0]["critic/explained_var"] == pytest.approx(0, abs=1e-6)
     warm = replace(cfg, output_dir="", critic_model_path=str(tmp_path / "first" / "value_model"))
     second = train_ppo(warm, tiny.examples(8), reward_functions={"brief": brief})
     assert abs(second.history[0]["critic/explained_var"]) > 1e-3
@@ -191,7 +202,10 @@ def test_without_a_critic_the_reward_model_is_the_judge_alone(paths):
 
 @pytest.mark.parametrize("opponents", ["reference", "rollouts"])
 def test_psi_makes_the_reward_a_mean_preference_and_leaves_the_evaluation_in_scores(paths, opponents):
-    """Against responses of the dataset, or of its own group, by a judge that can be followed by hand."""
+    """Opponents are responses of the dataset or of the group itself.
+
+    The judge is simple enough to compute the rewards by hand.
+    """
 
     def length(rollouts):
         return torch.tensor([0.5 * len([*r.prefix.token_ids, *r.completion]) for r in rollouts])
@@ -208,7 +222,7 @@ def test_psi_makes_the_reward_a_mean_preference_and_leaves_the_evaluation_in_sco
     history = train_ppo(
         cfg, examples, tiny.examples(2, seed=1), judge=length, reward_functions={"watch": watch}
     ).history
-    del seen[2 + cfg.batch_size :], seen[:2]  # of the evaluation, and of the trial call
+    del seen[2 + cfg.batch_size :], seen[:2]  # drops the calls of the evaluation and the trial call
     scores = dict(zip(map(id, seen), length(seen).tolist(), strict=True))
     prompts = {r.prefix.row: len(r.prefix.token_ids) for r in seen}
     expected = []
@@ -220,7 +234,7 @@ def test_psi_makes_the_reward_a_mean_preference_and_leaves_the_evaluation_in_sco
         own = scores[id(rollout)]
         expected.append(sum(1 / (1 + math.exp(other - own)) for other in others) / len(others))
     assert history[0]["objective/scores"] == pytest.approx(sum(expected) / len(expected), rel=1e-5)
-    assert history[0]["eval_objective/scores"] > 1  # of the judge, in its own unit
+    assert history[0]["eval_objective/scores"] > 1  # the judge's score, in the judge's own unit
 
 
 def test_opponents_of_the_group_need_a_group_and_a_psi_a_name(paths):

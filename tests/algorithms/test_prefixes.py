@@ -1,4 +1,5 @@
-"""Which response an episode resets to, who shares a reset point, and what keys the draws."""
+"""Tests of resets: to which response an episode is reset, which episodes share a reset point, and which seed each draw
+uses."""
 
 from collections import Counter
 
@@ -17,7 +18,7 @@ def config(**settings) -> DRPOConfig:
 
 
 def prompts(count: int) -> list[TokenizedExample]:
-    """References of tokens 10 .. 15 and chosen responses of 20 .. 25."""
+    """Makes prompts with references of tokens 10 .. 15 and chosen responses of tokens 20 .. 25."""
     return [
         TokenizedExample(
             prompt=[3 + i % 5, 4],
@@ -29,7 +30,7 @@ def prompts(count: int) -> list[TokenizedExample]:
     ]
 
 
-def test_a_group_starts_at_one_point_and_its_episodes_are_numbered_on():
+def test_a_group_shares_a_start_and_its_episodes_are_numbered_consecutively():
     cfg = config(num_generations=4)
     prefixes = draw_prefixes(cfg, prompts(3), first_group=5)
     assert [p.episode for p in prefixes] == list(range(20, 32))
@@ -40,14 +41,14 @@ def test_a_group_starts_at_one_point_and_its_episodes_are_numbered_on():
     assert [p.token_ids for p in prefixes[::4]] == [p.token_ids for p in alone]
 
 
-def test_the_episodes_of_a_group_are_sampled_apart():
+def test_the_episodes_of_a_group_are_sampled_independently():
     cfg = config(num_generations=4, reset_prob=0.0, temperature=2.0)
     rollouts = make_engine(cfg, tiny.policy(), tiny.EOS).generate(draw_prefixes(cfg, prompts(12), 0))
     for group in range(12):
         assert len({tuple(r.completion) for r in rollouts[4 * group : 4 * group + 4]}) > 1
 
 
-def test_the_episodes_of_a_group_may_start_at_points_of_their_own_in_one_response():
+def test_episodes_of_a_group_may_start_at_different_points_of_one_response():
     cfg = config(num_generations=4, reset_group="response", reset_source="both", reset_prob=0.8)
     prefixes = draw_prefixes(cfg, prompts(300), 0)
     for group in range(300):
@@ -88,7 +89,7 @@ def test_the_curriculum_moves_from_the_end_of_the_response_to_the_published_dist
     assert draw_prefixes(cfg, prompts(50), 0, progress=0.5) == draw_prefixes(config(), prompts(50), 0)
 
 
-def test_a_sampled_prefix_is_cut_from_what_the_reference_policy_writes_with_draws_of_its_own():
+def test_a_sampled_prefix_is_cut_from_a_response_of_the_reference_policy():
     cfg = config(reset_source="sample", reset_prob=0.7, temperature=2.0)
     reference = tiny.policy(seed=5)
     roll_in = make_roll_in(cfg, reference, tiny.EOS)

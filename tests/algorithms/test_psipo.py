@@ -1,4 +1,4 @@
-"""Every back-end against the closed form of PsiPO, by exact enumeration in float64.
+"""Tests every PsiPO back-end against the closed form, by exact enumeration in float64.
 
 The example has five actions. mu is uniform over seven cards that carry them, so that every way to draw K of the cards
 is equally likely, and the sum over all draws is the population loss.
@@ -31,7 +31,7 @@ MU = CARDS.bincount().double() / 7
 REFERENCE = torch.tensor([0.3, 0.1, 0.25, 0.15, 0.2], dtype=torch.float64)
 REWARDS = torch.tensor([0.8, -0.3, 0.5, -1.2, 0.1], dtype=torch.float64)
 BRADLEY_TERRY = reward_preferences(REWARDS)
-CYCLES = torch.tensor(  # no reward explains it: 0 > 3 > 1 > 2 > 4 > 0
+CYCLES = torch.tensor(  # the cycle 0 > 3 > 1 > 2 > 4 > 0, which no reward function can explain
     [
         [0.5, 0.8, 0.6, 0.9, 0.3],
         [0.2, 0.5, 0.7, 0.4, 0.6],
@@ -61,12 +61,12 @@ ODD = [name for name in PSIS if name != "square"]
 
 
 def closed_form(psi, preference=CYCLES) -> torch.Tensor:
-    """pi_ref exp(g / tau) / Z, eq. 7 and 9."""
+    """The optimal policy pi_ref exp(g / tau) / Z, eq. 7 and 9."""
     return (REFERENCE.log() + (psi(preference) @ MU) / TAU).softmax(0)
 
 
 def minimiser(loss) -> torch.Tensor:
-    """The policy of the log-ratios at the minimum of a quadratic, whose gradient is linear."""
+    """The policy at the minimum of a loss that is quadratic in the log-ratios, so that its gradient is linear."""
     points = [torch.zeros(5, dtype=torch.float64), *torch.eye(5, dtype=torch.float64)]
     start, *shifted = (torch.autograd.grad(loss(u), u)[0] for u in map(torch.Tensor.requires_grad_, points))
     hessian = torch.stack(shifted) - start
@@ -78,13 +78,13 @@ def error(policy, psi, preference=CYCLES) -> float:
 
 
 def groupwise_minimiser(size: int, target) -> torch.Tensor:
-    """Of `group_loss` over all draws of `size` cards; `target` maps P [draws, K, K] to [draws, K]."""
+    """The minimiser of `group_loss` over all draws of `size` cards; `target` maps P [draws, K, K] to [draws, K]."""
     draws = CARDS[torch.cartesian_prod(*[torch.arange(7)] * size)]
     targets = target(CYCLES[draws[:, :, None], draws[:, None, :]]).flatten()
     cu_groups = torch.arange(0, draws.numel() + 1, size)
 
     def loss(u):
-        # The metrics compare all members with all; some groups at a time keep that small.
+        # The metrics compare all pairs of members, so a few groups at a time keep the memory small.
         parts = zip(draws.split(30), targets.split(30 * size), strict=True)
         return sum(group_loss(u[d].flatten(), t, cu_groups[: len(d) + 1], num_groups=len(draws)).loss for d, t in parts)
 
@@ -109,8 +109,8 @@ def test_the_closed_form_maximises_the_objective():
 
 @pytest.mark.parametrize("preference", [CYCLES, BRADLEY_TERRY], ids=["cycles", "bradley_terry"])
 @pytest.mark.parametrize("name", ODD)
-def test_pairs_reach_the_closed_form_where_psi_is_odd(name, preference):
-    """Through the pair loss itself, whose float32 is the tolerance: all pairs of cards, in both orders."""
+def test_pairs_reach_the_closed_form_if_psi_is_odd(name, preference):
+    """Uses the pair loss itself, whose float32 sets the tolerance, over all pairs of cards in both orders."""
     psi = PSIS[name]
     pairs = CARDS[torch.cartesian_prod(torch.arange(7), torch.arange(7))]  # [49, 2]
     target = pair_target(psi, preference[pairs[:, 0], pairs[:, 1]], TAU)
@@ -119,7 +119,7 @@ def test_pairs_reach_the_closed_form_where_psi_is_odd(name, preference):
     sequences = log_ratio[pairs].flatten()
     loss = pair_loss(sequences, None, cu_seqlens, mask, num_pairs=49, kind="ipo", beta=TAU, target=target).loss
     loss.backward()
-    # The Hessian of the mean over pairs of (u_i - u_j)^2, which does not depend on the target.
+    # The Hessian of the mean of (u_i - u_j)^2 over pairs; it does not depend on the target.
     hessian = 4 * (MU.diag() - torch.outer(MU, MU))
     policy = (REFERENCE.log() - torch.linalg.pinv(hessian) @ log_ratio.grad.double()).softmax(0)
     assert error(policy, psi, preference) < 2e-7
@@ -127,7 +127,7 @@ def test_pairs_reach_the_closed_form_where_psi_is_odd(name, preference):
 
 @pytest.mark.parametrize("size", [2, 3, 4])
 @pytest.mark.parametrize("name", ODD)
-def test_groups_that_count_themselves_reach_the_closed_form_where_psi_is_odd(name, size):
+def test_groups_that_include_the_response_itself_reach_the_closed_form_if_psi_is_odd(name, size):
     psi = PSIS[name]
     policy = groupwise_minimiser(size, lambda p: group_target(p, psi, TAU, "self_included"))
     assert error(policy, psi) < 1e-12
@@ -141,9 +141,9 @@ def test_groups_that_leave_two_out_reach_the_closed_form_for_any_psi(name, size)
     assert error(policy, psi) < 1e-12
 
 
-def test_what_is_refused_for_a_psi_that_is_not_odd_would_be_wrong():
+def test_back_ends_that_are_refused_for_a_psi_that_is_not_odd_would_be_wrong():
     psi = PSIS["square"]
-    pairwise = groupwise_minimiser(2, lambda p: psi(p).mean(-1) / TAU)  # at K = 2, the pairwise target
+    pairwise = groupwise_minimiser(2, lambda p: psi(p).mean(-1) / TAU)  # at K = 2 this is the pairwise target
     included = groupwise_minimiser(3, lambda p: psi(p).mean(-1) / TAU)
     assert error(pairwise, psi) > 0.004
     assert 0.001 < error(included, psi) < error(pairwise, psi)
@@ -156,7 +156,7 @@ def test_what_is_refused_for_a_psi_that_is_not_odd_would_be_wrong():
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
-def test_leaving_oneself_out_inflates_every_target_which_is_why_it_is_not_offered(size):
+def test_excluding_the_response_itself_would_inflate_every_target(size):
     psi = PSIS["identity"]
 
     def excluded(p):
@@ -172,14 +172,14 @@ def test_leaving_oneself_out_inflates_every_target_which_is_why_it_is_not_offere
 @pytest.mark.parametrize("name", PSIS)
 def test_the_reward_of_the_reward_backend_is_g(name):
     psi = PSIS[name]
-    g = group_rewards(CYCLES[CARDS[:, None], CARDS[None]], psi)  # mu is uniform over the cards
+    g = group_rewards(CYCLES[CARDS[:, None], CARDS[None]], psi)  # because mu is uniform over the cards
     policy = (REFERENCE.log()[CARDS] + g / TAU).softmax(0)
     by_action = torch.stack([policy[a == CARDS].mean() for a in range(5)])
     assert error(by_action / by_action.sum(), psi) < 1e-14
 
 
 def dpo_minimiser(preference) -> torch.Tensor:
-    """The population optimum of DPO (beta = tau), by Newton steps on its convex loss."""
+    """The population optimum of DPO (beta = tau), found by Newton steps on its convex loss."""
 
     def loss(u):
         return (preference * weights * F.softplus(-TAU * (u[:, None] - u[None]))).sum()
@@ -192,8 +192,8 @@ def dpo_minimiser(preference) -> torch.Tensor:
     return (REFERENCE.log() + u).softmax(0)
 
 
-def test_under_bradley_terry_dpo_rlhf_and_psipo_with_logit_are_one():
-    """Proposition 1. Where Bradley-Terry fails, DPO is not PsiPO with logit."""
+def test_under_bradley_terry_dpo_rlhf_and_psipo_with_logit_are_equal():
+    """Proposition 1: they are equal under Bradley-Terry. For other preferences DPO differs from PsiPO with logit."""
     rlhf = (REFERENCE.log() + REWARDS / TAU).softmax(0)
     torch.testing.assert_close(closed_form(PSIS["logit"], BRADLEY_TERRY), rlhf, rtol=0, atol=1e-14)
     torch.testing.assert_close(dpo_minimiser(BRADLEY_TERRY), rlhf, rtol=0, atol=1e-12)
@@ -232,12 +232,13 @@ def test_one_hard_label_per_pair_takes_an_affine_psi():
         with pytest.raises(ValueError, match=f"{name} needs probabilities, and every label is hard"):
             pair_target(PSIS[name], hard, TAU)
     assert pair_target(examined(lambda q: 3 * q - 1, "line"), hard, TAU).tolist() == pytest.approx([3, -3, 3])
-    assert pair_target(PSIS["tanh"], torch.tensor([1.0, 0.9]), TAU)[0] > 0  # sure once, not everywhere
+    assert pair_target(PSIS["tanh"], torch.tensor([1.0, 0.9]), TAU)[0] > 0  # not all probabilities are 0 or 1
 
 
 def test_smoothed_probabilities_by_hand():
     wins, labels = torch.tensor([1, 0, 3, 0]), torch.tensor([1, 1, 4, 0])
-    assert label_probability(wins, labels).tolist() == [0.75, 0.25, 0.7, 0.5]  # 1 / (2 m + 2) from the ends
+    # At a distance of 1 / (2 m + 2) from 0 and 1
+    assert label_probability(wins, labels).tolist() == [0.75, 0.25, 0.7, 0.5]
     assert label_probability(wins[:3], labels[:3], 0.0).tolist() == [1, 0, 0.75]
     with pytest.raises(ValueError, match="a pair without labels has no probability"):
         label_probability(wins, labels, 0.0)
@@ -253,7 +254,7 @@ def test_smoothed_probabilities_by_hand():
         (lambda q: q.sum(), r"mine must return a tensor of the shape of its argument, \(1001,\)"),
     ],
 )
-def test_a_function_that_is_no_psi_is_refused(function, message):
+def test_an_invalid_psi_function_is_refused(function, message):
     with pytest.raises(ValueError, match=message):
         examined(function, "mine")
 
@@ -267,7 +268,7 @@ def test_symmetry_and_straightness_are_measured():
     assert (single.is_odd, single.is_affine) == (True, False)
     assert examined(lambda q: 0.1 * q.float(), "in float32").is_affine
     assert not examined(lambda q: q.float() + 1e-4 * q.float() ** 2, "in float32").is_odd
-    for name in ("identity", "clipped_logit"):  # what is declared is what would be measured
+    for name in ("identity", "clipped_logit"):  # the declared properties equal the measured ones
         again = examined(PSIS[name].function, name)
         assert (again.is_odd, again.is_affine) == (PSIS[name].is_odd, PSIS[name].is_affine)
 
@@ -303,7 +304,7 @@ def test_the_group_loss_is_the_mean_over_pairs_and_its_gradient_the_finite_diffe
 
 @pytest.mark.parametrize("name", PSIS)
 def test_leave_two_out_has_the_gradient_of_its_definition(name):
-    """For each pair, the mean of M_il - M_jl over the others l, one pair at a time."""
+    """Definition: for each pair, the mean of M_il - M_jl over the other members l, one pair at a time."""
     value, size = PSIS[name](CYCLES), 5
     u = torch.randn(size, generator=torch.Generator().manual_seed(1), dtype=torch.float64, requires_grad=True)
     loss = torch.zeros((), dtype=torch.float64)
@@ -321,8 +322,8 @@ def test_metrics_are_over_the_pairs_that_differ_in_target():
     metrics = group_loss(u, t, torch.tensor([0, 3, 5]), num_groups=2).metrics
     values = {name: metric.value.item() for name, metric in metrics.items()}
     assert values["groups"] == 2
-    assert values["ordered"] == 1  # the second group's targets are equal
-    assert values["accuracy"] == pytest.approx(1 / 3)  # of 0 > 1, 0 > 2, 1 > 2 the last alone
+    assert values["ordered"] == 1  # the targets of the second group are equal
+    assert values["accuracy"] == pytest.approx(1 / 3)  # of 0 > 1, 0 > 2, 1 > 2 only the last is right
     assert values["margin"] == pytest.approx((-2 - 1 + 1) / 3)
     assert values["target_margin"] == pytest.approx((1 + 2 + 1) / 3)
 
@@ -350,7 +351,7 @@ def test_a_judge_compares_with_the_opponents_of_its_prompt(name):
 
 
 def test_without_opponents_the_reward_of_a_rollout_is_unbiased():
-    """Over all draws of three rollouts, the mean reward of an action is g with mu the sampler."""
+    """Averaged over all draws of three rollouts, the reward of an action is g with the sampler as mu."""
     rewards = {a: [] for a in range(5)}
     judged = psi_judge(judge, None, PSIS["square"])
     for draw in itertools.product(CARDS.tolist(), repeat=3):

@@ -1,4 +1,4 @@
-"""PsiPO on packs against a padded textbook loop, against IPO, and against its closed form."""
+"""Tests of PsiPO on packs: against a textbook loop on padded tensors, against IPO, and against the closed form."""
 
 import itertools
 import json
@@ -19,7 +19,7 @@ from fastrlhf.types import Example
 from tests import tiny
 
 PROMPT = "w0 w28"
-PREFERENCES = [[0.5, 0.9, 0.3], [0.1, 0.5, 0.8], [0.7, 0.2, 0.5]]  # a cycle: no reward explains it
+PREFERENCES = [[0.5, 0.9, 0.3], [0.1, 0.5, 0.8], [0.7, 0.2, 0.5]]  # a cycle, which no reward function can explain
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def config(model, **settings):
 
 
 def scored_groups() -> list[Example]:
-    """Of two, three and four responses, none of them equal."""
+    """Groups of two, three and four responses, all different."""
     responses = ["w1 w2 w3", "w4", "w5 w6", "w7 w8 w9 w10"]
     return [
         Example(
@@ -45,14 +45,14 @@ def scored_groups() -> list[Example]:
 
 
 def logprob(model, prompt: str, response: str) -> torch.Tensor:
-    """Of one sequence, from full logits."""
+    """Log-prob of the response to a prompt, from full logits of one sequence."""
     x, y = tiny.ids(prompt), [*tiny.ids(response), tiny.EOS]
     logits = model(torch.tensor([x + y])).logits[0, len(x) - 1 : -1]
     return logits.log_softmax(-1).gather(1, torch.tensor(y)[:, None]).sum()
 
 
 def textbook_loss(policy, reference, examples, tau: float, scale: float) -> torch.Tensor:
-    """Psi = identity: pair by pair, each g the mean of its row of P."""
+    """The loss for Psi = identity, computed pair by pair; g of a response is the mean of its row of P."""
     total = torch.zeros(())
     for example in examples:
         with torch.no_grad():
@@ -104,7 +104,8 @@ def test_a_group_of_two_is_a_pair_with_a_probability(model, other, monkeypatch, 
         for e in tiny.examples(4)
     ]
     cfg = config(model, psi=psi, ref_model_name_or_path=other, length_norm="sum")
-    pairs = replace(cfg, psi_backend="pairwise", label_source="counts", label_prior=0.5)  # (0.5 + 3) / (1 + 4)
+    # smoothed: (0.5 + 3) / (1 + 4)
+    pairs = replace(cfg, psi_backend="pairwise", label_source="counts", label_prior=0.5)
     by_pair, by_group = (train_dpo(c, examples).history[0] for c in (pairs, cfg))
     tiny.assert_close_gradients(ours[0].steps[0][0], theirs[0].steps[0][0])
     names = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected", "num_tokens")
@@ -113,10 +114,10 @@ def test_a_group_of_two_is_a_pair_with_a_probability(model, other, monkeypatch, 
 
 @pytest.mark.parametrize(("size", "psi"), [(2, "identity"), (3, "tests.algorithms.test_psipo:square")])
 def test_training_on_groups_reaches_the_closed_form(model, size, psi):
-    """All ways to draw `size` of three one-word responses, so that mu is uniform; the policy is compared on the three.
+    """Trains on all ways to draw `size` of three one-word responses, so that mu is uniform.
 
-    To 1e-3: the noise of g, which differs between the groups of one pair, keeps the loss above 0, and
-    Adam from the exact optimum.
+    The tolerance is 1e-3: g differs between the groups of one pair, and this noise keeps the loss above 0 and Adam away
+    from the exact optimum.
     """
     words = ["w3", "w4", "w5"]
     draws = enumerate(itertools.product(range(3), repeat=size))
@@ -144,7 +145,7 @@ def test_training_on_groups_reaches_the_closed_form(model, size, psi):
 
 @pytest.mark.parametrize("backend", ["pairwise", "groupwise"])
 def test_a_reward_model_gives_the_probabilities(model, reward_model, backend):
-    """With logit, the targets are the differences of its scores over tau, so the first loss is their mean square."""
+    """With logit the targets are differences of scores divided by tau, so the first loss is their mean square."""
     examples = [
         replace(example, responses=[example.chosen, example.rejected], scores=[math.nan])
         for example in tiny.examples(4)
@@ -181,7 +182,7 @@ def test_held_out_groups_are_evaluated(model):
     assert set(result.final) >= {"eval_rewards/accuracies", "eval_rewards/target_margins", "eval_logps/chosen"}
 
 
-def test_a_reference_whose_groups_are_mixed_up_is_noticed_at_the_first_step(model, monkeypatch):
+def test_a_reference_with_permuted_groups_is_noticed_at_the_first_step(model, monkeypatch):
     compute = reference._compute
     examples = [replace(example, responses=example.responses[:2], scores=[1.0, 0.0]) for example in scored_groups()]
     monkeypatch.setattr(reference, "_compute", lambda *arguments: compute(*arguments).flip(0))

@@ -1,4 +1,4 @@
-"""Precomputed, kept on disk and live references: the same numbers, and a cache that never serves another's."""
+"""Tests of precomputed, cached and live references: equal numbers, and no use of another run's cache."""
 
 import logging
 from dataclasses import replace
@@ -23,12 +23,12 @@ def run(cfg, count=12):
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["the start", "a reference of its own"])
-def test_live_and_precomputed_and_cached_are_one_run(model, other, tmp_path, own):
+def test_live_precomputed_and_cached_references_give_the_same_run(model, other, tmp_path, own):
     cfg = config(model, ref_model_name_or_path=other if own else "")
     expected = run(cfg)
     live = run(replace(cfg, precompute_ref_log_probs=False))
     for row, other_row in zip(live, expected, strict=True):
-        assert row == pytest.approx(other_row, rel=1e-4, abs=1e-5)  # packs differ, so rounding does
+        assert row == pytest.approx(other_row, rel=1e-4, abs=1e-5)  # different packs, so rounding differs
     cached = replace(cfg, ref_cache_dir=str(tmp_path / "cache"))
     assert run(cached) == expected
     assert run(cached) == expected
@@ -89,7 +89,7 @@ def test_an_adapter_that_is_yet_to_be_trained_has_the_reference_of_its_base(mode
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_only_what_is_trained_or_held_out_is_computed_unless_it_is_kept(model, tmp_path, monkeypatch):
+def test_unused_rows_are_only_computed_for_a_cache(model, tmp_path, monkeypatch):
     compute, sizes = reference._compute, []
     monkeypatch.setattr(reference, "_compute", lambda *given: sizes.append(len(given[2])) or compute(*given))
     run(config(model, max_steps=1), count=30)
@@ -103,7 +103,7 @@ def flip_a_byte(content: bytes) -> bytes:
 
 @pytest.mark.parametrize("damage", [lambda content: content[:20], flip_a_byte])
 def test_a_damaged_cache_is_named(damage, model, tmp_path):
-    """A byte that flipped in the numbers, too: the file itself is whole."""
+    """Includes a flipped byte within the numbers, which leaves the file readable."""
     cfg = config(model, ref_cache_dir=str(tmp_path))
     run(cfg)
     [file] = tmp_path.iterdir()

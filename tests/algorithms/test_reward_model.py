@@ -1,4 +1,4 @@
-"""The reward model on packs against the plain AutoModelForSequenceClassification, padded."""
+"""Tests of the reward model on packs, against the plain AutoModelForSequenceClassification on padded batches."""
 
 import math
 import random
@@ -36,14 +36,14 @@ def config(model, **settings):
 
 
 def sequences(examples: list[Example]) -> list[list[int]]:
-    """chosen, rejected, chosen, rejected, ..."""
+    """Lists chosen and rejected responses alternately."""
     return [
         [*tiny.ids(e.prompt), *tiny.ids(response), tiny.EOS] for e in examples for response in (e.chosen, e.rejected)
     ]
 
 
 def plain_scores(model, tokens: list[list[int]]) -> torch.Tensor:
-    """[N] of a right-padded batch, the way other programs call the model."""
+    """Scores [N] of a right-padded batch, computed as other programs call the model."""
     width = max(map(len, tokens))
     ids = torch.tensor([s + [0] * (width - len(s)) for s in tokens])
     mask = torch.tensor([[1] * len(s) + [0] * (width - len(s)) for s in tokens])
@@ -66,7 +66,7 @@ def test_loss_and_gradient_are_minus_log_sigmoid_of_the_plain_models_scores(judg
             "min_reward": scores.min().item(),
             "mean_reward": scores.mean().item(),
             "max_reward": scores.max().item(),
-            "grad_norm": 0.0,  # of the recorder
+            "grad_norm": 0.0,  # the recorder does not compute it
             "learning_rate": 0.0,
             "num_tokens": sum(map(len, sequences(examples))),
             "num_unique_tokens": sum(map(len, sequences(examples))) - sum(len(tiny.ids(e.prompt)) for e in examples),
@@ -92,7 +92,7 @@ def test_one_micro_batch_of_eight_is_eight_of_one(judge, monkeypatch):
 def test_metrics_of_three_pairs_by_hand_a_tie_counts_one_half():
     scores = torch.tensor([[1.0, 0.0], [-1.0, 1.0], [2.0, 2.0]])
     summary = reward_model._summary(scores, ranking_losses(RewardConfig(), scores, torch.zeros(3)))
-    losses = [math.log1p(math.exp(-1)), math.log1p(math.exp(2)), math.log(2)]  # -log sigmoid of margins 1, -2, 0
+    losses = [math.log1p(math.exp(-1)), math.log1p(math.exp(2)), math.log(2)]  # -log sigmoid of the margins 1, -2, 0
     rewards = {"min_reward": -1.0, "mean_reward": 5 / 6, "max_reward": 2.0}
     assert summary == pytest.approx({"loss": sum(losses) / 3, "accuracy": 1.5 / 3, "margin": -1 / 3} | rewards)
 
@@ -100,7 +100,7 @@ def test_metrics_of_three_pairs_by_hand_a_tie_counts_one_half():
 def test_margins_and_centring_by_hand():
     scores = torch.tensor([[1.0, 0.0], [-1.0, 1.0]])
     cfg = RewardConfig(center_rewards_coefficient=0.25)
-    losses = ranking_losses(cfg, scores, torch.tensor([1.0, 0.5]))  # sums 1 and 0, differences less margin 0 and -2.5
+    losses = ranking_losses(cfg, scores, torch.tensor([1.0, 0.5]))  # sums 1 and 0; differences minus margins 0 and -2.5
     assert losses.tolist() == pytest.approx([math.log(2) + 0.25, math.log1p(math.exp(2.5))])
 
 
@@ -155,7 +155,7 @@ def test_the_saved_model_is_a_plain_sequence_classifier_with_identical_scores(po
     assert torch.equal(again.score.weight, result.model.score.weight)
 
 
-def test_an_easy_rule_is_learnt_for_pairs_never_seen(policy):
+def test_an_easy_rule_generalises_to_unseen_pairs(policy):
     cfg = config(policy, max_steps=15, per_device_train_batch_size=16, learning_rate=3e-3, seed=1)
     result = train_reward_model(cfg, tiny.easy_pairs(200), tiny.easy_pairs(100, seed=1))
     assert result.history[0]["accuracy"] < 0.9
@@ -163,8 +163,9 @@ def test_an_easy_rule_is_learnt_for_pairs_never_seen(policy):
     assert result.final["eval_accuracy_low"] <= result.final["eval_accuracy"] <= result.final["eval_accuracy_high"]
 
 
-def test_the_new_head_depends_on_the_seed_alone(policy):
-    cfg, examples = config(policy, max_steps=2), tiny.examples(8)  # all in every batch: only the head can differ
+def test_the_new_head_depends_only_on_the_seed(policy):
+    # Every batch holds all examples, so only the head can differ
+    cfg, examples = config(policy, max_steps=2), tiny.examples(8)
     torch.manual_seed(1)
     first = train_reward_model(cfg, examples)
     torch.manual_seed(2)
@@ -173,14 +174,14 @@ def test_the_new_head_depends_on_the_seed_alone(policy):
     assert abs(other.history[0]["loss"] - first.history[0]["loss"]) > 1e-3
 
 
-def test_it_starts_from_a_model_and_from_nothing_else(policy):
+def test_it_starts_only_from_a_model(policy):
     with pytest.raises(ValueError, match="model_name_or_path: must be the model whose backbone"):
         train_reward_model(RewardConfig(tokenizer_name_or_path=policy), tiny.examples(4))
     with pytest.raises(ValueError, match="model_config: must be empty"):
         train_reward_model(config(policy, model_config='{"model_type": "llama"}'), tiny.examples(4))
 
 
-def test_sharing_the_prompt_changes_no_number_but_the_tokens_computed(monkeypatch, tmp_path):
+def test_sharing_the_prompt_changes_only_the_number_of_computed_tokens(monkeypatch, tmp_path):
     made = tiny.record_gradients(monkeypatch, reward_model)
     path, examples = tiny.save_policy(tmp_path / "base"), tiny.examples(8)
     fields = {"model_name_or_path": path, "per_device_train_batch_size": 8, "max_steps": 1, "progress": False}
@@ -197,7 +198,7 @@ UML = RLPConfig(refinement="uml", view_width=16, view_latent=4, views_per_step=3
 
 
 def views_of(count: int, seed: int = 0, **settings) -> Views:
-    """Three answers to each of `count` prompts, of 1 to 6 tokens."""
+    """Three answers of 1 to 6 tokens to each of `count` prompts."""
     draw = random.Random(seed)
 
     def ids(low, high):
@@ -255,11 +256,12 @@ def test_negatives_are_pooled_over_micro_batches_whatever_the_packing(judge, mon
     assert rows[0]["hidden_grad/pairs"] > 1e-3
 
 
-def test_heads_and_critic_learn_at_a_rate_of_their_own(policy):
+def test_heads_and_critic_have_their_own_learning_rate(policy):
     cfg = config(policy, max_steps=3, learning_rate=1e-30, per_device_train_batch_size=4)
     history = train_reward_model(cfg, tiny.examples(4), views=views_of(3, view_learning_rate=0.1)).history
     still = train_reward_model(cfg, tiny.examples(4), views=views_of(3, view_learning_rate=1e-30)).history
-    assert [row["loss"] for row in history] == pytest.approx([row["loss"] for row in still])  # the trunk does not move
+    # So the trunk does not change
+    assert [row["loss"] for row in history] == pytest.approx([row["loss"] for row in still])
     assert history[0]["views/skl"] == still[0]["views/skl"]
     assert abs(history[2]["views/skl"] / still[2]["views/skl"] - 1) > 0.01
 
@@ -270,7 +272,7 @@ def test_views_teach_trunk_heads_and_critic_to_tell_prompts_apart(policy):
     jsd = [row["views/jsd"] for row in train_reward_model(cfg, tiny.examples(8), views=views).history]
     assert is_active(jsd)
     assert not is_active(jsd[:10])
-    assert jsd[-1] > jsd[0] + 0.3  # 0.6 here
+    assert jsd[-1] > jsd[0] + 0.3  # measured: 0.6
 
 
 def test_synthetic_pairs_are_pairs_like_those_of_the_dataset(judge):

@@ -1,4 +1,5 @@
-"""RLP from end to end on tiny models: what it adds to the trainers, what it leaves, and how it goes on."""
+"""End-to-end tests of RLP on tiny models: what it adds to the trainers, what it leaves unchanged, and how runs
+continue."""
 
 import gc
 import json
@@ -33,7 +34,7 @@ def policy(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def first(policy, tmp_path_factory):
-    """The keys that give a run its first reward model and policy, from a run without refinement."""
+    """The keys that give a run its first reward model and policy; both come from a run without refinement."""
     out = tmp_path_factory.mktemp("first") / "rlp"
     run(settings(out, refinement="none"), policy)
     return {"reward_model_path": str(out / "reward"), "policy_path": str(out / "policy")}
@@ -41,7 +42,7 @@ def first(policy, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def spg(policy, first, tmp_path_factory):
-    """The folder of an SPG run that begins with `first`, and what it returned."""
+    """Runs SPG starting from `first`; returns its folder and its result."""
     out = tmp_path_factory.mktemp("spg") / "rlp"
     return out, run(settings(out, refinement="spg", **first), policy)
 
@@ -66,7 +67,7 @@ def settings(folder: Path, **fields) -> RLPConfig:
 
 
 def same_length(comparisons: Sequence[Comparison]) -> list[Relation]:
-    """Stands in for a judge: answers of as many words mean the same."""
+    """A stand-in for an equivalence judge: answers with equally many words mean the same."""
     return [Relation(2 * (len(c.premise.split()) == len(c.hypothesis.split()))) for c in comparisons]
 
 
@@ -176,7 +177,7 @@ def test_a_refit_may_go_on_from_the_reward_model(policy, first, tmp_path):
     assert not same(tmp_path / "twice", first["reward_model_path"])
 
 
-def test_a_run_that_is_started_again_does_only_what_is_missing_and_ends_alike(
+def test_a_restarted_run_does_only_what_is_missing_and_ends_with_the_same_result(
     policy, first, spg, tmp_path, monkeypatch
 ):
     out, real = tmp_path / "rlp", rlp.train_ppo
@@ -196,7 +197,7 @@ def test_a_run_that_is_started_again_does_only_what_is_missing_and_ends_alike(
     assert again.final == spg[1].final
     assert not asked
     assert {file: file.stat().st_mtime_ns for file in done} == done
-    third = run(config, policy)  # nothing is left to do
+    third = run(config, policy)  # nothing remains to be done
     assert [row["objective/scores"] for row in third.history] == [row["objective/scores"] for row in again.history]
     assert all(map(torch.equal, third.model.state_dict().values(), again.model.state_dict().values()))
     with pytest.raises(
@@ -227,11 +228,11 @@ def test_another_section_than_a_finished_stage_was_trained_by_is_refused_and_a_m
         for other_reward, other_policy, message in changes:
             with pytest.raises(ValueError, match=f"output_dir: must be a new folder: {part}{message}"):
                 train_rlp(config, other_reward, other_policy, **data)
-        for stage in ("reward", "policy"):  # the refitted ones tell on their own
+        for stage in ("reward", "policy"):  # the refitted stages check themselves
             shutil.rmtree(moved / stage, ignore_errors=True)
 
 
-def test_models_of_the_users_take_the_place_of_the_first_stages(policy, spg, tmp_path):
+def test_user_provided_models_replace_the_first_stages(policy, spg, tmp_path):
     out, _ = spg
     assert not (out / "reward").exists()
     assert not (out / "policy").exists()
@@ -252,7 +253,7 @@ def test_a_dpo_model_of_the_policies_may_be_an_adapter_and_one_that_is_not_there
 
 
 def test_two_runs_never_share_a_folder(policy, first, spg, tmp_path):
-    """Not between the stages either, which lock folders of their own."""
+    """Not between the stages either, although each stage locks only its own folder."""
     config, refused = settings(tmp_path / "rlp", refinement="spg", **first), []
 
     def intruding(comparisons):
@@ -269,7 +270,7 @@ def test_two_runs_never_share_a_folder(policy, first, spg, tmp_path):
 
 
 def test_killed_while_it_writes_a_report_a_run_goes_on(policy, first, tmp_path, monkeypatch):
-    """The kill comes where the file is there and empty."""
+    """The run is killed when the report file exists but is still empty."""
     config, write = settings(tmp_path / "rlp", refinement="spg", **first), Path.write_text
 
     def deadly(path, text, *arguments, **keywords):
@@ -284,7 +285,7 @@ def test_killed_while_it_writes_a_report_a_run_goes_on(policy, first, tmp_path, 
     assert run(config, policy).final["rlp/rm_variance_ratio"] > 0
 
 
-def test_the_last_policy_is_gone_before_the_refit(policy, first, tmp_path, monkeypatch):
+def test_the_policy_is_freed_before_the_refit(policy, first, tmp_path, monkeypatch):
     trained, left, train = [], [], rlp.train_ppo
 
     def training(*arguments):
@@ -312,7 +313,7 @@ def test_a_finished_policy_is_read_again_in_the_dtype_of_its_section(policy, fir
         assert result.model.dtype == torch.bfloat16
 
 
-def test_the_gold_judge_is_only_reported(policy, first, spg, tmp_path):
+def test_the_gold_judge_only_affects_the_report(policy, first, spg, tmp_path):
     def shorter(prompt: str, response: str) -> float:
         return -float(len(response.split()))
 
@@ -333,14 +334,14 @@ def test_a_refit_that_ignores_the_answer_stops_the_run_before_a_policy_is_traine
     compare = rlp.compare_scores
     monkeypatch.setattr(rlp, "compare_scores", lambda *a: compare(*a) | {"rlp/rm_variance_ratio": 0.2})
     config = settings(tmp_path / "rlp", refinement="uml", min_reward_variance=0.25, **first)
-    for _ in range(2):  # and again when it is started again
+    for _ in range(2):  # the restarted run stops again
         with pytest.raises(ValueError, match=r"min_reward_variance: .* 0.2 of the variance before, below 0.25"):
             run(config, policy)
     assert not (tmp_path / "rlp" / "round-1" / "policy").exists()
     run(replace(config, min_reward_variance=0.1), policy)
 
 
-def test_what_is_wrong_is_said_before_anything_is_trained(policy, tmp_path):
+def test_errors_are_reported_before_anything_is_trained(policy, tmp_path):
     cases = (
         (
             settings(tmp_path / "a", equivalence="nowhere:same"),
@@ -369,5 +370,5 @@ def test_the_recipe_is_one_chain_with_the_settings_of_the_paper(monkeypatch):
     assert sft.output_dir == reward.model_name_or_path == ppo.model_name_or_path
     assert (own.num_answers, own.min_confidence, own.mib_weight, own.clustering) == (10, 0.5, 0.5, "strict")
     assert (reward.learning_rate, reward.batch_size, ppo.batch_size, ppo.kl_coef) == (3e-6, 16, 512, 0.0067)
-    # a prompt of at most max_length - response_length tokens and all its answers are scored at once
+    # A prompt (at most max_length - response_length tokens) and all its answers are scored at once.
     assert ppo.max_length - ppo.response_length + 10 * ppo.response_length <= own.micro_batch_tokens

@@ -1,4 +1,4 @@
-"""What a refit did, by hand."""
+"""Tests of the report on a refit, with values computed by hand."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from fastrlhf.algorithms.rlp_report import agreement, compare_scores, view_activ
 
 
 def sets(*responses):
-    """Prompts with answers of one token each."""
+    """Prompts whose answers have one token each."""
     return [
         Answers(row=i, prompt=[9], responses=[[token] for token in tokens], logprob=[0.0] * len(tokens))
         for i, tokens in enumerate(responses)
@@ -23,7 +23,7 @@ def test_scores_before_and_after_by_hand():
     assert compare_scores(0, answers, before, after, worth) == pytest.approx(
         {
             "rlp/rm_drift": (18 - 11) / 6,
-            "rlp/rm_order_agreement": 0.5,  # the second prompt's order has turned; the third has none
+            "rlp/rm_order_agreement": 0.5,  # the order of the second prompt is reversed; the third has equal scores
             "rlp/rm_variance_before": (2 + 0.5) / 2,
             "rlp/rm_variance_after": (0.5 + 4.5) / 2,
             "rlp/rm_variance_ratio": 2.0,
@@ -34,13 +34,13 @@ def test_scores_before_and_after_by_hand():
     assert "rlp/rm_accuracy_policy_after" not in compare_scores(0, answers, before, after)
 
 
-def test_agreement_counts_a_tie_of_ours_one_half_and_leaves_out_those_of_theirs():
+def test_agreement_counts_own_ties_as_one_half_and_skips_ties_of_the_reference():
     ours, theirs = torch.tensor([1.0, 0.0, -1.0, 5.0]), torch.tensor([2.0, 1.0, 1.0, 0.0])
     assert agreement(ours, theirs) == pytest.approx(1.5 / 3)
     assert agreement(torch.empty(0), torch.empty(0)) == 0.0
 
 
-def test_a_run_whose_views_tell_nothing_apart_is_said_to_be_inactive(caplog):
+def test_views_that_do_not_distinguish_prompts_are_reported_as_inactive(caplog):
     rows = [{"views/jsd": -0.5}] * 18 + [{"views/jsd": -1.38}] * 2
     assert view_activity(rows) == {"rlp/views_jsd": pytest.approx(-1.38), "rlp/views_active": 0.0}
     assert "uml: inactive" in caplog.text

@@ -1,4 +1,4 @@
-"""Groups of equal meaning and the pairs that come of them, by hand."""
+"""Tests of grouping answers by meaning and of the pairs made from the groups, with values computed by hand."""
 
 import random
 from collections import Counter
@@ -22,12 +22,13 @@ from fastrlhf.algorithms.rlp_spg import (
 from fastrlhf.config import RLPConfig
 from fastrlhf.evaluation.equivalence import Comparison, Relation, exact_match, function_judge
 
-MATRIX = [[2, 2, 1, 0], [2, 2, 2, 1], [1, 2, 2, 1], [0, 1, 1, 2]]  # what i says of j
+# Entry [i, j]: relation of answer i to answer j (2 entailment, 1 neutral, 0 contradiction)
+MATRIX = [[2, 2, 1, 0], [2, 2, 2, 1], [1, 2, 2, 1], [0, 1, 1, 2]]
 CONFIG = RLPConfig(num_answers=4, num_calibration_prompts=0, equivalence="exact")
 
 
 def judge_of(matrix):
-    """The judge of answers "0", "1", ...: a cell of the matrix; counts what it is asked."""
+    """A judge of the answers "0", "1", ... that looks up a matrix and records its questions."""
     asked = []
 
     def judge(comparisons):
@@ -63,7 +64,7 @@ def test_the_worked_matrix_under_greedy_no_contradiction(monkeypatch):
 
 
 def test_greedy_takes_the_first_group_that_matches_and_scanning_the_last():
-    # 2 entails and is entailed by both 0 and 1, which are apart
+    # Answer 2 is equivalent to 0 and to 1, which are not equivalent to each other.
     matrix = [[2, 0, 2], [0, 2, 2], [2, 2, 2]]
     assert groups_of(matrix, "strict") == [0, 1, 0]
     assert groups_of(matrix, "strict_2024") == [0, 1, 1]
@@ -96,11 +97,11 @@ def random_matrices(count, num, seed=0):
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_waves_over_many_prompts_are_each_prompt_alone(rule):
+def test_batching_over_prompts_gives_the_groups_of_each_prompt_alone(rule):
     matrices = random_matrices(30, 6)
 
     def judge(comparisons):
-        assert len({c.prompt for c in comparisons}) == len(comparisons)  # one question of each per wave
+        assert len({c.prompt for c in comparisons}) == len(comparisons)  # at most one question per prompt in each call
         return [Relation(matrices[int(c.prompt)][int(c.premise)][int(c.hypothesis)]) for c in comparisons]
 
     texts = [list(map(str, range(6)))] * 30
@@ -127,11 +128,11 @@ def test_early_rejection_changes_no_group_that_is_accepted(rule, needed):
 def test_ten_answers_that_all_differ_are_given_up_after_the_seventh():
     judge = judge_of([[2 * (i == j) for j in range(10)] for i in range(10)])
     assert group_answers(["p"], [list(map(str, range(10)))], judge, "strict", num_needed(0.5, 10)) == [None]
-    assert len(judge.asked) == 21  # 1 + 2 + ... + 6 of 45
+    assert len(judge.asked) == 21  # 1 + 2 + ... + 6 of 45 possible questions
 
 
 def answers(num, row=0, same=()):
-    """Answers of one token each; those in `same` are the same tokens."""
+    """Answers of one token each; those in `same` have the same token."""
     responses = [[99 if i in same else i, 1] for i in range(num)]
     return Answers(row=row, prompt=[50], responses=responses, logprob=[-float(i) for i in range(num)])
 
@@ -140,10 +141,11 @@ def draw(seed=0):
     return np.random.default_rng(seed)
 
 
-def test_five_of_ten_are_sure_enough_and_four_are_not():
+def test_a_largest_group_of_five_of_ten_is_confident_and_four_is_not():
     needed = num_needed(0.5, 10)
     assert needed == 5
-    assert num_needed(0.3, 10) == 3  # 0.3 * 10 is 3.0000000000000004 in floats of another order
+    # Depending on the order of operations, 0.3 * 10 is 3.0000000000000004 in floating point
+    assert num_needed(0.3, 10) == 3
     assert (num_needed(0.55, 10), num_needed(0.0, 10), num_needed(1.0, 10)) == (6, 0, 10)
     five, four = [0] * 5 + [1, 2, 3, 4, 5], [0] * 4 + [1, 2, 3, 4, 5, 6]
     assert choose(answers(10), five, [0.0] * 10, needed, draw()).reason == "accepted"
@@ -158,10 +160,10 @@ def test_chosen_is_the_best_of_the_largest_group_and_rejected_any_outside_it():
     assert {c.rejected for c in choices} == {0, 2, 5}
 
 
-def test_of_two_largest_groups_the_better_then_the_earlier_counts():
+def test_of_two_largest_groups_the_better_or_else_the_earlier_is_chosen():
     groups = [0, 1, 0, 1, 2]
     assert choose(answers(5), groups, [1.0, 2.0, 0.0, 1.0, 9.0], 2, draw()).chosen == 1
-    assert choose(answers(5), groups, [1.0, 2.0, 2.0, 2.0, 9.0], 2, draw()).chosen == 2  # its group begins first
+    assert choose(answers(5), groups, [1.0, 2.0, 2.0, 2.0, 9.0], 2, draw()).chosen == 2  # the group that begins first
 
 
 def test_unanimous_answers_give_no_pair():
@@ -189,7 +191,7 @@ def test_the_report_counts_what_became_of_every_prompt_and_duplicates_count_as_a
     found = pairs_of(CONFIG, texts)
     first, second = found.pairs
     assert (first.row, first.chosen, first.rejected) == (0, [2, 1], [3, 1])
-    assert (second.row, second.chosen) == (1, [3, 1])  # two groups of two: that with the best answer
+    assert (second.row, second.chosen) == (1, [3, 1])  # two groups of two: the one with the best answer is chosen
     assert {name: found.report[name] for name in ("prompts", "accepted", "unsure", "unanimous", "pairs")} == {
         "prompts": 4,
         "accepted": 2,
@@ -197,7 +199,8 @@ def test_the_report_counts_what_became_of_every_prompt_and_duplicates_count_as_a
         "unanimous": 1,
         "pairs": 2,
     }
-    assert found.report["sizes"] == [1, 0, 1, 1, 1]  # the unsure one was given up before it was known
+    # The rejected prompt was given up before its group sizes were known
+    assert found.report["sizes"] == [1, 0, 1, 1, 1]
     assert pairs_of(replace(CONFIG, early_reject=False), texts).report["sizes"] == [0, 1, 1, 1, 1]
     assert found.report["acceptance_rate"] == 0.5
     assert (found.report["chosen_length"], found.report["rejected_length"]) == (2.0, 2.0)

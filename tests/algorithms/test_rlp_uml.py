@@ -1,4 +1,4 @@
-"""The loss on views, by hand."""
+"""Tests of the loss on views, with values computed by hand."""
 
 from dataclasses import replace
 from math import exp, log
@@ -59,7 +59,7 @@ def test_jensen_shannon_by_hand_over_all_negatives_and_over_one():
         return -log(1 + exp(-positive)) - sum(log(1 + exp(x)) for x in negatives) / len(negatives)
 
     assert jensen_shannon(scores).tolist() == pytest.approx([value(2, 0, 1), value(3, 1, 0), value(4, 0, 0.5)])
-    rolled = [value(2, 1), value(3, 1), value(4, 0.5)]  # column i against row i - 1
+    rolled = [value(2, 1), value(3, 1), value(4, 0.5)]  # column i with row i - 1
     assert jensen_shannon(scores, "roll").tolist() == pytest.approx(rolled)
 
 
@@ -67,7 +67,7 @@ def test_one_negative_and_all_negatives_agree_in_expectation():
     scores = normals(6, 6)
     orders = [torch.randperm(6, generator=torch.Generator().manual_seed(i)) for i in range(4000)]
     rolled = torch.stack([jensen_shannon(scores[order][:, order], "roll").mean() for order in orders])
-    # one standard error of the mean is std / sqrt(4000); four of them
+    # the tolerance is four standard errors of the mean, std / sqrt(4000) each
     assert (rolled.mean() - jensen_shannon(scores).mean()).abs() < 4 * rolled.std() / 4000**0.5
 
 
@@ -97,7 +97,7 @@ def test_the_loss_is_minus_information_plus_beta_skl_of_reparametrised_latents()
     expected = scores.diagonal().mean() - negative / 6 + 1
     assert found["mutual_information"] == pytest.approx(3 * expected.item(), rel=1e-4)
     half = view_loss(CONFIG, module, hidden, noise, beta=0.3, num_views=6)
-    assert half.loss.item() == pytest.approx(output.loss.item() / 2)  # the count comes from outside
+    assert half.loss.item() == pytest.approx(output.loss.item() / 2)  # the caller passes the count
 
 
 @pytest.mark.parametrize("critic", ["mlp", "dot"])
@@ -108,9 +108,8 @@ def test_the_gradient_of_the_loss_is_that_of_finite_differences(critic):
     def loss(hidden):
         return view_loss(config, module, hidden, noise, beta=0.5, num_views=3).loss
 
-    module.forward = lambda hidden: Gaussian(
-        module.mean(hidden), (F.softplus(module.std(hidden)) + 1e-4).log()
-    )  # not float32
+    # The module's own forward computes in float32, which gradcheck does not accept.
+    module.forward = lambda hidden: Gaussian(module.mean(hidden), (F.softplus(module.std(hidden)) + 1e-4).log())
     assert torch.autograd.gradcheck(loss, normals(6, 3).double().requires_grad_())
 
 
@@ -124,7 +123,7 @@ def test_each_ablation_leaves_out_what_its_name_says():
     assert run("mib").loss != run("mib", beta=0.0).loss
     assert run("mib", beta=0.0).loss == run("mvi").loss == run("mvi", beta=0.0).loss
     other = hidden.clone()
-    other[1::2] = normals(3, 8, seed=2)  # the second views
+    other[1::2] = normals(3, 8, seed=2)  # replaces the second view of each prompt
     assert run("infomax").loss == run("infomax", hidden=other).loss
     assert run("mvi").loss != run("mvi", hidden=other).loss
     mean = heads(replace(CONFIG, mib_loss="cl")).mean(hidden)
@@ -133,12 +132,12 @@ def test_each_ablation_leaves_out_what_its_name_says():
 
 
 def test_info_nce_of_orthogonal_pairs_by_hand():
-    # cosines 1 with the own view and 0 with the other, over temperature 0.1
+    # cosine 1 with the own second view and 0 with the other, divided by temperature 0.1
     assert info_nce(torch.eye(2), 3 * torch.eye(2)).tolist() == pytest.approx([log(1 + exp(-10))] * 2, rel=1e-3)
 
 
 def test_beta_of_both_profiles():
-    steps = [0, 20, 39, 40, 50]  # of 51: the ramp ends at 0.8 * 50
+    steps = [0, 20, 39, 40, 50]  # of 51 steps; the ramp ends at 0.8 * 50
     assert [beta_at(CONFIG, step, 51) for step in steps] == pytest.approx([1e-3, 10**-1.5, 10 ** (-3 / 40), 1, 1])
     paper = replace(CONFIG, mib_profile="paper")
     assert {beta_at(paper, step, 51) for step in steps} == {1.0}
@@ -152,7 +151,7 @@ def test_constant_heads_are_found_inactive():
     metrics = view_loss(CONFIG, module, normals(6, 8), normals(6, 4, seed=1), beta=1.0, num_views=3).metrics
     jsd = (metrics["jsd"].value / metrics["views"].value).item()
     assert jsd == pytest.approx(-log(4))
-    assert not is_active([-0.1] * 90 + [jsd] * 10)  # the last tenth decides
+    assert not is_active([-0.1] * 90 + [jsd] * 10)  # only the last tenth of the curve counts
     assert is_active([jsd] * 90 + [-0.8] * 10)
 
 
@@ -165,7 +164,7 @@ def test_heads_depend_on_the_seed_alone():
 
 
 def sets(count, alike=()):
-    """Prompt i with three answers, all the same for the prompts in `alike`."""
+    """Prompts with three answers each; for the prompts in `alike` all answers are equal."""
     return [
         Answers(row=i, prompt=[100 + i], responses=[[k * (i not in alike), i, 1] for k in range(3)], logprob=[-1.0] * 3)
         for i in range(count)
@@ -181,7 +180,8 @@ def test_a_step_has_views_of_different_prompts_and_an_epoch_has_each_once():
     steps = [objective.draw(step) for step in range(4)]
     prompts = [[tree[0].token_ids[0] - 100 for tree in trees] for trees in steps]
     for epoch in (prompts[:2], prompts[2:]):
-        assert sorted([*epoch[0], *epoch[1]]) == [0, 1, 2, 3, 5, 6]  # 4 gives no views
+        # Prompt 4 gives no views, because its answers are equal
+        assert sorted([*epoch[0], *epoch[1]]) == [0, 1, 2, 3, 5, 6]
     assert prompts[:2] != prompts[2:]
     for tree in (tree for trees in steps for tree in trees):
         assert [segment.parent for segment in tree] == [-1, 0, 0]
@@ -193,7 +193,7 @@ def test_views_of_a_prompt_are_drawn_anew_in_every_epoch():
     objective = opened(sets(3))
     first = [
         {tuple(tree[0].token_ids): tree[1:] for tree in objective.draw(step)} for step in range(6)
-    ]  # an epoch is a step
+    ]  # an epoch is a single step here
     assert any(first[0] != other for other in first[1:])
 
 

@@ -1,4 +1,4 @@
-"""The models of an on-policy run: which are opened, which are frozen, and what is refused before any is loaded."""
+"""Tests which models an on-policy run opens and freezes, and which errors come before any model is loaded."""
 
 import pytest
 

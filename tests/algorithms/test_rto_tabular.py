@@ -1,7 +1,7 @@
-"""The theory of RTO (Zhong et al. 2024, arXiv 2404.18922) on a tree small enough to enumerate, in float64.
+"""Tests the theory of RTO (Zhong et al. 2024, arXiv 2404.18922) on a tree small enough to enumerate, in float64.
 
-Three tokens, at most three of them in a response, token 0 ends it: 15 responses. Every identity is of exact optima, so
-errors are those of float64.
+There are three tokens and at most three tokens per response; token 0 ends it, so there are 15 responses. All identities
+hold exactly at the optimum, so only float64 rounding errors remain.
 """
 
 from itertools import product
@@ -19,7 +19,7 @@ BETA_1, BETA_2, BETA_3 = 0.35, 0.2, 0.5
 State = tuple[int, ...]
 STATES = [s for n in range(HORIZON) for s in product(range(1, VOCAB), repeat=n)]
 RESPONSES = sorted(
-    [(*s, EOS) for s in STATES] + list(product(range(1, VOCAB), repeat=HORIZON))  # cut by the budget
+    [(*s, EOS) for s in STATES] + list(product(range(1, VOCAB), repeat=HORIZON))  # truncated at the length limit
 )
 ROWS = [(y[:h], y[h]) for y in RESPONSES for h in range(len(y))]
 COUNTS = [len(y) for y in RESPONSES]
@@ -37,7 +37,7 @@ SCORE = torch.randn(len(RESPONSES), generator=torch.Generator().manual_seed(2), 
 
 
 def rows_of(policy: dict[State, torch.Tensor]) -> torch.Tensor:
-    """log pi(token | state) of every row of every response."""
+    """log pi(token | state) for every row of every response."""
     return torch.stack([policy[state][token] for state, token in ROWS])
 
 
@@ -50,9 +50,11 @@ def at_ends(values: torch.Tensor) -> torch.Tensor:
 
 
 def soft_value_iteration(reward: torch.Tensor, beta: float) -> tuple[dict[State, torch.Tensor], dict[State, float]]:
-    """(log pi*, V*) of max E[sum r - beta log(pi / pi_ref)], backwards over the tree; `reward` by row.
+    """Returns (log pi*, V*) that maximise E[sum r - beta log(pi / pi_ref)], computed backwards over the tree; `reward`
+    is given by row.
 
-    A response that ends, or is cut, has value 0. The reward of a step may depend on nothing but its state and token.
+    A response that has ended, or is truncated, has value 0. The reward of a step may depend only on its state and
+    token.
     """
     by_step: dict[tuple[State, int], float] = {}
     for step, value in zip(ROWS, reward.tolist(), strict=True):
@@ -82,12 +84,12 @@ def test_the_tree_holds_every_response_once():
 
 
 def test_the_log_ratio_of_the_optimum_is_the_reward_shaped_by_its_value():
-    """beta log(pi* / pi_ref) = r + V*(s') - V*(s): what makes a DPO model a reward of tokens."""
+    """beta log(pi* / pi_ref) = r + V*(s') - V*(s). This identity turns a DPO model into a token reward."""
     reward = torch.randn(len(STATES), VOCAB, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     by_row = torch.stack([reward[STATES.index(state), token] for state, token in ROWS])
     policy, value = soft_value_iteration(by_row, BETA_2)
     before = torch.tensor([value[state] for state, _ in ROWS], dtype=torch.float64)
-    # A response that has ended is no state.
+    # A finished response is not a state and has value 0.
     after = torch.tensor([value.get((*state, token), 0.0) for state, token in ROWS], dtype=torch.float64)
     log_ratio = BETA_2 * (rows_of(policy) - rows_of(REFERENCE))
     torch.testing.assert_close(log_ratio, by_row + after - before, rtol=0, atol=1e-12)
@@ -95,7 +97,7 @@ def test_the_log_ratio_of_the_optimum_is_the_reward_shaped_by_its_value():
 
 
 def test_the_optimum_is_the_reference_tilted_by_the_dpo_model_and_the_score():
-    """pi* ~ pi_ref (pi_dpo / pi_ref)^(beta1 / beta2) exp(beta3 score / beta2)."""
+    """The optimum is pi* ~ pi_ref (pi_dpo / pi_ref)^(beta1 / beta2) exp(beta3 score / beta2)."""
     reference, dpo = per_response(rows_of(REFERENCE)), per_response(rows_of(DPO))
     tilted = reference + BETA_1 / BETA_2 * (dpo - reference) + BETA_3 / BETA_2 * SCORE
     torch.testing.assert_close(optimum("token"), tilted.log_softmax(0), rtol=0, atol=1e-12)
@@ -111,14 +113,14 @@ def test_shapings_move_credit_and_not_the_optimum(shaping, same):
     torch.testing.assert_close(optimum(shaping), optimum(same), rtol=0, atol=1e-12)
 
 
-def test_rs_and_none_forget_what_the_dpo_model_prefers():
+def test_with_rs_and_none_the_optimum_ignores_the_dpo_model():
     only_score = per_response(rows_of(REFERENCE)) + BETA_3 / BETA_2 * SCORE
     torch.testing.assert_close(optimum("none"), only_score.log_softmax(0), rtol=0, atol=1e-12)
     assert (optimum("token") - optimum("none")).abs().max() > 0.1
 
 
 def expected_reward(log_policy_of: dict[State, torch.Tensor]) -> torch.Tensor:
-    """E over responses of the sum of every addend that the trainer pays; float32, as there."""
+    """The expectation over responses of the sum of all rewards that the trainer pays, in float32 like the trainer."""
     logprob = rows_of(log_policy_of)
     everywhere = torch.ones(len(ROWS), dtype=torch.bool)
     episodes = Episodes(
@@ -148,7 +150,7 @@ def expected_reward(log_policy_of: dict[State, torch.Tensor]) -> torch.Tensor:
 
 
 def test_what_the_trainer_pays_is_largest_at_that_optimum():
-    """Its gradient vanishes there (in float32) and not at the reference."""
+    """The gradient of the expected reward vanishes at the optimum (in float32) and not at the reference."""
     best, _ = soft_value_iteration(token_rewards() + at_ends(BETA_3 * SCORE), BETA_2)
     sizes = []
     for policy in (best, REFERENCE):

@@ -1,4 +1,4 @@
-"""One number per response, in the order of the responses, whatever the micro-batches."""
+"""Tests of scores per response: they keep the order of the responses and do not depend on the micro-batches."""
 
 import pytest
 import torch

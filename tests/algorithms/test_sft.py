@@ -1,4 +1,4 @@
-"""SFT on packs against the plain model, one sequence at a time, and F.cross_entropy."""
+"""Tests of SFT on packs against the plain model, one sequence at a time, with F.cross_entropy."""
 
 from dataclasses import replace
 
@@ -24,7 +24,7 @@ def config(model, **settings):
 
 
 def plain_loss(model, examples, completion_only: bool = True, response: str = "reference"):
-    """Nats per trained token, each sequence alone, and the number of tokens."""
+    """Nats per trained token from one sequence at a time, and the number of trained tokens."""
     total, count = torch.tensor(0.0), 0
     for example in examples:
         prompt, answer = tiny.ids(example.prompt), [*tiny.ids(getattr(example, response)), tiny.EOS]

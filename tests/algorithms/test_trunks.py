@@ -1,4 +1,4 @@
-"""Episodes that hang on a shared trunk give the numbers and the gradients of separate sequences."""
+"""Tests that episodes with a shared prefix (trunk) give the numbers and gradients of separate sequences."""
 
 from dataclasses import fields, replace
 
@@ -62,8 +62,8 @@ def numbers_and_gradients(cfg, policy, critic, drawn):
 @pytest.mark.parametrize("name", tiny.ARCHITECTURES)
 @pytest.mark.parametrize("reset_group", ["point", "response"])
 def test_trunks_change_no_number_and_no_gradient(name, reset_group, critic):
-    """float32 and another order of summation: a few units in the last place of log-probs of up to 10 nats, and 1.4e-6
-    of a gradient's largest entry at most."""
+    """Tolerances for float32 sums in a different order: a few units in the last place of log-probs of up to 10 nats,
+    and 1.4e-6 of a gradient's largest entry."""
     policy = tiny.policy(name)
     critic.zero_grad()
     cfg = config(reset_group=reset_group, reset_prob=0.8, num_mini_batches=2)
@@ -83,7 +83,7 @@ def test_trunks_change_no_number_and_no_gradient(name, reset_group, critic):
     assert fewer == trunks + sum(len(r.completion) for r in drawn)
 
 
-def test_a_branch_that_the_budget_cut_goes_on_from_its_own_last_token(critic):
+def test_the_value_after_a_truncated_branch_is_read_at_its_own_last_token(critic):
     cfg = config(reset_group="response", truncation="bootstrap", missing_eos_score=None, reset_prob=0.8)
     drawn = rollouts(cfg, tiny.policy())
     assert {r.ended for r in drawn} == {True, False}
@@ -110,8 +110,8 @@ def test_a_group_stays_in_one_micro_batch_and_every_row_points_to_its_own_token(
     assert sorted(held) == sorted([*r.prefix.token_ids, *r.completion] for r in drawn)
 
 
-def test_the_authors_rows_hang_on_the_prompt_and_change_no_number(critic):
-    # A micro-batch is its own mean there: both ways must cut the batch alike, here not at all.
+def test_in_compat_reference_branches_start_at_the_prompt_and_change_no_number(critic):
+    # compat "reference" averages each micro-batch separately, so both layouts must split the batch alike: not at all.
     cfg = config(compat="reference", reset_group="response", micro_batch_tokens=1000)
     drawn = rollouts(cfg, tiny.policy())
     alone, _, plain, _ = numbers_and_gradients(replace(cfg, share_trunks=False), tiny.policy(), critic, drawn)
@@ -144,7 +144,7 @@ def test_a_run_on_trunks_is_the_run_on_separate_sequences(tmp_path, settings):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5), name
 
 
-def test_a_group_that_no_micro_batch_holds_is_named_before_a_model_is_loaded(tmp_path):
+def test_a_group_too_large_for_a_micro_batch_is_refused_before_a_model_is_loaded(tmp_path):
     cfg = config(
         model_name_or_path=tiny.save_policy(tmp_path / "sft"),
         reward_model_path=tiny.save_reward_model(tmp_path / "reward"),

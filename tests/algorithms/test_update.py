@@ -1,4 +1,4 @@
-"""What an update does beyond PPO's defaults: its loss against an independent padded loop, and which steps it takes."""
+"""Tests of an update beyond PPO's defaults: its loss against an independent padded loop, and which steps it takes."""
 
 from dataclasses import replace
 
@@ -27,7 +27,7 @@ ROLLOUTS = [
 ]
 NUM_ROWS = sum(map(len, COMPLETIONS))
 SHIFTS = torch.linspace(-1.5, 1.5, NUM_ROWS)[torch.randperm(NUM_ROWS, generator=torch.Generator().manual_seed(3))]
-"""log(policy / sampler) that the tests give the rows: ratios 0.22 .. 4.5."""
+"""log(policy / sampler) of the rows in these tests: ratios 0.22 .. 4.5."""
 
 
 def config(**settings) -> PPOConfig:
@@ -52,7 +52,7 @@ def packed(cfg, policy, rollouts=ROLLOUTS):
 
 
 def scored(cfg, policy, reference, critic=None) -> Experience:
-    """As the trainer has it; without a critic, with the advantages of one group."""
+    """Scores rollouts as the trainer does; without a critic, with the advantages of one group."""
     packs, judge = packed(cfg, policy), frozen_copy(critic) if critic else None
     if judge is None:
         cfg = replace(cfg, advantage_estimator="rloo", num_generations=len(ROLLOUTS))
@@ -61,7 +61,8 @@ def scored(cfg, policy, reference, critic=None) -> Experience:
 
 
 def moved(experience: Experience, shifts=SHIFTS) -> Experience:
-    """As if the policy had moved by `shifts` nats since it sampled, with advantages of both signs and all sizes."""
+    """Changes an experience as if the policy had moved by `shifts` nats since it sampled, with advantages of both
+    signs."""
     draw = torch.Generator().manual_seed(0)
     return replace(
         experience,
@@ -78,7 +79,7 @@ def gradients(cfg, policy, experience, rollouts=ROLLOUTS, **keywords) -> list[to
 
 
 def padded_gradients(cfg, policy, reference, experience) -> list[torch.Tensor]:
-    """The textbook way: right-padded [N, L] tensors, full logits, a loop over tokens."""
+    """Gradients computed with right-padded [N, L] tensors, full logits and a loop over tokens."""
     sequences = [[*r.prefix.token_ids, *r.completion] for r in ROLLOUTS]
     width = max(map(len, sequences))
     ids = torch.tensor([s + [0] * (width - len(s)) for s in sequences])
@@ -111,7 +112,8 @@ def padded_gradients(cfg, policy, reference, experience) -> list[torch.Tensor]:
             entropy = -(logp[i, at].exp() * logp[i, at]).sum()
             if cfg.kl_placement == "loss" and cfg.kl_estimator != "exact":
                 delta = (lp - lq).detach()
-                loss = loss + experience.kl_coef * ratio.detach() * delta * lp  # the gradient of w k2 and of w k3
+                # Its gradient is that of w k2 and of w k3
+                loss = loss + experience.kl_coef * ratio.detach() * delta * lp
             loss = loss - cfg.entropy_coef * entropy
             if experience.weight is not None:
                 loss = loss * experience.weight[row]
@@ -159,15 +161,15 @@ def test_the_gradient_is_that_of_an_independent_padded_loop(settings):
     experience = moved(scored(cfg, policy, reference))
     ours = gradients(cfg, policy, experience, reference=reference)
     expected = padded_gradients(cfg, policy, reference, experience)
-    tiny.assert_close_gradients(ours, expected, 1e-4)  # two float32 forwards, as in test_on_policy.py
+    tiny.assert_close_gradients(ours, expected, 1e-4)  # tolerance for two float32 forwards
     if settings:
         plain = padded_gradients(config(), policy, reference, replace(experience, weight=None))
         with pytest.raises(AssertionError):
-            tiny.assert_close_gradients(expected, plain, 1e-2)  # the setting matters here
+            tiny.assert_close_gradients(expected, plain, 1e-2)  # confirms that the setting matters
 
 
 @pytest.mark.parametrize("dual_clip", [None, 3.0])
-def test_log_ratios_of_25_leave_the_active_set_of_the_definition(dual_clip):
+def test_log_ratios_of_25_have_no_gradient(dual_clip):
     """Beyond +-20 nats there is no gradient; with the dual clip no loss of e^20 either."""
     cfg = config(dual_clip=dual_clip)
     policy, reference = tiny.policy(), tiny.policy(seed=5)
@@ -183,7 +185,7 @@ def test_log_ratios_of_25_leave_the_active_set_of_the_definition(dual_clip):
 
 @pytest.mark.parametrize("settings", [{"loss_aggregation": "sequence"}, {"loss_type": "gspo"}, SETTINGS[-1]])
 def test_micro_batches_change_no_gradient(settings):
-    """The same sums in another order: float32 rounding."""
+    """The sums are the same up to float32 rounding, in a different order."""
     whole, split = config(micro_batch_tokens=1000, **settings), config(micro_batch_tokens=16, **settings)
     policy, reference = tiny.policy(), tiny.policy(seed=5)
     assert len(packed(whole, policy)[0]) == 1 < len(packed(split, policy)[0])
@@ -194,7 +196,7 @@ def test_micro_batches_change_no_gradient(settings):
     )
 
 
-def test_by_sequence_the_gradient_is_the_mean_of_those_of_single_episodes():
+def test_averaging_by_sequence_gives_the_mean_gradient_of_single_episodes():
     cfg = config()
     policy, reference = tiny.policy(), tiny.policy(seed=5)
     experience = moved(scored(cfg, policy, reference))
@@ -211,8 +213,9 @@ def test_by_sequence_the_gradient_is_the_mean_of_those_of_single_episodes():
     tiny.assert_close_gradients(ours, [sum(parts) / len(ROLLOUTS) for parts in zip(*alone, strict=True)])
 
 
-def test_by_sequence_the_critics_gradient_is_the_mean_of_those_of_single_episodes(critic):
-    """As the released code of RTO averages (arXiv 2404.18922): over tokens of a sequence, then over sequences."""
+def test_averaging_by_sequence_gives_the_mean_critic_gradient_of_single_episodes(critic):
+    """The released code of RTO (arXiv 2404.18922) averages in this way: over the tokens of a sequence, then over
+    sequences."""
     cfg = config(loss_aggregation="sequence", micro_batch_tokens=24)
     policy, trained = tiny.policy(), frozen_copy(critic).requires_grad_(True)
     experience = scored(cfg, policy, tiny.policy(seed=5), critic)
@@ -240,8 +243,9 @@ def test_by_sequence_the_critics_gradient_is_the_mean_of_those_of_single_episode
         tiny.assert_close_gradients(whole, by_token, 1e-2)
 
 
-def test_the_authors_average_every_micro_batch_by_itself(critic):
-    """compat reference: the gradient is the mean of those of the micro-batches, whatever number of tokens each has."""
+def test_compat_reference_averages_every_micro_batch_separately(critic):
+    """In compat "reference" the gradient is the mean of the gradients of the micro-batches, for any number of tokens in
+    each."""
     cfg = config(compat="reference", micro_batch_tokens=24)
     policy, trained = tiny.policy(), frozen_copy(critic).requires_grad_(True)
     experience = moved(scored(cfg, policy, tiny.policy(seed=5), critic))
@@ -258,8 +262,8 @@ def test_the_authors_average_every_micro_batch_by_itself(critic):
         tiny.assert_close_gradients(ours, [sum(each) / len(packs) for each in zip(*parts, strict=True)])
 
 
-def test_the_authors_draw_micro_batches_anew_for_each_pass_and_log_means_of_their_means(critic, monkeypatch):
-    """compat reference: what a micro-batch holds changes its mean, so that the order of every pass matters."""
+def test_compat_reference_redraws_micro_batches_for_each_pass_and_logs_means_of_means(critic, monkeypatch):
+    """In compat "reference" the content of a micro-batch affects its mean, so the order in every pass matters."""
     cfg = config(compat="reference", micro_batch_tokens=24, num_ppo_epochs=3)
     policy, trained = tiny.policy(), frozen_copy(critic).requires_grad_(True)
     experience = moved(scored(cfg, policy, tiny.policy(seed=5), critic))
@@ -274,7 +278,7 @@ def test_the_authors_draw_micro_batches_anew_for_each_pass_and_log_means_of_thei
     recorder = tiny.GradientRecorder({"": policy, "value_": trained})
     first = packed(cfg, policy)
     metrics = update(cfg, policy, trained, recorder, ROLLOUTS, experience, first, seed=(0, 0))
-    assert len(found) == 2  # the first pass has the packs that were scored
+    assert len(found) == 2  # the first pass uses the packs of the scoring
     assert found[0] != found[1]
     means = []
     for index in [*(item.index.tolist() for item in first[0]), *found[0], *found[1]]:
@@ -282,7 +286,7 @@ def test_the_authors_draw_micro_batches_anew_for_each_pass_and_log_means_of_thei
     assert metrics["val/ratio"] == pytest.approx(sum(means) / len(means), rel=1e-4)
 
 
-def test_the_clip_fraction_is_told_with_and_without_the_dual_clip():
+def test_the_clip_fraction_is_reported_with_and_without_the_dual_clip():
     cfg = config(dual_clip=2.0)
     policy, reference = tiny.policy(), tiny.policy(seed=5)
     experience = moved(scored(cfg, policy, reference))
@@ -301,7 +305,7 @@ def test_the_clip_fraction_is_told_with_and_without_the_dual_clip():
 
 
 def optimised(cfg, critic=None, **keywords):
-    """(metrics, policy, critic) after an update with AdamW."""
+    """Runs an update with AdamW; returns (metrics, policy, critic)."""
     policy, reference = tiny.policy(), tiny.policy(seed=5)
     critic = None if critic is None else frozen_copy(critic).requires_grad_(True)
     models = {"": policy} | ({"value_": critic} if critic else {})
@@ -318,30 +322,30 @@ def same(a, b) -> bool:
 FAST = {"learning_rate": 3e-3, "lr_scheduler_type": "constant"}
 
 
-def test_beyond_target_kl_the_other_passes_are_not_taken(critic):
-    """The second pass finds the policy too far: weights of policy and critic are those of one pass."""
+def test_the_remaining_passes_are_skipped_beyond_target_kl(critic):
+    """The second pass finds the KL too large: the weights of policy and critic are those after one pass."""
     one = optimised(config(num_ppo_epochs=1, **FAST), critic)
     stopped = optimised(config(num_ppo_epochs=4, target_kl=1e-6, **FAST), critic)
     assert stopped[0]["policy/stopped_passes"] == 3.0
-    assert stopped[0]["policy/approxkl_avg"] > 0.5e-6  # of both passes; the first has 0
+    assert stopped[0]["policy/approxkl_avg"] > 0.5e-6  # the mean of both passes; the first has 0
     assert same(one[1], stopped[1])
     assert same(one[2], stopped[2])
 
 
 def test_target_kl_is_decided_for_every_mini_batch(critic):
-    """The second mini-batch of the first pass: no pass was whole."""
+    """The update stops at the second mini-batch of the first pass, so that no pass is complete."""
     cfg = config(num_ppo_epochs=3, num_mini_batches=2, **FAST)
     assert optimised(replace(cfg, target_kl=1e-6), critic)[0]["policy/stopped_passes"] == 3.0
 
 
-def test_a_target_that_is_not_reached_changes_no_bit(critic):
+def test_a_target_kl_that_is_not_reached_changes_no_bit(critic):
     cfg = config(num_ppo_epochs=3, num_mini_batches=2, **FAST)
     plain, limited = optimised(cfg, critic), optimised(replace(cfg, target_kl=100.0), critic)
     assert limited[0] == plain[0] | {"policy/stopped_passes": 0.0}
     assert same(plain[1], limited[1])
 
 
-def test_a_warmup_trains_the_critic_as_ever_and_leaves_the_policy_bitwise_alone(critic):
+def test_a_critic_warmup_leaves_the_policy_bit_identical(critic):
     cfg = config(num_ppo_epochs=2, weight_decay=0.1, **FAST)
     usual, warm = optimised(cfg, critic), optimised(cfg, critic, critic_only=True)
     assert same(warm[1], tiny.policy())

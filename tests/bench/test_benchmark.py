@@ -1,8 +1,8 @@
-"""The contenders of `python -m bench kernels` under pytest-benchmark:
+"""Times the implementations of `python -m bench kernels` with pytest-benchmark:
 
     BENCH_SHAPE="8192 4096 128256" pytest tests/bench/test_benchmark.py --benchmark-only
 
-Without that option each runs once, on a tiny shape, and nothing is timed.
+Without --benchmark-only each runs once, on a tiny shape, and nothing is timed.
 """
 
 import os

@@ -1,4 +1,5 @@
-"""`python -m bench train drpo`: its episodes, its padded reference against ours, the whole of it on a tiny shape."""
+"""Tests of `python -m bench train drpo`: its episodes, the padded reference against our implementation, and a full run
+on a tiny model."""
 
 import json
 from dataclasses import replace
@@ -27,7 +28,7 @@ def test_the_episodes_are_as_long_as_those_of_tldr():
     examples = make_examples(replace(PROBLEM, episodes=2000))
     prompts, references = (np.array([len(getattr(e, name)) for e in examples]) for name in ("prompt", "reference"))
     np.testing.assert_allclose(np.quantile(prompts, [0.1, 0.5, 0.9, 0.99]), [216, 350, 475, 510], atol=1)
-    # The measured prompts have mean 347 and deviation 95: five quantiles do not say all of it.
+    # The measured prompts have mean 347 and standard deviation 95; five quantiles reproduce these only roughly.
     assert prompts.mean() == pytest.approx(347, rel=0.01)
     assert prompts.std() == pytest.approx(95, rel=0.1)
     assert references.mean() == pytest.approx(33.9, abs=0.1)
@@ -37,22 +38,22 @@ def test_the_episodes_are_as_long_as_those_of_tldr():
     assert all(e.reference[-1] == EOS and EOS not in [*e.prompt, *e.reference[:-1]] for e in examples)
 
 
-def test_few_episodes_are_as_long_as_many():
+def test_few_episodes_have_the_mean_length_of_many():
     few, many = make_examples(PROBLEM), make_examples(replace(PROBLEM, episodes=512))
     mean = [np.mean([len(e.prompt) + len(e.reference) for e in examples]) for examples in (few, many)]
     assert mean[0] == pytest.approx(mean[1], rel=0.01)
 
 
-def test_sampled_responses_are_as_long_as_the_references_by_the_weights_alone():
+def test_sampled_responses_have_the_mean_length_of_the_references():
     problem = replace(PROBLEM, episodes=100, rollout_batch=100)
     config, examples = problem.config(), make_examples(problem)
     prefixes = draw_prefixes(config, examples, first_group=0)
     probability = eos_probability(examples, prefixes)
     rollouts = make_engine(config, make_models(problem, examples).policy, EOS).generate(prefixes)
     lengths = [rollout.prefix.num_reset + len(rollout.completion) for rollout in rollouts]
-    # Lengths deviate by about 12 tokens: the mean of 100 by 1.2.
+    # Lengths have a standard deviation of about 12 tokens, so the mean of 100 deviates by 1.2.
     assert np.mean(lengths) == pytest.approx(33.9, abs=4)
-    # The sum of 512 log-normal terms, which the probability is divided by, deviates by 3.4 %.
+    # The denominator of the probability is a sum of 512 log-normal terms, which deviates by 3.4 %.
     probabilities = np.exp([rollout.sampler_logprob[-1] for rollout in rollouts if rollout.ended])
     assert probabilities.mean() == pytest.approx(probability, rel=0.03)
     np.testing.assert_allclose(probabilities, probability, rtol=0.15)
@@ -60,7 +61,8 @@ def test_sampled_responses_are_as_long_as_the_references_by_the_weights_alone():
 
 @pytest.fixture
 def both():
-    """Ours under compat "reference" and the padded reference, on the same episodes, sampled by ours."""
+    """Runs our implementation (compat "reference") and the padded reference on the same episodes, which ours
+    sampled."""
     config = replace(PROBLEM.config(), compat="reference", cliprange_value=0.01, vf_coef=0.5)
     examples = make_examples(PROBLEM)
     models = make_models(PROBLEM, examples)
@@ -68,14 +70,14 @@ def both():
     reward_model = frozen_copy(critic)
     reference = make_models(replace(PROBLEM, seed=1), examples).policy
     rollouts = make_engine(config, policy, EOS).generate(draw_prefixes(config, examples, first_group=0))
-    late = next(i for i, rollout in enumerate(rollouts) if not rollout.ended)  # an EOS in the last place of all
+    late = next(i for i, rollout in enumerate(rollouts) if not rollout.ended)  # an EOS at the very last position
     rollouts[late] = replace(rollouts[late], completion=[*rollouts[late].completion[:-1], EOS], ended=True)
     assert {rollout.ended for rollout in rollouts} == {True, False}
     return config, policy, critic, reward_model, reference, rollouts
 
 
 def laid_out(rollouts) -> padded.Episodes:
-    """The episodes as the padded reference holds them, built from lists."""
+    """Builds the episodes in the padded layout from lists."""
     width = max(len(r.prefix.token_ids) - r.prefix.num_reset for r in rollouts) + 3 + RESPONSE_LENGTH
     sequences = [[*r.prefix.token_ids, *r.completion] for r in rollouts]
     return padded.Episodes(
@@ -86,7 +88,7 @@ def laid_out(rollouts) -> padded.Episodes:
     )
 
 
-def test_the_padded_reference_and_ours_make_the_same_of_the_same_episodes(both):
+def test_the_padded_reference_and_ours_agree_on_the_same_episodes(both):
     config, policy, critic, reward_model, reference, rollouts = both
     judge = reward_model_judge(reward_model, eos_token_id=EOS, micro_batch_tokens=8192)
     packs = pack_episodes(config, rollouts, range(len(rollouts)), policy.device)
@@ -94,7 +96,7 @@ def test_the_padded_reference_and_ours_make_the_same_of_the_same_episodes(both):
     episodes = laid_out(rollouts)
     theirs = padded.score(config, policy, reference, critic, reward_model, episodes, EOS)
     assert torch.equal(ours.mask, episodes.sampled.flatten())
-    # float32 over sequences of 500 tokens in another order of summation; log-probs are about -6, the rest about 1.
+    # float32 sums over 500 tokens in different orders; log-probs are about -6, other values about 1.
     for name, other in (
         ("sampler_logprob", theirs.logprob),
         ("reference_logprob", theirs.reference_logprob),
@@ -104,7 +106,7 @@ def test_the_padded_reference_and_ours_make_the_same_of_the_same_episodes(both):
     ):
         torch.testing.assert_close(getattr(ours, name), other.flatten(), rtol=2e-5, atol=2e-5, msg=name)
 
-    # Log-probs of another policy, so that ratios are not 1 and some are clipped.
+    # Sampler log-probs of another policy, so that ratios differ from 1 and some are clipped.
     ours = replace(ours, sampler_logprob=ours.reference_logprob, value=ours.value + 0.1)
     theirs = replace(theirs, logprob=theirs.reference_logprob, value=theirs.value + 0.1)
     recorders = [tiny.GradientRecorder({"": policy, "value_": critic}) for _ in range(2)]
@@ -133,14 +135,14 @@ def test_the_padded_rollout_forces_the_reset_and_samples_the_rest_past_the_eos()
         assert given == prefix.num_reset
         assert len(alone) == len(prefix.token_ids) + RESPONSE_LENGTH - given
     first = episodes.response.gather(1, episodes.given[:, None])
-    assert len(first.unique()) > 1, "what follows the reset is not sampled"
+    assert len(first.unique()) > 1, "the tokens after the reset are not sampled"
     ends = [row.index(EOS) for row in episodes.response.tolist() if EOS in row[:-1]]
-    assert ends, "no response ends early: nothing is tested"
+    assert ends, "no response ends early, so this test shows nothing"
     after = [token for row in episodes.response.tolist() if EOS in row for token in row[row.index(EOS) + 1 :]]
     assert any(token != EOS for token in after)
 
 
-def test_what_training_has_to_compute_is_the_same_of_both_layouts(both):
+def test_both_layouts_count_the_same_training_operations(both):
     _, policy, critic, _, _, rollouts = both
     ends = [r.completion.index(EOS) + 1 if EOS in r.completion else len(r.completion) for r in rollouts]
     lengths = [(len(rollout.prefix.token_ids), end) for rollout, end in zip(rollouts, ends, strict=True)]
@@ -149,7 +151,8 @@ def test_what_training_has_to_compute_is_the_same_of_both_layouts(both):
     assert work["training_tokens"] == 2 * sum(map(sum, lengths))
     matrices = 2 * sum(p.numel() for name, p in policy.named_parameters() if "layers" in name and p.ndim == 2)
     products = 3 * 2 * matrices * work["training_tokens"]
-    assert products < work["training_operations"] < 2 * products  # attention is most of the rest, at this width
+    # At this width attention accounts for most of the rest
+    assert products < work["training_operations"] < 2 * products
 
 
 def test_the_bytes_of_an_optimiser_are_gradients_and_moments():
@@ -160,11 +163,11 @@ def test_the_bytes_of_an_optimiser_are_gradients_and_moments():
             parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     params = [p for model in (models.policy, models.critic) for p in model.parameters()]
-    steps = 4 * len(params)  # AdamW counts them per tensor
+    steps = 4 * len(params)  # AdamW stores a step counter per tensor
     assert contestants._state_bytes(models, optimizer) == 3 * sum(p.nbytes for p in params) + steps
 
 
-def test_a_side_without_room_is_left_out_and_said(tmp_path, monkeypatch):
+def test_a_side_without_room_is_skipped_and_named(tmp_path, monkeypatch):
     row = {
         "provider": "ours", "seconds": 3.0, "rollout": 1.0, "scoring": 1.0, "training": 1.0, "extra_mb": 5.0,
         "sampled_tokens": 8, "sequence_tokens": 9, "training_tokens_per_second": 7.0, "training_mfu": 0.5,
@@ -181,7 +184,7 @@ def test_a_side_without_room_is_left_out_and_said(tmp_path, monkeypatch):
     assert "| 50.0 (target 45) |" in table
 
 
-def test_the_command_leaves_a_row_for_each_side_and_says_that_trl_is_missing(tmp_path):
+def test_the_command_writes_a_row_per_side_and_reports_that_trl_is_missing(tmp_path):
     problem = replace(PROBLEM, micro_batch=4, episodes=4)
     (tmp_path / "trl").mkdir()
     (tmp_path / "trl" / "__init__.py").touch()
@@ -204,6 +207,6 @@ def test_the_command_leaves_a_row_for_each_side_and_says_that_trl_is_missing(tmp
     assert f"TRL skipped: {tmp_path} has no PPO trainer" in table
 
 
-def test_episodes_that_are_no_whole_micro_batches_are_refused_before_any_time_is_spent(tmp_path):
+def test_episodes_that_micro_batches_do_not_divide_are_refused_at_once(tmp_path):
     with pytest.raises(ValueError, match="episodes: 8 must be a multiple of micro-batches of 3"):
         run_drpo(replace(PROBLEM, micro_batch=3), rounds=1, folder=tmp_path)

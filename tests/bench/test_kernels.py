@@ -37,7 +37,7 @@ def measured(folder: Path, chosen: list[Provider], case: Case = TINY) -> tuple[l
     return faults, {row["provider"]: row for row in rows_in(folder)}
 
 
-def test_a_run_leaves_a_row_with_every_column_for_each_contender(tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_a_run_writes_a_row_with_every_column_for_each_implementation(tmp_path: Path, capsys: pytest.CaptureFixture):
     faults, rows = measured(tmp_path, select(CPU, ["entropy"], ["4 products", "eager", "ours"]))
     assert not faults
     assert list(rows) == ["4 products", "eager", "ours"]
@@ -61,7 +61,7 @@ def wrong_gradient(hidden, *args, **kwargs):
 
 
 @pytest.mark.parametrize(("broken", "where"), [(wrong_value, "output 0"), (wrong_gradient, "gradient 0")])
-def test_an_op_that_is_wrong_gets_no_time(broken, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_wrong_op_is_not_timed(broken, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(providers, "linear_logprob", broken)
     options = ["--device", "cpu", "--shape", "24", "16", "40", "--runs", "3", "--out", str(tmp_path)]
     monkeypatch.setattr("sys.argv", ["bench", "kernels", *options])
@@ -77,7 +77,7 @@ def fails(p: problems.Problem):
     raise RuntimeError("no such kernel\nand more")
 
 
-def test_peers_that_are_missing_or_fail_say_so_and_the_others_are_measured(tmp_path: Path, capsys):
+def test_missing_or_failing_libraries_are_reported_and_the_others_measured(tmp_path: Path, capsys):
     eager = next(p for p in PROVIDERS if p.name == "eager")
     peers = [
         Provider("absent", "logprob", fails, "no_such_package"),
@@ -109,7 +109,7 @@ def test_the_table_shows_the_newest_row_and_what_is_not_measured_yet(tmp_path: P
 @pytest.mark.parametrize(
     "provider", [p for p in select(CPU) if p.task not in FLOORS], ids=lambda p: f"{p.task}-{p.name}"
 )
-def test_every_contender_gives_what_its_task_asks_for(provider: Provider, problem: problems.Problem):
+def test_every_implementation_returns_what_its_task_defines(provider: Provider, problem: problems.Problem):
     if provider.missing:
         pytest.skip(f"{provider.name} is not installed")
     task = provider.asked
@@ -120,7 +120,7 @@ def test_every_contender_gives_what_its_task_asks_for(provider: Provider, proble
 
 
 @pytest.mark.parametrize("task", [name for name, task in TASKS.items() if task.by_row])
-def test_the_truth_is_the_same_a_few_rows_at_a_time(task: str, problem: problems.Problem, monkeypatch):
+def test_the_float64_results_do_not_depend_on_the_chunk_size(task: str, problem: problems.Problem, monkeypatch):
     whole = run(TASKS[task].step(TASKS[task].reference, problem.double()))
     monkeypatch.setitem(problems.CHUNK, "cpu", 7 * 40)
     for tensors, expected in zip(TASKS[task].truth(problem), whole, strict=True):
@@ -134,13 +134,13 @@ def test_problems_are_peaked_or_flat_and_dead_rows_have_no_gradient():
     peaked = make_problem(case, torch.float32, CPU)
     assert 0.85 < (peaked.logprob > math.log(0.25)).float().mean() < 0.95
     flat = make_problem(case._replace(peaked=False), torch.float32, CPU)
-    assert flat.logprob.mean().item() == pytest.approx(-math.log(1000) - 0.5, abs=0.3)  # logits have variance 1
+    assert flat.logprob.mean().item() == pytest.approx(-math.log(1000) - 0.5, abs=0.3)  # because logits have variance 1
     assert torch.equal(peaked.grad_logprob == 0, peaked.dead)
     assert 0.4 < peaked.dead.float().mean() < 0.6
     assert (make_problem(case._replace(rows=2050), torch.float32, CPU).advantage == 0).float().mean() == 0.5
 
 
-def test_steps_are_timed_in_turn_until_their_time_is_up_and_without_those_that_fail():
+def test_steps_are_timed_alternately_within_their_time_limit_without_failing_ones():
     calls = []
 
     def forward(name: str, milliseconds: float) -> tuple[torch.Tensor]:
@@ -178,7 +178,7 @@ def test_on_a_gpu_memory_and_time_are_those_of_the_device():
 
     def forward() -> tuple[torch.Tensor]:
         torch.empty(5 << 20, device="cuda")
-        torch.cuda._sleep(10**8)  # cycles: the host has long gone on
+        torch.cuda._sleep(10**8)  # cycles; the host does not wait for them
         return (leaf.sum(),)
 
     step = Step(forward, (leaf,))
@@ -187,7 +187,7 @@ def test_on_a_gpu_memory_and_time_are_those_of_the_device():
     assert interleave({"sleeps": step}, leaf.device, 3, math.inf)["sleeps"]["forward_ms"] > 20
 
 
-def test_a_candidate_of_the_tuner_that_is_wrong_is_refused(problem, monkeypatch: pytest.MonkeyPatch):
+def test_the_tuner_refuses_a_wrong_candidate(problem, monkeypatch: pytest.MonkeyPatch):
     good, bad = tune.CANDIDATES[:2]
     pinned = FORWARD[9]
 
@@ -205,8 +205,10 @@ def test_a_candidate_of_the_tuner_that_is_wrong_is_refused(problem, monkeypatch:
 
 @pytest.fixture
 def gpu_script(tmp_path: Path):
-    """Runs a part where there seem to be a GPU and all peers, and every step of Python fails; the steps that it tried,
-    after their seconds."""
+    """Runs a part of bench/gpu.sh with a fake GPU and fake libraries, in which every Python step fails.
+
+    Returns the attempted steps, each with its time limit.
+    """
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\n")
     (tmp_path / "python3").write_text('#!/bin/sh\n[ "$1" = -c ] && exit $MISSING\nexit 1\n')
     (tmp_path / "timeout").write_text(f'#!/bin/sh\nshift 2\necho "$@" >> {tmp_path}/calls\nshift\nexec "$@"\n')
@@ -227,7 +229,7 @@ def gpu_script(tmp_path: Path):
 
 
 def test_the_gpu_script_goes_on_after_a_failing_step(gpu_script, tmp_path: Path):
-    """Every part: which commands it would run."""
+    """Checks for every part which commands it runs."""
     assert [step[2:5] for step in gpu_script("test")] == [["-m", "pytest", "-q"]] * 2
     assert [step[2:] for step in gpu_script("tune")] == [["-m", "bench", "tune"]]
     steps = gpu_script("kernels", "--dead", "0")
@@ -250,18 +252,18 @@ def test_the_gpu_script_goes_on_after_a_failing_step(gpu_script, tmp_path: Path)
 
 
 @pytest.mark.parametrize("part", ["test", "tune", "kernels", "train_600m", "train_1b", "on_policy_1b", "on_policy_3b"])
-def test_no_part_of_the_gpu_script_may_take_nine_minutes(gpu_script, part):
+def test_every_part_of_the_gpu_script_takes_less_than_nine_minutes(gpu_script, part):
     steps = gpu_script(part)
     assert steps
     assert sum(int(step[0]) for step in steps) < 540
 
 
-def test_a_part_of_the_gpu_script_without_its_peers_fails(gpu_script):
+def test_a_part_of_the_gpu_script_without_its_libraries_fails(gpu_script):
     assert not gpu_script("train_1b", FASTRLHF_DATA="")
     assert not gpu_script("train_600m", MISSING="1")
     assert not gpu_script("on_policy_3b", MISSING="1")
 
 
-def test_tasks_and_contenders_agree_on_their_names():
+def test_tasks_and_implementations_use_the_same_names():
     assert {provider.task for provider in PROVIDERS} == set(TASKS)
     assert len({(provider.task, provider.name) for provider in PROVIDERS}) == len(PROVIDERS)

@@ -13,13 +13,13 @@ def test_the_table_gives_means_and_students_intervals_over_seeds():
     arm = Arm(0.0, 12, "dpo", 0.1)
     lines = table([{None: row(3.0, 0.0), arm: row(gold, 2.0)} for gold in (4.0, 6.0)]).splitlines()
     assert lines[2].startswith("| | 0 | sft | | 3.00 +- 0.00 |")
-    # mean 5, standard deviation sqrt 2, times 12.71 / sqrt 2
+    # mean 5; the standard deviation sqrt 2 times 12.71 / sqrt 2 is 12.71
     expected = "| temperature 0 | 12 | dpo | 0.1 | 5.00 +- 12.71 | 2.00 +- 0.00 | 75.00 +- 0.00 | 26.0 | 100 |"
     assert lines[3:] == [expected]
 
 
 def test_each_arm_trains_on_its_own_labels_and_is_judged_once(monkeypatch, tmp_path):
-    """Two arms on 16 pairs after two steps of SFT; the second call finds all of it and trains nothing."""
+    """Trains two arms on 16 pairs after two steps of SFT. A second call finds all results and trains nothing."""
     from bench import labels
     from fastrlhf import demo
 
@@ -58,13 +58,13 @@ def test_each_arm_trains_on_its_own_labels_and_is_judged_once(monkeypatch, tmp_p
     assert json.loads((tmp_path / "runs/seed-0/sft/row.json").read_text()) == first[None]
 
 
-def test_the_paper_s_claim_about_beta_is_tested_at_both_ends_of_the_labels():
+def test_the_largest_beta_runs_with_noisy_and_with_deterministic_labels():
     for method in ("dpo", "ipo"):
         for temperature in (0.0, 4.0):
             assert {arm.beta for arm in ARMS if arm[:3] == (temperature, 12, method)} == {0.1, 1.0}
 
 
-def test_more_seeds_than_students_table_are_refused_by_the_command_line(monkeypatch, capsys):
+def test_more_seeds_than_the_table_of_students_t_has_are_refused(monkeypatch, capsys):
     from bench.__main__ import main
 
     monkeypatch.setattr("sys.argv", ["bench", "labels", "--seeds", "11"])

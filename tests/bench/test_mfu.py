@@ -20,10 +20,11 @@ def test_the_operations_of_a_trunk_and_a_branch_by_hand():
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt_neox"])
-def test_the_count_is_what_torch_counts_but_for_future_keys(name):
+def test_the_count_equals_torchs_except_for_future_keys(name):
     config, tokens = tiny.model_config(name), 64
     model = build_policy(config, vocab_size=tiny.VOCAB, eos_token_id=tiny.EOS, seed=0)
-    model.set_attn_implementation("eager")  # plain products: backwards of fused attention compute the forward again
+    # Plain matrix products, because the backward of fused attention recomputes the forward
+    model.set_attn_implementation("eager")
     ids = torch.zeros(1, tokens, dtype=torch.long)
     with FlopCounterMode(display=False) as counter:
         model(input_ids=ids, use_cache=False).logits.sum().backward()
@@ -33,7 +34,7 @@ def test_the_count_is_what_torch_counts_but_for_future_keys(name):
     assert counter.get_total_flops() == counted
 
 
-def test_utilisation_is_told_for_devices_whose_peak_is_known():
+def test_utilisation_is_none_for_devices_with_unknown_peak():
     assert utilisation(494.5e12, "NVIDIA H100 80GB HBM3") == pytest.approx(0.5)
     assert utilisation(312e12, "NVIDIA A100-SXM4-80GB") == pytest.approx(1.0)
     assert utilisation(1e12, "NVIDIA H100 PCIe") is None

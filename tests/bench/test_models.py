@@ -26,7 +26,7 @@ ROWS = [
 ]
 
 
-def test_the_worst_check_of_a_row_is_its_verdict():
+def test_the_verdict_of_a_row_is_its_worst_check():
     assert [verdict(each) for each in ROWS] == ["right", "right", "wrong", "right", "refused", "crashed", "crashed"]
     assert summary(ROWS) == "2 crashed, 1 refused, 3 right, 1 wrong"
 
@@ -60,7 +60,7 @@ def test_a_configuration_is_small_and_has_every_kind_of_layer():
     assert tiny_config("gemma3").text_config.sliding_window == 4
 
 
-def test_a_number_that_differs_is_told():
+def test_a_number_that_differs_is_reported():
     numbers = torch.tensor([1.0, 2.0]), {"w": torch.tensor([1.0, -4.0])}
     assert _differences(numbers, numbers) == {"values": 0.0, "gradients": 0.0}
     with pytest.raises(AssertionError, match=r"^values differ by 0\.5$"):

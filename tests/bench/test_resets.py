@@ -7,7 +7,7 @@ from fastrlhf.data.toy import toy_tokenizer
 from fastrlhf.types import Prefix, Rollout
 
 
-def test_the_gold_judge_scores_the_whole_response_with_what_the_reset_gave_away():
+def test_the_gold_judge_scores_the_whole_response_with_its_reset_tokens():
     task, tokenizer = strict_task(0), toy_tokenizer()
     (example,) = task.examples("train", 1)
     ideal = task.ideal(str(example.prompt))
@@ -20,7 +20,7 @@ def test_the_gold_judge_scores_the_whole_response_with_what_the_reset_gave_away(
         assert score == pytest.approx(task.gold_reward(str(example.prompt), ideal) / SCALE)
 
 
-def test_careful_references_of_the_same_posts_are_worth_far_more():
+def test_careful_references_have_a_much_higher_gold_reward():
     task = strict_task(0)
     pairs = zip(
         task.examples("train", 200), replace(task, min_haste=0.0, max_haste=0.2).examples("train", 200), strict=True

@@ -3,7 +3,7 @@ import json
 from bench.rollout import run_rollout
 
 
-def test_a_group_is_prefilled_for_a_fraction_of_its_tokens(tmp_path):
+def test_a_group_prefills_its_shared_prefix_once(tmp_path):
     table = run_rollout([1, 2], episodes=2, slots=2, rounds=1, device="cpu", folder=tmp_path)
     [file] = tmp_path.iterdir()
     rows = [json.loads(line) for line in file.read_text().splitlines()]

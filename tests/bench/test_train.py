@@ -1,4 +1,4 @@
-"""`python -m bench train sft | dpo | reward`: the sides that are compared, what is timed, what is refused."""
+"""Tests of `python -m bench train sft | dpo | reward`: which sides run, what is timed, which settings are refused."""
 
 import json
 import os
@@ -11,7 +11,9 @@ from bench.train.compare import Side, check_first_losses, run_train
 from bench.train.sides import Run
 from fastrlhf.runtime.optim import Optimizer
 
-needs_data = pytest.mark.skipif(not os.environ.get("FASTRLHF_DATA"), reason="FASTRLHF_DATA names no folder of samples")
+needs_data = pytest.mark.skipif(
+    not os.environ.get("FASTRLHF_DATA"), reason="FASTRLHF_DATA is not a folder with samples"
+)
 SMALL = {"steps": 1, "rows": 4, "rounds": 1, "device": "cpu"}
 OURS = {"sft": ["ours"], "dpo": ["ours", "ours, prompts twice"], "reward": ["ours", "ours, prompts twice"]}
 
@@ -23,7 +25,7 @@ def rows_in(folder):
 
 @needs_data
 @pytest.mark.parametrize(("name", "padding_free"), [("sft", True), ("dpo", False), ("reward", False)])
-def test_both_trainers_start_at_the_same_loss_and_leave_a_row_for_each_way(name, padding_free, tmp_path):
+def test_both_trainers_start_at_the_same_loss_and_write_a_row_per_side(name, padding_free, tmp_path):
     pytest.importorskip("trl")
     table = run_train(name, "tiny", **SMALL, batch_sizes=[1, 2], folder=tmp_path)
     rows = rows_in(tmp_path)
@@ -36,11 +38,11 @@ def test_both_trainers_start_at_the_same_loss_and_leave_a_row_for_each_way(name,
 
 
 @needs_data
-def test_a_shared_prompt_is_counted_as_tokens_twice_and_as_operations_once(tmp_path):
+def test_a_shared_prompt_counts_twice_in_tokens_and_once_in_operations(tmp_path):
     run_train("reward", "tiny", **SMALL, batch_sizes=[], folder=tmp_path)
     shared, twice = rows_in(tmp_path)
     step = Optimizer.step
-    assert step.__name__ == "step", "the clock was left in the optimiser"
+    assert step.__name__ == "step", "the timing hook was not removed from the optimiser"
     assert shared["tokens_per_second"] * shared["seconds"] == pytest.approx(
         twice["tokens_per_second"] * twice["seconds"]
     )
@@ -55,7 +57,7 @@ def test_sides_that_start_at_different_losses_are_refused():
         check_first_losses({"ours": [7.0], "TRL": [7.0, 7.0001]}, tolerance=1e-5)
 
 
-def test_a_side_without_room_is_left_out_and_the_others_go_on():
+def test_a_side_without_room_is_skipped_and_the_others_run():
     def full() -> Run:
         raise torch.OutOfMemoryError
 
@@ -73,7 +75,7 @@ def setup_of(name, device):
     )  # fmt: skip
 
 
-def test_a_gpu_also_times_layers_that_are_computed_again_and_a_batch_of_one_has_no_order():
+def test_a_gpu_also_times_checkpointing_and_batches_of_one_are_not_sorted():
     names = ["ours", "ours, prompts twice", "ours, layers again", "ours, offloaded", "TRL, batches of 1"]
     assert [*compare._sides(setup_of("dpo", "cuda"), [1])] == names
     assert [*compare._sides(setup_of("dpo", "cpu"), [1])] == names[:2] + names[-1:]
@@ -88,6 +90,6 @@ def test_the_seconds_of_a_step_are_the_median_over_rounds(monkeypatch):
     assert (row["first_loss"], row["last_loss"]) == (0.7, 0.5)
 
 
-def test_steps_of_broken_batches_are_refused_before_any_time_is_spent(tmp_path):
+def test_batch_sizes_that_do_not_divide_the_step_are_refused_at_once(tmp_path):
     with pytest.raises(ValueError, match="batch-sizes: 3 must divide the 4 rows of a step"):
         run_train("sft", "tiny", **SMALL, batch_sizes=[2, 3], folder=tmp_path)

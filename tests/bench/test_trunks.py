@@ -3,7 +3,7 @@ import json
 from bench.trunks import run_trunks
 
 
-def test_both_ways_are_timed_and_the_trunks_compute_fewer_tokens(tmp_path):
+def test_both_layouts_are_timed_and_shared_trunks_compute_fewer_tokens(tmp_path):
     table = run_trunks([2], episodes=2, rounds=1, device="cpu", folder=tmp_path)
     [file] = tmp_path.iterdir()
     rows = [json.loads(line) for line in file.read_text().splitlines()]

@@ -9,23 +9,26 @@ from fastrlhf_kernels import _tiles as tiles
 
 @pytest.fixture(params=["torch", "triton"])
 def impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both paths of an op on the CPU; Triton's kernels interpreted, with blocks that small tests cross."""
+    """The two paths of an op on a CPU: torch, and interpreted Triton kernels.
+
+    Triton's blocks are small, so that small tests cross block boundaries.
+    """
     if request.param == "triton" and torch.cuda.is_available():
-        pytest.skip("the interpreter is off where there is a GPU; see test_on_gpu.py")
+        pytest.skip("the interpreter is off if there is a GPU; see test_on_gpu.py")
     monkeypatch.setattr(_rows, "BLOCK", 16)
     return request.param
 
 
 @pytest.fixture
 def interpreted() -> None:
-    """For tests that ask for the Triton path on the CPU."""
+    """Skips tests of the Triton path on the CPU if there is a GPU, where the interpreter is off."""
     if torch.cuda.is_available():
         pytest.skip("the interpreter is off where there is a GPU")
 
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the ops over a head, so that small shapes have many."""
+    """Makes the blocks of the head ops small, so that small shapes have many blocks."""
     monkeypatch.setattr(blocks, "CPU_BLOCK", (8, 7))
     monkeypatch.setattr(tiles, "INTERPRETER", tiles.Tiles(16, 16, 16, 4, 1, descriptors=False))
     monkeypatch.setattr(head, "SHARE", 32)

@@ -41,7 +41,7 @@ def test_exp_through_exp2_is_as_exact_as_float32_allows():
     assert blocks.exp_(torch.tensor([0.0, float("-inf"), -1e4])).tolist() == [1.0, 0.0, 0.0]
 
 
-def test_a_selection_takes_the_live_rows_and_puts_zeros_beside_them():
+def test_a_selection_takes_live_rows_and_puts_them_back_among_zeros():
     chosen = Selection.of(torch.tensor([True, False, True]), wait=False)
     assert chosen.take(torch.tensor([1, 2, 3])).tolist() == [1, 3]
     assert chosen.put_back(torch.tensor([5.0, 7.0])).tolist() == [5.0, 0.0, 7.0]
@@ -49,7 +49,7 @@ def test_a_selection_takes_the_live_rows_and_puts_zeros_beside_them():
     assert chosen.dead is None
 
 
-def test_where_rows_cannot_be_counted_all_are_taken_and_the_dead_ones_masked(monkeypatch: pytest.MonkeyPatch):
+def test_if_rows_cannot_be_counted_all_are_taken_and_dead_rows_are_masked(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(blocks, "can_select", lambda device, wait: False)
     chosen = Selection.of(torch.tensor([True, False]), wait=True)
     assert chosen.take(torch.tensor([1, 2])).tolist() == [1, 2]

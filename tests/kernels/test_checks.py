@@ -21,7 +21,7 @@ def test_a_count_in_float64_leaves_the_loss_in_float32():
 
 @pytest.fixture
 def split_weight() -> Iterator[DTensor]:
-    """A head [9, 4] as FSDP holds it, in a group of this process alone."""
+    """A head [9, 4] as FSDP holds it: a DTensor, in a process group of this process only."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield distribute_tensor(torch.zeros(9, 4), init_device_mesh("cpu", (1,)), [Shard(0)])
@@ -29,7 +29,7 @@ def split_weight() -> Iterator[DTensor]:
         dist.destroy_process_group()
 
 
-def test_a_dtensor_is_sent_to_the_helper_that_gathers_it(split_weight: DTensor):
+def test_a_dtensor_is_refused_and_the_message_names_full_tensor(split_weight: DTensor):
     hidden, targets, rows = torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64), torch.zeros(3)
     mask, cu_seqlens = torch.ones(3, dtype=torch.bool), torch.tensor([0, 2, 3])
     calls = (
@@ -55,7 +55,7 @@ def test_a_dtensor_is_sent_to_the_helper_that_gathers_it(split_weight: DTensor):
         (torch.zeros(2, device="meta"), "weight must be on cpu like the first argument, got meta"),
     ],
 )
-def test_a_wrong_tensor_is_named_with_what_is_wrong(tensor: object, message: str):
+def test_a_wrong_tensor_is_named_with_the_reason(tensor: object, message: str):
     with pytest.raises(ValueError, match=message):
         checks.check_tensor("weight", tensor, (2,), CPU)
 
@@ -71,7 +71,7 @@ def test_cu_seqlens_may_hold_empty_segments_or_none_at_all():
     checks.check_cu_seqlens(torch.tensor([0]), 0, CPU)
 
 
-def test_a_count_of_nothing_divides_by_one_so_that_an_empty_sum_stays_zero():
+def test_a_count_of_zero_divides_by_one():
     assert checks.divisor("num_tokens", 0) == 1
     assert checks.divisor("num_tokens", torch.tensor(0)) == 1
     assert checks.divisor("num_tokens", 0.25) == 0.25
@@ -79,13 +79,13 @@ def test_a_count_of_nothing_divides_by_one_so_that_an_empty_sum_stays_zero():
 
 
 @pytest.mark.parametrize("count", [-1, float("nan"), torch.ones(1)])
-def test_a_count_that_is_none_is_refused(count: object):
+def test_an_invalid_count_is_refused(count: object):
     with pytest.raises(ValueError, match="num_tokens"):
         checks.divisor("num_tokens", count)
 
 
 def test_an_open_range_excludes_its_ends():
-    """An infinite soft cap would be infinity times tanh(0)."""
+    """An infinite soft cap would compute infinity times tanh(0), which is NaN."""
     checks.check_range("clip", 0, 0, 1)
     for value in (0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match=r"softcap must be in \(0, inf\), got"):

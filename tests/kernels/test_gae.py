@@ -23,8 +23,8 @@ def test_hand_computed_segment(impl: str):
     assert returns.tolist() == [1.875, 1.5, 2.0]
 
 
-def test_hand_computed_segment_that_was_cut(impl: str):
-    # the last delta gains 0.5 * 8: A_3 = 2;  A_2 = 0.5;  A_1 = 1.125
+def test_hand_computed_truncated_segment(impl: str):
+    # bootstrap 8 adds 0.5 * 8 to the last delta: A_3 = 2;  A_2 = 0.5;  A_1 = 1.125
     reward, value = torch.tensor([1.0, 0.0, 2.0]), torch.tensor([1.0, 2.0, 4.0])
     advantage, _ = gae(
         reward, value, torch.tensor([0, 3]), gamma=0.5, lam=0.5, bootstrap=torch.tensor([8.0]), impl=impl
@@ -32,7 +32,7 @@ def test_hand_computed_segment_that_was_cut(impl: str):
     assert advantage.tolist() == [1.125, 0.5, 2.0]
 
 
-def test_rows_outside_the_mask_pass_the_advantage_through_and_count_for_nothing(impl: str):
+def test_rows_outside_the_mask_are_skipped(impl: str):
     nan = float("nan")
     reward, value = torch.tensor([1.0, nan, 0.0, nan, nan, 2.0, nan]), torch.tensor([1.0, nan, 2.0, nan, nan, 4.0, nan])
     mask = reward.isfinite()
@@ -41,7 +41,7 @@ def test_rows_outside_the_mask_pass_the_advantage_through_and_count_for_nothing(
     assert returns.tolist() == [1.875, 0.0, 1.5, 0.0, 0.0, 2.0, 0.0]
 
 
-def test_a_masked_tail_does_not_come_between_the_last_row_and_its_bootstrap(impl: str):
+def test_bootstrap_follows_the_last_row_in_the_mask(impl: str):
     mask = torch.tensor([True, False])
     options = {"mask": mask, "bootstrap": torch.tensor([5.0]), "impl": impl}
     out = gae(torch.ones(2), torch.zeros(2), torch.tensor([0, 2]), **options)
@@ -87,8 +87,8 @@ def test_a_segment_has_the_same_bits_in_any_pack(impl: str):
             assert torch.equal(a, b[before : before + 37])
 
 
-@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of numpy, in the interpreter
-def test_a_broken_segment_breaks_no_other(impl: str):
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy warns in the interpreter
+def test_a_nan_stays_in_its_segment(impl: str):
     reward, value, cu_seqlens = ragged([4, 5, 6])
     expected = gae(reward, value, cu_seqlens, impl=impl)
     for poison in (float("nan"), float("inf")):

@@ -1,4 +1,4 @@
-"""GSPO and CISPO, the losses of `policy_loss` beside PPO's: by hand, and against their definitions."""
+"""Tests of GSPO and CISPO in `policy_loss`: values computed by hand, and the definitions."""
 
 import math
 
@@ -29,11 +29,11 @@ def test_gspo_by_hand(impl: str):
     assert gradient == pytest.approx([2.0, 2.0, -0.5], rel=1e-6)
     assert metrics["ratio"] == pytest.approx(2 + 2 + 0.5)
     assert metrics["ratio_max"] == pytest.approx(2)
-    # a positive advantage: ratio 2 is beyond 1.2, for both tokens of the sequence, though the second token's own is 1
+    # The sequence ratio 2 exceeds 1.2, so both tokens of the sequence are clipped, although the second has ratio 1.
     assert run(impl, rows, [1.0, 1.0, 1.0], loss_type="gspo", cu_seqlens=bounds)[1] == pytest.approx([0, 0, -0.5])
 
 
-def test_gspo_leaves_out_of_a_sequence_what_is_not_trained(impl: str):
+def test_gspo_ignores_tokens_outside_the_mask(impl: str):
     logprob = torch.tensor([math.log(2), 7.0, float("nan")], requires_grad=True)
     mask, bounds = torch.tensor([True, False, False]), torch.tensor([0, 3], dtype=torch.int32)
     given = (torch.zeros(3), -torch.ones(3), mask)
@@ -56,7 +56,7 @@ def test_one_token_sequences_make_gspo_ppo(impl: str):
 def test_the_group_losses_equal_their_definitions_with_the_kl_of_single_tokens(loss_type: str, impl: str):
     logprob, sampler, _, mask = rows(40)
     cu_seqlens = torch.tensor([0, 11, 12, 30, 40], dtype=torch.int32)
-    mask[[0, 11, 12, 30]] = True  # no sequence is empty
+    mask[[0, 11, 12, 30]] = True  # so that no sequence is empty
     advantage = torch.tensor([1.0, -0.5, 2.0, -2.0]).repeat_interleave(cu_seqlens.diff().long())
     weight = torch.tensor([0.5, 1.0, 0.25, 2.0]).repeat_interleave(cu_seqlens.diff().long())
     own = {"loss_type": loss_type} | ({"cu_seqlens": cu_seqlens} if loss_type == "gspo" else {})

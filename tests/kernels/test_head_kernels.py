@@ -1,4 +1,4 @@
-"""The values of these kernels are tested in test_linear_logprob.py; here, what the compiler makes of all kernels."""
+"""Compiles all Triton kernels without a GPU. Their values are tested in test_linear_logprob.py."""
 
 import os
 import subprocess
@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-OLDEST_TRITON = os.environ.get("FASTRLHF_TRITON_36", "")  # a folder that holds it; `make test` makes one
+OLDEST_TRITON = os.environ.get("FASTRLHF_TRITON_36", "")  # a folder with triton 3.6.0; `make test` installs it
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [80, 90, 100])
 @pytest.mark.parametrize("version", ["installed", "3.6.0"])
 def test_every_kernel_compiles_without_spills_and_with_the_units_it_is_for(version: str, arch: int):
-    """In a process of its own: this one interprets the kernels, and a compiler that crashes takes its process along."""
+    """Runs in a separate process, because this process uses the interpreter and because a compiler crash ends its
+    process."""
     if version != "installed" and not OLDEST_TRITON:
         pytest.skip("FASTRLHF_TRITON_36 names no folder with triton 3.6.0")
     path = [str(ROOT), str(ROOT / "kernels")]

@@ -1,4 +1,4 @@
-"""What only the Triton path of `linear_kl` promises; its values are tested in test_linear_kl.py."""
+"""Tests of the Triton path of `linear_kl` only; values are tested in test_linear_kl.py."""
 
 import pytest
 import torch
@@ -13,7 +13,8 @@ from tests.kernels.test_tiles import FakeMatrix
 
 @pytest.mark.usefixtures("small_blocks")
 def test_tma_descriptors_load_the_same_tiles(monkeypatch: pytest.MonkeyPatch):
-    tensors, (leaves, options) = inputs(33, 20, 24, 65), everything(33, 65)  # ragged; rows of 80 and 96 bytes
+    # Sizes that no tile divides; rows of 80 and 96 bytes
+    tensors, (leaves, options) = inputs(33, 20, 24, 65), everything(33, 65)
     plain = linear_kl(*tensors, **leaves, **options, entropy=True, impl="triton")
     monkeypatch.setattr(tiles, "INTERPRETER", tiles.INTERPRETER._replace(descriptors=True))
     loaded = linear_kl(*tensors, **leaves, **options, entropy=True, impl="triton")
@@ -39,7 +40,7 @@ def test_a_row_has_the_same_bits_in_every_pack():
 
 
 @pytest.mark.usefixtures("small_blocks")
-def test_how_the_vocabulary_is_shared_out_shows_in_the_last_digits_only(monkeypatch: pytest.MonkeyPatch):
+def test_the_split_of_the_vocabulary_changes_only_the_last_digits(monkeypatch: pytest.MonkeyPatch):
     results = []
     for share in (16, 48, 256):
         monkeypatch.setattr(head, "SHARE", share)
@@ -53,7 +54,7 @@ def test_how_the_vocabulary_is_shared_out_shows_in_the_last_digits_only(monkeypa
     ("reference", "expected"),
     [
         (FakeMatrix(32, torch.bfloat16), tiles.KL_FORWARD[9].light),
-        (FakeMatrix(60, torch.bfloat16), tiles.KL_FORWARD[8].light),  # rows that TMA cannot load
+        (FakeMatrix(60, torch.bfloat16), tiles.KL_FORWARD[8].light),  # TMA cannot load rows of this length
         (FakeMatrix(32, torch.float16), tiles.KL_FORWARD[8].light),
         (FakeMatrix(32, torch.float32), tiles.FLOAT32),
     ],
@@ -65,7 +66,7 @@ def test_the_tiles_are_chosen_for_the_reference_too(reference: FakeMatrix, expec
 
 
 @pytest.mark.parametrize("option", ["bias", "reference_bias", "softcap", "temperature"])
-def test_a_transform_of_either_side_asks_for_narrower_tiles(option: str, monkeypatch: pytest.MonkeyPatch):
+def test_bias_or_soft_cap_of_policy_or_reference_need_narrower_tiles(option: str, monkeypatch: pytest.MonkeyPatch):
     tensors, asked = inputs(3, 2, 2, 5), []
     value = {"bias": torch.ones(5), "reference_bias": torch.ones(5), "softcap": 2.0, "temperature": torch.ones(3)}[
         option

@@ -10,7 +10,7 @@ from fastrlhf_kernels import _blocks as blocks
 from fastrlhf_kernels.linear_kl import linear_kl_reference
 from tests.tolerance import assert_op_matches
 
-# T, D, Dr, V around blocks of (8, 7), and around tiles of (16, 16, 16) in shares of 32 and parts of 16
+# T, D, Dr, V just below, at and above the block size (8, 7), tiles of (16, 16, 16), shares of 32 and parts of 16
 SHAPES = [
     (1, 1, 1, 1),
     (7, 5, 3, 13),
@@ -23,7 +23,8 @@ SHAPES = [
 
 
 def inputs(rows: int, size: int, reference_size: int, vocab: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """hidden, weight, reference_hidden, reference_weight: two unrelated distributions, nats apart."""
+    """Returns hidden, weight, reference_hidden, reference_weight of two unrelated distributions, which differ by
+    nats."""
     generator = torch.Generator().manual_seed(rows + size + vocab)
     shapes = [(rows, size), (vocab, size), (rows, reference_size), (vocab, reference_size)]
     return [torch.randn(*shape, generator=generator).to(dtype) for shape in shapes]
@@ -34,7 +35,7 @@ def targets_of(rows: int, vocab: int) -> Tensor:
 
 
 def everything(rows: int, vocab: int, dtype: torch.dtype = torch.float32) -> tuple[dict, dict]:
-    """Leaves and options: all that can be asked for, and ignored rows."""
+    """Returns leaves and options with every option set and some rows ignored."""
     torch.manual_seed(0)
     targets = targets_of(rows, vocab)
     targets[[0, 4, 17]] = -100
@@ -43,7 +44,7 @@ def everything(rows: int, vocab: int, dtype: torch.dtype = torch.float32) -> tup
 
 
 def assert_matches_reference(tensors: list[Tensor], leaves: dict | None = None, impl: str = "torch", **options):
-    """Outputs and gradients, with different upstream gradients for each output."""
+    """Compares outputs and gradients with the reference; each output has its own upstream gradient."""
     hidden, weight, *frozen = tensors
     generator = torch.Generator().manual_seed(0)
     upstream = [torch.randn(len(hidden), generator=generator) for _ in range(4 if "targets" in options else 2)]
@@ -74,11 +75,11 @@ def test_a_hand_computed_row(impl: str):
     expected = [kl, math.log(5 / 8), math.log(2 / 4), entropy]
     assert [x.item() for x in out] == pytest.approx(
         expected, rel=1e-6, abs=2e-7
-    )  # kl is a difference of numbers near 1
+    )  # kl is a difference of numbers near 1, so its error is absolute
 
 
 def test_the_hand_computed_gradient_of_that_row(impl: str):
-    # dz = p (log p / q - kl); the weight's rows are the logits where hidden is 1
+    # dz = p (log p / q - kl); with hidden 1 the rows of the weight are the logits
     one, weight = torch.ones(1, 1), torch.tensor([[1.0], [2.0], [5.0]]).log().requires_grad_()
     linear_kl(one, weight, one, torch.tensor([[1.0], [1.0], [2.0]]).log(), impl=impl).kl.sum().backward()
     kl = math.log(1 / 2) / 8 + math.log(5 / 4) * 5 / 8
@@ -110,8 +111,11 @@ def test_it_equals_the_reference_across_block_boundaries(shape: tuple[int, int, 
 
 @pytest.mark.parametrize("distance", [1e-1, 1e-2, 1e-3])
 @pytest.mark.usefixtures("small_blocks")
-def test_close_to_the_reference_it_errs_no_more_than_plain_float32(distance: float, impl: str):
-    """kl is distance^2 or so: the bound is what plain torch loses to cancellation, the term in eps being far below."""
+def test_close_to_the_reference_it_is_as_exact_as_plain_float32(distance: float, impl: str):
+    """kl is about distance^2.
+
+    The bound is the error of plain torch from cancellation; the term in eps is far smaller.
+    """
     hidden, weight, *_ = inputs(40, 8, 8, 65)
     moved = hidden + distance * torch.randn(40, 8, generator=torch.Generator().manual_seed(1))
     assert_matches_reference([hidden, weight, moved, weight], impl=impl)
@@ -159,7 +163,7 @@ def test_ignored_rows_give_zeros_and_no_gradient_even_where_they_hold_nan(
     targets[[2, 9]] = -100
     hidden[2], hidden[9], reference_hidden[2], temperature[9] = float("nan"), float("inf"), float("nan"), 0.0
     tensors = (hidden.requires_grad_(), weight.requires_grad_(), reference_hidden, reference_weight)
-    options = {"temperature": temperature, "bias": torch.full((9,), 200.0)}  # whose exp is infinite
+    options = {"temperature": temperature, "bias": torch.full((9,), 200.0)}  # exp of this bias is infinite
     out = linear_kl(*tensors, targets=targets, **options, entropy=True, impl=impl)
     assert all(x[[2, 9]].tolist() == [0.0, 0.0] for x in out)
     upstream = torch.ones(10)
@@ -195,13 +199,13 @@ def test_inputs_need_not_be_contiguous(impl: str):
     hidden, weight, reference_hidden, reference_weight = inputs(9, 4, 5, 11)
     leaves = [hidden.T.contiguous().T, torch.stack([weight, weight], 1)[:, 0]]
     leaves += [reference_hidden.T.contiguous().T, torch.stack([reference_weight, reference_weight], 1)[:, 0]]
-    torch.manual_seed(0)  # else the numbers depend on the tests before
+    torch.manual_seed(0)  # otherwise the numbers depend on earlier tests
     reference_bias, targets = torch.randn(11, 2)[:, 0], torch.stack([targets_of(9, 11)] * 2, 1)[:, 0]
     assert not any(leaf.is_contiguous() for leaf in (*leaves, reference_bias, targets))
     assert_matches_reference(leaves, impl=impl, reference_bias=reference_bias, targets=targets)
 
 
-def test_only_what_needs_a_gradient_gets_one_and_the_reference_never_does(impl: str):
+def test_only_tensors_that_need_a_gradient_get_one_and_the_reference_never(impl: str):
     tensors = inputs(5, 4, 3, 9)
     full = [x.clone().requires_grad_() for x in tensors]
     linear_kl(*full, impl=impl).kl.sum().backward()
@@ -232,7 +236,7 @@ def test_no_tensor_of_rows_by_vocabulary_is_ever_allocated(monkeypatch: pytest.M
 
 @pytest.fixture
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """The shapes of all blocks of logits that are computed from here on."""
+    """Records the shape of every block of logits that is computed."""
     shapes, original = [], blocks.Logits.block
 
     def block(self, rows, part):
@@ -244,7 +248,7 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     return shapes
 
 
-def test_rows_without_upstream_gradient_are_left_out_of_the_backward(computed: list):
+def test_the_backward_skips_rows_without_an_upstream_gradient(computed: list):
     hidden, weight, *reference = inputs(9, 4, 3, 11)
     out = linear_kl(hidden.requires_grad_(), weight, *reference)
     computed.clear()
@@ -256,7 +260,9 @@ def test_rows_without_upstream_gradient_are_left_out_of_the_backward(computed: l
 
 
 @pytest.mark.parametrize("targeted", [True, False])
-def test_where_kl_is_only_looked_at_the_backward_is_that_of_linear_logprob(targeted: bool, computed: list, impl: str):
+def test_if_kl_has_no_upstream_gradient_the_backward_is_that_of_linear_logprob(
+    targeted: bool, computed: list, impl: str
+):
     hidden, weight, *reference = inputs(9, 4, 3, 11)
     targets = targets_of(9, 11) if targeted else None
     leaves = [hidden.clone().requires_grad_() for _ in range(2)]
@@ -270,7 +276,7 @@ def test_where_kl_is_only_looked_at_the_backward_is_that_of_linear_logprob(targe
 
 
 @pytest.mark.parametrize("side", [0, 2])
-def test_a_nan_in_a_row_stays_in_it_and_does_not_hide(side: int, impl: str):
+def test_a_nan_stays_in_its_row_and_is_visible(side: int, impl: str):
     tensors = inputs(5, 4, 3, 9)
     tensors[side][2, 1] = float("nan")
     out = linear_kl(*tensors, targets=targets_of(5, 9), entropy=True, impl=impl)
@@ -285,7 +291,7 @@ def test_the_operators_are_registered_as_torch_wants_them(impl: str):
     leaves = (hidden.requires_grad_(), weight.requires_grad_(), torch.zeros(9, requires_grad=True))
     triton = impl == "triton"
     options = (torch.ones(5), 1.0, 1.0, 2.0, True, triton)
-    # the interpreter has no place in a traced graph
+    # the interpreter cannot run inside a traced graph
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(
         torch.ops.fastrlhf.linear_kl.default,
@@ -316,11 +322,11 @@ def test_one_compiled_graph_serves_packs_of_every_length():
             assert torch.equal(leaves[0].grad, leaves[1].grad)
 
 
-@torch._inductor.config.patch(force_disable_caches=True)  # whose key knows nothing of an operator's fake
-def test_compiled_the_gradient_of_transposed_hidden_states_lies_where_the_graph_expects_it():
+@torch._inductor.config.patch(force_disable_caches=True)  # the cache key does not include an operator's fake
+def test_compiled_gradient_of_transposed_hidden_states_has_the_expected_strides():
     hidden, *others = inputs(8, 4, 3, 9)
     targets = targets_of(8, 9)
-    targets[1] = -100  # so that rows are put back
+    targets[1] = -100  # an ignored row, so that the result is scattered back
     hidden = hidden.t().contiguous().t().requires_grad_()
     gradients = [
         torch.autograd.grad(op(hidden, *others, targets=targets).kl.sum(), hidden)[0]

@@ -1,4 +1,4 @@
-"""What must hold of the KL whatever the path and the distributions."""
+"""Properties of `linear_kl` that hold on both paths and for all distributions."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from tests.kernels.test_linear_kl import everything, inputs, targets_of
 
 
 @pytest.mark.usefixtures("small_blocks")
-def test_a_policy_is_exactly_0_from_itself_with_exactly_no_gradient(impl: str):
+def test_kl_of_a_policy_to_itself_and_its_gradient_are_exactly_0(impl: str):
     hidden, weight, *_ = inputs(40, 6, 6, 65)
     leaves, options = everything(40, 65)
     hidden.requires_grad_(), weight.requires_grad_(), leaves["bias"].requires_grad_()
@@ -22,11 +22,11 @@ def test_a_policy_is_exactly_0_from_itself_with_exactly_no_gradient(impl: str):
 
 
 @pytest.mark.usefixtures("small_blocks")
-def test_kl_is_never_below_0_and_where_it_is_rounded_to_0_the_gradient_lives(impl: str):
+def test_kl_is_never_negative_and_has_a_gradient_when_rounded_to_0(impl: str):
     hidden, weight, *_ = inputs(40, 8, 8, 65)
     moved = hidden + 1e-5 * torch.randn(40, 8, generator=torch.Generator().manual_seed(1))
     kl = linear_kl(hidden.requires_grad_(), weight, moved, weight, impl=impl).kl
-    assert kl.min() == 0  # the truth is about 1e-10
+    assert kl.min() == 0  # the exact value is about 1e-10
     kl.sum().backward()
     assert hidden.grad[kl == 0].ne(0).any(1).all()
 
@@ -43,7 +43,7 @@ def test_the_order_of_the_vocabulary_does_not_matter(impl: str):
     )
     for out in (plain, other):
         (out.kl.sum() + out.logprob.sum()).backward()
-    # sums of 65 float32 terms in another order
+    # sums of 65 float32 terms in a different order
     torch.testing.assert_close(other.kl, plain.kl, rtol=2e-6, atol=0)
     torch.testing.assert_close(other.reference_logprob, plain.reference_logprob, rtol=2e-6, atol=0)
     torch.testing.assert_close(shuffled.grad, weight.grad[order], rtol=1e-5, atol=2e-6)
@@ -51,7 +51,7 @@ def test_the_order_of_the_vocabulary_does_not_matter(impl: str):
 
 @pytest.mark.usefixtures("small_blocks")
 def test_a_constant_added_to_every_logit_of_either_side_changes_nothing(impl: str):
-    tensors = [x.round() for x in inputs(9, 4, 5, 40)]  # integers, so that the shifted logits are exact
+    tensors = [x.round() for x in inputs(9, 4, 5, 40)]  # integers, so that shifted logits are exact
     outputs = []
     for shift, reference_shift in ((0.0, 0.0), (50.0, 0.0), (0.0, -4096.0), (-4096.0, 50.0)):
         leaf = tensors[0].clone().requires_grad_()
@@ -64,9 +64,10 @@ def test_a_constant_added_to_every_logit_of_either_side_changes_nothing(impl: st
 
 
 @pytest.mark.usefixtures("small_blocks")
-def test_tokens_that_both_sides_forbid_are_as_if_absent(impl: str):
+def test_a_token_that_both_models_forbid_does_not_count(impl: str):
     hidden, weight, reference_hidden, reference_weight = inputs(6, 4, 3, 70)
-    keep = torch.tensor([0, 3, 15, 19, 69])  # blocks of 7, tiles of 16 and the share 32..63 are forbidden as a whole
+    # Some whole blocks of 7, whole tiles of 16 and the whole share 32..63 are forbidden
+    keep = torch.tensor([0, 3, 15, 19, 69])
     index = targets_of(6, 5)
     bias = torch.full((70,), float("-inf"))
     bias[keep] = 0.5
@@ -83,20 +84,21 @@ def test_tokens_that_both_sides_forbid_are_as_if_absent(impl: str):
 
 
 @pytest.mark.usefixtures("small_blocks")
-def test_a_token_that_one_side_alone_forbids(impl: str):
+def test_a_token_that_only_one_model_forbids(impl: str):
     tensors, bias = inputs(6, 4, 3, 40), torch.zeros(40)
     bias[11] = float("-inf")
     forbidden_by_policy = linear_kl(*tensors, bias=bias, impl=impl).kl
-    lowered = linear_kl(*tensors, bias=bias.clamp(min=-1e3), impl=impl).kl  # its probability is 0 all the same
+    lowered = linear_kl(*tensors, bias=bias.clamp(min=-1e3), impl=impl).kl  # its probability is still 0
     torch.testing.assert_close(forbidden_by_policy, lowered, rtol=1e-6, atol=0)
     assert linear_kl(*tensors, reference_bias=bias, impl=impl).kl.min() > 1e20
 
 
 @pytest.mark.usefixtures("small_blocks")
-def test_its_logprob_and_entropy_are_those_of_linear_logprob(impl: str):
+def test_logprob_and_entropy_equal_those_of_linear_logprob(impl: str):
     tensors, targets = inputs(9, 5, 6, 65), targets_of(9, 65)
     out = linear_kl(*tensors, targets=targets, entropy=True, impl=impl)
     expected = linear_logprob(*tensors[:2], targets, entropy=True, impl=impl)
-    torch.testing.assert_close(out.logprob, expected.logprob, rtol=1e-6, atol=0)  # a sum of 3 shares in another order
+    # Sums of 3 shares in a different order
+    torch.testing.assert_close(out.logprob, expected.logprob, rtol=1e-6, atol=0)
     torch.testing.assert_close(out.entropy, expected.entropy, rtol=1e-6, atol=0)
     assert (linear_kl(*tensors, impl=impl).logprob, linear_kl(*tensors, impl=impl).entropy) == (None, None)

@@ -11,7 +11,7 @@ from fastrlhf_kernels import linear_logprob
 from fastrlhf_kernels.linear_logprob import linear_logprob_reference
 from tests.tolerance import assert_op_matches
 
-# T, D, V around blocks of (8, 7), and around tiles of (16, 16, 16) in shares of 32 and parts of 16
+# T, D, V just below, at and above the block size (8, 7), tiles of (16, 16, 16), shares of 32 and parts of 16
 SHAPES = [(1, 1, 1), (7, 5, 13), (8, 16, 14), (9, 3, 15), (11, 4, 6), (16, 8, 31), (17, 17, 32), (33, 16, 65)]
 
 
@@ -28,7 +28,8 @@ EVERYTHING = {"temperature": torch.linspace(0.5, 2, 19), "logit_scale": 1.5, "so
 def assert_matches_reference(
     hidden: Tensor, weight: Tensor, targets: Tensor, leaves: dict | None = None, impl: str = "torch", **options
 ):
-    """Outputs and gradients, with different upstream gradients for logprob, logsumexp and entropy."""
+    """Compares outputs and gradients with the reference; logprob, logsumexp and entropy have their own upstream
+    gradients."""
     generator = torch.Generator().manual_seed(0)
     upstream = [torch.randn(len(hidden), generator=generator) for _ in range(3)]
 
@@ -111,7 +112,7 @@ def test_all_options_together_in_half_precision():
 
 
 @pytest.mark.usefixtures("small_blocks")
-def test_where_rows_cannot_be_counted_the_result_is_the_same(monkeypatch: pytest.MonkeyPatch, impl: str):
+def test_if_rows_cannot_be_counted_the_result_is_the_same(monkeypatch: pytest.MonkeyPatch, impl: str):
     monkeypatch.setattr(blocks, "can_select", lambda device, wait: False)
     hidden, weight, targets = inputs(19, 5, 23)
     targets[[0, 4, 17]] = -100
@@ -142,10 +143,11 @@ def test_ignored_rows_give_zeros_and_no_gradient_even_where_they_hold_nan(
 
 @pytest.mark.parametrize("counts", [True, False])
 @pytest.mark.usefixtures("small_blocks")
-def test_an_ignored_row_adds_nothing_where_its_exponentials_overflow(
+def test_an_ignored_row_adds_nothing_even_if_its_exponentials_overflow(
     counts: bool, monkeypatch: pytest.MonkeyPatch, impl: str
 ):
-    """Its peak is 0 and its hidden state is taken as 0, so the bias alone makes exp(z - peak) infinite."""
+    """The peak of an ignored row is 0 and its hidden state is treated as 0, so the bias makes exp(z - peak)
+    infinite."""
     monkeypatch.setattr(blocks, "can_select", lambda device, wait: counts)
     hidden, weight, targets = inputs(19, 5, 23)
     targets[[0, 4, 17]] = -100
@@ -177,9 +179,9 @@ def test_inputs_need_not_be_contiguous(impl: str):
 
 
 @pytest.mark.usefixtures("small_blocks")
-def test_forbidden_tokens_with_bias_minus_infinity_are_as_if_absent(impl: str):
+def test_tokens_forbidden_by_a_bias_of_minus_infinity_do_not_count(impl: str):
     hidden, weight, targets = inputs(6, 4, 20)
-    keep = torch.tensor([0, 3, 15, 19])  # the block 7..13 is forbidden as a whole
+    keep = torch.tensor([0, 3, 15, 19])  # all columns of the block 7..13 are forbidden
     targets = keep[targets % 4]
     bias = torch.full((20,), float("-inf"))
     bias[keep] = 0.0
@@ -194,7 +196,7 @@ def test_forbidden_tokens_with_bias_minus_infinity_are_as_if_absent(impl: str):
 
 
 def test_the_gradient_of_a_near_certain_token_keeps_its_digits(impl: str):
-    # at p = 1 - 4.5e-5, 1 - p in float32 is off by 1e-5 of itself and more
+    # at p = 1 - 4.5e-5, 1 - p in float32 has a relative error above 1e-5
     weight = torch.tensor([[10.0], [0.0]], requires_grad=True)
     out = linear_logprob(torch.ones(1, 1), weight, torch.tensor([0]), impl=impl)
     out.logprob.backward()
@@ -202,7 +204,7 @@ def test_the_gradient_of_a_near_certain_token_keeps_its_digits(impl: str):
     assert weight.grad[1].item() == pytest.approx(-math.exp(-10) / (1 + math.exp(-10)), rel=1e-6)
 
 
-def test_beside_a_certain_token_the_others_keep_their_gradient(impl: str):
+def test_if_one_token_is_certain_the_others_keep_their_gradient(impl: str):
     weight = torch.tensor([[40.0], [0.0]], requires_grad=True)
     out = linear_logprob(torch.ones(1, 1), weight, torch.tensor([0]), impl=impl)
     out.logprob.backward()
@@ -219,7 +221,7 @@ def test_a_logprob_is_never_above_zero(impl: str):
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "weight", "both"])
-def test_only_what_needs_a_gradient_gets_one(frozen: str, impl: str):
+def test_only_tensors_that_need_a_gradient_get_one(frozen: str, impl: str):
     hidden, weight, targets = inputs(5, 4, 9)
     full = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
     linear_logprob(*full, targets, impl=impl).logprob.sum().backward()
@@ -249,7 +251,7 @@ def test_no_tensor_of_rows_by_vocabulary_is_ever_allocated(monkeypatch: pytest.M
     assert peak_bytes(lambda: step(linear_logprob, trained)) < logits / 20 + 4 * weight.numel()
 
 
-def test_rows_without_upstream_gradient_are_left_out_of_the_backward(monkeypatch: pytest.MonkeyPatch):
+def test_the_backward_skips_rows_without_an_upstream_gradient(monkeypatch: pytest.MonkeyPatch):
     hidden, weight, targets = inputs(9, 4, 11)
     out = linear_logprob(hidden.requires_grad_(), weight, targets)
     seen = []
@@ -281,7 +283,7 @@ def test_a_temperature_may_be_an_expanded_number(impl: str):
 
 @pytest.mark.usefixtures("interpreted", "small_blocks")
 def test_tma_descriptors_load_the_same_tiles(monkeypatch: pytest.MonkeyPatch):
-    hidden, weight, targets = inputs(33, 20, 65)  # ragged in every dimension; rows of 80 bytes
+    hidden, weight, targets = inputs(33, 20, 65)  # sizes that no tile divides; rows of 80 bytes
     plain = linear_logprob(hidden, weight, targets, entropy=True, stats=True, impl="triton")
     monkeypatch.setattr(tiles, "INTERPRETER", tiles.INTERPRETER._replace(descriptors=True))
     for a, b in zip(
@@ -291,7 +293,7 @@ def test_tma_descriptors_load_the_same_tiles(monkeypatch: pytest.MonkeyPatch):
     assert_matches_reference(hidden, weight, targets, impl="triton")
 
 
-def test_a_nan_in_a_row_stays_in_it_and_does_not_hide(impl: str):
+def test_a_nan_stays_in_its_row_and_is_visible(impl: str):
     hidden, weight, targets = inputs(5, 4, 9)
     hidden[2, 1] = float("nan")
     out = linear_logprob(hidden, weight, targets, entropy=True, impl=impl)
@@ -304,7 +306,7 @@ def test_the_operators_are_registered_as_torch_wants_them(impl: str):
     leaves = (hidden.requires_grad_(), weight.requires_grad_(), torch.zeros(9, requires_grad=True))
     triton = impl == "triton"
     options = (torch.ones(5), 1.0, 1.0, 2.0, -100, True, True, triton)
-    # the interpreter has no place in a traced graph
+    # the interpreter cannot run inside a traced graph
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(
         torch.ops.fastrlhf.linear_logprob.default,
@@ -333,10 +335,10 @@ def test_one_compiled_graph_serves_packs_of_every_length():
             assert torch.equal(leaves[0].grad, leaves[1].grad)
 
 
-@torch._inductor.config.patch(force_disable_caches=True)  # whose key knows nothing of an operator's fake
-def test_compiled_the_gradient_of_transposed_hidden_states_lies_where_the_graph_expects_it():
+@torch._inductor.config.patch(force_disable_caches=True)  # the cache key does not include an operator's fake
+def test_compiled_gradient_of_transposed_hidden_states_has_the_expected_strides():
     hidden, weight, targets = inputs(8, 4, 9)
-    targets[1] = -100  # so that rows are put back
+    targets[1] = -100  # an ignored row, so that the result is scattered back
     hidden = hidden.t().contiguous().t().requires_grad_()
     gradients = [
         torch.autograd.grad(op(hidden, weight, targets).logprob.sum(), hidden)[0]

@@ -1,4 +1,4 @@
-"""What must not change the log-probs, whatever the path."""
+"""Transformations that must not change the log-probs of `linear_logprob`, on either path."""
 
 import math
 
@@ -29,13 +29,13 @@ def test_a_temperature_is_the_inverse_of_a_scale(impl: str):
     cold = linear_logprob(hidden, weight, targets, temperature=0.5, entropy=True, impl=impl)
     by_row = linear_logprob(hidden, weight, targets, temperature=torch.full((9,), 0.5), entropy=True, impl=impl)
     scaled = linear_logprob(hidden, weight, targets, logit_scale=2.0, entropy=True, impl=impl)
-    for other in (by_row, scaled):  # powers of two: not a bit differs
+    for other in (by_row, scaled):  # the factors are powers of two, so results are bit-identical
         assert torch.equal(cold.logprob, other.logprob)
         assert torch.equal(cold.entropy, other.entropy)
 
 
 @pytest.mark.usefixtures("interpreted", "small_blocks")
-def test_how_the_vocabulary_is_shared_out_shows_in_the_last_digits_only(monkeypatch: pytest.MonkeyPatch):
+def test_the_split_of_the_vocabulary_changes_only_the_last_digits(monkeypatch: pytest.MonkeyPatch):
     hidden, weight, targets = inputs(20, 4, 130)
     results = []
     for share in (16, 48, 256):
@@ -58,7 +58,7 @@ def test_a_row_has_the_same_bits_in_every_pack():
 @pytest.mark.usefixtures("small_blocks")
 def test_a_constant_added_to_every_logit_changes_nothing(impl: str):
     hidden, weight, targets = inputs(9, 4, 16)
-    hidden, weight = hidden.round(), weight.round()  # integers, so that the shifted logits are exact
+    hidden, weight = hidden.round(), weight.round()  # integers, so that shifted logits are exact
     outputs = []
     for shift in (0.0, 50.0, -4096.0):
         leaf = hidden.clone().requires_grad_()

@@ -23,7 +23,7 @@ def inputs() -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("options", [{}, {"kind": "ipo", "length_norm": "mean"}, {"label_smoothing": 0.1, "beta": 0.5}])
-def test_it_is_the_two_definitions_one_after_the_other(impl: str, options: dict):
+def test_it_equals_the_two_definitions_composed(impl: str, options: dict):
     given = inputs()
     leaves = {name: given.pop(name) for name in ("hidden", "weight")}
     reference_logprob = given.pop("reference_logprob")
@@ -41,7 +41,7 @@ def test_it_is_the_two_definitions_one_after_the_other(impl: str, options: dict)
     assert_op_matches(op, reference, leaves)
 
 
-def test_every_option_is_handed_on_bit_for_bit(impl: str):
+def test_every_option_reaches_the_two_ops(impl: str):
     given = inputs()
     given["targets"][3] = -7
     head = {"bias": torch.linspace(-1, 1, 30), "temperature": torch.linspace(0.5, 2, 20), "logit_scale": 1.5}

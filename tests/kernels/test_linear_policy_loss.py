@@ -24,7 +24,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def inputs(rows: int = 37, size: int = 24, vocab: int = 70, seed: int = 0) -> dict[str, Tensor]:
-    """Ratios on both sides of the clip, masked and ignored rows."""
+    """Returns tensors with ratios on both sides of the clip, and with masked and ignored rows."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -59,7 +59,7 @@ def two_steps(given: dict[str, Tensor], head: dict, loss: dict, entropy: bool):
     return policy_loss(rows.logprob, *fixed, entropy=rows.entropy, impl="torch", **loss)
 
 
-def test_it_is_the_two_definitions_one_after_the_other(impl: str):
+def test_it_equals_the_two_definitions_composed(impl: str):
     given = inputs()
     leaves = {name: given.pop(name) for name in ("hidden", "weight")}
     rows = {name: given.pop(name) for name in ("sampler_logprob", "advantage")}
@@ -78,7 +78,7 @@ def test_it_is_the_two_definitions_one_after_the_other(impl: str):
 def test_every_option_gives_what_the_two_steps_give(impl: str, entropy_coef: float):
     given = inputs()
     given["targets"][3] = -100
-    given["mask"][3] = True  # scored 0 by both
+    given["mask"][3] = True  # an ignored target in the mask: its log-prob is 0 in both
     reference_logprob = given["sampler_logprob"] + 0.2
     loss = {"num_tokens": torch.tensor(17.0), "dual_clip": 1.5, "kl_coef": 0.2, "kl_kind": "k3", "clip_high": 0.3}
     loss |= {"reference_logprob": reference_logprob, "entropy_coef": entropy_coef}
@@ -111,7 +111,7 @@ def test_every_option_gives_what_the_two_steps_give(impl: str, entropy_coef: flo
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "weight", "both"])
-def test_only_what_needs_a_gradient_gets_one(impl: str, frozen: str):
+def test_only_tensors_that_need_a_gradient_get_one(impl: str, frozen: str):
     given = inputs()
     wanted = [name for name in ("hidden", "weight") if frozen not in (name, "both")]
     full, some = inputs(), inputs()
@@ -133,7 +133,7 @@ def test_inputs_need_not_be_contiguous(impl: str):
     results = []
     for strided in (False, True):
         given = inputs()
-        given["mask"][:] = True  # all rows are worked on, so that nothing is copied on the way
+        given["mask"][:] = True  # all rows are processed, so that no step makes a contiguous copy
         temperature = torch.full((37,), 0.7)
         if strided:
             given = {k: torch.stack([v, v], -1)[..., 0] if k != "hidden" else v for k, v in given.items()}
@@ -146,7 +146,7 @@ def test_inputs_need_not_be_contiguous(impl: str):
 
 
 def test_the_upstream_gradient_is_not_rounded_to_the_dtype_of_the_leaves():
-    """float16 with the scale of a loss: gradients too small for it, and a scale too large."""
+    """float16 with a loss scale: the gradients would underflow in float16 and the loss scale would overflow."""
     given = inputs()
     given["hidden"], given["weight"] = given["hidden"].half(), given["weight"].half()
     rounded = {**given, "hidden": given["hidden"].float(), "weight": given["weight"].float()}
@@ -160,7 +160,7 @@ def test_the_upstream_gradient_is_not_rounded_to_the_dtype_of_the_leaves():
 
 
 @pytest.mark.parametrize("counts", [True, False])
-def test_nan_outside_the_mask_reaches_nothing(counts: bool, monkeypatch: pytest.MonkeyPatch, impl: str):
+def test_nan_outside_the_mask_does_not_matter(counts: bool, monkeypatch: pytest.MonkeyPatch, impl: str):
     monkeypatch.setattr(blocks, "can_select", lambda device, wait: counts)
     given = inputs()
     clean = {name: tensor.clone() for name, tensor in given.items()}
@@ -180,9 +180,10 @@ def test_nan_outside_the_mask_reaches_nothing(counts: bool, monkeypatch: pytest.
 
 @pytest.mark.parametrize("options", [{}, {"entropy_coef": 0.3}, {"softcap": 3.0}], ids=str)
 def test_a_tile_of_ignored_rows_is_never_read(impl: str, options: dict, monkeypatch: pytest.MonkeyPatch):
-    """Where rows cannot be counted, nobody writes the masses of such a tile: they are NaN here and reach nothing."""
+    """If rows cannot be counted, the masses of a tile of ignored rows are never written: here they are NaN and must not
+    matter."""
     given = inputs()
-    given["mask"][:32] = False  # the first two tiles, each a chunk of its own
+    given["mask"][:32] = False  # the first two tiles, which are separate chunks
     results = []
     for counts in (False, True):
         monkeypatch.setattr(blocks, "can_select", lambda device, wait, counts=counts: counts)
@@ -196,7 +197,7 @@ def test_a_tile_of_ignored_rows_is_never_read(impl: str, options: dict, monkeypa
 
 
 @pytest.mark.parametrize("case", ["no rows", "no trained row"])
-def test_nothing_to_train_on_gives_differentiable_zeros(impl: str, case: str):
+def test_an_empty_mask_gives_differentiable_zeros(impl: str, case: str):
     given = inputs(rows=0 if case == "no rows" else 5)
     given["mask"] = torch.zeros(len(given["hidden"]), dtype=torch.bool)
     leaves = head_leaves(given)
@@ -206,7 +207,7 @@ def test_nothing_to_train_on_gives_differentiable_zeros(impl: str, case: str):
     assert all(leaf.grad.eq(0).all() for leaf in leaves)
 
 
-def test_the_chunks_do_not_show(impl: str, monkeypatch: pytest.MonkeyPatch):
+def test_the_chunk_size_does_not_change_the_result(impl: str, monkeypatch: pytest.MonkeyPatch):
     results = []
     for rows in (16, 32, 48):
         monkeypatch.setattr(module, "CPU_CHUNK", rows * 80 * 4)
@@ -241,14 +242,15 @@ def test_half_precision_is_as_exact_as_in_two_steps():
         assert one <= 1.1 * two
 
 
-def test_beside_the_gradients_only_a_chunk_of_logits_exists():
+def test_beyond_the_gradients_only_a_chunk_of_logits_is_allocated():
     rows, vocab = 512, 4096
     given = inputs(rows, 8, vocab)
     given["mask"][:] = True
     leaves = head_leaves(given)
     peak = peak_bytes(lambda: linear_policy_loss(**given, num_tokens=9).loss.backward())
     gradients = sum(4 * leaf.numel() for leaf in leaves)
-    assert peak - 2 * gradients < 4 * rows * vocab / 10  # twice: as they are made, and scaled by the upstream gradient
+    # Gradients exist twice: unscaled, and scaled by the upstream gradient
+    assert peak - 2 * gradients < 4 * rows * vocab / 10
 
 
 def test_the_operator_is_registered_as_torch_wants_it():
@@ -268,7 +270,7 @@ def test_the_operator_is_registered_as_torch_wants_it():
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-@torch._inductor.config.patch(force_disable_caches=True)  # whose key knows nothing of an operator's fake
+@torch._inductor.config.patch(force_disable_caches=True)  # the cache key does not include an operator's fake
 def test_it_compiles_to_one_graph(transposed: bool):
     compiled = torch.compile(linear_policy_loss, fullgraph=True, backend="inductor" if transposed else "aot_eager")
     gradients = []
@@ -282,7 +284,7 @@ def test_it_compiles_to_one_graph(transposed: bool):
         assert torch.equal(a, b)
 
 
-def test_a_count_that_changes_with_every_step_is_no_constant_of_the_graph():
+def test_a_count_that_changes_between_steps_does_not_recompile():
     torch._dynamo.reset()
     given = inputs()
     compiled = torch.compile(linear_policy_loss, fullgraph=True, backend="aot_eager", dynamic=True)
@@ -306,8 +308,9 @@ def test_the_default_dtype_of_torch_changes_nothing(impl: str, request: pytest.F
 
 
 @pytest.mark.parametrize("entropy_coef", [0.0, 0.3])
-def test_under_a_soft_cap_the_gradient_of_a_hopeless_target_is_as_exact(impl: str, entropy_coef: float):
-    """Log-probs down to -240: exp(z - top) of such a target is 0, from which no slope of the cap can be told."""
+def test_with_a_soft_cap_the_gradient_of_a_very_unlikely_target_is_exact(impl: str, entropy_coef: float):
+    """The log-probs go down to -240. exp(z - top) of such a target underflows to 0, so the soft cap's derivative must
+    come from elsewhere."""
     given = inputs()
     given["hidden"] = given["hidden"] * 30
     given["targets"] = (given["hidden"] @ given["weight"].T).argmin(1)

@@ -12,9 +12,10 @@ from fastrlhf_kernels.linear_logprob import linear_logprob_reference
 from fastrlhf_kernels.logprob_from_logits import logprob_from_logits, logprob_from_logits_reference
 from tests.tolerance import assert_op_matches
 
-module = importlib.import_module("fastrlhf_kernels.logprob_from_logits")  # the package may export its function
+# Because the package exports a function of this name
+module = importlib.import_module("fastrlhf_kernels.logprob_from_logits")
 
-# T, V around blocks of 400 bytes, and around blocks of 16 columns in shares of 32
+# T, V just below, at and above blocks of 400 bytes, blocks of 16 columns and shares of 32
 SHAPES = [(1, 1), (7, 15), (3, 16), (9, 17), (2, 32), (5, 33), (3, 64), (4, 79)]
 EVERYTHING = {"temperature": torch.linspace(0.5, 2, 19), "logit_scale": 1.5, "softcap": 3.0}
 
@@ -32,7 +33,8 @@ def inputs(rows: int, vocab: int, dtype: torch.dtype = torch.float32) -> tuple[T
 
 
 def assert_matches_reference(logits: Tensor, targets: Tensor, impl: str = "torch", **options):
-    """Outputs and gradient, with different upstream gradients for logprob, logsumexp and entropy."""
+    """Compares outputs and gradient with the reference; logprob, logsumexp and entropy have their own upstream
+    gradients."""
     upstream = torch.randn(3, len(logits), generator=torch.Generator().manual_seed(0)).unbind()
 
     def op(logits: Tensor):
@@ -54,7 +56,7 @@ def test_a_hand_computed_row(impl: str):
 
 
 def test_the_hand_computed_gradient_of_that_row(impl: str):
-    # of logprob: 1[v = 1] - p; of logsumexp: p; of entropy: -p (log p + entropy)
+    # dz for logprob: 1[v = 1] - p; for logsumexp: p; for entropy: -p (log p + entropy)
     p = torch.tensor([1 / 8, 2 / 8, 5 / 8])
     expected = (torch.tensor([0.0, 1.0, 0.0]) - p, p, -p * (p.log() - (p * p.log()).sum()))
     for output, gradient in enumerate(expected):
@@ -63,7 +65,7 @@ def test_the_hand_computed_gradient_of_that_row(impl: str):
         assert logits.grad.flatten().tolist() == pytest.approx(gradient.tolist(), rel=1e-6, abs=1e-8)
 
 
-def test_the_reference_is_that_of_linear_logprob():
+def test_the_reference_equals_that_of_linear_logprob():
     hidden, weight = torch.randn(19, 4), torch.randn(7, 4)
     targets = torch.randint(0, 7, (19,))
     mine = logprob_from_logits_reference(hidden @ weight.T, targets, **EVERYTHING)
@@ -99,9 +101,7 @@ def test_scale_cap_temperature_and_ignored_rows_together(counts: bool, monkeypat
     assert_matches_reference(logits, targets, impl, **EVERYTHING)
 
 
-def test_a_target_that_cannot_be_checked_gives_nan_outside_of_the_vocabulary(
-    monkeypatch: pytest.MonkeyPatch, impl: str
-):
+def test_a_target_outside_the_vocabulary_gives_nan_if_it_cannot_be_checked(monkeypatch: pytest.MonkeyPatch, impl: str):
     monkeypatch.setattr(blocks, "can_select", lambda device, wait: False)
     logits, _ = inputs(4, 9)
     logprob = logprob_from_logits(logits, torch.tensor([9, 0, -1, 8]), impl=impl).logprob
@@ -131,14 +131,14 @@ def test_rows_without_upstream_gradient_are_not_read_again(impl: str):
     logits, targets = inputs(6, 40)
     logits[1], logits[3] = float("inf"), logits[3] - 1000
     out = logprob_from_logits(logits.requires_grad_(), targets, impl=impl)
-    logits.data[3] = float("nan")  # unseen by autograd
+    logits.data[3] = float("nan")  # autograd does not notice the change
     out.logprob.backward(torch.tensor([1.0, 0, 1, 0, 1, 1]))
     assert logits.grad[[1, 3]].eq(0).all()
     assert logits.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("rows", [0, 3])
-def test_a_pack_of_no_or_ignored_rows_gives_differentiable_zeros(rows: int, impl: str):
+def test_an_empty_pack_or_only_ignored_rows_give_differentiable_zeros(rows: int, impl: str):
     logits, targets = torch.randn(rows, 9, requires_grad=True), torch.full((rows,), -100)
     out = logprob_from_logits(logits, targets, entropy=True, impl=impl)
     (out.logprob.sum() + out.entropy.sum()).backward()
@@ -164,7 +164,7 @@ def test_inputs_need_not_be_contiguous(impl: str):
 @pytest.mark.usefixtures("small_blocks")
 def test_a_constant_added_to_every_logit_changes_nothing(impl: str):
     logits, targets = inputs(9, 79)
-    logits = logits.round()  # integers, so that the shifted logits are exact
+    logits = logits.round()  # integers, so that shifted logits are exact
     outputs = []
     for shift in (0.0, 50.0, -4096.0):
         leaf = (logits + shift).requires_grad_()
@@ -183,14 +183,14 @@ def test_equal_logits_are_the_uniform_distribution_where_entropy_is_flat(impl: s
     assert out.logsumexp.tolist() == pytest.approx([2 + math.log(64)] * 3, rel=1e-6)
     assert out.entropy.tolist() == pytest.approx([math.log(64)] * 3, rel=1e-6)
     (gradient,) = torch.autograd.grad(out.entropy.sum(), logits)
-    assert gradient.abs().max() < 1e-8  # p (log p + entropy): 1/64 of a rounding error of log 64
+    assert gradient.abs().max() < 1e-8  # p (log p + entropy) is 1/64 of a rounding error of log 64
 
 
 @pytest.mark.parametrize("forbidden", [float("-inf"), torch.finfo(torch.float32).min])
 @pytest.mark.usefixtures("small_blocks")
-def test_forbidden_tokens_are_as_if_absent(forbidden: float, impl: str):
+def test_forbidden_tokens_do_not_count(forbidden: float, impl: str):
     logits, targets = inputs(6, 79)
-    keep = torch.tensor([0, 3, 31, 70, 78])  # the share 32..63 is forbidden as a whole
+    keep = torch.tensor([0, 3, 31, 70, 78])  # all columns of the share 32..63 are forbidden
     targets = keep[targets % 5]
     masked = torch.full_like(logits, forbidden)
     masked[:, keep] = logits[:, keep]
@@ -214,7 +214,7 @@ def test_a_forbidden_target_has_probability_zero_and_finite_gradients(impl: str)
 
 
 def test_the_gradient_of_a_near_certain_token_keeps_its_digits(impl: str):
-    # at p = 1 - 4.5e-5, 1 - p in float32 is off by 1e-5 of itself and more
+    # at p = 1 - 4.5e-5, 1 - p in float32 has a relative error above 1e-5
     logits = torch.tensor([[10.0, 0.0]], requires_grad=True)
     out = logprob_from_logits(logits, torch.tensor([0]), impl=impl)
     out.logprob.sum().backward()
@@ -241,7 +241,7 @@ def test_a_row_has_the_same_bits_in_every_pack(impl: str):
 
 @pytest.mark.parametrize("column", [0, 50, 78])
 @pytest.mark.usefixtures("small_blocks")
-def test_a_nan_in_a_row_stays_in_it_and_does_not_hide(column: int, impl: str):
+def test_a_nan_stays_in_its_row_and_is_visible(column: int, impl: str):
     logits, targets = inputs(5, 79)
     logits[2, column] = float("nan")
     out = logprob_from_logits(logits.requires_grad_(), targets, entropy=True, impl=impl)
@@ -252,13 +252,13 @@ def test_a_nan_in_a_row_stays_in_it_and_does_not_hide(column: int, impl: str):
 
 
 @pytest.mark.usefixtures("small_blocks")
-def test_in_place_the_same_gradient_lies_where_the_logits_were(impl: str):
+def test_inplace_backward_writes_the_gradient_over_the_logits(impl: str):
     values, targets = inputs(19, 50)
     targets[[0, 4, 17]] = -100
     gradients, memory = [], []
     for inplace in (False, True):
         leaf = values.clone().requires_grad_()
-        logits = (leaf * 1)[:, 5:45]  # rows that lie apart
+        logits = (leaf * 1)[:, 5:45]  # rows with gaps between them
         logits.register_hook(lambda gradient: memory.append(gradient.data_ptr()))
         options = {**EVERYTHING, "inplace_backward": inplace}
         out = logprob_from_logits(logits, targets.clamp(max=39), entropy=True, impl=impl, **options)
@@ -270,7 +270,7 @@ def test_in_place_the_same_gradient_lies_where_the_logits_were(impl: str):
     assert torch.equal(logits, gradients[1][:, 5:45])
 
 
-def test_after_a_backward_in_place_nothing_differentiates_through_the_lost_logits(impl: str):
+def test_after_an_inplace_backward_other_backwards_through_the_logits_are_refused(impl: str):
     values, targets = inputs(5, 9)
     logits = values.requires_grad_() * 1
     other = logits.square().sum()  # its backward needs the logits
@@ -281,14 +281,15 @@ def test_after_a_backward_in_place_nothing_differentiates_through_the_lost_logit
             late.backward()
 
 
-def test_in_place_refuses_logits_whose_memory_is_not_its_own(impl: str):
+def test_inplace_backward_refuses_leaves_and_overlapping_rows(impl: str):
     leaf, targets = torch.zeros(3, 4, requires_grad=True), torch.zeros(3, dtype=torch.int64)
     for logits in (leaf, leaf[:, :3], leaf.view(12).view(3, 4)):
         with pytest.raises(ValueError, match="logits must not be a leaf with inplace_backward"):
             logprob_from_logits(logits, targets, inplace_backward=True, impl=impl)
     with pytest.raises(ValueError, match="logits must not overlap"):
         logprob_from_logits((leaf[:1] * 1).expand(3, 4), targets, inplace_backward=True, impl=impl)
-    logprob_from_logits(leaf.detach(), targets, inplace_backward=True, impl=impl)  # there will be no backward
+    # allowed, because there will be no backward
+    logprob_from_logits(leaf.detach(), targets, inplace_backward=True, impl=impl)
 
 
 @pytest.mark.parametrize("inplace", [False, True])
@@ -301,7 +302,9 @@ def test_a_second_derivative_is_refused(inplace: bool, impl: str):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_beyond_the_gradient_a_few_blocks_of_rows_are_held(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+def test_beyond_the_gradient_only_a_few_blocks_of_rows_are_allocated(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+):
     block = 1 << 16
     monkeypatch.setattr(module, "CPU_BLOCK_BYTES", block)
     values, targets = inputs(512, 4096, dtype)
@@ -313,15 +316,16 @@ def test_beyond_the_gradient_a_few_blocks_of_rows_are_held(dtype: torch.dtype, m
         torch.autograd.grad(out.logprob.sum() + out.entropy.sum(), logits)
 
     assert peak_bytes(lambda: step(logprob_from_logits_reference)) > 5 * gradient
-    # the logits made above, and the gradient
+    # the logits that `step` makes, and the gradient
     assert peak_bytes(lambda: step(logprob_from_logits, entropy=True)) < 2 * gradient + 6 * block
     assert peak_bytes(lambda: step(logprob_from_logits, entropy=True, inplace_backward=True)) < gradient + 6 * block
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-def test_rows_are_found_beyond_the_reach_of_32_bits(inplace: bool, impl: str, tmp_path: Path):
+def test_rows_beyond_2_to_the_31_elements_are_addressed(inplace: bool, impl: str, tmp_path: Path):
     apart = 2**30 + 8
-    sparse = torch.from_file(str(tmp_path / "logits"), shared=True, size=2 * apart + 8)  # 8 GiB, of which 3 pages exist
+    # A sparse file of 8 GiB with 3 written pages
+    sparse = torch.from_file(str(tmp_path / "logits"), shared=True, size=2 * apart + 8)
     far = sparse.as_strided((3, 5), (apart, 1))
     values, targets = inputs(3, 5)
     results = []
@@ -335,7 +339,7 @@ def test_rows_are_found_beyond_the_reach_of_32_bits(inplace: bool, impl: str, tm
 def test_the_operators_are_registered_as_torch_wants_them(capped: bool, impl: str):
     logits, targets = inputs(5, 9)
     triton, bits = impl == "triton", torch.ones(5)
-    # the interpreter has no place in a traced graph
+    # the interpreter cannot run inside a traced graph
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     checks = checks[:3] if triton else checks
     torch.library.opcheck(
@@ -354,7 +358,7 @@ def test_the_operators_are_registered_as_torch_wants_them(capped: bool, impl: st
 def test_one_compiled_graph_serves_packs_of_every_length(inplace: bool):
     def loss(hidden: Tensor, weight: Tensor, given: Tensor, targets: Tensor):
         options = {"temperature": 0.7, "softcap": 2.0, "inplace_backward": inplace}
-        logits = (hidden @ weight.T, given)  # made in the graph, and before it
+        logits = (hidden @ weight.T, given)  # logits computed inside the graph, and given ones
         outs = [logprob_from_logits(each, targets, entropy=True, **options) for each in logits]
         return sum(out.logprob.sum() + out.entropy.sum() for out in outs)
 

@@ -1,4 +1,5 @@
-"""What only a GPU can show: compiled kernels, half precision, real sizes, memory, waiting. `pytest -m gpu`."""
+"""Tests that need a GPU: compiled kernels, half precision, real sizes, memory, and waits for the device (`pytest -m
+gpu`)."""
 
 import pytest
 import torch
@@ -65,10 +66,10 @@ def test_the_head_at_real_sizes_is_exact_in_float32_and_rounds_gradients_once(si
     assert (logprob - true_logprob).abs().max() < 1e-5 * true_logprob.abs().max()
     assert (entropy - true_entropy).abs().max() < 1e-4
     for found, truth in ((grad_hidden, true_hidden), (grad_weight, true_weight)):
-        assert relative_error(found, truth) < 4e-3  # rounding to bfloat16 twice: of dz, and of the result
+        assert relative_error(found, truth) < 4e-3  # rounded to bfloat16 twice: dz, and the result
 
 
-def test_more_logits_than_32_bits_can_count():
+def test_more_than_2_to_the_31_logits():
     problem = make_problem(Case(20_000, 64, 151_936), torch.bfloat16, CUDA)
     (logprob,), (grad_hidden, _) = run(TASKS["logprob"].step(ours, problem))
     some = slice(19_000, 20_000)
@@ -106,7 +107,7 @@ def test_the_forward_never_waits_for_the_gpu():
         for p in providers
     ]
     for step in steps:
-        step.forward()  # compiles
+        step.forward()  # compiles the kernels
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -117,7 +118,7 @@ def test_the_forward_never_waits_for_the_gpu():
 
 
 @pytest.mark.parametrize("task", ["logprob", "frozen head"])
-def test_beside_gradients_it_needs_320_megabytes_where_eager_needs_6000(task: str):
+def test_extra_memory_is_320_megabytes_and_6000_for_eager_torch(task: str):
     problem = make_problem(Case(8192, 4096, 128_256), torch.bfloat16, CUDA)
     step = TASKS[task].step(ours, problem)
     run(step)

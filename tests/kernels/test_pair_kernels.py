@@ -1,4 +1,4 @@
-"""The pair losses that are not functions of one difference (APO, ORPO), and SimPO."""
+"""Tests of APO and ORPO, which do not depend only on the difference of log-ratios, and of SimPO."""
 
 import math
 

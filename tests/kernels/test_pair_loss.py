@@ -9,16 +9,16 @@ from fastrlhf_kernels._pair_kernels import KINDS
 from fastrlhf_kernels.pair_loss import LENGTH_NORMS, _pair_loss, pair_loss_reference
 from tests.tolerance import assert_op_matches
 
-TWO = torch.tensor([0, 2, 3])  # one pair: chosen of 2 rows, rejected of 1
+TWO = torch.tensor([0, 2, 3])  # one pair: 2 chosen rows, 1 rejected row
 ALL = torch.ones(3, dtype=torch.bool)
 
 
-# every kind with the length norms that it has
+# every kind with each length norm that it supports
 FORMS = [(kind, norm) for kind in KINDS for norm in (["mean"] if kind == "orpo" else LENGTH_NORMS)]
 
 
 def run(impl: str, log_ratio: list[float], cu_seqlens: Tensor = TWO, mask: Tensor | None = None, **options):
-    """Loss, gradient per row and metrics over 1 pair, against a reference of zeros (none for ORPO)."""
+    """Computes loss, gradient per row and metrics for 1 pair, with a reference of zeros (None for ORPO)."""
     logprob = torch.tensor(log_ratio, requires_grad=True)
     mask = torch.ones(len(log_ratio), dtype=torch.bool) if mask is None else mask
     reference = None if options.get("kind") == "orpo" else torch.zeros(len(log_ratio))
@@ -32,7 +32,7 @@ def sigmoid(x: float) -> float:
 
 
 def pairs(lengths: list[int], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """logprob, reference_logprob, cu_seqlens, mask; the first row of each sequence is out of the mask if it can be."""
+    """Returns logprob, reference_logprob, cu_seqlens, mask; the mask excludes the first row of longer sequences."""
     generator = torch.Generator().manual_seed(sum(lengths))
     logprob, reference = -5 * torch.rand(2, sum(lengths), generator=generator).to(dtype)
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
@@ -70,11 +70,11 @@ def test_hand_computed_ipo_hinge_and_robust(impl: str):
     assert gradient[0] == pytest.approx(0.5 * (-0.5 - sigmoid(-1)), rel=1e-6)
 
 
-def test_the_hinge_is_flat_from_its_corner_on(impl: str):
+def test_the_hinge_has_no_gradient_beyond_its_margin(impl: str):
     assert run(impl, [1.0, 2.0, 1.0], kind="hinge", beta=0.5)[:2] == (0.0, [0.0, 0.0, 0.0])
 
 
-def test_before_the_first_step_the_losses_are_known(impl: str):
+def test_losses_of_equal_policy_and_reference(impl: str):
     logprob, _, cu_seqlens, mask = pairs([3, 4, 1, 2])
     for kind, beta, expected in (("dpo", 0.1, math.log(2)), ("ipo", 0.25, (1 / 0.5) ** 2), ("hinge", 0.1, 1.0)):
         out = pair_loss(logprob, logprob.clone(), cu_seqlens, mask, num_pairs=2, kind=kind, beta=beta, impl=impl)
@@ -111,7 +111,7 @@ def test_large_margins_neither_overflow_nor_lose_the_gradient(impl: str):
     loss, gradient, _ = run(impl, [-1e4, -1e4, 1e4], beta=1.0)
     assert loss == 3e4
     assert gradient == [-1.0, -1.0, 1.0]
-    # softplus(-20) is far below the spacing of float32 at 1
+    # softplus(-20) is far below the float32 spacing near 1
     assert run(impl, [10.0, 20.0, 10.0], beta=1.0)[0] == pytest.approx(math.log1p(math.exp(-20)), rel=1e-4)
 
 
@@ -159,15 +159,15 @@ def test_hand_computed_length_norms(impl: str):
     loss, gradient, metrics = run(impl, [1.0, 2.0, 1.0], kind="ipo", beta=0.5, length_norm="mean")
     assert loss == 0.25
     assert gradient == [-0.5, -0.5, 1.0]
-    assert metrics["reward_chosen"] == 1.5  # beta u: rewards are of whole sequences
+    assert metrics["reward_chosen"] == 1.5  # beta u, since rewards are sums over whole sequences
     loss, gradient, _ = run(impl, [1.0, 2.0, 1.0], kind="ipo", beta=0.5, length_norm="pair_mean")
     assert loss == pytest.approx((4 / 3 - 1) ** 2, rel=1e-6)
     assert gradient == pytest.approx([4 / 9, 4 / 9, -4 / 9], rel=1e-6)
 
 
 @pytest.mark.parametrize(("kind", "length_norm"), FORMS)
-def test_a_pair_with_an_empty_member_counts_for_nothing(kind: str, length_norm: str, impl: str):
-    # chosen without rows; rejected without a row in the mask; both empty; one whole pair
+def test_a_pair_with_an_empty_response_is_ignored(kind: str, length_norm: str, impl: str):
+    # four pairs: chosen has no rows; rejected has no row in the mask; both are empty; both have rows
     cu_seqlens = torch.tensor([0, 0, 2, 3, 5, 5, 5, 6, 8])
     logprob = torch.tensor([1.0, 2.0, 3.0, float("nan"), 5.0, 6.0, 7.0, 8.0], requires_grad=True)
     mask = torch.tensor([True, True, True, False, False, True, True, True])
@@ -299,7 +299,7 @@ def test_micro_batches_with_an_outside_count_add_up_to_the_whole(impl: str):
         torch.testing.assert_close(metric.value, whole.metrics[name].value)
 
 
-def test_rows_outside_the_mask_reach_nothing(impl: str):
+def test_rows_outside_the_mask_do_not_matter(impl: str):
     logprob, reference, cu_seqlens, mask = pairs([20, 33, 7, 3])
     results = []
     for poison in (0.0, float("nan"), float("inf")):
@@ -316,13 +316,13 @@ def test_a_nan_in_the_mask_shows_in_the_loss_and_in_its_gradient(kind: str, impl
     loss, gradient, metrics = run(impl, [1.0, float("nan"), 1.0], kind=kind, **options)
     assert math.isnan(loss)
     assert math.isnan(metrics["reward_chosen"])
-    if kind == "apo_zero":  # its slope by the rejected response does not depend on the chosen one
+    if kind == "apo_zero":  # the rejected response's gradient does not depend on the chosen response
         assert all(map(math.isnan, gradient[:2]))
-    elif kind != "hinge":  # the slope of hinge is one of two numbers
+    elif kind != "hinge":  # hinge's gradient takes only two values, never NaN
         assert all(map(math.isnan, gradient))
 
 
-def test_no_gradient_flows_to_what_is_given(impl: str):
+def test_options_and_reference_have_no_gradient(impl: str):
     logprob, *given = (torch.ones(size, requires_grad=True) for size in (3, 3, 1, 1, 1))
     reference, label_prob, margin, weight = given
     options = {"label_prob": label_prob, "margin": margin, "weight": weight, "impl": impl}

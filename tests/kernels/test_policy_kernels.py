@@ -1,4 +1,4 @@
-"""The terms of `policy_loss` in torch against the same in float64; the kernel itself runs in test_policy_loss.py."""
+"""Tests the torch terms of `policy_loss` in float64; the Triton kernel is tested in test_policy_loss.py."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def test_the_slope_is_the_derivative_of_the_loss(loss_type: str):
     step = 1e-6
     slope = (terms(step).loss - terms(-step).loss) / (2 * step)
     at = terms(0.0)
-    if loss_type == "cispo":  # the factor is not differentiated
+    if loss_type == "cispo":  # CISPO's factor is a constant for the gradient
         factor = (logprob - sampler).exp().clamp(0.8, 1.2)
         torch.testing.assert_close(at.d_logprob, -weight.double() * factor * advantage, rtol=1e-12, atol=0)
     else:

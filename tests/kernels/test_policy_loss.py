@@ -11,7 +11,7 @@ from tests.tolerance import assert_op_matches
 
 
 def run(impl: str, log_ratio: list[float], advantage: list[float], **options):
-    """Loss over 1 token, gradient per row and metrics, for a sampler whose log-probs are all 0."""
+    """Computes loss over 1 token, gradient per row and metrics; the sampler's log-probs are all 0."""
     logprob = torch.tensor(log_ratio, requires_grad=True)
     zeros = torch.zeros(len(log_ratio))
     out = policy_loss(logprob, zeros, torch.tensor(advantage), zeros == 0, num_tokens=1, impl=impl, **options)
@@ -51,7 +51,7 @@ def test_a_ratio_exactly_at_the_clip_still_learns(impl: str):
 
 
 @pytest.mark.parametrize(("log_ratio", "advantage"), [(0.3, 1.0), (-0.3, -1.0), (0.9, -1.0)])
-def test_each_bound_of_the_clip_includes_the_very_ratio_it_names(log_ratio: float, advantage: float, impl: str):
+def test_a_ratio_equal_to_a_clip_bound_is_not_clipped(log_ratio: float, advantage: float, impl: str):
     ratio = run(impl, [log_ratio], [0.0])[2]["ratio"]
     step = 2.0**-23 if ratio > 1 else 2.0**-24
     for past, gradient, clipped in ((0, -advantage * ratio, 0), (step, 0.0, 1)):
@@ -68,10 +68,10 @@ def test_without_an_advantage_there_is_neither_loss_nor_gradient(log_ratio: floa
     loss, gradient, metrics = run(impl, [log_ratio], [0.0], dual_clip=2.0)
     assert loss == 0
     assert gradient == [0.0]
-    assert metrics["clip_fraction"] == (log_ratio > 0)  # it counts with those of positive advantage
+    assert metrics["clip_fraction"] == (log_ratio > 0)  # advantage 0 is treated like a positive advantage
 
 
-def test_just_past_the_clip_nothing_is_learned_and_on_the_way_back_it_is(impl: str):
+def test_beyond_the_clip_only_tokens_that_move_back_have_a_gradient(impl: str):
     _, gradient, metrics = run(impl, [1e-6, -1e-6, 1e-6, -1e-6], [1.0, -1.0, -1.0, 1.0], clip_low=0.0, clip_high=0.0)
     assert gradient[:2] == [0.0, 0.0]
     assert gradient[2:] == pytest.approx([1.0, -1.0], rel=1e-5)
@@ -85,12 +85,12 @@ def test_the_clip_may_be_asymmetric(impl: str):
     assert run(impl, logs, [1.0, -1.0])[1] == [0.0, 0.0]
 
 
-def test_the_dual_clip_bounds_the_loss_where_the_advantage_is_negative(impl: str):
+def test_the_dual_clip_bounds_the_loss_of_negative_advantages(impl: str):
     loss, gradient, metrics = run(impl, [math.log(5), math.log(2), math.log(5)], [-1.0, -1.0, 1.0], dual_clip=3.0)
     assert loss == pytest.approx(3 + 2 - 1.2, rel=1e-6)
     assert gradient == pytest.approx([0.0, 2.0, 0.0], rel=1e-6)
     assert metrics["clip_fraction"] == 2
-    # exactly at the bound: 2^1 is within, and learns
+    # a ratio exactly at the bound is not clipped
     assert run(impl, [math.log(2)], [-1.0], dual_clip=math.exp(math.log(2)))[1] == pytest.approx([2.0], rel=1e-6)
 
 
@@ -152,7 +152,7 @@ def test_a_mask_without_a_row_gives_zero_loss_and_zero_gradient(rows: int, impl:
 
 
 @pytest.mark.parametrize("kind", ["k2", "k3"])
-def test_the_pull_to_the_reference_is_importance_weighted(kind: str, impl: str):
+def test_the_kl_term_is_importance_weighted(kind: str, impl: str):
     # ratio 1.1, delta = ln 1.1 + 0.5
     ratio, delta = 1.1, math.log(1.1) + 0.5
     value = delta**2 / 2 if kind == "k2" else math.exp(-delta) - 1 + delta
@@ -163,7 +163,7 @@ def test_the_pull_to_the_reference_is_importance_weighted(kind: str, impl: str):
     assert metrics["kl"] == pytest.approx(ratio * value, rel=1e-5)
 
 
-def test_weights_multiply_all_of_a_token_and_entropy_is_rewarded(impl: str):
+def test_weights_multiply_all_terms_of_a_token_and_entropy_lowers_the_loss(impl: str):
     logprob, entropy = torch.zeros(2, requires_grad=True), torch.tensor([3.0, 5.0], requires_grad=True)
     ones, options = torch.ones(2), {"weight": torch.tensor([0.5, 2.0]), "entropy": entropy, "entropy_coef": 0.1}
     out = policy_loss(logprob, torch.zeros(2), ones, ones > 0, num_tokens=10, impl=impl, **options)
@@ -212,7 +212,7 @@ def test_it_is_as_exact_in_half_precision(dtype: torch.dtype):
 @pytest.mark.parametrize("weighted", [True, False])
 def test_all_options_together_equal_the_references_of_their_terms(kind: str, weighted: bool, impl: str):
     logprob, sampler, advantage, mask = rows(100)
-    advantage += 1  # else the terms cancel in their sum, which is then as small as its rounding
+    advantage += 1  # otherwise the terms cancel and their sum is as small as its rounding error
     reference, weight, entropy = torch.rand(3, 100, generator=torch.Generator().manual_seed(1))
     weight = weight if weighted else torch.ones(100)
 
@@ -240,7 +240,7 @@ def test_the_reference_passes_gradcheck():
     )
 
 
-def test_micro_batches_with_an_outside_count_add_up_to_the_whole(impl: str):
+def test_losses_of_micro_batches_add_up_to_the_whole_batch(impl: str):
     logprob, sampler, advantage, mask = rows(40)
     logprob.requires_grad_()
 
@@ -271,7 +271,7 @@ def test_metrics_are_detached_scalars_and_only_the_largest_ratio_is_a_maximum(im
     assert out.metrics.keys() - bare.metrics.keys() == {"kl", "entropy"}
 
 
-def test_no_gradient_flows_to_what_is_given(impl: str):
+def test_only_logprob_and_entropy_have_a_gradient(impl: str):
     logprob, *given = (torch.ones(2, requires_grad=True) for _ in range(5))
     sampler, advantage, reference, weight = given
     options = {"reference_logprob": reference, "kl_coef": 0.1, "weight": weight, "impl": impl}

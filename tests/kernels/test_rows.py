@@ -8,7 +8,7 @@ from fastrlhf_kernels._rows import contiguous, differentiate_by_slopes, masked, 
 
 @torch.library.custom_op("fastrlhf_test::product", mutates_args=())
 def product(x: Tensor, scale: float, y: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(scale x . y, its rows, slope by x, slope by y)"""
+    """A custom op that returns (scale x . y, number of rows, slope for x, slope for y)."""
     other = torch.ones_like(x) if y is None else y
     slope = x.new_empty(0) if y is None else scale * x.float()
     return scale * (x * other).float().sum(), (x * other).float(), scale * other.float(), slope
@@ -28,7 +28,7 @@ def test_an_upstream_gradient_is_multiplied_with_the_slopes_in_the_dtype_of_thei
     assert y.grad.dtype == torch.bfloat16
 
 
-def test_what_is_absent_or_needs_no_gradient_gets_none():
+def test_absent_inputs_and_inputs_without_gradient_get_none():
     x, y = torch.ones(2, requires_grad=True), torch.ones(2)
     for other in (y, None):
         (gradient,) = torch.autograd.grad(product(x, 2.0, other)[0], x)
@@ -48,7 +48,7 @@ def test_masking_replaces_what_must_not_be_multiplied_by_zero():
     assert masked(rows, mask).dtype == torch.float32
 
 
-def test_absent_tensors_stay_absent_and_the_others_get_neighbours_side_by_side():
+def test_contiguous_keeps_none_and_makes_the_others_contiguous():
     column, none = contiguous(torch.arange(6).view(2, 3)[:, 1], None)
     assert none is None
     assert column.is_contiguous()
@@ -56,6 +56,8 @@ def test_absent_tensors_stay_absent_and_the_others_get_neighbours_side_by_side()
 
 
 @pytest.mark.parametrize(("rows", "programs"), [(0, 1), (1, 1), (16, 1), (17, 2)])
-def test_there_is_a_program_per_started_block_and_never_none(rows: int, programs: int, monkeypatch: pytest.MonkeyPatch):
+def test_there_is_a_program_per_started_block_and_at_least_one(
+    rows: int, programs: int, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(rows_, "BLOCK", 16)
     assert num_programs(rows) == programs

@@ -17,7 +17,7 @@ def test_a_pack_without_rows_sums_to_zeros():
     assert segment_sum(torch.zeros(0), torch.tensor([0, 0, 0])).tolist() == [0.0, 0.0]
 
 
-def test_a_sum_has_the_same_bits_whatever_pack_it_lies_in():
+def test_a_sum_has_the_same_bits_in_every_pack():
     rows = torch.randn(40, generator=torch.Generator().manual_seed(0))
     packed = torch.cat([torch.ones(3), rows, torch.ones(7)])
     alone, inside = segment_sum(rows, torch.tensor([0, 40])), segment_sum(packed, torch.tensor([0, 3, 43, 50]))

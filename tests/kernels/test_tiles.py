@@ -42,7 +42,7 @@ def test_on_a_cpu_the_tiles_are_those_of_the_interpreter():
 
 
 class FakeMatrix:
-    """A matrix of [4, size] on a CUDA device that need not be there."""
+    """Stands for a matrix [4, size] on a CUDA device; needs no GPU."""
 
     device = torch.device("cuda")
 

@@ -18,7 +18,7 @@ def test_auto_is_triton_on_cuda_and_torch_elsewhere():
     assert not _triton.use_triton("torch", torch.device("cuda"))
 
 
-def test_what_cannot_run_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch):
+def test_an_impl_that_cannot_run_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ValueError, match=r"impl must be .* got 'cuda'"):
         _triton.use_triton("cuda", CPU)
     monkeypatch.setattr(_triton, "INTERPRETED", False)
@@ -31,7 +31,7 @@ def test_what_cannot_run_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("absent", [["triton", "triton.language"], ["transformers", "datasets", "numpy"]])
-def test_the_package_runs_without_what_it_does_not_need(absent: list[str]):
+def test_the_package_runs_without_optional_dependencies(absent: list[str]):
     program = f"""
 import sys; sys.modules.update(dict.fromkeys({absent}))
 import torch, fastrlhf_kernels as k
@@ -41,5 +41,5 @@ k.policy_loss(out.logprob, out.logprob.detach(), torch.ones(5), torch.ones(5).bo
 assert hidden.grad.isfinite().all() and not hidden.grad.eq(0).all()
 """
     environment = {**os.environ, "PYTHONPATH": str(KERNELS)}
-    environment.pop("TRITON_INTERPRET", None)  # the interpreter itself needs numpy
+    environment.pop("TRITON_INTERPRET", None)  # Triton's interpreter needs numpy
     subprocess.run([sys.executable, "-c", program], check=True, env=environment, timeout=120)

@@ -18,7 +18,7 @@ def test_sums_add_up_and_maxima_keep_the_largest():
     assert merge() == {}
 
 
-def test_a_metric_that_is_a_sum_here_and_a_maximum_there_is_refused():
+def test_merging_a_sum_with_a_max_is_refused():
     with pytest.raises(ValueError, match="metric 'kl' is both a Sum and a Max"):
         merge({"kl": Sum(torch.zeros(()))}, {"kl": Max(torch.zeros(()))})
     with pytest.raises(TypeError):

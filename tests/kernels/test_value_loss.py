@@ -10,7 +10,8 @@ ALL = torch.ones(4, dtype=torch.bool)
 
 
 def hand_computed(impl: str, clip: float | None) -> tuple[Tensor, list[float], dict[str, float]]:
-    """Four rows, all with rollout value 0: inside, clipped towards, clipped past, and exactly at the clip."""
+    """Results for four rows with rollout value 0: within the clip, clipped towards the return, clipped past it, at the
+    clip."""
     value = torch.tensor([0.125, 1.0, -1.0, 0.25], requires_grad=True)
     returns = torch.tensor([1.0, 2.0, 0.5, 0.0])
     out = value_loss(value, torch.zeros(4), returns, ALL, num_tokens=4, clip=clip, impl=impl)
@@ -19,7 +20,7 @@ def hand_computed(impl: str, clip: float | None) -> tuple[Tensor, list[float], d
 
 
 def test_hand_computed_rows_with_clip(impl: str):
-    # squares, free: 0.765625, 1, 2.25, 0.0625; clipped to +-0.25: 0.765625, 3.0625, 0.5625, 0.0625
+    # squares without clip: 0.765625, 1, 2.25, 0.0625; clipped to +-0.25: 0.765625, 3.0625, 0.5625, 0.0625
     loss, gradient, metrics = hand_computed(impl, 0.25)
     total = (0.765625 + 3.0625 + 2.25 + 0.0625) / 2
     assert loss.item() == total / 4
@@ -56,8 +57,8 @@ def test_a_nan_in_the_mask_shows_in_the_loss_and_in_its_gradient(clip: float | N
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.25])
-def test_at_the_clip_a_value_still_learns_and_past_it_only_on_its_way_back(clip: float, impl: str):
-    # from rollout value 0: at the clip, past it towards the return, past it away from the return
+def test_beyond_the_clip_only_values_that_move_back_have_a_gradient(clip: float, impl: str):
+    # rollout value 0; values at the clip, beyond it towards the return, beyond it away from the return
     value = torch.tensor([clip, clip + 0.5, clip + 0.5, -clip - 0.5], requires_grad=True)
     returns = torch.tensor([2.0, 2.0, -2.0, 2.0])
     out = value_loss(value, torch.zeros(4), returns, ALL, num_tokens=1, clip=clip, impl=impl)
@@ -67,7 +68,7 @@ def test_at_the_clip_a_value_still_learns_and_past_it_only_on_its_way_back(clip:
 
 
 def test_rounding_within_the_clip_never_counts_as_clipped(impl: str):
-    # old + (value - old) is not value in float32: its square may be the larger one by an ulp
+    # in float32 old + (value - old) differs from value, so the clipped square may be larger by an ulp
     value = 0.01 * torch.rand(50, generator=torch.Generator().manual_seed(7))
     value.requires_grad_()
     out = value_loss(value, torch.full((50,), 0.15), torch.zeros(50), value < 1, num_tokens=1, clip=0.2, impl=impl)
@@ -120,7 +121,7 @@ def test_the_reference_passes_gradcheck():
     )
 
 
-def test_micro_batches_with_an_outside_count_add_up_to_the_whole(impl: str):
+def test_losses_of_micro_batches_add_up_to_the_whole_batch(impl: str):
     value, old, returns = torch.randn(3, 38, generator=torch.Generator().manual_seed(5))
     mask, count = torch.arange(38) % 3 > 0, torch.tensor(25.0)
     value.requires_grad_()

@@ -1,4 +1,4 @@
-"""The theory of DR-PO on tables: closed forms against optimisers, and what resets buy on a lock."""
+"""Tests of the tabular DR-PO experiments: closed forms against optimisers, and the effect of resets on a lock."""
 
 import json
 import math
@@ -20,8 +20,9 @@ from bench.papers.drpo import (
 
 
 @pytest.mark.parametrize(("lam", "eta"), [(0.1, 1.0), (2.0, 0.3), (0.0, 5.0), (1.0, 1e3)])
-def test_the_closed_form_is_where_a_numerical_optimiser_ends(lam, eta):
-    """1e-6: at its optimum the objective is flat, so float64 knows a probability to the root of its precision."""
+def test_the_closed_form_equals_the_numerical_optimum(lam, eta):
+    """The tolerance is 1e-6: the objective is flat at its optimum, so float64 determines a probability only to the
+    square root of its precision."""
     mdp = random_mdp(0)
     sft = mdp.log_sft.repeat(mdp.horizon, 1, 1)
     old = torch.randn(sft.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).log_softmax(-1)
@@ -31,7 +32,7 @@ def test_the_closed_form_is_where_a_numerical_optimiser_ends(lam, eta):
     assert (closed.exp() - old.exp()).abs().max() > 0.1
 
 
-def test_without_steps_or_with_small_ones_the_policy_stays_and_with_large_ones_it_forgets_where_it_was():
+def test_small_eta_keeps_the_old_policy_and_large_eta_forgets_it():
     mdp = random_mdp(1)
     sft = mdp.log_sft.repeat(mdp.horizon, 1, 1)
     old = torch.randn(sft.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).log_softmax(-1)
@@ -41,7 +42,7 @@ def test_without_steps_or_with_small_ones_the_policy_stays_and_with_large_ones_i
     torch.testing.assert_close(npg_step(q, sft, old, lam=0.5, eta=1e12), far, rtol=0, atol=1e-9)
 
 
-def test_the_soft_optimum_beats_every_policy_near_it():
+def test_the_soft_optimum_is_better_than_every_policy_near_it():
     mdp = random_mdp(2)
     best = optimum(mdp, 0.1)
     generator = torch.Generator().manual_seed(0)
@@ -51,48 +52,50 @@ def test_the_soft_optimum_beats_every_policy_near_it():
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_mirror_descent_reaches_the_optimum_if_q_counts_later_kl_and_another_fixed_point_if_not(seed):
+def test_mirror_descent_reaches_the_optimum_only_if_q_includes_the_later_kl(seed):
     mdp = random_mdp(seed)
     sft = mdp.log_sft.repeat(mdp.horizon, 1, 1)
     best = optimum(mdp, 0.1)
     with_kl, without = (mirror_descent(mdp, lam=0.1, eta=1.0, steps=400, kl_in_q=kl) for kl in (True, False))
-    # 400 steps shrink the distance by 1.1^400 = 4e16.
+    # 400 steps reduce the distance by a factor of 1.1^400 = 4e16.
     torch.testing.assert_close(with_kl.exp(), best.exp(), rtol=0, atol=1e-9)
     fixed = (sft + action_values(mdp, without, 0.0) / 0.1).log_softmax(-1)
     torch.testing.assert_close(without.exp(), fixed.exp(), rtol=0, atol=1e-9)
     assert objective(mdp, without, 0.1) < objective(mdp, best, 0.1) - 1e-4
 
 
-def test_every_step_of_exact_mirror_descent_gains():
+def test_every_step_of_exact_mirror_descent_improves_the_policy():
     mdp = random_mdp(3)
     values = [objective(mdp, mirror_descent(mdp, lam=0.1, eta=1.0, steps=n, kl_in_q=True), 0.1) for n in range(6)]
     assert values == sorted(values)
     assert values[-1] > values[0] + 0.1
 
 
-def test_without_resets_a_lock_costs_as_many_episodes_as_it_has_combinations():
-    """The first success comes after 2^H episodes on average, geometrically: the mean of 64 seeds is within 50 % (four
-    standard errors) but for the few batches of learning after it."""
+def test_without_resets_the_episodes_grow_like_the_number_of_combinations():
+    """The first success comes after 2^H episodes on average, with a geometric distribution.
+
+    The mean of 64 seeds is within 50 % (four standard errors), apart from the few batches of learning that follow.
+    """
     for horizon in (8, 10):
         episodes = episodes_to_solve(horizon, None, 64).mean()
         assert 0.5 * 2**horizon < episodes < 1.5 * 2**horizon + 3 * drpo.BATCH
 
 
-def test_resets_to_the_right_responses_turn_that_into_a_polynomial_and_their_own_do_not():
+def test_resets_to_right_responses_need_polynomially_many_episodes():
     right = {horizon: episodes_to_solve(horizon, 1.0, 8).median() for horizon in (8, 16, 32)}
     assert right[32] < 32**2 * 4 < 2**32
-    assert right[32] / right[16] < 8  # at most the third power of the length
+    assert right[32] / right[16] < 8  # growth with at most the third power of the length
     own = episodes_to_solve(12, 0.5, 8).median()
     assert own > 5 * episodes_to_solve(12, 1.0, 8).median()
 
 
-def test_q_is_the_mean_return_of_what_was_visited():
+def test_q_is_the_mean_return_over_visits():
     visits = torch.tensor([[[True, True], [True, False], [False, False]]])
     opened = torch.tensor([[[True], [False], [True]]])
     assert drpo._mean_return(visits, opened).tolist() == [[0.5, 1.0]]
 
 
-def test_locks_that_stay_shut_are_told_as_such(tmp_path, monkeypatch):
+def test_unsolved_locks_are_reported_as_inf(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(drpo, "HORIZONS", (2, 4, 40, 48))
     monkeypatch.setattr(drpo, "SEEDS", 3)
@@ -100,7 +103,7 @@ def test_locks_that_stay_shut_are_told_as_such(tmp_path, monkeypatch):
     assert episodes_to_solve(40, None, 2, 640).tolist() == [math.inf] * 2
     lines = drpo.run_lock(tmp_path, fast=False).splitlines()
     assert lines[4].startswith("| 40 | inf [inf, inf] |")
-    assert len(lines) == 5  # 48 is not tried where 40 was too long
+    assert len(lines) == 5  # 48 is not tried after 40 was too long
     (file,) = (tmp_path / "results").glob("*.jsonl")
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert [row["resets"] for row in rows] == list(drpo.GIVEN)

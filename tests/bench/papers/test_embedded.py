@@ -21,7 +21,7 @@ def test_a_sentence_is_a_fact_and_the_ids_are_those_of_the_task(tmp_path):
     assert tokenizer.decode(toy_tokenizer()("boss angry rent")["input_ids"]) == "boss angry. rent "
 
 
-def test_one_pass_over_the_most_prompts_is_the_run_that_the_granularities_share():
+def test_one_pass_over_all_prompts_is_the_same_run_as_in_the_granularity_experiment():
     assert PROMPTS[-1] == 40 * embedded.EPISODES
     for arm in ARMS["rto"]:
         if arm not in GRANULARITY:
@@ -29,12 +29,12 @@ def test_one_pass_over_the_most_prompts_is_the_run_that_the_granularities_share(
     assert [arm.settings.get("reward_shaping") for arm in GRANULARITY] == ["token", "sentence", "eos", "rs", None]
 
 
-def test_the_reset_arms_are_the_paper_s():
+def test_the_reset_probabilities_are_those_of_the_paper():
     assert list(UPDATES) == [0, 0.25, 0.5, 0.75, 1]
     assert [arm.settings.get("reset_prob", 0) for arm in RESETS] == list(UPDATES)
 
 
-def test_the_arms_of_a_length_differ_in_their_resets_and_share_models_that_know_every_length():
+def test_the_arms_of_a_length_differ_only_in_resets_and_share_their_models():
     for facts, ppo, drpo in zip(LENGTHS, BY_LENGTH[::2], BY_LENGTH[1::2], strict=True):
         assert (ppo.method, drpo.method, drpo.settings["reset_prob"]) == ("ppo", "drpo", 1)
         assert (ppo.facts, drpo.facts, ppo.models, drpo.models) == (facts, facts, "lengths", "lengths")
@@ -51,7 +51,7 @@ def test_the_settings_of_every_arm_are_read(arm):
 
 @pytest.mark.parametrize("models", ["rto", "drpo", "lengths"])
 def test_arms_share_the_models_of_a_seed_and_run_once(models, tmp_path, monkeypatch):
-    """Two arms of one update of 4 episodes after two steps of every model; the second call finds all of it."""
+    """Trains two arms for one update of 4 episodes, after two steps of every model. A second call finds all results."""
     full, rows = demo.stage_config, []
 
     def short(name, config, out):
@@ -78,8 +78,9 @@ def test_arms_share_the_models_of_a_seed_and_run_once(models, tmp_path, monkeypa
     assert [row["arm"] for row in rows] == ["a 8", "a 16"]
     for row in first:
         assert (row["updates"], len(row["score_curve"]), len(row["gold_curve"])) == (1, 1, 1)
-        if paper == "drpo":  # the gold judge is the reward
-            assert row["gold_curve"][0] == pytest.approx(embedded.SCALE * row["score_curve"][0], abs=4e-4)  # rounded
+        if paper == "drpo":  # here the gold judge gives the reward
+            # Rounded values
+            assert row["gold_curve"][0] == pytest.approx(embedded.SCALE * row["score_curve"][0], abs=4e-4)
     if facts:
         posts = [row["prompt"] for row in map(json.loads, (tmp_path / models / "seed-0/x_a_8/samples.jsonl").open())]
         assert {sum(fact.matters for fact in read_post(post.replace(".", ""))) for post in posts} == {facts}
@@ -87,7 +88,7 @@ def test_arms_share_the_models_of_a_seed_and_run_once(models, tmp_path, monkeypa
     assert ("reward/dpo" in history[0]) == (paper == "rto")
 
 
-def test_the_recorded_judge_is_the_judge():
+def test_recording_does_not_change_the_judge():
     task, gold = ToyTask(seed=0), []
     (example,) = task.examples("train", 1)
     tokenizer = toy_tokenizer()
@@ -112,12 +113,12 @@ def test_the_tables_pair_the_seeds_and_all_figures_are_drawn(tmp_path, monkeypat
     granularity, prompts = embedded.run_embedded("rto", 2, 1, tmp_path, tmp_path).split("\n\n")
     assert "| token | 4.50 | 2.00 +- 0.00 | 2.00 +- 0.00 | 13.00 +- 63.55 | 8.00 +- 0.00 | 1.00 |" in granularity
     assert "| none | 2.50 |  |" in granularity
-    # RTO's arms are numbers 0, 1, 2 and PPO's 3, 4, 5; on all prompts they are token, number 4, and none, number 0.
+    # Arms are numbered: RTO's are 0, 1, 2 and PPO's 3, 4, 5. On all prompts RTO is "token" (4) and PPO is "none" (0).
     assert prompts.splitlines()[2].endswith("| -6.00 +- 0.00 | 0.00 +- 0.00 |")
     assert prompts.splitlines()[-1].endswith("| 8.00 +- 0.00 | 8.00 +- 0.00 |")
     resets, lengths = embedded.run_embedded("drpo", 2, 1, tmp_path, tmp_path).split("\n\n")
     assert resets.splitlines()[3] == "| 0.25 | 7.00 +- 63.55 | 2.00 +- 0.00 | 1.00 | 100 |"
-    # PPO's and DR-PO's arms at 5 facts are numbers 7 and 8.
+    # At 5 facts the arms of PPO and DR-PO have the numbers 7 and 8.
     assert lengths.splitlines()[3] == "| 5 | 19.00 +- 63.55 | 21.00 +- 63.55 | 2.00 +- 0.00 | 100 and 100 |"
     names = [path.name for path in sorted((tmp_path / "figures").iterdir())]
     assert names == ["drpo_lengths.png", "drpo_resets.png", "rto_granularity.png", "rto_prompts.png"]

@@ -1,4 +1,4 @@
-"""The fast variant of `python -m bench papers ipo`: full batches, no randomness, against closed forms."""
+"""Tests of the fast variant of `python -m bench papers ipo` (full batches, no randomness) against closed forms."""
 
 import json
 from math import exp
@@ -25,7 +25,7 @@ def final(curves: Curves) -> torch.Tensor:
 
 
 def by_hand(name: str, tau: float) -> list[float]:
-    """The closed forms as derived on paper, t = 1 / (2 tau)."""
+    """Closed forms derived on paper, with t = 1 / (2 tau)."""
     t = 1 / (2 * tau)
     logits = {
         "two actions": [t, 0.0],
@@ -45,34 +45,37 @@ def test_ipo_ends_at_the_closed_form_for_every_tau(bandit, runs):
     expected = torch.tensor([by_hand(bandit.name, tau) for tau in TAUS])
     torch.testing.assert_close(final(runs["ipo"][bandit.name]), expected, rtol=0, atol=1e-3)
     minimiser = torch.stack([ipo_minimiser(bandit, tau) for tau in TAUS])
-    torch.testing.assert_close(minimiser.float(), expected, rtol=0, atol=1e-6)  # float32 of the expected
+    torch.testing.assert_close(minimiser.float(), expected, rtol=0, atol=1e-6)  # `expected` is float32
 
 
 @pytest.mark.parametrize("num_actions", [2, 3, 5])
-def test_of_a_full_tournament_the_minimiser_is_the_optimum_of_the_population(num_actions):
-    """Eq. 7 with the identity: pi_ref exp(p(y > mu) / tau), mu uniform, p(y > y) = 1/2."""
+def test_for_a_full_tournament_the_minimiser_is_the_population_optimum(num_actions):
+    """Eq. 7 with the identity as Psi: pi_ref exp(p(y > mu) / tau), with uniform mu and p(y > y) = 1/2."""
     beats = torch.ones(num_actions, num_actions, dtype=torch.float64).triu(1) + 0.5 * torch.eye(num_actions)
     if num_actions == 2:
-        assert beats.mean(1).tolist() == [0.75, 0.25]  # as the paper has it
+        assert beats.mean(1).tolist() == [0.75, 0.25]  # the values in the paper
     for tau in TAUS:
         expected = (beats.mean(1) / tau).softmax(-1)
         torch.testing.assert_close(ipo_minimiser(tournament(num_actions), tau), expected, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("name", ["two actions", "D1", "D3b"])
-def test_dpo_becomes_deterministic_at_small_tau_and_only_drifts_there_at_large_tau(name, runs):
-    """The drift is logarithmic: the gradient falls like exp(-beta D). Above tau 1 a run of this length shows growth."""
+def test_dpo_becomes_deterministic_at_small_tau_and_drifts_slowly_at_large_tau(name, runs):
+    """The drift is logarithmic, because the gradient falls like exp(-beta D).
+
+    For tau above 1 a run of this length only shows growth.
+    """
     best = runs["dpo"][name].probs[:, 0, :, 0]  # [points, taus]
     assert best[-1, HALF_AND_BELOW].min() > 0.999
-    assert best[-1, ONE_AND_BELOW].min() > 0.99  # after 18,000 steps above 0.999 too: bench/LOG.md
+    assert best[-1, ONE_AND_BELOW].min() > 0.99  # after 18,000 steps above 0.999 (bench/LOG.md)
     assert (best[-1, TWO_AND_ABOVE] < 0.99).all()
     assert (best[1:, TWO_AND_ABOVE] > best[:-1, TWO_AND_ABOVE]).all()
     assert (final(runs["dpo"][name])[:, 0] > final(runs["ipo"][name])[:, 0]).all()
 
 
-def test_dpo_on_a_losing_action_takes_all_from_it_and_keeps_the_tie(runs):
+def test_dpo_takes_all_probability_from_a_losing_action_and_keeps_the_tie(runs):
     ends = final(runs["dpo"]["D3c"])
-    # The gradients of the tie cancel but for rounding, which Adam divides by its own size.
+    # The gradients of the tied actions cancel up to rounding errors, which Adam scales up.
     torch.testing.assert_close(ends[:, 0], ends[:, 1], rtol=0, atol=1e-3)
     assert ends[ONE_AND_BELOW, 2].max() < 1e-3
     falling = runs["dpo"]["D3c"].probs[:, 0, TWO_AND_ABOVE, 2]
@@ -85,19 +88,21 @@ def test_a_cycle_and_the_printed_d3_leave_both_methods_at_the_reference(name, ki
     torch.testing.assert_close(final(runs[kind][name]), torch.full((len(TAUS), 3), 1 / 3), rtol=0, atol=1e-5)
 
 
-def test_bandits_side_by_side_are_the_same_as_alone_and_mini_batches_depend_on_the_seed_alone():
+def test_training_bandits_together_changes_nothing_and_only_the_seed_sets_the_batches():
     together = train(BANDITS, "ipo", steps=100, batch_size=9, seeds=2)
     for bandit in BANDITS[:2]:
         alone = train([bandit], "ipo", steps=100, batch_size=9, seeds=3)[bandit.name]
-        # The order of a vectorised softmax may differ, and Adam divides by small gradients.
+        # A vectorised softmax may sum in a different order, and Adam scales up small gradients.
         torch.testing.assert_close(together[bandit.name].probs, alone.probs[:, :2], rtol=0, atol=1e-5)
     d1 = together["D1"].probs
     assert (d1[-1, 0] - d1[-1, 1]).abs().max() > 1e-3
 
 
 def test_mini_batches_settle_around_the_closed_form():
-    """Mean of 4 seeds over the last 500 of 3000 steps; 3 stationary standard deviations are below 0.01 for tau >= 0.5,
-    where the noise of a run is 0.008 at most."""
+    """Uses the mean of 4 seeds over the last 500 of 3000 steps.
+
+    For tau >= 0.5 the noise of a single run is at most 0.008, and 3 standard deviations of the mean are below 0.01.
+    """
     taus = (0.5, 2.0)
     (curves,) = train([BANDITS[1]], "ipo", steps=FAST_STEPS, batch_size=9, seeds=4, taus=taus).values()
     means = curves.tail().mean((0, 1))
@@ -105,14 +110,14 @@ def test_mini_batches_settle_around_the_closed_form():
     torch.testing.assert_close(means, expected, rtol=0, atol=0.01)
 
 
-def test_the_table_puts_closed_forms_beside_the_runs(runs):
+def test_the_table_compares_closed_forms_with_the_runs(runs):
     lines = table(runs).splitlines()
     assert "| D1 | IPO, closed form | 96.4 3.4 0.1 |" in lines[6]
     assert lines[7].split(" | ")[2:] == lines[6].split(" | ")[2:]
     assert len(lines) == 2 + 4 * len(BANDITS)
 
 
-def test_the_full_run_leaves_a_row_per_bandit_and_method_and_two_figures(tmp_path, monkeypatch):
+def test_a_full_run_writes_a_row_per_bandit_and_method_and_two_figures(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr("bench.papers.ipo.STEPS", 100)
     run_ipo(9, tmp_path, fast=False)
@@ -125,7 +130,7 @@ def test_the_full_run_leaves_a_row_per_bandit_and_method_and_two_figures(tmp_pat
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in (tmp_path / "figures").iterdir())
 
 
-def test_no_pairs_and_no_matplotlib_are_refused_before_training(tmp_path, monkeypatch):
+def test_empty_batches_and_missing_matplotlib_are_refused_before_training(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="--batch-size must be at least 1, got 0"):
         run_ipo(0, tmp_path, fast=False)
     monkeypatch.setattr("bench.papers.ipo.find_spec", lambda name: None)

@@ -12,7 +12,8 @@ from fastrlhf.evaluation.winrates import bootstrap_interval
 
 @pytest.fixture
 def short(monkeypatch):
-    """Models of a step or two, 4 answers to each of 16 prompts, one update; the rows that are appended."""
+    """Shortens all training to a step or two, 4 answers to each of 16 prompts and one update; returns the appended
+    rows."""
     full, rows = demo.stage_config, []
     few = {"sft": {"max_steps": 2, "progress": False}, "reward": {}, "ppo": {"num_ppo_epochs": 1}}
 
@@ -43,19 +44,19 @@ def test_arms_share_the_models_of_a_seed_and_run_once(short, tmp_path):
     assert ppo["gold_reward"] == pytest.approx(np.mean(ppo["gold"]), abs=1e-9)
     assert "gold" not in short[0]
     assert len(ppo["score_curve"]) == 1
-    assert ppo["rm_variance"] != plain["rm_variance"]  # other draws
+    assert ppo["rm_variance"] != plain["rm_variance"]  # different random numbers
     assert 2 < spg["pairs"] == gold["pairs"] < 16
     assert gold["pair_accuracy"] == 1.0
     assert "gold_reward" not in spg
 
 
-def test_with_the_same_draws_the_control_is_plain_ppo(short, tmp_path, monkeypatch):
+def test_with_equal_random_numbers_the_control_is_plain_ppo(short, tmp_path, monkeypatch):
     monkeypatch.setattr(rlp, "OTHER_DRAWS", 0)
     plain, control = rlp._run_seed(tmp_path, tmp_path, ARMS[:2], 0)
     assert {**control, "arm": "ppo"} == plain
 
 
-def test_every_arm_adds_what_its_name_says_and_the_control_nothing():
+def test_every_arm_adds_its_data_or_loss_and_the_control_adds_nothing():
     configs = {arm.name: RLPConfig(**arm.refit) for arm in (*ARMS[1:], *ABLATIONS)}
     assert {name: (config.with_views, config.with_pairs) for name, config in configs.items()} == {
         "lambda 0": (False, False),
@@ -66,9 +67,9 @@ def test_every_arm_adds_what_its_name_says_and_the_control_nothing():
 
 def test_the_bootstrap_draws_seeds_and_then_prompts():
     draws = np.random.default_rng(0).normal(size=400)
-    # 10,000 resamples each, of the same rows: the ends, about .1 from the mean, differ by Monte Carlo error alone
+    # Two bootstraps of 10,000 samples: their ends, about .1 from the mean, differ only by Monte Carlo error.
     assert seeds_and_prompts_interval([draws]) == pytest.approx(bootstrap_interval(draws), abs=0.01)
-    # of two seeds one is drawn twice half of the time, and each seed's difference is always the same
+    # With two seeds, one is drawn twice half of the time; differences are constant within a seed.
     assert seeds_and_prompts_interval([[0.0] * 9, [10.0] * 9]) == (0.0, 10.0)
 
 

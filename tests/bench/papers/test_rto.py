@@ -1,4 +1,4 @@
-"""RTO on a token tree, against responses enumerated one by one; float64 throughout."""
+"""Tests of the RTO experiments on token trees, against enumeration of all responses, in float64."""
 
 import json
 import math
@@ -29,7 +29,7 @@ FEATURES = response_features()
 
 
 def tree(seed: int, *kinds: str) -> list[torch.Tensor]:
-    """[features] each: token rewards, or log-probs of a policy."""
+    """Random values for the cells of a tree, [features] per kind: token rewards, or log-probs of a policy."""
     generator = torch.Generator().manual_seed(seed)
     cells = [torch.randn(NUM_FEATURES, generator=generator, dtype=torch.float64) for _ in kinds]
     return [policy(x) if kind == "policy" else x for kind, x in zip(kinds, cells, strict=True)]
@@ -48,7 +48,8 @@ def test_a_response_is_one_token_per_level_and_no_two_share_all():
 
 
 def test_soft_value_iteration_is_the_gibbs_policy_over_whole_responses():
-    """T1: pi(y) = pi_ref(y) exp(r(y) / beta) / Z and V(s_1) = beta log Z, so sum beta log(pi / pi_ref) = r - V(s_1)."""
+    """Theorem 1: pi(y) = pi_ref(y) exp(r(y) / beta) / Z and V(s_1) = beta log Z, so sum beta log(pi / pi_ref) = r -
+    V(s_1)."""
     reward, reference = tree(0, "reward", "policy")
     best, value = plan(reward, reference, beta=0.3)
     weight = FEATURES @ (reference + reward / 0.3)
@@ -57,7 +58,7 @@ def test_soft_value_iteration_is_the_gibbs_policy_over_whole_responses():
     torch.testing.assert_close(0.3 * (FEATURES @ (best - reference)), FEATURES @ reward - value, rtol=0, atol=1e-12)
 
 
-def test_the_value_of_a_policy_is_its_mean_over_responses_and_no_policy_has_more_than_the_best():
+def test_the_value_of_a_policy_is_its_mean_over_responses_and_at_most_the_optimum():
     reward, reference, other = tree(1, "reward", "policy", "policy")
     best, value = plan(reward, reference, beta=0.3)
     for candidate in (best, other, reference):
@@ -69,11 +70,13 @@ def test_the_value_of_a_policy_is_its_mean_over_responses_and_no_policy_has_more
 
 
 def test_the_optimum_of_rto_extrapolates_beyond_the_dpo_model():
-    """T2: pi(y) ~ pi_ref (pi_dpo / pi_ref)^(beta1 / beta2) exp(beta3 score / beta2): the DPO model itself where beta1 =
-    beta2 and beta3 = 0."""
+    """Theorem 2: pi(y) ~ pi_ref (pi_dpo / pi_ref)^(beta1 / beta2) exp(beta3 score / beta2).
+
+    This is the DPO model itself if beta1 = beta2 and beta3 = 0.
+    """
     dpo, reference = tree(2, "policy", "policy")
     score = torch.zeros(NUM_FEATURES, dtype=torch.float64)
-    score[-NUM_RESPONSES:] = tree(3, "reward")[0][-NUM_RESPONSES:]  # paid at the last token
+    score[-NUM_RESPONSES:] = tree(3, "reward")[0][-NUM_RESPONSES:]  # the score is paid at the last token
     for beta1, beta2, beta3 in ((0.05, 0.01, 0.1), (0.3, 0.1, 1.0), (0.1, 0.1, 0.0)):
         best, _ = plan(beta1 * (dpo - reference) + beta3 * score, reference, beta2)
         expected = FEATURES @ (reference + beta1 / beta2 * (dpo - reference) + beta3 / beta2 * score)
@@ -81,8 +84,8 @@ def test_the_optimum_of_rto_extrapolates_beyond_the_dpo_model():
     torch.testing.assert_close(best, dpo, rtol=0, atol=1e-12)
 
 
-def test_token_sentence_and_eos_rewards_have_one_optimum_and_rs_has_that_of_the_score_alone():
-    """T3, with the trainer's own shaping of every response; token 0 ends a sentence."""
+def test_token_sentence_and_eos_rewards_share_an_optimum_and_rs_has_that_of_the_score():
+    """Theorem 3, with the trainer's own reward shaping of every response; token 0 ends a sentence."""
     dpo, reference, score = tree(4, "policy", "policy", "reward")
     score[:-NUM_RESPONSES] = 0
     token = 0.3 * (dpo - reference)
@@ -93,7 +96,8 @@ def test_token_sentence_and_eos_rewards_have_one_optimum_and_rs_has_that_of_the_
     best = {}
     for shaping in ("token", "sentence", "eos", "rs", "none"):
         paid = torch.zeros(NUM_FEATURES, dtype=torch.float64)
-        paid[cells] = shaped(token[cells], shaping, ends, sentence_ends)  # a cell gets the same from all its responses
+        # A tree cell gets the same reward in all responses that contain it
+        paid[cells] = shaped(token[cells], shaping, ends, sentence_ends)
         best[shaping], _ = plan(paid + score, reference, beta=0.1)
         if shaping in ("sentence", "eos"):
             assert not torch.equal(paid, token)
@@ -103,11 +107,13 @@ def test_token_sentence_and_eos_rewards_have_one_optimum_and_rs_has_that_of_the_
 
 
 def test_the_fit_meets_the_conditions_of_the_constrained_maximum():
-    """The gradient is along theta, outwards, on the ball; on a ball that does not bind it is 0."""
+    """At a constrained maximum on the sphere the gradient is parallel to theta and points outwards; inside the ball it
+    is 0."""
     problems = draw_problems("good", 200, 4)
     pairs = problems.wins.sum((-2, -1)).unsqueeze(-1)
     for bound, binds in ((2.0, True), (1e3, False)):
-        wins = problems.wins if binds else problems.wins + 1.0  # no pair is won by one side alone: a finite maximum
+        # Every pair is won by both sides, so the maximum is finite
+        wins = problems.wins if binds else problems.wins + 1.0
         theta = fit_reward(wins, bound).requires_grad_()
         total = theta @ FEATURES.T
         margin = total.unsqueeze(-1) - total.unsqueeze(-2)
@@ -116,19 +122,19 @@ def test_the_fit_meets_the_conditions_of_the_constrained_maximum():
         gradient = gradient / pairs
         norm = theta.detach().norm(dim=-1, keepdim=True)
         outwards = (gradient * theta.detach() / norm).sum(-1, keepdim=True)
-        # Momentum leaves a millionth of the gradient at 0, which is of order 1.
+        # A gradient that should be 0 is about 1e-6 after the fit; the gradient at theta = 0 is of order 1.
         torch.testing.assert_close(gradient, outwards * theta.detach() / norm, rtol=0, atol=1e-6)
         assert (norm.allclose(torch.tensor(bound, dtype=torch.float64)) and bool((outwards > 0).all())) == binds
         assert binds or outwards.abs().max() < 1e-6
 
 
-def test_pairs_of_one_response_with_itself_teach_nothing():
+def test_pairs_of_equal_responses_give_theta_0():
     wins = torch.zeros(1, NUM_RESPONSES, NUM_RESPONSES, dtype=torch.float64)
     wins[0, 4, 4] = 50
     assert not fit_reward(wins, BOUND).any()
 
 
-def test_the_covariance_sums_over_pairs_whoever_won():
+def test_the_covariance_does_not_depend_on_who_won():
     problems = draw_problems("blind", 5, 1)
     expected = rto.RIDGE * torch.eye(NUM_FEATURES, dtype=torch.float64)
     for winner, loser in problems.wins[0].nonzero().tolist():
@@ -139,9 +145,11 @@ def test_the_covariance_sums_over_pairs_whoever_won():
 
 
 @pytest.mark.parametrize("writers", rto.WRITERS)
-def test_where_rho_is_the_error_the_guarantee_holds_in_every_problem(writers):
-    """Sub-optimality <= 2 rho E*[sum |phi|] - beta KL(pi* || pi): what the theorem says where theta* is in the
-    ellipsoid. It is loose by two orders of magnitude, so the per-token inequality it rests on is tested as well."""
+def test_with_rho_equal_to_the_error_the_guarantee_holds_in_every_problem(writers):
+    """Checks the theorem for theta* inside the ellipsoid: sub-optimality <= 2 rho E*[sum |phi|] - beta KL(pi* || pi).
+
+    The bound is loose by two orders of magnitude, so the per-token inequality behind it is tested as well.
+    """
     problems = draw_problems(writers, 200, 10)
     found = pessimism(problems)
     assert (found["error"] <= found["guarantee"]).all()
@@ -151,8 +159,8 @@ def test_where_rho_is_the_error_the_guarantee_holds_in_every_problem(writers):
     assert (error.abs() <= found["radius"].unsqueeze(-1) * norm * (1 + 1e-9)).all()
 
 
-def test_pessimism_helps_where_good_responses_are_covered():
-    """By more than the interval over problems; the same rho does not where they are rare."""
+def test_pessimism_helps_if_the_data_cover_good_responses():
+    """The gain exceeds the interval over problems. The same rho does not help if good responses are rare."""
     gains = {}
     for writers in ("good", "bad"):
         found = pessimism(draw_problems(writers, 200, 40))
@@ -162,12 +170,12 @@ def test_pessimism_helps_where_good_responses_are_covered():
     assert gains["bad"][0] > mean
 
 
-def test_the_paper_s_rho_would_leave_the_penalty_alone():
+def test_the_rho_of_the_theorem_lets_the_penalty_dominate():
     assert rto.theory_rho() > 1e8
     assert RHOS[-1] == math.inf
 
 
-def test_the_full_run_leaves_a_row_per_case_and_a_figure(tmp_path, monkeypatch):
+def test_a_full_run_writes_a_row_per_case_and_a_figure(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(rto, "PROBLEMS", 3)
     monkeypatch.setattr(rto, "FIT_STEPS", 5)
