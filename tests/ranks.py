@@ -1,6 +1,6 @@
-"""What the processes of tests/distributed/test_ranks.py run: torchrun --nproc-per-node 2 tests/ranks.py FOLDER.
+"""Code that the processes of tests/distributed/test_ranks.py run: torchrun --nproc-per-node 2 tests/ranks.py FOLDER.
 
-Each leaves what it saw in FOLDER/rank-0.json and FOLDER/rank-1.json, and its runs in FOLDER/two.
+Each process writes its observations to FOLDER/rank-0.json or FOLDER/rank-1.json, and its runs to FOLDER/two.
 """
 
 from __future__ import annotations
@@ -41,14 +41,13 @@ from tests import resumable, tiny
 from tests.cut_ranks import CUTS, cut, stopped
 
 LORA = {"use_peft": True, "lora_r": 3, "adam_epsilon": 1e-3}
-"""A large epsilon: the first steps of Adam are signs of gradients, and those of a new adapter are near zero."""
+"""A large epsilon, because Adam's first steps are signs of gradients and a new adapter's gradients are near zero."""
 STEADY = {"num_ppo_epochs": 1, "num_mini_batches": 1, "cliprange_value": 10.0} | {
     "adam_epsilon": 1.0,
     "value_learning_rate": 1e-3,
 }
-"""For a critic with steep gradients: no later updates by a step's experience, no kink of clipped values, small updates,
-not divided by small gradients. Else the norm of its gradient differs by 1e-3 between two micro-batch sizes of one
-process."""
+"""Settings for a critic with steep gradients: one pass per step, no value clipping, small updates, a large epsilon.
+Without them the gradient norm differs by 1e-3 between two micro-batch sizes, even in one process."""
 ROUNDED = {"dtype": "bfloat16", "master_weights": "stochastic_rounding"}
 SETTINGS: dict[str, dict[str, Any]] = {
     "sft": {"activation_checkpointing": True},
@@ -66,12 +65,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "sft qwen3_moe": {"router_aux_loss_coef": 0.5, "adam_epsilon": 1e-3},
     "dpo qwen3_next": {"precompute_ref_log_probs": False, "adam_epsilon": 1e-3},
 }
-"""Every trainer: with a live reference (groups); with a critic, returns that go on, a steered KL and early stops (ppo);
-with a judge of the user's and resets that the reference writes (drpo); with the exact KL in the loss (rto); with pairs
-of suffixes of failures of the policy (refuel); with models that share the weights of one (roles), an adapter of
-fewer rows than ranks (sft dora), and other families."""
+"""Settings of every trainer. They cover a live reference (groups); a critic, bootstrapped returns, an adaptive KL
+coefficient and early stops (ppo); a user-defined judge and resets into responses of the reference (drpo); the exact KL
+in the loss (rto); pairs of suffixes of the policy's failures (refuel); models that share weights (roles); an adapter
+with fewer rows than ranks (sft dora); and other model families."""
 FAMILIES = ("qwen3_moe", "qwen3_next")
-"""A mixture of experts with its router's loss, and a hybrid model, whose sequences run one by one."""
+"""A mixture of experts with its router loss, and a hybrid model, which processes one sequence at a time."""
 
 MODEL = {
     "model_type": "llama",
@@ -91,7 +90,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 
 
 def run(kind: str, place: Path, folder: Path, **settings: Any):
-    """A run of two steps, several micro-batches each."""
+    """Runs a trainer for two steps with several micro-batches each."""
     torch.manual_seed(0)
     random.seed(0)
     np.random.seed(0)
@@ -107,8 +106,10 @@ def models(place: Path) -> dict[str, str]:
 
 
 def command(place: Path, folder: Path) -> list[str]:
-    """From the command line: DPO after the SFT that it names in `run_first`, in `folder`, of a model from scratch whose
-    head is its embedding."""
+    """Runs the command line in `folder`:
+
+    DPO after the SFT named by `run_first`, with a model from scratch and tied embeddings.
+    """
     shared = {"per_device_train_batch_size": 4, "max_steps": 2, "max_length": 32, "num_eval_examples": 3}
     sft = {
         "model_config": MODEL,
@@ -130,7 +131,7 @@ def command(place: Path, folder: Path) -> list[str]:
 
 
 def exchanges() -> dict[str, Any]:
-    """What comes of one exchange of each kind. Rank r has r + 2 rows."""
+    """Results of one exchange of each kind between ranks; rank r has r + 2 rows."""
     rank = dist.get_rank()
     rows = torch.full((rank + 2, 1), float(rank))
     try:
@@ -173,24 +174,24 @@ def refusal(call: Callable[[], object]) -> str:
 
 
 def stubborn() -> None:
-    class Stubborn(Exception):  # no other process can unpickle it
+    class Stubborn(Exception):  # other processes cannot unpickle it
         pass
 
     raise Stubborn("of a judge")
 
 
 def held(model: torch.nn.Module) -> int:
-    """Numbers that this rank can read of a model without asking."""
+    """Numbers of a model that this rank can read without communication."""
     return sum(parameter.numel() for parameter in model.parameters() if not isinstance(parameter, DTensor))
 
 
 def sharded_model() -> dict[str, Any]:
-    """What this rank holds of a model, and whether it is the model that it was."""
+    """What this rank holds of a sharded model, and whether it equals the original model."""
     model, plain = tiny.policy("qwen3"), tiny.policy("qwen3")
     batch = pack([sequence([5, 6, 7], [8, 9])])
     shard(model)
     parts = [parameter.to_local().numel() for parameter in model.parameters() if isinstance(parameter, DTensor)]
-    with whole(model), torch.no_grad():  # before any other forward, and a pass more on the second rank
+    with whole(model), torch.no_grad():  # before any other forward; the second rank makes one pass more
         inside = [token_logprobs(model, batch).logprob for _ in range(1 + dist.get_rank())][-1]
     with torch.no_grad():
         token_logprobs(model, batch)
@@ -208,16 +209,16 @@ def sharded_model() -> dict[str, Any]:
         "all": sum(parameter.numel() for parameter in plain.parameters()),
         "logprob": (inside - expected).abs().max().item(),
         "whole": max((full(ours) - theirs).abs().max().item() for ours, theirs in pairs),
-        # Of a vector whose first part is shorter than what is asked for, too.
+        # Includes a vector whose first part is shorter than the requested beginning.
         "begins": all(map(torch.equal, *(beginnings(m.parameters(), 20) for m in (model, plain)))),
         "filled": max((full(like(ours, theirs)) - theirs).abs().max().item() for ours, theirs in pairs),
-        # Two ranks of the same pack: the sum is twice the gradient of one.
+        # Both ranks have the same pack, so the sum is twice the gradient of one rank.
         "gradient": max((full(o.grad) / 2 - t.grad).abs().max().item() / t.grad.abs().max().item() for o, t in pairs),
     }
 
 
 def compiled_model() -> dict[str, Any]:
-    """The gradients of sharded layers that are compiled, for two packs, and how much of their code is new to each."""
+    """Gradients of compiled sharded layers for two packs, and how much code each pack compiles anew."""
     models = [
         build_policy(MODEL | {"num_hidden_layers": 1}, vocab_size=tiny.VOCAB, eos_token_id=tiny.EOS, seed=0)
         for _ in range(2)
@@ -225,7 +226,8 @@ def compiled_model() -> dict[str, Any]:
     layers.compile_layers(models[0])
     shard(models[0])
     errors, graphs = [], []
-    with patch.object(torch, "compile", partial(torch.compile, backend="eager")):  # a C++ compiler would take minutes
+    # Because the C++ compiler would take minutes
+    with patch.object(torch, "compile", partial(torch.compile, backend="eager")):
         for prompt in ([5, 6, 7], [5, 6, 7, 8, 9]):
             for model in models:
                 model.zero_grad()
@@ -237,8 +239,8 @@ def compiled_model() -> dict[str, Any]:
 
 
 def shared_weights() -> dict[str, Any]:
-    """A policy with an adapter and the reference over the same weights: who holds what, before and after the adapter
-    is added to the policy's."""
+    """A policy with an adapter and a reference that share weights: what each rank holds before and after the adapter is
+    added."""
     policy, batch = tiny.policy(), pack([sequence([5, 6, 7], [8, 9])])
     adapters.add_adapter(policy, SFTConfig(use_peft=True, lora_r=2), "")
     reference, plain = adapters.frozen_copy(policy), tiny.policy()
@@ -261,12 +263,13 @@ def shared_weights() -> dict[str, Any]:
 
 
 def optimised(width: int, **settings: Any) -> bool:
-    """Whether sharded weights and their optimiser's state are, bit for bit, those of one process after three steps by
-    the same gradients, and after a fourth of an optimiser that was given the state of one.
+    """Compares sharded weights and optimiser states, bit for bit, with those of one process after three steps with
+    equal gradients, and after a fourth step of an optimiser that loaded the state of one process.
 
-    The weights of its MLPs are of `width` x 64; those of attention have 4,096 entries in both parts together.
+    The MLP weights are `width` x 64. The attention weights have 4,096 entries in both parts together.
     """
-    config = SFTConfig(max_grad_norm=0.0, learning_rate=1e-2, **settings)  # the norm is a sum in another order
+    # No clipping, because the norm is summed in a different order
+    config = SFTConfig(max_grad_norm=0.0, learning_rate=1e-2, **settings)
     sizes = MODEL | {"hidden_size": 64, "intermediate_size": width}
     models = [
         build_policy(sizes, vocab_size=tiny.VOCAB, eos_token_id=tiny.EOS, seed=0, dtype=config.dtype) for _ in range(2)
@@ -294,7 +297,7 @@ def optimised(width: int, **settings: Any) -> bool:
 
 
 def differences(place: Path, two: Path) -> dict[str, str]:
-    """What every process is told where the second one is given something else, before the first step."""
+    """The errors of every process if the second rank gets different input, before the first step."""
     second, own = dist.get_rank() == 1, place / f"seen by {dist.get_rank()}"
     for name in ("policy", "judge"):
         shutil.copytree(place / name, own / name)
@@ -312,7 +315,7 @@ def differences(place: Path, two: Path) -> dict[str, str]:
         tiny.examples = lambda count, seed=0: examples(count - 1, seed) if second else examples(count, seed)
         told["fewer rows"] = refusal(lambda: run("sft", place, two / "fewer rows"))
         tiny.examples = examples
-        os.chdir(own)  # the same relative path is another model there
+        os.chdir(own)  # here the same relative path is a different model
         told["weights"] = refusal(lambda: run("ppo", Path(), two / "weights"))
         if second:
             tiny.examples = lambda count, seed=0: [replace(one, reference=None) for one in examples(count, seed)]
@@ -326,7 +329,7 @@ def differences(place: Path, two: Path) -> dict[str, str]:
 
 
 def rescued(place: Path, two: Path) -> list[str]:
-    """A run whose judge, asked by the first process alone, fails in the second step; then the same command again."""
+    """A run whose judge, called by rank 0 only, fails in the second step, then the same command again."""
     judge, calls = resumable.noisy_judge, []
 
     def unavailable(rollouts: Any) -> Any:

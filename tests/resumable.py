@@ -1,4 +1,4 @@
-"""Runs of every trainer that can be cut off and compared, for the tests of resuming and of faults."""
+"""Runs of every trainer that tests can interrupt and compare, for the tests of resuming and of faults."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ GROUPS = [
 
 
 def save_models(place: Path) -> dict[str, str]:
-    """A policy, a judge and a DPO model; and these two as adapters over the policy."""
+    """Saves a policy, a judge and a DPO model, and the last two also as adapters over the policy."""
     policy = tiny.save_policy(place / "policy")
     return {
         "policy": policy,
@@ -38,7 +38,7 @@ def save_models(place: Path) -> dict[str, str]:
 
 
 def run(kind: str, paths: dict[str, str], folder: Path, **settings):
-    """One run of the trainer called `kind`, five steps, a checkpoint after the second and the fourth."""
+    """Runs the trainer called `kind` for five steps, with a checkpoint after the second and the fourth."""
     shared = {
         "model_name_or_path": paths["policy"],
         "output_dir": str(folder),
@@ -98,7 +98,7 @@ def answers_to(row: int) -> Answers:
 
 
 def noisy_judge(rollouts):
-    """A judge of the user's that draws from every global generator."""
+    """A user-defined judge that draws from every global random generator."""
     return [torch.rand(()).item() + random.random() + float(np.random.random()) for _ in rollouts]
 
 
@@ -113,11 +113,14 @@ OPTIMIZERS = dict.fromkeys(("reward", "views"), reward_model) | {
 
 
 class Killed(BaseException):
-    """Nothing of ours catches it: as a process that is gone, but for the lock that its death would free."""
+    """An exception that none of our code catches.
+
+    It simulates a killed process, except that a real death also releases the lock.
+    """
 
 
 class Watch:
-    """Keeps the optimisers that are made, and kills at a chosen point of a run."""
+    """Records the optimisers that are made, and kills a run at a chosen point."""
 
     def __init__(self, kind: str, monkeypatch):
         self.made, module = [], OPTIMIZERS.get(kind, ppo)
@@ -144,7 +147,7 @@ def untimed(row: dict) -> dict:
 
 
 def left(result, optimizer, folder: Path) -> dict:
-    """All that a run is judged by."""
+    """Everything that is compared between two runs."""
     return {
         "history": [untimed(row) for row in result.history],
         "final": result.final,
@@ -159,7 +162,7 @@ def left(result, optimizer, folder: Path) -> dict:
 
 
 def untimed_log(folder: Path, result=None) -> list:
-    """Of a run that has ended: its log and its model."""
+    """The log and the model of a finished run, without times."""
     log = [untimed(row) for row in read_metrics(folder / "metrics.jsonl")]
     assert result is None or [untimed(row) for row in result.history] == [
         {name: value for name, value in row.items() if name != "step"} for row in log if row["step"]

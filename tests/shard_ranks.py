@@ -1,7 +1,7 @@
-"""What the processes of tests/models/test_shards.py run: torchrun --nproc-per-node 2 tests/shard_ranks.py FOLDER.
+"""Code that the processes of tests/models/test_shards.py run: torchrun --nproc-per-node 2 tests/shard_ranks.py FOLDER.
 
-FOLDER/one holds checkpoint-1 of one process; they write that of two in FOLDER/two, and leave what they saw in
-FOLDER/rank-0.json and FOLDER/rank-1.json. At last the second is killed while it saves checkpoint-3.
+FOLDER/one holds checkpoint-1 of one process. The two processes write theirs to FOLDER/two and their observations to
+FOLDER/rank-0.json and FOLDER/rank-1.json. Finally the second process is killed while it saves checkpoint-3.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CONFIG = SFTConfig(dtype="bfloat16", max_grad_norm=0.0, learning_rate=1e-2, devi
 
 
 class Trained:
-    """A policy in bfloat16 and a critic whose head is one row, that one process of two holds; their optimiser."""
+    """A bfloat16 policy, a critic whose head is a single row (held by one of two processes), and their optimiser."""
 
     def __init__(self, folder: Path) -> None:
         torch.manual_seed(0)
@@ -49,7 +49,7 @@ class Trained:
         self.checkpointer = Checkpointer(folder, self.models, tiny.tokenizer(), parts, {"train": "3 rows"})
 
     def step(self) -> None:
-        """By gradients that are the same in any number of processes, bit for bit."""
+        """Takes an optimiser step with gradients that are bit-identical for any number of processes."""
         generator = torch.Generator().manual_seed(self.optimizer.num_done)
         for model in self.models.values():
             for weight in model.parameters():
@@ -57,14 +57,14 @@ class Trained:
         self.optimizer.step()
 
     def state(self) -> dict[str, Any]:
-        """All that it holds, whole."""
+        """The full weights and optimiser state."""
         state = {f"{at}/{name}": x for at, model in self.models.items() for name, x in model.state_dict().items()}
         state |= self.optimizer.state_dict()
         return {name: full(value).clone() if isinstance(value, Tensor) else value for name, value in state.items()}
 
 
 def same(left: dict[str, Any], right: dict[str, Any]) -> bool:
-    """Bit for bit, dtypes too."""
+    """Compares bit for bit, including dtypes."""
     return left.keys() == right.keys() and all(
         x.dtype == right[name].dtype and torch.equal(x, right[name]) if isinstance(x, Tensor) else x == right[name]
         for name, x in left.items()
@@ -73,7 +73,7 @@ def same(left: dict[str, Any], right: dict[str, Any]) -> bool:
 
 def main(place: Path) -> None:
     torch.set_num_threads(1)
-    shards.FILE = 2**15  # several per process, of the moments
+    shards.FILE = 2**15  # so that each process writes several files of moments
     start(CONFIG)
     rank, gathers, gather = dist.get_rank(), [], DTensor.full_tensor
 
@@ -87,7 +87,7 @@ def main(place: Path) -> None:
     path = trained.checkpointer.save(1)
     resumed, from_one = Trained(place / "two"), Trained(place / "one")
     seen: dict[str, Any] = {"steps": [resumed.checkpointer.load(), from_one.checkpointer.load()]}
-    seen["gathers"] = len(gathers) - 2  # the gradient norms of the two models
+    seen["gathers"] = len(gathers) - 2  # minus the gathers of the two models' gradient norms
     expected = trained.state()
     seen["resumed"], seen["from_one"] = same(resumed.state(), expected), same(from_one.state(), expected)
     for each in (trained, resumed):

@@ -1,4 +1,4 @@
-"""The table "What happens when" of docs/resume.md as data: each event, and the tests of what follows from it."""
+"""The table "What happens when" of docs/resume.md as data: each event, and the tests that prove its outcome."""
 
 from __future__ import annotations
 
@@ -80,4 +80,4 @@ STOPS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "the hub accepts a connection and never answers": ("data/test_hub.py", ()),
 }
-"""Event -> test file below tests/, and its tests; where none is named, the whole file."""
+"""Event -> test file below tests/ and its tests; without test names, the whole file."""

@@ -1,4 +1,4 @@
-"""What users get wrong: one clear line each, before any time is spent, and nothing of theirs is touched."""
+"""Tests of user errors: each gives one clear line before any time is spent, and the user's files stay untouched."""
 
 import json
 import os
@@ -24,7 +24,7 @@ COMMANDS = ("sft", "reward", "dpo", "ppo", "drpo")
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Models and a file of good rows; the current folder while a test runs."""
+    """A folder with models and a file of good rows; the working directory during the tests."""
     folder = tmp_path_factory.mktemp("place")
     tiny.save_policy(folder / "policy")
     tiny.save_reward_model(folder / "judge")
@@ -66,7 +66,7 @@ def _there(place, monkeypatch):
 
 
 def refuse(capsys, command: str, **settings) -> str:
-    """Runs a command that must fail, and returns what it says. The output folder must not have come into being."""
+    """Runs a command that must fail; returns its message and checks that no output folder was made."""
     fields = {
         "model_name_or_path": "policy",
         "dataset_name": "good.jsonl",
@@ -85,19 +85,19 @@ def refuse(capsys, command: str, **settings) -> str:
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith(f"fastrlhf {command}: ")
     assert Path("out").exists() == existed
-    # Messages name absolute paths; the tests name those below the folder that they run in.
+    # Messages contain absolute paths; the tests expect paths relative to their folder.
     return last.removeprefix(f"fastrlhf {command}: ").replace(f"{Path.cwd()}{os.sep}", "")
 
 
 def rows(tmp_path, *changes: dict | None, copies: int = 1) -> str:
-    """A file of the good row, each time changed; a column changed to None is left out."""
+    """Writes copies of the good row, each with changes; a column that is changed to None is removed."""
     lines = [json.dumps({k: v for k, v in (GOOD | (c or {})).items() if v is not None}) for c in changes]
     (tmp_path / "rows.jsonl").write_text("".join(f"{line}\n" for line in lines * copies))
     return str(tmp_path / "rows.jsonl")
 
 
 def test_the_good_rows_are_good(tmp_path):
-    """What every test here changes in one place runs as it is."""
+    """The input that every other test changes in one place runs without changes."""
     for command in COMMANDS:
         arguments = ["--model_name_or_path=policy", "--dataset_name=good.jsonl", "--max_steps=1", "--progress=False"]
         arguments += [f"--output_dir={tmp_path / command}", "--max_length=16", "--per_device_train_batch_size=4"]
@@ -188,13 +188,13 @@ def test_a_row_that_no_micro_batch_can_hold(capsys, command):
 def test_a_model_with_nan_in_its_weights(capsys):
     assert "its weights give numbers that are not finite" in refuse(
         capsys, "ppo", reward_model_path="broken_judge"
-    )  # before the first episode
+    )  # the error comes before the first episode
     told = refuse(capsys, "dpo", model_name_or_path="broken_policy", tokenizer_name_or_path="policy")
     assert "finite" in told
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_score_that_is_no_number(bad):
+def test_a_score_that_is_nan(bad):
     config = PPOConfig(
         model_name_or_path="policy", reward_model_path="judge", max_length=16, response_length=6, progress=False
     )
@@ -256,7 +256,7 @@ def test_an_output_folder_that_cannot_be_made(capsys, command):
 
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize(("kind", "what"), [("t5", "an encoder-decoder model"), ("bert", "an encoder")])
-def test_a_model_that_is_no_decoder(capsys, command, kind, what):
+def test_a_model_that_is_not_a_decoder(capsys, command, kind, what):
     if not Path(kind).exists():
         AutoConfig.for_model(kind).save_pretrained(kind)
         tiny.tokenizer().save_pretrained(kind)

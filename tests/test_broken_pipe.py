@@ -1,4 +1,4 @@
-"""A reader of standard output that goes, in processes of their own: what is told is told at exit too."""
+"""Tests, in separate processes, of a standard output whose reader has closed the pipe, including errors at exit."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ PRINT = "from fastrlhf.cli import quiet_when_unread as quiet\nwith quiet():\n   
 
 
 def unread(code: str, unbuffered: str = "") -> subprocess.CompletedProcess[str]:
-    """What Python ends with whose standard output nobody reads any more; `unbuffered` is PYTHONUNBUFFERED."""
+    """The exit of a Python process whose standard output is closed by the reader; `unbuffered` is PYTHONUNBUFFERED."""
     read, write = os.pipe()
     os.close(read)
     try:
@@ -33,27 +33,27 @@ def unread(code: str, unbuffered: str = "") -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     "code",
     [
-        "print('short')",  # which breaks no earlier than the flush
+        "print('short')",  # the pipe only breaks at the flush
         "print('long' * 100_000)",
         "print('short'); raise SystemExit(1)",
     ],
 )
-def test_output_that_nobody_reads_ends_a_command_without_a_word(code, unbuffered):
+def test_a_closed_output_ends_a_command_silently(code, unbuffered):
     ended = unread(PRINT + code, unbuffered)
     assert (ended.returncode, ended.stderr) == (141, "")
 
 
-def test_the_command_line_does_so_too():
+def test_a_closed_output_ends_the_command_line_silently():
     ended = unread("import sys; from fastrlhf.cli import main; sys.exit(main(['plan', '--help']))")
     assert (ended.returncode, ended.stderr) == (141, "")
 
 
-def test_a_broken_pipe_that_is_not_the_output_is_an_error_still():
+def test_a_broken_pipe_other_than_standard_output_is_an_error():
     with pytest.raises(BrokenPipeError, match="of a worker"), quiet_when_unread():
         raise BrokenPipeError("of a worker")
 
 
-def test_exit_codes_pass():
+def test_exit_codes_are_kept():
     with pytest.raises(SystemExit) as ended, quiet_when_unread():
         raise SystemExit(1)
     assert ended.value.code == 1

@@ -1,4 +1,4 @@
-"""The command line from end to end, in this process, on tiny files."""
+"""End-to-end tests of the command line, in this process, on tiny files."""
 
 import json
 import os
@@ -72,7 +72,7 @@ def write_lines(path: Path, rows: list[dict]) -> None:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with a tokenizer, two files of data and a file of settings; it is the current one while a test runs."""
+    """A folder with a tokenizer, two data files and a settings file; it is the working directory during a test."""
     folder = tmp_path_factory.mktemp("place")
     examples = tiny.examples(24)
     write_lines(folder / "demonstrations.jsonl", [{"prompt": e.prompt, "completion": e.reference} for e in examples])
@@ -91,7 +91,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def chain(place):
-    """Every training command once, in order; the exit codes."""
+    """Runs every training command once, in order; returns the exit codes."""
     before = Path.cwd()
     os.chdir(place)
     try:
@@ -106,7 +106,7 @@ def _there(place, monkeypatch):
 
 
 def fails(capsys, *arguments: str) -> str:
-    """The one line that a mistake prints, without the name of the command."""
+    """Runs a command that must fail; returns the single line that it prints, without the command's name."""
     capsys.readouterr()
     assert main(arguments) == 2
     printed = capsys.readouterr()
@@ -123,7 +123,7 @@ def test_every_trainer_runs_from_one_file_of_sections(chain, place):
         assert len(read_metrics(folder / "metrics.jsonl")) == 2
         kind = AutoModelForSequenceClassification if command == "reward" else AutoModelForCausalLM
         assert kind.from_pretrained(folder).config.vocab_size == tiny.VOCAB
-    # the file beats the defaults, and the section what is shared
+    # The file overrides the defaults, and a section overrides shared keys.
     assert yaml.safe_load((place / "runs/dpo/config.yaml").read_text())["beta"] == 0.5
     assert yaml.safe_load((place / "runs/drpo/config.yaml").read_text())["missing_eos_score"] == -1.0
 
@@ -133,7 +133,7 @@ def test_eval_prints_a_win_rate_per_model(chain, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["judged", "model", "runs/sft", "runs/dpo", "reference"]
     assert ("judged by runs/reward, " in lines[0], "win rate % vs reference" in lines[1]) == (True, True)
-    assert all(line.endswith("  8") for line in lines[2:4])  # the prompts that no trainer saw
+    assert all(line.endswith("  8") for line in lines[2:4])  # the number of prompts that no trainer saw
 
 
 def test_one_command_runs_the_sections_before_it_that_have_not_run(place, capsys):
@@ -154,7 +154,7 @@ def test_one_command_runs_the_sections_before_it_that_have_not_run(place, capsys
     assert (place / "chain/sft/model.safetensors").stat().st_mtime_ns == finished
     assert "rto/share_of_return" in read_metrics(place / "chain/rto/metrics.jsonl")[0]
     seeds = [yaml.safe_load((place / f"chain/{x}/config.yaml").read_text())["seed"] for x in ("reward", "dpo", "rto")]
-    assert seeds == [3, 3, 4]  # a flag is for the command alone
+    assert seeds == [3, 3, 4]  # a flag applies only to the command itself
 
 
 def test_a_section_that_a_flag_has_replaced_is_not_trained(place, chain, capsys):
@@ -173,7 +173,7 @@ def test_a_section_that_a_flag_has_replaced_is_not_trained(place, chain, capsys)
     replaced = ["--model_name_or_path", "runs/sft", "--dpo_model_path", "runs/dpo"]
     config = parse(RTOConfig, ["--config", "flagged.yaml", *replaced], "rto")
     needed = [name for name, _ in _run_first("rto", config, ["flagged.yaml"])]
-    assert needed == ["sft", "reward"]  # the reward model starts from sft, though rto does not any more
+    assert needed == ["sft", "reward"]  # the reward model still starts from sft, although rto no longer does
     capsys.readouterr()
 
     given = {"model_name_or_path": "sft", "reward_model_path": "reward", "dpo_model_path": "dpo"}
@@ -183,7 +183,7 @@ def test_a_section_that_a_flag_has_replaced_is_not_trained(place, chain, capsys)
     assert told[:3] == [f"{x}: a flag has replaced flagged/{x}; skipped" for x in ("dpo", "reward", "sft")]
 
 
-def test_a_finished_section_whose_settings_have_changed_is_not_taken_for_the_new_one(place, chain, capsys):
+def test_a_finished_section_with_changed_settings_is_refused(place, chain, capsys):
     sections = yaml.safe_load((place / "all.yaml").read_text())
     sections["rto"] |= {"run_first": ["sft", "dpo"], "output_dir": "runs/changed"}
     sections["dpo"]["beta"] = 0.25
@@ -196,7 +196,7 @@ def test_a_finished_section_whose_settings_have_changed_is_not_taken_for_the_new
     assert not (place / "runs/changed").exists()
 
 
-def test_rlp_takes_its_models_from_other_sections_and_goes_on_where_it_stopped(chain, place, capsys):
+def test_rlp_uses_models_of_other_sections_and_continues_where_it_stopped(chain, place, capsys):
     sections = yaml.safe_load((place / "all.yaml").read_text())
     own = {
         "refinement": "both",
@@ -216,7 +216,7 @@ def test_rlp_takes_its_models_from_other_sections_and_goes_on_where_it_stopped(c
     resolved = yaml.safe_load((place / "runs/rlp/round-1/policy/config.yaml").read_text())
     assert (resolved["missing_eos_score"], resolved["reward_model_path"]) == (-1.0, "runs/rlp/round-1/reward")
     policies = {file: file.stat().st_mtime_ns for file in (place / "runs/rlp").rglob("*.safetensors")}
-    assert len(policies) == 6  # of two reward models, two policies and their critics
+    assert len(policies) == 6  # two reward models, two policies and their critics
     assert main(["rlp", "--config", "rlp.yaml"]) == 0
     assert {file: file.stat().st_mtime_ns for file in policies} == policies
     message = "--config: must be one file with sections rlp, reward and ppo; got []"
@@ -224,7 +224,7 @@ def test_rlp_takes_its_models_from_other_sections_and_goes_on_where_it_stopped(c
     assert "section rlp (set it" in fails(capsys, "rlp", "--config", "rlp.yaml", "--max_length", "32")
 
 
-def test_a_mistake_in_a_later_section_costs_no_earlier_one(place, capsys):
+def test_a_mistake_in_a_later_section_is_found_before_an_earlier_one_runs(place, capsys):
     sections = yaml.safe_load((place / "all.yaml").read_text())
     late = yaml.safe_load(yaml.safe_dump(sections).replace("runs/", "late/"))
     late["rto"]["run_first"] = ["sft", "dpo"]
@@ -311,7 +311,7 @@ def test_a_mistake_in_the_file_is_one_line_too(capsys, tmp_path):
     assert "max_steps: must be at least 1, or -1 for epochs; got 0" in told("max_steps: 0")
 
 
-def test_what_the_system_refuses_is_one_line(capsys, chain):
+def test_an_error_of_the_operating_system_is_one_line(capsys, chain):
     assert "output_dir: 'all.yaml/run' cannot be made: 'all.yaml' is a file" in fails(
         capsys, "sft", "--config", "all.yaml", "--output_dir", "all.yaml/run"
     )
@@ -373,7 +373,7 @@ def test_a_signal_saves_a_checkpoint_and_the_same_command_goes_on(number, code, 
     assert weights[0] == weights[1]
 
 
-def test_a_base_install_is_told_what_to_install(monkeypatch, capsys):
+def test_a_base_install_reports_what_to_install(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tyro", None)
     assert main(["sft"]) == 2
     assert capsys.readouterr().err == "fastrlhf sft: needs tyro: pip install 'fastrlhf[train]'\n"

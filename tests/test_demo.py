@@ -10,12 +10,12 @@ from fastrlhf.config import DemoConfig, DRPOConfig, PPOConfig, RLPConfig
 
 @pytest.fixture
 def short(monkeypatch):
-    """Two steps per stage on a few posts; all else as users get it."""
+    """Shortens every stage to two steps on a few posts; all other settings are the defaults."""
     full = demo.stage_config
 
     def shortened(name, config, out):
         settings = full(name, config, out)
-        if isinstance(settings, RLPConfig):  # its stages are trained by the settings of others
+        if isinstance(settings, RLPConfig):  # its stages use the settings of other stages
             return settings
         return replace(settings, max_steps=2, warmup_steps=0, per_device_train_batch_size=8, progress=False)
 
@@ -24,7 +24,7 @@ def short(monkeypatch):
         monkeypatch.setattr(demo, name, 24)
 
 
-def test_the_chain_leaves_a_folder_per_stage_a_summary_and_a_report(short, tmp_path):
+def test_the_demo_writes_a_folder_per_stage_a_summary_and_a_report(short, tmp_path):
     out = tmp_path / "demo"
     summary = demo.run_demo(DemoConfig(out=str(out), num_eval=20, seed=3, methods=("all",)))
     assert json.loads((out / "summary.json").read_text()) == json.loads(json.dumps(summary))
@@ -67,24 +67,25 @@ def test_stages_may_be_left_out_but_not_what_others_start_from(short, tmp_path):
     assert not (tmp_path / "b").exists()
 
 
-def test_ipo_and_cdpo_run_where_they_are_asked_for_and_each_leaves_its_own_loss(short, tmp_path):
+def test_ipo_and_cdpo_run_on_request_with_their_own_losses(short, tmp_path):
     out = tmp_path / "demo"
     summary = demo.run_demo(DemoConfig(out=str(out), num_eval=8, methods=("ipo", "sft", "cdpo")))
     assert list(summary["methods"]) == ["sft", "ipo", "cdpo"]
     first = {
         name: json.loads((out / name / "metrics.jsonl").read_text().splitlines()[0])["loss"] for name in ("ipo", "cdpo")
     }
-    assert first["ipo"] == pytest.approx((1 / (2 * 0.02)) ** 2, rel=1e-3)  # the paper's target: 25 nats per response
+    # The target of the paper is 25 nats per response
+    assert first["ipo"] == pytest.approx((1 / (2 * 0.02)) ** 2, rel=1e-3)
     assert first["cdpo"] == pytest.approx(log(2), rel=1e-3)
 
 
-def test_dpo_ipo_and_cdpo_differ_in_their_loss_alone(tmp_path):
+def test_dpo_ipo_and_cdpo_differ_only_in_their_loss(tmp_path):
     dpo, ipo, cdpo = (vars(demo.stage_config(name, DemoConfig(), tmp_path)) for name in ("dpo", "ipo", "cdpo"))
     assert {name for name in dpo if dpo[name] != ipo[name]} == {"output_dir", "beta", "loss_type", "length_norm"}
     assert {name for name in dpo if dpo[name] != cdpo[name]} == {"output_dir", "label_smoothing"}
 
 
-def test_ppo_and_drpo_differ_in_resets_and_number_of_updates_alone(tmp_path):
+def test_ppo_and_drpo_differ_only_in_resets_and_number_of_updates(tmp_path):
     ppo, drpo = (demo.stage_config(name, DemoConfig(), tmp_path) for name in ("ppo", "drpo"))
     assert isinstance(ppo, PPOConfig)
     assert isinstance(drpo, DRPOConfig)

@@ -1,4 +1,4 @@
-"""The README and the manual against the code: every command, file and link in them is one that exists."""
+"""Checks the README and the manual against the code: every command, file and link in them must exist."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ FENCE = re.compile(r"^```(\S*)[^\n]*\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 LANGUAGES = {"bash", "yaml", "python", "json", "text", "{include}", "{toctree}"}
 SHELL = {"cd", "export", "git"}
-"""Commands of the shell that the tests take as they are."""
+"""Shell commands that the tests accept without a check."""
 
 
 class Block(NamedTuple):
@@ -62,35 +62,35 @@ def place(item: Path | Block) -> str:
 
 
 def command_lines(text: str) -> Iterator[list[str]]:
-    """The words of each command of a block of shell, without comments, continued lines joined."""
+    """The words of each command in a shell block, without comments; continued lines are joined."""
     for line in text.replace("\\\n", " ").splitlines():
         if words := shlex.split(line, comments=True):
             yield words
 
 
 def file_name(block: Block) -> str | None:
-    """The name that the first line of a YAML block gives it: `# drpo.yaml`, with or without more words."""
+    """The file name in the first line of a YAML block: `# drpo.yaml`, possibly followed by more words."""
     match = re.match(r"# ([\w-]+\.yaml)", block.text)
     return match[1] if match else None
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory that has `examples`, as a clone does."""
+    """A working directory that contains `examples`, as a clone does."""
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 def write_files(page: Path, folder: Path) -> None:
-    """The YAML blocks of a page that have a name, as files."""
+    """Writes the named YAML blocks of a page as files."""
     for block in blocks(page):
         if block.language == "yaml" and (name := file_name(block)):
             (folder / name).write_text(block.text)
 
 
 def check_fastrlhf(words: list[str]) -> None:
-    """Raises what the command line would raise for these words before it opens anything."""
+    """Raises the errors that the command line raises for these words before it opens anything."""
     command, arguments = words[0], words[1:]
     if command.startswith("--"):
         assert words in (["--help"], ["--version"]), words
@@ -108,7 +108,7 @@ def check_fastrlhf(words: list[str]) -> None:
 
 
 def check_command(words: list[str]) -> None:
-    while re.fullmatch(r"\w+=\S*", words[0]):  # variables of the environment
+    while re.fullmatch(r"\w+=\S*", words[0]):  # assignments of environment variables
         words = words[1:]
     match words:
         case ["fastrlhf", *rest] | ["python", "-m", "fastrlhf", *rest]:
@@ -146,12 +146,13 @@ def test_every_command_line_parses(page: Path, folder: Path):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=place)
-def test_every_block_says_what_it_is(page: Path):
+def test_every_code_block_names_its_language(page: Path):
     assert {block.language for block in blocks(page)} <= LANGUAGES
 
 
 def check_yaml(block: Block) -> None:
-    """Every section of the file, or the flat file as the keys of the command that it is named after, is a config."""
+    """Checks that every section of a file, or a flat file as the configuration of the command it is named after, is
+    valid."""
     name = file_name(block)
     sections = yaml.safe_load(block.text)
     assert name, f"{place(block)}: begin the block with a comment that names the file"
@@ -182,12 +183,12 @@ RUN_PAGES = [
     for page in PAGES
     if any(block.language == "python" for block in blocks(page)) and page != ROOT / "kernels/README.md"
 ]
-"""The examples of kernels/README.md run in tests/kernels/test_readme.py."""
+"""Pages whose Python blocks run. The examples of kernels/README.md run in tests/kernels/test_readme.py."""
 
 
 @pytest.mark.parametrize("page", RUN_PAGES, ids=place)
 def test_the_python_blocks_run(page: Path, folder: Path):
-    """All blocks of a page one after another, where runs/sft, runs/reward, runs/dpo are tiny models."""
+    """Runs all blocks of a page one after another; runs/sft, runs/reward and runs/dpo are tiny models."""
     (folder / "runs").mkdir()
     tiny.save_policy(folder / "runs/sft")
     tiny.save_policy(folder / "runs/dpo", seed=1)
@@ -199,14 +200,14 @@ def test_the_python_blocks_run(page: Path, folder: Path):
 
 
 def anchors(page: Path) -> set[str]:
-    """The anchors that GitHub and MyST give to the headings of a page."""
+    """The anchors that GitHub and MyST create for the headings of a page."""
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
     headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=place)
-def test_every_link_leads_somewhere(page: Path):
+def test_every_link_has_a_target(page: Path):
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
     for link in LINK.findall(text):
         if re.match(r"https?://", link):
@@ -232,7 +233,7 @@ def test_the_readme_is_one_page():
 
 
 def test_the_demo_table_of_the_readme_is_made_of_the_rows():
-    """Means over five seeds with intervals of Student's t; the sixth column is without interval."""
+    """The table holds means over five seeds with intervals of Student's t; the sixth column has no interval."""
     rows = [json.loads(line) for line in (ROOT / "bench/results/cpu-x86_64.jsonl").read_text().splitlines()]
     table = (ROOT / "README.md").read_text()
     for method, shown in (("sft", "SFT"), ("dpo", "DPO"), ("ppo", "PPO"), ("drpo", "DR-PO")):
@@ -248,18 +249,18 @@ def test_the_demo_table_of_the_readme_is_made_of_the_rows():
 
 
 def mean_and_interval(values: list[float]) -> tuple[float, float]:
-    """The mean and half of its 95 % interval for five values."""
+    """The mean of five values and half the width of its 95 % interval."""
     return statistics.mean(values), 2.7764 * statistics.stdev(values) / 5**0.5
 
 
 @cache
 def generated() -> ModuleType:
-    """docs/generate.py, which belongs to no package."""
+    """Imports docs/generate.py, which belongs to no package."""
     spec = importlib.util.spec_from_file_location("generate", DOCS / "generate.py")
     assert spec
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
-    sys.modules["generate"] = module  # where dataclasses look up what their annotations mean
+    sys.modules["generate"] = module  # dataclasses look up their annotations in this module
     spec.loader.exec_module(module)
     return module
 

@@ -1,4 +1,4 @@
-"""Every example runs on a tiny model: the YAML file through the command line, the script through its `main`."""
+"""Runs every example on a tiny model: YAML files through the command line, scripts through their `main`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastrlhf.runtime.metrics import read_metrics
 from tests import tiny
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-COMMANDS = {"ipo": "dpo"}  # where the name of the example is not that of its command
+COMMANDS = {"ipo": "dpo"}  # example -> command, if the names differ
 METHODS = ("sft", "reward", "dpo", "ipo", "ppo", "grpo", "drpo", "rto", "rlp")
 ON_POLICY = ("ppo", "grpo", "drpo", "rto")
 SHORT = {"max_length": 96, "micro_batch_tokens": 2048}  # the tiny model has 128 positions
@@ -23,7 +23,7 @@ FEW = {"response_length": 6, "num_ppo_epochs": 1, "max_steps": 1}
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A policy, a reward model and another policy in place of one that DPO has trained."""
+    """Saves a policy, a reward model, and another policy that stands for a DPO model."""
     folder = tmp_path_factory.mktemp("models")
     tiny.save_policy(folder / "sft")
     tiny.save_reward_model(folder / "reward")
@@ -33,7 +33,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def here(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with `examples` and, in `models`, what the examples of later methods start from."""
+    """A working directory with `examples` and, in `models`, the models from which the examples of later methods
+    start."""
     (tmp_path / "runs").mkdir()
     (tmp_path / "examples").symlink_to(EXAMPLES)
     (tmp_path / "models").symlink_to(models)
@@ -90,7 +91,7 @@ def test_a_script_runs(here: Path, method: str, capsys: pytest.CaptureFixture[st
     spec.loader.exec_module(script)
     settings = settings_for("ppo" if method == "rlp" else method)
     if method in ("dpo", "ipo"):
-        del settings["max_steps"]  # the script gives it
+        del settings["max_steps"]  # the script sets it
     script.main(*models_for(method).values(), **settings)
     assert EXPECTED.get(method, "") in capsys.readouterr().out
     assert (here / "runs" / method).is_dir()

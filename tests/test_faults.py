@@ -1,4 +1,4 @@
-"""What may befall a run and its folder, one fault per test: a clear error or a clean recovery."""
+"""Tests of faults of a run and of its folder: each gives a clear error or a clean recovery."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def whole(paths, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def half_done(paths, tmp_path_factory):
-    """The folder of a run that was killed after its fourth step, with two checkpoints."""
+    """The folder of a run that was killed after its fourth step; it has two checkpoints."""
     folder = tmp_path_factory.mktemp("runs") / "half"
     with pytest.MonkeyPatch.context() as patch:
         Watch("sft", patch).kill = (4, "after")
@@ -57,15 +57,15 @@ def flip_a_bit(file: Path) -> None:
 @pytest.mark.parametrize(
     "file", ["model.safetensors", "optimizer.safetensors", "random.safetensors", "state.json", "manifest.json"]
 )
-def test_a_damaged_checkpoint_is_skipped_aloud_for_the_one_before(file, damage, cut, paths, whole, caplog):
+def test_a_damaged_checkpoint_is_skipped_with_a_warning(file, damage, cut, paths, whole, caplog):
     damage(cut / "checkpoint-4" / file)
     result = run("sft", paths, cut)
     assert f"{cut / 'checkpoint-4'} is skipped: {file}" in caplog.text
     assert untimed_log(cut, result) == whole
 
 
-def test_what_a_kill_left_half_written_or_half_deleted_is_gone_after_the_next_run(cut, paths, whole):
-    """Of other steps too, whose names no later save or deletion meets; what is not ours stays."""
+def test_leftovers_of_a_killed_save_or_deletion_are_removed_by_the_next_run(cut, paths, whole):
+    """Also leftovers of other steps, whose names no later save or deletion uses; files of the user stay."""
     for name in (".checkpoint-1.discarded", ".checkpoint-3.partial/value_model"):
         (cut / name).mkdir(parents=True)
         (cut / name / "model.safetensors").write_bytes(b"0" * 100)
@@ -74,7 +74,7 @@ def test_what_a_kill_left_half_written_or_half_deleted_is_gone_after_the_next_ru
     assert sorted(path.name for path in cut.glob(".*")) == [".notes.partial"]
 
 
-def test_without_its_optimiser_a_run_resumes_only_where_that_is_asked_for(cut, paths, whole):
+def test_without_its_optimiser_a_run_resumes_only_on_request(cut, paths, whole):
     shutil.rmtree(cut / "checkpoint-2")
     (cut / "checkpoint-4" / "optimizer.safetensors").unlink()
     before = sorted(path.name for path in cut.rglob("*"))
@@ -83,7 +83,7 @@ def test_without_its_optimiser_a_run_resumes_only_where_that_is_asked_for(cut, p
     assert sorted(path.name for path in cut.rglob("*")) == before
     result = run("sft", paths, cut, resume_weights_only=True)
     log, weights = untimed_log(cut, result)
-    # The weights of step 4 give the loss of step 5, and the schedule is where it was; the moments are not.
+    # Weights and schedule are those of step 4, so the loss of step 5 is equal; the moments are new.
     for name in ("loss", "learning_rate", "grad_norm"):
         assert [row[name] for row in log] == [row[name] for row in whole[0]]
     assert weights != whole[1]
@@ -165,7 +165,7 @@ def test_two_runs_never_share_a_folder(paths, tmp_path, whole, monkeypatch):
 
 
 def test_on_a_full_disk_the_older_checkpoint_stays_and_nothing_else(paths, whole, tmp_path, monkeypatch):
-    """No file may grow past 60 kB from the fourth step on, as on a quota: the weights do not fit."""
+    """From the fourth step on no file may exceed 60 kB, as with a quota, so the weights do not fit."""
     resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     log, folder = Run.log, tmp_path / "run"
@@ -188,8 +188,8 @@ def test_on_a_full_disk_the_older_checkpoint_stays_and_nothing_else(paths, whole
 
 
 @pytest.mark.slow
-def test_killed_at_any_operation_on_its_files_the_same_command_ends_alike(paths, tmp_path):
-    """Real processes, really killed (SIGKILL): a child that has loaded everything forks one for each point."""
+def test_killed_at_any_file_operation_and_restarted_a_run_ends_with_the_same_result(paths, tmp_path):
+    """Uses real processes and SIGKILL: a child that has loaded everything forks one process for each point."""
     program = f"from tests.test_faults import kill_everywhere; kill_everywhere({paths!r}, {str(tmp_path)!r})"
     root = Path(__file__).parent.parent
     environment = os.environ | {"PYTHONPATH": f"{root}:{root / 'kernels'}", "OMP_NUM_THREADS": "1"}
@@ -205,11 +205,11 @@ def test_killed_at_any_operation_on_its_files_the_same_command_ends_alike(paths,
 
 
 def kill_everywhere(paths: dict[str, str], place: str, num_points: int = 11) -> None:
-    """Prints what became of runs that were killed at points spread over all that a run does to its files."""
+    """Kills runs at points spread over all their file operations; prints the outcome of each."""
     settings = {"max_steps": 3, "save_steps": 1, "save_total_limit": 1, "eval_steps": 0, "device": "cpu"}
 
     def child(name: str, kill_at: int = -1) -> tuple[bool, int]:
-        """A run in a process of its own: whether it was killed, and its operations on files."""
+        """Runs in a separate process; returns whether it was killed, and its file operations."""
         reading, writing = os.pipe()
         pid = os.fork()
         if pid == 0:
@@ -223,7 +223,7 @@ def kill_everywhere(paths: dict[str, str], place: str, num_points: int = 11) -> 
                     if count == kill_at:
                         os.kill(os.getpid(), signal.SIGKILL)
 
-            os.fsync = lambda descriptor: operation("fsync")  # what the kernel holds survives a process
+            os.fsync = lambda descriptor: operation("fsync")  # no real fsync: data in the kernel survives the process
             sys.addaudithook(operation)
             try:
                 run("sft", paths, Path(place, name), **settings)
@@ -241,7 +241,7 @@ def kill_everywhere(paths: dict[str, str], place: str, num_points: int = 11) -> 
     _, total = child("whole")
     expected = untimed_log(Path(place, "whole"))
     told = {"points": 0, "killed": 0, "resumed": 0, "different": []}
-    last = {total - i for i in (1, 3, 5, 7)}  # while the files of the final model are moved in
+    last = {total - i for i in (1, 3, 5, 7)}  # points while the files of the final model are moved into place
     for kill_at in sorted({1 + i * total // num_points for i in range(num_points)} | last):
         name = f"run{kill_at}"
         told["points"] += 1

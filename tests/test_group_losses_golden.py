@@ -1,5 +1,8 @@
-"""Policy and value losses, packed, against what tests/golden/record_group_losses.py has kept of TRL 1.16, verl 0.9.1
-and RTO's released code on the same tensors: losses, gradients and advantages to 1e-6."""
+"""Compares policy and value losses on packs with recorded values of TRL 1.16, verl 0.9.1 and RTO's released code.
+
+tests/golden/record_group_losses.py recorded losses, gradients and advantages on the same tensors; they must agree to
+1e-6.
+"""
 
 import json
 import re
@@ -20,7 +23,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("library", "case"), CASES)
-def test_loss_and_gradient_are_theirs(library: str, case: str):
+def test_loss_and_gradient_equal_the_recorded_ones(library: str, case: str):
     given = recorded.tensors()
     inside = given["mask"].bool()
     cu_seqlens = torch.tensor([0, *torch.tensor(recorded.LENGTHS).cumsum(0)], dtype=torch.int32)
@@ -36,7 +39,7 @@ def test_loss_and_gradient_are_theirs(library: str, case: str):
     elif average == "constant":
         weight = (num_tokens / (len(recorded.LENGTHS) * recorded.MAX_LENGTH)).expand(len(advantage))
     high = recorded.CISPO_HIGH if case == "cispo" else recorded.CLIP_HIGH
-    # TRL and the paper have no lower bound of CISPO's factor, verl has one.
+    # TRL and the paper have no lower bound for CISPO's factor; verl has one.
     low = 1.0 if (library, case) == ("trl", "cispo") else recorded.CLIP_LOW
     loss = policy_loss(
         logprob,
@@ -59,7 +62,7 @@ def test_loss_and_gradient_are_theirs(library: str, case: str):
 
 
 def weight_of(average: str) -> torch.Tensor | None:
-    """[R] of the trainer's losses, for episodes of LENGTHS tokens that are all trained."""
+    """The `weight` [R] of the trainer's losses, for fully trained episodes of LENGTHS tokens."""
     cu_seqlens = torch.tensor([0, *torch.tensor(recorded.LENGTHS).cumsum(0)], dtype=torch.int32)
     rows = torch.arange(sum(recorded.LENGTHS))
     shares = _episode_shares(cu_seqlens, torch.ones_like(rows, dtype=torch.bool))
@@ -70,7 +73,7 @@ def weight_of(average: str) -> torch.Tensor | None:
     ("library", "case", "average"),
     [("rto", "value", "sequence"), ("verl", "value_sequence", "sequence"), ("verl", "value_token", "token")],
 )
-def test_the_value_loss_is_theirs(library: str, case: str, average: str):
+def test_the_value_loss_equals_the_recorded_one(library: str, case: str, average: str):
     given = recorded.tensors()
     inside = given["mask"].bool()
     value, rollout_value, returns = (given[name][inside].float() for name in ("value", "rollout_value", "returns"))
@@ -81,12 +84,12 @@ def test_the_value_loss_is_theirs(library: str, case: str, average: str):
     ).loss
     loss.backward()
     expected = GOLDEN[library][case]
-    assert 0.0 in expected["gradient"]  # the clip holds somewhere
+    assert 0.0 in expected["gradient"]  # at least one value is clipped
     assert loss.item() == pytest.approx(expected["loss"], rel=1e-6)
     assert value.grad.tolist() == pytest.approx(expected["gradient"], rel=2e-6, abs=1e-7)
 
 
-def test_the_policy_loss_by_sequence_is_rtos():
+def test_the_policy_loss_averaged_by_sequence_equals_that_of_rto():
     given = recorded.tensors()
     inside = given["mask"].bool()
     logprob = given["logprob"][inside].float().requires_grad_()
@@ -101,12 +104,12 @@ def test_the_policy_loss_by_sequence_is_rtos():
 
 
 @pytest.mark.parametrize("scale", ["none", "group", "batch"])
-def test_advantages_of_grpo_are_trls(scale: str):
+def test_advantages_of_grpo_equal_those_of_trl(scale: str):
     ours = group_normalised(torch.tensor(recorded.REWARDS), recorded.GROUP, scale)
     assert ours.tolist() == pytest.approx(GOLDEN["trl"][f"advantage_{scale}"], rel=1e-6)
 
 
-def test_advantages_of_opo_are_verls():
+def test_advantages_of_opo_equal_those_of_verl():
     lengths = torch.tensor(recorded.RETURN_LENGTHS)
     ours = length_weighted(torch.tensor(recorded.REWARDS), lengths, recorded.GROUP)
     assert ours.tolist() == pytest.approx(GOLDEN["verl"]["advantage_opo"], rel=1e-6)

@@ -1,4 +1,4 @@
-"""The shape of the repository, as tests: who may import whom, what each module owes, what is installed and shipped."""
+"""Tests of the repository's structure: import layers, one test file per module, dependencies, contents of the wheel."""
 
 import ast
 import importlib
@@ -29,7 +29,7 @@ OTHER_SOURCES = [
     for path in (ROOT / top).rglob("*.py")
 ]
 
-LAYERS = (  # lowest first: a module imports from its own layer and from those above it in this list
+LAYERS = (  # lowest first: a module may import from its own layer and from layers earlier in this list
     ("__version__", "types", "config", "distributed"),
     ("data", "models"),
     ("runtime",),
@@ -49,11 +49,11 @@ NO_TEST_FILE = {
     "fastrlhf/models/sharding.py": "needs several processes, which tests/distributed/test_ranks.py starts once for all",
     "fastrlhf/types.py": "declares data; `pack` and the trainers give it its meaning and are tested",
 }
-DISTRIBUTIONS = {"yaml": "pyyaml"}  # where the import name is not the distribution's
+DISTRIBUTIONS = {"yaml": "pyyaml"}  # import name -> distribution name, if they differ
 
 
 def imports_of(path: str) -> set[str]:
-    """Dotted names that a file imports anywhere in it, the imported symbol included: `fastrlhf.types.Segment`."""
+    """Dotted names that a file imports anywhere, including the imported symbol: `fastrlhf.types.Segment`."""
     package = MODULES[path].split(".")
     if not path.endswith("/__init__.py"):
         package = package[:-1]
@@ -74,7 +74,7 @@ def third_party(path: str) -> set[str]:
 
 
 def layer_of(name: str) -> int:
-    """Index in LAYERS of a dotted name within fastrlhf; the longest listed prefix decides."""
+    """Index in LAYERS of a dotted name within fastrlhf, by the longest listed prefix."""
     parts = name.split(".")[1:]
     for length in range(len(parts), 0, -1):
         for index, layer in enumerate(LAYERS):
@@ -94,7 +94,7 @@ def modules_of(package: str) -> list[str]:
 def test_a_layer_never_imports_a_higher_one():
     for path in modules_of("fastrlhf"):
         if path == "fastrlhf/__init__.py":
-            continue  # re-exports lazily from every layer
+            continue  # it re-exports lazily from every layer
         own = layer_of(MODULES[path])
         for name in imports_of(path):
             if name.split(".")[0] == "fastrlhf":
@@ -102,7 +102,7 @@ def test_a_layer_never_imports_a_higher_one():
 
 
 def room_of(name: str) -> str:
-    """The folder below fastrlhf that a module lies in; of a module at the root, the module."""
+    """The folder below fastrlhf that contains a module; for a module at the root, the module itself."""
     return name.split(".")[1]
 
 
@@ -118,7 +118,7 @@ def test_no_two_rooms_import_each_other():
     for room, imported in arrows:
         if room != imported:
             order.add(room, imported)
-    order.prepare()  # raises CycleError, which names the rooms
+    order.prepare()  # raises CycleError with the names of the rooms
 
 
 def test_the_root_holds_few_files():
@@ -136,7 +136,7 @@ def test_the_kernels_import_torch_triton_and_numpy_only():
         assert roots <= {"torch", "triton", "numpy", "fastrlhf_kernels"}, path
 
 
-def test_pure_files_see_no_model_and_no_tokenizer():
+def test_pure_files_import_no_model_and_no_tokenizer():
     for path in (path for path, name in MODULES.items() if name in PURE):
         assert third_party(path) <= {"torch", "numpy"}, path
 
@@ -168,7 +168,7 @@ def test_every_top_level_export_exists():
         fastrlhf.missing  # noqa: B018
 
 
-def test_the_kernels_folder_is_no_package_because_hugging_face_has_one_of_that_name():
+def test_the_kernels_folder_is_not_a_package_named_kernels():
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
@@ -176,7 +176,7 @@ def test_each_module_has_its_test_file():
     missing = []
     for path, name in MODULES.items():
         if path.endswith("/__init__.py"):
-            continue  # re-exports
+            continue  # only re-exports
         package, *folders, module = name.split(".")
         folder = Path("tests", *(["kernels"] if package == "fastrlhf_kernels" else []), *folders)
         twin = folder / f"test_{module.lstrip('_')}.py"
@@ -198,7 +198,7 @@ def test_sources_are_ascii_and_of_readable_length(path: str):
 
 
 def test_the_contributors_guide_maps_exactly_the_modules():
-    """The first fenced block under the heading holds one path per line, then what it is for."""
+    """The first fenced block under the heading has one path per line, followed by its purpose."""
     guide = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     _, heading, rest = guide.partition("\n## Map of the files\n")
     assert heading, "CONTRIBUTING.md has no heading '## Map of the files'"
@@ -219,7 +219,7 @@ def test_recipes_named_in_the_readme_exist():
 
 
 def test_the_wheel_holds_the_two_packages_and_the_recipes(tmp_path: Path):
-    """Hatchling leaves out what .gitignore names, so a pattern that swallows a source folder fails here too."""
+    """Hatchling leaves out what .gitignore names, so a pattern that ignores a source folder also fails this test."""
     wheel = next(WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"]))
     with zipfile.ZipFile(wheel) as archive:
         shipped = {name for name in archive.namelist() if ".dist-info/" not in name}

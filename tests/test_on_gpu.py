@@ -1,4 +1,5 @@
-"""The trainers on a CUDA device: packed attention that isolates, every stage in both dtypes. `pytest -m gpu`."""
+"""Tests of the trainers on a CUDA device: packed attention isolates sequences, every stage runs in both dtypes (`pytest
+-m gpu`)."""
 
 import pytest
 import torch
@@ -59,13 +60,13 @@ def test_every_way_through_the_trunk_gives_the_log_probs_and_gradients_of_the_pl
         logprob = token_logprobs(one, batch).logprob
         logprob.sum().backward()
         results.append([logprob.detach(), *[p.grad for p in one.parameters() if p.grad is not None]])
-    tolerance = 1e-3 if dtype == "float32" else 0.1  # of the largest entry
+    tolerance = 1e-3 if dtype == "float32" else 0.1  # relative to the largest entry
     for found, expected in zip(*results, strict=True):
         assert (found - expected).abs().max() <= tolerance * expected.abs().max() + 1e-6
 
 
 def test_offloaded_inputs_give_their_memory_back_and_change_no_number():
-    """Over packs of many lengths, since a copy that a computation overtakes is a matter of time."""
+    """Runs packs of many lengths, because a race between copy and computation shows only sometimes."""
     config = tiny.model_config()
     config.num_hidden_layers, config.hidden_size = 12, 256
     kept, offloaded = (
@@ -87,10 +88,10 @@ def test_offloaded_inputs_give_their_memory_back_and_change_no_number():
             peak.append(torch.cuda.max_memory_allocated() - before)
             results.append([logprob.detach(), *[p.grad for p in model.parameters() if p.grad is not None]])
         inputs = batch.num_tokens * 256 * 4
-        assert between[0] - between[1] >= 0.95 * 11 * inputs  # the last stays
-        if num >= 50:  # else gradients are the larger part
-            assert peak[0] - peak[1] >= 0.95 * 9 * inputs  # one is on its way back while another is in use
-        for found, expected in zip(*results, strict=True):  # sums of gradients by atomics have no fixed order
+        assert between[0] - between[1] >= 0.95 * 11 * inputs  # the last layer's input is not offloaded
+        if num >= 50:  # for smaller packs gradients dominate the memory
+            assert peak[0] - peak[1] >= 0.95 * 9 * inputs  # while one input is in use, the next is being copied back
+        for found, expected in zip(*results, strict=True):  # atomic adds sum gradients in no fixed order
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
 
 
@@ -98,7 +99,7 @@ def test_offloaded_inputs_give_their_memory_back_and_change_no_number():
 @pytest.mark.parametrize("name", tiny.ARCHITECTURES)
 @torch.no_grad()
 def test_a_forest_gives_the_log_probs_that_float64_gives_one_by_one(name: str, dtype: str):
-    """On a CPU in float64 every path through the forest is a sequence of its own."""
+    """The reference is float64 on a CPU, with every path through the forest as a separate sequence."""
     model = tiny.policy(name)
     trunk, branch, other = [5, 6, 7, 8, 9, 10, 11], [14, 15], [20, 21, 22, 23, 24]
     segments = [
@@ -116,7 +117,7 @@ def test_a_forest_gives_the_log_probs_that_float64_gives_one_by_one(name: str, d
     check_packed_forward(model)
     found = token_logprobs(model, pack(segments, CUDA)).logprob.cpu().double()
     error = (found - torch.cat(truth)).abs().max()
-    assert error < (1e-4 if dtype == "float32" else 0.3)  # weights are large: log-probs of up to 20 nats
+    assert error < (1e-4 if dtype == "float32" else 0.3)  # large weights, so log-probs reach 20 nats
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,4 +1,4 @@
-"""CPO, SimPO and ORPO against what tests/golden/record_pair_losses.py has kept of TRL 1.16."""
+"""Compares CPO, SimPO and ORPO with values of TRL 1.16 recorded by tests/golden/record_pair_losses.py."""
 
 import json
 

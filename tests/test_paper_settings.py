@@ -1,5 +1,7 @@
-"""Every recipe against the settings that its paper states, or that the released code has: a value that differs, or that
-neither gives, is marked in the recipe."""
+"""Checks every recipe against the settings in its paper or released code.
+
+The recipe must mark values that differ from both, or that neither gives.
+"""
 
 import re
 from itertools import takewhile
@@ -23,7 +25,7 @@ DPO = "arXiv 2305.18290"
 RLP = "arXiv 2403.19279"
 FARM = "AlpacaFarm's scripts, which RLP leaves as they are"
 
-ON_POLICY = {  # of DR-PO's PPO and DR-PO alike
+ON_POLICY = {  # for both PPO and DR-PO in the DR-PO paper
     "learning_rate": (3e-6, f"{DRPO} Table 5"),
     "lr_scheduler_type": ("linear", f"{DRPO} Table 5"),
     "warmup_steps": (0, "released drpo.py"),
@@ -54,7 +56,7 @@ OFFLINE = {
     "learning_rate": (3e-6, f"{DRPO} Table 5"),
     "lr_scheduler_type": ("linear", f"{DRPO} Table 5"),
 }
-ULTRAFEEDBACK = {  # common to all stages of RTO
+ULTRAFEEDBACK = {  # shared by all stages of RTO
     "lr_scheduler_type": ("cosine", f"{RTO} App. D, which ends at a tenth of the peak"),
     "adam_beta1": (0.9, f"{RTO} App. D"),
     "adam_beta2": (0.95, f"{RTO} App. D"),
@@ -170,12 +172,12 @@ PAPERS: dict[str, dict[str, dict[str, tuple[Any, str]]]] = {
         },
     },
 }
-NO_SETTING = {  # names and places, what is logged, and how a step is cut to fit a machine
+NO_SETTING = {  # keys that no paper states: names and paths, logging, and how a step is split to fit a machine
     *("output_dir", "model_name_or_path", "tokenizer_name_or_path", "reward_model_path", "dpo_model_path", "run_first"),
     *("dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "columns", "chat_template"),
     *("num_eval_examples", "eval_steps", "ref_cache_dir", "dtype", "response", "seed", "truncation_mode", "policy"),
     *("refinement", "rounds", "equivalence", "num_answer_prompts", "max_steps"),
-    *("per_device_train_batch_size", "train_batch_size", "gradient_accumulation_steps"),  # as batch_size
+    *("per_device_train_batch_size", "train_batch_size", "gradient_accumulation_steps"),  # they give batch_size
 }
 SECTIONS = [(recipe, section) for recipe, sections in PAPERS.items() for section in sections]
 
@@ -190,7 +192,7 @@ def test_a_recipe_has_the_papers_value_of_every_key(recipe: str, section: str, m
 
 @pytest.mark.parametrize(("recipe", "section"), SECTIONS)
 def test_a_setting_that_no_paper_has_is_marked(recipe: str, section: str):
-    """`# ours`, or a sentence that says where the value is from."""
+    """The mark is `# ours`, or a sentence that gives the source of the value."""
     text = Path(RECIPES, f"{recipe}.yaml").read_text(encoding="utf-8").splitlines()
     start = text.index(f"{section}:")
     lines = list(takewhile(lambda line: not re.match(r"\w", line), text[start + 1 :]))

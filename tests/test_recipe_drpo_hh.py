@@ -1,4 +1,4 @@
-"""The recipe drpo_hh, built dry: every section runs, on a tiny model and dialogues in the raw form of the dataset."""
+"""Runs every section of the recipe drpo_hh on a tiny model and on dialogues in the dataset's raw format."""
 
 import json
 import random
@@ -24,7 +24,7 @@ TRAINERS = {
 
 @pytest.fixture
 def dialogues(tmp_path) -> str:
-    """24 raw HH rows of one to three questions."""
+    """24 raw HH rows with one to three questions."""
     draw = random.Random(0)
 
     def words() -> str:
@@ -41,7 +41,7 @@ def dialogues(tmp_path) -> str:
 
 
 def test_every_section_runs_in_the_order_of_the_file(dialogues, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # the recipe's folders are relative, and each section reads those before it
+    monkeypatch.chdir(tmp_path)  # the recipe's folders are relative, and sections read the folders of earlier ones
     small = {"dataset_name": dialogues, "dataset_test_split": "", "num_eval_examples": 4, "dtype": "float32"}
     short = small | {"max_steps": 2, "per_device_train_batch_size": 8, "progress": False}
     own = {"sft": {"model_name_or_path": tiny.save_policy(tmp_path / "base")}, "drpo": {"response_length": 6}}
@@ -55,7 +55,7 @@ def test_every_section_runs_in_the_order_of_the_file(dialogues, tmp_path, monkey
         for command, (kind, train) in TRAINERS.items()
     }
     resets = [row["drpo/prefix_len_mean"] for row in results["drpo"].history]
-    assert all(length >= 1 for length in resets)  # of chosen responses: the rows have no reference
+    assert all(length >= 1 for length in resets)  # resets use chosen responses, because the rows have no reference
     assert {"eval_objective/scores", "eval_greedy/scores"} <= results["drpo"].final.keys()
     compared = evaluate_models(config("eval", EvalConfig, small | {"response_length": 6}))
     assert list(compared) == [f"runs/drpo_hh/{name}" for name in ("sft", "dpo", "drpo")]

@@ -1,4 +1,4 @@
-"""The recipe rto_ultrafeedback, built dry: every section runs, on tiny models and rows in the form of its datasets."""
+"""Runs every section of the recipe rto_ultrafeedback on tiny models and on rows in the formats of its datasets."""
 
 import json
 import random
@@ -27,7 +27,7 @@ def turn(draw: random.Random, role: str) -> dict[str, str]:
 
 
 def rows_of(draw: random.Random) -> dict[str, dict]:
-    """One row of each section's dataset: UltraChat, UltraFeedback binarised, conversations that wait for an answer."""
+    """One row of each dataset: UltraChat, UltraFeedback binarised, and conversations that end with a user turn."""
     question, chosen, rejected = turn(draw, "user"), turn(draw, "assistant"), turn(draw, "assistant")
     pair = {"prompt": question["content"], "chosen": [question, chosen], "rejected": [question, rejected]}
     pair |= {"messages": [question, chosen], "score_chosen": 8.0, "score_rejected": 4.5, "prompt_id": "a"}
@@ -54,7 +54,7 @@ def save_chat_model(folder: Path, seed: int) -> str:
 
 
 def test_every_section_runs_in_the_order_of_the_file(datasets, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # the recipe's folders are relative, and rto reads those before it
+    monkeypatch.chdir(tmp_path)  # the recipe's folders are relative, and rto reads the folders of earlier sections
     start = save_chat_model(tmp_path / "mixture", 0)
     small = {"dataset_train_split": "train", "dataset_test_split": "", "num_eval_examples": 4, "dtype": "float32"}
     short = {"max_steps": 2, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "progress": False}
@@ -70,5 +70,5 @@ def test_every_section_runs_in_the_order_of_the_file(datasets, tmp_path, monkeyp
         results[name] = train(parse(kind, ["--config", "rto_ultrafeedback", *flags], name))
     row = results["rto"].history[-1]
     assert {"reward/score", "reward/score_clipped", "reward/kl", "reward/dpo", "reward/dpo_clipped"} <= row.keys()
-    assert row["reward/dpo"] != 0  # the DPO model of its own section, which has left its start
+    assert row["reward/dpo"] != 0  # the DPO model comes from its section and has been trained
     assert {"eval_objective/scores", "eval_greedy/scores"} <= results["rto"].final.keys()

@@ -1,5 +1,5 @@
-"""The recipes drpo_tldr and drpo_rto_tldr, built dry: every section runs, on a tiny model and rows in the forms of
-their datasets."""
+"""Runs every section of the recipes drpo_tldr and drpo_rto_tldr on a tiny model and on rows in their datasets'
+formats."""
 
 import json
 import random
@@ -27,7 +27,7 @@ SECTIONS = {"drpo_tldr": ("sft", "reward", "dpo", "ppo", "drpo"), "drpo_rto_tldr
 
 @pytest.fixture
 def datasets(tmp_path) -> dict[str, str]:
-    """20 posts with summaries, and 20 comparisons as OpenAI published them."""
+    """20 posts with summaries, and 20 comparisons in the format that OpenAI published."""
     draw = random.Random(0)
 
     def words() -> str:
@@ -44,7 +44,7 @@ def datasets(tmp_path) -> dict[str, str]:
 
 @pytest.mark.parametrize("recipe", SECTIONS)
 def test_every_section_runs_in_the_order_of_the_file(recipe, datasets, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # the recipe's folders are relative, and each section reads those before it
+    monkeypatch.chdir(tmp_path)  # the recipe's folders are relative, and sections read the folders of earlier ones
     small = {"dataset_test_split": "", "num_eval_examples": 4, "dtype": "float32"}
     short = small | {"max_steps": 2, "per_device_train_batch_size": 8, "progress": False}
     own = {"sft": {"model_name_or_path": tiny.save_policy(tmp_path / "base")}}
@@ -59,7 +59,7 @@ def test_every_section_runs_in_the_order_of_the_file(recipe, datasets, tmp_path,
         name: TRAINERS[name][1](config(name, TRAINERS[name][0], short | own.get(name, {}))) for name in SECTIONS[recipe]
     }
     row = results["drpo"].history[-1]
-    assert row["drpo/prefix_len_mean"] >= 1  # of human summaries
+    assert row["drpo/prefix_len_mean"] >= 1  # resets use human summaries
     assert ("reward/dpo" in row) == (recipe == "drpo_rto_tldr")
     assert {"eval_objective/scores", "eval_objective/kl"} <= results["drpo"].final.keys()
     compared = evaluate_models(config("eval", EvalConfig, small | {"response_length": 6}))

@@ -1,4 +1,4 @@
-"""A run that was cut off and started again is the run that never was: bit for bit, in every trainer."""
+"""Tests that an interrupted and restarted run ends bit-identical to an uninterrupted one, for every trainer."""
 
 import random
 import signal
@@ -44,7 +44,7 @@ def seed_everything() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_killed_at_any_step_and_started_again_every_trainer_ends_with_the_same_bits(kind, paths, tmp_path, monkeypatch):
+def test_killed_at_any_step_and_restarted_every_trainer_ends_with_the_same_bits(kind, paths, tmp_path, monkeypatch):
     watch = Watch(kind, monkeypatch)
     seed_everything()
     whole = left(run(kind, paths, tmp_path / "whole"), watch.made[-1], tmp_path / "whole")
@@ -62,7 +62,7 @@ def test_killed_at_any_step_and_started_again_every_trainer_ends_with_the_same_b
         assert left(run(kind, paths, folder), watch.made[-1], folder) == whole, where
 
 
-def test_killed_before_the_first_checkpoint_a_run_starts_again(paths, tmp_path, monkeypatch, caplog):
+def test_a_run_killed_before_its_first_checkpoint_starts_from_the_beginning(paths, tmp_path, monkeypatch, caplog):
     watch = Watch("dpo", monkeypatch)
     whole = left(run("dpo", paths, tmp_path / "whole"), watch.made[-1], tmp_path / "whole")
     watch.kill = (2, "before")
@@ -75,7 +75,7 @@ def test_killed_before_the_first_checkpoint_a_run_starts_again(paths, tmp_path, 
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_step_saves_and_the_same_command_goes_on(number, paths, whole, tmp_path, monkeypatch):
+def test_after_a_signal_the_step_is_saved_and_the_same_command_continues(number, paths, whole, tmp_path, monkeypatch):
     step_of = torch.optim.AdamW.step
     count = []
 

@@ -1,5 +1,7 @@
-"""What the manual says about stops, held against tests; and the stops of real torchrun jobs. Long ones are marked
-`faults`: `make test-faults`."""
+"""Checks the manual's table of stops against the tests, and stops real torchrun jobs.
+
+Long tests are marked `faults`: `make test-faults`.
+"""
 
 import ast
 import gc
@@ -44,7 +46,7 @@ def test_every_line_of_the_manuals_table_of_stops_names_tests_that_exist():
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
-    """A configuration of 60 steps on two processes, and how to start it in a folder."""
+    """A configuration of 60 steps on two processes, and a function that starts it in a folder."""
     place = tmp_path_factory.mktemp("job")
     tiny.tokenizer().save_pretrained(place / "tokenizer")
     rows = [{"prompt": row.prompt, "completion": row.reference} for row in tiny.examples(40)]
@@ -77,10 +79,11 @@ def ranks_of(launcher: int) -> list[int]:
 
 
 def stop(child: subprocess.Popen, folder: Path, rows: int, number: int) -> str:
-    """Signals the launcher and its ranks at once, as SLURM does, when the log has that many rows; what was said."""
+    """Signals the launcher and its ranks at once, as SLURM does, when the log has `rows` rows; returns the job's
+    output."""
     end = time.monotonic() + PATIENCE
     while rows_of(folder) < rows and child.poll() is None:
-        assert time.monotonic() < end, "the job has not come that far"
+        assert time.monotonic() < end, "the job ended before it logged that many rows"
         time.sleep(0.002)
     for pid in [child.pid, *ranks_of(child.pid)]:
         os.kill(pid, number)
@@ -91,7 +94,7 @@ def stop(child: subprocess.Popen, folder: Path, rows: int, number: int) -> str:
 
 
 def check_saved(folder: Path, said: str) -> int:
-    """The step at which a stopped job was saved: its last one."""
+    """Checks that a stopped job saved its last step, and returns the step."""
     step = rows_of(folder)
     assert f"saved as {folder / f'checkpoint-{step}'}; the same command continues" in said, said
     check_folder(folder / f"checkpoint-{step}")
@@ -108,7 +111,7 @@ def test_a_job_whose_launcher_and_ranks_are_signalled_at_once_saves_its_last_ste
 
 
 @pytest.mark.faults
-def test_a_job_that_is_stopped_twenty_times_ends_with_the_bits_of_one_that_never_was(job, tmp_path):
+def test_a_job_stopped_twenty_times_ends_bit_identical_to_an_uninterrupted_one(job, tmp_path):
     whole = job(tmp_path / "whole")
     assert whole.wait(timeout=PATIENCE) == 0
     draw, folder, steps = random.Random(0), tmp_path / "run", [0]
@@ -123,7 +126,8 @@ def test_a_job_that_is_stopped_twenty_times_ends_with_the_bits_of_one_that_never
 
 @pytest.mark.faults
 def test_five_hundred_updates_with_evaluation_take_no_more_memory_files_or_threads(tmp_path, monkeypatch):
-    """Growth from update 100, when every pool and cache has its size, to update 500: below 5 MB."""
+    """Memory must grow by less than 5 MB from update 100, when all pools and caches have their final size, to update
+    500."""
     paths, seen, log = save_models(tmp_path), {}, Run.log
 
     def measured(run, step, *arguments, **keywords):

@@ -1,4 +1,4 @@
-"""Ids, losses and gradients against those that tests/golden/record_trl_chat.py has kept of TRL 1.16."""
+"""Compares ids, losses and gradients with values of TRL 1.16 recorded by tests/golden/record_trl_chat.py."""
 
 import json
 
@@ -58,7 +58,7 @@ def test_by_default_white_space_stays_with_its_prompt():
 def test_a_prompt_without_a_response_keeps_no_space_that_would_join_one():
     prompts = [Example(prompt=text, row=i) for i, text in enumerate(["def: ", "def:\n\n", "def:\n", "def:"])]
     tokenizer = vocabularies.byte_level()
-    tokenizer.add_tokens([" a"])  # the letter that stands in for a response
+    tokenizer.add_tokens([" a"])  # the letter that is used in place of a response
     made = tokenize_examples(prompts, tokenizer, max_length=64, fields=(), trailing_space="response")
     assert [tokenizer.decode(row.prompt) for row in made.examples] == ["def:", "def:", "def:\n", "def:"]
     assert made.report.space_ended == 2

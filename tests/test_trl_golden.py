@@ -1,7 +1,8 @@
-"""Losses, gradients and metrics against those that tests/golden/record_trl.py has kept of TRL 1.16 and, for PPO, 1.12.
+"""Compares losses, gradients and metrics with values of TRL 1.16 (PPO: 1.12) recorded by tests/golden/record_trl.py.
 
-The same texts, the same weights, float32. TRL pads and works with whole batches; here they are packed and cut into
-micro-batches, so sums run in another order. TRL's own gradients move by 2e-6 when the rows of a batch change places.
+Texts and weights are equal, in float32. TRL pads and works with whole batches; here sequences are packed and split into
+micro-batches, so sums have a different order. TRL's own gradients change by 2e-6 when the rows of a batch are
+reordered.
 """
 
 import json
@@ -41,7 +42,8 @@ def paths(tmp_path_factory):
 
 
 def assert_same_gradients(model, gradients, golden):
-    """Norms within TOLERANCE; dot products within TOLERANCE of the norm, as they may be sums that cancel."""
+    """Norms must agree within TOLERANCE; dot products within TOLERANCE of the norm, because they may be sums that
+    cancel."""
     names = [name for name, _ in model.named_parameters()]
     ours = recorded.summary(zip(names, gradients, strict=True))
     assert ours.keys() == golden.keys()
@@ -57,7 +59,7 @@ def assert_same_metrics(ours, golden, names):
 
 
 def test_rows_are_tokenised_as_by_trl():
-    """One EOS at the end, added where the text has none; also where the text of TRL is prompt and response in one."""
+    """One EOS at the end, added if the text has none; also if TRL gets prompt and response as one text."""
     rows = tokenize_examples(EXAMPLES, tiny.tokenizer(), max_length=64, fields=("chosen", "rejected")).examples
     chosen = [row.prompt + row.chosen for row in rows]
     rejected = [row.prompt + row.rejected for row in rows]
@@ -75,12 +77,12 @@ def test_rows_are_tokenised_as_by_trl():
         ("sft_whole", {"completion_only_loss": False}),
         ("reward", {}),
         ("dpo", {}),
-        ("cdpo", {"label_smoothing": 0.1}),  # record_trl.py says how TRL was made to compute it
+        ("cdpo", {"label_smoothing": 0.1}),  # record_trl.py describes how TRL was made to compute it
         ("robust", {"loss_type": "robust", "label_smoothing": 0.1}),
         ("hinge", {"loss_type": "hinge", "beta": 1.0}),
         ("apo_zero", {"loss_type": "apo_zero", "beta": 0.3}),
         ("apo_down", {"loss_type": "apo_down", "beta": 0.3}),
-        ("ipo", {"loss_type": "ipo", "beta": 0.2}),  # means over tokens, EOS included, in both
+        ("ipo", {"loss_type": "ipo", "beta": 0.2}),  # both use means over tokens, EOS included
     ],
 )
 def test_loss_gradient_and_metrics_are_those_of_trl(paths, monkeypatch, case, settings):
@@ -107,7 +109,7 @@ def test_loss_gradient_and_metrics_are_those_of_trl(paths, monkeypatch, case, se
 
 
 class Sgd(tiny.GradientRecorder):
-    """Keeps the gradients and then steps as the recorded run did."""
+    """Records the gradients and then takes an SGD step, like the recorded run."""
 
     def step(self):
         with torch.no_grad():
@@ -118,8 +120,10 @@ class Sgd(tiny.GradientRecorder):
 
 
 def replay(case):
-    """An engine that hands out TRL's responses. A run copies its reference before it asks for an engine, so that here
-    the policy can be moved away from it, as earlier updates would have."""
+    """An engine that returns TRL's responses.
+
+    A run copies its reference before it makes an engine, so the policy can be changed here as if by earlier updates.
+    """
 
     def rollout(prefix):
         golden = GOLDEN[case]["rollouts"][prefix.row]
@@ -138,7 +142,8 @@ def replay(case):
 
 
 def bessel_whiten(values, mask, *, shift_mean=True):
-    """Divides by the standard deviation of a sample (n - 1), as TRL does; fastrlhf's is the population's (n)."""
+    """Divides by the sample standard deviation (n - 1), like TRL; fastrlhf uses the population standard deviation
+    (n)."""
     whitened, count = whiten(values, mask, shift_mean=shift_mean), mask.sum()
     assert mask.all()
     mean = whitened.mean()
@@ -146,8 +151,10 @@ def bessel_whiten(values, mask, *, shift_mean=True):
 
 
 def run_update(paths, monkeypatch, case):
-    """The result of one update on TRL's rollouts, its optimiser, and {name: [N, response_length]} of its Experience
-    beside TRL's."""
+    """Runs one update on TRL's rollouts; returns its result, its optimiser, and {name:
+
+    [N, response_length]} of its Experience in TRL's layout.
+    """
     made, seen = [], []
 
     def make(*arguments, **keywords):
@@ -192,10 +199,10 @@ def run_update(paths, monkeypatch, case):
 
 @pytest.mark.parametrize("case", recorded.ON_POLICY)
 def test_a_ppo_update_is_that_of_trl(paths, monkeypatch, case):
-    """Two passes over one batch: in the second one, some ratios and some values are clipped.
+    """Two passes over one batch; the second pass clips some ratios and some values.
 
-    Metrics that TRL computes in another way are left out: its objective/scores are lowered by the penalty, its
-    policy/approxkl_avg is another estimate, its policy/entropy_avg a mean over the passes.
+    Metrics that TRL computes differently are not compared: its objective/scores include the penalty, its
+    policy/approxkl_avg is a different estimate, its policy/entropy_avg is a mean over the passes.
     """
     monkeypatch.setattr(experience, "whiten", bessel_whiten)
     result, optimizer, beside = run_update(paths, monkeypatch, case)
@@ -207,7 +214,8 @@ def test_a_ppo_update_is_that_of_trl(paths, monkeypatch, case):
     names += ["loss/policy_avg", "loss/value_avg", "policy/clipfrac_avg", "val/clipfrac_avg", "val/ratio"]
     names += ["val/num_eos_tokens", "episode"]
     assert_same_metrics(result.history[0], golden["metrics"], names)
-    for name in ("policy/clipfrac_avg", "val/clipfrac_avg"):  # means over the passes, the first of which clips nothing
+    # TRL gives means over the passes, and the first pass clips nothing
+    for name in ("policy/clipfrac_avg", "val/clipfrac_avg"):
         assert 0 < golden["metrics"][name] < 0.5
 
     assert len(optimizer.steps) == len(golden["steps"]) == recorded.NUM_PPO_EPOCHS

