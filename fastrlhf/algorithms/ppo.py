@@ -225,7 +225,8 @@ def _check_ranks(config: PPOConfig) -> None:
     items = episodes // (config.num_generations if config.share_trunks else 1)
     rule = f"such that the {items} trees of a mini-batch are a multiple of the {world} processes"
     require(items % world == 0, "num_mini_batches", config.num_mini_batches, rule)
-    require(config.engine == "transformers", "engine", config.engine, f"transformers in {world} processes")
+    rule = f"empty in {world} processes, each of which has a vLLM engine on its own device"
+    require(not config.vllm_devices, "vllm_devices", config.vllm_devices, rule)
     require(config.decode == "eager", "decode", config.decode, f"eager in {world} processes")
     require(not config.ref_reward_offload, "ref_reward_offload", True, f"false in {world} processes")
     own_mean = f"fixed in {world} processes: under reference every micro-batch is averaged separately"

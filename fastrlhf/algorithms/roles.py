@@ -34,7 +34,7 @@ from fastrlhf.rewards.terms import Rewards, open_rewards
 from fastrlhf.rollout.engine import Engine, SharedEngine, TransformersEngine
 from fastrlhf.rollout.probe import decoder_of
 from fastrlhf.rollout.stop import StoppingEngine, Stops
-from fastrlhf.rollout.vllm import import_vllm, open_vllm
+from fastrlhf.rollout.vllm import check_vllm, open_vllm
 from fastrlhf.types import EndIds, Rollout, TokenizedExample
 
 EngineFactory = Callable[[PPOConfig, PreTrainedModel, EndIds], Engine]
@@ -107,7 +107,7 @@ def check_sources(
         if source and not holds_adapter(source):
             read_model_config(source, field, config.trust_remote_code)
     if config.engine == "vllm" and engine is None:
-        import_vllm()
+        check_vllm(config)
 
 
 def open_roles(
@@ -127,10 +127,6 @@ def open_roles(
     ValueError as `check_sources` and the loaders of models do.
     """
     rewards = open_rewards(config, tokenizer, functions)
-    if model is not None:
-        require(
-            config.engine == "transformers" or engine is not None, "engine", config.engine, "transformers with a model"
-        )
     policy = policy_or_given(config, tokenizer, model)
     limit_vocabulary(policy, tokenizer)
     if engine is None and config.engine == "transformers":

@@ -40,7 +40,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Sampling": (
         *("response_length", "temperature", "temperatures", "top_k", "top_p", "min_p", "stop"),
         *("num_generations", "rollout_batch_size", "engine", "decode"),
-        *("vllm_gpu_memory_utilization", "max_sampling_logp_difference"),
+        *("vllm_gpu_memory_utilization", "vllm_devices", "vllm_enable_sleep_mode", "max_sampling_logp_difference"),
     ),
     "Rewards": (
         *("reward_model_path", "score_coef", "score_norm", "score_clip", "missing_eos_penalty", "missing_eos_score"),

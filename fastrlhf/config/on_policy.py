@@ -75,8 +75,6 @@ class PPOConfig(ResetKeys, PairKeys, LossKeys, SamplingKeys, RewardKeys, TrainCo
             rule = "fixed with top_k, top_p or min_p, because reference scores tokens that were not sampled"
             require(self.compat == "fixed", "compat", self.compat, rule)
         require(self.decode == "eager" or self.device != "cpu", "decode", self.decode, "eager when device is cpu")
-        if self.engine == "vllm":
-            require(not self.model_config, "model_config", self.model_config, "empty with engine vllm")
         if self.decode == "cuda_graph" and self.reset_source == "sample":
             rule = "false with decode cuda_graph and reset_source sample, since the graph reads the reference's weights"
             require(not self.ref_reward_offload, "ref_reward_offload", True, rule)
@@ -163,7 +161,11 @@ class PPOConfig(ResetKeys, PairKeys, LossKeys, SamplingKeys, RewardKeys, TrainCo
                 (in_pairs, "when update is clipped", ("pair_loss", "pair_select", "pair_eta", "pair_beta")),
                 (rebel, "when pair_loss is not rebel", ("pair_eta",)),
                 (not rebel, "when pair_loss is rebel", ("pair_beta",)),
-                (self.engine == "vllm", "when engine is transformers", ("vllm_gpu_memory_utilization",)),
+                (
+                    self.engine == "vllm",
+                    "when engine is transformers",
+                    ("vllm_gpu_memory_utilization", "vllm_devices", "vllm_enable_sleep_mode"),
+                ),
                 (self.kl_target > 0, "without a kl_target", ("kl_horizon",)),
                 (bool(self.psi), "without psi", ("psi_opponents",)),
                 (self.psi == "clipped_logit", "when psi is not clipped_logit", ("psi_clip",)),

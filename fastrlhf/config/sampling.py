@@ -54,10 +54,16 @@ class SamplingKeys(TruncationKeys):
     is recorded once as a CUDA graph and replayed, which gives the same samples with less launch overhead; a model that
     cannot be recorded is refused. Not yet run on a GPU."""
     engine: Literal["transformers", "vllm"] = "transformers"
-    """Engine that generates the episodes. vllm: a vLLM engine in this process (install fastrlhf[vllm]), which receives
-    the weights of the policy before each batch; evaluation still uses transformers. Not yet run on a GPU."""
+    """Engine that generates the episodes. vllm: a vLLM engine in its own process (install fastrlhf[vllm]), which
+    receives the weights of the policy before each batch; evaluation still uses transformers. Not yet run on a GPU."""
     vllm_gpu_memory_utilization: float = 0.3
-    """Share of the GPU's memory that vLLM takes, including its copy of the weights."""
+    """Share of the GPU's memory that vLLM takes, including its copy of the weights; on a CPU, share of the machine's
+    memory."""
+    vllm_devices: tuple[int, ...] = ()
+    """Numbers of the GPUs that vLLM uses, as torch numbers them in the trainer: each gets a process with a copy of the
+    weights, which samples a part of every batch. Empty: the GPU of the trainer."""
+    vllm_enable_sleep_mode: bool = False
+    """vLLM frees its GPU memory while the trainer trains, and allocates it again for each batch."""
 
     max_sampling_logp_difference: float | None = None
     """Training stops if the mean absolute difference between the engine's and the trainer's log-probs, logged as
@@ -74,6 +80,9 @@ class SamplingKeys(TruncationKeys):
             at_least(self, 0, "max_sampling_logp_difference")
         share = self.vllm_gpu_memory_utilization
         require(0 < share < 1, "vllm_gpu_memory_utilization", share, "above 0 and below 1")
+        require(min(self.vllm_devices, default=0) >= 0, "vllm_devices", self.vllm_devices, "numbers of GPUs")
+        distinct = len({*self.vllm_devices}) == len(self.vllm_devices)
+        require(distinct, "vllm_devices", self.vllm_devices, "different GPUs")
         if self.engine == "vllm":
             require(self.temperature >= 0.01, "temperature", self.temperature, "at least 0.01 with engine vllm")
 

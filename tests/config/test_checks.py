@@ -166,6 +166,7 @@ UNREAD = [
     *((kind, key, {"reset_prob": 0.5}) for kind in ON_POLICY for key in ("reset_group", "share_trunks")),
     *((kind, "target_kl", {"num_ppo_epochs": 1}) for kind in ON_POLICY),
     *((kind, key, {}) for kind in ON_POLICY for key in ("vllm_gpu_memory_utilization", "kl_horizon")),
+    *((kind, key, {}) for kind in ON_POLICY for key in ("vllm_devices", "vllm_enable_sleep_mode")),
     *((kind, key, {}) for kind in ON_POLICY for key in ("psi_opponents", "psi_clip")),
     (PPOConfig, "psi_clip", {"psi": "logit"}),
     *(
@@ -187,6 +188,7 @@ OTHER |= {
     "truncation": "bootstrap",
 }
 OTHER |= {"master_weights": "stochastic_rounding", "logging_steps": 1}
+OTHER |= {"vllm_devices": (1,), "vllm_enable_sleep_mode": True}
 
 
 @pytest.mark.parametrize(("kind", "field", "without"), UNREAD)
@@ -207,7 +209,8 @@ READ = [
     (DPOConfig, {"loss_type": "ipo", "psi": "clipped_logit", "psi_clip": 1.0}),
     (RTOConfig, {"dpo_model_path": "dpo", "dpo_reward_scale": 0.1, "dpo_reward_clip": 0.1, "reward_shaping": "rs"}),
     (PPOConfig, {"reset_prob": 0.1, "reset_min": 0, "reset_curriculum": 0.5, "reset_source": "chosen"}),
-    (PPOConfig, {"engine": "vllm", "vllm_gpu_memory_utilization": 0.5}),
+    (PPOConfig, {"engine": "vllm", "vllm_gpu_memory_utilization": 0.5, "vllm_devices": (1, 0)}),
+    (PPOConfig, {"engine": "vllm", "vllm_enable_sleep_mode": True}),
     (PPOConfig, {"kl_target": 6.0, "kl_horizon": 6400}),
     (PPOConfig, {"psi": "clipped_logit", "psi_clip": 1.0, "psi_opponents": "chosen"}),
     (PPOConfig, {"vf_coef": 0.5, "cliprange_value": 0.5, "value_learning_rate": 1e-5, "lam": 0.5}),

@@ -308,7 +308,7 @@ def test_each_process_needs_a_gpu_of_its_own(monkeypatch, local, message):
     [
         ({"num_mini_batches": 4}, "num_mini_batches: must be such that the 1 trees of a mini-batch"),
         ({"num_generations": 4, "num_mini_batches": 1}, "num_mini_batches: must be such that the 1 trees"),
-        ({"engine": "vllm"}, "engine: must be transformers in 2 processes"),
+        ({"engine": "vllm", "vllm_devices": (1,)}, "vllm_devices: must be empty in 2 processes, each of which has"),
         ({"compat": "reference"}, "compat: must be fixed in 2 processes"),
         ({"decode": "cuda_graph"}, "decode: must be eager in 2 processes"),
     ],

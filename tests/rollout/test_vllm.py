@@ -1,20 +1,21 @@
-"""The vLLM engine against a stand-in: vLLM needs a GPU, so a small module has the part of its API that is used.
+"""The vLLM engine against a stand-in for the library (stand_in/vllm.py), whose worker runs in a thread of this process.
 
-The stand-in takes the keywords that vLLM 0.33.0 takes and no others, starts from random weights, and samples with the
-forward of transformers, one generator per request.
+`test_vllm_child.py` has the tests with a real process.
 """
 
-import os
+import json
 import sys
 from dataclasses import replace
+from importlib import import_module
+from multiprocessing import Pipe
+from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
-from typing import ClassVar
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.nn import Linear
-from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig
+from transformers import AutoModelForCausalLM, MixtralConfig
 
 from fastrlhf.algorithms.ppo import train_ppo
 from fastrlhf.algorithms.roles import make_engine
@@ -22,120 +23,48 @@ from fastrlhf.config import DRPOConfig, SFTConfig
 from fastrlhf.models.adapters import add_adapter, merged_copy
 from fastrlhf.models.loading import load_policy
 from fastrlhf.models.vocabulary import limit_vocabulary
+from fastrlhf.rollout import vllm as engine_module
 from fastrlhf.rollout.engine import checked_rollouts
-from fastrlhf.rollout.vllm import checkpoint_weights
+from fastrlhf.rollout.vllm import check_vllm, checkpoint_weights, write_model_config
+from fastrlhf.rollout.vllm_child import Child
+from fastrlhf.rollout.vllm_memory import SharedMemory
+from fastrlhf.rollout.vllm_worker import Worker, serve
 from fastrlhf.types import Prefix
 from tests import tiny
 
-
-class TransformersForCausalLM(Linear):
-    """What vLLM wraps around the class of transformers."""
-
-    def __init__(self):
-        super().__init__(1, 1)
+STAND_IN = Path(__file__).parent / "stand_in"
 
 
-class SamplingParams:
-    def __init__(
-        self,
-        *,
-        temperature: float = 1.0,
-        max_tokens: int = 16,
-        ignore_eos: bool = False,
-        stop_token_ids: list[int] | None = None,
-        seed: int | None = None,
-        logprobs: int | None = None,
-        detokenize: bool = True,
-        allowed_token_ids: list[int] | None = None,
-    ):
-        assert temperature >= 0.01
-        assert max_tokens >= 1
-        assert ignore_eos, "else vLLM stops at the EOS of the model's folder too"
-        assert logprobs == 0
-        assert not detokenize, "there is no tokenizer"
-        self.temperature, self.max_tokens, self.seed = temperature, max_tokens, seed
-        self.stop_token_ids = stop_token_ids or []
-        self.allowed_token_ids = allowed_token_ids
+class InThread(Child):
+    """A child whose program is a thread, so that a test sees the engine that it makes."""
 
+    def __init__(self, memory, environment):
+        self.environment = environment
+        self._connection, theirs = Pipe()
+        self._process = SimpleNamespace(poll=lambda: None)
+        self.close = self._connection.close
+        Thread(target=serve, args=(theirs, Worker(SharedMemory(memory))), daemon=True).start()
 
-class LLM:
-    made: ClassVar[list["LLM"]] = []
-    gives_up_its_cache: ClassVar[bool] = True
-
-    def __init__(
-        self,
-        model: str,
-        *,
-        load_format: str,
-        skip_tokenizer_init: bool,
-        generation_config: str,
-        logprobs_mode: str,
-        hf_overrides: dict,
-        dtype: str,
-        max_model_len: int,
-        max_num_seqs: int,
-        gpu_memory_utilization: float,
-        trust_remote_code: bool,
-        seed: int,
-    ):
-        assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
-        assert (load_format, skip_tokenizer_init, generation_config) == ("dummy", True, "vllm")
-        self.tempered = logprobs_mode == "processed_logprobs"
-        self.max_model_len = max_model_len
-        config = AutoConfig.from_pretrained(model)
-        config.update(hf_overrides)
-        self.model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
-        self.cache_is_stale = False
-        self.updates = 0
-        LLM.made.append(self)
-
-    def collective_rpc(self, method: str, timeout=None, args=(), kwargs=None):
-        assert method == "reload_weights"
-        weights = dict(kwargs["weights_iterator"])
-        assert not any(weight.requires_grad for weight in weights.values())
-        self.model.load_state_dict(weights)
-        self.cache_is_stale = True
-        self.updates += 1
-        return [None]
-
-    def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
-        self.cache_is_stale = not LLM.gives_up_its_cache
-        return LLM.gives_up_its_cache
-
-    def apply_model(self, func):
-        return [func(self.model)]
-
-    def generate(self, prompts, sampling_params=None, *, use_tqdm=True):
-        assert not self.cache_is_stale
-        return [
-            SimpleNamespace(outputs=[self._answer(prompt["prompt_token_ids"], params)])
-            for prompt, params in zip(prompts, sampling_params, strict=True)
-        ]
-
-    def _answer(self, prompt, params):
-        generator = torch.Generator().manual_seed(params.seed)
-        tokens, logprobs = [], []
-        while len(tokens) < params.max_tokens and len(prompt) + len(tokens) < self.max_model_len:
-            logits = self.model(torch.tensor([[*prompt, *tokens]])).logits[0, -1].float()
-            if params.allowed_token_ids is not None:
-                hidden = torch.ones_like(logits, dtype=torch.bool)
-                hidden[params.allowed_token_ids] = False
-                logits = logits.masked_fill(hidden, float("-inf"))
-            tempered = (logits / params.temperature).log_softmax(-1)
-            token = int(torch.multinomial(tempered.exp(), 1, generator=generator))
-            told = tempered if self.tempered else logits.log_softmax(-1)
-            tokens.append(token)
-            logprobs.append({token: SimpleNamespace(logprob=told[token].item())})
-            if token in params.stop_token_ids:
-                break
-        return SimpleNamespace(token_ids=tokens, logprobs=logprobs)
+    @property
+    def pid(self):
+        return 0
 
 
 @pytest.fixture(autouse=True)
 def vllm(monkeypatch):
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=LLM, SamplingParams=SamplingParams))
-    monkeypatch.setattr(LLM, "made", [])
+    """The stand-in, imported anew; its modules are forgotten after the test."""
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    monkeypatch.setenv("VLLM_DIST_IDENT", "")
+    monkeypatch.syspath_prepend(STAND_IN)
+    monkeypatch.setattr(engine_module, "Child", InThread)
+    monkeypatch.setattr(torch, "manual_seed", torch.manual_seed)
+    module = import_module("vllm")
+    # Several workers in one process share a registry, of which each would have its own.
+    factory = module.WeightTransferEngineFactory
+    monkeypatch.setattr(factory, "register_engine", factory.registry.__setitem__)
+    yield module
+    for name in [name for name in sys.modules if name.split(".")[0] == "vllm"]:
+        del sys.modules[name]
 
 
 @pytest.fixture
@@ -167,10 +96,10 @@ def prefixes(count: int) -> list[Prefix]:
     ]
 
 
-def test_a_run_samples_with_the_weights_of_every_update(paths):
-    """The log-probs that vLLM tells are those of the trainer's own forward, before and after the weights have moved."""
+def test_a_run_samples_with_the_weights_of_every_update(paths, vllm):
+    """The engine's log-probs are those of the trainer's own forward, before and after the weights have moved."""
     result = train_ppo(config(paths), tiny.examples(20))
-    [llm] = LLM.made
+    [llm] = vllm.LLM.made
     assert llm.updates == 3
     assert all(row["sampling/sampling_logp_difference/max"] < 1e-5 for row in result.history)
     assert result.history[-1]["objective/kl"] > 0.01
@@ -208,24 +137,113 @@ def test_told_to_go_on_it_writes_past_the_eos(paths):
     assert any(r.ended and r.completion[-1] != tiny.EOS for r in rollouts)
 
 
-def test_a_policy_with_a_larger_vocabulary_than_its_folder_is_handed_over_whole(paths):
+def test_a_policy_with_a_larger_vocabulary_than_its_folder_is_handed_over_whole(paths, vllm):
     cfg = config(paths)
     policy = load_policy(cfg.model_name_or_path)
     policy.resize_token_embeddings(tiny.VOCAB + 3)
     make_engine(cfg, policy, tiny.EOS).generate(prefixes(2))
-    assert torch.equal(LLM.made[0].model.lm_head.weight, policy.lm_head.weight)
+    assert torch.equal(vllm.LLM.made[0].model.lm_head.weight, policy.lm_head.weight)
 
 
-def test_keys_and_values_of_old_weights_stop_the_run(paths, monkeypatch):
+def test_weights_are_handed_over_in_groups(paths, vllm, monkeypatch):
+    cfg = config(paths)
+    engine = make_engine(cfg, load_policy(cfg.model_name_or_path), tiny.EOS)
+    monkeypatch.setattr(engine_module, "groups", lambda weights: ([weight] for weight in weights))
+    rollouts = engine.generate(prefixes(4))
+    [llm] = vllm.LLM.made
+    assert llm.loads == len(list(llm.model.parameters()))
+    monkeypatch.undo()
+    assert [r.completion for r in rollouts] == [r.completion for r in engine.generate(prefixes(4))]
+    assert llm.loads == len(list(llm.model.parameters())) + 1
+
+
+def test_several_processes_share_the_prefixes_and_have_the_weights_each(paths, vllm, monkeypatch):
+    cfg = config(paths)
+    policy = load_policy(cfg.model_name_or_path)
+    single = [r.completion for r in make_engine(cfg, policy, tiny.EOS).generate(prefixes(21))]
+    monkeypatch.setattr(engine_module, "_visible_devices", lambda *_: ["4", "7"])
+    engine = make_engine(cfg, policy, tiny.EOS)
+    assert [child.environment for child in engine.children] == [
+        {"CUDA_VISIBLE_DEVICES": "4"},
+        {"CUDA_VISIBLE_DEVICES": "7"},
+    ]
+    assert [r.completion for r in engine.generate(prefixes(21))] == single
+    assert [llm.updates for llm in vllm.LLM.made] == [1, 1, 1]
+    assert [r.completion for r in engine.generate(prefixes(1))] == single[:1]
+    assert engine.generate([]) == []
+
+
+def test_numbers_of_gpus_refer_to_those_that_the_trainer_sees(monkeypatch):
+    visible = engine_module._visible_devices
+    gpu = SimpleNamespace(device=torch.device("cuda", 1))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert visible(DRPOConfig(), SimpleNamespace(device=torch.device("cpu"))) == [""]
+    assert visible(DRPOConfig(), gpu) == ["1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-8a,7")
+    assert visible(DRPOConfig(), gpu) == ["GPU-8a"]
+    assert visible(DRPOConfig(engine="vllm", vllm_devices=(2, 0)), gpu) == ["7", "5"]
+
+
+def test_asleep_while_the_trainer_trains(paths, vllm, monkeypatch):
+    cfg = replace(config(paths), vllm_enable_sleep_mode=True)
+    monkeypatch.setattr(engine_module, "check_vllm", lambda config: None)
+    policy = load_policy(cfg.model_name_or_path)
+    engine = make_engine(cfg, policy, tiny.EOS)
+    [llm] = vllm.LLM.made
+    assert llm.awake == set()
+    for _ in range(2):
+        checked_rollouts(engine.generate(prefixes(2)), prefixes(2), eos_token_id=tiny.EOS, stops_at_eos=True)
+        assert llm.awake == set()
+        assert llm.model.lm_head.weight.isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"vllm_enable_sleep_mode": True}, "vllm_enable_sleep_mode: must be false without a GPU: on a CPU vLLM cannot"),
+        ({"vllm_devices": (0,)}, r"vllm_devices: must be empty without a GPU; got \(0,\)"),
+    ],
+)
+def test_what_needs_a_gpu_is_refused_before_anything_is_loaded(paths, settings, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        train_ppo(config(paths | {"model_name_or_path": "nowhere"}, device="cpu", **settings), tiny.examples(4))
+
+
+def test_a_gpu_that_does_not_exist_is_refused(monkeypatch):
+    monkeypatch.setattr(engine_module, "resolve_device", lambda device: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    check_vllm(DRPOConfig(engine="vllm", vllm_devices=(1, 0)))
+    with pytest.raises(ValueError, match=r"^vllm_devices: must be numbers of GPUs below 2; got \(2,\)"):
+        check_vllm(DRPOConfig(engine="vllm", vllm_devices=(2,)))
+
+
+def test_the_model_is_the_policys_and_not_its_folders(tmp_path):
+    """Its class, as before FSDP; without the settings of 4-bit weights; with the code of its folder."""
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "modeling_x.py").write_text("# code")
+    policy = tiny.policy()
+    policy.config.quantization_config = {"load_in_4bit": True}
+    settings = DRPOConfig(model_name_or_path=str(tmp_path / "source"), trust_remote_code=True)
+    write_model_config(policy, settings, tmp_path / "made")
+    written = json.loads((tmp_path / "made" / "config.json").read_text())
+    assert written["architectures"] == ["LlamaForCausalLM"]
+    assert written["vocab_size"] == tiny.VOCAB
+    assert "quantization_config" not in written
+    assert policy.config.quantization_config
+    assert (tmp_path / "made" / "modeling_x.py").read_text() == "# code"
+
+
+def test_keys_and_values_of_old_weights_stop_the_run(paths, vllm, monkeypatch):
     engine = make_engine(config(paths), load_policy(paths["model_name_or_path"]), tiny.EOS)
-    monkeypatch.setattr(LLM, "gives_up_its_cache", False)
-    with pytest.raises(ValueError, match=r"^engine: vllm did not give up the keys and values of the weights before"):
+    monkeypatch.setattr(vllm.LLM, "drops_its_cache", False)
+    with pytest.raises(ValueError, match=r"^engine: vllm did not drop the keys and values of the weights before"):
         engine.generate(prefixes(2))
 
 
-def test_weights_that_do_not_arrive_stop_the_run_at_its_first_update(paths, monkeypatch):
-    """As a tied head did on a CPU: the engine goes on with the random weights that it started from."""
-    monkeypatch.setattr(LLM, "collective_rpc", lambda *_, **__: [None])
+def test_weights_that_do_not_arrive_stop_the_run_at_its_first_update(paths, vllm, monkeypatch):
+    """The engine goes on with the random weights that it started from."""
+    monkeypatch.setattr(vllm.LLM, "_load_weights", lambda self, weights: self.missing.clear())
     with pytest.raises(
         ValueError,
         match=r"^max_sampling_logp_difference: engine vllm samples from another model than the trainer's: for update 1 "
@@ -242,20 +260,22 @@ def test_a_prefix_without_room_for_a_response_is_an_error_and_no_cut(paths):
         engine.generate([replace(fits, token_ids=[5] * 29, row=8)])
 
 
-def test_the_generators_of_the_process_are_left_alone_and_the_seed_is_the_runs(paths, monkeypatch):
-    init = LLM.__init__
+def test_the_seed_of_the_engine_is_the_runs(paths, vllm):
+    make_engine(config(paths, seed=11), load_policy(paths["model_name_or_path"]), tiny.EOS)
+    assert vllm.LLM.made[0].seed == 11
 
-    def seeding(self, *arguments, seed, **keywords):
-        LLM.seed = seed
-        torch.manual_seed(seed)
-        init(self, *arguments, seed=seed, **keywords)
 
-    monkeypatch.setattr(LLM, "__init__", seeding)
+def test_another_version_than_the_tested_one_is_named(paths, vllm, monkeypatch, caplog):
     policy = load_policy(paths["model_name_or_path"])
-    before = torch.get_rng_state()
-    make_engine(config(paths, seed=11), policy, tiny.EOS)
-    assert torch.equal(torch.get_rng_state(), before)
-    assert LLM.seed == 11
+    monkeypatch.setattr(vllm, "__version__", "0.33.1")
+    make_engine(config(paths), policy, tiny.EOS)
+    assert "engine: vLLM 0.33.1 is not the version that is tested, 0.32" in caplog.messages
+    monkeypatch.setattr(vllm, "__version__", "0.9.2")
+    with pytest.raises(
+        ValueError,
+        match=r"^engine: vllm cannot be used \(version 0.9.2 is older than 0.32\); pip install 'fastrlhf\[vllm\]'",
+    ):
+        make_engine(config(paths), policy, tiny.EOS)
 
 
 def test_ids_above_the_tokenizer_are_not_asked_for(paths):
@@ -266,12 +286,6 @@ def test_ids_above_the_tokenizer_are_not_asked_for(paths):
     limit_vocabulary(policy, tiny.tokenizer())
     rollouts = make_engine(config(paths), policy, tiny.EOS).generate(prefixes(40))
     assert max(max(r.completion) for r in rollouts) < tiny.VOCAB
-
-
-def test_an_architecture_that_vllm_would_rewrite_is_refused(paths, monkeypatch):
-    monkeypatch.setattr(LLM, "apply_model", lambda self, func: [func(TransformersForCausalLM())])
-    with pytest.raises(ValueError, match=r"^engine: vllm has no native LlamaForCausalLM and rewrites that class"):
-        make_engine(config(paths), load_policy(paths["model_name_or_path"]), tiny.EOS)
 
 
 def test_experts_are_handed_over_by_the_names_of_a_checkpoint(tmp_path):
@@ -295,7 +309,7 @@ def test_a_reset_that_leaves_nothing_to_sample_is_refused(paths):
         engine.generate([Prefix(token_ids=[5] * 10, num_reset=6, row=4, episode=0)])
 
 
-def test_without_vllm_a_run_is_told_how_to_install_it_before_anything_is_loaded(paths, monkeypatch):
-    monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(ValueError, match=r"^engine: vllm cannot be imported .*pip install 'fastrlhf\[vllm\]'"):
+def test_without_vllm_a_run_says_how_to_install_it_before_anything_is_loaded(paths, monkeypatch):
+    monkeypatch.setattr(engine_module.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"^engine: vllm is not installed; pip install 'fastrlhf\[vllm\]', or take"):
         train_ppo(config(paths | {"model_name_or_path": "nowhere"}), tiny.examples(4))

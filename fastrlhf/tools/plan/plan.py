@@ -67,11 +67,11 @@ def plan_run(config: TrainConfig, *, memory_gib: float = 0.0) -> Plan:
         config = replace(config, ref_reward_offload=False)  # offloading has no effect on a CPU
     # Rows are read on this machine; whether the planned device can offload was checked above.
     rows, is_cuda = read_rows(replace(config, activation_offloading=False)), device.type == "cuda"
-    phases, facts = count_phases(config, rows, is_cuda=is_cuda)
+    phases, facts = count_phases(config, rows, is_cuda=is_cuda, memory=memory)
     plan = Plan(phases=phases, facts=facts, device=name, memory=memory)
     if plan.fits:
         return plan
-    change = cheapest_change(config, rows, phases, plan.usable, is_cuda=is_cuda, may_offload=may_offload)
+    change = cheapest_change(config, rows, phases, plan.usable, memory=memory, is_cuda=is_cuda, may_offload=may_offload)
     return replace(plan, change=change)
 
 

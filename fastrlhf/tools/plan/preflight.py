@@ -18,7 +18,7 @@ from fastrlhf.data.packing import num_computed
 from fastrlhf.models.loading import read_model_config
 from fastrlhf.models.roles import holds_adapter
 from fastrlhf.rewards.functions import load_reward_functions
-from fastrlhf.rollout.vllm import import_vllm
+from fastrlhf.rollout.vllm import check_vllm
 from fastrlhf.runtime.atomic import check_writable
 from fastrlhf.runtime.inputs import check_libraries
 from fastrlhf.runtime.metrics import import_reporters
@@ -73,7 +73,7 @@ def _check(config: TrainConfig, made: Made) -> None:
         parse_model_config(config.model_config)
     if isinstance(config, PPOConfig):
         if config.engine == "vllm":
-            import_vllm()
+            check_vllm(config)
         load_reward_functions(config)
     if isinstance(config, DPOConfig) and config.ref_cache_dir:
         check_writable(config.ref_cache_dir, "ref_cache_dir")

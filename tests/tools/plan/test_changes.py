@@ -44,7 +44,7 @@ def test_frozen_models_are_sent_to_wait_before_anything_is_computed_twice(folder
         rows = read_rows(each)
         phases, _ = count_phases(each, rows, is_cuda=True)
         limit = max(phase.total for phase in phases) - 2**20
-        change = changes.cheapest_change(each, rows, phases, limit, is_cuda=True, may_offload=may_offload)
+        change = changes.cheapest_change(each, rows, phases, limit, memory=0, is_cuda=True, may_offload=may_offload)
         assert ("fits: --ref_reward_offload True: " in change) == advised, change
 
 

@@ -131,3 +131,21 @@ def test_offloaded_inputs_of_layers_leave_the_device_all_but_one_and_are_told_ap
     tokens = int(kept.phases[0].name.split()[4].replace(",", ""))
     assert kept.phases[0].parts[name] - offloaded.phases[0].parts[name] == 6 * tokens * 256 * 4
     assert f"inputs of layers: {readable(8 * 2**20)}, not counted below" in " ".join(offloaded.facts)
+
+
+def test_vllm_takes_its_share_of_the_device_in_every_phase_or_with_sleep_only_while_it_samples(folder):
+    """A device of 4 GiB; on other GPUs it takes nothing here."""
+    config = measure.config(folder, "ppo", measure.SIZES)
+    built_in = plan_run(config, memory_gib=4)
+    share = {"vLLM: weights and key-value cache": 2**30}
+    vllm = dataclasses.replace(config, engine="vllm", vllm_gpu_memory_utilization=0.25)
+    rollout, sampling, training = plan_run(vllm, memory_gib=4).phases
+    assert [rollout.parts, training.parts] == [phase.parts | share for phase in built_in.phases]
+    assert sampling.name == "sampling by vLLM"
+    kept = {name: size for name, size in built_in.phases[0].parts.items() if name in built_in.phases[1].parts}
+    assert sampling.parts == kept | share
+    asleep = plan_run(dataclasses.replace(vllm, vllm_enable_sleep_mode=True), memory_gib=4)
+    assert [asleep.phases[0].parts, asleep.phases[2].parts] == [phase.parts for phase in built_in.phases]
+    assert asleep.phases[1].parts == sampling.parts
+    apart = plan_run(dataclasses.replace(vllm, vllm_gpu_memory_utilization=0.3, vllm_devices=(1,)), memory_gib=4)
+    assert [phase.parts for phase in apart.phases] == [phase.parts for phase in built_in.phases]

@@ -1,0 +1,82 @@
+"""Memory through which weights go from the trainer to the processes of vLLM.
+
+It is an anonymous file (memfd) that holds one group of weights at a time: the model is never copied a second time as a
+whole, and nothing stays behind when a process is killed.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+GROUP_BYTES = 64 * 2**20
+"""Weights that are handed over together have at most this many bytes; a larger weight is handed over by itself."""
+ALIGNMENT = 64
+"""Every weight starts at a multiple of this many bytes."""
+
+Weights = Iterable[tuple[str, Tensor]]
+Entry = tuple[str, torch.dtype, tuple[int, ...], int]
+"""(name, dtype, shape, first byte) of a weight in the memory."""
+
+
+class SharedMemory:
+    """The memory, seen from one process. It grows to the largest group that is written."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+        self._bytes = torch.empty(0, dtype=torch.uint8)
+
+    @classmethod
+    def create(cls) -> SharedMemory:
+        """New memory. Processes that are started with its `descriptor` see what is written."""
+        return cls(os.memfd_create("fastrlhf-weights"))
+
+    def write(self, weights: Sequence[tuple[str, Tensor]]) -> list[Entry]:
+        """Replaces the content of the memory and returns what another process needs to `read` it."""
+        entries, end = [], 0
+        for name, weight in weights:
+            entries.append((name, weight.dtype, tuple(weight.shape), end))
+            end += _room(weight)
+        if end > os.fstat(self.descriptor).st_size:
+            os.ftruncate(self.descriptor, end)
+        memory = self._mapped()
+        for (_, weight), (_, _, _, start) in zip(weights, entries, strict=True):
+            memory[start : start + weight.nbytes].copy_(weight.reshape(-1).view(torch.uint8))
+        return entries
+
+    def read(self, entries: Iterable[Entry], device: torch.device) -> list[tuple[str, Tensor]]:
+        """Copies of the weights, on `device`."""
+        memory, weights = self._mapped(), []
+        for name, dtype, shape, start in entries:
+            size = torch.Size(shape).numel() * dtype.itemsize
+            weights.append((name, memory[start : start + size].view(dtype).view(shape).to(device, copy=True)))
+        return weights
+
+    def _mapped(self) -> Tensor:
+        """All bytes of the memory, uint8."""
+        size = os.fstat(self.descriptor).st_size
+        if size > len(self._bytes):
+            self._bytes = torch.frombuffer(mmap.mmap(self.descriptor, size), dtype=torch.uint8)
+        return self._bytes
+
+
+def groups(weights: Weights, size: int = GROUP_BYTES) -> Iterator[list[tuple[str, Tensor]]]:
+    """The weights, in order, in groups of at most `size` bytes; a larger weight is a group by itself."""
+    group: list[tuple[str, Tensor]] = []
+    used = 0
+    for name, weight in weights:
+        if group and used + _room(weight) > size:
+            yield group
+            group, used = [], 0
+        group.append((name, weight))
+        used += _room(weight)
+    if group:
+        yield group
+
+
+def _room(weight: Tensor) -> int:
+    return -(-weight.nbytes // ALIGNMENT) * ALIGNMENT

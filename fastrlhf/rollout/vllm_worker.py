@@ -1,0 +1,237 @@
+"""The program of a process with a vLLM engine, which rollout/vllm_child.py starts and talks to.
+
+It answers one request after another until the trainer closes the connection, and ends when the trainer ends. Only this
+process imports vLLM: the library rewrites classes of transformers, seeds the global generators, starts
+torch.distributed and sets environment variables.
+
+How vLLM is used:
+    weights     its weight-transfer interface with a backend registered here. The engine starts from random weights
+    log-probs   logprobs_mode "processed_logprobs": of the tempered distribution that drew the token
+    ids         prompts and responses are token ids; vLLM reads no tokenizer and no generation_config.json
+    on a CPU    vLLM keeps a copy of each weight in another layout, which must be made anew after every update
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from fastrlhf.rollout.vllm_memory import Entry, SharedMemory
+
+OLDEST = (0, 32)
+"""Oldest version of vLLM that has the functions used here."""
+BACKEND = "fastrlhf"
+"""The name under which the weight-transfer backend is registered."""
+
+Sampled = tuple[list[int], list[float]]
+"""The tokens of a response and the log-prob of each, in nats."""
+
+
+class Worker:
+    """A vLLM engine and what the trainer may ask of it. Every public method is a request."""
+
+    def __init__(self, memory: SharedMemory) -> None:
+        self._memory = memory
+        self._llm: Any = None
+        self._vllm: Any = None
+        self._sleeps = False
+
+    def open(self, settings: dict[str, Any]) -> str:
+        """Makes the engine with random weights; `settings` are keywords of `vllm.LLM`. Returns the version of vLLM."""
+        self._vllm = importlib.import_module("vllm")
+        version = str(self._vllm.__version__)
+        if tuple(map(int, re.findall(r"\d+", version)[:2])) < OLDEST:
+            raise ImportError(f"version {version} is older than {'.'.join(map(str, OLDEST))}")
+        _register_backend()
+        self._sleeps = settings.get("enable_sleep_mode", False)
+        self._llm = self._vllm.LLM(
+            load_format="dummy",
+            skip_tokenizer_init=True,
+            generation_config="vllm",
+            logprobs_mode="processed_logprobs",
+            weight_transfer_config=importlib.import_module("vllm.config").WeightTransferConfig(backend=BACKEND),
+            **settings,
+        )
+        self._llm.init_weight_transfer_engine({"init_info": {}})
+        self.sleep()
+        return version
+
+    def start_update(self) -> None:
+        """Prepares for a whole set of new weights."""
+        if self._sleeps:
+            self._llm.wake_up(["weights"])
+        self._llm.start_weight_update()
+
+    def load(self, entries: Sequence[Entry]) -> None:
+        """Loads the weights that the trainer has written into the memory."""
+        self._llm.update_weights({"update_info": {"memory": self._memory, "entries": entries}})
+
+    def finish_update(self) -> None:
+        """Ends an update. Raises ValueError if vLLM did not drop the keys and values of the previous weights."""
+        self._llm.finish_weight_update()
+        if self._sleeps:
+            self._llm.wake_up(["kv_cache"])
+        if self._llm.reset_prefix_cache() is not True:
+            raise ValueError(
+                "did not drop the keys and values of the weights before the update (reset_prefix_cache), and would "
+                "sample from them; take engine transformers"
+            )
+
+    def generate(
+        self, prompts: Sequence[list[int]], budgets: Sequence[int], seeds: Sequence[int], sampling: dict[str, Any]
+    ) -> list[Sampled]:
+        """One response per prompt, in order: at most `budgets` tokens, drawn with `seeds`. `sampling` are keywords of
+        `vllm.SamplingParams` that all have in common."""
+        params = [
+            self._vllm.SamplingParams(
+                max_tokens=budget,
+                seed=seed,
+                # The EOS is the trainer's, not the one in the model's configuration.
+                ignore_eos=True,
+                logprobs=0,  # only of the sampled token
+                detokenize=False,
+                **sampling,
+            )
+            for budget, seed in zip(budgets, seeds, strict=True)
+        ]
+        answers = self._llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+        return [_sampled(answer.outputs[0]) for answer in answers]
+
+    def sleep(self) -> None:
+        """Frees the GPU memory of weights and cache until the next update, with `enable_sleep_mode`."""
+        if self._sleeps:
+            self._llm.sleep(level=2)
+
+
+def serve(connection: Connection, worker: Worker) -> None:
+    """Answers requests (name, arguments) with (True, result), or (False, error, traceback), until the other end is
+    closed."""
+    while True:
+        try:
+            name, arguments = connection.recv()
+        except (EOFError, OSError):
+            return
+        try:
+            answer = (True, getattr(worker, name)(*arguments))
+        except Exception as error:
+            answer = (False, _sendable(error), traceback.format_exc())
+        try:
+            connection.send(answer)
+        except OSError:
+            return
+
+
+def main(socket: int, memory: int, trainer: int) -> None:
+    """Serves the trainer, process `trainer`, over the connection and the memory with these file descriptors."""
+    # The trainer obeys requests to stop after its step, and needs this process until then.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(trainer,), daemon=True).start()
+    serve(Connection(socket), Worker(SharedMemory(memory)))
+
+
+def _end_with(trainer: int) -> None:
+    """Ends this process within a second after the trainer has ended, however that happened."""
+    while os.getppid() == trainer:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def _sendable(error: Exception) -> Exception:
+    """Errors of memory keep their kind; of all others, whose classes the trainer may not know, the text is sent."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return MemoryError(text)
+    return ImportError(text) if isinstance(error, ImportError) else ValueError(text)
+
+
+def _sampled(output: Any) -> Sampled:
+    tokens = list(output.token_ids)
+    return tokens, [at[token].logprob for at, token in zip(output.logprobs, tokens, strict=True)]
+
+
+def _register_backend() -> None:
+    """Registers a weight-transfer backend that reads weights from the memory shared with the trainer."""
+    base: Any = importlib.import_module("vllm.distributed.weight_transfer.base")
+    factory: Any = importlib.import_module("vllm.distributed.weight_transfer.factory")
+    reload: Any = importlib.import_module("vllm.model_executor.model_loader.reload")
+
+    @dataclass
+    class InitInfo(base.WeightTransferInitInfo):
+        pass
+
+    @dataclass
+    class UpdateInfo(base.WeightTransferUpdateInfo):
+        memory: SharedMemory
+        entries: Sequence[Entry]
+
+    class Backend(base.WeightTransferEngine):
+        init_info_cls = InitInfo
+        update_info_cls = UpdateInfo
+
+        def init_transfer_engine(self, init_info: Any) -> None:
+            pass
+
+        def start_weight_update(self) -> None:
+            if self.device.type == "cpu":
+                forget_packed_experts(self.model)
+            reload.initialize_layerwise_reload(self.model)
+
+        def update_weights(self, update_info: dict[str, Any]) -> None:
+            self.receive_weights(self.parse_update_info(update_info))
+            if self.device.type != "cpu":
+                torch.accelerator.synchronize()
+
+        def receive_weights(self, update_info: Any) -> None:
+            # Copies, because vLLM keeps them until all weights of a layer have arrived.
+            self.model.load_weights(update_info.memory.read(update_info.entries, self.device))
+
+        def finish_weight_update(self) -> None:
+            reload.finalize_layerwise_reload(self.model, self.model_config)
+            if self.device.type == "cpu":
+                pack_tied_heads(self.model)
+
+        def shutdown(self) -> None:
+            pass
+
+    factory.WeightTransferEngineFactory.register_engine(BACKEND, Backend)
+
+
+def forget_packed_experts(model: Module) -> None:
+    """Makes vLLM lay out the experts of a mixture anew when their weights are loaded: on a CPU it does so only the
+    first time, and would read later weights in the wrong layout."""
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        if getattr(method, "moe_kernel", None) is not None:
+            method.moe_kernel = None  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
+
+
+def pack_tied_heads(model: Module) -> None:
+    """Lays out anew the weights that two layers share: on a CPU vLLM does so only for the layer that the weight was
+    loaded into, and a head tied to the embedding would keep its random initial weights."""
+    seen: set[int] = set()
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, Tensor) or not hasattr(module, "cpu_linear") or not weight.numel():
+            continue
+        if id(weight) in seen:
+            module.quant_method.process_weights_after_loading(module)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+        seen.add(id(weight))
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))

@@ -1,0 +1,136 @@
+"""Real processes of a vLLM engine, with the stand-in for the library (stand_in/vllm.py)."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastrlhf.algorithms import roles
+from fastrlhf.algorithms.ppo import train_ppo
+from fastrlhf.config import PPOConfig
+from fastrlhf.rollout.vllm import open_vllm
+from fastrlhf.rollout.vllm_child import Child
+from fastrlhf.rollout.vllm_memory import SharedMemory
+from tests import tiny
+
+STAND_IN = Path(__file__).parent / "stand_in"
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is shared through memfd")
+
+
+@pytest.fixture(autouse=True)
+def stand_in(monkeypatch):
+    monkeypatch.syspath_prepend(STAND_IN)
+
+
+def test_a_run_whose_process_is_killed_leaves_a_checkpoint_and_the_trainer_as_it_was(tmp_path, monkeypatch):
+    """Two updates with the right log-probs, before and after the weights have moved; the process dies in the third."""
+    opened = []
+
+    def opening(*arguments):
+        opened.append(open_vllm(*arguments))
+        return opened[0]
+
+    def judge(rollouts):
+        judge.calls += 1
+        if judge.calls == 2:
+            os.kill(opened[0].children[0].pid, signal.SIGKILL)
+        return torch.tensor([float(len(rollout.completion)) for rollout in rollouts])
+
+    judge.calls = 0
+    monkeypatch.setattr(roles, "open_vllm", opening)
+    config = PPOConfig(
+        model_name_or_path=tiny.save_policy(tmp_path / "sft"),
+        output_dir=str(tmp_path / "run"),
+        engine="vllm",
+        advantage_estimator="rloo",
+        num_generations=4,
+        per_device_train_batch_size=8,
+        max_steps=3,
+        response_length=6,
+        max_length=32,
+        temperature=0.8,
+        learning_rate=1e-2,
+        save_steps=0,
+        progress=False,
+    )
+    threads, environment, generator = torch.get_num_threads(), dict(os.environ), torch.get_rng_state()
+    death = r"^engine: the vLLM process \d+ was killed by SIGKILL \(the kernel does so when memory is short\); its own"
+    with pytest.raises(ValueError, match=death) as told:
+        train_ppo(config, tiny.examples(20), judge=judge)
+    [note] = told.value.__notes__
+    assert note == f"saved as {tmp_path / 'run' / 'checkpoint-2'}; the same command continues"
+    assert (tmp_path / "run" / "checkpoint-2").is_dir()
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 2
+    assert all(row["sampling/sampling_logp_difference/max"] < 1e-5 for row in rows)
+    assert rows[1]["objective/kl"] > 0.01
+    assert not any(name.split(".")[0] == "vllm" for name in sys.modules)
+    assert (torch.get_num_threads(), dict(os.environ)) == (threads, environment)
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert not torch.distributed.is_initialized()
+
+
+def child(behaviour: str) -> Child:
+    return Child(SharedMemory.create().descriptor, {"STAND_IN": behaviour})
+
+
+SETTINGS = {
+    "model": "nowhere",
+    "dtype": "float32",
+    "max_model_len": 8,
+    "max_num_seqs": 1,
+    "gpu_memory_utilization": 0.1,
+    "enable_sleep_mode": False,
+    "trust_remote_code": False,
+    "seed": 0,
+}
+
+
+def test_an_error_in_the_process_is_one_line_with_its_traceback_as_the_cause():
+    process = child("fails")
+    with pytest.raises(ValueError, match=r"^engine: vllm no memory node is free$") as told:
+        process.ask("open", SETTINGS)
+    assert 'raise RuntimeError("no memory node' in str(told.value.__cause__)
+    assert not Path(f"/proc/{process.pid}").exists()
+
+
+def test_a_process_that_exits_is_an_error_with_its_exit_code():
+    process = child("exits")
+    with pytest.raises(ValueError, match=rf"^engine: the vLLM process {process.pid} ended with exit code 3; its own"):
+        process.ask("open", SETTINGS)
+    with pytest.raises(ValueError, match=rf"^engine: the vLLM process {process.pid} ended with exit code 3; its own"):
+        process.ask("sleep")
+
+
+TRAINER = """
+import os, signal, sys
+from fastrlhf.rollout.vllm_child import Child
+
+signal.alarm(60)
+process = Child(os.memfd_create("weights"), {"STAND_IN": "hangs"})
+process.send("open", SETTINGS)
+sys.stdin.readline()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_busy_process_ends_with_a_trainer_that_is_killed():
+    """It holds the standard error of the trainer, which is at its end only when both have ended."""
+    trainer = subprocess.Popen(
+        [sys.executable, "-c", TRAINER.replace("SETTINGS", repr(SETTINGS))],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
+    assert trainer.stderr
+    while (line := trainer.stderr.readline()) != "hangs\n":
+        assert line, "the trainer has ended"
+    trainer.communicate("go\n", timeout=60)
+    assert trainer.returncode == -signal.SIGKILL
