@@ -9,12 +9,12 @@ STOPS: dict[str, tuple[str, tuple[str, ...]]] = {
         "test_stops.py",
         (
             "test_a_job_whose_launcher_and_ranks_are_signalled_at_once_saves_its_last_step",
-            "test_a_job_that_is_stopped_twenty_times_ends_with_the_bits_of_one_that_never_was",
+            "test_a_job_stopped_twenty_times_ends_bit_identical_to_an_uninterrupted_one",
         ),
     ),
     "SIGKILL or power off, also during a save, also of one process of several": (
         FAULTS,
-        ("test_killed_at_any_operation_on_its_files_the_same_command_ends_alike",),
+        ("test_killed_at_any_file_operation_and_restarted_a_run_ends_with_the_same_result",),
     ),
     "full disk": (
         "test_full_disk.py",
@@ -31,13 +31,13 @@ STOPS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "a file of a checkpoint is cut, altered or missing": (
         FAULTS,
-        ("test_a_damaged_checkpoint_is_skipped_aloud_for_the_one_before",),
+        ("test_a_damaged_checkpoint_is_skipped_with_a_warning",),
     ),
     "... of every checkpoint": (
         FAULTS,
         (
             "test_weights_that_are_damaged_are_never_resumed_from",
-            "test_without_its_optimiser_a_run_resumes_only_where_that_is_asked_for",
+            "test_without_its_optimiser_a_run_resumes_only_on_request",
         ),
     ),
     "another configuration, dataset or starting model": (
