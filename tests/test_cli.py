@@ -233,7 +233,7 @@ def test_a_mistake_in_a_later_section_is_found_before_an_earlier_one_runs(place,
         ("output_dir", "", "dpo: output_dir: must be the folder of the dpo run"),
         ("output_dir", "tokenizer", "output_dir: 'tokenizer' is not empty"),
         ("dataset_name", "nowhere.jsonl", "dpo: nowhere.jsonl: no such file or folder"),
-        ("model_name_or_path", "late/sfft", "dpo: model_name_or_path: 'late/sfft' is neither a folder here nor"),
+        ("model_name_or_path", "late/sfft", "dpo: model_name_or_path: 'late/sfft' is neither a local folder nor"),
     ):
         spoilt = late | {"dpo": late["dpo"] | {key: value}}
         (place / "late.yaml").write_text(yaml.safe_dump(spoilt), encoding="utf-8")

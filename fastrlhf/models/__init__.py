@@ -1,1 +1,1 @@
-"""Hugging Face models on packed batches: loading, attention that isolates sequences, the packed forward."""
+"""Loads Hugging Face models and runs them on packed batches, in which the sequences do not see each other."""

@@ -1,10 +1,10 @@
-"""Which weights of a model get a low-rank adapter.
+"""Chooses the weights of a model that get a low-rank adapter.
 
-By default (`all-linear`) every linear layer of the backbone, and the experts of a mixture. transformers keeps experts
-fused in 3-D tensors outside of linear layers; peft adapts those by parameter. Routers get no adapter, because a router
-that changes sends tokens to other experts than those trained on them. Nor do layers that text never reaches (a vision
-tower, cross-attention without an encoder), nor layers of Mamba whose weights the kernels read directly, without calling
-the layer: an adapter there would have no effect until it is merged.
+By default (`all-linear`) these are all linear layers of the backbone and the experts of a mixture-of-experts model.
+transformers keeps experts in fused 3-D tensors outside of linear layers, which peft can adapt by parameter. Three kinds
+of layers get no adapter: routers, because a changed router sends tokens to experts that have not been trained on them;
+layers that text never reaches (a vision tower, cross-attention without an encoder); and layers of Mamba whose weights
+the kernels read without calling the layer, so that an adapter would have no effect until it is merged.
 
 `lora_modules_to_save` names modules that are trained whole beside the adapter, for example the embedding of new tokens.
 """
@@ -27,10 +27,10 @@ from fastrlhf.config import TrainConfig
 ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
 """Parts of the names of routers, in models with experts."""
 READ_BY_MAMBA = ("x_proj", "dt_proj", "out_proj")
-"""Linear layers of a Mamba mixer, which has the parameters A_log and D."""
+"""Linear layers of a Mamba mixer. A Mamba mixer is recognised by its parameters A_log and D."""
 RENAMED_BY_PEFT = frozenset({"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
-"""Name endings that peft always takes for experts of older checkpoints: layers with these names are passed to it as
-parameters."""
+"""Name endings that peft always treats as experts of older checkpoints. Layers with these names are therefore passed to
+peft as parameters."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,13 +42,13 @@ class Targets:
     excluded: str = ""
     """A regular expression for the names of modules that get no adapter; empty: none."""
     remark: str = ""
-    """Remark on experts and routers for the log."""
+    """Remark about experts and routers, for the log."""
 
 
 def choose_targets(model: PreTrainedModel, config: TrainConfig, saved: Sequence[str] = ()) -> Targets:
-    """The targets that `config` names, or, for `all-linear`, those of this model.
+    """Returns the targets that `config` names or, for `all-linear`, the default targets of this model.
 
-    `saved`: the modules that are trained whole, which get no adapter. Raises ValueError if `config` names a module as
+    `saved`: modules that are trained whole and so get no adapter. Raises ValueError if `config` names a module for
     both.
     """
     named = [*config.lora_target_parameters]
@@ -72,7 +72,7 @@ def choose_targets(model: PreTrainedModel, config: TrainConfig, saved: Sequence[
     ]
     if not experts and not apart and not any(name.rpartition(".")[2] == "experts" for name in modules):
         return Targets(modules="all-linear", parameters=named, excluded=excluded)
-    head = model.get_output_embeddings()  # part of the backbone in some families
+    head = model.get_output_embeddings()  # in some families the head is a part of the backbone
     linear = [
         name
         for name, layer in modules.items()
@@ -80,7 +80,7 @@ def choose_targets(model: PreTrainedModel, config: TrainConfig, saved: Sequence[
     ]
     renamed = [name for name in linear if experts and name.rpartition(".")[2] in RENAMED_BY_PEFT]
     layers = _ends(name for name in linear if name not in renamed)
-    if config.use_dora:  # peft has no DoRA by parameter
+    if config.use_dora:  # peft does not support DoRA by parameter
         left_out = "; experts and routers are left out, since peft has no DoRA for experts in fused form"
         return Targets(modules=layers, parameters=named, excluded=excluded, remark=left_out if experts else "")
     renamed = [name for name in renamed if not _within(f"{model.base_model_prefix}.{name}", saved)]
@@ -90,11 +90,11 @@ def choose_targets(model: PreTrainedModel, config: TrainConfig, saved: Sequence[
 
 
 def modules_to_save(model: PreTrainedModel, named: Sequence[str]) -> list[str]:
-    """The full names of the modules that end in a name of `named`, and of the modules that share all their weights with
-    one of them; a score head is left out, since it is trained in any case.
+    """Returns the full names of the modules whose names end in one of `named`, and of modules that share all their
+    weights with them. A score head is left out, since it is always trained.
 
-    Raises ValueError where a name fits no module, and for modules in 4 bits. For a model with a score head a name that
-    fits no module is ignored, since the head over the vocabulary is only in the policy.
+    Raises ValueError if a name fits no module, and for modules in 4 bits. In a model with a score head, a name that
+    fits no module is ignored, since only the policy has a head over the vocabulary.
     """
     found: dict[str, Module] = {}
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -117,8 +117,7 @@ def modules_to_save(model: PreTrainedModel, named: Sequence[str]) -> list[str]:
 
 
 def check_new_rows(model: PreTrainedModel, named: Sequence[str], new: int) -> None:
-    """Raises ValueError where the embeddings of `new` tokens, or their rows of the head, are not among the modules that
-    are trained whole."""
+    """Raises ValueError if the embeddings of `new` added tokens, or their rows of the head, would not be trained."""
     saved = modules_to_save(model, named)
     names = {id(module): name for name, module in model.named_modules()}
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):
@@ -132,8 +131,8 @@ def check_new_rows(model: PreTrainedModel, named: Sequence[str], new: int) -> No
 
 @torch.no_grad()
 def check_called(model: PreTrainedModel, layers: Mapping[str, Module]) -> None:
-    """Raises ValueError, naming one of the adapted `layers`, where the forward of the model does not call it: its
-    adapter would not be trained. Experts that are separate modules are exempt, since they may get no token."""
+    """Raises ValueError if the forward pass of the model does not call one of the adapted `layers`, because its adapter
+    would not be trained. Experts that are separate modules are exempt, since they may get no token."""
     with _silent(layers) as silent:
         _run(model)
     if silent:
@@ -146,15 +145,15 @@ def check_called(model: PreTrainedModel, layers: Mapping[str, Module]) -> None:
 
 @torch.no_grad()
 def _idle(model: PreTrainedModel) -> list[str]:
-    """The topmost modules in which text calls no linear layer, though they have some. Empty where a model without data
-    cannot run."""
+    """Returns the topmost modules that contain linear layers of which a pass over text calls none. Empty if a model
+    without data cannot run."""
     linear = {name: layer for name, layer in model.named_modules() if isinstance(layer, Linear)}
     linear.pop("score", None)
     with _silent(linear) as silent:
         try:
             _run(model)
         except Exception:
-            if model.device.type != "meta":  # on which experts that tokens choose do not run
+            if model.device.type != "meta":  # on the meta device, routing tokens to experts fails
                 raise
             return []
     called = [name for name in linear if name not in silent]
@@ -168,8 +167,8 @@ def _idle(model: PreTrainedModel) -> list[str]:
 
 @contextmanager
 def _silent(layers: Mapping[str, Module]) -> Iterator[set[str]]:
-    """Yields the set of names of the layers that have not been called yet, without experts that are separate
-    modules."""
+    """Context that yields the set of names of the layers that have not been called yet, without experts that are
+    separate modules."""
     silent = {name for name in layers if ".experts." not in name}
     hooks = [
         layer.register_forward_pre_hook(lambda *_, name=name: silent.discard(name)) for name, layer in layers.items()
@@ -186,23 +185,23 @@ def _run(model: PreTrainedModel) -> None:
 
 
 def _within(name: str, modules: Iterable[str]) -> bool:
-    """Whether a module or parameter is one of the modules or a part of one."""
+    """Returns whether `name` is one of the modules or a part of one."""
     return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
 def pattern(modules: Sequence[str]) -> str:
-    """A regular expression for the names of these modules and their parts; empty if there are none."""
+    """Returns a regular expression that matches these modules and their parts; empty if there are none."""
     return rf"({'|'.join(map(re.escape, modules))})(\..*)?" if modules else ""
 
 
 def num_weights(tensor: Tensor) -> int:
-    """Number of weights in a tensor; a 4-bit tensor packs two into a byte."""
+    """Returns the number of weights in a tensor; a 4-bit tensor has two in each byte."""
     state = getattr(tensor, "quant_state", None)
     return tensor.numel() if state is None else state.shape.numel()
 
 
 def _experts(model: PreTrainedModel) -> list[str]:
-    """Names of the parameters that hold one matrix per expert."""
+    """Returns the names of the parameters that hold one matrix per expert."""
     backbone: Module = model.base_model
     return [
         f"{owner}.{name}"
@@ -214,7 +213,7 @@ def _experts(model: PreTrainedModel) -> list[str]:
 
 
 def _ends(names: Iterable[str]) -> list[str]:
-    """The part of a name after the layer number (mlp.up_proj of model.layers.3.mlp.up_proj), once for all layers."""
+    """Returns the parts of the names after the layer number, each once: mlp.up_proj for model.layers.3.mlp.up_proj."""
     ends = set()
     for name in names:
         parts = name.split(".")

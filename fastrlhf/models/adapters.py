@@ -1,11 +1,12 @@
-"""LoRA (Hu et al. 2021, arXiv 2106.09685), rsLoRA and DoRA, from peft, over a base that every role of a run shares.
+"""Trains LoRA adapters (Hu et al. 2021, arXiv 2106.09685), rsLoRA and DoRA by peft, over base weights that all models
+of a run share.
 
-An adapter is injected into the model: the model keeps its class, its backbone stays `model.base_model`, and only the
-adapter's weights, a score head and the modules of `lora_modules_to_save` have gradients. The reference is the same
-model without the adapter: a second set of modules around the same frozen tensors, so that nothing has to be switched on
-and off and only trained modules are copied. roles.py builds the other models of a run on the same tensors.
+An adapter is injected into a model. The model keeps its class, its backbone is still `model.base_model`, and only the
+adapter's weights, a score head and the modules in `lora_modules_to_save` have gradients. The reference is a second set
+of modules around the same frozen tensors, without the adapter, so that no adapter has to be switched on and off; only
+trained modules are copied. roles.py builds the other models of a run on the same tensors.
 
-Which layers and experts get an adapter by default is decided in adapter_targets.py.
+adapter_targets.py decides which layers and experts get an adapter.
 """
 
 from __future__ import annotations
@@ -41,17 +42,17 @@ ADAPTER = "default"
 """peft's name for the only adapter of a model."""
 SCORE = "base_model.model.score.weight"
 """The name of a score head's weight in the file of an adapter."""
-_BASE = "fastrlhf_base"  # attribute of a model with an adapter: the fingerprint of its base
+_BASE = "fastrlhf_base"  # attribute of a model with an adapter: fingerprint of its base
 
 
 def add_adapter(model: PreTrainedModel, config: TrainConfig, base: str) -> None:
-    """Freezes the model and injects an adapter with the `lora_` keys of `config`, drawn with its seed; a `score` head
-    and the modules of `lora_modules_to_save` stay trainable. Until the first step the model's numbers do not change.
-    `base` is the folder or hub name that the model was loaded from. Logs which share of the weights the adapter
-    reaches.
+    """Freezes the model and injects an adapter as the `lora_` keys of `config` say. Its weights are drawn with the seed
+    of `config`, and until the first step it does not change the model's output. A `score` head and the modules in
+    `lora_modules_to_save` remain trainable. `base` is the folder or hub name that the model was loaded from. Logs the
+    share of the weights that have an adapter.
 
-    Raises ValueError where no module of the model fits `lora_target_modules` or `lora_modules_to_save`, and for
-    adapters on embeddings and heads, whose weights are read without their module.
+    Raises ValueError if no module of the model fits `lora_target_modules` or `lora_modules_to_save`, and for adapters
+    on embeddings and heads, whose weights are read without calling the module.
     """
     from peft import LoraConfig
 
@@ -95,16 +96,16 @@ def add_adapter(model: PreTrainedModel, config: TrainConfig, base: str) -> None:
 
 
 def inject(settings: LoraConfig, model: PreTrainedModel, seed: int) -> None:
-    """Freezes the model and gives it an adapter, drawn with `seed`; a score head and the modules to save of `settings`
-    stay trainable."""
+    """Freezes the model and injects an adapter drawn with `seed`. A score head and the modules to save in `settings`
+    remain trainable."""
     from peft import inject_adapter_in_model
 
     device, saved, excluded = model.device, settings.modules_to_save, settings.exclude_modules
-    if saved:  # without peft's wrapper, which renames modules and keeps their first weights too
+    if saved:  # peft's wrapper is avoided: it renames these modules and keeps a copy of their initial weights
         first = excluded if isinstance(excluded, str) else rf"(.*\.)?{pattern(excluded)}" if excluded else ""
         settings.exclude_modules = "|".join(part for part in (first, pattern(saved)) if part)
         settings.modules_to_save = None
-    if device.type != "meta":  # before the modules to save move away from the base
+    if device.type != "meta":  # computed before training changes the modules to save
         setattr(model, _BASE, base_fingerprint(model))
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
@@ -116,7 +117,7 @@ def inject(settings: LoraConfig, model: PreTrainedModel, seed: int) -> None:
 
 
 def _trained_modules(model: PreTrainedModel) -> list[str]:
-    """The names of the modules that are trained whole beside the adapter."""
+    """Returns the names of the modules that are trained whole together with the adapter."""
     settings = cast("LoraConfig", model.peft_config[ADAPTER])
     return [*(settings.modules_to_save or ()), *["score"] * hasattr(model, "score")]
 
@@ -126,9 +127,9 @@ def has_adapter(model: PreTrainedModel) -> bool:
 
 
 def base_fingerprint(model: PreTrainedModel) -> str:
-    """A hash of the backbone under an adapter, from the first entries of every weight, since training moves most of
-    them. It is the same in float32 and bfloat16 and differs in 4 bits. Heads are left out, so that a causal LM and a
-    reward model may have one base."""
+    """Returns a hash of the backbone under an adapter, from the first entries of every weight; training all weights
+    would change most of these. The hash is the same in float32 and bfloat16 and another one in 4 bits. Heads are left
+    out, so that a causal LM and a reward model can have the same base."""
     digest = hashlib.sha256()
     for start in beginnings((weight for _, weight in _own(cast(Module, model.base_model))), 64):
         digest.update(start.bfloat16().float().numpy().tobytes())
@@ -136,7 +137,7 @@ def base_fingerprint(model: PreTrainedModel) -> str:
 
 
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """The reference: the model without its adapter, frozen. Without an adapter, a copy of the model as it is now.
+    """Returns the frozen reference: the model without its adapter or, if it has none, a copy of the model as it is now.
 
     The weights under an adapter are shared with `model`, not copied; a score head, which is trained, is copied.
     """
@@ -146,8 +147,8 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def shared_view(model: PreTrainedModel) -> PreTrainedModel:
-    """Other modules around the same tensors; trained ones (an adapter, a score head) are copied. Activation
-    checkpointing is off."""
+    """Returns a copy of the model that shares its frozen tensors; trained tensors (an adapter, a score head) are
+    copied. Activation checkpointing is off in the copy."""
     return _copy(model, frozen_tensors(model))
 
 
@@ -158,19 +159,19 @@ def _copy(model: PreTrainedModel, memo: dict[int, Tensor]) -> PreTrainedModel:
 
 
 def frozen_tensors(model: Module) -> dict[int, Tensor]:
-    """The frozen weights and the buffers by id, in the form of deepcopy's memo."""
+    """Returns the frozen weights and the buffers by id, as a memo for copy.deepcopy, which then does not copy them."""
     return {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers()) if not tensor.requires_grad}
 
 
 def merged_copy(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The plain model with the adapter added to the weights, which shares nothing with `model`: on the CPU, because
-    memory is short on the GPU, and in `dtype`, or in the dtype of each weight."""
+    """Returns the plain model with the adapter merged into the weights. It shares nothing with `model`, is on the CPU,
+    because GPU memory is scarce, and is in `dtype` or, without it, in the dtype of each weight."""
     named = plain_weights(model, dtype)
     weights = {name: weight.to("cpu", copy=True).contiguous() for name, weight in named}
     plain = shared_view(model)
     _drop_adapter(plain)
     make_plain(plain)
-    plain.load_state_dict(weights, strict=False, assign=True)  # not strict: tied weights occur once
+    plain.load_state_dict(weights, strict=False, assign=True)  # not strict, because tied weights occur only once
     plain.tie_weights()
     if dtype:
         plain.config.dtype = dtype
@@ -178,16 +179,17 @@ def merged_copy(model: PreTrainedModel, dtype: torch.dtype | None = None) -> Pre
 
 
 def share_weights(one: Module, other: Module) -> bool:
-    """Whether the two models share a weight, so that adding an adapter to one changes the other. Sharded models have
-    none: they share the memory of their parts (`sharding.shard`, `sharding.assign`)."""
+    """Returns whether two models share a weight, so that merging an adapter into one changes the other. Sharded models
+    do not share weights in this sense; they share the memory of their parts (`sharding.shard`, `sharding.assign`)."""
     return bool({id(weight) for weight in one.parameters()} & {id(weight) for weight in other.parameters()})
 
 
 def merge_adapter(model: PreTrainedModel) -> None:
-    """Adds the adapter to the weights and leaves the plain model, in place; nothing happens where there is none.
+    """Merges the adapter into the weights in place, which leaves the plain model. A model without an adapter is
+    unchanged.
 
-    Weights that other models share change with it, except in a sharded model. Only for float32 weights: bfloat16 would
-    lose most of the update to rounding, and 4-bit weights cannot hold it (see `merged_copy`).
+    Weights that other models share change as well, except in a sharded model. Use it only for float32 weights: bfloat16
+    would lose most of the update to rounding, and 4-bit weights cannot hold it (see `merged_copy`).
     """
     if layers := _adapted(model):
         for _, _, layer in layers:
@@ -201,7 +203,7 @@ def merge_adapter(model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def plain_weights(model: PreTrainedModel, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of the weights that the plain model would have with the adapter added, one at a time.
+    """Yields (name, tensor) of the weights of the plain model with the adapter merged, one at a time.
 
     The sum is computed in float32 and returned in `dtype`, or in the dtype of the weight (for 4-bit weights, the dtype
     in which they were loaded).
@@ -217,7 +219,7 @@ def plain_weights(model: PreTrainedModel, dtype: torch.dtype | None = None) -> I
 
 @torch.no_grad()
 def _merged(layer: Any, weight: Tensor) -> Tensor:
-    """The weight of a layer with its adapter added, all of it computed in the dtype of `weight`."""
+    """Returns the weight of a layer with its adapter merged, computed in the dtype of `weight`."""
     update, variant = _update(layer, weight.dtype), layer.lora_variant.get(ADAPTER)
     if variant is None:
         return weight + update
@@ -229,10 +231,10 @@ def _merged(layer: Any, weight: Tensor) -> Tensor:
 
 
 def _update(layer: Any, dtype: torch.dtype) -> Tensor:
-    """The update that an adapter adds to the weight of its layer, in `dtype`: peft's `get_delta_weight` rounds the
-    product to the dtype of the matrices or of the weight."""
+    """Returns the update that an adapter adds to the weight of its layer, in `dtype`. peft's `get_delta_weight` is not
+    used, because it rounds the product to the dtype of the matrices or of the weight."""
     a, b = (matrices[ADAPTER].weight.to(dtype) for matrices in (layer.lora_A, layer.lora_B))
-    if (experts := getattr(layer, "num_experts", 1)) > 1:  # of fused experts, whose weight is one parameter
+    if (experts := getattr(layer, "num_experts", 1)) > 1:  # fused experts, whose weight is a single parameter
         a, b = a.reshape(experts, -1, a.shape[-1]), b.reshape(b.shape[0], -1, experts)
         order = "e o i" if layer._did_swap_in_out_features else "e i o"
         return torch.einsum(f"o r e, e r i -> {order}", b, a) * layer.scaling[ADAPTER]
@@ -241,25 +243,26 @@ def _update(layer: Any, dtype: torch.dtype) -> Tensor:
 
 
 def warn_if_rounded(source: str, dtype: str, field: str) -> None:
-    """Warns if the folder of a run holds merged weights and `dtype` is not float32, which rounds them."""
+    """Logs a warning if the folder of a run holds merged weights and `dtype` is not float32, so that they are
+    rounded."""
     if dtype != "float32" and (Path(source) / "adapter" / "adapter_config.json").exists():
         log.warning(
-            "%s: %s holds weights with an adapter added; %s rounds part of what the adapter learned away: use dtype "
-            "float32",
+            "%s: %s holds weights with a merged adapter; %s loses a part of what the adapter learned by rounding: use "
+            "dtype float32",
             *(field, source, dtype),
         )
 
 
 def save_adapter(model: PreTrainedModel, folder: Path) -> None:
-    """Writes only the adapter, and the modules trained beside it, in peft's format into `folder`; the metadata of the
-    file name the weights that it was trained over, and whether they were in 4 bits. Every rank must call it; rank 0
+    """Writes the adapter and the modules trained together with it to `folder`, in peft's format. The metadata of the
+    file hold a fingerprint of the base weights and whether these were in 4 bits. Every rank must call it; rank 0
     writes."""
     from safetensors.torch import save_file
 
     settings = cast("LoraConfig", copy.deepcopy(model.peft_config[ADAPTER]))
     settings.modules_to_save = _trained_modules(model) or None
     weights = {name: weight.contiguous() for name, weight in on_first_rank(adapter_weights(model)).items()}
-    for name in sorted(weights):  # a file has no tied tensors
+    for name in sorted(weights):  # a safetensors file cannot hold tied tensors
         if any(weights[name].data_ptr() == weights[other].data_ptr() for other in weights if other < name):
             weights[name] = weights[name].clone()
     base = {"base": getattr(model, _BASE), "load_in_4bit": "true" if is_four_bit(model) else "false"}
@@ -273,8 +276,9 @@ def save_adapter(model: PreTrainedModel, folder: Path) -> None:
 
 
 def adapter_weights(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The tensors of the adapter, and of the modules trained beside it, by the names of a PeftModel around the plain
-    model. A weight that several of these modules share occurs under each name, because peft copies each module."""
+    """Returns the tensors of the adapter and of the modules trained together with it, under the names that a PeftModel
+    around the plain model has for them. A weight that several of these modules share occurs under each name, because
+    peft copies each module."""
     from peft import get_peft_model_state_dict
 
     own = get_peft_model_state_dict(model, save_embedding_layers=False)
@@ -285,12 +289,12 @@ def adapter_weights(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def _own(model: Module) -> list[tuple[str, Tensor]]:
-    """The parameters of the model under an adapter, by their present names."""
+    """Returns the parameters of the model without those of the adapter, by their present names."""
     return [(name, parameter) for name, parameter in model.named_parameters() if ".lora_" not in name]
 
 
 def _parameter(layer: Any) -> str:
-    """The name, in the base layer, of the adapted parameter."""
+    """Returns the name of the adapted parameter in the base layer."""
     return getattr(layer, "parameter_name", "weight")
 
 
@@ -305,7 +309,7 @@ def _drop_adapter(model: PreTrainedModel) -> None:
 
 
 def _adapted(model: Module) -> list[tuple[Module, str, BaseTunerLayer]]:
-    """(parent, name in it, layer) of every layer with an adapter."""
+    """Returns (parent module, name in the parent, layer) for every layer with an adapter."""
     if "peft" not in sys.modules:
         return []
     from peft.tuners.tuners_utils import BaseTunerLayer

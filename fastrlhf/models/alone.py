@@ -1,8 +1,10 @@
-"""Packs of models whose sequences cannot share a pass: each sequence runs on its own, with the model's own attention.
+"""Computes packs for models whose sequences cannot share a forward pass: every sequence runs separately, with the
+model's own attention.
 
-For recurrent states, short convolutions, attention in chunks, sparse indexers, ALiBi and whatever else does not follow
-an attention plan. Exact, and slower than a packed pass: sequences of equal length go together, without padding, and a
-prompt that several responses share is computed once per response.
+This is needed for models with recurrent states, short convolutions, chunked attention, sparse indexers, ALiBi and
+everything else that does not follow an attention plan. The results are exact, but it is slower than a packed pass: only
+sequences of equal length form a batch, without padding, and a prompt that several responses share is computed once per
+response.
 """
 
 from __future__ import annotations
@@ -21,10 +23,11 @@ from fastrlhf.types import AttentionPlan, PackedBatch
 def states_one_by_one(
     run: Callable[[Tensor], Sequence[Tensor]], batch: PackedBatch, *, in_step: bool = False
 ) -> list[Tensor]:
-    """The results of `run` for the tokens of a pack, [T, ...] each.
+    """Returns the results of `run` for the tokens of a pack, [T, ...] each.
 
     `run` maps ids [B, L] of B sequences to tensors [B, L, ...], for example their hidden states. With `in_step` every
-    process of a run makes equally many calls, as sharded weights need it: one with fewer lengths repeats its last call.
+    process of a run makes equally many calls, which sharded weights require: a process with fewer different lengths
+    repeats its last call.
     """
     paths = _paths(batch.plan)
     groups: dict[int, list[list[int]]] = defaultdict(list)
@@ -39,19 +42,19 @@ def states_one_by_one(
     # The result for a shared token does not depend on the branch, so its first copy gives value and gradient.
     row = np.concatenate([np.asarray(call).reshape(-1) for call in calls])
     source = np.empty(batch.num_tokens, dtype=np.int64)
-    source[row[::-1]] = np.arange(len(row))[::-1]  # of equal indices the last one wins
+    source[row[::-1]] = np.arange(len(row))[::-1]  # if an index occurs several times, the last assignment counts
     index = torch.from_numpy(source).to(batch.token_ids.device)
     return [each[index] for each in flat]
 
 
 def num_computed_alone(plan: AttentionPlan) -> int:
-    """Number of tokens that `states_one_by_one` computes."""
+    """Returns the number of tokens that `states_one_by_one` computes."""
     return sum(map(len, _paths(plan)))
 
 
 def _paths(plan: AttentionPlan) -> Sequence[list[int]]:
-    """Rows of the pack for each of the sequences to run, from first to last token: as few sequences as cover every
-    token."""
+    """Returns the sequences to run, each as a list of rows of the pack from first to last token. They are as few as
+    possible and cover every token."""
     keys = torch.arange(sum(plan.key_lengths)) if plan.key_index is None else plan.key_index.cpu()
     paths, reached = [], set[int]()
     segments = list(zip(keys.split(plan.key_lengths), plan.query_lengths, strict=True))

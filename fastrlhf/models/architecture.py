@@ -1,4 +1,4 @@
-"""Checks from the configuration of a model whether its architecture can be trained."""
+"""Checks by the configuration of a model whether its architecture can be trained."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 
 def check_decoder(config: PretrainedConfig, what: str) -> None:
-    """Raises ValueError, whose message starts with `what`, for an encoder, an encoder-decoder and any other model that
-    transformers cannot open as a causal language model."""
+    """Raises ValueError, whose message starts with `what`, for an encoder, an encoder-decoder and every other model
+    that transformers cannot load as a causal language model."""
     kind = config.model_type
     if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
-        return  # code that comes with the model
+        return  # its code comes with the model
     if config.is_encoder_decoder:
         found = f"an encoder-decoder model ({kind})"
     elif kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):

@@ -1,7 +1,7 @@
-"""Attention over a pack: sequences never see each other.
+"""Computes attention over a pack, so that its sequences never see each other.
 
-transformers calls the attention function that is registered here, with the plan that the forward got as the keyword
-`attention_plan`. The kernel behind it (`attn_implementation`) is one of `BACKENDS`:
+transformers calls the attention function that is registered here and passes on the keyword `attention_plan` of the
+forward pass. The function calls one of the kernels in `BACKENDS`, as `attn_implementation` says:
 
     flash_attention_2   the flash-attn package          CUDA, bf16 or fp16
     flash_attention_3   its package for Hopper          the same, compute capability 9
@@ -10,14 +10,15 @@ transformers calls the attention function that is registered here, with the plan
     flex                torch's FlexAttention           CUDA, any dtype
     sdpa                one SDPA call per segment       any device and dtype, the only one with attention sinks
 
-All of them support sliding windows and branches, whose keys and values are gathered before the call. `auto` takes
-flash_attention_2, else varlen, else sdpa. The others have not been tested on a GPU; they are used only on request.
+All of them support sliding windows and branches; the keys and values of branches are gathered before the call. `auto`
+takes flash_attention_2, otherwise varlen, otherwise sdpa. The remaining kernels have not been tested on a GPU and are
+used only on request.
 
-A [T, T] mask is never built: it makes packing slower than padding. No mask function is registered beside the attention
-function, because transformers would then look for packed sequences in the positions and wait for the GPU.
+A [T, T] mask is never built, because it would make packing slower than padding. No mask function is registered with the
+attention function, because transformers would then search the positions for packed sequences and wait for the GPU.
 
-A model whose sequences cannot share a pass (recurrent state, attention that is not transformers') runs the sequences
-of a pack one by one, with its own attention: models/alone.py. models/probe.py decides.
+If the sequences of a model cannot share a pass (because of a recurrent state, or attention that is not transformers'),
+they run one by one with the model's own attention (models/alone.py). models/probe.py finds this out.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ _ALONE = "fastrlhf_alone"  # attribute of a model with the reason why its sequen
 
 @contextmanager
 def packed_attention(model: PreTrainedModel, name: str = PACKED) -> Iterator[None]:
-    """Context in which the forward of the model calls the attention function registered as `name`."""
+    """Context in which the forward pass of the model calls the attention function registered as `name`."""
     before = cast(str, model.config._attn_implementation)
     model.config._attn_implementation = name  # the layers read it at every call
     try:
@@ -55,9 +56,11 @@ def packed_attention(model: PreTrainedModel, name: str = PACKED) -> Iterator[Non
 
 
 def choose_attention(model: PreTrainedModel, implementation: str) -> str:
-    """Makes packed forwards of the model use `implementation`. Returns the name of the backend, for "auto" the best.
+    """Makes packed forward passes of the model use `implementation`. Returns the name of the backend; for "auto", of
+    the best one.
 
-    Raises ValueError, with the reason and the fix, if it cannot run this model on its device in its dtype.
+    Raises ValueError, with the reason and the fix, if `implementation` cannot run this model on its device in its
+    dtype.
     """
     softcap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
     check_attention(implementation, model.device, model.dtype, softcap)
@@ -68,13 +71,13 @@ def choose_attention(model: PreTrainedModel, implementation: str) -> str:
 def check_attention(
     implementation: str, device: torch.device, dtype: torch.dtype, softcap: float | None = None
 ) -> None:
-    """Raises ValueError, with the reason and the fix, if `implementation` cannot run there."""
+    """Raises ValueError, with the reason and the fix, if `implementation` cannot run on this device in this dtype."""
     if implementation != "auto" and (obstacle := _obstacle(implementation, device, dtype, softcap)):
         raise ValueError(f"attn_implementation: {implementation} {obstacle}, or leave it at auto")
 
 
 def chosen_attention(model: PreTrainedModel) -> str:
-    """The argument of the last `choose_attention`, "auto" if there was none."""
+    """Returns the `implementation` of the last `choose_attention`; "auto" if it was never called."""
     return getattr(model, _CHOICE, "auto")
 
 
@@ -84,31 +87,31 @@ def run_alone(model: PreTrainedModel, reason: str) -> None:
 
 
 def runs_alone(model: PreTrainedModel) -> str:
-    """Why the sequences of a pack go through the model one by one; empty if they share a pass."""
+    """Returns the reason why the sequences of a pack run through the model one by one; empty if they share a pass."""
     return getattr(model, _ALONE, "")
 
 
 def run_like(model: PreTrainedModel, other: PreTrainedModel) -> None:
-    """Makes a model compute packs in the same way (backend, or one by one) as another model with the same backbone."""
+    """Makes a model compute packs like another model with the same backbone: by the same backend, or one by one."""
     for name in (_CHOICE, _ALONE):
         if hasattr(other, name):
             setattr(model, name, getattr(other, name))
 
 
 def backend(device: torch.device, dtype: torch.dtype, softcap: float | None = None, *, sinks: bool = False) -> str:
-    """The row of `BACKENDS` that "auto" takes."""
+    """Returns the name of the backend that "auto" takes."""
     return next(name for name in AUTO if not _obstacle(name, device, dtype, softcap, sinks=sinks))
 
 
 def _obstacle(
     name: str, device: torch.device, dtype: torch.dtype, softcap: float | None, *, sinks: bool = False
 ) -> str:
-    """Why a backend cannot run, and the fix, as the end of a sentence; empty if it can."""
+    """Returns why a backend cannot run, and the fix, as the end of a sentence; empty if it can."""
     able = BACKENDS[name]
     if able.only_cuda and device.type != "cuda":
         return f"needs a CUDA GPU, and the run is on {device.type}; take sdpa"
     if able.only_half and dtype not in (torch.bfloat16, torch.float16):
-        return f"knows no {dtype}; set dtype to bfloat16, take flex or sdpa"
+        return f"does not support {dtype}; set dtype to bfloat16, or take flex or sdpa"
     if softcap is not None and not able.softcap:
         return "has no soft-capping, which this model needs; take flash_attention_2, flex or sdpa"
     if sinks and not able.sinks:
@@ -183,7 +186,7 @@ def _flash_attn(
         softcap=softcap or 0.0,
         deterministic=True,
     )
-    return output[0] if isinstance(output, tuple) else output  # 4, and early releases of 3, return logsumexp too
+    return output[0] if isinstance(output, tuple) else output  # 4 and early 3 return logsumexp too
 
 
 def _varlen(
@@ -217,7 +220,7 @@ def _sdpa(
     window: int | None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Per segment, on views of the pack: [H, Lq, d] x [H_kv, Lk, d] -> [H, Lq, d]."""
+    """Calls SDPA once per segment, on views of the pack: [H, Lq, d] x [H_kv, Lk, d] -> [H, Lq, d]."""
     parts = zip(
         q.transpose(0, 1).split(plan.query_lengths, 1),
         k.transpose(0, 1).split(plan.key_lengths, 1),
@@ -255,7 +258,8 @@ def _one(
 
 
 def _visible(num_q: int, num_k: int, window: int | None, device: torch.device) -> Tensor:
-    """[Lq, Lk] bool: causal, aligned at the bottom right; at most `window` keys, the query's own included."""
+    """Returns a [Lq, Lk] bool mask: causal, aligned at the bottom right, with at most `window` keys including the
+    query's own."""
     distance = torch.arange(num_k - num_q, num_k, device=device)[:, None] - torch.arange(num_k, device=device)
     return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
 
@@ -276,11 +280,11 @@ Attend = Callable[[Tensor, Tensor, Tensor, AttentionPlan, float, float | None, i
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Backend:
-    """One kernel and what it can do."""
+    """One attention kernel and what it supports."""
 
     attend: Attend
     module: str = ""
-    """Package that it needs in addition to torch."""
+    """Package that the kernel needs in addition to torch."""
     install: str = ""
     only_cuda: bool = True
     only_half: bool = True
@@ -288,7 +292,7 @@ class Backend:
     softcap: bool = True
     sinks: bool = False
     capabilities: tuple[int, ...] = ()
-    """Major compute capabilities of the GPUs that it runs on; empty: all."""
+    """Major compute capabilities of the GPUs on which the kernel runs; empty: all."""
 
 
 BACKENDS = {
@@ -319,7 +323,7 @@ BACKENDS = {
     "sdpa": Backend(attend=_sdpa, only_cuda=False, only_half=False, sinks=True),
 }
 AUTO = ("flash_attention_2", "varlen", "sdpa")
-"""Backends, the best first."""
+"""Backends that "auto" tries, the best first."""
 
-# Not compiled by torch.compile: one graph break per layer, in which every backend runs as it does without.
+# Excluded from torch.compile: this causes one graph break per layer, and every backend runs uncompiled.
 AttentionInterface.register(PACKED, torch.compiler.disable(_attend))

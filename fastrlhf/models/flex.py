@@ -1,8 +1,8 @@
-"""FlexAttention over a pack (Dong et al. 2024, arXiv 2412.05496).
+"""Computes attention over a pack by FlexAttention (Dong et al. 2024, arXiv 2412.05496).
 
-The keys of a segment are a run of rows, and its queries see them causally, so each query sees one interval of key rows:
-two integers per token describe the mask, branches and windows included, and a block mask follows from them without a
-mask of all pairs.
+The keys of a segment are consecutive rows, and its queries see them causally, so each query sees one interval of key
+rows. Two integers per token therefore describe the mask, including branches and windows, and the block mask is computed
+from them without a mask of all pairs.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ BLOCK = 128
 def attend(
     q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, softcap: float | None, window: int | None
 ) -> Tensor:
-    """q [T, H, d], k and v [K, H_kv, d] -> [T, H, d]. On a CPU torch has only reference code, which computes all scores
-    and has no backward; that suffices to test the masks."""
+    """Computes attention: q [T, H, d], k and v [K, H_kv, d] -> [T, H, d]. On a CPU torch has only reference code, which
+    computes all scores and has no backward pass; it serves to test the masks."""
     run = _compiled() if q.is_cuda else flex_attention
     output = run(
         *(x.transpose(0, 1)[None] for x in (q, k, v)),
@@ -35,15 +35,16 @@ def attend(
     return output[0].transpose(0, 1)
 
 
-@lru_cache(maxsize=8)  # cached: all layers of a forward and of its recomputation use the same one or two
+@lru_cache(maxsize=8)  # all layers of a forward pass and of its recomputation share one or two masks
 def block_mask(
     query_lengths: tuple[int, ...], key_lengths: tuple[int, ...], window: int | None, device: torch.device
 ) -> BlockMask:
-    """The block mask of the queries of a pack against its gathered keys."""
+    """Returns the block mask of the queries of a pack against its gathered keys."""
     first, last = (rows.to(device, non_blocking=True) for rows in visible(query_lengths, key_lengths, window))
     num_queries, num_keys = sum(query_lengths), sum(key_lengths)
     top = torch.arange(0, num_queries, BLOCK, device=device)
-    # Both ends of the interval rise from row to row, so those of a block are its first row's and its last row's.
+    # Both ends of the interval increase from row to row, so a block begins at the start of its first row's interval and
+    # ends at the end of its last row's interval.
     low, high = first[top] // BLOCK, last[(top + BLOCK - 1).clamp(max=num_queries - 1)] // BLOCK
     num_blocks = -(-num_keys // BLOCK)
     blocks = (low[:, None] + torch.arange(num_blocks, device=device)).clamp(max=num_blocks - 1)
@@ -61,8 +62,8 @@ def block_mask(
 
 
 def visible(query_lengths: Sequence[int], key_lengths: Sequence[int], window: int | None) -> tuple[Tensor, Tensor]:
-    """([T], [T]) int64: the first and the last key row that each query sees, causal, aligned at the bottom right; at
-    most `window` keys."""
+    """Returns ([T], [T]) int64: the first and the last key row that each query sees. The mask is causal, aligned at the
+    bottom right, with at most `window` keys."""
     queries, keys = torch.tensor(query_lengths), torch.tensor(key_lengths)
     ends, key_ends = queries.cumsum(0), keys.cumsum(0)
     last = torch.arange(int(ends[-1])) + (key_ends - ends).repeat_interleave(queries)
@@ -72,7 +73,7 @@ def visible(query_lengths: Sequence[int], key_lengths: Sequence[int], window: in
 
 @cache
 def _capped(softcap: float, device: torch.device) -> Callable[..., Tensor]:
-    cap = torch.tensor(softcap, device=device)  # a number would be compiled in, anew for the next one
+    cap = torch.tensor(softcap, device=device)  # a number would cause recompilations
 
     def capped(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return cap * torch.tanh(score / cap)

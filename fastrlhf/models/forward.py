@@ -1,5 +1,5 @@
-"""The packed forward: hidden states of a pack, and log-probs, values and scores read from them. Logits [T, V] are
-never made."""
+"""Computes the hidden states of a pack, and from them log-probs, values and scores, without ever storing logits [T,
+V]."""
 
 from __future__ import annotations
 
@@ -26,31 +26,34 @@ from fastrlhf.models.vocabulary import head_of
 from fastrlhf.types import KeptTokens, PackedBatch
 from fastrlhf_kernels import TokenKL, TokenLogprobs, linear_kept_logprob, linear_kl, linear_logprob
 
-_NEW_NAME = hasattr(PreTrainedModel, "activation_checkpointing_enable")  # transformers 5.17 has the old name
+_NEW_NAME = hasattr(PreTrainedModel, "activation_checkpointing_enable")  # transformers 5.17 only has the old name
 CHECKPOINTING = "activation_checkpointing" if _NEW_NAME else "gradient_checkpointing"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogitMap:
-    """How logits follow from hidden states h: cap * tanh(scale * (W h + b) / cap), where W and b are the head's."""
+    """How logits are computed from hidden states h: cap * tanh(scale * (W h + b) / cap), where W and b belong to the
+    head."""
 
     scale: float = 1.0
     softcap: float | None = None
     """None: no tanh."""
     at_head: bool = False
-    """h is the input of the head, not the output of the backbone: the model has more layers between the two."""
+    """True: h is the input of the head rather than the output of the backbone, because there are more layers between
+    them."""
 
 
 _LOGITS = "fastrlhf_logits"  # attribute of a model with its LogitMap; copies of the model have it too
 
 
 def set_logit_map(model: PreTrainedModel, found: LogitMap) -> None:
-    """Stores what models/probe.py has found out about the logits of the model."""
+    """Stores the LogitMap of a model, which models/probe.py has measured."""
     setattr(model, _LOGITS, found)
 
 
 def logit_map(model: PreTrainedModel) -> LogitMap:
-    """The map of the last `set_logit_map`; otherwise the one that known keys of the configuration describe."""
+    """Returns the stored LogitMap of a model or, if there is none, the one that known keys of its configuration
+    describe."""
     if hasattr(model, _LOGITS):
         return getattr(model, _LOGITS)
     config = model.config.get_text_config()
@@ -59,7 +62,7 @@ def logit_map(model: PreTrainedModel) -> LogitMap:
 
 
 def hidden_states(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
-    """The last hidden states [T, D] of a pack, in the dtype of the weights."""
+    """Returns the last hidden states [T, D] of a pack, in the dtype of the weights."""
     recomputes = torch.is_grad_enabled() and getattr(model, f"is_{CHECKPOINTING}")
     with _training(_recomputed_layers(model)) if recomputes else nullcontext():
         if runs_alone(model):
@@ -78,24 +81,25 @@ def hidden_states(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
 
 
 def _own_states(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
-    """For sequences [B, L]: hidden states [B, L, D], then the router logits [B, L, E] of every layer if wanted."""
+    """Returns, for sequences [B, L], the hidden states [B, L, D] and, if needed, the router logits [B, L, E] of every
+    layer."""
     output = _output(model, input_ids=ids)
     routers = output.router_logits if wanted(model) else ()
     return [output.last_hidden_state, *(logits.reshape(*ids.shape, -1) for logits in routers)]
 
 
 def _output(model: PreTrainedModel, **inputs: Any) -> Any:
-    """What the backbone returns: `last_hidden_state` [B, L, D], and `router_logits` if they are wanted."""
+    """Returns the output of the backbone: `last_hidden_state` [B, L, D] and, if needed, `router_logits`."""
     keywords = {"use_cache": False, **wanted(model), **inputs}
     if not logit_map(model).at_head:
         return backbone_of(model)(**keywords)
     if wanted(model):
-        raise ValueError(f"router_aux_loss_coef: not known for {type(model).__name__}; set it to 0")
+        raise ValueError(f"router_aux_loss_coef: not supported for {type(model).__name__}; set it to 0")
     return SimpleNamespace(last_hidden_state=head_input(model, **keywords))
 
 
 def head_input(model: PreTrainedModel, **inputs: Any) -> Tensor:
-    """[B, L, D]: the input of the model's head; the head itself does not run."""
+    """Returns [B, L, D], the input of the model's head; the head itself is not computed."""
     head = cast(Module, model.get_output_embeddings())
     with head.register_forward_pre_hook(_stop):
         try:
@@ -117,9 +121,9 @@ def _stop(module: Module, arguments: tuple[Tensor]) -> None:
 
 def enable_activation_checkpointing(model: PreTrainedModel, *, offload_to: torch.device | None = None) -> None:
     """Turns on activation checkpointing: each layer of the backbone keeps only its input (on the device `offload_to` if
-    one is given) and is recomputed in the backward.
+    one is given) and is recomputed in the backward pass.
 
-    Raises ValueError if the model has no layers that can be computed again.
+    Raises ValueError if the model has no layers that can be recomputed.
     """
     layers = _recomputed_layers(model)
     if not layers:
@@ -127,7 +131,7 @@ def enable_activation_checkpointing(model: PreTrainedModel, *, offload_to: torch
     settings = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), _again(model, layers))}
     getattr(model, f"{CHECKPOINTING}_enable")(settings)
     if offload_to is not None:
-        # transformers' own `offload` copies on the stream that computes, which then waits for every copy.
+        # transformers' own `offload` copies on the stream of the computation, which then waits for every copy.
         offloading = offloaded(partial(checkpoint, **settings), offload_to)
         for module in model.modules():
             if hasattr(module, "_gradient_checkpointing_func"):
@@ -135,8 +139,8 @@ def enable_activation_checkpointing(model: PreTrainedModel, *, offload_to: torch
 
 
 def disable_activation_checkpointing(model: PreTrainedModel) -> None:
-    """Turns checkpointing off in a copy of a model: its layers would be recomputed with the attention of the original
-    and would keep the original alive."""
+    """Turns activation checkpointing off in a copy of a model, whose layers would otherwise be recomputed with the
+    attention of the original and would keep the original in memory."""
     if getattr(model, f"is_{CHECKPOINTING}"):
         getattr(model, f"{CHECKPOINTING}_disable")()
 
@@ -147,7 +151,7 @@ def _recomputed_layers(model: PreTrainedModel) -> list[Module]:
 
 @contextmanager
 def _again(model: PreTrainedModel, layers: Sequence[Module]) -> Iterator[None]:
-    """Context that restores the state of the model's forward when a layer is recomputed in the backward."""
+    """Context for recomputing a layer in the backward pass, with the attention and the mode of the forward pass."""
     with _training(layers), nullcontext() if runs_alone(model) else packed_attention(model):
         yield
 
@@ -167,7 +171,7 @@ def _training(layers: Sequence[Module]) -> Iterator[None]:
 
 
 def scored_states(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
-    """The hidden states [R, D] from which the scored tokens were chosen."""
+    """Returns the hidden states [R, D] that predict the scored tokens."""
     return hidden_states(model, batch)[batch.rows]
 
 
@@ -180,8 +184,8 @@ def token_logprobs(
     entropy: bool = False,
     stats: bool = False,
 ) -> TokenLogprobs:
-    """Log-prob [R] float32, in nats, of every scored token of the pack, under the tempered distribution, over the
-    `kept` tokens of each row if they are given."""
+    """Returns the log-prob [R] float32, in nats, of every scored token of the pack at `temperature`. If `kept` is
+    given, the distribution of each row is restricted to its `kept` tokens."""
     states = scored_states(model, batch)
     return state_logprobs(
         model, states, batch.targets, temperature=temperature, kept=kept, entropy=entropy, stats=stats
@@ -198,8 +202,8 @@ def state_logprobs(
     entropy: bool = False,
     stats: bool = False,
 ) -> TokenLogprobs:
-    """Log-probs as those of `token_logprobs`, from given `scored_states` [R, D]; targets [R] int64, temperature a
-    number or [R]. With `kept` there are no `stats`."""
+    """Computes the log-probs of `token_logprobs` from given `scored_states` [R, D]; targets [R] int64, temperature a
+    number or [R]. `stats` is ignored with `kept`."""
     weight, bias = head_of(model)
     found = logit_map(model)
     if kept is not None:
@@ -238,8 +242,8 @@ def state_kl(
     temperature: float | Tensor = 1.0,
     entropy: bool = False,
 ) -> TokenKL:
-    """KL(model || reference) [R] float32, in nats, between the next-token distributions of two models of one
-    architecture, given the `scored_states` [R, D] of each; gradient flows to `model` and `states`."""
+    """Returns KL(model || reference) [R] float32, in nats, between the next-token distributions of two models with the
+    same architecture, from the `scored_states` [R, D] of each. Gradients flow to `model` and `states`."""
     (weight, bias), (reference_weight, reference_bias) = head_of(model), head_of(reference, gathered=True)
     found = logit_map(model)
     return linear_kl(
@@ -258,15 +262,16 @@ def state_kl(
 
 
 def sequence_scores(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
-    """Scores [N] float32 of a reward model, read at the last token of every sequence. The head runs in float32."""
+    """Returns the scores [N] float32 that a reward model gives at the last token of every sequence. The head runs in
+    float32."""
     return read_scores(model, hidden_states(model, batch)[batch.last])
 
 
 def read_scores(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """Scores [N] float32 that the head gives last hidden states [N, D]. The head runs in float32."""
+    """Returns the scores [N] float32 that the head computes from hidden states [N, D]. The head runs in float32."""
     return cast(Linear, model.score)(hidden.float())[:, 0]
 
 
 def token_values(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
-    """Values [R] float32 of the states in which the scored tokens were chosen. The head runs in float32."""
+    """Returns the values [R] float32 of the states that predict the scored tokens. The head runs in float32."""
     return read_scores(model, hidden_states(model, batch)[batch.rows])

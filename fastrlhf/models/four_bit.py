@@ -1,11 +1,11 @@
-"""Weights in 4 bits under an adapter: QLoRA (Dettmers et al. 2023, arXiv 2305.14314), by bitsandbytes.
+"""Stores the weights under an adapter in 4 bits by bitsandbytes: QLoRA (Dettmers et al. 2023, arXiv 2305.14314).
 
-Linear layers of the backbone are kept as 4-bit NormalFloat, their scales quantised once more: 0.52 bytes per weight.
-Heads, embeddings, norms and adapters stay as they are. In passes without gradients bitsandbytes may multiply by another
-kernel, so that the first ratio of an on-policy update is 1 up to the rounding of `dtype`.
+Linear layers of the backbone are stored as 4-bit NormalFloat, and their scales are quantised too: 0.52 bytes per
+weight. Heads, embeddings, norms and adapters keep their precision. In passes without gradients bitsandbytes may use
+another kernel, so the first ratio of an on-policy update is 1 only up to the rounding of `dtype`.
 
-A model that is stored in 4 bits by bitsandbytes is used in the same way, with its own settings; other stored forms of
-quantisation are refused.
+A model that bitsandbytes has stored in 4 bits is used in the same way, with its own settings. Models stored in other
+quantised formats are refused.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from torch.nn import Linear, Module
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
 DEQUANTISED = {"mxfp4": "Mxfp4Config(dequantize=True)", "fp8": "FineGrainedFP8Config(dequantize=True)"}
-"""Quantised formats that transformers can dequantise on loading, and the settings with which it does so."""
+"""Quantised format -> the transformers setting that dequantises it on loading."""
 
 
 def quantization(dtype: torch.dtype) -> BitsAndBytesConfig:
-    """The settings with which a model is quantised as it is loaded; it computes in `dtype`. Raises ValueError where
-    bitsandbytes is not installed."""
+    """Returns the settings that quantise a model on loading; it computes in `dtype`. Raises ValueError if bitsandbytes
+    is not installed."""
     check_installed("load_in_4bit: bitsandbytes")
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
@@ -33,16 +33,16 @@ def quantization(dtype: torch.dtype) -> BitsAndBytesConfig:
 
 
 def check_installed(what: str) -> None:
-    """Raises ValueError, naming `what` needs it, if bitsandbytes is not installed."""
+    """Raises ValueError, whose message starts with `what`, if bitsandbytes is not installed."""
     if find_spec("bitsandbytes") is None:
         raise ValueError(f"{what} is not installed; pip install 'fastrlhf[bnb]'")
 
 
 def stored_in_four_bit(config: PretrainedConfig, source: str, field: str) -> bool:
-    """Whether the weights of a model are stored in 4 bits by bitsandbytes, which an adapter can be trained over.
+    """Returns whether the weights of a model are stored in 4 bits by bitsandbytes; an adapter can be trained over them.
 
-    Raises ValueError, naming `field`, where they are stored in another quantised form, whose weights have no gradients,
-    and where bitsandbytes is needed and not installed.
+    Raises ValueError, naming `field`, if they are stored in another quantised format, whose weights have no gradients,
+    or if bitsandbytes is needed and not installed.
     """
     stored: Any = getattr(config, "quantization_config", None)
     if stored is None:
@@ -61,7 +61,7 @@ def stored_in_four_bit(config: PretrainedConfig, source: str, field: str) -> boo
 
 
 def check_trainable(model: PreTrainedModel, use_peft: bool) -> None:
-    """Raises ValueError where all weights are to be trained and some are in 4 bits."""
+    """Raises ValueError if all weights are to be trained although some are in 4 bits."""
     if is_four_bit(model) and not use_peft:
         raise ValueError(
             f"use_peft: must be true for {model.name_or_path!r}, whose weights are in 4 bits; only an adapter over "
@@ -74,8 +74,8 @@ def is_four_bit(model: PreTrainedModel) -> bool:
 
 
 def keep_layout(model: PreTrainedModel) -> None:
-    """Keeps bitsandbytes from rearranging weights in place in a pass without gradients, which it does on some CPUs:
-    afterwards no gradient would flow."""
+    """Keeps bitsandbytes from rearranging weights in place. On some CPUs it does so in a pass without gradients, after
+    which no gradient would flow."""
     for layer in _layers(model).values():
         layer.support_avx512bf16_for_cpu = False
 
@@ -96,8 +96,8 @@ def quantize_without_data(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 
 def empty_weight(shape: torch.Size, dtype: torch.dtype) -> tuple[Tensor, Any]:
-    """A weight of this shape in 4 bits without data, and bitsandbytes' QuantState of it: an 8-bit scale for each block
-    of 64, and a float32 scale for each 256 of those (QLoRA, section 3)."""
+    """Returns a 4-bit weight of this shape without data, and its QuantState of bitsandbytes: an 8-bit scale for each
+    block of 64 weights, and a float32 scale for each 256 of these scales (QLoRA, section 3)."""
     from bitsandbytes.functional import QuantState  # pyright: ignore[reportMissingImports]
 
     blocks = -(-shape.numel() // 64)
@@ -116,13 +116,13 @@ def empty_weight(shape: torch.Size, dtype: torch.dtype) -> tuple[Tensor, Any]:
 
 
 def state_tensors(weight: Tensor) -> list[Tensor]:
-    """The scales and tables of a weight in 4 bits; empty for any other weight."""
+    """Returns the scales and tables of a weight in 4 bits; empty for other weights."""
     state = getattr(weight, "quant_state", None)
     return [] if state is None else [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
 
 
 def plain_weight(weight: Tensor) -> Tensor:
-    """The weight itself, or, where it is in 4 bits, dequantised in the dtype that it was loaded in."""
+    """Returns a weight unchanged or, if it is in 4 bits, dequantised in the dtype in which it was loaded."""
     state = getattr(weight, "quant_state", None)
     if state is None:
         return weight

@@ -1,4 +1,4 @@
-"""Model objects that a program holds, in place of those that a configuration names."""
+"""Prepares model objects that a program passes to a trainer in place of the models that the configuration names."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fastrlhf.models.loading import (
 def policy_or_given(
     config: TrainConfig, tokenizer: PreTrainedTokenizerBase, given: PreTrainedModel | None
 ) -> PreTrainedModel:
-    """The model given, or the one that `config` names: on the device of the run, ready to train."""
+    """Returns the given model, or the model that `config` names, on the device of the run and ready to train."""
     if given is None:
         return open_policy(config, tokenizer)
     model = adopt(given, config, tokenizer)
@@ -30,10 +30,10 @@ def policy_or_given(
 
 
 def adopt(model: PreTrainedModel, config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """A model object on the device of the run, checked as if it had been loaded.
+    """Moves a model object to the device of the run and makes the checks of a loaded model.
 
-    Raises ValueError where `config` names a model too, asks for 4 bits or has another dtype, for a model with an
-    adapter, and for a vocabulary smaller than the tokenizer's.
+    Raises ValueError if `config` names a model too, asks for 4 bits or has another dtype, if the model has an adapter,
+    or if its vocabulary is smaller than the tokenizer's.
     """
     kind = type(model).__name__
     require(isinstance(model, PreTrainedModel), "model", kind, "a PreTrainedModel, without peft's wrapper")
@@ -49,6 +49,7 @@ def adopt(model: PreTrainedModel, config: TrainConfig, tokenizer: PreTrainedToke
 def adopt_reward_model(
     model: PreTrainedModel, config: TrainConfig, tokenizer: PreTrainedTokenizerBase
 ) -> PreTrainedModel:
-    """A sequence classifier with one label, as `adopt`. Raises ValueError where the model given is of another kind."""
+    """Does the same as `adopt` for a sequence classifier with one label. Raises ValueError for a model of another
+    kind."""
     float_score_head(model, "the model given", "model")
     return adopt(model, config, tokenizer)

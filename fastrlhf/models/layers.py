@@ -1,10 +1,10 @@
-"""How the backbone of a model is computed: which attention, Liger's kernels, torch.compile, or one sequence at a time.
-The numbers stay the same except for rounding, which is checked before a run starts.
+"""Chooses how the backbone of a model is computed: the attention kernel, Liger's kernels, torch.compile, or one
+sequence at a time. A check before the run makes sure that the results change only by rounding.
 
-torch.compile gets the layers one by one, in packed forwards only, so that sampling is not changed. Layers of one class
-share their compiled code, for packs of any length (`dynamic`), and activation checkpointing recomputes with it.
-Attention breaks the graph once per layer (models/attention.py). The norms, rotary positions, activations and residuals
-between attention and the matrix products are fused.
+torch.compile compiles the layers one by one, for packed forward passes only, so that sampling is unchanged. Layers of
+one class share their compiled code, which works for packs of any length (`dynamic`) and for recomputation by activation
+checkpointing. Attention breaks the graph once per layer (models/attention.py). Norms, rotary positions, activations and
+residuals between attention and the matrix products are fused.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from fastrlhf_kernels import _triton
 log = logging.getLogger(__name__)
 
 LIGER = ("rope", "rms_norm", "swiglu", "geglu")
-"""The kernels of Liger that are used, each if the model has the layer. The losses are our own."""
+"""The kernels of Liger that replace layers of the model, if it has them. Liger's losses are not used."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,11 +59,12 @@ class LayerOptions:
 
 
 def prepare_layers(model: PreTrainedModel, options: LayerOptions) -> str:
-    """Makes packed forwards of the model, and of copies of it, run as `options` say. Returns the attention in words.
+    """Makes packed forward passes of the model, and of its copies, run as `options` say. Returns a description of the
+    attention for the log.
 
-    A model whose sequences cannot share a pass runs them one by one, which is logged with the reason. Raises ValueError
-    if an option cannot be had with this model here, and if the numbers are not those of the plain model, one sequence
-    at a time.
+    If the sequences of a model cannot share a pass, they run one by one, and the reason is logged. Raises ValueError if
+    an option is not available for this model on this machine, and if the results differ from those of the plain model
+    on one sequence at a time.
     """
     expected = own_forward(model)
     if not is_scorer(model):
@@ -88,7 +89,7 @@ def _run_alone(model: PreTrainedModel, options: LayerOptions, reason: str) -> st
     kind = type(model).__name__
     because = f"the packed forward of {kind} {reason}"
     if options.attn_implementation != "auto":
-        raise ValueError(f"attn_implementation: {because}; set it to auto, and its sequences run one by one")
+        raise ValueError(f"attn_implementation: {because}; set it to auto, so that its sequences run one by one")
     if options.torch_compile:
         raise ValueError(f"torch_compile: {because}, so that its sequences run one by one; set it to false")
     run_alone(model, reason)
@@ -101,23 +102,24 @@ def _run_alone(model: PreTrainedModel, options: LayerOptions, reason: str) -> st
 
 
 def compile_layers(model: PreTrainedModel) -> None:
-    """Compiles the layers of the backbone for packed forwards: at the first one without gradients, and at the first
-    with.
+    """Makes torch.compile compile the layers of the backbone in the first packed forward pass without gradients and in
+    the first one with gradients.
 
     Raises ValueError if the backbone has no layers that transformers could checkpoint one by one.
     """
     layers = [layer for layer in model.base_model.modules() if isinstance(layer, GradientCheckpointingLayer)]
     if not layers:
         raise ValueError(f"torch_compile: {type(model).__name__} has no layers to compile one by one; set it to false")
-    # The roles of a run (with and without gradients or an adapter) share the code of a layer, and its count.
+    # All models of a run (with and without gradients or adapters) share the code of a layer and so its limit of
+    # compilations.
     torch.compiler.config.recompile_limit = max(torch.compiler.config.recompile_limit, 64)
     for layer in layers:
-        layer.forward = MethodType(_forward, layer)  # a bound method: a copy of the layer calls its own
+        layer.forward = MethodType(_forward, layer)  # a bound method, so that a copy of the layer calls itself
 
 
 def _forward(layer: Module, *arguments: object, **keywords: object) -> Tensor:
     forward = type(layer).forward
-    # Only `forward.hidden_states` gives this keyword; the prefill of sampling may give a plan.
+    # Only `forward.hidden_states` passes this keyword; the prefill of sampling does not.
     return (_compiled(forward) if "attention_backend" in keywords else forward)(layer, *arguments, **keywords)
 
 
@@ -135,10 +137,10 @@ def check_liger(device: torch.device) -> None:
 
 
 def apply_liger(model: PreTrainedModel) -> None:
-    """Puts Liger's kernels (Hsu et al. 2024, arXiv 2410.10989) into the backbone, by its public function for the
-    model's `model_type`. Its rotary positions are used by every model of that type in the process.
+    """Replaces layers of the backbone by Liger's kernels (Hsu et al. 2024, arXiv 2410.10989), through Liger's public
+    function for the `model_type`. Every model of that type in the process then uses Liger's rotary positions.
 
-    Raises ValueError if Liger is not installed or has no function for the type, or if there is no GPU.
+    Raises ValueError if Liger is not installed or has no function for this type, or if there is no GPU.
     """
     kind = model.config.model_type
     check_liger(model.device)

@@ -1,4 +1,5 @@
-"""Models by hub name, by folder, or from scratch. A model that cannot be trained correctly is refused here."""
+"""Loads models by hub name or folder, or builds them from scratch. A model that cannot be trained correctly is
+refused."""
 
 from __future__ import annotations
 
@@ -49,17 +50,17 @@ PLAIN = LayerOptions()
 
 
 def open_policy(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The model that `model_name_or_path` or `model_config` names, on the device of the run, ready to train.
+    """Opens the model that `model_name_or_path` or `model_config` names, on the device of the run and ready to train.
 
-    Tokens that the tokenizer has more than the model get new embeddings, drawn with `seed`. With `use_peft` it has an
-    adapter. Raises ValueError as `build_policy` and `load_policy` do, where neither or both are given, and for an
-    adapter on weights that nothing has trained.
+    If the tokenizer has more tokens than the model, the new ones get embeddings drawn with `seed`. With `use_peft` the
+    model has an adapter. Raises ValueError as `build_policy` and `load_policy` do, if neither or both of the keys are
+    given, and for an adapter on a model from scratch.
     """
     device = resolve_device(config.device)
     if config.model_config:
         if config.model_name_or_path:
             raise ValueError("model_config: give either a model or a configuration to build one from, not both")
-        require(not config.use_peft, "use_peft", True, "false: a model from scratch has no weights to adapt")
+        require(not config.use_peft, "use_peft", True, "false with model_config: random weights need no adapter")
         model = build_policy(
             parse_model_config(config.model_config),
             vocab_size=len(tokenizer),
@@ -87,7 +88,7 @@ def open_policy(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreT
         with _seeded(config.seed, device):
             model.resize_token_embeddings(len(tokenizer))
         log.warning(
-            "tokenizer_name_or_path: %d rows added to the embedding of the model, for tokens that it has not seen", new
+            "tokenizer_name_or_path: %d rows added to the embedding of the model, for tokens that are new to it", new
         )
     write_ends(model, end_ids(tokenizer))
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -98,10 +99,11 @@ def open_policy(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreT
 
 
 def make_trainable(model: PreTrainedModel, config: TrainConfig, base: str) -> None:
-    """Applies the settings of `config` to a model to train, loaded from `base`: adapter, activation checkpointing.
+    """Prepares a model loaded from `base` for training as `config` says: adapter, activation checkpointing, router
+    loss.
 
-    Raises ValueError if activations cannot be offloaded, if 4-bit weights themselves would be trained, or if layers
-    that are computed again give other gradients.
+    Raises ValueError if activations cannot be offloaded, if 4-bit weights would be trained without an adapter, or if
+    recomputed layers give other gradients.
     """
     if config.activation_offloading:
         check_offloading(model.device)
@@ -111,7 +113,7 @@ def make_trainable(model: PreTrainedModel, config: TrainConfig, base: str) -> No
     if config.activation_checkpointing:
         target = HOST if config.activation_offloading else None
         check_checkpointing(model, lambda: enable_activation_checkpointing(model, offload_to=target))
-    set_router_loss(model, config.router_aux_loss_coef)  # after the probe, whose passes are not part of a step
+    set_router_loss(model, config.router_aux_loss_coef)  # after the probe, whose passes belong to no step
 
 
 def load_policy(
@@ -124,10 +126,10 @@ def load_policy(
     trust_remote_code: bool = False,
     layers: LayerOptions = PLAIN,
 ) -> PreTrainedModel:
-    """The causal LM in a folder or under a hub name, checked to run on packs.
+    """Loads the causal LM in a folder or under a hub name, and checks that it runs on packs.
 
-    Raises ValueError, naming `field`, where there is no such model, where weights are missing (a reward model has no
-    language-model head), or where it cannot be packed as `layers` asks.
+    Raises ValueError, naming `field`, if there is no such model, if weights are missing (a reward model has no
+    language-model head), or if it cannot run on packs with the options `layers`.
     """
     config = read_model_config(source, field, trust_remote_code)
     model, missing = _open(AutoModelForCausalLM, source, field, config, device, dtype, load_in_4bit, trust_remote_code)
@@ -145,20 +147,21 @@ def build_policy(
     dtype: str = "float32",
     layers: LayerOptions = PLAIN,
 ) -> PreTrainedModel:
-    """A causal LM from scratch. `settings` is a transformers configuration, or its fields with `model_type` among them.
+    """Builds a causal LM from scratch. `settings` is a transformers configuration, or a mapping of its fields including
+    `model_type`.
 
-    The weights depend on `seed` alone. Raises ValueError for an unknown `model_type`.
+    The weights depend only on `seed`. Raises ValueError for an unknown `model_type`.
     """
     config = copy.deepcopy(settings) if isinstance(settings, PretrainedConfig) else _build_config(settings)
     ids = {"vocab_size": vocab_size, "eos_token_id": eos_token_id, "bos_token_id": None, "pad_token_id": None}
     for part in (config, config.get_text_config()):
         for name, value in ids.items():
-            with suppress(StrictDataclassFieldValidationError):  # of a model type that requires one
+            with suppress(StrictDataclassFieldValidationError):  # some model types require an id
                 setattr(part, name, value)
     try:
         with _seeded(seed, torch.device(device)):
             model = AutoModelForCausalLM.from_config(silent_config(config), dtype=DTYPES[dtype])
-    except Exception as error:  # a family's own code may raise any exception
+    except Exception as error:  # the code of a model family may raise any exception
         if isinstance(error, torch.OutOfMemoryError):
             raise
         kind = config.model_type
@@ -167,17 +170,18 @@ def build_policy(
 
 
 def _build_config(settings: Mapping[str, Any]) -> PretrainedConfig:
-    """The transformers configuration of these fields. Raises ValueError for an unknown `model_type` or field."""
+    """Builds the transformers configuration with these fields. Raises ValueError for an unknown `model_type` or
+    field."""
     fields = dict(settings)
     try:
         config = AutoConfig.for_model(fields.pop("model_type", ""), **fields)
-    except Exception as error:  # sizes that do not go together, or anything else that a configuration raises
+    except Exception as error:  # for example because of inconsistent sizes
         if type(error) is ValueError:
             raise ValueError(f"model_config.model_type: {settings.get('model_type')!r} is not known") from error
         raise ValueError(f"model_config: {one_line(error)}") from error
     known = {field.name for field in dataclasses.fields(config)}
     for name in fields:
-        # A name that resembles none of them may be an older one, which transformers still understands.
+        # A name that resembles no known field may be an older name, which transformers still accepts.
         if name not in known and (guess := nearest(name, known)):
             raise ValueError(f"model_config: {settings['model_type']} has no {name!r}{guess}")
     return config
@@ -196,14 +200,14 @@ def load_reward_model(
     trust_remote_code: bool = False,
     layers: LayerOptions = PLAIN,
 ) -> PreTrainedModel:
-    """A sequence classifier with one score: a saved reward model, or a causal LM whose backbone gets a new head.
+    """Loads a sequence classifier with one score: a saved reward model, or the backbone of a causal LM with a new head.
 
-    A new head starts at N(0, 1/sqrt(D + 1)), drawn with `seed` (Stiennon et al. 2020, arXiv 2009.01325). It runs and is
-    trained in float32 whatever the backbone's `dtype`; loading rounds a saved one to `dtype`. `pad_token_id` is only
-    written into the configuration, where the plain `AutoModelForSequenceClassification` of other programs looks for the
-    last token that is not padding; None where padding is EOS, so that it cannot mistake the one for the other. Raises
-    ValueError, naming `field`, where there is no such model, where weights of its backbone are missing, where its head
-    is not one linear map, or where `must_be_trained` and the head is new.
+    A new head starts at N(0, 1/sqrt(D + 1)), drawn with `seed` (Stiennon et al. 2020, arXiv 2009.01325). The head runs
+    and is trained in float32 for every `dtype` of the backbone; on loading, a saved head is rounded to `dtype`.
+    `pad_token_id` is only written into the configuration. Other programs, which use the plain
+    `AutoModelForSequenceClassification`, find the last token that is not padding by it. It must be None if padding and
+    EOS are the same token. Raises ValueError, naming `field`, if there is no such model, if weights of its backbone are
+    missing, if its head is not one linear map, or if `must_be_trained` is true and the head is new.
     """
     config = read_model_config(source, field, trust_remote_code)
     config.num_labels = 1
@@ -215,8 +219,8 @@ def load_reward_model(
     if missing:
         if shape := missing["score.weight"]:
             raise ValueError(
-                f"{field}: {source!r} has a trained head with {shape[0]} labels, and a reward model has one; give a "
-                "model without a head, or one whose head has one label"
+                f"{field}: {source!r} has a trained head with {shape[0]} labels, but a reward model has one; give a "
+                "model without a head, or with a head of one label"
             )
         if must_be_trained:
             raise ValueError(f"{field}: {source!r} has no trained score head; train one with `fastrlhf reward`")
@@ -226,82 +230,89 @@ def load_reward_model(
 
 
 def float_score_head(model: PreTrainedModel, source: str, field: str) -> Linear:
-    """The head of a sequence classifier, made to run in float32. Raises ValueError where it is not one linear map."""
+    """Returns the head of a sequence classifier, after making it run in float32. Raises ValueError if it is not one
+    linear map."""
     head = getattr(model, "score", None)
     if not isinstance(head, Linear) or head.out_features != 1 or head.bias is not None:
         raise ValueError(f"{field}: {type(model).__name__} of {source!r} has no `score` head that is one linear map")
-    # Both our own forward and the plain model's then compute the score in float32.
+    # Then both our forward pass and that of the plain model compute the score in float32.
     head.float().register_forward_pre_hook(_float_input)
-    head.weight.data = head.weight.data.clone()  # the alignment in a mapped file would change the last bits of a score
+    head.weight.data = (
+        head.weight.data.clone()
+    )  # otherwise the alignment in a memory-mapped file would change the last bits of scores
     return head
 
 
 def vocabulary(model: PreTrainedModel) -> int:
-    """Number of rows of the embedding, from the configuration."""
+    """Returns the number of rows of the embedding, from the configuration."""
     return model.config.get_text_config().vocab_size
 
 
 def check_same_vocabulary(models: Mapping[str, PreTrainedModel], num_tokens: int) -> None:
-    """Raises ValueError where a model's embedding is smaller than the tokenizer, or where two models disagree."""
+    """Raises ValueError if a model's embedding has fewer rows than the tokenizer has tokens, or if two models have
+    different numbers of rows."""
     sizes = {field: vocabulary(model) for field, model in models.items()}
     for field, size in sizes.items():
         if size < num_tokens:
             raise ValueError(
                 f"{field}: its vocabulary of {size} is smaller than the tokenizer's {num_tokens}; "
-                "they do not belong together"
+                "give the model and the tokenizer that belong together"
             )
     if len(set(sizes.values())) > 1:
-        raise ValueError(f"vocabulary mismatch: {sizes}; policy, reference and reward model must share one tokenizer")
+        raise ValueError(
+            f"vocabulary mismatch: {sizes}; policy, reference and reward model must have the same tokenizer"
+        )
 
 
 def check_same_tokenizer(
     field: str, source: str, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, *, required: bool
 ) -> None:
-    """Raises ValueError where the tokenizer saved beside a model gives other ids, or another EOS, than that of the run;
-    and where there is none to compare but one is required."""
+    """Raises ValueError if the tokenizer saved with a model has other ids or another EOS than the tokenizer of the run,
+    or if `required` and no tokenizer is saved with it."""
     try:
         other = load_tokenizer(source, eos_token=config.eos_token or None, trust_remote_code=config.trust_remote_code)
     except ValueError as error:
         if not required:
             return
-        raise ValueError(f"{field}: {error}; save the tokenizer of its training beside it") from error
+        raise ValueError(f"{field}: {error}; save the tokenizer with which it was trained in its folder") from error
     ours, theirs = tokenizer.get_vocab(), other.get_vocab()
     if ours != theirs:
         token = min(token for token in {*ours, *theirs} if ours.get(token) != theirs.get(token))
         raise ValueError(
-            f"{field}: {source!r} has another tokenizer than the run ({token!r} is id {theirs.get(token)} there and "
-            f"{ours.get(token)} here); both must read the same ids"
+            f"{field}: {source!r} has another tokenizer than the run ({token!r} has id {theirs.get(token)} there and "
+            f"{ours.get(token)} in the run); both must use the same ids"
         )
     if other.eos_token_id != tokenizer.eos_token_id:
         raise ValueError(
-            f"{field}: responses end in {other.eos_token!r} there and in {tokenizer.eos_token!r} here; set eos_token"
+            f"{field}: its responses end in {other.eos_token!r}, those of the run in {tokenizer.eos_token!r}; "
+            "set eos_token"
         )
 
 
 def read_model_config(source: str, field: str, trust_remote_code: bool) -> PretrainedConfig:
-    """The configuration of a model, without dropout and other noise. Raises ValueError, naming `field`, if there is
-    none."""
+    """Reads the configuration of a model and sets dropout and other noise to 0. Raises ValueError, naming `field`, if
+    there is no model."""
     if is_missing_folder(source):
-        raise ValueError(f"{field}: {source!r} is neither a folder here nor a name that a model of the hub can have")
+        raise ValueError(f"{field}: {source!r} is neither a local folder nor a valid name of a hub model")
     check_hub(source, f"{field}: {source!r}")
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except Exception as error:  # of whatever kind a configuration raises for values that do not fit
+    except Exception as error:  # configurations raise exceptions of any type for invalid values
         if (Path(source) / "adapter_config.json").exists():
             whole = "give the folder of its run, which holds the whole model"
             raise ValueError(f"{field}: {source!r} holds only an adapter; {whole}") from error
         if Path(source).is_dir():
             raise ValueError(
-                f"{field}: {source!r} holds no model that transformers knows ({one_line(error)})"
+                f"{field}: {source!r} holds no model that transformers can load ({one_line(error)})"
             ) from error
-        raise ValueError(f"{field}: {source!r} is neither a folder here nor a model the hub gives us") from error
+        raise ValueError(f"{field}: {source!r} is neither a local folder nor an accessible hub model") from error
     check_decoder(config, f"{field}: {source!r}")
     stored_in_four_bit(config, source, field)
     return silent_config(config)
 
 
 def check_architecture(config: TrainConfig) -> None:
-    """Raises ValueError, naming the key, where the configuration of the starting model is not that of a causal LM."""
+    """Raises ValueError, naming the key, if the starting model is not a causal LM."""
     if config.model_config:
         model = _build_config(parse_model_config(config.model_config))
         check_decoder(model, f"model_config.model_type: {model.model_type!r}")
@@ -319,8 +330,8 @@ def _open(
     load_in_4bit: bool,
     trust_remote_code: bool,
 ) -> tuple[PreTrainedModel, dict[str, tuple[int, ...]]]:
-    """The model, of an auto class or of a specific class, and the weights that the checkpoint lacks or has in another
-    shape: name -> shape in the checkpoint, empty if it is missing there."""
+    """Loads a model of the (auto or specific) class `kind`. Returns it with the weights that the checkpoint lacks or
+    has in another shape: name -> shape in the checkpoint, () if it is missing there."""
     warn_if_rounded(source, dtype, field)
     settings: dict[str, Any] = {"pretrained_model_name_or_path": source}
     if stored_in_four_bit(config, source, field):
@@ -329,7 +340,7 @@ def _open(
         settings |= {"quantization_config": quantization(DTYPES[dtype]), "device_map": {"": device}}
     opened: Any = kind
     try:
-        if is_sharded(stem := Path(source) / "model"):  # the checkpoint of several processes
+        if is_sharded(stem := Path(source) / "model"):  # a checkpoint written by several processes
             with torch.device("meta"):
                 if not issubclass(kind, PreTrainedModel):
                     opened = type(kind.from_config(config, trust_remote_code=trust_remote_code))
@@ -343,7 +354,7 @@ def _open(
                 ignore_mismatched_sizes=True,
                 **settings,
             )
-    except Exception as error:  # of whatever kind a family's own code, or a file, raises
+    except Exception as error:  # the code of a model family, or a damaged file, may raise exceptions of any type
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise ValueError(f"{field}: the weights of {source!r} cannot be loaded: {one_line(error)}") from error
@@ -354,7 +365,7 @@ def _open(
 
 def _check_complete(source: str, field: str, missing: Collection[str]) -> None:
     if missing:
-        raise ValueError(f"{field}: {source!r} lacks weights of such a model: {', '.join(sorted(missing))}")
+        raise ValueError(f"{field}: {source!r} lacks the weights {', '.join(sorted(missing))}")
 
 
 def _float_input(module: Module, arguments: tuple[Tensor]) -> Tensor:
@@ -363,8 +374,8 @@ def _float_input(module: Module, arguments: tuple[Tensor]) -> Tensor:
 
 @contextmanager
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Context in which torch's draws on the CPU and on `device` depend only on `seed`; afterwards the generators are
-    restored."""
+    """Context in which torch's random draws on the CPU and on `device` depend only on `seed`; afterwards the generators
+    are restored."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
@@ -386,11 +397,12 @@ def _ready(model: PreTrainedModel, device: torch.device | str, layers: LayerOpti
 
 
 def resolve_device(device: str) -> torch.device:
-    """ "auto" is the first CUDA GPU, else the CPU. Raises ValueError for a device that is not there."""
+    """Returns the device; "auto" is the first CUDA GPU, or the CPU if there is none. Raises ValueError for a device
+    that does not exist."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device: {device!r} asked for, but torch sees no CUDA GPU; use auto or cpu")
+        raise ValueError(f"device: {device!r} is not available, because torch finds no CUDA GPU; use auto or cpu")
     try:
         found = torch.device(device)
     except RuntimeError as error:

@@ -1,7 +1,7 @@
-"""Turns off all randomness in a model: log-probs of the same tokens must be the same numbers in every pass.
+"""Turns off all randomness in a model, because log-probs of the same tokens must be equal in every pass.
 
-Dropout of every kind and name, layer drop, jitter of routers and inputs. Evaluation mode is not enough: layers that
-are computed again in the backward run in training mode.
+This includes all kinds of dropout, layer drop, and jitter of routers and inputs. Evaluation mode is not enough, because
+layers that are recomputed in the backward pass run in training mode.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from torch.nn.modules.dropout import _DropoutNd
 from transformers import PretrainedConfig
 
 RANDOM = re.compile(r"drop|pdrop|jitter|noise")
-"""Parts of the names of settings that are a probability or an amplitude of noise."""
+"""Matches the names of settings that are the probability or the amplitude of noise."""
 
 
 def silent_config(config: PretrainedConfig) -> PretrainedConfig:
-    """Sets all such numbers of the configuration and its parts to 0, in place."""
+    """Sets all noise settings (`RANDOM`) of a configuration and its sub-configurations to 0, in place."""
     for name, value in list(vars(config).items()):
         if isinstance(value, PretrainedConfig):
             silent_config(value)
@@ -27,7 +27,7 @@ def silent_config(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def silence(model: Module) -> None:
-    """Sets all such numbers of the modules of a model to 0, in place."""
+    """Sets all noise settings (`RANDOM`) of the modules of a model to 0, in place."""
     for module in model.modules():
         if isinstance(module, _DropoutNd):
             module.p = 0.0

@@ -1,5 +1,5 @@
-"""Offloading to CPU memory: frozen models while they are not used, and the inputs of
-layers between forward and backward."""
+"""Offloads to CPU memory: frozen models while they are not used, and the inputs of layers between the forward and the
+backward pass."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ HOST = torch.device("cpu")
 
 
 class Waiting:
-    """The weights of frozen models, except those shared with models that stay on the device. They never change, so they
-    are copied to the CPU once and never copied back.
+    """Frozen models that are in CPU memory except while they are used. Weights shared with models that stay on the
+    device are not moved. Frozen weights never change, so they are copied to the CPU only once.
     """
 
     def __init__(self, frozen: Sequence[Module], staying: Sequence[Module], device: torch.device) -> None:
@@ -45,7 +45,7 @@ class Waiting:
 
 
 def _on_host(weight: Tensor, *, pinned: bool) -> Tensor:
-    """Copies directly into pinned memory, without a second copy."""
+    """Copies a weight to the CPU, directly into pinned memory."""
     return torch.empty_like(weight, device="cpu", pin_memory=pinned).copy_(weight)
 
 
@@ -54,16 +54,18 @@ Checkpoint = Callable[..., Any]
 
 
 def check_offloading(device: torch.device) -> None:
-    """Raises ValueError if the run is on a CPU, where offloading would copy from CPU memory to CPU memory."""
+    """Raises ValueError if the run is on a CPU, where offloading is pointless."""
     if device.type != "cuda":
         raise ValueError(f"activation_offloading: needs a CUDA GPU, and the run is on {device}; set it to false")
 
 
 def offloaded(checkpoint: Checkpoint, place: torch.device = HOST) -> Checkpoint:
-    """`checkpoint` for the layers of one model, the inputs that it keeps for the backward waiting on `place`.
+    """Wraps `checkpoint` for the layers of one model, so that the inputs that it keeps for the backward pass are stored
+    on `place`.
 
-    A layer's own hooks hide what it computes from the ones here, so nothing else is moved, and no weight. Without
-    checkpointing a layer keeps tens of tensors of that size, more than can be copied while it computes.
+    The hooks of `checkpoint` inside a layer take precedence over the hooks here, so only layer inputs are moved, and no
+    weights. Without checkpointing a layer would keep tens of tensors of this size, more than can be copied while it is
+    computed.
     """
     inputs = _LayerInputs(place)
 
@@ -76,22 +78,22 @@ def offloaded(checkpoint: Checkpoint, place: torch.device = HOST) -> Checkpoint:
 
 @dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
 class _Input:
-    """The object that the backward of a layer holds in place of its input."""
+    """The object that the backward pass of a layer holds in place of the layer's input."""
 
     copy: Tensor
     device: torch.device
     before: weakref.ref[_Input] | None
-    """The input that was offloaded before it, which the backward needs next."""
+    """The input that was offloaded before this one, which the backward pass needs next."""
 
 
 class _LayerInputs:
-    """Copies layer inputs in parallel with the computation, on one stream: an input is offloaded while its layer
-    computes, and fetched while the layer after it is recomputed. The last input is needed first and stays on the
-    device.
+    """Copies layer inputs on a separate stream, in parallel with the computation: an input is offloaded while its layer
+    is computed, and fetched while the next layer is recomputed. The last input stays on the device, because it is
+    needed first.
 
-    Only one tensor is copied at a time, and it is held until the computation has waited for the stream. So at most one
-    tensor is on the device that no layer uses, memory is freed in the order of the computation (no record_stream), and
-    the host never waits.
+    Only one tensor is copied at a time, and it is kept until the computation has waited for the stream. Therefore the
+    device holds at most one tensor that no layer uses, memory is freed in the order of the computation (without
+    record_stream), and the host never waits.
     """
 
     def __init__(self, place: torch.device) -> None:
@@ -101,9 +103,9 @@ class _LayerInputs:
         self._under_way: tuple[_Input, Tensor] | None = None
 
     def leave(self, tensor: Tensor) -> _Input | Tensor:
-        """The pack hook: a copy of the tensor starts once all computation asked for so far is done."""
+        """The pack hook: starts to copy the tensor as soon as all computation queued so far is done."""
         tensor = tensor.detach()
-        if not tensor.numel():  # torch 2.11 saves an empty tensor with every input, on another device
+        if not tensor.numel():  # torch 2.11 also saves an empty tensor, on another device, with every input
             return tensor
         self._wait(tensor.device)
         copy = torch.empty_like(tensor, device=self._place, pin_memory=tensor.is_cuda)
@@ -113,7 +115,7 @@ class _LayerInputs:
         return one
 
     def come_back(self, one: _Input | Tensor) -> Tensor:
-        """The unpack hook: computation asked for from now on finds the tensor as it was."""
+        """The unpack hook: returns the tensor for all computation queued from now on."""
         if isinstance(one, Tensor):
             return one
         tensor = self._under_way[1] if self._under_way and self._under_way[0] is one else self._fetched(one)
@@ -137,7 +139,7 @@ class _LayerInputs:
             target.copy_(source, non_blocking=True)
 
     def _wait(self, device: torch.device) -> None:
-        """Computation asked for from now on comes after the copy under way, whose tensor is then free to go."""
+        """Makes computation queued from now on wait for the current copy, and drops the reference to its tensor."""
         if self._stream:
             torch.get_device_module(device).current_stream().wait_stream(self._stream)
         self._under_way = None

@@ -1,4 +1,4 @@
-"""Rotary positions that depend on the longest sequence of a pass."""
+"""Finds rotary positions that depend on the longest sequence of a pass, which rules out packs."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from transformers import PretrainedConfig
 
 
 def rope_obstacle(config: PretrainedConfig, max_length: int | None) -> str:
-    """Why sequences of at most `max_length` tokens cannot share a pass, as a clause; empty if they can.
+    """Returns, as a clause, why sequences of at most `max_length` tokens cannot share a pass; empty if they can.
 
-    Up to the length that the model was first trained for, `dynamic` and `longrope` are fixed frequencies. Beyond it
-    `longrope` takes the long factors for a pass in which any sequence is longer, and `dynamic` frequencies that depend
-    on all passes before; the latter raises ValueError. max_length None: any length.
+    Up to the model's original length, the rope types `dynamic` and `longrope` have fixed frequencies. If any sequence
+    of a pass is longer, `longrope` uses its long factors for the whole pass. The frequencies of `dynamic` then depend
+    on all earlier passes, for which ValueError is raised. max_length None: any length.
     """
     text = config.get_text_config()
     for rope in _rope_parameters(text):
@@ -35,6 +35,6 @@ def rope_obstacle(config: PretrainedConfig, max_length: int | None) -> str:
 
 
 def _rope_parameters(config: PretrainedConfig) -> list[dict[str, Any]]:
-    """One per kind of layer."""
+    """Returns the rope parameters of a configuration, one mapping per kind of layer."""
     parameters = getattr(config, "rope_parameters", None) or {}
     return [value for value in parameters.values() if isinstance(value, dict)] or [parameters]

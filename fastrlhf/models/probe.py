@@ -1,6 +1,6 @@
-"""Runs a few tokens through a model at the start of a run: the packed forward must give the model's own numbers. All
-properties are measured on the model, none comes from a list of names: whether its sequences can share a pass, and by
-which factor and soft-cap its logits follow from its hidden states.
+"""Probes a model with a few tokens at the start of a run, and checks that the packed forward pass gives the same
+results as the model's own. It measures whether sequences can share a pass, and the factor and soft-cap that give logits
+from hidden states, so that no list of known model types is needed.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from fastrlhf.types import PackedBatch, Segment
 
 MASKED = "fastrlhf_masked"
 FAR = 1 << 17
-"""A distance in tokens that is larger than every window and chunk."""
+"""A distance in tokens beyond every attention window and chunk."""
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """Nats by which two computations of one log-prob may differ."""
+    """Returns by how many nats two computations of the same log-prob may differ."""
     return 1e-4 if dtype == torch.float32 else 0.1
 
 
 @torch.no_grad()
 def own_forward(model: PreTrainedModel) -> Tensor:
-    """Log-probs, or scores, of the probe by the model's own forward, one sequence at a time.
+    """Computes the log-probs, or scores, of the probe by the model's own forward pass, one sequence at a time.
 
-    Raises ValueError if that fails or is not finite.
+    Raises ValueError if it fails or gives numbers that are not finite.
     """
     _, sequences = probe_batch(model)
     with _evaluating(model), _named(model, "its own forward fails"):
@@ -52,7 +52,8 @@ def own_forward(model: PreTrainedModel) -> Tensor:
 
 
 def is_scorer(model: PreTrainedModel) -> bool:
-    """Whether the model has a score head, not a language-model head. Raises ValueError if it has neither."""
+    """Returns whether the model has a score head rather than a language-model head. Raises ValueError if it has
+    neither."""
     if model.get_output_embeddings() is None and not hasattr(model, "score"):
         raise ValueError(f"{type(model).__name__}: has no head over the vocabulary, so there are no log-probs to train")
     return hasattr(model, "score")
@@ -60,8 +61,8 @@ def is_scorer(model: PreTrainedModel) -> bool:
 
 @torch.no_grad()
 def find_logit_map(model: PreTrainedModel) -> LogitMap:
-    """Finds the logit map from the head's weights and the logits of the probe. Raises ValueError if they do not follow
-    from each other."""
+    """Finds the LogitMap of a model from its head's weights and its logits on the probe. Raises ValueError if no
+    LogitMap fits."""
     _, sequences = probe_batch(model)
     ids = sequences[-1][None]
     head = cast(Linear, model.get_output_embeddings())
@@ -84,13 +85,13 @@ def find_logit_map(model: PreTrainedModel) -> LogitMap:
             if (mapped - logits).abs().max() <= limit * logits.abs().max():
                 return LogitMap(scale=scale, softcap=softcap, at_head=at_head)
     raise ValueError(
-        f"{type(model).__name__}: its logits are not a multiple of its head's weights times hidden states, and "
-        "log-probs here are computed as such; take another model"
+        f"{type(model).__name__}: its logits are not a multiple of the head's weights times hidden states, from "
+        "which log-probs are computed here; take another model"
     )
 
 
 def _backbone_output(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """[L, D]; empty where the backbone is not a part that runs by itself."""
+    """Returns the output of the backbone, [L, D]; empty if the backbone cannot run separately."""
     try:
         return backbone_of(model)(input_ids=ids, use_cache=False).last_hidden_state[0]
     except (AttributeError, TypeError):
@@ -102,7 +103,8 @@ def _head_input(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
 
 def _softcaps(config: PretrainedConfig) -> Iterator[float | None]:
-    """Candidates for the soft cap: the usual key first, then no cap, then any other number with "cap" in its name."""
+    """Yields candidates for the soft-cap: the value of the usual key, no cap, and every other number with "cap" in its
+    name."""
     usual = getattr(config, "final_logit_softcapping", None)
     if usual:
         yield float(usual)
@@ -113,8 +115,8 @@ def _softcaps(config: PretrainedConfig) -> Iterator[float | None]:
 
 
 def _exact(fitted: float, config: PretrainedConfig, limit: float) -> float:
-    """The exact value that a fitted factor equals up to rounding: 1, a number of the configuration or its reciprocal;
-    otherwise the factor itself."""
+    """Returns the exact value that a fitted factor equals up to rounding: 1, a number of the configuration or its
+    reciprocal; or the factor itself, if there is none."""
     named = [value for name, value in _numbers(config) if "scal" in name or "mult" in name]
     for value in (1.0, *(x for key in named if key for x in (key, 1 / key))):
         if abs(fitted - value) <= limit * abs(value):
@@ -128,18 +130,19 @@ def _numbers(config: PretrainedConfig) -> list[tuple[str, float]]:
 
 @torch.no_grad()
 def check_packed_forward(model: PreTrainedModel, expected: Tensor | None = None) -> None:
-    """Refuses a model whose packed forward does not give the numbers of its own forward, one sequence at a time.
+    """Raises ValueError if the packed forward pass of a model gives other results than its own forward pass on one
+    sequence at a time.
 
-    Finds attention, or a recurrent state, that leaks between sequences, and logits that are not what `logit_map` says.
-    `expected`: `own_forward` before the backbone was changed; None: computed now. Raises ValueError.
+    This finds attention or a recurrent state that leaks between sequences, and logits that differ from `logit_map`.
+    `expected`: the result of `own_forward` before the backbone was changed; None: it is computed now.
     """
     expected = own_forward(model) if expected is None else expected
     if difference := _difference(model, expected):
-        raise ValueError(f"{type(model).__name__}: the packed forward {difference}; training would be on wrong numbers")
+        raise ValueError(f"{type(model).__name__}: the packed forward {difference}; training would use wrong numbers")
 
 
 def obstacle_to_packs(model: PreTrainedModel, expected: Tensor) -> str:
-    """Why the sequences of a pack cannot share a pass, as a clause; empty if they can."""
+    """Returns, as a clause, why the sequences of a pack cannot share a pass; empty if they can."""
     try:
         return _difference(model, expected) or (_hidden_masks(model) if not runs_alone(model) else "")
     except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError, AssertionError) as error:
@@ -168,16 +171,16 @@ def _difference(model: PreTrainedModel, expected: Tensor) -> str:
 
 
 def _looks_ahead(model: PreTrainedModel, ids: list[int]) -> bool:
-    """Whether the states of a text depend on what follows it: a model that is not causal, whose log-probs mean nothing
-    and whose shared prompts would be those of one response."""
+    """Returns whether the hidden states of a text depend on the text that follows. The model is then not causal, its
+    log-probs are meaningless, and a prompt cannot be shared by responses."""
     whole, start = (hidden_states(model, pack([Segment(token_ids=part)], model.device)) for part in (ids, ids[:5]))
     limit = 1e-3 if model.dtype == torch.float32 else 0.1
     return bool((whole[:5] - start).abs().max() > limit * start.abs().max())
 
 
 def _probe_states(model: PreTrainedModel, batch: PackedBatch, num_first: int) -> tuple[Tensor, bool]:
-    """Last hidden states [T, D], and whether those after the first sequence, of `num_first` tokens, depend on it: then
-    a gradient flows there, which in any dtype is exactly 0 where nothing leaks."""
+    """Returns the last hidden states [T, D], and whether those of later sequences depend on the first sequence, of
+    `num_first` tokens. This is tested by a gradient, which is exactly 0 in every dtype if nothing leaks."""
     inputs: list[Tensor] = []
 
     def as_leaf(module: Module, arguments: Any, output: Tensor) -> Tensor:
@@ -187,7 +190,7 @@ def _probe_states(model: PreTrainedModel, batch: PackedBatch, num_first: int) ->
     embedding = cast(Module, model.get_input_embeddings())
     with torch.enable_grad(), embedding.register_forward_hook(as_leaf):
         hidden = hidden_states(model, batch)
-    if runs_alone(model):  # one call per sequence
+    if runs_alone(model):  # every sequence has its own call
         return hidden.detach(), False
     seen = torch.arange(hidden.numel(), device=hidden.device).cos().view_as(hidden).to(hidden.dtype)
     seen[:num_first] = 0
@@ -196,8 +199,8 @@ def _probe_states(model: PreTrainedModel, batch: PackedBatch, num_first: int) ->
 
 
 def check_checkpointing(model: PreTrainedModel, enable: Callable[[], None]) -> None:
-    """Turns activation checkpointing on by `enable` and compares gradients before and after. Raises ValueError if they
-    differ. Models on the meta device are not run."""
+    """Turns activation checkpointing on by calling `enable`, and compares gradients before and after. Raises ValueError
+    if they differ. Models on the meta device are not run."""
     if model.device.type == "meta":
         return enable()
     plain = _embedding_gradient(model)
@@ -205,11 +208,12 @@ def check_checkpointing(model: PreTrainedModel, enable: Callable[[], None]) -> N
         enable()
         error = (_embedding_gradient(model) - plain).abs().max().item()
         if not error <= tolerance(model.dtype) * plain.abs().max().item():
-            raise ValueError(f"layers that are computed again give gradients that differ by {error:.2g}")
+            raise ValueError(f"recomputed layers give gradients that differ by {error:.2g}")
 
 
 def _embedding_gradient(model: PreTrainedModel) -> Tensor:
-    """[T, D] float32: gradients of a fixed function of the probe's hidden states."""
+    """Returns [T, D] float32, the gradients of a fixed function of the probe's hidden states with respect to the
+    embeddings."""
     batch, _ = probe_batch(model)
     inputs: list[Tensor] = []
 
@@ -227,11 +231,12 @@ def _embedding_gradient(model: PreTrainedModel) -> Tensor:
 
 @torch.no_grad()
 def _hidden_masks(model: PreTrainedModel) -> str:
-    """Whether transformers would mask more than causality and the windows that the attention function receives.
+    """Returns, as a clause, whether transformers would mask more than causality and the windows passed to the attention
+    function; empty if not.
 
-    Packs have no masks, so such a window or chunk would be lost, and is longer than the probe. Here the model runs with
-    masks that are made as for tokens far apart, and each mask is compared with the arguments that the attention
-    function receives.
+    Packs have no masks, so such a window or chunk would be lost, and the probe is too short to show it. The model
+    therefore runs with masks that transformers makes for tokens far apart, and each mask is compared with the arguments
+    of the attention function.
     """
     places = _places(model.config.get_text_config())
     found: list[str] = []
@@ -255,7 +260,7 @@ def _hidden_masks(model: PreTrainedModel) -> str:
             distance = at[:, None] - at[None, :]
             told = (distance >= 0) & (distance < (sliding_window or 1 << 62))
             if attention_mask.dtype != torch.bool or not torch.equal(attention_mask[0, 0], told):
-                found.append("has attention in windows or chunks that packs are not told of")
+                found.append("has attention windows or chunks that are not passed to the attention function")
         return torch.zeros_like(query).transpose(1, 2)[..., : value.shape[-1]].contiguous(), None
 
     AttentionInterface.register(MASKED, attend)
@@ -267,7 +272,7 @@ def _hidden_masks(model: PreTrainedModel) -> str:
 
 
 def _places(config: PretrainedConfig) -> list[int]:
-    """Positions whose distances are on both sides of every window and chunk of a configuration."""
+    """Returns positions whose distances lie on both sides of every window and chunk of a configuration."""
     lengths = {int(value) for name, value in _numbers(config) if ("window" in name or "chunk" in name) and value > 1}
     return sorted({0, 1, 2, 3, 7, FAR, FAR + 1} | {x + i for x in lengths for i in (-1, 0, 1, 2) if x < FAR})
 
@@ -285,7 +290,7 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def _named(model: PreTrainedModel, what: str, fix: str = "take another model") -> Iterator[None]:
-    """Exceptions of a family's own code become a ValueError of one line."""
+    """Context that turns exceptions raised by the code of a model family into a ValueError of one line."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -295,15 +300,15 @@ def _named(model: PreTrainedModel, what: str, fix: str = "take another model") -
 
 
 def one_line(error: BaseException, longest: int = 300) -> str:
-    """An exception of third-party code as a message of one line."""
+    """Formats an exception of third-party code on one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text if len(text) <= longest else text[:longest] + ' ...'}"
 
 
 def probe_batch(model: PreTrainedModel) -> tuple[PackedBatch, list[Tensor]]:
-    """Two sequences, in a pack and one by one."""
+    """Returns two short sequences, as a pack and as separate tensors."""
     config = model.config.get_text_config()
-    # A sequence classifier looks for its last token that is not padding.
+    # The padding token is avoided, because a sequence classifier looks for the last token that is not padding.
     ids = [i for i in range(config.vocab_size) if i != getattr(config, "pad_token_id", None)]
     sequences = [[ids[(5 * i * i + 7 * i + 3 * s) % len(ids)] for i in range(6 + 5 * s)] for s in range(2)]
     batch = pack([Segment(token_ids=s, num_scored=len(s) - 1) for s in sequences], model.device)

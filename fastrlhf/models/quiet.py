@@ -1,5 +1,5 @@
-"""Keeps transformers and bitsandbytes from printing while a model is loaded or saved: progress bars, tables of missing
-weights, advice. The callers check for real problems themselves and raise errors."""
+"""Keeps transformers and bitsandbytes from printing progress bars, tables of missing weights and advice while a model
+is loaded or saved. The callers check for real problems themselves and raise errors."""
 
 from __future__ import annotations
 

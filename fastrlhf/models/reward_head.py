@@ -1,7 +1,8 @@
-"""Reward models for families that have no sequence-classification class in transformers: a scalar head on the backbone.
+"""Defines reward models, a scalar head on the backbone, for model families without a sequence-classification class in
+transformers.
 
-A saved model has a copy of this file beside its weights, so that `AutoModelForSequenceClassification.from_pretrained`
-of plain transformers reads it with `trust_remote_code=True`. Needs torch and transformers only.
+The folder of a saved model gets a copy of this file, so that `AutoModelForSequenceClassification.from_pretrained` of
+plain transformers can load the model with `trust_remote_code=True`. The file imports only torch and transformers.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
 
 def scorer_class(config: PretrainedConfig) -> type[PreTrainedModel]:
-    """The class of a reward model over this backbone: transformers' sequence classifier if its head is one linear map
-    `score`, else one that is made here.
+    """Returns the class of reward models for this backbone: transformers' sequence classifier if its head is one linear
+    map `score`, otherwise a class made here.
 
     Raises ValueError if the configuration is not that of a causal language model.
     """
@@ -40,7 +41,8 @@ def scorer_class(config: PretrainedConfig) -> type[PreTrainedModel]:
 
 
 class RewardModel:
-    """The entry point of plain transformers: `auto_map` in the config.json of a saved model names it."""
+    """The class through which plain transformers loads a saved model: `auto_map` in the model's config.json names
+    it."""
 
     @classmethod
     def from_pretrained(cls, *arguments: Any, config: PretrainedConfig, **settings: Any) -> PreTrainedModel:
@@ -48,21 +50,22 @@ class RewardModel:
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "") -> None:
-        """Nothing: transformers calls it before `from_pretrained`."""
+        """Does nothing; transformers calls it before `from_pretrained`."""
 
 
 def _has_linear_score(kind: type[PreTrainedModel], config: PretrainedConfig) -> bool:
     try:
         with torch.device("meta"):
             head = getattr(kind(config), "score", None)
-    except Exception:  # a family's own code may raise anything for a configuration that it is not made for
+    except Exception:  # the code of a model family may raise any exception for an unusual configuration
         return False
     return isinstance(head, Linear) and head.bias is None
 
 
 @cache
 def _scorer_over(causal: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """The causal language model with a score head in the place of its head over the vocabulary."""
+    """Returns a class derived from a causal language model, with a score head in place of the head over the
+    vocabulary."""
 
     def __init__(self: Any, config: PretrainedConfig) -> None:
         cast(Any, causal).__init__(self, config)
@@ -112,14 +115,15 @@ def _scorer_over(causal: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
 
 def _backbone(model: PreTrainedModel) -> PreTrainedModel:
-    """`base_model`, which is the model itself if the prefix that its class declares is not the name of its backbone."""
+    """Returns the backbone. `base_model` is not enough: it is the whole model if the prefix that the class declares is
+    not the name of the backbone."""
     if (base := model.base_model) is not model:
         return cast(PreTrainedModel, base)
     return next(child for child in model.children() if isinstance(child, PreTrainedModel))
 
 
 def width(config: PretrainedConfig) -> int:
-    """Size of the backbone's last hidden states."""
+    """Returns the size of the backbone's last hidden states."""
     text = config.get_text_config()
     for source in (text, config):
         for name in ("hidden_size", "d_model", "n_embd", "dim"):

@@ -1,10 +1,10 @@
-"""One backbone, many roles: reference, DPO model, judge and critic of a run over the weights that its policy started
-from.
+"""Builds the models of an on-policy run (its roles: reference, DPO model, judge and critic) over the weights from which
+the policy started.
 
-A path that names an adapter alone, such as `adapter/` of a run that `use_peft` trained, makes a role: an adapter (and
-for scores a head) around the same tensors as the base. Each role is a model with modules of its own, so it costs only
-its adapter and head. There is no adapter switch that could be in the wrong position while a layer is recomputed, a
-judge scores or an engine receives weights. A path that names a model makes a model of its own.
+A path to an adapter without a model, such as `adapter/` of a run with `use_peft`, makes a role: an adapter (and for
+scores a head) around the tensors of the base model. Each role has its own modules around the shared tensors, so it only
+needs memory for its adapter and head, and no adapter has to be switched on and off. A path to a whole model makes a
+separate model.
 """
 
 from __future__ import annotations
@@ -49,17 +49,17 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 HEADS = ("score", "classifier")
-"""Names that peft writes into the settings of every sequence classifier."""
+"""Names of heads that peft writes into the settings of every sequence classifier."""
 
 
 def holds_adapter(source: str) -> bool:
-    """Whether `source` is a folder with an adapter and no model."""
+    """Returns whether `source` is a folder with an adapter but no model."""
     return (Path(source) / "adapter_config.json").exists() and not (Path(source) / "config.json").exists()
 
 
 def unmerged_adapter(source: str, dtype: str) -> str:
-    """The folder of the adapter of a run, where its merged weights are not what was trained once they are in `dtype`:
-    in bfloat16 either on disk or as they would be loaded. Empty if there is none."""
+    """Returns the folder of a run's adapter if the merged weights of the run are rounded, because they are in bfloat16
+    on disk or would be loaded in bfloat16. Empty if they are exact or there is no adapter."""
     folder = Path(source)
     if not (folder / "adapter" / "adapter_config.json").exists() or not (folder / "config.json").exists():
         return ""
@@ -71,11 +71,11 @@ def unmerged_adapter(source: str, dtype: str) -> str:
 
 
 def open_base(config: TrainConfig, sources: Sequence[tuple[str, str]]) -> PreTrainedModel | None:
-    """The frozen causal LM under the adapters among `sources`, (field, path) each; None where none is one.
+    """Loads the frozen causal LM under the adapters in `sources`, pairs of (key, path); None if no path is an adapter.
 
-    It is that of `model_name_or_path`, or, where this is empty, the one that the first adapter says it was trained
-    over; in 4 bits where it was then. Raises ValueError where an adapter cannot be read or names no model, and where
-    there is no such model.
+    It is the model of `model_name_or_path` or, if this is empty, the model that the first adapter names as its base. It
+    is loaded in 4 bits if the adapter was trained over 4 bits. Raises ValueError if an adapter cannot be read or names
+    no model, or if there is no such model.
     """
     adapters = [(field, source) for field, source in sources if holds_adapter(source)]
     if not adapters:
@@ -96,13 +96,13 @@ def open_base(config: TrainConfig, sources: Sequence[tuple[str, str]]) -> PreTra
 
 
 def adapter_settings(source: str, field: str) -> LoraConfig:
-    """The LoraConfig of the adapter in a folder, for use as a role. Raises ValueError, naming `field`, where it is no
-    LoRA."""
+    """Reads the LoraConfig of the adapter in a folder, for use as a role. Raises ValueError, naming `field`, if the
+    adapter is not a LoRA."""
     from peft import LoraConfig, PeftConfig
 
     settings = PeftConfig.from_pretrained(source)
     if not isinstance(settings, LoraConfig):
-        raise ValueError(f"{field}: {source!r} holds an adapter of the kind {settings.peft_type}; only LoRA is known")
+        raise ValueError(f"{field}: {source!r} holds an adapter of type {settings.peft_type}; only LoRA is supported")
     # The head is loaded separately; dropout would make log-probs of the same tokens differ between passes.
     saved = [name for name in settings.modules_to_save or () if name not in HEADS]
     settings.modules_to_save, settings.lora_dropout, settings.inference_mode = saved or None, 0.0, False
@@ -110,20 +110,21 @@ def adapter_settings(source: str, field: str) -> LoraConfig:
 
 
 def policy_role(source: str, base: PreTrainedModel, field: str) -> PreTrainedModel:
-    """The causal LM that the adapter in the folder `source` makes of the frozen `base`, whose weights it shares.
+    """Builds the causal LM that consists of the frozen `base`, whose weights it shares, and the adapter in the folder
+    `source`.
 
-    Only the adapter, and the modules that were trained with it, have gradients. Raises ValueError, naming `field`,
-    where it is no LoRA, was trained over another base, does not fit, or is a reward model's.
+    Only the adapter, and the modules that were trained with it, have gradients. Raises ValueError, naming `field`, if
+    the adapter is not a LoRA, was trained over another base, does not fit, or belongs to a reward model.
     """
     return _with_adapter(shared_view(base), source, base, field)
 
 
 def score_role(source: str, base: PreTrainedModel, field: str, pad_token_id: int | None) -> PreTrainedModel:
-    """The reward model that the adapter in the folder `source`, with its score head, makes of the backbone of the
-    frozen causal LM `base`, whose weights it shares.
+    """Builds the reward model that consists of the backbone of the frozen causal LM `base`, whose weights it shares,
+    and the adapter in the folder `source` with its score head.
 
-    The adapter and the head alone have gradients; the head runs in float32. Raises ValueError, naming `field`, as
-    `policy_role` does, and where the adapter has no score head.
+    Only the adapter and the head have gradients; the head runs in float32. Raises ValueError, naming `field`, as
+    `policy_role` does, and if the adapter has no score head.
     """
     model = _with_adapter(_scorer_over(base, pad_token_id, source, field), source, base, field)
     model.score.requires_grad_(True)
@@ -133,10 +134,11 @@ def score_role(source: str, base: PreTrainedModel, field: str, pad_token_id: int
 
 
 def judge_and_critic(config: PPOConfig, reward_model: PreTrainedModel) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """The frozen judge and the critic to train, which start as one reward model and share what is not trained.
+    """Returns the frozen judge and the trainable critic, which start from the same reward model and share the weights
+    that are not trained.
 
-    With `use_peft` the critic trains an adapter: the existing one of a role, whatever its rank, or a new one over a
-    separate model. Without `use_peft` it trains all weights.
+    With `use_peft` the critic trains an adapter: that of the reward model, if it has one, or a new one. Without
+    `use_peft` it trains all weights.
     """
     if not has_adapter(reward_model):
         make_trainable(reward_model, config, config.reward_model_path)
@@ -146,7 +148,8 @@ def judge_and_critic(config: PPOConfig, reward_model: PreTrainedModel) -> tuple[
 
 
 def critic_from(config: PPOConfig, scorer: PreTrainedModel, source: str) -> PreTrainedModel:
-    """The critic to train, of a model with a score head that was loaded from `source`; as in `judge_and_critic`."""
+    """Returns the trainable critic made from a model with a score head that was loaded from `source`, as in
+    `judge_and_critic`."""
     if not has_adapter(scorer):
         make_trainable(scorer, config, source)
         return scorer
@@ -159,9 +162,10 @@ def critic_from(config: PPOConfig, scorer: PreTrainedModel, source: str) -> PreT
 
 
 def new_critic(config: PPOConfig, base: PreTrainedModel, pad_token_id: int | None) -> PreTrainedModel:
-    """A critic to train that starts from the backbone of the frozen causal LM `base`, its value 0 everywhere.
+    """Returns a trainable critic that starts from the backbone of the frozen causal LM `base` and has the value 0 in
+    every state.
 
-    With `use_peft` it shares the weights of `base` and trains an adapter; without, it trains a copy of them.
+    With `use_peft` it shares the weights of `base` and trains an adapter; otherwise it trains a copy of the weights.
     """
     critic = _scorer_over(base, pad_token_id, config.model_name_or_path, "model_name_or_path", shared=config.use_peft)
     torch.nn.init.zeros_(cast(torch.nn.Linear, critic.score).weight)
@@ -176,20 +180,20 @@ def new_critic(config: PPOConfig, base: PreTrainedModel, pad_token_id: int | Non
 def _scorer_over(
     base: PreTrainedModel, pad_token_id: int | None, source: str, field: str, *, shared: bool = True
 ) -> PreTrainedModel:
-    """A sequence classifier with one score around the backbone of a frozen causal LM, its weights shared or copied; the
-    head, in float32, holds no numbers yet."""
+    """Returns a sequence classifier with one score around the backbone of a frozen causal LM, whose weights are shared
+    or copied. Its head, in float32, is not initialised."""
     config = copy.deepcopy(base.config)
     config.num_labels = 1
     config.pad_token_id = config.get_text_config().pad_token_id = pad_token_id
     with torch.device("meta"):
         model = cast(Any, scorer_class(config)(config))
-    # The layers read the configuration of the model that they are part of.
+    # The layers must read the configuration of the new model.
     known: dict[int, Any] = {**frozen_tensors(base)} if shared else {}
     known |= {id(base.config): model.config}
     known |= {id(getattr(base.config, name)): getattr(model.config, name) for name in base.config.sub_configs}
     backbone = copy.deepcopy(base.base_model, known)
     setattr(model, model.base_model_prefix, backbone)
-    model.is_loaded_in_4bit = is_four_bit(base)  # peft looks for it there
+    model.is_loaded_in_4bit = is_four_bit(base)  # peft reads this attribute
     float_score_head(model, source, field).to_empty(device=base.device)
     return model
 
@@ -214,7 +218,7 @@ def _with_adapter(model: PreTrainedModel, source: str, base: PreTrainedModel, fi
                 shapes = f"{list(saved[name].shape)} there and {list(weight.shape)} in the base"
                 raise ValueError(f"{field}: {source!r} does not fit: {name} is {shapes}")
             weight.copy_(saved[name])
-        for name, weight in own.items():  # written twice if two modules share it
+        for name, weight in own.items():  # a weight that two modules share was written twice
             if not torch.equal(weight, saved[name].to(weight.device, weight.dtype)):
                 raise ValueError(f"{field}: {source!r} does not fit: {name} is tied to another weight in the base")
     num = sum(weight.numel() for weight in saved.values())
@@ -223,7 +227,8 @@ def _with_adapter(model: PreTrainedModel, source: str, base: PreTrainedModel, fi
 
 
 def _own_copies(model: PreTrainedModel, modules: Sequence[str]) -> None:
-    """Gives the model copies of the weights of these modules, which it shares with the base; tied weights stay tied."""
+    """Replaces the weights of these modules, which the model shares with the base, by copies; tied weights stay
+    tied."""
     copies: dict[int, torch.nn.Parameter] = {}
     for name in modules:
         for part in model.get_submodule(name).modules():
@@ -232,8 +237,7 @@ def _own_copies(model: PreTrainedModel, modules: Sequence[str]) -> None:
 
 
 def _read(source: str, field: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The weights of an adapter and, if this program wrote it, the metadata about the weights that it was trained
-    over."""
+    """Reads the weights of an adapter and, if fastrlhf wrote it, the metadata about its base weights."""
     try:
         with safe_open(Path(source) / "adapter_model.safetensors", "pt") as content:
             weights = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 (it is no mapping)
@@ -243,20 +247,20 @@ def _read(source: str, field: str) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _check_base(source: str, field: str, named: str | None, metadata: dict[str, str], base: PreTrainedModel) -> None:
-    """Compares the base of an adapter with that of the run. An adapter of another program has no fingerprint; then only
-    the name of its base is known."""
+    """Raises ValueError if the base of an adapter is not the base of the run. An adapter of another program has no
+    fingerprint, so only the name of its base is compared."""
     here, fingerprint = base.name_or_path or "model_config", metadata.get("base")
     own = "true" if is_four_bit(base) else "false"
     if (then := metadata.get("load_in_4bit", own)) != own:
         raise ValueError(
-            f"{field}: {source!r} was trained with load_in_4bit: {then}, and in this run it is {own}; set it to "
+            f"{field}: {source!r} was trained with load_in_4bit: {then}, but in this run it is {own}; set it to "
             f"{then}, or give here the folder of the run that trained it, which holds the whole model"
         )
     same = base_fingerprint(base) == fingerprint if fingerprint else _same_place(named or "", here)
     if not same:
         raise ValueError(
-            f"{field}: {source!r} was trained over the weights of {named!r}, and the policy of this run starts from "
-            f"others, those of {here!r}; give a model_name_or_path that holds the same, or here the folder of the run "
+            f"{field}: {source!r} was trained over the weights of {named!r}, but the policy of this run starts from "
+            f"the weights of {here!r}; give a model_name_or_path with the same weights, or here the folder of the run "
             "that trained it, which holds the whole model"
         )
 

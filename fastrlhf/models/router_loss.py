@@ -1,16 +1,16 @@
-"""The auxiliary loss of mixtures of experts (Fedus et al. 2021, arXiv 2101.03961, eq. 4 to 6): it makes routers spread
-tokens over experts.
+"""Auxiliary loss of mixture-of-experts models (Fedus et al. 2021, arXiv 2101.03961, eq. 4 to 6), which makes routers
+balance the load of the experts.
 
     aux = E * sum over experts i of f_i * P_i
 
 f_i is the share of routing decisions (times the experts per token) that went to expert i, P_i its mean routing
-probability, both over the tokens of all layers of one sequence; the loss of a step is `router_aux_loss_coef` times the
-mean over its sequences. On one sequence this is transformers' loss. transformers takes the shares over whatever padded
-batch a forward has, so that its gradient depends on how a step is cut; here it does not, and neither micro-batches nor
-ranks nor shared prompts change it.
+probability, both over the tokens and layers of one sequence. The loss of a step is `router_aux_loss_coef` times the
+mean over its sequences. For a single sequence it equals transformers' loss. transformers computes the shares over the
+padded batch of each forward pass, so its gradient depends on how a step is divided; here, micro-batches, ranks and
+shared prompts do not change the gradient.
 
-The loss is not a term of the trainers' losses: `with_router_loss` leaves the hidden states as they are and adds the
-gradient in the backward.
+Trainers do not add this loss to theirs: `with_router_loss` returns the hidden states unchanged and adds the gradient in
+the backward pass.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ class _State:
     coef: float
     experts_per_token: int
     num_sequences: int = 0
-    """Number of sequences of the whole optimiser step, over all ranks."""
+    """Number of sequences of the optimiser step, over all ranks."""
     sum: Tensor | None = None
     """Sum of aux over the sequences of this rank since the step began."""
 
 
 def set_router_loss(model: PreTrainedModel, coef: float | None) -> None:
-    """Adds the auxiliary loss to all later backward passes of the model; `coef` None: that of its configuration.
+    """Adds the auxiliary loss to all later backward passes of the model. `coef` None: the coefficient in its
+    configuration.
 
-    Nothing happens for a model without recorded routers. Raises ValueError where a coefficient above 0 is asked for
-    and the model has none.
+    A model without router logits is unchanged; ValueError is raised if `coef` is above 0 for such a model.
     """
     config = model.config.get_text_config()
     known = "router_logits" in (getattr(model.base_model, "_can_record_outputs", None) or {})
@@ -57,14 +57,15 @@ def set_router_loss(model: PreTrainedModel, coef: float | None) -> None:
 
 
 def begin_step(model: PreTrainedModel, num_sequences: int) -> None:
-    """To be called before the first backward of an optimiser step of `num_sequences` sequences, over all ranks."""
+    """Begins an optimiser step of `num_sequences` sequences over all ranks. It must be called before the first backward
+    pass of the step."""
     if state := _state(model):
         state.num_sequences, state.sum = num_sequences, None
 
 
 def router_loss(model: Module) -> float | None:
-    """The mean of aux over the sequences of the step, without the coefficient; None if the model has no such loss.
-    Every rank must call it."""
+    """Returns the mean auxiliary loss over the sequences of the step, without the coefficient; None if the model has no
+    auxiliary loss. Every rank must call it."""
     state = _state(model)
     if state is None or not state.num_sequences:
         return None
@@ -73,12 +74,13 @@ def router_loss(model: Module) -> float | None:
 
 
 def wanted(model: PreTrainedModel) -> dict[str, bool]:
-    """Keywords of the backbone's forward; empty where no auxiliary loss is needed."""
+    """Returns the keywords by which the backbone's forward pass returns router logits; empty if no auxiliary loss is
+    needed."""
     return {"output_router_logits": True} if torch.is_grad_enabled() and _state(model) else {}
 
 
 def with_router_loss(model: PreTrainedModel, batch: PackedBatch, output: Any) -> Tensor:
-    """The hidden states of `output` [1, T, D], whose backward adds the gradient of the auxiliary loss."""
+    """Returns the hidden states of `output` [1, T, D]; their backward pass adds the gradient of the auxiliary loss."""
     state, hidden = _state(model), output.last_hidden_state
     if not wanted(model) or state is None or not hidden.requires_grad:
         return hidden
@@ -90,9 +92,11 @@ def with_router_loss(model: PreTrainedModel, batch: PackedBatch, output: Any) ->
 
 
 def balance(router_logits: tuple[Tensor, ...], experts_per_token: int, batch: PackedBatch) -> Tensor:
-    """aux of every segment of a pack, 0 for those that others continue; router_logits are [T, E] per layer.
+    """Returns the auxiliary loss of every segment of a pack, 0 for segments with children. router_logits: [T, E] per
+    layer.
 
-    The tokens of a sequence are those that its last one attends to, so those of a shared prompt count in each branch.
+    A sequence consists of all tokens that its last token attends to, so the tokens of a shared prompt count in every
+    branch.
     """
     plan, chosen, probs = batch.plan, None, None
     for logits in router_logits:
@@ -112,7 +116,7 @@ def balance(router_logits: tuple[Tensor, ...], experts_per_token: int, batch: Pa
 
 
 class _AddGradient(Function):
-    """The identity, in whose backward a loss has gradient 1."""
+    """The identity function, whose backward pass also gives a loss the gradient 1."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, loss: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]

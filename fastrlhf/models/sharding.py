@@ -1,10 +1,11 @@
-"""Weights, gradients and moments spread over the processes of a run: FSDP2 (`fully_shard`; Zhao et al. 2023, arXiv
-2304.11277, is its predecessor).
+"""Shards weights, gradients and moments over the processes of a run by FSDP2 (`fully_shard`, the successor of FSDP,
+Zhao et al. 2023, arXiv 2304.11277).
 
-Each layer is a group that is gathered before its forward and its backward and given back after. The remaining weights
-(embeddings, last norm, head) belong to the root group and stay gathered from the forward to the end of the backward, or
-to `give_back` where there is none, so that losses can read the weight of the head as in one process. At other times a
-parameter is a DTensor of which this rank holds a part. Frozen models are spread in the same way.
+Each layer is a group that is gathered before its forward and its backward pass and freed afterwards. The remaining
+weights (embeddings, last norm, head) belong to the root group. They stay gathered from the forward pass to the end of
+the backward pass, or to `give_back` if there is no backward pass, so that losses can read the weight of the head as in
+one process. At all other times a parameter is a DTensor of which this rank holds a part. Frozen models are sharded in
+the same way.
 """
 
 from __future__ import annotations
@@ -32,13 +33,14 @@ _WHOLE = "fastrlhf_whole"  # attribute of a sharded model within `whole`
 
 
 def shard(*models: PreTrainedModel) -> None:
-    """Spreads models that every rank holds over all of them, in place; in one process nothing happens.
+    """Shards models over all ranks, in place. Before, every rank must hold the whole models. In one process nothing
+    happens.
 
-    After their copies are made, and before their optimiser. Raises ValueError, on every rank, where a rank has read
-    other weights (a hash of samples of every tensor). A loss is a sum over ranks, divided by a count of the whole
-    step, so gradients are summed, in float32, and not averaged. From now on all ranks make equally many passes, except
-    within `whole`. Models that share frozen weights still share them when sharded, except parts that are smaller than
-    those of the first rank.
+    It must be called after the models have been copied and before their optimisers are made. Raises ValueError, on
+    every rank, if a rank has loaded other weights (compared by a hash of samples of every tensor). A loss is a sum over
+    ranks divided by a count of the whole step, so gradients are summed in float32 and not averaged. From then on all
+    ranks must make equally many passes, except within `whole`. Frozen weights that models share are still shared after
+    sharding, except parts that are smaller than those of the first rank.
     """
     if world_size() == 1:
         return
@@ -64,14 +66,14 @@ def _shard(model: PreTrainedModel) -> None:
     mesh = init_device_mesh(model.device.type, (world_size(),))
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     layers = _layers(model.base_model)
-    # A group has one dtype, and a score head is float32 under any backbone.
+    # A group has one dtype, and a score head is always float32.
     heads = [model.score] if hasattr(model, "score") else []
     for module in [*layers, *heads]:
         fully_shard(cast(Module, module), mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     for group in _groups(model):
         group.set_gradient_divide_factor(1.0)
-        group.set_force_sum_reduction_for_comms(True)  # gloo supports only sums
+        group.set_force_sum_reduction_for_comms(True)  # gloo only supports sums
     model.run_backbone = MethodType(_run_backbone, model)  # pyright: ignore[reportArgumentType] (modules keep methods too)
     register_fsdp_forward_method(model, "run_backbone")
 
@@ -88,15 +90,15 @@ def _layers(module: Module) -> list[Module]:
 
 
 def backbone_of(model: PreTrainedModel) -> Callable[..., Any]:
-    """The callable that computes the hidden states: `model.base_model`, or for a sharded model a method that gathers
+    """Returns the callable that computes the hidden states: the backbone or, for a sharded model, a method that gathers
     its weights first."""
     return cast(Callable[..., Any], model.run_backbone) if isinstance(model, FSDPModule) else _backbone(model)
 
 
 @contextmanager
 def whole(model: PreTrainedModel) -> Iterator[None]:
-    """Context in which every rank holds all weights and may run the model without gradients any number of times, for
-    example to sample or evaluate, independently of the number of passes on other ranks."""
+    """Context in which every rank holds all weights. It may then run the model without gradients any number of times,
+    for example to sample or evaluate, even if other ranks make fewer or more passes."""
     if not isinstance(model, FSDPModule):
         yield
         return
@@ -117,7 +119,7 @@ def whole(model: PreTrainedModel) -> Iterator[None]:
 
 @torch.no_grad()
 def weight_sample(model: Module, length: int = 64) -> str:
-    """A hash of at most `length` entries of every tensor of a model that is not sharded yet, evenly spread over it."""
+    """Returns a hash of at most `length` evenly spaced entries of every tensor of a model that is not sharded."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         flat = tensor.detach().reshape(-1)
@@ -128,30 +130,32 @@ def weight_sample(model: Module, length: int = 64) -> str:
 
 
 def runs_in_step(model: PreTrainedModel) -> bool:
-    """Whether every rank has to make equally many passes through the model, because each pass gathers its weights."""
+    """Returns whether all ranks must make equally many passes through the model, because each pass gathers its
+    weights."""
     return isinstance(model, FSDPModule) and not hasattr(model, _WHOLE)
 
 
 def give_back(model: PreTrainedModel) -> None:
-    """Frees the weights that the root of a model without a backward would keep after its passes."""
+    """Frees the gathered root weights of a model after passes without a backward pass."""
     if isinstance(model, FSDPModule):
         model.reshard()
 
 
 def full(tensor: Tensor) -> Tensor:
-    """The whole of a tensor of which this rank may hold a part; every rank must call it."""
+    """Returns the whole tensor, of which this rank may hold only a part. Every rank must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def held(tensor: Tensor) -> Tensor:
-    """The part that this rank holds; of a tensor that every rank holds whole, all on the first and none elsewhere."""
+    """Returns the part of a tensor that this rank holds. A tensor that is not sharded belongs to the first rank; the
+    others get an empty tensor."""
     if isinstance(tensor, DTensor):
         return tensor.to_local()
     return tensor if is_first() else tensor.new_empty(0)
 
 
 def beginnings(tensors: Iterable[Tensor], length: int) -> list[Tensor]:
-    """The first `length` entries of each, or all that it has, flat, in float32 on the CPU; nothing else is gathered.
+    """Returns at most the first `length` entries of each tensor, flat, in float32 on the CPU; only these are gathered.
     Every rank must call it."""
     # Copies, because a view would be sent with its whole storage.
     own = [held(tensor.detach()).reshape(-1)[:length].float().cpu().clone() for tensor in tensors]
@@ -159,15 +163,17 @@ def beginnings(tensors: Iterable[Tensor], length: int) -> list[Tensor]:
 
 
 def on_first_rank(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors whole and on the CPU on the first rank, and none elsewhere; in one process as they are."""
+    """Gathers tensors to the CPU of the first rank, where it returns them whole; it returns an empty dict on other
+    ranks. In one process the tensors are returned unchanged."""
     if world_size() == 1:
         return dict(tensors)
-    every = ((name, full(tensor)) for name, tensor in tensors.items())  # one at a time
+    every = ((name, full(tensor)) for name, tensor in tensors.items())  # gathered one at a time
     return {name: tensor.cpu() for name, tensor in every if is_first()}
 
 
 def whole_weights(model: PreTrainedModel) -> dict[str, Tensor]:
-    """All parameters and persistent buffers of a model by name, tied ones once, as `on_first_rank` has them."""
+    """Gathers all parameters and persistent buffers of a model by name, as `on_first_rank` does; tied ones occur
+    once."""
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     tied = names - {name for name, _ in model.named_parameters()}
     return on_first_rank({name: tensor for name, tensor in model.state_dict().items() if name not in tied})
@@ -178,8 +184,8 @@ def is_sharded(what: Module | Tensor) -> bool:
 
 
 def assign(module: Module, weights: Mapping[str, Tensor]) -> None:
-    """Gives a sharded module, or a part of one, other sharded weights, by name. The tensors of the old ones, which
-    other models may share, stay as they are."""
+    """Replaces weights of a sharded module, by name, by other sharded weights. The tensors of the old weights, which
+    other models may share, are not changed."""
     named: Mapping[str, Any] = dict(module.named_parameters())
     new = {
         name: cast(DTensor, weight).redistribute(placements=named[name].placements).detach()
@@ -189,8 +195,9 @@ def assign(module: Module, weights: Mapping[str, Tensor]) -> None:
 
 
 def like(tensor: Tensor, value: Tensor) -> Tensor:
-    """`value`, a whole tensor that every rank holds, in the layout of `tensor`: on its device and, if that is sharded,
-    the part of this rank. A `value` that is already sharded is returned unchanged."""
+    """Returns `value`, a whole tensor that every rank holds, in the layout of `tensor`: on its device and, if `tensor`
+    is sharded, only the part of this rank. A sharded `value` is returned unchanged, or whole if `tensor` is not
+    sharded."""
     if isinstance(value, DTensor):
         return value if isinstance(tensor, DTensor) else full(value)
     value = value.to(tensor.device)
@@ -200,25 +207,26 @@ def like(tensor: Tensor, value: Tensor) -> Tensor:
 
 
 def part(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor, over the same memory; the tensor itself if it is not sharded."""
+    """Returns this rank's part of a tensor, in the same memory; the tensor itself if it is not sharded."""
     return cast(DTensor, tensor.detach()).to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def part_size(tensor: Tensor) -> int:
-    """Number of entries that a full part of it has; the last ranks may hold fewer."""
+    """Returns the number of entries of a full part of the tensor; the last ranks may hold fewer."""
     if not isinstance(tensor, DTensor):
         return tensor.numel()
     return -(-len(tensor) // world_size()) * (tensor.numel() // len(tensor))
 
 
 def first_entry(tensor: Tensor) -> int:
-    """Index, among all entries of a tensor, of the first entry of this rank."""
+    """Returns the index, among all entries of a tensor, of the first entry that this rank holds."""
     rank = tensor.device_mesh.get_local_rank() if isinstance(tensor, DTensor) else 0
     return min(rank * part_size(tensor), tensor.numel())
 
 
 def of_parts(tensor: Tensor, own: Tensor) -> Tensor:
-    """A tensor sharded like `tensor`, of which this rank holds `own`; `own` itself if `tensor` is not sharded."""
+    """Returns a tensor sharded like `tensor`, of which this rank holds the part `own`; `own` itself if `tensor` is not
+    sharded."""
     if not isinstance(tensor, DTensor):
         return own
     shape, stride = tensor.shape, tensor.stride()
@@ -230,7 +238,8 @@ def _run_backbone(model: PreTrainedModel, **inputs: Any) -> Any:
 
 
 def _backbone(model: PreTrainedModel) -> PreTrainedModel:
-    """`base_model`, which is the model itself if the prefix that its class declares is not the name of its backbone."""
+    """Returns the backbone. `base_model` is not enough: it is the whole model if the prefix that the class declares is
+    not the name of the backbone."""
     if (base := model.base_model) is not model:
         return cast(PreTrainedModel, base)
     return next((child for child in model.children() if isinstance(child, PreTrainedModel)), model)

@@ -1,9 +1,10 @@
-"""The tensors of a checkpoint, by name: NAME.safetensors, or NAME.shards/ with the parts of several processes.
+"""Writes and reads the tensors of a checkpoint: in NAME.safetensors, or in NAME.shards/ with the parts of several
+processes.
 
-For weights that are spread over processes, each process writes the part that it holds and reads the part that it needs,
-through torch.distributed.checkpoint, so that they are never gathered, and any number of processes reads what any other
-has written. Every part is a safetensors file, whose metadata say where in the whole it belongs. The metadata of torch's
-other formats, a pickle, are neither written nor read.
+Each process writes the parts of sharded tensors that it holds, and reads the parts that it needs, through
+torch.distributed.checkpoint. Tensors are therefore never gathered, and the number of processes may differ between
+writing and reading. Every part is a safetensors file whose metadata give its place in the whole tensors. The pickled
+metadata of torch's other formats are neither written nor read.
 
 If any rank fails, every rank raises the error of the first one that failed.
 """
@@ -32,8 +33,8 @@ from torch.distributed.tensor import empty as empty_dtensor
 from fastrlhf.distributed.ranks import on_each, on_first, world_size
 
 FILE = 2**28
-"""Approximate bytes of a part. To write, a process needs twice as much memory beside its tensors, plus copies from a
-GPU."""
+"""Approximate size of a part, in bytes. To write it, a process needs twice this memory in addition to its tensors, and
+copies of tensors on a GPU."""
 
 
 def is_sharded(stem: Path) -> bool:
@@ -45,10 +46,10 @@ def exists(stem: Path) -> bool:
 
 
 def write_tensors(stem: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes `stem`.shards/ where any of the tensors is spread over the ranks, else `stem`.safetensors, by the first;
-    nothing if there are no tensors. Every rank must call it, with the same names."""
+    """Writes the tensors: to `stem`.shards/ if any of them is sharded over the ranks, otherwise to `stem`.safetensors,
+    by the first rank. Without tensors nothing is written. Every rank must call it, with the same names."""
     if any(isinstance(tensor, DTensor) for tensor in tensors.values()):
-        # By running size, so that a rank has less than FILE in a file, and one tensor more.
+        # A file ends after the tensor with which a rank's share of the file reaches FILE bytes.
         ends = accumulate(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         file_of = {name: 1 + end // (FILE * world_size()) for name, end in zip(tensors, ends, strict=True)}
         writer = HuggingFaceStorageWriter(str(_folder(stem)), file_of, save_distributed=True)
@@ -60,7 +61,7 @@ def write_tensors(stem: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def describe_tensors(stem: Path) -> dict[str, tuple[torch.dtype, torch.Size]]:
-    """dtype and shape of every whole tensor by name. Raises ValueError where a part of one is missing."""
+    """Returns dtype and shape of every whole tensor by name. Raises ValueError if a part of a tensor is missing."""
     described = {}
     for name, saved in _Reader(stem).read_metadata().state_dict_metadata.items():
         assert isinstance(saved, TensorStorageMetadata)
@@ -71,7 +72,8 @@ def describe_tensors(stem: Path) -> dict[str, tuple[torch.dtype, torch.Size]]:
 
 
 def read_into(stem: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Fills the tensors, or this rank's parts of sharded ones; every rank must call it for those."""
+    """Reads values from a checkpoint into the tensors; of a sharded tensor, only into this rank's part. If any tensor
+    is sharded, every rank must call it."""
     together = any(isinstance(tensor, DTensor) for tensor in tensors.values())
     with _first_error(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
@@ -79,8 +81,9 @@ def read_into(stem: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def read_tensors(stem: Path, pattern: Tensor | None = None) -> dict[str, Tensor]:
-    """All tensors, whole and on the CPU; or, if `pattern` is sharded, all except scalars sharded like it."""
-    together = isinstance(pattern, DTensor)  # a rank that cannot read the names must not leave the others waiting
+    """Reads all tensors, whole and on the CPU. If `pattern` is sharded, all tensors except scalars are sharded like
+    it."""
+    together = isinstance(pattern, DTensor)  # with on_each, no rank waits for one that fails
     described = on_each(lambda: describe_tensors(stem))[0] if together else describe_tensors(stem)
     tensors = {name: _room(pattern, dtype, shape) for name, (dtype, shape) in described.items()}
     read_into(stem, tensors)
@@ -95,7 +98,7 @@ def _room(pattern: Tensor | None, dtype: torch.dtype, shape: torch.Size) -> Tens
 
 
 class _Reader(HuggingFaceStorageReader):
-    """A reader of one file (without the files beside it) or of a folder."""
+    """Reads a folder, or a single file (ignoring other files in its folder)."""
 
     def __init__(self, stem: Path) -> None:
         super().__init__(str(_folder(stem) if is_sharded(stem) else _file(stem)))

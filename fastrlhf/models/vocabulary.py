@@ -1,8 +1,9 @@
-"""Ids that never occur in text: embeddings are often padded beyond the tokenizer, to a multiple of 64 or more.
+"""Excludes ids that never occur in text: embeddings often have more rows than the tokenizer has tokens, because they
+are padded to a multiple of 64 or more.
 
-On-policy training and sampling take the distribution over the ids of the tokenizer alone: the others are never
-sampled, and log-probs, entropies and KLs are exact over the rest. Offline losses keep the whole vocabulary, as other
-trainers do, so that those ids are trained down.
+On-policy training and sampling use the distribution over the ids of the tokenizer only: other ids are never sampled,
+and log-probs, entropies and KLs are exact for the restricted distribution. Offline losses keep the whole vocabulary, as
+other trainers do, so that training lowers the probability of the other ids.
 """
 
 from __future__ import annotations
@@ -27,15 +28,14 @@ def limit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
 
 
 def num_ids(model: PreTrainedModel) -> int | None:
-    """Only ids below this number may be sampled; None: all."""
+    """Returns the number below which ids may be sampled; None: all ids."""
     return getattr(model, _NUM_IDS, None)
 
 
 def head_of(model: PreTrainedModel, *, gathered: bool = False) -> tuple[Tensor, Tensor | None]:
-    """Weight [V, D] and bias [V] of the head, the rows of the ids that may be sampled.
+    """Returns weight [V, D] and bias [V] of the head, restricted to the ids that may be sampled.
 
-    `gathered`: gather the weights first; needed for a sharded model when this rank may hold only a part since the last
-    forward.
+    `gathered`: gather the weights first, which a sharded model needs if this rank may hold only a part of them.
     """
     head, num = cast(Linear, model.get_output_embeddings()), num_ids(model)
     weight, bias = full(head.weight) if gathered else head.weight, getattr(head, "bias", None)
@@ -43,8 +43,8 @@ def head_of(model: PreTrainedModel, *, gathered: bool = False) -> tuple[Tensor, 
 
 
 def write_ends(model: PreTrainedModel, ids: Sequence[int]) -> None:
-    """Sets the EOS ids that are saved with the model to the end ids of training: one id, or a list if there are several
-    or the model had a list."""
+    """Sets the EOS ids that are saved with the model to the end ids used in training: one id, or a list if there are
+    several or the model already had a list."""
     text = model.config.get_text_config()  # a composite configuration has none itself
     for config in (text, model.generation_config):
         if config is not None:

@@ -377,5 +377,5 @@ def test_a_second_judge_without_held_out_prompts_is_refused_before_anything_is_l
     cfg = config(paths, eval_reward_model_path=paths["reward_model_path"])
     with pytest.raises(ValueError, match=r"^eval_reward_model_path: nothing to judge; give num_eval_examples"):
         run(cfg)
-    with pytest.raises(ValueError, match=r"^eval_reward_model_path: 'nowhere' is neither a folder here nor"):
+    with pytest.raises(ValueError, match=r"^eval_reward_model_path: 'nowhere' is neither a local folder nor"):
         run(cfg, eval_reward_model_path="nowhere")

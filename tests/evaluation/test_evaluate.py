@@ -204,9 +204,9 @@ def test_bad_input_is_refused_before_anything_is_generated(config, tmp_path, mon
     build_policy(tiny.model_config(), vocab_size=tiny.VOCAB + 1, eos_token_id=1, seed=0).save_pretrained(large)
     for settings, message in (
         ({"models": ()}, "^models: must be at least one folder"),
-        ({"models": (one, str(tmp_path / "nowhere"))}, "^models: '.*nowhere' is neither a folder here nor"),
+        ({"models": (one, str(tmp_path / "nowhere"))}, "^models: '.*nowhere' is neither a local folder nor"),
         ({"models": (str(large),), "tokenizer_name_or_path": one}, "^vocabulary mismatch: "),
-        ({"models": (config.reward_model_path,)}, "^models: .* lacks weights of such a model"),
+        ({"models": (config.reward_model_path,)}, "^models: .* lacks the weights"),
         ({"reward_model_path": ""}, "^reward_model_path: must be the reward model that judges; got ''"),
         ({"reward_model_path": one}, "^reward_model_path: .* has no trained score head"),
         (
@@ -295,14 +295,14 @@ def test_of_a_run_folder_what_was_trained_is_judged_not_what_bfloat16_leaves_of_
     assert judged(run, "bfloat16") == expected
     assert judged(run, "float32") != expected
     assert opened == [True, False, False, False]
-    assert "rounds part of what the adapter learned" not in caplog.text
+    assert "loses a part of what the adapter learned" not in caplog.text
     shutil.move(base, tmp_path / "gone")
     judged(run, "bfloat16")
     assert (
         f"models: {run} is judged by its merged weights, rounded to bfloat16: model_name_or_path: '{base}'"
         in caplog.text
     )
-    assert f"models: {run} holds weights with an adapter added; bfloat16 rounds part of what" in caplog.text
+    assert f"models: {run} holds weights with a merged adapter; bfloat16 loses a part of what" in caplog.text
 
 
 def test_the_table_is_aligned():

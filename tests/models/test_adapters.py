@@ -220,7 +220,7 @@ def test_an_on_policy_run_shares_its_weights_and_starts_at_no_kl(paths, tmp_path
 
 
 def test_what_an_adapter_cannot_do_is_refused(paths, caplog):
-    with pytest.raises(ValueError, match="use_peft: must be false: a model from scratch has no weights to adapt"):
+    with pytest.raises(ValueError, match="use_peft: must be false with model_config: random weights need no adapter"):
         train_sft(
             SFTConfig(model_config='{"model_type": "llama"}', tokenizer_name_or_path=paths[0], **LORA), tiny.examples(8)
         )

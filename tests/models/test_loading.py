@@ -101,18 +101,18 @@ def test_an_unknown_model_type_is_refused(model_type):
 @pytest.mark.parametrize("load", [load_policy, lambda path: load_reward_model(path, pad_token_id=0)])
 def test_a_place_without_a_model_is_refused_by_the_name_of_its_field(load, tmp_path):
     field = "model_name_or_path" if load is load_policy else "reward_model_path"
-    with pytest.raises(ValueError, match=f"^{field}: '.*nowhere' is neither a folder here nor a "):
+    with pytest.raises(ValueError, match=f"^{field}: '.*nowhere' is neither a local folder nor a"):
         load(str(tmp_path / "nowhere"))
-    with pytest.raises(ValueError, match=f"^{field}: .* holds no model that transformers knows"):
+    with pytest.raises(ValueError, match=f"^{field}: .* holds no model that transformers can load"):
         load(str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "no such type"}')
-    with pytest.raises(ValueError, match=f"^{field}: .* holds no model that transformers knows"):
+    with pytest.raises(ValueError, match=f"^{field}: .* holds no model that transformers can load"):
         load(str(tmp_path))
 
 
 def test_a_reward_model_is_no_policy(tmp_path):
     path = tiny.save_reward_model(tmp_path)
-    with pytest.raises(ValueError, match=r"^models: .* lacks weights of such a model: lm_head\.weight"):
+    with pytest.raises(ValueError, match=r"^models: .* lacks the weights lm_head\.weight"):
         load_policy(path, field="models")
 
 
@@ -124,7 +124,7 @@ def test_missing_weights_are_never_made_up(tmp_path):
         folder = tmp_path / save.__name__
         path = save(folder)
         drop_weight(folder, "model.layers.1.mlp.up_proj.weight")
-        with pytest.raises(ValueError, match=r"lacks weights of such a model: model\.layers\.1\.mlp\.up_proj\.weight"):
+        with pytest.raises(ValueError, match=r"lacks the weights model\.layers\.1\.mlp\.up_proj\.weight"):
             load(path)
 
 
@@ -180,7 +180,7 @@ def test_tokens_that_the_tokenizer_has_more_are_told_and_get_embeddings_drawn_wi
 
     model, old = opened(3), tiny.policy()
     assert (
-        "tokenizer_name_or_path: 1 rows added to the embedding of the model, for tokens that it has not seen"
+        "tokenizer_name_or_path: 1 rows added to the embedding of the model, for tokens that are new to it"
         in caplog.messages
     )
     embedding = model.get_input_embeddings().weight
@@ -210,7 +210,7 @@ def test_a_device_is_one_that_is_there(monkeypatch):
     for available, expected in ((True, "cuda"), (False, "cpu")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
         assert resolve_device("auto") == torch.device(expected)
-    with pytest.raises(ValueError, match=r"^device: 'cuda:1' asked for, but torch sees no CUDA GPU"):
+    with pytest.raises(ValueError, match=r"^device: 'cuda:1' is not available, because torch finds no CUDA GPU"):
         resolve_device("cuda:1")
     with pytest.raises(ValueError, match=r"^device: 'gpu' is not a device"):
         resolve_device("gpu")
@@ -273,7 +273,7 @@ def test_a_trained_head_with_two_labels_is_not_dropped_in_silence(tmp_path, must
     path = tiny.save_policy(tmp_path / "policy")
     two = AutoModelForSequenceClassification.from_pretrained(path, num_labels=2, pad_token_id=0)
     two.save_pretrained(tmp_path / "two")
-    with pytest.raises(ValueError, match=r"^reward_model_path: .*two' has a trained head with 2 labels, and a reward"):
+    with pytest.raises(ValueError, match=r"^reward_model_path: .*two' has a trained head with 2 labels, but a reward"):
         load_reward_model(str(tmp_path / "two"), pad_token_id=0, must_be_trained=must_be_trained)
 
 
@@ -328,7 +328,7 @@ def test_weights_that_are_absent_cut_short_or_of_another_shape_are_one_clear_err
     weights.write_bytes(content)
     settings = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(settings | {"vocab_size": tiny.VOCAB + 8}))
-    with pytest.raises(ValueError, match=r"^[a-z_]*: .* lacks weights of such a model: .*embed_tokens\.weight"):
+    with pytest.raises(ValueError, match=r"^[a-z_]*: .* lacks the weights .*embed_tokens\.weight"):
         load(path)
 
 
@@ -337,7 +337,7 @@ def test_code_that_comes_with_a_model_runs_only_where_that_is_asked_for(tmp_path
     settings = {"model_type": "ours", "auto_map": {"AutoConfig": "ours.Ours"}}
     (tmp_path / "config.json").write_text(json.dumps(settings))
     (tmp_path / "ours.py").write_text(f"open({str(marker)!r}, 'w')\n")
-    with pytest.raises(ValueError, match=r"^model_name_or_path: .* holds no model that transformers knows"):
+    with pytest.raises(ValueError, match=r"^model_name_or_path: .* holds no model that transformers can load"):
         read_model_config(str(tmp_path), "model_name_or_path", SFTConfig().trust_remote_code)
     assert not marker.exists()
 

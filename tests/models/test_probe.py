@@ -77,7 +77,7 @@ def test_attention_that_leaks_between_sequences_is_found(dtype):
 def test_windows_and_chunks_longer_than_the_probe_are_found_where_attention_is_not_told_of_them(config, caplog):
     with caplog.at_level(logging.WARNING):
         model = build(config)
-    assert runs_alone(model) == "has attention in windows or chunks that packs are not told of"
+    assert runs_alone(model) == "has attention windows or chunks that are not passed to the attention function"
     assert "run one by one with the model's own attention, which is exact and slower" in caplog.text
 
 
@@ -136,7 +136,7 @@ def test_the_factor_of_the_logits_is_read_off_the_model(config, expected):
 def test_logits_that_do_not_follow_from_hidden_states_are_refused():
     model = tiny.policy()
     model.lm_head.register_forward_hook(lambda module, inputs, output: output**3)
-    with pytest.raises(ValueError, match=r"^LlamaForCausalLM: its logits are not a multiple of its head's weights"):
+    with pytest.raises(ValueError, match=r"^LlamaForCausalLM: its logits are not a multiple of the head's weights"):
         find_logit_map(model)
     model = tiny.policy()
     model.lm_head.register_forward_hook(lambda module, inputs, output: output * 1.5)

@@ -213,8 +213,8 @@ def test_an_adapter_over_another_base_is_refused_and_both_are_named(paths, tmp_p
     tiny.tokenizer().save_pretrained(moved)
     run(paths | {"base": str(moved)}, max_steps=1)
     message = (
-        rf"^{{}}: '{{}}' was trained over the weights of '{paths['base']}', and the policy of this run starts from "
-        rf"others, those of '{paths['other']}'; give a model_name_or_path"
+        rf"^{{}}: '{{}}' was trained over the weights of '{paths['base']}', but the policy of this run starts from "
+        rf"the weights of '{paths['other']}'; give a model_name_or_path"
     )
     judge, dpo = (whole(paths[name]) for name in ("judge", "dpo"))
     other = paths | {"base": paths["other"]}
@@ -235,7 +235,7 @@ def test_an_adapter_over_4_bits_is_refused_over_the_same_base_in_full_and_the_ke
     save_file(load_file(file), file, metadata | {"load_in_4bit": "true"})
     shared = load_policy(paths["base"]).requires_grad_(False)
     policy_role(paths["dpo"], shared, "dpo_model_path")
-    with pytest.raises(ValueError, match=r"^dpo_model_path: .* load_in_4bit: true, and in this run it is false; set"):
+    with pytest.raises(ValueError, match=r"^dpo_model_path: .* load_in_4bit: true, but in this run it is false; set"):
         policy_role(str(tmp_path / "dpo"), shared, "dpo_model_path")
 
 
@@ -287,7 +287,7 @@ def test_what_makes_no_role_is_refused(paths, tmp_path):
         get_peft_model(AutoModelForCausalLM.from_pretrained(paths["base"]), IA3Config()).save_pretrained(
             tmp_path / "ia3"
         )
-    with pytest.raises(ValueError, match=r"holds an adapter of the kind .*IA3; only LoRA is known"):
+    with pytest.raises(ValueError, match=r"holds an adapter of type .*IA3; only LoRA is supported"):
         policy_role(str(tmp_path / "ia3"), shared, "dpo_model_path")
     (tmp_path / "lacking" / "adapter_model.safetensors").write_bytes(b"cut")
     with pytest.raises(ValueError, match=r"^dpo_model_path: the weights of '.*lacking' cannot be loaded"):

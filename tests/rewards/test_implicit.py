@@ -72,7 +72,7 @@ def test_another_tokenizer_is_refused_with_the_token_that_differs(tmp_path, fiel
     endless.eos_token = "<unk>"
     endless.save_pretrained(bad)
     with pytest.raises(
-        ValueError, match=f"^{field}: responses end in '<unk>' there and in '<eos>' here; set eos_token"
+        ValueError, match=f"^{field}: its responses end in '<unk>', those of the run in '<eos>'; set eos_token"
     ):
         open_implicit_reward(RTOConfig(**paths), tiny.tokenizer(), RUN)
     open_implicit_reward(RTOConfig(**paths, eos_token="<eos>"), tiny.tokenizer(), RUN)
@@ -81,7 +81,7 @@ def test_another_tokenizer_is_refused_with_the_token_that_differs(tmp_path, fiel
 def test_a_model_with_no_tokenizer_or_too_few_embeddings_is_refused(tmp_path):
     tiny.policy().save_pretrained(tmp_path / "alone")
     with pytest.raises(
-        ValueError, match=r"^dpo_model_path: .*no tokenizer found.*; save the tokenizer of its training"
+        ValueError, match=r"^dpo_model_path: .*no tokenizer found.*; save the tokenizer with which it was trained"
     ):
         open_implicit_reward(RTOConfig(dpo_model_path=str(tmp_path / "alone")), tiny.tokenizer(), RUN)
     small = build_policy(tiny.model_config(), vocab_size=tiny.VOCAB - 1, eos_token_id=tiny.EOS, seed=0)

@@ -69,7 +69,7 @@ def test_a_reference_of_its_own_is_counted_beside_an_adapter(folder):
 
 
 def test_a_model_from_scratch_is_refused_an_adapter_as_the_run_refuses_it(folder):
-    with pytest.raises(ValueError, match="use_peft: must be false: a model from scratch has no weights to adapt"):
+    with pytest.raises(ValueError, match="use_peft: must be false with model_config: random weights need no adapter"):
         own(folder, "sft", use_peft=True)
 
 

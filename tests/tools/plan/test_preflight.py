@@ -66,7 +66,11 @@ def test_a_chain_whose_models_are_yet_to_be_trained_is_good(chain):
         ("rto", {"reward_functions": ("nowhere.py:brief",)}, "reward_functions: no file 'nowhere.py'"),
         ("rto", {"psi": "logits"}, "psi: 'logits' is unknown; give identity"),
         ("dpo", {"report_to": ("tensorbord",)}, "report_to: unknown reporter 'tensorbord'"),
-        ("dpo", {"model_name_or_path": "nowhere/at/all"}, "model_name_or_path: 'nowhere/at/all' is neither a folder"),
+        (
+            "dpo",
+            {"model_name_or_path": "nowhere/at/all"},
+            "model_name_or_path: 'nowhere/at/all' is neither a local folder",
+        ),
         ("rto", {"eval_reward_model_path": "nowhere/at/all"}, "eval_reward_model_path: 'nowhere/at/all' is neither"),
         ("rto", {"tokenizer_name_or_path": "nowhere/at/all"}, "tokenizer nowhere/at/all: no such folder"),
         ("rto", {"dpo_model_path": ""}, "dpo_model_path: give the DPO model"),
