@@ -52,9 +52,8 @@ PLAIN = LayerOptions()
 def open_policy(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """Opens the model that `model_name_or_path` or `model_config` names, on the device of the run and ready to train.
 
-    If the tokenizer has more tokens than the model, the new ones get embeddings drawn with `seed`. With `use_peft` the
-    model has an adapter. Raises ValueError as `build_policy` and `load_policy` do, if neither or both of the keys are
-    given, and for an adapter on a model from scratch.
+    New tokens of the tokenizer get embeddings drawn with `seed`. Raises ValueError as `build_policy` and `load_policy`
+    do, if neither or both keys are given, and for an adapter on a model from scratch.
     """
     device = resolve_device(config.device)
     if config.model_config:
@@ -99,11 +98,9 @@ def open_policy(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreT
 
 
 def make_trainable(model: PreTrainedModel, config: TrainConfig, base: str) -> None:
-    """Prepares a model loaded from `base` for training as `config` says: adapter, activation checkpointing, router
-    loss.
+    """Prepares a model loaded from `base` for training as `config` says: adapter, checkpointing, router loss.
 
-    Raises ValueError if activations cannot be offloaded, if 4-bit weights would be trained without an adapter, or if
-    recomputed layers give other gradients.
+    Raises ValueError if that is impossible for this model, or if recomputed layers give other gradients.
     """
     if config.activation_offloading:
         check_offloading(model.device)
@@ -147,8 +144,7 @@ def build_policy(
     dtype: str = "float32",
     layers: LayerOptions = PLAIN,
 ) -> PreTrainedModel:
-    """Builds a causal LM from scratch. `settings` is a transformers configuration, or a mapping of its fields including
-    `model_type`.
+    """Builds a causal LM from scratch. `settings`: a transformers configuration, or its fields with `model_type`.
 
     The weights depend only on `seed`. Raises ValueError for an unknown `model_type`.
     """
@@ -202,12 +198,11 @@ def load_reward_model(
 ) -> PreTrainedModel:
     """Loads a sequence classifier with one score: a saved reward model, or the backbone of a causal LM with a new head.
 
-    A new head starts at N(0, 1/sqrt(D + 1)), drawn with `seed` (Stiennon et al. 2020, arXiv 2009.01325). The head runs
-    and is trained in float32 for every `dtype` of the backbone; on loading, a saved head is rounded to `dtype`.
-    `pad_token_id` is only written into the configuration. Other programs, which use the plain
-    `AutoModelForSequenceClassification`, find the last token that is not padding by it. It must be None if padding and
-    EOS are the same token. Raises ValueError, naming `field`, if there is no such model, if weights of its backbone are
-    missing, if its head is not one linear map, or if `must_be_trained` is true and the head is new.
+    A new head starts at N(0, 1/sqrt(D + 1)), drawn with `seed` (Stiennon et al. 2020, arXiv 2009.01325). Every head
+    runs in float32; on loading, a saved head is rounded to `dtype`. `pad_token_id` is only written into the
+    configuration, for plain `AutoModelForSequenceClassification`; it must be None if padding and EOS are the same
+    token. Raises ValueError, naming `field`, if there is no such model, if weights are missing, if its head is not one
+    linear map, or if `must_be_trained` is true and the head is new.
     """
     config = read_model_config(source, field, trust_remote_code)
     config.num_labels = 1
@@ -230,16 +225,13 @@ def load_reward_model(
 
 
 def float_score_head(model: PreTrainedModel, source: str, field: str) -> Linear:
-    """Returns the head of a sequence classifier, after making it run in float32. Raises ValueError if it is not one
-    linear map."""
+    """Makes the head of a sequence classifier run in float32. Raises ValueError if it is not one linear map."""
     head = getattr(model, "score", None)
     if not isinstance(head, Linear) or head.out_features != 1 or head.bias is not None:
         raise ValueError(f"{field}: {type(model).__name__} of {source!r} has no `score` head that is one linear map")
     # Then both our forward pass and that of the plain model compute the score in float32.
     head.float().register_forward_pre_hook(_float_input)
-    head.weight.data = (
-        head.weight.data.clone()
-    )  # otherwise the alignment in a memory-mapped file would change the last bits of scores
+    head.weight.data = head.weight.data.clone()  # the alignment in a mapped file changes last bits
     return head
 
 
@@ -249,8 +241,8 @@ def vocabulary(model: PreTrainedModel) -> int:
 
 
 def check_same_vocabulary(models: Mapping[str, PreTrainedModel], num_tokens: int) -> None:
-    """Raises ValueError if a model's embedding has fewer rows than the tokenizer has tokens, or if two models have
-    different numbers of rows."""
+    """Raises ValueError if an embedding is smaller than the tokenizer, or if two models have embeddings of other
+    sizes."""
     sizes = {field: vocabulary(model) for field, model in models.items()}
     for field, size in sizes.items():
         if size < num_tokens:
@@ -259,9 +251,7 @@ def check_same_vocabulary(models: Mapping[str, PreTrainedModel], num_tokens: int
                 "give the model and the tokenizer that belong together"
             )
     if len(set(sizes.values())) > 1:
-        raise ValueError(
-            f"vocabulary mismatch: {sizes}; policy, reference and reward model must have the same tokenizer"
-        )
+        raise ValueError(f"vocabulary mismatch: {sizes}; policy, reference and reward model need the same tokenizer")
 
 
 def check_same_tokenizer(
@@ -290,8 +280,8 @@ def check_same_tokenizer(
 
 
 def read_model_config(source: str, field: str, trust_remote_code: bool) -> PretrainedConfig:
-    """Reads the configuration of a model and sets dropout and other noise to 0. Raises ValueError, naming `field`, if
-    there is no model."""
+    """Reads the configuration of a model, without its noise. Raises ValueError, naming `field`, if there is no
+    model."""
     if is_missing_folder(source):
         raise ValueError(f"{field}: {source!r} is neither a local folder nor a valid name of a hub model")
     check_hub(source, f"{field}: {source!r}")
@@ -330,8 +320,8 @@ def _open(
     load_in_4bit: bool,
     trust_remote_code: bool,
 ) -> tuple[PreTrainedModel, dict[str, tuple[int, ...]]]:
-    """Loads a model of the (auto or specific) class `kind`. Returns it with the weights that the checkpoint lacks or
-    has in another shape: name -> shape in the checkpoint, () if it is missing there."""
+    """Returns a model of the class `kind`, and name -> shape in the checkpoint for weights that have another shape
+    there, or () for weights that it lacks."""
     warn_if_rounded(source, dtype, field)
     settings: dict[str, Any] = {"pretrained_model_name_or_path": source}
     if stored_in_four_bit(config, source, field):
@@ -374,8 +364,7 @@ def _float_input(module: Module, arguments: tuple[Tensor]) -> Tensor:
 
 @contextmanager
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Context in which torch's random draws on the CPU and on `device` depend only on `seed`; afterwards the generators
-    are restored."""
+    """Context in which torch's random draws depend only on `seed`; afterwards the generators are restored."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
@@ -397,8 +386,7 @@ def _ready(model: PreTrainedModel, device: torch.device | str, layers: LayerOpti
 
 
 def resolve_device(device: str) -> torch.device:
-    """Returns the device; "auto" is the first CUDA GPU, or the CPU if there is none. Raises ValueError for a device
-    that does not exist."""
+    """Returns the device; "auto" is the first CUDA GPU, or else the CPU. Raises ValueError for an unknown device."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
