@@ -1,4 +1,4 @@
-"""Preference learning for language models: SFT, reward models, DPO, IPO, PPO, DR-PO, RTO and RLP on packed batches.
+"""Preference learning for language models: SFT, reward models, DPO, IPO, KTO, PPO, DR-PO, RTO, RLP, on packed batches.
 
 Importing this costs nothing: a public name loads its module when it is first used, so that the base install, which
 lacks the trainers' libraries, can use the losses.
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastrlhf.algorithms.dpo import train_dpo
+    from fastrlhf.algorithms.kto import train_kto
     from fastrlhf.algorithms.ppo import train_on_policy, train_ppo
     from fastrlhf.algorithms.reward_model import train_reward_model
     from fastrlhf.algorithms.rlp import train_rlp
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
         DRPOConfig,
         EvalConfig,
         GRPOConfig,
+        KTOConfig,
         PPOConfig,
         RewardConfig,
         RLPConfig,
@@ -38,6 +40,7 @@ __all__ = [
     "EvalConfig",
     "Example",
     "GRPOConfig",
+    "KTOConfig",
     "PPOConfig",
     "PackedBatch",
     "Prefix",
@@ -53,6 +56,7 @@ __all__ = [
     "load_policy",
     "load_reward_model",
     "train_dpo",
+    "train_kto",
     "train_on_policy",
     "train_ppo",
     "train_reward_model",
@@ -62,7 +66,17 @@ __all__ = [
 
 _EXPORTS: dict[str, str] = {
     **dict.fromkeys(
-        ("SFTConfig", "RewardConfig", "DPOConfig", "PPOConfig", "GRPOConfig", "DRPOConfig", "RTOConfig", "RLPConfig"),
+        (
+            "SFTConfig",
+            "RewardConfig",
+            "DPOConfig",
+            "KTOConfig",
+            "PPOConfig",
+            "GRPOConfig",
+            "DRPOConfig",
+            "RTOConfig",
+            "RLPConfig",
+        ),
         "fastrlhf.config",
     ),
     "EvalConfig": "fastrlhf.config",
@@ -72,6 +86,7 @@ _EXPORTS: dict[str, str] = {
     "train_sft": "fastrlhf.algorithms.sft",
     "train_reward_model": "fastrlhf.algorithms.reward_model",
     "train_dpo": "fastrlhf.algorithms.dpo",
+    "train_kto": "fastrlhf.algorithms.kto",
     **dict.fromkeys(("train_ppo", "train_on_policy"), "fastrlhf.algorithms.ppo"),
     "train_rlp": "fastrlhf.algorithms.rlp",
     "TrainResult": "fastrlhf.runtime.run",

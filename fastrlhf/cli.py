@@ -31,6 +31,7 @@ usage: fastrlhf COMMAND [--config FILE] [--key value ...]
   sft        supervised fine-tuning
   reward     trains a reward model on preference pairs
   dpo        DPO, or IPO with --loss_type ipo
+  kto        KTO, from responses labelled as desirable or not
   ppo        PPO, with a critic
   grpo       GRPO: groups of responses compared with each other, no critic
   drpo       DR-PO: PPO from reset states
@@ -357,6 +358,7 @@ TRAINERS: dict[str, tuple[type, str, str]] = {
     "sft": (configs.SFTConfig, "sft", "train_sft"),
     "reward": (configs.RewardConfig, "reward_model", "train_reward_model"),
     "dpo": (configs.DPOConfig, "dpo", "train_dpo"),
+    "kto": (configs.KTOConfig, "kto", "train_kto"),
     "ppo": (configs.PPOConfig, "ppo", "train_ppo"),
     "grpo": (configs.GRPOConfig, "ppo", "train_ppo"),
     "drpo": (configs.DRPOConfig, "ppo", "train_ppo"),

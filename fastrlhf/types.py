@@ -44,6 +44,8 @@ class Example:
     rejected: Text | None = None
     reference: Text | None = None
     """A demonstration: what SFT imitates and what a reset may copy from."""
+    label: bool | None = None
+    """Whether the reference is a desirable response (KTO)."""
     label_prob: float | None = None
     """Probability that the chosen response is the better one, in 0..1."""
     margin: float | None = None
@@ -78,6 +80,7 @@ class TokenizedExample:
     chosen: list[int] | None = None
     rejected: list[int] | None = None
     reference: list[int] | None = None
+    label: bool | None = None
     label_prob: float | None = None
     margin: float | None = None
     responses: list[list[int]] | None = None

@@ -14,10 +14,10 @@ from tests import tiny
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 COMMANDS = {"ipo": "dpo"}  # example -> command, if the names differ
-METHODS = ("sft", "reward", "dpo", "ipo", "ppo", "grpo", "drpo", "rto", "rlp")
+METHODS = ("sft", "reward", "dpo", "ipo", "kto", "ppo", "grpo", "drpo", "rto", "rlp")
 ON_POLICY = ("ppo", "grpo", "drpo", "rto")
 SHORT = {"max_length": 96, "micro_batch_tokens": 2048}  # the tiny model has 128 positions
-EXPECTED = {"dpo": "first loss 0.6931", "rlp": "runs/rlp/round-1/policy"}
+EXPECTED = {"dpo": "first loss 0.6931", "kto": "first loss 0.5000", "rlp": "runs/rlp/round-1/policy"}
 FEW = {"response_length": 6, "num_ppo_epochs": 1, "max_steps": 1}
 
 

@@ -11,9 +11,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastrlhf.algorithms import dpo, experience, ppo, reward_model, sft
+from fastrlhf.algorithms import dpo, experience, kto, ppo, reward_model, sft
 from fastrlhf.algorithms.advantages import whiten
-from fastrlhf.config import DPOConfig, PPOConfig, RewardConfig, SFTConfig
+from fastrlhf.config import DPOConfig, KTOConfig, PPOConfig, RewardConfig, SFTConfig
 from fastrlhf.data.tokens import tokenize_examples
 from fastrlhf.types import Example, Rollout
 from tests import tiny
@@ -104,6 +104,30 @@ def test_loss_gradient_and_metrics_are_those_of_trl(paths, monkeypatch, case, se
 
     made = tiny.record_gradients(monkeypatch, module)
     result = train(config, EXAMPLES)
+    assert_same_metrics(result.history[0], golden["metrics"] | {"loss": golden["loss"]}, names)
+    assert_same_gradients(result.model, made[0].steps[0][0], golden["gradients"])
+
+
+@pytest.mark.parametrize("precomputed", [True, False])
+def test_kto_is_that_of_trl(paths, monkeypatch, precomputed):
+    golden = GOLDEN["kto"]
+    by_row = {prompt: row for row, (prompt, *_) in enumerate(recorded.PAIRS)}
+    rows = [{"prompt": x, "completion": y, "label": label} for x, y, label in recorded.KTO_ROWS]
+    rows.sort(key=lambda row: by_row[row["prompt"]])  # drawn in the order of KTO_ROWS, which decides who lends to whom
+    config = KTOConfig(
+        model_name_or_path=paths["policy"],
+        ref_model_name_or_path=paths["reference"],
+        precompute_ref_log_probs=precomputed,
+        **recorded.KTO,
+        per_device_train_batch_size=len(rows),
+        max_steps=1,
+        micro_batch_tokens=40,
+        progress=False,
+    )
+    made = tiny.record_gradients(monkeypatch, kto)
+    result = kto.train_kto(config, rows)
+    names = ["loss", "kl", "num_tokens", "rewards/margins"]
+    names += [f"{name}/{kind}" for name in ("rewards", "logps") for kind in ("chosen", "rejected")]
     assert_same_metrics(result.history[0], golden["metrics"] | {"loss": golden["loss"]}, names)
     assert_same_gradients(result.model, made[0].steps[0][0], golden["gradients"])
 

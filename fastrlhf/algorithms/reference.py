@@ -1,4 +1,4 @@
-"""Log-probs of the frozen reference of pairs: computed once, kept on disk, or taken from a copy at every step.
+"""Log-probs of a frozen reference: computed once, kept on disk, or taken from a copy at every step.
 
 All three give the same numbers up to the rounding of different packs. The default is to compute them once: that
 costs one pass over the data and needs no second model during training.
@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
 from fastrlhf.algorithms.scoring import Tree, num_responses, per_response, sequence_logprobs
-from fastrlhf.config import DPOConfig
+from fastrlhf.config import ReferenceConfig
 from fastrlhf.distributed.ranks import from_all, on_first, together
 from fastrlhf.models.adapters import frozen_copy
 from fastrlhf.models.layers import LayerOptions
@@ -37,7 +37,7 @@ Reference = Callable[[PackedBatch, Sequence[int]], Tensor]
 
 
 def open_reference(
-    config: DPOConfig, policy: PreTrainedModel, trees: Sequence[Tree], needed: Iterable[int]
+    config: ReferenceConfig, policy: PreTrainedModel, trees: Sequence[Tree], needed: Iterable[int]
 ) -> Reference:
     """The reference of `config`: `ref_model_name_or_path`, or the policy as it is now.
 
@@ -54,7 +54,7 @@ def open_reference(
     return lambda batch, indices: torch.cat([per_tree[i] for i in indices])
 
 
-def _precomputed(config: DPOConfig, policy: PreTrainedModel, trees: Sequence[Tree]) -> Tensor:
+def _precomputed(config: ReferenceConfig, policy: PreTrainedModel, trees: Sequence[Tree]) -> Tensor:
     """Log-probs of all responses, tree after tree, read from the cache if it exists."""
     if not config.ref_cache_dir:
         return _compute(config, policy, trees)
@@ -102,7 +102,7 @@ def _hash(sums: Tensor) -> str:
     return hashlib.sha256(sums.numpy().tobytes()).hexdigest()
 
 
-def _compute(config: DPOConfig, policy: PreTrainedModel, trees: Sequence[Tree]) -> Tensor:
+def _compute(config: ReferenceConfig, policy: PreTrainedModel, trees: Sequence[Tree]) -> Tensor:
     """Computes the log-probs of all responses, tree after tree. A separate reference model is loaded, used and
     freed."""
     own = bool(config.ref_model_name_or_path)
@@ -111,7 +111,7 @@ def _compute(config: DPOConfig, policy: PreTrainedModel, trees: Sequence[Tree]) 
     return torch.cat(per_response(model, trees, budget, lambda batch: sequence_logprobs(model, batch), field, title))
 
 
-def _open(config: DPOConfig, policy: PreTrainedModel) -> PreTrainedModel:
+def _open(config: ReferenceConfig, policy: PreTrainedModel) -> PreTrainedModel:
     model = load_policy(
         config.ref_model_name_or_path,
         field="ref_model_name_or_path",
@@ -124,7 +124,7 @@ def _open(config: DPOConfig, policy: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _fingerprint(config: DPOConfig, policy: PreTrainedModel, trees: Sequence[Tree]) -> str:
+def _fingerprint(config: ReferenceConfig, policy: PreTrainedModel, trees: Sequence[Tree]) -> str:
     """Hash of everything that the log-probs depend on, except the machine: configuration, weights, dtype, tokens."""
     digest = hashlib.sha256(config.dtype.encode())
     if config.ref_model_name_or_path:

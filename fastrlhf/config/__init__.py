@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from fastrlhf.config.checks import check_config, require
 from fastrlhf.config.commands import DemoConfig, EvalConfig
-from fastrlhf.config.offline import DPOConfig, RewardConfig, SFTConfig
+from fastrlhf.config.offline import DPOConfig, KTOConfig, ReferenceConfig, RewardConfig, SFTConfig
 from fastrlhf.config.on_policy import DRPOConfig, GRPOConfig, PPOConfig, RTOConfig
 from fastrlhf.config.rlp import RLPConfig
 from fastrlhf.config.train import COLUMNS, TrainConfig, parse_columns, parse_model_config, parse_template_kwargs
@@ -18,6 +18,7 @@ CONFIGS: dict[str, type] = {
     "sft": SFTConfig,
     "reward": RewardConfig,
     "dpo": DPOConfig,
+    "kto": KTOConfig,
     "ppo": PPOConfig,
     "grpo": GRPOConfig,
     "drpo": DRPOConfig,
@@ -36,9 +37,11 @@ __all__ = [
     "DemoConfig",
     "EvalConfig",
     "GRPOConfig",
+    "KTOConfig",
     "PPOConfig",
     "RLPConfig",
     "RTOConfig",
+    "ReferenceConfig",
     "RewardConfig",
     "SFTConfig",
     "TrainConfig",

@@ -27,7 +27,17 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "Loss": (
         *("completion_only_loss", "train_on", "train_suffix"),
-        *("beta", "loss_type", "loss_weights", "simpo_gamma", "margin_scale", "label_smoothing"),
+        *(
+            "beta",
+            "desirable_weight",
+            "undesirable_weight",
+            "balance_weights",
+            "loss_type",
+            "loss_weights",
+            "simpo_gamma",
+            "margin_scale",
+            "label_smoothing",
+        ),
         *("length_norm", "center_rewards_coefficient", "router_aux_loss_coef"),
         *("cliprange", "cliprange_high", "dual_clip", "entropy_coef", "loss_aggregation", "target_kl"),
         *("mask_truncated_completions", "sampler_is_cap", "cliprange_value", "vf_coef"),

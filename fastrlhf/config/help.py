@@ -31,6 +31,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "fastrlhf dpo --config dpo_ultrafeedback --loss_type ipo --output_dir runs/ipo",
         "fastrlhf dpo --model_name_or_path runs/sft --dataset_name pairs.jsonl --output_dir runs/dpo",
     ),
+    "kto": (
+        f"fastrlhf kto {_MODEL} --dataset_name trl-lib/kto-mix-14k --output_dir runs/kto",
+        "fastrlhf kto --model_name_or_path runs/sft --dataset_name rows.jsonl --balance_weights --output_dir runs/kto",
+    ),
     "ppo": (
         "fastrlhf ppo --model_name_or_path runs/sft --reward_model_path runs/reward"
         " --dataset_name prompts.jsonl --output_dir runs/ppo",

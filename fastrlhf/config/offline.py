@@ -57,7 +57,27 @@ class RewardConfig(TrainConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DPOConfig(TrainConfig):
+class ReferenceConfig(TrainConfig):
+    """The keys of trainers that compare the policy with a frozen reference."""
+
+    ref_model_name_or_path: str = ""
+    """Folder or hub name of the reference model. Empty: the model before training."""
+    precompute_ref_log_probs: bool = True
+    """Compute the log-probs of the reference once, before the first step, so that no second model stays in memory.
+    false: compute them at every step with a frozen copy of the model."""
+    ref_cache_dir: str = ""
+    """Folder in which the precomputed log-probs are cached. A later run with the same reference, tokens and dtype reads
+    them from there. Empty: no cache."""
+
+    def __post_init__(self) -> None:
+        TrainConfig.__post_init__(self)
+        cache = self.ref_cache_dir
+        rule = "empty when precompute_ref_log_probs is false"
+        require(not cache or self.precompute_ref_log_probs, "ref_cache_dir", cache, rule)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPOConfig(ReferenceConfig):
     """Trains a policy on preference pairs by direct preference optimisation (DPO), or by IPO with loss_type ipo. `psi`,
     `psi_backend` and `label_source` extend IPO to PsiPO (Azar et al. 2023, arXiv 2310.12036), which sums log-ratios
     over a response."""
@@ -91,14 +111,6 @@ class DPOConfig(TrainConfig):
     """How the log-ratio of a response is computed from those of its tokens. sum: their sum. mean: their mean.
     pair_mean: their sum divided by the mean length of the two responses of the pair. auto: the mean for ipo with hard
     labels (as in TRL), simpo and orpo, the sum otherwise (as in the papers)."""
-    ref_model_name_or_path: str = ""
-    """Folder or hub name of the reference model. Empty: the model before training."""
-    precompute_ref_log_probs: bool = True
-    """Compute the log-probs of the reference once, before the first step, so that no second model stays in memory.
-    false: compute them at every step with a frozen copy of the model."""
-    ref_cache_dir: str = ""
-    """Folder in which the precomputed log-probs are cached. A later run with the same reference, tokens and dtype reads
-    them from there. Empty: no cache."""
     share_prompts: bool = True
     """Compute the prompt of a pair once for both responses, which saves time and changes no result."""
     psi: str = "identity"
@@ -126,7 +138,7 @@ class DPOConfig(TrainConfig):
     training."""
 
     def __post_init__(self) -> None:
-        TrainConfig.__post_init__(self)
+        ReferenceConfig.__post_init__(self)
         above_0(self, "beta", "psi_clip", "score_scale")
         at_least(self, 0, "margin_scale", "label_prior")
         require(0 <= self.label_smoothing < 0.5, "label_smoothing", self.label_smoothing, "at least 0 and below 0.5")
@@ -162,13 +174,6 @@ class DPOConfig(TrainConfig):
                 (self.psi == "clipped_logit", "when psi is not clipped_logit", ("psi_clip",)),
                 ("simpo" in losses, "when loss_type is not simpo", ("simpo_gamma",)),
             ],
-        )
-        cache = self.ref_cache_dir
-        require(
-            not cache or self.precompute_ref_log_probs,
-            "ref_cache_dir",
-            cache,
-            "empty when precompute_ref_log_probs is false",
         )
 
     @property
@@ -227,3 +232,29 @@ class DPOConfig(TrainConfig):
             require(not self.loss_weights, "loss_weights", self.loss_weights, f"empty {because}")
             sources = ("data", "reward_model")
             require(self.label_source in sources, "label_source", self.label_source, f"data or reward_model {because}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KTOConfig(ReferenceConfig):
+    """Kahneman-Tversky optimisation (KTO, Ethayarajh et al. 2024, arXiv 2402.01306) from responses that are labelled as
+    desirable or not, one by one."""
+
+    learning_rate: float = 1e-6
+    num_train_epochs: float = 1.0
+    beta: float = 0.1
+    """Strength of the regularisation towards the reference: the larger it is, the closer the policy stays."""
+    desirable_weight: float = 1.0
+    """Weight of the losses of desirable responses, lambda_D in the paper."""
+    undesirable_weight: float = 1.0
+    """Weight of the losses of undesirable responses, lambda_U in the paper."""
+    balance_weights: bool = False
+    """Multiply the weight of the rarer kind of response by (number of the other kind) / (its number), counted over the
+    training rows, so that both kinds weigh as much as the two weights say."""
+    train_suffix: bool = False
+    """Count what the chat template writes behind the end of a turn as a part of the response, as TRL does: in ChatML, a
+    newline."""
+
+    def __post_init__(self) -> None:
+        ReferenceConfig.__post_init__(self)
+        above_0(self, "beta", "desirable_weight", "undesirable_weight")
+        require(self.batch_size > 1, "per_device_train_batch_size", self.batch_size, "2 or more: the KL pairs two rows")

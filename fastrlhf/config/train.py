@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 from fastrlhf.config.checks import above_0, at_default, at_least, check_types, expand_home, require
 
 COLUMNS = (
-    *("prompt", "chosen", "rejected", "reference", "label_prob", "margin"),
+    *("prompt", "chosen", "rejected", "reference", "label", "label_prob", "margin"),
     *("responses", "preferences", "scores", "wins", "num_labels"),
 )
 """The column names that the key `columns` may map to other names."""

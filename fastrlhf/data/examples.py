@@ -103,9 +103,9 @@ def load_examples(
     Args:
         config_name: configuration of a hub dataset, or of a folder whose README.md names configurations.
         columns: name in the list above, or "reference" -> column of the dataset, for columns with other names.
-        needs: the fields that a usable row must have, among prompt, chosen, rejected, reference, responses, label_prob,
-            margin, wins and num_labels. Responses that are not needed are kept if they are valid; labels that are not
-            needed are ignored. If preferences or scores are named, a row may have either or neither of them.
+        needs: the fields that a usable row must have, among prompt, chosen, rejected, reference, responses, label,
+            label_prob, margin, wins and num_labels. Responses that are not needed are kept if they are valid; labels
+            that are not needed are ignored. If preferences or scores are named, a row may have either or neither of them.
         max_bad_fraction: largest allowed share of skipped rows.
         limit: maximum number of rows to read.
 
@@ -124,7 +124,8 @@ def load_examples(
     required = [name for name in needs if name not in GROUP_LABELS]
     form, conversational = _detect_form(values, names, required, source)
 
-    _check_unpaired(values, form, columns or {}, source)
+    if "label" not in needs:
+        _check_unpaired(values, form, columns or {}, source)
     # A system prompt is a turn. Rows with one are therefore conversations, and then all rows are read as conversations.
     has_system = any(str(row["system"]).strip() for row in _having(values, ["system"]))
     as_turns = has_system and form in (PAIRS, DEMONSTRATIONS, PROMPTS, GROUPS)
@@ -230,7 +231,8 @@ def _check_unpaired(rows: Sequence[object], form: Form, columns: Mapping[str, st
     if form is DEMONSTRATIONS and bad and "reference" not in columns:
         raise ValueError(
             f"{source}: label is false in {bad:,} of {len(rows):,} rows, whose completions are bad examples (unpaired "
-            "preferences, as for KTO); remove these rows, or train on all rows with columns: reference=completion"
+            "preferences): train with fastrlhf kto, remove these rows, or train on all rows with columns: "
+            "reference=completion"
         )
 
 

@@ -11,7 +11,7 @@ from fastrlhf.data.rows import UnusableRow
 
 GROUP_LABELS = ("preferences", "scores")
 COUNTS = ("wins", "num_labels")
-PAIR_LABELS = ("label_prob", "margin", *COUNTS)
+PAIR_LABELS = ("label", "label_prob", "margin", *COUNTS)
 TOLERANCE = 1e-3
 """Allowed deviation of P_ij + P_ji from 1, because probabilities in files are often rounded."""
 
@@ -47,9 +47,22 @@ def read_group_labels(row: Mapping[str, Any], num_responses: int) -> dict[str, A
 
 def read_pair_labels(row: Mapping[str, Any], needs: Collection[str]) -> dict[str, Any]:
     """Returns the labels in PAIR_LABELS that are needed. Raises UnusableRow if a needed label is missing or invalid:
-    `label_prob` must be in 0..1, `margin` finite, and `wins` at most `num_labels`."""
+    `label` must be true or false, `label_prob` in 0..1, `margin` finite, and `wins` at most `num_labels`."""
     numbers: dict[str, Any] = {name: _number(row.get(name), name) for name in ("label_prob", "margin") if name in needs}
+    if "label" in needs:
+        numbers["label"] = _label(row.get("label"))
     return numbers | (read_counts(row) if set(COUNTS) & set(needs) else {})
+
+
+def _label(value: object) -> bool:
+    """True for a response that is desirable. CSV gives text, and some datasets have the numbers 0 and 1."""
+    if isinstance(value, str):
+        value = {"true": True, "1": True, "false": False, "0": False}.get(value.strip().lower(), value)
+    if value is None:
+        raise UnusableRow("missing_label", "no label in this row")
+    if not isinstance(value, bool | Integral) or value not in (0, 1):
+        raise UnusableRow("bad_label", f"label is {value!r}, not true or false")
+    return bool(value)
 
 
 def read_counts(row: Mapping[str, Any]) -> dict[str, int]:

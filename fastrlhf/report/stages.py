@@ -17,7 +17,7 @@ RECENT = 20
 
 DEPTH = "drpo/score_depth_"
 _JUDGES = {"training judge": "eval_objective/scores", "held-out judge": "eval_held_out/scores"}
-_ORDER = ("sft", "reward", "dpo", "ipo", "ppo", "drpo", "rto", "rlp")
+_ORDER = ("sft", "reward", "dpo", "ipo", "kto", "ppo", "drpo", "rto", "rlp")
 _HOUSEKEEPING = {
     "loss",
     "grad_norm",

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from fastrlhf.config import DPOConfig, SFTConfig, TrainConfig, parse_columns, parse_template_kwargs, require
+from fastrlhf.config import DPOConfig, KTOConfig, SFTConfig, TrainConfig, parse_columns, parse_template_kwargs, require
 from fastrlhf.config.files import load_yaml
 from fastrlhf.data.examples import LoadedExamples, load_examples
 from fastrlhf.data.forms import RESPONSES
@@ -285,7 +285,7 @@ def _tokenize(
         fields=[name for name in fields if name in (*RESPONSES, "responses")],
         chat_template_kwargs=parse_template_kwargs(config.chat_template_kwargs),
         day=date.fromisoformat(day) if day else None,
-        train_suffix=isinstance(config, SFTConfig | DPOConfig) and config.train_suffix,
+        train_suffix=isinstance(config, SFTConfig | DPOConfig | KTOConfig) and config.train_suffix,
         trailing_space=config.trailing_space,
         max_bad_fraction=config.max_bad_fraction,
         max_dropped_fraction=config.max_dropped_fraction,

@@ -16,7 +16,7 @@ from itertools import groupby
 from transformers import PreTrainedTokenizerBase
 
 from fastrlhf.algorithms.scoring import Tree
-from fastrlhf.config import DPOConfig, PPOConfig, RewardConfig, SFTConfig, TrainConfig, require
+from fastrlhf.config import DPOConfig, KTOConfig, PPOConfig, RewardConfig, SFTConfig, TrainConfig, require
 from fastrlhf.data.packing import micro_batches, num_computed
 from fastrlhf.data.specials import end_ids
 from fastrlhf.report.page import render_page, token_markup
@@ -194,6 +194,8 @@ def _names(config: TrainConfig) -> Iterator[str]:
     """Yields the names of the responses of a row, in the order of the leaves of its tree."""
     if isinstance(config, SFTConfig):
         return iter([f"prompt and {config.response}"])
+    if isinstance(config, KTOConfig):
+        return iter(["prompt and response"])
     if isinstance(config, DPOConfig) and config.psi_backend == "groupwise":
         return (f"responses[{i}]" for i in range(1 << 30))
     return iter(["chosen", "rejected"])

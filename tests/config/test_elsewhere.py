@@ -12,7 +12,15 @@ from fastrlhf.config.elsewhere import COMMANDS, KEYS, TRL_CONFIGS, explain_comma
 from fastrlhf.config.files import ALIASES
 
 FIELDS = {command: {field.name for field in dataclasses.fields(kind)} for command, kind in CONFIGS.items()}
-COMMANDS_OF = {"sft": ["sft"], "dpo": ["dpo"], "cpo": ["dpo"], "reward": ["reward"], "grpo": ["grpo"], "ppo": ["ppo"]}
+COMMANDS_OF = {
+    "sft": ["sft"],
+    "dpo": ["dpo"],
+    "cpo": ["dpo"],
+    "kto": ["kto"],
+    "reward": ["reward"],
+    "grpo": ["grpo"],
+    "ppo": ["ppo"],
+}
 """TRL config -> our commands that read its keys."""
 
 
@@ -79,7 +87,7 @@ def test_the_table_is_complete():
             "--lora_dropout",
             "; always off (log-probs of the same tokens must be reproducible): delete the key",
         ),
-        ("sft", "--beta", "; it is a key of dpo"),
+        ("sft", "--beta", "; it is a key of dpo, kto"),
         ("sft", "--num_iterations", "; it is a key of ppo, grpo, drpo, rto, as num_ppo_epochs"),
         ("dpo", "--share_trunks", "; it is a key of ppo, grpo, drpo, rto"),
         ("ppo", "--zzz", ""),
@@ -106,9 +114,8 @@ def test_keys_that_are_the_same_are_taken():
 
 
 def test_commands_of_other_programs_are_answered_plainly():
-    assert explain_command("kto", OUR_COMMANDS) == ": KTO is not supported"
     assert explain_command("rloo", OUR_COMMANDS).startswith(": write grpo with advantage_estimator: rloo")
     assert explain_command("ipo", OUR_COMMANDS) == ": write dpo with loss_type: ipo"
     assert explain_command("stf", OUR_COMMANDS) == "; did you mean 'sft'?"
     assert explain_command("zzz", OUR_COMMANDS) == ""
-    assert not {*COMMANDS} & {"sft", "reward", "dpo", "ppo", "grpo", "drpo", "rto", "rlp", "eval", "demo"}
+    assert not {*COMMANDS} & {"sft", "reward", "dpo", "kto", "ppo", "grpo", "drpo", "rto", "rlp", "eval", "demo"}

@@ -280,7 +280,7 @@ def test_a_broken_dataset_is_one_clear_error(tmp_path, name, content, message):
         ({"columns": {"prompt": "question"}}, "has no column 'question' for prompt; it has prompt, completion"),
         ({"columns": {"promt": "prompt"}}, "'promt' is not a name to map; names are prompt, chosen"),
         ({"needs": PAIR}, "no chosen and no rejected in demonstrations .*by columns: chosen=<column>"),
-        ({"needs": ("label",)}, "needs: .*'label'"),
+        ({"needs": ("labels",)}, "needs: .*'labels'"),
         ({"max_bad_fraction": 1.5}, "max_bad_fraction: 1.5"),
         ({"limit": 0}, "limit: .*; got 0"),
     ],

@@ -5,7 +5,7 @@ TRL is needed here and nowhere else: trl==1.16.0 for all but PPO, which it no lo
 versions of torch and transformers that trl.json names. A case that is not named stays in the file as it was.
 
     export PYTHONPATH=.:kernels HF_HUB_OFFLINE=1
-    python tests/golden/record_trl.py sft sft_whole dpo cdpo robust hinge ipo apo_zero apo_down reward  # trl 1.16.0
+    python tests/golden/record_trl.py sft sft_whole dpo cdpo robust hinge ipo apo_zero apo_down kto reward  # trl 1.16.0
     python tests/golden/record_trl.py sft_run dpo_run ipo_run reward_run               # trl 1.16.0
     python tests/golden/record_trl.py ppo ppo_whitened                                 # trl 1.12.0
 
@@ -58,6 +58,11 @@ PREFERENCE = {  # TRL's DPOConfig, beyond the defaults
     "apo_zero": {"beta": 0.3, "loss_type": "apo_zero"},
     "apo_down": {"beta": 0.3, "loss_type": "apo_down"},
 }
+KTO = {"beta": 0.2, "desirable_weight": 1.0, "undesirable_weight": 1.5}
+KTO_ROWS = [  # prompt, response, label; in the order in which fastrlhf draws them
+    (prompt, (chosen, rejected)[i % 2], i % 2 == 0)
+    for i, (prompt, chosen, rejected) in enumerate(PAIRS[i] for i in next(index_batches(len(PAIRS), len(PAIRS), 1, 42)))
+]
 ON_POLICY = {  # settings that TRL and fastrlhf call by the same names
     "ppo": {"response_length": 6, "temperature": 0.7, "missing_eos_penalty": 1.0},
     "ppo_whitened": {
@@ -136,7 +141,8 @@ def gradients_of(model: PreTrainedModel) -> dict[str, list[float]]:
 def offline_trainer(
     kind: str, rows: Iterable[tuple[str, str, str]], folder: str, architecture: str, reference: int, settings: dict
 ) -> Any:
-    """TRL's trainer of this kind (sft, dpo, reward) on (prompt, chosen, rejected), `reference` the seed of DPO's."""
+    """TRL's trainer of this kind (sft, dpo, kto, reward) on (prompt, chosen, rejected); kto has KTO_ROWS.
+    `reference` is the seed of the reference of dpo and kto."""
     import trl
     from datasets import Dataset
 
@@ -156,6 +162,15 @@ def offline_trainer(
             train_dataset=Dataset.from_list(pairs),
             processing_class=tiny.tokenizer(),
         )
+    if kind == "kto":
+        rows = [{"prompt": prompt, "completion": response, "label": label} for prompt, response, label in KTO_ROWS]
+        return trl.KTOTrainer(
+            model=causal_lm(POLICY, architecture),
+            ref_model=causal_lm(reference, architecture),
+            args=trl.KTOConfig(per_device_train_batch_size=len(rows), **common),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tiny.tokenizer(),
+        )
     return trl.DPOTrainer(
         model=causal_lm(POLICY, architecture),
         ref_model=causal_lm(reference, architecture),
@@ -172,6 +187,8 @@ def record_offline(case: str, folder: str) -> dict[str, Any]:
         kind, settings = "sft", {"completion_only_loss": case == "sft"}
     elif case == "reward":
         kind = "reward"
+    elif case == "kto":
+        kind, settings = "kto", KTO
     trainer = offline_trainer(kind, PAIRS, folder, "llama", REFERENCE, settings)
     batch = trainer.data_collator(list(trainer.train_dataset))
     trainer.model.train()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from fastrlhf.config import DPOConfig, PPOConfig, TrainConfig
+from fastrlhf.config import PPOConfig, ReferenceConfig, TrainConfig
 from fastrlhf.distributed.ranks import world_size
 from fastrlhf.tools.plan.packs import Rows, find_packs
 from fastrlhf.tools.plan.phases import Phase, count_phases, readable
@@ -58,7 +58,7 @@ def _bases(config: TrainConfig, may_offload: bool) -> Iterator[TrainConfig]:
     change no result. bfloat16 and 8-bit moments round, and LoRA trains other parameters. Runs of several processes
     cannot offload models.
     """
-    if isinstance(config, DPOConfig) and not config.precompute_ref_log_probs:
+    if isinstance(config, ReferenceConfig) and not config.precompute_ref_log_probs:
         config = replace(config, precompute_ref_log_probs=True)
     steps = (
         {},

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-from fastrlhf.config import DPOConfig, PPOConfig, RewardConfig, TrainConfig, parse_model_config, require
+from fastrlhf.config import PPOConfig, ReferenceConfig, RewardConfig, TrainConfig, parse_model_config, require
 from fastrlhf.models.loading import read_model_config
 from fastrlhf.models.roles import adapter_settings, holds_adapter
 from fastrlhf.rewards.implicit import implicit_sources
@@ -39,7 +39,7 @@ def open_models(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, fakes: 
     models = Models(start=start)
     name, make = ("scorer", fakes.scorer) if isinstance(config, RewardConfig) else ("policy", fakes.policy)
     _train(models, name, make(start, config, four_bit=config.load_in_4bit))
-    if isinstance(config, DPOConfig) and not config.precompute_ref_log_probs:
+    if isinstance(config, ReferenceConfig) and not config.precompute_ref_log_probs:
         source = config.ref_model_name_or_path
         other = _model_config(config, source, "ref_model_name_or_path", tokenizer) if source else None
         shares = config.use_peft and other is None

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PretrainedConfig
 
-from fastrlhf.config import DPOConfig, PPOConfig, TrainConfig
+from fastrlhf.config import PPOConfig, ReferenceConfig, TrainConfig
 from fastrlhf.data.packing import pack
 from fastrlhf.models.loading import DTYPES
 from fastrlhf.rollout.kv_cache import rounded_up
@@ -65,7 +65,7 @@ def count_phases(config: TrainConfig, rows: Rows, *, is_cuda: bool, memory: int 
     gradients = sum(fake.gradient_bytes for fake in trained.values())
     paged = config.optim.startswith("paged")
     kept = weights | ({} if paged else moments) | {"float32 copies of bfloat16 weights": copies}
-    live = frozen.get("reference") if isinstance(config, DPOConfig) else None
+    live = frozen.get("reference") if isinstance(config, ReferenceConfig) else None
     beyond = fakes.peak(trained, packs.largest, reference=live, num_packs=packs.num_packs)
     pack_tokens = packs.largest.num_tokens
     phases = [

@@ -13,7 +13,15 @@ from pathlib import Path
 
 from fastrlhf.algorithms.pair_losses import pair_function
 from fastrlhf.algorithms.psipo import load_psi
-from fastrlhf.config import DPOConfig, PPOConfig, RewardConfig, RLPConfig, TrainConfig, parse_model_config
+from fastrlhf.config import (
+    DPOConfig,
+    PPOConfig,
+    ReferenceConfig,
+    RewardConfig,
+    RLPConfig,
+    TrainConfig,
+    parse_model_config,
+)
 from fastrlhf.data.packing import num_computed
 from fastrlhf.models.loading import read_model_config
 from fastrlhf.models.roles import holds_adapter
@@ -75,7 +83,7 @@ def _check(config: TrainConfig, made: Made) -> None:
         if config.engine == "vllm":
             check_vllm(config)
         load_reward_functions(config)
-    if isinstance(config, DPOConfig) and config.ref_cache_dir:
+    if isinstance(config, ReferenceConfig) and config.ref_cache_dir:
         check_writable(config.ref_cache_dir, "ref_cache_dir")
     if isinstance(config, DPOConfig):
         for name in config.functions:

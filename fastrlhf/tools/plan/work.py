@@ -9,10 +9,10 @@ from itertools import islice
 
 from transformers import PreTrainedTokenizerBase
 
-from fastrlhf.algorithms import dpo, ppo, psipo_groups, reward_model, sft
+from fastrlhf.algorithms import dpo, kto, ppo, psipo_groups, reward_model, sft
 from fastrlhf.algorithms.prefixes import draw_prefixes, reset_fields, sentence_ends_of
 from fastrlhf.algorithms.scoring import Tree
-from fastrlhf.config import DPOConfig, PPOConfig, RewardConfig, SFTConfig, TrainConfig
+from fastrlhf.config import DPOConfig, KTOConfig, PPOConfig, RewardConfig, SFTConfig, TrainConfig
 from fastrlhf.data.tokens import TokenReport
 from fastrlhf.runtime.inputs import open_inputs, with_room
 from fastrlhf.runtime.optim import index_batches, num_steps
@@ -68,6 +68,8 @@ def to_tree(config: TrainConfig) -> Callable[[TokenizedExample], Tree]:
         return lambda example: [sft.to_segment(example, config)]
     if isinstance(config, RewardConfig):
         return lambda example: reward_model.to_tree(example, config)
+    if isinstance(config, KTOConfig):
+        return kto.to_tree
     assert isinstance(config, DPOConfig)
     module = psipo_groups if config.psi_backend == "groupwise" else dpo
     return lambda example: module.to_tree(example, config)
@@ -108,5 +110,7 @@ def _fields(config: TrainConfig) -> list[str]:
         return reward_model.fields_read(config)
     if isinstance(config, PPOConfig):
         return reset_fields(config)
+    if isinstance(config, KTOConfig):
+        return list(kto.FIELDS)
     assert isinstance(config, DPOConfig)
     return ["responses"] if config.psi_backend == "groupwise" else dpo.fields_read(config)

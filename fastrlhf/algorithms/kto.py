@@ -1,0 +1,242 @@
+"""KTO on packs, from responses that are labelled as desirable or not (Ethayarajh et al. 2024, arXiv 2402.01306).
+
+    u_i   = log pi(y_i | x_i) / pi_ref(y_i | x_i)
+    z     = max(0, mean over the batch of log pi(y_j | x_i) / pi_ref(y_j | x_i)),   y_j: the response of another row
+    loss  = mean of  weight_D (1 - sigmoid(beta (u_i - z)))   desirable responses
+                     weight_U (1 - sigmoid(beta (z - u_i)))   undesirable responses
+
+z estimates the KL from the reference and has no gradient. As in TRL, row i of a batch takes the response of row i - 1.
+z is the mean over all rows of an optimiser step; micro-batches and processes do not change it.
+
+`fastrlhf kto --config FILE`
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import chain
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fastrlhf.algorithms.reference import Reference, open_reference
+from fastrlhf.algorithms.scoring import Tree, sequence_logprobs
+from fastrlhf.config import KTOConfig
+from fastrlhf.config.paths import at_start
+from fastrlhf.data.given import Rows
+from fastrlhf.data.packing import forest, num_computed, own_micro_batches, pack, sequence
+from fastrlhf.distributed.ranks import total
+from fastrlhf.models.given import policy_or_given
+from fastrlhf.models.router_loss import begin_step
+from fastrlhf.models.sharding import shard, whole
+from fastrlhf.runtime.atomic import check_writable
+from fastrlhf.runtime.inputs import open_inputs
+from fastrlhf.runtime.optim import Optimizer, index_batches, num_steps
+from fastrlhf.runtime.run import Run, TrainResult, check_micro_batch
+from fastrlhf.runtime.step_metrics import StepMetrics
+from fastrlhf.types import TokenizedExample
+from fastrlhf_kernels import Metric, Sum
+
+log = logging.getLogger(__name__)
+
+FIELDS = ("reference", "label")
+"""What a row must have besides its prompt."""
+
+ADVISED = (1.0, 4 / 3)
+"""Range that the paper advises for (weight_D number_D) / (weight_U number_U)."""
+
+
+def train_kto(
+    config: KTOConfig,
+    examples: Rows | None = None,
+    eval_examples: Rows | None = None,
+    *,
+    model: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> TrainResult:
+    """Trains `config.model_name_or_path` on rows with a `reference` (or completion) and a `label`. `examples` replace
+    the configured dataset; `model`, which is then trained in place, and `tokenizer` replace those that `config` names.
+
+    Metrics per step, TRL's names: loss, kl (z, nats per response), rewards/chosen and rewards/rejected (beta u of the
+    desirable and of the undesirable responses), rewards/margins, logps/chosen, logps/rejected (nats per response),
+    count/chosen, count/rejected, grad_norm, learning_rate, num_tokens (of the sequences). Means over a kind of response
+    are missing from a step that has none. Raises ValueError for bad input before any time is spent.
+    """
+    config = at_start(config, KTOConfig, "train_kto")
+    if config.ref_cache_dir:
+        check_writable(config.ref_cache_dir, "ref_cache_dir")
+    tokenizer, data = open_inputs(config, FIELDS, examples, eval_examples, tokenizer=tokenizer)
+    rows = [*data.train, *data.eval]
+    check_micro_batch(config, rows, [num_computed(to_tree(row)) for row in rows])
+    weights = class_weights(config, [bool(row.label) for row in data.train])
+    model = policy_or_given(config, tokenizer, model)
+    num_train, steps = len(data.train), num_steps(config, len(data.train))
+    batches = list(index_batches(num_train, config.batch_size, steps, config.seed))
+    held_out = list(range(num_train, len(rows)))
+    trees = Trees(
+        rows, [*batches, *[held_out] * bool(held_out)], limit=min(config.max_length, config.micro_batch_tokens)
+    )
+    needed = chain(chain.from_iterable(batches), held_out, range(len(rows), len(trees)))
+    reference = open_reference(config, model, trees, needed)
+    shard(model)
+    optimizer = Optimizer({"": model}, config, num_steps=steps)
+    step_of = partial(_losses, config, model, reference, trees, weights)
+    evaluate_held_out = partial(_evaluate, step_of, model, held_out, len(batches))
+    evaluation: dict[str, float] = {}
+
+    with Run("kto", config, steps, (model, tokenizer), data=data, parts={"optimizer": optimizer}) as run:
+        run.on_start(evaluate_held_out)
+        for step, indices in run.remaining(batches):
+            begin_step(model, len(indices))
+            metrics = {**step_of(indices, step, train=True), **optimizer.step()}
+            metrics["num_tokens"] = sum(num_computed(trees[i]) for i in indices)
+            if held_out and run.due(step, config.eval_steps):
+                evaluation = evaluate_held_out()
+                metrics |= evaluation
+            run.log(step + 1, metrics)
+        return run.finish(model, tokenizer, evaluation)
+
+
+class Trees(Sequence[Tree]):
+    """The sequences that a run reads: first every row, then, batch by batch, every prompt with the response of the row
+    before it in the batch. They are built when they are read."""
+
+    def __init__(self, rows: Sequence[TokenizedExample], batches: Sequence[Sequence[int]], limit: int) -> None:
+        """`limit`: tokens of a mismatched sequence at most; the response is cut there."""
+        self._rows, self._limit = rows, limit
+        self._mismatched = [pair for batch in batches for pair in zip(batch, [batch[-1], *batch[:-1]], strict=True)]
+        self._starts = [len(rows)]
+        for batch in batches:
+            self._starts.append(self._starts[-1] + len(batch))
+
+    def __len__(self) -> int:
+        return len(self._rows) + len(self._mismatched)
+
+    def __getitem__(self, index):  # pyright: ignore[reportIncompatibleMethodOverride]
+        if index < len(self._rows):
+            return to_tree(self._rows[index])
+        own, other = (self._rows[i] for i in self._mismatched[index - len(self._rows)])
+        assert other.reference is not None
+        response = other.reference[: self._limit - len(own.prompt)]
+        trained = other.scored("reference")
+        trained = trained and [i for i in trained if i < len(response)]
+        return [sequence(own.prompt, response, trained)]
+
+    def mismatched(self, batch: int) -> range:
+        """Indices of the mismatched sequences of a batch."""
+        return range(self._starts[batch], self._starts[batch + 1])
+
+    def labels(self, indices: Sequence[int]) -> Tensor:
+        return torch.tensor([bool(self._rows[i].label) for i in indices])
+
+
+def to_tree(example: TokenizedExample) -> Tree:
+    """The sequence of a row: prompt and response."""
+    assert example.reference is not None
+    return [sequence(example.prompt, example.reference, example.scored("reference"))]
+
+
+def class_weights(config: KTOConfig, labels: Sequence[bool]) -> tuple[float, float]:
+    """The weights of desirable and of undesirable responses; logs how many of each there are, and warns if their
+    weighted ratio is outside the range that the paper advises."""
+    desirable = sum(labels)
+    undesirable, weights = len(labels) - desirable, [config.desirable_weight, config.undesirable_weight]
+    counts = f"kto: {desirable:,} desirable and {undesirable:,} undesirable responses"
+    if not desirable or not undesirable:
+        log.warning("%s; KTO needs both kinds to know what to prefer", counts)
+        return weights[0], weights[1]
+    if config.balance_weights:
+        most = max(desirable, undesirable)
+        weights = [weights[0] * most / desirable, weights[1] * most / undesirable]
+    ratio = weights[0] * desirable / (weights[1] * undesirable)
+    told = f"{counts}, weighted {weights[0]:.4g} and {weights[1]:.4g}"
+    if ADVISED[0] - 1e-9 <= ratio <= ADVISED[1] + 1e-9:
+        log.info("%s", told)
+    else:
+        log.warning(
+            "%s: their ratio is %.3g, and the paper advises 1 to 1.33; set desirable_weight %.3g, or balance_weights",
+            told,
+            ratio,
+            weights[1] * undesirable / desirable,
+        )
+    return weights[0], weights[1]
+
+
+def kto_losses(log_ratio: Tensor, label: Tensor, kl: Tensor, beta: float, weights: tuple[float, float]) -> Tensor:
+    """[N] float32: the loss of every response.
+
+    log_ratio [N] float32 in nats; label [N] bool, True for a desirable response; kl [] float32, z above, not
+    differentiated; weights of desirable and of undesirable responses.
+    """
+    sign = torch.where(label, 1.0, -1.0)
+    weight = torch.where(label, *(log_ratio.new_tensor(value) for value in weights))
+    return weight * torch.sigmoid(beta * sign * (kl.detach() - log_ratio))
+
+
+def _losses(
+    config: KTOConfig,
+    model: PreTrainedModel,
+    reference: Reference,
+    trees: Trees,
+    weights: tuple[float, float],
+    indices: Sequence[int],
+    batch: int,
+    *,
+    train: bool,
+) -> dict[str, float]:
+    """The metrics of the rows `indices`, which are batch number `batch`; with `train` the gradients are added up."""
+    kl = _kl(config, model, reference, trees, trees.mismatched(batch))
+    totals = StepMetrics()
+    for micro in own_micro_batches([num_computed(trees[i]) for i in indices], config.micro_batch_tokens, "row"):
+        own = [indices[i] for i in micro]
+        packed = pack(forest(trees[i] for i in own), model.device)
+        with torch.set_grad_enabled(train):
+            logprob = sequence_logprobs(model, packed)
+        log_ratio, label = logprob - reference(packed, own), trees.labels(own).to(logprob.device)
+        losses = kto_losses(log_ratio, label, kl, config.beta, weights)
+        if train:
+            (losses.sum() / len(indices)).backward()
+        totals.add(_metrics(losses.detach(), config.beta * log_ratio.detach(), logprob.detach(), label))
+    return {**_named(totals.means("rows")), "kl": kl.item()}
+
+
+@torch.no_grad()
+def _kl(
+    config: KTOConfig, model: PreTrainedModel, reference: Reference, trees: Trees, indices: Sequence[int]
+) -> Tensor:
+    """[] float32: z of the batch whose mismatched sequences these are."""
+    summed = torch.zeros((), device=model.device)
+    for micro in own_micro_batches([num_computed(trees[i]) for i in indices], config.micro_batch_tokens, "row"):
+        own = [indices[i] for i in micro]
+        packed = pack(forest(trees[i] for i in own), model.device)
+        summed += (sequence_logprobs(model, packed) - reference(packed, own)).sum()
+    return (total(summed) / len(indices)).clamp(min=0)
+
+
+def _metrics(losses: Tensor, rewards: Tensor, logprob: Tensor, label: Tensor) -> dict[str, Metric]:
+    sums = {"rows": torch.ones_like(losses), "loss": losses}
+    for name, kind in (("chosen", label), ("rejected", ~label)):
+        count = kind.float()
+        sums |= {f"count/{name}": count, f"rewards/{name}": rewards * count, f"logps/{name}": logprob * count}
+    return {name: Sum(values.sum()) for name, values in sums.items()}
+
+
+def _named(means: Mapping[str, float]) -> dict[str, float]:
+    """Means over the rows of each kind; kinds without rows are left out."""
+    named = {"loss": means["loss"]}
+    for kind in ("chosen", "rejected"):
+        share = means[f"count/{kind}"]
+        if share:
+            named |= {f"{name}/{kind}": means[f"{name}/{kind}"] / share for name in ("rewards", "logps")}
+    if len(named) == 5:
+        named["rewards/margins"] = named["rewards/chosen"] - named["rewards/rejected"]
+    return named
+
+
+@torch.no_grad()
+def _evaluate(step_of: partial, model: PreTrainedModel, indices: Sequence[int], batch: int) -> dict[str, float]:
+    with whole(model):
+        return {f"eval_{name}": value for name, value in step_of(indices, batch, train=False).items()}
