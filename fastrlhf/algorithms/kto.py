@@ -85,19 +85,22 @@ def train_kto(
     optimizer = Optimizer({"": model}, config, num_steps=steps)
     step_of = partial(_losses, config, model, reference, trees, weights)
     evaluate_held_out = partial(_evaluate, step_of, model, held_out, len(batches))
-    evaluation: dict[str, float] = {}
 
-    with Run("kto", config, steps, (model, tokenizer), data=data, parts={"optimizer": optimizer}) as run:
-        run.on_start(evaluate_held_out)
+    with Run(
+        "kto",
+        config,
+        steps,
+        (model, tokenizer),
+        data=data,
+        parts={"optimizer": optimizer},
+        evaluate=evaluate_held_out if held_out else None,
+    ) as run:
         for step, indices in run.remaining(batches):
             begin_step(model, len(indices))
-            metrics = {**step_of(indices, step, train=True), **optimizer.step()}
+            metrics = {**step_of(indices, step, run), **optimizer.step()}
             metrics["num_tokens"] = sum(num_computed(trees[i]) for i in indices)
-            if held_out and run.due(step, config.eval_steps):
-                evaluation = evaluate_held_out()
-                metrics |= evaluation
             run.log(step + 1, metrics)
-        return run.finish(model, tokenizer, evaluation)
+        return run.finish(model, tokenizer)
 
 
 class Trees(Sequence[Tree]):
@@ -184,20 +187,20 @@ def _losses(
     weights: tuple[float, float],
     indices: Sequence[int],
     batch: int,
-    *,
-    train: bool,
+    run: Run | None = None,
 ) -> dict[str, float]:
-    """The metrics of the rows `indices`, which are batch number `batch`; with `train` the gradients are added up."""
+    """The metrics of the rows `indices`, which are batch number `batch`; in a `run` their gradients are added up."""
     kl = _kl(config, model, reference, trees, trees.mismatched(batch))
     totals = StepMetrics()
-    for micro in own_micro_batches([num_computed(trees[i]) for i in indices], config.micro_batch_tokens, "row"):
+    micros = own_micro_batches([num_computed(trees[i]) for i in indices], config.micro_batch_tokens, "row")
+    for micro in run.parts(micros) if run else micros:
         own = [indices[i] for i in micro]
         packed = pack(forest(trees[i] for i in own), model.device)
-        with torch.set_grad_enabled(train):
+        with torch.set_grad_enabled(run is not None):
             logprob = sequence_logprobs(model, packed)
         log_ratio, label = logprob - reference(packed, own), trees.labels(own).to(logprob.device)
         losses = kto_losses(log_ratio, label, kl, config.beta, weights)
-        if train:
+        if run:
             (losses.sum() / len(indices)).backward()
         totals.add(_metrics(losses.detach(), config.beta * log_ratio.detach(), logprob.detach(), label))
     return {**_named(totals.means("rows")), "kl": kl.item()}
@@ -239,4 +242,4 @@ def _named(means: Mapping[str, float]) -> dict[str, float]:
 @torch.no_grad()
 def _evaluate(step_of: partial, model: PreTrainedModel, indices: Sequence[int], batch: int) -> dict[str, float]:
     with whole(model):
-        return {f"eval_{name}": value for name, value in step_of(indices, batch, train=False).items()}
+        return {f"eval_{name}": value for name, value in step_of(indices, batch).items()}
