@@ -105,7 +105,7 @@ def load_examples(
         columns: name in the list above, or "reference" -> column of the dataset, for columns with other names.
         needs: the fields that a usable row must have, among prompt, chosen, rejected, reference, responses, label,
             label_prob, margin, wins and num_labels. Responses that are not needed are kept if they are valid; labels
-            that are not needed are ignored. If preferences or scores are named, a row may have either or neither of them.
+            that are not needed are ignored. If preferences or scores are named, a row may have one or none of them.
         max_bad_fraction: largest allowed share of skipped rows.
         limit: maximum number of rows to read.
 
