@@ -33,7 +33,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--out", type=Path, default=Path("runs/bench_labels"), help="output folder, with one subfolder per seed"
     )
     papers = commands.add_parser("papers", help="reproduce the experiments of a paper: rows, a table, figures")
-    papers.add_argument("names", nargs="+", choices=["ipo", "rto", "drpo", "rlp"])
+    papers.add_argument("names", nargs="+", choices=["ipo", "rto", "drpo", "rlp", "pieces"])
     papers.add_argument(
         "--fast",
         action="store_true",
@@ -258,9 +258,13 @@ def _paper(name: str, a: argparse.Namespace) -> str:
         from bench.papers.ipo import run_ipo
 
         return run_ipo(a.batch_size, a.out, fast=a.fast)
+    if name in ("rlp", "pieces") and a.fast:
+        sys.exit(f"papers {name}: --fast is not supported, since {name} has no small problem; use --seeds 1")
+    if name == "pieces":
+        from bench.papers.pieces import run_pieces
+
+        return run_pieces(a.seeds, a.jobs, a.runs, a.out)
     if name == "rlp":
-        if a.fast:
-            sys.exit("papers rlp: --fast is not supported, because rlp has no small problem; use --seeds 1")
         from bench.papers.rlp import run_rlp
 
         return run_rlp(a.seeds, a.jobs, a.runs, a.out)

@@ -83,6 +83,10 @@ def run(kind: str, paths: dict[str, str], folder: Path, **settings):
             own = {"reset_prob": 0.7, "reset_source": "rollout", "num_generations": 2, "update": "pair"}
             keys = shared | judged | own | {"per_device_train_batch_size": 8} | settings
             return ppo.train_ppo(GRPOConfig(**keys), examples, held_out)
+        case "prime":
+            own = {"dpo_refine": "outcome", "dpo_refine_learning_rate": 1e-2, "advantage_estimator": "prime"}
+            keys = shared | judged | own | {"num_generations": 2, "per_device_train_batch_size": 8} | settings
+            return ppo.train_ppo(GRPOConfig(**keys), examples, held_out)
         case "roles":
             over_one_base = {"reward_model_path": paths["judge adapter"], "dpo_model_path": paths["dpo adapter"]}
             keys = shared | judged | over_one_base | {"use_peft": True, "lora_r": 2} | settings
@@ -102,7 +106,7 @@ def noisy_judge(rollouts):
     return [torch.rand(()).item() + random.random() + float(np.random.random()) for _ in rollouts]
 
 
-KINDS = ("sft", "bf16", "lora", "reward", "views", "dpo", "groups", "ppo", "drpo", "rto", "refuel", "roles")
+KINDS = ("sft", "bf16", "lora", "reward", "views", "dpo", "groups", "ppo", "drpo", "rto", "refuel", "prime", "roles")
 OPTIMIZERS = dict.fromkeys(("reward", "views"), reward_model) | {
     "sft": sft,
     "bf16": sft,
@@ -155,6 +159,7 @@ def left(result, optimizer, folder: Path) -> dict:
         "log": [untimed(row) for row in read_metrics(folder / "metrics.jsonl")],
         "samples": (folder / "samples.jsonl").read_bytes(),
         "weights": {name: tensor.tolist() for name, tensor in result.model.state_dict().items()},
+        "dpo": {k: v.tolist() for k, v in result.dpo_model.state_dict().items()} if result.dpo_model else None,
         "critic": {k: v.tolist() for k, v in result.value_model.state_dict().items()} if result.value_model else None,
         "optimizer": {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in optimizer.state_dict().items()},
         "model": (folder / "model.safetensors").read_bytes(),

@@ -11,18 +11,19 @@ from typing import Any
 import pytest
 import yaml
 
-from fastrlhf.config import DPOConfig, DRPOConfig, PPOConfig, RewardConfig, RLPConfig, RTOConfig, SFTConfig
+from fastrlhf.config import DPOConfig, DRPOConfig, GRPOConfig, PPOConfig, RewardConfig, RLPConfig, RTOConfig, SFTConfig
 from fastrlhf.config.command_line import parse
 from fastrlhf.config.files import RECIPES, load_yaml
 
 CONFIGS = {
     **{"sft": SFTConfig, "reward": RewardConfig, "dpo": DPOConfig, "ppo": PPOConfig},
-    **{"drpo": DRPOConfig, "rto": RTOConfig, "rlp": RLPConfig},
+    **{"grpo": GRPOConfig, "drpo": DRPOConfig, "rto": RTOConfig, "rlp": RLPConfig},
 }
 DRPO = "arXiv 2404.08495"
 RTO = "arXiv 2404.18922"
 DPO = "arXiv 2305.18290"
 RLP = "arXiv 2403.19279"
+PRIME = "released run_prime_main.sh"
 FARM = "AlpacaFarm's scripts, which RLP leaves as they are"
 
 ON_POLICY = {  # for both PPO and DR-PO in the DR-PO paper
@@ -130,6 +131,33 @@ PAPERS: dict[str, dict[str, dict[str, tuple[Any, str]]]] = {
     "dpo_hh": {
         "sft": ANTHROPIC,
         "dpo": ANTHROPIC | {"beta": (0.1, f"{DPO} App. B"), "learning_rate": (1e-6, f"{DPO} App. B")},
+    },
+    "prime_gsm8k": {
+        "grpo": {
+            "batch_size": (1024, f"{PRIME}: train_batch_size 256 prompts, n_samples 4"),
+            "num_generations": (4, f"{PRIME}: n_samples"),
+            "num_mini_batches": (4, f"{PRIME}: ppo_mini_batch_size 256"),
+            "num_ppo_epochs": (1, f"{PRIME}: ppo_epochs, by default"),
+            "num_train_epochs": (1, f"{PRIME}: total_epochs"),
+            "learning_rate": (5e-7, f"{PRIME}: actor.optim.lr"),
+            "lr_scheduler_type": ("constant", f"{PRIME}: warmup_style, by default"),
+            "warmup_steps": (0, f"{PRIME}: lr_warmup_steps_ratio, by default"),
+            "response_length": (3072, f"{PRIME}: max_response_length"),
+            "max_length": (4096, f"{PRIME}: max_prompt_length 1024 and max_response_length 3072"),
+            "temperature": (1.0, f"{PRIME}: rollout.temperature, by default"),
+            "kl_coef": (0.0, f"{PRIME}: kl_ctrl.kl_coef"),
+            "entropy_coef": (0.0, f"{PRIME}: entropy_coeff"),
+            "loss_type": ("ppo", f"{PRIME}: the clipped loss, averaged over tokens"),
+            "cliprange": (0.2, f"{PRIME}: clip_ratio, by default"),
+            "gamma": (1.0, f"{PRIME}: verifier_gamma, reward_model_gamma"),
+            "dpo_refine": ("outcome", f"{PRIME}: prime_model.update"),
+            "dpo_refine_beta": (0.05, f"{PRIME}: prime_model.beta_train"),
+            "dpo_refine_learning_rate": (1e-6, f"{PRIME}: prime_model.optim.lr"),
+            "dpo_reward_norm": ("batch", f"{PRIME}: prime_norm, by default"),
+            "dpo_reward_scale": (1.0, "the released RLOO, which weighs its sources alike"),
+            "reward_shaping": ("token", f"{PRIME}: prime_granularity"),
+            "advantage_estimator": ("prime", f"{PRIME}: adv_estimator rloo"),
+        },
     },
     "rlp_alpacafarm": {
         "sft": {

@@ -56,6 +56,18 @@ def leave_one_out(episode_return: Tensor, group_size: int) -> Tensor:
     return (groups - others).flatten()
 
 
+def token_leave_one_out(token_reward: Tensor, cu_rows: Tensor, group_size: int) -> Tensor:
+    """[R]: each token reward minus the mean, over the other episodes of its group, of their mean reward per token.
+
+    token_reward [R] float32; cu_rows (N+1,) int32, groups as in `leave_one_out`. It is the process part of PRIME's
+    advantage (Cui et al. 2025, arXiv 2502.01456) before the sum from each token to the end of its episode.
+    """
+    lengths = cu_rows.diff().long()
+    mean = torch.segment_reduce(token_reward, "mean", lengths=lengths, unsafe=True).view(-1, group_size)
+    others = (mean.sum(1, keepdim=True) - mean) / (group_size - 1)
+    return token_reward - others.flatten().repeat_interleave(lengths, output_size=len(token_reward))
+
+
 def group_normalised(episode_return: Tensor, group_size: int, scale: str = "group") -> Tensor:
     """GRPO (Shao et al. 2024, arXiv 2402.03300, section 4.1.2): A_i = (R_i - mean R) / (std R + 1e-4) in its group.
 

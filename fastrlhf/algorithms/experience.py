@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import NamedTuple
@@ -16,6 +16,7 @@ from fastrlhf.algorithms.advantages import (
     group_normalised,
     leave_one_out,
     length_weighted,
+    token_leave_one_out,
     whiten,
     whitening_scale,
 )
@@ -25,7 +26,8 @@ from fastrlhf.data.packing import forest, in_order, num_computed, own_micro_batc
 from fastrlhf.distributed.ranks import total
 from fastrlhf.models.forward import hidden_states, read_scores, scored_states, state_kl, state_logprobs
 from fastrlhf.models.sharding import give_back
-from fastrlhf.rewards.terms import Episodes, Rewards, own_kl_advantage
+from fastrlhf.rewards.functions import Earned
+from fastrlhf.rewards.terms import Episodes, Rewards, Term, own_kl_advantage, sums_to_end
 from fastrlhf.rollout.engine import end_index, temperature_of
 from fastrlhf.rollout.truncation import kept_tokens
 from fastrlhf.types import EndIds, Experience, KeptTokens, PackedBatch, Rollout, Segment
@@ -113,13 +115,14 @@ def score_episodes(
     packs: Sequence[Sequence[Pack]],
     eos_token_id: EndIds,
     rewards: Rewards | None = None,
+    earned: Earned | None = None,
 ) -> tuple[Experience, dict[str, float]]:
     """The complete input of the update, computed before it starts. The sampler's log-probs are rescored in the same
     packs as in the first pass and by the op of the loss, so that the first ratio is exactly 1. `critic` is None where
     `advantage_estimator` needs none, `scores` where there is no judge. `rewards` computes the rewards of the run; None:
-    only the rewards that need neither a model nor a state. With `truncation` bootstrap the critic's forward gives the
-    value of the state
-    after the last token too: a pack holds that token.
+    only the rewards that need neither a model nor a state. `earned` is what the reward functions gave, None if they
+    have not been asked yet. With `truncation` bootstrap the critic's forward gives the value of the state after the
+    last token too: a pack holds that token.
     """
     rewards = rewards or Rewards(config=config)
     device = policy.device
@@ -176,6 +179,7 @@ def score_episodes(
         reference_logprob=reference_logprob,
         dpo_log_ratio=dpo_log_ratio,
         exact_kl=exact_kl,
+        earned=earned,
         goes_on=None if value_after is None else rows.missing_eos,
     )
     terms = rewards.terms(episodes)
@@ -187,7 +191,7 @@ def score_episodes(
         own_kl = None if own_kl is None else own_kl * whitening_scale(reward, every_row)
         reward = whiten(reward, every_row, shift_mean=False)
     if critic is None:
-        advantage, returns = _group_advantage(config, reward, rows.cu_rows), None
+        advantage, returns = _group_advantage(config, reward, rows.cu_rows, terms), None
     else:
         after = None if value_after is None else torch.where(rows.missing_eos, value_after[rows.end], 0.0)
         advantage, returns = gae(reward, value, rows.cu_rows, gamma=config.gamma, lam=config.lam, bootstrap=after)
@@ -254,9 +258,22 @@ def _importance_weight(config: PPOConfig, logprob: Tensor, drawn: Tensor, mask: 
     return (logprob - logprob.masked_scatter(mask, drawn)).exp().clamp(max=config.sampler_is_cap)
 
 
-def _group_advantage(config: PPOConfig, reward: Tensor, cu_rows: Tensor) -> Tensor:
-    """[R]: each token has the advantage of its episode, whose return is the sum of its rewards, the KL's included."""
+def _group_advantage(config: PPOConfig, reward: Tensor, cu_rows: Tensor, terms: Mapping[str, Term]) -> Tensor:
+    """[R]: each token has the advantage of its episode, whose return is the sum of its rewards, the KL's included.
+
+    With the estimator prime (Cui et al. 2025, arXiv 2502.01456), where d are the DPO rewards [R] and R the return of
+    all others,
+
+        A_t = sum over s >= t of (d_s - mean over j of mean d^j) + R - mean over j of R^j,  j the others of the group
+    """
     lengths = cu_rows.diff().long()
+    if config.advantage_estimator == "prime":
+        dpo = terms["dpo"].reward
+        process = sums_to_end(token_leave_one_out(dpo, cu_rows, config.num_generations), cu_rows)
+        rest = reduce(torch.add, (x.reward for name, x in terms.items() if name != "dpo"), torch.zeros_like(dpo))
+        outcome = torch.segment_reduce(rest, "sum", lengths=lengths, unsafe=True)
+        advantage = leave_one_out(outcome, config.num_generations)
+        return process + advantage.repeat_interleave(lengths, output_size=len(reward))
     episode_return = torch.segment_reduce(reward, "sum", lengths=lengths, unsafe=True)
     size = config.num_generations
     if config.advantage_estimator == "rloo":

@@ -30,10 +30,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fastrlhf.algorithms.experience import pack_episodes, score_episodes
 from fastrlhf.algorithms.guards import check_kl, check_sampler
 from fastrlhf.algorithms.open_update import OpenUpdate
-from fastrlhf.algorithms.outcomes import successes
 from fastrlhf.algorithms.own_resets import DROPPED, restart_failures
 from fastrlhf.algorithms.pair_update import update_pairs
 from fastrlhf.algorithms.prefixes import draw_prefixes, reset_fields, sentence_ends_of
+from fastrlhf.algorithms.prime import refine
 from fastrlhf.algorithms.roles import EngineFactory, check_sources, open_roles
 from fastrlhf.algorithms.update import update
 from fastrlhf.config import PPOConfig, require
@@ -42,7 +42,7 @@ from fastrlhf.data.given import Rows
 from fastrlhf.data.specials import end_ids
 from fastrlhf.distributed.ranks import from_all, world_size
 from fastrlhf.evaluation.held_out import evaluate
-from fastrlhf.evaluation.judges import Judge, checked_scores
+from fastrlhf.evaluation.judges import Judge
 from fastrlhf.report.samples import sample_rows
 from fastrlhf.rewards.functions import RewardFunction, TrainerState, open_reward_functions
 from fastrlhf.rollout.engine import checked_rollouts
@@ -97,6 +97,8 @@ def train_ppo(
     policy, reference, critic, rewards = roles.policy, roles.reference, roles.critic, roles.rewards
     eos = end_ids(tokenizer)
     num_groups = config.batch_size // config.num_generations
+    token_rewarder = rewards.implicit.model if rewards.implicit and rewards.implicit.trained else None
+    refiner = _refiner(config, token_rewarder, steps) if token_rewarder is not None else None
     optimizer = _optimizer(config, policy, critic, steps)
     sample_every = -(-steps // config.num_sample_generations) if config.num_sample_generations else 0
     evaluate_held_out = partial(
@@ -123,8 +125,10 @@ def train_ppo(
         steps,
         (policy, tokenizer),
         value_model=critic,
+        dpo_model=token_rewarder,
         data=data,
-        parts={"optimizer": optimizer, "rewards": rewards, "kl": rewards.kl, "update": opened},
+        parts={"optimizer": optimizer, "rewards": rewards, "kl": rewards.kl, "update": opened}
+        | ({"dpo_optimizer": refiner} if refiner is not None else {}),
         evaluate=evaluate_held_out if held_out else None,
     ) as run:
         opened.stop = partial(run.between_parts, resumable=True)
@@ -143,19 +147,24 @@ def train_ppo(
                 }
                 with roles.waiting.present() if roles.roll_in else nullcontext():
                     prefixes = draw_prefixes(config, drawn, **place, roll_in=roles.roll_in)
-                rollouts, restarts = sample(prefixes), dict[str, float]()
+                rollouts, restarts, refined = sample(prefixes), dict[str, float](), dict[str, float]()
                 if config.reset_source == "rollout":
                     with roles.waiting.present():
-                        outcome = roles.outcomes(config, rollouts)
-                    found = successes(config, outcome)
-                    rollouts, restarts = restart_failures(config, rollouts, outcome, found, sample=sample, **place)
+                        first = roles.judged(config, rollouts)
+                    found = (first.outcome, first.succeeded)
+                    rollouts, restarts = restart_failures(config, rollouts, *found, sample=sample, **place)
                 sampled = time.perf_counter()
                 run.between_parts()
                 packs = pack_episodes(config, rollouts, order, policy.device)
                 with roles.waiting.present():
-                    scores = checked_scores(roles.score(rollouts), rollouts, policy.device) if roles.score else None
+                    judged = roles.judged(config, rollouts)
+                    if refiner is not None:
+                        assert rewards.implicit is not None
+                        label = judged.succeeded
+                        refined = refine(config, rewards.implicit, reference, refiner, rollouts, label, packs)
                     experience, metrics = score_episodes(
-                        config, policy, reference, critic, rollouts, scores, packs, eos, rewards
+                        *(config, policy, reference, critic, rollouts, judged.scores, packs, eos, rewards),
+                        earned=judged.earned,
                     )
                 difference = metrics["sampling/sampling_logp_difference/mean"]
                 check_sampler(config, step + 1, difference, policy, own=engine is not None)
@@ -163,7 +172,7 @@ def train_ppo(
                 due = sample_every and run.due(step, sample_every)
                 samples = sample_rows(tokenizer, rollouts, experience, NUM_SAMPLES, functions.extra) if due else []
                 timing = {"timing/rollout": sampled - start, "timing/scoring": time.perf_counter() - sampled}
-                opened.begin(rollouts, experience, metrics | restarts | timing, samples)
+                opened.begin(rollouts, experience, metrics | restarts | refined | timing, samples)
                 run.between_parts()
             assert opened.experience is not None
             rollouts, metrics, scored = opened.rollouts, dict(opened.metrics), time.perf_counter()
@@ -189,7 +198,7 @@ def train_ppo(
             samples = opened.samples
             opened.end()
             run.log(step + 1, metrics, shown="objective/scores", samples=samples)
-        return run.finish(policy, tokenizer, critic)
+        return run.finish(policy, tokenizer, critic, token_rewarder)
 
 
 train_on_policy = train_ppo
@@ -216,6 +225,12 @@ def _optimizer(config: PPOConfig, policy: PreTrainedModel, critic: PreTrainedMod
     )
 
 
+def _refiner(config: PPOConfig, model: PreTrainedModel, updates: int) -> Optimizer:
+    """The optimiser of the DPO model, one step per mini-batch of an update."""
+    rate = {"dpo_": config.dpo_refine_learning_rate}
+    return Optimizer({"dpo_": model}, config, num_steps=updates * config.num_mini_batches, learning_rates=rate)
+
+
 def _check_ranks(config: PPOConfig) -> None:
     """Raises ValueError where several processes cannot share out the update, or would give other numbers than one."""
     world = world_size()
@@ -240,7 +255,7 @@ def _fields_read(config: PPOConfig) -> list[str]:
 
 
 def _name(config: PPOConfig) -> str:
-    parts = [name for name, used in (("drpo", config.reset_prob > 0), ("rto", config.dpo_model_path)) if used]
+    parts = [name for name, used in (("drpo", config.reset_prob > 0), ("rto", config.has_dpo_rewards)) if used]
     return "+".join(parts) or ("ppo" if config.advantage_estimator == "gae" else config.advantage_estimator)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastrlhf.algorithms.outcomes import outcomes
+from fastrlhf.algorithms.outcomes import outcomes, successes
 from fastrlhf.algorithms.prefixes import make_roll_in
 from fastrlhf.algorithms.psipo import dataset_opponents, load_psi, psi_judge
 from fastrlhf.config import PPOConfig, require
@@ -28,7 +28,7 @@ from fastrlhf.models.offload import Waiting
 from fastrlhf.models.roles import critic_from, holds_adapter, judge_and_critic, new_critic, score_role
 from fastrlhf.models.sharding import shard
 from fastrlhf.models.vocabulary import limit_vocabulary
-from fastrlhf.rewards.functions import RewardFunction, RewardFunctions
+from fastrlhf.rewards.functions import Earned, RewardFunction, RewardFunctions
 from fastrlhf.rewards.implicit import implicit_sources, open_implicit_reward
 from fastrlhf.rewards.terms import Rewards, open_rewards
 from fastrlhf.rollout.engine import Engine, SharedEngine, TransformersEngine
@@ -39,6 +39,19 @@ from fastrlhf.types import EndIds, Rollout, TokenizedExample
 
 EngineFactory = Callable[[PPOConfig, PreTrainedModel, EndIds], Engine]
 """(config, policy, the ids that end a response) -> the engine of the run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """What the judge and the reward functions of a run say of N responses."""
+
+    scores: Tensor | None
+    """[N] float32, of the judge; None where there is none"""
+    earned: Earned
+    outcome: Tensor
+    """[N] float64 on the CPU (outcomes.py)"""
+    succeeded: Tensor
+    """[N] bool on the CPU"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,11 +80,13 @@ class Roles:
     waiting: Waiting
     """The frozen models, which may wait in CPU memory."""
 
-    def outcomes(self, config: PPOConfig, rollouts: Sequence[Rollout]) -> Tensor:
-        """[N] float64: the outcome of each response (outcomes.py), by the judge and the reward functions of the run."""
+    def judged(self, config: PPOConfig, rollouts: Sequence[Rollout]) -> Judged:
+        """Asks the judge and the reward functions of the run about the responses."""
         scores = checked_scores(self.score(rollouts), rollouts, self.policy.device) if self.score else None
         functions = self.rewards.functions
-        return outcomes(config, rollouts, scores, functions, functions(rollouts))
+        earned = functions(rollouts)
+        outcome = outcomes(config, rollouts, scores, functions, earned)
+        return Judged(scores=scores, earned=earned, outcome=outcome, succeeded=successes(config, outcome))
 
 
 def check_sources(
@@ -102,6 +117,8 @@ def check_sources(
         judged = bool(config.reward_functions or functions)
         rule = "another source without a reward model or reward functions, which say what failed"
         require(judged or config.reset_source != "rollout", "reset_source", config.reset_source, rule)
+        rule = "none without a reward model or reward functions, which say what succeeded"
+        require(judged or config.dpo_refine == "none", "dpo_refine", config.dpo_refine, rule)
     sources = implicit | {name: getattr(config, name) for name in ("reward_model_path", "eval_reward_model_path")}
     for field, source in (sources | {"critic_model_path": config.critic_model_path}).items():
         if source and not holds_adapter(source):
@@ -133,7 +150,7 @@ def open_roles(
         decoder_of(policy)  # checked before the other models are loaded
     reference = frozen_copy(policy)
     rewards.implicit = open_implicit_reward(config, tokenizer, reference)
-    frozen: list[PreTrainedModel] = [reference, *(rewards.implicit.models if rewards.implicit else ())]
+    frozen: list[PreTrainedModel] = [reference, *(rewards.implicit.frozen if rewards.implicit else ())]
     eos, (_, pad) = end_ids(tokenizer), special_ids(tokenizer)
     needs_critic, starts_at = config.advantage_estimator == "gae", config.critic_model_path
     reward_model = critic = None
@@ -161,6 +178,8 @@ def open_roles(
         others = dataset_opponents(prompts, opponents) if opponents else None
         score = psi_judge(judge, others, load_psi(config.psi, config.psi_clip))
     trained = [policy, critic] if critic else [policy]
+    if rewards.implicit and rewards.implicit.trained:
+        trained.append(rewards.implicit.model)
     shard(*trained, *frozen)
     sampler = SharedEngine(engine=(engine or make_engine)(config, policy, eos), model=policy)
     stops = Stops(strings=config.stop, tokenizer=tokenizer) if config.stop else None

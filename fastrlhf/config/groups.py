@@ -55,6 +55,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Rewards": (
         *("reward_model_path", "score_coef", "score_norm", "score_clip", "missing_eos_penalty", "missing_eos_score"),
         *("dpo_model_path", "dpo_ref_model_path", "dpo_reward_scale", "dpo_reward_norm", "dpo_reward_clip"),
+        *("dpo_refine", "dpo_refine_beta", "dpo_refine_learning_rate"),
         *("reward_shaping", "length_coef", "reward_functions", "reward_weights", "reward_function_norm"),
         *("reward_function_clip", "reward_retries", "success_threshold"),
     ),

@@ -60,12 +60,14 @@ class LossKeys:
     """Discount per token."""
     lam: float = 0.95
     """GAE's lambda."""
-    advantage_estimator: Literal["gae", "rloo", "grpo", "opo"] = "gae"
+    advantage_estimator: Literal["gae", "rloo", "grpo", "opo", "prime"] = "gae"
     """How advantages are estimated. gae: generalised advantage estimation with a critic. The other estimators have no
     critic: all tokens of an episode share one advantage, its return minus a baseline from its group of
     `num_generations` episodes. Baseline of rloo: the mean return of the other episodes (arXiv 2402.14740); of grpo: the
     mean of the whole group, with the difference scaled as `scale_rewards` says (arXiv 2402.03300); of opo: the mean of
-    the whole group, weighted by length (arXiv 2505.23585)."""
+    the whole group, weighted by length (arXiv 2505.23585). prime: rloo for all rewards except those of a DPO model; of
+    the DPO rewards each token gets the sum from itself to the end, each minus the mean DPO reward per token of the
+    other episodes (PRIME, arXiv 2502.01456)."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """What the advantages of advantage_estimator grpo are divided by. group: the standard deviation of the returns of
     the group. batch: that of all episodes of the batch. none: they are not divided (Dr. GRPO, arXiv 2503.20783)."""

@@ -46,7 +46,7 @@ class PPOConfig(ResetKeys, PairKeys, LossKeys, SamplingKeys, RewardKeys, TrainCo
         self._check_engine()
         self._check_estimator()
         self._check_pair_update()
-        self._check_own_resets()
+        self._check_outcomes()
         self._check_compat()
         self._check_unread()
         self.check_truncation()
@@ -91,8 +91,12 @@ class PPOConfig(ResetKeys, PairKeys, LossKeys, SamplingKeys, RewardKeys, TrainCo
         warmup = self.value_warmup_steps
         require(warmup == 0, "value_warmup_steps", warmup, f"0 {because}, which has no critic")
         if (self.kl_placement, self.kl_estimator) == ("reward", "exact"):
-            advantage, rule = self.advantage_estimator, "gae, rloo or opo with kl_estimator exact in the reward"
+            advantage, rule = self.advantage_estimator, "gae, rloo, opo or prime with kl_estimator exact in the reward"
             require(advantage != "grpo", "advantage_estimator", advantage, f"{rule}, since grpo rescales every group")
+        if self.advantage_estimator == "prime":
+            rule = "another one without a dpo_model_path and without dpo_refine, since prime is about their rewards"
+            require(self.has_dpo_rewards, "advantage_estimator", "prime", rule)
+            require(not self.whiten_rewards, "whiten_rewards", True, f"false {because}, which separates the rewards")
 
     def _check_pair_update(self) -> None:
         if self.update != "pair":
@@ -100,7 +104,7 @@ class PPOConfig(ResetKeys, PairKeys, LossKeys, SamplingKeys, RewardKeys, TrainCo
         because = "with update pair"
         estimator, size = self.advantage_estimator, self.num_generations
         rule = f"rloo, grpo or opo {because}, which has no critic"
-        require(estimator != "gae", "advantage_estimator", estimator, rule)
+        require(estimator not in ("gae", "prime"), "advantage_estimator", estimator, rule)
         rule = f"even {because} and pair_select neighbours"
         require(size % 2 == 0 or self.pair_select != "neighbours", "num_generations", size, rule)
         rule = f"true {because}, which computes the two episodes of a pair together"
@@ -111,11 +115,16 @@ class PPOConfig(ResetKeys, PairKeys, LossKeys, SamplingKeys, RewardKeys, TrainCo
         rule = f"k1 {because}, which compares the rewards of whole episodes"
         require(self.kl_estimator == "k1", "kl_estimator", self.kl_estimator, rule)
 
-    def _check_own_resets(self) -> None:
-        if self.reset_source != "rollout" or self.reset_prob == 0:
+    def _check_outcomes(self) -> None:
+        if self.dpo_refine != "none":
+            because = f"with dpo_refine {self.dpo_refine}"
+            rule = f"another value {because}, whose rewards would be paid nowhere"
+            require(self.reward_shaping != "none", "reward_shaping", self.reward_shaping, rule)
+        elif self.reset_source == "rollout" and self.reset_prob > 0:
+            because = "with reset_source rollout"
+        else:
             return
-        because = "with reset_source rollout"
-        rule = f"fixed {because}: under reference sampling goes on past the end, and no end could be cut off"
+        rule = f"fixed {because}, since the other one samples past the end of a response"
         require(self.compat == "fixed", "compat", self.compat, rule)
         known = self.num_generations > 1 or self.success_threshold is not None
         rule = f"a number {because} and num_generations 1, which has no group to compare with"
@@ -132,7 +141,7 @@ class PPOConfig(ResetKeys, PairKeys, LossKeys, SamplingKeys, RewardKeys, TrainCo
     def _check_unread(self) -> None:
         dpo = ("dpo_reward_scale", "dpo_reward_norm", "dpo_reward_clip", "reward_shaping")
         resets = ("reset_min", "reset_source", "reset_curriculum", "reset_cut")
-        own_resets = self.reset_source == "rollout"
+        own_resets, refines = self.reset_source == "rollout", self.dpo_refine != "none"
         critic = ("vf_coef", "cliprange_value", "value_learning_rate", "lam", "truncation", "critic_model_path")
         no_grpo = f"when advantage_estimator is {self.advantage_estimator}, not grpo"
         clipped = ("cliprange", "cliprange_high", "dual_clip", "entropy_coef", "loss_type", "loss_aggregation")
@@ -143,10 +152,12 @@ class PPOConfig(ResetKeys, PairKeys, LossKeys, SamplingKeys, RewardKeys, TrainCo
         at_default(
             self,
             [
-                (bool(self.dpo_model_path), "without a dpo_model_path", dpo),
+                (self.has_dpo_rewards, "without a dpo_model_path", dpo),
+                (refines, "without dpo_refine", ("dpo_refine_beta", "dpo_refine_learning_rate")),
                 (bool(self.reward_functions), "without reward_functions", ("reward_weights",)),
                 (self.reset_prob > 0, "when reset_prob is 0", (*resets, "reset_group")),
-                (own_resets, "when reset_source is not rollout", ("reset_band", "success_threshold")),
+                (own_resets, "when reset_source is not rollout", ("reset_band",)),
+                (own_resets or refines, "without reset_source rollout and dpo_refine", ("success_threshold",)),
                 (grouped, "when num_generations is 1", ("reset_group", "share_trunks")),
                 (not one_step, "when an update has only one step, which is always taken", ("target_kl",)),
                 (self.advantage_estimator == "gae", no_critic, critic),
@@ -186,7 +197,7 @@ class GRPOConfig(PPOConfig):
     kl_coef: float = 0.0
     num_ppo_epochs: int = 1
     loss_type: Literal["ppo", "grpo", "dapo", "bnpo", "dr_grpo", "cispo", "gspo"] = "dapo"
-    advantage_estimator: Literal["gae", "rloo", "grpo", "opo"] = "grpo"
+    advantage_estimator: Literal["gae", "rloo", "grpo", "opo", "prime"] = "grpo"
     num_generations: int = 8
 
 

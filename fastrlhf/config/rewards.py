@@ -70,9 +70,9 @@ class RewardKeys:
     like every other response. bootstrap: it counts as interrupted (Pardo et al. 2018, arXiv 1712.00378): it gets token
     rewards only, and the critic's value of the state after its last token stands for the rest of its return."""
     success_threshold: float | None = None
-    """Lowest outcome at which a response counts as a success, read by reset_source rollout. The outcome is the score
-    plus the weighted rewards of the reward functions, without normalisation and without the KL. null: the mean outcome
-    of the group."""
+    """Lowest outcome at which a response counts as a success, read by reset_source rollout and dpo_refine outcome. The
+    outcome is the score plus the weighted rewards of the reward functions, without normalisation and without the KL.
+    null: the mean outcome of the group."""
     kl_coef: float = 0.05
     """Weight of the KL to the reference, in reward per nat. By default each token is rewarded with -kl_coef *
     log(policy / reference); `kl_placement` and `kl_estimator` change this. It is RTO's beta2."""
@@ -101,14 +101,24 @@ class RewardKeys:
     dpo_model_path: str = ""
     """A model trained by DPO or IPO, or the `adapter/` of its run. Each token is rewarded with its log-ratio between
     this model and its reference, at temperature 1 (RTO's r_DPO). Empty: no such reward."""
+    dpo_refine: Literal["none", "outcome"] = "none"
+    """Training of the DPO model during the run. outcome: before each update of the policy, it is trained to predict
+    from the responses of the batch which of them succeed (PRIME, arXiv 2502.01456). It then starts from
+    `dpo_model_path`, or, if that is empty, from `model_name_or_path`."""
+    dpo_refine_beta: float = 0.05
+    """Scale of the prediction: a response is predicted to succeed with probability sigmoid(dpo_refine_beta *
+    log(DPO model / its reference)), the log-ratio summed over its tokens."""
+    dpo_refine_learning_rate: float = 1e-6
+    """Peak learning rate of the DPO model under dpo_refine outcome; 0: it stays as it is."""
     dpo_ref_model_path: str = ""
     """The reference with which the DPO model was trained. Empty: `model_name_or_path`."""
     dpo_reward_scale: float = 0.05
     """Reward per nat of the DPO log-ratio; it includes the beta of DPO and may be negative. It is RTO's beta1."""
-    dpo_reward_norm: Literal["none", "running"] = "none"
+    dpo_reward_norm: Literal["none", "running", "batch"] = "none"
     """Normalisation of the DPO log-ratio, before it is multiplied by dpo_reward_scale. running: as for the score, with
     mean and standard deviation over tokens. The sum over a response is then no longer the DPO model's implicit reward
-    and does not grow with length."""
+    and does not grow with length. batch: divide by the largest absolute sum from a token to the end of its response, in
+    the batch (the released code of PRIME)."""
     dpo_reward_clip: float = 0.0
     """The DPO reward of each token is clipped to +-dpo_reward_clip, after dpo_reward_scale. 0: no clipping (the RTO
     authors' code clips at 0.05)."""
@@ -119,11 +129,17 @@ class RewardKeys:
     length_coef: float = 0.0
     """Amount subtracted from the reward of each sampled token, a length penalty."""
 
+    @property
+    def has_dpo_rewards(self) -> bool:
+        """Whether a DPO model rewards the tokens."""
+        return bool(self.dpo_model_path) or self.dpo_refine != "none"
+
     def check_rewards(self) -> None:
         at_least(self, 1, "kl_horizon")
         at_least(self, 0, "kl_coef", "kl_target", "score_coef", "score_clip", "dpo_reward_clip", "length_coef")
         at_least(self, 0, "reward_function_clip", "reward_retries")
-        above_0(self, "psi_clip")
+        at_least(self, 0, "dpo_refine_learning_rate")
+        above_0(self, "psi_clip", "dpo_refine_beta")
         if self.max_kl is not None:
             above_0(self, "max_kl")
         if self.missing_eos_penalty is not None:
@@ -137,10 +153,10 @@ class RewardKeys:
             "null when missing_eos_score is given: the penalty subtracts and the score replaces",
         )
         require(
-            not self.dpo_ref_model_path or bool(self.dpo_model_path),
+            not self.dpo_ref_model_path or self.has_dpo_rewards,
             "dpo_ref_model_path",
             self.dpo_ref_model_path,
-            "empty when there is no dpo_model_path",
+            "empty when there is no dpo_model_path and no dpo_refine",
         )
         reason = KL_REFUSED.get((self.kl_placement, self.kl_estimator))
         rule = f"{KL_ALLOWED[self.kl_placement]} in the {self.kl_placement}: {reason}"

@@ -177,6 +177,26 @@ def new_critic(config: PPOConfig, base: PreTrainedModel, pad_token_id: int | Non
     return critic
 
 
+def policy_to_refine(config: PPOConfig, base: PreTrainedModel, given: PreTrainedModel | None) -> PreTrainedModel:
+    """The DPO model to train during the run. It starts as `given`, or, if that is None, as the frozen causal LM `base`.
+
+    With `use_peft` it trains an adapter: that of `given` if it has one, or a new one, which over `base` shares the
+    weights. Without `use_peft` it trains all weights, and shares none.
+    """
+    if given is None:
+        given = shared_view(base) if config.use_peft else frozen_copy(base)
+        given = given.requires_grad_(not config.use_peft).eval()
+        run_like(given, base)
+    if not has_adapter(given):
+        make_trainable(given, config, config.dpo_model_path or config.model_name_or_path)
+        return given
+    if not config.use_peft:
+        given = merged_copy(given).to(given.device)  # pyright: ignore[reportArgumentType] (as there)
+    if config.activation_checkpointing:
+        enable_activation_checkpointing(given, offload_to=HOST if config.activation_offloading else None)
+    return given
+
+
 def _scorer_over(
     base: PreTrainedModel, pad_token_id: int | None, source: str, field: str, *, shared: bool = True
 ) -> PreTrainedModel:

@@ -289,7 +289,7 @@ def load_reward_functions(
     Raises ValueError if RTO has no DPO model, a function cannot be imported, two rewards have the same name, or a key
     about reward functions is set although there are none.
     """
-    if isinstance(config, RTOConfig) and not config.dpo_model_path:
+    if isinstance(config, RTOConfig) and not config.has_dpo_rewards:
         raise ValueError("dpo_model_path: give the DPO model that rewards the tokens, trained by `fastrlhf dpo`")
     named = list((functions or {}).items())
     for path in config.reward_functions:

@@ -18,22 +18,29 @@ from fastrlhf.config import PPOConfig
 from fastrlhf.models.forward import token_logprobs
 from fastrlhf.models.layers import LayerOptions
 from fastrlhf.models.loading import check_same_tokenizer, check_same_vocabulary, load_policy
-from fastrlhf.models.roles import holds_adapter, policy_role
+from fastrlhf.models.roles import holds_adapter, policy_role, policy_to_refine
 from fastrlhf.models.vocabulary import limit_vocabulary
 from fastrlhf.types import PackedBatch
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImplicitReward:
-    """A frozen DPO model and the reference with which it was trained."""
+    """A DPO model and the frozen reference with which it was or is trained."""
 
     model: PreTrainedModel
+    """Frozen, or with `dpo_refine` trained during the run."""
     reference: PreTrainedModel | None
     """None: the DPO model was trained with the run's own reference."""
+    trained: bool = False
+    """Whether the run trains `model`."""
 
     @property
     def models(self) -> list[PreTrainedModel]:
         return [self.model] if self.reference is None else [self.model, self.reference]
+
+    @property
+    def frozen(self) -> list[PreTrainedModel]:
+        return [model for model in self.models if not (self.trained and model is self.model)]
 
     @torch.no_grad()
     def log_ratio(
@@ -45,18 +52,23 @@ class ImplicitReward:
         its forward pass is then skipped.
         """
         logprob = token_logprobs(self.model, batch).logprob
-        if self.reference is not None:
-            return logprob - token_logprobs(self.reference, batch).logprob
-        if run_reference_logprob is None:
-            run_reference_logprob = token_logprobs(run_reference, batch).logprob
-        return logprob - run_reference_logprob
+        if self.reference is None and run_reference_logprob is not None:
+            return logprob - run_reference_logprob
+        return logprob - self.reference_logprob(batch, run_reference)
+
+    @torch.no_grad()
+    def reference_logprob(self, batch: PackedBatch, run_reference: PreTrainedModel) -> Tensor:
+        """Log-prob [R] float32, in nats, of every scored token of the pack under the reference of the model."""
+        return token_logprobs(run_reference if self.reference is None else self.reference, batch).logprob
 
 
 def implicit_sources(config: PPOConfig) -> dict[str, str]:
     """Returns the paths of the models to load, by their keys; empty if no token gets a DPO reward."""
-    if config.reward_shaping == "none" or not config.dpo_model_path:
+    if config.reward_shaping == "none" or not config.has_dpo_rewards:
         return {}
     sources = {"dpo_model_path": config.dpo_model_path, "dpo_ref_model_path": config.dpo_ref_model_path}
+    if not config.dpo_model_path:
+        del sources["dpo_model_path"]  # dpo_refine then starts from the policy
     if config.dpo_ref_model_path in ("", config.model_name_or_path):
         del sources["dpo_ref_model_path"]  # the run's own reference
     return sources
@@ -66,7 +78,8 @@ def open_implicit_reward(
     config: PPOConfig, tokenizer: PreTrainedTokenizerBase, base: PreTrainedModel
 ) -> ImplicitReward | None:
     """Loads the models of `dpo_model_path` and `dpo_ref_model_path`; returns None if no token gets a DPO reward. A
-    model that is an adapter shares the weights of `base`, the frozen reference of the run. Raises ValueError, before
+    model that is an adapter shares the weights of `base`, the frozen reference of the run. With `dpo_refine`
+    the first model is ready to train. Raises ValueError, before
     any model is loaded, if a model has another tokenizer than the run.
     """
     sources = implicit_sources(config)
@@ -85,9 +98,18 @@ def open_implicit_reward(
         )
         for field, source in sources.items()
     }
-    if not models:
+    refines = config.dpo_refine != "none"
+    if not models and not refines:
         return None
     check_same_vocabulary({"model_name_or_path": base, **models}, len(tokenizer))
     for model in models.values():
-        limit_vocabulary(model.requires_grad_(False), tokenizer)
-    return ImplicitReward(model=models["dpo_model_path"], reference=models.get("dpo_ref_model_path"))
+        limit_vocabulary(model, tokenizer)
+    given, reference = models.get("dpo_model_path"), models.get("dpo_ref_model_path")
+    if reference is not None:
+        reference.requires_grad_(False)
+    if refines:
+        model = policy_to_refine(config, base, given)
+        limit_vocabulary(model, tokenizer)
+    else:
+        model = models["dpo_model_path"].requires_grad_(False)
+    return ImplicitReward(model=model, reference=reference, trained=refines)

@@ -25,10 +25,11 @@ from transformers import PreTrainedTokenizerBase
 
 from fastrlhf.config import PPOConfig
 from fastrlhf.models.loading import resolve_device
-from fastrlhf.rewards.functions import RewardFunctions
+from fastrlhf.rewards.functions import Earned, RewardFunctions
 from fastrlhf.rewards.implicit import ImplicitReward
 from fastrlhf.rewards.kl_controller import KLController
 from fastrlhf.types import Rollout
+from fastrlhf_kernels import gae
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +68,8 @@ class Episodes:
     exact_kl: Tensor | None = None
     """[R] KL(sampler || reference) over the vocabulary, in the state in which the token was drawn; None if the KL is
     estimated from the token"""
+    earned: Earned | None = None
+    """What the reward functions give, if they have been called already; None: they are called for the terms"""
     goes_on: Tensor | None = None
     """[N] bool: the episode was cut at the length limit, so its return continues with the critic's value; None if every
     episode ends"""
@@ -120,7 +123,8 @@ class Rewards:
             terms["dpo"] = self._dpo(episodes, episodes.dpo_log_ratio)
         if config.length_coef:
             terms["length"] = Term(reward=-config.length_coef * episodes.earns.float())
-        for name, values in self.functions(episodes.rollouts).items():
+        earned = self.functions(episodes.rollouts) if episodes.earned is None else episodes.earned
+        for name, values in earned.items():
             terms[name] = self._function(name, values, episodes)
         return terms
 
@@ -193,6 +197,8 @@ class Rewards:
         ratio = torch.where(earns, log_ratio, 0.0)
         if config.dpo_reward_norm == "running":
             ratio = self._standardised("dpo", ratio, earns)
+        elif config.dpo_reward_norm == "batch":
+            ratio = ratio / (sums_to_end(ratio, episodes.cu_rows).abs().max() + 1e-6)
         token, clipped = clip(config.dpo_reward_scale * ratio, config.dpo_reward_clip)
         ends = torch.zeros_like(earns).index_fill(0, episodes.end, True)
         sentence_ends = ends
@@ -258,6 +264,11 @@ def moved_to(reward: Tensor, stops: Tensor) -> Tensor:
     sums = torch.zeros(len(reward) + 1, dtype=torch.float64, device=reward.device)
     sums.index_add_(0, group, reward.double())
     return torch.where(stops, sums[group], 0.0).to(reward.dtype)
+
+
+def sums_to_end(reward: Tensor, cu_rows: Tensor) -> Tensor:
+    """[R]: the sum of the rewards [R] from each row to the end of its episode."""
+    return gae(reward, torch.zeros_like(reward), cu_rows, gamma=1.0, lam=1.0)[1]
 
 
 def clip(values: Tensor, limit: float) -> tuple[Tensor, Tensor]:
@@ -331,7 +342,7 @@ def open_rewards(
     """Makes the reward terms of a run, without their models. Raises ValueError if reward_shaping is sentence and no
     token of the vocabulary ends a sentence."""
     sentence_ends = None
-    if config.dpo_model_path and config.reward_shaping == "sentence":
+    if config.has_dpo_rewards and config.reward_shaping == "sentence":
         sentence_ends = sentence_end_ids(tokenizer).to(resolve_device(config.device))
     return Rewards(config=config, functions=functions or RewardFunctions(), sentence_ends=sentence_ends)
 

@@ -4,6 +4,7 @@ is either complete or absent.
     checkpoint-N/                 after N steps; loads as a model like any other, unless it trains an adapter
         model.safetensors, config.json, the tokenizer's files; for an adapter only the trained weights
         value_model/              of an on-policy run with a critic
+        dpo_model/                of an on-policy run that trains its token rewards (dpo_refine)
         optimizer.safetensors     moments, float32 copies of bfloat16 weights; as NAME.safetensors for other parts
         state.json                what is no tensor: step, position of the schedule, what the data were
         manifest.json             size and SHA-256 of each file
@@ -57,6 +58,12 @@ class Stateful(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any], /) -> None: ...
+
+
+def _is_optimizer(name: str) -> bool:
+    """Whether the part of this name is an optimiser: its tensors are as large as the weights, and its steps move
+    them."""
+    return name.endswith("optimizer")
 
 
 def check_output_dir(path: str) -> None:
@@ -179,7 +186,7 @@ class Checkpointer:
         self.model_bytes = sum(map(_model_bytes, models.values()))
         """Estimated bytes of the files that the run writes at its end."""
         self._marked: dict[str, dict[str, Any]] = {}
-        self._marked_position: int | None = None
+        self._marked_position: list[int | None] | None = None
 
     def path(self, step: int) -> Path:
         return self.folder / f"checkpoint-{step}"
@@ -194,8 +201,8 @@ class Checkpointer:
         return self.path(step)
 
     def mark(self) -> None:
-        """Records the state of the parts at the end of a step; for the optimiser only its position."""
-        self._marked = {name: part.state_dict() for name, part in self._parts.items() if name != "optimizer"}
+        """Records the state of the parts at the end of a step; for optimisers only their positions."""
+        self._marked = {name: part.state_dict() for name, part in self._parts.items() if not _is_optimizer(name)}
         self._marked_position = self._position()
 
     @property
@@ -212,8 +219,8 @@ class Checkpointer:
             self._parts[name].load_state_dict(state)
         return True
 
-    def _position(self) -> int | None:
-        return getattr(self._parts.get("optimizer"), "num_done", None)
+    def _position(self) -> list[int | None]:
+        return [getattr(part, "num_done", None) for name, part in self._parts.items() if _is_optimizer(name)]
 
     def load(self, weights_only: bool = False, changed_functions: bool = False) -> int:
         """Loads the newest undamaged checkpoint and returns its step, 0 if there is none. With `weights_only` only the
@@ -245,7 +252,7 @@ class Checkpointer:
                     continue
                 raise ValueError(f"{str(path)!r} has no state of {name!r}: it is of another version of the program")
             # Moments have the size and the sharding of the weights.
-            pattern = next(self._models[""].parameters()) if name == "optimizer" else None
+            pattern = next(self._models[""].parameters()) if _is_optimizer(name) else None
             tensors = read_tensors(path / name, pattern) if exists(path / name) and not weights_only else {}
             part.load_state_dict({**state["parts"][name], **tensors})
         log.info("resuming from %s%s", path, ", its weights alone" if weights_only else "")

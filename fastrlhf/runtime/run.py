@@ -52,6 +52,8 @@ class TrainResult:
     """The evaluation before the first step; empty without `eval_on_start`."""
     value_model: PreTrainedModel | None = None
     """The critic of an on-policy run; on the CPU where it shared the weights of the policy."""
+    dpo_model: PreTrainedModel | None = None
+    """The model of the token rewards of an on-policy run that trains it (`dpo_refine`), in the same place."""
 
 
 class Run:
@@ -80,12 +82,14 @@ class Run:
         trained: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None,
         *,
         value_model: PreTrainedModel | None = None,
+        dpo_model: PreTrainedModel | None = None,
         data: Data | None = None,
         parts: Mapping[str, Stateful] | None = None,
         evaluate: Callable[[], Mapping[str, float]] | None = None,
     ) -> None:
-        """`parts` are what has a state beside the models: the optimiser, normalisers, controllers. `evaluate` measures
-        the model on the held-out rows; None where there are none."""
+        """`value_model` and `dpo_model` are trained beside the model of `trained`. `parts` are what has a state beside
+        the models: optimisers, whose names end in "optimizer", normalisers, controllers. `evaluate` measures the model
+        on the held-out rows; None where there are none."""
         if data and data.day:
             config = dataclasses.replace(config, template_date=data.day)
         self._name, self._config, self._steps, self._trained, self._data = name, config, steps, trained, data
@@ -99,7 +103,8 @@ class Run:
         self._checkpointer = None
         self._writer: MetricsWriter | None = None  # of the first rank
         if self.folder and trained:
-            models = {"": trained[0]} | ({"value_model": value_model} if value_model is not None else {})
+            beside = {"value_model": value_model, "dpo_model": dpo_model}
+            models = {"": trained[0]} | {name: model for name, model in beside.items() if model is not None}
             fingerprint = data.fingerprint if data else {}
             functions = function_hashes(config)
             stateful = {**(parts or {}), "unlogged": self._unlogged}
@@ -326,22 +331,25 @@ class Run:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         value_model: PreTrainedModel | None = None,
+        dpo_model: PreTrainedModel | None = None,
     ) -> TrainResult:
         """Saves what was trained, adapters added to the weights, and returns it with the last evaluation, which a run
         that was stopped after its last step has in its log. A log that cannot be written costs no weights."""
         if self._writer and self._writer.flush():
             log.warning("the last rows of the log are missing; the model is saved all the same")
-        saved: list[PreTrainedModel] = []
+        beside = {name: x for name, x in (("value_model", value_model), ("dpo_model", dpo_model)) if x is not None}
+        saved: dict[str, PreTrainedModel] = {}
         accept = None
         if self._config.merged_dtype == "bfloat16":
             rows = (self._data.eval or self._data.train) if self._data else []
             accept = Acceptance(rows, self._config.max_merge_shift)
 
         def write() -> None:
-            if value_model is not None and not saved:
-                place, apart = self.folder and self.folder / "value_model", share_weights(model, value_model)
-                saved.append(save_trained(value_model, tokenizer, place, apart=apart))
-            saved.append(save_trained(model, tokenizer, self.folder, accept=accept))
+            for name, other in beside.items():
+                if name not in saved:
+                    place, apart = self.folder and self.folder / name, share_weights(model, other)
+                    saved[name] = save_trained(other, tokenizer, place, apart=apart)
+            saved[""] = save_trained(model, tokenizer, self.folder, accept=accept)
             if accept and self.folder:
                 with (self.folder / "config.yaml").open("a") as file:
                     file.write(f"# {accept.told}\n")
@@ -359,13 +367,14 @@ class Run:
             write()
         last = self.history[-1] if self.history else {}
         return TrainResult(
-            model=saved[-1],
+            model=saved[""],
             tokenizer=tokenizer,
             history=self.history,
             final=self._final or {name: value for name, value in last.items() if name.startswith("eval_")},
             output_dir=self.folder,
             initial=self.initial,
-            value_model=saved[0] if value_model is not None else None,
+            value_model=saved.get("value_model"),
+            dpo_model=saved.get("dpo_model"),
         )
 
 

@@ -68,7 +68,10 @@ def _add_roles(models: Models, config: PPOConfig, tokenizer: PreTrainedTokenizer
         role("reward model", config.reward_model_path, "reward_model_path")
     if config.advantage_estimator == "gae":
         _add_critic(models, config, tokenizer, fakes)
-    for field, path in implicit_sources(config).items():
+    sources = implicit_sources(config)
+    if config.dpo_refine != "none":
+        _add_refined(models, config, tokenizer, fakes, sources.pop("dpo_model_path", ""))
+    for field, path in sources.items():
         role(DPO_NAMES[field], path, field)
     if second := config.eval_reward_model_path:
         role("second reward model", second, "eval_reward_model_path")
@@ -98,6 +101,21 @@ def _add_critic(models: Models, config: PPOConfig, tokenizer: PreTrainedTokenize
         models.trained["critic"], models.own["critic"] = critic, critic.gradient_bytes
     else:
         _train(models, "critic", fakes.scorer(start, config))  # the adapter is merged into own weights
+
+
+def _add_refined(
+    models: Models, config: PPOConfig, tokenizer: PreTrainedTokenizerBase, fakes: Fakes, source: str
+) -> None:
+    """The DPO model that the run trains; without a `source` it starts from the policy."""
+    name, start, four_bit = DPO_NAMES["dpo_model_path"], models.start, config.load_in_4bit
+    if not source or holds_adapter(source):
+        adapter = adapter_settings(source, "dpo_model_path") if source and config.use_peft else None
+        fake = fakes.policy(start, config, adapter=adapter, four_bit=four_bit and config.use_peft)
+        _train(models, name, fake)
+        if config.use_peft:  # its weights are those of the reference
+            models.own[name] = fake.gradient_bytes
+    else:
+        _train(models, name, fakes.policy(_model_config(config, source, "dpo_model_path", tokenizer), config))
 
 
 def _train(models: Models, name: str, fake: FakeModel) -> None:
