@@ -96,7 +96,7 @@ def test_a_number_out_of_range_is_refused_by_its_name(kind, field, value, rule):
 
 
 @pytest.mark.parametrize(("kind", "field"), [(kind, name) for kind in ALL for name in numeric_fields(kind, int, float)])
-def test_no_number_may_be_far_below_zero_except_rewards(kind, field):
+def test_only_rewards_may_be_far_below_zero(kind, field):
     if field in ("missing_eos_score", "dpo_reward_scale"):
         beside = {"dpo_model_path": "dpo"} if field == "dpo_reward_scale" else {}
         assert getattr(kind(**{field: -9.0} | beside), field) == -9
@@ -140,11 +140,11 @@ BESIDE = {
     "loss": {"kl_estimator": "k2"},
     "bootstrap": {"missing_eos_score": None},
 }
-"""What some fields, and some choices, need beside them."""
+"""Other keys that some fields, and some choices of them, need to be valid."""
 
 
 @pytest.mark.parametrize(("kind", "field", "choices"), CHOICES)
-def test_a_word_that_is_no_choice_is_refused_with_the_choices(kind, field, choices):
+def test_an_invalid_choice_is_refused_and_the_choices_are_listed(kind, field, choices):
     for choice in choices:
         beside = BESIDE.get(field, {}) | BESIDE.get(choice, {})
         assert getattr(kind(**{field: choice} | beside), field) == choice
@@ -194,7 +194,7 @@ OTHER |= {"vllm_devices": (1,), "vllm_enable_sleep_mode": True}
 
 
 @pytest.mark.parametrize(("kind", "field", "without"), UNREAD)
-def test_a_key_that_nothing_would_read_is_refused_unless_it_is_the_default(kind, field, without):
+def test_an_unread_key_is_refused_unless_it_has_its_default(kind, field, without):
     default = getattr(kind(), field)
     assert getattr(kind(**without), field) == default
     with pytest.raises(
@@ -220,7 +220,7 @@ READ = [
 
 
 @pytest.mark.parametrize(("kind", "settings"), READ)
-def test_the_same_keys_are_taken_where_something_reads_them(kind, settings):
+def test_keys_are_accepted_if_something_reads_them(kind, settings):
     assert {name: getattr(kind(**settings), name) for name in settings} == settings
 
 
@@ -271,7 +271,7 @@ def test_a_value_of_another_type_is_refused_by_name(kind, field, value, rule):
     assert str(error.value) == f"{field}: must be {rule}; got {value!r}"
 
 
-def test_values_that_mean_the_same_become_the_declared_type():
+def test_equivalent_values_are_converted_to_the_declared_type():
     config = DPOConfig(
         output_dir=Path("runs") / "x",
         report_to=["wandb"],

@@ -1,4 +1,4 @@
-"""Flags and files as one configuration."""
+"""Tests of flags and files combined into one configuration."""
 
 import json
 
@@ -24,7 +24,7 @@ def _file(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
 
-def test_flags_beat_the_file_and_the_file_beats_the_defaults():
+def test_flags_override_the_file_and_the_file_overrides_the_defaults():
     flags = ["--config", "all.yaml", "--max_steps", "7", "--lam=0.5", "--whiten_rewards", "False"]
     config = parse(DRPOConfig, flags, "drpo")
     assert (config.max_steps, config.lam, config.whiten_rewards) == (7, 0.5, False)
@@ -42,6 +42,6 @@ def test_values_keep_their_types():
     assert parse(EvalConfig, ["--models", "a", "b"], "eval").models == ("a", "b")
 
 
-def test_a_message_is_the_same_where_the_terminal_has_no_boxes():
+def test_messages_do_not_depend_on_box_characters_of_the_terminal():
     rounded = "\u256d\u2500 Value error \u2500\u256e\n\u2502 beta: \u2502\n\u2502 bad \u2502\n\u2570\u2500\u256f\n"
     assert _first_paragraph(rounded) == _first_paragraph(" Value error\n ----\n beta:\n bad\n  ----\n") == "beta: bad"

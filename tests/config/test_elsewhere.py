@@ -1,4 +1,4 @@
-"""Keys of TRL and transformers, and what the command line answers to them."""
+"""Tests of the table of TRL and transformers keys, and of the command line's answers to these keys."""
 
 import dataclasses
 from collections import Counter
@@ -21,22 +21,24 @@ COMMANDS_OF = {
     "grpo": ["grpo"],
     "ppo": ["ppo"],
 }
-"""TRL config -> our commands that read its keys."""
+"""TRL config class -> our commands that correspond to it."""
 
 
 def commands_of(key):
     return [command for config in key.configs for command in COMMANDS_OF.get(config, ["sft", "dpo", "reward", "ppo"])]
 
 
-def test_a_key_stands_once_per_config_and_every_config_is_known():
+def test_a_key_occurs_once_per_config_and_every_config_is_known():
     assert max(Counter((key.name, config) for key in KEYS for config in key.configs).values()) == 1
     assert {config for key in KEYS for config in key.configs} == {*TRL_CONFIGS}
 
 
 @pytest.mark.parametrize("key", KEYS, ids=lambda key: f"{key.name}-{key.configs[0]}")
-def test_the_table_says_the_truth_of_our_keys(key):
-    """A key is `same` exactly where the commands concerned have it; what `other name` names is a key of theirs. Where
-    this fails after a key was added, its row becomes `_same`."""
+def test_the_table_agrees_with_our_keys(key):
+    """A key is `same` exactly if the corresponding commands have it; `other name` names an existing key.
+
+    If this fails after a key was added, change its row to `_same`.
+    """
     for command in commands_of(key):
         if key.status == "same":
             assert key.name in FIELDS[command], f"{command} has no {key.name}"
@@ -50,7 +52,7 @@ def test_the_table_says_the_truth_of_our_keys(key):
 
 
 def test_the_table_is_complete():
-    """In an environment with TRL 1.16: python -m pytest tests/config/test_elsewhere.py."""
+    """Needs an environment with TRL 1.16: python -m pytest tests/config/test_elsewhere.py."""
     trl = pytest.importorskip("trl")
     configs = {"sft": trl.SFTConfig, "dpo": trl.DPOConfig, "reward": trl.RewardConfig, "grpo": trl.GRPOConfig}
     for name, config in (configs | {"model": trl.ModelConfig, "script": trl.ScriptArguments}).items():
@@ -106,14 +108,14 @@ def test_an_unknown_key_is_answered_from_the_table(command, flag, told, tmp_path
     assert str(error.value) == f"{file}: unknown key {name!r}{told}"
 
 
-def test_keys_that_are_the_same_are_taken():
+def test_keys_with_the_same_name_are_accepted():
     assert parse(SFTConfig, ["--max_grad_norm", "0.5"], "sft").max_grad_norm == 0.5
     assert parse(DPOConfig, ["--beta", "0.2"], "dpo").beta == 0.2
     assert parse(RewardConfig, ["--eval_steps", "5"], "reward").eval_steps == 5
     assert parse(PPOConfig, ["--num_generations", "8"], "ppo").num_generations == 8
 
 
-def test_commands_of_other_programs_are_answered_plainly():
+def test_commands_of_other_programs_get_a_clear_answer():
     assert explain_command("rloo", OUR_COMMANDS).startswith(": write grpo with advantage_estimator: rloo")
     assert explain_command("ipo", OUR_COMMANDS) == ": write dpo with loss_type: ipo"
     assert explain_command("stf", OUR_COMMANDS) == "; did you mean 'sft'?"

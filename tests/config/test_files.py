@@ -48,7 +48,7 @@ def test_a_flat_file_gives_its_keys(write):
     )
 
 
-def test_a_section_beats_what_is_shared_and_the_other_sections_are_left_alone(write):
+def test_a_section_overrides_shared_keys_and_not_other_sections(write):
     path = write("shared: {seed: 1, max_length: 64}\nsft: {seed: 2}\ndpo: {beta: 0.3}\nreward:\n")
     assert read_yaml(path, SFTConfig, "sft") == {"seed": 2, "max_length": 64}
     assert read_yaml(path, DPOConfig, "dpo") == {"seed": 1, "max_length": 64, "beta": 0.3}
@@ -97,20 +97,20 @@ def test_a_section_may_name_those_that_run_before_it(write):
         ("rto: {run_first: dpo}\ndpo:", "run_first: must be a list of sections, as [sft, reward]; got 'dpo'"),
     ],
 )
-def test_what_cannot_run_first_is_told(write, text, message):
+def test_invalid_run_first_values_are_refused(write, text, message):
     path = write(text)
     with pytest.raises(ValueError, match=r"run.yaml: run_first") as caught:
         run_first(path, "rto")
     assert message in str(caught.value)
 
 
-def test_run_first_is_for_sections_of_commands_alone(write):
+def test_run_first_is_only_allowed_in_sections_of_commands(write):
     for text in ("run_first: [sft]", "shared: {run_first: [sft]}\nsft:\nrto:"):
         with pytest.raises(ValueError, match="unknown key 'run_first'"):
             read_yaml(write(text), RTOConfig, "rto")
 
 
-def test_a_folder_is_named_by_itself_or_by_a_place_in_it_but_not_as_output_dir(monkeypatch, tmp_path):
+def test_a_folder_is_named_by_its_path_or_a_path_in_it_but_not_by_output_dir(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     for value in ("runs/dpo", "./runs/dpo/", f"{tmp_path}/runs/dpo", "runs/dpo/value_model", ["a", "runs/dpo"]):
         assert names_folder([{"seed": 1}, {"dpo_model_path": value}], "runs/dpo"), value
@@ -131,7 +131,7 @@ def test_a_finished_run_of_other_settings_is_refused_with_every_key_that_differs
     check_unchanged(replace(config, beta=0.1), "dpo")
 
 
-def test_a_shared_key_that_nothing_reads_in_one_section_is_for_the_others(write):
+def test_a_shared_key_may_be_unread_in_some_sections(write):
     shared = "shared: {use_peft: true, lora_r: 64, use_rslora: true, seed: 3}\n"
     path = write(f"{shared}sft: {{use_peft: false}}\ndpo: {{}}\nreward: {{use_peft: false, lora_r: 8}}\n")
     sft, dpo = parse(SFTConfig, ["--config", path], "sft"), parse(DPOConfig, ["--config", path], "dpo")
@@ -180,7 +180,7 @@ def test_a_resolved_configuration_reads_back_as_the_same_run(tmp_path, command):
     assert parse(CONFIGS[command], ["--config", str(tmp_path / "config.yaml")], command) == config
 
 
-def test_awkward_values_read_back_the_same(tmp_path):
+def test_awkward_values_are_read_back_unchanged(tmp_path):
     config = PPOConfig(
         run_name='it\'s: a "run", # 1\n',
         chat_template="{% for m in messages %}\n$m --x {{ m.content }}{% endfor %}",
@@ -203,7 +203,7 @@ def test_the_written_file_holds_every_field(tmp_path):
     assert list(written) == list(asdict(DRPOConfig()))
 
 
-def test_flags_say_what_the_values_say():
+def test_flags_give_the_same_configuration_as_values():
     assert as_flags({"a": 1, "b": True, "c": None, "d": ["x", "y"], "e": {"k": [1]}, "f": ""}) == [
         *("--a", "1", "--b", "True", "--c", "None", "--d", "x", "y", "--e", '{"k": [1]}', "--f", "")
     ]
@@ -215,7 +215,7 @@ def test_unknown_flags_are_refused_with_the_nearest_name():
         check_flags(["--seed", "1", "--leaning-rate=1"], SFTConfig, "sft")
 
 
-def test_other_spellings_are_understood_where_the_key_exists(write):
+def test_other_spellings_are_accepted_if_the_key_exists(write):
     path = write("num_generations: 2\nmax_completion_length: 7\n")
     config = parse(PPOConfig, ["--config", path, "--reset-group-size=4", "--gradient_checkpointing", "true"], "ppo")
     assert (config.num_generations, config.response_length, config.activation_checkpointing) == (4, 7, True)
@@ -223,7 +223,7 @@ def test_other_spellings_are_understood_where_the_key_exists(write):
         parse(SFTConfig, ["--reset_group_size", "4"], "sft")
 
 
-def test_two_names_of_one_key_are_refused_in_one_place(write):
+def test_two_names_of_one_key_in_one_file_are_refused(write):
     told = r"'response_length' and 'max_completion_length' are two names of the key response_length; give one of them$"
     with pytest.raises(ValueError, match="^" + told):
         parse(PPOConfig, ["--response-length", "4", "--max_completion_length=7"], "ppo")
@@ -294,7 +294,7 @@ def test_a_file_in_the_home_folder_is_found(write, monkeypatch):
     assert parse(SFTConfig, ["--config=~/run.yaml"], "sft").seed == 3
 
 
-def test_a_run_of_the_release_before_compares_by_the_new_names(tmp_path):
+def test_a_run_of_the_previous_release_is_compared_by_the_new_names(tmp_path):
     (tmp_path / "config.yaml").write_text(as_yaml(PPOConfig(num_generations=2)))
     text = (tmp_path / "config.yaml").read_text().replace("num_generations", "reset_group_size")
     (tmp_path / "config.yaml").write_text(text)
@@ -343,7 +343,7 @@ def test_truth_values_are_understood_as_people_write_them(flags):
     assert parse(SFTConfig, flags, "sft").use_peft is True
 
 
-def test_falsehoods_too_and_what_is_neither_is_refused(write):
+def test_false_values_are_understood_and_other_words_refused(write):
     assert parse(SFTConfig, ["--progress", "no", "--seed", "4"], "sft").progress is False
     assert parse(SFTConfig, ["--config", write('progress: "off"')], "sft").progress is False
     assert parse(SFTConfig, ["--run_name", "true"], "sft").run_name == "true"
@@ -351,7 +351,7 @@ def test_falsehoods_too_and_what_is_neither_is_refused(write):
         parse(SFTConfig, ["--progress", "maybe"], "sft")
 
 
-def test_a_wrong_value_of_a_file_is_told_with_the_file_and_its_section_and_one_of_a_flag_is_not(write):
+def test_an_error_names_file_and_section_unless_the_value_came_from_a_flag(write):
     path = write("sft:\n  max_steps: three\ndpo:\n  beta: 0.1\n")
     with pytest.raises(ValueError, match=rf"^{path}, sft: .*--max_steps.*three"):
         parse(SFTConfig, ["--config", path], "sft")
@@ -360,12 +360,12 @@ def test_a_wrong_value_of_a_file_is_told_with_the_file_and_its_section_and_one_o
 
 
 @pytest.mark.parametrize("text", ["sft:\n  seed: 1\nsft:\n  seed: 2\n", "sft:\n  seed: 1\n\n  seed: 2\n"])
-def test_a_key_that_stands_twice_is_refused_with_its_lines(write, text):
+def test_a_duplicate_key_is_refused_with_its_lines(write, text):
     with pytest.raises(ValueError, match=r"'(sft|seed)' occurs more than once, in lines (1 and 3|2 and 4)"):
         read_yaml(write(text), SFTConfig, "sft")
 
 
-def test_a_key_that_a_newer_version_added_counts_with_its_default_and_paths_by_what_they_lead_to(tmp_path, monkeypatch):
+def test_runs_compare_missing_keys_by_default_and_paths_by_their_target(tmp_path, monkeypatch):
     (tmp_path / "model").mkdir()
     monkeypatch.chdir(tmp_path)
     written = SFTConfig(model_name_or_path="model", seed=3)
@@ -385,12 +385,12 @@ def test_a_key_that_a_newer_version_added_counts_with_its_default_and_paths_by_w
     [
         ({"max_steps": 5}, {"max_steps": 9}, True),
         ({"num_train_epochs": 1.0}, {"num_train_epochs": 2.0}, True),
-        ({"max_steps": 9}, {"max_steps": 5}, False),  # a checkpoint may be beyond
+        ({"max_steps": 9}, {"max_steps": 5}, False),  # the checkpoint may already be beyond step 5
         ({"max_steps": -1}, {"max_steps": 5}, False),
         ({"max_steps": 5, "lr_scheduler_type": "linear"}, {"max_steps": 9}, False),
     ],
 )
-def test_a_run_may_be_made_longer_where_nothing_so_far_depends_on_its_end(before, after, allowed, tmp_path):
+def test_a_run_may_be_extended_if_nothing_so_far_depends_on_its_length(before, after, allowed, tmp_path):
     written = SFTConfig(**{"lr_scheduler_type": "constant"} | before)
     (tmp_path / "config.yaml").write_text(as_yaml(written))
     assert (differences(replace(written, **after), tmp_path / "config.yaml") == []) == allowed

@@ -1,4 +1,4 @@
-"""Functions of the user's by module and by file, and what is told where they cannot be had."""
+"""Tests of user-defined functions, given by module or file, and of the errors if they cannot be loaded."""
 
 import sys
 
@@ -32,7 +32,7 @@ def test_a_file_may_hold_dataclasses_with_postponed_annotations(tmp_path):
     assert load_function(f"{tmp_path}/mine.py:scaled", "psi")(3) == 6
 
 
-def test_files_of_one_name_in_two_folders_stay_apart(tmp_path):
+def test_files_of_the_same_name_in_two_folders_are_separate_modules(tmp_path):
     functions = []
     for value in (1, 2):
         (tmp_path / str(value)).mkdir()
@@ -50,7 +50,7 @@ def test_files_of_one_name_in_two_folders_stay_apart(tmp_path):
         ("from math import no_such_name\ndef f(x): ...\n", "cannot import name 'no_such_name' from 'math'"),
     ],
 )
-def test_what_a_file_cannot_import_is_told_with_the_name_of_the_file(tmp_path, monkeypatch, text, missing):
+def test_an_import_error_in_a_file_names_the_file(tmp_path, monkeypatch, text, missing):
     (tmp_path / "broken.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
     before = set(sys.modules)
@@ -71,6 +71,6 @@ def test_what_a_file_cannot_import_is_told_with_the_name_of_the_file(tmp_path, m
         ("math:pi", "'math' has no function 'pi'"),
     ],
 )
-def test_a_name_of_no_function_is_refused(name, message):
+def test_a_name_that_is_not_a_function_is_refused(name, message):
     with pytest.raises(ValueError, match=f"^psi: {message}"):
         load_function(name, "psi")

@@ -1,4 +1,4 @@
-"""The sections of --help."""
+"""Tests of the sections of --help."""
 
 from collections import Counter
 from itertools import chain
@@ -9,7 +9,7 @@ from fastrlhf.config.help import keys_of
 
 
 def test_every_key_belongs_to_exactly_one_group():
-    """A new key gets its place in config/groups.py."""
+    """If this fails for a new key, add it to a group in config/groups.py."""
     grouped = Counter(chain.from_iterable(GROUPS.values()))
     keys = {name for kind in CONFIGS.values() for name in keys_of(kind)}
     assert keys - {*grouped} == set()

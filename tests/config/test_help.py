@@ -1,4 +1,4 @@
-"""The help pages of the commands."""
+"""Tests of the help pages of the commands."""
 
 import shlex
 from dataclasses import fields
@@ -58,7 +58,7 @@ def test_the_examples_are_valid_commands(example, monkeypatch):
     parse(CONFIGS[command], arguments, command)
 
 
-def test_an_entry_reads_as_it_should():
+def test_the_text_of_an_entry():
     page = format_help("sft")
     assert "\n  --max_grad_norm  number  [1]\n      Gradients are clipped to this total norm" in page
     assert "\n  --dataset_test_split  text\n" in page

@@ -1,4 +1,4 @@
-"""What keys of losses must be."""
+"""Tests of the checks of loss keys."""
 
 import pytest
 
@@ -20,6 +20,6 @@ def test_the_bounds_of_the_optional_terms(field, value, rule):
         PPOConfig(**{field: value})
 
 
-def test_a_warmup_of_the_critic_needs_one():
+def test_a_critic_warmup_needs_a_critic():
     with pytest.raises(ValueError, match=r"^value_warmup_steps: must be 0 with advantage_estimator rloo"):
         PPOConfig(advantage_estimator="rloo", num_generations=2, value_warmup_steps=1)

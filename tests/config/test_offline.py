@@ -1,4 +1,4 @@
-"""What goes together on pairs and groups."""
+"""Tests of which keys may be combined for training on pairs and groups."""
 
 import pytest
 
@@ -53,6 +53,6 @@ from fastrlhf.config import (
         ),
     ],
 )
-def test_losses_that_do_not_go_together_are_refused(settings, message):
+def test_incompatible_losses_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         DPOConfig(**settings)

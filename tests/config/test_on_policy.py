@@ -1,4 +1,4 @@
-"""What goes together in the on-policy trainer."""
+"""Tests of which keys may be combined in the on-policy trainer."""
 
 from dataclasses import asdict, replace
 
@@ -23,7 +23,8 @@ def test_rto_is_ppo_with_the_settings_of_its_paper():
 
 
 def test_grpo_is_ppo_with_the_defaults_of_trl():
-    """TRL 1.16's GRPOConfig: num_generations 8, beta 0, num_iterations 1, max_completion_length 256, temperature 1."""
+    """The defaults of TRL 1.16's GRPOConfig: num_generations 8, beta 0, num_iterations 1, max_completion_length 256,
+    temperature 1."""
     trl = {"learning_rate": 1e-6, "num_train_epochs": 3.0, "response_length": 256, "temperature": 1.0}
     trl |= {
         "loss_type": "dapo",
@@ -37,7 +38,7 @@ def test_grpo_is_ppo_with_the_defaults_of_trl():
 
 
 @pytest.mark.parametrize("estimator", ["rloo", "grpo"])
-def test_an_advantage_of_the_group_wants_a_group_whole_episodes_and_no_critic(estimator):
+def test_group_advantages_need_a_group_whole_episodes_and_no_critic(estimator):
     config = PPOConfig(advantage_estimator=estimator, num_generations=2)
     refused = (("num_generations", 1), ("reset_group", "response"), ("gamma", 0.9), ("compat", "reference"))
     for field, value in refused:
@@ -73,7 +74,7 @@ def test_a_controller_needs_a_coefficient_to_multiply_and_a_horizon_of_a_batch()
         ("truncation", {"truncation": "bootstrap", "missing_eos_score": None}),
     ],
 )
-def test_the_semantics_of_the_authors_leave_the_loss_as_it_is(field, settings):
+def test_compat_reference_does_not_change_the_loss(field, settings):
     with pytest.raises(ValueError, match=rf"^{field}: must be .* with compat reference"):
         DRPOConfig(compat="reference", **settings)
 
@@ -87,7 +88,7 @@ def test_the_semantics_of_the_authors_leave_the_loss_as_it_is(field, settings):
         ({"scale_rewards": "none"}, r"^scale_rewards: .* when advantage_estimator is gae, not grpo"),
     ],
 )
-def test_keys_of_the_group_family_that_nothing_reads_are_refused(settings, message):
+def test_unread_keys_of_group_losses_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         PPOConfig(**settings)
 

@@ -1,4 +1,4 @@
-"""Relative paths, and values that are written as they were given."""
+"""Tests of relative paths, and of configurations that are written with their original values."""
 
 from dataclasses import fields
 
@@ -19,7 +19,7 @@ PATHS = {
 
 
 def test_the_keys_that_hold_paths_are_known(tmp_path, monkeypatch):
-    """Every text key of every trainer is given the name of a file; those that are no paths stay as they are."""
+    """Gives every text key of every trainer the name of a file; only keys that hold paths may change it."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "there").touch()
     found = set()
@@ -41,7 +41,7 @@ def test_the_keys_that_hold_paths_are_known(tmp_path, monkeypatch):
     assert found == PATHS
 
 
-def test_what_is_read_is_resolved_where_it_is_here_and_what_is_made_always(tmp_path, monkeypatch):
+def test_inputs_are_resolved_if_they_exist_and_outputs_always(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "owner").mkdir()
     given = DPOConfig(output_dir="run", ref_cache_dir="cache", model_name_or_path="owner", dataset_name="owner/data")
@@ -56,7 +56,7 @@ def test_what_is_read_is_resolved_where_it_is_here_and_what_is_made_always(tmp_p
         at_start(given, SFTConfig, "train_sft")
 
 
-def test_a_variable_is_used_by_its_value_and_written_by_its_name(tmp_path, monkeypatch):
+def test_an_environment_variable_is_expanded_for_use_and_written_by_name(tmp_path, monkeypatch):
     monkeypatch.setenv("PLACE", str(tmp_path / "data"))
     file = tmp_path / "run.yaml"
     file.write_text("{dataset_name: $PLACE/a.jsonl, reward_functions: ['$PLACE/r.py:f'], reward_model_path: judge}")
@@ -66,7 +66,7 @@ def test_a_variable_is_used_by_its_value_and_written_by_its_name(tmp_path, monke
     (tmp_path / "config.yaml").write_text(as_yaml(config))
     written = yaml.safe_load((tmp_path / "config.yaml").read_text())
     assert (written["dataset_name"], written["reward_functions"]) == ("$PLACE/a.jsonl", ["$PLACE/r.py:f"])
-    assert as_given(config)["reward_functions"] == ("$PLACE/r.py:f",)  # what the trackers get
+    assert as_given(config)["reward_functions"] == ("$PLACE/r.py:f",)  # the value that the trackers get
     assert parse(PPOConfig, ["--config", str(tmp_path / "config.yaml")], "ppo") == config
     assert differences(config, tmp_path / "config.yaml") == []
     monkeypatch.setenv("PLACE", "elsewhere")
@@ -76,7 +76,7 @@ def test_a_variable_is_used_by_its_value_and_written_by_its_name(tmp_path, monke
     ]
 
 
-def test_values_are_the_same_by_text_by_variable_or_by_place(tmp_path, monkeypatch):
+def test_values_are_equal_by_text_by_variable_or_by_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a").touch()
     monkeypatch.setenv("PLACE", str(tmp_path))

@@ -1,4 +1,4 @@
-"""What keys of resets must be."""
+"""Tests of the checks of reset keys."""
 
 import pytest
 

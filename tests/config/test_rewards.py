@@ -1,4 +1,4 @@
-"""What keys of rewards must be."""
+"""Tests of the checks of reward keys."""
 
 from dataclasses import replace
 
@@ -7,7 +7,7 @@ import pytest
 from fastrlhf.config import DRPOConfig, PPOConfig, RTOConfig
 
 
-def test_only_one_rule_for_a_missing_eos():
+def test_only_one_rule_for_a_missing_eos_may_be_given():
     with pytest.raises(ValueError, match=r"^missing_eos_penalty: must be null when missing_eos_score is given"):
         DRPOConfig(missing_eos_penalty=1.0)
     assert DRPOConfig(missing_eos_penalty=1.0, missing_eos_score=None).missing_eos_penalty == 1
@@ -17,14 +17,14 @@ def test_only_one_rule_for_a_missing_eos():
     ("field", "value"),
     [("missing_eos_score", -1.0), ("missing_eos_penalty", 1.0), *(("reward_shaping", s) for s in ("eos", "rs"))],
 )
-def test_a_response_that_goes_on_has_no_end_to_pay_at(field, value):
+def test_a_truncated_response_has_no_end_at_which_to_pay_rewards(field, value):
     plain = RTOConfig(dpo_model_path="dpo", **{field: value})
     with pytest.raises(ValueError, match=rf"^{field}: must be .* when truncation is bootstrap"):
         replace(plain, truncation="bootstrap")
     replace(plain, truncation="bootstrap", **{field: getattr(RTOConfig(), field)})
 
 
-def test_a_reference_of_no_dpo_model_is_refused():
+def test_a_dpo_reference_without_a_dpo_model_is_refused():
     with pytest.raises(ValueError, match=r"^dpo_ref_model_path: must be empty when there is no dpo_model_path"):
         RTOConfig(dpo_ref_model_path="sft")
 
@@ -37,12 +37,12 @@ def test_a_reference_of_no_dpo_model_is_refused():
         ("loss", "k1", "k2, k3 or exact in the loss: the expected gradient of k1 is 0"),
     ],
 )
-def test_an_estimator_that_is_wrong_where_it_stands_is_refused_with_the_reason(placement, estimator, reason):
+def test_an_estimator_that_is_wrong_for_its_placement_is_refused(placement, estimator, reason):
     with pytest.raises(ValueError, match=rf"^kl_estimator: must be {reason}.*; got '{estimator}'"):
         PPOConfig(kl_placement=placement, kl_estimator=estimator)
 
 
-def test_an_exact_kl_in_the_loss_reads_the_reference_while_it_would_wait():
+def test_exact_kl_in_the_loss_refuses_an_offloaded_reference():
     with pytest.raises(
         ValueError, match=r"^ref_reward_offload: must be false with kl_placement loss and kl_estimator exact"
     ):
@@ -50,7 +50,7 @@ def test_an_exact_kl_in_the_loss_reads_the_reference_while_it_would_wait():
     PPOConfig(kl_estimator="exact", ref_reward_offload=True)
 
 
-def test_there_is_a_weight_for_each_reward_function_or_none():
+def test_reward_weights_are_given_for_all_functions_or_none():
     functions = ("mine.py:right", "mine.py:form")
     assert PPOConfig(reward_functions=functions, reward_weights=(1.0, -0.5)).reward_weights == (1.0, -0.5)
     with pytest.raises(ValueError, match=r"^reward_weights: must be one per reward function, 2 here; got \(1.0,\)"):

@@ -1,4 +1,4 @@
-"""What goes together in RLP."""
+"""Tests of which keys may be combined in RLP."""
 
 from dataclasses import fields
 from typing import Any, get_args, get_type_hints
@@ -24,18 +24,18 @@ from fastrlhf.config import RLPConfig, TrainConfig
         ({"refinement": "nothing"}, "refinement: must be one of none, uml, spg, both"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(fields, message):
+def test_contradictory_settings_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         RLPConfig(**fields)
 
 
-def test_the_defaults_are_those_of_the_paper_where_it_names_them():
+def test_the_defaults_are_those_of_the_paper():
     config = RLPConfig()
     assert (config.num_answers, config.min_confidence, config.mib_weight, config.rounds) == (10, 0.5, 0.5, 1)
     assert (config.answer_temperature, config.clustering) == (1.0, "strict")
 
 
-def test_a_weight_of_0_is_no_views():
+def test_a_weight_of_0_turns_views_off():
     kinds = {name: RLPConfig(refinement=name) for name in ("none", "uml", "spg", "both")}
     assert {name: (config.with_views, config.with_pairs) for name, config in kinds.items()} == {
         "none": (False, False),
@@ -47,7 +47,7 @@ def test_a_weight_of_0_is_no_views():
 
 
 def another(hint: Any, default: Any) -> Any:
-    """A value of a key's type that is not its default."""
+    """A value that has the type of a key and differs from its default."""
     if choices := [choice for choice in get_args(hint) if isinstance(choice, str) and choice != default]:
         return choices[0]
     if isinstance(default, bool):

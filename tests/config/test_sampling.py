@@ -1,4 +1,4 @@
-"""What keys of sampling must be."""
+"""Tests of the checks of sampling keys."""
 
 from dataclasses import replace
 

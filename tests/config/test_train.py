@@ -1,4 +1,4 @@
-"""The batch, and compound keys."""
+"""Tests of the batch size and of compound keys."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Ten chat templates, written by hand, of the kinds in use."""
+"""Ten hand-written chat templates that cover the kinds in common use."""
 
 _END = "<|im_end|>"
 _CHATML_TURN = "<|im_start|>{{ m.role }}\n{{ m.content }}" + _END + "\n"

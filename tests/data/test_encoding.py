@@ -20,7 +20,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("text", ["def f", " def f", "\ndef f", "  f", "Yes.", "\u00e9", "x</s>", "f\n\n"])
-def test_a_text_behind_a_prompt_reads_as_it_stands(kind, text):
+def test_a_text_after_a_prompt_decodes_unchanged(kind, text):
     tokenizer = KINDS[kind]()
     ((prompt,), _), (ids,) = encode_prompts(["Write code:\n"], tokenizer), encode_inside([text], tokenizer)
     assert decode([*prompt, *ids], tokenizer) == decode(prompt, tokenizer) + text
@@ -37,7 +37,7 @@ def test_sentencepiece_puts_no_space_before_a_response(legacy):
     assert tokens(encode_inside([" def f"], tokenizer)[0]) == ["\u2581def", "\u2581f"]
 
 
-def test_only_byte_level_vocabularies_are_known_to_lose_nothing():
+def test_only_byte_level_vocabularies_count_as_lossless():
     assert {kind: is_lossless(make()) for kind, make in KINDS.items()} == dict.fromkeys(KINDS, False) | {
         "byte level": True
     }
@@ -58,10 +58,10 @@ def test_a_prompt_gets_one_bos(legacy):
     assert "1 prompts begin with BOS themselves and get no second one" in report.summary()
 
 
-def test_responses_that_tokens_cannot_hold_are_counted():
+def test_responses_that_do_not_decode_to_their_text_are_counted():
     rows = [Example(prompt="a", chosen=" b", row=0), Example(prompt="a", chosen="b\n\nc", row=1)]
     report = tokenize_examples(rows, words(), max_length=50).report
-    assert report.unlike_text == 2  # the EOS reads as a word of its own
+    assert report.unlike_text == 2  # here the EOS is an ordinary word
     assert "2 responses do not decode to their original text" in report.summary()
     assert tokenize_examples(rows, vocabularies.byte_level(), max_length=50).report.unlike_text == 0
     assert tokenize_examples(rows, vocabularies.sentencepiece(legacy=True), max_length=50).report.unlike_text == 0
@@ -73,7 +73,7 @@ def test_responses_that_tokens_cannot_hold_are_counted():
     prompt=st.text("def f\n:.<\u00e9\U0001f600", min_size=1, max_size=12),
     response=st.text("def f\n:.<\u00e9\U0001f600", max_size=12),
 )
-def test_any_response_reads_back_behind_any_prompt(kind, prompt, response):
+def test_any_response_after_any_prompt_decodes_unchanged(kind, prompt, response):
     tokenizer = KINDS[kind]()
     ((before,), _), (ids,) = encode_prompts([prompt], tokenizer), encode_inside([response], tokenizer)
     assert reads_back(before, ids, response, tokenizer)

@@ -11,7 +11,7 @@ from fastrlhf.data.examples import load_examples
 
 PAIR = ("chosen", "rejected")
 REFERENCE = ("reference",)
-real_data = pytest.mark.skipif("FASTRLHF_DATA" not in os.environ, reason="FASTRLHF_DATA names no folder of samples")
+real_data = pytest.mark.skipif("FASTRLHF_DATA" not in os.environ, reason="FASTRLHF_DATA is not a folder with samples")
 
 
 def sample(name: str) -> str:
@@ -47,7 +47,7 @@ def only(path: str, **arguments) -> tuple:
 
 
 def reason_of(path: Path, row: object, good: list, **arguments) -> str:
-    """Why the last of otherwise good rows was skipped."""
+    """The reason for which the last row, after good rows, was skipped."""
     loaded = load_examples(write(path, [*good, row]), max_bad_fraction=0.5, **arguments)
     assert loaded.first_bad is not None
     assert loaded.first_bad.startswith(f"row {len(good)} ({path.name} line {len(good) + 1})")
@@ -57,10 +57,10 @@ def reason_of(path: Path, row: object, good: list, **arguments) -> str:
     return reason
 
 
-# The forms. -----------------------------------------------------------------
+# Row formats. ---------------------------------------------------------------
 
 
-def test_text_pairs_are_taken_as_they_stand(tmp_path):
+def test_text_pairs_are_unchanged(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"prompt": "Q:", "chosen": " yes\n", "rejected": " no"}])
     assert only(path, needs=PAIR) == ("Q:", " yes\n", " no", None)
 
@@ -91,12 +91,12 @@ def test_raw_human_assistant_text_becomes_stripped_turns(tmp_path):
     assert only(write(tmp_path / "a.jsonl", [row]), needs=PAIR) == (start, [assistant("a")], [assistant("b")], None)
 
 
-def test_a_mark_inside_a_line_starts_no_turn(tmp_path):
+def test_a_turn_marker_inside_a_line_starts_no_turn(tmp_path):
     row = {"chosen": human("say Human: or\nAssistant: x", "a"), "rejected": human("say Human: or\nAssistant: x", "b")}
     assert only(write(tmp_path / "a.jsonl", [row]), needs=PAIR)[0] == [user("say Human: or\nAssistant: x")]
 
 
-def test_whole_conversations_beside_a_text_prompt_and_after_a_prompt_of_turns_are_cut_to_one_turn(tmp_path):
+def test_whole_conversations_with_a_prompt_are_cut_to_one_turn(tmp_path):
     whole = {"chosen": [user("hi"), assistant("a")], "rejected": [user("hi"), assistant("b")]}
     expected = ([user("hi")], [assistant("a")], [assistant("b")], None)
     assert only(write(tmp_path / "a.jsonl", [{"prompt": "hi", **whole}]), needs=PAIR) == expected
@@ -110,7 +110,7 @@ def test_a_completion_and_the_last_message_are_references(tmp_path):
     assert only(path, needs=REFERENCE) == ([user("Q")], None, None, [assistant("A")])
 
 
-def test_prompts_alone_suffice_where_nothing_else_is_needed(tmp_path):
+def test_prompts_suffice_if_nothing_else_is_needed(tmp_path):
     assert only(write(tmp_path / "a.jsonl", [{"prompt": "Q", "id": 7}])) == ("Q", None, None, None)
 
 
@@ -135,7 +135,7 @@ def test_columns_are_renamed_by_flag(tmp_path):
     assert only(path, columns=columns, needs=(*PAIR, "reference")) == ("Q", "a", "b", "a")
 
 
-# What is read. --------------------------------------------------------------
+# Sources and limits. --------------------------------------------------------
 
 
 def test_examples_are_numbered_by_their_place_in_the_split(tmp_path):
@@ -218,7 +218,7 @@ def test_a_row_that_cannot_be_used_is_counted_under_its_reason(tmp_path, reason,
     assert reason_of(tmp_path / "a.jsonl", bad, [good, good], needs=PAIR) == reason
 
 
-def test_flaws_of_a_response_that_is_not_needed_cost_no_row(tmp_path):
+def test_an_invalid_response_that_is_not_needed_does_not_drop_the_row(tmp_path):
     rows = [TEXT | {"rejected": "a"}, TEXT | {"rejected": ""}, TEXT | {"rejected": None}]
     loaded = load_examples(write(tmp_path / "a.jsonl", rows), needs=("prompt", "chosen"))
     assert [example.rejected for example in loaded.examples] == ["a", None, None]
@@ -240,7 +240,7 @@ def test_the_summary_names_form_counts_and_first_bad_row(tmp_path):
     assert load_examples(path, limit=1).summary() == f"{path}: 1 examples of 1 rows (pairs, text), none skipped"
 
 
-def test_unpaired_preferences_are_demonstrations_only_where_that_is_asked_for(tmp_path):
+def test_unpaired_preferences_are_demonstrations_only_on_request(tmp_path):
     row = {"prompt": "Say it.", "completion": "It.", "label": True}
     good = write(tmp_path / "good.jsonl", [row, row])
     assert len(load_examples(good, needs=("prompt", "reference")).examples) == 2
@@ -325,7 +325,7 @@ def test_raw_helpful_rows_are_the_pairs_of_the_conversational_files():
 
 @real_data
 @pytest.mark.parametrize("source", ["helpful", "harmless"])
-def test_raw_rows_are_skipped_exactly_where_the_conversion_left_them_out(source):
+def test_raw_rows_are_skipped_exactly_if_the_converted_files_lack_them(source):
     odd = {row["row"]: row["reason"] for row in sample_rows("hh_odd_rows_raw") if row["source"] == source}
     loaded = load_examples(sample(f"hh_{source}_raw200"), needs=PAIR)
     expected = {row: reason for row, reason in odd.items() if row < 200}
@@ -346,7 +346,7 @@ def test_raw_comparisons_are_the_converted_ones():
     assert raw == load_examples(sample("tldr_comparisons"), needs=PAIR).examples
 
 
-def test_a_prompt_column_that_the_user_names_beats_a_prompt_built_from_other_columns(tmp_path):
+def test_a_named_prompt_column_overrides_a_prompt_built_from_other_columns(tmp_path):
     row = {"subreddit": "a", "title": "b", "post": "c", "summary": "d", "query": "the question"}
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(row))

@@ -77,7 +77,7 @@ def test_tools_and_arguments_of_the_template_stay_with_the_row(tmp_path):
     assert made.columns["answer"] == 5
 
 
-def test_responses_of_several_turns_follow_what_both_begin_with(tmp_path):
+def test_responses_of_several_turns_start_after_their_common_beginning(tmp_path):
     row = {"chosen": turns("q", "a", "more", "b"), "rejected": turns("q", "c", "more", "d")}
     (pair,) = load(tmp_path, row, needs=("chosen", "rejected")).examples
     assert pair.prompt == turns("q")

@@ -1,4 +1,4 @@
-"""Rows that a program holds, in place of the configured dataset."""
+"""Tests of rows that a program passes to a trainer in place of the configured dataset."""
 
 import logging
 from dataclasses import replace
@@ -58,6 +58,6 @@ def test_columns_and_bad_rows_count_as_in_a_file(caplog):
         ([{"text_a": "w1"}], "rows in memory: "),
     ],
 )
-def test_what_is_no_list_of_rows_is_refused(rows, told):
+def test_a_value_that_is_not_a_list_of_rows_is_refused(rows, told):
     with pytest.raises(ValueError, match=told):
         given_examples(SFTConfig(), ["reference"], rows, "train")

@@ -1,4 +1,4 @@
-"""A hub that takes the connection and never answers: a real socket, in real processes."""
+"""Tests of a hub that accepts connections and never answers, with real sockets and processes."""
 
 import json
 import os
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture
 def silent():
-    """The address of a server that accepts and is silent."""
+    """The address of a server that accepts connections and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield f"http://127.0.0.1:{server.getsockname()[1]}"
 
@@ -63,8 +63,8 @@ def test_a_run_that_needs_a_silent_hub_ends_in_one_line(silent, tmp_path, lacks)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_hub_that_takes_no_connection_either_is_not_waited_for(monkeypatch):
-    """The queue of the socket is full: the kernel leaves further connections without an answer."""
+def test_a_hub_that_does_not_accept_connections_times_out(monkeypatch):
+    """The accept queue of the socket is full, so the kernel does not answer further connections."""
     with socket.socket() as server, ExitStack() as stack:
         server.bind(("127.0.0.1", 0))
         server.listen(0)
@@ -77,7 +77,7 @@ def test_a_hub_that_takes_no_connection_either_is_not_waited_for(monkeypatch):
             check_hub("owner/model", "tokenizer:")
 
 
-def test_what_is_here_and_an_offline_run_ask_no_hub(silent, tmp_path, monkeypatch):
+def test_local_files_and_offline_runs_do_not_contact_the_hub(silent, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", silent)
     check_hub(str(tmp_path), "tokenizer:")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -89,7 +89,7 @@ def test_what_is_here_and_an_offline_run_ask_no_hub(silent, tmp_path, monkeypatc
         check_hub("owner/model", "tokenizer:")
 
 
-def test_a_hub_that_answers_anything_or_refuses_is_left_to_its_client(monkeypatch):
+def test_a_hub_that_answers_or_refuses_is_handled_by_its_client(monkeypatch):
     class NotFound(BaseHTTPRequestHandler):
         def do_HEAD(self):
             self.send_error(404)

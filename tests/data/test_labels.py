@@ -1,4 +1,4 @@
-"""Numbers that judge responses: the rows that carry them, and the rows that are refused."""
+"""Tests of numbers that judge responses (labels): which rows have them, and which rows are refused."""
 
 import json
 import math
@@ -67,12 +67,12 @@ def test_ultrafeedback_is_a_group_of_responses_with_ratings(tmp_path):
         ({"prompt": "x", "responses": ["a", "b"], "scores": [1]}, "wrong_type"),
     ],
 )
-def test_a_row_that_is_no_group_is_counted_by_its_reason(tmp_path, row, reason):
+def test_a_row_that_is_not_a_group_is_counted_by_its_reason(tmp_path, row, reason):
     good = {"prompt": "x", "responses": ["a", "b"]}
     assert load(tmp_path, [good, row], "responses", *GROUP_LABELS, max_bad_fraction=0.5).skipped == {reason: 1}
 
 
-def test_labels_of_a_group_are_read_where_they_are_needed(tmp_path):
+def test_labels_of_a_group_are_only_read_if_needed(tmp_path):
     rows = [{"prompt": "x", "responses": ["a", "b"], "scores": [1]}]
     assert load(tmp_path, rows, "responses").examples == [Example(prompt="x", responses=["a", "b"], row=0)]
     completions = [{"response": "a", "overall_score": None}, {"response": "b"}]
@@ -80,14 +80,14 @@ def test_labels_of_a_group_are_read_where_they_are_needed(tmp_path):
     assert loaded.examples == [Example(prompt="Q", responses=["a", "b"], row=0)]
 
 
-def test_who_needs_no_group_does_not_read_it(tmp_path):
+def test_groups_are_not_read_if_they_are_not_needed(tmp_path):
     rows = [{"prompt": "x", "chosen": "a", "rejected": "b", "responses": "odd", "wins": "odd"}]
     assert load(tmp_path, rows).examples == [Example(prompt="x", chosen="a", rejected="b", row=0)]
     with pytest.raises(ValueError, match=r"no responses in pairs .*; name the column by columns: responses="):
         load(tmp_path, [{"prompt": "x", "chosen": "a", "rejected": "b"}], "responses")
 
 
-def test_counts_are_read_where_they_are_needed(tmp_path):
+def test_counts_are_only_read_if_needed(tmp_path):
     rows = [{"prompt": "x", "chosen": "a", "rejected": "b", "wins": 3, "num_labels": n} for n in (4, 2, None)]
     loaded = load(tmp_path, rows, "chosen", "rejected", "wins", "num_labels", max_bad_fraction=1)
     assert loaded.examples == [Example(prompt="x", chosen="a", rejected="b", wins=3, num_labels=4, row=0)]
@@ -110,17 +110,17 @@ def test_counts_are_read_where_they_are_needed(tmp_path):
         ({"scores": [1, math.inf]}, "not_finite"),
     ],
 )
-def test_labels_that_are_none_are_refused(labels, message):
+def test_invalid_labels_are_refused(labels, message):
     with pytest.raises(UnusableRow, match=message):
         read_group_labels(labels, 2)
 
 
-def test_labels_that_are_good():
+def test_valid_labels():
     assert read_group_labels({}, 2) == {}
     assert read_group_labels({"scores": [1, 0]}, 2) == {"scores": [1.0, 0.0]}
     rounded = [[0.5, 0.3333], [0.667, 0.5]]
     assert read_group_labels({"preferences": rounded}, 2) == {"preferences": rounded}
-    assert read_counts({"wins": "2", "num_labels": "3"}) == {"wins": 2, "num_labels": 3}  # as CSV has them
+    assert read_counts({"wins": "2", "num_labels": "3"}) == {"wins": 2, "num_labels": 3}  # strings, as read from CSV
 
 
 def test_numbers_of_numpy_are_numbers():
@@ -132,7 +132,7 @@ def test_numbers_of_numpy_are_numbers():
 
 
 @pytest.mark.parametrize("wins", [-1, 4, 1.5, True, "two"])
-def test_counts_that_are_none_are_refused(wins):
+def test_invalid_counts_are_refused(wins):
     with pytest.raises(UnusableRow, match="wins"):
         read_counts({"wins": wins, "num_labels": 3})
 

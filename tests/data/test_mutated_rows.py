@@ -1,5 +1,7 @@
-"""Rows of every form, damaged at random: each is an example, or is skipped and counted with its place; the others stay
-as they were, and nothing else is ever raised."""
+"""Damages rows of every format at random: each must become an example, or be skipped and counted with its place.
+
+The other rows stay unchanged, and no other error is raised.
+"""
 
 import json
 import math
@@ -72,7 +74,7 @@ FORMS = {
         (*PAIR, "wins", "num_labels"),
     ),
 }
-"""Name -> (a good row by its number, what is needed of it)."""
+"""Format name -> (function from a number to a good row, fields that are needed)."""
 
 JUNK = [
     *(
@@ -102,13 +104,13 @@ NUM_ROWS = 5
 
 
 def places(value: object, path: tuple = ()) -> list[tuple]:
-    """Where something of a row may be changed: the row itself, its values, theirs."""
+    """The places in a row that may be changed: the row, its values, and their values."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     return [path, *(place for key, item in items for place in places(item, (*path, key)))]
 
 
 def damaged(row: dict, draw: random.Random) -> object:
-    """The row with one thing at one place dropped, replaced, added, wrapped or doubled."""
+    """A copy of the row with one element dropped, replaced, added, wrapped or doubled."""
     holder = {"row": deepcopy(row)}
     *above, key = ("row", *draw.choice(places(row)))
     inside = holder
@@ -143,8 +145,8 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("form", FORMS)
 @hypothesis.settings(max_examples=80, deadline=None, derandomize=True, database=None)
 @hypothesis.given(seed=st.integers(0, 2**32), which=st.sets(st.integers(0, NUM_ROWS - 1), min_size=1, max_size=2))
-def test_a_damaged_row_spoils_itself_at_most(folder, form, seed, which):
-    """Fewer than half are damaged: the others say what form it is."""
+def test_a_damaged_row_affects_no_other_row(folder, form, seed, which):
+    """Fewer than half of the rows are damaged, so that the others determine the format."""
     make, needs = FORMS[form]
     draw = random.Random(seed)
     good = [make(i) for i in range(NUM_ROWS)]
@@ -171,7 +173,7 @@ def test_a_damaged_row_spoils_itself_at_most(folder, form, seed, which):
 @pytest.mark.parametrize("form", FORMS)
 @hypothesis.settings(max_examples=40, deadline=None, derandomize=True, database=None)
 @hypothesis.given(seed=st.integers(0, 2**32))
-def test_where_every_row_is_damaged_there_are_examples_or_one_error(folder, form, seed):
+def test_if_every_row_is_damaged_there_are_examples_or_one_error(folder, form, seed):
     make, needs = FORMS[form]
     draw = random.Random(seed)
     rows = [damaged(make(i), draw) for i in range(NUM_ROWS)]
@@ -186,7 +188,7 @@ def test_where_every_row_is_damaged_there_are_examples_or_one_error(folder, form
 
 
 @pytest.mark.parametrize(("line", "what"), [("[" * 100_000, "recursion"), ('{"prompt": ' + "9" * 5000 + "}", "digits")])
-def test_json_that_python_cannot_hold_is_told_with_its_line(tmp_path, line, what):
+def test_json_that_python_cannot_represent_is_reported_with_its_line(tmp_path, line, what):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n' + line + "\n")
     with pytest.raises(ValueError, match=rf"rows.jsonl line 2.*: broken JSON, .*{what}"):
         load_examples(str(tmp_path / "rows.jsonl"))

@@ -49,9 +49,9 @@ def test_a_pair_on_its_prompt_computes_the_prompt_once():
     )
     assert batch.token_ids.tolist() == [7, 8, 1, 0, 2, 3, 0]
     assert batch.positions.tolist() == [0, 1, 2, 3, 2, 3, 4]
-    assert batch.rows.tolist() == [1, 2, 1, 4, 5]  # both first tokens are predicted from the prompt's last
+    assert batch.rows.tolist() == [1, 2, 1, 4, 5]  # both first tokens are predicted at the prompt's last token
     assert batch.targets.tolist() == [1, 0, 2, 3, 0]
-    assert batch.cu_rows.tolist() == [0, 2, 5]  # the prompt is no sequence
+    assert batch.cu_rows.tolist() == [0, 2, 5]  # the prompt does not count as a sequence
     assert batch.last.tolist() == [3, 6]
     assert batch.plan.key_index.tolist() == [0, 1, 0, 1, 2, 3, 0, 1, 4, 5, 6]
     assert batch.plan.cu_seqlens.tolist() == [0, 2, 4, 7]
@@ -103,7 +103,7 @@ def test_unpack_inverts_pack():
         ),
     ],
 )
-def test_a_forest_that_is_none_is_refused(segments, message):
+def test_an_invalid_forest_is_refused(segments, message):
     with pytest.raises(ValueError, match=message):
         pack(segments)
 
@@ -120,16 +120,16 @@ def test_micro_batches_hold_every_item_once_within_the_budget_and_evenly():
 
 @pytest.mark.parametrize("multiple", [2, 3, 4])
 def test_micro_batches_can_be_a_multiple_of_the_processes(multiple):
-    costs = [7, 1, 9, 3, 3, 5, 2, 8, 2, 4, 6, 6]  # a multiple of each of these
+    costs = [7, 1, 9, 3, 3, 5, 2, 8, 2, 4, 6, 6]  # the tests below use divisors of their number
     for budget in (9, 11, 20, 100):
         micros = micro_batches(costs, budget, multiple=multiple)
         assert len(micros) % multiple == 0
         assert sorted(i for micro in micros for i in micro) == list(range(len(costs)))
         assert max(sum(costs[i] for i in micro) for micro in micros) <= budget
-    assert micro_batches([5, 1, 1], 8, multiple=4) == [[0], [1], [2]]  # fewer items than that
+    assert micro_batches([5, 1, 1], 8, multiple=4) == [[0], [1], [2]]  # fewer items than the multiple
 
 
-def test_micro_batches_depend_on_the_costs_alone():
+def test_micro_batches_depend_only_on_the_costs():
     assert micro_batches([4, 4, 4], 8) == micro_batches([4, 4, 4], 8)
     assert micro_batches([], 8) == []
 
@@ -158,10 +158,10 @@ def test_a_tree_computes_the_longest_prefix_once_and_holds_every_sequence():
     assert batch.token_ids.tolist() == [7, 8, 1, 2, 5, 0, 6, 9, 9, 0]
     assert unpack(batch) == [[*prefix, *response] for prefix, response in zip(prefixes, responses, strict=True)]
     assert batch.targets.tolist() == [5, 0, 6, 9, 9, 0]
-    assert batch.rows.tolist() == [1, 4, 3, 2, 7, 8]  # first tokens: from the trunk's token before the cut
+    assert batch.rows.tolist() == [1, 4, 3, 2, 7, 8]  # first tokens are predicted at the trunk's token before the cut
 
 
-def test_trunks_are_the_texts_that_no_other_goes_on_from():
+def test_trunks_are_the_texts_that_are_not_prefixes_of_others():
     texts = [[7, 8], [7, 9], [7, 8, 1], [7, 8, 1, 4], [7, 8, 2], [70], [7, 8]]
     found = trunks(texts)
     assert set(found) == {tuple(text) for text in texts}
@@ -173,7 +173,7 @@ def test_families_share_a_text_and_stay_within_the_budget():
     prefixes = [[7, 8], [5], [7, 8, 1, 2], [7, 8, 1], [5], [7, 8, 1, 2]]
     responses = [[0], [3] * 9, [4, 0], [0], [0], [3] * 4]
     assert families(prefixes, responses, 1000) == [[0, 2, 3, 5], [1, 4]]
-    # A text of 4 and responses of 1, 2 and 1 tokens make 8; those of [5] make 1 + 9 + 1.
+    # A text of 4 tokens with responses of 1, 2 and 1 tokens costs 8; the text [5] with its responses costs 1 + 9 + 1.
     assert families(prefixes, responses, 8) == [[0, 2, 3], [1], [4], [5]]
 
 
@@ -190,7 +190,7 @@ def test_micro_batches_in_order_keep_neighbours_together():
         in_order([3, 9], 8, "episode")
 
 
-def test_tokens_that_are_not_trained_are_read_and_give_no_row():
+def test_untrained_tokens_are_in_the_context_but_have_no_row():
     alone = pack([sequence([7, 8], [1, 5, 6, 0], trained=[0, 3])])
     assert (alone.rows.tolist(), alone.targets.tolist(), alone.cu_rows.tolist()) == ([1, 4], [1, 0], [0, 2])
     shared = pair([7, 8], [1, 5, 0], [2, 0], scored=True, share_prompt=True, trained=[[0, 2], None])

@@ -14,21 +14,22 @@ def test_k_is_uniform_on_one_to_length_minus_one():
     assert sorted(counts) == list(range(1, 9))
     expected = 16_000 / 8
     chi_squared = sum((count - expected) ** 2 / expected for count in counts.values())
-    assert chi_squared < 24.3  # the 99.9 % quantile at 7 degrees of freedom
+    assert chi_squared < 24.3  # the 99.9 % quantile of chi squared with 7 degrees of freedom
 
 
-def test_the_draws_of_a_seed_stay_what_they_are():
-    """A run of an earlier version, repeated, resets to the same points."""
+def test_the_draws_of_a_seed_do_not_change_between_versions():
+    """A run of an earlier version, when repeated, must reset to the same points."""
     assert draw(9, 16, prob=0.7) == [0, 5, 2, 1, 6, 0, 1, 0, 4, 8, 1, 1, 7, 4, 5, 4]
 
 
-def test_what_is_withheld_are_the_shortest_and_the_rest_stays_uniform():
+def test_the_shortest_resets_are_withheld_and_the_others_stay_uniform():
     counts = Counter(draw(9, 8_000, prob=1.0, withheld=0.5))
     assert sorted(counts) == [5, 6, 7, 8]
     assert max(abs(count - 2_000) for count in counts.values()) < 4 * (8_000 * 0.25 * 0.75) ** 0.5
     assert set(draw(9, 200, prob=1.0, withheld=1.0)) == {8}
     assert set(draw(9, 200, prob=1.0, minimum=0, withheld=1.0)) == {8}
-    assert draw(9, 200, prob=0.7, withheld=0.1) == draw(9, 200, prob=0.7)  # less than one of the eight
+    # 10 % of eight lengths is less than one length
+    assert draw(9, 200, prob=0.7, withheld=0.1) == draw(9, 200, prob=0.7)
 
 
 def test_the_choice_of_a_response_is_fair_and_independent_of_the_coin_and_the_length():
@@ -50,11 +51,11 @@ def test_the_share_of_resets_is_the_probability():
 
 def test_probability_zero_never_resets_and_short_responses_never_are():
     assert set(draw(9, 1_000, prob=0.0)) == {0}
-    assert set(draw(1, 1_000, prob=1.0)) == {0}  # only the EOS: nothing may be given away
+    assert set(draw(1, 1_000, prob=1.0)) == {0}  # the response is only the EOS, so there is nothing to reset into
     assert set(draw(2, 1_000, prob=1.0)) == {1}
 
 
-def test_a_draw_depends_on_seed_and_episode_alone():
+def test_a_draw_depends_only_on_seed_and_episode():
     backwards = [reset_length(9, seed=3, key=i, prob=1.0) for i in reversed(range(50))][::-1]
     assert backwards == draw(9, 50, prob=1.0)
     assert backwards != [reset_length(9, seed=4, key=i, prob=1.0) for i in range(50)]

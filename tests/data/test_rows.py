@@ -53,27 +53,27 @@ def test_the_same_rows_are_read_from_every_kind_of_file(tmp_path):
         assert read(file) == rows, file.name
 
 
-def test_every_row_has_a_place_that_a_reader_can_go_to(tmp_path):
+def test_the_place_of_a_row_is_its_file_and_line(tmp_path):
     rows = [{"prompt": "a"}, {"prompt": "b"}]
     assert places(write(tmp_path / "a.jsonl", rows)) == ["a.jsonl line 1", "a.jsonl line 2"]
     (tmp_path / "gaps.jsonl").write_text('\n{"prompt": "a"}\n \n{"prompt": "b"}')
     assert places(tmp_path / "gaps.jsonl") == ["gaps.jsonl line 2", "gaps.jsonl line 4"]
     (tmp_path / "a.json").write_text(json.dumps(rows))
     assert places(tmp_path / "a.json") == ["a.json item 0", "a.json item 1"]
-    (tmp_path / "a.csv").write_text('prompt\n"a\na"\n\nb\n')  # where a row ends
+    (tmp_path / "a.csv").write_text('prompt\n"a\na"\n\nb\n')  # a line break inside quotes does not end a row
     assert places(tmp_path / "a.csv") == ["a.csv line 3", "a.csv line 5"]
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
     assert places(tmp_path / "a.parquet") == ["a.parquet row 0", "a.parquet row 1"]
 
 
-def test_a_line_separator_inside_a_text_ends_no_row(tmp_path):
+def test_a_line_separator_inside_a_text_does_not_end_a_row(tmp_path):
     row = {"prompt": "a\u2028b\u0085c\x0cd"}
     for name in ("a.jsonl", "a.json"):
         (tmp_path / name).write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
         assert read(tmp_path / name) == [row]
 
 
-def test_an_odd_value_spoils_no_other_row(tmp_path):
+def test_an_odd_value_affects_no_other_row(tmp_path):
     rows = [{"prompt": "a"}, {"prompt": 3}, ["b"], None, {"other": {"deep": [1, None]}}]
     assert read(write(tmp_path / "a.jsonl", rows)) == rows
 
@@ -240,7 +240,7 @@ def test_a_folder_without_data_files_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
-def test_new_content_at_an_old_path_is_read_anew(tmp_path, name):
+def test_changed_content_at_the_same_path_is_read_again(tmp_path, name):
     for prompt in ("old", "new"):
         if name.endswith("parquet"):
             datasets.Dataset.from_list([{"prompt": prompt}]).to_parquet(tmp_path / name)
@@ -287,7 +287,7 @@ def test_rows_of_the_hub_have_its_name_as_their_place(monkeypatch):
     ]
 
 
-def test_what_the_hub_answers_is_one_line_of_a_value_error(monkeypatch):
+def test_errors_of_the_hub_become_one_line_value_errors(monkeypatch):
     def load_dataset(*arguments, **keywords):
         raise ConnectionError("Couldn't reach 'owner/name'\n  on the Hub")
 
@@ -300,7 +300,7 @@ def test_what_the_hub_answers_is_one_line_of_a_value_error(monkeypatch):
 
 
 @pytest.mark.parametrize("source", ["/nowhere/a", "./nowhere", "~/nowhere", "a/b/c", "owner/missing.jsonl"])
-def test_what_looks_like_a_path_is_never_looked_for_on_the_hub(source, monkeypatch):
+def test_a_name_that_looks_like_a_path_is_never_searched_on_the_hub(source, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", None)
     with pytest.raises(ValueError, match="no such file or folder"):
         read(source)

@@ -4,14 +4,14 @@ from fastrlhf.data.specials import add_ends, end_ids, generation_ends, special_i
 from tests.data.words import BOS, EOS, UNK, A, words
 
 
-def test_padding_has_an_id_only_where_it_is_not_eos():
+def test_the_padding_id_differs_from_the_eos_or_is_absent():
     assert special_ids(words()) == special_ids(words(pad_token="<eos>")) == (EOS, None)
     assert special_ids(words(pad_token="<bos>")) == (EOS, BOS)
     with pytest.raises(ValueError, match="no EOS token"):
         special_ids(words(eos_token=None))
 
 
-def test_ends_are_added_once_behind_the_eos_and_only_special_tokens(caplog):
+def test_ends_are_listed_once_after_the_eos_and_only_if_special(caplog):
     tokenizer = words()
     add_ends(tokenizer, [UNK, EOS, UNK, A], "here")
     add_ends(tokenizer, [UNK], "there")
@@ -21,7 +21,7 @@ def test_ends_are_added_once_behind_the_eos_and_only_special_tokens(caplog):
     ]
 
 
-def test_a_place_without_a_generation_config_names_no_ends(tmp_path):
+def test_without_a_generation_config_there_are_no_further_ends(tmp_path):
     assert generation_ends(str(tmp_path)) == []
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 7}')
     assert generation_ends(str(tmp_path)) == [7]
@@ -59,6 +59,6 @@ def test_a_template_that_refuses_the_question_has_no_end():
         ("", ("", "", "")),
     ],
 )
-def test_a_response_is_split_at_the_first_of_the_ends_that_it_ends_in(text, parts):
+def test_a_response_is_split_before_the_end_tokens_at_its_end(text, parts):
     assert split_end(text, ["</s>", "<|end|>"]) == parts
     assert "".join(parts) == text

@@ -45,7 +45,7 @@ def pieces(row: Example, template: str, **fields) -> tuple[str, list[tuple[str, 
 
 
 def whole(row: Example, template: str) -> str:
-    """transformers' own rendering of the whole conversation."""
+    """The whole conversation as rendered by transformers."""
     turns = [*row.prompt, *(row.reference or [])]
     template = template.replace("strftime_now('%d %b %Y')", "'30 Nov 2026'")
     return str(byte_level().apply_chat_template(turns, chat_template=template, tokenize=False, **row.template))
@@ -62,20 +62,20 @@ ROWS = {
 
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("row", ROWS)
-def test_prompt_and_pieces_are_what_transformers_renders(template, row):
+def test_prompt_and_pieces_equal_the_rendering_of_transformers(template, row):
     expected = whole(ROWS[row], TEMPLATES[template])
     prompt, parts = pieces(ROWS[row], TEMPLATES[template])
     assert prompt + "".join(text for text, _ in parts) == expected
     assert sum(trained for _, trained in parts) == sum(t["role"] == "assistant" for t in ROWS[row].reference or [])
 
 
-def test_of_a_response_of_three_turns_those_of_the_assistant_are_trained_each_with_its_end():
+def test_in_a_response_of_three_turns_only_assistant_turns_are_trained_with_their_ends():
     _, parts = pieces(ROWS["a response of three turns"], CHATML)
     between = "\n<|im_start|>user\ne<|im_end|>\n<|im_start|>assistant\n"
     assert parts == [("d<|im_end|>", True), (between, False), ("def<|im_end|>\n", True)]
 
 
-def test_a_template_that_rewrites_earlier_turns_is_followed_to_the_end_of_each():
+def test_templates_that_rewrite_earlier_turns_are_rendered_for_each_turn():
     row = example(
         [user("f")], [assistant("d", reasoning_content="r"), user("e"), assistant("def", reasoning_content="x")]
     )
@@ -83,7 +83,7 @@ def test_a_template_that_rewrites_earlier_turns_is_followed_to_the_end_of_each()
     assert [text for text, trained in parts if trained] == ["d<|im_end|>", "<think>x</think>def<|im_end|>\n"]
 
 
-def test_generation_markers_say_what_is_trained_where_turns_cannot_be_found():
+def test_generation_markers_define_what_is_trained_if_turns_cannot_be_found():
     marked = TEMPLATES["generation markers"].replace(
         "{{ m.content }}<|im_end|>{% endgen", "{{ m.content + '!' * (messages | length) }}<|im_end|>{% endgen"
     )
@@ -92,7 +92,7 @@ def test_generation_markers_say_what_is_trained_where_turns_cannot_be_found():
     assert [text for text, trained in parts if trained] == ["d!!!!<|im_end|>", "def!!!!<|im_end|>"]
 
 
-def test_calls_of_tools_reach_the_template_whole():
+def test_tool_calls_reach_the_template_complete():
     answer = [CALL, {"role": "tool", "content": "2", "name": "add"}, assistant("It is 2.")]
     row = example([user("1 + 1?")], answer, template={"tools": [TOOL]})
     prompt, parts = pieces(row, TOOLS)
@@ -104,7 +104,7 @@ def test_calls_of_tools_reach_the_template_whole():
     ]
 
 
-def test_an_empty_content_is_not_the_text_none():
+def test_empty_content_is_not_rendered_as_none():
     row = example([user("f"), CALL, {"role": "tool", "content": "2"}], [assistant("def")])
     prompt, _ = pieces(row, TOOLS.replace("m.content or ''", "m.content"))
     assert "None" not in prompt
@@ -122,12 +122,12 @@ def test_an_empty_content_is_not_the_text_none():
         ),
     ],
 )
-def test_what_a_template_does_not_write_is_refused_by_name(row, reason):
+def test_content_that_a_template_drops_is_refused_by_name(row, reason):
     with pytest.raises(UnusableRow, match=reason):
         pieces(row, CHATML)
 
 
-def test_keyword_arguments_of_a_row_come_before_those_of_the_run():
+def test_template_arguments_of_a_row_override_those_of_the_run():
     row = example([user("f")], [assistant("d")], template={"chat_template_kwargs": {"mode": "row"}})
     renderer = Renderer(
         tokenizer=byte_level(),
@@ -139,7 +139,7 @@ def test_keyword_arguments_of_a_row_come_before_those_of_the_run():
     assert renderer.render(replace(row, template={}), {}).prompt.startswith("run!<|im_start|>")
 
 
-def test_a_template_that_asks_for_the_day_is_told_the_one_of_the_run():
+def test_a_template_that_writes_the_date_gets_the_date_of_the_run():
     prompt, _ = pieces(ROWS["one turn"], TEMPLATES["the day"])
     assert prompt.startswith("30 Nov 2026\n<|im_start|>")
     tokenizer = make_byte_level()
@@ -153,7 +153,7 @@ def ids(rows: list[Example], template: str, **arguments):
 
 
 @pytest.mark.parametrize("name", ["ChatML", "without a newline", "a second end", "BOS first"])
-def test_a_response_ends_in_the_end_of_its_turn_and_in_no_second_one(name):
+def test_a_response_ends_with_exactly_one_end_of_turn(name):
     tokenizer, found = byte_level(), ids([ROWS["one turn"]], TEMPLATES[name])
     (row,) = found.examples
     assert row.reference is not None
@@ -163,7 +163,7 @@ def test_a_response_ends_in_the_end_of_its_turn_and_in_no_second_one(name):
     assert "1 end in <|im_end|> and get no </s> behind it" in found.report.summary()
 
 
-def test_the_suffix_of_a_turn_is_trained_where_that_is_asked_for():
+def test_the_suffix_of_a_turn_is_trained_only_on_request():
     tokenizer = byte_level()
     (plain,) = ids([ROWS["a response of three turns"]], CHATML).examples
     (row,) = ids([ROWS["a response of three turns"]], CHATML, train_suffix=True).examples
@@ -177,15 +177,15 @@ def test_the_suffix_of_a_turn_is_trained_where_that_is_asked_for():
     assert [tokens[i] for i in plain.scored("reference") or ()] == ["d", "<|im_end|>", "def", "<|im_end|>"]
 
 
-def test_all_turns_of_the_assistant_are_those_of_the_response_once_it_begins_with_the_first():
+def test_a_response_that_starts_at_the_first_assistant_turn_contains_all_of_them():
     row = from_first_answer(ROWS["several turns"], "reference")
     assert (row.prompt, len(row.reference or ())) == ([user("f")], 3)
     report = ids([row], CHATML).report
-    assert report.num_trained == 4  # d and def, each with its end
+    assert report.num_trained == 4  # d and def, each with its end token
     assert from_first_answer(ROWS["one turn"], "reference") == ROWS["one turn"]
 
 
-def test_changes_by_the_template_are_counted_and_refused_above_a_share():
+def test_texts_changed_by_the_template_are_counted_and_refused_above_a_limit():
     cutting = CHATML.replace("m.content }}", "m.content.split('</think>')[-1].strip() }}")
     rows = [example([user("f")], [assistant(text)], row=i) for i, text in enumerate(("def", "no</think>def", " def"))]
     report = ids(rows, cutting).report

@@ -40,7 +40,7 @@ def test_an_eos_outside_the_vocabulary_is_added_at_its_end(tmp_path):
     assert ids(Example(prompt="a", chosen="b<stop>", rejected="a", row=0), tokenizer) == ([A], [B, 14], [A, 14])
 
 
-def test_the_chat_template_flag_stays_with_the_tokenizer(tmp_path):
+def test_the_chat_template_flag_is_saved_with_the_tokenizer(tmp_path):
     words().save_pretrained(tmp_path)
     load_tokenizer(str(tmp_path), chat_template="hh").save_pretrained(tmp_path / "again")
     again = load_tokenizer(str(tmp_path / "again"))
@@ -49,7 +49,7 @@ def test_the_chat_template_flag_stays_with_the_tokenizer(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["/nowhere/a", "./nowhere", "a/b/c"])
-def test_a_missing_folder_is_never_looked_for_on_the_hub(name):
+def test_a_missing_folder_is_never_searched_on_the_hub(name):
     with pytest.raises(ValueError, match=f"tokenizer {name}: no such folder"):
         load_tokenizer(name)
 
@@ -70,7 +70,7 @@ def test_a_tokenizer_may_be_one_file(tmp_path, suffix):
     assert loaded.eos_token_id == tiny.EOS
 
 
-def test_a_tokenizer_file_that_is_none_is_named(tmp_path):
+def test_an_invalid_tokenizer_file_is_named(tmp_path):
     path = tmp_path / "tokenizer.json"
     path.write_text("{\n nonsense")
     with pytest.raises(ValueError, match=r"tokenizer\.json.*line 2 is not JSON"):
@@ -85,7 +85,7 @@ def test_responses_may_end_in_every_special_id_of_the_generation_config(tmp_path
     assert f"generation_config.eos_token_id: the end token {A} is not a special token" in caplog.text
 
 
-def test_the_generation_config_is_that_of_the_model_where_the_tokenizer_lies_elsewhere(tmp_path):
+def test_the_generation_config_is_read_from_the_model_folder(tmp_path):
     words().save_pretrained(tmp_path / "tokenizer")
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "generation_config.json").write_text(json.dumps({"eos_token_id": UNK}))

@@ -16,7 +16,7 @@ TURN_TEMPLATE = (
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
 EOS_TEMPLATE = TURN_TEMPLATE.replace("[end]", "<eos>")
-real_data = pytest.mark.skipif("FASTRLHF_DATA" not in os.environ, reason="FASTRLHF_DATA names no folder of samples")
+real_data = pytest.mark.skipif("FASTRLHF_DATA" not in os.environ, reason="FASTRLHF_DATA is not a folder with samples")
 
 
 def turn(role: str, content: str) -> list[Message]:
@@ -44,7 +44,7 @@ def report(examples: list[Example], tokenizer=None, max_length: int = 100, **arg
 # The EOS and BOS rules. -----------------------------------------------------
 
 
-def test_prompt_and_responses_are_tokenised_apart_and_responses_end_in_eos():
+def test_prompt_and_responses_are_tokenised_separately_and_responses_end_in_eos():
     pair = example("a b", row=7, chosen=" c", rejected=" d e", reference="f")
     assert ids([pair]) == [([A, B], [C, EOS], [D, E, EOS], [F, EOS])]
     assert ids([pair], fields=("reference",)) == [([A, B], None, None, [F, EOS])]
@@ -65,16 +65,16 @@ def test_white_space_before_a_response_is_counted_if_it_would_join_the_response(
     counts = report(
         [*rows, chat("a", chosen="f"), example("b" * 99 + " ", chosen="f")], byte_level(), chat_template=template
     )
-    assert counts.space_ended == 3  # the template's generation prompt ends in a space, too
+    assert counts.space_ended == 3  # the template's generation prompt also ends in a space
     assert "white space" not in report(rows[1:], byte_level()).summary()
-    assert report(rows).space_ended == 0  # no token of this vocabulary holds a space
+    assert report(rows).space_ended == 0  # no token of this vocabulary contains a space
 
 
-def test_a_space_at_the_end_of_a_prompt_merges_with_no_response():
+def test_a_space_at_the_end_of_a_prompt_does_not_merge_with_the_response():
     tokenizer = byte_level()
     together = tokenizer("a: f")["input_ids"]
     (row,) = tokenize_examples([example("a: ", chosen="f")], tokenizer, max_length=9).examples
-    assert len(together) == 3  # " f" is one token, which TRL gives to the response
+    assert len(together) == 3  # " f" is one token, which TRL assigns to the response
     assert row.prompt[:2] == together[:2]
     assert [tokenizer.decode([token]) for token in (*row.prompt[2:], *row.chosen)] == [" ", "f", "</s>"]
 
@@ -92,7 +92,7 @@ def test_an_eos_that_equals_pad_and_bos_changes_nothing():
     assert ids([row], words(pad_token="<eos>", bos_token="<eos>")) == ids([row]) == [([A], [B, EOS], None, None)]
 
 
-def test_a_tokenizer_without_eos_is_refused_with_the_flag_that_mends_it():
+def test_a_tokenizer_without_eos_is_refused_and_the_flag_that_helps_is_named():
     with pytest.raises(ValueError, match=r"no EOS token.*eos_token"):
         ids([example("a", chosen="b")], words(eos_token=None))
 
@@ -107,7 +107,7 @@ def test_truncation_and_padding_stored_in_the_tokenizer_do_not_apply():
 # Lengths. -------------------------------------------------------------------
 
 
-def test_a_row_of_exactly_max_length_is_left_alone_in_every_mode():
+def test_a_row_of_exactly_max_length_is_unchanged_in_every_mode():
     row = example("a b", chosen="c d")
     for mode in ("keep_start", "keep_end", "drop"):
         counts = report([row], max_length=5, truncation_mode=mode)
@@ -148,7 +148,7 @@ def test_keep_end_drops_a_row_whose_response_leaves_no_room_for_a_prompt():
     assert counts.firsts == {"response_fills_max_length": "row 3"}
 
 
-def test_drop_leaves_out_the_whole_row_where_one_response_is_too_long():
+def test_drop_drops_the_whole_row_if_one_response_is_too_long():
     rows = [example("a", chosen="b", rejected="c d e"), example("a", chosen="b", rejected="c")]
     assert ids(rows, max_length=4, truncation_mode="drop") == [([A], [B, EOS], [C, EOS], None)]
     assert report(rows, max_length=4, truncation_mode="drop").dropped == {"longer_than_max_length": 1}
@@ -184,7 +184,7 @@ def test_rows_without_tokens_and_responses_past_their_eos_are_dropped():
     }
 
 
-def test_every_row_is_kept_or_counted_and_every_response_has_one_fate():
+def test_every_row_and_every_response_is_kept_or_counted_once():
     letters = list("abcdefabcdef")
     rows = [
         example(" ".join(letters[:p]), row=p, chosen=" ".join(letters[:c]), rejected=" ".join(letters[c : c + r]))
@@ -202,7 +202,7 @@ def test_every_row_is_kept_or_counted_and_every_response_has_one_fate():
         assert all(0 < len(e.prompt) <= 6 - len(ids) for e in result.examples for ids in (e.chosen, e.rejected) if ids)
 
 
-def test_no_row_left_is_an_error_with_the_counts():
+def test_dropping_every_row_is_an_error_with_the_counts():
     with pytest.raises(ValueError, match=r"no row is left.*dropped 2 for prompt_fills_max_length"):
         ids([example("a b", chosen="c")] * 2, max_length=2)
     with pytest.raises(ValueError, match=r"^there are no rows to train or evaluate on; give at least one"):
@@ -269,7 +269,7 @@ def test_the_hh_template_writes_the_bos_that_the_tokenizer_would():
     assert ids([chat("a", chosen="b")], words(bos_token="<bos>"), chat_template="hh")[0][0] == [HUMAN, A, ASSISTANT]
 
 
-def test_text_and_conversations_may_stand_side_by_side():
+def test_text_and_conversations_may_be_mixed():
     tokenizer = words("<bos> $A", bos_token="<bos>")
     tokenizer.chat_template = TURN_TEMPLATE
     rows = [chat("a", chosen="b"), example("a", chosen="b"), chat("c", chosen="d")]

@@ -25,7 +25,7 @@ from fastrlhf.types import Example
 
 TASK = ToyTask()
 POST = "dog lost CAR fast RENT late lamp dim BOSS kind TL;DR:"
-"""By hand: what matters, in the order of FACTS, is boss kind, rent late, car fast."""
+"""A post written by hand. The facts that matter, in the order of FACTS, are boss kind, rent late, car fast."""
 
 
 def text(value: object) -> str:
@@ -65,7 +65,7 @@ def test_another_process_with_another_hash_seed_makes_the_same_examples():
 
 
 def test_no_post_is_in_two_splits_whatever_the_seed():
-    # With one fact per post there are 96 posts: each split meets the posts of the others again and again.
+    # With one fact per post there are only 96 posts, so every split draws posts of the other splits very often.
     small = {"num_facts": 1, "min_salient": 1, "max_salient": 1, "wrong": 0.0}
     posts = {
         split: {text(e.prompt) for seed in (0, 1) for e in ToyTask(seed=seed, **small).examples(split, 60)}
@@ -106,7 +106,7 @@ def test_posts_and_responses_fit_their_budgets_and_the_vocabulary():
 @pytest.mark.parametrize(
     ("summary", "gold"),
     [
-        # chain 0.5, length_cost 0.05; the terms are covered - other - half words alone + run bonus - words / 20
+        # chain 0.5, length_cost 0.05; terms: covered - other - incomplete facts / 2 + run bonus - words / 20
         ("boss kind rent late car fast", 3 + 0.5 * 3 - 0.3),
         ("boss kind rent late", 2 + 0.5 - 0.2),
         ("boss kind car fast", 2 - 0.2),
@@ -232,14 +232,14 @@ def test_the_better_candidate_is_chosen_as_often_as_bradley_terry_says(pairs):
     ]
     clear = [m for m in margins if m]
     expected = fmean(1 / (1 + exp(-abs(m))) for m in clear)
-    assert fmean(m > 0 for m in clear) == pytest.approx(expected, abs=0.02)  # 3 standard errors are 0.017
+    assert fmean(m > 0 for m in clear) == pytest.approx(expected, abs=0.02)  # 0.017 is 3 standard errors
     assert 0.8 < expected < 0.97
     near = [m for m in margins if 0 < abs(m) < 1.2]
     assert fmean(m > 0 for m in near) == pytest.approx(fmean(1 / (1 + exp(-abs(m))) for m in near), abs=0.08)
 
 
 def label_margins(task: ToyTask, count: int) -> list[float]:
-    """Gold reward of chosen minus that of rejected."""
+    """Gold reward of the chosen response minus that of the rejected one."""
     pairs = task.examples("preferences_test", count)
     better, worse = golds(task, pairs, lambda e: text(e.chosen)), golds(task, pairs, lambda e: text(e.rejected))
     return [a - b for a, b in zip(better, worse, strict=True)]
@@ -257,22 +257,22 @@ def test_ties_are_labelled_by_the_same_fair_coin_at_every_temperature():
     assert [cold[i] for i in ties] == [warm[i] for i in ties]
 
 
-def test_flips_turn_labels_round_as_often_as_they_say_and_change_nothing_else():
+def test_label_flips_have_the_given_rate_and_change_nothing_else():
     kept = ToyTask(label_temperature=0.0).examples("preferences_test", 3_000)
     flipped = ToyTask(label_temperature=0.0, label_flips=0.3).examples("preferences_test", 3_000)
     assert [{e.chosen, e.rejected} for e in flipped] == [{e.chosen, e.rejected} for e in kept]
     share = fmean(a.chosen != b.chosen for a, b in zip(flipped, kept, strict=True))
     ties = fmean(abs(m) < 1e-9 for m in label_margins(TASK, 3_000))
-    assert share == pytest.approx(0.3 * (1 - ties), abs=0.025)  # 3 standard errors
+    assert share == pytest.approx(0.3 * (1 - ties), abs=0.025)  # tolerance: 3 standard errors
 
 
-def test_pairs_without_any_noise_are_refused_instead_of_searched_for_ever():
+def test_pairs_without_any_noise_are_refused():
     silent = ToyTask(omit=0.0, stray=0.0, wrong=0.0, tire=0.0, spoiled=0.0)
     with pytest.raises(ValueError, match="no two candidates differ"):
         silent.examples("preferences", 1)
 
 
-def test_pairs_show_what_a_policy_may_find(pairs):
+def test_pairs_contain_the_mistakes_that_a_policy_may_make(pairs):
     found = {"copy": 0, "repeated": 0, "wrong pairs": 0, "malformed": 0, "wordy": 0, "ideal": 0}
     for e in pairs:
         words, facts = text(e.prompt).split(), read_post(text(e.prompt))
@@ -294,7 +294,7 @@ def test_reading_a_post_gives_its_facts():
 @pytest.mark.parametrize(
     "prompt", ["", "boss kind", f"boss {QUESTION}", f"boss late {QUESTION}", f"ship kind {QUESTION}"]
 )
-def test_a_text_that_is_no_post_is_refused(prompt):
+def test_a_text_that_is_not_a_post_is_refused(prompt):
     with pytest.raises(ValueError, match="not a post of the embedded task"):
         TASK.gold_reward(prompt, "boss kind")
 
@@ -360,7 +360,7 @@ def test_importing_the_task_loads_neither_transformers_nor_tokenizers():
     assert subprocess.run([sys.executable, "-c", script], env=env).returncode == 0
 
 
-def test_the_haste_of_the_writers_moves_references_alone():
+def test_the_haste_of_the_writers_changes_only_references():
     task = ToyTask(seed=3)
     careful = replace(task, min_haste=0.0, max_haste=0.0)
     for ours, theirs in zip(task.examples("train", 50), careful.examples("train", 50), strict=True):
@@ -370,7 +370,7 @@ def test_the_haste_of_the_writers_moves_references_alone():
         ToyTask(min_haste=1.0, max_haste=0.5)
 
 
-def test_summaries_mean_the_same_where_they_state_the_same_facts():
+def test_summaries_with_the_same_facts_mean_the_same():
     task, first = ToyTask(), "boss angry rent late"
     for second, same in (
         ("rent late boss angry", True),

@@ -17,7 +17,7 @@ def test_a_turn_keeps_every_key_that_has_a_value():
     assert read_turns(tool, "x") == [tool]
 
 
-def test_parts_of_text_are_joined_and_others_are_refused_by_name():
+def test_text_parts_are_joined_and_other_parts_refused_by_name():
     parts = [{"type": "text", "text": "a"}, "b", {"type": "text", "text": " c"}]
     assert read_turns([{"role": "user", "content": parts}], "x") == [{"role": "user", "content": "ab c"}]
     for kind, reason in (("image", "has_image"), ("input_audio", "has_input_audio"), ("table", "wrong_type")):
@@ -27,7 +27,7 @@ def test_parts_of_text_are_joined_and_others_are_refused_by_name():
         read_turns([{"role": "user", "content": None}], "x")
 
 
-def test_sharegpt_is_brought_to_roles_and_contents():
+def test_sharegpt_turns_are_converted_to_roles_and_contents():
     said = [("system", "s"), ("human", "q"), ("function_call", '{"name": "f", "arguments": {}}'), ("observation", "2")]
     turns = read_turns([{"from": who, "value": text} for who, text in [*said, ("gpt", "a")]], "x")
     assert [turn["role"] for turn in turns] == ["system", "user", "assistant", "tool", "assistant"]
@@ -37,7 +37,7 @@ def test_sharegpt_is_brought_to_roles_and_contents():
         read_turns([{"from": "narrator", "value": "a"}], "x")
 
 
-def test_what_a_template_is_given_is_checked_and_read_from_json():
+def test_template_arguments_are_checked_and_parsed_from_json():
     assert read_template_values({"tools": '[{"name": "f"}]', "documents": None, "chat_template_kwargs": {"a": 1}}) == {
         "tools": [{"name": "f"}],
         "chat_template_kwargs": {"a": 1},
@@ -61,6 +61,6 @@ def test_a_call_of_a_tool_is_not_empty():
     assert is_empty([{"role": "assistant", "content": " "}])
 
 
-def test_text_has_no_turn_to_begin_with():
+def test_text_is_not_accepted_as_turns():
     row = Example(prompt="a", reference="b", row=0)
     assert from_first_answer(row, "reference") is row

@@ -1,4 +1,4 @@
-"""Tokenizers of the kinds in use, of a handful of merges: byte-level BPE, and SentencePiece with byte fallback."""
+"""Tokenizers with a handful of merges of the two common kinds: byte-level BPE, and SentencePiece with byte fallback."""
 
 import string
 
@@ -13,7 +13,8 @@ SPECIALS = ("<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>")
 
 def byte_level() -> PreTrainedTokenizerFast:
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = [("d", "e"), ("de", "f"), ("\u0120", "f"), ("\u010a", "\u010a")]  # the last two: " f" and two newlines
+    # The last two merges make " f" and two newlines
+    merges = [("d", "e"), ("de", "f"), ("\u0120", "f"), ("\u010a", "\u010a")]
     words = [*SPECIALS, *letters, *("".join(pair) for pair in merges)]
     core = Tokenizer(BPE({word: i for i, word in enumerate(words)}, merges))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
@@ -22,7 +23,10 @@ def byte_level() -> PreTrainedTokenizerFast:
 
 
 def sentencepiece(*, legacy: bool) -> PreTrainedTokenizerFast:
-    """As Llama 2 and Mistral have it: BOS and a space before every text (legacy: after every special token too)."""
+    """A tokenizer like those of Llama 2 and Mistral:
+
+    BOS and a space before every text (legacy: also after every special token).
+    """
     pieces = [*(f"<0x{byte:02X}>" for byte in range(256)), SPACE, *string.ascii_letters, *string.digits, *":.<>|_"]
     words = [*SPECIALS, *pieces, *("".join(pair) for pair in MERGES)]
     vocabulary = {word: i for i, word in enumerate(dict.fromkeys(words))}

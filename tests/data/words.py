@@ -1,4 +1,4 @@
-"""A tokenizer of a dozen words, for tests that count every token."""
+"""A tokenizer with a dozen words, for tests that count every token."""
 
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -12,7 +12,7 @@ A, B, C, D, E, F, HUMAN, ASSISTANT, IS_USER, IS_ASSISTANT, END = range(3, 14)
 
 
 def words(post: str | None = None, **special: str | None) -> PreTrainedTokenizerFast:
-    """Ids are places in WORDS; `post` is the template put around every text, such as "<bos> $A"."""
+    """Makes the tokenizer. Ids are positions in WORDS; `post` is the template around every text, such as "<bos> $A"."""
     core = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     core.pre_tokenizer = WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]
     if post:

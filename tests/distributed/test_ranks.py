@@ -1,4 +1,4 @@
-"""Two processes under torchrun, on the CPU, against one: the same losses, the same weights, the same files."""
+"""Compares two processes under torchrun on a CPU with a single process: equal losses, weights and files."""
 
 import json
 import math
@@ -33,12 +33,12 @@ ROOT = Path(__file__).parent.parent.parent
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "OMP_NUM_THREADS": "1"}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 ROUNDING = ("sampling/",)
-"""Metrics that are a difference of two roundings, 0 but for those."""
+"""Metrics that are 0 up to rounding errors."""
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Runs of two processes, in `two`, and of one, in `one`."""
+    """Runs of two processes in `two`, and of one process in `one`."""
     place = tmp_path_factory.mktemp("ranks")
     resumable.save_models(place)
     for family in ranks.FAMILIES:
@@ -83,7 +83,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_same_run(one: Path, two: Path) -> None:
-    """Logs and weights within 1e-5: the order in which micro-batches are summed is all that differs."""
+    """Logs and weights must agree within 1e-5; they differ only in the order in which micro-batches are summed."""
     log, other = read_metrics(one / "metrics.jsonl"), read_metrics(two / "metrics.jsonl")
     assert [row["step"] for row in log][-2:] == [1, 2]
     assert len(log) == len(other)
@@ -113,26 +113,28 @@ def test_layers_at_any_depth_are_groups():
 def test_training_moved_the_weights(place):
     before, after = weights(place / "policy"), weights(place / "two" / "sft")
     moved = [(a - b).abs().max().item() for a, b in zip(before.values(), after.values(), strict=True)]
-    assert min(moved) > 1e-3  # else any two runs agree
+    assert min(moved) > 1e-3  # otherwise any two runs would agree
 
 
-def test_the_first_process_alone_writes_and_speaks(place):
-    assert (place / "stdout").read_text().count("saved in") == 2  # by SFT and DPO
+def test_only_rank_0_writes_and_prints(place):
+    assert (place / "stdout").read_text().count("saved in") == 2  # once by SFT and once by DPO
     files = {path.name for path in (place / "two" / "command").iterdir()}
     assert files == {path.name for path in (place / "one" / "command").iterdir()}
-    assert "lm_head.weight" not in load_file(place / "two" / "command" / "model.safetensors")  # it is tied
+    # The head is tied to the embedding
+    assert "lm_head.weight" not in load_file(place / "two" / "command" / "model.safetensors")
 
 
 def test_a_signal_to_one_process_stops_all_and_the_run_goes_on_bit_for_bit(place):
     assert [rank["interrupted"] for rank in seen(place)] == [True, True]
     whole, resumed = place / "two" / "ppo", place / "two" / "ppo-resumed"
-    assert len(list((resumed / "checkpoint-1").glob("*.shards/shard-*"))) == 4  # of weights and moments, by two
+    # Files of weights and moments, each from two processes
+    assert len(list((resumed / "checkpoint-1").glob("*.shards/shard-*"))) == 4
     assert resumable.untimed_log(whole) == resumable.untimed_log(resumed)
 
 
 @pytest.mark.parametrize("part", CUTS)
 def test_a_signal_in_a_part_of_a_step_stops_all_processes_there_and_the_run_goes_on_bit_for_bit(place, part):
-    """In the middle of a rollout, of a judge that only the first process asks, and between two mini-batches."""
+    """The signal comes during a rollout, during a judge that only rank 0 calls, and between two mini-batches."""
     folder = place / "two" / f"drpo cut in the {part}"
     said = f"interrupted in step 2; step 1 is saved as {folder / 'checkpoint-1'}"
     assert [rank["cuts"][part] for rank in seen(place)] == [said, said]
@@ -180,12 +182,12 @@ def test_an_error_that_every_rank_has_raised_is_rescued_and_the_run_ends_alike(p
     assert resumable.untimed_log(folder) == resumable.untimed_log(place / "two" / "drpo")
 
 
-def test_one_process_goes_on_from_the_checkpoint_of_two(place):
+def test_one_process_continues_from_a_checkpoint_of_two(place):
     ranks.run("ppo", place, place / "one" / "ppo-resumed")
     assert_same_run(place / "one" / "ppo-resumed", place / "two" / "ppo")
 
 
-def test_what_the_processes_tell_each_other(place):
+def test_exchanges_between_processes(place):
     for rank, told in enumerate(rank["exchanges"] for rank in seen(place)):
         assert told == {
             "gathered": [0.0, 0.0, 1.0, 1.0, 1.0],
@@ -245,7 +247,7 @@ def test_parts_that_cut_a_block_of_8_bit_moments_are_refused(place):
     assert all(rank["blocks"].startswith(told) for rank in seen(place))
 
 
-def test_what_all_processes_refuse_is_told_once():
+def test_an_error_of_all_processes_is_printed_once():
     command = [*TORCHRUN, "-m", "fastrlhf", "sft", "--learning_rate", "-1"]
     ended = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False)
     assert ended.returncode != 0
@@ -262,7 +264,7 @@ def test_another_process_than_the_first_waits_for_its_end_before_it_tells_an_err
     assert capsys.readouterr().err.startswith("fastrlhf sft: learning_rate: must be ")
 
 
-def test_one_process_has_everything():
+def test_a_single_process_holds_everything():
     assert world_size() == 1
     assert on_first(lambda: 3) == 3
     assert on_each(lambda: 3) == [3]
@@ -292,7 +294,7 @@ def test_what_two_processes_cannot_do_is_refused_before_anything_is_read(monkeyp
         ("4", "WORLD_SIZE: must be 4 processes on this machine at most"),
     ],
 )
-def test_each_process_needs_a_gpu_of_its_own(monkeypatch, local, message):
+def test_each_process_needs_its_own_gpu(monkeypatch, local, message):
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     if local:
@@ -320,7 +322,7 @@ def test_an_update_that_two_processes_cannot_share_is_refused(monkeypatch, setti
     ppo._check_ranks(PPOConfig(per_device_train_batch_size=4, num_generations=4, share_trunks=False))
 
 
-def test_commands_of_one_process_say_so(monkeypatch):
+def test_commands_for_one_process_refuse_torchrun(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     for name, call in {
         "rlp": lambda: train_rlp(RLPConfig(), RewardConfig(), PPOConfig()),

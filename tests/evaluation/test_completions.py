@@ -18,12 +18,12 @@ def answers(model, **settings) -> list[Rollout]:
 
 @torch.no_grad()
 def logprob(model, prompt: list[int], completion: list[int], temperature: float) -> float:
-    """The log-prob of a completion by the model's own forward, in float64."""
+    """The log-prob of a completion, from the model's own forward in float64."""
     logits = model(torch.tensor([[*prompt, *completion]])).logits[0, len(prompt) - 1 : -1].double() / temperature
     return logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None]).sum().item()
 
 
-def test_every_prompt_gets_one_full_response_in_order_and_its_own_draws():
+def test_every_prompt_gets_one_response_in_order_with_its_own_random_numbers():
     rollouts = answers(tiny.policy())
     assert [r.prefix for r in rollouts] == [
         Prefix(token_ids=example.prompt, num_reset=0, row=example.row, episode=EVAL_EPISODES + i)
@@ -35,18 +35,18 @@ def test_every_prompt_gets_one_full_response_in_order_and_its_own_draws():
     assert [r.completion for r in answers(tiny.policy(), seed=4)] != completions
 
 
-def test_episodes_of_evaluation_are_out_of_reach_of_training():
+def test_evaluation_and_training_use_different_episode_numbers():
     assert EVAL_EPISODES > 10**12
 
 
-def test_temperature_zero_is_greedy_whatever_the_seed():
+def test_temperature_zero_is_greedy_for_every_seed():
     model = tiny.policy()
     greedy = [r.completion for r in answers(model, temperature=0)]
     assert greedy == [r.completion for r in answers(model, temperature=0, seed=9)]
     assert greedy != [r.completion for r in answers(model)]
 
 
-def test_a_policy_has_not_moved_from_itself():
+def test_the_kl_of_a_policy_to_itself_is_0():
     model = tiny.policy()
     assert response_kl(model, model, answers(model), temperature=0.9, micro_batch_tokens=64) == 0
 

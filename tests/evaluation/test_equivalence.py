@@ -1,4 +1,4 @@
-"""Judges of equal meaning, the NLI classifier on two tiny models made on the spot."""
+"""Tests of judges of equal meaning; the NLI classifiers are two tiny models made by the tests."""
 
 from pathlib import Path
 
@@ -29,7 +29,7 @@ WORDS = [f"w{i}" for i in range(40)]
 def save_nli(
     folder: Path, order: tuple[int, ...] = (0, 1, 2), labels=("contradiction", "neutral", "entailment")
 ) -> str:
-    """A BERT of two layers; `order` permutes its outputs, and their names with them."""
+    """Saves a two-layer BERT; `order` permutes its outputs together with their names."""
     ids = {word: i for i, word in enumerate(["[PAD]", "[CLS]", "[SEP]", "[UNK]", *WORDS])}
     base = Tokenizer(WordLevel(ids, unk_token="[UNK]"))
     base.pre_tokenizer = WhitespaceSplit()
@@ -61,7 +61,7 @@ def save_nli(
         model = BertForSequenceClassification(config).eval()
         some = torch.randint(4, len(ids), (64, 20))
     with torch.no_grad():
-        model.classifier.bias -= model(input_ids=some).logits.mean(0)  # so that every label occurs
+        model.classifier.bias -= model(input_ids=some).logits.mean(0)  # centres the logits, so that every label occurs
         model.classifier.weight.copy_(model.classifier.weight[list(order)])
         model.classifier.bias.copy_(model.classifier.bias[list(order)])
     model.save_pretrained(folder)
@@ -92,7 +92,7 @@ def test_labels_are_read_from_the_configuration_whatever_their_order(nli, tmp_pa
     asked = comparisons()
     said = judge(nli)(asked)
     assert said == judge(other)(asked)
-    assert len(set(said)) == 3  # the model does tell them apart
+    assert len(set(said)) == 3  # all three labels occur
 
 
 @pytest.mark.parametrize("labels", [("LABEL_0", "LABEL_1", "LABEL_2"), ("entailment", "not_entailment")])
@@ -102,7 +102,7 @@ def test_labels_without_the_three_names_are_refused(labels):
     assert relations({0: "ENTAILMENT", 1: "neutral", 2: "Contradiction"}, "model") == [E, N, C]
 
 
-def test_batches_say_what_the_plain_model_says_of_one_true_pair_at_a_time(nli):
+def test_batches_give_the_labels_of_the_plain_model_on_single_pairs(nli):
     asked = comparisons()
     plain = judge(nli)
     model, tokenizer = plain._model, plain._tokenizer
@@ -113,7 +113,7 @@ def test_batches_say_what_the_plain_model_says_of_one_true_pair_at_a_time(nli):
         with torch.no_grad():
             expected.append(Relation(model(**inputs).logits.argmax().item()))
     assert plain(asked) == expected
-    assert judge(nli, batch_tokens=43)(asked) == expected  # a pair or two at a time
+    assert judge(nli, batch_tokens=43)(asked) == expected  # this budget holds one or two pairs
     assert plain([]) == []
 
 
@@ -139,7 +139,7 @@ def test_the_prompt_loses_its_beginning_before_an_answer_loses_its_end(nli):
     assert cut == ["w1 w2\nw3 w4", "w3 w4 w5 w6", "w3 w4 w5 w6", "w0 w1\nw2 w3", "w1"]
 
 
-def test_what_cannot_be_a_judge_is_refused_before_anything_is_asked(nli, tmp_path):
+def test_an_invalid_judge_is_refused_before_anything_is_judged(nli, tmp_path):
     with pytest.raises(ValueError, match=r"equivalence: .* is no NLI model in a folder or on the hub"):
         open_judge(str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match="nli_side_tokens: must be such that a pair of 53 tokens fits 48 positions"):
@@ -156,7 +156,7 @@ def test_exact_match_forgives_case_punctuation_and_white_space():
     assert open_judge("exact") is exact_match
 
 
-def test_a_function_of_the_users_judges_with_the_prompt_in_sight(tmp_path):
+def test_a_user_defined_judge_gets_the_prompt(tmp_path):
     (tmp_path / "mine.py").write_text("def same(prompt, a, b):\n    return prompt == 'yes' and len(a) == len(b)\n")
     own = open_judge(f"{tmp_path / 'mine.py'}:same")
     assert own([Comparison("yes", "ab", "cd"), Comparison("no", "ab", "cd"), Comparison("yes", "a", "cd")]) == [E, C, C]

@@ -95,16 +95,16 @@ def test_what_it_prints_is_left_in_a_file_that_the_report_shows(config, tmp_path
         assert summary["methods"][name]["mean_difference_ci"] == [low, high]
         assert (summary["methods"][name]["win_rate"], summary["methods"][name]["num"]) == (comparison.win_rate, 20)
     rows = read_rows(folder / "samples.jsonl")
-    assert len(rows) == 20 * 3  # of both models, and the dataset's
+    assert len(rows) == 20 * 3  # responses of both models, and of the dataset
     means = {name: np.mean([row["score"] for row in rows if row["model"] == name]) for name in (*methods, "reference")}
     assert {name: row["mean_score"] for name, row in methods.items()} | {
         "reference": summary["opponent_mean_score"]
-    } == pytest.approx(means, rel=1e-12)  # the same float32 scores, averaged in float64
+    } == pytest.approx(means, rel=1e-12)  # the means average the same float32 scores in float64
     assert (summary["opponent"], summary["judge"]) == ("reference", config.reward_model_path)
     page = write_report(folder).read_text()
     columns = ("Win rate", "Mean score", "Score difference", "Prompts")
     assert [page.count(f">{column}</th>") for column in columns] == [1, 1, 1, 1]
-    last = [row["response"] for row in rows if row["row"] >= 14]  # of the last 6 prompts, all three answers
+    last = [row["response"] for row in rows if row["row"] >= 14]  # the last 6 prompts, three answers each
     assert len(last) == 6 * 3
     assert all(f"<div>{escape(response)}</div>" in page for response in last)
 
@@ -134,8 +134,8 @@ def test_a_killed_evaluation_leaves_nothing_that_counts_and_runs_again(config, t
         evaluate_models(keys, tiny.examples(6))
 
 
-def test_a_response_of_the_dataset_that_was_cut_is_judged_as_it_stands(config):
-    """max_length leaves no room for its EOS."""
+def test_a_truncated_response_of_the_dataset_is_judged_without_an_eos(config):
+    """max_length leaves no room for its EOS, so the response is judged without one."""
     examples = [replace(example, rejected="w1 " * 30) for example in tiny.examples(12)]
     config = replace(config, opponent="rejected", max_length=20)
     _, rows = open_eval_inputs(replace(config, tokenizer_name_or_path=config.models[0]), ["rejected"], examples)
@@ -159,9 +159,12 @@ def test_only_the_held_out_rows_are_judged(config, tmp_path, monkeypatch):
     assert seen == [[14, 15, 16, 17, 18, 19]] * 2
 
 
-def test_rows_that_a_model_was_trained_on_are_told(config, tmp_path, caplog):
-    """Of 20 rows, 6 are judged. One run has held out 2 of them, one all, one has read another split, and one the first
-    15 rows alone; an adapter is what the run above it has left."""
+def test_rows_that_a_model_was_trained_on_are_reported(config, tmp_path, caplog):
+    """Of 20 rows, 6 are judged.
+
+    One run has held out 2 of them, one all of them, one has read another split, and one only the first 15 rows; there
+    is also an adapter of the run in the folder above it.
+    """
     rows = [{"prompt": f"w{i}", "completion": "w1"} for i in range(20)]
     data = tmp_path / "a.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -192,7 +195,7 @@ def test_rows_that_a_model_was_trained_on_are_told(config, tmp_path, caplog):
 def test_a_prompt_without_room_for_a_response_is_left_out(config):
     examples = [replace(example, prompt="w1 " * (20 + i)) for i, example in enumerate(tiny.examples(12))]
     [comparison, _] = evaluate_models(config, examples).values()
-    assert comparison.num == 7  # prompts of 20 to 26 tokens, and 6 of the response, in 32
+    assert comparison.num == 7  # prompts of 20 to 26 tokens fit, with 6 response tokens in 32
     with pytest.raises(ValueError, match=r"^max_length: no eval prompt leaves room for a response of 6 tokens"):
         evaluate_models(replace(config, max_length=25, max_dropped_fraction=1.0), examples)
 
@@ -223,7 +226,7 @@ def test_bad_input_is_refused_before_anything_is_generated(config, tmp_path, mon
 
 @pytest.fixture(scope="module")
 def adapted(tmp_path_factory):
-    """A base, and what runs have left of a policy and a judge that were trained over it."""
+    """A base model, and the folders of runs that trained a policy and a judge over it with adapters."""
     place = tmp_path_factory.mktemp("adapted")
     base = tiny.save_policy(place / "base")
     policy = tiny.save_adapter(place / "policy", base, 1)
@@ -231,12 +234,12 @@ def adapted(tmp_path_factory):
 
 
 def whole(adapter: str) -> str:
-    """The run of an adapter, where it is added to the weights."""
+    """The merged weights of the run of an adapter."""
     return adapter.removesuffix("/adapter")
 
 
-def test_adapters_are_judged_as_the_runs_that_left_them(adapted, config):
-    """The base is the one that they name; adding an adapter to the weights only rounds otherwise."""
+def test_adapters_give_the_results_of_their_merged_models(adapted, config):
+    """Adapters name their base. Merging an adapter only changes the rounding."""
     other = config.models[0]
     roles = replace(config, models=(adapted["policy"], other), reward_model_path=adapted["judge"])
     runs = replace(roles, models=(whole(adapted["policy"]), other), reward_model_path=whole(adapted["judge"]))
@@ -257,7 +260,8 @@ def test_an_adapter_is_laid_over_the_model_that_is_given_and_no_other(adapted, c
     (unnamed / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": None}))
     roles = replace(config, models=(adapted["policy"],), reward_model_path=adapted["judge"])
     for settings, message in (
-        ({"model_name_or_path": moved}, "'NoneType' object is not callable"),  # all is well until it would generate
+        # Passes all checks and fails only when it generates
+        ({"model_name_or_path": moved}, "'NoneType' object is not callable"),
         ({"model_name_or_path": other}, "^reward_model_path: .* was trained over the weights of '.*base', and the"),
         ({"models": (config.models[0], adapted["judge"])}, "^models: '.*judge/adapter' is a reward model$"),
         ({"reward_model_path": adapted["policy"]}, "^reward_model_path: .* has no trained score head"),
@@ -270,10 +274,8 @@ def test_an_adapter_is_laid_over_the_model_that_is_given_and_no_other(adapted, c
             evaluate_models(replace(roles, **settings), tiny.examples(4))
 
 
-def test_of_a_run_folder_what_was_trained_is_judged_not_what_bfloat16_leaves_of_it(
-    config, tmp_path, monkeypatch, caplog
-):
-    """Where the dtype is float32, the merged weights; in bfloat16 the adapter over its base."""
+def test_a_run_folder_is_judged_without_rounding_its_adapter_away(config, tmp_path, monkeypatch, caplog):
+    """With dtype float32 the merged weights are judged; with bfloat16 the adapter over its base."""
     base, opponent = config.models[0], config.models[1]
     adapter = tiny.save_adapter(tmp_path / "run", base, 3)
     run = str(tmp_path / "run")
@@ -306,7 +308,7 @@ def test_of_a_run_folder_what_was_trained_is_judged_not_what_bfloat16_leaves_of_
 
 
 def test_the_table_is_aligned():
-    """The opponent's mean score is the model's less the difference: 1.25 + 0.5."""
+    """The opponent's mean score is the model's score minus the difference: 1.25 + 0.5."""
     comparison = Comparison(
         win_rate=0.625,
         win_rate_ci=(0.5, 0.75),
@@ -322,7 +324,7 @@ def test_the_table_is_aligned():
     assert first == "a                62.5 [ 50.0,  75.0]          1.250   -0.500 [ -1.000,  +0.250]        8"
     assert second == first.replace("a             ", "runs/long/name", 1)
     assert last == "reference                                     1.750"
-    for opponent in ("b", "runs/" + "b" * 30):  # a short and a long name move no column
+    for opponent in ("b", "runs/" + "b" * 30):  # the length of a name does not shift the columns
         _, header, first, last = format_table({"a": comparison}, opponent, "runs/judge").splitlines()
         assert header.index("mean score") + 10 == first.index("1.250") + 5 == last.index("1.750") + 5
         assert header.index("minus") == first.index("-0.500") - 1

@@ -1,4 +1,4 @@
-"""Evaluation during on-policy training, against numbers made by hand and by the models' own generation."""
+"""Tests of evaluation during on-policy training, against hand-computed numbers and the models' own generation."""
 
 import math
 from contextlib import contextmanager
@@ -36,7 +36,7 @@ def answers(policy, temperature):
     return respond(policy, EXAMPLES, temperature=temperature, **settings)
 
 
-def test_sampled_and_greedy_responses_are_judged_and_described_each_under_its_name():
+def test_sampled_and_greedy_responses_have_separate_metrics():
     policy, reference = tiny.policy(), tiny.policy(seed=5)
     metrics = evaluate(CONFIG, policy, reference, by_length, EXAMPLES, tiny.EOS, by_first_token)
     sampled, greedy = answers(policy, 0.8), answers(policy, 0.0)
@@ -57,7 +57,7 @@ def test_sampled_and_greedy_responses_are_judged_and_described_each_under_its_na
     assert metrics["eval_objective/kl"] == kl > 0.1
 
 
-def test_reference_and_judges_are_there_only_while_they_score(monkeypatch):
+def test_reference_and_judges_are_on_the_device_only_while_they_score(monkeypatch):
     log = []
 
     def logged(name, function):
@@ -91,8 +91,8 @@ def test_a_score_of_the_second_judge_that_is_not_finite_names_its_row():
         evaluate(CONFIG, policy, policy, by_length, EXAMPLES, tiny.EOS, broken)
 
 
-def test_the_error_is_that_of_a_mean_and_unknown_for_a_single_score():
-    """1, 2, 6: mean 3, sum of squares 4 + 1 + 9 = 14, s^2 = 7, error sqrt(7 / 3)."""
+def test_the_standard_error_of_the_mean_is_nan_for_a_single_score():
+    """Scores 1, 2, 6: mean 3, sum of squares 4 + 1 + 9 = 14, s^2 = 7, standard error sqrt(7 / 3)."""
     assert mean_and_error("s", torch.tensor([1.0, 2.0, 6.0])) == pytest.approx({"s": 3, "s_stderr": math.sqrt(7 / 3)})
     assert math.isnan(mean_and_error("s", torch.tensor([1.0]))["s_stderr"])
 
@@ -104,7 +104,7 @@ def test_the_error_is_that_of_a_mean_and_unknown_for_a_single_score():
         ([5] * 8, 1 - 1 / 5),
         ([1, 2, 3, 4, 5, 6, 7, 8], 0),
         ([1, 2, 3, 9, 1, 2, 3, 9], 1 - 4 / 5),
-        ([5, 5, 5], 0),  # no 4-gram
+        ([5, 5, 5], 0),  # too short for a 4-gram
     ],
 )
 def test_repetition_is_the_share_of_4_grams_that_have_occurred_before(tokens, expected):
@@ -112,7 +112,7 @@ def test_repetition_is_the_share_of_4_grams_that_have_occurred_before(tokens, ex
 
 
 def test_loops_and_responses_that_two_prompts_share_are_counted():
-    """The same answer to the same prompt twice is no duplicate: greedy answers to equal prompts are always equal."""
+    """Equal answers to equal prompts are not duplicates, because greedy answers to equal prompts are always equal."""
     rollouts = [
         rollout(3, *[7, 8] * 5),
         rollout(4, 9, 10, tiny.EOS),

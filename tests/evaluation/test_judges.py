@@ -36,8 +36,8 @@ def test_a_response_is_judged_after_its_prompt_and_up_to_its_first_eos(model, mi
     judged = judge(
         [
             rollout([5, 6, 7], [8, 9, tiny.EOS]),
-            rollout([5, 6, 7], [8, 9, 10, 11]),  # cut: no EOS
-            rollout([5, 6, 7, 8], [9, tiny.EOS, 12, 13, tiny.EOS], num_reset=1),  # went on past its EOS
+            rollout([5, 6, 7], [8, 9, 10, 11]),  # truncated, without an EOS
+            rollout([5, 6, 7, 8], [9, tiny.EOS, 12, 13, tiny.EOS], num_reset=1),  # continues after its EOS
             rollout([14], [tiny.EOS]),
         ]
     )
@@ -56,8 +56,8 @@ def test_a_response_is_judged_up_to_the_first_of_several_ends(model):
 
 
 @pytest.mark.parametrize("micro_batch_tokens", [12, 19, 1000])
-def test_what_responses_share_is_read_once_and_changes_no_score(model, micro_batch_tokens):
-    """Eight episodes from four points of one text, among others. float32 in another order of summation."""
+def test_shared_prefixes_are_computed_once_and_change_no_score(model, micro_batch_tokens):
+    """Includes eight episodes from four points of one text. Tolerance for float32 sums in a different order."""
     text, seen = [4 + (5 * i) % 25 for i in range(7)], []
     rollouts = [rollout(text[: 4 + i % 4], [3 + i, 9, tiny.EOS], num_reset=i % 4) for i in range(8)]
     rollouts[3:3] = [rollout([5, 6], [7, tiny.EOS]), rollout([8], [9])]

@@ -22,7 +22,8 @@ def test_infinite_scores_are_compared_like_others():
 
 
 def test_the_interval_of_a_fair_coin_is_the_binomial_one():
-    """Two rows 0 and 1: the mean is 0, 1/2 or 1 with probabilities 1/4, 1/2, 1/4, so the middle 40 % is 1/2 alone."""
+    """Two rows, 0 and 1: the mean is 0, 1/2 or 1 with probabilities 1/4, 1/2, 1/4, so the middle 40 % contain only
+    1/2."""
     assert bootstrap_interval([0, 1], level=0.4) == (0.5, 0.5)
     assert bootstrap_interval([0, 1], level=0.6) == (0.0, 1.0)
 
@@ -43,7 +44,7 @@ def test_the_interval_covers_the_truth_as_often_as_it_says():
     assert 0.85 <= hits / 300 <= 0.94
 
 
-def test_the_seed_decides_and_the_chunking_does_not(monkeypatch):
+def test_the_interval_depends_on_the_seed_and_not_on_the_chunking(monkeypatch):
     values = np.random.default_rng(4).normal(size=50)
     first = bootstrap_interval(values, samples=999, seed=5)
     assert bootstrap_interval(values, samples=999, seed=5) == first
@@ -52,11 +53,11 @@ def test_the_seed_decides_and_the_chunking_does_not(monkeypatch):
     assert bootstrap_interval(values, samples=999, seed=5) == first
 
 
-def test_one_row_has_an_interval_of_no_width():
+def test_one_row_has_an_interval_of_width_0():
     assert bootstrap_interval([2.5]) == (2.5, 2.5)
 
 
-def test_pairing_removes_what_the_rows_have_in_common():
+def test_pairing_removes_the_variance_that_both_sides_share():
     difficulty = np.random.default_rng(6).normal(0, 100, size=64)
     mean, (low, high) = paired_difference(difficulty + 0.25, difficulty)
     assert (mean, low, high) == pytest.approx((0.25, 0.25, 0.25), abs=1e-12)
@@ -96,6 +97,6 @@ def test_scores_that_cannot_be_compared_are_an_error(a, b, message):
         ([1.0], {"samples": 0}, "samples = 0"),
     ],
 )
-def test_an_interval_that_means_nothing_is_an_error(values, options, message):
+def test_invalid_arguments_of_an_interval_are_errors(values, options, message):
     with pytest.raises(ValueError, match=message):
         bootstrap_interval(values, **options)

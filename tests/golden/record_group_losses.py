@@ -1,10 +1,11 @@
-"""Runs the policy and value losses of TRL 1.16.0, verl 0.9.1 and the released code of RTO (zkshan2002/RTO, commit
-f2c1294) on one set of tensors and keeps them in group_losses.json, for tests/test_group_losses_golden.py: losses with
-their gradients by log-prob or value, and advantages of groups.
+"""Records the policy and value losses of TRL, verl and RTO's released code for tests/test_group_losses_golden.py.
 
-They are needed here and nowhere else. Of verl only trainer/ppo/core_algos.py runs, with stand-ins for the configuration
-classes that it imports; of RTO openrlhf/models/loss.py, with one for `masked_mean`, its checkout named by RTO_REPO.
-What is not there leaves its numbers in the file as they were.
+Runs TRL 1.16.0, verl 0.9.1 and the code of RTO (zkshan2002/RTO, commit f2c1294) on one set of tensors. Writes losses,
+their gradients with respect to log-probs or values, and advantages of groups to group_losses.json.
+
+The libraries are only needed to run this script. Of verl only trainer/ppo/core_algos.py runs, with stand-ins for the
+configuration classes that it imports; of RTO only openrlhf/models/loss.py, with a stand-in for `masked_mean`; RTO_REPO
+names its checkout. Numbers of libraries that are not installed stay unchanged in the file.
 
     PYTHONPATH=.:kernels RTO_REPO=../RTO python tests/golden/record_group_losses.py
 """
@@ -37,12 +38,12 @@ GROUP = 4
 
 
 def wave(num: int, phase: float, scale: float) -> Tensor:
-    """[num] float64: a formula of the index, the same everywhere."""
+    """Deterministic numbers computed from the index, [num] float64, equal on every machine."""
     return scale * torch.sin(torch.arange(num, dtype=torch.float64) * 1.7 + phase)
 
 
 def tensors() -> dict[str, Tensor]:
-    """Padded, [4, 6] float64: log-probs of policy, sampler and reference, mask, and the advantage [4]."""
+    """Padded tensors [4, 6] float64: log-probs of policy, sampler and reference, and the mask; and advantages [4]."""
     size = len(LENGTHS) * MAX_LENGTH
     sampler = -1.5 + wave(size, 0.3, 1.0)
     mask = torch.arange(MAX_LENGTH)[None] < torch.tensor(LENGTHS)[:, None]
@@ -56,7 +57,7 @@ def tensors() -> dict[str, Tensor]:
     }
 
 
-TRL = {  # case -> what TRL calls it
+TRL = {  # case -> TRL's name for it
     "grpo": ("grpo", "token"),
     "bnpo": ("bnpo", "token"),
     "dapo": ("dapo", "token"),
@@ -72,7 +73,7 @@ def of_trl(case: str) -> dict[str, Any]:
     loss_type, level = TRL[case]
     given = tensors()
     leaf = given["logprob"].clone().requires_grad_()
-    # The bound of CISPO is 1 + eps here, and the bound itself there.
+    # For CISPO, fastrlhf takes eps and bounds by 1 + eps; TRL takes the bound itself.
     high = 1 + CISPO_HIGH if loss_type == "cispo" else CLIP_HIGH
     trainer = SimpleNamespace(
         loss_type=loss_type, importance_sampling_level=level, beta=0.0, epsilon_low=CLIP_LOW, epsilon_high=high,
@@ -97,7 +98,7 @@ def of_trl(case: str) -> dict[str, Any]:
 
 
 def trl_advantages(scale: str) -> list[float]:
-    """The lines of TRL that turn rewards into advantages, run as they are installed."""
+    """Runs the lines of the installed TRL that turn rewards into advantages."""
     from trl import GRPOTrainer
     from trl.trainer import grpo_trainer
 
@@ -116,7 +117,7 @@ def trl_advantages(scale: str) -> list[float]:
     return names["advantages"].tolist()
 
 
-VERL = {  # case -> (its function, how it averages)
+VERL = {  # case -> (verl's function, averaging mode)
     "token_mean": ("compute_policy_loss_vanilla", "token-mean"),
     "dual_clip": ("compute_policy_loss_vanilla", "token-mean"),
     "gspo": ("compute_policy_loss_gspo", "seq-mean-token-mean"),
@@ -129,7 +130,7 @@ VALUE_AVERAGES = {"token": "token-mean", "sequence": "seq-mean-token-mean"}
 
 
 def core_algos() -> ModuleType:
-    """verl/trainer/ppo/core_algos.py, with stand-ins for what it imports and these losses do not use."""
+    """Imports verl/trainer/ppo/core_algos.py, with stand-ins for imports that these losses do not use."""
 
     class Config(SimpleNamespace):
         def get(self, name: str, default: Any = None) -> Any:
@@ -197,7 +198,7 @@ def verl_value(algos: ModuleType, average: str) -> dict[str, Any]:
 
 
 def of_rto(repository: str) -> dict[str, Any]:
-    """Losses of openrlhf/models/loss.py, with the masked mean that its package has."""
+    """Losses of openrlhf/models/loss.py, with the masked mean of its package."""
 
     def masked_mean(values: Tensor, mask: Tensor, dim: int) -> Tensor:
         return (values * mask).sum(dim) / mask.sum(dim)

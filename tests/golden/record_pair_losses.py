@@ -1,7 +1,8 @@
-"""Runs the reference-free pair losses of TRL 1.16.0 (CPO, SimPO, ORPO) on one set of log-probs and keeps losses and
-gradients in pair_losses.json, for tests/test_pair_losses_golden.py.
+"""Records TRL's reference-free pair losses (CPO, SimPO, ORPO) for tests/test_pair_losses_golden.py.
 
-TRL is needed here and nowhere else:
+Runs TRL 1.16.0 on one set of log-probs and writes losses and gradients to pair_losses.json.
+
+TRL is only needed to run this script:
 
     PYTHONPATH=.:kernels python tests/golden/record_pair_losses.py
 """
@@ -18,7 +19,7 @@ from torch import Tensor
 
 FILE = Path(__file__).with_name("pair_losses.json")
 
-LENGTHS = (3, 5, 1, 4, 7, 2)  # chosen and rejected of three pairs
+LENGTHS = (3, 5, 1, 4, 7, 2)  # lengths of chosen and rejected responses of three pairs
 
 CASES: dict[str, dict[str, Any]] = {  # attributes of TRL's trainers
     "cpo": {"loss_type": "sigmoid", "beta": 0.1, "label_smoothing": 0.0},
@@ -27,11 +28,11 @@ CASES: dict[str, dict[str, Any]] = {  # attributes of TRL's trainers
     "orpo": {"beta": 0.25},
 }
 MEAN = ("simpo", "orpo")
-"""Losses of the mean log-prob of a response; the others are of the sum."""
+"""Losses that use the mean log-prob of a response; the others use the sum."""
 
 
 def logprobs() -> Tensor:
-    """[T] float64: log-probs between -2.9 and -0.1, a formula of the index."""
+    """Log-probs [T] float64 between -2.9 and -0.1, computed from the index."""
     return -1.5 + 1.4 * torch.sin(torch.arange(sum(LENGTHS), dtype=torch.float64) * 1.7 + 0.3)
 
 
@@ -43,7 +44,7 @@ def record(case: str) -> dict[str, Any]:
     parts = logprob.split(LENGTHS)
     sums = torch.stack([part.mean() if case in MEAN else part.sum() for part in parts])
     trainer = SimpleNamespace(alpha=0.0, accelerator=SimpleNamespace(device="cpu"), **CASES[case])
-    if case == "orpo":  # the loss that TRL subtracts
+    if case == "orpo":  # TRL subtracts this loss
         loss = -ORPOTrainer.odds_ratio_loss(trainer, sums[0::2], sums[1::2])[0]
     else:
         loss = CPOTrainer.cpo_loss(trainer, sums[0::2], sums[1::2])[0]

@@ -1,18 +1,20 @@
-"""Runs TRL on tiny models and keeps its losses and gradients in trl.json: of one batch of a Llama, for
-tests/test_trl_golden.py, and of 20 optimiser steps of a Qwen3, for tests/test_trl_runs.py.
+"""Records losses and gradients of TRL on tiny models in trl.json.
 
-TRL is needed here and nowhere else: trl==1.16.0 for all but PPO, which it no longer has, trl==1.12.0 for that; with the
-versions of torch and transformers that trl.json names. A case that is not named stays in the file as it was.
+One batch of a Llama is for tests/test_trl_golden.py, 20 optimiser steps of a Qwen3 are for tests/test_trl_runs.py.
+
+TRL is only needed to run this script: trl==1.12.0 for PPO, which later versions lack, and trl==1.16.0 for the rest,
+with the versions of torch and transformers that trl.json names. Cases that are not named on the command line stay
+unchanged.
 
     export PYTHONPATH=.:kernels HF_HUB_OFFLINE=1
     python tests/golden/record_trl.py sft sft_whole dpo cdpo robust hinge ipo apo_zero apo_down kto reward  # trl 1.16.0
     python tests/golden/record_trl.py sft_run dpo_run ipo_run reward_run               # trl 1.16.0
     python tests/golden/record_trl.py ppo ppo_whitened                                 # trl 1.12.0
 
-Weights are a formula of their index; texts are written out below or drawn by Python's generator, the same everywhere.
-Nothing else depends on chance but what PPO samples, and the file keeps that. Of a gradient the file keeps, per tensor,
-its norm and its dot product with another such formula: a wrong sign, scale or order of entries shows. Recorded again
-on the same versions the file stays as it is.
+Weights are computed from their index; texts are listed below or drawn with Python's generator, equal on every machine.
+Only PPO's samples are random, and the file keeps them. For a gradient the file keeps, per tensor, its norm and its dot
+product with a deterministic vector, which reveals a wrong sign, scale or order of entries. Recording again with the
+same versions does not change the file.
 """
 
 from __future__ import annotations
@@ -35,21 +37,21 @@ from tests import tiny
 
 FILE = Path(__file__).with_name("trl.json")
 
-POLICY, REFERENCE, REWARD = 1, 2, 3  # seeds of the formula
+POLICY, REFERENCE, REWARD = 1, 2, 3  # seeds of the deterministic weights
 
-PAIRS = [  # prompt, chosen, rejected; TRL joins the texts, so a response brings its own space
+PAIRS = [  # prompt, chosen, rejected; TRL joins the texts, so each response starts with a space
     ("w0 w5 w11", " w7 w2", " w3"),
     ("w28 w1", " w9 w9 w4 w16 w20 w8 w1", " w12 w0 w6 w6 w21"),
     ("w4 w4 w18 w25 w2 w10 w13", " w17", " w5 w14 w22 w3 w19 w27 w26 w2 w15"),
-    ("w23 w6 w8 w15", " w24 w1 w13 <eos>", " w24 w1<eos>"),  # ends in EOS already
+    ("w23 w6 w8 w15", " w24 w1 w13 <eos>", " w24 w1<eos>"),  # both already end in EOS
     ("w12", " w10 w18 w0 w28", " w11 w7"),
     ("w19 w3 w26 w21 w14", " w25 w16 w5 w22 w23 w17", " w8 w20 w9"),
 ]
-PROMPTS = [prompt for prompt, *_ in PAIRS] + ["w2 w27 w16", "w9 w20 w22 w24 w0 w1"]  # of PPO, all different
+PROMPTS = [prompt for prompt, *_ in PAIRS] + ["w2 w27 w16", "w9 w20 w22 w24 w0 w1"]  # prompts for PPO, all different
 
-PREFERENCE = {  # TRL's DPOConfig, beyond the defaults
+PREFERENCE = {  # settings of TRL's DPOConfig that differ from its defaults
     "dpo": {"beta": 0.1},
-    # TRL 1.16 ignores label_smoothing where loss_type is sigmoid. With L sigmoid's loss and L' that of a swapped pair,
+    # TRL 1.16 ignores label_smoothing for loss_type sigmoid. With the sigmoid loss L, and L' for the swapped pair,
     # robust is ((1 - e) L - e L') / (1 - 2 e). For e = 0.1 this weighted sum is cDPO's (1 - e) L + e L':
     "cdpo": {"beta": 0.1, "label_smoothing": 0.1, "loss_type": ["sigmoid", "robust"], "loss_weights": [1.8, -0.8]},
     "robust": {"beta": 0.1, "label_smoothing": 0.1, "loss_type": "robust"},
@@ -63,7 +65,7 @@ KTO_ROWS = [  # prompt, response, label; in the order in which fastrlhf draws th
     (prompt, (chosen, rejected)[i % 2], i % 2 == 0)
     for i, (prompt, chosen, rejected) in enumerate(PAIRS[i] for i in next(index_batches(len(PAIRS), len(PAIRS), 1, 42)))
 ]
-ON_POLICY = {  # settings that TRL and fastrlhf call by the same names
+ON_POLICY = {  # settings with the same names in TRL and fastrlhf
     "ppo": {"response_length": 6, "temperature": 0.7, "missing_eos_penalty": 1.0},
     "ppo_whitened": {
         "response_length": 5,
@@ -78,8 +80,8 @@ ON_POLICY = {  # settings that TRL and fastrlhf call by the same names
         "whiten_rewards": True,
     },
 }
-RUN_EXAMPLES = tiny.examples(23, seed=1)  # a batch of 6 crosses the ends of the epochs
-RUN = {  # settings that TRL and fastrlhf call by the same names, and so those of `RUNS`
+RUN_EXAMPLES = tiny.examples(23, seed=1)  # 23 rows, so that batches of 6 cross the ends of epochs
+RUN = {  # settings with the same names in TRL and fastrlhf; `RUNS` adds others
     "seed": 42,
     "max_steps": 20,
     "per_device_train_batch_size": 3,
@@ -94,18 +96,18 @@ RUNS = {
     "ipo_run": {"lr_scheduler_type": "constant", "beta": 0.1, "loss_type": "ipo"},
     "reward_run": {"lr_scheduler_type": "linear"},
 }
-NUM_PPO_EPOCHS = 2  # in the second one ratios differ from 1, and some are clipped
-PPO_LEARNING_RATE = 0.02  # of plain SGD: Adam's division would blow rounding errors up
+NUM_PPO_EPOCHS = 2  # in the second epoch ratios differ from 1, and some are clipped
+PPO_LEARNING_RATE = 0.02  # for plain SGD; Adam's division would amplify rounding errors
 
 
 def wave(shape: torch.Size, phase: float) -> Tensor:
-    """sin(phase + 0.7 k^2) of the flat index k, float64: of full rank, and the same on every machine."""
+    """sin(phase + 0.7 k^2) of the flat index k, float64: full rank, and equal on every machine."""
     index = torch.arange(shape.numel(), dtype=torch.float64)
     return torch.sin(phase + 0.7 * index * index).reshape(shape)
 
 
 def with_formula_weights(model: PreTrainedModel, seed: int) -> PreTrainedModel:
-    """Matrices +-0.3, norms 1 +- 0.2: log-probs of different tokens differ by nats."""
+    """Sets matrices to +-0.3 and norms to 1 +- 0.2, so that log-probs of different tokens differ by nats."""
     with torch.no_grad():
         for number, (_, param) in enumerate(sorted(model.named_parameters())):
             values = wave(param.shape, seed + 0.37 * number)
@@ -126,7 +128,7 @@ def reward_model(architecture: str = "llama") -> PreTrainedModel:
 
 
 def summary(gradients: Iterable[tuple[str, Tensor]]) -> dict[str, list[float]]:
-    """Of every named tensor its norm and its dot product with a wave that is the tensor's own."""
+    """For every named tensor its norm and its dot product with a deterministic vector of its own."""
     result = {}
     for number, (name, gradient) in enumerate(sorted(gradients)):
         exact = gradient.detach().double()
@@ -141,8 +143,10 @@ def gradients_of(model: PreTrainedModel) -> dict[str, list[float]]:
 def offline_trainer(
     kind: str, rows: Iterable[tuple[str, str, str]], folder: str, architecture: str, reference: int, settings: dict
 ) -> Any:
-    """TRL's trainer of this kind (sft, dpo, kto, reward) on (prompt, chosen, rejected); kto has KTO_ROWS.
-    `reference` is the seed of the reference of dpo and kto."""
+    """Makes TRL's trainer (sft, dpo, kto or reward) for rows of (prompt, chosen, rejected); kto uses KTO_ROWS.
+
+    `reference` is the seed of the reference of dpo and kto.
+    """
     import trl
     from datasets import Dataset
 
@@ -181,7 +185,8 @@ def offline_trainer(
 
 
 def record_offline(case: str, folder: str) -> dict[str, Any]:
-    """Loss, metrics, gradients and token ids of one batch of all rows, through TRL's own tokenising and collating."""
+    """Records loss, metrics, gradients and token ids of one batch of all rows, with TRL's own tokenisation and
+    collation."""
     kind, settings = "dpo", PREFERENCE.get(case, {})
     if case.startswith("sft"):
         kind, settings = "sft", {"completion_only_loss": case == "sft"}
@@ -205,10 +210,10 @@ def record_offline(case: str, folder: str) -> dict[str, Any]:
 
 
 def record_run(case: str, folder: str) -> dict[str, Any]:
-    """Loss, gradient norm and learning rate of every optimiser step; DPO's reference is the policy before the first.
+    """Records loss, gradient norm and learning rate of every optimiser step; DPO's reference is the initial policy.
 
-    Both shuffle in their own way, so the rows lie in the order in which fastrlhf draws them, and TRL takes them one
-    after the other.
+    TRL and fastrlhf shuffle differently, so the rows are stored in the order in which fastrlhf draws them; TRL takes
+    them in this order.
     """
     batch_size = RUN["per_device_train_batch_size"] * RUN["gradient_accumulation_steps"]
     batches = index_batches(len(RUN_EXAMPLES), batch_size, RUN["max_steps"], RUN["seed"])
@@ -223,7 +228,8 @@ def record_run(case: str, folder: str) -> dict[str, Any]:
 
 
 class LocalsRecorder(torch.optim.SGD):
-    """Plain SGD that keeps, at every step, the gradients of the models and what `PPOTrainer.train` had computed."""
+    """Plain SGD that records, at every step, the gradients of the models and the local variables of
+    `PPOTrainer.train`."""
 
     def __init__(self, policy: PreTrainedModel, critic: PreTrainedModel) -> None:
         super().__init__([*policy.parameters(), *critic.parameters()], lr=PPO_LEARNING_RATE)
@@ -232,7 +238,7 @@ class LocalsRecorder(torch.optim.SGD):
 
     def step(self, closure: Any = None) -> None:
         frame = sys._getframe()
-        while frame.f_code.co_name != "train":  # TRL's loop keeps its advantages to itself
+        while frame.f_code.co_name != "train":  # the advantages are local variables of TRL's loop
             assert frame.f_back
             frame = frame.f_back
         self.seen = {name: value.tolist() for name, value in frame.f_locals.items() if isinstance(value, Tensor)}
@@ -246,11 +252,11 @@ class KeepLogs(TrainerCallback):
 
 
 def record_on_policy(case: str, folder: str) -> dict[str, Any]:
-    """One update: what was sampled, what TRL made of it, and the gradients of every optimiser step.
+    """Records one update: the samples, what TRL computes from them, and the gradients of every optimiser step.
 
-    Where a response ends early TRL puts the score one position after its EOS and trains the value there. So every
-    response fills the budget, with its EOS in the last place or none, and holds no padding token, which TRL would take
-    for the end.
+    If a response ends early, TRL puts the score one position after its EOS and trains the value there. Here every
+    response therefore has full length, with its EOS in the last position or none, and no padding token, which TRL would
+    treat as the end.
     """
     from datasets import Dataset
     from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
@@ -268,7 +274,7 @@ def record_on_policy(case: str, folder: str) -> dict[str, Any]:
             if responses.shape[1] == length and not ends[:-1].any() and ends[-1] and (responses != 0).all():
                 return sequences, logits
 
-    transformers.set_seed(0)  # TRL leaves numpy's generator, which shuffles the rows of a batch, to chance
+    transformers.set_seed(0)  # TRL does not seed numpy's generator, which shuffles the rows of a batch
     policy, critic, logs = causal_lm(POLICY), reward_model(), KeepLogs()
     optimizer = LocalsRecorder(policy, critic)
     trainer = PPOTrainer(
@@ -310,7 +316,7 @@ def record_on_policy(case: str, folder: str) -> dict[str, Any]:
 
 
 def rounded(value: Any) -> Any:
-    """9 significant digits give a float32 back."""
+    """Rounds to 9 significant digits, which reproduce a float32."""
     if isinstance(value, float):
         return float(f"{value:.9g}")
     if isinstance(value, dict):
@@ -319,7 +325,7 @@ def rounded(value: Any) -> Any:
 
 
 def main(cases: list[str]) -> None:
-    """Raises ValueError where the TRL at hand is not the one that the case is recorded from."""
+    """Records the cases. Raises ValueError if the installed TRL is not the version that a case needs."""
     import trl
 
     golden = json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {}

@@ -1,11 +1,11 @@
-"""Runs TRL on a byte-level vocabulary and keeps what it makes of text and of conversations in trl_chat.json:
+"""Records how TRL tokenises text and conversations with a byte-level vocabulary, in trl_chat.json:
 
     space     the ids and the cut between prompt and response of texts whose prompt ends in white space
     chatml    SFT's and IPO's loss, gradients and token ids of ChatML conversations, the newline after the end of the
               last turn included, as ChatML writes it
-    newline   the same where the template writes that newline before a turn instead of after it, so that none is trained
+    newline   as chatml, with a template that writes this newline before a turn, so that it is not trained
 
-TRL is needed here and nowhere else, in the versions that the file names; see record_trl.py.
+TRL is only needed to run this script, in the versions that the file names; see record_trl.py.
 
     export PYTHONPATH=.:kernels HF_HUB_OFFLINE=1
     python tests/golden/record_trl_chat.py     # trl 1.16.0
@@ -83,7 +83,7 @@ def trainer(kind: str, rows: list[dict[str, Any]], folder: str, template: str, *
 
 
 def record_space(folder: str) -> dict[str, Any]:
-    """SFT: the number of untrained ids, then all ids; DPO: ids of prompt, chosen and rejected."""
+    """Records for SFT the number of untrained ids and all ids; for DPO the ids of prompt, chosen and rejected."""
     demonstrations = [{"prompt": prompt, "completion": chosen} for prompt, chosen, _ in SPACED]
     sft = trainer("sft", demonstrations, folder, CHATML).train_dataset
     pairs = [{"prompt": prompt, "chosen": chosen, "rejected": rejected} for prompt, chosen, rejected in SPACED]

@@ -1,4 +1,4 @@
-"""Which AdamW takes the steps. Those of bitsandbytes are tested where it is installed; paging needs a GPU."""
+"""Tests which AdamW takes the steps. bitsandbytes is tested if it is installed; paging needs a GPU."""
 
 import importlib.util
 import sys
@@ -41,7 +41,7 @@ def test_a_run_is_refused_before_anything_is_loaded(tmp_path):
 
 @has_bitsandbytes
 @pytest.mark.parametrize("optim", ["adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"])
-def test_moments_are_paged_and_of_8_bits_where_the_name_says_so(optim):
+def test_moments_are_paged_or_8_bit_as_the_name_says(optim):
     paged, small = optim.startswith("paged"), optim.endswith("8bit")
     adamw = make_adamw(SFTConfig(optim=optim), [torch.zeros(8)], rate=1e-3, decay=0.0, in_8_bits=small)
     assert (adamw.is_paged, adamw.args.optim_bits) == (paged, 8 if small else 32)
@@ -61,7 +61,7 @@ def step(optimizer: Optimizer, model: torch.nn.Module, number: int) -> None:
 
 
 @has_bitsandbytes
-def test_moments_of_8_bits_take_two_bytes_but_for_embeddings_and_small_tensors():
+def test_8_bit_moments_take_two_bytes_except_for_embeddings_and_small_tensors():
     net = model()
     optimizer = Optimizer({"": net}, SFTConfig(optim="adamw_8bit"), num_steps=3)
     step(optimizer, net, 0)
@@ -71,18 +71,18 @@ def test_moments_of_8_bits_take_two_bytes_but_for_embeddings_and_small_tensors()
         "0.weight.state1": torch.float32,
         "1.weight.state1": torch.uint8,
         "1.bias.state1": torch.float32,
-        "2.weight.state1": torch.float32,  # 1,024 entries
+        "2.weight.state1": torch.float32,  # float32, because it has only 1,024 entries
         "2.bias.state1": torch.float32,
     }
     assert state["1.weight.absmax2"].shape == (64 * 128 // 256,)
-    for size in (4095, 4096):  # bitsandbytes' own rule
+    for size in (4095, 4096):  # the limit in bitsandbytes
         assert moments_in_8_bits(SFTConfig(optim="adamw_8bit"), torch.zeros(size), is_embedding=False) == (size == 4096)
     assert not [name for name in state if "qmap" in name]
 
 
 @has_bitsandbytes
 @pytest.mark.parametrize("settings", [{}, {"dtype": "bfloat16"}])
-def test_weights_go_where_torchs_adamw_takes_them_but_for_the_rounding_of_moments(settings):
+def test_weights_follow_torchs_adamw_up_to_rounding_of_moments(settings):
     moved = []
     for optim in ("adamw_torch_fused", "adamw_8bit"):
         net = model().to(getattr(torch, settings.get("dtype", "float32")))
@@ -92,7 +92,7 @@ def test_weights_go_where_torchs_adamw_takes_them_but_for_the_rounding_of_moment
             step(optimizer, net, number)
         moved.append([p.detach().float() - before for p, before in zip(net.parameters(), start, strict=True)])
     for i, (ours, theirs) in enumerate(zip(*moved, strict=True)):
-        # In float32 bitsandbytes rounds in another order; 8 bits are an error of some percent of each moment.
+        # float32 moments differ by rounding; 8-bit moments have errors of a few percent.
         tolerance = 0.05 if i == 1 else (1e-4 if not settings else 1e-2)
         assert (ours - theirs).norm() <= tolerance * theirs.norm()
         assert ours.norm() > 0
@@ -100,7 +100,7 @@ def test_weights_go_where_torchs_adamw_takes_them_but_for_the_rounding_of_moment
 
 @has_bitsandbytes
 @pytest.mark.parametrize("settings", [{}, {"dtype": "bfloat16"}, {"master_weights": "stochastic_rounding"}])
-def test_moments_of_8_bits_are_put_back_exactly(settings):
+def test_8_bit_moments_are_restored_exactly(settings):
     dtype = "bfloat16" if settings else "float32"
 
     def make():
@@ -127,8 +127,8 @@ def test_moments_of_8_bits_are_put_back_exactly(settings):
 
 
 @has_bitsandbytes
-def test_a_run_with_moments_of_8_bits_resumes_with_the_same_bits(tmp_path):
-    """Its tensors are below 4,096 entries, so the moments are float32 ones, in bitsandbytes' form."""
+def test_a_run_with_8_bit_adamw_resumes_with_the_same_bits(tmp_path):
+    """Its tensors have fewer than 4,096 entries, so the moments are float32 in bitsandbytes' format."""
     paths, settings = save_models(tmp_path), {"optim": "adamw_8bit"}
     whole = untimed_log(tmp_path / "whole", run("sft", paths, tmp_path / "whole", **settings))
     with pytest.MonkeyPatch.context() as patch:
@@ -140,8 +140,9 @@ def test_a_run_with_moments_of_8_bits_resumes_with_the_same_bits(tmp_path):
 
 @has_bitsandbytes
 @pytest.mark.parametrize("in_8_bits", [True, False])
-def test_no_kernel_is_started_over_the_nothing_that_a_rank_may_hold_of_a_weight(in_8_bits, monkeypatch):
-    """On a GPU that ends the process; on a CPU it passes, so that the sizes of what is updated are looked at."""
+def test_no_kernel_is_started_for_an_empty_part_of_a_weight(in_8_bits, monkeypatch):
+    """A kernel over an empty part ends the process on a GPU but not on a CPU, so the test checks the sizes of the
+    updated tensors."""
     import bitsandbytes.functional as kernels
 
     sizes = []
@@ -165,6 +166,6 @@ def test_no_kernel_is_started_over_the_nothing_that_a_rank_may_hold_of_a_weight(
     assert sizes == [4096, 4096]
     assert some.max() < 1
     saved, beside = (moments(adamw, part, part) for part in (none, some))
-    assert saved.keys() == beside.keys()  # all ranks save the same names
+    assert saved.keys() == beside.keys()  # all ranks save the same keys
     assert saved["step"] == beside["step"] == 2
     assert saved["state1"].shape == none.shape

@@ -1,4 +1,4 @@
-"""Folders that are whole or not there."""
+"""Tests of folders and files that are written completely or not at all."""
 
 import errno
 import os
@@ -89,7 +89,7 @@ def test_everything_is_on_the_disk_before_the_name_appears(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_a_failure_leaves_the_folder_that_was_there_and_nothing_else(tmp_path, failure):
+def test_a_failure_leaves_only_the_old_folder(tmp_path, failure):
     write_folder(tmp_path / "x", fill)
 
     def fails(folder):
@@ -105,7 +105,7 @@ def test_a_failure_leaves_the_folder_that_was_there_and_nothing_else(tmp_path, f
 
 
 def test_a_file_that_another_host_has_written_elsewhere_is_an_error(tmp_path, monkeypatch):
-    others = iter([[["deep/c.txt"]], []])  # the names that it sees, then its share of the hashes
+    others = iter([[["deep/c.txt"]], []])  # the file names that the other host sees, then its part of the hashes
     monkeypatch.setattr(atomic, "on_each", lambda call: [call(), *next(others)])
     with pytest.raises(
         OSError, match=r"x' cannot be written: c.txt of another .* choose an output_dir that all hosts see"
@@ -126,7 +126,7 @@ def test_a_file_that_another_host_has_written_elsewhere_is_an_error(tmp_path, mo
         (lambda folder: (folder / MANIFEST).write_text("[]"), r"^manifest.json is damaged$"),
     ],
 )
-def test_damage_is_named(tmp_path, damage, message):
+def test_damaged_files_are_named(tmp_path, damage, message):
     write_folder(tmp_path / "x", fill)
     damage(tmp_path / "x")
     with pytest.raises(ValueError, match=message):
@@ -141,10 +141,10 @@ def test_files_that_are_not_needed_may_be_damaged_and_others_may_be_added(tmp_pa
     check_folder(tmp_path / "x", lambda name: name.endswith("b.txt"))
 
 
-def test_a_discarded_folder_is_gone_under_its_name_before_its_files_are(tmp_path, monkeypatch):
+def test_a_discarded_folder_is_renamed_before_its_files_are_deleted(tmp_path, monkeypatch):
     write_folder(tmp_path / "x", fill)
     with monkeypatch.context() as patch:
-        patch.setattr("shutil.rmtree", lambda *_, **__: None)  # a kill before the first file is deleted
+        patch.setattr("shutil.rmtree", lambda *_, **__: None)  # simulates a kill before the first file is deleted
         discard_folder(tmp_path / "x")
     assert [path.name for path in tmp_path.iterdir()] == [".x.discarded"]
     write_folder(tmp_path / "x", fill)
@@ -152,13 +152,13 @@ def test_a_discarded_folder_is_gone_under_its_name_before_its_files_are(tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_flushing_a_tree_reads_it_only(tmp_path):
+def test_flushing_a_tree_does_not_change_it(tmp_path):
     fill(tmp_path)
     flush_tree(tmp_path)
     assert names(tmp_path) == {"a.txt", "deep/b.txt"}
 
 
-def test_a_file_is_replaced_by_the_whole_new_one_or_not_at_all(tmp_path, monkeypatch):
+def test_a_file_is_replaced_completely_or_not_at_all(tmp_path, monkeypatch):
     file = tmp_path / "made" / "a.json"
     write_file(file, "old")
     with monkeypatch.context() as patch:
@@ -170,8 +170,8 @@ def test_a_file_is_replaced_by_the_whole_new_one_or_not_at_all(tmp_path, monkeyp
     assert [path.read_text() for path in file.parent.iterdir()] == ["new"]
 
 
-def test_files_that_belong_together_are_all_there_or_can_be_swept_away(tmp_path, monkeypatch):
-    """Killed at each of its operations in turn: flushes of three files, renames of three."""
+def test_a_group_of_files_is_complete_or_can_be_cleaned_up(tmp_path, monkeypatch):
+    """Killed at each of its operations in turn: three flushes and three renames."""
     texts = {"a": "1", "b": "2", "mark": "3"}
     for at in range(6):
         folder, done = tmp_path / str(at), []
@@ -183,7 +183,7 @@ def test_files_that_belong_together_are_all_there_or_can_be_swept_away(tmp_path,
             return do(*arguments)
 
         with monkeypatch.context() as patch, pytest.raises(SystemExit):  # noqa: PT012
-            patch.setattr(atomic, "sweep_files", lambda *arguments: None)  # nobody tidies after SIGKILL
+            patch.setattr(atomic, "sweep_files", lambda *arguments: None)  # no cleanup runs after SIGKILL
             for name in ("fsync", "replace"):
                 patch.setattr(os, name, partial(killed, do=getattr(os, name)))
             write_files(folder, texts)
@@ -197,7 +197,7 @@ def test_files_that_belong_together_are_all_there_or_can_be_swept_away(tmp_path,
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
 def test_files_get_the_permissions_of_the_umask(umask, mode, tmp_path):
-    """safetensors makes its files readable for their owner alone, whatever the umask."""
+    """safetensors makes its files readable only for their owner, regardless of the umask."""
     before = os.umask(umask)
     try:
         write_folder(tmp_path / "x", lambda folder: save_file({"a": torch.zeros(2)}, folder / "a.safetensors"))
@@ -221,7 +221,7 @@ def test_a_file_system_that_cannot_flush_folders_is_warned_of_and_used(number, t
 
     monkeypatch.setattr(os, "fsync", refuse)
     atomic._warn_once.cache_clear()
-    if number == errno.EIO:  # the disk is failing: that is no property of a file system
+    if number == errno.EIO:  # an I/O error means a failing disk, not a file system without flushing
         with pytest.raises(OSError, match="Input/output error"):
             write_folder(tmp_path / "x", fill)
         return
@@ -230,7 +230,7 @@ def test_a_file_system_that_cannot_flush_folders_is_warned_of_and_used(number, t
     assert caplog.text.count("the file system cannot flush folders") == 1
 
 
-def test_a_full_disk_is_raised_as_such(tmp_path):
+def test_a_full_disk_raises_its_own_error(tmp_path):
     def fail(folder):
         raise OSError(errno.ENOSPC, "No space left on device")
 

@@ -44,12 +44,12 @@ def test_a_new_folder_is_made_with_its_configuration(tmp_path):
     assert yaml.safe_load((folder / "config.yaml").read_text())["seed"] == 3
 
 
-def test_a_folder_with_other_files_is_refused(tmp_path):
+def test_a_folder_with_unknown_files_is_refused(tmp_path):
     (tmp_path / "model.safetensors").write_text("mine")
     with pytest.raises(ValueError, match=r"^output_dir: .* is not empty"):
         check_output_dir(str(tmp_path))
     (tmp_path / "model.safetensors").unlink()
-    check_output_dir(str(tmp_path))  # an empty folder will do
+    check_output_dir(str(tmp_path))  # an empty folder is accepted
 
 
 @pytest.mark.parametrize(("name", "what"), [("config.yaml", "run"), ("config.json", "model")])
@@ -61,7 +61,7 @@ def test_a_folder_that_holds_a_run_or_a_model_is_refused_and_left_as_it_is(tmp_p
     assert (tmp_path / name).read_text() == "mine"
 
 
-def test_a_file_is_no_folder_and_a_check_makes_none(tmp_path):
+def test_a_file_is_refused_as_a_folder_and_a_check_makes_no_folder(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"^output_dir: .* is a file"):
         check_output_dir(str(tmp_path / "file"))
@@ -80,7 +80,8 @@ def test_a_saved_model_and_tokenizer_load_with_the_same_numbers(tmp_path):
 
 
 def test_a_crash_while_saving_leaves_no_folder_that_loads(tmp_path, monkeypatch):
-    """However many files were moved before the crash: config.json, which makes a folder a model, is the last."""
+    """config.json, which makes a folder loadable, is moved last, so the folder does not load however many files were
+    moved."""
     save_model(tiny.policy(), tiny.tokenizer(), tmp_path / "whole")
     num_files = len(list((tmp_path / "whole").iterdir()))
     move, moved = os.replace, []
@@ -115,7 +116,7 @@ def test_a_run_has_finished_once_its_model_is_there(tmp_path):
 
 
 class Counter:
-    """A part that remembers a number and a tensor."""
+    """A part of a run whose state is a number and a tensor."""
 
     def __init__(self, count: int):
         self.count, self.total = count, torch.full((2,), float(count), dtype=torch.float64)
@@ -167,7 +168,7 @@ def test_tied_weights_are_kept_once(tmp_path):
     assert torch.equal(loaded.lm_head.weight, model.model.embed_tokens.weight)
 
 
-def test_of_an_adapter_what_is_trained_is_kept_alone_and_the_base_is_that_of_the_run(tmp_path, monkeypatch):
+def test_a_checkpoint_of_an_adapter_holds_only_trained_weights(tmp_path, monkeypatch):
     model = tiny.policy()
     add_adapter(model, SFTConfig(use_peft=True, lora_r=2), "base")
     path = checkpointer(tmp_path / "run", model, Counter(0)).save(1)
@@ -180,9 +181,9 @@ def test_of_an_adapter_what_is_trained_is_kept_alone_and_the_base_is_that_of_the
         checkpointer(tmp_path / "run", model, Counter(0)).load()
 
 
-def test_the_last_ones_are_kept(tmp_path):
+def test_only_the_last_checkpoints_are_kept(tmp_path):
     kept = checkpointer(tmp_path / "run", tiny.policy(), Counter(0))
-    (tmp_path / "run" / "checkpoint-30").mkdir()  # damaged, of a later step: not this run's to count
+    (tmp_path / "run" / "checkpoint-30").mkdir()  # an incomplete folder of a later step, which does not count
     (tmp_path / "run" / "checkpoint-best").mkdir()
     for step in (8, 9, 10, 11):
         kept.save(step, limit=2)
@@ -192,7 +193,7 @@ def test_the_last_ones_are_kept(tmp_path):
     assert find_checkpoint(tmp_path / "run").name == "checkpoint-11"
 
 
-def test_weights_only_leaves_the_parts_as_new_at_their_place(tmp_path):
+def test_with_weights_only_the_other_parts_start_anew_at_this_step(tmp_path):
     model, part = tiny.policy(), Counter(8)
     path = checkpointer(tmp_path / "run", model, Counter(3)).save(7)
     (path / "counter.safetensors").unlink()
@@ -223,7 +224,7 @@ def test_a_part_that_the_checkpoint_does_not_know_is_named(tmp_path):
         later.load()
 
 
-def test_the_global_generators_go_on_where_they_were(tmp_path):
+def test_the_global_generators_continue_where_they_were(tmp_path):
     def draw():
         return random.random(), random.gauss(0, 1), np.random.normal(), torch.rand(()).item()
 
@@ -238,19 +239,20 @@ def test_the_global_generators_go_on_where_they_were(tmp_path):
     assert draw() == expected
 
 
-def test_only_the_newest_readable_checkpoint_says_which_data_they_were(tmp_path):
+def test_the_newest_readable_checkpoint_determines_the_dataset(tmp_path):
     kept = checkpointer(tmp_path / "run", tiny.policy(), Counter(0))
     check_same_data(str(tmp_path / "nowhere"), {"train": "4 rows"})
     for step in (1, 2):
         kept.save(step)
     state = tmp_path / "run" / "checkpoint-2" / "state.json"
-    state.write_text(state.read_text().replace("3 rows", "2 rows"))  # flipped bits are no other dataset
+    # A corrupt state file is not mistaken for another dataset
+    state.write_text(state.read_text().replace("3 rows", "2 rows"))
     check_same_data(str(tmp_path / "run"), {"train": "3 rows"})
     with pytest.raises(ValueError, match=r"checkpoint-1' was .* dataset: train was 3 rows and is 4 rows"):
         check_same_data(str(tmp_path / "run"), {"train": "4 rows"})
 
 
-def test_an_unfinished_run_of_the_same_configuration_is_the_only_one_to_go_on(tmp_path):
+def test_only_an_unfinished_run_of_the_same_configuration_continues(tmp_path):
     config = SFTConfig(output_dir=str(tmp_path / "run"), learning_rate=1e-4, report_to=("wandb",))
     check_run_dir(config)
     create_output_dir(config.output_dir, config)
@@ -276,7 +278,7 @@ def test_an_unfinished_run_of_the_same_configuration_is_the_only_one_to_go_on(tm
         check_run_dir(config)
 
 
-def test_what_a_run_killed_at_its_start_leaves_is_an_empty_folder(tmp_path):
+def test_a_run_killed_at_its_start_leaves_a_folder_that_counts_as_empty(tmp_path):
     (tmp_path / "metrics.jsonl").touch()
     (tmp_path / ".config.yaml").write_text("seed: 1")
     check_output_dir(str(tmp_path))

@@ -1,4 +1,4 @@
-"""A full disk: named with its bytes, waited for, never mistaken for another error."""
+"""Tests of full disks: the error names the bytes, the run waits, and other errors are not mistaken for it."""
 
 import errno
 from types import SimpleNamespace
@@ -12,7 +12,7 @@ from fastrlhf.runtime.disk import DiskFull, check_room, is_full, size, with_room
 
 @pytest.fixture
 def usage(monkeypatch):
-    """The numbers that the file system reports."""
+    """Replaces the sizes that the file system reports."""
     found = SimpleNamespace(total=10**12, free=5 * 2**30)
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: found)
     return found
@@ -38,7 +38,7 @@ def clock(monkeypatch):
         (ValueError("28"), False),
     ],
 )
-def test_a_full_disk_is_told_from_other_errors(error, full):
+def test_a_full_disk_is_distinguished_from_other_errors(error, full):
     assert is_full(error) == full
 
 
@@ -47,7 +47,7 @@ def test_too_little_room_names_folder_and_bytes(usage, tmp_path):
     told = rf"^a checkpoint needs 5\.01 GiB, and '{tmp_path}/new/run' has 5\.00 GiB free$"
     with pytest.raises(DiskFull, match=told):
         check_room(tmp_path / "new" / "run", int(5.01 * 2**30), "a checkpoint")
-    usage.total = usage.free = 0  # a file system that reports no sizes
+    usage.total = usage.free = 0  # some file systems report no sizes
     check_room(tmp_path, 10**15, "a checkpoint")
 
 
@@ -85,7 +85,7 @@ def test_after_the_wait_the_error_says_what_to_do(minutes, times, clock, tmp_pat
     assert len(tried) == times
 
 
-def test_what_can_be_deleted_goes_before_any_wait(clock, tmp_path):
+def test_deletable_files_are_deleted_before_any_wait(clock, tmp_path):
     old, tried = ["a", "b"], []
 
     def write():

@@ -22,14 +22,14 @@ def tokenizer_path(tmp_path):
 
 @pytest.fixture
 def config(tmp_path, tokenizer_path):
-    """A dataset of 20 rows; row i begins with the word w<i>, and row 17 has no reference."""
+    """A configuration with a dataset of 20 rows; row i begins with the word w<i>, and row 17 has no reference."""
     rows = [{"prompt": f"w{i} w0", "completion": "" if i == 17 else "w1 w2", "chosen": "w3"} for i in range(20)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return SFTConfig(dataset_name=str(tmp_path / "a.jsonl"), tokenizer_name_or_path=tokenizer_path)
 
 
 def eval_config(config: TrainConfig, **settings) -> EvalConfig:
-    """The same dataset keys in another section."""
+    """The same dataset keys in a configuration of `eval`."""
     names = ("tokenizer_name_or_path", "dataset_name", "dataset_train_split", "dataset_test_split", "columns")
     shared = {name: getattr(config, name) for name in (*names, "num_eval_examples", "max_train_examples")}
     return EvalConfig(**shared | settings)
@@ -48,7 +48,7 @@ def rows(examples: list[TokenizedExample]) -> list[int]:
         ({"activation_checkpointing": True, "activation_offloading": True}, "activation_offloading: needs a CUDA GPU"),
     ],
 )
-def test_what_the_device_lacks_is_told_before_a_row_is_read(settings, message, config, monkeypatch):
+def test_unsupported_options_of_the_device_are_refused_before_a_row_is_read(settings, message, config, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(layers._triton, "INTERPRETED", False)
     with pytest.raises(ValueError, match=f"^{message}"):
@@ -62,7 +62,7 @@ def test_rows_are_tokenised_with_the_fields_asked_for(config):
     assert data.train[0] == TokenizedExample(prompt=[3, 3], chosen=[6, tiny.EOS], row=0)
 
 
-def test_examples_from_python_stand_in_for_the_dataset(tokenizer_path):
+def test_examples_from_python_replace_the_dataset(tokenizer_path):
     config = SFTConfig(tokenizer_name_or_path=tokenizer_path)
     _, data = open_inputs(config, ["reference"], tiny.examples(5), tiny.examples(3, seed=1))
     assert (rows(data.train), rows(data.eval)) == ([*range(5)], [*range(3)])
@@ -82,7 +82,7 @@ def test_rows_that_are_kept_hold_their_other_columns_by_number(tmp_path, config)
     assert open_inputs(config, ["reference"], None, None)[1].train_rows == {}
 
 
-def test_the_last_rows_are_held_out_whatever_fields_are_needed(config):
+def test_the_last_rows_are_held_out_for_any_needed_fields(config):
     held_out = replace(config, num_eval_examples=4)
     for fields, missing in (([], []), (["chosen"], []), (["reference"], [17])):
         _, data = open_inputs(held_out, fields, None, None)
@@ -94,7 +94,7 @@ def test_the_last_rows_are_held_out_whatever_fields_are_needed(config):
     "keys", [{"num_eval_examples": 4}, {"num_eval_examples": 4, "max_train_examples": 9}, {"num_eval_examples": 19}]
 )
 @pytest.mark.parametrize("fields", [[], ["reference"]])
-def test_the_same_dataset_keys_judge_exactly_what_training_held_out(config, keys, fields):
+def test_eval_judges_exactly_the_rows_that_training_held_out(config, keys, fields):
     training = replace(config, **keys)
     _, data = open_inputs(training, fields, None, None)
     _, judged = open_eval_inputs(eval_config(training), fields, None)
@@ -109,7 +109,7 @@ def test_an_evaluation_on_start_needs_rows_that_are_held_out(config):
     assert len(data.eval) == 4
 
 
-def test_most_train_rows_are_those_before_the_held_out_ones(config):
+def test_max_train_rows_keeps_the_rows_before_the_held_out_ones(config):
     _, data = open_inputs(replace(config, num_eval_examples=4, max_train_examples=9), [], None, None)
     assert (rows(data.train), rows(data.eval)) == ([*range(9)], [*range(16, 20)])
     assert rows(open_inputs(replace(config, max_train_examples=9), [], None, None)[1].train) == [*range(9)]
@@ -129,11 +129,11 @@ def test_a_test_split_is_evaluated_on_and_nothing_is_held_out(config, tmp_path):
         assert open_eval_inputs(eval_config(limited), ["reference"], None)[1] == data.eval
 
 
-def test_where_training_holds_out_nothing_all_rows_are_judged(config):
+def test_if_training_holds_out_nothing_all_rows_are_judged(config):
     assert rows(open_eval_inputs(eval_config(config), [], None)[1]) == [*range(20)]
 
 
-def test_a_file_of_test_rows_may_be_shorter_than_the_most_that_are_judged(config):
+def test_a_test_file_may_have_fewer_rows_than_the_limit(config):
     assert rows(open_eval_inputs(eval_config(config, num_eval_examples=500), [], None)[1]) == [*range(20)]
 
 
@@ -143,7 +143,7 @@ def test_examples_from_python_are_judged_all(tokenizer_path):
 
 
 @pytest.mark.parametrize("num_eval_examples", [20, 21])
-def test_something_must_be_left_to_train_on(config, num_eval_examples):
+def test_at_least_one_row_must_remain_for_training(config, num_eval_examples):
     with pytest.raises(ValueError, match=f"^num_eval_examples: {num_eval_examples} rows held out leave none to train"):
         open_inputs(replace(config, num_eval_examples=num_eval_examples), [], None, None)
 
@@ -183,10 +183,10 @@ def test_evaluations_without_held_out_rows_are_refused_before_a_row_is_read(conf
     _, data = open_inputs(asked, ["reference"], tiny.examples(4), tiny.examples(2))
     assert len(data.eval) == 2
     _, data = open_inputs(replace(asked, num_eval_examples=3), ["reference"], None, None)
-    assert rows(data.eval) == [18, 19]  # row 17 is not usable
+    assert rows(data.eval) == [18, 19]  # row 17 cannot be used, because it has no reference
 
 
-def test_a_prompt_without_room_for_a_response_is_left_out_and_said(caplog):
+def test_a_prompt_without_room_for_a_response_is_dropped_and_reported(caplog):
     examples = [TokenizedExample(prompt=[5] * length, row=length) for length in (3, 6, 7)]
     with caplog.at_level(logging.WARNING):
         assert rows(with_room(examples, "eval", max_length=10, response_length=4)) == [3, 6]

@@ -1,4 +1,4 @@
-"""Two runs never write one folder, on one host or on two, with the kernel's locks or without."""
+"""Tests that two runs never write to one folder, on one host or two, with kernel locks or without."""
 
 import errno
 import fcntl
@@ -22,7 +22,7 @@ def quick(monkeypatch):
 
 @pytest.fixture(params=["flock", errno.ENOSYS, errno.ENOLCK])
 def file_system(request, monkeypatch):
-    """With the kernel's locks, and two kinds of file systems that have none."""
+    """A file system with kernel locks, and two kinds of file systems without them."""
     if request.param != "flock":
 
         def refuse(descriptor, operation):
@@ -32,7 +32,7 @@ def file_system(request, monkeypatch):
     return request.param
 
 
-def test_the_lock_file_names_its_owner_beats_and_is_gone_at_the_end(tmp_path, monkeypatch):
+def test_the_lock_file_names_its_owner_is_refreshed_and_is_removed_at_the_end(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     threads = threading.active_count()
     with locked(tmp_path):
@@ -59,7 +59,7 @@ def test_a_folder_in_which_a_run_is_training_is_not_idle(tmp_path, file_system):
 
 
 def test_a_live_run_of_another_host_keeps_this_one_out(tmp_path):
-    """The kernel's lock is this host's alone: only the lock file, which changes, tells."""
+    """The kernel's lock is only visible on its own host; another host sees only that the lock file changes."""
     beat = {"host": "node7", "pid": 12, "job": "99", "beat": 3}
     (tmp_path / LOCK).write_text(json.dumps(beat))
     timer = threading.Timer(0.1, lambda: (tmp_path / LOCK).write_text(json.dumps(beat | {"beat": 4})))
@@ -71,7 +71,7 @@ def test_a_live_run_of_another_host_keeps_this_one_out(tmp_path):
 
 
 @pytest.mark.parametrize("left", ['{"host": "node7", "pid": 12, "job": "", "beat": 3}', "", "[]"])
-def test_what_a_dead_run_left_is_taken_over(tmp_path, left, caplog):
+def test_the_lock_of_a_dead_run_is_taken_over(tmp_path, left, caplog):
     (tmp_path / LOCK).write_text(left)
     with locked(tmp_path):
         assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
@@ -79,7 +79,7 @@ def test_what_a_dead_run_left_is_taken_over(tmp_path, left, caplog):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_after_a_kill_on_this_host_nothing_is_waited_for(tmp_path, monkeypatch):
+def test_after_a_kill_on_this_host_there_is_no_wait(tmp_path, monkeypatch):
     monkeypatch.setattr(locks, "WATCH", 1000.0)
     (tmp_path / LOCK).write_text(json.dumps({"host": socket.gethostname(), "pid": 1, "job": "", "beat": 0}))
     with locked(tmp_path):
@@ -92,8 +92,8 @@ def test_without_the_kernels_locks_a_warning_says_so(tmp_path, file_system, capl
     assert ("this file system has no locks" in caplog.text) == (file_system != "flock")
 
 
-def test_two_that_start_at_once_are_not_both_let_in(tmp_path, monkeypatch):
-    """Both have seen no lock file; making it is one operation, and the second fails."""
+def test_of_two_runs_that_start_at_once_only_one_gets_the_lock(tmp_path, monkeypatch):
+    """Both have seen no lock file. Making it is one operation, and it fails for the second run."""
     monkeypatch.setattr(locks, "_clear_dead", lambda folder, has_locks: None)
     (tmp_path / LOCK).write_text(json.dumps({"host": "node7", "pid": 12, "job": "", "beat": 0}))
     with pytest.raises(ValueError, match="another run is training in"), locked(tmp_path):

@@ -1,4 +1,4 @@
-"""The weights that a run with an adapter leaves are those that were trained."""
+"""Tests that a run with an adapter saves the weights that it trained."""
 
 import json
 import logging
@@ -28,7 +28,7 @@ def base(tmp_path_factory):
 
 
 def trained(base, scale, **settings):
-    """A policy whose adapter moves every weight, most of them by less than the spacing of bfloat16."""
+    """A policy whose adapter changes every weight, most of them by less than the spacing of bfloat16."""
     model = load_policy(base, dtype="bfloat16")
     add_adapter(model, SFTConfig(use_peft=True, lora_r=2, **settings), base)
     generator = torch.Generator().manual_seed(0)
@@ -40,7 +40,7 @@ def trained(base, scale, **settings):
 
 
 @pytest.mark.parametrize("settings", [{}, {"use_dora": True}], ids=["lora", "dora"])
-def test_bfloat16_loses_most_of_a_small_update_and_what_is_saved_loses_nothing(base, settings, tmp_path):
+def test_bfloat16_would_lose_most_of_a_small_update_and_the_saved_weights_lose_none(base, settings, tmp_path):
     model = trained(base, 1e-5, **settings)
     before = {name: weight.float() for name, weight in load_policy(base, dtype="bfloat16").named_parameters()}
     exact = {name: weight.double() for name, weight in plain_weights(model, torch.float32)}
@@ -65,7 +65,7 @@ def test_bfloat16_loses_most_of_a_small_update_and_what_is_saved_loses_nothing(b
     assert (returned.dtype, returned.device.type) == (torch.float32, "cpu")
     assert json.loads((tmp_path / "run" / "config.json").read_text())["dtype"] == "float32"
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
-    assert has_adapter(model)  # it is still what it was
+    assert has_adapter(model)  # the model still has its adapter
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), returned.parameters(), strict=True))
 
@@ -84,7 +84,7 @@ def test_the_shift_is_the_mean_distance_of_log_probs_of_responses_and_of_prompts
     assert shift(one, one, ROWS) == 0
 
 
-def test_of_reward_models_the_scores_are_compared(tmp_path):
+def test_for_reward_models_the_scores_are_compared(tmp_path):
     from fastrlhf.models.loading import load_reward_model
 
     one, other = (load_reward_model(tiny.save_reward_model(tmp_path / str(i), seed=i), pad_token_id=0) for i in (1, 2))
@@ -113,7 +113,7 @@ def run(base, folder: Path, rate: float, **settings):
 
 
 @pytest.mark.parametrize(("most", "dtype"), [(1e-6, "float32"), (1e9, "bfloat16")])
-def test_bfloat16_is_obeyed_where_the_shift_is_accepted_and_said_in_one_line(base, most, dtype, tmp_path, caplog):
+def test_bfloat16_is_used_and_reported_if_the_shift_is_accepted(base, most, dtype, tmp_path, caplog):
     with caplog.at_level(logging.INFO, logger="fastrlhf"):
         result = run(base, tmp_path / "run", 1e-2, merged_dtype="bfloat16", max_merge_shift=most)
     assert result.model.dtype == getattr(torch, dtype)
@@ -128,7 +128,7 @@ def test_bfloat16_is_obeyed_where_the_shift_is_accepted_and_said_in_one_line(bas
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["max_merge_shift"] == most
 
 
-def test_what_was_measured_is_what_was_trained_against_what_would_be_saved(base):
+def test_the_measured_shift_compares_trained_and_saved_weights(base):
     model = trained(base, 1e-2)
     acceptance = Acceptance(ROWS, 0.5)
     merged = merged_copy(model, torch.bfloat16)
@@ -139,7 +139,7 @@ def test_what_was_measured_is_what_was_trained_against_what_would_be_saved(base)
 
 
 def test_where_saving_fails_the_adapter_is_still_there(tmp_path, monkeypatch):
-    """The run can then be saved as a checkpoint, which holds the adapter alone."""
+    """The run can then still be saved as a checkpoint, which holds only the adapter."""
     model = tiny.policy()
     add_adapter(model, SFTConfig(use_peft=True, lora_r=2), "base")
     monkeypatch.setattr(merging, "save_weights", lambda *_: (_ for _ in ()).throw(OSError("no luck")))

@@ -10,7 +10,7 @@ from fastrlhf.runtime.metrics import MetricsWriter, import_reporters, read_metri
 
 
 class FakeRun:
-    """Stands in for a W&B run; fails from the step `fails_at` on."""
+    """A stand-in for a W&B run; it fails from the step `fails_at` on."""
 
     def __init__(self, fails_at=None):
         self.rows, self.exit_code, self.fails_at = [], None, fails_at
@@ -25,7 +25,7 @@ class FakeRun:
 
 
 class FakeWandB(ModuleType):
-    """Stands in for the package: `init` hands out `run` and keeps its arguments."""
+    """A stand-in for the wandb package: `init` returns `run` and records its arguments."""
 
     def __init__(self):
         super().__init__("wandb")
@@ -110,7 +110,7 @@ def test_a_second_writer_appends_and_cuts_off_the_line_a_killed_run_left(tmp_pat
     assert [(row["step"], row["loss"]) for row in read_metrics(path)] == [(1, 3.0), (2, 2.0)]
 
 
-def test_a_whole_last_line_without_its_newline_is_kept(tmp_path):
+def test_a_complete_last_line_without_a_newline_is_kept(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 3.0}')
     assert [row["step"] for row in read_metrics(path)] == [1]
@@ -207,7 +207,7 @@ def test_tensorboard_holds_the_curve(tmp_path):
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 0.5), (2, 0.25)]
 
 
-def test_a_resumed_run_drops_later_rows_and_its_clock_goes_on(tmp_path):
+def test_a_resumed_run_drops_later_rows_and_continues_its_clock(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(
         '{"step": 1, "time": 50.0}\n{"step": 2, "time": 90.5}\n{"step": 3, "time": 99.0}\n{"step": 4, "ti'
     )
@@ -231,7 +231,7 @@ def test_a_run_that_starts_again_from_nothing_drops_every_row(tmp_path):
 
 
 class Full:
-    """A file on a disk that is full while `full`, and takes three bytes at a time else."""
+    """A file on a disk that is full while `full` is set; otherwise each write takes only three bytes."""
 
     def __init__(self, file):
         self.file, self.full = file, True
@@ -274,7 +274,7 @@ def resumed_in(folder, source, kept):
     assert [row["loss"] for row in read_metrics(folder / "metrics.jsonl")] == [1.0, 2.0, 3.0, 4.0]
 
 
-def test_a_row_whose_beginning_is_on_the_disk_is_kept_whole(tmp_path):
+def test_a_partly_written_row_is_completed(tmp_path):
     class Almost(Full):
         def write(self, content):
             if not self.full:

@@ -57,13 +57,13 @@ def test_one_step_is_adamw_with_decay_on_the_matrix_only():
     optimizer = Optimizer({"": model}, plain(weight_decay=0.5), num_steps=10)
     set_gradients(model, [3.0, -3.0], 4.0)
     optimizer.step()
-    # The first Adam step moves every weight by the rate; decay takes rate * decay of the weight off before.
+    # Adam's first step moves every weight by the rate; before it, decay reduces the weight by rate * decay.
     torch.testing.assert_close(model.weight.detach(), torch.tensor([[1 - 0.05 - 0.1, 1 - 0.05 + 0.1]]))
     torch.testing.assert_close(model.bias.detach(), torch.tensor([1 - 0.1]))
 
 
-def test_the_norm_is_that_before_clipping_and_what_is_used_is_clipped():
-    """A large epsilon makes Adam's step depend on the size of a gradient: norm 13, clipped, steps as norm 1."""
+def test_the_reported_norm_is_before_clipping_and_the_step_uses_clipped_gradients():
+    """With a large epsilon Adam's step depends on the size of the gradient: norm 13, clipped, must step like norm 1."""
     moved = []
     for scale, settings in ((13.0, {"max_grad_norm": 1.0}), (1.0, {})):
         model = layer()
@@ -76,8 +76,9 @@ def test_the_norm_is_that_before_clipping_and_what_is_used_is_clipped():
 
 
 @pytest.mark.parametrize("settings", [BFLOAT16, ROUNDED])
-def test_the_norm_of_bfloat16_gradients_is_that_of_float32_and_so_is_what_is_clipped(settings):
-    """As torch clips float32 copies of them, bit for bit: Adam's first moment tells what it was given."""
+def test_bfloat16_gradients_are_clipped_by_their_float32_norm(settings):
+    """Compares bit for bit with torch's clipping of float32 copies; Adam's first moment shows the gradient that it
+    got."""
     model = tiny.policy().bfloat16()
     optimizer = Optimizer({"": model}, SFTConfig(max_grad_norm=1.0, adam_beta1=0.5, **settings), num_steps=3)
     copies = [torch.nn.Parameter(param.detach().float()) for param in model.parameters()]
@@ -149,7 +150,7 @@ def test_steps_are_given_or_whole_batches_that_cover_the_epochs(settings, num_it
     assert num_steps(SFTConfig(per_device_train_batch_size=8, **settings), num_items) == expected
 
 
-def test_no_data_is_an_error_even_where_the_steps_are_given():
+def test_no_data_is_an_error_even_with_a_given_number_of_steps():
     with pytest.raises(ValueError, match=r"^dataset: no usable example"):
         num_steps(SFTConfig(max_steps=7), 0)
 
@@ -172,7 +173,7 @@ def test_the_order_depends_on_the_seed_and_not_on_the_length_of_the_run():
 
 
 def test_bfloat16_weights_move_as_float32_ones_do():
-    """At a learning rate whose single steps are below half a bfloat16 unit of the weights."""
+    """At a learning rate at which a single step is below half a bfloat16 spacing of the weights."""
     runs = []
     for dtype in (torch.float32, torch.bfloat16):
         model = tiny.policy().to(dtype)
@@ -187,7 +188,7 @@ def test_bfloat16_weights_move_as_float32_ones_do():
     assert (runs[1].mean() / runs[0].mean()).item() == pytest.approx(1.0, abs=0.05)
 
 
-def test_steps_that_are_skipped_move_no_weight_and_the_schedule_all_the_same():
+def test_skipped_steps_advance_the_schedule_but_no_weight():
     model = layer()
     optimizer = Optimizer({"": model}, SFTConfig(learning_rate=1.0), num_steps=4)
     set_gradients(model, [1.0, 1.0], 1.0)
@@ -239,7 +240,7 @@ def test_a_state_taken_and_put_back_goes_on_with_the_same_bits(settings):
     assert ("value_1.weight.master" in state) == (settings == BFLOAT16)
 
     model, optimizer = make()
-    stepped(optimizer, model, range(5, 7))  # whatever it has done is forgotten
+    stepped(optimizer, model, range(5, 7))  # these steps must not affect the loaded state
     with torch.no_grad():
         for param, value in zip(model.parameters(), weights, strict=True):
             param.copy_(value)
@@ -252,7 +253,7 @@ def test_a_state_taken_and_put_back_goes_on_with_the_same_bits(settings):
     )
 
 
-def test_a_state_of_the_number_alone_is_as_new_at_that_place_of_the_schedule():
+def test_a_state_with_only_the_step_number_gives_a_new_optimiser_at_this_step():
     model = layer().bfloat16()
     optimizer = Optimizer({"": model}, SFTConfig(learning_rate=1.0), num_steps=4)
     with torch.no_grad():
@@ -271,7 +272,7 @@ def test_a_state_of_other_parameters_is_refused():
 
 
 class Copies(TorchDispatchMode):
-    """`most`: the entries of float32 copies that lived at once."""
+    """Tracks the float32 copies of parameters; `most` is the largest number of their entries that existed at once."""
 
     def __init__(self):
         super().__init__()
@@ -291,9 +292,9 @@ class Copies(TorchDispatchMode):
 
 @pytest.mark.parametrize(("settings", "per_entry"), [(BFLOAT16, 1), (ROUNDED, 2)])
 def test_float32_gradients_exist_for_one_bucket_at_a_time(settings, per_entry, monkeypatch):
-    """And where no float32 weights are kept, neither do they."""
+    """Without float32 master weights, float32 weights also exist for only one bucket at a time."""
     monkeypatch.setattr(optim, "BUCKET", 2500)
-    model = tiny.policy().bfloat16()  # its largest tensor has 1,536 entries, its 21 together 17,568
+    model = tiny.policy().bfloat16()  # its largest tensor has 1,536 entries, all 21 tensors 17,568
     optimizer = Optimizer({"": model}, SFTConfig(**settings), num_steps=3)
     for step in range(2):
         with Copies() as copies:
@@ -303,7 +304,7 @@ def test_float32_gradients_exist_for_one_bucket_at_a_time(settings, per_entry, m
 
 
 def test_buckets_change_no_bit(monkeypatch):
-    """Against torch's AdamW over float32 copies of all parameters at once, written out."""
+    """Compares with torch's AdamW over float32 copies of all parameters at once."""
     monkeypatch.setattr(optim, "BUCKET", 2500)
     model, other = tiny.policy().bfloat16(), tiny.policy().bfloat16()
     optimizer = Optimizer({"": model}, plain(weight_decay=0.1, **BFLOAT16), num_steps=5)
@@ -327,21 +328,21 @@ def rounded(x: torch.Tensor, seed: int = 0) -> torch.Tensor:
 
 
 def test_a_rounded_number_is_one_of_its_neighbours_and_in_the_mean_itself():
-    # The neighbours of 1 are 2^-7 apart above it and 2^-8 below; of -3, 2^-6.
+    # The bfloat16 neighbours of 1 are at distances 2^-7 (above) and 2^-8 (below); those of -3 at 2^-6.
     for x, low, high in ((1 + 0.3 / 128, 1, 1 + 1 / 128), (1 - 0.7 / 256, 1 - 1 / 256, 1), (-3.001, -3 - 1 / 64, -3)):
         found = rounded(torch.full((2**16,), x)).double()
         assert set(found.tolist()) == {low, high}
-        # Six standard errors of the mean of 2^16 draws of two values.
+        # Tolerance: six standard errors of the mean of 2^16 draws of two values.
         assert found.mean().item() == pytest.approx(x, abs=6 * 0.5 * (high - low) / 2**8)
 
 
-def test_what_is_a_bfloat16_already_stays_and_infinities_stay():
+def test_bfloat16_values_and_infinities_are_not_changed_by_rounding():
     x = torch.cat([torch.randn(4096).bfloat16().float(), torch.tensor([0.0, -0.0, math.inf, -math.inf, 2.0**-130])])
     assert torch.equal(rounded(x).float(), x)
 
 
-def test_steps_below_the_spacing_of_bfloat16_survive_where_plain_rounding_loses_them():
-    """Weights of 1, whose neighbours are 2^-7 and 2^-8 away, and 200 steps of 1e-4 each: 0.02 in all."""
+def test_steps_below_the_spacing_of_bfloat16_are_not_lost():
+    """Weights of 1, whose bfloat16 neighbours are 2^-7 and 2^-8 away, and 200 steps of 1e-4 each: 0.02 in total."""
     model = Linear(256, 256, bias=False).bfloat16()
     with torch.no_grad():
         model.weight.fill_(1)
@@ -350,11 +351,11 @@ def test_steps_below_the_spacing_of_bfloat16_survive_where_plain_rounding_loses_
     for _ in range(200):
         model.weight.grad = torch.ones(256, 256).bfloat16()
         optimizer.step()
-    # Each weight is a sum of rounding errors; six standard errors of the mean of 65,536 of them are 2e-4.
+    # Each weight has its own rounding errors; six standard errors of the mean of 65,536 weights are 2e-4.
     assert model.weight.float().mean().item() == pytest.approx(1 - 0.02, abs=2e-4)
 
 
-def test_noise_is_that_of_the_seed_the_step_and_the_tensor():
+def test_noise_depends_on_seed_step_and_tensor():
     def weights(seed: int, skipped: int = 0) -> list[torch.Tensor]:
         model = torch.nn.Sequential(Linear(64, 64, bias=False), Linear(64, 64, bias=False)).bfloat16()
         optimizer = Optimizer({"": model}, plain(learning_rate=1e-3, seed=seed, **ROUNDED), num_steps=9)
@@ -362,7 +363,7 @@ def test_noise_is_that_of_the_seed_the_step_and_the_tensor():
         for layer in model:
             torch.nn.init.ones_(layer.weight)
             layer.weight.grad = torch.ones(64, 64).bfloat16()
-        torch.manual_seed(len(drawn))  # the global generator has no part in it
+        torch.manual_seed(len(drawn))  # the global generator must not matter
         optimizer.step()
         return [layer.weight.detach() for layer in model]
 

@@ -1,4 +1,4 @@
-"""Which errors are a lack of memory, what is told of one, and that the run is saved where it can be."""
+"""Tests which errors count as out of memory, what the message says, and that the run is saved if possible."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def paths(tmp_path_factory):
 
 
 def fail_at(patch, module, name: str, call: int) -> None:
-    """The `call`-th call of module.name, counted from 1, runs out of memory."""
+    """Makes the `call`-th call of module.name (counted from 1) run out of memory."""
     calls, real = [], getattr(module, name)
 
     def counted(*arguments, **keywords):
@@ -35,7 +35,7 @@ def fail_at(patch, module, name: str, call: int) -> None:
 
 
 def test_torchs_and_pythons_errors_are_known_and_others_are_not():
-    with pytest.raises(RuntimeError) as cpu:  # more than any address space
+    with pytest.raises(RuntimeError) as cpu:  # an allocation larger than any address space
         torch.empty(2**60, dtype=torch.uint8)
     assert is_out_of_memory(cpu.value)
     assert is_out_of_memory(MemoryError())
@@ -53,8 +53,8 @@ def test_the_line_says_how_much_was_asked_for_and_ends_in_the_notes():
 @pytest.mark.parametrize(
     ("kind", "module", "name", "call"),
     [
-        ("sft", sft, "token_logprobs", 5),  # a micro-batch per step, and one of held-out rows after the third
-        # By then the normaliser has seen the scores of the fourth update, and a judge has drawn from global generators.
+        ("sft", sft, "token_logprobs", 5),  # one micro-batch per step, and one of held-out rows after the third step
+        # At this point the normaliser has seen the fourth update's scores, and a judge has drawn random numbers.
         ("ppo", ppo, "update", 4),
         ("drpo", ppo, "update", 4),
     ],
@@ -74,11 +74,14 @@ def test_a_run_is_saved_after_its_last_whole_step_and_continues(kind, module, na
 @pytest.mark.parametrize(
     ("kind", "module", "name", "call", "settings"),
     [
-        ("rto", update, "_policy_loss", 6, {}),  # of four optimiser steps per update, in the second of the second
-        ("sft", optim, "stochastic_round", 40, ROUNDED),  # of 21 tensors per step, in the second step
+        # There are four optimiser steps per update; this is the second step of the second update
+        ("rto", update, "_policy_loss", 6, {}),
+        ("sft", optim, "stochastic_round", 40, ROUNDED),  # 21 tensors per step; this call is in the second step
     ],
 )
-def test_where_weights_have_moved_no_step_is_claimed(kind, module, name, call, settings, paths, tmp_path):
+def test_if_weights_have_changed_within_the_step_no_checkpoint_is_saved(
+    kind, module, name, call, settings, paths, tmp_path
+):
     with pytest.MonkeyPatch.context() as patch:
         fail_at(patch, module, name, call)
         with pytest.raises(torch.OutOfMemoryError) as stop:
@@ -102,7 +105,7 @@ def test_the_command_says_where_the_parts_and_what_to_change(tmp_path, monkeypat
     settings = measure.settings(tmp_path, "sft", measure.SMALL, "reward")
     settings |= {"output_dir": str(tmp_path / "run"), "max_steps": 3}
     flags = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
-    fail_at(monkeypatch, sft, "token_logprobs", 3)  # of two micro-batches per step, in the second step
+    fail_at(monkeypatch, sft, "token_logprobs", 3)  # two micro-batches per step; this call is in the second step
     assert main(["sft", *flags]) == 1
     told = capsys.readouterr().err.splitlines()[-1]
     assert told.startswith("fastrlhf sft: out of memory in a forward or backward (2.00 GiB more); saved as ")

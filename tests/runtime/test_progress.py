@@ -32,7 +32,7 @@ class _Terminal(io.StringIO):
 
 
 def train(clock: _Clock, steps: int, **settings) -> None:
-    """Steps of 2 seconds and 100 tokens; step i has loss i."""
+    """Runs steps of 2 seconds and 100 tokens; step i has loss i."""
     with Progress("sft", steps, **settings) as shown:
         for step in range(settings.get("start", 0) + 1, steps + 1):
             clock.now += 2
@@ -40,7 +40,7 @@ def train(clock: _Clock, steps: int, **settings) -> None:
             shown.step(step, row | ({"eval_loss": 0.25} if step == 3 else {}))
 
 
-def test_a_pipe_gets_the_first_step_every_few_and_the_last(clock, capsys):
+def test_a_pipe_gets_lines_for_the_first_step_every_few_steps_and_the_last(clock, capsys):
     train(clock, 25)
     assert capsys.readouterr().err.splitlines() == [
         "sft 1/25: loss 1, learning_rate 1e-05, grad_norm 1.5, 50.0 tokens/s, ETA 00:48",
@@ -51,7 +51,7 @@ def test_a_pipe_gets_the_first_step_every_few_and_the_last(clock, capsys):
     ]
 
 
-def test_a_resumed_run_counts_on(clock, capsys):
+def test_a_resumed_run_continues_counting(clock, capsys):
     train(clock, 8, start=5, every=7)
     assert [line.split(":")[0] for line in capsys.readouterr().err.splitlines()] == ["sft 6/8", "sft 7/8", "sft 8/8"]
 
@@ -87,7 +87,7 @@ def test_a_run_whose_metrics_lack_a_gradient_norm_still_has_its_line(clock, caps
     assert capsys.readouterr().err == "ppo 1/1: objective/scores 0.5, learning_rate 0, 0.00 tokens/s, ETA 00:00\n"
 
 
-def test_a_pass_over_data_tells_how_far_it_is(clock, capsys):
+def test_a_pass_over_data_reports_its_progress(clock, capsys):
     for _ in watched(["a", "b", "c"], [10, 20, 30], "reference"):
         clock.now += 6
     assert capsys.readouterr().err.splitlines() == [

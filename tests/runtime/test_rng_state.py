@@ -1,4 +1,4 @@
-"""The state of the global generators survives JSON and brings back every draw."""
+"""Tests that the state of the global random generators survives JSON and reproduces every draw."""
 
 import json
 import random
@@ -13,7 +13,7 @@ def draws() -> list[float]:
     return [random.random(), random.gauss(0, 1), float(np.random.standard_normal()), torch.rand(()).item()]
 
 
-def test_a_state_brings_back_the_draws_that_followed_it():
+def test_a_restored_state_repeats_the_draws():
     before = GlobalRandomness().state_dict()
     tensors = {name: value for name, value in before.items() if isinstance(value, torch.Tensor)}
     rest = json.loads(json.dumps({name: value for name, value in before.items() if name not in tensors}))
@@ -23,7 +23,7 @@ def test_a_state_brings_back_the_draws_that_followed_it():
     assert [draws(), draws()] == expected
 
 
-def test_devices_that_are_gone_are_left_out(monkeypatch):
+def test_states_of_absent_devices_are_skipped(monkeypatch):
     set_to = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: set_to.append((state, device)))

@@ -1,4 +1,4 @@
-"""What a run leaves behind, whether it ends well or not."""
+"""Tests of what a run leaves in its folder, after success and after errors."""
 
 import json
 import math
@@ -60,7 +60,7 @@ def ppo_config(model, judge, folder):
     )
 
 
-def test_a_run_leaves_its_configuration_its_metrics_and_a_model_that_anyone_can_load(model, tmp_path):
+def test_a_run_writes_its_configuration_its_metrics_and_a_loadable_model(model, tmp_path):
     folder = tmp_path / "deep" / "run"
     result = train_sft(config(model, folder), tiny.examples(8), tiny.examples(4, seed=1))
     left = {path.name for path in folder.iterdir()}
@@ -77,7 +77,7 @@ def test_a_run_leaves_its_configuration_its_metrics_and_a_model_that_anyone_can_
     assert tokenizer("w0 w1")["input_ids"] == [3, 4]
 
 
-def test_an_on_policy_run_leaves_its_critic_too(model, judge, tmp_path):
+def test_an_on_policy_run_also_saves_its_critic(model, judge, tmp_path):
     result = train_ppo(ppo_config(model, judge, tmp_path / "run"), tiny.examples(8))
     assert result.value_model is not None
     critic = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "value_model")
@@ -137,7 +137,7 @@ def test_the_rows_are_on_the_disk_before_the_checkpoint_that_needs_them(model, t
 
 
 class Judge:
-    """The reward model's stand-in: scores a response by its length, and does something else at one call."""
+    """A stand-in for a reward model: scores a response by its length, and does something else at one call."""
 
     def __init__(self, at: int, what):
         self.calls, self.at, self.what = 0, at, what
@@ -184,7 +184,8 @@ def test_after_an_error_of_any_kind_the_last_whole_step_is_saved_and_the_same_co
 
 
 def test_an_error_after_the_last_step_loses_nothing_either(model, tmp_path, monkeypatch):
-    """The final model cannot be saved: the last step is saved as a checkpoint, and the same command saves the model."""
+    """The final model cannot be saved, so the last step is saved as a checkpoint; the same command then saves the
+    model."""
     whole = train_sft(config(model, tmp_path / "whole"), tiny.examples(8), tiny.examples(4, seed=1))
     with monkeypatch.context() as patch, pytest.raises(OSError, match="no luck") as stop:  # noqa: PT012
         patch.setattr(merging, "save_model", raiser(OSError("no luck")))
@@ -202,7 +203,7 @@ def raiser(error):
     return fail
 
 
-def test_a_request_to_stop_is_obeyed_between_rollout_and_update_where_no_weight_has_moved(model, judge, tmp_path):
+def test_a_stop_request_takes_effect_between_rollout_and_update(model, judge, tmp_path):
     def signalled(rollouts):
         signal.raise_signal(signal.SIGTERM)
         return Judge(0, None)(rollouts)
@@ -218,7 +219,7 @@ def test_a_request_to_stop_is_obeyed_between_rollout_and_update_where_no_weight_
     assert not list((tmp_path / "first").glob("checkpoint-*"))
 
 
-def test_a_reward_whose_file_has_changed_is_not_continued_with_in_silence(model, judge, tmp_path):
+def test_a_run_whose_reward_file_has_changed_is_refused_unless_allowed(model, judge, tmp_path):
     file = tmp_path / "reward.py"
     file.write_text("def short(rollout):\n    return -len(rollout.completion)\n")
     cfg = replace(ppo_config(model, judge, tmp_path / "run"), **{"reward_functions": (f"{file}:short",)})
@@ -245,8 +246,8 @@ def test_a_function_that_changes_the_directory_does_not_split_the_run(model, jud
     assert result.output_dir == tmp_path / "run"
 
 
-def test_relative_paths_of_every_kind_are_those_of_the_start(model, judge, tmp_path, monkeypatch):
-    """A reward function changes the directory when it is first called: before any model is opened."""
+def test_relative_paths_are_resolved_before_the_directory_changes(model, judge, tmp_path, monkeypatch):
+    """A reward function changes the directory when it is first called, before any model is opened."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "elsewhere").mkdir()
     for name, source in (("policy", model), ("judge", judge)):
@@ -299,7 +300,7 @@ def test_a_reporter_is_told_whether_the_run_failed(monkeypatch, tmp_path):
     assert ends == [0, 1]
 
 
-def test_evaluation_is_due_at_the_last_step_and_every_so_often():
+def test_evaluation_is_due_every_eval_steps_and_at_the_last_step():
     run = Run("sft", config("", ""), 7)
     assert [step for step in range(7) if run.due(step, 0)] == [6]
     assert [step for step in range(7) if run.due(step, 3)] == [2, 5, 6]

@@ -1,4 +1,5 @@
-"""Signals: the first waits or ends the work, its repeats are the same request, a later one ends at once."""
+"""Tests of signals: the first one waits or ends the work, repeats count as the same request, a later one ends at
+once."""
 
 import pickle
 import signal
@@ -12,7 +13,7 @@ from fastrlhf.runtime.signals import Interrupted, Interrupts
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Seconds that pass only when a test says so."""
+    """Seconds that advance only when a test says so."""
     now = [100.0]
     monkeypatch.setattr(signals.time, "monotonic", lambda: now[0])
     return now
@@ -37,14 +38,14 @@ def test_the_first_signal_waits_and_one_after_the_time_of_repeats_ends_at_once(n
         assert "saving, then stopping; again after 5 s ends at once" in capfd.readouterr().err
         clock[0] += 5.001
         signal.raise_signal(number)
-        pytest.fail("the later signal was not heard")
+        pytest.fail("the later signal was ignored")
     assert stop.value.exit_code == exit_code
     assert signal.getsignal(number) is before
 
 
 @pytest.mark.parametrize("second", signals.HANDLED)
 def test_repeats_within_five_seconds_are_the_same_request_and_said_once(second, clock, capfd):
-    """As SLURM signals ranks and launcher, and the launcher forwards."""
+    """SLURM signals ranks and launcher, and the launcher forwards its signal, so a rank gets it twice."""
     with pytest.raises(ZeroDivisionError), Interrupts() as interrupts:  # noqa: PT012
         signal.raise_signal(signal.SIGTERM)
         for seconds in (0.001, 2.0, 2.9):
@@ -60,7 +61,7 @@ def test_the_first_signal_ends_the_work_at_once_where_that_is_allowed_and_only_t
     with pytest.raises(Interrupted) as stop, Interrupts(lambda: allowed[0]) as interrupts:  # noqa: PT012
         allowed[0] = True
         signal.raise_signal(signal.SIGUSR1)
-        pytest.fail("the signal was not heard")
+        pytest.fail("the signal was ignored")
     assert (stop.value.when, stop.value.exit_code, interrupts.pending) == ("", 143, signal.SIGTERM)
     with Interrupts(lambda: True) as interrupts:
         with pytest.raises(Interrupted):
@@ -74,7 +75,7 @@ def test_the_request_can_be_sent_to_other_processes():
     assert (str(stop), stop.exit_code) == ("interrupted after step 3", 143)
 
 
-def test_a_signal_that_nobody_obeyed_is_delivered_at_the_end():
+def test_a_signal_that_nothing_handled_is_delivered_at_the_end():
     reached = []
     with pytest.raises(KeyboardInterrupt) as stop, Interrupts():  # noqa: PT012
         signal.raise_signal(signal.SIGINT)
@@ -90,7 +91,7 @@ def test_an_error_after_a_signal_stays_that_error():
 
 
 def test_a_signal_that_the_process_ignores_stays_ignored():
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as under nohup
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as nohup does
     try:
         with Interrupts() as interrupts:
             signal.raise_signal(signal.SIGINT)
