@@ -20,6 +20,7 @@ from fastrlhf import config as configs
 from fastrlhf.config import files
 from fastrlhf.config.command_line import config_paths, parse, split_configs
 from fastrlhf.config.elsewhere import explain_command
+from fastrlhf.config.functions import user_frames
 from fastrlhf.config.help import format_help
 from fastrlhf.runtime.out_of_memory import describe, is_out_of_memory
 from fastrlhf.runtime.signals import Interrupted
@@ -83,30 +84,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
             else:
                 COMMANDS[command](rest)
     except (ValueError, OSError) as error:
-        return _fail(command, "; ".join([" ".join(str(error).split()), *getattr(error, "__notes__", ())]), 2)
+        return _fail(command, _in_one_line(error), 2, user_frames(error))
     except ModuleNotFoundError as error:
         return _fail(command, f"needs {error.name}: pip install 'fastrlhf[train]'", 2)
     except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+        if is_out_of_memory(error):
+            return _fail(command, describe(error), 1)
+        if not (frames := user_frames(error)):
             raise
-        return _fail(command, describe(error), 1)
+        return _fail(command, _in_one_line(error), 1, frames)
     except Interrupted as stop:
         then = "; the same command continues" if command in TRAINERS else ""
         return _fail(command, f"{stop}{then}", stop.exit_code)
     except KeyboardInterrupt:
         return _fail(command, "interrupted", 130)
+    except Exception as error:
+        if not (frames := user_frames(error)):
+            raise
+        return _fail(command, f"{type(error).__name__}: {_in_one_line(error)}", 1, frames)
     return 0
 
 
-def _fail(command: str, message: str, exit_code: int) -> int:
-    """Prints one line on standard error; where several processes fail in the same way, only rank 0 prints it."""
+def _in_one_line(error: BaseException) -> str:
+    return "; ".join([" ".join(str(error).split()), *getattr(error, "__notes__", ())])
+
+
+def _fail(command: str, message: str, exit_code: int, frames: Sequence[str] = ()) -> int:
+    """Prints one line on standard error, and one per frame. If several processes fail in the same way, only rank 0
+    prints."""
     if not _is_first():
         if exit_code > 128:  # A signal reaches every process, so only rank 0 reports it.
             return exit_code
         time.sleep(PATIENCE)
     # A name of a file or column may hold characters that would move the cursor or recolour the terminal.
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
-    print(f"fastrlhf {command}: {shown}", file=sys.stderr)
+    for line in (f"fastrlhf {command}: {message}", *(f"  {frame}" for frame in frames)):
+        print("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line), file=sys.stderr)
     return exit_code
 
 

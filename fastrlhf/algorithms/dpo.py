@@ -32,6 +32,7 @@ from fastrlhf.config.paths import at_start
 from fastrlhf.data.given import Rows
 from fastrlhf.data.labels import COUNTS
 from fastrlhf.data.packing import forest, num_computed, num_in_sequences, own_micro_batches, pack, pair
+from fastrlhf.models.architecture import check_head
 from fastrlhf.models.forward import token_logprobs
 from fastrlhf.models.given import policy_or_given
 from fastrlhf.models.loading import read_model_config
@@ -71,7 +72,8 @@ def train_dpo(
     """
     config = at_start(config, DPOConfig, "train_dpo")
     if config.reward_model_path:
-        read_model_config(config.reward_model_path, "reward_model_path", config.trust_remote_code)
+        found = read_model_config(config.reward_model_path, "reward_model_path", config.trust_remote_code)
+        check_head(found, config.reward_model_path, "reward_model_path")
     if config.ref_cache_dir:
         check_writable(config.ref_cache_dir, "ref_cache_dir")
     for name in config.functions:

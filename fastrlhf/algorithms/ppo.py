@@ -130,6 +130,7 @@ def train_ppo(
         parts={"optimizer": optimizer, "rewards": rewards, "kl": rewards.kl, "update": opened}
         | ({"dpo_optimizer": refiner} if refiner is not None else {}),
         evaluate=evaluate_held_out if held_out else None,
+        functions=reward_functions,
     ) as run:
         opened.stop = partial(run.between_parts, resumable=True)
         for step, indices in run.remaining(index_batches(len(prompts), num_groups, steps, config.seed)):

@@ -48,6 +48,7 @@ from fastrlhf.config.paths import at_start
 from fastrlhf.data.specials import end_ids, special_ids
 from fastrlhf.distributed.ranks import check_one_process
 from fastrlhf.evaluation.equivalence import EquivalenceJudge, open_judge
+from fastrlhf.models.architecture import check_head
 from fastrlhf.models.forward import sequence_scores
 from fastrlhf.models.layers import LayerOptions
 from fastrlhf.models.loading import load_policy, load_reward_model, read_model_config, resolve_device
@@ -294,7 +295,9 @@ def _open(
     roles = {field: path for field, path in implicit_sources(policy).items() if not holds_adapter(path)}
     for field, path in (given | roles).items():
         if path:
-            read_model_config(path, field, policy.trust_remote_code)
+            found = read_model_config(path, field, policy.trust_remote_code)
+            if field == "reward_model_path":
+                check_head(found, path, field)
     for part in ("", *(f"round-{i}/" for i in range(1, config.rounds + 1))):
         for stage, section in (("reward", reward), ("policy", policy)):
             _check_stage(config, f"{part}{stage}", section)

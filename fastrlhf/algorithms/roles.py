@@ -16,6 +16,7 @@ from fastrlhf.config.checks import at_default
 from fastrlhf.data.specials import end_ids, special_ids
 from fastrlhf.evaluation.judges import Judge, asked_once, checked_scores, reward_model_judge
 from fastrlhf.models.adapters import frozen_copy
+from fastrlhf.models.architecture import check_head
 from fastrlhf.models.given import policy_or_given
 from fastrlhf.models.layers import LayerOptions
 from fastrlhf.models.loading import (
@@ -122,7 +123,9 @@ def check_sources(
     sources = implicit | {name: getattr(config, name) for name in ("reward_model_path", "eval_reward_model_path")}
     for field, source in (sources | {"critic_model_path": config.critic_model_path}).items():
         if source and not holds_adapter(source):
-            read_model_config(source, field, config.trust_remote_code)
+            found = read_model_config(source, field, config.trust_remote_code)
+            if field not in implicit:
+                check_head(found, source, field)
     if config.engine == "vllm" and engine is None:
         check_vllm(config)
 

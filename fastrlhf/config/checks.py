@@ -11,6 +11,8 @@ from os import PathLike, fspath
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from fastrlhf.config.choices import NoChoice
+
 
 def require(ok: bool, name: str, value: object, rule: str) -> None:
     """Raises ValueError naming the field, its value and the rule it breaks."""
@@ -56,6 +58,8 @@ def check_types(config: Any) -> None:
         try:
             plain = _plain(hint, value)
         except TypeError:
+            if get_origin(hint) is Literal:
+                raise NoChoice(field.name, value, get_args(hint)) from None
             require(False, field.name, value, _in_words(hint))
             raise
         numbers = [item for item in (plain if isinstance(plain, tuple) else (plain,)) if isinstance(item, float)]

@@ -11,6 +11,8 @@ from typing import Any
 
 from fastrlhf.config import files
 from fastrlhf.config.checks import UNREAD
+from fastrlhf.config.choices import NoChoice
+from fastrlhf.config.train import LORA_KEYS
 
 
 def parse(kind: type, arguments: Sequence[str], command: str) -> Any:
@@ -36,22 +38,32 @@ def parse(kind: type, arguments: Sequence[str], command: str) -> Any:
     files.check_flags(rest, kind, command)
     while True:
         try:
+            _check_adapter([*values, *(part.partition("=")[0][2:].replace("-", "_") for part in rest)])
             return _from_flags(kind, [*files.as_flags(values), *rest], command)
         except ValueError as error:
             key = str(error).partition(":")[0]
             if key in shared & values.keys() and UNREAD in str(error):
                 del values[key]
                 continue
-            named = re.search(r"--(\w+)", str(error))  # the parser cannot tell that the value comes from a file
-            if named and named[1] in values and not any(part.startswith(named[0]) for part in rest):
+            # Neither the parser nor the check of choices can tell that the value comes from a file.
+            named = re.search(r"--(\w+)", str(error)) or (isinstance(error, NoChoice) and re.match(r"(\w+)", key))
+            if named and named[1] in values and not any(part.startswith(f"--{named[1]}") for part in rest):
                 raise ValueError(f"{path}, {command}: {error}") from None
             raise
+
+
+def _check_adapter(given: Sequence[str]) -> None:
+    """Raises ValueError for a key of adapters that is given, perhaps with its default value, without use_peft."""
+    for key in given if "use_peft" not in given else ():
+        if key in LORA_KEYS:
+            raise ValueError(f"{key}: must be absent when use_peft is false, {UNREAD}; set use_peft as well")
 
 
 def _from_flags(kind: type, flags: Sequence[str], command: str) -> Any:
     import tyro
 
     message = StringIO()
+    files.check_choices(flags, kind)
     try:
         with redirect_stderr(message):
             return tyro.cli(

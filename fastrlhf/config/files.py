@@ -9,11 +9,13 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import fields
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from fastrlhf.config import CONFIGS
+from fastrlhf.config.choices import NoChoice
 from fastrlhf.config.elsewhere import explain, explain_command
 from fastrlhf.config.help import keys_of
 from fastrlhf.config.paths import as_given, filled_in, is_same, remember
@@ -307,6 +309,18 @@ def spelled_out(arguments: Sequence[str], kind: type) -> list[str]:
             f"{name}={TRUTHS.get(value.lower(), value)}" if equals and _is_flag_of(truths, name) else argument
         )
     return [*spelled, "True"] if spelled and _is_flag_of(truths, spelled[-1]) else spelled
+
+
+def check_choices(arguments: Sequence[str], kind: type) -> None:
+    """Raises NoChoice for a flag whose value is none of the choices of its key."""
+    hints = get_type_hints(kind)
+    pairs = [(one.partition("=")[0], one.partition("=")[2]) for one in arguments if "=" in one]
+    pairs += [(flag, value) for flag, value in pairwise(arguments) if "=" not in flag]
+    for flag, value in pairs:
+        key = flag[2:].replace("-", "_")
+        hint = hints.get(key) if flag.startswith("--") else None
+        if get_origin(hint) is Literal and not value.startswith("--") and value not in map(str, get_args(hint)):
+            raise NoChoice(key, value, get_args(hint))
 
 
 def _is_flag_of(names: Collection[str], argument: str) -> bool:

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import date
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from fastrlhf.config.checks import above_0, at_default, at_least, check_types, expand_home, require
+from fastrlhf.config.elsewhere import explain
 
 COLUMNS = (
     *("prompt", "chosen", "rejected", "reference", "label", "label_prob", "margin"),
     *("responses", "preferences", "scores", "wins", "num_labels"),
 )
 """The column names that the key `columns` may map to other names."""
+
+
+LORA_KEYS = (
+    *("lora_r", "lora_alpha", "lora_target_modules", "lora_target_parameters", "lora_modules_to_save"),
+    *("use_rslora", "use_dora", "load_in_4bit", "merged_dtype"),
+)
+"""Keys that only a run with an adapter reads."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,6 +218,15 @@ class TrainConfig:
     line has loss or score, learning rate, gradient norm, tokens per second and time left. metrics.jsonl always has
     every step."""
 
+    if not TYPE_CHECKING:  # type checkers know the keys from the fields
+
+        def __new__(cls, **given: Any) -> Any:
+            known, command = [field.name for field in fields(cls)], cls.__name__.removesuffix("Config").lower()
+            for key in given:
+                if key not in known:
+                    raise TypeError(f"{cls.__name__} has no key {key!r}{explain(key, command, known, {})}")
+            return super().__new__(cls)
+
     def __post_init__(self) -> None:
         expand_home(self)
         if self.report_to == ("none",):
@@ -220,21 +237,10 @@ class TrainConfig:
         at_least(self, 1, "per_device_train_batch_size", "gradient_accumulation_steps", "micro_batch_tokens")
         at_least(self, 1, "lora_r", "lora_alpha", "logging_steps")
         require(bool(self.lora_target_modules), "lora_target_modules", self.lora_target_modules, "all-linear, or names")
-        lora = (
-            "lora_r",
-            "lora_alpha",
-            "lora_target_modules",
-            "lora_target_parameters",
-            "lora_modules_to_save",
-            "use_rslora",
-            "use_dora",
-            "load_in_4bit",
-            "merged_dtype",
-        )
         at_default(
             self,
             [
-                (self.use_peft, "when use_peft is false", lora),
+                (self.use_peft, "when use_peft is false", LORA_KEYS),
                 (self.progress, "when progress is false", ("logging_steps",)),
                 (self.dtype == "bfloat16", "when dtype is float32", ("master_weights",)),
                 (self.merged_dtype == "bfloat16", "when merged_dtype is float32", ("max_merge_shift",)),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from safetensors import safe_open
 from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
@@ -21,3 +24,16 @@ def check_decoder(config: PretrainedConfig, what: str) -> None:
     else:
         return
     raise ValueError(f"{what} is {found}; give a causal language model (decoder only)")
+
+
+def check_head(config: PretrainedConfig, source: str, field: str) -> None:
+    """Raises ValueError, naming `field`, if a model that must score has the configuration of a language model, and no
+    weights of a score head among its files. Reads no weights."""
+    names = config.architectures or ["unknown"]
+    if not all(name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for name in names):
+        return
+    for file in Path(source).glob("*.safetensors"):
+        with safe_open(file, "pt") as weights:
+            if "score.weight" in weights.keys():  # noqa: SIM118 (not a mapping)
+                return
+    raise ValueError(f"{field}: {source!r} has no trained score head; train one with `fastrlhf reward`")

@@ -135,7 +135,7 @@ class RewardFunctions:
         before = self.state_dict()
         try:
             values = self(rollouts)
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             error.add_note(f"in a trial call on row {rollouts[0].prefix.row}, before the run")
             raise
         finally:
@@ -268,12 +268,18 @@ def taken(function: RewardFunction, given: Collection[str]) -> list[str]:
 
 
 def check_parameters(name: str, function: RewardFunction, columns: Collection[str]) -> None:
-    """Raises ValueError if a function of TRL's form has a required argument that is not available."""
-    if not takes_texts(function):
-        return
+    """Raises ValueError if a function of TRL's form has a required argument that is not available, or if a function of
+    one rollout asks for more than that."""
     rest = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
     parameters = _parameters(function)
     needed = [key for key, one in parameters.items() if one.default is Parameter.empty and one.kind not in rest]
+    if not takes_texts(function):
+        if len(needed) > 1:
+            raise ValueError(
+                f"reward_functions: {name!r} takes {', '.join(needed)}; write {name}(completions, answer, **kwargs), "
+                f"which is called once per batch with a list per column, or {name}(rollout)"
+            )
+        return
     if others := [key for key in needed if key not in (*GIVEN, *columns)]:
         raise ValueError(
             f"reward_functions: {name!r} has parameters {', '.join(others)}; available are {', '.join(GIVEN)} and the "

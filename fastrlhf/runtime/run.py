@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.config import TrainConfig, require
-from fastrlhf.config.functions import function_hashes
+from fastrlhf.config.functions import function_hashes, object_hashes
 from fastrlhf.config.paths import as_given
 from fastrlhf.distributed.ranks import failed_together, from_all, may_unwind, on_first
 from fastrlhf.models.adapters import share_weights
@@ -86,10 +86,12 @@ class Run:
         data: Data | None = None,
         parts: Mapping[str, Stateful] | None = None,
         evaluate: Callable[[], Mapping[str, float]] | None = None,
+        functions: Mapping[str, Any] | None = None,
     ) -> None:
         """`value_model` and `dpo_model` are trained beside the model of `trained`. `parts` are what has a state beside
         the models: optimisers, whose names end in "optimizer", normalisers, controllers. `evaluate` measures the model
-        on the held-out rows; None where there are none."""
+        on the held-out rows; None where there are none. `functions` are those of the user, by name, that the
+        configuration does not name."""
         if data and data.day:
             config = dataclasses.replace(config, template_date=data.day)
         self._name, self._config, self._steps, self._trained, self._data = name, config, steps, trained, data
@@ -106,9 +108,9 @@ class Run:
             beside = {"value_model": value_model, "dpo_model": dpo_model}
             models = {"": trained[0]} | {name: model for name, model in beside.items() if model is not None}
             fingerprint = data.fingerprint if data else {}
-            functions = function_hashes(config)
+            hashes = function_hashes(config) | object_hashes(functions or {})
             stateful = {**(parts or {}), "unlogged": self._unlogged}
-            self._checkpointer = Checkpointer(self.folder, models, trained[1], stateful, fingerprint, functions)
+            self._checkpointer = Checkpointer(self.folder, models, trained[1], stateful, fingerprint, hashes)
 
     def __enter__(self) -> Run:
         with ExitStack() as stack:

@@ -254,7 +254,6 @@ def test_every_command_shares_the_keys_of_the_trainers():
         (SFTConfig, "seed", "7", "a whole number"),
         (SFTConfig, "report_to", 3, "a list of texts"),
         (SFTConfig, "lora_target_modules", ("q_proj", 1), "a list of texts"),
-        (SFTConfig, "lr_scheduler_type", "cosin", "one of linear, cosine, constant"),
         (DPOConfig, "loss_weights", ("1",), "a list of numbers"),
         (DPOConfig, "loss_weights", (float("inf"),), "finite"),
         (DPOConfig, "loss_type", 1, "text or a list of texts"),

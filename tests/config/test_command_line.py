@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from fastrlhf.config import DRPOConfig, EvalConfig, PPOConfig, SFTConfig
+from fastrlhf.config import DRPOConfig, EvalConfig, PPOConfig, RewardConfig, SFTConfig
 from fastrlhf.config.command_line import _first_paragraph, parse
 
 FILE = """
@@ -45,3 +45,16 @@ def test_values_keep_their_types():
 def test_messages_do_not_depend_on_box_characters_of_the_terminal():
     rounded = "\u256d\u2500 Value error \u2500\u256e\n\u2502 beta: \u2502\n\u2502 bad \u2502\n\u2570\u2500\u256f\n"
     assert _first_paragraph(rounded) == _first_paragraph(" Value error\n ----\n beta:\n bad\n  ----\n") == "beta: bad"
+
+
+def test_a_key_of_adapters_without_use_peft_is_refused_even_with_its_default_and_ignored_in_shared(tmp_path):
+    told = "^lora_target_modules: must be absent when use_peft is false, .*; set use_peft as well$"
+    for flags in (["--lora_target_modules", "all-linear"], ["--lora_target_modules=all-linear"]):
+        with pytest.raises(ValueError, match=told):
+            parse(SFTConfig, flags, "sft")
+    assert parse(SFTConfig, ["--use_peft", "--lora_r", "16"], "sft").use_peft
+    assert not parse(SFTConfig, ["--use_peft", "false", "--lora_r", "16"], "sft").use_peft  # as in a config.yaml
+    file = tmp_path / "shared.yaml"
+    file.write_text("shared: {lora_r: 8}\nsft: {run_name: x}\nreward: {use_peft: true}\n")
+    assert parse(SFTConfig, ["--config", str(file)], "sft").lora_r == 16
+    assert parse(RewardConfig, ["--config", str(file)], "reward").lora_r == 8

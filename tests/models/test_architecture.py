@@ -3,7 +3,8 @@ import re
 import pytest
 from transformers import AutoConfig, LlamaConfig
 
-from fastrlhf.models.architecture import check_decoder
+from fastrlhf.models.architecture import check_decoder, check_head
+from tests import tiny
 
 
 @pytest.mark.parametrize(
@@ -34,3 +35,15 @@ def test_what_is_no_causal_language_model_is_refused_by_its_kind(kind, told):
 )
 def test_causal_language_models_pass(config):
     check_decoder(config, "model_name_or_path: 'x'")
+
+
+def test_a_language_model_without_a_score_head_is_refused_by_its_configuration_and_one_with_a_head_is_not(tmp_path):
+    base, judge = tiny.save_policy(tmp_path / "base"), tiny.save_reward_model(tmp_path / "judge")
+    check_head(AutoConfig.from_pretrained(judge), judge, "reward_model_path")
+    for field in ("reward_model_path", "critic_model_path"):
+        told = rf"^{field}: '.*base' has no trained score head; train one with `fastrlhf reward`$"
+        with pytest.raises(ValueError, match=told):
+            check_head(AutoConfig.from_pretrained(base), base, field)
+    renamed = AutoConfig.from_pretrained(judge)
+    renamed.architectures = ["LlamaForCausalLM"]  # the weights decide
+    check_head(renamed, judge, "reward_model_path")

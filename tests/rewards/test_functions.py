@@ -12,6 +12,7 @@ from fastrlhf.rewards import functions as module
 from fastrlhf.rewards.functions import (
     RewardFunctions,
     TrainerState,
+    check_parameters,
     load_reward_functions,
     mean_rewards,
     open_reward_functions,
@@ -228,8 +229,18 @@ def test_a_trial_call_on_real_rows_finds_what_is_wrong_and_leaves_no_trace(caplo
         (lambda completions: 1 / 0, RuntimeError, "^reward_functions: 'mine' raised ZeroDivisionError"),
         (lambda rollout, other: 0.0, RuntimeError, "^reward_functions: 'mine' raised TypeError"),
     ):
-        with pytest.raises(kind, match=told):
+        with pytest.raises(kind, match=told) as stop:
             RewardFunctions(functions={"mine": broken}, tokenizer=tiny.tokenizer()).rehearse(PROMPTS, 2)
+        assert stop.value.__notes__ == ["in a trial call on row 0, before the run"]
+
+
+def test_a_function_of_one_row_is_refused_with_the_two_forms_that_there_are():
+    told = (
+        r"^reward_functions: 'single' takes completion, answer; write single\(completions, answer, \*\*kwargs\), which "
+    )
+    with pytest.raises(ValueError, match=told):
+        check_parameters("single", lambda completion, answer: 1.0, ["answer"])
+    check_parameters("single", lambda rollout, scale=2.0: scale, ["answer"])
 
 
 def test_what_functions_remember_is_a_part_of_the_state_of_the_rewards():
