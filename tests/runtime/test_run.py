@@ -241,10 +241,10 @@ def test_a_reward_that_a_program_holds_and_has_changed_is_not_continued_with_in_
 
     cfg = ppo_config(model, judge, tmp_path / "run")
     with pytest.raises(ConnectionError):
-        train_ppo(cfg, tiny.examples(8), judge=Judge(2, unavailable), reward_functions={"length": short})
-    with pytest.raises(ValueError, match=r"^output_dir: the file of 'length' has changed since .*checkpoint-1' was"):
-        train_ppo(cfg, tiny.examples(8), judge=Judge(0, None), reward_functions={"length": long})
-    train_ppo(cfg, tiny.examples(8), judge=Judge(0, None), reward_functions={"length": short})
+        train_ppo(cfg, tiny.examples(8), judge=Judge(2, unavailable), reward_functions={"size": short})
+    with pytest.raises(ValueError, match=r"^output_dir: the file of 'size' has changed since .*checkpoint-1' was"):
+        train_ppo(cfg, tiny.examples(8), judge=Judge(0, None), reward_functions={"size": long})
+    train_ppo(cfg, tiny.examples(8), judge=Judge(0, None), reward_functions={"size": short})
 
 
 def test_a_function_that_changes_the_directory_does_not_split_the_run(model, judge, tmp_path, monkeypatch):
