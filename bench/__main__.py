@@ -88,6 +88,13 @@ def make_parser() -> argparse.ArgumentParser:
     rollout.add_argument("--episodes", type=int, default=32, help="episodes per update")
     rollout.add_argument("--slots", type=int, default=32, help="episodes sampled at the same time")
     rollout.add_argument("--rounds", type=int, default=3)
+    rollout.add_argument(
+        "--engine",
+        default="transformers",
+        choices=["transformers", "vllm"],
+        help="vllm: beside the built-in engine and transformers' generate, in one group size",
+    )
+    rollout.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="with --engine vllm")
     rollout.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     rollout.add_argument(
         "--out", type=Path, default=Path("bench/results"), help="folder of the files to which rows are appended"
@@ -218,9 +225,13 @@ def main() -> None:
 
         print(run_optim(arguments.matrices, arguments.device, arguments.out))
     if arguments.command == "rollout":
+        from bench.engines import run_engines
         from bench.rollout import run_rollout
 
         a = arguments
+        if a.engine == "vllm":
+            print(run_engines(a.episodes, a.rounds, a.device, a.dtype, a.out))
+            return
         print(run_rollout(a.groups, a.episodes, a.slots, a.rounds, a.device, a.out))
     if arguments.command == "kernels" and (faults := _kernels(arguments)):
         sys.exit("\n".join(faults))
