@@ -14,6 +14,7 @@ from fastrlhf.algorithms.psipo import dataset_opponents, load_psi, psi_judge
 from fastrlhf.config import PPOConfig, require
 from fastrlhf.config.checks import at_default
 from fastrlhf.data.specials import end_ids, special_ids
+from fastrlhf.distributed.ranks import together
 from fastrlhf.evaluation.judges import Judge, asked_once, checked_scores, reward_model_judge
 from fastrlhf.models.adapters import frozen_copy
 from fastrlhf.models.architecture import check_head
@@ -204,7 +205,7 @@ def open_roles(
 def make_engine(config: PPOConfig, policy: PreTrainedModel, eos_token_id: EndIds) -> Engine:
     """The engine of the configuration; it samples with the weights that `policy` has at each call."""
     if config.engine == "vllm":
-        return open_vllm(config, policy, eos_token_id)
+        return together(lambda: open_vllm(config, policy, eos_token_id))
     return TransformersEngine.of(config, policy, eos_token_id, stop_at_eos=config.compat == "fixed")
 
 

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from fastrlhf.config import PPOConfig
 from fastrlhf.data.packing import families, micro_batches, trunks
 from fastrlhf.data.resets import uniforms
-from fastrlhf.distributed.ranks import from_all, share
+from fastrlhf.distributed.ranks import on_each, share
 from fastrlhf.models.sharding import whole
 from fastrlhf.models.vocabulary import num_ids
 from fastrlhf.rollout import generate
@@ -294,15 +294,16 @@ def _at_once(_: tuple[int, int], step: Callable[[], None]) -> None:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SharedEngine:
     """The engines of all ranks as one: each rank continues its part of the prefixes with all the weights of `model`,
-    and every rank gets all rollouts. Every rank must call it, with the same prefixes."""
+    and every rank gets all rollouts. Every rank must call it, with the same prefixes; an error of one is raised on
+    all."""
 
     engine: Engine
     model: PreTrainedModel
 
     def generate(self, prefixes: Sequence[Prefix]) -> list[Rollout]:
         with whole(self.model):
-            own = self.engine.generate(share(prefixes))
-        return [rollout for rollouts in from_all(own) for rollout in rollouts]
+            by_rank = on_each(lambda: self.engine.generate(share(prefixes)))
+        return [rollout for rollouts in by_rank for rollout in rollouts]
 
 
 def check_room(prefixes: Sequence[Prefix], response_length: int) -> None:

@@ -18,8 +18,11 @@ from typing import Any
 
 TESTED = "0.32"
 """The version of vLLM with which `make test-vllm` passes."""
-OF_TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
-"""Environment variables of the trainer's process group, which vLLM would take for its own."""
+OF_TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_", "LOCAL_", "GROUP_", "ROLE_", "TORCHELASTIC_")
+"""Beginnings of the environment variables of the trainer's process group, which vLLM would take for its own."""
+QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+"""Environment variables that have these values unless the user sets them. At each update vLLM would warn of weights
+that no checkpoint has."""
 PATIENCE = 5.0
 """Seconds that a process is given to end by itself after its connection is closed."""
 
@@ -34,13 +37,13 @@ class Child:
     def __init__(self, memory: int, environment: Mapping[str, str]) -> None:
         """`memory` is the file descriptor of the shared memory. `environment` are the variables that the process has
         beside those of the trainer."""
-        inherited = {name: value for name, value in os.environ.items() if name not in OF_TORCHRUN}
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(OF_TORCHRUN)}
         inherited |= {
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in the process that is started here
         }
-        # At each update vLLM warns of weights that no checkpoint has.
-        inherited.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        for name, value in QUIET.items():
+            inherited.setdefault(name, value)
         ours, theirs = Pipe()
         self._process = subprocess.Popen(
             # -P: modules in the current folder do not shadow installed ones.

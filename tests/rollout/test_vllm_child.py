@@ -108,6 +108,26 @@ def test_a_process_that_exits_is_an_error_with_its_exit_code():
         process.ask("sleep")
 
 
+def test_vllm_sees_neither_torchruns_variables_nor_the_pipes_of_the_trainer(monkeypatch):
+    started = {}
+
+    def start(command, **settings):
+        started.update(settings)
+        raise FileNotFoundError
+
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "TORCHELASTIC_USE_AGENT_STORE"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "DEBUG")
+    monkeypatch.setattr(subprocess, "Popen", start)
+    with pytest.raises(FileNotFoundError):
+        Child(0, {"CUDA_VISIBLE_DEVICES": "3"})
+    environment = started["env"]
+    assert not {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "TORCHELASTIC_USE_AGENT_STORE"} & {*environment}
+    assert environment["CUDA_VISIBLE_DEVICES"] == "3"
+    assert environment["VLLM_LOGGING_LEVEL"] == "DEBUG"
+    assert (started["stdin"], started["stdout"]) == (subprocess.DEVNULL, 2)
+
+
 TRAINER = """
 import os, signal, sys
 from fastrlhf.rollout.vllm_child import Child

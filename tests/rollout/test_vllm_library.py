@@ -7,8 +7,9 @@ import importlib.util
 import json
 import os
 import signal
+import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -148,6 +149,32 @@ def test_a_killed_process_leaves_a_checkpoint(tmp_path, monkeypatch):
     assert told.value.__notes__ == [f"saved as {tmp_path / 'run' / 'checkpoint-2'}; the same command continues"]
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2]
+
+
+RANK = """
+import json, sys, torch
+from fastrlhf.algorithms.ppo import train_ppo
+from fastrlhf.config import PPOConfig
+from tests import tiny
+
+def judge(rollouts):
+    return torch.tensor([float(len(rollout.completion)) for rollout in rollouts])
+
+train_ppo(PPOConfig(**json.loads(sys.argv[1])), tiny.examples(40), judge=judge)
+"""
+
+
+def test_under_torchrun_every_process_has_an_engine(tmp_path):
+    settings = asdict(config(tmp_path, "tied", output_dir=str(tmp_path / "run"), vllm_gpu_memory_utilization=0.05))
+    (tmp_path / "rank.py").write_text(RANK)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    paths = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command += [str(tmp_path / "rank.py"), json.dumps(settings)]
+    subprocess.run(command, env=os.environ | paths, timeout=900, check=True)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert all(row["sampling/sampling_logp_difference/mean"] < 1e-4 for row in rows)
+    assert rows[-1]["objective/kl"] > 0.05
 
 
 def prefixes(count: int, seed: int = 0) -> list[Prefix]:
