@@ -1,4 +1,4 @@
-"""Which weights get an adapter: experts by parameter, no router, nothing that the forward does not call."""
+"""Tests which weights get an adapter: experts by parameter, no router, and nothing that the forward does not call."""
 
 import logging
 from dataclasses import replace
@@ -67,7 +67,7 @@ def logprobs(model):
 
 
 def adapted(model) -> set[str]:
-    """Ends of the names of what has an adapter."""
+    """The last parts of the names of all weights that have an adapter."""
     names = set()
     for name, layer in model.named_modules():
         if hasattr(layer, "lora_A"):
@@ -128,7 +128,7 @@ def test_the_log_says_which_share_of_the_weights_an_adapter_reaches(caplog):
     )
 
 
-def test_named_targets_are_taken_as_they_are():
+def test_named_targets_are_used_unchanged():
     config, _ = FAMILIES["qwen3_moe"]
     settings = {"lora_target_modules": ("q_proj",), "lora_target_parameters": ("mlp.experts.down_proj",)}
     model = model_of(config)
@@ -137,7 +137,8 @@ def test_named_targets_are_taken_as_they_are():
 
 
 def test_a_layer_whose_weight_is_read_without_it_gets_no_adapter():
-    """Mamba's scan reads dt_proj.weight: an adapter there would be merged at the end without having been trained."""
+    """Mamba's scan reads dt_proj.weight directly, so an adapter there would be merged without ever having been
+    trained."""
     config = MambaConfig(vocab_size=tiny.VOCAB, hidden_size=32, num_hidden_layers=2, state_size=4, pad_token_id=0)
     model = model_of(config)
     add_adapter(model, SFTConfig(**LORA), "base")
@@ -172,10 +173,10 @@ def run_dpo(source: str, saved: tuple[str, ...], **settings):
     ],
     ids=["heads", "tied", "layers"],
 )
-def test_modules_to_save_are_trained_whole_saved_and_read_by_peft_and_as_roles(saved, tied, names, tmp_path):
+def test_modules_to_save_are_fully_trained_and_loaded_by_peft_and_as_roles(saved, tied, names, tmp_path):
     base, folder = policy_folder(tmp_path / "base", tied=tied), tmp_path / "run"
     result = run_dpo(base, saved, precompute_ref_log_probs=False, output_dir=str(folder))
-    # The live reference keeps the modules of the start, whose log-probs the precomputed one has.
+    # The live reference keeps the initial modules, from which the precomputed log-probs come.
     for row, other in zip(result.history, run_dpo(base, saved).history, strict=True):
         assert row == pytest.approx(other, rel=1e-4, abs=1e-5)
     plain, moved = load_policy(base), logprobs(result.model)
@@ -208,7 +209,7 @@ def test_a_run_with_modules_to_save_goes_on_from_its_checkpoint_with_the_same_bi
     assert left(run("ppo", paths, tmp_path / "cut", **settings), watch.made[-1], tmp_path / "cut") == whole
 
 
-def test_new_tokens_are_trained_under_an_adapter_where_their_rows_are(tmp_path):
+def test_new_tokens_are_trained_if_modules_to_save_has_their_rows(tmp_path):
     base = policy_folder(tmp_path / "base")
     config = SFTConfig(
         model_name_or_path=base,

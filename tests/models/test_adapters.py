@@ -1,5 +1,5 @@
-"""Adapters: nothing at the start, nothing but the adapter is trained, the reference shares the weights, and merging
-changes no number."""
+"""Tests of adapters: no effect at the start, only the adapter is trained, the reference shares the weights, merging is
+exact."""
 
 import gc
 import logging
@@ -41,7 +41,7 @@ def logprobs(model):
 
 
 def disturb(model):
-    """Moves what is trained."""
+    """Changes the trained weights at random."""
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(0)
         for parameter in model.parameters():
@@ -51,11 +51,12 @@ def disturb(model):
 
 @pytest.mark.parametrize("architecture", list(tiny.ARCHITECTURES))
 @pytest.mark.parametrize("kind", [{}, {"use_dora": True}, {"use_rslora": True}], ids=["lora", "dora", "rslora"])
-def test_an_adapter_starts_at_nothing_trains_alone_and_merges_exactly(architecture, kind):
+def test_an_adapter_starts_at_zero_is_the_only_trained_part_and_merges_exactly(architecture, kind):
     model = tiny.policy(architecture)
     start, names = logprobs(model), list(model.state_dict())
     add_adapter(model, SFTConfig(**LORA | kind), "base")
-    torch.testing.assert_close(logprobs(model), start, rtol=1e-6, atol=1e-6)  # DoRA divides by a norm and multiplies
+    # DoRA divides by a norm and multiplies by it again
+    torch.testing.assert_close(logprobs(model), start, rtol=1e-6, atol=1e-6)
     assert all(".lora_" in name for name, parameter in model.named_parameters() if parameter.requires_grad)
     reference = frozen_copy(model)
     disturb(model)
@@ -71,7 +72,7 @@ def test_an_adapter_starts_at_nothing_trains_alone_and_merges_exactly(architectu
     torch.testing.assert_close(logprobs(model), moved, rtol=1e-5, atol=1e-5)
 
 
-def test_a_score_head_is_trained_and_the_judge_has_one_of_its_own(paths):
+def test_a_score_head_is_trained_and_the_judge_has_its_own(paths):
     critic = load_reward_model(paths[1], pad_token_id=0)
     add_adapter(critic, SFTConfig(**LORA), "base")
     assert critic.score.weight.requires_grad
@@ -98,7 +99,7 @@ def test_the_plain_weights_are_those_of_the_merged_model(adapter):
         torch.testing.assert_close(weights[name], merged, rtol=1e-6, atol=1e-6)
 
 
-def test_the_adapter_is_drawn_with_the_seed():
+def test_the_adapter_is_initialised_from_the_seed():
     def weights(seed):
         model = tiny.policy()
         add_adapter(model, SFTConfig(**LORA, seed=seed), "base")
@@ -108,7 +109,7 @@ def test_the_adapter_is_drawn_with_the_seed():
     assert not torch.equal(weights(1), weights(2))
 
 
-def test_named_layers_alone_get_one_and_no_such_layer_is_an_error():
+def test_only_named_layers_get_an_adapter_and_unknown_layers_are_an_error():
     model = tiny.policy()
     add_adapter(model, SFTConfig(**LORA, lora_target_modules=("q_proj", "v_proj")), "base")
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -127,11 +128,12 @@ def dpo(model, **settings):
     return DPOConfig(model_name_or_path=model, micro_batch_tokens=60, **fields | settings)
 
 
-def test_adapter_off_is_the_copied_reference_and_the_precomputed_one(paths):
-    """DPO with the reference live (the same weights without the adapter), precomputed, and a copy from disk."""
+def test_with_the_adapter_off_the_policy_is_the_reference(paths):
+    """Runs DPO with a live reference (the same weights without the adapter), a precomputed one, and a copy from
+    disk."""
     examples = tiny.examples(16)
     precomputed = train_dpo(dpo(paths[0]), examples).history
-    assert precomputed[-1]["rewards/margins"] > 0.05  # it has moved
+    assert precomputed[-1]["rewards/margins"] > 0.05  # the policy has changed
     live = train_dpo(dpo(paths[0], precompute_ref_log_probs=False), examples).history
     copied = train_dpo(dpo(paths[0], precompute_ref_log_probs=False, ref_model_name_or_path=paths[0]), examples).history
     assert live == copied
@@ -162,7 +164,7 @@ def test_a_copy_recomputes_nothing_and_does_not_keep_the_model_alive(make, adapt
     assert original() is None
 
 
-def test_a_run_leaves_the_merged_model_and_the_adapter_that_makes_it(paths, tmp_path):
+def test_a_run_saves_the_merged_model_and_the_adapter(paths, tmp_path):
     folder = tmp_path / "run"
     result = train_dpo(dpo(paths[0], output_dir=str(folder)), tiny.examples(16))
     assert not has_adapter(result.model)
@@ -186,7 +188,7 @@ def test_a_reward_model_keeps_its_trained_head(paths, tmp_path):
     assert torch.equal(saved.score.weight, result.model.score.weight)
     start = load_reward_model(paths[0], pad_token_id=0, seed=cfg.seed, field="model_name_or_path")
     assert not torch.equal(saved.score.weight, start.score.weight)
-    with torch.random.fork_rng():  # peft draws a head before it reads ours
+    with torch.random.fork_rng():  # peft initialises a head before it loads ours
         base = AutoModelForSequenceClassification.from_pretrained(paths[0], num_labels=1, pad_token_id=0)
     adapted = PeftModel.from_pretrained(base, str(folder / "adapter"))
     with torch.no_grad():
@@ -219,7 +221,7 @@ def test_an_on_policy_run_shares_its_weights_and_starts_at_no_kl(paths, tmp_path
     assert history[1]["eval_objective/kl"] > 0
 
 
-def test_what_an_adapter_cannot_do_is_refused(paths, caplog):
+def test_options_that_adapters_do_not_support_are_refused(paths, caplog):
     with pytest.raises(ValueError, match="use_peft: must be false with model_config: random weights need no adapter"):
         train_sft(
             SFTConfig(model_config='{"model_type": "llama"}', tokenizer_name_or_path=paths[0], **LORA), tiny.examples(8)

@@ -9,12 +9,13 @@ FOREST = [
     Segment(token_ids=[9], parent=0, cut=4),
     Segment(token_ids=[10, 11], parent=0, cut=2),
     Segment(token_ids=[12, 13, 14]),
-    Segment(token_ids=[15, 16], parent=3, cut=1),  # which leaves 13 and 14 to no branch
+    # Cuts after the first token of its parent, so no branch contains the rest of it
+    Segment(token_ids=[15, 16], parent=3, cut=1),
 ]
 
 
-def test_every_token_sees_its_own_past_whatever_the_order_of_the_pack():
-    """The state of a token is the number whose digits in base 32 are the ids up to it."""
+def test_every_token_sees_its_own_past_in_any_order_of_the_pack():
+    """In this test model the state of a token is a number whose base-32 digits are all ids up to the token."""
     calls = []
 
     def run(ids):
@@ -33,12 +34,12 @@ def test_every_token_sees_its_own_past_whatever_the_order_of_the_pack():
         [12], [12, 13], [12, 13, 14], [12, 15], [12, 15, 16],
     ]  # fmt: skip
     assert found == [sum(token * 32**i for i, token in enumerate(reversed(path))) for path in paths]
-    # Sequences of equal length go together, without padding.
+    # Sequences of equal length run in one batch, without padding.
     assert calls == [[[5, 6, 7, 8, 9]], [[5, 6, 10, 11]], [[12, 13, 14], [12, 15, 16]]]
     assert num_computed_alone(pack(FOREST).plan) == 5 + 4 + 3 + 3
 
 
-def test_a_shared_token_passes_on_the_gradient_of_all_that_reads_it():
+def test_a_shared_token_gets_the_gradients_of_all_sequences_that_contain_it():
     weight = torch.tensor(2.0, requires_grad=True)
     states, again = states_one_by_one(lambda ids: [weight * ids[..., None].double(), ids], pack(FOREST))
     states.sum().backward()

@@ -17,7 +17,7 @@ from tests import tiny
         ("vit", "a vit model, for which transformers has no causal language model"),
     ],
 )
-def test_what_is_no_causal_language_model_is_refused_by_its_kind(kind, told):
+def test_models_that_are_not_causal_language_models_are_refused(kind, told):
     message = re.escape(f"model_name_or_path: 'x' is {told}; give a causal language model (decoder only)")
     with pytest.raises(ValueError, match=f"^{message}$"):
         check_decoder(AutoConfig.for_model(kind), "model_name_or_path: 'x'")

@@ -1,4 +1,4 @@
-"""Attention over forests against a dense reference that knows only which tokens precede which."""
+"""Tests attention over forests against a dense reference that only knows which tokens precede which."""
 
 import inspect
 import sys
@@ -51,7 +51,7 @@ VARIANTS = {
 
 
 def draw(segments: list[Segment], num_heads: int = 4, num_key_heads: int = 2) -> tuple[Tensor, Tensor, Tensor]:
-    """Query [1, H, T, 8], key and value [1, H_kv, T, 8]."""
+    """Random query [1, H, T, 8], key and value [1, H_kv, T, 8]."""
     generator = torch.Generator().manual_seed(0)
     num_tokens = sum(len(segment.token_ids) for segment in segments)
     shapes = [(1, heads, num_tokens, 8) for heads in (num_heads, num_key_heads, num_key_heads)]
@@ -59,7 +59,7 @@ def draw(segments: list[Segment], num_heads: int = 4, num_key_heads: int = 2) ->
 
 
 def attend(segments: list[Segment], query: Tensor, key: Tensor, value: Tensor, **settings) -> Tensor:
-    """What transformers calls; [1, T, H, 8]."""
+    """Attention as transformers calls it; returns [1, T, H, 8]."""
     output, weights = AttentionInterface()[PACKED](
         None, query, key, value, None, attention_plan=pack(segments).plan, **settings
     )
@@ -68,7 +68,7 @@ def attend(segments: list[Segment], query: Tensor, key: Tensor, value: Tensor, *
 
 
 def paths(segments: list[Segment]) -> list[list[int]]:
-    """For every token of the pack, the rows of the tokens that precede it in its sequence, its own last."""
+    """For every token of the pack, the rows of the tokens that precede it in its sequence, and its own row last."""
     starts, found = [], []
     for segment in segments:
         starts.append(len(found))
@@ -87,7 +87,7 @@ def dense(
     softcap: float | None = None,
     sliding_window: int | None = None,
 ) -> Tensor:
-    """All tokens against all, in float64, under an explicit mask."""
+    """Attention of all tokens to all tokens in float64, with an explicit mask."""
     visible = torch.zeros(query.shape[2], query.shape[2], dtype=torch.bool)
     for row, path in enumerate(paths(segments)):
         visible[row, path if sliding_window is None else path[-sliding_window:]] = True
@@ -101,7 +101,7 @@ def dense(
 
 
 def agree(segments: list[Segment], settings: dict, num_heads: int = 4, num_key_heads: int = 2) -> None:
-    """Ours and the dense reference in value and in all three gradients."""
+    """Compares our attention with the dense reference: values and all three gradients."""
     results = []
     for function in (attend, dense):
         inputs = draw(segments, num_heads, num_key_heads)
@@ -137,7 +137,7 @@ def test_dropout_and_masks_of_the_models_own_are_refused():
 
 @pytest.mark.parametrize("settings", [{}, {"sliding_window": 3}], ids=["all", "window"])
 def test_a_sink_is_a_key_without_a_value(settings):
-    """Against a softmax with one more column, whose weight is dropped; gradients of the sinks included."""
+    """Compares with a softmax that has one more column, whose weight is dropped; also the gradients of the sinks."""
     sinks = torch.tensor([0.5, -1.0, 2.0, 0.0], requires_grad=True)
     results = []
     for ours in (True, False):
@@ -171,7 +171,7 @@ def test_keywords_of_other_models_are_left_alone():
 
 
 @pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)
-def test_nothing_of_the_size_of_all_tokens_squared_is_ever_built(settings):
+def test_no_tensor_of_quadratic_size_is_ever_allocated(settings):
     segments = [Segment(token_ids=range(16))] * 8
 
     class Largest(TorchDispatchMode):
@@ -189,7 +189,7 @@ def test_nothing_of_the_size_of_all_tokens_squared_is_ever_built(settings):
     assert 0 < largest.numel < 128 * 128
 
 
-# Which kernel runs, and what it is told. ------------------------------------
+# Choice of the backend and its arguments. -----------------------------------
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ def test_what_is_installed_is_found(tmp_path, monkeypatch):
     assert attention._installed("torch.nn.attention.varlen")
     assert not attention._installed("no_such_package")
     assert not attention._installed("no_such_package.within")
-    (tmp_path / "flash_attn" / "cute").mkdir(parents=True)  # as flash-attn-4 installs itself
+    (tmp_path / "flash_attn" / "cute").mkdir(parents=True)  # the layout of an installed flash-attn-4
     (tmp_path / "flash_attn" / "cute" / "__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
     attention._installed.cache_clear()
@@ -245,7 +245,7 @@ def test_what_is_installed_is_found(tmp_path, monkeypatch):
         ("sdpa", CPU, torch.bfloat16, 2.0, False, 8, ""),
     ],
 )
-def test_a_backend_that_cannot_run_the_model_is_refused_with_a_mend(
+def test_a_backend_that_cannot_run_the_model_is_refused_with_a_fix(
     monkeypatch, name, device, dtype, softcap, installed, capability, expected
 ):
     monkeypatch.setattr(attention, "_installed", lambda module: installed)
@@ -255,7 +255,7 @@ def test_a_backend_that_cannot_run_the_model_is_refused_with_a_mend(
     assert bool(expected) == bool(found)
 
 
-def test_every_backend_can_be_asked_for_by_its_name_and_no_other():
+def test_only_existing_backends_can_be_chosen_by_name():
     names = get_args(get_type_hints(TrainConfig)["attn_implementation"])
     assert set(names) == {"auto", *BACKENDS}
 
@@ -282,11 +282,11 @@ def test_the_chosen_backend_runs(monkeypatch, chosen):
     monkeypatch.setattr(attention, "backend", lambda *_: pytest.fail("chosen") if chosen == "sdpa" else "sdpa")
     with torch.no_grad():
         hidden_states(model, pack(PLAIN))
-    assert len(ran) == 2  # layers
+    assert len(ran) == 2  # one call per layer
 
 
 def variable_length(q, k, v, cu_q, cu_k, scale, window: tuple[int, int], softcap: float = 0.0) -> Tensor:
-    """FlashAttention's documented contract, token by token: query i of Lq sees the keys j of Lk with
+    """FlashAttention by its documentation, token by token: query i of Lq attends to the keys j of Lk with
     i + Lk - Lq - left <= j <= i + Lk - Lq + right, where -1 is no limit."""
     left, right = (torch.inf if side < 0 else side for side in window)
     groups = q.shape[1] // k.shape[1]
@@ -312,8 +312,9 @@ def check_lengths(plan: AttentionPlan, cu_q: Tensor, cu_k: Tensor, max_q: int, m
 @pytest.mark.parametrize("version", [2, 3, 4])
 @pytest.mark.parametrize("segments", [PLAIN, FOREST], ids=["plain", "forest"])
 @pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)
-def test_flash_attention_is_told_the_same(monkeypatch, segments, settings, version):
-    """Each of its three packages by its documented signature; 3 and 4 never ran here."""
+def test_flash_attention_gets_equivalent_arguments(monkeypatch, segments, settings, version):
+    """Checks the arguments for the documented signature of each of its three packages; versions 3 and 4 have never run
+    here."""
 
     def flash_attn_varlen_func(
         q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_size, softcap,
@@ -322,10 +323,10 @@ def test_flash_attention_is_told_the_same(monkeypatch, segments, settings, versi
         assert deterministic
         check_lengths(pack(segments).plan, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
         left = window_size[0]
-        if version == 4:  # to which -1 is a window that ends before the token itself
+        if version == 4:  # for version 4, -1 means a window that ends before the token itself
             assert left is None or left >= 0
             left = -1 if left is None else left
-        window = (left, 0) if causal else window_size  # causal caps the right side
+        window = (left, 0) if causal else window_size  # causal limits the right side
         output = variable_length(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, window, softcap)
         return (output, None) if version == 4 else output
 
@@ -339,14 +340,15 @@ def test_flash_attention_is_told_the_same(monkeypatch, segments, settings, versi
 
 @pytest.mark.parametrize("segments", [PLAIN, FOREST], ids=["plain", "forest"])
 @pytest.mark.parametrize("settings", [s for s in VARIANTS.values() if "softcap" not in s], ids=str)
-def test_torch_varlen_is_told_the_same(monkeypatch, segments, settings):
+def test_torch_varlen_gets_equivalent_arguments(monkeypatch, segments, settings):
     signature = inspect.signature(varlen.varlen_attn)
 
     def varlen_attn(*arguments, **keywords):
         call = signature.bind(*arguments, **keywords)
         call.apply_defaults()
         told = call.arguments
-        assert told["query"].shape[1] == told["key"].shape[1] == told["value"].shape[1]  # no enable_gqa in torch 2.11
+        # Torch 2.11 has no enable_gqa here
+        assert told["query"].shape[1] == told["key"].shape[1] == told["value"].shape[1]
         check_lengths(pack(segments).plan, told["cu_seq_q"], told["cu_seq_k"], told["max_q"], told["max_k"])
         return variable_length(
             *(told[name] for name in ("query", "key", "value", "cu_seq_q", "cu_seq_k", "scale", "window_size"))
@@ -357,10 +359,10 @@ def test_torch_varlen_is_told_the_same(monkeypatch, segments, settings):
     agree(segments, settings)
 
 
-# The model around it. -------------------------------------------------------
+# Effects on the model. ------------------------------------------------------
 
 
-def test_a_model_is_as_before_after_packed_attention_even_after_an_error():
+def test_packed_attention_restores_the_model_even_after_an_error():
     model = tiny.policy()
     before = model.config._attn_implementation
     with packed_attention(model):
@@ -377,7 +379,7 @@ def test_a_model_is_as_before_after_packed_attention_even_after_an_error():
 
 @pytest.mark.parametrize("name", tiny.ARCHITECTURES)
 def test_a_packed_forward_reads_nothing_back_from_the_device(name):
-    """Each such read would make a GPU wait; the CPU dispatches the same operators."""
+    """Every such read would make a GPU wait. The test runs on a CPU, which dispatches the same operators."""
 
     class Reads(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, arguments=(), keywords=None):

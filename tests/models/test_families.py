@@ -1,6 +1,6 @@
-"""The most used families, tiny: packs, shared prompts and recomputed layers give the numbers of plain transformers.
+"""Tests that packs, shared prompts and checkpointing give transformers' numbers, for tiny models of common families.
 
-All causal language models of transformers are swept by `python -m bench models`; this is the part that runs every time.
+`python -m bench models` checks all causal language models of transformers; these tests are the part that always runs.
 """
 
 import pytest
@@ -21,4 +21,4 @@ def test_a_family_gives_the_numbers_of_plain_transformers(model_type, tmp_path):
         family = Family(model_type, tmp_path)
         assert bool(runs_alone(family.policy)) == (model_type in ALONE)
         for check in (check_packed, check_branched, check_checkpointing):
-            check(family)  # raises where a number differs
+            check(family)  # raises an error if a number differs

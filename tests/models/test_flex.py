@@ -1,4 +1,7 @@
-"""FlexAttention over forests against one SDPA call per segment. On a CPU torch runs its reference math of it."""
+"""Tests FlexAttention over forests against one SDPA call per segment.
+
+On a CPU torch runs its reference implementation.
+"""
 
 import random
 
@@ -18,12 +21,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without to
 
 @pytest.fixture(autouse=True)
 def with_backward(monkeypatch):
-    """The reference math has a backward; torch refuses it on a CPU because the compiled one is missing there."""
+    """Enables the backward of the reference implementation, which torch refuses on a CPU because the compiled one is
+    missing."""
     monkeypatch.setattr(torch_flex, "_validate_device", lambda *_: None)
 
 
 def forest(seed: int, longest: int = 90) -> list[Segment]:
-    """Ragged trees of more than one block of 128 rows."""
+    """Trees of different lengths with more than one block of 128 rows."""
     draw, segments = random.Random(seed), []
     for _ in range(4):
         trunk, length = len(segments), draw.randint(2, longest)
@@ -35,7 +39,7 @@ def forest(seed: int, longest: int = 90) -> list[Segment]:
 
 
 def run(attend, plan: AttentionPlan, softcap: float | None, window: int | None) -> list[torch.Tensor]:
-    """The output [T, 4, 8] and the gradients of query, key and value, under a loss that weighs all entries."""
+    """The output [T, 4, 8] and the gradients of query, key and value, for a loss that weights all entries."""
     generator = torch.Generator().manual_seed(0)
     sizes = [(sum(plan.query_lengths), 4, 8), *[(sum(plan.query_lengths), 2, 8)] * 2]
     inputs = [torch.randn(size, generator=generator).requires_grad_() for size in sizes]
@@ -46,13 +50,13 @@ def run(attend, plan: AttentionPlan, softcap: float | None, window: int | None) 
 
 
 def assert_close(ours, expected) -> None:
-    """Within 1e-6 of the largest entry: both sum at most some hundred float32 numbers, in another order."""
+    """Within 1e-6 of the largest entry: both sum at most a few hundred float32 numbers, in different orders."""
     for one, other in zip(ours, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6 * other.abs().max().item() + 1e-7)
 
 
 def test_each_query_sees_one_run_of_keys():
-    """7 8 | 1 0 2 on the first token of it | 5: the keys gathered are 7 8 | 7 1 0 2 | 5."""
+    """Pack: 7 8, a branch 1 0 2 from its first token, and 5. The gathered keys are 7 8 | 7 1 0 2 | 5."""
     first, last = flex.visible((2, 3, 1), (2, 4, 1), None)
     assert first.tolist() == [0, 0, 2, 2, 2, 6]
     assert last.tolist() == [0, 1, 3, 4, 5, 6]
@@ -61,7 +65,7 @@ def test_each_query_sees_one_run_of_keys():
 
 
 @pytest.mark.parametrize("window", [None, 1, 40])
-def test_the_blocks_of_the_mask_hold_all_that_is_visible_and_no_block_without(window):
+def test_the_block_mask_has_exactly_the_blocks_with_visible_keys(window):
     plan = pack(forest(0)).plan
     first, last = flex.visible(plan.query_lengths, plan.key_lengths, window)
     rows = torch.arange(sum(plan.key_lengths))
@@ -102,7 +106,7 @@ def test_a_model_gives_the_numbers_and_gradients_of_sdpa(monkeypatch, name):
 
 
 def test_packs_of_all_lengths_share_few_compiled_codes(monkeypatch):
-    """As on a GPU, where lengths are dynamic; the compiler's last stages, which need one, are left out."""
+    """Lengths are dynamic, as on a GPU. The compiler's last stages, which need a GPU, are skipped."""
     compiled = torch.compile(torch_flex.flex_attention, dynamic=True, backend="eager")
     monkeypatch.setattr(flex, "flex_attention", compiled)
     counters.clear()

@@ -38,7 +38,7 @@ def test_packed_logprobs_equal_the_models_own_one_by_one(name):
 @pytest.mark.parametrize("name", tiny.ARCHITECTURES)
 @torch.no_grad()
 def test_the_kl_of_every_state_is_that_of_the_models_own_distributions(name):
-    """Over the whole vocabulary and tempered, soft-caps included."""
+    """Over the whole vocabulary, with temperature and soft caps."""
     model, reference = tiny.policy(name), tiny.policy(name, seed=5)
     batch = pack([scored(ids) for ids in SEQUENCES])
     states, reference_states = scored_states(model, batch), scored_states(reference, batch)
@@ -97,7 +97,7 @@ def test_scores_equal_the_plain_sequence_classifier(name, tmp_path):
 
 
 @torch.no_grad()
-def test_a_value_is_read_where_its_token_is_predicted(tmp_path):
+def test_the_value_of_a_token_is_read_where_the_token_is_predicted(tmp_path):
     tiny.policy().save_pretrained(tmp_path)
     critic = load_reward_model(str(tmp_path), pad_token_id=0)
     values = token_values(critic, pack([Segment(token_ids=[5, 6, 7, 8], num_scored=2)]))
@@ -106,7 +106,7 @@ def test_a_value_is_read_where_its_token_is_predicted(tmp_path):
 
 
 def saved_bytes(model, batch) -> int:
-    """What autograd keeps of a forward, weights aside."""
+    """Bytes that autograd saves in a forward, without the weights."""
     weights, kept = {p.data_ptr() for p in model.parameters()}, {}
 
     def keep(tensor):
@@ -120,8 +120,9 @@ def saved_bytes(model, batch) -> int:
 
 
 @pytest.mark.parametrize("name", tiny.ARCHITECTURES)
-def test_activation_checkpointing_changes_no_bit_and_keeps_less(name):
-    """On a forest: the recomputation attends as the forward did, and leaves the model in the mode that it was in."""
+def test_activation_checkpointing_changes_no_bit_and_saves_memory(name):
+    """On a forest: the recomputation must use the same attention as the forward and must restore the mode of the
+    model."""
     forest = pack(
         [
             Segment(token_ids=SEQUENCES[0]),

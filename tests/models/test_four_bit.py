@@ -1,4 +1,7 @@
-"""QLoRA end to end: the 4 bits stay, the adapter learns, roles share them, and what is left behind is plain."""
+"""End-to-end tests of QLoRA:
+
+4-bit weights stay unchanged, the adapter is trained, roles share weights, saved models are plain.
+"""
 
 import importlib.util
 import json
@@ -36,7 +39,7 @@ def logprobs(model):
 
 
 def save_base(folder) -> str:
-    """Rows of 64, the block of the quantisation: bitsandbytes 0.50 reads shorter ones wrongly on a CPU."""
+    """Saves a model with rows of 64, the quantisation block: bitsandbytes 0.50 reads shorter rows wrongly on a CPU."""
     config = tiny.model_config()
     config.hidden_size, config.intermediate_size, config.head_dim = 64, 64, 16
     model = build_policy(config, vocab_size=tiny.VOCAB, eos_token_id=tiny.EOS, seed=0)
@@ -56,7 +59,7 @@ def dpo(path, **settings):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A base, and a judge and a DPO model that were trained over its 4 bits."""
+    """A base model, and a judge and a DPO model that were trained over its 4-bit weights."""
     place = tmp_path_factory.mktemp("runs")
     base = save_base(place / "base")
     settings = {"output_dir": str(place / "judge"), "max_steps": 3, "learning_rate": 1e-2, **LORA}
@@ -82,18 +85,18 @@ def test_without_bitsandbytes_the_error_says_what_to_install(tmp_path, monkeypat
 
 
 @needs_bitsandbytes
-def test_the_trunk_alone_is_quantised_and_a_gradient_flows_after_a_pass_without(runs):
+def test_only_the_trunk_is_quantised_and_gradients_work_after_a_pass_without(runs):
     model, full = (load_policy(runs["base"], load_in_4bit=on) for on in (True, False))
     for name, weight in full.named_parameters():
         ours = model.get_parameter(name)
         inside = ".layers." in name and weight.ndim == 2
         assert (ours.dtype == torch.uint8) == inside
-        # Halfway between the two of the 16 levels that are farthest apart, of a block's largest weight.
+        # Half the largest distance of neighbouring levels (of 16), relative to the largest weight of a block.
         error = (four_bit.plain_weight(ours) - weight).abs().max()
         assert 0 < error < 0.16 * weight.abs().max() if inside else error == 0
         if inside:
             assert ours.quant_state.quant_type == "nf4"
-            assert ours.quant_state.nested  # the scales are quantised too
+            assert ours.quant_state.nested  # the scales are quantised as well
     assert (logprobs(model) - logprobs(full)).abs().max() > 1e-3
     assert base_fingerprint(model) != base_fingerprint(full)
     add_adapter(model, SFTConfig(**LORA), runs["base"])
@@ -132,7 +135,7 @@ def test_adapter_off_is_the_precomputed_reference_and_training_moves(runs):
 
 @needs_bitsandbytes
 @pytest.mark.parametrize("kind", [{}, {"use_dora": True}], ids=["lora", "dora"])
-def test_what_is_left_is_plain_and_gives_the_numbers_of_the_adapter_over_4_bits(kind, runs, tmp_path):
+def test_the_saved_model_is_plain_and_gives_the_numbers_of_the_4_bit_run(kind, runs, tmp_path):
     result = dpo(runs["base"], output_dir=str(tmp_path / "run"), **kind)
     left = load_policy(str(tmp_path / "run"))
     assert not hasattr(left.config, "quantization_config")
@@ -175,7 +178,7 @@ def test_five_roles_share_the_4_bits_and_train(runs, tmp_path):
 
 
 @needs_bitsandbytes
-def test_eval_lays_an_adapter_over_the_4_bits_that_it_was_trained_over(runs):
+def test_eval_uses_an_adapter_over_the_4_bit_weights_of_its_training(runs):
     settings = {"response_length": 6, "max_length": 32}
     over, left = (
         EvalConfig(models=(one,), reward_model_path=other, **settings)
@@ -190,7 +193,7 @@ def test_eval_lays_an_adapter_over_the_4_bits_that_it_was_trained_over(runs):
 
 
 @needs_bitsandbytes
-def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, monkeypatch):
+def test_a_killed_run_continues_with_the_same_bits(tmp_path, monkeypatch):
     watch, paths = resumable.Watch("lora", monkeypatch), {"policy": save_base(tmp_path / "policy"), "judge": ""}
     whole = resumable.run("lora", paths, tmp_path / "whole", load_in_4bit=True)
     watch.kill = (4, "before")
@@ -202,8 +205,8 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, monkeypatch):
 
 
 @needs_bitsandbytes
-def test_a_base_that_is_stored_in_4_bits_is_trained_under_an_adapter_alone(runs, tmp_path):
-    """The same numbers as 4 bits made at the start, and refused before a step where all weights would be trained."""
+def test_a_base_stored_in_4_bits_can_only_be_trained_with_an_adapter(runs, tmp_path):
+    """Gives the numbers of weights quantised at the start. Training all weights is refused before the first step."""
     made = load_policy(runs["base"], load_in_4bit=True)
     made.save_pretrained(tmp_path / "stored")
     tiny.tokenizer().save_pretrained(tmp_path / "stored")

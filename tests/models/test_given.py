@@ -1,4 +1,4 @@
-"""Models and tokenizers that a program holds, in place of those that a configuration names."""
+"""Tests of model and tokenizer objects that a program passes in place of configured names."""
 
 import datasets
 import pytest
@@ -40,7 +40,7 @@ def test_a_model_and_a_tokenizer_in_memory_train_like_those_of_a_folder(policy):
     before = model.lm_head.weight.clone()
     given = train_sft(SFTConfig(**FIELDS), datasets.Dataset.from_list(ROWS), model=model, tokenizer=tiny.tokenizer())
     assert given.history[0]["loss"] == by_name.history[0]["loss"]
-    assert not torch.equal(model.lm_head.weight, before)  # trained in place
+    assert not torch.equal(model.lm_head.weight, before)  # the model was trained in place
 
 
 def test_dpo_on_a_model_in_memory_starts_at_ln_2(policy):
@@ -58,7 +58,7 @@ def test_a_reward_model_in_memory_trains_like_that_of_a_folder(reward_model):
     assert given.history[0]["loss"] == by_name.history[0]["loss"]
 
 
-def test_ppo_on_a_model_in_memory_samples_what_it_samples_by_name(policy, reward_model):
+def test_ppo_with_a_model_in_memory_samples_as_with_a_model_folder(policy, reward_model):
     settings = {"reward_model_path": reward_model, "response_length": 4, **FIELDS}
     model = AutoModelForCausalLM.from_pretrained(policy)
     given = train_ppo(PPOConfig(**settings), ROWS, model=model, tokenizer=tiny.tokenizer())
@@ -89,7 +89,7 @@ def test_keys_of_the_tokenizer_are_refused_beside_one_given(policy):
         train_sft(config, EXAMPLES, tokenizer=tiny.tokenizer())
 
 
-def test_a_model_that_is_no_classifier_is_no_reward_model(policy):
+def test_a_model_that_is_not_a_classifier_is_refused_as_reward_model(policy):
     model = AutoModelForCausalLM.from_pretrained(policy)
     with pytest.raises(ValueError, match=r"^model: LlamaForCausalLM of 'the model given' has no `score` head"):
         train_reward_model(RewardConfig(**FIELDS), PAIRS, model=model, tokenizer=tiny.tokenizer())

@@ -1,4 +1,4 @@
-"""Compiled layers and Liger's kernels give the numbers of the plain trunk, or are refused."""
+"""Tests that compiled layers and Liger's kernels give the numbers of the plain trunk, or are refused."""
 
 import random
 import sys
@@ -32,7 +32,7 @@ SMALL = [
 
 @pytest.fixture
 def compile_with(monkeypatch):
-    """Sets the stage that comes after Dynamo: the default one, a C++ compiler here, takes minutes."""
+    """Sets the compiler stage after Dynamo; the default stage, a C++ compiler here, would take minutes."""
 
     def choose(backend) -> None:
         monkeypatch.setattr(torch, "compile", lambda f, **keywords: compiled(f, backend=backend, **keywords))
@@ -57,7 +57,7 @@ def ragged(seed: int) -> list[Segment]:
 
 
 def numbers(model, segments: list[Segment]) -> list[torch.Tensor]:
-    """Log-probs without and with gradients recorded, and the gradients."""
+    """Log-probs with and without gradient recording, and the gradients."""
     batch = pack(segments)
     with torch.no_grad():
         scored = token_logprobs(model, batch).logprob
@@ -76,11 +76,13 @@ def assert_close(ours, expected, tolerance: float = 1e-5) -> None:
     ("name", "checkpointing", "offload_to"),
     [("llama", False, None), ("gemma2", True, None), ("llama", True, HOST)],
 )
-def test_compiled_layers_give_the_same_numbers_by_few_codes_for_packs_of_all_lengths(
+def test_compiled_layers_give_equal_numbers_and_few_compilations_for_all_lengths(
     compile_with, name, checkpointing, offload_to
 ):
-    """Three pieces of a layer (before attention, after it, the MLP), with gradients and without; Gemma's layers with a
-    window and those without share them."""
+    """A layer is compiled in three pieces (before attention, after it, the MLP), with and without gradients.
+
+    Gemma's layers with and without a window share them.
+    """
     compile_with("aot_eager")
     model, plain = tiny.policy(name), tiny.policy(name)
     compile_layers(model)
@@ -109,7 +111,7 @@ def test_a_copy_of_a_compiled_model_runs_its_own_weights_compiled(compile_with):
         torch.testing.assert_close(found, token_logprobs(tiny.policy(), batch).logprob, rtol=1e-5, atol=1e-5)
 
 
-def test_sampling_and_saving_know_nothing_of_compiled_layers(compile_with, tmp_path):
+def test_sampling_and_saving_use_the_plain_layers(compile_with, tmp_path):
     model, plain = tiny.policy(), tiny.policy()
     compile_layers(model)
     with torch.no_grad():
@@ -147,7 +149,7 @@ def test_dpo_with_compiled_layers_is_the_same_run(compile_with, tmp_path):
 
 @pytest.mark.parametrize("kind", ["dpo", "on-policy"])
 def test_all_models_of_a_run_are_prepared_alike(monkeypatch, tmp_path, kind):
-    """The reference's own weights, the judge and the DPO model, as the policy."""
+    """The reference with its own weights, the judge and the DPO model get the options of the policy."""
     asked = []
 
     def spy(model, options):
@@ -180,14 +182,14 @@ def test_a_compiler_that_is_missing_is_one_clear_error(compile_with):
         prepare_layers(tiny.policy(), LayerOptions(torch_compile=True))
 
 
-def test_a_trunk_without_layers_of_its_own_is_refused():
+def test_a_trunk_whose_layers_cannot_be_found_is_refused():
     model = tiny.policy()
     model.model = torch.nn.Identity()
     with pytest.raises(ValueError, match="torch_compile: LlamaForCausalLM has no layers"):
         compile_layers(model)
 
 
-# Liger. ---------------------------------------------------------------------
+# Liger kernels. -------------------------------------------------------------
 
 
 def test_liger_and_torch_compile_together_are_refused():
@@ -195,7 +197,7 @@ def test_liger_and_torch_compile_together_are_refused():
         SFTConfig(use_liger_kernel=True, torch_compile=True)
 
 
-def test_where_liger_is_not_installed_the_extra_is_named(monkeypatch):
+def test_without_liger_the_error_names_the_extra(monkeypatch):
     monkeypatch.setattr(layers, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"^use_liger_kernel: .*pip install 'fastrlhf\[liger\]'$"):
         apply_liger(tiny.policy())
@@ -210,7 +212,7 @@ def test_liger_is_refused_on_a_cpu(monkeypatch):
 
 @pytest.fixture
 def liger(monkeypatch):
-    """Its documented form: a function per model_type, with a switch for every kernel."""
+    """A stand-in with Liger's documented interface: a function per model_type, with a switch for every kernel."""
     package, calls = ModuleType("liger_kernel.transformers"), []
 
     def apply_liger_kernel_to_llama(
@@ -225,7 +227,7 @@ def liger(monkeypatch):
     return calls
 
 
-def test_liger_gives_its_trunk_and_none_of_its_losses(liger):
+def test_only_ligers_trunk_kernels_are_used_and_none_of_its_losses(liger):
     model = tiny.policy()
     apply_liger(model)
     (call,) = liger
@@ -249,7 +251,7 @@ def test_kernels_that_change_the_numbers_are_refused(liger, monkeypatch):
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    """What Triton's interpreter lacks of the compiler for Liger: float arguments as float32 scalars, and libdevice."""
+    """Adds what Triton's interpreter lacks for Liger's kernels: float arguments as float32 scalars, and libdevice."""
     if torch.cuda.is_available():
         return
     import numpy
@@ -272,7 +274,7 @@ def interpreted(monkeypatch):
 @pytest.mark.skipif(find_spec("liger_kernel") is None, reason="liger-kernel is not installed")
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "mistral"])
 def test_ligers_kernels_give_the_numbers_and_gradients_of_the_plain_trunk(name, monkeypatch, interpreted):
-    """Interpreted, where there is no GPU. What it leaves in the module of the model is taken out again."""
+    """Uses the interpreter if there is no GPU, and removes Liger's changes to the model's module at the end."""
     model, plain = tiny.policy(name), tiny.policy(name)
     expected = numbers(plain, SMALL)
     module = sys.modules[type(model).__module__]

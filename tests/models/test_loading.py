@@ -45,7 +45,7 @@ def drop_weight(folder, name: str) -> None:
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
-# Policies. ------------------------------------------------------------------
+# Loading policies. ----------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", tiny.ARCHITECTURES)
@@ -60,7 +60,7 @@ def test_a_saved_policy_loads_with_identical_numbers(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", tiny.ARCHITECTURES)
-def test_a_model_from_scratch_depends_on_its_seed_alone(name):
+def test_a_model_from_scratch_depends_only_on_its_seed(name):
     def built(seed: int):
         return build_policy(tiny.model_config(name), vocab_size=40, eos_token_id=tiny.EOS, seed=seed)
 
@@ -85,7 +85,7 @@ def test_a_model_is_built_from_fields_with_the_vocabulary_and_eos_of_the_tokeniz
     assert settings["model_type"] == "llama"
 
 
-def test_the_given_configuration_is_not_written_to():
+def test_the_given_configuration_is_not_changed():
     config = tiny.model_config()
     build_policy(config, vocab_size=40, eos_token_id=1, seed=0)
     assert config.vocab_size == tiny.VOCAB
@@ -110,13 +110,13 @@ def test_a_place_without_a_model_is_refused_by_the_name_of_its_field(load, tmp_p
         load(str(tmp_path))
 
 
-def test_a_reward_model_is_no_policy(tmp_path):
+def test_a_reward_model_is_refused_as_policy(tmp_path):
     path = tiny.save_reward_model(tmp_path)
     with pytest.raises(ValueError, match=r"^models: .* lacks the weights lm_head\.weight"):
         load_policy(path, field="models")
 
 
-def test_missing_weights_are_never_made_up(tmp_path):
+def test_missing_weights_are_an_error(tmp_path):
     for save, load in (
         (tiny.save_policy, load_policy),
         (tiny.save_reward_model, lambda path: load_reward_model(path, pad_token_id=0)),
@@ -136,7 +136,7 @@ def test_a_loaded_policy_has_no_dropout(tmp_path):
     assert torch.equal(logprobs(again), logprobs(model.eval()))
 
 
-def test_a_copy_is_frozen_and_stays_what_it_was():
+def test_a_frozen_copy_does_not_change():
     model = tiny.policy()
     before, copy = logprobs(model), frozen_copy(model)
     assert not any(parameter.requires_grad for parameter in copy.parameters())
@@ -147,7 +147,7 @@ def test_a_copy_is_frozen_and_stays_what_it_was():
     assert not torch.equal(logprobs(model), before)
 
 
-# The policy of a run. -------------------------------------------------------
+# Opening the policy of a run. -----------------------------------------------
 
 LLAMA = {"model_type": "llama", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 LLAMA |= {"intermediate_size": 8}
@@ -169,7 +169,7 @@ def test_a_run_needs_one_model_and_not_two(tmp_path):
         open_policy(both, tiny.tokenizer())
 
 
-def test_tokens_that_the_tokenizer_has_more_are_told_and_get_embeddings_drawn_with_the_seed(tmp_path, caplog):
+def test_additional_tokens_are_reported_and_get_random_embeddings(tmp_path, caplog):
     path = tiny.save_policy(tmp_path)
     tokenizer = tiny.tokenizer()
     tokenizer.add_special_tokens({"eos_token": "<end>"})
@@ -205,7 +205,7 @@ def test_models_of_one_run_share_a_vocabulary_that_holds_the_tokenizer():
         check_same_vocabulary({"a": large, "b": small}, tiny.VOCAB)
 
 
-def test_a_device_is_one_that_is_there(monkeypatch):
+def test_a_missing_device_is_refused(monkeypatch):
     assert resolve_device("cpu") == torch.device("cpu")
     for available, expected in ((True, "cuda"), (False, "cpu")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
@@ -216,7 +216,7 @@ def test_a_device_is_one_that_is_there(monkeypatch):
         resolve_device("gpu")
 
 
-# Reward models. -------------------------------------------------------------
+# Loading reward models. -----------------------------------------------------
 
 
 @pytest.mark.parametrize("name", tiny.ARCHITECTURES)
@@ -237,8 +237,9 @@ def test_a_saved_reward_model_is_a_plain_classifier_with_identical_scores(name, 
     torch.testing.assert_close(padded, scores(model), rtol=1e-5, atol=1e-6)
 
 
-def test_where_padding_is_eos_the_plain_classifier_still_reads_the_score_at_the_eos(tmp_path):
-    """It looks for the last token that is not padding: it must not be told that EOS is."""
+def test_if_padding_is_eos_the_plain_classifier_still_reads_the_score_at_the_eos(tmp_path):
+    """The plain classifier reads the last token that is not padding, so the saved model must not declare the EOS as
+    padding."""
     path = tiny.save_policy(tmp_path / "policy")
     load_reward_model(path, pad_token_id=None).save_pretrained(tmp_path / "reward")
     ours = scores(load_reward_model(str(tmp_path / "reward"), pad_token_id=None))
@@ -248,7 +249,7 @@ def test_where_padding_is_eos_the_plain_classifier_still_reads_the_score_at_the_
     torch.testing.assert_close(alone, ours, rtol=1e-5, atol=1e-6)
 
 
-def test_a_new_head_is_small_and_depends_on_its_seed_alone(tmp_path):
+def test_a_new_head_is_small_and_depends_only_on_its_seed(tmp_path):
     model = build_policy(tiny.model_config(), vocab_size=40, eos_token_id=1, seed=0)
     model.save_pretrained(tmp_path)
     heads = []
@@ -257,19 +258,19 @@ def test_a_new_head_is_small_and_depends_on_its_seed_alone(tmp_path):
         heads.append(load_reward_model(str(tmp_path), pad_token_id=0, seed=seed).score.weight)
     assert torch.equal(heads[0], heads[1])
     assert not torch.equal(heads[0], heads[2])
-    # 32 draws: the sample deviation is within 50 % of 1 / sqrt(D + 1) with overwhelming probability
+    # 32 draws: their standard deviation is within 50 % of 1 / sqrt(D + 1) with a probability near 1
     assert heads[0].shape == (1, 32)
     assert heads[0].std().item() == pytest.approx(33**-0.5, rel=0.5)
 
 
-def test_a_trunk_without_a_trained_head_is_refused_where_one_is_needed(tmp_path):
+def test_a_trunk_without_a_trained_head_is_refused_if_one_is_needed(tmp_path):
     path = tiny.save_policy(tmp_path)
     with pytest.raises(ValueError, match=r"^reward_model_path: .* has no trained score head; train one with"):
         load_reward_model(path, pad_token_id=0, must_be_trained=True)
 
 
 @pytest.mark.parametrize("must_be_trained", [True, False])
-def test_a_trained_head_with_two_labels_is_not_dropped_in_silence(tmp_path, must_be_trained):
+def test_a_trained_head_with_two_labels_is_refused(tmp_path, must_be_trained):
     path = tiny.save_policy(tmp_path / "policy")
     two = AutoModelForSequenceClassification.from_pretrained(path, num_labels=2, pad_token_id=0)
     two.save_pretrained(tmp_path / "two")
@@ -332,7 +333,7 @@ def test_weights_that_are_absent_cut_short_or_of_another_shape_are_one_clear_err
         load(path)
 
 
-def test_code_that_comes_with_a_model_runs_only_where_that_is_asked_for(tmp_path):
+def test_code_of_a_model_folder_runs_only_on_request(tmp_path):
     marker = tmp_path / "ran"
     settings = {"model_type": "ours", "auto_map": {"AutoConfig": "ours.Ours"}}
     (tmp_path / "config.json").write_text(json.dumps(settings))
@@ -342,7 +343,7 @@ def test_code_that_comes_with_a_model_runs_only_where_that_is_asked_for(tmp_path
     assert not marker.exists()
 
 
-def test_a_misspelt_key_of_a_model_from_scratch_is_told_with_the_right_one():
+def test_a_misspelt_key_of_a_model_from_scratch_is_refused_with_a_suggestion():
     with pytest.raises(ValueError, match=r"model_config: llama has no 'hidden_sise'; did you mean 'hidden_size'\?"):
         build_policy({"model_type": "llama", "hidden_sise": 32}, vocab_size=8, eos_token_id=1, seed=0)
     with pytest.raises(ValueError, match=r"model_config: .*hidden size \(30\) is not a multiple"):

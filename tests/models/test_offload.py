@@ -1,5 +1,7 @@
-"""What waits elsewhere comes back as it was: frozen models, and the inputs of layers, by copies that no computation
-overtakes. On a CPU the copies are real and the streams stand-ins; `tests/test_on_gpu.py` has the rest."""
+"""Tests that offloaded models and layer inputs come back unchanged and before they are used.
+
+On a CPU the copies are real and the streams are stand-ins; tests/test_on_gpu.py tests real streams.
+"""
 
 import weakref
 from contextlib import contextmanager
@@ -21,7 +23,7 @@ from tests import tiny
 
 
 class Poisoned(Waiting):
-    """Its weights are not to be read where they wait."""
+    """A model whose weights become NaN while they are offloaded, so that reading them shows."""
 
     def _leave(self):
         for weight in self._weights:
@@ -32,7 +34,7 @@ def weights(*models):
     return [weight.clone() for model in models for weight in model.parameters()]
 
 
-def test_weights_are_there_when_they_are_asked_for_and_kept_as_they_were():
+def test_weights_come_back_unchanged_when_they_are_needed():
     reference, judge = (tiny.policy(seed=seed).requires_grad_(False) for seed in (0, 1))
     before = weights(reference, judge)
     for kind in (Waiting, Poisoned):
@@ -43,7 +45,7 @@ def test_weights_are_there_when_they_are_asked_for_and_kept_as_they_were():
             assert all(weight.isnan().all() == (kind is Poisoned) for weight in weights(reference, judge))
 
 
-def test_what_a_trained_model_shares_stays():
+def test_weights_shared_with_a_trained_model_are_not_offloaded():
     policy = tiny.policy()
     add_adapter(policy, SFTConfig(use_peft=True), "base")
     Poisoned([frozen_copy(policy)], [policy], torch.device("cpu"))
@@ -77,8 +79,8 @@ def test_a_run_that_offloads_reads_no_weight_while_it_waits(tmp_path, monkeypatc
     assert history(ref_reward_offload=True) == plain
 
 
-def test_pageable_copies_of_all_weights_never_lie_beside_the_pinned_ones(monkeypatch):
-    """Without a GPU memory is only told to be pinned: what is asked for, and whether a second copy is made of it."""
+def test_weights_are_copied_to_pinned_memory_without_a_second_copy(monkeypatch):
+    """Without a GPU pinning is simulated; the test records the requests and whether a second copy is made."""
     asked, empty_like = [], torch.empty_like
 
     def unpinned(tensor, *, device, pin_memory):
@@ -106,7 +108,7 @@ OTHER = [Segment(token_ids=[3 + i % 20 for i in range(30)], num_scored=29)]
 
 
 def deep(num_layers: int, offload_to: torch.device | None):
-    """With tied weights."""
+    """A model with many layers and tied weights."""
     config = tiny.model_config()
     config.num_hidden_layers, config.tie_word_embeddings = num_layers, True
     model = loading.build_policy(config, vocab_size=tiny.VOCAB, eos_token_id=tiny.EOS, seed=0)
@@ -115,7 +117,7 @@ def deep(num_layers: int, offload_to: torch.device | None):
 
 
 def two_packs(model) -> list[torch.Tensor]:
-    """Log-probs and gradients, the forward of a second pack before the backward of the first."""
+    """Log-probs and gradients; the forward of the second pack runs before the backward of the first."""
     first, second = (token_logprobs(model, pack(segments)).logprob for segments in (FOREST, OTHER))
     second.sum().backward()
     first.square().sum().backward()
@@ -124,7 +126,7 @@ def two_packs(model) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("name", tiny.ARCHITECTURES)
 def test_offloaded_inputs_change_no_bit(name):
-    """Two graphs at once."""
+    """Two autograd graphs exist at the same time."""
     results = []
     for offload_to in (None, HOST):
         model = tiny.policy(name)
@@ -160,7 +162,7 @@ def test_an_adapters_run_is_the_same_too():
 
 
 @pytest.mark.parametrize("offload_to", [None, HOST])
-def test_between_forward_and_backward_the_input_of_the_last_layer_alone_is_there(offload_to, monkeypatch):
+def test_between_forward_and_backward_only_the_last_layers_input_is_on_the_device(offload_to, monkeypatch):
     model, inputs, left = deep(6, offload_to), [], []
     for layer in model.model.layers:
         layer.register_forward_pre_hook(lambda _, arguments: inputs.append(weakref.ref(arguments[0].untyped_storage())))
@@ -176,14 +178,17 @@ def test_between_forward_and_backward_the_input_of_the_last_layer_alone_is_there
     logprob = token_logprobs(model, batch).logprob
     alive = [storage() is not None for storage in inputs]
     assert alive == ([True] * 6 if offload_to is None else [False] * 5 + [True])
-    assert left == ([] if offload_to is None else [batch.num_tokens * 32 * 4] * 6)  # [T, D] float32, each once
+    # float32 inputs [T, D], each offloaded once
+    assert left == ([] if offload_to is None else [batch.num_tokens * 32 * 4] * 6)
     logprob.sum().backward()
     assert not any(storage() for storage in inputs)
 
 
 class LateStreams:
-    """Stands in for `torch.cuda`: copies on the side stream happen when the computation waits for them and not before,
-    and hold nothing alive. The memory that they will fill is NaN until then."""
+    """A stand-in for `torch.cuda` whose copies run as late as possible: only when the computation waits for them.
+
+    Copies do not keep memory alive. Memory that a copy will fill is NaN until then.
+    """
 
     def __init__(self, monkeypatch) -> None:
         self.asked, self.side, self.side_has_waited = [], False, False
@@ -206,7 +211,7 @@ class LateStreams:
 
     @contextmanager
     def stream(self, stream):
-        assert self.side_has_waited, "the source may not be computed yet, or the target still be in use"
+        assert self.side_has_waited, "the source may not be computed yet, or the target may still be in use"
         self.side = True
         yield
         self.side = self.side_has_waited = False
@@ -220,12 +225,12 @@ class LateStreams:
 
     def run(self) -> None:
         for target, source in self.asked:
-            assert None not in (target(), source()), "memory was given back under a copy"
+            assert None not in (target(), source()), "memory was freed during a copy"
             self._copy(target(), source())
         self.asked.clear()
 
 
-def test_however_late_copies_are_no_computation_overtakes_them(monkeypatch):
+def test_no_computation_overtakes_a_late_copy(monkeypatch):
     expected = two_packs(deep(4, None))
     streams = LateStreams(monkeypatch)
     assert all(map(torch.equal, two_packs(deep(4, HOST)), expected))
@@ -233,7 +238,7 @@ def test_however_late_copies_are_no_computation_overtakes_them(monkeypatch):
 
 
 def test_an_empty_tensor_that_torch_saves_beside_an_input_ends_no_copy_under_way(monkeypatch):
-    """torch 2.11 does, on the CPU, whose streams wait for nothing."""
+    """torch 2.11 saves such tensors on the CPU, where streams need not wait."""
     streams, inputs, x = LateStreams(monkeypatch), offload._LayerInputs(HOST), torch.arange(3.0)
     expected = x.clone()
     one, empty = inputs.leave(x), inputs.leave(torch.empty(0, requires_grad=True))
@@ -264,7 +269,7 @@ def test_a_run_on_a_cpu_and_one_without_checkpointing_are_refused(tmp_path):
 
 
 def test_the_reference_of_a_run_offloads_nothing():
-    """A copy without the stream and the tensors of the model that it was copied from."""
+    """A copied model must not share the stream and the offloaded tensors of its original."""
     model = deep(2, HOST)
     token_logprobs(model, pack(FOREST)).logprob.sum().backward()
     frozen = frozen_copy(model)

@@ -5,17 +5,17 @@ from tests import tiny
 
 
 def config(kind: str, **parameters):
-    made = tiny.model_config()  # 128 positions
+    made = tiny.model_config()  # a model with 128 positions
     made.rope_parameters = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0} | parameters
     return made
 
 
 @pytest.mark.parametrize("kind", ["default", "linear", "llama3", "yarn"])
-def test_fixed_frequencies_are_no_obstacle(kind):
+def test_fixed_frequencies_allow_packs(kind):
     assert rope_obstacle(config(kind), None) == ""
 
 
-def test_longrope_is_an_obstacle_only_beyond_the_original_length():
+def test_longrope_prevents_packs_only_beyond_the_original_length():
     long = config("longrope", original_max_position_embeddings=64)
     assert rope_obstacle(long, 64) == ""
     for length in (65, None):

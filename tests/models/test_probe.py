@@ -1,4 +1,4 @@
-"""What the start of a run finds out about a model."""
+"""Tests of the probe that examines a model at the start of a run."""
 
 import logging
 
@@ -40,7 +40,7 @@ def chunked(**settings):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_attention_that_leaks_between_sequences_is_found(dtype):
-    """Of a model from scratch, whose log-probs a leak moves by less than bfloat16 is allowed to."""
+    """Uses a model from scratch, whose log-probs change less by a leak than the tolerance of bfloat16."""
 
     def leaky(module, query, key, value, attention_mask, *, attention_plan, scaling=None, **kwargs):
         output = torch.nn.functional.scaled_dot_product_attention(
@@ -74,14 +74,14 @@ def test_attention_that_leaks_between_sequences_is_found(dtype):
     ],
     ids=lambda config: config.model_type,
 )  # fmt: skip
-def test_windows_and_chunks_longer_than_the_probe_are_found_where_attention_is_not_told_of_them(config, caplog):
+def test_windows_longer_than_the_probe_are_found_if_attention_does_not_get_them(config, caplog):
     with caplog.at_level(logging.WARNING):
         model = build(config)
     assert runs_alone(model) == "has attention windows or chunks that are not passed to the attention function"
     assert "run one by one with the model's own attention, which is exact and slower" in caplog.text
 
 
-def test_windows_that_attention_is_told_of_are_no_obstacle():
+def test_windows_that_are_passed_to_attention_are_accepted():
     for sizes in ({"sliding_window": 64}, {"sliding_window": None}, {}):
         model = build(transformers.MistralConfig(**SIZES, **sizes))
         assert runs_alone(model) == ""
@@ -129,7 +129,7 @@ def test_longrope_beyond_the_original_length_runs_alone():
     ],
     ids=lambda each: getattr(each, "model_type", ""),
 )
-def test_the_factor_of_the_logits_is_read_off_the_model(config, expected):
+def test_the_logit_scale_is_measured_on_the_model(config, expected):
     assert logit_map(build(config)) == expected
 
 
@@ -159,7 +159,7 @@ def test_exceptions_of_a_familys_own_code_are_one_line():
     assert obstacle_to_packs(model, torch.zeros(15)).startswith("cannot run: KeyError")
 
 
-def test_layers_that_compute_something_else_the_second_time_are_refused():
+def test_layers_whose_recomputation_differs_are_refused():
     model = tiny.policy()
     calls = []
 
@@ -172,13 +172,13 @@ def test_layers_that_compute_something_else_the_second_time_are_refused():
         check_checkpointing(model, lambda: enable_activation_checkpointing(model))
 
 
-def test_a_model_that_looks_ahead_is_refused():
+def test_a_model_that_attends_to_later_tokens_is_refused():
     config = transformers.XLNetConfig(d_model=16, n_layer=1, n_head=2, d_inner=16)
     with pytest.raises(ValueError, match=r"^XLNetLMHeadModel: the packed forward has hidden states that depend on"):
         build(config)
 
 
-def test_a_model_without_layers_to_compute_again_is_refused():
+def test_a_model_without_checkpointing_support_is_refused():
     model = torch.nn.Linear(2, 2)
     with pytest.raises(ValueError, match=r"^activation_checkpointing: Linear does not support it; set it to false$"):
         enable_activation_checkpointing(model)

@@ -15,7 +15,7 @@ def state() -> tuple:
 
 
 @pytest.mark.parametrize("bars", ["enable_progress_bar", "disable_progress_bar"])
-def test_settings_come_back(bars):
+def test_logging_settings_are_restored(bars):
     getattr(transformers.logging, bars)()
     try:
         before = state()
@@ -27,7 +27,7 @@ def test_settings_come_back(bars):
         transformers.logging.enable_progress_bar()
 
 
-def test_a_new_reward_head_is_loaded_without_a_word(tmp_path, capfd):
+def test_loading_a_new_reward_head_prints_nothing(tmp_path, capfd):
     tiny.save_policy(tmp_path / "policy")
     capfd.readouterr()
     load_reward_model(str(tmp_path / "policy"), pad_token_id=None)

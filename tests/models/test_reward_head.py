@@ -1,4 +1,4 @@
-"""A reward model over any backbone, read by plain transformers."""
+"""Tests of reward models over any backbone, which plain transformers can load."""
 
 import json
 
@@ -19,7 +19,7 @@ SEQUENCES = [[5, 6, 7, 8], [9, 10], [11, 12, 13, 14, 15, 16]]
 
 @pytest.fixture
 def policy(tmp_path) -> str:
-    """Granite has no sequence classifier in transformers."""
+    """A Granite policy; transformers has no sequence classifier for Granite."""
     config = transformers.GraniteConfig(
         hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
     )
@@ -28,7 +28,7 @@ def policy(tmp_path) -> str:
     return str(tmp_path / "policy")
 
 
-def test_transformers_own_class_is_taken_where_its_head_is_one_linear_map():
+def test_transformers_class_is_used_if_its_head_is_a_single_linear_layer():
     assert scorer_class(tiny.model_config()) is LlamaForSequenceClassification
     assert scorer_class(transformers.GraniteConfig()).__name__ == "GraniteForSequenceClassification"
     with pytest.raises(ValueError, match=r"^clip: transformers has no causal language model of this type"):
@@ -54,7 +54,7 @@ def test_a_saved_reward_model_is_read_by_plain_transformers_and_by_us(policy, tm
     torch.testing.assert_close(scores, ours.detach(), rtol=1e-5, atol=1e-6)
 
 
-def test_a_trained_head_with_several_labels_is_not_dropped_in_silence(policy, tmp_path):
+def test_a_trained_head_with_several_labels_is_refused(policy, tmp_path):
     config = transformers.AutoConfig.from_pretrained(policy, num_labels=3)
     scorer_class(config).from_pretrained(policy, config=config).save_pretrained(tmp_path / "three")
     with pytest.raises(ValueError, match=r"^reward_model_path: .*three' has a trained head with 3 labels"):

@@ -1,4 +1,5 @@
-"""Models that are adapters over the base of a run: numbers and gradients of separate models, without their memory."""
+"""Tests of models that are adapters over the base of a run: they give the numbers of separate models, with less
+memory."""
 
 import json
 import shutil
@@ -40,14 +41,14 @@ def paths(tmp_path_factory):
 
 
 def reference(path, **settings):
-    """A policy with an adapter, and the reference that shares its weights."""
+    """A policy with an adapter, and a reference that shares its weights."""
     policy = load_policy(path)
     add_adapter(policy, SFTConfig(**LORA | settings), path)
     return policy, frozen_copy(policy)
 
 
 def storages(*models) -> dict[int, int]:
-    """Bytes by address, of what the models hold."""
+    """Bytes that the models hold, by memory address."""
     tensors = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
     return {tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in tensors}
 
@@ -56,7 +57,7 @@ def storages(*models) -> dict[int, int]:
     ("name", "kind"),
     [*((name, {}) for name in tiny.ARCHITECTURES), ("llama", {"use_dora": True}), ("gpt_neox", {"use_rslora": True})],
 )
-def test_a_role_gives_the_numbers_of_peft_over_a_base_of_its_own(name, kind, tmp_path):
+def test_a_role_gives_the_numbers_of_peft_over_a_separate_base(name, kind, tmp_path):
     base = str(tmp_path / "base")
     tiny.policy(name).save_pretrained(base)
     tiny.tokenizer().save_pretrained(base)
@@ -70,18 +71,18 @@ def test_a_role_gives_the_numbers_of_peft_over_a_base_of_its_own(name, kind, tmp
         assert torch.equal(found, token_logprobs(theirs, BATCH).logprob)
         assert (found - start).abs().max() > 0.1
         found = sequence_scores(score_role(judge, ours, "reward_model_path", 0), BATCH)
-        with torch.random.fork_rng():  # peft draws a head before it reads ours
+        with torch.random.fork_rng():  # peft initialises a head before it loads ours
             plain = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, pad_token_id=0)
         theirs = PeftModel.from_pretrained(plain, judge).get_base_model()
         theirs.score = theirs.score.modules_to_save["default"]
         assert torch.equal(found, sequence_scores(theirs, BATCH))
-        # The run that trained it left the same, added to the weights: another order of the same sums.
+        # The run also saved the merged weights, which give the same sums in a different order.
         merged = load_reward_model(str(tmp_path / "judge"), pad_token_id=0, must_be_trained=True)
         torch.testing.assert_close(found, sequence_scores(merged, BATCH), rtol=1e-5, atol=1e-5)
-        assert torch.equal(token_logprobs(ours, BATCH).logprob, start)  # the base is as it was
+        assert torch.equal(token_logprobs(ours, BATCH).logprob, start)  # the base is unchanged
 
 
-def test_five_roles_cost_one_base_and_their_adapters(paths):
+def test_five_roles_need_the_memory_of_one_base_and_their_adapters(paths):
     policy, shared = reference(paths["base"])
     dpo = policy_role(paths["dpo"], shared, "dpo_model_path").requires_grad_(False)
     config = PPOConfig(reward_model_path=paths["judge"], **LORA)
@@ -112,14 +113,13 @@ def test_an_adapter_that_judges_may_start_a_critic_of_which_all_weights_are_trai
         torch.testing.assert_close(sequence_scores(critic, BATCH), sequence_scores(judge, BATCH), rtol=1e-5, atol=1e-5)
 
 
-def test_an_adapter_goes_over_the_base_in_either_dtype(paths):
+def test_an_adapter_works_over_a_base_of_either_dtype(paths):
     shared = load_policy(paths["base"], dtype="bfloat16").requires_grad_(False)
-    policy_role(paths["dpo"], shared, "dpo_model_path")  # trained over float32
+    policy_role(paths["dpo"], shared, "dpo_model_path")  # the adapter was trained over float32
 
 
 def test_policy_and_critic_over_one_base_have_the_gradients_of_two_models(paths):
-    """Each twice, in turns, as an update does; the activations of one are computed again in its own backward, from
-    inputs that have been offloaded."""
+    """Both run twice, alternating, as in an update. One uses checkpointing with offloaded inputs."""
     policy, shared = reference(paths["base"])
     memory = {"activation_checkpointing": True, "activation_offloading": True}
     config = PPOConfig(reward_model_path=paths["judge"], **memory, **LORA)
@@ -128,7 +128,7 @@ def test_policy_and_critic_over_one_base_have_the_gradients_of_two_models(paths)
     alone, _ = reference(paths["base"])
     for model in (policy, alone):
         for name, weight in model.named_parameters():
-            if ".lora_B" in name:  # which starts at 0, and with it the gradient of A
+            if ".lora_B" in name:  # B starts at 0, so the gradient of A is 0 at first
                 torch.nn.init.eye_(weight)
     apart = score_role(paths["judge"], reference(paths["base"])[1], "reward_model_path", 0)
     for _ in range(2):
@@ -169,14 +169,14 @@ def untimed(history):
 
 
 def whole(path: str) -> str:
-    """The run of an adapter, where it is added to the weights."""
+    """The merged weights of the run of an adapter."""
     return path.removesuffix("/adapter")
 
 
 @pytest.mark.parametrize("settings", [LORA, {}], ids=["adapters", "full"])
 def test_a_run_of_roles_is_bit_for_bit_the_run_of_separate_models(settings, paths, monkeypatch):
     roles = run(paths, **settings).history
-    with monkeypatch.context() as patched:  # each role around a copy of the base
+    with monkeypatch.context() as patched:  # each role gets its own copy of the base
         for module in (adapters, models_roles):
             patched.setattr(module, "frozen_tensors", lambda model: {})
         separate = run(paths, **settings).history
@@ -209,7 +209,7 @@ def test_a_run_of_five_roles_over_one_base_leaves_policy_and_critic_each_added_t
 
 def test_an_adapter_over_another_base_is_refused_and_both_are_named(paths, tmp_path):
     moved = tmp_path / "moved"
-    tiny.policy().save_pretrained(moved)  # the same weights in another place
+    tiny.policy().save_pretrained(moved)  # the same weights in a different folder
     tiny.tokenizer().save_pretrained(moved)
     run(paths | {"base": str(moved)}, max_steps=1)
     message = (
@@ -239,7 +239,7 @@ def test_an_adapter_over_4_bits_is_refused_over_the_same_base_in_full_and_the_ke
         policy_role(str(tmp_path / "dpo"), shared, "dpo_model_path")
 
 
-def test_an_adapter_of_another_program_is_known_by_the_name_of_its_base(paths, tmp_path):
+def test_an_adapter_of_another_program_is_matched_by_the_name_of_its_base(paths, tmp_path):
     def save(base, where):
         with torch.random.fork_rng():
             settings = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], lora_dropout=0.1)
@@ -248,17 +248,17 @@ def test_an_adapter_of_another_program_is_known_by_the_name_of_its_base(paths, t
 
     shared = load_policy(paths["base"]).requires_grad_(False)
     role = policy_role(save(paths["base"], tmp_path / "same"), shared, "dpo_model_path")
-    # A critic is in training mode while its layers are computed again.
+    # A critic with checkpointing is in training mode, so it must have no dropout.
     assert not any(isinstance(module, torch.nn.Dropout) and module.p for module in role.modules())
     with pytest.raises(ValueError, match=f"was trained over the weights of '{paths['other']}'"):
         policy_role(save(paths["other"], tmp_path / "other"), shared, "dpo_model_path")
 
 
-def test_what_makes_no_role_is_refused(paths, tmp_path):
+def test_adapters_that_cannot_be_roles_are_refused(paths, tmp_path):
     shared = load_policy(paths["base"]).requires_grad_(False)
 
     def copied(name, place, change=None):
-        """An adapter with other weights or settings."""
+        """A copy of an adapter with changed weights or settings."""
         weights, settings = load_file(f"{paths[name]}/adapter_model.safetensors"), tmp_path / place
         settings.mkdir()
         content = json.loads(Path(paths[name], "adapter_config.json").read_text())

@@ -1,4 +1,5 @@
-"""The auxiliary loss of experts: transformers' on one sequence, whatever the packs, and in every trainer."""
+"""Tests of the auxiliary loss of experts: it equals transformers' loss on one sequence, for all packs and in every
+trainer."""
 
 import pytest
 import torch
@@ -93,7 +94,7 @@ def test_packs_micro_batches_and_shared_prompts_change_nothing():
     assert_equal(trunk, whole)
 
 
-def test_layers_that_are_computed_again_have_the_same_gradients():
+def test_checkpointing_does_not_change_the_gradients():
     model, batch = model_of(), pack([sequence(FIRST[:2], FIRST[2:])])
     aux, plain = loss_of(model, batch, num_sequences=1)
     enable_activation_checkpointing(model)
@@ -125,7 +126,7 @@ def test_a_coefficient_for_a_model_without_routers_is_refused():
     set_router_loss(tiny.policy(), None)
 
 
-def test_every_trainer_logs_it_and_takes_the_configured_weight(tmp_path):
+def test_every_trainer_logs_the_loss_and_uses_the_configured_weight(tmp_path):
     model_of().save_pretrained(tmp_path / "base")
     tiny.tokenizer().save_pretrained(tmp_path / "base")
     fields = {
@@ -143,10 +144,10 @@ def test_every_trainer_logs_it_and_takes_the_configured_weight(tmp_path):
         for coef, size in ((None, 8192), (0.3, 48), (0.0, 8192))
     }
     assert "aux_loss" not in runs[0.0][0]
-    for ours, theirs in zip(runs[None], runs[0.3], strict=True):  # in one pack, and cut into several
+    for ours, theirs in zip(runs[None], runs[0.3], strict=True):  # in one pack, and split into several
         assert ours["aux_loss"] == pytest.approx(theirs["aux_loss"], rel=1e-5)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
-    assert runs[None][0]["aux_loss"] > 1.9  # 2 of 4 experts: 2 where they are used evenly
+    assert runs[None][0]["aux_loss"] > 1.9  # with 2 of 4 experts the loss is 2 if they are used evenly
     assert train_dpo(DPOConfig(**fields), tiny.examples(12)).history[0]["aux_loss"] > 1.9
     ppo = {"advantage_estimator": "rloo", "num_generations": 2, "response_length": 5}
     config = PPOConfig(**fields, **ppo)

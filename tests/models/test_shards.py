@@ -1,4 +1,4 @@
-"""Checkpoints of two processes: each writes its part, any number goes on, and what is damaged is named."""
+"""Tests of checkpoints of two processes: each writes its part, any number of processes continues, damage is named."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def place(tmp_path_factory):
         timeout=300,
         check=False,
     )
-    assert ended.returncode, "the second process was killed"
+    assert ended.returncode, "the second process was not killed as planned"
     assert (place / "rank-1.json").exists(), ended.stderr[-4000:]
     return place
 
@@ -47,21 +47,21 @@ def two(place, tmp_path):
 
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory):
-    """The state after one step, of one process."""
+    """The state of a single process after one step."""
     trained = Trained(tmp_path_factory.mktemp("expected"))
     trained.step()
     return trained.state()
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_two_processes_go_on_from_two_and_from_one_bit_for_bit_and_gather_nothing(place, rank):
+def test_two_processes_continue_from_two_or_one_bit_for_bit_without_gathering(place, rank):
     seen = json.loads((place / f"rank-{rank}.json").read_text())
     assert seen["gathers"] == 0
     assert seen["steps"] == [1, 1]
     assert (seen["resumed"], seen["from_one"], seen["next step"]) == (True, True, True)
 
 
-def test_one_process_goes_on_from_two_bit_for_bit(two, expected):
+def test_one_process_continues_from_two_bit_for_bit(two, expected):
     trained = Trained(two)
     assert trained.checkpointer.load() == 1
     assert same(trained.state(), expected)
@@ -134,7 +134,7 @@ def test_a_model_without_one_of_its_parts_is_refused(two, part, told):
         load_policy(str(two / "checkpoint-1"))
 
 
-def test_one_process_writes_one_file_and_reads_what_it_is_asked_for(tmp_path):
+def test_one_process_writes_one_file_and_reads_only_what_is_needed(tmp_path):
     tensors = {"a": torch.arange(6.0).view(3, 2).t(), "step": torch.tensor(3.0), "bytes": torch.arange(3).byte()}
     write_tensors(tmp_path / "x", tensors)
     write_tensors(tmp_path / "none", {})

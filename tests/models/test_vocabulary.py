@@ -1,4 +1,4 @@
-"""A model whose embedding has more rows than the tokenizer has ids, and whose head would love to use them."""
+"""Tests of a model whose embedding has more rows than the tokenizer has ids, and whose head prefers these rows."""
 
 import pytest
 import torch
@@ -58,7 +58,7 @@ def test_the_gradient_of_the_rows_that_are_left_out_is_zero():
     assert model.lm_head.weight.grad[: tiny.VOCAB].abs().max() > 0.01
 
 
-def test_a_model_of_the_size_of_its_tokenizer_is_left_as_it_is():
+def test_a_model_with_the_size_of_its_tokenizer_is_not_changed():
     model = tiny.policy()
     limit_vocabulary(model, tiny.tokenizer())
     assert num_ids(model) is None

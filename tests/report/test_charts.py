@@ -34,7 +34,7 @@ def coordinates(path):
 
 @pytest.mark.parametrize("values", [[0.99997, 0.99999], [-0.99997, -0.99999], [0.0, 1.0], [1.23e-7, 1.25e-7]])
 def test_the_box_has_room_for_the_longest_label(values):
-    """Six units of width for each of its digits, that end where the axis begins; no less than the usual margin."""
+    """The left margin has six units of width per digit, and at least the usual width."""
     figure = line_chart("ratio", [curve(values)])
     left, width = map(float, re.findall(r'viewBox="(\S+) 0 (\S+) 182"', figure)[0])
     labels = re.findall(r'class="y" x="(\d+)".*?>(.*?)<', figure)
@@ -71,7 +71,7 @@ def test_tick_labels_share_unit_and_decimals(values, expected):
     assert tick_labels(values) == expected
 
 
-def test_numbers_are_written_for_people():
+def test_numbers_are_formatted_for_reading():
     assert [format_number(x) for x in (0.693147, 12.3456, 48213, 1234567, 3e-6, -0.00012, 0, 5120, float("nan"))] == [
         *("0.6931", "12.35", "48.21k", "1.235M", "3e-6", "-1.2e-4", "0", "5120", "nan")
     ]
@@ -153,9 +153,9 @@ def test_both_axes_have_a_name():
     assert re.findall(r"<text x=[^>]*>(.*?)<", line_chart("a/<b>", [curve([1.0, 2.0])])) == ["&lt;b&gt;"]
 
 
-def test_the_values_of_a_step_are_read_where_the_mouse_rests():
-    """One strip per step, from the middle before it to the middle after it; a curve without a value there is left
-    out."""
+def test_hovering_shows_the_values_of_a_step():
+    """There is one hover strip per step, from the middle to the previous step to the middle to the next; curves without
+    a value at this step are omitted."""
     figure = line_chart("m", [curve([1.0, 2.0, 4.0]), curve([0.25], label="eval", steps=[2.0])])
     strips = re.findall(r'<rect x="([\d.]+)" width="([\d.]+)"><title>(.*?)</title>', figure, flags=re.DOTALL)
     assert [title for _, _, title in strips] == ["step 1\nrun 1", "step 2\nrun 2\neval 0.25", "step 3\nrun 4"]
@@ -171,13 +171,13 @@ def test_a_long_curve_has_a_strip_for_its_first_and_last_step_and_some_between()
 
 
 def test_dots_and_lines_at_the_edge_of_the_plot_are_whole():
-    """The drawing reaches 4 units further than the plot on every side; a dot has a radius of 3."""
+    """The drawing extends 4 units beyond the plot on every side; a dot has a radius of 3."""
     figure = line_chart("m", [curve([1.0, 2.0]), curve([2.0], steps=[2.0])])
     assert '<svg x="36" y="16" width="276" height="136" viewBox="-4 -4 276 136">' in figure
     assert 'class="dot" d="M268.0,' in figure
 
 
-def test_a_dashed_curve_is_dashed_in_the_key_too():
+def test_a_dashed_curve_is_also_dashed_in_the_legend():
     plain, dashed = curve([1.0, 2.0]), curve([2.0, 3.0], label="eval")
     figure = line_chart("m", [plain, Curve(label="eval", steps=dashed.steps, values=dashed.values, dashed=True)])
     assert figure.count('<g class="dashed"') == figure.count("<span class=dashed>") == 1

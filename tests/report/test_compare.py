@@ -26,7 +26,7 @@ def test_two_runs_are_compared_by_last_values_settings_and_curves(tmp_path):
     assert path == tmp_path / "page.html"
     assert re.findall("<h2>(.*?)</h2>", page) == ["Last values", "Settings that differ", "a, b"]
     assert rows(page) == [("loss", "0.5", "0.25"), ("learning_rate", "1e-5", "2e-5")]
-    assert re.findall(r"<title>(\w+): 2 points", page) == ["a", "b"] * 2  # loss and num_tokens
+    assert re.findall(r"<title>(\w+): 2 points", page) == ["a", "b"] * 2  # curves of loss and num_tokens
 
 
 def test_runs_of_one_name_are_told_apart_and_stages_keep_theirs(tmp_path):

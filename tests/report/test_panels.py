@@ -30,5 +30,5 @@ from fastrlhf.report.panels import place
         ("something", ("Other", "something", "")),
     ],
 )
-def test_where_a_metric_is_shown(metric, expected):
+def test_the_chart_and_group_of_a_metric(metric, expected):
     assert place(metric) == expected

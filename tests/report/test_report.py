@@ -20,12 +20,12 @@ def write_metrics(directory, metrics, steps=5):
 
 
 def sections(page):
-    """Heading -> content of every section."""
+    """Heading -> content, for every section of a page."""
     return dict(re.findall(r"<section[^>]*><h2>(.*?)</h2>(.*?)</section>", page, flags=re.DOTALL))
 
 
 def figures(page):
-    """Title -> labels of the curves of every figure, in order."""
+    """Title -> labels of the curves in their order, for every figure of a page."""
     return {
         re.sub("<.*?>", "", title): re.findall("<title>(.*?): ", body)
         for title, body in re.findall(r"<figcaption><b>(.*?)</b><div(.*?)</figure>", page, flags=re.DOTALL)
@@ -33,7 +33,7 @@ def figures(page):
 
 
 class _Balanced(HTMLParser):
-    """Checks that every element that is opened is closed, in order."""
+    """An HTML parser that checks that every opened element is closed, in order."""
 
     def __init__(self):
         super().__init__()
@@ -76,7 +76,7 @@ def test_stages_that_log_the_same_metrics_share_charts_and_others_do_not(tmp_pat
 
 def test_scores_by_reset_depth_are_one_chart_of_the_last_steps(tmp_path):
     with MetricsWriter(tmp_path / "drpo") as writer:
-        for step in range(1, 31):  # the last 20 are 11 .. 30: 20.5 in the mean
+        for step in range(1, 31):  # the last 20 steps are 11 .. 30, with mean 20.5
             writer.log(step, ON_POLICY | {"drpo/score_depth_0": step, "drpo/score_depth_3": 100 * step})
     write_metrics(tmp_path / "ppo", ON_POLICY)
     page = write_report(tmp_path).read_text()
@@ -86,11 +86,11 @@ def test_scores_by_reset_depth_are_one_chart_of_the_last_steps(tmp_path):
     assert "drpo: 2 points, from 20.5 to 2050" in page
     assert "score_depth" not in page
     [figure] = [part for part in page.split("<figure>") if title.removeprefix("drpo/") in part]
-    assert re.findall('class="x".*?>(.*?)<', figure) == ["20", "40", "60"]  # the middles of the fifths: 10 to 70 %
+    assert re.findall('class="x".*?>(.*?)<', figure) == ["20", "40", "60"]  # the centres of the fifths, 10 to 70 %
 
 
 def evaluated(directory, rows):
-    """A run whose evaluations gave (kl, score of the training judge, score of the held-out judge)."""
+    """Writes a run whose evaluations gave (kl, score of the training judge, score of the held-out judge)."""
     names = ("eval_objective/kl", "eval_objective/scores", "eval_held_out/scores")
     with MetricsWriter(directory) as writer:
         for step, row in enumerate(rows, start=1):
@@ -108,7 +108,8 @@ def test_the_judges_are_drawn_from_an_evaluation_before_the_first_step_on(tmp_pa
 
 
 def test_judges_of_training_and_evaluation_are_drawn_over_the_root_of_the_kl(tmp_path):
-    """Gains since the first evaluation: 0, 1, 3 and 0, 0.5, -1, at a distance of 0, 2 and 1, drawn in its order."""
+    """Gains since the first evaluation are 0, 1, 3 and 0, 0.5, -1, at square roots of the KL of 0, 2 and 1, sorted by
+    these."""
     nan = float("nan")
     evaluated(tmp_path / "ppo", [(-0.1, 5.0, 2.0), (), (4.0, 6.0, 2.5), (nan, 9.0, 9.0), (1.0, 8.0, 1.0)])
     page = write_report(tmp_path).read_text()
@@ -122,7 +123,7 @@ def test_judges_of_training_and_evaluation_are_drawn_over_the_root_of_the_kl(tmp
         assert xs[1:] == pytest.approx([xs[2] / 2, xs[2]], abs=0.1)
         assert xs[0] == 0 < xs[2]
     assert re.findall("</i>(.*?) <b>(.*?)</b>", figure) == [
-        ("ppo, training judge", "1"),  # at the largest KL
+        ("ppo, training judge", "1"),  # the value at the largest KL
         ("ppo, held-out judge", "0.5"),
     ]
 
@@ -188,8 +189,8 @@ def test_the_summary_becomes_a_table_with_interval_bars(tmp_path):
         "Tokens",
     ]
     assert "25.0&nbsp;%" in table
-    assert 'cx="70.0"' in table  # the half of drpo, in the middle of its bar
-    assert "&ndash;" in table  # sft has no KL
+    assert 'cx="70.0"' in table  # drpo's win rate of one half is in the middle of its bar
+    assert "&ndash;" in table  # a dash, because sft has no KL
     assert "50k" in table
 
 
@@ -238,7 +239,7 @@ def test_only_the_last_samples_are_shown(tmp_path):
 
 
 def test_of_compared_models_the_last_prompts_are_shown_with_the_answers_of_all(tmp_path):
-    """The file has model after model, the page prompt after prompt, which is named once."""
+    """The file lists one model after another; the page lists prompt by prompt and names each prompt once."""
     (tmp_path / "summary.json").write_text(json.dumps({"methods": {"a": {"win_rate": 0.5}}}))
     rows = [
         {"row": i, "prompt": f"prompt-{i}.", "model": model, "response": f"{model}{i}"}
@@ -259,13 +260,13 @@ def test_only_a_page_with_curves_explains_them(tmp_path):
     assert "<footer" not in write_report(tmp_path).read_text()
 
 
-def test_what_tells_how_a_run_fares_comes_before_counters_and_seconds(tmp_path):
+def test_quality_metrics_come_before_counters_and_times(tmp_path):
     logged = ("timing/rollout", "policy/clipfrac_avg", "learning_rate", "value_grad_norm", "grad_norm", "num_tokens")
     telling = ("loss", "accuracy", "objective/scores", "objective/kl", "eval_objective/kl", "reward/score")
     write_metrics(tmp_path, dict.fromkeys(logged + telling, 1.0))
     page = write_report(tmp_path).read_text()
     assert list(figures(page)) == [
-        *("loss", "accuracy", "objective/scores", "reward/score", "objective/kl"),  # with eval_objective/kl
+        *("loss", "accuracy", "objective/scores", "reward/score", "objective/kl"),  # together with eval_objective/kl
         *("policy/clipfrac_avg", "timing/rollout", "learning_rate", "value_grad_norm", "grad_norm", "num_tokens"),
     ]
     name = tmp_path.name
@@ -279,7 +280,7 @@ def test_what_tells_how_a_run_fares_comes_before_counters_and_seconds(tmp_path):
     ]
 
 
-def test_what_was_measured_once_is_a_row_of_a_table_and_no_chart(tmp_path):
+def test_a_metric_with_a_single_value_is_a_table_row_and_not_a_chart(tmp_path):
     write_metrics(tmp_path / "run", {"loss": 1.0})
     with MetricsWriter(tmp_path / "run") as writer:
         writer.log(5, {"loss": 5.0, "eval_loss": 0.5, "eval_accuracy": 0.75, "eval_accuracy_low": 0.5})
@@ -311,7 +312,7 @@ def test_samples_with_token_rewards_are_text_and_others_stay_a_table(tmp_path):
 
 
 def test_columns_of_texts_keep_a_width_and_numbers_do_not(tmp_path):
-    """A narrow screen would otherwise cut texts into columns of two letters."""
+    """Otherwise a narrow screen would squeeze texts into columns of two letters."""
     with MetricsWriter(tmp_path) as writer:
         writer.log(1, {"loss": 1.0})
         writer.samples(1, [{"row": 1234, "prompt": "many words " * 9, "score": 0.25}])

@@ -1,4 +1,5 @@
-"""Two episodes under compat reference: one after a reset of one token, whose own row earns too; and one without."""
+"""Tests of samples with two episodes in compat "reference": one after a reset of one token, which also earns rewards;
+and one without a reset."""
 
 import re
 from html import unescape
@@ -61,20 +62,23 @@ def test_a_sample_has_the_rewards_of_its_sampled_tokens_by_name():
             "dpo": [0.5, pytest.approx(-0.4, rel=1e-4), 0],
         },
     }
-    assert second["rewards"] == {"score": [0, -1], "kl": [0.12346, 0], "dpo": [0, 0]}  # of its own rows, five digits
+    # Rewards of its own rows, rounded to five digits
+    assert second["rewards"] == {"score": [0, -1], "kl": [0.12346, 0], "dpo": [0, 0]}
     assert rows(1) == [first]
 
 
 def spans(markup: str) -> list[tuple[str, str, str]]:
-    """(class and width, hover, text) of the tokens."""
+    """Returns (class and width, hover text, text) of every token in the markup."""
     _, _, samples = markup.partition("</p>")
     found = re.findall(r'<span(?: class="(\w+)" style="--w:(\d+)%")?(?: title="(.*?)")?>(.*?)</span>', samples)
     return [(f"{kind} {width}".strip(), hover, unescape(text)) for kind, width, hover, text in found]
 
 
 def test_a_token_has_the_colour_of_its_own_rewards_and_all_of_them_by_name():
-    """Sums without the score: 0.4 -0.2 0 | 0.12346 0. Of the sizes of those that are not 0 the 0.95 quantile is 0.38:
-    what lies beyond is as strong as that, 60 %."""
+    """The sums without the score are 0.4 -0.2 0 | 0.12346 0.
+
+    The 0.95 quantile of the non-zero sizes is 0.38; larger values are as strong as this, 60 %.
+    """
     assert spans(token_samples(rows())) == [
         ("gain 60", "kl -0.1, dpo +0.5", "w4"),
         ("loss 32", "kl +0.2, dpo -0.4", " w5"),
@@ -88,7 +92,7 @@ def test_a_token_has_the_colour_of_its_own_rewards_and_all_of_them_by_name():
     assert all(f">{shade}</span>" in markup for shade in ("-0.38", "-0.19", "0", "+0.19", "+0.38"))
 
 
-def test_where_nothing_is_earned_nothing_is_coloured():
+def test_tokens_without_rewards_are_not_coloured():
     silent = [row | {"rewards": {"score": [0.0] * len(row["tokens"])}} for row in rows()]
     assert {kind for kind, _, _ in spans(token_samples(silent))} == {""}
     assert "nan" not in token_samples(silent)

@@ -1,4 +1,4 @@
-"""Reward functions on two episodes: one after a reset that ends, and one that does not."""
+"""Tests of reward functions on two episodes: one after a reset that ends, and one that does not end."""
 
 import asyncio
 import logging
@@ -35,7 +35,7 @@ def rollout(prompt: str, reset: str, completion: list[int], row: int = 0) -> Rol
 
 
 ROLLOUTS = [
-    rollout("w1 w2", "w7", [*tiny.ids("w8"), tiny.EOS, *tiny.ids("w9")]),  # compat reference samples past the EOS
+    rollout("w1 w2", "w7", [*tiny.ids("w8"), tiny.EOS, *tiny.ids("w9")]),  # compat "reference" samples past the EOS
     rollout("w3", "", tiny.ids("w4 w5"), row=1),
 ]
 ROWS = {
@@ -62,7 +62,7 @@ def test_a_function_of_trls_form_is_given_whole_responses_once():
     assert seen == [(["w1 w2", "w3"], ["w7 w8", "w4 w5"], [[*tiny.ids("w7 w8"), tiny.EOS], tiny.ids("w4 w5")])]
 
 
-def test_it_is_given_the_text_of_the_dataset_messages_of_conversations_and_every_column():
+def test_a_function_gets_texts_or_messages_and_every_column():
     seen = {}
 
     def reward(**kwargs):
@@ -77,7 +77,7 @@ def test_it_is_given_the_text_of_the_dataset_messages_of_conversations_and_every
     assert (seen["trainer_state"].global_step, seen["trainer_state"].max_steps) == (7, 9)
 
 
-def test_it_is_given_only_what_it_takes():
+def test_a_function_gets_only_the_arguments_that_it_accepts():
     def brief(completions, weight=2.0):
         return [-weight * len(text) for text in completions]
 
@@ -122,22 +122,22 @@ def test_async_functions_of_both_forms_run_at_the_same_time():
     assert ask(texts=texts, tokens=tokens) == {"texts": [1, 2], "tokens": [[11, 1, 12], [7, 8]]}
 
 
-def test_a_response_that_is_not_judged_earns_nothing_and_counts_nowhere():
+def test_a_response_without_a_reward_earns_nothing_and_is_not_counted():
     functions = {"some": lambda completions: [None, 3.0], "none": lambda rollout: None}
     run = RewardFunctions(functions=functions, tokenizer=tiny.tokenizer(), weights={"some": 2.0})
     assert run.totals(run(EPISODES.rollouts)) == [0, 6]
     assert mean_rewards(run(EPISODES.rollouts)) == {"some": 3}
     found = open_rewards(PPOConfig(kl_coef=0.0), tiny.tokenizer(), run).terms(EPISODES)
-    assert found["some"].reward.tolist() == [0, 0, 0, 0, 0, 0, 0, 6]  # weighted
+    assert found["some"].reward.tolist() == [0, 0, 0, 0, 0, 0, 0, 6]  # the weighted reward
     assert not found["none"].reward.any()
     assert {name: x.item() for name, x in found["some"].metrics.items()} == {
-        "rewards/some/mean": 3,  # as it was given
+        "rewards/some/mean": 3,  # the unweighted value
         "rewards/some/std": 0,
         "rewards/some/unjudged": 0.5,
     }
     assert {name: x.item() for name, x in found["none"].metrics.items()} == {"rewards/none/unjudged": 1}
     scaled = open_rewards(PPOConfig(reward_function_norm="running"), tiny.tokenizer(), run)
-    assert scaled.terms(EPISODES)["some"].reward.tolist() == [0] * 8  # the only number is its own mean
+    assert scaled.terms(EPISODES)["some"].reward.tolist() == [0] * 8  # 0, because the only number equals its mean
 
 
 def test_a_run_pays_a_function_of_trls_form_at_the_last_valid_token():
@@ -149,7 +149,7 @@ def test_a_run_pays_a_function_of_trls_form_at_the_last_valid_token():
     terms = open_rewards(
         PPOConfig(), tiny.tokenizer(), open_reward_functions(PPOConfig(), tiny.tokenizer(), functions)
     ).terms(EPISODES)
-    assert terms["texts"].reward.tolist() == [0, 0, 0, 4.5, 0, 0, 0, 4.5]  # three words each, one of a reset
+    assert terms["texts"].reward.tolist() == [0, 0, 0, 4.5, 0, 0, 0, 4.5]  # three words each, one of them from a reset
     assert terms["rollouts"].reward.tolist() == [0, 0, 0, 1, 0, 0, 0, 1]
 
 
@@ -169,12 +169,12 @@ def test_another_number_of_rewards_than_of_completions_is_refused(given):
         ([1.0, 2.0, 3.0], r"row 1 has 2 tokens and gets rewards of shape \(3,\)"),
     ],
 )
-def test_a_reward_that_is_no_number_is_told_with_its_row(given, told):
+def test_a_reward_that_is_not_a_number_is_reported_with_its_row(given, told):
     with pytest.raises(ValueError, match=rf"^reward function 'mine': the response to {told}"):
         ask(mine=lambda completions: [0.0, given])
 
 
-def test_a_column_that_there_is_not_is_told_before_the_run():
+def test_a_missing_column_is_reported_before_the_run():
     def graded(completions, ground_truth, level=1, **kwargs):
         return [0.0]
 
@@ -189,7 +189,7 @@ def test_a_column_that_there_is_not_is_told_before_the_run():
 
 
 class Counts:
-    """Remembers how many responses it has seen."""
+    """A stateful reward function that counts the responses it has seen."""
 
     def __init__(self):
         self.seen, self.scale = 0, torch.tensor([1.0, 2.0])
@@ -243,7 +243,7 @@ def test_a_function_of_one_row_is_refused_with_the_two_forms_that_there_are():
     check_parameters("single", lambda rollout, scale=2.0: scale, ["answer"])
 
 
-def test_what_functions_remember_is_a_part_of_the_state_of_the_rewards():
+def test_the_state_of_functions_is_saved_with_the_rewards():
     counts = Counts()
     rewards = open_rewards(PPOConfig(), tiny.tokenizer(), RewardFunctions(functions={"counts": counts, "len": len}))
     rewards.functions.tokenizer = tiny.tokenizer()
@@ -252,7 +252,7 @@ def test_what_functions_remember_is_a_part_of_the_state_of_the_rewards():
     state = rewards.state_dict()
     assert state["function.counts.seen"] == 2
     rewards.terms(EPISODES)
-    assert state["function.counts.scale"].tolist() == [2, 3]  # of then
+    assert state["function.counts.scale"].tolist() == [2, 3]  # the scale at the time of saving
     fresh = Counts()
     again = open_rewards(PPOConfig(), tiny.tokenizer(), RewardFunctions(functions={"counts": fresh}))
     again.load_state_dict(state)
@@ -298,7 +298,7 @@ def test_rto_without_a_dpo_model_is_refused():
 
 
 @pytest.mark.parametrize("error", [KeyError("tone"), ValueError("no such word"), OSError("gone")])
-def test_what_a_function_raises_is_told_with_its_name_and_its_own_traceback(error):
+def test_an_exception_of_a_function_is_reported_with_its_name_and_traceback(error):
     def texts(completions):
         raise error
 
@@ -312,7 +312,7 @@ def test_what_a_function_raises_is_told_with_its_name_and_its_own_traceback(erro
         assert raised.value.__cause__ is error
 
 
-def test_a_function_that_fails_is_asked_again_after_growing_waits(monkeypatch):
+def test_a_failing_function_is_retried_after_growing_waits(monkeypatch):
     waits, failures = [], [OSError("a"), OSError("b"), OSError("c")]
     monkeypatch.setattr(module.time, "sleep", waits.append)
 
@@ -329,7 +329,7 @@ def test_a_function_that_fails_is_asked_again_after_growing_waits(monkeypatch):
     assert waits == [1, 2, 4, 1]
 
 
-def test_a_lack_of_memory_in_a_function_stays_one():
+def test_out_of_memory_in_a_function_is_not_wrapped():
     def hungry(rollout):
         raise MemoryError
 
@@ -337,7 +337,7 @@ def test_a_lack_of_memory_in_a_function_stays_one():
         ask(mine=hungry, retries=5)
 
 
-def test_the_rows_of_evaluation_may_be_others():
+def test_evaluation_may_use_different_rows():
     run = RewardFunctions(functions={"mine": lambda completions, answer: [float(a == "x") for a in answer]})
     run.tokenizer, run.rows = tiny.tokenizer(), ROWS
     held_out = replace(run, rows={i: Example(prompt="w1", row=i, columns={"answer": "x"}) for i in range(2)})

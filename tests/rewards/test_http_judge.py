@@ -1,4 +1,4 @@
-"""A judge over HTTP, against a loopback server that answers, fails, hangs and lies."""
+"""Tests of a judge over HTTP, with a local server that answers, fails, hangs or sends invalid replies."""
 
 import json
 import threading
@@ -15,7 +15,8 @@ from tests.rewards.test_functions import ROLLOUTS
 
 
 class Server(ThreadingHTTPServer):
-    """Answers each request by what `plan` says next: a body (bytes, or what JSON makes of it), a code, or "hang"."""
+    """A local server that answers each request with the next entry of `plan`: a body (bytes or JSON), a status code, or
+    "hang"."""
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -67,7 +68,7 @@ def says(text: str) -> dict:
     return {"choices": [{"message": {"content": text}}]}
 
 
-def test_plain_json_is_asked_in_batches_and_no_text_twice(server, monkeypatch):
+def test_texts_are_sent_in_batches_and_no_text_twice(server, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     judge = HTTPJudge(url=server.url, batch_size=2, concurrency=1)
     assert judge(["p", "p", "q", "p"], ["a", "bb", "a", "bb"]) == [1, 2, 1, 2]
@@ -80,7 +81,7 @@ def test_plain_json_is_asked_in_batches_and_no_text_twice(server, monkeypatch):
     assert {key for *_, key in server.seen} == {"Bearer secret"}
 
 
-def test_a_chat_is_asked_for_a_number_and_a_reply_without_one_is_no_judgement(server):
+def test_a_chat_reply_without_a_number_gives_no_reward(server):
     server.plan += [says("7.5"), says("I would say 11"), says("from 3 to 4"), says("none")]
     judge = HTTPJudge(url=server.url + "/", model="m", concurrency=1)
     prompt = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]
@@ -106,7 +107,7 @@ def test_a_chat_is_asked_for_a_number_and_a_reply_without_one_is_no_judgement(se
         b'{"scores": [1, NaN]}',
     ],
 )
-def test_a_server_that_fails_or_lies_is_asked_again(server, waits, lie):
+def test_a_server_that_fails_or_sends_invalid_replies_is_asked_again(server, waits, lie):
     server.plan += [500, lie]
     judge = HTTPJudge(url=server.url, retries=2)
     assert judge(["p", "p"], ["a", "bb"]) == [1, 2]
@@ -116,7 +117,7 @@ def test_a_server_that_fails_or_lies_is_asked_again(server, waits, lie):
         HTTPJudge(url=server.url, retries=1)(["p", "p"], ["a", "bb"])
 
 
-def test_scores_may_be_null_where_the_server_does_not_judge(server):
+def test_scores_may_be_null(server):
     server.plan.append({"scores": [None, 3]})
     assert HTTPJudge(url=server.url)(["p", "p"], ["a", "b"]) == [None, 3]
 
@@ -130,7 +131,7 @@ def test_a_server_that_hangs_is_left_after_the_timeout(server, waits):
     assert waits == [1]
 
 
-def test_a_refusal_is_final_and_a_missing_server_is_told(server, waits):
+def test_a_refusal_is_final_and_a_missing_server_is_reported(server, waits):
     server.plan.append(404)
     with pytest.raises(JudgeError, match=rf"^judge {server.url}: 404 Not Found: no$"):
         HTTPJudge(url=server.url)(["p"], ["a"])
@@ -139,7 +140,7 @@ def test_a_refusal_is_final_and_a_missing_server_is_told(server, waits):
         HTTPJudge(url="http://127.0.0.1:9/", retries=0)(["p"], ["a"])
 
 
-def test_the_memory_has_a_size(server):
+def test_the_cache_has_a_limited_size(server):
     judge = HTTPJudge(url=server.url, cache_size=2)
     judge(["p"] * 3, ["a", "bb", "ccc"])
     judge(["p"], ["a"])

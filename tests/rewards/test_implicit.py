@@ -1,4 +1,4 @@
-"""Token rewards of a DPO model against transformers' own logits, and the models that are refused."""
+"""Tests of a DPO model's token rewards against transformers' logits, and of models that are refused."""
 
 from dataclasses import replace
 
@@ -17,7 +17,7 @@ BATCH = pack([sequence(prompt, response) for prompt, response in PAIRS])
 
 
 def own_logprobs(model) -> torch.Tensor:
-    """Row by row from the model's own logits, one sequence at a time, at temperature 1."""
+    """Log-probs row by row, from the model's own logits of one sequence at a time, at temperature 1."""
     found = []
     for prompt, response in PAIRS:
         logits = model(input_ids=torch.tensor([[*prompt, *response]])).logits[0].float().log_softmax(-1)
@@ -35,7 +35,7 @@ def test_the_log_ratio_is_to_the_reference_of_the_models_own_training():
     assert separate.dtype == torch.float32
 
 
-def test_the_pass_of_a_shared_reference_is_not_made_twice():
+def test_a_shared_reference_is_computed_once():
     dpo, run = tiny.policy(seed=1), tiny.policy(seed=3)
     known, passes = own_logprobs(run), []
     run.register_forward_hook(lambda *_: passes.append(1))
@@ -91,7 +91,7 @@ def test_a_model_with_no_tokenizer_or_too_few_embeddings_is_refused(tmp_path):
         open_implicit_reward(RTOConfig(dpo_model_path=str(tmp_path / "small")), tiny.tokenizer(), RUN)
 
 
-def test_a_dpo_model_that_is_paid_nowhere_is_not_loaded():
+def test_a_dpo_model_without_effect_on_rewards_is_not_loaded():
     config = RTOConfig(dpo_model_path="nowhere", reward_shaping="none")
     assert open_implicit_reward(config, tiny.tokenizer(), RUN) is None
     assert open_implicit_reward(PPOConfig(), tiny.tokenizer(), RUN) is None

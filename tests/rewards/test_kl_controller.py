@@ -1,4 +1,4 @@
-"""The adaptive coefficient by hand."""
+"""Tests of the adaptive KL coefficient, with values computed by hand."""
 
 import pytest
 
@@ -13,9 +13,9 @@ def controller(**settings) -> KLController:
     ("kl", "factor"),
     [
         (6.0, 1.0),
-        (6.6, 1.01),  # 0.1 above, a tenth of the horizon
+        (6.6, 1.01),  # 0.1 above the target, for a tenth of the horizon
         (5.4, 0.99),
-        (60.0, 1.02),  # clipped to 0.2
+        (60.0, 1.02),  # the error is clipped to 0.2
         (0.0, 0.98),
         (-3.0, 0.98),  # a sampled estimate may be negative
     ],

@@ -1,4 +1,4 @@
-"""Ready-made reward functions, on texts whose reward is plain."""
+"""Tests of the ready-made reward functions, on texts whose reward is obvious."""
 
 import sys
 
@@ -13,7 +13,7 @@ def chat(text: str) -> list[dict[str, str]]:
     return [{"role": "assistant", "content": text}]
 
 
-def test_an_exact_match_forgives_case_white_space_width_and_a_full_stop():
+def test_exact_match_ignores_case_white_space_character_width_and_a_full_stop():
     given = [" The  Cat.\n", chat("\uff34he cat"), "the cats", "", "7"]
     assert ready.exact_match(given, ["the cat", "THE CAT", "the cat", "the cat", 7]) == [1, 1, 0, 0, 1]
 
@@ -27,7 +27,7 @@ def test_an_exact_match_forgives_case_white_space_width_and_a_full_stop():
         (r"\boxed{3} no, \boxed{4}", "#### 4", 1),
         (r"#### 5 and \boxed{4}", "4", 1),
         ("#### 41", "#### 42", 0),
-        ("the answer is 42", "#### 42", 0),  # nothing is marked
+        ("the answer is 42", "#### 42", 0),  # the response has no marked answer
         ("####", "#### 42", 0),
         (r"\boxed{42", "#### 42", 0),
         ("#### forty-two?", "42", 0),
@@ -38,7 +38,7 @@ def test_a_marked_answer_counts_by_its_value(text, answer, earned):
     assert ready.math_answer([text, chat(text)], answer=[answer, answer]) == [earned, earned]
 
 
-def test_math_answers_say_what_they_need(monkeypatch):
+def test_math_answers_name_the_missing_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "math_verify", None)
     with pytest.raises(ValueError, match=r"^math_answer needs math-verify: pip install 'fastrlhf\[math\]'$"):
         ready.math_answer(["#### 1"], answer=["1"])

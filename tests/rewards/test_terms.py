@@ -1,7 +1,7 @@
-"""What a token earns, by hand: rows of two episodes unless a test says otherwise.
+"""Tests of what a token earns, with values by hand. There are two episodes unless a test says otherwise.
 
 episode 0   one reset token (compat "reference"), then 3 5 EOS and one token after it
-episode 1   4 3 6, cut by the budget
+episode 1   4 3 6, truncated at the length limit
 """
 
 import logging
@@ -29,7 +29,7 @@ from fastrlhf.types import Prefix, Rollout
 from fastrlhf_kernels import gae
 from tests import tiny
 
-RATIO = torch.tensor([9.0, 1.0, -2.0, 0.5, 9.0, 0.25, 3.0, -0.25])  # nats; 9 where nothing is earned
+RATIO = torch.tensor([9.0, 1.0, -2.0, 0.5, 9.0, 0.25, 3.0, -0.25])  # nats; 9 for tokens that must earn nothing
 
 
 def rollout(completion: list[int], row: int, num_reset: int = 0) -> Rollout:
@@ -85,7 +85,7 @@ def test_a_missing_eos_costs_a_penalty_of_its_own_or_replaces_the_score():
     assert rewards(missing_eos_score=0.0, score_coef=3.0)["score"] == [0, 0, 0, 6, 0, 0, 0, 0]
 
 
-def test_a_response_that_goes_on_earns_what_is_of_its_tokens_and_nothing_of_a_whole_response():
+def test_a_truncated_response_earns_only_token_rewards():
     cut = replace(DPO, goes_on=DPO.missing_eos)
     functions = {"whole": lambda _: 7.0, "tokens": lambda r: [1.0] * len(r.completion)}
     found, ending = (rewards(episodes, functions, length_coef=0.5) for episodes in (cut, DPO))
@@ -95,7 +95,8 @@ def test_a_response_that_goes_on_earns_what_is_of_its_tokens_and_nothing_of_a_wh
 
 
 def test_normalisers_count_no_score_and_no_number_that_is_not_paid():
-    """Of scores 2 and 4 the first is one deviation below the mean; -3 and 100 are of responses that go on."""
+    """Of the scores 2 and 4 the first is one standard deviation below the mean; -3 and 100 belong to truncated
+    responses."""
     run = Rewards(config=PPOConfig(score_norm="running", reward_function_norm="running", reward_function_clip=0.5))
     run.functions = RewardFunctions(functions={"number": lambda r: 2.0 if r.ended else 100.0})
     for score, expected in ((2.0, 0.0), (4.0, 1.0)):
@@ -108,7 +109,7 @@ def test_normalisers_count_no_score_and_no_number_that_is_not_paid():
     assert all_cut["number"].metrics["reward/number_clipped"] == 0
 
 
-def test_the_score_is_weighted_after_it_is_clipped_and_the_clipped_share_is_told():
+def test_the_score_is_weighted_after_clipping_and_the_clipped_share_is_reported():
     found = terms(score_clip=2.5, score_coef=2.0)["score"]
     assert found.reward.tolist() == [0, 0, 0, 4, 0, 0, 0, -5]
     assert {name: value.item() for name, value in found.metrics.items()} == {"reward/score_clipped": 0.5}
@@ -147,8 +148,8 @@ def test_the_clip_comes_after_the_scale_and_its_share_is_of_the_tokens_that_earn
     assert "reward/dpo_clipped" not in terms(DPO)["dpo"].metrics
 
 
-def test_rs_takes_back_what_was_paid_and_not_what_was_clipped_away():
-    """With the sum of the log-ratios themselves, the return would no longer be that without the DPO model."""
+def test_rs_subtracts_the_clipped_rewards():
+    """If rs subtracted the sum of the unclipped log-ratios, the return would differ from that without a DPO model."""
     found = terms(DPO, dpo_reward_scale=1.0, dpo_reward_clip=1.5, reward_shaping="rs")["dpo"]
     assert found.reward.tolist() == [0, 1, -1.5, 0.5, 0, 0.25, 1.5, -1.75]
     assert found.metrics["reward/dpo_clipped"] == 2 / 6
@@ -168,11 +169,11 @@ def test_the_five_shapings(shaping, expected):
     config = PPOConfig(dpo_model_path="dpo", dpo_reward_scale=1.0, reward_shaping=shaping)
     found = Rewards(config=config, sentence_ends=torch.tensor([3, 9])).terms(DPO)["dpo"]
     assert found.reward.tolist() == expected
-    assert found.metrics["rto/abs_sum"] == 3.5  # of the tokens, however they are paid
+    assert found.metrics["rto/abs_sum"] == 3.5  # a sum over the tokens, independent of the shaping
 
 
 def ragged(seed: int = 0):
-    """Token rewards of 40 episodes of 1 to 9 tokens; (rewards, cu_rows, ends, ends of sentences)."""
+    """Token rewards of 40 episodes with 1 to 9 tokens; returns (rewards, cu_rows, ends, ends of sentences)."""
     draw = np.random.default_rng(seed)
     cu_rows = np.cumsum([0, *draw.integers(1, 10, 40)])
     ends = torch.zeros(cu_rows[-1], dtype=torch.bool)
@@ -192,11 +193,14 @@ def test_every_shaping_keeps_the_total_and_rs_makes_it_zero_clipped_or_not(limit
         torch.testing.assert_close(found, totals * (shaping != "rs"))
     moved = moved_to(token, sentence_ends)
     assert not moved[~sentence_ends].any()
-    assert moved.sign().ne(0).sum() > ends.sum()  # sentences end within responses, too
+    assert moved.sign().ne(0).sum() > ends.sum()  # sentences also end within responses
 
 
 def test_with_lambda_1_rs_and_none_differ_by_the_potential_of_the_state():
-    """A_rs - A_none = -(sum of the token rewards before the state): a baseline, so shaping acts through lambda < 1."""
+    """A_rs - A_none = -(sum of the token rewards before the state).
+
+    This is a baseline, so the shaping only matters for lambda < 1.
+    """
     token, cu_rows, ends, sentence_ends = ragged()
     draw = torch.Generator().manual_seed(1)
     score, value = (torch.randn(len(token), generator=draw) for _ in range(2))
@@ -225,7 +229,7 @@ def test_normalisers_of_token_rewards_count_the_tokens_that_earn_and_go_on_from_
 
 
 def test_what_a_function_gives_is_normalised_over_the_rows_it_pays_and_then_clipped():
-    """A number is one row, a number per token those up to the EOS; every function has moments of its own."""
+    """A number counts as one row, a number per token as the rows up to the EOS; every function has its own moments."""
     functions = {
         "mixed": lambda r: 10.0 if r.ended else [1.0, 2.0, 3.0],
         "tokens": lambda r: [float(token) for token in r.completion],
@@ -238,14 +242,14 @@ def test_what_a_function_gives_is_normalised_over_the_rows_it_pays_and_then_clip
         expected[rows] = scaled.clip(-1.2, 1.2)
         np.testing.assert_allclose(found[name].reward, expected, rtol=1e-6, atol=1e-7)
         assert found[name].metrics[f"reward/{name}_clipped"] == pytest.approx((abs(scaled) > 1.2).mean())
-    plain = terms(functions=functions)["mixed"].metrics  # 10 and 1 + 2 + 3, by response
+    plain = terms(functions=functions)["mixed"].metrics  # per response: 10, and 1 + 2 + 3
     assert {name: value.item() for name, value in plain.items()} == {
         "rewards/mixed/mean": 8.0,
         "rewards/mixed/std": pytest.approx(8**0.5),
     }
 
 
-def test_whole_numbers_from_python_are_as_good_as_floats():
+def test_python_integers_are_accepted_as_rewards():
     assert rewards(missing_eos_penalty=1, length_coef=2) == rewards(missing_eos_penalty=1.0, length_coef=2.0)
 
 
@@ -272,12 +276,12 @@ def test_a_function_gives_a_number_at_the_end_or_one_per_sampled_token():
         ("good", "'f': the response to row 10 gets 'good'; return one number, one per token, or None"),
     ],
 )
-def test_what_a_function_may_not_give_is_told_with_its_row(given, message):
+def test_invalid_rewards_of_a_function_are_reported_with_their_row(given, message):
     with pytest.raises(ValueError, match=message):
         terms(functions={"f": lambda _: given})
 
 
-def test_every_addend_is_logged_with_its_share():
+def test_every_reward_term_is_logged_with_its_share():
     cu_rows = torch.tensor([0, 2, 3])
     found = reward_metrics(
         {
@@ -299,7 +303,7 @@ def test_every_addend_is_logged_with_its_share():
     assert {name: value.item() for name, value in silent.items()} == {"reward/score": 0.0, "reward/score_share": 0.0}
 
 
-def test_token_rewards_that_outweigh_the_score_are_told_once(caplog):
+def test_token_rewards_that_outweigh_the_score_are_reported_once(caplog):
     caplog.set_level(logging.WARNING)
     run = Rewards(config=RTOConfig())
     run.warn({"rto/return_to_score": 0.9})
@@ -308,7 +312,7 @@ def test_token_rewards_that_outweigh_the_score_are_told_once(caplog):
     run.warn({"rto/return_to_score": 3.5})
     [message] = caplog.messages
     assert "2.5 times its score; lower dpo_reward_scale" in message
-    Rewards(config=RTOConfig(score_coef=0.0)).warn({"rto/return_to_score": 1e9})  # no score is wanted
+    Rewards(config=RTOConfig(score_coef=0.0)).warn({"rto/return_to_score": 1e9})  # no warning, because no score is used
     assert len(caplog.messages) == 1
 
 
@@ -321,7 +325,7 @@ def test_sentences_end_where_the_text_of_a_token_says_so():
         sentence_end_ids(tiny.tokenizer())
 
 
-def test_the_moments_of_an_addend_go_on_from_a_saved_state():
+def test_the_moments_of_a_term_continue_from_a_saved_state():
     config = PPOConfig(score_norm="running")
     first, whole = (replace(EPISODES, score=torch.tensor(values)) for values in ([2.0, -3.0], [10.0, 1000.0]))
     run, resumed, new = (Rewards(config=config) for _ in range(3))

@@ -1,4 +1,5 @@
-"""Steps that are recorded and replayed: that ours can be, on any device; that replaying changes no bit, on a GPU."""
+"""Tests of decode steps recorded as CUDA graphs: on any device that they can be recorded, on a GPU that replaying
+changes no bit."""
 
 from contextlib import nullcontext
 from dataclasses import replace
@@ -31,7 +32,7 @@ def engine(model, **settings) -> TransformersEngine:
 
 
 class Work(TorchDispatchMode):
-    """The operators of a step with the shapes they read, and the memory from outside of the step that they touch."""
+    """Records the operators of a step with the shapes they read, and the memory outside the step that they use."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,13 +44,14 @@ class Work(TorchDispatchMode):
         made = {x.untyped_storage().data_ptr() for x in self._made}
         self.outside |= {x.untyped_storage().data_ptr() for x in inputs} - made
         output = func(*args, **(kwargs or {}))
-        self._made += [x for x in tree_leaves(output) if isinstance(x, torch.Tensor)]  # alive: no address comes twice
+        # Keeps tensors alive, so that no address is reused
+        self._made += [x for x in tree_leaves(output) if isinstance(x, torch.Tensor)]
         return output
 
 
 @pytest.mark.parametrize("name", tiny.ARCHITECTURES)
 @torch.no_grad()
-def test_every_step_does_the_same_work_on_the_same_memory_and_reads_nothing_on_the_host(name):
+def test_every_step_does_the_same_work_on_the_same_memory_without_host_reads(name):
     sampler = engine(tiny.policy(name))
     episodes, cache, held = sampler._episodes(PREFIXES[:4]), SlotCache(4, 20), torch.arange(4)
     first = cache.prefill(sampler.model, [prefix.token_ids for prefix in PREFIXES[:4]], [0, 1, 2, 3])
@@ -68,14 +70,15 @@ def test_every_step_does_the_same_work_on_the_same_memory_and_reads_nothing_on_t
     assert not {name for name in names if "_local_scalar_dense" in name or "nonzero" in name or "rand" in name}
 
 
-def test_every_sampler_of_a_run_is_told_how_to_decode():
+def test_every_sampler_of_a_run_gets_the_decode_setting():
     config, policy = PPOConfig(decode="cuda_graph", reset_prob=0.5, reset_source="sample"), tiny.policy()
     for sample in (
         lambda: make_engine(config, policy, tiny.EOS),
         lambda: make_roll_in(config, policy, tiny.EOS),
         lambda: evaluate(config, policy, policy, len, [], tiny.EOS),
     ):
-        with pytest.raises(ValueError, match=r"^decode: cuda_graph needs a CUDA GPU"):  # the model is on the CPU
+        # refused, because the model is on the CPU
+        with pytest.raises(ValueError, match=r"^decode: cuda_graph needs a CUDA GPU"):
             sample()
 
 
@@ -90,13 +93,13 @@ def test_replayed_steps_sample_what_eager_ones_do_bit_for_bit(name, dtype):
     first = eager.generate(long)
     assert graphs.generate(long) == first
     with torch.no_grad():
-        model.lm_head.weight.mul_(0.5)  # as an update changes it, in place
+        model.lm_head.weight.mul_(0.5)  # an in-place change, as by an update
     second = eager.generate(long)
     assert graphs.generate(long) == second
     assert second != first
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.data = parameter.data.clone()  # as a framework may replace it
+            parameter.data = parameter.data.clone()  # a replaced tensor, as by some frameworks
     assert graphs.generate(long) == second
 
 
@@ -104,8 +107,8 @@ def test_replayed_steps_sample_what_eager_ones_do_bit_for_bit(name, dtype):
     ("error", "expected"),
     [(torch.OutOfMemoryError("full"), "^full$"), (RuntimeError("sync"), "^decode: Linear cannot")],
 )
-def test_no_memory_for_a_graph_stays_that_error(error, expected, monkeypatch):
-    """Without a GPU: what is recorded fails, and so what there would be to record it with is not asked for."""
+def test_out_of_memory_while_recording_is_not_wrapped(error, expected, monkeypatch):
+    """Runs without a GPU: the recorded step fails before any CUDA function is called."""
     steps = object.__new__(CapturedSteps)
     steps._name, steps._pool, steps._stream = "Linear", None, None
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)

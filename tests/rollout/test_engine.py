@@ -71,7 +71,7 @@ def test_an_eos_in_the_last_slot_ends_the_response():
     assert all(rollout.ended for rollout in last_slot)
 
 
-def test_told_to_go_on_the_engine_writes_past_the_eos_to_the_budget():
+def test_with_stop_at_eos_off_the_engine_samples_to_the_length_limit():
     rollouts = engine(tiny.policy(), stop_at_eos=False).generate(prefixes(100))
     assert all(len(rollout.completion) == LENGTH - rollout.prefix.num_reset for rollout in rollouts)
     early = [rollout for rollout in rollouts if rollout.ended]
@@ -79,7 +79,7 @@ def test_told_to_go_on_the_engine_writes_past_the_eos_to_the_budget():
     assert all(rollout.completion[end_index(rollout, tiny.EOS)] == tiny.EOS for rollout in early)
 
 
-def test_a_sample_depends_on_seed_and_episode_and_not_on_who_is_generated_beside_it():
+def test_a_sample_depends_only_on_seed_and_episode():
     model = tiny.policy()
     together = engine(model).generate(prefixes(30))
     in_threes = engine(model, batch_size=3).generate(prefixes(30))
@@ -91,8 +91,8 @@ def test_a_sample_depends_on_seed_and_episode_and_not_on_who_is_generated_beside
 def forwards(
     model: PreTrainedModel, sampler: TransformersEngine, starts: list[Prefix]
 ) -> tuple[list[Rollout], list[tuple[int, ...]]]:
-    """What the engine samples, and the shapes of what it had the model read."""
-    decoder_of(model)  # the probe reads the model too
+    """What the engine samples, and the shapes of the model's inputs."""
+    decoder_of(model)  # runs the probe first, because it calls the model too
     shapes = []
     hook = model.register_forward_pre_hook(
         lambda _, __, inputs: shapes.append(tuple(inputs["input_ids"].shape)), with_kwargs=True
@@ -103,9 +103,9 @@ def forwards(
 
 
 @pytest.mark.parametrize("name", tiny.ARCHITECTURES)
-def test_what_episodes_share_is_prefilled_once_and_draws_the_same(name):
+def test_shared_prefixes_are_prefilled_once_without_changing_the_samples(name):
     model = tiny.policy(name)
-    text = prefixes(8)[7].token_ids  # 7 tokens; episodes start after 4 to 7 of them
+    text = prefixes(8)[7].token_ids  # 7 tokens; episodes start after 4 to 7 tokens
     starts = [Prefix(token_ids=text[: 4 + i % 4], num_reset=i % 4, row=0, episode=i) for i in range(20)]
     together, shapes = forwards(model, engine(model), starts)
     assert shapes[0] == (1, 7)
@@ -134,7 +134,7 @@ def test_samples_are_those_of_a_loop_that_reads_the_whole_text_for_every_token(n
 
 
 def test_a_slot_that_becomes_free_goes_to_an_episode_that_waits():
-    """In two slots, one episode of nine tokens and four of two, the first of which their prefill gives."""
+    """Two slots, one episode of nine tokens and four of two; the prefill gives the first token of each."""
     model = tiny.policy()
     starts = [Prefix(token_ids=[5 + i] * 9, num_reset=7 if i else 0, row=i, episode=i) for i in range(5)]
     rollouts, shapes = forwards(model, engine(model, batch_size=2, stop_at_eos=False), starts)
@@ -143,7 +143,7 @@ def test_a_slot_that_becomes_free_goes_to_an_episode_that_waits():
 
 
 def test_prefixes_are_prefilled_in_micro_batches_and_draw_the_same():
-    """Three texts of nine tokens, each the start of two episodes; a text above the budget is a pack of its own."""
+    """Three texts of nine tokens, each the start of two episodes. A text above the budget is a separate pack."""
     model = tiny.policy()
     starts = [Prefix(token_ids=[5 + i // 2] * (6 + 3 * (i % 2)), num_reset=0, row=i, episode=i) for i in range(6)]
     together, shapes = forwards(model, engine(model), starts)
@@ -159,16 +159,16 @@ def test_slots_are_halved_once_half_of_them_are_enough_and_none_waits():
     starts = [Prefix(token_ids=[5 + i] * 9, num_reset=[0, 4, 6, 7][i % 4], row=i, episode=i) for i in range(8)]
     rollouts, shapes = forwards(model, engine(model, stop_at_eos=False), starts)
     assert [len(rollout.completion) for rollout in rollouts] == [9, 5, 3, 2] * 2
-    # Of eight episodes two each may write 9, 5, 3 and 2 tokens, the first of which the prefill gives.
+    # Two episodes each may have 9, 5, 3 and 2 tokens; the prefill gives the first token.
     assert [shape[0] for shape in shapes[1:]] == [8, 8, 4, 4, 2, 2, 2, 2]
 
 
-def test_a_graph_is_refused_where_there_is_no_gpu():
+def test_a_cuda_graph_is_refused_without_a_gpu():
     with pytest.raises(ValueError, match=r"^decode: cuda_graph needs a CUDA GPU, but the model is on the cpu; set e"):
         engine(tiny.policy(), decode="cuda_graph")
 
 
-def test_nothing_to_sample_from_gives_nothing():
+def test_no_prefixes_give_no_rollouts():
     assert engine(tiny.policy()).generate([]) == []
 
 
@@ -183,7 +183,7 @@ def test_samples_follow_the_tempered_distribution():
     assert deviation[expected > 0.005].abs().max() < 4.5
 
 
-def test_temperature_zero_takes_what_greedy_generation_takes():
+def test_temperature_zero_equals_greedy_generation():
     model = tiny.policy()
     [rollout] = engine(model, temperature=0).generate([Prefix(token_ids=[5, 6, 7], num_reset=0, row=0, episode=0)])
     expected = model.generate(
@@ -218,7 +218,7 @@ def test_the_end_is_the_first_eos_or_the_last_token():
         ({"completion": [1, 1]}, "goes on after its EOS"),
     ],
 )
-def test_an_engine_that_breaks_its_promises_is_found_out(change, message):
+def test_wrong_results_of_an_engine_are_detected(change, message):
     prefix = Prefix(token_ids=[5], num_reset=0, row=3, episode=0)
     good = Rollout(prefix=prefix, completion=[7, 1], sampler_logprob=[0.0, 0.0], ended=True)
     assert checked_rollouts([good], [prefix], eos_token_id=1, stops_at_eos=True) == [good]
@@ -228,7 +228,7 @@ def test_an_engine_that_breaks_its_promises_is_found_out(change, message):
         checked_rollouts([], [prefix], eos_token_id=1, stops_at_eos=True)
 
 
-def test_broken_weights_end_sampling_with_one_sentence():
+def test_nan_weights_end_sampling_with_one_sentence():
     model = tiny.policy()
     with torch.no_grad():
         model.lm_head.weight.fill_(float("nan"))

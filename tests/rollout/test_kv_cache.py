@@ -1,4 +1,4 @@
-"""What a slot holds is what the model alone would have computed, whoever held the slot before and wherever it lay."""
+"""Tests that a cache slot gives the numbers of the model alone, regardless of earlier contents and position."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ OTHER = [4 + (3 * i * i + i) % 28 for i in range(13)]
 
 @torch.no_grad()
 def logits_alone(model, tokens: list[int]) -> Tensor:
-    """[V] after the last token, by the model's own forward without a cache."""
+    """Logits [V] after the last token, from the model's own forward without a cache."""
     return model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -1]
 
 
@@ -22,12 +22,12 @@ def held(cache: SlotCache, slot: int, num_tokens: int) -> list[Tensor]:
 
 
 def assert_close(ours: Tensor, theirs: Tensor) -> None:
-    """float32 in another order of summation: a few units in the last place of the largest number."""
+    """Tolerance for float32 sums in a different order: a few units in the last place of the largest number."""
     torch.testing.assert_close(ours, theirs, rtol=0, atol=3e-6 * max(1.0, theirs.abs().max().item()))
 
 
 def steps(cache: SlotCache, model, texts: list[list[int]], next_tokens: list[list[int]]) -> Tensor:
-    """Logits [n, V] after all of `next_tokens` have been fed to the first n slots, which hold `texts`."""
+    """Feeds `next_tokens` to the first n slots, which hold `texts`; returns the last logits [n, V]."""
     logits = torch.empty(0)
     for i, tokens in enumerate(zip(*next_tokens, strict=True)):
         positions = torch.tensor([len(text) + i for text in texts])
@@ -36,7 +36,7 @@ def steps(cache: SlotCache, model, texts: list[list[int]], next_tokens: list[lis
 
 
 @pytest.mark.parametrize("name", tiny.ARCHITECTURES)
-def test_prefixes_of_one_text_are_computed_once_and_hold_what_each_alone_would(name):
+def test_prefixes_of_one_text_are_computed_once_with_the_numbers_of_each_alone(name):
     model = tiny.policy(name)
     texts = [TEXT[:5], OTHER, TEXT, TEXT[:1], TEXT[:5]]
     seen = []
@@ -54,12 +54,12 @@ def test_prefixes_of_one_text_are_computed_once_and_hold_what_each_alone_would(n
 
 
 @pytest.mark.parametrize("name", tiny.ARCHITECTURES)
-def test_steps_give_the_logits_of_the_whole_text_whatever_its_slot_held_before(name):
+def test_steps_give_the_logits_of_the_whole_text_after_any_earlier_content(name):
     model = tiny.policy(name)
     cache = SlotCache(3, 30)
     cache.prefill(model, [OTHER, TEXT, TEXT], [0, 1, 2])
     steps(cache, model, [OTHER, TEXT, TEXT], [[9, 8], [7, 6], [5, 4]])
-    cache.prefill(model, [TEXT[:3]], [1])  # shorter than what the slot held
+    cache.prefill(model, [TEXT[:3]], [1])  # shorter than the earlier content of the slot
     cache.move(torch.tensor([2]), torch.tensor([0]))
     texts, following = [[*TEXT, 5, 4], TEXT[:3]], [[11, 12, 13, 14, 15], [16, 17, 18, 19, 20]]
     for text, tokens, found in zip(texts, following, steps(cache, model, texts, following), strict=True):
@@ -79,7 +79,7 @@ def test_more_keys_than_needed_change_nothing_and_memory_never_moves():
     assert [buffer.data_ptr() for layer in cache._layers.values() for buffer in layer] == before
 
 
-def test_the_model_is_afterwards_as_it_was():
+def test_the_model_is_restored_afterwards():
     model = tiny.policy()
     before = model.config._attn_implementation
     SlotCache(1, 9).prefill(model, [TEXT[:9]], [0])
@@ -87,6 +87,6 @@ def test_the_model_is_afterwards_as_it_was():
 
 
 @pytest.mark.parametrize(("num_keys", "rounded"), [(1, KEY_BLOCK), (KEY_BLOCK, KEY_BLOCK), (65, 2 * KEY_BLOCK)])
-def test_capacities_are_few(num_keys, rounded):
+def test_only_few_capacities_are_used(num_keys, rounded):
     assert rounded_up(num_keys) == rounded
     assert SlotCache(1, num_keys).capacity == rounded

@@ -1,4 +1,4 @@
-"""Which decoder a model gets, and that a decoder with other numbers than the model's is never taken."""
+"""Tests which decoder a model gets, and that a decoder with wrong numbers is never used."""
 
 import logging
 
@@ -42,7 +42,7 @@ def model_of(config):
 
 
 def differs_by_one_key(monkeypatch):
-    """Decoding in slots forgets the first token of every text."""
+    """Makes the slot decoder forget the first token of every text."""
     mask = kv_cache._Step._mask
 
     def forgetful(self, window, dtype):
@@ -60,9 +60,10 @@ def test_plain_attention_is_decoded_in_slots(name):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_other_families_are_sampled_with_their_own_cache_and_their_own_log_probs(name, caplog):
-    """Prefixes of three lengths, resets, a batch smaller than their number, and a text longer than a window."""
+    """Covers prefixes of three lengths, resets, a batch smaller than the number of prefixes, and a text longer than a
+    window."""
     model = model_of(CONFIGS[name])
-    model.generation_config.repetition_penalty = 3.0  # comes with many checkpoints and must not enter
+    model.generation_config.repetition_penalty = 3.0  # many checkpoints set this, and it must have no effect
     settings = {"eos_token_id": tiny.EOS, "response_length": 7, "temperature": 0.7, "seed": 3, "batch_size": 4}
     starts = [
         Prefix(token_ids=[3 + (i * j) % 20 for j in range(1, 5 + i % 3)], num_reset=i % 4, row=i, episode=i)
@@ -83,7 +84,7 @@ def test_other_families_are_sampled_with_their_own_cache_and_their_own_log_probs
     assert [r.completion for r in rollouts] == [r.completion for r in again]
 
 
-def test_slots_that_give_other_numbers_are_not_taken(monkeypatch, caplog):
+def test_a_slot_decoder_with_wrong_numbers_is_not_used(monkeypatch, caplog):
     differs_by_one_key(monkeypatch)
     assert decoder_of(tiny.policy()) == "own cache"
     assert "LlamaForCausalLM: sampling uses the cache of the model's own class, which is slower (slots: differs" in (
@@ -91,7 +92,7 @@ def test_slots_that_give_other_numbers_are_not_taken(monkeypatch, caplog):
     )
 
 
-def test_a_model_that_no_decoder_gets_right_is_refused_with_what_was_found(monkeypatch):
+def test_a_model_for_which_no_decoder_is_right_is_refused(monkeypatch):
     differs_by_one_key(monkeypatch)
 
     def broken(*_, **__):
@@ -105,7 +106,7 @@ def test_a_model_that_no_decoder_gets_right_is_refused_with_what_was_found(monke
     assert "own cache: KeyError: 'states\\nof many lines'; no cache: KeyError" in str(e.value)
 
 
-def test_a_lack_of_memory_is_no_reason_for_another_decoder(monkeypatch):
+def test_out_of_memory_in_the_probe_is_raised(monkeypatch):
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -115,7 +116,7 @@ def test_a_lack_of_memory_is_no_reason_for_another_decoder(monkeypatch):
 
 
 def test_a_model_whose_sequences_run_one_by_one_is_not_decoded_in_slots(caplog):
-    """Its windows or chunks may be longer than the probe."""
+    """Its windows or chunks may be longer than the probe's texts."""
     model = tiny.policy()
     run_alone(model, "has attention in chunks")
     assert decoder_of(model) == "own cache"

@@ -1,4 +1,4 @@
-"""Responses that end at a string, by hand."""
+"""Tests of responses that end at a stop string, with cases by hand."""
 
 from dataclasses import replace
 
@@ -28,8 +28,8 @@ def rollout(text: str, *, ended: bool = False) -> Rollout:
 @pytest.mark.parametrize(
     ("text", "ended", "kept"),
     [
-        ("w1 w2 w3 w4", False, "w1 w2 w3"),  # over two tokens
-        ("w7 w2 w9", True, "w7"),  # the first of several
+        ("w1 w2 w3 w4", False, "w1 w2 w3"),  # the string spans two tokens
+        ("w7 w2 w9", True, "w7"),  # the first of several strings
         ("w1 w2 w4", True, None),
         ("w7", False, "w7"),
         ("w1 w2 w3", False, "w1 w2 w3"),
@@ -46,7 +46,7 @@ def test_a_response_is_cut_after_the_token_that_completes_a_string(text, ended, 
     assert end_index(found, tiny.EOS) == num - 1
 
 
-def test_an_engine_that_knows_no_strings_may_not_say_that_a_response_without_an_eos_has_ended():
+def test_an_engine_without_stop_strings_may_not_report_an_end_without_an_eos():
     stopped = replace(rollout("w1 w2"), ended=True)
     prefixes = [stopped.prefix]
     with pytest.raises(ValueError, match="row 3 says ended=True, but its tokens say otherwise"):

@@ -30,8 +30,8 @@ LOGITS = torch.tensor([[0.15, 0.5, 0.05, 0.3]]).log()
         (Truncation(top_p=0.4), [1]),
         (Truncation(min_p=0.25), [0, 1, 3]),
         (Truncation(min_p=0.5), [1, 3]),
-        (Truncation(top_k=2, top_p=0.6), [1]),  # after top_k the first token has 0.625
-        (Truncation(top_k=3, top_p=0.9, min_p=0.31), [1, 3]),  # 0.53, 0.32 and 0.16 are left; 0.16 < 0.31 * 0.53
+        (Truncation(top_k=2, top_p=0.6), [1]),  # after top_k the first token has probability 0.625
+        (Truncation(top_k=3, top_p=0.9, min_p=0.31), [1, 3]),  # 0.53, 0.32 and 0.16 remain, and 0.16 < 0.31 * 0.53
         (Truncation(), [0, 1, 2, 3]),
     ],
 )
@@ -84,7 +84,7 @@ def test_samples_and_log_probs_are_those_of_the_truncated_distribution_over_the_
     assert len(sizes) > 2
 
 
-def test_the_sample_does_not_depend_on_who_is_generated_beside_it():
+def test_a_sample_does_not_depend_on_the_rest_of_the_batch():
     model = tiny.policy()
     (alone,) = sample(model, 1, min_p=0.2)
     together = sample(model, 12, min_p=0.2)
@@ -109,11 +109,11 @@ def run_config(**settings) -> GRPOConfig:
 
 
 def test_trainer_and_reference_score_the_tokens_that_the_sampler_kept():
-    """Log-probs and the gradient of the first step against all logits with -inf outside the sets."""
+    """Compares log-probs and the first step's gradient with full logits that are -inf outside the kept sets."""
     cfg = run_config(top_p=0.8)
     policy, reference = tiny.policy(), tiny.policy(seed=5)
     rollouts = [replace(r, prefix=replace(r.prefix, num_reset=0)) for r in sample(policy, 6, top_p=0.8)]
-    for i in (0, 2, 4):  # groups start in one state
+    for i in (0, 2, 4):  # a group starts in one state
         prefix = replace(rollouts[i].prefix, episode=i + 1)
         rollouts[i + 1] = replace(rollouts[i], prefix=prefix)
     scores = torch.tensor([1.0, 2.0, 0.0, 5.0, 3.0, 3.0])
@@ -157,7 +157,7 @@ def test_a_run_trains_and_evaluates_on_the_truncated_distribution(policy_path, s
     result = train_ppo(cfg, tiny.examples(9), tiny.examples(3, seed=1), reward_functions=functions)
     for row in result.history:
         assert row["sampling/sampling_logp_difference/max"] < 1e-4
-    assert result.history[0]["objective/kl"] == 0  # both restricted to one set
+    assert result.history[0]["objective/kl"] == 0  # policy and reference are restricted to the same set
     assert result.history[1]["objective/kl"] != 0
     assert result.history[1]["policy/entropy_avg"] < math.log(5) or "top_p" in settings
     assert math.isfinite(result.final["eval_objective/kl"])

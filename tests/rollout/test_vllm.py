@@ -36,7 +36,7 @@ STAND_IN = Path(__file__).parent / "stand_in"
 
 
 class InThread(Child):
-    """A child whose program is a thread, so that a test sees the engine that it makes."""
+    """Runs the child's program in a thread of this process, so that a test can access its engine."""
 
     def __init__(self, memory, environment):
         self.environment = environment
@@ -52,14 +52,14 @@ class InThread(Child):
 
 @pytest.fixture(autouse=True)
 def vllm(monkeypatch):
-    """The stand-in, imported anew; its modules are forgotten after the test."""
+    """Imports the stand-in library afresh and removes its modules after the test."""
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     monkeypatch.setenv("VLLM_DIST_IDENT", "")
     monkeypatch.syspath_prepend(STAND_IN)
     monkeypatch.setattr(engine_module, "Child", InThread)
     monkeypatch.setattr(torch, "manual_seed", torch.manual_seed)
     module = import_module("vllm")
-    # Several workers in one process share a registry, of which each would have its own.
+    # Workers share a registry here; in separate processes each has its own.
     factory = module.WeightTransferEngineFactory
     monkeypatch.setattr(factory, "register_engine", factory.registry.__setitem__)
     yield module
@@ -97,7 +97,7 @@ def prefixes(count: int) -> list[Prefix]:
 
 
 def test_a_run_samples_with_the_weights_of_every_update(paths, vllm):
-    """The engine's log-probs are those of the trainer's own forward, before and after the weights have moved."""
+    """The engine's log-probs must equal those of the trainer's forward before and after weight updates."""
     result = train_ppo(config(paths), tiny.examples(20))
     [llm] = vllm.LLM.made
     assert llm.updates == 3
@@ -105,7 +105,7 @@ def test_a_run_samples_with_the_weights_of_every_update(paths, vllm):
     assert result.history[-1]["objective/kl"] > 0.01
 
 
-def test_rollouts_keep_the_promises_of_an_engine(paths):
+def test_rollouts_satisfy_the_engine_contract(paths):
     cfg = config(paths)
     policy = load_policy(cfg.model_name_or_path)
     starts = prefixes(60)
@@ -129,7 +129,7 @@ def test_a_seed_belongs_to_an_episode_and_to_the_run(paths):
     assert len({tuple(tokens) for tokens in completions(same)}) > 10
 
 
-def test_told_to_go_on_it_writes_past_the_eos(paths):
+def test_with_stop_at_eos_off_the_engine_samples_past_the_eos(paths):
     cfg = config(paths, compat="reference")
     engine = make_engine(cfg, load_policy(cfg.model_name_or_path), tiny.EOS)
     rollouts = engine.generate(prefixes(60))
@@ -185,7 +185,7 @@ def test_numbers_of_gpus_refer_to_those_that_the_trainer_sees(monkeypatch):
     assert visible(DRPOConfig(engine="vllm", vllm_devices=(2, 0)), gpu) == ["7", "5"]
 
 
-def test_asleep_while_the_trainer_trains(paths, vllm, monkeypatch):
+def test_the_engine_sleeps_while_the_trainer_trains(paths, vllm, monkeypatch):
     cfg = replace(config(paths), vllm_enable_sleep_mode=True)
     monkeypatch.setattr(engine_module, "check_vllm", lambda config: None)
     policy = load_policy(cfg.model_name_or_path)
@@ -219,7 +219,8 @@ def test_a_gpu_that_does_not_exist_is_refused(monkeypatch):
 
 
 def test_the_model_is_the_policys_and_not_its_folders(tmp_path):
-    """Its class, as before FSDP; without the settings of 4-bit weights; with the code of its folder."""
+    """The engine gets the class of the policy (as before FSDP), without 4-bit settings, and with the code of the
+    policy's folder."""
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / "modeling_x.py").write_text("# code")
     policy = tiny.policy()
@@ -242,7 +243,7 @@ def test_keys_and_values_of_old_weights_stop_the_run(paths, vllm, monkeypatch):
 
 
 def test_weights_that_do_not_arrive_stop_the_run_at_its_first_update(paths, vllm, monkeypatch):
-    """The engine goes on with the random weights that it started from."""
+    """The engine keeps the random weights with which it started."""
     monkeypatch.setattr(vllm.LLM, "_load_weights", lambda self, weights: self.missing.clear())
     with pytest.raises(
         ValueError,
@@ -252,7 +253,7 @@ def test_weights_that_do_not_arrive_stop_the_run_at_its_first_update(paths, vllm
         train_ppo(config(paths), tiny.examples(20))
 
 
-def test_a_prefix_without_room_for_a_response_is_an_error_and_no_cut(paths):
+def test_a_prefix_without_room_for_a_response_is_an_error(paths):
     engine = make_engine(config(paths), load_policy(paths["model_name_or_path"]), tiny.EOS)
     fits = Prefix(token_ids=[5] * 28, num_reset=2, row=7, episode=0)
     assert len(engine.generate([fits])) == 1
@@ -278,7 +279,7 @@ def test_another_version_than_the_tested_one_is_named(paths, vllm, monkeypatch, 
         make_engine(config(paths), policy, tiny.EOS)
 
 
-def test_ids_above_the_tokenizer_are_not_asked_for(paths):
+def test_ids_above_the_tokenizer_are_never_sampled(paths):
     policy = load_policy(paths["model_name_or_path"])
     policy.resize_token_embeddings(tiny.VOCAB + 3)
     with torch.no_grad():
@@ -289,7 +290,7 @@ def test_ids_above_the_tokenizer_are_not_asked_for(paths):
 
 
 def test_experts_are_handed_over_by_the_names_of_a_checkpoint(tmp_path):
-    """Mixtral's are fused in memory; an adapter over them is added first."""
+    """Mixtral's experts are fused in memory; an adapter over them is merged first."""
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     sizes |= {"num_key_value_heads": 2, "num_local_experts": 4, "vocab_size": tiny.VOCAB}
     model = AutoModelForCausalLM.from_config(MixtralConfig(**sizes))

@@ -1,4 +1,4 @@
-"""Real processes of a vLLM engine, with the stand-in for the library (stand_in/vllm.py)."""
+"""Tests with real processes of a vLLM engine, with a stand-in for the library (stand_in/vllm.py)."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def stand_in(monkeypatch):
 
 
 def test_a_run_whose_process_is_killed_leaves_a_checkpoint_and_the_trainer_as_it_was(tmp_path, monkeypatch):
-    """Two updates with the right log-probs, before and after the weights have moved; the process dies in the third."""
+    """Two updates have correct log-probs before and after the weights change; the process dies in the third."""
     opened = []
 
     def opening(*arguments):
@@ -141,7 +141,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_busy_process_ends_with_a_trainer_that_is_killed():
-    """It holds the standard error of the trainer, which is at its end only when both have ended."""
+    """The process shares the trainer's standard error, which reaches its end only when both have ended."""
     trainer = subprocess.Popen(
         [sys.executable, "-c", TRAINER.replace("SETTINGS", repr(SETTINGS))],
         stdin=subprocess.PIPE,
@@ -151,6 +151,6 @@ def test_a_busy_process_ends_with_a_trainer_that_is_killed():
     )
     assert trainer.stderr
     while (line := trainer.stderr.readline()) != "hangs\n":
-        assert line, "the trainer has ended"
+        assert line, "the trainer ended before it was killed"
     trainer.communicate("go\n", timeout=60)
     assert trainer.returncode == -signal.SIGKILL

@@ -1,6 +1,6 @@
-"""The vLLM engine with the real library, on a CPU: `make test-vllm`. Skipped where vLLM is not installed.
+"""Tests of the vLLM engine with the real library on a CPU: `make test-vllm`. Skipped without vLLM.
 
-In whole runs the log-probs of each batch of samples must be the trainer's, before and after the weights have moved.
+In whole runs the log-probs of each batch of samples must equal the trainer's, before and after weight updates.
 """
 
 import importlib.util
@@ -37,7 +37,9 @@ from fastrlhf.rollout.vllm import VLLMEngine, open_vllm
 from fastrlhf.types import Prefix, Rollout
 from tests import tiny
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is missing: make test-vllm")
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: make test-vllm"
+)
 
 SIZES = {
     "vocab_size": 64,
@@ -66,13 +68,13 @@ CONFIGS: dict[str, PretrainedConfig] = {
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch, tmp_path_factory):
-    """Compiled code is shared by the tests, and the cache of keys and values is small."""
+    """Shares compiled code between the tests and makes the key-value cache small."""
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path_factory.getbasetemp() / "vllm"))
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
 
 
 def config(folder: Path, name: str, kind: type[PPOConfig] = PPOConfig, **settings) -> PPOConfig:
-    """A run of three updates that moves the weights far, on a model that is written to the folder."""
+    """A run of three updates with large weight changes, on a model that is saved to the folder."""
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(CONFIGS[name]).save_pretrained(folder / "model")
     tiny.tokenizer().save_pretrained(folder / "model")
@@ -115,7 +117,7 @@ def length(rollouts: list[Rollout]) -> torch.Tensor:
     ids=["untied", "tied", "lora", "drpo", "grpo", "gpt_neox", "qwen3_moe", "mixtral", "gemma3"],
 )
 def test_samples_are_drawn_with_the_weights_of_every_update(name, kind, settings, tmp_path):
-    """The embedding has 64 rows for 32 ids of the tokenizer: the others are never sampled."""
+    """The embedding has 64 rows for 32 ids of the tokenizer; the other ids must never be sampled."""
     run = config(tmp_path, name, kind, **settings)
     generator = torch.get_rng_state()
     rows = train_ppo(run, tiny.examples(40), judge=length).history
@@ -185,7 +187,7 @@ def prefixes(count: int, seed: int = 0) -> list[Prefix]:
 
 @torch.no_grad()
 def differences(policy: PreTrainedModel, rollouts: list[Rollout], temperature: float, num: int) -> np.ndarray:
-    """|engine - plain forward| of the log-prob of every token, among the first `num` ids."""
+    """|engine - plain forward| of the log-probs of all tokens, over the first `num` ids."""
     found = []
     for rollout in rollouts:
         start = len(rollout.prefix.token_ids)
@@ -197,8 +199,8 @@ def differences(policy: PreTrainedModel, rollouts: list[Rollout], temperature: f
 
 
 def test_temperatures_ends_and_the_distribution_are_those_of_the_policy(tmp_path):
-    """Of one process: temperatures from 0.01 to 2, a list of EOS ids, a vocabulary that has grown, and a chi-squared
-    test of the first token beside the built-in engine."""
+    """One process tests temperatures from 0.01 to 2, a list of EOS ids, an extended vocabulary, and a chi-squared test
+    of the first token against the built-in engine."""
     settings = config(tmp_path, "tied", rollout_batch_size=64)
     policy = load_policy(settings.model_name_or_path)
     policy.resize_token_embeddings(75)
@@ -222,7 +224,7 @@ def test_temperatures_ends_and_the_distribution_are_those_of_the_policy(tmp_path
         counts = np.bincount([r.completion[0] for r in sampler.generate(many)], minlength=tiny.VOCAB)
         frequent = expected >= 5
         chi2 = ((counts - expected)[frequent] ** 2 / expected[frequent]).sum()
-        # Mean df and variance 2 df: four standard deviations.
+        # Chi squared has mean df and variance 2 df; the bound is four standard deviations.
         df = frequent.sum() - 1
         assert chi2 < df + 4 * (2 * df) ** 0.5
 

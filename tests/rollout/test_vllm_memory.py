@@ -41,7 +41,7 @@ def test_what_was_read_is_a_copy_and_the_memory_grows():
     ("size", "expected"), [(64, [1, 1, 1, 1]), (128, [2, 1, 1]), (320, [2, 2]), (10_000, [4])], ids=str
 )
 def test_groups_keep_the_order_and_have_a_limited_size(size, expected):
-    """Sizes in the memory: 64, 64, 256 and 64 bytes; a larger weight than a group is alone."""
+    """Sizes in the memory are 64, 64, 256 and 64 bytes; a weight larger than a group gets its own group."""
     weights = [(name, torch.zeros(length)) for name, length in {"a": 1, "b": 16, "c": 50, "d": 2}.items()]
     found = list(groups(weights, size))
     assert [len(group) for group in found] == expected

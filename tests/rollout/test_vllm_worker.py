@@ -1,4 +1,4 @@
-"""The program of a vLLM process by itself; test_vllm.py has the engine, test_vllm_child.py the process."""
+"""Tests of the program of a vLLM process by itself; test_vllm.py tests the engine, test_vllm_child.py the process."""
 
 from multiprocessing import Pipe
 from threading import Thread
@@ -12,7 +12,7 @@ from fastrlhf.rollout.vllm_worker import forget_packed_experts, pack_tied_heads,
 
 
 class Packed(Linear):
-    """A layer as on a CPU: its output is computed from a copy of the weight in another layout."""
+    """A layer like vLLM's on a CPU: it computes its output from a copy of the weight in a different layout."""
 
     def __init__(self):
         super().__init__(4, 8, bias=False)

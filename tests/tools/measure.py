@@ -1,4 +1,4 @@
-"""Tiny runs for the tests of the plan, and the bytes that a run takes at its peak."""
+"""Tiny runs for the tests of the plan, and a measurement of the peak memory of a run."""
 
 import importlib.util
 import itertools
@@ -27,8 +27,8 @@ needs_bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed: fastrlhf[bnb]"
 )
 UNREAD = {"qlora": 4 * 4 * (4 * 256 * 256 + 3 * 256 * 704)}
-"""Bytes of a mapped file that nothing reads once it is loaded, so that their pages are the kernel's to drop: of the
-linear layers whose 4 bits are elsewhere. The embedding and the head are read where they are mapped."""
+"""Bytes of a mapped file that are not read after loading, so that the kernel may drop their pages: those of the
+linear layers, which were copied to 4 bits. The embedding and the head are still read from the file."""
 ROLES = {"reward_model_path": "judge", "dpo_model_path": "dpo"}
 TRAINERS = {
     "sft": (SFTConfig, train_sft),
@@ -42,8 +42,8 @@ TRAINERS = {
 
 
 def make_inputs(folder: Path) -> None:
-    """A tokenizer of 4,000 words, rows of 240 of them, reward models, policies for what cannot start from none, and a
-    judge and a DPO model as adapters over one of them."""
+    """Saves a tokenizer of 4,000 words, rows of 240 words, reward models, policies, and a judge and a DPO model that
+    are adapters over one of the policies."""
     words = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(VOCAB - 3))]
     base = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     base.pre_tokenizer = WhitespaceSplit()
@@ -107,9 +107,9 @@ def config(folder: Path, command: str, sizes: dict[str, int] = SMALL, **changes)
 
 
 def measure(folder: Path, command: str) -> int:
-    """Bytes of tensors at the peak of a run, by torch's own account of every allocation and mapped file, less `UNREAD`.
+    """Bytes of tensors at the peak of a run: torch's allocations and mapped files, minus `UNREAD`.
 
-    The resident set of the process would add what the allocator, the libraries and the page cache of a machine add.
+    The resident memory of the process would also include the allocator, the libraries and the page cache.
     """
     _, train = TRAINERS[command]
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:

@@ -10,7 +10,7 @@ from fastrlhf.tools.doctor import OLDEST, examine
 from fastrlhf.tools.self_check import CHECKS
 
 
-def test_this_machine_is_sound_and_each_line_starts_with_its_level(capsys, tmp_path):
+def test_this_machine_has_no_faults_and_each_line_starts_with_its_level(capsys, tmp_path):
     assert main(["doctor", str(tmp_path)]) == 0
     *lines, last = capsys.readouterr().out.splitlines()
     assert last.startswith("0 broken")
@@ -60,14 +60,14 @@ def test_vllm_is_found_by_its_module_and_compared_with_the_tested_version(monkey
     assert (doctor._vllm().level, doctor._vllm().text) == (level, text)
 
 
-def test_the_oldest_versions_are_those_of_the_project():
+def test_the_minimum_versions_are_those_of_pyproject():
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     requirements = " ".join([*project["dependencies"], *project["optional-dependencies"]["train"]])
     for name, oldest in OLDEST.items():
         assert f"{name}>={oldest}" in requirements
 
 
-def test_every_extra_that_a_key_asks_for_is_looked_for():
+def test_every_extra_that_a_key_needs_is_checked():
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     extras = ("bnb", "flash", "liger", "vllm", "report")
     asked = {
@@ -86,6 +86,6 @@ def test_a_folder_that_is_a_file_is_broken_and_little_space_a_warning(monkeypatc
     assert str(tmp_path) in few.text
 
 
-def test_nothing_is_written(tmp_path):
+def test_the_doctor_writes_no_files(tmp_path):
     examine(str(tmp_path / "run"))
     assert list(tmp_path.iterdir()) == []

@@ -33,17 +33,17 @@ def of(role: str, text: str) -> list[tuple[str, int]]:
     return [(role, token) for token in tiny.ids(text)]
 
 
-def test_of_sft_the_response_and_its_eos_are_trained(settings):
+def test_sft_trains_the_response_and_its_eos(settings):
     end = ("eos", tiny.EOS)
     assert roles(SFTConfig(**settings)) == [[*of("prompt", "w1 w2"), *of("trained", "w3 w4 w5 w6"), end]]
 
 
-def test_with_the_prompt_trained_its_first_token_is_not(settings):
+def test_if_the_prompt_is_trained_its_first_token_is_not(settings):
     config = SFTConfig(**settings, completion_only_loss=False)
     assert roles(config)[0][:3] == [*of("prompt", "w1"), *of("trained", "w2 w3")]
 
 
-def test_a_cut_response_has_no_eos_and_says_so(settings):
+def test_a_truncated_response_is_reported_without_an_eos(settings):
     inspection = inspect_rows(SFTConfig(**settings, max_length=5), 1)
     (line,) = inspection.rows[0].lines
     assert line.tokens == [*of("prompt", "w1 w2"), *of("trained", "w3 w4 w5")]
@@ -51,7 +51,7 @@ def test_a_cut_response_has_no_eos_and_says_so(settings):
     assert "cut: 1 responses, 0 prompts" in inspection.facts
 
 
-def test_of_a_pair_the_responses_hang_on_one_prompt(settings):
+def test_the_responses_of_a_pair_share_one_prompt(settings):
     end = ("eos", tiny.EOS)
     assert roles(DPOConfig(**settings)) == [
         of("prompt", "w1 w2"),
@@ -104,7 +104,7 @@ def test_markup_in_the_data_is_text_in_the_page():
     assert "<script>" in unescape(page)
 
 
-def test_the_command_infers_the_one_section_and_asks_where_there_are_two(settings, tmp_path, capsys, monkeypatch):
+def test_the_command_uses_the_only_section_and_asks_if_there_are_two(settings, tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("NO_COLOR", raising=False)
     file = tmp_path / "run.yaml"
     file.write_text(json.dumps({"dpo": settings}))

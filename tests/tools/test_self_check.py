@@ -15,15 +15,15 @@ def test_every_op_of_the_kernels_is_checked():
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.op)
-def test_an_op_that_is_sound_is_far_below_the_tolerance(check):
+def test_a_correct_op_is_far_below_the_tolerance(check):
     outcome = check_op(check, CPU)
     assert outcome.path == "torch"
     assert outcome.is_good
     assert max(outcome.error, outcome.gradient_error or 0) < TOLERANCE / 10
 
 
-def test_products_of_ten_bits_are_found(monkeypatch):
-    """What TF32 keeps of float32."""
+def test_products_with_tf32_precision_are_found(monkeypatch):
+    """TF32 keeps ten bits of float32's mantissa."""
     op = fastrlhf_kernels.linear_logprob
 
     def rounded(hidden, weight, targets):

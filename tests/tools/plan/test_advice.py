@@ -1,4 +1,4 @@
-"""What a run that ran out of memory is told."""
+"""Tests of the advice after a run that ran out of memory."""
 
 from fastrlhf.tools.plan import advice
 from fastrlhf.tools.plan.advice import advise
@@ -6,7 +6,7 @@ from fastrlhf.tools.plan.plan import plan_run
 from tests.tools import measure
 
 
-def test_the_largest_parts_come_first_and_a_run_that_seemed_to_fit_is_told_what_takes_a_fifth_less(folder):
+def test_the_largest_parts_come_first_and_a_run_that_seemed_to_fit_gets_advice(folder):
     config = measure.config(folder, "sft")
     plan = plan_run(config)
     assert plan.fits
@@ -19,7 +19,7 @@ def test_the_largest_parts_come_first_and_a_run_that_seemed_to_fit_is_told_what_
     assert plan_run(measure.config(folder, "sft", micro_batch_tokens=changed)).peak <= 0.8 * plan.peak
 
 
-def test_of_several_processes_it_says_that_the_number_is_that_of_one(folder, monkeypatch):
+def test_with_several_processes_the_numbers_are_per_process(folder, monkeypatch):
     config = measure.config(folder, "sft")
     alone = advise(config)
     monkeypatch.setattr(advice, "world_size", lambda: 4)

@@ -1,4 +1,4 @@
-"""What the plan advises, and that it is enough."""
+"""Tests of the changes that the plan advises, and that they suffice."""
 
 import dataclasses
 
@@ -19,7 +19,7 @@ def test_the_change_it_names_makes_it_fit(folder):
     assert plan_run(dataclasses.replace(config, micro_batch_tokens=int(value.strip(":"))), memory_gib=memory).fits
 
 
-def test_where_the_rollout_is_too_large_fewer_episodes_are_generated_side_by_side(folder):
+def test_if_the_rollout_is_too_large_a_smaller_rollout_batch_is_advised(folder):
     wide = {"per_device_train_batch_size": 64, "rollout_batch_size": 64, "micro_batch_tokens": 184}
     config = measure.config(folder, "ppo", reward_model_path=str(folder / "tiny_reward"), **wide)
     whole = plan_run(config)
@@ -27,7 +27,7 @@ def test_where_the_rollout_is_too_large_fewer_episodes_are_generated_side_by_sid
     assert "--rollout_batch_size 32" in plan_run(config, memory_gib=0.99 * whole.peak / USABLE / GIB).change
 
 
-def test_a_live_reference_is_the_first_thing_to_go(folder):
+def test_precomputing_the_reference_is_advised_first(folder):
     config = measure.config(folder, "dpo", precompute_ref_log_probs=False)
     memory = (plan_run(config).peak - 2**19) / USABLE / GIB
     plan = plan_run(config, memory_gib=memory)
@@ -35,8 +35,8 @@ def test_a_live_reference_is_the_first_thing_to_go(folder):
     assert "fits: --precompute_ref_log_probs True: " in plan.change
 
 
-def test_frozen_models_are_sent_to_wait_before_anything_is_computed_twice(folder):
-    """On a GPU, and not where the loss reads the reference's head throughout."""
+def test_offloading_frozen_models_is_advised_before_checkpointing(folder):
+    """Offloading is advised on a GPU, unless the loss reads the reference's head all the time."""
     small = {"per_device_train_batch_size": 2, "reward_model_path": str(folder / "tiny_reward")}
     config = measure.config(folder, "ppo", **small)
     exact = dataclasses.replace(config, kl_placement="loss", kl_estimator="exact")
@@ -48,13 +48,13 @@ def test_frozen_models_are_sent_to_wait_before_anything_is_computed_twice(folder
         assert ("fits: --ref_reward_offload True: " in change) == advised, change
 
 
-def test_where_nothing_helps_it_says_so(folder):
+def test_if_nothing_helps_the_plan_says_so(folder):
     change = plan_run(measure.config(folder, "sft"), memory_gib=0.001).change
     assert change.startswith("no change of settings is enough: the smallest configuration needs ")
 
 
-def test_what_changes_no_number_comes_before_what_does(folder):
-    """Where packs are as small as can be, activations are computed again; a LoRA is the last that helps."""
+def test_changes_that_keep_the_numbers_are_advised_first(folder):
+    """With the smallest packs, checkpointing is advised first; LoRA, which changes the numbers, is the last resort."""
     loaded = {"model_config": "", "model_name_or_path": str(folder / "policy"), "micro_batch_tokens": 256}
     config = measure.config(folder, "sft", **loaded)
     peak = plan_run(config).peak
@@ -72,8 +72,8 @@ def test_several_processes_are_not_advised_what_they_refuse(folder, monkeypatch)
     assert not any(base.ref_reward_offload for base in changes._bases(config, may_offload=True))
 
 
-def test_activations_are_offloaded_where_there_is_a_gpu_to_take_them_from(folder):
-    """What `--memory_gib` speaks of may be one; a run that is told `device: cpu` has none."""
+def test_offloading_activations_is_only_advised_for_a_gpu(folder):
+    """`--memory_gib` may describe a GPU; a run with `device: cpu` has none."""
     sizes = measure.SIZES | {"num_hidden_layers": 8}
     config = measure.config(folder, "sft", sizes, activation_checkpointing=True, micro_batch_tokens=256, device="auto")
     offloaded = plan_run(dataclasses.replace(config, activation_offloading=True), memory_gib=1)

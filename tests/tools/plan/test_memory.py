@@ -1,4 +1,4 @@
-"""The bytes of passes that can be counted by hand, and of models against real ones."""
+"""Tests of planned bytes: passes that can be counted by hand, and models against real ones."""
 
 import pytest
 import torch
@@ -46,7 +46,7 @@ def test_activations_grow_by_a_layer_and_by_a_token_in_proportion():
     assert peak(2048) - peak(1024) == pytest.approx(peak(3072) - peak(2048), rel=0.01)
 
 
-def test_from_the_second_pack_on_the_gradients_are_there_at_the_peak():
+def test_from_the_second_pack_on_the_peak_includes_gradients():
     fake = Fakes.of("float32", False).policy(config())
     difference = peak(1024, num_packs=2) - peak(1024)
     assert 0 < difference <= 4 * fake.num_parameters

@@ -1,4 +1,4 @@
-"""Which models a plan counts, and what each adds, by hand."""
+"""Tests which models a plan counts and how many bytes each adds, with values computed by hand."""
 
 import pytest
 
@@ -9,13 +9,16 @@ from tests.tools import measure
 
 POLICY, SCORER = 5_261_568, 4_237_824
 LINEAR = 4 * (4 * 256 * 256 + 3 * 256 * 704)
-"""Weights of the linear layers of 4 layers."""
+"""Number of weights in the linear layers of the 4-layer model."""
 BUFFERS = 1024
-"""Bytes, more than those of rotary positions."""
+"""Tolerance in bytes, larger than the buffers of rotary positions."""
 
 
 def adapter(rank: int) -> int:
-    """Bytes: of each of 4 layers the rank times the sides of 4 square matrices and of 3 of the MLP."""
+    """Bytes of an adapter:
+
+    4 layers, and in each the rank times the sides of 4 square matrices and of 3 MLP matrices.
+    """
     return 4 * 4 * rank * (4 * (256 + 256) + 3 * (256 + 704))
 
 
@@ -36,7 +39,7 @@ def test_roles_that_are_adapters_cost_their_adapters_by_the_ranks_in_their_setti
 def test_where_all_weights_are_trained_roles_share_those_of_the_reference(folder):
     sizes = own(folder, "roles", use_peft=False)
     assert sizes["policy"] == sizes["reference"] == pytest.approx(4 * POLICY, abs=BUFFERS)
-    assert sizes["critic"] == pytest.approx(4 * SCORER, abs=BUFFERS)  # with the adapter added
+    assert sizes["critic"] == pytest.approx(4 * SCORER, abs=BUFFERS)  # with the adapter merged
     assert sizes["reward model"] == adapter(measure.JUDGE_RANK) + 4 * 256
     second = own(folder, "roles", advantage_estimator="rloo", num_generations=2, **second_judge(folder))
     assert second["second reward model"] == sizes["reward model"]
@@ -49,14 +52,15 @@ def second_judge(folder) -> dict[str, str]:
 
 @measure.needs_bitsandbytes
 def test_linear_layers_in_4_bits_take_half_a_byte_and_the_scales_of_double_quantisation(folder):
-    packed = LINEAR * (1 / 2 + 1 / 64 + 4 / (64 * 256)) + 7 * 4 * 4 * (16 + 256 + 1)  # and each layer's two codes
+    # Plus the two code tables of each layer
+    packed = LINEAR * (1 / 2 + 1 / 64 + 4 / (64 * 256)) + 7 * 4 * 4 * (16 + 256 + 1)
     expected = packed + 4 * (POLICY - LINEAR)
     sizes = own(folder, "qlora")
     assert sizes["policy"] == pytest.approx(expected + adapter(16), rel=1e-4)
     roles = own(folder, "roles", load_in_4bit=True)
     assert roles["policy"] == sizes["policy"]
     assert roles["critic"] == adapter(measure.JUDGE_RANK) + 4 * 256
-    judged = own(folder, "lora", load_in_4bit=True)  # by a whole model, which stays as it was saved
+    judged = own(folder, "lora", load_in_4bit=True)  # judged by a full model, which is not quantised
     assert judged["critic"] == pytest.approx(4 * SCORER + adapter(16), abs=BUFFERS)
 
 
@@ -77,7 +81,7 @@ def test_the_models_that_are_counted_are_those_that_the_run_loads(folder):
     whole, judge = str(folder / "policy"), str(folder / "reward")
     start = {"model_config": "", "model_name_or_path": whole, "dpo_model_path": whole, "dpo_ref_model_path": whole}
     names = {"DPO model", "DPO reference", "second reward model"}
-    assert names & own(folder, "ppo", **start).keys() == {"DPO model"}  # its reference is the run's own
+    assert names & own(folder, "ppo", **start).keys() == {"DPO model"}  # its reference is that of the run
     unpaid = own(folder, "ppo", **start, reward_shaping="none", eval_reward_model_path=judge)
     assert names & unpaid.keys() == {"second reward model"}
     assert unpaid["second reward model"] == unpaid["reward model"]

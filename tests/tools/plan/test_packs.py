@@ -1,4 +1,4 @@
-"""What a plan is made of is what the run reads."""
+"""Tests that the plan uses the data that the run reads."""
 
 from fastrlhf.tools.plan.packs import find_packs, read_rows
 from tests.tools import measure
@@ -7,20 +7,21 @@ from tests.tools import measure
 def test_steps_and_tokens_are_those_of_the_run(folder):
     config = measure.config(folder, "sft", max_steps=-1, num_train_epochs=1.0)
     rows = read_rows(config)
-    assert rows.steps == 4  # 32 rows of 8
+    assert rows.steps == 4  # 32 rows in batches of 8
     packs = find_packs(config, rows)
-    assert (packs.tokens_per_step, packs.num_packs, packs.longest) == (1768, 2, 221)  # 8 of 160 + 60 + EOS
+    # 8 sequences of 160 + 60 tokens and an EOS
+    assert (packs.tokens_per_step, packs.num_packs, packs.longest) == (1768, 2, 221)
     assert packs.largest.num_tokens == 4 * 221
 
 
-def test_episodes_use_up_their_budget(folder):
+def test_planned_episodes_have_full_length(folder):
     config = measure.config(folder, "ppo")
     packs = find_packs(config, read_rows(config))
     assert packs.longest == 160 + 24
     assert packs.tokens_per_step == 8 * 184
 
 
-def test_a_dataset_of_the_hub_is_not_fetched_and_rows_are_assumed(folder):
+def test_a_hub_dataset_is_not_downloaded_and_row_lengths_are_assumed(folder):
     config = measure.config(folder, "dpo", dataset_name="owner/name", max_steps=-1)
     rows = read_rows(config)
     assert rows.steps is None

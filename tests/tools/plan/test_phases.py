@@ -1,4 +1,4 @@
-"""The parts of a step, counted by hand."""
+"""Tests of the planned parts of a step, with values counted by hand."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ ACTIVATIONS = "activations, blocks of logits, temporaries"
 MOMENTS = "optimiser state (float32, two per parameter)"
 POLICY, SCORER = 5_261_568, 4_237_824
 LORA = 4 * 16 * (4 * (256 + 256) + 3 * (256 + 704))
-"""Of each of 4 layers: rank 16 times the sides of 4 square matrices and of 3 of the MLP."""
+"""Adapter weights of 4 layers: in each, rank 16 times the sides of 4 square matrices and of 3 MLP matrices."""
 
 
 def test_parts_are_the_counts_of_the_models(folder):
@@ -22,7 +22,7 @@ def test_parts_are_the_counts_of_the_models(folder):
     rollout, training = plan.phases
     assert training.parts["gradients"] == 4 * (5_261_568 + 4_237_824)
     assert training.parts["optimiser state (float32, two per parameter)"] == 8 * (5_261_568 + 4_237_824)
-    # keys and values of 4 layers of 256, for 8 episodes of 160 + 24 tokens, 192 with those that are never used
+    # Keys and values of 4 layers of 256, for 8 episodes of 160 + 24 tokens, rounded up to 192.
     assert rollout.parts["key-value cache"] == 2 * 4 * 256 * 8 * 192 * 4
 
 
@@ -50,10 +50,10 @@ def count_parts(config) -> dict[str, int]:
     return count_phases(config, read_rows(config), is_cuda=False)[0][0].parts
 
 
-def test_moments_of_8_bits_take_two_bytes_and_paged_ones_are_told_apart(folder):
+def test_8_bit_moments_take_two_bytes_and_paged_moments_are_listed_separately(folder):
     config = measure.config(folder, "sft", measure.SIZES, optim="adamw_8bit")
     parts = count_parts(config)
-    # In float32: the embedding and 9 norms of 256. The head is not tied to the embedding.
+    # The embedding and 9 norms of 256 have float32 moments. The head is not tied to the embedding.
     small = measure.VOCAB * 256 + 9 * 256
     assert parts[MOMENTS] == 8 * small
     assert parts["optimiser state (8 bits)"] == (POLICY - small) * (2 + 8 / 256)
@@ -84,7 +84,7 @@ REFERENCE, JUDGE, DPO = (f"weights of the {name}" for name in ("reference", "rew
 
 
 def offloaded(folder, **changes):
-    """The phases with frozen models that wait, and those with the same models that stay."""
+    """The phases with offloaded frozen models, and those with the same models kept on the device."""
     start = {"model_config": "", "model_name_or_path": str(folder / "policy"), "dpo_model_path": str(folder / "policy")}
     config = measure.config(folder, "ppo", measure.SIZES, **start | changes)
     waits = dataclasses.replace(config, ref_reward_offload=True)
@@ -99,21 +99,21 @@ def test_models_that_wait_are_on_a_gpu_while_they_score_and_not_while_others_wor
     for before, after in zip((phase.parts for phase in stayed), (rollout, training), strict=True):
         assert before.keys() - after.keys() == frozen.keys()
         assert all(after[name] == before[name] for name in after)
-        assert {name: before[name] for name in frozen} == pytest.approx(frozen, rel=1e-3)  # and buffers
+        assert {name: before[name] for name in frozen} == pytest.approx(frozen, rel=1e-3)  # and buffers of the models
     kept = {name: size for name, size in scoring.items() if name != "activations of a forward without gradient"}
     assert kept.keys() == training.keys() - {"gradients", ACTIVATIONS} | frozen.keys()
     assert 0 < scoring["activations of a forward without gradient"] < training[ACTIVATIONS] / 2
     assert facts[-1] == "in CPU memory except while they are used: 56 MiB of frozen weights"
 
 
-def test_a_reference_that_writes_responses_is_on_the_gpu_for_that_too(folder):
+def test_a_reference_that_samples_responses_is_on_the_gpu_meanwhile(folder):
     (phases, _), _ = offloaded(folder, reset_prob=0.5, reset_source="sample")
     own, rollout = phases[:2]
     assert own.name.startswith("sampling by the reference of 8 episodes")
     assert own.total - rollout.total == sum(own.parts[name] for name in (REFERENCE, JUDGE, DPO))
 
 
-def test_what_waits_on_a_cpu_or_is_shared_takes_no_less(folder):
+def test_offloading_on_a_cpu_or_of_shared_weights_saves_nothing(folder):
     config = measure.config(folder, "ppo")
     assert plan_run(dataclasses.replace(config, ref_reward_offload=True)).phases == plan_run(config).phases
     (phases, _), (stayed, _) = offloaded(folder, use_peft=True, dpo_model_path="")
@@ -121,7 +121,10 @@ def test_what_waits_on_a_cpu_or_is_shared_takes_no_less(folder):
 
 
 def test_offloaded_inputs_of_layers_leave_the_device_all_but_one_and_are_told_apart(folder):
-    """Of 8 layers the one at work and the one before it are there. Two packs: so are the gradients, from the start."""
+    """Of 8 layers only the inputs of the current and the previous layer are on the device.
+
+    With two packs, gradients exist from the start.
+    """
     settings = {"activation_checkpointing": True, "micro_batch_tokens": 900, "device": "auto"}
     config = measure.config(folder, "sft", measure.SIZES | {"num_hidden_layers": 8}, **settings)
     kept, offloaded = (
@@ -134,7 +137,7 @@ def test_offloaded_inputs_of_layers_leave_the_device_all_but_one_and_are_told_ap
 
 
 def test_vllm_takes_its_share_of_the_device_in_every_phase_or_with_sleep_only_while_it_samples(folder):
-    """A device of 4 GiB; on other GPUs it takes nothing here."""
+    """The device has 4 GiB. If vLLM has other GPUs, it takes nothing on this one."""
     config = measure.config(folder, "ppo", measure.SIZES)
     built_in = plan_run(config, memory_gib=4)
     share = {"vLLM: weights and key-value cache": 2**30}

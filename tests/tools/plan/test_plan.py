@@ -1,4 +1,4 @@
-"""The plan against what runs took, and what it advises. tests/tools/measure.py has the method of measuring."""
+"""Tests the plan against measured runs, and its advice. tests/tools/measure.py describes the measurement."""
 
 from dataclasses import replace
 
@@ -11,7 +11,7 @@ from fastrlhf.tools.plan.plan import format_plan, plan_run
 from tests.tools import measure
 
 WITHIN = 0.03
-"""Of the measured peak. Seen: 1.3 %."""
+"""Allowed error relative to the measured peak; the largest seen is 1.3 %."""
 
 
 @pytest.mark.parametrize(
@@ -19,22 +19,22 @@ WITHIN = 0.03
     [pytest.param(name, marks=measure.needs_bitsandbytes if name == "qlora" else ()) for name in measure.TRAINERS],
 )
 def test_the_peak_is_that_of_real_runs(folder, command):
-    """Of it, activations are more than a quarter: parameters alone would not pass."""
+    """Activations are more than a quarter of the peak, so counting only parameters would fail."""
     plan = plan_run(measure.config(folder, command, measure.SIZES))
     assert plan.peak == pytest.approx(measure.measure(folder, command), rel=WITHIN)
     training = next(phase for phase in plan.phases if phase.name.startswith("forward and backward"))
     assert list(training.parts.values())[-1] > plan.peak / 4
 
 
-def test_what_fits_is_told_no_change(folder):
+def test_a_run_that_fits_gets_no_advice(folder):
     plan = plan_run(measure.config(folder, "sft"), memory_gib=1)
     assert plan.fits
     assert plan.change == ""
     assert format_plan(plan).endswith("MiB; 92% of a device of 1 GiB is 942 MiB: fits")
 
 
-def test_activations_are_offloaded_from_no_cpu(folder, monkeypatch):
-    """Of a machine without a GPU, where `--memory_gib` does not speak of another, and of a run that was here."""
+def test_offloading_activations_is_not_advised_on_a_cpu(folder, monkeypatch):
+    """Without a GPU, unless `--memory_gib` describes another machine, and for a run that was on this machine."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     config = measure.config(folder, "sft", activation_checkpointing=True, device="auto")
     assert "--activation_offloading" not in advise(config)

@@ -1,4 +1,4 @@
-"""What is wrong with a later run of a chain is told before an earlier one has taken its time."""
+"""Tests that errors in a later run of a chain are reported before an earlier run starts."""
 
 import json
 import sys
@@ -15,7 +15,7 @@ from tests import tiny
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory):
-    """sft -> reward -> dpo -> rto from a model that is there; nothing of it has run."""
+    """A chain sft -> reward -> dpo -> rto from an existing model; no run has started."""
     folder = tmp_path_factory.mktemp("chain")
     rows = [
         {"prompt": e.prompt, "completion": e.reference, "chosen": e.chosen, "rejected": e.rejected}
@@ -49,7 +49,7 @@ def told(chain, name: str, **settings) -> str:
     return str(refusal.value).removeprefix(f"{name}: ")
 
 
-def test_a_chain_whose_models_are_yet_to_be_trained_is_good(chain):
+def test_a_chain_with_models_that_do_not_exist_yet_is_accepted(chain):
     check_chain(list(chain.items()))
     middle = f"{chain['sft'].output_dir}/checkpoint-2"
     check_chain(list((chain | {"dpo": replace(chain["dpo"], ref_model_name_or_path=middle)}).items()))
@@ -76,7 +76,7 @@ def test_a_chain_whose_models_are_yet_to_be_trained_is_good(chain):
         ("rto", {"dpo_model_path": ""}, "dpo_model_path: give the DPO model"),
     ],
 )
-def test_a_mistake_in_a_later_run_is_told_with_its_name(chain, name, settings, message):
+def test_an_error_in_a_later_run_is_reported_with_its_name(chain, name, settings, message):
     with pytest.raises(ValueError, match=f"^{name}: {message}"):
         check_chain(list((chain | {name: replace(chain[name], **settings)}).items()))
 
@@ -115,7 +115,7 @@ def test_an_adapter_may_be_a_role_of_an_on_policy_run_and_no_model_to_start_from
         ),
     ],
 )
-def test_what_the_device_or_the_installation_lacks_is_told(chain, settings, message, monkeypatch):
+def test_missing_devices_and_packages_are_reported(chain, settings, message, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.setattr(four_bit, "find_spec", lambda name: None)
     monkeypatch.setattr(layers._triton, "INTERPRETED", False)
@@ -130,7 +130,7 @@ def test_two_runs_of_one_folder_are_refused(chain):
 
 
 def test_the_tokenizer_of_an_earlier_run_is_looked_for_where_that_will_take_it_from(chain):
-    """A conversation needs a template: sft brings it, and the runs that start from sft inherit it."""
+    """A conversation needs a chat template: sft provides it, and the runs that start from sft inherit it."""
     talk = [{"role": "user", "content": "w1"}], [{"role": "assistant", "content": "w2"}]
     path = chain["sft"].dataset_name.replace("rows", "talk")
     with open(path, "w") as file:

@@ -1,4 +1,4 @@
-"""What the tools show is what the trainers train on."""
+"""Tests that the tools show the data on which the trainers train."""
 
 import json
 
@@ -54,7 +54,7 @@ def test_episodes_start_where_the_updates_of_the_run_start_them(settings):
     assert any(prefix.num_reset for prefix in second)
 
 
-def test_where_the_reference_would_write_what_is_reset_to_episodes_start_at_their_prompts(settings):
+def test_without_sampled_references_episodes_are_shown_from_their_prompts(settings):
     config = DRPOConfig(**settings, response_length=12, max_steps=3, reset_source="sample", reset_curriculum=0.5)
     work = open_work(config)
     prefixes = first_prefixes(config, work)
@@ -62,6 +62,6 @@ def test_where_the_reference_would_write_what_is_reset_to_episodes_start_at_thei
     assert not any(prefix.num_reset for prefix in prefixes)
 
 
-def test_a_folder_that_holds_a_run_is_no_obstacle(settings, tmp_path):
+def test_a_folder_that_holds_a_run_is_accepted(settings, tmp_path):
     (tmp_path / "config.yaml").write_text("")
     assert open_work(SFTConfig(**settings, output_dir=str(tmp_path))).examples
