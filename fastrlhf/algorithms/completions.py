@@ -1,4 +1,4 @@
-"""Several answers of a policy to each prompt, from which RLP refits its reward model (Lang et al. 2024, arXiv
+"""Samples several answers of a policy to each prompt, with which RLP refits its reward model (Lang et al. 2024, arXiv
 2403.19279)."""
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ANSWER_STREAM = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answers:
-    """n responses of one policy to one prompt, in the order in which they were drawn, repeats included."""
+    """n responses of a policy to a prompt, in the order in which they were sampled, including repeats."""
 
     row: int
     prompt: list[int]
@@ -32,7 +32,7 @@ class Answers:
 
     @property
     def tree(self) -> list[Segment]:
-        """The tree for scoring: the prompt, computed once, with all responses attached to it."""
+        """Returns the tree for scoring, in which the prompt is computed once for all responses."""
         return group(self.prompt, self.responses, scored=False, share_prompt=True)
 
     @property
@@ -70,7 +70,7 @@ def sample_answers(
 
 
 def two_that_differ(answers: Answers, draw: np.random.Generator) -> tuple[int, int]:
-    """Indices of two random responses whose tokens differ. `answers.differ` must be true."""
+    """Draws two responses with different tokens and returns their indices. `answers.differ` must be true."""
     while True:
         first, second = draw.choice(len(answers.responses), 2, replace=False).tolist()
         if answers.responses[first] != answers.responses[second]:
@@ -78,5 +78,5 @@ def two_that_differ(answers: Answers, draw: np.random.Generator) -> tuple[int, i
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Writes one JSON object per line. The file appears only once it is complete."""
+    """Writes one JSON object per line. The file gets its name only when it is complete."""
     write_file(path, "".join(f"{json.dumps(row)}\n" for row in rows))

@@ -1,10 +1,10 @@
-"""Policies from preference pairs, on packs: DPO (Rafailov et al. 2023, arXiv 2305.18290, eq. 7) and IPO (Azar et al.
-2023, arXiv 2310.12036, eq. 17). The losses differ in one scalar derivative per sequence.
+"""Trains policies on preference pairs, on packs: DPO (Rafailov et al. 2023, arXiv 2305.18290, eq. 7), IPO (Azar et al.
+2023, arXiv 2310.12036, eq. 17) and others. The losses differ only in one scalar derivative per sequence.
 
     repeat: draw a batch of pairs; D = log-ratio of chosen - log-ratio of rejected; loss(D) / pairs; step
 
-The reference is the policy before its first step unless another is named. Its log-probs are computed once, so that no
-second model stays in memory (algorithms/reference.py).
+The reference is the policy before its first step, unless the configuration names another model. Its log-probs are
+computed once, so that no second model stays in memory (algorithms/reference.py).
 
 `fastrlhf dpo --config FILE`
 """
@@ -49,7 +49,7 @@ from fastrlhf_kernels import LossOutput, Metric, Sum, TokenLogprobs
 log = logging.getLogger(__name__)
 
 Reference = Callable[[PackedBatch, Sequence[int]], Tensor | None]
-"""(pack, indices of its pairs) -> log-probs of the reference for its sequences [N], or None where no loss reads any"""
+"""(pack, indices of its pairs) -> log-probs of the reference for its sequences [N], or None if no loss needs them"""
 
 
 def train_dpo(
@@ -67,8 +67,8 @@ def train_dpo(
     rewards/rejected, rewards/margins, rewards/accuracies, logps/chosen, logps/rejected (nats per response),
     logits/chosen, logits/rejected (mean over tokens and vocabulary), entropy (nats per token), mean_token_accuracy (of
     the chosen), grad_norm, learning_rate, num_tokens (of the sequences, as TRL counts), num_unique_tokens (computed).
-    Raises ValueError for bad input before any time is spent, and where the first loss is not that of an untrained
-    policy (ln 2 for DPO).
+    Raises ValueError for bad input before training starts, and if the first loss is not that of a policy equal to its
+    reference (ln 2 for DPO).
     """
     config = at_start(config, DPOConfig, "train_dpo")
     if config.reward_model_path:
@@ -106,7 +106,7 @@ def train_dpo(
         parts={"optimizer": optimizer},
         evaluate=evaluate_held_out if held_out else None,
     ) as run:
-        for earlier in run.history:  # findings that a resumed run has already reported
+        for earlier in run.history:  # in a resumed run, marks earlier findings as reported
             diagnoses.look(earlier)
         for step, indices in run.remaining(index_batches(num_train, config.batch_size, steps, config.seed)):
             drawn, totals = everything[indices], StepMetrics()
@@ -128,7 +128,7 @@ def train_dpo(
 
 
 def _no_reference(batch: PackedBatch, indices: Sequence[int]) -> None:
-    """Stands in for the reference of losses that read none."""
+    """Replaces the reference for losses that do not need one."""
 
 
 def _loss(
@@ -139,8 +139,8 @@ def _loss(
     micro: Sequence[int],
     step: Pairs,
 ) -> LossOutput:
-    """The contribution of the pairs `micro` (one micro-batch) to the loss over `step` (all pairs of the optimiser
-    step)."""
+    """Computes the contribution of the pairs `micro` of a micro-batch to the loss of an optimiser step over the pairs
+    `step`."""
     own, num_pairs = pairs[micro], len(step)
     batch = pack(forest(own.trees), model.device)
     scored = token_logprobs(model, batch, entropy=True, stats=True)
@@ -161,7 +161,7 @@ def _loss(
 
 @torch.no_grad()
 def _token_metrics(scored: TokenLogprobs, batch: PackedBatch) -> dict[str, Metric]:
-    """Sums over the tokens of chosen and of rejected responses, and their numbers."""
+    """Returns sums over the tokens of chosen and of rejected responses, and the numbers of these tokens."""
     assert scored.entropy is not None
     assert scored.max_logprob is not None
     assert scored.mean_logit is not None
@@ -185,7 +185,7 @@ def _evaluate(
 
 
 def _named(config: DPOConfig, means: Mapping[str, float]) -> dict[str, float]:
-    """Means over pairs under TRL's names."""
+    """Renames the means over pairs to TRL's metric names."""
     chosen, rejected = means["chosen_tokens"], means["rejected_tokens"]
     several = {f"loss/{name}": means[f"loss/{name}"] for name in config.losses} if len(config.losses) > 1 else {}
     return {
@@ -209,7 +209,7 @@ def _micro_batches(pairs: Pairs, config: DPOConfig) -> Sequence[list[int]]:
 
 
 def fields_read(config: DPOConfig) -> list[str]:
-    """Columns that the configured losses read."""
+    """Returns the columns that the configured losses read."""
     labels = {"label_prob": ("label_prob",), "counts": COUNTS}.get(config.label_source, ())
     return ["chosen", "rejected", *labels, *["margin"] * (config.margin_scale != 0)]
 
@@ -223,7 +223,7 @@ def _pairs(
     psi = None
     if config.psi != "identity":
         psi = load_psi(config.psi, config.psi_clip)
-        pair_target(psi, torch.full((1,), 0.6), config.beta)  # an unsuitable psi is refused before anything is scored
+        pair_target(psi, torch.full((1,), 0.6), config.beta)  # raises for an unsuitable psi
     margin = config.margin_scale * pair_margins(examples) if config.margin_scale else None
     prob, target = pair_probabilities(config, examples, trees, tokenizer), None
     if psi:
@@ -233,7 +233,7 @@ def _pairs(
 
 
 def to_tree(example: TokenizedExample, config: DPOConfig) -> Tree:
-    """The segments of a row: prompt, chosen, rejected."""
+    """Returns the segments of a row: prompt, chosen, rejected."""
     assert example.chosen is not None
     assert example.rejected is not None
     responses = (example.chosen, example.rejected)

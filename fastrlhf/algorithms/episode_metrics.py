@@ -1,4 +1,4 @@
-"""Metrics of a batch of episodes, logged before the update."""
+"""Computes the metrics of a batch of episodes that are known before the update."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastrlhf.types import Experience, Rollout
 from fastrlhf_kernels import kl_estimate
 
 NUM_DEPTHS = 5
-"""Number of bins of equal width for scores by reset depth, the share of the response that the reset copied."""
+"""Number of equal bins for the scores by reset depth, which is the share of the response that the reset copied."""
 
 
 def episode_metrics(
@@ -29,20 +29,20 @@ def episode_metrics(
     drawn: Tensor,
     exact_kl: Tensor | None,
 ) -> dict[str, float]:
-    """TRL's names. `objective/kl` is over the sampled tokens alone, which are fewer after a reset: to compare runs with
-    different reset probabilities, use `eval_objective/kl`, which is over full responses from the prompt. It is the mean
-    of k1; `objective/kl_k2` and `objective/kl_k3` are those of the other estimates, never negative.
-    `sampling/outside_clip` is the share of tokens whose ratio of trainer to engine the clip of the loss would already
-    cut, and `completions/clipped_ratio` that of responses that the budget cut; the judge's mean score of these is
-    `objective/scores_clipped`, absent where there are none.
+    """Returns the metrics of episodes under TRL's names. `objective/kl` covers only the sampled tokens, which are fewer
+    after a reset; to compare runs with different reset probabilities, use `eval_objective/kl`, which covers full
+    responses. It is the mean of k1; `objective/kl_k2` and `objective/kl_k3` are the means of the estimates k2 and k3,
+    which are never negative. `sampling/outside_clip` is the share of tokens whose ratio between trainer and engine lies
+    outside the clip range of the loss. `completions/clipped_ratio` is the share of responses that were cut at the
+    length limit, and `objective/scores_clipped` their mean score, if there are any.
 
-    Raises ValueError, naming the row, where an advantage, or what it is made of, is not finite: this check needs no
-    wait for the GPU beyond that of the metrics.
+    Raises ValueError, naming the row, if an advantage, or a number from which it is computed, is not finite. This check
+    does not add a wait for the GPU.
     """
     mask, logprob, scores = experience.mask, experience.sampler_logprob, experience.scores
     assert scores is not None
 
-    def over_sampled(values: Tensor) -> Tensor:  # an index by the mask would wait for the GPU
+    def over_sampled(values: Tensor) -> Tensor:  # indexing by the mask would wait for the GPU
         return torch.where(mask, values, 0.0).sum()
 
     def kl(kind: str) -> Tensor:
@@ -99,19 +99,20 @@ def episode_metrics(
 
 
 def score_names(terms: Mapping[str, Term]) -> list[str]:
-    """The rewards that count as the score: the judge's; without a judge, those of reward functions or of a DPO
-    model."""
+    """Returns the names of the rewards that count as the score: the judge's or, without a judge, those of the reward
+    functions or of a DPO model."""
     return ["score"] if "score" in terms else [name for name in terms if name not in ("missing_eos", "kl", "length")]
 
 
 def sum_of_rewards(terms: Mapping[str, Term], cu_rows: Tensor) -> Tensor:
-    """[N]: the sum that replaces the score when there is no judge."""
+    """Returns [N], the sum of rewards that replaces the score if there is no judge."""
     rewards = reduce(torch.add, (terms[name].reward for name in score_names(terms)))
     return torch.segment_reduce(rewards, "sum", lengths=cu_rows.diff().long(), unsafe=True)
 
 
 def _numbers(terms: Mapping[str, Term], experience: Experience) -> dict[str, Tensor]:
-    """All tensors [R] that enter the advantages, by their names in error messages, causes before effects."""
+    """Returns all tensors [R] from which the advantages are computed, by their names in error messages, causes before
+    effects."""
     numbers = {"log-prob of the policy": experience.sampler_logprob}
     numbers["log-prob of the reference"] = experience.reference_logprob
     if experience.value is not None:
@@ -121,8 +122,8 @@ def _numbers(terms: Mapping[str, Term], experience: Experience) -> dict[str, Ten
 
 
 def _reset_metrics(rollouts: Sequence[Rollout], scores: np.ndarray) -> dict[str, float]:
-    """Scores by where the episodes started. `drpo/score_depth_i` is the mean over resets whose share of the response
-    given away lies in [i / 5, (i + 1) / 5); a name is absent where it has no member."""
+    """Returns the scores by the start of episodes. `drpo/score_depth_i` is the mean over resets that copied a share of
+    the response in [i / 5, (i + 1) / 5); it is absent if there is no such reset."""
     num_reset = np.array([rollout.prefix.num_reset for rollout in rollouts])
     fifth = np.array([int(NUM_DEPTHS * rollout.prefix.reset_depth) for rollout in rollouts])
     members = {"drpo/score_reset": num_reset > 0, "drpo/score_scratch": num_reset == 0}

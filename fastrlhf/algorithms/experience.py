@@ -36,13 +36,13 @@ from fastrlhf_kernels import gae
 
 @dataclass(frozen=True, kw_only=True)
 class Pack:
-    """A micro-batch of episodes: the packed tokens and where their rows lie in the flat Experience."""
+    """A micro-batch of episodes: the packed tokens, and the places of their rows in the flat Experience."""
 
     batch: PackedBatch
     index: Tensor
     """[R of the pack] int64"""
     temperature: float | Tensor
-    """Of the log-probs of the pack: a number, or [R of the pack] float32"""
+    """Temperature of the log-probs: a number, or [R of the pack] float32"""
     kept: KeptTokens | None
     """The tokens that truncated sampling kept at each row; None: all"""
 
@@ -50,12 +50,13 @@ class Pack:
 def pack_episodes(
     config: PPOConfig, rollouts: Sequence[Rollout], order: Sequence[int], device: torch.device
 ) -> list[list[Pack]]:
-    """Mini-batches of packs, whole groups of `num_generations` rollouts in the given order of the groups; each rank has
-    its own packs.
+    """Divides rollouts into mini-batches of packs. A mini-batch has whole groups of `num_generations` rollouts, in the
+    given order of the groups. Each rank has its own packs.
 
-    The rows of an episode are its sampled tokens; under compat "reference" the reset tokens before them as well. With
-    `share_trunks` a group is one tree, never cut by a micro-batch. Under compat "reference" a micro-batch holds
-    episodes that follow each other in `order`, as in the authors' code, where its composition changes the loss.
+    The rows of an episode are its sampled tokens, and with compat "reference" also the reset tokens before them. With
+    `share_trunks` a group is one tree, which is never split between micro-batches. With compat "reference" a
+    micro-batch holds consecutive episodes of `order`, as in the authors' code, in which its composition changes the
+    loss.
     """
     group = config.num_generations
     together = group if config.share_trunks else 1
@@ -91,7 +92,7 @@ def _pack(
     index: np.ndarray,
     device: torch.device,
 ) -> Pack:
-    """The pack of `rollouts`, whose segments and places in the flat rows are given."""
+    """Makes the pack of `rollouts` from their segments and their places in the flat rows."""
     heat = temperature_of([rollout.prefix for rollout in rollouts], config.temperature, device)
     if isinstance(heat, Tensor):
         lengths = [_num_given(config, rollout) + len(rollout.completion) for rollout in rollouts]
@@ -117,23 +118,23 @@ def score_episodes(
     rewards: Rewards | None = None,
     earned: Earned | None = None,
 ) -> tuple[Experience, dict[str, float]]:
-    """The complete input of the update, computed before it starts. The sampler's log-probs are rescored in the same
-    packs as in the first pass and by the op of the loss, so that the first ratio is exactly 1. `critic` is None where
-    `advantage_estimator` needs none, `scores` where there is no judge. `rewards` computes the rewards of the run; None:
-    only the rewards that need neither a model nor a state. `earned` is what the reward functions gave, None if they
-    have not been asked yet. With `truncation` bootstrap the critic's forward gives the value of the state after the
-    last token too: a pack holds that token.
+    """Computes the complete input of an update. The log-probs under the sampling policy are recomputed in the same
+    packs as in the first pass and by the op of the loss, so that the first ratio is exactly 1. `critic` is None if
+    `advantage_estimator` needs none, and `scores` is None without a judge. `rewards` computes the rewards of the run;
+    None: only rewards that need neither a model nor a state. `earned` is the result of the reward functions; None if
+    they have not been called yet. With `truncation` bootstrap the critic's forward pass also gives the value of the
+    state after the last token.
     """
     rewards = rewards or Rewards(config=config)
     device = policy.device
     rows = _rows(config, rollouts, eos_token_id, device)
     num_rows = len(rows.mask)
-    # 0 in the rows of other ranks, so that the sum over ranks is the value that the owner computed.
+    # Rows of other ranks are 0, so that the sum over ranks is the value that one rank computed.
     logprob, reference_logprob, value, entropy = (torch.zeros(num_rows, device=device) for _ in range(4))
     token = torch.zeros(num_rows, dtype=torch.int64, device=device)
     dpo_log_ratio = torch.zeros(num_rows, device=device) if rewards.implicit else None
     exact_kl = torch.zeros(num_rows, device=device) if config.kl_estimator == "exact" else None
-    # At the last row of an episode, the value of the state after it.
+    # Holds, in the last row of an episode, the value of the state after it.
     value_after = torch.zeros(num_rows, device=device) if config.truncation == "bootstrap" else None
     reference_states = None
     for item in (item for mini in packs for item in mini):
@@ -183,7 +184,7 @@ def score_episodes(
         goes_on=None if value_after is None else rows.missing_eos,
     )
     terms = rewards.terms(episodes)
-    # Summed in sequence, so that an addend of zeros changes no bit.
+    # Summed one after the other, so that a term of zeros changes no bit.
     reward = reduce(torch.add, (term.reward for term in terms.values()))
     own_kl = own_kl_advantage(episodes, rewards.kl.coef) if config.kl_placement == "reward" else None
     every_row = torch.ones_like(rows.mask)
@@ -223,7 +224,7 @@ def score_episodes(
 
 
 class _Scored(NamedTuple):
-    """The rows of a pack; [R of the pack] float32, nats."""
+    """Log-probs and values of the rows of a pack; [R of the pack] float32, log-probs in nats."""
 
     logprob: Tensor
     entropy: Tensor
@@ -251,8 +252,9 @@ def _scored(config: PPOConfig, policy: PreTrainedModel, reference: PreTrainedMod
 
 
 def _importance_weight(config: PPOConfig, logprob: Tensor, drawn: Tensor, mask: Tensor) -> Tensor | None:
-    """[R]: min(trainer / engine, cap) of the sampled tokens, 1 elsewhere (Yao et al. 2025, "Your Efficient RL Framework
-    Secretly Brings You Off-Policy RL Training"). `drawn` are the log-probs that the engine reports of those tokens."""
+    """Returns [R], min(p_trainer / p_engine, cap) for sampled tokens and 1 elsewhere (Yao et al. 2025, "Your Efficient
+    RL Framework Secretly Brings You Off-Policy RL Training"). `drawn` are the engine's log-probs of the sampled
+    tokens."""
     if config.sampler_is_cap is None:
         return None
     return (logprob - logprob.masked_scatter(mask, drawn)).exp().clamp(max=config.sampler_is_cap)
@@ -293,13 +295,13 @@ class _Rows:
     mask: Tensor
     """[R] bool: sampled tokens"""
     earns: Tensor
-    """[R] bool: those up to the first EOS"""
+    """[R] bool: sampled tokens up to and including the first EOS"""
     end: Tensor
     """[N] int64: the row of the last valid token"""
     missing_eos: Tensor
     """[N] bool"""
     cut: Tensor
-    """[R] bool: rows of episodes that the length limit cut"""
+    """[R] bool: rows of episodes that were cut at the length limit"""
 
 
 def _rows(config: PPOConfig, rollouts: Sequence[Rollout], eos_token_id: EndIds, device: torch.device) -> _Rows:
@@ -308,7 +310,7 @@ def _rows(config: PPOConfig, rollouts: Sequence[Rollout], eos_token_id: EndIds, 
         given = _num_given(config, rollout)
         end = end_index(rollout, eos_token_id)
         ends.append(counts[-1] + given + end)
-        # The authors look for padding after the EOS, so that one in the last slot counts as missing.
+        # The authors' code looks for padding after the EOS, so an EOS in the last position counts as missing.
         missing.append(not rollout.ended or (config.compat == "reference" and end + 1 == len(rollout.completion)))
         mask.extend([False] * given + [True] * len(rollout.completion))
         cut.extend([not rollout.ended] * (given + len(rollout.completion)))
@@ -325,7 +327,8 @@ def _rows(config: PPOConfig, rollouts: Sequence[Rollout], eos_token_id: EndIds, 
 
 
 def _tree(config: PPOConfig, rollouts: Sequence[Rollout]) -> list[Segment]:
-    """The segments of episodes whose prefixes are prefixes of one text; a single one is a plain sequence."""
+    """Returns the segments of episodes whose prefixes are beginnings of one text; a single episode is a plain
+    sequence."""
     cuts = [len(rollout.prefix.token_ids) - _num_given(config, rollout) for rollout in rollouts]
     prefixes = [rollout.prefix.token_ids[:cut] for rollout, cut in zip(rollouts, cuts, strict=True)]
     scored = [
@@ -335,5 +338,5 @@ def _tree(config: PPOConfig, rollouts: Sequence[Rollout]) -> list[Segment]:
 
 
 def _num_given(config: PPOConfig, rollout: Rollout) -> int:
-    """Rows of an episode before its first sampled token."""
+    """Returns the number of rows of an episode before its first sampled token."""
     return rollout.prefix.num_reset if config.compat == "reference" else 0

@@ -1,4 +1,4 @@
-"""Probabilities that one response is better than another, from labels of the data or from a reward model."""
+"""Computes the probability that one response is better than another, from labels of the data or from a reward model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastrlhf.types import TokenizedExample
 def pair_probabilities(
     config: DPOConfig, examples: Sequence[TokenizedExample], trees: Sequence[Tree], tokenizer: PreTrainedTokenizerBase
 ) -> Tensor | None:
-    """P(chosen is better) [B] float64 on the CPU, by `label_source`; None where every label is hard."""
+    """Returns P(chosen is better) [B] float64 on the CPU, by `label_source`; None if every label is hard."""
     match config.label_source:
         case "data":
             return None
@@ -30,9 +30,7 @@ def pair_probabilities(
             counts = [_read(example, COUNTS) for example in examples]
             for example, count in zip(examples, counts, strict=True):
                 if config.label_prior == 0 and count["num_labels"] == 0:
-                    raise ValueError(
-                        f"row {example.row} has num_labels 0; give a label_prior above 0 or leave the row out"
-                    )
+                    raise ValueError(f"row {example.row} has num_labels 0; set a label_prior above 0 or remove the row")
             wins, labels = (torch.tensor([count[name] for count in counts]) for name in COUNTS)
             return label_probability(wins, labels, config.label_prior)
         case _:
@@ -41,15 +39,15 @@ def pair_probabilities(
 
 
 def pair_margins(examples: Sequence[TokenizedExample]) -> Tensor:
-    """The column `margin` of the rows, [B] float32 on the CPU."""
+    """Returns the column `margin` of the rows, [B] float32 on the CPU."""
     return torch.tensor([_read(example, ("margin",))["margin"] for example in examples], dtype=torch.float32)
 
 
 def group_preferences(
     config: DPOConfig, examples: Sequence[TokenizedExample], trees: Sequence[Tree], tokenizer: PreTrainedTokenizerBase
 ) -> list[Tensor]:
-    """P [K, K] float64 on the CPU of every group, by `label_source`. Raises ValueError, naming the row, for invalid
-    labels."""
+    """Returns P [K, K] float64 on the CPU for every group, by `label_source`. Raises ValueError, naming the row, for
+    invalid labels."""
     if config.label_source == "reward_model":
         return [
             reward_preferences(config.score_scale * scores.double())

@@ -1,4 +1,4 @@
-"""The update of `update: pair`: losses on pairs of rollouts that start in one state.
+"""The update with `update: pair`: losses on pairs of rollouts that start in the same state.
 
 With D = log(policy / base)(y) - log(policy / base)(y'), sums over the sampled tokens, and returns r, r' (all rewards of
 an episode, that of the KL included):
@@ -7,11 +7,11 @@ an episode, that of the KL included):
     dpo    -log sigmoid(beta D), y the better    base: the reference   Guo et al. 2024, arXiv 2402.04792
     ipo    (D - (sigmoid(r - r') - 1/2) / tau)^2 base: the reference   Calandriello et al. 2024, arXiv 2403.08635
 
-Where rebel's loss is 0 for all pairs, the policy is proportional to sampler * exp(eta r): a step of natural policy
-gradient. From reset states the pair continues one response, and rebel is REFUEL (Gao et al. 2024, arXiv 2410.04612).
-REFUEL resets to the end of a turn and sums D over the next turn; here the `reset_*` keys say where a pair starts, and
-D is summed up to the end of the response. rebel and REFUEL are the losses of their authors' released code. The text of
-the four papers was not available, so that no equation numbers are given.
+If rebel's loss is 0 for all pairs, the policy is proportional to sampler * exp(eta r), a step of natural policy
+gradient. From reset states both responses continue the same text, and rebel is REFUEL (Gao et al. 2024, arXiv
+2410.04612). REFUEL resets to the end of a turn and sums D over the next turn; here the `reset_*` keys say where a pair
+starts, and D is summed to the end of the response. rebel and REFUEL are the losses of their authors' released code. The
+texts of the four papers were not available, so there are no equation numbers.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def update_pairs(
     seed: tuple[int, int],
     opened: OpenUpdate | None = None,
 ) -> dict[str, float]:
-    """`num_ppo_epochs` passes over the pairs of the batch, in the packs that the sampler was scored in; `opened` as in
+    """Makes `num_ppo_epochs` passes over the pairs of the batch, in the packs of the experience; `opened` as in
     `update`.
 
     Metrics: loss/policy_avg; pair/accuracy, the share of pairs with D > 0 for the better response; pair/margin and
@@ -89,7 +89,7 @@ def loss_of_pairs(
     cu_rows: Tensor,
     num_pairs: int,
 ) -> LossOutput:
-    """The loss of the episodes of a pack, group after group, over `num_pairs`.
+    """Computes the loss of the episodes of a pack, group after group, divided by `num_pairs`.
 
     logprob, base_logprob, reward [R] float32, mask [R] bool, cu_rows (N+1,) int32. The gradient flows to `logprob`.
     """
@@ -105,7 +105,7 @@ def loss_of_pairs(
             settings = {"kind": "ipo", "target": config.pair_eta * difference}
         case "ipo":
             settings = {"kind": "ipo", "target": (difference.sigmoid() - 0.5) / config.pair_beta}
-        case _:  # with equal returns neither response is the better one
+        case _:  # with equal returns no response is better
             settings = {"kind": "dpo", "beta": config.pair_beta, "weight": (difference > 0).float()}
     loss, metrics = pair_loss(
         logprob[rows], base_logprob[rows], cu_seqlens, mask[rows], num_pairs=num_pairs, **settings
@@ -115,8 +115,8 @@ def loss_of_pairs(
 
 
 def select_pairs(returns: Tensor, group_size: int, select: str) -> tuple[Tensor, Tensor]:
-    """(the better, the worse) episode of each pair, [B] int64, from returns [N] of groups of `group_size`; of equal
-    returns, the earlier episode counts as the better."""
+    """Returns the (better, worse) episodes of the pairs, [B] int64 each, from the returns [N] of groups of
+    `group_size`. If both returns are equal, the earlier episode counts as the better one."""
     groups = returns.view(-1, group_size)
     first = torch.arange(len(groups), device=returns.device)[:, None] * group_size
     if select == "best_worst":
@@ -129,7 +129,8 @@ def select_pairs(returns: Tensor, group_size: int, select: str) -> tuple[Tensor,
 
 
 def rows_of(cu_rows: Tensor, episodes: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows of the given episodes, one after the other, and where each of them starts: [R'] int64, (len + 1,) int32.
+    """Returns the rows of the given episodes, one after the other, and the start of each episode in them: [R'] int64,
+    (len + 1,) int32.
 
     cu_rows [0, 2, 5], episodes [1, 0]  ->  rows [2, 3, 4, 0, 1], starts [0, 3, 5]
     """
@@ -141,13 +142,13 @@ def rows_of(cu_rows: Tensor, episodes: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def num_mini_batch_pairs(config: PPOConfig) -> int:
-    """Pairs of an optimiser step, over all processes."""
+    """Returns the number of pairs of an optimiser step, over all processes."""
     per_group = 1 if config.pair_select == "best_worst" else config.num_generations // 2
     return config.batch_size // config.num_generations // config.num_mini_batches * per_group
 
 
 def _margin(log_ratio: Tensor, mask: Tensor, rows: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """[B]: D of each pair, in nats."""
+    """Returns [B], D of each pair, in nats."""
     kept = torch.where(mask, log_ratio, 0.0)[rows]
     sums = torch.segment_reduce(kept, "sum", lengths=cu_seqlens.diff().long(), unsafe=True)
     return sums[::2] - sums[1::2]

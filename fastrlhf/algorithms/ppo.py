@@ -1,7 +1,5 @@
 """PPO (Schulman et al. 2017, arXiv 1707.06347), GRPO (Shao et al. 2024, arXiv 2402.03300), DR-PO (Chang et al. 2024,
-arXiv 2404.08495, Algorithm 2) and RTO (Zhong et al. 2024, arXiv 2404.18922): one trainer.
-
-    repeat
+arXiv 2404.08495, Algorithm 2) and RTO (Zhong et al. 2024, arXiv 2404.18922): one trainer. repeat
       prefixes    prompts, or with probability `reset_prob` a prompt and the first k tokens of a response to it
       rollouts    the policy writes on from there
       scores      the judge, if there is one, reads the whole response (with `psi`, against other responses: PsiPO)
@@ -9,7 +7,7 @@ arXiv 2404.08495, Algorithm 2) and RTO (Zhong et al. 2024, arXiv 2404.18922): on
       advantages: of the sampled tokens only updates     `num_ppo_epochs` passes of the clipped losses over the packs,
       or with `update` pair of a pair loss
 
-PPO is DR-PO with reset probability 0 and RTO with scale 0, bit for bit; with both, DR-PO and RTO mix. With
+DR-PO with reset probability 0 is PPO, and so is RTO with scale 0, bit for bit; DR-PO and RTO can be combined. With
 `advantage_estimator` rloo or grpo there is no critic.
 
 `fastrlhf ppo|grpo|drpo|rto --config FILE`
@@ -52,7 +50,7 @@ from fastrlhf.runtime.run import Run, TrainResult, check_micro_batch
 from fastrlhf.types import Prefix, Rollout, TokenizedExample
 
 NUM_SAMPLES = 4
-"""Episodes written to samples.jsonl at a time."""
+"""Number of episodes that are written to samples.jsonl at a time."""
 
 
 def train_ppo(
@@ -67,14 +65,15 @@ def train_ppo(
     engine: EngineFactory | None = None,
     reward_functions: Mapping[str, RewardFunction] | None = None,
 ) -> TrainResult:
-    """Trains `config.model_name_or_path` against a judge or reward functions. `examples` stand in for the configured
-    dataset, `model`, which is then trained in place, and `tokenizer` for those that `config` names.
+    """Trains `config.model_name_or_path` against a judge or reward functions. `examples` replace the configured
+    dataset; `model`, which is then trained in place, and `tokenizer` replace those that `config` names.
 
-    `judge` stands in for the reward model of `reward_model_path`; a critic still starts from that, where it is given.
-    `held_out_judge` stands in for that of `eval_reward_model_path`. `engine` stands in for `make_engine`: it is called
-    once, with the policy whose weights it must sample with at every `generate`. `reward_functions` are more of them, by
-    the names they are logged by (rewards/functions.py). One row of metrics per update, TRL's names where it has them.
-    Raises ValueError for bad input before any time is spent, and where training must not go on (algorithms/guards.py).
+    `judge` replaces the reward model of `reward_model_path`, from which a critic still starts if it is given.
+    `held_out_judge` replaces the reward model of `eval_reward_model_path`. `engine` replaces `make_engine`: it is
+    called once, with the policy whose current weights it must use in every `generate`. `reward_functions` are
+    additional reward functions, by the names under which they are logged (rewards/functions.py). Each update gives one
+    row of metrics, under TRL's names if it has them. Raises ValueError for bad input before training starts, and if
+    training must stop (algorithms/guards.py).
     """
     config = at_start(config, PPOConfig, "train_ppo")
     check_sources(config, judge=judge, engine=engine, functions=reward_functions)
@@ -87,10 +86,12 @@ def train_ppo(
     _check_ranks(config)
     prompts, held_out = _prompts(config, data)
     if (held_out_judge or config.eval_reward_model_path) and not held_out:
-        raise ValueError("eval_reward_model_path: nothing to judge; give num_eval_examples or dataset_test_split")
+        raise ValueError("eval_reward_model_path: no rows to judge; give num_eval_examples or dataset_test_split")
     steps = num_updates(config, len(prompts))
     if steps <= config.value_warmup_steps:
-        raise ValueError(f"value_warmup_steps: must be below the {steps} updates of the run, or the policy never moves")
+        raise ValueError(
+            f"value_warmup_steps: must be below the {steps} updates of the run, or the policy is never trained"
+        )
     functions.rehearse(prompts, config.response_length)
     judges = {"judge": judge, "held_out_judge": held_out_judge}
     roles = open_roles(config, tokenizer, prompts, model=model, **judges, engine=engine, functions=functions)
@@ -136,7 +137,7 @@ def train_ppo(
         for step, indices in run.remaining(index_batches(len(prompts), num_groups, steps, config.seed)):
             functions.state = TrainerState(global_step=step, max_steps=steps)
             order = np.random.default_rng([config.seed, step]).permutation(num_groups).tolist()
-            if opened.experience is not None:  # the run has been resumed in the middle of this update
+            if opened.experience is not None:  # the run was resumed in the middle of this update
                 packs = pack_episodes(config, opened.rollouts, order, policy.device)
             else:
                 start = time.perf_counter()
@@ -207,7 +208,8 @@ train_on_policy = train_ppo
 
 
 def _prompts(config: PPOConfig, data: Data) -> tuple[list[TokenizedExample], list[TokenizedExample]]:
-    """The rows to train and to evaluate on whose prompt leaves room for a response, in micro-batches that hold them."""
+    """Returns the rows to train and to evaluate on whose prompt leaves room for a response, and checks that they fit a
+    micro-batch."""
     prompts = with_room(data.train, "train", config.max_length, config.response_length)
     held_out = with_room(data.eval, "eval", config.max_length, config.response_length) if data.eval else []
     together = config.num_generations if config.share_trunks else 1
@@ -227,13 +229,13 @@ def _optimizer(config: PPOConfig, policy: PreTrainedModel, critic: PreTrainedMod
 
 
 def _refiner(config: PPOConfig, model: PreTrainedModel, updates: int) -> Optimizer:
-    """The optimiser of the DPO model, one step per mini-batch of an update."""
+    """Returns the optimiser of the DPO model, which takes one step per mini-batch of an update."""
     rate = {"dpo_": config.dpo_refine_learning_rate}
     return Optimizer({"dpo_": model}, config, num_steps=updates * config.num_mini_batches, learning_rates=rate)
 
 
 def _check_ranks(config: PPOConfig) -> None:
-    """Raises ValueError where several processes cannot share out the update, or would give other numbers than one."""
+    """Raises ValueError if several processes cannot divide the update, or would give other results than one process."""
     world = world_size()
     if world == 1:
         return
@@ -250,7 +252,7 @@ def _check_ranks(config: PPOConfig) -> None:
 
 
 def _fields_read(config: PPOConfig) -> list[str]:
-    """The fields of a row that episodes start from, or that `psi` compares with."""
+    """Returns the responses that a row must have, because episodes start in them or `psi` compares with them."""
     opponents = [config.psi_opponents] if config.psi and config.psi_opponents != "rollouts" else []
     return list(dict.fromkeys([*reset_fields(config), *opponents]))
 
@@ -261,7 +263,7 @@ def _name(config: PPOConfig) -> str:
 
 
 def num_updates(config: PPOConfig, num_prompts: int) -> int:
-    """Updates of the run: `max_steps`, or by episodes, or by epochs over the prompts."""
+    """Returns the number of updates of a run: `max_steps`, or determined by `total_episodes` or `num_train_epochs`."""
     if config.max_steps == -1 and config.total_episodes:
         return max(1, config.total_episodes // config.batch_size)
     return num_steps(config, num_prompts * config.num_generations)

@@ -1,4 +1,4 @@
-"""Where the episodes of an update start: at a prompt, or after the first tokens of a response to it."""
+"""Determines where the episodes of an update start: right after the prompt, or after the first tokens of a response."""
 
 from __future__ import annotations
 
@@ -13,30 +13,28 @@ from fastrlhf.rollout.engine import Engine, SharedEngine, TransformersEngine
 from fastrlhf.types import EndIds, Prefix, TokenizedExample
 
 ROLL_IN_STREAM = 3
-"""Stream of the random draws of roll-ins. Sampler and resets have other streams, so the draws are independent."""
+"""Random stream of roll-ins, the responses that the reference writes for resets. Sampler and resets have other streams,
+so that the draws are independent."""
 
 
 def reset_fields(config: PPOConfig) -> list[str]:
-    """Names of the responses that a row of the dataset must have."""
+    """Returns the names of the responses that a row of the dataset must have."""
     if config.reset_prob == 0 or config.reset_source in ("sample", "rollout"):
         return []
     return ["reference", "chosen"] if config.reset_source == "both" else [config.reset_source]
 
 
 def make_roll_in(config: PPOConfig, reference: PreTrainedModel, eos_token_id: EndIds) -> Engine:
-    """The engine that writes the responses that `reset_source: sample` resets to (PPO++, Chang et al. 2023, arXiv
-    2306.11816).
-
-    A response ends at its first end under either `compat`.
+    """Makes the engine that samples the responses from which `reset_source: sample` copies (PPO++, Chang et al. 2023,
+    arXiv 2306.11816). A response ends at its first end token, also with compat reference.
     """
     engine = TransformersEngine.of(config, reference, eos_token_id, stream=ROLL_IN_STREAM)
     return SharedEngine(engine=engine, model=reference)
 
 
 def sentence_ends_of(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The tokens after which a response may be cut, for `reset_cut: sentence`; empty where any cut is allowed.
-
-    Raises ValueError where no token of the vocabulary ends a sentence.
+    """Returns the tokens after which a reset may end with `reset_cut: sentence`; empty if it may end anywhere. Raises
+    ValueError if no token of the vocabulary ends a sentence.
     """
     if config.reset_cut != "sentence":
         return frozenset()
@@ -52,14 +50,15 @@ def draw_prefixes(
     roll_in: Engine | None = None,
     sentence_ends: Collection[int] = (),
 ) -> list[Prefix]:
-    """Where each episode starts: `num_generations` episodes per prompt, next to each other.
+    """Draws the prefix from which each episode starts, with `num_generations` consecutive episodes per prompt.
 
-    Group number g, counted from `first_group`, has the episodes g * size, g * size + 1, ... It keys the choice of its
-    response and, under `reset_group: point`, the one reset point of all of them; under `response` each episode keys its
-    own. `progress` is the share of the run that is done, on which the curriculum depends. `roll_in` writes the
-    responses of `reset_source: sample`. A response longer than the budget is reset to within the budget.
-    `sentence_ends` are the tokens after which `reset_cut: sentence` may cut. With `reset_source: rollout` every episode
-    starts at the prompt; own_resets.py resets it later.
+    Group number g, counted from `first_group`, has the episodes g * size, g * size + 1, ... The random choice of its
+    response depends on g, and so does the common reset point of its episodes with `reset_group: point`. With
+    `reset_group: response` each episode has its own reset point, which depends on the number of the episode. `progress`
+    is the share of the run that is done, on which the curriculum depends. `roll_in` samples the responses of
+    `reset_source: sample`. Resets into a response longer than `response_length` stay below that limit. `sentence_ends`
+    are the tokens after which `reset_cut: sentence` may cut. With `reset_source: rollout` every episode starts at the
+    prompt; own_resets.py resets it later.
     """
     responses = _responses(config, prompts, first_group, roll_in)
     prefixes = []
@@ -75,7 +74,7 @@ def draw_prefixes(
 def draw_cut(
     config: PPOConfig, response: Sequence[int], key: int, progress: float, sentence_ends: Collection[int]
 ) -> int:
-    """The number of tokens that the episode or group with this key copies from the response; 0 is no reset."""
+    """Draws the number of tokens that the episode or group with this key copies from the response; 0: no reset."""
     return reset_length(
         len(response),
         seed=config.seed,
@@ -88,12 +87,13 @@ def draw_cut(
 
 
 def temperature_of_episode(config: PPOConfig, episode: int) -> float | None:
-    """The temperature of an episode by its place in its group; None for that of the run."""
+    """Returns the temperature of an episode, which may depend on its place in its group; None: the temperature of the
+    run."""
     return config.temperatures[episode % len(config.temperatures)] if config.temperatures else None
 
 
 def episodes_of(config: PPOConfig, group: int) -> list[tuple[int, int]]:
-    """(number of the episode, key of its reset) of each episode of a group."""
+    """Returns (number of the episode, key of its reset) for each episode of a group."""
     size = config.num_generations
     numbers = range(group * size, (group + 1) * size)
     return [(number, group if config.reset_group == "point" else number) for number in numbers]
@@ -102,7 +102,7 @@ def episodes_of(config: PPOConfig, group: int) -> list[tuple[int, int]]:
 def _responses(
     config: PPOConfig, prompts: Sequence[TokenizedExample], first_group: int, roll_in: Engine | None
 ) -> list[Sequence[int]]:
-    """The responses that each group may reset to, within the length limit; empty for groups that start at the
+    """Returns the responses from which each group may copy, cut at the length limit; empty for groups that start at the
     prompt."""
     resetting = {
         group: example
@@ -136,5 +136,6 @@ def _dataset_response(config: PPOConfig, example: TokenizedExample, group: int) 
 
 
 def _withheld(config: PPOConfig, progress: float) -> float:
-    """The share of the admissible reset lengths, counted from the shortest, that the curriculum still excludes."""
+    """Returns the share of the allowed reset lengths, beginning with the shortest, that the curriculum still
+    excludes."""
     return max(0.0, 1 - progress / config.reset_curriculum) if config.reset_curriculum else 0.0

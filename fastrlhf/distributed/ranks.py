@@ -1,12 +1,12 @@
-"""Several processes that train as one: `torchrun --nproc-per-node 8 -m fastrlhf COMMAND ...`, one process per GPU.
+"""Lets several processes train as one: `torchrun --nproc-per-node 8 -m fastrlhf COMMAND ...`, with one process per GPU.
 
-Every rank reads the same data in the same order and knows the whole plan of a step; the batch size is that of the step.
-Only expensive work is shared out: each rank computes its part of the micro-batches, of the prompts to answer, of the
-responses to judge, and the results are exchanged until every rank holds the same numbers. Every decision (rewards,
-whitening, a KL coefficient, an early stop) is then computed by all ranks alike. `compare` refuses ranks that differ
-before any of that. Only rank 0 writes, except for the parts of a checkpoint.
+Every rank reads the same data in the same order and knows the whole plan of a step; the batch size counts all ranks
+together. Only expensive work is divided: each rank computes its part of the micro-batches, of the responses and of the
+scores, and the ranks exchange the results, so that all of them hold the same numbers. All ranks then compute the same
+rewards, whitening, KL coefficient and early stops. Before that, `compare` refuses ranks with different settings or
+data. Only rank 0 writes files, except for the parts of a checkpoint.
 
-In one process every function here returns what it is given.
+In a single process, these functions return their input unchanged.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ _apart = False
 
 
 def start(config: TrainConfig) -> None:
-    """Joins the processes that torchrun has started, if any: gloo between CPUs, NCCL between GPUs, one GPU per rank by
-    LOCAL_RANK.
+    """Connects the processes that torchrun has started, if any: by gloo on CPUs and NCCL on GPUs. LOCAL_RANK chooses
+    the GPU of a rank.
 
-    Raises ValueError for what several processes cannot do yet, and where ranks differ in a key of the configuration or
-    in the version of torch, transformers or this program.
+    Raises ValueError for settings that several processes do not support yet, and if ranks differ in a key of the
+    configuration or in the version of torch, transformers or fastrlhf.
     """
     world = max(_launched(), world_size())
     if world == 1:
@@ -63,7 +63,7 @@ def start(config: TrainConfig) -> None:
     )
     if not dist.is_initialized():
         _join(config)
-    compare(as_given(config), "configuration")  # a host may keep the same files elsewhere
+    compare(as_given(config), "configuration")  # hosts may keep files in different places
     compare({name: _version(name) for name in ("torch", "transformers", "fastrlhf")}, "version")
 
 
@@ -81,13 +81,13 @@ def _join(config: TrainConfig) -> None:
         place, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         require(place < gpus, "WORLD_SIZE", world, f"{gpus} processes on this machine at most, one per GPU")
         torch.cuda.set_device(place)
-        backend = "cpu:gloo,cuda:nccl"  # exchanges between hosts do not wait for a GPU
+        backend = "cpu:gloo,cuda:nccl"  # exchanges of Python objects go through gloo and do not wait for a GPU
     dist.init_process_group(backend)
     atexit.register(dist.destroy_process_group)
 
 
 def check_one_process(what: str) -> None:
-    """Raises ValueError where torchrun has started several processes."""
+    """Raises ValueError if torchrun has started several processes."""
     if _launched() > 1:
         raise ValueError(f"WORLD_SIZE: {what} runs in one process; start it without torchrun")
 
@@ -130,8 +130,8 @@ def apart() -> Iterator[None]:
 
 
 def on_first(function: Callable[[], T]) -> T:
-    """Calls `function` on rank 0 alone and returns its value on every rank; an error is raised on every rank. No rank
-    continues before it has ended."""
+    """Calls `function` only on rank 0 and returns its value on every rank; an error is raised on every rank. All ranks
+    wait until the call has ended."""
     if world_size() == 1:
         return function()
     outcome: list[tuple[T | None, BaseException | None]] = [(None, None)]
@@ -145,7 +145,8 @@ def on_first(function: Callable[[], T]) -> T:
 
 
 def on_each(function: Callable[[], T]) -> list[T]:
-    """Calls `function` on each rank and returns the values by rank; the first rank's error is raised on every rank."""
+    """Calls `function` on each rank and returns the list of values by rank. If any rank fails, the error of the first
+    failed rank is raised on every rank."""
     if world_size() == 1:
         return [function()]
     outcomes = from_all(_outcome(function))
@@ -156,8 +157,8 @@ def on_each(function: Callable[[], T]) -> list[T]:
 
 
 def together(function: Callable[[], T]) -> T:
-    """Calls `function`, which exchanges nothing, on each rank and returns the rank's own value. Where any rank fails,
-    every rank raises the first one's error, so that no rank waits for one that has refused its input."""
+    """Calls `function`, which must not communicate, on each rank and returns the rank's own value. If any rank fails,
+    every rank raises the error of the first failed rank, so that no rank waits for it."""
     if world_size() == 1:
         return function()
     own: list[T] = []
@@ -166,7 +167,7 @@ def together(function: Callable[[], T]) -> T:
 
 
 def from_all(value: T) -> list[T]:
-    """The values of all ranks, by rank."""
+    """Returns the values of all ranks, by rank."""
     values: list[T] = [value] * world_size()
     if len(values) > 1:
         dist.all_gather_object(values, value)
@@ -174,8 +175,8 @@ def from_all(value: T) -> list[T]:
 
 
 def compare(mine: Mapping[str, object], what: str) -> None:
-    """Raises ValueError on every rank where a rank and rank 0 have different values under a key; `what` names the
-    kind of values in the message. Every rank must call."""
+    """Raises ValueError on every rank if a rank and rank 0 have different values for a key; `what` names the kind of
+    values in the message. Every rank must call it."""
     if world_size() == 1:
         return
     first, *others = from_all((socket.gethostname(), dict(mine)))
@@ -184,44 +185,45 @@ def compare(mine: Mapping[str, object], what: str) -> None:
             here, there = (values.get(key, "absent") for values in (first[1], theirs))
             if here != there:
                 raise ValueError(
-                    f"{key}: the {what} of rank {rank} on {host} is {there!r}, and that of rank 0 on {first[0]} is "
-                    f"{here!r}; give every process the same"
+                    f"{key}: the {what} of rank {rank} on {host} is {there!r}, but that of rank 0 on {first[0]} is "
+                    f"{here!r}; start every process with the same one"
                 )
 
 
 def failed_together(error: BaseException, step: int) -> bool:
-    """Whether every rank has raised the same error in the same step, so that ranks can still communicate. This holds
-    for errors of `on_first` and `on_each` and for errors about numbers that all ranks share. A rank that fails alone
-    waits `PATIENCE` seconds."""
+    """Returns whether every rank has raised the same error in the same step, so that ranks can still communicate. This
+    is the case for errors of `on_first` and `on_each` and for errors about numbers that all ranks share. If other ranks
+    do not raise the error, the call returns False after `PATIENCE` seconds."""
     if world_size() == 1:
         return True
     digest = hashlib.sha256(f"{step} {type(error).__name__} {error}".encode()).hexdigest()
     key, world, deadline = f"fastrlhf/failed/{digest}", world_size(), time.monotonic() + PATIENCE
     try:
         store = dist.distributed_c10d._get_default_store()
-        number = store.add(key, 1)  # a process may fail alike in several runs, one after the other
+        number = store.add(key, 1)  # a process may raise the same error in several consecutive runs
         needed = -(-number // world) * world
         while store.add(key, 0) < needed:
             if time.monotonic() > deadline:
                 return False
             time.sleep(0.05)
-    except Exception:  # the process with the store has ended, and so has the run
+    except Exception:  # the process that keeps the store has ended, so the run has ended
         return False
     return True
 
 
 def total(values: Tensor) -> Tensor:
-    """The sum over ranks, element by element."""
+    """Returns the sum over ranks, element by element."""
     return _reduced(values, dist.ReduceOp.SUM)
 
 
 def largest(values: Tensor) -> Tensor:
-    """The maximum over ranks, element by element."""
+    """Returns the maximum over ranks, element by element."""
     return _reduced(values, dist.ReduceOp.MAX)
 
 
 def gathered(rows: Tensor) -> Tensor:
-    """[N, ...] from [n, ...]: the rows of all ranks, by rank. Their numbers may differ."""
+    """Concatenates the rows of all ranks, in rank order: [n, ...] -> [N, ...]. Ranks may have different numbers of
+    rows."""
     if world_size() == 1:
         return rows
     counts = from_all(len(rows))
@@ -233,7 +235,7 @@ def gathered(rows: Tensor) -> Tensor:
 
 
 def share(items: Sequence[T]) -> Sequence[T]:
-    """This rank's contiguous part of the items; the parts in rank order are the whole."""
+    """Returns this rank's contiguous part of the items; concatenated in rank order, the parts are all items."""
     world, own = world_size(), rank()
     return items[len(items) * own // world : len(items) * (own + 1) // world]
 
@@ -261,7 +263,7 @@ def _sendable(error: BaseException) -> BaseException:
 
 
 def _launched() -> int:
-    """The processes that torchrun says it has started."""
+    """Returns the number of processes that torchrun has started."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 

@@ -1,1 +1,1 @@
-"""Evaluation of trained policies: judges, win rates with intervals, held-out prompts during training."""
+"""Evaluates policies: judges, win rates with intervals, and responses to held-out prompts during training."""

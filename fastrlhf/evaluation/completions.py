@@ -1,4 +1,4 @@
-"""Responses of a policy to prompts, and its KL to the reference on them."""
+"""Samples responses of a policy to prompts, and computes its KL to the reference on them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from fastrlhf.rollout.truncation import Truncation, kept_tokens
 from fastrlhf.types import EndIds, Prefix, Rollout, TokenizedExample
 
 EVAL_EPISODES = 1 << 40
-"""Evaluation numbers its episodes from here, so that its random draws never coincide with those of training."""
+"""Number of the first episode of an evaluation, which is so high that evaluation and training never share random
+draws."""
 
 
 def respond(
@@ -61,8 +62,9 @@ def response_kl(
     temperature: float,
     micro_batch_tokens: int,
 ) -> float:
-    """KL in nats per response: log(policy / reference) summed over the tokens of a response, averaged over the
-    policy's responses. With truncated sampling both are distributions over the tokens that the sampler kept."""
+    """Estimates the KL in nats per response: log(policy / reference), summed over the tokens of a response and averaged
+    over the policy's responses. With truncated sampling both are distributions over the tokens that the sampler
+    kept."""
     segments = [sequence(rollout.prefix.token_ids, rollout.completion) for rollout in rollouts]
     log_ratio = torch.zeros((), device=policy.device)
     with whole(policy), whole(reference):

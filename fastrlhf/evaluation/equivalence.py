@@ -1,7 +1,7 @@
-"""Judges of whether two answers to one prompt mean the same.
+"""Judges whether two answers to a prompt have the same meaning.
 
-A judge is a function of ordered comparisons: does the first answer entail the second, contradict it, or neither? It can
-be an NLI classifier, the equality of texts, or a user-defined function; the last two are symmetric.
+A judge is a function that gives the relation of the first answer to the second: entailment, contradiction or neither.
+It is an NLI classifier, a comparison of the texts, or a user-defined function; the last two are symmetric.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Relation(IntEnum):
 
 
 class Comparison(NamedTuple):
-    """Does `premise` entail `hypothesis`, both answers to `prompt`?"""
+    """The question whether `premise` entails `hypothesis`; both are answers to `prompt`."""
 
     prompt: str
     premise: str
@@ -46,14 +46,14 @@ EquivalenceJudge = Callable[[Sequence[Comparison]], list[Relation]]
 """Comparisons -> the relation of each, in the same order."""
 
 SameMeaning = Callable[[str, str, str], bool]
-"""(prompt, answer, answer) -> whether they mean the same."""
+"""(prompt, answer, answer) -> whether the two answers have the same meaning."""
 
 
 def open_judge(
     name: str, *, device: str = "auto", dtype: str = "float32", batch_tokens: int = 16384, side_tokens: int = 254
 ) -> EquivalenceJudge:
-    """The judge that `name` means: `exact`, a function as module:function or file.py:function, or else an NLI model by
-    folder or hub name. Raises ValueError, naming `equivalence`, where there is none."""
+    """Opens the judge that `name` describes: `exact`, a function given as module:function or file.py:function, or the
+    folder or hub name of an NLI model. Raises ValueError, naming `equivalence`, if it does not exist."""
     if name == "exact":
         return exact_match
     if ":" in name:
@@ -62,7 +62,8 @@ def open_judge(
 
 
 def exact_match(comparisons: Sequence[Comparison]) -> list[Relation]:
-    """Entailment where two answers are equal except for case, punctuation and white space; contradiction otherwise."""
+    """A judge that gives entailment if two answers are equal except for case, punctuation and white space, and
+    otherwise contradiction."""
     return [_symmetric(normalised(c.premise) == normalised(c.hypothesis)) for c in comparisons]
 
 
@@ -72,8 +73,8 @@ def normalised(text: str) -> str:
 
 
 def function_judge(same: SameMeaning) -> EquivalenceJudge:
-    """Makes a judge of a function that returns whether two answers mean the same. Raises ValueError where it returns
-    anything but a bool."""
+    """Makes a judge from a function that returns whether two answers have the same meaning. The judge raises ValueError
+    if the function does not return a bool."""
 
     def judge(comparisons: Sequence[Comparison]) -> list[Relation]:
         said = [same(*comparison) for comparison in comparisons]
@@ -85,16 +86,16 @@ def function_judge(same: SameMeaning) -> EquivalenceJudge:
 
 
 class NLIJudge:
-    """A sequence classifier of three labels.
+    """A judge that uses an NLI model, a sequence classifier with the labels entailment, neutral and contradiction.
 
-    Premise and hypothesis are each the prompt followed by one of the answers. Repeated comparisons are computed once.
-    The others are sorted by length and cut into batches of at most `batch_tokens` tokens, padding included, because
-    these encoders do not run on packs. The label ids are read from the model's configuration, because checkpoints order
-    them differently.
+    Premise and hypothesis each consist of the prompt and one of the answers. Repeated comparisons are computed once.
+    All different comparisons are sorted by length and divided into batches of at most `batch_tokens` tokens including
+    padding, because these encoders do not run on packs. The label ids are read from the model's configuration, because
+    checkpoints order them differently.
     """
 
     def __init__(self, source: str, *, device: str, dtype: str, batch_tokens: int, side_tokens: int) -> None:
-        """Raises ValueError, naming `equivalence` or `nli_side_tokens`, where there is no such model."""
+        """Raises ValueError, naming `equivalence` or `nli_side_tokens`, if the model does not exist or does not fit."""
         try:
             config = AutoConfig.from_pretrained(source)
             self._relations = relations(cast(dict[int, str], config.id2label), source)
@@ -104,7 +105,9 @@ class NLIJudge:
                     source, dtype=DTYPES[dtype], output_loading_info=True
                 )
         except (OSError, SafetensorError) as error:
-            raise ValueError(f"equivalence: {source!r} is no NLI model in a folder or on the hub: {error}") from error
+            raise ValueError(
+                f"equivalence: {source!r} is not an NLI model in a folder or on the hub: {error}"
+            ) from error
         require(not loaded["missing_keys"], "equivalence", source, f"trained; it lacks {loaded['missing_keys']}")
         self._model: PreTrainedModel = model.to(resolve_device(device)).eval()
         self._batch_tokens, self._side_tokens = batch_tokens, side_tokens
@@ -129,7 +132,7 @@ class NLIJudge:
         return [known[comparison] for comparison in comparisons]
 
     def _label(self, encoded: list[dict[str, list[int]]]) -> torch.Tensor:
-        """[n] int64 on the device, the label of highest logit."""
+        """Returns [n] int64 on the device, the labels with the highest logits."""
         inputs = self._tokenizer.pad(encoded, return_tensors="pt").to(self._model.device)
         return self._model(**inputs).logits.argmax(-1)
 
@@ -141,7 +144,7 @@ class NLIJudge:
         encoded = self._tokenizer(
             [sides[c.prompt, c.premise] for c in comparisons],
             [sides[c.prompt, c.hypothesis] for c in comparisons],
-            truncation="longest_first",  # joining two texts may add a token at the cut
+            truncation="longest_first",  # joining prompt and answer may have added a token
             max_length=self._longest,
         )
         return [{name: values[i] for name, values in encoded.items()} for i in range(len(comparisons))]
@@ -161,7 +164,7 @@ class NLIJudge:
         return sides
 
     def _offsets(self, texts: Sequence[str]) -> list[list[tuple[int, int]]]:
-        """For each text, the (start, end) of each token in characters."""
+        """Returns, for each text, the (start, end) of each token in characters."""
         distinct = list(dict.fromkeys(texts))
         offsets = self._tokenizer(distinct, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         known = dict(zip(distinct, cast(list[list[tuple[int, int]]], offsets), strict=True))
@@ -169,8 +172,8 @@ class NLIJudge:
 
 
 def relations(id2label: Mapping[int, str], source: str) -> list[Relation]:
-    """The relation that each label id stands for, by the label's name. Raises ValueError where the names are not
-    those of the three relations."""
+    """Returns the relation of each label id, by the name of the label. Raises ValueError if the labels do not name the
+    three relations."""
     found = [
         [relation for relation in Relation if label.upper().startswith(relation.name[:6])]
         for _, label in sorted((int(i), label) for i, label in id2label.items())
@@ -185,7 +188,8 @@ def relations(id2label: Mapping[int, str], source: str) -> list[Relation]:
 
 
 def token_batches(lengths: Sequence[int], budget: int) -> list[range]:
-    """Cuts items of ascending lengths into runs whose padded size, number times longest, is at most `budget`."""
+    """Divides items of ascending lengths into consecutive batches whose padded size, number of items times longest
+    item, is at most `budget`."""
     batches, start = [], 0
     for i, length in enumerate(lengths):
         if (i + 1 - start) * length > budget and i > start:

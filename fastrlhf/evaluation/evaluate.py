@@ -1,4 +1,5 @@
-"""Win rates of models against dataset responses, or against each other, judged by a reward model: `fastrlhf eval`."""
+"""`fastrlhf eval`: measures win rates of models against dataset responses or against each other, judged by a reward
+model."""
 
 from __future__ import annotations
 
@@ -48,11 +49,11 @@ FILES = ("samples.jsonl", "summary.json", "config.yaml")
 
 
 def evaluate_models(config: EvalConfig, examples: Rows | None = None) -> dict[str, Comparison]:
-    """Compares each of `config.models` with `config.opponent` on the same prompts; `examples` replace the dataset.
+    """Compares each of `config.models` with `config.opponent` on the same prompts. `examples` replace the dataset.
 
-    The prompts are those that training with the same dataset keys evaluates on, as far as they leave room for a
-    response. With `output_dir` the comparisons and all responses are written there. Raises ValueError for bad input,
-    including a missing model, before anything is generated.
+    The prompts are the prompts that training with the same dataset keys evaluates on, without those that leave no room
+    for a response. The comparisons and all responses are written to `output_dir`, if it is given. Raises ValueError for
+    bad input, including a missing model, before anything is generated.
     """
     check_config(config, EvalConfig, "evaluate_models")
     check_one_process("eval")
@@ -102,8 +103,8 @@ def _write(
     scores: Mapping[str, np.ndarray],
     comparisons: Mapping[str, Comparison],
 ) -> None:
-    """Writes config.yaml, summary.json with the comparisons (shown by `fastrlhf report`), and samples.jsonl with
-    every prompt, response and score. A kill leaves all of them or none that counts."""
+    """Writes config.yaml, summary.json with the comparisons (shown by `fastrlhf report`), and samples.jsonl with every
+    prompt, response and score. If the process is killed, either all files are complete or none counts."""
     summary = {
         "opponent": config.opponent,
         "opponent_mean_score": float(scores[config.opponent].mean(dtype=np.float64)),
@@ -127,8 +128,8 @@ def _write(
 
 
 def format_table(comparisons: Mapping[str, Comparison], opponent: str, judge: str) -> str:
-    """Formats the result: the judge; per model a line with its win rate in per cent, its mean score and the
-    difference from the opponent's, with 95 % intervals; and the opponent's mean score."""
+    """Formats the result as a table: the judge; for each model a line with its win rate in per cent, its mean score and
+    its difference from the opponent's, with 95 % intervals; and the opponent's mean score."""
     width = max(map(len, ("model", opponent, *comparisons)))
     wins, gain = f"{f'win rate % vs {opponent}':21}", f"{f'minus {opponent}':26}"
     lines = [f"{'model':{width}}  {wins}  mean score  {gain}  prompts"]
@@ -147,8 +148,7 @@ def format_table(comparisons: Mapping[str, Comparison], opponent: str, judge: st
 
 
 def _warn_of_trained_rows(config: EvalConfig, rows: Sequence[TokenizedExample]) -> None:
-    """Warns where a model was trained on some of `rows`, as far as the config.yaml of its run shows. Only
-    `num_eval_examples` holds out the last rows of a split."""
+    """Logs a warning if a model was trained on some of `rows` according to the config.yaml of its run."""
     split = config.dataset_test_split or config.dataset_train_split
     end = max((row.row for row in rows), default=-1) + 1
     for name in config.models:
@@ -163,8 +163,8 @@ def _warn_of_trained_rows(config: EvalConfig, rows: Sequence[TokenizedExample]) 
         trained = min(end - held_out, run.get("max_train_examples") or end)
         if num := sum(row.row < trained for row in rows):
             log.warning(
-                "models: %s was trained on at least %d of the %d rows it is judged on; hold them out of training, with "
-                "the same num_eval_examples there and here",
+                "models: %s was trained on at least %d of the %d rows on which it is judged; hold them out by "
+                "the same num_eval_examples in training and evaluation",
                 *(name, num, len(rows)),
             )
 
@@ -174,7 +174,7 @@ def _places(dataset_name: str | Sequence[str]) -> list[Path]:
 
 
 def _run_config(model: str) -> dict[str, Any]:
-    """The configuration of the run that left this model, adapter or checkpoint; empty where no run did."""
+    """Returns the configuration of the run that saved this model, adapter or checkpoint; empty if there is none."""
     folder = Path(model)
     if folder.name == "adapter" or folder.name.startswith("checkpoint-"):
         folder = folder.parent
@@ -182,7 +182,7 @@ def _run_config(model: str) -> dict[str, Any]:
     try:
         written = load_yaml(str(file)) if file.is_file() else {}
         return {key: filled_in(key, value) for key, value in written.items()}
-    except ValueError:  # not a config.yaml of this program
+    except ValueError:  # not a config.yaml written by fastrlhf
         return {}
 
 
@@ -197,18 +197,18 @@ def _check(config: EvalConfig) -> None:
         config.opponent,
         f"a column ({', '.join(COLUMNS)}) or one of the models",
     )
-    require(set(config.models) != {config.opponent}, "opponent", config.opponent, "another one than the only model")
+    require(set(config.models) != {config.opponent}, "opponent", config.opponent, "different from the only model")
     for name in config.models:
         if not holds_adapter(name):
             read_model_config(name, "models", config.trust_remote_code)
 
 
 def _open_judge(config: EvalConfig, base: PreTrainedModel | None, pad_token_id: int | None) -> PreTrainedModel:
-    """Opens the reward model; an adapter shares the weights of `base`."""
+    """Loads the reward model; an adapter shares the weights of `base`."""
     source = config.reward_model_path
     if base and holds_adapter(source):
         return score_role(source, base, "reward_model_path", pad_token_id).requires_grad_(False)
-    if adapter := unmerged_adapter(source, config.dtype):  # as for a policy
+    if adapter := unmerged_adapter(source, config.dtype):  # unrounded weights, as in _open_policy
         try:
             own = open_base(replace(config, model_name_or_path=""), [("reward_model_path", adapter)])
             if own is not None:
@@ -227,8 +227,9 @@ def _open_judge(config: EvalConfig, base: PreTrainedModel | None, pad_token_id: 
 
 
 def _open_policy(config: EvalConfig, name: str) -> PreTrainedModel:
-    """The model of that name. For a run with an adapter whose merged weights would be rounded to bfloat16, it is the
-    adapter over its base, as trained; if the base is not available, the merged weights, with a warning."""
+    """Loads a model to evaluate. If the merged weights of a run with an adapter would be rounded to bfloat16, the
+    adapter over its base is loaded instead; if the base is not available, the merged weights are used, with a
+    warning."""
     if adapter := unmerged_adapter(name, config.dtype):
         try:
             base = open_base(replace(config, model_name_or_path=""), [("models", adapter)])
@@ -270,7 +271,7 @@ def _respond(
 
 
 def _responses_of(rows: Sequence[TokenizedExample], column: str, eos: EndIds) -> list[Rollout]:
-    """The responses of the dataset in the form of rollouts; a truncated response has no EOS."""
+    """Returns the responses in a column of the dataset as rollouts; a truncated response has no EOS."""
     return [
         Rollout(
             prefix=Prefix(token_ids=row.prompt, num_reset=0, row=row.row, episode=i),

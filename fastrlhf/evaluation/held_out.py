@@ -1,9 +1,9 @@
-"""Evaluation during on-policy runs: full responses to held-out prompts, without resets.
+"""Evaluates the policy during on-policy runs by full responses to held-out prompts, without resets.
 
-These numbers are comparable between runs with different reset probabilities. The metrics of training are not:
-`objective/kl`, for example, covers only the sampled tokens. A second judge that training never uses reveals
-over-optimisation: its score falls while that of the training judge still rises (Gao et al. 2022, arXiv 2210.10760,
-Figure 1, over the square root of the KL).
+These metrics can be compared between runs with different reset probabilities, unlike the metrics of training:
+`objective/kl`, for example, covers only the sampled tokens. A second judge, which training never uses, reveals
+over-optimisation: its score falls while the score of the training judge still rises (Gao et al. 2022, arXiv 2210.10760,
+Figure 1).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fastrlhf.rollout.truncation import Truncation
 from fastrlhf.types import EndIds, Rollout, TokenizedExample
 
 NGRAM = 4
-"""Length in tokens of the n-grams by which a loop is recognised."""
+"""Length, in tokens, of the n-grams by which repetition is measured."""
 
 
 @torch.no_grad()
@@ -42,14 +42,14 @@ def evaluate(
     functions: RewardFunctions | None = None,
     stops: Stops | None = None,
 ) -> dict[str, float]:
-    """Generates one response per prompt with the sampling of training and one greedily, and judges both. Reference and
-    judges run within `present`, after all sampling.
+    """Generates two responses per prompt, one sampled as in training and one greedy, and judges both. Reference and
+    judges run within the context `present`, after all sampling.
 
     `eval_objective/scores`, `eval_held_out/scores` (of `held_out_judge`) and `eval_objective/kl` (nats per response)
     describe the sampled responses, and so do `eval_completions/*`; `eval_greedy/*` describes the greedy ones. Each mean
-    score has its standard error over the prompts beside it. Without a judge the score is the weighted sum of the reward
-    functions, neither normalised nor clipped; `eval_rewards/NAME/mean` is the mean of each function over the sampled
-    responses that it judges. Raises ValueError, naming the row, for a score that is not finite.
+    score also has a metric for its standard error over the prompts. Without a judge the score is the weighted sum of
+    the reward functions, neither normalised nor clipped; `eval_rewards/NAME/mean` is the mean of each function over the
+    sampled responses that it judges. Raises ValueError, naming the row, for a score that is not finite.
     """
     functions = functions or RewardFunctions()
 
@@ -74,7 +74,7 @@ def evaluate(
     def judged(name: str, rollouts: Sequence[Rollout], earned: Earned) -> dict[str, float]:
         if judge is not None:
             return scores(name, judge(rollouts), rollouts)
-        return scores(name, functions.totals(earned), rollouts) if earned else {}  # a DPO model alone gives no score
+        return scores(name, functions.totals(earned), rollouts) if earned else {}  # nothing gives a score
 
     sampled, greedy = answers(config.temperature), answers(0.0)
     with present():
@@ -93,15 +93,16 @@ def evaluate(
 
 
 def mean_and_error(name: str, scores: Tensor) -> dict[str, float]:
-    """The mean of scores [N] and, as `name`_stderr, its standard error: s / sqrt(N), with N - 1 in s. NaN for N = 1."""
+    """Returns the mean of scores [N] and, as `name`_stderr, its standard error s / sqrt(N), where s is the sample
+    standard deviation; NaN for N = 1."""
     values = scores.double().cpu().numpy()
     error = float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return {name: float(values.mean()), f"{name}_stderr": error}
 
 
 def describe(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """Mean length in tokens, and shares of the responses in [0, 1]: `ended` have an EOS; `looping` repeat more than
-    half of their 4-grams; `duplicates` equal the response to another prompt, token by token."""
+    """Returns the mean length in tokens and shares of responses: `ended`: with an EOS; `looping`: more than half of the
+    4-grams are repetitions; `duplicates`: equal, token by token, to the response to another prompt."""
     prompts_of: dict[tuple[int, ...], set[tuple[int, ...]]] = {}
     for rollout in rollouts:
         prompts_of.setdefault(tuple(rollout.completion), set()).add(tuple(rollout.prefix.token_ids))
@@ -114,7 +115,8 @@ def describe(rollouts: Sequence[Rollout]) -> dict[str, float]:
 
 
 def repetition(tokens: Sequence[int]) -> float:
-    """seq-rep-4 (Welleck et al. 2019, arXiv 1908.04319): 1 - distinct 4-grams / 4-grams; 0 for fewer than 4 tokens.
+    """Returns seq-rep-4 (Welleck et al. 2019, arXiv 1908.04319): 1 - distinct 4-grams / 4-grams; 0 for fewer than 4
+    tokens.
 
     [1, 2, 1, 2, 1, 2, 1]  ->  1 - 2 / 4
     """

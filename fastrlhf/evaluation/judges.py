@@ -1,4 +1,4 @@
-"""Judges of responses: functions of rollouts, made from a reward model or defined by the user."""
+"""Judges, functions that score rollouts. They are made from a reward model or defined by the user."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Judge = Callable[[Sequence[Rollout]], Tensor]
 
 
 def reward_model_judge(model: PreTrainedModel, *, eos_token_id: EndIds, micro_batch_tokens: int) -> Judge:
-    """Makes a judge of a reward model, which reads the prompt and the response up to its first EOS.
+    """Makes a judge from a reward model, which reads the prompt and the response up to and including its first EOS.
 
     Text that rollouts share, for example the prefix of a group, is computed once.
     """
@@ -42,8 +42,8 @@ def reward_model_judge(model: PreTrainedModel, *, eos_token_id: EndIds, micro_ba
 
 
 def asked_once(judge: Judge) -> Judge:
-    """Calls the judge on rank 0 only and gives its scores to all ranks, because a user-defined judge may be
-    expensive or random."""
+    """Makes a judge that is called only on rank 0 and whose scores are sent to all ranks, because a user-defined judge
+    may be expensive or random."""
     return judge if world_size() == 1 else lambda rollouts: on_first(lambda: torch.as_tensor(judge(rollouts)).cpu())
 
 
@@ -52,9 +52,9 @@ def _tree(prefixes: Sequence[Sequence[int]], responses: Sequence[Sequence[int]])
 
 
 def checked_scores(scores: Tensor | Sequence[float], rollouts: Sequence[Rollout], device: torch.device) -> Tensor:
-    """The result of a judge as [N] float32 on `device`.
+    """Converts the result of a judge to [N] float32 on `device`.
 
-    Raises ValueError where it is not one finite number per rollout, naming the row of the prompt.
+    Raises ValueError if it is not one finite number per rollout; the message names the row of the prompt.
     """
     values = torch.as_tensor(scores, dtype=torch.float32, device=device)
     if values.shape != (len(rollouts),):

@@ -1,7 +1,7 @@
-"""Win rates and paired score differences with bootstrap intervals. Pure numpy.
+"""Computes win rates and paired score differences with bootstrap intervals, in numpy.
 
-All scores are of the same rows in the same order: row i of `scores_a` and of `scores_b` answer the same prompt. Every
-interval is a percentile bootstrap over rows (Efron 1979): it covers the choice of prompts, not the training seed.
+Scores belong to the same rows in the same order: entry i of `scores_a` and of `scores_b` are for the same prompt. Every
+interval is a percentile bootstrap over rows (Efron 1979). It covers the choice of prompts but not the training seed.
 """
 
 from __future__ import annotations
@@ -15,29 +15,29 @@ Interval = tuple[float, float]
 """(low, high)"""
 
 _DRAWS_AT_ONCE = 1 << 22
-"""Row indices in memory at a time (32 MiB), whatever the number of rows and resamples."""
+"""Maximum number of row indices in memory at a time (32 MiB)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """Comparison of a with b on the same rows."""
+    """Comparison of a model a with a model b on the same rows."""
 
     win_rate: float
     """Probability in [0, 1] that a beats b on a row; 0.5 is a draw."""
     win_rate_ci: Interval
     mean_score: float
-    """Mean score of a, in the units of the scores; b's is this minus `mean_difference`."""
+    """Mean score of a; the mean score of b is this minus `mean_difference`."""
     mean_difference: float
     """Mean of (a - b), in the units of the scores."""
     mean_difference_ci: Interval
     num: int
-    """Rows compared."""
+    """Number of rows."""
 
 
 def compare(
     scores_a: ArrayLike, scores_b: ArrayLike, *, level: float = 0.95, samples: int = 10000, seed: int = 0
 ) -> Comparison:
-    """Win rate and mean difference of a over b, each with its bootstrap interval at `level`.
+    """Computes the win rate of a against b and the mean score difference, each with its bootstrap interval at `level`.
 
     Raises ValueError as `win_rate` and `bootstrap_interval` do.
     """
@@ -54,7 +54,8 @@ def compare(
 
 
 def win_rate(scores_a: ArrayLike, scores_b: ArrayLike) -> float:
-    """Mean over rows of 1[a > b] + 1[a = b] / 2: a probability in [0, 1], and win_rate(a, b) + win_rate(b, a) = 1.
+    """Returns the win rate of a against b, the mean over rows of 1[a > b] + 1[a = b] / 2. win_rate(a, b) + win_rate(b,
+    a) = 1.
 
     Args:
         scores_a, scores_b: [n] any real units, higher is better.
@@ -68,9 +69,9 @@ def win_rate(scores_a: ArrayLike, scores_b: ArrayLike) -> float:
 def paired_difference(
     a: ArrayLike, b: ArrayLike, *, level: float = 0.95, samples: int = 10000, seed: int = 0
 ) -> tuple[float, Interval]:
-    """Mean over rows of (a - b), in the units of the scores, and its bootstrap interval at `level`.
+    """Returns the mean over rows of (a - b) and its bootstrap interval at `level`.
 
-    Pairing removes what the rows have in common: an easy prompt lifts both scores and not their difference.
+    Pairing removes the variance that both scores share: an easy prompt raises both scores but not their difference.
     Raises ValueError as `win_rate` and `bootstrap_interval` do.
     """
     first, second = _paired(a, b)
@@ -79,14 +80,14 @@ def paired_difference(
 
 
 def bootstrap_interval(values: ArrayLike, *, level: float = 0.95, samples: int = 10000, seed: int = 0) -> Interval:
-    """Percentile bootstrap interval of the mean of `values`, in their units.
+    """Returns the percentile bootstrap interval of the mean of `values`.
 
-    `samples` times, n rows are drawn with replacement and averaged; the interval runs between the (1 - level) / 2 and
-    (1 + level) / 2 quantiles of these means. The same seed gives the same interval.
+    n rows are drawn with replacement and averaged, `samples` times; the bounds of the interval are the (1 - level) / 2
+    and (1 + level) / 2 quantiles of these means. The same seed gives the same interval.
 
     Args:
         values: [n] one finite number per row.
-        level: coverage aimed at, a probability in (0, 1).
+        level: nominal coverage, a probability in (0, 1).
 
     Raises:
         ValueError: no rows, more than one dimension, a value that is not finite, `level` or `samples` out of range.
@@ -128,5 +129,5 @@ def _rows(values: ArrayLike, name: str) -> NDArray[np.float64]:
     if rows.ndim != 1 or len(rows) == 0:
         raise ValueError(f"{name} must hold one number per row and at least one row; its shape is {rows.shape}")
     if np.isnan(rows).any():
-        raise ValueError(f"{name}: row {int(np.argmax(np.isnan(rows)))} is NaN; leave such rows out of both sides")
+        raise ValueError(f"{name}: row {int(np.argmax(np.isnan(rows)))} is NaN; remove the row from both sides")
     return rows

@@ -1,1 +1,1 @@
-"""Sampling: prefixes in, completions with their log-probs out."""
+"""Samples completions of prefixes and records their log-probs."""

@@ -1,4 +1,5 @@
-"""CUDA graphs: a step that always does the same work on the same memory is recorded once and replayed without launches.
+"""Records a step that always does the same work on the same memory as a CUDA graph, and replays it without launch
+overhead.
 
 Not yet run on a GPU.
 """
@@ -14,15 +15,16 @@ from fastrlhf.runtime.out_of_memory import is_out_of_memory
 
 
 class CapturedSteps:
-    """Runs steps, keyed by their shapes: the first step of a key runs normally, later ones replay its recorded graph.
+    """Runs steps under keys that describe their shapes. The first step of a key runs normally, the second one is
+    recorded, and all later ones replay the graph.
 
-    A step takes tensors and changes tensors in place. It may allocate, but must neither read a tensor on the host nor
-    draw from a generator. All steps of a key must use the same memory, the weights included: make a new object for
-    every rollout, because weights may be replaced between rollouts and a graph would then be stale.
+    A step changes tensors in place. It may allocate memory, but must not read a tensor on the host or draw from a
+    generator. All steps of a key must use the same memory, including that of the weights. Make a new object for every
+    rollout, because weights may be replaced between rollouts, which would make a graph invalid.
 
-    Graphs that outlived a rollout would also hold their memory (above all the keys and values of all slots) while
-    training needs it. They would save little: recording costs one more launch of the kernels of a step, and a rollout
-    records one graph per number of slots and block of keys (rollout/kv_cache.py), a few among hundreds of steps.
+    Graphs kept after a rollout would also hold memory that training needs, mainly the keys and values of all slots, and
+    would save little time: a rollout records one graph per number of slots and of key blocks (rollout/kv_cache.py),
+    which are few compared with hundreds of steps.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -34,7 +36,7 @@ class CapturedSteps:
     def __call__(self, key: Hashable, step: Callable[[], None]) -> None:
         """Raises ValueError if the step cannot be captured; out-of-memory errors are raised unchanged."""
         if key not in self._graphs:
-            # At the first call libraries choose kernels and allocate workspaces, which must not be captured in a graph.
+            # In the first call, libraries choose kernels and allocate workspaces, which must not be recorded.
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
                 step()

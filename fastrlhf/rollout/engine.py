@@ -1,12 +1,12 @@
-"""From prefixes to completions.
+"""Samples completions of prefixes with the trainer's own model.
 
-An engine is anything with `generate(prefixes) -> rollouts`; rollout/vllm.py has another. The one here decodes with the
-trainer's own model in the slots of a static key-value cache (rollout/kv_cache.py). Every prefix is prefilled (a reset
-costs no decode step), once for all the episodes that start there or further back in the same text. An episode that
-ends, at its EOS or length limit, leaves its slot to a waiting one; when none waits and half of the slots suffice, the
-other half is freed. The log-prob of each sampled token is recorded when it is drawn, and with truncated sampling the
-tokens that could be drawn; no other number of the logits is kept. Models that cannot be decoded in slots go through
-transformers' `generate` (rollout/generate.py); rollout/probe.py decides.
+An engine is any object with `generate(prefixes) -> rollouts`; rollout/vllm.py has another one. The engine here decodes
+in the slots of a static key-value cache (rollout/kv_cache.py). Prefixes are prefilled, so a reset costs no decode step,
+and a text is prefilled once for all episodes that start in it. When an episode ends, at its EOS or length limit, a
+waiting episode takes its slot; if no episode waits and half of the slots suffice, the other half is dropped. When a
+token is drawn, its log-prob is recorded and, with truncated sampling, the set of tokens that could be drawn. Models
+that cannot be decoded in slots are decoded by transformers' `generate` (rollout/generate.py); rollout/probe.py finds
+this out.
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ from fastrlhf.rollout.truncation import KeptRecord, Truncation
 from fastrlhf.types import EndIds, Prefix, Rollout
 
 SAMPLE_STREAM = 2
-"""Stream of the sampler's draws. Resets use another (resets.RESET_STREAM), so that they do not affect samples."""
+"""Random stream of the sampler. Resets use another stream (resets.RESET_STREAM), so that they do not affect samples."""
 
 CHECK_EVERY = 8
-"""Decode steps between two checks of which episodes have ended: each check waits for the GPU."""
+"""Number of decode steps between two checks which episodes have ended; each check waits for the GPU."""
 
 REFILL_SHARE = 0.25
-"""Share of the slots that must be free before waiting episodes are prefilled: few at a time would be slow."""
+"""Share of the slots that must be free before waiting episodes are prefilled, because prefilling few at a time is
+slow."""
 
 
 Decode = Literal["eager", "cuda_graph"]
 
 
 class Engine(Protocol):
-    """The interface of a sampler for the trainer, in this process or in another one that holds the sampler's
-    weights."""
+    """Interface of a sampler, which may run in this process or in another one."""
 
     def generate(self, prefixes: Sequence[Prefix]) -> list[Rollout]:
         """One rollout per prefix, in the same order."""
@@ -59,11 +59,11 @@ class Engine(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransformersEngine:
-    """Samples from `model` with its weights at the moment of the call. A response has at most `response_length` tokens,
-    including those of the reset. The t-th token of an episode is the inverse of the tempered distribution function at a
-    uniform number keyed by (seed, stream, episode, t): the sample does not depend on which episodes are generated
-    together. The temperature of a prefix comes before that of the engine. Temperature 0 takes the most likely token,
-    which every truncation keeps, and records its log-prob at temperature 1.
+    """Samples from `model` with the weights that it has at the moment of the call. A response has at most
+    `response_length` tokens, including those of the reset. The t-th token of an episode is drawn by inverting the
+    cumulative distribution at a uniform number that depends only on (seed, stream, episode, t), so a sample does not
+    depend on which episodes are generated together. A temperature in a prefix takes precedence over that of the engine.
+    Temperature 0 takes the most likely token, which every truncation keeps, and records its log-prob at temperature 1.
     """
 
     model: PreTrainedModel
@@ -72,16 +72,17 @@ class TransformersEngine:
     temperature: float
     seed: int
     batch_size: int = 64
-    """Number of slots: episodes generated together."""
+    """Number of slots, that is, of episodes generated together."""
     micro_batch_tokens: int = 8192
-    """Maximum number of tokens of a pack of prefixes, shared ones counted once; a longer prefix gets its own pack."""
+    """Maximum number of tokens of a pack of prefixes, where shared tokens count once; a longer prefix gets its own
+    pack."""
     stop_at_eos: bool = True
     stream: int = SAMPLE_STREAM
-    """Engines of one run whose draws must be independent have different streams."""
+    """Random stream; different streams give independent draws."""
     decode: Decode = "eager"
-    """cuda_graph: a step is captured once and replayed: the same kernels without launch overhead."""
+    """cuda_graph: a decode step is recorded once as a CUDA graph and replayed."""
     truncation: Truncation = field(default_factory=Truncation)
-    """Which tokens may be drawn. Log-probs are those of the truncated distribution."""
+    """Truncation of the distribution. Log-probs are those of the truncated distribution."""
 
     @classmethod
     def of(cls, config: PPOConfig, model: PreTrainedModel, eos_token_id: EndIds, **others: Any) -> TransformersEngine:
@@ -106,7 +107,7 @@ class TransformersEngine:
 
     @torch.no_grad()
     def generate(self, prefixes: Sequence[Prefix]) -> list[Rollout]:
-        """One rollout per prefix, in order. Raises ValueError where a prefix leaves no token to sample."""
+        """Returns one rollout per prefix, in order. Raises ValueError if a prefix leaves no token to sample."""
         check_room(prefixes, self.response_length)
         if not prefixes:
             return []
@@ -163,11 +164,11 @@ class TransformersEngine:
 
     def _decode_in_slots(self, prefixes: Sequence[Prefix], episodes: _Episodes) -> None:
         device = self.model.device
-        waiting = _in_families(prefixes)[::-1]  # the next one last
+        waiting = _in_families(prefixes)[::-1]  # the next episode is last
         num = min(self.batch_size, len(prefixes))
         cache = SlotCache(num, max(len(p.token_ids) - p.num_reset for p in prefixes) + self.response_length)
         held = torch.zeros(num, dtype=torch.int64, device=device)  # the episode in each slot
-        live, reach = np.zeros(num, dtype=bool), np.zeros(num, dtype=int)  # by slot; reach: its maximum of tokens
+        live, reach = np.zeros(num, dtype=bool), np.zeros(num, dtype=int)  # per slot; reach: bound of its length
         run = CapturedSteps(self.model) if self.decode == "cuda_graph" else _at_once
         num_steps = CHECK_EVERY if device.type == "cuda" else 1
         while waiting or live.any():
@@ -196,13 +197,13 @@ class TransformersEngine:
             live = ~episodes.done[held].cpu().numpy()
 
     def _step(self, cache: SlotCache, episodes: _Episodes, held: Tensor, num_keys: int) -> None:
-        """Samples one more token of each episode in a slot that has not ended; tensors are changed in place."""
+        """Samples one more token for each unfinished episode in a slot; tensors are changed in place."""
         tokens, positions = episodes.last(held)
         self._record(episodes, held, cache.step(self.model, tokens, positions, num_keys))
 
     def _record(self, episodes: _Episodes, which: Tensor, logits: Tensor) -> Tensor:
-        """Draws a token [n] for each of the episodes `which` [n] from logits [n, V]; one that has ended does not
-        change."""
+        """Draws tokens [n] for the episodes `which` [n] from logits [n, V], and records them. Episodes that have ended
+        do not change."""
         count, done = episodes.count[which], episodes.done[which]
         logits = logits[:, : num_ids(self.model)].float()
         heat = episodes.temperature
@@ -233,11 +234,11 @@ class _Episodes:
     """The N episodes of a call on the device, changed in place; L is the response length."""
 
     start: Tensor
-    """[N] int64, tokens of the prefix"""
+    """[N] int64, number of tokens of the prefix"""
     budget: Tensor
-    """[N] int64, tokens that may be sampled"""
+    """[N] int64, maximum number of tokens to sample"""
     uniform: Tensor
-    """[N, L + 1] float32, one per token; the last column is not used"""
+    """[N, L + 1] float32, a uniform number per token; the last column is not used"""
     tokens: Tensor
     """[N, L + 1] int64: the first `count` are sampled tokens, the rest is undefined"""
     logprobs: Tensor
@@ -254,22 +255,22 @@ class _Episodes:
     """None if all tokens may be drawn"""
 
     def last(self, which: Tensor) -> tuple[Tensor, Tensor]:
-        """The last token of the episodes `which` [n] and its position in prompt and response, [n] int64 each."""
+        """Returns the last tokens of the episodes `which` [n] and their positions in the sequence, [n] int64 each."""
         count = self.count[which]
         return self.tokens[which, count - 1], self.start[which] + count - 1
 
 
 def _in_families(prefixes: Sequence[Prefix]) -> list[int]:
-    """Indices of prefixes, in order: prefixes of one text are adjacent, so that they are prefilled together; short
-    texts come first, so that the slots of a step hold similar numbers of keys."""
+    """Returns the order of decoding, as indices. Prefixes of the same text are adjacent, so that they are prefilled
+    together. Short texts come first, so that the slots of a step hold similar numbers of keys."""
     trunk_of = trunks(prefix.token_ids for prefix in prefixes)
     texts = [trunk_of[tuple(prefix.token_ids)] for prefix in prefixes]
     return sorted(range(len(prefixes)), key=lambda i: (len(texts[i]), texts[i], len(prefixes[i].token_ids), i))
 
 
 def _equal_lengths(prefixes: Sequence[Prefix], at_most: int, budget: int) -> list[list[int]]:
-    """Groups of indices of prefixes of equal length: at most `at_most` prefixes and `budget` tokens, or a single
-    prefix."""
+    """Groups prefixes of equal length, as lists of indices. A group has at most `at_most` prefixes and `budget`
+    tokens."""
     lengths = [len(prefix.token_ids) for prefix in prefixes]
     groups = []
     for length in sorted(set(lengths)):
@@ -280,7 +281,7 @@ def _equal_lengths(prefixes: Sequence[Prefix], at_most: int, budget: int) -> lis
 
 
 def _packs(texts: Sequence[Sequence[int]], budget: int) -> list[list[int]]:
-    """Indices of texts, one list per pack in which they are prefilled."""
+    """Divides texts into packs for prefilling, as lists of indices."""
     budget = max(budget, *map(len, texts))
     together = families(texts, [()] * len(texts), budget)
     packs = micro_batches([max(len(texts[i]) for i in family) for family in together], budget)
@@ -293,9 +294,8 @@ def _at_once(_: tuple[int, int], step: Callable[[], None]) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SharedEngine:
-    """The engines of all ranks as one: each rank continues its part of the prefixes with all the weights of `model`,
-    and every rank gets all rollouts. Every rank must call it, with the same prefixes; an error of one is raised on
-    all."""
+    """Combines the engines of all ranks: each rank continues its part of the prefixes, with all weights of `model`, and
+    gets all rollouts. Every rank must call it with the same prefixes; an error on one rank is raised on all."""
 
     engine: Engine
     model: PreTrainedModel
@@ -307,7 +307,7 @@ class SharedEngine:
 
 
 def check_room(prefixes: Sequence[Prefix], response_length: int) -> None:
-    """Raises ValueError, naming the row, where the reset tokens of a prefix leave nothing to sample."""
+    """Raises ValueError, naming the row, if the reset tokens of a prefix leave nothing to sample."""
     for prefix in prefixes:
         if prefix.num_reset >= response_length:
             raise ValueError(
@@ -325,8 +325,8 @@ def checked_rollouts(
     may_stop: bool = False,
     truncated: bool = False,
 ) -> Sequence[Rollout]:
-    """The rollouts of an engine, checked against the promises of `Engine` and `Rollout`. Raises ValueError naming the
-    first broken one: otherwise a faulty user-defined engine would silently train on the wrong tokens."""
+    """Returns the rollouts of an engine after checking them. Raises ValueError for the first that violates `Engine` or
+    `Rollout`: a faulty user-defined engine could cause training on wrong tokens."""
     if [rollout.prefix.episode for rollout in rollouts] != [prefix.episode for prefix in prefixes]:
         raise ValueError(
             f"engine: must return one rollout per prefix, in order; got {len(rollouts)} of {len(prefixes)}"
@@ -339,9 +339,9 @@ def checked_rollouts(
             raise ValueError(f"{where} has a log-prob that is not finite; the policy's weights are broken")
         end = first_end(tokens, eos_token_id)
         if rollout.ended != (end is not None) and not (may_stop and rollout.ended):
-            raise ValueError(f"{where} says ended={rollout.ended}, but its tokens say otherwise")
+            raise ValueError(f"{where} has ended={rollout.ended}, which contradicts its tokens")
         if stops_at_eos and end is not None and end + 1 < len(tokens):
-            raise ValueError(f"{where} goes on after its EOS")
+            raise ValueError(f"{where} continues after its EOS")
         if truncated != (rollout.kept is not None):
             problem = (
                 "lacks `kept`, the tokens that top_k, top_p and min_p left"
@@ -359,7 +359,7 @@ def _holds(kept: Sequence[np.ndarray], tokens: Sequence[int]) -> bool:
 
 
 def temperature_of(prefixes: Sequence[Prefix], default: float, device: torch.device) -> float | Tensor:
-    """The temperature of each episode, [N] float32; `default` if no prefix has one."""
+    """Returns the temperature of each episode, [N] float32, or `default` if no prefix has a temperature."""
     if all(prefix.temperature is None for prefix in prefixes):
         return float(default)
     heats = [default if prefix.temperature is None else prefix.temperature for prefix in prefixes]
@@ -371,20 +371,20 @@ def as_ids(eos_token_id: EndIds) -> tuple[int, ...]:
 
 
 def first_end(tokens: Sequence[int], eos_token_id: EndIds) -> int | None:
-    """Index of the first token that ends a response; None where there is none."""
+    """Returns the index of the first token that ends a response; None if there is none."""
     ends = as_ids(eos_token_id)
     return next((i for i, token in enumerate(tokens) if token in ends), None)
 
 
 def end_index(rollout: Rollout, eos_token_id: EndIds) -> int:
-    """Index in the completion of its first end, or of its last token."""
+    """Returns the index of the first end token in the completion, or else of its last token."""
     end = first_end(rollout.completion, eos_token_id)
     return len(rollout.completion) - 1 if end is None else end
 
 
 def _draw(logits: Tensor, temperature: float | Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """One token per row of logits [N, V] float32 and its log-prob, by inverting the distribution function.
-    `temperature` is a number, or [N, 1] above 0."""
+    """Draws a token per row of logits [N, V] float32 by inverting the cumulative distribution; returns it with its
+    log-prob. `temperature` is a number, or [N, 1] above 0."""
     greedy = isinstance(temperature, float) and temperature == 0
     logprobs = (logits / (1.0 if greedy else temperature)).log_softmax(-1)
     if greedy:
@@ -394,6 +394,6 @@ def _draw(logits: Tensor, temperature: float | Tensor, uniform: Tensor) -> tuple
         total = cumulative[:, -1:]
         # A product rounded up to the total would select a token after the last one with positive probability.
         threshold = torch.minimum(uniform[:, None] * total, total.nextafter(torch.zeros_like(total)))
-        # With NaN logits the search ends past the last token; the check in `_rollout` reports them.
+        # If logits are NaN, the search ends past the last token; the check in `_rollout` then raises an error.
         token = torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
     return token, logprobs.gather(1, token[:, None])[:, 0]

@@ -1,9 +1,10 @@
-"""Decoding by transformers' `generate`, with the cache of the model's own class or without any.
+"""Decodes by transformers' `generate`, with the cache of the model's class or without a cache.
 
-For models whose attention or recurrent state cannot live in the slots of rollout/kv_cache.py: linear attention, short
-convolutions, attention sinks, attention in chunks. A logits processor draws the tokens, so that seeds, budgets and
-log-probs are those of the other path. Texts of a call have equal lengths, because padding would enter recurrent states.
-This path is slower: no new episode takes the place of one that has ended, and equal prefixes are not shared.
+It serves models whose attention or recurrent state does not fit the slots of rollout/kv_cache.py: linear attention,
+short convolutions, attention sinks, chunked attention. A logits processor draws the tokens, so that seeds, length
+limits and log-probs are the same as with slots. All texts of a call have equal lengths, because padding would enter
+recurrent states. Decoding in this way is slower: no new episode takes the place of a finished one, and equal prefixes
+are not shared.
 """
 
 from __future__ import annotations
@@ -35,13 +36,13 @@ def decode(
     *,
     use_cache: bool = True,
 ) -> None:
-    """Continues `texts` [n, L] int64 by at most `num_tokens` tokens each. Without a cache every step reads the whole
-    texts again.
+    """Continues `texts` [n, L] int64 by at most `num_tokens` tokens each. Without a cache, every step processes the
+    whole texts.
 
-    `draw` takes the logits [n, V] float32 after the last tokens and returns the next ones, [n] int64; `done` returns
-    after each step which of the n texts are finished, [n] bool.
+    `draw` gets the logits [n, V] float32 after the last tokens and returns the next tokens, [n] int64. After each step,
+    `done` returns which texts are finished, [n] bool.
     """
-    # eos_token_id: the caller decides what ends a text. Everything else that would change the logits is at its default.
+    # No eos_token_id, because the caller decides when a text ends; all settings that would change the logits are off.
     settings = GenerationConfig(max_new_tokens=num_tokens, do_sample=False, use_cache=use_cache, pad_token_id=0)
     with _no_generation_config(model):
         cast(Any, model).generate(
@@ -56,7 +57,8 @@ def decode(
 
 @contextmanager
 def _no_generation_config(model: PreTrainedModel) -> Iterator[None]:
-    """Context in which the settings saved with the model (a repetition penalty, ids that end a text) are not read."""
+    """Context in which the generation settings saved with the model, such as a repetition penalty or EOS ids, are
+    ignored."""
     before = model.generation_config
     model.generation_config = GenerationConfig()
     try:
@@ -67,7 +69,7 @@ def _no_generation_config(model: PreTrainedModel) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Draw(LogitsProcessor):
-    """Leaves only the token that was drawn, which greedy decoding then takes."""
+    """Sets the logits of all tokens but the drawn one to -inf, so that greedy decoding takes the drawn token."""
 
     draw: Callable[[Tensor], Tensor]
 

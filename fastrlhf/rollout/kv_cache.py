@@ -1,12 +1,13 @@
-"""A static key-value cache of slots: sequences are prefilled into them, decoded in them, and make room for others.
+"""A static key-value cache with slots, in which sequences are prefilled and decoded and then replaced by other
+sequences.
 
-Its memory never grows. A slot holds the keys and values of one sequence from its first token on. A step writes those of
-one more token per slot, at positions given by a tensor; later positions, which may hold an earlier sequence, are
-masked. A step with a given number of slots and keys is thus the same work on the same memory each time, as a CUDA graph
-requires.
+Its memory never grows. A slot holds the keys and values of one sequence. A decode step writes the keys and values of
+one more token per slot, at positions given by a tensor; later positions, which may hold values of an earlier sequence,
+are masked. A step with a given number of slots and keys is therefore always the same work on the same memory, as a CUDA
+graph requires.
 
-As in attention.py no model is patched and no cache of transformers' is used: the attention function registered here
-reads and writes the slots that the forward was given as the keyword `kv`.
+As in attention.py, models are not patched, and no cache of transformers is used. The attention function registered here
+reads and writes the slots, which it gets by the keyword `kv` of the forward pass.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ from fastrlhf.types import Segment
 CACHED = "fastrlhf_cached"
 
 KEY_BLOCK = 64
-"""The number of keys of a step is rounded up to a multiple of this, so that steps have few shapes."""
+"""The number of keys of a step is rounded up to a multiple of this, so that steps have few different shapes."""
 
 
 class SlotCache:
     """Keys and values of at most `num_slots` sequences of at most `capacity` tokens.
 
-    `2 * layers * num_slots * H_kv * capacity * d` numbers in the dtype of the keys, taken at the first prefill.
+    `2 * layers * num_slots * H_kv * capacity * d` numbers in the dtype of the keys are allocated at the first prefill.
     """
 
     def __init__(self, num_slots: int, capacity: int) -> None:
@@ -44,14 +45,14 @@ class SlotCache:
 
     @torch.no_grad()
     def prefill(self, model: PreTrainedModel, sequences: Sequence[Sequence[int]], slots: Sequence[int]) -> Tensor:
-        """Puts sequence i into slot `slots[i]` and returns the logits [N, V] after its last token.
+        """Puts sequence i into slot `slots[i]` and returns the logits [N, V] after the last tokens.
 
-        Packed, without padding. A common beginning is computed once if one of the sequences is a prefix of another,
+        The sequences are packed without padding. If a sequence is a prefix of another, it is computed only once,
         because keys and values depend only on the tokens before them.
         """
         device, starts = model.device, [tuple(sequence) for sequence in sequences]
         trunk_of = trunks(starts)
-        offset: dict[tuple[int, ...], int] = {}  # of each trunk in the pack
+        offset: dict[tuple[int, ...], int] = {}  # trunk -> its first row in the pack
         num_tokens = 0
         for trunk in dict.fromkeys(trunk_of[start] for start in starts):
             offset[trunk] = num_tokens
@@ -83,7 +84,7 @@ class SlotCache:
     def step(self, model: PreTrainedModel, tokens: Tensor, positions: Tensor, num_keys: int) -> Tensor:
         """Continues the sequences of the first n slots by `tokens` [n] at `positions` [n]; returns logits [n, V].
 
-        Every position that counts must be below `num_keys`; the logits of other slots are undefined.
+        The positions of all sequences in use must be below `num_keys`; the logits of other slots are undefined.
         """
         kv = _Step(cache=self, positions=positions, num_keys=num_keys)
         with packed_attention(model, CACHED):
@@ -91,15 +92,16 @@ class SlotCache:
         return output.logits[:, -1]
 
     def move(self, source: Tensor, target: Tensor) -> None:
-        """Copies the content of the slots `source` to the slots `target`, [n] int64 each, without a slot in both."""
+        """Copies the content of the slots `source` to the slots `target`, [n] int64 each. No slot may be in both."""
         for layer in self._layers.values():
             for held in layer:
                 held[target] = held[source]
 
     def of_layer(self, module: Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """The keys and values [num_slots, H_kv, capacity, d] of the layer whose attention is `module`."""
+        """Returns the keys and values, [num_slots, H_kv, capacity, d] each, of the layer with the attention
+        `module`."""
         if module not in self._layers:
-            # Zeros, because masked values are still multiplied by 0, which must not give NaN.
+            # Zeros, because masked values are multiplied by 0, which must not give NaN.
             held = tuple(x.new_zeros(self.num_slots, x.shape[1], self.capacity, x.shape[3]) for x in (key, value))
             self._layers[module] = (held[0], held[1])
         return self._layers[module]
@@ -111,7 +113,7 @@ class _Attend(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Fill:
-    """Token `source` of a pack goes to `position` of `slot`; [K] int64 each."""
+    """The `kv` of a prefill: token `source` of the pack goes to `position` of `slot`; [K] int64 each."""
 
     cache: SlotCache
     source: Tensor
@@ -126,14 +128,14 @@ class _Fill:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Step:
-    """One more token for each of the first n slots."""
+    """The `kv` of a decode step: one more token for each of the first n slots."""
 
     cache: SlotCache
     positions: Tensor
     """[n] int64"""
     num_keys: int
     masks: dict[int | None, Tensor] = field(default_factory=dict)
-    """By sliding window: what is added to the scores [n, 1, 1, num_keys], in the dtype of the queries."""
+    """Sliding window -> the mask [n, 1, 1, num_keys] that is added to the scores, in the dtype of the queries."""
 
     def attend(
         self,
@@ -147,7 +149,7 @@ class _Step:
         sliding_window: int | None = None,
         **_: Any,
     ) -> Tensor:
-        """[n, 1, H, d]"""
+        """Returns the attention output, [n, 1, H, d]."""
         num = len(self.positions)
         slots = torch.arange(num, device=query.device)
         held = self.cache.of_layer(module, key, value)
@@ -183,7 +185,7 @@ def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,  # always None: positions decide which keys a query sees
+    attention_mask: Tensor | None,  # always None, because positions decide which keys a query sees
     *,
     kv: _Attend,
     dropout: float = 0.0,

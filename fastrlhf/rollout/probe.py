@@ -1,7 +1,7 @@
-"""How a model is decoded: the fastest way whose log-probs are those of the plain model.
+"""Finds the fastest decoder that gives the log-probs of the plain model.
 
-A few given tokens are decoded in each way and their log-probs compared with those of one pass without a cache. A model
-for which no way is right is refused: it would be trained on samples of another model.
+A few fixed tokens are decoded by each decoder, and their log-probs are compared with those of one forward pass without
+a cache. A model for which no decoder is right is refused, because it would be trained on wrong samples.
 """
 
 from __future__ import annotations
@@ -24,18 +24,20 @@ from fastrlhf.runtime.out_of_memory import is_out_of_memory
 log = logging.getLogger(__name__)
 
 Decoder = Literal["slots", "own cache", "no cache"]
-"""slots: rollout/kv_cache.py. own cache: that of the model's class. no cache: every step reads the whole text."""
+"""slots: the cache of rollout/kv_cache.py. own cache: the cache of the model's class. no cache: every step processes
+the whole text."""
 
-_DECODER = "fastrlhf_decoder"  # attribute of the model with the result; copies of the model have it too
+_DECODER = "fastrlhf_decoder"  # attribute of a model with its decoder, which copies of the model have too
 SAID: dict[Decoder, str] = {"own cache": "the cache of the model's own class", "no cache": "no cache"}
 NUM_GIVEN, NUM_DECODED = 5, 6
-"""Numbers of tokens of the probe that are prefilled and that are decoded."""
+"""Number of tokens of the probe that are prefilled, and number of tokens that are decoded."""
 
 
 def decoder_of(model: PreTrainedModel) -> Decoder:
-    """The first decoder that gives the log-probs of the model's own forward; determined once per model.
+    """Returns the first decoder that gives the log-probs of the model's own forward pass. It is determined once per
+    model.
 
-    Raises ValueError, naming the model and what was found, where none does.
+    Raises ValueError, with the result of each decoder, if none does.
     """
     if not hasattr(model, _DECODER):
         setattr(model, _DECODER, _choose(model))
@@ -56,12 +58,12 @@ def _choose(model: PreTrainedModel) -> Decoder:
     }
     found = []
     if alone := runs_alone(model):
-        del ways["slots"]  # windows and chunks may be longer than the probe
+        del ways["slots"]  # attention windows and chunks may be longer than the probe
         found.append(f"slots: its packed forward {alone}")
     for name, way in ways.items():
         try:
             error = _distance(_logprobs(way(model, texts), texts), expected)
-        except Exception as failure:  # a model's own code may raise any exception
+        except Exception as failure:  # the code of a model may raise any exception
             if is_out_of_memory(failure):
                 raise
             found.append(f"{name}: {type(failure).__name__}: {str(failure).partition(chr(10))[0]}")
@@ -74,7 +76,7 @@ def _choose(model: PreTrainedModel) -> Decoder:
         found.append(f"{name}: differs from the plain model by {error:.2g} nats")
     raise ValueError(
         f"{type(model).__name__}: decoding token by token does not give the model's own log-probs "
-        f"({'; '.join(found)}), so its samples would be those of another model; take engine: vllm, or another model"
+        f"({'; '.join(found)}), so its samples would be wrong; take engine: vllm, or another model"
     )
 
 
@@ -88,7 +90,7 @@ def _texts(model: PreTrainedModel) -> Tensor:
 
 
 def _in_slots(model: PreTrainedModel, texts: Tensor) -> Tensor:
-    """Logits [2, NUM_DECODED, V] from which the decoded tokens would be drawn."""
+    """Returns the logits [2, NUM_DECODED, V] from which the decoded tokens would be drawn."""
     cache = SlotCache(len(texts), texts.shape[1])
     logits = [cache.prefill(model, texts[:, :NUM_GIVEN].tolist(), list(range(len(texts))))]
     for t in range(NUM_GIVEN, texts.shape[1] - 1):
@@ -112,16 +114,16 @@ def _by_generate(model: PreTrainedModel, texts: Tensor, *, use_cache: bool) -> T
 
 
 def _logprobs(logits: Tensor, texts: Tensor) -> Tensor:
-    """[2, NUM_DECODED] float32 of the decoded tokens."""
+    """Returns the log-probs [2, NUM_DECODED] float32 of the decoded tokens."""
     return logits.float().log_softmax(-1).gather(2, texts[:, NUM_GIVEN:, None])[:, :, 0]
 
 
 def _distance(logprobs: Tensor, expected: Tensor) -> float:
-    """The largest difference in nats; infinite where a number is not finite."""
+    """Returns the largest absolute difference in nats; infinity if a number is not finite."""
     distance = (logprobs - expected).abs().max().item()
     return distance if math.isfinite(distance) else math.inf
 
 
 def _tolerance(model: PreTrainedModel) -> float:
-    """Nats, for rounding: the same as that of the packed forward."""
+    """Returns the tolerance for rounding, in nats; it equals that of the packed forward pass."""
     return 1e-4 if model.dtype == torch.float32 else 0.1

@@ -1,8 +1,8 @@
-"""Responses that end at a string.
+"""Ends responses at stop strings.
 
-A response is cut after the token with which its text first holds one of the strings, and counts as ended. That token
-may hold more than the string: tokens are trained as they were sampled. The wrapped engine does not know the strings;
-tokens that it sampled after them are dropped, so their time is lost.
+A response is cut after the first token with which its text contains one of the strings, and counts as ended. That token
+may contain more text than the string, because tokens are never split. The wrapped engine does not know the strings, so
+it also samples tokens after them, which are dropped.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Stops:
     tokenizer: PreTrainedTokenizerBase
 
     def cut(self, rollout: Rollout) -> Rollout:
-        """The rollout up to the first string of its completion; itself where there is none."""
+        """Cuts a rollout after the first stop string in its completion; without one it is returned unchanged."""
         tokens = rollout.completion
         if not self._holds_one(tokens):
             return rollout
@@ -45,7 +45,7 @@ class Stops:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoppingEngine:
-    """An engine whose responses end at a string."""
+    """Wraps an engine so that its responses end at stop strings."""
 
     engine: Engine
     stops: Stops

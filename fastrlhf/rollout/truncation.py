@@ -1,9 +1,10 @@
-"""Truncated sampling: top-k, top-p and min-p, and the tokens that they kept.
+"""Truncated sampling by top-k, top-p and min-p, and records of the tokens that were kept.
 
 The policy of a run that truncates is the truncated distribution: its log-probs are renormalised over the kept tokens.
-The trainer, the reference and later passes of an update restrict their distributions to the tokens that the sampler
-kept, whatever they would keep themselves. Otherwise a sampled token could have probability 0 under the policy, and a
-ratio would compare distributions on different supports (DeepSeek-AI 2025, arXiv 2512.02556, "Keep Sampling Mask").
+The trainer, the reference and later passes of an update restrict their distributions to the same tokens that the
+sampler kept, even if they would keep others themselves. Otherwise a sampled token could have probability 0 under the
+policy, and a ratio would compare distributions on different supports (DeepSeek-AI 2025, arXiv 2512.02556, "Keep
+Sampling Mask").
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ from fastrlhf.types import KeptTokens, Rollout
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Truncation:
-    """Which tokens may be drawn, in the order of transformers: top-k, then top-p of what is left, then min-p. It is
-    false if all tokens may be drawn."""
+    """Selects the tokens that may be drawn, in the order of transformers: by top-k, then by top-p of the rest, then by
+    min-p. The object is false if all tokens may be drawn."""
 
     top_k: int = 0
-    """Number of most likely tokens; 0: all. Tokens that tie with the last of them stay too."""
+    """Number of most likely tokens to keep; 0: all. Tokens as likely as the last of them are kept too."""
     top_p: float = 1.0
-    """The fewest most likely tokens with at least this probability together; 1: all."""
+    """Keep the smallest number of most likely tokens whose total probability is at least this; 1: all."""
     min_p: float | None = None
-    """Tokens with at least this share of the probability of the most likely token; None: all."""
+    """Keep tokens with at least this share of the probability of the most likely token; None: all."""
 
     @classmethod
     def of(cls, config: TruncationKeys) -> Truncation:
@@ -41,7 +42,8 @@ class Truncation:
         return self.top_k > 0 or self.top_p < 1 or bool(self.min_p)
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """Tempered logits [N, V] float32 with -inf for tokens that may not be drawn."""
+        """Sets the logits of tokens that may not be drawn to -inf; logits [N, V] float32 at the sampling
+        temperature."""
         unread = cast(torch.LongTensor, None)  # the tokens so far
         if self.top_k > 0:
             logits = TopKLogitsWarper(self.top_k)(unread, cast(torch.FloatTensor, logits))
@@ -54,18 +56,19 @@ class Truncation:
 
 @dataclass(slots=True)
 class KeptRecord:
-    """The tokens that were kept for each token of some episodes, recorded step by step."""
+    """Records, step by step, which tokens were kept when each token of the episodes was drawn."""
 
     _steps: list[tuple[Tensor, Tensor, Tensor, Tensor]] = field(default_factory=list)
-    """Episodes and positions of a step, the sizes of their sets, [n] int64 each, and the sets, [K] int32; on the CPU"""
+    """For each step: episodes, positions and sizes of the sets, [n] int64 each, and the concatenated sets, [K] int32;
+    on the CPU"""
 
     def add(self, episodes: Tensor, positions: Tensor, member: Tensor) -> None:
-        """Records one token of each of n episodes; member [n, V] bool. It waits for the GPU."""
+        """Records the set of one token for each of n episodes; member [n, V] bool. It waits for the GPU."""
         ids = member.nonzero()[:, 1].int()
         self._steps.append((episodes.cpu(), positions.cpu(), member.sum(1).cpu(), ids.cpu()))
 
     def sets(self, counts: Sequence[int]) -> list[list[np.ndarray]]:
-        """For each episode, the sets of its `counts` tokens, int32."""
+        """Returns, for each episode, the sets of its first `counts` tokens, int32."""
         found: list[list[np.ndarray]] = [[np.empty(0, np.int32)] * count for count in counts]
         for episodes, positions, sizes, ids in self._steps:
             parts = np.split(ids.numpy(), sizes.cumsum(0)[:-1].numpy())
@@ -75,7 +78,7 @@ class KeptRecord:
 
 
 def kept_tokens(rollouts: Sequence[Rollout], device: torch.device) -> KeptTokens | None:
-    """The sets of the sampled tokens of rollouts, token after token; None if the rollouts have none."""
+    """Concatenates the sets of all sampled tokens of rollouts; None if the rollouts have none."""
     sets = [one for rollout in rollouts for one in rollout.kept or ()]
     if not sets:
         return None

@@ -4,7 +4,7 @@
 batch of samples are compared with the trainer's (`max_sampling_logp_difference`), so that a run whose weights did not
 arrive stops before it trains on them. Updates use the trainer's log-probs in any case.
 
-How the pieces fit:
+How vLLM is used:
     processes   one beside the trainer, on the same device, or one on each of `vllm_devices`; vllm_child.py starts them
                 and vllm_worker.py is their program. The trainer never imports vLLM
     weights     (name, tensor) as a checkpoint has them, in groups through shared memory (vllm_memory.py)
@@ -50,8 +50,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VLLMEngine:
-    """Samples from `policy` with its weights at the moment of the call. Made by `open_vllm`. A response has at most
-    `response_length` tokens, including those of the reset.
+    """Samples by vLLM with the weights that `policy` has at the moment of the call; `open_vllm` makes it. A response
+    has at most `response_length` tokens, including those of the reset.
     """
 
     policy: PreTrainedModel
@@ -168,8 +168,8 @@ def check_vllm(config: PPOConfig) -> None:
 
 
 def checkpoint_weights(policy: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of the plain weights as `save_pretrained` would write them: transformers keeps the experts of many
-    families fused in memory and apart in files. One layer at a time."""
+    """Yields (name, tensor) of the plain weights in the form of `save_pretrained`, one layer at a time. For many
+    families the form differs from that in memory, where transformers fuses experts that are separate in files."""
 
     def layer(named: tuple[str, Tensor]) -> str:
         number = re.search(r"\.(\d+)\.", named[0])

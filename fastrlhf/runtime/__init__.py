@@ -1,1 +1,1 @@
-"""Everything around a training loop: the run, its inputs, optimizer, checkpoints and metrics."""
+"""Everything around the training loops: runs, inputs, the optimiser, checkpoints and metrics."""

@@ -1,4 +1,4 @@
-"""The AdamW that `optim` names: torch's, or those of bitsandbytes, whose moments take 8 bits or lie in paged memory.
+"""Makes the AdamW optimiser that `optim` names: torch's, or one of bitsandbytes, with 8-bit or paged moments.
 
 Bytes of moments per trained parameter: 8 in float32, 2.03 in 8 bits (a byte each and a float32 per 256 of them;
 Dettmers et al. 2022, arXiv 2110.02861). As in transformers, embeddings keep float32 moments, and so do tensors of less
@@ -18,17 +18,18 @@ from fastrlhf.distributed.ranks import gathered, world_size
 from fastrlhf.models.sharding import first_entry, full, is_sharded, like, of_parts, part, part_size
 
 SMALLEST_8BIT = 4096
-"""Entries of the smallest tensor whose moments are kept in 8 bits."""
+"""Moments of tensors with fewer entries than this are kept in float32."""
 BLOCK = 256
 """Number of neighbouring entries that share a scale."""
 SCALES = ("absmax1", "absmax2")
 """bitsandbytes' names of the two moments."""
 CONSTANT = ("qmap1", "qmap2")
-"""bitsandbytes' names of constants that it keeps with the moments."""
+"""bitsandbytes' names of constants that it stores with the moments."""
 
 
 def check_optim(config: TrainConfig, device: torch.device) -> None:
-    """Raises ValueError if `optim` needs bitsandbytes and it is not installed, or cannot page on `device`."""
+    """Raises ValueError if `optim` needs bitsandbytes, which is not installed, or needs paged memory, which `device`
+    lacks."""
     if config.optim != "adamw_torch_fused":
         if config.optim.startswith("paged"):
             require(device.type == "cuda", "optim", config.optim, "adamw_torch_fused or adamw_8bit without a CUDA GPU")
@@ -36,8 +37,8 @@ def check_optim(config: TrainConfig, device: torch.device) -> None:
 
 
 def moments_in_8_bits(config: TrainConfig, param: Tensor, *, is_embedding: bool) -> bool:
-    """Whether the moments of the parameter are kept in 8 bits. Raises ValueError if a rank's part of it is not a whole
-    number of blocks: the scales would then differ from those of one process."""
+    """Returns whether the moments of the parameter are kept in 8 bits. Raises ValueError if a rank's part is not a
+    whole number of blocks, because the scales would then differ from those of a single process."""
     if not config.optim.endswith("8bit") or is_embedding or param.numel() < SMALLEST_8BIT:
         return False
     size = part_size(param)
@@ -50,8 +51,8 @@ def moments_in_8_bits(config: TrainConfig, param: Tensor, *, is_embedding: bool)
 def make_adamw(
     config: TrainConfig, params: Sequence[Tensor], *, rate: float, decay: float, in_8_bits: bool
 ) -> torch.optim.Optimizer:
-    """Makes the optimiser for float32 tensors that share a learning rate and a weight decay; of sharded tensors it gets
-    the parts of this rank."""
+    """Makes the optimiser for float32 tensors with the same learning rate and weight decay. For sharded tensors,
+    `params` are the parts of this rank."""
     settings: dict[str, Any] = {
         "lr": rate,
         "betas": (config.adam_beta1, config.adam_beta2),
@@ -61,15 +62,16 @@ def make_adamw(
     if config.optim == "adamw_torch_fused":
         return torch.optim.AdamW(params, fused=True, **settings)
     bits, paged = 8 if in_8_bits else 32, config.optim.startswith("paged")
-    # The size of the whole parameter decides whether moments are small; this may be a part of it.
+    # The size of the whole parameter decides about 8 bits; bitsandbytes would decide by the size of this rank's part.
     smallest = 0 if in_8_bits else SMALLEST_8BIT
     adamw = _of_parts_too(_bitsandbytes(config.optim).optim.AdamW)
     return adamw(params, optim_bits=bits, is_paged=paged, min_8bit_size=smallest, **settings)
 
 
 def moments(adamw: torch.optim.Optimizer, updated: Tensor, param: Tensor) -> dict[str, Tensor]:
-    """By name: the two moments, the scales of 8-bit moments, and the step. Empty before the first step. `updated`
-    is what `adamw` updates for `param`; the moments of a sharded parameter are sharded in the same way."""
+    """Returns the optimiser state of a parameter by name: the two moments, the scales of 8-bit moments, and the step.
+    It is empty before the first step. `updated` is the tensor that `adamw` updates for `param`. The moments of a
+    sharded parameter are sharded in the same way."""
     state = {what: torch.as_tensor(x) for what, x in adamw.state.get(updated, {}).items() if what not in CONSTANT}
     if not is_sharded(param):
         return state
@@ -81,7 +83,8 @@ def moments(adamw: torch.optim.Optimizer, updated: Tensor, param: Tensor) -> dic
 
 @torch.no_grad()
 def set_moments(adamw: torch.optim.Optimizer, updated: Tensor, param: Tensor, saved: dict[str, Tensor]) -> None:
-    """Restores the result of `moments`, whole or sharded; an empty one leaves `updated` without optimiser state."""
+    """Restores the result of `moments`, whole or sharded. If `saved` is empty, `updated` has no optimiser state
+    afterwards."""
     if isinstance(adamw, torch.optim.AdamW):
         adamw.state[updated] = {what: part(like(param, value)) for what, value in saved.items()}
         return
@@ -100,8 +103,8 @@ def set_moments(adamw: torch.optim.Optimizer, updated: Tensor, param: Tensor, sa
 
 
 def _of_parts_too(base: Any) -> Any:
-    """bitsandbytes' AdamW that skips empty tensors. A rank holds nothing of a weight with fewer rows than ranks, and a
-    CUDA kernel over an empty tensor is an error at which bitsandbytes ends the process."""
+    """Returns bitsandbytes' AdamW, changed to skip empty tensors. A rank may hold no part of a weight that has fewer
+    rows than there are ranks, and bitsandbytes would end the process when a CUDA kernel gets an empty tensor."""
 
     class AdamW(base):
         def update_step(self, group: Any, p: Tensor, gindex: int, pindex: int) -> None:

@@ -1,7 +1,7 @@
-"""Files and folders that are either complete or absent, whenever a process or the machine stops.
+"""Writes files and folders so that they are either complete or absent, even if the process or the machine stops.
 
-Several processes fill a folder together, on a file system that all of them see, and each computes its share of the
-hashes: every rank must make the calls whose docstrings say so.
+Several processes may fill a folder together, on a file system that all of them share. Each computes its share of the
+hashes, so every rank must call the functions whose docstrings say so.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ CANNOT_FLUSH = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF, errno.EA
 
 
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Makes `folder` from the files that `fill` writes into the path it is called with, and adds a manifest of sizes
+    """Makes `folder` from the files that `fill(path)` writes to a temporary folder `path`, and adds a manifest of sizes
     and hashes.
 
-    Everything is flushed to the disk in a hidden folder beside it, which is then renamed; a folder of that name is
-    replaced. Raises OSError (DiskFull where the disk is full) and leaves nothing behind if a file cannot be written.
-    Every rank must call it; each calls `fill`, which must fail on all ranks or on none.
+    The temporary folder is flushed to the disk and then renamed to `folder`, replacing an existing one. Raises OSError
+    (DiskFull if the disk is full) and leaves nothing behind if a file cannot be written. Every rank must call it and
+    calls `fill`, which must fail on all ranks or on none.
     """
     partial = folder.with_name(f".{folder.name}.partial")
     try:
         on_first(lambda: _make_empty(partial))
         fill(partial)
-        # On a network file system a rank is sure to see only its own files at once.
+        # On a network file system, a rank may not see the files of other ranks immediately.
         names = sorted({name for seen in on_each(lambda: _names(partial)) for name in seen})
         entries = on_each(lambda: {name: _entry(partial / name) for name in share(names)})
         on_first(lambda: _publish(partial, folder, entries))
@@ -69,8 +69,9 @@ def write_file(path: Path, text: str, errors: str = "strict") -> None:
 
 
 def write_files(folder: Path, texts: Mapping[str, str]) -> None:
-    """Makes the files of a new folder, text by name. The last one marks the folder as whole: all are flushed under
-    hidden names before the first gets its own. `sweep_files` deletes what a kill left."""
+    """Writes the files of a new folder, given as name -> text. All files are flushed under hidden names before the
+    first is renamed, so the last file in `texts` exists only if the folder is complete. `sweep_files` deletes the
+    remains after the process was killed."""
     partial = {name: folder / f".{name}.partial" for name in texts}
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -86,8 +87,8 @@ def write_files(folder: Path, texts: Mapping[str, str]) -> None:
 
 
 def sweep_files(folder: Path, names: Iterable[str]) -> None:
-    """Deletes the files that a kill during `write_files` left: as long as the last one has its hidden name, those
-    before it are not whole."""
+    """Deletes the remains of a `write_files` during which the process was killed. If the last file still has its hidden
+    name, the others are incomplete and are deleted too."""
     *others, mark = names
     if (folder / f".{mark}.partial").exists():
         for name in others:
@@ -97,12 +98,13 @@ def sweep_files(folder: Path, names: Iterable[str]) -> None:
 
 
 def check_writable(path: str, key: str) -> None:
-    """Raises ValueError, naming `key`, if the folder cannot be made or cannot be written to. Leaves nothing behind."""
+    """Raises ValueError, naming `key`, if the folder cannot be created or written to. The check leaves no files
+    behind."""
     try:
         place = Path(path)
         while not place.exists():
             if place.is_symlink():
-                raise ValueError(f"{key}: {path!r} cannot be made: {str(place)!r} is a link to nothing")
+                raise ValueError(f"{key}: {path!r} cannot be made: {str(place)!r} is a broken link")
             place = place.parent
         if not place.is_dir():
             raise ValueError(f"{key}: {path!r} cannot be made: {str(place)!r} is a file")
@@ -113,15 +115,15 @@ def check_writable(path: str, key: str) -> None:
 
 
 def check_folder(folder: Path, needs: Callable[[str], bool] = lambda name: True) -> None:
-    """Raises ValueError, naming the file, if a file of the manifest is missing or has changed since it was written.
-    Only files whose relative names `needs` accepts are read. Every rank must call it.
+    """Raises ValueError, naming the file, if a file in the manifest is missing or has changed since it was written.
+    Only files for whose relative names `needs` returns True are checked. Every rank must call it.
     """
     files = on_first(lambda: {name: entry for name, entry in _read_manifest(folder).items() if needs(name)})
     on_each(lambda: [_check(folder, name, *files[name]) for name in share(list(files))])
 
 
 def discard_folder(folder: Path) -> None:
-    """Deletes a folder. It is renamed first, so that no half of it is ever found under its own name."""
+    """Deletes a folder. It is renamed first, so that a partly deleted folder never has the original name."""
     hidden = folder.with_name(f".{folder.name}.discarded")
     shutil.rmtree(hidden, ignore_errors=True)
     os.rename(folder, hidden)
@@ -129,7 +131,7 @@ def discard_folder(folder: Path) -> None:
 
 
 def sweep(folder: Path, names: str) -> None:
-    """Deletes folders that a killed process has left half written or half deleted in `folder`; only those whose names
+    """Deletes partly written and partly deleted folders that a killed process has left in `folder`, if their names
     match the glob pattern `names`."""
     for what in ("partial", "discarded"):
         for path in folder.glob(f".{names}.{what}"):
@@ -137,8 +139,8 @@ def sweep(folder: Path, names: str) -> None:
 
 
 def flush(path: Path) -> None:
-    """Waits until a file's content, or the names in a folder, are on the disk. Some file systems cannot flush a folder;
-    a warning says once that a power failure may then lose what was just saved."""
+    """Flushes the content of a file, or the list of names in a folder, to the disk. Some file systems cannot flush
+    folders; then a warning is logged, once, that a power failure may lose recent files."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -151,8 +153,8 @@ def flush(path: Path) -> None:
 
 
 def flush_tree(folder: Path) -> None:
-    """Flushes every file and folder below `folder`, and gives the files the permissions that the umask asks for:
-    safetensors makes its own readable for their owner alone."""
+    """Flushes every file and folder below `folder`, and sets the permissions of the files by the umask, because
+    safetensors makes its files readable only for their owner."""
     mode = 0o666 & ~current_umask()
     for path in [*folder.rglob("*"), folder]:
         if path.is_file():
@@ -161,7 +163,7 @@ def flush_tree(folder: Path) -> None:
 
 
 def current_umask() -> int:
-    """The process's umask, which can only be read by setting it."""
+    """Returns the umask of the process, which can only be read by setting it."""
     umask = os.umask(0o077)
     os.umask(umask)
     return umask
@@ -188,7 +190,7 @@ def _publish(partial: Path, folder: Path, entries: Iterable[Mapping[str, Any]]) 
 
 
 def _read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
-    """Size and SHA-256 by name."""
+    """Returns size and SHA-256 of every file in the manifest by name."""
     try:
         listed = json.loads((folder / MANIFEST).read_bytes())["files"]
         return {name: (entry["size"], entry["sha256"]) for name, entry in listed.items()}
@@ -205,7 +207,7 @@ def _check(folder: Path, name: str, size: int, digest: str) -> None:
     if file.stat().st_size != size:
         raise ValueError(f"{name} has {file.stat().st_size} bytes, but {size} were written")
     if _digest(file) != digest:
-        raise ValueError(f"{name} is not what was written: its hash differs")
+        raise ValueError(f"{name} has changed since it was written: its hash differs")
 
 
 def _names(folder: Path) -> list[str]:
@@ -214,7 +216,7 @@ def _names(folder: Path) -> list[str]:
 
 def _entry(file: Path) -> dict[str, Any]:
     if not file.is_file():
-        raise OSError(f"{file.name} of another process is not there; choose an output_dir that all hosts see")
+        raise OSError(f"{file.name}, written by another process, is missing; choose an output_dir that all hosts share")
     return {"size": file.stat().st_size, "sha256": _digest(file)}
 
 

@@ -1,4 +1,5 @@
-"""Free space for what a run saves: checked before it starts and before every save, and waited for where it is short."""
+"""Checks that the disk has room for what a run saves, before the run and before every save, and waits for free
+space."""
 
 from __future__ import annotations
 
@@ -20,22 +21,23 @@ PAUSE = 10.0
 
 
 class DiskFull(OSError):
-    """There is no room for a file or folder; the message names the folder and the bytes."""
+    """The disk has no room for a file or folder; the message names the folder and the bytes."""
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether an error means that a disk is full or a quota is used up; for safetensors only the message tells."""
+    """Returns whether an error means that a disk is full or a quota is used up. Errors of safetensors are recognised by
+    their message."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
     return isinstance(error, DiskFull) or any(f"os error {code})" in str(error) for code in (28, 122))
 
 
 def check_room(folder: Path, needed: int, what: str) -> None:
-    """Raises DiskFull where the file system of `folder`, which may not exist yet, has less than `needed` bytes free."""
+    """Raises DiskFull if the file system of `folder`, which need not exist yet, has fewer than `needed` bytes free."""
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     usage = shutil.disk_usage(there)
     if usage.total and usage.free < needed:  # some file systems report no sizes
-        raise DiskFull(f"{what} needs {size(needed)}, and {str(folder)!r} has {size(usage.free)} free")
+        raise DiskFull(f"{what} needs {size(needed)}, but {str(folder)!r} has {size(usage.free)} free")
 
 
 def with_room(
@@ -47,9 +49,9 @@ def with_room(
     minutes: float,
     make_room: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Calls `write` once there is room for it, and again if the disk turned out to be full. When room is short,
-    `make_room` is called to delete something and returns whether it has; if not, the run waits, up to `minutes`, and
-    then raises DiskFull with advice. Every rank must call it, with a `write` that fails on all ranks or on none.
+    """Calls `write` as soon as there is room for it, and again if it fails because the disk is full. If there is too
+    little room, `make_room` may delete something and return True; if it returns False, the run waits up to `minutes`
+    and then raises DiskFull with advice. Every rank must call it, with a `write` that fails on all ranks or on none.
     """
     clock = _Clock(minutes)
     while True:
@@ -69,7 +71,7 @@ def with_room(
 
 
 class _Clock:
-    """A deadline; the time starts with its first call."""
+    """A deadline whose time starts at the first call of `is_over`."""
 
     def __init__(self, minutes: float) -> None:
         self._minutes, self._end = minutes, -1.0
@@ -83,5 +85,5 @@ class _Clock:
 
 
 def size(num_bytes: int) -> str:
-    """ "1.5 GiB", or for less than a hundredth of that "740,000 bytes"."""
+    """Formats a size, for example "1.50 GiB" or, below 0.01 GiB, "740,000 bytes"."""
     return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB / 100 else f"{num_bytes:,} bytes"

@@ -1,4 +1,5 @@
-"""From a configuration to tokenised rows, which every command does before it loads a model."""
+"""Opens the tokenizer and reads and tokenises the rows that a configuration names, which every command does before it
+loads a model."""
 
 from __future__ import annotations
 
@@ -42,7 +43,7 @@ from fastrlhf.types import Example, TokenizedExample
 log = logging.getLogger(__name__)
 
 MUCH = 0.1
-"""A warning is logged when the share of rows that are too long exceeds this."""
+"""A warning is logged if more than this share of the rows is too long."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,17 +51,18 @@ class Data:
     train: list[TokenizedExample]
     eval: list[TokenizedExample]
     report: TokenReport
-    """What tokenising did to the training rows."""
+    """Effects of tokenisation on the training rows."""
     train_rows: Mapping[int, Example] = dataclasses.field(default_factory=dict)
-    """Row number -> the example that it was read as, with its text and its other columns; empty unless kept."""
+    """Row number -> training example with its text and its other columns; empty without `keep_rows`."""
     eval_rows: Mapping[int, Example] = dataclasses.field(default_factory=dict)
-    """The same for the rows to evaluate on; they may come from another split, in which row numbers start at 0 again."""
+    """Row number -> evaluation example; empty without `keep_rows`. If it is another split, its row numbers start at 0
+    again."""
     day: str = ""
-    """The date given to a chat template that asks for it; empty if it does not ask."""
+    """The date for the chat template; empty if the template does not ask for one."""
 
     @cached_property
     def fingerprint(self) -> dict[str, str]:
-        """The number of rows of each split, and a hash of their content in order."""
+        """For each split, a text with the number of rows and a hash of their content in order."""
         return {name: _fingerprint(rows) for name, rows in (("train", self.train), ("eval", self.eval))}
 
 
@@ -73,13 +75,14 @@ def open_inputs(
     tokenizer: PreTrainedTokenizerBase | None = None,
     keep_rows: bool = False,
 ) -> tuple[PreTrainedTokenizerBase, Data]:
-    """The tokenizer and the tokenised rows that have `fields`, the `needs` of `load_examples`; `train` and `evaluation`
-    stand in for the dataset's, and `tokenizer` for the one that `config` names. With `keep_rows` the examples stay in
-    memory, so that a reward function can read the text and the columns of a row.
+    """Returns the tokenizer and the tokenised rows. `fields` are the fields that rows must have, the `needs` of
+    `load_examples`. `train` and `evaluation` replace the rows of the dataset, and `tokenizer` the tokenizer that
+    `config` names. With `keep_rows` the examples stay in memory, so that reward functions can read the text and the
+    columns of a row.
 
-    Raises ValueError for anything wrong with the paths, the files, the rows or the reporters, and for anything that the
-    device or the installation lacks, before a model is loaded or a folder is made. It is raised on every rank if any
-    rank finds an error, and if ranks have read different rows.
+    Raises ValueError, before a model is loaded or a folder is made, if there is a problem with paths, files, rows or
+    reporters, or if the device or the installation lacks something that the run needs. It is raised on every rank if
+    any rank finds a problem, or if ranks have read different rows.
     """
     start(config)
     if config.output_dir:
@@ -131,10 +134,11 @@ def _read(
 def open_eval_inputs(
     config: TrainConfig, fields: Sequence[str], examples: Rows | None
 ) -> tuple[PreTrainedTokenizerBase, list[TokenizedExample]]:
-    """The tokenizer and the rows to judge; `examples` stand in for the dataset's.
+    """Returns the tokenizer and the rows on which models are judged. `examples` replace the rows of the dataset.
 
-    They are those that training with the same dataset keys evaluates on. If there are none (no `dataset_test_split`,
-    and `num_eval_examples` is 0), all rows of the split are judged. Raises ValueError as `open_inputs` does.
+    They are the rows that training with the same dataset keys evaluates on. If there are none, because
+    `dataset_test_split` is empty and `num_eval_examples` is 0, they are all rows of the split. Raises ValueError as
+    `open_inputs` does.
     """
     tokenizer = open_tokenizer(config)
     if examples is None:
@@ -151,7 +155,7 @@ def open_eval_inputs(
 def with_room(
     examples: Sequence[TokenizedExample], name: str, max_length: int, response_length: int
 ) -> list[TokenizedExample]:
-    """The examples whose prompt leaves room for a whole response. Raises ValueError where none does."""
+    """Returns the examples whose prompt leaves room for a whole response. Raises ValueError if there are none."""
     most = max_length - response_length
     kept = [example for example in examples if len(example.prompt) <= most]
     if len(kept) < len(examples):
@@ -165,8 +169,8 @@ def with_room(
 
 
 def given_tokenizer(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """The tokenizer that a trainer was given, which must have an EOS. Raises ValueError if `config` also names one, or
-    sets a key that must be set on the tokenizer itself."""
+    """Returns a tokenizer object passed to a trainer. Raises ValueError if it has no EOS, if `config` also names a
+    tokenizer, or if `config` sets a property that must be set on the object."""
     for key in ("tokenizer_name_or_path", "eos_token", "chat_template"):
         value = getattr(config, key)
         require(not value, key, value, "empty when a tokenizer is given; set it on the tokenizer")
@@ -175,10 +179,10 @@ def given_tokenizer(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def open_tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer that `config` names, or that was saved with its model. Raises ValueError where there is none."""
+    """Loads the tokenizer that `config` names or that was saved with its model. Raises ValueError if there is none."""
     source = config.tokenizer_name_or_path or config.model_name_or_path
     if config.model_config:
-        require(bool(source), "tokenizer_name_or_path", source, "given beside a model_config")
+        require(bool(source), "tokenizer_name_or_path", source, "given if there is a model_config")
     require(bool(source), "model_name_or_path", source, "a folder or a hub name")
     return load_tokenizer(
         source,
@@ -190,8 +194,8 @@ def open_tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase:
 
 
 def _template_day(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The day for a chat template that asks for it: that of `template_date`, of the run that is resumed, of the run
-    that left the model, or today. Empty where the template does not ask."""
+    """Returns the date for a chat template that asks for one: `template_date`, the date recorded by the run that is
+    resumed, the date recorded by the run that trained the model, or today. Empty if the template does not ask."""
     if not reads_clock(tokenizer):
         return ""
     places = [Path(place) for place in (config.output_dir, config.model_name_or_path) if place]
@@ -202,7 +206,7 @@ def _template_day(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> st
 def _recorded_day(file: Path) -> str:
     try:
         return str(load_yaml(str(file)).get("template_date") or "") if file.is_file() else ""
-    except ValueError:  # not a config.yaml of this program
+    except ValueError:  # not a config.yaml written by fastrlhf
         return ""
 
 
@@ -227,10 +231,10 @@ def _load_both(config: TrainConfig, fields: Sequence[str]) -> tuple[list[Example
 
 
 def _split(config: TrainConfig, fields: Sequence[str]) -> tuple[list[Example], list[Example]]:
-    """The first `max_train_examples` rows of the training split without its last `num_eval_examples`, and those.
+    """Splits the training split into the rows to train on and the held-out rows. The last `num_eval_examples` rows are
+    held out; of the others, the first `max_train_examples` are trained on.
 
-    Rows are counted as they were read, the unusable ones included: what is held out must depend neither on `fields`
-    nor on how much is trained on.
+    Unusable rows count as well, so that the held-out rows depend neither on `fields` nor on `max_train_examples`.
     """
     limit = 0 if config.num_eval_examples else config.max_train_examples
     loaded = _load(config, fields, config.dataset_train_split, limit)
@@ -273,7 +277,7 @@ def _tokenize(
     for example in examples:
         for field in fields:
             if field not in GROUP_LABELS and getattr(example, field) is None:
-                raise ValueError(f"{name}: row {example.row} has no {field}; leave it out or give one")
+                raise ValueError(f"{name}: row {example.row} has no {field}; remove the row or add the field")
     train_on = config.train_on if isinstance(config, SFTConfig) else ""
     if train_on == "all_assistant":
         examples = [from_first_answer(example, response) for example in examples for response in fields]
@@ -295,12 +299,12 @@ def _tokenize(
     if isinstance(config, SFTConfig):
         log.info("%s: %s", name, _describe_trained(config, examples, report))
     if day:
-        log.info("%s: the chat template asks for the date; it gets %s", name, day)
+        log.info("%s: the chat template asks for the date and gets %s", name, day)
     if report.changed:
-        log.warning("%s: the chat template changes what responses say: %s", name, report.describe_changes())
+        log.warning("%s: the chat template changes the content of responses: %s", name, report.describe_changes())
     if report.rows_too_long > MUCH * len(examples):
         log.warning(
-            "%s: %d of %d rows do not fit max_length %d uncut; raise it, or see truncation_mode",
+            "%s: %d of %d rows are longer than max_length %d; raise it, or see truncation_mode",
             *(name, report.rows_too_long, len(examples), config.max_length),
         )
     return tokenized
@@ -308,11 +312,11 @@ def _tokenize(
 
 def _describe_trained(config: SFTConfig, examples: Sequence[Example], report: TokenReport) -> str:
     if config.train_on == "all" or not config.completion_only_loss:
-        return f"all {report.num_tokens:,} tokens are trained, those of prompts too"
+        return f"all {report.num_tokens:,} tokens are trained, including prompts"
     told = f"{report.num_trained:,} of {report.num_tokens:,} tokens are trained ({config.train_on})"
     turns = [turn for example in examples if isinstance(example.prompt, list) for turn in example.prompt]
     earlier = sum(turn["role"] == "assistant" for turn in turns)
-    return told + (f"; {earlier:,} earlier turns of the assistant are not: see train_on" if earlier else "")
+    return told + (f"; {earlier:,} earlier turns of the assistant are not trained: see train_on" if earlier else "")
 
 
 def _fingerprint(rows: Sequence[TokenizedExample]) -> str:
@@ -329,7 +333,7 @@ def _fingerprint(rows: Sequence[TokenizedExample]) -> str:
 
 
 def check_held_out(config: TrainConfig, num_eval: int) -> None:
-    """Raises ValueError where evaluations are asked for and no rows are held out."""
+    """Raises ValueError if the configuration asks for evaluations but no rows are held out."""
     if num_eval == 0:
         rule = "when no rows are held out; give num_eval_examples or dataset_test_split"
         require(not config.eval_on_start, "eval_on_start", True, f"false {rule}")
@@ -337,8 +341,8 @@ def check_held_out(config: TrainConfig, num_eval: int) -> None:
 
 
 def check_libraries(config: TrainConfig) -> None:
-    """Raises ValueError where the device or the installation lacks what optimiser, attention or kernels need, whatever
-    the model."""
+    """Raises ValueError if the device or the installation lacks something that optimiser, attention or kernels need for
+    every model."""
     device, dtype = resolve_device(config.device), DTYPES[config.dtype]
     check_optim(config, device)
     check_attention(config.attn_implementation, device, dtype)

@@ -1,9 +1,10 @@
-"""One run per folder: a lock of the kernel, and a lock file that processes on other hosts see.
+"""Keeps two runs from using the same folder, by a lock of the operating system and by a lock file, which processes on
+other hosts see.
 
-The kernel's lock ends with its process, but many network file systems keep it within one host, or have none. The lock
-file names host, process and job, and its owner rewrites it every `BEAT` seconds. A lock file of another host is watched
-for `WATCH` seconds: one that changes is that of a live run; one that does not is left over from a dead run and deleted.
-No clocks are compared.
+The operating system releases its lock when the process ends, but on many network file systems such locks work only
+within one host or not at all. The lock file names host, process and job, and its owner rewrites it every `BEAT`
+seconds. If there is a lock file of another host, it is watched for `WATCH` seconds: if it changes, its run is alive;
+otherwise the run is dead and the file is deleted. Clocks of different hosts are not compared.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ JOB_VARIABLES = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID")
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Holds the folder, which must exist, for this run. Raises ValueError where another run holds it."""
+    """Context that locks an existing folder for this run. Raises ValueError if another run has locked it."""
     with _kernel_lock(folder):
         mine = {"host": socket.gethostname(), "pid": os.getpid(), "job": _job()}
         try:
@@ -51,7 +52,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def check_idle(path: str) -> None:
-    """Raises ValueError where another run is training in the folder."""
+    """Raises ValueError if another run is training in the folder."""
     if Path(path).exists():
         with _kernel_lock(Path(path)):
             pass
@@ -59,7 +60,8 @@ def check_idle(path: str) -> None:
 
 @contextmanager
 def _kernel_lock(folder: Path) -> Iterator[None]:
-    """Holds the kernel's lock, where there is one, over a folder in which no live run has a lock file."""
+    """Context that holds the operating system's lock on a folder, if the file system has locks. Raises ValueError if
+    another run holds it or has a lock file."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
@@ -70,7 +72,9 @@ def _kernel_lock(folder: Path) -> Iterator[None]:
         except OSError as error:  # ENOSYS, ENOLCK, EBADF, ENOTSUP
             has_locks = False
             log.warning(
-                "%s: this file system has no locks (%s); only the lock file keeps other runs out", folder, error
+                "%s: this file system has no locks (%s); only the lock file protects the folder from other runs",
+                folder,
+                error,
             )
         _clear_dead(folder, has_locks)
         yield
@@ -79,11 +83,11 @@ def _kernel_lock(folder: Path) -> Iterator[None]:
 
 
 def _clear_dead(folder: Path, has_locks: bool) -> None:
-    """Deletes the lock file of a dead run. Raises ValueError where it is that of a live one."""
+    """Deletes the lock file of a dead run. Raises ValueError if the run is alive."""
     found = _read(folder)
     if not found and not (folder / LOCK).exists():
         return
-    if not (has_locks and found.get("host") == socket.gethostname()):  # here a live run has the kernel's lock
+    if not (has_locks and found.get("host") == socket.gethostname()):  # a live run on this host would hold the lock
         log.warning("%s: a lock file of %s; watching for %g s whether it is alive", folder, _owner(found), WATCH)
         end = time.monotonic() + WATCH
         while time.monotonic() < end:
@@ -122,7 +126,7 @@ def _write(folder: Path, content: dict[str, object]) -> None:
 
 
 def _read(folder: Path) -> dict[str, object]:
-    """What the lock file says; nothing where there is none or it is unreadable."""
+    """Returns the content of the lock file; empty if there is none or it cannot be read."""
     try:
         found = json.loads((folder / LOCK).read_bytes())
     except (OSError, ValueError):

@@ -1,7 +1,8 @@
-"""The final model of a run; with a low-rank adapter, both the adapter and the merged weights. They are merged and saved
-in float32. A bfloat16 weight has 8 significant bits, so that most entries that a low-rank update moves by less stay
-where they were: saved in bfloat16, the folder would not be the policy that was trained and evaluated. `merged_dtype:
-bfloat16` takes effect only if the shift of log-probs, measured on held-out rows, is small.
+"""Saves the final model of a run; if it has an adapter, both the adapter and the merged weights.
+
+Merged weights are computed and saved in float32. A bfloat16 weight has only 8 significant bits, which is too coarse for
+most of the changes by a low-rank update, so weights saved in bfloat16 would not be the policy that was trained and
+evaluated. `merged_dtype: bfloat16` takes effect only if the shift of log-probs, measured on held-out rows, is small.
 """
 
 from __future__ import annotations
@@ -42,13 +43,13 @@ def save_trained(
     apart: bool = False,
     accept: Callable[[PreTrainedModel, PreTrainedModel], bool] | None = None,
 ) -> PreTrainedModel:
-    """Saves the final model of a run in `folder`, if one is given: the model, with an adapter added to its weights, and
-    the adapter alone in `adapter/`. Returns the plain model.
+    """Saves the final model of a run in `folder`, if it is given, with an adapter merged into its weights; the adapter
+    is also saved in `adapter/`. Returns the plain model.
 
-    An adapter over bfloat16 or 4 bits is merged into a float32 copy on the CPU; so is every adapter if `apart` is true,
-    because other models still need the unmerged weights. `accept`, asked with the trained model and a merged copy in
-    bfloat16, says whether that copy is saved and returned instead. With sharded bfloat16 weights, the model itself is
-    returned, with its adapter. Every rank must call it.
+    An adapter over bfloat16 or 4-bit weights is merged into a float32 copy on the CPU. So is every adapter if `apart`
+    is true, because other models still need the unmerged weights. `accept(model, copy)` decides whether a merged copy
+    in bfloat16 is saved and returned instead. With sharded bfloat16 weights, the model is returned with its adapter.
+    Every rank must call it.
     """
     if not has_adapter(model):
         if folder:
@@ -63,7 +64,7 @@ def save_trained(
         if not accept(model, merged):
             merged = merged_copy(model, torch.float32)
     elif is_sharded(model) or (in_float32 and not apart):
-        if folder:  # before the adapter is merged: if this fails, the run can still be saved unmerged
+        if folder:  # before the merge: if saving fails, the model is still unmerged
             buffers = {name for name, _ in model.named_buffers()}
             kept = {name: tensor for name, tensor in model.state_dict().items() if name in buffers}
             weights = on_first_rank(dict(plain_weights(model, torch.float32)) | kept)
@@ -79,15 +80,16 @@ def save_trained(
 
 
 def _without_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """The plain model in float32, as transformers makes it, on the meta device."""
+    """Returns the plain float32 model of transformers on the meta device."""
     kind = AutoModelForSequenceClassification if hasattr(model, "score") else AutoModelForCausalLM
     with torch.device("meta"):
         return kind.from_config(model.config, dtype=torch.float32)
 
 
 def shift(model: PreTrainedModel, other: PreTrainedModel, rows: Sequence[TokenizedExample]) -> float:
-    """Mean distance in nats between the log-probs that two models give to the tokens of the rows' responses (of the
-    prompts, where there are none); of reward models, between the scores of the responses, which are log-odds."""
+    """Returns the mean absolute difference, in nats, between the log-probs of two models for the tokens of the rows'
+    responses (of the prompts, for rows without responses), or between the scores of two reward models, which are
+    log-odds."""
     distances = [_distance(model, other, row) for row in rows]
     return torch.cat(distances).mean().item()
 
@@ -105,7 +107,8 @@ def _distance(model: PreTrainedModel, other: PreTrainedModel, row: TokenizedExam
 
 
 class Acceptance:
-    """Decides for `save_trained` whether a merged copy in bfloat16 may be saved, and keeps its finding in one line."""
+    """Decides for `save_trained` whether a merged copy in bfloat16 may be saved, and keeps its measurement as a
+    text."""
 
     def __init__(self, rows: Sequence[TokenizedExample], most: float) -> None:
         """`most`: the largest shift that is accepted, in nats per token."""
@@ -118,7 +121,7 @@ class Acceptance:
         accepted = moved <= self._most
         self.told = (
             f"the adapter is merged in {'bfloat16' if accepted else 'float32'}: bfloat16 shifts {len(self._rows)} rows "
-            f"by {moved:.2g} nats a token (max_merge_shift {self._most:g})"
+            f"by {moved:.2g} nats per token (max_merge_shift {self._most:g})"
         )
         log.log(logging.INFO if accepted else logging.WARNING, "merged_dtype: %s", self.told)
         return accepted

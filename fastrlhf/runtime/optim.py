@@ -1,4 +1,5 @@
-"""One optimiser step (clip, update, schedule), in float32 whatever the weights are; and the order of the data."""
+"""Optimiser steps (clipping, update, schedule), which are computed in float32 for weights of any dtype, and the order
+of the data."""
 
 from __future__ import annotations
 
@@ -20,17 +21,17 @@ from fastrlhf.models.sharding import first_entry, full, like, of_parts, part
 from fastrlhf.runtime.adamw import make_adamw, moments, moments_in_8_bits, set_moments
 
 BUCKET = 2**26
-"""Maximum number of parameters that are updated at once (a larger tensor is updated alone). The float32 gradients and,
-without master weights, the float32 weights of an update exist only for these parameters at a time."""
+"""Maximum number of parameters that are updated at once; a larger tensor is updated separately. Float32 gradients and,
+without master weights, float32 weights exist for only one such group at a time."""
 NOISE = 2**22
-"""Number of entries whose rounding noise comes from one generator."""
+"""Number of entries of a tensor whose rounding noise comes from the same generator."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Weight:
     name: str
     index: int
-    """Index among all trained tensors; it keys the rounding noise."""
+    """Index among all trained tensors, which is a part of the seed of the rounding noise."""
     param: Parameter
     own: Tensor
     """The part of the tensor that this rank holds; in one process, the whole."""
@@ -48,10 +49,11 @@ class _Bucket:
 
 
 class Optimizer:
-    """AdamW over one or more models, each clipped to its own gradient norm; a schedule that counts optimiser steps.
+    """AdamW over one or more models, with gradient clipping for each model separately and a learning rate schedule.
 
-    It works in float32. bfloat16 weights are updated through float32 copies, which are kept (`master_weights: float32`)
-    or made for each update and rounded stochastically. Temporary copies exist for one bucket at a time.
+    Updates are computed in float32. bfloat16 weights are updated through float32 copies, which are either kept
+    (`master_weights: float32`) or made for each update and then rounded stochastically. Temporary copies exist for one
+    bucket at a time.
     """
 
     def __init__(
@@ -62,8 +64,8 @@ class Optimizer:
         num_steps: int,
         learning_rates: Mapping[str, float] | None = None,
     ) -> None:
-        """`models`: by the prefix of their metrics ("" for the policy). `learning_rates`: those that differ from the
-        config's."""
+        """`models`: by the prefix of their metrics ("" for the policy). `learning_rates`: by the same prefix, for
+        models whose learning rate is not that of `config`."""
         rates = learning_rates or {}
         self._models = models
         self._max_norm = config.max_grad_norm
@@ -97,8 +99,8 @@ class Optimizer:
     def step(self) -> dict[str, float]:
         """Updates the weights and clears the gradients; returns grad_norm (before clipping) and learning_rate.
 
-        Raises ValueError, before any weight has moved, where a gradient is not finite. This reads one number per model
-        from the GPU: the step's only wait (bitsandbytes adds one per tensor).
+        Raises ValueError, before any weight changes, if a gradient is not finite. For this it reads one number per
+        model from the GPU, the only time that a step waits for the GPU (bitsandbytes adds one per tensor).
         """
         metrics, scales = {}, {}
         for name, model in self._models.items():
@@ -112,7 +114,7 @@ class Optimizer:
                 metrics[f"{name}aux_loss"] = aux
             scales[name] = ((self._max_norm or math.inf) / (norm + 1e-6)).clamp(max=1.0).item()
         share = self._rate(self._num_done)
-        self._num_done += 1  # before any weight changes: an old `num_steps` always goes with the old weights
+        self._num_done += 1  # counted before any weight changes, so that an old `num_steps` always implies old weights
         for bucket in self._buckets:
             self._update(bucket, bucket.peak_rate * share, scales[bucket.model])
         metrics["learning_rate"] = self._buckets[0].peak_rate * share
@@ -138,8 +140,8 @@ class Optimizer:
         self._give_back(copied)
 
     def _round(self, weight: _Weight) -> None:
-        """Noise is drawn for `NOISE` entries of the whole tensor at a time, so that a part of it is rounded in the same
-        way as within the whole."""
+        """Rounds the new value of a weight stochastically. Noise is drawn in blocks of `NOISE` entries of the whole
+        tensor, so that a part of a sharded tensor is rounded like the same part of the whole tensor."""
         new, own = weight.updated.view(-1), weight.own.view(-1)
         first = first_entry(weight.param)
         last = first + len(new)
@@ -152,7 +154,7 @@ class Optimizer:
             own[here] = stochastic_round(new[here], noise[low - start : high - start])
 
     def _borrow(self, weights: Iterable[_Weight]) -> None:
-        """Makes the float32 copies where none are kept."""
+        """Makes temporary float32 copies if no copies are kept."""
         for weight in () if self._keeps_copies else weights:
             weight.updated.data = weight.own.float()
 
@@ -161,14 +163,15 @@ class Optimizer:
             weight.updated.data = weight.updated.new_empty(0)
 
     def skip(self, steps: int) -> None:
-        """Skips steps: clears the gradients and advances the schedule, so that it still ends with the run."""
+        """Skips steps: clears the gradients and advances the schedule, which thus still ends with the run."""
         for model in self._models.values():
             model.zero_grad(set_to_none=True)
         self._num_done += steps
 
     def state_dict(self) -> dict[str, Any]:
-        """num_steps done, and by "NAME OF THE PARAMETER.what" AdamW's moments and step, and the float32 copy (master)
-        where one is kept. Tensors with the shape of a sharded weight are sharded like it. Every rank must call it."""
+        """Returns `num_steps`, the number of steps done, and under keys "PARAMETER.WHAT" AdamW's moments and step, and
+        the float32 copy (master) if it is kept. Tensors with the shape of a sharded weight are sharded like it. Every
+        rank must call it."""
         state: dict[str, Any] = {"num_steps": self._num_done}
         for bucket in self._buckets:
             for weight in bucket.weights:
@@ -180,9 +183,9 @@ class Optimizer:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any], /) -> None:
-        """Goes on where the state was taken, with the weights that the models hold now.
+        """Restores a state. The weights are those that the models hold now.
 
-        A state with `num_steps` only gives an optimiser without moments at that position of the schedule. Raises
+        A state that has only `num_steps` gives an optimiser without moments at that position of the schedule. Raises
         ValueError if the state belongs to other parameters.
         """
         self._num_done = state["num_steps"]
@@ -204,7 +207,8 @@ class Optimizer:
 
 
 def num_steps(config: TrainConfig, num_items: int) -> int:
-    """Optimiser steps of the run: `max_steps`, or whole epochs rounded up. Raises ValueError where there is no data."""
+    """Returns the number of optimiser steps of a run: `max_steps`, or the number for `num_train_epochs`, rounded up.
+    Raises ValueError if there is no data."""
     if num_items == 0:
         raise ValueError("dataset: no usable example to train on")
     if config.max_steps > 0:
@@ -213,7 +217,8 @@ def num_steps(config: TrainConfig, num_items: int) -> int:
 
 
 def index_batches(num_items: int, batch_size: int, steps: int, seed: int) -> Iterator[list[int]]:
-    """`steps` batches of exactly `batch_size` indices: one permutation after the other, each keyed by (seed, epoch)."""
+    """Yields `steps` batches of exactly `batch_size` indices from one permutation after the other, each drawn with
+    (seed, epoch)."""
     pending: list[int] = []
     epoch = 0
     for _ in range(steps):
@@ -225,8 +230,8 @@ def index_batches(num_items: int, batch_size: int, steps: int, seed: int) -> Ite
 
 
 def buckets(model: Module, config: TrainConfig) -> Iterator[tuple[float, bool, list[tuple[str, Parameter]]]]:
-    """(weight decay, whether moments are of 8 bits, parameters by name) of all that is trained, matrices first; each of
-    at most `BUCKET` parameters, or of one tensor."""
+    """Yields groups of trained parameters that AdamW updates together, as (weight decay, whether moments have 8 bits,
+    parameters by name). Matrices come first. A group has at most `BUCKET` parameters or a single tensor."""
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, Embedding)}
     named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
     groups = defaultdict(list)
@@ -245,17 +250,17 @@ def buckets(model: Module, config: TrainConfig) -> Iterator[tuple[float, bool, l
 
 
 def stochastic_round(x: Tensor, noise: Tensor) -> Tensor:
-    """float32 to bfloat16, up or down, with the probabilities whose mean is x: steps far below the spacing of bfloat16
-    are not lost, but taken now and then.
+    """Rounds float32 to bfloat16 up or down at random, with probabilities that make the mean equal to x. Updates far
+    below the spacing of bfloat16 are therefore not lost but take effect now and then.
 
-    A bfloat16 is the upper half of the bits of a float32. `noise`, a uniform number of 16 bits for each in int32, which
-    is overwritten, is added to the lower half, and carries into the upper one with probability lower / 2^16.
+    A bfloat16 consists of the upper 16 bits of a float32. `noise` (int32, overwritten) holds a uniform 16-bit number
+    for each entry. It is added to the lower 16 bits, and carries into the upper bits with probability lower / 2^16.
     """
     return noise.add_(x.view(torch.int32)).bitwise_and_(-(2**16)).view(torch.float32).bfloat16()
 
 
 def _grad_norm(model: Module) -> Tensor:
-    """Total norm of all gradients: [] float32 on the CPU, whatever their dtype."""
+    """Returns the total norm of all gradients, of any dtype: [] float32 on the CPU."""
     gradients = [param.grad for param in model.parameters() if param.grad is not None]
     if not gradients:
         return torch.zeros(())

@@ -17,12 +17,12 @@ PLACES = {
     "fastrlhf.evaluation.held_out": "the evaluation",
     "fastrlhf.runtime.checkpoint": "saving",
 }
-"""Module -> what it does; an error anywhere else is from a forward or backward of training."""
+"""Module -> what it does. An error outside these modules is from a forward or backward pass of training."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that memory ran out: on a GPU torch's own class; on a CPU Python's, or a RuntimeError of
-    torch's allocator."""
+    """Returns whether an error means that memory ran out: torch.OutOfMemoryError on a GPU; on a CPU MemoryError, or a
+    RuntimeError of torch's allocator."""
     torch = sys.modules.get("torch")
     if isinstance(error, MemoryError) or (torch and isinstance(error, torch.OutOfMemoryError)):
         return True
@@ -30,7 +30,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def describe(error: BaseException) -> str:
-    """Where it happened, the size requested, and the notes of the error, in one line."""
+    """Formats an out-of-memory error on one line: where it happened, the size requested, and its notes."""
     frames = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
     places = [PLACES[name] for name in frames if name in PLACES]
     size = re.search(r"ried to allocate ([\d.]+ \w+)", str(error))

@@ -1,11 +1,11 @@
-"""Progress of a run on standard error. On a terminal it is a bar. Elsewhere (a pipe, a log file, a notebook) one line
+"""Shows the progress of a run on standard error: a bar on a terminal; otherwise (a pipe, a log file, a notebook) a line
 after the first step, after every `logging_steps` and after the last:
 
     sft 20/94: loss 0.6512, learning_rate 1.6e-05, grad_norm 1.24, 4.52k tokens/s, ETA 01:23
 
-The loss (of on-policy runs the score) is the mean over the steps since the line before; learning rate and gradient norm
-are those of the step; tokens per second and the time left count evaluations and checkpoints in. With `progress: false`
-there is neither a bar nor such lines. Evaluations are printed in either case, as lines of their own:
+The loss (in on-policy runs the score) is the mean over the steps since the previous line; learning rate and gradient
+norm are those of the step. Tokens per second and the time left include evaluations and checkpoints. With `progress:
+false` there is neither a bar nor these lines. Evaluations are always printed, as separate lines:
 
     sft 20/94: eval_loss 0.6634
 
@@ -31,10 +31,10 @@ PASS_INTERVAL = 10.0
 
 
 class Progress:
-    """Shows the progress of a run of `total` steps, `start` of which were done before: `with Progress("sft", 94) as
-    progress`.
+    """Shows the progress of a run of `total` steps, the first `start` of which were done before: `with Progress("sft",
+    94) as progress`.
 
-    `every` is `logging_steps`; with `shown` false only evaluations are printed.
+    `every` is `logging_steps`. If `shown` is false, only evaluations are printed.
     """
 
     def __init__(self, name: str, total: int, *, start: int = 0, every: int = 10, shown: bool = True) -> None:
@@ -61,8 +61,8 @@ class Progress:
         self._bar.close()
 
     def step(self, step: int, metrics: Mapping[str, float], shown: str = "loss") -> None:
-        """Counts the step, 1 being the first. `metrics` are those of its row in the log, `shown` the name of its loss
-        or score."""
+        """Counts a step; the first one is 1. `metrics` are the metrics of its row in the log, and `shown` is the name
+        of its loss or score."""
         self._bar.update()
         self._bar.set_postfix_str(f"{shown.rpartition('/')[2]} {metrics[shown]:.4g}")
         self._values.append(metrics[shown])
@@ -72,7 +72,7 @@ class Progress:
         self.evaluation(step, {name: value for name, value in metrics.items() if name.startswith("eval_")})
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Prints the metrics of an evaluation after this many steps, if there was one."""
+        """Prints the metrics of an evaluation after step `step`; nothing if `metrics` is empty."""
         if metrics and is_first():
             self._write(step, ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
 
@@ -93,7 +93,7 @@ class Progress:
 
 def watched(parts: Sequence[T], sizes: Iterable[int], title: str, unit: str = "examples") -> Iterator[T]:
     """Iterates over the parts of a pass over data, each with its number of units, and shows progress: a bar on a
-    terminal; elsewhere a line every ten seconds and one at the end. An empty title shows nothing.
+    terminal; otherwise a line every ten seconds and one at the end. With an empty title nothing is shown.
 
         reference: 5120 of 60000 examples, ETA 02:31
         reference: 60000 examples in 02:46

@@ -1,4 +1,4 @@
-"""The generators of Python, numpy and torch that belong to the process."""
+"""Saves and restores the process-wide random generators of Python, numpy and torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 
 
 class GlobalRandomness:
-    """State of the process-wide generators. Nothing here draws from them, but a user-defined judge or reward may."""
+    """State of the process-wide generators. fastrlhf does not draw from them, but user-defined judges and rewards
+    may."""
 
     def state_dict(self) -> dict[str, Any]:
         kind, keys, *rest = np.random.get_state(legacy=True)
@@ -29,6 +30,6 @@ class GlobalRandomness:
         np.random.set_state((kind, np.array(keys, np.uint32), *rest))
         if "torch" in state:
             torch.set_rng_state(state["torch"])
-        for device in range(torch.cuda.device_count()):  # there may be fewer GPUs than before
+        for device in range(torch.cuda.device_count()):  # the number of GPUs may have changed
             if f"cuda.{device}" in state:
                 torch.cuda.set_rng_state(state[f"cuda.{device}"], device)

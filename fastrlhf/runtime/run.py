@@ -1,4 +1,5 @@
-"""The parts that all trainers share around their loop: the folder, the log, checkpoints, resuming, the final model."""
+"""What all trainers share around their loop: the output folder, the log, checkpoints, resuming, and saving the final
+model."""
 
 from __future__ import annotations
 
@@ -41,26 +42,27 @@ class TrainResult:
     """The result of a trainer."""
 
     model: PreTrainedModel
-    """In several processes sharded; on the CPU after `load_in_4bit`, because memory is short."""
+    """The trained model: sharded if there are several processes; on the CPU after `load_in_4bit`, because GPU memory is
+    scarce."""
     tokenizer: PreTrainedTokenizerBase
     history: list[dict[str, float]] = field(repr=False)
     """One row of metrics per optimiser step (per update, in on-policy runs)."""
     final: dict[str, float]
-    """The last evaluation; empty where there were no rows to evaluate on."""
+    """Metrics of the last evaluation; empty if there were no rows to evaluate on."""
     output_dir: Path | None
     initial: dict[str, float] = field(default_factory=dict)
-    """The evaluation before the first step; empty without `eval_on_start`."""
+    """Metrics of the evaluation before the first step; empty without `eval_on_start`."""
     value_model: PreTrainedModel | None = None
-    """The critic of an on-policy run; on the CPU where it shared the weights of the policy."""
+    """The critic of an on-policy run; on the CPU if it shared the weights of the policy."""
     dpo_model: PreTrainedModel | None = None
-    """The model of the token rewards of an on-policy run that trains it (`dpo_refine`), in the same place."""
+    """The model of the token rewards of an on-policy run that trains it (`dpo_refine`); on the CPU in the same case."""
 
 
 class Run:
     """One run of one trainer: `with Run("sft", config, num_steps, (model, tokenizer)) as run`.
 
-    Where the folder holds an unfinished run of the same configuration, all models and parts passed to it are restored
-    from its newest checkpoint, and `remaining` continues from there.
+    If the folder holds an unfinished run of the same configuration, all models and parts passed to this object are
+    restored from the newest checkpoint, and `remaining` continues from there.
 
     A request to stop (runtime/signals.py) saves the last whole step and ends the run: at once as long as no weight has
     moved since that step, otherwise at the end of the step or where `between_parts` can be resumed. In several
@@ -88,9 +90,9 @@ class Run:
         evaluate: Callable[[], Mapping[str, float]] | None = None,
         functions: Mapping[str, Any] | None = None,
     ) -> None:
-        """`value_model` and `dpo_model` are trained beside the model of `trained`. `parts` are what has a state beside
-        the models: optimisers, whose names end in "optimizer", normalisers, controllers. `evaluate` measures the model
-        on the held-out rows; None where there are none. `functions` are those of the user, by name, that the
+        """`value_model` and `dpo_model` are trained together with the model in `trained`. `parts`: objects with a state
+        other than the models: optimisers, whose names end in "optimizer", normalisers, controllers. `evaluate` measures
+        the model on the held-out rows; None if there are none. `functions`: user-defined functions, by name, that the
         configuration does not name."""
         if data and data.day:
             config = dataclasses.replace(config, template_date=data.day)
@@ -123,7 +125,7 @@ class Run:
         return self
 
     def _open(self, folder: Path, stack: ExitStack) -> None:
-        """Puts the folder and the run into the state of the checkpoint."""
+        """Locks the folder and restores the run from the newest checkpoint, if there is one."""
         on_first(lambda: self._claim(folder, stack))
         if self._checkpointer:
             self._start = self._saved = self._whole = self._checkpointer.load(
@@ -149,7 +151,7 @@ class Run:
     def _open_log(self, folder: Path, stack: ExitStack) -> list[dict[str, Any]]:
         """Opens the log and returns its rows up to the checkpoint."""
         config = self._config
-        # config.yaml marks the folder as a run: it comes after the reporters, which may fail to start.
+        # config.yaml marks the folder as a run, so it is written after the reporters have started, which may fail.
         logged = self._start - len(self._unlogged.rows) if self._start else -1
         writer = MetricsWriter(
             folder, config.report_to, config.run_name or None, as_given(config), logged, self._unlogged.unwritten
@@ -247,7 +249,7 @@ class Run:
                 self._stoppable = False
 
     def parts(self, micros: Iterable[T]) -> Iterator[T]:
-        """The micro-batches of a step, of which every rank has equally many: a run can also stop between them."""
+        """Yields the micro-batches of a step and lets the run stop between them. Every rank must have equally many."""
         for micro in micros:
             self.between_parts()
             yield micro
@@ -264,8 +266,8 @@ class Run:
     def log(
         self, step: int, metrics: Mapping[str, float], shown: str = "loss", samples: Sequence[dict[str, Any]] = ()
     ) -> None:
-        """Ends a step: evaluates where that is due, then writes a row of metrics and the samples, and a checkpoint
-        where one is due. `shown` is the metric that the progress shows.
+        """Ends a step: evaluates if an evaluation is due, writes a row of metrics and the samples, and saves a
+        checkpoint if one is due. `shown` is the metric that the progress shows.
 
         Raises Interrupted if there is a request to stop. After the last step the model itself is saved next, and no
         checkpoint is needed.
@@ -289,7 +291,8 @@ class Run:
                     raise Interrupted(pending)
 
     def _evaluated(self, row: Row, evaluate: Callable[[], Mapping[str, float]]) -> dict[str, float]:
-        """What `evaluate` measures after a step. A checkpoint that is saved meanwhile holds the row of that step."""
+        """Evaluates after a step and returns the metrics. A checkpoint that is saved during the evaluation holds the
+        row of that step."""
         self._unlogged.rows = [row]
         if self._checkpointer:
             self._checkpointer.mark()
@@ -300,11 +303,11 @@ class Run:
         return measured
 
     def _may_unwind(self) -> bool:
-        """Whether a signal that arrives now may end the step: see the class."""
+        """Returns whether a signal that arrives now may end the step (see the docstring of the class)."""
         return self._stoppable and self._checkpointer is not None and self._checkpointer.is_at_mark and may_unwind()
 
     def _asked_to_stop(self) -> int:
-        """The signal that has come, 0 for none; ranks receive it in different steps."""
+        """Returns the signal that any rank has received, 0 for none. Ranks may receive it in different steps."""
         return max(from_all(self._interrupts.pending or 0))
 
     def _save(self, checkpointer: Checkpointer, step: int, wait: bool = True) -> Path:
@@ -325,7 +328,7 @@ class Run:
         return checkpointer.path(step)
 
     def due(self, step: int, every: int) -> bool:
-        """True after the last step, and every `every` steps where that is not 0."""
+        """Returns True after the last step and, if `every` is not 0, after every `every` steps."""
         return step + 1 == self._steps or (every > 0 and (step + 1) % every == 0)
 
     def finish(
@@ -381,11 +384,12 @@ class Run:
 
 
 def check_micro_batch(config: TrainConfig, examples: Sequence[TokenizedExample], costs: Sequence[int]) -> None:
-    """Raises ValueError, naming the row, where an item of `costs` tokens, one per example, exceeds a micro-batch."""
+    """Raises ValueError, naming the row, if an example does not fit a micro-batch. `costs` are the tokens of each
+    example."""
     longest = max(range(len(costs)), key=costs.__getitem__)
     require(
         costs[longest] <= config.micro_batch_tokens,
         "micro_batch_tokens",
         config.micro_batch_tokens,
-        f"at least {costs[longest]}, the tokens of row {examples[longest].row}, or max_length lower",
+        f"at least {costs[longest]}, the tokens of row {examples[longest].row}; or lower max_length",
     )

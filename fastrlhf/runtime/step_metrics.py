@@ -12,8 +12,8 @@ from fastrlhf_kernels import Max, Metric, Sum, merge
 
 
 class StepMetrics:
-    """Metrics of the losses, summed on the device over the micro-batches of a step (or the passes of an update), then
-    over ranks."""
+    """Sums metrics of the losses on the device over the micro-batches of a step (or the passes of an update), then over
+    ranks."""
 
     def __init__(self) -> None:
         self._totals: dict[str, Metric] = {}
@@ -22,7 +22,7 @@ class StepMetrics:
         self._totals = merge(self._totals, metrics)
 
     def means(self, count: str) -> dict[str, float]:
-        """Every sum divided by the sum called `count`; maxima unchanged. Waits for the GPU once."""
+        """Returns every sum divided by the sum called `count`, and maxima unchanged. It waits for the GPU once."""
         names = list(self._totals)
         own = torch.stack([self._totals[name].value for name in names])
         sums, maxima = torch.stack([total(own), largest(own)]).tolist()

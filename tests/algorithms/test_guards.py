@@ -136,7 +136,7 @@ def test_a_run_whose_engine_samples_from_other_weights_stops_at_its_first_update
     with pytest.raises(
         ValueError,
         match=r"^max_sampling_logp_difference: your own engine samples from another model than the trainer's: for "
-        r"update 1 its log-probs are 0\.755 nats per token away from those of LlamaForCausalLM \(.*\), more than "
+        r"update 1 its log-probs differ by 0\.755 nats per token from those of LlamaForCausalLM \(.*\), more than "
         r"0\.429; nothing is trained on these samples\. Likely cause: it samples from other weights",
     ):
         train_ppo(cfg, tiny.examples(20), engine=stale)

@@ -46,7 +46,7 @@ def test_labels_from_python_are_checked_like_those_of_a_file(source, labels, mes
 def test_a_pair_without_labels_takes_a_prior():
     labelled, bare = example(wins=1, num_labels=1), replace(example(wins=0, num_labels=0), row=9)
     assert probabilities("counts", labelled, label_prior=0.0).tolist() == [1.0]
-    with pytest.raises(ValueError, match=r"^row 9 has num_labels 0; give a label_prior above 0 or leave the row out"):
+    with pytest.raises(ValueError, match=r"^row 9 has num_labels 0; set a label_prior above 0 or remove the row"):
         probabilities("counts", labelled, bare, label_prior=0.0)
 
 

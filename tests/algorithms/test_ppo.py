@@ -375,7 +375,7 @@ def test_a_judge_of_another_tokenizer_is_refused_with_the_token_that_differs(pat
 
 def test_a_second_judge_without_held_out_prompts_is_refused_before_anything_is_loaded(paths):
     cfg = config(paths, eval_reward_model_path=paths["reward_model_path"])
-    with pytest.raises(ValueError, match=r"^eval_reward_model_path: nothing to judge; give num_eval_examples"):
+    with pytest.raises(ValueError, match=r"^eval_reward_model_path: no rows to judge; give num_eval_examples"):
         run(cfg)
     with pytest.raises(ValueError, match=r"^eval_reward_model_path: 'nowhere' is neither a local folder nor"):
         run(cfg, eval_reward_model_path="nowhere")

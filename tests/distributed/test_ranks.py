@@ -148,23 +148,23 @@ def test_a_signal_in_a_part_of_a_step_stops_all_processes_there_and_the_run_goes
     [
         (
             "seed",
-            "seed: the configuration of rank 1 on HOST is 43, and that of rank 0 on HOST is 42; give every process",
+            "seed: the configuration of rank 1 on HOST is 43, but that of rank 0 on HOST is 42; start every process",
         ),
-        ("key", "learning_rate: the configuration of rank 1 on HOST is 0.5, and that of rank 0 on HOST is 0.25; "),
+        ("key", "learning_rate: the configuration of rank 1 on HOST is 0.5, but that of rank 0 on HOST is 0.25; "),
         (
             "other rows",
-            "train: the dataset of rank 1 on HOST is '10 rows of hash ID', and that of rank 0 on HOST is '10 ",
+            "train: the dataset of rank 1 on HOST is '10 rows of hash ID', but that of rank 0 on HOST is '10 ",
         ),
         (
             "fewer rows",
-            "train: the dataset of rank 1 on HOST is '9 rows of hash ID', and that of rank 0 on HOST is '10 ",
+            "train: the dataset of rank 1 on HOST is '9 rows of hash ID', but that of rank 0 on HOST is '10 ",
         ),
         (
             "weights",
             "model 0 (LlamaForCausalLM from policy): the starting weights of rank 1 on HOST is 'ID', and that ",
         ),
-        ("versions", "fastrlhf: the version of rank 1 on HOST is '9.9', and that of rank 0 on HOST is "),
-        ("no reference", "train: row 0 has no reference; leave it out or give one"),
+        ("versions", "fastrlhf: the version of rank 1 on HOST is '9.9', but that of rank 0 on HOST is "),
+        ("no reference", "train: row 0 has no reference; remove the row or add the field"),
     ],
 )
 def test_ranks_that_were_given_different_things_are_refused_on_every_rank(place, case, message):

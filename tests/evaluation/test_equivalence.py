@@ -140,7 +140,7 @@ def test_the_prompt_loses_its_beginning_before_an_answer_loses_its_end(nli):
 
 
 def test_an_invalid_judge_is_refused_before_anything_is_judged(nli, tmp_path):
-    with pytest.raises(ValueError, match=r"equivalence: .* is no NLI model in a folder or on the hub"):
+    with pytest.raises(ValueError, match=r"equivalence: .* is not an NLI model in a folder or on the hub"):
         open_judge(str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match="nli_side_tokens: must be such that a pair of 53 tokens fits 48 positions"):
         judge(nli, side_tokens=25)

@@ -182,7 +182,7 @@ def test_rows_that_a_model_was_trained_on_are_reported(config, tmp_path, caplog)
         (run / "config.yaml").write_text(json.dumps(trained | settings))
         caplog.clear()
         evaluate_models(config)
-        message = f"models: {run} was trained on at least {told} of the 6 rows it is judged on"
+        message = f"models: {run} was trained on at least {told} of the 6 rows on which it is judged"
         warned = [record.getMessage().split(";")[0] for record in caplog.records if record.levelname == "WARNING"]
         assert warned == ([message] if told else [])
     shutil.copytree(tiny.save_adapter(tmp_path / "trained", str(run), 1), adapter)
@@ -216,7 +216,7 @@ def test_bad_input_is_refused_before_anything_is_generated(config, tmp_path, mon
             {"opponent": "references"},
             r"^opponent: must be a column \(reference, chosen, rejected\) or one of the models",
         ),
-        ({"models": (one,), "opponent": one}, "^opponent: must be another one than the only model"),
+        ({"models": (one,), "opponent": one}, "^opponent: must be different from the only model"),
         ({"dataset_name": ""}, "^dataset_name: "),
     ):
         examples = None if "dataset_name" in settings else tiny.examples(4)

@@ -109,7 +109,7 @@ def test_a_damaged_or_missing_part_is_named(two, part, gone):
         content = bytearray(file.read_bytes())
         content[-5] ^= 4
         file.write_bytes(content)
-    told = "is missing" if gone else "is not what was written: its hash differs"
+    told = "is missing" if gone else "has changed since it was written: its hash differs"
     name = file.relative_to(two / "checkpoint-1").as_posix()
     with pytest.raises(ValueError, match=f"no checkpoint in .* is whole .checkpoint-1: {name} {told}"):
         Trained(two).checkpointer.load()

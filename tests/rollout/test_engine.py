@@ -58,7 +58,7 @@ def test_a_response_stops_at_the_first_of_several_ends_and_is_the_same_up_to_the
         assert rollout.completion == alone.completion[: len(rollout.completion)]
         assert rollout.ended == (rollout.completion[-1] in ends)
     assert checked_rollouts(rollouts, prefixes(100), eos_token_id=ends, stops_at_eos=True) == rollouts
-    with pytest.raises(ValueError, match="says ended=True, but its tokens say otherwise"):
+    with pytest.raises(ValueError, match="has ended=True, which contradicts its tokens"):
         checked_rollouts(rollouts, prefixes(100), eos_token_id=tiny.EOS, stops_at_eos=True)
 
 
@@ -214,8 +214,8 @@ def test_the_end_is_the_first_eos_or_the_last_token():
         ({"completion": [], "sampler_logprob": []}, "has 0 tokens"),
         ({"sampler_logprob": [0.0]}, "has 2 tokens and 1 log-probs"),
         ({"sampler_logprob": [0.0, float("nan")]}, "has a log-prob that is not finite"),
-        ({"ended": False}, "says ended=False, but its tokens say otherwise"),
-        ({"completion": [1, 1]}, "goes on after its EOS"),
+        ({"ended": False}, "has ended=False, which contradicts its tokens"),
+        ({"completion": [1, 1]}, "continues after its EOS"),
     ],
 )
 def test_wrong_results_of_an_engine_are_detected(change, message):

@@ -49,11 +49,11 @@ def test_a_response_is_cut_after_the_token_that_completes_a_string(text, ended, 
 def test_an_engine_without_stop_strings_may_not_report_an_end_without_an_eos():
     stopped = replace(rollout("w1 w2"), ended=True)
     prefixes = [stopped.prefix]
-    with pytest.raises(ValueError, match="row 3 says ended=True, but its tokens say otherwise"):
+    with pytest.raises(ValueError, match="row 3 has ended=True, which contradicts its tokens"):
         checked_rollouts([stopped], prefixes, eos_token_id=tiny.EOS, stops_at_eos=True)
     assert checked_rollouts([stopped], prefixes, eos_token_id=tiny.EOS, stops_at_eos=True, may_stop=True) == [stopped]
     unended = replace(rollout("w1", ended=True), ended=False)
-    with pytest.raises(ValueError, match="row 3 says ended=False, but its tokens say otherwise"):
+    with pytest.raises(ValueError, match="row 3 has ended=False, which contradicts its tokens"):
         checked_rollouts([unended], prefixes, eos_token_id=tiny.EOS, stops_at_eos=True, may_stop=True)
 
 

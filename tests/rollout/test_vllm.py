@@ -248,7 +248,7 @@ def test_weights_that_do_not_arrive_stop_the_run_at_its_first_update(paths, vllm
     with pytest.raises(
         ValueError,
         match=r"^max_sampling_logp_difference: engine vllm samples from another model than the trainer's: for update 1 "
-        r"its log-probs are \d\.\d+ nats per token away .*: the weights of the policy have not reached vLLM",
+        r"its log-probs differ by \d\.\d+ nats per token .*: the weights of the policy did not reach vLLM",
     ):
         train_ppo(config(paths), tiny.examples(20))
 

@@ -47,7 +47,7 @@ def test_a_folder_that_cannot_be_made_is_named_with_its_key(tmp_path):
     for path, why in (
         (tmp_path / "file", f"cannot be made: '{tmp_path / 'file'}' is a file"),
         (tmp_path / "file" / "a" / "b", f"cannot be made: '{tmp_path / 'file'}' is a file"),
-        (tmp_path / "link" / "a", f"cannot be made: '{tmp_path / 'link'}' is a link to nothing"),
+        (tmp_path / "link" / "a", f"cannot be made: '{tmp_path / 'link'}' is a broken link"),
         (tmp_path / ("n" * 300), "cannot be written to: File name too long"),
         (Path("/proc/fastrlhf/run"), "cannot be written to: "),
     ):
@@ -108,7 +108,7 @@ def test_a_file_that_another_host_has_written_elsewhere_is_an_error(tmp_path, mo
     others = iter([[["deep/c.txt"]], []])  # the file names that the other host sees, then its part of the hashes
     monkeypatch.setattr(atomic, "on_each", lambda call: [call(), *next(others)])
     with pytest.raises(
-        OSError, match=r"x' cannot be written: c.txt of another .* choose an output_dir that all hosts see"
+        OSError, match=r"x' cannot be written: c.txt, written by another .* choose an output_dir that all hosts share"
     ):
         write_folder(tmp_path / "x", fill)
     assert list(tmp_path.iterdir()) == []
@@ -119,7 +119,10 @@ def test_a_file_that_another_host_has_written_elsewhere_is_an_error(tmp_path, mo
     [
         (lambda folder: (folder / "deep" / "b.txt").unlink(), r"^deep/b.txt is missing$"),
         (lambda folder: (folder / "a.txt").write_text("alph"), r"^a.txt has 4 bytes, but 5 were written$"),
-        (lambda folder: (folder / "a.txt").write_text("alphb"), r"^a.txt is not what was written: its hash differs$"),
+        (
+            lambda folder: (folder / "a.txt").write_text("alphb"),
+            r"^a.txt has changed since it was written: its hash differs$",
+        ),
         (lambda folder: (folder / MANIFEST).unlink(), r"^manifest.json is missing$"),
         (lambda folder: (folder / MANIFEST).write_text('{"files": {"a.txt": '), r"^manifest.json is damaged$"),
         (lambda folder: (folder / MANIFEST).write_text('{"files": {"a.txt": {"size": 5}}}'), r"^manifest.json is dam"),

@@ -44,7 +44,7 @@ def test_a_full_disk_is_distinguished_from_other_errors(error, full):
 
 def test_too_little_room_names_folder_and_bytes(usage, tmp_path):
     check_room(tmp_path / "new" / "run", 5 * 2**30, "a checkpoint")
-    told = rf"^a checkpoint needs 5\.01 GiB, and '{tmp_path}/new/run' has 5\.00 GiB free$"
+    told = rf"^a checkpoint needs 5\.01 GiB, but '{tmp_path}/new/run' has 5\.00 GiB free$"
     with pytest.raises(DiskFull, match=told):
         check_room(tmp_path / "new" / "run", int(5.01 * 2**30), "a checkpoint")
     usage.total = usage.free = 0  # some file systems report no sizes

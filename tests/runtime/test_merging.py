@@ -123,7 +123,7 @@ def test_bfloat16_is_used_and_reported_if_the_shift_is_accepted(base, most, dtyp
     told = f"the adapter is merged in {dtype}: bfloat16 shifts 4 rows by "
     line = (tmp_path / "run" / "config.yaml").read_text().splitlines()[-1]
     assert line.startswith(f"# {told}")
-    assert line.endswith(f"nats a token (max_merge_shift {most:g})")
+    assert line.endswith(f"nats per token (max_merge_shift {most:g})")
     assert f"merged_dtype: {told}" in caplog.text
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["max_merge_shift"] == most
 
@@ -135,7 +135,7 @@ def test_the_measured_shift_compares_trained_and_saved_weights(base):
     moved = shift(model, merged, ROWS)
     assert acceptance(model, merged) == (moved <= 0.5)
     assert moved > 0
-    assert f"by {moved:.2g} nats a token (max_merge_shift 0.5)" in acceptance.told
+    assert f"by {moved:.2g} nats per token (max_merge_shift 0.5)" in acceptance.told
 
 
 def test_where_saving_fails_the_adapter_is_still_there(tmp_path, monkeypatch):

@@ -243,9 +243,7 @@ class _Tally(TorchDispatchMode):
         # The previous block still exists while the next one is computed.
         held = 1 + (num_rows > rows or vocab > columns)
         is_cast, wants_entropy = weight.dtype != torch.float32, args[2] is not None if is_backward else args[9]
-        of_weight = is_cast + (
-            is_backward and args[-2]
-        )  # the last but one argument says whether the weight needs a gradient
+        of_weight = is_cast + (is_backward and args[-2])  # args[-2]: the weight needs a gradient
         cast_up = 8 * num_rows * size if hidden.dtype != torch.float32 else 0
         return 4 * columns * (held * of_weight * size + (held + wants_entropy) * rows) + cast_up
 
