@@ -20,7 +20,7 @@ SMALL: dict[int, Iterable[str]] = {
     "first_k_dense_replace num_dense_layers num_nextn_predict_layers",
     2: "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_decoder_layers depth "
     "num_key_value_heads n_head_kv num_kv_heads num_experts_per_tok moe_top_k top_k_experts num_experts_per_token "
-    "moe_topk index_n_heads linear_num_key_heads swa_num_key_value_heads num_encoder_layers num_global_key_value_heads "
+    "moe_topk linear_num_key_heads swa_num_key_value_heads num_encoder_layers num_global_key_value_heads "
     "temporal_patch_size spatial_merge_size",
     4: "num_attention_heads n_head n_heads decoder_attention_heads encoder_attention_heads num_heads num_experts "
     "n_routed_experts num_local_experts sliding_window attention_chunk_size index_topk attention_window_size "
@@ -29,7 +29,7 @@ SMALL: dict[int, Iterable[str]] = {
     "sliding_window_size decoder_sparse_step",
     8: "head_dim qk_rope_head_dim qk_nope_head_dim v_head_dim kv_lora_rank index_head_dim linear_key_head_dim "
     "linear_value_head_dim mamba_d_state ssm_state_size state_size mamba_d_head mamba_head_dim attention_head_dim "
-    "mamba_dt_rank time_step_rank swa_head_dim global_head_dim d_kv d_head rotary_dim swa_v_head_dim",
+    "mamba_dt_rank time_step_rank index_n_heads swa_head_dim global_head_dim d_kv d_head rotary_dim swa_v_head_dim",
     16: "q_lora_rank moe_intermediate_size expert_ffn_hidden_size dim_model_base hidden_size_per_layer_input "
     "embedding_size",
     32: "hidden_size d_model n_embd dim embed_dim word_embed_proj_dim lru_width hidden_dim embedding_dim "
@@ -41,6 +41,8 @@ SMALL: dict[int, Iterable[str]] = {
     "original_max_position_embeddings max_source_positions max_target_positions",
 }  # pyright: ignore[reportAssignmentType] (split below)
 SMALL_BY_NAME = {name: size for size, names in SMALL.items() for name in str(names).split()}
+
+# Indexers have 8 heads: a key that no head finds has score 0, and among equal scores the choice is arbitrary.
 
 _MAMBA2 = {"mamba_expand": 1, "mamba_n_heads": 4, "mamba_d_head": 8}
 OVERRIDES: dict[str, dict[str, Any]] = {

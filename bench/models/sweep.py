@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import transformers
 
-from bench.models.checks import CHECKS, quiet, run_checks
+from bench.models.checks import CHECKS, DifferenceError, quiet, run_checks
 from bench.models.configs import causal_types
 from bench.results import RESULTS
 
@@ -43,7 +43,7 @@ def run_models(types: Sequence[str], checks: Sequence[str], path: Path = ROWS, *
         for model_type in types or causal_types():
             old = rows.get(model_type, {})
             fresh = old.get("transformers") == transformers.__version__ and (
-                "refused" in old or "crashed" in old or {*names} <= {*old["checks"]}
+                {"refused", "crashed", "not built"} & {*old} or {*names} <= {*old["checks"]}
             )
             if again or not fresh:
                 rows[model_type] = _in_process(model_type, names)
@@ -68,22 +68,23 @@ def write_rows(rows: dict[str, Row], path: Path) -> None:
 
 
 def verdict(row: Row) -> str:
-    """The verdict on a model type: "right", "refused", "crashed" or "wrong".
+    """The verdict on a model type: "right", "refused", "crashed", "not built" or "wrong".
 
     right: every check passed; refused: this project raised its one-line error; crashed: another exception was raised;
-    wrong: a number differs.
+    not built: transformers itself cannot make the tiny model; wrong: a number differs.
     """
     if "refused" in row:
         return "refused"
-    if "crashed" in row:
-        return "crashed"
+    for found in ("crashed", "not built"):
+        if found in row:
+            return found
     states = {check["verdict"] for check in row["checks"].values()}
     return next((found for found in ("wrong", "crashed", "refused") if found in states), "right")
 
 
 def line(row: Row) -> str:
     found = verdict(row)
-    text = row.get("refused") or row.get("crashed") or ""
+    text = row.get("refused") or row.get("crashed") or row.get("not built") or ""
     for name, check in row["checks"].items():
         if check["verdict"] != "right":
             text += f" [{name}: {check['verdict']}: {check['text']}]"
@@ -113,6 +114,9 @@ def page(rows: Iterable[Row]) -> str:
 
 def _markdown(row: Row) -> str:
     kind = f"`{row['model_type']}`"
+    if text := row.get("not built"):
+        text = f"transformers cannot build the tiny model ({text.replace('|', '/')})"
+        return f"| {kind} | not tested: {text} | | | | | | |\n"
     if text := row.get("refused") or row.get("crashed"):
         return f"| {kind} | refused: {text.replace('|', '/')} | | | | | | |\n"
     way = "one sequence at a time" if row["alone"] else "together"
@@ -132,7 +136,7 @@ def _in_process(model_type: str, names: list[str]) -> Row:
     try:
         while True:
             name, value = receiver.recv()
-            if name in ("alone", "refused", "crashed"):
+            if name in ("alone", "refused", "crashed", "not built"):
                 row[name] = value
             else:
                 row["checks"][name] = value
@@ -160,7 +164,7 @@ def _child(model_type: str, names: list[str], sender: Any) -> None:
 
 
 def _told(value: Any) -> Row:
-    if isinstance(value, AssertionError):
+    if isinstance(value, DifferenceError):
         return {"verdict": "wrong", "text": str(value)}
     if isinstance(value, ValueError):
         return {"verdict": "refused", "text": _text(value)}

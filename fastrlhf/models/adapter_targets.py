@@ -60,7 +60,7 @@ def choose_targets(model: PreTrainedModel, config: TrainConfig, saved: Sequence[
                 "an adapter, so name it once"
             )
         return Targets(modules=list(config.lora_target_modules), parameters=named, excluded=pattern(heads))
-    idle = _idle(model)
+    idle = [*_idle(model), *_unusual(model)]
     excluded = pattern([*heads, *idle])
     experts = [name for name in _experts(model) if not _within(f"{model.base_model_prefix}.{name}", [*saved, *idle])]
     modules = dict(model.base_model.named_modules())
@@ -134,7 +134,15 @@ def check_called(model: PreTrainedModel, layers: Mapping[str, Module]) -> None:
     """Raises ValueError if the forward pass of the model does not call one of the adapted `layers`, because its adapter
     would not be trained. Experts that are separate modules are exempt, since they may get no token."""
     with _silent(layers) as silent:
-        _run(model)
+        try:
+            _run(model)
+        except Exception as error:  # of any kind, since the forward is the family's
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            kind, told = type(model).__name__, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise ValueError(
+                f"lora_target_modules: {kind} does not run with this adapter ({told}); name other layers"
+            ) from error
     if silent:
         name = min(silent)
         raise ValueError(
@@ -163,6 +171,21 @@ def _idle(model: PreTrainedModel) -> list[str]:
         if name and is_idle and not _within(name, found):
             found.append(name)
     return found
+
+
+@torch.no_grad()
+def _unusual(model: PreTrainedModel) -> list[str]:
+    """Linear layers whose class has its own forward, for example in groups, to which an adapter does not fit."""
+
+    def fits(layer: Linear) -> bool:
+        if type(layer).forward is Linear.forward or type(layer).__module__.startswith("bitsandbytes"):
+            return True
+        try:
+            return layer(layer.weight.new_zeros(1, layer.in_features)).shape == (1, layer.out_features)
+        except Exception:  # of any kind, since the forward is the family's
+            return False
+
+    return [name for name, layer in model.named_modules() if isinstance(layer, Linear) and not fits(layer)]
 
 
 @contextmanager

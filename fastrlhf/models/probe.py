@@ -137,7 +137,12 @@ def check_packed_forward(model: PreTrainedModel, expected: Tensor | None = None)
     `expected`: the result of `own_forward` before the backbone was changed; None: it is computed now.
     """
     expected = own_forward(model) if expected is None else expected
-    if difference := _difference(model, expected):
+    try:
+        difference = _difference(model, expected)
+    except (AssertionError, AttributeError, IndexError, KeyError, TypeError) as error:  # of the family's own code
+        kind = type(model).__name__
+        raise ValueError(f"{kind}: it cannot be trained here ({one_line(error)}); take another model") from error
+    if difference:
         raise ValueError(f"{type(model).__name__}: the packed forward {difference}; training would use wrong numbers")
 
 
@@ -185,15 +190,16 @@ def _probe_states(model: PreTrainedModel, batch: PackedBatch, num_first: int) ->
 
     def as_leaf(module: Module, arguments: Any, output: Tensor) -> Tensor:
         inputs.append(output.detach().requires_grad_())
-        return inputs[-1]
+        return inputs[-1].clone()  # some families scale it in place
 
     embedding = cast(Module, model.get_input_embeddings())
     with torch.enable_grad(), embedding.register_forward_hook(as_leaf):
         hidden = hidden_states(model, batch)
-    if runs_alone(model):  # every sequence has its own call
-        return hidden.detach(), False
     seen = torch.arange(hidden.numel(), device=hidden.device).cos().view_as(hidden).to(hidden.dtype)
     seen[:num_first] = 0
+    if runs_alone(model):  # every sequence has its own call and its own inputs
+        torch.autograd.grad(hidden, inputs, seen, allow_unused=True)
+        return hidden.detach(), False
     gradients = torch.autograd.grad(hidden, inputs, seen, allow_unused=True)
     return hidden.detach(), any(bool(g[0, :num_first].any()) for g in gradients if g is not None)
 
@@ -219,7 +225,7 @@ def _embedding_gradient(model: PreTrainedModel) -> Tensor:
 
     def as_leaf(module: Module, arguments: Any, output: Tensor) -> Tensor:
         inputs.append(output.detach().requires_grad_())
-        return inputs[-1]
+        return inputs[-1].clone()  # some families scale it in place
 
     embedding = cast(Module, model.get_input_embeddings())
     with torch.enable_grad(), embedding.register_forward_hook(as_leaf):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from bench.models.checks import CHECKS, _differences
+from bench.models.checks import CHECKS, DifferenceError, _differences
 from bench.models.configs import VOCAB, causal_types, tiny_config
 from bench.models.sweep import page, read_rows, summary, verdict, write_rows
 
@@ -63,9 +63,9 @@ def test_a_configuration_is_small_and_has_every_kind_of_layer():
 def test_a_number_that_differs_is_reported():
     numbers = torch.tensor([1.0, 2.0]), {"w": torch.tensor([1.0, -4.0])}
     assert _differences(numbers, numbers) == {"values": 0.0, "gradients": 0.0}
-    with pytest.raises(AssertionError, match=r"^values differ by 0\.5$"):
+    with pytest.raises(DifferenceError, match=r"^values differ by 0\.5$"):
         _differences((torch.tensor([1.0, 2.5]), numbers[1]), numbers)
-    with pytest.raises(AssertionError, match=r"^gradients differ by 0\.25$"):
+    with pytest.raises(DifferenceError, match=r"^gradients differ by 0\.25$"):
         _differences((numbers[0], {"w": torch.tensor([1.0, -3.0])}), numbers)
-    with pytest.raises(AssertionError, match="packed and plain model have gradients for different parameters"):
+    with pytest.raises(DifferenceError, match="packed and plain model have gradients for different parameters"):
         _differences((numbers[0], {"v": torch.tensor([1.0])}), numbers)

@@ -7,9 +7,10 @@ import torch
 import transformers
 from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
 
+from bench.models.checks import write_model
 from fastrlhf.data.packing import pack
 from fastrlhf.models.forward import sequence_scores
-from fastrlhf.models.loading import build_policy, load_reward_model
+from fastrlhf.models.loading import build_policy, load_policy, load_reward_model
 from fastrlhf.models.reward_head import scorer_class
 from fastrlhf.types import Segment
 from tests import tiny
@@ -59,3 +60,12 @@ def test_a_trained_head_with_several_labels_is_refused(policy, tmp_path):
     scorer_class(config).from_pretrained(policy, config=config).save_pretrained(tmp_path / "three")
     with pytest.raises(ValueError, match=r"^reward_model_path: .*three' has a trained head with 3 labels"):
         load_reward_model(str(tmp_path / "three"), pad_token_id=0)
+
+
+def test_a_head_of_ours_initialises_what_is_not_in_the_file(tmp_path):
+    """Falcon-H1 fills buffers of its layers in the initialisation of the backbone, which holds no weights itself."""
+    source = str(tmp_path / "policy")
+    write_model("falcon_h1", tmp_path / "policy")
+    model, policy = load_reward_model(source, pad_token_id=0), load_policy(source)
+    for ours, theirs in zip(model.base_model.buffers(), policy.base_model.buffers(), strict=True):
+        assert torch.equal(ours, theirs)
