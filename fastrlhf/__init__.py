@@ -1,7 +1,7 @@
 """Preference learning for language models: SFT, reward models, DPO, IPO, KTO, PPO, DR-PO, RTO, RLP, on packed batches.
 
-Importing this costs nothing: a public name loads its module when it is first used, so that the base install, which
-lacks the trainers' libraries, can use the losses.
+Importing the package is fast: a public name loads its module when it is first used. The base install, which lacks the
+trainers' libraries, can therefore use the losses.
 """
 
 from importlib import import_module
@@ -92,7 +92,7 @@ _EXPORTS: dict[str, str] = {
     "TrainResult": "fastrlhf.runtime.run",
     "evaluate_models": "fastrlhf.evaluation.evaluate",
 }
-"""Public name -> the module that defines it; the imports above tell type checkers and editors the same."""
+"""Public name -> the module that defines it. The imports above are only for type checkers and editors."""
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""`python -m fastrlhf`, which is what torchrun starts."""
+"""The entry point of `python -m fastrlhf`, which torchrun starts."""
 
 import sys
 

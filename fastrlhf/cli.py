@@ -49,23 +49,23 @@ fastrlhf COMMAND --help lists the keys of a command. FILE is a YAML file or the 
 fastrlhf --version prints the version."""
 
 PATIENCE = 2.0
-"""Seconds that a process other than rank 0 waits before it reports its error: where rank 0 has failed too, torchrun
-ends it meanwhile, and the error is reported once."""
+"""Number of seconds that a process other than rank 0 waits before it reports its error. If rank 0 has failed too,
+torchrun ends the process meanwhile, so that the error is reported only once."""
 
 
 COMPARISON = "comparison.html"
-"""The page of `fastrlhf report` about several runs, in the current folder."""
+"""File in the current folder to which `fastrlhf report` writes a comparison of several runs."""
 
 UNREAD_EXIT_CODE = 141
-"""What a shell reports for a program that SIGPIPE has ended."""
+"""Exit code that a shell reports for a program that was ended by SIGPIPE."""
 
 STDOUT = 1
-"""The file descriptor."""
+"""File descriptor of standard output."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command. The exit code is 2 after a user's mistake, which one line on standard error explains, and 1
-    when memory was short."""
+    after running out of memory."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
@@ -110,13 +110,13 @@ def _in_one_line(error: BaseException) -> str:
 
 
 def _fail(command: str, message: str, exit_code: int, frames: Sequence[str] = ()) -> int:
-    """Prints one line on standard error, and one per frame. If several processes fail in the same way, only rank 0
-    prints."""
+    """Prints an error on one line of standard error, and one line per traceback frame. If several processes fail in the
+    same way, only rank 0 prints."""
     if not _is_first():
-        if exit_code > 128:  # A signal reaches every process, so only rank 0 reports it.
+        if exit_code > 128:  # Every process receives the signal, so only rank 0 reports it.
             return exit_code
         time.sleep(PATIENCE)
-    # A name of a file or column may hold characters that would move the cursor or recolour the terminal.
+    # Names of files or columns may contain control characters for the terminal.
     for line in (f"fastrlhf {command}: {message}", *(f"  {frame}" for frame in frames)):
         print("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line), file=sys.stderr)
     return exit_code
@@ -142,7 +142,7 @@ def _train(command: str, arguments: Sequence[str]) -> None:
     for name, run in finished:
         print(f"{name}: {run.output_dir} holds a finished run; skipped")
     for name, run in runs:
-        if name != "rlp":  # rlp resumes by itself and checks its own stages
+        if name != "rlp":  # rlp checks and resumes its own stages
             check_run_dir(run)
     if len(runs) > 1:
         from fastrlhf.tools.plan.preflight import check_chain, rlp_stages
@@ -150,17 +150,16 @@ def _train(command: str, arguments: Sequence[str]) -> None:
         check_chain([*runs[:-1], *(rlp_stages(config, *sections) if sections else runs[-1:])])
     here = Path.cwd()
     for name, run in runs:
-        os.chdir(here)  # a user-defined function of the stage before may have left it
+        os.chdir(here)  # a user-defined function of the previous section may have changed the folder
         if earlier:
             print(f"{name}:")
         _run(name, run, *(sections if name == command else ()))
 
 
 def _run_first(command: str, config: Any, paths: Sequence[str]) -> list[tuple[str, Any]]:
-    """The sections that `run_first` names and their configurations, in order.
-
-    Flags apply to `command` only. Where a flag has replaced the folder of a section, so that no key names it any more,
-    that section is left out, together with sections that only it needed.
+    """Returns the sections that `run_first` names and their configurations, in order. Flags apply only to `command`. If
+    a flag replaces the folder of a section, so that no key names this folder any more, the section is left out,
+    together with sections that only it needs.
     """
     earlier = []
     for path in paths:
@@ -183,7 +182,7 @@ def _run_first(command: str, config: Any, paths: Sequence[str]) -> list[tuple[st
 
 
 def _rlp_sections(config: configs.RLPConfig, arguments: Sequence[str]) -> tuple[Any, Any]:
-    """The configurations of the sections that train RLP's reward models and policies."""
+    """Returns the configurations of the sections that train RLP's reward models and policies."""
     paths = config_paths(arguments)
     configs.require(len(paths) == 1, "--config", paths, f"one file with sections rlp, reward and {config.policy}")
     reward, policy = (parse(TRAINERS[name][0], ["--config", paths[0]], name) for name in ("reward", config.policy))
@@ -198,7 +197,7 @@ def _run(command: str, config: Any, *sections: Any) -> None:
     try:
         result = getattr(import_module(f"fastrlhf.algorithms.{module}"), function)(config, *sections)
     except (MemoryError, RuntimeError) as error:
-        if is_out_of_memory(error) and command != "rlp":  # the stages of rlp have their own configurations
+        if is_out_of_memory(error) and command != "rlp":  # the stages of rlp have separate configurations
             from fastrlhf.tools.plan.advice import add_advice
 
             add_advice(error, config)
@@ -305,12 +304,12 @@ def quiet_when_unread() -> Iterator[None]:
     except BrokenPipeError:
         if not _is_unread():
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)  # otherwise the flush at exit fails again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)  # otherwise the flush at the exit of Python fails again
         raise SystemExit(UNREAD_EXIT_CODE) from None
 
 
 def _is_unread() -> bool:
-    """Whether standard output is a pipe whose other end is closed."""
+    """Returns whether standard output is a pipe that the reader has closed."""
     poll = select.poll()
     poll.register(STDOUT, 0)  # POLLERR is reported even though it is not requested
     return any(event & select.POLLERR for _, event in poll.poll(0))
@@ -338,7 +337,7 @@ def _parse_for_tool(arguments: Sequence[str], names: Sequence[str]) -> tuple[dic
 
 
 def _only_section(arguments: Sequence[str]) -> str:
-    """The one training section of the files. Raises ValueError if they have none or several."""
+    """Returns the only training section of the configuration files. Raises ValueError if they have none or several."""
     sections = list(dict.fromkeys(name for path in config_paths(arguments) for name in files.training_sections(path)))
     if len(sections) == 1:
         return sections[0]
@@ -354,7 +353,8 @@ def _number(options: dict[str, str], name: str, default: str, kind: type[int] | 
 
 
 def _quiet_libraries() -> None:
-    """Silences the progress bars and advice of other libraries, except errors, and all output except that of rank 0."""
+    """Silences progress bars and advice of other libraries, but not their errors, and all output of ranks other than
+    0."""
     import datasets
     import transformers
 

@@ -1,9 +1,9 @@
-"""`fastrlhf demo`: the whole chain on the embedded task, with the same trainers as every other run.
+"""`fastrlhf demo`: runs all stages on the built-in task, with the ordinary trainers.
 
     SFT -> reward model -> DPO, PPO and DR-PO, each from the same SFT model -> judged on held-out posts
 
-IPO, cDPO, RTO (alone and with resets, on the token rewards of the DPO model) and RLP (both variants, which start from
-the reward model and the PPO policy) run if `--methods` names them.
+IPO, cDPO, RTO (with and without resets, with token rewards from the DPO model) and RLP (both variants, starting from
+the reward model and the PPO policy) run only if `--methods` names them.
 
 The gold judge of the task labels the preference pairs and scores the final policies; no trainer sees it. RLP-SPG groups
 answers that state the same facts, so that its result does not depend on the quality of an NLI judge.
@@ -69,18 +69,18 @@ class Judged:
     reference_gold: np.ndarray
     """[n] gold reward of each human-like reference, in facts"""
     score: float | None
-    """Mean score of the reward model; None where none was trained"""
+    """Mean score of the reward model; None if no reward model was trained"""
     kl: float
     """KL to the SFT model, nats per response"""
     mean_length: float
-    """Mean length in tokens, EOS included"""
+    """Mean length in tokens, including the EOS"""
 
 
 def run_demo(config: DemoConfig, task: ToyTask | None = None) -> dict[str, Any]:
     """Runs the stages and returns the summary. Writes a folder per stage, summary.json and report.html.
 
-    Raises ValueError, before any time is spent, for an unknown stage, a stage whose predecessor is not among `methods`,
-    or a folder that already holds a run.
+    Raises ValueError, before training starts, for an unknown stage, for a stage that needs another one that is not in
+    `methods`, and for a folder that already holds a run.
     """
     check_one_process("demo")
     stages = _stages(config.methods)
@@ -114,7 +114,7 @@ def run_demo(config: DemoConfig, task: ToyTask | None = None) -> dict[str, Any]:
 def stage_config(
     name: str, config: DemoConfig, out: Path
 ) -> SFTConfig | RewardConfig | DPOConfig | PPOConfig | RLPConfig:
-    """The settings of one stage, in the form of keys of `fastrlhf NAME`."""
+    """Returns the configuration of one stage, as for `fastrlhf NAME`."""
     shared: dict[str, Any] = {
         "output_dir": str(out / name),
         "tokenizer_name_or_path": str(out / "tokenizer"),
@@ -179,13 +179,13 @@ def stage_config(
                 num_answer_prompts=NUM_ANSWERED,
             )
         case _:
-            # Episodes that start inside a response sample fewer tokens, hence more updates for about as many tokens.
+            # Episodes that start inside a response have fewer sampled tokens; more updates make up for it.
             both = token_rewards if name == "drpo+rto" else {}
             return DRPOConfig(**{**on_policy, "max_steps": 48, **both}, reset_prob=0.5, reset_min=0)
 
 
 def format_summary(summary: Mapping[str, Any]) -> str:
-    """The table that the demo prints: one line per method, with 95 % intervals."""
+    """Formats the table that the demo prints: one line per method, with 95 % intervals."""
     lines = ["method   win rate % vs reference  gold reward  minus SFT                RM score     KL  length  seconds"]
     for name, row in summary["methods"].items():
         gain = f"{row['minus_sft']:+.3f} {_interval(row['minus_sft_ci'], '+.3f')}" if "minus_sft" in row else ""

@@ -8,7 +8,7 @@ Legend, the same in every file:
     R  scored rows of a pack       B  preference pairs
 Three policies, three words: `policy` (trained), `sampler` (the weights that generated), `reference` (frozen).
 
-Log-probs, rewards, values and advantages are float32 and in nats, whatever the dtype of the weights.
+Log-probs, rewards, values and advantages are float32 for weights of every dtype; log-probs are in nats.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 from torch import Tensor
 
 Message = dict[str, Any]
-"""One turn of a conversation: `{"role": ..., "content": ...}`, with whatever else a chat template may read."""
+"""One turn of a conversation: `{"role": ..., "content": ...}`, and other keys that a chat template may read."""
 
 EndIds = int | Sequence[int]
 """The token id, or the ids, that end a response."""
@@ -32,7 +32,7 @@ Text = str | list[Message]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Example:
-    """One usable row of a dataset, whatever form it was stored in.
+    """One usable row of a dataset, independent of the form in which it was stored.
 
     A conversation keeps its turns: `prompt` is then a list of messages, and so is every response, which begins and ends
     with a turn of the assistant.
@@ -43,7 +43,7 @@ class Example:
     """The preferred response of a pair."""
     rejected: Text | None = None
     reference: Text | None = None
-    """A demonstration: what SFT imitates and what a reset may copy from."""
+    """A demonstration: the response that SFT learns and from which a reset may copy."""
     label: bool | None = None
     """Whether the reference is a desirable response (KTO)."""
     label_prob: float | None = None
@@ -60,20 +60,19 @@ class Example:
     """Number of comparisons that chosen won, out of `num_labels`."""
     num_labels: int | None = None
     row: int = -1
-    """Position in the source, counted from 0: the name of this example in messages and in random draws. -1: unknown;
-    trainers fill in the position in the list that they are given."""
+    """Position in the source, counted from 0, which identifies this example in messages and in random draws. -1:
+    unknown; trainers replace it by the position in their list of examples."""
     template: Mapping[str, Any] = field(default_factory=dict)
     """Variables that the row passes to the chat template in addition to the turns: `tools`, `documents`,
     `chat_template_kwargs`."""
     columns: Mapping[str, Any] = field(default_factory=dict, compare=False)
-    """Every column of the row except that of the prompt, by its name in the file: what reward functions may read."""
+    """All columns of the row except the prompt, by their names in the file; reward functions may read them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenizedExample:
-    """An Example as ids. Prompt and responses are tokenised apart; a sequence is their concatenation.
-
-    Responses end with an end token (EOS is added where the text has none), unless `max_length` cut them.
+    """An Example as token ids. Prompt and responses are tokenised separately; a sequence is the prompt followed by a
+    response. A response ends with an end token, which is added if the text has none, unless it was cut at `max_length`.
     """
 
     prompt: list[int]
@@ -100,7 +99,7 @@ class TokenizedExample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prefix:
-    """Where an episode starts: the prompt and the first `num_reset` tokens of a response to it.
+    """Where an episode starts: the prompt and the first `num_reset` tokens of a response.
 
     prompt [7, 8], response [1, 2, 3, 0], k = 1  ->  token_ids [7, 8, 1], num_reset 1
     """
@@ -113,9 +112,9 @@ class Prefix:
     row: int
     """Row number of the example."""
     episode: int
-    """Number of the episode, unique in the run; it keys the random draws of the episode."""
+    """Number of the episode, unique in the run, on which its random draws depend."""
     temperature: float | None = None
-    """Temperature at which this episode is sampled and scored; None: that of the run."""
+    """Temperature at which this episode is sampled and scored; None: the temperature of the run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,9 +123,9 @@ class Rollout:
 
     prefix: Prefix
     completion: list[int]
-    """Sampled tokens, the EOS included if one was sampled; never empty."""
+    """Sampled tokens, including the EOS if it was sampled; never empty."""
     sampler_logprob: list[float]
-    """Nats, one per sampled token, under the tempered distribution that drew it."""
+    """Log-prob of each sampled token in nats, under the distribution from which it was drawn."""
     ended: bool
     """True if an end token was sampled (the last token, unless the engine samples past it) or a stop string was
     reached; False if the length limit was reached."""
@@ -146,10 +145,11 @@ class KeptTokens(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Segment:
-    """A run of tokens that is computed once; a pack is a forest of them.
+    """Consecutive tokens that are computed once; a pack is a forest of segments.
 
     A root has no parent. A child continues the first `cut` tokens of an earlier segment `parent` of the same pack: it
-    attends to those, to what they attend to, and to itself. For example the prompt of a pair and its two responses:
+    attends to these tokens, to the tokens that they attend to, and to itself. For example the prompt of a pair and its
+    two responses:
 
         segments        Segment([7, 8])   Segment([1, 0], parent=0, cut=2)   Segment([2, 0], parent=0, cut=2)
         token_ids       7 8 | 1 0 | 2 0
@@ -160,20 +160,20 @@ class Segment:
     num_scored: int = 0
     """The last `num_scored` tokens are scored: each gives one row of the pack."""
     scored: Sequence[int] | None = None
-    """Indices of the `num_scored` tokens that are scored, in order, where they are not the last ones."""
+    """Indices of the scored tokens, in order; None: the last `num_scored` tokens are scored."""
     parent: int = -1
-    """Index of the segment that it continues; -1 for a root."""
+    """Index of the segment that this one continues; -1 for a root."""
     cut: int = 0
-    """Number of tokens of the parent, counted from its first, that come before this segment."""
+    """Number of first tokens of the parent that come before this segment."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionPlan:
-    """Which tokens of a pack of S segments attend to which: one variable-length attention call, causal, aligned at the
-    bottom right.
+    """Says which tokens of a pack of S segments attend to which others, for one variable-length attention call that is
+    causal and aligned at the bottom right.
 
     FlashAttention's convention: queries of segment i are rows cu_seqlens[i] .. cu_seqlens[i+1] of the pack, its keys
-    are rows cu_seqlens_k[i] .. cu_seqlens_k[i+1] of `key_index` (of the pack itself where there is no branch).
+    are rows cu_seqlens_k[i] .. cu_seqlens_k[i+1] of `key_index` (of the pack itself if there is no branch).
     """
 
     cu_seqlens: Tensor
@@ -181,7 +181,7 @@ class AttentionPlan:
     cu_seqlens_k: Tensor
     """(S+1,) int32"""
     key_index: Tensor | None
-    """(K,) int64 rows of the pack whose keys and values are gathered; None where no segment has a parent."""
+    """(K,) int64 rows of the pack whose keys and values are gathered; None if no segment has a parent."""
     query_lengths: tuple[int, ...]
     """The same lengths on the host, for launches and for backends without a variable-length kernel."""
     key_lengths: tuple[int, ...]
@@ -192,8 +192,7 @@ class PackedBatch:
     """Flat tensors of several sequences; nothing is padded.
 
     A *sequence* is a leaf of the forest (without branches, every segment). A *row* is one scored token: `rows[r]` is
-    the position in the pack that predicts it, that is the token before it; the shift by one happens here and nowhere
-    else.
+    the position in the pack that predicts it, that is the token before it; the shift by one happens only here.
 
         two sequences   [7 8 1 5 0] scoring the last 2, and [7 9 4] scoring the last 1
         token_ids       7 8 1 5 0 | 7 9 4
@@ -215,7 +214,7 @@ class PackedBatch:
     cu_rows: Tensor
     """(N+1,) int32: rows cu_rows[i] .. cu_rows[i+1] belong to sequence i"""
     last: Tensor
-    """[N] int64: where in T each sequence ends; a reward model scores here"""
+    """[N] int64: position of the last token of each sequence, at which a reward model scores"""
     plan: AttentionPlan
 
     @property
@@ -238,17 +237,17 @@ class Experience:
     cu_rows: Tensor
     """(N+1,) int32: rows cu_rows[i] .. cu_rows[i+1] belong to episode i"""
     mask: Tensor
-    """[R] bool: True where the policy chose the token"""
+    """[R] bool: the token was sampled"""
     trained: Tensor
-    """[R] bool: True where the policy's loss counts the token; within `mask`"""
+    """[R] bool: the token counts in the policy loss; a subset of `mask`"""
     sampler_logprob: Tensor
-    """[R] under the policy as it was when it sampled, rescored by the trainer's own forward"""
+    """[R] log-probs under the policy that sampled, computed by the trainer's own forward pass"""
     reference_logprob: Tensor
     """[R]"""
     value: Tensor | None = None
     """[R] values of the critic at sampling time; None without a critic"""
     advantage: Tensor
-    """[R] GAE, whitened over the batch; or the advantage within the group, not whitened"""
+    """[R] GAE, whitened over the batch, or the advantage within the group, not whitened"""
     returns: Tensor | None = None
     """[R] target of the critic: advantage before whitening + value"""
     kl_coef: float
@@ -256,8 +255,9 @@ class Experience:
     weight: Tensor | None = None
     """[R] truncated importance weights of the policy loss, trainer over engine; None: 1"""
     rewards: Mapping[str, Tensor] = field(default_factory=dict)
-    """Name in the logs -> [R], coefficient included, before whitening; for display only"""
+    """Name in the logs -> rewards [R], including their coefficient, before whitening; only for display"""
     scores: Tensor | None = None
-    """[N] of each whole response: the judge's, or the sum of what functions or a DPO model give"""
+    """[N] score of each whole response by the judge, or else the sum of the rewards of functions or of a DPO model"""
     reference_states: Tensor | None = None
-    """[R, D] of the reference, in the dtype of its weights, for an exact KL in the loss; else None"""
+    """[R, D] hidden states of the reference, in the dtype of its weights, for an exact KL in the loss; otherwise
+    None"""

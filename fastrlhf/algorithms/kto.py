@@ -1,4 +1,5 @@
-"""KTO on packs, from responses that are labelled as desirable or not (Ethayarajh et al. 2024, arXiv 2402.01306).
+"""Trains a policy by KTO on packs, with responses that are labelled as desirable or not (Ethayarajh et al. 2024, arXiv
+2402.01306).
 
     u_i   = log pi(y_i | x_i) / pi_ref(y_i | x_i)
     z     = max(0, mean over the batch of log pi(y_j | x_i) / pi_ref(y_j | x_i)),   y_j: the response of another row

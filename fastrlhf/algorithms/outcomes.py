@@ -1,4 +1,4 @@
-"""The outcome of a response as one number, and whether the response succeeded."""
+"""Computes the outcome of a response as one number, and whether the response succeeded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PsiPO: preference optimisation for any Psi, and its targets (Azar et al. 2023, arXiv 2310.12036).
+"""PsiPO, preference optimisation for any function Psi: targets and losses (Azar et al. 2023, arXiv 2310.12036).
 
     objective   E_{y~pi, y'~mu} Psi(p(y > y')) - tau KL(pi || pi_ref)                                      (eq. 6)
     optimum     pi*(y) = pi_ref(y) exp(g(y) / tau) / Z,   g(y) = E_{y'~mu} Psi(p(y > y'))                  (eq. 7, 9)
@@ -11,8 +11,8 @@ of DPO (proposition 1). Three back-ends reach the optimum:
     groupwise   regression of u over K responses per prompt, `group_target` and `group_loss`: exact for any Psi
     reward      g as the reward of PPO with KL coefficient tau, `group_rewards` and `psi_judge`
 
-Targets are made once, before training, in float64. Pure torch: no model. Legend: B pairs, K responses of a prompt drawn
-from mu, G groups, N responses of all groups; P [K, K] holds p(y_i > y_j), with 1/2 on its diagonal.
+Targets are computed once, before training, in float64. The functions here need no model. Legend: B pairs, K responses
+of a prompt drawn from mu, G groups, N responses of all groups; P [K, K] holds p(y_i > y_j), with 1/2 on its diagonal.
 """
 
 from __future__ import annotations

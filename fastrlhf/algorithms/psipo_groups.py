@@ -1,4 +1,5 @@
-"""PsiPO on packs, from K responses per prompt (Azar et al. 2023, arXiv 2310.12036; `psipo.py` has the equations).
+"""Trains a policy by PsiPO on packs, with K responses per prompt (Azar et al. 2023, arXiv 2310.12036; `psipo.py` has
+the equations).
 
     once:   P of every group from labels or a reward model; targets t of its log-ratios; log pi_ref of every response
     repeat: draw a batch of groups; u = log pi / pi_ref of each response;

@@ -1,7 +1,8 @@
-"""Log-probs of a frozen reference: computed once, kept on disk, or taken from a copy at every step.
+"""Provides log-probs of a frozen reference: computed once, cached on disk, or computed by a copy of the model at every
+step.
 
-All three give the same numbers up to the rounding of different packs. The default is to compute them once: that
-costs one pass over the data and needs no second model during training.
+All three give the same numbers up to the rounding of different packs. By default they are computed once, which takes
+one pass over the data and needs no second model during training.
 """
 
 from __future__ import annotations
@@ -39,11 +40,11 @@ Reference = Callable[[PackedBatch, Sequence[int]], Tensor]
 def open_reference(
     config: ReferenceConfig, policy: PreTrainedModel, trees: Sequence[Tree], needed: Iterable[int]
 ) -> Reference:
-    """The reference of `config`: `ref_model_name_or_path`, or the policy as it is now.
+    """Opens the reference of `config`: `ref_model_name_or_path`, or the policy as it is now.
 
     Log-probs are computed for the trees whose indices are `needed`; with `ref_cache_dir`, for all trees, so that other
-    runs can use them. Raises ValueError where the reference does not fit the policy, gives a log-prob that is not
-    finite, or the cache cannot be used.
+    runs can use them. Raises ValueError if the reference does not fit the policy or gives a log-prob that is not
+    finite, or if the cache cannot be used.
     """
     if not config.precompute_ref_log_probs:
         model = _open(config, policy) if config.ref_model_name_or_path else frozen_copy(policy)
@@ -133,7 +134,7 @@ def _fingerprint(config: ReferenceConfig, policy: PreTrainedModel, trees: Sequen
         settings = {name: value for name, value in policy.config.to_dict().items() if name != "_name_or_path"}
         digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
         for name, tensor in policy.state_dict().items():
-            if ".lora_" in name:  # an untrained adapter adds nothing
+            if ".lora_" in name:  # an untrained adapter changes nothing
                 continue
             digest.update(name.replace(".base_layer.", ".").encode())
             digest.update(tensor.detach().reshape(-1).view(torch.uint8).cpu().numpy())

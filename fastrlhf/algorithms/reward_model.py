@@ -1,11 +1,11 @@
-"""A reward model from preference pairs, on packs (Bradley and Terry 1952; Stiennon et al. 2020, arXiv 2009.01325,
+"""Trains a reward model on preference pairs, on packs (Bradley and Terry 1952; Stiennon et al. 2020, arXiv 2009.01325,
 section 3.4).
 
     repeat: draw a batch of pairs; loss = -sum of log sigmoid(r(x, chosen) - r(x, rejected)) / pairs; step
 
 Options: a margin per row that the difference must exceed, and a penalty that centres the scores on 0. RLP (`rlp.py`)
-refits a reward model here: on synthetic pairs beside those of the dataset, or with a second loss on views in the packs
-of the pairs.
+also refits reward models by this trainer: on synthetic pairs in addition to those of the dataset, or with a second loss
+on views in the packs of the pairs.
 
 `fastrlhf reward --config FILE`
 """
@@ -186,7 +186,8 @@ def _with_loss(output: LossOutput) -> dict[str, Metric]:
 
 @torch.no_grad()
 def _last_hidden(model: PreTrainedModel, trees: Sequence[Tree], budget: int) -> Tensor:
-    """[2B, D] the last hidden states of the two responses of every tree, which the score head reads."""
+    """Returns [2B, D], the hidden states of the last tokens of the two responses of every tree, which the score head
+    reads."""
     hidden = torch.empty(len(trees), 2, width(model.config), dtype=model.dtype, device=model.device)
     for micro in micro_batches([num_computed(tree) for tree in trees], budget, "view"):
         batch = pack(forest(trees[i] for i in micro), model.device)
@@ -210,14 +211,14 @@ def _view_metrics(means: dict[str, float], objective: ViewObjective, step: int) 
 
 
 def score_pairs(model: PreTrainedModel, pairs: Sequence[Tree]) -> Tensor:
-    """[B, 2] float32: the scores of chosen and rejected."""
+    """Returns [B, 2] float32, the scores of chosen and rejected."""
     batch = pack(forest(pairs), model.device)
     return sequence_scores(model, batch).view(-1, 2)
 
 
 def ranking_losses(config: RewardConfig, scores: Tensor, margins: Tensor) -> Tensor:
-    """[B]: -log sigmoid(difference - margin) + center_rewards_coefficient (sum)^2 of scores [B, 2]; margins [B] on the
-    CPU."""
+    """Returns [B], -log sigmoid(difference - margin) + center_rewards_coefficient (sum)^2 of scores [B, 2]; margins [B]
+    on the CPU."""
     losses = -F.logsigmoid(scores[:, 0] - scores[:, 1] - margins.to(scores.device, non_blocking=True))
     return (
         losses + config.center_rewards_coefficient * scores.sum(1) ** 2 if config.center_rewards_coefficient else losses
@@ -226,7 +227,8 @@ def ranking_losses(config: RewardConfig, scores: Tensor, margins: Tensor) -> Ten
 
 @torch.no_grad()
 def evaluate(config: RewardConfig, model: PreTrainedModel, pairs: Sequence[Tree], margins: Tensor) -> dict[str, float]:
-    """Loss and accuracy on held-out pairs, the accuracy with its 95 % bootstrap interval; ties count one half."""
+    """Measures loss and accuracy on held-out pairs, with a 95 % bootstrap interval of the accuracy; ties count one
+    half."""
     micros = own_micro_batches([num_computed(tree) for tree in pairs], config.micro_batch_tokens, "pair")
     with whole(model):
         scores = torch.cat([score_pairs(model, [pairs[i] for i in micro]) for micro in micros])
@@ -239,7 +241,7 @@ def evaluate(config: RewardConfig, model: PreTrainedModel, pairs: Sequence[Tree]
 
 
 def held_out_accuracy(config: RewardConfig, model: PreTrainedModel, examples: Sequence[TokenizedExample]) -> float:
-    """Share of the pairs whose chosen response has the higher score; ties count one half."""
+    """Returns the share of pairs in which the chosen response has the higher score; ties count one half."""
     pairs = [to_tree(example, config) for example in examples]
     return evaluate(config, model, pairs, _margins(config, examples))["eval_accuracy"]
 
@@ -258,18 +260,18 @@ def _summary(scores: Tensor, losses: Tensor) -> dict[str, float]:
 
 
 def _margins(config: RewardConfig, examples: Sequence[TokenizedExample]) -> Tensor:
-    """[B] float32 on the CPU, the margin by which the scores of each pair should differ. Raises ValueError, naming
-    the row, for a margin that is not finite."""
+    """Returns [B] float32 on the CPU, the margin by which the scores of each pair should differ. Raises ValueError,
+    naming the row, for a margin that is not finite."""
     return config.margin_scale * (pair_margins(examples) if config.margin_scale else torch.zeros(len(examples)))
 
 
 def fields_read(config: RewardConfig) -> list[str]:
-    """Columns that the loss reads."""
+    """Returns the columns that the loss reads."""
     return ["chosen", "rejected", *["margin"] * (config.margin_scale != 0)]
 
 
 def to_tree(example: TokenizedExample, config: RewardConfig) -> Tree:
-    """The segments of a row: prompt, chosen, rejected."""
+    """Returns the segments of a row: prompt, chosen, rejected."""
     assert example.chosen is not None
     assert example.rejected is not None
     responses = (example.chosen, example.rejected)

@@ -1,4 +1,4 @@
-"""Every model of an on-policy run, opened before its first step: policy, reference, judges, critic, sampler."""
+"""Opens all models of an on-policy run before its first step: policy, reference, judges, critic and sampler."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ EngineFactory = Callable[[PPOConfig, PreTrainedModel, EndIds], Engine]
 
 @dataclass(frozen=True, kw_only=True)
 class Judged:
-    """What the judge and the reward functions of a run say of N responses."""
+    """Scores and outcomes of N responses by the judge and the reward functions of a run."""
 
     scores: Tensor | None
-    """[N] float32, of the judge; None where there is none"""
+    """[N] float32 scores of the judge; None without a judge"""
     earned: Earned
     outcome: Tensor
     """[N] float64 on the CPU (outcomes.py)"""
@@ -69,21 +69,21 @@ class Roles:
     judge: Judge | None
     """The score of each response; None if only reward functions or a DPO model give rewards."""
     score: Judge | None
-    """The score that training uses: that of `judge`, or with `psi` the comparison with other responses."""
+    """The score used for training: the score of `judge` or, with `psi`, the comparison with other responses."""
     held_out_judge: Judge | None
     """A second judge, for evaluation only."""
     rewards: Rewards
     """The reward terms: how the reward of each token is computed."""
     sampler: Engine
     roll_in: Engine | None
-    """Writes the responses that `reset_source: sample` resets to; None for other sources."""
+    """Engine that samples the responses from which `reset_source: sample` copies; None for other sources."""
     stops: Stops | None
     """The stop strings of a response; None if there are none."""
     waiting: Waiting
-    """The frozen models, which may wait in CPU memory."""
+    """The frozen models, which may be in CPU memory while they are not used."""
 
     def judged(self, config: PPOConfig, rollouts: Sequence[Rollout]) -> Judged:
-        """Asks the judge and the reward functions of the run about the responses."""
+        """Calls the judge and the reward functions of the run for the responses."""
         scores = checked_scores(self.score(rollouts), rollouts, self.policy.device) if self.score else None
         functions = self.rewards.functions
         earned = functions(rollouts)
@@ -100,9 +100,9 @@ def check_sources(
 ) -> None:
     """Reads the configuration of every model that `config` names, before data is read or weights are loaded.
 
-    `functions` are the reward functions beside those of `config`, by name. Raises ValueError, naming the key, for a
-    model that is missing, unreadable or of the wrong kind, when nothing rewards a response, and for keys that concern a
-    score when there is no judge.
+    `functions` are further reward functions, by name, that `config` does not name. Raises ValueError, naming the key,
+    for a model that is missing, unreadable or of the wrong kind, when nothing rewards a response, and for keys that
+    concern a score when there is no judge.
     """
     if functions is not None and not isinstance(functions, Mapping):
         kind = type(functions).__name__
@@ -117,9 +117,9 @@ def check_sources(
         require(value is None, "missing_eos_score", value, f"{rule}; missing_eos_penalty subtracts from any reward")
         at_default(config, [(False, "without a reward model", ("psi", "score_norm", "score_clip"))])
         judged = bool(config.reward_functions or functions)
-        rule = "another source without a reward model or reward functions, which say what failed"
+        rule = "another source without a reward model or reward functions, which decide what failed"
         require(judged or config.reset_source != "rollout", "reset_source", config.reset_source, rule)
-        rule = "none without a reward model or reward functions, which say what succeeded"
+        rule = "none without a reward model or reward functions, which decide what succeeded"
         require(judged or config.dpo_refine == "none", "dpo_refine", config.dpo_refine, rule)
     sources = implicit | {name: getattr(config, name) for name in ("reward_model_path", "eval_reward_model_path")}
     for field, source in (sources | {"critic_model_path": config.critic_model_path}).items():
@@ -142,10 +142,9 @@ def open_roles(
     engine: EngineFactory | None = None,
     functions: RewardFunctions | None = None,
 ) -> Roles:
-    """Loads the models of the run, shards them where several processes train, and makes its sampler.
-
-    `judge`, `held_out_judge` and `engine` stand in for the reward models and the engine that `config` names. Raises
-    ValueError as `check_sources` and the loaders of models do.
+    """Loads the models of the run, shards them if there are several processes, and makes the sampler. `judge`,
+    `held_out_judge` and `engine` replace the reward models and the engine that `config` names. Raises ValueError as
+    `check_sources` and the loaders of models do.
     """
     rewards = open_rewards(config, tokenizer, functions)
     policy = policy_or_given(config, tokenizer, model)
@@ -203,7 +202,7 @@ def open_roles(
 
 
 def make_engine(config: PPOConfig, policy: PreTrainedModel, eos_token_id: EndIds) -> Engine:
-    """The engine of the configuration; it samples with the weights that `policy` has at each call."""
+    """Makes the engine that the configuration names; it samples with the weights that `policy` has at each call."""
     if config.engine == "vllm":
         return together(lambda: open_vllm(config, policy, eos_token_id))
     return TransformersEngine.of(config, policy, eos_token_id, stop_at_eos=config.compat == "fixed")
@@ -212,8 +211,8 @@ def make_engine(config: PPOConfig, policy: PreTrainedModel, eos_token_id: EndIds
 def _open_reward_model(
     config: PPOConfig, field: str, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> PreTrainedModel:
-    """The reward model that `field` names, with its trained head. It serves as a judge, and the critic starts from its
-    weights. If it is an adapter, it shares the weights of `base`."""
+    """Loads the reward model that `field` names, which must have a trained head. If it is an adapter, it shares the
+    weights of `base`."""
     source, (_, pad) = getattr(config, field), special_ids(tokenizer)
     check_same_tokenizer(field, source, tokenizer, config, required=False)
     if holds_adapter(source):

@@ -32,10 +32,9 @@ def per_response(
     field: str,
     title: str = "",
 ) -> list[Tensor]:
-    """What `read` returns for the responses of every tree, [K] float32 on the CPU.
-
-    Packs hold at most `budget` tokens. With a `title` the pass shows its progress under that name. Raises ValueError,
-    naming `field`, for a number that is not finite.
+    """Returns the results of `read` for the responses of every tree, [K] float32 on the CPU. Packs have at most
+    `budget` tokens. With a `title` the progress of the pass is shown under this title. Raises ValueError, naming
+    `field`, for a number that is not finite.
     """
     own: dict[int, Tensor] = {}
     micros = own_micro_batches([num_computed(tree) for tree in trees], budget, "example")
@@ -52,12 +51,12 @@ def per_response(
 
 
 def sequence_logprobs(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
-    """log pi of the scored tokens of every sequence, [N] float32, in nats."""
+    """Returns the log-prob of the scored tokens of every sequence, summed over tokens, [N] float32, in nats."""
     return sequence_sums(token_logprobs(model, batch).logprob, batch)
 
 
 def sequence_sums(per_row: Tensor, batch: PackedBatch) -> Tensor:
-    """[R] -> [N] float32: the sum over the rows of every sequence, in a fixed order."""
+    """Sums the rows of every sequence in a fixed order, [R] -> [N] float32."""
     return torch.segment_reduce(per_row, "sum", offsets=batch.cu_rows.long())
 
 
@@ -66,7 +65,8 @@ def num_responses(tree: Tree) -> int:
 
 
 def reward_scores(config: DPOConfig, trees: Sequence[Tree], tokenizer: PreTrainedTokenizerBase) -> list[Tensor]:
-    """Scores [K] of the responses of every tree by `reward_model_path`. The model is loaded, used and freed here."""
+    """Scores the responses of every tree, [K] each, with the model of `reward_model_path`, which is loaded, used and
+    freed."""
     check_same_tokenizer("reward_model_path", config.reward_model_path, tokenizer, config, required=False)
     model = load_reward_model(
         config.reward_model_path,

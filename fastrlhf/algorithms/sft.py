@@ -1,4 +1,4 @@
-"""Supervised fine-tuning on packs.
+"""Trains a model by supervised fine-tuning on packs.
 
     repeat: draw a batch of examples; loss = -sum of log pi(response | prompt) / response tokens of the batch; step
 
@@ -40,7 +40,7 @@ def train_sft(
     `model`, which is then trained in place, and `tokenizer` replace those that `config` names.
 
     Metrics per step: loss (nats per trained token), grad_norm, learning_rate, num_tokens (of the packs). Raises
-    ValueError for bad input before any time is spent.
+    ValueError for bad input before training starts.
     """
     config = at_start(config, SFTConfig, "train_sft")
     tokenizer, data = open_inputs(config, [config.response], examples, eval_examples, tokenizer=tokenizer)
@@ -80,7 +80,7 @@ def train_sft(
 
 @torch.no_grad()
 def evaluate(model: PreTrainedModel, segments: Sequence[Segment], micro_batch_tokens: int) -> dict[str, float]:
-    """eval_loss: mean nats per scored token."""
+    """Returns the metric eval_loss, the mean loss in nats per scored token."""
     loss = torch.zeros((), device=model.device)
     with whole(model):
         for micro in own_micro_batches([len(s.token_ids) for s in segments], micro_batch_tokens):
@@ -89,7 +89,7 @@ def evaluate(model: PreTrainedModel, segments: Sequence[Segment], micro_batch_to
 
 
 def to_segment(example: TokenizedExample, config: SFTConfig) -> Segment:
-    """The sequence of a row: prompt and response."""
+    """Returns the sequence of a row: prompt and response."""
     response = getattr(example, config.response)
     if config.train_on == "all" or not config.completion_only_loss:
         token_ids = [*example.prompt, *response]

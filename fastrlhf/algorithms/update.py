@@ -1,4 +1,4 @@
-"""The on-policy update: passes of the clipped losses over the packs of a batch of episodes."""
+"""The on-policy update: trains with the clipped losses in several passes over the packs of a batch of episodes."""
 
 from __future__ import annotations
 
@@ -36,20 +36,21 @@ def update(
     critic_only: bool = False,
     opened: OpenUpdate | None = None,
 ) -> dict[str, float]:
-    """`num_ppo_epochs` passes over the batch; after the first, the mini-batches are drawn and packed anew, and under
-    compat "reference", where every micro-batch is a mean by itself, the micro-batches too.
+    """Makes `num_ppo_epochs` passes over the batch. After the first pass, mini-batches are drawn and packed anew; with
+    compat "reference", where every micro-batch is averaged separately, also micro-batches.
 
-    `reference` is needed only for an exact KL in the loss, which reads its head (its states are in the experience).
-    With `critic_only` the policy is neither computed nor updated, and its metrics are absent. When the KL of a
-    mini-batch exceeds `target_kl`, the update ends before the step of that mini-batch; the first step, at ratio 1, is
+    `reference` is needed only for an exact KL in the loss, which needs its output layer (its hidden states are in the
+    experience). With `critic_only` the policy is neither computed nor updated, and its metrics are absent. If the KL of
+    a mini-batch exceeds `target_kl`, the update ends before the step of this mini-batch; the first step, at ratio 1, is
     always taken. `opened` keeps the progress of the update, which may have begun before the run was resumed.
     """
     opened = opened or OpenUpdate()
     policy_totals, value_totals, steps = opened.totals["policy"], opened.totals["value"], opened.steps
     num_stopped = 0
-    # Under compat "reference" every micro-batch is a mean by itself, in losses and in metrics, as in the authors' code.
+    # With compat "reference" losses and metrics of every micro-batch are averaged separately, as in the authors' code.
     alone = config.compat == "reference"
-    # Losses are weighted means over the tokens of a mini-batch. By sequence, a token weighs 1 / its episode's tokens.
+    # Losses are weighted means over the tokens of a mini-batch. For aggregation "sequence", the weight of a token is 1
+    # / the tokens of its episode.
     by_sequence = config.aggregation == "sequence"
     shares = _episode_shares(experience.cu_rows, experience.trained) if by_sequence else None
     value_shares = _episode_shares(experience.cu_rows, torch.ones_like(experience.mask)) if by_sequence else None
@@ -68,7 +69,7 @@ def update(
                     limit = config.batch_size // config.num_mini_batches * config.response_length
                     weight = (num_tokens / limit).expand(len(item.index))
                 chosen = _policy_loss(config, policy, reference, experience, item, weight, num_tokens)
-                chosen.loss.backward()  # before the critic's forward, to hold one model's activations at a time
+                chosen.loss.backward()  # before the critic's forward, to save memory
                 policy_totals.add(_averaged(chosen.metrics, "tokens") if alone else chosen.metrics)
                 drift += chosen.metrics["approx_kl"].value / num_tokens
             if critic is None:
@@ -103,7 +104,7 @@ def update(
 def remaining(
     batches: Iterable[tuple[int, Sequence[Pack]]], opened: OpenUpdate
 ) -> Iterator[tuple[int, Sequence[Pack]]]:
-    """The mini-batches that an update has not trained yet; between two of them the run can be stopped."""
+    """Yields the mini-batches on which an update has not trained yet; between two of them the run can be stopped."""
     for number, batch in enumerate(batches):
         if number < len(opened.steps):
             continue
@@ -119,7 +120,7 @@ def mini_batches(
     seed: tuple[int, int],
     device: torch.device,
 ) -> Iterator[tuple[int, Sequence[Pack]]]:
-    """(pass, its packs) for every optimiser step."""
+    """Yields (number of the pass, packs) for every optimiser step."""
     for epoch in range(config.num_ppo_epochs):
         if epoch > 0 and (config.num_mini_batches > 1 or config.compat == "reference"):
             num_groups = len(rollouts) // config.num_generations
@@ -130,13 +131,13 @@ def mini_batches(
 
 
 def _averaged(metrics: Mapping[str, Metric], count: str) -> dict[str, Metric]:
-    """The means of one micro-batch, in the form of sums with count 1."""
+    """Returns the means over one micro-batch, in the form of sums with count 1."""
     number = metrics[count].value.clamp(min=1)
     return {name: Sum(x.value / number) if isinstance(x, Sum) else x for name, x in metrics.items()}
 
 
 def _episode_shares(cu_rows: Tensor, trained: Tensor) -> Tensor:
-    """[R]: 1 / the trained tokens of the row's episode; 0 where the row is not trained."""
+    """Returns [R], 1 / the number of trained tokens of the row's episode; 0 for rows that are not trained."""
     lengths = cu_rows.diff().long()
     counts = torch.segment_reduce(trained.float(), "sum", lengths=lengths, unsafe=True)
     shares = (1 / counts).repeat_interleave(lengths, output_size=len(trained))
@@ -144,7 +145,8 @@ def _episode_shares(cu_rows: Tensor, trained: Tensor) -> Tensor:
 
 
 def _with_mean_1(shares: Tensor, index: Tensor, inside: Tensor, count: Tensor | int) -> Tensor:
-    """[R of the pack]: `shares` of the rows `index`, scaled to a mean of 1 over the `count` rows of the mini-batch."""
+    """Returns [R of the pack], the `shares` of the rows `index`, scaled to a mean of 1 over the `count` rows of the
+    mini-batch."""
     return shares[index] * (count / shares[inside].sum())
 
 
@@ -157,9 +159,8 @@ def _policy_loss(
     weight: Tensor | None,
     num_tokens: Tensor,
 ) -> LossOutput:
-    """The loss of one pack, divided by `num_tokens`; `weight` [R of the pack] has mean 1 over the mini-batch.
-
-    Metrics as those of `policy_loss`; its `kl` is the estimate of `kl_estimator`, where that is in the loss.
+    """Computes the loss of one pack, divided by `num_tokens`; `weight` [R of the pack] has mean 1 over the mini-batch.
+    The metrics are those of `policy_loss`; `kl` is the estimate of `kl_estimator` if the KL is in the loss.
     """
     index, mask = item.index, experience.trained[item.index]
     sampled = config.kl_placement == "loss" and config.kl_estimator != "exact"
@@ -183,7 +184,7 @@ def _policy_loss(
         num_tokens=num_tokens,
         loss_type=config.loss_type if config.loss_type in LOSS_TYPES else "ppo",
         cu_seqlens=item.batch.cu_rows if config.loss_type == "gspo" else None,
-        clip_low=1.0 if config.loss_type == "cispo" else config.cliprange,  # CISPO bounds the factor only from above
+        clip_low=1.0 if config.loss_type == "cispo" else config.cliprange,  # CISPO bounds the ratio only from above
         clip_high=config.cliprange if config.cliprange_high is None else config.cliprange_high,
         dual_clip=config.dual_clip,
         reference_logprob=experience.reference_logprob[index] if sampled else None,
@@ -195,7 +196,7 @@ def _policy_loss(
     )
     if exact is None:
         return LossOutput(loss, metrics)
-    # The KL of a state does not depend on the token drawn there, so no importance weight.
+    # The KL of a state does not depend on the token drawn there, so it gets no importance weight.
     kl = torch.where(mask, exact, 0.0)
     charged = kl if weight is None else weight * kl
     return LossOutput(loss + experience.kl_coef * charged.sum() / num_tokens, {**metrics, "kl": Sum(kl.detach().sum())})
@@ -204,9 +205,9 @@ def _policy_loss(
 def _training_metrics(
     policy: Mapping[str, float], value: Mapping[str, float], steps: Sequence[Mapping[str, float]], dual_clip: bool
 ) -> dict[str, float]:
-    """TRL's names. `policy/clipfrac_avg` is without the tokens of the dual clip, which have a metric of their own.
-    Means over the tokens of all passes, gradient norms over the optimiser steps. `policy` is empty if the policy was
-    not trained, `value` if there is no critic."""
+    """Returns the metrics of an update under TRL's names: means over the tokens of all passes, and gradient norms
+    averaged over the optimiser steps. `policy/clipfrac_avg` excludes tokens of the dual clip, which have a separate
+    metric. `policy` is empty if the policy was not trained, `value` if there is no critic."""
     metrics = {"learning_rate": steps[-1]["learning_rate"]}
     if policy:
         metrics |= {
