@@ -1,4 +1,4 @@
-"""`python -m bench rollout --engine vllm`: vLLM beside the built-in engine and the `generate` of transformers.
+"""`python -m bench rollout --engine vllm`: compares vLLM, the built-in engine and the `generate` of transformers.
 
 All three sample the same episodes, with the lengths of Reddit TL;DR, from a model with the shape of SmolLM2-135M and
 random weights. The time includes the hand-over of the weights, prefill and decoding; only tokens that an episode keeps
@@ -35,8 +35,11 @@ SMOLLM2 = LlamaConfig(
 
 @dataclass(frozen=True, kw_only=True)
 class PaddedGenerate:
-    """The `generate` of transformers, on one batch padded at the left. It counts only the tokens that an episode keeps;
-    those after its end or its limit are computed for nothing."""
+    """Samples with `generate` of transformers, in one left-padded batch.
+
+    Only the tokens that an episode keeps are counted. `generate` also computes tokens after the end or the limit of an
+    episode.
+    """
 
     model: PreTrainedModel
     config: DRPOConfig
@@ -60,7 +63,7 @@ class PaddedGenerate:
 def run_engines(
     episodes: int, rounds: int, device: str, dtype: str, folder: Path = RESULTS, model: LlamaConfig = SMOLLM2
 ) -> str:
-    """Times the three in turn, appends a row for each, and returns the table in Markdown."""
+    """Times the three engines alternately, appends a row for each, and returns the table in Markdown."""
     policy = build_policy(
         model, vocab_size=model.vocab_size, eos_token_id=EOS, seed=0, device=torch.device(device), dtype=dtype
     )
@@ -100,7 +103,7 @@ def _sampled(engine: Engine, prefixes: list[Prefix]) -> int:
 
 
 def _cpu_seconds(engine: VLLMEngine) -> float:
-    """CPU seconds that the vLLM processes have used, user and system."""
+    """User and system CPU seconds that the vLLM processes have used."""
     ticks = 0
     for child in engine.children:
         after_name = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()

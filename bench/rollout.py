@@ -75,7 +75,8 @@ def _rows(config: DRPOConfig, rounds: int, device: str) -> list[Row]:
                 "reset_group": config.reset_group,
                 "decode": decode,
                 "prefix_tokens": sum(map(len, texts)),
-                "prefilled": sum(map(len, set(trunks(texts).values()))),  # if all of them fit into the slots at once
+                # Tokens to prefill, if all episodes fit into the slots at once
+                "prefilled": sum(map(len, set(trunks(texts).values()))),
                 "sampled": sampled,
                 "seconds": float(np.median(seconds[1:])),
                 "judge_seconds": float(np.median(judge_seconds[1:])),

@@ -1,4 +1,4 @@
-"""Runs of several processes that signals cut off, for tests/ranks.py, whose `run` they are given."""
+"""Runs of several processes that signals interrupt; tests/ranks.py passes its function `run`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests import resumable
 
 
 def stopped(run: Callable[..., Any], place: Path, two: Path) -> bool:
-    """A PPO run that a signal to the second rank alone stops after its first step; then the same command again."""
+    """A PPO run stopped after its first step by a signal to the second rank only, then the same command again."""
     log, folder = Run.log, two / "ppo-resumed"
 
     def signalled(run: Run, step: int, *arguments: Any, **keywords: Any) -> None:
@@ -47,11 +47,12 @@ CUTS: dict[str, tuple[Any, str, tuple[int, ...]]] = {
     "judge": (resumable, "noisy_judge", (0,)),
     "update": (Optimizer, "step", (1,)),
 }
-"""Part of a step -> a function of it, and the ranks that get a signal when it is called first."""
+"""Part of a step -> (owner, function name, ranks that get a signal at the function's first call)."""
 
 
 def cut(run: Callable[..., Any], part: str, place: Path, two: Path) -> str:
-    """What a run says that gets a signal in a part of its second step; then the same command again."""
+    """Interrupts a run by a signal in a part of its second step, then runs the same command again; returns the
+    message."""
     owner, name, signalled = CUTS[part]
     function, log, sent = getattr(owner, name), Run.log, [True]
 

@@ -19,9 +19,9 @@ STOPS: dict[str, tuple[str, tuple[str, ...]]] = {
     "full disk": (
         "test_full_disk.py",
         (
-            "test_a_file_system_that_is_full_is_waited_for_and_no_step_is_lost",
-            "test_a_log_that_cannot_be_written_keeps_no_checkpoint_from_being_saved_and_loses_no_row",
-            "test_a_full_disk_costs_the_oldest_checkpoint_and_then_time_but_no_step",
+            "test_a_run_waits_for_space_and_loses_no_step",
+            "test_if_the_log_cannot_be_written_checkpoints_are_saved_and_hold_its_rows",
+            "test_on_a_full_disk_the_oldest_checkpoint_is_deleted_before_the_run_waits",
             "test_a_run_is_refused_where_the_disk_has_no_room_for_model_and_checkpoint",
         ),
     ),

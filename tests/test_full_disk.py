@@ -1,4 +1,4 @@
-"""Runs on a full disk: they wait for room, and neither a step nor a row of the log is lost."""
+"""Tests of runs on a full disk: they wait for space and lose no step and no row of the log."""
 
 import errno
 import shutil
@@ -35,7 +35,7 @@ def raiser(error):
     return fail
 
 
-def test_a_log_that_cannot_be_written_costs_no_model(model, tmp_path, monkeypatch, caplog):
+def test_the_model_is_saved_if_the_log_cannot_be_written(model, tmp_path, monkeypatch, caplog):
     full = OSError(errno.ENOSPC, "No space left on device")
     monkeypatch.setattr("fastrlhf.runtime.metrics._Lines._write", raiser(full))
     with pytest.warns(RuntimeWarning, match=r"metrics.jsonl: a row cannot be written .* kept and written later"):
@@ -47,8 +47,8 @@ def test_a_log_that_cannot_be_written_costs_no_model(model, tmp_path, monkeypatc
     assert all(torch.equal(left[name], value) for name, value in result.model.state_dict().items())
 
 
-def test_a_log_that_cannot_be_written_keeps_no_checkpoint_from_being_saved_and_loses_no_row(model, tmp_path):
-    """From step 2 on no row can be written; the run is killed after step 4, whose checkpoint has the rows."""
+def test_if_the_log_cannot_be_written_checkpoints_are_saved_and_hold_its_rows(model, tmp_path):
+    """From step 2 on no row can be written. The run is killed after step 4, whose checkpoint contains the rows."""
     train_sft(config(model, tmp_path / "whole", max_steps=5), tiny.examples(8))
     lines, log = "fastrlhf.runtime.metrics._Lines._write", Run.log
 
@@ -71,21 +71,21 @@ def test_a_log_that_cannot_be_written_keeps_no_checkpoint_from_being_saved_and_l
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 3 MB, where this process may mount one."""
+    """A file system of 3 MB, if this process may mount one."""
     place = tmp_path / "disk"
     place.mkdir()
     mount = shutil.which("mount")
     command = [mount or "mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(place)]
     if not mount or subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("needs the right to mount a tmpfs")
+        pytest.skip("needs permission to mount a tmpfs")
     try:
         yield place
     finally:
         subprocess.run(["umount", "-l", str(place)], check=True)
 
 
-def test_a_file_system_that_is_full_is_waited_for_and_no_step_is_lost(model, small_disk, tmp_path, monkeypatch, caplog):
-    """A real one: a file fills it before the checkpoint of step 2, and is deleted at the second look."""
+def test_a_run_waits_for_space_and_loses_no_step(model, small_disk, tmp_path, monkeypatch, caplog):
+    """Uses a real file system: a file fills it before the checkpoint of step 2 and is deleted at the second check."""
     train_sft(config(model, tmp_path / "whole"), tiny.examples(8))
     ballast, log, looks = small_disk / "ballast", Run.log, []
 
@@ -115,8 +115,8 @@ def test_a_run_is_refused_where_the_disk_has_no_room_for_model_and_checkpoint(mo
     assert {path.name for path in (tmp_path / "run").iterdir()} == set()
 
 
-def test_a_full_disk_costs_the_oldest_checkpoint_and_then_time_but_no_step(model, tmp_path, monkeypatch, caplog):
-    """Room appears at the third look; by then the checkpoint that save_total_limit would delete is gone."""
+def test_on_a_full_disk_the_oldest_checkpoint_is_deleted_before_the_run_waits(model, tmp_path, monkeypatch, caplog):
+    """Space appears at the third check; by then the checkpoint that save_total_limit would delete is gone."""
     free, looks = [10**9], []
 
     def usage(path):

@@ -1,14 +1,14 @@
-"""REBEL, RRPO and PRIME on the embedded task against PPO and GRPO, at about the same number of sampled tokens.
+"""Compares REBEL, RRPO and PRIME with PPO and GRPO on the embedded task, at about equally many sampled tokens.
 
     ppo     a critic that starts from the policy, one response per prompt
     grpo    groups of 4, no critic
-    rebel   groups of 4, the regression of reward differences in place of the clipped loss (`update: pair`)
-    rrpo    groups of 4; half of the groups with a failure are sampled again from a cut of one (`reset_source: rollout`)
-    prime   groups of 4, token rewards of a model that is trained on the outcomes (`dpo_refine: outcome`)
+    rebel   groups of 4, with a regression on reward differences instead of the clipped loss (`update: pair`)
+    rrpo    groups of 4; half of the groups with a failure restart inside a failed response (`reset_source: rollout`)
+    prime   groups of 4, with token rewards from a model that is trained on the outcomes (`dpo_refine: outcome`)
 
 The task is that of `bench.resets`, where late states are rare for the policy and the gold judge gives the reward. A
 response succeeds if its reward reaches the mean of its group. The SFT model of a seed is trained once and shared by all
-arms. Everything that an arm does not name is the demo's setting, except for half its episodes per update.
+arms. All other settings are those of the demo, except for half its episodes per update.
 """
 
 from __future__ import annotations
@@ -45,12 +45,14 @@ ARMS: dict[str, dict[str, Any]] = {
     | {"dpo_reward_norm": "batch", "dpo_reward_scale": 1.0},
 }
 UPDATES = 30
-"""Updates of every arm that samples only its episodes; RRPO samples about 1.25 times as many tokens per update."""
+"""Updates of every arm except rrpo, which samples about 1.25 times as many tokens per update."""
 
 
 def run_pieces(seeds: int, jobs: int, runs: Path, out: Path) -> str:
-    """Trains what does not exist yet under `runs`, appends a row per new run to `out/results`, and returns the table in
-    Markdown."""
+    """Trains all arms that have no results yet and returns the table in Markdown.
+
+    Models that exist under `runs` are not trained again. A row per new run is appended to `out/results`.
+    """
     with ProcessPoolExecutor(jobs) as pool:
         list(pool.map(partial(_make_model, runs), range(seeds)))
         cases = [(arm, seed) for seed, arm in product(range(seeds), ARMS)]
@@ -92,7 +94,8 @@ def _run_arm(runs: Path, results: Path, arm: str, seed: int) -> Row:
 
 
 def table(found: Mapping[str, Sequence[Row]]) -> str:
-    """Means over seeds with 95 % intervals, differences paired by seed: gold reward in facts on held-out posts."""
+    """Formats gold rewards in facts on held-out posts in Markdown: means over seeds with 95 % intervals, differences
+    paired by seed."""
     lines = ["| arm | gold reward | minus PPO | minus GRPO | KL | sampled tokens |", "|---|---|---|---|---|---|"]
     for arm, rows in found.items():
         ppo, grpo = ("" if arm == base else interval(_minus(rows, found[base])) for base in ("ppo", "grpo"))

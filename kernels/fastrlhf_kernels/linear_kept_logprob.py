@@ -1,17 +1,17 @@
-"""Log-probs of given tokens under a distribution that is truncated to a set of tokens per row.
+"""Log-probs of given tokens under a softmax that is restricted to a set of tokens per row (truncated sampling).
 
     z[t, v]   = softcap(logit_scale * (hidden[t] . weight[v] + bias[v])) / temperature,   softcap(x) = c tanh(x / c)
     logprob   = z[t, y_t] - logsumexp_{v in S_t} z[t, v]
     entropy   = -sum_{v in S_t} p log p,   p = softmax of z[t] over S_t
 
-S_t are the tokens that truncated sampling (top-k, top-p, min-p) kept at row t. They are constants: the gradient is that
-of a softmax over S_t, so a ratio of two policies compares distributions on one support (DeepSeek-AI 2025, arXiv
-2512.02556, "Keep Sampling Mask").
+S_t is the set of tokens that truncated sampling (top-k, top-p, min-p) kept at row t. It is a constant: the gradient is
+that of a softmax over S_t, so a ratio of two policies compares distributions with equal support (DeepSeek-AI 2025,
+arXiv 2512.02556, "Keep Sampling Mask").
 
-Rows are worked on in chunks. Of a chunk, only the logits of the union of its sets are computed, [rows, union] float32,
-and discarded; the backward computes them again. A row costs at most what it costs in `linear_logprob`, and far less
-where the sets are small. There is no Triton kernel: the products are cuBLAS's on a GPU. The size of the unions is read
-on the host, so every chunk waits for a GPU.
+The op works on chunks of rows. It computes only the logits of the union of a chunk's sets, [rows, union] float32, and
+discards them; the backward computes them again. A row costs at most as much as in `linear_logprob`, and far less if the
+sets are small. There is no Triton kernel; on a GPU cuBLAS computes the products. The size of the unions is read on the
+host, so every chunk waits for a GPU.
 
 Legend: T rows, V vocabulary, D hidden size, K the sum of the sizes of the sets.
 """
@@ -29,14 +29,14 @@ from fastrlhf_kernels._checks import check_cu_seqlens, check_first_derivative, c
 from fastrlhf_kernels.linear_logprob import checked_transform
 from fastrlhf_kernels.types import TokenLogprobs
 
-CPU_CHUNK, GPU_CHUNK = 1 << 25, 1 << 28  # bytes that the logits of a chunk have at most, unless a row has more
+CPU_CHUNK, GPU_CHUNK = 1 << 25, 1 << 28  # largest size of a chunk's logits in bytes, unless one row is larger
 
 
 def linear_kept_logprob(
     hidden: Tensor,  # [T, D] float32, bfloat16 or float16
     weight: Tensor,  # [V, D]
     targets: Tensor,  # [T] int64
-    kept: Tensor,  # [K] int64, the tokens of the sets, row after row
+    kept: Tensor,  # [K] int64, the tokens of all sets, row after row
     cu_kept: Tensor,  # (T+1,): the set of row t is kept[cu_kept[t] : cu_kept[t + 1]]
     *,
     bias: Tensor | None = None,  # [V]
@@ -45,10 +45,10 @@ def linear_kept_logprob(
     softcap: float | None = None,
     entropy: bool = False,
 ) -> TokenLogprobs:
-    """log softmax(softcap(logit_scale * (hidden @ weight.T + bias)) / temperature) over the set of each row, at the
-    target, float32, in nats.
+    """Log-probs of `targets` under the softmax over the kept tokens of each row, [T] float32, in nats.
 
-    A row with an empty set returns 0 in every output and has no gradient. `max_logprob` and `mean_logit` are None.
+    The logits are softcap(logit_scale * (hidden @ weight.T + bias)) / temperature. A row with an empty set returns 0 in
+    every output and has no gradient. `max_logprob` and `mean_logit` are None.
     Raises ValueError for wrong shapes, dtypes and devices, and on the CPU for a token outside the vocabulary and for a
     target that is not in the set of its row (on a GPU its log-prob is -inf).
     """
@@ -80,7 +80,8 @@ def linear_kept_logprob_reference(
     logit_scale: float = 1.0,
     softcap: float | None = None,
 ) -> TokenLogprobs:
-    """The definition: all logits at once, in the given dtype, -inf outside the sets."""
+    """Computes the log-probs by their definition, from all logits at once with -inf outside the sets, in the dtype of
+    the inputs."""
     logits = logit_scale * torch.nn.functional.linear(hidden, weight, bias)
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     logits = logits / (temperature[:, None] if isinstance(temperature, Tensor) else temperature)
@@ -96,7 +97,7 @@ def linear_kept_logprob_reference(
 
 
 def _check_targets(targets: Tensor, kept: Tensor, cu_kept: Tensor) -> None:
-    """Raises ValueError unless every target is in the set of its row, if that is not empty."""
+    """Raises ValueError unless every target is in the set of its row; rows with an empty set are not checked."""
     sizes = cu_kept.diff().long()
     row = torch.arange(len(targets)).repeat_interleave(sizes)
     found = torch.zeros(len(targets), dtype=torch.bool)
@@ -108,20 +109,20 @@ def _check_targets(targets: Tensor, kept: Tensor, cu_kept: Tensor) -> None:
 
 
 class _Chunk(NamedTuple):
-    """Rows that are worked on together."""
+    """The rows that are processed together."""
 
     rows: Tensor
-    """[n] int64 indices of the rows"""
+    """Indices of the rows, [n] int64."""
     union: Tensor
-    """[U] int64 tokens of their sets, each once"""
+    """Union of their sets of tokens, [U] int64."""
     member: Tensor
-    """[n, U] bool: whether the token is in the set of the row"""
+    """Whether each token of the union is in the set of the row, [n, U] bool."""
     column: Tensor
-    """[n, 1] int64: where in `union` the target is"""
+    """Position of the target in `union`, [n, 1] int64."""
 
 
 def _chunks(targets: Tensor, kept: Tensor, cu_kept: Tensor, vocab: int) -> Iterator[_Chunk]:
-    """The rows whose sets are not empty."""
+    """Yields the rows whose sets are not empty, in chunks."""
     starts, sizes = cu_kept[:-1].long(), cu_kept.diff().long()
     limit = CPU_CHUNK if targets.device.type == "cpu" else GPU_CHUNK
     for rows in (sizes > 0).nonzero()[:, 0].split(max(limit // (4 * vocab), 1)):
@@ -139,16 +140,16 @@ def _chunks(targets: Tensor, kept: Tensor, cu_kept: Tensor, vocab: int) -> Itera
 
 
 class _Values(NamedTuple):
-    """The distribution of the rows of a chunk; float32."""
+    """The restricted distributions of the rows of a chunk, float32."""
 
     log_p: Tensor
-    """[n, U]; -inf outside the set of the row"""
+    """Log-probs, [n, U]; -inf outside the set of the row."""
     logsumexp: Tensor
     """[n]"""
     entropy: Tensor
     """[n]"""
     slope: Tensor | float
-    """[n, U] or a number: derivative of a transformed logit with respect to its product"""
+    """Derivative of a logit with respect to its product hidden . weight, [n, U] or a number."""
 
 
 def _values(
@@ -160,7 +161,7 @@ def _values(
     scale: float,
     softcap: float | None,
 ) -> _Values:
-    """The distribution of each row of a chunk, from hidden [n, D] and the head's weight [U, D] and bias [U] there."""
+    """Computes the distribution of each row of a chunk from hidden [n, D], weight [U, D] and bias [U]."""
     x = torch.nn.functional.linear(hidden, weight, bias) * scale
     cap = None if softcap is None else torch.tanh(x / softcap)
     slope = scale / temperature[:, None]
@@ -175,7 +176,8 @@ def _values(
 
 
 def _gradient(chunk: _Chunk, values: _Values, g: Tensor, on_logsumexp: Tensor, on_entropy: Tensor) -> Tensor:
-    """[n, U]: the gradient with respect to the products, for upstream gradients [n]; as in `linear_logprob`."""
+    """The gradient with respect to hidden @ weight.T, [n, U], for upstream gradients [n]; formula as in
+    `linear_logprob`."""
     log_p = values.log_p.where(chunk.member, 0.0)
     p = values.log_p.exp()
     level = (on_logsumexp - g)[:, None]
@@ -186,12 +188,12 @@ def _gradient(chunk: _Chunk, values: _Values, g: Tensor, on_logsumexp: Tensor, o
 
 
 def _leaves(chunk: _Chunk, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The rows of hidden, weight and bias that a chunk needs, float32."""
+    """Gathers the rows of hidden, weight and bias that a chunk needs, as float32."""
     offset = None if bias is None else bias[chunk.union].float()
     return hidden[chunk.rows].float(), weight[chunk.union].float(), offset
 
 
-# Opaque operators: torch.compile sees neither the loop nor the unions, whose size depends on the data.
+# Custom operators are opaque to torch.compile, which could not trace unions whose size depends on the data.
 @torch.library.custom_op("fastrlhf::linear_kept_logprob", mutates_args=())
 def _forward(
     hidden: Tensor,
@@ -204,7 +206,7 @@ def _forward(
     scale: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(logprob, logsumexp, entropy), each [T] float32."""
+    """Returns (logprob, logsumexp, entropy), [T] float32 each."""
     outputs = [hidden.new_zeros(len(hidden), dtype=torch.float32) for _ in range(3)]
     with torch.autocast(hidden.device.type, enabled=False):
         for chunk in _chunks(targets, kept, cu_kept, len(weight)):
@@ -254,7 +256,7 @@ def _backward(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight and bias in their dtypes; empty where not needed."""
+    """Returns the gradients of hidden, weight and bias in their dtypes; a gradient that is not needed is empty."""
     leaves = (hidden, weight, bias)
     needs = (need_hidden, need_weight, need_bias)
     totals = [

@@ -1,4 +1,4 @@
-"""KTO on packs against a padded textbook loop."""
+"""Tests of KTO on packs, against a textbook loop on padded tensors."""
 
 import logging
 import math
@@ -32,7 +32,8 @@ def logprob(model, prompt, response):
 
 
 def textbook_loss(cfg, policy, reference, rows):
-    """The loss and z of one batch, one sequence at a time; `rows` in the order in which they were drawn."""
+    """The loss and z of one batch, computed one sequence at a time; `rows` are in the order in which they were
+    drawn."""
     texts = [(tiny.ids(row.prompt), [*tiny.ids(row.reference), tiny.EOS]) for row in rows]
 
     def log_ratio(prompt, response):
@@ -67,14 +68,14 @@ def test_loss_and_gradient_are_those_of_the_textbook_loop(model, other, monkeypa
     tiny.assert_close_gradients(made[0].steps[0][0], [p.grad for p in policy.parameters()])
 
 
-def test_a_policy_that_equals_its_reference_has_half_of_the_weights_as_loss(model):
+def test_the_loss_is_half_of_the_weights_if_policy_and_reference_are_equal(model):
     row, *_ = train_kto(config(model, desirable_weight=3.0, per_device_train_batch_size=8), ROWS).history
     assert row["kl"] == pytest.approx(0, abs=1e-5)
-    assert row["loss"] == pytest.approx((5 * 3 + 3) / 8 / 2, rel=1e-5)  # 5 of 8 responses are desirable
+    assert row["loss"] == pytest.approx((5 * 3 + 3) / 8 / 2, rel=1e-5)  # 5 of the 8 responses are desirable
     assert row["rewards/margins"] == pytest.approx(0, abs=1e-5)
 
 
-def test_an_easy_rule_is_learnt_for_rows_never_seen(model):
+def test_an_easy_rule_generalises_to_unseen_rows(model):
     def rows(num, seed):
         pairs = tiny.easy_pairs(num, seed=seed)
         return [
@@ -96,7 +97,7 @@ def test_kto_losses_by_hand():
     assert losses.tolist() == pytest.approx(expected, rel=1e-6)
 
 
-def test_every_prompt_borrows_the_response_before_it_cut_to_the_limit():
+def test_mismatched_pairs_use_the_previous_response_cut_to_the_limit():
     rows = [TokenizedExample(prompt=[i] * i, reference=[10 + i] * 4, label=True, row=i) for i in range(1, 5)]
     trees = Trees(rows, [[2, 0, 1], [3, 2]], limit=6)
     assert len(trees) == 9
@@ -138,7 +139,7 @@ def test_the_ratio_of_both_kinds_is_reported_and_balanced(caplog, settings, labe
         ({"ref_cache_dir": "x", "precompute_ref_log_probs": False}, "ref_cache_dir: must be empty when"),
     ],
 )
-def test_settings_that_do_not_fit_are_refused(settings, message):
+def test_incompatible_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         KTOConfig(**settings)
 

@@ -237,7 +237,7 @@ def test_psi_makes_the_reward_a_mean_preference_and_leaves_the_evaluation_in_sco
     assert history[0]["eval_objective/scores"] > 1  # the judge's score, in the judge's own unit
 
 
-def test_opponents_of_the_group_need_a_group_and_a_psi_a_name(paths):
+def test_group_opponents_need_a_group_and_a_psi_function_needs_a_name(paths):
     with pytest.raises(ValueError, match="num_generations: must be at least 2 when psi_opponents is rollouts"):
         config(paths, psi="identity", psi_opponents="rollouts")
     with pytest.raises(ValueError, match=r"^psi: 'logits' is unknown; give identity"):

@@ -1,4 +1,5 @@
-"""Token rewards that learn from outcomes: the loss by hand, what it converges to, and runs with it."""
+"""Tests of token rewards that are trained on outcomes (PRIME): the loss by hand, the converged rewards, and whole
+runs."""
 
 from dataclasses import replace
 
@@ -49,14 +50,17 @@ def test_loss_and_gradient_by_hand():
 
 
 def test_token_rewards_become_the_changes_of_the_log_odds_of_success():
-    """Enumerated: two tokens from two each. The chances of success are chosen such that a distribution phi has them as
-    sigmoid(beta log(phi / ref)); training on expected outcomes finds phi, and with it each token's reward."""
+    """Enumerates responses of two tokens out of two.
+
+    The success probabilities are sigmoid(beta log(phi / ref)) for a known distribution phi, so training on expected
+    outcomes must find phi and each token's reward.
+    """
     beta, ref = 0.7, torch.full((2, 2), 0.25)
     phi = torch.tensor([[0.4, 0.3], [0.1, 0.2]])
     chance = (beta * (phi / ref).log()).sigmoid()
     first, then = torch.zeros(2, requires_grad=True), torch.zeros(2, 2, requires_grad=True)
     optimizer = torch.optim.LBFGS([first, then], max_iter=300, tolerance_grad=1e-10, line_search_fn="strong_wolfe")
-    cu_rows = torch.arange(0, 17, 2, dtype=torch.int32)  # every response twice: succeeded and failed
+    cu_rows = torch.arange(0, 17, 2, dtype=torch.int32)  # every response occurs twice: as a success and as a failure
     label = torch.tensor([1.0, 0.0]).repeat(4)
 
     def token_rewards():
@@ -83,7 +87,7 @@ def test_token_rewards_become_the_changes_of_the_log_odds_of_success():
 
 
 def test_the_baseline_of_token_rewards_is_the_mean_token_of_the_others():
-    reward = torch.tensor([1.0, 3.0, 4.0, -1.0, 0.0, 1.0])  # means 2, 4; -1, 0.5
+    reward = torch.tensor([1.0, 3.0, 4.0, -1.0, 0.0, 1.0])  # mean tokens 2 and 4; -1 and 0.5
     cu_rows = torch.tensor([0, 2, 3, 4, 6], dtype=torch.int32)
     assert token_leave_one_out(reward, cu_rows, 2).tolist() == [-3, -1, 2, -1.5, 1, 2]
 
@@ -142,7 +146,8 @@ def test_the_first_rewards_are_those_after_the_first_step_and_the_model_learns_t
     functions = {"odd": lambda rollout: float(rollout.completion[0] % 2)}
     result = learned(paths, functions=functions, **PRIME, **settings)
     history = result.history
-    assert history[0]["prime/loss"] == pytest.approx(0.693147, abs=1e-4)  # phi is the reference: every sum is 0
+    # Phi equals the reference at first, so every sum is 0
+    assert history[0]["prime/loss"] == pytest.approx(0.693147, abs=1e-4)
     assert history[0]["rto/abs_sum"] > 0
     assert sum(row["prime/loss"] for row in history[-5:]) / 5 < 0.6
     assert sum(row["prime/accuracy"] for row in history[-5:]) / 5 > 0.7
@@ -162,14 +167,14 @@ def test_the_first_rewards_are_those_after_the_first_step_and_the_model_learns_t
         {"use_peft": True, "lora_r": 2},
     ],
 )
-def test_it_goes_together_with_resets_norms_pairs_and_adapters(paths, settings):
+def test_prime_works_with_resets_norms_pairs_and_adapters(paths, settings):
     for row in learned(paths, **PRIME | settings, max_steps=2, dpo_refine_learning_rate=1e-2).history:
         assert all(value == value for value in row.values())
         assert row["prime/grad_norm"] > 0
 
 
 @pytest.mark.parametrize("value", [1.0, 0.0])
-def test_a_batch_without_a_failure_or_a_success_trains_on(paths, value):
+def test_a_batch_without_a_failure_or_a_success_still_trains(paths, value):
     row, _ = learned(paths, functions={"always": lambda _: value}, **PRIME).history
     assert row["prime/success"] == value
     assert row["prime/loss"] == pytest.approx(0.693147, abs=1e-4)
@@ -214,12 +219,12 @@ def test_adapters_share_the_weights_and_all_models_are_saved(paths, tmp_path):
         ),
     ],
 )
-def test_what_does_not_go_together_is_refused(settings, told):
+def test_incompatible_settings_are_refused(settings, told):
     with pytest.raises(ValueError, match=f"^{told}"):
         replace(prime_config(PPOConfig), **settings)
 
 
-def test_keys_without_a_reader_and_runs_without_outcomes_are_refused(paths):
+def test_unread_keys_and_runs_without_outcomes_are_refused(paths):
     with pytest.raises(ValueError, match=r"^dpo_refine_beta: must be 0.05 without dpo_refine, since it would have no "):
         GRPOConfig(dpo_refine_beta=0.1)
     settings = {"missing_eos_penalty": None, "per_device_train_batch_size": 16}

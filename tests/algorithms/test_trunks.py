@@ -111,7 +111,7 @@ def test_a_group_stays_in_one_micro_batch_and_every_row_points_to_its_own_token(
 
 
 def test_in_compat_reference_branches_start_at_the_prompt_and_change_no_number(critic):
-    # compat "reference" averages each micro-batch separately, so both layouts must split the batch alike: not at all.
+    # compat "reference" averages each micro-batch separately, so both layouts must use a single micro-batch here.
     cfg = config(compat="reference", reset_group="response", micro_batch_tokens=1000)
     drawn = rollouts(cfg, tiny.policy())
     alone, _, plain, _ = numbers_and_gradients(replace(cfg, share_trunks=False), tiny.policy(), critic, drawn)

@@ -15,7 +15,7 @@ from tests import tiny
 
 def test_a_row_for_each_of_three_engines(tmp_path, monkeypatch):
     def in_place(config, policy, eos):
-        """An engine without vLLM, whose process is this one."""
+        """An engine that stands for vLLM and uses this process."""
         built_in = TransformersEngine.of(config, policy, eos)
         return SimpleNamespace(generate=built_in.generate, children=[SimpleNamespace(pid=os.getpid())])
 
@@ -30,7 +30,7 @@ def test_a_row_for_each_of_three_engines(tmp_path, monkeypatch):
 
 
 def test_padded_generate_counts_up_to_the_end_or_the_limit(monkeypatch):
-    """Prefixes of 2 and 3 tokens with limits of 4 and 3; the second ends at its second token."""
+    """Prefixes of 2 and 3 tokens with limits of 4 and 3; the second episode ends at its second token."""
     policy = tiny.policy()
     given = {}
 

@@ -20,14 +20,14 @@ from fastrlhf.config.choices import nearest_choice
         ("cosin", ("linear", "cosine", "constant"), "cosine"),
     ],
 )
-def test_the_choice_that_other_programs_spell_otherwise_or_the_most_similar_one_is_named(value, choices, meant):
+def test_the_equivalent_or_the_most_similar_choice_is_suggested(value, choices, meant):
     assert nearest_choice(value, choices) == meant
 
 
 TOLD = "scale_rewards: must be one of group, batch, none; got {}; did you mean none?"
 
 
-def test_a_value_that_is_no_choice_is_refused_with_the_likely_one_in_python_flags_and_files(tmp_path, capsys):
+def test_an_invalid_choice_is_refused_with_a_suggestion(tmp_path, capsys):
     with pytest.raises(ValueError, match=r"^scale_rewards: must be") as error:
         GRPOConfig(scale_rewards=False)  # pyright: ignore
     assert str(error.value) == TOLD.format(False)
@@ -40,7 +40,7 @@ def test_a_value_that_is_no_choice_is_refused_with_the_likely_one_in_python_flag
     assert capsys.readouterr().err == f"fastrlhf grpo: {file}, grpo: {TOLD.format(repr('off'))}\n"
 
 
-def test_a_key_that_a_configuration_lacks_is_refused_with_the_likely_one():
+def test_an_unknown_key_is_refused_with_a_suggestion():
     for key, told in (("learningrate", "did you mean 'learning_rate'?"), ("max_seq_length", "here it is max_length")):
         with pytest.raises(TypeError, match=r"^SFTConfig has no key") as error:
             SFTConfig(**{key: 3})

@@ -1,4 +1,4 @@
-"""linear_kept_logprob against its definition in float64, numbers by hand, and what it refuses."""
+"""Tests of linear_kept_logprob: its definition in float64, values by hand, and refused arguments."""
 
 import importlib
 import math
@@ -9,14 +9,15 @@ import torch
 from fastrlhf_kernels import linear_kept_logprob, linear_logprob
 from fastrlhf_kernels.linear_kept_logprob import linear_kept_logprob_reference
 
-op = importlib.import_module("fastrlhf_kernels.linear_kept_logprob")  # the package exports a function of that name
+# Because the package exports a function of this name
+op = importlib.import_module("fastrlhf_kernels.linear_kept_logprob")
 
 ROWS, VOCAB, SIZE = 10, 50, 8
 SIZES = (1, 3, VOCAB, 0, 7, 20, 2, 5, 0, 9)
 
 
 def problem(seed: int = 0):
-    """(hidden, weight, bias), targets, kept, cu_kept, temperatures"""
+    """Returns (hidden, weight, bias), targets, kept, cu_kept, temperatures."""
     generator = torch.Generator().manual_seed(seed)
     leaves = [torch.randn(*shape, generator=generator) for shape in ((ROWS, SIZE), (VOCAB, SIZE), (VOCAB,))]
     sets = [torch.randperm(VOCAB, generator=generator)[:size] for size in SIZES]
@@ -67,7 +68,7 @@ def test_sets_of_the_whole_vocabulary_give_the_numbers_of_linear_logprob():
 
 
 def test_two_tokens_by_hand():
-    """Logits 1, 2, 5 of which 1 and 2 are kept: log-prob -log(1 + e), whatever the third."""
+    """With logits 1, 2, 5, of which 1 and 2 are kept, the log-prob is -log(1 + e) for any third logit."""
     hidden, weight = torch.ones(1, 1), torch.tensor([[1.0], [2.0], [5.0]])
     out = linear_kept_logprob(hidden, weight, torch.tensor([0]), torch.tensor([1, 0]), torch.tensor([0, 2]))
     assert out.logprob.item() == pytest.approx(-math.log(1 + math.e), rel=1e-6)
@@ -108,7 +109,7 @@ def test_it_compiles():
         ({"kept": torch.tensor([0.0, 2.0])}, "kept must be torch.int64, got torch.float32"),
     ],
 )
-def test_what_it_refuses(change, message):
+def test_invalid_arguments_are_refused(change, message):
     arguments = {"targets": torch.tensor([0]), "kept": torch.tensor([0, 2]), "cu_kept": torch.tensor([0, 2])}
     with pytest.raises(ValueError, match=message):
         linear_kept_logprob(torch.ones(1, 1), torch.ones(3, 1), **arguments | change)

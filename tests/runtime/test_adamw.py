@@ -75,7 +75,7 @@ def test_8_bit_moments_take_two_bytes_except_for_embeddings_and_small_tensors():
         "2.bias.state1": torch.float32,
     }
     assert state["1.weight.absmax2"].shape == (64 * 128 // 256,)
-    for size in (4095, 4096):  # the limit in bitsandbytes
+    for size in (4095, 4096):  # bitsandbytes uses 8-bit moments from 4,096 entries on
         assert moments_in_8_bits(SFTConfig(optim="adamw_8bit"), torch.zeros(size), is_embedding=False) == (size == 4096)
     assert not [name for name in state if "qmap" in name]
 

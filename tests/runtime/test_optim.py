@@ -173,7 +173,7 @@ def test_the_order_depends_on_the_seed_and_not_on_the_length_of_the_run():
 
 
 def test_bfloat16_weights_move_as_float32_ones_do():
-    """At a learning rate at which a single step is below half a bfloat16 spacing of the weights."""
+    """Uses a learning rate at which a single step is below half a bfloat16 spacing of the weights."""
     runs = []
     for dtype in (torch.float32, torch.bfloat16):
         model = tiny.policy().to(dtype)

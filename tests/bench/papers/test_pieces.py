@@ -1,4 +1,7 @@
-"""The bench of REBEL, RRPO and PRIME: what its arms are, and its table from rows by hand. (Its runs take minutes.)"""
+"""Tests of the comparison of REBEL, RRPO and PRIME: its arms, and its table of hand-written rows.
+
+Its runs take minutes.
+"""
 
 from pathlib import Path
 
@@ -7,7 +10,7 @@ from fastrlhf.config import PPOConfig
 from fastrlhf.demo import DemoConfig, stage_config
 
 
-def test_every_arm_is_a_configuration_and_differs_from_ppo_in_its_piece():
+def test_every_arm_is_a_valid_configuration_that_differs_from_ppo():
     start = stage_config("ppo", DemoConfig(out="runs", seed=0), Path("runs"))
     own = {"reward_model_path": "", "max_steps": UPDATES}
     arms = {name: PPOConfig(**vars(start) | own | settings) for name, settings in ARMS.items()}

@@ -1,7 +1,7 @@
-"""A stand-in for vLLM 0.32: the part of its interface that the engine uses, around the forward of transformers.
+"""A stand-in for vLLM 0.32: it implements the part of its interface that the engine uses, with transformers models.
 
-It takes the keywords that vLLM takes and no others, starts from random weights, samples with one generator per request,
-and does to its process what vLLM does: it seeds the global generators and sets environment variables.
+It accepts only vLLM's keywords, starts from random weights and samples with one random generator per request. Like
+vLLM, it seeds the global random generators of its process and sets environment variables.
 """
 
 import os
@@ -31,9 +31,9 @@ class SamplingParams:
     ):
         assert temperature >= 0.01
         assert max_tokens >= 1
-        assert ignore_eos, "else vLLM stops at the EOS of the model's folder too"
+        assert ignore_eos, "otherwise vLLM would also stop at the EOS of the model's folder"
         assert logprobs == 0
-        assert not detokenize, "there is no tokenizer"
+        assert not detokenize, "there is no tokenizer to detokenize with"
         self.temperature, self.max_tokens, self.seed = temperature, max_tokens, seed
         self.stop_token_ids = stop_token_ids or []
         self.allowed_token_ids = allowed_token_ids
@@ -72,7 +72,7 @@ class LLM:
                 raise RuntimeError("no memory node\nis\tfree")
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        torch.manual_seed(seed + 1000)  # other weights than those of a policy made with the seed of the run
+        torch.manual_seed(seed + 1000)  # so that weights differ from those of a policy made with the run's seed
         os.environ["VLLM_DIST_IDENT"] = "set"
         self.seed, self.sleeps, self.awake = seed, enable_sleep_mode, {"weights", "kv_cache"}
         self.tempered = logprobs_mode == "processed_logprobs"
