@@ -87,6 +87,11 @@ def run(kind: str, paths: dict[str, str], folder: Path, **settings):
             own = {"dpo_refine": "outcome", "dpo_refine_learning_rate": 1e-2, "advantage_estimator": "prime"}
             keys = shared | judged | own | {"num_generations": 2, "per_device_train_batch_size": 8} | settings
             return ppo.train_ppo(GRPOConfig(**keys), examples, held_out)
+        case "grpo":
+            own = {"num_generations": 2, "dynamic_sampling_factor": 3.0, "overlong_buffer": 3, "kl_coef": 0.05}
+            drawn = {"top_p": 0.9, "temperatures": (0.7, 1.0), "response_length": 5, "per_device_train_batch_size": 8}
+            keys = shared | own | drawn | settings
+            return ppo.train_ppo(GRPOConfig(**keys), examples, held_out, reward_functions={"even": starts_even})
         case "roles":
             over_one_base = {"reward_model_path": paths["judge adapter"], "dpo_model_path": paths["dpo adapter"]}
             keys = shared | judged | over_one_base | {"use_peft": True, "lora_r": 2} | settings
@@ -101,12 +106,20 @@ def answers_to(row: int) -> Answers:
     return Answers(row=row, prompt=[3 + row, 4], responses=responses, logprob=[0.0, 0.0])
 
 
+def starts_even(completion_ids, **_):
+    """1 for a response whose first token has an even id: often the same for a whole group."""
+    return [float(ids[0] % 2 == 0) for ids in completion_ids]
+
+
 def noisy_judge(rollouts):
     """A user-defined judge that draws from every global random generator."""
     return [torch.rand(()).item() + random.random() + float(np.random.random()) for _ in rollouts]
 
 
-KINDS = ("sft", "bf16", "lora", "reward", "views", "dpo", "groups", "ppo", "drpo", "rto", "refuel", "prime", "roles")
+KINDS = (
+    *("sft", "bf16", "lora", "reward", "views", "dpo", "groups", "ppo", "drpo", "rto", "refuel", "prime", "grpo"),
+    "roles",
+)
 OPTIMIZERS = dict.fromkeys(("reward", "views"), reward_model) | {
     "sft": sft,
     "bf16": sft,

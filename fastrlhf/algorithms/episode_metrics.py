@@ -101,7 +101,8 @@ def episode_metrics(
 def score_names(terms: Mapping[str, Term]) -> list[str]:
     """Returns the names of the rewards that count as the score: the judge's or, without a judge, those of the reward
     functions or of a DPO model."""
-    return ["score"] if "score" in terms else [name for name in terms if name not in ("missing_eos", "kl", "length")]
+    others = ("missing_eos", "kl", "length", "overlong")
+    return ["score"] if "score" in terms else [name for name in terms if name not in others]
 
 
 def sum_of_rewards(terms: Mapping[str, Term], cu_rows: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fastrlhf.algorithms.dynamic_sampling import DROPPED_TOKENS, JudgedRollouts, judged_rollouts, refilled
 from fastrlhf.algorithms.experience import pack_episodes, score_episodes
 from fastrlhf.algorithms.guards import check_kl, check_sampler
 from fastrlhf.algorithms.open_update import OpenUpdate
@@ -120,6 +121,16 @@ def train_ppo(
             truncated=config.truncated,
         )
 
+    def sample_from(rows: Sequence[TokenizedExample], **place: Any) -> Sequence[Rollout]:
+        with roles.waiting.present() if roles.roll_in else nullcontext():
+            prefixes = draw_prefixes(config, rows, **place, roll_in=roles.roll_in)
+        return sample(prefixes)
+
+    def sample_judged(progress: float, rows: Sequence[TokenizedExample], first_group: int) -> JudgedRollouts:
+        rollouts = sample_from(rows, first_group=first_group, progress=progress, sentence_ends=sentence_ends)
+        with roles.waiting.present():
+            return judged_rollouts(config, roles, rollouts)
+
     with Run(
         _name(config),
         config,
@@ -147,9 +158,12 @@ def train_ppo(
                     "progress": step / steps,
                     "sentence_ends": sentence_ends,
                 }
-                with roles.waiting.present() if roles.roll_in else nullcontext():
-                    prefixes = draw_prefixes(config, drawn, **place, roll_in=roles.roll_in)
-                rollouts, restarts, refined = sample(prefixes), dict[str, float](), dict[str, float]()
+                rewarded, refined = None, dict[str, float]()
+                if config.dynamic_sampling_factor > 1:
+                    rewarded, restarts = refilled(config, prompts, indices, step, partial(sample_judged, step / steps))
+                    rollouts = rewarded.rollouts
+                else:
+                    rollouts, restarts = sample_from(drawn, **place), dict[str, float]()
                 if config.reset_source == "rollout":
                     with roles.waiting.present():
                         first = roles.judged(config, rollouts)
@@ -159,20 +173,21 @@ def train_ppo(
                 run.between_parts()
                 packs = pack_episodes(config, rollouts, order, policy.device)
                 with roles.waiting.present():
-                    judged = roles.judged(config, rollouts)
+                    rewarded = rewarded or judged_rollouts(config, roles, rollouts)
                     if refiner is not None:
                         assert rewards.implicit is not None
-                        label = judged.succeeded
+                        label = rewarded.succeeded
                         refined = refine(config, rewards.implicit, reference, refiner, rollouts, label, packs)
                     experience, metrics = score_episodes(
-                        *(config, policy, reference, critic, rollouts, judged.scores, packs, eos, rewards),
-                        earned=judged.earned,
+                        *(config, policy, reference, critic, rollouts, rewarded.scores, packs, eos, rewards),
+                        earned=rewarded.earned,
                     )
+                    metrics |= rewarded.metrics
                 difference = metrics["sampling/sampling_logp_difference/mean"]
                 check_sampler(config, step + 1, difference, policy, own=engine is not None)
                 check_kl(config, step + 1, metrics["objective/kl"])
                 due = sample_every and run.due(step, sample_every)
-                samples = sample_rows(tokenizer, rollouts, experience, NUM_SAMPLES, functions.extra) if due else []
+                samples = sample_rows(tokenizer, rollouts, experience, NUM_SAMPLES, rewarded.extra) if due else []
                 timing = {"timing/rollout": sampled - start, "timing/scoring": time.perf_counter() - sampled}
                 opened.begin(rollouts, experience, metrics | restarts | refined | timing, samples)
                 run.between_parts()
@@ -193,7 +208,8 @@ def train_ppo(
             metrics |= {
                 "timing/training": time.perf_counter() - scored,
                 "episode": (step + 1) * config.batch_size,
-                "num_tokens": sum(len(rollout.completion) for rollout in rollouts) + metrics.get(DROPPED, 0),  # sampled
+                "num_tokens": sum(len(rollout.completion) for rollout in rollouts)
+                + sum(metrics.get(name, 0) for name in (DROPPED, DROPPED_TOKENS)),  # sampled
                 # of one pass
                 "num_unique_tokens": sum(from_all(sum(item.batch.num_tokens for mini in packs for item in mini))),
             }

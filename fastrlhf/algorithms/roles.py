@@ -114,7 +114,8 @@ def check_sources(
         if not (config.reward_functions or functions or implicit):
             raise ValueError("reward_model_path: nothing rewards a response; give a reward model, or reward_functions")
         value, rule = config.missing_eos_score, "null without a reward model, whose score it replaces"
-        require(value is None, "missing_eos_score", value, f"{rule}; missing_eos_penalty subtracts from any reward")
+        unset = value in (None, type(config).missing_eos_score)  # the default of drpo is for runs with a reward model
+        require(unset, "missing_eos_score", value, f"{rule}; missing_eos_penalty subtracts from any reward")
         at_default(config, [(False, "without a reward model", ("psi", "score_norm", "score_clip"))])
         judged = bool(config.reward_functions or functions)
         rule = "another source without a reward model or reward functions, which decide what failed"

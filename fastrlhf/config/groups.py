@@ -49,7 +49,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Reference model": (*("ref_model_name_or_path", "reference_free", "precompute_ref_log_probs", "ref_cache_dir"),),
     "Sampling": (
         *("response_length", "temperature", "temperatures", "top_k", "top_p", "min_p", "stop"),
-        *("num_generations", "rollout_batch_size", "engine", "decode"),
+        *("num_generations", "dynamic_sampling_factor", "rollout_batch_size", "engine", "decode"),
         *("vllm_gpu_memory_utilization", "vllm_devices", "vllm_enable_sleep_mode", "max_sampling_logp_difference"),
     ),
     "Rewards": (
@@ -57,7 +57,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         *("dpo_model_path", "dpo_ref_model_path", "dpo_reward_scale", "dpo_reward_norm", "dpo_reward_clip"),
         *("dpo_refine", "dpo_refine_beta", "dpo_refine_learning_rate"),
         *("reward_shaping", "length_coef", "reward_functions", "reward_weights", "reward_function_norm"),
-        *("reward_function_clip", "reward_retries", "success_threshold"),
+        *("reward_function_clip", "reward_retries", "overlong_buffer", "overlong_penalty", "success_threshold"),
     ),
     "KL": ("kl_coef", "kl_placement", "kl_estimator", "kl_target", "kl_horizon", "max_kl"),
     "Advantages": (

@@ -47,6 +47,7 @@ class PPOConfig(ResetKeys, PairKeys, LossKeys, SamplingKeys, RewardKeys, TrainCo
         self._check_estimator()
         self._check_pair_update()
         self._check_outcomes()
+        self._check_dynamic_sampling()
         self._check_compat()
         self._check_unread()
         self.check_truncation()
@@ -64,6 +65,8 @@ class PPOConfig(ResetKeys, PairKeys, LossKeys, SamplingKeys, RewardKeys, TrainCo
         alone = bool(self.psi) and self.psi_opponents == "rollouts" and size == 1
         require(not alone, "num_generations", size, "at least 2 when psi_opponents is rollouts")
 
+        rule = f"at most the {self.response_length} tokens of response_length"
+        require(self.overlong_buffer <= self.response_length, "overlong_buffer", self.overlong_buffer, rule)
         rounds = len(self.temperatures) or 1
         rule = f"such that the {size} episodes of a group (num_generations) have each temperature equally often"
         require(size % rounds == 0, "temperatures", self.temperatures, rule)
@@ -130,6 +133,15 @@ class PPOConfig(ResetKeys, PairKeys, LossKeys, SamplingKeys, RewardKeys, TrainCo
         rule = f"a number {because} and num_generations 1, which has no group to compare with"
         require(known, "success_threshold", self.success_threshold, rule)
 
+    def _check_dynamic_sampling(self) -> None:
+        if self.dynamic_sampling_factor == 1:
+            return
+        because = "with dynamic_sampling_factor above 1"
+        rule = f"at least 2 {because}, which compares the episodes of a group"
+        require(self.num_generations >= 2, "num_generations", self.num_generations, rule)
+        rule = f"another source {because}, since rollout samples groups again by its own rule"
+        require(self.reset_source != "rollout", "reset_source", self.reset_source, rule)
+
     def _check_compat(self) -> None:
         if self.compat == "reference":
             require(not self.stop, "stop", self.stop, "empty with compat reference, which samples past the end")
@@ -170,6 +182,7 @@ class PPOConfig(ResetKeys, PairKeys, LossKeys, SamplingKeys, RewardKeys, TrainCo
                 (self.loss_type != "cispo", "with loss_type cispo", ("cliprange", "dual_clip")),
                 (not in_pairs, "with update pair", clipped),
                 (in_pairs, "when update is clipped", ("pair_loss", "pair_select", "pair_eta", "pair_beta")),
+                (self.overlong_buffer > 0, "when overlong_buffer is 0", ("overlong_penalty",)),
                 (rebel, "when pair_loss is not rebel", ("pair_eta",)),
                 (not rebel, "when pair_loss is rebel", ("pair_beta",)),
                 (

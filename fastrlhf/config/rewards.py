@@ -129,6 +129,12 @@ class RewardKeys:
     length_coef: float = 0.0
     """Amount subtracted from the reward of each sampled token, a length penalty."""
 
+    overlong_buffer: int = 0
+    """Number of tokens before `response_length` over which a penalty for long responses grows linearly from 0 to
+    `overlong_penalty` (DAPO's soft overlong punishment, arXiv 2503.14476, eq. 13); 0: no penalty."""
+    overlong_penalty: float = 1.0
+    """Subtracted from the reward of a response of `response_length` tokens."""
+
     @property
     def has_dpo_rewards(self) -> bool:
         """Whether a DPO model rewards the tokens."""
@@ -137,7 +143,7 @@ class RewardKeys:
     def check_rewards(self) -> None:
         at_least(self, 1, "kl_horizon")
         at_least(self, 0, "kl_coef", "kl_target", "score_coef", "score_clip", "dpo_reward_clip", "length_coef")
-        at_least(self, 0, "reward_function_clip", "reward_retries")
+        at_least(self, 0, "reward_function_clip", "reward_retries", "overlong_buffer", "overlong_penalty")
         at_least(self, 0, "dpo_refine_learning_rate")
         above_0(self, "psi_clip", "dpo_refine_beta")
         if self.max_kl is not None:
@@ -174,6 +180,8 @@ class RewardKeys:
                 value = getattr(self, name)
                 rule = "null when truncation is bootstrap, since an interrupted response gets no score"
                 require(value is None, name, value, rule)
+            rule = "0 when truncation is bootstrap, since an interrupted response has no final length"
+            require(self.overlong_buffer == 0, "overlong_buffer", self.overlong_buffer, rule)
             shaping = self.reward_shaping
             rule = "token or none when truncation is bootstrap, since an interrupted response has no end"
             require(shaping in ("token", "none"), "reward_shaping", shaping, rule)

@@ -47,6 +47,10 @@ class SamplingKeys(TruncationKeys):
     stop: tuple[str, ...] = ()
     """Strings that end a response, in addition to the EOS. The response is cut after the token that completes the first
     such string and counts as ended; the tokens sampled after it are dropped."""
+    dynamic_sampling_factor: float = 1.0
+    """Maximum number of groups sampled per update, as a multiple of the groups of a batch (DAPO's dynamic sampling,
+    arXiv 2503.14476, eq. 11). Above 1: a group whose responses all have one outcome (score and rewards from functions)
+    is dropped, and a group of another prompt is sampled in its place until this limit. 1: off."""
     rollout_batch_size: int = 64
     """Number of episodes generated in one batch."""
     decode: Literal["eager", "cuda_graph"] = "eager"
@@ -74,6 +78,7 @@ class SamplingKeys(TruncationKeys):
     def check_sampling(self) -> None:
         at_least(self, 1, "response_length", "rollout_batch_size")
         above_0(self, "temperature")
+        at_least(self, 1, "dynamic_sampling_factor")
         self._check_distribution()
         require(all(self.stop), "stop", self.stop, "strings that are not empty")
         if self.max_sampling_logp_difference is not None:

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from inspect import Parameter, iscoroutinefunction, signature
+from inspect import Parameter, signature
 from typing import Any, cast
 
 import torch
@@ -34,6 +34,7 @@ from fastrlhf.config.functions import load_function
 from fastrlhf.data.specials import end_ids
 from fastrlhf.distributed.ranks import on_first
 from fastrlhf.rewards import ready
+from fastrlhf.rewards.lookups import is_async, warn_of_unknown_names
 from fastrlhf.rewards.ready import READY
 from fastrlhf.rollout.engine import end_index
 from fastrlhf.runtime.out_of_memory import is_out_of_memory
@@ -47,7 +48,7 @@ Earned = dict[str, list[Tensor | None]]
 """Per reward function, one float32 tensor per rollout: 0-dim, or one number per token; None for a rollout that the
 function does not judge."""
 
-RESERVED = ("score", "missing_eos", "kl", "dpo", "length")
+RESERVED = ("score", "missing_eos", "kl", "dpo", "length", "overlong")
 """Names of the built-in rewards."""
 
 TEXTS = ("prompts", "completions", "completion_ids")
@@ -243,10 +244,6 @@ def call(name: str, function: Callable[[], Any], retries: int = 0) -> Any:
     raise AssertionError("unreachable")
 
 
-def is_async(function: RewardFunction) -> bool:
-    return iscoroutinefunction(function) or iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004
-
-
 def takes_texts(function: RewardFunction) -> bool:
     """Returns whether a function has TRL's form (see the docstring of this module)."""
     parameters = _parameters(function)
@@ -321,6 +318,8 @@ def open_reward_functions(
     columns = list(dict.fromkeys(name for example in rows.values() for name in example.columns))
     for name, function in named.items():
         check_parameters(name, function, columns)
+        if takes_texts(function):
+            warn_of_unknown_names(name, function, columns, GIVEN)
     own = [path.rpartition(":")[2] for path in config.reward_functions]
     weights = dict(zip(own, config.reward_weights or [1.0] * len(own), strict=True))
     return RewardFunctions(

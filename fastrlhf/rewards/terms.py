@@ -123,6 +123,8 @@ class Rewards:
             terms["dpo"] = self._dpo(episodes, episodes.dpo_log_ratio)
         if config.length_coef:
             terms["length"] = Term(reward=-config.length_coef * episodes.earns.float())
+        if config.overlong_buffer:
+            terms["overlong"] = self._overlong(episodes)
         earned = self.functions(episodes.rollouts) if episodes.earned is None else episodes.earned
         for name, values in earned.items():
             terms[name] = self._function(name, values, episodes)
@@ -190,6 +192,18 @@ class Rewards:
         if config.reward_function_clip:  # clamped, since no row may get a reward
             metrics[f"reward/{name}_clipped"] = clipped.sum() / paid.sum().clamp(min=1)
         return Term(reward=self.functions.weight(name) * reward, metrics=metrics)
+
+    def _overlong(self, episodes: Episodes) -> Term:
+        """DAPO's soft overlong punishment (Yu et al. 2025, arXiv 2503.14476, eq. 13): for a response of l tokens of at
+        most L, with a buffer of B, -overlong_penalty * clamp((l - (L - B)) / B, 0, 1)."""
+        config = self.config
+        lengths = torch.segment_reduce(
+            episodes.earns.float(), "sum", lengths=episodes.cu_rows.diff().long(), unsafe=True
+        )
+        given = [rollout.prefix.num_reset for rollout in episodes.rollouts]
+        excess = lengths + torch.tensor(given, device=lengths.device) - config.response_length + config.overlong_buffer
+        penalty = -config.overlong_penalty * (excess / config.overlong_buffer).clamp(0, 1)
+        return Term(reward=_at_end(penalty, episodes))
 
     def _dpo(self, episodes: Episodes, log_ratio: Tensor) -> Term:
         config, earns = self.config, episodes.earns

@@ -3,7 +3,7 @@
 import pytest
 
 from fastrlhf.algorithms.roles import check_sources, open_roles
-from fastrlhf.config import PPOConfig
+from fastrlhf.config import DRPOConfig, PPOConfig
 from tests import tiny
 
 
@@ -46,3 +46,13 @@ def test_reward_functions_without_names_are_refused(tmp_path, functions):
     told = r"^reward_functions: must map names to functions, for example .*; got a (list|builtin)"
     with pytest.raises(ValueError, match=told):
         check_sources(config(tmp_path), judge=None, engine=None, functions=functions)
+
+
+def test_drpo_starts_without_a_reward_model_although_it_has_a_default_score_for_a_missing_eos(tmp_path):
+    functions = {"length": len}
+    check_sources(DRPOConfig(), judge=None, engine=None, functions=functions)
+    check_sources(DRPOConfig(missing_eos_score=None), judge=None, engine=None, functions=functions)
+    for cfg, value in ((DRPOConfig(missing_eos_score=-2.0), "-2.0"), (PPOConfig(missing_eos_score=-1.0), "-1.0")):
+        told = f"^missing_eos_score: must be null without a reward model, .*; got {value}$"
+        with pytest.raises(ValueError, match=told):
+            check_sources(cfg, judge=None, engine=None, functions=functions)

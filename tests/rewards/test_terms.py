@@ -337,3 +337,29 @@ def test_the_moments_of_a_term_continue_from_a_saved_state():
     new.load_state_dict({"warned": True})
     assert not torch.equal(new.terms(whole)["score"].reward, expected)
     assert new.state_dict()["warned"]
+
+
+@pytest.mark.parametrize(
+    ("limit", "buffer", "penalties"),
+    [
+        (4, 2, [1.0, 0.5]),  # 4 tokens, of which a reset copied one and one follows the EOS; 3 tokens
+        (4, 1, [1.0, 0.0]),
+        (5, 4, [0.75, 0.5]),
+        (9, 2, [0.0, 0.0]),
+        (3, 1, [1.0, 1.0]),  # never more than the whole penalty
+    ],
+)
+def test_the_soft_overlong_punishment_by_hand(limit, buffer, penalties):
+    """DAPO's eq. 13, times overlong_penalty 2, at the last valid token of each response."""
+    found = terms(response_length=limit, overlong_buffer=buffer, overlong_penalty=2.0)["overlong"].reward
+    assert found[[3, 7]].tolist() == [-2 * penalty for penalty in penalties]
+    assert found.count_nonzero() == sum(penalty > 0 for penalty in penalties)
+
+
+def test_a_penalty_without_a_buffer_and_one_of_interrupted_responses_are_refused():
+    with pytest.raises(ValueError, match=r"overlong_penalty: must be 1\.0 when overlong_buffer is 0"):
+        PPOConfig(overlong_penalty=2.0)
+    with pytest.raises(ValueError, match="overlong_buffer: must be 0 when truncation is bootstrap"):
+        PPOConfig(overlong_buffer=2, truncation="bootstrap")
+    with pytest.raises(ValueError, match="overlong_buffer: must be at most the 53 tokens of response_length"):
+        PPOConfig(overlong_buffer=54)

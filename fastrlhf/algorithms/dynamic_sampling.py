@@ -1,0 +1,150 @@
+"""Dynamic sampling (DAPO, Yu et al. 2025, arXiv 2503.14476, eq. 11): groups without spread are sampled anew.
+
+The responses of a group that all have one outcome have advantage 0 with group estimators, so the group teaches nothing.
+With `dynamic_sampling_factor` above 1 it is dropped, and a group of another prompt is sampled in its place, round after
+round, until the batch is full of groups with spread or the update has sampled dynamic_sampling_factor times its groups.
+A round samples only as many groups as are missing. If the budget is spent, dropped groups fill the batch, the first
+ones first: they count in averages over the batch, as they do without dynamic sampling.
+
+The outcome of a response is its score and its rewards from functions (outcomes.py), without KL and overlong penalty.
+The prompts and the random draws of a refill depend on (seed, update, round) only, so a resumed run repeats them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastrlhf.algorithms.roles import Roles
+from fastrlhf.config import PPOConfig
+from fastrlhf.rewards.functions import Earned
+from fastrlhf.types import Rollout, TokenizedExample
+
+REFILLED = 1 << 45
+"""Refills number their episodes from here, so that their random draws never coincide with those of other episodes."""
+REFILL_STREAM = 7
+"""Part of the key of the choice of prompts."""
+DROPPED_TOKENS = "dynamic_sampling/dropped_tokens"
+"""Metric: the number of sampled tokens that are not trained on."""
+
+
+@dataclass(kw_only=True)
+class JudgedRollouts:
+    """Rollouts, group after group, with everything that judges and reward functions gave them."""
+
+    rollouts: list[Rollout]
+    scores: Tensor | None
+    """[N] float32; None without a judge"""
+    earned: Earned
+    outcome: Tensor
+    """[N] float64"""
+    succeeded: Tensor
+    """[N] bool"""
+    extra: dict[str, list[Any]] = field(default_factory=dict)
+    """Columns that reward functions logged for samples; a value per rollout"""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Metrics that reward functions logged"""
+
+    def groups(self, chosen: Sequence[int], size: int) -> JudgedRollouts:
+        """The groups with the given numbers, in this order."""
+        index = [group * size + i for group in chosen for i in range(size)]
+
+        def pick(values: Sequence[Any]) -> list[Any]:
+            return [values[i] for i in index]
+
+        return JudgedRollouts(
+            rollouts=pick(self.rollouts),
+            scores=None if self.scores is None else self.scores[index],
+            earned={name: pick(values) for name, values in self.earned.items()},
+            outcome=self.outcome[index],
+            succeeded=self.succeeded[index],
+            extra={name: pick(values) for name, values in self.extra.items() if len(values) == len(self.rollouts)},
+            metrics=self.metrics,
+        )
+
+
+def judged_rollouts(config: PPOConfig, roles: Roles, rollouts: Sequence[Rollout]) -> JudgedRollouts:
+    """Scores rollouts by the judge and the reward functions of the run, each called once."""
+    found, functions = roles.judged(config, rollouts), roles.rewards.functions
+    return JudgedRollouts(
+        rollouts=list(rollouts),
+        scores=found.scores,
+        earned=found.earned,
+        outcome=found.outcome,
+        succeeded=found.succeeded,
+        extra=functions.extra,
+        metrics=functions.metrics,
+    )
+
+
+def joined(parts: Sequence[JudgedRollouts]) -> JudgedRollouts:
+    """Several batches as one; a metric is its mean over the batches that logged it."""
+    logged = list(dict.fromkeys(name for part in parts for name in part.metrics))
+    means = {name: float(np.mean([part.metrics[name] for part in parts if name in part.metrics])) for name in logged}
+    columns = [name for name in parts[0].extra if all(name in part.extra for part in parts)]
+    scores = [part.scores for part in parts if part.scores is not None]
+    return JudgedRollouts(
+        rollouts=[rollout for part in parts for rollout in part.rollouts],
+        scores=torch.cat(scores) if scores else None,
+        earned={name: [value for part in parts for value in part.earned[name]] for name in parts[0].earned},
+        outcome=torch.cat([part.outcome for part in parts]),
+        succeeded=torch.cat([part.succeeded for part in parts]),
+        extra={name: [value for part in parts for value in part.extra[name]] for name in columns},
+        metrics=means,
+    )
+
+
+def refilled(
+    config: PPOConfig,
+    prompts: Sequence[TokenizedExample],
+    drawn: Sequence[int],
+    step: int,
+    sample: Callable[[Sequence[TokenizedExample], int], JudgedRollouts],
+) -> tuple[JudgedRollouts, dict[str, float]]:
+    """A whole batch of judged groups. `drawn` are the indices of the prompts of update number `step`, counted from 0.
+
+    `sample` takes prompts and the number of their first group, and returns their judged rollouts. Metrics:
+    dynamic_sampling/sampled_groups, /dropped_groups (sampled and not trained on), /unfilled_groups (trained on although
+    they have no spread) and /dropped_tokens.
+    """
+    size, needed = config.num_generations, len(drawn)
+    budget = int(config.dynamic_sampling_factor * needed)
+    parts = [sample([prompts[i] for i in drawn], step * needed)]
+    used = list(drawn)
+    first = -(-REFILLED // size) + step * budget
+    while (missing := needed - len(with_spread(joined(parts).outcome, size))) and len(used) < budget:
+        count = min(missing, budget - len(used))
+        indices = _other_prompts(len(prompts), used, count, (config.seed, step, REFILL_STREAM, len(parts)))
+        parts.append(sample([prompts[i] for i in indices], first + len(used)))
+        used += indices
+    everything = joined(parts)
+    varied = with_spread(everything.outcome, size)[:needed]
+    rest = [group for group in range(len(used)) if group not in set(varied)]
+    kept = sorted([*varied, *rest[: needed - len(varied)]])
+    batch, dropped = everything.groups(kept, size), sorted(set(range(len(used))) - set(kept))
+    return batch, {
+        "dynamic_sampling/sampled_groups": float(len(used)),
+        "dynamic_sampling/dropped_groups": float(len(dropped)),
+        "dynamic_sampling/unfilled_groups": float(needed - len(varied)),
+        DROPPED_TOKENS: float(sum(len(rollout.completion) for rollout in everything.groups(dropped, size).rollouts)),
+    }
+
+
+def with_spread(outcome: Tensor, size: int) -> list[int]:
+    """The numbers of the groups of `size` whose outcomes [N] are not all equal."""
+    groups = outcome.view(-1, size)
+    return (groups.amax(1) > groups.amin(1)).nonzero()[:, 0].tolist()
+
+
+def _other_prompts(num: int, used: Sequence[int], count: int, key: Sequence[int]) -> list[int]:
+    """`count` indices of prompts in random order, unused ones first; if they do not suffice, all prompts again."""
+    order = np.random.default_rng(list(key)).permutation(num).tolist()
+    before = set(used)
+    fresh = [i for i in order if i not in before]
+    return (fresh + order * math.ceil(count / num))[:count]
