@@ -22,12 +22,12 @@ STOPS: dict[str, tuple[str, tuple[str, ...]]] = {
             "test_a_run_waits_for_space_and_loses_no_step",
             "test_if_the_log_cannot_be_written_checkpoints_are_saved_and_hold_its_rows",
             "test_on_a_full_disk_the_oldest_checkpoint_is_deleted_before_the_run_waits",
-            "test_a_run_is_refused_where_the_disk_has_no_room_for_model_and_checkpoint",
+            "test_a_run_is_refused_if_the_disk_has_no_room_for_model_and_checkpoint",
         ),
     ),
     "a file system without locks or without flushing of folders": (
         "runtime/test_locks.py",
-        ("test_without_the_kernels_locks_a_warning_says_so",),
+        ("test_without_kernel_locks_there_is_a_warning",),
     ),
     "a file of a checkpoint is cut, altered or missing": (
         FAULTS,
@@ -72,11 +72,11 @@ STOPS: dict[str, tuple[str, tuple[str, ...]]] = {
             "test_an_error_after_the_last_step_loses_nothing_either",
         ),
     ),
-    "the run is finished": (FAULTS, ("test_a_finished_run_is_left_alone",)),
+    "the run is finished": (FAULTS, ("test_a_finished_run_is_not_trained_again",)),
     "a damaged row, an empty response": ("test_bad_input.py", ()),
     "W&B or TensorBoard fails": (
         METRICS,
-        ("test_a_reporter_that_fails_is_reported_once_and_dropped_and_the_file_goes_on",),
+        ("test_a_failing_reporter_is_reported_once_and_dropped_and_the_file_continues",),
     ),
     "the hub accepts a connection and never answers": ("data/test_hub.py", ()),
 }

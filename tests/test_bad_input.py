@@ -111,13 +111,13 @@ def test_an_empty_dataset(capsys, tmp_path, command):
     assert re.search(r"rows\.jsonl: split 'train' has no rows", refuse(capsys, command, dataset_name=rows(tmp_path)))
 
 
-def test_a_dataset_that_is_not_there(capsys, tmp_path):
+def test_a_dataset_that_does_not_exist(capsys, tmp_path):
     assert "no such file or folder" in refuse(capsys, "sft", dataset_name=str(tmp_path / "none.jsonl"))
     assert "dataset_name: must be a hub name" in refuse(capsys, "sft", dataset_name="")
 
 
 @pytest.mark.parametrize("command", ["reward", "dpo"])
-def test_pairs_whose_chosen_is_their_rejected(capsys, tmp_path, command):
+def test_pairs_with_equal_chosen_and_rejected_responses(capsys, tmp_path, command):
     told = refuse(capsys, command, dataset_name=rows(tmp_path, {"rejected": "w3 w4"}))
     assert "none of 1 rows can be used (1 chosen_equals_rejected)" in told
     assert "row 0 (rows.jsonl line 1)" in told

@@ -248,7 +248,7 @@ def test_report_writes_a_page_of_a_run_and_says_where(chain, capsys):
     assert "objective/scores" in page.read_text(encoding="utf-8")
 
 
-def test_a_run_prints_its_last_evaluation_and_where_it_is(chain, capsys):
+def test_a_run_prints_its_last_evaluation_and_its_folder(chain, capsys):
     assert main(["dpo", "--config", "all.yaml", "--output_dir", "runs/dpo_again"]) == 0
     out = capsys.readouterr().out.splitlines()
     assert "eval_loss" in out[0]
@@ -355,7 +355,9 @@ def test_an_interrupted_run_ends_with_130(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_a_checkpoint_and_the_same_command_goes_on(number, code, chain, place, capsys, monkeypatch):
+def test_after_a_signal_a_checkpoint_is_saved_and_the_same_command_continues(
+    number, code, chain, place, capsys, monkeypatch
+):
     command = ["sft", "--config", "all.yaml", "--output_dir", f"runs/stopped-{code}"]
     step, calls = torch.optim.AdamW.step, []
 

@@ -50,7 +50,7 @@ def test_the_demo_writes_a_folder_per_stage_a_summary_and_a_report(short, tmp_pa
         demo.run_demo(DemoConfig(out=str(out)))
 
 
-def test_stages_may_be_left_out_but_not_what_others_start_from(short, tmp_path):
+def test_stages_may_be_omitted_unless_others_start_from_them(short, tmp_path):
     summary = demo.run_demo(DemoConfig(out=str(tmp_path / "a"), num_eval=8, methods=("sft", "dpo")))
     assert list(summary["methods"]) == ["sft", "dpo"]
     assert summary["methods"]["dpo"]["rm_score"] is None

@@ -140,7 +140,7 @@ def test_a_log_that_lost_rows_is_not_continued(lost, cut, paths):
         run("sft", paths, cut)
 
 
-def test_a_finished_run_is_left_alone(cut, paths):
+def test_a_finished_run_is_not_trained_again(cut, paths):
     run("sft", paths, cut)
     before = {path: path.stat().st_mtime_ns for path in cut.rglob("*")}
     with pytest.raises(ValueError, match="already holds a run; choose another folder"):

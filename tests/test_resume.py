@@ -125,14 +125,15 @@ MOMENTS = {
     "update": (Optimizer, "step", 14, "in step 4; step 3 is saved as"),
     "evaluation": (held_out, "describe", 3, "in the evaluation after step 3, saved as"),
 }
-"""Part of an on-policy step -> a function of it, the number of the call in which a signal comes, and what is said."""
+"""Part of an on-policy step -> (owner, function name, number of the call during which a signal comes, message)."""
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_signal_in_any_part_of_an_on_policy_step_loses_no_whole_step_and_changes_no_bit(
     moment, paths, whole_ppo, tmp_path, monkeypatch
 ):
-    """In the update weights have moved: its second half is resumed with the experience of the first."""
+    """During the update weights have already changed, so its second half is resumed with the experience of the
+    first."""
     place, name, at, said = MOMENTS[moment]
     watch, function, calls = Watch("ppo", monkeypatch), getattr(place, name), []
 

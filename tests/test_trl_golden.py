@@ -59,7 +59,8 @@ def assert_same_metrics(ours, golden, names):
 
 
 def test_rows_are_tokenised_as_by_trl():
-    """One EOS at the end, added if the text has none; also if TRL gets prompt and response as one text."""
+    """A response ends in exactly one EOS, which is added if the text has none; also if TRL gets prompt and response as
+    one text."""
     rows = tokenize_examples(EXAMPLES, tiny.tokenizer(), max_length=64, fields=("chosen", "rejected")).examples
     chosen = [row.prompt + row.chosen for row in rows]
     rejected = [row.prompt + row.rejected for row in rows]

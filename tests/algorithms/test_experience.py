@@ -106,7 +106,7 @@ def test_the_score_lands_on_the_last_token_and_a_missing_eos_costs_the_penalty(c
     assert rewards(cfg, ROLLOUTS, critic) == [0, 0, 1, 0, 0, 1.5, 0, 0, 0, 3, 4, 0, 0, 0, 0, 4.5]
 
 
-def test_a_missing_eos_score_takes_the_place_of_the_score(critic):
+def test_missing_eos_score_replaces_the_score(critic):
     cfg = config(kl_coef=0.0, missing_eos_score=-1.0)
     assert rewards(cfg, ROLLOUTS, critic) == [0, 0, 1, 0, 0, -1, 0, 0, 0, 3, 4, 0, 0, 0, 0, -1]
 

@@ -175,7 +175,7 @@ def test_the_two_placements_differ_if_a_token_affects_later_states():
     )
 
 
-def test_an_exact_kl_as_a_reward_alone_would_not_train_the_state_itself():
+def test_an_exact_kl_only_in_the_reward_would_not_train_the_state_itself():
     """Shows why `own_kl_advantage` is needed: without it the gradient is 0 in a bandit, and lacks the partial gradient
     in a tree."""
     for world in WORLDS.values():

@@ -96,7 +96,7 @@ def test_a_dpo_model_of_another_width_of_vocabulary_is_refused(paths, tmp_path):
 
 
 @pytest.mark.parametrize("estimator", ["rloo", "grpo"])
-def test_without_a_critic_the_policy_learns_and_a_judge_alone_suffices(paths, estimator):
+def test_without_a_critic_the_policy_learns_from_a_judge_only(paths, estimator):
     def likes_short(rollouts):
         return torch.tensor([-float(len(r.completion)) for r in rollouts])
 
@@ -121,7 +121,7 @@ def test_without_a_critic_the_policy_learns_and_a_judge_alone_suffices(paths, es
         train_ppo(cfg, tiny.examples(40))
 
 
-def test_reward_functions_alone_train_the_policy_and_are_logged_by_name(paths, tmp_path):
+def test_the_policy_learns_from_reward_functions_only(paths, tmp_path):
     """The reward function checks that the answer of the row comes first.
 
     There is no reward model; with and without a critic.
@@ -192,7 +192,7 @@ def test_a_reward_function_is_tried_before_a_model_is_loaded(paths, monkeypatch)
         train_ppo(config(paths), tiny.examples(8), reward_functions={"typo": lambda completions, **rest: rest["anser"]})
 
 
-def test_without_a_critic_the_reward_model_is_the_judge_alone(paths):
+def test_without_a_critic_the_reward_model_is_only_the_judge(paths):
     result = run(config(paths, DRPOConfig, advantage_estimator="rloo", num_generations=3))
     with_critic = run(config(paths, DRPOConfig, num_generations=3))
     assert result.history[0]["objective/scores"] == with_critic.history[0]["objective/scores"]

@@ -226,7 +226,7 @@ def test_logit_of_a_certain_preference_is_refused_and_never_clipped():
         group_target(torch.tensor([[0.5, 0.0], [1.0, 0.5]]), PSIS["logit"], TAU, "self_included")
 
 
-def test_one_hard_label_per_pair_takes_an_affine_psi():
+def test_one_hard_label_per_pair_needs_an_affine_psi():
     hard = torch.tensor([1.0, 0.0, 1.0])
     for name in ("logit", "clipped_logit", "tanh"):
         with pytest.raises(ValueError, match=f"{name} needs probabilities, and every label is hard"):

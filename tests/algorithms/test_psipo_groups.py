@@ -206,7 +206,7 @@ def test_keys_that_would_be_wrong_or_ignored_are_refused_before_the_run_starts(m
     assert not (tmp_path / "run").exists()
 
 
-def test_groups_whose_labels_are_all_hard_take_an_affine_psi(model):
+def test_groups_with_only_hard_labels_need_an_affine_psi(model):
     hard = [[0.5, 1.0], [0.0, 0.5]]
     examples = [Example(prompt=PROMPT, responses=["w3", "w4"], preferences=hard, row=i) for i in range(4)]
     with pytest.raises(ValueError, match="clipped_logit needs probabilities, and every label is hard"):

@@ -239,7 +239,7 @@ def test_pairs_and_views_in_one_pack_are_the_plain_model_padded(judge, monkeypat
 
 
 @pytest.mark.parametrize("share_prompts", [True, False])
-def test_negatives_are_pooled_over_micro_batches_whatever_the_packing(judge, monkeypatch, share_prompts):
+def test_negatives_are_pooled_over_micro_batches_for_any_packing(judge, monkeypatch, share_prompts):
     made = tiny.record_gradients(monkeypatch, reward_model)
     fields = {"per_device_train_batch_size": 4, "share_prompts": share_prompts}
     rows = [

@@ -119,7 +119,7 @@ def test_a_refit_at_lambda_0_and_one_without_synthetic_pairs_is_the_reward_model
     assert ("no synthetic pair" in caplog.text) == (refinement == "spg")
 
 
-def test_spg_trains_the_reward_model_on_its_own_pairs_beside_those_of_the_dataset(policy, first, spg, tmp_path):
+def test_spg_trains_on_synthetic_pairs_and_on_those_of_the_dataset(policy, first, spg, tmp_path):
     out, result = spg
     rows = read_rows(out / "round-1" / "pairs.jsonl")
     report = json.loads((out / "round-1" / "spg.json").read_text())
@@ -146,7 +146,7 @@ def tokenized():
     return tokenize_examples(PAIRS[:1], tiny.tokenizer(), max_length=32, fields=("chosen", "rejected")).examples
 
 
-def test_uml_trains_on_views_beside_the_pairs_and_both_do_both(policy, first, tmp_path):
+def test_uml_trains_on_views_and_pairs_and_both_combines_them(policy, first, tmp_path):
     for refinement in ("uml", "both"):
         out = tmp_path / refinement
         result = run(settings(out, refinement=refinement, **first), policy)
@@ -168,7 +168,7 @@ def test_the_policy_starts_again_from_the_sft_model_and_a_second_round_refits_th
     assert first != second
 
 
-def test_a_refit_may_go_on_from_the_reward_model(policy, first, tmp_path):
+def test_a_refit_may_start_from_the_reward_model(policy, first, tmp_path):
     run(settings(tmp_path / "rlp", refinement="uml", mib_weight=0.0, refit_from="reward", **first), policy)
     reward, _ = sections(policy)
     twice = replace(reward, model_name_or_path=first["reward_model_path"], output_dir=str(tmp_path / "twice"))
@@ -240,9 +240,7 @@ def test_user_provided_models_replace_the_first_stages(policy, spg, tmp_path):
     assert same(tmp_path / "whole" / "round-1" / "policy", out / "round-1" / "policy")
 
 
-def test_a_dpo_model_of_the_policies_may_be_an_adapter_and_one_that_is_not_there_is_told_at_once(
-    policy, first, tmp_path
-):
+def test_a_dpo_model_may_be_an_adapter_and_a_missing_one_is_reported_at_once(policy, first, tmp_path):
     reward, ppo = sections(policy)
     adapter = tiny.save_adapter(tmp_path / "dpo", policy, 1)
     config = settings(tmp_path / "rlp", refinement="none", reward_model_path=first["reward_model_path"])
@@ -269,7 +267,7 @@ def test_two_runs_never_share_a_folder(policy, first, spg, tmp_path):
     assert parse(RLPConfig, ["--config", str(tmp_path / "rlp" / "config.yaml")], "rlp").rounds == 1
 
 
-def test_killed_while_it_writes_a_report_a_run_goes_on(policy, first, tmp_path, monkeypatch):
+def test_a_run_killed_while_it_writes_a_report_can_be_restarted(policy, first, tmp_path, monkeypatch):
     """The run is killed when the report file exists but is still empty."""
     config, write = settings(tmp_path / "rlp", refinement="spg", **first), Path.write_text
 

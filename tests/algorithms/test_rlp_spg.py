@@ -77,7 +77,7 @@ def test_lax_needs_one_entailment_and_no_contradiction():
         assert (groups_of([[2, forward], [backward, 2]], "strict") == [0, 0]) == ((forward, backward) == (2, 2))
 
 
-def test_the_second_direction_is_asked_only_where_the_first_leaves_it_open():
+def test_the_second_direction_is_asked_only_if_the_first_does_not_decide():
     judge = judge_of([[2, 1, 2], [2, 2, 2], [2, 2, 2]])
     group_answers(["p"], [["0", "1", "2"]], judge, "strict")
     assert [(c.premise, c.hypothesis) for c in judge.asked] == [("0", "1"), ("0", "2"), ("2", "0")]

@@ -155,7 +155,7 @@ def test_constant_heads_are_found_inactive():
     assert is_active([jsd] * 90 + [-0.8] * 10)
 
 
-def test_heads_depend_on_the_seed_alone():
+def test_heads_depend_only_on_the_seed():
     torch.manual_seed(1)
     first = heads().state_dict()
     torch.manual_seed(2)

@@ -102,7 +102,7 @@ def test_the_same_seed_gives_the_same_run_bit_for_bit_and_another_seed_another(m
     assert [row["num_tokens"] for row in first.history] != [row["num_tokens"] for row in other.history]
 
 
-def test_a_model_from_scratch_depends_on_the_seed_alone(tmp_path):
+def test_a_model_from_scratch_depends_only_on_the_seed(tmp_path):
     tiny.tokenizer().save_pretrained(tmp_path)
     cfg = SFTConfig(
         tokenizer_name_or_path=str(tmp_path),

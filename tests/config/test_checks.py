@@ -140,7 +140,7 @@ BESIDE = {
     "loss": {"kl_estimator": "k2"},
     "bootstrap": {"missing_eos_score": None},
 }
-"""Other keys that some fields, and some choices of them, need to be valid."""
+"""Field or choice -> other keys that it needs to be valid."""
 
 
 @pytest.mark.parametrize(("kind", "field", "choices"), CHOICES)

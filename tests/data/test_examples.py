@@ -367,7 +367,7 @@ def test_pairs_in_place_of_demonstrations_are_refused_with_the_keys_that_name_ch
         load_examples(path, needs=("prompt", "reference"))
 
 
-def test_numbers_of_a_pair_are_read_where_they_are_needed_and_checked(tmp_path):
+def test_numbers_of_a_pair_are_read_if_needed_and_checked(tmp_path):
     row = {"prompt": "Q", "chosen": "a", "rejected": "b", "label_prob": 1, "gap": 0.5}
     path = write(tmp_path / "a.jsonl", [row])
     [example] = load_examples(path, needs=(*PAIR, "label_prob", "margin"), columns={"margin": "gap"}).examples

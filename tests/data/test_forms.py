@@ -42,7 +42,7 @@ def test_plain_text_pairs_share_their_beginning_as_in_trl(tmp_path):
     assert (pair.prompt, pair.chosen, pair.rejected) == ("The sky is", " blue.", " green.")
 
 
-def test_text_alone_is_trained_from_its_second_token(tmp_path):
+def test_plain_text_is_trained_from_its_second_token(tmp_path):
     loaded = load(tmp_path, {"text": "def f"})
     assert loaded.form == "whole texts, text"
     (row,) = tokenize_examples(loaded.examples, byte_level(), max_length=50).examples
@@ -64,7 +64,7 @@ def test_a_system_column_is_a_turn_and_makes_text_a_conversation(tmp_path):
     )
 
 
-def test_text_beside_turns_is_a_turn(tmp_path):
+def test_text_next_to_turns_becomes_a_turn(tmp_path):
     rows = [{"prompt": "q", "chosen": turns("", "a")[1:], "rejected": "b"}] * 2
     (row, _) = load(tmp_path, *rows, needs=("chosen", "rejected")).examples
     assert (row.prompt, row.chosen, row.rejected) == (turns("q"), turns("", "a")[1:], turns("", "b")[1:])

@@ -68,7 +68,7 @@ def test_a_group_computes_its_prompt_once_and_keeps_the_order_of_its_responses()
     assert shared.targets.tolist() == [1, 0, 2, 3, 0, 1, 0]
 
 
-def test_branches_may_leave_a_trunk_at_different_cuts_and_have_branches_of_their_own():
+def test_branches_may_start_at_different_cuts_and_have_branches_themselves():
     trunk = Segment(token_ids=[1, 2, 3, 4])
     batch = pack(
         [

@@ -155,7 +155,7 @@ def test_drop_drops_the_whole_row_if_one_response_is_too_long():
     assert ids(rows, max_length=4, truncation_mode="drop", fields=("chosen",)) == [([A], [B, EOS], None, None)] * 2
 
 
-def test_a_prompt_alone_fits_up_to_max_length():
+def test_a_prompt_without_responses_fits_up_to_max_length():
     rows = [example("a b c"), example("a b")]
     assert ids(rows, max_length=3) == [([A, B, C], None, None, None), ([A, B], None, None, None)]
     assert report(rows, max_length=2).dropped == {"longer_than_max_length": 1}

@@ -64,7 +64,7 @@ def test_another_process_with_another_hash_seed_makes_the_same_examples():
     assert output.strip() == str(ToyTask(seed=5).examples("preferences", 20))
 
 
-def test_no_post_is_in_two_splits_whatever_the_seed():
+def test_no_post_is_in_two_splits_for_any_seed():
     # With one fact per post there are only 96 posts, so every split draws posts of the other splits very often.
     small = {"num_facts": 1, "min_salient": 1, "max_salient": 1, "wrong": 0.0}
     posts = {

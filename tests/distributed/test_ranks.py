@@ -124,7 +124,7 @@ def test_only_rank_0_writes_and_prints(place):
     assert "lm_head.weight" not in load_file(place / "two" / "command" / "model.safetensors")
 
 
-def test_a_signal_to_one_process_stops_all_and_the_run_goes_on_bit_for_bit(place):
+def test_a_signal_to_one_process_stops_all_and_the_run_resumes_bit_for_bit(place):
     assert [rank["interrupted"] for rank in seen(place)] == [True, True]
     whole, resumed = place / "two" / "ppo", place / "two" / "ppo-resumed"
     # Files of weights and moments, each from two processes
@@ -133,7 +133,7 @@ def test_a_signal_to_one_process_stops_all_and_the_run_goes_on_bit_for_bit(place
 
 
 @pytest.mark.parametrize("part", CUTS)
-def test_a_signal_in_a_part_of_a_step_stops_all_processes_there_and_the_run_goes_on_bit_for_bit(place, part):
+def test_a_signal_within_a_step_stops_all_processes_and_the_run_resumes_bit_for_bit(place, part):
     """The signal comes during a rollout, during a judge that only rank 0 calls, and between two mini-batches."""
     folder = place / "two" / f"drpo cut in the {part}"
     said = f"interrupted in step 2; step 1 is saved as {folder / 'checkpoint-1'}"
@@ -216,7 +216,7 @@ def test_each_process_holds_its_part_of_the_weights_and_sums_the_gradients(place
         assert model["gradient"] < 1e-5
 
 
-def test_models_over_one_base_share_it_when_sharded_and_an_adapter_is_added_to_one_of_them_alone(place):
+def test_sharded_models_share_their_base_and_an_adapter_belongs_to_one_of_them(place):
     for shared in (rank["shared"] for rank in seen(place)):
         assert shared["others"] == 0
         assert shared["adds"] > 0.1 > 1e-5 > max(shared["merged"], shared["kept"])
@@ -235,7 +235,7 @@ def test_an_update_of_sharded_weights_is_that_of_whole_ones_bit_for_bit(place, n
     assert [rank["optimised"][name] for rank in seen(place)] == [True, True]
 
 
-def test_the_noise_of_a_rounding_is_that_of_the_place_in_the_whole_weight_where_parts_differ_in_size(place):
+def test_rounding_noise_depends_on_the_position_in_the_full_weight(place):
     assert [rank["uneven"] for rank in seen(place)] == [True, True]
 
 
@@ -255,7 +255,7 @@ def test_an_error_of_all_processes_is_printed_once():
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_another_process_than_the_first_waits_for_its_end_before_it_tells_an_error(monkeypatch, capsys, rank):
+def test_other_ranks_report_an_error_after_rank_0_has_ended(monkeypatch, capsys, rank):
     slept = []
     monkeypatch.setattr(cli.time, "sleep", slept.append)
     monkeypatch.setenv("RANK", str(rank))

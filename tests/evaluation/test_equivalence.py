@@ -87,7 +87,7 @@ def comparisons(count=40, seed=0):
     return [Comparison(words(4), words(9), words(9)) for _ in range(count)]
 
 
-def test_labels_are_read_from_the_configuration_whatever_their_order(nli, tmp_path):
+def test_labels_are_read_from_the_configuration_in_any_order(nli, tmp_path):
     other = save_nli(tmp_path / "other", order=(2, 0, 1))
     asked = comparisons()
     said = judge(nli)(asked)

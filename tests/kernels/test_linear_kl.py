@@ -154,7 +154,7 @@ def test_all_options_together_in_half_precision():
 
 @pytest.mark.parametrize("counts", [True, False])
 @pytest.mark.usefixtures("small_blocks")
-def test_ignored_rows_give_zeros_and_no_gradient_even_where_they_hold_nan(
+def test_ignored_rows_give_zeros_and_no_gradient_even_if_they_hold_nan(
     counts: bool, monkeypatch: pytest.MonkeyPatch, impl: str
 ):
     monkeypatch.setattr(blocks, "can_select", lambda device, wait: counts)

@@ -121,7 +121,7 @@ def test_if_rows_cannot_be_counted_the_result_is_the_same(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("counts", [True, False])
 @pytest.mark.usefixtures("small_blocks")
-def test_ignored_rows_give_zeros_and_no_gradient_even_where_they_hold_nan(
+def test_ignored_rows_give_zeros_and_no_gradient_even_if_they_hold_nan(
     counts: bool, monkeypatch: pytest.MonkeyPatch, impl: str
 ):
     monkeypatch.setattr(blocks, "can_select", lambda device, wait: counts)

@@ -110,7 +110,7 @@ def test_a_target_outside_the_vocabulary_gives_nan_if_it_cannot_be_checked(monke
 
 @pytest.mark.parametrize("counts", [True, False])
 @pytest.mark.usefixtures("small_blocks")
-def test_ignored_rows_give_zeros_and_no_gradient_even_where_they_hold_nan(
+def test_ignored_rows_give_zeros_and_no_gradient_even_if_they_hold_nan(
     counts: bool, monkeypatch: pytest.MonkeyPatch, impl: str
 ):
     monkeypatch.setattr(blocks, "can_select", lambda device, wait: counts)
@@ -176,7 +176,7 @@ def test_a_constant_added_to_every_logit_changes_nothing(impl: str):
 
 
 @pytest.mark.usefixtures("small_blocks")
-def test_equal_logits_are_the_uniform_distribution_where_entropy_is_flat(impl: str):
+def test_equal_logits_are_the_uniform_distribution(impl: str):
     logits = torch.full((3, 64), 2.0, requires_grad=True)
     out = logprob_from_logits(logits, torch.tensor([0, 31, 63]), entropy=True, impl=impl)
     assert out.logprob.tolist() == pytest.approx([-math.log(64)] * 3, rel=1e-6)

@@ -136,7 +136,7 @@ def test_named_targets_are_used_unchanged():
     assert adapted(model) == {"self_attn.q_proj", "mlp.experts.down_proj"}
 
 
-def test_a_layer_whose_weight_is_read_without_it_gets_no_adapter():
+def test_a_layer_that_is_not_called_gets_no_adapter():
     """Mamba's scan reads dt_proj.weight directly, so an adapter there would be merged without ever having been
     trained."""
     config = MambaConfig(vocab_size=tiny.VOCAB, hidden_size=32, num_hidden_layers=2, state_size=4, pad_token_id=0)
@@ -197,7 +197,7 @@ def test_modules_to_save_are_fully_trained_and_loaded_by_peft_and_as_roles(saved
     assert (moved - start).abs().max() > 0.01
 
 
-def test_a_run_with_modules_to_save_goes_on_from_its_checkpoint_with_the_same_bits(tmp_path, monkeypatch):
+def test_a_run_with_modules_to_save_resumes_with_the_same_bits(tmp_path, monkeypatch):
     paths = {"policy": policy_folder(tmp_path / "base"), "judge": tiny.save_reward_model(tmp_path / "judge")}
     settings = LORA | {"lora_modules_to_save": ("embed_tokens", "lm_head"), "max_steps": 3}
     watch = Watch("ppo", monkeypatch)

@@ -165,7 +165,7 @@ def test_a_backend_without_sinks_is_refused():
         attend(PLAIN, *draw(PLAIN), s_aux=torch.zeros(4), attention_backend="varlen")
 
 
-def test_keywords_of_other_models_are_left_alone():
+def test_keywords_of_other_models_are_ignored():
     inputs = draw(PLAIN)
     assert torch.equal(attend(PLAIN, *inputs, position_ids=None, use_cache=False), attend(PLAIN, *inputs))
 

@@ -83,7 +83,7 @@ def test_keys_that_contradict_the_model_given_are_refused(policy, settings, told
         train_sft(SFTConfig(**FIELDS, **settings), EXAMPLES, model=model, tokenizer=tiny.tokenizer())
 
 
-def test_keys_of_the_tokenizer_are_refused_beside_one_given(policy):
+def test_tokenizer_keys_are_refused_with_a_tokenizer_object(policy):
     config = SFTConfig(model_name_or_path=policy, chat_template="hh", **FIELDS)
     with pytest.raises(ValueError, match=r"^chat_template: must be empty when a tokenizer is given"):
         train_sft(config, EXAMPLES, tokenizer=tiny.tokenizer())

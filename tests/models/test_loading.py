@@ -278,7 +278,7 @@ def test_a_trained_head_with_two_labels_is_refused(tmp_path, must_be_trained):
         load_reward_model(str(tmp_path / "two"), pad_token_id=0, must_be_trained=must_be_trained)
 
 
-def test_a_classifier_whose_head_is_more_than_a_linear_map_is_refused(tmp_path, monkeypatch):
+def test_a_classifier_with_a_nonlinear_head_is_refused(tmp_path, monkeypatch):
     path = tiny.save_reward_model(tmp_path)
     load = LlamaForSequenceClassification.from_pretrained
 

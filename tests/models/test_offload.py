@@ -237,7 +237,7 @@ def test_no_computation_overtakes_a_late_copy(monkeypatch):
     assert not streams.asked
 
 
-def test_an_empty_tensor_that_torch_saves_beside_an_input_ends_no_copy_under_way(monkeypatch):
+def test_an_empty_saved_tensor_does_not_end_a_running_copy(monkeypatch):
     """torch 2.11 saves such tensors on the CPU, where streams need not wait."""
     streams, inputs, x = LateStreams(monkeypatch), offload._LayerInputs(HOST), torch.arange(3.0)
     expected = x.clone()

@@ -87,7 +87,7 @@ def test_windows_that_are_passed_to_attention_are_accepted():
         assert runs_alone(model) == ""
 
 
-def test_a_model_with_a_recurrent_state_runs_alone_with_its_own_numbers():
+def test_a_model_with_a_recurrent_state_runs_one_sequence_at_a_time():
     config = transformers.MambaConfig(hidden_size=16, num_hidden_layers=2, state_size=4, time_step_rank=4)
     model = build(config)
     assert "mixes sequences" in runs_alone(model) or "cannot run" in runs_alone(model)
@@ -104,7 +104,7 @@ def test_options_of_packs_are_refused_for_a_model_that_has_none(key):
         build(chunked(), **key)
 
 
-def test_longrope_beyond_the_original_length_runs_alone():
+def test_longrope_beyond_the_original_length_runs_one_sequence_at_a_time():
     config = tiny.model_config()
     factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 12}
     config.rope_parameters = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, **factors}

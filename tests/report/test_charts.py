@@ -183,7 +183,7 @@ def test_a_dashed_curve_is_also_dashed_in_the_legend():
     assert figure.count('<g class="dashed"') == figure.count("<span class=dashed>") == 1
 
 
-def test_steps_have_ticks_at_whole_numbers_and_other_axes_where_they_are_round():
+def test_ticks_of_steps_are_whole_numbers_and_other_ticks_are_round():
     def ticks_of(over):
         return re.findall(r'<text class="x"[^>]*>(.*?)<', line_chart("m", [curve([1, 2], steps=[0.0, 1.0])], over=over))
 

@@ -29,7 +29,7 @@ def test_two_runs_are_compared_by_last_values_settings_and_curves(tmp_path):
     assert re.findall(r"<title>(\w+): 2 points", page) == ["a", "b"] * 2  # curves of loss and num_tokens
 
 
-def test_runs_of_one_name_are_told_apart_and_stages_keep_theirs(tmp_path):
+def test_runs_of_the_same_name_are_distinguished_and_stages_keep_their_names(tmp_path):
     for seed in (0, 1):
         write_run(tmp_path / f"seed-{seed}" / "run" / "sft", 0.5)
     page = write_comparison([tmp_path / f"seed-{seed}" / "run" for seed in (0, 1)], tmp_path / "page.html").read_text()
@@ -47,7 +47,7 @@ def test_a_folder_without_metrics_and_one_given_twice_are_named(tmp_path):
     assert not (tmp_path / "page.html").exists()
 
 
-def test_the_command_writes_the_page_into_the_current_folder_or_where_it_is_told(tmp_path, monkeypatch, capsys):
+def test_the_command_writes_the_page_into_the_current_folder_or_to_output(tmp_path, monkeypatch, capsys):
     for name in ("a", "b"):
         write_run(tmp_path / name, 0.5)
     monkeypatch.chdir(tmp_path)

@@ -120,13 +120,13 @@ def test_markup_in_tokens_and_names_is_text():
         {"rewards": {"kl": 0.0}},
     ],
 )
-def test_rows_of_another_form_are_told_apart(changed):
+def test_rows_of_another_format_are_recognised(changed):
     assert has_token_rewards(rows()[0])
     assert not has_token_rewards(rows()[0] | changed)
     assert not has_token_rewards({"prompt": "w1", "response": "w2", "score": 1.0})
 
 
-def test_texts_of_tokens_add_up_to_the_text_where_a_character_is_several_tokens():
+def test_token_texts_add_up_if_a_character_has_several_tokens():
     class Bytes:
         def decode(self, ids, **_):
             return bytes(ids).decode("utf-8", errors="replace")

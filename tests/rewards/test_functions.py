@@ -284,7 +284,7 @@ def test_functions_of_a_run_have_names_and_weights(tmp_path):
             load_reward_functions(config, {name: lambda rollout: 0.0})
 
 
-def test_keys_of_functions_are_refused_where_there_is_none():
+def test_keys_of_functions_are_refused_without_functions():
     for settings in ({"reward_function_norm": "running"}, {"reward_function_clip": 1.0}, {"reward_retries": 2}):
         config = PPOConfig(**settings)
         with pytest.raises(ValueError, match=rf"^{next(iter(settings))}: must be .* without a reward function, since"):

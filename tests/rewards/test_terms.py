@@ -76,7 +76,7 @@ def test_ppo_earns_the_score_at_the_last_valid_token_and_pays_kl_at_every_row():
     }
 
 
-def test_a_missing_eos_costs_a_penalty_of_its_own_or_replaces_the_score():
+def test_a_missing_eos_costs_a_penalty_or_replaces_the_score():
     penalised = rewards(missing_eos_penalty=1.5)
     assert penalised["score"] == [0, 0, 0, 2, 0, 0, 0, -3]
     assert penalised["missing_eos"] == [0, 0, 0, 0, 0, 0, 0, -1.5]
@@ -217,7 +217,7 @@ def test_with_lambda_1_rs_and_none_differ_by_the_potential_of_the_state():
     assert (advantages["rs"][0.9] - advantages["none"][0.9] + potential).abs().max() > 0.1
 
 
-def test_normalisers_of_token_rewards_count_the_tokens_that_earn_and_go_on_from_batch_to_batch():
+def test_normalisers_of_token_rewards_count_earning_tokens_over_all_batches():
     run = Rewards(config=PPOConfig(dpo_model_path="dpo", dpo_reward_norm="running", dpo_reward_scale=0.5))
     earned, seen = RATIO[DPO.earns], []
     for factor in (1.0, 3.0):
@@ -316,7 +316,7 @@ def test_token_rewards_that_outweigh_the_score_are_reported_once(caplog):
     assert len(caplog.messages) == 1
 
 
-def test_sentences_end_where_the_text_of_a_token_says_so():
+def test_sentences_end_at_tokens_whose_text_ends_a_sentence():
     words = ["<eos>", "a", "b.", "c! ", "d?", "e\n\nf", "3.5", "...", ",", '."']
     base = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<eos>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=base, eos_token="<eos>")

@@ -115,7 +115,7 @@ def test_out_of_memory_in_the_probe_is_raised(monkeypatch):
         decoder_of(tiny.policy())
 
 
-def test_a_model_whose_sequences_run_one_by_one_is_not_decoded_in_slots(caplog):
+def test_a_model_that_runs_one_sequence_at_a_time_is_not_decoded_in_slots(caplog):
     """Its windows or chunks may be longer than the probe's texts."""
     model = tiny.policy()
     run_alone(model, "has attention in chunks")

@@ -76,7 +76,7 @@ def test_a_run_trains_and_evaluates_on_responses_that_end_at_the_string(paths):
     assert result.history[0]["val/num_eos_tokens"] == 12 - 12 * result.history[0]["completions/clipped_ratio"]
 
 
-def test_stop_strings_are_refused_under_compat_reference_and_where_they_are_empty():
+def test_empty_stop_strings_and_compat_reference_are_refused():
     with pytest.raises(ValueError, match=r"^stop: must be empty with compat reference"):
         PPOConfig(compat="reference", stop=("x",))
     with pytest.raises(ValueError, match=r"^stop: must be strings that are not empty; got \('',\)"):

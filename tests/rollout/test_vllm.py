@@ -1,4 +1,4 @@
-"""The vLLM engine against a stand-in for the library (stand_in/vllm.py), whose worker runs in a thread of this process.
+"""Tests of the vLLM engine with a stand-in for the library (stand_in/vllm.py); its worker runs in a thread.
 
 `test_vllm_child.py` has the tests with a real process.
 """

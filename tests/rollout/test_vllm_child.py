@@ -28,7 +28,7 @@ def stand_in(monkeypatch):
     monkeypatch.syspath_prepend(STAND_IN)
 
 
-def test_a_run_whose_process_is_killed_leaves_a_checkpoint_and_the_trainer_as_it_was(tmp_path, monkeypatch):
+def test_if_the_process_is_killed_a_checkpoint_is_saved_and_the_trainer_is_unchanged(tmp_path, monkeypatch):
     """Two updates have correct log-probs before and after the weights change; the process dies in the third."""
     opened = []
 

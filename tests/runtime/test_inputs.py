@@ -148,7 +148,7 @@ def test_at_least_one_row_must_remain_for_training(config, num_eval_examples):
         open_inputs(replace(config, num_eval_examples=num_eval_examples), [], None, None)
 
 
-def test_the_tokenizer_is_the_one_beside_the_model_unless_another_is_named(tmp_path, tokenizer_path):
+def test_the_tokenizer_comes_from_the_model_folder_unless_another_is_named(tmp_path, tokenizer_path):
     policy = tiny.save_policy(tmp_path / "policy")
     beside, _ = open_inputs(SFTConfig(model_name_or_path=policy), ["reference"], tiny.examples(1), None)
     named = SFTConfig(model_name_or_path=policy, tokenizer_name_or_path=tokenizer_path, eos_token="<end>")

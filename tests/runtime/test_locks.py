@@ -86,7 +86,7 @@ def test_after_a_kill_on_this_host_there_is_no_wait(tmp_path, monkeypatch):
         assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
 
 
-def test_without_the_kernels_locks_a_warning_says_so(tmp_path, file_system, caplog):
+def test_without_kernel_locks_there_is_a_warning(tmp_path, file_system, caplog):
     with locked(tmp_path):
         pass
     assert ("this file system has no locks" in caplog.text) == (file_system != "flock")

@@ -143,7 +143,7 @@ def test_wandb_learns_that_a_run_failed(tmp_path, wandb):
     assert wandb.arguments["name"] == "mine"
 
 
-def test_a_reporter_that_fails_is_reported_once_and_dropped_and_the_file_goes_on(tmp_path, wandb):
+def test_a_failing_reporter_is_reported_once_and_dropped_and_the_file_continues(tmp_path, wandb):
     wandb.run = FakeRun(fails_at=2)
     with MetricsWriter(tmp_path, report_to=["wandb"]) as writer:
         writer.log(1, {"loss": 1.0})

@@ -126,7 +126,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_any_weight_moves(bad
         assert all(bool((parameter == 1).all()) for parameter in model.parameters())
 
 
-def test_frozen_weights_are_left_alone():
+def test_frozen_weights_do_not_change():
     model = layer()
     model.bias.requires_grad_(False)
     optimizer = Optimizer({"": model}, plain(weight_decay=0.5), num_steps=10)
@@ -156,7 +156,7 @@ def test_no_data_is_an_error_even_with_a_given_number_of_steps():
 
 
 @pytest.mark.parametrize(("num_items", "batch_size", "steps"), [(10, 3, 20), (10, 10, 4), (3, 8, 6), (1, 2, 3)])
-def test_every_epoch_shows_every_item_once_in_an_order_of_its_own(num_items, batch_size, steps):
+def test_every_epoch_shows_every_item_once_in_its_own_order(num_items, batch_size, steps):
     batches = list(index_batches(num_items, batch_size, steps, seed=4))
     assert [len(batch) for batch in batches] == [batch_size] * steps
     seen = [index for batch in batches for index in batch]
@@ -217,7 +217,7 @@ def momentum(optimizer: Optimizer) -> dict:
 
 
 @pytest.mark.parametrize("settings", [{}, BFLOAT16, ROUNDED])
-def test_a_state_taken_and_put_back_goes_on_with_the_same_bits(settings):
+def test_a_restored_state_continues_with_the_same_bits(settings):
     config = SFTConfig(learning_rate=0.01, warmup_steps=2, **settings)
     dtype = getattr(torch, config.dtype)
 

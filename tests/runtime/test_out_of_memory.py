@@ -34,7 +34,7 @@ def fail_at(patch, module, name: str, call: int) -> None:
     patch.setattr(module, name, counted)
 
 
-def test_torchs_and_pythons_errors_are_known_and_others_are_not():
+def test_out_of_memory_errors_of_torch_and_python_are_recognised():
     with pytest.raises(RuntimeError) as cpu:  # an allocation larger than any address space
         torch.empty(2**60, dtype=torch.uint8)
     assert is_out_of_memory(cpu.value)
@@ -100,7 +100,7 @@ def test_the_place_is_that_of_the_innermost_part_of_the_run(paths, tmp_path):
     assert describe(stop.value).startswith("out of memory in the rollout")
 
 
-def test_the_command_says_where_the_parts_and_what_to_change(tmp_path, monkeypatch, capsys):
+def test_the_command_prints_place_parts_and_advice(tmp_path, monkeypatch, capsys):
     measure.make_inputs(tmp_path)
     settings = measure.settings(tmp_path, "sft", measure.SMALL, "reward")
     settings |= {"output_dir": str(tmp_path / "run"), "max_steps": 3}

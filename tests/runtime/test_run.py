@@ -294,7 +294,7 @@ class FakeTensorBoard:
     def close(self): ...
 
 
-def test_a_reporter_that_fails_to_start_leaves_a_folder_that_can_be_used_again(monkeypatch, tmp_path):
+def test_after_a_reporter_fails_to_start_the_folder_can_be_used_again(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=FakeTensorBoard))
     cfg = config("", tmp_path / "broken", report_to=("tensorboard",))
     with pytest.raises(RuntimeError, match="no server"), Run("sft", cfg, 1):
@@ -303,7 +303,7 @@ def test_a_reporter_that_fails_to_start_leaves_a_folder_that_can_be_used_again(m
         run.log(1, {"loss": 1.0})
 
 
-def test_a_reporter_is_told_whether_the_run_failed(monkeypatch, tmp_path):
+def test_a_reporter_learns_whether_the_run_failed(monkeypatch, tmp_path):
     ends = []
     run = SimpleNamespace(log=lambda *_, **__: None, finish=lambda exit_code: ends.append(exit_code))
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: run))

@@ -44,7 +44,7 @@ def test_the_first_signal_waits_and_one_after_the_time_of_repeats_ends_at_once(n
 
 
 @pytest.mark.parametrize("second", signals.HANDLED)
-def test_repeats_within_five_seconds_are_the_same_request_and_said_once(second, clock, capfd):
+def test_repeats_within_five_seconds_count_as_one_request(second, clock, capfd):
     """SLURM signals ranks and launcher, and the launcher forwards its signal, so a rank gets it twice."""
     with pytest.raises(ZeroDivisionError), Interrupts() as interrupts:  # noqa: PT012
         signal.raise_signal(signal.SIGTERM)
@@ -56,7 +56,7 @@ def test_repeats_within_five_seconds_are_the_same_request_and_said_once(second, 
     assert capfd.readouterr().err.count("saving, then stopping") == 1
 
 
-def test_the_first_signal_ends_the_work_at_once_where_that_is_allowed_and_only_the_first(clock):
+def test_the_first_signal_ends_the_work_at_once_if_allowed(clock):
     allowed = [False]
     with pytest.raises(Interrupted) as stop, Interrupts(lambda: allowed[0]) as interrupts:  # noqa: PT012
         allowed[0] = True
@@ -100,7 +100,7 @@ def test_a_signal_that_the_process_ignores_stays_ignored():
         signal.signal(signal.SIGINT, before)
 
 
-def test_outside_the_main_thread_signals_are_left_alone():
+def test_outside_the_main_thread_signals_are_not_handled():
     before, seen = signal.getsignal(signal.SIGINT), []
 
     def elsewhere():

@@ -64,7 +64,7 @@ def test_linear_layers_in_4_bits_take_half_a_byte_and_the_scales_of_double_quant
     assert judged["critic"] == pytest.approx(4 * SCORER + adapter(16), abs=BUFFERS)
 
 
-def test_a_reference_of_its_own_is_counted_beside_an_adapter(folder):
+def test_a_separate_reference_is_counted_in_addition_to_an_adapter(folder):
     loaded = {"model_config": "", "model_name_or_path": str(folder / "tiny_policy"), "use_peft": True}
     settings = loaded | {"precompute_ref_log_probs": False}
     assert own(folder, "dpo", measure.SMALL, **settings)["reference"] == 0

@@ -91,7 +91,7 @@ def offloaded(folder, **changes):
     return (count_phases(each, read_rows(each), is_cuda=True) for each in (waits, config))
 
 
-def test_models_that_wait_are_on_a_gpu_while_they_score_and_not_while_others_work(folder):
+def test_offloaded_models_are_on_the_gpu_only_while_they_score(folder):
     (phases, facts), (stayed, _) = offloaded(folder)
     assert [phase.name.split()[0] for phase in phases] == ["rollout", "scoring", "forward"]
     rollout, scoring, training = (phase.parts for phase in phases)
@@ -120,7 +120,7 @@ def test_offloading_on_a_cpu_or_of_shared_weights_saves_nothing(folder):
     assert phases == stayed
 
 
-def test_offloaded_inputs_of_layers_leave_the_device_all_but_one_and_are_told_apart(folder):
+def test_only_one_layer_input_stays_on_the_device_with_offloading(folder):
     """Of 8 layers only the inputs of the current and the previous layer are on the device.
 
     With two packs, gradients exist from the start.

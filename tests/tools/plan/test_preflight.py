@@ -81,7 +81,7 @@ def test_an_error_in_a_later_run_is_reported_with_its_name(chain, name, settings
         check_chain(list((chain | {name: replace(chain[name], **settings)}).items()))
 
 
-def test_a_model_of_the_wrong_kind_is_told_before_it_is_trained(chain):
+def test_a_model_of_the_wrong_kind_is_reported_before_it_is_trained(chain):
     folders = {name: config.output_dir for name, config in chain.items()}
     message = told(chain, "rto", reward_model_path=folders["dpo"])
     assert message == f"reward_model_path: {folders['dpo']!r} will hold a policy, trained by dpo; give a reward model"
@@ -129,7 +129,7 @@ def test_two_runs_of_one_folder_are_refused(chain):
     assert message.startswith(f"output_dir: {chain['sft'].output_dir!r} is also the output_dir of sft")
 
 
-def test_the_tokenizer_of_an_earlier_run_is_looked_for_where_that_will_take_it_from(chain):
+def test_the_tokenizer_of_an_earlier_run_is_taken_from_its_source(chain):
     """A conversation needs a chat template: sft provides it, and the runs that start from sft inherit it."""
     talk = [{"role": "user", "content": "w1"}], [{"role": "assistant", "content": "w2"}]
     path = chain["sft"].dataset_name.replace("rows", "talk")
