@@ -23,6 +23,7 @@ from fastrlhf.config.elsewhere import explain_command
 from fastrlhf.config.functions import user_frames
 from fastrlhf.config.help import format_help
 from fastrlhf.runtime.out_of_memory import describe, is_out_of_memory
+from fastrlhf.runtime.printable import PrintableFormatter, printable
 from fastrlhf.runtime.signals import Interrupted
 
 USAGE = """\
@@ -116,9 +117,8 @@ def _fail(command: str, message: str, exit_code: int, frames: Sequence[str] = ()
         if exit_code > 128:  # Every process receives the signal, so only rank 0 reports it.
             return exit_code
         time.sleep(PATIENCE)
-    # Names of files or columns may contain control characters for the terminal.
     for line in (f"fastrlhf {command}: {message}", *(f"  {frame}" for frame in frames)):
-        print("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line), file=sys.stderr)
+        print(printable(line), file=sys.stderr)
     return exit_code
 
 
@@ -362,6 +362,8 @@ def _quiet_libraries() -> None:
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     logging.basicConfig(format="%(message)s")
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(PrintableFormatter("%(message)s"))
     logging.getLogger("fastrlhf").setLevel(logging.INFO if _is_first() else logging.ERROR)
     sys.stdout = sys.stdout if _is_first() else open(os.devnull, "w")  # noqa: SIM115 (open until the end)
 

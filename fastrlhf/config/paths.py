@@ -67,7 +67,7 @@ def is_same(key: str, written: Any, value: Any) -> bool:
     value = list(value) if isinstance(value, tuple) else value
     filled = filled_in(key, written)
     return (
-        value in (written, filled)
+        value in (written, filled, _number(filled))
         or ("$" not in str(written) and written == _as_given(key, value))
         or _is_same_place(filled, value)
     )
@@ -87,12 +87,23 @@ def _absolute(key: str, text: str) -> str:
 def _as_given(key: str, value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(_as_given(key, item) for item in value)
+    if isinstance(value, (int, float)):
+        variables = {_number(text): given for (name, text), given in _GIVEN.items() if name == key and "$" in given}
+        return variables.get(value, value)
     if not isinstance(value, str) or (key, value) in _GIVEN or not os.path.isabs(value):
         return _GIVEN.get((key, value), value)
     for parent in Path(value).parents:  # a path inside output_dir, such as a stage of rlp
         if ("output_dir", str(parent)) in _GIVEN:
             return os.path.join(_GIVEN["output_dir", str(parent)], Path(value).relative_to(parent))
     return value
+
+
+def _number(text: Any) -> Any:
+    """The number that a text writes; anything else unchanged."""
+    try:
+        return float(text) if isinstance(text, str) else text
+    except ValueError:
+        return text
 
 
 def _is_same_place(one: Any, other: Any) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pickle import UnpicklingError
 from typing import Any, cast
 
 import torch
@@ -307,6 +308,8 @@ def _named(model: PreTrainedModel, what: str, fix: str = "take another model") -
 
 def one_line(error: BaseException, longest: int = 300) -> str:
     """Formats an exception of third-party code on one line."""
+    if isinstance(error, UnpicklingError):
+        return "a .bin file is a pickle of more than tensors; save the model as safetensors"
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text if len(text) <= longest else text[:longest] + ' ...'}"
 

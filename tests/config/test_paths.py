@@ -86,3 +86,17 @@ def test_values_are_equal_by_text_by_variable_or_by_path(tmp_path, monkeypatch):
     assert not is_same("dataset_name", "a", f"{tmp_path}/b")
     assert filled_in("chat_template", "$PLACE") == "$PLACE"
     assert EvalConfig(models=("a",)).models == ("a",)
+
+
+def test_a_variable_of_a_file_is_kept_under_a_key_of_numbers_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("STEPS_OF_TEST", "5")
+    monkeypatch.setenv("RATE_OF_TEST", "2e-3")
+    file = tmp_path / "sft.yaml"
+    file.write_text("max_steps: $STEPS_OF_TEST\nlearning_rate: $RATE_OF_TEST\nseed: 5\n")
+    config = parse(SFTConfig, ["--config", str(file)], "sft")
+    assert (config.max_steps, config.learning_rate) == (5, 2e-3)
+    written = as_given(config)
+    assert (written["max_steps"], written["learning_rate"], written["seed"]) == ("$STEPS_OF_TEST", "$RATE_OF_TEST", 5)
+    assert is_same("max_steps", "$STEPS_OF_TEST", 5)
+    assert not is_same("max_steps", "$STEPS_OF_TEST", 6)
+    assert as_given(SFTConfig(max_steps=6))["max_steps"] == 6

@@ -1,6 +1,7 @@
 """Tests of the probe that examines a model at the start of a run."""
 
 import logging
+from pickle import UnpicklingError
 
 import pytest
 import torch
@@ -182,3 +183,9 @@ def test_a_model_without_checkpointing_support_is_refused():
     model = torch.nn.Linear(2, 2)
     with pytest.raises(ValueError, match=r"^activation_checkpointing: Linear does not support it; set it to false$"):
         enable_activation_checkpointing(model)
+
+
+def test_a_pickle_of_more_than_tensors_is_told_in_one_sentence():
+    assert one_line(UnpicklingError("Weights only load failed. This file can still be loaded, ...")) == (
+        "a .bin file is a pickle of more than tensors; save the model as safetensors"
+    )

@@ -1,0 +1,17 @@
+"""Text for a terminal: names of files and columns may hold characters that would move the cursor or recolour it."""
+
+from __future__ import annotations
+
+import logging
+
+
+def printable(line: str) -> str:
+    r"""Escapes the control characters of one line: a newline becomes \n, an escape \x1b."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+
+
+class PrintableFormatter(logging.Formatter):
+    """A formatter of log records that escapes the control characters of every line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join(map(printable, super().format(record).split("\n")))
