@@ -136,6 +136,8 @@ def open_vllm(config: PPOConfig, policy: PreTrainedModel, eos_token_id: EndIds) 
             "enable_sleep_mode": config.vllm_enable_sleep_mode,
             "trust_remote_code": config.trust_remote_code,
             "seed": config.seed % 2**32,  # vLLM seeds numpy with it
+            # Between the chunks of a prompt vLLM rewinds the generator of its request, which no generator of a CPU can.
+            "enable_chunked_prefill": None if policy.device.type == "cuda" else False,
         }
         [version, *_] = _ask(children, "open", settings)
     log.info("engine: vLLM %s samples in process %s", version, ", ".join(str(child.pid) for child in children))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -32,8 +33,11 @@ class SharedMemory:
 
     @classmethod
     def create(cls) -> SharedMemory:
-        """New memory. Processes that are started with its `descriptor` see what is written."""
-        return cls(os.memfd_create("fastrlhf-weights"))
+        """New memory. Processes that are started with its `descriptor` see what is written. The descriptor is closed
+        when the object is dropped."""
+        memory = cls(os.memfd_create("fastrlhf-weights"))
+        weakref.finalize(memory, os.close, memory.descriptor)
+        return memory
 
     def write(self, weights: Sequence[tuple[str, Tensor]]) -> list[Entry]:
         """Replaces the content of the memory and returns what another process needs to `read` it."""

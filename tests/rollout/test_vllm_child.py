@@ -77,7 +77,8 @@ def test_if_the_process_is_killed_a_checkpoint_is_saved_and_the_trainer_is_uncha
 
 
 def child(behaviour: str) -> Child:
-    return Child(SharedMemory.create().descriptor, {"STAND_IN": behaviour})
+    memory = SharedMemory.create()
+    return Child(memory.descriptor, {"STAND_IN": behaviour})
 
 
 SETTINGS = {
@@ -89,6 +90,7 @@ SETTINGS = {
     "enable_sleep_mode": False,
     "trust_remote_code": False,
     "seed": 0,
+    "enable_chunked_prefill": False,
 }
 
 

@@ -230,9 +230,12 @@ def test_temperatures_ends_and_the_distribution_are_those_of_the_policy(tmp_path
 
 
 def test_bfloat16_differs_by_its_rounding(tmp_path):
-    settings = config(tmp_path, "untied", dtype="bfloat16", response_length=12)
+    """With more tokens of prompts than vLLM prefills at once (4096)."""
+    settings = config(tmp_path, "untied", dtype="bfloat16", rollout_batch_size=256)
     policy = load_policy(settings.model_name_or_path, dtype="bfloat16")
-    rollouts = open_vllm(settings, policy, tiny.EOS).generate(prefixes(32))
+    starts = prefixes(256)
+    assert sum(len(prefix.token_ids) for prefix in starts) > 5000
+    rollouts = open_vllm(settings, policy, tiny.EOS).generate(starts)
     assert 1e-4 < differences(policy, rollouts, 0.8, 64).mean() < 0.1
 
 

@@ -37,6 +37,15 @@ def test_what_was_read_is_a_copy_and_the_memory_grows():
     assert second[0] == 2
 
 
+def test_memory_that_is_dropped_is_given_back():
+    memory = SharedMemory.create()
+    descriptor = memory.descriptor
+    os.fstat(descriptor)
+    del memory
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)
+
+
 @pytest.mark.parametrize(
     ("size", "expected"), [(64, [1, 1, 1, 1]), (128, [2, 1, 1]), (320, [2, 2]), (10_000, [4])], ids=str
 )

@@ -59,7 +59,9 @@ class LLM:
         enable_sleep_mode: bool,
         trust_remote_code: bool,
         seed: int,
+        enable_chunked_prefill: bool | None,
     ):
+        assert enable_chunked_prefill is False, "on a CPU the generator of a request cannot be rewound"
         assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
         assert (load_format, skip_tokenizer_init, generation_config) == ("dummy", True, "vllm")
         match os.environ.get("STAND_IN"):
