@@ -130,7 +130,7 @@ def command(place: Path, folder: Path) -> list[str]:
         "output_dir": str(folder.with_name("chain")),
     }
     file = folder.with_name(f"chain-{os.environ.get('RANK', 0)}.yaml")
-    file.write_text(json.dumps({"shared": shared, "sft": sft, "dpo": dpo}))  # JSON is YAML
+    file.write_text(json.dumps({"shared": shared, "sft": sft, "dpo": dpo}))  # JSON is valid YAML
     return ["dpo", "--config", str(file)]
 
 

@@ -60,7 +60,7 @@ def job(tmp_path_factory):
         "max_steps": 60,
         "progress": False,
     }
-    (place / "job.yaml").write_text(json.dumps(keys))  # JSON is YAML
+    (place / "job.yaml").write_text(json.dumps(keys))  # JSON is valid YAML
 
     def start(folder: Path) -> subprocess.Popen:
         command = [*TORCHRUN, "-m", "fastrlhf", "sft", "--config", str(place / "job.yaml"), "--output_dir", str(folder)]

@@ -30,7 +30,7 @@ def run_block(side: str, problem: Problem) -> dict[str, Any]:
     """
     cuda = problem.device == "cuda"
     if not cuda:
-        torch.set_num_threads(1)  # see `measure.now`
+        torch.set_num_threads(1)  # CPU time would be summed over threads
     examples = make_examples(problem)
     contestant = CONTESTANTS[side](problem, make_models(problem, examples))
     weights = torch.cuda.memory_allocated() if cuda else _most_bytes(cuda)

@@ -59,7 +59,7 @@ def forward_kernel(
     shares = tl.cdiv(vocab, SHARE)
     row, share = place_of_program(num_rows, shares, ROWS, GROUP)
     rows = row + tl.arange(0, ROWS)
-    target = tl.load(targets + rows, mask=rows < num_rows, other=ignore).to(tl.int32)  # cheaper to compare
+    target = tl.load(targets + rows, mask=rows < num_rows, other=ignore).to(tl.int32)  # int32 compares faster
     outer = row_scale(outer_scale, row_temperature, rows, num_rows)
     peak = tl.full([ROWS], FLOOR, tl.float32)
     total = tl.zeros([ROWS], tl.float32)

@@ -86,7 +86,7 @@ def linear_kl(
     check_rows("hidden", hidden, rank=2)
     check_rows("reference_hidden", reference_hidden, rank=2)
     targeted = targets is not None
-    if targets is None:  # any valid token
+    if targets is None:  # use token 0; its log-probs are discarded below
         targets = hidden.new_zeros(hidden.shape[:1], dtype=torch.int64)
     transform = checked_transform(hidden, weight, targets, bias, temperature, logit_scale, softcap)
     num_rows, vocab, device = hidden.shape[0], weight.shape[0], hidden.device

@@ -38,7 +38,7 @@ from fastrlhf_kernels.policy_loss import (
 )
 from fastrlhf_kernels.types import LossOutput
 
-CPU_CHUNK, GPU_CHUNK = 1 << 25, 1 << 28  # bytes of a chunk's logits
+CPU_CHUNK, GPU_CHUNK = 1 << 25, 1 << 28  # target size of a chunk's logits in bytes
 CAST_ROWS = 8192
 
 

@@ -101,7 +101,7 @@ def policy_loss(
         mask,
         None if reference_logprob is None else reference_logprob.detach(),
         None if weight is None else weight.detach(),
-        entropy if entropy is None or entropy_coef else entropy.detach(),  # skips a backward of zeros
+        entropy if entropy is None or entropy_coef else entropy.detach(),  # avoids a backward of zeros
         None if cu_seqlens is None else _sequence_log_ratio(logprob, sampler_logprob, mask, cu_seqlens),
         *scalars,
         use_triton(impl, device),

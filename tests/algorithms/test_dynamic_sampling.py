@@ -1,4 +1,5 @@
-"""Dynamic sampling: which groups are dropped and sampled anew, what is counted, and that resumed runs repeat it."""
+"""Tests of dynamic sampling: which groups are dropped and replaced, what is counted, and that resumed runs repeat
+it."""
 
 import pytest
 import torch
@@ -78,7 +79,7 @@ def test_dropped_groups_are_replaced_by_other_prompts_until_the_batch_is_full():
     assert rounds[0] == [0, 1, 2]
     assert len(rounds[1]) == 2
     drawn = [row for rows in rounds for row in rows]
-    assert len(drawn) == len(set(drawn))  # no prompt twice as long as others are left
+    assert len(drawn) == len(set(drawn))  # no prompt is used twice while unused ones are left
     assert {r.prefix.row for r in batch.rollouts} == {0, 6, 7}
     dropped = set(drawn) - {0, 6, 7}
     assert metrics["dynamic_sampling/sampled_groups"] == len(drawn)
@@ -89,11 +90,11 @@ def test_dropped_groups_are_replaced_by_other_prompts_until_the_batch_is_full():
     assert episodes[:2] == [0, 1]
     assert all(episode >= REFILLED for episode in episodes[2:])
     assert len(set(episodes)) == 6
-    # What belongs to a rollout stays with it.
+    # Extra data of a rollout stay with it.
     assert batch.extra["row"] == [r.prefix.row for r in batch.rollouts]
     assert batch.earned["given"] == list(batch.scores.unbind()) == [0, 1, 0, 1, 0, 1]
     assert batch.metrics["logged"] == (len(rounds) + 1) / 2
-    # The draws depend on seed and update only.
+    # The draws depend only on seed and update.
     again = Sampler(varied=[0, 6, 7])
     refilled(dynamic_config(8.0, groups=3), PROMPTS, [0, 1, 2], 0, again)
     assert again.calls == sample.calls
@@ -124,7 +125,7 @@ def policy_path(tmp_path_factory):
 
 
 def starts_low(completions, **_):
-    """1 for responses whose first word is among the first words of the vocabulary: often 0 for a whole group."""
+    """1 for responses whose first word is among the first words of the vocabulary; often 0 for a whole group."""
     return [float(text.split()[:1] in [[word] for word in tiny.WORDS[:6]]) for text in completions]
 
 
@@ -152,7 +153,7 @@ def test_a_run_drops_refills_and_counts(policy_path):
         kept = row["completions/mean_length"] * 8
         assert row["num_tokens"] == pytest.approx(kept + row["dynamic_sampling/dropped_tokens"])
         if row["dynamic_sampling/unfilled_groups"] == 0:
-            assert row["rewards/counted/mean"] == 0.5  # one of two in every group
+            assert row["rewards/counted/mean"] == 0.5  # one of two responses in every group
 
 
 def test_with_spread_everywhere_the_numbers_are_those_of_a_run_without_it(policy_path):
@@ -182,7 +183,7 @@ def test_with_spread_everywhere_the_numbers_are_those_of_a_run_without_it(policy
         ),
     ],
 )
-def test_settings_that_exclude_each_other(settings, message):
+def test_incompatible_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         PPOConfig(per_device_train_batch_size=8, **settings)
 

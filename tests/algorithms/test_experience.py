@@ -112,8 +112,8 @@ def test_missing_eos_score_replaces_the_score(critic):
 
 
 def test_the_return_of_a_truncated_episode_includes_the_value_after_its_last_token(critic):
-    """With lambda 0 the last row's return is its reward + gamma times the value after it. The critic here is a judge,
-    and its value of a state is its score of the text so far. After an episode that ended there is no value."""
+    """With lambda 0 the last row's return is reward + gamma * value of the state after it. Here the critic is a judge,
+    whose value of a state is its score of the text so far. There is no value after an episode that has ended."""
     cfg = config(kl_coef=0.0, lam=0.0, gamma=0.5, truncation="bootstrap")
     found, metrics = experience(cfg, ROLLOUTS, critic)
     judge = reward_model_judge(critic, eos_token_id=EOS, micro_batch_tokens=1000)

@@ -50,7 +50,7 @@ def test_loss_and_gradient_by_hand():
 
 
 def test_token_rewards_become_the_changes_of_the_log_odds_of_success():
-    """Enumerates responses of two tokens out of two.
+    """Enumerates all responses of two tokens from a vocabulary of two.
 
     The success probabilities are sigmoid(beta log(phi / ref)) for a known distribution phi, so training on expected
     outcomes must find phi and each token's reward.

@@ -83,7 +83,7 @@ def test_trunks_change_no_number_and_no_gradient(name, reset_group, critic):
     assert fewer == trunks + sum(len(r.completion) for r in drawn)
 
 
-def test_the_value_after_a_truncated_branch_is_read_at_its_own_last_token(critic):
+def test_the_value_after_a_truncated_branch_is_read_at_its_last_token(critic):
     cfg = config(reset_group="response", truncation="bootstrap", missing_eos_score=None, reset_prob=0.8)
     drawn = rollouts(cfg, tiny.policy())
     assert {r.ended for r in drawn} == {True, False}

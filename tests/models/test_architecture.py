@@ -45,5 +45,5 @@ def test_a_language_model_without_a_score_head_is_refused_by_its_configuration_a
         with pytest.raises(ValueError, match=told):
             check_head(AutoConfig.from_pretrained(base), base, field)
     renamed = AutoConfig.from_pretrained(judge)
-    renamed.architectures = ["LlamaForCausalLM"]  # the weights decide
+    renamed.architectures = ["LlamaForCausalLM"]  # only the weights matter
     check_head(renamed, judge, "reward_model_path")

@@ -1,4 +1,4 @@
-"""Names that reward functions look up in their keyword arguments."""
+"""Tests of finding the names that reward functions look up in their keyword arguments."""
 
 import logging
 
@@ -58,5 +58,5 @@ def test_an_unknown_column_is_named_with_those_that_exist(caplog):
     ]
 
 
-def test_a_function_of_one_rollout_is_not_read(caplog):
+def test_a_function_of_a_single_rollout_is_not_examined(caplog):
     assert warnings(lambda rollout, **kwargs: kwargs.get("anwser", 0.0), caplog) == []
