@@ -183,7 +183,8 @@ class AttentionPlan:
     key_index: Tensor | None
     """(K,) int64 rows of the pack whose keys and values are gathered; None if no segment has a parent."""
     query_lengths: tuple[int, ...]
-    """The same lengths on the host, for launches and for backends without a variable-length kernel."""
+    """Numbers of queries and (below) of keys of each segment, as Python numbers, for kernel launches and for backends
+    without a variable-length kernel."""
     key_lengths: tuple[int, ...]
 
 

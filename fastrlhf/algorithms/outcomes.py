@@ -21,7 +21,7 @@ def outcomes(
 ) -> Tensor:
     """[N] float64 on the CPU: score_coef * score + the weighted sum of what the reward functions gave.
 
-    `scores` [N] are those of the judge, None where there is none; `earned` is the result of `functions`, whose rewards
+    `scores` [N] are those of the judge, None if there is none; `earned` is the result of `functions`, whose rewards
     per token are summed. Without an end, `missing_eos_score` replaces the score and `missing_eos_penalty` is
     subtracted. KL, token rewards, normalisation and clipping are left out: the same response always has the same
     outcome.

@@ -34,9 +34,9 @@ class Pairs:
 
     trees: list[Tree]
     label_prob: Tensor | None
-    """[B] float32 on the CPU, like the fields below: P(chosen is better); None where every label is hard"""
+    """[B] float32 on the CPU, like the fields below: P(chosen is better); None if every label is hard"""
     target: Tensor | None
-    """[B] float32 nats, PsiPO's target of the difference of log-ratios; None where psi is the identity"""
+    """[B] float32 nats, PsiPO's target of the difference of log-ratios; None if psi is the identity"""
     margin: Tensor | None
     """[B] float32, in the units of beta times nats"""
 
@@ -161,7 +161,7 @@ def describe_target(config: DPOConfig, pairs: Pairs) -> str:
 
 
 def check_first_loss(config: DPOConfig, pairs: Pairs, means: Mapping[str, float]) -> None:
-    """Raises ValueError where a loss is not that of a policy equal to its reference: ln 2 for DPO, 1 for hinge, (1 / (2
+    """Raises ValueError if a loss is not that of a policy equal to its reference: ln 2 for DPO, 1 for hinge, (1 / (2
     tau))^2 for IPO; other values with margins or soft labels. Losses without a reference are not checked.
 
     Every log-ratio is then 0 except for rounding: 3e-5 of a response's log-prob is allowed, 1e-2 in bfloat16.

@@ -1,4 +1,4 @@
-"""Token rewards that learn from outcomes during the run: `dpo_refine: outcome`.
+"""Trains the model of the token rewards on outcomes during the run: `dpo_refine: outcome`.
 
 PRIME (process reinforcement through implicit rewards, Cui et al. 2025, arXiv 2502.01456) rewards every token by the
 log-ratio of a model phi to its reference, as RTO does, and trains phi online. With o in {0, 1} for whether a response y

@@ -42,7 +42,7 @@ GRID = torch.linspace(0, 1, 1001, dtype=torch.float64)
 class Psi:
     """A non-decreasing function of a probability. Call it with float64 probabilities of any shape.
 
-    Raises ValueError where a value is not finite.
+    Raises ValueError if a value is not finite.
     """
 
     name: str
@@ -132,7 +132,7 @@ def pair_target(psi: Psi, prob: Tensor, tau: float) -> Tensor:
     """The pairwise back-end: [B] float32 nats, (Psi(p) - Psi(1 - p)) / (2 tau) of the probabilities p that chosen wins.
 
     It is the `target` of fastrlhf_kernels.pair_loss(kind="ipo"): identity gives (p - 1/2) / tau, and 1 / (2 tau), the
-    IPO of eq. 17, where p = 1. Raises ValueError where Psi is not odd about 1/2, because the pairs then have another
+    IPO of eq. 17, where p = 1. Raises ValueError if Psi is not odd about 1/2, because the pairs then have another
     optimum than eq. 9, and for hard labels under a Psi that is not affine, because E Psi(label) is then not Psi(p).
     """
     if not psi.is_odd:
@@ -146,7 +146,7 @@ def pair_target(psi: Psi, prob: Tensor, tau: float) -> Tensor:
 
 
 def check_not_hard(psi: Psi, prob: Tensor) -> None:
-    """Raises ValueError where all of these probabilities are 0 or 1, one label each, and Psi is not affine."""
+    """Raises ValueError if all of these probabilities are 0 or 1, one label each, and Psi is not affine."""
     if not psi.is_affine and bool(((prob == 0) | (prob == 1)).all()):
         raise ValueError(
             f"psi: {psi.name} needs probabilities, and every label is hard: E Psi(label) is not Psi(E label); take "
@@ -177,7 +177,7 @@ def group_target(preference: Tensor, psi: Psi, tau: float, estimator: Estimator)
                         at K = 2 it is `pair_target`
         leave_two_out   t_ij = sum over l not in {i, j} of (M_il - M_jl) / ((K - 2) tau): exact for any Psi, K >= 3
 
-    and the target is the u closest to the t. Raises ValueError where the estimator does not suit Psi or K.
+    and the target is the u closest to the t. Raises ValueError if the estimator does not suit Psi or K.
     """
     size = preference.shape[-1]
     if estimator == "self_included":

@@ -68,7 +68,7 @@ def train_groups(
     rewards/accuracies (share whose log-ratios have the same order as g), rewards/margins and rewards/target_margins
     (beta times the difference of log-ratios, now and at the optimum); logps/chosen, logps/rejected (nats of the
     response of highest and of lowest g); grad_norm, learning_rate, num_tokens (of the sequences), num_unique_tokens
-    (computed). Raises ValueError for bad input before any time is spent on training, and where the first loss is not
+    (computed). Raises ValueError for bad input before any time is spent on training, and if the first loss is not
     that of a policy equal to its reference.
     """
     psi = load_psi(config.psi, config.psi_clip)
@@ -152,7 +152,7 @@ def _targets(
 
 
 def _check_first_loss(config: DPOConfig, groups: Sequence[Group], metrics: Mapping[str, float]) -> None:
-    """Raises ValueError where the loss is not that of a policy equal to its reference, which depends only on the
+    """Raises ValueError if the loss is not that of a policy equal to its reference, which depends only on the
     targets.
 
     Every log-ratio is then 0 except for rounding: 3e-5 of a response's log-prob is allowed, 1e-2 in bfloat16.

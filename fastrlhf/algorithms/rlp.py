@@ -100,7 +100,7 @@ def train_rlp(
     `final` of the result has the last evaluation of the policy and, from the last round, rlp/rm_accuracy_offline and
     rlp/rm_accuracy_policy (before and after the refit), rlp/rm_drift, rlp/rm_order_agreement, rlp/rm_variance_ratio.
     Raises ValueError for bad input before any time is spent, when the folder holds a run with other settings, and
-    where a refitted model no longer distinguishes the answers to a prompt.
+    if a refitted model no longer distinguishes the answers to a prompt.
     """
     config = at_start(config, RLPConfig, "train_rlp")
     reward, policy = at_start(reward, RewardConfig, "train_rlp"), at_start(policy, PPOConfig, "train_rlp")
@@ -336,7 +336,7 @@ def _open(
 
 
 def _check_same_run(config: RLPConfig) -> None:
-    """Raises ValueError where the folder is in use or holds anything but an earlier part of this run."""
+    """Raises ValueError if the folder is in use or holds anything but an earlier part of this run."""
     check_idle(config.output_dir)
     file = Path(config.output_dir) / "config.yaml"
     if not file.exists():
@@ -348,7 +348,7 @@ def _check_same_run(config: RLPConfig) -> None:
 
 
 def _check_stage(config: RLPConfig, name: str, section: RewardConfig | PPOConfig) -> None:
-    """Raises ValueError where the folder of a stage holds anything but this stage, trained with the same section."""
+    """Raises ValueError if the folder of a stage holds anything but this stage, trained with the same section."""
     folder = Path(config.output_dir) / name
     if not holds_model(str(folder)):
         if not is_unfinished(str(folder)):  # an unfinished run is resumed or refused by its trainer

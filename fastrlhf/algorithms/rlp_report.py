@@ -58,8 +58,8 @@ def compare_scores(
 
 
 def agreement(ours: Tensor, theirs: Tensor) -> float:
-    """Share of the differences [N] whose signs agree, among those where `theirs` is not 0; where `ours` is 0, one
-    half counts. 0 if no difference is left."""
+    """Returns the share of differences [N] with equal signs, among those in which `theirs` is not 0. A difference in
+    which `ours` is 0 counts one half. 0 if there are no differences."""
     decided = theirs != 0
     if not decided.any():
         return 0.0
@@ -68,7 +68,7 @@ def agreement(ours: Tensor, theirs: Tensor) -> float:
 
 def view_activity(history: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """rlp/views_jsd over the last tenth of a refit and rlp/views_active, with a warning where the latter is 0; empty
-    where the loss on views does not estimate information."""
+    if the loss on views does not estimate information."""
     jsd = [row["views/jsd"] for row in history if "views/jsd" in row]
     if not jsd:
         return {}

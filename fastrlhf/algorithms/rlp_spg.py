@@ -49,7 +49,7 @@ Question = tuple[int, int]
 """Question: does answer i entail answer j?"""
 
 Same = Callable[[int, int], Generator[Question, Relation, bool]]
-"""Generator that asks at most two questions and returns whether answers i and j mean the same."""
+"""Generator that asks at most two questions and returns whether answers i and j have the same meaning."""
 
 Grouping = Generator[Question, Relation, list[int] | None]
 """Generator that asks questions and returns the group of every answer; None as soon as no group can become large
@@ -73,8 +73,8 @@ def no_contradiction_nor_both_neutral(i: int, j: int) -> Generator[Question, Rel
 
 
 def greedy(same: Same, num: int, needed: int = 0) -> Grouping:
-    """Each answer joins the first group whose first member means the same, or begins a new group. Returns None as
-    soon as no group can reach `needed` members."""
+    """Groups answers: each joins the first group whose first member has the same meaning, or begins a new group.
+    Returns None as soon as no group can reach `needed` members."""
     firsts: list[int] = []
     groups: list[int] = []
     for item in range(num):
@@ -91,7 +91,7 @@ def greedy(same: Same, num: int, needed: int = 0) -> Grouping:
 
 
 def overwriting(same: Same, num: int, needed: int = 0) -> Grouping:
-    """For all i < j that mean the same, j takes the group of i and leaves its earlier group."""
+    """Groups answers: for all i < j with the same meaning, j leaves its earlier group and joins that of i."""
     groups = list(range(num))
     for i in range(num):
         for j in range(i + 1, num):
@@ -101,7 +101,7 @@ def overwriting(same: Same, num: int, needed: int = 0) -> Grouping:
 
 
 def scanning(same: Same, num: int, needed: int = 0) -> Grouping:
-    """The first answer without a group begins one and takes all later answers that mean the same."""
+    """Groups answers: the first answer without a group begins one and takes all later answers with the same meaning."""
     groups, count = [-1] * num, 0
     for i in range(num):
         if groups[i] >= 0:
@@ -126,14 +126,15 @@ never stop early."""
 
 
 def num_needed(min_confidence: float, num: int) -> int:
-    """Members that the largest group needs for a pair."""
+    """Returns the number of members that the largest group needs for the prompt to give a pair."""
     return math.ceil(min_confidence * num - 1e-9)
 
 
 def group_answers(
     prompts: Sequence[str], texts: Sequence[Sequence[str]], judge: EquivalenceJudge, rule: str, needed: int = 0
 ) -> list[list[int] | None]:
-    """The groups of the answers to every prompt, computed in waves over all prompts. Equal texts need no question."""
+    """Returns the groups of the answers to every prompt. Questions about all prompts are asked in common waves; equal
+    texts need no question."""
     groupings = [RULES[rule](len(answers), needed) for answers in texts]
     groups: list[list[int] | None] = [None] * len(prompts)
     known: list[dict[Comparison, Relation]] = [{} for _ in prompts]
@@ -164,7 +165,7 @@ class Choice:
     """Outcome of one prompt: a pair, or the reason why there is none."""
 
     reason: str
-    """accepted, unsure (no group is large enough), unanimous (nothing is outside it), tied (two equal scores)"""
+    """accepted, unsure (no group is large enough), unanimous (all answers are in one group), tied (two equal scores)"""
     chosen: int = -1
     rejected: int = -1
     size: int = 0
@@ -194,7 +195,7 @@ def choose(
 
 
 def choose_by(answers: Answers, values: Sequence[float], draw: np.random.Generator) -> Choice:
-    """The ablations: among two random answers that differ, the one with the higher value is chosen."""
+    """Makes the pair of the ablations: of two random answers that differ, the one with the higher value is chosen."""
     if not answers.differ:
         return Choice(reason="unanimous")
     first, second = two_that_differ(answers, draw)
@@ -222,7 +223,7 @@ def synthetic_pairs(
 ) -> Synthetic:
     """Makes at most one pair per prompt; `prompts`, `texts` and `scores` belong to `answers`, in the same order.
 
-    `judge` is None where `pairing` needs none. The draws are keyed by (seed, row). Report: prompts, accepted,
+    `judge` is None if `pairing` needs none. The draws are keyed by (seed, row). Report: prompts, accepted,
     unsure, unanimous, tied, pairs (after `max_synthetic_pairs`), acceptance_rate, sizes (prompts by the size of
     their largest group from 0, unknown, to n), chosen_length and rejected_length (mean tokens), calibration (see
     `calibrate`).

@@ -155,13 +155,13 @@ def is_active(jsd: Sequence[float]) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Views:
-    """Answers whose views are the second objective of a reward model."""
+    """The second objective of a reward model, the loss on views, and the answers from which its views are drawn."""
 
     config: RLPConfig
     answers: Sequence[Answers]
 
     def open(self, hidden_size: int, device: torch.device, num_steps: int) -> ViewObjective:
-        """Raises ValueError where fewer prompts than a step needs have two different answers."""
+        """Raises ValueError if fewer prompts than a step needs have two different answers."""
         usable = [answers for answers in self.answers if answers.differ]
         most = len(usable)
         require(

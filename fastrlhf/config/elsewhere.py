@@ -47,7 +47,7 @@ class Key:
 
     name: str
     configs: tuple[str, ...]
-    """Keys of TRL_CONFIGS."""
+    """Configurations that have this key, by their names in TRL_CONFIGS."""
     status: Status
     ours: str = ""
     """The key (and value) to write here instead, if the status is `other name`."""
@@ -212,7 +212,7 @@ KEYS: tuple[Key, ...] = (
     # Checkpoints
     *_same("all", "save_steps", "0 by default: only the final model, and a checkpoint if the run is stopped"),
     *_same("all", "save_total_limit", "0 keeps all"),
-    *_same("all", "resume_from_checkpoint", "auto (default) or never; output_dir says where"),
+    *_same("all", "resume_from_checkpoint", "auto (default) or never; the run in output_dir is resumed"),
     *_other("all", "save_strategy", "save_steps"),
     *_no(
         "all",

@@ -68,7 +68,7 @@ class VLLMEngine:
 
     @torch.no_grad()
     def generate(self, prefixes: Sequence[Prefix]) -> list[Rollout]:
-        """One rollout per prefix, in order. Raises ValueError where a prefix leaves no token to sample or is too long,
+        """One rollout per prefix, in order. Raises ValueError if a prefix leaves no token to sample or is too long,
         and if a vLLM process fails or has died."""
         check_room(prefixes, self.response_length)
         for prefix in prefixes:
@@ -121,7 +121,7 @@ class VLLMEngine:
 
 def open_vllm(config: PPOConfig, policy: PreTrainedModel, eos_token_id: EndIds) -> VLLMEngine:
     """The engine of a run. Its processes hold `vllm_gpu_memory_utilization` of the memory until it is dropped, or with
-    `vllm_enable_sleep_mode` while they sample. Raises ValueError where vLLM cannot run the model."""
+    `vllm_enable_sleep_mode` while they sample. Raises ValueError if vLLM cannot run the model."""
     check_vllm(config)
     memory = SharedMemory.create()
     children = [Child(memory.descriptor, {"CUDA_VISIBLE_DEVICES": gpu}) for gpu in _visible_devices(config, policy)]
@@ -157,7 +157,7 @@ def open_vllm(config: PPOConfig, policy: PreTrainedModel, eos_token_id: EndIds) 
 
 
 def check_vllm(config: PPOConfig) -> None:
-    """Raises ValueError where vLLM is not installed, and for keys that need GPUs which this machine lacks. vLLM is not
+    """Raises ValueError if vLLM is not installed, and for keys that need GPUs which this machine lacks. vLLM is not
     imported."""
     if importlib.util.find_spec("vllm") is None:
         raise ValueError("engine: vllm is not installed; pip install 'fastrlhf[vllm]', or take engine transformers")

@@ -58,7 +58,7 @@ class Child:
         theirs.close()
         self._connection = ours
         self.close = weakref.finalize(self, _end, self._process, ours)
-        """Ends the process; callable any number of times."""
+        """Ends the process; it may be called several times."""
 
     @property
     def pid(self) -> int:

@@ -51,8 +51,8 @@ log = logging.getLogger(__name__)
 
 class Stateful(Protocol):
     """A part of a run that has a state: an optimiser, a normaliser, a controller. The state is a flat mapping to
-    tensors and JSON values. Without its tensors it describes a new part at the same position, which is what
-    `resume_weights_only` loads. An empty state is not saved, and the part of a resumed run stays as it was made.
+    tensors and JSON values. Without its tensors, which is what `resume_weights_only` loads, it describes a new part at
+    the same position. An empty state is not saved, and the part of a resumed run stays as it was made.
     """
 
     def state_dict(self) -> dict[str, Any]: ...
@@ -94,7 +94,7 @@ def check_run_dir(config: TrainConfig) -> None:
         return
     try:
         changed = differences(config, folder / "config.yaml", SAME_MODEL)
-    except ValueError:  # not a config.yaml of this program: there is nothing to resume
+    except ValueError:  # not a config.yaml written by fastrlhf, so there is nothing to resume
         check_output_dir(config.output_dir)
         return
     if changed:
@@ -111,7 +111,7 @@ def check_run_dir(config: TrainConfig) -> None:
 
 
 def holds_model(path: str) -> bool:
-    """Whether a run in this folder has finished: the model is the last thing that it writes."""
+    """Returns whether a run in this folder has finished, because a run writes the model last."""
     return (Path(path) / "config.json").exists()
 
 
@@ -295,7 +295,7 @@ class Checkpointer:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """By step, the oldest first."""
+    """Returns the checkpoints of a folder by step, the oldest first."""
     return sorted((path for path in folder.glob("checkpoint-*") if path.name[11:].isdecimal()), key=_step)
 
 
@@ -322,13 +322,13 @@ def find_checkpoint(folder: Path, weights_only: bool = False) -> Path | None:
 
 
 def check_same_data(path: str, data: Mapping[str, str]) -> None:
-    """Raises ValueError, naming the split, where the newest checkpoint in the folder was trained on other data. Every
+    """Raises ValueError, naming the split, if the newest checkpoint in the folder was trained on other data. Every
     rank must call it."""
     for checkpoint in reversed(on_first(lambda: checkpoints(Path(path)))):
         try:
             check_folder(checkpoint, lambda name: name == "state.json")
         except ValueError:
-            continue  # it will be skipped, with a line in the log
+            continue  # loading will skip it, with a line in the log
         before = json.loads((checkpoint / "state.json").read_bytes())["data"]
         for split, content in data.items():
             if before.get(split) != content:
@@ -340,7 +340,7 @@ def check_same_data(path: str, data: Mapping[str, str]) -> None:
 
 
 def _is_needed(name: str) -> bool:
-    """Which files are needed of a checkpoint of which only the weights are read."""
+    """Returns whether a file of a checkpoint is needed if only the weights are read."""
     return name == "state.json" or "model.shards" in Path(name).parts or Path(name).name == "model.safetensors"
 
 
@@ -380,7 +380,7 @@ def _start(models: Mapping[str, PreTrainedModel]) -> str:
 
 @torch.no_grad()
 def _load_weights(model: PreTrainedModel, stem: Path) -> None:
-    """Copies into the existing tensors, to which the optimiser refers."""
+    """Loads weights into the existing tensors, to which the optimiser refers."""
     own, described = _weights(model), on_each(lambda: describe_tensors(stem))[0]
     for name in sorted(own.keys() ^ described.keys()):
         raise ValueError(f"{str(stem)!r} is of another model: {name} is in only one of the two")

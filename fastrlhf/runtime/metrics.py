@@ -1,4 +1,4 @@
-"""The records that a run writes while it trains: metrics.jsonl, samples.jsonl, TensorBoard and W&B.
+"""Writes the records of a run while it trains: metrics.jsonl, samples.jsonl, TensorBoard and W&B.
 
     with MetricsWriter(output_dir, report_to=["tensorboard"]) as writer:
         writer.log(1, {"loss": 0.693, "rewards/margins": 0.0})
@@ -8,10 +8,10 @@ metrics.jsonl holds one strict JSON object per call of `log`, flushed at once:
 
     {"step": 1, "time": 0.42, "loss": 0.693, "rewards/margins": 0.0}
 
-`step` counts optimiser steps, 0 being before the first (`eval_on_start`); `time` is seconds since the writer was made.
-JSON has no number for NaN and the infinities: they are written as the strings "nan", "inf" and "-inf", and
-`read_metrics` turns them back into floats. A resumed run drops the rows past its checkpoint and appends, so that its
-log is that of an uninterrupted run.
+`step` counts optimiser steps; step 0 is the evaluation before the first step (`eval_on_start`); `time` is seconds since
+the writer was made. JSON has no number for NaN and the infinities: they are written as the strings "nan", "inf" and
+"-inf", and `read_metrics` turns them back into floats. A resumed run drops the rows past its checkpoint and appends, so
+that its log is that of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ class MetricsWriter:
         self._start = time.monotonic() - _last_time(directory / "metrics.jsonl", resumed_at)
 
     def log(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
-        """Append the metrics of one optimiser step, in the order given. Values may be 0-dim tensors.
+        """Appends the metrics of one optimiser step, in the given order. Values may be 0-dim tensors.
 
         Raises ValueError when a metric is called "step" or "time".
         """
@@ -138,7 +138,7 @@ class MetricsWriter:
             self._attempt(name, lambda reporter: reporter.log(step, numbers))
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Append what the policy wrote at `step`, one row per sample: prompt, response, score, ..."""
+        """Appends samples of the policy at `step`, one row per sample: prompt, response, score, ... ..."""
         for row in rows:
             self._samples.append({"step": step, **row})
 
@@ -161,13 +161,14 @@ class MetricsWriter:
     def _attempt(self, name: str, action: Any) -> None:
         try:
             action(self._reporters[name])
-        except Exception as error:  # foreign code behind a network: whatever it raises, the run goes on
+        except Exception as error:  # third-party code that uses the network: the run continues after every error
             del self._reporters[name]
             warnings.warn(f"{name} failed and gets nothing more of this run: {error!r}", RuntimeWarning, stacklevel=3)
 
 
 class _Lines:
-    """A JSON-lines file to which whole lines are appended; a line that cannot be written is kept and written later."""
+    """A JSON-lines file to which complete lines are appended. A line that cannot be written is kept and written
+    later."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -213,7 +214,7 @@ class _Lines:
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file of a run, without a last line that a killed run left unfinished.
+    """Reads the rows of a JSON-lines file of a run, without an incomplete last line of a killed run.
 
     Raises ValueError, naming file, line and fix, where a line is not a JSON object in UTF-8.
     """
@@ -227,7 +228,7 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
 
 
 def _parsed(path: str | Path, number: int, line: bytes) -> dict[str, Any] | None:
-    """The object of a line; None for a line that was left unfinished."""
+    """Parses the object of a line; None for an incomplete line."""
     try:
         row = json.loads(line)
     except ValueError as error:  # of JSON or of UTF-8
@@ -241,7 +242,7 @@ def _parsed(path: str | Path, number: int, line: bytes) -> dict[str, Any] | None
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl, in order, with "nan", "inf" and "-inf" as floats.
+    """Reads the rows of a metrics.jsonl, in order, and converts "nan", "inf" and "-inf" to floats.
 
     Raises ValueError as `read_rows` does.
     """
@@ -252,10 +253,10 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 def import_reporters(names: Sequence[str]) -> dict[str, ModuleType]:
-    """The modules of the named reporters; `none` gives none, `all` gives every one whose package is installed.
+    """Imports the modules of the named reporters; `none`: no module; `all`: every reporter whose package is installed.
 
-    Raises ValueError where a reporter is unknown, where its package is not installed, and where `none` or `all` stands
-    beside another name.
+    Raises ValueError if a reporter is unknown, if its package is not installed, and if `none` or `all` is given
+    together with another name.
     """
     for name in ("none", "all"):
         if name in names and len(names) > 1:
@@ -280,7 +281,7 @@ def _import_reporter(name: str) -> ModuleType:
 
 
 def _complete(path: Path) -> None:
-    """Cuts off a last line that a killed run left unfinished, and ends a whole one."""
+    """Removes an incomplete last line of a killed run, and adds a missing line end to a complete one."""
     if path.exists():
         with open(path, "rb+") as file:
             content = file.read()
@@ -331,7 +332,7 @@ def _number(value: Any) -> float:
 
 
 def _strict(value: Any) -> Any:
-    """The value in JSON's types: non-finite floats as strings, tensors and other scalars as floats."""
+    """Converts a value to JSON types: non-finite floats to strings, tensors and other scalars to floats."""
     if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, Mapping):

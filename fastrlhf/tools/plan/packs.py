@@ -72,8 +72,8 @@ def read_rows(config: TrainConfig) -> Rows:
 
 
 def _assumed(config: TrainConfig) -> TokenizedExample:
-    """Returns a row that stands for an unknown one: it has `max_length` tokens; in a pair, prompt and both responses
-    together do."""
+    """Returns a made-up row in place of an unknown one. It has `max_length` tokens; a pair has them in prompt and both
+    responses together."""
     if isinstance(config, PPOConfig):
         return TokenizedExample(prompt=[0] * (config.max_length - config.response_length), row=0)
     part = max(1, config.max_length // 4)
