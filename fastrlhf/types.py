@@ -92,6 +92,9 @@ class TokenizedExample:
     untrained tokens (turns of tools and users between the assistant turns) have an entry."""
     row: int
 
+    source: Example | None = field(default=None, compare=False, repr=False)
+    """The example, in runs that read its text again: for reward functions, or for a judge with another tokenizer."""
+
     def scored(self, name: str) -> list[int] | None:
         """Indices of the trained tokens of a response; None: all."""
         return (self.trained or {}).get(name)

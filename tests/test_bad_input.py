@@ -30,11 +30,10 @@ def place(tmp_path_factory):
     tiny.save_reward_model(folder / "judge")
     (folder / "good.jsonl").write_text(f"{json.dumps(GOOD)}\n" * 12)
 
-    wide = build_policy(LlamaConfig(**SMALL), vocab_size=tiny.VOCAB + 8, eos_token_id=tiny.EOS, seed=0)
-    wide.save_pretrained(folder / "wide")
-    tiny.tokenizer().save_pretrained(folder / "wide")
-    judge = AutoModelForSequenceClassification.from_pretrained(folder / "wide", num_labels=1, pad_token_id=0)
-    judge.save_pretrained(folder / "wide_judge")
+    narrow = build_policy(LlamaConfig(**SMALL), vocab_size=tiny.VOCAB - 8, eos_token_id=tiny.EOS, seed=0)
+    narrow.save_pretrained(folder / "narrow")
+    judge = AutoModelForSequenceClassification.from_pretrained(folder / "narrow", num_labels=1, pad_token_id=0)
+    judge.save_pretrained(folder / "narrow_judge")
 
     broken = AutoModelForSequenceClassification.from_pretrained(folder / "judge")
     with torch.no_grad():
@@ -163,12 +162,10 @@ def test_a_tokenizer_without_an_eos(capsys, command):
 
 
 def test_models_of_different_vocabularies(capsys):
-    told = refuse(capsys, "dpo", ref_model_name_or_path="wide")
-    assert "vocabulary mismatch: {'model_name_or_path': 32, 'ref_model_name_or_path': 40}" in told
-    told = refuse(capsys, "ppo", reward_model_path="wide_judge")
-    assert "vocabulary mismatch: {'model_name_or_path': 32, 'reward_model_path': 40}" in told
-    told = refuse(capsys, "drpo", model_name_or_path="wide")
-    assert "vocabulary mismatch: {'model_name_or_path': 40, 'reward_model_path': 32}" in told
+    told = refuse(capsys, "dpo", ref_model_name_or_path="narrow")
+    assert "ref_model_name_or_path: its vocabulary of 24 is smaller than the tokenizer's 32" in told
+    told = refuse(capsys, "ppo", reward_model_path="narrow_judge")
+    assert "reward_model_path: its vocabulary of 24 is smaller than the tokenizer's 32" in told
 
 
 def test_prompts_longer_than_the_budget(capsys, tmp_path):

@@ -25,13 +25,14 @@ from fastrlhf.algorithms.pair_labels import pair_margins, pair_probabilities
 from fastrlhf.algorithms.pair_losses import Pairs, check_first_loss, describe_target, loss_of_pairs, pair_function
 from fastrlhf.algorithms.psipo import load_psi, pair_target
 from fastrlhf.algorithms.psipo_groups import train_groups
-from fastrlhf.algorithms.reference import open_reference
+from fastrlhf.algorithms.reference import check_reference, open_reference
 from fastrlhf.algorithms.scoring import Tree, sequence_sums
 from fastrlhf.config import DPOConfig
 from fastrlhf.config.paths import at_start
 from fastrlhf.data.given import Rows
 from fastrlhf.data.labels import COUNTS
 from fastrlhf.data.packing import forest, num_computed, num_in_sequences, own_micro_batches, pack, pair
+from fastrlhf.data.tokens import TextRules
 from fastrlhf.models.architecture import check_head
 from fastrlhf.models.forward import token_logprobs
 from fastrlhf.models.given import policy_or_given
@@ -80,11 +81,19 @@ def train_dpo(
         pair_function(name)
     if config.psi_backend == "groupwise":
         return train_groups(config, examples, eval_examples, model=model, tokenizer=tokenizer)
-    tokenizer, data = open_inputs(config, fields_read(config), examples, eval_examples, tokenizer=tokenizer)
+    tokenizer, data = open_inputs(
+        config,
+        fields_read(config),
+        examples,
+        eval_examples,
+        tokenizer=tokenizer,
+        keep_rows=config.label_source == "reward_model",
+    )
+    check_reference(config, tokenizer, conversations=data.conversations)
     rows = [*data.train, *data.eval]
     trees = [to_tree(example, config) for example in rows]
     check_micro_batch(config, rows, [num_computed(tree) for tree in trees])
-    everything = _pairs(config, rows, trees, tokenizer)
+    everything = _pairs(config, rows, trees, tokenizer, data.rules)
     model = policy_or_given(config, tokenizer, model)
     num_train, held_out = len(data.train), range(len(data.train), len(trees))
     steps = num_steps(config, num_train)
@@ -219,13 +228,14 @@ def _pairs(
     examples: Sequence[TokenizedExample],
     trees: list[Tree],
     tokenizer: PreTrainedTokenizerBase,
+    rules: TextRules,
 ) -> Pairs:
     psi = None
     if config.psi != "identity":
         psi = load_psi(config.psi, config.psi_clip)
         pair_target(psi, torch.full((1,), 0.6), config.beta)  # raises for an unsuitable psi
     margin = config.margin_scale * pair_margins(examples) if config.margin_scale else None
-    prob, target = pair_probabilities(config, examples, trees, tokenizer), None
+    prob, target = pair_probabilities(config, examples, trees, tokenizer, rules), None
     if psi:
         hard = torch.ones(len(examples), dtype=torch.float64)
         target = pair_target(psi, hard if prob is None else prob, config.beta)

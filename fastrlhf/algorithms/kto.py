@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastrlhf.algorithms.reference import Reference, open_reference
+from fastrlhf.algorithms.reference import Reference, check_reference, open_reference
 from fastrlhf.algorithms.scoring import Tree, sequence_logprobs
 from fastrlhf.config import KTOConfig
 from fastrlhf.config.paths import at_start
@@ -70,6 +70,7 @@ def train_kto(
     if config.ref_cache_dir:
         check_writable(config.ref_cache_dir, "ref_cache_dir")
     tokenizer, data = open_inputs(config, FIELDS, examples, eval_examples, tokenizer=tokenizer)
+    check_reference(config, tokenizer, conversations=data.conversations)
     rows = [*data.train, *data.eval]
     check_micro_batch(config, rows, [num_computed(to_tree(row)) for row in rows])
     weights = class_weights(config, [bool(row.label) for row in data.train])

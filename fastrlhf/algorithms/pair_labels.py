@@ -13,11 +13,16 @@ from fastrlhf.algorithms.psipo import label_probability, reward_preferences
 from fastrlhf.algorithms.scoring import Tree, reward_scores
 from fastrlhf.config import DPOConfig
 from fastrlhf.data.labels import COUNTS, UnusableRow, read_group_labels, read_pair_labels
+from fastrlhf.data.tokens import TextRules
 from fastrlhf.types import TokenizedExample
 
 
 def pair_probabilities(
-    config: DPOConfig, examples: Sequence[TokenizedExample], trees: Sequence[Tree], tokenizer: PreTrainedTokenizerBase
+    config: DPOConfig,
+    examples: Sequence[TokenizedExample],
+    trees: Sequence[Tree],
+    tokenizer: PreTrainedTokenizerBase,
+    rules: TextRules | None = None,
 ) -> Tensor | None:
     """Returns P(chosen is better) [B] float64 on the CPU, by `label_source`; None if every label is hard."""
     match config.label_source:
@@ -34,7 +39,7 @@ def pair_probabilities(
             wins, labels = (torch.tensor([count[name] for count in counts]) for name in COUNTS)
             return label_probability(wins, labels, config.label_prior)
         case _:
-            scores = torch.stack(reward_scores(config, trees, tokenizer)).double()
+            scores = torch.stack(reward_scores(config, examples, trees, tokenizer, rules)).double()
             return torch.sigmoid(config.score_scale * (scores[:, 0] - scores[:, 1]))
 
 
@@ -44,14 +49,18 @@ def pair_margins(examples: Sequence[TokenizedExample]) -> Tensor:
 
 
 def group_preferences(
-    config: DPOConfig, examples: Sequence[TokenizedExample], trees: Sequence[Tree], tokenizer: PreTrainedTokenizerBase
+    config: DPOConfig,
+    examples: Sequence[TokenizedExample],
+    trees: Sequence[Tree],
+    tokenizer: PreTrainedTokenizerBase,
+    rules: TextRules | None = None,
 ) -> list[Tensor]:
     """Returns P [K, K] float64 on the CPU for every group, by `label_source`. Raises ValueError, naming the row, for
     invalid labels."""
     if config.label_source == "reward_model":
         return [
             reward_preferences(config.score_scale * scores.double())
-            for scores in reward_scores(config, trees, tokenizer)
+            for scores in reward_scores(config, examples, trees, tokenizer, rules)
         ]
     return [_labelled(config, example) for example in examples]
 

@@ -79,10 +79,12 @@ def train_ppo(
     config = at_start(config, PPOConfig, "train_ppo")
     check_sources(config, judge=judge, engine=engine, functions=reward_functions)
     rewarded = bool(config.reward_functions or reward_functions)
+    keep_rows = rewarded or bool(config.reward_model_path or config.eval_reward_model_path)
     tokenizer, data = open_inputs(
-        config, _fields_read(config), examples, eval_examples, tokenizer=tokenizer, keep_rows=rewarded
+        config, _fields_read(config), examples, eval_examples, tokenizer=tokenizer, keep_rows=keep_rows
     )
-    functions = open_reward_functions(config, tokenizer, reward_functions, data.train_rows)
+    rows, eval_rows = (data.train_rows, data.eval_rows) if rewarded else ({}, {})
+    functions = open_reward_functions(config, tokenizer, reward_functions, rows)
     sentence_ends = sentence_ends_of(config, tokenizer)
     _check_ranks(config)
     prompts, held_out = _prompts(config, data)
@@ -95,7 +97,7 @@ def train_ppo(
         )
     functions.rehearse(prompts, config.response_length)
     judges = {"judge": judge, "held_out_judge": held_out_judge}
-    roles = open_roles(config, tokenizer, prompts, model=model, **judges, engine=engine, functions=functions)
+    roles = open_roles(config, tokenizer, prompts, model=model, **judges, engine=engine, functions=functions, data=data)
     policy, reference, critic, rewards = roles.policy, roles.reference, roles.critic, roles.rewards
     eos = end_ids(tokenizer)
     num_groups = config.batch_size // config.num_generations
@@ -106,7 +108,7 @@ def train_ppo(
     evaluate_held_out = partial(
         evaluate,
         *(config, policy, reference, roles.judge, held_out, eos, roles.held_out_judge, roles.waiting.present),
-        functions=replace(functions, rows=data.eval_rows),
+        functions=replace(functions, rows=eval_rows),
         stops=roles.stops,
     )
     opened = OpenUpdate(device=policy.device)

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.algorithms.pair_labels import group_preferences
 from fastrlhf.algorithms.psipo import Psi, check_not_hard, group_loss, group_target, load_psi
-from fastrlhf.algorithms.reference import Reference, open_reference
+from fastrlhf.algorithms.reference import Reference, check_reference, open_reference
 from fastrlhf.algorithms.scoring import Tree, sequence_logprobs
 from fastrlhf.config import DPOConfig
 from fastrlhf.data.given import Rows
@@ -73,11 +73,13 @@ def train_groups(
     """
     psi = load_psi(config.psi, config.psi_clip)
     fields = ["responses", *(GROUP_LABELS if config.label_source == "data" else ())]
-    tokenizer, data = open_inputs(config, fields, examples, eval_examples, tokenizer=tokenizer)
+    judged = config.label_source == "reward_model"
+    tokenizer, data = open_inputs(config, fields, examples, eval_examples, tokenizer=tokenizer, keep_rows=judged)
+    check_reference(config, tokenizer, conversations=data.conversations)
     rows = [*data.train, *data.eval]
     trees = [to_tree(example, config) for example in rows]
     check_micro_batch(config, rows, list(map(num_computed, trees)))
-    targets = _targets(config, psi, rows, group_preferences(config, rows, trees, tokenizer))
+    targets = _targets(config, psi, rows, group_preferences(config, rows, trees, tokenizer, data.rules))
     groups = [Group(tree=tree, target=target) for tree, target in zip(trees, targets, strict=True)]
     model = policy_or_given(config, tokenizer, model)
     num_train, held_out = len(data.train), range(len(data.train), len(trees))

@@ -19,15 +19,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
 from fastrlhf.algorithms.scoring import Tree, num_responses, per_response, sequence_logprobs
 from fastrlhf.config import ReferenceConfig
+from fastrlhf.data.identity import require_same_tokenizer
 from fastrlhf.distributed.ranks import from_all, on_first, together
 from fastrlhf.models.adapters import frozen_copy
 from fastrlhf.models.layers import LayerOptions
-from fastrlhf.models.loading import check_same_vocabulary, load_policy
+from fastrlhf.models.loading import check_size, load_policy, read_model_config
 from fastrlhf.runtime.atomic import current_umask, flush
 from fastrlhf.types import PackedBatch
 
@@ -37,14 +38,25 @@ Reference = Callable[[PackedBatch, Sequence[int]], Tensor]
 """(pack, indices of its trees) -> log pi_ref of its sequences [N] float32, in nats, without gradient."""
 
 
+def check_reference(config: ReferenceConfig, tokenizer: PreTrainedTokenizerBase, *, conversations: bool) -> None:
+    """Raises ValueError, before any model is loaded, where `ref_model_name_or_path` has another tokenizer than the run,
+    or no embedding for one of its ids."""
+    field, source = "ref_model_name_or_path", config.ref_model_name_or_path
+    if not source:
+        return
+    require_same_tokenizer(field, source, tokenizer, config, conversations=conversations)
+    size = read_model_config(source, field, config.trust_remote_code).get_text_config().vocab_size
+    check_size(field, size, tokenizer)
+
+
 def open_reference(
     config: ReferenceConfig, policy: PreTrainedModel, trees: Sequence[Tree], needed: Iterable[int]
 ) -> Reference:
     """Opens the reference of `config`: `ref_model_name_or_path`, or the policy as it is now.
 
     Log-probs are computed for the trees whose indices are `needed`; with `ref_cache_dir`, for all trees, so that other
-    runs can use them. Raises ValueError if the reference does not fit the policy or gives a log-prob that is not
-    finite, or if the cache cannot be used.
+    runs can use them. Raises ValueError if the reference gives a log-prob that is not finite, or if the cache cannot be
+    used.
     """
     if not config.precompute_ref_log_probs:
         model = _open(config, policy) if config.ref_model_name_or_path else frozen_copy(policy)
@@ -113,7 +125,7 @@ def _compute(config: ReferenceConfig, policy: PreTrainedModel, trees: Sequence[T
 
 
 def _open(config: ReferenceConfig, policy: PreTrainedModel) -> PreTrainedModel:
-    model = load_policy(
+    return load_policy(
         config.ref_model_name_or_path,
         field="ref_model_name_or_path",
         device=policy.device,
@@ -121,8 +133,6 @@ def _open(config: ReferenceConfig, policy: PreTrainedModel) -> PreTrainedModel:
         trust_remote_code=config.trust_remote_code,
         layers=LayerOptions.of(config),
     ).requires_grad_(False)
-    check_same_vocabulary({"model_name_or_path": policy, "ref_model_name_or_path": model}, 0)
-    return model
 
 
 def _fingerprint(config: ReferenceConfig, policy: PreTrainedModel, trees: Sequence[Tree]) -> str:

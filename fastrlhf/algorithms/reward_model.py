@@ -35,7 +35,7 @@ from fastrlhf.models.forward import hidden_states, read_scores, sequence_scores
 from fastrlhf.models.given import adopt_reward_model
 from fastrlhf.models.layers import LayerOptions
 from fastrlhf.models.loading import (
-    check_same_vocabulary,
+    check_vocabulary,
     load_reward_model,
     make_trainable,
     resolve_device,
@@ -80,7 +80,7 @@ def train_reward_model(
     require(not config.model_config, "model_config", config.model_config, "empty: a reward model starts from a model")
     tokenizer, data = open_inputs(config, fields_read(config), examples, eval_examples, tokenizer=tokenizer)
     model = _open(config, tokenizer) if model is None else adopt_reward_model(model, config, tokenizer)
-    check_same_vocabulary({"model_name_or_path": model}, len(tokenizer))
+    check_vocabulary({"model_name_or_path": model}, tokenizer)
     make_trainable(model, config, config.model_name_or_path)
     train = [*data.train, *synthetic]
     pairs = [to_tree(example, config) for example in train]

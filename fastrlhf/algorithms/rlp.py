@@ -45,6 +45,7 @@ from fastrlhf.algorithms.scoring import per_response
 from fastrlhf.config import PPOConfig, RewardConfig, RLPConfig, require
 from fastrlhf.config.files import SAME_MODEL, differences
 from fastrlhf.config.paths import at_start
+from fastrlhf.data.identity import difference, require_same_tokenizer
 from fastrlhf.data.specials import end_ids, special_ids
 from fastrlhf.distributed.ranks import check_one_process
 from fastrlhf.evaluation.equivalence import EquivalenceJudge, open_judge
@@ -301,8 +302,9 @@ def _open(
     for part in ("", *(f"round-{i}/" for i in range(1, config.rounds + 1))):
         for stage, section in (("reward", reward), ("policy", policy)):
             _check_stage(config, f"{part}{stage}", section)
-    _, judged = open_inputs(replace(reward, output_dir=""), ["chosen", "rejected"], pairs, eval_pairs)
+    pair_tokenizer, judged = open_inputs(replace(reward, output_dir=""), ["chosen", "rejected"], pairs, eval_pairs)
     tokenizer, data = open_inputs(replace(policy, output_dir=""), reset_fields(policy), prompts, eval_prompts)
+    _check_tokenizers(config, policy, tokenizer, pair_tokenizer, judged.conversations or data.conversations)
     asked = with_room(data.train, "train", policy.max_length, policy.response_length)
     asked = asked[: config.num_answer_prompts or None]
     if config.refinement != "none":
@@ -333,6 +335,27 @@ def _open(
         equivalence=equivalence,
         gold=gold,
     )
+
+
+def _check_tokenizers(
+    config: RLPConfig,
+    policy: PPOConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    pair_tokenizer: PreTrainedTokenizerBase,
+    conversations: bool,
+) -> None:
+    """Raises ValueError where a reward model would read the answers of the policy, which a refit gives it as ids, with
+    another tokenizer or chat template than that of the policy."""
+    if config.refinement == "none":
+        return
+    if found := difference(tokenizer, pair_tokenizer, conversations=conversations):
+        raise ValueError(
+            f"tokenizer_name_or_path: section reward and section {config.policy} have tokenizers that differ "
+            f"({found.told}); a refit gives the policy's ids to the reward model, so give both the same"
+        )
+    for field, source in (("reward_model_path", config.reward_model_path), ("policy_path", config.policy_path)):
+        if source:
+            require_same_tokenizer(field, source, tokenizer, policy, conversations=conversations)
 
 
 def _check_same_run(config: RLPConfig) -> None:

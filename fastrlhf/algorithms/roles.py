@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,10 @@ from fastrlhf.algorithms.prefixes import make_roll_in
 from fastrlhf.algorithms.psipo import dataset_opponents, load_psi, psi_judge
 from fastrlhf.config import PPOConfig, require
 from fastrlhf.config.checks import at_default
+from fastrlhf.data.identity import judge_tokenizer, require_same_tokenizer
+from fastrlhf.data.reading import TextReader, open_reader
 from fastrlhf.data.specials import end_ids, special_ids
+from fastrlhf.data.tokens import TextRules
 from fastrlhf.distributed.ranks import together
 from fastrlhf.evaluation.judges import Judge, asked_once, checked_scores, reward_model_judge
 from fastrlhf.models.adapters import frozen_copy
@@ -21,8 +25,7 @@ from fastrlhf.models.architecture import check_head
 from fastrlhf.models.given import policy_or_given
 from fastrlhf.models.layers import LayerOptions
 from fastrlhf.models.loading import (
-    check_same_tokenizer,
-    check_same_vocabulary,
+    check_vocabulary,
     load_reward_model,
     read_model_config,
 )
@@ -37,7 +40,10 @@ from fastrlhf.rollout.engine import Engine, SharedEngine, TransformersEngine
 from fastrlhf.rollout.probe import decoder_of
 from fastrlhf.rollout.stop import StoppingEngine, Stops
 from fastrlhf.rollout.vllm import check_vllm, open_vllm
+from fastrlhf.runtime.inputs import Data
 from fastrlhf.types import EndIds, Rollout, TokenizedExample
+
+log = logging.getLogger(__name__)
 
 EngineFactory = Callable[[PPOConfig, PreTrainedModel, EndIds], Engine]
 """(config, policy, the ids that end a response) -> the engine of the run."""
@@ -142,10 +148,11 @@ def open_roles(
     held_out_judge: Judge | None = None,
     engine: EngineFactory | None = None,
     functions: RewardFunctions | None = None,
+    data: Data | None = None,
 ) -> Roles:
-    """Loads the models of the run, shards them if there are several processes, and makes the sampler. `judge`,
-    `held_out_judge` and `engine` replace the reward models and the engine that `config` names. Raises ValueError as
-    `check_sources` and the loaders of models do.
+    """Loads the models of the run, shards them if there are several processes, and makes the sampler. `data` holds the
+    rows with their text, which a judge with another tokenizer reads. `judge`, `held_out_judge` and `engine` replace the
+    reward models and the engine that `config` names. Raises ValueError as `check_sources` and the loaders of models do.
     """
     rewards = open_rewards(config, tokenizer, functions)
     policy = policy_or_given(config, tokenizer, model)
@@ -153,15 +160,24 @@ def open_roles(
     if engine is None and config.engine == "transformers":
         decoder_of(policy)  # checked before the other models are loaded
     reference = frozen_copy(policy)
-    rewards.implicit = open_implicit_reward(config, tokenizer, reference)
+    talks = data is not None and data.conversations
+    rewards.implicit = open_implicit_reward(config, tokenizer, reference, talks)
     frozen: list[PreTrainedModel] = [reference, *(rewards.implicit.frozen if rewards.implicit else ())]
     eos, (_, pad) = end_ids(tokenizer), special_ids(tokenizer)
     needs_critic, starts_at = config.advantage_estimator == "gae", config.critic_model_path
     reward_model = critic = None
+    scorer = _Scorer(tokenizer=tokenizer)
     if config.reward_model_path and (judge is None or (needs_critic and not starts_at)):
-        reward_model = _open_reward_model(config, "reward_model_path", reference, tokenizer)
+        scorer = _find_scorer(config, "reward_model_path", tokenizer, data)
+        if judge is None or scorer.same_ids:
+            reward_model = _open_reward_model(config, "reward_model_path", reference, scorer.tokenizer)
     if needs_critic and starts_at:
+        require_same_tokenizer("critic_model_path", starts_at, tokenizer, config, conversations=False)
         critic = critic_from(config, _open_reward_model(config, "critic_model_path", reference, tokenizer), starts_at)
+    elif needs_critic and not scorer.same_ids:
+        told = "reward_model_path: the critic cannot start from it, whose tokenizer gives other ids; it starts from %s"
+        log.warning(told, "the policy, its values at 0; critic_model_path names another model")
+        critic = new_critic(config, reference, pad)
     elif needs_critic and reward_model is not None:
         reward_model, critic = judge_and_critic(config, reward_model)
     elif needs_critic:
@@ -170,12 +186,17 @@ def open_roles(
         judge = asked_once(judge)
     elif reward_model is not None:
         frozen.append(reward_model.requires_grad_(False))
-        judge = reward_model_judge(reward_model, eos_token_id=eos, micro_batch_tokens=config.micro_batch_tokens)
+        judge = reward_model_judge(
+            reward_model, eos_token_id=eos, micro_batch_tokens=config.micro_batch_tokens, reader=scorer.reader
+        )
     if held_out_judge is not None:
         held_out_judge = asked_once(held_out_judge)
     elif config.eval_reward_model_path:
-        frozen.append(_open_reward_model(config, "eval_reward_model_path", reference, tokenizer))
-        held_out_judge = reward_model_judge(frozen[-1], eos_token_id=eos, micro_batch_tokens=config.micro_batch_tokens)
+        second = _find_scorer(config, "eval_reward_model_path", tokenizer, data)
+        frozen.append(_open_reward_model(config, "eval_reward_model_path", reference, second.tokenizer))
+        held_out_judge = reward_model_judge(
+            frozen[-1], eos_token_id=eos, micro_batch_tokens=config.micro_batch_tokens, reader=second.reader
+        )
     score = judge
     if config.psi and judge is not None:
         opponents = [] if config.psi_opponents == "rollouts" else [config.psi_opponents]
@@ -209,13 +230,39 @@ def make_engine(config: PPOConfig, policy: PreTrainedModel, eos_token_id: EndIds
     return TransformersEngine.of(config, policy, eos_token_id, stop_at_eos=config.compat == "fixed")
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Scorer:
+    """How a reward model reads the rollouts of the run."""
+
+    tokenizer: PreTrainedTokenizerBase
+    """The tokenizer whose ids it reads."""
+    reader: TextReader | None = None
+    """None: it reads the ids of the run."""
+    same_ids: bool = True
+    """Whether its ids mean the same tokens as those of the run, whatever its EOS and its chat template are."""
+
+
+def _find_scorer(config: PPOConfig, field: str, tokenizer: PreTrainedTokenizerBase, data: Data | None) -> _Scorer:
+    source, talks = getattr(config, field), data is not None and data.conversations
+    found = judge_tokenizer(field, source, tokenizer, config, conversations=talks)
+    if found is None:
+        return _Scorer(tokenizer=tokenizer)
+    theirs, different = found
+    same_ids = different.what != "ids"
+    if not same_ids and holds_adapter(source):
+        rule = "has another tokenizer than the run, whose weights it is an adapter over"
+        raise ValueError(f"{field}: {source!r} {rule} ({different.told})")
+    rows, rules = ([*data.train, *data.eval], data.rules) if data else ([], TextRules())
+    log.info("%s: another tokenizer than that of the run (%s): it reads the text", field, different.told)
+    return _Scorer(tokenizer=theirs, reader=open_reader(field, tokenizer, theirs, rows, rules), same_ids=same_ids)
+
+
 def _open_reward_model(
     config: PPOConfig, field: str, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> PreTrainedModel:
-    """Loads the reward model that `field` names, which must have a trained head. If it is an adapter, it shares the
-    weights of `base`."""
+    """Loads the reward model that `field` names, which must have a trained head and reads the ids of `tokenizer`. If it
+    is an adapter, it shares the weights of `base`."""
     source, (_, pad) = getattr(config, field), special_ids(tokenizer)
-    check_same_tokenizer(field, source, tokenizer, config, required=False)
     if holds_adapter(source):
         return score_role(source, base, field, pad)
     reward_model = load_reward_model(
@@ -228,5 +275,5 @@ def _open_reward_model(
         trust_remote_code=config.trust_remote_code,
         layers=LayerOptions.of(config),
     )
-    check_same_vocabulary({"model_name_or_path": base, field: reward_model}, len(tokenizer))
+    check_vocabulary({field: reward_model}, tokenizer)
     return reward_model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 
 import torch
@@ -9,14 +10,19 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.config import DPOConfig
-from fastrlhf.data.packing import forest, num_computed, own_micro_batches, pack
+from fastrlhf.data.identity import judge_tokenizer
+from fastrlhf.data.packing import forest, num_computed, own_micro_batches, pack, tree
+from fastrlhf.data.reading import judge_rows
 from fastrlhf.data.specials import special_ids
+from fastrlhf.data.tokens import TextRules
 from fastrlhf.distributed.ranks import from_all
 from fastrlhf.models.forward import sequence_scores, token_logprobs
 from fastrlhf.models.layers import LayerOptions
-from fastrlhf.models.loading import check_same_tokenizer, check_same_vocabulary, load_reward_model, resolve_device
+from fastrlhf.models.loading import check_vocabulary, load_reward_model, resolve_device
 from fastrlhf.runtime.progress import watched
-from fastrlhf.types import PackedBatch, Segment
+from fastrlhf.types import PackedBatch, Segment, TokenizedExample
+
+log = logging.getLogger(__name__)
 
 Tree = Sequence[Segment]
 """The segments of one example: its prompt and the responses attached to it, or responses that each contain the
@@ -64,10 +70,26 @@ def num_responses(tree: Tree) -> int:
     return len(tree) - len({segment.parent for segment in tree if segment.parent >= 0})
 
 
-def reward_scores(config: DPOConfig, trees: Sequence[Tree], tokenizer: PreTrainedTokenizerBase) -> list[Tensor]:
-    """Scores the responses of every tree, [K] each, with the model of `reward_model_path`, which is loaded, used and
-    freed."""
-    check_same_tokenizer("reward_model_path", config.reward_model_path, tokenizer, config, required=False)
+def reward_scores(
+    config: DPOConfig,
+    examples: Sequence[TokenizedExample],
+    trees: Sequence[Tree],
+    tokenizer: PreTrainedTokenizerBase,
+    rules: TextRules | None = None,
+) -> list[Tensor]:
+    """Scores [K] of the responses of every example by `reward_model_path`, which reads `trees`, or with another
+    tokenizer or chat template the text of the examples. The model is loaded, used and freed here."""
+    field, budget = "reward_model_path", config.micro_batch_tokens
+    sources = [example.source for example in examples if example.source is not None]
+    talks = any(isinstance(source.prompt, list) for source in sources)
+    found = judge_tokenizer(field, config.reward_model_path, tokenizer, config, conversations=talks)
+    if found is not None:
+        tokenizer, told = found
+        log.info("%s: another tokenizer than that of the run (%s); it reads the text", field, told.told)
+        rows = judge_rows(field, sources, tokenizer, ("chosen", "rejected", "responses"), rules or TextRules())
+        responses = [row.responses or [row.chosen or [], row.rejected or []] for row in rows]
+        trees = [tree([row.prompt] * len(own), own) for row, own in zip(rows, responses, strict=True)]
+        budget = max(budget, *map(num_computed, trees))
     model = load_reward_model(
         config.reward_model_path,
         pad_token_id=special_ids(tokenizer)[1],
@@ -77,7 +99,6 @@ def reward_scores(config: DPOConfig, trees: Sequence[Tree], tokenizer: PreTraine
         trust_remote_code=config.trust_remote_code,
         layers=LayerOptions.of(config),
     )
-    check_same_vocabulary({"reward_model_path": model}, len(tokenizer))
+    check_vocabulary({field: model}, tokenizer)
     title = "scores of label_source reward_model" if config.progress else ""
-    budget = config.micro_batch_tokens
     return per_response(model, trees, budget, lambda batch: sequence_scores(model, batch), "reward_model_path", title)

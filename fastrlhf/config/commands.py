@@ -23,8 +23,8 @@ EVAL_READS = (
 class EvalConfig(TruncationKeys, TrainConfig):
     """Measures win rates of models against the responses of a dataset or against each other, judged by a reward model.
 
-    `model_name_or_path` is needed only in two cases: if the tokenizer is not the one saved with the first of `models`,
-    or if adapters have another base model than the one that the first adapter was trained on.
+    `model_name_or_path` is needed only in two cases: if no tokenizer is saved with a model, or if adapters have another
+    base model than the one that the first adapter was trained on.
     """
 
     UNREAD: ClassVar[tuple[str, ...]] = tuple(

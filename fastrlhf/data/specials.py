@@ -32,9 +32,13 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int | None]:
     return eos, None if pad == eos else pad
 
 
+class NoEosError(ValueError):
+    """A tokenizer names no token that ends a text."""
+
+
 def require_eos(tokenizer: PreTrainedTokenizerBase) -> int:
     if tokenizer.eos_token_id is None:
-        raise ValueError(
+        raise NoEosError(
             f"tokenizer {tokenizer.name_or_path}: it has no EOS token, so no response could end; "
             "set eos_token to one (it is added to the vocabulary if it is missing there)"
         )
@@ -57,6 +61,12 @@ def add_ends(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int], source: str
             log.warning("%s: the end token %d is not a special token of the tokenizer, so it is ignored", source, token)
     all_ends = dict.fromkeys((*known, *(token for token in ids if token in special)))
     tokenizer.more_end_ids = tuple(all_ends)[1:]  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def add_template_end(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Lets responses end in the special token by which the tokenizer's chat template ends an answer."""
+    if tokenizer.chat_template and (end := template_end(tokenizer)) is not None:
+        add_ends(tokenizer, [end], "chat_template")
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:

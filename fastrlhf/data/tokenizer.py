@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from fastrlhf.data.hub import check_hub
-from fastrlhf.data.specials import add_ends, generation_ends, require_eos, template_end
+from fastrlhf.data.specials import add_ends, add_template_end, generation_ends, require_eos
 
 HH_CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -69,9 +69,13 @@ def load_tokenizer(
         add_ends(tokenizer, generation_ends(source), f"{source}: generation_config.eos_token_id")
     if chat_template:
         tokenizer.chat_template = resolve_chat_template(chat_template, tokenizer)
-    if tokenizer.chat_template and (end := template_end(tokenizer)) is not None:
-        add_ends(tokenizer, [end], "chat_template")
+    add_template_end(tokenizer)
     return tokenizer
+
+
+def num_token_ids(tokenizer: PreTrainedTokenizerBase) -> int:
+    """1 + the largest id of the tokenizer, which may exceed len(tokenizer)."""
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 def is_missing_folder(name_or_path: str) -> bool:

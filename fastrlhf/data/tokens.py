@@ -17,19 +17,21 @@ the ids that its text has after the prompt (data/encoding.py).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import date
 from typing import Any, Literal, cast
 
 from transformers import PreTrainedTokenizerBase
 
-from fastrlhf.data.encoding import encode, encode_inside, encode_prompts, is_lossless, reads_back, space_lengths
+from fastrlhf.config import TrainConfig, parse_template_kwargs
+from fastrlhf.data.encoding import is_lossless, reads_back
 from fastrlhf.data.forms import RESPONSES
 from fastrlhf.data.labels import GROUP_LABELS, PAIR_LABELS
+from fastrlhf.data.rendered_ids import Side, encode_rendered
 from fastrlhf.data.rows import UnusableRow
-from fastrlhf.data.specials import add_ends, end_ids, split_end, template_end
-from fastrlhf.data.templates import Piece, Rendered, Renderer
+from fastrlhf.data.specials import add_ends, end_ids, template_end
+from fastrlhf.data.templates import Rendered, Renderer
 from fastrlhf.data.token_report import TokenReport, check_fractions
 from fastrlhf.data.tokenizer import resolve_chat_template
 from fastrlhf.types import Example, Text, TokenizedExample
@@ -43,6 +45,24 @@ class TokenizedExamples:
     report: TokenReport
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextRules:
+    """What tokenising depends on, beside the tokenizer; see `tokenize_examples`."""
+
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    day: date | None = None
+    trailing_space: Side = "prompt"
+
+    @classmethod
+    def of(cls, config: TrainConfig, day: str) -> TextRules:
+        """Returns the rules of a run. `day`: the date for a chat template that asks for one, or an empty text."""
+        return cls(
+            chat_template_kwargs=parse_template_kwargs(config.chat_template_kwargs),
+            day=date.fromisoformat(day) if day else None,
+            trailing_space=config.trailing_space,
+        )
+
+
 def tokenize_examples(
     examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,
@@ -54,9 +74,10 @@ def tokenize_examples(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     day: date | None = None,
     train_suffix: bool = False,
-    trailing_space: Literal["prompt", "response"] = "prompt",
+    trailing_space: Side = "prompt",
     max_bad_fraction: float = 1.0,
     max_dropped_fraction: float = 1.0,
+    keep_source: bool = False,
 ) -> TokenizedExamples:
     """Tokenises the prompts and the responses named by `fields`, which may include the groups of `responses`. Other
     responses are left out; labels are kept.
@@ -84,6 +105,7 @@ def tokenize_examples(
         trailing_space: whether white space at the end of a prompt belongs to the prompt or to the response.
         max_bad_fraction: largest allowed share of rows that the template refuses or changes.
         max_dropped_fraction: largest allowed share of dropped rows.
+        keep_source: let every row hold the example from which it was made.
 
     Raises:
         ValueError: the tokenizer has no EOS or, for a conversation, no chat template; an argument is invalid; or no
@@ -121,18 +143,13 @@ def tokenize_examples(
             rendered.append((example, renderer.render(example, _responses(example, fields))))
         except UnusableRow as bad:
             drop(bad.reason, example.row, bad.detail)
-    spaces = _space_lengths(rendered, tokenizer, whole=trailing_space == "response")
-    counts["space_ended"] = sum(map(bool, spaces))
-    if trailing_space == "response":
-        rendered = [(example, text.moved(num)) for (example, text), num in zip(rendered, spaces, strict=True)]
-    prompts, counts["bos_present"] = _encode_prompts(rendered, tokenizer)
-    responses = _encode_responses([each.responses for _, each in rendered], tokenizer, ends, train_suffix)
+    encoded = encode_rendered(rendered, tokenizer, ends, train_suffix=train_suffix, trailing_space=trailing_space)
+    counts["bos_present"], counts["space_ended"] = encoded.num_with_bos, encoded.num_spaces
     lossless, changed = is_lossless(tokenizer), Counter[str]()
 
     kept: list[TokenizedExample] = []
-    for (example, text), prompt, own in zip(rendered, prompts, responses, strict=True):
-        if not prompt and example.prompt == "":  # a whole text, whose first token has no predecessor
-            prompt, own = _after_first_token(own)
+    for row in encoded.rows:
+        example, prompt, own = row.example, row.prompt, row.responses
         whole = {name: response.ids for name, response in own.items()}
         inside = any(response.goes_on for response in own.values())
         reason, prompt_ids, ids = _fit(prompt, whole, max_length, truncation_mode, bos, inside)
@@ -142,8 +159,8 @@ def tokenize_examples(
         if reason:
             drop(reason, example.row)
             continue
-        kept.append(_tokenized(example, prompt_ids, ids, trained))
-        for change in sorted(set(text.changed.values())):
+        kept.append(_tokenized(example, prompt_ids, ids, trained, keep_source))
+        for change in sorted(set(row.text.changed.values())):
             changed[change] += 1
             firsts.setdefault(change, f"row {example.row}")
         cut = {name for name in own if len(ids[name]) < len(whole[name])}
@@ -171,37 +188,45 @@ def tokenize_examples(
     return TokenizedExamples(examples=kept, report=report)
 
 
+def encode_rows(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    fields: Sequence[str] = RESPONSES,
+    rules: TextRules | None = None,
+) -> list[TokenizedExample]:
+    """The ids of examples as a tokenizer and its chat template write them; nothing is cut, dropped or counted. Raises
+    UnusableRow for a row that the template refuses."""
+    rules, ends = rules or TextRules(), _ends(tokenizer, None)
+    renderer = Renderer(
+        tokenizer=tokenizer,
+        ends=tuple(ends.values()),
+        kwargs=rules.chat_template_kwargs,
+        day=rules.day or date.today(),
+    )
+    rendered = []
+    for example in examples:
+        try:
+            rendered.append((example, renderer.render(example, _responses(example, fields))))
+        except UnusableRow as bad:
+            raise UnusableRow(bad.reason, f"row {example.row}: {bad}") from None
+    encoded = encode_rendered(rendered, tokenizer, ends, trailing_space=rules.trailing_space)
+    return [
+        _tokenized(
+            row.example,
+            row.prompt,
+            {name: response.ids for name, response in row.responses.items()},
+            {name: response.trained for name, response in row.responses.items()},
+            True,
+        )
+        for row in encoded.rows
+    ]
+
+
 _COUNTED = (
     *("eos_added", "eos_present", "other_end", "bos_present", "responses_cut", "prompts_cut", "rows_cut"),
     *("num_tokens", "num_trained", "unlike_text", "space_ended"),
 )
-
-
-@dataclass(slots=True, kw_only=True)
-class _Response:
-    """A tokenised response."""
-
-    ids: list[int]
-    trained: list[int] | None
-    """Indices of the trained tokens; None: all."""
-    end: int
-    had_end: bool
-    """Whether the text already ended in this end token."""
-    goes_on: bool
-    """Whether an end token occurs inside a turn, before the end of the turn."""
-    text: str
-    """The text to which the ids should decode."""
-
-    def trained_within(self, length: int) -> list[int] | None:
-        return None if self.trained is None else [i for i in self.trained if i < length]
-
-
-def _after_first_token(responses: dict[str, _Response]) -> tuple[list[int], dict[str, _Response]]:
-    """Moves the first token of the response to the prompt, if the example has exactly one response."""
-    if len(responses) != 1:
-        return [], responses
-    ((name, response),) = responses.items()
-    return response.ids[:1], {name: replace(response, ids=response.ids[1:])}
 
 
 def _responses(example: Example, fields: Sequence[str]) -> dict[str, Text]:
@@ -212,13 +237,18 @@ def _responses(example: Example, fields: Sequence[str]) -> dict[str, Text]:
 
 
 def _tokenized(
-    example: Example, prompt: list[int], ids: dict[str, list[int]], trained: Mapping[str, list[int] | None]
+    example: Example,
+    prompt: list[int],
+    ids: Mapping[str, list[int]],
+    trained: Mapping[str, list[int] | None],
+    keep_source: bool,
 ) -> TokenizedExample:
     group = [response for name, response in ids.items() if name.startswith("responses[")]
     return TokenizedExample(
         prompt=prompt,
         responses=group or None,
         row=example.row,
+        source=example if keep_source else None,
         trained={name: some for name, some in trained.items() if some is not None} or None,
         **{name: response for name, response in ids.items() if name in RESPONSES},
         **{name: getattr(example, name) for name in (*GROUP_LABELS, *PAIR_LABELS)},
@@ -231,102 +261,6 @@ def _ends(tokenizer: PreTrainedTokenizerBase, template: str | None) -> dict[int,
         add_ends(tokenizer, [end], "chat_template")
     ids = end_ids(tokenizer)
     return dict(zip(ids, map(str, tokenizer.convert_ids_to_tokens(list(ids))), strict=True))
-
-
-def _space_lengths(
-    rendered: Sequence[tuple[Example, Rendered]], tokenizer: PreTrainedTokenizerBase, *, whole: bool
-) -> list[int]:
-    """Returns `space_lengths` of the rows. Unless `whole`, only the text around the cut is tokenised, which is enough
-    for counting."""
-    start, end = (None, None) if whole else (-_AROUND, _AROUND)
-    prompts = [text.prompt[start:] for _, text in rendered]
-    firsts = [[pieces[0].text[:end] for pieces in text.responses.values()] for _, text in rendered]
-    return space_lengths(prompts, firsts, tokenizer)
-
-
-_AROUND = 64
-"""Number of characters on either side of a cut that are tokenised for counting."""
-
-
-def _encode_prompts(
-    rendered: Sequence[tuple[Example, Rendered]], tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[list[int]], int]:
-    """Returns the ids of the prompts, and how many text prompts already began with a BOS. Text from a template already
-    has its BOS."""
-    plain = [i for i, (example, _) in enumerate(rendered) if isinstance(example.prompt, str)]
-    written = [i for i, (example, _) in enumerate(rendered) if not isinstance(example.prompt, str)]
-    ids, present = encode_prompts([rendered[i][1].prompt for i in plain], tokenizer)
-    found = dict(zip(plain, ids, strict=True))
-    found |= zip(written, encode([rendered[i][1].prompt for i in written], tokenizer), strict=True)
-    return [found[i] for i in range(len(rendered))], present
-
-
-def _encode_responses(
-    rows: Sequence[Mapping[str, Sequence[Piece]]],
-    tokenizer: PreTrainedTokenizerBase,
-    ends: Mapping[int, str],
-    train_suffix: bool,
-) -> list[dict[str, _Response]]:
-    ids_of = {text: token for token, text in ends.items()}
-    parts = [[_parts(pieces, ids_of, train_suffix) for pieces in row.values()] for row in rows]
-    flat = [text for row in parts for own in row for text in (*(piece.text for piece in own.pieces), own.suffix)]
-    encoded = iter(encode_inside(flat, tokenizer))
-    return [
-        {name: _assembled(own, encoded, ids_of, next(iter(ends))) for name, own in zip(row, of_row, strict=True)}
-        for row, of_row in zip(rows, parts, strict=True)
-    ]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Parts:
-    pieces: list[Piece]
-    """The pieces of a response; the last one is without its end token"""
-    end: str
-    suffix: str
-
-
-def _parts(pieces: Sequence[Piece], ends: Mapping[str, int], train_suffix: bool) -> _Parts:
-    """Returns the texts of a response that are tokenised one by one. With `train_suffix`, white space after a turn of
-    the assistant is moved to that turn."""
-    body, end, rest = split_end(pieces[-1].text, ends)
-    texts = [*pieces[:-1], Piece(text=body)]
-    suffix = ""
-    if train_suffix:
-        suffix = _leading_space(rest) if end else ""
-        for i, piece in enumerate(texts[1:-1], 1):
-            if not piece.trained:
-                space = _leading_space(piece.text)
-                texts[i - 1] = Piece(text=texts[i - 1].text + space)
-                texts[i] = Piece(text=piece.text.removeprefix(space), trained=False)
-    return _Parts(pieces=texts, end=end, suffix=suffix)
-
-
-def _leading_space(text: str) -> str:
-    return text[: len(text) - len(text.lstrip())]
-
-
-def _assembled(parts: _Parts, encoded: Iterator[list[int]], ends: Mapping[str, int], eos: int) -> _Response:
-    ids: list[int] = []
-    trained: list[int] = []
-    body: list[int] = []
-    for piece in parts.pieces:
-        body = next(encoded)
-        if piece.trained:
-            trained += range(len(ids), len(ids) + len(body))
-        ids += body
-    suffix, end = next(encoded), ends.get(parts.end, eos)
-    trained += range(len(ids), len(ids) + 1 + len(suffix))
-    ids += [end, *suffix]
-    text = "".join(piece.text for piece in parts.pieces)
-    end_text = parts.end or next(text for text, token in ends.items() if token == eos)
-    return _Response(
-        ids=ids,
-        trained=None if len(trained) == len(ids) else trained,
-        end=end,
-        had_end=bool(parts.end),
-        goes_on=not set(ends.values()).isdisjoint(body),
-        text=text + end_text + parts.suffix,
-    )
 
 
 def _fit(

@@ -21,11 +21,12 @@ from fastrlhf.data.rows import source_names
 from fastrlhf.data.specials import end_ids, special_ids
 from fastrlhf.distributed.ranks import check_one_process
 from fastrlhf.evaluation.completions import respond
-from fastrlhf.evaluation.judges import reward_model_judge
+from fastrlhf.evaluation.judges import reward_model_judge, score_texts
+from fastrlhf.evaluation.texts import Asked, JudgeTexts, ask_all
 from fastrlhf.evaluation.winrates import Comparison, compare
 from fastrlhf.models.layers import LayerOptions
 from fastrlhf.models.loading import (
-    check_same_vocabulary,
+    check_vocabulary,
     load_policy,
     load_reward_model,
     read_model_config,
@@ -37,7 +38,7 @@ from fastrlhf.rollout.engine import as_ids
 from fastrlhf.rollout.truncation import Truncation
 from fastrlhf.runtime.atomic import sweep_files, write_files
 from fastrlhf.runtime.checkpoint import check_output_dir
-from fastrlhf.runtime.inputs import open_eval_inputs, with_room
+from fastrlhf.runtime.inputs import open_eval_inputs
 from fastrlhf.types import EndIds, Prefix, Rollout, TokenizedExample
 
 log = logging.getLogger(__name__)
@@ -52,8 +53,9 @@ def evaluate_models(config: EvalConfig, examples: Rows | None = None) -> dict[st
     """Compares each of `config.models` with `config.opponent` on the same prompts. `examples` replace the dataset.
 
     The prompts are the prompts that training with the same dataset keys evaluates on, without those that leave no room
-    for a response. The comparisons and all responses are written to `output_dir`, if it is given. Raises ValueError for
-    bad input, including a missing model, before anything is generated.
+    for a response. Each model reads them with its own tokenizer and chat template, and so does the judge. The
+    comparisons and all responses are written to `output_dir`, if it is given. Raises ValueError for bad input,
+    including a missing model, before anything is generated.
     """
     check_config(config, EvalConfig, "evaluate_models")
     check_one_process("eval")
@@ -63,42 +65,56 @@ def evaluate_models(config: EvalConfig, examples: Rows | None = None) -> dict[st
         check_output_dir(config.output_dir)
     against_column = config.opponent in COLUMNS
     source = replace(config, model_name_or_path=config.model_name_or_path or config.models[0])
-    tokenizer, rows = open_eval_inputs(source, [config.opponent] if against_column else [], examples)
+    fields = [config.opponent] if against_column else []
+    tokenizer, data = open_eval_inputs(source, fields, examples)
     if examples is None:
-        _warn_of_trained_rows(config, rows)
-    rows = with_room(rows, "eval", config.max_length, config.response_length)
-    eos, (_, pad) = end_ids(tokenizer), special_ids(tokenizer)
+        _warn_of_trained_rows(config, data.eval)
+    asked = ask_all(source, tokenizer, data, fields)
+    judge_of = JudgeTexts.open(config, tokenizer, data)
     base = open_base(config, [("reward_model_path", config.reward_model_path), *(("models", m) for m in config.models)])
-    reward_model = _open_judge(config, base, pad)
-    check_same_vocabulary({"reward_model_path": reward_model}, len(tokenizer))
+    reward_model = _open_judge(config, base, special_ids(judge_of.tokenizer)[1])
+    check_vocabulary({"reward_model_path": reward_model}, judge_of.tokenizer)
+    readers = {name: judge_of.reader(model) for name, model in asked.items()}
     # All adapters are opened first: they are cheap, and a broken one is reported before any model generates.
     adapted = {name: policy_role(name, base, "models") for name in config.models if base and holds_adapter(name)}
 
     def policy(name: str) -> PreTrainedModel:
         model = adapted.get(name) or _open_policy(config, name)
-        limit_vocabulary(model, tokenizer)
+        check_vocabulary({name: model}, asked[name].tokenizer)
+        limit_vocabulary(model, asked[name].tokenizer)
         return model
 
-    judge = reward_model_judge(reward_model, eos_token_id=eos, micro_batch_tokens=config.micro_batch_tokens)
+    def score(name: str) -> np.ndarray:
+        judge = reward_model_judge(
+            reward_model,
+            eos_token_id=end_ids(asked[name].tokenizer),
+            micro_batch_tokens=config.micro_batch_tokens,
+            reader=readers[name],
+        )
+        return judge(answers[name]).cpu().numpy()
 
-    def score(rollouts: Sequence[Rollout]) -> np.ndarray:
-        return judge(rollouts).cpu().numpy()
-
-    answers = {name: _respond(config, name, policy(name), reward_model, rows, eos) for name in config.models}
+    answers = {name: _respond(config, policy(name), asked[name]) for name in config.models}
+    scores = {name: score(name) for name in config.models}
     if against_column:
-        answers[config.opponent] = _responses_of(rows, config.opponent, eos)
-    scores = {name: score(rollouts) for name, rollouts in answers.items()}
+        own = asked[config.opponent]
+        answers[config.opponent] = _responses_of(own.rows, config.opponent, end_ids(own.tokenizer))
+        if judge_of.differs:
+            texts = judge_of.column(own.rows, config.opponent)
+            scores[config.opponent] = score_texts(reward_model, texts, config.micro_batch_tokens).cpu().numpy()
+        else:
+            scores[config.opponent] = score(config.opponent)
     against = scores[config.opponent]
     names = [name for name in config.models if name != config.opponent]
     comparisons = {name: compare(scores[name], against, seed=config.seed) for name in names}
     if config.output_dir:
-        _write(config, tokenizer, answers, scores, comparisons)
+        tokenizers = {name: each.tokenizer for name, each in asked.items()}
+        _write(config, tokenizers, answers, scores, comparisons)
     return comparisons
 
 
 def _write(
     config: EvalConfig,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizers: Mapping[str, PreTrainedTokenizerBase],
     answers: Mapping[str, Sequence[Rollout]],
     scores: Mapping[str, np.ndarray],
     comparisons: Mapping[str, Comparison],
@@ -114,9 +130,9 @@ def _write(
     rows = [
         {
             "row": rollout.prefix.row,
-            "prompt": tokenizer.decode(rollout.prefix.token_ids),
+            "prompt": tokenizers[name].decode(rollout.prefix.token_ids),
             "model": name,
-            "response": tokenizer.decode(rollout.completion),
+            "response": tokenizers[name].decode(rollout.completion),
             "score": score,
         }
         for name, rollouts in answers.items()
@@ -247,19 +263,11 @@ def _open_policy(config: EvalConfig, name: str) -> PreTrainedModel:
     )
 
 
-def _respond(
-    config: EvalConfig,
-    name: str,
-    policy: PreTrainedModel,
-    reward_model: PreTrainedModel,
-    rows: Sequence[TokenizedExample],
-    eos: EndIds,
-) -> list[Rollout]:
-    check_same_vocabulary({name: policy, "reward_model_path": reward_model}, 0)
+def _respond(config: EvalConfig, policy: PreTrainedModel, asked: Asked) -> list[Rollout]:
     return respond(
         policy,
-        rows,
-        eos_token_id=eos,
+        asked.rows,
+        eos_token_id=end_ids(asked.tokenizer),
         response_length=config.response_length,
         temperature=config.temperature,
         truncation=Truncation.of(config),

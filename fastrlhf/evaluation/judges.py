@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fastrlhf.data.packing import families, forest, num_computed, own_micro_batches, pack, tree
+from fastrlhf.data.reading import TextReader, Texts
 from fastrlhf.distributed.ranks import on_first, total, world_size
 from fastrlhf.models.forward import sequence_scores
 from fastrlhf.models.sharding import whole
@@ -19,26 +20,50 @@ Judge = Callable[[Sequence[Rollout]], Tensor]
 """Rollouts -> scores [N] float32, one per whole response."""
 
 
-def reward_model_judge(model: PreTrainedModel, *, eos_token_id: EndIds, micro_batch_tokens: int) -> Judge:
+def reward_model_judge(
+    model: PreTrainedModel, *, eos_token_id: EndIds, micro_batch_tokens: int, reader: TextReader | None = None
+) -> Judge:
     """Makes a judge from a reward model, which reads the prompt and the response up to and including its first EOS.
+    With a `reader` it reads their text with its own tokenizer.
 
     Text that rollouts share, for example the prefix of a group, is computed once.
     """
 
-    @torch.no_grad()
     def judge(rollouts: Sequence[Rollout]) -> Tensor:
+        if reader is not None:
+            texts = reader(rollouts)
+            return checked_scores(score_texts(model, texts, micro_batch_tokens), rollouts, model.device)
         prefixes = [rollout.prefix.token_ids for rollout in rollouts]
         responses = [rollout.completion[: end_index(rollout, eos_token_id) + 1] for rollout in rollouts]
-        groups = families(prefixes, responses, micro_batch_tokens)
-        trees = [_tree([prefixes[i] for i in group], [responses[i] for i in group]) for group in groups]
-        scores = torch.zeros(len(rollouts), device=model.device)
-        with whole(model):
-            for micro in own_micro_batches(list(map(num_computed, trees)), micro_batch_tokens, "response"):
-                batch = pack(forest(trees[j] for j in micro), model.device)
-                scores[[i for j in micro for i in groups[j]]] = sequence_scores(model, batch)
-        return checked_scores(total(scores), rollouts, model.device)
+        scores = _scores(model, prefixes, responses, micro_batch_tokens)
+        return checked_scores(scores, rollouts, model.device)
 
     return judge
+
+
+def score_texts(model: PreTrainedModel, texts: Texts, micro_batch_tokens: int) -> Tensor:
+    """Scores [N] float32 of prompts and responses in the ids of the model's own tokenizer. A text longer than
+    `micro_batch_tokens` is scored by itself: its length is not known when a run starts."""
+    prompts, responses = [prompt for prompt, _ in texts], [response for _, response in texts]
+    longest = max((len(prompt) + len(response) for prompt, response in texts), default=0)
+    return _scores(model, prompts, responses, max(micro_batch_tokens, longest))
+
+
+@torch.no_grad()
+def _scores(
+    model: PreTrainedModel,
+    prefixes: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    micro_batch_tokens: int,
+) -> Tensor:
+    groups = families(prefixes, responses, micro_batch_tokens)
+    trees = [_tree([prefixes[i] for i in group], [responses[i] for i in group]) for group in groups]
+    scores = torch.zeros(len(prefixes), device=model.device)
+    with whole(model):
+        for micro in own_micro_batches(list(map(num_computed, trees)), micro_batch_tokens, "response"):
+            batch = pack(forest(trees[j] for j in micro), model.device)
+            scores[[i for j in micro for i in groups[j]]] = sequence_scores(model, batch)
+    return total(scores)
 
 
 def asked_once(judge: Judge) -> Judge:

@@ -10,7 +10,7 @@ from fastrlhf.models.layers import LayerOptions
 from fastrlhf.models.loading import (
     DTYPES,
     _ready,
-    check_same_vocabulary,
+    check_vocabulary,
     float_score_head,
     make_trainable,
     open_policy,
@@ -42,7 +42,7 @@ def adopt(model: PreTrainedModel, config: TrainConfig, tokenizer: PreTrainedToke
         value = getattr(config, key)
         require(value == unset, key, value, f"{unset!r} when a model is given")
     require(model.dtype == DTYPES[config.dtype], "dtype", config.dtype, f"that of the model given, {model.dtype}")
-    check_same_vocabulary({"model": model}, len(tokenizer))
+    check_vocabulary({"model": model}, tokenizer)
     return _ready(model.requires_grad_(True), resolve_device(config.device), LayerOptions.of(config))
 
 

@@ -27,7 +27,7 @@ from fastrlhf.config import TrainConfig, parse_model_config, require
 from fastrlhf.config.elsewhere import nearest
 from fastrlhf.data.hub import check_hub
 from fastrlhf.data.specials import end_ids
-from fastrlhf.data.tokenizer import is_missing_folder, load_tokenizer
+from fastrlhf.data.tokenizer import is_missing_folder, num_token_ids
 from fastrlhf.models.adapter_targets import check_new_rows
 from fastrlhf.models.adapters import add_adapter, warn_if_rounded
 from fastrlhf.models.architecture import check_decoder
@@ -62,7 +62,7 @@ def open_policy(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreT
         require(not config.use_peft, "use_peft", True, "false with model_config: random weights need no adapter")
         model = build_policy(
             parse_model_config(config.model_config),
-            vocab_size=len(tokenizer),
+            vocab_size=num_token_ids(tokenizer),
             eos_token_id=end_ids(tokenizer)[0],
             seed=config.seed,
             device=device,
@@ -80,12 +80,12 @@ def open_policy(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreT
         )
     else:
         raise ValueError("model_name_or_path: give a folder or a hub name, or build a model from model_config")
-    if vocabulary(model) < len(tokenizer):
-        new = len(tokenizer) - vocabulary(model)
+    if vocabulary(model) < num_token_ids(tokenizer):
+        new = num_token_ids(tokenizer) - vocabulary(model)
         if config.use_peft:
             check_new_rows(model, config.lora_modules_to_save, new)
         with _seeded(config.seed, device):
-            model.resize_token_embeddings(len(tokenizer))
+            model.resize_token_embeddings(num_token_ids(tokenizer))
         log.warning(
             "tokenizer_name_or_path: %d rows added to the embedding of the model, for tokens that are new to it", new
         )
@@ -240,42 +240,19 @@ def vocabulary(model: PreTrainedModel) -> int:
     return model.config.get_text_config().vocab_size
 
 
-def check_same_vocabulary(models: Mapping[str, PreTrainedModel], num_tokens: int) -> None:
-    """Raises ValueError if an embedding is smaller than the tokenizer, or if two models have embeddings of other
-    sizes."""
-    sizes = {field: vocabulary(model) for field, model in models.items()}
-    for field, size in sizes.items():
-        if size < num_tokens:
-            raise ValueError(
-                f"{field}: its vocabulary of {size} is smaller than the tokenizer's {num_tokens}; "
-                "give the model and the tokenizer that belong together"
-            )
-    if len(set(sizes.values())) > 1:
-        raise ValueError(f"vocabulary mismatch: {sizes}; policy, reference and reward model need the same tokenizer")
+def check_vocabulary(models: Mapping[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ValueError, naming the field, if the embedding of a model has no row for an id of the tokenizer. It may
+    have more rows: embeddings are padded, and those of two sizes of one family to different widths."""
+    for field, model in models.items():
+        check_size(field, vocabulary(model), tokenizer)
 
 
-def check_same_tokenizer(
-    field: str, source: str, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, *, required: bool
-) -> None:
-    """Raises ValueError if the tokenizer saved with a model has other ids or another EOS than the tokenizer of the run,
-    or if `required` and no tokenizer is saved with it."""
-    try:
-        other = load_tokenizer(source, eos_token=config.eos_token or None, trust_remote_code=config.trust_remote_code)
-    except ValueError as error:
-        if not required:
-            return
-        raise ValueError(f"{field}: {error}; save the tokenizer with which it was trained in its folder") from error
-    ours, theirs = tokenizer.get_vocab(), other.get_vocab()
-    if ours != theirs:
-        token = min(token for token in {*ours, *theirs} if ours.get(token) != theirs.get(token))
+def check_size(field: str, size: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    needed = num_token_ids(tokenizer)
+    if size < needed:
         raise ValueError(
-            f"{field}: {source!r} has another tokenizer than the run ({token!r} has id {theirs.get(token)} there and "
-            f"{ours.get(token)} in the run); both must use the same ids"
-        )
-    if other.eos_token_id != tokenizer.eos_token_id:
-        raise ValueError(
-            f"{field}: its responses end in {other.eos_token!r}, those of the run in {tokenizer.eos_token!r}; "
-            "set eos_token"
+            f"{field}: its vocabulary of {size} is smaller than the tokenizer's {needed}; "
+            "give the model and the tokenizer that belong together"
         )
 
 

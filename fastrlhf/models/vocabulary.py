@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import Linear
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fastrlhf.data.tokenizer import num_token_ids
 from fastrlhf.models.sharding import full
 
 _NUM_IDS = "fastrlhf_num_ids"  # attribute of the model with the number; copies of the model have it too
@@ -22,7 +23,7 @@ _NUM_IDS = "fastrlhf_num_ids"  # attribute of the model with the number; copies 
 
 def limit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Restricts the log-probs of the model to the ids up to the tokenizer's largest."""
-    num = max(tokenizer.get_vocab().values()) + 1
+    num = num_token_ids(tokenizer)
     rows = len(cast(Linear, model.get_output_embeddings()).weight)
     setattr(model, _NUM_IDS, num if num < rows else None)
 

@@ -15,9 +15,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.config import PPOConfig
+from fastrlhf.data.identity import require_same_tokenizer
 from fastrlhf.models.forward import token_logprobs
 from fastrlhf.models.layers import LayerOptions
-from fastrlhf.models.loading import check_same_tokenizer, check_same_vocabulary, load_policy
+from fastrlhf.models.loading import check_vocabulary, load_policy
 from fastrlhf.models.roles import holds_adapter, policy_role, policy_to_refine
 from fastrlhf.models.vocabulary import limit_vocabulary
 from fastrlhf.types import PackedBatch
@@ -75,16 +76,17 @@ def implicit_sources(config: PPOConfig) -> dict[str, str]:
 
 
 def open_implicit_reward(
-    config: PPOConfig, tokenizer: PreTrainedTokenizerBase, base: PreTrainedModel
+    config: PPOConfig, tokenizer: PreTrainedTokenizerBase, base: PreTrainedModel, conversations: bool = False
 ) -> ImplicitReward | None:
     """Loads the models of `dpo_model_path` and `dpo_ref_model_path`; returns None if no token gets a DPO reward. A
-    model that is an adapter shares the weights of `base`, the frozen reference of the run. With `dpo_refine`
-    the first model is ready to train. Raises ValueError, before
-    any model is loaded, if a model has another tokenizer than the run.
+    model that is an adapter shares the weights of `base`, the frozen reference of the run. With `dpo_refine` the first
+    model is ready to train. Raises ValueError, before any model is loaded, if a model has another tokenizer than the
+    run or, for `conversations`, another chat template.
     """
     sources = implicit_sources(config)
     for field, source in sources.items():
-        check_same_tokenizer(field, source, tokenizer, config, required=not holds_adapter(source))
+        required = not holds_adapter(source)
+        require_same_tokenizer(field, source, tokenizer, config, conversations=conversations, required=required)
     models = {
         field: policy_role(source, base, field)
         if holds_adapter(source)
@@ -101,7 +103,7 @@ def open_implicit_reward(
     refines = config.dpo_refine != "none"
     if not models and not refines:
         return None
-    check_same_vocabulary({"model_name_or_path": base, **models}, len(tokenizer))
+    check_vocabulary({"model_name_or_path": base, **models}, tokenizer)
     for model in models.values():
         limit_vocabulary(model, tokenizer)
     given, reference = models.get("dpo_model_path"), models.get("dpo_ref_model_path")

@@ -15,18 +15,18 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from fastrlhf.config import DPOConfig, KTOConfig, SFTConfig, TrainConfig, parse_columns, parse_template_kwargs, require
+from fastrlhf.config import DPOConfig, KTOConfig, SFTConfig, TrainConfig, parse_columns, require
 from fastrlhf.config.files import load_yaml
 from fastrlhf.data.examples import LoadedExamples, load_examples
 from fastrlhf.data.forms import RESPONSES
 from fastrlhf.data.given import Rows, given_examples
 from fastrlhf.data.labels import GROUP_LABELS
 from fastrlhf.data.rows import source_names
-from fastrlhf.data.specials import special_ids
+from fastrlhf.data.specials import add_template_end, require_eos
 from fastrlhf.data.templates import reads_clock
 from fastrlhf.data.token_report import TokenReport
 from fastrlhf.data.tokenizer import load_tokenizer
-from fastrlhf.data.tokens import TokenizedExamples, tokenize_examples
+from fastrlhf.data.tokens import TextRules, TokenizedExamples, tokenize_examples
 from fastrlhf.data.turns import from_first_answer
 from fastrlhf.distributed.ranks import compare, on_first, start, together, world_size
 from fastrlhf.models.attention import check_attention
@@ -52,13 +52,24 @@ class Data:
     eval: list[TokenizedExample]
     report: TokenReport
     """Effects of tokenisation on the training rows."""
-    train_rows: Mapping[int, Example] = dataclasses.field(default_factory=dict)
-    """Row number -> training example with its text and its other columns; empty without `keep_rows`."""
-    eval_rows: Mapping[int, Example] = dataclasses.field(default_factory=dict)
-    """Row number -> evaluation example; empty without `keep_rows`. If it is another split, its row numbers start at 0
-    again."""
     day: str = ""
     """The date for the chat template; empty if the template does not ask for one."""
+    conversations: bool = False
+    """Whether any row is a conversation, which a chat template renders."""
+    rules: TextRules = dataclasses.field(default_factory=TextRules)
+    """Rules of tokenisation, for models that read the text with another tokenizer."""
+
+    @cached_property
+    def train_rows(self) -> Mapping[int, Example]:
+        """Row number -> training example with its text and its other columns; empty without `keep_rows`. Raises
+        ValueError if two rows have the same number."""
+        return _by_number(self.train)
+
+    @cached_property
+    def eval_rows(self) -> Mapping[int, Example]:
+        """Row number -> evaluation example; empty without `keep_rows`. If it is another split, its row numbers start
+        at 0 again."""
+        return _by_number(self.eval)
 
     @cached_property
     def fingerprint(self) -> dict[str, str]:
@@ -77,8 +88,8 @@ def open_inputs(
 ) -> tuple[PreTrainedTokenizerBase, Data]:
     """Returns the tokenizer and the tokenised rows. `fields` are the fields that rows must have, the `needs` of
     `load_examples`. `train` and `evaluation` replace the rows of the dataset, and `tokenizer` the tokenizer that
-    `config` names. With `keep_rows` the examples stay in memory, so that reward functions can read the text and the
-    columns of a row.
+    `config` names. With `keep_rows` the examples stay in memory, so that reward functions and judges with another
+    tokenizer can read the text and the columns of a row.
 
     Raises ValueError, before a model is loaded or a folder is made, if there is a problem with paths, files, rows or
     reporters, or if the device or the installation lacks something that the run needs. It is raised on every rank if
@@ -120,21 +131,23 @@ def _read(
         given_examples(config, fields, train, "train"),
         given_examples(config, fields, evaluation, "eval"),
     )
-    tokenized = _tokenize(config, tokenizer, train, fields, "train", day)
+    tokenized = _tokenize(config, tokenizer, train, fields, "train", day, keep_rows)
+    held_out = _tokenize(config, tokenizer, evaluation, fields, "eval", day, keep_rows) if evaluation else None
     return tokenizer, Data(
         train=tokenized.examples,
-        eval=_tokenize(config, tokenizer, evaluation, fields, "eval", day).examples if evaluation else [],
+        eval=held_out.examples if held_out else [],
         day=day,
+        conversations=_has_turns([*train, *evaluation]),
+        rules=TextRules.of(config, day),
         report=tokenized.report,
-        train_rows=_by_number(train) if keep_rows else {},
-        eval_rows=_by_number(evaluation) if keep_rows else {},
     )
 
 
 def open_eval_inputs(
     config: TrainConfig, fields: Sequence[str], examples: Rows | None
-) -> tuple[PreTrainedTokenizerBase, list[TokenizedExample]]:
-    """Returns the tokenizer and the rows on which models are judged. `examples` replace the rows of the dataset.
+) -> tuple[PreTrainedTokenizerBase, Data]:
+    """Returns the tokenizer and the rows on which models are judged, with their text. `examples` replace the rows of
+    the dataset.
 
     They are the rows that training with the same dataset keys evaluates on. If there are none, because
     `dataset_test_split` is empty and `num_eval_examples` is 0, they are all rows of the split. Raises ValueError as
@@ -149,7 +162,24 @@ def open_eval_inputs(
             examples = held_out if config.num_eval_examples else train
     examples = given_examples(config, fields, examples, "eval")
     day = _template_day(config, tokenizer)
-    return tokenizer, _tokenize(config, tokenizer, examples, fields, "eval", day).examples
+    tokenized = _tokenize(config, tokenizer, examples, fields, "eval", day, keep_rows=True)
+    return tokenizer, Data(
+        train=[],
+        eval=tokenized.examples,
+        report=tokenized.report,
+        day=day,
+        conversations=_has_turns(examples),
+        rules=TextRules.of(config, day),
+    )
+
+
+def with_tokenizer(config: TrainConfig, data: Data, fields: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Data:
+    """The rows to judge, as another tokenizer and its chat template write them."""
+    examples = [row.source for row in data.eval if row.source is not None]
+    day = data.day or _template_day(config, tokenizer)
+    tokenized = _tokenize(config, tokenizer, examples, fields, "eval", day, keep_rows=True)
+    rules = TextRules.of(config, day)
+    return dataclasses.replace(data, eval=tokenized.examples, report=tokenized.report, day=day, rules=rules)
 
 
 def with_room(
@@ -169,12 +199,14 @@ def with_room(
 
 
 def given_tokenizer(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Returns a tokenizer object passed to a trainer. Raises ValueError if it has no EOS, if `config` also names a
-    tokenizer, or if `config` sets a property that must be set on the object."""
+    """Returns a tokenizer object passed to a trainer, with the end of its chat template among its ends. Raises
+    ValueError if it has no EOS, if `config` also names a tokenizer, or if `config` sets a property that must be set on
+    the object."""
     for key in ("tokenizer_name_or_path", "eos_token", "chat_template"):
         value = getattr(config, key)
         require(not value, key, value, "empty when a tokenizer is given; set it on the tokenizer")
-    special_ids(tokenizer)
+    require_eos(tokenizer)
+    add_template_end(tokenizer)
     return tokenizer
 
 
@@ -191,6 +223,10 @@ def open_tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase:
         trust_remote_code=config.trust_remote_code,
         model=config.model_name_or_path or None,
     )
+
+
+def _has_turns(examples: Sequence[Example]) -> bool:
+    return any(isinstance(example.prompt, list) for example in examples)
 
 
 def _template_day(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -210,7 +246,8 @@ def _recorded_day(file: Path) -> str:
         return ""
 
 
-def _by_number(examples: Sequence[Example]) -> dict[int, Example]:
+def _by_number(rows: Sequence[TokenizedExample]) -> dict[int, Example]:
+    examples = [row.source for row in rows if row.source is not None]
     numbered = {example.row: example for example in examples}
     if len(numbered) < len(examples):
         for example in examples:
@@ -273,6 +310,7 @@ def _tokenize(
     fields: Sequence[str],
     name: str,
     day: str,
+    keep_rows: bool,
 ) -> TokenizedExamples:
     for example in examples:
         for field in fields:
@@ -281,18 +319,20 @@ def _tokenize(
     train_on = config.train_on if isinstance(config, SFTConfig) else ""
     if train_on == "all_assistant":
         examples = [from_first_answer(example, response) for example in examples for response in fields]
+    rules = TextRules.of(config, day)
     tokenized = tokenize_examples(
         examples,
         tokenizer,
         max_length=config.max_length,
         truncation_mode=config.truncation_mode,
         fields=[name for name in fields if name in (*RESPONSES, "responses")],
-        chat_template_kwargs=parse_template_kwargs(config.chat_template_kwargs),
-        day=date.fromisoformat(day) if day else None,
+        chat_template_kwargs=rules.chat_template_kwargs,
+        day=rules.day,
         train_suffix=isinstance(config, SFTConfig | DPOConfig | KTOConfig) and config.train_suffix,
-        trailing_space=config.trailing_space,
+        trailing_space=rules.trailing_space,
         max_bad_fraction=config.max_bad_fraction,
         max_dropped_fraction=config.max_dropped_fraction,
+        keep_source=keep_rows,
     )
     report = tokenized.report
     log.info("%s: %s", name, report.summary())
@@ -327,7 +367,7 @@ def _fingerprint(rows: Sequence[TokenizedExample]) -> str:
             if value is not None and field.name in ("prompt", *RESPONSES):
                 digest.update(f"{field.name} {len(value)} ids".encode())
                 digest.update(array("q", value))
-            elif value is not None:
+            elif value is not None and field.name != "source":
                 digest.update(f"{field.name} {value!r}".encode())
     return f"{len(rows)} rows of hash {digest.hexdigest()[:16]}"
 

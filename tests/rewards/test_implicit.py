@@ -65,7 +65,7 @@ def test_another_tokenizer_is_refused_with_the_token_that_differs(tmp_path, fiel
     other.add_tokens(["w29"])
     other.save_pretrained(bad)
     with pytest.raises(
-        ValueError, match=rf"^{field}: .*another tokenizer than the run \('w29' is id 32 there and None"
+        ValueError, match=rf"^{field}: .*another tokenizer than the run \('w29' has id 32 there and None"
     ):
         open_implicit_reward(RTOConfig(**paths), tiny.tokenizer(), RUN)
     endless = tiny.tokenizer()

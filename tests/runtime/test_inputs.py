@@ -98,8 +98,8 @@ def test_eval_judges_exactly_the_rows_that_training_held_out(config, keys, field
     training = replace(config, **keys)
     _, data = open_inputs(training, fields, None, None)
     _, judged = open_eval_inputs(eval_config(training), fields, None)
-    assert judged == data.eval
-    assert not set(rows(judged)) & set(rows(data.train))
+    assert judged.eval == data.eval
+    assert not set(rows(judged.eval)) & set(rows(data.train))
 
 
 def test_an_evaluation_on_start_needs_rows_that_are_held_out(config):
@@ -126,20 +126,20 @@ def test_a_test_split_is_evaluated_on_and_nothing_is_held_out(config, tmp_path):
         limited = replace(config, num_eval_examples=most)
         _, data = open_inputs(limited, ["reference"], None, None)
         assert (len(data.train), len(data.eval)) == (6, expected)
-        assert open_eval_inputs(eval_config(limited), ["reference"], None)[1] == data.eval
+        assert open_eval_inputs(eval_config(limited), ["reference"], None)[1].eval == data.eval
 
 
 def test_if_training_holds_out_nothing_all_rows_are_judged(config):
-    assert rows(open_eval_inputs(eval_config(config), [], None)[1]) == [*range(20)]
+    assert rows(open_eval_inputs(eval_config(config), [], None)[1].eval) == [*range(20)]
 
 
 def test_a_test_file_may_have_fewer_rows_than_the_limit(config):
-    assert rows(open_eval_inputs(eval_config(config, num_eval_examples=500), [], None)[1]) == [*range(20)]
+    assert rows(open_eval_inputs(eval_config(config, num_eval_examples=500), [], None)[1].eval) == [*range(20)]
 
 
 def test_examples_from_python_are_judged_all(tokenizer_path):
     config = EvalConfig(tokenizer_name_or_path=tokenizer_path, num_eval_examples=2)
-    assert rows(open_eval_inputs(config, ["reference"], tiny.examples(5))[1]) == [*range(5)]
+    assert rows(open_eval_inputs(config, ["reference"], tiny.examples(5))[1].eval) == [*range(5)]
 
 
 @pytest.mark.parametrize("num_eval_examples", [20, 21])

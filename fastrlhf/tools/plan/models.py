@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from fastrlhf.config import PPOConfig, ReferenceConfig, RewardConfig, TrainConfig, parse_model_config, require
+from fastrlhf.data.tokenizer import num_token_ids
 from fastrlhf.models.loading import read_model_config
 from fastrlhf.models.roles import adapter_settings, holds_adapter
 from fastrlhf.rewards.implicit import implicit_sources
@@ -136,9 +137,9 @@ def _model_config(config: TrainConfig, source: str, field: str, tokenizer: PreTr
             model = AutoConfig.for_model(fields.pop("model_type"), **fields)
         except ValueError as error:
             raise ValueError(f"model_config.model_type: {error}") from error
-        model.vocab_size, model.pad_token_id = len(tokenizer), None
+        model.vocab_size, model.pad_token_id = num_token_ids(tokenizer), None
         return model
     require(bool(source), field, source, "a folder or a hub name")
     model = read_model_config(source, field, config.trust_remote_code)
-    model.vocab_size, model.pad_token_id = max(model.vocab_size, len(tokenizer)), None
+    model.vocab_size, model.pad_token_id = max(model.vocab_size, num_token_ids(tokenizer)), None
     return model
