@@ -84,8 +84,9 @@ def run(kind: str, paths: dict[str, str], folder: Path, **settings):
             keys = shared | judged | own | {"per_device_train_batch_size": 8} | settings
             return ppo.train_ppo(GRPOConfig(**keys), examples, held_out)
         case "prime":
-            own = {"dpo_refine": "outcome", "dpo_refine_learning_rate": 1e-2, "advantage_estimator": "prime"}
-            keys = shared | judged | own | {"num_generations": 2, "per_device_train_batch_size": 8} | settings
+            own = {"dpo_refine": "outcome", "dpo_refine_learning_rate": 1e-2, "success_threshold": 0.0}
+            own |= {"advantage_estimator": "prime", "num_generations": 2, "per_device_train_batch_size": 8}
+            keys = shared | judged | own | settings
             return ppo.train_ppo(GRPOConfig(**keys), examples, held_out)
         case "grpo":
             own = {"num_generations": 2, "dynamic_sampling_factor": 3.0, "overlong_buffer": 3, "kl_coef": 0.05}

@@ -6,8 +6,9 @@
     rrpo    groups of 4; half of the groups with a failure restart inside a failed response (`reset_source: rollout`)
     prime   groups of 4, with token rewards from a model that is trained on the outcomes (`dpo_refine: outcome`)
 
-The task is that of `bench.resets`, where late states are rare for the policy and the gold judge gives the reward. A
-response succeeds if its reward reaches the mean of its group. The SFT model of a seed is trained once and shared by all
+The task is that of `bench.resets`, where late states are rare for the policy and the gold judge gives the reward. For
+RRPO a response fails if its reward is below the mean of its group. For PRIME it fails if its reward is below 0.75, or
+three facts, which is about the mean reward of the SFT model. The SFT model of a seed is trained once and shared by all
 arms. All other settings are those of the demo, except for half its episodes per update.
 """
 
@@ -42,7 +43,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "rrpo": GROUP | {"reset_prob": 0.5, "reset_source": "rollout", "max_steps": 24},
     "prime": GROUP
     | {"advantage_estimator": "prime", "dpo_refine": "outcome", "dpo_refine_learning_rate": 3e-4}
-    | {"dpo_reward_norm": "batch", "dpo_reward_scale": 1.0},
+    | {"dpo_reward_norm": "batch", "dpo_reward_scale": 1.0, "success_threshold": 0.75},
 }
 UPDATES = 30
 """Updates of every arm except rrpo, which samples about 1.25 times as many tokens per update."""

@@ -97,7 +97,7 @@ class PPOConfig(ResetKeys, PairKeys, LossKeys, SamplingKeys, RewardKeys, TrainCo
             advantage, rule = self.advantage_estimator, "gae, rloo, opo or prime with kl_estimator exact in the reward"
             require(advantage != "grpo", "advantage_estimator", advantage, f"{rule}, since grpo rescales every group")
         if self.advantage_estimator == "prime":
-            rule = "another one without a dpo_model_path and without dpo_refine, since prime is about their rewards"
+            rule = "another estimator without dpo_model_path and dpo_refine, since prime splits off the DPO rewards"
             require(self.has_dpo_rewards, "advantage_estimator", "prime", rule)
             require(not self.whiten_rewards, "whiten_rewards", True, f"false {because}, which separates the rewards")
 
@@ -123,6 +123,8 @@ class PPOConfig(ResetKeys, PairKeys, LossKeys, SamplingKeys, RewardKeys, TrainCo
             because = f"with dpo_refine {self.dpo_refine}"
             rule = f"another value {because}, whose rewards would be paid nowhere"
             require(self.reward_shaping != "none", "reward_shaping", self.reward_shaping, rule)
+            rule = f"a number {because}: the mean of a group says nothing about a group of equal outcomes"
+            require(self.success_threshold is not None, "success_threshold", self.success_threshold, rule)
         elif self.reset_source == "rollout" and self.reset_prob > 0:
             because = "with reset_source rollout"
         else:

@@ -72,7 +72,8 @@ class RewardKeys:
     success_threshold: float | None = None
     """Lowest outcome at which a response counts as a success, read by reset_source rollout and dpo_refine outcome. The
     outcome is the score plus the weighted rewards of the reward functions, without normalisation and without the KL.
-    null: the mean outcome of the group."""
+    null: the mean outcome of the group, so that no response fails in a group of equal outcomes; dpo_refine needs a
+    number."""
     kl_coef: float = 0.05
     """Weight of the KL to the reference, in reward per nat. By default each token is rewarded with -kl_coef *
     log(policy / reference); `kl_placement` and `kl_estimator` change this. It is RTO's beta2."""

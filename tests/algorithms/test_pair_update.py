@@ -7,11 +7,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastrlhf.algorithms.pair_update import loss_of_pairs, num_mini_batch_pairs, rows_of, select_pairs
+from fastrlhf.algorithms.experience import pack_episodes, score_episodes
+from fastrlhf.algorithms.pair_update import loss_of_pairs, num_mini_batch_pairs, rows_of, select_pairs, update_pairs
 from fastrlhf.algorithms.ppo import train_ppo
+from fastrlhf.algorithms.prefixes import draw_prefixes
+from fastrlhf.algorithms.roles import make_engine
 from fastrlhf.config import GRPOConfig, PPOConfig
+from fastrlhf.models.adapters import frozen_copy
+from fastrlhf.models.loading import load_policy
 from tests import tiny
-from tests.algorithms.test_ppo import config, paths  # noqa: F401 (a fixture)
+from tests.algorithms.test_ppo import GradientRecorder, config, paths, tokenized  # noqa: F401 (a fixture)
 
 # ruff: noqa: F811 (the fixture)
 
@@ -127,6 +132,69 @@ def test_enumerated_pairs_lead_to_the_policy_in_closed_form(kind):
     else:
         gap = (found - base)[0] - (found - base)[1]
         assert gap.item() == pytest.approx((1 / (1 + math.exp(-2.0)) - 0.5) / 0.3, rel=1e-4)
+
+
+def test_repeated_rebel_follows_exponentiated_rewards_to_the_best_response():
+    """Three enumerated updates, each with the policy before it as sampler: start * exp(3 eta r), normalised."""
+    cfg, reward = pairs_config(**SETTINGS["rebel"]), torch.tensor([1.0, -1.0, 0.5, 2.0])
+    start = torch.tensor([0.1, 0.2, 0.3, 0.4]).log()
+    ends = [(a, b) for a in range(4) for b in range(a)]
+    tokens = torch.tensor(ends).flatten()
+    cu_rows, mask = torch.arange(len(tokens) + 1, dtype=torch.int32), torch.ones_like(tokens, dtype=torch.bool)
+    sampler = start
+    for _ in range(3):
+        logits = sampler.clone().requires_grad_()
+        optimizer = torch.optim.LBFGS([logits], max_iter=200, tolerance_grad=1e-9, line_search_fn="strong_wolfe")
+
+        def closure(logits=logits, sampler=sampler, optimizer=optimizer):
+            optimizer.zero_grad()
+            logprob = logits.log_softmax(0)[tokens]
+            loss, _ = loss_of_pairs(cfg, logprob, sampler[tokens], reward[tokens], mask, cu_rows, len(ends))
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        sampler = logits.detach().log_softmax(0)
+    torch.testing.assert_close(sampler, (start + 3 * 0.75 * reward).log_softmax(0), rtol=1e-3, atol=1e-3)
+    assert sampler.argmax() == 3
+
+
+@pytest.mark.parametrize(("select", "size"), [("neighbours", 2), ("best_worst", 4)])
+def test_refuel_regresses_the_suffixes_of_pairs_that_start_inside_a_response(paths, select, size):
+    """The gradient of an update on shared trunks equals that of plain forwards of every text, where D sums the sampled
+    tokens only; with best_worst, of the best and the worst of each group only."""
+    cfg = config(
+        {"model_name_or_path": paths["model_name_or_path"]},
+        GRPOConfig,
+        **{"update": "pair", "pair_select": select, "pair_eta": 0.5, "reset_prob": 1.0, "num_generations": size},
+        **{"missing_eos_penalty": None, "num_ppo_epochs": 1, "kl_coef": 0.0},
+    )
+    policy = load_policy(cfg.model_name_or_path)
+    prefixes = draw_prefixes(cfg, tokenized(12 // size), 0)
+    rollouts = make_engine(cfg, policy, tiny.EOS).generate(prefixes)
+    assert sum(prefix.num_reset > 0 for prefix in prefixes) >= 6
+    scores = torch.linspace(-1, 2, 12)[torch.randperm(12, generator=torch.Generator().manual_seed(0))]
+    packs = pack_episodes(cfg, rollouts, list(range(12 // size)), policy.device)
+    experience, _ = score_episodes(cfg, policy, frozen_copy(policy), None, rollouts, scores, packs, tiny.EOS)
+    recorder = GradientRecorder(policy)
+    metrics = update_pairs(cfg, policy, recorder, rollouts, experience, packs, (0, 0))
+    pairs = [sorted(range(first, first + size), key=lambda i: scores[i]) for first in range(0, 12, size)]
+    losses = []
+    for worse, *_, better in pairs:
+        margin = 0.0
+        for index, sign in ((better, 1), (worse, -1)):
+            prefix, sampled = rollouts[index].prefix.token_ids, rollouts[index].completion
+            logits = policy(torch.tensor([[*prefix, *sampled]])).logits[0] / cfg.temperature
+            at = range(len(prefix) - 1, len(prefix) + len(sampled) - 1)
+            logprob = sum(logits[i].log_softmax(-1)[token] for i, token in zip(at, sampled, strict=True))
+            margin = margin + sign * (logprob - logprob.detach())
+        losses.append((margin - 0.5 * (scores[better] - scores[worse])) ** 2)
+    loss = torch.stack(losses).mean()
+    loss.backward()
+    assert metrics["loss/policy_avg"] == pytest.approx(loss.item(), rel=1e-5)
+    for ours, parameter in zip(recorder.steps[0][0], policy.parameters(), strict=True):
+        scale = parameter.grad.abs().max().item()
+        torch.testing.assert_close(ours, parameter.grad, rtol=1e-4, atol=2e-6 * scale + 1e-9)
 
 
 @pytest.mark.parametrize(("kind", "select"), [("rebel", "neighbours"), ("dpo", "best_worst"), ("ipo", "neighbours")])

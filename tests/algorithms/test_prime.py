@@ -133,7 +133,8 @@ def test_with_scale_0_the_policy_is_that_of_the_plain_run_bit_for_bit(paths):
 def test_with_learning_rate_0_it_is_rto_bit_for_bit(paths, tmp_path):
     dpo = {"dpo_model_path": tiny.save_policy(tmp_path / "dpo", seed=3), "dpo_reward_scale": 0.3}
     rto = learned(paths, RTOConfig, **dpo)
-    refined = learned(paths, RTOConfig, **dpo, dpo_refine="outcome", dpo_refine_learning_rate=0.0)
+    refine = {"dpo_refine": "outcome", "dpo_refine_learning_rate": 0.0, "success_threshold": 0.5}
+    refined = learned(paths, RTOConfig, **dpo, **refine)
     for name, weight in rto.model.state_dict().items():
         assert torch.equal(weight, refined.model.state_dict()[name]), name
     assert [row["reward/dpo"] for row in rto.history] == [row["reward/dpo"] for row in refined.history]
@@ -205,10 +206,11 @@ def test_adapters_share_the_weights_and_all_models_are_saved(paths, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"dpo_refine": "none"}, "success_threshold: must be None|advantage_estimator: must be another one"),
-        ({"dpo_refine": "none", "success_threshold": None}, "advantage_estimator: must be another one without a dpo_"),
+        ({"dpo_refine": "none"}, "success_threshold: must be None|advantage_estimator: must be another estimator"),
+        ({"dpo_refine": "none", "success_threshold": None}, "advantage_estimator: must be another estimator without "),
         ({"whiten_rewards": True}, "whiten_rewards: must be false with advantage_estimator prime"),
         ({"reward_shaping": "none"}, "reward_shaping: must be another value with dpo_refine outcome"),
+        ({"success_threshold": None}, "success_threshold: must be a number with dpo_refine outcome: the mean of a gro"),
         ({"dpo_refine_beta": 0.0}, "dpo_refine_beta: must be above 0"),
         ({"dpo_refine_learning_rate": -1.0}, "dpo_refine_learning_rate: must be at least 0"),
         ({"update": "pair"}, "advantage_estimator: must be rloo, grpo or opo with update pair"),

@@ -125,7 +125,7 @@ BESIDE = {
     "reward_shaping": {"dpo_model_path": "dpo"},
     **{key: {"reset_prob": 0.5} for key in ("reset_source", "reset_cut")},
     "rollout": {"num_generations": 2},
-    "outcome": {"num_generations": 2},
+    "outcome": {"success_threshold": 0.5},
     "prime": {"num_generations": 2, "dpo_model_path": "dpo", "whiten_rewards": False},
     "reset_group": {"reset_prob": 0.5, "num_generations": 2},
     "dpo_reward_norm": {"dpo_model_path": "dpo"},

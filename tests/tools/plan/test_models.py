@@ -46,6 +46,16 @@ def test_where_all_weights_are_trained_roles_share_those_of_the_reference(folder
     assert "critic" not in second
 
 
+def test_token_rewards_that_learn_are_another_trained_model(folder):
+    refined = {"dpo_refine": "outcome", "success_threshold": 0.0}
+    adapted = own(folder, "roles", **refined)
+    assert adapted["DPO model"] == adapter(measure.DPO_RANK)
+    started = own(folder, "roles", **refined, dpo_model_path="")
+    assert started["DPO model"] == adapter(16)  # over the weights of the reference
+    whole = own(folder, "roles", **refined, use_peft=False)
+    assert whole["DPO model"] == pytest.approx(4 * POLICY, abs=BUFFERS)
+
+
 def second_judge(folder) -> dict[str, str]:
     return {"eval_reward_model_path": str(folder / "judge" / "adapter")}
 
