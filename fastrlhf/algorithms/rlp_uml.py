@@ -55,7 +55,7 @@ class Gaussian(NamedTuple):
 
 
 class ViewHeads(nn.Module):
-    """The two networks of the latents and the critic, in float32; their initial weights depend on the seed alone."""
+    """The two networks of the latents and the critic, in float32; their initial weights depend only on the seed."""
 
     def __init__(self, config: RLPConfig, hidden_size: int, device: torch.device) -> None:
         super().__init__()

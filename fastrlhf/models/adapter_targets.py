@@ -153,8 +153,8 @@ def check_called(model: PreTrainedModel, layers: Mapping[str, Module]) -> None:
 
 @torch.no_grad()
 def _idle(model: PreTrainedModel) -> list[str]:
-    """Returns the topmost modules that contain linear layers of which a pass over text calls none. Empty if a model
-    without data cannot run."""
+    """Returns the modules whose linear layers are never called in a pass over text, such as a vision tower. Empty if a
+    model without data cannot run."""
     linear = {name: layer for name, layer in model.named_modules() if isinstance(layer, Linear)}
     linear.pop("score", None)
     with _silent(linear) as silent:

@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 ADAPTER = "default"
 """peft's name for the only adapter of a model."""
 SCORE = "base_model.model.score.weight"
-"""The name of a score head's weight in the file of an adapter."""
+"""Name of the score head's weight in an adapter's file."""
 _BASE = "fastrlhf_base"  # attribute of a model with an adapter: fingerprint of its base
 
 

@@ -238,8 +238,8 @@ def _embedding_gradient(model: PreTrainedModel) -> Tensor:
 
 @torch.no_grad()
 def _hidden_masks(model: PreTrainedModel) -> str:
-    """Returns, as a clause, whether transformers would mask more than causality and the windows passed to the attention
-    function; empty if not.
+    """Looks for masks of transformers other than the causal mask and the windows that the attention function gets.
+    Returns a clause that describes them; empty if there are none.
 
     Packs have no masks, so such a window or chunk would be lost, and the probe is too short to show it. The model
     therefore runs with masks that transformers makes for tokens far apart, and each mask is compared with the arguments

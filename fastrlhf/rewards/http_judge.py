@@ -48,7 +48,7 @@ Score = float | None
 
 
 class JudgeError(RuntimeError):
-    """The judge gave no usable answer."""
+    """Raised if the judge gives no usable answer."""
 
 
 @dataclass(kw_only=True)
