@@ -65,7 +65,7 @@ def test_a_damaged_checkpoint_is_skipped_with_a_warning(file, damage, cut, paths
 
 
 def test_leftovers_of_a_killed_save_or_deletion_are_removed_by_the_next_run(cut, paths, whole):
-    """Also leftovers of other steps, whose names no later save or deletion uses; files of the user stay."""
+    """Leftovers of other steps are removed too, although no later save uses their names; files of the user stay."""
     for name in (".checkpoint-1.discarded", ".checkpoint-3.partial/value_model"):
         (cut / name).mkdir(parents=True)
         (cut / name / "model.safetensors").write_bytes(b"0" * 100)

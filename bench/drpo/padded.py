@@ -68,7 +68,7 @@ class ForceReset(LogitsProcessor):
 
 @torch.no_grad()
 def rollout(config: DRPOConfig, policy: PreTrainedModel, prefixes: Sequence[Prefix]) -> Episodes:
-    """Decodes `response_length` tokens in every row; reset tokens and tokens after an EOS count.
+    """Decodes `response_length` tokens in every row, including reset tokens and tokens after an EOS.
 
     Works in chunks of `rollout_batch_size` rows and samples with torch's global generator.
     """
