@@ -5,6 +5,9 @@
 IPO, cDPO, RTO (with and without resets, with token rewards from the DPO model) and RLP (both variants, starting from
 the reward model and the PPO policy) run only if `--methods` names them.
 
+GRPO (`--methods grpo`) trains a policy from random weights on sums of two digits, with a reward for the right answer
+(fastrlhf/data/arithmetic.py). It needs no other stage and is judged by the share of all sums that it gets right.
+
 The gold judge of the task labels the preference pairs and scores the final policies; no trainer sees it. RLP-SPG groups
 answers that state the same facts, so that its result does not depend on the quality of an NLI judge.
 """
@@ -29,6 +32,7 @@ from fastrlhf.config import (
     DemoConfig,
     DPOConfig,
     DRPOConfig,
+    GRPOConfig,
     PPOConfig,
     RewardConfig,
     RLPConfig,
@@ -36,6 +40,7 @@ from fastrlhf.config import (
     SFTConfig,
     require,
 )
+from fastrlhf.data import arithmetic
 from fastrlhf.data.specials import special_ids
 from fastrlhf.data.tokens import tokenize_examples
 from fastrlhf.data.toy import MAX_SUMMARY_TOKENS, ToyTask, toy_model_config, toy_tokenizer
@@ -49,8 +54,11 @@ from fastrlhf.report.report import write_report
 from fastrlhf.runtime.checkpoint import check_output_dir, create_output_dir
 from fastrlhf.runtime.run import TrainResult
 
-STAGES = ("sft", "reward", "dpo", "ipo", "cdpo", "ppo", "drpo", "rto", "drpo+rto", "rlp-uml", "rlp-spg")
+STAGES = ("sft", "reward", "dpo", "ipo", "cdpo", "ppo", "drpo", "rto", "drpo+rto", "rlp-uml", "rlp-spg", "grpo")
 """Stages in the order in which they run; each starts from the results of earlier ones."""
+
+NUM_SUM_UPDATES = 100
+"""Number of updates of GRPO on sums."""
 
 TEMPERATURE = 1.0
 """Sampling temperature, both in training and in the final evaluation."""
@@ -96,16 +104,18 @@ def run_demo(config: DemoConfig, task: ToyTask | None = None) -> dict[str, Any]:
         seconds[name] = time.perf_counter() - start
 
     start = time.perf_counter()
-    judged = {name: judge_stage(config, task, out, name) for name in stages if name != "reward"}
+    judged = {name: judge_stage(config, task, out, name) for name in stages if name not in ("reward", "grpo")}
     summary = {
         "task": "toy",
         "seed": config.seed,
-        "device": str(results["sft"].model.device),
+        "device": str(next(iter(results.values())).model.device),
         "evaluation_seconds": time.perf_counter() - start,
         "reward_model": results["reward"].final if "reward" in results else {},
         "rlp": {name: results[name].final for name in stages if name.startswith("rlp")},
         "methods": {name: _row(config, name, judged, seconds[name], _tokens(results[name])) for name in judged},
     }
+    if "grpo" in results:
+        summary["methods"]["grpo"] = _sums_row(results["grpo"], seconds["grpo"])
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     write_report(out)
     return summary
@@ -167,6 +177,25 @@ def stage_config(
             return DPOConfig(**pairwise, beta=0.1, label_smoothing=0.1)
         case "ppo":
             return PPOConfig(**on_policy)
+        case "grpo":
+            arithmetic.tokenizer().save_pretrained(out / "arithmetic_tokenizer")
+            model = arithmetic.model_config().to_diff_dict() | {"model_type": "llama"}
+            return GRPOConfig(
+                output_dir=str(out / name),
+                tokenizer_name_or_path=str(out / "arithmetic_tokenizer"),
+                model_config=json.dumps(model),
+                reward_functions=("fastrlhf.data.arithmetic:right_sum",),
+                seed=config.seed,
+                max_steps=NUM_SUM_UPDATES,
+                per_device_train_batch_size=256,
+                rollout_batch_size=256,
+                num_generations=16,
+                response_length=1,
+                max_length=8,
+                learning_rate=3e-3,
+                adam_beta2=0.99,
+                eval_on_start=True,
+            )
         case "rto":
             return RTOConfig(**on_policy | token_rewards)
         case "rlp-uml" | "rlp-spg":
@@ -188,12 +217,20 @@ def format_summary(summary: Mapping[str, Any]) -> str:
     """Formats the table that the demo prints: one line per method, with 95 % intervals."""
     lines = ["method   win rate % vs reference  gold reward  minus SFT                RM score     KL  length  seconds"]
     for name, row in summary["methods"].items():
+        if "accuracy" in row:
+            continue
         gain = f"{row['minus_sft']:+.3f} {_interval(row['minus_sft_ci'], '+.3f')}" if "minus_sft" in row else ""
         win_rate = f"{100 * row['win_rate']:.1f} {_interval([100 * end for end in row['win_rate_ci']], '.1f')}"
         rm_score = "" if row["rm_score"] is None else f"{row['rm_score']:.3f}"
         lines.append(
             f"{name:8} {win_rate:23}  {row['gold_reward']:11.3f}  {gain:23}  {rm_score:>8} {row['kl']:6.2f} "
             f"{row['mean_length']:7.1f} {row['seconds']:8.0f}"
+        )
+    if sums := summary["methods"].get("grpo"):
+        before, after = 100 * sums["accuracy_before"], 100 * sums["accuracy"]
+        lines.append(
+            f"grpo     sums of two digits, from random weights: {before:.0f} % right before, {after:.0f} % after "
+            f"{NUM_SUM_UPDATES} updates ({sums['seconds']:.0f} seconds)"
         )
     return "\n".join(lines)
 
@@ -207,7 +244,8 @@ def _stages(methods: Sequence[str]) -> list[str]:
     asked = set(STAGES if "all" in methods else methods)
     for name in sorted(asked - set(STAGES)):
         raise ValueError(f"methods: unknown method {name!r}; choose among {', '.join(STAGES)}, or all")
-    require("sft" in asked, "methods", methods, "a list with sft, from which every other method starts")
+    rule = "a list with sft, from which every method except grpo starts"
+    require("sft" in asked or asked == {"grpo"}, "methods", methods, rule)
     on_policy, by_token = asked & {"ppo", "drpo", "rto", "drpo+rto"}, asked & {"rto", "drpo+rto"}
     refits = asked & {"rlp-uml", "rlp-spg"}
     needs = (
@@ -232,6 +270,8 @@ def run_stage(name: str, config: DemoConfig, task: ToyTask, out: Path) -> TrainR
             )
         case DPOConfig():
             return train_dpo(settings, task.examples("preferences", NUM_PAIRS), task.examples("preferences_test", 512))
+        case GRPOConfig():
+            return train_ppo(settings, arithmetic.examples(), arithmetic.examples())
         case RLPConfig():
             reward, ppo = (stage_config(stage, config, out) for stage in ("reward", "ppo"))
             assert isinstance(reward, RewardConfig)
@@ -298,6 +338,16 @@ def _row(config: DemoConfig, name: str, judged: Mapping[str, Judged], seconds: f
     if name != "sft":
         row["minus_sft"], row["minus_sft_ci"] = paired_difference(own.gold, judged["sft"].gold, seed=config.seed)
     return row
+
+
+def _sums_row(result: TrainResult, seconds: float) -> dict[str, Any]:
+    """The results of GRPO on sums: the share of all sums that the policy gets right greedily, before and after."""
+    return {
+        "accuracy_before": result.initial["eval_greedy/scores"],
+        "accuracy": result.final["eval_greedy/scores"],
+        "seconds": seconds,
+        "tokens": _tokens(result),
+    }
 
 
 def _tokens(result: TrainResult) -> int:

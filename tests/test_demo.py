@@ -17,7 +17,8 @@ def short(monkeypatch):
         settings = full(name, config, out)
         if isinstance(settings, RLPConfig):  # its stages use the settings of other stages
             return settings
-        return replace(settings, max_steps=2, warmup_steps=0, per_device_train_batch_size=8, progress=False)
+        batch = 16 if name == "grpo" else 8
+        return replace(settings, max_steps=2, warmup_steps=0, per_device_train_batch_size=batch, progress=False)
 
     monkeypatch.setattr(demo, "stage_config", shortened)
     for name in ("NUM_SFT", "NUM_PAIRS", "NUM_PROMPTS", "NUM_ANSWERED"):
@@ -30,7 +31,12 @@ def test_the_demo_writes_a_folder_per_stage_a_summary_and_a_report(short, tmp_pa
     assert json.loads((out / "summary.json").read_text()) == json.loads(json.dumps(summary))
     assert (summary["task"], summary["seed"], summary["device"]) == ("toy", 3, "cpu")
     assert list(summary["methods"]) == [name for name in demo.STAGES if name != "reward"]
+    sums = summary["methods"]["grpo"]
+    assert 0 <= sums["accuracy_before"] <= 1
+    assert sums["tokens"] == 2 * 16  # two updates of 16 responses of one token
     for name, row in summary["methods"].items():
+        if name == "grpo":
+            continue
         assert row["win_rate_ci"][0] <= row["win_rate"] <= row["win_rate_ci"][1]
         assert row["tokens"] > 0
         assert row["seconds"] > 0
@@ -50,6 +56,14 @@ def test_the_demo_writes_a_folder_per_stage_a_summary_and_a_report(short, tmp_pa
         demo.run_demo(DemoConfig(out=str(out)))
 
 
+def test_grpo_runs_on_sums_without_any_other_stage(short, tmp_path):
+    summary = demo.run_demo(DemoConfig(out=str(tmp_path / "a"), methods=("grpo",)))
+    assert list(summary["methods"]) == ["grpo"]
+    line = demo.format_summary(summary).splitlines()[-1]
+    assert line.startswith("grpo     sums of two digits, from random weights: ")
+    assert "<th>accuracy</th>" in (tmp_path / "a" / "report.html").read_text()
+
+
 def test_stages_may_be_omitted_unless_others_start_from_them(short, tmp_path):
     summary = demo.run_demo(DemoConfig(out=str(tmp_path / "a"), num_eval=8, methods=("sft", "dpo")))
     assert list(summary["methods"]) == ["sft", "dpo"]
@@ -59,7 +73,7 @@ def test_stages_may_be_omitted_unless_others_start_from_them(short, tmp_path):
         ("sft ppo drpo", "with reward, which judges drpo, ppo"),
         ("sft reward rto", "with dpo, which rewards the tokens of rto"),
         ("sft reward rlp-uml rlp-spg", "with ppo, which answers for rlp-spg, rlp-uml"),
-        ("dpo", "with sft, from which every other method starts"),
+        ("dpo", "with sft, from which every method except grpo starts"),
         ("sft dqo", "unknown method 'dqo'"),
     ):
         with pytest.raises(ValueError, match=message):

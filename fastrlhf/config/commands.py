@@ -69,7 +69,7 @@ class DemoConfig:
     seed: int = 0
     """Seed of the data, of the weights and of every sample."""
     methods: tuple[str, ...] = ("sft", "reward", "dpo", "ppo", "drpo")
-    """Stages to run: sft, reward, dpo, ipo, cdpo, ppo, drpo, rto, drpo+rto, rlp-uml, rlp-spg, or all."""
+    """Stages to run: sft, reward, dpo, ipo, cdpo, ppo, drpo, rto, drpo+rto, rlp-uml, rlp-spg, grpo, or all."""
     num_eval: int = 600
     """Number of held-out posts on which the methods are judged."""
 

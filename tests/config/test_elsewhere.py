@@ -78,6 +78,11 @@ def test_the_table_is_complete():
         ),
         ("ppo", "--epsilon_high", "; here it is cliprange_high (with loss_type cispo, TRL's value minus 1)"),
         ("drpo", "--epsilon", "; here it is cliprange"),
+        (
+            "grpo",
+            "--steps_per_generation",
+            "; here it is num_mini_batches (optimiser steps per pass over an update's episodes)",
+        ),
         ("ppo", "--num_iterations", "; here it is num_ppo_epochs"),
         ("rto", "--beta", "; here it is kl_coef (for TRL's form set kl_placement: loss and kl_estimator: k3)"),
         ("ppo", "--importance_sampling_level", "; here it is loss_type (gspo for sequence)"),
