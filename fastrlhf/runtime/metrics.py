@@ -138,7 +138,7 @@ class MetricsWriter:
             self._attempt(name, lambda reporter: reporter.log(step, numbers))
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Appends samples of the policy at `step`, one row per sample: prompt, response, score and others. ... ..."""
+        """Appends samples of the policy at `step`, one row per sample: prompt, response, score and others."""
         for row in rows:
             self._samples.append({"step": step, **row})
 
