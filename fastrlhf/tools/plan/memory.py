@@ -34,6 +34,7 @@ from fastrlhf.models.forward import enable_activation_checkpointing, sequence_sc
 from fastrlhf.models.four_bit import empty_weight, quantize_without_data, state_tensors
 from fastrlhf.models.loading import DTYPES, make_trainable
 from fastrlhf.models.reward_head import scorer_class
+from fastrlhf.models.router_loss import begin_step
 from fastrlhf.types import PackedBatch
 from fastrlhf_kernels._blocks import CPU_BLOCK
 
@@ -156,6 +157,7 @@ class Fakes:
         with self._counting(models) as tally:
             for _ in range(min(num_packs, 2)):  # the second pass starts with gradients; further passes are like it
                 for name, fake in trained.items():
+                    begin_step(fake.model, 1)
                     output = _read(name, fake.model, batch)
                     if reference and name == "policy":
                         with torch.no_grad():
@@ -210,7 +212,12 @@ class _Tally(TorchDispatchMode):
         }
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._grouped_mm.default and args[0].dtype == torch.float32:
+            # Without data torch computes the products of experts only in bfloat16.
+            narrow = func(args[0].bfloat16(), args[1].bfloat16(), *args[2:], **(kwargs or {}))
+            output = torch.empty_like(narrow, dtype=torch.float32)
+        else:
+            output = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(output):
             if isinstance(tensor, Tensor) and tensor.device != ELSEWHERE:
                 self._add(tensor.untyped_storage())

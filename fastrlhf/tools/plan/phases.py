@@ -20,6 +20,8 @@ from transformers import PretrainedConfig
 from fastrlhf.config import PPOConfig, ReferenceConfig, TrainConfig
 from fastrlhf.data.packing import pack
 from fastrlhf.models.loading import DTYPES
+from fastrlhf.models.positions import rope_obstacle
+from fastrlhf.models.probe import one_line
 from fastrlhf.rollout.kv_cache import rounded_up
 from fastrlhf.runtime.optim import buckets
 from fastrlhf.tools.plan.memory import FakeModel, Fakes
@@ -66,7 +68,13 @@ def count_phases(config: TrainConfig, rows: Rows, *, is_cuda: bool, memory: int 
     paged = config.optim.startswith("paged")
     kept = weights | ({} if paged else moments) | {"float32 copies of bfloat16 weights": copies}
     live = frozen.get("reference") if isinstance(config, ReferenceConfig) else None
-    beyond = fakes.peak(trained, packs.largest, reference=live, num_packs=packs.num_packs)
+    try:
+        beyond = fakes.peak(trained, packs.largest, reference=live, num_packs=packs.num_packs)
+    except Exception as error:  # of any kind, since the forward is the family's
+        kinds = " and ".join(sorted({type(fake.model).__name__ for fake in trained.values()}))
+        told = f"the memory of {kinds} cannot be counted without data ({one_line(error)}); measure a short run"
+        raise ValueError(told) from error
+    alone = rope_obstacle(models.start, config.max_length)
     pack_tokens = packs.largest.num_tokens
     phases = [
         Phase(
@@ -105,6 +113,7 @@ def count_phases(config: TrainConfig, rows: Rows, *, is_cuda: bool, memory: int 
         + ("not known before the dataset is read" if rows.steps is None else f"{rows.steps:,}"),
         per_pass,
         *[rows.note] * bool(rows.note),
+        *[f"the sequences of a pack run one by one: the model {alone}"] * bool(alone),
     ]
     if config.use_peft:
         facts.insert(

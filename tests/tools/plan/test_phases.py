@@ -152,3 +152,11 @@ def test_vllm_takes_its_share_of_the_device_in_every_phase_or_with_sleep_only_wh
     assert asleep.phases[1].parts == sampling.parts
     apart = plan_run(dataclasses.replace(vllm, vllm_gpu_memory_utilization=0.3, vllm_devices=(1,)), memory_gib=4)
     assert [phase.parts for phase in apart.phases] == [phase.parts for phase in built_in.phases]
+
+
+def test_a_model_that_cannot_be_counted_is_one_line(folder, monkeypatch):
+    config = measure.config(folder, "sft", measure.SIZES)
+    monkeypatch.setattr("fastrlhf.tools.plan.phases.Fakes.peak", lambda *_, **__: {}["x"])
+    message = r"^the memory of LlamaForCausalLM cannot be counted without data \(KeyError: 'x'\); measure a short run$"
+    with pytest.raises(ValueError, match=message):
+        count_parts(config)
