@@ -40,6 +40,9 @@ def given_examples(config: TrainConfig, fields: Sequence[str], rows: Rows | None
         return [row if row.row >= 0 else replace(row, row=i) for i, row in enumerate(values)]
     if not values:
         return []
+    if others := ", ".join(sorted(kind.__name__ for kind in kinds if not issubclass(kind, Mapping))):
+        form = 'objects of Example, or mappings such as {"prompt": ..., "completion": ...}'
+        raise ValueError(f"{name} rows: must be {form}; got {others}")
     loaded = load_examples(
         given if isinstance(given, Mapping) else values,
         columns=parse_columns(config.columns),

@@ -78,7 +78,11 @@ class TokenReport:
             other = "as in TRL" if self.trailing_space == "response" else "TRL moves it: see trailing_space"
             parts.append(f"{self.space_ended:,} prompts end in white space, which {where} ({other})")
         if self.unlike_text:
-            parts.append(f"{self.unlike_text:,} responses do not decode to their original text with this tokenizer")
+            first = f"first: {self.firsts['unlike_text']}; " if "unlike_text" in self.firsts else ""
+            parts.append(
+                f"{self.unlike_text:,} responses do not decode to their original text with this tokenizer "
+                f"({first.replace('; ', ', ')}the model learns the decoded text)"
+            )
         if self.changed:
             parts.append(f"changed by the chat template: {self.describe_changes()}")
         parts += [f"dropped {self._told(reason, count, 'for ' + reason)}" for reason, count in self.dropped.items()]

@@ -172,7 +172,9 @@ def tokenize_examples(
             counts["num_trained"] += len(ids[name]) if some is None else len(some)
             counts["responses_cut" if name in cut else "eos_present" if response.had_end else "eos_added"] += 1
             counts["other_end"] += response.had_end and name not in cut and response.end != next(iter(ends))
-            counts["unlike_text"] += not (lossless or reads_back(prompt, whole[name], response.text, tokenizer))
+            if not (lossless or reads_back(prompt, whole[name], response.text, tokenizer)):
+                counts["unlike_text"] += 1
+                firsts.setdefault("unlike_text", f"row {example.row}")
     report = TokenReport(
         num_examples=len(examples),
         num_kept=len(kept),

@@ -61,3 +61,8 @@ def test_columns_and_bad_rows_count_as_in_a_file(caplog):
 def test_a_value_that_is_not_a_list_of_rows_is_refused(rows, told):
     with pytest.raises(ValueError, match=told):
         given_examples(SFTConfig(), ["reference"], rows, "train")
+
+
+def test_rows_that_are_neither_examples_nor_mappings_are_refused_with_their_form():
+    with pytest.raises(ValueError, match=r"^train rows: must be objects of Example, or mappings such as .* got int$"):
+        given_examples(SFTConfig(), ["reference"], [3], "train")
