@@ -80,7 +80,7 @@ class Key:
 
     name: str
     type: str
-    """The allowed values, or the type in words: text, number, whole number, true or false, list of ... ..."""
+    """The allowed values, or the type in words: text, number, whole number, true or false, list of ..."""
     default: Any
     help: str
     """The docstring under the field, on one line."""
