@@ -52,7 +52,7 @@ def test_mini_batches_hold_whole_groups():
 
 
 def test_an_exact_kl_in_the_reward_is_not_rescaled_by_grpo():
-    with pytest.raises(ValueError, match=r"^advantage_estimator: must be gae, rloo, opo or prime with kl_estimator exact"):
+    with pytest.raises(ValueError, match=r"^advantage_estimator: must be gae, rloo, opo or prime with kl_estimator"):
         PPOConfig(kl_estimator="exact", advantage_estimator="grpo", num_generations=2)
     PPOConfig(kl_placement="loss", kl_estimator="exact", advantage_estimator="grpo", num_generations=2)
 
