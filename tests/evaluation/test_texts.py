@@ -181,9 +181,9 @@ def test_ppo_learns_from_the_scores_that_a_judge_of_another_tokenizer_gives_to_t
     seen = []
     sample = ppo.score_episodes
 
-    def keep(config, policy, reference, critic, rollouts, scores, *rest):
+    def keep(config, policy, reference, critic, rollouts, scores, *rest, **keys):
         seen.extend(zip(rollouts, scores.tolist(), strict=True))
-        return sample(config, policy, reference, critic, rollouts, scores, *rest)
+        return sample(config, policy, reference, critic, rollouts, scores, *rest, **keys)
 
     monkeypatch.setattr(ppo, "score_episodes", keep)
     config = PPOConfig(
