@@ -270,7 +270,7 @@ def test_the_reference_has_every_key_with_its_default_and_help():
     for kind in CONFIGS.values():
         for key in keys_of(kind).values():
             assert f"`{key.name}`\n: {key.help}\n\n  *{key.type}*; default " in page, key.name
-    wanted = "default `64`, `8` for sft, `8` for reward, `8` for dpo, `8` for kto. Read by all trainers."
+    wanted = "default `8`, `64` for ppo, `64` for grpo, `64` for drpo, `64` for rto. Read by all trainers."
     assert wanted in page.partition("\n`per_device_train_batch_size`\n")[2].split("\n\n")[1]
 
 
