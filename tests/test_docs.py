@@ -38,7 +38,7 @@ MAX_WORDS = 1500
 FENCE = re.compile(r"^```(\S*)[^\n]*\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 LANGUAGES = {"bash", "yaml", "python", "json", "text", "{include}", "{toctree}"}
-SHELL = {"cd", "export", "git"}
+SHELL = {"cd", "export", "git", "sbatch"}
 """Shell commands that the tests accept without a check."""
 
 
