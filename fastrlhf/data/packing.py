@@ -82,7 +82,7 @@ def pair(
     share_prompt: bool,
     trained: Sequence[Sequence[int] | None] = (),
 ) -> list[Segment]:
-    """Returns the tree of a pair, a `group` of two responses, with chosen before rejected."""
+    """Returns the tree of a preference pair: a `group` of two responses, chosen before rejected."""
     return group(prompt, (chosen, rejected), scored=scored, share_prompt=share_prompt, trained=trained)
 
 
@@ -114,8 +114,9 @@ def group(
 
 
 def tree(prefixes: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[Segment]:
-    """Returns the tree of responses whose prefixes are beginnings of one text. The longest prefix is computed once, and
-    every response is attached to it at the end of its own prefix. All tokens of the responses are scored.
+    """Returns the tree of several responses, where every prefix is a beginning of the longest prefix. The longest
+    prefix is computed once, and each response is attached to it at the end of the response's own prefix. All tokens of
+    the responses are scored.
 
         prefixes [7, 8], [7, 8, 1]; responses [5, 0], [2, 0]   ->   7 8 1 | 5 0 (cut 2) | 2 0 (cut 3)
     """
@@ -128,8 +129,8 @@ def tree(prefixes: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) 
 
 
 def trunks(sequences: Iterable[Sequence[int]]) -> dict[tuple[int, ...], tuple[int, ...]]:
-    """Maps each sequence to its trunk: a sequence that begins with it and that no other sequence extends, possibly
-    itself.
+    """Maps each sequence to its trunk: a sequence that begins with it and that no other sequence extends. A sequence
+    that no other sequence extends is its own trunk.
 
     [7, 8], [7, 8, 1], [7, 9]   ->   (7, 8): (7, 8, 1), (7, 8, 1): (7, 8, 1), (7, 9): (7, 9)
     """
@@ -143,9 +144,9 @@ def trunks(sequences: Iterable[Sequence[int]]) -> dict[tuple[int, ...], tuple[in
 
 
 def families(prefixes: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], budget: int) -> list[list[int]]:
-    """Groups sequences whose prefixes are beginnings of one text, so that a `tree` computes this text once. Returns
-    groups of indices, in the order of their first sequences. A group has at most `budget` tokens, unless it is a single
-    sequence."""
+    """Groups sequences whose prefixes have the same trunk (see `trunks`), so that a `tree` computes the trunk once.
+    Returns groups of indices, in the order of their first sequences. A group has at most `budget` tokens, unless it is
+    a single sequence."""
 
     def computed(members: Sequence[int]) -> int:
         return max(len(prefixes[i]) for i in members) + sum(len(responses[i]) for i in members)
@@ -185,7 +186,7 @@ def num_in_sequences(tree: Sequence[Segment]) -> int:
 
 
 def unpack(batch: PackedBatch) -> list[list[int]]:
-    """Returns the token ids of every sequence of the pack, including those of its ancestors. It inverts `pack` for
+    """Returns the token ids of every sequence of the pack, from its root segment to its leaf. It inverts `pack` for
     sequences without a shared segment."""
     plan = batch.plan
     seen = batch.token_ids if plan.key_index is None else batch.token_ids[plan.key_index]
@@ -198,10 +199,10 @@ def unpack(batch: PackedBatch) -> list[list[int]]:
 def micro_batches(costs: Sequence[int], budget: int, what: str = "item", multiple: int = 1) -> list[list[int]]:
     """Distributes items of `costs` tokens evenly over few micro-batches of at most `budget` tokens.
 
-    The longest item goes first, always into the micro-batch with the fewest tokens; if the items do not fit, the number
-    of micro-batches is increased. Returns the indices of each micro-batch in ascending order; they depend only on the
-    costs. The number of micro-batches is a multiple of `multiple`, or the number of items if that is smaller. Raises
-    ValueError if an item exceeds the budget.
+    Items are placed one by one, the longest first, each into the micro-batch with the fewest tokens so far. If they do
+    not fit, the number of micro-batches is increased. Returns the indices of each micro-batch in ascending order; they
+    depend only on the costs. The number of micro-batches is a multiple of `multiple`, or the number of items if that is
+    smaller. Raises ValueError if an item exceeds the budget.
     """
     if not costs:
         return []

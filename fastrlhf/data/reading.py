@@ -1,7 +1,8 @@
-"""Text for judges whose tokenizer or chat template is not that of the run: decoded, and encoded as the judge writes it.
+"""Re-encodes prompts and responses for a judge whose tokenizer or chat template differs from the run's.
 
-A judge reads the prompt of the row, as text or as turns through its own chat template, and the response as the text
-that the tokens of the run stand for (TRL's issue 1979 is about judges that are given the ids of the policy).
+The prompt is taken from the dataset row; if it consists of turns, the judge's chat template renders them. The response
+is decoded to text by the run's tokenizer and then encoded by the judge's. (TRL's issue 1979 reports judges that get the
+policy's token ids, which mean other tokens to them.)
 """
 
 from __future__ import annotations
@@ -27,18 +28,19 @@ class TextReader:
     """Encodes rollouts for a judge with its own tokenizer."""
 
     name: str
-    """Key of the judge, for messages."""
+    """Configuration key that names the judge, for error messages."""
     run: PreTrainedTokenizerBase = field(repr=False)
-    """The tokenizer that the tokens of the rollouts belong to."""
+    """The run's tokenizer, which decodes the token ids of the rollouts."""
     judge: PreTrainedTokenizerBase = field(repr=False)
     examples: Mapping[tuple[int, tuple[int, ...]], Example] = field(repr=False)
-    """(row, ids of the prompt in the run) -> the example whose prompt the judge reads."""
+    """(row number, prompt ids in the run's tokenizer) -> the example with the prompt that the judge reads."""
     rules: TextRules = field(default_factory=TextRules)
 
     def __call__(self, rollouts: Sequence[Rollout]) -> Texts:
-        """The ids of the judge. A response that did not reach an end has none here either.
+        """Returns prompt and response of each rollout as ids of the judge's tokenizer. A response gets an end token
+        only if the rollout has one.
 
-        Raises ValueError, naming the row, where the judge's chat template refuses a response.
+        Raises ValueError, naming the row, if the judge's chat template refuses a response.
         """
         ends, examples, finished = {*end_ids(self.run)}, [], []
         for rollout in rollouts:
@@ -56,13 +58,13 @@ class TextReader:
         ]
 
     def _example(self, row: int, prompt: list[int], response: list[int]) -> Example:
-        """The row's prompt with the response as text."""
+        """Returns the example to encode: the prompt of the row, and the response as text."""
         asked = self.examples[row, tuple(prompt)]
         before, whole = decode(prompt, self.run), decode([*prompt, *response], self.run)
         text = whole[len(before) :] if whole.startswith(before) else decode(response, self.run)
         if not isinstance(asked.prompt, str):
             return replace(_bare(asked), reference=[{"role": "assistant", "content": text}])
-        if self.rules.trailing_space == "response":  # white space that the run took from the prompt is in the response
+        if self.rules.trailing_space == "response":  # the run moved white space from prompt to response
             num_spaces = len(asked.prompt) - len(asked.prompt.rstrip())
             starts = (asked.prompt[: len(asked.prompt) - k] for k in range(num_spaces + 1))
             return Example(prompt=next(filter(before.endswith, starts), asked.prompt), reference=text, row=row)
@@ -76,8 +78,8 @@ def _bare(example: Example) -> Example:
 def judge_rows(
     name: str, examples: Sequence[Example], judge: PreTrainedTokenizerBase, fields: Sequence[str], rules: TextRules
 ) -> list[TokenizedExample]:
-    """The ids of examples as a judge's tokenizer writes them, uncut. Raises ValueError, naming the judge's key and the
-    row, where its chat template refuses one."""
+    """Encodes examples with a judge's tokenizer and chat template, without truncation. Raises ValueError, naming the
+    judge's key `name` and the row, if the chat template refuses a row."""
     try:
         return encode_rows(examples, judge, fields=fields, rules=rules)
     except UnusableRow as bad:
@@ -91,8 +93,9 @@ def open_reader(
     rows: Sequence[TokenizedExample],
     rules: TextRules,
 ) -> TextReader:
-    """The reader of a judge for the rows of a run, each of which has been tried with an answer. Raises ValueError as
-    `judge_rows` does, and where the judge's template asks for a date and the run has none to give."""
+    """Makes the reader of a judge for the rows of a run, after encoding every row once with a dummy answer to find
+    problems. Raises ValueError as `judge_rows` does, and if the judge's chat template asks for the date but the run has
+    no `template_date`."""
     examples = {(row.row, tuple(row.prompt)): row.source for row in rows if row.source is not None}
     talks = any(isinstance(example.prompt, list) for example in examples.values())
     if talks and rules.day is None and reads_clock(judge):

@@ -1,4 +1,4 @@
-"""Rendered prompts and responses as ids: each piece of a response as it follows the one before, with one end."""
+"""Encodes rendered prompts and responses as token ids. A response is encoded piece by piece and gets one end token."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastrlhf.types import Example
 Side = Literal["prompt", "response"]
 
 AROUND = 64
-"""Number of characters on either side of a cut that are tokenised for counting."""
+"""Number of characters before and after the end of the prompt that are tokenised if only counts are needed."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -28,9 +28,9 @@ class Response:
     """Indices of the trained tokens; None: all."""
     end: int
     had_end: bool
-    """Whether the text already ended in this end token."""
+    """Whether the text already ended in the end token `end`."""
     goes_on: bool
-    """Whether an end token occurs inside a turn, before the end of the turn."""
+    """Whether an end token occurs in the middle of a turn."""
     text: str
     """The text to which the ids should decode."""
 
@@ -52,9 +52,9 @@ class EncodedRow:
 class EncodedRows:
     rows: list[EncodedRow]
     num_with_bos: int
-    """Text prompts that began with a BOS and got no second one."""
+    """Number of text prompts that already began with a BOS and got no second one."""
     num_spaces: int
-    """Prompts whose last white space would be in one token with the response, were both tokenised as one text."""
+    """Number of prompts whose trailing white space would merge with the response if both were tokenised as one text."""
 
 
 def encode_rendered(
@@ -65,7 +65,7 @@ def encode_rendered(
     train_suffix: bool = False,
     trailing_space: Side = "prompt",
 ) -> EncodedRows:
-    """The ids of prompts and responses. `ends`: id -> text of the tokens that end a response, the EOS first."""
+    """Encodes prompts and responses as ids. `ends`: id -> text of the tokens that may end a response, the EOS first."""
     spaces = _space_lengths(rendered, tokenizer, whole=trailing_space == "response")
     if trailing_space == "response":
         rendered = [(example, text.moved(num)) for (example, text), num in zip(rendered, spaces, strict=True)]
@@ -82,8 +82,8 @@ def encode_rendered(
 def _space_lengths(
     rendered: Sequence[tuple[Example, Rendered]], tokenizer: PreTrainedTokenizerBase, *, whole: bool
 ) -> list[int]:
-    """Returns `space_lengths` of the rows. Unless `whole`, only the text around the cut is tokenised, which is enough
-    for counting."""
+    """Returns `space_lengths` of the rows. Unless `whole`, only the text around the end of the prompt is tokenised,
+    which is enough to count the rows with such white space."""
     start, end = (None, None) if whole else (-AROUND, AROUND)
     prompts = [text.prompt[start:] for _, text in rendered]
     firsts = [[pieces[0].text[:end] for pieces in text.responses.values()] for _, text in rendered]
@@ -130,14 +130,14 @@ def _encode_responses(
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Parts:
     pieces: list[Piece]
-    """The pieces of a response; the last one is without its end token"""
+    """The pieces of a response, without the end token of the last piece."""
     end: str
     suffix: str
 
 
 def _parts(pieces: Sequence[Piece], ends: Mapping[str, int], train_suffix: bool) -> _Parts:
-    """Returns the texts of a response that are tokenised one by one. With `train_suffix`, white space after a turn of
-    the assistant is moved to that turn."""
+    """Splits a response into the texts that are tokenised separately. With `train_suffix`, white space after an
+    assistant turn becomes part of that turn."""
     body, end, rest = split_end(pieces[-1].text, ends)
     texts = [*pieces[:-1], Piece(text=body)]
     suffix = ""

@@ -50,7 +50,7 @@ class UnusableRow(Exception):
 
 
 IN_MEMORY = "rows in memory"
-"""Name of a source in memory in messages."""
+"""The name that messages use for a dataset given as rows in memory."""
 
 
 def read_rows(
@@ -98,8 +98,7 @@ def source_names(source: object) -> tuple[str, ...]:
 
 
 def is_local(name: str) -> bool:
-    """Returns whether a name is an existing file or folder, or has the form of a path. Other names are looked up on the
-    hub."""
+    """Returns whether a name is an existing file or folder, or looks like a path. Other names are hub names."""
     path = Path(name).expanduser()
     looks_local = name.startswith((".", "~")) or name.count("/") > 1 or name.lower().endswith(SUFFIXES)
     return path.is_absolute() or looks_local or path.exists()
@@ -143,14 +142,14 @@ def _folder_splits(folder: Path, config_name: str | None) -> dict[str, list[Path
     ...) or by the configurations in README.md. Logs a warning about data files that belong to no split or cannot be
     read."""
     with tempfile.TemporaryDirectory() as cache:
-        # `datasets` would treat brackets in the name of the folder as patterns, so it gets a link with another name.
+        # `datasets` reads brackets in a folder name as a pattern, so it gets a symbolic link with a plain name.
         link = Path(cache) / "folder"
         link.symlink_to(folder.resolve(), target_is_directory=True)
         by_card = bool(config_name) or "configs:" in _card(folder)
         try:
             if by_card:
                 found = datasets.load_dataset_builder(str(link), config_name, cache_dir=cache).config.data_files or {}
-            else:  # a builder would read only files with the same ending
+            else:  # not a builder, which would ignore files with other endings
                 found = DataFilesDict.from_patterns(get_data_patterns(str(link)), base_path=str(link))
         except (OSError, ValueError) as error:
             told = shorten(str(error).replace(str(link), str(folder)))
@@ -287,7 +286,7 @@ def _array(text: str, path: Path) -> list[Any] | None:
     rows = values[0] if len(values) == 1 else None
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         return None
-    return None if {"role", "from"} & set(rows[0]) else rows  # a list of turns: the object is one row
+    return None if {"role", "from"} & set(rows[0]) else rows  # the array is a list of turns, so the object is one row
 
 
 def _parse_json(text: str, path: Path, line: int) -> Any:

@@ -33,7 +33,7 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int | None]:
 
 
 class NoEosError(ValueError):
-    """A tokenizer names no token that ends a text."""
+    """Raised for a tokenizer that has no EOS token."""
 
 
 def require_eos(tokenizer: PreTrainedTokenizerBase) -> int:

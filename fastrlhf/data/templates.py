@@ -23,10 +23,10 @@ from fastrlhf.data.specials import split_end
 from fastrlhf.types import Example, Message
 
 CLOCK = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
-"""A call of the function `strftime_now`, which transformers provides and by which templates get the date."""
+"""Matches a call of `strftime_now`, the function of transformers from which a template gets the current date."""
 
 MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
-"""Tags that mark the text of the assistant in templates made for training."""
+"""Matches the tag {% generation %}, which marks the assistant's text in templates made for training."""
 
 REASONING = ("reasoning_content", "thinking", "reasoning")
 """Keys of a turn that may hold its reasoning."""

@@ -34,14 +34,13 @@ class TokenReport:
     ends: tuple[str, ...] = ()
     """Texts of the tokens that may end a response, the EOS first."""
     other_end: int = 0
-    """Number of responses that end in another of these tokens than the EOS."""
+    """Number of responses that end in one of `ends` other than the EOS."""
     bos_present: int = 0
     """Number of text prompts that already began with a BOS and got no second one."""
     space_ended: int = 0
-    """Number of prompts whose last white space would be in one token with the response if both were tokenised as one
-    text."""
+    """Number of prompts whose trailing white space would merge with the response if both were tokenised as one text."""
     trailing_space: str = "prompt"
-    """Where such white space is: "prompt" (at its end) or "response" (at its beginning)."""
+    """Where this white space is kept: at the end of the "prompt" or at the beginning of the "response"."""
     changed: dict[str, int] = field(default_factory=dict)
     """How the chat template changed a response -> number of kept rows."""
     num_tokens: int = 0

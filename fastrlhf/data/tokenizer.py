@@ -74,7 +74,7 @@ def load_tokenizer(
 
 
 def num_token_ids(tokenizer: PreTrainedTokenizerBase) -> int:
-    """1 + the largest id of the tokenizer, which may exceed len(tokenizer)."""
+    """Returns the largest id of the tokenizer plus 1. It may be larger than len(tokenizer)."""
     return max(tokenizer.get_vocab().values()) + 1
 
 

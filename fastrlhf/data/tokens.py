@@ -47,7 +47,7 @@ class TokenizedExamples:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextRules:
-    """What tokenising depends on, beside the tokenizer; see `tokenize_examples`."""
+    """Settings of tokenisation other than the tokenizer; see `tokenize_examples`."""
 
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     day: date | None = None
@@ -197,7 +197,7 @@ def encode_rows(
     fields: Sequence[str] = RESPONSES,
     rules: TextRules | None = None,
 ) -> list[TokenizedExample]:
-    """The ids of examples as a tokenizer and its chat template write them; nothing is cut, dropped or counted. Raises
+    """Encodes examples with a tokenizer and its chat template; nothing is truncated, dropped or counted. Raises
     UnusableRow for a row that the template refuses."""
     rules, ends = rules or TextRules(), _ends(tokenizer, None)
     renderer = Renderer(

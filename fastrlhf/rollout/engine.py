@@ -39,7 +39,7 @@ SAMPLE_STREAM = 2
 """Random stream of the sampler. Resets use another stream (resets.RESET_STREAM), so that they do not affect samples."""
 
 CHECK_EVERY = 8
-"""Number of decode steps between two checks which episodes have ended; each check waits for the GPU."""
+"""Number of decode steps between two checks for ended episodes; each check waits for the GPU."""
 
 REFILL_SHARE = 0.25
 """Share of the slots that must be free before waiting episodes are prefilled, because prefilling few at a time is
@@ -50,10 +50,10 @@ Decode = Literal["eager", "cuda_graph"]
 
 
 class Engine(Protocol):
-    """Interface of a sampler, which may run in this process or in another one."""
+    """Interface of a sampler. It may run in this process or in a separate process."""
 
     def generate(self, prefixes: Sequence[Prefix]) -> list[Rollout]:
-        """One rollout per prefix, in the same order."""
+        """Returns one rollout per prefix, in the same order."""
         ...
 
 
@@ -86,7 +86,7 @@ class TransformersEngine:
 
     @classmethod
     def of(cls, config: PPOConfig, model: PreTrainedModel, eos_token_id: EndIds, **others: Any) -> TransformersEngine:
-        """An engine with the settings of an on-policy run, except the fields in `others`."""
+        """Makes an engine with the settings of an on-policy run; the fields in `others` take precedence."""
         settings = {
             "response_length": config.response_length,
             "temperature": config.temperature,
@@ -325,8 +325,9 @@ def checked_rollouts(
     may_stop: bool = False,
     truncated: bool = False,
 ) -> Sequence[Rollout]:
-    """Returns the rollouts of an engine after checking them. Raises ValueError for the first that violates `Engine` or
-    `Rollout`: a faulty user-defined engine could cause training on wrong tokens."""
+    """Returns the rollouts of an engine after checking them. Raises ValueError for the first rollout that does not have
+    the form that `Engine` and `Rollout` describe, because a faulty user-defined engine could cause training on wrong
+    tokens."""
     if [rollout.prefix.episode for rollout in rollouts] != [prefix.episode for prefix in prefixes]:
         raise ValueError(
             f"engine: must return one rollout per prefix, in order; got {len(rollouts)} of {len(prefixes)}"

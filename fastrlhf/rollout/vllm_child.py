@@ -1,7 +1,8 @@
-"""A process with a vLLM engine, as the trainer sees it: it is started, asked, and its death noticed.
+"""The trainer's handle on a vLLM process: starts it, sends requests and detects when it dies.
 
 The other side is rollout/vllm_worker.py. Requests and answers are pickled over a socket pair; weights go through shared
-memory. The process ignores requests to stop, which the trainer obeys after its step, and ends with the trainer.
+memory. The process ignores stop signals; the trainer handles them after its current step. The process exits with the
+trainer.
 """
 
 from __future__ import annotations
@@ -19,24 +20,25 @@ from typing import Any
 TESTED = "0.32"
 """The version of vLLM with which `make test-vllm` passes."""
 OF_TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_", "LOCAL_", "GROUP_", "ROLE_", "TORCHELASTIC_")
-"""Beginnings of the environment variables of the trainer's process group, which vLLM would take for its own."""
+"""Prefixes of the environment variables that torchrun sets for the trainer. They are removed from the environment of
+the vLLM process, because vLLM would read them as its own."""
 QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-"""Environment variables that have these values unless the user sets them. At each update vLLM would warn of weights
-that no checkpoint has."""
+"""Default environment variables of the vLLM process; the user's values take precedence. They silence vLLM's warnings,
+at each update, about weights that no checkpoint contains."""
 PATIENCE = 5.0
-"""Seconds that a process is given to end by itself after its connection is closed."""
+"""Seconds to wait for a process to exit by itself after its connection is closed; then it is killed."""
 
 
 class Remote(Exception):
-    """The traceback of an error in the vLLM process; the cause of the error that the trainer raises."""
+    """Holds the traceback of an error in the vLLM process, as the cause of the error that the trainer raises."""
 
 
 class Child:
     """A process that serves requests of `vllm_worker.Worker`. It ends when this object is dropped or closed."""
 
     def __init__(self, memory: int, environment: Mapping[str, str]) -> None:
-        """`memory` is the file descriptor of the shared memory. `environment` are the variables that the process has
-        beside those of the trainer."""
+        """Starts the process. `memory` is the file descriptor of the shared memory; `environment` holds variables that
+        are added to the trainer's environment."""
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(OF_TORCHRUN)}
         inherited |= {
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
@@ -51,7 +53,7 @@ class Child:
             + [str(number) for number in (theirs.fileno(), memory, os.getpid())],
             env={**inherited, **environment},
             stdin=subprocess.DEVNULL,
-            stdout=2,  # the trainer's own output is for its reader
+            stdout=2,  # to stderr, which keeps the trainer's stdout clean
             pass_fds=(theirs.fileno(), memory),
             start_new_session=True,  # so that Ctrl-C reaches only the trainer
         )
@@ -65,12 +67,12 @@ class Child:
         return self._process.pid
 
     def ask(self, request: str, *arguments: Any) -> Any:
-        """Sends a request, by the name of a method of `Worker`, and waits for its result."""
+        """Calls the method `request` of the process's `Worker` and returns its result."""
         self.send(request, *arguments)
         return self.receive()
 
     def send(self, request: str, *arguments: Any) -> None:
-        """Sends a request whose result must be fetched by `receive` before the next one is sent. Raises ValueError if
+        """Sends a request without waiting for the result. Call `receive` before the next `send`. Raises ValueError if
         the process has died."""
         try:
             self._connection.send((request, arguments))
@@ -78,8 +80,9 @@ class Child:
             raise ValueError(self._death()) from error
 
     def receive(self) -> Any:
-        """The result of the last request. Raises ValueError, or MemoryError, with the text of an error in the process,
-        and ValueError if the process has died. After an error the process is ended."""
+        """Waits for the result of the last request and returns it. If the process reports an error, raises a ValueError
+        or MemoryError with its text; if the process has died, raises ValueError. After any error the process is ended.
+        """
         try:
             while not self._connection.poll(1.0):
                 if self._process.poll() is not None:
@@ -88,7 +91,7 @@ class Child:
         except (EOFError, OSError) as error:
             raise ValueError(self._death()) from error
         except BaseException:
-            self.close()  # a late answer would be taken for that of the next request
+            self.close()  # a late answer would be read as the answer to the next request
             raise
         if done:
             return answer[0]
@@ -102,7 +105,7 @@ class Child:
         raise kind(f"engine: vllm {error}") from Remote(trace)
 
     def _death(self) -> str:
-        """One line that says how the process ended."""
+        """Returns an error message that says how the process ended."""
         try:
             code = self._process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
@@ -122,7 +125,7 @@ class Child:
 
 
 def _end(process: subprocess.Popen[bytes], connection: Connection) -> None:
-    connection.close()  # which ends a process that waits for a request
+    connection.close()  # a process that waits for a request then exits
     try:
         process.wait(PATIENCE)
     except subprocess.TimeoutExpired:

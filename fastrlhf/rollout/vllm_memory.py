@@ -1,7 +1,7 @@
-"""Memory through which weights go from the trainer to the processes of vLLM.
+"""Shared memory that passes weights from the trainer to the vLLM processes.
 
-It is an anonymous file (memfd) that holds one group of weights at a time: the model is never copied a second time as a
-whole, and nothing stays behind when a process is killed.
+It is an anonymous file (memfd) that holds one group of weights at a time. The model is therefore never copied as a
+whole, and no file remains if a process is killed.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ import torch
 from torch import Tensor
 
 GROUP_BYTES = 64 * 2**20
-"""Weights that are handed over together have at most this many bytes; a larger weight is handed over by itself."""
+"""Maximum number of bytes of a group of weights; a larger weight forms a group by itself."""
 ALIGNMENT = 64
 """Every weight starts at a multiple of this many bytes."""
 
 Weights = Iterable[tuple[str, Tensor]]
 Entry = tuple[str, torch.dtype, tuple[int, ...], int]
-"""(name, dtype, shape, first byte) of a weight in the memory."""
+"""(name, dtype, shape, offset in bytes) of a weight in the memory."""
 
 
 class SharedMemory:
-    """The memory, seen from one process. It grows to the largest group that is written."""
+    """One process's view of the shared memory, whose size is that of the largest group written so far."""
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
@@ -33,14 +33,14 @@ class SharedMemory:
 
     @classmethod
     def create(cls) -> SharedMemory:
-        """New memory. Processes that are started with its `descriptor` see what is written. The descriptor is closed
+        """Creates a new memory. Processes that inherit its `descriptor` see what is written. The descriptor is closed
         when the object is dropped."""
         memory = cls(os.memfd_create("fastrlhf-weights"))
         weakref.finalize(memory, os.close, memory.descriptor)
         return memory
 
     def write(self, weights: Sequence[tuple[str, Tensor]]) -> list[Entry]:
-        """Replaces the content of the memory and returns what another process needs to `read` it."""
+        """Replaces the content of the memory. Returns the entries that another process passes to `read`."""
         entries, end = [], 0
         for name, weight in weights:
             entries.append((name, weight.dtype, tuple(weight.shape), end))
@@ -53,7 +53,7 @@ class SharedMemory:
         return entries
 
     def read(self, entries: Iterable[Entry], device: torch.device) -> list[tuple[str, Tensor]]:
-        """Copies of the weights, on `device`."""
+        """Returns copies of the weights on `device`."""
         memory, weights = self._mapped(), []
         for name, dtype, shape, start in entries:
             size = torch.Size(shape).numel() * dtype.itemsize
@@ -61,7 +61,7 @@ class SharedMemory:
         return weights
 
     def _mapped(self) -> Tensor:
-        """All bytes of the memory, uint8."""
+        """Returns all bytes of the memory as uint8."""
         size = os.fstat(self.descriptor).st_size
         if size > len(self._bytes):
             self._bytes = torch.frombuffer(mmap.mmap(self.descriptor, size), dtype=torch.uint8)
@@ -69,7 +69,7 @@ class SharedMemory:
 
 
 def groups(weights: Weights, size: int = GROUP_BYTES) -> Iterator[list[tuple[str, Tensor]]]:
-    """The weights, in order, in groups of at most `size` bytes; a larger weight is a group by itself."""
+    """Yields the weights in order, in groups of at most `size` bytes; a larger weight forms a group by itself."""
     group: list[tuple[str, Tensor]] = []
     used = 0
     for name, weight in weights:

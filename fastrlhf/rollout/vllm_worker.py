@@ -1,14 +1,14 @@
-"""The program of a process with a vLLM engine, which rollout/vllm_child.py starts and talks to.
+"""The program of a vLLM process, which rollout/vllm_child.py starts and sends requests to.
 
 It answers one request after another until the trainer closes the connection, and ends when the trainer ends. Only this
 process imports vLLM: the library rewrites classes of transformers, seeds the global generators, starts
 torch.distributed and sets environment variables.
 
 How vLLM is used:
-    weights     its weight-transfer interface with a backend registered here. The engine starts from random weights
-    log-probs   logprobs_mode "processed_logprobs": of the tempered distribution that drew the token
+    weights     vLLM's weight-transfer interface, with a backend registered here. The engine starts with random weights
+    log-probs   logprobs_mode "processed_logprobs": under the distribution that was sampled, at its temperature
     ids         prompts and responses are token ids; vLLM reads no tokenizer and no generation_config.json
-    on a CPU    vLLM keeps a copy of each weight in another layout, which must be made anew after every update
+    on a CPU    vLLM keeps a copy of each weight in another layout, which must be rebuilt after every update
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ BACKEND = "fastrlhf"
 """The name under which the weight-transfer backend is registered."""
 
 Sampled = tuple[list[int], list[float]]
-"""The tokens of a response and the log-prob of each, in nats."""
+"""(token ids of a response, log-prob of each token in nats)"""
 
 
 class Worker:
-    """A vLLM engine and what the trainer may ask of it. Every public method is a request."""
+    """A vLLM engine that serves the trainer. Every public method is a request that the trainer may send."""
 
     def __init__(self, memory: SharedMemory) -> None:
         self._memory = memory
@@ -71,7 +71,7 @@ class Worker:
         return version
 
     def start_update(self) -> None:
-        """Prepares for a whole set of new weights."""
+        """Begins an update of all weights."""
         if self._sleeps:
             self._llm.wake_up(["weights"])
         self._llm.start_weight_update()
@@ -87,22 +87,22 @@ class Worker:
             self._llm.wake_up(["kv_cache"])
         if self._llm.reset_prefix_cache() is not True:
             raise ValueError(
-                "did not drop the keys and values of the weights before the update (reset_prefix_cache), and would "
-                "sample from them; take engine transformers"
+                "did not drop its cached keys and values (reset_prefix_cache), so it would sample with those of the "
+                "previous weights; take engine transformers"
             )
 
     def generate(
         self, prompts: Sequence[list[int]], budgets: Sequence[int], seeds: Sequence[int], sampling: dict[str, Any]
     ) -> list[Sampled]:
-        """One response per prompt, in order: at most `budgets` tokens, drawn with `seeds`. `sampling` are keywords of
-        `vllm.SamplingParams` that all have in common."""
+        """Returns one response per prompt, in order. `budgets` are the maximum numbers of tokens and `seeds` the random
+        seeds, one per prompt; `sampling` are keywords of `vllm.SamplingParams` for all prompts."""
         params = [
             self._vllm.SamplingParams(
                 max_tokens=budget,
                 seed=seed,
-                # The EOS is the trainer's, not the one in the model's configuration.
+                # Only the trainer's end tokens count (stop_token_ids), not the EOS in the model's configuration.
                 ignore_eos=True,
-                logprobs=0,  # only of the sampled token
+                logprobs=0,  # log-probs of the sampled token only
                 detokenize=False,
                 **sampling,
             )
@@ -112,14 +112,14 @@ class Worker:
         return [_sampled(answer.outputs[0]) for answer in answers]
 
     def sleep(self) -> None:
-        """Frees the GPU memory of weights and cache until the next update, with `enable_sleep_mode`."""
+        """With `enable_sleep_mode`, frees the GPU memory of weights and cache until the next update."""
         if self._sleeps:
             self._llm.sleep(level=2)
 
 
 def serve(connection: Connection, worker: Worker) -> None:
-    """Answers requests (name, arguments) with (True, result), or (False, error, traceback), until the other end is
-    closed."""
+    """Serves requests until the trainer closes the connection. A request is (name, arguments), and an answer is (True,
+    result) or (False, error, traceback)."""
     while True:
         try:
             name, arguments = connection.recv()
@@ -136,8 +136,9 @@ def serve(connection: Connection, worker: Worker) -> None:
 
 
 def main(socket: int, memory: int, trainer: int) -> None:
-    """Serves the trainer, process `trainer`, over the connection and the memory with these file descriptors."""
-    # The trainer obeys requests to stop after its step, and needs this process until then.
+    """Serves the trainer. `socket` and `memory` are the file descriptors of the connection and of the shared memory,
+    `trainer` is the trainer's process id."""
+    # Stop signals are ignored: the trainer finishes its step first and needs this process until then.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(trainer,), daemon=True).start()
@@ -145,14 +146,15 @@ def main(socket: int, memory: int, trainer: int) -> None:
 
 
 def _end_with(trainer: int) -> None:
-    """Ends this process within a second after the trainer has ended, however that happened."""
+    """Exits this process within a second after the trainer has ended, even if the trainer was killed."""
     while os.getppid() == trainer:
         time.sleep(0.5)
     os._exit(1)
 
 
 def _sendable(error: Exception) -> Exception:
-    """Errors of memory keep their kind; of all others, whose classes the trainer may not know, the text is sent."""
+    """Converts an error to a built-in class with the same text, because the trainer may not be able to import the
+    original class: MemoryError, ImportError or, for all others, ValueError."""
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return MemoryError(text)
@@ -197,7 +199,7 @@ def _register_backend() -> None:
                 torch.accelerator.synchronize()
 
         def receive_weights(self, update_info: Any) -> None:
-            # Copies, because vLLM keeps them until all weights of a layer have arrived.
+            # `read` returns copies, because vLLM keeps the tensors until all weights of a layer have arrived.
             self.model.load_weights(update_info.memory.read(update_info.entries, self.device))
 
         def finish_weight_update(self) -> None:
@@ -212,8 +214,8 @@ def _register_backend() -> None:
 
 
 def forget_packed_experts(model: Module) -> None:
-    """Makes vLLM lay out the experts of a mixture anew when their weights are loaded: on a CPU it does so only the
-    first time, and would read later weights in the wrong layout."""
+    """Makes vLLM rebuild its layout of mixture-of-experts weights at the next update. On a CPU it builds the layout
+    only once and would read later weights in the wrong layout."""
     for module in model.modules():
         method = getattr(module, "quant_method", None)
         if getattr(method, "moe_kernel", None) is not None:
@@ -221,8 +223,8 @@ def forget_packed_experts(model: Module) -> None:
 
 
 def pack_tied_heads(model: Module) -> None:
-    """Lays out anew the weights that two layers share: on a CPU vLLM does so only for the layer that the weight was
-    loaded into, and a head tied to the embedding would keep its random initial weights."""
+    """Rebuilds the layout of weights that two layers share. On a CPU vLLM does so only for the layer into which a
+    weight was loaded, so that a head tied to the embedding would keep its random initial weights."""
     seen: set[int] = set()
     for module in model.modules():
         weight = getattr(module, "weight", None)

@@ -238,7 +238,7 @@ def test_the_model_is_the_policys_and_not_its_folders(tmp_path):
 def test_keys_and_values_of_old_weights_stop_the_run(paths, vllm, monkeypatch):
     engine = make_engine(config(paths), load_policy(paths["model_name_or_path"]), tiny.EOS)
     monkeypatch.setattr(vllm.LLM, "drops_its_cache", False)
-    with pytest.raises(ValueError, match=r"^engine: vllm did not drop the keys and values of the weights before"):
+    with pytest.raises(ValueError, match=r"^engine: vllm did not drop its cached keys and values"):
         engine.generate(prefixes(2))
 
 
