@@ -23,7 +23,10 @@ PROMPTS = [TokenizedExample(prompt=[10 + i], row=i) for i in range(8)]
 
 
 class Sampler:
-    """Groups of two rollouts of the row's number plus one tokens; those of the given rows have spread."""
+    """A stand-in for sampling and judging: makes two rollouts of `row + 1` tokens for each row.
+
+    The two scores are 0 and 1 for the rows in `varied`, and 0 and 0 for all other rows.
+    """
 
     def __init__(self, varied):
         self.varied, self.calls = set(varied), []
@@ -90,11 +93,11 @@ def test_dropped_groups_are_replaced_by_other_prompts_until_the_batch_is_full():
     assert episodes[:2] == [0, 1]
     assert all(episode >= REFILLED for episode in episodes[2:])
     assert len(set(episodes)) == 6
-    # Extra data of a rollout stay with it.
+    # `extra` stays aligned with the rollouts when groups are dropped and replaced.
     assert batch.extra["row"] == [r.prefix.row for r in batch.rollouts]
     assert batch.earned["given"] == list(batch.scores.unbind()) == [0, 1, 0, 1, 0, 1]
     assert batch.metrics["logged"] == (len(rounds) + 1) / 2
-    # The draws depend only on seed and update.
+    # A second call with equal seed and update draws equal groups.
     again = Sampler(varied=[0, 6, 7])
     refilled(dynamic_config(8.0, groups=3), PROMPTS, [0, 1, 2], 0, again)
     assert again.calls == sample.calls
@@ -125,7 +128,7 @@ def policy_path(tmp_path_factory):
 
 
 def starts_low(completions, **_):
-    """1 for responses whose first word is among the first words of the vocabulary; often 0 for a whole group."""
+    """A reward function: 1 if the first word is among the first six of the vocabulary, otherwise 0."""
     return [float(text.split()[:1] in [[word] for word in tiny.WORDS[:6]]) for text in completions]
 
 

@@ -43,7 +43,7 @@ ROLLOUTS = [
     rollout([3, 4, 5], [], [25, 26, 27, 28, 29], row=4),  # no EOS
 ]
 SCORES = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
-FULL = [  # as the released code samples: every response fills its 5 slots, even after an EOS
+FULL = [  # the released code continues sampling after an EOS until each response has filled its 5 slots
     rollout([5, 6, 7], [], [8, 9, EOS, 17, 18]),
     rollout([5, 6], [7, 8], [9, 10, 11], row=1),
     rollout([9, 8, 7, 6], [5], [12, 13, 14, EOS], row=2),
@@ -66,7 +66,7 @@ def experience(cfg, rollouts, critic, order=None, scores=SCORES, packs=None, rew
 
 
 def rewards(cfg, rollouts, critic, implicit=None) -> list[float]:
-    """Rewards per row: with lambda 0 and a critic of zeros, the critic's target is the reward itself."""
+    """Returns the reward of each row, read from the critic's target, which equals it if lambda and all values are 0."""
     zeros = frozen_copy(critic)
     torch.nn.init.zeros_(zeros.score.weight)
     cfg = replace(cfg, lam=0.0, gamma=1.0)
@@ -112,8 +112,8 @@ def test_missing_eos_score_replaces_the_score(critic):
 
 
 def test_the_return_of_a_truncated_episode_includes_the_value_after_its_last_token(critic):
-    """With lambda 0 the last row's return is reward + gamma * value of the state after it. Here the critic is a judge,
-    whose value of a state is its score of the text so far. There is no value after an episode that has ended."""
+    """With lambda 0 the return of the last row is reward + gamma * V(state after the last token). V is 0
+    after an episode that has ended. The critic is a reward model here, so V is the score of the whole text."""
     cfg = config(kl_coef=0.0, lam=0.0, gamma=0.5, truncation="bootstrap")
     found, metrics = experience(cfg, ROLLOUTS, critic)
     judge = reward_model_judge(critic, eos_token_id=EOS, micro_batch_tokens=1000)
@@ -171,7 +171,7 @@ def log_ratio(dpo, reference, rollouts) -> torch.Tensor:
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_every_sampled_token_earns_the_dpo_log_ratio_at_temperature_1(critic, temperature):
-    """The reference is that of the run or of the DPO model. Prompts and reset tokens earn nothing."""
+    """Uses the reference of the run or of the DPO model. Prompt tokens and reset tokens earn nothing."""
     cfg = config(
         kl_coef=0.0, dpo_model_path="dpo", dpo_reward_scale=0.5, temperature=temperature, micro_batch_tokens=16
     )
@@ -303,8 +303,8 @@ def test_scores_are_reported_by_reset_depth_in_fifths(critic):
 
 @pytest.mark.parametrize(("estimator", "scale"), [("rloo", 1.0), ("grpo", 1 / (2 * (0.5**0.5 + 1e-4)))])
 def test_without_a_critic_every_token_has_the_advantage_of_its_episode_in_its_group(estimator, scale):
-    """Two groups of two episodes, with returns 1, 2 and 3, 4. Leave-one-out gives -1 and 1; the deviation from the mean
-    is half of this; the sample standard deviation is sqrt(1/2)."""
+    """The groups have returns (1, 2) and (3, 4). In both, leave-one-out (rloo) gives -1 and 1; grpo divides the
+    deviations from the mean, -1/2 and 1/2, by the sample standard deviation sqrt(1/2) plus 1e-4."""
     cfg = config(kl_coef=0.0, advantage_estimator=estimator, num_generations=2)
     found, metrics = experience(cfg, ROLLOUTS[:4], None, order=[1, 0], scores=SCORES[:4])
     signs = torch.tensor([-1.0] * 3 + [1.0] * 3 + [-1.0] * 4 + [1.0])
@@ -353,7 +353,7 @@ def test_with_exact_kl_every_state_is_charged_its_divergence(critic):
 
 @pytest.mark.parametrize("whitened", [False, True])
 def test_with_exact_kl_each_advantage_includes_the_tokens_own_log_ratio(whitened):
-    """The log-ratio is added to what the episode earns, on the scale of the rewards."""
+    """A token's advantage is that of its episode plus kl_coef (exact KL in its state - its own log-ratio)."""
     cfg = config(kl_coef=0.25, kl_estimator="exact", advantage_estimator="rloo", num_generations=2)
     cfg = replace(cfg, temperature=1.0, whiten_rewards=whitened, share_trunks=False)
     found, _ = experience(cfg, ROLLOUTS[:4], None, order=[0, 1], scores=SCORES[:4])
@@ -380,7 +380,7 @@ def test_a_kl_in_the_loss_is_no_reward(critic, estimator):
 
 
 def test_the_truncated_importance_weight_is_the_trainers_probability_over_the_engines(critic):
-    """The engine reports -4 nats for every token. Tokens that were not sampled have weight 1."""
+    """The engine reports a log-prob of -4 nats for every token. Tokens that were not sampled have weight 1."""
 
     def of_engine(rollouts):
         return [replace(r, sampler_logprob=[-4.0] * len(r.completion)) for r in rollouts]

@@ -1,10 +1,11 @@
-"""Compares the gradient of every KL placement and estimator with that of the exact divergence, by enumeration.
+"""Compares the gradient of every KL placement and estimator with the gradient of the exact KL, by enumeration.
 
 The trainer's own code computes the gradient for every possible sequence; its expectation over all sequences is
 compared with the gradient of the divergence.
 
-A bandit of six actions, and a tree of three tokens from a vocabulary of three. Expectations and the divergences are in
-float64; the code under test computes log-probs, advantages and slopes in float32, hence the tolerance.
+The test problems are a bandit of six actions, and a tree of three tokens from a vocabulary of three. Expectations and
+divergences are in float64; the code under test computes log-probs, advantages and slopes in float32, hence the
+tolerance.
 """
 
 from itertools import product
@@ -176,8 +177,10 @@ def test_the_two_placements_differ_if_a_token_affects_later_states():
 
 
 def test_an_exact_kl_only_in_the_reward_would_not_train_the_state_itself():
-    """Shows why `own_kl_advantage` is needed: without it the gradient is 0 in a bandit, and lacks the partial gradient
-    in a tree."""
+    """Shows why `own_kl_advantage` is needed.
+
+    Without it the gradient of the bandit is 0, and the gradient of the tree lacks the part that `partial` computes.
+    """
     for world in WORLDS.values():
         logits, reference = world.logits(0), world.logits(1)
         advantage = returns_to_go(-world.state_kl(logits, reference).float(), world)

@@ -93,7 +93,7 @@ def test_sentences_are_cut_at_their_ends():
     rollouts = [first(group, i, [5, 2, 6, 7, 2, 8, 2]) for group in range(60) for i in range(SIZE)]
     cfg = resets_config(reset_cut="sentence", per_device_train_batch_size=60 * SIZE, response_length=9)
     episodes, _ = restarted(cfg, rollouts, [0] * 60 * SIZE, sentence_ends={2})
-    # The last sentence end is the end of the response
+    # The sentence that ends at 7 tokens ends the response, so no reset cuts there
     assert {episode.prefix.num_reset for episode in episodes} == {2, 5}
 
 
@@ -142,8 +142,8 @@ def reward(rollouts) -> torch.Tensor:
 def test_the_starts_are_uniform_cuts_of_the_failures_of_the_policy():
     """Compares with an enumeration of all responses.
 
-    A start of k tokens has the probability of a failed response that begins with these tokens, given a group with a
-    failure, times 1 / (L - 1).
+    The probability of a start of k tokens is P(a failed response begins with these tokens | its group has a failure)
+    times 1 / (L - 1), for responses of L tokens.
     """
     table, num = Table(0), 6_000
     cfg = resets_config(num_generations=2, per_device_train_batch_size=2 * num, reset_cut="uniform")
@@ -163,9 +163,9 @@ def test_the_starts_are_uniform_cuts_of_the_failures_of_the_policy():
 
 @pytest.mark.parametrize("band", [(0.0, 1.0), (0.0, 0.0)])
 def test_it_converges_to_the_best_policy_from_the_prompt_and_from_reachable_states(band):
-    """Group advantages apply only to the suffix.
+    """Half of the groups start at the prompt and half at a reset.
 
-    Half of the groups are not reset, so that the first token is trained too.
+    After a reset only the sampled suffix is trained, so the groups that start at the prompt train the first token.
     """
     table = Table(1)
     cfg = resets_config(reset_prob=0.5, per_device_train_batch_size=16, reset_band=band, success_threshold=1.0)
@@ -220,7 +220,7 @@ def test_a_run_restarts_the_groups_that_failed_and_counts_all_sampled_tokens(pat
     result = learned(paths, functions={"right": right}, **OWN, success_threshold=1.0, max_steps=2)
     calls = [
         seen[-16 * i : len(seen) - 16 * (i - 1)] for i in (4, 3, 2, 1)
-    ]  # the calls of the rehearsal come before these
+    ]  # the last four of all calls; the earlier calls come from the rehearsal
     for drawn, trained, row in zip(calls[::2], calls[1::2], result.history, strict=True):
         again = [x for x in trained if x.prefix.num_reset]
         assert row["drpo/groups_restarted"] == len(again) / 16 > 0

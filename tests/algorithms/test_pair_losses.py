@@ -18,7 +18,7 @@ from tests.algorithms.test_dpo import config, padded_log_ratios
 
 
 def softplus_loss(chosen, rejected):
-    """A user-defined loss: DPO's at beta 0.3, plus a penalty if the chosen response becomes less likely."""
+    """A user-defined loss: DPO at beta 0.3, plus a penalty if the log-ratio of the chosen response is negative."""
     return -F.logsigmoid(0.3 * (chosen - rejected)) + F.relu(-chosen)
 
 
@@ -125,7 +125,7 @@ def test_a_user_defined_loss_divides_log_ratios_as_pair_loss_does(norm):
     pairs = pair_losses.Pairs(trees=[(), ()], label_prob=None, target=None, margin=None)
     logprob, cu_rows = torch.tensor([0.5, 1.0, 0.25, 2.0, 1.0, 0.5, 0.5]), torch.tensor([0, 2, 3, 4, 7])
     ours, plain = (pair_losses.loss_of_pairs(cfg, name, logprob, None, cu_rows, pairs, 2).loss for name in cfg.losses)
-    # Chosen responses are more likely than before, so there is no penalty
+    # The log-ratios of the chosen responses are positive, so the penalty of softplus_loss is zero
     assert ours.item() == pytest.approx(plain.item(), rel=1e-6)
     assert pair_function(cfg.functions[0]) is pair_function(cfg.functions[0])
 
@@ -145,7 +145,7 @@ def test_the_target_of_ipo_is_reported_per_token_and_per_response(length_norm):
     cfg = DPOConfig(loss_type="ipo", beta=0.1, label_smoothing=0.1, length_norm=length_norm)
     tree = pair([3], [4, 5, 1], [4, 1, 1, 1, 1], scored=True, share_prompt=True)
     text = pair_losses.describe_target(cfg, pair_losses.Pairs(trees=[tree], label_prob=None, target=None, margin=None))
-    # (1 - 0.2) / 0.2 is 4 per token; responses have 4 tokens on average
+    # IPO's target is (1 - 2 * 0.1) / (2 * 0.1) = 4 nats: per token with "mean", else per response (4 tokens on average)
     per_token, per_response = (4, 16) if length_norm == "mean" else (1, 4)
     assert f"{per_token} nats per token, {per_response} per response of 4.0 tokens" in text
 

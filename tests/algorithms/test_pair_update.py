@@ -25,7 +25,7 @@ MASK = torch.tensor([1, 1, 1, 1, 1, 0, 1]).bool()
 REWARD = torch.tensor([0.0, 1.0, 3.0, 0.5, 0.5, 0.0, -1.0])  # returns 1, 3; 1, -1
 LOGPROB = torch.tensor([-1.0, -2.0, -0.5, -1.5, -0.25, -9.0, -2.0])
 BASE = torch.tensor([-1.5, -2.0, -1.0, -1.0, -1.0, -3.0, -1.0])
-MARGINS = torch.tensor([0.5 - 0.5, (-0.5 + 0.75) - -1.0])  # D of the better episode over the other: 1 over 0, 2 over 3
+MARGINS = torch.tensor([0.5 - 0.5, (-0.5 + 0.75) - -1.0])  # D of (better, worse) episodes (1, 0) and (2, 3)
 DIFFERENCE = torch.tensor([2.0, 2.0])
 
 
@@ -42,7 +42,7 @@ def pairs_config(**settings) -> PPOConfig:
 
 
 def closed_form(cfg: PPOConfig) -> tuple[float, torch.Tensor]:
-    """The loss over two pairs, and its derivative with respect to the D of each pair."""
+    """Returns the mean loss of two pairs, and its derivatives with respect to their log-ratio differences D."""
     match cfg.pair_loss:
         case "rebel":
             error = MARGINS - cfg.pair_eta * DIFFERENCE
@@ -63,14 +63,14 @@ def test_loss_and_gradient_are_the_closed_form(kind):
     loss.backward()
     expected, slope = closed_form(cfg)
     assert loss.item() == pytest.approx(expected, rel=1e-6)
-    # +1 for the better response, -1 for the other, 0 for the masked row
+    # dD / dlogprob of each row: +1 in the better response of a pair, -1 in the worse, 0 outside the mask
     sign = torch.tensor([-1.0, -1, 1, 1, 1, 0, -1])
     torch.testing.assert_close(logprob.grad, sign * slope[torch.tensor([0, 0, 0, 1, 1, 1, 1])], rtol=1e-6, atol=1e-6)
     found = {name: metric.value.item() for name, metric in metrics.items()}
     assert found == {
         "loss": pytest.approx(2 * expected, rel=1e-6),
         "pairs": 2,
-        "accuracy": 1,  # one of two: D is 0 and 1.25
+        "accuracy": 1,  # D is 0 and 1.25, and only a positive D counts as right
         "margin": pytest.approx(1.25),
         "return_difference": 4,
     }
@@ -103,9 +103,9 @@ def test_rows_of_episodes():
 
 @pytest.mark.parametrize("kind", ["rebel", "ipo"])
 def test_enumerated_pairs_lead_to_the_policy_in_closed_form(kind):
-    """Four responses of one token, every pair once. rebel: policy = sampler exp(eta r) / Z. ipo:
+    """Trains on every pair of one-token responses: of four responses for rebel, of two for ipo.
 
-    D is (p - 1/2) / tau for the two existing responses.
+    The minimiser is policy = sampler exp(eta r) / Z for rebel, and D = (p - 1/2) / tau for ipo.
     """
     cfg = pairs_config(**SETTINGS[kind])
     num = 4 if kind == "rebel" else 2
@@ -135,7 +135,10 @@ def test_enumerated_pairs_lead_to_the_policy_in_closed_form(kind):
 
 
 def test_repeated_rebel_follows_exponentiated_rewards_to_the_best_response():
-    """Three enumerated updates, each with the policy before it as sampler: start * exp(3 eta r), normalised."""
+    """Three updates on all pairs lead to start * exp(3 eta r) / Z.
+
+    The sampler of each update is the policy that the previous update reached.
+    """
     cfg, reward = pairs_config(**SETTINGS["rebel"]), torch.tensor([1.0, -1.0, 0.5, 2.0])
     start = torch.tensor([0.1, 0.2, 0.3, 0.4]).log()
     ends = [(a, b) for a in range(4) for b in range(a)]
@@ -161,8 +164,10 @@ def test_repeated_rebel_follows_exponentiated_rewards_to_the_best_response():
 
 @pytest.mark.parametrize(("select", "size"), [("neighbours", 2), ("best_worst", 4)])
 def test_refuel_regresses_the_suffixes_of_pairs_that_start_inside_a_response(paths, select, size):
-    """The gradient of an update on shared trunks equals that of plain forwards of every text, where D sums the sampled
-    tokens only; with best_worst, of the best and the worst of each group only."""
+    """Compares the gradient of an update on shared prefixes with plain forwards of one text at a time.
+
+    In both, D sums the log-ratios of the sampled tokens only. best_worst uses the best and the worst of each group.
+    """
     cfg = config(
         {"model_name_or_path": paths["model_name_or_path"]},
         GRPOConfig,

@@ -159,7 +159,7 @@ def run(cfg, **settings):
 
 @pytest.mark.parametrize(("probability", "truncation"), [(0.0, {}), (1e-300, {}), (1e-300, BOOTSTRAP)])
 def test_ppo_is_drpo_with_probability_zero_bit_for_bit(paths, probability, truncation):
-    """Also with probability 1e-300: responses are loaded and random numbers are drawn, but no episode is reset."""
+    """With reset_prob 1e-300 responses are loaded and random numbers are drawn, but no episode is reset."""
     ppo = run(config(paths, PPOConfig, **truncation))
     drpo = run(config(paths, DRPOConfig, reset_prob=probability, **truncation))
     assert_same_history(ppo, drpo)
@@ -247,7 +247,7 @@ def prefixes_of(cfg):
 
 
 def test_the_curriculum_follows_the_updates_of_the_run(paths):
-    """Resets start at the last token before the EOS and end anywhere in the response."""
+    """In the first update every reset copies all tokens of a response but the last; by the third the number varies."""
     seen, _ = prefixes_of(config(paths, DRPOConfig, max_steps=3, reset_curriculum=0.5))
     missing = [{round(p.num_reset / p.reset_depth) - p.num_reset for p in prefixes if p.num_reset} for prefixes in seen]
     assert missing[0] == {1}
@@ -289,7 +289,7 @@ def test_a_disagreeing_engine_is_reported_and_its_tokens_are_weighted(paths):
     ignored = train_ppo(replace(cfg, sampler_is_cap=None), tiny.examples(40), engine=BiasedEngine)
     plain = run(replace(cfg, sampler_is_cap=None))
     pairs = zip(ignored.model.parameters(), plain.model.parameters(), strict=True)
-    # The engine's log-probs are only reported; the loss does not use them
+    # Without sampler_is_cap the loss does not use the engine's log-probs; they are only logged
     assert all(torch.equal(a, b) for a, b in pairs)
     assert not torch.equal(next(biased.model.parameters()), next(plain.model.parameters()))
 
@@ -361,7 +361,7 @@ def test_a_second_reward_model_judges_the_held_out_prompts_and_moves_nothing(pat
 
 @pytest.mark.parametrize("field", ["reward_model_path", "eval_reward_model_path"])
 def test_a_judge_of_another_tokenizer_gives_the_scores_of_the_text(paths, tmp_path, field):
-    """Two words have changed places in its vocabulary and in its embedding: each text has the score that it had."""
+    """Swaps the ids of two words in the judge's tokenizer and in its embedding, so that text scores stay equal."""
     judge = tiny.save_reward_model(tmp_path / "judge")
     file = tmp_path / "judge" / "tokenizer.json"
     known = json.loads(file.read_text())

@@ -22,7 +22,7 @@ from tests.algorithms.test_ppo import assert_same_history, config, paths, run  #
 def test_ppo_is_rto_with_scale_zero_bit_for_bit(paths, tmp_path, kind, shaping):
     """The DPO model is loaded and its token rewards are computed, but scaled by 0.
 
-    Tested from prompts and from resets.
+    PPO starts every episode at a prompt, DR-PO also at resets.
     """
     dpo = tiny.save_policy(tmp_path / "dpo", seed=1)
     plain = run(config(paths, kind))
@@ -39,7 +39,7 @@ def test_ppo_is_rto_with_scale_zero_bit_for_bit(paths, tmp_path, kind, shaping):
 
 @pytest.mark.parametrize("scale", [0.5, -0.5])
 def test_rto_moves_the_policy_towards_the_dpo_model_or_away_from_it(paths, tmp_path, scale):
-    """Without a score the token rewards rise for either sign of their scale (measured: by 0.21 and 0.12)."""
+    """Token rewards, the only rewards here, rise for both signs of their scale (measured: by 0.21 and 0.12)."""
     dpo = tiny.save_policy(tmp_path / "dpo", seed=1)
     cfg = config(paths, RTOConfig, dpo_model_path=dpo, dpo_reward_scale=scale, score_coef=0.0, kl_coef=0.0)
     cfg = replace(cfg, per_device_train_batch_size=32, num_ppo_epochs=3, micro_batch_tokens=1000)
@@ -65,9 +65,9 @@ def test_a_user_defined_function_is_a_separate_reward(paths):
 
 @pytest.mark.parametrize("compat", ["fixed", "reference"])
 def test_samples_have_the_rewards_of_their_own_tokens(paths, tmp_path, compat):
-    """Tested from resets, whose reset tokens also earn rewards in compat "reference".
+    """Compares the logged rewards of samples with the rewards of their tokens, for episodes that start at resets.
 
-    The reward depends on the token, so any shift shows.
+    In compat "reference" the reset tokens earn rewards too. The reward is the token id, so a shift by one row shows.
     """
     cfg = config(paths, DRPOConfig, max_steps=1, compat=compat, output_dir=str(tmp_path / "run"))
     train_ppo(cfg, tiny.examples(8), reward_functions={"id": lambda r: [float(i) for i in r.completion]})
@@ -202,9 +202,9 @@ def test_without_a_critic_the_reward_model_is_only_the_judge(paths):
 
 @pytest.mark.parametrize("opponents", ["reference", "rollouts"])
 def test_psi_makes_the_reward_a_mean_preference_and_leaves_the_evaluation_in_scores(paths, opponents):
-    """Opponents are responses of the dataset or of the group itself.
+    """Opponents are the responses of the dataset ("reference") or the other rollouts of the group ("rollouts").
 
-    The judge is simple enough to compute the rewards by hand.
+    The judge scores by length, so the rewards can be computed by hand.
     """
 
     def length(rollouts):

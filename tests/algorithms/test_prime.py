@@ -52,8 +52,8 @@ def test_loss_and_gradient_by_hand():
 def test_token_rewards_become_the_changes_of_the_log_odds_of_success():
     """Enumerates all responses of two tokens from a vocabulary of two.
 
-    The success probabilities are sigmoid(beta log(phi / ref)) for a known distribution phi, so training on expected
-    outcomes must find phi and each token's reward.
+    The success probability of a response is sigmoid(beta log(phi / ref)) for a known distribution phi. Training on
+    the expected outcomes must therefore recover phi and the reward of each token.
     """
     beta, ref = 0.7, torch.full((2, 2), 0.25)
     phi = torch.tensor([[0.4, 0.3], [0.1, 0.2]])
@@ -87,7 +87,7 @@ def test_token_rewards_become_the_changes_of_the_log_odds_of_success():
 
 
 def test_the_baseline_of_token_rewards_is_the_mean_token_of_the_others():
-    reward = torch.tensor([1.0, 3.0, 4.0, -1.0, 0.0, 1.0])  # mean tokens 2 and 4; -1 and 0.5
+    reward = torch.tensor([1.0, 3.0, 4.0, -1.0, 0.0, 1.0])  # mean per token of the four responses: 2, 4, -1, 0.5
     cu_rows = torch.tensor([0, 2, 3, 4, 6], dtype=torch.int32)
     assert token_leave_one_out(reward, cu_rows, 2).tolist() == [-3, -1, 2, -1.5, 1, 2]
 

@@ -1,7 +1,7 @@
 """Tests every PsiPO back-end against the closed form, by exact enumeration in float64.
 
-The example has five actions. mu is uniform over seven cards that carry them, so that every way to draw K of the cards
-is equally likely, and the sum over all draws is the population loss.
+The example has five actions and seven equally likely cards, each of which carries one action; this defines mu. All
+draws of K cards are equally likely, so the mean over all draws is the population loss.
 """
 
 import itertools
@@ -66,7 +66,7 @@ def closed_form(psi, preference=CYCLES) -> torch.Tensor:
 
 
 def minimiser(loss) -> torch.Tensor:
-    """The policy at the minimum of a loss that is quadratic in the log-ratios, so that its gradient is linear."""
+    """Returns the policy at the minimum of `loss`, which must be quadratic in the log-ratios, by one Newton step."""
     points = [torch.zeros(5, dtype=torch.float64), *torch.eye(5, dtype=torch.float64)]
     start, *shifted = (torch.autograd.grad(loss(u), u)[0] for u in map(torch.Tensor.requires_grad_, points))
     hessian = torch.stack(shifted) - start
@@ -110,7 +110,7 @@ def test_the_closed_form_maximises_the_objective():
 @pytest.mark.parametrize("preference", [CYCLES, BRADLEY_TERRY], ids=["cycles", "bradley_terry"])
 @pytest.mark.parametrize("name", ODD)
 def test_pairs_reach_the_closed_form_if_psi_is_odd(name, preference):
-    """Uses the pair loss itself, whose float32 sets the tolerance, over all pairs of cards in both orders."""
+    """Minimises `pair_loss` over all pairs of cards in both orders; its float32 arithmetic sets the tolerance."""
     psi = PSIS[name]
     pairs = CARDS[torch.cartesian_prod(torch.arange(7), torch.arange(7))]  # [49, 2]
     target = pair_target(psi, preference[pairs[:, 0], pairs[:, 1]], TAU)
@@ -193,7 +193,7 @@ def dpo_minimiser(preference) -> torch.Tensor:
 
 
 def test_under_bradley_terry_dpo_rlhf_and_psipo_with_logit_are_equal():
-    """Proposition 1: they are equal under Bradley-Terry. For other preferences DPO differs from PsiPO with logit."""
+    """Tests proposition 1. For other preferences the optimum of DPO differs from that of PsiPO with logit."""
     rlhf = (REFERENCE.log() + REWARDS / TAU).softmax(0)
     torch.testing.assert_close(closed_form(PSIS["logit"], BRADLEY_TERRY), rlhf, rtol=0, atol=1e-14)
     torch.testing.assert_close(dpo_minimiser(BRADLEY_TERRY), rlhf, rtol=0, atol=1e-12)
@@ -237,7 +237,7 @@ def test_one_hard_label_per_pair_needs_an_affine_psi():
 
 def test_smoothed_probabilities_by_hand():
     wins, labels = torch.tensor([1, 0, 3, 0]), torch.tensor([1, 1, 4, 0])
-    # At a distance of 1 / (2 m + 2) from 0 and 1
+    # Smoothed: (wins + 1/2) / (labels + 1)
     assert label_probability(wins, labels).tolist() == [0.75, 0.25, 0.7, 0.5]
     assert label_probability(wins[:3], labels[:3], 0.0).tolist() == [1, 0, 0.75]
     with pytest.raises(ValueError, match="a pair without labels has no probability"):
@@ -351,7 +351,7 @@ def test_a_judge_compares_with_the_opponents_of_its_prompt(name):
 
 
 def test_without_opponents_the_reward_of_a_rollout_is_unbiased():
-    """Averaged over all draws of three rollouts, the reward of an action is g with the sampler as mu."""
+    """The mean reward of an action over all draws of three rollouts equals g, with mu as the sampler."""
     rewards = {a: [] for a in range(5)}
     judged = psi_judge(judge, None, PSIS["square"])
     for draw in itertools.product(CARDS.tolist(), repeat=3):

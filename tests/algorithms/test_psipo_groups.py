@@ -116,8 +116,8 @@ def test_a_group_of_two_is_a_pair_with_a_probability(model, other, monkeypatch, 
 def test_training_on_groups_reaches_the_closed_form(model, size, psi):
     """Trains on all ways to draw `size` of three one-word responses, so that mu is uniform.
 
-    The tolerance is 1e-3: g differs between the groups of one pair, and this noise keeps the loss above 0 and Adam away
-    from the exact optimum.
+    The tolerance is 1e-3: a pair has different targets g in different groups, so the gradient is noisy and Adam does
+    not reach the exact optimum.
     """
     words = ["w3", "w4", "w5"]
     draws = enumerate(itertools.product(range(3), repeat=size))
@@ -145,7 +145,7 @@ def test_training_on_groups_reaches_the_closed_form(model, size, psi):
 
 @pytest.mark.parametrize("backend", ["pairwise", "groupwise"])
 def test_a_reward_model_gives_the_probabilities(model, reward_model, backend):
-    """With logit the targets are differences of scores divided by tau, so the first loss is their mean square."""
+    """For Psi = logit a target is a score difference divided by tau. The first loss is the mean squared target."""
     examples = [
         replace(example, responses=[example.chosen, example.rejected], scores=[math.nan])
         for example in tiny.examples(4)

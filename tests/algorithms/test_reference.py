@@ -1,4 +1,4 @@
-"""Tests of precomputed, cached and live references: equal numbers, and no use of another run's cache."""
+"""Tests that precomputed, cached and live references give equal numbers, and that no other run's cache is used."""
 
 import logging
 from dataclasses import replace
@@ -103,7 +103,7 @@ def flip_a_byte(content: bytes) -> bytes:
 
 @pytest.mark.parametrize("damage", [lambda content: content[:20], flip_a_byte])
 def test_a_damaged_cache_is_named(damage, model, tmp_path):
-    """Includes a flipped byte within the numbers, which leaves the file readable."""
+    """One of the damages is a flipped byte within the numbers; the file can still be read."""
     cfg = config(model, ref_cache_dir=str(tmp_path))
     run(cfg)
     [file] = tmp_path.iterdir()

@@ -43,7 +43,7 @@ def sequences(examples: list[Example]) -> list[list[int]]:
 
 
 def plain_scores(model, tokens: list[list[int]]) -> torch.Tensor:
-    """Scores [N] of a right-padded batch, computed as other programs call the model."""
+    """Returns the scores [N] of a right-padded batch from a plain transformers forward."""
     width = max(map(len, tokens))
     ids = torch.tensor([s + [0] * (width - len(s)) for s in tokens])
     mask = torch.tensor([[1] * len(s) + [0] * (width - len(s)) for s in tokens])
@@ -66,7 +66,7 @@ def test_loss_and_gradient_are_minus_log_sigmoid_of_the_plain_models_scores(judg
             "min_reward": scores.min().item(),
             "mean_reward": scores.mean().item(),
             "max_reward": scores.max().item(),
-            "grad_norm": 0.0,  # the recorder does not compute it
+            "grad_norm": 0.0,  # GradientRecorder, which replaces the optimiser, reports 0
             "learning_rate": 0.0,
             "num_tokens": sum(map(len, sequences(examples))),
             "num_unique_tokens": sum(map(len, sequences(examples))) - sum(len(tiny.ids(e.prompt)) for e in examples),
@@ -100,7 +100,8 @@ def test_metrics_of_three_pairs_by_hand_a_tie_counts_one_half():
 def test_margins_and_centring_by_hand():
     scores = torch.tensor([[1.0, 0.0], [-1.0, 1.0]])
     cfg = RewardConfig(center_rewards_coefficient=0.25)
-    losses = ranking_losses(cfg, scores, torch.tensor([1.0, 0.5]))  # sums 1 and 0; differences minus margins 0 and -2.5
+    # Score differences minus margins: 1 - 1 = 0 and -2 - 0.5 = -2.5. Sums of scores: 1 and 0.
+    losses = ranking_losses(cfg, scores, torch.tensor([1.0, 0.5]))
     assert losses.tolist() == pytest.approx([math.log(2) + 0.25, math.log1p(math.exp(2.5))])
 
 
@@ -260,7 +261,7 @@ def test_heads_and_critic_have_their_own_learning_rate(policy):
     cfg = config(policy, max_steps=3, learning_rate=1e-30, per_device_train_batch_size=4)
     history = train_reward_model(cfg, tiny.examples(4), views=views_of(3, view_learning_rate=0.1)).history
     still = train_reward_model(cfg, tiny.examples(4), views=views_of(3, view_learning_rate=1e-30)).history
-    # So the trunk does not change
+    # The learning rate of the trunk is 1e-30, so the ranking loss does not depend on view_learning_rate
     assert [row["loss"] for row in history] == pytest.approx([row["loss"] for row in still])
     assert history[0]["views/skl"] == still[0]["views/skl"]
     assert abs(history[2]["views/skl"] / still[2]["views/skl"] - 1) > 0.01

@@ -34,7 +34,7 @@ def policy(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def first(policy, tmp_path_factory):
-    """The keys that give a run its first reward model and policy; both come from a run without refinement."""
+    """Trains a reward model and a policy without refinement; returns the keys with which other runs start from them."""
     out = tmp_path_factory.mktemp("first") / "rlp"
     run(settings(out, refinement="none"), policy)
     return {"reward_model_path": str(out / "reward"), "policy_path": str(out / "policy")}
@@ -228,7 +228,7 @@ def test_another_section_than_a_finished_stage_was_trained_by_is_refused_and_a_m
         for other_reward, other_policy, message in changes:
             with pytest.raises(ValueError, match=f"output_dir: must be a new folder: {part}{message}"):
                 train_rlp(config, other_reward, other_policy, **data)
-        for stage in ("reward", "policy"):  # the refitted stages check themselves
+        for stage in ("reward", "policy"):  # so that the next iteration reaches the check of the folders in round-1
             shutil.rmtree(moved / stage, ignore_errors=True)
 
 
@@ -251,7 +251,7 @@ def test_a_dpo_model_may_be_an_adapter_and_a_missing_one_is_reported_at_once(pol
 
 
 def test_two_runs_never_share_a_folder(policy, first, spg, tmp_path):
-    """Not between the stages either, although each stage locks only its own folder."""
+    """Tries to start a second run between two stages of the first; each stage locks only its own folder."""
     config, refused = settings(tmp_path / "rlp", refinement="spg", **first), []
 
     def intruding(comparisons):

@@ -1,4 +1,4 @@
-"""Tests of the report on a refit, with values computed by hand."""
+"""Tests of the report on a reward model that RLP has refitted, with values computed by hand."""
 
 import pytest
 import torch

@@ -191,7 +191,7 @@ def test_the_report_counts_what_became_of_every_prompt_and_duplicates_count_as_a
     found = pairs_of(CONFIG, texts)
     first, second = found.pairs
     assert (first.row, first.chosen, first.rejected) == (0, [2, 1], [3, 1])
-    assert (second.row, second.chosen) == (1, [3, 1])  # two groups of two: the one with the best answer is chosen
+    assert (second.row, second.chosen) == (1, [3, 1])  # two groups of two: the one with the best answer
     assert {name: found.report[name] for name in ("prompts", "accepted", "unsure", "unanimous", "pairs")} == {
         "prompts": 4,
         "accepted": 2,
@@ -199,7 +199,7 @@ def test_the_report_counts_what_became_of_every_prompt_and_duplicates_count_as_a
         "unanimous": 1,
         "pairs": 2,
     }
-    # The rejected prompt was given up before its group sizes were known
+    # Early rejection stops before the size of the largest group is known; the prompt then counts as size 0
     assert found.report["sizes"] == [1, 0, 1, 1, 1]
     assert pairs_of(replace(CONFIG, early_reject=False), texts).report["sizes"] == [0, 1, 1, 1, 1]
     assert found.report["acceptance_rate"] == 0.5

@@ -97,7 +97,7 @@ def test_the_loss_is_minus_information_plus_beta_skl_of_reparametrised_latents()
     expected = scores.diagonal().mean() - negative / 6 + 1
     assert found["mutual_information"] == pytest.approx(3 * expected.item(), rel=1e-4)
     half = view_loss(CONFIG, module, hidden, noise, beta=0.3, num_views=6)
-    assert half.loss.item() == pytest.approx(output.loss.item() / 2)  # the caller passes the count
+    assert half.loss.item() == pytest.approx(output.loss.item() / 2)  # num_views is the divisor of the sum
 
 
 @pytest.mark.parametrize("critic", ["mlp", "dot"])
@@ -132,7 +132,7 @@ def test_each_ablation_leaves_out_what_its_name_says():
 
 
 def test_info_nce_of_orthogonal_pairs_by_hand():
-    # cosine 1 with the own second view and 0 with the other, divided by temperature 0.1
+    # cosine 1 with the second view of the same prompt and 0 with that of the other prompt; temperature 0.1
     assert info_nce(torch.eye(2), 3 * torch.eye(2)).tolist() == pytest.approx([log(1 + exp(-10))] * 2, rel=1e-3)
 
 
@@ -193,7 +193,7 @@ def test_views_of_a_prompt_are_drawn_anew_in_every_epoch():
     objective = opened(sets(3))
     first = [
         {tuple(tree[0].token_ids): tree[1:] for tree in objective.draw(step)} for step in range(6)
-    ]  # an epoch is a single step here
+    ]  # three prompts and views_per_step 3: each step is a whole epoch
     assert any(first[0] != other for other in first[1:])
 
 

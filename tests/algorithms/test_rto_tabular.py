@@ -73,7 +73,7 @@ def token_rewards() -> torch.Tensor:
 
 
 def optimum(shaping: str) -> torch.Tensor:
-    """log pi* of every response under the RTO reward with this shaping."""
+    """Returns log pi* of every response, for the policy pi* that is optimal under the RTO reward with this shaping."""
     reward = shaped(token_rewards(), shaping, ENDS, SENTENCE_ENDS) + at_ends(BETA_3 * SCORE)
     return per_response(rows_of(soft_value_iteration(reward, BETA_2)[0]))
 
@@ -120,7 +120,7 @@ def test_with_rs_and_none_the_optimum_ignores_the_dpo_model():
 
 
 def expected_reward(log_policy_of: dict[State, torch.Tensor]) -> torch.Tensor:
-    """The expectation over responses of the sum of all rewards that the trainer pays, in float32 like the trainer."""
+    """Returns the expected sum of the rewards of a response, computed by the trainer's own float32 code."""
     logprob = rows_of(log_policy_of)
     everywhere = torch.ones(len(ROWS), dtype=torch.bool)
     episodes = Episodes(

@@ -112,7 +112,7 @@ def padded_gradients(cfg, policy, reference, experience) -> list[torch.Tensor]:
             entropy = -(logp[i, at].exp() * logp[i, at]).sum()
             if cfg.kl_placement == "loss" and cfg.kl_estimator != "exact":
                 delta = (lp - lq).detach()
-                # Its gradient is that of w k2 and of w k3
+                # The gradient of this term is w delta, as for w k2 and for w k3
                 loss = loss + experience.kl_coef * ratio.detach() * delta * lp
             loss = loss - cfg.entropy_coef * entropy
             if experience.weight is not None:
@@ -170,7 +170,7 @@ def test_the_gradient_is_that_of_an_independent_padded_loop(settings):
 
 @pytest.mark.parametrize("dual_clip", [None, 3.0])
 def test_log_ratios_of_25_have_no_gradient(dual_clip):
-    """Beyond +-20 nats there is no gradient; with the dual clip no loss of e^20 either."""
+    """Log-ratios beyond +-20 nats have no gradient. The dual clip also bounds their loss, which is e^20 otherwise."""
     cfg = config(dual_clip=dual_clip)
     policy, reference = tiny.policy(), tiny.policy(seed=5)
     far = SHIFTS.clone()
@@ -185,7 +185,7 @@ def test_log_ratios_of_25_have_no_gradient(dual_clip):
 
 @pytest.mark.parametrize("settings", [{"loss_aggregation": "sequence"}, {"loss_type": "gspo"}, SETTINGS[-1]])
 def test_micro_batches_change_no_gradient(settings):
-    """The sums are the same up to float32 rounding, in a different order."""
+    """Splitting only changes the order of float32 sums, so gradients agree up to rounding."""
     whole, split = config(micro_batch_tokens=1000, **settings), config(micro_batch_tokens=16, **settings)
     policy, reference = tiny.policy(), tiny.policy(seed=5)
     assert len(packed(whole, policy)[0]) == 1 < len(packed(split, policy)[0])
@@ -278,7 +278,7 @@ def test_compat_reference_redraws_micro_batches_for_each_pass_and_logs_means_of_
     recorder = tiny.GradientRecorder({"": policy, "value_": trained})
     first = packed(cfg, policy)
     metrics = update(cfg, policy, trained, recorder, ROLLOUTS, experience, first, seed=(0, 0))
-    assert len(found) == 2  # the first pass uses the packs of the scoring
+    assert len(found) == 2  # passes 2 and 3; the first pass reuses the packs with which the episodes were scored
     assert found[0] != found[1]
     means = []
     for index in [*(item.index.tolist() for item in first[0]), *found[0], *found[1]]:
@@ -327,7 +327,7 @@ def test_the_remaining_passes_are_skipped_beyond_target_kl(critic):
     one = optimised(config(num_ppo_epochs=1, **FAST), critic)
     stopped = optimised(config(num_ppo_epochs=4, target_kl=1e-6, **FAST), critic)
     assert stopped[0]["policy/stopped_passes"] == 3.0
-    assert stopped[0]["policy/approxkl_avg"] > 0.5e-6  # the mean of both passes; the first has 0
+    assert stopped[0]["policy/approxkl_avg"] > 0.5e-6  # the mean over two passes; the KL of the first pass is 0
     assert same(one[1], stopped[1])
     assert same(one[2], stopped[2])
 
