@@ -1,1 +1,1 @@
-"""The algorithm boxes of the papers, one file each."""
+"""The training algorithms of the papers, one file each."""

@@ -1,5 +1,5 @@
-"""Computes advantages without a critic, and statistics of a whole batch of episodes, by pure functions. (GAE is a
-kernel: fastrlhf_kernels.gae.)"""
+"""Pure functions that compute advantages without a critic, and statistics over a batch of episodes. GAE is a kernel
+(fastrlhf_kernels.gae)."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ def leave_one_out(episode_return: Tensor, group_size: int) -> Tensor:
     """Advantages of RLOO (Ahmadian et al. 2024, arXiv 2402.14740, eq. 8): A_i = R_i - mean of R_j over the other
     episodes of the group.
 
-    episode_return [N] float32: the rewards of whole episodes, group after group of `group_size` >= 2 that started in
-    the same state. Returns [N]. The other episodes do not depend on the tokens of episode i, so the policy gradient is
-    unbiased.
+    episode_return [N] float32: the sum of the rewards of each episode. Each `group_size` >= 2 consecutive episodes are
+    a group that started in the same state. Returns [N]. The other episodes do not depend on the tokens of episode i, so
+    the policy gradient is unbiased.
     """
     groups = episode_return.view(-1, group_size)
     others = (groups.sum(1, keepdim=True) - groups) / (group_size - 1)

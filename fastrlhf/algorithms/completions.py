@@ -1,4 +1,4 @@
-"""Samples several answers of a policy to each prompt, with which RLP refits its reward model (Lang et al. 2024, arXiv
+"""Samples several answers of a policy to each prompt, which RLP uses to refit its reward model (Lang et al. 2024, arXiv
 2403.19279)."""
 
 from __future__ import annotations

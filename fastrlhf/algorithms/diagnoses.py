@@ -44,7 +44,7 @@ class Diagnoses:
             BOTH_FALL: "sft" not in self._losses
             and max(chosen, rejected) < -1
             and margin > max(0.0, _mean(self._first, "rewards/margins")),
-            # sigmoid(-10) is 5e-5. It does not hold for ipo, whose target may be a large margin.
+            # sigmoid(-10) is 5e-5. This check excludes ipo, whose target may be a large margin.
             SATURATED: "ipo" not in self._losses and accuracy > 0.99 and margin > 10,
         }
         new = [text for text, holds in found.items() if holds and text not in self._told]

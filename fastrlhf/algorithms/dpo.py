@@ -1,4 +1,4 @@
-"""Trains policies on preference pairs, on packs: DPO (Rafailov et al. 2023, arXiv 2305.18290, eq. 7), IPO (Azar et al.
+"""Trains policies on packed preference pairs: DPO (Rafailov et al. 2023, arXiv 2305.18290, eq. 7), IPO (Azar et al.
 2023, arXiv 2310.12036, eq. 17) and others. The losses differ only in one scalar derivative per sequence.
 
     repeat: draw a batch of pairs; D = log-ratio of chosen - log-ratio of rejected; loss(D) / pairs; step

@@ -29,7 +29,7 @@ from fastrlhf.types import Rollout, TokenizedExample
 REFILLED = 1 << 45
 """Refills number their episodes from here, so that their random draws never coincide with those of other episodes."""
 REFILL_STREAM = 7
-"""Part of the key of the choice of prompts."""
+"""Random stream that chooses the prompts of refills."""
 DROPPED_TOKENS = "dynamic_sampling/dropped_tokens"
 """Metric: the number of sampled tokens that are not trained on."""
 
@@ -52,7 +52,7 @@ class JudgedRollouts:
     """Metrics that reward functions logged"""
 
     def groups(self, chosen: Sequence[int], size: int) -> JudgedRollouts:
-        """The groups with the given numbers, in this order."""
+        """Returns the groups with the given numbers, in this order."""
         index = [group * size + i for group in chosen for i in range(size)]
 
         def pick(values: Sequence[Any]) -> list[Any]:
@@ -84,7 +84,7 @@ def judged_rollouts(config: PPOConfig, roles: Roles, rollouts: Sequence[Rollout]
 
 
 def joined(parts: Sequence[JudgedRollouts]) -> JudgedRollouts:
-    """Several batches as one; a metric is its mean over the batches that logged it."""
+    """Joins several batches into one; a metric becomes its mean over the batches that logged it."""
     logged = list(dict.fromkeys(name for part in parts for name in part.metrics))
     means = {name: float(np.mean([part.metrics[name] for part in parts if name in part.metrics])) for name in logged}
     columns = [name for name in parts[0].extra if all(name in part.extra for part in parts)]
@@ -107,11 +107,13 @@ def refilled(
     step: int,
     sample: Callable[[Sequence[TokenizedExample], int], JudgedRollouts],
 ) -> tuple[JudgedRollouts, dict[str, float]]:
-    """A whole batch of judged groups. `drawn` are the indices of the prompts of update number `step`, counted from 0.
+    """Samples groups until the batch is full of groups with spread or the budget is spent; returns the batch and
+    metrics.
 
-    `sample` takes prompts and the number of their first group, and returns their judged rollouts. Metrics:
-    dynamic_sampling/sampled_groups, /dropped_groups (sampled and not trained on), /unfilled_groups (trained on although
-    they have no spread) and /dropped_tokens.
+    `drawn` are the indices of the prompts of update number `step`, counted from 0. `sample` takes prompts and the
+    number of their first group, and returns their judged rollouts. Metrics: dynamic_sampling/sampled_groups,
+    /dropped_groups (sampled and not trained on), /unfilled_groups (trained on although they have no spread) and
+    /dropped_tokens.
     """
     size, needed = config.num_generations, len(drawn)
     budget = int(config.dynamic_sampling_factor * needed)
@@ -137,13 +139,14 @@ def refilled(
 
 
 def with_spread(outcome: Tensor, size: int) -> list[int]:
-    """The numbers of the groups of `size` whose outcomes [N] are not all equal."""
+    """Returns the numbers of the groups of `size` responses whose outcomes are not all equal; `outcome` is [N]."""
     groups = outcome.view(-1, size)
     return (groups.amax(1) > groups.amin(1)).nonzero()[:, 0].tolist()
 
 
 def _other_prompts(num: int, used: Sequence[int], count: int, key: Sequence[int]) -> list[int]:
-    """`count` indices of prompts in random order, unused ones first; if they do not suffice, all prompts again."""
+    """Returns `count` indices of prompts in random order: first unused prompts, then, if these are too few, all
+    prompts."""
     order = np.random.default_rng(list(key)).permutation(num).tolist()
     before = set(used)
     fresh = [i for i in order if i not in before]

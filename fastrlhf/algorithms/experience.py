@@ -261,10 +261,10 @@ def _importance_weight(config: PPOConfig, logprob: Tensor, drawn: Tensor, mask: 
 
 
 def _group_advantage(config: PPOConfig, reward: Tensor, cu_rows: Tensor, terms: Mapping[str, Term]) -> Tensor:
-    """[R]: each token has the advantage of its episode, whose return is the sum of its rewards, the KL's included.
+    """Returns [R], for each token the advantage of its episode; the return is the sum of all rewards, including the KL.
 
-    With the estimator prime (Cui et al. 2025, arXiv 2502.01456), where d are the DPO rewards [R] and R the return of
-    all others,
+    With the estimator prime (Cui et al. 2025, arXiv 2502.01456), where d are the DPO rewards [R] and R^i is the sum of
+    all other rewards of episode i,
 
         A_t = sum over s >= t of (d_s - mean over j of mean d^j) + R - mean over j of R^j,  j the others of the group
     """
@@ -327,8 +327,8 @@ def _rows(config: PPOConfig, rollouts: Sequence[Rollout], eos_token_id: EndIds, 
 
 
 def _tree(config: PPOConfig, rollouts: Sequence[Rollout]) -> list[Segment]:
-    """Returns the segments of episodes whose prefixes are beginnings of one text; a single episode is a plain
-    sequence."""
+    """Returns the segments of the tree of several episodes, each of whose prefixes is a beginning of the longest one.
+    For a single episode the tree is a plain sequence."""
     cuts = [len(rollout.prefix.token_ids) - _num_given(config, rollout) for rollout in rollouts]
     prefixes = [rollout.prefix.token_ids[:cut] for rollout, cut in zip(rollouts, cuts, strict=True)]
     scored = [

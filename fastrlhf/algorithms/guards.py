@@ -31,8 +31,8 @@ def check_kl(config: PPOConfig, update: int, kl: float) -> None:
 
 def check_sampler(config: PPOConfig, update: int, difference: float, policy: PreTrainedModel, *, own: bool) -> None:
     """Raises ValueError if the engine's log-probs differ from the trainer's by more than rounding can explain.
-    `difference` is the mean absolute difference in nats per token for update number `update` (from 1). `own`: the
-    engine is an object passed by the user."""
+    `difference` is the mean absolute difference in nats per token for update number `update` (from 1). `own`: whether
+    the engine is an object passed by the user."""
     limit = sampler_limit(config, policy.dtype, own=own)
     if not difference > limit > 0:  # NaN is reported by `raise_not_finite`
         return

@@ -44,7 +44,7 @@ from fastrlhf_kernels import Metric, Sum
 log = logging.getLogger(__name__)
 
 FIELDS = ("reference", "label")
-"""What a row must have besides its prompt."""
+"""Fields that a row must have in addition to its prompt."""
 
 ADVISED = (1.0, 4 / 3)
 """Range that the paper advises for (weight_D number_D) / (weight_U number_U)."""
@@ -106,11 +106,11 @@ def train_kto(
 
 
 class Trees(Sequence[Tree]):
-    """The sequences that a run reads: first every row, then, batch by batch, every prompt with the response of the row
-    before it in the batch. They are built when they are read."""
+    """The sequences that a run reads, built when they are read. First come all rows, then the mismatched sequences of
+    each batch: every prompt with the response of the preceding row of the batch."""
 
     def __init__(self, rows: Sequence[TokenizedExample], batches: Sequence[Sequence[int]], limit: int) -> None:
-        """`limit`: tokens of a mismatched sequence at most; the response is cut there."""
+        """`limit`: maximum number of tokens of a mismatched sequence; its response is cut to fit."""
         self._rows, self._limit = rows, limit
         self._mismatched = [pair for batch in batches for pair in zip(batch, [batch[-1], *batch[:-1]], strict=True)]
         self._starts = [len(rows)]
@@ -131,7 +131,7 @@ class Trees(Sequence[Tree]):
         return [sequence(own.prompt, response, trained)]
 
     def mismatched(self, batch: int) -> range:
-        """Indices of the mismatched sequences of a batch."""
+        """Returns the indices of the mismatched sequences of a batch."""
         return range(self._starts[batch], self._starts[batch + 1])
 
     def labels(self, indices: Sequence[int]) -> Tensor:
@@ -139,14 +139,14 @@ class Trees(Sequence[Tree]):
 
 
 def to_tree(example: TokenizedExample) -> Tree:
-    """The sequence of a row: prompt and response."""
+    """Returns the sequence of a row: prompt and response."""
     assert example.reference is not None
     return [sequence(example.prompt, example.reference, example.scored("reference"))]
 
 
 def class_weights(config: KTOConfig, labels: Sequence[bool]) -> tuple[float, float]:
-    """The weights of desirable and of undesirable responses; logs how many of each there are, and warns if their
-    weighted ratio is outside the range that the paper advises."""
+    """Returns the weights of desirable and of undesirable responses. Logs the number of responses of each kind, and
+    warns if their weighted ratio is outside the range that the paper advises."""
     desirable = sum(labels)
     undesirable, weights = len(labels) - desirable, [config.desirable_weight, config.undesirable_weight]
     counts = f"kto: {desirable:,} desirable and {undesirable:,} undesirable responses"
@@ -171,10 +171,10 @@ def class_weights(config: KTOConfig, labels: Sequence[bool]) -> tuple[float, flo
 
 
 def kto_losses(log_ratio: Tensor, label: Tensor, kl: Tensor, beta: float, weights: tuple[float, float]) -> Tensor:
-    """[N] float32: the loss of every response.
+    """Returns the loss of every response, [N] float32.
 
-    log_ratio [N] float32 in nats; label [N] bool, True for a desirable response; kl [] float32, z above, not
-    differentiated; weights of desirable and of undesirable responses.
+    log_ratio [N] float32 in nats; label [N] bool, True for a desirable response; kl [] float32, the z of the module
+    docstring, without gradient; weights: (of desirable, of undesirable responses).
     """
     sign = torch.where(label, 1.0, -1.0)
     weight = torch.where(label, *(log_ratio.new_tensor(value) for value in weights))
@@ -191,7 +191,8 @@ def _losses(
     batch: int,
     run: Run | None = None,
 ) -> dict[str, float]:
-    """The metrics of the rows `indices`, which are batch number `batch`; in a `run` their gradients are added up."""
+    """Returns the metrics of batch number `batch`, whose rows are `indices`. If a `run` is given, also adds up the
+    gradients."""
     kl = _kl(config, model, reference, trees, trees.mismatched(batch))
     totals = StepMetrics()
     micros = own_micro_batches([num_computed(trees[i]) for i in indices], config.micro_batch_tokens, "row")
@@ -212,7 +213,7 @@ def _losses(
 def _kl(
     config: KTOConfig, model: PreTrainedModel, reference: Reference, trees: Trees, indices: Sequence[int]
 ) -> Tensor:
-    """[] float32: z of the batch whose mismatched sequences these are."""
+    """Returns z of a batch, [] float32; `indices` are its mismatched sequences."""
     summed = torch.zeros((), device=model.device)
     for micro in own_micro_batches([num_computed(trees[i]) for i in indices], config.micro_batch_tokens, "row"):
         own = [indices[i] for i in micro]
@@ -230,7 +231,7 @@ def _metrics(losses: Tensor, rewards: Tensor, logprob: Tensor, label: Tensor) ->
 
 
 def _named(means: Mapping[str, float]) -> dict[str, float]:
-    """Means over the rows of each kind; kinds without rows are left out."""
+    """Returns the means over desirable and over undesirable rows; a kind without rows is left out."""
     named = {"loss": means["loss"]}
     for kind in ("chosen", "rejected"):
         share = means[f"count/{kind}"]

@@ -1,4 +1,4 @@
-"""The on-policy update in progress as a part of checkpoints: a stopped run continues between two mini-batches."""
+"""Saves an on-policy update in progress in checkpoints, so that a stopped run continues between two mini-batches."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from fastrlhf.types import Experience, Prefix, Rollout
 
 @dataclass(kw_only=True)
 class OpenUpdate:
-    """The input of an update, and what its mini-batches have given so far. Empty between two updates.
+    """The input of the update in progress and the results of its finished mini-batches; empty between two updates.
 
-    As a part of the run its state holds all of this, so that an update whose weights have already moved can be resumed
-    with the experience of the weights that sampled.
+    Checkpoints hold its state. An update that has already changed the weights can therefore be resumed with the
+    experience that the earlier weights sampled.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -31,9 +31,9 @@ class OpenUpdate:
     samples: Sequence[dict[str, Any]] = ()
     """Rows for samples.jsonl."""
     steps: list[dict[str, float]] = field(default_factory=list)
-    """What the optimiser has returned for each mini-batch so far."""
+    """Metrics that the optimiser returned, one entry per finished mini-batch."""
     totals: dict[str, StepMetrics] = field(default_factory=lambda: defaultdict(StepMetrics))
-    """Metrics of the losses so far, by model."""
+    """Metrics of the losses of the finished mini-batches, by model."""
     stop: Callable[[], None] = lambda: None
     """Called before every mini-batch except the first; it may raise Interrupted."""
 
@@ -51,7 +51,7 @@ class OpenUpdate:
         self.rollouts, self.experience, self.metrics, self.samples = (), None, {}, ()
 
     def state_dict(self) -> dict[str, Any]:
-        """Every rank must call it."""
+        """Returns the state for a checkpoint. All ranks must call this method."""
         if self.experience is None:
             return {}
         state: dict[str, Any] = {
@@ -74,7 +74,8 @@ class OpenUpdate:
         return state
 
     def load_state_dict(self, state: dict[str, Any], /) -> None:
-        """Without its tensors (`resume_weights_only`) the update is lost, and its step begins again."""
+        """Restores the update. If the state lacks the tensors (`resume_weights_only`), the update is lost and its step
+        begins again."""
         tensors = {
             key.removeprefix("experience."): value.to(self.device)
             for key, value in state.items()

@@ -19,12 +19,12 @@ def outcomes(
     functions: RewardFunctions,
     earned: Earned,
 ) -> Tensor:
-    """[N] float64 on the CPU: score_coef * score + the weighted sum of what the reward functions gave.
+    """Returns [N] float64 on the CPU: score_coef * score + the weighted sum of the rewards of the reward functions.
 
-    `scores` [N] are those of the judge, None if there is none; `earned` is the result of `functions`, whose rewards
-    per token are summed. Without an end, `missing_eos_score` replaces the score and `missing_eos_penalty` is
-    subtracted. KL, token rewards, normalisation and clipping are left out: the same response always has the same
-    outcome.
+    `scores` [N] are those of the judge, None if there is none; `earned` is the result of `functions`, whose rewards per
+    token are summed. For a response without an EOS, `missing_eos_score` replaces the score and `missing_eos_penalty` is
+    subtracted. KL, token rewards of a DPO model, normalisation and clipping are left out, so equal responses to a
+    prompt always have equal outcomes.
     """
     outcome = torch.zeros(len(rollouts), dtype=torch.float64)
     missing = torch.tensor([not rollout.ended for rollout in rollouts])
@@ -41,8 +41,9 @@ def outcomes(
 
 
 def successes(config: PPOConfig, outcome: Tensor) -> Tensor:
-    """[N] bool: outcomes [N], group after group, of at least `success_threshold`; without one, of at least the mean of
-    their group. The best of a group always reaches its mean, whatever the rounding."""
+    """Returns [N] bool: whether each outcome is at least `success_threshold` or, if there is no threshold, at least the
+    mean of its group. The outcomes [N] are ordered by group. The best outcome of a group always counts as at least the
+    mean, whatever the rounding."""
     if config.success_threshold is not None:
         return outcome >= config.success_threshold
     groups = outcome.view(-1, config.num_generations)

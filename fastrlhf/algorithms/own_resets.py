@@ -10,9 +10,9 @@ and the policy gradient is that of the suffix tokens; the tokens before the cut 
 everything up to the cut, so that their difference in reward is due to decisions after it. The paper cuts between
 reasoning steps; here `reset_cut` says where.
 
-One update: every group is sampled from the prompt and scored. Of a group whose share of successes lies in
-`reset_band`, one failed response is drawn, and with probability `reset_prob` its group is sampled again from a cut of
-it. All other groups keep their first responses as episodes, which are exactly those of a run without resets. With
+One update: every group is sampled from the prompt and scored. From each group whose share of successes lies in
+`reset_band`, one failed response is drawn. With probability `reset_prob` the group is sampled again from a cut of this
+response. All other groups keep their first responses as episodes, which are exactly those of a run without resets. With
 rewards of two values this choice favours no direction: given the number of successes, the successful responses of a
 prompt are independent draws of the policy, and so are the failed ones. It only changes how much each prompt weighs.
 """
@@ -29,8 +29,8 @@ from fastrlhf.data.resets import cut_prefix, one_of
 from fastrlhf.types import Prefix, Rollout
 
 RESAMPLED = 2**40
-"""Added to the number of an episode that is sampled again. The number keys the sampler's draws: with the old one the
-suffix would repeat the draws of the response that failed."""
+"""Offset added to the number of an episode that is sampled again. The number is the key of the sampler's random draws;
+without the offset the suffix would repeat the draws of the failed response."""
 DROPPED = "drpo/dropped_tokens"
 """Metric: the number of sampled tokens that no episode of the update keeps."""
 
@@ -46,12 +46,12 @@ def restart_failures(
     progress: float,
     sentence_ends: Collection[int] = (),
 ) -> tuple[list[Rollout], dict[str, float]]:
-    """The episodes of the update: `rollouts`, all from the prompt, where suffixes of failures replace some groups.
+    """Samples some groups again from a cut of a failed response; returns the episodes of the update and metrics.
 
-    outcome [N] float64 and succeeded [N] bool are those of `rollouts`; `sample` gives a rollout per prefix. Metrics:
-    drpo/first_outcome and drpo/first_success, the mean outcome and the share of successes of `rollouts`;
-    drpo/groups_restarted, the share of groups that were sampled again; drpo/dropped_tokens, the number of sampled
-    tokens that no episode keeps.
+    `rollouts` all start at the prompt; outcome [N] float64 and succeeded [N] bool belong to them. All other groups keep
+    their rollouts. `sample` returns one rollout per prefix. Metrics: drpo/first_outcome and drpo/first_success, the
+    mean outcome and the share of successes of `rollouts`; drpo/groups_restarted, the share of groups that were sampled
+    again; drpo/dropped_tokens, the number of sampled tokens that no episode keeps.
     """
     size, low, high = config.num_generations, *config.reset_band
     starts: dict[int, Prefix] = {}

@@ -25,7 +25,7 @@ from fastrlhf.config.functions import load_function
 from fastrlhf_kernels import LossOutput, pair_loss
 
 KINDS = {"sigmoid": "dpo", "simpo": "dpo", "cpo": "dpo"}
-"""Kinds of `pair_loss` that have another name than the loss"""
+"""Loss name -> `kind` argument of `pair_loss`, where the two differ."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,10 +70,11 @@ def loss_of_pairs(
     pairs: Pairs,
     num_pairs: int,
 ) -> LossOutput:
-    """One of `config.losses` over `pairs`, divided by `num_pairs`, the pairs of the optimiser step.
+    """Computes one of `config.losses` over `pairs`, divided by `num_pairs`, the number of pairs of the optimiser step.
 
     logprob [T] in nats, of all rows of the sequences that `cu_rows` [2B + 1] delimits, chosen and rejected in turn;
-    reference_logprob [2B] per sequence, which losses without a reference do not read. Metrics as `pair_loss` has them.
+    reference_logprob [2B] per sequence, which losses without a reference do not read. The metrics are those of
+    `pair_loss`.
     """
     free = name in config.reference_free_losses
     label_prob, target, margin = (
@@ -109,7 +110,7 @@ def loss_of_pairs(
 
 
 def _normed(log_ratio: Tensor, cu_rows: Tensor, norm: str) -> Tensor:
-    """[2B] -> [B, 2]: log-ratios divided by the lengths that `norm` names."""
+    """Converts log-ratios [2B] to [B, 2], divided by the lengths that `norm` names."""
     lengths = cu_rows.diff().view(-1, 2).float()
     if norm == "pair_mean":
         lengths = lengths.mean(1, keepdim=True)
@@ -118,8 +119,8 @@ def _normed(log_ratio: Tensor, cu_rows: Tensor, norm: str) -> Tensor:
 
 @cache
 def pair_function(name: str) -> PairFunction:
-    """The user-defined loss with this name. Raises ValueError if it does not give one finite loss per pair, or no
-    gradient, on a trial call with two pairs."""
+    """Returns the user-defined loss with this name. Raises ValueError if it does not give one finite loss per pair, or
+    no gradient, on a trial call with two pairs."""
     function = load_function(name, "loss_type")
     chosen, rejected = torch.tensor([[-1.0, 0.5], [-2.0, 1.0]], requires_grad=True).unbind(0)
     try:
@@ -183,7 +184,7 @@ def check_first_loss(config: DPOConfig, pairs: Pairs, means: Mapping[str, float]
 
 
 def _loss_at(config: DPOConfig, name: str, pairs: Pairs, chosen: float, rejected: float) -> float:
-    """The mean loss of the pairs if each had these log-ratios."""
+    """Returns the mean loss that the pairs would have if each had these log-ratios."""
     logprob = torch.tensor([chosen, rejected]).repeat(len(pairs))
     cu_rows = torch.arange(2 * len(pairs) + 1, dtype=torch.int32)
     return loss_of_pairs(config, name, logprob, None, cu_rows, pairs, len(pairs)).loss.item()

@@ -1,7 +1,7 @@
 """The update with `update: pair`: losses on pairs of rollouts that start in the same state.
 
-With D = log(policy / base)(y) - log(policy / base)(y'), sums over the sampled tokens, and returns r, r' (all rewards of
-an episode, that of the KL included):
+With D = log(policy / base)(y) - log(policy / base)(y'), sums over the sampled tokens, and returns r, r' (the sums of
+all rewards of an episode, including the KL):
 
     rebel  (D - eta (r - r'))^2                  base: the sampler     Gao et al. 2024, arXiv 2404.16767
     dpo    -log sigmoid(beta D), y the better    base: the reference   Guo et al. 2024, arXiv 2402.04792
@@ -45,8 +45,8 @@ def update_pairs(
     seed: tuple[int, int],
     opened: OpenUpdate | None = None,
 ) -> dict[str, float]:
-    """Makes `num_ppo_epochs` passes over the pairs of the batch, in the packs of the experience; `opened` as in
-    `update`.
+    """Makes `num_ppo_epochs` passes over the pairs of the batch, in the packs of the experience. `opened` keeps the
+    progress, as in `update`.
 
     Metrics: loss/policy_avg; pair/accuracy, the share of pairs with D > 0 for the better response; pair/margin and
     pair/return_difference, the means of D and of r - r' of the better response.

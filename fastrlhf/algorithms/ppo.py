@@ -69,12 +69,12 @@ def train_ppo(
     """Trains `config.model_name_or_path` against a judge or reward functions. `examples` replace the configured
     dataset; `model`, which is then trained in place, and `tokenizer` replace those that `config` names.
 
-    `judge` replaces the reward model of `reward_model_path`, from which a critic still starts if it is given.
-    `held_out_judge` replaces the reward model of `eval_reward_model_path`. `engine` replaces `make_engine`: it is
-    called once, with the policy whose current weights it must use in every `generate`. `reward_functions` are
-    additional reward functions, by the names under which they are logged (rewards/functions.py). Each update gives one
-    row of metrics, under TRL's names if it has them. Raises ValueError for bad input before training starts, and if
-    training must stop (algorithms/guards.py).
+    `judge` replaces the reward model of `reward_model_path` as the judge; if this key is set, the critic still starts
+    from that model. `held_out_judge` replaces the reward model of `eval_reward_model_path`. `engine` replaces
+    `make_engine`: it is called once with the policy, and the engine that it returns must use the current weights of
+    this policy in every `generate`. `reward_functions` are additional reward functions, by the names under which they
+    are logged (rewards/functions.py). Each update gives one row of metrics, under TRL's names if it has them. Raises
+    ValueError for bad input before training starts, and if training must stop (algorithms/guards.py).
     """
     config = at_start(config, PPOConfig, "train_ppo")
     check_sources(config, judge=judge, engine=engine, functions=reward_functions)
@@ -226,7 +226,7 @@ train_on_policy = train_ppo
 
 
 def _prompts(config: PPOConfig, data: Data) -> tuple[list[TokenizedExample], list[TokenizedExample]]:
-    """Returns the rows to train and to evaluate on whose prompt leaves room for a response, and checks that they fit a
+    """Returns the training and evaluation rows whose prompts leave room for a response; checks that each fits in a
     micro-batch."""
     prompts = with_room(data.train, "train", config.max_length, config.response_length)
     held_out = with_room(data.eval, "eval", config.max_length, config.response_length) if data.eval else []

@@ -7,8 +7,9 @@ succeeded,
     r_t = beta log(phi / ref)(y_t),   loss = -o log sigmoid(sum_t r_t) - (1 - o) log sigmoid(-sum_t r_t)
 
 averaged over the responses of a batch. phi is trained on the rollouts of each update before it rewards them and before
-the policy is trained. No step has a label: where phi can represent it, the sum up to a token becomes the log-odds of
-success after that token, and the reward of a token its change. Log-probs are at temperature 1, as in RTO.
+the policy is trained. No labels of single steps are needed: if phi can represent it, the sum of r up to a token becomes
+the log-odds of success after that token, and the reward of a token is the change of these log-odds. Log-probs are at
+temperature 1, as in RTO.
 
 After a reset, the tokens before the cut count as prompt, and the sums start after the cut. The paper's text was not
 available, so that no equation numbers are given; the loss is that of the authors' released code. Their script scores
@@ -44,11 +45,11 @@ def refine(
     succeeded: Tensor,
     packs: Sequence[Sequence[Pack]],
 ) -> dict[str, float]:
-    """One pass over the packs of the batch that trains `implicit.model`, one optimiser step per mini-batch.
+    """Trains `implicit.model` in one pass over the packs of the batch, with one optimiser step per mini-batch.
 
-    `succeeded` [N] bool, one per rollout. `reference` is that of the run. Metrics, before each step: prime/loss in nats
-    per response; prime/accuracy, the share of responses with the right sign of the sum; prime/success, the share of
-    successes; prime/grad_norm.
+    `succeeded` [N] bool, one per rollout. `reference` is the reference model of the run. Metrics, before each step:
+    prime/loss in nats per response; prime/accuracy, the share of responses with the right sign of the sum;
+    prime/success, the share of successes; prime/grad_norm.
     """
     model, totals, norms = implicit.model, StepMetrics(), []
     # An episode is its sampled tokens (compat fixed), so that their numbers give the rows of each episode.
@@ -72,7 +73,7 @@ def refine(
 
 
 def outcome_loss(log_ratio: Tensor, cu_rows: Tensor, label: Tensor, *, beta: float, num_responses: int) -> LossOutput:
-    """The loss of N responses, divided by `num_responses`.
+    """Returns the loss of N responses, divided by `num_responses`.
 
     log_ratio [R] float32 in nats, with gradient; cu_rows (N+1,) int32; label [N] float32, 1 for a success, else 0.
     """

@@ -64,7 +64,7 @@ class Psi:
 
 
 def load_psi(name: str, clip: float) -> Psi:
-    """The Psi with this name.
+    """Returns the Psi with this name.
 
         identity        q, which is IPO
         logit           log(q / (1 - q)); infinite at 0 and 1, which are refused
@@ -86,7 +86,7 @@ def load_psi(name: str, clip: float) -> Psi:
 
 
 def examined(function: Callable[[Tensor], Tensor], name: str) -> Psi:
-    """Makes a Psi from a user-defined function; a grid of [0, 1] shows whether it is odd and affine."""
+    """Makes a Psi from a user-defined function; checks on a grid of [0, 1] whether it is odd and affine."""
     values = function(GRID)
     if not isinstance(values, Tensor) or values.shape != GRID.shape:
         raise ValueError(f"psi: {name} must return a tensor of the shape of its argument, {tuple(GRID.shape)}")
@@ -114,10 +114,10 @@ def examined(function: Callable[[Tensor], Tensor], name: str) -> Psi:
 
 
 def label_probability(wins: Tensor, labels: Tensor, smoothing: float = 0.5) -> Tensor:
-    """P(chosen > rejected) from `wins` of `labels` comparisons: (a + wins) / (2 a + labels), in float64.
+    """Returns P(chosen > rejected) from `wins` of `labels` comparisons: (a + wins) / (2 a + labels), in float64.
 
-    The mean under a Beta(a, a) prior. With a = 1/2 it stays 1 / (2 labels + 2) away from 0 and 1. Raises ValueError
-    for invalid counts, and for a pair without labels where smoothing is 0.
+    This is the posterior mean under a Beta(a, a) prior, a = `smoothing`. With a = 1/2 it stays 1 / (2 labels + 2) away
+    from 0 and 1. Raises ValueError for invalid counts, and for a pair without labels if `smoothing` is 0.
     """
     if smoothing < 0:
         raise ValueError(f"smoothing: must be at least 0; got {smoothing}")
@@ -129,11 +129,12 @@ def label_probability(wins: Tensor, labels: Tensor, smoothing: float = 0.5) -> T
 
 
 def pair_target(psi: Psi, prob: Tensor, tau: float) -> Tensor:
-    """The pairwise back-end: [B] float32 nats, (Psi(p) - Psi(1 - p)) / (2 tau) of the probabilities p that chosen wins.
+    """Returns the targets of the pairwise back-end, [B] float32 in nats: (Psi(p) - Psi(1 - p)) / (2 tau).
 
-    It is the `target` of fastrlhf_kernels.pair_loss(kind="ipo"): identity gives (p - 1/2) / tau, and 1 / (2 tau), the
-    IPO of eq. 17, where p = 1. Raises ValueError if Psi is not odd about 1/2, because the pairs then have another
-    optimum than eq. 9, and for hard labels under a Psi that is not affine, because E Psi(label) is then not Psi(p).
+    p is the probability that chosen wins. The result is the `target` of fastrlhf_kernels.pair_loss(kind="ipo"). With
+    Psi = identity it is (p - 1/2) / tau; for p = 1 this is 1 / (2 tau), the IPO of eq. 17. Raises ValueError if Psi is
+    not odd about 1/2, because the pairs then have another optimum than eq. 9, and for hard labels under a Psi that is
+    not affine, because E Psi(label) is then not Psi(p).
     """
     if not psi.is_odd:
         raise ValueError(
@@ -146,7 +147,7 @@ def pair_target(psi: Psi, prob: Tensor, tau: float) -> Tensor:
 
 
 def check_not_hard(psi: Psi, prob: Tensor) -> None:
-    """Raises ValueError if all of these probabilities are 0 or 1, one label each, and Psi is not affine."""
+    """Raises ValueError if Psi is not affine and all probabilities are 0 or 1, that is, hard labels."""
     if not psi.is_affine and bool(((prob == 0) | (prob == 1)).all()):
         raise ValueError(
             f"psi: {psi.name} needs probabilities, and every label is hard: E Psi(label) is not Psi(E label); take "
@@ -155,13 +156,13 @@ def check_not_hard(psi: Psi, prob: Tensor) -> None:
 
 
 def reward_preferences(scores: Tensor) -> Tensor:
-    """[..., K] -> P [..., K, K] float64: Bradley-Terry, sigmoid(r_i - r_j)."""
+    """Converts rewards [..., K] to Bradley-Terry preferences P [..., K, K] float64: sigmoid(r_i - r_j)."""
     r = scores.double()
     return torch.sigmoid(r[..., :, None] - r[..., None, :])
 
 
 def group_rewards(preference: Tensor, psi: Psi) -> Tensor:
-    """g of eq. 7, [..., K, K] -> [..., K] float64, with mu the uniform distribution over the K responses.
+    """Computes g of eq. 7, [..., K] float64, from P [..., K, K]; mu is the uniform distribution over the K responses.
 
     y_i itself is among the K responses and adds Psi(1/2) / K; leaving it out would inflate g_i - g_j by K / (K - 1).
     """
@@ -169,7 +170,8 @@ def group_rewards(preference: Tensor, psi: Psi) -> Tensor:
 
 
 def group_target(preference: Tensor, psi: Psi, tau: float, estimator: Estimator) -> Tensor:
-    """The groupwise back-end: log-ratios [..., K] float64, in nats and up to a constant, from P [..., K, K].
+    """Returns the targets of the groupwise back-end: log-ratios [..., K] float64 in nats, up to a constant, from P
+    [..., K, K].
 
     With K responses drawn from mu, M = Psi(P), and the mean over pairs i < j of (u_i - u_j - t_ij)^2 as the loss,
 
@@ -177,7 +179,7 @@ def group_target(preference: Tensor, psi: Psi, tau: float, estimator: Estimator)
                         at K = 2 it is `pair_target`
         leave_two_out   t_ij = sum over l not in {i, j} of (M_il - M_jl) / ((K - 2) tau): exact for any Psi, K >= 3
 
-    and the target is the u closest to the t. Raises ValueError if the estimator does not suit Psi or K.
+    and the target is the u that minimises this loss. Raises ValueError if the estimator does not suit Psi or K.
     """
     size = preference.shape[-1]
     if estimator == "self_included":
@@ -196,10 +198,11 @@ def group_target(preference: Tensor, psi: Psi, tau: float, estimator: Estimator)
 
 
 def group_loss(log_ratio: Tensor, target: Tensor, cu_groups: Tensor, *, num_groups: float) -> LossOutput:
-    """sum over groups of the mean over pairs i < j of (u_i - u_j - (t_i - t_j))^2, / num_groups.
+    """Returns the sum over groups of the mean over pairs i < j of (u_i - u_j - (t_i - t_j))^2, divided by num_groups.
 
     That mean is twice the sample variance of u - t, so the loss costs O(N). log_ratio and target [N]; cu_groups [G+1]
-    int: members cu_groups[i] .. cu_groups[i+1] are group i, two at least. Gradient flows to log_ratio alone.
+    int: group i consists of members cu_groups[i] to cu_groups[i+1] - 1, at least two. The gradient flows only to
+    log_ratio.
 
     Metrics, as sums over groups: loss; groups; and, over the pairs of a group with t_i > t_j: ordered (1 if there
     are any), accuracy (share of pairs with u_i > u_j), margin (u_i - u_j), target_margin (t_i - t_j).
@@ -227,13 +230,13 @@ def group_loss(log_ratio: Tensor, target: Tensor, cu_groups: Tensor, *, num_grou
 
 
 def psi_judge(judge: Judge, opponents: Sequence[Rollout] | None, psi: Psi) -> Judge:
-    """The reward back-end: a judge whose score of y is the mean over y' of Psi(sigmoid(r(y) - r(y'))).
+    """Makes the judge of the reward back-end: its score of y is the mean over y' of Psi(sigmoid(r(y) - r(y'))).
 
-    r is `judge`. y' are the `opponents` with the same prompt, whose scores are taken once, now (`dataset_opponents`);
-    mu is then the dataset's distribution, and PPO with KL coefficient tau and no other reward converges to eq. 9.
-    With None the opponents are the other rollouts of the same prompt in the call: mu is then the sampler itself, and
-    training approaches the equilibrium of self-play. A rollout is not its own opponent, which would shrink every
-    difference of rewards by (n - 1) / n. A prompt without an opponent raises ValueError, naming its row.
+    r is `judge`. y' are the `opponents` with the same prompt (see `dataset_opponents`), which are scored once, during
+    this call; mu is then the dataset's distribution, and PPO with KL coefficient tau and no other reward converges to
+    eq. 9. If `opponents` is None, they are the other rollouts of the same prompt in the call: mu is then the sampler
+    itself, and training approaches the equilibrium of self-play. A rollout is not its own opponent, which would shrink
+    every difference of rewards by (n - 1) / n. A prompt without an opponent raises ValueError, naming its row.
     """
     known: Mapping[tuple[int, ...], Tensor] = {}
     if opponents is not None:
@@ -257,7 +260,7 @@ def psi_judge(judge: Judge, opponents: Sequence[Rollout] | None, psi: Psi) -> Ju
 def dataset_opponents(
     examples: Sequence[TokenizedExample], fields: Sequence[str] = ("chosen", "rejected", "reference")
 ) -> list[Rollout]:
-    """The responses of examples (`responses`, or the `fields` that are present) in the form of rollouts, for
+    """Converts the responses of examples (`responses`, or the `fields` that are present) to rollouts, for
     `psi_judge`."""
     return [
         Rollout(
@@ -283,5 +286,5 @@ def _by_prompt(judge: Judge, rollouts: Sequence[Rollout]) -> dict[tuple[int, ...
 
 
 def _group_sums(values: Tensor, cu_groups: Tensor) -> Tensor:
-    """Sums [N] over groups -> [G], in a fixed order."""
+    """Sums [N] over groups to [G], in a fixed order."""
     return torch.segment_reduce(values, "sum", offsets=cu_groups.long())

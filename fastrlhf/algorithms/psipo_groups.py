@@ -50,7 +50,7 @@ class Group:
 
     @property
     def best_and_worst(self) -> tuple[int, int]:
-        """Indices of the responses with the highest and the lowest target."""
+        """Returns the indices of the responses with the highest and the lowest target."""
         return int(self.target.argmax()), int(self.target.argmin())
 
 
@@ -118,7 +118,8 @@ def train_groups(
 def _loss(
     model: PreTrainedModel, reference: Reference, groups: Sequence[Group], micro: Sequence[int], *, num_groups: int
 ) -> LossOutput:
-    """The contribution of the groups `micro` (one micro-batch) to the loss of a step of `num_groups` groups."""
+    """Computes the contribution of the groups `micro` (one micro-batch) to the loss of a step of `num_groups`
+    groups."""
     own = [groups[i] for i in micro]
     batch = pack(forest(g.tree for g in own), model.device)
     logprob = sequence_logprobs(model, batch)
@@ -141,7 +142,7 @@ def _to(device: torch.device, values: Tensor) -> Tensor:
 def _targets(
     config: DPOConfig, psi: Psi, examples: Sequence[TokenizedExample], preferences: Sequence[Tensor]
 ) -> list[Tensor]:
-    """Target log-ratios [K] float32 of every group, from P [K, K]."""
+    """Returns the target log-ratios [K] float32 of every group, from P [K, K]."""
     check_not_hard(psi, torch.cat([p[~torch.eye(len(p), dtype=torch.bool)] for p in preferences]))
     estimator = "self_included" if psi.is_odd else "leave_two_out"
     targets = []
@@ -181,8 +182,8 @@ def _evaluate(
 
 
 def _named(means: dict[str, float], config: DPOConfig) -> dict[str, float]:
-    """Metrics under TRL's names where it has them. Groups without an ordered pair are left out of accuracies and
-    margins."""
+    """Renames the metrics to TRL's names, if TRL has them. Groups without an ordered pair are left out of accuracies
+    and margins."""
     ordered = means["ordered"] or 1.0
     return {
         "loss": means["loss"],

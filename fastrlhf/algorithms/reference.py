@@ -39,8 +39,8 @@ Reference = Callable[[PackedBatch, Sequence[int]], Tensor]
 
 
 def check_reference(config: ReferenceConfig, tokenizer: PreTrainedTokenizerBase, *, conversations: bool) -> None:
-    """Raises ValueError, before any model is loaded, where `ref_model_name_or_path` has another tokenizer than the run,
-    or no embedding for one of its ids."""
+    """Raises ValueError, before any model is loaded, if the tokenizer of `ref_model_name_or_path` differs from that of
+    the run, or if the reference has no embedding for one of the run's ids."""
     field, source = "ref_model_name_or_path", config.ref_model_name_or_path
     if not source:
         return
@@ -68,7 +68,7 @@ def open_reference(
 
 
 def _precomputed(config: ReferenceConfig, policy: PreTrainedModel, trees: Sequence[Tree]) -> Tensor:
-    """Log-probs of all responses, tree after tree, read from the cache if it exists."""
+    """Returns the log-probs of all responses, tree after tree, from the cache if it has them."""
     if not config.ref_cache_dir:
         return _compute(config, policy, trees)
     folder = Path(config.ref_cache_dir)
@@ -98,7 +98,8 @@ def _keep(sums: Tensor, file: Path) -> None:
 
 
 def _read(file: Path, num: int) -> Tensor:
-    """The log-probs of `num` responses. Raises ValueError if the file has changed since it was written."""
+    """Reads the log-probs of `num` responses from a cache file. Raises ValueError if the file has changed since it was
+    written."""
     try:
         with safe_open(file, "pt") as content:
             sums, kept = content.get_tensor("logprobs"), (content.metadata() or {}).get("sha256")

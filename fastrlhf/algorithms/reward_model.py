@@ -65,8 +65,8 @@ def train_reward_model(
     `model`, a sequence classifier with one label that is then trained in place, and `tokenizer` replace those that
     `config` names.
 
-    `synthetic` pairs are added to those of the dataset, all in one shuffle and of equal weight. `views` add their loss
-    at every step, on trees in the packs of its pairs.
+    `synthetic` pairs are added to the pairs of the dataset, shuffled together with them, and have equal weight. `views`
+    add a loss to every step; their trees are in the same packs as the pairs of the step.
 
     The result is a plain `AutoModelForSequenceClassification`. Metrics per step: loss (nats per pair), accuracy,
     margin, min_reward, mean_reward, max_reward, grad_norm, learning_rate, num_tokens (of the sequences, as TRL counts),
@@ -196,9 +196,9 @@ def _last_hidden(model: PreTrainedModel, trees: Sequence[Tree], budget: int) -> 
 
 
 def _view_metrics(means: dict[str, float], objective: ViewObjective, step: int) -> dict[str, float]:
-    """views/: loss (lambda times L_M), jsd, skl, mutual_information (nats), std and mean_rms (per dimension of a
-    latent), beta; hidden_grad/: the norms of the gradients of pairs and views with respect to the hidden states that
-    the score head reads."""
+    """Returns the metrics views/: loss (lambda times L_M), jsd, skl, mutual_information (nats), std and mean_rms (per
+    dimension of a latent), beta; hidden_grad/: the norms of the gradients of pairs and views with respect to the hidden
+    states that the score head reads."""
     num = objective.config.views_per_step
     named = {name: means[name] for name in ("loss", "jsd", "skl", "mutual_information", "std") if name in means}
     return {

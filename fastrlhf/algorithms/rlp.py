@@ -155,7 +155,7 @@ class _Run:
         return folder
 
     def refit(self, round_: int, judged_by: str, policy: str) -> tuple[str, dict[str, float]]:
-        """Returns the folder of the refitted reward model and its comparison with the one before."""
+        """Returns the folder of the refitted reward model and its comparison with the previous reward model."""
         config, name = self.config, f"round-{round_}"
         self.result = None  # frees the policy and the critic before the models of the refit are loaded
         report = self.folder(f"{name}/report.json")
@@ -182,7 +182,7 @@ class _Run:
         return refitted, found
 
     def read_result(self, folder: Path) -> TrainResult:
-        """Result of a policy that was trained before this run was resumed."""
+        """Reads the result of a policy that was trained before this run was resumed."""
         history = [row for row in read_metrics(folder / "metrics.jsonl") if row["step"] > 0]
         model = self._load_policy(str(folder))
         return TrainResult(model=model, tokenizer=self.tokenizer, history=history, final={}, output_dir=folder)
@@ -235,7 +235,7 @@ class _Run:
             )
 
     def _scores(self, reward_model: str, answers: Sequence[Answers]) -> list[Tensor]:
-        """The scores of the answers, one tensor [n] float32 per prompt."""
+        """Returns the scores of the answers, one tensor [n] float32 per prompt."""
         model = self._load_reward(reward_model)
         trees = [one.tree for one in answers]
         budget = self.config.micro_batch_tokens
@@ -266,7 +266,8 @@ class _Run:
         return model
 
     def _tokenizer(self, start: str) -> dict[str, str]:
-        """The tokenizer of section `reward`. A refit that starts from a different model than that section needs it."""
+        """Returns the tokenizer of section `reward`, which a refit needs if it starts from another model than this
+        section."""
         named = self.reward.tokenizer_name_or_path or self.reward.model_name_or_path
         return {} if start == self.reward.model_name_or_path else {"tokenizer_name_or_path": named}
 
@@ -344,8 +345,8 @@ def _check_tokenizers(
     pair_tokenizer: PreTrainedTokenizerBase,
     conversations: bool,
 ) -> None:
-    """Raises ValueError where a reward model would read the answers of the policy, which a refit gives it as ids, with
-    another tokenizer or chat template than that of the policy."""
+    """Raises ValueError if the reward model and the policy have different tokenizers or chat templates. A refit gives
+    the policy's answers to the reward model as ids, so both must read ids in the same way."""
     if config.refinement == "none":
         return
     if found := difference(tokenizer, pair_tokenizer, conversations=conversations):

@@ -67,8 +67,8 @@ def agreement(ours: Tensor, theirs: Tensor) -> float:
 
 
 def view_activity(history: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """rlp/views_jsd over the last tenth of a refit and rlp/views_active, with a warning where the latter is 0; empty
-    if the loss on views does not estimate information."""
+    """Returns rlp/views_jsd over the last tenth of a refit and rlp/views_active, and warns if the latter is 0. Returns
+    nothing if the loss on views does not estimate mutual information."""
     jsd = [row["views/jsd"] for row in history if "views/jsd" in row]
     if not jsd:
         return {}

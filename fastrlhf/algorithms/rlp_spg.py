@@ -121,8 +121,8 @@ RULES: dict[str, Callable[[int, int], Grouping]] = {
     "lax_2024": partial(scanning, no_contradiction_nor_both_neutral),
     "strict_2024": partial(scanning, both_entail),
 }
-"""Key -> (number of answers, members that the largest group must reach) -> the grouping. The rules of 2023 and 2024
-never stop early."""
+"""Value of `clustering` -> function that starts the grouping, given the number of answers and the number of members
+that the largest group must reach. The rules of 2023 and 2024 never stop early."""
 
 
 def num_needed(min_confidence: float, num: int) -> int:
@@ -266,8 +266,8 @@ def synthetic_pairs(
 def calibrate(
     config: RLPConfig, prompts: Sequence[str], texts: Sequence[Sequence[str]], judge: EquivalenceJudge
 ) -> dict[str, list[int]]:
-    """For the rule of the run, strict and lax: the number of prompts by the size of their largest group, from 0 to
-    n, with all answers compared. Warns where the rule of the run accepts hardly any prompt."""
+    """Counts the prompts by the size of their largest group, from 0 to n, under the rule of the run, strict and lax,
+    with all answers compared. Warns if the rule of the run accepts hardly any prompt."""
     needed, sizes = num_needed(config.min_confidence, config.num_answers), {}
     for rule in dict.fromkeys((config.clustering, "strict", "lax")):
         largest = Counter(

@@ -74,7 +74,7 @@ class ViewHeads(nn.Module):
         return Gaussian(self.mean(hidden), (F.softplus(self.std(hidden)) + 1e-4).log())
 
     def score(self, first: Tensor, second: Tensor) -> Tensor:
-        """[B, B]: T(first_j, second_i), of [B, L] each."""
+        """Returns [B, B]: T(first_j, second_i) of latents [B, L]."""
         if self.critic is None:
             return first @ second.T
         num = len(first)
@@ -83,7 +83,7 @@ class ViewHeads(nn.Module):
 
 
 def symmetrised_kl(first: Gaussian, second: Gaussian) -> Tensor:
-    """[N] nats: (KL(p1 || p2) + KL(p2 || p1)) / 2, in which the logarithms cancel; never below 0."""
+    """Returns (KL(p1 || p2) + KL(p2 || p1)) / 2, [N] nats. The logarithms cancel, and the result is never below 0."""
     log_ratio = (2 * (first.log_std - second.log_std)).clamp(-20, 20)
     squared = (first.mean - second.mean) ** 2
     scaled = squared * ((-2 * first.log_std).exp() + (-2 * second.log_std).exp())
@@ -91,8 +91,8 @@ def symmetrised_kl(first: Gaussian, second: Gaussian) -> Tensor:
 
 
 def jensen_shannon(scores: Tensor, negatives: str = "all") -> Tensor:
-    """[B]: the contribution to I of each column i of the critic's scores [B, B], T(z1_j, z2_i). `negatives`: "all"
-    other prompts, or "roll", the previous one. Raises ValueError for a batch of one, which has no negative."""
+    """Returns [B], the contribution to I of each column i of the critic's scores [B, B], T(z1_j, z2_i). `negatives`:
+    "all" other prompts, or "roll", the previous one. Raises ValueError for a batch of one, which has no negative."""
     num = len(scores)
     require(num >= 2, "views_per_step", num, "at least 2 prompts: the others are a view's negatives")
     positive = -F.softplus(-scores.diagonal())
@@ -104,7 +104,8 @@ def jensen_shannon(scores: Tensor, negatives: str = "all") -> Tensor:
 
 
 def info_nce(first: Tensor, second: Tensor) -> Tensor:
-    """[B]: symmetric contrastive loss of [B, L] each, nats (van den Oord et al. 2018, arXiv 1807.03748)."""
+    """Returns [B], the symmetric contrastive loss in nats of two batches of latents [B, L] (van den Oord et al. 2018,
+    arXiv 1807.03748)."""
     logits = F.normalize(first, dim=-1) @ F.normalize(second, dim=-1).T / CONTRAST_TEMPERATURE
     labels = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, labels, reduction="none") + F.cross_entropy(logits.T, labels, reduction="none")) / 2
@@ -113,8 +114,8 @@ def info_nce(first: Tensor, second: Tensor) -> Tensor:
 def view_loss(
     config: RLPConfig, heads: ViewHeads, hidden: Tensor, noise: Tensor, *, beta: float, num_views: float
 ) -> LossOutput:
-    """L_M of hidden states [2B, D], in which the two views of a prompt are neighbours, with standard normal noise [2B,
-    L].
+    """Computes L_M from hidden states [2B, D] and standard normal noise [2B, L]; the two views of a prompt are
+    adjacent.
 
     The loss is a sum over the B prompts, which are each other's negatives, divided by `num_views`. Metrics are sums:
     views, jsd, skl, mutual_information (nats; the estimate of Federici et al., logged and not trained), std and
@@ -226,7 +227,7 @@ class ViewObjective:
         return beta_at(self.config, step, self.num_steps)
 
     def _prompts(self, step: int) -> list[tuple[int, int]]:
-        """(epoch, index into the answers) of every prompt of a step."""
+        """Returns (epoch, index into the answers) of every prompt of a step."""
         size = self.config.views_per_step
         epoch, batch = divmod(step, len(self.answers) // size)
         order = np.random.default_rng([self.config.seed, ORDER_STREAM, epoch]).permutation(len(self.answers))

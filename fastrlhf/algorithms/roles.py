@@ -235,11 +235,11 @@ class _Scorer:
     """How a reward model reads the rollouts of the run."""
 
     tokenizer: PreTrainedTokenizerBase
-    """The tokenizer whose ids it reads."""
+    """The tokenizer whose ids the reward model reads."""
     reader: TextReader | None = None
-    """None: it reads the ids of the run."""
+    """Re-encodes the text of rollouts for the reward model; None: it reads the ids of the run."""
     same_ids: bool = True
-    """Whether its ids mean the same tokens as those of the run, whatever its EOS and its chat template are."""
+    """Whether its tokenizer has the same ids as that of the run; EOS and chat template may differ."""
 
 
 def _find_scorer(config: PPOConfig, field: str, tokenizer: PreTrainedTokenizerBase, data: Data | None) -> _Scorer:

@@ -77,8 +77,9 @@ def reward_scores(
     tokenizer: PreTrainedTokenizerBase,
     rules: TextRules | None = None,
 ) -> list[Tensor]:
-    """Scores [K] of the responses of every example by `reward_model_path`, which reads `trees`, or with another
-    tokenizer or chat template the text of the examples. The model is loaded, used and freed here."""
+    """Returns the scores [K] of the responses of every example by the model `reward_model_path`. The model reads
+    `trees`, or the text of the examples if its tokenizer or chat template differs from that of the run. It is loaded,
+    used and freed here."""
     field, budget = "reward_model_path", config.micro_batch_tokens
     sources = [example.source for example in examples if example.source is not None]
     talks = any(isinstance(source.prompt, list) for source in sources)

@@ -36,8 +36,8 @@ def update(
     critic_only: bool = False,
     opened: OpenUpdate | None = None,
 ) -> dict[str, float]:
-    """Makes `num_ppo_epochs` passes over the batch. After the first pass, mini-batches are drawn and packed anew; with
-    compat "reference", where every micro-batch is averaged separately, also micro-batches.
+    """Makes `num_ppo_epochs` passes over the batch. After the first pass, mini-batches are drawn and packed anew. With
+    compat "reference", which averages every micro-batch separately, micro-batches are drawn anew too.
 
     `reference` is needed only for an exact KL in the loss, which needs its output layer (its hidden states are in the
     experience). With `critic_only` the policy is neither computed nor updated, and its metrics are absent. If the KL of
@@ -131,7 +131,7 @@ def mini_batches(
 
 
 def _averaged(metrics: Mapping[str, Metric], count: str) -> dict[str, Metric]:
-    """Returns the means over one micro-batch, in the form of sums with count 1."""
+    """Divides each summed metric by `metrics[count]`, so that a micro-batch contributes its mean and counts once."""
     number = metrics[count].value.clamp(min=1)
     return {name: Sum(x.value / number) if isinstance(x, Sum) else x for name, x in metrics.items()}
 
@@ -145,8 +145,8 @@ def _episode_shares(cu_rows: Tensor, trained: Tensor) -> Tensor:
 
 
 def _with_mean_1(shares: Tensor, index: Tensor, inside: Tensor, count: Tensor | int) -> Tensor:
-    """Returns [R of the pack], the `shares` of the rows `index`, scaled to a mean of 1 over the `count` rows of the
-    mini-batch."""
+    """Returns [R of the pack]: the `shares` of the rows `index`, scaled so that the mean over the `count` rows of the
+    mini-batch is 1."""
     return shares[index] * (count / shares[inside].sum())
 
 

@@ -1,4 +1,4 @@
-"""What a value that is not a choice of its key was meant to be."""
+"""Finds the choice that was probably meant by an invalid value of a key."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ SPELLINGS = {
     "eager": "sdpa",
     "dr-grpo": "dr_grpo",
 }
-"""Spellings of TRL, transformers and torch, lower case -> the choice here, where the key has it."""
+"""Spelling of TRL, transformers or torch, in lower case -> choice here. It applies only to keys that have this
+choice."""
 
 
 class NoChoice(ValueError):

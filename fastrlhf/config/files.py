@@ -92,7 +92,7 @@ def _keys_of_command(
 
 
 def _takes_text(hint: Any) -> bool:
-    """Whether every value that the hint allows is text, a list of texts or null."""
+    """Returns whether every value that the hint allows is text, a list of texts or null."""
     if get_origin(hint) is Literal:
         return all(isinstance(value, str) for value in get_args(hint))
     options = [option for option in get_args(hint) if option not in (NoneType, Ellipsis)]
@@ -390,7 +390,7 @@ def _longer(config: Any, there: Mapping[str, Any], key: str) -> bool:
 
 
 def _by_new_names(written: dict[str, Any]) -> dict[str, Any]:
-    """Renames the keys that a run of the previous release has written to their present names."""
+    """Replaces key names of the previous release, as its runs wrote them to config.yaml, by the present names."""
     return {ALIASES.get(key, key): value for key, value in written.items()}
 
 

@@ -56,8 +56,8 @@ def load_function(name: str, field: str) -> Callable[..., Any]:
 
 def function_hashes(config: Any) -> dict[str, str]:
     """Maps the name of every user-defined function in a configuration to the SHA-256 of its file. Checkpoints store the
-    hashes, so that a run does not silently continue with another reward function. A module that the file imports has an
-    entry of its own, "helper of path/to/file.py:function", unless it is an installed one."""
+    hashes, so that a run does not silently continue with another reward function. A module that the file imports has a
+    separate entry, "helper of path/to/file.py:function", unless it belongs to an installed package."""
     used, given = _names(asdict(config)), _names(as_given(config))
     hashes = {}
     for name, place in zip(given, used, strict=True):
@@ -68,9 +68,9 @@ def function_hashes(config: Any) -> dict[str, str]:
 
 
 def object_hashes(functions: Mapping[str, Any]) -> dict[str, str]:
-    """Maps the names of functions that a program holds to the SHA-256 of their source text. A callable object counts
-    with the text of its class. The values that a function refers to are not hashed, and a function without a source, of
-    a compiled module for example, is left out, which is logged."""
+    """Maps the names of functions that a program holds to the SHA-256 of their source text. For a callable object the
+    source text of its class is hashed. Values that a function refers to are not hashed. A function without source text,
+    for example from a compiled module, is left out, and this is logged."""
     hashes = {}
     for name, function in functions.items():
         function = getattr(function, "func", function)  # of a functools.partial
@@ -83,8 +83,8 @@ def object_hashes(functions: Mapping[str, Any]) -> dict[str, str]:
 
 
 def user_frames(error: BaseException) -> list[str]:
-    """Describes the calls in the files of user-defined functions that led to an error, at most five, the last one last;
-    none if the error does not come from them."""
+    """Describes the calls in files of user-defined functions that led to an error: at most five, innermost last. Empty
+    if the error does not come from these files."""
     frames = []
     cause: BaseException | None = error
     while cause is not None:

@@ -41,7 +41,7 @@ class LossKeys:
     """Exclude episodes that were cut at the length limit from the policy loss (DAPO's overlong filtering)."""
     target_kl: float | None = None
     """Early stopping: if the KL between the sampling policy and the current one (nats per token), measured on a
-    mini-batch, exceeds this, that step and the rest of the update are skipped. null: off."""
+    mini-batch, exceeds this value, the step on this mini-batch and the rest of the update are skipped. null: off."""
     sampler_is_cap: float | None = None
     """Truncated importance sampling (Yao et al. 2025, who use 2), for an engine whose log-probs differ from the
     trainer's: the loss of each token is multiplied by min(p_trainer / p_engine, sampler_is_cap). null: off."""
@@ -65,12 +65,14 @@ class LossKeys:
     critic: all tokens of an episode share one advantage, its return minus a baseline from its group of
     `num_generations` episodes. Baseline of rloo: the mean return of the other episodes (arXiv 2402.14740); of grpo: the
     mean of the whole group, with the difference scaled as `scale_rewards` says (arXiv 2402.03300); of opo: the mean of
-    the whole group, weighted by length (arXiv 2505.23585). prime: rloo for all rewards except those of a DPO model; of
-    the DPO rewards each token gets the sum from itself to the end, each minus the mean DPO reward per token of the
-    other episodes (PRIME, arXiv 2502.01456)."""
+    the whole group, weighted by length (arXiv 2505.23585). prime (PRIME, arXiv 2502.01456): the advantage is a sum of
+    two parts. All rewards except those of a DPO model are treated as in rloo. From each DPO reward the mean DPO reward
+    per token of the other episodes is subtracted, and each token gets the sum of these differences from itself to the
+    end of its episode."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """What the advantages of advantage_estimator grpo are divided by. group: the standard deviation of the returns of
-    the group. batch: that of all episodes of the batch. none: they are not divided (Dr. GRPO, arXiv 2503.20783)."""
+    the group. batch: the standard deviation of the returns of all episodes of the batch. none: they are not divided
+    (Dr. GRPO, arXiv 2503.20783)."""
     whiten_rewards: bool = False
     """Divide rewards by their standard deviation over the batch, without shifting their mean."""
 

@@ -178,7 +178,7 @@ class DPOConfig(ReferenceConfig):
 
     @property
     def losses(self) -> tuple[str, ...]:
-        """The names in `loss_type`; cpo and orpo alone stand for their sum with sft."""
+        """The names in `loss_type`; a single cpo or orpo is replaced by [cpo, sft] or [orpo, sft]."""
         if not isinstance(self.loss_type, str):
             return self.loss_type
         return (self.loss_type, "sft") if self.loss_type in ("cpo", "orpo") else (self.loss_type,)
@@ -236,8 +236,8 @@ class DPOConfig(ReferenceConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class KTOConfig(ReferenceConfig):
-    """Kahneman-Tversky optimisation (KTO, Ethayarajh et al. 2024, arXiv 2402.01306) from responses that are labelled as
-    desirable or not, one by one."""
+    """Kahneman-Tversky optimisation (KTO, Ethayarajh et al. 2024, arXiv 2402.01306) from single responses, each
+    labelled as desirable or undesirable."""
 
     learning_rate: float = 1e-6
     num_train_epochs: float = 1.0
@@ -251,8 +251,8 @@ class KTOConfig(ReferenceConfig):
     """Multiply the weight of the rarer kind of response by (number of the other kind) / (its number), counted over the
     training rows, so that both kinds weigh as much as the two weights say."""
     train_suffix: bool = False
-    """Count what the chat template writes behind the end of a turn as a part of the response, as TRL does: in ChatML, a
-    newline."""
+    """Count the text that the chat template writes after the end of a turn as a part of the response, as TRL does: for
+    ChatML, a newline."""
 
     def __post_init__(self) -> None:
         ReferenceConfig.__post_init__(self)

@@ -1,4 +1,4 @@
-"""Configurations of the on-policy commands: `ppo`, and `grpo`, `drpo` and `rto`, which only have other defaults. Most
+"""Configurations of the on-policy commands `ppo`, `grpo`, `drpo` and `rto`, which differ only in their defaults. Most
 of the keys are in rewards.py, sampling.py, losses.py, pairs.py and resets.py."""
 
 from __future__ import annotations

@@ -99,7 +99,7 @@ def _as_given(key: str, value: Any) -> Any:
 
 
 def _number(text: Any) -> Any:
-    """The number that a text writes; anything else unchanged."""
+    """Converts text that is a number to this number; returns any other value unchanged."""
     try:
         return float(text) if isinstance(text, str) else text
     except ValueError:

@@ -68,7 +68,7 @@ class RewardKeys:
     truncation: Literal["terminal", "bootstrap"] = "terminal"
     """How a response that reaches the length limit without an EOS is treated. terminal: it ends there and is scored
     like every other response. bootstrap: it counts as interrupted (Pardo et al. 2018, arXiv 1712.00378): it gets token
-    rewards only, and the critic's value of the state after its last token stands for the rest of its return."""
+    rewards only, and the critic's value of the state after its last token replaces the rest of its return."""
     success_threshold: float | None = None
     """Lowest outcome at which a response counts as a success, read by reset_source rollout and dpo_refine outcome. The
     outcome is the score plus the weighted rewards of the reward functions, without normalisation and without the KL.
@@ -110,7 +110,7 @@ class RewardKeys:
     """Scale of the prediction: a response is predicted to succeed with probability sigmoid(dpo_refine_beta *
     log(DPO model / its reference)), the log-ratio summed over its tokens."""
     dpo_refine_learning_rate: float = 1e-6
-    """Peak learning rate of the DPO model under dpo_refine outcome; 0: it stays as it is."""
+    """Peak learning rate of the DPO model with dpo_refine outcome. 0: the DPO model does not change."""
     dpo_ref_model_path: str = ""
     """The reference with which the DPO model was trained. Empty: `model_name_or_path`."""
     dpo_reward_scale: float = 0.05
@@ -126,7 +126,8 @@ class RewardKeys:
     reward_shaping: Literal["token", "sentence", "eos", "rs", "none"] = "token"
     """Tokens to which the DPO rewards are given. token: each token gets its own. sentence: the last token of a sentence
     (. ! ? or a new line) gets the sum over the sentence. eos: the last token of the response gets the whole sum. rs:
-    each token gets its own, and the last one minus the sum as well. none: no token; the DPO model is not loaded."""
+    each token gets its own, and their sum is subtracted again at the last token. none: no token; the DPO model is not
+    loaded."""
     length_coef: float = 0.0
     """Amount subtracted from the reward of each sampled token, a length penalty."""
 

@@ -10,11 +10,11 @@ from fastrlhf.config.checks import above_0, at_least, require
 
 @dataclass(frozen=True, kw_only=True)
 class TruncationKeys:
-    """Keys for which tokens can be drawn."""
+    """Keys that restrict which tokens can be drawn."""
 
     top_k: int = 0
-    """Only this many of the most likely tokens can be drawn; 0: all. In training, top_k, top_p and min_p change every
-    log-prob (policy, sampler and reference): it is that of the distribution over the tokens that the sampler kept."""
+    """Only this many of the most likely tokens can be drawn; 0: all. In training, top_k, top_p and min_p change the
+    log-probs of policy, sampler and reference: all three are taken over the tokens that the sampler kept."""
     top_p: float = 1.0
     """Only the fewest most likely tokens with at least this probability together can be drawn, after top_k; 1: all."""
     min_p: float | None = None

@@ -66,8 +66,8 @@ class TrainConfig:
     """The adapter is scaled by lora_alpha / lora_r. There is no dropout, because log-probs of the same tokens must be
     reproducible."""
     lora_target_modules: tuple[str, ...] = ("all-linear",)
-    """Layers that get an adapter, given by the ends of their names. all-linear: every linear layer except heads and
-    routers, and the experts of a mixture-of-experts model."""
+    """Layers that get an adapter, given by the ends of their names. all-linear: the experts of a mixture-of-experts
+    model, and every linear layer except heads and routers."""
     lora_target_parameters: tuple[str, ...] = ()
     """Parameters outside of linear layers that get an adapter too, given by the ends of their names, for example
     mlp.experts.down_proj."""
@@ -206,8 +206,8 @@ class TrainConfig:
     seed: int = 42
     """Seed of new weights, of the order of the data and of all sampling."""
     report_to: tuple[str, ...] = ()
-    """Services to which the metrics are also sent: tensorboard, wandb, none, or all that are installed. metrics.jsonl
-    is always written."""
+    """Services to which the metrics are also sent: tensorboard, wandb, none, or all (every service that is installed).
+    metrics.jsonl is always written."""
     run_name: str = ""
     """Name of the run in those services. Empty: the name of `output_dir`."""
     progress: bool = True

@@ -24,7 +24,7 @@ VOCABULARY = (*SPECIALS, "+", "=", *map(str, range(2 * LARGEST + 1)))
 
 
 def examples() -> list[Example]:
-    """All sums of two digits, with the column `answer`."""
+    """Returns all sums of two digits as examples with the column `answer`."""
     return [
         Example(prompt=f"{a} + {b} =", row=a * (LARGEST + 1) + b, columns={"answer": str(a + b)})
         for a in range(LARGEST + 1)
@@ -33,12 +33,12 @@ def examples() -> list[Example]:
 
 
 def right_sum(completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[float]:
-    """A reward function: 1 for the right sum and nothing else, else 0."""
+    """Reward function: 1 if the response is the right sum and nothing else, otherwise 0."""
     return [float(text.split() == [right]) for text, right in zip(completions, answer, strict=True)]
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word of `VOCABULARY`."""
+    """Makes a tokenizer with one token per word of `VOCABULARY`."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -50,7 +50,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def model_config() -> LlamaConfig:
-    """A policy of two layers."""
+    """Returns the configuration of a policy with two layers."""
     from transformers import LlamaConfig
 
     return LlamaConfig(

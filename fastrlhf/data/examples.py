@@ -126,7 +126,7 @@ def load_examples(
 
     if "label" not in needs:
         _check_unpaired(values, form, columns or {}, source)
-    # A system prompt is a turn. Rows with one are therefore conversations, and then all rows are read as conversations.
+    # A system prompt is a turn. If any row has one, all rows are therefore read as conversations.
     has_system = any(str(row["system"]).strip() for row in _having(values, ["system"]))
     as_turns = has_system and form in (PAIRS, DEMONSTRATIONS, PROMPTS, GROUPS)
     examples: list[Example] = []
@@ -243,7 +243,7 @@ def _kind(form: Form, conversational: bool, as_turns: bool) -> str:
 
 
 def _unread(examples: Sequence[Example], names: Mapping[str, str], form: Form, needs: Sequence[str]) -> tuple[str, ...]:
-    """The columns with text from which no example was made."""
+    """Returns the columns with text that no example uses."""
     read = {*form.required, *needs, *form.provides(names), *(["input"] if form is ALPACA else ())}
     if examples and isinstance(examples[0].prompt, list):
         read |= {*TEMPLATE_KEYS, "system"}

@@ -1,7 +1,7 @@
-"""Whether two tokenizers do the same: vocabulary, merges, special tokens and, for conversations, the chat template.
+"""Compares tokenizers: vocabulary, merges, special tokens and, for conversations, the chat template.
 
-Names, files and padding play no part. A tokenizer may have special tokens that the other lacks, if the other is the
-one of the run: no text of the run becomes one of them.
+Names, files and padding are ignored. A tokenizer may have special tokens that the tokenizer of the run lacks, because
+no text of the run is encoded as one of them.
 """
 
 from __future__ import annotations
@@ -62,16 +62,16 @@ CONVERSATIONS: tuple[tuple[list[Message], dict[str, Any]], ...] = (
 class Difference:
     what: Literal["ids", "end", "template"]
     told: str
-    """The first difference, for a message."""
+    """Description of the first difference, for a message."""
 
 
 def difference(
     ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase, *, conversations: bool
 ) -> Difference | None:
-    """The first respect in which `theirs` reads or writes text differently from `ours`, the tokenizer of the run; None
-    if it does the same.
+    """Returns the first difference between `theirs` and `ours`, the tokenizer of the run; None if they encode and
+    decode text in the same way.
 
-    Chat templates count for `conversations` only, and only if both tokenizers have one.
+    Chat templates are compared only for `conversations`, and only if both tokenizers have one.
     """
     if told := _ids(ours, theirs, conversations):
         return Difference(what="ids", told=told)
@@ -117,13 +117,13 @@ def _ids(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase, convers
 
 
 def _before(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What the tokenizer puts before a text."""
+    """Returns the ids that the tokenizer puts before a text."""
     (bare,), (whole,) = encode(["a"], tokenizer), encode(["a"], tokenizer, specials=True)
     return whole[: next(i for i in range(len(whole) + 1) if whole[i : i + len(bare)] == bare)]
 
 
 def _model(tokenizer: PreTrainedTokenizerFast) -> tuple[list[tuple[str, ...]], list[float]]:
-    """The merges of BPE, and the scores of Unigram."""
+    """Returns the merges of a BPE tokenizer and the scores of a Unigram tokenizer."""
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model.get("merges") or ()]
     words = model.get("vocab")
@@ -131,7 +131,7 @@ def _model(tokenizer: PreTrainedTokenizerFast) -> tuple[list[tuple[str, ...]], l
 
 
 def _written(tokenizer: PreTrainedTokenizerBase, without: Collection[object], num: int = 1000) -> list[str]:
-    """Lines of text from `num` tokens spread over the vocabulary."""
+    """Returns lines of text, decoded from about `num` tokens spread over the vocabulary."""
     ids = sorted(token for text, token in tokenizer.get_vocab().items() if text not in without)
     chosen = ids[:: max(1, len(ids) // num)]
     return [decode(chosen[i : i + 20], tokenizer) for i in range(0, len(chosen), 20)]
@@ -163,9 +163,9 @@ def require_same_tokenizer(
     conversations: bool,
     required: bool = False,
 ) -> None:
-    """Raises ValueError, naming `field` and the fix, if the tokenizer saved with the model `source` does not do what
-    the tokenizer of the run does; if `required`, also if none is saved with it. The run's keys `eos_token` and
-    `chat_template`, if given, hold for both.
+    """Raises ValueError, naming `field` and the fix, if the tokenizer saved with the model `source` differs from the
+    tokenizer of the run; if `required`, also if no tokenizer is saved with the model. The run's keys `eos_token` and
+    `chat_template`, if given, apply to both tokenizers.
     """
     try:
         theirs = load_tokenizer(
@@ -189,7 +189,7 @@ def require_same_tokenizer(
 
 
 def own_tokenizer(source: str, config: TrainConfig) -> PreTrainedTokenizerBase | None:
-    """The tokenizer saved with a model, under the run's keys `eos_token` and `chat_template`; None if there is none."""
+    """Loads the tokenizer saved with a model, with the run's `eos_token` and `chat_template`; None if there is none."""
     try:
         return load_tokenizer(
             source,
@@ -206,8 +206,9 @@ def own_tokenizer(source: str, config: TrainConfig) -> PreTrainedTokenizerBase |
 def judge_tokenizer(
     field: str, source: str, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, *, conversations: bool
 ) -> tuple[PreTrainedTokenizerBase, Difference] | None:
-    """The tokenizer saved with a judge, and how it differs from that of the run; None if it does the same, or if none
-    is saved there. A judge's tokenizer without an EOS gets that of the run."""
+    """Returns the tokenizer saved with a judge and its difference from the tokenizer of the run. Returns None if the
+    two do not differ, or if no tokenizer is saved with the judge. A judge's tokenizer without an EOS gets the EOS of
+    the run."""
     try:
         try:
             theirs = load_tokenizer(source, trust_remote_code=config.trust_remote_code)

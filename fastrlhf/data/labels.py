@@ -55,7 +55,8 @@ def read_pair_labels(row: Mapping[str, Any], needs: Collection[str]) -> dict[str
 
 
 def _label(value: object) -> bool:
-    """True for a response that is desirable. CSV gives text, and some datasets have the numbers 0 and 1."""
+    """Converts a label to a bool, True for a desirable response. CSV files give text, and some datasets give 0 and
+    1."""
     if isinstance(value, str):
         value = {"true": True, "1": True, "false": False, "0": False}.get(value.strip().lower(), value)
     if value is None:

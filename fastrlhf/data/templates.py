@@ -78,8 +78,9 @@ class Renderer:
     def render(self, example: Example, responses: Mapping[str, Any]) -> Rendered:
         """Renders the prompt of an example and its `responses` (texts, or turns that follow the prompt).
 
-        Raises UnusableRow if the template refuses the turns, does not begin the whole text with the prompt that it
-        rendered, or leaves out tools or tool calls, and ValueError if there is no template for a conversation.
+        Raises UnusableRow if the template refuses the turns, if the rendered prompt is not a prefix of the rendered
+        conversation, or if the template leaves out tools or tool calls. Raises ValueError if there is no template for a
+        conversation.
         """
         if isinstance(example.prompt, str):
             return Rendered(
