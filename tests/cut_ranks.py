@@ -21,7 +21,7 @@ from tests import resumable
 
 
 def stopped(run: Callable[..., Any], place: Path, two: Path) -> bool:
-    """A PPO run stopped after its first step by a signal to the second rank only, then the same command again."""
+    """Runs PPO, interrupts it after its first step by a signal to rank 1 only, and resumes it."""
     log, folder = Run.log, two / "ppo-resumed"
 
     def signalled(run: Run, step: int, *arguments: Any, **keywords: Any) -> None:
@@ -51,8 +51,8 @@ CUTS: dict[str, tuple[Any, str, tuple[int, ...]]] = {
 
 
 def cut(run: Callable[..., Any], part: str, place: Path, two: Path) -> str:
-    """Interrupts a run by a signal in a part of its second step, then runs the same command again; returns the
-    message."""
+    """Interrupts a run by a signal in a part of its second step, then resumes it; returns the message of the
+    interruption."""
     owner, name, signalled = CUTS[part]
     function, log, sent = getattr(owner, name), Run.log, [True]
 

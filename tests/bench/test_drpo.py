@@ -61,8 +61,7 @@ def test_sampled_responses_have_the_mean_length_of_the_references():
 
 @pytest.fixture
 def both():
-    """Runs our implementation (compat "reference") and the padded reference on the same episodes, which ours
-    sampled."""
+    """Makes models and samples episodes for both fastrlhf (compat "reference") and the padded reference."""
     config = replace(PROBLEM.config(), compat="reference", cliprange_value=0.01, vf_coef=0.5)
     examples = make_examples(PROBLEM)
     models = make_models(PROBLEM, examples)
@@ -70,7 +69,8 @@ def both():
     reward_model = frozen_copy(critic)
     reference = make_models(replace(PROBLEM, seed=1), examples).policy
     rollouts = make_engine(config, policy, EOS).generate(draw_prefixes(config, examples, first_group=0))
-    late = next(i for i, rollout in enumerate(rollouts) if not rollout.ended)  # an EOS at the very last position
+    # One truncated episode gets an EOS in place of its last token
+    late = next(i for i, rollout in enumerate(rollouts) if not rollout.ended)
     rollouts[late] = replace(rollouts[late], completion=[*rollouts[late].completion[:-1], EOS], ended=True)
     assert {rollout.ended for rollout in rollouts} == {True, False}
     return config, policy, critic, reward_model, reference, rollouts
@@ -151,7 +151,7 @@ def test_both_layouts_count_the_same_training_operations(both):
     assert work["training_tokens"] == 2 * sum(map(sum, lengths))
     matrices = 2 * sum(p.numel() for name, p in policy.named_parameters() if "layers" in name and p.ndim == 2)
     products = 3 * 2 * matrices * work["training_tokens"]
-    # At this width attention accounts for most of the rest
+    # The operations besides the matrix products are mostly those of attention, because the model is narrow
     assert products < work["training_operations"] < 2 * products
 
 

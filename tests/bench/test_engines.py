@@ -15,7 +15,7 @@ from tests import tiny
 
 def test_a_row_for_each_of_three_engines(tmp_path, monkeypatch):
     def in_place(config, policy, eos):
-        """An engine that stands for vLLM and uses this process."""
+        """Opens the built-in engine in place of vLLM, in this process."""
         built_in = TransformersEngine.of(config, policy, eos)
         return SimpleNamespace(generate=built_in.generate, children=[SimpleNamespace(pid=os.getpid())])
 

@@ -229,7 +229,7 @@ def gpu_script(tmp_path: Path):
 
 
 def test_the_gpu_script_goes_on_after_a_failing_step(gpu_script, tmp_path: Path):
-    """Checks for every part which commands it runs."""
+    """Checks which commands each part of the script attempts, although all of them fail."""
     assert [step[2:5] for step in gpu_script("test")] == [["-m", "pytest", "-q"]] * 2
     assert [step[2:] for step in gpu_script("tune")] == [["-m", "bench", "tune"]]
     steps = gpu_script("kernels", "--dead", "0")

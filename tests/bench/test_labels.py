@@ -13,7 +13,7 @@ def test_the_table_gives_means_and_students_intervals_over_seeds():
     arm = Arm(0.0, 12, "dpo", 0.1)
     lines = table([{None: row(3.0, 0.0), arm: row(gold, 2.0)} for gold in (4.0, 6.0)]).splitlines()
     assert lines[2].startswith("| | 0 | sft | | 3.00 +- 0.00 |")
-    # mean 5; half interval: standard deviation sqrt 2 * 12.71 / sqrt 2 = 12.71
+    # mean of 4 and 6: 5; half interval for n = 2: t_0.975 * s / sqrt(n) = 12.71 * sqrt(2) / sqrt(2)
     expected = "| temperature 0 | 12 | dpo | 0.1 | 5.00 +- 12.71 | 2.00 +- 0.00 | 75.00 +- 0.00 | 26.0 | 100 |"
     assert lines[3:] == [expected]
 

@@ -13,7 +13,7 @@ def summary(ppo: float, drpo: float) -> dict:
 
 def test_the_table_gives_means_and_students_intervals_over_seeds():
     lines = table([summary(2.0, 3.0), summary(4.0, 6.0)]).splitlines()
-    # ppo: mean 3, half interval sqrt 2 * 12.71 / sqrt 2 = 12.71. The paired differences are 1 and 2.
+    # ppo: mean of 2 and 4, half interval t_0.975 * s / sqrt(n) = 12.71 * sqrt(2) / sqrt(2). Paired differences: 1, 2.
     assert lines[3].startswith("| ppo | 50.00 +- 0.00 | 3.00 +- 12.71 | 2.00 +- 12.71 ")
     assert lines[-1].endswith("paired over 2 seeds: 1.50 +- 6.36")
 

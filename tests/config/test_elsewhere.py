@@ -35,9 +35,9 @@ def test_a_key_occurs_once_per_config_and_every_config_is_known():
 
 @pytest.mark.parametrize("key", KEYS, ids=lambda key: f"{key.name}-{key.configs[0]}")
 def test_the_table_agrees_with_our_keys(key):
-    """A key is `same` exactly if the corresponding commands have it; `other name` names an existing key.
+    """A key has status `same` if and only if the corresponding commands have it. `other name` names an existing key.
 
-    If this fails after a key was added, change its row to `_same`.
+    If this test fails after a key was added to fastrlhf, change the row of the key to `_same`.
     """
     for command in commands_of(key):
         if key.status == "same":

@@ -385,7 +385,7 @@ def test_runs_compare_missing_keys_by_default_and_paths_by_their_target(tmp_path
     [
         ({"max_steps": 5}, {"max_steps": 9}, True),
         ({"num_train_epochs": 1.0}, {"num_train_epochs": 2.0}, True),
-        ({"max_steps": 9}, {"max_steps": 5}, False),  # the checkpoint may already be beyond step 5
+        ({"max_steps": 9}, {"max_steps": 5}, False),  # refused, because the checkpoint may be from a step after 5
         ({"max_steps": -1}, {"max_steps": 5}, False),
         ({"max_steps": 5, "lr_scheduler_type": "linear"}, {"max_steps": 9}, False),
     ],

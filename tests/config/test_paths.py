@@ -66,7 +66,7 @@ def test_an_environment_variable_is_expanded_for_use_and_written_by_name(tmp_pat
     (tmp_path / "config.yaml").write_text(as_yaml(config))
     written = yaml.safe_load((tmp_path / "config.yaml").read_text())
     assert (written["dataset_name"], written["reward_functions"]) == ("$PLACE/a.jsonl", ["$PLACE/r.py:f"])
-    assert as_given(config)["reward_functions"] == ("$PLACE/r.py:f",)  # the value that the trackers get
+    assert as_given(config)["reward_functions"] == ("$PLACE/r.py:f",)  # experiment trackers log this value
     assert parse(PPOConfig, ["--config", str(tmp_path / "config.yaml")], "ppo") == config
     assert differences(config, tmp_path / "config.yaml") == []
     monkeypatch.setenv("PLACE", "elsewhere")

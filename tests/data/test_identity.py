@@ -12,7 +12,7 @@ from tests.data.chat_templates import CHATML
 
 
 def changed(change) -> PreTrainedTokenizerFast:
-    """The byte-level tokenizer with its file changed."""
+    """Makes the byte-level tokenizer after `change` has edited its tokenizer.json in place."""
     tokenizer = vocabularies.byte_level()
     file = json.loads(tokenizer.backend_tokenizer.to_str())
     change(file)
@@ -85,13 +85,13 @@ def test_another_end_and_another_bos_are_found():
     theirs = vocabularies.sentencepiece(legacy=True)
     theirs.backend_tokenizer.post_processor = tiny.tokenizer().backend_tokenizer.post_processor
     assert told(theirs, ours) == ("ids", "a text begins with the ids [] there and [1] in the run")
-    assert told(theirs, ours, conversations=True) is None  # the template writes the BOS
+    assert told(theirs, ours, conversations=True) is None  # for conversations only the template adds a BOS
 
 
 def test_templates_count_for_conversations_by_what_they_write():
     ours, theirs = vocabularies.byte_level(), vocabularies.byte_level()
     ours.chat_template = CHATML
-    assert told(theirs, ours, conversations=True) is None  # one without a template reads what the run writes
+    assert told(theirs, ours, conversations=True) is None  # without a template it reads the text of ours
     theirs.chat_template = "{# the same #}" + CHATML
     assert told(theirs, ours, conversations=True) is None
     theirs.chat_template = CHATML.replace("{{ m.content }}", "{{ m.content | trim }}")

@@ -1,4 +1,4 @@
-"""Tests of numbers that judge responses (labels): which rows have them, and which rows are refused."""
+"""Tests of the labels of rows (scores, win counts, probabilities): how they are read, and which rows are refused."""
 
 import json
 import math

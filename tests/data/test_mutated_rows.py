@@ -1,6 +1,7 @@
-"""Damages rows of every format at random: each must become an example, or be skipped and counted with its place.
+"""Damages rows of every format at random.
 
-The other rows stay unchanged, and no other error is raised.
+A damaged row must become an example, or be skipped and counted with its position. The other rows must stay unchanged,
+and no other error may be raised.
 """
 
 import json

@@ -120,7 +120,7 @@ def test_micro_batches_hold_every_item_once_within_the_budget_and_evenly():
 
 @pytest.mark.parametrize("multiple", [2, 3, 4])
 def test_micro_batches_can_be_a_multiple_of_the_processes(multiple):
-    costs = [7, 1, 9, 3, 3, 5, 2, 8, 2, 4, 6, 6]  # the tests below use divisors of their number
+    costs = [7, 1, 9, 3, 3, 5, 2, 8, 2, 4, 6, 6]  # 12 items, divisible by every `multiple` above
     for budget in (9, 11, 20, 100):
         micros = micro_batches(costs, budget, multiple=multiple)
         assert len(micros) % multiple == 0
@@ -158,7 +158,7 @@ def test_a_tree_computes_the_longest_prefix_once_and_holds_every_sequence():
     assert batch.token_ids.tolist() == [7, 8, 1, 2, 5, 0, 6, 9, 9, 0]
     assert unpack(batch) == [[*prefix, *response] for prefix, response in zip(prefixes, responses, strict=True)]
     assert batch.targets.tolist() == [5, 0, 6, 9, 9, 0]
-    assert batch.rows.tolist() == [1, 4, 3, 2, 7, 8]  # first tokens are predicted at the trunk's token before the cut
+    assert batch.rows.tolist() == [1, 4, 3, 2, 7, 8]  # a first token is predicted from the last token of its prefix
 
 
 def test_trunks_are_the_texts_that_are_not_prefixes_of_others():
@@ -173,7 +173,7 @@ def test_families_share_a_text_and_stay_within_the_budget():
     prefixes = [[7, 8], [5], [7, 8, 1, 2], [7, 8, 1], [5], [7, 8, 1, 2]]
     responses = [[0], [3] * 9, [4, 0], [0], [0], [3] * 4]
     assert families(prefixes, responses, 1000) == [[0, 2, 3, 5], [1, 4]]
-    # A text of 4 tokens with responses of 1, 2 and 1 tokens costs 8; the text [5] with its responses costs 1 + 9 + 1.
+    # [7, 8, 1, 2] with responses of 1, 2 and 1 tokens costs 4 + 4 = 8; [5] with its two responses costs 1 + 9 + 1 = 11.
     assert families(prefixes, responses, 8) == [[0, 2, 3], [1], [4], [5]]
 
 

@@ -18,7 +18,7 @@ def test_k_is_uniform_on_one_to_length_minus_one():
 
 
 def test_the_draws_of_a_seed_do_not_change_between_versions():
-    """A run of an earlier version, when repeated, must reset to the same points."""
+    """Pins the draws, so that repeating a run of an earlier version resets to the same points."""
     assert draw(9, 16, prob=0.7) == [0, 5, 2, 1, 6, 0, 1, 0, 4, 8, 1, 1, 7, 4, 5, 4]
 
 
@@ -28,7 +28,7 @@ def test_the_shortest_resets_are_withheld_and_the_others_stay_uniform():
     assert max(abs(count - 2_000) for count in counts.values()) < 4 * (8_000 * 0.25 * 0.75) ** 0.5
     assert set(draw(9, 200, prob=1.0, withheld=1.0)) == {8}
     assert set(draw(9, 200, prob=1.0, minimum=0, withheld=1.0)) == {8}
-    # 10 % of eight lengths is less than one length
+    # 10 % of eight lengths is less than one, so no length is withheld
     assert draw(9, 200, prob=0.7, withheld=0.1) == draw(9, 200, prob=0.7)
 
 

@@ -65,7 +65,7 @@ def test_another_process_with_another_hash_seed_makes_the_same_examples():
 
 
 def test_no_post_is_in_two_splits_for_any_seed():
-    # With one fact per post there are only 96 posts, so every split draws posts of the other splits very often.
+    # With one fact per post only 96 different posts exist, so splits drawn independently would overlap.
     small = {"num_facts": 1, "min_salient": 1, "max_salient": 1, "wrong": 0.0}
     posts = {
         split: {text(e.prompt) for seed in (0, 1) for e in ToyTask(seed=seed, **small).examples(split, 60)}
@@ -106,7 +106,7 @@ def test_posts_and_responses_fit_their_budgets_and_the_vocabulary():
 @pytest.mark.parametrize(
     ("summary", "gold"),
     [
-        # chain 0.5, length_cost 0.05; terms: covered - other - incomplete facts / 2 + run bonus - words / 20
+        # covered facts - other facts - words outside facts / 2 + 0.5 (chain) * run (run - 1) / 2 - 0.05 * words
         ("boss kind rent late car fast", 3 + 0.5 * 3 - 0.3),
         ("boss kind rent late", 2 + 0.5 - 0.2),
         ("boss kind car fast", 2 - 0.2),
@@ -232,7 +232,7 @@ def test_the_better_candidate_is_chosen_as_often_as_bradley_terry_says(pairs):
     ]
     clear = [m for m in margins if m]
     expected = fmean(1 / (1 + exp(-abs(m))) for m in clear)
-    assert fmean(m > 0 for m in clear) == pytest.approx(expected, abs=0.02)  # 0.017 is 3 standard errors
+    assert fmean(m > 0 for m in clear) == pytest.approx(expected, abs=0.02)  # 3 standard errors are 0.017
     assert 0.8 < expected < 0.97
     near = [m for m in margins if 0 < abs(m) < 1.2]
     assert fmean(m > 0 for m in near) == pytest.approx(fmean(1 / (1 + exp(-abs(m))) for m in near), abs=0.08)

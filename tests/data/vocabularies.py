@@ -23,9 +23,9 @@ def byte_level() -> PreTrainedTokenizerFast:
 
 
 def sentencepiece(*, legacy: bool) -> PreTrainedTokenizerFast:
-    """A tokenizer like those of Llama 2 and Mistral:
+    """Makes a tokenizer like those of Llama 2 and Mistral, which put BOS and a space before every text.
 
-    BOS and a space before every text (legacy: also after every special token).
+    With `legacy` a space also follows every special token.
     """
     pieces = [*(f"<0x{byte:02X}>" for byte in range(256)), SPACE, *string.ascii_letters, *string.digits, *":.<>|_"]
     words = [*SPECIALS, *pieces, *("".join(pair) for pair in MERGES)]

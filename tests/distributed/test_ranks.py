@@ -38,7 +38,7 @@ ROUNDING = ("sampling/",)
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Runs of two processes in `two`, and of one process in `one`."""
+    """A folder in which all runs have finished: the runs of two processes in `two`, of one process in `one`."""
     place = tmp_path_factory.mktemp("ranks")
     resumable.save_models(place)
     for family in ranks.FAMILIES:
@@ -120,14 +120,14 @@ def test_only_rank_0_writes_and_prints(place):
     assert (place / "stdout").read_text().count("saved in") == 2  # once by SFT and once by DPO
     files = {path.name for path in (place / "two" / "command").iterdir()}
     assert files == {path.name for path in (place / "one" / "command").iterdir()}
-    # The head is tied to the embedding
+    # The head is tied to the embedding, so it is not saved separately
     assert "lm_head.weight" not in load_file(place / "two" / "command" / "model.safetensors")
 
 
 def test_a_signal_to_one_process_stops_all_and_the_run_resumes_bit_for_bit(place):
     assert [rank["interrupted"] for rank in seen(place)] == [True, True]
     whole, resumed = place / "two" / "ppo", place / "two" / "ppo-resumed"
-    # Files of weights and moments, each from two processes
+    # Each of two processes writes one file of weights and one of moments
     assert len(list((resumed / "checkpoint-1").glob("*.shards/shard-*"))) == 4
     assert resumable.untimed_log(whole) == resumable.untimed_log(resumed)
 

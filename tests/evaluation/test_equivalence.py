@@ -113,7 +113,7 @@ def test_batches_give_the_labels_of_the_plain_model_on_single_pairs(nli):
         with torch.no_grad():
             expected.append(Relation(model(**inputs).logits.argmax().item()))
     assert plain(asked) == expected
-    assert judge(nli, batch_tokens=43)(asked) == expected  # this budget holds one or two pairs
+    assert judge(nli, batch_tokens=43)(asked) == expected  # 43 tokens per batch: one or two pairs
     assert plain([]) == []
 
 

@@ -161,10 +161,10 @@ def test_only_the_held_out_rows_are_judged(config, tmp_path, monkeypatch):
 
 
 def test_rows_that_a_model_was_trained_on_are_reported(config, tmp_path, caplog):
-    """Of 20 rows, 6 are judged.
+    """Judges the last 6 of 20 rows; each case changes which rows the judged model was trained on.
 
-    One run has held out 2 of them, one all of them, one has read another split, and one only the first 15 rows; there
-    is also an adapter of the run in the folder above it.
+    It held out 2 or 6 rows, read another split or file, or read only the first 15 rows. For an adapter the
+    configuration of the run is in the folder above it.
     """
     rows = [{"prompt": f"w{i}", "completion": "w1"} for i in range(20)]
     data = tmp_path / "a.jsonl"
@@ -196,7 +196,7 @@ def test_rows_that_a_model_was_trained_on_are_reported(config, tmp_path, caplog)
 def test_a_prompt_without_room_for_a_response_is_left_out(config):
     examples = [replace(example, prompt="w1 " * (20 + i)) for i, example in enumerate(tiny.examples(12))]
     [comparison, _] = evaluate_models(config, examples).values()
-    assert comparison.num == 7  # prompts of 20 to 26 tokens fit, with 6 response tokens in 32
+    assert comparison.num == 7  # prompts have 20 to 31 tokens; with 6 response tokens up to 26 fit into max_length 32
     with pytest.raises(ValueError, match=r"^max_length: no eval prompt leaves room for a response of 6 tokens"):
         evaluate_models(replace(config, max_length=25, max_dropped_fraction=1.0), examples)
 
@@ -227,7 +227,7 @@ def test_bad_input_is_refused_before_anything_is_generated(config, tmp_path, mon
 
 @pytest.fixture(scope="module")
 def adapted(tmp_path_factory):
-    """A base model, and the folders of runs that trained a policy and a judge over it with adapters."""
+    """Saves a base model and two runs with adapters over it: a policy and a judge."""
     place = tmp_path_factory.mktemp("adapted")
     base = tiny.save_policy(place / "base")
     policy = tiny.save_adapter(place / "policy", base, 1)
@@ -235,7 +235,7 @@ def adapted(tmp_path_factory):
 
 
 def whole(adapter: str) -> str:
-    """The merged weights of the run of an adapter."""
+    """Returns the folder of the run that saved an adapter; it holds the merged weights."""
     return adapter.removesuffix("/adapter")
 
 
@@ -261,7 +261,7 @@ def test_an_adapter_is_laid_over_the_model_that_is_given_and_no_other(adapted, c
     (unnamed / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": None}))
     roles = replace(config, models=(adapted["policy"],), reward_model_path=adapted["judge"])
     for settings, message in (
-        # Passes all checks and fails only when it generates
+        # `moved` passes all checks; the error comes from `respond`, which is None here
         ({"model_name_or_path": moved}, "'NoneType' object is not callable"),
         ({"model_name_or_path": other}, "^reward_model_path: .* was trained over the weights of '.*base', and the"),
         ({"models": (config.models[0], adapted["judge"])}, "^models: '.*judge/adapter' is a reward model$"),

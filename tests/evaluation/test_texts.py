@@ -1,4 +1,4 @@
-"""Models and judges of different tokenizers: each score is the one that the judge gives to the text itself."""
+"""Tests models and judges with different tokenizers: a score must be the one that the judge gives to the text."""
 
 from dataclasses import replace
 
@@ -97,7 +97,7 @@ def answers(monkeypatch):
 
 
 def expected_scores(judge: str, examples, tokenizer, rollouts) -> list[float]:
-    """The scores of the texts that rollouts stand for."""
+    """Returns the judge's scores of the decoded texts of rollouts."""
     found = []
     for rollout in rollouts:
         before, ids = tokenizer.decode(rollout.prefix.token_ids), [*rollout.prefix.token_ids, *rollout.completion]
@@ -138,7 +138,8 @@ def test_models_of_several_tokenizers_are_judged_on_their_text_by_a_judge_of_ano
     assert len(comparisons) == 3 - (opponent == "pieces")
     makers = {"bytes": byte_level, "wide": byte_level, "pieces": sentencepiece}
     for (name, make), rollouts in zip(makers.items(), answers, strict=True):
-        read = scores_of_ids if name == "pieces" else expected_scores  # it has the tokenizer of the judge
+        # The model "pieces" shares the tokenizer of the judge, so its ids are scored directly
+        read = scores_of_ids if name == "pieces" else expected_scores
         expected = read(paths["judge"], examples, make(), rollouts)
         assert given_scores(folder, paths[name]) == pytest.approx(expected, rel=1e-5, abs=1e-5)
         prompt = {"bytes": PROMPTS[0], "wide": PROMPTS[0], "pieces": PROMPTS[1]}[name][examples is TURNS]
@@ -147,7 +148,7 @@ def test_models_of_several_tokenizers_are_judged_on_their_text_by_a_judge_of_ano
         expected = [score(paths["judge"], example.prompt, example.reference) for example in examples]
         assert given_scores(folder, opponent) == pytest.approx(expected, rel=1e-5, abs=1e-5)
     assert f"models: {paths['pieces']} has another tokenizer than the first" in caplog.text
-    assert "wide has another" not in caplog.text  # only its embedding is wider
+    assert "wide has another" not in caplog.text  # the model "wide" has the first tokenizer and only a wider embedding
 
 
 PROMPTS = (

@@ -169,7 +169,7 @@ def untimed(history):
 
 
 def whole(path: str) -> str:
-    """The merged weights of the run of an adapter."""
+    """Returns the folder of the run that saved an adapter; it holds the merged weights."""
     return path.removesuffix("/adapter")
 
 

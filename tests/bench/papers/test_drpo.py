@@ -84,7 +84,7 @@ def test_without_resets_the_episodes_grow_like_the_number_of_combinations():
 def test_resets_to_right_responses_need_polynomially_many_episodes():
     right = {horizon: episodes_to_solve(horizon, 1.0, 8).median() for horizon in (8, 16, 32)}
     assert right[32] < 32**2 * 4 < 2**32
-    assert right[32] / right[16] < 8  # growth with at most the third power of the length
+    assert right[32] / right[16] < 8  # twice the length needs less than 2^3 times the episodes
     own = episodes_to_solve(12, 0.5, 8).median()
     assert own > 5 * episodes_to_solve(12, 1.0, 8).median()
 
@@ -103,7 +103,7 @@ def test_unsolved_locks_are_reported_as_inf(tmp_path, monkeypatch):
     assert episodes_to_solve(40, None, 2, 640).tolist() == [math.inf] * 2
     lines = drpo.run_lock(tmp_path, fast=False).splitlines()
     assert lines[4].startswith("| 40 | inf [inf, inf] |")
-    assert len(lines) == 5  # 48 is not tried after 40 was too long
+    assert len(lines) == 5  # length 40 was not solved, so 48 is not tried
     (file,) = (tmp_path / "results").glob("*.jsonl")
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert [row["resets"] for row in rows] == list(drpo.GIVEN)

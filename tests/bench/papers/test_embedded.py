@@ -51,7 +51,7 @@ def test_the_settings_of_every_arm_are_read(arm):
 
 @pytest.mark.parametrize("models", ["rto", "drpo", "lengths"])
 def test_arms_share_the_models_of_a_seed_and_run_once(models, tmp_path, monkeypatch):
-    """Trains two arms for one update of 4 episodes, after two steps of every model. A second call finds all results."""
+    """Trains every model for two steps, then two arms for one update of 4 episodes; a second call trains nothing."""
     full, rows = demo.stage_config, []
 
     def short(name, config, out):
@@ -113,12 +113,13 @@ def test_the_tables_pair_the_seeds_and_all_figures_are_drawn(tmp_path, monkeypat
     granularity, prompts = embedded.run_embedded("rto", 2, 1, tmp_path, tmp_path).split("\n\n")
     assert "| token | 4.50 | 2.00 +- 0.00 | 2.00 +- 0.00 | 13.00 +- 63.55 | 8.00 +- 0.00 | 1.00 |" in granularity
     assert "| none | 2.50 |  |" in granularity
-    # Arms are numbered: RTO's are 0, 1, 2 and PPO's 3, 4, 5. On all prompts RTO is "token" (4) and PPO is "none" (0).
+    # gold_reward grows by 2 per arm. RTO has the arms 0, 1, 2 and PPO 3, 4, 5: their difference is 2 * (0 - 3) = -6.
+    # In the last row, with all prompts, RTO is the arm "token" (4) and PPO the arm "none" (0): 2 * (4 - 0) = 8.
     assert prompts.splitlines()[2].endswith("| -6.00 +- 0.00 | 0.00 +- 0.00 |")
     assert prompts.splitlines()[-1].endswith("| 8.00 +- 0.00 | 8.00 +- 0.00 |")
     resets, lengths = embedded.run_embedded("drpo", 2, 1, tmp_path, tmp_path).split("\n\n")
     assert resets.splitlines()[3] == "| 0.25 | 7.00 +- 63.55 | 2.00 +- 0.00 | 1.00 | 100 |"
-    # At 5 facts the arms of PPO and DR-PO have the numbers 7 and 8.
+    # At 5 facts PPO and DR-PO are the arms 7 and 8: gold rewards 5 + 2 * 7 = 19 and 5 + 2 * 8 = 21.
     assert lengths.splitlines()[3] == "| 5 | 19.00 +- 63.55 | 21.00 +- 63.55 | 2.00 +- 0.00 | 100 and 100 |"
     names = [path.name for path in sorted((tmp_path / "figures").iterdir())]
     assert names == ["drpo_lengths.png", "drpo_resets.png", "rto_granularity.png", "rto_prompts.png"]

@@ -20,12 +20,12 @@ def runs() -> dict[str, dict[str, Curves]]:
 
 
 def final(curves: Curves) -> torch.Tensor:
-    """[taus, actions]"""
+    """Returns the probabilities after the last step for the first seed, [taus, actions]."""
     return curves.probs[-1, 0]
 
 
 def by_hand(name: str, tau: float) -> list[float]:
-    """Closed forms derived on paper, with t = 1 / (2 tau)."""
+    """Returns the optimal probabilities of a bandit by closed forms derived on paper, with t = 1 / (2 tau)."""
     t = 1 / (2 * tau)
     logits = {
         "two actions": [t, 0.0],
@@ -50,7 +50,7 @@ def test_ipo_ends_at_the_closed_form_for_every_tau(bandit, runs):
 
 @pytest.mark.parametrize("num_actions", [2, 3, 5])
 def test_for_a_full_tournament_the_minimiser_is_the_population_optimum(num_actions):
-    """Eq. 7 with the identity as Psi: pi_ref exp(p(y > mu) / tau), with uniform mu and p(y > y) = 1/2."""
+    """Eq. 7 with Psi = identity: the optimum is pi_ref exp(p(y > mu) / tau) / Z, with uniform mu and p(y > y) = 1/2."""
     beats = torch.ones(num_actions, num_actions, dtype=torch.float64).triu(1) + 0.5 * torch.eye(num_actions)
     if num_actions == 2:
         assert beats.mean(1).tolist() == [0.75, 0.25]  # the values in the paper
@@ -63,7 +63,7 @@ def test_for_a_full_tournament_the_minimiser_is_the_population_optimum(num_actio
 def test_dpo_becomes_deterministic_at_small_tau_and_drifts_slowly_at_large_tau(name, runs):
     """The drift is logarithmic, because the gradient falls like exp(-beta D).
 
-    For tau above 1 a run of this length only shows growth.
+    For tau above 1 a run of this length shows only that the probability of the best action grows.
     """
     best = runs["dpo"][name].probs[:, 0, :, 0]  # [points, taus]
     assert best[-1, HALF_AND_BELOW].min() > 0.999
@@ -92,7 +92,7 @@ def test_training_bandits_together_changes_nothing_and_only_the_seed_sets_the_ba
     together = train(BANDITS, "ipo", steps=100, batch_size=9, seeds=2)
     for bandit in BANDITS[:2]:
         alone = train([bandit], "ipo", steps=100, batch_size=9, seeds=3)[bandit.name]
-        # A vectorised softmax may sum in a different order, and Adam scales up small gradients.
+        # Softmax over several bandits may sum in a different order, and Adam amplifies differences of small gradients.
         torch.testing.assert_close(together[bandit.name].probs, alone.probs[:, :2], rtol=0, atol=1e-5)
     d1 = together["D1"].probs
     assert (d1[-1, 0] - d1[-1, 1]).abs().max() > 1e-3

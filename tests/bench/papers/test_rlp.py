@@ -12,8 +12,10 @@ from fastrlhf.evaluation.winrates import bootstrap_interval
 
 @pytest.fixture
 def short(monkeypatch):
-    """Shortens all training to a step or two, 4 answers to each of 16 prompts and one update; returns the appended
-    rows."""
+    """Makes an experiment tiny: a few steps per model, 16 prompts with 4 answers each, one PPO update.
+
+    Returns the list to which the rows of results are appended.
+    """
     full, rows = demo.stage_config, []
     few = {"sft": {"max_steps": 2, "progress": False}, "reward": {}, "ppo": {"num_ppo_epochs": 1}}
 
@@ -44,7 +46,7 @@ def test_arms_share_the_models_of_a_seed_and_run_once(short, tmp_path):
     assert ppo["gold_reward"] == pytest.approx(np.mean(ppo["gold"]), abs=1e-9)
     assert "gold" not in short[0]
     assert len(ppo["score_curve"]) == 1
-    assert ppo["rm_variance"] != plain["rm_variance"]  # different random numbers
+    assert ppo["rm_variance"] != plain["rm_variance"]  # the reward models had different random numbers
     assert 2 < spg["pairs"] == gold["pairs"] < 16
     assert gold["pair_accuracy"] == 1.0
     assert "gold_reward" not in spg
@@ -67,9 +69,9 @@ def test_every_arm_adds_its_data_or_loss_and_the_control_adds_nothing():
 
 def test_the_bootstrap_draws_seeds_and_then_prompts():
     draws = np.random.default_rng(0).normal(size=400)
-    # Two bootstraps of 10,000 samples: their ends, about .1 from the mean, differ only by Monte Carlo error.
+    # Both intervals are bootstraps of 10,000 samples, about 0.1 to each side of the mean; sampling noise differs.
     assert seeds_and_prompts_interval([draws]) == pytest.approx(bootstrap_interval(draws), abs=0.01)
-    # With two seeds, one is drawn twice half of the time; differences are constant within a seed.
+    # Half of the bootstrap samples contain one of the two seeds twice, so the interval reaches from 0 to 10.
     assert seeds_and_prompts_interval([[0.0] * 9, [10.0] * 9]) == (0.0, 10.0)
 
 

@@ -85,7 +85,7 @@ def test_the_optimum_of_rto_extrapolates_beyond_the_dpo_model():
 
 
 def test_token_sentence_and_eos_rewards_share_an_optimum_and_rs_has_that_of_the_score():
-    """Theorem 3, with the trainer's own reward shaping of every response; token 0 ends a sentence."""
+    """Tests theorem 3 with the reward shaping of the trainer; token 0 ends a sentence."""
     dpo, reference, score = tree(4, "policy", "policy", "reward")
     score[:-NUM_RESPONSES] = 0
     token = 0.3 * (dpo - reference)
@@ -96,7 +96,7 @@ def test_token_sentence_and_eos_rewards_share_an_optimum_and_rs_has_that_of_the_
     best = {}
     for shaping in ("token", "sentence", "eos", "rs", "none"):
         paid = torch.zeros(NUM_FEATURES, dtype=torch.float64)
-        # A tree cell gets the same reward in all responses that contain it
+        # Responses that share a cell of the tree (a prefix and its next token) assign it equal rewards
         paid[cells] = shaped(token[cells], shaping, ends, sentence_ends)
         best[shaping], _ = plan(paid + score, reference, beta=0.1)
         if shaping in ("sentence", "eos"):
@@ -112,7 +112,7 @@ def test_the_fit_meets_the_conditions_of_the_constrained_maximum():
     problems = draw_problems("good", 200, 4)
     pairs = problems.wins.sum((-2, -1)).unsqueeze(-1)
     for bound, binds in ((2.0, True), (1e3, False)):
-        # Every pair is won by both sides, so the maximum is finite
+        # Without an active bound the likelihood has a finite maximum only if both sides win every pair at least once
         wins = problems.wins if binds else problems.wins + 1.0
         theta = fit_reward(wins, bound).requires_grad_()
         total = theta @ FEATURES.T
@@ -160,7 +160,7 @@ def test_with_rho_equal_to_the_error_the_guarantee_holds_in_every_problem(writer
 
 
 def test_pessimism_helps_if_the_data_cover_good_responses():
-    """The gain exceeds the interval over problems. The same rho does not help if good responses are rare."""
+    """With good responses in the data the mean gain exceeds its confidence interval; with rare good responses not."""
     gains = {}
     for writers in ("good", "bad"):
         found = pessimism(draw_problems(writers, 200, 40))
