@@ -83,7 +83,7 @@ def judge_rows(
     try:
         return encode_rows(examples, judge, fields=fields, rules=rules)
     except UnusableRow as bad:
-        raise ValueError(f"{name}: its own chat template cannot write {bad.detail}") from None
+        raise ValueError(f"{name}: its own chat template cannot render {bad.detail}") from None
 
 
 def open_reader(

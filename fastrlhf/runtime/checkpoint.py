@@ -1,16 +1,16 @@
-"""The files of a run, and how it resumes from them. Files of the user are never overwritten; a folder of this program
-is either complete or absent.
+"""Writes the files of a run and resumes from them. The user's files are never overwritten; a folder that fastrlhf
+writes is either complete or absent.
 
     checkpoint-N/                 after N steps; loads as a model like any other, unless it trains an adapter
         model.safetensors, config.json, the tokenizer's files; for an adapter only the trained weights
         value_model/              of an on-policy run with a critic
         dpo_model/                of an on-policy run that trains its token rewards (dpo_refine)
-        optimizer.safetensors     moments, float32 copies of bfloat16 weights; as NAME.safetensors for other parts
-        state.json                what is no tensor: step, position of the schedule, what the data were
+        optimizer.safetensors     moments, float32 copies of bfloat16 weights; other parts: NAME.safetensors
+        state.json                all that is not a tensor: step, position of the schedule, fingerprint of the data
         manifest.json             size and SHA-256 of each file
 
-Where several processes train, each writes its part of weights and moments, into model.shards/ and optimizer.shards/
-(models/shards.py); this program loads that as a model too. No pickle is written or read.
+If several processes train, each writes its part of weights and moments, into model.shards/ and optimizer.shards/
+(models/shards.py); only fastrlhf can load this form as a model. No pickle is written or read.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ log = logging.getLogger(__name__)
 
 
 class Stateful(Protocol):
-    """A part of a run that has a state: an optimiser, a normaliser, a controller. The state is a flat mapping to
-    tensors and JSON values. Without its tensors, which is what `resume_weights_only` loads, it describes a new part at
-    the same position. An empty state is not saved, and the part of a resumed run stays as it was made.
+    """A part of a run that has a state: an optimiser, a normaliser, a controller. The state is a flat mapping of names
+    to tensors and JSON values. With `resume_weights_only` its tensors are not loaded, and the part starts anew at the
+    saved position. An empty state is not saved; the part of a resumed run then keeps its initial state.
     """
 
     def state_dict(self) -> dict[str, Any]: ...
@@ -61,14 +61,14 @@ class Stateful(Protocol):
 
 
 def _is_optimizer(name: str) -> bool:
-    """Whether the part of this name is an optimiser: its tensors are as large as the weights, and its steps move
-    them."""
+    """Returns whether the part `name` is an optimiser, which has tensors as large as the weights and changes the
+    weights."""
     return name.endswith("optimizer")
 
 
 def check_output_dir(path: str) -> None:
-    """Raises ValueError if the path is not a folder, or the folder already holds anything. Hidden and empty files do
-    not count: a run that was killed while it started leaves only those.
+    """Raises ValueError if the path is a file or a folder that is not empty. Hidden files and files without content are
+    ignored, because a run that is killed while it starts leaves nothing else.
     """
     folder = Path(path)
     if folder.is_file():
@@ -82,9 +82,10 @@ def check_output_dir(path: str) -> None:
 
 
 def check_run_dir(config: TrainConfig) -> None:
-    """Raises ValueError if the folder of a run can be neither made nor resumed. It can be resumed if it holds an
-    unfinished run of the same configuration; otherwise the message names the differences. A run that failed before its
-    first checkpoint is refused: `interrupted/` has its only weights, and starting again may replace them.
+    """Raises ValueError if a run can neither start nor resume in its folder. It can resume if the folder holds an
+    unfinished run of the same configuration; if the configuration differs, the message names the differences. A run
+    that failed before its first checkpoint cannot resume: its only weights are in `interrupted/`, and starting again
+    might replace them.
     """
     folder = Path(config.output_dir)
     if is_unfinished(config.output_dir):
@@ -101,12 +102,12 @@ def check_run_dir(config: TrainConfig) -> None:
         shown = "; ".join(changed[:5]) + (f"; and {len(changed) - 5} more" if len(changed) > 5 else "")
         raise ValueError(
             f"output_dir: {config.output_dir!r} already holds an unfinished run of another configuration ({shown}); "
-            "give it the old one, choose another folder or move it away"
+            "use the old configuration, choose another folder or move this folder away"
         )
     if (folder / "interrupted").exists() and not checkpoints(folder):
         raise ValueError(
             f"output_dir: {config.output_dir!r} already holds a run that failed before its first checkpoint; start "
-            "from its last weights, in interrupted/, in another folder, or move it away"
+            "a run in another folder from its last weights (in interrupted/), or move this folder away"
         )
 
 
@@ -129,8 +130,8 @@ def create_output_dir(path: str, config: Any) -> Path:
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Writes model and tokenizer in `save_pretrained` form into `folder`.
 
-    They are written beside it first and moved in file by file, the weights before the config.json that makes a folder
-    a model, so a crash never leaves a half-written model that loads.
+    The files are first written to a hidden sub-folder and then moved one by one, config.json last. A folder without
+    config.json does not load as a model, so a crash never leaves a half-written model that loads.
     """
     save_weights(model, whole_weights(model), tokenizer, folder)
 
@@ -138,8 +139,8 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
 def save_weights(
     model: PreTrainedModel, weights: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> None:
-    """As `save_model`, with weights given by name, which only rank 0 has; `model` itself may have none. Every rank must
-    call it."""
+    """Does the same as `save_model` with weights given by name, which only rank 0 needs to have; `model` itself may
+    have no weights. Every rank must call it."""
     on_first(lambda: _save_model(model, weights, tokenizer, folder))
 
 
@@ -163,7 +164,7 @@ def _save_model(
 
 
 class Checkpointer:
-    """Writes and reads the checkpoints of one run. A run may resume with another number of ranks than wrote them."""
+    """Writes and reads the checkpoints of one run. The number of ranks may differ between writing and reading."""
 
     def __init__(
         self,
@@ -174,8 +175,8 @@ class Checkpointer:
         data: Mapping[str, str],
         functions: Mapping[str, str] | None = None,
     ) -> None:
-        """`models`: the models to train, before training, by their folder in a checkpoint ("" for the policy). `parts`:
-        the other objects with a state. `data`: the data of the run, as `Data.fingerprint` describes them."""
+        """`models`: folder in a checkpoint ("" for the policy) -> model to train, before training. `parts`: name ->
+        other object with a state. `data`: fingerprint of the data of the run (`Data.fingerprint`)."""
         self.folder = folder
         self._models, self._tokenizer, self._data = models, tokenizer, data
         self._parts = {**parts, "random": GlobalRandomness()}
@@ -192,8 +193,8 @@ class Checkpointer:
         return self.folder / f"checkpoint-{step}"
 
     def save(self, step: int, limit: int = 0) -> Path:
-        """Writes `checkpoint-STEP`; the newest `limit` checkpoints are kept, or all if that is 0. Every rank must call
-        it and writes its own part. If one rank cannot write, all raise OSError, and older checkpoints are untouched.
+        """Writes `checkpoint-STEP` and keeps only the newest `limit` checkpoints (0: all). Every rank must call it and
+        writes its own part. If one rank cannot write, all ranks raise OSError and older checkpoints are not deleted.
         """
         write_folder(self.path(step), lambda partial: self._fill(partial, step))
         if limit:
@@ -201,18 +202,18 @@ class Checkpointer:
         return self.path(step)
 
     def mark(self) -> None:
-        """Records the state of the parts at the end of a step; for optimisers only their positions."""
+        """Records the state of the parts at the end of a step; for optimisers, only the number of steps done."""
         self._marked = {name: part.state_dict() for name, part in self._parts.items() if not _is_optimizer(name)}
         self._marked_position = self._position()
 
     @property
     def is_at_mark(self) -> bool:
-        """Whether no weight has changed since the mark."""
+        """Whether no weight has changed since the last `mark`."""
         return self._position() == self._marked_position
 
     def back_to_mark(self) -> bool:
-        """Restores the parts to their state at the mark, so that its step can still be saved. False if weights have
-        changed since."""
+        """Restores the parts to their state at the last `mark`, so that the step before it can still be saved. Returns
+        False, without restoring, if weights have changed since."""
         if not self.is_at_mark:
             return False
         for name, state in self._marked.items():
@@ -223,9 +224,10 @@ class Checkpointer:
         return [getattr(part, "num_done", None) for name, part in self._parts.items() if _is_optimizer(name)]
 
     def load(self, weights_only: bool = False, changed_functions: bool = False) -> int:
-        """Loads the newest undamaged checkpoint and returns its step, 0 if there is none. With `weights_only` only the
-        models are read, and the parts are new at that step. Raises ValueError as `find_checkpoint` does, and if the
-        checkpoint belongs to other models or to a run that started from others.
+        """Loads the newest undamaged checkpoint and returns its step; returns 0 if there is no checkpoint. With
+        `weights_only` it loads only the weights, and all other parts start anew at that step. Raises ValueError as
+        `find_checkpoint` does, and if the checkpoint belongs to other models or to a run that started from other
+        weights.
         """
         path = find_checkpoint(self.folder, weights_only)
         if path is None:
@@ -235,14 +237,14 @@ class Checkpointer:
         state = json.loads((path / "state.json").read_bytes())
         if state["start"] != self._start:
             raise ValueError(
-                f"output_dir: the run of {str(path)!r} started from other weights than the models that are named now "
-                "hold; give it the old ones or choose another folder"
+                f"output_dir: the run of {str(path)!r} started from other weights than those of the models in the "
+                "configuration; use the old models or choose another folder"
             )
         for name, digest in state.get("functions", {}).items():
             if self._functions.get(name, digest) != digest and not changed_functions:
                 raise ValueError(
-                    f"output_dir: the file of {name!r} has changed since {str(path)!r} was saved; put the old one "
-                    "back, choose another folder, or give resume_changed_functions"
+                    f"output_dir: the file of {name!r} has changed since {str(path)!r} was saved; restore the old "
+                    "file, choose another folder, or set resume_changed_functions"
                 )
         for name, model in self._models.items():
             _load_weights(model, path / name / "model")
@@ -250,12 +252,12 @@ class Checkpointer:
             if name not in state["parts"]:
                 if not part.state_dict():
                     continue
-                raise ValueError(f"{str(path)!r} has no state of {name!r}: it is of another version of the program")
+                raise ValueError(f"{str(path)!r} has no state of {name!r}: another version of fastrlhf wrote it")
             # Moments have the size and the sharding of the weights.
             pattern = next(self._models[""].parameters()) if _is_optimizer(name) else None
             tensors = read_tensors(path / name, pattern) if exists(path / name) and not weights_only else {}
             part.load_state_dict({**state["parts"][name], **tensors})
-        log.info("resuming from %s%s", path, ", its weights alone" if weights_only else "")
+        log.info("resuming from %s%s", path, ", weights only" if weights_only else "")
         return state["step"]
 
     def _fill(self, folder: Path, step: int) -> None:
@@ -280,8 +282,8 @@ class Checkpointer:
         (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
 
     def drop_oldest(self, limit: int) -> bool:
-        """For a full disk: deletes the oldest checkpoint that `save_total_limit` would delete after the next save, but
-        never the last one. Returns whether it did."""
+        """Makes room on a full disk: deletes the oldest checkpoint if `save_total_limit` would delete it after the next
+        save, but never the only checkpoint. Returns whether it deleted one."""
         found = checkpoints(self.folder)
         if not limit or len(found) <= max(limit - 1, 1):
             return False
@@ -300,9 +302,9 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def find_checkpoint(folder: Path, weights_only: bool = False) -> Path | None:
-    """The newest undamaged checkpoint, None if there are no checkpoints; the log says which are skipped, and why. With
-    `weights_only` the weights and the step are enough. Raises ValueError, naming what is wrong, if there are
-    checkpoints and all are damaged. Every rank must call it.
+    """Returns the newest undamaged checkpoint, or None if there are no checkpoints. Damaged ones are skipped with a
+    warning; with `weights_only` only the weights and the step must be undamaged. Raises ValueError, with a description
+    of the damage, if all checkpoints are damaged. Every rank must call it.
     """
     damages = []
     for path in reversed(on_first(lambda: checkpoints(folder))):
@@ -328,13 +330,13 @@ def check_same_data(path: str, data: Mapping[str, str]) -> None:
         try:
             check_folder(checkpoint, lambda name: name == "state.json")
         except ValueError:
-            continue  # loading will skip it, with a line in the log
+            continue  # `load` will skip it with a warning
         before = json.loads((checkpoint / "state.json").read_bytes())["data"]
         for split, content in data.items():
             if before.get(split) != content:
                 raise ValueError(
                     f"output_dir: {str(checkpoint)!r} was trained on another dataset: {split} was {before.get(split)} "
-                    f"and is {content}; give it the old one or choose another folder"
+                    f"and is {content}; use the old dataset or choose another folder"
                 )
         return
 
@@ -353,8 +355,8 @@ def _step(path: Path) -> int:
 
 
 def _weights(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Trained weights and persistent buffers by name, tied weights once. Frozen weights are not saved: their source has
-    them."""
+    """Returns trained weights and persistent buffers by name, tied weights once. Frozen weights are not saved, because
+    the model that the run starts from has them."""
     kept = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     kept |= {name for name, _ in model.named_buffers()}
     return {name: tensor for name, tensor in model.state_dict().items() if name in kept}
@@ -372,8 +374,8 @@ def _model_bytes(model: PreTrainedModel) -> int:
 
 
 def _start(models: Mapping[str, PreTrainedModel]) -> str:
-    """A fingerprint of weights before training, from the first entries of every tensor; training changes most of
-    them."""
+    """Returns a fingerprint of the weights before training: a hash of the first entries of every tensor. Training
+    changes most of these entries."""
     tensors = beginnings((tensor for model in models.values() for tensor in model.parameters()), 64)
     return hashlib.sha256(torch.cat(tensors).numpy().tobytes()).hexdigest() if tensors else ""
 
@@ -383,12 +385,12 @@ def _load_weights(model: PreTrainedModel, stem: Path) -> None:
     """Loads weights into the existing tensors, to which the optimiser refers."""
     own, described = _weights(model), on_each(lambda: describe_tensors(stem))[0]
     for name in sorted(own.keys() ^ described.keys()):
-        raise ValueError(f"{str(stem)!r} is of another model: {name} is in only one of the two")
+        raise ValueError(f"{str(stem)!r} is of another model: {name} is missing in the checkpoint or in the model")
     for name, tensor in own.items():
         dtype, shape = described[name]
         if shape != tensor.shape or dtype != tensor.dtype:
             raise ValueError(
-                f"{str(stem)!r} is of another model: {name} is {dtype} {list(shape)} there and {tensor.dtype} "
-                f"{list(tensor.shape)} here"
+                f"{str(stem)!r} is of another model: {name} is {dtype} {list(shape)} in the checkpoint "
+                f"and {tensor.dtype} {list(tensor.shape)} in the model"
             )
     read_into(stem, own)

@@ -67,8 +67,8 @@ class Data:
 
     @cached_property
     def eval_rows(self) -> Mapping[int, Example]:
-        """Row number -> evaluation example; empty without `keep_rows`. If it is another split, its row numbers start
-        at 0 again."""
+        """Row number -> evaluation example; empty without `keep_rows`. If these rows come from another split, their
+        numbers start at 0 again."""
         return _by_number(self.eval)
 
     @cached_property
@@ -174,7 +174,7 @@ def open_eval_inputs(
 
 
 def with_tokenizer(config: TrainConfig, data: Data, fields: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Data:
-    """The rows to judge, as another tokenizer and its chat template write them."""
+    """Returns `data` with the evaluation rows encoded by another tokenizer and its chat template."""
     examples = [row.source for row in data.eval if row.source is not None]
     day = data.day or _template_day(config, tokenizer)
     tokenized = _tokenize(config, tokenizer, examples, fields, "eval", day, keep_rows=True)

@@ -10,8 +10,8 @@ metrics.jsonl holds one strict JSON object per call of `log`, flushed at once:
 
 `step` counts optimiser steps; step 0 is the evaluation before the first step (`eval_on_start`); `time` is seconds since
 the writer was made. JSON has no number for NaN and the infinities: they are written as the strings "nan", "inf" and
-"-inf", and `read_metrics` turns them back into floats. A resumed run drops the rows past its checkpoint and appends, so
-that its log is that of an uninterrupted run.
+"-inf", and `read_metrics` turns them back into floats. A resumed run drops the rows after its checkpoint and appends
+new ones, so that its log equals the log of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 
 class Reporter(Protocol):
-    """A service that the metrics are also sent to."""
+    """A service that receives the metrics in addition to the files."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
@@ -76,12 +76,12 @@ REPORTERS = {"tensorboard": _TensorBoard, "wandb": _WandB}
 
 
 class MetricsWriter:
-    """Writes the metrics and samples of one run, and sends the metrics to the reporters named.
+    """Writes the metrics and samples of one run, and sends the metrics to reporters.
 
-    The files are the record. A row that cannot be written (a full disk) is kept in memory, with a warning, and written
-    before the next one. `flush` precedes every checkpoint, which stores the rows that are still unwritten. A reporter
-    is a convenience: when it fails after the start, it is reported once as a warning and dropped. W&B takes its mode,
-    project and key from its usual environment variables (project "fastrlhf" where none is set).
+    If a row cannot be written, for example because the disk is full, a warning is given, and the row is kept in memory
+    and written before the next row. `flush` is called before every checkpoint; the checkpoint stores the rows that are
+    still unwritten. A reporter that fails after the start is dropped with one warning. W&B takes its mode, project and
+    key from its usual environment variables; the default project is "fastrlhf".
     """
 
     def __init__(
@@ -93,16 +93,17 @@ class MetricsWriter:
         resumed_at: int | None = None,
         unwritten: Mapping[str, str] | None = None,
     ):
-        """Open the files and start the reporters.
+        """Opens the files and starts the reporters.
 
         Args:
-            output_dir: directory of the run, made if absent; files already there are appended to.
-            report_to: any of "tensorboard" and "wandb"; or "none", or "all" whose packages are installed.
+            output_dir: directory of the run, created if it does not exist; existing files are appended to.
+            report_to: "tensorboard", "wandb" or both; or "none"; or "all", every reporter whose package is installed.
             run_name: name of the run at W&B; the directory's name by default.
             config: the resolved configuration, shown by the reporters.
-            resumed_at: rows of later steps are dropped, and `time` continues from the last row; -1 is a run that starts
-                again, and all rows are dropped.
-            unwritten: rows to append to the files before any other, as `flush` returned them.
+            resumed_at: last step of the checkpoint that the run resumes from: rows of later steps are dropped, and
+                `time` continues from the last row that is kept. -1: the run starts again, and all rows are dropped.
+                None: existing rows are kept.
+            unwritten: result of an earlier `flush`; these lines are written first.
 
         Raises:
             ValueError: a reporter is unknown, or its package is not installed; nothing has been written then.
@@ -126,7 +127,7 @@ class MetricsWriter:
     def log(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
         """Appends the metrics of one optimiser step, in the given order. Values may be 0-dim tensors.
 
-        Raises ValueError when a metric is called "step" or "time".
+        Raises ValueError if a metric is called "step" or "time".
         """
         for name in ("step", "time"):
             if name in metrics:
@@ -143,7 +144,7 @@ class MetricsWriter:
             self._samples.append({"step": step, **row})
 
     def flush(self) -> dict[str, str]:
-        """Waits until the rows are on the disk. Returns, by file name, those that cannot be written: whole lines."""
+        """Waits until the rows are on the disk. Returns file name -> the lines that could not be written, complete."""
         return {name: rows for name, file in self._files.items() if (rows := file.flush())}
 
     def __enter__(self) -> Self:
@@ -163,7 +164,9 @@ class MetricsWriter:
             action(self._reporters[name])
         except Exception as error:  # third-party code that uses the network: the run continues after every error
             del self._reporters[name]
-            warnings.warn(f"{name} failed and gets nothing more of this run: {error!r}", RuntimeWarning, stacklevel=3)
+            warnings.warn(
+                f"{name} failed and receives no more metrics of this run: {error!r}", RuntimeWarning, stacklevel=3
+            )
 
 
 class _Lines:
@@ -192,7 +195,8 @@ class _Lines:
                 warnings.warn(message, RuntimeWarning, stacklevel=4)
 
     def flush(self) -> str:
-        """The lines that cannot be written, the one with them whose beginning is in the file: a resumed run cuts it."""
+        """Writes all lines to the disk. Returns those that cannot be written. The first of them may be partly in the
+        file already, but is returned whole, because a resumed run removes an incomplete last line."""
         try:
             self._write()
             os.fsync(self._file.fileno())
@@ -216,7 +220,7 @@ class _Lines:
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
     """Reads the rows of a JSON-lines file of a run, without an incomplete last line of a killed run.
 
-    Raises ValueError, naming file, line and fix, where a line is not a JSON object in UTF-8.
+    Raises ValueError, naming file, line and fix, if a line is not a JSON object in UTF-8.
     """
     rows = []
     with open(path, "rb") as file:
@@ -228,7 +232,7 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
 
 
 def _parsed(path: str | Path, number: int, line: bytes) -> dict[str, Any] | None:
-    """Parses the object of a line; None for an incomplete line."""
+    """Parses the JSON object of a line; returns None for an incomplete line."""
     try:
         row = json.loads(line)
     except ValueError as error:  # of JSON or of UTF-8
@@ -260,7 +264,7 @@ def import_reporters(names: Sequence[str]) -> dict[str, ModuleType]:
     """
     for name in ("none", "all"):
         if name in names and len(names) > 1:
-            raise ValueError(f"report_to: {name!r} stands alone; got {', '.join(names)}")
+            raise ValueError(f"report_to: {name!r} cannot be combined with others; got {', '.join(names)}")
     if "none" in names:
         return {}
     if "all" in names:
@@ -293,8 +297,9 @@ def _complete(path: Path) -> None:
 
 
 def _drop_rows_after(path: Path, step: int) -> None:
-    """Cuts the file before the first row of a later step: steps never fall. Every row comes after step -1, damaged ones
-    too. Raises ValueError, naming file, line and fix, where a line is damaged."""
+    """Truncates the file before the first row of a step after `step`; the rows are in the order of their steps. With
+    `step` -1 all rows are removed, including damaged ones. Raises ValueError, naming file, line and fix, if a line to
+    keep is damaged."""
     if not path.exists():
         return
     with open(path, "rb+") as file:

@@ -64,8 +64,8 @@ class Optimizer:
         num_steps: int,
         learning_rates: Mapping[str, float] | None = None,
     ) -> None:
-        """`models`: by the prefix of their metrics ("" for the policy). `learning_rates`: by the same prefix, for
-        models whose learning rate is not that of `config`."""
+        """`models`: prefix of the model's metrics ("" for the policy) -> model. `learning_rates`: the same prefix ->
+        learning rate, for models that do not use the learning rate of `config`."""
         rates = learning_rates or {}
         self._models = models
         self._max_norm = config.max_grad_norm
@@ -183,7 +183,7 @@ class Optimizer:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any], /) -> None:
-        """Restores a state. The weights are those that the models hold now.
+        """Restores a state. The models must hold the weights of the same step already.
 
         A state that has only `num_steps` gives an optimiser without moments at that position of the schedule. Raises
         ValueError if the state belongs to other parameters.

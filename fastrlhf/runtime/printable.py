@@ -1,4 +1,5 @@
-"""Text for a terminal: names of files and columns may hold characters that would move the cursor or recolour it."""
+"""Escapes text for a terminal, because names of files and columns may hold characters that move the cursor or change
+colours."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What all trainers share around their loop: the output folder, the log, checkpoints, resuming, and saving the final
-model."""
+"""Code that all trainers run around their training loop: output folder, log, checkpoints, resuming, and saving the
+final model."""
 
 from __future__ import annotations
 
@@ -55,7 +55,8 @@ class TrainResult:
     value_model: PreTrainedModel | None = None
     """The critic of an on-policy run; on the CPU if it shared the weights of the policy."""
     dpo_model: PreTrainedModel | None = None
-    """The model of the token rewards of an on-policy run that trains it (`dpo_refine`); on the CPU in the same case."""
+    """The DPO model of an on-policy run that trains it (`dpo_refine`); on the CPU if it shared the weights of the
+    policy."""
 
 
 class Run:
@@ -64,16 +65,16 @@ class Run:
     If the folder holds an unfinished run of the same configuration, all models and parts passed to this object are
     restored from the newest checkpoint, and `remaining` continues from there.
 
-    A request to stop (runtime/signals.py) saves the last whole step and ends the run: at once as long as no weight has
-    moved since that step, otherwise at the end of the step or where `between_parts` can be resumed. In several
-    processes every rank must stop at the same point: at the next call of `between_parts`, `parts` or `log`, or where
-    the ranks exchange nothing (`apart` in distributed/ranks.py: rollouts, evaluations). A step counts as whole when its
-    weights are updated: its evaluation may follow after a resume.
+    After a stop request (runtime/signals.py) the run saves the last whole step and ends. It ends at once if no weight
+    has changed since that step, otherwise at the end of the step or at the next resumable call of `between_parts`. All
+    ranks must stop at the same point: at the next call of `between_parts`, `parts` or `log`, or within `apart`
+    (distributed/ranks.py: rollouts, evaluations), where they exchange nothing. A step counts as whole as soon as its
+    weights are updated; its evaluation may follow after the run is resumed.
 
-    After an error the last whole step is saved as a checkpoint where no weight has moved since, and the same command
-    continues from it; otherwise the weights go to `interrupted/`, and a note of the error says so. `SystemExit` is an
-    error too. All processes make the same calls; only rank 0 writes more than its part of a checkpoint. After an error
-    they can save only if all have raised the same one.
+    After an error the last whole step is saved as a checkpoint if no weight has changed since, and the same command
+    continues from it. Otherwise the weights are saved to `interrupted/`, and a note on the error says so. `SystemExit`
+    counts as an error. All ranks make the same calls; only rank 0 writes more than its part of a checkpoint. After an
+    error the ranks can save only if all of them have raised the same error.
     """
 
     def __init__(
@@ -90,10 +91,10 @@ class Run:
         evaluate: Callable[[], Mapping[str, float]] | None = None,
         functions: Mapping[str, Any] | None = None,
     ) -> None:
-        """`value_model` and `dpo_model` are trained together with the model in `trained`. `parts`: objects with a state
-        other than the models: optimisers, whose names end in "optimizer", normalisers, controllers. `evaluate` measures
-        the model on the held-out rows; None if there are none. `functions`: user-defined functions, by name, that the
-        configuration does not name."""
+        """`value_model` and `dpo_model` are trained together with the model in `trained`. `parts`: name -> other object
+        with a state, for example an optimiser (its name ends in "optimizer") or a normaliser. `evaluate` measures the
+        model on the held-out rows; it is None if no rows are held out. `functions`: user-defined functions, by name,
+        that the configuration does not name."""
         if data and data.day:
             config = dataclasses.replace(config, template_date=data.day)
         self._name, self._config, self._steps, self._trained, self._data = name, config, steps, trained, data
@@ -185,8 +186,8 @@ class Run:
             raise failed from error
 
     def _stop(self, stop: Interrupted, checkpointer: Checkpointer) -> Exception | None:
-        """Saves the last whole step, if it is not saved yet, and says so in `stop`; returns the error if it cannot be
-        saved."""
+        """Saves the last whole step, if it is not saved yet, and describes in `stop.when` what was saved. Returns the
+        error if saving fails."""
         step = self._whole
         if not step:
             stop.when = "before the first step was complete; nothing is saved"
@@ -208,8 +209,8 @@ class Run:
     def _rescue(
         self, error: Exception, checkpointer: Checkpointer, trained: tuple[PreTrainedModel, PreTrainedTokenizerBase]
     ) -> None:
-        """After an error, saves the last whole step as a checkpoint, or, where the weights have moved since, saves them
-        in `interrupted/`. A failure to save is logged, so that it does not hide the error."""
+        """After an error, saves the last whole step as a checkpoint; if weights have changed since, saves the weights
+        in `interrupted/` instead. A failure to save is logged, so that it does not hide the error."""
         step, whole = self._whole, checkpointer.back_to_mark()
         if step <= self._saved:
             if step:
@@ -224,15 +225,16 @@ class Run:
         place = checkpointer.folder / "interrupted"
         try:
             save_trained(*trained, place)
-            which = "" if whole else f", in the middle of step {step + 1}: some have moved since step {step}"
+            which = "" if whole else f", in the middle of step {step + 1}: some have changed since step {step}"
             error.add_note(f"its last weights are in {place}{which}")
         except Exception as another:
             shutil.rmtree(place, ignore_errors=True)
             log.warning("interrupted: the last weights cannot be saved: %s", another)
 
     def remaining(self, batches: Iterable[list[int]]) -> Iterator[tuple[int, list[int]]]:
-        """(step, batch), from the step at which the run starts or resumes. Before the first step, row 0 of the log is
-        the evaluation of `eval_on_start`; a resumed run first evaluates and logs a step that it had only trained."""
+        """Yields (step, batch) from the step at which the run starts or resumes. With `eval_on_start`, a new run first
+        evaluates and logs the result as step 0. A resumed run first completes a step whose evaluation was interrupted.
+        """
         if self._config.eval_on_start and self._start == 0 and self._evaluate:
             self._stoppable = True
             self.initial = dict(self._evaluate())
@@ -255,8 +257,8 @@ class Run:
             yield micro
 
     def between_parts(self, resumable: bool = False) -> None:
-        """Raises Interrupted if there is a request to stop and no weight has moved since the last whole step, or if the
-        parts of the run are `resumable` at this point. Every rank must call."""
+        """After a stop request, raises Interrupted if no weight has changed since the last whole step or if the run is
+        `resumable` here. Every rank must call it."""
         if self._checkpointer and (pending := self._asked_to_stop()):
             if resumable and self._whole > self._saved:
                 self._checkpointer.mark()
@@ -269,7 +271,7 @@ class Run:
         """Ends a step: evaluates if an evaluation is due, writes a row of metrics and the samples, and saves a
         checkpoint if one is due. `shown` is the metric that the progress shows.
 
-        Raises Interrupted if there is a request to stop. After the last step the model itself is saved next, and no
+        Raises Interrupted after a stop request, except after the last step: the final model is saved next, and no
         checkpoint is needed.
         """
         self._whole, row = step, dict(metrics)
@@ -291,8 +293,8 @@ class Run:
                     raise Interrupted(pending)
 
     def _evaluated(self, row: Row, evaluate: Callable[[], Mapping[str, float]]) -> dict[str, float]:
-        """Evaluates after a step and returns the metrics. A checkpoint that is saved during the evaluation holds the
-        row of that step."""
+        """Evaluates after a step and returns the metrics. If the evaluation is interrupted, the checkpoint holds the
+        row of the step, which is not in the log yet."""
         self._unlogged.rows = [row]
         if self._checkpointer:
             self._checkpointer.mark()
@@ -307,7 +309,7 @@ class Run:
         return self._stoppable and self._checkpointer is not None and self._checkpointer.is_at_mark and may_unwind()
 
     def _asked_to_stop(self) -> int:
-        """Returns the signal that any rank has received, 0 for none. Ranks may receive it in different steps."""
+        """Returns the stop signal that any rank has received, 0 if none. Ranks may receive it in different steps."""
         return max(from_all(self._interrupts.pending or 0))
 
     def _save(self, checkpointer: Checkpointer, step: int, wait: bool = True) -> Path:
@@ -338,8 +340,9 @@ class Run:
         value_model: PreTrainedModel | None = None,
         dpo_model: PreTrainedModel | None = None,
     ) -> TrainResult:
-        """Saves what was trained, adapters added to the weights, and returns it with the last evaluation, which a run
-        that was stopped after its last step has in its log. A log that cannot be written costs no weights."""
+        """Saves the trained models, with adapters merged, and returns them with the metrics of the last evaluation. A
+        run that was resumed after its last step reads these metrics from its log. The models are saved even if the log
+        cannot be written."""
         if self._writer and self._writer.flush():
             log.warning("the last rows of the log are missing; the model is saved all the same")
         beside = {name: x for name, x in (("value_model", value_model), ("dpo_model", dpo_model)) if x is not None}

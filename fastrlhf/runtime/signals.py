@@ -1,4 +1,4 @@
-"""Requests to stop: Ctrl-C, SIGTERM and the signals of schedulers end a run as soon as its progress can be saved."""
+"""Handles stop signals: after Ctrl-C, SIGTERM or a scheduler's signal, a run saves its progress and ends."""
 
 from __future__ import annotations
 
@@ -11,38 +11,41 @@ from types import FrameType, TracebackType
 from typing import Self
 
 REPEAT = 5.0
-"""Seconds within which further signals are the same request. SLURM and systemd signal every process of a job, torchrun
-forwards to its workers what it receives itself, and a terminal signals the whole process group: each rank receives the
-same request twice within milliseconds."""
+"""Signals that follow the first one within this many seconds belong to the same request. SLURM and systemd signal every
+process of a job, a terminal signals the whole process group, and torchrun also forwards its own signals to its workers,
+so a rank receives one request twice within milliseconds."""
 AS_TERM = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-"""Signals that count as SIGTERM: a lost connection, and `sbatch --signal`, which warns before the time limit."""
+"""Signals that are handled like SIGTERM: SIGHUP after a lost connection, and SIGUSR1 and SIGUSR2, which `sbatch
+--signal` may send before the time limit."""
 HANDLED = (signal.SIGINT, signal.SIGTERM, *AS_TERM)
 
 
 IN_THE_MIDDLE = "in the middle of a step"
-"""What Interrupted says after a second request, which ends a run without saving."""
+"""Value of `Interrupted.when` after a second request, which ends a run without saving."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """A run was asked to stop and has stopped; `when` says at which point, and what was saved."""
+    """Raised when a run stops on request; `when` says at which point it stopped and what was saved."""
 
     def __init__(self, number: int, when: str = "") -> None:
         super().__init__(number, when)
         self.when = when
         self.exit_code = 128 + number
-        """As a shell reports it: 130 after Ctrl-C, 143 after SIGTERM and the signals that count as SIGTERM."""
+        """Exit code by the convention of shells: 130 after Ctrl-C, 143 after SIGTERM and the signals handled like it.
+        """
 
     def __str__(self) -> str:
         return f"interrupted {self.when}"
 
 
 class Interrupts:
-    """Context in which the first signal of `HANDLED` is kept in `pending`, as SIGINT or SIGTERM, and raises Interrupted
-    if `may_raise` returns True at that moment. Another signal within `REPEAT` seconds is the same request; a later one
-    raises Interrupted with `IN_THE_MIDDLE` in any case.
+    """Context that handles the signals in `HANDLED`. The first signal is stored in `pending`, as SIGINT or SIGTERM, and
+    raises Interrupted if `may_raise` returns True at that moment. Signals within the next `REPEAT` seconds are ignored.
+    A later signal always raises Interrupted, with `IN_THE_MIDDLE`.
 
-    A signal that is still pending when the block ends without an error is delivered then. Outside the main thread,
-    where Python delivers no signals, nothing changes; a signal that the process ignores (under nohup) stays ignored.
+    If the block ends without an error while a signal is pending, the signal is raised again for the previous handler.
+    Outside the main thread no signals are handled, because Python does not deliver them there. Signals that the process
+    already ignores, for example under nohup, stay ignored.
     """
 
     def __init__(self, may_raise: Callable[[], bool] = lambda: False) -> None:
@@ -70,8 +73,8 @@ class Interrupts:
         number = signal.SIGTERM if number in AS_TERM else number
         if self.pending is None:
             self.pending, self._first = number, time.monotonic()
-            # Not print: the signal may have come in the middle of one.
-            os.write(2, f"\nsaving, then stopping; again after {REPEAT:g} s ends at once\n".encode())
+            # os.write instead of print, because the signal may have interrupted a print.
+            os.write(2, f"\nsaving, then stopping; a second signal after {REPEAT:g} s stops at once\n".encode())
             if self._may_raise():
                 raise Interrupted(number)
         elif time.monotonic() - self._first > REPEAT:

@@ -33,12 +33,13 @@ class StepMetrics:
         }
 
     def by_rank(self) -> list[dict[str, tuple[str, float]]]:
-        """The metrics so far, as JSON values for a checkpoint: per rank, by name, the kind and the value. Every rank
+        """Returns the metrics so far as JSON values, for a checkpoint: for each rank, name -> (kind, value). Every rank
         must call it."""
         return from_all({name: (type(one).__name__, one.value.item()) for name, one in self._totals.items()})
 
     def load(self, by_rank: Sequence[Mapping[str, Sequence[Any]]], device: torch.device) -> None:
-        """Continues from what `by_rank` has returned; of another number of ranks, the first continues for all."""
+        """Continues from the result of `by_rank`. If the number of ranks has changed, rank 0 takes the values of all
+        ranks."""
         self._totals = {}
         same = len(by_rank) == world_size()
         for number, saved in enumerate(by_rank):
@@ -48,5 +49,5 @@ class StepMetrics:
             }
             if number == rank() if same else is_first():
                 self.add(metrics)
-            elif not self._totals:  # the names, which `means` reads on every rank
+            elif not self._totals:  # `means` needs the names on every rank
                 self.add({name: type(one)(torch.zeros_like(one.value)) for name, one in metrics.items()})

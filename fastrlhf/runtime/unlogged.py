@@ -1,21 +1,21 @@
-"""What a checkpoint holds of a log that does not have all of its rows yet."""
+"""Keeps the rows that are not in the log files yet, so that a checkpoint can store them."""
 
 from __future__ import annotations
 
 from typing import Any
 
 Row = tuple[int, dict[str, float], str, list[dict[str, Any]]]
-"""Step, metrics, the name of the metric that the progress shows, samples: the arguments of `Run.log`."""
+"""(step, metrics, name of the metric that the progress shows, samples): the arguments of `Run.log`."""
 
 
 class Unlogged:
-    """The rows that are missing in the files of a log, as a part of the run: empty most of the time."""
+    """The rows that are not in the log files yet, as a part of a run with a state. Usually there are none."""
 
     def __init__(self) -> None:
         self.rows: list[Row] = []
-        """The row of the step that is being evaluated, which is logged with the evaluation; none or one."""
+        """The row of the step that is being evaluated, which is logged after the evaluation; at most one row."""
         self.unwritten: dict[str, str] = {}
-        """Lines that could not be written, by the name of their file."""
+        """File name -> lines that could not be written."""
 
     def state_dict(self) -> dict[str, Any]:
         state = {"rows": self.rows, "unwritten": self.unwritten}

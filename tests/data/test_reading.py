@@ -87,7 +87,7 @@ def test_a_template_that_refuses_a_row_or_asks_for_the_day_is_found_before_the_r
     rows = rows_of(run, [TURN, [{"role": "system", "content": "s"}, *TURN]])
     refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     judge.chat_template = refusing + OTHER_TEMPLATE
-    expected = "judge: its own chat template cannot write row 1: template_refuses: the chat template refuses the turns"
+    expected = "judge: its own chat template cannot render row 1: template_refuses: the chat template refuses the turns"
     with pytest.raises(ValueError, match=f"^{re.escape(expected)}: no system$"):
         open_reader("judge", run, judge, rows, RULES)
     judge.chat_template = "{{ strftime_now('%d') }}" + OTHER_TEMPLATE

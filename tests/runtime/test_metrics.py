@@ -184,7 +184,9 @@ def test_none_and_all_are_understood_as_in_transformers(monkeypatch):
     assert list(import_reporters(["all"])) == ["wandb"]
     for names in (["none", "wandb"], ["tensorboard", "all"]):
         name = "none" if "none" in names else "all"
-        with pytest.raises(ValueError, match=f"^report_to: '{name}' stands alone; got {', '.join(names)}$"):
+        with pytest.raises(
+            ValueError, match=f"^report_to: '{name}' cannot be combined with others; got {', '.join(names)}$"
+        ):
             import_reporters(names)
 
 

@@ -226,7 +226,7 @@ def test_a_run_whose_reward_file_has_changed_is_refused_unless_allowed(model, ju
     with pytest.raises(ConnectionError):
         train_ppo(cfg, tiny.examples(8), judge=Judge(2, unavailable))
     file.write_text(file.read_text().replace("-len", "+len"))
-    told = rf"^output_dir: the file of '{file}:short' has changed since .*checkpoint-1' was saved; put the old one back"
+    told = rf"^output_dir: the file of '{file}:short' has changed since .*checkpoint-1' was saved; restore the old file"
     with pytest.raises(ValueError, match=told):
         train_ppo(cfg, tiny.examples(8), judge=Judge(0, None))
     train_ppo(replace(cfg, resume_changed_functions=True), tiny.examples(8), judge=Judge(0, None))

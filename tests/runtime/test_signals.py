@@ -35,7 +35,7 @@ def test_the_first_signal_waits_and_one_after_the_time_of_repeats_ends_at_once(n
         assert interrupts.pending is None
         signal.raise_signal(number)
         assert interrupts.pending == exit_code - 128
-        assert "saving, then stopping; again after 5 s ends at once" in capfd.readouterr().err
+        assert "saving, then stopping; a second signal after 5 s stops at once" in capfd.readouterr().err
         clock[0] += 5.001
         signal.raise_signal(number)
         pytest.fail("the later signal was ignored")
