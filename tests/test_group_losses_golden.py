@@ -18,7 +18,10 @@ from tests.golden import record_group_losses as recorded
 
 GOLDEN = json.loads(recorded.FILE.read_text(encoding="utf-8"))
 CASES = [
-    (library, case) for library in ("trl", "verl") for case in GOLDEN[library] if not re.match("advantage|value", case)
+    (library, case)
+    for library in ("trl", "verl")
+    for case in GOLDEN[library]
+    if not re.match("advantage|value|overlong", case)
 ]
 
 

@@ -90,11 +90,12 @@ class SamplingKeys(TruncationKeys):
         require(distinct, "vllm_devices", self.vllm_devices, "different GPUs")
         if self.engine == "vllm":
             require(self.temperature >= 0.01, "temperature", self.temperature, "at least 0.01 with engine vllm")
+            coldest = min(self.temperatures, default=1.0)
+            require(coldest >= 0.01, "temperatures", self.temperatures, "at least 0.01 with engine vllm")
 
     def _check_distribution(self) -> None:
         heats = self.temperatures
         require(all(heat > 0 for heat in heats), "temperatures", heats, "above 0")
-        require(not heats or self.engine == "transformers", "temperatures", heats, "empty with engine vllm")
         self.check_truncated()
         if self.truncated:
             name = "top_k" if self.top_k else "top_p" if self.top_p < 1 else "min_p"

@@ -98,12 +98,13 @@ class VLLMEngine:
             _ask(self.children, "load", self.memory.write(group))
         _ask(self.children, "finish_update")
 
-    def _requests(self, prefixes: Sequence[Prefix]) -> tuple[list[list[int]], list[int], list[int], dict[str, Any]]:
-        """Returns the arguments of `Worker.generate`: prompts, budgets, seeds and common settings."""
+    def _requests(
+        self, prefixes: Sequence[Prefix]
+    ) -> tuple[list[list[int]], list[int], list[int], list[float], dict[str, Any]]:
+        """Returns the arguments of `Worker.generate`: prompts, budgets, seeds, temperatures and common settings."""
         draws = [uniforms(self.seed, SAMPLE_STREAM, prefix.episode, 1)[0] for prefix in prefixes]
         number = num_ids(self.policy)
         sampling = {
-            "temperature": self.temperature,
             "stop_token_ids": list(as_ids(self.eos_token_id)) if self.stop_at_eos else [],
             "allowed_token_ids": None if number is None else list(range(number)),
         }
@@ -111,6 +112,7 @@ class VLLMEngine:
             [list(prefix.token_ids) for prefix in prefixes],
             [self.response_length - prefix.num_reset for prefix in prefixes],
             [int(draw * 2**53) for draw in draws],
+            [self.temperature if prefix.temperature is None else prefix.temperature for prefix in prefixes],
             sampling,
         )
 

@@ -92,21 +92,28 @@ class Worker:
             )
 
     def generate(
-        self, prompts: Sequence[list[int]], budgets: Sequence[int], seeds: Sequence[int], sampling: dict[str, Any]
+        self,
+        prompts: Sequence[list[int]],
+        budgets: Sequence[int],
+        seeds: Sequence[int],
+        temperatures: Sequence[float],
+        sampling: dict[str, Any],
     ) -> list[Sampled]:
-        """Returns one response per prompt, in order. `budgets` are the maximum numbers of tokens and `seeds` the random
-        seeds, one per prompt; `sampling` are keywords of `vllm.SamplingParams` for all prompts."""
+        """Returns one response per prompt, in order. `budgets` are the maximum numbers of tokens, `seeds` the random
+        seeds and `temperatures` the sampling temperatures, one per prompt; `sampling` are keywords of
+        `vllm.SamplingParams` for all prompts."""
         params = [
             self._vllm.SamplingParams(
                 max_tokens=budget,
                 seed=seed,
+                temperature=temperature,
                 # Only the trainer's end tokens count (stop_token_ids), not the EOS in the model's configuration.
                 ignore_eos=True,
                 logprobs=0,  # log-probs of the sampled token only
                 detokenize=False,
                 **sampling,
             )
-            for budget, seed in zip(budgets, seeds, strict=True)
+            for budget, seed, temperature in zip(budgets, seeds, temperatures, strict=True)
         ]
         answers = self._llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
         return [_sampled(answer.outputs[0]) for answer in answers]

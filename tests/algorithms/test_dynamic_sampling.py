@@ -106,6 +106,29 @@ def test_dropped_groups_are_replaced_by_other_prompts_until_the_batch_is_full():
     assert other.calls != sample.calls
 
 
+@pytest.mark.parametrize(
+    ("factor", "varied", "kept", "dropped", "unfilled", "tokens"),
+    [
+        # Rows 0 and 2 are dropped; each has two responses of row + 1 tokens: 2 * 1 + 2 * 3 tokens.
+        (2.0, [1, 3, 4], [1, 3, 4], 2, 0, 8),
+        # A budget of int(1.7 * 3) = 5 groups: 3 and 4, which have no spread either, are dropped: 2 * 4 + 2 * 5 tokens.
+        (1.7, [1], [0, 1, 2], 2, 2, 18),
+    ],
+)
+def test_refills_are_counted_by_hand(factor, varied, kept, dropped, unfilled, tokens):
+    """Three of five prompts are drawn and one has spread, so the second round samples the two remaining prompts."""
+    sample = Sampler(varied)
+    batch, metrics = refilled(dynamic_config(factor), PROMPTS[:5], [0, 1, 2], 0, sample)
+    assert [sorted(rows) for rows, _ in sample.calls] == [[0, 1, 2], [3, 4]]
+    assert sorted({r.prefix.row for r in batch.rollouts}) == kept
+    assert metrics == {
+        "dynamic_sampling/sampled_groups": 5,
+        "dynamic_sampling/dropped_groups": dropped,
+        "dynamic_sampling/unfilled_groups": unfilled,
+        "dynamic_sampling/dropped_tokens": tokens,
+    }
+
+
 def test_a_spent_budget_leaves_dropped_groups_in_the_batch():
     sample = Sampler(varied=[])
     batch, metrics = refilled(dynamic_config(1.5, groups=4), PROMPTS, [3, 1, 2, 0], 0, sample)

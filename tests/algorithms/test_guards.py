@@ -141,3 +141,29 @@ def test_a_run_whose_engine_samples_from_other_weights_stops_at_its_first_update
     ):
         train_ppo(cfg, tiny.examples(20), engine=stale)
     assert not read_metrics(tmp_path / "run" / "metrics.jsonl")
+
+
+def test_the_guards_hold_for_groups_that_a_function_rewards(tmp_path):
+    """GRPO without a reward model and without a critic, at its group-relative advantages."""
+
+    def low(completion_ids, **_):
+        return [float(ids[0] % 2) for ids in completion_ids]
+
+    def stale(cfg, model, eos):
+        return make_engine(cfg, tiny.policy(seed=5), eos)
+
+    groups = {"reward_model_path": "", "advantage_estimator": "grpo", "num_generations": 4}
+    cfg = config(tmp_path, max_kl=0.5, output_dir=str(tmp_path / "run"), **groups)
+    with pytest.raises(ValueError, match=r"^max_kl: the policy that sampled for update \d+ is .* more than 0\.5;"):
+        train_ppo(cfg, tiny.examples(20), reward_functions={"low": low})
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert 1 <= len(rows) < 30
+    assert all(row["objective/kl"] <= 0.5 for row in rows)
+    shorter = train_ppo(
+        config(tmp_path, max_steps=len(rows), **groups), tiny.examples(20), reward_functions={"low": low}
+    )
+    left = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / f"checkpoint-{len(rows)}")
+    for ours, theirs in zip(left.parameters(), shorter.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    with pytest.raises(ValueError, match=r"^max_sampling_logp_difference: your own engine samples from another model"):
+        train_ppo(config(tmp_path, **groups), tiny.examples(20), reward_functions={"low": low}, engine=stale)

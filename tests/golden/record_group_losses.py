@@ -1,17 +1,19 @@
 """Records the policy and value losses of TRL, verl and RTO's released code for tests/test_group_losses_golden.py.
 
 Runs TRL 1.16.0, verl 0.9.1 and the code of RTO (zkshan2002/RTO, commit f2c1294) on one set of tensors. Writes losses,
-their gradients with respect to log-probs or values, and advantages of groups to group_losses.json.
+their gradients with respect to log-probs or values, advantages of groups, and DAPO's overlong penalties to
+group_losses.json.
 
-The libraries are only needed to run this script. Of verl only trainer/ppo/core_algos.py runs, with stand-ins for the
-configuration classes that it imports; of RTO only openrlhf/models/loss.py, with a stand-in for `masked_mean`; RTO_REPO
-names its checkout. Numbers of libraries that are not installed stay unchanged in the file.
+The libraries are only needed to run this script. Of verl only trainer/ppo/core_algos.py and DAPO's reward manager run,
+with stand-ins for the classes that they import; of RTO only openrlhf/models/loss.py, with a stand-in for `masked_mean`;
+RTO_REPO names its checkout. Numbers of libraries that are not installed stay unchanged in the file.
 
     PYTHONPATH=.:kernels RTO_REPO=../RTO python tests/golden/record_group_losses.py
 """
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import inspect
 import json
@@ -35,6 +37,8 @@ CLIP_LOW, CLIP_HIGH, CISPO_HIGH = 0.2, 0.28, 0.5
 REWARDS = (1.0, 0.0, 0.5, -1.0, 2.0, 2.0, 2.0, 2.0)
 RETURN_LENGTHS = (3, 5, 1, 4, 2, 6, 6, 1)
 GROUP = 4
+OVERLONG = {"limit": 20, "buffer": 8, "penalty": 1.5}
+OVERLONG_LENGTHS = tuple(range(10, 21))
 
 
 def wave(num: int, phase: float, scale: float) -> Tensor:
@@ -129,7 +133,25 @@ VERL = {  # case -> (verl's function, averaging mode)
 VALUE_AVERAGES = {"token": "token-mean", "sequence": "seq-mean-token-mean"}
 
 
-def core_algos() -> ModuleType:
+def load(name: str, path: Path) -> ModuleType:
+    """Imports one file as a module, without the package that it belongs to."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def verl_folder() -> Path:
+    """The folder of the installed verl. Call it before `core_algos`, which replaces verl by stand-ins."""
+    place = importlib.util.find_spec("verl")
+    assert place is not None
+    assert place.submodule_search_locations is not None
+    return Path(place.submodule_search_locations[0])
+
+
+def core_algos(folder: Path) -> ModuleType:
     """Imports verl/trainer/ppo/core_algos.py, with stand-ins for imports that these losses do not use."""
 
     class Config(SimpleNamespace):
@@ -153,10 +175,6 @@ def core_algos() -> ModuleType:
         "verl.utils.import_utils": {"deprecated": lambda _: lambda function: function},
         "verl.workers.config": {"ActorConfig": Config},
     }
-    place = importlib.util.find_spec("verl")
-    assert place is not None
-    assert place.submodule_search_locations is not None
-    path = Path(place.submodule_search_locations[0], "trainer", "ppo", "core_algos.py")
     for name, members in stand_ins.items():
         module = ModuleType(name)
         vars(module).update(members)
@@ -165,12 +183,7 @@ def core_algos() -> ModuleType:
         sys.modules[name] = ModuleType(name)
     sys.modules["verl.utils"].torch_functional = sys.modules["verl.utils.torch_functional"]
     sys.modules["verl"].utils = sys.modules["verl.utils"]
-    spec = importlib.util.spec_from_file_location("core_algos", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("core_algos", folder / "trainer" / "ppo" / "core_algos.py")
 
 
 def of_verl(algos: ModuleType, case: str) -> dict[str, Any]:
@@ -209,11 +222,7 @@ def of_rto(repository: str) -> dict[str, Any]:
     package.__path__ = []
     sys.modules |= {"rto": package, "rto.utils": utils}
     path = Path(repository, "openrlhf", "models", "loss.py")
-    spec = importlib.util.spec_from_file_location("rto.loss", path)
-    assert spec is not None
-    assert spec.loader is not None
-    losses = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(losses)
+    losses = load("rto.loss", path)
     given, found = tensors(), {}
     inside = given["mask"].bool()
     advantages = given["advantage"][:, None].expand_as(inside)
@@ -239,6 +248,46 @@ def verl_advantages(algos: ModuleType, function: str) -> list[float]:
     return advantages[:, 0].tolist()
 
 
+def verl_overlong(folder: Path) -> list[float]:
+    """Rewards of DAPO's reward manager for responses of OVERLONG_LENGTHS tokens that all score 0."""
+
+    class Data(list):
+        def __getitem__(self, index: Any) -> Any:
+            return Data(super().__getitem__(index)) if isinstance(index, slice) else super().__getitem__(index)
+
+    def base(self: Any, config: Any, tokenizer: Any, compute_score: Any) -> None:
+        self.tokenizer, self.loop = tokenizer, asyncio.get_running_loop()
+
+    stand_ins = {
+        "verl": {"DataProto": Data},
+        "verl.experimental.reward_loop.reward_manager": {"register": lambda _: lambda cls: cls},
+        "verl.experimental.reward_loop.reward_manager.base": {
+            "RewardManagerBase": type("Base", (), {"__init__": base})
+        },
+        "verl.utils.reward_score": {"default_compute_score": None},
+    }
+    place = folder / "experimental" / "reward_loop" / "reward_manager" / "dapo.py"
+    for name, members in stand_ins.items():
+        sys.modules.setdefault(name, ModuleType(name))
+        vars(sys.modules[name]).update(members)
+    manager_module = load("verl_dapo", place)
+    buffer = SimpleNamespace(enable=True, len=OVERLONG["buffer"], penalty_factor=OVERLONG["penalty"], log=False)
+    settings = {"reward_kwargs": {"overlong_buffer_cfg": buffer, "max_resp_len": OVERLONG["limit"]}}
+
+    def item(length: int) -> Data:
+        mask = (torch.arange(OVERLONG["limit"]) < length).long()
+        columns = {"data_source": "", "reward_model": {"ground_truth": ""}}
+        batch = {"responses": torch.zeros_like(mask), "attention_mask": torch.cat([torch.ones(3).long(), mask])}
+        return Data([SimpleNamespace(batch=batch, non_tensor_batch=columns)])
+
+    async def rewards() -> list[float]:
+        tokenizer = SimpleNamespace(decode=lambda *_, **__: "")
+        manager = manager_module.DAPORewardManager(SimpleNamespace(reward=settings), tokenizer, lambda **_: 0.0)
+        return [float((await manager.run_single(item(length)))["reward_score"]) for length in OVERLONG_LENGTHS]
+
+    return asyncio.run(rewards())
+
+
 def main() -> None:
     kept = json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {}
     recorders: dict[str, Callable[[], dict[str, Any]]] = {
@@ -247,10 +296,11 @@ def main() -> None:
             | {f"advantage_{scale}": trl_advantages(scale) for scale in ("none", "group", "batch")}
         ),
         "verl": lambda: (
-            (algos := core_algos())
+            (algos := core_algos(folder := verl_folder()))
             and {case: of_verl(algos, case) for case in VERL}
             | {f"value_{name}": verl_value(algos, average) for name, average in VALUE_AVERAGES.items()}
             | {"advantage_opo": verl_advantages(algos, "compute_opo_outcome_advantage")}
+            | {"overlong": verl_overlong(folder)}
         ),
     }
     if repository := os.environ.get("RTO_REPO"):

@@ -4,12 +4,14 @@ episode 0   one reset token (compat "reference"), then 3 5 EOS and one token aft
 episode 1   4 3 6, truncated at the length limit
 """
 
+import json
 import logging
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
@@ -28,6 +30,7 @@ from fastrlhf.rewards.terms import (
 from fastrlhf.types import Prefix, Rollout
 from fastrlhf_kernels import gae
 from tests import tiny
+from tests.golden import record_group_losses as recorded
 
 RATIO = torch.tensor([9.0, 1.0, -2.0, 0.5, 9.0, 0.25, 3.0, -0.25])  # nats; 9 for tokens that must earn nothing
 
@@ -354,6 +357,30 @@ def test_the_soft_overlong_punishment_by_hand(limit, buffer, penalties):
     found = terms(response_length=limit, overlong_buffer=buffer, overlong_penalty=2.0)["overlong"].reward
     assert found[[3, 7]].tolist() == [-2 * penalty for penalty in penalties]
     assert found.count_nonzero() == sum(penalty > 0 for penalty in penalties)
+
+
+def test_the_soft_overlong_punishment_is_that_of_verl():
+    """verl's DAPO reward manager, on responses that score 0 (tests/golden/record_group_losses.py)."""
+    expected = json.loads(recorded.FILE.read_text(encoding="utf-8"))["verl"]["overlong"]
+    lengths, setting = torch.tensor(recorded.OVERLONG_LENGTHS), recorded.OVERLONG
+    num = int(lengths.sum())
+    episodes = Episodes(
+        rollouts=[rollout([4] * length, row) for row, length in enumerate(recorded.OVERLONG_LENGTHS)],
+        cu_rows=F.pad(lengths.cumsum(0), (1, 0)).int(),
+        sampled=torch.ones(num, dtype=torch.bool),
+        earns=torch.ones(num, dtype=torch.bool),
+        end=lengths.cumsum(0) - 1,
+        missing_eos=torch.ones(len(lengths), dtype=torch.bool),
+        score=torch.zeros(len(lengths)),
+        token=torch.full((num,), 4),
+        logprob=torch.zeros(num),
+        reference_logprob=torch.zeros(num),
+        dpo_log_ratio=None,
+    )
+    keys = {"overlong_buffer": setting["buffer"], "overlong_penalty": setting["penalty"]}
+    found = terms(episodes, response_length=setting["limit"], **keys)["overlong"].reward
+    assert found[episodes.end].tolist() == pytest.approx(expected, abs=1e-6)
+    assert found.count_nonzero() == sum(value < 0 for value in expected) == 8
 
 
 def test_a_penalty_without_a_buffer_and_one_of_interrupted_responses_are_refused():

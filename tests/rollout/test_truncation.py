@@ -217,6 +217,7 @@ def test_an_engine_that_reports_no_sets_or_wrong_ones_is_refused():
         ({"min_p": 1.5}, "min_p: must be null, or in 0..1; got 1.5"),
         ({"temperatures": [0.5, 0.0]}, "temperatures: must be above 0"),
         ({"temperatures": [0.5, 1.0], "num_generations": 3}, "temperatures: must be such that the 3 episodes of a"),
+        ({"temperatures": [1.0, 0.005], "num_generations": 2, "engine": "vllm"}, "temperatures: must be at least 0.01"),
         ({"top_p": 0.9, "engine": "vllm"}, "engine: must be transformers with top_p: the loss needs the tokens"),
         ({"min_p": 0.1, "decode": "cuda_graph"}, "decode: must be eager with min_p"),
         ({"top_k": 5, "kl_estimator": "exact"}, "kl_estimator: must be k1, k2 or k3 with top_k"),

@@ -129,6 +129,22 @@ def test_a_seed_belongs_to_an_episode_and_to_the_run(paths):
     assert len({tuple(tokens) for tokens in completions(same)}) > 10
 
 
+def test_each_episode_is_drawn_at_its_temperature(paths):
+    """A tempered group of a run has the trainer's log-probs, and an episode is drawn as by an engine of its
+    temperature."""
+    groups = {"temperatures": (0.5, 1.5), "num_generations": 4, "advantage_estimator": "rloo", "max_steps": 2}
+    row, *_ = train_ppo(config(paths, **groups), tiny.examples(20)).history
+    assert row["sampling/sampling_logp_difference/max"] < 1e-5
+    engine = make_engine(config(paths), load_policy(paths["model_name_or_path"]), tiny.EOS)
+    heats = [0.5, 1.5, None] * 4
+    starts = [replace(prefix, temperature=heat) for prefix, heat in zip(prefixes(12), heats, strict=True)]
+    mixed = engine.generate(starts)
+    for i, heat in enumerate((0.5, 1.5, 0.8)):
+        alike = replace(engine, temperature=heat).generate(prefixes(12))
+        assert [r.completion for r in mixed[i::3]] == [r.completion for r in alike[i::3]]
+        assert [r.sampler_logprob for r in mixed[i::3]] == [r.sampler_logprob for r in alike[i::3]]
+
+
 def test_with_stop_at_eos_off_the_engine_samples_past_the_eos(paths):
     cfg = config(paths, compat="reference")
     engine = make_engine(cfg, load_policy(cfg.model_name_or_path), tiny.EOS)

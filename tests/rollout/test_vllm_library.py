@@ -211,6 +211,9 @@ def test_temperatures_ends_and_the_distribution_are_those_of_the_policy(tmp_path
         rollouts = replace(engine, temperature=temperature).generate(starts)
         checked_rollouts(rollouts, starts, eos_token_id=ends, stops_at_eos=True)
         assert differences(policy, rollouts, temperature, tiny.VOCAB).mean() < limit
+    mixed = engine.generate([replace(prefix, temperature=(0.05, 2.0)[prefix.episode % 2]) for prefix in starts])
+    assert differences(policy, list(mixed[::2]), 0.05, tiny.VOCAB).mean() < 1e-3
+    assert differences(policy, list(mixed[1::2]), 2.0, tiny.VOCAB).mean() < 1e-4
     assert any(rollout.completion[-1] == 7 for rollout in rollouts)
     number, prompt = 3000, [5, 9, 11]
     many = [Prefix(token_ids=prompt, num_reset=0, row=0, episode=i) for i in range(number)]

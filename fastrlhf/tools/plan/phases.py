@@ -133,12 +133,31 @@ def count_phases(config: TrainConfig, rows: Rows, *, is_cuda: bool, memory: int 
             facts.index(per_pass) + 1,
             f"one update: {passes} passes over its batch, {passes * config.num_mini_batches} optimiser steps",
         )
-        if config.reset_source == "rollout":
-            num = config.batch_size
-            facts.append(
-                f"sampled per update: {num:,} responses from the prompt, and at most {num:,} more from cuts of failures"
-            )
+        facts += sampling_facts(config, models.start.get_text_config().vocab_size)
     return phases, facts
+
+
+def sampling_facts(config: PPOConfig, vocab_size: int) -> list[str]:
+    """Returns lines about responses that are sampled in addition to the batch, and about the records of truncated
+    sampling."""
+    facts, num = [], config.batch_size
+    if config.reset_source == "rollout":
+        facts.append(
+            f"sampled per update: {num:,} responses from the prompt, and at most {num:,} more from cuts of failures"
+        )
+    if config.dynamic_sampling_factor > 1:
+        size = config.num_generations
+        more = int(config.dynamic_sampling_factor * (num // size)) * size - num
+        facts.append(
+            f"sampled per update: {num:,} responses, and at most {more:,} more in place of groups without spread"
+        )
+    if config.truncated:
+        tokens, most = num * config.response_length, min(config.top_k or vocab_size, vocab_size)
+        facts.append(
+            f"records of the tokens that could be drawn: at most {readable(4 * tokens * most)} of CPU memory, not "
+            f"counted below ({most:,} for each of {tokens:,} sampled tokens)"
+        )
+    return facts
 
 
 def _optimiser(config: TrainConfig, trained: Iterable[FakeModel]) -> tuple[dict[str, int], int, dict[str, int]]:

@@ -4,8 +4,9 @@ import dataclasses
 
 import pytest
 
+from fastrlhf.config import GRPOConfig
 from fastrlhf.tools.plan.packs import read_rows
-from fastrlhf.tools.plan.phases import count_phases, readable
+from fastrlhf.tools.plan.phases import count_phases, readable, sampling_facts
 from fastrlhf.tools.plan.plan import plan_run
 from tests.tools import measure
 
@@ -24,6 +25,53 @@ def test_parts_are_the_counts_of_the_models(folder):
     assert training.parts["optimiser state (float32, two per parameter)"] == 8 * (5_261_568 + 4_237_824)
     # Keys and values of 4 layers of 256, for 8 episodes of 160 + 24 tokens, rounded up to 192.
     assert rollout.parts["key-value cache"] == 2 * 4 * 256 * 8 * 192 * 4
+
+
+GROUPS = {"advantage_estimator": "grpo", "num_generations": 4, "reward_model_path": ""}
+
+
+def test_grpo_has_neither_a_critic_nor_a_reward_model_and_its_records_are_stated(folder):
+    settings = GROUPS | {"reward_functions": ["exact_match"], "top_k": 50, "dynamic_sampling_factor": 2.5}
+    plan = plan_run(measure.config(folder, "ppo", **settings))
+    policy = 2 * measure.VOCAB * 64 + 4 * 64 * 64 + 3 * 64 * 192 + 3 * 64
+    assert plan.facts[0] == f"parameters: policy {policy:,}, reference {policy:,}"
+    _, training = plan.phases
+    assert training.parts["gradients"] == 4 * policy
+    assert training.parts[MOMENTS] == 8 * policy
+    weights = {name: size for name, size in training.parts.items() if name.startswith("weights")}
+    assert list(weights) == ["weights of the policy", "weights of the reference"]
+    assert plan.facts[-2:] == sampling_facts(measure.config(folder, "ppo", **settings), measure.VOCAB)
+
+
+@pytest.mark.parametrize(
+    ("settings", "facts"),
+    [
+        ({}, []),
+        # 2 groups of 4, and a budget of int(2.5 * 2) = 5 groups.
+        (
+            {"dynamic_sampling_factor": 2.5},
+            ["sampled per update: 8 responses, and at most 12 more in place of groups without spread"],
+        ),
+        # 8 responses of 512 tokens, with 64 ids of 4 bytes for each token: 1 MiB.
+        (
+            {"top_k": 64, "top_p": 0.9},
+            [
+                "records of the tokens that could be drawn: at most 1 MiB of CPU memory, not counted below (64 for "
+                "each of 4,096 sampled tokens)"
+            ],
+        ),
+        (
+            {"min_p": 0.1},
+            [
+                "records of the tokens that could be drawn: at most 512 MiB of CPU memory, not counted below (32,768 "
+                "for each of 4,096 sampled tokens)"
+            ],
+        ),
+    ],
+)
+def test_what_grpo_samples_and_records_by_hand(settings, facts):
+    sizes = {"per_device_train_batch_size": 8, "num_generations": 4, "response_length": 512, "max_length": 1024}
+    assert sampling_facts(GRPOConfig(**sizes, **settings), 32_768) == facts
 
 
 def test_bfloat16_halves_weights_and_adds_float32_copies(folder):
