@@ -50,7 +50,7 @@ def all_cases(shapes: Sequence[Sequence[int]], peaked: Sequence[int], dead: Sequ
 
 
 def competing(case: Case, providers: Sequence[Provider]) -> list[Provider]:
-    """The implementations that take part in this case; none if only hardware floors would take part."""
+    """Returns the implementations to measure in this case; none if all of them would be hardware floors."""
     found = [p for p in providers if p.asked.alone == case.alone]
     return found if {p.task for p in found} - set(FLOORS) else []
 

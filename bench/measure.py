@@ -22,7 +22,7 @@ FACTOR, EPSILONS = 2.0, 4.0  # tolerance of `excess`: FACTOR times plain torch's
 
 @dataclass(frozen=True)
 class Step:
-    """A forward function and a backward to the tensors `leaves`."""
+    """A forward function, with a backward pass that computes the gradients of the tensors `leaves`."""
 
     forward: Callable[[], Tensors]
     leaves: Tensors = ()

@@ -35,7 +35,7 @@ Span = tuple[int, int]
 
 
 def training_operations(config: PretrainedConfig, spans: Iterable[Span], *, rows: int, outputs: int) -> int:
-    """Number of operations of a forward and a backward over `spans`.
+    """Returns the number of operations of a forward and a backward pass over `spans`.
 
     The head has `outputs` outputs (the vocabulary size, or 1) and is applied to `rows` rows. Every layer counts as full
     attention, also if it has a sliding window.

@@ -231,5 +231,5 @@ TASKS = {
     "pair_loss": Task(lambda p: pairs(p, p.logprob, exact=True), ("logprob",), by_row=False, row_bytes=13),
     "gae": Task(lambda p: gae_reference(p.advantage, p.logprob, p.cu_seqlens), (), by_row=False, row_bytes=16),
 }
-# Tasks that measure the limit of the hardware. The last implementation of each is the floor of its case.
+# Tasks that measure the limit of the hardware. The last implementation of each task is the hardware floor of a case.
 FLOORS = ("products", "copy")

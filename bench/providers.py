@@ -34,9 +34,9 @@ class Provider:
     package: str = ""
     """Package that has to be installed."""
     gpu: bool = False
-    """Whether it runs only on a GPU, because it needs one or is of no interest without one."""
+    """Whether the implementation runs only on a GPU, because it needs a GPU or is pointless without one."""
     ours: bool = False
-    """Whether it is one of our ops, which are compared with float64 before they are timed."""
+    """Whether the implementation is one of our ops, which are compared with float64 before they are timed."""
 
     @property
     def asked(self) -> Task:

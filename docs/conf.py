@@ -34,7 +34,7 @@ html_copy_source = False
 
 
 def visit_math(writer: Any, node: nodes.math) -> None:
-    """Browsers read MathML themselves, so the pages load no script from elsewhere."""
+    """Writes a formula as MathML, which browsers display themselves, so that the pages load no external script."""
     writer.body.append(tex2mathml(node.astext()))
     raise nodes.SkipNode
 

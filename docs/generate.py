@@ -1,4 +1,4 @@
-"""The pages that are written from the code itself, so that they cannot differ from it.
+"""Generates the pages of the manual that are derived from the code, so that they always agree with it.
 
 configuration.md    every key of every command, from the config dataclasses and the docstring under each field
 trl_keys.txt        every key of TRL and transformers and what it is called here, for docs/trl.md to include
@@ -25,7 +25,7 @@ with the other settings is refused unless it has its default. `fastrlhf COMMAND 
 
 
 def configuration() -> str:
-    """The page of all keys, in the groups of `--help`."""
+    """Returns the page of all keys, in the groups of `--help`."""
     keys = {command: keys_of(kind) for command, kind in CONFIGS.items()}
     lines = [INTRODUCTION, "| command | class | |", "|---|---|---|"]
     for command, kind in CONFIGS.items():
@@ -39,14 +39,15 @@ def configuration() -> str:
 
 
 def _entry(name: str, readers: Mapping[str, Key]) -> Iterator[str]:
-    """A key with its readers; once for each of its descriptions, where commands describe it differently."""
+    """Yields the entry of a key with the commands that read it: one entry per description, if commands describe it
+    differently."""
     for text, type_ in dict.fromkeys((key.help, key.type) for key in readers.values()):
         same = {command: key for command, key in readers.items() if (key.help, key.type) == (text, type_)}
         yield f"`{name}`\n: {text}\n\n  *{type_}*; {_defaults(same)}. Read by {_listed(list(same))}.\n"
 
 
 def _defaults(readers: Mapping[str, Key]) -> str:
-    """The default, and the commands that have another one."""
+    """Returns the most common default, and each other default with its command."""
     shown = {
         command: f"`{as_yaml(key.default)}`" if as_yaml(key.default) else "empty" for command, key in readers.items()
     }
@@ -63,7 +64,7 @@ def _listed(commands: list[str]) -> str:
 
 
 def trl_keys() -> str:
-    """A section with a table for each config of TRL."""
+    """Returns a section with a table for each config of TRL."""
     lines = []
     for config, title in elsewhere.TRL_CONFIGS.items():
         lines += [f"## {title[0].upper()}{title[1:]}\n", "| key | status | here | note |", "|---|---|---|---|"]
@@ -79,7 +80,7 @@ def _ours(key: elsewhere.Key) -> str:
 
 
 def models() -> str:
-    """The table of architectures; a sentence where no rows are committed."""
+    """Returns the table of architectures, or a sentence if no rows are committed."""
     rows = read_rows(ROWS).values() if ROWS.exists() else []
     return page(rows) if rows else "No rows of this sweep are committed yet.\n"
 

@@ -5,11 +5,12 @@ from typing import Any
 
 
 def correct(completions: list[str], answer: list[str], **_: Any) -> list[float]:
-    """1 where the last number of a response is the `answer` of its row, a column of the dataset."""
+    """Returns 1 for each response whose last number is the `answer` of its row (a column of the dataset), otherwise
+    0."""
     numbers = [re.findall(r"-?\d+", completion) for completion in completions]
     return [float(bool(found) and found[-1] == wanted) for found, wanted in zip(numbers, answer, strict=True)]
 
 
 def brevity(completions: list[str], **_: Any) -> list[float]:
-    """Minus the characters of a response, over 100."""
+    """Returns minus the number of characters of each response, divided by 100."""
     return [-0.01 * len(completion) for completion in completions]

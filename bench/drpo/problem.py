@@ -26,9 +26,10 @@ from fastrlhf.types import Prefix, TokenizedExample
 EOS = 0
 PROMPT_LENGTH, RESPONSE_LENGTH = 512, 53  # maximum number of tokens, from the released code
 PROMPT_QUANTILES = {0.0: 130, 0.1: 216, 0.5: 350, 0.9: 475, 0.99: 510, 1.0: PROMPT_LENGTH}
-"""Quantile -> tokens of a TL;DR prompt, measured on 1,945 validation posts; the length of the shortest is a guess."""
+"""Quantile -> number of tokens of a TL;DR prompt, measured on 1,945 validation posts; the value of quantile 0 is a
+guess."""
 REFERENCE_LENGTH = NormalDist(33.9, 6.5)
-"""Distribution of the tokens of a human summary with its EOS on these posts; measured lengths lie in 16..50."""
+"""Distribution of the length in tokens of the human summaries of these posts, EOS included; measured: 16 to 50."""
 
 _COMMON = {"model_type": "gpt_neox", "rotary_pct": 0.25, "max_position_embeddings": 2048, "classifier_dropout": 0.0}
 SHAPES: dict[str, dict[str, Any]] = {

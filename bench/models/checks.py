@@ -78,7 +78,7 @@ def write_model(model_type: str, folder: Path, **fields: Any) -> None:
                 parameter.mul_(2)
             else:
                 parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.02)
-        # The row of padding is 0, for which an indexer scores all keys alike, so that its choice is arbitrary.
+        # Padding has the embedding 0. An indexer then scores all keys equally, and its choice is arbitrary.
         table = model.get_input_embeddings().weight
         table[0] = torch.randn(table.shape[1:], generator=generator) * table.std()
     model.save_pretrained(folder)
@@ -219,7 +219,7 @@ def _own_logprobs(model: PreTrainedModel, ids: list[int]) -> Tensor:
 
 
 def _compare(model: PreTrainedModel, segments: list[Segment], alone: list[tuple[list[int], int]]) -> dict[str, float]:
-    """Compares a pack with its sequences one by one; `alone` has the ids of each and the index of the first scored one.
+    """Compares a pack with its sequences one by one; `alone` holds (ids, index of the first scored token) per sequence.
 
     If the plain model's float32 numbers are further away than the tolerance, its float64 numbers decide, because its
     rounding may be that large.

@@ -35,7 +35,7 @@ MAX_EPISODES = 2**18
 SEEDS, FAST_SEEDS = 10, 3
 HORIZONS, FAST_HORIZONS = (2, 4, 6, 8, 10, 12, 14, 16, 24, 32, 48, 64), (2, 4, 6, 8, 10)
 GIVEN = {"no resets": None, "right in 100 %": 1.0, "right in 90 %": 0.9, "from pi_SFT": 0.5}
-"""Name -> probability that a token of the response to which episodes are reset is right (pi_SFT: 0.5)."""
+"""Name -> probability that a token of the given response is right (0.5 for pi_SFT); None: no resets."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -129,7 +129,8 @@ class Problems:
 
 
 def draw_problems(writers: str, num_pairs: int, num_problems: int) -> Problems:
-    """Draws problems. Problem i has equal rewards and random numbers for all kinds of writers and numbers of pairs."""
+    """Draws problems. Problem i has the same rewards and random numbers for every kind of writers and number of
+    pairs."""
     features, rows = response_features(), torch.arange(num_pairs)
     thetas, counts = [], []
     for problem in range(num_problems):
