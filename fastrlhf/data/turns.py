@@ -71,6 +71,9 @@ def _turn(turn: Mapping[str, Any], name: str) -> Message:
             ) from None
         except ValueError:
             raise UnusableRow("wrong_type", f"a turn of {name} holds a number that is not finite") from None
+    calls = others.get("tool_calls") or []
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise UnusableRow("wrong_type", f"tool_calls of {name} must be a list of objects")
     content = turn.get("content")
     if isinstance(content, list):
         content = "".join(_part(part, name) for part in content)

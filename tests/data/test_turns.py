@@ -64,3 +64,9 @@ def test_a_call_of_a_tool_is_not_empty():
 def test_text_is_not_accepted_as_turns():
     row = Example(prompt="a", reference="b", row=0)
     assert from_first_answer(row, "reference") is row
+
+
+@pytest.mark.parametrize("calls", ["add", ["add"], {"name": "add"}])
+def test_calls_of_tools_that_are_not_a_list_of_objects_are_refused(calls):
+    with pytest.raises(UnusableRow, match="wrong_type: tool_calls of x must be a list of objects"):
+        read_turns([{"role": "assistant", "content": "a", "tool_calls": calls}], "x")
