@@ -213,7 +213,7 @@ def test_weights_of_another_model_are_refused(other, tmp_path, monkeypatch):
     if other == "gpt_neox":
         with pytest.raises(ValueError, match=r"is of another model: .* is missing in the checkpoint or in the model"):
             checkpointer(tmp_path / "run", tiny.policy(other), Counter(3)).load()
-    with pytest.raises(ValueError, match=r"is torch.float32 \[.*\] there and torch.bfloat16"):
+    with pytest.raises(ValueError, match=r"is torch.float32 \[.*\] in the checkpoint and torch.bfloat16"):
         checkpointer(tmp_path / "run", tiny.policy().bfloat16(), Counter(3)).load()
 
 
