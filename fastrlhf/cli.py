@@ -157,9 +157,9 @@ def _train(command: str, arguments: Sequence[str]) -> None:
 
 
 def _run_first(command: str, config: Any, paths: Sequence[str]) -> list[tuple[str, Any]]:
-    """Returns the sections that `run_first` names and their configurations, in order. Flags apply only to `command`. If
-    a flag replaces the folder of a section, so that no key names this folder any more, the section is left out,
-    together with sections that only it needs.
+    """Returns the sections that `run_first` names and their configurations, in order. Flags apply only to `command`. A
+    section is left out if a flag overrides the only key that pointed to its output folder; so are sections needed only
+    by it.
     """
     earlier = []
     for path in paths:

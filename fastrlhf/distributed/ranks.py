@@ -32,10 +32,10 @@ from fastrlhf.config.paths import as_given
 T = TypeVar("T")
 
 PATIENCE = 5.0
-"""Seconds that a rank with an error waits for the others to raise the same."""
+"""Seconds that a rank with an error waits for the other ranks to raise the same error."""
 
 _apart = False
-"""Whether this rank is in a block in which no rank waits for another."""
+"""Whether this rank runs code during which no rank waits for another (`apart`, `on_first`, `on_each`)."""
 
 
 def start(config: TrainConfig) -> None:
@@ -105,8 +105,8 @@ def is_first() -> bool:
 
 
 def may_unwind() -> bool:
-    """Whether an exception of a signal handler would reach every rank: in one process always, in several inside of
-    `apart`, `on_first` and `on_each`."""
+    """Returns whether an exception raised by a signal handler now would reach every rank. With several ranks this is
+    the case only inside `apart`, `on_first` and `on_each`."""
     return world_size() == 1 or _apart
 
 
@@ -241,7 +241,8 @@ def share(items: Sequence[T]) -> Sequence[T]:
 
 
 def _outcome(function: Callable[[], T]) -> tuple[T | None, BaseException | None]:
-    """The value of a function, or its error: whatever that is, the other ranks would wait for ever."""
+    """Calls a function and returns (value, None) or (None, error). Errors of every class are caught, because an error
+    that is not sent to the other ranks would make them wait forever."""
     global _apart
     before = _apart
     try:

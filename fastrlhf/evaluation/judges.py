@@ -23,8 +23,8 @@ Judge = Callable[[Sequence[Rollout]], Tensor]
 def reward_model_judge(
     model: PreTrainedModel, *, eos_token_id: EndIds, micro_batch_tokens: int, reader: TextReader | None = None
 ) -> Judge:
-    """Makes a judge from a reward model, which reads the prompt and the response up to and including its first EOS.
-    With a `reader` it reads their text with its own tokenizer.
+    """Makes a judge from a reward model, which reads the prompt and the response up to and including its first EOS. A
+    `reader` re-encodes both for a reward model that has a different tokenizer.
 
     Text that rollouts share, for example the prefix of a group, is computed once.
     """
@@ -42,8 +42,8 @@ def reward_model_judge(
 
 
 def score_texts(model: PreTrainedModel, texts: Texts, micro_batch_tokens: int) -> Tensor:
-    """Scores [N] float32 of prompts and responses in the ids of the model's own tokenizer. A text longer than
-    `micro_batch_tokens` is scored by itself: its length is not known when a run starts."""
+    """Returns the scores [N] float32 of (prompt, response) pairs given as ids of the model's own tokenizer. A pair with
+    more than `micro_batch_tokens` tokens is scored by itself, because its length cannot be checked before the run."""
     prompts, responses = [prompt for prompt, _ in texts], [response for _, response in texts]
     longest = max((len(prompt) + len(response) for prompt, response in texts), default=0)
     return _scores(model, prompts, responses, max(micro_batch_tokens, longest))

@@ -1,4 +1,4 @@
-"""Prompts and responses for models and judges of different tokenizers: each reads the text with its own."""
+"""Encodes prompts and responses for evaluations in which models and judge have different tokenizers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ JUDGE = "reward_model_path"
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """The rows as one model reads them."""
+    """The prompts as one model reads them, encoded by its tokenizer."""
 
     tokenizer: PreTrainedTokenizerBase = field(repr=False)
     rows: list[TokenizedExample] = field(repr=False)
@@ -31,18 +31,18 @@ class Asked:
 def ask_all(
     config: EvalConfig, tokenizer: PreTrainedTokenizerBase, data: Data, fields: Sequence[str]
 ) -> dict[str, Asked]:
-    """The rows for each of `config.models`, and for a column of responses as `opponent`: the same rows for all, those
+    """Returns, by name, the encoded rows for each of `config.models` and for the opponent. All get the same rows: those
     that leave every model room for a response.
 
-    A model reads them with the tokenizer saved with it, unless `tokenizer_name_or_path` names one for all. `data` holds
-    them as `tokenizer` writes them.
+    Rows are encoded by the tokenizer saved with each model or, if `tokenizer_name_or_path` is set, by that tokenizer
+    for all models. `data` holds the rows encoded by `tokenizer`.
     """
     rows_of: dict[str, tuple[PreTrainedTokenizerBase, list[TokenizedExample]]] = {"": (tokenizer, data.eval)}
     for name in () if config.tokenizer_name_or_path else config.models:
         own = own_tokenizer(name, config)
         found = own and difference(tokenizer, own, conversations=data.conversations)
         if own and found:
-            log.info("models: %s has another tokenizer than the first (%s): it reads its own", name, found.told)
+            log.info("models: %s has another tokenizer than the first model (%s); it uses its own", name, found.told)
             rows_of[name] = (own, with_tokenizer(config, data, fields, own).eval)
     roomy = {
         name: with_room(rows, "eval", config.max_length, config.response_length) for name, (_, rows) in rows_of.items()
@@ -61,21 +61,24 @@ def ask_all(
 
 @dataclass(frozen=True, kw_only=True)
 class JudgeTexts:
-    """How the judge reads what models of any tokenizer wrote."""
+    """Encodes the prompts and responses of models for the judge, which may have a different tokenizer."""
 
     tokenizer: PreTrainedTokenizerBase = field(repr=False)
     differs: bool
-    """Whether it is another one than that of the first model."""
+    """Whether the judge's tokenizer differs from the tokenizer of the first model."""
     conversations: bool
     rules: TextRules
 
     @classmethod
     def open(cls, config: EvalConfig, tokenizer: PreTrainedTokenizerBase, data: Data) -> JudgeTexts:
-        """Raises ValueError where the judge names no token that ends a text and does not know that of the models."""
+        """Opens the judge's tokenizer. Raises ValueError if it has no EOS and does not know the EOS of the models
+        either."""
         source = config.reward_model_path
         found = judge_tokenizer(JUDGE, source, tokenizer, config, conversations=data.conversations)
         if found:
-            log.info("%s: another tokenizer than that of the models (%s): it reads the text", JUDGE, found[1].told)
+            log.info(
+                "%s: its tokenizer differs from that of the models (%s); texts are re-encoded", JUDGE, found[1].told
+            )
         return cls(
             tokenizer=found[0] if found else tokenizer,
             differs=found is not None,
@@ -84,13 +87,13 @@ class JudgeTexts:
         )
 
     def reader(self, asked: Asked) -> TextReader | None:
-        """None where the judge reads the ids of the model."""
+        """Returns the reader that re-encodes the texts of a model; None if the judge can read the model's token ids."""
         if difference(asked.tokenizer, self.tokenizer, conversations=self.conversations) is None:
             return None
         return open_reader(JUDGE, asked.tokenizer, self.tokenizer, asked.rows, self.rules)
 
     def column(self, rows: Sequence[TokenizedExample], name: str) -> Texts:
-        """A column of responses in the ids of the judge."""
+        """Returns the prompts, and the responses in the column `name`, as ids of the judge's tokenizer."""
         sources = [row.source for row in rows if row.source is not None]
         examples = [_only(source, name) for source in sources]
         made = judge_rows(JUDGE, examples, self.tokenizer, ["reference"], self.rules)

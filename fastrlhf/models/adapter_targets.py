@@ -136,7 +136,7 @@ def check_called(model: PreTrainedModel, layers: Mapping[str, Module]) -> None:
     with _silent(layers) as silent:
         try:
             _run(model)
-        except Exception as error:  # of any kind, since the forward is the family's
+        except Exception as error:  # the code of a model family may raise any exception
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             kind, told = type(model).__name__, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -153,8 +153,8 @@ def check_called(model: PreTrainedModel, layers: Mapping[str, Module]) -> None:
 
 @torch.no_grad()
 def _idle(model: PreTrainedModel) -> list[str]:
-    """Returns the modules whose linear layers are never called in a pass over text, such as a vision tower. Empty if a
-    model without data cannot run."""
+    """Returns the modules whose linear layers are never called in a pass over text, such as a vision tower. Empty if
+    the model is on the meta device and cannot run there."""
     linear = {name: layer for name, layer in model.named_modules() if isinstance(layer, Linear)}
     linear.pop("score", None)
     with _silent(linear) as silent:
@@ -175,14 +175,15 @@ def _idle(model: PreTrainedModel) -> list[str]:
 
 @torch.no_grad()
 def _unusual(model: PreTrainedModel) -> list[str]:
-    """Linear layers whose class has its own forward, for example in groups, to which an adapter does not fit."""
+    """Returns the linear layers to which an adapter does not fit, because their class overrides the forward pass (for
+    example, with a product in groups)."""
 
     def fits(layer: Linear) -> bool:
         if type(layer).forward is Linear.forward or type(layer).__module__.startswith("bitsandbytes"):
             return True
         try:
             return layer(layer.weight.new_zeros(1, layer.in_features)).shape == (1, layer.out_features)
-        except Exception:  # of any kind, since the forward is the family's
+        except Exception:  # the code of a model family may raise any exception
             return False
 
     return [name for name, layer in model.named_modules() if isinstance(layer, Linear) and not fits(layer)]

@@ -128,8 +128,8 @@ def has_adapter(model: PreTrainedModel) -> bool:
 
 def base_fingerprint(model: PreTrainedModel) -> str:
     """Returns a hash of the backbone under an adapter, from the first entries of every weight; training all weights
-    would change most of these. The hash is the same in float32 and bfloat16 and another one in 4 bits. Heads are left
-    out, so that a causal LM and a reward model can have the same base."""
+    would change most of these. The hash does not depend on whether the weights are in float32 or bfloat16, but it is
+    different for 4-bit weights. Heads are left out, so that a causal LM and a reward model can have the same base."""
     digest = hashlib.sha256()
     for start in beginnings((weight for _, weight in _own(cast(Module, model.base_model))), 64):
         digest.update(start.bfloat16().float().numpy().tobytes())
@@ -164,8 +164,8 @@ def frozen_tensors(model: Module) -> dict[int, Tensor]:
 
 
 def merged_copy(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """Returns the plain model with the adapter merged into the weights. It shares nothing with `model`, is on the CPU,
-    because GPU memory is scarce, and is in `dtype` or, without it, in the dtype of each weight."""
+    """Returns the plain model with the adapter merged into the weights. The copy shares no memory with `model` and is
+    on the CPU, because GPU memory is scarce. Its dtype is `dtype` or, if that is None, the dtype of each weight."""
     named = plain_weights(model, dtype)
     weights = {name: weight.to("cpu", copy=True).contiguous() for name, weight in named}
     plain = shared_view(model)

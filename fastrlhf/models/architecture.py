@@ -14,7 +14,7 @@ def check_decoder(config: PretrainedConfig, what: str) -> None:
     that transformers cannot load as a causal language model."""
     kind = config.model_type
     if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
-        return  # its code comes with the model
+        return  # the model brings its own code
     if config.is_encoder_decoder:
         found = f"an encoder-decoder model ({kind})"
     elif kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):

@@ -56,8 +56,8 @@ def packed_attention(model: PreTrainedModel, name: str = PACKED) -> Iterator[Non
 
 
 def choose_attention(model: PreTrainedModel, implementation: str) -> str:
-    """Makes packed forward passes of the model use `implementation`. Returns the name of the backend; for "auto", of
-    the best one.
+    """Makes packed forward passes of the model use `implementation`. Returns the name of the chosen backend; for
+    "auto", of the best available backend.
 
     Raises ValueError, with the reason and the fix, if `implementation` cannot run this model on its device in its
     dtype.
@@ -141,14 +141,14 @@ def _attend(
     indices: Tensor | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
-    """transformers' attention signature; returns [1, T, H, d]."""
+    """The attention function that transformers calls; returns [1, T, H, d]."""
     if dropout:
         raise ValueError("packed attention has no dropout")
     if attention_mask is not None or indices is not None:
         raise ValueError("the model masks its attention itself")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, H, d]
     if attention_plan.key_index is not None:
-        # Indexing, not index_select: its backward sorts and adds in one order, where the other adds with atomics.
+        # Not index_select, whose backward pass adds with atomics; that of indexing adds in a fixed order.
         k, v = (x[attention_plan.key_index] for x in (k, v))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if s_aux is not None:
@@ -186,7 +186,7 @@ def _flash_attn(
         softcap=softcap or 0.0,
         deterministic=True,
     )
-    return output[0] if isinstance(output, tuple) else output  # 4 and early 3 return logsumexp too
+    return output[0] if isinstance(output, tuple) else output  # version 4 and early versions of 3 return logsumexp too
 
 
 def _varlen(
@@ -268,7 +268,7 @@ def _visible(num_q: int, num_k: int, window: int | None, device: torch.device) -
 def _installed(module: str) -> bool:
     try:
         spec = find_spec(module)
-    except ModuleNotFoundError:  # of the enclosing package
+    except ModuleNotFoundError:  # the enclosing package is missing
         return False
     # flash-attn-4 without flash-attn installs a package `flash_attn` that has no file of its own.
     return spec is not None and spec.origin is not None

@@ -40,7 +40,7 @@ LIGER = ("rope", "rms_norm", "swiglu", "geglu")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerOptions:
-    """The keys of a run that hold for all of its models."""
+    """Configuration keys that apply to all models of a run."""
 
     attn_implementation: str = "auto"
     use_liger_kernel: bool = False
@@ -91,7 +91,10 @@ def _run_alone(model: PreTrainedModel, options: LayerOptions, reason: str) -> st
     if options.attn_implementation != "auto":
         raise ValueError(f"attn_implementation: {because}; set it to auto, so that its sequences run one by one")
     if options.torch_compile:
-        raise ValueError(f"torch_compile: {because}, so that its sequences run one by one; set it to false")
+        raise ValueError(
+            f"torch_compile: {because}; its sequences must run one by one, which torch_compile does not support. Set "
+            "torch_compile to false"
+        )
     run_alone(model, reason)
     log.warning(
         "%s: the sequences of a pack run one by one with the model's own attention, which is exact and slower, and a "

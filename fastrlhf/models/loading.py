@@ -152,7 +152,7 @@ def build_policy(
     ids = {"vocab_size": vocab_size, "eos_token_id": eos_token_id, "bos_token_id": None, "pad_token_id": None}
     for part in (config, config.get_text_config()):
         for name, value in ids.items():
-            with suppress(StrictDataclassFieldValidationError):  # some model types require an id
+            with suppress(StrictDataclassFieldValidationError):  # some model types do not accept None as an id
                 setattr(part, name, value)
     try:
         with _seeded(seed, torch.device(device)):
@@ -229,7 +229,7 @@ def float_score_head(model: PreTrainedModel, source: str, field: str) -> Linear:
     head = getattr(model, "score", None)
     if not isinstance(head, Linear) or head.out_features != 1 or head.bias is not None:
         raise ValueError(f"{field}: {type(model).__name__} of {source!r} has no `score` head that is one linear map")
-    # Then both our forward pass and that of the plain model compute the score in float32.
+    # The score is then computed in float32 both by the packed forward pass and by the model's own.
     head.float().register_forward_pre_hook(_float_input)
     head.weight.data = head.weight.data.clone()  # the alignment in a mapped file changes last bits
     return head
@@ -241,8 +241,9 @@ def vocabulary(model: PreTrainedModel) -> int:
 
 
 def check_vocabulary(models: Mapping[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises ValueError, naming the field, if the embedding of a model has no row for an id of the tokenizer. It may
-    have more rows: embeddings are padded, and those of two sizes of one family to different widths."""
+    """Raises ValueError, naming the field, if the embedding of a model has no row for an id of the tokenizer. More rows
+    are accepted, because embeddings are often padded, and models of one family may be padded to different numbers of
+    rows."""
     for field, model in models.items():
         check_size(field, vocabulary(model), tokenizer)
 
@@ -257,8 +258,8 @@ def check_size(field: str, size: int, tokenizer: PreTrainedTokenizerBase) -> Non
 
 
 def read_model_config(source: str, field: str, trust_remote_code: bool) -> PretrainedConfig:
-    """Reads the configuration of a model, without its noise. Raises ValueError, naming `field`, if there is no
-    model."""
+    """Reads the configuration of a model and sets its noise settings, such as dropout, to 0. Raises ValueError, naming
+    `field`, if there is no model."""
     if is_missing_folder(source):
         raise ValueError(f"{field}: {source!r} is neither a local folder nor a valid name of a hub model")
     check_hub(source, f"{field}: {source!r}")
@@ -297,8 +298,8 @@ def _open(
     load_in_4bit: bool,
     trust_remote_code: bool,
 ) -> tuple[PreTrainedModel, dict[str, tuple[int, ...]]]:
-    """Returns a model of the class `kind`, and name -> shape in the checkpoint for weights that have another shape
-    there, or () for weights that it lacks."""
+    """Loads a model of the class `kind`. Also returns, for every weight that the checkpoint does not provide, name ->
+    its shape in the checkpoint, which differs from the model's; () if it is missing there."""
     warn_if_rounded(source, dtype, field)
     settings: dict[str, Any] = {"pretrained_model_name_or_path": source}
     if stored_in_four_bit(config, source, field):

@@ -140,7 +140,8 @@ def check_packed_forward(model: PreTrainedModel, expected: Tensor | None = None)
     expected = own_forward(model) if expected is None else expected
     try:
         difference = _difference(model, expected)
-    except (AssertionError, AttributeError, IndexError, KeyError, TypeError) as error:  # of the family's own code
+    # Raised inside the model family's own code.
+    except (AssertionError, AttributeError, IndexError, KeyError, TypeError) as error:
         kind = type(model).__name__
         raise ValueError(f"{kind}: it cannot be trained here ({one_line(error)}); take another model") from error
     if difference:

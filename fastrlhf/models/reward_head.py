@@ -106,7 +106,7 @@ def _scorer_over(causal: type[PreTrainedModel]) -> type[PreTrainedModel]:
         "forward": forward,
         "save_pretrained": save_pretrained,
         "get_output_embeddings": get_output_embeddings,
-        # In code of others transformers initialises no buffers of modules that hold no weights themselves.
+        # If this is True, transformers does not initialise buffers of modules that have no weights themselves.
         "is_custom_code": classmethod(lambda cls: False),
         "__module__": __name__,
         "_tied_weights_keys": {},

@@ -83,7 +83,7 @@ def open_base(config: TrainConfig, sources: Sequence[tuple[str, str]]) -> PreTra
     field, source = adapters[0]
     base = config.model_name_or_path or adapter_settings(source, field).base_model_name_or_path
     if not base:
-        raise ValueError(f"{field}: {source!r} does not say which model it is an adapter of; give model_name_or_path")
+        raise ValueError(f"{field}: {source!r} is an adapter that does not name its base model; set model_name_or_path")
     _, metadata = _read(source, field)
     return load_policy(
         base,
@@ -137,7 +137,7 @@ def judge_and_critic(config: PPOConfig, reward_model: PreTrainedModel) -> tuple[
     """Returns the frozen judge and the trainable critic, which start from the same reward model and share the weights
     that are not trained.
 
-    With `use_peft` the critic trains an adapter: that of the reward model, if it has one, or a new one. Without
+    With `use_peft` the critic trains the adapter of the reward model or, if it has none, a new adapter. Without
     `use_peft` it trains all weights.
     """
     if not has_adapter(reward_model):
@@ -178,10 +178,11 @@ def new_critic(config: PPOConfig, base: PreTrainedModel, pad_token_id: int | Non
 
 
 def policy_to_refine(config: PPOConfig, base: PreTrainedModel, given: PreTrainedModel | None) -> PreTrainedModel:
-    """The DPO model to train during the run. It starts as `given`, or, if that is None, as the frozen causal LM `base`.
+    """Returns the DPO model to train during the run. It starts from `given` or, if that is None, from the frozen causal
+    LM `base`.
 
-    With `use_peft` it trains an adapter: that of `given` if it has one, or a new one, which over `base` shares the
-    weights. Without `use_peft` it trains all weights, and shares none.
+    With `use_peft` it trains the adapter of `given` or, if there is none, a new adapter; without `given`, this adapter
+    is added to the shared weights of `base`. Without `use_peft` it trains all weights and shares none of them.
     """
     if given is None:
         given = shared_view(base) if config.use_peft else frozen_copy(base)
@@ -273,15 +274,16 @@ def _check_base(source: str, field: str, named: str | None, metadata: dict[str, 
     own = "true" if is_four_bit(base) else "false"
     if (then := metadata.get("load_in_4bit", own)) != own:
         raise ValueError(
-            f"{field}: {source!r} was trained with load_in_4bit: {then}, but in this run it is {own}; set it to "
-            f"{then}, or give here the folder of the run that trained it, which holds the whole model"
+            f"{field}: {source!r} was trained with load_in_4bit: {then}, but this run has load_in_4bit: {own}; "
+            f"set load_in_4bit to {then}, or set {field} to the output folder of the run that trained it, which "
+            "contains the full model"
         )
     same = base_fingerprint(base) == fingerprint if fingerprint else _same_place(named or "", here)
     if not same:
         raise ValueError(
             f"{field}: {source!r} was trained over the weights of {named!r}, but the policy of this run starts from "
-            f"the weights of {here!r}; give a model_name_or_path with the same weights, or here the folder of the run "
-            "that trained it, which holds the whole model"
+            f"the weights of {here!r}; use a model_name_or_path with the same weights, or set {field} to the output "
+            "folder of the run that trained it, which contains the full model"
         )
 
 

@@ -40,11 +40,11 @@ def shard(*models: PreTrainedModel) -> None:
     every rank, if a rank has loaded other weights (compared by a hash of samples of every tensor). A loss is a sum over
     ranks divided by a count of the whole step, so gradients are summed in float32 and not averaged. From then on all
     ranks must make equally many passes, except within `whole`. Frozen weights that models share are still shared after
-    sharding, except parts that are smaller than those of the first rank.
+    sharding, except on ranks whose part is smaller than that of the first rank.
     """
     if world_size() == 1:
         return
-    # The last part of the path: hosts may keep the same model in different places.
+    # Only the last part of a path is compared, because hosts may keep a model in different places.
     sources = [Path(model.name_or_path or "").name or "scratch" for model in models]
     names = [f"model {i} ({type(models[i]).__name__} from {source})" for i, source in enumerate(sources)]
     compare({f"model {i}": name for i, name in enumerate(names)}, "source")
@@ -79,8 +79,8 @@ def _shard(model: PreTrainedModel) -> None:
 
 
 def _layers(module: Module) -> list[Module]:
-    """The layers of a backbone, at any depth; layers within layers are not listed. Families without transformers' layer
-    class: the modules in its direct lists."""
+    """Returns the layers of a backbone at any depth, but not layers within layers. If the family does not use
+    transformers' layer class, returns the modules in the backbone's direct lists."""
     found: list[str] = []
     for name, part in module.named_modules():  # parents first
         if isinstance(part, GradientCheckpointingLayer) and not any(name.startswith(f"{each}.") for each in found):

@@ -46,7 +46,7 @@ def head_of(model: PreTrainedModel, *, gathered: bool = False) -> tuple[Tensor, 
 def write_ends(model: PreTrainedModel, ids: Sequence[int]) -> None:
     """Sets the EOS ids that are saved with the model to the end ids used in training: one id, or a list if there are
     several or the model already had a list."""
-    text = model.config.get_text_config()  # a composite configuration has none itself
+    text = model.config.get_text_config()  # a composite configuration has no EOS id itself
     for config in (text, model.generation_config):
         if config is not None:
             several = len(ids) > 1 if config is model.generation_config else isinstance(text.eos_token_id, list)

@@ -268,7 +268,7 @@ def test_an_adapter_is_laid_over_the_model_that_is_given_and_no_other(adapted, c
         ({"reward_model_path": adapted["policy"]}, "^reward_model_path: .* has no trained score head"),
         (
             {"models": (str(unnamed),), "reward_model_path": config.reward_model_path},
-            "^models: '.*unnamed' does not say which model it is an adapter of; give model_",
+            "^models: '.*unnamed' is an adapter that does not name its base model; set model_",
         ),
     ):
         with pytest.raises((ValueError, TypeError), match=message):

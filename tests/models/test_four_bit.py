@@ -173,7 +173,9 @@ def test_five_roles_share_the_4_bits_and_train(runs, tmp_path):
     critic = load_reward_model(str(tmp_path / "run" / "value_model"), pad_token_id=0, must_be_trained=True)
     for name, weight in result.value_model.named_parameters():
         assert torch.equal(weight, critic.get_parameter(name)), name
-    with pytest.raises(ValueError, match=r"^dpo_model_path: .* with load_in_4bit: true, but in this run it is false;"):
+    with pytest.raises(
+        ValueError, match=r"^dpo_model_path: .* with load_in_4bit: true, but this run has load_in_4bit: false;"
+    ):
         policy_role(adapter(runs["dpo"]), load_policy(runs["base"]).requires_grad_(False), "dpo_model_path")
 
 

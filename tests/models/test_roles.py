@@ -235,7 +235,9 @@ def test_an_adapter_over_4_bits_is_refused_over_the_same_base_in_full_and_the_ke
     save_file(load_file(file), file, metadata | {"load_in_4bit": "true"})
     shared = load_policy(paths["base"]).requires_grad_(False)
     policy_role(paths["dpo"], shared, "dpo_model_path")
-    with pytest.raises(ValueError, match=r"^dpo_model_path: .* load_in_4bit: true, but in this run it is false; set"):
+    with pytest.raises(
+        ValueError, match=r"^dpo_model_path: .* load_in_4bit: true, but this run has load_in_4bit: false; set"
+    ):
         policy_role(str(tmp_path / "dpo"), shared, "dpo_model_path")
 
 

@@ -88,7 +88,7 @@ def test_if_weights_have_changed_within_the_step_no_checkpoint_is_saved(
             run(kind, paths, tmp_path / "run", save_steps=0, **settings)
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1
     assert not list((tmp_path / "run").glob("checkpoint-*"))
-    told = f"its last weights are in {tmp_path / 'run' / 'interrupted'}, in the middle of step 2: some have changed since"
+    told = f"its last weights are in {tmp_path / 'run' / 'interrupted'}, in the middle of step 2: some have changed"
     assert told in describe(stop.value)
 
 
