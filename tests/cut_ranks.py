@@ -21,7 +21,10 @@ from tests import resumable
 
 
 def stopped(run: Callable[..., Any], place: Path, two: Path) -> bool:
-    """Runs PPO, interrupts it after its first step by a signal to rank 1 only, and resumes it."""
+    """Runs PPO, interrupts it after its first step by a signal to rank 1 only, and resumes it.
+
+    Returns whether the run on this rank was interrupted.
+    """
     log, folder = Run.log, two / "ppo-resumed"
 
     def signalled(run: Run, step: int, *arguments: Any, **keywords: Any) -> None:

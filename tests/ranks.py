@@ -135,7 +135,7 @@ def command(place: Path, folder: Path) -> list[str]:
 
 
 def exchanges() -> dict[str, Any]:
-    """Results of one exchange of each kind between ranks; rank r has r + 2 rows."""
+    """Calls every communication function of `distributed.ranks` once; returns name -> result. Rank r has r + 2 rows."""
     rank = dist.get_rank()
     rows = torch.full((rank + 2, 1), float(rank))
     try:
@@ -185,17 +185,17 @@ def stubborn() -> None:
 
 
 def held(model: torch.nn.Module) -> int:
-    """Numbers of a model that this rank can read without communication."""
+    """Returns how many weights this rank holds in full, as plain tensors that are not sharded at the moment."""
     return sum(parameter.numel() for parameter in model.parameters() if not isinstance(parameter, DTensor))
 
 
 def sharded_model() -> dict[str, Any]:
-    """What this rank holds of a sharded model, and whether it equals the original model."""
+    """Shards a model; returns how many weights this rank holds, and the largest differences from the original model."""
     model, plain = tiny.policy("qwen3"), tiny.policy("qwen3")
     batch = pack([sequence([5, 6, 7], [8, 9])])
     shard(model)
     parts = [parameter.to_local().numel() for parameter in model.parameters() if isinstance(parameter, DTensor)]
-    with whole(model), torch.no_grad():  # before any other forward; the second rank makes one pass more
+    with whole(model), torch.no_grad():  # before any other forward; rank 1 runs one forward more than rank 0
         inside = [token_logprobs(model, batch).logprob for _ in range(1 + dist.get_rank())][-1]
     with torch.no_grad():
         token_logprobs(model, batch)
@@ -213,7 +213,7 @@ def sharded_model() -> dict[str, Any]:
         "all": sum(parameter.numel() for parameter in plain.parameters()),
         "logprob": (inside - expected).abs().max().item(),
         "whole": max((full(ours) - theirs).abs().max().item() for ours, theirs in pairs),
-        # Includes a vector whose first part is shorter than the requested beginning.
+        # One of the weights is a vector whose part on rank 0 is shorter than 20 entries.
         "begins": all(map(torch.equal, *(beginnings(m.parameters(), 20) for m in (model, plain)))),
         "filled": max((full(like(ours, theirs)) - theirs).abs().max().item() for ours, theirs in pairs),
         # Both ranks have the same pack, so the sum is twice the gradient of one rank.
@@ -222,7 +222,10 @@ def sharded_model() -> dict[str, Any]:
 
 
 def compiled_model() -> dict[str, Any]:
-    """Gradients of compiled sharded layers for two packs, and how much code each pack compiles anew."""
+    """Trains compiled sharded layers on two packs of different lengths.
+
+    Returns the largest relative error of a gradient, and the number of graphs that each of the two packs compiles.
+    """
     models = [
         build_policy(MODEL | {"num_hidden_layers": 1}, vocab_size=tiny.VOCAB, eos_token_id=tiny.EOS, seed=0)
         for _ in range(2)
@@ -230,7 +233,7 @@ def compiled_model() -> dict[str, Any]:
     layers.compile_layers(models[0])
     shard(models[0])
     errors, graphs = [], []
-    # Because the C++ compiler would take minutes
+    # The backend "eager", because the default backend would compile C++ code for minutes
     with patch.object(torch, "compile", partial(torch.compile, backend="eager")):
         for prompt in ([5, 6, 7], [5, 6, 7, 8, 9]):
             for model in models:
@@ -243,8 +246,10 @@ def compiled_model() -> dict[str, Any]:
 
 
 def shared_weights() -> dict[str, Any]:
-    """A policy with an adapter and a reference that share weights: what each rank holds before and after the adapter is
-    added."""
+    """Shards a policy with an adapter and a reference that shares its weights, then merges the adapter.
+
+    Returns how many tensors the reference holds alone, and how much log-probs change at each step.
+    """
     policy, batch = tiny.policy(), pack([sequence([5, 6, 7], [8, 9])])
     adapters.add_adapter(policy, SFTConfig(use_peft=True, lora_r=2), "")
     reference, plain = adapters.frozen_copy(policy), tiny.policy()
@@ -267,12 +272,12 @@ def shared_weights() -> dict[str, Any]:
 
 
 def optimised(width: int, **settings: Any) -> bool:
-    """Compares sharded weights and optimiser states, bit for bit, with those of one process after three steps with
-    equal gradients, and after a fourth step of an optimiser that loaded the state of one process.
+    """Returns whether sharded training equals the training of one process bit for bit, given equal gradients.
 
-    The MLP weights are `width` x 64. The attention weights have 4,096 entries in both parts together.
+    Compares the optimiser states after three steps. The sharded optimiser then loads the state of the other, and the
+    weights are compared after a fourth step. MLP weights are `width` x 64; attention weights have 4,096 entries.
     """
-    # No clipping, because the norm is summed in a different order
+    # No clipping, because sharding changes the order in which the norm is summed, and so its last bits
     config = SFTConfig(max_grad_norm=0.0, learning_rate=1e-2, **settings)
     sizes = MODEL | {"hidden_size": 64, "intermediate_size": width}
     models = [
@@ -301,7 +306,7 @@ def optimised(width: int, **settings: Any) -> bool:
 
 
 def differences(place: Path, two: Path) -> dict[str, str]:
-    """The errors of every process if the second rank gets different input, before the first step."""
+    """Starts runs whose input differs between the ranks; returns what differs -> the error that this rank raises."""
     second, own = dist.get_rank() == 1, place / f"seen by {dist.get_rank()}"
     for name in ("policy", "judge"):
         shutil.copytree(place / name, own / name)
@@ -319,7 +324,7 @@ def differences(place: Path, two: Path) -> dict[str, str]:
         tiny.examples = lambda count, seed=0: examples(count - 1, seed) if second else examples(count, seed)
         told["fewer rows"] = refusal(lambda: run("sft", place, two / "fewer rows"))
         tiny.examples = examples
-        os.chdir(own)  # here the same relative path is a different model
+        os.chdir(own)  # from here on a relative path names a different model on each rank
         told["weights"] = refusal(lambda: run("ppo", Path(), two / "weights"))
         if second:
             tiny.examples = lambda count, seed=0: [replace(one, reference=None) for one in examples(count, seed)]
@@ -333,7 +338,10 @@ def differences(place: Path, two: Path) -> dict[str, str]:
 
 
 def rescued(place: Path, two: Path) -> list[str]:
-    """A run whose judge, called by rank 0 only, fails in the second step, then the same command again."""
+    """Runs DR-PO with a judge that fails in the second step (only rank 0 calls it), and then resumes the run.
+
+    Returns the notes that were added to the error.
+    """
     judge, calls = resumable.noisy_judge, []
 
     def unavailable(rollouts: Any) -> Any:

@@ -26,7 +26,7 @@ GROUPS = [
 
 
 def save_models(place: Path) -> dict[str, str]:
-    """Saves a policy, a judge and a DPO model, and the last two also as adapters over the policy."""
+    """Saves a policy, a judge and a DPO model; also a judge and a DPO model that are adapters over the policy."""
     policy = tiny.save_policy(place / "policy")
     return {
         "policy": policy,
@@ -108,7 +108,7 @@ def answers_to(row: int) -> Answers:
 
 
 def starts_even(completion_ids, **_):
-    """1 for a response whose first token has an even id: often the same for a whole group."""
+    """A reward function: 1 if the id of the first token is even, otherwise 0; often equal within a group."""
     return [float(ids[0] % 2 == 0) for ids in completion_ids]
 
 
@@ -165,7 +165,7 @@ def untimed(row: dict) -> dict:
 
 
 def left(result, optimizer, folder: Path) -> dict:
-    """Everything that is compared between two runs."""
+    """Returns all results of a run, for the comparison of an interrupted run with an uninterrupted one."""
     return {
         "history": [untimed(row) for row in result.history],
         "final": result.final,

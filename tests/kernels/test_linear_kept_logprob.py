@@ -9,7 +9,7 @@ import torch
 from fastrlhf_kernels import linear_kept_logprob, linear_logprob
 from fastrlhf_kernels.linear_kept_logprob import linear_kept_logprob_reference
 
-# Because the package exports a function of this name
+# Not a plain import, because the package exports a function with the name of this module
 op = importlib.import_module("fastrlhf_kernels.linear_kept_logprob")
 
 ROWS, VOCAB, SIZE = 10, 50, 8

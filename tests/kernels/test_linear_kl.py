@@ -112,9 +112,9 @@ def test_it_equals_the_reference_across_block_boundaries(shape: tuple[int, int, 
 @pytest.mark.parametrize("distance", [1e-1, 1e-2, 1e-3])
 @pytest.mark.usefixtures("small_blocks")
 def test_close_to_the_reference_it_is_as_exact_as_plain_float32(distance: float, impl: str):
-    """kl is about distance^2.
+    """Two models whose logits differ by about `distance` have a kl of about distance^2.
 
-    The bound is the error of plain torch from cancellation; the term in eps is far smaller.
+    The bound is dominated by the error of plain torch, which cancellation causes; the term with eps is far smaller.
     """
     hidden, weight, *_ = inputs(40, 8, 8, 65)
     moved = hidden + distance * torch.randn(40, 8, generator=torch.Generator().manual_seed(1))

@@ -12,7 +12,7 @@ from fastrlhf_kernels.linear_logprob import linear_logprob_reference
 from fastrlhf_kernels.logprob_from_logits import logprob_from_logits, logprob_from_logits_reference
 from tests.tolerance import assert_op_matches
 
-# Because the package exports a function of this name
+# Not a plain import, because the package exports a function with the name of this module
 module = importlib.import_module("fastrlhf_kernels.logprob_from_logits")
 
 # T, V just below, at and above blocks of 400 bytes, blocks of 16 columns and shares of 32
@@ -183,7 +183,7 @@ def test_equal_logits_are_the_uniform_distribution(impl: str):
     assert out.logsumexp.tolist() == pytest.approx([2 + math.log(64)] * 3, rel=1e-6)
     assert out.entropy.tolist() == pytest.approx([math.log(64)] * 3, rel=1e-6)
     (gradient,) = torch.autograd.grad(out.entropy.sum(), logits)
-    assert gradient.abs().max() < 1e-8  # p (log p + entropy) is 1/64 of a rounding error of log 64
+    assert gradient.abs().max() < 1e-8  # exactly, log p + entropy is 0; rounding of log 64 is left, times p = 1/64
 
 
 @pytest.mark.parametrize("forbidden", [float("-inf"), torch.finfo(torch.float32).min])
@@ -316,7 +316,7 @@ def test_beyond_the_gradient_only_a_few_blocks_of_rows_are_allocated(
         torch.autograd.grad(out.logprob.sum() + out.entropy.sum(), logits)
 
     assert peak_bytes(lambda: step(logprob_from_logits_reference)) > 5 * gradient
-    # the logits that `step` makes, and the gradient
+    # Two tensors of this size exist: the logits that `step` makes, and the gradient
     assert peak_bytes(lambda: step(logprob_from_logits, entropy=True)) < 2 * gradient + 6 * block
     assert peak_bytes(lambda: step(logprob_from_logits, entropy=True, inplace_backward=True)) < gradient + 6 * block
 

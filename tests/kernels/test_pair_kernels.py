@@ -1,4 +1,4 @@
-"""Tests of APO and ORPO, which do not depend only on the difference of log-ratios, and of SimPO."""
+"""Tests of SimPO, and of APO and ORPO, whose losses depend on each log-ratio and not only on their difference."""
 
 import math
 

@@ -42,7 +42,7 @@ def test_on_a_cpu_the_tiles_are_those_of_the_interpreter():
 
 
 class FakeMatrix:
-    """Stands for a matrix [4, size] on a CUDA device; needs no GPU."""
+    """A stand-in for a matrix [4, size] on a CUDA device, for machines without a GPU."""
 
     device = torch.device("cuda")
 

@@ -10,8 +10,10 @@ ALL = torch.ones(4, dtype=torch.bool)
 
 
 def hand_computed(impl: str, clip: float | None) -> tuple[Tensor, list[float], dict[str, float]]:
-    """Results for four rows with rollout value 0: within the clip, clipped towards the return, clipped past it, at the
-    clip."""
+    """Returns (loss, gradient, metrics) for four rows with rollout value 0.
+
+    The rows: within the clip; beyond it on the side of the return; beyond it on the other side; exactly at the clip.
+    """
     value = torch.tensor([0.125, 1.0, -1.0, 0.25], requires_grad=True)
     returns = torch.tensor([1.0, 2.0, 0.5, 0.0])
     out = value_loss(value, torch.zeros(4), returns, ALL, num_tokens=4, clip=clip, impl=impl)
@@ -58,7 +60,7 @@ def test_a_nan_in_the_mask_shows_in_the_loss_and_in_its_gradient(clip: float | N
 
 @pytest.mark.parametrize("clip", [0.0, 0.25])
 def test_beyond_the_clip_only_values_that_move_back_have_a_gradient(clip: float, impl: str):
-    # rollout value 0; values at the clip, beyond it towards the return, beyond it away from the return
+    # Rollout value 0. Values: at the clip; beyond it on the side of the return; beyond it on the other side
     value = torch.tensor([clip, clip + 0.5, clip + 0.5, -clip - 0.5], requires_grad=True)
     returns = torch.tensor([2.0, 2.0, -2.0, 2.0])
     out = value_loss(value, torch.zeros(4), returns, ALL, num_tokens=1, clip=clip, impl=impl)

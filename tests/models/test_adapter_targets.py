@@ -176,7 +176,7 @@ def run_dpo(source: str, saved: tuple[str, ...], **settings):
 def test_modules_to_save_are_fully_trained_and_loaded_by_peft_and_as_roles(saved, tied, names, tmp_path):
     base, folder = policy_folder(tmp_path / "base", tied=tied), tmp_path / "run"
     result = run_dpo(base, saved, precompute_ref_log_probs=False, output_dir=str(folder))
-    # The live reference keeps the initial modules, from which the precomputed log-probs come.
+    # A live reference uses the initial copies of the modules, so it gives the log-probs that were precomputed.
     for row, other in zip(result.history, run_dpo(base, saved).history, strict=True):
         assert row == pytest.approx(other, rel=1e-4, abs=1e-5)
     plain, moved = load_policy(base), logprobs(result.model)

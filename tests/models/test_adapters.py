@@ -55,7 +55,7 @@ def test_an_adapter_starts_at_zero_is_the_only_trained_part_and_merges_exactly(a
     model = tiny.policy(architecture)
     start, names = logprobs(model), list(model.state_dict())
     add_adapter(model, SFTConfig(**LORA | kind), "base")
-    # DoRA divides by a norm and multiplies by it again
+    # Equal up to rounding, because DoRA divides by a norm and multiplies by it again
     torch.testing.assert_close(logprobs(model), start, rtol=1e-6, atol=1e-6)
     assert all(".lora_" in name for name, parameter in model.named_parameters() if parameter.requires_grad)
     reference = frozen_copy(model)
@@ -188,7 +188,7 @@ def test_a_reward_model_keeps_its_trained_head(paths, tmp_path):
     assert torch.equal(saved.score.weight, result.model.score.weight)
     start = load_reward_model(paths[0], pad_token_id=0, seed=cfg.seed, field="model_name_or_path")
     assert not torch.equal(saved.score.weight, start.score.weight)
-    with torch.random.fork_rng():  # peft initialises a head before it loads ours
+    with torch.random.fork_rng():  # peft draws random numbers for a head before it loads the saved one
         base = AutoModelForSequenceClassification.from_pretrained(paths[0], num_labels=1, pad_token_id=0)
     adapted = PeftModel.from_pretrained(base, str(folder / "adapter"))
     with torch.no_grad():

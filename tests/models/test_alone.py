@@ -9,7 +9,7 @@ FOREST = [
     Segment(token_ids=[9], parent=0, cut=4),
     Segment(token_ids=[10, 11], parent=0, cut=2),
     Segment(token_ids=[12, 13, 14]),
-    # Cuts after the first token of its parent, so no branch contains the rest of it
+    # Branches after the first token of its parent, so no child continues the other two tokens of the parent
     Segment(token_ids=[15, 16], parent=3, cut=1),
 ]
 

@@ -313,8 +313,10 @@ def check_lengths(plan: AttentionPlan, cu_q: Tensor, cu_k: Tensor, max_q: int, m
 @pytest.mark.parametrize("segments", [PLAIN, FOREST], ids=["plain", "forest"])
 @pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)
 def test_flash_attention_gets_equivalent_arguments(monkeypatch, segments, settings, version):
-    """Checks the arguments for the documented signature of each of its three packages; versions 3 and 4 have never run
-    here."""
+    """Replaces the function of each FlashAttention version by a fake with its documented signature.
+
+    The fake computes attention from its arguments. The real versions 3 and 4 have never been run with fastrlhf.
+    """
 
     def flash_attn_varlen_func(
         q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_size, softcap,
@@ -323,7 +325,7 @@ def test_flash_attention_gets_equivalent_arguments(monkeypatch, segments, settin
         assert deterministic
         check_lengths(pack(segments).plan, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
         left = window_size[0]
-        if version == 4:  # for version 4, -1 means a window that ends before the token itself
+        if version == 4:  # here None means no limit, and -1 would exclude the token itself
             assert left is None or left >= 0
             left = -1 if left is None else left
         window = (left, 0) if causal else window_size  # causal limits the right side
@@ -347,7 +349,7 @@ def test_torch_varlen_gets_equivalent_arguments(monkeypatch, segments, settings)
         call = signature.bind(*arguments, **keywords)
         call.apply_defaults()
         told = call.arguments
-        # Torch 2.11 has no enable_gqa here
+        # torch 2.11 needs equal numbers of heads here: the function has no enable_gqa
         assert told["query"].shape[1] == told["key"].shape[1] == told["value"].shape[1]
         check_lengths(pack(segments).plan, told["cu_seq_q"], told["cu_seq_k"], told["max_q"], told["max_k"])
         return variable_length(

@@ -38,7 +38,7 @@ def test_packed_logprobs_equal_the_models_own_one_by_one(name):
 @pytest.mark.parametrize("name", tiny.ARCHITECTURES)
 @torch.no_grad()
 def test_the_kl_of_every_state_is_that_of_the_models_own_distributions(name):
-    """Over the whole vocabulary, with temperature and soft caps."""
+    """Compares with the exact KL over the whole vocabulary, with temperature and soft caps."""
     model, reference = tiny.policy(name), tiny.policy(name, seed=5)
     batch = pack([scored(ids) for ids in SEQUENCES])
     states, reference_states = scored_states(model, batch), scored_states(reference, batch)
@@ -121,8 +121,10 @@ def saved_bytes(model, batch) -> int:
 
 @pytest.mark.parametrize("name", tiny.ARCHITECTURES)
 def test_activation_checkpointing_changes_no_bit_and_saves_memory(name):
-    """On a forest: the recomputation must use the same attention as the forward and must restore the mode of the
-    model."""
+    """Uses a forest, because the recomputation must repeat the attention of the forward.
+
+    It must also leave the attention mode of the model as it was.
+    """
     forest = pack(
         [
             Segment(token_ids=SEQUENCES[0]),

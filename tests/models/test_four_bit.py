@@ -59,7 +59,7 @@ def dpo(path, **settings):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A base model, and a judge and a DPO model that were trained over its 4-bit weights."""
+    """Saves a base model, and trains a judge and a DPO model as adapters over its 4-bit weights."""
     place = tmp_path_factory.mktemp("runs")
     base = save_base(place / "base")
     settings = {"output_dir": str(place / "judge"), "max_steps": 3, "learning_rate": 1e-2, **LORA}
@@ -91,7 +91,7 @@ def test_only_the_trunk_is_quantised_and_gradients_work_after_a_pass_without(run
         ours = model.get_parameter(name)
         inside = ".layers." in name and weight.ndim == 2
         assert (ours.dtype == torch.uint8) == inside
-        # Half the largest distance of neighbouring levels (of 16), relative to the largest weight of a block.
+        # The error of NF4 is at most half the largest gap between its 16 levels, times the largest weight of a block.
         error = (four_bit.plain_weight(ours) - weight).abs().max()
         assert 0 < error < 0.16 * weight.abs().max() if inside else error == 0
         if inside:
@@ -208,7 +208,10 @@ def test_a_killed_run_continues_with_the_same_bits(tmp_path, monkeypatch):
 
 @needs_bitsandbytes
 def test_a_base_stored_in_4_bits_can_only_be_trained_with_an_adapter(runs, tmp_path):
-    """Gives the numbers of weights quantised at the start. Training all weights is refused before the first step."""
+    """Training with an adapter gives the losses of weights that are quantised at the start of a run.
+
+    Training all weights is refused before the first step.
+    """
     made = load_policy(runs["base"], load_in_4bit=True)
     made.save_pretrained(tmp_path / "stored")
     tiny.tokenizer().save_pretrained(tmp_path / "stored")

@@ -79,9 +79,10 @@ def assert_close(ours, expected, tolerance: float = 1e-5) -> None:
 def test_compiled_layers_give_equal_numbers_and_few_compilations_for_all_lengths(
     compile_with, name, checkpointing, offload_to
 ):
-    """A layer is compiled in three pieces (before attention, after it, the MLP), with and without gradients.
+    """Expects at most 8 compiled graphs, and no new graph after the first pack.
 
-    Gemma's layers with and without a window share them.
+    A layer is compiled in three pieces (before attention, after attention, MLP), each with and without gradients.
+    Gemma's layers with a window and without a window share these graphs.
     """
     compile_with("aot_eager")
     model, plain = tiny.policy(name), tiny.policy(name)

@@ -117,7 +117,7 @@ def deep(num_layers: int, offload_to: torch.device | None):
 
 
 def two_packs(model) -> list[torch.Tensor]:
-    """Log-probs and gradients; the forward of the second pack runs before the backward of the first."""
+    """Returns log-probs and gradients of two packs; both forwards run before the first backward."""
     first, second = (token_logprobs(model, pack(segments)).logprob for segments in (FOREST, OTHER))
     second.sum().backward()
     first.square().sum().backward()
@@ -126,7 +126,7 @@ def two_packs(model) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("name", tiny.ARCHITECTURES)
 def test_offloaded_inputs_change_no_bit(name):
-    """Two autograd graphs exist at the same time."""
+    """Uses two packs whose autograd graphs exist at the same time."""
     results = []
     for offload_to in (None, HOST):
         model = tiny.policy(name)

@@ -63,7 +63,7 @@ def test_a_trained_head_with_several_labels_is_refused(policy, tmp_path):
 
 
 def test_a_head_of_ours_initialises_what_is_not_in_the_file(tmp_path):
-    """Falcon-H1 fills buffers of its layers in the initialisation of the backbone, which holds no weights itself."""
+    """Uses Falcon-H1, which computes buffers of its layers in the weight initialisation of the backbone module."""
     source = str(tmp_path / "policy")
     write_model("falcon_h1", tmp_path / "policy")
     model, policy = load_reward_model(source, pad_token_id=0), load_policy(source)

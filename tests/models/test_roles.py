@@ -71,12 +71,12 @@ def test_a_role_gives_the_numbers_of_peft_over_a_separate_base(name, kind, tmp_p
         assert torch.equal(found, token_logprobs(theirs, BATCH).logprob)
         assert (found - start).abs().max() > 0.1
         found = sequence_scores(score_role(judge, ours, "reward_model_path", 0), BATCH)
-        with torch.random.fork_rng():  # peft initialises a head before it loads ours
+        with torch.random.fork_rng():  # peft draws random numbers for a head before it loads the saved one
             plain = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, pad_token_id=0)
         theirs = PeftModel.from_pretrained(plain, judge).get_base_model()
         theirs.score = theirs.score.modules_to_save["default"]
         assert torch.equal(found, sequence_scores(theirs, BATCH))
-        # The run also saved the merged weights, which give the same sums in a different order.
+        # Equal up to rounding: the merged weights, which the run also saved, sum in a different order.
         merged = load_reward_model(str(tmp_path / "judge"), pad_token_id=0, must_be_trained=True)
         torch.testing.assert_close(found, sequence_scores(merged, BATCH), rtol=1e-5, atol=1e-5)
         assert torch.equal(token_logprobs(ours, BATCH).logprob, start)  # the base is unchanged
@@ -115,11 +115,11 @@ def test_an_adapter_that_judges_may_start_a_critic_of_which_all_weights_are_trai
 
 def test_an_adapter_works_over_a_base_of_either_dtype(paths):
     shared = load_policy(paths["base"], dtype="bfloat16").requires_grad_(False)
-    policy_role(paths["dpo"], shared, "dpo_model_path")  # the adapter was trained over float32
+    policy_role(paths["dpo"], shared, "dpo_model_path")  # no error, although it was trained over a float32 base
 
 
 def test_policy_and_critic_over_one_base_have_the_gradients_of_two_models(paths):
-    """Both run twice, alternating, as in an update. One uses checkpointing with offloaded inputs."""
+    """Policy and critic run twice in turn, as in an update. The critic uses checkpointing with offloaded inputs."""
     policy, shared = reference(paths["base"])
     memory = {"activation_checkpointing": True, "activation_offloading": True}
     config = PPOConfig(reward_model_path=paths["judge"], **memory, **LORA)
@@ -250,7 +250,7 @@ def test_an_adapter_of_another_program_is_matched_by_the_name_of_its_base(paths,
 
     shared = load_policy(paths["base"]).requires_grad_(False)
     role = policy_role(save(paths["base"], tmp_path / "same"), shared, "dpo_model_path")
-    # A critic with checkpointing is in training mode, so it must have no dropout.
+    # A critic with checkpointing is in training mode, where dropout would be active.
     assert not any(isinstance(module, torch.nn.Dropout) and module.p for module in role.modules())
     with pytest.raises(ValueError, match=f"was trained over the weights of '{paths['other']}'"):
         policy_role(save(paths["other"], tmp_path / "other"), shared, "dpo_model_path")

@@ -86,7 +86,8 @@ def test_scores_by_reset_depth_are_one_chart_of_the_last_steps(tmp_path):
     assert "drpo: 2 points, from 20.5 to 2050" in page
     assert "score_depth" not in page
     [figure] = [part for part in page.split("<figure>") if title.removeprefix("drpo/") in part]
-    assert re.findall('class="x".*?>(.*?)<', figure) == ["20", "40", "60"]  # the centres of the fifths, 10 to 70 %
+    # Ticks of an axis from 10 % to 70 %, the centres of the first and the fourth fifth
+    assert re.findall('class="x".*?>(.*?)<', figure) == ["20", "40", "60"]
 
 
 def evaluated(directory, rows):
@@ -239,7 +240,7 @@ def test_only_the_last_samples_are_shown(tmp_path):
 
 
 def test_of_compared_models_the_last_prompts_are_shown_with_the_answers_of_all(tmp_path):
-    """The file lists one model after another; the page lists prompt by prompt and names each prompt once."""
+    """The file lists the answers of one model after another. The page groups them by prompt and shows it once."""
     (tmp_path / "summary.json").write_text(json.dumps({"methods": {"a": {"win_rate": 0.5}}}))
     rows = [
         {"row": i, "prompt": f"prompt-{i}.", "model": model, "response": f"{model}{i}"}
@@ -266,7 +267,8 @@ def test_quality_metrics_come_before_counters_and_times(tmp_path):
     write_metrics(tmp_path, dict.fromkeys(logged + telling, 1.0))
     page = write_report(tmp_path).read_text()
     assert list(figures(page)) == [
-        *("loss", "accuracy", "objective/scores", "reward/score", "objective/kl"),  # together with eval_objective/kl
+        # The figure of objective/kl also shows eval_objective/kl
+        *("loss", "accuracy", "objective/scores", "reward/score", "objective/kl"),
         *("policy/clipfrac_avg", "timing/rollout", "learning_rate", "value_grad_norm", "grad_norm", "num_tokens"),
     ]
     name = tmp_path.name
@@ -312,7 +314,7 @@ def test_samples_with_token_rewards_are_text_and_others_stay_a_table(tmp_path):
 
 
 def test_columns_of_texts_keep_a_width_and_numbers_do_not(tmp_path):
-    """Otherwise a narrow screen would squeeze texts into columns of two letters."""
+    """Columns of texts have a minimum width; a narrow screen would otherwise squeeze them to two letters per line."""
     with MetricsWriter(tmp_path) as writer:
         writer.log(1, {"loss": 1.0})
         writer.samples(1, [{"row": 1234, "prompt": "many words " * 9, "score": 0.25}])

@@ -1,5 +1,6 @@
-"""Tests of samples with two episodes in compat "reference": one after a reset of one token, which also earns rewards;
-and one without a reset."""
+"""Tests of logged samples, with two episodes in compat "reference".
+
+The first starts after a reset of one token, which also earns rewards; the second starts at its prompt."""
 
 import re
 from html import unescape
@@ -62,7 +63,7 @@ def test_a_sample_has_the_rewards_of_its_sampled_tokens_by_name():
             "dpo": [0.5, pytest.approx(-0.4, rel=1e-4), 0],
         },
     }
-    # Rewards of its own rows, rounded to five digits
+    # The second episode has the rewards of its own two rows, rounded to five digits
     assert second["rewards"] == {"score": [0, -1], "kl": [0.12346, 0], "dpo": [0, 0]}
     assert rows(1) == [first]
 
@@ -75,9 +76,9 @@ def spans(markup: str) -> list[tuple[str, str, str]]:
 
 
 def test_a_token_has_the_colour_of_its_own_rewards_and_all_of_them_by_name():
-    """The sums without the score are 0.4 -0.2 0 | 0.12346 0.
+    """The rewards without the score sum to 0.4 -0.2 0 in the first episode and to 0.12346 0 in the second.
 
-    The 0.95 quantile of the non-zero sizes is 0.38; larger values are as strong as this, 60 %.
+    The colour reaches its full strength of 60 % at 0.38, the 0.95 quantile of the non-zero absolute sums.
     """
     assert spans(token_samples(rows())) == [
         ("gain 60", "kl -0.1, dpo +0.5", "w4"),

@@ -1,4 +1,4 @@
-"""Tests of reward functions on two episodes: one after a reset that ends, and one that does not end."""
+"""Tests of reward functions on two episodes: one starts at a reset and ends with an EOS; the other is truncated."""
 
 import asyncio
 import logging
@@ -106,7 +106,7 @@ def test_async_functions_of_both_forms_run_at_the_same_time():
             if len(started) == 2:
                 return
             await asyncio.sleep(0.01)
-        raise AssertionError("the other one waits for this one")
+        raise AssertionError("the second reward function did not start while the first was running")
 
     async def texts(completions):
         started.append("texts")
@@ -137,7 +137,7 @@ def test_a_response_without_a_reward_earns_nothing_and_is_not_counted():
     }
     assert {name: x.item() for name, x in found["none"].metrics.items()} == {"rewards/none/unjudged": 1}
     scaled = open_rewards(PPOConfig(reward_function_norm="running"), tiny.tokenizer(), run)
-    assert scaled.terms(EPISODES)["some"].reward.tolist() == [0] * 8  # 0, because the only number equals its mean
+    assert scaled.terms(EPISODES)["some"].reward.tolist() == [0] * 8  # a single reward equals the mean, so it becomes 0
 
 
 def test_a_run_pays_a_function_of_trls_form_at_the_last_valid_token():
@@ -149,7 +149,8 @@ def test_a_run_pays_a_function_of_trls_form_at_the_last_valid_token():
     terms = open_rewards(
         PPOConfig(), tiny.tokenizer(), open_reward_functions(PPOConfig(), tiny.tokenizer(), functions)
     ).terms(EPISODES)
-    assert terms["texts"].reward.tolist() == [0, 0, 0, 4.5, 0, 0, 0, 4.5]  # three words each, one of them from a reset
+    # 1.5 * 3 words; one word of the first response comes from the reset
+    assert terms["texts"].reward.tolist() == [0, 0, 0, 4.5, 0, 0, 0, 4.5]
     assert terms["rollouts"].reward.tolist() == [0, 0, 0, 1, 0, 0, 0, 1]
 
 
@@ -252,7 +253,7 @@ def test_the_state_of_functions_is_saved_with_the_rewards():
     state = rewards.state_dict()
     assert state["function.counts.seen"] == 2
     rewards.terms(EPISODES)
-    assert state["function.counts.scale"].tolist() == [2, 3]  # the scale at the time of saving
+    assert state["function.counts.scale"].tolist() == [2, 3]  # `state` is a copy, so later calls do not change it
     fresh = Counts()
     again = open_rewards(PPOConfig(), tiny.tokenizer(), RewardFunctions(functions={"counts": fresh}))
     again.load_state_dict(state)

@@ -13,11 +13,11 @@ def controller(**settings) -> KLController:
     ("kl", "factor"),
     [
         (6.0, 1.0),
-        (6.6, 1.01),  # 0.1 above the target, for a tenth of the horizon
+        (6.6, 1.01),  # relative error 0.1 for a tenth of the horizon: 1 + 0.1 * 0.1
         (5.4, 0.99),
-        (60.0, 1.02),  # the error is clipped to 0.2
+        (60.0, 1.02),  # the relative error is clipped to 0.2
         (0.0, 0.98),
-        (-3.0, 0.98),  # a sampled estimate may be negative
+        (-3.0, 0.98),  # a sampled estimate of the KL may be negative
     ],
 )
 def test_the_coefficient_follows_the_relative_error_clipped_to_a_fifth(kl, factor):

@@ -1,4 +1,4 @@
-"""Tests of what a token earns, with values by hand. There are two episodes unless a test says otherwise.
+"""Tests of the rewards of single tokens, with values computed by hand. Most tests use these two episodes:
 
 episode 0   one reset token (compat "reference"), then 3 5 EOS and one token after it
 episode 1   4 3 6, truncated at the length limit
@@ -98,8 +98,10 @@ def test_a_truncated_response_earns_only_token_rewards():
 
 
 def test_normalisers_count_no_score_and_no_number_that_is_not_paid():
-    """Of the scores 2 and 4 the first is one standard deviation below the mean; -3 and 100 belong to truncated
-    responses."""
+    """The second score, 4 after 2, is one standard deviation above their mean.
+
+    -3 and 100 belong to a truncated response, which does not pay them, so they must not change the mean.
+    """
     run = Rewards(config=PPOConfig(score_norm="running", reward_function_norm="running", reward_function_clip=0.5))
     run.functions = RewardFunctions(functions={"number": lambda r: 2.0 if r.ended else 100.0})
     for score, expected in ((2.0, 0.0), (4.0, 1.0)):
@@ -152,7 +154,7 @@ def test_the_clip_comes_after_the_scale_and_its_share_is_of_the_tokens_that_earn
 
 
 def test_rs_subtracts_the_clipped_rewards():
-    """If rs subtracted the sum of the unclipped log-ratios, the return would differ from that without a DPO model."""
+    """rs must subtract the sum of the clipped log-ratios, so that they do not change the return of a response."""
     found = terms(DPO, dpo_reward_scale=1.0, dpo_reward_clip=1.5, reward_shaping="rs")["dpo"]
     assert found.reward.tolist() == [0, 1, -1.5, 0.5, 0, 0.25, 1.5, -1.75]
     assert found.metrics["reward/dpo_clipped"] == 2 / 6
@@ -176,7 +178,7 @@ def test_the_five_shapings(shaping, expected):
 
 
 def ragged(seed: int = 0):
-    """Token rewards of 40 episodes with 1 to 9 tokens; returns (rewards, cu_rows, ends, ends of sentences)."""
+    """Draws token rewards of 40 episodes of 1 to 9 tokens; returns (rewards, cu_rows, episode ends, sentence ends)."""
     draw = np.random.default_rng(seed)
     cu_rows = np.cumsum([0, *draw.integers(1, 10, 40)])
     ends = torch.zeros(cu_rows[-1], dtype=torch.bool)
@@ -200,9 +202,9 @@ def test_every_shaping_keeps_the_total_and_rs_makes_it_zero_clipped_or_not(limit
 
 
 def test_with_lambda_1_rs_and_none_differ_by_the_potential_of_the_state():
-    """A_rs - A_none = -(sum of the token rewards before the state).
+    """Checks A_rs - A_none = -(sum of the token rewards before the state).
 
-    This is a baseline, so the shaping only matters for lambda < 1.
+    This difference depends only on the state, like a baseline, so shaping changes the gradient only for lambda < 1.
     """
     token, cu_rows, ends, sentence_ends = ragged()
     draw = torch.Generator().manual_seed(1)
@@ -232,7 +234,10 @@ def test_normalisers_of_token_rewards_count_earning_tokens_over_all_batches():
 
 
 def test_what_a_function_gives_is_normalised_over_the_rows_it_pays_and_then_clipped():
-    """A number counts as one row, a number per token as the rows up to the EOS; every function has its own moments."""
+    """A single reward counts as one row, rewards per token count as one row each up to the EOS.
+
+    Every function has its own mean and standard deviation.
+    """
     functions = {
         "mixed": lambda r: 10.0 if r.ended else [1.0, 2.0, 3.0],
         "tokens": lambda r: [float(token) for token in r.completion],
@@ -245,7 +250,7 @@ def test_what_a_function_gives_is_normalised_over_the_rows_it_pays_and_then_clip
         expected[rows] = scaled.clip(-1.2, 1.2)
         np.testing.assert_allclose(found[name].reward, expected, rtol=1e-6, atol=1e-7)
         assert found[name].metrics[f"reward/{name}_clipped"] == pytest.approx((abs(scaled) > 1.2).mean())
-    plain = terms(functions=functions)["mixed"].metrics  # per response: 10, and 1 + 2 + 3
+    plain = terms(functions=functions)["mixed"].metrics  # reward sums of the responses: 10 and 1 + 2 + 3 = 6
     assert {name: value.item() for name, value in plain.items()} == {
         "rewards/mixed/mean": 8.0,
         "rewards/mixed/std": pytest.approx(8**0.5),
@@ -299,7 +304,7 @@ def test_every_reward_term_is_logged_with_its_share():
         "reward/dpo": 1.0,
         "reward/dpo_share": 6 / 12,
         "rto/abs_sum": 3.0,
-        "rto/share_of_return": 2 / 8,  # |1| + |1| of |2| + |-4| + |1| + |1|
+        "rto/share_of_return": 2 / 8,  # per episode: dpo sums 1, 1 and scores 2, -4; (1 + 1) / (2 + 4 + 1 + 1)
         "rto/return_to_score": pytest.approx(2 / 6),
     }
     silent = reward_metrics({"score": Term(reward=torch.zeros(3))}, cu_rows)
@@ -345,11 +350,11 @@ def test_the_moments_of_a_term_continue_from_a_saved_state():
 @pytest.mark.parametrize(
     ("limit", "buffer", "penalties"),
     [
-        (4, 2, [1.0, 0.5]),  # 4 tokens, of which a reset copied one and one follows the EOS; 3 tokens
+        (4, 2, [1.0, 0.5]),  # lengths 4 (one reset token, 3 5 EOS) and 3; penalty (length - (4 - 2)) / 2
         (4, 1, [1.0, 0.0]),
         (5, 4, [0.75, 0.5]),
         (9, 2, [0.0, 0.0]),
-        (3, 1, [1.0, 1.0]),  # never more than the whole penalty
+        (3, 1, [1.0, 1.0]),  # the penalty is at most 1
     ],
 )
 def test_the_soft_overlong_punishment_by_hand(limit, buffer, penalties):
