@@ -186,8 +186,8 @@ def run_update(paths, monkeypatch, case):
         made.append(Sgd(*arguments, **keywords))
         return made[-1]
 
-    def score(config, policy, reference, critic, rollouts, *arguments):
-        outcome = experience.score_episodes(config, policy, reference, critic, rollouts, *arguments)
+    def score(config, policy, reference, critic, rollouts, *arguments, **keywords):
+        outcome = experience.score_episodes(config, policy, reference, critic, rollouts, *arguments, **keywords)
         seen.append((outcome[0], [rollout.prefix.row for rollout in rollouts]))
         return outcome
 
