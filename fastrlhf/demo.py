@@ -341,7 +341,8 @@ def _row(config: DemoConfig, name: str, judged: Mapping[str, Judged], seconds: f
 
 
 def _sums_row(result: TrainResult, seconds: float) -> dict[str, Any]:
-    """The results of GRPO on sums: the share of all sums that the policy gets right greedily, before and after."""
+    """Returns the results of GRPO on sums: the share of all sums that the policy gets right with greedy decoding,
+    before and after training."""
     return {
         "accuracy_before": result.initial["eval_greedy/scores"],
         "accuracy": result.final["eval_greedy/scores"],

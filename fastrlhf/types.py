@@ -93,7 +93,8 @@ class TokenizedExample:
     row: int
 
     source: Example | None = field(default=None, compare=False, repr=False)
-    """The example, in runs that read its text again: for reward functions, or for a judge with another tokenizer."""
+    """The example before tokenisation; kept only if reward functions, or a judge with another tokenizer, read its text.
+    """
 
     def scored(self, name: str) -> list[int] | None:
         """Indices of the trained tokens of a response; None: all."""
@@ -102,14 +103,14 @@ class TokenizedExample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prefix:
-    """Where an episode starts: the prompt and the first `num_reset` tokens of a response.
+    """Where an episode starts: after the prompt and the first `num_reset` tokens of a response.
 
     prompt [7, 8], response [1, 2, 3, 0], k = 1  ->  token_ids [7, 8, 1], num_reset 1
     """
 
     token_ids: list[int]
     num_reset: int
-    """Reset tokens at the end of `token_ids`; 0 is an ordinary episode from the prompt."""
+    """Number of reset tokens at the end of `token_ids`; 0: an ordinary episode, which starts after the prompt."""
     reset_depth: float = 0.0
     """`num_reset` divided by the length of the response that the reset was copied from, in 0..1."""
     row: int

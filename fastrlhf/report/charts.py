@@ -33,7 +33,7 @@ chosen."""
 _DIGIT = 6
 """Width of one digit of an axis label, rounded up."""
 _FURTHEST = 1e300
-"""Larger values are drawn as this one, so that the height of the plot stays finite."""
+"""Values above this are drawn at this value, so that the height of the plot stays finite."""
 _NEAREST = 1e-290
 """Values that differ by less than this count as equal, so that the height of the plot stays above 0."""
 
@@ -167,7 +167,7 @@ def _tick_step(low: float, high: float, most: int) -> float:
 
 
 def _widened(low: float, high: float, least: float) -> Range:
-    """Returns (low, high), or a range of width `least` around the number if both are equal."""
+    """Returns (low, high) or, if both are equal, a range of width `least` around them."""
     return (low, high) if high > low else (low - least / 2, high + least / 2)
 
 
@@ -210,7 +210,7 @@ def _draw(curve: Curve, x_range: Range, y_range: Range) -> str:
 
 
 def _hits(curves: list[Curve], x_range: Range, over: str) -> str:
-    """Covers the plot with invisible strips, one per step; the tooltip (title) of a strip shows the values of its
+    """Draws invisible strips over the plot, one per step, each with a tooltip (title) that shows the values of its
     step."""
     steps = sorted({step for curve in curves for step in _spread(curve.steps)})
     if len(steps) > 3 * _MOST_HITS:  # happens with many runs that logged different steps
@@ -230,7 +230,7 @@ def _hits(curves: list[Curve], x_range: Range, over: str) -> str:
 
 
 def _spread(steps: Array) -> list[float]:
-    """At most `_MOST_HITS` of the steps, evenly spaced, including the first and the last."""
+    """Selects at most `_MOST_HITS` of the steps, evenly spaced, including the first and the last."""
     chosen = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), _MOST_HITS)).round().astype(int))
     return [float(step) for step in steps[chosen]]
 

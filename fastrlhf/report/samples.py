@@ -15,8 +15,8 @@ from fastrlhf.report.page import token_markup
 from fastrlhf.types import Experience, Rollout
 
 OF_THE_RESPONSE = ("score", "missing_eos")
-"""Rewards for the whole response, which its last token gets. The colours exclude them, because the rewards of tokens
-would look faint beside them."""
+"""Rewards for the whole response, which are given to its last token. The colours leave them out, because all other
+rewards would look faint beside them."""
 
 STRONGEST = 60
 """Opacity, in per cent, of the colour behind the tokens with the largest rewards; text stays readable on it in both

@@ -63,7 +63,7 @@ DRY_ROWS = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainerState:
-    """Progress of the run, passed as TRL's argument `trainer_state`; of TRL's fields, it has these."""
+    """Progress of the run, passed as TRL's argument `trainer_state`. It has only these two of the fields in TRL."""
 
     global_step: int
     """Number of completed updates."""
@@ -219,8 +219,8 @@ class RewardFunctions:
 
 
 def mean_rewards(earned: Earned) -> dict[str, float]:
-    """Returns, for each function, the mean over the rollouts that it judges of its reward summed over tokens. A
-    function that judges no rollout is absent."""
+    """Returns function name -> mean reward, where a rollout's reward is summed over its tokens and the mean is over the
+    rollouts that the function judges. A function that judges no rollout is absent."""
     judged = {name: [value.sum().item() for value in values if value is not None] for name, values in earned.items()}
     return {name: sum(values) / len(values) for name, values in judged.items() if values}
 
@@ -255,8 +255,8 @@ def takes_texts(function: RewardFunction) -> bool:
 
 
 def taken(function: RewardFunction, given: Collection[str]) -> list[str]:
-    """Returns the names in `given` that a function of TRL's form takes as arguments; a function of the other form takes
-    none."""
+    """Returns the names in `given` that a function of TRL's form takes as arguments; empty for a function of the
+    per-token form."""
     if not takes_texts(function):
         return []
     parameters = _parameters(function)
@@ -266,7 +266,7 @@ def taken(function: RewardFunction, given: Collection[str]) -> list[str]:
 
 def check_parameters(name: str, function: RewardFunction, columns: Collection[str]) -> None:
     """Raises ValueError if a function of TRL's form has a required argument that is not available, or if a function of
-    one rollout asks for more than that."""
+    the per-token form has more than one required argument."""
     rest = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
     parameters = _parameters(function)
     needed = [key for key, one in parameters.items() if one.default is Parameter.empty and one.kind not in rest]

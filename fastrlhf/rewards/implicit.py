@@ -29,7 +29,7 @@ class ImplicitReward:
     """A DPO model and the frozen reference with which it was or is trained."""
 
     model: PreTrainedModel
-    """Frozen, or with `dpo_refine` trained during the run."""
+    """The DPO model. It is frozen or, with `dpo_refine`, trained during the run."""
     reference: PreTrainedModel | None
     """None: the DPO model was trained with the run's own reference."""
     trained: bool = False
@@ -59,7 +59,8 @@ class ImplicitReward:
 
     @torch.no_grad()
     def reference_logprob(self, batch: PackedBatch, run_reference: PreTrainedModel) -> Tensor:
-        """Log-prob [R] float32, in nats, of every scored token of the pack under the reference of the model."""
+        """Returns the log-prob [R] float32, in nats, of every scored token of the pack under the reference of the DPO
+        model."""
         return token_logprobs(run_reference if self.reference is None else self.reference, batch).logprob
 
 

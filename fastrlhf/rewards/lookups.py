@@ -1,4 +1,4 @@
-"""What can be seen of a reward function before it is called: the names that it looks up, and whether it is async.
+"""Inspects a reward function before it is called: finds the names that it looks up, and whether it is async.
 
 A function that takes the columns of the dataset by `**kwargs` shows no names in its signature: `kwargs.get("anwser")`
 gives None for every row, without an error.
@@ -34,12 +34,12 @@ def warn_of_unknown_names(
 
 
 def looked_up(function: Callable[..., Any]) -> list[str]:
-    """The constant names in `kwargs["name"]`, `kwargs.get("name")` and `kwargs.pop("name")`, sorted, of a function with
-    `**kwargs`; empty if there are none or if the source cannot be read."""
+    """Returns, sorted, the constant names that a function looks up in its **kwargs by `kwargs["name"]`,
+    `kwargs.get("name")` or `kwargs.pop("name")`. Empty if it has no **kwargs or if its source cannot be read."""
     called = function if inspect.isroutine(function) else getattr(function, "__call__", function)  # noqa: B004
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(called))))
-    except (OSError, TypeError, SyntaxError):  # written in C, typed at a prompt, or a lambda within an expression
+    except (OSError, TypeError, SyntaxError):  # code in C or typed at a prompt, or a lambda inside an expression
         return []
     definition = next(
         (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)), None

@@ -22,14 +22,15 @@ THINK = re.compile(r"\A\s*<think>(?:(?!</?think>).)*</think>(?:(?!</?think>).)*\
 
 
 def exact_match(completions: Sequence[Text], answer: Sequence[Any], **_: Any) -> list[float]:
-    """1 if response and answer are equal after `normalised`, otherwise 0."""
+    """Returns 1 for a response that equals the column `answer` after both are `normalised`, otherwise 0."""
     pairs = zip(completions, answer, strict=True)
     return [float(normalised(plain(text)) == normalised(str(right))) for text, right in pairs]
 
 
 def math_answer(completions: Sequence[Text], answer: Sequence[Any], **_: Any) -> list[float | None]:
-    r"""1 if the `final_answer` of the response has the same value as that of the column `answer`, by math-verify; 0 if
-    it has another value or the response has no marked answer. None (not judged) if math-verify cannot read the column.
+    r"""Returns 1 if math-verify finds that the `final_answer` of the response has the same value as the answer in the
+    column `answer`, and 0 if the values differ or the response has no marked answer. Returns None (not judged) if
+    math-verify cannot parse the column.
 
     For example, "1/2" and "\boxed{0.5}" have the same value. Raises ValueError if math-verify is not installed.
     """
@@ -45,24 +46,24 @@ def math_answer(completions: Sequence[Text], answer: Sequence[Any], **_: Any) ->
 
 
 def hash_format(completions: Sequence[Text], **_: Any) -> list[float]:
-    """1 if the response ends in "#### " and a number, like the answers of GSM8K, otherwise 0."""
+    """Returns 1 for a response that ends in "#### " and a number, like the answers of GSM8K, otherwise 0."""
     return [float(bool(HASH.search(plain(text)))) for text in completions]
 
 
 def boxed_format(completions: Sequence[Text], **_: Any) -> list[float]:
-    r"""1 if the response holds exactly one \boxed{...} and it is not empty, otherwise 0."""
+    r"""Returns 1 for a response that contains exactly one \boxed{...}, not empty, otherwise 0."""
     found = [boxed(plain(text)) for text in completions]
     return [float(len(answers) == 1 and bool(answers[0].strip())) for answers in found]
 
 
 def think_format(completions: Sequence[Text], **_: Any) -> list[float]:
-    """1 if the response is one <think>...</think> followed by other text, otherwise 0."""
+    """Returns 1 for a response that is one <think>...</think> followed by other text, otherwise 0."""
     return [float(bool(THINK.match(plain(text)))) for text in completions]
 
 
 def num_tokens(completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:
-    """Number of tokens of the response, including its EOS. With a weight below 0, short responses get higher
-    rewards."""
+    """Returns the number of tokens of each response, including its EOS. With a negative weight, short responses get
+    higher rewards."""
     return [float(len(ids)) for ids in completion_ids]
 
 
@@ -111,5 +112,5 @@ def boxed(text: str) -> list[str]:
 
 
 def _marked(answer: str) -> str:
-    """Wraps an expression in \boxed{}, so that math-verify parses it in any notation."""
+    r"""Wraps an expression in \boxed{}, so that math-verify parses it in any notation."""
     return rf"\boxed{{{answer}}}"

@@ -70,7 +70,7 @@ class Episodes:
     """[R] KL(sampler || reference) over the vocabulary, in the state in which the token was drawn; None if the KL is
     estimated from the token"""
     earned: Earned | None = None
-    """What the reward functions give, if they have been called already; None: they are called for the terms"""
+    """Results of the reward functions, if they have been called already; None: `terms` calls them"""
     goes_on: Tensor | None = None
     """[N] bool: the episode was cut at the length limit, so its return continues with the critic's value; None if every
     episode ends"""
@@ -100,7 +100,7 @@ class Rewards:
     implicit: ImplicitReward | None = None
     """The models that give the DPO rewards; set by `open_implicit_reward` after the reference of the run is loaded"""
     sentence_ends: Tensor | None = None
-    """int64 ids of the tokens that end a sentence, of reward_shaping sentence"""
+    """int64 ids of the tokens that end a sentence; needed only with `reward_shaping: sentence`"""
     kl: KLController = field(init=False)
     _moments: dict[str, Tensor] = field(init=False, default_factory=dict)
     """For each normalised term, [3] float64: count, sum and sum of squares of all its values so far"""
@@ -190,7 +190,7 @@ class Rewards:
         if config.reward_function_norm == "running":
             reward = self._standardised(name, reward, paid)
         reward, clipped = clip(reward, config.reward_function_clip)
-        if config.reward_function_clip:  # clamped, since no row may get a reward
+        if config.reward_function_clip:  # the clamp avoids 0 / 0 if no row gets a reward
             metrics[f"reward/{name}_clipped"] = clipped.sum() / paid.sum().clamp(min=1)
         return Term(reward=self.functions.weight(name) * reward, metrics=metrics)
 

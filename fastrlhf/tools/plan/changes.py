@@ -78,7 +78,8 @@ def _bases(config: TrainConfig, may_offload: bool) -> Iterator[TrainConfig]:
 
 
 def _can_wait(config: TrainConfig) -> bool:
-    """Returns whether the frozen models have separate weights that can be offloaded while they are not used."""
+    """Returns whether frozen models can be offloaded while they are not used, which requires that they do not share
+    their weights with trained models."""
     if not isinstance(config, PPOConfig) or config.use_peft or world_size() > 1:
         return False
     try:

@@ -45,7 +45,7 @@ TRITON_PART = 128 * 2**20
 """Bytes of the block of logit gradients that linear_logprob stores at a time in its Triton implementation."""
 
 ELSEWHERE = torch.device("meta")
-"""Fake device that stands for CPU memory; its bytes are not counted."""
+"""Fake device that represents CPU memory; its bytes are not counted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,9 +66,9 @@ class FakeModel:
 class Fakes:
     """Builds the fake models of a run from their transformers configurations, under one FakeTensorMode.
 
-    In `policy` and `scorer`, `run` is the configuration of the run if the run trains the model; the model then gets
-    the adapter that the run configures. `adapter` describes an existing adapter. `four_bit`: the weights under the
-    adapter are in 4 bits."""
+    Pass `run`, the run's configuration, to `policy` and `scorer` only for a model that the run trains; the model then
+    gets the configured adapter. `adapter`: settings of an existing adapter. `four_bit`: the weights under the adapter
+    are in 4 bits."""
 
     dtype: str
     is_cuda: bool
@@ -86,7 +86,7 @@ class Fakes:
         adapter: LoraConfig | None = None,
         four_bit: bool = False,
     ) -> FakeModel:
-        """A fake causal LM."""
+        """Builds a fake causal LM."""
         return self._made(
             lambda: AutoModelForCausalLM.from_config(model, dtype=DTYPES[self.dtype]), run, adapter, four_bit
         )
@@ -99,7 +99,7 @@ class Fakes:
         adapter: LoraConfig | None = None,
         four_bit: bool = False,
     ) -> FakeModel:
-        """A fake sequence classifier with one score and a float32 head."""
+        """Builds a fake sequence classifier with one score and a float32 head."""
         model = copy.deepcopy(model)
         model.num_labels = 1
 
@@ -294,8 +294,9 @@ def _fake(x: Tensor) -> Tensor:
 
 
 class Params4bit(FakeTensor):
-    """Stands for the class of the same name in bitsandbytes, which cannot hold fake tensors. By this name peft
-    recognises a weight that it must dequantise to compute the norms of DoRA."""
+    """Fake replacement of bitsandbytes' class `Params4bit`, which cannot hold fake tensors. It has the same name
+    because peft recognises 4-bit weights by the name of their class (it dequantises them to compute the norms of DoRA).
+    """
 
 
 def _tensors(part: Any) -> dict[str, Tensor]:

@@ -79,7 +79,7 @@ def _add_roles(models: Models, config: PPOConfig, tokenizer: PreTrainedTokenizer
 
 
 def _add_saved_modules(models: Models, config: TrainConfig) -> None:
-    """The reference has copies of its own of the modules of `lora_modules_to_save`."""
+    """Adds the bytes of the reference's own copies of the modules in `lora_modules_to_save`."""
     if config.lora_modules_to_save:
         named = models.trained["policy"].model.named_parameters()
         copies = [x for name, x in named if x.requires_grad and ".lora_" not in name]
@@ -101,19 +101,19 @@ def _add_critic(models: Models, config: PPOConfig, tokenizer: PreTrainedTokenize
         critic = fakes.scorer(start, config, adapter=adapter_settings(source, field), four_bit=config.load_in_4bit)
         models.trained["critic"], models.own["critic"] = critic, critic.gradient_bytes
     else:
-        _train(models, "critic", fakes.scorer(start, config))  # the adapter is merged into own weights
+        _train(models, "critic", fakes.scorer(start, config))  # the adapter is merged into a copy of the weights
 
 
 def _add_refined(
     models: Models, config: PPOConfig, tokenizer: PreTrainedTokenizerBase, fakes: Fakes, source: str
 ) -> None:
-    """The DPO model that the run trains; without a `source` it starts from the policy."""
+    """Adds the DPO model that the run trains (`dpo_refine`); without a `source` it starts from the policy."""
     name, start, four_bit = DPO_NAMES["dpo_model_path"], models.start, config.load_in_4bit
     if not source or holds_adapter(source):
         adapter = adapter_settings(source, "dpo_model_path") if source and config.use_peft else None
         fake = fakes.policy(start, config, adapter=adapter, four_bit=four_bit and config.use_peft)
         _train(models, name, fake)
-        if config.use_peft:  # its weights are those of the reference
+        if config.use_peft:  # it shares the weights of the reference
             models.own[name] = fake.gradient_bytes
     else:
         _train(models, name, fakes.policy(_model_config(config, source, "dpo_model_path", tokenizer), config))

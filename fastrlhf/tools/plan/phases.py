@@ -70,7 +70,7 @@ def count_phases(config: TrainConfig, rows: Rows, *, is_cuda: bool, memory: int 
     live = frozen.get("reference") if isinstance(config, ReferenceConfig) else None
     try:
         beyond = fakes.peak(trained, packs.largest, reference=live, num_packs=packs.num_packs)
-    except Exception as error:  # of any kind, since the forward is the family's
+    except Exception as error:  # the code of a model family may raise any exception
         kinds = " and ".join(sorted({type(fake.model).__name__ for fake in trained.values()}))
         told = f"the memory of {kinds} cannot be counted without data ({one_line(error)}); measure a short run"
         raise ValueError(told) from error

@@ -109,7 +109,7 @@ def _check_model(config: TrainConfig, key: str, path: str, made: Made) -> None:
 
 
 def _with_tokenizer(config: TrainConfig, made: Made) -> TrainConfig:
-    """Returns the configuration with a tokenizer that already exists. If the model will only be made by an earlier run,
+    """Returns the configuration with a tokenizer that already exists. If an earlier run has yet to train the model,
     this is the tokenizer with which that run starts."""
     own = {name: getattr(config, name) for name in ("eos_token", "chat_template")}
     source = config.tokenizer_name_or_path or config.model_name_or_path

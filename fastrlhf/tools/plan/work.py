@@ -78,8 +78,8 @@ def to_tree(config: TrainConfig) -> Callable[[TokenizedExample], Tree]:
 def first_prefixes(config: PPOConfig, work: Work) -> list[Prefix]:
     """Draws the prefixes of the episodes of `work.batches` as the run does.
 
-    With `reset_source: sample` and `rollout` a model would have to write responses first, so these episodes have no
-    reset here.
+    With `reset_source` sample or rollout, these episodes have no resets here, because a model would first have to
+    generate the responses.
     """
     sentence_ends = sentence_ends_of(config, work.tokenizer)
     return [
@@ -97,7 +97,7 @@ def first_prefixes(config: PPOConfig, work: Work) -> list[Prefix]:
 
 
 class _WritesNothing:
-    """Stands for the reference policy, which would write the responses that resets copy from."""
+    """Stand-in for the reference policy, which generates reset responses in a real run; this one generates none."""
 
     def generate(self, prefixes: Sequence[Prefix]) -> list[Rollout]:
         return []
