@@ -285,7 +285,7 @@ KEYS: tuple[Key, ...] = (
     *_no("grpo", "vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg", "the loss type vespo is not offered"),
     *_same("grpo", "top_p top_k min_p", "log-probs are those of the truncated distribution; in TRL, of the whole one"),
     *_no("grpo", "repetition_penalty", "it depends on earlier tokens: log-probs of sampler and trainer would differ"),
-    *_no("grpo", "generation_kwargs", "sampling is set by temperature and response_length"),
+    *_no("grpo", "generation_kwargs", "write temperature, top_k, top_p, min_p and stop as keys"),
     *_on("grpo", "cache_implementation", "sampling has its own static cache"),
     *_same("grpo", "reward_weights"),
     *_no("grpo", "multi_objective_aggregation", "rewards are summed"),
