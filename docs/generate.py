@@ -2,6 +2,7 @@
 
 configuration.md    every key of every command, from the config dataclasses and the docstring under each field
 trl_keys.txt        every key of TRL and transformers and what it is called here, for docs/trl.md to include
+stops.txt           what happens when a run stops, from tests/stops.py, for docs/resume.md to include
 models.txt          the sweep of architectures, from the rows of `python -m bench models`, for docs/models.md to include
 """
 
@@ -14,6 +15,7 @@ from bench.models.sweep import ROWS, page, read_rows
 from fastrlhf.config import CONFIGS, elsewhere
 from fastrlhf.config.groups import GROUPS
 from fastrlhf.config.help import Key, as_yaml, keys_of
+from tests.stops import STOPS
 
 INTRODUCTION = """\
 # Configuration reference
@@ -85,7 +87,14 @@ def models() -> str:
     return page(rows) if rows else "No rows of this sweep are committed yet.\n"
 
 
-PAGES = {"configuration.md": configuration, "trl_keys.txt": trl_keys, "models.txt": models}
+def stops() -> str:
+    """Returns the table of events that stop or disturb a run, with their outcomes."""
+    lines = ["| event | what follows | what is saved | exit code |", "|---|---|---|---|"]
+    lines += [f"| {event} | {stop.follows} | {stop.saved} | {stop.exit_code} |" for event, stop in STOPS.items()]
+    return "\n".join(lines) + "\n"
+
+
+PAGES = {"configuration.md": configuration, "trl_keys.txt": trl_keys, "models.txt": models, "stops.txt": stops}
 
 
 def write(folder: Path) -> None:

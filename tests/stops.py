@@ -1,22 +1,75 @@
-"""The table "What happens when" of docs/resume.md as data: each event, and the tests that prove its outcome."""
+"""The table "What happens when" of docs/resume.md as data: each event, its outcome, and the tests that prove it.
+
+docs/generate.py writes the page's table from these entries, and tests/test_stop_outcomes.py compares their exit codes
+and what is saved with real runs.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+LAST_STEP = "the last whole step"
+"""The run has left a checkpoint of the last step that is complete."""
+NOTHING = "nothing new; older checkpoints stay"
+"""The run has left the checkpoints that existed before, and no new one."""
+FINISHED = "the trained model"
+"""The run has gone on to its end."""
+
 FAULTS, RUN, METRICS = "test_faults.py", "runtime/test_run.py", "runtime/test_metrics.py"
 
-STOPS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "Ctrl-C, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2": (
+
+@dataclass(frozen=True)
+class Stop:
+    """The outcome of an event: a row of the table."""
+
+    follows: str
+    saved: str
+    """LAST_STEP, NOTHING or FINISHED."""
+    exit_code: int
+    """Of `fastrlhf`, as a shell reports it; torchrun itself ends with 1 for every code except 0."""
+    file: str
+    """Test file below tests/."""
+    tests: tuple[str, ...]
+    """Tests in the file; empty: all."""
+
+
+STOPS: dict[str, Stop] = {
+    "Ctrl-C": Stop(
+        (
+            "the run ends: see below. Further signals within 5 s are the same request, since schedulers and "
+            "torchrun signal every process more than once; a later one ends the run at once"
+        ),
+        LAST_STEP,
+        130,
+        "test_resume.py",
+        ("test_after_a_signal_the_step_is_saved_and_the_same_command_continues",),
+    ),
+    "SIGTERM, SIGHUP, SIGUSR1, SIGUSR2": Stop(
+        ("as after Ctrl-C"),
+        LAST_STEP,
+        143,
         "test_stops.py",
         (
             "test_a_job_whose_launcher_and_ranks_are_signalled_at_once_saves_its_last_step",
             "test_a_job_stopped_twenty_times_ends_bit_identical_to_an_uninterrupted_one",
         ),
     ),
-    "SIGKILL or power off, also during a save, also of one process of several": (
+    "SIGKILL or power off, also during a save, also of one process of several": Stop(
+        ("the next start continues from the newest checkpoint; without one the run starts again and says so"),
+        NOTHING,
+        137,
         FAULTS,
         ("test_killed_at_any_file_operation_and_restarted_a_run_ends_with_the_same_result",),
     ),
-    "full disk": (
+    "full disk": Stop(
+        (
+            "free space is checked at the start and before each save. The run deletes the checkpoint that "
+            "`save_total_limit` would delete next, then waits up to `disk_wait_minutes` for room, then ends with "
+            "an error that names the checkpoint; the incomplete checkpoint is deleted. A row of the log that cannot be "
+            "written is kept and written later, and checkpoints hold it until then"
+        ),
+        NOTHING,
+        2,
         "test_full_disk.py",
         (
             "test_a_run_waits_for_space_and_loses_no_step",
@@ -25,22 +78,34 @@ STOPS: dict[str, tuple[str, tuple[str, ...]]] = {
             "test_a_run_is_refused_if_the_disk_has_no_room_for_model_and_checkpoint",
         ),
     ),
-    "a file system without locks or without flushing of folders": (
+    "a file system without locks or without flushing of folders": Stop(
+        ("a warning; the run uses it. Its lock file holds host, process and job"),
+        FINISHED,
+        0,
         "runtime/test_locks.py",
         ("test_without_kernel_locks_there_is_a_warning",),
     ),
-    "a file of a checkpoint is cut, altered or missing": (
+    "a file of a checkpoint is cut, altered or missing": Stop(
+        ("the previous checkpoint is used instead, and the log gives the reason"),
+        FINISHED,
+        0,
         FAULTS,
         ("test_a_damaged_checkpoint_is_skipped_with_a_warning",),
     ),
-    "... of every checkpoint": (
+    "files of all checkpoints are cut, altered or missing": Stop(
+        ("an error that names the files; `--resume_weights_only true` continues where weights are whole"),
+        NOTHING,
+        2,
         FAULTS,
         (
             "test_weights_that_are_damaged_are_never_resumed_from",
             "test_without_its_optimiser_a_run_resumes_only_on_request",
         ),
     ),
-    "another configuration, dataset or starting model": (
+    "another configuration, dataset or starting model": Stop(
+        ("refused, naming the keys, the split or the folder"),
+        NOTHING,
+        2,
         FAULTS,
         (
             "test_another_configuration_is_refused_and_named",
@@ -48,36 +113,88 @@ STOPS: dict[str, tuple[str, tuple[str, ...]]] = {
             "test_other_weights_to_start_from_are_refused",
         ),
     ),
-    "lines are missing from `metrics.jsonl`": (FAULTS, ("test_a_log_that_lost_rows_is_not_continued",)),
-    "a second run in the same folder, also from another host": (
+    "lines are missing from `metrics.jsonl`": Stop(
+        ("refused: the log of the resumed run would not be that of the whole run"),
+        NOTHING,
+        2,
+        FAULTS,
+        ("test_a_log_that_lost_rows_is_not_continued",),
+    ),
+    "a second run in the same folder, also from another host": Stop(
+        ("the second run is refused while the first one runs"),
+        NOTHING,
+        2,
         "runtime/test_locks.py",
         ("test_a_folder_in_which_a_run_is_training_is_not_idle", "test_a_live_run_of_another_host_keeps_this_one_out"),
     ),
-    "out of memory": (
+    "out of memory": Stop(
+        ("one line: where, the largest parts by `plan`'s count, and the cheapest key to change"),
+        LAST_STEP,
+        1,
         "runtime/test_out_of_memory.py",
         ("test_a_run_is_saved_after_its_last_whole_step_and_continues",),
     ),
-    "processes that start with different keys, versions or weights": (
+    "processes that start with different keys, versions or weights": Stop(
+        ("an error on every rank before the first step, which names rank, host and key"),
+        NOTHING,
+        2,
         "distributed/test_ranks.py",
         ("test_ranks_that_were_given_different_things_are_refused_on_every_rank",),
     ),
-    "a loss, gradient, score, reward or value is not finite": (
+    "a loss, gradient, score, reward or value is not finite": Stop(
+        ("the run ends before a weight moves, and names the row"),
+        LAST_STEP,
+        2,
         RUN,
         ("test_after_an_error_of_any_kind_the_last_whole_step_is_saved_and_the_same_command_continues",),
     ),
-    "any other error, `sys.exit` in a user's function included": (
+    "any other error, `sys.exit` in a user's function included": Stop(
+        (
+            "the run ends. If a weight has changed since the last whole step, the weights go to `interrupted/` in "
+            "place of a checkpoint, and the error says so. The exit code is 2 for a ValueError or an OSError"
+        ),
+        LAST_STEP,
+        1,
         RUN,
         (
             "test_after_an_error_of_any_kind_the_last_whole_step_is_saved_and_the_same_command_continues",
             "test_an_error_after_the_last_step_loses_nothing_either",
         ),
     ),
-    "the run is finished": (FAULTS, ("test_a_finished_run_is_not_trained_again",)),
-    "a damaged row, an empty response": ("test_bad_input.py", ()),
-    "W&B or TensorBoard fails": (
+    "an error in an evaluation": Stop(
+        ("the step is saved without its evaluation; the same command begins with the evaluation"),
+        LAST_STEP,
+        1,
+        "test_stop_outcomes.py",
+        ("test_a_run_ends_with_the_exit_code_of_the_table_and_saves_what_the_table_says",),
+    ),
+    "the run is finished": Stop(
+        ("refused: nothing is overwritten"),
+        NOTHING,
+        2,
+        FAULTS,
+        ("test_a_finished_run_is_not_trained_again",),
+    ),
+    "a damaged row, an empty response": Stop(
+        ("the row is skipped and counted; more than `max_bad_fraction` of them is an error"),
+        FINISHED,
+        0,
+        "test_bad_input.py",
+        (),
+    ),
+    "W&B or TensorBoard fails": Stop(
+        ("reported once; the run continues without it"),
+        FINISHED,
+        0,
         METRICS,
         ("test_a_failing_reporter_is_reported_once_and_dropped_and_the_file_continues",),
     ),
-    "the hub accepts a connection and never answers": ("data/test_hub.py", ()),
+    "the hub accepts a connection and never answers": Stop(
+        ("an error after 10 s (`HF_HUB_ETAG_TIMEOUT`); a hub that falls silent later is waited for"),
+        NOTHING,
+        2,
+        "data/test_hub.py",
+        (),
+    ),
 }
-"""Event -> test file below tests/ and its tests; without test names, the whole file."""
+"""Event -> its outcome."""

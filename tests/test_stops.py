@@ -1,14 +1,12 @@
-"""Checks the manual's table of stops against the tests, and stops real torchrun jobs.
+"""Stops real torchrun jobs, and measures whether a long run grows.
 
 Long tests are marked `faults`: `make test-faults`.
 """
 
-import ast
 import gc
 import json
 import os
 import random
-import re
 import signal
 import subprocess
 import sys
@@ -26,22 +24,11 @@ from fastrlhf.runtime.run import Run
 from tests import tiny
 from tests.ranks import MODEL
 from tests.resumable import save_models, untimed_log
-from tests.stops import STOPS
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "OMP_NUM_THREADS": "1"}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 PATIENCE = 180.0
-
-
-def test_every_line_of_the_manuals_table_of_stops_names_tests_that_exist():
-    table = (ROOT / "docs" / "resume.md").read_text(encoding="utf-8").partition("## What happens when")[2]
-    events = re.findall(r"^\| ([^|]+?) \|", table.partition("\n## ")[0], flags=re.MULTILINE)[1:]
-    assert [event for event in events if event not in STOPS] == []
-    for file, names in STOPS.values():
-        tree = ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8"))
-        defined = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
-        assert set(names) <= defined, (file, set(names) - defined)
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +107,7 @@ def test_a_job_stopped_twenty_times_ends_bit_identical_to_an_uninterrupted_one(j
         child = job(folder)
         said = stop(child, folder, steps[-1] + draw.randint(1, 2), numbers[len(steps) % 3])
         steps.append(check_saved(folder, said))
+        print(f"stop {len(steps) - 1} of 20: step {steps[-1]} is saved", flush=True)  # noqa: T201
     assert job(folder).wait(timeout=PATIENCE) == 0
     assert untimed_log(folder) == untimed_log(tmp_path / "whole")
 
@@ -156,5 +144,6 @@ def test_five_hundred_updates_with_evaluation_take_no_more_memory_files_or_threa
     )
     train_ppo(config, tiny.examples(10), tiny.examples(4, seed=1))
     (memory, *counts), (later, *later_counts) = seen[100], seen[499]
+    print(f"400 updates: {(later - memory) / 1e6:+.2f} MB, files and threads {counts} -> {later_counts}")  # noqa: T201
     assert later_counts == counts
     assert later - memory < 5e6, f"{(later - memory) / 1e6:.1f} MB in 400 updates"
