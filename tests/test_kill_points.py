@@ -31,7 +31,13 @@ from tests import tiny
 from tests.resumable import untimed
 
 ROOT = Path(__file__).parent.parent
-SHARED = {"max_length": 32, "max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "progress": False}
+SHARED: dict[str, Any] = {
+    "max_length": 32,
+    "max_steps": 2,
+    "per_device_train_batch_size": 4,
+    "learning_rate": 1e-3,
+    "progress": False,
+}
 
 RLP_POINTS: dict[str, tuple[Any, str, int]] = {
     "reward": (Run, "log", 2),
@@ -68,7 +74,7 @@ def train(models: Path, folder: Path) -> None:
 
 
 def judge(models: Path, folder: Path) -> None:
-    keys = {"response_length": 6, "max_length": 32, "rollout_batch_size": 3}
+    keys: dict[str, Any] = {"response_length": 6, "max_length": 32, "rollout_batch_size": 3}
     policies = (str(models / "policy"), str(models / "other"))
     config = EvalConfig(models=policies, reward_model_path=str(models / "judge"), output_dir=str(folder), **keys)
     evaluate_models(config, tiny.examples(8))
