@@ -10,10 +10,10 @@ import re
 import pytest
 import torch
 
-from fastrlhf.algorithms.advantages import group_normalised, length_weighted
+from fastrlhf.algorithms.advantages import group_normalised, leave_one_out, length_weighted
 from fastrlhf.algorithms.update import _episode_shares, _with_mean_1
 from fastrlhf.config import PPOConfig
-from fastrlhf_kernels import policy_loss, value_loss
+from fastrlhf_kernels import gae, kl_estimate, policy_loss, value_loss
 from tests.golden import record_group_losses as recorded
 
 GOLDEN = json.loads(recorded.FILE.read_text(encoding="utf-8"))
@@ -21,7 +21,7 @@ CASES = [
     (library, case)
     for library in ("trl", "verl")
     for case in GOLDEN[library]
-    if not re.match("advantage|value|overlong", case)
+    if not re.match("advantage|value|overlong|gae|kl", case)
 ]
 
 
@@ -110,6 +110,28 @@ def test_the_policy_loss_averaged_by_sequence_equals_that_of_rto():
 def test_advantages_of_grpo_equal_those_of_trl(scale: str):
     ours = group_normalised(torch.tensor(recorded.REWARDS), recorded.GROUP, scale)
     assert ours.tolist() == pytest.approx(GOLDEN["trl"][f"advantage_{scale}"], rel=1e-6)
+
+
+def test_advantages_of_rloo_equal_those_of_verl():
+    ours = leave_one_out(torch.tensor(recorded.REWARDS), recorded.GROUP)
+    assert ours.tolist() == pytest.approx(GOLDEN["verl"]["advantage_rloo"], rel=1e-6, abs=1e-7)
+
+
+def test_gae_equals_that_of_verl():
+    given = recorded.tensors()
+    reward, value = (given[name][given["mask"].bool()].float() for name in ("returns", "value"))
+    cu_seqlens = torch.tensor([0, *torch.tensor(recorded.LENGTHS).cumsum(0)], dtype=torch.int32)
+    ours = gae(reward, value, cu_seqlens, gamma=recorded.GAMMA, lam=recorded.LAM)
+    for found, name in zip(ours, ("advantage", "returns"), strict=True):
+        assert found.tolist() == pytest.approx(GOLDEN["verl"]["gae"][name], rel=2e-6, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
+def test_estimates_of_the_kl_equal_those_of_verl(kind: str):
+    given = recorded.tensors()
+    logprob, reference = (given[name][given["mask"].bool()].float() for name in ("logprob", "reference"))
+    ours = kl_estimate(logprob, reference, kind=kind)
+    assert ours.tolist() == pytest.approx(GOLDEN["verl"]["kl"][kind], rel=1e-5, abs=1e-7)
 
 
 def test_advantages_of_opo_equal_those_of_verl():

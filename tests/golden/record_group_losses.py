@@ -1,8 +1,8 @@
 """Records the policy and value losses of TRL, verl and RTO's released code for tests/test_group_losses_golden.py.
 
 Runs TRL 1.16.0, verl 0.9.1 and the code of RTO (zkshan2002/RTO, commit f2c1294) on one set of tensors. Writes losses,
-their gradients with respect to log-probs or values, advantages of groups, and DAPO's overlong penalties to
-group_losses.json.
+their gradients with respect to log-probs or values, advantages of groups, GAE, estimates of the KL, and DAPO's overlong
+penalties to group_losses.json.
 
 The libraries are only needed to run this script. Of verl only trainer/ppo/core_algos.py and DAPO's reward manager run,
 with stand-ins for the classes that they import; of RTO only openrlhf/models/loss.py, with a stand-in for `masked_mean`;
@@ -37,6 +37,7 @@ CLIP_LOW, CLIP_HIGH, CISPO_HIGH = 0.2, 0.28, 0.5
 REWARDS = (1.0, 0.0, 0.5, -1.0, 2.0, 2.0, 2.0, 2.0)
 RETURN_LENGTHS = (3, 5, 1, 4, 2, 6, 6, 1)
 GROUP = 4
+GAMMA, LAM = 0.9, 0.8
 OVERLONG = {"limit": 20, "buffer": 8, "penalty": 1.5}
 OVERLONG_LENGTHS = tuple(range(10, 21))
 
@@ -163,6 +164,7 @@ def core_algos(folder: Path) -> ModuleType:
 
     functional = SimpleNamespace(
         masked_sum=masked_sum,
+        masked_whiten=lambda x, m: x,  # GAE is recorded before whitening
         masked_mean=lambda x, m: masked_sum(x, m) / m.sum(),
         clip_by_value=lambda x, low, high: torch.max(torch.min(x, high), low),
     )
@@ -248,6 +250,24 @@ def verl_advantages(algos: ModuleType, function: str) -> list[float]:
     return advantages[:, 0].tolist()
 
 
+def verl_gae(algos: ModuleType) -> dict[str, list[float]]:
+    """Advantages before whitening, and returns, with the tensor `returns` as the rewards."""
+    given = tensors()
+    inside = given["mask"].bool()
+    found = algos.compute_gae_advantage_return(given["returns"], given["value"], given["mask"], GAMMA, LAM)
+    return {name: x[inside].tolist() for name, x in zip(("advantage", "returns"), found, strict=True)}
+
+
+def verl_kl(algos: ModuleType) -> dict[str, list[float]]:
+    """The estimates of the KL from the reference, for each token."""
+    given = tensors()
+    inside = given["mask"].bool()
+    return {
+        kind: algos.kl_penalty_forward(given["logprob"], given["reference"], kind)[inside].tolist()
+        for kind in ("k1", "k2", "k3")
+    }
+
+
 def verl_overlong(folder: Path) -> list[float]:
     """Rewards of DAPO's reward manager for responses of OVERLONG_LENGTHS tokens that all score 0."""
 
@@ -300,6 +320,8 @@ def main() -> None:
             and {case: of_verl(algos, case) for case in VERL}
             | {f"value_{name}": verl_value(algos, average) for name, average in VALUE_AVERAGES.items()}
             | {"advantage_opo": verl_advantages(algos, "compute_opo_outcome_advantage")}
+            | {"advantage_rloo": verl_advantages(algos, "compute_rloo_outcome_advantage")}
+            | {"gae": verl_gae(algos), "kl": verl_kl(algos)}
             | {"overlong": verl_overlong(folder)}
         ),
     }
