@@ -51,14 +51,14 @@ fastrlhf --version prints the version."""
 
 PATIENCE = 2.0
 """Number of seconds that a process other than rank 0 waits before it reports its error. If rank 0 has failed too,
-torchrun ends the process meanwhile, so that the error is reported only once."""
+torchrun ends this process during the wait, so that the error is reported only once."""
 
 
 COMPARISON = "comparison.html"
 """File in the current folder to which `fastrlhf report` writes a comparison of several runs."""
 
 UNREAD_EXIT_CODE = 141
-"""Exit code that a shell reports for a program that was ended by SIGPIPE."""
+"""Exit code that a shell reports for a program ended by SIGPIPE."""
 
 STDOUT = 1
 """File descriptor of standard output."""

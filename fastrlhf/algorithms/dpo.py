@@ -233,7 +233,7 @@ def _pairs(
     psi = None
     if config.psi != "identity":
         psi = load_psi(config.psi, config.psi_clip)
-        pair_target(psi, torch.full((1,), 0.6), config.beta)  # raises for an unsuitable psi
+        pair_target(psi, torch.full((1,), 0.6), config.beta)  # raises ValueError for an unsuitable psi
     margin = config.margin_scale * pair_margins(examples) if config.margin_scale else None
     prob, target = pair_probabilities(config, examples, trees, tokenizer, rules), None
     if psi:

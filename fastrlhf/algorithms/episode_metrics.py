@@ -1,4 +1,4 @@
-"""Computes the metrics of a batch of episodes that are known before the update."""
+"""Computes those metrics of a batch of episodes that are known before the update."""
 
 from __future__ import annotations
 
@@ -123,8 +123,8 @@ def _numbers(terms: Mapping[str, Term], experience: Experience) -> dict[str, Ten
 
 
 def _reset_metrics(rollouts: Sequence[Rollout], scores: np.ndarray) -> dict[str, float]:
-    """Returns the scores by the start of episodes. `drpo/score_depth_i` is the mean over resets that copied a share of
-    the response in [i / 5, (i + 1) / 5); it is absent if there is no such reset."""
+    """Returns mean scores by the place where episodes start. `drpo/score_depth_i` is the mean over resets that copied a
+    share of the response in [i / 5, (i + 1) / 5); it is absent if there is no such reset."""
     num_reset = np.array([rollout.prefix.num_reset for rollout in rollouts])
     fifth = np.array([int(NUM_DEPTHS * rollout.prefix.reset_depth) for rollout in rollouts])
     members = {"drpo/score_reset": num_reset > 0, "drpo/score_scratch": num_reset == 0}

@@ -44,14 +44,14 @@ class Pack:
     temperature: float | Tensor
     """Temperature of the log-probs: a number, or [R of the pack] float32"""
     kept: KeptTokens | None
-    """The tokens that truncated sampling kept at each row; None: all"""
+    """The tokens that truncated sampling kept at each row; None if it kept all"""
 
 
 def pack_episodes(
     config: PPOConfig, rollouts: Sequence[Rollout], order: Sequence[int], device: torch.device
 ) -> list[list[Pack]]:
-    """Divides rollouts into mini-batches of packs. A mini-batch has whole groups of `num_generations` rollouts, in the
-    given order of the groups. Each rank has its own packs.
+    """Divides rollouts into mini-batches of packs. A mini-batch consists of whole groups of `num_generations` rollouts,
+    in the given order of the groups. Each rank has its own packs.
 
     The rows of an episode are its sampled tokens, and with compat "reference" also the reset tokens before them. With
     `share_trunks` a group is one tree, which is never split between micro-batches. With compat "reference" a

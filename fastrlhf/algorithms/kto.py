@@ -6,8 +6,8 @@
     loss  = mean of  weight_D (1 - sigmoid(beta (u_i - z)))   desirable responses
                      weight_U (1 - sigmoid(beta (z - u_i)))   undesirable responses
 
-z estimates the KL from the reference and has no gradient. As in TRL, row i of a batch takes the response of row i - 1.
-z is the mean over all rows of an optimiser step; micro-batches and processes do not change it.
+z estimates the KL from the reference and has no gradient. As in TRL, y_j is the response of row i - 1 of the batch. z
+is the mean over all rows of an optimiser step; micro-batches and processes do not change it.
 
 `fastrlhf kto --config FILE`
 """

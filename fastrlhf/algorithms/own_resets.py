@@ -6,7 +6,7 @@ group. With the group-relative advantage of GRPO,
 
     y_i ~ policy(. | x, y_{1:k}),   A_i = (r(x, y_{1:k}, y_i) - mean_j r_j) / std_j r_j,   i, j = 1 .. G
 
-and the policy gradient is that of the suffix tokens; the tokens before the cut have none. The suffixes share
+and the policy gradient is taken over the suffix tokens only. The suffixes share
 everything up to the cut, so that their difference in reward is due to decisions after it. The paper cuts between
 reasoning steps; here `reset_cut` says where.
 

@@ -55,8 +55,8 @@ def group_preferences(
     tokenizer: PreTrainedTokenizerBase,
     rules: TextRules | None = None,
 ) -> list[Tensor]:
-    """Returns P [K, K] float64 on the CPU for every group, by `label_source`. Raises ValueError, naming the row, for
-    invalid labels."""
+    """Returns the matrix P(i is better than j), [K, K] float64 on the CPU, for every group, by `label_source`. Raises
+    ValueError, naming the row, for invalid labels."""
     if config.label_source == "reward_model":
         return [
             reward_preferences(config.score_scale * scores.double())
@@ -81,8 +81,8 @@ def _labelled(config: DPOConfig, example: TokenizedExample) -> Tensor:
         raise ValueError(f"row {example.row}: {bad}") from None
     if not labels:
         raise ValueError(
-            f"row {example.row} has neither preferences nor scores of its responses; give one, or a reward model by "
-            "label_source"
+            f"row {example.row} has neither preferences nor scores of its responses; add one of these columns, "
+            "or set label_source to reward_model"
         )
     if "scores" in labels:
         return reward_preferences(config.score_scale * torch.tensor(labels["scores"], dtype=torch.float64))

@@ -3,8 +3,8 @@
 name                      kind of pair_loss   reference   length_norm   paper
 sigmoid (DPO)             dpo                 yes         sum           arXiv 2305.18290, eq. 7
 ipo                       ipo                 yes         mean          arXiv 2310.12036, eq. 17
-hinge, robust             the same            yes         sum           arXiv 2305.10425; arXiv 2403.00409
-apo_zero, apo_down        the same            yes         sum           arXiv 2408.06266, eq. 7 and 8
+hinge, robust             hinge, robust       yes         sum           arXiv 2305.10425; arXiv 2403.00409
+apo_zero, apo_down        apo_zero, apo_down  yes         sum           arXiv 2408.06266, eq. 7 and 8
 simpo                     dpo, with a margin  no          mean          arXiv 2405.14734, eq. 6
 cpo (with sft)            dpo                 no          sum           arXiv 2401.08417, eq. 3
 orpo (with sft)           orpo                no          mean          arXiv 2403.07691, eq. 6

@@ -1,14 +1,16 @@
 """PPO (Schulman et al. 2017, arXiv 1707.06347), GRPO (Shao et al. 2024, arXiv 2402.03300), DR-PO (Chang et al. 2024,
-arXiv 2404.08495, Algorithm 2) and RTO (Zhong et al. 2024, arXiv 2404.18922): one trainer. repeat
-      prefixes    prompts, or with probability `reset_prob` a prompt and the first k tokens of a response to it
-      rollouts    the policy writes on from there
-      scores      the judge, if there is one, reads the whole response (with `psi`, against other responses: PsiPO)
-      experience  log-probs under sampler and reference, values, rewards (of reward functions and of a DPO model),
-      advantages: of the sampled tokens only updates     `num_ppo_epochs` passes of the clipped losses over the packs,
-      or with `update` pair of a pair loss
+arXiv 2404.08495, Algorithm 2) and RTO (Zhong et al. 2024, arXiv 2404.18922): one trainer.
 
-DR-PO with reset probability 0 is PPO, and so is RTO with scale 0, bit for bit; DR-PO and RTO can be combined. With
-`advantage_estimator` rloo or grpo there is no critic.
+    repeat
+      prefixes    prompts, or with probability `reset_prob` a prompt and the first k tokens of a response to it
+      rollouts    the policy continues each prefix
+      scores      the judge, if there is one, reads the whole response (with `psi`, against other responses: PsiPO)
+      experience  log-probs under sampler and reference, values, rewards (of reward functions and of a DPO model) and
+                  advantages, of the sampled tokens only
+      updates     `num_ppo_epochs` passes over the packs with the clipped losses or, if `update` is pair, a pair loss
+
+DR-PO with reset probability 0 equals PPO bit for bit, and so does RTO with scale 0. DR-PO and RTO can be combined. Only
+`advantage_estimator` gae uses a critic.
 
 `fastrlhf ppo|grpo|drpo|rto --config FILE`
 """

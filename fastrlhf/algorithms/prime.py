@@ -12,8 +12,8 @@ the log-odds of success after that token, and the reward of a token is the chang
 temperature 1, as in RTO.
 
 After a reset, the tokens before the cut count as prompt, and the sums start after the cut. The paper's text was not
-available, so that no equation numbers are given; the loss is that of the authors' released code. Their script scores
-the rollouts with phi as it was before its step on them.
+available, so no equation numbers are given; the loss is that of the authors' released code. Their script scores the
+rollouts with phi before phi is trained on them.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def refine(
     prime/success, the share of successes; prime/grad_norm.
     """
     model, totals, norms = implicit.model, StepMetrics(), []
-    # An episode is its sampled tokens (compat fixed), so that their numbers give the rows of each episode.
+    # With compat fixed the rows of an episode are its sampled tokens, so their counts delimit the episodes.
     lengths = torch.tensor([len(rollout.completion) for rollout in rollouts])
     label = succeeded.cpu().float().repeat_interleave(lengths).to(model.device)
     num = config.batch_size // config.num_mini_batches

@@ -4,15 +4,16 @@
     optimum     pi*(y) = pi_ref(y) exp(g(y) / tau) / Z,   g(y) = E_{y'~mu} Psi(p(y > y'))                  (eq. 7, 9)
     so that     u_i - u_j = (g_i - g_j) / tau   with the log-ratios u_i = log pi(y_i) / pi_ref(y_i)        (eq. 12)
 
-IPO is Psi = identity; with Psi = logit and Bradley-Terry preferences g is the reward, and the optimum that of RLHF and
-of DPO (proposition 1). Three back-ends reach the optimum:
+IPO is Psi = identity; with Psi = logit and Bradley-Terry preferences, g is the reward and the optimum equals that of
+RLHF and DPO (proposition 1). Three back-ends reach the optimum:
 
     pairwise    (u_w - u_l - target)^2 over pairs, `pair_target`: exact where Psi is odd about 1/2, wrong elsewhere
     groupwise   regression of u over K responses per prompt, `group_target` and `group_loss`: exact for any Psi
     reward      g as the reward of PPO with KL coefficient tau, `group_rewards` and `psi_judge`
 
-Targets are computed once, before training, in float64. The functions here need no model. Legend: B pairs, K responses
-of a prompt drawn from mu, G groups, N responses of all groups; P [K, K] holds p(y_i > y_j), with 1/2 on its diagonal.
+Targets are computed once, before training, in float64. The functions of this module need no model. Legend: B pairs, K
+responses of a prompt drawn from mu, G groups, N responses of all groups; P [K, K] holds p(y_i > y_j), with 1/2 on its
+diagonal.
 """
 
 from __future__ import annotations
@@ -188,7 +189,7 @@ def group_target(preference: Tensor, psi: Psi, tau: float, estimator: Estimator)
         return group_rewards(preference, psi) / tau
     if size < 3:
         raise ValueError(
-            f"psi: {psi.name} is not odd about 1/2, which takes at least 3 responses per prompt; got {size}"
+            f"psi: {psi.name} is not odd about 1/2 and therefore needs at least 3 responses per prompt; got {size}"
         )
     value = psi(preference.double())
     diagonal = value.diagonal(dim1=-2, dim2=-1)

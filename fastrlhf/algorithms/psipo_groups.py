@@ -155,8 +155,8 @@ def _targets(
 
 
 def _check_first_loss(config: DPOConfig, groups: Sequence[Group], metrics: Mapping[str, float]) -> None:
-    """Raises ValueError if the loss is not that of a policy equal to its reference, which depends only on the
-    targets.
+    """Raises ValueError if the loss differs from the loss of a policy that equals its reference, which depends only on
+    the targets.
 
     Every log-ratio is then 0 except for rounding: 3e-5 of a response's log-prob is allowed, 1e-2 in bfloat16.
     """
@@ -196,7 +196,7 @@ def _named(means: dict[str, float], config: DPOConfig) -> dict[str, float]:
 
 
 def to_tree(example: TokenizedExample, config: DPOConfig) -> Tree:
-    """The segments of a row: the prompt and its responses."""
+    """Returns the segments of a row: the prompt and its responses."""
     if not example.responses or len(example.responses) < 2:
         raise ValueError(f"row {example.row}: a group needs at least two responses")
     trained = [example.scored(f"responses[{i}]") for i in range(len(example.responses))]

@@ -106,7 +106,7 @@ def _read(file: Path, num: int) -> Tensor:
     except (SafetensorError, KeyError) as error:
         raise ValueError(f"ref_cache_dir: {str(file)!r} is damaged; delete it ({error})") from error
     if kept is None:
-        raise ValueError(f"ref_cache_dir: {str(file)!r} has no hash, as an older version wrote it; delete it")
+        raise ValueError(f"ref_cache_dir: {str(file)!r} has no hash, because an older version wrote it; delete it")
     if kept != _hash(sums) or sums.shape != (num,):
         raise ValueError(f"ref_cache_dir: {str(file)!r} is damaged; delete it (its hash or its size differs)")
     return sums
@@ -137,7 +137,8 @@ def _open(config: ReferenceConfig, policy: PreTrainedModel) -> PreTrainedModel:
 
 
 def _fingerprint(config: ReferenceConfig, policy: PreTrainedModel, trees: Sequence[Tree]) -> str:
-    """Hash of everything that the log-probs depend on, except the machine: configuration, weights, dtype, tokens."""
+    """Returns a hash of everything that the log-probs depend on, except the machine: configuration, weights, dtype,
+    tokens."""
     digest = hashlib.sha256(config.dtype.encode())
     if config.ref_model_name_or_path:
         _digest_files(digest, config.ref_model_name_or_path)
@@ -163,7 +164,7 @@ def _digest_files(digest: hashlib._Hash, source: str) -> None:
     found = source if Path(source).is_dir() else os.path.dirname(cached_file(source, "config.json") or "")
     files = [file for file in sorted(Path(found).iterdir()) if file.suffix in (".safetensors", ".bin", ".json")]
     if not any(file.suffix != ".json" for file in files):
-        raise ValueError(f"ref_model_name_or_path: {source!r} has no weights here to take a fingerprint of")
+        raise ValueError(f"ref_model_name_or_path: {source!r} has no local weights to compute a fingerprint from")
     for file in files:
         digest.update(file.name.encode())
         with file.open("rb") as content:

@@ -14,13 +14,14 @@ RLPConfig decide.
 
     output_dir/reward, policy                          r and pi, as their own commands leave them
     output_dir/round-1/answers.jsonl                   P, as token ids
-    output_dir/round-1/pairs.jsonl, spg.json           the synthetic pairs, a preference dataset, and the outcome of
-    each prompt of P output_dir/round-1/reward, policy                  r' and pi'
+    output_dir/round-1/pairs.jsonl                     the synthetic pairs, as a preference dataset
+    output_dir/round-1/spg.json                        the outcome of each prompt of P
+    output_dir/round-1/reward, policy                  r' and pi'
     output_dir/round-1/report.json                     r and r' compared
 
 Finished stages are not repeated: an interrupted run continues with its first unfinished stage.
 
-`fastrlhf rlp --config FILE`, whose sections `reward` and `ppo` (or what `policy` names) train the models
+`fastrlhf rlp --config FILE`; the sections `reward` and `ppo` (or the section that `policy` names) configure training.
 """
 
 from __future__ import annotations
@@ -229,9 +230,9 @@ class _Run:
         ratio, least = found["rlp/rm_variance_ratio"], self.config.min_reward_variance
         if ratio < least:
             raise ValueError(
-                f"min_reward_variance: the refitted reward model spreads its scores of the answers to one prompt by "
-                f"{ratio:.3g} of the variance before, below {least:g}: it has learnt to ignore the answer. Lower "
-                "mib_weight, in a new output_dir, or set min_reward_variance to 0 to go on"
+                "min_reward_variance: the variance of the scores among the answers to one prompt has fallen to "
+                f"{ratio:.3g} of its value before the refit, below {least:g}: the reward model has learnt to ignore "
+                "the answer. Lower mib_weight and use a new output_dir, or set min_reward_variance to 0 to continue"
             )
 
     def _scores(self, reward_model: str, answers: Sequence[Answers]) -> list[Tensor]:
@@ -352,7 +353,8 @@ def _check_tokenizers(
     if found := difference(tokenizer, pair_tokenizer, conversations=conversations):
         raise ValueError(
             f"tokenizer_name_or_path: section reward and section {config.policy} have tokenizers that differ "
-            f"({found.told}); a refit gives the policy's ids to the reward model, so give both the same"
+            f"({found.told}); a refit gives the policy's ids to the reward model, so give both sections "
+            "the same tokenizer"
         )
     for field, source in (("reward_model_path", config.reward_model_path), ("policy_path", config.policy_path)):
         if source:

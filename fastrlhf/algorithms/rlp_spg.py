@@ -2,18 +2,18 @@
 2403.19279, section 4.2).
 
     per prompt: n answers -> groups of equal meaning; confidence = size of the largest group / n
-                where it reaches gamma: chosen = the best-scored answer of that group, rejected = a random one outside
+                if >= gamma: chosen = best-scored answer of this group, rejected = random answer outside this group
 
 Equal meaning is bidirectional entailment (Kuhn et al. 2023, arXiv 2302.09664, algorithm 1). Papers and released code
 have four incompatible versions of it, and the paper does not say which one it uses; `lax` is ours.
 
     strict          both directions entail; greedy: in the order of the answers, against the first of each group
     lax             no direction contradicts and not both are neutral; greedy. Ours
-    no_contra_2023  no direction contradicts; all i < j, and j takes the group of i, a later one overwrites. The
+    no_contra_2023  no direction contradicts; for all matching i < j, j leaves its group and joins that of i. The
                     released code of Kuhn et al.
-    lax_2024        the pairs of lax; the first answer without a group takes all later ones that match, also those that
-                    have one. The code of its successor (Farquhar et al. 2024)
-    strict_2024     the pairs of strict, grouped as in lax_2024: the default there
+    lax_2024        matches as in lax; the first answer without a group takes all later answers that match, also from
+                    other groups. The code of Farquhar et al. 2024, the successor of Kuhn et al.
+    strict_2024     matches as in strict, groups as in lax_2024; the default of the code of Farquhar et al.
 
 Many prompts are grouped at once: each is a generator of questions, and every wave asks one question of each, in one
 call of the judge. The second direction is asked only where the first leaves the answer open.
@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 PAIR_STREAM, SUBSET_STREAM = 21, 22
 
 FEW = 0.05
-"""A warning is logged for a rule that accepts a smaller share of prompts than this."""
+"""If a rule accepts a smaller share of the prompts, a warning is logged."""
 
 Question = tuple[int, int]
 """Question: does answer i entail answer j?"""

@@ -69,7 +69,7 @@ class ViewHeads(nn.Module):
         self.to(device)
 
     def forward(self, hidden: Tensor) -> Gaussian:
-        """The latents of hidden states [N, D] in any dtype."""
+        """Computes the latents of hidden states [N, D] of any dtype."""
         hidden = hidden.float()
         return Gaussian(self.mean(hidden), (F.softplus(self.std(hidden)) + 1e-4).log())
 
@@ -141,7 +141,7 @@ def view_loss(
 
 
 def beta_at(config: RLPConfig, step: int, num_steps: int) -> float:
-    """The weight of SKL at a step counted from 0."""
+    """Returns beta, the weight of SKL, at a step counted from 0."""
     ramp = config.beta_ramp * (num_steps - 1)
     if config.mib_profile == "paper" or step >= ramp:
         return config.beta_end
@@ -149,7 +149,8 @@ def beta_at(config: RLPConfig, step: int, num_steps: int) -> float:
 
 
 def is_active(jsd: Sequence[float]) -> bool:
-    """Whether the mean of I over the last tenth of a run is above `INACTIVE`; otherwise the views had no effect."""
+    """Returns whether the mean of I over the last tenth of a run is above `INACTIVE`; otherwise the views had no
+    effect."""
     last = jsd[-max(1, len(jsd) // 10) :]
     return sum(last) / len(last) > INACTIVE
 
@@ -162,7 +163,8 @@ class Views:
     answers: Sequence[Answers]
 
     def open(self, hidden_size: int, device: torch.device, num_steps: int) -> ViewObjective:
-        """Raises ValueError if fewer prompts than a step needs have two different answers."""
+        """Makes the loss on views for a run of `num_steps` steps. Raises ValueError if fewer prompts than a step needs
+        have two different answers."""
         usable = [answers for answers in self.answers if answers.differ]
         most = len(usable)
         require(
@@ -181,7 +183,7 @@ class Views:
 
 @dataclass(frozen=True, kw_only=True)
 class ViewObjective:
-    """The views of every step and their loss."""
+    """Draws the views of every step and computes their loss."""
 
     config: RLPConfig
     answers: Sequence[Answers]
@@ -200,7 +202,7 @@ class ViewObjective:
         return trees
 
     def loss(self, hidden: Tensor, step: int) -> LossOutput:
-        """lambda L_M of the last hidden states [2B, D] of the views that `draw` returned for this step."""
+        """Computes lambda L_M from the last hidden states [2B, D] of the views that `draw` returned for this step."""
         noise = np.concatenate(
             [
                 np.random.default_rng([self.config.seed, NOISE_STREAM, step, self.answers[i].row]).standard_normal(

@@ -232,7 +232,7 @@ def make_engine(config: PPOConfig, policy: PreTrainedModel, eos_token_id: EndIds
 
 @dataclass(frozen=True, kw_only=True)
 class _Scorer:
-    """How a reward model reads the rollouts of the run."""
+    """Describes how a reward model reads the rollouts of the run: as ids or as text."""
 
     tokenizer: PreTrainedTokenizerBase
     """The tokenizer whose ids the reward model reads."""
@@ -250,7 +250,7 @@ def _find_scorer(config: PPOConfig, field: str, tokenizer: PreTrainedTokenizerBa
     theirs, different = found
     same_ids = different.what != "ids"
     if not same_ids and holds_adapter(source):
-        rule = "has another tokenizer than the run, whose weights it is an adapter over"
+        rule = "is an adapter over the weights of the run but has another tokenizer"
         raise ValueError(f"{field}: {source!r} {rule} ({different.told})")
     rows, rules = ([*data.train, *data.eval], data.rules) if data else ([], TextRules())
     log.info("%s: another tokenizer than that of the run (%s): it reads the text", field, different.told)

@@ -25,8 +25,8 @@ from fastrlhf.types import PackedBatch, Segment, TokenizedExample
 log = logging.getLogger(__name__)
 
 Tree = Sequence[Segment]
-"""The segments of one example: its prompt and the responses attached to it, or responses that each contain the
-prompt."""
+"""The segments of one example: either its prompt and the responses attached to it, or full sequences of prompt and
+response."""
 
 
 @torch.no_grad()

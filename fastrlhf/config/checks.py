@@ -76,7 +76,7 @@ def check_config(config: object, kind: type, trainer: str) -> None:
 
 
 def _plain(hint: Any, value: Any) -> Any:
-    """The value converted to the type that its hint declares. Raises TypeError if it has another type."""
+    """Converts a value to the type that its hint declares. Raises TypeError if its type is not close to it."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Literal and value in arguments:
         return value

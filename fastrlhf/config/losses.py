@@ -78,7 +78,7 @@ class LossKeys:
 
     @property
     def aggregation(self) -> str:
-        """The averaging of the losses: `loss_aggregation`, or the value that `loss_type` prescribes."""
+        """How losses are averaged: `loss_aggregation`, or the value that `loss_type` prescribes."""
         fixed = {"grpo": "sequence", "gspo": "sequence", "dr_grpo": "constant"}
         return self.loss_aggregation if self.loss_type == "ppo" else fixed.get(self.loss_type, "token")
 

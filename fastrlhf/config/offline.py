@@ -185,7 +185,7 @@ class DPOConfig(ReferenceConfig):
 
     @property
     def functions(self) -> tuple[str, ...]:
-        """The user-defined losses in `losses`."""
+        """The names of the user-defined losses in `losses`."""
         return tuple(name for name in self.losses if ":" in name)
 
     @property

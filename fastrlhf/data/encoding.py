@@ -59,8 +59,8 @@ def space_lengths(
     prompts: Sequence[str], responses: Sequence[Sequence[str]], tokenizer: PreTrainedTokenizerBase
 ) -> list[int]:
     """Returns, for every prompt, how many characters at its end become part of the response if both are tokenised as
-    one text. TRL cuts there: at the first id that differs between the prompt and any of the joined texts. The number is
-    0 for prompts that do not end in white space. A prompt without responses is joined with a letter.
+    one text. TRL cuts at this place, the first id that differs between the prompt and any of the joined texts. The
+    number is 0 for prompts that do not end in white space. A prompt without responses is joined with a letter.
 
     "TL;DR: " before "cats"  ->  1, because " cats" is one token
     """

@@ -72,9 +72,9 @@ def load_examples(
 ) -> LoadedExamples:
     """Reads the rows of a dataset, in any known form, as examples.
 
-        `source` is the name of a hub dataset, a local file (see `SUFFIXES`; its only split is "train"), a folder of
-        such files or one written by `save_to_disk`, a list of several of these, or rows in memory, for example a
-        datasets.Dataset. `split` may be a slice such as train[:500].
+    `source` is the name of a hub dataset, a local file (see `SUFFIXES`; its only split is "train"), a folder of such
+    files, a folder written by `save_to_disk`, a list of these names, or rows in memory, for example a datasets.Dataset.
+    `split` may be a slice such as train[:500].
 
     The form is recognised by the columns that most rows have, and their values tell text from conversations. Known
     forms are:
@@ -105,7 +105,7 @@ def load_examples(
         columns: name in the list above, or "reference" -> column of the dataset, for columns with other names.
         needs: the fields that a usable row must have, among prompt, chosen, rejected, reference, responses, label,
             label_prob, margin, wins and num_labels. Responses that are not needed are kept if they are valid; labels
-            that are not needed are ignored. If preferences or scores are named, a row may have one or none of them.
+            that are not needed are ignored. Of preferences and scores a row may have one or none.
         max_bad_fraction: largest allowed share of skipped rows.
         limit: maximum number of rows to read.
 
@@ -160,7 +160,7 @@ def load_examples(
 def _check_arguments(needs: Sequence[str], max_bad_fraction: float, limit: int | None) -> None:
     known = ("prompt", *RESPONSES, *LABELS)
     if unknown := set(needs) - set(known):
-        raise ValueError(f"needs: {sorted(unknown)} not among {', '.join(known)}")
+        raise ValueError(f"needs: {sorted(unknown)} are not among {', '.join(known)}")
     if not 0 <= max_bad_fraction <= 1:
         raise ValueError(f"max_bad_fraction: {max_bad_fraction} is not in 0..1")
     if limit is not None and limit < 1:
@@ -193,7 +193,7 @@ def _detect_form(
 ) -> tuple[Form, bool]:
     """Returns the first form whose columns exist and that provides all `needs`, and whether its rows are conversations.
     A form whose columns fewer than half of the rows have is taken only if no other form fits, because a few stray
-    values do not make a form.
+    values should not decide the form.
     """
     candidates = [form for form in FORMS if set(form.required) <= set(names)]
     having = {form.name: _having(rows, [names[name] for name in form.required]) for form in candidates}

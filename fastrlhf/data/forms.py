@@ -25,7 +25,7 @@ from fastrlhf.types import Message, Text
 RESPONSES = ("chosen", "rejected", "reference")
 
 Fields = dict[str, Any]
-"""The fields that a row gives, among prompt, chosen, rejected and reference (Text) and the fields of a group."""
+"""The fields made from a row: some of prompt, chosen, rejected and reference (Text), and the fields of a group."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,7 +201,7 @@ FORMS = (
     *(PROMPTS, GROUPS, RATED, TEXTS),
 )
 """The forms in the order in which they are tried. Forms with more columns come first; groups come late, because they
-are used only if they are needed."""
+are used only if a command needs groups."""
 LABELS = ("responses", *GROUP_LABELS, *PAIR_LABELS)
 NAMES = (
     *("prompt", *RESPONSES, *LABELS, "messages", "conversations", "output", "input", "text", "system"),

@@ -13,8 +13,8 @@ from huggingface_hub import constants
 
 def check_hub(source: str, what: str) -> None:
     """Raises ValueError if `source` is not a local path and the hub does not answer in time; the message begins with
-    `what`. Every answer passes, and so does a refused connection, after which the hub's client raises an error or uses
-    its cache. The hub is asked once per process.
+    `what`. Any answer is accepted. So is a refused connection, after which the hub's client raises an error or uses its
+    cache. The hub is asked once per process.
     """
     if not Path(source).expanduser().exists() and not constants.HF_HUB_OFFLINE and not _answers(constants.ENDPOINT):
         raise ValueError(

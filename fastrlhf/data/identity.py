@@ -55,7 +55,7 @@ CONVERSATIONS: tuple[tuple[list[Message], dict[str, Any]], ...] = (
         {"tools": [{"type": "function", "function": _TOOL}]},
     ),
 )
-"""Conversations to render, with the arguments of the rendering."""
+"""Conversations by which chat templates are compared, with the arguments of the rendering."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,7 +177,9 @@ def require_same_tokenizer(
     except ValueError as error:
         if not required:
             return
-        raise ValueError(f"{field}: {error}; save the tokenizer with which it was trained in its folder") from error
+        raise ValueError(
+            f"{field}: {error}; save the tokenizer with which the model was trained in the model's folder"
+        ) from error
     found = difference(tokenizer, theirs, conversations=conversations)
     if found is None:
         return

@@ -20,7 +20,8 @@ def read_group_labels(row: Mapping[str, Any], num_responses: int) -> dict[str, A
     """Returns the `preferences` [K][K] or the `scores` [K] of K responses as floats; empty if the row has neither.
 
     Raises UnusableRow for values that are not numbers, and for preferences that are not probabilities with P_ij + P_ji
-    = 1 (so P_ii is 1/2). If a judge depends on the order, average it over both orders first.
+    = 1 (so P_ii is 1/2). If a judge depends on the order of the two responses, average its preferences over both orders
+    first.
     """
     given = [name for name in GROUP_LABELS if row.get(name) is not None]
     if len(given) == 2:

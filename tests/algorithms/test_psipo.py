@@ -151,7 +151,7 @@ def test_back_ends_that_are_refused_for_a_psi_that_is_not_odd_would_be_wrong():
         pair_target(psi, torch.tensor([0.7]), TAU)
     with pytest.raises(ValueError, match="self_included is biased, take leave_two_out"):
         group_target(CYCLES, psi, TAU, "self_included")
-    with pytest.raises(ValueError, match="takes at least 3 responses per prompt; got 2"):
+    with pytest.raises(ValueError, match="needs at least 3 responses per prompt; got 2"):
         group_target(CYCLES[:2, :2], psi, TAU, "leave_two_out")
 
 

@@ -217,7 +217,7 @@ def test_groups_with_only_hard_labels_need_an_affine_psi(model):
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        ({}, "^row 1 has neither preferences nor scores of its responses; give one"),
+        ({}, "^row 1 has neither preferences nor scores of its responses; add one of these columns"),
         ({"scores": [1.0]}, "^row 1: wrong_type: scores must be a list of 3 numbers"),
         ({"preferences": [[0.5] * 3] * 2}, "^row 1: wrong_type: preferences must be a list of 3 rows"),
     ],

@@ -117,7 +117,9 @@ def test_a_cache_without_a_hash_is_not_trusted(model, tmp_path):
     run(cfg)
     [file] = tmp_path.iterdir()
     save_file(load_file(file), file)
-    with pytest.raises(ValueError, match=rf"ref_cache_dir: '{file}' has no hash, as an older version wrote it; delete"):
+    with pytest.raises(
+        ValueError, match=rf"ref_cache_dir: '{file}' has no hash, because an older version wrote it; delete"
+    ):
         run(cfg)
 
 

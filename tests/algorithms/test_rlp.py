@@ -333,7 +333,9 @@ def test_a_refit_that_ignores_the_answer_stops_the_run_before_a_policy_is_traine
     monkeypatch.setattr(rlp, "compare_scores", lambda *a: compare(*a) | {"rlp/rm_variance_ratio": 0.2})
     config = settings(tmp_path / "rlp", refinement="uml", min_reward_variance=0.25, **first)
     for _ in range(2):  # the restarted run stops again
-        with pytest.raises(ValueError, match=r"min_reward_variance: .* 0.2 of the variance before, below 0.25"):
+        with pytest.raises(
+            ValueError, match=r"min_reward_variance: .* fallen to 0.2 of its value before the refit, below 0.25"
+        ):
             run(config, policy)
     assert not (tmp_path / "rlp" / "round-1" / "policy").exists()
     run(replace(config, min_reward_variance=0.1), policy)
@@ -348,7 +350,7 @@ def test_errors_are_reported_before_anything_is_trained(policy, tmp_path):
         ),
         (settings(tmp_path / "a", micro_batch_tokens=16), {}, "micro_batch_tokens: must be at least 2"),
         (settings(tmp_path / "a", reward_model_path=str(tmp_path)), {}, "reward_model_path: .* holds no model"),
-        (settings(tmp_path / "a"), {"pairs": PROMPTS[:0]}, "no row is left"),
+        (settings(tmp_path / "a"), {"pairs": PROMPTS[:0]}, "there are no rows to train or evaluate on"),
         (replace(settings(tmp_path / "a"), output_dir=""), {}, "output_dir: must be the folder"),
     )
     for config, given, message in cases:

@@ -81,7 +81,8 @@ def test_another_tokenizer_is_refused_with_the_token_that_differs(tmp_path, fiel
 def test_a_model_with_no_tokenizer_or_too_few_embeddings_is_refused(tmp_path):
     tiny.policy().save_pretrained(tmp_path / "alone")
     with pytest.raises(
-        ValueError, match=r"^dpo_model_path: .*no tokenizer found.*; save the tokenizer with which it was trained"
+        ValueError,
+        match=r"^dpo_model_path: .*no tokenizer found.*; save the tokenizer with which the model was trained",
     ):
         open_implicit_reward(RTOConfig(dpo_model_path=str(tmp_path / "alone")), tiny.tokenizer(), RUN)
     small = build_policy(tiny.model_config(), vocab_size=tiny.VOCAB - 1, eos_token_id=tiny.EOS, seed=0)
