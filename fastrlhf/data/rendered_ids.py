@@ -73,7 +73,7 @@ def encode_rendered(
     responses = _encode_responses([each.responses for _, each in rendered], tokenizer, ends, train_suffix)
     rows = []
     for (example, text), prompt, own in zip(rendered, prompts, responses, strict=True):
-        if not prompt and example.prompt == "":  # a whole text, whose first token has no predecessor
+        if not prompt and example.prompt == "":  # a text without a prompt: its first token is not predicted
             prompt, own = _after_first_token(own)
         rows.append(EncodedRow(example=example, text=text, prompt=prompt, responses=own))
     return EncodedRows(rows=rows, num_with_bos=num_with_bos, num_spaces=sum(map(bool, spaces)))

@@ -8,8 +8,8 @@ the ids that its text has after the prompt (data/encoding.py).
 - BOS: a text prompt begins with the tokens that the tokenizer adds to a text. They are not repeated if the text already
   has them. A chat template writes its own BOS.
 - Turns: in a response of several turns, only the assistant turns are trained, each including its end token.
-- White space at the end of a prompt belongs to the prompt. With `trailing_space` response, it begins the response if it
-  forms one token with the response in their joined text ("TL;DR: " before "cats"), as in TRL.
+- White space at the end of a prompt belongs to the prompt. With `trailing_space` response, it moves to the response if
+  it forms one token with the response in their joined text ("TL;DR: " before "cats"), as in TRL.
 - Suffixes: text that a template writes after the end of a turn (for ChatML, a newline) is not trained, and after the
   last turn it is left out. With `train_suffix` it is trained, as in TRL.
 """

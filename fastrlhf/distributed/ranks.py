@@ -158,7 +158,7 @@ def on_each(function: Callable[[], T]) -> list[T]:
 
 def together(function: Callable[[], T]) -> T:
     """Calls `function`, which must not communicate, on each rank and returns the rank's own value. If any rank fails,
-    every rank raises the error of the first failed rank, so that no rank waits for it."""
+    every rank raises the error of the first failed rank, so that no rank waits for a failed one."""
     if world_size() == 1:
         return function()
     own: list[T] = []
@@ -186,7 +186,7 @@ def compare(mine: Mapping[str, object], what: str) -> None:
             if here != there:
                 raise ValueError(
                     f"{key}: the {what} of rank {rank} on {host} is {there!r}, but that of rank 0 on {first[0]} is "
-                    f"{here!r}; start every process with the same one"
+                    f"{here!r}; start every process with the same value"
                 )
 
 

@@ -24,8 +24,8 @@ DEQUANTISED = {"mxfp4": "Mxfp4Config(dequantize=True)", "fp8": "FineGrainedFP8Co
 
 
 def quantization(dtype: torch.dtype) -> BitsAndBytesConfig:
-    """Returns the settings that quantise a model on loading; it computes in `dtype`. Raises ValueError if bitsandbytes
-    is not installed."""
+    """Returns the settings that quantise a model on loading; the model then computes in `dtype`. Raises ValueError if
+    bitsandbytes is not installed."""
     check_installed("load_in_4bit: bitsandbytes")
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype

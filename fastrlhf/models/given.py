@@ -30,7 +30,7 @@ def policy_or_given(
 
 
 def adopt(model: PreTrainedModel, config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """Moves a model object to the device of the run and makes the checks of a loaded model.
+    """Moves a model object to the device of the run and checks it like a model that the run loads.
 
     Raises ValueError if `config` names a model too, asks for 4 bits or has another dtype, if the model has an adapter,
     or if its vocabulary is smaller than the tokenizer's.
@@ -49,7 +49,7 @@ def adopt(model: PreTrainedModel, config: TrainConfig, tokenizer: PreTrainedToke
 def adopt_reward_model(
     model: PreTrainedModel, config: TrainConfig, tokenizer: PreTrainedTokenizerBase
 ) -> PreTrainedModel:
-    """Does the same as `adopt` for a sequence classifier with one label. Raises ValueError for a model of another
-    kind."""
+    """Moves and checks a reward model like `adopt`. Raises ValueError if it is not a sequence classifier with one
+    label."""
     float_score_head(model, "the model given", "model")
     return adopt(model, config, tokenizer)

@@ -117,7 +117,7 @@ def _softcaps(config: PretrainedConfig) -> Iterator[float | None]:
 
 def _exact(fitted: float, config: PretrainedConfig, limit: float) -> float:
     """Returns the exact value that a fitted factor equals up to rounding: 1, a number of the configuration or its
-    reciprocal; or the factor itself, if there is none."""
+    reciprocal; or the factor itself, if none of these fits."""
     named = [value for name, value in _numbers(config) if "scal" in name or "mult" in name]
     for value in (1.0, *(x for key in named if key for x in (key, 1 / key))):
         if abs(fitted - value) <= limit * abs(value):

@@ -116,7 +116,7 @@ def balance(router_logits: tuple[Tensor, ...], experts_per_token: int, batch: Pa
 
 
 class _AddGradient(Function):
-    """The identity function, whose backward pass also gives a loss the gradient 1."""
+    """An identity function whose backward pass also backpropagates through a loss, with gradient 1."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, loss: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -29,7 +29,7 @@ def limit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
 
 
 def num_ids(model: PreTrainedModel) -> int | None:
-    """Returns the number below which ids may be sampled; None: all ids."""
+    """Returns the exclusive upper limit of the ids that may be sampled; None: no limit."""
     return getattr(model, _NUM_IDS, None)
 
 

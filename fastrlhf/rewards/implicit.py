@@ -80,9 +80,9 @@ def open_implicit_reward(
     config: PPOConfig, tokenizer: PreTrainedTokenizerBase, base: PreTrainedModel, conversations: bool = False
 ) -> ImplicitReward | None:
     """Loads the models of `dpo_model_path` and `dpo_ref_model_path`; returns None if no token gets a DPO reward. A
-    model that is an adapter shares the weights of `base`, the frozen reference of the run. With `dpo_refine` the first
-    model is ready to train. Raises ValueError, before any model is loaded, if a model has another tokenizer than the
-    run or, for `conversations`, another chat template.
+    model that is an adapter shares the weights of `base`, the frozen reference of the run. With `dpo_refine` the DPO
+    model is prepared for training. Raises ValueError, before any model is loaded, if a model has another tokenizer than
+    the run or, for `conversations`, another chat template.
     """
     sources = implicit_sources(config)
     for field, source in sources.items():

@@ -78,7 +78,7 @@ class KeptRecord:
 
 
 def kept_tokens(rollouts: Sequence[Rollout], device: torch.device) -> KeptTokens | None:
-    """Concatenates the sets of all sampled tokens of rollouts; None if the rollouts have none."""
+    """Concatenates the sets of all sampled tokens of rollouts; returns None if sampling was not truncated."""
     sets = [one for rollout in rollouts for one in rollout.kept or ()]
     if not sets:
         return None

@@ -199,9 +199,9 @@ def with_room(
 
 
 def given_tokenizer(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Returns a tokenizer object passed to a trainer, with the end of its chat template among its ends. Raises
-    ValueError if it has no EOS, if `config` also names a tokenizer, or if `config` sets a property that must be set on
-    the object."""
+    """Checks a tokenizer object passed to a trainer, adds the end token of its chat template to its end tokens, and
+    returns it. Raises ValueError if it has no EOS, if `config` also names a tokenizer, or if `config` sets a property
+    that must be set on the object."""
     for key in ("tokenizer_name_or_path", "eos_token", "chat_template"):
         value = getattr(config, key)
         require(not value, key, value, "empty when a tokenizer is given; set it on the tokenizer")

@@ -1,1 +1,1 @@
-"""Checks before a run: does this machine work, what will the model see, does the run fit into memory."""
+"""Checks before a run: whether this machine works, what the model will see, and whether the run fits into memory."""
