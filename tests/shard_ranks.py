@@ -64,7 +64,7 @@ class Trained:
 
 
 def same(left: dict[str, Any], right: dict[str, Any]) -> bool:
-    """Compares bit for bit, including dtypes."""
+    """Returns whether two states have equal keys, dtypes and bits."""
     return left.keys() == right.keys() and all(
         x.dtype == right[name].dtype and torch.equal(x, right[name]) if isinstance(x, Tensor) else x == right[name]
         for name, x in left.items()
@@ -87,7 +87,7 @@ def main(place: Path) -> None:
     path = trained.checkpointer.save(1)
     resumed, from_one = Trained(place / "two"), Trained(place / "one")
     seen: dict[str, Any] = {"steps": [resumed.checkpointer.load(), from_one.checkpointer.load()]}
-    seen["gathers"] = len(gathers) - 2  # minus the gathers of the two models' gradient norms
+    seen["gathers"] = len(gathers) - 2  # the two gathers of the gradient norms do not count
     expected = trained.state()
     seen["resumed"], seen["from_one"] = same(resumed.state(), expected), same(from_one.state(), expected)
     for each in (trained, resumed):

@@ -24,7 +24,7 @@ COMMANDS = ("sft", "reward", "dpo", "ppo", "drpo")
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with models and a file of good rows; the working directory during the tests."""
+    """Makes a folder with models and a file of good rows; it is the working directory during the tests."""
     folder = tmp_path_factory.mktemp("place")
     tiny.save_policy(folder / "policy")
     tiny.save_reward_model(folder / "judge")
@@ -96,7 +96,7 @@ def rows(tmp_path, *changes: dict | None, copies: int = 1) -> str:
 
 
 def test_the_good_rows_are_good(tmp_path):
-    """The input that every other test changes in one place runs without changes."""
+    """Runs every command on the unchanged input; each of the other tests changes this input in one place."""
     for command in COMMANDS:
         arguments = ["--model_name_or_path=policy", "--dataset_name=good.jsonl", "--max_steps=1", "--progress=False"]
         arguments += [f"--output_dir={tmp_path / command}", "--max_length=16", "--per_device_train_batch_size=4"]

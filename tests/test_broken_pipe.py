@@ -12,7 +12,7 @@ PRINT = "from fastrlhf.cli import quiet_when_unread as quiet\nwith quiet():\n   
 
 
 def unread(code: str, unbuffered: str = "") -> subprocess.CompletedProcess[str]:
-    """The exit of a Python process whose standard output is closed by the reader; `unbuffered` is PYTHONUNBUFFERED."""
+    """Runs `code` in a Python process whose standard output nobody reads; `unbuffered` is PYTHONUNBUFFERED."""
     read, write = os.pipe()
     os.close(read)
     try:
@@ -33,7 +33,7 @@ def unread(code: str, unbuffered: str = "") -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     "code",
     [
-        "print('short')",  # the pipe only breaks at the flush
+        "print('short')",  # short output is buffered, so the error comes at the flush
         "print('long' * 100_000)",
         "print('short'); raise SystemExit(1)",
     ],

@@ -133,7 +133,7 @@ def test_eval_prints_a_win_rate_per_model(chain, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["judged", "model", "runs/sft", "runs/dpo", "reference"]
     assert ("judged by runs/reward, " in lines[0], "win rate % vs reference" in lines[1]) == (True, True)
-    assert all(line.endswith("  8") for line in lines[2:4])  # the number of prompts that no trainer saw
+    assert all(line.endswith("  8") for line in lines[2:4])  # last column: 8 prompts, which no trainer has seen
 
 
 def test_one_command_runs_the_sections_before_it_that_have_not_run(place, capsys):
@@ -154,7 +154,7 @@ def test_one_command_runs_the_sections_before_it_that_have_not_run(place, capsys
     assert (place / "chain/sft/model.safetensors").stat().st_mtime_ns == finished
     assert "rto/share_of_return" in read_metrics(place / "chain/rto/metrics.jsonl")[0]
     seeds = [yaml.safe_load((place / f"chain/{x}/config.yaml").read_text())["seed"] for x in ("reward", "dpo", "rto")]
-    assert seeds == [3, 3, 4]  # a flag applies only to the command itself
+    assert seeds == [3, 3, 4]  # --seed 4 applies to rto only
 
 
 def test_a_section_that_a_flag_has_replaced_is_not_trained(place, chain, capsys):
@@ -173,7 +173,7 @@ def test_a_section_that_a_flag_has_replaced_is_not_trained(place, chain, capsys)
     replaced = ["--model_name_or_path", "runs/sft", "--dpo_model_path", "runs/dpo"]
     config = parse(RTOConfig, ["--config", "flagged.yaml", *replaced], "rto")
     needed = [name for name, _ in _run_first("rto", config, ["flagged.yaml"])]
-    assert needed == ["sft", "reward"]  # the reward model still starts from sft, although rto no longer does
+    assert needed == ["sft", "reward"]  # rto no longer needs sft, but the reward model does
     capsys.readouterr()
 
     given = {"model_name_or_path": "sft", "reward_model_path": "reward", "dpo_model_path": "dpo"}

@@ -151,8 +151,10 @@ def test_every_code_block_names_its_language(page: Path):
 
 
 def check_yaml(block: Block) -> None:
-    """Checks that every section of a file, or a flat file as the configuration of the command it is named after, is
-    valid."""
+    """Raises the error of the first invalid section of a YAML file.
+
+    A file without sections is the configuration of the command that its name begins with.
+    """
     name = file_name(block)
     sections = yaml.safe_load(block.text)
     assert name, f"{place(block)}: begin the block with a comment that names the file"
@@ -233,7 +235,7 @@ def test_the_readme_is_one_page():
 
 
 def test_the_demo_table_of_the_readme_is_made_of_the_rows():
-    """The table holds means over five seeds with intervals of Student's t; the sixth column has no interval."""
+    """Recomputes the table from bench/results: means over five seeds, for two columns with Student's t intervals."""
     rows = [json.loads(line) for line in (ROOT / "bench/results/cpu-x86_64.jsonl").read_text().splitlines()]
     table = (ROOT / "README.md").read_text()
     for method, shown in (("sft", "SFT"), ("dpo", "DPO"), ("ppo", "PPO"), ("drpo", "DR-PO")):
@@ -260,7 +262,7 @@ def generated() -> ModuleType:
     assert spec
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
-    sys.modules["generate"] = module  # dataclasses look up their annotations in this module
+    sys.modules["generate"] = module  # needed by dataclasses, which look up annotations in sys.modules
     spec.loader.exec_module(module)
     return module
 

@@ -23,7 +23,7 @@ FEW = {"response_length": 6, "num_ppo_epochs": 1, "max_steps": 1}
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Saves a policy, a reward model, and another policy that stands for a DPO model."""
+    """Saves a policy, a reward model, and a second policy that is used as the DPO model."""
     folder = tmp_path_factory.mktemp("models")
     tiny.save_policy(folder / "sft")
     tiny.save_reward_model(folder / "reward")

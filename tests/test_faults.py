@@ -83,7 +83,7 @@ def test_without_its_optimiser_a_run_resumes_only_on_request(cut, paths, whole):
     assert sorted(path.name for path in cut.rglob("*")) == before
     result = run("sft", paths, cut, resume_weights_only=True)
     log, weights = untimed_log(cut, result)
-    # Weights and schedule are those of step 4, so the loss of step 5 is equal; the moments are new.
+    # Step 5 has the loss of the uninterrupted run. Adam's moments start at 0, so the weights after it differ.
     for name in ("loss", "learning_rate", "grad_norm"):
         assert [row[name] for row in log] == [row[name] for row in whole[0]]
     assert weights != whole[1]
@@ -165,7 +165,7 @@ def test_two_runs_never_share_a_folder(paths, tmp_path, whole, monkeypatch):
 
 
 def test_on_a_full_disk_the_older_checkpoint_stays_and_nothing_else(paths, whole, tmp_path, monkeypatch):
-    """From the fourth step on no file may exceed 60 kB, as with a quota, so the weights do not fit."""
+    """Limits the size of a file to 60 kB from the fourth step on, like a quota, so that weights cannot be written."""
     resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     log, folder = Run.log, tmp_path / "run"
@@ -209,7 +209,7 @@ def kill_everywhere(paths: dict[str, str], place: str, num_points: int = 11) -> 
     settings = {"max_steps": 3, "save_steps": 1, "save_total_limit": 1, "eval_steps": 0, "device": "cpu"}
 
     def child(name: str, kill_at: int = -1) -> tuple[bool, int]:
-        """Runs in a separate process; returns whether it was killed, and its file operations."""
+        """Trains in a child process; returns whether it was killed, and the number of its file operations."""
         reading, writing = os.pipe()
         pid = os.fork()
         if pid == 0:

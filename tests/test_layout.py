@@ -94,7 +94,7 @@ def modules_of(package: str) -> list[str]:
 def test_a_layer_never_imports_a_higher_one():
     for path in modules_of("fastrlhf"):
         if path == "fastrlhf/__init__.py":
-            continue  # it re-exports lazily from every layer
+            continue  # it re-exports names of every layer lazily
         own = layer_of(MODULES[path])
         for name in imports_of(path):
             if name.split(".")[0] == "fastrlhf":
@@ -118,7 +118,7 @@ def test_no_two_rooms_import_each_other():
     for room, imported in arrows:
         if room != imported:
             order.add(room, imported)
-    order.prepare()  # raises CycleError with the names of the rooms
+    order.prepare()  # raises CycleError, which names the rooms (folders), if they import each other in a cycle
 
 
 def test_the_root_holds_few_files():

@@ -200,7 +200,7 @@ PAPERS: dict[str, dict[str, dict[str, tuple[Any, str]]]] = {
         },
     },
 }
-NO_SETTING = {  # keys that no paper states: names and paths, logging, and how a step is split to fit a machine
+NO_SETTING = {  # keys that need no source: names, paths, logging, and how a step is split to fit a machine
     *("output_dir", "model_name_or_path", "tokenizer_name_or_path", "reward_model_path", "dpo_model_path", "run_first"),
     *("dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "columns", "chat_template"),
     *("num_eval_examples", "eval_steps", "ref_cache_dir", "dtype", "response", "seed", "truncation_mode", "policy"),

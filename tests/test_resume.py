@@ -132,8 +132,11 @@ MOMENTS = {
 def test_a_signal_in_any_part_of_an_on_policy_step_loses_no_whole_step_and_changes_no_bit(
     moment, paths, whole_ppo, tmp_path, monkeypatch
 ):
-    """During the update weights have already changed, so its second half is resumed with the experience of the
-    first."""
+    """Signals the run in each part of a step; the resumed run must give the uninterrupted results.
+
+    A signal during the update stops it between two mini-batches, when weights have already changed. The resumed run
+    trains on the remaining mini-batches of the same experience.
+    """
     place, name, at, said = MOMENTS[moment]
     watch, function, calls = Watch("ppo", monkeypatch), getattr(place, name), []
 
@@ -184,7 +187,7 @@ def test_a_signal_at_a_random_moment_loses_no_whole_step_and_changes_no_bit(kind
         with pytest.raises(KeyboardInterrupt) as stop:
             run(kind, paths, folder, save_steps=0)
         count[1] = -1
-        if isinstance(stop.value, Interrupted):  # otherwise the run had ended
+        if isinstance(stop.value, Interrupted):  # a plain KeyboardInterrupt came after the end of the run
             if "nothing is saved" in str(stop.value):
                 seed_everything()
             assert left(run(kind, paths, folder, save_steps=0), watch.made[-1], folder) == whole, moment

@@ -33,7 +33,7 @@ PATIENCE = 180.0
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
-    """A configuration of 60 steps on two processes, and a function that starts it in a folder."""
+    """Writes a configuration of 60 steps; returns a function that starts it on two processes in a given folder."""
     place = tmp_path_factory.mktemp("job")
     tiny.tokenizer().save_pretrained(place / "tokenizer")
     rows = [{"prompt": row.prompt, "completion": row.reference} for row in tiny.examples(40)]

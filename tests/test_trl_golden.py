@@ -78,7 +78,7 @@ def test_rows_are_tokenised_as_by_trl():
         ("sft_whole", {"completion_only_loss": False}),
         ("reward", {}),
         ("dpo", {}),
-        ("cdpo", {"label_smoothing": 0.1}),  # record_trl.py describes how TRL was made to compute it
+        ("cdpo", {"label_smoothing": 0.1}),  # the comment in record_trl.py explains how TRL 1.16 computes it
         ("robust", {"loss_type": "robust", "label_smoothing": 0.1}),
         ("hinge", {"loss_type": "hinge", "beta": 1.0}),
         ("apo_zero", {"loss_type": "apo_zero", "beta": 0.3}),
@@ -114,7 +114,8 @@ def test_kto_is_that_of_trl(paths, monkeypatch, precomputed):
     golden = GOLDEN["kto"]
     by_row = {prompt: row for row, (prompt, *_) in enumerate(recorded.PAIRS)}
     rows = [{"prompt": x, "completion": y, "label": label} for x, y, label in recorded.KTO_ROWS]
-    rows.sort(key=lambda row: by_row[row["prompt"]])  # drawn in the order of KTO_ROWS, which decides who lends to whom
+    # fastrlhf shuffles these rows into the order of KTO_ROWS, which decides the mismatched responses of KTO's KL term
+    rows.sort(key=lambda row: by_row[row["prompt"]])
     config = KTOConfig(
         model_name_or_path=paths["policy"],
         ref_model_name_or_path=paths["reference"],
@@ -176,9 +177,9 @@ def bessel_whiten(values, mask, *, shift_mean=True):
 
 
 def run_update(paths, monkeypatch, case):
-    """Runs one update on TRL's rollouts; returns its result, its optimiser, and {name:
+    """Runs one update on TRL's rollouts.
 
-    [N, response_length]} of its Experience in TRL's layout.
+    Returns (result, optimiser, field of Experience -> (our values, TRL's values), [N, response_length] each).
     """
     made, seen = [], []
 

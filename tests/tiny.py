@@ -82,7 +82,7 @@ def save_policy(folder: Path, seed: int = 0) -> str:
 
 
 def save_reward_model(folder: Path, seed: int = 7) -> str:
-    """Saves a reward model whose head counts as trained."""
+    """Saves a reward model with a random head, marked as trained so that the trainers accept it as a judge."""
     policy(seed=seed).save_pretrained(folder)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -94,8 +94,10 @@ def save_reward_model(folder: Path, seed: int = 7) -> str:
 
 
 def save_adapter(folder: Path, base: str, seed: int, *, scores: bool = False, **settings) -> str:
-    """Saves an adapter over the model in `base`, like a run with `use_peft`; of a reward model if `scores`, otherwise
-    of a policy."""
+    """Saves an adapter over the model in `base`, like a run with `use_peft`.
+
+    It is the adapter of a reward model if `scores` is True, otherwise of a policy.
+    """
     config = SFTConfig(use_peft=True, seed=seed, **{"lora_r": 2} | settings)
     model = load_reward_model(base, pad_token_id=0, seed=seed) if scores else load_policy(base)
     adapters.add_adapter(model, config, base)

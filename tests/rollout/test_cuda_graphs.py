@@ -1,5 +1,7 @@
-"""Tests of decode steps recorded as CUDA graphs: on any device that they can be recorded, on a GPU that replaying
-changes no bit."""
+"""Tests of decode steps that are recorded as CUDA graphs.
+
+On any device the tests check that a step can be recorded; on a GPU, that replaying it changes no bit.
+"""
 
 from contextlib import nullcontext
 from dataclasses import replace
@@ -32,7 +34,7 @@ def engine(model, **settings) -> TransformersEngine:
 
 
 class Work(TorchDispatchMode):
-    """Records the operators of a step with the shapes they read, and the memory outside the step that they use."""
+    """Records the operators of a step, the shapes of their inputs, and the addresses of inputs from outside the step."""
 
     def __init__(self) -> None:
         super().__init__()

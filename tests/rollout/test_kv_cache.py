@@ -1,4 +1,4 @@
-"""Tests that a cache slot gives the numbers of the model alone, regardless of earlier contents and position."""
+"""Tests that decoding in a cache slot gives the logits of a plain forward, whatever the slot held before."""
 
 import pytest
 import torch

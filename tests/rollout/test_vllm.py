@@ -235,8 +235,10 @@ def test_a_gpu_that_does_not_exist_is_refused(monkeypatch):
 
 
 def test_the_model_is_the_policys_and_not_its_folders(tmp_path):
-    """The engine gets the class of the policy (as before FSDP), without 4-bit settings, and with the code of the
-    policy's folder."""
+    """vLLM gets a configuration made from the policy object, not the config.json of its folder.
+
+    It has the model class, no 4-bit settings, and the remote code of the folder.
+    """
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / "modeling_x.py").write_text("# code")
     policy = tiny.policy()

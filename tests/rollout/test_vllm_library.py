@@ -187,7 +187,7 @@ def prefixes(count: int, seed: int = 0) -> list[Prefix]:
 
 @torch.no_grad()
 def differences(policy: PreTrainedModel, rollouts: list[Rollout], temperature: float, num: int) -> np.ndarray:
-    """|engine - plain forward| of the log-probs of all tokens, over the first `num` ids."""
+    """Returns |engine - plain forward| of every log-prob; the plain softmax is over the first `num` ids."""
     found = []
     for rollout in rollouts:
         start = len(rollout.prefix.token_ids)
@@ -233,7 +233,7 @@ def test_temperatures_ends_and_the_distribution_are_those_of_the_policy(tmp_path
 
 
 def test_bfloat16_differs_by_its_rounding(tmp_path):
-    """With more tokens of prompts than vLLM prefills at once (4096)."""
+    """Uses more prompt tokens than vLLM prefills in one step (4096)."""
     settings = config(tmp_path, "untied", dtype="bfloat16", rollout_batch_size=256)
     policy = load_policy(settings.model_name_or_path, dtype="bfloat16")
     starts = prefixes(256)

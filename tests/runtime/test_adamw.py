@@ -141,8 +141,7 @@ def test_a_run_with_8_bit_adamw_resumes_with_the_same_bits(tmp_path):
 @has_bitsandbytes
 @pytest.mark.parametrize("in_8_bits", [True, False])
 def test_no_kernel_is_started_for_an_empty_part_of_a_weight(in_8_bits, monkeypatch):
-    """A kernel over an empty part ends the process on a GPU but not on a CPU, so the test checks the sizes of the
-    updated tensors."""
+    """Checks that no bitsandbytes update gets an empty tensor, which would crash the process on a GPU."""
     import bitsandbytes.functional as kernels
 
     sizes = []

@@ -105,7 +105,7 @@ def test_a_failure_leaves_only_the_old_folder(tmp_path, failure):
 
 
 def test_a_file_that_another_host_has_written_elsewhere_is_an_error(tmp_path, monkeypatch):
-    others = iter([[["deep/c.txt"]], []])  # the file names that the other host sees, then its part of the hashes
+    others = iter([[["deep/c.txt"]], []])  # answers of the other host: the file names that it sees, then its hashes
     monkeypatch.setattr(atomic, "on_each", lambda call: [call(), *next(others)])
     with pytest.raises(
         OSError, match=r"x' cannot be written: c.txt, written by another .* choose an output_dir that all hosts share"
@@ -174,7 +174,7 @@ def test_a_file_is_replaced_completely_or_not_at_all(tmp_path, monkeypatch):
 
 
 def test_a_group_of_files_is_complete_or_can_be_cleaned_up(tmp_path, monkeypatch):
-    """Killed at each of its operations in turn: three flushes and three renames."""
+    """Kills `write_files` at each of its six operations in turn: three flushes and three renames."""
     texts = {"a": "1", "b": "2", "mark": "3"}
     for at in range(6):
         folder, done = tmp_path / str(at), []

@@ -245,7 +245,7 @@ def test_the_newest_readable_checkpoint_determines_the_dataset(tmp_path):
     for step in (1, 2):
         kept.save(step)
     state = tmp_path / "run" / "checkpoint-2" / "state.json"
-    # A corrupt state file is not mistaken for another dataset
+    # The altered state file does not match its hash, so checkpoint-1 determines the dataset
     state.write_text(state.read_text().replace("3 rows", "2 rows"))
     check_same_data(str(tmp_path / "run"), {"train": "3 rows"})
     with pytest.raises(ValueError, match=r"checkpoint-1' was .* dataset: train was 3 rows and is 4 rows"):

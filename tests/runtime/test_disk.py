@@ -1,4 +1,4 @@
-"""Tests of full disks: the error names the bytes, the run waits, and other errors are not mistaken for it."""
+"""Tests of full disks: the error names the missing bytes, the run waits, and other errors are raised unchanged."""
 
 import errno
 from types import SimpleNamespace

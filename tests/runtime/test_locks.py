@@ -22,7 +22,7 @@ def quick(monkeypatch):
 
 @pytest.fixture(params=["flock", errno.ENOSYS, errno.ENOLCK])
 def file_system(request, monkeypatch):
-    """A file system with kernel locks, and two kinds of file systems without them."""
+    """Simulates a file system with kernel locks (flock), and two on which flock fails with different errors."""
     if request.param != "flock":
 
         def refuse(descriptor, operation):
@@ -59,7 +59,7 @@ def test_a_folder_in_which_a_run_is_training_is_not_idle(tmp_path, file_system):
 
 
 def test_a_live_run_of_another_host_keeps_this_one_out(tmp_path):
-    """The kernel's lock is only visible on its own host; another host sees only that the lock file changes."""
+    """A kernel lock is visible on its own host only. A run on another host shows by changes of the lock file."""
     beat = {"host": "node7", "pid": 12, "job": "99", "beat": 3}
     (tmp_path / LOCK).write_text(json.dumps(beat))
     timer = threading.Timer(0.1, lambda: (tmp_path / LOCK).write_text(json.dumps(beat | {"beat": 4})))
@@ -93,7 +93,7 @@ def test_without_kernel_locks_there_is_a_warning(tmp_path, file_system, caplog):
 
 
 def test_of_two_runs_that_start_at_once_only_one_gets_the_lock(tmp_path, monkeypatch):
-    """Both have seen no lock file. Making it is one operation, and it fails for the second run."""
+    """Neither run has seen a lock file. Creating it is atomic, so it fails for the second run."""
     monkeypatch.setattr(locks, "_clear_dead", lambda folder, has_locks: None)
     (tmp_path / LOCK).write_text(json.dumps({"host": "node7", "pid": 12, "job": "", "beat": 0}))
     with pytest.raises(ValueError, match="another run is training in"), locked(tmp_path):

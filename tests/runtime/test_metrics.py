@@ -267,7 +267,7 @@ def test_a_row_that_cannot_be_written_is_kept_and_written_later_and_a_checkpoint
 
 
 def resumed_in(folder, source, kept):
-    """The log of a run that was killed and continues in a copy of its folder."""
+    """Continues the log of a killed run after step 3, in a copy of its folder, and checks that no row is missing."""
     folder.mkdir()
     for name in ("metrics.jsonl", "samples.jsonl"):
         (folder / name).write_bytes((source / name).read_bytes())

@@ -77,8 +77,10 @@ def test_the_reported_norm_is_before_clipping_and_the_step_uses_clipped_gradient
 
 @pytest.mark.parametrize("settings", [BFLOAT16, ROUNDED])
 def test_bfloat16_gradients_are_clipped_by_their_float32_norm(settings):
-    """Compares bit for bit with torch's clipping of float32 copies; Adam's first moment shows the gradient that it
-    got."""
+    """Compares bit for bit with torch's clipping of float32 copies.
+
+    The first moment of Adam shows which gradient it received.
+    """
     model = tiny.policy().bfloat16()
     optimizer = Optimizer({"": model}, SFTConfig(max_grad_norm=1.0, adam_beta1=0.5, **settings), num_steps=3)
     copies = [torch.nn.Parameter(param.detach().float()) for param in model.parameters()]
@@ -173,7 +175,7 @@ def test_the_order_depends_on_the_seed_and_not_on_the_length_of_the_run():
 
 
 def test_bfloat16_weights_move_as_float32_ones_do():
-    """Uses a learning rate at which a single step is below half a bfloat16 spacing of the weights."""
+    """Uses steps smaller than half the spacing of bfloat16 weights, which plain bfloat16 rounding would lose."""
     runs = []
     for dtype in (torch.float32, torch.bfloat16):
         model = tiny.policy().to(dtype)
@@ -292,7 +294,7 @@ class Copies(TorchDispatchMode):
 
 @pytest.mark.parametrize(("settings", "per_entry"), [(BFLOAT16, 1), (ROUNDED, 2)])
 def test_float32_gradients_exist_for_one_bucket_at_a_time(settings, per_entry, monkeypatch):
-    """Without float32 master weights, float32 weights also exist for only one bucket at a time."""
+    """Checks the largest number of float32 copies; without master weights these include copies of the weights."""
     monkeypatch.setattr(optim, "BUCKET", 2500)
     model = tiny.policy().bfloat16()  # its largest tensor has 1,536 entries, all 21 tensors 17,568
     optimizer = Optimizer({"": model}, SFTConfig(**settings), num_steps=3)
@@ -363,7 +365,7 @@ def test_noise_depends_on_seed_step_and_tensor():
         for layer in model:
             torch.nn.init.ones_(layer.weight)
             layer.weight.grad = torch.ones(64, 64).bfloat16()
-        torch.manual_seed(len(drawn))  # the global generator must not matter
+        torch.manual_seed(len(drawn))  # the result must not depend on the global generator
         optimizer.step()
         return [layer.weight.detach() for layer in model]
 

@@ -35,7 +35,7 @@ def fail_at(patch, module, name: str, call: int) -> None:
 
 
 def test_out_of_memory_errors_of_torch_and_python_are_recognised():
-    with pytest.raises(RuntimeError) as cpu:  # an allocation larger than any address space
+    with pytest.raises(RuntimeError) as cpu:  # 2^60 bytes do not fit into any address space
         torch.empty(2**60, dtype=torch.uint8)
     assert is_out_of_memory(cpu.value)
     assert is_out_of_memory(MemoryError())
@@ -53,8 +53,8 @@ def test_the_line_says_how_much_was_asked_for_and_ends_in_the_notes():
 @pytest.mark.parametrize(
     ("kind", "module", "name", "call"),
     [
-        ("sft", sft, "token_logprobs", 5),  # one micro-batch per step, and one of held-out rows after the third step
-        # At this point the normaliser has seen the fourth update's scores, and a judge has drawn random numbers.
+        ("sft", sft, "token_logprobs", 5),  # calls 1 to 3 are steps, 4 is the evaluation, 5 is step 4
+        # The fourth call of `update` fails; the scores of this step were already normalised and the judge has drawn.
         ("ppo", ppo, "update", 4),
         ("drpo", ppo, "update", 4),
     ],

@@ -137,7 +137,7 @@ def test_the_rows_are_on_the_disk_before_the_checkpoint_that_needs_them(model, t
 
 
 class Judge:
-    """A stand-in for a reward model: scores a response by its length, and does something else at one call."""
+    """A stand-in for a reward model: scores responses by length; its call number `at` returns `what(rollouts)`."""
 
     def __init__(self, at: int, what):
         self.calls, self.at, self.what = 0, at, what

@@ -1,5 +1,8 @@
-"""Tests of signals: the first one waits or ends the work, repeats count as the same request, a later one ends at
-once."""
+"""Tests of signals to a run.
+
+The first signal stops the run at the next safe point. Repeats within five seconds count as the same request. A later
+signal ends the run at once.
+"""
 
 import pickle
 import signal

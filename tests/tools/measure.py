@@ -27,8 +27,10 @@ needs_bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed: fastrlhf[bnb]"
 )
 UNREAD = {"qlora": 4 * 4 * (4 * 256 * 256 + 3 * 256 * 704)}
-"""Bytes of a mapped file that are not read after loading, so that the kernel may drop their pages: those of the
-linear layers, which were copied to 4 bits. The embedding and the head are still read from the file."""
+"""Kind of run -> bytes of the mapped weights file that are not read after loading; the kernel may drop their pages.
+
+These are the linear layers, of which qlora keeps a 4-bit copy. The embedding and the head are still read from the file.
+"""
 ROLES = {"reward_model_path": "judge", "dpo_model_path": "dpo"}
 TRAINERS = {
     "sft": (SFTConfig, train_sft),

@@ -15,9 +15,9 @@ BUFFERS = 1024
 
 
 def adapter(rank: int) -> int:
-    """Bytes of an adapter:
+    """Returns the bytes of an adapter over 4 layers, each with 4 square matrices and 3 MLP matrices, in float32.
 
-    4 layers, and in each the rank times the sides of 4 square matrices and of 3 MLP matrices.
+    A matrix of m x n adds rank (m + n) weights.
     """
     return 4 * 4 * rank * (4 * (256 + 256) + 3 * (256 + 704))
 
@@ -51,7 +51,7 @@ def test_token_rewards_that_learn_are_another_trained_model(folder):
     adapted = own(folder, "roles", **refined)
     assert adapted["DPO model"] == adapter(measure.DPO_RANK)
     started = own(folder, "roles", **refined, dpo_model_path="")
-    assert started["DPO model"] == adapter(16)  # over the weights of the reference
+    assert started["DPO model"] == adapter(16)  # a new adapter of rank 16 over the weights of the reference
     whole = own(folder, "roles", **refined, use_peft=False)
     assert whole["DPO model"] == pytest.approx(4 * POLICY, abs=BUFFERS)
 
@@ -70,7 +70,7 @@ def test_linear_layers_in_4_bits_take_half_a_byte_and_the_scales_of_double_quant
     roles = own(folder, "roles", load_in_4bit=True)
     assert roles["policy"] == sizes["policy"]
     assert roles["critic"] == adapter(measure.JUDGE_RANK) + 4 * 256
-    judged = own(folder, "lora", load_in_4bit=True)  # judged by a full model, which is not quantised
+    judged = own(folder, "lora", load_in_4bit=True)  # the judge is a full model, which load_in_4bit does not quantise
     assert judged["critic"] == pytest.approx(4 * SCORER + adapter(16), abs=BUFFERS)
 
 
@@ -91,7 +91,7 @@ def test_the_models_that_are_counted_are_those_that_the_run_loads(folder):
     whole, judge = str(folder / "policy"), str(folder / "reward")
     start = {"model_config": "", "model_name_or_path": whole, "dpo_model_path": whole, "dpo_ref_model_path": whole}
     names = {"DPO model", "DPO reference", "second reward model"}
-    assert names & own(folder, "ppo", **start).keys() == {"DPO model"}  # its reference is that of the run
+    assert names & own(folder, "ppo", **start).keys() == {"DPO model"}  # the DPO model shares the reference of the run
     unpaid = own(folder, "ppo", **start, reward_shaping="none", eval_reward_model_path=judge)
     assert names & unpaid.keys() == {"second reward model"}
     assert unpaid["second reward model"] == unpaid["reward model"]

@@ -9,7 +9,7 @@ def test_steps_and_tokens_are_those_of_the_run(folder):
     rows = read_rows(config)
     assert rows.steps == 4  # 32 rows in batches of 8
     packs = find_packs(config, rows)
-    # 8 sequences of 160 + 60 tokens and an EOS
+    # 8 sequences of 160 prompt and 60 response tokens and an EOS: 221 each
     assert (packs.tokens_per_step, packs.num_packs, packs.longest) == (1768, 2, 221)
     assert packs.largest.num_tokens == 4 * 221
 

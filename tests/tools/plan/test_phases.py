@@ -23,7 +23,7 @@ def test_parts_are_the_counts_of_the_models(folder):
     rollout, training = plan.phases
     assert training.parts["gradients"] == 4 * (5_261_568 + 4_237_824)
     assert training.parts["optimiser state (float32, two per parameter)"] == 8 * (5_261_568 + 4_237_824)
-    # Keys and values of 4 layers of 256, for 8 episodes of 160 + 24 tokens, rounded up to 192.
+    # Keys and values (2), 4 layers of width 256, 8 episodes of 160 + 24 tokens, rounded up to 192, 4 bytes each
     assert rollout.parts["key-value cache"] == 2 * 4 * 256 * 8 * 192 * 4
 
 
@@ -147,7 +147,8 @@ def test_offloaded_models_are_on_the_gpu_only_while_they_score(folder):
     for before, after in zip((phase.parts for phase in stayed), (rollout, training), strict=True):
         assert before.keys() - after.keys() == frozen.keys()
         assert all(after[name] == before[name] for name in after)
-        assert {name: before[name] for name in frozen} == pytest.approx(frozen, rel=1e-3)  # and buffers of the models
+        # The tolerance covers the buffers of the models
+        assert {name: before[name] for name in frozen} == pytest.approx(frozen, rel=1e-3)
     kept = {name: size for name, size in scoring.items() if name != "activations of a forward without gradient"}
     assert kept.keys() == training.keys() - {"gradients", ACTIVATIONS} | frozen.keys()
     assert 0 < scoring["activations of a forward without gradient"] < training[ACTIVATIONS] / 2

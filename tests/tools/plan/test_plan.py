@@ -34,7 +34,7 @@ def test_a_run_that_fits_gets_no_advice(folder):
 
 
 def test_offloading_activations_is_not_advised_on_a_cpu(folder, monkeypatch):
-    """Without a GPU, unless `--memory_gib` describes another machine, and for a run that was on this machine."""
+    """A CPU run is refused with activation_offloading, unless `--memory_gib` describes another machine."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     config = measure.config(folder, "sft", activation_checkpointing=True, device="auto")
     assert "--activation_offloading" not in advise(config)
