@@ -116,7 +116,7 @@ class Prefix:
     row: int
     """Row number of the example."""
     episode: int
-    """Number of the episode, unique in the run, on which its random draws depend."""
+    """Number of the episode, unique in the run; the random draws of the episode are keyed by it."""
     temperature: float | None = None
     """Temperature at which this episode is sampled and scored; None: the temperature of the run."""
 
@@ -142,7 +142,7 @@ class KeptTokens(NamedTuple):
     """The tokens that truncated sampling kept at each row of a pack."""
 
     ids: Tensor
-    """[K] int64, row after row"""
+    """[K] int64, the ids of the kept tokens of all rows, row after row"""
     cu_rows: Tensor
     """(R+1,) int64: ids cu_rows[r] .. cu_rows[r+1] belong to row r"""
 
@@ -173,23 +173,24 @@ class Segment:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionPlan:
-    """Says which tokens of a pack of S segments attend to which others, for one variable-length attention call that is
-    causal and aligned at the bottom right.
+    """The arguments of one variable-length attention call that computes a pack of S segments: which tokens attend to
+    which others.
 
-    FlashAttention's convention: queries of segment i are rows cu_seqlens[i] .. cu_seqlens[i+1] of the pack, its keys
-    are rows cu_seqlens_k[i] .. cu_seqlens_k[i+1] of `key_index` (of the pack itself if there is no branch).
+    The call is causal and aligned at the bottom right, as in FlashAttention. The queries of segment i are rows
+    cu_seqlens[i] .. cu_seqlens[i+1] of the pack. Its keys are the rows of the pack that `key_index` lists at
+    cu_seqlens_k[i] .. cu_seqlens_k[i+1]; without `key_index` they are these rows themselves.
     """
 
     cu_seqlens: Tensor
-    """(S+1,) int32"""
+    """(S+1,) int32, limits of the queries of each segment"""
     cu_seqlens_k: Tensor
-    """(S+1,) int32"""
+    """(S+1,) int32, limits of the keys of each segment"""
     key_index: Tensor | None
     """(K,) int64 rows of the pack whose keys and values are gathered; None if no segment has a parent."""
     query_lengths: tuple[int, ...]
-    """Numbers of queries and (below) of keys of each segment, as Python numbers, for kernel launches and for backends
-    without a variable-length kernel."""
+    """Number of queries of each segment, for kernel launches and for backends without a variable-length kernel."""
     key_lengths: tuple[int, ...]
+    """Number of keys of each segment, for the same uses as `query_lengths`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -248,7 +249,7 @@ class Experience:
     sampler_logprob: Tensor
     """[R] log-probs under the policy that sampled, computed by the trainer's own forward pass"""
     reference_logprob: Tensor
-    """[R]"""
+    """[R] log-probs under the reference"""
     value: Tensor | None = None
     """[R] values of the critic at sampling time; None without a critic"""
     advantage: Tensor

@@ -23,7 +23,7 @@ GPU_BLOCK = (4096, 8192)
 
 LOG2_E = 1 / math.log(2)
 LOWEST = -1e30  # used as the largest logit of a block whose logits are all -inf, because -inf - -inf is NaN
-VANISHED = -1e4  # stands for -inf: exp(-1e4) is 0 as well, but 0 * -1e4 is 0 whereas 0 * -inf is NaN
+VANISHED = -1e4  # replaces -inf: exp(-1e4) is 0 as well, but 0 * -1e4 is 0 whereas 0 * -inf is NaN
 
 
 class Part(NamedTuple):
@@ -139,7 +139,7 @@ def locate(column: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gradient(z: Tensor, column: Tensor, peak: Tensor, level: Tensor, tilt: Tensor | None, at_target: Tensor) -> Tensor:
-    """The gradient [rows, width] for a block of logits z, by the formula of `slopes` without the factor `slope`.
+    """Returns dx / slope [rows, width] for a block of logits z; the formula of dx is in the docstring of `slopes`.
 
     Overwrites z. `column` [rows] is the target's column relative to this block, and may lie outside it. `peak`,
     `level`, `tilt` and `at_target` are [rows] as well.
@@ -162,7 +162,7 @@ def slopes(
     entropy: Tensor | None,
     total: Tensor,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Coefficients (level, tilt, at_target), [T] each, of the gradient dx with respect to hidden @ weight.T.
+    """Returns coefficients (level, tilt, at_target), [T] each, of the gradient dx with respect to hidden @ weight.T.
 
         dx = slope * exp(z - peak) * (level - tilt * (z - peak))      in every column except the target's
         dx = slope * at_target                                        in the target's column
@@ -214,7 +214,7 @@ def multiply_parts(
 def gradients_like(
     leaves: tuple[Tensor, Tensor, Tensor | None], needs: tuple[bool, bool, bool], scalar_like: Tensor
 ) -> tuple[Tensor, ...]:
-    """Uninitialised gradients of (hidden, weight, bias) with the shapes and strides that the operators return.
+    """Allocates gradients of (hidden, weight, bias) with the shapes and strides that the operators return.
 
     A gradient that is not needed has shape [0] and the dtype of `scalar_like`. The gradient of hidden is always
     contiguous.
@@ -246,8 +246,8 @@ def exp_(z: Tensor) -> Tensor:
 
 
 def can_select(device: torch.device, wait: bool) -> bool:
-    """Whether the live rows may be counted. On a GPU counting waits for the device, which is impossible while a CUDA
-    graph is captured."""
+    """Returns whether the live rows (see `Selection`) may be counted. On a GPU counting waits for the device, which is
+    impossible while a CUDA graph is captured."""
     return device.type == "cpu" or (wait and not torch.cuda.is_current_stream_capturing())
 
 
@@ -271,8 +271,8 @@ class Selection(NamedTuple):
         return Selection(live, None if len(rows) == len(live) else rows, None)
 
     def take(self, tensor: Tensor, filler: float | None = None) -> Tensor:
-        """The processed rows of `tensor`. `filler`, if given, replaces rows that are not live, because a NaN in them
-        would survive a multiplication by 0."""
+        """Returns the processed rows of `tensor`. `filler`, if given, replaces the values of rows that are not live,
+        because a NaN in them would survive a multiplication by 0."""
         if self.rows is not None:
             return tensor[self.rows]
         return tensor if self.dead is None or filler is None else self._fill(tensor, filler)

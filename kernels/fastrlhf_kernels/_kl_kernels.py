@@ -317,7 +317,7 @@ def gradient_kernel(
     stride_reference_weight,
     inner_scale,
     outer_scale,
-    peaks,  # [T], like the next five: the fields of `Slopes`
+    peaks,  # [T]; this argument and the next five are the fields of `Slopes`
     levels,
     tilts,  # or None
     at_targets,

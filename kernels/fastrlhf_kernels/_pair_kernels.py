@@ -1,4 +1,6 @@
-"""The loss of one pair and its derivatives for every kind of `pair_loss`, in torch and in Triton, and option checks.
+"""Computes the loss of one pair and its derivatives for every kind of `pair_loss`, in torch and in Triton.
+
+Also checks the options of `pair_loss`.
 
 The formulas are in the docstring of pair_loss.py.
 """

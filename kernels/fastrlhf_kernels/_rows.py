@@ -13,7 +13,7 @@ from fastrlhf_kernels._checks import check_first_derivative
 from fastrlhf_kernels._tiles import cdiv
 from fastrlhf_kernels._triton import jit, tl
 
-BLOCK = 1024  # rows that a program processes, or that it processes per step if it loops over a segment
+BLOCK = 1024  # rows per program; in a program that loops over a segment, rows per step of the loop
 
 
 def num_programs(num_rows: int) -> int:

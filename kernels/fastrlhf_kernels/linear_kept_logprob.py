@@ -122,7 +122,7 @@ class _Chunk(NamedTuple):
 
 
 def _chunks(targets: Tensor, kept: Tensor, cu_kept: Tensor, vocab: int) -> Iterator[_Chunk]:
-    """Yields the rows whose sets are not empty, in chunks."""
+    """Yields chunks of rows; rows with an empty set are left out."""
     starts, sizes = cu_kept[:-1].long(), cu_kept.diff().long()
     limit = CPU_CHUNK if targets.device.type == "cpu" else GPU_CHUNK
     for rows in (sizes > 0).nonzero()[:, 0].split(max(limit // (4 * vocab), 1)):

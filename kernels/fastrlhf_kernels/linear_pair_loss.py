@@ -21,7 +21,7 @@ def linear_pair_loss(
     hidden: Tensor,  # [T, D]; hidden, weight and bias have gradients
     weight: Tensor,  # [V, D]
     targets: Tensor,  # [T] int64
-    reference_logprob: Tensor | None,  # [T], or [2B] sums over the masked rows of each sequence, or None for 0
+    reference_logprob: Tensor | None,  # [T], or [2B] sums over the rows of each sequence in the mask, or None for 0
     cu_seqlens: Tensor,  # [2B+1]; sequences 2i and 2i+1 are the chosen and the rejected response of pair i
     mask: Tensor,  # [T] bool
     *,

@@ -205,7 +205,7 @@ def _(hidden, weight, bias, *rest):
 
 
 def _kept_dtype(leaf: Tensor) -> torch.dtype:
-    """The dtype in which the forward keeps the gradient of a tensor: that of the tensor, but float32 for float16.
+    """Returns the dtype in which the forward keeps the gradient of a tensor: its own dtype, or float32 for float16.
 
     The upstream gradient, which may contain a loss scale, is not known yet; without it float16 would underflow.
     """
@@ -247,7 +247,7 @@ torch.library.register_autograd("fastrlhf::linear_policy_loss", _differentiate, 
 
 
 class _TorchChunks:
-    """Processes rows in chunks in torch; holds the logits of the current chunk and the gradients of all so far."""
+    """Processes rows in chunks in torch; holds the logits of the current chunk and the gradients summed so far."""
 
     def __init__(self, hidden, weight, bias, row_temperature, temperature, scale, softcap, dead, needs):
         hidden = hidden if dead is None else hidden.masked_fill(dead, 0)

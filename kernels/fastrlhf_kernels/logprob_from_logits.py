@@ -39,7 +39,7 @@ from fastrlhf_kernels.types import TokenLogprobs
 
 BIT = math.log(2)  # one bit in nats
 LN_2 = constant(BIT)
-VANISHED = -1e4  # stands for -inf: 2^-1e4 is 0 as well, but 0 * -1e4 is 0 whereas 0 * -inf is NaN
+VANISHED = -1e4  # replaces -inf: 2^-1e4 is 0 as well, but 0 * -1e4 is 0 whereas 0 * -inf is NaN
 CPU_BLOCK_BYTES = 1 << 21  # bytes of a float32 block of rows; small enough for the cache of a core
 GPU_BLOCK_BYTES = 1 << 27
 
@@ -70,7 +70,7 @@ def logprob_from_logits(
 
     Raises ValueError for wrong shapes, dtypes and devices, and on the CPU for a target outside the vocabulary and a
     row's temperature that is not above 0 (on a GPU these give NaN); with `inplace_backward` also for logits that are a
-    leaf, or a view of one, and for rows that overlap.
+    leaf or a view of a leaf, and for rows that overlap in memory.
     """
     check_rows("logits", logits, rank=2)
     (num_rows, vocab), device = logits.shape, logits.device

@@ -60,7 +60,7 @@ SUMS = ("pairs", "accuracy", "reward_chosen", "reward_rejected", "margin", "logp
 
 def pair_loss(
     logprob: Tensor,  # [T] nats; the only argument with a gradient
-    reference_logprob: Tensor | None,  # [T], or [2B] sums over the masked rows (if T == 2B: read as [T]), or None for 0
+    reference_logprob: Tensor | None,  # [T], or [2B] sums over the rows in the mask, or None for 0; [T] if T == 2B
     cu_seqlens: Tensor,  # [2B+1] int32 or int64: sequences 2i and 2i+1 are chosen and rejected of pair i
     mask: Tensor,  # [T] bool, True on the tokens of the responses
     *,
@@ -235,7 +235,7 @@ def pair_kernel(
     reference_logprob,  # or None
     cu_seqlens,
     mask,
-    label_prob,  # or None, like the next three
+    label_prob,  # may be None, like each of the next three arguments
     margin,
     weight,
     target,

@@ -34,7 +34,7 @@ def engine(model, **settings) -> TransformersEngine:
 
 
 class Work(TorchDispatchMode):
-    """Records the operators of a step, the shapes of their inputs, and the addresses of inputs from outside the step."""
+    """Records the operators of a step, the shapes of their inputs, and the addresses of inputs made before the step."""
 
     def __init__(self) -> None:
         super().__init__()
