@@ -9,6 +9,7 @@ from itertools import takewhile
 from typing import cast
 
 from tokenizers.decoders import ByteLevel
+from tokenizers.pre_tokenizers import ByteLevel as Bytes
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 ANCHORS = ("", "\n", "|", "x")
@@ -83,13 +84,23 @@ def reads_back(prompt: Sequence[int], response: Sequence[int], text: str, tokeni
     return decode([*prompt, *response], tokenizer) == decode(prompt, tokenizer) + text
 
 
+def first_change(prompt: Sequence[int], response: Sequence[int], text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Describes the first place where the ids of a response decode to another text: a few characters of both texts."""
+    decoded = decode([*prompt, *response], tokenizer)[len(decode(prompt, tokenizer)) :]
+    at = sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(text, decoded, strict=False)))
+    own, other = (each[max(0, at - 10) : at + 20] for each in (text, decoded))
+    return f"{own!r} becomes {other!r}"
+
+
 def is_lossless(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Returns whether decoding restores every text, whatever text precedes it. This holds for byte-level BPE without a
-    normaliser."""
+    normaliser if its vocabulary has all 256 bytes."""
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         return False
     core = tokenizer.backend_tokenizer
-    return isinstance(core.decoder, ByteLevel) and core.normalizer is None and _anchor(tokenizer) == ""
+    if not isinstance(core.decoder, ByteLevel) or core.normalizer is not None or _anchor(tokenizer) != "":
+        return False
+    return all(core.token_to_id(byte) is not None for byte in Bytes.alphabet())
 
 
 def _anchor(tokenizer: PreTrainedTokenizerBase) -> str:

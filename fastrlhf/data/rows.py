@@ -144,8 +144,10 @@ def _folder_splits(folder: Path, config_name: str | None) -> dict[str, list[Path
     with tempfile.TemporaryDirectory() as cache:
         # `datasets` reads brackets in a folder name as a pattern, so it gets a symbolic link with a plain name.
         link = Path(cache) / "folder"
-        link.symlink_to(folder.resolve(), target_is_directory=True)
         by_card = bool(config_name) or "configs:" in _card(folder)
+        originals = {} if by_card else _link_in_lower_case(folder, link)
+        if not originals:
+            link.symlink_to(folder.resolve(), target_is_directory=True)
         try:
             if by_card:
                 found = datasets.load_dataset_builder(str(link), config_name, cache_dir=cache).config.data_files or {}
@@ -155,7 +157,9 @@ def _folder_splits(folder: Path, config_name: str | None) -> dict[str, list[Path
             told = shorten(str(error).replace(str(link), str(folder)))
             raise ValueError(f"{folder}: not a folder of data files (or config_name is wrong): {told}") from None
         files = {
-            str(split): [folder / Path(file).relative_to(link) for file in dict.fromkeys(files)]
+            str(split): [
+                originals.get(str(file)) or folder / Path(file).relative_to(link) for file in dict.fromkeys(files)
+            ]
             for split, files in found.items()
         }
     splits = {
@@ -174,6 +178,20 @@ def _folder_splits(folder: Path, config_name: str | None) -> dict[str, list[Path
             *(folder, ", ".join(left_out[:5]), more, ", ".join(splits), ENDINGS),
         )
     return splits
+
+
+def _link_in_lower_case(folder: Path, link: Path) -> dict[str, Path]:
+    """Makes `link` a folder of links to the files of `folder`, all with names in lower case, because `datasets` finds
+    no split in Test.jsonl. Returns link -> file. If no name has capitals, or two names differ only in capitals, nothing
+    is made, and the result is empty."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name.lower().endswith(SUFFIXES)]
+    originals = {str(link / str(path.relative_to(folder)).lower()): path for path in files}
+    if len(originals) < len(files) or all(str(link / path.relative_to(folder)) in originals for path in files):
+        return {}
+    for place, path in originals.items():
+        Path(place).parent.mkdir(parents=True, exist_ok=True)
+        Path(place).symlink_to(path.resolve())
+    return originals
 
 
 def _card(folder: Path) -> str:

@@ -25,7 +25,7 @@ from typing import Any, Literal, cast
 from transformers import PreTrainedTokenizerBase
 
 from fastrlhf.config import TrainConfig, parse_template_kwargs
-from fastrlhf.data.encoding import is_lossless, reads_back
+from fastrlhf.data.encoding import first_change, is_lossless, reads_back
 from fastrlhf.data.forms import RESPONSES
 from fastrlhf.data.labels import GROUP_LABELS, PAIR_LABELS
 from fastrlhf.data.rendered_ids import Side, encode_rendered
@@ -174,7 +174,9 @@ def tokenize_examples(
             counts["other_end"] += response.had_end and name not in cut and response.end != next(iter(ends))
             if not (lossless or reads_back(prompt, whole[name], response.text, tokenizer)):
                 counts["unlike_text"] += 1
-                firsts.setdefault("unlike_text", f"row {example.row}")
+                if "unlike_text" not in firsts:
+                    change = first_change(prompt, whole[name], response.text, tokenizer)
+                    firsts["unlike_text"] = f"row {example.row}, {change}"
     report = TokenReport(
         num_examples=len(examples),
         num_kept=len(kept),

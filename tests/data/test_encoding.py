@@ -62,7 +62,10 @@ def test_responses_that_do_not_decode_to_their_text_are_counted():
     rows = [Example(prompt="a", chosen=" b", row=0), Example(prompt="a", chosen="b\n\nc", row=1)]
     report = tokenize_examples(rows, words(), max_length=50).report
     assert report.unlike_text == 2  # in this vocabulary the EOS decodes to a word
-    assert "with this tokenizer (first: row 0, the model learns the decoded text)" in report.summary()
+    assert (
+        "with this tokenizer (first: row 0, ' b<eos>' becomes ' b <eos>', the model learns the decoded text)"
+        in report.summary()
+    )
     assert "2 responses do not decode to their original text" in report.summary()
     assert tokenize_examples(rows, vocabularies.byte_level(), max_length=50).report.unlike_text == 0
     assert tokenize_examples(rows, vocabularies.sentencepiece(legacy=True), max_length=50).report.unlike_text == 0

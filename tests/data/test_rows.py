@@ -110,6 +110,14 @@ def test_a_split_of_a_folder_has_files_of_every_ending(tmp_path):
     assert [row["prompt"] for row in read(tmp_path)] == ["a", "b", "c", "d", "e", "f"]
 
 
+def test_names_of_splits_and_endings_may_have_capitals(tmp_path):
+    write(tmp_path / "Train.jsonl", [{"prompt": "a"}])
+    write(tmp_path / "TRAIN-2.Json", [{"prompt": "b"}])
+    write(tmp_path / "Test.JSONL", [{"prompt": "c"}])
+    prompts = {split: sorted(row["prompt"] for row in read(tmp_path, split)) for split in ("train", "test")}
+    assert prompts == {"train": ["a", "b"], "test": ["c"]}
+
+
 def test_data_files_of_a_folder_that_are_not_read_are_named(tmp_path, caplog):
     write(tmp_path / "train.jsonl", [{"prompt": "a"}])
     with caplog.at_level(logging.WARNING, "fastrlhf"):
