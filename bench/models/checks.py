@@ -184,9 +184,9 @@ CHECKS: dict[str, Callable[[Family], dict[str, float]]] = {
 def run_checks(model_type: str, names: list[str]) -> Iterator[tuple[str, Any]]:
     """Runs the checks and yields a result for each.
 
-    The first result is ("alone", why sequences cannot share a pack, or ""). Then follows for each check
-    (name, differences) or (name, exception). If the model cannot be loaded, the only result is ("refused", error), with
-    the one-line error of this project, ("crashed", exception), or ("not built", exception) of transformers itself.
+    The first result is ("alone", reason why sequences cannot share a pack, or ""). For each check follows (name,
+    differences) or (name, exception). If the model cannot be loaded, the only result is ("refused", error), with the
+    one-line error of this project, ("crashed", exception), or ("not built", exception) of transformers itself.
     """
     with tempfile.TemporaryDirectory() as folder:
         family = Family(model_type, Path(folder))

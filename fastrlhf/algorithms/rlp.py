@@ -77,7 +77,7 @@ MAY_CHANGE = ("output_dir", "rounds", "min_reward_variance", "device")
 """Keys that may differ when the same run is started again."""
 
 Gold = Callable[[str, str], float]
-"""(prompt, response) -> true value of the response; no trainer sees it."""
+"""(prompt, response) -> true value of the response, which no trainer uses."""
 
 
 def train_rlp(

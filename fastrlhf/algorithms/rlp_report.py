@@ -1,5 +1,5 @@
-"""Comparison of a reward model before and after a refit: accuracy on the policy's answers, drift, spread, and
-whether the loss on views had an effect."""
+"""Compares a reward model before and after a refit: accuracy on the policy's answers, drift and spread of the scores,
+and whether the loss on views had an effect."""
 
 from __future__ import annotations
 

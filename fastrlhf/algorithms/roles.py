@@ -73,7 +73,7 @@ class Roles:
     critic: PreTrainedModel | None
     """The critic, which is trained; None if the advantage estimator needs none."""
     judge: Judge | None
-    """The score of each response; None if only reward functions or a DPO model give rewards."""
+    """Scores each response; None if only reward functions or a DPO model give rewards."""
     score: Judge | None
     """The score used for training: the score of `judge` or, with `psi`, the comparison with other responses."""
     held_out_judge: Judge | None

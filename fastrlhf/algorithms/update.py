@@ -39,10 +39,11 @@ def update(
     """Makes `num_ppo_epochs` passes over the batch. After the first pass, mini-batches are drawn and packed anew. With
     compat "reference", which averages every micro-batch separately, micro-batches are drawn anew too.
 
-    `reference` is needed only for an exact KL in the loss, which needs its output layer (its hidden states are in the
-    experience). With `critic_only` the policy is neither computed nor updated, and its metrics are absent. If the KL of
-    a mini-batch exceeds `target_kl`, the update ends before the step of this mini-batch; the first step, at ratio 1, is
-    always taken. `opened` keeps the progress of the update, which may have begun before the run was resumed.
+    `reference` is needed only for an exact KL in the loss, which uses the output layer of the reference; the hidden
+    states of the reference are in the experience. With `critic_only` the policy is neither computed nor updated, and
+    its metrics are absent. If the KL of a mini-batch exceeds `target_kl`, the update ends before the step of this
+    mini-batch; the first step, at ratio 1, is always taken. `opened` keeps the progress of the update, which may have
+    begun before the run was resumed.
     """
     opened = opened or OpenUpdate()
     policy_totals, value_totals, steps = opened.totals["policy"], opened.totals["value"], opened.steps

@@ -53,7 +53,7 @@ def parse(kind: type, arguments: Sequence[str], command: str) -> Any:
 
 
 def _check_adapter(given: Sequence[str]) -> None:
-    """Raises ValueError for a key of adapters that is given, perhaps with its default value, without use_peft."""
+    """Raises ValueError if a key of adapters is given without use_peft, even if it has its default value."""
     for key in given if "use_peft" not in given else ():
         if key in LORA_KEYS:
             raise ValueError(f"{key}: must be absent when use_peft is false, {UNREAD}; set use_peft as well")

@@ -350,8 +350,8 @@ COMMANDS = {
 
 
 def find(name: str, command: str) -> Key | None:
-    """Finds the row of a key of TRL or transformers, with the meaning that the key has for `command`; None if there is
-    none."""
+    """Returns the row of a key of TRL or transformers, with the meaning that the key has for `command`; None if the
+    table lacks the key."""
     rows = [key for key in KEYS if key.name == name]
     wanted = (*READ_BY.get(command, (command,)), "all", "model", "script", "older")
     return next((key for config in wanted for key in rows if config in key.configs), rows[0] if rows else None)

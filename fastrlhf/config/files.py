@@ -148,7 +148,7 @@ def names_folder(values: Iterable[Mapping[str, Any]], folder: str) -> bool:
 def check_unchanged(config: Any, section: str) -> None:
     """Raises ValueError if the finished run in `config.output_dir` had other settings.
 
-    A folder without a config.yaml passes, because it holds a model that no run of ours has written.
+    A folder without a config.yaml is accepted, because its model was not written by a run of this project.
     """
     written = Path(config.output_dir) / "config.yaml"
     before = _by_new_names(load_yaml(str(written))) if written.exists() else {}
@@ -349,8 +349,8 @@ def as_flags(values: dict[str, Any]) -> list[str]:
 
 
 def as_yaml(config: Any) -> str:
-    """Returns the whole configuration as YAML text; a run that reads it is the same run. Environment variables and
-    relative paths are written as the user gave them."""
+    """Returns the whole configuration as YAML text; a run with this text as its file has the same configuration.
+    Environment variables and relative paths are written as the user gave them."""
     import yaml  # not in the base install
 
     return yaml.dump(_plain(as_given(config)), Dumper=_dumper(), sort_keys=False)

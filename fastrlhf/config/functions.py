@@ -22,7 +22,7 @@ from fastrlhf.config.paths import as_given
 log = logging.getLogger(__name__)
 
 _FILES: set[str] = set()
-"""The files of the functions that have been loaded."""
+"""Files of the functions loaded so far."""
 
 _INSTALLED = [Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
 _INSTALLED += [Path(__file__).parent.parent]
