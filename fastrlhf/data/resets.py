@@ -17,8 +17,8 @@ import numpy as np
 from fastrlhf.types import Prefix
 
 RESET_STREAM = 1
-"""Random stream of the draws of resets. The sampler uses the same seed and episode with another stream, so its draws
-are independent of these."""
+"""Random stream for drawing resets. The sampler uses the same seed and episode with another stream, so that its draws
+are independent of the resets."""
 
 
 def uniforms(seed: int, stream: int, episode: int, count: int) -> np.ndarray:

@@ -289,7 +289,7 @@ def adapter_weights(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def _own(model: Module) -> list[tuple[str, Tensor]]:
-    """Returns the parameters of the model without those of the adapter, by their present names."""
+    """Returns the parameters of the model, without those of the adapter, by their current names."""
     return [(name, parameter) for name, parameter in model.named_parameters() if ".lora_" not in name]
 
 

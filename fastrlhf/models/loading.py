@@ -100,7 +100,7 @@ def open_policy(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreT
 def make_trainable(model: PreTrainedModel, config: TrainConfig, base: str) -> None:
     """Prepares a model loaded from `base` for training as `config` says: adapter, checkpointing, router loss.
 
-    Raises ValueError if that is impossible for this model, or if recomputed layers give other gradients.
+    Raises ValueError if that is impossible for this model, or if recomputing layers changes the gradients.
     """
     if config.activation_offloading:
         check_offloading(model.device)

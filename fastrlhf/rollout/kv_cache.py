@@ -113,7 +113,7 @@ class _Attend(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Fill:
-    """The `kv` of a prefill: token `source` of the pack goes to `position` of `slot`; [K] int64 each."""
+    """The keyword `kv` of a prefill: token `source` of the pack goes to `position` of `slot`; [K] int64 each."""
 
     cache: SlotCache
     source: Tensor
@@ -128,7 +128,7 @@ class _Fill:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Step:
-    """The `kv` of a decode step: one more token for each of the first n slots."""
+    """The keyword `kv` of a decode step, which adds one token to each of the first n slots."""
 
     cache: SlotCache
     positions: Tensor

@@ -58,7 +58,7 @@ def _choose(model: PreTrainedModel) -> Decoder:
     }
     found = []
     if alone := runs_alone(model):
-        del ways["slots"]  # attention windows and chunks may be longer than the probe
+        del ways["slots"]  # the probe is too short to test attention windows and chunks
         found.append(f"slots: its packed forward {alone}")
     for name, way in ways.items():
         try:

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 LOCK = ".lock"
 BEAT, WATCH = 10.0, 35.0
 JOB_VARIABLES = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID")
-"""Environment variables in which schedulers name a job."""
+"""Environment variables in which schedulers store the id of a job."""
 
 
 @contextmanager

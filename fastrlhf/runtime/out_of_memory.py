@@ -17,7 +17,8 @@ PLACES = {
     "fastrlhf.evaluation.held_out": "the evaluation",
     "fastrlhf.runtime.checkpoint": "saving",
 }
-"""Module -> what it does. An error outside these modules is from a forward or backward pass of training."""
+"""Module -> what it does, for the message. An error outside these modules comes from a forward or backward pass of
+training."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
