@@ -40,14 +40,14 @@ SHARED: dict[str, Any] = {
 }
 
 RLP_POINTS: dict[str, tuple[Any, str, int]] = {
-    "reward": (Run, "log", 2),
-    "policy": (Run, "log", 4),
+    "reward": (Run, "log", 1),
+    "policy": (Run, "log", 3),
     "answers": (rlp, "write_rows", 1),
     "scores of the answers": (rlp, "per_response", 1),
-    "refit": (Run, "log", 6),
+    "refit": (Run, "log", 5),
     "comparison after the refit": (rlp, "compare_scores", 1),
     "report": (rlp, "write_file", 1),
-    "last policy": (Run, "log", 8),
+    "last policy": (Run, "log", 7),
 }
 """Stage -> (owner, name of the function, number of the call that ends with the kill)."""
 EVAL_POINTS: dict[str, tuple[Any, str, int]] = {
