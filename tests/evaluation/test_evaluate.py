@@ -263,7 +263,7 @@ def test_an_adapter_is_laid_over_the_model_that_is_given_and_no_other(adapted, c
     for settings, message in (
         # `moved` passes all checks; the error comes from `respond`, which is None here
         ({"model_name_or_path": moved}, "'NoneType' object is not callable"),
-        ({"model_name_or_path": other}, "^reward_model_path: .* was trained over the weights of '.*base', and the"),
+        ({"model_name_or_path": other}, "^reward_model_path: .* was trained over the weights of '.*base', but the"),
         ({"models": (config.models[0], adapted["judge"])}, "^models: '.*judge/adapter' is a reward model$"),
         ({"reward_model_path": adapted["policy"]}, "^reward_model_path: .* has no trained score head"),
         (
