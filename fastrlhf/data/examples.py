@@ -54,7 +54,8 @@ class LoadedExamples:
     def summary(self) -> str:
         """Formats a one-line summary for the first lines of a run."""
         text = f"{self.source}: {len(self.examples):,} examples of {self.num_rows:,} rows ({self.form})"
-        unread = f"; columns not used in prompt or response: {', '.join(self.unread)}" if self.unread else ""
+        names = ", ".join(self.unread).encode("utf-8", errors="backslashreplace").decode()  # a name may not be UTF-8
+        unread = f"; columns not used in prompt or response: {names}" if names else ""
         if self.first_bad is None:
             return f"{text}, none skipped{unread}"
         return f"{text}, skipped {_counts(self.skipped)}; the first: {self.first_bad}{unread}"

@@ -93,7 +93,8 @@ def _implicit(row: Mapping[str, Any], conversational: bool) -> Fields:
             check_alternate(conversation, name)
         return {"prompt": prompts[0]} | {name: answer(c[-1:], name) for name, c in turns.items()}
     shared = _common_turns([conversation[:-1] for conversation in turns.values()])
-    if any(conversation[len(shared)]["role"] != "assistant" for conversation in turns.values()):
+    rest = [conversation[len(shared) :] for conversation in turns.values()]
+    if any(not part or part[0]["role"] != "assistant" for part in rest):
         raise UnusableRow("prompts_differ", f"{' and '.join(turns)} differ in a turn that is not the assistant's")
     return {"prompt": shared} | {name: answer(c[len(shared) :], name) for name, c in turns.items()}
 

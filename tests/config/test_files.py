@@ -143,7 +143,7 @@ def test_a_shared_key_may_be_unread_in_some_sections(write):
         ):
             parse(kind, ["--config", path, *flags], command)
     with pytest.raises(ValueError, match=r"^lora_r: must be at least 1; got 0"):
-        parse(SFTConfig, ["--config", write("shared: {lora_r: 0}\nsft:\n")], "sft")
+        parse(SFTConfig, ["--config", write("shared: {use_peft: true, lora_r: 0}\nsft:\n")], "sft")
 
 
 def test_an_empty_file_gives_nothing(write):

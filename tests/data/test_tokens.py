@@ -121,11 +121,19 @@ def test_keep_start_cuts_the_end_of_each_response_that_is_too_long():
     assert (counts.responses_cut, counts.prompts_cut, counts.eos_added) == (1, 0, 1)
 
 
+def dropped_first(counts):
+    """Reason -> the first row that was dropped for it."""
+    return {reason: counts.firsts[reason] for reason in counts.dropped}
+
+
 def test_keep_start_drops_a_row_whose_prompt_fills_max_length():
     rows = [example("a b c", row=4, chosen="d"), example("a b", row=5, chosen="d")]
     assert ids(rows, max_length=3) == [([A, B], [D], None, None)]
     counts = report(rows, max_length=3)
-    assert (counts.dropped, counts.firsts) == ({"prompt_fills_max_length": 1}, {"prompt_fills_max_length": "row 4"})
+    assert (counts.dropped, dropped_first(counts)) == (
+        {"prompt_fills_max_length": 1},
+        {"prompt_fills_max_length": "row 4"},
+    )
     assert "dropped 1 for prompt_fills_max_length (first: row 4)" in counts.summary()
 
 
@@ -145,7 +153,7 @@ def test_keep_end_keeps_the_bos():
 def test_keep_end_drops_a_row_whose_response_leaves_no_room_for_a_prompt():
     rows = [example("a", row=3, chosen="b c d"), example("a b", chosen="c")]
     counts = report(rows, max_length=4, truncation_mode="keep_end")
-    assert counts.firsts == {"response_fills_max_length": "row 3"}
+    assert dropped_first(counts) == {"response_fills_max_length": "row 3"}
 
 
 def test_drop_drops_the_whole_row_if_one_response_is_too_long():
@@ -167,7 +175,10 @@ def test_responses_that_tokens_cannot_tell_apart_are_dropped():
     cut = example("a", row=2, chosen="b c", rejected="b d")
     kept = example("a", chosen="b", rejected="c")
     counts = report([kept, unknown, cut], max_length=2)
-    assert (counts.dropped, counts.firsts) == ({"chosen_equals_rejected": 2}, {"chosen_equals_rejected": "row 1"})
+    assert (counts.dropped, dropped_first(counts)) == (
+        {"chosen_equals_rejected": 2},
+        {"chosen_equals_rejected": "row 1"},
+    )
 
 
 def test_rows_without_tokens_and_responses_past_their_eos_are_dropped():
@@ -177,7 +188,7 @@ def test_rows_without_tokens_and_responses_past_their_eos_are_dropped():
         example(" ", row=2, chosen="b"),
         example("a", row=3, chosen="b <eos> c"),
     ]
-    assert report(rows).firsts == {
+    assert dropped_first(report(rows)) == {
         "empty_response": "row 1",
         "empty_prompt": "row 2",
         "eos_inside_response": "row 3",

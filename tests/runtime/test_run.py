@@ -324,7 +324,7 @@ def test_evaluation_is_due_every_eval_steps_and_at_the_last_step():
 def test_the_row_that_no_micro_batch_can_hold_is_named():
     examples = [TokenizedExample(prompt=[1], row=row) for row in (3, 8)]
     check_micro_batch(config("", "", micro_batch_tokens=9), examples, [5, 9])
-    with pytest.raises(ValueError, match=r"micro_batch_tokens: must be at least 9, the tokens of row 8, .*; got 8"):
+    with pytest.raises(ValueError, match=r"micro_batch_tokens: must be at least 9, the tokens of row 8; .*; got 8"):
         check_micro_batch(config("", "", micro_batch_tokens=8), examples, [5, 9])
 
 
