@@ -161,7 +161,7 @@ def test_a_signal_within_a_step_stops_all_processes_and_the_run_resumes_bit_for_
         ),
         (
             "weights",
-            "model 0 (LlamaForCausalLM from policy): the starting weights of rank 1 on HOST is 'ID', and that ",
+            "model 0 (LlamaForCausalLM from policy): the starting weights of rank 1 on HOST is 'ID', but that ",
         ),
         ("versions", "fastrlhf: the version of rank 1 on HOST is '9.9', but that of rank 0 on HOST is "),
         ("no reference", "train: row 0 has no reference; remove the row or add the field"),
