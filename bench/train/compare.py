@@ -44,7 +44,7 @@ class Setup:
 
     task: Task
     config: TrainConfig
-    """Configuration of our trainer; every side starts from its model."""
+    """Configuration of our trainer; every side starts from the model that it names."""
     examples: list[Example]
     drawn: list[TokenizedExample]
     """The examples of all steps, in the order in which our trainer draws them."""

@@ -70,8 +70,9 @@ class Stage:
 
     @property
     def optimisation_curves(self) -> list[Curve]:
-        """For each judge, the gain of its score since the first evaluation over sqrt(KL), as in Gao et al. 2022 (arXiv
-        2210.10760, Figure 1). The list is empty if fewer than two evaluations have the scores of both judges."""
+        """For each judge, the gain of its score since the first evaluation as a function of sqrt(KL), as in Gao et al.
+        2022 (arXiv 2210.10760, Figure 1). The list is empty if fewer than two evaluations have the scores of both
+        judges."""
         names = ("eval_objective/kl", *_JUDGES.values())
         rows = {row["step"]: [row.get(name) for name in names] for row in self.rows}
         points = np.array([values for values in rows.values() if all(map(is_finite, values))])

@@ -393,7 +393,7 @@ def _draw(logits: Tensor, temperature: float | Tensor, uniform: Tensor) -> tuple
     else:
         cumulative = logprobs.exp().cumsum(-1)
         total = cumulative[:, -1:]
-        # A product rounded up to the total would select a token after the last one with positive probability.
+        # A threshold that rounding makes equal to the total would select a token of probability 0, so it stays below.
         threshold = torch.minimum(uniform[:, None] * total, total.nextafter(torch.zeros_like(total)))
         # If logits are NaN, the search ends past the last token; the check in `_rollout` then raises an error.
         token = torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)

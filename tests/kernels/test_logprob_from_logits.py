@@ -15,7 +15,7 @@ from tests.tolerance import assert_op_matches
 # Not a plain import, because the package exports a function with the name of this module
 module = importlib.import_module("fastrlhf_kernels.logprob_from_logits")
 
-# T, V just below, at and above blocks of 400 bytes, blocks of 16 columns and shares of 32
+# (T, V) around the sizes of `small_blocks`: blocks of 400 bytes (CPU) and 16 columns (backward), 32 columns a program
 SHAPES = [(1, 1), (7, 15), (3, 16), (9, 17), (2, 32), (5, 33), (3, 64), (4, 79)]
 EVERYTHING = {"temperature": torch.linspace(0.5, 2, 19), "logit_scale": 1.5, "softcap": 3.0}
 

@@ -197,7 +197,7 @@ def _rollout(config: PPOConfig, rows: Rows, fakes: Fakes, model: PretrainedConfi
     item = DTYPES[config.dtype].itemsize
     per_layer = 2 * heads * head_dim * item * number * rounded_up(width + config.response_length)
     prefilled = min(number, max(1, config.micro_batch_tokens // width))
-    # The keys of all episodes. Episodes of one prompt are prefilled together, and their prompt counts once.
+    # Peak of the prefill: a copy of one layer's keys for all episodes, and the forward pass over the prompts.
     prefill = per_layer // 2 + fakes.prefill_peak(policy, pack([Segment(token_ids=range(width))] * prefilled))
     # Logits, and in float32 the logits divided by the temperature, their log-softmax, its exponential and cumulative
     # sum.

@@ -89,7 +89,7 @@ def format_plan(plan: Plan) -> str:
 
 
 def _device_memory(device: torch.device) -> tuple[str, int]:
-    """Returns the (name, bytes) of a device's memory; in a container, the bytes that it may use."""
+    """Returns name and size in bytes of a device's memory. For the CPU the size is at most the container's limit."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return properties.name, properties.total_memory
