@@ -214,7 +214,7 @@ def test_an_adapter_over_another_base_is_refused_and_both_are_named(paths, tmp_p
     run(paths | {"base": str(moved)}, max_steps=1)
     message = (
         rf"^{{}}: '{{}}' was trained over the weights of '{paths['base']}', but the policy of this run starts from "
-        rf"the weights of '{paths['other']}'; give a model_name_or_path"
+        rf"the weights of '{paths['other']}'; use a model_name_or_path with the same weights"
     )
     judge, dpo = (whole(paths[name]) for name in ("judge", "dpo"))
     other = paths | {"base": paths["other"]}
