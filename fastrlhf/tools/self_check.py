@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastrlhf_kernels._triton import use_triton
 
-T, V, D = 96, 301, 64
+T, V, D, KEPT = 96, 301, 64, 5
 
 TOLERANCE = 1e-4
 """Largest accepted error. Float32 gives about 1e-6 here; products in TF32, which has a mantissa of 10 bits, give about
@@ -48,6 +48,7 @@ def _logprob(output: Any) -> Tensor:
 
 CHECKS = (
     Check(op="linear_logprob", arguments=(*HEAD, "targets"), options={}, read=_logprob),
+    Check(op="linear_kept_logprob", arguments=(*HEAD, "targets", "kept", "cu_kept"), options={}, read=_logprob),
     Check(op="logprob_from_logits", arguments=("logits", "targets"), options={}, read=_logprob),
     Check(
         op="linear_kl",
@@ -127,15 +128,15 @@ def _run(
 
 
 def _inputs() -> dict[str, Tensor]:
-    """Draws float32 inputs: a head [V, D] and three pairs of sequences in T rows. They are drawn on the CPU, so that
-    they are equal on all machines."""
+    """Draws float32 inputs: a head [V, D], three pairs of sequences in T rows, and KEPT tokens for each row. They are
+    drawn on the CPU, so that they are equal on all machines."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
     logprob = -normal(T).abs() - 0.1
-    return {
+    inputs = {
         "hidden": normal(T, D),
         "weight": normal(V, D) * 0.3,
         "reference_hidden": normal(T, D),
@@ -148,7 +149,9 @@ def _inputs() -> dict[str, Tensor]:
         "advantage": normal(T),
         "mask": torch.rand(T, generator=generator) < 0.9,
         "cu_seqlens": torch.tensor([0, 10, 30, 31, 50, 80, T]),
+        "cu_kept": torch.arange(T + 1) * KEPT,
     }
+    return inputs | {"kept": ((inputs["targets"][:, None] + torch.arange(KEPT)) % V).flatten()}
 
 
 def _error(result: Tensor, truth: Tensor) -> float:
