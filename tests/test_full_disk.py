@@ -110,7 +110,7 @@ def test_a_run_waits_for_space_and_loses_no_step(model, small_disk, tmp_path, mo
 
 def test_a_run_is_refused_if_the_disk_has_no_room_for_model_and_checkpoint(model, tmp_path, monkeypatch):
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: SimpleNamespace(total=10**9, free=200_000))
-    with pytest.raises(OSError, match=r"^output_dir: the model with one checkpoint needs [\d,]+ bytes, and .* 200,000"):
+    with pytest.raises(OSError, match=r"^output_dir: the model with one checkpoint needs [\d,]+ bytes, but .* 200,000"):
         train_sft(config(model, tmp_path / "run"), tiny.examples(8))
     assert {path.name for path in (tmp_path / "run").iterdir()} == set()
 
