@@ -5,7 +5,7 @@ from dataclasses import fields
 import pytest
 import yaml
 
-from fastrlhf.config import CONFIGS, DPOConfig, EvalConfig, PPOConfig, SFTConfig
+from fastrlhf.config import CONFIGS, DPOConfig, EvalConfig, PPOConfig, SFTConfig, paths
 from fastrlhf.config.command_line import parse
 from fastrlhf.config.files import as_yaml, differences
 from fastrlhf.config.paths import as_given, at_start, filled_in, is_same
@@ -89,6 +89,7 @@ def test_values_are_equal_by_text_by_variable_or_by_path(tmp_path, monkeypatch):
 
 
 def test_a_variable_of_a_file_is_kept_under_a_key_of_numbers_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "_GIVEN", {})  # later tests with max_steps 5 must not see these names
     monkeypatch.setenv("STEPS_OF_TEST", "5")
     monkeypatch.setenv("RATE_OF_TEST", "2e-3")
     file = tmp_path / "sft.yaml"
