@@ -16,6 +16,7 @@ import signal
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 import torch
@@ -175,5 +176,5 @@ def _told(value: Any) -> Row:
 
 def _text(error: BaseException) -> str:
     text = " ".join(str(error).split())[:400]
-    text = re.sub(r"/tmp/\S+|'/[^']*'", "FOLDER", text)
+    text = re.sub(rf"{re.escape(gettempdir())}/\S+|'/[^']*'", "FOLDER", text)
     return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"

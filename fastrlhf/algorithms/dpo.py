@@ -107,7 +107,7 @@ def train_dpo(
     evaluate_held_out = partial(_evaluate, config, model, reference, everything, held_out)
 
     with Run(
-        config.losses[0].replace("sigmoid", "dpo"),
+        "dpo" if config.losses[0] in ("sigmoid", *config.functions) else config.losses[0],
         config,
         steps,
         (model, tokenizer),

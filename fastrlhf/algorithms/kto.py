@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.algorithms.reference import Reference, check_reference, open_reference
 from fastrlhf.algorithms.scoring import Tree, sequence_logprobs
-from fastrlhf.config import KTOConfig
+from fastrlhf.config import KTOConfig, require
 from fastrlhf.config.paths import at_start
 from fastrlhf.data.given import Rows
 from fastrlhf.data.packing import forest, num_computed, own_micro_batches, pack, sequence
@@ -71,6 +71,7 @@ def train_kto(
         check_writable(config.ref_cache_dir, "ref_cache_dir")
     tokenizer, data = open_inputs(config, FIELDS, examples, eval_examples, tokenizer=tokenizer)
     check_reference(config, tokenizer, conversations=data.conversations)
+    require(len(data.eval) != 1, "num_eval_examples", 1, "0, or at least 2: z of a single row is its own log-ratio")
     rows = [*data.train, *data.eval]
     check_micro_batch(config, rows, [num_computed(to_tree(row)) for row in rows])
     weights = class_weights(config, [bool(row.label) for row in data.train])

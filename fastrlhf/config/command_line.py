@@ -12,6 +12,7 @@ from typing import Any
 from fastrlhf.config import files
 from fastrlhf.config.checks import UNREAD
 from fastrlhf.config.choices import NoChoice
+from fastrlhf.config.paths import with_variables
 from fastrlhf.config.train import LORA_KEYS
 
 
@@ -39,7 +40,7 @@ def parse(kind: type, arguments: Sequence[str], command: str) -> Any:
     while True:
         try:
             _check_adapter([*values, *(part.partition("=")[0][2:].replace("-", "_") for part in rest)])
-            return _from_flags(kind, [*files.as_flags(values), *rest], command)
+            return with_variables(_from_flags(kind, [*files.as_flags(values), *rest], command), values)
         except ValueError as error:
             key = str(error).partition(":")[0]
             if key in shared & values.keys() and UNREAD in str(error):

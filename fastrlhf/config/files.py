@@ -18,7 +18,7 @@ from fastrlhf.config import CONFIGS
 from fastrlhf.config.choices import NoChoice
 from fastrlhf.config.elsewhere import explain, explain_command
 from fastrlhf.config.help import keys_of
-from fastrlhf.config.paths import as_given, filled_in, is_same, remember
+from fastrlhf.config.paths import Filled, as_given, filled_in, is_same, remember
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -254,6 +254,7 @@ def _filled_in(path: str, key: str, value: Any) -> Any:
         raise ValueError(f"{path}: {key}: {value!r} names an environment variable that is not set")
     if "$" in value:
         remember(key, filled, value)
+        return Filled(filled, value)
     return filled
 
 

@@ -145,9 +145,10 @@ class DPOConfig(ReferenceConfig):
         losses, weights = self.losses, self.loss_weights
         require(bool({*losses} - {"sft"}), "loss_type", self.loss_type, "at least one loss on pairs")
         known = {*PAIR_LOSSES, *self.functions}
-        require(
-            {*losses} <= known, "loss_type", self.loss_type, f"one of {', '.join(PAIR_LOSSES)}, or file.py:function"
-        )
+        rule = f"one of {', '.join(PAIR_LOSSES)}, or file.py:function"
+        if "kto" in losses:
+            rule += " (KTO is a separate command, fastrlhf kto, because its rows are not pairs)"
+        require({*losses} <= known, "loss_type", self.loss_type, rule)
         require(len({*losses}) == len(losses), "loss_type", losses, "without repeats")
         one = f"1 number, for {losses[0]}"
         rule = one if len(losses) == 1 else f"{len(losses)} numbers, one for each of {', '.join(losses)}"

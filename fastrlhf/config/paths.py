@@ -4,6 +4,7 @@ which is what config.yaml gets."""
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,7 +14,7 @@ from fastrlhf.config.train import TrainConfig
 
 Config = TypeVar("Config", bound=TrainConfig)
 
-FUNCTIONS = ("reward_functions", "psi", "equivalence")
+FUNCTIONS = ("reward_functions", "psi", "equivalence", "loss_type")
 """Keys whose values may name a function in a file: path/to/file.py:function."""
 
 MADE = ("output_dir", "ref_cache_dir")
@@ -38,7 +39,7 @@ def at_start(config: Config, kind: type, trainer: str) -> Config:
         texts = tuple(_absolute(field.name, item) if isinstance(item, str) and item else item for item in items)
         if texts != items:
             changed[field.name] = texts if isinstance(value, tuple) else texts[0]
-    return replace(config, **changed) if changed else config
+    return _noted(replace(config, **changed), _variables(config)) if changed else config
 
 
 def remember(key: str, resolved: str, given: str) -> None:
@@ -49,7 +50,36 @@ def remember(key: str, resolved: str, given: str) -> None:
 
 def as_given(config: Any) -> dict[str, Any]:
     """Returns the values of a configuration as the user gave them, for config.yaml and the trackers."""
-    return {key: _as_given(key, value) for key, value in asdict(config).items()}
+    return {key: _as_given(key, value) for key, value in asdict(config).items()} | dict(_variables(config))
+
+
+class Filled(str):
+    """Text from a file with its variables expanded; `given` is the text with their names."""
+
+    given: str
+
+    def __new__(cls, filled: str, given: str) -> Filled:
+        text = super().__new__(cls, filled)
+        text.given = given
+        return text
+
+
+def with_variables(config: Config, values: Mapping[str, Any]) -> Config:
+    """Notes on a configuration which of its numbers a file gave as variables; `values` are those of the file. A global
+    registry cannot hold them, because another configuration may have the same number. Returns `config`."""
+    filled = {key: text for key, text in values.items() if isinstance(text, Filled)}
+    numbers = {key: getattr(config, key) for key in filled if isinstance(getattr(config, key), int | float)}
+    # A flag may have replaced the value of the file.
+    return _noted(config, {key: filled[key].given for key, x in numbers.items() if x == _number(filled[key])})
+
+
+def _noted(config: Config, names: Mapping[str, str]) -> Config:
+    object.__setattr__(config, "_variables", names)  # no field, so that no comparison or copy of the values sees it
+    return config
+
+
+def _variables(config: Any) -> Mapping[str, str]:
+    return getattr(config, "_variables", {})
 
 
 def filled_in(key: str, value: Any) -> Any:
@@ -87,9 +117,6 @@ def _absolute(key: str, text: str) -> str:
 def _as_given(key: str, value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(_as_given(key, item) for item in value)
-    if isinstance(value, (int, float)):
-        variables = {_number(text): given for (name, text), given in _GIVEN.items() if name == key and "$" in given}
-        return variables.get(value, value)
     if not isinstance(value, str) or (key, value) in _GIVEN or not os.path.isabs(value):
         return _GIVEN.get((key, value), value)
     for parent in Path(value).parents:  # a path inside output_dir, such as a stage of rlp

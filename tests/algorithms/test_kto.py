@@ -144,6 +144,11 @@ def test_incompatible_settings_are_refused(settings, message):
         KTOConfig(**settings)
 
 
+def test_a_single_row_to_evaluate_on_is_refused(model):
+    with pytest.raises(ValueError, match="num_eval_examples: must be 0, or at least 2"):
+        train_kto(config(model), ROWS, ROWS[:1])
+
+
 def test_rows_without_a_label_are_refused_before_a_model_is_loaded(model, monkeypatch):
     monkeypatch.setattr(kto, "policy_or_given", None)
     with pytest.raises(ValueError, match=r"no label in demonstrations"):

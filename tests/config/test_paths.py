@@ -5,7 +5,7 @@ from dataclasses import fields
 import pytest
 import yaml
 
-from fastrlhf.config import CONFIGS, DPOConfig, EvalConfig, PPOConfig, SFTConfig, paths
+from fastrlhf.config import CONFIGS, DPOConfig, EvalConfig, PPOConfig, SFTConfig
 from fastrlhf.config.command_line import parse
 from fastrlhf.config.files import as_yaml, differences
 from fastrlhf.config.paths import as_given, at_start, filled_in, is_same
@@ -14,7 +14,7 @@ PATHS = {
     *("output_dir", "ref_cache_dir", "dataset_name", "chat_template"),
     *("model_name_or_path", "tokenizer_name_or_path", "ref_model_name_or_path"),
     *("reward_model_path", "eval_reward_model_path", "critic_model_path", "dpo_model_path", "dpo_ref_model_path"),
-    *("policy_path", "reward_functions", "psi", "equivalence"),
+    *("policy_path", "reward_functions", "psi", "equivalence", "loss_type"),
 }
 
 
@@ -28,7 +28,7 @@ def test_the_keys_that_hold_paths_are_known(tmp_path, monkeypatch):
             config = object.__new__(kind)
             for other in fields(kind):
                 object.__setattr__(config, other.name, other.default)
-            text = "there:f" if field.name in ("reward_functions", "psi", "equivalence") else "there"
+            text = "there:f" if field.name in ("reward_functions", "psi", "equivalence", "loss_type") else "there"
             if isinstance(field.default, (str, tuple)):
                 value = (text,) if isinstance(field.default, tuple) else text
                 object.__setattr__(config, field.name, value)
@@ -89,7 +89,6 @@ def test_values_are_equal_by_text_by_variable_or_by_path(tmp_path, monkeypatch):
 
 
 def test_a_variable_of_a_file_is_kept_under_a_key_of_numbers_too(tmp_path, monkeypatch):
-    monkeypatch.setattr(paths, "_GIVEN", {})  # later tests with max_steps 5 must not see these names
     monkeypatch.setenv("STEPS_OF_TEST", "5")
     monkeypatch.setenv("RATE_OF_TEST", "2e-3")
     file = tmp_path / "sft.yaml"
@@ -100,4 +99,16 @@ def test_a_variable_of_a_file_is_kept_under_a_key_of_numbers_too(tmp_path, monke
     assert (written["max_steps"], written["learning_rate"], written["seed"]) == ("$STEPS_OF_TEST", "$RATE_OF_TEST", 5)
     assert is_same("max_steps", "$STEPS_OF_TEST", 5)
     assert not is_same("max_steps", "$STEPS_OF_TEST", 6)
-    assert as_given(SFTConfig(max_steps=6))["max_steps"] == 6
+    at_run = as_given(at_start(config, SFTConfig, "train_sft"))
+    assert at_run["max_steps"] == "$STEPS_OF_TEST"
+    assert as_given(SFTConfig(max_steps=5))["max_steps"] == 5  # another configuration with the same number
+    flagged = parse(SFTConfig, ["--config", str(file), "--max_steps", "7"], "sft")
+    assert as_given(flagged)["max_steps"] == 7
+
+
+def test_the_file_of_a_loss_is_found_from_another_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "losses.py").touch()
+    config = DPOConfig(loss_type=("losses.py:mine", "sft"), output_dir="run")
+    assert at_start(config, DPOConfig, "train_dpo").loss_type == (f"{tmp_path}/losses.py:mine", "sft")
+    assert at_start(DPOConfig(loss_type="sigmoid"), DPOConfig, "train_dpo").loss_type == "sigmoid"

@@ -23,7 +23,7 @@ def impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 def interpreted() -> None:
     """Skips tests of the Triton path on the CPU if there is a GPU, where the interpreter is off."""
     if torch.cuda.is_available():
-        pytest.skip("the interpreter is off where there is a GPU")
+        pytest.skip("the interpreter is off if there is a GPU")
 
 
 @pytest.fixture

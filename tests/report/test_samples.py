@@ -63,7 +63,7 @@ def test_a_sample_has_the_rewards_of_its_sampled_tokens_by_name():
             "dpo": [0.5, pytest.approx(-0.4, rel=1e-4), 0],
         },
     }
-    # The second episode has the rewards of its own two rows, rounded to five digits
+    # The second episode has two rows; their rewards are rounded to five digits
     assert second["rewards"] == {"score": [0, -1], "kl": [0.12346, 0], "dpo": [0, 0]}
     assert rows(1) == [first]
 
