@@ -57,6 +57,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "dpo": {"loss_type": ("sigmoid", "ipo"), "loss_weights": (1.0, 0.1)},
     "dpo lora": LORA,
     "groups": {"precompute_ref_log_probs": False},
+    "kto": LORA,
     "ppo": {"truncation": "bootstrap"},
     "drpo": LORA | {"num_mini_batches": 1, "reset_source": "sample"},
     "rto": {"kl_placement": "loss", "kl_estimator": "exact"},

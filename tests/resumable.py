@@ -8,10 +8,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastrlhf.algorithms import dpo, ppo, psipo_groups, reward_model, sft
+from fastrlhf.algorithms import dpo, kto, ppo, psipo_groups, reward_model, sft
 from fastrlhf.algorithms.completions import Answers
 from fastrlhf.algorithms.rlp_uml import Views
-from fastrlhf.config import DPOConfig, DRPOConfig, GRPOConfig, PPOConfig, RewardConfig, RLPConfig, RTOConfig, SFTConfig
+from fastrlhf.config import (
+    DPOConfig,
+    DRPOConfig,
+    GRPOConfig,
+    KTOConfig,
+    PPOConfig,
+    RewardConfig,
+    RLPConfig,
+    RTOConfig,
+    SFTConfig,
+)
 from fastrlhf.runtime.metrics import read_metrics
 from fastrlhf.runtime.run import Run
 from fastrlhf.types import Example
@@ -22,6 +32,12 @@ VIEWS = RLPConfig(refinement="uml", view_width=16, view_latent=4, views_per_step
 GROUPS = [
     Example(prompt=f"w{i} w1", responses=["w2 w3", f"w4 w{i}", "w5"], scores=[0.5, float(i % 3), -1.0], row=i)
     for i in range(10)
+]
+
+
+LABELLED = [
+    Example(prompt=e.prompt, reference=e.chosen if i % 3 else e.rejected, label=i % 3 > 0, row=i)
+    for i, e in enumerate(tiny.examples(10))
 ]
 
 
@@ -67,6 +83,8 @@ def run(kind: str, paths: dict[str, str], folder: Path, **settings):
             return reward_model.train_reward_model(RewardConfig(**shared | settings), examples, held_out, views=views)
         case "dpo":
             return dpo.train_dpo(DPOConfig(**shared | {"eval_on_start": True} | settings), examples, held_out)
+        case "kto":
+            return kto.train_kto(KTOConfig(**shared | {"balance_weights": True} | settings), LABELLED, LABELLED[:4])
         case "groups":
             backend = {"loss_type": ("ipo",), "psi_backend": "groupwise"}
             return dpo.train_dpo(DPOConfig(**shared | backend | settings), GROUPS, GROUPS[:3])
@@ -118,7 +136,22 @@ def noisy_judge(rollouts):
 
 
 KINDS = (
-    *("sft", "bf16", "lora", "reward", "views", "dpo", "groups", "ppo", "drpo", "rto", "refuel", "prime", "grpo"),
+    *(
+        "sft",
+        "bf16",
+        "lora",
+        "reward",
+        "views",
+        "dpo",
+        "kto",
+        "groups",
+        "ppo",
+        "drpo",
+        "rto",
+        "refuel",
+        "prime",
+        "grpo",
+    ),
     "roles",
 )
 OPTIMIZERS = dict.fromkeys(("reward", "views"), reward_model) | {
@@ -126,6 +159,7 @@ OPTIMIZERS = dict.fromkeys(("reward", "views"), reward_model) | {
     "bf16": sft,
     "lora": sft,
     "dpo": dpo,
+    "kto": kto,
     "groups": psipo_groups,
 }
 

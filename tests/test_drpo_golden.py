@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastrlhf.algorithms import experience, ppo
+from fastrlhf.algorithms import ppo
 from fastrlhf.config import DRPOConfig
 from fastrlhf.types import Example, Prefix, Rollout
 from tests import tiny
@@ -16,17 +16,6 @@ from tests.test_trl_golden import assert_same_gradients
 
 GOLDEN = json.loads(recorded.FILE.read_text(encoding="utf-8"))
 TOLERANCE = 1e-5
-
-
-class Sgd(tiny.GradientRecorder):
-    """Keeps the gradients, then steps as the recorded run did."""
-
-    def step(self):
-        with torch.no_grad():
-            for model in self.models.values():
-                for param in model.parameters():
-                    param -= recorded.LEARNING_RATE * param.grad
-        return super().step()
 
 
 def replay(config, policy, eos_token_id):
@@ -51,19 +40,8 @@ def test_rewards_advantages_losses_and_gradients_are_the_authors(tmp_path, monke
     for name, model in models.items():
         model.save_pretrained(tmp_path / name)
         tiny.tokenizer().save_pretrained(tmp_path / name)
-    made, seen = [], []
-
-    def make(*arguments, **keywords):
-        made.append(Sgd(*arguments, **keywords))
-        return made[-1]
-
-    def score(config, policy, reference, critic, rollouts, *arguments, **keywords):
-        outcome = experience.score_episodes(config, policy, reference, critic, rollouts, *arguments, **keywords)
-        seen.append((outcome[0], [rollout.prefix.row for rollout in rollouts]))
-        return outcome
-
-    monkeypatch.setattr(ppo, "Optimizer", make)
-    monkeypatch.setattr(ppo, "score_episodes", score)
+    made = tiny.record_gradients(monkeypatch, ppo, recorded.LEARNING_RATE)
+    seen = tiny.record_experience(monkeypatch)
     config = DRPOConfig(
         model_name_or_path=str(tmp_path / "reference"),
         reward_model_path=str(tmp_path / "reward"),

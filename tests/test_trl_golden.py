@@ -134,17 +134,6 @@ def test_kto_is_that_of_trl(paths, monkeypatch, precomputed):
     assert_same_gradients(result.model, made[0].steps[0][0], golden["gradients"])
 
 
-class Sgd(tiny.GradientRecorder):
-    """Records the gradients and then takes an SGD step, like the recorded run."""
-
-    def step(self):
-        with torch.no_grad():
-            for model in self.models.values():
-                for param in model.parameters():
-                    param -= recorded.PPO_LEARNING_RATE * param.grad
-        return super().step()
-
-
 def replay(case):
     """An engine that returns TRL's responses.
 
@@ -181,19 +170,8 @@ def run_update(paths, monkeypatch, case):
 
     Returns (result, optimiser, field of Experience -> (our values, TRL's values), [N, response_length] each).
     """
-    made, seen = [], []
-
-    def make(*arguments, **keywords):
-        made.append(Sgd(*arguments, **keywords))
-        return made[-1]
-
-    def score(config, policy, reference, critic, rollouts, *arguments, **keywords):
-        outcome = experience.score_episodes(config, policy, reference, critic, rollouts, *arguments, **keywords)
-        seen.append((outcome[0], [rollout.prefix.row for rollout in rollouts]))
-        return outcome
-
-    monkeypatch.setattr(ppo, "Optimizer", make)
-    monkeypatch.setattr(ppo, "score_episodes", score)
+    made = tiny.record_gradients(monkeypatch, ppo, recorded.PPO_LEARNING_RATE)
+    seen = tiny.record_experience(monkeypatch)
     config = PPOConfig(
         model_name_or_path=paths["reference"],
         reward_model_path=paths["reward"],

@@ -20,6 +20,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from fastrlhf.algorithms import ppo
 from fastrlhf.config import SFTConfig
 from fastrlhf.models import adapters
 from fastrlhf.models.loading import build_policy, load_policy, load_reward_model
@@ -134,25 +135,28 @@ def easy_pairs(count: int, seed: int = 0) -> list[Example]:
 
 
 class GradientRecorder:
-    """Replaces `optim.Optimizer`: records the gradients of each step, model after model, and does not change the
-    weights."""
+    """Replaces `optim.Optimizer`: records the gradients of each step, model after model, and takes an SGD step with
+    `learning_rate`; 0: the weights stay."""
 
-    def __init__(self, models, config=None, **_):
-        self.models, self.steps = models, []
+    def __init__(self, models, learning_rate=0.0):
+        self.models, self.steps, self.learning_rate = models, [], learning_rate
 
+    @torch.no_grad()
     def step(self) -> dict[str, float]:
         self.steps.append([[p.grad.clone() for p in model.parameters()] for model in self.models.values()])
         for model in self.models.values():
+            for param in model.parameters() if self.learning_rate else ():
+                param -= self.learning_rate * param.grad
             model.zero_grad()
         return {f"{name}grad_norm": 0.0 for name in self.models} | {"learning_rate": 0.0}
 
 
-def record_gradients(monkeypatch, module) -> list[GradientRecorder]:
+def record_gradients(monkeypatch, module, learning_rate=0.0) -> list[GradientRecorder]:
     """Makes `module` create recorders in place of optimisers; returns the list to which they are added."""
     made = []
 
-    def make(*arguments, **keywords):
-        made.append(GradientRecorder(*arguments, **keywords))
+    def make(models, *_, **__):
+        made.append(GradientRecorder(models, learning_rate))
         return made[-1]
 
     monkeypatch.setattr(module, "Optimizer", make)
@@ -169,3 +173,16 @@ def assert_close_gradients(ours, theirs, tolerance: float = 1e-5) -> None:
 def ids(text: str) -> list[int]:
     """The ids that the tokenizer gives for a text such as "w3 w4", without an EOS."""
     return [3 + int(word.removeprefix("w")) for word in text.split()]
+
+
+def record_experience(monkeypatch) -> list[tuple]:
+    """Makes `train_ppo` add to the returned list, for each update, its Experience and the rows of its episodes."""
+    seen, compute = [], ppo.score_episodes
+
+    def score(config, policy, reference, critic, rollouts, *arguments, **keywords):
+        outcome = compute(config, policy, reference, critic, rollouts, *arguments, **keywords)
+        seen.append((outcome[0], [rollout.prefix.row for rollout in rollouts]))
+        return outcome
+
+    monkeypatch.setattr(ppo, "score_episodes", score)
+    return seen
