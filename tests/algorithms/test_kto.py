@@ -56,7 +56,11 @@ def textbook_loss(cfg, policy, reference, rows):
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (1.2, 0.5)])
 def test_loss_and_gradient_are_those_of_the_textbook_loop(model, other, monkeypatch, precomputed, weights):
     made = tiny.record_gradients(monkeypatch, kto)
-    settings = {"ref_model_name_or_path": other, "precompute_ref_log_probs": precomputed, "micro_batch_tokens": 60}
+    settings = {
+        "ref_model_name_or_path": other,
+        "precompute_ref_log_probs": precomputed,
+        "micro_batch_tokens": 24,
+    }  # several micro-batches
     cfg = config(model, beta=0.3, desirable_weight=weights[0], undesirable_weight=weights[1], **settings)
     [row] = train_kto(cfg, ROWS).history
     policy, reference = (AutoModelForCausalLM.from_pretrained(path) for path in (model, other))

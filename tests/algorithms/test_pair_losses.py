@@ -75,6 +75,15 @@ def test_loss_and_gradient_are_those_of_the_padded_textbook_loop(model, other, m
     assert row["rewards/margins"] == pytest.approx(cfg.beta * (u[:, 0] - u[:, 1]).mean().item(), rel=1e-4)
 
 
+def test_the_margin_of_a_pair_adds_to_the_gamma_of_simpo():
+    cfg = DPOConfig(loss_type="simpo", beta=2.0, simpo_gamma=0.3, margin_scale=1.0)
+    pairs = pair_losses.Pairs(trees=[(), ()], label_prob=None, target=None, margin=torch.tensor([0.5, -1.0]))
+    logprob, cu_rows = torch.tensor([-1.0, -2.0, -1.5, -2.5]), torch.arange(5)
+    loss = pair_losses.loss_of_pairs(cfg, "simpo", logprob, None, cu_rows, pairs, 2).loss
+    z = torch.tensor([2.0 - 0.3 - 0.5, 2.0 - 0.3 + 1.0])
+    assert loss.item() == pytest.approx(-F.logsigmoid(z).mean().item(), rel=1e-6)
+
+
 def test_cpo_and_orpo_by_name_equal_the_sums_of_their_terms():
     assert DPOConfig(loss_type="orpo").losses == ("orpo", "sft")
     assert DPOConfig(loss_type="cpo").losses == ("cpo", "sft")
