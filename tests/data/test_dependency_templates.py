@@ -178,7 +178,7 @@ def test_ids_equal_the_rendering_of_transformers_and_only_assistant_turns_are_tr
         runs = sum(i == 0 or at != which[i - 1] + 1 for i, at in enumerate(which))
         assert runs == sum(each["role"] == "assistant" for each in response), name
         assert ("71" in text) == any("tool_calls" in each for each in response), name
-    assert num_kept >= 3
+    assert num_kept >= 2  # as many hand-written templates render every conversation
 
 
 CHANGES = {
