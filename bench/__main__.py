@@ -14,20 +14,20 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     toy = commands.add_parser("toy", help="the demo over several seeds: means, intervals, DR-PO against PPO")
-    toy.add_argument("--seeds", type=int, default=5, choices=range(1, 11), help="seeds 0 .. N - 1")
+    toy.add_argument("--seeds", type=int, default=5, choices=range(1, 11), help="number N of seeds: 0 .. N - 1")
     toy.add_argument("--methods", nargs="+", default=["sft", "reward", "dpo", "ppo", "drpo"])
     toy.add_argument("--jobs", type=int, default=2, help="seeds that run at the same time and share the cores")
     toy.add_argument(
         "--out", type=Path, default=Path("runs/bench_toy"), help="output folder, with one subfolder per seed"
     )
     resets = commands.add_parser("resets", help="PPO against DR-PO on a task with hard exploration and an exact judge")
-    resets.add_argument("--seeds", type=int, default=5, choices=range(1, 11), help="seeds 0 .. N - 1")
+    resets.add_argument("--seeds", type=int, default=5, choices=range(1, 11), help="number N of seeds: 0 .. N - 1")
     resets.add_argument("--jobs", type=int, default=2, help="seeds that run at the same time, one thread each")
     resets.add_argument(
         "--out", type=Path, default=Path("runs/bench_resets"), help="output folder, with one subfolder per seed"
     )
     labels = commands.add_parser("labels", help="DPO and IPO on few pairs, from noisy to deterministic labels")
-    labels.add_argument("--seeds", type=int, default=3, choices=range(1, 11), help="seeds 0 .. N - 1")
+    labels.add_argument("--seeds", type=int, default=3, choices=range(1, 11), help="number N of seeds: 0 .. N - 1")
     labels.add_argument("--jobs", type=int, default=2, help="seeds that run at the same time, one thread each")
     labels.add_argument(
         "--out", type=Path, default=Path("runs/bench_labels"), help="output folder, with one subfolder per seed"
@@ -41,7 +41,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     papers.add_argument("--batch-size", type=int, default=9, help="pairs per mini-batch, for ipo")
     papers.add_argument(
-        "--seeds", type=int, default=3, choices=range(1, 11), help="seeds of the embedded task, 0 .. N - 1"
+        "--seeds", type=int, default=3, choices=range(1, 11), help="number N of seeds of the embedded task: 0 .. N - 1"
     )
     papers.add_argument(
         "--jobs", type=int, default=2, help="runs of the embedded task at the same time, one thread each"
@@ -50,7 +50,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--runs",
         type=Path,
         default=Path("runs/bench_papers"),
-        help="output folder of these runs; finished runs are reused",
+        help="output folder of the runs of the embedded task; finished runs are reused",
     )
     papers.add_argument(
         "--out",
@@ -65,7 +65,7 @@ def make_parser() -> argparse.ArgumentParser:
     clustering.add_argument("--prompts", type=int, default=50)
     clustering.add_argument("--rounds", type=int, default=3, help="number of rounds; the fastest one is reported")
     clustering.add_argument(
-        "--out", type=Path, default=Path("bench/results"), help="folder of the files to which rows are appended"
+        "--out", type=Path, default=Path("bench/results"), help="folder of the files to which result rows are appended"
     )
     trunks = commands.add_parser(
         "trunks", help="time of a DR-PO update with shared prefixes and with separate sequences"
@@ -75,13 +75,15 @@ def make_parser() -> argparse.ArgumentParser:
     trunks.add_argument("--rounds", type=int, default=3)
     trunks.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     trunks.add_argument(
-        "--out", type=Path, default=Path("bench/results"), help="folder of the files to which rows are appended"
+        "--out", type=Path, default=Path("bench/results"), help="folder of the files to which result rows are appended"
     )
-    optim = commands.add_parser("optim", help="bytes per trained bfloat16 weight and seconds per update, by optimiser")
+    optim = commands.add_parser(
+        "optim", help="memory per trained bfloat16 weight and time per update, for each optimiser"
+    )
     optim.add_argument("--matrices", type=int, default=192, help="number of weight matrices of 1024 x 1024")
     optim.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     optim.add_argument(
-        "--out", type=Path, default=Path("bench/results"), help="folder of the files to which rows are appended"
+        "--out", type=Path, default=Path("bench/results"), help="folder of the files to which result rows are appended"
     )
     rollout = commands.add_parser("rollout", help="time of sampling and judging the episodes of a DR-PO update")
     rollout.add_argument("--groups", type=int, nargs="+", default=[1, 8], help="episodes per prompt")
@@ -92,12 +94,14 @@ def make_parser() -> argparse.ArgumentParser:
         "--engine",
         default="transformers",
         choices=["transformers", "vllm"],
-        help="vllm: beside the built-in engine and transformers' generate, in one group size",
+        help="vllm: compare vLLM with the built-in engine and transformers' generate, for one number of --groups",
     )
-    rollout.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="with --engine vllm")
+    rollout.add_argument(
+        "--dtype", default="float32", choices=["float32", "bfloat16"], help="dtype of the weights, for --engine vllm"
+    )
     rollout.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     rollout.add_argument(
-        "--out", type=Path, default=Path("bench/results"), help="folder of the files to which rows are appended"
+        "--out", type=Path, default=Path("bench/results"), help="folder of the files to which result rows are appended"
     )
     aot = commands.add_parser("aot", help="compile every kernel without a GPU: registers, spills, shared memory")
     aot.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], choices=[80, 90, 100])
@@ -123,7 +127,9 @@ def make_parser() -> argparse.ArgumentParser:
         metavar=("T", "D", "V"),
         help="tokens, hidden size, vocabulary size; may be repeated",
     )
-    kernels.add_argument("--peaked", type=int, nargs="+", choices=[1, 0], help="peaked or flat logits, or both")
+    kernels.add_argument(
+        "--peaked", type=int, nargs="+", choices=[1, 0], help="1: peaked logits, 0: flat logits; may be both"
+    )
     kernels.add_argument("--dead", type=float, nargs="+", help="fractions of rows without a gradient")
     kernels.add_argument("--tasks", nargs="+", help="run only these tasks (first column of the table)")
     kernels.add_argument(
@@ -136,7 +142,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--seconds", type=float, default=1.0, help="time limit in seconds per implementation and case, on a GPU"
     )
     kernels.add_argument(
-        "--out", type=Path, default=Path("bench/results"), help="folder of the files to which rows are appended"
+        "--out", type=Path, default=Path("bench/results"), help="folder of the files to which result rows are appended"
     )
     kernels.add_argument(
         "--table", type=Path, metavar="FILE", help="print the tables of the rows in FILE and measure nothing"
@@ -177,19 +183,28 @@ def make_parser() -> argparse.ArgumentParser:
     drpo.add_argument(
         "--optim", default="adamw_torch_fused", help="optimiser of our trainer and of the padded reference"
     )
-    drpo.add_argument("--master-weights", default="float32", help="master weights of both, if weights are bfloat16")
+    drpo.add_argument("--master-weights", default="float32", help="master weights for bfloat16 weights; TRL has none")
     for command in (*offline, drpo):
         command.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
         command.add_argument(
-            "--out", type=Path, default=Path("bench/results"), help="folder of the files to which rows are appended"
+            "--out",
+            type=Path,
+            default=Path("bench/results"),
+            help="folder of the files to which result rows are appended",
         )
     models = commands.add_parser("models", help="check a tiny model of every causal LM type against transformers")
-    models.add_argument("types", nargs="*", help="model types to check; default: those without a current row")
+    models.add_argument(
+        "types", nargs="*", help="model types to check; default: types without a row for the installed transformers"
+    )
     models.add_argument(
         "--checks", nargs="+", default=[], help="run only these checks; do not commit the resulting incomplete rows"
     )
-    models.add_argument("--out", type=Path, help="file to which rows are written; default bench/results/models.jsonl")
-    models.add_argument("--page", action="store_true", help="print the rows as a Markdown table and run nothing")
+    models.add_argument(
+        "--out", type=Path, help="file to which result rows are written; default bench/results/models.jsonl"
+    )
+    models.add_argument(
+        "--page", action="store_true", help="print the existing rows as a Markdown table and run nothing"
+    )
     return parser
 
 

@@ -252,7 +252,7 @@ def _kl_cases(*tables: Pinned) -> Iterator[Case]:
 def _row_cases() -> Iterator[Case]:
     """Cases of the per-token loss kernels, which use one thread per row and no matrix products."""
     modules = (f"fastrlhf_kernels.{name}" for name in ("policy_loss", "value_loss", "kl_estimate", "pair_loss", "gae"))
-    # Imported by name, because the package exports functions of the same names.
+    # The package exports functions named like these modules, so the modules are imported by name.
     policy, value, kl, pair, gae = (importlib.import_module(name) for name in modules)
 
     def case(

@@ -80,7 +80,7 @@ def run_engines(
     clock = (lambda: process_time() + _cpu_seconds(vllm)) if device == "cpu" else perf_counter
     speeds: dict[str, list[float]] = {name: [] for name in contenders}
     tokens: dict[str, int] = {}
-    for _ in range(rounds + 1):  # the first is a warm-up
+    for _ in range(rounds + 1):  # the first round is a warm-up
         for name, sample in contenders.items():
             start = clock()
             tokens[name] = sample()

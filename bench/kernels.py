@@ -1,6 +1,7 @@
 """Measures time, memory and error of implementations that compute log-probs and losses from hidden states.
 
-Our ops are first compared with float64 on small cases. The row of an op that fails holds the reason and no time.
+Our ops are first compared with float64 on small cases. If an op fails this check, its row
+holds the reason instead of times.
 """
 
 from __future__ import annotations

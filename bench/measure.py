@@ -99,7 +99,7 @@ def interleave(
             try:
                 past.append(timer(step))
             except Exception as error:
-                failed[key] = error.with_traceback(None)  # a traceback would keep the tensors of its frames
+                failed[key] = error.with_traceback(None)  # a traceback would keep tensors alive
     return {key: failed.get(key) or _summary(past) for key, past in times.items()}
 
 

@@ -30,7 +30,7 @@ class Case(NamedTuple):
     size: int  # D
     vocab: int  # V; 1 for ops that take log-probs and no hidden states
     peaked: bool = True  # targets are as likely as tokens sampled from a policy; otherwise their p is about 1 / V
-    dead: float = 0.0  # fraction of rows without a gradient: ignored targets (Task.ignores), or clipped or advantage 0
+    dead: float = 0.0  # fraction of rows without a gradient: target ignored (Task.ignores), clipped or advantage 0
 
     @property
     def alone(self) -> bool:
@@ -231,5 +231,5 @@ TASKS = {
     "pair_loss": Task(lambda p: pairs(p, p.logprob, exact=True), ("logprob",), by_row=False, row_bytes=13),
     "gae": Task(lambda p: gae_reference(p.advantage, p.logprob, p.cu_seqlens), (), by_row=False, row_bytes=16),
 }
-# Tasks that measure the limit of the hardware. The last implementation of each task is the hardware floor of a case.
+# Tasks that measure the limit of the hardware. The last implementation of each is the hardware floor of a case.
 FLOORS = ("products", "copy")

@@ -61,7 +61,7 @@ def _rows(config: DRPOConfig, rounds: int, device: str) -> list[Row]:
     for decode in ways:
         engine = make_engine(replace(config, decode=decode), policy, EOS)
         seconds, judge_seconds, sampled = [], [], 0
-        for _ in range(rounds + 1):  # the first is a warm-up
+        for _ in range(rounds + 1):  # the first round is a warm-up
             start = clock()
             rollouts = engine.generate(prefixes)  # includes the copy to the host, which waits for the device
             seconds.append(clock() - start)

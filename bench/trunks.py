@@ -1,8 +1,9 @@
 """`python -m bench trunks`: times a DR-PO update with shared prefixes ("trunks") and with separate sequences.
 
-Both process the same episodes. Prompts and responses are random tokens with the lengths of Reddit TL;DR (347 and 34
-tokens on average). The weights are random, which affects neither speed nor token counts. Timed are scoring (policy,
-reference, critic) and one training pass (policy, critic); `python -m bench rollout` times sampling and the judge.
+Both layouts process the same episodes. Prompts and responses are random tokens with the lengths of Reddit TL;DR (347
+and 34 tokens on average). The weights are random, which affects neither speed nor token counts. Timed are scoring
+(policy, reference, critic) and one training pass (policy, critic); `python -m bench rollout` times sampling and the
+judge.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def _both(config: DRPOConfig, rounds: int, device: torch.device) -> list[Row]:
     ways = {share: replace(config, share_trunks=share) for share in (False, True)}
     seconds: dict[bool, list[float]] = {share: [] for share in ways}
     tokens = {}
-    for _ in range(rounds + 1):  # the first is a warm-up
+    for _ in range(rounds + 1):  # the first round is a warm-up
         for share, way in ways.items():
             optimizer = Optimizer({"": policy, "value_": critic}, way, num_steps=1)
             packs = pack_episodes(way, rollouts, range(config.batch_size // config.num_generations), device)

@@ -1,7 +1,7 @@
 """Measures one update of one implementation: `python -m bench.drpo.block SIDE PROBLEM`, with PROBLEM as JSON.
 
-It runs in a separate process, which has its own memory peak and, for TRL, its own import path. The last line that it
-prints is the row.
+The measurement runs in a separate process, which has its own memory peak and, for TRL, its own import path. The last
+line that the process prints is the result row.
 """
 
 from __future__ import annotations

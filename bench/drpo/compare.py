@@ -24,7 +24,7 @@ TARGETS = {
     ("trl", "cuda"): {"seconds": 2.0, "extra_mb": 2.0},
     ("padded", "cpu"): {"seconds": 3.0},
 }
-"""(other implementation, device) -> column -> factor by which ours should at least be better."""
+"""(other implementation, device) -> column -> least factor by which our implementation should be better."""
 MFU_TARGET = 0.45
 """Target MFU of our training phase on a GPU, for Pythia-1B."""
 

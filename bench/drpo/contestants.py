@@ -163,7 +163,7 @@ class TRL:
             return sequences, logits
 
         def first_forward(*_: Any) -> None:
-            if len(marks) == 2:  # TRL's wrapper of policy and critic is only called in the training phase
+            if len(marks) == 2:  # TRL calls its wrapper of policy and critic only in the training phase
                 marks.append(clock.now())
 
         class End(TrainerCallback):

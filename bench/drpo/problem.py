@@ -29,7 +29,7 @@ PROMPT_QUANTILES = {0.0: 130, 0.1: 216, 0.5: 350, 0.9: 475, 0.99: 510, 1.0: PROM
 """Quantile -> number of tokens of a TL;DR prompt, measured on 1,945 validation posts; the value of quantile 0 is a
 guess."""
 REFERENCE_LENGTH = NormalDist(33.9, 6.5)
-"""Distribution of the length in tokens of the human summaries of these posts, EOS included; measured: 16 to 50."""
+"""Distribution of the number of tokens of a human TL;DR summary, EOS included; measured lengths are 16 to 50."""
 
 _COMMON = {"model_type": "gpt_neox", "rotary_pct": 0.25, "max_position_embeddings": 2048, "classifier_dropout": 0.0}
 SHAPES: dict[str, dict[str, Any]] = {

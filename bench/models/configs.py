@@ -1,7 +1,7 @@
 """Makes a tiny configuration for every causal language model of the installed transformers.
 
-It starts from the default configuration of the class and reduces every size, which is recognised by its field name.
-Windows, chunks and the top-k of sparse indexers are made shorter than the test sequences, so that they take effect.
+Each tiny configuration is the default configuration of its class with every size reduced; sizes are recognised by field
+name. Windows, chunks and the top-k of sparse indexers are smaller than the test sequences, so that they take effect.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ SMALL: dict[int, Iterable[str]] = {
 }  # pyright: ignore[reportAssignmentType] (split below)
 SMALL_BY_NAME = {name: size for size, names in SMALL.items() for name in str(names).split()}
 
-# Indexers have 8 heads: a key that no head finds has score 0, and among equal scores the choice is arbitrary.
+# Sparse indexers keep 8 heads: with fewer heads more keys have score 0, and the choice among equal scores is arbitrary.
 
 _MAMBA2 = {"mamba_expand": 1, "mamba_n_heads": 4, "mamba_d_head": 8}
 OVERRIDES: dict[str, dict[str, Any]] = {

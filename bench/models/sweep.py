@@ -1,8 +1,8 @@
 """Checks every causal language model type of the installed transformers, each in its own process.
 
-The result says whether its numbers are right, whether its sequences must run one at a time, or with which message it is
-refused. Each type has a row in bench/results/models.jsonl. A type is skipped if its row has all checks with the
-installed version of transformers.
+The result says whether the numbers of a type are right, whether its sequences must run one at a time, or with which
+message it is refused. Each type has a row in bench/results/models.jsonl. A type is skipped if its row has all checks
+with the installed version of transformers.
 """
 
 from __future__ import annotations

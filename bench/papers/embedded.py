@@ -95,8 +95,8 @@ UPDATES = {0.0: 40, 0.25: 44, 0.5: 48, 0.75: 54, 1.0: 60}
 are needed for equally many sampled tokens."""
 SHAPINGS = ("token", "sentence", "eos", "rs")
 PROMPTS = (320, 640, 1280, 2560)
-"""Numbers of prompts. 2560 prompts are the full 40 updates; their results are those of the granularity arms "token"
-(RTO) and "none" (PPO)."""
+"""Numbers of prompts. The granularity arms "token" (RTO) and "none" (PPO) are the runs with 2560 prompts, which give 40
+updates."""
 GRANULARITY = [
     *(
         Arm(paper="rto", experiment="granularity", name=name, method="rto", settings={"reward_shaping": name})
@@ -122,7 +122,7 @@ BY_LENGTH = [
 ]
 FEWER_PROMPTS = [_pass_over(method, num) for method, num in product(("rto", "ppo"), PROMPTS[:-1])]
 ARMS = {"rto": [*GRANULARITY, *FEWER_PROMPTS], "drpo": [*RESETS, *BY_LENGTH]}
-"""Paper -> arms."""
+"""Paper -> arms of its experiments."""
 
 Row = dict[str, Any]
 

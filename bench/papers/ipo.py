@@ -125,7 +125,7 @@ def train(
     for step in range(steps):
         drawn = actions[step].long().unsqueeze(2).expand(*shape, -1)
         logprob = (scale * logits.log_softmax(-1)).gather(-1, drawn).flatten()
-        # The uniform reference has equal log-probs for both actions of a pair and cancels in D.
+        # The uniform reference has equal log-probs for both actions of a pair, so it cancels in their difference.
         output = pair_loss(logprob, None, cu_seqlens, mask, num_pairs=size, kind=kind, beta=1.0, target=target)
         optimizer.zero_grad()
         output.loss.backward()
@@ -142,7 +142,7 @@ def train(
 def _draw_pairs(bandits: Sequence[Bandit], steps: int, batch_size: int | None, seeds: int) -> np.ndarray:
     """Draws the pairs of all steps: uint8 actions [steps, bandits, seeds, 2 * pairs], winner and loser alternating.
 
-    Each bandit uses the random numbers of its seed anew.
+    For each seed, all bandits use the same random numbers.
     """
     all_pairs = [np.array(bandit.pairs, dtype=np.uint8) for bandit in bandits]
     if batch_size is None:

@@ -286,7 +286,7 @@ class _Problem:
     def _worth(self, prompt: Sequence[int], response: Sequence[int]) -> float:
         return round(
             self.task.gold_reward(_text(prompt), _text(response)), 6
-        )  # equal rewards may differ by rounding errors
+        )  # rounded, because equal rewards may differ by rounding errors
 
 
 def _load_reward(folder: Path) -> Any:

@@ -149,7 +149,7 @@ def draw_problems(writers: str, num_pairs: int, num_problems: int) -> Problems:
 
 
 def _write(writers: str, theta: Tensor) -> Tensor:
-    """Log-probs of the policy of these writers, [features]."""
+    """Log-probs of the policy of this kind of writers ("good", "blind" or "bad"), [features]."""
     if writers == "blind":
         return torch.tensor([0.6, 0.37, 0.03], dtype=torch.float64).log().repeat(NUM_FEATURES // ACTIONS)
     return plan(theta if writers == "good" else -theta, uniform_policy(), beta=0.4)[0]
@@ -193,7 +193,7 @@ def theory_rho(delta: float = 0.1) -> float:
 def run_pessimism(out: Path, *, fast: bool) -> str:
     """Runs Algorithm 1 for all kinds of writers and numbers of pairs; returns the table in Markdown.
 
-    A full run (not `fast`) also appends a row for each of them to `out/results` and draws
+    A full run (not `fast`) also appends a row per kind of writers and number of pairs to `out/results`, and draws
     `out/figures/rto_pessimism.png`.
     """
     num_problems = FAST_PROBLEMS if fast else PROBLEMS

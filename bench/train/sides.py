@@ -35,7 +35,7 @@ class Run:
     losses: list[float]
     """Loss of every step."""
     peak_mb: float | None
-    """Peak GPU memory beyond earlier allocations, in bytes, weights included; None on a CPU."""
+    """Peak GPU memory beyond earlier allocations, in MB, weights included; None on a CPU."""
 
 
 def run_ours(task: Task, config: TrainConfig, examples: Sequence[Example]) -> Run:

@@ -1,7 +1,7 @@
 """Losses for preference learning on packed tokens. Each op has its own file and a section in kernels/README.md.
 
     linear_logprob       hidden states -> log-probs of the targets, without the logits
-    linear_kept_logprob  the same under a distribution truncated to a set of tokens per row
+    linear_kept_logprob  hidden states -> log-probs under a softmax over a given set of tokens per row
     logprob_from_logits  logits -> log-probs of the targets
     linear_kl            hidden states of two models -> exact KL per token, without the logits
     kl_estimate          per-token estimates of KL to a reference

@@ -58,8 +58,7 @@ class Logits:
         scale: float,
         softcap: float | None,
     ) -> Logits:
-        # Only a GPU can multiply bfloat16 matrices with a float32 result. float16 is cast, because it would lose
-        # small gradients.
+        # Only GPUs multiply bfloat16 with a float32 result. float16 is cast to float32 to keep small gradients.
         native = hidden.is_cuda and hidden.dtype == weight.dtype == torch.bfloat16
         hidden = hidden if native else hidden.float()
         return Logits(

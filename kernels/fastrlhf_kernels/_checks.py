@@ -39,7 +39,7 @@ def check_tensor(
 
 
 def check_rows(name: str, tensor: Tensor, rank: int = 1) -> None:
-    """Raises ValueError unless `tensor`, the first argument of an op, is a floating-point tensor of this rank."""
+    """Raises ValueError unless `tensor`, an op's first argument, is a floating-point tensor with `rank` dimensions."""
     if not isinstance(tensor, Tensor) or tensor.dim() != rank:
         found = f"shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
         raise ValueError(f"{name} must be a tensor with {rank} dimension{'s' * (rank > 1)}, got {found}")

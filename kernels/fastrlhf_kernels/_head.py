@@ -25,7 +25,7 @@ from fastrlhf_kernels._tiles import (
 FAR = 1e30  # used as the peak of a row, it makes every exp(z - peak) of the row 0
 SHARE = 4096  # vocabulary columns that one program of the forward kernel processes
 MERGED = 128  # rows that one program of the merge kernel processes
-PART_BYTES = 1 << 27  # size of the part of the logits' gradient that exists at any time
+PART_BYTES = 1 << 27  # the logits' gradient is computed and stored in parts of this size
 SCALED_ROWS = 16  # rows that one program of the scale kernel processes
 SMALLEST_PART = 2048  # vocabulary columns of a part; products with fewer columns are slow
 

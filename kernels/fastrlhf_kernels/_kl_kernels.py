@@ -34,7 +34,7 @@ from fastrlhf_kernels._tiles import (
 from fastrlhf_kernels._triton import jit, tl
 
 Transform = tuple[Tensor | None, float, float, float | None]
-"""(temperature per row, temperature, scale, soft cap); policy and reference share them"""
+"""(temperature per row, temperature, scale, soft cap) of both models"""
 
 
 class Head(NamedTuple):
@@ -138,7 +138,7 @@ def raised(total, cross, gap, rise, reference_rise):
 
 @jit
 def picked(found, z, columns, target):
-    """Adds to `found` the logits of those targets that lie among these columns."""
+    """Adds the logits of the targets that lie in these columns to `found`, one sum per row."""
     if tl.sum(((target >= tl.min(columns, 0)) & (target <= tl.max(columns, 0))).to(tl.int32), 0) != 0:
         found += tl.sum(tl.where(columns[None, :] == target[:, None], z, 0.0), 1)
     return found

@@ -61,7 +61,7 @@ def torch_policy_terms(
     token_ratio = log_ratio.exp()
     difference = logprob - sampler_logprob if sequence_log_ratio is None else sequence_log_ratio
     ratio = token_ratio if sequence_log_ratio is None else torch_clamped(difference).exp()
-    # Compute `clipped` and not its negation: comparisons with NaN are False, so a NaN reaches loss and gradient.
+    # Comparisons with NaN are False: a NaN ratio does not count as clipped, and so it reaches loss and gradient.
     rises, beyond = advantage >= 0, ratio > dual_clip
     dual_clipped = ~rises & beyond
     clipped = torch.where(rises, ratio > high, (ratio < low) | beyond)

@@ -71,8 +71,8 @@ KL_FORWARD = {
     10: Pinned(NARROW, NARROW),
 }
 KL_GRADIENT = {**KL_FORWARD, 10: Pinned(SQUARE, NARROW)}
-"""Each table: major compute capability -> the largest tiles that compile without register spills. The tiles of the KL
-kernels are smaller, because they hold the logits of two models."""
+"""Major compute capability -> the largest tiles that compile without register spills, as in the tables above. The tiles
+of the KL kernels are smaller, because they hold the logits of two models."""
 
 
 def choose_tiles(
@@ -87,7 +87,7 @@ def choose_tiles(
         return FLOAT32
     if (major == 8 and minor) or major > 10:
         return SMALL_SHARED_MEMORY
-    # float16 does not use TMA: its gradient is float32, and a float32 tile does not fit into shared memory with it.
+    # float16 does not use TMA: its gradient is float32, and with TMA a float32 tile does not fit into shared memory.
     loadable = all(matrix.dtype == torch.bfloat16 and _aligned(matrix) for matrix in matrices)
     pinned = table[min(max(major, 8), 10) if loadable else 8]
     return pinned.heavy if heavy else pinned.light
@@ -216,8 +216,7 @@ def operand(matrix: Tensor, tiles: Tiles, rows: int, columns: int):
     return TensorDescriptor.from_tensor(matrix, [rows, columns])
 
 
-# Precision of float32 products: "tf32x3" sums three TF32 products and is as exact as float32. It has no effect on half
-# precision.
+# Precision of float32 products: "tf32x3" is as exact as float32. Half-precision products ignore this setting.
 PRECISION = "ieee" if INTERPRETED else "tf32x3"
 
 

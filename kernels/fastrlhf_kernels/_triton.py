@@ -35,7 +35,7 @@ def constant(value: Any) -> Any:
 
 
 def use_triton(impl: str, device: torch.device) -> bool:
-    """Whether an op uses Triton; "auto" does so on a CUDA device if Triton is installed.
+    """Returns whether an op uses Triton; with "auto" it does if Triton is installed and the device is a CUDA device.
 
     Raises ValueError for an unknown `impl`, and for "triton" if it cannot run on this device.
     """

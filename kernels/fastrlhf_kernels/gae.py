@@ -169,7 +169,7 @@ def gae_kernel(
         last_value = tl.load(bootstrap + segment).to(tl.float32)
     backwards = tl.arange(0, BLOCK)
     for done in range(0, stop - start, BLOCK):
-        # Loaded backwards and scanned forwards: Triton's reverse scan has given wrong numbers (its issue 4362).
+        # Loaded backwards and scanned forwards: Triton's reverse scan has given wrong numbers (Triton issue 4362).
         rows = stop - 1 - done - backwards
         inside = rows >= start
         keep = inside

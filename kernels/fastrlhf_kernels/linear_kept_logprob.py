@@ -105,11 +105,11 @@ def _check_targets(targets: Tensor, kept: Tensor, cu_kept: Tensor) -> None:
     missing = (~found & (sizes > 0)).nonzero()
     if len(missing):
         at = int(missing[0, 0])
-        raise ValueError(f"kept must hold the target of every row, but that of row {at} lacks token {int(targets[at])}")
+        raise ValueError(f"kept must hold the target of every row; the set of row {at} lacks token {int(targets[at])}")
 
 
 class _Chunk(NamedTuple):
-    """The rows that are processed together."""
+    """Rows that are processed together, and their sets of tokens."""
 
     rows: Tensor
     """Indices of the rows, [n] int64."""

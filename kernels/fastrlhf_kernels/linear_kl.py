@@ -133,8 +133,7 @@ def linear_kl_reference(
     return TokenKL(*(row.where(keep, 0) for row in (kl, logprob, reference_logprob, entropy)))
 
 
-# Custom operators are opaque to torch.compile, which could trace neither a loop count that depends on T nor the
-# selection of rows.
+# A custom operator is opaque to torch.compile, which could not trace row selection or loop counts that depend on T.
 @torch.library.custom_op("fastrlhf::linear_kl", mutates_args=())
 def _forward(
     hidden: Tensor,

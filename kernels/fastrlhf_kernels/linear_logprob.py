@@ -145,8 +145,7 @@ def linear_logprob_reference(
     return TokenLogprobs(*(row.where(keep, 0) for row in rows))
 
 
-# Custom operators are opaque to torch.compile, which could trace neither a loop count that depends on T nor the
-# selection of rows.
+# A custom operator is opaque to torch.compile, which could not trace row selection or loop counts that depend on T.
 @torch.library.custom_op("fastrlhf::linear_logprob", mutates_args=())
 def _forward(
     hidden: Tensor,

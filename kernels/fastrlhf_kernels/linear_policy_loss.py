@@ -83,7 +83,8 @@ def linear_policy_loss(
         *leaves,
         targets,
         *(None if row is None else row.detach() for row in fixed),
-        torch.ones((), dtype=torch.float32, device=hidden.device) * count,  # torch.full would become a constant
+        torch.ones((), dtype=torch.float32, device=hidden.device)
+        * count,  # torch.compile would make torch.full a constant
         *transform,
         ignore_index,
         entropy,
@@ -207,7 +208,8 @@ def _(hidden, weight, bias, *rest):
 def _kept_dtype(leaf: Tensor) -> torch.dtype:
     """Returns the dtype in which the forward keeps the gradient of a tensor: its own dtype, or float32 for float16.
 
-    The upstream gradient, which may contain a loss scale, is not known yet; without it float16 would underflow.
+    The forward does not know the upstream gradient, which may contain a loss scale. Without the loss scale, float16
+    would underflow.
     """
     return torch.float32 if leaf.dtype == torch.float16 else leaf.dtype
 

@@ -202,7 +202,7 @@ def _policy_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns (sum of the loss [], metrics SUMS [8], largest ratio [], d loss / d logprob [T], d loss / d entropy [T]).
 
-    The last is [0] without `entropy`.
+    d loss / d entropy is [0] without `entropy`.
     """
     scalars = (low, high, dual_clip, kl_coef, entropy_coef, kl_kind, loss_type)
     if not triton:

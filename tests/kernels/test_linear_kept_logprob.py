@@ -103,7 +103,7 @@ def test_it_compiles():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"targets": torch.tensor([1])}, "kept must hold the target of every row, but that of row 0 lacks token 1"),
+        ({"targets": torch.tensor([1])}, "kept must hold the target of every row; the set of row 0 lacks token 1"),
         ({"kept": torch.tensor([0, 3])}, r"kept must be in \[0, 2\], got 3"),
         ({"cu_kept": torch.tensor([0, 1, 2])}, r"cu_kept must have shape \(2,\), got \(3,\)"),
         ({"kept": torch.tensor([0.0, 2.0])}, "kept must be torch.int64, got torch.float32"),
