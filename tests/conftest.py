@@ -9,8 +9,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # set before libraries read it, so that no t
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the CPU, one program after another
 torch.set_num_threads(1)  # the models are so small that threads only wait for each other
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup the process would ignore it
-# A background job of a shell, and its children, would ignore SIGINT
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup a process ignores SIGHUP
+# The background job of a shell and its child processes ignore SIGINT
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

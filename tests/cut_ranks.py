@@ -1,4 +1,4 @@
-"""Runs of several processes that signals interrupt; tests/ranks.py passes its function `run`."""
+"""Interrupts runs of several processes by signals and resumes them; tests/ranks.py passes its function `run`."""
 
 from __future__ import annotations
 

@@ -249,7 +249,7 @@ def compiled_model() -> dict[str, Any]:
 def shared_weights() -> dict[str, Any]:
     """Shards a policy with an adapter and a reference that shares its weights, then merges the adapter.
 
-    Returns how many tensors the reference holds alone, and how much log-probs change at each step.
+    Returns how many tensors only the reference holds, and how much log-probs change at each step.
     """
     policy, batch = tiny.policy(), pack([sequence([5, 6, 7], [8, 9])])
     adapters.add_adapter(policy, SFTConfig(use_peft=True, lora_r=2), "")

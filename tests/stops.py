@@ -9,11 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 LAST_STEP = "the last whole step"
-"""The run has left a checkpoint of the last step that is complete."""
+"""The run leaves a checkpoint of the last complete step."""
 NOTHING = "nothing new; older checkpoints stay"
-"""The run has left the checkpoints that existed before, and no new one."""
+"""The run leaves only the checkpoints that existed before."""
 FINISHED = "the trained model"
-"""The run has gone on to its end."""
+"""The run continues to its end and saves the trained model."""
 
 FAULTS, RUN, METRICS = "test_faults.py", "runtime/test_run.py", "runtime/test_metrics.py"
 
@@ -26,11 +26,11 @@ class Stop:
     saved: str
     """LAST_STEP, NOTHING or FINISHED."""
     exit_code: int
-    """Of `fastrlhf`, as a shell reports it; torchrun itself ends with 1 for every code except 0."""
+    """Exit code of `fastrlhf`, as a shell reports it; torchrun itself ends with 1 for every code except 0."""
     file: str
-    """Test file below tests/."""
+    """Path of the test file, relative to tests/."""
     tests: tuple[str, ...]
-    """Tests in the file; empty: all."""
+    """Names of the tests in the file; empty: all of them."""
 
 
 STOPS: dict[str, Stop] = {

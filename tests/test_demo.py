@@ -88,7 +88,7 @@ def test_ipo_and_cdpo_run_on_request_with_their_own_losses(short, tmp_path):
     first = {
         name: json.loads((out / name / "metrics.jsonl").read_text().splitlines()[0])["loss"] for name in ("ipo", "cdpo")
     }
-    # The target of the paper is 25 nats per response
+    # At tau 0.02 the target of IPO is 1 / (2 * 0.02) = 25 nats per response
     assert first["ipo"] == pytest.approx((1 / (2 * 0.02)) ** 2, rel=1e-3)
     assert first["cdpo"] == pytest.approx(log(2), rel=1e-3)
 

@@ -62,7 +62,7 @@ def train(place: Path, folder: Path, *flags: str) -> int:
     try:
         return cli.main(["sft", *arguments, *flags])
     except Exception:
-        return 1  # of a Python process that ends with a traceback
+        return 1  # the exit code of Python after a traceback
 
 
 def raiser(error: BaseException) -> Callable[..., None]:
@@ -147,14 +147,14 @@ SCENARIOS: dict[str, list[tuple[str, Fault, tuple[str, ...]]]] = {
     "a damaged row, an empty response": [(NEW, lambda patch, run: None, ("--dataset_name", "DAMAGED"))],
     "W&B or TensorBoard fails": [(NEW, lambda patch, run: failing_reporter(patch), ("--report_to", "wandb"))],
 }
-"""Event -> for each of its forms: the folder in which the run starts, what goes wrong, and flags."""
+"""Event -> for each of its forms (folder in which the run starts, function that causes the fault, further flags)."""
 ELSEWHERE = {
     "SIGKILL or power off, also during a save, also of one process of several": 128 + signal.SIGKILL,
     "a second run in the same folder, also from another host": ValueError("another run is training in the folder"),
     "processes that start with different keys, versions or weights": ValueError("the configuration of rank 1"),
     "the hub accepts a connection and never answers": ValueError("the hub has not answered"),
 }
-"""Events that need a second process, with the error that their own tests expect, or the exit code."""
+"""Event that needs a second process -> the error that its own test expects, or its exit code."""
 
 
 @pytest.mark.parametrize(("event", "form"), [(event, form) for event, forms in SCENARIOS.items() for form in forms])

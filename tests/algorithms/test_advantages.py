@@ -9,7 +9,7 @@ MASK = torch.tensor([True, True, False, True])
 
 
 def test_whitening_uses_the_masked_rows_only():
-    # mean 3, population variance ((-2)^2 + 0 + 2^2) / 3 = 8/3
+    # the values in the mask have mean 3 and population variance ((-2)^2 + 0 + 2^2) / 3 = 8/3
     std = (8 / 3) ** 0.5
     torch.testing.assert_close(whiten(VALUES, MASK), torch.tensor([-2 / std, 0.0, 0.0, 2 / std]))
 
@@ -53,13 +53,13 @@ RETURNS = torch.tensor([1.0, 2.0, 6.0, 4.0, 4.0, 4.0])
 
 
 def test_leave_one_out_subtracts_the_mean_of_the_others_of_the_group():
-    # 1 - (2 + 6) / 2, 2 - (1 + 6) / 2, 6 - (1 + 2) / 2
+    # returns 1, 2, 6: 1 - (2 + 6) / 2 = -3, 2 - (1 + 6) / 2 = -1.5, 6 - (1 + 2) / 2 = 4.5
     assert leave_one_out(RETURNS, 3).tolist() == [-3.0, -1.5, 4.5, 0.0, 0.0, 0.0]
     assert leave_one_out(torch.tensor([1.0, 4.0]), 2).tolist() == [-3.0, 3.0]
 
 
 def test_group_normalised_divides_by_the_deviation_of_the_group_and_survives_equal_returns():
-    # mean 3, sample variance (4 + 1 + 9) / 2 = 7
+    # returns 1, 2, 6: mean 3, sample variance (4 + 1 + 9) / 2 = 7
     std = 7**0.5 + 1e-4
     expected = torch.tensor([-2 / std, -1 / std, 3 / std, 0.0, 0.0, 0.0])
     torch.testing.assert_close(group_normalised(RETURNS, 3), expected)

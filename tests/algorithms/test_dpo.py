@@ -21,8 +21,8 @@ def config(model, **settings):
 
 
 def padded_log_ratios(model, reference, examples, mean: bool):
-    """log pi(y|x) / pi_ref(y|x) of chosen and rejected responses, [B, 2], from right-padded batches, full logits and a
-    mask."""
+    """Computes log-ratios to the reference for chosen and rejected responses, [B, 2], from right-padded batches, full
+    logits and a mask."""
     rows = [(tiny.ids(e.prompt), [*tiny.ids(y), tiny.EOS]) for e in examples for y in (e.chosen, e.rejected)]
     width = max(len(x) + len(y) for x, y in rows)
     ids = torch.tensor([x + y + [0] * (width - len(x) - len(y)) for x, y in rows])
@@ -159,7 +159,7 @@ def test_soft_labels_and_margins_are_those_of_the_textbook(model, other, monkeyp
     elif cfg.loss_type == "ipo":
         target = 1 / (2 * cfg.beta)
         loss = (prob * (difference - target) ** 2 + (1 - prob) * (difference + target) ** 2).mean()
-        # A constant that pair_loss omits, because it does not depend on the policy
+        # pair_loss omits this constant, because it does not depend on the policy
         constant = (4 * prob * (1 - prob) * target**2).mean()
         loss = loss - constant
     else:

@@ -1,5 +1,5 @@
-"""Tests of dynamic sampling: which groups are dropped and replaced, what is counted, and that resumed runs repeat
-it."""
+"""Tests of dynamic sampling: which groups are dropped and replaced, what is counted, and that resumed runs replace
+equal groups."""
 
 import pytest
 import torch
@@ -111,7 +111,7 @@ def test_dropped_groups_are_replaced_by_other_prompts_until_the_batch_is_full():
     [
         # Rows 0 and 2 are dropped; each has two responses of row + 1 tokens: 2 * 1 + 2 * 3 tokens.
         (2.0, [1, 3, 4], [1, 3, 4], 2, 0, 8),
-        # A budget of int(1.7 * 3) = 5 groups: 3 and 4, which have no spread either, are dropped: 2 * 4 + 2 * 5 tokens.
+        # The budget is int(1.7 * 3) = 5 groups. Rows 3 and 4 have no spread and are dropped: 2 * 4 + 2 * 5 tokens.
         (1.7, [1], [0, 1, 2], 2, 2, 18),
     ],
 )
@@ -179,7 +179,7 @@ def test_a_run_drops_refills_and_counts(policy_path):
         kept = row["completions/mean_length"] * 8
         assert row["num_tokens"] == pytest.approx(kept + row["dynamic_sampling/dropped_tokens"])
         if row["dynamic_sampling/unfilled_groups"] == 0:
-            assert row["rewards/counted/mean"] == 0.5  # one of two responses in every group
+            assert row["rewards/counted/mean"] == 0.5  # one of two responses in every group earns 1
 
 
 def test_with_spread_everywhere_the_numbers_are_those_of_a_run_without_it(policy_path):

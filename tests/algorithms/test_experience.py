@@ -1,4 +1,4 @@
-"""Tests of the rewards and advantages of rollouts: which token earns what, and independence of the packing order."""
+"""Tests of the rewards and advantages of rollouts: what each token earns, and independence of the packing order."""
 
 from dataclasses import fields, replace
 
@@ -66,7 +66,7 @@ def experience(cfg, rollouts, critic, order=None, scores=SCORES, packs=None, rew
 
 
 def rewards(cfg, rollouts, critic, implicit=None) -> list[float]:
-    """Returns the reward of each row, read from the critic's target, which equals it if lambda and all values are 0."""
+    """Returns the reward of each row, read from the critic's target: they are equal if lambda and all values are 0."""
     zeros = frozen_copy(critic)
     torch.nn.init.zeros_(zeros.score.weight)
     cfg = replace(cfg, lam=0.0, gamma=1.0)
@@ -140,7 +140,7 @@ def test_every_row_earns_minus_kl_coef_times_its_log_ratio_to_the_reference(crit
 def test_kl_estimates_engine_ratios_and_truncation_are_reported(critic):
     cfg = config(cliprange=0.2, cliprange_high=1.0)
     plain, _ = experience(cfg, ROLLOUTS, critic)
-    shifts = torch.linspace(-0.5, 1.0, 16)  # log(trainer / engine): below, within and above the band
+    shifts = torch.linspace(-0.5, 1.0, 16)  # log(trainer's p / engine's p): below, within, above the band
     drawn = (plain.sampler_logprob - shifts).split([3, 3, 4, 1, 5])
     rollouts = [replace(r, sampler_logprob=x.tolist()) for r, x in zip(ROLLOUTS, drawn, strict=True)]
     found, metrics = experience(cfg, rollouts, critic)
@@ -171,7 +171,7 @@ def log_ratio(dpo, reference, rollouts) -> torch.Tensor:
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_every_sampled_token_earns_the_dpo_log_ratio_at_temperature_1(critic, temperature):
-    """Uses the reference of the run or of the DPO model. Prompt tokens and reset tokens earn nothing."""
+    """The DPO model has the reference of the run or its own one. Prompt tokens and reset tokens earn nothing."""
     cfg = config(
         kl_coef=0.0, dpo_model_path="dpo", dpo_reward_scale=0.5, temperature=temperature, micro_batch_tokens=16
     )

@@ -144,7 +144,7 @@ def test_a_run_whose_engine_samples_from_other_weights_stops_at_its_first_update
 
 
 def test_the_guards_hold_for_groups_that_a_function_rewards(tmp_path):
-    """GRPO without a reward model and without a critic, at its group-relative advantages."""
+    """Runs GRPO with a reward function; there is no reward model and no critic, only group-relative advantages."""
 
     def low(completion_ids, **_):
         return [float(ids[0] % 2) for ids in completion_ids]

@@ -16,7 +16,7 @@ def opened(truncated: bool = False) -> OpenUpdate:
     experience = Experience(
         cu_rows=torch.tensor([0, 1, 3], dtype=torch.int32),
         mask=mask,
-        trained=mask,  # the same tensor as `mask`, as without mask_truncated_completions
+        trained=mask,  # equals `mask`, as in runs without mask_truncated_completions
         sampler_logprob=torch.tensor([-0.1, -1 / 3, -2.0]),
         reference_logprob=torch.tensor([-0.5, -1.0, -1.5]),
         advantage=torch.tensor([1.0, -1.0, 0.1]),

@@ -1,5 +1,5 @@
-"""Tests of resets into the policy's own failed responses: where episodes start, where training converges, and what
-stays unchanged."""
+"""Tests of resets into the policy's own failed responses: where episodes start, to which policy training
+converges, and what stays unchanged."""
 
 from collections import Counter
 from dataclasses import replace
@@ -140,7 +140,7 @@ def reward(rollouts) -> torch.Tensor:
 
 
 def test_the_starts_are_uniform_cuts_of_the_failures_of_the_policy():
-    """Compares with an enumeration of all responses.
+    """Compares how often episodes start at each prefix with an enumeration of all responses.
 
     The probability of a start of k tokens is P(a failed response begins with these tokens | its group has a failure)
     times 1 / (L - 1), for responses of L tokens.
@@ -220,7 +220,7 @@ def test_a_run_restarts_the_groups_that_failed_and_counts_all_sampled_tokens(pat
     result = learned(paths, functions={"right": right}, **OWN, success_threshold=1.0, max_steps=2)
     calls = [
         seen[-16 * i : len(seen) - 16 * (i - 1)] for i in (4, 3, 2, 1)
-    ]  # the last four of all calls; the earlier calls come from the rehearsal
+    ]  # the last four batches of calls; the earlier ones are trial calls before the first step
     for drawn, trained, row in zip(calls[::2], calls[1::2], result.history, strict=True):
         again = [x for x in trained if x.prefix.num_reset]
         assert row["drpo/groups_restarted"] == len(again) / 16 > 0

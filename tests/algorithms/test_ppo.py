@@ -195,7 +195,7 @@ def test_for_every_kl_placement_the_first_ratio_is_exactly_one_and_the_run_learn
 
 
 def test_the_coefficient_is_steered_by_the_kl_of_every_update(paths):
-    """The controlled coefficient is used by the next update."""
+    """The coefficient that results from the KL of one update is used by the next update."""
     cfg = config(paths, max_steps=4, kl_target=0.5, kl_horizon=24, micro_batch_tokens=1000)
     history, coef = run(cfg).history, cfg.kl_coef
     for row in history:

@@ -39,7 +39,7 @@ def test_ppo_is_rto_with_scale_zero_bit_for_bit(paths, tmp_path, kind, shaping):
 
 @pytest.mark.parametrize("scale", [0.5, -0.5])
 def test_rto_moves_the_policy_towards_the_dpo_model_or_away_from_it(paths, tmp_path, scale):
-    """Token rewards, the only rewards here, rise for both signs of their scale (measured: by 0.21 and 0.12)."""
+    """Training raises the token rewards, the only rewards here, for both signs of the scale (by 0.21 and 0.12)."""
     dpo = tiny.save_policy(tmp_path / "dpo", seed=1)
     cfg = config(paths, RTOConfig, dpo_model_path=dpo, dpo_reward_scale=scale, score_coef=0.0, kl_coef=0.0)
     cfg = replace(cfg, per_device_train_batch_size=32, num_ppo_epochs=3, micro_batch_tokens=1000)
@@ -122,9 +122,9 @@ def test_without_a_critic_the_policy_learns_from_a_judge_only(paths, estimator):
 
 
 def test_the_policy_learns_from_reward_functions_only(paths, tmp_path):
-    """The reward function checks that the answer of the row comes first.
+    """The reward function checks whether a response starts with the answer of its row.
 
-    There is no reward model; with and without a critic.
+    There is no reward model. One run has a critic, the other has none.
     """
 
     def right(completions, answer, **kwargs):
@@ -155,7 +155,7 @@ def test_a_critic_starts_from_the_policy_or_from_the_value_model_of_an_earlier_r
     policy = {"model_name_or_path": paths["model_name_or_path"]}
     cfg = config(policy, output_dir=str(tmp_path / "first"), learning_rate=1e-4, value_learning_rate=1e-2)
     first = train_ppo(cfg, tiny.examples(8), reward_functions={"brief": brief})
-    # Every value is 0 in the first update
+    # In the first update every value of the critic is 0
     assert first.history[0]["critic/explained_var"] == pytest.approx(0, abs=1e-6)
     warm = replace(cfg, output_dir="", critic_model_path=str(tmp_path / "first" / "value_model"))
     second = train_ppo(warm, tiny.examples(8), reward_functions={"brief": brief})

@@ -147,7 +147,7 @@ def test_the_first_rewards_are_those_after_the_first_step_and_the_model_learns_t
     functions = {"odd": lambda rollout: float(rollout.completion[0] % 2)}
     result = learned(paths, functions=functions, **PRIME, **settings)
     history = result.history
-    # Phi equals the reference at first, so every sum is 0
+    # At first the model equals the reference, so all token rewards are 0 and the loss is log 2
     assert history[0]["prime/loss"] == pytest.approx(0.693147, abs=1e-4)
     assert history[0]["rto/abs_sum"] > 0
     assert sum(row["prime/loss"] for row in history[-5:]) / 5 < 0.6

@@ -104,7 +104,7 @@ def test_a_group_of_two_is_a_pair_with_a_probability(model, other, monkeypatch, 
         for e in tiny.examples(4)
     ]
     cfg = config(model, psi=psi, ref_model_name_or_path=other, length_norm="sum")
-    # smoothed: (0.5 + 3) / (1 + 4)
+    # 3 wins of 4 labels, smoothed: (0.5 + 3) / (1 + 4) = 0.7, the probability in `preferences`
     pairs = replace(cfg, psi_backend="pairwise", label_source="counts", label_prior=0.5)
     by_pair, by_group = (train_dpo(c, examples).history[0] for c in (pairs, cfg))
     tiny.assert_close_gradients(ours[0].steps[0][0], theirs[0].steps[0][0])

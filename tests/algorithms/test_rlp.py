@@ -228,7 +228,7 @@ def test_another_section_than_a_finished_stage_was_trained_by_is_refused_and_a_m
         for other_reward, other_policy, message in changes:
             with pytest.raises(ValueError, match=f"output_dir: must be a new folder: {part}{message}"):
                 train_rlp(config, other_reward, other_policy, **data)
-        for stage in ("reward", "policy"):  # so that the next iteration reaches the check of the folders in round-1
+        for stage in ("reward", "policy"):  # without these folders the check of round-1 comes next
             shutil.rmtree(moved / stage, ignore_errors=True)
 
 

@@ -24,7 +24,7 @@ def config(model, **settings):
 
 
 def plain_loss(model, examples, completion_only: bool = True, response: str = "reference"):
-    """Nats per trained token from one sequence at a time, and the number of trained tokens."""
+    """Returns the loss in nats per trained token, computed one sequence at a time, and the number of trained tokens."""
     total, count = torch.tensor(0.0), 0
     for example in examples:
         prompt, answer = tiny.ids(example.prompt), [*tiny.ids(getattr(example, response)), tiny.EOS]

@@ -101,7 +101,7 @@ def test_a_variable_of_a_file_is_kept_under_a_key_of_numbers_too(tmp_path, monke
     assert not is_same("max_steps", "$STEPS_OF_TEST", 6)
     at_run = as_given(at_start(config, SFTConfig, "train_sft"))
     assert at_run["max_steps"] == "$STEPS_OF_TEST"
-    assert as_given(SFTConfig(max_steps=5))["max_steps"] == 5  # another configuration with the same number
+    assert as_given(SFTConfig(max_steps=5))["max_steps"] == 5  # given as 5, without a variable
     flagged = parse(SFTConfig, ["--config", str(file), "--max_steps", "7"], "sft")
     assert as_given(flagged)["max_steps"] == 7
 

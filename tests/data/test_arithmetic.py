@@ -1,4 +1,4 @@
-"""The built-in sums: every answer is one token and right, and only the right answer is rewarded."""
+"""Tests of the built-in sums: every answer is one token and right, and only the right answer is rewarded."""
 
 from fastrlhf.data.arithmetic import VOCABULARY, examples, model_config, right_sum, tokenizer
 

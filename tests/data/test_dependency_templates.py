@@ -117,13 +117,13 @@ CONVERSATIONS = {
     "reasoning": ([ASKS], [turn("assistant", "31assistant", reasoning_content="40because")]),
 }
 EXACT = re.compile(r"<\|[a-z_]+\|>|\[/?[A-Z_]+\]")
-"""Text that a tokenizer made for a template has as special tokens."""
+"""Matches the texts in a template that become special tokens of the tokenizer made for it."""
 
 
 def tokenizer_of(template: str) -> PreTrainedTokenizerFast:
     tokenizer = byte_level()
     core = json.loads(tokenizer.backend_tokenizer.to_str())
-    # Two newlines at the end of a prompt are one token, as in sampling, but two before a letter in the whole text.
+    # Without the merge of two newlines: it would join them at the end of a prompt, but not before a letter.
     core["model"]["merges"] = core["model"]["merges"][:-1]
     tokenizer.backend_tokenizer.model = Tokenizer.from_str(json.dumps(core)).model
     specials = sorted(set(EXACT.findall(template)) - set(tokenizer.get_vocab()))
@@ -132,7 +132,7 @@ def tokenizer_of(template: str) -> PreTrainedTokenizerFast:
 
 
 def tokenized(name: str, conversation: str) -> tuple[PreTrainedTokenizerFast, str, TokenizedExample | None, str]:
-    """Returns the tokenizer; the rendering of transformers, empty if it refuses; our ids; and why there are none."""
+    """Returns (tokenizer, rendering of transformers or "" if it refuses, our ids or None, reason for None)."""
     template, (prompt, answer) = templates()[name], CONVERSATIONS[conversation]
     tokenizer, tools = tokenizer_of(template), [TOOL] if conversation == "tools" else None
     # A template that reads the clock gets a fixed day in both renderings.
@@ -178,7 +178,7 @@ def test_ids_equal_the_rendering_of_transformers_and_only_assistant_turns_are_tr
         runs = sum(i == 0 or at != which[i - 1] + 1 for i, at in enumerate(which))
         assert runs == sum(each["role"] == "assistant" for each in response), name
         assert ("71" in text) == any("tool_calls" in each for each in response), name
-    assert num_kept >= 2  # as many hand-written templates render every conversation
+    assert num_kept >= 2  # at least two hand-written templates render each conversation
 
 
 CHANGES = {

@@ -54,7 +54,9 @@ def test_a_judge_of_texts_reads_them_with_its_own_tokenizer():
         direct(judge, "f: ", " def"),
     ]
     (prompt, response), (_, empty) = read([rollout(first, run, "def f", end=""), rollout(first, run, "")])
-    assert (prompt, [*response, judge.eos_token_id]) == direct(judge, "Write code:\n", "def f")  # cut: no end
+    assert (prompt, [*response, judge.eos_token_id]) == direct(
+        judge, "Write code:\n", "def f"
+    )  # truncated, so without an EOS
     assert empty == [judge.eos_token_id]
     past = rollout(first, run, "d</s>fff")
     assert read([past]) == [direct(judge, "Write code:\n", "d")]

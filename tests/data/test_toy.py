@@ -106,7 +106,7 @@ def test_posts_and_responses_fit_their_budgets_and_the_vocabulary():
 @pytest.mark.parametrize(
     ("summary", "gold"),
     [
-        # covered facts - other facts - words outside facts / 2 + 0.5 (chain) * run (run - 1) / 2 - 0.05 * words
+        # covered facts - other facts - words outside facts / 2 + 0.5 (chain) * run * (run - 1) / 2 - 0.05 * words
         ("boss kind rent late car fast", 3 + 0.5 * 3 - 0.3),
         ("boss kind rent late", 2 + 0.5 - 0.2),
         ("boss kind car fast", 2 - 0.2),

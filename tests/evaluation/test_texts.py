@@ -24,7 +24,7 @@ from tests.data.test_reading import OTHER_TEMPLATE
 
 
 def save(folder, tokenizer, seed: int, *, judge: bool = False, width: int = 0) -> str:
-    """A model of random weights for the vocabulary, its embedding `width` rows wider."""
+    """Saves a random model whose embedding has `width` rows more than the tokenizer has ids, and returns the folder."""
     size = len(tokenizer) + width
     model = build_policy(tiny.model_config(), vocab_size=size, eos_token_id=tokenizer.eos_token_id, seed=seed)
     with torch.no_grad():

@@ -62,7 +62,7 @@ def tensors() -> dict[str, Tensor]:
     }
 
 
-TRL = {  # case -> TRL's name for it
+TRL = {  # case -> (TRL's loss_type, TRL's importance sampling level)
     "grpo": ("grpo", "token"),
     "bnpo": ("bnpo", "token"),
     "dapo": ("dapo", "token"),
@@ -213,7 +213,7 @@ def verl_value(algos: ModuleType, average: str) -> dict[str, Any]:
 
 
 def of_rto(repository: str) -> dict[str, Any]:
-    """Losses of openrlhf/models/loss.py, with the masked mean of its package."""
+    """Records the losses of RTO's openrlhf/models/loss.py, with a stand-in for `masked_mean`."""
 
     def masked_mean(values: Tensor, mask: Tensor, dim: int) -> Tensor:
         return (values * mask).sum(dim) / mask.sum(dim)
@@ -251,7 +251,7 @@ def verl_advantages(algos: ModuleType, function: str) -> list[float]:
 
 
 def verl_gae(algos: ModuleType) -> dict[str, list[float]]:
-    """Advantages before whitening, and returns, with the tensor `returns` as the rewards."""
+    """Records verl's advantages before whitening and its returns, with the tensor `returns` as the rewards."""
     given = tensors()
     inside = given["mask"].bool()
     found = algos.compute_gae_advantage_return(given["returns"], given["value"], given["mask"], GAMMA, LAM)
@@ -259,7 +259,7 @@ def verl_gae(algos: ModuleType) -> dict[str, list[float]]:
 
 
 def verl_kl(algos: ModuleType) -> dict[str, list[float]]:
-    """The estimates of the KL from the reference, for each token."""
+    """Records verl's estimates of the KL to the reference, for each token."""
     given = tensors()
     inside = given["mask"].bool()
     return {
@@ -269,7 +269,7 @@ def verl_kl(algos: ModuleType) -> dict[str, list[float]]:
 
 
 def verl_overlong(folder: Path) -> list[float]:
-    """Rewards of DAPO's reward manager for responses of OVERLONG_LENGTHS tokens that all score 0."""
+    """Records the rewards of DAPO's reward manager for responses of OVERLONG_LENGTHS tokens that all score 0."""
 
     class Data(list):
         def __getitem__(self, index: Any) -> Any:

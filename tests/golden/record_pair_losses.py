@@ -21,7 +21,7 @@ FILE = Path(__file__).with_name("pair_losses.json")
 
 LENGTHS = (3, 5, 1, 4, 7, 2)  # lengths of chosen and rejected responses of three pairs
 
-CASES: dict[str, dict[str, Any]] = {  # attributes of TRL's trainers
+CASES: dict[str, dict[str, Any]] = {  # case -> attributes of TRL's trainer
     "cpo": {"loss_type": "sigmoid", "beta": 0.1, "label_smoothing": 0.0},
     "cpo_smoothed": {"loss_type": "sigmoid", "beta": 0.1, "label_smoothing": 0.2},
     "simpo": {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 0.5, "label_smoothing": 0.0},
@@ -44,7 +44,7 @@ def record(case: str) -> dict[str, Any]:
     parts = logprob.split(LENGTHS)
     sums = torch.stack([part.mean() if case in MEAN else part.sum() for part in parts])
     trainer = SimpleNamespace(alpha=0.0, accelerator=SimpleNamespace(device="cpu"), **CASES[case])
-    if case == "orpo":  # TRL subtracts this loss
+    if case == "orpo":  # TRL subtracts what odds_ratio_loss returns
         loss = -ORPOTrainer.odds_ratio_loss(trainer, sums[0::2], sums[1::2])[0]
     else:
         loss = CPOTrainer.cpo_loss(trainer, sums[0::2], sums[1::2])[0]

@@ -1,6 +1,6 @@
 """Tests which tiles `_head.py` chooses.
 
-Its results are tested in test_linear_logprob.py and test_linear_policy_loss.py.
+The results of `_head.py` are tested in test_linear_logprob.py and test_linear_policy_loss.py.
 """
 
 import torch

@@ -43,7 +43,7 @@ def test_the_order_of_the_vocabulary_does_not_matter(impl: str):
     )
     for out in (plain, other):
         (out.kl.sum() + out.logprob.sum()).backward()
-    # sums of 65 float32 terms in a different order
+    # the tolerance is for sums of 65 float32 terms in a different order
     torch.testing.assert_close(other.kl, plain.kl, rtol=2e-6, atol=0)
     torch.testing.assert_close(other.reference_logprob, plain.reference_logprob, rtol=2e-6, atol=0)
     torch.testing.assert_close(shuffled.grad, weight.grad[order], rtol=1e-5, atol=2e-6)
@@ -98,7 +98,7 @@ def test_logprob_and_entropy_equal_those_of_linear_logprob(impl: str):
     tensors, targets = inputs(9, 5, 6, 65), targets_of(9, 65)
     out = linear_kl(*tensors, targets=targets, entropy=True, impl=impl)
     expected = linear_logprob(*tensors[:2], targets, entropy=True, impl=impl)
-    # Sums of 3 shares in a different order
+    # the tolerance is for sums of 3 vocabulary shares in a different order
     torch.testing.assert_close(out.logprob, expected.logprob, rtol=1e-6, atol=0)
     torch.testing.assert_close(out.entropy, expected.entropy, rtol=1e-6, atol=0)
     assert (linear_kl(*tensors, impl=impl).logprob, linear_kl(*tensors, impl=impl).entropy) == (None, None)

@@ -78,7 +78,7 @@ def test_it_equals_the_two_definitions_composed(impl: str):
 def test_every_option_gives_what_the_two_steps_give(impl: str, entropy_coef: float):
     given = inputs()
     given["targets"][3] = -100
-    given["mask"][3] = True  # an ignored target in the mask: its log-prob is 0 in both
+    given["mask"][3] = True  # an ignored target in the mask has log-prob 0, in one step and in two
     reference_logprob = given["sampler_logprob"] + 0.2
     loss = {"num_tokens": torch.tensor(17.0), "dual_clip": 1.5, "kl_coef": 0.2, "kl_kind": "k3", "clip_high": 0.3}
     loss |= {"reference_logprob": reference_logprob, "entropy_coef": entropy_coef}
@@ -146,7 +146,7 @@ def test_inputs_need_not_be_contiguous(impl: str):
 
 
 def test_the_upstream_gradient_is_not_rounded_to_the_dtype_of_the_leaves():
-    """float16 with a loss scale: the gradients would underflow in float16 and the loss scale would overflow."""
+    """Uses a loss scale: in float16 the unscaled gradients would underflow, and the loss scale would overflow."""
     given = inputs()
     given["hidden"], given["weight"] = given["hidden"].half(), given["weight"].half()
     rounded = {**given, "hidden": given["hidden"].float(), "weight": given["weight"].float()}
@@ -309,8 +309,8 @@ def test_the_default_dtype_of_torch_changes_nothing(impl: str, request: pytest.F
 
 @pytest.mark.parametrize("entropy_coef", [0.0, 0.3])
 def test_with_a_soft_cap_the_gradient_of_a_very_unlikely_target_is_exact(impl: str, entropy_coef: float):
-    """The log-probs go down to -240. exp(z - top) of such a target underflows to 0, so the soft cap's derivative must
-    come from elsewhere."""
+    """The log-probs of the targets go down to -240, where exp(z - top) underflows to 0. The soft cap's derivative must
+    therefore not be computed from exp(z - top)."""
     given = inputs()
     given["hidden"] = given["hidden"] * 30
     given["targets"] = (given["hidden"] @ given["weight"].T).argmin(1)

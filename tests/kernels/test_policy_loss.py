@@ -44,7 +44,7 @@ def test_the_first_step_is_reinforce(impl: str):
 
 
 def test_a_ratio_exactly_at_the_clip_still_learns(impl: str):
-    # 0 and 0.5 are exact: exp(0) = 1 is the upper edge at clip_high 0 and the lower edge at clip_low 0
+    # the ratio exp(0) = 1 is exactly the upper bound of the clip for clip_high 0, and the lower one for clip_low 0
     _, gradient, metrics = run(impl, [0.0, 0.0], [1.0, -1.0], clip_low=0.0, clip_high=0.0)
     assert gradient == [-1.0, 1.0]
     assert metrics["clip_fraction"] == 0
@@ -168,7 +168,7 @@ def test_weights_multiply_all_terms_of_a_token_and_entropy_lowers_the_loss(impl:
     ones, options = torch.ones(2), {"weight": torch.tensor([0.5, 2.0]), "entropy": entropy, "entropy_coef": 0.1}
     out = policy_loss(logprob, torch.zeros(2), ones, ones > 0, num_tokens=10, impl=impl, **options)
     out.loss.backward()
-    # (0.5 * (-1 - 0.3) + 2 * (-1 - 0.5)) / 10
+    # sum of weight * (-r A - entropy_coef * H), divided by num_tokens: (0.5 * (-1 - 0.3) + 2 * (-1 - 0.5)) / 10
     assert out.loss.item() == pytest.approx(-0.365, rel=1e-6)
     assert logprob.grad.tolist() == pytest.approx([-0.05, -0.2], rel=1e-6)
     assert entropy.grad.tolist() == pytest.approx([-0.005, -0.02], rel=1e-6)

@@ -349,7 +349,7 @@ def test_torch_varlen_gets_equivalent_arguments(monkeypatch, segments, settings)
         call = signature.bind(*arguments, **keywords)
         call.apply_defaults()
         told = call.arguments
-        # torch 2.11 needs equal numbers of heads here: the function has no enable_gqa
+        # torch 2.11's varlen_attn has no enable_gqa, so query, key and value must have equal numbers of heads
         assert told["query"].shape[1] == told["key"].shape[1] == told["value"].shape[1]
         check_lengths(pack(segments).plan, told["cu_seq_q"], told["cu_seq_k"], told["max_q"], told["max_k"])
         return variable_length(

@@ -50,7 +50,7 @@ def run(attend, plan: AttentionPlan, softcap: float | None, window: int | None) 
 
 
 def assert_close(ours, expected) -> None:
-    """Within 1e-6 of the largest entry: both sum at most a few hundred float32 numbers, in different orders."""
+    """Asserts agreement within 1e-6 of the largest entry: sums of a few hundred float32 numbers in different orders."""
     for one, other in zip(ours, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6 * other.abs().max().item() + 1e-7)
 

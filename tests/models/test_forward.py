@@ -123,7 +123,7 @@ def saved_bytes(model, batch) -> int:
 def test_activation_checkpointing_changes_no_bit_and_saves_memory(name):
     """Uses a forest, because the recomputation must repeat the attention of the forward.
 
-    It must also leave the attention mode of the model as it was.
+    Checkpointing must also leave the attention mode of the model unchanged.
     """
     forest = pack(
         [

@@ -238,7 +238,7 @@ def test_no_computation_overtakes_a_late_copy(monkeypatch):
 
 
 def test_an_empty_saved_tensor_does_not_end_a_running_copy(monkeypatch):
-    """torch 2.11 saves such tensors on the CPU, where streams need not wait."""
+    """torch 2.11 saves empty tensors on the CPU, where no stream waits for a copy."""
     streams, inputs, x = LateStreams(monkeypatch), offload._LayerInputs(HOST), torch.arange(3.0)
     expected = x.clone()
     one, empty = inputs.leave(x), inputs.leave(torch.empty(0, requires_grad=True))

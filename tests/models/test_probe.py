@@ -41,7 +41,7 @@ def chunked(**settings):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_attention_that_leaks_between_sequences_is_found(dtype):
-    """Uses a model from scratch, whose log-probs change less by a leak than the tolerance of bfloat16."""
+    """Uses an untrained model: leaks change its log-probs by less than the tolerance for bfloat16."""
 
     def leaky(module, query, key, value, attention_mask, *, attention_plan, scaling=None, **kwargs):
         output = torch.nn.functional.scaled_dot_product_attention(

@@ -109,8 +109,8 @@ def test_the_judges_are_drawn_from_an_evaluation_before_the_first_step_on(tmp_pa
 
 
 def test_judges_of_training_and_evaluation_are_drawn_over_the_root_of_the_kl(tmp_path):
-    """Gains since the first evaluation are 0, 1, 3 and 0, 0.5, -1, at square roots of the KL of 0, 2 and 1, sorted by
-    these."""
+    """The points are sorted by sqrt(KL), which is 0, 2 and 1. Their score gains since the first evaluation are 0, 1, 3
+    (training judge) and 0, 0.5, -1 (held-out judge)."""
     nan = float("nan")
     evaluated(tmp_path / "ppo", [(-0.1, 5.0, 2.0), (), (4.0, 6.0, 2.5), (nan, 9.0, 9.0), (1.0, 8.0, 1.0)])
     page = write_report(tmp_path).read_text()
@@ -240,7 +240,7 @@ def test_only_the_last_samples_are_shown(tmp_path):
 
 
 def test_of_compared_models_the_last_prompts_are_shown_with_the_answers_of_all(tmp_path):
-    """The file lists the answers of one model after another. The page groups them by prompt and shows it once."""
+    """The file lists the answers of one model after another. The page lists them by prompt, each prompt once."""
     (tmp_path / "summary.json").write_text(json.dumps({"methods": {"a": {"win_rate": 0.5}}}))
     rows = [
         {"row": i, "prompt": f"prompt-{i}.", "model": model, "response": f"{model}{i}"}

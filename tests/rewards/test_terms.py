@@ -98,9 +98,9 @@ def test_a_truncated_response_earns_only_token_rewards():
 
 
 def test_normalisers_count_no_score_and_no_number_that_is_not_paid():
-    """The second score, 4 after 2, is one standard deviation above their mean.
+    """A truncated response is not paid its score -3 and its function's 100, so they must not change the means.
 
-    -3 and 100 belong to a truncated response, which does not pay them, so they must not change the mean.
+    The scores that are paid are 2 and then 4, which is one standard deviation above the mean of both.
     """
     run = Rewards(config=PPOConfig(score_norm="running", reward_function_norm="running", reward_function_clip=0.5))
     run.functions = RewardFunctions(functions={"number": lambda r: 2.0 if r.ended else 100.0})
@@ -234,7 +234,7 @@ def test_normalisers_of_token_rewards_count_earning_tokens_over_all_batches():
 
 
 def test_what_a_function_gives_is_normalised_over_the_rows_it_pays_and_then_clipped():
-    """A single reward counts as one row, rewards per token count as one row each up to the EOS.
+    """One reward for a response counts as one row; rewards per token count as one row each, up to the EOS.
 
     Every function has its own mean and standard deviation.
     """
@@ -365,7 +365,7 @@ def test_the_soft_overlong_punishment_by_hand(limit, buffer, penalties):
 
 
 def test_the_soft_overlong_punishment_is_that_of_verl():
-    """verl's DAPO reward manager, on responses that score 0 (tests/golden/record_group_losses.py)."""
+    """Compares with rewards that tests/golden/record_group_losses.py recorded of verl, for responses that score 0."""
     expected = json.loads(recorded.FILE.read_text(encoding="utf-8"))["verl"]["overlong"]
     lengths, setting = torch.tensor(recorded.OVERLONG_LENGTHS), recorded.OVERLONG
     num = int(lengths.sum())

@@ -22,7 +22,7 @@ def held(cache: SlotCache, slot: int, num_tokens: int) -> list[Tensor]:
 
 
 def assert_close(ours: Tensor, theirs: Tensor) -> None:
-    """Tolerance for float32 sums in a different order: a few units in the last place of the largest number."""
+    """Asserts equality up to a few units in the last place of the largest number: float32 sums in a different order."""
     torch.testing.assert_close(ours, theirs, rtol=0, atol=3e-6 * max(1.0, theirs.abs().max().item()))
 
 

@@ -116,7 +116,7 @@ def test_out_of_memory_in_the_probe_is_raised(monkeypatch):
 
 
 def test_a_model_that_runs_one_sequence_at_a_time_is_not_decoded_in_slots(caplog):
-    """Its windows or chunks may be longer than the probe's texts."""
+    """The probe's texts may be shorter than the model's windows or chunks, and so would not notice wrong decoding."""
     model = tiny.policy()
     run_alone(model, "has attention in chunks")
     assert decoder_of(model) == "own cache"

@@ -1,4 +1,4 @@
-"""Truncated sampling: which tokens are kept, and that sampler and trainer score the truncated distribution."""
+"""Tests of truncated sampling: which tokens are kept, and that sampler and trainer score the truncated distribution."""
 
 import math
 from dataclasses import replace

@@ -130,8 +130,8 @@ def test_a_seed_belongs_to_an_episode_and_to_the_run(paths):
 
 
 def test_each_episode_is_drawn_at_its_temperature(paths):
-    """A tempered group of a run has the trainer's log-probs, and an episode is drawn as by an engine of its
-    temperature."""
+    """In a run with two temperatures the engine's log-probs equal the trainer's. In a mixed batch each episode equals
+    the sample of an engine that has only its temperature."""
     groups = {"temperatures": (0.5, 1.5), "num_generations": 4, "advantage_estimator": "rloo", "max_steps": 2}
     row, *_ = train_ppo(config(paths, **groups), tiny.examples(20)).history
     assert row["sampling/sampling_logp_difference/max"] < 1e-5
@@ -237,7 +237,7 @@ def test_a_gpu_that_does_not_exist_is_refused(monkeypatch):
 def test_the_model_is_the_policys_and_not_its_folders(tmp_path):
     """vLLM gets a configuration made from the policy object, not the config.json of its folder.
 
-    It has the model class, no 4-bit settings, and the remote code of the folder.
+    The configuration names the model class and has no 4-bit settings. The remote code of the folder is copied too.
     """
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / "modeling_x.py").write_text("# code")

@@ -128,7 +128,7 @@ def test_8_bit_moments_are_restored_exactly(settings):
 
 @has_bitsandbytes
 def test_a_run_with_8_bit_adamw_resumes_with_the_same_bits(tmp_path):
-    """Its tensors have fewer than 4,096 entries, so the moments are float32 in bitsandbytes' format."""
+    """The model's tensors have fewer than 4,096 entries, so bitsandbytes keeps their moments in float32."""
     paths, settings = save_models(tmp_path), {"optim": "adamw_8bit"}
     whole = untimed_log(tmp_path / "whole", run("sft", paths, tmp_path / "whole", **settings))
     with pytest.MonkeyPatch.context() as patch:

@@ -54,7 +54,7 @@ def test_the_line_says_how_much_was_asked_for_and_ends_in_the_notes():
     ("kind", "module", "name", "call"),
     [
         ("sft", sft, "token_logprobs", 5),  # calls 1 to 3 are steps, 4 is the evaluation, 5 is step 4
-        # The fourth call of `update` fails; the scores of this step were already normalised and the judge has drawn.
+        # The fourth call of `update` fails, after the scores were normalised and the judge has drawn random numbers.
         ("ppo", ppo, "update", 4),
         ("drpo", ppo, "update", 4),
     ],

@@ -1,6 +1,6 @@
-"""Tests of the comparison of REBEL, RRPO and PRIME: its arms, and its table of hand-written rows.
+"""Tests of the comparison of REBEL, RRPO and PRIME: the settings of its arms, and its table of hand-written rows.
 
-Its runs take minutes.
+The runs of the comparison take minutes, so no test starts them.
 """
 
 from pathlib import Path

@@ -62,7 +62,7 @@ def second_judge(folder) -> dict[str, str]:
 
 @measure.needs_bitsandbytes
 def test_linear_layers_in_4_bits_take_half_a_byte_and_the_scales_of_double_quantisation(folder):
-    # Plus the two code tables of each layer
+    # 1/2 byte per weight, a one-byte scale per 64 weights, 4 bytes per 256 scales, and code tables of 7 * 4 matrices
     packed = LINEAR * (1 / 2 + 1 / 64 + 4 / (64 * 256)) + 7 * 4 * 4 * (16 + 256 + 1)
     expected = packed + 4 * (POLICY - LINEAR)
     sizes = own(folder, "qlora")

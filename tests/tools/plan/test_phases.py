@@ -132,7 +132,7 @@ REFERENCE, JUDGE, DPO = (f"weights of the {name}" for name in ("reference", "rew
 
 
 def offloaded(folder, **changes):
-    """The phases with offloaded frozen models, and those with the same models kept on the device."""
+    """Returns the phases with offloaded frozen models, and the phases with these models kept on the device."""
     start = {"model_config": "", "model_name_or_path": str(folder / "policy"), "dpo_model_path": str(folder / "policy")}
     config = measure.config(folder, "ppo", measure.SIZES, **start | changes)
     waits = dataclasses.replace(config, ref_reward_offload=True)
