@@ -36,8 +36,8 @@ class Stop:
 STOPS: dict[str, Stop] = {
     "Ctrl-C": Stop(
         (
-            "the run ends: see below. Further signals within 5 s are the same request, since schedulers and "
-            "torchrun signal every process more than once; a later one ends the run at once"
+            "the run saves its progress and ends (next section). Signals within 5 s count as one, because schedulers "
+            "and torchrun signal every process more than once; a later signal ends the run at once"
         ),
         LAST_STEP,
         130,
@@ -45,7 +45,7 @@ STOPS: dict[str, Stop] = {
         ("test_after_a_signal_the_step_is_saved_and_the_same_command_continues",),
     ),
     "SIGTERM, SIGHUP, SIGUSR1, SIGUSR2": Stop(
-        ("as after Ctrl-C"),
+        "as after Ctrl-C",
         LAST_STEP,
         143,
         "test_stops.py",
@@ -55,7 +55,7 @@ STOPS: dict[str, Stop] = {
         ),
     ),
     "SIGKILL or power off, also during a save, also of one process of several": Stop(
-        ("the next start continues from the newest checkpoint; without one the run starts again and says so"),
+        "the next start continues from the newest checkpoint; without a checkpoint it begins at step 1 and says so",
         NOTHING,
         137,
         FAULTS,
@@ -63,10 +63,10 @@ STOPS: dict[str, Stop] = {
     ),
     "full disk": Stop(
         (
-            "free space is checked at the start and before each save. The run deletes the checkpoint that "
-            "`save_total_limit` would delete next, then waits up to `disk_wait_minutes` for room, then ends with "
-            "an error that names the checkpoint; the incomplete checkpoint is deleted. A row of the log that cannot be "
-            "written is kept and written later, and checkpoints hold it until then"
+            "free space is checked at the start and before each save. If it is too small, the run first deletes the "
+            "checkpoint that `save_total_limit` would delete next, then waits up to `disk_wait_minutes`, then deletes "
+            "the incomplete checkpoint and ends with an error that names it. Log rows that cannot be written are kept "
+            "and written later; until then checkpoints contain them"
         ),
         NOTHING,
         2,
@@ -79,21 +79,21 @@ STOPS: dict[str, Stop] = {
         ),
     ),
     "a file system without locks or without flushing of folders": Stop(
-        ("a warning; the run uses it. Its lock file holds host, process and job"),
+        "the run prints a warning and uses its lock file, which names host, process and job",
         FINISHED,
         0,
         "runtime/test_locks.py",
         ("test_without_kernel_locks_there_is_a_warning",),
     ),
     "a file of a checkpoint is cut, altered or missing": Stop(
-        ("the previous checkpoint is used instead, and the log gives the reason"),
+        "the previous checkpoint is used instead, and a warning gives the reason",
         FINISHED,
         0,
         FAULTS,
         ("test_a_damaged_checkpoint_is_skipped_with_a_warning",),
     ),
     "files of all checkpoints are cut, altered or missing": Stop(
-        ("an error that names the files; `--resume_weights_only true` continues where weights are whole"),
+        "an error that names the files; `--resume_weights_only true` continues if weights are intact",
         NOTHING,
         2,
         FAULTS,
@@ -103,7 +103,7 @@ STOPS: dict[str, Stop] = {
         ),
     ),
     "another configuration, dataset or starting model": Stop(
-        ("refused, naming the keys, the split or the folder"),
+        "the run is refused; the error names the keys, the split or the folder that differ",
         NOTHING,
         2,
         FAULTS,
@@ -114,35 +114,38 @@ STOPS: dict[str, Stop] = {
         ),
     ),
     "lines are missing from `metrics.jsonl`": Stop(
-        ("refused: the log of the resumed run would not be that of the whole run"),
+        "the run is refused, because its log would have a gap",
         NOTHING,
         2,
         FAULTS,
         ("test_a_log_that_lost_rows_is_not_continued",),
     ),
     "a second run in the same folder, also from another host": Stop(
-        ("the second run is refused while the first one runs"),
+        "the second run is refused while the first one runs",
         NOTHING,
         2,
         "runtime/test_locks.py",
         ("test_a_folder_in_which_a_run_is_training_is_not_idle", "test_a_live_run_of_another_host_keeps_this_one_out"),
     ),
     "out of memory": Stop(
-        ("one line: where, the largest parts by `plan`'s count, and the cheapest key to change"),
+        (
+            "the run ends with one line: where memory ran out, the largest parts as `plan` counts them, and the "
+            "cheapest key to change"
+        ),
         LAST_STEP,
         1,
         "runtime/test_out_of_memory.py",
         ("test_a_run_is_saved_after_its_last_whole_step_and_continues",),
     ),
     "processes that start with different keys, versions or weights": Stop(
-        ("an error on every rank before the first step, which names rank, host and key"),
+        "before the first step every rank ends with an error that names rank, host and key",
         NOTHING,
         2,
         "distributed/test_ranks.py",
         ("test_ranks_that_were_given_different_things_are_refused_on_every_rank",),
     ),
     "a loss, gradient, score, reward or value is not finite": Stop(
-        ("the run ends before a weight moves, and names the row"),
+        "the run ends before a weight changes, with an error that names the row",
         LAST_STEP,
         2,
         RUN,
@@ -150,8 +153,8 @@ STOPS: dict[str, Stop] = {
     ),
     "any other error, `sys.exit` in a user's function included": Stop(
         (
-            "the run ends. If a weight has changed since the last whole step, the weights go to `interrupted/` in "
-            "place of a checkpoint, and the error says so. The exit code is 2 for a ValueError or an OSError"
+            "the run ends. If weights have changed since the last whole step, they are saved in `interrupted/` and not "
+            "as a checkpoint, and the error says so. The exit code is 2 for a ValueError or an OSError"
         ),
         LAST_STEP,
         1,
@@ -162,35 +165,35 @@ STOPS: dict[str, Stop] = {
         ),
     ),
     "an error in an evaluation": Stop(
-        ("the step is saved without its evaluation; the same command begins with the evaluation"),
+        "the step is saved without its evaluation; the next start begins with the evaluation",
         LAST_STEP,
         1,
         "test_stop_outcomes.py",
         ("test_a_run_ends_with_the_exit_code_of_the_table_and_saves_what_the_table_says",),
     ),
     "the run is finished": Stop(
-        ("refused: nothing is overwritten"),
+        "a new run in the folder is refused, so that nothing is overwritten",
         NOTHING,
         2,
         FAULTS,
         ("test_a_finished_run_is_not_trained_again",),
     ),
     "a damaged row, an empty response": Stop(
-        ("the row is skipped and counted; more than `max_bad_fraction` of them is an error"),
+        "the row is skipped and counted; it is an error if the fraction of skipped rows exceeds `max_bad_fraction`",
         FINISHED,
         0,
         "test_bad_input.py",
         (),
     ),
     "W&B or TensorBoard fails": Stop(
-        ("reported once; the run continues without it"),
+        "the failure is reported once, and the run continues without the service",
         FINISHED,
         0,
         METRICS,
         ("test_a_failing_reporter_is_reported_once_and_dropped_and_the_file_continues",),
     ),
     "the hub accepts a connection and never answers": Stop(
-        ("an error after 10 s (`HF_HUB_ETAG_TIMEOUT`); a hub that falls silent later is waited for"),
+        "an error after 10 s (`HF_HUB_ETAG_TIMEOUT`); a hub that stops answering later causes no error: the run waits",
         NOTHING,
         2,
         "data/test_hub.py",
