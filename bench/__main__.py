@@ -131,11 +131,11 @@ def make_parser() -> argparse.ArgumentParser:
         "--peaked", type=int, nargs="+", choices=[1, 0], help="1: peaked logits, 0: flat logits; may be both"
     )
     kernels.add_argument("--dead", type=float, nargs="+", help="fractions of rows without a gradient")
-    kernels.add_argument("--tasks", nargs="+", help="run only these tasks (first column of the table)")
+    kernels.add_argument("--tasks", nargs="+", help="run only the given tasks (first column of the table)")
     kernels.add_argument(
         "--only",
         nargs="+",
-        help="run only implementations whose name starts with one of these (second column of the table)",
+        help="run only implementations whose name starts with a given text (second column of the table)",
     )
     kernels.add_argument("--runs", type=int, help="number of rounds; default 20 on a GPU, 9 on a CPU")
     kernels.add_argument(
@@ -197,7 +197,7 @@ def make_parser() -> argparse.ArgumentParser:
         "types", nargs="*", help="model types to check; default: types without a row for the installed transformers"
     )
     models.add_argument(
-        "--checks", nargs="+", default=[], help="run only these checks; do not commit the resulting incomplete rows"
+        "--checks", nargs="+", default=[], help="run only the given checks; do not commit the resulting incomplete rows"
     )
     models.add_argument(
         "--out", type=Path, help="file to which result rows are written; default bench/results/models.jsonl"

@@ -1,6 +1,6 @@
 """`python -m bench rollout --engine vllm`: compares vLLM, the built-in engine and the `generate` of transformers.
 
-All three sample the same episodes, with the lengths of Reddit TL;DR, from a model with the shape of SmolLM2-135M and
+All engines sample the same episodes, with the lengths of Reddit TL;DR, from a model with the shape of SmolLM2-135M and
 random weights. The time includes the hand-over of the weights, prefill and decoding; only tokens that an episode keeps
 are counted. On a CPU the seconds are CPU seconds of the trainer and the vLLM process together, summed over all threads,
 so other programs on the machine do not count.

@@ -87,7 +87,7 @@ def run_kernels(
 
 
 def fault(provider: Provider, dtype: torch.dtype, device: torch.device) -> str:
-    """Describes the first result that is less exact than plain torch in the same dtype; "" if there is none."""
+    """Describes the first result that is less exact than plain torch in the same dtype; "" if all are as exact."""
     task = provider.asked
     for case in CHECKED:
         problem = make_problem(case, dtype, device)

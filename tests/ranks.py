@@ -41,7 +41,7 @@ from tests import resumable, tiny
 from tests.cut_ranks import CUTS, cut, stopped
 
 LORA = {"use_peft": True, "lora_r": 3, "adam_epsilon": 1e-3}
-"""A large epsilon, because Adam's first steps are signs of gradients and a new adapter's gradients are near zero."""
+"""Adam's epsilon is large: its first steps are signs of gradients, which are near zero for a new adapter."""
 STEADY = {"num_ppo_epochs": 1, "num_mini_batches": 1, "cliprange_value": 10.0} | {
     "adam_epsilon": 1.0,
     "value_learning_rate": 1e-3,
@@ -275,7 +275,7 @@ def shared_weights() -> dict[str, Any]:
 def optimised(width: int, **settings: Any) -> bool:
     """Returns whether sharded training equals the training of one process bit for bit, given equal gradients.
 
-    Compares the optimiser states after three steps. The sharded optimiser then loads the state of the other, and the
+    Compares the optimiser states after three steps. The sharded optimiser then loads the unsharded state, and the
     weights are compared after a fourth step. MLP weights are `width` x 64; attention weights have 4,096 entries.
     """
     # No clipping, because sharding changes the order in which the norm is summed, and so its last bits

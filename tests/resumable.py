@@ -167,7 +167,7 @@ OPTIMIZERS = dict.fromkeys(("reward", "views"), reward_model) | {
 class Killed(BaseException):
     """An exception that none of our code catches.
 
-    It simulates a killed process, except that a real death also releases the lock.
+    Raising it simulates a killed process, except that the death of a process also releases the lock.
     """
 
 

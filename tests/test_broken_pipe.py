@@ -1,4 +1,4 @@
-"""Tests, in separate processes, of a standard output whose reader has closed the pipe, including errors at exit."""
+"""Tests of writing to a pipe that its reader has closed, including errors at exit, in separate processes."""
 
 import os
 import subprocess

@@ -19,8 +19,8 @@ TOLERANCE = 1e-5
 
 
 def replay(config, policy, eos_token_id):
-    """An engine that returns the recorded rollouts. A run copies its reference before it asks for the engine, so that
-    the policy can get its recorded weights here."""
+    """An engine that returns the recorded rollouts. A run copies its reference before it asks for the engine, so
+    the policy can be given its recorded weights here."""
     shared.with_formula_weights(policy, shared.POLICY)
 
     def rollout(prefix):

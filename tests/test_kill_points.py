@@ -1,7 +1,8 @@
-"""Kills rlp in every stage, and eval while it samples and judges: the same command ends with the same bits.
+"""Kills rlp in every stage, and eval while it samples and judges. Started again, the command ends with the bits of a run
+that was not killed.
 
-Real processes and signals: a child that has loaded the libraries forks one process for each run. All tests are marked
-`faults`: `make test-faults`.
+Processes and signals are real: a child that has loaded the libraries forks one process for each run. All tests are
+marked `faults`: `make test-faults`.
 """
 
 from __future__ import annotations

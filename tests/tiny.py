@@ -124,7 +124,7 @@ def examples(count: int, seed: int = 0) -> list[Example]:
 
 
 def easy_pairs(count: int, seed: int = 0) -> list[Example]:
-    """Pairs whose better response consists of words of the first half of the vocabulary, the worse of the second
+    """Pairs in which the better response has words from the first half of the vocabulary, the worse one from the second
     half."""
     draw = random.Random(seed)
     return [

@@ -30,7 +30,7 @@ def assert_op_matches(op: Op, reference: Op, leaves: dict[str, Tensor], upstream
     """Compares the outputs of `op` and its gradients for every leaf with those of `reference`.
 
     Both take the leaves by name and return corresponding outputs. `upstream` holds the upstream gradients of the first
-    outputs; the others have 1.
+    outputs, and later outputs are not differentiated; if it is empty, every upstream gradient is 1.
     """
     truth = _run(reference, {name: leaf.double() for name, leaf in leaves.items()}, upstream)
     baseline = _run(reference, leaves, upstream)

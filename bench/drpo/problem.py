@@ -24,7 +24,7 @@ from fastrlhf.models.loading import DTYPES, build_policy
 from fastrlhf.types import Prefix, TokenizedExample
 
 EOS = 0
-PROMPT_LENGTH, RESPONSE_LENGTH = 512, 53  # maximum number of tokens, from the released code
+PROMPT_LENGTH, RESPONSE_LENGTH = 512, 53  # maximum numbers of tokens, from DR-PO's released code
 PROMPT_QUANTILES = {0.0: 130, 0.1: 216, 0.5: 350, 0.9: 475, 0.99: 510, 1.0: PROMPT_LENGTH}
 """Quantile -> number of tokens of a TL;DR prompt, measured on 1,945 validation posts; the value of quantile 0 is a
 guess."""

@@ -138,7 +138,7 @@ def locate(column: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gradient(z: Tensor, column: Tensor, peak: Tensor, level: Tensor, tilt: Tensor | None, at_target: Tensor) -> Tensor:
-    """Returns dx / slope [rows, width] for a block of logits z; the formula of dx is in the docstring of `slopes`.
+    """Returns dx / slope [rows, width] for a block of logits z, where dx is the gradient defined in `slopes`.
 
     Overwrites z. `column` [rows] is the target's column relative to this block, and may lie outside it. `peak`,
     `level`, `tilt` and `at_target` are [rows] as well.

@@ -178,7 +178,7 @@ def gae_kernel(
             keep = tl.load(mask + rows, mask=inside, other=0).to(tl.int1)
             kept_next = tl.load(mask + rows + 1, mask=kept_next, other=0).to(tl.int1)
         row_value = load_float32(value, rows, keep)
-        # V_next of a row is the value of the following row, or that row's own V_next if it is outside the mask.
+        # V_next of a row is the value of the next row or, if the next row is outside the mask, V_next of the next row.
         held, next_value = tl.associative_scan(
             (tl.where(kept_next, 0.0, 1.0), load_float32(value, rows + 1, kept_next)), 0, _follow
         )

@@ -1,7 +1,7 @@
 """Computes the loss on preference pairs from hidden states: `pair_loss(linear_logprob(...))` in one call.
 
 A pair's loss needs every token of both responses before any gradient is known, so fusing it with the products of the
-head gains nothing. This function runs the two ops one after the other; values, gradients, time and memory are theirs.
+head gains nothing. This function runs the two ops one after the other; values, gradients, time and memory equal theirs.
 
 Legend: T rows, B pairs, V vocabulary, D hidden size.
 """

@@ -12,8 +12,8 @@ Gradient, for upstream gradients g of logprob, l of logsumexp and e of entropy:
 The target's entry is computed as -expm1(logprob) g, because 1 - p loses digits when p is nearly 1.
 
 The forward reads the logits once and keeps five numbers per row; the backward reads them once more and writes the
-gradient in the logits' dtype, rounded once, to new memory or over the logits. Ignored rows are never read, and rows
-without an upstream gradient only once. The torch path also holds up to five float32 blocks of rows (CPU: 2 MiB each).
+gradient in the logits' dtype, rounded once, to new memory or over the logits. Ignored rows are never read, rows without
+an upstream gradient only by the forward. The torch path also holds up to five float32 blocks of rows (CPU: 2 MiB each).
 
 Precision: float32. The largest logit of the row is subtracted before anything else is computed, so a constant added to
 all logits changes no bit of a log-prob. The split of a row over programs depends only on V.
@@ -182,7 +182,7 @@ def _(logits, targets, bits, inner, capped, ignore, entropy, inplace, triton):
 
 
 def _blocks(logits: Tensor, chosen: Selection, inner: float, capped: bool) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields the chosen rows in blocks: their indices, and x [rows, V] in new float32 memory.
+    """Yields blocks of the chosen rows: their indices, and their logits (with a soft cap: tanh(inner * logits)) as float32.
 
     An empty pack gives one empty block and needs no special case.
     """

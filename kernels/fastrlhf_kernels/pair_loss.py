@@ -14,10 +14,11 @@
     apo_down  sigmoid(beta v_chosen) + sigmoid(-beta D)                   from the derivative of the sigmoid
     orpo      beta softplus(odds(v_rejected) - odds(v_chosen)),  odds(v) = v - log(1 - exp(v)) of a mean log-prob v
 
-kappa is 0; e with label smoothing e (cDPO); 1 - label_prob with soft labels; -e / (1 - 2 e) for robust (unbiased for
-labels flipped with probability e, but unbounded below, so stop early). target is 1 / (2 beta), where beta is the
-paper's tau; (1 - 2 e) / (2 beta) with label smoothing; (label_prob - 1/2) / beta with soft labels. The gradient with
-respect to a logprob is dL/dv / n of its sequence, and 0 outside the mask.
+kappa is 0 for hard labels, e with label smoothing e (cDPO) and 1 - label_prob with soft labels. For robust it is
+-e / (1 - 2 e): this loss is unbiased for labels flipped with probability e, but unbounded below, so stop early. The
+target of IPO is 1 / (2 beta), where beta is the paper's tau; (1 - 2 e) / (2 beta) with label smoothing; and
+(label_prob - 1/2) / beta with soft labels. The gradient with respect to a logprob is dL/dv / n of its sequence, and 0
+outside the mask.
 
 Without a reference (None) the log-probs of the policy take the place of log-ratios. kind "dpo" is then CPO (Xu et al.
 2024, arXiv 2401.08417, eq. 3) with length_norm "sum", and SimPO (Meng et al. 2024, arXiv 2405.14734, eq. 6) with "mean"

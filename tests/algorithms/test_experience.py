@@ -241,7 +241,7 @@ def test_the_order_of_the_packs_and_their_size_change_no_number(critic, keys):
 
 
 def test_tokens_after_the_eos_change_nothing_in_compat_fixed(critic):
-    """An engine that continues after the EOS gives the same rollouts up to the EOS; the judge reads no further."""
+    """If an engine samples past the EOS, rollouts up to the EOS and scores are those of an engine that stops there."""
     policy = tiny.policy()
     prefixes = [Prefix(token_ids=[3 + i % 29, 9, 4], num_reset=i % 3, row=i, episode=i) for i in range(60)]
     stopping, going_on = (
@@ -353,7 +353,7 @@ def test_with_exact_kl_every_state_is_charged_its_divergence(critic):
 
 @pytest.mark.parametrize("whitened", [False, True])
 def test_with_exact_kl_each_advantage_includes_the_tokens_own_log_ratio(whitened):
-    """A token's advantage is that of its episode plus kl_coef (exact KL in its state - its own log-ratio)."""
+    """A token's advantage is its episode's advantage plus kl_coef * (exact KL in its state - its own log-ratio)."""
     cfg = config(kl_coef=0.25, kl_estimator="exact", advantage_estimator="rloo", num_generations=2)
     cfg = replace(cfg, temperature=1.0, whiten_rewards=whitened, share_trunks=False)
     found, _ = experience(cfg, ROLLOUTS[:4], None, order=[0, 1], scores=SCORES[:4])

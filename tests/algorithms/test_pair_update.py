@@ -135,7 +135,7 @@ def test_enumerated_pairs_lead_to_the_policy_in_closed_form(kind):
 
 
 def test_repeated_rebel_follows_exponentiated_rewards_to_the_best_response():
-    """Three updates on all pairs lead to start * exp(3 eta r) / Z.
+    """Three updates on all pairs lead to the policy (initial policy) * exp(3 eta r) / Z.
 
     The sampler of each update is the policy that the previous update reached.
     """

@@ -135,7 +135,7 @@ def test_a_killed_evaluation_leaves_nothing_that_counts_and_runs_again(config, t
 
 
 def test_a_truncated_response_of_the_dataset_is_judged_without_an_eos(config):
-    """max_length leaves no room for its EOS, so the response is judged without one."""
+    """max_length leaves no room for the EOS of the response, so the response is judged without an EOS."""
     examples = [replace(example, rejected="w1 " * 30) for example in tiny.examples(12)]
     config = replace(config, opponent="rejected", max_length=20)
     source = replace(config, tokenizer_name_or_path=config.models[0])
@@ -163,8 +163,8 @@ def test_only_the_held_out_rows_are_judged(config, tmp_path, monkeypatch):
 def test_rows_that_a_model_was_trained_on_are_reported(config, tmp_path, caplog):
     """Judges the last 6 of 20 rows; each case changes which rows the judged model was trained on.
 
-    It held out 2 or 6 rows, read another split or file, or read only the first 15 rows. For an adapter the
-    configuration of the run is in the folder above it.
+    Its run held out 2 or 6 rows, read another split or file, or read only the first 15 rows. The configuration of a run
+    that trained an adapter is in the parent folder of the adapter.
     """
     rows = [{"prompt": f"w{i}", "completion": "w1"} for i in range(20)]
     data = tmp_path / "a.jsonl"

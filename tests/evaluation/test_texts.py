@@ -1,4 +1,4 @@
-"""Tests models and judges with different tokenizers: a score must be the one that the judge gives to the text."""
+"""Tests models and judges with different tokenizers: a response must get the judge's score of its text."""
 
 from dataclasses import replace
 

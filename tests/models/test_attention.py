@@ -381,7 +381,7 @@ def test_packed_attention_restores_the_model_even_after_an_error():
 
 @pytest.mark.parametrize("name", tiny.ARCHITECTURES)
 def test_a_packed_forward_reads_nothing_back_from_the_device(name):
-    """Every such read would make a GPU wait. The test runs on a CPU, which dispatches the same operators."""
+    """Each read would make the host wait for the GPU. The test runs on a CPU, which dispatches the same operators."""
 
     class Reads(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, arguments=(), keywords=None):

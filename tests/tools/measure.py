@@ -29,7 +29,8 @@ needs_bitsandbytes = pytest.mark.skipif(
 UNREAD = {"qlora": 4 * 4 * (4 * 256 * 256 + 3 * 256 * 704)}
 """Kind of run -> bytes of the mapped weights file that are not read after loading; the kernel may drop their pages.
 
-These are the linear layers, of which qlora keeps a 4-bit copy. The embedding and the head are still read from the file.
+For qlora the unread bytes are the linear layers, of which the run keeps a 4-bit copy. The embedding and the head are
+still read from the file.
 """
 ROLES = {"reward_model_path": "judge", "dpo_model_path": "dpo"}
 TRAINERS = {
