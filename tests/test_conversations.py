@@ -1,5 +1,6 @@
-"""Trains on conversations and compares the first loss with a plain transformers model that sees one whole conversation
-at a time, as transformers renders it and marks the turns of the assistant in it."""
+"""Trains on conversations and compares the first loss with that of a plain transformers model.
+
+The plain model sees one whole conversation at a time. transformers renders it and marks the assistant's turns."""
 
 import datetime
 import re

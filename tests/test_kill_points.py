@@ -1,5 +1,5 @@
-"""Kills rlp in every stage, and eval while it samples and judges. Started again, the command ends with the bits of a run
-that was not killed.
+"""Kills rlp in every stage, and eval while it samples and judges. Started again, the command ends with the bits of a
+run that was not killed.
 
 Processes and signals are real: a child that has loaded the libraries forks one process for each run. All tests are
 marked `faults`: `make test-faults`.

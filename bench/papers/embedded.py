@@ -245,7 +245,7 @@ def _recorded(judge: Judge, task: ToyTask, gold: list[float]) -> Judge:
 
 
 def granularity_table(found: Mapping[str, Sequence[Row]]) -> str:
-    """Formats the granularity results in Markdown: means over seeds with 95 % intervals, differences paired by seed.
+    """Formats a Markdown table of the granularity arms: means with 95 % intervals, differences paired by seed.
 
     Values "over the run" are means over all updates of the sampled responses; values "at the end" are measured on
     held-out posts. Every seed has its own reward model, so only differences of RM scores are comparable.
@@ -269,7 +269,7 @@ def granularity_table(found: Mapping[str, Sequence[Row]]) -> str:
 
 
 def prompts_table(found: Mapping[str, Sequence[Row]]) -> str:
-    """Formats the gold rewards of PPO and RTO by number of prompts in Markdown: means with 95 % intervals."""
+    """Formats a Markdown table: gold rewards of PPO and RTO by number of prompts, means with 95 % intervals."""
     lines = ["| prompts | PPO | RTO | RTO minus PPO | RTO minus PPO on all prompts |", "|---|---|---|---|---|"]
     full = _on_prompts(found, "ppo", PROMPTS[-1])
     for num in PROMPTS:
@@ -280,7 +280,7 @@ def prompts_table(found: Mapping[str, Sequence[Row]]) -> str:
 
 
 def resets_table(found: Mapping[str, Sequence[Row]]) -> str:
-    """Formats gold reward, KL and sampled tokens by reset probability in Markdown."""
+    """Formats a Markdown table: gold reward, KL and sampled tokens by reset probability."""
     lines = ["| reset probability | gold reward | minus 0 | KL | sampled tokens |", "|---|---|---|---|---|"]
     for arm in RESETS:
         rows = found[arm.folder]
@@ -291,7 +291,7 @@ def resets_table(found: Mapping[str, Sequence[Row]]) -> str:
 
 
 def lengths_table(found: Mapping[str, Sequence[Row]]) -> str:
-    """Formats the gold rewards of PPO and DR-PO by the number of facts that matter in Markdown."""
+    """Formats a Markdown table: gold rewards of PPO and DR-PO by the number of facts that matter in a post."""
     lines = ["| facts that matter | PPO | DR-PO | DR-PO minus PPO | sampled tokens |", "|---|---|---|---|---|"]
     for facts in LENGTHS:
         ppo, drpo = (found[f"lengths_{name}_{facts}"] for name in ("ppo", "drpo"))

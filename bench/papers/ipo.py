@@ -182,7 +182,7 @@ def run_ipo(batch_size: int, out: Path, *, fast: bool) -> str:
 
 
 def table(runs: Mapping[str, Mapping[str, Curves]]) -> str:
-    """Formats the action probabilities (percent) in Markdown: means over seeds and the last sixth of the steps."""
+    """Formats a Markdown table of action probabilities (%): means over seeds and the last sixth of the steps."""
     lines = ["| bandit | | " + " | ".join(f"tau {tau:g}" for tau in TAUS) + " |", "|---|---" + "|---" * len(TAUS) + "|"]
     for bandit in BANDITS:
         means = {kind: runs[kind][bandit.name].tail().mean((0, 1)) for kind in KINDS}

@@ -95,8 +95,8 @@ def _run_arm(runs: Path, results: Path, arm: str, seed: int) -> Row:
 
 
 def table(found: Mapping[str, Sequence[Row]]) -> str:
-    """Formats gold rewards in facts on held-out posts in Markdown: means over seeds with 95 % intervals, differences
-    paired by seed."""
+    """Formats a Markdown table of gold rewards (facts) on held-out posts: means over seeds with 95 % intervals,
+    differences paired by seed."""
     lines = ["| arm | gold reward | minus PPO | minus GRPO | KL | sampled tokens |", "|---|---|---|---|---|---|"]
     for arm, rows in found.items():
         ppo, grpo = ("" if arm == base else interval(_minus(rows, found[base])) for base in ("ppo", "grpo"))

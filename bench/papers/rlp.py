@@ -323,7 +323,7 @@ def seeds_and_prompts_interval(differences: Sequence[Sequence[float]], samples: 
 
 
 def table(found: Mapping[str, Sequence[Row]]) -> str:
-    """Formats the results in Markdown: means over seeds.
+    """Formats the results as a Markdown table of means over seeds.
 
     Differences of gold reward are paired by seed and post, with bootstrap intervals over both.
     """

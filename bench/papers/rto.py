@@ -222,7 +222,7 @@ def mean_and_interval(values: Tensor) -> tuple[float, float]:
 
 
 def table(found: Mapping[tuple[str, int], Mapping[str, Tensor]]) -> str:
-    """Formats the mean sub-optimality by writers, pairs and rho in Markdown.
+    """Formats a Markdown table: mean sub-optimality by kind of writers, number of pairs and rho.
 
     The last column is the difference between rho = true error and rho = 0, paired by problem, with its 95 % interval.
     """

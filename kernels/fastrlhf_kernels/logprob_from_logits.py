@@ -182,7 +182,7 @@ def _(logits, targets, bits, inner, capped, ignore, entropy, inplace, triton):
 
 
 def _blocks(logits: Tensor, chosen: Selection, inner: float, capped: bool) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields blocks of the chosen rows: their indices, and their logits (with a soft cap: tanh(inner * logits)) as float32.
+    """Yields blocks of the chosen rows: indices, and float32 logits (with a soft cap: tanh(inner * logits)).
 
     An empty pack gives one empty block and needs no special case.
     """

@@ -1,5 +1,5 @@
-"""Tests of dynamic sampling: which groups are dropped and replaced, what is counted, and that resumed runs replace
-equal groups."""
+"""Tests of dynamic sampling: which groups are dropped and replaced, what is counted, and that a resumed run
+makes the same choices."""
 
 import pytest
 import torch

@@ -52,7 +52,7 @@ def logprob(model, prompt: str, response: str) -> torch.Tensor:
 
 
 def textbook_loss(policy, reference, examples, tau: float, scale: float) -> torch.Tensor:
-    """The loss for Psi = identity, computed pair by pair; g of a response is the mean of its row of P."""
+    """The loss for Psi = identity, computed pair by pair; g of a response is its mean preference over its group."""
     total = torch.zeros(())
     for example in examples:
         with torch.no_grad():

@@ -1,7 +1,7 @@
 """Tests the theory of RTO (Zhong et al. 2024, arXiv 2404.18922) on a tree small enough to enumerate, in float64.
 
-There are three tokens and at most three tokens per response; token 0 ends it, so there are 15 responses. All identities
-hold exactly at the optimum, so only float64 rounding errors remain.
+The vocabulary has three tokens and a response at most three; token 0 ends a response, so there are 15 responses. All
+identities hold exactly at the optimum, so only float64 rounding errors remain.
 """
 
 from itertools import product

@@ -51,8 +51,8 @@ PROMPTS = [prompt for prompt, *_ in PAIRS] + ["w2 w27 w16", "w9 w20 w22 w24 w0 w
 
 PREFERENCE = {  # settings of TRL's DPOConfig that differ from its defaults
     "dpo": {"beta": 0.1},
-    # TRL 1.16 ignores label_smoothing for loss_type sigmoid. With the sigmoid loss L, and L' for the swapped pair,
-    # robust is ((1 - e) L - e L') / (1 - 2 e). For e = 0.1 this weighted sum is cDPO's (1 - e) L + e L':
+    # TRL 1.16 ignores label_smoothing for loss_type sigmoid, so cDPO is recorded as 1.8 sigmoid - 0.8 robust, e = 0.1:
+    # cDPO is (1 - e) L + e L', robust is ((1 - e) L - e L') / (1 - 2 e); L is the sigmoid loss, L' of the swapped pair.
     "cdpo": {"beta": 0.1, "label_smoothing": 0.1, "loss_type": ["sigmoid", "robust"], "loss_weights": [1.8, -0.8]},
     "robust": {"beta": 0.1, "label_smoothing": 0.1, "loss_type": "robust"},
     "hinge": {"beta": 1.0, "loss_type": "hinge"},

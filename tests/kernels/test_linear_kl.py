@@ -322,7 +322,7 @@ def test_one_compiled_graph_serves_packs_of_every_length():
             assert torch.equal(leaves[0].grad, leaves[1].grad)
 
 
-@torch._inductor.config.patch(force_disable_caches=True)  # the cache key does not include an operator's fake
+@torch._inductor.config.patch(force_disable_caches=True)  # Inductor's cache ignores an operator's fake
 def test_compiled_gradient_of_transposed_hidden_states_has_the_expected_strides():
     hidden, *others = inputs(8, 4, 3, 9)
     targets = targets_of(8, 9)

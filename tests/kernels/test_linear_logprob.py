@@ -335,7 +335,7 @@ def test_one_compiled_graph_serves_packs_of_every_length():
             assert torch.equal(leaves[0].grad, leaves[1].grad)
 
 
-@torch._inductor.config.patch(force_disable_caches=True)  # the cache key does not include an operator's fake
+@torch._inductor.config.patch(force_disable_caches=True)  # Inductor's cache ignores an operator's fake
 def test_compiled_gradient_of_transposed_hidden_states_has_the_expected_strides():
     hidden, weight, targets = inputs(8, 4, 9)
     targets[1] = -100  # an ignored row, so that the result is scattered back

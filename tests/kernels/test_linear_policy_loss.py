@@ -270,7 +270,7 @@ def test_the_operator_is_registered_as_torch_wants_it():
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-@torch._inductor.config.patch(force_disable_caches=True)  # the cache key does not include an operator's fake
+@torch._inductor.config.patch(force_disable_caches=True)  # Inductor's cache ignores an operator's fake
 def test_it_compiles_to_one_graph(transposed: bool):
     compiled = torch.compile(linear_policy_loss, fullgraph=True, backend="inductor" if transposed else "aot_eager")
     gradients = []

@@ -154,8 +154,8 @@ def test_both_axes_have_a_name():
 
 
 def test_hovering_shows_the_values_of_a_step():
-    """There is one hover strip per step, from the middle to the previous step to the middle to the next; curves without
-    a value at this step are omitted."""
+    """Each step has one hover strip, which reaches halfway to the previous and the next step and lists the curves with
+    a value at this step."""
     figure = line_chart("m", [curve([1.0, 2.0, 4.0]), curve([0.25], label="eval", steps=[2.0])])
     strips = re.findall(r'<rect x="([\d.]+)" width="([\d.]+)"><title>(.*?)</title>', figure, flags=re.DOTALL)
     assert [title for _, _, title in strips] == ["step 1\nrun 1", "step 2\nrun 2\neval 0.25", "step 3\nrun 4"]

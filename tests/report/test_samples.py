@@ -76,7 +76,7 @@ def spans(markup: str) -> list[tuple[str, str, str]]:
 
 
 def test_a_token_has_the_colour_of_its_own_rewards_and_all_of_them_by_name():
-    """The rewards without the score sum to 0.4 -0.2 0 in the first episode and to 0.12346 0 in the second.
+    """The rewards of a token other than the score sum to 0.4, -0.2, 0 (first episode) and 0.12346, 0 (second).
 
     The colour reaches its full strength of 60 % at 0.38, the 0.95 quantile of the non-zero absolute sums.
     """

@@ -29,7 +29,7 @@ def config(tmp_path, tokenizer_path):
 
 
 def eval_config(config: TrainConfig, **settings) -> EvalConfig:
-    """The same dataset keys in a configuration of `eval`."""
+    """Makes a configuration of `eval` with the dataset keys of `config`."""
     names = ("tokenizer_name_or_path", "dataset_name", "dataset_train_split", "dataset_test_split", "columns")
     shared = {name: getattr(config, name) for name in (*names, "num_eval_examples", "max_train_examples")}
     return EvalConfig(**shared | settings)

@@ -139,7 +139,7 @@ def test_the_measured_shift_compares_trained_and_saved_weights(base):
 
 
 def test_where_saving_fails_the_adapter_is_still_there(tmp_path, monkeypatch):
-    """The run can then still be saved as a checkpoint, which holds only the adapter."""
+    """After the failure the run can still save a checkpoint, which holds only the adapter."""
     model = tiny.policy()
     add_adapter(model, SFTConfig(use_peft=True, lora_r=2), "base")
     monkeypatch.setattr(merging, "save_weights", lambda *_: (_ for _ in ()).throw(OSError("no luck")))

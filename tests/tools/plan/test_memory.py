@@ -1,4 +1,4 @@
-"""Tests of planned bytes: passes that can be counted by hand, and models against real ones."""
+"""Tests of planned bytes: passes counted by hand, and models without data compared with real models."""
 
 import pytest
 import torch
