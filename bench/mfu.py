@@ -20,15 +20,7 @@ import torch
 from torch.nn import Linear
 from transformers import AutoModel, PretrainedConfig
 
-PEAKS = {
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA A100-PCIE-40GB": 312e12,
-    "NVIDIA A100 80GB PCIe": 312e12,
-}
-"""Device name -> peak operations per second of dense bfloat16 products, from the data sheets (H100, H200: SXM)."""
+from fastrlhf.runtime.system_metrics import PEAKS
 
 Span = tuple[int, int]
 """(number of earlier tokens, number of new tokens): the new tokens are computed once and attend to the earlier ones."""

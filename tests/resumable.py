@@ -194,8 +194,11 @@ class Watch:
         monkeypatch.setattr(Run, "log", deadly)
 
 
+TIMED = ("timing/", "system/")
+
+
 def untimed(row: dict) -> dict:
-    return {name: value for name, value in row.items() if name != "time" and not name.startswith("timing/")}
+    return {name: value for name, value in row.items() if name != "time" and not name.startswith(TIMED)}
 
 
 def left(result, optimizer, folder: Path) -> dict:

@@ -17,6 +17,7 @@ from fastrlhf.config import RTOConfig
 from fastrlhf.config.command_line import parse
 from fastrlhf.runtime.metrics import read_metrics
 from tests import tiny
+from tests.resumable import untimed
 
 SECTIONS = {
     "shared": {
@@ -261,10 +262,7 @@ def test_the_written_configuration_gives_the_same_run_bit_for_bit(chain, place, 
     assert main([command, "--config", f"runs/{command}/config.yaml", "--output_dir", again]) == 0
 
     def metrics(folder):
-        return [
-            {name: value for name, value in row.items() if name != "time" and not name.startswith("timing/")}
-            for row in read_metrics(place / folder / "metrics.jsonl")
-        ]
+        return [untimed(row) for row in read_metrics(place / folder / "metrics.jsonl")]
 
     assert metrics(again) == metrics(f"runs/{command}")
     written = [yaml.safe_load((place / folder / "config.yaml").read_text()) for folder in (f"runs/{command}", again)]

@@ -180,7 +180,7 @@ KEYS: tuple[Key, ...] = (
     *_other("all", "use_cpu", "device: cpu"),
     *_other("older", "no_cuda", "device: cpu"),
     # Logging
-    *_same("all", "report_to", "tensorboard, wandb, none and all; metrics.jsonl is always written"),
+    *_same("all", "report_to", "metrics.jsonl is always written; not all services are supported"),
     *_same(
         "all",
         "logging_steps",

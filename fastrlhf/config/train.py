@@ -206,8 +206,8 @@ class TrainConfig:
     seed: int = 42
     """Seed of new weights, of the order of the data and of all sampling."""
     report_to: tuple[str, ...] = ()
-    """Services to which the metrics are also sent: tensorboard, wandb, none, or all (every service that is installed).
-    metrics.jsonl is always written."""
+    """Services to which the metrics are also sent: tensorboard, wandb, trackio, mlflow, swanlab; none; or all (every
+    service that is installed). A resumed run continues the same run there. metrics.jsonl is always written."""
     run_name: str = ""
     """Name of the run in those services. Empty: the name of `output_dir`."""
     progress: bool = True

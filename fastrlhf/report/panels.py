@@ -22,7 +22,7 @@ CHART_NOTE = (
 
 GROUPS = (
     ("Loss and accuracy", r"(^|/)loss$|^loss/|^[a-z_]*(loss|accurac)|/accuracies$"),
-    ("Housekeeping", r"^(timing|perf)/|^(value_)?(grad_norm|learning_rate)$|^(epoch|episode|num_(unique_)?tokens)$"),
+    ("Housekeeping", r"^(timing|system)/|^(value_)?(grad_norm|learning_rate)$|^(epoch|episode|num_(unique_)?tokens)$"),
     ("KL and entropy", r"(^|[/_])(kl|approxkl|entropy|jsd|skl)"),
     ("Completions", r"^completions/|length|/(ended|looping|duplicates)$"),
     ("Scores and rewards", r"score|reward|margin|^objective/|^drpo/|^held_out/"),
@@ -44,6 +44,10 @@ UNITS = {
     r"^(eval_)?loss$": "nats",
     r"^timing/": "seconds",
     r"tokens$|length$": "tokens",
+    r"tokens_per_second$": "tokens/s",
+    r"_gib$": "GiB",
+    r"^system/gpu_utilization$": "per cent",
+    r"^system/mfu$": "share",
     r"accurac|fraction|clipfrac|/(ended|looping|duplicates)$": "share",
 }
 

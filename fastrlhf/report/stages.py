@@ -17,7 +17,7 @@ RECENT = 20
 
 DEPTH = "drpo/score_depth_"
 _JUDGES = {"training judge": "eval_objective/scores", "held-out judge": "eval_held_out/scores"}
-_ORDER = ("sft", "reward", "dpo", "ipo", "kto", "ppo", "drpo", "rto", "rlp")
+_ORDER = ("sft", "reward", "dpo", "ipo", "kto", "ppo", "grpo", "drpo", "rto", "rlp")
 _HOUSEKEEPING = {
     "loss",
     "grad_norm",
@@ -26,7 +26,7 @@ _HOUSEKEEPING = {
     "num_tokens",
     "num_unique_tokens",
     "timing",
-    "perf",
+    "system",
 }
 """Metrics, and families of metrics, that stages of every kind log."""
 

@@ -37,7 +37,7 @@ from fastrlhf.models.offload import check_offloading
 from fastrlhf.runtime.adamw import check_optim
 from fastrlhf.runtime.checkpoint import check_run_dir, check_same_data
 from fastrlhf.runtime.locks import check_idle
-from fastrlhf.runtime.metrics import import_reporters
+from fastrlhf.runtime.reporters import import_reporters
 from fastrlhf.types import Example, TokenizedExample
 
 log = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""Writes the records of a run while it trains: metrics.jsonl, samples.jsonl, TensorBoard and W&B.
+"""Writes the records of a run while it trains: metrics.jsonl, samples.jsonl, and the services of `report_to`.
 
     with MetricsWriter(output_dir, report_to=["tensorboard"]) as writer:
         writer.log(1, {"loss": 0.693, "rewards/margins": 0.0})
@@ -16,7 +16,6 @@ new ones, so that its log equals the log of an uninterrupted run.
 
 from __future__ import annotations
 
-import importlib
 import json
 import logging
 import math
@@ -25,54 +24,13 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType, TracebackType
-from typing import Any, Protocol, Self, SupportsFloat
+from types import TracebackType
+from typing import Any, Self, SupportsFloat
+
+from fastrlhf.runtime.reporters import Reporter, import_reporters, start_reporters
 
 log = logging.getLogger(__name__)
-
-
-class Reporter(Protocol):
-    """A service that receives the metrics in addition to the files."""
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
-
-    def close(self, *, failed: bool) -> None: ...
-
-
-class _TensorBoard:
-    package = "tensorboard"
-    module = "torch.utils.tensorboard"
-
-    def __init__(self, module: ModuleType, output_dir: Path, run_name: str, config: dict[str, Any]):
-        self._writer = module.SummaryWriter(str(output_dir / "tensorboard"))
-        self._writer.add_text("config", f"```\n{json.dumps(config, indent=2, default=str)}\n```")
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        for name, value in metrics.items():
-            self._writer.add_scalar(name, value, step)
-
-    def close(self, *, failed: bool) -> None:
-        self._writer.close()
-
-
-class _WandB:
-    package = "wandb"
-    module = "wandb"
-
-    def __init__(self, module: ModuleType, output_dir: Path, run_name: str, config: dict[str, Any]):
-        project = os.environ.get("WANDB_PROJECT", "fastrlhf")
-        self._run = module.init(project=project, name=run_name, config=config, dir=str(output_dir))
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._run.log(dict(metrics), step=step)
-
-    def close(self, *, failed: bool) -> None:
-        self._run.finish(exit_code=int(failed))
-
-
-REPORTERS = {"tensorboard": _TensorBoard, "wandb": _WandB}
 
 
 class MetricsWriter:
@@ -80,8 +38,8 @@ class MetricsWriter:
 
     If a row cannot be written, for example because the disk is full, a warning is given, and the row is kept in memory
     and written before the next row. `flush` is called before every checkpoint; the checkpoint stores the rows that are
-    still unwritten. A reporter that fails after the start is dropped with one warning. W&B takes its mode, project and
-    key from its usual environment variables; the default project is "fastrlhf".
+    still unwritten. A reporter that fails after the start is dropped with one warning. Steps that a service already has
+    are not sent again by a resumed run, unless the service replaces them.
     """
 
     def __init__(
@@ -97,8 +55,8 @@ class MetricsWriter:
 
         Args:
             output_dir: directory of the run, created if it does not exist; existing files are appended to.
-            report_to: "tensorboard", "wandb" or both; or "none"; or "all", every reporter whose package is installed.
-            run_name: name of the run at W&B; the directory's name by default.
+            report_to: names of services (`REPORTERS`); or "none"; or "all", every service whose package is installed.
+            run_name: name of the run at the services; the directory's name by default.
             config: the resolved configuration, shown by the reporters.
             resumed_at: last step of the checkpoint that the run resumes from: rows of later steps are dropped, and
                 `time` continues from the last row that is kept. -1: the run starts again, and all rows are dropped.
@@ -106,15 +64,18 @@ class MetricsWriter:
             unwritten: result of an earlier `flush`; these lines are written first.
 
         Raises:
-            ValueError: a reporter is unknown, or its package is not installed; nothing has been written then.
+            ValueError: a reporter is unknown, its package is not installed, or it cannot start; no file of the log has
+                been changed then.
         """
         modules = import_reporters(report_to)
         directory = Path(output_dir)
         directory.mkdir(parents=True, exist_ok=True)
-        self._reporters: dict[str, Reporter] = {
-            name: REPORTERS[name](module, directory, run_name or directory.resolve().name, config or {})
-            for name, module in modules.items()
-        }
+        next_step = resumed_at + 1 if resumed_at is not None and resumed_at >= 0 else None
+        self._reporters: dict[str, Reporter] = start_reporters(
+            modules, directory, run_name or directory.resolve().name, config or {}, next_step
+        )
+        self._sent = _last_step(directory / "metrics.jsonl") if next_step is not None else -1
+        """The last step that the services already have."""
         if resumed_at is not None:
             for name in ("metrics.jsonl", "samples.jsonl"):
                 _drop_rows_after(directory / name, resumed_at)
@@ -136,7 +97,8 @@ class MetricsWriter:
         seconds = round(time.monotonic() - self._start, 3)
         self._metrics.append({"step": step, "time": seconds, **numbers})
         for name in list(self._reporters):
-            self._attempt(name, lambda reporter: reporter.log(step, numbers))
+            if step > self._sent or self._reporters[name].replaces:
+                self._attempt(name, lambda reporter: reporter.log(step, numbers))
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Appends samples of the policy at `step`, one row per sample: prompt, response, score and others."""
@@ -256,34 +218,6 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     ]
 
 
-def import_reporters(names: Sequence[str]) -> dict[str, ModuleType]:
-    """Imports the modules of the named reporters; `none`: no module; `all`: every reporter whose package is installed.
-
-    Raises ValueError if a reporter is unknown, if its package is not installed, and if `none` or `all` is given
-    together with another name.
-    """
-    for name in ("none", "all"):
-        if name in names and len(names) > 1:
-            raise ValueError(f"report_to: {name!r} cannot be combined with others; got {', '.join(names)}")
-    if "none" in names:
-        return {}
-    if "all" in names:
-        names = [name for name, reporter in REPORTERS.items() if find_spec(reporter.package)]
-    return {name: _import_reporter(name) for name in names}
-
-
-def _import_reporter(name: str) -> ModuleType:
-    if name not in REPORTERS:
-        raise ValueError(f"report_to: unknown reporter {name!r}; known are {', '.join(sorted(REPORTERS))}, none, all")
-    reporter = REPORTERS[name]
-    try:
-        return importlib.import_module(reporter.module)
-    except ImportError as error:
-        raise ValueError(
-            f"report_to: {name!r} needs a package that cannot be imported ({error}); pip install {reporter.package}"
-        ) from error
-
-
 def _complete(path: Path) -> None:
     """Removes an incomplete last line of a killed run, and adds a missing line end to a complete one."""
     if path.exists():
@@ -314,6 +248,14 @@ def _drop_rows_after(path: Path, step: int) -> None:
                 break
             kept += len(line)
         file.truncate(kept)
+
+
+def _last_step(path: Path) -> int:
+    """Returns the step of the last complete row; -1 if there is none."""
+    for line in reversed(path.read_bytes().splitlines()) if path.exists() else ():
+        with suppress(ValueError, TypeError, KeyError):
+            return int(json.loads(line)["step"])
+    return -1
 
 
 def _last_time(path: Path, resumed_at: int | None) -> float:

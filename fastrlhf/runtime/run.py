@@ -29,6 +29,7 @@ from fastrlhf.runtime.merging import Acceptance, save_trained
 from fastrlhf.runtime.metrics import MetricsWriter, read_metrics
 from fastrlhf.runtime.progress import Progress
 from fastrlhf.runtime.signals import Interrupted, Interrupts
+from fastrlhf.runtime.system_metrics import SystemMetrics, is_of_machine
 from fastrlhf.runtime.unlogged import Row, Unlogged
 from fastrlhf.types import TokenizedExample
 
@@ -122,6 +123,7 @@ class Run:
             every, shown = self._config.logging_steps, self._config.progress
             progress = Progress(self._name, self._steps, start=self._start, every=every, shown=shown)
             self._progress = stack.enter_context(progress)
+            self._system = SystemMetrics(self._trained[0] if self._trained else None)
             self._stack = stack.pop_all()
         return self
 
@@ -134,7 +136,7 @@ class Run:
             )
             self._checkpointer.mark()
         rows = on_first(lambda: self._open_log(folder, stack))
-        values = [{key: value for key, value in row.items() if key not in ("step", "time")} for row in rows]
+        values = [{key: value for key, value in row.items() if not is_of_machine(key)} for row in rows]
         if rows and rows[0]["step"] == 0:
             self.initial = values.pop(0)
         self.history = values
@@ -282,7 +284,7 @@ class Run:
         self.history.append(row)
         if self._writer:
             self._writer.samples(step, list(samples))
-            self._writer.log(step, row)
+            self._writer.log(step, row | self._system.step(row.get("num_tokens", 0.0)))
         self._progress.step(step, row, shown)
         if self._checkpointer:
             self._checkpointer.mark()

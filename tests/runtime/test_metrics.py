@@ -1,48 +1,9 @@
 import json
-import sys
-import warnings
-from types import ModuleType
 
 import pytest
 import torch
 
-from fastrlhf.runtime.metrics import MetricsWriter, import_reporters, read_metrics, read_rows
-
-
-class FakeRun:
-    """A stand-in for a W&B run; it fails from the step `fails_at` on."""
-
-    def __init__(self, fails_at=None):
-        self.rows, self.exit_code, self.fails_at = [], None, fails_at
-
-    def log(self, metrics, step):
-        if self.fails_at is not None and step >= self.fails_at:
-            raise ConnectionError("the network is down")
-        self.rows.append((step, metrics))
-
-    def finish(self, exit_code):
-        self.exit_code = exit_code
-
-
-class FakeWandB(ModuleType):
-    """A stand-in for the wandb package: `init` returns `run` and records its arguments."""
-
-    def __init__(self):
-        super().__init__("wandb")
-        self.run = FakeRun()
-        self.arguments = {}
-
-    def init(self, **arguments):
-        self.arguments = arguments
-        return self.run
-
-
-@pytest.fixture
-def wandb(monkeypatch):
-    module = FakeWandB()
-    monkeypatch.setitem(sys.modules, "wandb", module)
-    monkeypatch.delenv("WANDB_PROJECT", raising=False)
-    return module
+from fastrlhf.runtime.metrics import MetricsWriter, read_metrics, read_rows
 
 
 def test_each_step_is_one_json_line_with_its_metrics_in_order(tmp_path):
@@ -127,86 +88,10 @@ def test_a_broken_line_is_an_error_with_file_and_line(tmp_path, line):
         read_metrics(path)
 
 
-def test_wandb_receives_the_same_numbers_and_how_the_run_ended(tmp_path, wandb):
-    with MetricsWriter(tmp_path / "run7", report_to=["wandb"], config={"beta": 0.1}) as writer:
-        writer.log(3, {"loss": torch.tensor(0.5)})
-    assert wandb.run.rows == [(3, {"loss": 0.5})]
-    assert wandb.run.exit_code == 0
-    assert wandb.arguments["project"] == "fastrlhf"
-    assert (wandb.arguments["name"], wandb.arguments["config"]) == ("run7", {"beta": 0.1})
-
-
-def test_wandb_learns_that_a_run_failed(tmp_path, wandb):
-    with pytest.raises(ZeroDivisionError), MetricsWriter(tmp_path, report_to=["wandb"], run_name="mine"):
-        _ = 1 / 0
-    assert wandb.run.exit_code == 1
-    assert wandb.arguments["name"] == "mine"
-
-
-def test_a_failing_reporter_is_reported_once_and_dropped_and_the_file_continues(tmp_path, wandb):
-    wandb.run = FakeRun(fails_at=2)
-    with MetricsWriter(tmp_path, report_to=["wandb"]) as writer:
-        writer.log(1, {"loss": 1.0})
-        with pytest.warns(RuntimeWarning, match=r"wandb.*network is down"):
-            writer.log(2, {"loss": 2.0})
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            writer.log(3, {"loss": 3.0})
-    assert wandb.run.rows == [(1, {"loss": 1.0})]
-    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
-
-
-def test_a_row_is_in_the_file_before_a_reporter_may_block_on_it(tmp_path, wandb):
-    seen = []
-    wandb.run.log = lambda metrics, step: seen.append(read_metrics(tmp_path / "metrics.jsonl")[-1]["step"])
-    with MetricsWriter(tmp_path, report_to=["wandb"]) as writer:
-        writer.log(1, {"loss": 1.0})
-        writer.log(2, {"loss": 2.0})
-    assert seen == [1, 2]
-
-
 def test_a_metrics_file_that_cannot_be_written_is_an_error(tmp_path):
     (tmp_path / "metrics.jsonl").mkdir()
     with pytest.raises(OSError, match=r"metrics\.jsonl"):
         MetricsWriter(tmp_path)
-
-
-def test_an_unknown_reporter_is_an_error_that_lists_the_known_ones(tmp_path):
-    with pytest.raises(ValueError, match=r"'tensorbord'.*tensorboard, wandb"):
-        MetricsWriter(tmp_path / "run", report_to=["tensorbord"])
-    assert not (tmp_path / "run").exists()
-
-
-def test_none_and_all_are_understood_as_in_transformers(monkeypatch):
-    assert import_reporters(["none"]) == {}
-    monkeypatch.setattr("fastrlhf.runtime.metrics.find_spec", lambda package: package == "wandb" or None)
-    monkeypatch.setitem(sys.modules, "wandb", FakeWandB())
-    assert list(import_reporters(["all"])) == ["wandb"]
-    for names in (["none", "wandb"], ["tensorboard", "all"]):
-        name = "none" if "none" in names else "all"
-        with pytest.raises(
-            ValueError, match=f"^report_to: '{name}' cannot be combined with others; got {', '.join(names)}$"
-        ):
-            import_reporters(names)
-
-
-def test_a_missing_package_is_an_error_that_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ValueError, match="pip install wandb"):
-        MetricsWriter(tmp_path / "run", report_to=["wandb"])
-    assert not (tmp_path / "run").exists()
-
-
-def test_tensorboard_holds_the_curve(tmp_path):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    with MetricsWriter(tmp_path, report_to=["tensorboard"], config={"beta": 0.1}) as writer:
-        writer.log(1, {"loss": 0.5})
-        writer.log(2, {"loss": 0.25})
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 0.5), (2, 0.25)]
 
 
 def test_a_resumed_run_drops_later_rows_and_continues_its_clock(tmp_path):

@@ -29,7 +29,7 @@ from fastrlhf.rewards.functions import load_reward_functions
 from fastrlhf.rollout.vllm import check_vllm
 from fastrlhf.runtime.atomic import check_writable
 from fastrlhf.runtime.inputs import check_libraries
-from fastrlhf.runtime.metrics import import_reporters
+from fastrlhf.runtime.reporters import import_reporters
 from fastrlhf.runtime.run import check_micro_batch
 from fastrlhf.tools.plan.work import open_work, to_tree
 
