@@ -11,7 +11,7 @@ import os
 import random
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
@@ -32,9 +32,10 @@ from fastrlhf.config import SFTConfig
 from fastrlhf.data.packing import pack, sequence
 from fastrlhf.distributed.ranks import from_all, gathered, is_first, largest, on_each, on_first, share, total
 from fastrlhf.models import adapters, layers
-from fastrlhf.models.forward import token_logprobs
+from fastrlhf.models.forward import scored_states, state_kl, token_logprobs
 from fastrlhf.models.loading import build_policy
 from fastrlhf.models.sharding import beginnings, full, give_back, like, shard, whole
+from fastrlhf.models.vocabulary import limit_vocabulary
 from fastrlhf.runtime import optim
 from fastrlhf.runtime.optim import Optimizer
 from tests import resumable, tiny
@@ -190,10 +191,13 @@ def held(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if not isinstance(parameter, DTensor))
 
 
-def sharded_model() -> dict[str, Any]:
-    """Shards a model; returns how many weights this rank holds, and the largest differences from the original model."""
+def sharded_model(holes: Collection[int] = ()) -> dict[str, Any]:
+    """Shards a model; returns how many weights this rank holds, and the largest differences from the original model.
+    The log-probs are over the ids that are not in `holes`."""
     model, plain = tiny.policy("qwen3"), tiny.policy("qwen3")
     batch = pack([sequence([5, 6, 7], [8, 9])])
+    for each in (model, plain):
+        limit_vocabulary(each, tiny.tokenizer(holes))
     shard(model)
     parts = [parameter.to_local().numel() for parameter in model.parameters() if isinstance(parameter, DTensor)]
     with whole(model), torch.no_grad():  # before any other forward; rank 1 runs one forward more than rank 0
@@ -204,6 +208,9 @@ def sharded_model() -> dict[str, Any]:
     give_back(model)
     left = held(model)
     expected = token_logprobs(plain, batch).logprob
+    with torch.no_grad():
+        both = ((each, scored_states(each, batch)) for each in (model, plain))
+        kl, truth = (state_kl(each, x, each, x + 1, batch.targets).kl for each, x in both)
     expected.sum().backward()
     token_logprobs(model, batch).logprob.sum().backward()
     pairs = list(zip(model.parameters(), plain.parameters(), strict=True))
@@ -213,6 +220,8 @@ def sharded_model() -> dict[str, Any]:
         "left": left,
         "all": sum(parameter.numel() for parameter in plain.parameters()),
         "logprob": (inside - expected).abs().max().item(),
+        "kl": (kl - truth).abs().max().item(),
+        "unlimited": (expected - token_logprobs(tiny.policy("qwen3"), batch).logprob).min().item(),
         "whole": max((full(ours) - theirs).abs().max().item() for ours, theirs in pairs),
         # One of the weights is a vector whose part on rank 0 is shorter than 20 entries.
         "begins": all(map(torch.equal, *(beginnings(m.parameters(), 20) for m in (model, plain)))),
@@ -371,6 +380,7 @@ def main(place: Path) -> None:
     seen = {
         "exchanges": exchanges(),
         "model": sharded_model(),
+        "limited": sharded_model({4, 17, 30}),
         "compiled": compiled_model(),
         "shared": shared_weights(),
         "optimised": {name: optimised(136, **settings) for name, settings in OPTIMIZERS.items() if installed(settings)},

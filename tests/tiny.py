@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -39,8 +40,9 @@ ARCHITECTURES: dict[str, type[PretrainedConfig]] = {
 }
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    ids = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", *WORDS])}
+def tokenizer(without: Collection[int] = ()) -> PreTrainedTokenizerFast:
+    """A tokenizer of WORDS; the ids in `without` have no token, and the other words keep their ids."""
+    ids = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", *WORDS]) if i not in without}
     base = Tokenizer(WordLevel(ids, unk_token="<unk>"))
     base.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=base, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")

@@ -44,6 +44,7 @@ from fastrlhf.data.specials import end_ids
 from fastrlhf.distributed.ranks import from_all, world_size
 from fastrlhf.evaluation.held_out import evaluate
 from fastrlhf.evaluation.judges import Judge
+from fastrlhf.models.vocabulary import check_sampled
 from fastrlhf.report.samples import sample_rows
 from fastrlhf.rewards.functions import RewardFunction, TrainerState, open_reward_functions
 from fastrlhf.rollout.engine import checked_rollouts
@@ -116,7 +117,7 @@ def train_ppo(
     opened = OpenUpdate(device=policy.device)
 
     def sample(prefixes: Sequence[Prefix]) -> Sequence[Rollout]:
-        return checked_rollouts(
+        rollouts = checked_rollouts(
             roles.sampler.generate(prefixes),
             prefixes,
             eos_token_id=eos,
@@ -124,6 +125,8 @@ def train_ppo(
             may_stop=bool(config.stop),
             truncated=config.truncated,
         )
+        check_sampled(policy, (token for rollout in rollouts for token in rollout.completion))
+        return rollouts
 
     def sample_from(rows: Sequence[TokenizedExample], **place: Any) -> Sequence[Rollout]:
         with roles.waiting.present() if roles.roll_in else nullcontext():

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from fastrlhf.data.hub import check_hub
-from fastrlhf.data.specials import add_ends, add_template_end, generation_ends, require_eos
+from fastrlhf.data.specials import add_ends, add_template_end, generation_ends, require_eos, special_tokens
 
 HH_CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -44,7 +44,8 @@ def load_tokenizer(
         chat_template: replaces the tokenizer's template: Jinja text, or "hh" for `HH_CHAT_TEMPLATE`.
 
     Raises:
-        ValueError: no tokenizer is found, it has no EOS, or `chat_template` is not a template.
+        ValueError: no tokenizer is found, it has no EOS, a new EOS would get the id of another token, or
+            `chat_template` is not a template.
     """
     path = Path(name_or_path).expanduser()
     if is_missing_folder(name_or_path):
@@ -63,7 +64,7 @@ def load_tokenizer(
             f"tokenizer {name_or_path}: no tokenizer found in a folder or on the hub under this name: {reason}"
         ) from None
     if eos_token:
-        tokenizer.add_special_tokens({"eos_token": eos_token})
+        _set_eos(tokenizer, eos_token)
     require_eos(tokenizer)
     for source in dict.fromkeys((name_or_path, model or name_or_path)):
         add_ends(tokenizer, generation_ends(source), f"{source}: generation_config.eos_token_id")
@@ -73,9 +74,36 @@ def load_tokenizer(
     return tokenizer
 
 
+def _set_eos(tokenizer: PreTrainedTokenizerBase, eos_token: str) -> None:
+    before = tokenizer.get_vocab()
+    tokenizer.add_special_tokens({"eos_token": eos_token})
+    same = [token for token, number in before.items() if number == tokenizer.eos_token_id and token != eos_token]
+    if eos_token not in before and same:
+        raise ValueError(
+            f"eos_token: {eos_token!r} would be added with id {tokenizer.eos_token_id}, the id of {same[0]!r}, because "
+            "some ids below the tokenizer's largest have no token; name a token of its vocabulary"
+        )
+
+
 def num_token_ids(tokenizer: PreTrainedTokenizerBase) -> int:
     """Returns the largest id of the tokenizer plus 1. It may be larger than len(tokenizer)."""
-    return max(tokenizer.get_vocab().values()) + 1
+    return token_ids(tokenizer)[-1] + 1
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Returns the ids for which the tokenizer has a token, in ascending order. Ids between them may have no token."""
+    # `get_vocab` may lack special tokens, and tokens whose bytes are no whole character.
+    known = {*tokenizer.get_vocab().values(), *special_tokens(tokenizer)}
+    others = (i for i in range(max(len(tokenizer), max(known) + 1)) if i not in known)
+    return sorted(known | {i for i in others if _has_token(tokenizer, i)})
+
+
+def _has_token(tokenizer: PreTrainedTokenizerBase, token_id: int) -> bool:
+    try:
+        token = tokenizer.convert_ids_to_tokens(token_id)
+    except (LookupError, ValueError, TypeError, OverflowError):
+        return False
+    return token is not None and token != tokenizer.unk_token
 
 
 def is_missing_folder(name_or_path: str) -> bool:

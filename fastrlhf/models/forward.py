@@ -22,7 +22,7 @@ from fastrlhf.models.attention import chosen_attention, packed_attention, runs_a
 from fastrlhf.models.offload import offloaded
 from fastrlhf.models.router_loss import wanted, with_router_loss
 from fastrlhf.models.sharding import backbone_of, runs_in_step
-from fastrlhf.models.vocabulary import head_of
+from fastrlhf.models.vocabulary import head_of, rows_of
 from fastrlhf.types import KeptTokens, PackedBatch
 from fastrlhf_kernels import TokenKL, TokenLogprobs, linear_kept_logprob, linear_kl, linear_logprob
 
@@ -204,7 +204,7 @@ def state_logprobs(
 ) -> TokenLogprobs:
     """Computes the log-probs of `token_logprobs` from given `scored_states` [R, D]; targets [R] int64, temperature a
     number or [R]. `stats` is ignored with `kept`."""
-    weight, bias = head_of(model)
+    weight, bias = head_of(model, by_id=kept is not None)
     found = logit_map(model)
     if kept is not None:
         return linear_kept_logprob(
@@ -222,7 +222,7 @@ def state_logprobs(
     return linear_logprob(
         states,
         weight,
-        targets,
+        rows_of(model, targets),
         bias=bias,
         temperature=temperature,
         logit_scale=found.scale,
@@ -251,7 +251,7 @@ def state_kl(
         weight,
         reference_states,
         reference_weight,
-        targets=targets,
+        targets=rows_of(model, targets),
         bias=bias,
         reference_bias=reference_bias,
         temperature=temperature,

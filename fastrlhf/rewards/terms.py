@@ -24,7 +24,7 @@ from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 
 from fastrlhf.config import PPOConfig
-from fastrlhf.data.tokenizer import num_token_ids
+from fastrlhf.data.tokenizer import token_ids
 from fastrlhf.models.loading import resolve_device
 from fastrlhf.rewards.functions import Earned, RewardFunctions
 from fastrlhf.rewards.implicit import ImplicitReward
@@ -367,8 +367,9 @@ def sentence_end_ids(tokenizer: PreTrainedTokenizerBase, field: str = "reward_sh
 
     Raises ValueError, naming the key `field`, if the vocabulary has no such token.
     """
-    texts = tokenizer.batch_decode([[i] for i in range(num_token_ids(tokenizer))])
-    ends = [i for i, text in enumerate(texts) if "\n" in text or text.rstrip().endswith((".", "!", "?"))]
+    ids = token_ids(tokenizer)
+    texts = tokenizer.batch_decode([[i] for i in ids])
+    ends = [i for i, text in zip(ids, texts, strict=True) if "\n" in text or text.rstrip().endswith((".", "!", "?"))]
     if not ends:
         instead = "use eos, which gives the same rewards" if field == "reward_shaping" else "use uniform"
         raise ValueError(f"{field}: no token of this vocabulary ends a sentence; {instead}")

@@ -27,7 +27,7 @@ from fastrlhf.data.packing import families, micro_batches, trunks
 from fastrlhf.data.resets import uniforms
 from fastrlhf.distributed.ranks import on_each, share
 from fastrlhf.models.sharding import whole
-from fastrlhf.models.vocabulary import num_ids
+from fastrlhf.models.vocabulary import allowed_logits
 from fastrlhf.rollout import generate
 from fastrlhf.rollout.cuda_graphs import CapturedSteps
 from fastrlhf.rollout.kv_cache import SlotCache, rounded_up
@@ -44,7 +44,6 @@ CHECK_EVERY = 8
 REFILL_SHARE = 0.25
 """Share of the slots that must be free before waiting episodes are prefilled, because prefilling few at a time is
 slow."""
-
 
 Decode = Literal["eager", "cuda_graph"]
 
@@ -205,18 +204,17 @@ class TransformersEngine:
         """Draws tokens [n] for the episodes `which` [n] from logits [n, V], and records them. Episodes that have ended
         do not change."""
         count, done = episodes.count[which], episodes.done[which]
-        logits = logits[:, : num_ids(self.model)].float()
+        logits, ids = allowed_logits(self.model, logits)
         heat = episodes.temperature
         heat = heat[which, None] if isinstance(heat, Tensor) else heat
         if episodes.kept is not None:
             logits = self.truncation(logits / heat)
-            episodes.kept.add(which[~done], count[~done], (logits > -math.inf)[~done])
+            episodes.kept.add(which[~done], count[~done], (logits > -math.inf)[~done], ids)
             heat = 1.0
-        token, logprob = _draw(logits, heat, episodes.uniform[which, count])
+        token, logprob = _draw(logits, heat, episodes.uniform[which, count], ids)
         episodes.tokens[which, count], episodes.logprobs[which, count] = token, logprob
-        count = count + ~done
+        episodes.count[which] = count = count + ~done
         done = done | (count >= episodes.budget[which])
-        episodes.count[which] = count
         episodes.done[which] = (done | (token[:, None] == episodes.ends).any(-1)) if self.stop_at_eos else done
         return token
 
@@ -383,9 +381,11 @@ def end_index(rollout: Rollout, eos_token_id: EndIds) -> int:
     return len(rollout.completion) - 1 if end is None else end
 
 
-def _draw(logits: Tensor, temperature: float | Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Draws a token per row of logits [N, V] float32 by inverting the cumulative distribution; returns it with its
-    log-prob. `temperature` is a number, or [N, 1] above 0."""
+def _draw(
+    logits: Tensor, temperature: float | Tensor, uniform: Tensor, ids: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Draws a token per row of logits [N, V] float32 by inverting the cumulative distribution; returns it and its
+    log-prob. `temperature`: a number, or [N, 1] above 0; `ids` [V]: the tokens of the columns."""
     greedy = isinstance(temperature, float) and temperature == 0
     logprobs = (logits / (1.0 if greedy else temperature)).log_softmax(-1)
     if greedy:
@@ -397,4 +397,4 @@ def _draw(logits: Tensor, temperature: float | Tensor, uniform: Tensor) -> tuple
         threshold = torch.minimum(uniform[:, None] * total, total.nextafter(torch.zeros_like(total)))
         # If logits are NaN, the search ends past the last token; the check in `_rollout` then raises an error.
         token = torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
-    return token, logprobs.gather(1, token[:, None])[:, 0]
+    return token if ids is None else ids[token], logprobs.gather(1, token[:, None])[:, 0]

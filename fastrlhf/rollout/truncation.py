@@ -62,10 +62,12 @@ class KeptRecord:
     """For each step: episodes, positions and sizes of the sets, [n] int64 each, and the concatenated sets, [K] int32;
     on the CPU"""
 
-    def add(self, episodes: Tensor, positions: Tensor, member: Tensor) -> None:
-        """Records the set of one token for each of n episodes; member [n, V] bool. It waits for the GPU."""
-        ids = member.nonzero()[:, 1].int()
-        self._steps.append((episodes.cpu(), positions.cpu(), member.sum(1).cpu(), ids.cpu()))
+    def add(self, episodes: Tensor, positions: Tensor, member: Tensor, ids: Tensor | None = None) -> None:
+        """Records the set of one token for each of n episodes; member [n, V] bool, and `ids` [V] the token of each
+        column, None: the number of the column. It waits for the GPU."""
+        columns = member.nonzero()[:, 1]
+        tokens = (columns if ids is None else ids[columns]).int()
+        self._steps.append((episodes.cpu(), positions.cpu(), member.sum(1).cpu(), tokens.cpu()))
 
     def sets(self, counts: Sequence[int]) -> list[list[np.ndarray]]:
         """Returns, for each episode, the sets of its first `counts` tokens, int32."""

@@ -39,7 +39,7 @@ from fastrlhf.config import PPOConfig, require
 from fastrlhf.data.resets import uniforms
 from fastrlhf.models.adapters import plain_weights
 from fastrlhf.models.loading import resolve_device
-from fastrlhf.models.vocabulary import num_ids
+from fastrlhf.models.vocabulary import allowed_ids, is_limited
 from fastrlhf.rollout.engine import SAMPLE_STREAM, as_ids, check_room, first_end
 from fastrlhf.rollout.vllm_child import TESTED, Child
 from fastrlhf.rollout.vllm_memory import SharedMemory, groups
@@ -103,10 +103,9 @@ class VLLMEngine:
     ) -> tuple[list[list[int]], list[int], list[int], list[float], dict[str, Any]]:
         """Returns the arguments of `Worker.generate`: prompts, budgets, seeds, temperatures and common settings."""
         draws = [uniforms(self.seed, SAMPLE_STREAM, prefix.episode, 1)[0] for prefix in prefixes]
-        number = num_ids(self.policy)
         sampling = {
             "stop_token_ids": list(as_ids(self.eos_token_id)) if self.stop_at_eos else [],
-            "allowed_token_ids": None if number is None else list(range(number)),
+            "allowed_token_ids": sorted(allowed_ids(self.policy)) if is_limited(self.policy) else None,
         }
         return (
             [list(prefix.token_ids) for prefix in prefixes],

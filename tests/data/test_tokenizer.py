@@ -4,7 +4,7 @@ import json
 import pytest
 
 from fastrlhf.data.specials import end_ids
-from fastrlhf.data.tokenizer import load_tokenizer
+from fastrlhf.data.tokenizer import load_tokenizer, num_token_ids, token_ids
 from fastrlhf.data.tokens import tokenize_examples
 from fastrlhf.types import Example
 from tests import tiny
@@ -38,6 +38,43 @@ def test_an_eos_outside_the_vocabulary_is_added_at_its_end(tmp_path):
     tokenizer = load_tokenizer(str(tmp_path), eos_token="<stop>")
     assert (tokenizer.eos_token_id, len(tokenizer)) == (len(WORDS), len(WORDS) + 1)
     assert ids(Example(prompt="a", chosen="b<stop>", rejected="a", row=0), tokenizer) == ([A], [B, 14], [A, 14])
+
+
+def test_an_eos_that_would_get_the_id_of_another_token_is_refused(tmp_path):
+    """transformers gives a new token the id len(tokenizer), which here is the id of w26."""
+    tiny.tokenizer({4, 17, 30}).save_pretrained(tmp_path)
+    told = "^eos_token: '<stop>' would be added with id 29, the id of 'w26', because some ids below the tokenizer's"
+    with pytest.raises(ValueError, match=told):
+        load_tokenizer(str(tmp_path), eos_token="<stop>")
+    assert load_tokenizer(str(tmp_path), eos_token="w3").eos_token_id == 6
+
+
+def test_token_ids_are_the_ids_that_have_a_token():
+    tokenizer = tiny.tokenizer({4, 17, 30})
+    assert token_ids(tokenizer) == sorted(set(range(tiny.VOCAB)) - {4, 17, 30})
+    assert (len(tokenizer), num_token_ids(tokenizer)) == (tiny.VOCAB - 3, tiny.VOCAB)
+    assert token_ids(tiny.tokenizer({tiny.VOCAB - 1})) == list(range(tiny.VOCAB - 1))
+
+
+def test_ids_that_only_get_vocab_lacks_have_a_token(monkeypatch):
+    """Some tokenizers leave out of get_vocab their special tokens, or tokens whose bytes are no whole character."""
+    tokenizer = tiny.tokenizer({30})
+    vocab = tokenizer.get_vocab()
+    lacking = {token: i for token, i in vocab.items() if i not in (tiny.EOS, 8, 31)}
+    monkeypatch.setattr(tokenizer, "get_vocab", lambda: lacking)
+    monkeypatch.setattr(type(tokenizer), "__len__", lambda _: 32)
+    assert token_ids(tokenizer) == [*range(30), 31]
+    own = tokenizer.convert_ids_to_tokens
+
+    def convert(token):
+        if token == 30:
+            raise IndexError("piece id is out of range")
+        return own(token)
+
+    monkeypatch.setattr(tokenizer, "convert_ids_to_tokens", convert)
+    assert token_ids(tokenizer) == [*range(30), 31]
+    monkeypatch.setattr(tokenizer, "convert_ids_to_tokens", lambda token: own(token) or "<unk>")
+    assert token_ids(tokenizer) == [*range(30), 31]
 
 
 def test_the_chat_template_flag_is_saved_with_the_tokenizer(tmp_path):

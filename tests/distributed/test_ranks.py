@@ -204,14 +204,16 @@ def test_exchanges_between_processes(place):
         }
 
 
-def test_each_process_holds_its_part_of_the_weights_and_sums_the_gradients(place):
-    first, second = (rank["model"] for rank in seen(place))
+@pytest.mark.parametrize("name", ["model", "limited"])
+def test_each_process_holds_its_part_of_the_weights_and_sums_the_gradients(place, name):
+    first, second = (rank[name] for rank in seen(place))
     assert first["held"] + second["held"] == first["all"]
     assert abs(first["held"] - second["held"]) < 0.05 * first["all"]
     for model in (first, second):
         assert model["whole"] == model["filled"] == 0.0
         assert model["begins"]
-        assert model["logprob"] < 1e-5
+        assert max(model["logprob"], model["kl"]) < 1e-5
+        assert (model["unlimited"] > 1e-4) == (name == "limited")
         assert model["kept"] > 0 == model["left"]
         assert model["gradient"] < 1e-5
 

@@ -297,14 +297,24 @@ def test_another_version_than_the_tested_one_is_named(paths, vllm, monkeypatch, 
         make_engine(config(paths), policy, tiny.EOS)
 
 
-def test_ids_above_the_tokenizer_are_never_sampled(paths):
+@pytest.mark.parametrize("holes", [set(), {4, 17, 30}])
+def test_ids_without_a_token_are_never_sampled(paths, holes):
     policy = load_policy(paths["model_name_or_path"])
     policy.resize_token_embeddings(tiny.VOCAB + 3)
+    idle = sorted({*range(tiny.VOCAB, tiny.VOCAB + 3), *holes})
     with torch.no_grad():
-        policy.lm_head.weight[tiny.VOCAB :] = 10 * policy.lm_head.weight[:3]
-    limit_vocabulary(policy, tiny.tokenizer())
+        policy.lm_head.weight[idle] = 10 * policy.lm_head.weight[: len(idle)]
+    limit_vocabulary(policy, tiny.tokenizer(holes))
     rollouts = make_engine(config(paths), policy, tiny.EOS).generate(prefixes(40))
-    assert max(max(r.completion) for r in rollouts) < tiny.VOCAB
+    assert not {token for rollout in rollouts for token in rollout.completion} & {*idle}
+    assert max(max(rollout.completion) for rollout in rollouts) > 17
+    for rollout in rollouts[:9]:
+        n = len(rollout.prefix.token_ids)
+        with torch.no_grad():
+            logits = policy(torch.tensor([rollout.prefix.token_ids + rollout.completion])).logits[0, n - 1 : -1]
+        allowed = (logits / config(paths).temperature).index_fill(1, torch.tensor(idle), -torch.inf).log_softmax(-1)
+        told = allowed.gather(1, torch.tensor(rollout.completion)[:, None])[:, 0]
+        assert rollout.sampler_logprob == pytest.approx(told.tolist(), abs=1e-5)
 
 
 def test_experts_are_handed_over_by_the_names_of_a_checkpoint(tmp_path):
