@@ -15,7 +15,7 @@ def short(monkeypatch):
 
     def shortened(name, config, out):
         settings = full(name, config, out)
-        if isinstance(settings, RLPConfig):  # its stages use the settings of other stages
+        if isinstance(settings, RLPConfig):  # RLP uses the settings of other stages
             return settings
         batch = 16 if name == "grpo" else 8
         return replace(settings, max_steps=2, warmup_steps=0, per_device_train_batch_size=batch, progress=False)

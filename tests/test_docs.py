@@ -90,7 +90,7 @@ def write_files(page: Path, folder: Path) -> None:
 
 
 def check_fastrlhf(words: list[str]) -> None:
-    """Raises the errors that the command line raises for these words before it opens anything."""
+    """Raises the errors that the command line raises for the given words before it opens files or models."""
     command, arguments = words[0], words[1:]
     if command.startswith("--"):
         assert words in (["--help"], ["--version"]), words

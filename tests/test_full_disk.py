@@ -116,7 +116,7 @@ def test_a_run_is_refused_if_the_disk_has_no_room_for_model_and_checkpoint(model
 
 
 def test_on_a_full_disk_the_oldest_checkpoint_is_deleted_before_the_run_waits(model, tmp_path, monkeypatch, caplog):
-    """The disk is full until the third check. checkpoint-1, which save_total_limit would delete, is deleted before."""
+    """The disk is full until the third check. checkpoint-1, which save_total_limit would delete, is deleted first."""
     free, looks = [10**9], []
 
     def usage(path):

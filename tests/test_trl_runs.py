@@ -10,7 +10,7 @@ changes these numbers by less than 2e-6, relatively. Not compared, because they 
     warm-up              TRL's first step has rate 0 and trains nothing; our n steps have 1/(n+1) ... n/(n+1) of it
     precision            TRL's default is autocast to bfloat16; our default is the dtype of the weights, float32
     dropout              always off here; TRL's SFT keeps the model's setting
-    epochs               our default is 1 for reward models and DPO, and TRL's 3 only for SFT
+    epochs               TRL's default is 3; ours is 3 for SFT, and 1 for reward models and DPO
     a new score head     drawn from N(0, 1/sqrt(D + 1)) (arXiv 2009.01325); TRL uses transformers' default
 """
 

@@ -49,7 +49,7 @@ def tokenizer(without: Collection[int] = ()) -> PreTrainedTokenizerFast:
 
 
 def model_config(name: str = "llama") -> PretrainedConfig:
-    """A configuration with two layers; Gemma with both soft caps, Gemma and Mistral with a window shorter than the test
+    """A configuration with two layers. Gemma has both soft caps; Gemma and Mistral have a window shorter than the test
     sequences."""
     fields = {
         "vocab_size": VOCAB,
@@ -138,7 +138,7 @@ def easy_pairs(count: int, seed: int = 0) -> list[Example]:
 
 class GradientRecorder:
     """Replaces `optim.Optimizer`: records the gradients of each step, model after model, and takes an SGD step with
-    `learning_rate`; 0: the weights stay."""
+    `learning_rate`; with 0 the weights do not change."""
 
     def __init__(self, models, learning_rate=0.0):
         self.models, self.steps, self.learning_rate = models, [], learning_rate

@@ -304,7 +304,7 @@ def test_the_group_loss_is_the_mean_over_pairs_and_its_gradient_the_finite_diffe
 
 @pytest.mark.parametrize("name", PSIS)
 def test_leave_two_out_has_the_gradient_of_its_definition(name):
-    """Definition: for each pair, the mean of M_il - M_jl over the other members l, one pair at a time."""
+    """The definition uses, for each pair (i, j), the mean of M_il - M_jl over the other members l, M = Psi(P)."""
     value, size = PSIS[name](CYCLES), 5
     u = torch.randn(size, generator=torch.Generator().manual_seed(1), dtype=torch.float64, requires_grad=True)
     loss = torch.zeros((), dtype=torch.float64)

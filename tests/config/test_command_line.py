@@ -53,9 +53,8 @@ def test_a_key_of_adapters_without_use_peft_is_refused_even_with_its_default_and
         with pytest.raises(ValueError, match=told):
             parse(SFTConfig, flags, "sft")
     assert parse(SFTConfig, ["--use_peft", "--lora_r", "16"], "sft").use_peft
-    assert not parse(
-        SFTConfig, ["--use_peft", "false", "--lora_r", "16"], "sft"
-    ).use_peft  # a run's config.yaml holds both
+    # The config.yaml of a run holds both keys.
+    assert not parse(SFTConfig, ["--use_peft", "false", "--lora_r", "16"], "sft").use_peft
     file = tmp_path / "shared.yaml"
     file.write_text("shared: {lora_r: 8}\nsft: {run_name: x}\nreward: {use_peft: true}\n")
     assert parse(SFTConfig, ["--config", str(file)], "sft").lora_r == 16

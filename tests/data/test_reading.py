@@ -54,9 +54,8 @@ def test_a_judge_of_texts_reads_them_with_its_own_tokenizer():
         direct(judge, "f: ", " def"),
     ]
     (prompt, response), (_, empty) = read([rollout(first, run, "def f", end=""), rollout(first, run, "")])
-    assert (prompt, [*response, judge.eos_token_id]) == direct(
-        judge, "Write code:\n", "def f"
-    )  # truncated, so without an EOS
+    # A truncated response has no EOS.
+    assert (prompt, [*response, judge.eos_token_id]) == direct(judge, "Write code:\n", "def f")
     assert empty == [judge.eos_token_id]
     past = rollout(first, run, "d</s>fff")
     assert read([past]) == [direct(judge, "Write code:\n", "d")]

@@ -33,7 +33,7 @@ ROOT = Path(__file__).parent.parent.parent
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "OMP_NUM_THREADS": "1"}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 ROUNDING = ("sampling/",)
-"""Metrics that are 0 up to rounding errors."""
+"""Prefixes of metrics that are 0 up to rounding errors."""
 
 
 @pytest.fixture(scope="module")

@@ -240,7 +240,7 @@ def whole(adapter: str) -> str:
 
 
 def test_adapters_give_the_results_of_their_merged_models(adapted, config):
-    """Adapters name their base. Merging an adapter only changes the rounding."""
+    """An adapter names its base model. Merging the adapter into it only changes the rounding."""
     other = config.models[0]
     roles = replace(config, models=(adapted["policy"], other), reward_model_path=adapted["judge"])
     runs = replace(roles, models=(whole(adapted["policy"]), other), reward_model_path=whole(adapted["judge"]))

@@ -1,4 +1,4 @@
-"""Transformations that must not change the log-probs of `linear_logprob`, on either path."""
+"""Tests of transformations that must not change the log-probs of `linear_logprob`, on either path."""
 
 import math
 

@@ -78,7 +78,7 @@ def test_it_equals_the_two_definitions_composed(impl: str):
 def test_every_option_gives_what_the_two_steps_give(impl: str, entropy_coef: float):
     given = inputs()
     given["targets"][3] = -100
-    given["mask"][3] = True  # an ignored target in the mask has log-prob 0, in one step and in two
+    given["mask"][3] = True  # an ignored target in the mask: both ways give it log-prob 0
     reference_logprob = given["sampler_logprob"] + 0.2
     loss = {"num_tokens": torch.tensor(17.0), "dual_clip": 1.5, "kl_coef": 0.2, "kl_kind": "k3", "clip_high": 0.3}
     loss |= {"reference_logprob": reference_logprob, "entropy_coef": entropy_coef}

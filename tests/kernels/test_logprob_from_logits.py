@@ -316,7 +316,7 @@ def test_beyond_the_gradient_only_a_few_blocks_of_rows_are_allocated(
         torch.autograd.grad(out.logprob.sum() + out.entropy.sum(), logits)
 
     assert peak_bytes(lambda: step(logprob_from_logits_reference)) > 5 * gradient
-    # Two tensors of this size exist: the logits that `step` makes, and the gradient
+    # Two tensors of the size of the gradient exist: the logits that `step` makes, and the gradient
     assert peak_bytes(lambda: step(logprob_from_logits, entropy=True)) < 2 * gradient + 6 * block
     assert peak_bytes(lambda: step(logprob_from_logits, entropy=True, inplace_backward=True)) < gradient + 6 * block
 

@@ -29,7 +29,7 @@ def test_hand_computed_tokens(impl: str):
     assert metrics["ratio_max"] == pytest.approx(2)
     assert metrics["clip_fraction"] == 2
     assert metrics["tokens"] == 4
-    # exp(x) - 1 - x at x = ln 2 and at -ln 2, twice each
+    # approx_kl sums exp(x) - 1 - x at x = ln 2 and at x = -ln 2, twice each
     assert metrics["approx_kl"] == pytest.approx(2 * (1 - two) + 2 * (-0.5 + two), rel=1e-6)
     assert metrics["policy_loss"] == loss
 

@@ -12,7 +12,7 @@ ALL = torch.ones(4, dtype=torch.bool)
 def hand_computed(impl: str, clip: float | None) -> tuple[Tensor, list[float], dict[str, float]]:
     """Returns (loss, gradient, metrics) for four rows with rollout value 0.
 
-    The rows: within the clip; beyond it on the side of the return; beyond it on the other side; exactly at the clip.
+    Values: within the clip; beyond the clip, towards the return; beyond it, away from the return; exactly at the clip.
     """
     value = torch.tensor([0.125, 1.0, -1.0, 0.25], requires_grad=True)
     returns = torch.tensor([1.0, 2.0, 0.5, 0.0])
@@ -60,7 +60,7 @@ def test_a_nan_in_the_mask_shows_in_the_loss_and_in_its_gradient(clip: float | N
 
 @pytest.mark.parametrize("clip", [0.0, 0.25])
 def test_beyond_the_clip_only_values_that_move_back_have_a_gradient(clip: float, impl: str):
-    # Rollout value 0. Values: at the clip; beyond it on the side of the return; beyond it on the other side
+    # Rollout value 0. Values: at the clip; beyond the clip, towards the return; beyond it, away from the return
     value = torch.tensor([clip, clip + 0.5, clip + 0.5, -clip - 0.5], requires_grad=True)
     returns = torch.tensor([2.0, 2.0, -2.0, 2.0])
     out = value_loss(value, torch.zeros(4), returns, ALL, num_tokens=1, clip=clip, impl=impl)
@@ -70,7 +70,7 @@ def test_beyond_the_clip_only_values_that_move_back_have_a_gradient(clip: float,
 
 
 def test_rounding_within_the_clip_never_counts_as_clipped(impl: str):
-    # in float32 old + (value - old) differs from value, so the clipped square may be larger by an ulp
+    # in float32, old + (value - old) may differ from value, so the clipped square may be larger by an ulp
     value = 0.01 * torch.rand(50, generator=torch.Generator().manual_seed(7))
     value.requires_grad_()
     out = value_loss(value, torch.full((50,), 0.15), torch.zeros(50), value < 1, num_tokens=1, clip=0.2, impl=impl)

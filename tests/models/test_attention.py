@@ -325,7 +325,7 @@ def test_flash_attention_gets_equivalent_arguments(monkeypatch, segments, settin
         assert deterministic
         check_lengths(pack(segments).plan, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
         left = window_size[0]
-        if version == 4:  # here None means no limit, and -1 would exclude the token itself
+        if version == 4:  # None means no limit, and -1 would exclude the token itself
             assert left is None or left >= 0
             left = -1 if left is None else left
         window = (left, 0) if causal else window_size  # causal limits the right side

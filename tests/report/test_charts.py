@@ -34,7 +34,7 @@ def coordinates(path):
 
 @pytest.mark.parametrize("values", [[0.99997, 0.99999], [-0.99997, -0.99999], [0.0, 1.0], [1.23e-7, 1.25e-7]])
 def test_the_box_has_room_for_the_longest_label(values):
-    """The box starts further left if a label, at six units per character, would not fit."""
+    """The box of the SVG starts further left if a label, at six units per character, would not fit."""
     figure = line_chart("ratio", [curve(values)])
     left, width = map(float, re.findall(r'viewBox="(\S+) 0 (\S+) 182"', figure)[0])
     labels = re.findall(r'class="y" x="(\d+)".*?>(.*?)<', figure)

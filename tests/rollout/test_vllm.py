@@ -235,7 +235,7 @@ def test_a_gpu_that_does_not_exist_is_refused(monkeypatch):
 
 
 def test_the_model_is_the_policys_and_not_its_folders(tmp_path):
-    """vLLM gets a configuration made from the policy object, not the config.json of its folder.
+    """vLLM gets a configuration made from the policy object, not the config.json in the policy's folder.
 
     The configuration names the model class and has no 4-bit settings. The remote code of the folder is copied too.
     """

@@ -143,7 +143,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_busy_process_ends_with_a_trainer_that_is_killed():
-    """The process shares the trainer's standard error, which reaches its end only when both have ended."""
+    """The vLLM process shares the trainer's standard error, which is closed only when both processes have ended."""
     trainer = subprocess.Popen(
         [sys.executable, "-c", TRAINER.replace("SETTINGS", repr(SETTINGS))],
         stdin=subprocess.PIPE,

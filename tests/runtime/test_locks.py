@@ -59,7 +59,7 @@ def test_a_folder_in_which_a_run_is_training_is_not_idle(tmp_path, file_system):
 
 
 def test_a_live_run_of_another_host_keeps_this_one_out(tmp_path):
-    """A kernel lock is visible on its own host only. A run on another host shows by changes of the lock file."""
+    """A kernel lock is visible only on its host. A run on another host is recognised by changes of the lock file."""
     beat = {"host": "node7", "pid": 12, "job": "99", "beat": 3}
     (tmp_path / LOCK).write_text(json.dumps(beat))
     timer = threading.Timer(0.1, lambda: (tmp_path / LOCK).write_text(json.dumps(beat | {"beat": 4})))

@@ -160,7 +160,7 @@ def test_with_rho_equal_to_the_error_the_guarantee_holds_in_every_problem(writer
 
 
 def test_pessimism_helps_if_the_data_cover_good_responses():
-    """With good responses in the data the mean gain exceeds its confidence interval; with rare good responses not."""
+    """If the data contain good responses, pessimism lowers the sub-optimality by more than the confidence interval."""
     gains = {}
     for writers in ("good", "bad"):
         found = pessimism(draw_problems(writers, 200, 40))
