@@ -10,8 +10,8 @@
 #                                 -2.8B; on_policy_1b also runs the benchmarks trunks and rollout
 #
 # Other libraries are installed from wheels/, TRL 1.12 (PPO) is read from the folder TRL_112, dialogues from
-# FASTRLHF_DATA. What is missing is skipped with a message. DEVICE=cpu runs the same steps with tiny models, to test this
-# script; its times mean nothing.
+# FASTRLHF_DATA. Steps whose libraries or data are missing are skipped with a message. DEVICE=cpu runs all steps with
+# tiny models, to test this script; the measured times mean nothing.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

@@ -242,7 +242,7 @@ def _up_to_eos(response: Tensor) -> Tensor:
 
 
 def _optimizer(problem: Problem, models: Models) -> Optimizer:
-    """Makes the optimiser. Our implementation and the padded reference share it, because it is not compared."""
+    """Makes the optimiser that both our implementation and the padded reference use; optimisers are not compared."""
     return Optimizer({"": models.policy, "value_": models.critic}, problem.config(), num_steps=1)
 
 

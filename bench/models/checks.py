@@ -92,7 +92,7 @@ def check_packed(family: Family) -> dict[str, float]:
 
 
 def check_branched(family: Family) -> dict[str, float]:
-    """Compares log-probs and all gradients of responses that share a prompt with the plain model."""
+    """Compares log-probs and all gradients with those of the plain model, for responses that share a prompt."""
     prompt, one, two = _ids(9, 5), _ids(6, 6), _ids(3, 7)
     segments = [
         Segment(token_ids=prompt),
@@ -147,7 +147,7 @@ def check_reward(family: Family) -> dict[str, float]:
 
 
 def check_lora(family: Family) -> dict[str, float]:
-    """Compares a model with a random LoRA adapter with its merged and saved copy, loaded by plain transformers."""
+    """Compares a model that has a random LoRA adapter to its merged and saved copy, loaded by plain transformers."""
     family.policy  # noqa: B018 (saves it)
     source = str(family.folder / "policy")
     model = load_policy(source)
@@ -221,8 +221,8 @@ def _own_logprobs(model: PreTrainedModel, ids: list[int]) -> Tensor:
 def _compare(model: PreTrainedModel, segments: list[Segment], alone: list[tuple[list[int], int]]) -> dict[str, float]:
     """Compares a pack with its sequences one by one; `alone` holds (ids, index of the first scored token) per sequence.
 
-    If the plain model's float32 numbers are further away than the tolerance, its float64 numbers decide, because its
-    rounding may be that large.
+    If the plain model's float32 numbers are further away than the tolerance, its float64 numbers decide,
+    because float32 rounding may be that large.
     """
 
     def plain(of: PreTrainedModel) -> Numbers:

@@ -6,7 +6,7 @@
     linear_kl            hidden states of two models -> exact KL per token, without the logits
     kl_estimate          per-token estimates of KL to a reference
     policy_loss          PPO's clipped objective        value_loss   clipped squared error of the critic
-    pair_loss            DPO, cDPO, robust DPO, IPO, hinge
+    pair_loss            DPO, cDPO, robust DPO, IPO, hinge, APO, ORPO
     gae                  advantages and returns
     linear_policy_loss   hidden states -> PPO's loss    linear_pair_loss   hidden states -> a pair loss
 

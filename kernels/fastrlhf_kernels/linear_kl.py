@@ -1,7 +1,7 @@
 """KL(policy || reference) of every token over the whole vocabulary, from hidden states, without the logits [T, V].
 
     z[t, v]   = softcap(logit_scale * (hidden[t] . weight[v] + bias[v])) / temperature,   p = softmax_v(z)
-    z'[t, v]  = the logits computed alike from the reference's tensors,                   q = softmax_v(z')
+    z'[t, v]  = the logits of the reference, computed like z,                             q = softmax_v(z')
     kl        = sum_v p (log p - log q)
 
 Gradient for an upstream gradient k of kl (for logprob and entropy see `linear_logprob`; the reference has no gradient):
