@@ -214,6 +214,7 @@ def left(result, optimizer, folder: Path) -> dict:
         "critic": {k: v.tolist() for k, v in result.value_model.state_dict().items()} if result.value_model else None,
         "optimizer": {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in optimizer.state_dict().items()},
         "model": (folder / "model.safetensors").read_bytes(),
+        "card": (folder / "README.md").read_text(encoding="utf-8"),
     }
 
 

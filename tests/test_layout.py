@@ -32,6 +32,7 @@ OTHER_SOURCES = [
 LAYERS = (  # lowest first: a module may import from its own layer and from layers earlier in this list
     ("__version__", "types", "config", "distributed"),
     ("data", "models"),
+    ("publish",),
     ("runtime",),
     ("rollout", "report"),
     ("rewards", "evaluation"),

@@ -97,7 +97,7 @@ def loss_of_pairs(
         label_prob=label_prob if target is None else None,
         margin=margin,
         target=target,
-        length_norm=length_norm(config, name),
+        length_norm=config.length_norm_of(name),
     )
     if not user_defined:
         return output
@@ -105,7 +105,7 @@ def loss_of_pairs(
     log_ratio = torch.segment_reduce(logprob, "sum", offsets=cu_rows.long())
     if reference_logprob is not None and not free:
         log_ratio = log_ratio - reference_logprob
-    losses = pair_function(name)(*_normed(log_ratio, cu_rows, length_norm(config, name)).unbind(1))
+    losses = pair_function(name)(*_normed(log_ratio, cu_rows, config.length_norm_of(name)).unbind(1))
     return LossOutput(losses.sum() / num_pairs, output.metrics)
 
 
@@ -139,24 +139,15 @@ def pair_function(name: str) -> PairFunction:
     return function
 
 
-def length_norm(config: DPOConfig, loss_type: str) -> str:
-    """Resolves `auto`: the mean over tokens for simpo, orpo, and ipo with hard labels (as in TRL); otherwise, PsiPO
-    included, the sum."""
-    if config.length_norm != "auto":
-        return config.length_norm
-    hard = config.psi == "identity" and config.label_source == "data"
-    return "mean" if loss_type in ("simpo", "orpo") or (loss_type == "ipo" and hard) else "sum"
-
-
 def describe_target(config: DPOConfig, pairs: Pairs) -> str:
     """Describes the margin that IPO aims at, (1 - 2 label_smoothing) / (2 tau), per token and per response."""
     target = (1 - 2 * config.label_smoothing) / (2 * config.beta)
     length = sum(tree[-1].num_scored + tree[-2].num_scored for tree in pairs.trees) / (2 * len(pairs))
     per_response, per_token = (target, target / length)
-    if length_norm(config, "ipo") != "sum":
+    if config.length_norm_of("ipo") != "sum":
         per_response, per_token = target * length, target
     return (
-        f"ipo: beta (tau) {config.beta:g} with length_norm {length_norm(config, 'ipo')} asks for a margin of "
+        f"ipo: beta (tau) {config.beta:g} with length_norm {config.length_norm_of('ipo')} asks for a margin of "
         f"{per_token:.3g} nats per token, {per_response:.3g} per response of {length:.1f} tokens"
     )
 

@@ -56,6 +56,7 @@ from fastrlhf.models.layers import LayerOptions
 from fastrlhf.models.loading import load_policy, load_reward_model, read_model_config, resolve_device
 from fastrlhf.models.roles import holds_adapter
 from fastrlhf.models.vocabulary import limit_vocabulary
+from fastrlhf.publish.methods import RLP, part_of
 from fastrlhf.rewards.implicit import implicit_sources
 from fastrlhf.rollout.engine import TransformersEngine
 from fastrlhf.runtime.atomic import write_file
@@ -145,14 +146,16 @@ class _Run:
         if not _skipped(folder):
             settings = replace(self.reward, output_dir=folder, model_name_or_path=start, **self._tokenizer(start))
             examples = self.examples["pairs"], self.examples["eval_pairs"]
-            train_reward_model(settings, *examples, synthetic=synthetic, views=views)
+            with part_of(*([RLP] if views or synthetic else [])):
+                train_reward_model(settings, *examples, synthetic=synthetic, views=views)
         return folder
 
     def train_policy(self, name: str, judged_by: str) -> str:
         folder = str(self.folder(name))
         if not _skipped(folder):
             settings = replace(self.policy, output_dir=folder, reward_model_path=judged_by)
-            self.result = train_ppo(settings, self.examples["prompts"], self.examples["eval_prompts"])
+            with part_of(*([RLP] if "/" in name else [])):
+                self.result = train_ppo(settings, self.examples["prompts"], self.examples["eval_prompts"])
         return folder
 
     def refit(self, round_: int, judged_by: str, policy: str) -> tuple[str, dict[str, float]]:

@@ -198,6 +198,14 @@ class DPOConfig(ReferenceConfig):
     def has_reference(self) -> bool:
         return not {*self.losses} <= {"sft", *self.reference_free_losses}
 
+    def length_norm_of(self, loss: str) -> str:
+        """Returns `length_norm`, with auto resolved for the loss called `loss`: the mean over tokens for simpo, orpo,
+        and ipo with hard labels (as in TRL); otherwise, PsiPO included, the sum."""
+        if self.length_norm != "auto":
+            return self.length_norm
+        hard = self.psi == "identity" and self.label_source == "data"
+        return "mean" if loss in ("simpo", "orpo") or (loss == "ipo" and hard) else "sum"
+
     def _check_labels(self) -> None:
         losses, smooth, soft = {*self.losses}, self.label_smoothing > 0, self.label_source != "data"
         only_hard = losses & {"hinge", "apo_zero", "apo_down", "orpo", *self.functions}

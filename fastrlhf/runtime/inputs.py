@@ -58,6 +58,8 @@ class Data:
     """Whether any row is a conversation, which a chat template renders."""
     rules: TextRules = dataclasses.field(default_factory=TextRules)
     """Rules of tokenisation, for models that read the text with another tokenizer."""
+    sources: tuple[str, ...] = ()
+    """Names of the datasets; empty for rows in memory."""
 
     @cached_property
     def train_rows(self) -> Mapping[int, Example]:
@@ -125,6 +127,7 @@ def _read(
         check_held_out(config, config.num_eval_examples)
     tokenizer = open_tokenizer(config) if tokenizer is None else given_tokenizer(config, tokenizer)
     day = _template_day(config, tokenizer)
+    sources = source_names(config.dataset_name) if train is None else ()
     if train is None:
         train, evaluation = _load_both(config, fields)
     train, evaluation = (
@@ -140,6 +143,7 @@ def _read(
         conversations=_has_turns([*train, *evaluation]),
         rules=TextRules.of(config, day),
         report=tokenized.report,
+        sources=sources,
     )
 
 

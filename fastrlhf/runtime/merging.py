@@ -8,7 +8,7 @@ evaluated. `merged_dtype: bfloat16` takes effect only if the shift of log-probs,
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -20,13 +20,17 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from fastrlhf.config import TrainConfig
 from fastrlhf.data.packing import pack, sequence
 from fastrlhf.distributed.ranks import on_first
 from fastrlhf.models.adapters import has_adapter, merge_adapter, merged_copy, plain_weights, save_adapter
 from fastrlhf.models.forward import sequence_scores, token_logprobs
 from fastrlhf.models.four_bit import is_four_bit
 from fastrlhf.models.sharding import is_sharded, on_first_rank
+from fastrlhf.publish.card import Card, is_ours
+from fastrlhf.runtime.atomic import write_file
 from fastrlhf.runtime.checkpoint import save_model, save_weights
+from fastrlhf.runtime.inputs import Data
 from fastrlhf.types import TokenizedExample
 
 log = logging.getLogger(__name__)
@@ -42,6 +46,7 @@ def save_trained(
     *,
     apart: bool = False,
     accept: Callable[[PreTrainedModel, PreTrainedModel], bool] | None = None,
+    card: Card | None = None,
 ) -> PreTrainedModel:
     """Saves the final model of a run in `folder`, if it is given, with an adapter merged into its weights; the adapter
     is also saved in `adapter/`. Returns the plain model.
@@ -49,8 +54,10 @@ def save_trained(
     An adapter over bfloat16 or 4-bit weights is merged into a float32 copy on the CPU. So is every adapter if `apart`
     is true, because other models still need the unmerged weights. `accept(model, copy)` decides whether a merged copy
     in bfloat16 is saved and returned instead. With sharded bfloat16 weights, the model is returned with its adapter.
-    Every rank must call it.
+    The `card` is written before the model, and the adapter's beside the adapter. Every rank must call it.
     """
+    if folder and card:
+        on_first(lambda: write_card(folder, card.text()))
     if not has_adapter(model):
         if folder:
             save_model(model, tokenizer, folder)
@@ -58,6 +65,8 @@ def save_trained(
     if folder:
         save_adapter(model, folder / "adapter")
         on_first(lambda: tokenizer.save_pretrained(folder / "adapter"))
+        if card:
+            on_first(lambda: write_card(folder / "adapter", card.adapter_text()))
     in_float32 = model.dtype == torch.float32 and not is_four_bit(model)
     if accept and not is_sharded(model):
         merged = merged_copy(model, torch.bfloat16)
@@ -77,6 +86,33 @@ def save_trained(
     if folder:
         save_model(merged, tokenizer, folder)
     return merged
+
+
+def card_of(
+    config: TrainConfig, data: Data | None, final: Mapping[str, float], last: Mapping[str, float]
+) -> Card | None:
+    """Returns the card of a run with these metrics of the last evaluation and of the last step, or None if the run has
+    no data."""
+    if data is None:
+        return None
+    return Card(
+        config=config,
+        datasets=data.sources,
+        num_train=len(data.train),
+        num_eval=len(data.eval),
+        final=final,
+        last=last,
+    )
+
+
+def write_card(folder: Path, text: str) -> None:
+    """Writes a model card to README.md. If the folder holds a README.md that fastrlhf did not write, the card goes to
+    MODEL_CARD.md, with a warning."""
+    file = folder / "README.md"
+    if file.exists() and not is_ours(file):
+        log.warning("%s was not written by fastrlhf and stays; the card of the model is MODEL_CARD.md", file)
+        file = folder / "MODEL_CARD.md"
+    write_file(file, text)
 
 
 def _without_weights(model: PreTrainedModel) -> PreTrainedModel:
@@ -125,3 +161,11 @@ class Acceptance:
         )
         log.log(logging.INFO if accepted else logging.WARNING, "merged_dtype: %s", self.told)
         return accepted
+
+
+def acceptance_of(config: TrainConfig, data: Data | None) -> Acceptance | None:
+    """Returns the rule for `merged_dtype: bfloat16`, or None if merged weights are saved in float32."""
+    if config.merged_dtype == "float32":
+        return None
+    rows = (data.eval or data.train) if data else []
+    return Acceptance(rows, config.max_merge_shift)

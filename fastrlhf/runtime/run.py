@@ -25,7 +25,7 @@ from fastrlhf.runtime.checkpoint import Checkpointer, Stateful, check_run_dir, c
 from fastrlhf.runtime.disk import check_room, with_room
 from fastrlhf.runtime.inputs import Data
 from fastrlhf.runtime.locks import locked
-from fastrlhf.runtime.merging import Acceptance, save_trained
+from fastrlhf.runtime.merging import acceptance_of, card_of, save_trained
 from fastrlhf.runtime.metrics import MetricsWriter, read_metrics
 from fastrlhf.runtime.progress import Progress
 from fastrlhf.runtime.signals import Interrupted, Interrupts
@@ -349,17 +349,18 @@ class Run:
             log.warning("the last rows of the log are missing; the model is saved all the same")
         beside = {name: x for name, x in (("value_model", value_model), ("dpo_model", dpo_model)) if x is not None}
         saved: dict[str, PreTrainedModel] = {}
-        accept = None
-        if self._config.merged_dtype == "bfloat16":
-            rows = (self._data.eval or self._data.train) if self._data else []
-            accept = Acceptance(rows, self._config.max_merge_shift)
+        accept = acceptance_of(self._config, self._data)
+        last = self.history[-1] if self.history else {}
+        final = self._final or {name: value for name, value in last.items() if name.startswith("eval_")}
+        card = card_of(self._config, self._data, final, last)
 
         def write() -> None:
             for name, other in beside.items():
                 if name not in saved:
                     place, apart = self.folder and self.folder / name, share_weights(model, other)
-                    saved[name] = save_trained(other, tokenizer, place, apart=apart)
-            saved[""] = save_trained(model, tokenizer, self.folder, accept=accept)
+                    own = card and dataclasses.replace(card, beside=name)
+                    saved[name] = save_trained(other, tokenizer, place, apart=apart, card=own)
+            saved[""] = save_trained(model, tokenizer, self.folder, accept=accept, card=card)
             if accept and self.folder:
                 with (self.folder / "config.yaml").open("a") as file:
                     file.write(f"# {accept.told}\n")
@@ -375,12 +376,11 @@ class Run:
             )
         else:
             write()
-        last = self.history[-1] if self.history else {}
         return TrainResult(
             model=saved[""],
             tokenizer=tokenizer,
             history=self.history,
-            final=self._final or {name: value for name, value in last.items() if name.startswith("eval_")},
+            final=final,
             output_dir=self.folder,
             initial=self.initial,
             value_model=saved.get("value_model"),

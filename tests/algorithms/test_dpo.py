@@ -10,7 +10,6 @@ from transformers import AutoModelForCausalLM
 
 from fastrlhf.algorithms import dpo, reference
 from fastrlhf.algorithms.dpo import train_dpo
-from fastrlhf.algorithms.pair_losses import length_norm
 from fastrlhf.config import DPOConfig
 from tests import tiny
 
@@ -64,7 +63,7 @@ def test_loss_and_gradient_are_those_of_the_padded_textbook_loop(model, other, m
     cfg = config(model, ref_model_name_or_path=other, micro_batch_tokens=80, **settings)
     [row] = train_dpo(cfg, examples).history
     policy, reference = (AutoModelForCausalLM.from_pretrained(path) for path in (model, other))
-    log_ratios = padded_log_ratios(policy, reference, examples, length_norm(cfg, cfg.loss_type) == "mean")
+    log_ratios = padded_log_ratios(policy, reference, examples, cfg.length_norm_of(cfg.loss_type) == "mean")
     loss = textbook_loss(cfg, log_ratios)
     loss.backward()
     assert row["loss"] == pytest.approx(loss.item(), rel=1e-5)

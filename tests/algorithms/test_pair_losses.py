@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from fastrlhf.algorithms import dpo, pair_losses
 from fastrlhf.algorithms.dpo import train_dpo
-from fastrlhf.algorithms.pair_losses import length_norm, pair_function
+from fastrlhf.algorithms.pair_losses import pair_function
 from fastrlhf.config import DPOConfig
 from fastrlhf.config.offline import PAIR_LOSSES
 from fastrlhf.data.packing import pair
@@ -160,8 +160,8 @@ def test_the_target_of_ipo_is_reported_per_token_and_per_response(length_norm):
 
 
 def test_auto_is_the_mean_for_ipo_simpo_and_orpo_and_the_sum_elsewhere():
-    norms = {loss: length_norm(DPOConfig(), loss) for loss in PAIR_LOSSES}
+    norms = {loss: DPOConfig().length_norm_of(loss) for loss in PAIR_LOSSES}
     assert {loss for loss, norm in norms.items() if norm == "mean"} == {"ipo", "simpo", "orpo"}
-    assert length_norm(DPOConfig(length_norm="sum"), "ipo") == "sum"
+    assert DPOConfig(length_norm="sum").length_norm_of("ipo") == "sum"
     for soft in ({"label_source": "counts"}, {"loss_type": "ipo", "psi": "logit"}):
-        assert length_norm(DPOConfig(**soft), "ipo") == "sum"
+        assert DPOConfig(**soft).length_norm_of("ipo") == "sum"

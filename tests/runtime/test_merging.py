@@ -14,8 +14,10 @@ from fastrlhf.algorithms.sft import train_sft
 from fastrlhf.config import SFTConfig
 from fastrlhf.models.adapters import add_adapter, has_adapter, merged_copy, plain_weights
 from fastrlhf.models.loading import load_policy
+from fastrlhf.publish.card import MARK
 from fastrlhf.runtime import merging
-from fastrlhf.runtime.merging import Acceptance, save_trained, shift
+from fastrlhf.runtime.inputs import Data
+from fastrlhf.runtime.merging import Acceptance, card_of, save_trained, shift, write_card
 from fastrlhf.types import TokenizedExample
 from tests import tiny
 
@@ -147,3 +149,25 @@ def test_where_saving_fails_the_adapter_is_still_there(tmp_path, monkeypatch):
         save_trained(model, tiny.tokenizer(), tmp_path / "run")
     assert has_adapter(model)
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_a_readme_that_fastrlhf_did_not_write_stays(tmp_path, caplog):
+    write_card(tmp_path, f"{MARK}\nfirst")
+    write_card(tmp_path, f"{MARK}\nsecond")
+    assert (tmp_path / "README.md").read_text() == f"{MARK}\nsecond"
+    (tmp_path / "README.md").write_text("my notes")
+    write_card(tmp_path, f"{MARK}\nthird")
+    assert (tmp_path / "README.md").read_text() == "my notes"
+    assert (tmp_path / "MODEL_CARD.md").read_text() == f"{MARK}\nthird"
+    assert "README.md was not written by fastrlhf and stays; the card of the model is MODEL_CARD.md" in caplog.text
+
+
+def test_each_model_of_a_run_gets_its_card_and_the_adapter_its_own(base, tmp_path):
+    config = SFTConfig(use_peft=True, model_name_or_path=base, dataset_name="rows.jsonl")
+    data = Data(train=[], eval=[], report=None, sources=("rows.jsonl",))
+    card = card_of(config, data, {"eval_loss": 1.5}, {"loss": 2.0})
+    assert (card.datasets, card.num_train, card.num_eval, card.final) == (("rows.jsonl",), 0, 0, {"eval_loss": 1.5})
+    save_trained(trained(base, 1e-3), tiny.tokenizer(), tmp_path / "run", card=card)
+    assert (tmp_path / "run" / "README.md").read_text() == card.text()
+    assert (tmp_path / "run" / "adapter" / "README.md").read_text() == card.adapter_text()
+    assert card_of(config, None, {}, {}) is None

@@ -1,0 +1,1 @@
+"""What the hub is told about a model: its card, and the upload."""
