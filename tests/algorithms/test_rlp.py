@@ -140,6 +140,9 @@ def test_spg_trains_on_synthetic_pairs_and_on_those_of_the_dataset(policy, first
     assert not same(out / "round-1" / "reward", first["reward_model_path"])
     assert not same(out / "round-1" / "policy", first["policy_path"])
     assert by_hand.output_dir != result.output_dir == out / "round-1" / "policy"
+    cards = [out / "round-1" / "reward", out / "round-1" / "policy", tmp_path / "by_hand", Path(first["policy_path"])]
+    named = ["arxiv.org/abs/2403.19279" in (folder / "README.md").read_text() for folder in cards]
+    assert named == [True, True, False, False]
 
 
 def tokenized():
