@@ -62,7 +62,7 @@ SUMS = ("pairs", "accuracy", "reward_chosen", "reward_rejected", "margin", "logp
 def pair_loss(
     logprob: Tensor,  # [T] nats; the only argument with a gradient
     reference_logprob: Tensor | None,  # [T], or [2B] sums over the rows in the mask, or None for 0; [T] if T == 2B
-    cu_seqlens: Tensor,  # [2B+1] int32 or int64: sequences 2i and 2i+1 are chosen and rejected of pair i
+    cu_seqlens: Tensor,  # [2B+1] int32 or int64: sequence 2i is the chosen, 2i+1 the rejected one of pair i
     mask: Tensor,  # [T] bool, True on the tokens of the responses
     *,
     num_pairs: float | Tensor,  # pairs of the whole optimiser step, over all micro-batches and ranks
@@ -78,10 +78,15 @@ def pair_loss(
 ) -> LossOutput:
     """The preference loss sum(weight L) / num_pairs over all pairs, float32. A pair with an empty response is ignored.
 
-    Metrics, summed over the pairs that are not ignored: loss (weighted), pairs, accuracy (pairs with a reward margin
-    above 0), reward_chosen and reward_rejected (beta u, for every length_norm), margin (their difference),
-    logprob_chosen and logprob_rejected (of whole sequences). Raises ValueError for bad arguments and for options that
-    the kind does not have.
+    Raises ValueError for bad arguments and for options that the kind does not have. Metrics, summed over the pairs that
+    are not ignored:
+
+        loss                               weighted loss
+        pairs                              1
+        reward_chosen, reward_rejected     beta u, for every length_norm
+        margin                             reward_chosen - reward_rejected
+        accuracy                           1 if reward_chosen is above reward_rejected
+        logprob_chosen, logprob_rejected   log-prob of the whole sequence
     """
     check_rows("logprob", logprob)
     (num_rows,), device = logprob.shape, logprob.device

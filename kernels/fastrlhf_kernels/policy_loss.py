@@ -73,11 +73,15 @@ def policy_loss(
 ) -> LossOutput:
     """The policy loss sum_t mask weight (-g_t + kl_coef w k - entropy_coef H) / num_tokens, float32.
 
-    `loss_type` chooses g_t. Metrics, summed over the trained tokens: policy_loss (the first term, weighted), ratio
-    (gspo: of the sequence), clip_fraction (tokens whose ratio is replaced by a bound of the clip or of the dual clip;
-    under ppo and gspo they have no gradient), dual_clip_fraction (tokens replaced by the dual clip's bound), approx_kl
-    (k3 estimate of KL(sampler || policy), per token), tokens, and kl (w k) and entropy if their inputs are given.
-    ratio_max is a maximum. Raises ValueError for bad arguments.
+    `loss_type` chooses g_t. Raises ValueError for bad arguments. Metrics, summed over the trained tokens:
+
+        policy_loss         first term of the loss, weighted
+        ratio               r (gspo: the ratio of the sequence); ratio_max is the maximum of r, not a sum
+        clip_fraction       1 if a bound of the clip or of the dual clip replaces r; ppo and gspo: no gradient then
+        dual_clip_fraction  1 if the bound of the dual clip replaces r
+        approx_kl           k3 estimate of KL(sampler || policy)
+        tokens              1
+        kl, entropy         w k and H, if their inputs are given
     """
     check_rows("logprob", logprob)
     shape, device = tuple(logprob.shape), logprob.device
