@@ -7,7 +7,7 @@ from fastrlhf import DPOConfig, Example, train_dpo
 
 PAIRS = [
     Example(prompt="What is 2 + 2?", chosen="It is 4.", rejected="I would rather not say.", label_prob=0.95, row=0),
-    Example(prompt="Name a colour.", chosen="Red.", rejected="Blue.", label_prob=0.5, row=1),  # nobody minds which
+    Example(prompt="Name a colour.", chosen="Red.", rejected="Blue.", label_prob=0.5, row=1),  # both are equally good
 ]
 
 
