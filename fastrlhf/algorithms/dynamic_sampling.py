@@ -14,17 +14,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from fastrlhf.algorithms.roles import Roles
+from fastrlhf.algorithms.judging import JudgedRollouts, joined
 from fastrlhf.config import PPOConfig
-from fastrlhf.rewards.functions import Earned
-from fastrlhf.types import Rollout, TokenizedExample
+from fastrlhf.types import TokenizedExample
 
 REFILLED = 1 << 45
 """Refills number their episodes from here, so that their random draws never coincide with those of other episodes."""
@@ -32,72 +28,6 @@ REFILL_STREAM = 7
 """Random stream that chooses the prompts of refills."""
 DROPPED_TOKENS = "dynamic_sampling/dropped_tokens"
 """Metric: the number of sampled tokens that are not trained on."""
-
-
-@dataclass(kw_only=True)
-class JudgedRollouts:
-    """Rollouts, group after group, with everything that judges and reward functions gave them."""
-
-    rollouts: list[Rollout]
-    scores: Tensor | None
-    """[N] float32; None without a judge"""
-    earned: Earned
-    outcome: Tensor
-    """[N] float64"""
-    succeeded: Tensor
-    """[N] bool"""
-    extra: dict[str, list[Any]] = field(default_factory=dict)
-    """Columns that reward functions logged for samples; a value per rollout"""
-    metrics: dict[str, float] = field(default_factory=dict)
-    """Metrics that reward functions logged"""
-
-    def groups(self, chosen: Sequence[int], size: int) -> JudgedRollouts:
-        """Returns the groups with the given numbers, in this order."""
-        index = [group * size + i for group in chosen for i in range(size)]
-
-        def pick(values: Sequence[Any]) -> list[Any]:
-            return [values[i] for i in index]
-
-        return JudgedRollouts(
-            rollouts=pick(self.rollouts),
-            scores=None if self.scores is None else self.scores[index],
-            earned={name: pick(values) for name, values in self.earned.items()},
-            outcome=self.outcome[index],
-            succeeded=self.succeeded[index],
-            extra={name: pick(values) for name, values in self.extra.items() if len(values) == len(self.rollouts)},
-            metrics=self.metrics,
-        )
-
-
-def judged_rollouts(config: PPOConfig, roles: Roles, rollouts: Sequence[Rollout]) -> JudgedRollouts:
-    """Scores rollouts by the judge and the reward functions of the run, each called once."""
-    found, functions = roles.judged(config, rollouts), roles.rewards.functions
-    return JudgedRollouts(
-        rollouts=list(rollouts),
-        scores=found.scores,
-        earned=found.earned,
-        outcome=found.outcome,
-        succeeded=found.succeeded,
-        extra=functions.extra,
-        metrics=functions.metrics,
-    )
-
-
-def joined(parts: Sequence[JudgedRollouts]) -> JudgedRollouts:
-    """Joins several batches into one; a metric becomes its mean over the batches that logged it."""
-    logged = list(dict.fromkeys(name for part in parts for name in part.metrics))
-    means = {name: float(np.mean([part.metrics[name] for part in parts if name in part.metrics])) for name in logged}
-    columns = [name for name in parts[0].extra if all(name in part.extra for part in parts)]
-    scores = [part.scores for part in parts if part.scores is not None]
-    return JudgedRollouts(
-        rollouts=[rollout for part in parts for rollout in part.rollouts],
-        scores=torch.cat(scores) if scores else None,
-        earned={name: [value for part in parts for value in part.earned[name]] for name in parts[0].earned},
-        outcome=torch.cat([part.outcome for part in parts]),
-        succeeded=torch.cat([part.succeeded for part in parts]),
-        extra={name: [value for part in parts for value in part.extra[name]] for name in columns},
-        metrics=means,
-    )
 
 
 def refilled(

@@ -27,9 +27,10 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastrlhf.algorithms.dynamic_sampling import DROPPED_TOKENS, JudgedRollouts, judged_rollouts, refilled
+from fastrlhf.algorithms.dynamic_sampling import DROPPED_TOKENS, refilled
 from fastrlhf.algorithms.experience import pack_episodes, score_episodes
 from fastrlhf.algorithms.guards import check_kl, check_sampler
+from fastrlhf.algorithms.judging import JudgedRollouts, judged_once, judged_rollouts
 from fastrlhf.algorithms.open_update import OpenUpdate
 from fastrlhf.algorithms.own_resets import DROPPED, restart_failures
 from fastrlhf.algorithms.pair_update import update_pairs
@@ -114,6 +115,7 @@ def train_ppo(
         functions=replace(functions, rows=eval_rows),
         stops=roles.stops,
     )
+    judge_all = partial(judged_rollouts, config, roles)
     opened = OpenUpdate(device=policy.device)
 
     def sample(prefixes: Sequence[Prefix]) -> Sequence[Rollout]:
@@ -136,7 +138,7 @@ def train_ppo(
     def sample_judged(progress: float, rows: Sequence[TokenizedExample], first_group: int) -> JudgedRollouts:
         rollouts = sample_from(rows, first_group=first_group, progress=progress, sentence_ends=sentence_ends)
         with roles.waiting.present():
-            return judged_rollouts(config, roles, rollouts)
+            return judge_all(rollouts)
 
     with Run(
         _name(config),
@@ -173,14 +175,14 @@ def train_ppo(
                     rollouts, restarts = sample_from(drawn, **place), dict[str, float]()
                 if config.reset_source == "rollout":
                     with roles.waiting.present():
-                        first = roles.judged(config, rollouts)
-                    found = (first.outcome, first.succeeded)
+                        rewarded = judge_all(rollouts)
+                    found = (rewarded.outcome, rewarded.succeeded)
                     rollouts, restarts = restart_failures(config, rollouts, *found, sample=sample, **place)
                 sampled = time.perf_counter()
                 run.between_parts()
                 packs = pack_episodes(config, rollouts, order, policy.device)
                 with roles.waiting.present():
-                    rewarded = rewarded or judged_rollouts(config, roles, rollouts)
+                    rewarded = judged_once(rewarded, rollouts, config.num_generations, judge_all)
                     if refiner is not None:
                         assert rewards.implicit is not None
                         label = rewarded.succeeded

@@ -6,10 +6,8 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastrlhf.algorithms.outcomes import outcomes, successes
 from fastrlhf.algorithms.prefixes import make_roll_in
 from fastrlhf.algorithms.psipo import dataset_opponents, load_psi, psi_judge
 from fastrlhf.config import PPOConfig, require
@@ -19,7 +17,7 @@ from fastrlhf.data.reading import TextReader, open_reader
 from fastrlhf.data.specials import end_ids, special_ids
 from fastrlhf.data.tokens import TextRules
 from fastrlhf.distributed.ranks import together
-from fastrlhf.evaluation.judges import Judge, asked_once, checked_scores, reward_model_judge
+from fastrlhf.evaluation.judges import Judge, asked_once, reward_model_judge
 from fastrlhf.models.adapters import frozen_copy
 from fastrlhf.models.architecture import check_head
 from fastrlhf.models.given import policy_or_given
@@ -33,7 +31,7 @@ from fastrlhf.models.offload import Waiting
 from fastrlhf.models.roles import critic_from, holds_adapter, judge_and_critic, new_critic, score_role
 from fastrlhf.models.sharding import shard
 from fastrlhf.models.vocabulary import limit_vocabulary
-from fastrlhf.rewards.functions import Earned, RewardFunction, RewardFunctions
+from fastrlhf.rewards.functions import RewardFunction, RewardFunctions
 from fastrlhf.rewards.implicit import implicit_sources, open_implicit_reward
 from fastrlhf.rewards.terms import Rewards, open_rewards
 from fastrlhf.rollout.engine import Engine, SharedEngine, TransformersEngine
@@ -41,25 +39,12 @@ from fastrlhf.rollout.probe import decoder_of
 from fastrlhf.rollout.stop import StoppingEngine, Stops
 from fastrlhf.rollout.vllm import check_vllm, open_vllm
 from fastrlhf.runtime.inputs import Data
-from fastrlhf.types import EndIds, Rollout, TokenizedExample
+from fastrlhf.types import EndIds, TokenizedExample
 
 log = logging.getLogger(__name__)
 
 EngineFactory = Callable[[PPOConfig, PreTrainedModel, EndIds], Engine]
 """(config, policy, the ids that end a response) -> the engine of the run."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Judged:
-    """Scores and outcomes of N responses by the judge and the reward functions of a run."""
-
-    scores: Tensor | None
-    """[N] float32 scores of the judge; None without a judge"""
-    earned: Earned
-    outcome: Tensor
-    """[N] float64 on the CPU (outcomes.py)"""
-    succeeded: Tensor
-    """[N] bool on the CPU"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,14 +72,6 @@ class Roles:
     """The stop strings of a response; None if there are none."""
     waiting: Waiting
     """The frozen models, which may be in CPU memory while they are not used."""
-
-    def judged(self, config: PPOConfig, rollouts: Sequence[Rollout]) -> Judged:
-        """Calls the judge and the reward functions of the run for the responses."""
-        scores = checked_scores(self.score(rollouts), rollouts, self.policy.device) if self.score else None
-        functions = self.rewards.functions
-        earned = functions(rollouts)
-        outcome = outcomes(config, rollouts, scores, functions, earned)
-        return Judged(scores=scores, earned=earned, outcome=outcome, succeeded=successes(config, outcome))
 
 
 def check_sources(

@@ -4,7 +4,8 @@ makes the same choices."""
 import pytest
 import torch
 
-from fastrlhf.algorithms.dynamic_sampling import REFILLED, JudgedRollouts, refilled, with_spread
+from fastrlhf.algorithms.dynamic_sampling import REFILLED, refilled, with_spread
+from fastrlhf.algorithms.judging import JudgedRollouts
 from fastrlhf.algorithms.ppo import train_ppo
 from fastrlhf.config import GRPOConfig, PPOConfig
 from fastrlhf.types import Prefix, Rollout, TokenizedExample

@@ -12,6 +12,7 @@ from fastrlhf.algorithms.advantages import leave_one_out
 from fastrlhf.algorithms.own_resets import RESAMPLED, restart_failures
 from fastrlhf.algorithms.ppo import train_ppo
 from fastrlhf.config import GRPOConfig, PPOConfig
+from fastrlhf.rewards.functions import DRY_ROWS
 from fastrlhf.types import Prefix, Rollout
 from tests import tiny
 from tests.algorithms.test_ppo import assert_same_history, config, paths  # noqa: F401 (a fixture)
@@ -210,30 +211,33 @@ def test_with_an_empty_band_a_run_is_the_plain_run_bit_for_bit(paths):
         assert torch.equal(weight, never.model.state_dict()[name]), name
 
 
-def test_a_run_restarts_the_groups_that_failed_and_counts_all_sampled_tokens(paths):
+def test_a_run_judges_every_response_once_and_counts_all_sampled_tokens(paths):
     seen: list[Rollout] = []
 
     def right(rollout: Rollout) -> float:
         seen.append(rollout)
-        return float(rollout.completion[-1] % 3 == 0)
+        return last_token(rollout)
 
     result = learned(paths, functions={"right": right}, **OWN, success_threshold=1.0, max_steps=2)
-    calls = [
-        seen[-16 * i : len(seen) - 16 * (i - 1)] for i in (4, 3, 2, 1)
-    ]  # the last four batches of calls; the earlier ones are trial calls before the first step
-    for drawn, trained, row in zip(calls[::2], calls[1::2], result.history, strict=True):
-        again = [x for x in trained if x.prefix.num_reset]
-        assert row["drpo/groups_restarted"] == len(again) / 16 > 0
-        sampled = sum(len(x.completion) for x in drawn) + sum(len(x.completion) for x in again)
-        assert row["num_tokens"] == sampled
-        for i, episode in enumerate(trained):
-            if not episode.prefix.num_reset:
-                assert episode == drawn[i]
-                continue
-            group = drawn[i // SIZE * SIZE : (i // SIZE + 1) * SIZE]
-            responses = [[*x.prefix.token_ids, *x.completion] for x in group]
+    calls = seen[DRY_ROWS:]
+    for row in result.history:
+        drawn, calls = calls[:16], calls[16:]
+        num_again = round(row["drpo/groups_restarted"] * 16)
+        again, calls = calls[:num_again], calls[num_again:]
+        assert num_again > 0
+        assert row["num_tokens"] == sum(len(x.completion) for x in [*drawn, *again])
+        trained = list(drawn)
+        for episode in again:
+            index = (episode.prefix.episode - RESAMPLED) % 16
+            trained[index] = episode
+            group = drawn[index // SIZE * SIZE : (index // SIZE + 1) * SIZE]
+            responses = [[*x.prefix.token_ids, *x.completion] for x in group if not last_token(x)]
             start = episode.prefix.token_ids
+            assert episode.prefix.num_reset
             assert start in [response[: len(start)] for response in responses]
+        assert row["drpo/first_success"] == np.mean([last_token(x) for x in drawn])
+        assert row["objective/scores"] == pytest.approx(np.mean([last_token(x) for x in trained]), abs=1e-7)
+    assert not calls
 
 
 @pytest.mark.parametrize(
