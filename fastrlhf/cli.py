@@ -17,7 +17,7 @@ from typing import Any
 
 from fastrlhf import __version__
 from fastrlhf import config as configs
-from fastrlhf.config import files
+from fastrlhf.config import compare, files
 from fastrlhf.config.command_line import config_paths, parse, split_configs
 from fastrlhf.config.elsewhere import explain_command
 from fastrlhf.config.functions import user_frames
@@ -137,7 +137,7 @@ def _train(command: str, arguments: Sequence[str]) -> None:
 
     finished = [(name, run) for name, run in earlier if holds_model(run.output_dir)]
     for name, run in finished:
-        files.check_unchanged(run, name)
+        compare.check_unchanged(run, name)
     runs = [*(run for run in earlier if run not in finished), (command, config)]
     for name, run in finished:
         print(f"{name}: {run.output_dir} holds a finished run; skipped")

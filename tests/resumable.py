@@ -61,7 +61,7 @@ def run(kind: str, paths: dict[str, str], folder: Path, **settings):
         "max_steps": STEPS,
         "save_steps": EVERY,
         "eval_steps": 3,
-        "per_device_train_batch_size": 4,
+        "train_batch_size": 4,
         "learning_rate": 1e-2,
         "warmup_steps": 2,
         "max_length": 32,
@@ -99,16 +99,16 @@ def run(kind: str, paths: dict[str, str], folder: Path, **settings):
             return ppo.train_ppo(DRPOConfig(**keys), examples, judge=noisy_judge)
         case "refuel":
             own = {"reset_prob": 0.7, "reset_source": "rollout", "num_generations": 2, "update": "pair"}
-            keys = shared | judged | own | {"per_device_train_batch_size": 8} | settings
+            keys = shared | judged | own | {"train_batch_size": 8} | settings
             return ppo.train_ppo(GRPOConfig(**keys), examples, held_out)
         case "prime":
             own = {"dpo_refine": "outcome", "dpo_refine_learning_rate": 1e-2, "success_threshold": 0.0}
-            own |= {"advantage_estimator": "prime", "num_generations": 2, "per_device_train_batch_size": 8}
+            own |= {"advantage_estimator": "prime", "num_generations": 2, "train_batch_size": 8}
             keys = shared | judged | own | settings
             return ppo.train_ppo(GRPOConfig(**keys), examples, held_out)
         case "grpo":
             own = {"num_generations": 2, "dynamic_sampling_factor": 3.0, "overlong_buffer": 3, "kl_coef": 0.05}
-            drawn = {"top_p": 0.9, "temperatures": (0.7, 1.0), "response_length": 5, "per_device_train_batch_size": 8}
+            drawn = {"top_p": 0.9, "temperatures": (0.7, 1.0), "response_length": 5, "train_batch_size": 8}
             keys = shared | own | drawn | settings
             return ppo.train_ppo(GRPOConfig(**keys), examples, held_out, reward_functions={"even": starts_even})
         case "roles":

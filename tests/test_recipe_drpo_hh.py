@@ -43,7 +43,7 @@ def dialogues(tmp_path) -> str:
 def test_every_section_runs_in_the_order_of_the_file(dialogues, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # the recipe's folders are relative, and sections read the folders of earlier ones
     small = {"dataset_name": dialogues, "dataset_test_split": "", "num_eval_examples": 4, "dtype": "float32"}
-    short = small | {"max_steps": 2, "per_device_train_batch_size": 8, "progress": False}
+    short = small | {"max_steps": 2, "train_batch_size": 8, "progress": False}
     own = {"sft": {"model_name_or_path": tiny.save_policy(tmp_path / "base")}, "drpo": {"response_length": 6}}
 
     def config(command, kind, settings):

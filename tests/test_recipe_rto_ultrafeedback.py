@@ -57,7 +57,7 @@ def test_every_section_runs_in_the_order_of_the_file(datasets, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)  # the recipe's folders are relative, and rto reads the folders of earlier sections
     start = save_chat_model(tmp_path / "mixture", 0)
     small = {"dataset_train_split": "train", "dataset_test_split": "", "num_eval_examples": 4, "dtype": "float32"}
-    short = {"max_steps": 2, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "progress": False}
+    short = {"max_steps": 2, "train_batch_size": 8, "progress": False}
     starts = {name: {"model_name_or_path": start} for name in TRAINERS}
     starts["reward"] = {"model_name_or_path": save_chat_model(tmp_path / "small", 1), "tokenizer_name_or_path": start}
     starts["sft"]["tokenizer_name_or_path"] = start

@@ -46,10 +46,10 @@ def datasets(tmp_path) -> dict[str, str]:
 def test_every_section_runs_in_the_order_of_the_file(recipe, datasets, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # the recipe's folders are relative, and sections read the folders of earlier ones
     small = {"dataset_test_split": "", "num_eval_examples": 4, "dtype": "float32"}
-    short = small | {"max_steps": 2, "per_device_train_batch_size": 8, "progress": False}
+    short = small | {"max_steps": 2, "train_batch_size": 8, "progress": False}
     own = {"sft": {"model_name_or_path": tiny.save_policy(tmp_path / "base")}}
     own |= {key: {"dataset_config": ""} for key in ("reward", "dpo")}
-    own |= {key: {"response_length": 6, "gradient_accumulation_steps": 1} for key in ("ppo", "drpo")}
+    own |= {key: {"response_length": 6} for key in ("ppo", "drpo")}
 
     def config(command, kind, settings):
         flags = [part for name, value in settings.items() for part in (f"--{name}", str(value))]

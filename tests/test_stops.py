@@ -42,7 +42,7 @@ def job(tmp_path_factory):
         "model_config": MODEL,
         "tokenizer_name_or_path": str(place / "tokenizer"),
         "dataset_name": str(place / "rows.jsonl"),
-        "per_device_train_batch_size": 4,
+        "train_batch_size": 4,
         "max_length": 32,
         "max_steps": 60,
         "progress": False,

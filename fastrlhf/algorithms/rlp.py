@@ -44,7 +44,7 @@ from fastrlhf.algorithms.rlp_spg import synthetic_pairs
 from fastrlhf.algorithms.rlp_uml import Views
 from fastrlhf.algorithms.scoring import per_response
 from fastrlhf.config import PPOConfig, RewardConfig, RLPConfig, require
-from fastrlhf.config.files import SAME_MODEL, differences
+from fastrlhf.config.compare import SAME_MODEL, differences
 from fastrlhf.config.paths import at_start
 from fastrlhf.data.identity import difference, require_same_tokenizer
 from fastrlhf.data.specials import end_ids, special_ids

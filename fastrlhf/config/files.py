@@ -1,8 +1,7 @@
-"""Reads configurations from YAML files and flags, and writes and compares the resolved configuration of a run."""
+"""Reads configurations from YAML files and flags, and writes the resolved configuration of a run."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import re
@@ -18,7 +17,7 @@ from fastrlhf.config import CONFIGS
 from fastrlhf.config.choices import NoChoice
 from fastrlhf.config.elsewhere import explain, explain_command
 from fastrlhf.config.help import keys_of
-from fastrlhf.config.paths import Filled, as_given, filled_in, is_same, remember
+from fastrlhf.config.paths import Filled, as_given, filled_in, remember
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -33,16 +32,6 @@ ALIASES = {
     "reward_funcs": "reward_functions",
 }
 """Other accepted names of keys: TRL's, and those of the previous release."""
-
-
-SAME_MODEL = (
-    *("output_dir", "template_date", "run_name", "report_to", "progress", "logging_steps", "ref_cache_dir", "device"),
-    *("micro_batch_tokens", "rollout_batch_size", "decode", "ref_reward_offload"),
-    *("activation_checkpointing", "activation_offloading", "attn_implementation", "torch_compile", "use_liger_kernel"),
-    *("save_steps", "save_total_limit", "disk_wait_minutes", "resume_from_checkpoint", "resume_weights_only"),
-    "resume_changed_functions",
-)
-"""Keys that do not change the final model, only where a run writes, how fast it is and what it shows."""
 
 
 def read_yaml(path: str, kind: type, command: str) -> dict[str, Any]:
@@ -143,25 +132,6 @@ def names_folder(values: Iterable[Mapping[str, Any]], folder: str) -> bool:
     ]
     places = [Path(os.path.abspath(text)) for text in texts]
     return any(Path(os.path.abspath(folder)) in (place, *place.parents) for place in places)
-
-
-def check_unchanged(config: Any, section: str) -> None:
-    """Raises ValueError if the finished run in `config.output_dir` had other settings.
-
-    A folder without a config.yaml is accepted, because its model was not written by a run of this project.
-    """
-    written = Path(config.output_dir) / "config.yaml"
-    before = _by_new_names(load_yaml(str(written))) if written.exists() else {}
-    changed = [
-        f"{key} was {before[key]!r} and is {value!r}"
-        for key, value in _plain(dataclasses.asdict(config)).items()
-        if key not in SAME_MODEL and key in before and not is_same(key, before[key], value)
-    ]
-    if changed:
-        raise ValueError(
-            f"{section}: {config.output_dir} holds a run with other settings: {', '.join(changed)}; give the section "
-            "another output_dir, or remove the folder"
-        )
 
 
 def _section(path: str, content: dict[str, Any], name: str) -> dict[str, Any]:
@@ -354,46 +324,9 @@ def as_yaml(config: Any) -> str:
     Environment variables and relative paths are written as the user gave them."""
     import yaml  # not in the base install
 
-    return yaml.dump(_plain(as_given(config)), Dumper=_dumper(), sort_keys=False)
+    return yaml.dump(plain(as_given(config)), Dumper=_dumper(), sort_keys=False)
 
 
-def differences(config: Any, path: Path, ignored: Collection[str] = ()) -> list[str]:
-    """Lists the differences between the resolved configuration in a file and `config`, for example "seed: 1 there, 2
-    here".
-
-    A key that is missing in the file, because a newer version added it, has its default there. Two paths are equal if
-    they lead to the same place. A larger number of steps is no difference if the learning rate is constant. Raises
-    ValueError if the file does not hold a mapping.
-    """
-    there = _by_new_names(load_yaml(str(path)))
-    here = _plain(dataclasses.asdict(config))
-    defaults = _plain({field.name: field.default for field in fields(config)})
-    return [
-        f"{key}: {old!r} there, {new!r} here"
-        for key in {**there, **here}
-        for old, new in [(there.get(key, defaults.get(key, "absent")), here.get(key, "absent"))]
-        if key not in ignored and not is_same(key, old, new) and not _longer(config, there, key)
-    ]
-
-
-def _longer(config: Any, there: Mapping[str, Any], key: str) -> bool:
-    """Returns whether the change of this key only makes the run longer and leaves all past steps valid: neither the
-    learning rate nor a curriculum depends on the number of steps."""
-    old, new = there.get(key), getattr(config, key, None)
-    return (
-        key in ("max_steps", "num_train_epochs")
-        and getattr(config, "lr_scheduler_type", "") == "constant"
-        and not getattr(config, "reset_curriculum", 0)
-        and isinstance(old, int | float)
-        and isinstance(new, int | float)
-        and 0 < old < new
-    )
-
-
-def _by_new_names(written: dict[str, Any]) -> dict[str, Any]:
-    """Replaces key names of the previous release, as its runs wrote them to config.yaml, by the present names."""
-    return {ALIASES.get(key, key): value for key, value in written.items()}
-
-
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
+def plain(values: dict[str, Any]) -> dict[str, Any]:
+    """Returns the values as a YAML file holds them: tuples as lists."""
     return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}

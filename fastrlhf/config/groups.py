@@ -14,7 +14,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
         *("max_bad_fraction", "max_dropped_fraction"),
     ),
     "Batch and steps": (
-        *("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps"),
+        *("per_device_train_batch_size", "train_batch_size", "gradient_accumulation_steps"),
+        *("num_train_epochs", "max_steps"),
         *("total_episodes", "num_ppo_epochs", "num_mini_batches"),
     ),
     "Optimiser": (

@@ -266,4 +266,4 @@ class KTOConfig(ReferenceConfig):
     def __post_init__(self) -> None:
         ReferenceConfig.__post_init__(self)
         above_0(self, "beta", "desirable_weight", "undesirable_weight")
-        require(self.batch_size > 1, "per_device_train_batch_size", self.batch_size, "2 or more: the KL pairs two rows")
+        require(self.batch_size > 1, self.batch_key, self.batch_size, "2 or more: the KL pairs two rows")

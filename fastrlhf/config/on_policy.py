@@ -4,7 +4,7 @@ of the keys are in rewards.py, sampling.py, losses.py, pairs.py and resets.py.""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from fastrlhf.config.checks import at_default, at_least, require
 from fastrlhf.config.losses import LossKeys
@@ -20,6 +20,8 @@ class PPOConfig(ResetKeys, PairKeys, LossKeys, SamplingKeys, RewardKeys, TrainCo
     """Trains a policy on its own samples: PPO with a critic, GRPO if `advantage_estimator` is grpo, DR-PO if
     `reset_prob` is above 0, RTO with a `dpo_model_path`, and combinations of them. `model_name_or_path` is the SFT
     model; the policy starts from it, and it is the reference model."""
+
+    UNIT: ClassVar[str] = "episodes"
 
     learning_rate: float = 3e-6
     per_device_train_batch_size: int = 64

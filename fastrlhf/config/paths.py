@@ -9,6 +9,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from fastrlhf.config.batch import processes
 from fastrlhf.config.checks import check_config
 from fastrlhf.config.train import TrainConfig
 
@@ -49,8 +50,13 @@ def remember(key: str, resolved: str, given: str) -> None:
 
 
 def as_given(config: Any) -> dict[str, Any]:
-    """Returns the values of a configuration as the user gave them, for config.yaml and the trackers."""
-    return {key: _as_given(key, value) for key, value in asdict(config).items()} | dict(_variables(config))
+    """Returns the values of a configuration as the user gave them, for config.yaml and the trackers. In several
+    processes `train_batch_size` is filled in, because the other keys determine the batch only together with their
+    number."""
+    values = {key: _as_given(key, value) for key, value in asdict(config).items()} | dict(_variables(config))
+    if processes() > 1 and isinstance(config, TrainConfig):
+        values["train_batch_size"] = config.batch_size
+    return values
 
 
 class Filled(str):
@@ -70,7 +76,7 @@ def with_variables(config: Config, values: Mapping[str, Any]) -> Config:
     filled = {key: text for key, text in values.items() if isinstance(text, Filled)}
     numbers = {key: getattr(config, key) for key in filled if isinstance(getattr(config, key), int | float)}
     # A flag may have replaced the value of the file.
-    return _noted(config, {key: filled[key].given for key, x in numbers.items() if x == _number(filled[key])})
+    return _noted(config, {key: filled[key].given for key, x in numbers.items() if x == as_number(filled[key])})
 
 
 def _noted(config: Config, names: Mapping[str, str]) -> Config:
@@ -97,7 +103,7 @@ def is_same(key: str, written: Any, value: Any) -> bool:
     value = list(value) if isinstance(value, tuple) else value
     filled = filled_in(key, written)
     return (
-        value in (written, filled, _number(filled))
+        value in (written, filled, as_number(filled))
         or ("$" not in str(written) and written == _as_given(key, value))
         or _is_same_place(filled, value)
     )
@@ -125,7 +131,7 @@ def _as_given(key: str, value: Any) -> Any:
     return value
 
 
-def _number(text: Any) -> Any:
+def as_number(text: Any) -> Any:
     """Converts text that is a number to this number; returns any other value unchanged."""
     try:
         return float(text) if isinstance(text, str) else text

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from datetime import date
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from fastrlhf.config.batch import BatchKeys
 from fastrlhf.config.checks import above_0, at_default, at_least, check_types, expand_home, require
 from fastrlhf.config.elsewhere import explain
 
@@ -25,7 +26,7 @@ LORA_KEYS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(BatchKeys):
     """The keys that all trainers share."""
 
     UNREAD: ClassVar[tuple[str, ...]] = ()
@@ -145,11 +146,6 @@ class TrainConfig:
     beginning of the response if the tokenizer joins the two, as in TRL: "TL;DR: " before "cats" becomes "TL;DR:" before
     " cats"."""
 
-    per_device_train_batch_size: int = 8
-    """Number of sequences, pairs or episodes per optimiser step over all processes together;
-    `gradient_accumulation_steps` multiplies it."""
-    gradient_accumulation_steps: int = 1
-    """Factor on the batch size, as in TRL. It does not change memory use; `micro_batch_tokens` does."""
     micro_batch_tokens: int = 8192
     """Maximum number of tokens in one forward and backward pass; a shared prompt counts once. It changes memory use and
     speed but no gradient."""
@@ -234,8 +230,8 @@ class TrainConfig:
         check_types(self)
         parse_template_kwargs(self.chat_template_kwargs)
         require(_is_day(self.template_date), "template_date", self.template_date, "a date such as 2026-11-30, or empty")
-        at_least(self, 1, "per_device_train_batch_size", "gradient_accumulation_steps", "micro_batch_tokens")
-        at_least(self, 1, "lora_r", "lora_alpha", "logging_steps")
+        self.check_batch()
+        at_least(self, 1, "micro_batch_tokens", "lora_r", "lora_alpha", "logging_steps")
         require(bool(self.lora_target_modules), "lora_target_modules", self.lora_target_modules, "all-linear, or names")
         at_default(
             self,
@@ -272,10 +268,6 @@ class TrainConfig:
         for name in ("max_bad_fraction", "max_dropped_fraction"):
             require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "in 0..1")
         require(0 <= self.seed < 2**63, "seed", self.seed, "in 0..2^63 - 1")
-
-    @property
-    def batch_size(self) -> int:
-        return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
 
 def parse_columns(columns: str) -> dict[str, str]:

@@ -1,10 +1,10 @@
 """Lets several processes train as one: `torchrun --nproc-per-node 8 -m fastrlhf COMMAND ...`, with one process per GPU.
 
-Every rank reads the same data in the same order and knows the whole plan of a step; the batch size counts all ranks
-together. Only expensive work is divided: each rank computes its part of the micro-batches, of the responses and of the
-scores, and the ranks exchange the results, so that all of them hold the same numbers. All ranks then compute the same
-rewards, whitening, KL coefficient and early stops. Before that, `compare` refuses ranks with different settings or
-data. Only rank 0 writes files, except for the parts of a checkpoint.
+Every rank reads the same data in the same order and knows the whole plan of a step, all rows of its batch. Only
+expensive work is divided: each rank computes its part of the micro-batches, of the responses and of the scores, and the
+ranks exchange the results, so that all of them hold the same numbers. All ranks then compute the same rewards,
+whitening, KL coefficient and early stops. Before that, `compare` refuses ranks with different settings or data. Only
+rank 0 writes files, except for the parts of a checkpoint.
 
 In a single process, these functions return their input unchanged.
 """
@@ -27,6 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastrlhf.config import TrainConfig, require
+from fastrlhf.config.batch import processes
 from fastrlhf.config.paths import as_given
 
 T = TypeVar("T")
@@ -45,19 +46,15 @@ def start(config: TrainConfig) -> None:
     Raises ValueError for settings that several processes do not support yet, and if ranks differ in a key of the
     configuration or in the version of torch, transformers or fastrlhf.
     """
-    world = max(_launched(), world_size())
+    world = processes()
     if world == 1:
         return
     rule = f"False in {world} processes, among which weights in 4 bits cannot be spread"
     require(not config.load_in_4bit, "load_in_4bit", True, rule)
     rule = f"float32 in {world} processes, which cannot measure the shift"
     require(config.merged_dtype == "float32", "merged_dtype", config.merged_dtype, rule)
-    require(
-        config.batch_size % world == 0,
-        "per_device_train_batch_size",
-        config.per_device_train_batch_size,
-        f"such that the batch of an optimiser step, {config.batch_size} in all, is a multiple of the {world} processes",
-    )
+    rows = config.batch_size
+    require(rows % world == 0, config.batch_key, rows, f"a multiple of the {world} processes")
     require(
         config.device in ("auto", "cpu", "cuda"), "device", config.device, f"auto, cpu or cuda in {world} processes"
     )
@@ -75,7 +72,7 @@ def _version(package: str) -> str:
 def _join(config: TrainConfig) -> None:
     backend = "gloo"
     if config.device != "cpu" and torch.cuda.is_available():
-        world = _launched()
+        world = processes()
         rule = "1, or set by torchrun, which sets LOCAL_RANK too"
         require("LOCAL_RANK" in os.environ, "WORLD_SIZE", world, rule)
         place, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
@@ -88,7 +85,7 @@ def _join(config: TrainConfig) -> None:
 
 def check_one_process(what: str) -> None:
     """Raises ValueError if torchrun has started several processes."""
-    if _launched() > 1:
+    if processes() > 1:
         raise ValueError(f"WORLD_SIZE: {what} runs in one process; start it without torchrun")
 
 
@@ -261,11 +258,6 @@ def _sendable(error: BaseException) -> BaseException:
     except Exception:  # user-defined functions raise errors of any class
         return RuntimeError(f"{type(error).__name__}: {error}")
     return error
-
-
-def _launched() -> int:
-    """Returns the number of processes that torchrun has started."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _reduced(values: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:

@@ -29,7 +29,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.config import TrainConfig
-from fastrlhf.config.files import SAME_MODEL, as_yaml, differences
+from fastrlhf.config.compare import SAME_MODEL, differences
+from fastrlhf.config.files import as_yaml
 from fastrlhf.distributed.ranks import on_each, on_first
 from fastrlhf.models.adapters import has_adapter
 from fastrlhf.models.quiet import quiet

@@ -98,6 +98,7 @@ def open_inputs(
     any rank finds a problem, or if ranks have read different rows.
     """
     start(config)
+    log.info("batch: %s", config.describe_batch())
     if config.output_dir:
         on_first(lambda: check_run_dir(config))
         on_first(lambda: check_idle(config.output_dir))

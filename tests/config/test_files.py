@@ -1,5 +1,5 @@
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -22,8 +22,6 @@ from fastrlhf.config.files import (
     as_flags,
     as_yaml,
     check_flags,
-    check_unchanged,
-    differences,
     names_folder,
     read_yaml,
     run_first,
@@ -116,19 +114,6 @@ def test_a_folder_is_named_by_its_path_or_a_path_in_it_but_not_by_output_dir(mon
         assert names_folder([{"seed": 1}, {"dpo_model_path": value}], "runs/dpo"), value
     for value in ("runs/dpo2", "runs", "dpo", "", None, 3):
         assert not names_folder([{"dpo_model_path": value, "output_dir": "runs/dpo"}], "runs/dpo"), value
-
-
-def test_a_finished_run_of_other_settings_is_refused_with_every_key_that_differs(tmp_path):
-    config = DPOConfig(output_dir=str(tmp_path), beta=0.5, loss_weights=(1.0,))
-    (tmp_path / "config.yaml").write_text(as_yaml(config))
-    check_unchanged(config, "dpo")
-    check_unchanged(replace(config, micro_batch_tokens=64, progress=False, report_to=("wandb",)), "dpo")
-    with pytest.raises(
-        ValueError, match=r"beta was 0.5 and is 0.1, loss_weights was \[1.0\] and is \[\]; give .* output_dir"
-    ):
-        check_unchanged(replace(config, beta=0.1, loss_weights=()), "dpo")
-    (tmp_path / "config.yaml").unlink()
-    check_unchanged(replace(config, beta=0.1), "dpo")
 
 
 def test_a_shared_key_may_be_unread_in_some_sections(write):
@@ -253,7 +238,6 @@ def test_a_key_that_takes_text_gets_the_characters_of_the_file(write, tmp_path, 
     assert (config.run_name, config.report_to) == (text, (text,))
     (tmp_path / "config.yaml").write_text(as_yaml(config), encoding="utf-8")
     assert parse(SFTConfig, ["--config", str(tmp_path / "config.yaml")], "sft") == config
-    assert differences(config, tmp_path / "config.yaml") == []
 
 
 def test_numbers_are_read_as_written_and_quoted_ones_too(write):
@@ -294,13 +278,6 @@ def test_a_file_in_the_home_folder_is_found(write, monkeypatch):
     assert parse(SFTConfig, ["--config=~/run.yaml"], "sft").seed == 3
 
 
-def test_a_run_of_the_previous_release_is_compared_by_the_new_names(tmp_path):
-    (tmp_path / "config.yaml").write_text(as_yaml(PPOConfig(num_generations=2)))
-    text = (tmp_path / "config.yaml").read_text().replace("num_generations", "reset_group_size")
-    (tmp_path / "config.yaml").write_text(text)
-    assert differences(PPOConfig(num_generations=2), tmp_path / "config.yaml") == []
-
-
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_section_of_every_recipe_is_a_valid_configuration(recipe, monkeypatch):
     monkeypatch.setenv("FASTRLHF_DATA", "/data")
@@ -310,19 +287,6 @@ def test_every_section_of_every_recipe_is_a_valid_configuration(recipe, monkeypa
         config = parse(CONFIGS[command], ["--config", recipe.stem], command)
         assert config == parse(CONFIGS[command], ["--config", str(recipe)], command)
         assert set(run_first(recipe.stem, command)) <= sections
-
-
-def test_the_keys_in_which_a_run_differs_are_named_with_both_values(tmp_path):
-    (tmp_path / "config.yaml").write_text(as_yaml(PPOConfig(seed=1, report_to=("wandb",), learning_rate=1e-5)))
-    assert differences(PPOConfig(seed=1, report_to=("wandb",), learning_rate=1e-5), tmp_path / "config.yaml") == []
-    other = PPOConfig(seed=2, report_to=(), learning_rate=1e-5)
-    assert differences(other, tmp_path / "config.yaml") == [
-        "seed: 1 there, 2 here",
-        "report_to: ['wandb'] there, [] here",
-    ]
-    assert differences(other, tmp_path / "config.yaml", ["seed", "report_to"]) == []
-    (tmp_path / "config.yaml").write_text("unknown: 3\n")
-    assert "unknown: 3 there, 'absent' here" in differences(other, tmp_path / "config.yaml")
 
 
 @pytest.mark.parametrize("how", ["file", "flag", "flag with ="])
@@ -363,34 +327,3 @@ def test_an_error_names_file_and_section_unless_the_value_came_from_a_flag(write
 def test_a_duplicate_key_is_refused_with_its_lines(write, text):
     with pytest.raises(ValueError, match=r"'(sft|seed)' occurs more than once, in lines (1 and 3|2 and 4)"):
         read_yaml(write(text), SFTConfig, "sft")
-
-
-def test_runs_compare_missing_keys_by_default_and_paths_by_their_target(tmp_path, monkeypatch):
-    (tmp_path / "model").mkdir()
-    monkeypatch.chdir(tmp_path)
-    written = SFTConfig(model_name_or_path="model", seed=3)
-    (tmp_path / "config.yaml").write_text(as_yaml(written))
-    lines = [line for line in (tmp_path / "config.yaml").read_text().splitlines() if "disk_wait_minutes" not in line]
-    (tmp_path / "config.yaml").write_text("\n".join(lines))
-    assert differences(replace(written, model_name_or_path=str(tmp_path / "model")), tmp_path / "config.yaml") == []
-    changed = replace(written, model_name_or_path=str(tmp_path), disk_wait_minutes=3.0)
-    assert differences(changed, tmp_path / "config.yaml") == [
-        f"model_name_or_path: 'model' there, {str(tmp_path)!r} here",
-        "disk_wait_minutes: 10.0 there, 3.0 here",
-    ]
-
-
-@pytest.mark.parametrize(
-    ("before", "after", "allowed"),
-    [
-        ({"max_steps": 5}, {"max_steps": 9}, True),
-        ({"num_train_epochs": 1.0}, {"num_train_epochs": 2.0}, True),
-        ({"max_steps": 9}, {"max_steps": 5}, False),  # refused, because the checkpoint may be from a step after 5
-        ({"max_steps": -1}, {"max_steps": 5}, False),
-        ({"max_steps": 5, "lr_scheduler_type": "linear"}, {"max_steps": 9}, False),
-    ],
-)
-def test_a_run_may_be_extended_if_nothing_so_far_depends_on_its_length(before, after, allowed, tmp_path):
-    written = SFTConfig(**{"lr_scheduler_type": "constant"} | before)
-    (tmp_path / "config.yaml").write_text(as_yaml(written))
-    assert (differences(replace(written, **after), tmp_path / "config.yaml") == []) == allowed

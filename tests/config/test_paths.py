@@ -7,7 +7,8 @@ import yaml
 
 from fastrlhf.config import CONFIGS, DPOConfig, EvalConfig, PPOConfig, SFTConfig
 from fastrlhf.config.command_line import parse
-from fastrlhf.config.files import as_yaml, differences
+from fastrlhf.config.compare import differences
+from fastrlhf.config.files import as_yaml
 from fastrlhf.config.paths import as_given, at_start, filled_in, is_same
 
 PATHS = {

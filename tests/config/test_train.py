@@ -1,16 +1,11 @@
-"""Tests of the batch size and of compound keys."""
+"""Tests of compound keys."""
 
 import pytest
 
 from fastrlhf.config import (
-    SFTConfig,
     parse_columns,
     parse_model_config,
 )
-
-
-def test_the_batch_is_the_device_batch_times_accumulation():
-    assert SFTConfig(per_device_train_batch_size=6, gradient_accumulation_steps=4).batch_size == 24
 
 
 def test_columns_are_pairs_of_a_known_name_and_a_column():

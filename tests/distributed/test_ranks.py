@@ -277,7 +277,7 @@ def test_a_single_process_holds_everything():
     ("settings", "message"),
     [
         ({"use_peft": True, "load_in_4bit": True}, "load_in_4bit: must be False in 2 processes"),
-        ({"per_device_train_batch_size": 3}, "per_device_train_batch_size: .* a multiple of the 2 processes"),
+        ({"train_batch_size": 3}, "train_batch_size: must be a multiple of the 2 processes; got 3"),
         ({"device": "cuda:1"}, "device: must be auto, cpu or cuda in 2 processes"),
     ],
 )

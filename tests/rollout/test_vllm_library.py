@@ -86,7 +86,7 @@ def config(folder: Path, name: str, kind: type[PPOConfig] = PPOConfig, **setting
         "vllm_gpu_memory_utilization": 0.1,
         "advantage_estimator": "rloo",
         "num_generations": 4,
-        "per_device_train_batch_size": 32,
+        "train_batch_size": 32,
         "max_steps": 3,
         "response_length": 12,
         "max_length": 64,

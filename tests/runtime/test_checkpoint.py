@@ -10,7 +10,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastrlhf.config import DemoConfig, PPOConfig, SFTConfig
-from fastrlhf.config.files import SAME_MODEL
+from fastrlhf.config.compare import SAME_MODEL
 from fastrlhf.models.adapters import add_adapter
 from fastrlhf.runtime.checkpoint import (
     Checkpointer,

@@ -111,6 +111,7 @@ def count_phases(config: TrainConfig, rows: Rows, *, is_cuda: bool, memory: int 
         "parameters: " + ", ".join(f"{name} {count:,}" for name, count in counts.items()),
         f"{'updates' if isinstance(config, PPOConfig) else 'optimiser steps'}: "
         + ("not known before the dataset is read" if rows.steps is None else f"{rows.steps:,}"),
+        f"batch: {config.describe_batch()}",
         per_pass,
         *[rows.note] * bool(rows.note),
         *[f"the sequences of a pack run one by one: the model {alone}"] * bool(alone),
