@@ -71,11 +71,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "sft qwen3_moe": {"router_aux_loss_coef": 0.5, "adam_epsilon": 1e-3},
     "dpo qwen3_next": {"precompute_ref_log_probs": False, "adam_epsilon": 1e-3},
 }
-"""Settings of every trainer. They cover a batch per process (reward); a live reference (groups); a critic, bootstrapped
-returns, an adaptive KL coefficient and early stops (ppo); a user-defined judge and resets into responses of the reference (drpo); the exact KL
-in the loss (rto); pairs of suffixes of the policy's failures (refuel); token rewards that learn (prime); dynamic
-sampling from truncated distributions at two temperatures, with a reward function (grpo); models that share weights
-(roles); an adapter with fewer rows than ranks (sft dora); and other model families."""
+"""Settings of every trainer. They cover a batch per process (reward); a live reference (groups); a critic,
+bootstrapped returns, an adaptive KL coefficient and early stops (ppo); a user-defined judge and resets into
+responses of the reference (drpo); the exact KL in the loss (rto); pairs of suffixes of the policy's failures
+(refuel); token rewards that learn (prime); dynamic sampling from truncated distributions at two temperatures, with a
+reward function (grpo); models that share weights (roles); an adapter with fewer rows than ranks (sft dora); and
+other model families."""
 FAMILIES = ("qwen3_moe", "qwen3_next")
 """A mixture of experts with its router loss, and a hybrid model, which processes one sequence at a time."""
 
