@@ -29,7 +29,6 @@ from torch.distributed.tensor import DTensor
 import fastrlhf
 from fastrlhf import cli
 from fastrlhf.config import SFTConfig
-from fastrlhf.config.batch import processes
 from fastrlhf.data.packing import pack, sequence
 from fastrlhf.distributed.ranks import from_all, gathered, is_first, largest, on_each, on_first, share, total
 from fastrlhf.models import adapters, layers
@@ -55,7 +54,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "sft": {"activation_checkpointing": True},
     "sft dora": LORA | {"activation_checkpointing": True, "use_dora": True, "lora_r": 1},
     "sft rounded": ROUNDED | {"micro_batch_tokens": 32},
-    "reward": {"train_batch_size": 0, "per_device_train_batch_size": 4 // processes()},
+    "reward": {"train_batch_size": 0, "per_device_train_batch_size": 4 // int(os.environ.get("WORLD_SIZE", "1"))},
     "dpo": {"loss_type": ("sigmoid", "ipo"), "loss_weights": (1.0, 0.1)},
     "dpo lora": LORA,
     "groups": {"precompute_ref_log_probs": False},
@@ -71,12 +70,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "sft qwen3_moe": {"router_aux_loss_coef": 0.5, "adam_epsilon": 1e-3},
     "dpo qwen3_next": {"precompute_ref_log_probs": False, "adam_epsilon": 1e-3},
 }
-"""Settings of every trainer. They cover a batch per process (reward); a live reference (groups); a critic,
-bootstrapped returns, an adaptive KL coefficient and early stops (ppo); a user-defined judge and resets into
-responses of the reference (drpo); the exact KL in the loss (rto); pairs of suffixes of the policy's failures
-(refuel); token rewards that learn (prime); dynamic sampling from truncated distributions at two temperatures, with a
-reward function (grpo); models that share weights (roles); an adapter with fewer rows than ranks (sft dora); and
-other model families."""
+"""Settings of every trainer. They cover a batch per process (reward); a live reference (groups); a critic, bootstrapped
+returns, an adaptive KL coefficient and early stops (ppo); a user-defined judge and resets into responses of the
+reference (drpo); the exact KL in the loss (rto); pairs of suffixes of the policy's failures (refuel); token rewards
+that learn (prime); dynamic sampling from truncated distributions at two temperatures, with a reward function (grpo);
+models that share weights (roles); an adapter with fewer rows than ranks (sft dora); and other model families."""
 FAMILIES = ("qwen3_moe", "qwen3_next")
 """A mixture of experts with its router loss, and a hybrid model, which processes one sequence at a time."""
 

@@ -19,7 +19,7 @@ from huggingface_hub import EvalResult, ModelCardData, metadata_load, try_to_loa
 
 from fastrlhf import __version__
 from fastrlhf.config import CONFIGS, RewardConfig, TrainConfig
-from fastrlhf.config.files import SAME_MODEL
+from fastrlhf.config.compare import SAME_MODEL
 from fastrlhf.config.paths import FUNCTIONS, as_given
 from fastrlhf.data.rows import is_local
 from fastrlhf.publish.methods import methods_of
