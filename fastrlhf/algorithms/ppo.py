@@ -250,6 +250,7 @@ def _optimizer(config: PPOConfig, policy: PreTrainedModel, critic: PreTrainedMod
         config,
         num_steps=updates * config.num_ppo_epochs * config.num_mini_batches,
         learning_rates={"value_": config.value_learning_rate or config.learning_rate},
+        head_rates={"value_": config.head_learning_rate},
     )
 
 

@@ -92,7 +92,8 @@ def train_reward_model(
     steps = num_steps(config, len(pairs))
     objective = views.open(width(model.config), model.device, steps) if views else None
     heads, rates = ({"view_": objective.heads}, {"view_": objective.learning_rate}) if objective else ({}, {})
-    optimizer = Optimizer({"": model, **heads}, config, num_steps=steps, learning_rates=rates)
+    head_rates = {"": config.head_learning_rate}
+    optimizer = Optimizer({"": model, **heads}, config, num_steps=steps, learning_rates=rates, head_rates=head_rates)
     evaluate_held_out = partial(evaluate, config, model, held_out, held_out_margins)
 
     parts: dict[str, Any] = {"optimizer": optimizer} | ({"views": objective.heads} if objective else {})

@@ -11,6 +11,7 @@ from typing import Any
 from fastrlhf.config.batch import BATCH_KEYS, batch_written
 from fastrlhf.config.files import ALIASES, load_yaml, plain
 from fastrlhf.config.paths import as_number, filled_in, is_same
+from fastrlhf.config.schedule import ENDLESS
 from fastrlhf.config.train import TrainConfig
 
 SAME_MODEL = (
@@ -49,8 +50,8 @@ def differences(config: Any, path: Path, ignored: Collection[str] = ()) -> list[
     here".
 
     A key that is missing in the file, because a newer version added it, has its default there. Two paths are equal if
-    they lead to the same place. A larger number of steps is no difference if the learning rate is constant. The keys of
-    the batch differ only if the rows of a step do. Raises ValueError if the file does not hold a mapping.
+    they lead to the same place. A larger number of steps is no difference if the learning rate does not depend on it.
+    The keys of the batch differ only if the rows of a step do. Raises ValueError if the file does not hold a mapping.
     """
     there = _by_new_names(load_yaml(str(path)))
     here = plain(dataclasses.asdict(config))
@@ -79,7 +80,8 @@ def _longer(config: Any, there: Mapping[str, Any], key: str) -> bool:
     old, new = there.get(key), getattr(config, key, None)
     return (
         key in ("max_steps", "num_train_epochs")
-        and getattr(config, "lr_scheduler_type", "") == "constant"
+        and getattr(config, "lr_scheduler_type", "") in ENDLESS
+        and not config.warmup_ratio
         and not getattr(config, "reset_curriculum", 0)
         and isinstance(old, int | float)
         and isinstance(new, int | float)

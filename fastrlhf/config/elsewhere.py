@@ -151,15 +151,15 @@ KEYS: tuple[Key, ...] = (
     *_other("older", "num_epochs", "num_train_epochs"),
     # Optimiser
     *_same("all", "learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm warmup_steps"),
-    *_same("all", "lr_scheduler_type", "linear, cosine or constant"),
-    *_no("all", "lr_scheduler_kwargs", "the schedules have no further parameters"),
-    *_same("all", "optim", "adamw_torch_fused, adamw_8bit, paged_adamw_32bit or paged_adamw_8bit"),
+    *_same("all", "lr_scheduler_type", "all except reduce_lr_on_plateau and greedy; warm-up never starts at 0"),
+    *_same("all", "lr_scheduler_kwargs", "a mapping in YAML, JSON in a flag"),
+    *_same("all", "optim", "adamw_torch_fused, adamw_torch, adamw_8bit, adamw_bnb_8bit, paged_adamw_32bit or _8bit"),
     *_no(
         "all", "optim_args optim_target_modules", "AdamW is set by adam_beta1, adam_beta2, adam_epsilon, weight_decay"
     ),
     *_no("all", "label_smoothing_factor", "smoothing over tokens is not offered; DPO has label_smoothing"),
     *_no("all", "neftune_noise_alpha", "noise in embeddings would make log-probs random"),
-    *_other("older", "warmup_ratio", "warmup_steps", "a number of optimiser steps"),
+    *_same("older", "warmup_ratio"),
     *_other("older", "lr", "learning_rate"),
     *_other("older", "optimizer", "optim"),
     # Precision, memory and speed

@@ -19,7 +19,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
         *("total_episodes", "num_ppo_epochs", "num_mini_batches"),
     ),
     "Optimiser": (
-        *("learning_rate", "value_learning_rate", "lr_scheduler_type", "warmup_steps", "value_warmup_steps"),
+        *("learning_rate", "value_learning_rate", "head_learning_rate", "lr_scheduler_type"),
+        *("lr_scheduler_kwargs", "warmup_steps", "warmup_ratio", "value_warmup_steps"),
         *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "optim", "master_weights"),
     ),
     "LoRA": (

@@ -52,6 +52,8 @@ class LossKeys:
     """The value prediction is clipped to its value at sampling time +- cliprange_value."""
     vf_coef: float = 0.1
     """Weight of the value loss."""
+    head_learning_rate: float | None = None
+    """Peak learning rate of the critic's value head, which may be new. null: that of the critic."""
     value_learning_rate: float | None = None
     """Peak learning rate of the critic; null: `learning_rate`."""
     value_warmup_steps: int = 0
@@ -86,7 +88,7 @@ class LossKeys:
         at_least(self, 1, "num_ppo_epochs", "num_mini_batches")
         at_least(self, 0, "vf_coef", "entropy_coef", "value_warmup_steps")
         above_0(self, "cliprange", "cliprange_value")
-        optional = ("value_learning_rate", "cliprange_high", "target_kl")
+        optional = ("value_learning_rate", "head_learning_rate", "cliprange_high", "target_kl")
         above_0(self, *(name for name in optional if getattr(self, name) is not None))
         if self.sampler_is_cap is not None:
             at_least(self, 1, "sampler_is_cap")

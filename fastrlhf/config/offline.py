@@ -41,6 +41,9 @@ class RewardConfig(TrainConfig):
 
     learning_rate: float = 1e-4
     num_train_epochs: float = 1.0
+    head_learning_rate: float | None = None
+    """Peak learning rate of the score head, which is new unless the run starts from a reward model. null:
+    `learning_rate`."""
     truncation_mode: Literal["keep_start", "keep_end", "drop"] = "drop"
     center_rewards_coefficient: float = 0.0
     """Coefficient of (score of chosen + score of rejected)^2 in the loss, a penalty that keeps scores centred on 0
@@ -54,6 +57,8 @@ class RewardConfig(TrainConfig):
     def __post_init__(self) -> None:
         TrainConfig.__post_init__(self)
         at_least(self, 0, "center_rewards_coefficient", "margin_scale")
+        if self.head_learning_rate is not None:
+            above_0(self, "head_learning_rate")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -158,7 +158,8 @@ class PPOConfig(ResetKeys, PairKeys, LossKeys, SamplingKeys, RewardKeys, TrainCo
         dpo = ("dpo_reward_scale", "dpo_reward_norm", "dpo_reward_clip", "reward_shaping")
         resets = ("reset_min", "reset_source", "reset_curriculum", "reset_cut")
         own_resets, refines = self.reset_source == "rollout", self.dpo_refine != "none"
-        critic = ("vf_coef", "cliprange_value", "value_learning_rate", "lam", "truncation", "critic_model_path")
+        critic = ("vf_coef", "cliprange_value", "value_learning_rate", "head_learning_rate")
+        critic += ("lam", "truncation", "critic_model_path")
         no_grpo = f"when advantage_estimator is {self.advantage_estimator}, not grpo"
         clipped = ("cliprange", "cliprange_high", "dual_clip", "entropy_coef", "loss_type", "loss_aggregation")
         clipped += ("target_kl", "sampler_is_cap", "scale_rewards")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from fastrlhf.config.batch import BatchKeys
 from fastrlhf.config.checks import above_0, at_default, at_least, check_types, expand_home, require
 from fastrlhf.config.elsewhere import explain
+from fastrlhf.config.schedule import ScheduleKeys
 
 COLUMNS = (
     *("prompt", "chosen", "rejected", "reference", "label", "label_prob", "margin"),
@@ -24,9 +25,12 @@ LORA_KEYS = (
 )
 """Keys that only a run with an adapter reads."""
 
+OPTIM_NAMES = {"adamw_torch": "adamw_torch_fused", "adamw_bnb_8bit": "adamw_8bit"}
+"""Names of transformers for an implementation of AdamW -> the name that the configuration keeps."""
+
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(BatchKeys):
+class TrainConfig(ScheduleKeys, BatchKeys):
     """The keys that all trainers share."""
 
     UNREAD: ClassVar[tuple[str, ...]] = ()
@@ -158,11 +162,6 @@ class TrainConfig(BatchKeys):
     the sequences of a step and logged as aux_loss. null: the value in the model's configuration. 0: off."""
     learning_rate: float = 1e-5
     """Peak learning rate, after warm-up."""
-    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
-    """Learning rate schedule after warm-up. linear, cosine: from the peak to 0 at the end of the run. constant: the
-    peak throughout."""
-    warmup_steps: int = 0
-    """Number of optimiser steps over which the learning rate rises linearly from 0 to its peak."""
     weight_decay: float = 0.0
     """Weight decay of AdamW. It applies to matrices, not to vectors such as biases and norms."""
     adam_beta1: float = 0.9
@@ -171,8 +170,11 @@ class TrainConfig(BatchKeys):
     """Decay rate of AdamW's mean of squared gradients."""
     adam_epsilon: float = 1e-8
     """Constant in AdamW's denominator."""
-    optim: Literal["adamw_torch_fused", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"] = "adamw_torch_fused"
-    """Implementation of AdamW, under the name that transformers uses. adamw_torch_fused is torch's; the others are from
+    optim: Literal[
+        "adamw_torch_fused", "adamw_torch", "adamw_8bit", "adamw_bnb_8bit", "paged_adamw_32bit", "paged_adamw_8bit"
+    ] = "adamw_torch_fused"
+    """Implementation of AdamW, under the name that transformers uses. adamw_torch_fused and
+    adamw_torch are torch's fused one, adamw_8bit and adamw_bnb_8bit the same; all except torch's are from
     bitsandbytes (install fastrlhf[bnb]). 8bit: the moments take 2 bytes per weight instead of 8, except for embeddings.
     paged: the moments move to CPU memory when GPU memory is short (not yet run on a GPU)."""
     master_weights: Literal["float32", "stochastic_rounding"] = "float32"
@@ -230,7 +232,9 @@ class TrainConfig(BatchKeys):
         check_types(self)
         parse_template_kwargs(self.chat_template_kwargs)
         require(_is_day(self.template_date), "template_date", self.template_date, "a date such as 2026-11-30, or empty")
+        object.__setattr__(self, "optim", OPTIM_NAMES.get(self.optim, self.optim))
         self.check_batch()
+        self.check_schedule()
         at_least(self, 1, "micro_batch_tokens", "lora_r", "lora_alpha", "logging_steps")
         require(bool(self.lora_target_modules), "lora_target_modules", self.lora_target_modules, "all-linear, or names")
         at_default(
@@ -254,7 +258,7 @@ class TrainConfig(BatchKeys):
             require(self.activation_checkpointing, "activation_offloading", True, rule)
             require(self.device != "cpu", "activation_offloading", True, "false when device is cpu")
         at_least(self, 2, "max_length")
-        at_least(self, 0, "warmup_steps", "eval_steps", "num_eval_examples", "max_train_examples")
+        at_least(self, 0, "eval_steps", "num_eval_examples", "max_train_examples")
         at_least(self, 0, "save_steps", "save_total_limit", "disk_wait_minutes")
         if self.router_aux_loss_coef is not None:
             at_least(self, 0, "router_aux_loss_coef")

@@ -6,7 +6,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from fastrlhf.config import TrainConfig
 from fastrlhf.models.router_loss import router_loss
 from fastrlhf.models.sharding import first_entry, full, like, of_parts, part
 from fastrlhf.runtime.adamw import make_adamw, moments, moments_in_8_bits, set_moments
+from fastrlhf.runtime.schedule import schedule
 
 BUCKET = 2**26
 """Maximum number of parameters that are updated at once; a larger tensor is updated separately. Float32 gradients and,
@@ -46,6 +47,8 @@ class _Bucket:
     weights: list[_Weight]
     adamw: torch.optim.Optimizer
     peak_rate: float
+    share: Callable[[int], float]
+    """Number of steps done -> learning rate of the next step, divided by the peak."""
 
 
 class Optimizer:
@@ -63,25 +66,32 @@ class Optimizer:
         *,
         num_steps: int,
         learning_rates: Mapping[str, float] | None = None,
+        head_rates: Mapping[str, float | None] | None = None,
     ) -> None:
         """`models`: prefix of the model's metrics ("" for the policy) -> model. `learning_rates`: the same prefix ->
-        learning rate, for models that do not use the learning rate of `config`."""
+        learning rate, for models that do not use the learning rate of `config`. `head_rates`: the same prefix ->
+        learning rate of the score head, if it has another one than its model."""
         rates = learning_rates or {}
         self._models = models
         self._max_norm = config.max_grad_norm
         self._keeps_copies = config.master_weights == "float32"
         self._seed = config.seed
         self._num_done = 0
-        self._rate = lambda step: _rate(step, num_steps, config.warmup_steps, config.lr_scheduler_type)
         self._buckets: list[_Bucket] = []
         count = itertools.count()
         for prefix, model in models.items():
             rate = rates.get(prefix, config.learning_rate)
+            head_rate = (head_rates or {}).get(prefix) or rate
+            shares = {peak: schedule(config, num_steps, peak) for peak in (rate, head_rate)}
             for decay, in_8_bits, params in buckets(model, config):
-                weights = [self._weight(prefix + name, next(count), param) for name, param in params]
-                updated = [weight.updated for weight in weights]
-                adamw = make_adamw(config, updated, rate=rate, decay=decay, in_8_bits=in_8_bits)
-                self._buckets.append(_Bucket(prefix, weights, adamw, rate))
+                heads = [(name, param) for name, param in params if head_rate != rate and _is_head(name)]
+                others = [(name, param) for name, param in params if head_rate == rate or not _is_head(name)]
+                for some, peak in ((others, rate), (heads, head_rate)):
+                    if some:
+                        weights = [self._weight(prefix + name, next(count), param) for name, param in some]
+                        updated = [weight.updated for weight in weights]
+                        adamw = make_adamw(config, updated, rate=peak, decay=decay, in_8_bits=in_8_bits)
+                        self._buckets.append(_Bucket(prefix, weights, adamw, peak, shares[peak]))
 
     def _weight(self, name: str, index: int, param: Parameter) -> _Weight:
         own = part(param)
@@ -113,11 +123,11 @@ class Optimizer:
             if (aux := router_loss(model)) is not None:
                 metrics[f"{name}aux_loss"] = aux
             scales[name] = ((self._max_norm or math.inf) / (norm + 1e-6)).clamp(max=1.0).item()
-        share = self._rate(self._num_done)
+        step = self._num_done
         self._num_done += 1  # counted before any weight changes, so that an old `num_steps` always implies old weights
         for bucket in self._buckets:
-            self._update(bucket, bucket.peak_rate * share, scales[bucket.model])
-        metrics["learning_rate"] = self._buckets[0].peak_rate * share
+            self._update(bucket, bucket.peak_rate * bucket.share(step), scales[bucket.model])
+        metrics["learning_rate"] = self._buckets[0].peak_rate * self._buckets[0].share(step)
         for model in self._models.values():
             model.zero_grad(set_to_none=True)
         return metrics
@@ -273,14 +283,10 @@ def _generator(device: torch.device, *key: int) -> torch.Generator:
     return torch.Generator(device).manual_seed(int(seed))
 
 
+def _is_head(name: str) -> bool:
+    """Returns whether a parameter belongs to the score head of a reward model or critic."""
+    return "score" in name.split(".")
+
+
 def _copied(bucket: _Bucket) -> list[_Weight]:
     return [weight for weight in bucket.weights if weight.updated is not weight.own]
-
-
-def _rate(step: int, num_steps: int, warmup: int, kind: str) -> float:
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    done = (step - warmup) / max(1, num_steps - warmup)
-    if kind == "constant":
-        return 1.0
-    return max(0.0, 1 - done) if kind == "linear" else 0.5 * (1 + math.cos(math.pi * min(1.0, done)))

@@ -100,6 +100,8 @@ def test_runs_compare_missing_keys_by_default_and_paths_by_their_target(tmp_path
         ({"max_steps": 9}, {"max_steps": 5}, False),  # refused, because the checkpoint may be from a step after 5
         ({"max_steps": -1}, {"max_steps": 5}, False),
         ({"max_steps": 5, "lr_scheduler_type": "linear"}, {"max_steps": 9}, False),
+        ({"max_steps": 5, "lr_scheduler_type": "inverse_sqrt"}, {"max_steps": 9}, True),
+        ({"max_steps": 5, "warmup_ratio": 0.5}, {"max_steps": 9}, False),
     ],
 )
 def test_a_run_may_be_extended_if_nothing_so_far_depends_on_its_length(before, after, allowed, tmp_path):

@@ -69,7 +69,6 @@ def test_the_table_is_complete():
         ("sft", "--torch_dtype", "; here it is dtype"),
         ("dpo", "--torch-dtype=auto", "; here it is dtype"),
         ("dpo", "--push_to_hub", "; not supported: upload the folder afterwards: hf upload NAME OUTPUT_DIR"),
-        ("sft", "--warmup_ratio", "; here it is warmup_steps (a number of optimiser steps)"),
         ("sft", "--eval_strategy", "; here it is eval_steps (0 evaluates at the end only)"),
         (
             "reward",

@@ -17,7 +17,7 @@ def test_keys_have_the_type_the_default_and_the_docstring_of_their_field():
     assert list(keys) == [field.name for field in fields(DRPOConfig)]
     assert keys["reset_prob"].default == 1.0
     assert keys["reset_prob"].help == keys_of(PPOConfig)["reset_prob"].help != ""
-    assert keys["lr_scheduler_type"].type == "linear, cosine, constant"
+    assert keys["master_weights"].type == "float32, stochastic_rounding"
     assert keys["missing_eos_score"].type == "number or null"
     assert keys["report_to"].type == "list of texts"
     assert keys["use_peft"].type == "true or false"
