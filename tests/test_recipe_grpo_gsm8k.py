@@ -14,6 +14,7 @@ def test_it_runs_on_rows_of_gsm8k_and_logs_every_reward_by_name(tmp_path):
     small |= {"dataset_name": f"{tmp_path}/rows.jsonl", "dataset_config": "", "dataset_test_split": ""}
     small |= {"num_eval_examples": "4", "max_steps": "1", "train_batch_size": "16", "response_length": "6"}
     small |= {"max_length": "64", "dtype": "float32", "device": "cpu", "progress": "false", "warmup_steps": "0"}
+    small["chat_template"] = "{% for turn in messages %}{{ turn.role }} {{ turn.content }} {% endfor %}"
     flags = [part for key, value in small.items() for part in (f"--{key}", value)]
     assert main(["grpo", "--config", "grpo_gsm8k", *flags]) == 0
     (row,) = read_metrics(tmp_path / "run" / "metrics.jsonl")

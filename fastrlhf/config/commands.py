@@ -13,7 +13,8 @@ EVAL_READS = (
     *("output_dir", "model_name_or_path", "tokenizer_name_or_path", "eos_token", "chat_template", "trust_remote_code"),
     *("chat_template_kwargs", "template_date", "max_dropped_fraction"),
     *("dtype", "device", "seed", "micro_batch_tokens", "max_length", "truncation_mode", "trailing_space"),
-    *("dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "columns", "max_bad_fraction"),
+    *("dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "columns", "system_prompt"),
+    "max_bad_fraction",
     *("num_eval_examples", "max_train_examples", "attn_implementation", "torch_compile", "use_liger_kernel"),
 )
 """The keys of TrainConfig that `fastrlhf eval` reads; it refuses the others."""

@@ -10,7 +10,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "Data": (
         *("dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "max_train_examples"),
-        *("columns", "response", "max_length", "truncation_mode", "trailing_space"),
+        *("columns", "system_prompt", "response", "max_length", "truncation_mode", "trailing_space"),
         *("max_bad_fraction", "max_dropped_fraction"),
     ),
     "Batch and steps": (

@@ -134,6 +134,10 @@ class TrainConfig(ScheduleKeys, BatchKeys):
     columns: str = ""
     """Names of the dataset's columns that differ from the expected names, for example
     "prompt=question,chosen=better"."""
+    system_prompt: str = ""
+    """Text of a system turn before every prompt that does not begin with one, for example the form in which an answer
+    is expected. Rows of text become conversations: the prompt is a turn of the user, a response a turn of the
+    assistant. The column `system` of a row takes precedence. Empty: no turn is added."""
     max_bad_fraction: float = 0.1
     """Largest share of rows that may be unusable, or refused or changed by the chat template; a larger share is an
     error."""

@@ -9,8 +9,9 @@ from typing import Any
 
 from fastrlhf.config import TrainConfig, parse_columns, require
 from fastrlhf.data.examples import LoadedExamples, load_examples
+from fastrlhf.data.forms import RESPONSES
 from fastrlhf.data.rows import source_names
-from fastrlhf.types import Example
+from fastrlhf.types import Example, Text
 
 log = logging.getLogger(__name__)
 
@@ -20,12 +21,38 @@ mappings in any form that a file may have, for example a datasets.Dataset."""
 
 
 def given_examples(config: TrainConfig, fields: Sequence[str], rows: Rows | None, name: str) -> list[Example]:
-    """Converts the rows passed to a trainer to examples with row numbers. Rows that are mappings are read like the rows
-    of a file, with the keys `columns` and `max_bad_fraction`.
+    """Converts the rows passed to a trainer to examples with row numbers and the turn of `system_prompt`. Rows that are
+    mappings are read like the rows of a file, with the keys `columns` and `max_bad_fraction`.
 
     Raises ValueError if the rows are the name of a dataset or a mixture of Examples and mappings, and as
     `load_examples` does.
     """
+    examples = _examples(config, fields, rows, name)
+    return [with_system_prompt(example, config.system_prompt) for example in examples]
+
+
+def with_system_prompt(example: Example, text: str) -> Example:
+    """Puts a system turn with this text before the prompt of an example, unless the prompt begins with a system turn or
+    the text is empty. A text prompt becomes a turn of the user, and text responses become turns of the assistant.
+    Raises ValueError, naming the row, for a row without a prompt."""
+    if not text:
+        return example
+    prompt = example.prompt
+    require(bool(prompt), "system_prompt", text, f"empty for rows without a prompt, such as row {example.row}")
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if turns[0]["role"] not in ("system", "developer"):
+        turns = [{"role": "system", "content": text}, *turns]
+
+    def answer(response: Text) -> Text:
+        return [{"role": "assistant", "content": response}] if isinstance(response, str) else response
+
+    given = {name: getattr(example, name) for name in RESPONSES}
+    answers = {name: answer(response) for name, response in given.items() if response is not None}
+    group = None if example.responses is None else [answer(response) for response in example.responses]
+    return replace(example, prompt=turns, responses=group, **answers)
+
+
+def _examples(config: TrainConfig, fields: Sequence[str], rows: Rows | None, name: str) -> list[Example]:
     if rows is None:
         return []
     if isinstance(rows, LoadedExamples):

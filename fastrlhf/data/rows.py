@@ -116,7 +116,11 @@ def _split_rows(name: str, split: str, config_name: str | None) -> Iterator[tupl
     else:
         raise ValueError(f"{name}: no such file or folder (the name of a hub dataset looks like owner/name)")
     if split not in splits:
-        raise ValueError(f"{name}: no split {split!r} among {sorted(splits)} (a single file is the split 'train')")
+        raise ValueError(
+            f"{name}: no split {split!r} among {sorted(splits)} (a single file is the split 'train'); name one of "
+            "them in dataset_train_split or dataset_test_split; if dataset_test_split is empty, rows of the training "
+            "split are held out"
+        )
     for part in splits[split]:
         if isinstance(part, Path):
             yield from _file_rows(part)

@@ -279,7 +279,7 @@ def test_an_update_equals_the_same_update_by_hand(model, monkeypatch, settings):
     assert {*ended} == {True, False}
     then, rewards = sampled(ran, model, sets), rewards_of(config, rollouts, examples)
     lengths = [len(x.completion) for x in rollouts]
-    paid = sum(ran.experience.rewards.values()).split(lengths)
+    paid = torch.stack(list(ran.experience.rewards.values())).sum(0).split(lengths)
     np.testing.assert_allclose([x.sum().item() for x in paid], rewards, atol=1e-5)
     if config.update == "pair":
         assert {x.prefix.num_reset > 0 for x in rollouts} == {True, False}

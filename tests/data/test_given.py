@@ -11,7 +11,8 @@ from fastrlhf import (
     SFTConfig,
     load_examples,
 )
-from fastrlhf.data.given import given_examples
+from fastrlhf.data.given import given_examples, with_system_prompt
+from fastrlhf.types import Example
 from tests import tiny
 
 FIELDS = {"per_device_train_batch_size": 4, "max_steps": 1, "progress": False, "device": "cpu"}
@@ -66,3 +67,35 @@ def test_a_value_that_is_not_a_list_of_rows_is_refused(rows, told):
 def test_rows_that_are_neither_examples_nor_mappings_are_refused_with_their_form():
     with pytest.raises(ValueError, match=r"^train rows: must be objects of Example, or mappings such as .* got int$"):
         given_examples(SFTConfig(), ["reference"], [3], "train")
+
+
+def turn(role: str, text: str) -> list[dict[str, str]]:
+    return [{"role": role, "content": text}]
+
+
+@pytest.mark.parametrize("kind", [list, iter, load_examples])
+def test_a_system_prompt_makes_conversations_of_rows_of_text(kind):
+    rows = [{"prompt": "w1", "chosen": "w2", "rejected": " w3"}, {"prompt": "w4", "chosen": "w5", "rejected": "w6"}]
+    found = given_examples(DPOConfig(system_prompt="w9"), ["chosen", "rejected"], kind(rows), "train")
+    assert [(e.prompt, e.chosen, e.rejected) for e in found] == [
+        ([*turn("system", "w9"), *turn("user", "w1")], turn("assistant", "w2"), turn("assistant", " w3")),
+        ([*turn("system", "w9"), *turn("user", "w4")], turn("assistant", "w5"), turn("assistant", "w6")),
+    ]
+
+
+def test_a_system_turn_of_the_row_takes_precedence():
+    rows = [
+        {"prompt": turn("user", "w1"), "system": "w2"},
+        {"prompt": turn("user", "w1"), "system": None},
+        {"prompt": [*turn("system", "w3"), *turn("user", "w1")], "system": ""},
+    ]
+    found = given_examples(SFTConfig(system_prompt="w9"), [], rows, "train")
+    assert [e.prompt for e in found] == [[*turn("system", text), *turn("user", "w1")] for text in ("w2", "w9", "w3")]
+
+
+def test_groups_get_turns_and_rows_without_a_prompt_are_refused():
+    example = with_system_prompt(Example(prompt="w1", responses=["w2", "w3"], row=0), "w9")
+    assert example.responses == [turn("assistant", "w2"), turn("assistant", "w3")]
+    with pytest.raises(ValueError, match=r"^system_prompt: must be empty for rows without a prompt, such as row 4"):
+        with_system_prompt(Example(prompt="", reference="w2", row=4), "w9")
+    assert with_system_prompt(example, "") is example
