@@ -153,7 +153,12 @@ def _train(command: str, arguments: Sequence[str]) -> None:
         os.chdir(here)  # a user-defined function of the previous section may have changed the folder
         if earlier:
             print(f"{name}:")
-        _run(name, run, *(sections if name == command else ()))
+        try:
+            _run(name, run, *(sections if name == command else ()))
+        except Interrupted as stop:
+            if not stop.finished or run is not config or name == "rlp":  # there is more to do
+                raise
+            print(stop)
 
 
 def _run_first(command: str, config: Any, paths: Sequence[str]) -> list[tuple[str, Any]]:

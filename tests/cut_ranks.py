@@ -12,6 +12,7 @@ from unittest.mock import patch
 
 import torch.distributed as dist
 
+from fastrlhf.algorithms import experience
 from fastrlhf.distributed.ranks import on_first
 from fastrlhf.rollout import engine
 from fastrlhf.runtime.optim import Optimizer
@@ -48,22 +49,25 @@ def stopped(run: Callable[..., Any], place: Path, two: Path) -> bool:
 CUTS: dict[str, tuple[Any, str, tuple[int, ...]]] = {
     "rollout": (engine, "check_room", (0, 1)),
     "judge": (resumable, "noisy_judge", (0,)),
+    "scoring": (experience, "_scored", (1,)),
     "update": (Optimizer, "step", (1,)),
 }
 """Part of a step -> (owner, function name, ranks that get a signal at the function's first call)."""
 
 
-def cut(run: Callable[..., Any], part: str, place: Path, two: Path) -> str:
+def cut(run: Callable[..., Any], part: str, place: Path, two: Path) -> tuple[str, int]:
     """Interrupts a run by a signal in a part of its second step, then resumes it; returns the message of the
-    interruption."""
+    interruption and the number of calls of the function in this step."""
     owner, name, signalled = CUTS[part]
-    function, log, sent = getattr(owner, name), Run.log, [True]
+    function, log, sent, calls = getattr(owner, name), Run.log, [True], []
 
     def logged(run: Run, step: int, *arguments: Any, **keywords: Any) -> None:
         log(run, step, *arguments, **keywords)
         sent[:] = [dist.get_rank() not in signalled]
+        calls.clear()
 
     def called(*arguments: Any, **keywords: Any) -> Any:
+        calls.append(1)
         if not sent[0]:
             sent[0] = True
             os.kill(os.getpid(), signal.SIGTERM)
@@ -75,5 +79,23 @@ def cut(run: Callable[..., Any], part: str, place: Path, two: Path) -> str:
             run("drpo", place, folder)
         except Interrupted as stop:
             said = str(stop)
+    number = len(calls)
     run("drpo", place, folder)
-    return said
+    return said, number
+
+
+def finished(run: Callable[..., Any], place: Path, two: Path) -> str:
+    """Interrupts a run by a signal to rank 1 only, after the last step; returns the message of the interruption."""
+    finish = Run.finish
+
+    def signalled(*arguments: Any, **keywords: Any) -> Any:
+        if dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return finish(*arguments, **keywords)
+
+    with patch.object(Run, "finish", signalled):
+        try:
+            run("sft", place, two / "sft finished")
+        except Interrupted as stop:
+            return f"{stop}; finished: {stop.finished}"
+    return "no interruption"

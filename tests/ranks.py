@@ -39,7 +39,7 @@ from fastrlhf.models.vocabulary import limit_vocabulary
 from fastrlhf.runtime import optim
 from fastrlhf.runtime.optim import Optimizer
 from tests import resumable, tiny
-from tests.cut_ranks import CUTS, cut, stopped
+from tests.cut_ranks import CUTS, cut, finished, stopped
 
 LORA = {"use_peft": True, "lora_r": 3, "adam_epsilon": 1e-3}
 """Adam's epsilon is large: its first steps are signs of gradients, which are near zero for a new adapter."""
@@ -388,6 +388,7 @@ def main(place: Path) -> None:
         "blocks": refusal(lambda: optimised(129, optim="adamw_8bit")) if installed({"optim": "adamw_8bit"}) else "",
         "interrupted": stopped(run, place, two),
         "cuts": {part: cut(run, part, place, two) for part in CUTS},
+        "finished": finished(run, place, two),
         "differences": differences(place, two),
         "rescued": rescued(place, two),
     }

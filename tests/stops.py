@@ -51,8 +51,18 @@ STOPS: dict[str, Stop] = {
         "test_stops.py",
         (
             "test_a_job_whose_launcher_and_ranks_are_signalled_at_once_saves_its_last_step",
-            "test_a_job_stopped_twenty_times_ends_bit_identical_to_an_uninterrupted_one",
+            "test_a_job_stopped_ten_times_ends_bit_identical_to_an_uninterrupted_one",
         ),
+    ),
+    "one of these signals after the last step, while the trained model is saved": Stop(
+        (
+            "the model is saved, and the run is finished. If further stages follow (`run_first`, `rlp`), the command "
+            "ends before them with 130 or 143, and the same command continues"
+        ),
+        FINISHED,
+        0,
+        "test_stops.py",
+        ("test_a_job_that_is_signalled_after_its_last_step_finishes_and_releases_its_folder",),
     ),
     "SIGKILL or power off, also during a save, also of one process of several": Stop(
         "the next start continues from the newest checkpoint; without a checkpoint it begins at step 1 and says so",

@@ -138,7 +138,10 @@ def kill_at(kind: str, place: str, points: list[list[Any]]) -> None:
             kill_in(known[point], number)
             run(models, folder)
 
-        codes = [ended(cut), ended(lambda folder=folder: run(models, folder))]
+        codes = [ended(cut)]
+        if codes == [143]:
+            assert not list(folder.rglob(".lock"))
+        codes.append(ended(lambda folder=folder: run(models, folder)))
         left = content(folder)
         different = sorted(file for file in {*whole, *left} if whole.get(file) != left.get(file))
         told[f"{point} {number}"] = [*codes, different]
@@ -159,10 +162,10 @@ def outcomes(kind: str, place: Path, points: list[tuple[str, int]]) -> dict[str,
 
 
 def expected(points: list[tuple[str, int]]) -> dict[str, list[Any]]:
-    """SIGTERM ends a trainer with code 143 once its step is saved; elsewhere both signals kill the process."""
-    by_trainer = {point for point, (owner, *_) in RLP_POINTS.items() if owner is Run}
+    """SIGTERM ends rlp with code 143, within a trainer once its step is saved; SIGTERM to eval and SIGKILL kill the
+    process."""
     return {
-        f"{point} {number}": [143 if number == signal.SIGTERM and point in by_trainer else -number, 0, []]
+        f"{point} {number}": [143 if number == signal.SIGTERM and point in RLP_POINTS else -number, 0, []]
         for point, number in points
     }
 

@@ -117,6 +117,16 @@ def not_finite(patch: pytest.MonkeyPatch) -> None:
     at_step_3(patch, lambda: patch.setattr(optim, "_grad_norm", lambda model: torch.tensor(float("nan"))))
 
 
+def while_saving(patch: pytest.MonkeyPatch, number: int) -> None:
+    save = merging.save_model
+
+    def signalled(*arguments, **keywords):
+        signal.raise_signal(number)
+        save(*arguments, **keywords)
+
+    patch.setattr(merging, "save_model", signalled)
+
+
 def send(number: int) -> Callable[[pytest.MonkeyPatch, Path], None]:
     return lambda patch, run: at_step_3(patch, lambda: signal.raise_signal(number))
 
@@ -127,6 +137,10 @@ SCENARIOS: dict[str, list[tuple[str, Fault, tuple[str, ...]]]] = {
     "Ctrl-C": [(NEW, send(signal.SIGINT), ())],
     "SIGTERM, SIGHUP, SIGUSR1, SIGUSR2": [
         (NEW, send(number), ()) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+    ],
+    "one of these signals after the last step, while the trained model is saved": [
+        (NEW, lambda patch, run, number=number: while_saving(patch, number), ())
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     ],
     "full disk": [(CUT, lambda patch, run: full_disk(patch), ())],
     "a file system without locks or without flushing of folders": [(NEW, lambda patch, run: no_locks(patch), ())],
@@ -173,6 +187,7 @@ def test_a_run_ends_with_the_exit_code_of_the_table_and_saves_what_the_table_say
     saved = FINISHED if trained else LAST_STEP if new else NOTHING
     assert saved == STOPS[event].saved
     assert before <= {path.name for path in folder.glob(CHECKPOINT)}
+    assert not list(folder.glob(".*"))  # no lock file, no incomplete file
     if saved == LAST_STEP:
         rows = [row["step"] for row in read_metrics(folder / "metrics.jsonl")]
         assert new == {"checkpoint-3" if event == "an error in an evaluation" else "checkpoint-2"}

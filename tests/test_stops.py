@@ -28,12 +28,14 @@ from tests.resumable import save_models, untimed_log
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "OMP_NUM_THREADS": "1"}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+FORWARDED = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
+"""Signals that torchrun forwards to the ranks. By default SIGUSR1 and SIGUSR2 end torchrun itself at once."""
 PATIENCE = 180.0
 
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
-    """Writes a configuration of 60 steps; returns a function that starts it on two processes in a given folder."""
+    """Writes a configuration of 120 steps; returns a function that starts it on two processes in a given folder."""
     place = tmp_path_factory.mktemp("job")
     tiny.tokenizer().save_pretrained(place / "tokenizer")
     rows = [{"prompt": row.prompt, "completion": row.reference} for row in tiny.examples(40)]
@@ -44,13 +46,14 @@ def job(tmp_path_factory):
         "dataset_name": str(place / "rows.jsonl"),
         "train_batch_size": 4,
         "max_length": 32,
-        "max_steps": 60,
+        "max_steps": 120,
         "progress": False,
     }
     (place / "job.yaml").write_text(json.dumps(keys))  # JSON is valid YAML
 
-    def start(folder: Path) -> subprocess.Popen:
-        command = [*TORCHRUN, "-m", "fastrlhf", "sft", "--config", str(place / "job.yaml"), "--output_dir", str(folder)]
+    def start(folder: Path, *flags: str) -> subprocess.Popen:
+        given = ["--config", str(place / "job.yaml"), "--output_dir", str(folder), *flags]
+        command = [*TORCHRUN, "--signals-to-handle", FORWARDED, "-m", "fastrlhf", "sft", *given]
         return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
     return start
@@ -65,13 +68,14 @@ def ranks_of(launcher: int) -> list[int]:
     return [int(pid) for pid in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()]
 
 
-def stop(child: subprocess.Popen, folder: Path, rows: int, number: int) -> str:
-    """Signals the launcher and its ranks at once, as SLURM does, when the log has `rows` rows; returns the job's
-    output."""
+def stop(child: subprocess.Popen, folder: Path, rows: int, number: int, later: float = 0.0) -> str:
+    """Signals the launcher and its ranks at once, as SLURM does, `later` seconds after the log has `rows` rows; returns
+    the job's output."""
     end = time.monotonic() + PATIENCE
     while rows_of(folder) < rows and child.poll() is None:
         assert time.monotonic() < end, "the job ended before it logged that many rows"
         time.sleep(0.002)
+    time.sleep(later)
     for pid in [child.pid, *ranks_of(child.pid)]:
         os.kill(pid, number)
     try:
@@ -89,27 +93,46 @@ def check_saved(folder: Path, said: str) -> int:
     return step
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM])
-def test_a_job_whose_launcher_and_ranks_are_signalled_at_once_saves_its_last_step(number, job, tmp_path):
+def test_a_job_whose_launcher_and_ranks_are_signalled_at_once_saves_its_last_step(job, tmp_path):
     child = job(tmp_path / "run")
-    said = stop(child, tmp_path / "run", 3, number)
-    assert 3 <= check_saved(tmp_path / "run", said) < 60
+    said = stop(child, tmp_path / "run", 3, signal.SIGTERM)
+    assert 3 <= check_saved(tmp_path / "run", said) < 120
     assert child.returncode != 0
 
 
 @pytest.mark.faults
-def test_a_job_stopped_twenty_times_ends_bit_identical_to_an_uninterrupted_one(job, tmp_path):
-    whole = job(tmp_path / "whole")
-    assert whole.wait(timeout=PATIENCE) == 0
-    draw, folder, steps = random.Random(0), tmp_path / "run", [0]
-    numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
-    while len(steps) <= 20:
-        child = job(folder)
-        said = stop(child, folder, steps[-1] + draw.randint(1, 2), numbers[len(steps) % 3])
-        steps.append(check_saved(folder, said))
-        print(f"stop {len(steps) - 1} of 20: step {steps[-1]} is saved", flush=True)  # noqa: T201
+def test_a_job_that_is_signalled_after_its_last_step_finishes_and_releases_its_folder(job, tmp_path):
+    folder = tmp_path / "run"
+    child = job(folder, "--max_steps", "2")
+    stop(child, folder, 2, signal.SIGUSR1)
+    assert child.returncode != 0  # of torchrun
+    assert [row["step"] for row in read_metrics(folder / "metrics.jsonl")] == [1, 2]
+    assert (folder / "config.json").exists()
+    assert not list(folder.glob(".*"))
+    assert not list(folder.glob("checkpoint-*"))
+
+
+@pytest.fixture(scope="module")
+def whole(job, tmp_path_factory):
+    """The log and the model of a job that nothing has stopped."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
     assert job(folder).wait(timeout=PATIENCE) == 0
-    assert untimed_log(folder) == untimed_log(tmp_path / "whole")
+    return untimed_log(folder)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_job_stopped_ten_times_ends_bit_identical_to_an_uninterrupted_one(seed, job, whole, tmp_path):
+    draw, folder, steps = random.Random(seed), tmp_path / "run", [0]
+    numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1]
+    while len(steps) <= 10:
+        child = job(folder)
+        number = numbers[len(steps) % 4]
+        said = stop(child, folder, steps[-1] + draw.randint(1, 2), number, later=draw.uniform(0, 0.1))
+        steps.append(check_saved(folder, said))
+        print(f"stop {len(steps) - 1} of 10: {signal.Signals(number).name}, step {steps[-1]} is saved", flush=True)  # noqa: T201
+    assert job(folder).wait(timeout=PATIENCE) == 0
+    assert untimed_log(folder) == whole
 
 
 @pytest.mark.faults

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import NamedTuple
@@ -117,13 +117,14 @@ def score_episodes(
     eos_token_id: EndIds,
     rewards: Rewards | None = None,
     earned: Earned | None = None,
+    parts: Callable[[Iterable[Pack]], Iterable[Pack]] = iter,
 ) -> tuple[Experience, dict[str, float]]:
     """Computes the complete input of an update. The log-probs under the sampling policy are recomputed in the same
     packs as in the first pass and by the op of the loss, so that the first ratio is exactly 1. `critic` is None if
     `advantage_estimator` needs none, and `scores` is None without a judge. `rewards` computes the rewards of the run;
     None: only rewards that need neither a model nor a state. `earned` is the result of the reward functions; None if
     they have not been called yet. With `truncation` bootstrap the critic's forward pass also gives the value of the
-    state after the last token.
+    state after the last token. `parts` watches the packs for a request to stop (`Run.parts`).
     """
     rewards = rewards or Rewards(config=config)
     device = policy.device
@@ -137,7 +138,7 @@ def score_episodes(
     # Holds, in the last row of an episode, the value of the state after it.
     value_after = torch.zeros(num_rows, device=device) if config.truncation == "bootstrap" else None
     reference_states = None
-    for item in (item for mini in packs for item in mini):
+    for item in parts(item for mini in packs for item in mini):
         scored = _scored(config, policy, reference, item)
         logprob[item.index], entropy[item.index] = scored.logprob, scored.entropy
         reference_logprob[item.index] = scored.reference_logprob

@@ -190,6 +190,7 @@ def train_ppo(
                     experience, metrics = score_episodes(
                         *(config, policy, reference, critic, rollouts, rewarded.scores, packs, eos, rewards),
                         earned=rewarded.earned,
+                        parts=run.parts,
                     )
                     metrics |= rewarded.metrics
                 difference = metrics["sampling/sampling_logp_difference/mean"]

@@ -209,8 +209,8 @@ class Checkpointer:
 
     @property
     def is_at_mark(self) -> bool:
-        """Whether no weight has changed since the last `mark`."""
-        return self._position() == self._marked_position
+        """Whether no weight has changed since the last `mark`; True before the first one."""
+        return self._marked_position in (None, self._position())
 
     def back_to_mark(self) -> bool:
         """Restores the parts to their state at the last `mark`, so that the step before it can still be saved. Returns

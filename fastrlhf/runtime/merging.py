@@ -7,6 +7,7 @@ evaluated. `merged_dtype: bfloat16` takes effect only if the shift of log-probs,
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +24,14 @@ from transformers import (
 from fastrlhf.config import TrainConfig
 from fastrlhf.data.packing import pack, sequence
 from fastrlhf.distributed.ranks import on_first
-from fastrlhf.models.adapters import has_adapter, merge_adapter, merged_copy, plain_weights, save_adapter
+from fastrlhf.models.adapters import (
+    has_adapter,
+    merge_adapter,
+    merged_copy,
+    plain_weights,
+    save_adapter,
+    share_weights,
+)
 from fastrlhf.models.forward import sequence_scores, token_logprobs
 from fastrlhf.models.four_bit import is_four_bit
 from fastrlhf.models.sharding import is_sharded, on_first_rank
@@ -113,6 +121,34 @@ def write_card(folder: Path, text: str) -> None:
         log.warning("%s was not written by fastrlhf and stays; the card of the model is MODEL_CARD.md", file)
         file = folder / "MODEL_CARD.md"
     write_file(file, text)
+
+
+def save_all(
+    models: Mapping[str, PreTrainedModel | None],
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path | None,
+    saved: dict[str, PreTrainedModel],
+    accept: Acceptance | None = None,
+    card: Card | None = None,
+) -> None:
+    """Saves the final models of a run, each in the sub-folder of its name, and adds the plain models to `saved`. The
+    policy, whose name is "", is saved last and in `folder` itself, with the measurement of `accept` in config.yaml.
+    `card` is the model card of the policy.
+
+    After an error the call can be repeated with the same `saved`, which leaves out models that are saved already.
+    Every rank must call it.
+    """
+    policy = models[""]
+    assert policy is not None
+    for name, other in models.items():
+        if name and other is not None and name not in saved:
+            place, apart = folder and folder / name, share_weights(policy, other)
+            own = card and dataclasses.replace(card, beside=name)
+            saved[name] = save_trained(other, tokenizer, place, apart=apart, card=own)
+    saved[""] = save_trained(policy, tokenizer, folder, accept=accept, card=card)
+    if accept and folder:
+        with (folder / "config.yaml").open("a") as file:
+            file.write(f"# {accept.told}\n")
 
 
 def _without_weights(model: PreTrainedModel) -> PreTrainedModel:

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -19,13 +20,12 @@ from fastrlhf.config import TrainConfig, require
 from fastrlhf.config.functions import function_hashes, object_hashes
 from fastrlhf.config.paths import as_given
 from fastrlhf.distributed.ranks import failed_together, from_all, may_unwind, on_first
-from fastrlhf.models.adapters import share_weights
 from fastrlhf.runtime.atomic import sweep
 from fastrlhf.runtime.checkpoint import Checkpointer, Stateful, check_run_dir, create_output_dir
 from fastrlhf.runtime.disk import check_room, with_room
 from fastrlhf.runtime.inputs import Data
 from fastrlhf.runtime.locks import locked
-from fastrlhf.runtime.merging import acceptance_of, card_of, save_trained
+from fastrlhf.runtime.merging import acceptance_of, card_of, save_all, save_trained
 from fastrlhf.runtime.metrics import MetricsWriter, read_metrics
 from fastrlhf.runtime.progress import Progress
 from fastrlhf.runtime.signals import Interrupted, Interrupts
@@ -69,8 +69,9 @@ class Run:
     After a stop request (runtime/signals.py) the run saves the last whole step and ends. It ends at once if no weight
     has changed since that step, otherwise at the end of the step or at the next resumable call of `between_parts`. All
     ranks must stop at the same point: at the next call of `between_parts`, `parts` or `log`, or within `apart`
-    (distributed/ranks.py: rollouts, evaluations), where they exchange nothing. A step counts as whole as soon as its
-    weights are updated; its evaluation may follow after the run is resumed.
+    (distributed/ranks.py: rollouts, judges, evaluations), where they exchange nothing. A step counts as whole as soon
+    as its weights are updated; its evaluation may follow after the run is resumed. After the last step the trained
+    model is saved first; then Interrupted is raised with `finished`, so that no further stage begins.
 
     After an error the last whole step is saved as a checkpoint if no weight has changed since, and the same command
     continues from it. Otherwise the weights are saved to `interrupted/`, and a note on the error says so. `SystemExit`
@@ -119,7 +120,12 @@ class Run:
     def __enter__(self) -> Run:
         with ExitStack() as stack:
             if self.folder:
+                # Signals are handled until the lock is released, so that no signal leaves the lock file behind.
+                self._interrupts = stack.enter_context(Interrupts(self._may_unwind))
+                stack.push(self._stop_when_finished)
+                self._stoppable = True
                 self._open(self.folder, stack)
+                self._stoppable = False
             every, shown = self._config.logging_steps, self._config.progress
             progress = Progress(self._name, self._steps, start=self._start, every=every, shown=shown)
             self._progress = stack.enter_context(progress)
@@ -140,7 +146,6 @@ class Run:
         if rows and rows[0]["step"] == 0:
             self.initial = values.pop(0)
         self.history = values
-        self._interrupts = stack.enter_context(Interrupts(self._may_unwind))
 
     def _claim(self, folder: Path, stack: ExitStack) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -208,6 +213,14 @@ class Run:
             stop.when = f"in step {step + 1}; step {step} is saved as {saved}"
         return None
 
+    def _stop_when_finished(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Raises Interrupted if a stop was requested while a run finished. Every rank must call it after a run without
+        an error."""
+        if kind is None and (pending := self._asked_to_stop()):
+            raise Interrupted(pending, f"after the last step; the trained model is in {self.folder}", finished=True)
+
     def _rescue(
         self, error: Exception, checkpointer: Checkpointer, trained: tuple[PreTrainedModel, PreTrainedTokenizerBase]
     ) -> None:
@@ -237,6 +250,7 @@ class Run:
         """Yields (step, batch) from the step at which the run starts or resumes. With `eval_on_start`, a new run first
         evaluates and logs the result as step 0. A resumed run first completes a step whose evaluation was interrupted.
         """
+        self.between_parts()
         if self._config.eval_on_start and self._start == 0 and self._evaluate:
             self._stoppable = True
             self.initial = dict(self._evaluate())
@@ -307,7 +321,7 @@ class Run:
         return measured
 
     def _may_unwind(self) -> bool:
-        """Returns whether a signal that arrives now may end the step (see the docstring of the class)."""
+        """Returns whether a signal that arrives now may end the run at once (see the docstring of the class)."""
         return self._stoppable and self._checkpointer is not None and self._checkpointer.is_at_mark and may_unwind()
 
     def _asked_to_stop(self) -> int:
@@ -320,16 +334,21 @@ class Run:
             checkpointer.save(step, self._config.save_total_limit)
 
         if step > self._saved:
-            with_room(
-                write,
-                folder=checkpointer.folder,
-                needed=checkpointer.checkpoint_bytes,
-                what=checkpointer.path(step).name,
-                minutes=self._config.disk_wait_minutes if wait else 0,
-                make_room=lambda: checkpointer.drop_oldest(self._config.save_total_limit),
-            )
+            self._with_room(checkpointer, write, checkpointer.checkpoint_bytes, checkpointer.path(step).name, wait)
             self._saved = step
         return checkpointer.path(step)
+
+    def _with_room(
+        self, checkpointer: Checkpointer, write: Callable[[], None], needed: int, what: str, wait: bool = True
+    ) -> None:
+        with_room(
+            write,
+            folder=checkpointer.folder,
+            needed=needed,
+            what=what,
+            minutes=self._config.disk_wait_minutes if wait else 0,
+            make_room=lambda: checkpointer.drop_oldest(self._config.save_total_limit),
+        )
 
     def due(self, step: int, every: int) -> bool:
         """Returns True after the last step and, if `every` is not 0, after every `every` steps."""
@@ -347,33 +366,13 @@ class Run:
         cannot be written."""
         if self._writer and self._writer.flush():
             log.warning("the last rows of the log are missing; the model is saved all the same")
-        beside = {name: x for name, x in (("value_model", value_model), ("dpo_model", dpo_model)) if x is not None}
-        saved: dict[str, PreTrainedModel] = {}
-        accept = acceptance_of(self._config, self._data)
         last = self.history[-1] if self.history else {}
         final = self._final or {name: value for name, value in last.items() if name.startswith("eval_")}
-        card = card_of(self._config, self._data, final, last)
-
-        def write() -> None:
-            for name, other in beside.items():
-                if name not in saved:
-                    place, apart = self.folder and self.folder / name, share_weights(model, other)
-                    own = card and dataclasses.replace(card, beside=name)
-                    saved[name] = save_trained(other, tokenizer, place, apart=apart, card=own)
-            saved[""] = save_trained(model, tokenizer, self.folder, accept=accept, card=card)
-            if accept and self.folder:
-                with (self.folder / "config.yaml").open("a") as file:
-                    file.write(f"# {accept.told}\n")
-
-        if checkpointer := self._checkpointer:
-            with_room(
-                write,
-                folder=checkpointer.folder,
-                needed=checkpointer.model_bytes,
-                what="the model",
-                minutes=self._config.disk_wait_minutes,
-                make_room=lambda: checkpointer.drop_oldest(self._config.save_total_limit),
-            )
+        card, accept = card_of(self._config, self._data, final, last), acceptance_of(self._config, self._data)
+        models, saved = {"value_model": value_model, "dpo_model": dpo_model, "": model}, dict[str, PreTrainedModel]()
+        write = partial(save_all, models, tokenizer, self.folder, saved, accept, card)
+        if self._checkpointer:
+            self._with_room(self._checkpointer, write, self._checkpointer.model_bytes, "the model")
         else:
             write()
         return TrainResult(

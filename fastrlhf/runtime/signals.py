@@ -25,17 +25,18 @@ IN_THE_MIDDLE = "in the middle of a step"
 
 
 class Interrupted(KeyboardInterrupt):
-    """Raised when a run stops on request; `when` says at which point it stopped and what was saved."""
+    """Raised when a run stops on request; `when` says at which point it stopped and what was saved. `finished`: the
+    request came after the last step, and the run is complete."""
 
-    def __init__(self, number: int, when: str = "") -> None:
-        super().__init__(number, when)
-        self.when = when
+    def __init__(self, number: int, when: str = "", finished: bool = False) -> None:
+        super().__init__(number, when, finished)
+        self.when, self.finished = when, finished
         self.exit_code = 128 + number
         """Exit code by the convention of shells: 130 after Ctrl-C, 143 after SIGTERM and the signals handled like it.
         """
 
     def __str__(self) -> str:
-        return f"interrupted {self.when}"
+        return f"interrupted {self.when}".rstrip()
 
 
 class Interrupts:

@@ -134,13 +134,25 @@ def test_a_signal_to_one_process_stops_all_and_the_run_resumes_bit_for_bit(place
 
 @pytest.mark.parametrize("part", CUTS)
 def test_a_signal_within_a_step_stops_all_processes_and_the_run_resumes_bit_for_bit(place, part):
-    """The signal comes during a rollout, during a judge that only rank 0 calls, and between two mini-batches."""
+    """The signal comes during a rollout, during a judge that only rank 0 calls, during the scoring of the first of
+    several packs, and between two mini-batches."""
     folder = place / "two" / f"drpo cut in the {part}"
     said = f"interrupted in step 2; step 1 is saved as {folder / 'checkpoint-1'}"
-    assert [rank["cuts"][part] for rank in seen(place)] == [said, said]
+    messages, calls = zip(*(rank["cuts"][part] for rank in seen(place)), strict=True)
+    assert messages == (said, said)
+    if part == "scoring":
+        assert calls == (1, 1)
     assert resumable.untimed_log(folder) == resumable.untimed_log(place / "two" / "drpo")
     state = json.loads((folder / "checkpoint-1" / "state.json").read_text())
     assert ("update" in state["parts"]) == (part == "update")
+
+
+def test_a_signal_to_one_process_after_the_last_step_ends_all_with_a_finished_run(place):
+    folder = place / "two" / "sft finished"
+    said = f"interrupted after the last step; the trained model is in {folder}; finished: True"
+    assert [rank["finished"] for rank in seen(place)] == [said, said]
+    assert not (folder / ".lock").exists()
+    assert resumable.untimed_log(folder) == resumable.untimed_log(place / "two" / "sft")
 
 
 @pytest.mark.parametrize(
