@@ -24,7 +24,7 @@ from fastrlhf.config.functions import user_frames
 from fastrlhf.config.help import format_help
 from fastrlhf.runtime.out_of_memory import describe, is_out_of_memory
 from fastrlhf.runtime.printable import PrintableFormatter, printable
-from fastrlhf.runtime.signals import Interrupted
+from fastrlhf.runtime.signals import Interrupted, stop_at_once
 
 USAGE = """\
 usage: fastrlhf COMMAND [--config FILE] [--key value ...]
@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if command not in COMMANDS:
             told = explain_command(command, COMMANDS)
             raise ValueError(f"unknown command {command!r}{told}; fastrlhf --help lists them")
-        with quiet_when_unread():
+        with quiet_when_unread(), stop_at_once():
             if _asks_for_help(rest):
                 print(format_help(command) if command in configs.CONFIGS else USAGE)
             else:

@@ -46,42 +46,41 @@ def stopped(run: Callable[..., Any], place: Path, two: Path) -> bool:
     return interrupted
 
 
-CUTS: dict[str, tuple[Any, str, tuple[int, ...]]] = {
-    "rollout": (engine, "check_room", (0, 1)),
-    "judge": (resumable, "noisy_judge", (0,)),
-    "scoring": (experience, "_scored", (1,)),
-    "update": (Optimizer, "step", (1,)),
+CUTS: dict[str, tuple[str, Any, str, tuple[int, ...]]] = {
+    "rollout": ("drpo", engine, "check_room", (0, 1)),
+    "judge": ("drpo", resumable, "noisy_judge", (0,)),
+    "scoring": ("ppo", experience, "_scored", (1,)),
+    "update": ("drpo", Optimizer, "step", (1,)),
 }
-"""Part of a step -> (owner, function name, ranks that get a signal at the function's first call)."""
+"""Part of a step -> (trainer, owner, function name, ranks that get a signal at the function's first call)."""
 
 
-def cut(run: Callable[..., Any], part: str, place: Path, two: Path) -> tuple[str, int]:
+def cut(run: Callable[..., Any], part: str, place: Path, two: Path) -> tuple[str, list[int]]:
     """Interrupts a run by a signal in a part of its second step, then resumes it; returns the message of the
-    interruption and the number of calls of the function in this step."""
-    owner, name, signalled = CUTS[part]
-    function, log, sent, calls = getattr(owner, name), Run.log, [True], []
+    interruption and the numbers of calls of the function in both steps."""
+    kind, owner, name, signalled = CUTS[part]
+    function, log, sent, calls = getattr(owner, name), Run.log, [True], [0]
 
     def logged(run: Run, step: int, *arguments: Any, **keywords: Any) -> None:
         log(run, step, *arguments, **keywords)
         sent[:] = [dist.get_rank() not in signalled]
-        calls.clear()
+        calls.append(0)
 
     def called(*arguments: Any, **keywords: Any) -> Any:
-        calls.append(1)
+        calls[-1] += 1
         if not sent[0]:
             sent[0] = True
             os.kill(os.getpid(), signal.SIGTERM)
         return function(*arguments, **keywords)
 
-    folder, said = two / f"drpo cut in the {part}", "no interruption"
+    folder, said = two / f"{kind} cut in the {part}", "no interruption"
     with patch.object(Run, "log", logged), patch.object(owner, name, called):
         try:
-            run("drpo", place, folder)
+            run(kind, place, folder)
         except Interrupted as stop:
             said = str(stop)
-    number = len(calls)
-    run("drpo", place, folder)
-    return said, number
+    run(kind, place, folder)
+    return said, calls
 
 
 def finished(run: Callable[..., Any], place: Path, two: Path) -> str:

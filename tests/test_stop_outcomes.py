@@ -197,6 +197,39 @@ def test_a_run_ends_with_the_exit_code_of_the_table_and_saves_what_the_table_say
         assert untimed_log(folder) == untimed_log(place / "whole")
 
 
+def test_a_signal_after_the_last_step_of_a_stage_ends_the_command_before_the_next_stage(place, tmp_path, capsys):
+    pairs = [{"prompt": row.prompt, "chosen": row.chosen, "rejected": row.rejected} for row in tiny.examples(8)]
+    (tmp_path / "pairs.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in pairs))
+    first, second = tmp_path / "first", tmp_path / "second"
+    shared = {"per_device_train_batch_size": 4, "max_length": 32, "max_steps": 1, "progress": False}
+    sft = {"model_name_or_path": str(place / "policy"), "dataset_name": str(place / "rows.jsonl")}
+    dpo = {"model_name_or_path": str(first), "dataset_name": str(tmp_path / "pairs.jsonl"), "run_first": ["sft"]}
+    sections = {"shared": shared, "sft": sft | {"output_dir": str(first)}, "dpo": dpo | {"output_dir": str(second)}}
+    (tmp_path / "chain.yaml").write_text(json.dumps(sections))
+    command = ["dpo", "--config", str(tmp_path / "chain.yaml")]
+    with pytest.MonkeyPatch.context() as patch:
+        while_saving(patch, signal.SIGTERM)
+        assert cli.main(command) == 143
+    said = f"interrupted after the last step; the trained model is in {first}; the same command continues"
+    assert f"fastrlhf dpo: {said}" in capsys.readouterr().err
+    assert not second.exists()
+    assert cli.main(command) == 0
+    assert f"sft: {first} holds a finished run; skipped" in capsys.readouterr().out
+    assert (second / "config.json").exists()
+
+
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGUSR1, 143)])
+def test_a_signal_while_the_model_is_loaded_has_the_exit_code_of_a_stopped_run(
+    number, exit_code, place, tmp_path, capsys
+):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sft, "policy_or_given", lambda *_: signal.raise_signal(number))
+        assert train(place, tmp_path / "run") == exit_code
+    assert "fastrlhf sft: interrupted; the same command continues" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    assert train(place, tmp_path / "run") == 0
+
+
 @pytest.mark.parametrize("event", ELSEWHERE)
 def test_events_of_other_processes_have_the_exit_code_of_the_table(event, monkeypatch):
     told = ELSEWHERE[event]

@@ -70,7 +70,7 @@ from fastrlhf.runtime.inputs import Data, open_inputs, with_room
 from fastrlhf.runtime.locks import check_idle, locked
 from fastrlhf.runtime.metrics import read_metrics, read_rows
 from fastrlhf.runtime.run import TrainResult
-from fastrlhf.runtime.signals import Interrupts
+from fastrlhf.runtime.signals import stop_at_once
 from fastrlhf.types import Example, TokenizedExample
 
 log = logging.getLogger(__name__)
@@ -110,7 +110,7 @@ def train_rlp(
     reward, policy = at_start(reward, RewardConfig, "train_rlp"), at_start(policy, PPOConfig, "train_rlp")
     check_one_process("rlp")
     run = _open(config, reward, policy, pairs, eval_pairs, prompts, eval_prompts, equivalence, gold)
-    with Interrupts(lambda: True), locked(Path(config.output_dir)):
+    with stop_at_once(), locked(Path(config.output_dir)):
         judged_by = config.reward_model_path or run.train_reward("reward", reward.model_name_or_path)
         final = config.policy_path or run.train_policy("policy", judged_by)
         found: dict[str, float] = {}

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from types import FrameType, TracebackType
 from typing import Self
 
@@ -20,6 +21,8 @@ AS_TERM = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 HANDLED = (signal.SIGINT, signal.SIGTERM, *AS_TERM)
 
 
+SAVING = f"saving, then stopping; a second signal after {REPEAT:g} s stops at once"
+"""What a run prints after the first signal."""
 IN_THE_MIDDLE = "in the middle of a step"
 """Value of `Interrupted.when` after a second request, which ends a run without saving."""
 
@@ -42,17 +45,17 @@ class Interrupted(KeyboardInterrupt):
 class Interrupts:
     """Context that handles the signals in `HANDLED`. The first signal is stored in `pending`, as SIGINT or SIGTERM, and
     raises Interrupted if `may_raise` returns True at that moment. Signals within the next `REPEAT` seconds are ignored.
-    A later signal always raises Interrupted, with `IN_THE_MIDDLE`.
+    A later signal always raises Interrupted, with `IN_THE_MIDDLE`. `told` is printed after the first signal.
 
     If the block ends without an error while a signal is pending, the signal is raised again for the previous handler.
     Outside the main thread no signals are handled, because Python does not deliver them there. Signals that the process
     already ignores, for example under nohup, stay ignored.
     """
 
-    def __init__(self, may_raise: Callable[[], bool] = lambda: False) -> None:
+    def __init__(self, may_raise: Callable[[], bool] = lambda: False, told: str = SAVING) -> None:
         self.pending: int | None = None
         self._first = 0.0
-        self._may_raise = may_raise
+        self._may_raise, self._told = may_raise, told
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> Self:
@@ -75,8 +78,17 @@ class Interrupts:
         if self.pending is None:
             self.pending, self._first = number, time.monotonic()
             # os.write instead of print, because the signal may have interrupted a print.
-            os.write(2, f"\nsaving, then stopping; a second signal after {REPEAT:g} s stops at once\n".encode())
+            os.write(2, f"\n{self._told}\n".encode())
             if self._may_raise():
                 raise Interrupted(number)
         elif time.monotonic() - self._first > REPEAT:
             raise Interrupted(number, IN_THE_MIDDLE)
+
+
+def stop_at_once() -> AbstractContextManager[object]:
+    """Returns a context for work with nothing to save: every signal in `HANDLED` raises Interrupted at once, so that
+    locks are released and the exit code is that of a stopped run. Within the context a `Run` handles signals itself.
+    Under torchrun signals keep their default, which ends even a rank that waits for another in C++ code."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return nullcontext()
+    return Interrupts(lambda: True, "stopping")

@@ -73,9 +73,22 @@ def test_the_first_signal_ends_the_work_at_once_if_allowed(clock):
         interrupts.pending = None
 
 
+@pytest.mark.parametrize("number", signals.HANDLED)
+def test_work_with_nothing_to_save_is_stopped_by_the_first_signal(number, capfd, monkeypatch):
+    before = signal.getsignal(number)
+    with pytest.raises(Interrupted, match=r"^interrupted$") as stop, signals.stop_at_once():
+        signal.raise_signal(number)
+    assert stop.value.exit_code == (130 if number == signal.SIGINT else 143)
+    assert capfd.readouterr().err == "\nstopping\n"
+    assert signal.getsignal(number) is before
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with signals.stop_at_once():
+        assert signal.getsignal(number) is before
+
+
 def test_the_request_can_be_sent_to_other_processes():
-    stop = pickle.loads(pickle.dumps(Interrupted(signal.SIGTERM, "after step 3")))
-    assert (str(stop), stop.exit_code) == ("interrupted after step 3", 143)
+    stop = pickle.loads(pickle.dumps(Interrupted(signal.SIGTERM, "after step 3", finished=True)))
+    assert (str(stop), stop.exit_code, stop.finished) == ("interrupted after step 3", 143, True)
 
 
 def test_a_signal_that_nothing_handled_is_delivered_at_the_end():
