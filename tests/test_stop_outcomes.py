@@ -99,7 +99,7 @@ def no_locks(patch: pytest.MonkeyPatch) -> None:
 
 
 def failing_reporter(patch: pytest.MonkeyPatch) -> None:
-    run = SimpleNamespace(log=raiser(RuntimeError("no server")), finish=lambda **_: None)
+    run = SimpleNamespace(id="run", log=raiser(RuntimeError("no server")), finish=lambda **_: None)
     patch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: run))
 
 
