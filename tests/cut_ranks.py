@@ -98,3 +98,28 @@ def finished(run: Callable[..., Any], place: Path, two: Path) -> str:
         except Interrupted as stop:
             return f"{stop}; finished: {stop.finished}"
     return "no interruption"
+
+
+def rescued(run: Callable[..., Any], place: Path, two: Path) -> list[str]:
+    """Runs DR-PO with a judge that fails in the second step (only rank 0 calls it), and then resumes the run.
+
+    Returns the notes that were added to the error.
+    """
+    judge, calls = resumable.noisy_judge, []
+
+    def unavailable(rollouts: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise ConnectionError("503")
+        return judge(rollouts)
+
+    resumable.noisy_judge = unavailable
+    notes = ["no error"]
+    try:
+        run("drpo", place, two / "drpo-resumed")
+    except ConnectionError as error:
+        notes = error.__notes__
+    finally:
+        resumable.noisy_judge = judge
+    run("drpo", place, two / "drpo-resumed")
+    return notes

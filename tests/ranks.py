@@ -39,7 +39,7 @@ from fastrlhf.models.vocabulary import limit_vocabulary
 from fastrlhf.runtime import optim
 from fastrlhf.runtime.optim import Optimizer
 from tests import resumable, tiny
-from tests.cut_ranks import CUTS, cut, finished, stopped
+from tests.cut_ranks import CUTS, cut, finished, rescued, stopped
 
 LORA = {"use_peft": True, "lora_r": 3, "adam_epsilon": 1e-3}
 """Adam's epsilon is large: its first steps are signs of gradients, which are near zero for a new adapter."""
@@ -347,31 +347,6 @@ def differences(place: Path, two: Path) -> dict[str, str]:
     return told
 
 
-def rescued(place: Path, two: Path) -> list[str]:
-    """Runs DR-PO with a judge that fails in the second step (only rank 0 calls it), and then resumes the run.
-
-    Returns the notes that were added to the error.
-    """
-    judge, calls = resumable.noisy_judge, []
-
-    def unavailable(rollouts: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 2:
-            raise ConnectionError("503")
-        return judge(rollouts)
-
-    resumable.noisy_judge = unavailable
-    notes = ["no error"]
-    try:
-        run("drpo", place, two / "drpo-resumed")
-    except ConnectionError as error:
-        notes = error.__notes__
-    finally:
-        resumable.noisy_judge = judge
-    run("drpo", place, two / "drpo-resumed")
-    return notes
-
-
 def main(place: Path) -> None:
     torch.set_num_threads(1)
     two = place / "two"
@@ -390,7 +365,7 @@ def main(place: Path) -> None:
         "cuts": {part: cut(run, part, place, two) for part in CUTS},
         "finished": finished(run, place, two),
         "differences": differences(place, two),
-        "rescued": rescued(place, two),
+        "rescued": rescued(run, place, two),
     }
     (place / f"rank-{dist.get_rank()}.json").write_text(json.dumps(seen))
     assert is_first() == (dist.get_rank() == 0)

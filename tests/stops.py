@@ -15,7 +15,7 @@ NOTHING = "nothing new; older checkpoints stay"
 FINISHED = "the trained model"
 """The run continues to its end and saves the trained model."""
 
-FAULTS, RUN, METRICS = "test_faults.py", "runtime/test_run.py", "runtime/test_metrics.py"
+FAULTS, RUN, REPORTERS = "test_faults.py", "runtime/test_run.py", "runtime/test_reporters.py"
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ STOPS: dict[str, Stop] = {
         "the failure is reported once, and the run continues without the service",
         FINISHED,
         0,
-        METRICS,
+        REPORTERS,
         ("test_a_failing_reporter_is_reported_once_and_dropped_and_the_file_continues",),
     ),
     "the hub accepts a connection and never answers": Stop(
