@@ -32,8 +32,7 @@ def append_row(row: Mapping[str, Any], folder: Path = RESULTS) -> None:
     """
     stamp = {
         "device": row.get("device") or device_name(),
-        "commit": os.environ.get("COMMIT") or _git("rev-parse", "--short", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude)results")),
+        **state_of_code(),
         "date": datetime.date.today().isoformat(),
         **{package: found for package in PACKAGES if (found := _version(package))},
     }
@@ -41,6 +40,12 @@ def append_row(row: Mapping[str, Any], folder: Path = RESULTS) -> None:
     name = stamp["device"].lower().replace(" ", "_")
     with (folder / f"{name}.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps({**row, **stamp}) + "\n")
+
+
+def state_of_code() -> dict[str, Any]:
+    """Returns the current commit, and whether files outside of bench/results differ from it."""
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude)results")
+    return {"commit": os.environ.get("COMMIT") or _git("rev-parse", "--short", "HEAD"), "dirty": bool(changed)}
 
 
 def _version(package: str) -> str:

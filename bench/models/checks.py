@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
-from bench.models.configs import EOS, VOCAB, tiny_config
+from bench.models.configs import tiny_config
 from fastrlhf.config import SFTConfig
 from fastrlhf.data.packing import pack
 from fastrlhf.models.adapters import add_adapter, merged_copy
@@ -27,6 +27,7 @@ from fastrlhf.models.forward import (
 )
 from fastrlhf.models.layers import LayerOptions
 from fastrlhf.models.loading import load_policy, load_reward_model
+from fastrlhf.models.small import EOS, VOCAB, small_model
 from fastrlhf.rollout.engine import TransformersEngine
 from fastrlhf.types import Prefix, Segment
 
@@ -48,7 +49,7 @@ class NotBuiltError(Exception):
 
 @dataclass
 class Family:
-    """A tiny model of one type. Its weights are large, so that log-probs of different tokens differ by nats."""
+    """A tiny model of one type. Its weights are large, so that log-probs of different tokens differ."""
 
     model_type: str
     folder: Path
@@ -67,21 +68,9 @@ class Family:
 
 def write_model(model_type: str, folder: Path, **fields: Any) -> None:
     """Saves a tiny random model of the type; `fields` of its text configuration replace those of `tiny_config`."""
-    torch.manual_seed(0)
     config = tiny_config(model_type)
     config.get_text_config().update(fields)
-    model = AutoModelForCausalLM.from_config(config)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim >= 2:
-                parameter.mul_(2)
-            else:
-                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.02)
-        # Padding has the embedding 0. An indexer then scores all keys equally, and its choice is arbitrary.
-        table = model.get_input_embeddings().weight
-        table[0] = torch.randn(table.shape[1:], generator=generator) * table.std()
-    model.save_pretrained(folder)
+    small_model(config).save_pretrained(folder)
 
 
 def check_packed(family: Family) -> dict[str, float]:
@@ -165,7 +154,8 @@ def check_lora(family: Family) -> dict[str, float]:
         plain = AutoModelForCausalLM.from_pretrained(family.folder / "merged").eval()
         error = (ours - _own_logprobs(plain, ids)).abs().max().item()
         if not error <= 5 * VALUES:
-            error = (ours - _own_logprobs(_in_float64(plain), ids)).abs().max().item()
+            unmerged = _own_logprobs(_in_float64(model), ids)
+            error = (unmerged - _own_logprobs(_in_float64(plain), ids)).abs().max().item()
     if torch.equal(ours, before):
         raise DifferenceError("the adapter does not change the log-probs")
     return _within(lora=(error, 5 * VALUES))

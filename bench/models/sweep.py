@@ -15,6 +15,7 @@ import re
 import signal
 import time
 from collections.abc import Iterable, Sequence
+from importlib import import_module
 from pathlib import Path
 from tempfile import gettempdir
 from typing import Any
@@ -24,7 +25,7 @@ import transformers
 
 from bench.models.checks import CHECKS, DifferenceError, quiet, run_checks
 from bench.models.configs import causal_types
-from bench.results import RESULTS
+from bench.results import RESULTS, state_of_code
 
 ROWS = RESULTS / "models.jsonl"
 SECONDS = 180
@@ -40,6 +41,7 @@ def run_models(types: Sequence[str], checks: Sequence[str], path: Path = ROWS, *
     """Runs the checks of the types that have no current row, writes the rows, and returns a summary of all rows."""
     rows = read_rows(path)
     names = list(checks) or list(CHECKS)
+    import_module("peft")  # here rather than in the process of every type
     with quiet():
         for model_type in types or causal_types():
             old = rows.get(model_type, {})
@@ -148,7 +150,7 @@ def _in_process(model_type: str, names: list[str]) -> Row:
         row["crashed"] = f"the process ended with {os.waitstatus_to_exitcode(status)}"
     row["seconds"] = round(min(usage.ru_utime + usage.ru_stime, time.time() - start), 1)
     versions = {"transformers": transformers.__version__, "torch": torch.__version__}
-    return row | versions | {"date": datetime.date.today().isoformat()}
+    return row | versions | state_of_code() | {"date": datetime.date.today().isoformat()}
 
 
 def _child(model_type: str, names: list[str], sender: Any) -> None:

@@ -1,10 +1,11 @@
 """Chooses the weights of a model that get a low-rank adapter.
 
 By default (`all-linear`) these are all linear layers of the backbone and the experts of a mixture-of-experts model.
-transformers keeps experts in fused 3-D tensors outside of linear layers, which peft can adapt by parameter. Three kinds
+transformers keeps experts in fused 3-D tensors outside of linear layers, which peft can adapt by parameter. Four kinds
 of layers get no adapter: routers, because a changed router sends tokens to experts that have not been trained on them;
-layers that text never reaches (a vision tower, cross-attention without an encoder); and layers of Mamba whose weights
-the kernels read without calling the layer, so that an adapter would have no effect until it is merged.
+layers that text never reaches (a vision tower, cross-attention without an encoder); layers of Mamba whose weights the
+kernels read without calling the layer, so that an adapter would have no effect until it is merged; and layers that
+share their weight with another layer, because it cannot hold the merged adapters of both.
 
 `lora_modules_to_save` names modules that are trained whole beside the adapter, for example the embedding of new tokens.
 """
@@ -12,6 +13,7 @@ the kernels read without calling the layer, so that an adapter would have no eff
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -176,7 +178,8 @@ def _idle(model: PreTrainedModel) -> list[str]:
 @torch.no_grad()
 def _unusual(model: PreTrainedModel) -> list[str]:
     """Returns the linear layers to which an adapter does not fit, because their class overrides the forward pass (for
-    example, with a product in groups)."""
+    example, with a product in groups) or because another layer of the backbone has the same weight."""
+    shared, head = shared_weights(model), model.get_output_embeddings()
 
     def fits(layer: Linear) -> bool:
         if type(layer).forward is Linear.forward or type(layer).__module__.startswith("bitsandbytes"):
@@ -186,7 +189,14 @@ def _unusual(model: PreTrainedModel) -> list[str]:
         except Exception:  # the code of a model family may raise any exception
             return False
 
-    return [name for name, layer in model.named_modules() if isinstance(layer, Linear) and not fits(layer)]
+    linear = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, Linear)]
+    return [n for n, layer in linear if not fits(layer) or (id(layer.weight) in shared and layer is not head)]
+
+
+def shared_weights(model: PreTrainedModel) -> set[int]:
+    """Returns the ids of the parameters that several modules own."""
+    owned = [id(weight) for module in model.modules() for weight in module.parameters(recurse=False)]
+    return {each for each, number in Counter(owned).items() if number > 1}
 
 
 @contextmanager

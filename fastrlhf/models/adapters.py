@@ -27,7 +27,14 @@ from transformers import PreTrainedModel
 
 from fastrlhf.config import TrainConfig
 from fastrlhf.distributed.ranks import on_first
-from fastrlhf.models.adapter_targets import check_called, choose_targets, modules_to_save, num_weights, pattern
+from fastrlhf.models.adapter_targets import (
+    check_called,
+    choose_targets,
+    modules_to_save,
+    num_weights,
+    pattern,
+    shared_weights,
+)
 from fastrlhf.models.forward import disable_activation_checkpointing
 from fastrlhf.models.four_bit import is_four_bit, make_plain, plain_weight
 from fastrlhf.models.sharding import assign, beginnings, is_sharded, on_first_rank
@@ -72,6 +79,7 @@ def add_adapter(model: PreTrainedModel, config: TrainConfig, base: str) -> None:
     )
     outer = (model.get_input_embeddings(), model.get_output_embeddings())
     apart = [module.weight for module in outer if module is not None]
+    shared = shared_weights(model)
     try:
         inject(settings, model, config.seed)
     except ValueError as error:
@@ -80,6 +88,11 @@ def add_adapter(model: PreTrainedModel, config: TrainConfig, base: str) -> None:
     for _, name, layer in _adapted(model):
         if any(_base_weight(layer) is weight for weight in apart):
             raise ValueError(f"lora_target_modules: {name} is an embedding or a head; name layers of the backbone")
+        if id(_base_weight(layer)) in shared:
+            raise ValueError(
+                f"lora_target_modules: {name} shares its weight with another layer, so their adapters could not be "
+                "merged; name other layers"
+            )
     if model.device.type != "meta":
         names = {id(layer): name for name, layer in model.named_modules()}
         check_called(model, {names[id(layer)]: cast(Module, layer) for _, _, layer in _adapted(model)})

@@ -55,9 +55,9 @@ def num_computed_alone(plan: AttentionPlan) -> int:
 def _paths(plan: AttentionPlan) -> Sequence[list[int]]:
     """Returns the sequences to run, each as a list of rows of the pack from first to last token. They are as few as
     possible and cover every token."""
-    keys = torch.arange(sum(plan.key_lengths)) if plan.key_index is None else plan.key_index.cpu()
+    keys = np.arange(sum(plan.key_lengths)) if plan.key_index is None else plan.key_index.cpu().numpy()
     paths, reached = [], set[int]()
-    segments = list(zip(keys.split(plan.key_lengths), plan.query_lengths, strict=True))
+    segments = list(zip(np.split(keys, np.cumsum(plan.key_lengths)[:-1]), plan.query_lengths, strict=True))
     for seen, num_own in reversed(segments):  # branches before their parents
         path: list[int] = seen.tolist()
         if not reached.issuperset(path[-num_own:]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, cast
 
 from safetensors import safe_open
 from transformers import PretrainedConfig
@@ -20,10 +21,20 @@ def check_decoder(config: PretrainedConfig, what: str) -> None:
     elif kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
         found = f"an encoder ({kind}), which does not write text"
     elif type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        found = f"a {kind} model, for which transformers has no causal language model"
+        found = f"a model of type {kind}, for which transformers has no causal language model"
+    elif (
+        saved := cast(Any, MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]).config_class
+    ) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        found = f"a model of type {kind}, and transformers cannot load its language model ({saved.model_type})"
     else:
         return
     raise ValueError(f"{what} is {found}; give a causal language model (decoder only)")
+
+
+def _language_model(config: PretrainedConfig) -> type[PretrainedConfig]:
+    """Returns the class of the configuration that the loaded model will have; a composite model is loaded without its
+    other parts."""
+    return cast(Any, MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]).config_class
 
 
 def check_head(config: PretrainedConfig, source: str, field: str) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -22,20 +23,25 @@ import torch
 from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn import Module
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fastrlhf.config import TrainConfig
 from fastrlhf.models.attention import choose_attention, run_alone
 from fastrlhf.models.forward import set_logit_map
+from fastrlhf.models.noise import silence, silent_config
 from fastrlhf.models.positions import rope_obstacle
 from fastrlhf.models.probe import check_packed_forward, find_logit_map, is_scorer, obstacle_to_packs, own_forward
+from fastrlhf.models.small import small_config, small_model
 from fastrlhf_kernels import _triton
 
 log = logging.getLogger(__name__)
 
 LIGER = ("rope", "rms_norm", "swiglu", "geglu")
 """The kernels of Liger that replace layers of the model, if it has them. Liger's losses are not used."""
+
+_FORESEEN: dict[str, str | None] = {}
+"""Results of `foresee_alone` by configuration."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +91,40 @@ def prepare_layers(model: PreTrainedModel, options: LayerOptions) -> str:
     return attention
 
 
+def describe_alone(reason: str) -> str:
+    """Describes how packs run if their sequences cannot share a pass, for the first lines of a run and for plans."""
+    return (
+        "the sequences of a pack run one by one with the model's own attention, which is exact and slower, and a "
+        f"shared prompt is computed once per response: the packed forward {reason}"
+    )
+
+
+def foresee_alone(config: PretrainedConfig, max_length: int | None) -> str | None:
+    """Returns the reason why the sequences of a pack will run one by one, without loading the model; empty if they will
+    share a pass. It is measured on a small random model with the same kinds of layers. Returns None if no such model
+    can be made.
+
+    Raises ValueError as the run will, for rotary positions that rule out a run.
+    """
+    if reason := rope_obstacle(config, max_length):
+        return reason
+    key = config.to_json_string()
+    if key not in _FORESEEN:
+        _FORESEEN[key] = _measure(config)
+    return _FORESEEN[key]
+
+
+def _measure(config: PretrainedConfig) -> str | None:
+    try:
+        small = small_model(silent_config(small_config(config)))
+        silence(small)
+        expected = own_forward(small)
+        set_logit_map(small, find_logit_map(small))
+        return re.sub(r" by \S+ nats$", "", obstacle_to_packs(small, expected))  # the number is not the real model's
+    except Exception:  # the class of the configuration or of the model may raise any exception
+        return None
+
+
 def _run_alone(model: PreTrainedModel, options: LayerOptions, reason: str) -> str:
     kind = type(model).__name__
     because = f"the packed forward of {kind} {reason}"
@@ -96,11 +136,7 @@ def _run_alone(model: PreTrainedModel, options: LayerOptions, reason: str) -> st
             "torch_compile to false"
         )
     run_alone(model, reason)
-    log.warning(
-        "%s: the sequences of a pack run one by one with the model's own attention, which is exact and slower, and a "
-        "shared prompt is computed once per response: the packed forward %s",
-        *(kind, reason),
-    )
+    log.warning("%s: %s", kind, describe_alone(reason))
     return f"{model.config._attn_implementation}, one sequence at a time"
 
 

@@ -131,6 +131,11 @@ def load_policy(
     config = read_model_config(source, field, trust_remote_code)
     model, missing = _open(AutoModelForCausalLM, source, field, config, device, dtype, load_in_4bit, trust_remote_code)
     _check_complete(source, field, missing)
+    if type(model.config) is not type(config):
+        log.warning(
+            "%s: only the language model of %s is loaded, trained and saved (model_type %s in place of %s)",
+            *(field, source, model.config.model_type, config.model_type),
+        )
     return _ready(model, device, layers)
 
 

@@ -75,7 +75,7 @@ def _scorer_over(causal: type[PreTrainedModel]) -> type[PreTrainedModel]:
                 if module is head:
                     setattr(parent, name, torch.nn.Identity())
         self.num_labels = num_labels = cast(int, config.num_labels)
-        self.score = Linear(width(config), num_labels, bias=False)
+        self.score = Linear(width(config, head), num_labels, bias=False)
         self._tied_weights_keys = self.all_tied_weights_keys = {}
         self._init_weights(self.score)
 
@@ -124,11 +124,14 @@ def _backbone(model: PreTrainedModel) -> PreTrainedModel:
     return next(child for child in model.children() if isinstance(child, PreTrainedModel))
 
 
-def width(config: PretrainedConfig) -> int:
-    """Returns the size of the backbone's last hidden states."""
+def width(config: PretrainedConfig, head: Any = None) -> int:
+    """Returns the size of the backbone's last hidden states. If the configuration does not give it, it is the input
+    size of the language-model head."""
     text = config.get_text_config()
     for source in (text, config):
         for name in ("hidden_size", "d_model", "n_embd", "dim"):
             if isinstance(size := getattr(source, name, None), int):
                 return size
+    if head is not None:
+        return head.weight.shape[1]
     raise ValueError(f"{config.model_type}: the size of its hidden states is not known")

@@ -179,6 +179,11 @@ def whole_weights(model: PreTrainedModel) -> dict[str, Tensor]:
     return on_first_rank({name: tensor for name, tensor in model.state_dict().items() if name not in tied})
 
 
+def plain_class(model: PreTrainedModel) -> type[PreTrainedModel]:
+    """Returns the class of a model before it was sharded; FSDP2 replaces it by a class derived from it."""
+    return next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
+
+
 def is_sharded(what: Module | Tensor) -> bool:
     return isinstance(what, FSDPModule | DTensor)
 

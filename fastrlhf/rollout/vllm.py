@@ -31,7 +31,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -39,6 +38,7 @@ from fastrlhf.config import PPOConfig, require
 from fastrlhf.data.resets import uniforms
 from fastrlhf.models.adapters import plain_weights
 from fastrlhf.models.loading import resolve_device
+from fastrlhf.models.sharding import plain_class
 from fastrlhf.models.vocabulary import allowed_ids, is_limited
 from fastrlhf.rollout.engine import SAMPLE_STREAM, as_ids, check_room, first_end
 from fastrlhf.rollout.vllm_child import TESTED, Child
@@ -187,8 +187,7 @@ def checkpoint_weights(policy: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
 def write_model_config(policy: PreTrainedModel, config: PPOConfig, folder: Path) -> None:
     """Writes a model folder without weights: the configuration of the plain policy and the code that it needs."""
     plain = copy.deepcopy(policy.config)
-    # FSDP replaces the class of a model; the original class is named here.
-    plain.architectures = [next(kind for kind in type(policy).__mro__ if not issubclass(kind, FSDPModule)).__name__]
+    plain.architectures = [plain_class(policy).__name__]
     vars(plain).pop("quantization_config", None)  # vLLM gets unquantised weights
     plain.save_pretrained(folder)
     source = Path(config.model_name_or_path)

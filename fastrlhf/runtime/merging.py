@@ -11,15 +11,11 @@ import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.config import TrainConfig
 from fastrlhf.data.packing import pack, sequence
@@ -34,7 +30,7 @@ from fastrlhf.models.adapters import (
 )
 from fastrlhf.models.forward import sequence_scores, token_logprobs
 from fastrlhf.models.four_bit import is_four_bit
-from fastrlhf.models.sharding import is_sharded, on_first_rank
+from fastrlhf.models.sharding import is_sharded, on_first_rank, plain_class
 from fastrlhf.publish.card import Card, is_ours
 from fastrlhf.runtime.atomic import write_file
 from fastrlhf.runtime.checkpoint import save_model, save_weights
@@ -153,9 +149,9 @@ def save_all(
 
 def _without_weights(model: PreTrainedModel) -> PreTrainedModel:
     """Returns the plain float32 model of transformers on the meta device."""
-    kind = AutoModelForSequenceClassification if hasattr(model, "score") else AutoModelForCausalLM
+    kind: Any = plain_class(model)
     with torch.device("meta"):
-        return kind.from_config(model.config, dtype=torch.float32)
+        return kind._from_config(model.config, dtype=torch.float32)
 
 
 def shift(model: PreTrainedModel, other: PreTrainedModel, rows: Sequence[TokenizedExample]) -> float:

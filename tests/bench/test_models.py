@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from bench.models.checks import CHECKS, DifferenceError, _differences
-from bench.models.configs import VOCAB, causal_types, tiny_config
+from bench.models.configs import causal_types, tiny_config
 from bench.models.sweep import page, read_rows, summary, verdict, write_rows
+from fastrlhf.models.small import VOCAB
 
 RIGHT = {name: {"verdict": "right"} for name in CHECKS}
 

@@ -1,5 +1,6 @@
 """Tests which weights get an adapter: experts by parameter, no router, and nothing that the forward does not call."""
 
+import copy
 import logging
 from dataclasses import replace
 
@@ -126,6 +127,20 @@ def test_the_log_says_which_share_of_the_weights_an_adapter_reaches(caplog):
     assert caplog.messages[2].endswith(
         "experts and routers are left out, since peft has no DoRA for experts in fused form"
     )
+
+
+def test_layers_that_share_a_weight_get_no_adapter():
+    model = build_policy(tiny.model_config(), vocab_size=tiny.VOCAB, eos_token_id=1, seed=0)
+    first, second = model.model.layers
+    second.mlp.up_proj.weight = first.mlp.up_proj.weight
+    adapted = copy.deepcopy(model)
+    add_adapter(adapted, SFTConfig(use_peft=True, lora_r=2), "")
+    names = {name for name, _ in adapted.named_parameters() if "lora_A" in name}
+    assert len(names) == 2 * 7 - 2
+    assert not any("up_proj" in name for name in names)
+    message = r"^lora_target_modules: .*up_proj shares its weight with another layer, .*; name other layers$"
+    with pytest.raises(ValueError, match=message):
+        add_adapter(model, SFTConfig(use_peft=True, lora_r=2, lora_target_modules=("up_proj",)), "")
 
 
 def test_named_targets_are_used_unchanged():

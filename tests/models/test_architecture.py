@@ -14,7 +14,11 @@ from tests import tiny
         ("bart", "an encoder-decoder model (bart)"),
         ("bert", "an encoder (bert), which does not write text"),
         ("modernbert", "an encoder (modernbert), which does not write text"),
-        ("vit", "a vit model, for which transformers has no causal language model"),
+        ("vit", "a model of type vit, for which transformers has no causal language model"),
+        (
+            "mllama",
+            "a model of type mllama, and transformers cannot load its language model (mllama_text_model)",
+        ),
     ],
 )
 def test_models_that_are_not_causal_language_models_are_refused(kind, told):

@@ -1,6 +1,7 @@
 """Tests that compiled layers and Liger's kernels give the numbers of the plain trunk, or are refused."""
 
 import random
+import re
 import sys
 from importlib.util import find_spec
 from types import ModuleType
@@ -9,16 +10,18 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from bench.models.configs import tiny_config
 from fastrlhf.algorithms.dpo import train_dpo
 from fastrlhf.algorithms.ppo import train_ppo
 from fastrlhf.config import DPOConfig, PPOConfig, SFTConfig
 from fastrlhf.data.packing import pack
-from fastrlhf.models import layers, loading
+from fastrlhf.models import attention, layers, loading
 from fastrlhf.models.adapters import frozen_copy
 from fastrlhf.models.forward import enable_activation_checkpointing, token_logprobs
-from fastrlhf.models.layers import LayerOptions, apply_liger, compile_layers, prepare_layers
-from fastrlhf.models.loading import load_policy
+from fastrlhf.models.layers import LayerOptions, apply_liger, compile_layers, foresee_alone, prepare_layers
+from fastrlhf.models.loading import build_policy, load_policy
 from fastrlhf.models.offload import HOST
+from fastrlhf.models.small import EOS, VOCAB
 from fastrlhf.rollout.engine import TransformersEngine
 from fastrlhf.types import Prefix, Segment
 from tests import tiny
@@ -284,3 +287,20 @@ def test_ligers_kernels_give_the_numbers_and_gradients_of_the_plain_trunk(name, 
     prepare_layers(model, LayerOptions(use_liger_kernel=True))
     assert str(model).count("Liger") >= 4
     assert_close(numbers(model, SMALL), expected)
+
+
+@pytest.mark.parametrize("kind", ["llama", "lfm2", "llama4_text", "falcon", "granitemoehybrid", "mamba2"])
+def test_it_is_known_without_weights_whether_sequences_run_one_by_one(kind):
+    config = tiny_config(kind)
+    model = build_policy(config, vocab_size=VOCAB, eos_token_id=EOS, seed=0)
+    assert foresee_alone(config, None) == re.sub(" by .* nats", "", attention.runs_alone(model))
+
+
+def test_rotary_positions_and_models_that_cannot_be_made_small_are_foreseen_too(monkeypatch):
+    config = tiny.model_config()
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 12}
+    config.rope_parameters = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, **factors}
+    assert foresee_alone(config, 12) == ""
+    assert "longrope" in (foresee_alone(config, 13) or "")
+    monkeypatch.setattr(layers, "small_config", lambda _: {}["x"])
+    assert foresee_alone(tiny.model_config("qwen3"), 12) is None

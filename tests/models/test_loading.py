@@ -3,8 +3,9 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
+from transformers import AutoModelForImageTextToText, AutoModelForSequenceClassification, LlamaForSequenceClassification
 
+from bench.models.configs import tiny_config
 from fastrlhf.config import SFTConfig
 from fastrlhf.data.packing import pack, sequence
 from fastrlhf.models.adapters import frozen_copy
@@ -342,6 +343,20 @@ def test_code_of_a_model_folder_runs_only_on_request(tmp_path):
     with pytest.raises(ValueError, match=r"^model_name_or_path: .* holds no model that transformers can load"):
         read_model_config(str(tmp_path), "model_name_or_path", SFTConfig().trust_remote_code)
     assert not marker.exists()
+
+
+def test_only_the_language_model_of_a_composite_model_is_loaded_and_a_line_says_so(tmp_path, caplog):
+    config = tiny_config("qwen3_5")
+    whole = AutoModelForImageTextToText.from_config(config).eval()
+    whole.save_pretrained(tmp_path)
+    model = load_policy(str(tmp_path))
+    ids = torch.tensor([[5, 6, 7, 8]])
+    torch.testing.assert_close(model(ids).logits, whole(ids).logits)
+    told = (
+        f"model_name_or_path: only the language model of {tmp_path} is loaded, trained and saved (model_type "
+        "qwen3_5_text in place of qwen3_5)"
+    )
+    assert told in caplog.messages
 
 
 def test_a_misspelt_key_of_a_model_from_scratch_is_refused_with_a_suggestion():

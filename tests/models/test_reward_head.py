@@ -8,10 +8,13 @@ import transformers
 from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
 
 from bench.models.checks import write_model
+from fastrlhf.config import SFTConfig
 from fastrlhf.data.packing import pack
+from fastrlhf.models.adapters import add_adapter
 from fastrlhf.models.forward import sequence_scores
 from fastrlhf.models.loading import build_policy, load_policy, load_reward_model
 from fastrlhf.models.reward_head import scorer_class
+from fastrlhf.runtime.merging import save_trained
 from fastrlhf.types import Segment
 from tests import tiny
 
@@ -53,6 +56,23 @@ def test_a_saved_reward_model_is_read_by_plain_transformers_and_by_us(policy, tm
     with torch.no_grad():
         scores = plain(padded, attention_mask=(padded != 0).long()).logits[:, 0]
     torch.testing.assert_close(scores, ours.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_reward_model_trained_with_an_adapter_is_saved_and_may_be_trained_again(policy, tmp_path):
+    batch, source = pack([Segment(token_ids=ids) for ids in SEQUENCES]), policy
+    for name in ("first", "second"):  # the configuration of the second one's base names the code of the head
+        model = load_reward_model(source, pad_token_id=0)
+        add_adapter(model, SFTConfig(use_peft=True, lora_r=2), source)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
+            expected = sequence_scores(model, batch)
+            source = str(tmp_path / name)
+            save_trained(model, tiny.tokenizer(), tmp_path / name)
+            found = sequence_scores(load_reward_model(source, pad_token_id=0, must_be_trained=True), batch)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_trained_head_with_several_labels_is_refused(policy, tmp_path):

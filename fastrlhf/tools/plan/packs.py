@@ -6,18 +6,19 @@ tokens. Sampled responses are assumed to have `response_length` tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from fastrlhf.algorithms.experience import pack_episodes
 from fastrlhf.config import DPOConfig, PPOConfig, RewardConfig, TrainConfig, require
-from fastrlhf.data.packing import forest, micro_batches, num_computed, pack
+from fastrlhf.data.packing import forest, micro_batches, num_computed, num_in_sequences, pack, unpack
 from fastrlhf.data.rows import is_local, source_names
+from fastrlhf.models.alone import num_computed_alone
 from fastrlhf.runtime.inputs import open_tokenizer
 from fastrlhf.tools.plan.work import open_work, to_tree
-from fastrlhf.types import PackedBatch, Prefix, Rollout, TokenizedExample
+from fastrlhf.types import PackedBatch, Prefix, Rollout, Segment, TokenizedExample
 
 MOST_BATCHES = 200
 """Number of first steps whose packs are made to find the largest one; on-policy runs use a tenth of it, because their
@@ -84,14 +85,23 @@ def _assumed(config: TrainConfig) -> TokenizedExample:
     return TokenizedExample(prompt=[0] * max(1, config.max_length - part), reference=response, chosen=response, row=0)
 
 
-def find_packs(config: TrainConfig, rows: Rows) -> Packs:
-    return _on_policy_packs(config, rows) if isinstance(config, PPOConfig) else _offline_packs(config, rows)
+def find_packs(config: TrainConfig, rows: Rows, *, alone: bool = False) -> Packs:
+    """Finds the packs of the first steps. `alone`: the model runs the sequences of a pack one by one, so a shared
+    prompt is computed once per response."""
+    on_policy = isinstance(config, PPOConfig)
+    packs = _on_policy_packs(config, rows, alone) if on_policy else _offline_packs(config, rows, alone)
+    if not alone:
+        return packs
+    apart = pack([Segment(token_ids=ids) for ids in unpack(packs.largest)])
+    kept = {name: getattr(packs.largest, name) for name in ("rows", "targets", "cu_rows")}
+    return replace(packs, largest=replace(apart, **kept))
 
 
-def _offline_packs(config: TrainConfig, rows: Rows) -> Packs:
+def _offline_packs(config: TrainConfig, rows: Rows, alone: bool) -> Packs:
     tree_of = to_tree(config)
     trees = [tree_of(example) for example in rows.examples]
     costs = [num_computed(tree) for tree in trees]
+    computed = [num_in_sequences(tree) for tree in trees] if alone else costs
     split = [
         [[batch[i] for i in micro] for micro in micro_batches([costs[i] for i in batch], config.micro_batch_tokens)]
         for batch in rows.batches
@@ -101,11 +111,11 @@ def _offline_packs(config: TrainConfig, rows: Rows) -> Packs:
         largest=pack(forest(trees[i] for i in largest)),
         num_packs=max(map(len, split)),
         longest=max(costs),
-        tokens_per_step=sum(costs[i] for batch in rows.batches for i in batch) / len(rows.batches),
+        tokens_per_step=sum(computed[i] for batch in rows.batches for i in batch) / len(rows.batches),
     )
 
 
-def _on_policy_packs(config: PPOConfig, rows: Rows) -> Packs:
+def _on_policy_packs(config: PPOConfig, rows: Rows, alone: bool) -> Packs:
     updates = []
     for batch in rows.batches[: MOST_BATCHES // 10]:
         prompts = [rows.examples[i] for i in batch for _ in range(config.num_generations)]
@@ -119,7 +129,7 @@ def _on_policy_packs(config: PPOConfig, rows: Rows) -> Packs:
         largest=max(packs, key=lambda batch: batch.num_tokens),
         num_packs=max(len(mini) for update in updates for mini in update),
         longest=longest + together * config.response_length,
-        tokens_per_step=sum(batch.num_tokens for batch in packs) / len(updates),
+        tokens_per_step=sum(num_computed_alone(x.plan) if alone else x.num_tokens for x in packs) / len(updates),
     )
 
 

@@ -19,8 +19,9 @@ from transformers import PretrainedConfig
 
 from fastrlhf.config import PPOConfig, ReferenceConfig, TrainConfig
 from fastrlhf.data.packing import pack
+from fastrlhf.models.attention import run_alone
+from fastrlhf.models.layers import describe_alone, foresee_alone
 from fastrlhf.models.loading import DTYPES
-from fastrlhf.models.positions import rope_obstacle
 from fastrlhf.models.probe import one_line
 from fastrlhf.rollout.kv_cache import rounded_up
 from fastrlhf.runtime.optim import buckets
@@ -56,10 +57,14 @@ def count_phases(config: TrainConfig, rows: Rows, *, is_cuda: bool, memory: int 
     With `ref_reward_offload` the frozen models are on the device only in the phases that use them. Raises ValueError,
     as the run would, for a model that is missing or does not fit the configuration.
     """
-    packs = find_packs(config, rows)
     fakes = Fakes.of(config.dtype, is_cuda)
     models = open_models(config, rows.tokenizer, fakes)
     trained, frozen = models.trained, models.frozen
+    alone = foresee_alone(models.start, config.max_length)
+    packs = find_packs(config, rows, alone=bool(alone))
+    if alone:
+        for fake in (*trained.values(), *frozen.values()):
+            run_alone(fake.model, alone)
     weights = {f"weights of the {name}": models.own[name] for name in (*trained, *frozen) if models.own[name]}
     waits = isinstance(config, PPOConfig) and config.ref_reward_offload
     waiting = {part: weights.pop(part) for name in frozen if waits and (part := f"weights of the {name}") in weights}
@@ -74,7 +79,6 @@ def count_phases(config: TrainConfig, rows: Rows, *, is_cuda: bool, memory: int 
         kinds = " and ".join(sorted({type(fake.model).__name__ for fake in trained.values()}))
         told = f"the memory of {kinds} cannot be counted without data ({one_line(error)}); measure a short run"
         raise ValueError(told) from error
-    alone = rope_obstacle(models.start, config.max_length)
     pack_tokens = packs.largest.num_tokens
     phases = [
         Phase(
@@ -114,7 +118,7 @@ def count_phases(config: TrainConfig, rows: Rows, *, is_cuda: bool, memory: int 
         f"batch: {config.describe_batch()}",
         per_pass,
         *[rows.note] * bool(rows.note),
-        *[f"the sequences of a pack run one by one: the model {alone}"] * bool(alone),
+        *_ways(config, alone),
     ]
     if config.use_peft:
         facts.insert(
@@ -136,6 +140,16 @@ def count_phases(config: TrainConfig, rows: Rows, *, is_cuda: bool, memory: int 
         )
         facts += sampling_facts(config, models.start.get_text_config().vocab_size)
     return phases, facts
+
+
+def _ways(config: TrainConfig, alone: str | None) -> list[str]:
+    """Returns lines about a model whose sequences cannot share a pass. `alone`: the result of `foresee_alone`."""
+    if alone is None:
+        return ["whether the sequences of a pack can share a pass is measured at the start of the run"]
+    if not alone:
+        return []
+    samples = isinstance(config, PPOConfig) and config.engine == "transformers"
+    return [describe_alone(alone), *["sampling uses the cache of the model's own class, which is slower"] * samples]
 
 
 def sampling_facts(config: PPOConfig, vocab_size: int) -> list[str]:

@@ -1,10 +1,13 @@
 """Tests of the planned parts of a step, with values counted by hand."""
 
 import dataclasses
+import json
 
 import pytest
 
+from bench.models.configs import tiny_config
 from fastrlhf.config import GRPOConfig
+from fastrlhf.models.loading import build_policy
 from fastrlhf.tools.plan.packs import read_rows
 from fastrlhf.tools.plan.phases import count_phases, readable, sampling_facts
 from fastrlhf.tools.plan.plan import plan_run
@@ -201,6 +204,26 @@ def test_vllm_takes_its_share_of_the_device_in_every_phase_or_with_sleep_only_wh
     assert asleep.phases[1].parts == sampling.parts
     apart = plan_run(dataclasses.replace(vllm, vllm_gpu_memory_utilization=0.3, vllm_devices=(1,)), memory_gib=4)
     assert [phase.parts for phase in apart.phases] == [phase.parts for phase in built_in.phases]
+
+
+def test_a_model_that_runs_one_sequence_at_a_time_is_planned_so(folder, caplog):
+    """The plan uses the words of the run, and counts a shared prompt once per response."""
+    fields = tiny_config("lfm2").to_dict()
+    keys = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "layer_types", "conv_L_cache")
+    model = {key: fields[key] for key in keys} | {"num_attention_heads": 4, "num_key_value_heads": 2}
+    for sizes, tokens in ((measure.SMALL, 160 + 61 + 81), (model, 160 + 61 + 160 + 81)):
+        text = json.dumps({"model_type": "llama", **sizes})
+        plan = plan_run(dataclasses.replace(measure.config(folder, "dpo"), max_steps=1, model_config=text))
+        assert f"one pass over a batch: {8 * tokens:,} tokens" in plan.facts[2]
+    build_policy(model, vocab_size=measure.VOCAB, eos_token_id=1, seed=0)
+    (said,) = [message for message in caplog.messages if "one by one" in message]
+    assert said == f"Lfm2ForCausalLM: {plan.facts[-1]}"
+
+
+def test_if_it_is_not_known_whether_sequences_share_a_pass_the_plan_says_so(folder, monkeypatch):
+    monkeypatch.setattr("fastrlhf.tools.plan.phases.foresee_alone", lambda *_: None)
+    facts = plan_run(measure.config(folder, "sft", measure.SIZES)).facts
+    assert facts[-1] == "whether the sequences of a pack can share a pass is measured at the start of the run"
 
 
 def test_a_model_that_cannot_be_counted_is_one_line(folder, monkeypatch):
