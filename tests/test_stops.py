@@ -105,7 +105,7 @@ def test_a_job_that_is_signalled_after_its_last_step_finishes_and_releases_its_f
     folder = tmp_path / "run"
     child = job(folder, "--max_steps", "2")
     stop(child, folder, 2, signal.SIGUSR1)
-    assert child.returncode != 0  # of torchrun
+    assert child.returncode != 0  # the exit code of torchrun
     assert [row["step"] for row in read_metrics(folder / "metrics.jsonl")] == [1, 2]
     assert (folder / "config.json").exists()
     assert not list(folder.glob(".*"))
@@ -114,7 +114,7 @@ def test_a_job_that_is_signalled_after_its_last_step_finishes_and_releases_its_f
 
 @pytest.fixture(scope="module")
 def whole(job, tmp_path_factory):
-    """The log and the model of a job that nothing has stopped."""
+    """The log and the model of a job that was never stopped."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     assert job(folder).wait(timeout=PATIENCE) == 0
     return untimed_log(folder)

@@ -60,7 +60,7 @@ def conversations() -> list[Example]:
 
 
 async def shared_words(completions, answer, **_):
-    """The share of the words of a response that are in the answer; not judged without an answer."""
+    """A reward function: the share of a response's words that are in the answer; None for a row without an answer."""
     await asyncio.sleep(0)
     texts = [completion[-1]["content"].split() for completion in completions]
     return [
@@ -85,7 +85,7 @@ class Ran:
     gradients: list[list[Tensor]]
     """Per step, the gradient of each weight of the policy."""
     of_rewards: list[list[Tensor]]
-    """The same for the model of the token rewards."""
+    """Per step, the gradient of each weight of the model of the token rewards."""
     metrics: dict[str, float]
 
 
@@ -137,7 +137,7 @@ def truncated(config: GRPOConfig, logits: Tensor) -> Tensor:
         logits = torch.where(logits >= logits.sort(descending=True).values[config.top_k - 1], logits, -torch.inf)
     if config.top_p < 1:
         chance, order = logits.softmax(0).sort(descending=True)
-        before = chance.cumsum(0) - chance  # of all tokens that are more likely
+        before = chance.cumsum(0) - chance  # the probability of all tokens that are more likely
         logits = logits.clone()
         logits[order[before >= config.top_p]] = -torch.inf
     if config.min_p:
@@ -209,7 +209,7 @@ def group_loss(config: GRPOConfig, now: list[Tensor], then: list[Tensor], advant
 
 
 def rebel_loss(config: GRPOConfig, now: list[Tensor], then: list[Tensor], rewards: np.ndarray) -> Tensor:
-    """The squared errors of the pairs of neighbours, averaged."""
+    """REBEL's loss: the mean squared error over pairs of neighbouring rollouts."""
     change = [(p - q).sum() for p, q in zip(now, then, strict=True)]
     errors = [
         change[i] - change[i + 1] - config.pair_eta * (rewards[i] - rewards[i + 1]) for i in range(0, len(now), 2)
@@ -231,7 +231,7 @@ def check_gradient(ours: list[Tensor], loss: Tensor, net) -> None:
 
 @torch.no_grad()
 def descend(net, gradient: list[Tensor]) -> None:
-    """Takes the step that the recorder took."""
+    """Takes a gradient descent step with learning rate RATE, as the trainer did."""
     for weight, one in zip(net.parameters(), gradient, strict=True):
         weight -= RATE * one.double()
 
@@ -249,7 +249,7 @@ def check_update(ran: Ran, model: str, sets: Sets, then: list[Tensor], loss_of) 
 
 
 def sampled(ran: Ran, model: str, sets: Sets) -> list[Tensor]:
-    """The log-probs of the sampler; compares them with those of the engine and of the trainer."""
+    """Returns the sampler's log-probs, after a comparison with those that the engine and the trainer computed."""
     then = [one.detach() for one in logprobs(load(model), ran.config, ran.rollouts, sets)]
     drawn = torch.tensor([x for rollout in ran.rollouts for x in rollout.sampler_logprob])
     torch.testing.assert_close(torch.cat(then).float(), drawn, rtol=0, atol=2e-5)

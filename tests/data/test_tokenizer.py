@@ -57,7 +57,7 @@ def test_token_ids_are_the_ids_that_have_a_token():
 
 
 def test_ids_that_only_get_vocab_lacks_have_a_token(monkeypatch):
-    """Some tokenizers leave out of get_vocab their special tokens, or tokens whose bytes are no whole character."""
+    """get_vocab of some tokenizers lacks their special tokens, or tokens whose bytes are not whole characters."""
     tokenizer = tiny.tokenizer({30})
     vocab = tokenizer.get_vocab()
     lacking = {token: i for token, i in vocab.items() if i not in (tiny.EOS, 8, 31)}

@@ -27,7 +27,7 @@ def config(kind: str, kwargs: dict, **settings) -> SFTConfig:
 
 
 def of_transformers(kind: str, kwargs: dict, warmup: int) -> list[float]:
-    """Steps a scheduler of transformers, as its trainer does; returns the learning rates over the peak."""
+    """Steps a scheduler of transformers as its trainer does; returns the learning rates divided by the peak."""
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=PEAK)
     scheduler, seen = get_scheduler(kind, optimizer, warmup, STEPS, kwargs), []
     for _ in range(STEPS):
