@@ -15,7 +15,7 @@ def rollout(number: int) -> Rollout:
 
 
 def judged(rollouts) -> JudgedRollouts:
-    """A stand-in for judging: a rollout's results are made from its only token; the metric is the number of rollouts."""
+    """Stands in for judging: a rollout's results are made from its only token; the metric is the number of rollouts."""
     tokens = torch.tensor([float(x.completion[0]) for x in rollouts])
     return JudgedRollouts(
         rollouts=list(rollouts),
