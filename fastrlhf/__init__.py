@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from fastrlhf.data.examples import load_examples
     from fastrlhf.evaluation.evaluate import evaluate_models
     from fastrlhf.models.loading import load_policy, load_reward_model
-    from fastrlhf.runtime.run import TrainResult
+    from fastrlhf.runtime.result import TrainResult
     from fastrlhf.types import Example, PackedBatch, Prefix, Rollout, Segment
 
 __version__ = "0.1.0"
@@ -89,7 +89,7 @@ _EXPORTS: dict[str, str] = {
     "train_kto": "fastrlhf.algorithms.kto",
     **dict.fromkeys(("train_ppo", "train_on_policy"), "fastrlhf.algorithms.ppo"),
     "train_rlp": "fastrlhf.algorithms.rlp",
-    "TrainResult": "fastrlhf.runtime.run",
+    "TrainResult": "fastrlhf.runtime.result",
     "evaluate_models": "fastrlhf.evaluation.evaluate",
 }
 """Public name -> the module that defines it. The imports above are only for type checkers and editors."""

@@ -52,7 +52,7 @@ from fastrlhf.evaluation.winrates import bootstrap_interval, compare, paired_dif
 from fastrlhf.models.loading import load_policy, load_reward_model
 from fastrlhf.report.report import write_report
 from fastrlhf.runtime.checkpoint import check_output_dir, create_output_dir
-from fastrlhf.runtime.run import TrainResult
+from fastrlhf.runtime.result import TrainResult
 
 STAGES = ("sft", "reward", "dpo", "ipo", "cdpo", "ppo", "drpo", "rto", "drpo+rto", "rlp-uml", "rlp-spg", "grpo")
 """Stages in the order in which they run; each starts from the results of earlier ones."""

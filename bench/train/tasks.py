@@ -12,7 +12,7 @@ from fastrlhf.algorithms.dpo import train_dpo
 from fastrlhf.algorithms.reward_model import train_reward_model
 from fastrlhf.algorithms.sft import train_sft
 from fastrlhf.config import DPOConfig, RewardConfig, SFTConfig, TrainConfig
-from fastrlhf.runtime.run import TrainResult
+from fastrlhf.runtime.result import TrainResult
 from fastrlhf.types import TokenizedExample
 
 MODELS: dict[str, PretrainedConfig] = {

@@ -36,7 +36,8 @@ from fastrlhf.models.sharding import shard, whole
 from fastrlhf.runtime.atomic import check_writable
 from fastrlhf.runtime.inputs import open_inputs
 from fastrlhf.runtime.optim import Optimizer, index_batches, num_steps
-from fastrlhf.runtime.run import Run, TrainResult, check_micro_batch
+from fastrlhf.runtime.result import TrainResult
+from fastrlhf.runtime.run import Run, check_micro_batch
 from fastrlhf.runtime.step_metrics import StepMetrics
 from fastrlhf.types import TokenizedExample
 from fastrlhf_kernels import Metric, Sum

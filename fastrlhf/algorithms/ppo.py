@@ -51,7 +51,8 @@ from fastrlhf.rewards.functions import RewardFunction, TrainerState, open_reward
 from fastrlhf.rollout.engine import checked_rollouts
 from fastrlhf.runtime.inputs import Data, open_inputs, with_room
 from fastrlhf.runtime.optim import Optimizer, index_batches, num_steps
-from fastrlhf.runtime.run import Run, TrainResult, check_micro_batch
+from fastrlhf.runtime.result import TrainResult
+from fastrlhf.runtime.run import Run, check_micro_batch
 from fastrlhf.types import Prefix, Rollout, TokenizedExample
 
 NUM_SAMPLES = 4

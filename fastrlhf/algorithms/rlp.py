@@ -69,7 +69,7 @@ from fastrlhf.runtime.checkpoint import (
 from fastrlhf.runtime.inputs import Data, open_inputs, with_room
 from fastrlhf.runtime.locks import check_idle, locked
 from fastrlhf.runtime.metrics import read_metrics, read_rows
-from fastrlhf.runtime.run import TrainResult
+from fastrlhf.runtime.result import TrainResult
 from fastrlhf.runtime.signals import stop_at_once
 from fastrlhf.types import Example, TokenizedExample
 

@@ -204,11 +204,8 @@ KEYS: tuple[Key, ...] = (
     *_off("all", "eval_use_gather_object eval_accumulation_steps", "evaluation keeps means of metrics"),
     *_no("all", "include_for_metrics batch_eval_metrics", "each command has fixed evaluation metrics"),
     *_off("all", "do_train do_eval do_predict", "the command says what to do; `fastrlhf eval` evaluates"),
-    *_no(
-        "all",
-        "load_best_model_at_end metric_for_best_model greater_is_better",
-        "choose a checkpoint by the values in metrics.jsonl",
-    ),
+    *_same("all", "load_best_model_at_end metric_for_best_model greater_is_better", "needs eval_steps, not save_steps"),
+    *_same("older", "early_stopping_patience early_stopping_threshold", "of transformers' EarlyStoppingCallback"),
     # Checkpoints
     *_same("all", "save_steps", "0 by default: only the final model, and a checkpoint if the run is stopped"),
     *_same("all", "save_total_limit", "0 keeps all"),

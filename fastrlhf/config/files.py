@@ -267,7 +267,7 @@ def _without_alias(key: str, known: Collection[str]) -> str:
 def spelled_out(arguments: Sequence[str], kind: type) -> list[str]:
     """Spells truth values as the parser expects them: true, yes, on and 1, in upper or lower case, become True, and a
     boolean flag without a value gets True."""
-    truths = {name for name, hint in get_type_hints(kind).items() if hint is bool}
+    truths = {name for name, hint in get_type_hints(kind).items() if bool in (hint, *get_args(hint))}
     spelled: list[str] = []
     for argument in arguments:
         name, equals, value = argument.partition("=")

@@ -87,7 +87,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "Evaluation": (
         *("num_eval_examples", "num_eval", "eval_steps", "eval_on_start", "eval_reward_model_path", "opponent"),
-        *("num_sample_generations",),
+        *("load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
+        *("early_stopping_patience", "early_stopping_threshold", "num_sample_generations"),
     ),
     "Checkpoints": (
         *("save_steps", "save_total_limit", "disk_wait_minutes"),

@@ -22,6 +22,7 @@ class PPOConfig(ResetKeys, PairKeys, LossKeys, SamplingKeys, RewardKeys, TrainCo
     model; the policy starts from it, and it is the reference model."""
 
     UNIT: ClassVar[str] = "episodes"
+    BEST_METRIC: ClassVar[str] = "eval_objective/scores"
 
     learning_rate: float = 3e-6
     per_device_train_batch_size: int = 64

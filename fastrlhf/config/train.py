@@ -11,6 +11,7 @@ from fastrlhf.config.batch import BatchKeys
 from fastrlhf.config.checks import above_0, at_default, at_least, check_types, expand_home, require
 from fastrlhf.config.elsewhere import explain
 from fastrlhf.config.schedule import ScheduleKeys
+from fastrlhf.config.watching import WatchKeys
 
 COLUMNS = (
     *("prompt", "chosen", "rejected", "reference", "label", "label_prob", "margin"),
@@ -30,7 +31,7 @@ OPTIM_NAMES = {"adamw_torch": "adamw_torch_fused", "adamw_bnb_8bit": "adamw_8bit
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(ScheduleKeys, BatchKeys):
+class TrainConfig(WatchKeys, ScheduleKeys, BatchKeys):
     """The keys that all trainers share."""
 
     UNREAD: ClassVar[tuple[str, ...]] = ()
@@ -239,6 +240,7 @@ class TrainConfig(ScheduleKeys, BatchKeys):
         object.__setattr__(self, "optim", OPTIM_NAMES.get(self.optim, self.optim))
         self.check_batch()
         self.check_schedule()
+        self.check_watching(self.output_dir, self.eval_steps)
         at_least(self, 1, "micro_batch_tokens", "lora_r", "lora_alpha", "logging_steps")
         require(bool(self.lora_target_modules), "lora_target_modules", self.lora_target_modules, "all-linear, or names")
         at_default(

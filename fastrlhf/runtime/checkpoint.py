@@ -248,7 +248,7 @@ class Checkpointer:
                     "file, choose another folder, or set resume_changed_functions"
                 )
         for name, model in self._models.items():
-            _load_weights(model, path / name / "model")
+            load_trained_weights(model, path / name / "model")
         for name, part in self._parts.items():
             if name not in state["parts"]:
                 if not part.state_dict():
@@ -272,7 +272,7 @@ class Checkpointer:
         state = {"step": step, **origin, "parts": parts}
         on_first(lambda: self._write_rest(folder, state))
         for name, model in self._models.items():
-            write_tensors(folder / name / "model", _weights(model))
+            write_tensors(folder / name / "model", trained_weights(model))
         for name in tensors:
             write_tensors(folder / name, tensors[name])
 
@@ -355,7 +355,7 @@ def _step(path: Path) -> int:
     return int(path.name.removeprefix("checkpoint-"))
 
 
-def _weights(model: PreTrainedModel) -> dict[str, Tensor]:
+def trained_weights(model: PreTrainedModel) -> dict[str, Tensor]:
     """Returns trained weights and persistent buffers by name, tied weights once. Frozen weights are not saved, because
     the model that the run starts from has them."""
     kept = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -366,7 +366,7 @@ def _weights(model: PreTrainedModel) -> dict[str, Tensor]:
 def _checkpoint_bytes(model: PreTrainedModel) -> int:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     updated = sum(parameter.numel() * (8 if parameter.dtype == torch.float32 else 12) for parameter in trained)
-    return updated + sum(tensor.numel() * tensor.element_size() for tensor in _weights(model).values())
+    return updated + sum(tensor.numel() * tensor.element_size() for tensor in trained_weights(model).values())
 
 
 def _model_bytes(model: PreTrainedModel) -> int:
@@ -382,9 +382,9 @@ def _start(models: Mapping[str, PreTrainedModel]) -> str:
 
 
 @torch.no_grad()
-def _load_weights(model: PreTrainedModel, stem: Path) -> None:
+def load_trained_weights(model: PreTrainedModel, stem: Path) -> None:
     """Loads weights into the existing tensors, to which the optimiser refers."""
-    own, described = _weights(model), on_each(lambda: describe_tensors(stem))[0]
+    own, described = trained_weights(model), on_each(lambda: describe_tensors(stem))[0]
     for name in sorted(own.keys() ^ described.keys()):
         raise ValueError(f"{str(stem)!r} is of another model: {name} is missing in the checkpoint or in the model")
     for name, tensor in own.items():

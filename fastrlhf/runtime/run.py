@@ -8,7 +8,6 @@ import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +20,7 @@ from fastrlhf.config.functions import function_hashes, object_hashes
 from fastrlhf.config.paths import as_given
 from fastrlhf.distributed.ranks import failed_together, from_all, may_unwind, on_first
 from fastrlhf.runtime.atomic import sweep
+from fastrlhf.runtime.best import BestModel
 from fastrlhf.runtime.checkpoint import Checkpointer, Stateful, check_run_dir, create_output_dir
 from fastrlhf.runtime.disk import check_room, with_room
 from fastrlhf.runtime.inputs import Data
@@ -28,6 +28,7 @@ from fastrlhf.runtime.locks import locked
 from fastrlhf.runtime.merging import acceptance_of, card_of, save_all, save_trained
 from fastrlhf.runtime.metrics import MetricsWriter, read_metrics
 from fastrlhf.runtime.progress import Progress
+from fastrlhf.runtime.result import TrainResult
 from fastrlhf.runtime.signals import Interrupted, Interrupts
 from fastrlhf.runtime.system_metrics import SystemMetrics, is_of_machine
 from fastrlhf.runtime.unlogged import Row, Unlogged
@@ -36,28 +37,6 @@ from fastrlhf.types import TokenizedExample
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainResult:
-    """The result of a trainer."""
-
-    model: PreTrainedModel
-    """The trained model: sharded if there are several processes; on the CPU after `load_in_4bit`, because GPU memory is
-    scarce."""
-    tokenizer: PreTrainedTokenizerBase
-    history: list[dict[str, float]] = field(repr=False)
-    """One row of metrics per optimiser step (per update, in on-policy runs)."""
-    final: dict[str, float]
-    """Metrics of the last evaluation; empty if there were no rows to evaluate on."""
-    output_dir: Path | None
-    initial: dict[str, float] = field(default_factory=dict)
-    """Metrics of the evaluation before the first step; empty without `eval_on_start`."""
-    value_model: PreTrainedModel | None = None
-    """The critic of an on-policy run; on the CPU if it shared the weights of the policy."""
-    dpo_model: PreTrainedModel | None = None
-    """The DPO model of an on-policy run that trains it (`dpo_refine`); on the CPU if it shared the weights of the
-    policy."""
 
 
 class Run:
@@ -109,12 +88,14 @@ class Run:
         self.folder = Path(config.output_dir) if config.output_dir else None
         self._checkpointer = None
         self._writer: MetricsWriter | None = None  # of the first rank
+        beside = {"value_model": value_model, "dpo_model": dpo_model}
+        models = {"": trained[0]} if trained else {}
+        models |= {name: model for name, model in beside.items() if model is not None}
+        self._best = BestModel(config, self.folder, models, trained[1] if trained else None)
         if self.folder and trained:
-            beside = {"value_model": value_model, "dpo_model": dpo_model}
-            models = {"": trained[0]} | {name: model for name, model in beside.items() if model is not None}
             fingerprint = data.fingerprint if data else {}
             hashes = function_hashes(config) | object_hashes(functions or {})
-            stateful = {**(parts or {}), "unlogged": self._unlogged}
+            stateful = {**(parts or {}), "unlogged": self._unlogged, "best": self._best}
             self._checkpointer = Checkpointer(self.folder, models, trained[1], stateful, fingerprint, hashes)
 
     def __enter__(self) -> Run:
@@ -140,6 +121,7 @@ class Run:
             self._start = self._saved = self._whole = self._checkpointer.load(
                 self._config.resume_weights_only, self._config.resume_changed_functions
             )
+            self._best.check_kept()
             self._checkpointer.mark()
         rows = on_first(lambda: self._open_log(folder, stack))
         values = [{key: value for key, value in row.items() if not is_of_machine(key)} for row in rows]
@@ -152,8 +134,10 @@ class Run:
         stack.enter_context(locked(folder))
         check_run_dir(self._config)
         sweep(folder, "checkpoint-*")
+        sweep(folder, "best-*")
         if self._checkpointer:
             needed = self._checkpointer.checkpoint_bytes + self._checkpointer.model_bytes
+            needed += self._checkpointer.model_bytes * self._best.keeps_weights
             check_room(folder, needed, "output_dir: the model with one checkpoint")
 
     def _open_log(self, folder: Path, stack: ExitStack) -> list[dict[str, Any]]:
@@ -255,12 +239,15 @@ class Run:
             self._stoppable = True
             self.initial = dict(self._evaluate())
             self._stoppable = False
+            self._compare(0, self.initial)
             if self._writer:
                 self._writer.log(0, self.initial)
             self._progress.evaluation(0, self.initial)
         for step, metrics, shown, samples in list(self._unlogged.rows):
             self.log(step, metrics, shown, samples)
         for step, batch in enumerate(batches):
+            if self._best.stopped:
+                return
             if step >= self._start:
                 self._begun, self._stoppable = step + 1, True
                 yield step, batch
@@ -294,6 +281,7 @@ class Run:
         if self._evaluate and self.due(step - 1, self._config.eval_steps):
             self._final = self._evaluated((step, row, shown, list(samples)), self._evaluate)
             row |= self._final
+            self._compare(step, self._final)
         self._stoppable = False
         self.history.append(row)
         if self._writer:
@@ -302,7 +290,7 @@ class Run:
         self._progress.step(step, row, shown)
         if self._checkpointer:
             self._checkpointer.mark()
-            if step < self._steps:
+            if step < self._steps and not self._best.stopped:
                 if self._config.save_steps and step % self._config.save_steps == 0:
                     self._save(self._checkpointer, step)
                 if pending := self._asked_to_stop():
@@ -320,6 +308,11 @@ class Run:
         self._stoppable, self._unlogged.rows = False, []
         return measured
 
+    def _compare(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Compares an evaluation with the earlier ones and keeps the weights if it is the best."""
+        if self._best.seen(step, metrics) and self._best.keeps_weights and self._checkpointer:
+            self._with_room(self._checkpointer, self._best.save, self._checkpointer.model_bytes, "the best model")
+
     def _may_unwind(self) -> bool:
         """Returns whether a signal that arrives now may end the run at once (see the docstring of the class)."""
         return self._stoppable and self._checkpointer is not None and self._checkpointer.is_at_mark and may_unwind()
@@ -336,11 +329,13 @@ class Run:
         if step > self._saved:
             self._with_room(checkpointer, write, checkpointer.checkpoint_bytes, checkpointer.path(step).name, wait)
             self._saved = step
+            self._best.checkpoint_saved()
         return checkpointer.path(step)
 
     def _with_room(
-        self, checkpointer: Checkpointer, write: Callable[[], None], needed: int, what: str, wait: bool = True
+        self, checkpointer: Checkpointer, write: Callable[[], object], needed: int, what: str, wait: bool = True
     ) -> None:
+        """Calls `write`, which writes `needed` bytes. If the disk is full, waits and deletes old checkpoints."""
         with_room(
             write,
             folder=checkpointer.folder,
@@ -361,18 +356,20 @@ class Run:
         value_model: PreTrainedModel | None = None,
         dpo_model: PreTrainedModel | None = None,
     ) -> TrainResult:
-        """Saves the trained models, with adapters merged, and returns them with the metrics of the last evaluation. A
-        run that was resumed after its last step reads these metrics from its log. The models are saved even if the log
-        cannot be written."""
+        """Saves the trained models, with adapters merged, and returns them with the metrics of the last evaluation.
+        With `load_best_model_at_end` weights and metrics are those of the best evaluation. A run that was resumed after
+        its last step reads the metrics from its log. The models are saved even if the log cannot be written."""
+        best = self._best.restore()
         if self._writer and self._writer.flush():
             log.warning("the last rows of the log are missing; the model is saved all the same")
         last = self.history[-1] if self.history else {}
-        final = self._final or {name: value for name, value in last.items() if name.startswith("eval_")}
+        final = best or self._final or {name: x for name, x in last.items() if name.startswith("eval_")}
         card, accept = card_of(self._config, self._data, final, last), acceptance_of(self._config, self._data)
         models, saved = {"value_model": value_model, "dpo_model": dpo_model, "": model}, dict[str, PreTrainedModel]()
         write = partial(save_all, models, tokenizer, self.folder, saved, accept, card)
         if self._checkpointer:
             self._with_room(self._checkpointer, write, self._checkpointer.model_bytes, "the model")
+            self._best.discard()
         else:
             write()
         return TrainResult(

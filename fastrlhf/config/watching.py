@@ -1,0 +1,68 @@
+"""The keys of what watches a run: the best evaluation and early stopping."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from fastrlhf.config.checks import at_default, at_least, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchKeys:
+    """The keys of the best model and of early stopping."""
+
+    BEST_METRIC: ClassVar[str] = "eval_loss"
+    """The metric of `metric_for_best_model` if it is empty."""
+
+    load_best_model_at_end: bool = False
+    """Save the weights of the best evaluation at the end of the run, not the last ones. They are kept in `best-N/` of
+    `output_dir`, N being the step, until the run is finished."""
+    metric_for_best_model: str = ""
+    """Metric of the evaluations that says which is best; the prefix eval_ may be left out. Empty: eval_loss, or
+    eval_objective/scores in on-policy runs."""
+    greater_is_better: bool | None = None
+    """Whether a larger value of `metric_for_best_model` is better. null: true unless the name ends in loss."""
+    early_stopping_patience: int = 0
+    """Number of evaluations in a row without an improvement of `metric_for_best_model` after which the run stops. 0:
+    it runs to its end."""
+    early_stopping_threshold: float = 0.0
+    """Least improvement that resets the count of `early_stopping_patience`."""
+
+    @property
+    def watches_evaluations(self) -> bool:
+        """Whether the run compares its evaluations with each other."""
+        return self.load_best_model_at_end or self.early_stopping_patience > 0
+
+    @property
+    def best_metric(self) -> str:
+        """The full name of the metric that says which evaluation is best."""
+        name = self.metric_for_best_model or self.BEST_METRIC
+        return name if name.startswith("eval_") else f"eval_{name}"
+
+    @property
+    def larger_is_better(self) -> bool:
+        """Whether a larger value of `best_metric` is better."""
+        if self.greater_is_better is None:
+            return not self.best_metric.endswith("loss")
+        return self.greater_is_better
+
+    def check_watching(self, output_dir: str, eval_steps: int) -> None:
+        """Raises ValueError for a number out of range, for keys that nothing reads, and if the run has no evaluations
+        to compare or no folder for the best weights."""
+        at_least(self, 0, "early_stopping_patience", "early_stopping_threshold")
+        because = "without load_best_model_at_end and early_stopping_patience"
+        patience = "when early_stopping_patience is 0"
+        at_default(
+            self,
+            [
+                (self.watches_evaluations, because, ("metric_for_best_model", "greater_is_better")),
+                (self.early_stopping_patience > 0, patience, ("early_stopping_threshold",)),
+            ],
+        )
+        if self.watches_evaluations:
+            which = "load_best_model_at_end" if self.load_best_model_at_end else "early_stopping_patience"
+            require(eval_steps > 0, "eval_steps", eval_steps, f"above 0 with {which}, which compares evaluations")
+        if self.load_best_model_at_end:
+            rule = "false without output_dir, to which the best weights are written"
+            require(bool(output_dir), "load_best_model_at_end", True, rule)
