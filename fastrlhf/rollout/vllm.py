@@ -8,7 +8,7 @@ How vLLM is used:
     processes   one on the trainer's device, or one on each of `vllm_devices`; vllm_child.py starts them, and they run
                 vllm_worker.py. The trainer never imports vLLM
     weights     (name, tensor) as a checkpoint has them, in groups through shared memory (vllm_memory.py)
-    model       the policy's configuration, written to a temporary folder
+    model       the policy's configuration, written to the current folder of each process
     seeds       one per request, derived from (seed, episode). Samples may still depend on which episodes run in the
                 same batch, because the rounding of vLLM's kernels depends on the batch
     torchrun    every rank has its own engine for its share of the prefixes
@@ -26,7 +26,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -46,6 +45,10 @@ from fastrlhf.rollout.vllm_memory import SharedMemory, groups
 from fastrlhf.types import EndIds, Prefix, Rollout
 
 log = logging.getLogger(__name__)
+
+MODEL = "model"
+"""Model folder in the current folder of a vLLM process. The relative path is the same in all runs, because vLLM uses
+it as a part of the key of its cache of compiled code."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,21 +130,21 @@ def open_vllm(config: PPOConfig, policy: PreTrainedModel, eos_token_id: EndIds) 
     check_vllm(config)
     memory = SharedMemory.create()
     children = [Child(memory.descriptor, {"CUDA_VISIBLE_DEVICES": gpu}) for gpu in _visible_devices(config, policy)]
-    with TemporaryDirectory(prefix="fastrlhf-vllm-") as folder:
-        write_model_config(policy, config, Path(folder))
-        settings = {
-            "model": folder,
-            "dtype": str(policy.dtype).removeprefix("torch."),
-            "max_model_len": config.max_length,
-            "max_num_seqs": config.rollout_batch_size,
-            "gpu_memory_utilization": config.vllm_gpu_memory_utilization,
-            "enable_sleep_mode": config.vllm_enable_sleep_mode,
-            "trust_remote_code": config.trust_remote_code,
-            "seed": config.seed % 2**32,  # vLLM seeds numpy with it
-            # With chunked prefill vLLM rewinds the random generator of a request, which CPU generators do not support.
-            "enable_chunked_prefill": None if policy.device.type == "cuda" else False,
-        }
-        [version, *_] = _ask(children, "open", settings)
+    for child in children:
+        write_model_config(policy, config, Path(child.folder.name) / MODEL)
+    settings = {
+        "model": MODEL,
+        "dtype": str(policy.dtype).removeprefix("torch."),
+        "max_model_len": config.max_length,
+        "max_num_seqs": config.rollout_batch_size,
+        "gpu_memory_utilization": config.vllm_gpu_memory_utilization,
+        "enable_sleep_mode": config.vllm_enable_sleep_mode,
+        "trust_remote_code": config.trust_remote_code,
+        "seed": config.seed % 2**32,  # vLLM seeds numpy with it
+        # With chunked prefill vLLM rewinds the random generator of a request, which CPU generators do not support.
+        "enable_chunked_prefill": None if policy.device.type == "cuda" else False,
+    }
+    [version, *_] = _ask(children, "open", settings)
     log.info("engine: vLLM %s samples in process %s", version, ", ".join(str(child.pid) for child in children))
     if not version.startswith(f"{TESTED}."):
         log.warning("engine: vLLM %s is not the version that is tested, %s", version, TESTED)

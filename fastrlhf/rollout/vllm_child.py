@@ -2,7 +2,7 @@
 
 The other side is rollout/vllm_worker.py. Requests and answers are pickled over a socket pair; weights go through shared
 memory. The process ignores stop signals; the trainer handles them after its current step. The process exits with the
-trainer.
+trainer. It has its own temporary folder, because vLLM leaves files there if it is killed.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Mapping
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
+from tempfile import TemporaryDirectory
 from typing import Any
 
 TESTED = "0.32"
@@ -41,16 +42,20 @@ class Child:
         are added to the trainer's environment."""
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(OF_TORCHRUN)}
         inherited |= {
-            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+            "PYTHONPATH": os.pathsep.join(map(os.path.abspath, filter(None, sys.path))),
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in the process that is started here
         }
         for name, value in QUIET.items():
             inherited.setdefault(name, value)
+        self.folder = TemporaryDirectory(prefix="fastrlhf-vllm-", ignore_cleanup_errors=True)
+        """Temporary and current folder of the process. It is removed at the end, also if the process or the trainer is
+        killed."""
+        inherited |= dict.fromkeys(("TMPDIR", "TEMP", "TMP"), self.folder.name)
         ours, theirs = Pipe()
+        arguments = (theirs.fileno(), memory, os.getpid(), self.folder.name)
         self._process = subprocess.Popen(
             # -P: modules in the current folder do not shadow installed ones.
-            [sys.executable, "-P", "-m", "fastrlhf.rollout.vllm_worker"]
-            + [str(number) for number in (theirs.fileno(), memory, os.getpid())],
+            [sys.executable, "-P", "-m", "fastrlhf.rollout.vllm_worker", *map(str, arguments)],
             env={**inherited, **environment},
             stdin=subprocess.DEVNULL,
             stdout=2,  # to stderr, which keeps the trainer's stdout clean
@@ -59,7 +64,7 @@ class Child:
         )
         theirs.close()
         self._connection = ours
-        self.close = weakref.finalize(self, _end, self._process, ours)
+        self.close = weakref.finalize(self, _end, self._process, ours, self.folder)
         """Ends the process; it may be called several times."""
 
     @property
@@ -124,10 +129,11 @@ class Child:
         )
 
 
-def _end(process: subprocess.Popen[bytes], connection: Connection) -> None:
+def _end(process: subprocess.Popen[bytes], connection: Connection, folder: TemporaryDirectory[str]) -> None:
     connection.close()  # a process that waits for a request then exits
     try:
         process.wait(PATIENCE)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
+    folder.cleanup()

@@ -16,6 +16,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -24,7 +25,7 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -142,21 +143,30 @@ def serve(connection: Connection, worker: Worker) -> None:
             return
 
 
-def main(socket: int, memory: int, trainer: int) -> None:
-    """Serves the trainer. `socket` and `memory` are the file descriptors of the connection and of the shared memory,
-    `trainer` is the trainer's process id."""
+def main(socket: int, memory: int, trainer: int, folder: str) -> None:
+    """Serves the trainer, with `folder`, the temporary folder of this process, as the current folder. `socket` and
+    `memory` are the file descriptors of the connection and of the shared memory, `trainer` is the trainer's process
+    id."""
     # Stop signals are ignored: the trainer finishes its step first and needs this process until then.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with, args=(trainer,), daemon=True).start()
+    threading.Thread(target=_end_with, args=(trainer, folder), daemon=True).start()
+    os.chdir(folder)
     serve(Connection(socket), Worker(SharedMemory(memory)))
+    _end(folder, 0)
 
 
-def _end_with(trainer: int) -> None:
+def _end_with(trainer: int, folder: str) -> None:
     """Exits this process within a second after the trainer has ended, even if the trainer was killed."""
     while os.getppid() == trainer:
         time.sleep(0.5)
-    os._exit(1)
+    _end(folder, 1)
+
+
+def _end(folder: str, code: int) -> NoReturn:
+    """Removes the temporary folder and exits at once: vLLM's own shutdown takes longer than the trainer waits."""
+    shutil.rmtree(folder, ignore_errors=True)
+    os._exit(code)
 
 
 def _sendable(error: Exception) -> Exception:
@@ -243,4 +253,4 @@ def pack_tied_heads(model: Module) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    main(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])

@@ -4,11 +4,13 @@
 """
 
 import json
+import os
 import sys
 from dataclasses import replace
 from importlib import import_module
 from multiprocessing import Pipe
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import Thread
 from types import SimpleNamespace
 
@@ -40,6 +42,8 @@ class InThread(Child):
 
     def __init__(self, memory, environment):
         self.environment = environment
+        self.folder = TemporaryDirectory()
+        os.chdir(self.folder.name)
         self._connection, theirs = Pipe()
         self._process = SimpleNamespace(poll=lambda: None)
         self.close = self._connection.close
@@ -51,8 +55,9 @@ class InThread(Child):
 
 
 @pytest.fixture(autouse=True)
-def vllm(monkeypatch):
+def vllm(monkeypatch, tmp_path):
     """Imports the stand-in library afresh and removes its modules after the test."""
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     monkeypatch.setenv("VLLM_DIST_IDENT", "")
     monkeypatch.syspath_prepend(STAND_IN)

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,8 @@ def test_if_the_process_is_killed_a_checkpoint_is_saved_and_the_trainer_is_uncha
         return torch.tensor([float(len(rollout.completion)) for rollout in rollouts])
 
     judge.calls = 0
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     monkeypatch.setattr(roles, "open_vllm", opening)
     config = PPOConfig(
         model_name_or_path=tiny.save_policy(tmp_path / "sft"),
@@ -70,6 +73,7 @@ def test_if_the_process_is_killed_a_checkpoint_is_saved_and_the_trainer_is_uncha
     assert len(rows) == 2
     assert all(row["sampling/sampling_logp_difference/max"] < 1e-5 for row in rows)
     assert rows[1]["objective/kl"] > 0.01
+    assert not list((tmp_path / "tmp").iterdir())
     assert not any(name.split(".")[0] == "vllm" for name in sys.modules)
     assert (torch.get_num_threads(), dict(os.environ)) == (threads, environment)
     assert torch.equal(torch.get_rng_state(), generator)
@@ -142,17 +146,21 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_a_busy_process_ends_with_a_trainer_that_is_killed():
-    """The vLLM process shares the trainer's standard error, which is closed only when both processes have ended."""
+def test_a_busy_process_ends_with_a_trainer_that_is_killed(tmp_path):
+    """The vLLM process shares the trainer's standard error, which is closed only when both processes have ended. It
+    removes its temporary folder."""
     trainer = subprocess.Popen(
         [sys.executable, "-c", TRAINER.replace("SETTINGS", repr(SETTINGS))],
         stdin=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "TMPDIR": str(tmp_path)},
     )
     assert trainer.stderr
     while (line := trainer.stderr.readline()) != "hangs\n":
         assert line, "the trainer ended before it was killed"
+    [folder] = tmp_path.iterdir()
+    assert (folder / "vllm_dist_1").exists()
     trainer.communicate("go\n", timeout=60)
     assert trainer.returncode == -signal.SIGKILL
+    assert not list(tmp_path.iterdir())

@@ -6,8 +6,10 @@ vLLM, it seeds the global random generators of its process and sets environment 
 
 import os
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import ClassVar
 
@@ -64,6 +66,7 @@ class LLM:
         assert enable_chunked_prefill is False, "on a CPU the generator of a request cannot be rewound"
         assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
         assert (load_format, skip_tokenizer_init, generation_config) == ("dummy", True, "vllm")
+        Path(tempfile.gettempdir(), "vllm_dist_1").touch()  # vLLM removes its file only at a regular exit
         match os.environ.get("STAND_IN"):
             case "hangs":
                 os.write(1, b"hangs\n")
