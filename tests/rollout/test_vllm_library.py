@@ -85,7 +85,6 @@ RUN = {
 }
 HOLES = {4, 17, 30}
 """Ids below the largest of the tokenizer that have no token."""
-COUNTRIES = ("Egypt", "France", "Brazil", "India", "China", "Canada", "Spain", "Kenya")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -130,8 +129,7 @@ def test_samples_are_drawn_with_the_weights_of_every_update(name, kind, settings
     generator = torch.get_rng_state()
     rows = train_ppo(run, tiny.examples(40), judge=length).history
     assert len(rows) == 3
-    for row in rows:
-        assert row["sampling/sampling_logp_difference/mean"] < 1e-4
+    assert all(row["sampling/sampling_logp_difference/mean"] < 1e-4 for row in rows)
     assert rows[-1]["objective/kl"] > 0.05
     assert not any(module.split(".")[0] == "vllm" for module in sys.modules)
     assert not torch.distributed.is_initialized()
@@ -165,15 +163,13 @@ def test_a_killed_process_leaves_a_checkpoint(tmp_path, monkeypatch):
 
 
 RANK = """
-import json, sys, torch
+import json, sys
 from fastrlhf.algorithms.ppo import train_ppo
 from fastrlhf.config import PPOConfig
 from tests import tiny
+from tests.rollout.test_vllm_library import length
 
-def judge(rollouts):
-    return torch.tensor([float(len(rollout.completion)) for rollout in rollouts])
-
-train_ppo(PPOConfig(**json.loads(sys.argv[1])), tiny.examples(40), judge=judge)
+train_ppo(PPOConfig(**json.loads(sys.argv[1])), tiny.examples(40), judge=length)
 """
 
 
@@ -310,7 +306,7 @@ def test_both_engines_train_to_the_same_distribution(shared, monkeypatch):
 def chi_squared(
     shared: VLLMEngine, policy: PreTrainedModel, prompt: list[int], number: int = 3000, holes: Collection[int] = ()
 ) -> None:
-    """Compares the first tokens of both engines with the distribution of the policy."""
+    """Compares the first tokens of both engines with the policy."""
     many = [Prefix(token_ids=prompt, num_reset=0, row=0, episode=i) for i in range(number)]
     with torch.no_grad():
         logits = policy(torch.tensor([prompt])).logits[0, -1, : tiny.VOCAB].float()
@@ -357,8 +353,7 @@ def test_a_model_that_vllm_does_not_support_is_one_line(tmp_path):
 
 
 def test_vllm_refuses_to_sleep_on_a_cpu(tmp_path, monkeypatch):
-    """Without the engine's own check before anything is loaded."""
-    monkeypatch.setattr("fastrlhf.rollout.vllm.check_vllm", lambda config: None)
+    monkeypatch.setattr("fastrlhf.rollout.vllm.check_vllm", lambda config: None)  # it would refuse the key first
     settings = config(tmp_path, "tied", vllm_enable_sleep_mode=True)
     with pytest.raises(ValueError, match=r"^engine: vllm .*Sleep mode is not supported on current platform"):
         open_vllm(settings, load_policy(settings.model_name_or_path), tiny.EOS)
@@ -378,10 +373,9 @@ def test_smollm2_trains_with_a_tied_head_of_its_real_size(tmp_path):
     AutoTokenizer.from_pretrained(**source).save_pretrained(tmp_path / "model")
     fields = {"model_name_or_path": str(tmp_path / "model"), "max_steps": 2, "train_batch_size": 8}
     settings = PPOConfig(**RUN | VLLM | fields | {"learning_rate": 1e-5, "kl_coef": 0.0})
-    examples = [Example(prompt=f"Name a river in {country}.", row=i) for i, country in enumerate(COUNTRIES)]
+    examples = [Example(prompt=f"The square of {number} is", row=number) for number in range(8)]
     rows = train_ppo(settings, examples, judge=parity).history
-    for row in rows:
-        assert row["sampling/sampling_logp_difference/mean"] < 1e-4
+    assert all(row["sampling/sampling_logp_difference/mean"] < 1e-4 for row in rows)
     assert rows[1]["objective/kl"] > 1e-3
 
 
