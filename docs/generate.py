@@ -59,7 +59,7 @@ def _defaults(readers: Mapping[str, Key]) -> str:
 
 
 def _listed(commands: list[str]) -> str:
-    training = [command for command in CONFIGS if command not in ("rlp", "eval", "demo")]
+    training = [command for command in CONFIGS if command not in ("rlp", "eval", "chat", "merge", "demo")]
     if set(training) <= set(commands):
         commands = ["all trainers", *(command for command in commands if command not in training)]
     return ", ".join(commands)

@@ -18,7 +18,7 @@ from typing import Any
 from fastrlhf import __version__
 from fastrlhf import config as configs
 from fastrlhf.config import compare, files
-from fastrlhf.config.command_line import config_paths, parse, split_configs
+from fastrlhf.config.command_line import config_paths, number, parse, parse_for_tool
 from fastrlhf.config.elsewhere import explain_command
 from fastrlhf.config.functions import user_frames
 from fastrlhf.config.help import format_help
@@ -43,6 +43,8 @@ usage: fastrlhf COMMAND [--config FILE] [--key value ...]
   report     fastrlhf report RUN_DIR [--output PAGE]: one HTML page of a run; RUN_DIR RUN_DIR ...: a comparison of runs
   inspect    shows rows as the model sees them, each token by its role: --config FILE [--num N] [--html PAGE]
   plan       memory and steps of a run: --config FILE [--memory_gib N]; exit code 1 if the run does not fit
+  merge      fastrlhf merge ADAPTER [ADAPTER ...] --output_dir FOLDER: adds adapters to their base model
+  chat       fastrlhf chat MODEL [ADAPTER]: talks with a model in the terminal
   doctor     fastrlhf doctor [OUTPUT_DIR]: versions, GPU, paths of the kernels, self-check against float64
 
 inspect and plan take the keys of one trainer; --command NAME says which one if FILE has sections of several.
@@ -256,9 +258,30 @@ def _report(arguments: Sequence[str]) -> None:
         print(write_report(Path(folders[0]), page))
 
 
+def _merge(arguments: Sequence[str]) -> None:
+    config = parse(configs.MergeConfig, arguments, "merge")
+    _quiet_libraries()
+    from fastrlhf.tools.merge import merge_adapters
+
+    lost = merge_adapters(config)
+    print(f"saved in {config.output_dir}, in {config.dtype}")
+    if lost:
+        print(f"{config.dtype} loses {100 * lost:.0f} % of the adapters' update by rounding; float32 loses nothing")
+
+
+def _chat(arguments: Sequence[str]) -> None:
+    config = parse(configs.ChatConfig, arguments, "chat")
+    _quiet_libraries()
+    from fastrlhf.tools.chat import HELP, open_chat, talk, typed
+
+    chat = open_chat(config)
+    print(HELP if chat.tokenizer.chat_template else f"no chat template: each line is continued as text; {HELP}")
+    talk(chat, typed(), sys.stdout)
+
+
 def _inspect(arguments: Sequence[str]) -> None:
-    options, config = _parse_for_tool(arguments, ("num", "html"))
-    num = _number(options, "num", "5", int)
+    options, config = parse_for_tool(arguments, TRAINER_CONFIGS, ("num", "html"))
+    num = number(options, "num", "5", int)
     _quiet_libraries()
     from fastrlhf.tools.inspect import format_html, format_text, inspect_rows
 
@@ -271,8 +294,8 @@ def _inspect(arguments: Sequence[str]) -> None:
 
 
 def _plan(arguments: Sequence[str]) -> None:
-    options, config = _parse_for_tool(arguments, ("memory_gib",))
-    memory_gib = _number(options, "memory_gib", "0", float)
+    options, config = parse_for_tool(arguments, TRAINER_CONFIGS, ("memory_gib",))
+    memory_gib = number(options, "memory_gib", "0", float)
     _quiet_libraries()
     from fastrlhf.tools.plan.plan import format_plan, plan_run
 
@@ -324,39 +347,6 @@ def _asks_for_help(arguments: Sequence[str]) -> bool:
     return bool({"-h", "--help"} & {*arguments})
 
 
-def _parse_for_tool(arguments: Sequence[str], names: Sequence[str]) -> tuple[dict[str, str], Any]:
-    """Splits arguments into the tool's own flags and the configuration of the trainer that it examines."""
-    rest, options = split_configs(arguments), {}
-    for name in ("command", *names):
-        rest = [part for given in rest for part in (given.split("=", 1) if given.startswith(f"--{name}=") else [given])]
-        if (flag := f"--{name}") in rest:
-            where = rest.index(flag)
-            if where + 1 == len(rest):
-                raise ValueError(f"{flag}: give a value")
-            options[name] = rest[where + 1]
-            del rest[where : where + 2]
-    command = options["command"] = options.get("command") or _only_section(rest)
-    if command not in TRAINERS:
-        raise ValueError(f"--command: {command!r} is not a trainer{explain_command(command, TRAINERS)}")
-    return options, parse(TRAINERS[command][0], rest, command)
-
-
-def _only_section(arguments: Sequence[str]) -> str:
-    """Returns the only training section of the configuration files. Raises ValueError if they have none or several."""
-    sections = list(dict.fromkeys(name for path in config_paths(arguments) for name in files.training_sections(path)))
-    if len(sections) == 1:
-        return sections[0]
-    told = f"the file has the sections {', '.join(sections)}" if sections else "no section names the trainer"
-    raise ValueError(f"--command: {told}; choose one of {', '.join(sections or TRAINERS)}")
-
-
-def _number(options: dict[str, str], name: str, default: str, kind: type[int] | type[float]) -> Any:
-    try:
-        return kind(options.get(name, default))
-    except ValueError:
-        raise ValueError(f"--{name}: {options[name]!r} is not a number") from None
-
-
 def _quiet_libraries() -> None:
     """Silences progress bars and advice of other libraries, but not their errors, and all output of ranks other than
     0."""
@@ -386,6 +376,8 @@ TRAINERS: dict[str, tuple[type, str, str]] = {
 }
 """Command -> its configuration class, and its module and function in fastrlhf.algorithms."""
 
+TRAINER_CONFIGS = {name: config for name, (config, _, _) in TRAINERS.items()}
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "demo": _demo,
     **{name: partial(_train, name) for name in TRAINERS},
@@ -393,6 +385,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "report": _report,
     "inspect": _inspect,
     "plan": _plan,
+    "merge": _merge,
+    "chat": _chat,
     "doctor": _doctor,
 }
 

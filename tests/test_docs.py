@@ -20,9 +20,9 @@ import pytest
 import yaml
 
 from bench.__main__ import make_parser
-from fastrlhf.cli import COMMANDS, _parse_for_tool
+from fastrlhf.cli import COMMANDS, TRAINER_CONFIGS
 from fastrlhf.config import CONFIGS, elsewhere
-from fastrlhf.config.command_line import parse
+from fastrlhf.config.command_line import parse, parse_for_tool
 from fastrlhf.config.help import keys_of
 from tests import tiny
 
@@ -101,7 +101,7 @@ def check_fastrlhf(words: list[str]) -> None:
     if command in CONFIGS:
         parse(CONFIGS[command], arguments, command)
     elif command in ("inspect", "plan"):
-        _parse_for_tool(arguments, {"inspect": ("num", "html"), "plan": ("memory_gib",)}[command])
+        parse_for_tool(arguments, TRAINER_CONFIGS, {"inspect": ("num", "html"), "plan": ("memory_gib",)}[command])
     else:
         assert command in ("report", "doctor"), command
         assert not any(word.startswith("--") for word in arguments), words

@@ -8,7 +8,7 @@ run used is written to `config.yaml` in its output directory.
 from __future__ import annotations
 
 from fastrlhf.config.checks import check_config, require
-from fastrlhf.config.commands import DemoConfig, EvalConfig
+from fastrlhf.config.commands import ChatConfig, DemoConfig, EvalConfig, MergeConfig
 from fastrlhf.config.offline import DPOConfig, KTOConfig, ReferenceConfig, RewardConfig, SFTConfig
 from fastrlhf.config.on_policy import DRPOConfig, GRPOConfig, PPOConfig, RTOConfig
 from fastrlhf.config.rlp import RLPConfig
@@ -25,6 +25,8 @@ CONFIGS: dict[str, type] = {
     "rto": RTOConfig,
     "rlp": RLPConfig,
     "eval": EvalConfig,
+    "chat": ChatConfig,
+    "merge": MergeConfig,
     "demo": DemoConfig,
 }
 """The configuration class of each command. These commands take keys and may have a section in a configuration file."""
@@ -32,12 +34,14 @@ CONFIGS: dict[str, type] = {
 __all__ = [
     "COLUMNS",
     "CONFIGS",
+    "ChatConfig",
     "DPOConfig",
     "DRPOConfig",
     "DemoConfig",
     "EvalConfig",
     "GRPOConfig",
     "KTOConfig",
+    "MergeConfig",
     "PPOConfig",
     "RLPConfig",
     "RTOConfig",

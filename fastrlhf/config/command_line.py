@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr
 from io import StringIO
 from itertools import dropwhile, pairwise, takewhile
@@ -12,8 +12,12 @@ from typing import Any
 from fastrlhf.config import files
 from fastrlhf.config.checks import UNREAD
 from fastrlhf.config.choices import NoChoice
+from fastrlhf.config.elsewhere import explain_command
 from fastrlhf.config.paths import with_variables
 from fastrlhf.config.train import LORA_KEYS
+
+POSITIONAL = {"merge": ("adapters",), "chat": ("model_name_or_path", "adapter")}
+"""Command -> keys that may be given without their names, in front of all flags."""
 
 
 def parse(kind: type, arguments: Sequence[str], command: str) -> Any:
@@ -22,7 +26,7 @@ def parse(kind: type, arguments: Sequence[str], command: str) -> Any:
 
     A key of section `shared` that has no effect for this command is ignored, because other sections may read it.
     """
-    rest = split_configs(arguments)
+    rest = split_configs(_with_positional(arguments, *POSITIONAL.get(command, ())))
     values: dict[str, Any] = {}
     shared: set[str] = set()
     path = ""
@@ -101,3 +105,52 @@ def _first_paragraph(box: str) -> str:
     lines = [line.strip("\u2502 ") for line in box.splitlines()[1:]]
     body = dropwhile(lambda line: line.startswith(rules), lines)
     return " ".join(takewhile(lambda line: not line.startswith(rules), body))
+
+
+def parse_for_tool(
+    arguments: Sequence[str], kinds: Mapping[str, type], names: Sequence[str]
+) -> tuple[dict[str, str], Any]:
+    """Splits arguments into the flags `names` of a tool and the configuration of the trainer that it examines. `kinds`:
+    trainer -> its configuration class."""
+    rest, options = split_configs(arguments), {}
+    for name in ("command", *names):
+        rest = [part for given in rest for part in (given.split("=", 1) if given.startswith(f"--{name}=") else [given])]
+        if (flag := f"--{name}") in rest:
+            where = rest.index(flag)
+            if where + 1 == len(rest):
+                raise ValueError(f"{flag}: give a value")
+            options[name] = rest[where + 1]
+            del rest[where : where + 2]
+    command = options["command"] = options.get("command") or _only_section(rest, kinds)
+    if command not in kinds:
+        raise ValueError(f"--command: {command!r} is not a trainer{explain_command(command, kinds)}")
+    return options, parse(kinds[command], rest, command)
+
+
+def _only_section(arguments: Sequence[str], kinds: Mapping[str, type]) -> str:
+    """Returns the only training section of the configuration files. Raises ValueError if they have none or several."""
+    sections = list(dict.fromkeys(name for path in config_paths(arguments) for name in files.training_sections(path)))
+    if len(sections) == 1:
+        return sections[0]
+    told = f"the file has the sections {', '.join(sections)}" if sections else "no section names the trainer"
+    raise ValueError(f"--command: {told}; choose one of {', '.join(sections or kinds)}")
+
+
+def number(options: dict[str, str], name: str, default: str, kind: type[int] | type[float]) -> Any:
+    try:
+        return kind(options.get(name, default))
+    except ValueError:
+        raise ValueError(f"--{name}: {options[name]!r} is not a number") from None
+
+
+def _with_positional(arguments: Sequence[str], *names: str) -> list[str]:
+    """Turns the words in front of the first flag into the values of the keys `names`; the last key takes all that are
+    left."""
+    if not names:
+        return list(arguments)
+    words = list(takewhile(lambda word: not word.startswith("-"), arguments))
+    rest, flags = list(arguments[len(words) :]), []
+    for i, name in enumerate(names):
+        values = words[i:] if i + 1 == len(names) else words[i : i + 1]
+        flags += [f"--{name}", *values] if values else []
+    return [*flags, *rest]

@@ -1,4 +1,4 @@
-"""Keys of `fastrlhf eval` and `fastrlhf demo`."""
+"""Keys of `fastrlhf eval`, `chat`, `merge` and `demo`."""
 
 from __future__ import annotations
 
@@ -59,6 +59,75 @@ class EvalConfig(TruncationKeys, TrainConfig):
         require(eager, "decode", self.decode, "eager with top_k, top_p or min_p")
         require(self.decode == "eager" or self.device != "cpu", "decode", self.decode, "eager when device is cpu")
         require(self.response_length < self.max_length, "response_length", self.response_length, "below max_length")
+
+
+CHAT_READS = (
+    *("model_name_or_path", "tokenizer_name_or_path", "eos_token", "chat_template", "chat_template_kwargs"),
+    *("template_date", "trust_remote_code", "dtype", "device", "seed", "max_length", "micro_batch_tokens"),
+    *("trailing_space", "attn_implementation"),
+)
+"""The keys of TrainConfig that `fastrlhf chat` reads; it refuses the others."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatConfig(TruncationKeys, TrainConfig):
+    """Talks with a model in the terminal: `fastrlhf chat MODEL [ADAPTER]`. MODEL and ADAPTER stand for
+    `model_name_or_path` and `adapter`."""
+
+    UNREAD: ClassVar[tuple[str, ...]] = tuple(
+        field.name for field in fields(TrainConfig) if field.name not in CHAT_READS
+    )
+
+    adapter: str = ""
+    """Folder of an adapter over the model."""
+    system: str = ""
+    """System message of the conversation; empty: none."""
+    reward_model_path: str = ""
+    """Reward model that scores each answer; empty: none."""
+    response_length: int = 512
+    """Maximum number of tokens of an answer."""
+    temperature: float = 0.7
+    """Sampling temperature; 0: greedy decoding."""
+    max_length: int = 4096
+    """Maximum number of tokens of a conversation, including the answer; never more than the positions of the model."""
+
+    def __post_init__(self) -> None:
+        TrainConfig.__post_init__(self)
+        at_default(self, [(False, "with chat, which trains nothing", self.UNREAD)])
+        at_least(self, 1, "response_length")
+        at_least(self, 0, "temperature")
+        self.check_truncated()
+        require(self.response_length < self.max_length, "response_length", self.response_length, "below max_length")
+
+
+MERGE_READS = ("output_dir", "model_name_or_path", "trust_remote_code", "dtype", "device")
+"""The keys of TrainConfig that `fastrlhf merge` reads; it refuses the others."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeConfig(TrainConfig):
+    """Merges adapters into their base model: `fastrlhf merge ADAPTER [ADAPTER ...] --output_dir FOLDER`.
+
+    `model_name_or_path` is needed only if the base model is no longer where the first adapter says.
+    """
+
+    UNREAD: ClassVar[tuple[str, ...]] = tuple(
+        field.name for field in fields(TrainConfig) if field.name not in MERGE_READS
+    )
+
+    adapters: tuple[str, ...] = ()
+    """Folders of adapters over one base model, or of runs that trained one."""
+    adapter_weights: tuple[float, ...] = ()
+    """Factor of each adapter's update. Empty: 1 for each."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision in which the merged weights are saved. bfloat16 loses a part of what the adapters learned, which is
+    printed; `dpo --merged_dtype bfloat16` measures it in nats."""
+    device: str = "cpu"
+    """Device on which the weights are added."""
+
+    def __post_init__(self) -> None:
+        TrainConfig.__post_init__(self)
+        at_default(self, [(False, "with merge, which trains nothing", self.UNREAD)])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,17 @@ from __future__ import annotations
 GROUPS: dict[str, tuple[str, ...]] = {
     "Run": ("output_dir", "out", "seed", "device", "methods"),
     "Model": (
-        *("model_name_or_path", "models", "model_config", "tokenizer_name_or_path", "eos_token", "chat_template"),
+        *(
+            "model_name_or_path",
+            "models",
+            "adapter",
+            "adapters",
+            "adapter_weights",
+            "model_config",
+            "tokenizer_name_or_path",
+            "eos_token",
+            "chat_template",
+        ),
         *("chat_template_kwargs", "template_date", "trust_remote_code", "dtype"),
     ),
     "Data": (
@@ -50,7 +60,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "Reference model": (*("ref_model_name_or_path", "reference_free", "precompute_ref_log_probs", "ref_cache_dir"),),
     "Sampling": (
-        *("response_length", "temperature", "temperatures", "top_k", "top_p", "min_p", "stop"),
+        *("system", "response_length", "temperature", "temperatures", "top_k", "top_p", "min_p", "stop"),
         *("num_generations", "dynamic_sampling_factor", "rollout_batch_size", "engine", "decode"),
         *("vllm_gpu_memory_utilization", "vllm_devices", "vllm_enable_sleep_mode", "max_sampling_logp_difference"),
     ),

@@ -17,6 +17,14 @@ WIDTH = 100
 
 _MODEL = "--model_name_or_path Qwen/Qwen3-0.6B --dtype bfloat16"
 EXAMPLES: dict[str, tuple[str, ...]] = {
+    "chat": (
+        'fastrlhf chat runs/dpo --system "Answer in one sentence."',
+        "fastrlhf chat Qwen/Qwen3-0.6B runs/dpo/adapter --dtype bfloat16 --reward_model_path runs/reward",
+    ),
+    "merge": (
+        "fastrlhf merge runs/dpo/adapter --output_dir runs/merged",
+        "fastrlhf merge runs/helpful runs/harmless --adapter_weights 0.7 0.3 --output_dir runs/both",
+    ),
     "sft": (
         f"fastrlhf sft {_MODEL} --dataset_name trl-lib/Capybara --output_dir runs/sft",
         f"fastrlhf sft {_MODEL} --use_peft --dataset_name rows.jsonl --output_dir runs/sft",

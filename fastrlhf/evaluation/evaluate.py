@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastrlhf.config import EvalConfig, check_config, require
+from fastrlhf.config import ChatConfig, EvalConfig, check_config, require
 from fastrlhf.config.files import as_yaml, load_yaml
 from fastrlhf.config.paths import filled_in
 from fastrlhf.data.given import Rows
@@ -72,14 +72,14 @@ def evaluate_models(config: EvalConfig, examples: Rows | None = None) -> dict[st
     asked = ask_all(source, tokenizer, data, fields)
     judge_of = JudgeTexts.open(config, tokenizer, data)
     base = open_base(config, [("reward_model_path", config.reward_model_path), *(("models", m) for m in config.models)])
-    reward_model = _open_judge(config, base, special_ids(judge_of.tokenizer)[1])
+    reward_model = open_judge(config, base, special_ids(judge_of.tokenizer)[1])
     check_vocabulary({"reward_model_path": reward_model}, judge_of.tokenizer)
     readers = {name: judge_of.reader(model) for name, model in asked.items()}
     # All adapters are opened first: they are cheap, and a broken one is reported before any model generates.
     adapted = {name: policy_role(name, base, "models") for name in config.models if base and holds_adapter(name)}
 
     def policy(name: str) -> PreTrainedModel:
-        model = adapted.get(name) or _open_policy(config, name)
+        model = adapted.get(name) or open_policy(config, name)
         check_vocabulary({name: model}, asked[name].tokenizer)
         limit_vocabulary(model, asked[name].tokenizer)
         return model
@@ -219,12 +219,14 @@ def _check(config: EvalConfig) -> None:
             read_model_config(name, "models", config.trust_remote_code)
 
 
-def _open_judge(config: EvalConfig, base: PreTrainedModel | None, pad_token_id: int | None) -> PreTrainedModel:
+def open_judge(
+    config: EvalConfig | ChatConfig, base: PreTrainedModel | None, pad_token_id: int | None
+) -> PreTrainedModel:
     """Loads the reward model; an adapter shares the weights of `base`."""
     source = config.reward_model_path
     if base and holds_adapter(source):
         return score_role(source, base, "reward_model_path", pad_token_id).requires_grad_(False)
-    if adapter := unmerged_adapter(source, config.dtype):  # unrounded weights, as in _open_policy
+    if adapter := unmerged_adapter(source, config.dtype):  # unrounded weights, as in open_policy
         try:
             own = open_base(replace(config, model_name_or_path=""), [("reward_model_path", adapter)])
             if own is not None:
@@ -242,8 +244,8 @@ def _open_judge(config: EvalConfig, base: PreTrainedModel | None, pad_token_id: 
     )
 
 
-def _open_policy(config: EvalConfig, name: str) -> PreTrainedModel:
-    """Loads a model to evaluate. If the merged weights of a run with an adapter would be rounded to bfloat16, the
+def open_policy(config: EvalConfig | ChatConfig, name: str) -> PreTrainedModel:
+    """Loads a model that samples. If the merged weights of a run with an adapter would be rounded to bfloat16, the
     adapter over its base is loaded instead; if the base is not available, the merged weights are used, with a
     warning."""
     if adapter := unmerged_adapter(name, config.dtype):

@@ -16,7 +16,7 @@ import hashlib
 import logging
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -176,10 +176,13 @@ def frozen_tensors(model: Module) -> dict[int, Tensor]:
     return {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers()) if not tensor.requires_grad}
 
 
-def merged_copy(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """Returns the plain model with the adapter merged into the weights. The copy shares no memory with `model` and is
-    on the CPU, because GPU memory is scarce. Its dtype is `dtype` or, if that is None, the dtype of each weight."""
-    named = plain_weights(model, dtype)
+def merged_copy(
+    model: PreTrainedModel, dtype: torch.dtype | None = None, named: Iterable[tuple[str, Tensor]] | None = None
+) -> PreTrainedModel:
+    """Returns the plain model with the adapter merged into the weights, or with the weights `named`. The copy shares no
+    memory with `model` and is on the CPU, because GPU memory is scarce. Its dtype is `dtype` or, if that is None, the
+    dtype of each weight."""
+    named = plain_weights(model, dtype) if named is None else named
     weights = {name: weight.to("cpu", copy=True).contiguous() for name, weight in named}
     plain = shared_view(model)
     _drop_adapter(plain)
@@ -228,6 +231,34 @@ def plain_weights(model: PreTrainedModel, dtype: torch.dtype | None = None) -> I
         if layer is not None:
             weight = _merged(layer, weight.float())
         yield re.sub(r"(\.base_layer)+\.", ".", name), weight.detach().to(given)
+
+
+@torch.no_grad()
+def weighted_weights(
+    models: Sequence[PreTrainedModel], factors: Sequence[float], dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """Yields (name, tensor) of the weights of a plain model to which the updates of several adapters are added, each
+    times its factor. The models share their base weights. The sum is computed in float32 and returned in `dtype`.
+
+    Raises ValueError if an adapter is a DoRA or was trained together with whole modules, whose weights are not a sum,
+    unless it is the only one and its factor is 1.
+    """
+    if list(factors) == [1]:
+        yield from plain_weights(models[0], dtype)
+        return
+    for model in models:
+        if whole := _trained_modules(model):
+            told = f"adapters: one was trained together with all of {', '.join(whole)}"
+            raise ValueError(f"{told}; merge it by itself, without a factor")
+        if any(cast(Any, layer).lora_variant.get(ADAPTER) is not None for _, _, layer in _adapted(model)):
+            raise ValueError("adapters: one is a DoRA, whose update is not a sum; merge it by itself, without a factor")
+    layers = [{id(_base_weight(layer)): layer for _, _, layer in _adapted(model)} for model in models]
+    for name, parameter in _own(models[0]):
+        total = plain_weight(parameter).float()
+        for factor, own in zip(factors, layers, strict=True):
+            if (layer := own.get(id(parameter))) is not None:
+                total = total + factor * _update(layer, torch.float32)
+        yield re.sub(r"(\.base_layer)+\.", ".", name), total.detach().to(dtype)
 
 
 @torch.no_grad()

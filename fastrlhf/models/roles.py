@@ -57,6 +57,12 @@ def holds_adapter(source: str) -> bool:
     return (Path(source) / "adapter_config.json").exists() and not (Path(source) / "config.json").exists()
 
 
+def is_reward_adapter(source: str, field: str) -> bool:
+    """Returns whether the adapter in a folder belongs to a reward model. Raises ValueError, naming `field`, if it
+    cannot be read."""
+    return SCORE in _read(source, field)[0]
+
+
 def unmerged_adapter(source: str, dtype: str) -> str:
     """Returns the folder of a run's adapter if the merged weights of the run are rounded, because they are in bfloat16
     on disk or would be loaded in bfloat16. Empty if they are exact or there is no adapter."""

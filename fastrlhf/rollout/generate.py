@@ -44,7 +44,7 @@ def decode(
     """
     # No eos_token_id, because the caller decides when a text ends; all settings that would change the logits are off.
     settings = GenerationConfig(max_new_tokens=num_tokens, do_sample=False, use_cache=use_cache, pad_token_id=0)
-    with _no_generation_config(model):
+    with no_generation_config(model):
         cast(Any, model).generate(
             texts,
             attention_mask=torch.ones_like(texts),
@@ -56,7 +56,7 @@ def decode(
 
 
 @contextmanager
-def _no_generation_config(model: PreTrainedModel) -> Iterator[None]:
+def no_generation_config(model: PreTrainedModel) -> Iterator[None]:
     """Context in which the generation settings saved with the model, such as a repetition penalty or EOS ids, are
     ignored."""
     before = model.generation_config

@@ -127,7 +127,7 @@ def _read(
     if train is None and not config.dataset_test_split:
         check_held_out(config, config.num_eval_examples)
     tokenizer = open_tokenizer(config) if tokenizer is None else given_tokenizer(config, tokenizer)
-    day = _template_day(config, tokenizer)
+    day = template_day(config, tokenizer)
     sources = source_names(config.dataset_name) if train is None else ()
     if train is None:
         train, evaluation = _load_both(config, fields)
@@ -166,7 +166,7 @@ def open_eval_inputs(
             train, held_out = _split(config, fields)
             examples = held_out if config.num_eval_examples else train
     examples = given_examples(config, fields, examples, "eval")
-    day = _template_day(config, tokenizer)
+    day = template_day(config, tokenizer)
     tokenized = _tokenize(config, tokenizer, examples, fields, "eval", day, keep_rows=True)
     return tokenizer, Data(
         train=[],
@@ -181,7 +181,7 @@ def open_eval_inputs(
 def with_tokenizer(config: TrainConfig, data: Data, fields: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Data:
     """Returns `data` with the evaluation rows encoded by another tokenizer and its chat template."""
     examples = [row.source for row in data.eval if row.source is not None]
-    day = data.day or _template_day(config, tokenizer)
+    day = data.day or template_day(config, tokenizer)
     tokenized = _tokenize(config, tokenizer, examples, fields, "eval", day, keep_rows=True)
     rules = TextRules.of(config, day)
     return dataclasses.replace(data, eval=tokenized.examples, report=tokenized.report, day=day, rules=rules)
@@ -234,7 +234,7 @@ def _has_turns(examples: Sequence[Example]) -> bool:
     return any(isinstance(example.prompt, list) for example in examples)
 
 
-def _template_day(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> str:
+def template_day(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> str:
     """Returns the date for a chat template that asks for one: `template_date`, the date recorded by the run that is
     resumed, the date recorded by the run that trained the model, or today. Empty if the template does not ask."""
     if not reads_clock(tokenizer):

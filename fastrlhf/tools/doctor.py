@@ -27,7 +27,10 @@ OLDEST = {"torch": "2.11", "triton": "3.6", "transformers": "5.17"}
 """Package -> oldest supported version, as in pyproject.toml."""
 NEEDED = ("transformers", "tokenizers", "datasets", "safetensors", "peft", "tyro", "pyyaml", "tqdm", "jinja2")
 """Packages that the commands need. Programs that use only the losses of fastrlhf_kernels need none of them."""
-OPTIONAL = ("bitsandbytes", "flash-attn", "flash-attn-4", "liger-kernel", "tensorboard", "wandb")
+OPTIONAL = (
+    *("bitsandbytes", "flash-attn", "flash-attn-4", "liger-kernel"),
+    *("mlflow", "swanlab", "tensorboard", "trackio", "wandb"),
+)
 LEAST_CAPABILITY = (8, 0)
 """Lowest compute capability with bfloat16; the tests compile the kernels for it."""
 LEAST_FREE = 10 * GIB
