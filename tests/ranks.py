@@ -316,7 +316,7 @@ def optimised(width: int, **settings: Any) -> bool:
 
 
 def differences(place: Path, two: Path) -> dict[str, str]:
-    """Starts runs whose input differs between the ranks; returns what differs -> the error that this rank raises."""
+    """Starts runs with an input that differs between the ranks; returns name of the input -> error on this rank."""
     second, own = dist.get_rank() == 1, place / f"seen by {dist.get_rank()}"
     for name in ("policy", "judge"):
         shutil.copytree(place / name, own / name)

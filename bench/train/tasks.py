@@ -93,7 +93,7 @@ TASKS = {
         ways={"ours": {}},
         trl="SFT",
         to_row=_completion,
-        # Padding-free batches cost what TRL's packing costs, but keep each step's examples, which packing would change.
+        # TRL's packing would change the examples of a step; padding-free batches cost as much and keep the examples.
         trl_ways={"padding-free": {"padding_free": True}},
     ),
     "dpo": Task(

@@ -293,8 +293,10 @@ def test_an_update_equals_the_same_update_by_hand(model, monkeypatch, settings):
 
 
 def test_prime_with_resets_into_failures_equals_the_same_update_by_hand(model, monkeypatch):
-    """The model of the token rewards takes one step on the outcomes; its new log-ratios are the token rewards, at
-    temperature 1 whatever the temperature of the run. Tokens before a cut count as prompt."""
+    """The model of the token rewards takes one step on the outcomes; its new log-ratios are the token rewards.
+
+    They are at temperature 1, for every temperature of the run. After a reset, the copied tokens count as prompt.
+    """
     examples, sets = conversations(), Sets()
     settings = {"advantage_estimator": "prime", "dpo_refine": "outcome", "dpo_refine_beta": 0.5, "temperature": 1.3}
     settings |= {"success_threshold": -0.4, "reset_prob": 0.5, "reset_source": "rollout", "dpo_reward_scale": 0.3}

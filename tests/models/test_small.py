@@ -20,7 +20,7 @@ def test_every_kind_of_layer_remains_and_windows_are_short():
 @pytest.mark.parametrize(
     ("kind", "rope", "name", "expected"),
     [
-        # Heads of 8 and half of them rotated: 2 frequencies
+        # A head has 8 dimensions, of which 4 are rotated, by 2 frequencies
         ("phi3", {"rope_type": "longrope", "short_factor": [1.0] * 24, "long_factor": [2.0] * 24}, "long_factor", 2),
         ("qwen3_5_text", {"rope_type": "default", "mrope_section": [11, 11, 10]}, "mrope_section", 3),
     ],

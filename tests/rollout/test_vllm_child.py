@@ -147,8 +147,8 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_busy_process_ends_with_a_trainer_that_is_killed(tmp_path):
-    """The vLLM process shares the trainer's standard error, which is closed only when both processes have ended. It
-    removes its temporary folder."""
+    """The vLLM process shares the trainer's standard error, which is closed only when both processes have ended.
+    The vLLM process also removes its temporary folder."""
     trainer = subprocess.Popen(
         [sys.executable, "-c", TRAINER.replace("SETTINGS", repr(SETTINGS))],
         stdin=subprocess.PIPE,

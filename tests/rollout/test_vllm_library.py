@@ -84,7 +84,7 @@ RUN = {
     "progress": False,
 }
 HOLES = {4, 17, 30}
-"""Ids below the largest of the tokenizer that have no token."""
+"""Ids without a token, below the largest id of the tokenizer."""
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -238,7 +238,7 @@ def run_with(
 
 
 def test_temperatures_and_ends_are_those_of_the_run(shared):
-    """Temperatures from 0.01 to 2, for all episodes and per episode, a list of EOS ids, and ids without a token."""
+    """Covers temperatures from 0.01 to 2, for all episodes and per episode, several EOS ids, and ids without a token."""
     policy, ends, starts = shared.policy, [tiny.EOS, 7], prefixes(32)
     engine = replace(shared, eos_token_id=ends)
     for temperature, limit in ((0.01, 1e-3), (0.05, 1e-3), (0.8, 1e-4), (2.0, 1e-4)):
@@ -265,7 +265,7 @@ def test_a_response_is_cut_after_the_first_stop_string(shared):
 
 
 def test_groups_start_in_resets(shared, monkeypatch):
-    """DR-PO: the four episodes of a group start in one prefix, and some prefixes copy tokens of a response."""
+    """In DR-PO the four episodes of a group start in one prefix, and some prefixes copy tokens of a response."""
     groups = []
 
     def judge(rollouts):
@@ -285,7 +285,7 @@ def parity(rollouts: list[Rollout]) -> torch.Tensor:
 
 
 def test_both_engines_train_to_the_same_distribution(shared, monkeypatch):
-    """Learning curves of one-token episodes: that of vLLM lies within the noise of six seeds of the built-in engine.
+    """Compares learning curves of one-token episodes: vLLM's lies within the noise of six seeds of the built-in engine.
     Afterwards both engines sample from the trained policy."""
     settings = {"response_length": 1, "train_batch_size": 256, "max_steps": 8, "learning_rate": 1e-3}
 
@@ -298,7 +298,7 @@ def test_both_engines_train_to_the_same_distribution(shared, monkeypatch):
     trained = load_policy(shared.policy.config.name_or_path)
     ours = np.array(curve(model=trained))
     assert curves[:, -1].min() - curves[:, 0].max() > 4 * noise
-    # The variance of a difference between one curve and a mean of six is 7/6 of the noise's.
+    # The difference between one curve and the mean of six has 7/6 of the variance of a curve.
     assert (abs(ours - curves.mean(0)) < 4 * noise * (7 / 6) ** 0.5).all()
     chi_squared(shared, trained, [5, 9, 11])
 
@@ -353,7 +353,9 @@ def test_a_model_that_vllm_does_not_support_is_one_line(tmp_path):
 
 
 def test_vllm_refuses_to_sleep_on_a_cpu(tmp_path, monkeypatch):
-    monkeypatch.setattr("fastrlhf.rollout.vllm.check_vllm", lambda config: None)  # it would refuse the key first
+    monkeypatch.setattr(
+        "fastrlhf.rollout.vllm.check_vllm", lambda config: None
+    )  # check_vllm would refuse the key first
     settings = config(tmp_path, "tied", vllm_enable_sleep_mode=True)
     with pytest.raises(ValueError, match=r"^engine: vllm .*Sleep mode is not supported on current platform"):
         open_vllm(settings, load_policy(settings.model_name_or_path), tiny.EOS)

@@ -110,7 +110,7 @@ def test_ctrl_c_stops_an_answer_and_keeps_its_beginning(folders, monkeypatch):
     put = module._Streamer.put
 
     def interrupt(self, value):
-        if next(steps) == 3:  # the prompt, two tokens, then Ctrl-C as the third one is written
+        if next(steps) == 3:  # the prompt and two tokens are written; Ctrl-C comes with the third
             raise KeyboardInterrupt
         put(self, value)
 

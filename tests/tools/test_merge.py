@@ -26,7 +26,7 @@ def weights(folder) -> dict[str, torch.Tensor]:
 
 
 def updates(folder, factor=1.0) -> dict[str, torch.Tensor]:
-    """Name of a weight -> update of the adapter in float64, from the file and the settings that peft writes."""
+    """Returns name of a weight -> its update by the adapter, in float64, from the files that peft writes."""
     from safetensors.torch import load_file
 
     settings = json.loads((folder / "adapter_config.json").read_text())
