@@ -238,7 +238,7 @@ def run_with(
 
 
 def test_temperatures_and_ends_are_those_of_the_run(shared):
-    """Covers temperatures from 0.01 to 2, for all episodes and per episode, several EOS ids, and ids without a token."""
+    """Covers temperatures of 0.01 to 2, for all episodes and per episode, several EOS ids, and ids without a token."""
     policy, ends, starts = shared.policy, [tiny.EOS, 7], prefixes(32)
     engine = replace(shared, eos_token_id=ends)
     for temperature, limit in ((0.01, 1e-3), (0.05, 1e-3), (0.8, 1e-4), (2.0, 1e-4)):
