@@ -353,9 +353,7 @@ def test_a_model_that_vllm_does_not_support_is_one_line(tmp_path):
 
 
 def test_vllm_refuses_to_sleep_on_a_cpu(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "fastrlhf.rollout.vllm.check_vllm", lambda config: None
-    )  # check_vllm would refuse the key first
+    monkeypatch.setattr("fastrlhf.rollout.vllm.check_vllm", lambda config: None)  # would refuse the key first
     settings = config(tmp_path, "tied", vllm_enable_sleep_mode=True)
     with pytest.raises(ValueError, match=r"^engine: vllm .*Sleep mode is not supported on current platform"):
         open_vllm(settings, load_policy(settings.model_name_or_path), tiny.EOS)
