@@ -20,7 +20,7 @@ from fastrlhf import config as configs
 from fastrlhf.config import compare, files
 from fastrlhf.config.command_line import config_paths, number, parse, parse_for_tool
 from fastrlhf.config.elsewhere import explain_command
-from fastrlhf.config.functions import user_frames
+from fastrlhf.config.functions import FunctionFailed, user_frames
 from fastrlhf.config.help import format_help
 from fastrlhf.runtime.out_of_memory import describe, is_out_of_memory
 from fastrlhf.runtime.printable import PrintableFormatter, printable
@@ -93,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         if is_out_of_memory(error):
             return _fail(command, describe(error), 1)
-        if not (frames := user_frames(error)):
+        if not (frames := user_frames(error)) and not isinstance(error, FunctionFailed):
             raise
         return _fail(command, _in_one_line(error), 1, frames)
     except Interrupted as stop:

@@ -21,6 +21,11 @@ from fastrlhf.config.paths import as_given
 
 log = logging.getLogger(__name__)
 
+
+class FunctionFailed(RuntimeError):
+    """Raised if a user-defined function raises an error; its message names the function and the error."""
+
+
 _FILES: set[str] = set()
 """Files of the functions loaded so far."""
 

@@ -24,13 +24,14 @@ from dataclasses import dataclass, field
 from inspect import Parameter, signature
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fastrlhf.config import PPOConfig, RTOConfig
 from fastrlhf.config.checks import at_default
-from fastrlhf.config.functions import load_function
+from fastrlhf.config.functions import FunctionFailed, load_function
 from fastrlhf.data.specials import end_ids
 from fastrlhf.distributed.ranks import on_first
 from fastrlhf.rewards import ready
@@ -95,7 +96,7 @@ class RewardFunctions:
         """Returns the reward that each function gives to each rollout.
 
         Raises ValueError, naming the function and the row, if a result is neither a number, numbers per token nor None,
-        and RuntimeError if a function raises.
+        and FunctionFailed if a function raises.
         """
         self.metrics, self.extra = {}, {}
         if not self.functions:
@@ -227,8 +228,7 @@ def mean_rewards(earned: Earned) -> dict[str, float]:
 
 def call(name: str, function: Callable[[], Any], retries: int = 0) -> Any:
     """Calls a reward function and returns its result. If it raises, it is called again, up to `retries` times. Raises
-    RuntimeError, naming the function, after the last failure; an out-of-memory error is raised unchanged at once.
-    """
+    FunctionFailed, naming the function, after the last failure; an out-of-memory error is raised unchanged at once."""
     for attempt in range(retries + 1):
         try:
             value = function()
@@ -238,7 +238,7 @@ def call(name: str, function: Callable[[], Any], retries: int = 0) -> Any:
                 raise
             if attempt == retries:
                 message = f"reward_functions: {name!r} raised {type(error).__name__}: {error}"
-                raise RuntimeError(message) from error
+                raise FunctionFailed(message) from error
             log.warning("reward function %s raised %s: %s; retrying", name, type(error).__name__, error)
             time.sleep(2**attempt)
     raise AssertionError("unreachable")
@@ -359,7 +359,8 @@ def _batched(function: RewardFunction, rollouts: Sequence[Rollout], keywords: Ma
 
 
 def _checked(name: str, values: Any, rollouts: Sequence[Rollout]) -> list[Tensor | None]:
-    if not isinstance(values, Sequence | Tensor) or isinstance(values, str) or len(values) != len(rollouts):
+    listed = isinstance(values, Sequence | Tensor | np.ndarray) and not isinstance(values, str)
+    if not listed or getattr(values, "ndim", 1) == 0 or len(values) != len(rollouts):
         raise ValueError(
             f"reward function {name!r} returns {values!r} for {len(rollouts)} completions; return a list with one "
             "number per completion"

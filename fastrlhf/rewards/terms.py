@@ -105,6 +105,8 @@ class Rewards:
     _moments: dict[str, Tensor] = field(init=False, default_factory=dict)
     """For each normalised term, [3] float64: count, sum and sum of squares of all its values so far"""
     _warned: bool = field(init=False, default=False)
+    _silent: set[str] = field(init=False, default_factory=set)
+    """Reward functions that have judged no response of an update, each warned of once."""
 
     def __post_init__(self) -> None:
         config = self.config
@@ -145,8 +147,12 @@ class Rewards:
         self._moments = {key.removeprefix(MOMENTS): x for key, x in state.items() if key.startswith(MOMENTS)}
 
     def warn(self, metrics: Mapping[str, float]) -> None:
-        """Logs a warning, once per run, if the DPO rewards outweigh the score, which the authors of RTO advise
-        against."""
+        """Logs a warning, once per run, if the DPO rewards outweigh the score, which the authors of RTO advise against,
+        and once per reward function that has judged no response of an update."""
+        for name in self.functions.functions:
+            if metrics.get(f"rewards/{name}/unjudged") == 1 and name not in self._silent:
+                self._silent.add(name)
+                log.warning("reward function %s judged no response of an update: it returned None for each", name)
         ratio = metrics.get("rto/return_to_score", 0.0)
         if ratio > 1 and self.config.score_coef > 0 and not self._warned:
             self._warned = True

@@ -4,6 +4,7 @@ import asyncio
 import logging
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -122,6 +123,12 @@ def test_async_functions_of_both_forms_run_at_the_same_time():
     assert ask(texts=texts, tokens=tokens) == {"texts": [1, 2], "tokens": [[11, 1, 12], [7, 8]]}
 
 
+@pytest.mark.parametrize("form", [tuple, np.array, torch.tensor])
+def test_the_numbers_may_come_as_an_array(form):
+    found = RewardFunctions(functions={"mine": lambda completions: form([0.5, 2.0])}, tokenizer=tiny.tokenizer())
+    assert [value.item() for value in found(EPISODES.rollouts)["mine"]] == [0.5, 2.0]
+
+
 def test_a_response_without_a_reward_earns_nothing_and_is_not_counted():
     functions = {"some": lambda completions: [None, 3.0], "none": lambda rollout: None}
     run = RewardFunctions(functions=functions, tokenizer=tiny.tokenizer(), weights={"some": 2.0})
@@ -154,7 +161,9 @@ def test_a_run_pays_a_function_of_trls_form_at_the_last_valid_token():
     assert terms["rollouts"].reward.tolist() == [0, 0, 0, 1, 0, 0, 0, 1]
 
 
-@pytest.mark.parametrize("given", [1.0, [1.0], None, "go", [1.0, 2.0, 3.0]])
+@pytest.mark.parametrize(
+    "given", [1.0, [1.0], None, "go", [1.0, 2.0, 3.0], np.array(1.0), torch.tensor(1.0), np.ones(1)]
+)
 def test_another_number_of_rewards_than_of_completions_is_refused(given):
     with pytest.raises(
         ValueError, match=r"^reward function 'mine' returns .* for 2 completions; return a list with one number"
@@ -344,3 +353,12 @@ def test_evaluation_may_use_different_rows():
     held_out = replace(run, rows={i: Example(prompt="w1", row=i, columns={"answer": "x"}) for i in range(2)})
     assert run.totals(run(ROLLOUTS)) == [0, 0]
     assert run.totals(held_out(ROLLOUTS)) == [1, 1]
+
+
+def test_a_function_that_judges_nothing_in_an_update_is_reported_once(caplog):
+    caplog.set_level(logging.WARNING)
+    functions = RewardFunctions(functions={"some": lambda rollout: 1.0, "none": lambda rollout: None})
+    run = open_rewards(PPOConfig(), tiny.tokenizer(), functions)
+    for _ in range(2):
+        run.warn({"rewards/some/unjudged": 0.5, "rewards/none/unjudged": 1.0})
+    assert caplog.messages == ["reward function none judged no response of an update: it returned None for each"]

@@ -7,6 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from fastrlhf.cli import main
 from fastrlhf.rewards import http_judge
 from fastrlhf.rewards.functions import RewardFunctions
 from fastrlhf.rewards.http_judge import HTTPJudge, JudgeError
@@ -150,3 +151,21 @@ def test_the_cache_has_a_limited_size(server):
 def test_it_is_a_reward_function_of_a_run(server):
     run = RewardFunctions(functions={"judge": HTTPJudge(url=server.url)}, tokenizer=tiny.tokenizer())
     assert run.totals(run(ROLLOUTS)) == [5, 5]
+
+
+def test_a_run_without_its_judge_ends_with_one_line_before_models_load(tmp_path, capsys, waits):
+    file, rows = tmp_path / "judge.py", tmp_path / "rows.jsonl"
+    file.write_text(
+        "from fastrlhf.rewards.http_judge import HTTPJudge\nhelpful = HTTPJudge(url='http://127.0.0.1:9', retries=1)\n"
+    )
+    rows.write_text('{"prompt": "w1"}\n' * 4)
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    tiny.model_config().save_pretrained(tmp_path / "model")  # there are no weights
+    keys = {"model_name_or_path": tmp_path / "model", "dataset_name": rows, "output_dir": tmp_path / "run"}
+    keys |= {"reward_functions": f"{file}:helpful", "per_device_train_batch_size": 8, "device": "cpu"}
+    assert main(["grpo", *(str(part) for key, value in keys.items() for part in (f"--{key}", value))]) == 1
+    *_, last = capsys.readouterr().err.splitlines()
+    start = "fastrlhf grpo: reward_functions: 'helpful' raised JudgeError: judge http://127.0.0.1:9: "
+    assert last.startswith(start)
+    assert last.endswith("refused; in a trial call on row 0, before the run")
+    assert waits == [1]
