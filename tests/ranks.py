@@ -40,6 +40,7 @@ from fastrlhf.runtime import optim
 from fastrlhf.runtime.optim import Optimizer
 from tests import resumable, tiny
 from tests.cut_ranks import CUTS, cut, finished, rescued, stopped
+from tests.hub_server import pushed
 
 LORA = {"use_peft": True, "lora_r": 3, "adam_epsilon": 1e-3}
 """Adam's epsilon is large: its first steps are signs of gradients, which are near zero for a new adapter."""
@@ -112,10 +113,8 @@ def models(place: Path) -> dict[str, str]:
 
 
 def command(place: Path, folder: Path) -> list[str]:
-    """Runs the command line in `folder`:
-
-    DPO after the SFT named by `run_first`, with a model from scratch and tied embeddings.
-    """
+    """Returns the arguments of DPO after the SFT that `run_first` names, with a model from scratch and tied
+    embeddings."""
     shared = {"train_batch_size": 4, "max_steps": 2, "max_length": 32, "num_eval_examples": 3}
     sft = {
         "model_config": MODEL,
@@ -366,6 +365,7 @@ def main(place: Path) -> None:
         "finished": finished(run, place, two),
         "differences": differences(place, two),
         "rescued": rescued(run, place, two),
+        "pushed": pushed(run, place, two),
     }
     (place / f"rank-{dist.get_rank()}.json").write_text(json.dumps(seen))
     assert is_first() == (dist.get_rank() == 0)

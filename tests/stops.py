@@ -202,6 +202,13 @@ STOPS: dict[str, Stop] = {
         REPORTERS,
         ("test_a_failing_reporter_is_reported_once_and_dropped_and_the_file_continues",),
     ),
+    "the upload of `push_to_hub` fails": Stop(
+        ("one line: the error of the hub, and the command that uploads the model, which is complete in `output_dir`"),
+        FINISHED,
+        2,
+        "publish/test_push.py",
+        ("test_a_failed_upload_leaves_the_model_and_names_the_command_that_repeats_it",),
+    ),
     "the hub accepts a connection and never answers": Stop(
         "an error after 10 s (`HF_HUB_ETAG_TIMEOUT`); a hub that stops answering later causes no error: the run waits",
         NOTHING,

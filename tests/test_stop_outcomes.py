@@ -17,7 +17,8 @@ import torch
 
 from fastrlhf import cli
 from fastrlhf.algorithms import sft
-from fastrlhf.runtime import locks, merging, optim
+from fastrlhf.publish.push import PushFailed
+from fastrlhf.runtime import locks, merging, optim, run
 from fastrlhf.runtime.checkpoint import Checkpointer
 from fastrlhf.runtime.metrics import read_metrics
 from fastrlhf.tools.plan import advice
@@ -159,6 +160,9 @@ SCENARIOS: dict[str, list[tuple[str, Fault, tuple[str, ...]]]] = {
     "an error in an evaluation": [(NEW, lambda patch, run: patch.setattr(sft, "evaluate", raiser(KeyError("x"))), ())],
     "the run is finished": [(WHOLE, lambda patch, run: None, ())],
     "a damaged row, an empty response": [(NEW, lambda patch, run: None, ("--dataset_name", "DAMAGED"))],
+    "the upload of `push_to_hub` fails": [
+        (NEW, lambda patch, place: patch.setattr(run, "push", raiser(PushFailed("push_to_hub: 503"))), ())
+    ],
     "W&B or TensorBoard fails": [(NEW, lambda patch, run: failing_reporter(patch), ("--report_to", "wandb"))],
 }
 """Event -> for each of its forms (folder in which the run starts, function that causes the fault, further flags)."""

@@ -31,7 +31,15 @@ from fastrlhf.config import DPOConfig
 from fastrlhf.config.paths import at_start
 from fastrlhf.data.given import Rows
 from fastrlhf.data.labels import COUNTS
-from fastrlhf.data.packing import forest, num_computed, num_in_sequences, own_micro_batches, pack, pair
+from fastrlhf.data.packing import (
+    check_micro_batch,
+    forest,
+    num_computed,
+    num_in_sequences,
+    own_micro_batches,
+    pack,
+    pair,
+)
 from fastrlhf.data.tokens import TextRules
 from fastrlhf.models.architecture import check_head
 from fastrlhf.models.forward import token_logprobs
@@ -43,7 +51,7 @@ from fastrlhf.runtime.atomic import check_writable
 from fastrlhf.runtime.inputs import open_inputs
 from fastrlhf.runtime.optim import Optimizer, index_batches, num_steps
 from fastrlhf.runtime.result import TrainResult
-from fastrlhf.runtime.run import Run, check_micro_batch
+from fastrlhf.runtime.run import Run
 from fastrlhf.runtime.step_metrics import StepMetrics
 from fastrlhf.types import PackedBatch, TokenizedExample
 from fastrlhf_kernels import LossOutput, Metric, Sum, TokenLogprobs

@@ -28,7 +28,7 @@ from fastrlhf.algorithms.scoring import Tree, sequence_logprobs
 from fastrlhf.config import KTOConfig, require
 from fastrlhf.config.paths import at_start
 from fastrlhf.data.given import Rows
-from fastrlhf.data.packing import forest, num_computed, own_micro_batches, pack, sequence
+from fastrlhf.data.packing import check_micro_batch, forest, num_computed, own_micro_batches, pack, sequence
 from fastrlhf.distributed.ranks import total
 from fastrlhf.models.given import policy_or_given
 from fastrlhf.models.router_loss import begin_step
@@ -37,7 +37,7 @@ from fastrlhf.runtime.atomic import check_writable
 from fastrlhf.runtime.inputs import open_inputs
 from fastrlhf.runtime.optim import Optimizer, index_batches, num_steps
 from fastrlhf.runtime.result import TrainResult
-from fastrlhf.runtime.run import Run, check_micro_batch
+from fastrlhf.runtime.run import Run
 from fastrlhf.runtime.step_metrics import StepMetrics
 from fastrlhf.types import TokenizedExample
 from fastrlhf_kernels import Metric, Sum

@@ -41,6 +41,7 @@ from fastrlhf.algorithms.update import update
 from fastrlhf.config import PPOConfig, require
 from fastrlhf.config.paths import at_start
 from fastrlhf.data.given import Rows
+from fastrlhf.data.packing import check_micro_batch
 from fastrlhf.data.specials import end_ids
 from fastrlhf.distributed.ranks import from_all, world_size
 from fastrlhf.evaluation.held_out import evaluate
@@ -52,7 +53,7 @@ from fastrlhf.rollout.engine import checked_rollouts
 from fastrlhf.runtime.inputs import Data, open_inputs, with_room
 from fastrlhf.runtime.optim import Optimizer, index_batches, num_steps
 from fastrlhf.runtime.result import TrainResult
-from fastrlhf.runtime.run import Run, check_micro_batch
+from fastrlhf.runtime.run import Run
 from fastrlhf.types import Prefix, Rollout, TokenizedExample
 
 NUM_SAMPLES = 4

@@ -28,14 +28,22 @@ from fastrlhf.algorithms.scoring import Tree, sequence_logprobs
 from fastrlhf.config import DPOConfig
 from fastrlhf.data.given import Rows
 from fastrlhf.data.labels import GROUP_LABELS
-from fastrlhf.data.packing import forest, group, num_computed, num_in_sequences, own_micro_batches, pack
+from fastrlhf.data.packing import (
+    check_micro_batch,
+    forest,
+    group,
+    num_computed,
+    num_in_sequences,
+    own_micro_batches,
+    pack,
+)
 from fastrlhf.models.given import policy_or_given
 from fastrlhf.models.router_loss import begin_step
 from fastrlhf.models.sharding import shard, whole
 from fastrlhf.runtime.inputs import open_inputs
 from fastrlhf.runtime.optim import Optimizer, index_batches, num_steps
 from fastrlhf.runtime.result import TrainResult
-from fastrlhf.runtime.run import Run, check_micro_batch
+from fastrlhf.runtime.run import Run
 from fastrlhf.runtime.step_metrics import StepMetrics
 from fastrlhf.types import TokenizedExample
 from fastrlhf_kernels import LossOutput, Sum

@@ -27,7 +27,16 @@ from fastrlhf.algorithms.scoring import Tree
 from fastrlhf.config import RewardConfig, require
 from fastrlhf.config.paths import at_start
 from fastrlhf.data.given import Rows
-from fastrlhf.data.packing import forest, micro_batches, num_computed, num_in_sequences, own_micro_batches, pack, pair
+from fastrlhf.data.packing import (
+    check_micro_batch,
+    forest,
+    micro_batches,
+    num_computed,
+    num_in_sequences,
+    own_micro_batches,
+    pack,
+    pair,
+)
 from fastrlhf.data.specials import special_ids
 from fastrlhf.distributed.ranks import gathered
 from fastrlhf.evaluation.winrates import bootstrap_interval
@@ -46,7 +55,7 @@ from fastrlhf.models.sharding import shard, whole
 from fastrlhf.runtime.inputs import open_inputs
 from fastrlhf.runtime.optim import Optimizer, index_batches, num_steps
 from fastrlhf.runtime.result import TrainResult
-from fastrlhf.runtime.run import Run, check_micro_batch
+from fastrlhf.runtime.run import Run
 from fastrlhf.runtime.step_metrics import StepMetrics
 from fastrlhf.types import TokenizedExample
 from fastrlhf_kernels import LossOutput, Metric, Sum

@@ -46,6 +46,7 @@ from fastrlhf.algorithms.scoring import per_response
 from fastrlhf.config import PPOConfig, RewardConfig, RLPConfig, require
 from fastrlhf.config.compare import SAME_MODEL, differences
 from fastrlhf.config.paths import at_start
+from fastrlhf.config.train import HUB_KEYS
 from fastrlhf.data.identity import difference, require_same_tokenizer
 from fastrlhf.data.specials import end_ids, special_ids
 from fastrlhf.distributed.ranks import check_one_process
@@ -57,15 +58,11 @@ from fastrlhf.models.loading import load_policy, load_reward_model, read_model_c
 from fastrlhf.models.roles import holds_adapter
 from fastrlhf.models.vocabulary import limit_vocabulary
 from fastrlhf.publish.methods import RLP, part_of
+from fastrlhf.publish.push import check_sections, open_repository, push
 from fastrlhf.rewards.implicit import implicit_sources
 from fastrlhf.rollout.engine import TransformersEngine
 from fastrlhf.runtime.atomic import write_file
-from fastrlhf.runtime.checkpoint import (
-    check_output_dir,
-    create_output_dir,
-    holds_model,
-    is_unfinished,
-)
+from fastrlhf.runtime.checkpoint import check_output_dir, create_output_dir, holds_model, is_unfinished
 from fastrlhf.runtime.inputs import Data, open_inputs, with_room
 from fastrlhf.runtime.locks import check_idle, locked
 from fastrlhf.runtime.metrics import read_metrics, read_rows
@@ -75,7 +72,7 @@ from fastrlhf.types import Example, TokenizedExample
 
 log = logging.getLogger(__name__)
 
-MAY_CHANGE = ("output_dir", "rounds", "min_reward_variance", "device")
+MAY_CHANGE = ("output_dir", "rounds", "min_reward_variance", "device", "push_to_hub", *HUB_KEYS)
 """Keys that may differ when the same run is started again."""
 
 Gold = Callable[[str, str], float]
@@ -118,6 +115,7 @@ def train_rlp(
             judged_by, found = run.refit(round_, judged_by, final)
             final = run.train_policy(f"round-{round_}/policy", judged_by)
         result = run.result or run.read_result(Path(final))
+    push(config, Path(final))
     return replace(result, final={**result.final, **found})
 
 
@@ -297,6 +295,7 @@ def _open(
     gold: Gold | None,
 ) -> _Run:
     require(bool(config.output_dir), "output_dir", config.output_dir, "the folder of the run and of all its stages")
+    check_sections(config, {"reward": reward, config.policy: policy})
     _check_same_run(config)
     given = {"reward_model_path": config.reward_model_path, "policy_path": config.policy_path}
     roles = {field: path for field, path in implicit_sources(policy).items() if not holds_adapter(path)}
@@ -329,6 +328,7 @@ def _open(
             batch_tokens=config.nli_batch_tokens,
             side_tokens=config.nli_side_tokens,
         )
+    open_repository(config)
     create_output_dir(config.output_dir, config)
     return _Run(
         config=config,

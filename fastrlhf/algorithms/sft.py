@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fastrlhf.config import SFTConfig
 from fastrlhf.config.paths import at_start
 from fastrlhf.data.given import Rows
-from fastrlhf.data.packing import own_micro_batches, pack, sequence
+from fastrlhf.data.packing import check_micro_batch, own_micro_batches, pack, sequence
 from fastrlhf.distributed.ranks import total
 from fastrlhf.models.forward import token_logprobs
 from fastrlhf.models.given import policy_or_given
@@ -25,7 +25,7 @@ from fastrlhf.models.sharding import shard, whole
 from fastrlhf.runtime.inputs import open_inputs
 from fastrlhf.runtime.optim import Optimizer, index_batches, num_steps
 from fastrlhf.runtime.result import TrainResult
-from fastrlhf.runtime.run import Run, check_micro_batch
+from fastrlhf.runtime.run import Run
 from fastrlhf.types import Segment, TokenizedExample
 
 

@@ -12,14 +12,14 @@ from fastrlhf.config.batch import BATCH_KEYS, batch_written
 from fastrlhf.config.files import ALIASES, load_yaml, plain
 from fastrlhf.config.paths import as_number, filled_in, is_same
 from fastrlhf.config.schedule import ENDLESS
-from fastrlhf.config.train import TrainConfig
+from fastrlhf.config.train import HUB_KEYS, TrainConfig
 
 SAME_MODEL = (
     *("output_dir", "template_date", "run_name", "report_to", "progress", "logging_steps", "ref_cache_dir", "device"),
     *("micro_batch_tokens", "rollout_batch_size", "decode", "ref_reward_offload"),
     *("activation_checkpointing", "activation_offloading", "attn_implementation", "torch_compile", "use_liger_kernel"),
     *("save_steps", "save_total_limit", "disk_wait_minutes", "resume_from_checkpoint", "resume_weights_only"),
-    "resume_changed_functions",
+    *("resume_changed_functions", "push_to_hub", *HUB_KEYS),
 )
 """Keys that do not change the final model, only where a run writes, how fast it is and what it shows."""
 

@@ -222,9 +222,10 @@ KEYS: tuple[Key, ...] = (
     *_off("all", "ignore_data_skip", "a resumed run continues at the row where it stopped"),
     *_other("older", "overwrite_output_dir", "output_dir", "give a new folder; finished runs are not overwritten"),
     *_on("older", "save_safetensors"),
-    *_no("all ppo", "push_to_hub", "upload the folder afterwards: hf upload NAME OUTPUT_DIR"),
-    *_no("all", "hub_token hub_private_repo hub_model_id", "upload the folder afterwards: hf upload NAME OUTPUT_DIR"),
-    *_no("all", "hub_strategy hub_always_push hub_revision", "upload the folder afterwards: hf upload NAME OUTPUT_DIR"),
+    *_same("all ppo", "push_to_hub", "the final model and its card, at the end"),
+    *_same("all", "hub_model_id hub_private_repo hub_revision"),
+    *_no("all", "hub_token", "run `hf auth login` or set HF_TOKEN, so that no file of keys holds a secret"),
+    *_no("all", "hub_strategy hub_always_push", "the final model is uploaded once, at the end of the run"),
     # Processes
     *_same("all", "seed"),
     *_on("all", "full_determinism", "random draws are keyed by seed and step; GPU kernels may still reorder sums"),

@@ -6,9 +6,9 @@ from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
 from fastrlhf.config.checks import above_0, at_default, at_least, check_types, require
-from fastrlhf.config.train import TrainConfig
+from fastrlhf.config.train import HUB_KEYS, TrainConfig
 
-RLP_READS = ("output_dir", "seed", "device", "dtype", "micro_batch_tokens")
+RLP_READS = ("output_dir", "seed", "device", "dtype", "micro_batch_tokens", "push_to_hub", *HUB_KEYS)
 """The keys of TrainConfig that section `rlp` reads. The sections of the reward model and the policy read all of
 them."""
 
@@ -20,7 +20,7 @@ class RLPConfig(TrainConfig):
 
     Section `reward` of the same file configures the reward models, and the section that `policy` names configures the
     policies. Of the keys that all trainers share, section `rlp` reads only `output_dir`, `seed`, `device`, `dtype` (for
-    an NLI model) and `micro_batch_tokens` (for scoring), and refuses the others.
+    an NLI model), `micro_batch_tokens` (for scoring) and the keys of the hub, and refuses the others.
     """
 
     UNREAD: ClassVar[tuple[str, ...]] = tuple(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, fields
 from datetime import date
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -25,6 +26,10 @@ LORA_KEYS = (
     *("use_rslora", "use_dora", "load_in_4bit", "merged_dtype"),
 )
 """Keys that only a run with an adapter reads."""
+REPOSITORY = re.compile(r"(?:[\w-][\w.-]*/)?[\w-][\w.-]{0,95}", re.ASCII)
+"""Names of models on the hub, with or without an owner."""
+HUB_KEYS = ("hub_model_id", "hub_private_repo", "hub_revision")
+"""Keys that only a run with push_to_hub reads."""
 
 OPTIM_NAMES = {"adamw_torch": "adamw_torch_fused", "adamw_bnb_8bit": "adamw_8bit"}
 """Names of transformers for an implementation of AdamW -> the name that the configuration keeps."""
@@ -213,6 +218,18 @@ class TrainConfig(WatchKeys, ScheduleKeys, BatchKeys):
     service that is installed). A resumed run continues the same run there. metrics.jsonl is always written."""
     run_name: str = ""
     """Name of the run in those services. Empty: the name of `output_dir`."""
+    push_to_hub: bool = False
+    """Upload the final model and its card to the Hugging Face hub at the end of the run. The token is that of
+    `hf auth login` or the environment variable HF_TOKEN. Whether it may write to the repository is checked at the
+    start. rlp uploads its last policy."""
+    hub_model_id: str = ""
+    """Repository to upload to, as owner/name; it is created if it does not exist. Empty: the name of `output_dir`, in
+    the account of the token."""
+    hub_private_repo: bool = False
+    """Create the repository as a private one. A run that would upload to an existing public repository is refused.
+    false: the default of the account."""
+    hub_revision: str = ""
+    """Branch to upload to; it is created if it does not exist. Empty: main."""
     progress: bool = True
     """Show progress: a bar on a terminal, or a line every `logging_steps` if the output is not a terminal. false: only
     evaluations are printed."""
@@ -248,6 +265,7 @@ class TrainConfig(WatchKeys, ScheduleKeys, BatchKeys):
             [
                 (self.use_peft, "when use_peft is false", LORA_KEYS),
                 (self.progress, "when progress is false", ("logging_steps",)),
+                (self.push_to_hub, "when push_to_hub is false", HUB_KEYS),
                 (self.dtype == "bfloat16", "when dtype is float32", ("master_weights",)),
                 (self.merged_dtype == "bfloat16", "when merged_dtype is float32", ("max_merge_shift",)),
             ],
@@ -263,6 +281,9 @@ class TrainConfig(WatchKeys, ScheduleKeys, BatchKeys):
             rule = f"false when activation_checkpointing is false: {because}"
             require(self.activation_checkpointing, "activation_offloading", True, rule)
             require(self.device != "cpu", "activation_offloading", True, "false when device is cpu")
+        if self.hub_model_id:
+            rule = "a repository of the hub, as owner/name"
+            require(bool(REPOSITORY.fullmatch(self.hub_model_id)), "hub_model_id", self.hub_model_id, rule)
         at_least(self, 2, "max_length")
         at_least(self, 0, "eval_steps", "num_eval_examples", "max_train_examples")
         at_least(self, 0, "save_steps", "save_total_limit", "disk_wait_minutes")

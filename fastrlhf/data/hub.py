@@ -16,11 +16,16 @@ def check_hub(source: str, what: str) -> None:
     `what`. Any answer is accepted. So is a refused connection, after which the hub's client raises an error or uses its
     cache. The hub is asked once per process.
     """
-    if not Path(source).expanduser().exists() and not constants.HF_HUB_OFFLINE and not _answers(constants.ENDPOINT):
+    if not Path(source).expanduser().exists() and not constants.HF_HUB_OFFLINE and is_silent():
         raise ValueError(
             f"{what} is not a local file or folder, and the hub at {constants.ENDPOINT} has not answered for "
             f"{constants.HF_HUB_ETAG_TIMEOUT} s; try again, or set HF_HUB_OFFLINE=1 if it is in the cache"
         )
+
+
+def is_silent() -> bool:
+    """Returns whether the hub does not answer in time. It is asked once per process."""
+    return not _answers(constants.ENDPOINT)
 
 
 @cache

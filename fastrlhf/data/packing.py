@@ -14,8 +14,9 @@ from itertools import accumulate, pairwise
 
 import torch
 
+from fastrlhf.config import TrainConfig, require
 from fastrlhf.distributed.ranks import share, world_size
-from fastrlhf.types import AttentionPlan, PackedBatch, Segment
+from fastrlhf.types import AttentionPlan, PackedBatch, Segment, TokenizedExample
 
 Device = torch.device | str
 
@@ -315,3 +316,15 @@ def _int64(values: Sequence[int], device: Device) -> torch.Tensor:
 
 def _offsets(lengths: Sequence[int], device: Device) -> torch.Tensor:
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)
+
+
+def check_micro_batch(config: TrainConfig, examples: Sequence[TokenizedExample], costs: Sequence[int]) -> None:
+    """Raises ValueError, naming the row, if an example does not fit a micro-batch. `costs` are the tokens of each
+    example."""
+    longest = max(range(len(costs)), key=costs.__getitem__)
+    require(
+        costs[longest] <= config.micro_batch_tokens,
+        "micro_batch_tokens",
+        config.micro_batch_tokens,
+        f"at least {costs[longest]}, the tokens of row {examples[longest].row}; or lower max_length",
+    )

@@ -29,7 +29,7 @@ MARK = "<!-- fastrlhf wrote this card. Delete this line before you edit the text
 """Line by which fastrlhf recognises its own cards."""
 
 ALWAYS = (
-    *("model_name_or_path", "dataset_name", "learning_rate", "per_device_train_batch_size", "num_train_epochs"),
+    *("model_name_or_path", "dataset_name", "train_batch_size", "learning_rate", "num_train_epochs"),
     *("max_steps", "lr_scheduler_type", "max_length", "dtype", "seed"),
 )
 """Keys that a card shows even if they have their defaults."""
@@ -75,8 +75,8 @@ class Card:
         kind = "AutoModelForSequenceClassification" if scores else "AutoModelForCausalLM"
         code = [
             f"from transformers import {kind}, AutoTokenizer\n",
-            f'model = {kind}.from_pretrained("{FOLDER}")',
-            f'tokenizer = AutoTokenizer.from_pretrained("{FOLDER}")',
+            f"model = {kind}.from_pretrained({self._place()})",
+            f"tokenizer = AutoTokenizer.from_pretrained({self._place()})",
         ]
         start = _link(base) if base else self._start()
         names = "; ".join(method.name for method in methods_of(self.config))
@@ -97,7 +97,7 @@ class Card:
         code = [
             f"from peft import PeftModel\nfrom transformers import {kind}\n",
             f'base = {kind}.from_pretrained("{shown}"{arguments})',
-            f'model = PeftModel.from_pretrained(base, "{FOLDER}")',
+            f"model = PeftModel.from_pretrained(base, {self._place('adapter')})",
         ]
         told = f"This low-rank adapter was trained by fastrlhf over {_link(base) if base else self._start()}."
         told += " The folder above this one holds the model with the adapter merged into its weights."
@@ -117,7 +117,16 @@ class Card:
         parts += ["## Settings", self._settings(), "## Results", self._shown_results(), "## Versions", _versions()]
         return _joined(data, *parts, *self._citation())
 
+    def _place(self, folder: str = "") -> str:
+        """Returns the arguments of `from_pretrained`, with the repository if the model is uploaded."""
+        named, branch = self.config.hub_model_id, self.config.hub_revision
+        arguments = [f'"{named or FOLDER}"']
+        arguments += [f'subfolder="{folder}"'] if named and folder else []
+        return ", ".join([*arguments, *([f'revision="{branch}"'] if named and branch else [])])
+
     def _title(self) -> str:
+        if self.config.hub_model_id:
+            return self.config.hub_model_id.rpartition("/")[2]
         start = shown_path(self.config.model_name_or_path).rpartition("/")[2] or "model"
         return f"{start}-{_command(self.config)}"
 
@@ -201,12 +210,14 @@ OURS = "written by fastrlhf"
 
 
 def shown_settings(config: TrainConfig) -> dict[str, Any]:
-    """Returns the keys that a card shows, with the paths of the machine shortened to names."""
-    defaults = {field.name: field.default for field in fields(config)}
+    """Returns the keys that a card shows, with the paths of the machine shortened to names, and with the batch of a
+    step over all processes."""
+    defaults = {field.name: field.default for field in fields(config)} | dict.fromkeys(ALWAYS)
+    left_out = (*SAME_MODEL, "per_device_train_batch_size", "gradient_accumulation_steps")
     values = {
         key: _shown(key, value)
-        for key, value in as_given(config).items()
-        if key not in SAME_MODEL and (key in ALWAYS or getattr(config, key) != defaults[key])
+        for key, value in (as_given(config) | {"train_batch_size": config.batch_size}).items()
+        if key not in left_out and getattr(config, key) != defaults[key]
     }
     return {key: value for key, value in values.items() if value != "" and value != []}
 

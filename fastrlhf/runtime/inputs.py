@@ -34,6 +34,7 @@ from fastrlhf.models.four_bit import quantization
 from fastrlhf.models.layers import check_liger
 from fastrlhf.models.loading import DTYPES, check_architecture, resolve_device
 from fastrlhf.models.offload import check_offloading
+from fastrlhf.publish.push import check_push, open_repository
 from fastrlhf.runtime.adamw import check_optim
 from fastrlhf.runtime.checkpoint import check_run_dir, check_same_data
 from fastrlhf.runtime.locks import check_idle
@@ -99,6 +100,7 @@ def open_inputs(
     """
     start(config)
     log.info("batch: %s", config.describe_batch())
+    check_push(config)
     if config.output_dir:
         on_first(lambda: check_run_dir(config))
         on_first(lambda: check_idle(config.output_dir))
@@ -110,6 +112,7 @@ def open_inputs(
     check_held_out(config, num_eval)
     if config.output_dir:
         check_same_data(config.output_dir, data.fingerprint)
+    on_first(lambda: open_repository(config))
     return tokenizer, data
 
 
@@ -131,10 +134,8 @@ def _read(
     sources = source_names(config.dataset_name) if train is None else ()
     if train is None:
         train, evaluation = _load_both(config, fields)
-    train, evaluation = (
-        given_examples(config, fields, train, "train"),
-        given_examples(config, fields, evaluation, "eval"),
-    )
+    train = given_examples(config, fields, train, "train")
+    evaluation = given_examples(config, fields, evaluation, "eval")
     tokenized = _tokenize(config, tokenizer, train, fields, "train", day, keep_rows)
     held_out = _tokenize(config, tokenizer, evaluation, fields, "eval", day, keep_rows) if evaluation else None
     return tokenizer, Data(

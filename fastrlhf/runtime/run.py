@@ -15,10 +15,11 @@ from typing import Any, TypeVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastrlhf.config import TrainConfig, require
+from fastrlhf.config import TrainConfig
 from fastrlhf.config.functions import function_hashes, object_hashes
 from fastrlhf.config.paths import as_given
 from fastrlhf.distributed.ranks import failed_together, from_all, may_unwind, on_first
+from fastrlhf.publish.push import push
 from fastrlhf.runtime.atomic import sweep
 from fastrlhf.runtime.best import BestModel
 from fastrlhf.runtime.checkpoint import Checkpointer, Stateful, check_run_dir, create_output_dir
@@ -32,7 +33,6 @@ from fastrlhf.runtime.result import TrainResult
 from fastrlhf.runtime.signals import Interrupted, Interrupts
 from fastrlhf.runtime.system_metrics import SystemMetrics, is_of_machine
 from fastrlhf.runtime.unlogged import Row, Unlogged
-from fastrlhf.types import TokenizedExample
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +83,7 @@ class Run:
         self._start = self._saved = self._whole = 0
         self._evaluate, self._final = evaluate, dict[str, float]()
         self._begun, self._stoppable, self._unlogged = 0, False, Unlogged()
+        self._finished = False
         self.history: list[dict[str, float]] = []
         self.initial: dict[str, float] = {}
         self.folder = Path(config.output_dir) if config.output_dir else None
@@ -175,6 +176,9 @@ class Run:
             self._stack.__exit__(kind, error, trace)
         if failed and failed is not error:
             raise failed from error
+        if error is None and self._finished and self.folder:
+            folder = self.folder
+            on_first(lambda: push(self._config, folder))
 
     def _stop(self, stop: Interrupted, checkpointer: Checkpointer) -> Exception | None:
         """Saves the last whole step, if it is not saved yet, and describes in `stop.when` what was saved. Returns the
@@ -372,6 +376,7 @@ class Run:
             self._best.discard()
         else:
             write()
+        self._finished = True
         return TrainResult(
             model=saved[""],
             tokenizer=tokenizer,
@@ -382,15 +387,3 @@ class Run:
             value_model=saved.get("value_model"),
             dpo_model=saved.get("dpo_model"),
         )
-
-
-def check_micro_batch(config: TrainConfig, examples: Sequence[TokenizedExample], costs: Sequence[int]) -> None:
-    """Raises ValueError, naming the row, if an example does not fit a micro-batch. `costs` are the tokens of each
-    example."""
-    longest = max(range(len(costs)), key=costs.__getitem__)
-    require(
-        costs[longest] <= config.micro_batch_tokens,
-        "micro_batch_tokens",
-        config.micro_batch_tokens,
-        f"at least {costs[longest]}, the tokens of row {examples[longest].row}; or lower max_length",
-    )

@@ -17,11 +17,10 @@ from transformers import PreTrainedTokenizerBase
 
 from fastrlhf.algorithms.scoring import Tree
 from fastrlhf.config import DPOConfig, KTOConfig, PPOConfig, RewardConfig, SFTConfig, TrainConfig, require
-from fastrlhf.data.packing import micro_batches, num_computed
+from fastrlhf.data.packing import check_micro_batch, micro_batches, num_computed
 from fastrlhf.data.specials import end_ids
 from fastrlhf.report.page import render_page, token_markup
 from fastrlhf.report.samples import token_texts
-from fastrlhf.runtime.run import check_micro_batch
 from fastrlhf.tools.plan.work import Work, first_prefixes, open_work, to_tree
 from fastrlhf.types import Prefix, TokenizedExample
 

@@ -22,7 +22,7 @@ from fastrlhf.config import DRPOConfig, PPOConfig, RewardConfig, RLPConfig, SFTC
 from fastrlhf.data.tokens import tokenize_examples
 from fastrlhf.evaluation.equivalence import Comparison, Relation
 from fastrlhf.runtime.metrics import read_metrics, read_rows
-from tests import tiny
+from tests import hub_server, tiny
 
 PAIRS, HELD_OUT, PROMPTS = tiny.examples(12), tiny.examples(8, seed=1), tiny.examples(10, seed=2)
 
@@ -143,6 +143,17 @@ def test_spg_trains_on_synthetic_pairs_and_on_those_of_the_dataset(policy, first
     cards = [out / "round-1" / "reward", out / "round-1" / "policy", tmp_path / "by_hand", Path(first["policy_path"])]
     named = ["arxiv.org/abs/2403.19279" in (folder / "README.md").read_text() for folder in cards]
     assert named == [True, True, False, False]
+
+
+def test_only_the_last_policy_is_uploaded_also_by_a_run_that_was_finished_before(policy, first, spg, monkeypatch):
+    out, _ = spg
+    with hub_server.serving() as hub:
+        hub_server.use(monkeypatch, hub.url)
+        run(settings(out, refinement="spg", push_to_hub=True, hub_model_id="ada/rlp", **first), policy)
+        assert [*hub.files] == [("ada/rlp", "main")]
+        files = hub.files["ada/rlp", "main"]
+        assert {"README.md", "model.safetensors", "tokenizer.json"} <= {*files}
+        assert all(content == (out / "round-1" / "policy" / name).read_bytes() for name, content in files.items())
 
 
 def tokenized():

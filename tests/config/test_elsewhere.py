@@ -68,7 +68,7 @@ def test_the_table_is_complete():
         ("sft", "--bf16", "; here it is dtype: bfloat16 (with float32 master weights)"),
         ("sft", "--torch_dtype", "; here it is dtype"),
         ("dpo", "--torch-dtype=auto", "; here it is dtype"),
-        ("dpo", "--push_to_hub", "; not supported: upload the folder afterwards: hf upload NAME OUTPUT_DIR"),
+        ("dpo", "--hub_strategy", "; not supported: the final model is uploaded once, at the end of the run"),
         ("sft", "--eval_strategy", "; here it is eval_steps (0 evaluates at the end only)"),
         (
             "reward",

@@ -6,6 +6,7 @@ from typing import Any, get_args, get_type_hints
 import pytest
 
 from fastrlhf.config import RLPConfig, TrainConfig
+from fastrlhf.config.train import HUB_KEYS
 
 
 @pytest.mark.parametrize(
@@ -58,7 +59,10 @@ def another(hint: Any, default: Any) -> Any:
 def test_each_key_of_the_trainers_that_it_does_not_read_is_refused_and_its_sections_are_named():
     read = {"output_dir": "runs/rlp", "seed": 7, "device": "cpu", "dtype": "bfloat16", "micro_batch_tokens": 100}
     hints = get_type_hints(TrainConfig)
-    for field in fields(TrainConfig):
+    pushed = RLPConfig(push_to_hub=True, hub_model_id="ada/x", hub_private_repo=True, hub_revision="b")
+    hub = {name: getattr(pushed, name) for name in ("push_to_hub", *HUB_KEYS)}
+    assert hub == {"push_to_hub": True, "hub_model_id": "ada/x", "hub_private_repo": True, "hub_revision": "b"}
+    for field in (field for field in fields(TrainConfig) if field.name not in hub):
         changed = read.get(field.name, another(hints[field.name], field.default))
         assert changed != field.default
         if field.name in read:

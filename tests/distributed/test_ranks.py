@@ -124,6 +124,14 @@ def test_only_rank_0_writes_and_prints(place):
     assert "lm_head.weight" not in load_file(place / "two" / "command" / "model.safetensors")
 
 
+def test_only_rank_0_uploads_to_the_hub(place):
+    requests = [
+        *("POST /api/repos/create", "GET /api/models/ada/two/auth-check/write"),
+        *("POST /api/repos/create", "POST /api/models/ada/two/preupload/main", "POST /api/models/ada/two/commit/main"),
+    ]
+    assert [rank["pushed"] for rank in seen(place)] == [requests, requests]
+
+
 def test_a_signal_to_one_process_stops_all_and_the_run_resumes_bit_for_bit(place):
     assert [rank["interrupted"] for rank in seen(place)] == [True, True]
     whole, resumed = place / "two" / "ppo", place / "two" / "ppo-resumed"

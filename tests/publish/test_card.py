@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import get_type_hints
 
@@ -129,11 +129,15 @@ def test_models_beside_the_policy_say_what_they_are(tmp_path):
 def test_the_settings_start_the_same_run_again(tmp_path):
     given = {"loss_type": ("sigmoid", "sft"), "loss_weights": (1.0, 0.2), "chat_template": "{{ messages }}\n{# 1 #}"}
     config = DPOConfig(model_name_or_path=BASE, dataset_name="owner/pairs", learning_rate=3e-7, max_steps=20, **given)
+    config = replace(config, per_device_train_batch_size=4, gradient_accumulation_steps=3)
     text = card(config).text()
     [block] = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
     assert yaml.safe_load(block) == shown_settings(config)
     (tmp_path / "run.yaml").write_text(block)
-    assert parse(DPOConfig, ["--config", str(tmp_path / "run.yaml")], "dpo") == config
+    again = parse(DPOConfig, ["--config", str(tmp_path / "run.yaml")], "dpo")
+    assert again.train_batch_size == config.batch_size == 12
+    batch = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3, "train_batch_size": 0}
+    assert replace(again, **batch) == config
 
 
 @pytest.mark.parametrize("kind", [SFTConfig, RewardConfig, DPOConfig, PPOConfig, GRPOConfig])

@@ -17,10 +17,11 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from fastrlhf.algorithms.ppo import train_ppo
 from fastrlhf.algorithms.sft import train_sft
 from fastrlhf.config import PPOConfig, SFTConfig
+from fastrlhf.data.packing import check_micro_batch
 from fastrlhf.models.loading import load_policy
 from fastrlhf.runtime import merging
 from fastrlhf.runtime.metrics import read_metrics
-from fastrlhf.runtime.run import Run, check_micro_batch
+from fastrlhf.runtime.run import Run
 from fastrlhf.runtime.signals import Interrupted
 from fastrlhf.types import TokenizedExample
 from tests import resumable, tiny

@@ -22,15 +22,15 @@ from fastrlhf.config import (
     TrainConfig,
     parse_model_config,
 )
-from fastrlhf.data.packing import num_computed
+from fastrlhf.data.packing import check_micro_batch, num_computed
 from fastrlhf.models.loading import read_model_config
 from fastrlhf.models.roles import holds_adapter
+from fastrlhf.publish.push import check_sections, open_repository, target_of
 from fastrlhf.rewards.functions import load_reward_functions
 from fastrlhf.rollout.vllm import check_vllm
 from fastrlhf.runtime.atomic import check_writable
 from fastrlhf.runtime.inputs import check_libraries
 from fastrlhf.runtime.reporters import import_reporters
-from fastrlhf.runtime.run import check_micro_batch
 from fastrlhf.tools.plan.work import open_work, to_tree
 
 POLICIES = ("model_name_or_path", "ref_model_name_or_path", "dpo_model_path", "dpo_ref_model_path")
@@ -43,12 +43,14 @@ Made = Mapping[str, tuple[str, TrainConfig]]
 
 def check_chain(runs: Sequence[tuple[str, TrainConfig]]) -> None:
     """Raises ValueError, naming the run, if a run after the first could not start: its models, tokenizer, rows,
-    functions or reporters are missing or unusable, or another run has the same output_dir.
+    functions or reporters are missing or unusable, the hub refuses its repository, or another run has the same
+    output_dir or repository.
 
     `runs` are (name, configuration), in order. Results of earlier runs count as present. The first run is not checked
     here, because it checks its input itself when it starts.
     """
     made: dict[str, tuple[str, TrainConfig]] = {}
+    pushed: dict[tuple[str, str], str] = {}
     for name, config in runs:
         folder = os.path.abspath(config.output_dir)
         try:
@@ -56,6 +58,8 @@ def check_chain(runs: Sequence[tuple[str, TrainConfig]]) -> None:
                 raise ValueError(
                     f"output_dir: {config.output_dir!r} is also the output_dir of {made[folder][0]}; give another"
                 )
+            if config.push_to_hub and (other := pushed.setdefault(target_of(config), name)) != name:
+                raise ValueError(f"hub_model_id: {other} uploads there too; give another repository or hub_revision")
             if made:
                 _check(config, made)
         except ValueError as error:
@@ -64,7 +68,10 @@ def check_chain(runs: Sequence[tuple[str, TrainConfig]]) -> None:
 
 
 def rlp_stages(config: RLPConfig, reward: RewardConfig, policy: PPOConfig) -> list[tuple[str, TrainConfig]]:
-    """Returns the first two runs of RLP, made from the sections of its file."""
+    """Returns the first two runs of RLP, made from the sections of its file. Raises ValueError if RLP could not upload
+    its last policy."""
+    check_sections(config, {"reward": reward, config.policy: policy})
+    open_repository(config)
     folder, judge = Path(config.output_dir), config.reward_model_path
     first = dataclasses.replace(reward, output_dir=str(folder / "reward"))
     judged = dataclasses.replace(policy, output_dir=str(folder / "policy"), reward_model_path=judge or first.output_dir)
@@ -74,6 +81,7 @@ def rlp_stages(config: RLPConfig, reward: RewardConfig, policy: PPOConfig) -> li
 def _check(config: TrainConfig, made: Made) -> None:
     import_reporters(config.report_to)
     check_libraries(config)
+    open_repository(config)
     for key in (*POLICIES, *REWARD_MODELS):
         if path := getattr(config, key, ""):
             _check_model(config, key, path, made)

@@ -38,9 +38,10 @@ def open_work(config: TrainConfig, most_batches: int = 1) -> Work:
 
     Raises ValueError as the trainer would.
     """
-    # Only the run itself needs an output folder, reporters, a device and optional libraries.
+    # Only the run itself needs an output folder, reporters, the hub, a device and optional libraries.
     alone = {"optim": "adamw_torch_fused", "attn_implementation": "auto", "use_liger_kernel": False}
     alone |= {"activation_offloading": False, "load_in_4bit": False}
+    alone |= {"push_to_hub": False, "hub_model_id": "", "hub_private_repo": False, "hub_revision": ""}
     elsewhere = dataclasses.replace(config, output_dir="", report_to=(), **alone)
     if config.model_name_or_path:  # The model may not exist yet, if an earlier run of the chain trains it.
         source = config.tokenizer_name_or_path or config.model_name_or_path

@@ -10,7 +10,7 @@ import torch
 from fastrlhf.config import DPOConfig, PPOConfig, RewardConfig, RLPConfig, RTOConfig, SFTConfig
 from fastrlhf.models import four_bit, layers
 from fastrlhf.tools.plan.preflight import check_chain, rlp_stages
-from tests import tiny
+from tests import hub_server, tiny
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +127,24 @@ def test_missing_devices_and_packages_are_reported(chain, settings, message, mon
 def test_two_runs_of_one_folder_are_refused(chain):
     message = told(chain, "dpo", output_dir=chain["sft"].output_dir)
     assert message.startswith(f"output_dir: {chain['sft'].output_dir!r} is also the output_dir of sft")
+
+
+def test_later_runs_that_could_not_upload_are_refused(chain, monkeypatch, tmp_path):
+    pushes = {"push_to_hub": True, "hub_model_id": "ada/one"}
+    with hub_server.serving() as hub:
+        hub_server.use(monkeypatch, hub.url)
+        both = chain | {name: replace(chain[name], **pushes) for name in ("reward", "dpo")}
+        with pytest.raises(ValueError, match=r"^dpo: hub_model_id: reward uploads there too; give another repository"):
+            check_chain(list(both.items()))
+        check_chain(list((both | {"dpo": replace(both["dpo"], hub_revision="dpo")}).items()))
+        assert ("ada/one", "dpo") in hub.files
+        assert told(chain, "dpo", push_to_hub=True, hub_model_id="others/x").startswith(
+            "hub_model_id: the token cannot write to 'others/x'"
+        )
+        rlp = RLPConfig(output_dir=str(tmp_path), push_to_hub=True, hub_model_id="others/x")
+        policy = PPOConfig(model_name_or_path=chain["sft"].output_dir)
+        with pytest.raises(ValueError, match=r"^hub_model_id: the token cannot write to 'others/x'"):
+            rlp_stages(rlp, chain["reward"], policy)
 
 
 def test_the_tokenizer_of_an_earlier_run_is_taken_from_its_source(chain):
