@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -286,6 +287,8 @@ def _inspect(arguments: Sequence[str]) -> None:
     from fastrlhf.tools.inspect import format_html, format_text, inspect_rows
 
     found = inspect_rows(config, num)
+    if isinstance(sys.stdout, TextIOWrapper):  # rows may hold characters that the terminal's encoding lacks
+        sys.stdout.reconfigure(errors="backslashreplace")
     print(format_text(found, colour=sys.stdout.isatty() and not os.environ.get("NO_COLOR")))
     if "html" in options:
         page = format_html(found, f"{options['command']}: {config.dataset_name}")

@@ -29,8 +29,21 @@ from fastrlhf.data.forms import (
 )
 from fastrlhf.data.labels import GROUP_LABELS, read_group_labels, read_pair_labels
 from fastrlhf.data.rows import IN_MEMORY, UnusableRow, read_rows, shorten, source_names
+from fastrlhf.data.token_report import MOST_SHOWN
 from fastrlhf.data.turns import HH_MARK, TEMPLATE_KEYS, is_empty, present, read_template_values, read_text
 from fastrlhf.types import Example
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """How rows were read, without the rows."""
+
+    sources: tuple[str, ...] = ()
+    """Names of the datasets; empty for rows in memory."""
+    lines: list[str] = field(default_factory=list)
+    """Source and form, columns that are not used, and the first skipped rows of every reason."""
+    read: frozenset[str] = frozenset()
+    """Columns that are a part of prompts, responses and labels, or are passed to the chat template."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,15 +63,32 @@ class LoadedExamples:
     row."""
     unread: tuple[str, ...] = ()
     """Columns with text that are no part of a prompt or response."""
+    read: frozenset[str] = frozenset()
+    """Columns that are a part of prompts, responses and labels, or are passed to the chat template."""
+    sources: tuple[str, ...] = ()
+    """Names of the datasets; empty for rows in memory."""
+    bad_rows: dict[str, list[str]] = field(default_factory=dict)
+    """Reason -> the first `MOST_SHOWN` rows that were skipped for it: number, place, details, beginning of the row."""
 
     def summary(self) -> str:
         """Formats a one-line summary for the first lines of a run."""
-        text = f"{self.source}: {len(self.examples):,} examples of {self.num_rows:,} rows ({self.form})"
-        names = ", ".join(self.unread).encode("utf-8", errors="backslashreplace").decode()  # a name may not be UTF-8
-        unread = f"; columns not used in prompt or response: {names}" if names else ""
+        head, *unread = self._facts()
         if self.first_bad is None:
-            return f"{text}, none skipped{unread}"
-        return f"{text}, skipped {_counts(self.skipped)}; the first: {self.first_bad}{unread}"
+            return "; ".join([f"{head}, none skipped", *unread])
+        return "; ".join([f"{head}, skipped {_counts(self.skipped)}", f"the first: {self.first_bad}", *unread])
+
+    def origin(self) -> Origin:
+        lines = self._facts()
+        for reason, count in self.skipped.items():
+            lines += [f"skipped {count:,} {reason}:", *(f"  {told}" for told in self.bad_rows[reason])]
+        return Origin(sources=self.sources, lines=lines, read=self.read)
+
+    def _facts(self) -> list[str]:
+        names = ", ".join(self.unread).encode("utf-8", errors="backslashreplace").decode()  # a name may not be UTF-8
+        return [
+            f"{self.source}: {len(self.examples):,} examples of {self.num_rows:,} rows ({self.form})",
+            *([f"columns not used in prompt or response: {names}"] if names else []),
+        ]
 
 
 def load_examples(
@@ -117,7 +147,8 @@ def load_examples(
     needs = tuple(dict.fromkeys(("prompt", *needs)))
     _check_arguments(needs, max_bad_fraction, limit)
     rows = list(islice(read_rows(source, split, config_name), limit))
-    source = ", ".join(source_names(source)) or IN_MEMORY
+    sources = source_names(source)
+    source = ", ".join(sources) or IN_MEMORY
     if not rows:
         raise ValueError(f"{source}: split {split!r} has no rows")
     values = [row for _, row in rows]
@@ -132,13 +163,17 @@ def load_examples(
     as_turns = has_system and form in (PAIRS, DEMONSTRATIONS, PROMPTS, GROUPS)
     examples: list[Example] = []
     skipped: Counter[str] = Counter()
-    first_bad = None
+    first_bad, bad_rows = None, dict[str, list[str]]()
     for number, (place, row) in enumerate(rows):
         try:
             examples.append(_to_example(row, number, names, form, conversational or as_turns, needs))
         except UnusableRow as bad:
             skipped[bad.reason] += 1
-            first_bad = first_bad or f"row {number} ({place}): {bad}: {shorten(repr(row))}"
+            where, content = f"row {number} ({place})", shorten(repr(row))
+            first_bad = first_bad or f"{where}: {bad}: {content}"
+            if skipped[bad.reason] <= MOST_SHOWN:
+                bad_rows.setdefault(bad.reason, []).append(f"{where}: {bad.detail}: {content}")
+    read = _read_columns(examples, names, form, needs)
     loaded = LoadedExamples(
         source=source,
         form=f"{form.name}, {_kind(form, conversational, as_turns)}",
@@ -146,7 +181,10 @@ def load_examples(
         num_rows=len(rows),
         skipped=dict(skipped.most_common()),
         first_bad=first_bad,
-        unread=_unread(examples, names, form, needs),
+        unread=_unread(examples, read),
+        read=read,
+        sources=sources,
+        bad_rows=bad_rows,
     )
     if not examples or skipped.total() > max_bad_fraction * len(rows):
         raise ValueError(
@@ -243,14 +281,20 @@ def _kind(form: Form, conversational: bool, as_turns: bool) -> str:
     return "conversational" if conversational else "text"
 
 
-def _unread(examples: Sequence[Example], names: Mapping[str, str], form: Form, needs: Sequence[str]) -> tuple[str, ...]:
-    """Returns the columns with text that no example uses."""
+def _read_columns(
+    examples: Sequence[Example], names: Mapping[str, str], form: Form, needs: Sequence[str]
+) -> frozenset[str]:
+    """Returns the columns that an example uses."""
     read = {*form.required, *needs, *form.provides(names), *(["input"] if form is ALPACA else ())}
     if examples and isinstance(examples[0].prompt, list):
         read |= {*TEMPLATE_KEYS, "system"}
-    columns = {names[name] for name in read if name in names}
+    return frozenset(names[name] for name in read if name in names)
+
+
+def _unread(examples: Sequence[Example], read: frozenset[str]) -> tuple[str, ...]:
+    """Returns the columns with text that no example uses."""
     found = (name for example in examples for name, value in example.columns.items() if _is_text(value))
-    return tuple(dict.fromkeys(name for name in found if name not in columns))
+    return tuple(dict.fromkeys(name for name in found if name not in read))
 
 
 def _is_text(value: object) -> bool:

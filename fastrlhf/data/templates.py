@@ -100,6 +100,19 @@ class Renderer:
         _check_tools(example, prompt, pieces, responses)
         return Rendered(prompt=prompt, responses=pieces, changed=changed)
 
+    def turn_ends(self, example: Example, turns: Sequence[Message], *, generate: bool) -> tuple[str, list[int]]:
+        """Returns the text that the template renders for `turns`, with the generation prompt if `generate`, and the
+        position in it at which each turn ends; -1 if the template renders the turns up to this one differently once
+        others follow."""
+        whole, ends = self._text(example, turns, generate=generate), []
+        for number in range(1, len(turns) + 1):
+            try:
+                text = self._text(example, turns[:number], generate=False)
+            except UnusableRow:  # some templates refuse a conversation without a user
+                text = ""
+            ends.append(len(text) if text and whole.startswith(text) else -1)
+        return whole, ends
+
     def _pieces(self, example: Example, name: str, prompt: str, turns: Sequence[Message]) -> list[Piece]:
         assert isinstance(example.prompt, list)
         before = [*example.prompt, *turns]

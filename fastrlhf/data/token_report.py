@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+MOST_SHOWN = 5
+"""Number of rows that `dropped_rows` lists per reason."""
+
 TOO_LONG = ("longer_than_max_length", "prompt_fills_max_length", "response_fills_max_length", "no_trained_token")
 """Reasons for dropping a row that are due to `max_length`."""
 
@@ -49,6 +52,8 @@ class TokenReport:
     """Number of trained tokens, that is, tokens of responses without the text between assistant turns."""
     unlike_text: int = 0
     """Number of responses whose ids do not decode to their text."""
+    dropped_rows: dict[str, list[str]] = field(default_factory=dict)
+    """Reason -> the first `MOST_SHOWN` rows that were dropped for it, with details."""
 
     @property
     def truncated(self) -> int:
@@ -61,6 +66,11 @@ class TokenReport:
 
     def summary(self) -> str:
         """Formats a one-line summary for the first lines of a run."""
+        dropped = [f"dropped {self._told(reason, count, 'for ' + reason)}" for reason, count in self.dropped.items()]
+        return "; ".join([*self.facts(), *dropped])
+
+    def facts(self) -> list[str]:
+        """Returns the parts of the summary that describe the kept rows."""
         responses = self.eos_added + self.eos_present + self.responses_cut
         parts = [f"{self.num_kept:,} of {self.num_examples:,} rows within {self.max_length:,} tokens"]
         if responses:
@@ -84,8 +94,7 @@ class TokenReport:
             )
         if self.changed:
             parts.append(f"changed by the chat template: {self.describe_changes()}")
-        parts += [f"dropped {self._told(reason, count, 'for ' + reason)}" for reason, count in self.dropped.items()]
-        return "; ".join(parts)
+        return parts
 
     def describe_changes(self) -> str:
         return ", ".join(self._told(kind, count, f"rows with {kind}") for kind, count in self.changed.items())

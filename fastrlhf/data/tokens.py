@@ -32,7 +32,7 @@ from fastrlhf.data.rendered_ids import Side, encode_rendered
 from fastrlhf.data.rows import UnusableRow
 from fastrlhf.data.specials import add_ends, end_ids, template_end
 from fastrlhf.data.templates import Rendered, Renderer
-from fastrlhf.data.token_report import TokenReport, check_fractions
+from fastrlhf.data.token_report import MOST_SHOWN, TokenReport, check_fractions
 from fastrlhf.data.tokenizer import resolve_chat_template
 from fastrlhf.types import Example, Text, TokenizedExample
 
@@ -132,10 +132,14 @@ def tokenize_examples(
     counts: Counter[str] = Counter()
     dropped: Counter[str] = Counter()
     firsts: dict[str, str] = {}
+    dropped_rows: dict[str, list[str]] = {}
 
     def drop(reason: str, row: int, detail: str = "") -> None:
         dropped[reason] += 1
-        firsts.setdefault(reason, f"row {row}{detail and f', {detail}'}")
+        told = f"row {row}{detail and f', {detail}'}"
+        firsts.setdefault(reason, told)
+        if dropped[reason] <= MOST_SHOWN:
+            dropped_rows.setdefault(reason, []).append(told)
 
     rendered: list[tuple[Example, Rendered]] = []
     for example in examples:
@@ -185,6 +189,7 @@ def tokenize_examples(
         dropped=dict(dropped.most_common()),
         changed=dict(changed.most_common()),
         firsts=firsts,
+        dropped_rows=dropped_rows,
         trailing_space=trailing_space,
         **{name: counts[name] for name in _COUNTED},
     )

@@ -177,6 +177,8 @@ article { padding: 0 14px 10px; border-top: 1px solid var(--rule); }
 .trained { background: color-mix(in srgb, var(--c2) 30%, transparent); }
 .masked { background: color-mix(in srgb, var(--c6) 25%, transparent); }
 .eos, .score { background: var(--c5); color: var(--card); }
+.special { outline: 1px dashed var(--muted); outline-offset: -1px; }
+h4 { margin: 8px 0 2px; font-size: 12px; font-weight: 400; color: var(--muted); }
 details { margin-bottom: 10px; }
 details .wide { border-width: 1px 0 0; border-radius: 0; }
 summary { padding: 9px 14px; cursor: pointer; font-weight: 600; }

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fastrlhf.config import DPOConfig, KTOConfig, SFTConfig, TrainConfig, parse_columns, require
 from fastrlhf.config.files import load_yaml
-from fastrlhf.data.examples import LoadedExamples, load_examples
+from fastrlhf.data.examples import LoadedExamples, Origin, load_examples
 from fastrlhf.data.forms import RESPONSES
 from fastrlhf.data.given import Rows, given_examples
 from fastrlhf.data.labels import GROUP_LABELS
@@ -59,8 +59,8 @@ class Data:
     """Whether any row is a conversation, which a chat template renders."""
     rules: TextRules = dataclasses.field(default_factory=TextRules)
     """Rules of tokenisation, for models that read the text with another tokenizer."""
-    sources: tuple[str, ...] = ()
-    """Names of the datasets; empty for rows in memory."""
+    origin: Origin = dataclasses.field(default_factory=Origin)
+    """How the training rows were read; empty for rows that a program passed."""
 
     @cached_property
     def train_rows(self) -> Mapping[int, Example]:
@@ -131,9 +131,7 @@ def _read(
         check_held_out(config, config.num_eval_examples)
     tokenizer = open_tokenizer(config) if tokenizer is None else given_tokenizer(config, tokenizer)
     day = template_day(config, tokenizer)
-    sources = source_names(config.dataset_name) if train is None else ()
-    if train is None:
-        train, evaluation = _load_both(config, fields)
+    train, evaluation, origin = _load_both(config, fields) if train is None else (train, evaluation, Origin())
     train = given_examples(config, fields, train, "train")
     evaluation = given_examples(config, fields, evaluation, "eval")
     tokenized = _tokenize(config, tokenizer, train, fields, "train", day, keep_rows)
@@ -145,7 +143,7 @@ def _read(
         conversations=_has_turns([*train, *evaluation]),
         rules=TextRules.of(config, day),
         report=tokenized.report,
-        sources=sources,
+        origin=origin,
     )
 
 
@@ -164,7 +162,7 @@ def open_eval_inputs(
         if config.dataset_test_split:
             examples = _load(config, fields, config.dataset_test_split, config.num_eval_examples).examples
         else:
-            train, held_out = _split(config, fields)
+            train, held_out, _ = _split(config, fields)
             examples = held_out if config.num_eval_examples else train
     examples = given_examples(config, fields, examples, "eval")
     day = template_day(config, tokenizer)
@@ -263,17 +261,18 @@ def _by_number(rows: Sequence[TokenizedExample]) -> dict[int, Example]:
     return numbered
 
 
-def _load_both(config: TrainConfig, fields: Sequence[str]) -> tuple[list[Example], list[Example]]:
+def _load_both(config: TrainConfig, fields: Sequence[str]) -> tuple[list[Example], list[Example], Origin]:
     if config.dataset_test_split:
         train = _load(config, fields, config.dataset_train_split, config.max_train_examples)
-        return train.examples, _load(config, fields, config.dataset_test_split, config.num_eval_examples).examples
-    train, held_out = _split(config, fields)
+        test = _load(config, fields, config.dataset_test_split, config.num_eval_examples)
+        return train.examples, test.examples, train.origin()
+    train, held_out, origin = _split(config, fields)
     if not train:
         raise ValueError(f"num_eval_examples: {config.num_eval_examples} rows held out leave none to train on")
-    return train, held_out
+    return train, held_out, origin
 
 
-def _split(config: TrainConfig, fields: Sequence[str]) -> tuple[list[Example], list[Example]]:
+def _split(config: TrainConfig, fields: Sequence[str]) -> tuple[list[Example], list[Example], Origin]:
     """Splits the training split into the rows to train on and the held-out rows. The last `num_eval_examples` rows are
     held out; of the others, the first `max_train_examples` are trained on.
 
@@ -286,6 +285,7 @@ def _split(config: TrainConfig, fields: Sequence[str]) -> tuple[list[Example], l
     return (
         [example for example in loaded.examples if example.row < end],
         [example for example in loaded.examples if example.row >= first_held_out],
+        loaded.origin(),
     )
 
 

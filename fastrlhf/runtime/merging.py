@@ -101,7 +101,7 @@ def card_of(
         return None
     return Card(
         config=config,
-        datasets=data.sources,
+        datasets=data.origin.sources,
         num_train=len(data.train),
         num_eval=len(data.eval),
         final=final,

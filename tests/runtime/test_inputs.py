@@ -161,7 +161,7 @@ def test_bad_input_is_refused_before_any_folder_is_made(config, tmp_path):
     (tmp_path / "run" / "config.yaml").write_text("")
     out = tmp_path / "out"
     for settings, message in (
-        ({"report_to": ("mlflow",)}, "^report_to: unknown reporter 'mlflow'"),
+        ({"report_to": ("tensorbord",)}, "^report_to: unknown reporter 'tensorbord'"),
         ({"output_dir": str(tmp_path / "run")}, "^output_dir: .* already holds an unfinished run"),
         ({"dataset_name": ""}, "^dataset_name: must be a hub name, or a local file or folder; got ''"),
         ({"tokenizer_name_or_path": ""}, "^model_name_or_path: must be a folder or a hub name; got ''"),

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from fastrlhf.algorithms.sft import train_sft
 from fastrlhf.config import SFTConfig
+from fastrlhf.data.examples import Origin
 from fastrlhf.models.adapters import add_adapter, has_adapter, merged_copy, plain_weights
 from fastrlhf.models.loading import load_policy
 from fastrlhf.publish.card import MARK
@@ -164,7 +165,7 @@ def test_a_readme_that_fastrlhf_did_not_write_stays(tmp_path, caplog):
 
 def test_each_model_of_a_run_gets_its_card_and_the_adapter_its_own(base, tmp_path):
     config = SFTConfig(use_peft=True, model_name_or_path=base, dataset_name="rows.jsonl")
-    data = Data(train=[], eval=[], report=None, sources=("rows.jsonl",))
+    data = Data(train=[], eval=[], report=None, origin=Origin(sources=("rows.jsonl",)))
     card = card_of(config, data, {"eval_loss": 1.5}, {"loss": 2.0})
     assert (card.datasets, card.num_train, card.num_eval, card.final) == (("rows.jsonl",), 0, 0, {"eval_loss": 1.5})
     save_trained(trained(base, 1e-3), tiny.tokenizer(), tmp_path / "run", card=card)

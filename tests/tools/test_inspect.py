@@ -1,13 +1,18 @@
 import json
+import os
 import re
+import subprocess
+import sys
 from html import unescape
 
 import pytest
 
 from fastrlhf.cli import main
-from fastrlhf.config import DPOConfig, DRPOConfig, RewardConfig, SFTConfig
+from fastrlhf.config import DPOConfig, DRPOConfig, KTOConfig, RewardConfig, SFTConfig
 from fastrlhf.tools.inspect import Inspection, Line, Row, format_html, format_text, inspect_rows
 from tests import tiny
+from tests.data import vocabularies
+from tests.data.chat_templates import TOOLS
 
 
 @pytest.fixture(scope="module")
@@ -88,9 +93,208 @@ def test_without_colour_no_escape_code_is_written_and_those_of_the_data_are_show
 def test_the_page_shows_every_token_once_with_its_role_and_id(settings):
     inspection = inspect_rows(DPOConfig(**settings), 1)
     page = format_html(inspection, "a <run>")
-    found = re.findall(r'<span class="(\w+)" title="(\d+)">', page)
+    found = re.findall(r'<span class="(\w+)(?: special)?" title="(\d+)(?:, special token)?">', page)
     assert found == [(role, str(token)) for line in inspection.rows[0].lines for role, token in line.tokens]
+    assert re.findall(r'<span class="(\w+ special)" title="(.+?)">', page) == [("eos special", "1, special token")] * 2
     assert "<h1>a &lt;run&gt;</h1>" in page
+
+
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {}}}
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+TURNS = [
+    {"role": "user", "content": "1+1?"},
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "name": "add", "content": "2"},
+    {"role": "assistant", "content": "It is 2."},
+]
+SHORT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello <b>"}]
+
+
+def inspected(kind, folder, rows, **keys):
+    """Inspects one row of `rows` with a byte-level tokenizer and a template that writes tools."""
+    tokenizer = vocabularies.byte_level()
+    tokenizer.chat_template = TOOLS
+    tokenizer.save_pretrained(folder)
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {
+        "tokenizer_name_or_path": str(folder),
+        "dataset_name": str(folder / "rows.jsonl"),
+        "per_device_train_batch_size": 1,
+        "max_steps": 1,
+    }
+    return inspect_rows(kind(**settings | keys), 1)
+
+
+def shown(inspection, folder):
+    return format_text(inspection, colour=False).replace(f"{folder}/", "").splitlines()
+
+
+def test_a_conversation_with_tools_is_shown_turn_by_turn(tmp_path):
+    rows = [
+        {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": " "}], "note": "none"},
+        {"messages": [{"role": "user", "content": "hi" * 200}, SHORT[1]]},
+        {"tools": [TOOL], "messages": TURNS, "note": "a\x1bb", "votes": 3},
+    ]
+    keys = {"max_length": 300, "truncation_mode": "drop", "max_bad_fraction": 0.5, "train_on": "all_assistant"}
+    inspection = inspected(SFTConfig, tmp_path, rows, **keys, chat_template_kwargs='{"terse": true}')
+    assert shown(inspection, tmp_path) == [
+        "rows.jsonl: 2 examples of 3 rows (messages, conversational)",
+        "columns not used in prompt or response: note",
+        "skipped 1 empty_response:",
+        "  row 0 (rows.jsonl line 1): reference is empty or white space: {'messages': [{'role': 'user', 'content': "
+        "'hi'}, {'role': 'assistant', 'content': ' '}], 'note': 'none'}",
+        "1 of 2 rows within 300 tokens",
+        "1 of 1 responses end in EOS, added to 0",
+        "cut: 0 responses, 0 prompts",
+        "1 end in <|im_end|> and get no </s> behind it",
+        "dropped 1 for longer_than_max_length:",
+        "  row 1",
+        'chat_template_kwargs: {"terse": true}',
+        "147 tokens per epoch, 24 of them trained; a row has 147.0 on average, 147 at most",
+        "step 1 of 1: 1 rows in packs of 147 tokens",
+        "",
+        "  prompt   given to the model, not trained",
+        "  trained  the loss is computed on these tokens",
+        "  eos      a trained token that ends the response",
+        "  masked   belongs to a response, but is not trained",
+        "",
+        "row 2: 147 tokens, 24 trained",
+        '  tools for the chat template: [{"type": "function", "function": {"name": "add", "parameters": {}}}]',
+        '  column note, not used: "a\\u001bb"',
+        "  column votes, not used: 3",
+        "  prompt and reference: 147 tokens",
+        "    turn 1 user",
+        "    prompt  | \u27e6<|im_start|>\u27e7system\\n",
+        '    prompt  | [{"type": "function", "function": {"name": "add", "parameters": {}}}]\u27e6<|im_end|>\u27e7\\n',
+        "    prompt  | \u27e6<|im_start|>\u27e7user\\n",
+        "    prompt  | 1+1?\u27e6<|im_end|>\u27e7\\n",
+        "    turn 2 assistant (calls add)",
+        "    prompt  | \u27e6<|im_start|>\u27e7assistant\\n",
+        '    trained | [add {"a": 1}]',
+        "    eos     | \u27e6<|im_end|>\u27e7",
+        "    masked  | \\n",
+        "    turn 3 tool",
+        "    masked  | \u27e6<|im_start|>\u27e7tool\\n",
+        "    masked  | 2\u27e6<|im_end|>\u27e7\\n",
+        "    turn 4 assistant",
+        "    masked  | \u27e6<|im_start|>\u27e7assistant\\n",
+        "    trained | It is 2.",
+        "    eos     | \u27e6<|im_end|>\u27e7",
+    ]
+    page = format_html(inspection, "rows")
+    headings = re.findall(r"<h4>(.*?)</h4>", page)
+    assert headings == ["turn 1 user", "turn 2 assistant (calls add)", "turn 3 tool", "turn 4 assistant"]
+    assert "<span>skipped 1 empty_response:</span>" in page
+    assert "<span>dropped 1 for longer_than_max_length:</span><span>  row 1</span>" in page
+    assert "<br>column note, not used: &quot;a\\u001bb&quot;<br>column votes, not used: 3</p>" in page
+    assert spans(page, "trained") == '[add {"a": 1}]It is 2.'
+    assert spans(page, "eos special") == "<|im_end|>" * 2
+    assert spans(page, "masked special") == "<|im_start|><|im_end|><|im_start|>"
+
+
+def spans(page, kind):
+    """The text of all spans of a class after the legend."""
+    body = page.partition("What the colours mean</h2>")[2].partition("<h3>")[2]
+    return unescape("".join(re.findall(rf'<span class="{kind}" title=".*?">(.*?)</span>', body, re.S)))
+
+
+def test_a_preference_pair_with_a_system_column_is_shown(tmp_path):
+    row = {"system": "Be brief.", "prompt": "Q?", "chosen": "yes", "rejected": "no", "rater": "x", "margin": 2.5}
+    inspection = inspected(DPOConfig, tmp_path, [row], margin_scale=1.0)
+    assert shown(inspection, tmp_path) == [
+        "rows.jsonl: 1 examples of 1 rows (pairs, text, read as conversations because of the column system)",
+        "columns not used in prompt or response: rater",
+        "1 of 1 rows within 1,024 tokens",
+        "2 of 2 responses end in EOS, added to 0",
+        "cut: 0 responses, 0 prompts",
+        "2 end in <|im_end|> and get no </s> behind it",
+        "47 tokens per epoch, 7 of them trained; a row has 47.0 on average, 47 at most",
+        "step 1 of 1: 1 rows in packs of 47 tokens",
+        "",
+        "  prompt   given to the model, not trained",
+        "  trained  the loss is computed on these tokens",
+        "  eos      a trained token that ends the response",
+        "",
+        "row 0: 47 tokens, 7 trained",
+        "  margin: 2.5",
+        '  column rater, not used: "x"',
+        "  prompt: 40 tokens",
+        "    turn 1 system",
+        "    prompt  | \u27e6<|im_start|>\u27e7system\\n",
+        "    prompt  | Be brief.\u27e6<|im_end|>\u27e7\\n",
+        "    turn 2 user",
+        "    prompt  | \u27e6<|im_start|>\u27e7user\\n",
+        "    prompt  | Q?\u27e6<|im_end|>\u27e7\\n",
+        "    generation prompt",
+        "    prompt  | \u27e6<|im_start|>\u27e7assistant\\n",
+        "  chosen: 4 tokens",
+        "    turn 3 assistant",
+        "    trained | yes",
+        "    eos     | \u27e6<|im_end|>\u27e7",
+        "  rejected: 3 tokens",
+        "    turn 3 assistant",
+        "    trained | no",
+        "    eos     | \u27e6<|im_end|>\u27e7",
+    ]
+    page = format_html(inspection, "rows")
+    assert (
+        '<p class="tokens">margin: 2.5<br>column rater, not used: &quot;x&quot;</p><h3>prompt: 40 tokens</h3>' in page
+    )
+    assert re.findall(r"<h[34]>(.*?)</h[34]>", page) == [
+        *("prompt: 40 tokens", "turn 1 system", "turn 2 user", "generation prompt"),
+        *("chosen: 4 tokens", "turn 3 assistant", "rejected: 3 tokens", "turn 3 assistant"),
+    ]
+    assert spans(page, "trained") == "yesno"
+
+
+def test_a_row_with_a_label_is_shown(tmp_path):
+    rows = [{"prompt": "Q?", "completion": "no", "label": False, "rater": "x"}] * 2
+    inspection = inspected(KTOConfig, tmp_path, rows, per_device_train_batch_size=2)
+    assert shown(inspection, tmp_path)[-8:] == [
+        "",
+        "row 1: 5 tokens, 3 trained",
+        "  label: false",
+        '  column rater, not used: "x"',
+        "  prompt and response: 5 tokens",
+        "    prompt  | Q?",
+        "    trained | no",
+        "    eos     | \u27e6</s>\u27e7",
+    ]
+    a, b, c, d, eos = (token for _, token in inspection.rows[0].lines[0].tokens)
+    page = format_html(inspection, "rows")
+    assert (
+        '<p class="tokens">label: false<br>column rater, not used: &quot;x&quot;</p>'
+        "<h3>prompt and response: 5 tokens</h3>"
+        f'<p class="tokens"><span class="prompt" title="{a}">Q</span><span class="prompt" title="{b}">?</span>'
+        f'<span class="trained" title="{c}">n</span><span class="trained" title="{d}">o</span>'
+        f'<span class="eos special" title="{eos}, special token">&lt;/s&gt;</span></p></section>'
+    ) in page
+
+
+def test_an_episode_of_a_conversation_is_shown_with_its_turns_and_its_reset(tmp_path):
+    rows = [{"prompt": SHORT[:1], "completion": [SHORT[1]], "answer": 7}]
+    inspection = inspected(DRPOConfig, tmp_path, rows, reset_prob=1.0, reset_min=1, response_length=20)
+    (line,) = inspection.rows[0].lines
+    num_reset = sum(role == "reset" for role, _ in line.tokens)
+    assert 1 <= num_reset <= 9
+    assert shown(inspection, tmp_path)[-8:] == [
+        "  column answer, not used: 7",
+        f"  prefix: {21 + num_reset} tokens; after it the policy samples at most {20 - num_reset} tokens",
+        "    turn 1 user",
+        "    prompt  | \u27e6<|im_start|>\u27e7user\\n",
+        "    prompt  | hi\u27e6<|im_end|>\u27e7\\n",
+        "    turn 2 assistant",
+        "    prompt  | \u27e6<|im_start|>\u27e7assistant\\n",
+        f"    reset   | {'hello <b>'[:num_reset]}",
+    ]
+
+
+def test_a_terminal_of_another_encoding_gets_escapes(settings, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(json.dumps({"sft": settings}))
+    command = [sys.executable, "-m", "fastrlhf", "inspect", "--config", str(file)]
+    found = subprocess.run(command, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, check=True)
+    assert b"eos     | \\u27e6 <eos>\\u27e7" in found.stdout
 
 
 def test_markup_in_the_data_is_text_in_the_page():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 
 from transformers import PreTrainedTokenizerBase
@@ -13,7 +13,8 @@ from fastrlhf.algorithms import dpo, kto, ppo, psipo_groups, reward_model, sft
 from fastrlhf.algorithms.prefixes import draw_prefixes, reset_fields, sentence_ends_of
 from fastrlhf.algorithms.scoring import Tree
 from fastrlhf.config import DPOConfig, KTOConfig, PPOConfig, RewardConfig, SFTConfig, TrainConfig
-from fastrlhf.data.tokens import TokenReport
+from fastrlhf.data.examples import Origin
+from fastrlhf.data.tokens import TextRules, TokenReport
 from fastrlhf.runtime.inputs import open_inputs, with_room
 from fastrlhf.runtime.optim import index_batches, num_steps
 from fastrlhf.types import Prefix, Rollout, TokenizedExample
@@ -31,10 +32,15 @@ class Work:
     """Number of optimiser steps (on-policy: updates)."""
     batches: list[list[int]]
     """For each of the first steps, the indices into `examples` that it draws."""
+    origin: Origin = field(default_factory=Origin)
+    num_eval: int = 0
+    """Number of rows that are held out for evaluation."""
+    rules: TextRules = field(default_factory=TextRules)
 
 
-def open_work(config: TrainConfig, most_batches: int = 1) -> Work:
-    """Reads and tokenises the rows as the trainer of `config` does; `output_dir` may already hold a run.
+def open_work(config: TrainConfig, most_batches: int = 1, *, keep_rows: bool = False) -> Work:
+    """Reads and tokenises the rows as the trainer of `config` does; `output_dir` may already hold a run. With
+    `keep_rows` every row holds the example from which it was made.
 
     Raises ValueError as the trainer would.
     """
@@ -46,7 +52,7 @@ def open_work(config: TrainConfig, most_batches: int = 1) -> Work:
     if config.model_name_or_path:  # The model may not exist yet, if an earlier run of the chain trains it.
         source = config.tokenizer_name_or_path or config.model_name_or_path
         elsewhere = dataclasses.replace(elsewhere, tokenizer_name_or_path=source, model_name_or_path="")
-    tokenizer, data = open_inputs(elsewhere, _fields(config), None, None)
+    tokenizer, data = open_inputs(elsewhere, _fields(config), None, None, keep_rows=keep_rows)
     examples = data.train
     if isinstance(config, PPOConfig):
         examples = with_room(examples, "train", config.max_length, config.response_length)
@@ -60,6 +66,9 @@ def open_work(config: TrainConfig, most_batches: int = 1) -> Work:
         report=data.report,
         steps=steps,
         batches=list(islice(drawn, most_batches)),
+        origin=data.origin,
+        num_eval=len(data.eval),
+        rules=data.rules,
     )
 
 
