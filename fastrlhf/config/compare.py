@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Collection, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from fastrlhf.config.batch import BATCH_KEYS, batch_written
 from fastrlhf.config.files import ALIASES, load_yaml, plain
-from fastrlhf.config.paths import as_number, filled_in, is_same
+from fastrlhf.config.paths import as_number, filled_in, is_same, leads_to, written_places
 from fastrlhf.config.schedule import ENDLESS
 from fastrlhf.config.train import HUB_KEYS, TrainConfig
 
@@ -50,18 +51,29 @@ def differences(config: Any, path: Path, ignored: Collection[str] = ()) -> list[
     here".
 
     A key that is missing in the file, because a newer version added it, has its default there. Two paths are equal if
-    they lead to the same place. A larger number of steps is no difference if the learning rate does not depend on it.
-    The keys of the batch differ only if the rows of a step do. Raises ValueError if the file does not hold a mapping.
+    they lead to the same place, also from another working directory. A larger number of steps is no difference if the
+    learning rate does not depend on it. The keys of the batch differ only if the rows of a step do. Raises ValueError
+    if the file does not hold a mapping.
     """
     there = _by_new_names(load_yaml(str(path)))
     here = plain(dataclasses.asdict(config))
+    places = written_places(path.read_text(encoding="utf-8"))
     defaults = plain({field.name: field.default for field in fields(config)})
     return [f"batch of a step: {old} there, {new} here" for old, new in _other_batch(config, there)] + [
-        f"{key}: {old!r} there, {new!r} here"
+        f"{key}: {(old if old != new else places[key])!r} there, {(new if old != new else os.path.abspath(new))!r} here"
         for key in {**there, **here}
         for old, new in [(there.get(key, defaults.get(key, "absent")), here.get(key, "absent"))]
-        if key not in (*ignored, *BATCH_KEYS) and not is_same(key, old, new) and not _longer(config, there, key)
+        if key not in (*ignored, *BATCH_KEYS)
+        and not (_same(key, old, new, places.get(key)) or _longer(config, there, key))
     ]
+
+
+def _same(key: str, old: Any, new: Any, place: Any) -> bool:
+    """Returns whether two values are equal. `place` is the absolute path that a relative `old` led to, or None; from
+    another working directory an equal text leads to another place."""
+    if isinstance(place, str) and os.path.exists(place):
+        return is_same(key, place, new)
+    return is_same(key, old, new) or leads_to(key, new, place)
 
 
 def _other_batch(config: Any, there: Mapping[str, Any]) -> list[tuple[str, str]]:

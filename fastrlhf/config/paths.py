@@ -3,6 +3,7 @@ which is what config.yaml gets."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
@@ -20,6 +21,9 @@ FUNCTIONS = ("reward_functions", "psi", "equivalence", "loss_type")
 
 MADE = ("output_dir", "ref_cache_dir")
 """Keys of folders that a run creates if they are missing."""
+
+PLACES = "# absolute paths: "
+"""Begins the line of config.yaml that holds, as JSON, the absolute paths of the keys with relative paths."""
 
 _GIVEN: dict[tuple[str, str], str] = {}
 """(key, resolved text) -> the text that the user gave: a relative path, or a path with $NAME."""
@@ -129,6 +133,31 @@ def _as_given(key: str, value: Any) -> Any:
         if ("output_dir", str(parent)) in _GIVEN:
             return os.path.join(_GIVEN["output_dir", str(parent)], Path(value).relative_to(parent))
     return value
+
+
+def places_of(config: Any) -> str:
+    """Returns a comment line for config.yaml with the absolute paths that relative paths led to, so that the run can be
+    continued from another working directory; empty if there are no relative paths. `config` has absolute paths."""
+    given = as_given(config)
+    places = {key: value for key, value in asdict(config).items() if value != given[key] and "$" not in str(given[key])}
+    return f"{PLACES}{json.dumps(places)}\n" if places else ""
+
+
+def written_places(text: str) -> dict[str, Any]:
+    """Returns key -> absolute path or list of paths from the line that `places_of` added to the text of a config.yaml;
+    empty if there is no line, or if it is damaged."""
+    lines = [line.removeprefix(PLACES) for line in text.splitlines() if line.startswith(PLACES)]
+    try:
+        found = json.loads(lines[0]) if lines else {}
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def leads_to(key: str, value: Any, place: Any) -> bool:
+    """Returns whether the path, or every path of the list, leads to the absolute path in `place`."""
+    items, there = (list(x) if isinstance(x, (list, tuple)) else [x] for x in (value, place))
+    return place is not None and [_absolute(key, x) if isinstance(x, str) else x for x in items] == there
 
 
 def as_number(text: Any) -> Any:

@@ -31,6 +31,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fastrlhf.config import TrainConfig
 from fastrlhf.config.compare import SAME_MODEL, differences
 from fastrlhf.config.files import as_yaml
+from fastrlhf.config.paths import places_of
 from fastrlhf.distributed.ranks import on_each, on_first
 from fastrlhf.models.adapters import has_adapter
 from fastrlhf.models.quiet import quiet
@@ -124,7 +125,7 @@ def is_unfinished(path: str) -> bool:
 def create_output_dir(path: str, config: Any) -> Path:
     """Creates the folder of a run, if need be, and writes the resolved configuration to its config.yaml."""
     folder = Path(path)
-    write_file(folder / "config.yaml", as_yaml(config))
+    write_file(folder / "config.yaml", as_yaml(config) + places_of(config))
     return folder
 
 
@@ -241,8 +242,10 @@ class Checkpointer:
                 f"output_dir: the run of {str(path)!r} started from other weights than those of the models in the "
                 "configuration; use the old models or choose another folder"
             )
-        for name, digest in state.get("functions", {}).items():
-            if self._functions.get(name, digest) != digest and not changed_functions:
+        known = self._functions
+        for name, digest in state.get("functions", {}).items():  # names are paths relative to any working directory
+            same = known[name] == digest if name in known else not known or digest in known.values()
+            if not same and not changed_functions:
                 raise ValueError(
                     f"output_dir: the file of {name!r} has changed since {str(path)!r} was saved; restore the old "
                     "file, choose another folder, or set resume_changed_functions"

@@ -5,6 +5,8 @@ import pytest
 from fastrlhf.config import DPOConfig, PPOConfig, SFTConfig
 from fastrlhf.config.compare import check_unchanged, differences
 from fastrlhf.config.files import as_yaml
+from fastrlhf.config.paths import at_start
+from fastrlhf.runtime.checkpoint import create_output_dir
 
 
 def test_a_finished_run_of_other_settings_is_refused_with_every_key_that_differs(tmp_path):
@@ -90,6 +92,30 @@ def test_runs_compare_missing_keys_by_default_and_paths_by_their_target(tmp_path
         f"model_name_or_path: 'model' there, {str(tmp_path)!r} here",
         "disk_wait_minutes: 10.0 there, 3.0 here",
     ]
+
+
+def test_relative_paths_are_compared_from_another_working_directory(tmp_path, monkeypatch):
+    for name in ("there/model", "there/other", "here/model"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "there" / "rows.jsonl").touch()
+    keys = {"output_dir": "run", "dataset_name": ("rows.jsonl",)}
+    monkeypatch.chdir(tmp_path / "there")
+    config = at_start(SFTConfig(model_name_or_path="model", **keys), SFTConfig, "train_sft")
+    file = create_output_dir(config.output_dir, config) / "config.yaml"
+    assert "model_name_or_path: model\n" in file.read_text()
+    monkeypatch.chdir(tmp_path / "here")
+    moved = {"output_dir": "../there/run", "dataset_name": ("../there/rows.jsonl",)}
+    for place in ("../there/model", str(tmp_path / "there" / "model")):
+        again = SFTConfig(model_name_or_path=place, **moved)
+        assert differences(again, file, ("output_dir",)) == []
+        assert differences(at_start(again, SFTConfig, "train_sft"), file, ("output_dir",)) == []
+    other = SFTConfig(model_name_or_path="../there/other", **moved)
+    assert differences(other, file, ("output_dir",)) == ["model_name_or_path: 'model' there, '../there/other' here"]
+    other = SFTConfig(model_name_or_path="model", **moved)
+    told = f"model_name_or_path: '{tmp_path}/there/model' there, '{tmp_path}/here/model' here"
+    assert differences(other, file, ("output_dir",)) == [told]
+    file.write_text(file.read_text().replace('{"', "{"))  # a damaged line counts as absent
+    assert len(differences(SFTConfig(model_name_or_path="../there/model", **moved), file, ("output_dir",))) == 2
 
 
 @pytest.mark.parametrize(

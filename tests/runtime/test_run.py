@@ -221,7 +221,7 @@ def test_a_stop_request_takes_effect_between_rollout_and_update(model, judge, tm
     assert not list((tmp_path / "first").glob("checkpoint-*"))
 
 
-def test_a_run_whose_reward_file_has_changed_is_refused_unless_allowed(model, judge, tmp_path):
+def test_a_run_whose_reward_file_has_changed_is_refused_unless_allowed(model, judge, tmp_path, monkeypatch):
     file = tmp_path / "reward.py"
     file.write_text("def short(rollout):\n    return -len(rollout.completion)\n")
     cfg = replace(ppo_config(model, judge, tmp_path / "run"), **{"reward_functions": (f"{file}:short",)})
@@ -231,7 +231,11 @@ def test_a_run_whose_reward_file_has_changed_is_refused_unless_allowed(model, ju
     told = rf"^output_dir: the file of '{file}:short' has changed since .*checkpoint-1' was saved; restore the old file"
     with pytest.raises(ValueError, match=told):
         train_ppo(cfg, tiny.examples(8), judge=Judge(0, None))
-    train_ppo(replace(cfg, resume_changed_functions=True), tiny.examples(8), judge=Judge(0, None))
+    monkeypatch.chdir(tmp_path / "run")  # the same file under another name
+    elsewhere = replace(cfg, reward_functions=("../reward.py:short",))
+    with pytest.raises(ValueError, match=told):
+        train_ppo(elsewhere, tiny.examples(8), judge=Judge(0, None))
+    train_ppo(replace(elsewhere, resume_changed_functions=True), tiny.examples(8), judge=Judge(0, None))
 
 
 def test_a_reward_that_a_program_holds_and_has_changed_is_not_continued_with_in_silence(model, judge, tmp_path):
