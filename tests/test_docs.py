@@ -38,7 +38,7 @@ MAX_WORDS = 1500
 FENCE = re.compile(r"^```(\S*)[^\n]*\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 LANGUAGES = {"bash", "yaml", "python", "json", "text", "{include}", "{toctree}"}
-SHELL = {"cd", "export", "git", "sbatch"}
+SHELL = {"cd", "export", "git", "hf", "sbatch"}
 """Shell commands that the tests accept without a check."""
 
 
@@ -126,6 +126,14 @@ def check_command(words: list[str]) -> None:
             assert all((ROOT / path).exists() for path in rest if not path.startswith("-")), words
         case ["python", script, *_]:
             assert (ROOT / script).exists(), words
+        case ["sbatch", *rest] if any(word.endswith(".sbatch") for word in rest):
+            where = next(i for i, word in enumerate(rest) if word.endswith(".sbatch"))
+            assert (ROOT / rest[where]).exists(), words
+            check_fastrlhf(rest[where + 1 :])
+        case ["docker", "run", *rest]:
+            check_fastrlhf(rest[rest.index("fastrlhf") + 1 :])
+        case ["docker", "build", *rest]:
+            assert (ROOT / rest[rest.index("-f") + 1]).exists(), words
         case ["bash", script, *_]:
             assert (ROOT / script).exists(), words
         case ["pip", "install", *rest]:
