@@ -29,12 +29,14 @@ if TYPE_CHECKING:
     from fastrlhf.data.examples import load_examples
     from fastrlhf.evaluation.evaluate import evaluate_models
     from fastrlhf.models.loading import load_policy, load_reward_model
+    from fastrlhf.runtime.callbacks import Callback
     from fastrlhf.runtime.result import TrainResult
     from fastrlhf.types import Example, PackedBatch, Prefix, Rollout, Segment
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Callback",
     "DPOConfig",
     "DRPOConfig",
     "EvalConfig",
@@ -89,6 +91,7 @@ _EXPORTS: dict[str, str] = {
     "train_kto": "fastrlhf.algorithms.kto",
     **dict.fromkeys(("train_ppo", "train_on_policy"), "fastrlhf.algorithms.ppo"),
     "train_rlp": "fastrlhf.algorithms.rlp",
+    "Callback": "fastrlhf.runtime.callbacks",
     "TrainResult": "fastrlhf.runtime.result",
     "evaluate_models": "fastrlhf.evaluation.evaluate",
 }

@@ -69,9 +69,11 @@ def train_dpo(
     *,
     model: PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    callbacks: Sequence[object] = (),
 ) -> TrainResult:
     """Trains `config.model_name_or_path` on pairs. `examples` replace the configured dataset; `model`, which is then
-    trained in place, and `tokenizer` replace those that `config` names.
+    trained in place, and `tokenizer` replace those that `config` names. `callbacks` are called at fixed points of the
+    run (runtime/callbacks.py).
 
     Metrics per step, TRL's names: loss (and loss/NAME of each where there are several), rewards/chosen,
     rewards/rejected, rewards/margins, rewards/accuracies, logps/chosen, logps/rejected (nats per response),
@@ -89,7 +91,7 @@ def train_dpo(
     for name in config.functions:
         pair_function(name)
     if config.psi_backend == "groupwise":
-        return train_groups(config, examples, eval_examples, model=model, tokenizer=tokenizer)
+        return train_groups(config, examples, eval_examples, model=model, tokenizer=tokenizer, callbacks=callbacks)
     tokenizer, data = open_inputs(
         config,
         fields_read(config),
@@ -123,6 +125,7 @@ def train_dpo(
         data=data,
         parts={"optimizer": optimizer},
         evaluate=evaluate_held_out if held_out else None,
+        callbacks=callbacks,
     ) as run:
         for earlier in run.history:  # in a resumed run, marks earlier findings as reported
             diagnoses.look(earlier)

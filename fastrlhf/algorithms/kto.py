@@ -58,9 +58,11 @@ def train_kto(
     *,
     model: PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    callbacks: Sequence[object] = (),
 ) -> TrainResult:
     """Trains `config.model_name_or_path` on rows with a `reference` (or completion) and a `label`. `examples` replace
     the configured dataset; `model`, which is then trained in place, and `tokenizer` replace those that `config` names.
+    `callbacks` are called at fixed points of the run (runtime/callbacks.py).
 
     Metrics per step, TRL's names: loss, kl (z, nats per response), rewards/chosen and rewards/rejected (beta u of the
     desirable and of the undesirable responses), rewards/margins, logps/chosen, logps/rejected (nats per response),
@@ -98,6 +100,7 @@ def train_kto(
         data=data,
         parts={"optimizer": optimizer},
         evaluate=evaluate_held_out if held_out else None,
+        callbacks=callbacks,
     ) as run:
         for step, indices in run.remaining(batches):
             begin_step(model, len(indices))

@@ -71,9 +71,11 @@ def train_ppo(
     held_out_judge: Judge | None = None,
     engine: EngineFactory | None = None,
     reward_functions: Mapping[str, RewardFunction] | None = None,
+    callbacks: Sequence[object] = (),
 ) -> TrainResult:
     """Trains `config.model_name_or_path` against a judge or reward functions. `examples` replace the configured
-    dataset; `model`, which is then trained in place, and `tokenizer` replace those that `config` names.
+    dataset; `model`, which is then trained in place, and `tokenizer` replace those that `config` names. `callbacks` are
+    called at fixed points of the run (runtime/callbacks.py).
 
     `judge` replaces the reward model of `reward_model_path` as the judge; if this key is set, the critic still starts
     from that model. `held_out_judge` replaces the reward model of `eval_reward_model_path`. `engine` replaces
@@ -154,6 +156,7 @@ def train_ppo(
         | ({"dpo_optimizer": refiner} if refiner is not None else {}),
         evaluate=evaluate_held_out if held_out else None,
         functions=reward_functions,
+        callbacks=callbacks,
     ) as run:
         opened.stop = partial(run.between_parts, resumable=True)
         for step, indices in run.remaining(index_batches(len(prompts), num_groups, steps, config.seed)):

@@ -70,6 +70,7 @@ def train_groups(
     *,
     model: PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    callbacks: Sequence[object] = (),
 ) -> TrainResult:
     """Trains `config.model_name_or_path` on groups of responses; `examples` replace the configured dataset.
 
@@ -107,6 +108,7 @@ def train_groups(
         data=data,
         parts={"optimizer": optimizer},
         evaluate=evaluate_held_out if held_out else None,
+        callbacks=callbacks,
     ) as run:
         for step, indices in run.remaining(index_batches(num_train, config.batch_size, steps, config.seed)):
             totals, drawn = StepMetrics(), [groups[i] for i in indices]

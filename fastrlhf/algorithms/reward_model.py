@@ -70,10 +70,11 @@ def train_reward_model(
     tokenizer: PreTrainedTokenizerBase | None = None,
     synthetic: Sequence[TokenizedExample] = (),
     views: Views | None = None,
+    callbacks: Sequence[object] = (),
 ) -> TrainResult:
     """Trains a score head on the backbone of `config.model_name_or_path`. `examples` replace the configured dataset;
     `model`, a sequence classifier with one label that is then trained in place, and `tokenizer` replace those that
-    `config` names.
+    `config` names. `callbacks` are called at fixed points of the run (runtime/callbacks.py).
 
     `synthetic` pairs are added to the pairs of the dataset, shuffled together with them, and have equal weight. `views`
     add a loss to every step; their trees are in the same packs as the pairs of the step.
@@ -108,7 +109,9 @@ def train_reward_model(
 
     parts: dict[str, Any] = {"optimizer": optimizer} | ({"views": objective.heads} if objective else {})
     watch = evaluate_held_out if held_out else None
-    with Run("reward", config, steps, (model, tokenizer), data=data, parts=parts, evaluate=watch) as run:
+    with Run(
+        "reward", config, steps, (model, tokenizer), data=data, parts=parts, evaluate=watch, callbacks=callbacks
+    ) as run:
         for step, indices in run.remaining(index_batches(len(pairs), config.batch_size, steps, config.seed)):
             drawn, seen = [pairs[i] for i in indices], objective.draw(step) if objective else []
             loss_of_views = partial(objective.loss, step=step) if objective else None

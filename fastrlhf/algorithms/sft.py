@@ -36,9 +36,11 @@ def train_sft(
     *,
     model: PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    callbacks: Sequence[object] = (),
 ) -> TrainResult:
     """Trains `config.model_name_or_path` to write `config.response`. `examples` replace the configured dataset;
-    `model`, which is then trained in place, and `tokenizer` replace those that `config` names.
+    `model`, which is then trained in place, and `tokenizer` replace those that `config` names. `callbacks` are called
+    at fixed points of the run (runtime/callbacks.py).
 
     Metrics per step: loss (nats per trained token), grad_norm, learning_rate, num_tokens (of the packs). Raises
     ValueError for bad input before training starts.
@@ -62,6 +64,7 @@ def train_sft(
         data=data,
         parts={"optimizer": optimizer},
         evaluate=evaluate_held_out if held_out else None,
+        callbacks=callbacks,
     ) as run:
         for step, indices in run.remaining(index_batches(len(segments), config.batch_size, steps, config.seed)):
             chosen = [segments[i] for i in indices]

@@ -105,6 +105,6 @@ GROUPS: dict[str, tuple[str, ...]] = {
         *("resume_from_checkpoint", "resume_changed_functions", "resume_weights_only"),
     ),
     "Hub": ("push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision"),
-    "Logging": ("report_to", "run_name", "progress", "logging_steps"),
+    "Logging": ("report_to", "run_name", "progress", "logging_steps", "callbacks", "profile_steps"),
 }
 """Heading -> keys, in the order in which `--help` shows them."""

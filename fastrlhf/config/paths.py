@@ -16,8 +16,8 @@ from fastrlhf.config.train import TrainConfig
 
 Config = TypeVar("Config", bound=TrainConfig)
 
-FUNCTIONS = ("reward_functions", "psi", "equivalence", "loss_type")
-"""Keys whose values may name a function in a file: path/to/file.py:function."""
+FUNCTIONS = ("reward_functions", "psi", "equivalence", "loss_type", "callbacks")
+"""Keys whose values may name a function or class in a file: path/to/file.py:function."""
 
 MADE = ("output_dir", "ref_cache_dir")
 """Keys of folders that a run creates if they are missing."""
@@ -34,9 +34,10 @@ def at_start(config: Config, kind: type, trainer: str) -> Config:
     Every trainer calls this first.
 
     The path of an input is made absolute only if it exists; otherwise it may be a name on the hub. Raises TypeError for
-    the configuration of another trainer.
+    the configuration of another trainer, and ValueError if a key needs `output_dir`, which is empty.
     """
     check_config(config, kind, trainer)
+    config.check_folder(config.output_dir)
     changed = {}
     for field in fields(config):
         value = getattr(config, field.name)

@@ -257,7 +257,7 @@ class TrainConfig(WatchKeys, ScheduleKeys, BatchKeys):
         object.__setattr__(self, "optim", OPTIM_NAMES.get(self.optim, self.optim))
         self.check_batch()
         self.check_schedule()
-        self.check_watching(self.output_dir, self.eval_steps)
+        self.check_watching(self.eval_steps)
         at_least(self, 1, "micro_batch_tokens", "lora_r", "lora_alpha", "logging_steps")
         require(bool(self.lora_target_modules), "lora_target_modules", self.lora_target_modules, "all-linear, or names")
         at_default(

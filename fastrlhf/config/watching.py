@@ -1,7 +1,8 @@
-"""The keys of what watches a run: the best evaluation and early stopping."""
+"""The keys of what watches a run: the best evaluation, early stopping, callbacks and profiles."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,7 +11,7 @@ from fastrlhf.config.checks import at_default, at_least, require
 
 @dataclass(frozen=True, kw_only=True)
 class WatchKeys:
-    """The keys of the best model and of early stopping."""
+    """The keys of the best model, of early stopping, of callbacks and of profiles."""
 
     BEST_METRIC: ClassVar[str] = "eval_loss"
     """The metric of `metric_for_best_model` if it is empty."""
@@ -28,6 +29,12 @@ class WatchKeys:
     it runs to its end."""
     early_stopping_threshold: float = 0.0
     """Least improvement that resets the count of `early_stopping_patience`."""
+    callbacks: tuple[str, ...] = ()
+    """Classes of callbacks, which the run calls at its start and end and after steps, evaluations and checkpoints, as
+    path/to/file.py:Class or package.module:Class."""
+    profile_steps: str = ""
+    """First and last step to profile, for example 5:8. The trace of torch's profiler, and on a CUDA GPU a history of
+    its memory, are written to `profile/` in `output_dir`."""
 
     @property
     def watches_evaluations(self) -> bool:
@@ -47,9 +54,19 @@ class WatchKeys:
             return not self.best_metric.endswith("loss")
         return self.greater_is_better
 
-    def check_watching(self, output_dir: str, eval_steps: int) -> None:
+    @property
+    def profiled_steps(self) -> tuple[int, int]:
+        """The first and the last step to profile."""
+        first, _, last = self.profile_steps.partition(":")
+        return int(first), int(last)
+
+    def check_watching(self, eval_steps: int) -> None:
         """Raises ValueError for a number out of range, for keys that nothing reads, and if the run has no evaluations
-        to compare or no folder for the best weights."""
+        to compare."""
+        if self.profile_steps:
+            valid = re.fullmatch(r"[1-9]\d*:\d+", self.profile_steps)
+            ordered = valid is not None and self.profiled_steps[0] <= self.profiled_steps[1]
+            require(ordered, "profile_steps", self.profile_steps, "the first and the last step, such as 5:8")
         at_least(self, 0, "early_stopping_patience", "early_stopping_threshold")
         because = "without load_best_model_at_end and early_stopping_patience"
         patience = "when early_stopping_patience is 0"
@@ -63,6 +80,10 @@ class WatchKeys:
         if self.watches_evaluations:
             which = "load_best_model_at_end" if self.load_best_model_at_end else "early_stopping_patience"
             require(eval_steps > 0, "eval_steps", eval_steps, f"above 0 with {which}, which compares evaluations")
-        if self.load_best_model_at_end:
-            rule = "false without output_dir, to which the best weights are written"
-            require(bool(output_dir), "load_best_model_at_end", True, rule)
+
+    def check_folder(self, output_dir: str) -> None:
+        """Raises ValueError if the run needs a folder and has none."""
+        rule = "false without output_dir, to which the best weights are written"
+        require(bool(output_dir) or not self.load_best_model_at_end, "load_best_model_at_end", True, rule)
+        rule = "empty without output_dir, to which profiles are written"
+        require(bool(output_dir) or not self.profile_steps, "profile_steps", self.profile_steps, rule)

@@ -36,6 +36,7 @@ from fastrlhf.models.loading import DTYPES, check_architecture, resolve_device
 from fastrlhf.models.offload import check_offloading
 from fastrlhf.publish.push import check_push, open_repository
 from fastrlhf.runtime.adamw import check_optim
+from fastrlhf.runtime.callbacks import load_callbacks
 from fastrlhf.runtime.checkpoint import check_run_dir, check_same_data
 from fastrlhf.runtime.locks import check_idle
 from fastrlhf.runtime.reporters import import_reporters
@@ -94,16 +95,15 @@ def open_inputs(
     `config` names. With `keep_rows` the examples stay in memory, so that reward functions and judges with another
     tokenizer can read the text and the columns of a row.
 
-    Raises ValueError, before a model is loaded or a folder is made, if there is a problem with paths, files, rows or
-    reporters, or if the device or the installation lacks something that the run needs. It is raised on every rank if
-    any rank finds a problem, or if ranks have read different rows.
+    Raises ValueError on every rank, before a model is loaded or a folder is made, if any rank finds a problem with
+    paths, files, rows, reporters or callbacks or lacks something that the run needs, or if ranks have read different
+    rows.
     """
     start(config)
     log.info("batch: %s", config.describe_batch())
     check_push(config)
     if config.output_dir:
-        on_first(lambda: check_run_dir(config))
-        on_first(lambda: check_idle(config.output_dir))
+        on_first(lambda: (check_run_dir(config), check_idle(config.output_dir)))
     tokenizer, data = together(lambda: _read(config, fields, train, evaluation, tokenizer, keep_rows))
     if world_size() > 1:
         compare(data.fingerprint, "dataset")
@@ -125,6 +125,7 @@ def _read(
     keep_rows: bool,
 ) -> tuple[PreTrainedTokenizerBase, Data]:
     import_reporters(config.report_to)
+    load_callbacks(config)
     check_libraries(config)
     check_architecture(config)
     if train is None and not config.dataset_test_split:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from fastrlhf.models.four_bit import is_four_bit
 from fastrlhf.models.sharding import is_sharded, on_first_rank, plain_class
 from fastrlhf.publish.card import Card, is_ours
 from fastrlhf.runtime.atomic import write_file
-from fastrlhf.runtime.checkpoint import save_model, save_weights
+from fastrlhf.runtime.checkpoint import Checkpointer, save_model, save_weights
 from fastrlhf.runtime.inputs import Data
 from fastrlhf.types import TokenizedExample
 
@@ -201,3 +202,36 @@ def acceptance_of(config: TrainConfig, data: Data | None) -> Acceptance | None:
         return None
     rows = (data.eval or data.train) if data else []
     return Acceptance(rows, config.max_merge_shift)
+
+
+def rescue(
+    error: Exception,
+    checkpointer: Checkpointer,
+    trained: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+    *,
+    step: int,
+    saved: int,
+    save: Callable[[], Path],
+) -> None:
+    """After an error, saves the last whole step `step` as a checkpoint, by `save`, unless it is `saved` already; if
+    weights have changed since, saves the weights in `interrupted/` instead. Notes on the error say what was saved. A
+    failure to save is logged, so that it does not hide the error."""
+    whole = checkpointer.back_to_mark()
+    if step <= saved:
+        if step:
+            error.add_note(f"the same command continues from {checkpointer.path(step)}")
+        return
+    if whole:
+        try:
+            error.add_note(f"saved as {save()}; the same command continues")
+            return
+        except Exception as another:
+            log.warning("step %d cannot be saved: %s", step, another)
+    place = checkpointer.folder / "interrupted"
+    try:
+        save_trained(*trained, place)
+        which = "" if whole else f", in the middle of step {step + 1}: some have changed since step {step}"
+        error.add_note(f"its last weights are in {place}{which}")
+    except Exception as another:
+        shutil.rmtree(place, ignore_errors=True)
+        log.warning("interrupted: the last weights cannot be saved: %s", another)

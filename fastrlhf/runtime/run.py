@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -22,11 +21,12 @@ from fastrlhf.distributed.ranks import failed_together, from_all, may_unwind, on
 from fastrlhf.publish.push import push
 from fastrlhf.runtime.atomic import sweep
 from fastrlhf.runtime.best import BestModel
+from fastrlhf.runtime.callbacks import Callbacks
 from fastrlhf.runtime.checkpoint import Checkpointer, Stateful, check_run_dir, create_output_dir
 from fastrlhf.runtime.disk import check_room, with_room
 from fastrlhf.runtime.inputs import Data
 from fastrlhf.runtime.locks import locked
-from fastrlhf.runtime.merging import acceptance_of, card_of, save_all, save_trained
+from fastrlhf.runtime.merging import acceptance_of, card_of, rescue, save_all
 from fastrlhf.runtime.metrics import MetricsWriter, read_metrics
 from fastrlhf.runtime.progress import Progress
 from fastrlhf.runtime.result import TrainResult
@@ -71,11 +71,12 @@ class Run:
         parts: Mapping[str, Stateful] | None = None,
         evaluate: Callable[[], Mapping[str, float]] | None = None,
         functions: Mapping[str, Any] | None = None,
+        callbacks: Sequence[Any] = (),
     ) -> None:
         """`value_model` and `dpo_model` are trained together with the model in `trained`. `parts`: name -> other object
         with a state, for example an optimiser (its name ends in "optimizer") or a normaliser. `evaluate` measures the
         model on the held-out rows; it is None if no rows are held out. `functions`: user-defined functions, by name,
-        that the configuration does not name."""
+        that the configuration does not name. `callbacks`: objects with methods of runtime/callbacks.py."""
         if data and data.day:
             config = dataclasses.replace(config, template_date=data.day)
         self._name, self._config, self._steps, self._trained, self._data = name, config, steps, trained, data
@@ -93,10 +94,11 @@ class Run:
         models = {"": trained[0]} if trained else {}
         models |= {name: model for name, model in beside.items() if model is not None}
         self._best = BestModel(config, self.folder, models, trained[1] if trained else None)
+        self._callbacks = Callbacks(config, callbacks, steps, *(trained or (None, None)))
         if self.folder and trained:
             fingerprint = data.fingerprint if data else {}
-            hashes = function_hashes(config) | object_hashes(functions or {})
-            stateful = {**(parts or {}), "unlogged": self._unlogged, "best": self._best}
+            hashes = function_hashes(config) | object_hashes({**(functions or {}), **self._callbacks.given})
+            stateful = {**(parts or {}), "unlogged": self._unlogged, "best": self._best, **self._callbacks.parts}
             self._checkpointer = Checkpointer(self.folder, models, trained[1], stateful, fingerprint, hashes)
 
     def __enter__(self) -> Run:
@@ -171,8 +173,10 @@ class Run:
             if isinstance(error, Interrupted) and not error.when and self._checkpointer:
                 failed = self._stop(error, self._checkpointer)
             if failed and self._checkpointer and self._trained and failed_together(failed, len(self.history)):
-                self._rescue(failed, self._checkpointer, self._trained)
+                save = partial(self._save, self._checkpointer, self._whole, wait=False)
+                rescue(failed, self._checkpointer, self._trained, step=self._whole, saved=self._saved, save=save)
         finally:
+            self._callbacks.close()
             self._stack.__exit__(kind, error, trace)
         if failed and failed is not error:
             raise failed from error
@@ -209,48 +213,25 @@ class Run:
         if kind is None and (pending := self._asked_to_stop()):
             raise Interrupted(pending, f"after the last step; the trained model is in {self.folder}", finished=True)
 
-    def _rescue(
-        self, error: Exception, checkpointer: Checkpointer, trained: tuple[PreTrainedModel, PreTrainedTokenizerBase]
-    ) -> None:
-        """After an error, saves the last whole step as a checkpoint; if weights have changed since, saves the weights
-        in `interrupted/` instead. A failure to save is logged, so that it does not hide the error."""
-        step, whole = self._whole, checkpointer.back_to_mark()
-        if step <= self._saved:
-            if step:
-                error.add_note(f"the same command continues from {checkpointer.path(step)}")
-            return
-        if whole:
-            try:
-                error.add_note(f"saved as {self._save(checkpointer, step, wait=False)}; the same command continues")
-                return
-            except Exception as another:
-                log.warning("step %d cannot be saved: %s", step, another)
-        place = checkpointer.folder / "interrupted"
-        try:
-            save_trained(*trained, place)
-            which = "" if whole else f", in the middle of step {step + 1}: some have changed since step {step}"
-            error.add_note(f"its last weights are in {place}{which}")
-        except Exception as another:
-            shutil.rmtree(place, ignore_errors=True)
-            log.warning("interrupted: the last weights cannot be saved: %s", another)
-
     def remaining(self, batches: Iterable[list[int]]) -> Iterator[tuple[int, list[int]]]:
         """Yields (step, batch) from the step at which the run starts or resumes. With `eval_on_start`, a new run first
         evaluates and logs the result as step 0. A resumed run first completes a step whose evaluation was interrupted.
         """
         self.between_parts()
+        self._callbacks.call("on_start", self._start, {})
         if self._config.eval_on_start and self._start == 0 and self._evaluate:
             self._stoppable = True
             self.initial = dict(self._evaluate())
             self._stoppable = False
             self._compare(0, self.initial)
+            self._callbacks.call("on_evaluate", 0, self.initial)
             if self._writer:
                 self._writer.log(0, self.initial)
             self._progress.evaluation(0, self.initial)
         for step, metrics, shown, samples in list(self._unlogged.rows):
             self.log(step, metrics, shown, samples)
         for step, batch in enumerate(batches):
-            if self._best.stopped:
+            if self._ended:
                 return
             if step >= self._start:
                 self._begun, self._stoppable = step + 1, True
@@ -282,10 +263,11 @@ class Run:
         checkpoint is needed.
         """
         self._whole, row = step, dict(metrics)
-        if self._evaluate and self.due(step - 1, self._config.eval_steps):
-            self._final = self._evaluated((step, row, shown, list(samples)), self._evaluate)
-            row |= self._final
-            self._compare(step, self._final)
+        due = self._evaluate is not None and self.due(step - 1, self._config.eval_steps)
+        if due or self._callbacks:
+            measured = self._watched((step, dict(row), shown, list(samples)), due)
+            self._final = measured or self._final
+            row |= measured
         self._stoppable = False
         self.history.append(row)
         if self._writer:
@@ -294,22 +276,38 @@ class Run:
         self._progress.step(step, row, shown)
         if self._checkpointer:
             self._checkpointer.mark()
-            if step < self._steps and not self._best.stopped:
-                if self._config.save_steps and step % self._config.save_steps == 0:
+            asked = self._callbacks.takes("save")
+            if step < self._steps and not self._ended:
+                if asked or (self._config.save_steps and step % self._config.save_steps == 0):
                     self._save(self._checkpointer, step)
+                    self._callbacks.call("on_save", step, row)
+                    self._checkpointer.mark()
                 if pending := self._asked_to_stop():
                     raise Interrupted(pending)
 
-    def _evaluated(self, row: Row, evaluate: Callable[[], Mapping[str, float]]) -> dict[str, float]:
-        """Evaluates after a step and returns the metrics. If the evaluation is interrupted, the checkpoint holds the
-        row of the step, which is not in the log yet."""
+    @property
+    def _ended(self) -> bool:
+        """Whether the run ends before its last step."""
+        return self._best.stopped or self._callbacks.stopped
+
+    def _watched(self, row: Row, due: bool) -> dict[str, float]:
+        """Calls callbacks after a step; evaluates if this is `due` or if a callback asks for it, and returns the
+        metrics. If any of this is interrupted or fails, the checkpoint holds the row of the step, which is not in the
+        log yet, and a resumed run does all of it again."""
+        step, metrics, *_ = row
         self._unlogged.rows = [row]
         if self._checkpointer:
             self._checkpointer.mark()
-        self._stoppable = True
-        self.between_parts()
-        measured = dict(evaluate())
-        self._stoppable, self._unlogged.rows = False, []
+        self._callbacks.call("on_step", step, metrics)
+        asked, measured = self._callbacks.takes("evaluate"), dict[str, float]()
+        if self._evaluate and (due or asked or self._callbacks.stopped):
+            self._stoppable = True
+            self.between_parts()
+            measured = dict(self._evaluate())
+            self._stoppable = False
+            self._compare(step, measured)
+            self._callbacks.call("on_evaluate", step, {**metrics, **measured})
+        self._unlogged.rows = []
         return measured
 
     def _compare(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -374,9 +372,11 @@ class Run:
         if self._checkpointer:
             self._with_room(self._checkpointer, write, self._checkpointer.model_bytes, "the model")
             self._best.discard()
+            self._checkpointer = None  # the run is finished: an error of a callback saves nothing
         else:
             write()
         self._finished = True
+        self._callbacks.call("on_end", self._whole, final)
         return TrainResult(
             model=saved[""],
             tokenizer=tokenizer,

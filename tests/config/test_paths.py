@@ -9,13 +9,13 @@ from fastrlhf.config import CONFIGS, DPOConfig, EvalConfig, PPOConfig, SFTConfig
 from fastrlhf.config.command_line import parse
 from fastrlhf.config.compare import differences
 from fastrlhf.config.files import as_yaml
-from fastrlhf.config.paths import as_given, at_start, filled_in, is_same
+from fastrlhf.config.paths import FUNCTIONS, as_given, at_start, filled_in, is_same
 
 PATHS = {
     *("output_dir", "ref_cache_dir", "dataset_name", "chat_template"),
     *("model_name_or_path", "tokenizer_name_or_path", "ref_model_name_or_path"),
     *("reward_model_path", "eval_reward_model_path", "critic_model_path", "dpo_model_path", "dpo_ref_model_path"),
-    *("policy_path", "reward_functions", "psi", "equivalence", "loss_type"),
+    *("policy_path", "reward_functions", "psi", "equivalence", "loss_type", "callbacks"),
 }
 
 
@@ -29,12 +29,13 @@ def test_the_keys_that_hold_paths_are_known(tmp_path, monkeypatch):
             config = object.__new__(kind)
             for other in fields(kind):
                 object.__setattr__(config, other.name, other.default)
-            text = "there:f" if field.name in ("reward_functions", "psi", "equivalence", "loss_type") else "there"
+            text = "there:f" if field.name in FUNCTIONS else "there"
             if isinstance(field.default, (str, tuple)):
                 value = (text,) if isinstance(field.default, tuple) else text
                 object.__setattr__(config, field.name, value)
                 with monkeypatch.context() as patch:
                     patch.setattr(kind, "__post_init__", lambda self: None)
+                    patch.setattr(kind, "check_folder", lambda self, folder: None)
                     resolved = getattr(at_start(config, kind, "it"), field.name)
                 if resolved != value:
                     assert resolved in (f"{tmp_path}/{text}", (f"{tmp_path}/{text}",))

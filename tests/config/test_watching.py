@@ -4,6 +4,7 @@ import pytest
 
 from fastrlhf.config import PPOConfig, SFTConfig
 from fastrlhf.config.command_line import parse
+from fastrlhf.config.paths import at_start
 
 BEST = {"load_best_model_at_end": True, "eval_steps": 10, "output_dir": "runs/x"}
 
@@ -19,10 +20,8 @@ BEST = {"load_best_model_at_end": True, "eval_steps": 10, "output_dir": "runs/x"
             {"early_stopping_patience": 3},
             "eval_steps: must be above 0 with early_stopping_patience, which compares evaluations; got 0",
         ),
-        (
-            BEST | {"output_dir": ""},
-            "load_best_model_at_end: must be false without output_dir, to which the best weights are written; got True",
-        ),
+        ({"profile_steps": "8:5"}, "profile_steps: must be the first and the last step, such as 5:8; got '8:5'"),
+        ({"profile_steps": "0:5"}, "profile_steps: must be the first and the last step, such as 5:8; got '0:5'"),
         (
             {"metric_for_best_model": "eval_loss"},
             "metric_for_best_model: must be '' without load_best_model_at_end and early_stopping_patience, since it "
@@ -73,3 +72,15 @@ def test_a_truth_value_that_may_be_null_is_read_from_flags_and_files(spelled, tm
     assert parse(SFTConfig, ["--config", str(tmp_path / "run.yaml"), *flags], "sft").greater_is_better is True
     (tmp_path / "run.yaml").write_text("greater_is_better: null\n")
     assert parse(SFTConfig, ["--config", str(tmp_path / "run.yaml"), *flags], "sft").greater_is_better is None
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        (BEST, "load_best_model_at_end: must be false without output_dir, to which the best weights are written"),
+        ({"profile_steps": "5:8"}, "profile_steps: must be empty without output_dir, to which profiles are written"),
+    ],
+)
+def test_a_trainer_refuses_keys_that_need_a_folder_if_there_is_none(keys, told):
+    with pytest.raises(ValueError, match=f"^{told}"):
+        at_start(SFTConfig(**keys | {"output_dir": ""}), SFTConfig, "train_sft")

@@ -110,6 +110,8 @@ def test_the_rule_of_transformers_for_improvements(values, threshold, stops_at, 
     stopped, improved = [], []
     for step, value in enumerate(values):
         improved += [step] * watched.seen(step, {"eval_loss": value})
-        stopped += [step] * watched.stopped
+        if watched.stopped:
+            stopped.append(step)
+            break
     assert (stopped or [None])[0] == stops_at
     assert (improved or [None])[-1] == best

@@ -46,7 +46,7 @@ def open_work(config: TrainConfig, most_batches: int = 1, *, keep_rows: bool = F
     """
     # Only the run itself needs an output folder, reporters, the hub, a device and optional libraries.
     alone = {"optim": "adamw_torch_fused", "attn_implementation": "auto", "use_liger_kernel": False}
-    alone |= {"activation_offloading": False, "load_in_4bit": False}
+    alone |= {"activation_offloading": False, "load_in_4bit": False, "callbacks": ()}
     alone |= {"push_to_hub": False, "hub_model_id": "", "hub_private_repo": False, "hub_revision": ""}
     elsewhere = dataclasses.replace(config, output_dir="", report_to=(), **alone)
     if config.model_name_or_path:  # The model may not exist yet, if an earlier run of the chain trains it.
