@@ -96,8 +96,7 @@ def open_inputs(
     tokenizer can read the text and the columns of a row.
 
     Raises ValueError on every rank, before a model is loaded or a folder is made, if any rank finds a problem with
-    paths, files, rows, reporters or callbacks or lacks something that the run needs, or if ranks have read different
-    rows.
+    paths, files, rows, reporters or callbacks, or lacks a library or device, or if ranks have read different rows.
     """
     start(config)
     log.info("batch: %s", config.describe_batch())
