@@ -87,13 +87,20 @@ def _precomputed(config: ReferenceConfig, policy: PreTrainedModel, trees: Sequen
 
 
 def _keep(sums: Tensor, file: Path) -> None:
+    """Writes log-probs to the cache. If they cannot be written, for example to a full disk, a warning is logged and the
+    run continues without the cache."""
     partial = file.with_suffix(f".{os.getpid()}.partial")  # two runs may write the same file
     sums = sums.cpu()
-    save_file({"logprobs": sums}, partial, {"sha256": _hash(sums)})
-    partial.chmod(0o666 & ~current_umask())
-    flush(partial)
-    os.replace(partial, file)
-    flush(file.parent)
+    try:
+        save_file({"logprobs": sums}, partial, {"sha256": _hash(sums)})
+        partial.chmod(0o666 & ~current_umask())
+        flush(partial)
+        os.replace(partial, file)
+        flush(file.parent)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        log.warning("ref_cache_dir: %s cannot be written, the run continues without it: %s", file, error)
+        return
     log.info("reference: log-probs of %d responses kept in %s", len(sums), file)
 
 

@@ -4,6 +4,7 @@ import logging
 from dataclasses import replace
 
 import pytest
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -110,6 +111,19 @@ def test_a_damaged_cache_is_named(damage, model, tmp_path):
     file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(ValueError, match=rf"ref_cache_dir: '{file}' is damaged; delete it"):
         run(cfg)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("I/O error (os error 28)")])
+def test_a_cache_that_cannot_be_written_does_not_end_the_run(error, model, tmp_path, monkeypatch, caplog):
+    def full(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(reference, "save_file", full)
+    kept, plain = (run(config(model, ref_cache_dir=place, max_steps=1)) for place in (str(tmp_path), ""))
+    assert kept == plain
+    assert list(tmp_path.iterdir()) == []
+    assert "cannot be written, the run continues without it" in caplog.text
 
 
 def test_a_cache_without_a_hash_is_not_trusted(model, tmp_path):
