@@ -86,11 +86,13 @@ class Ran:
     """Per step, the gradient of each weight of the policy."""
     of_rewards: list[list[Tensor]]
     """Per step, the gradient of each weight of the model of the token rewards."""
+    before: list[list[Tensor]]
+    """Gradients of the policy in the steps of earlier updates."""
     metrics: dict[str, float]
 
 
 def run(monkeypatch, config: GRPOConfig, examples: list[Example]) -> Ran:
-    """Runs one update of two steps of gradient descent with RATE, and keeps what it trained on."""
+    """Runs updates of two steps of gradient descent with RATE, and keeps what the last one trained on."""
     recorders = tiny.record_gradients(monkeypatch, ppo, RATE)
     kept: list[tuple[list[Rollout], Experience]] = []
     for name in ("update", "update_pairs"):
@@ -104,10 +106,10 @@ def run(monkeypatch, config: GRPOConfig, examples: list[Example]) -> Ran:
         monkeypatch.setattr(ppo, name, spied)
     functions = [f"{__name__}:{name}" for name in FUNCTIONS]
     config = replace(config, reward_functions=tuple(functions), reward_weights=tuple(WEIGHTS.values()))
-    (metrics,) = train_ppo(config, examples).history
-    ((rollouts, experience),) = kept
+    *_, metrics = train_ppo(config, examples).history
+    *_, (rollouts, experience) = kept
     steps = {name: [step[0] for step in recorder.steps] for recorder in recorders for name in recorder.models}
-    return Ran(config, rollouts, experience, steps[""], steps.get("dpo_", []), metrics)
+    return Ran(config, rollouts, experience, steps[""][-2:], steps.get("dpo_", []), steps[""][:-2], metrics)
 
 
 def rewards_of(config: GRPOConfig, rollouts: list[Rollout], examples: list[Example]) -> np.ndarray:
@@ -208,13 +210,24 @@ def group_loss(config: GRPOConfig, now: list[Tensor], then: list[Tensor], advant
             return torch.cat(per_token).sum() / sum(lengths)
 
 
-def rebel_loss(config: GRPOConfig, now: list[Tensor], then: list[Tensor], rewards: np.ndarray) -> Tensor:
-    """REBEL's loss: the mean squared error over pairs of neighbouring rollouts."""
-    change = [(p - q).sum() for p, q in zip(now, then, strict=True)]
-    errors = [
-        change[i] - change[i + 1] - config.pair_eta * (rewards[i] - rewards[i + 1]) for i in range(0, len(now), 2)
-    ]
-    return torch.stack(errors).square().mean()
+def mean_pair_loss(config: GRPOConfig, now: list[Tensor], base: list[Tensor], returns: np.ndarray) -> Tensor:
+    """The loss of `pair_loss` over the pairs that `pair_select` names, averaged."""
+    change = [(p - q).sum() for p, q in zip(now, base, strict=True)]
+    losses = []
+    for first in range(0, len(now), SIZE):
+        own = returns[first : first + SIZE]
+        best_worst = [(int(own.argmax()), int(own.argmin()))]
+        for one, other in best_worst if config.pair_select == "best_worst" else [(0, 1), (2, 3)]:
+            i, j = (one, other) if own[one] >= own[other] else (other, one)
+            margin, difference = change[first + i] - change[first + j], own[i] - own[j]
+            match config.pair_loss:
+                case "rebel":
+                    losses.append((margin - config.pair_eta * difference) ** 2)
+                case "ipo":
+                    losses.append((margin - (1 / (1 + np.exp(-difference)) - 0.5) / config.pair_beta) ** 2)
+                case _:
+                    losses.append(-(config.pair_beta * margin).sigmoid().log())
+    return torch.stack(losses).mean()
 
 
 def load(model: str):
@@ -236,9 +249,17 @@ def descend(net, gradient: list[Tensor]) -> None:
         weight -= RATE * one.double()
 
 
+def sampler_of(ran: Ran, model: str):
+    """The policy that sampled the last update."""
+    net = load(model)
+    for gradient in ran.before:
+        descend(net, gradient)
+    return net
+
+
 def check_update(ran: Ran, model: str, sets: Sets, then: list[Tensor], loss_of) -> None:
     """Compares the gradients of both steps with those of `loss_of`, a function of the log-probs of the policy."""
-    net, losses = load(model), []
+    net, losses = sampler_of(ran, model), []
     for gradient in ran.gradients:
         loss = loss_of(logprobs(net, ran.config, ran.rollouts, sets))
         check_gradient(gradient, loss, net)
@@ -250,7 +271,7 @@ def check_update(ran: Ran, model: str, sets: Sets, then: list[Tensor], loss_of) 
 
 def sampled(ran: Ran, model: str, sets: Sets) -> list[Tensor]:
     """Returns the sampler's log-probs, after a comparison with those that the engine and the trainer computed."""
-    then = [one.detach() for one in logprobs(load(model), ran.config, ran.rollouts, sets)]
+    then = [one.detach() for one in logprobs(sampler_of(ran, model), ran.config, ran.rollouts, sets)]
     drawn = torch.tensor([x for rollout in ran.rollouts for x in rollout.sampler_logprob])
     torch.testing.assert_close(torch.cat(then).float(), drawn, rtol=0, atol=2e-5)
     torch.testing.assert_close(torch.cat(then).float(), ran.experience.sampler_logprob, rtol=0, atol=2e-5)
@@ -283,7 +304,7 @@ def test_an_update_equals_the_same_update_by_hand(model, monkeypatch, settings):
     np.testing.assert_allclose([x.sum().item() for x in paid], rewards, atol=1e-5)
     if config.update == "pair":
         assert {x.prefix.num_reset > 0 for x in rollouts} == {True, False}
-        check_update(ran, model, sets, then, lambda now: rebel_loss(config, now, then, rewards))
+        check_update(ran, model, sets, then, lambda now: mean_pair_loss(config, now, then, rewards))
         return
     advantage = advantages(config, rewards)
     expected = torch.from_numpy(np.repeat(advantage, lengths)).float()
@@ -326,3 +347,40 @@ def test_prime_with_resets_into_failures_equals_the_same_update_by_hand(model, m
         advantage.append(torch.from_numpy(token[::-1].cumsum()[::-1].copy()) + outcome)
     torch.testing.assert_close(ran.experience.advantage, torch.cat(advantage).float(), rtol=1e-4, atol=1e-4)
     check_update(ran, model, sets, then, lambda now: group_loss(config, now, then, advantage, [True] * len(now)))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"loss_type": "bnpo", "kl_coef": 0.2, "temperatures": (0.8, 1.2), "top_p": 0.9},
+        {"loss_type": "bnpo", "kl_coef": 0.2, "kl_placement": "loss", "kl_estimator": "k3"},
+        {"update": "pair", "pair_loss": "dpo", "pair_select": "best_worst", "kl_coef": 0.1, "top_k": 20}
+        | {"reset_prob": 0.5, "reset_source": "rollout"},
+        {"update": "pair", "pair_loss": "ipo", "pair_beta": 0.3, "kl_coef": 0.1},
+    ],
+    ids=["KL in the reward", "KL in the loss", "dpo", "ipo"],
+)
+def test_a_second_update_in_which_the_reference_is_not_the_sampler(model, monkeypatch, settings):
+    monkeypatch.setattr(f"{__name__}.RATE", 0.05)
+    examples, sets = conversations(), Sets()
+    ran = run(monkeypatch, grpo(model, **settings | {"max_steps": 2}), examples)
+    config, rollouts = ran.config, ran.rollouts
+    then = sampled(ran, model, sets)
+    base = [one.detach() for one in logprobs(load(model), config, rollouts, sets)]
+    kl = np.array([(p - q).sum().item() for p, q in zip(then, base, strict=True)])
+    assert ran.metrics["objective/kl"] == pytest.approx(kl.mean(), abs=1e-4)
+    assert np.abs(kl).max() > 0.1
+    in_reward = config.kl_placement == "reward"
+    returns = rewards_of(config, rollouts, examples) - (config.kl_coef * kl if in_reward else 0)
+
+    def loss_of(now: list[Tensor]) -> Tensor:
+        if config.update == "pair":
+            return mean_pair_loss(config, now, base, returns)
+        loss = group_loss(config, now, then, advantages(config, returns), [True] * len(now))
+        if in_reward:
+            return loss
+        ratio = torch.cat([p - q for p, q in zip(now, then, strict=True)]).exp().detach()
+        change = torch.cat([p - q for p, q in zip(now, base, strict=True)])
+        return loss + config.kl_coef * (ratio * change.square() / 2).mean()  # gradient: ratio times the log-ratio
+
+    check_update(ran, model, sets, then, loss_of)
