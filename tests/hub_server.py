@@ -59,7 +59,7 @@ class _Handler(BaseHTTPRequestHandler):
         hub.requests.append(f"{self.command} {path}")
         broken = next((status for part, status in hub.broken.items() if part in path), 0)
         if broken:
-            self._answer(broken, {"error": "told by the stand-in"})
+            self._answer(broken, {"error": "refused by the stand-in"})
         elif path == "/api/validate-yaml":
             self._validate(json.loads(body))
         elif self.headers.get("Authorization") != f"Bearer {TOKEN}":
@@ -150,12 +150,12 @@ def serving() -> Iterator[Hub]:
 
 
 def pushed(run: Callable[..., Any], place: Path, two: Path) -> list[str]:
-    """Trains in every process of tests/ranks.py with push_to_hub and returns the requests that the hub has seen from
-    all of them. Every rank must call it."""
+    """Trains in every process of tests/ranks.py with push_to_hub and returns the requests of all of them that concern
+    the repository. Every rank must call it."""
     with serving() if is_first() else nullcontext() as hub, pytest.MonkeyPatch.context() as patch:
         use(patch, on_first(lambda: hub.url))
         run("sft", place, two / "pushed", push_to_hub=True, hub_model_id="ada/two")
-        return on_first(lambda: hub.requests)
+        return on_first(lambda: [one for one in hub.requests if "/api/repos" in one or "/api/models" in one])
 
 
 def use(patch: pytest.MonkeyPatch, url: str) -> None:

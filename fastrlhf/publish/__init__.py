@@ -1,1 +1,1 @@
-"""What the hub is told about a model: its card, and the upload."""
+"""Model cards, and the upload of models to the hub."""

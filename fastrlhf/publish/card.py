@@ -49,7 +49,7 @@ BESIDE = {
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
-    """What the card of a run is written from."""
+    """The model card of a run, and the values that its text depends on."""
 
     config: TrainConfig
     datasets: tuple[str, ...]
@@ -206,7 +206,7 @@ class Card:
 FOLDER = "path/to/this/folder"
 IN_PYTHON = "rows given in Python"
 OURS = "written by fastrlhf"
-"""Key that `_front_matter` adds to the header of a card of our own."""
+"""Key that `_front_matter` adds to the header of a card that fastrlhf wrote."""
 
 
 def shown_settings(config: TrainConfig) -> dict[str, Any]:
@@ -257,7 +257,7 @@ def _front_matter(model: str) -> dict[str, Any]:
 
 
 def is_ours(card: Path) -> bool:
-    """Returns whether fastrlhf wrote the card and nobody has claimed it since by deleting the mark."""
+    """Returns whether fastrlhf wrote the card and the card still has its mark."""
     return MARK in card.read_text(encoding="utf-8", errors="replace")
 
 

@@ -1,4 +1,4 @@
-"""The methods that a configuration trains with, each with its equation and its papers, for a model card."""
+"""Lists the methods of a configuration, each with its equation and its papers, for a model card."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class Method:
     """One method: a loss, an estimator, or a rule for starts, rewards or weights."""
 
     tag: str
-    """Its name as a tag on the hub."""
+    """Name of the method as a tag on the hub."""
     name: str
     equation: str = ""
-    """The loss or quantity, in plain text; empty if the name says all."""
+    """The loss, or the quantity that the method defines, in plain text; may be empty."""
     source: str = ""
     """The place of the equation in the paper, for example "eq. 7"."""
     papers: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""The papers whose methods the trainers implement, for the citations of a model card."""
+"""The papers of the methods that the trainers implement, for the citations of a model card."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class Paper:
     year: int
     title: str
     arxiv: str = ""
-    """Its number on arXiv; empty if it is not there."""
+    """Number of the paper on arXiv; empty if arXiv does not have the paper."""
     url: str = ""
-    """Its address, if it is not on arXiv."""
+    """Address of the paper, if arXiv does not have it."""
 
     @property
     def link(self) -> str:

@@ -1,8 +1,8 @@
 """Uploads the final model of a run to the Hugging Face hub.
 
-Token, repository and permissions are checked before any time is spent. Model weights, tokenizer and card are uploaded;
-rows, metrics, checkpoints and config.yaml, which may hold paths of the machine, stay. If the upload fails, the model is
-complete in its folder, and the error holds the command that uploads it.
+Token, repository and permissions are checked before any time is spent. Weights, tokenizer and card are uploaded; rows,
+metrics, checkpoints and config.yaml, which may contain paths of the machine, are not. If the upload fails, the model is
+complete in its folder, and the error message has the command that uploads it.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ class PushFailed(OSError):
 
 
 def check_push(config: TrainConfig) -> None:
-    """Raises ValueError if `push_to_hub` is set and nothing could be uploaded: no output folder, no token, or no
-    connection by choice. The hub is not asked."""
+    """Raises ValueError if `push_to_hub` is set and nothing could be uploaded: no output folder, no token, or
+    HF_HUB_OFFLINE is set. The hub is not contacted."""
     if not config.push_to_hub:
         return
     require(bool(config.output_dir), "push_to_hub", True, "false without an output_dir")
     if constants.HF_HUB_OFFLINE:
-        raise ValueError("push_to_hub: HF_HUB_OFFLINE is set, so nothing can be uploaded; unset it or push_to_hub")
+        raise ValueError("push_to_hub: HF_HUB_OFFLINE is set, so nothing can be uploaded; unset one of the two")
     if get_token() is None:
         raise ValueError("push_to_hub: no token; run `hf auth login`, or set HF_TOKEN to a token that may write")
 
@@ -132,9 +132,7 @@ def _uploaded(config: TrainConfig, folder: Path) -> Iterator[str]:
                 yield "model-*.safetensors" if shard else name
     if (folder / "adapter").is_dir():
         if is_local(config.model_name_or_path):
-            log.warning(
-                "push_to_hub: adapter/ is not uploaded, because the model under it is local; the merged model is"
-            )
+            log.warning("push_to_hub: adapter/ is not uploaded, because its base model is local; the merged model is")
         else:
             yield "adapter/*"
 

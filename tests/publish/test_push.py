@@ -69,7 +69,7 @@ def test_a_run_uploads_its_model_and_its_card_and_nothing_else(hub, place, tmp_p
     assert hub.requests[-1] == "POST /api/validate-yaml"
     assert not any(str(tmp_path).encode() in content for content in files.values())
     assert f"uploaded to {hub.url}/ada/tiny" in caplog.text
-    assert "adapter/ is not uploaded, because the model under it is local" in caplog.text
+    assert "adapter/ is not uploaded, because its base model is local" in caplog.text
 
 
 def test_private_repositories_and_branches_are_created(hub, place, tmp_path):
@@ -96,8 +96,8 @@ def test_an_adapter_over_a_model_of_the_hub_is_uploaded_with_it(hub, tmp_path):
     [
         ({}, ("--hub_model_id", "others/new"), "403 You don't have the rights to create a model under this namespace"),
         ({}, ("--hub_model_id", "others/old"), "403 Read-only token"),
-        ({"repos/create": 401}, ("--hub_model_id", "ada/x"), "401 told by the stand-in"),
-        ({"branch": 403}, ("--hub_model_id", "ada/x", "--hub_revision", "beta"), "403 told by the stand-in"),
+        ({"repos/create": 401}, ("--hub_model_id", "ada/x"), "401 refused by the stand-in"),
+        ({"branch": 403}, ("--hub_model_id", "ada/x", "--hub_revision", "beta"), "403 refused by the stand-in"),
     ],
 )
 def test_a_refusal_ends_the_run_before_a_model_is_loaded(hub, place, tmp_path, capsys, broken, flags, told):
@@ -128,7 +128,7 @@ def test_a_failed_upload_leaves_the_model_and_names_the_command_that_repeats_it(
     line = capsys.readouterr().err.splitlines()[-1]
     told, _, command = line.partition("; to upload it: ")
     assert told == (
-        "fastrlhf sft: push_to_hub: the upload to 'ada/tiny' has failed: 503 told by the stand-in; the model is "
+        "fastrlhf sft: push_to_hub: the upload to 'ada/tiny' has failed: 503 refused by the stand-in; the model is "
         f"complete in {str(run)!r}"
     )
     assert {path.name for path in run.iterdir() if path.is_dir()} <= {".lock"}  # no checkpoint, nothing in interrupted/
@@ -174,7 +174,7 @@ def test_shards_are_one_pattern_of_the_command(hub, tmp_path):
 def test_without_a_token_or_a_connection_the_run_does_not_start(monkeypatch, tmp_path):
     config = SFTConfig(output_dir="x", push_to_hub=True)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match=r"^push_to_hub: HF_HUB_OFFLINE is set, so nothing can be uploaded; unset it"):
+    with pytest.raises(ValueError, match=r"^push_to_hub: HF_HUB_OFFLINE is set, so nothing can be uploaded; unset one"):
         check_push(config)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
