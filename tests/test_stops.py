@@ -73,8 +73,9 @@ def stop(child: subprocess.Popen, folder: Path, rows: int, number: int, later: f
     the job's output."""
     end = time.monotonic() + PATIENCE
     while rows_of(folder) < rows and child.poll() is None:
-        assert time.monotonic() < end, "the job ended before it logged that many rows"
+        assert time.monotonic() < end, "the job did not log that many rows in time"
         time.sleep(0.002)
+    assert child.poll() is None, child.communicate()[1]
     time.sleep(later)
     for pid in [child.pid, *ranks_of(child.pid)]:
         os.kill(pid, number)
