@@ -50,13 +50,15 @@ STEADY = {"num_ppo_epochs": 1, "num_mini_batches": 1, "cliprange_value": 10.0} |
 }
 """Settings for a critic with steep gradients: one pass per step, no value clipping, small updates, a large epsilon.
 Without them the gradient norm differs by 1e-3 between two micro-batch sizes, even in one process."""
+FIRST = {"load_best_model_at_end": True}
+"""In DPO the evaluation after the first of the two steps is the best one."""
 ROUNDED = {"dtype": "bfloat16", "master_weights": "stochastic_rounding"}
 SETTINGS: dict[str, dict[str, Any]] = {
     "sft": {"activation_checkpointing": True},
     "sft dora": LORA | {"activation_checkpointing": True, "use_dora": True, "lora_r": 1},
     "sft rounded": ROUNDED | {"micro_batch_tokens": 32},
     "reward": {"train_batch_size": 0, "per_device_train_batch_size": 4 // int(os.environ.get("WORLD_SIZE", "1"))},
-    "dpo": {"loss_type": ("sigmoid", "ipo"), "loss_weights": (1.0, 0.1)},
+    "dpo": {"loss_type": ("sigmoid", "ipo"), "loss_weights": (1.0, 0.1)} | FIRST,
     "dpo lora": LORA,
     "groups": {"precompute_ref_log_probs": False},
     "kto": LORA,

@@ -136,6 +136,7 @@ class BestModel:
             self._tokenizer.save_pretrained(folder / name)
 
     def _tidy(self) -> None:
-        assert self._folder is not None
+        folder = self._folder
+        assert folder is not None
         kept = [self._path(step) for step in (self._step, self._needed) if step is not None]
-        on_first(lambda: [discard_folder(path) for path in self._folder.glob("best-*") if path not in kept])
+        on_first(lambda: [discard_folder(path) for path in folder.glob("best-*") if path not in kept])

@@ -335,7 +335,7 @@ class Run:
         return checkpointer.path(step)
 
     def _with_room(
-        self, checkpointer: Checkpointer, write: Callable[[], object], needed: int, what: str, wait: bool = True
+        self, checkpointer: Checkpointer, write: Callable[[], None], needed: int, what: str, wait: bool = True
     ) -> None:
         """Calls `write`, which writes `needed` bytes. If the disk is full, waits and deletes old checkpoints."""
         with_room(
