@@ -19,15 +19,17 @@ from fastrlhf.data.forms import (
     FORMS,
     GROUPS,
     LABELS,
+    MESSAGES,
     NAMES,
     PAIRS,
     PREFIX_PAIRS,
     PROMPTS,
     RESPONSES,
+    SHAREGPT,
     TEXTS,
     Form,
 )
-from fastrlhf.data.labels import GROUP_LABELS, read_group_labels, read_pair_labels
+from fastrlhf.data.labels import GROUP_LABELS, read_group_labels, read_label, read_pair_labels
 from fastrlhf.data.rows import IN_MEMORY, UnusableRow, read_rows, shorten, source_names
 from fastrlhf.data.token_report import MOST_SHOWN
 from fastrlhf.data.turns import HH_MARK, TEMPLATE_KEYS, is_empty, present, read_template_values, read_text
@@ -265,13 +267,21 @@ def _detect_form(
 
 
 def _check_unpaired(rows: Sequence[object], form: Form, columns: Mapping[str, str], source: str) -> None:
-    """Raises ValueError for unpaired preferences (KTO), that is, if some completions are labelled as bad."""
-    bad = sum(row["label"] is False for row in _having(rows, ["label"]))
-    if form is DEMONSTRATIONS and bad and "reference" not in columns:
+    """Raises ValueError for unpaired preferences (KTO), that is, if some responses are labelled as bad, in any form of
+    a label that `kto` reads."""
+    response = "reference" if form is DEMONSTRATIONS else form.required[0]
+    if form not in (DEMONSTRATIONS, MESSAGES, SHAREGPT) or response in columns:
+        return
+    given = [row["label"] for row in _having(rows, ["label"])]
+    try:
+        labels = [read_label(label) for label in given]
+    except UnusableRow:  # some labels are of another kind, for example topics
+        labels = [label for label in given if label is False]
+    if bad := labels.count(False):
+        same = "reference=completion" if response == "reference" else f"{response}={response}"
         raise ValueError(
             f"{source}: label is false in {bad:,} of {len(rows):,} rows, whose completions are bad examples (unpaired "
-            "preferences): train with fastrlhf kto, remove these rows, or train on all rows with columns: "
-            "reference=completion"
+            f"preferences): train with fastrlhf kto, remove these rows, or train on all rows with columns: {same}"
         )
 
 
@@ -298,7 +308,11 @@ def _unread(examples: Sequence[Example], read: frozenset[str]) -> tuple[str, ...
 
 
 def _is_text(value: object) -> bool:
-    return isinstance(value, str) and bool(value.strip())
+    """Returns whether a value is text, or a list or an object that holds text."""
+    if isinstance(value, str):
+        return bool(value.strip())
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    return any(map(_is_text, parts))
 
 
 def _having(rows: Iterable[object], keys: Sequence[str]) -> list[dict[str, Any]]:

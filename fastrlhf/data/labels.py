@@ -51,13 +51,13 @@ def read_pair_labels(row: Mapping[str, Any], needs: Collection[str]) -> dict[str
     `label` must be true or false, `label_prob` in 0..1, `margin` finite, and `wins` at most `num_labels`."""
     numbers: dict[str, Any] = {name: _number(row.get(name), name) for name in ("label_prob", "margin") if name in needs}
     if "label" in needs:
-        numbers["label"] = _label(row.get("label"))
+        numbers["label"] = read_label(row.get("label"))
     return numbers | (read_counts(row) if set(COUNTS) & set(needs) else {})
 
 
-def _label(value: object) -> bool:
-    """Converts a label to a bool, True for a desirable response. CSV files give text, and some datasets give 0 and
-    1."""
+def read_label(value: object) -> bool:
+    """Converts a label to a bool, True for a desirable response. CSV files give text, and some datasets give 0 and 1.
+    Raises UnusableRow for other values."""
     if isinstance(value, str):
         value = {"true": True, "1": True, "false": False, "0": False}.get(value.strip().lower(), value)
     if value is None:

@@ -148,3 +148,42 @@ def test_a_group_is_tokenised_and_cut_as_a_whole():
     assert (cut.report.eos_added, cut.report.responses_cut) == (2, 1)
     with pytest.raises(ValueError, match="dropped 1 for longer_than_max_length"):
         tokenize_examples([example], max_length=5, truncation_mode="drop", **arguments)
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize("bad", [False, "false", "False", 0, "0"])
+def test_every_form_of_a_bad_label_counts(tmp_path, bad):
+    """CSV files give text; `kto` reads all of these labels."""
+    row = {"prompt": "Say it.", "completion": "It."}
+    rows = [row | {"label": True}, row | {"label": bad}, row | {"label": None}]
+    with pytest.raises(ValueError, match=r"label is false in 1 of 3 rows, .*columns: reference=completion"):
+        load_examples(write_rows(tmp_path / "rows.jsonl", rows), needs=("prompt", "reference"))
+    talk = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    path = write_rows(tmp_path / "talks.jsonl", [talk | {"label": True}, talk | {"label": bad}])
+    with pytest.raises(ValueError, match=r"label is false in 1 of 2 rows, .*columns: messages=messages"):
+        load_examples(path, needs=("prompt", "reference"))
+    asked = load_examples(path, needs=("prompt", "reference"), columns={"messages": "messages"})
+    assert len(asked.examples) == 2
+
+
+def test_a_label_of_another_kind_is_a_column_that_is_not_used(tmp_path):
+    row = {"prompt": "Say it.", "completion": "It."}
+    path = write_rows(tmp_path / "rows.jsonl", [row | {"label": number} for number in range(3)])
+    assert len(load_examples(path, needs=("prompt", "reference")).examples) == 3
+
+
+def test_unused_columns_with_text_in_lists_and_objects_are_named(tmp_path):
+    row = {
+        "prompt": "q",
+        "completion": "a",
+        "history": [["b", "c"]],
+        "meta": {"id": {"name": "x"}},
+        "n": [1],
+        "e": [" "],
+    }
+    summary = load_examples(write_rows(tmp_path / "rows.jsonl", [row]), needs=("prompt", "reference")).summary()
+    assert summary.endswith("none skipped; columns not used in prompt or response: history, meta")
