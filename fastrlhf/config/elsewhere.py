@@ -268,7 +268,7 @@ KEYS: tuple[Key, ...] = (
     *_other("grpo", "generation_batch_size", "train_batch_size", "number of episodes in one update"),
     *_other("grpo", "steps_per_generation", "num_mini_batches", "optimiser steps per pass over an update's episodes"),
     *_other("grpo", "num_iterations", "num_ppo_epochs"),
-    *_other("grpo", "beta", "kl_coef", "for TRL's form set kl_placement: loss and kl_estimator: k3"),
+    *_other("grpo", "beta", "kl_coef", "TRL has kl_placement loss, kl_estimator k3; the gradient differs"),
     *_other("grpo", "epsilon", "cliprange"),
     *_other("grpo", "epsilon_high", "cliprange_high", "with loss_type cispo, TRL's value minus 1"),
     *_other("grpo", "delta", "dual_clip"),

@@ -83,7 +83,7 @@ def test_the_table_is_complete():
             "; here it is num_mini_batches (optimiser steps per pass over an update's episodes)",
         ),
         ("ppo", "--num_iterations", "; here it is num_ppo_epochs"),
-        ("rto", "--beta", "; here it is kl_coef (for TRL's form set kl_placement: loss and kl_estimator: k3)"),
+        ("rto", "--beta", "; here it is kl_coef (TRL has kl_placement loss, kl_estimator k3; the gradient differs)"),
         ("ppo", "--importance_sampling_level", "; here it is loss_type (gspo for sequence)"),
         ("ppo", "--max_new_tokens", "; here it is response_length"),
         ("sft", "--max_seq_length", "; here it is max_length"),
