@@ -62,10 +62,16 @@ def stored_in_four_bit(config: PretrainedConfig, source: str, field: str) -> boo
 
 def check_trainable(model: PreTrainedModel, use_peft: bool) -> None:
     """Raises ValueError if all weights are to be trained although some are in 4 bits."""
-    if is_four_bit(model) and not use_peft:
+    if is_four_bit(model):
+        check_adapter(use_peft, model.name_or_path)
+
+
+def check_adapter(use_peft: bool, source: str) -> None:
+    """Raises ValueError if all weights of the model in `source`, which are in 4 bits, are to be trained."""
+    if not use_peft:
         raise ValueError(
-            f"use_peft: must be true for {model.name_or_path!r}, whose weights are in 4 bits; only an adapter over "
-            "them can be trained"
+            f"use_peft: must be true for {source!r}, whose weights are in 4 bits; only an adapter over them can be "
+            "trained"
         )
 
 
@@ -140,7 +146,16 @@ def make_plain(model: PreTrainedModel) -> None:
     if is_four_bit(model):
         for name in ("is_loaded_in_4bit", "is_quantized", "hf_quantizer", "quantization_method"):
             vars(model).pop(name, None)
+        # If the weights were stored in 4 bits, saving would try to undo how they were read.
+        changes: Any = model
+        if hasattr(changes, "_weight_conversions"):
+            changes._weight_conversions = [each for each in changes._weight_conversions if not _of_bitsandbytes(each)]
         vars(model.config).pop("quantization_config")
+
+
+def _of_bitsandbytes(conversion: Any) -> bool:
+    """Returns whether one of transformers' weight conversions reads weights of bitsandbytes."""
+    return any("bitsandbytes" in type(step).__module__ for step in getattr(conversion, "operations", ()))
 
 
 def _layers(model: Module) -> dict[str, Any]:

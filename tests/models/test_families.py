@@ -10,7 +10,7 @@ from fastrlhf.models.attention import runs_alone
 
 TOGETHER = [
     "llama", "qwen2", "qwen3", "mistral", "mixtral", "gemma2", "gemma3", "phi3", "gpt_oss", "olmo2", "cohere2",
-    "granite", "glm4", "gpt_neox", "opt", "smollm3", "deepseek_v3", "seed_oss",
+    "granite", "glm4", "gpt_neox", "opt", "smollm3", "deepseek_v3", "seed_oss", "gemma3n_text",
 ]  # fmt: skip
 ALONE = ["qwen3_5_text", "qwen3_next", "llama4_text", "lfm2", "falcon_h1", "nemotron_h", "deepseek_v32", "falcon"]
 

@@ -3,6 +3,7 @@
 4-bit weights stay unchanged, the adapter is trained, roles share weights, saved models are plain.
 """
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -23,6 +24,7 @@ from fastrlhf.models.adapters import add_adapter, base_fingerprint, frozen_copy
 from fastrlhf.models.forward import token_logprobs
 from fastrlhf.models.loading import build_policy, load_policy, load_reward_model
 from fastrlhf.models.roles import judge_and_critic, policy_role, score_role
+from fastrlhf.tools.plan.plan import plan_run
 from fastrlhf.types import Segment
 from tests import resumable, tiny
 
@@ -218,9 +220,21 @@ def test_a_base_stored_in_4_bits_can_only_be_trained_with_an_adapter(runs, tmp_p
     stored = load_policy(str(tmp_path / "stored"))
     assert four_bit.is_four_bit(stored)
     assert torch.equal(logprobs(stored), logprobs(made))
-    result, ours = (
-        dpo(path, load_in_4bit=four) for path, four in ((str(tmp_path / "stored"), False), (runs["base"], True))
-    )
+    place = str(tmp_path / "run")
+    result = dpo(str(tmp_path / "stored"), load_in_4bit=False, output_dir=place)
+    ours = dpo(runs["base"])
+    saved = AutoModelForCausalLM.from_pretrained(place)
+    assert torch.equal(saved.lm_head.weight, result.model.lm_head.weight)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    torch.testing.assert_close(saved(ids).logits, result.model(ids).logits)
+    config = DPOConfig(model_name_or_path=str(tmp_path / "stored"), dataset_name="a/b", max_steps=1, **LORA)
+    plan = plan_run(dataclasses.replace(config, load_in_4bit=False))
+    quantised = plan_run(dataclasses.replace(config, model_name_or_path=runs["base"]))
+    assert plan.phases[0].parts == quantised.phases[0].parts
+    with pytest.raises(
+        ValueError, match=r"^use_peft: must be true for .*stored', whose weights are in 4 bits; only an"
+    ):
+        plan_run(dataclasses.replace(config, use_peft=False, load_in_4bit=False, lora_r=16))
     assert [row["loss"] for row in result.history] == [row["loss"] for row in ours.history]
     assert not four_bit.is_four_bit(result.model)
     with pytest.raises(

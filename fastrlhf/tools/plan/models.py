@@ -13,6 +13,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from fastrlhf.config import PPOConfig, ReferenceConfig, RewardConfig, TrainConfig, parse_model_config, require
 from fastrlhf.data.tokenizer import num_token_ids
+from fastrlhf.models.four_bit import check_adapter, stored_in_four_bit
 from fastrlhf.models.loading import read_model_config
 from fastrlhf.models.roles import adapter_settings, holds_adapter
 from fastrlhf.rewards.implicit import implicit_sources
@@ -37,6 +38,10 @@ def open_models(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, fakes: 
     """Builds all models of a run. Raises ValueError, as the run would, for a model that is missing or does not fit the
     configuration."""
     start = _model_config(config, config.model_name_or_path, "model_name_or_path", tokenizer)
+    if stored_in_four_bit(start, config.model_name_or_path, "model_name_or_path"):
+        check_adapter(config.use_peft, config.model_name_or_path)
+        config = dataclasses.replace(config, load_in_4bit=True)
+        del start.quantization_config  # the plan quantises the model itself
     models = Models(start=start)
     name, make = ("scorer", fakes.scorer) if isinstance(config, RewardConfig) else ("policy", fakes.policy)
     _train(models, name, make(start, config, four_bit=config.load_in_4bit))
