@@ -50,7 +50,6 @@ class Child:
         self.folder = TemporaryDirectory(prefix="fastrlhf-vllm-", ignore_cleanup_errors=True)
         """Temporary and current folder of the process. It is removed at the end, also if the process or the trainer is
         killed."""
-        inherited |= dict.fromkeys(("TMPDIR", "TEMP", "TMP"), self.folder.name)
         ours, theirs = Pipe()
         arguments = (theirs.fileno(), memory, os.getpid(), self.folder.name)
         self._process = subprocess.Popen(

@@ -19,6 +19,7 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -29,6 +30,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch.nn import Module
 
 from fastrlhf.rollout.vllm_memory import Entry, SharedMemory
@@ -151,9 +153,19 @@ def main(socket: int, memory: int, trainer: int, folder: str) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(trainer, folder), daemon=True).start()
-    os.chdir(folder)
+    live_in(folder)
     serve(Connection(socket), Worker(SharedMemory(memory)))
     _end(folder, 0)
+
+
+def live_in(folder: str) -> None:
+    """Makes `folder` the current and the temporary folder of this process. The C++ headers that torch compiles for
+    generated code, which takes about 10 s, stay in the previous temporary folder and are reused by later runs."""
+    compiled = default_cache_dir()
+    os.makedirs(compiled, exist_ok=True)
+    os.chdir(folder)
+    os.environ["TMPDIR"] = tempfile.tempdir = folder
+    os.symlink(compiled, default_cache_dir())
 
 
 def _end_with(trainer: int, folder: str) -> None:

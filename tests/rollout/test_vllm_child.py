@@ -159,8 +159,8 @@ def test_a_busy_process_ends_with_a_trainer_that_is_killed(tmp_path):
     assert trainer.stderr
     while (line := trainer.stderr.readline()) != "hangs\n":
         assert line, "the trainer ended before it was killed"
-    [folder] = tmp_path.iterdir()
+    [folder] = tmp_path.glob("fastrlhf-vllm-*")
     assert (folder / "vllm_dist_1").exists()
     trainer.communicate("go\n", timeout=60)
     assert trainer.returncode == -signal.SIGKILL
-    assert not list(tmp_path.iterdir())
+    assert [path.name.partition("_")[0] for path in tmp_path.iterdir()] == ["torchinductor"]
