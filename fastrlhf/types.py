@@ -6,7 +6,7 @@ Legend, the same in every file:
     T  tokens of a pack            V  vocabulary
     N  sequences of a pack         D  hidden size
     R  scored rows of a pack       B  preference pairs
-Three policies, three words: `policy` (trained), `sampler` (the weights that generated), `reference` (frozen).
+Three policies are distinguished: `policy` (trained), `sampler` (the weights that generated), `reference` (frozen).
 
 Log-probs, rewards, values and advantages are float32 for weights of every dtype; log-probs are in nats.
 """

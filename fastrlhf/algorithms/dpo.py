@@ -75,7 +75,7 @@ def train_dpo(
     trained in place, and `tokenizer` replace those that `config` names. `callbacks` are called at fixed points of the
     run (runtime/callbacks.py).
 
-    Metrics per step, TRL's names: loss (and loss/NAME of each where there are several), rewards/chosen,
+    Metrics per step, TRL's names: loss (with several losses also loss/NAME of each), rewards/chosen,
     rewards/rejected, rewards/margins, rewards/accuracies, logps/chosen, logps/rejected (nats per response),
     logits/chosen, logits/rejected (mean over tokens and vocabulary), entropy (nats per token), mean_token_accuracy (of
     the chosen), grad_norm, learning_rate, num_tokens (of the sequences, as TRL counts), num_unique_tokens (computed).

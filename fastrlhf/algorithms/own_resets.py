@@ -8,13 +8,14 @@ group. With the group-relative advantage of GRPO,
 
 and the policy gradient is taken over the suffix tokens only. The suffixes share
 everything up to the cut, so that their difference in reward is due to decisions after it. The paper cuts between
-reasoning steps; here `reset_cut` says where.
+reasoning steps; here `reset_cut` gives the allowed positions of the cut.
 
 One update: every group is sampled from the prompt and scored. From each group whose share of successes lies in
 `reset_band`, one failed response is drawn. With probability `reset_prob` the group is sampled again from a cut of this
 response. All other groups keep their first responses as episodes, which are exactly those of a run without resets. With
-rewards of two values this choice favours no direction: given the number of successes, the successful responses of a
-prompt are independent draws of the policy, and so are the failed ones. It only changes how much each prompt weighs.
+rewards of two values this choice does not bias the gradient of a prompt: given the number of successes, the successful
+responses of a prompt are independent draws of the policy, and so are the failed ones. The choice only changes the
+weight of each prompt.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""The losses of `fastrlhf dpo` by their names, as calls of `pair_loss`, and the losses of user-defined functions.
+"""Computes the losses of `fastrlhf dpo` by name: built-in losses by the kernel `pair_loss`, others by user-defined
+functions.
 
 name                      kind of pair_loss   reference   length_norm   paper
 sigmoid (DPO)             dpo                 yes         sum           arXiv 2305.18290, eq. 7
@@ -25,7 +26,7 @@ from fastrlhf.config.functions import load_function
 from fastrlhf_kernels import LossOutput, pair_loss
 
 KINDS = {"sigmoid": "dpo", "simpo": "dpo", "cpo": "dpo"}
-"""Loss name -> `kind` argument of `pair_loss`, where the two differ."""
+"""Loss name -> `kind` argument of `pair_loss`, for losses that have different names there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +157,8 @@ def check_first_loss(config: DPOConfig, pairs: Pairs, means: Mapping[str, float]
     """Raises ValueError if a loss is not that of a policy equal to its reference: ln 2 for DPO, 1 for hinge, (1 / (2
     tau))^2 for IPO; other values with margins or soft labels. Losses without a reference are not checked.
 
-    Every log-ratio is then 0 except for rounding: 3e-5 of a response's log-prob is allowed, 1e-2 in bfloat16.
+    The log-ratios of such a policy are 0 except for rounding: 3e-5 of a response's log-prob is allowed, 1e-2 in
+    bfloat16.
     """
     size = abs(means["logprob_chosen"]) + abs(means["logprob_rejected"])
     rounding = (3e-5 if config.dtype == "float32" else 1e-2) * size

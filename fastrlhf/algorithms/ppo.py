@@ -224,8 +224,8 @@ def train_ppo(
                 "timing/training": time.perf_counter() - scored,
                 "episode": (step + 1) * config.batch_size,
                 "num_tokens": sum(len(rollout.completion) for rollout in rollouts)
-                + sum(metrics.get(name, 0) for name in (DROPPED, DROPPED_TOKENS)),  # sampled
-                # of one pass
+                + sum(metrics.get(name, 0) for name in (DROPPED, DROPPED_TOKENS)),  # all sampled tokens
+                # tokens computed in one pass over the batch
                 "num_unique_tokens": sum(from_all(sum(item.batch.num_tokens for mini in packs for item in mini))),
             }
             samples = opened.samples

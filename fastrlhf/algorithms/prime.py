@@ -1,8 +1,8 @@
 """Trains the model of the token rewards on outcomes during the run: `dpo_refine: outcome`.
 
 PRIME (process reinforcement through implicit rewards, Cui et al. 2025, arXiv 2502.01456) rewards every token by the
-log-ratio of a model phi to its reference, as RTO does, and trains phi online. With o in {0, 1} for whether a response y
-succeeded,
+log-ratio of a model phi to its reference, as RTO does, and trains phi online. With o = 1 if a response y succeeded and
+o = 0 otherwise,
 
     r_t = beta log(phi / ref)(y_t),   loss = -o log sigmoid(sum_t r_t) - (1 - o) log sigmoid(-sum_t r_t)
 

@@ -49,7 +49,7 @@ class Psi:
     name: str
     function: Callable[[Tensor], Tensor]
     is_odd: bool
-    """Whether Psi is odd about 1/2: Psi(q) + Psi(1 - q) is constant. Only then are pairs enough."""
+    """Whether Psi is odd about 1/2: Psi(q) + Psi(1 - q) is constant. Only then is the pairwise back-end exact."""
     is_affine: bool
     """Whether Psi is affine. Only then E Psi(label) = Psi(E label), so that one hard label per pair is unbiased."""
 

@@ -169,7 +169,8 @@ def _check_first_loss(config: DPOConfig, groups: Sequence[Group], metrics: Mappi
     """Raises ValueError if the loss differs from the loss of a policy that equals its reference, which depends only on
     the targets.
 
-    Every log-ratio is then 0 except for rounding: 3e-5 of a response's log-prob is allowed, 1e-2 in bfloat16.
+    The log-ratios of such a policy are 0 except for rounding: 3e-5 of a response's log-prob is allowed, 1e-2 in
+    bfloat16.
     """
     expected = sum(2 * g.target.double().var().item() for g in groups) / len(groups)
     size = abs(metrics["logps/chosen"]) + abs(metrics["logps/rejected"])

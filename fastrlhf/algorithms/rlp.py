@@ -1,4 +1,4 @@
-"""RLP, reward learning on policy (Lang, Huang and Li 2024, arXiv 2403.19279, algorithm 1). Not RL pre-training.
+"""RLP, reward learning on policy (Lang, Huang and Li 2024, arXiv 2403.19279, algorithm 1). It is not RL pre-training.
 
     r        a reward model, from the pairs D
     pi       a policy, from the SFT model, against r
@@ -12,7 +12,7 @@ With refinement "none" the result is r and pi: plain PPO (or DR-PO, RTO), bit fo
 synthetic pairs gives r again, bit for bit. The authors have released no code; where the paper is silent, keys of
 RLPConfig decide.
 
-    output_dir/reward, policy                          r and pi, as their own commands leave them
+    output_dir/reward, policy                          r and pi, as the commands of the trainers save them
     output_dir/round-1/answers.jsonl                   P, as token ids
     output_dir/round-1/pairs.jsonl                     the synthetic pairs, as a preference dataset
     output_dir/round-1/spg.json                        the outcome of each prompt of P

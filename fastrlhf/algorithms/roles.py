@@ -216,7 +216,7 @@ class _Scorer:
     reader: TextReader | None = None
     """Re-encodes the text of rollouts for the reward model; None: it reads the ids of the run."""
     same_ids: bool = True
-    """Whether its tokenizer has the same ids as that of the run; EOS and chat template may differ."""
+    """Whether the reward model's tokenizer and the run's give a text the same ids; EOS and chat template may differ."""
 
 
 def _find_scorer(config: PPOConfig, field: str, tokenizer: PreTrainedTokenizerBase, data: Data | None) -> _Scorer:

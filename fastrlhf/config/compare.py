@@ -53,8 +53,8 @@ def differences(config: Any, path: Path, ignored: Collection[str] = ()) -> list[
 
     A key that is missing in the file, because a newer version added it, has its default there. Two paths are equal if
     they lead to the same place, also from another working directory. A larger number of steps is no difference if the
-    learning rate does not depend on it. The keys of the batch differ only if the rows of a step do. Raises ValueError
-    if the file does not hold a mapping.
+    learning rate does not depend on it. The keys of the batch count as different only if the number of rows of a step
+    differs. Raises ValueError if the file does not hold a mapping.
     """
     there = _by_new_names(load_yaml(str(path)))
     here = plain(dataclasses.asdict(config))
@@ -78,7 +78,8 @@ def _same(key: str, old: Any, new: Any, place: Any) -> bool:
 
 
 def _other_batch(config: Any, there: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Returns the batch of a step there and here, in words, if the numbers of rows differ; otherwise an empty list."""
+    """Returns the batch of a step in the file and in `config`, in words, if the numbers of rows differ; otherwise an
+    empty list."""
     if not isinstance(config, TrainConfig):
         return []
     keys = {field.name: field.default for field in fields(config) if field.name in BATCH_KEYS}

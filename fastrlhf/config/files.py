@@ -38,10 +38,10 @@ def read_yaml(path: str, kind: type, command: str) -> dict[str, Any]:
     """Reads the keys for one command from a YAML file or a recipe, and checks that each is a field of `kind`.
 
     The file is either flat or has a section per command; the keys of a section `shared` then hold for all commands,
-    unless a command's own section sets them. `run_first` in a section names other sections (see `run_first`).
-    Environment variables ($NAME) and a leading ~ in values are expanded. A blank or null key counts as absent, unless
-    null is one of its values. The value of a text key is taken literally: `run_name: 12:30` is not converted to a
-    number. Raises ValueError for an unknown key, saying what to write instead.
+    unless a command's own section sets them. The list `run_first` in a section names other sections (see the function
+    `run_first`). Environment variables ($NAME) and a leading ~ in values are expanded. A blank or null key counts as
+    absent, unless null is one of its values. The value of a text key is taken literally: `run_name: 12:30` is not
+    converted to a number. Raises ValueError for an unknown key, saying what to write instead.
     """
     hints = get_type_hints(kind)
     known, given = {field.name for field in fields(kind)}, dict[str, Any]()

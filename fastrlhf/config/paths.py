@@ -56,8 +56,8 @@ def remember(key: str, resolved: str, given: str) -> None:
 
 def as_given(config: Any) -> dict[str, Any]:
     """Returns the values of a configuration as the user gave them, for config.yaml and the trackers. In several
-    processes `train_batch_size` is filled in, because the other keys determine the batch only together with their
-    number."""
+    processes `train_batch_size` is filled in, because the other keys determine the batch only together with the number
+    of processes."""
     values = {key: _as_given(key, value) for key, value in asdict(config).items()} | dict(_variables(config))
     if processes() > 1 and isinstance(config, TrainConfig):
         values["train_batch_size"] = config.batch_size
@@ -65,7 +65,7 @@ def as_given(config: Any) -> dict[str, Any]:
 
 
 class Filled(str):
-    """Text from a file with its variables expanded; `given` is the text with their names."""
+    """Text from a file with its environment variables expanded; `given` is the text before that."""
 
     given: str
 
@@ -76,8 +76,9 @@ class Filled(str):
 
 
 def with_variables(config: Config, values: Mapping[str, Any]) -> Config:
-    """Notes on a configuration which of its numbers a file gave as variables; `values` are those of the file. A global
-    registry cannot hold them, because another configuration may have the same number. Returns `config`."""
+    """Records in a configuration which of its numbers a file gave as environment variables; `values` are the values of
+    the file. A global registry cannot hold this, because another configuration may have the same number. Returns
+    `config`."""
     filled = {key: text for key, text in values.items() if isinstance(text, Filled)}
     numbers = {key: getattr(config, key) for key in filled if isinstance(getattr(config, key), int | float)}
     # A flag may have replaced the value of the file.
@@ -85,7 +86,7 @@ def with_variables(config: Config, values: Mapping[str, Any]) -> Config:
 
 
 def _noted(config: Config, names: Mapping[str, str]) -> Config:
-    object.__setattr__(config, "_variables", names)  # no field, so that no comparison or copy of the values sees it
+    object.__setattr__(config, "_variables", names)  # not a field, so that comparisons and copies ignore it
     return config
 
 

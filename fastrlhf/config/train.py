@@ -27,7 +27,7 @@ LORA_KEYS = (
 )
 """Keys that only a run with an adapter reads."""
 REPOSITORY = re.compile(r"(?:[\w-][\w.-]*/)?[\w-][\w.-]{0,95}", re.ASCII)
-"""Names of models on the hub, with or without an owner."""
+"""Matches the name of a model on the hub, with or without an owner."""
 HUB_KEYS = ("hub_model_id", "hub_private_repo", "hub_revision")
 """Keys that only a run with push_to_hub reads."""
 
@@ -183,10 +183,10 @@ class TrainConfig(WatchKeys, ScheduleKeys, BatchKeys):
     optim: Literal[
         "adamw_torch_fused", "adamw_torch", "adamw_8bit", "adamw_bnb_8bit", "paged_adamw_32bit", "paged_adamw_8bit"
     ] = "adamw_torch_fused"
-    """Implementation of AdamW, under the name that transformers uses. adamw_torch_fused and
-    adamw_torch are torch's fused one, adamw_8bit and adamw_bnb_8bit the same; all except torch's are from
-    bitsandbytes (install fastrlhf[bnb]). 8bit: the moments take 2 bytes per weight instead of 8, except for embeddings.
-    paged: the moments move to CPU memory when GPU memory is short (not yet run on a GPU)."""
+    """Implementation of AdamW, under the name that transformers uses. adamw_torch_fused and adamw_torch: torch's fused
+    AdamW. All others are from bitsandbytes (install fastrlhf[bnb]); adamw_8bit and adamw_bnb_8bit mean the same. 8bit:
+    the moments take 2 bytes per weight instead of 8, except for embeddings. paged: the moments move to CPU memory when
+    GPU memory is short (not yet run on a GPU)."""
     master_weights: Literal["float32", "stochastic_rounding"] = "float32"
     """How bfloat16 weights are updated. float32: a float32 copy of the weights is kept (4 more bytes per weight).
     stochastic_rounding: no copy is kept; each new weight is rounded up or down at random, without bias, with draws that
@@ -217,7 +217,7 @@ class TrainConfig(WatchKeys, ScheduleKeys, BatchKeys):
     """Services to which the metrics are also sent: tensorboard, wandb, trackio, mlflow, swanlab; none; or all (every
     service that is installed). A resumed run continues the same run there. metrics.jsonl is always written."""
     run_name: str = ""
-    """Name of the run in those services. Empty: the name of `output_dir`."""
+    """Name of the run in the services of `report_to`. Empty: the name of `output_dir`."""
     push_to_hub: bool = False
     """Upload the final model and its card to the Hugging Face hub at the end of the run. The token is that of
     `hf auth login` or the environment variable HF_TOKEN. Whether it may write to the repository is checked at the

@@ -1,4 +1,4 @@
-"""The keys of what watches a run: the best evaluation, early stopping, callbacks and profiles."""
+"""Keys for the best evaluation, early stopping, callbacks and profiles of a run."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ class WatchKeys:
     """The keys of the best model, of early stopping, of callbacks and of profiles."""
 
     BEST_METRIC: ClassVar[str] = "eval_loss"
-    """The metric of `metric_for_best_model` if it is empty."""
+    """The metric that is used if `metric_for_best_model` is empty."""
 
     load_best_model_at_end: bool = False
-    """Save the weights of the best evaluation at the end of the run, not the last ones. They are kept in `best-N/` of
-    `output_dir`, N being the step, until the run is finished."""
+    """Save the weights of the best evaluation, not the last weights, at the end of the run. Until then they are kept in
+    `best-N/` in `output_dir`, where N is the step of the evaluation."""
     metric_for_best_model: str = ""
-    """Metric of the evaluations that says which is best; the prefix eval_ may be left out. Empty: eval_loss, or
+    """Metric by which the best evaluation is chosen; the prefix eval_ may be left out. Empty: eval_loss, or
     eval_objective/scores in on-policy runs."""
     greater_is_better: bool | None = None
     """Whether a larger value of `metric_for_best_model` is better. null: true unless the name ends in loss."""
     early_stopping_patience: int = 0
-    """Number of evaluations in a row without an improvement of `metric_for_best_model` after which the run stops. 0:
-    it runs to its end."""
+    """The run stops after this number of evaluations in a row without an improvement of `metric_for_best_model`. 0: no
+    early stopping."""
     early_stopping_threshold: float = 0.0
-    """Least improvement that resets the count of `early_stopping_patience`."""
+    """Smallest improvement that resets the count of `early_stopping_patience`."""
     callbacks: tuple[str, ...] = ()
     """Classes of callbacks, which the run calls at its start and end and after steps, evaluations and checkpoints, as
     path/to/file.py:Class or package.module:Class."""
@@ -61,8 +61,8 @@ class WatchKeys:
         return int(first), int(last)
 
     def check_watching(self, eval_steps: int) -> None:
-        """Raises ValueError for a number out of range, for keys that nothing reads, and if the run has no evaluations
-        to compare."""
+        """Raises ValueError for a number out of range, for keys that would have no effect, and if the run has no
+        evaluations to compare."""
         if self.profile_steps:
             valid = re.fullmatch(r"[1-9]\d*:\d+", self.profile_steps)
             ordered = valid is not None and self.profiled_steps[0] <= self.profiled_steps[1]

@@ -104,7 +104,7 @@ def _ids(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase, convers
             return "the scores of the vocabulary differ"
     ends = (
         {str(ours.eos_token), str(theirs.eos_token)} if ours.eos_token_id != theirs.eos_token_id else set()
-    )  # compared separately
+    )  # EOS tokens are compared separately
     specials = (f"a{token}b" for token in special_tokens(ours).values() if token not in ends)
     texts = [*PROBES, *specials, *_written(ours, ends)]
     for text, here, there in zip(texts, encode(texts, ours), encode(texts, theirs), strict=True):

@@ -70,7 +70,7 @@ def read_rows(
         for number, row in enumerate(source):
             yield f"item {number} of the rows given", dict(row) if isinstance(row, Mapping) else row
         return
-    if not set("[+") & set(split) or (len(names) == 1 and not is_local(names[0])):  # the hub slices
+    if not set("[+") & set(split) or (len(names) == 1 and not is_local(names[0])):  # `datasets` slices
         for name in names:
             yield from _split_rows(name, split, config_name)
         return

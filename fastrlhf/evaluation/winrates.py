@@ -23,7 +23,7 @@ class Comparison:
     """Comparison of a model a with a model b on the same rows."""
 
     win_rate: float
-    """Probability in [0, 1] that a beats b on a row; 0.5 is a draw."""
+    """Share of rows on which a beats b, in [0, 1]; a tie counts one half."""
     win_rate_ci: Interval
     mean_score: float
     """Mean score of a; the mean score of b is this minus `mean_difference`."""

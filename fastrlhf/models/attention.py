@@ -4,8 +4,8 @@ transformers calls the attention function that is registered here and passes on 
 forward pass. The function calls one of the kernels in `BACKENDS`, as `attn_implementation` says:
 
     flash_attention_2   the flash-attn package          CUDA, bf16 or fp16
-    flash_attention_3   its package for Hopper          the same, compute capability 9
-    flash_attention_4   the flash-attn-4 package        the same, compute capability 9 to 11
+    flash_attention_3   flash-attn's Hopper package     CUDA, bf16 or fp16, compute capability 9
+    flash_attention_4   the flash-attn-4 package        CUDA, bf16 or fp16, compute capability 9 to 11
     varlen              torch.nn.attention.varlen       CUDA, bf16 or fp16, no soft-capping
     flex                torch's FlexAttention           CUDA, any dtype
     sdpa                one SDPA call per segment       any device and dtype, the only one with attention sinks

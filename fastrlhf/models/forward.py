@@ -26,7 +26,7 @@ from fastrlhf.models.vocabulary import head_of, rows_of
 from fastrlhf.types import KeptTokens, PackedBatch
 from fastrlhf_kernels import TokenKL, TokenLogprobs, linear_kept_logprob, linear_kl, linear_logprob
 
-_NEW_NAME = hasattr(PreTrainedModel, "activation_checkpointing_enable")  # transformers 5.17 only has the old name
+_NEW_NAME = hasattr(PreTrainedModel, "activation_checkpointing_enable")  # transformers 5.17 has only the old name
 CHECKPOINTING = "activation_checkpointing" if _NEW_NAME else "gradient_checkpointing"
 
 

@@ -56,7 +56,7 @@ class Card:
     """Hub names, files and folders of the training rows; empty for rows given in Python."""
     num_train: int
     num_eval: int
-    """Numbers of rows after tokenisation."""
+    """Numbers of training and evaluation rows, after tokenisation."""
     final: Mapping[str, float]
     """Metrics of the last evaluation; empty if no rows are held out."""
     last: Mapping[str, float]
@@ -118,7 +118,8 @@ class Card:
         return _joined(data, *parts, *self._citation())
 
     def _place(self, folder: str = "") -> str:
-        """Returns the arguments of `from_pretrained`, with the repository if the model is uploaded."""
+        """Returns the arguments of `from_pretrained` that load the model: the repository if it is uploaded, otherwise a
+        placeholder for its folder."""
         named, branch = self.config.hub_model_id, self.config.hub_revision
         arguments = [f'"{named or FOLDER}"']
         arguments += [f'subfolder="{folder}"'] if named and folder else []
@@ -252,7 +253,7 @@ def _front_matter(model: str) -> dict[str, Any]:
             return {}
         found = metadata_load(file) or {}
         return found | {OURS: True} if is_ours(Path(file)) else found
-    except (OSError, ValueError, yaml.YAMLError):  # a card that somebody else wrote
+    except (OSError, ValueError, yaml.YAMLError):  # a card of another program may be damaged
         return {}
 
 

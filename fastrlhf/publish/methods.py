@@ -249,12 +249,13 @@ QLORA = Method("qlora", "QLoRA: frozen weights in 4 bits", "", "", ("dettmers202
 
 
 _chain: ContextVar[tuple[Method, ...]] = ContextVar("chain", default=())
-"""Methods of which the present run is only a part."""
+"""Methods of the enclosing command of which the present run is a part; empty if there is none."""
 
 
 @contextmanager
 def part_of(*methods: Method) -> Iterator[None]:
-    """Context in which every run is a part of the given methods too, as the runs of RLP are."""
+    """Context in which the cards of all runs name the given methods as well; RLP uses it for the runs that it
+    starts."""
     token = _chain.set(methods)
     try:
         yield
@@ -263,7 +264,7 @@ def part_of(*methods: Method) -> Iterator[None]:
 
 
 def methods_of(config: TrainConfig) -> list[Method]:
-    """Returns the methods of a run: those of which it is a part, the loss, and the others."""
+    """Returns the methods of a run, in this order: the methods of which it is a part, its loss, all others."""
     return [*_chain.get(), *_losses(config), *_adapter(config)]
 
 

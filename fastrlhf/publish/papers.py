@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Paper:
-    """One paper."""
+    """A paper that a model card cites."""
 
     authors: str
-    """In BibTeX's form; "and others" stands for all authors after the first."""
+    """Authors in BibTeX's form; "and others" stands for all authors after the first."""
     year: int
     title: str
     arxiv: str = ""

@@ -44,7 +44,7 @@ def check_push(config: TrainConfig) -> None:
 
 
 def check_sections(config: TrainConfig, sections: Mapping[str, TrainConfig]) -> None:
-    """Checks `config` like `check_push`, and raises ValueError if one of the sections with the keys of its stages has
+    """Checks `config` like `check_push`, and raises ValueError if a section that configures its stages sets
     `push_to_hub`. `sections`: name -> configuration."""
     check_push(config)
     for name, section in sections.items():
@@ -55,8 +55,8 @@ def check_sections(config: TrainConfig, sections: Mapping[str, TrainConfig]) -> 
 def open_repository(config: TrainConfig) -> None:
     """Creates the repository and the branch to upload to, if `push_to_hub` is set.
 
-    Raises ValueError as `check_push` does, and also if the hub does not answer, if it refuses to create or write them,
-    or if an existing repository is public but `hub_private_repo` is set.
+    Raises ValueError as `check_push` does, and also if the hub does not answer, if the token may not create or write
+    the repository or the branch, or if an existing repository is public but `hub_private_repo` is set.
     """
     check_push(config)
     if not config.push_to_hub:

@@ -64,7 +64,8 @@ DRY_ROWS = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainerState:
-    """Progress of the run, passed as TRL's argument `trainer_state`. It has only these two of the fields in TRL."""
+    """Progress of the run, passed as TRL's argument `trainer_state`. It has only two of the fields that TRL's object
+    has."""
 
     global_step: int
     """Number of completed updates."""

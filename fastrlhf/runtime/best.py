@@ -1,4 +1,5 @@
-"""Compares the evaluations of a run: keeps the weights of the best one and stops the run when none is better."""
+"""Compares the evaluations of a run: keeps the weights of the best evaluation, and stops the run early if the
+evaluations no longer improve."""
 
 from __future__ import annotations
 
@@ -24,8 +25,8 @@ class BestModel:
 
     As in transformers, every improvement makes an evaluation the best, and only improvements above
     `early_stopping_threshold` reset the count of `early_stopping_patience`. A value that is not finite is never best.
-    The weights of the best evaluation are in `best-N/` of the run's folder, N being its step; a folder that the newest
-    checkpoint refers to is kept until the next checkpoint is saved.
+    The weights of the best evaluation are in `best-N/` of the run's folder, where N is its step; a folder that the
+    newest checkpoint refers to is kept until the next checkpoint is saved.
     """
 
     def __init__(

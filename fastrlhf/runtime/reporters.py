@@ -28,7 +28,7 @@ IDS = "reporters.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """What a service is given at the start of a run."""
+    """The data with which a service starts or continues a run."""
 
     folder: Path
     run_name: str

@@ -7,7 +7,8 @@ log and the services have them, but the history that a trainer returns does not.
     system/gpu_utilization     per cent of the last second or so in which a kernel ran, as nvidia-smi reports it
     system/mfu                 model FLOPs utilisation, between 0 and 1
 
-All of them are those of rank 0, except the tokens, which are those of the whole step. None of them waits for the GPU.
+All are measured on rank 0, except the tokens, which are counted over all ranks. Measuring them does not wait for the
+GPU.
 """
 
 from __future__ import annotations
@@ -75,7 +76,8 @@ def is_of_machine(name: str) -> bool:
 
 def operations_per_token(model: PreTrainedModel) -> int | None:
     """Returns the floating-point operations of a forward and a backward pass per token: 6 per trained and 4 per frozen
-    weight of a matrix product. None for mixtures of experts and quantised models, whose weights do not tell."""
+    weight of a matrix product. None for mixtures of experts and quantised models, for which the weights do not
+    determine this number."""
     head = model.get_output_embeddings()
     tables = {id(module.weight) for module in model.modules() if isinstance(module, Embedding)}
     operations = 0

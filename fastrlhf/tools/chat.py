@@ -61,16 +61,16 @@ class Chat:
             min_p=self.config.min_p if sampled else None,
             eos_token_id=list(end_ids(self.tokenizer)),
             pad_token_id=end_ids(self.tokenizer)[0],
-            suppress_tokens=list(range(num_token_ids(self.tokenizer), rows)) or None,  # rows that no text has
+            suppress_tokens=list(range(num_token_ids(self.tokenizer), rows)) or None,  # ids without a token
         )
 
     def reset(self) -> None:
         self.turns.clear()
 
     def ask(self, text: str, out: TextIO) -> float | None:
-        """Writes the answer to `text` while it is sampled; an answer that Ctrl-C stops is kept as far as it is. Returns
-        its score, None without a judge. Raises ValueError, and forgets `text`, if the conversation is too long or the
-        chat template refuses it."""
+        """Writes the answer to `text` while it is sampled; if Ctrl-C stops the answer, the part sampled so far is kept.
+        Returns its score, None without a judge. Raises ValueError, and forgets `text`, if the conversation is too long
+        or the chat template refuses it."""
         talks = bool(self.tokenizer.chat_template)
         prompt: str | list[Message] = text
         if talks:
@@ -185,7 +185,7 @@ def _judge(
 
 
 def talk(chat: Chat, lines: Iterator[str], out: TextIO) -> None:
-    """Answers every line and obeys the commands of `HELP`."""
+    """Answers every line of input and executes the commands that `HELP` lists."""
     for line in lines:
         command, _, rest = line.strip().partition(" ")
         if command == "/exit":
@@ -207,7 +207,7 @@ def talk(chat: Chat, lines: Iterator[str], out: TextIO) -> None:
 
 
 def typed() -> Iterator[str]:
-    """Yields the lines that the user types, or those of standard input if it is no terminal."""
+    """Yields the lines that the user types, or the lines of standard input if it is not a terminal."""
     if not sys.stdin.isatty():
         yield from sys.stdin
         return

@@ -43,7 +43,8 @@ ROLES = {
 """Roles that a token can have."""
 
 SPECIAL = ("\u27e6", "\u27e7")
-"""Brackets around special tokens in text for a terminal, which tell them from text that looks alike."""
+"""Brackets around special tokens in text for a terminal, which distinguish them from ordinary text that looks the
+same."""
 
 ANSI = {"prompt": "2", "reset": "33", "trained": "32", "eos": "1;35", "masked": "36", "score": "1;35"}
 """Role -> parameters of the terminal's colour code (SGR)."""

@@ -1,7 +1,7 @@
 """Names the turn of a conversation to which each token of a row belongs, for `fastrlhf inspect`.
 
-The turns end at the positions in the rendered text at which the renderings of fewer turns end, and a token belongs to
-the turn in which its text begins.
+The end of a turn is found by rendering the conversation up to this turn. A token belongs to the turn in which its text
+begins.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def turn_labels(
 
 
 def _names(turns: Sequence[Message], ends: Sequence[int], length: int) -> dict[int, str]:
-    """Returns end -> label of the turns that end there. Turns without a known end share the label of the next one. Text
-    of the template after the last turn, up to `length`, is the generation prompt."""
+    """Returns position in the text -> label of the turns that end there. Turns with an unknown end share the label of
+    the next turn. Text of the template after the last turn, up to `length`, is the generation prompt."""
     names, waiting = {}, list[str]()
     for number, (turn, end) in enumerate(zip(turns, ends, strict=True), 1):
         waiting.append(f"{number} {_describe(turn)}")
