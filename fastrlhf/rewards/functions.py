@@ -64,8 +64,7 @@ DRY_ROWS = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainerState:
-    """Progress of the run, passed as TRL's argument `trainer_state`. It has only two of the fields that TRL's object
-    has."""
+    """Progress of the run, passed as TRL's argument `trainer_state`. It has only two of TRL's fields."""
 
     global_step: int
     """Number of completed updates."""
