@@ -186,7 +186,7 @@ def import_reporters(names: Sequence[str]) -> dict[str, ModuleType]:
 
 def _import_reporter(name: str) -> ModuleType:
     if name not in REPORTERS:
-        raise ValueError(f"report_to: unknown reporter {name!r}; known are {', '.join(sorted(REPORTERS))}, none, all")
+        raise ValueError(f"report_to: unknown reporter {name!r}; known are {', '.join(REPORTERS)}, none, all")
     reporter = REPORTERS[name]
     try:
         return importlib.import_module(reporter.module)

@@ -50,7 +50,7 @@ def wandb(monkeypatch):
 
 
 def test_an_unknown_reporter_is_an_error_that_lists_the_known_ones(tmp_path):
-    with pytest.raises(ValueError, match=r"'tensorbord'.*swanlab, tensorboard, trackio, wandb, none, all"):
+    with pytest.raises(ValueError, match=r"'tensorbord'.*tensorboard, wandb, trackio, mlflow, swanlab, none, all"):
         MetricsWriter(tmp_path / "run", report_to=["tensorbord"])
     assert not (tmp_path / "run").exists()
 
