@@ -7,6 +7,7 @@ import gzip
 import json
 from pathlib import Path
 
+from huggingface_hub.errors import StrictDataclassError
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -58,6 +59,8 @@ def load_tokenizer(
             tokenizer = AutoTokenizer.from_pretrained(
                 str(path) if path.exists() else name_or_path, trust_remote_code=trust_remote_code
             )
+    except StrictDataclassError as error:  # of the config.json beside the tokenizer; its message has several lines
+        raise ValueError(f"tokenizer {name_or_path}: {' '.join(str(error).split())}") from None
     except (OSError, ValueError, KeyError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(

@@ -63,7 +63,7 @@ def stored_in_four_bit(config: PretrainedConfig, source: str, field: str) -> boo
 def check_trainable(model: PreTrainedModel, use_peft: bool) -> None:
     """Raises ValueError if all weights are to be trained although some are in 4 bits."""
     if is_four_bit(model):
-        check_adapter(use_peft, model.name_or_path)
+        check_adapter(use_peft, str(model.name_or_path))
 
 
 def check_adapter(use_peft: bool, source: str) -> None:

@@ -138,3 +138,11 @@ def test_the_end_of_turn_of_the_template_is_an_end(tmp_path):
     assert end_ids(load_tokenizer(str(tmp_path))) == (EOS,)
     assert end_ids(load_tokenizer(str(tmp_path), chat_template=CHATML)) == (EOS, end)
     assert end_ids(load_tokenizer(str(tmp_path), chat_template=CHATML, eos_token="<|im_end|>")) == (end,)
+
+
+def test_an_invalid_model_configuration_beside_the_tokenizer_is_one_line(tmp_path):
+    tiny.save_policy(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_attention_heads": 5}))
+    with pytest.raises(ValueError, match=r"^tokenizer .*: Class validation error .* attention heads \(5\)\.$"):
+        load_tokenizer(str(tmp_path))

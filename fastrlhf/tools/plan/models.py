@@ -41,7 +41,7 @@ def open_models(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, fakes: 
     if stored_in_four_bit(start, config.model_name_or_path, "model_name_or_path"):
         check_adapter(config.use_peft, config.model_name_or_path)
         config = dataclasses.replace(config, load_in_4bit=True)
-        del start.quantization_config  # the plan quantises the model itself
+        vars(start).pop("quantization_config")  # the plan quantises the model itself
     models = Models(start=start)
     name, make = ("scorer", fakes.scorer) if isinstance(config, RewardConfig) else ("policy", fakes.policy)
     _train(models, name, make(start, config, four_bit=config.load_in_4bit))
