@@ -22,7 +22,7 @@ SMALLEST_8BIT = 4096
 BLOCK = 256
 """Number of neighbouring entries that share a scale."""
 SCALES = ("absmax1", "absmax2")
-"""bitsandbytes' names of the two moments."""
+"""bitsandbytes' names of the scales of the two moments."""
 CONSTANT = ("qmap1", "qmap2")
 """bitsandbytes' names of constants that it stores with the moments."""
 

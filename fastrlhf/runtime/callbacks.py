@@ -22,7 +22,7 @@ POINTS = ("on_start", "on_step", "on_evaluate", "on_save", "on_end")
 
 
 class RunState:
-    """What a callback sees of a run, and the requests that it may make."""
+    """The state of a run that callbacks read, and the requests that they may make."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class RunState:
         self.requests.add("save")
 
     def evaluate(self) -> None:
-        """Asks the run to evaluate after this step; only `on_step` can ask it."""
+        """Asks the run to evaluate after this step; only `on_step` can make this request."""
         self.requests.add("evaluate")
 
 
@@ -64,14 +64,14 @@ class Callback:
         """Called after each optimiser step (on-policy: update), before the evaluation that is due after it."""
 
     def on_evaluate(self, state: RunState) -> None:
-        """Called after each evaluation; `state.metrics` holds those of the step and of the evaluation."""
+        """Called after each evaluation; `state.metrics` holds the metrics of the step and of the evaluation."""
 
     def on_save(self, state: RunState) -> None:
         """Called after each checkpoint that `save_steps` or a callback asks for."""
 
     def on_end(self, state: RunState) -> None:
-        """Called after the final model has been saved; `state.metrics` are those of the last evaluation, or of the best
-        one if the run ends with the best model."""
+        """Called after the final model has been saved; `state.metrics` are the metrics of the last evaluation, or of
+        the best evaluation if the run ends with the best model."""
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state for checkpoints: a flat mapping of names to tensors and JSON values; it may be empty."""
@@ -127,13 +127,13 @@ class Callbacks:
         self.stopped = self.stopped or "stop" in self._state.requests
 
     def takes(self, request: str) -> bool:
-        """Returns whether a callback has made the request since it was taken last."""
+        """Returns whether a callback has made this request since the last call with it, and forgets the request."""
         asked = request in self._state.requests
         self._state.requests.discard(request)
         return asked
 
     def close(self) -> None:
-        """Ends what the profilers have begun."""
+        """Ends the profiles that are still active, without writing them."""
         for callback in self._all.values():
             if hasattr(callback, "close"):
                 callback.close()

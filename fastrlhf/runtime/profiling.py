@@ -21,8 +21,8 @@ MAX_EVENTS = 1_000_000
 
 
 class _OfSteps:
-    """A callback that is on from the start of step `first` to the end of step `last`. A run that resumes within this
-    range starts it again; a run that ends within the range writes what it has."""
+    """A callback that is active from the start of step `first` to the end of step `last`. If a run resumes within this
+    range, the profile begins anew; if a run ends within the range, the profile so far is written."""
 
     def __init__(self, first: int, last: int, folder: Path) -> None:
         self._first, self._last, self._folder, self._on = first, last, folder, False
@@ -49,7 +49,8 @@ class _OfSteps:
         raise NotImplementedError
 
     def end(self, path: Path | None) -> None:
-        """Ends the profile and writes it to `path`, without the ending of its name; None: it is dropped."""
+        """Ends the profile and writes it to a file whose name is `path` plus an ending; with None the profile is
+        dropped."""
         raise NotImplementedError
 
     def _begin_after(self, step: int) -> None:

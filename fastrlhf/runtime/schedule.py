@@ -31,7 +31,7 @@ def schedule(config: TrainConfig, num_steps: int, peak: float) -> Callable[[int]
     if kind in DIRECT and not settings:
         return lambda step: _direct(step, num_steps, warmup, kind)
     if kind == "inverse_sqrt":
-        settings = {"timescale": warmup or 10_000} | settings  # transformers' default, for its own warm-up
+        settings = {"timescale": warmup or 10_000} | settings  # transformers' default for this warm-up
     if kind == "warmup_stable_decay":
         decay, rule = settings["num_decay_steps"], f"at most the {num_steps} steps of the run minus {warmup} of warm-up"
         require(decay <= num_steps - warmup, "lr_scheduler_kwargs: num_decay_steps", decay, rule)
