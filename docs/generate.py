@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from bench.models.sweep import ROWS, page, read_rows
-from fastrlhf.config import CONFIGS, elsewhere
+from fastrlhf.config import CONFIGS, TRAIN_NOTHING, elsewhere
 from fastrlhf.config.groups import GROUPS
 from fastrlhf.config.help import Key, as_yaml, keys_of
 from tests.stops import STOPS
@@ -59,7 +59,7 @@ def _defaults(readers: Mapping[str, Key]) -> str:
 
 
 def _listed(commands: list[str]) -> str:
-    training = [command for command in CONFIGS if command not in ("rlp", "eval", "chat", "merge", "demo")]
+    training = [command for command in CONFIGS if command not in ("rlp", *TRAIN_NOTHING)]
     if set(training) <= set(commands):
         commands = ["all trainers", *(command for command in commands if command not in training)]
     return ", ".join(commands)

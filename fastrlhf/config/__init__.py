@@ -31,9 +31,13 @@ CONFIGS: dict[str, type] = {
 }
 """The configuration class of each command. These commands take keys and may have a section in a configuration file."""
 
+TRAIN_NOTHING = frozenset({"eval", "chat", "merge", "demo"})
+"""Commands in `CONFIGS` that are no trainers."""
+
 __all__ = [
     "COLUMNS",
     "CONFIGS",
+    "TRAIN_NOTHING",
     "ChatConfig",
     "DPOConfig",
     "DRPOConfig",

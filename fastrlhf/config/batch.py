@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -20,6 +20,15 @@ def processes() -> int:
     if dist is not None and dist.is_available() and dist.is_initialized():
         return dist.get_world_size()
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def replaced_batch_keys(flags: Collection[str]) -> tuple[str, ...]:
+    """Returns the keys of a file that flags replace, because they determine the same batch: `train_batch_size` replaces
+    the other two keys, and either of these replaces it."""
+    factors = BATCH_KEYS[:2]
+    if "train_batch_size" in flags:
+        return factors
+    return BATCH_KEYS[2:] if any(name in flags for name in factors) else ()
 
 
 @dataclass(frozen=True, kw_only=True)

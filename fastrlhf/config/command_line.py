@@ -10,6 +10,7 @@ from itertools import dropwhile, pairwise, takewhile
 from typing import Any
 
 from fastrlhf.config import files
+from fastrlhf.config.batch import replaced_batch_keys
 from fastrlhf.config.checks import UNREAD
 from fastrlhf.config.choices import NoChoice
 from fastrlhf.config.elsewhere import explain_command
@@ -41,6 +42,9 @@ def parse(kind: type, arguments: Sequence[str], command: str) -> Any:
     files.check_one_name(rest, kind)
     rest = [files.without_alias(argument, kind) for argument in rest]
     files.check_flags(rest, kind, command)
+    flags = {part.partition("=")[0][2:].replace("-", "_") for part in rest if part.startswith("--")}
+    for name in replaced_batch_keys(flags):
+        values.pop(name, None)
     while True:
         try:
             _check_adapter([*values, *(part.partition("=")[0][2:].replace("-", "_") for part in rest)])

@@ -341,7 +341,6 @@ COMMANDS = {
     "reward_model": "write reward",
     "rm": "write reward",
     "vllm-serve": "the run starts vLLM itself: engine: vllm",
-    "chat": "there is no chat; `fastrlhf eval` compares models",
     "env": "write doctor",
 }
 """Commands and trainers of other programs -> what to do here. Only names that are not commands here are looked up."""

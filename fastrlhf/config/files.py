@@ -13,7 +13,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from fastrlhf.config import CONFIGS
+from fastrlhf.config import CONFIGS, TRAIN_NOTHING
 from fastrlhf.config.choices import NoChoice
 from fastrlhf.config.elsewhere import explain, explain_command
 from fastrlhf.config.help import keys_of
@@ -105,7 +105,7 @@ def run_first(path: str, command: str) -> list[str]:
     """
     content = load_yaml(path)
     names = _section(path, content, command).get("run_first") or []
-    others = [name for name in content if name in COMMANDS - {command, "rlp", "eval", "demo"}]
+    others = [name for name in content if name in COMMANDS - TRAIN_NOTHING - {command, "rlp"}]
     if not isinstance(names, list):
         raise ValueError(f"{path}: run_first: must be a list of sections, as [sft, reward]; got {names!r}")
     for name in names:
@@ -118,7 +118,7 @@ def run_first(path: str, command: str) -> list[str]:
 
 def training_sections(path: str) -> list[str]:
     """Returns the names of the training sections of a file or recipe, in order; a file without sections has none."""
-    return [name for name in load_yaml(path) if name in COMMANDS - {"eval", "demo"}]
+    return [name for name in load_yaml(path) if name in COMMANDS - TRAIN_NOTHING]
 
 
 def names_folder(values: Iterable[Mapping[str, Any]], folder: str) -> bool:

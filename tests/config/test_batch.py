@@ -6,13 +6,14 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from fastrlhf.config import CONFIGS, KTOConfig, PPOConfig, SFTConfig
+from fastrlhf.config import CONFIGS, TRAIN_NOTHING, KTOConfig, PPOConfig, SFTConfig
 from fastrlhf.config.batch import processes
 from fastrlhf.config.command_line import parse
 from fastrlhf.config.files import as_yaml
 from fastrlhf.config.paths import Filled, with_variables
 
-TRAINERS = [name for name in CONFIGS if name not in ("rlp", "eval", "demo")]
+FACTORS = "{per_device_train_batch_size: 4, gradient_accumulation_steps: 2}"
+TRAINERS = [name for name in CONFIGS if name not in ("rlp", *TRAIN_NOTHING)]
 
 
 @pytest.fixture
@@ -101,3 +102,19 @@ def test_the_kl_of_kto_needs_two_rows_per_step(monkeypatch):
         KTOConfig(train_batch_size=1)
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert KTOConfig(per_device_train_batch_size=1).batch_size == 2
+
+
+@pytest.mark.parametrize(
+    ("file", "flags", "rows"),
+    [
+        ("train_batch_size: 64", ["--per_device_train_batch_size", "4"], 4),
+        ("train_batch_size: 64", ["--gradient_accumulation_steps=2"], 16),
+        ("train_batch_size: 64", [], 64),
+        (FACTORS, ["--train_batch_size", "32"], 32),
+        (FACTORS, ["--gradient_accumulation_steps", "3"], 12),
+    ],
+)
+def test_a_flag_replaces_the_keys_of_a_file_that_determine_the_batch(tmp_path, file, flags, rows):
+    path = tmp_path / "sft.yaml"
+    path.write_text(file)
+    assert parse(SFTConfig, ["--config", str(path), *flags], "sft").batch_size == rows

@@ -124,4 +124,5 @@ def test_commands_of_other_programs_get_a_clear_answer():
     assert explain_command("ipo", OUR_COMMANDS) == ": write dpo with loss_type: ipo"
     assert explain_command("stf", OUR_COMMANDS) == "; did you mean 'sft'?"
     assert explain_command("zzz", OUR_COMMANDS) == ""
-    assert not {*COMMANDS} & {"sft", "reward", "dpo", "kto", "ppo", "grpo", "drpo", "rto", "rlp", "eval", "demo"}
+    assert not {*COMMANDS} & {"sft", "reward", "dpo", "kto", "ppo", "grpo", "drpo", "rto", "rlp"}
+    assert not {*COMMANDS} & {"eval", "chat", "merge", "demo"}
