@@ -274,7 +274,7 @@ def calibrate(
             max(Counter(groups).values()) for groups in group_answers(prompts, texts, judge, rule) if groups
         )
         sizes[rule] = [largest[size] for size in range(config.num_answers + 1)]
-    # Unanimous prompts give no pair either.
+    # Prompts below `needed` give no pair, and neither do unanimous prompts (the last entry).
     shares = {rule: sum(counts[needed:-1]) / max(1, len(prompts)) for rule, counts in sizes.items()}
     told = ", ".join(f"{rule} {100 * share:.1f} %" for rule, share in shares.items())
     log.info("spg: prompts among the first %d that give a pair: %s", len(prompts), told)

@@ -157,7 +157,8 @@ def written_places(text: str) -> dict[str, Any]:
 
 
 def leads_to(key: str, value: Any, place: Any) -> bool:
-    """Returns whether the path, or every path of the list, leads to the absolute path in `place`."""
+    """Returns whether a path, made absolute, equals the absolute path in `place`; lists of paths are compared item by
+    item."""
     items, there = (list(x) if isinstance(x, (list, tuple)) else [x] for x in (value, place))
     return place is not None and [_absolute(key, x) if isinstance(x, str) else x for x in items] == there
 

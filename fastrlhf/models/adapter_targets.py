@@ -219,7 +219,7 @@ def _run(model: PreTrainedModel) -> None:
 
 
 def _within(name: str, modules: Iterable[str]) -> bool:
-    """Returns whether `name` is one of the modules or a part of one."""
+    """Returns whether `name` is the name of one of `modules` or of a part of such a module."""
     return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 

@@ -192,7 +192,7 @@ def _probe_states(model: PreTrainedModel, batch: PackedBatch, num_first: int) ->
 
     def as_leaf(module: Module, arguments: Any, output: Tensor) -> Tensor:
         inputs.append(output.detach().requires_grad_())
-        return inputs[-1].clone()  # some families scale it in place
+        return inputs[-1].clone()  # a copy, because some families scale it in place
 
     embedding = cast(Module, model.get_input_embeddings())
     with torch.enable_grad(), embedding.register_forward_hook(as_leaf):
@@ -227,7 +227,7 @@ def _embedding_gradient(model: PreTrainedModel) -> Tensor:
 
     def as_leaf(module: Module, arguments: Any, output: Tensor) -> Tensor:
         inputs.append(output.detach().requires_grad_())
-        return inputs[-1].clone()  # some families scale it in place
+        return inputs[-1].clone()  # a copy, because some families scale it in place
 
     embedding = cast(Module, model.get_input_embeddings())
     with torch.enable_grad(), embedding.register_forward_hook(as_leaf):

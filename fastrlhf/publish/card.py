@@ -56,7 +56,7 @@ class Card:
     """Hub names, files and folders of the training rows; empty for rows given in Python."""
     num_train: int
     num_eval: int
-    """Numbers of training and evaluation rows, after tokenisation."""
+    """Number of evaluation rows after tokenisation; `num_train` is that of the training rows."""
     final: Mapping[str, float]
     """Metrics of the last evaluation; empty if no rows are held out."""
     last: Mapping[str, float]

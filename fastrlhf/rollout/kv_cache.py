@@ -192,7 +192,7 @@ def _attend(
     s_aux: Tensor | None = None,
     **keywords: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function that transformers calls."""
+    """The attention function that transformers calls; `kv` writes to and reads from the slots."""
     if dropout or s_aux is not None:
         raise ValueError("cached attention has neither dropout nor attention sinks; set attention_dropout to 0")
     return kv.attend(module, query, key, value, **keywords), None
