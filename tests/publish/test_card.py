@@ -152,7 +152,7 @@ def test_no_path_of_the_machine_is_in_a_card(kind, tmp_path, monkeypatch):
         hint = get_type_hints(kind)[field.name]
         texts = (str, tuple[str, ...], str | tuple[str, ...])
         if hint in texts and field.name not in ("dataset_train_split", "dataset_test_split"):
-            function = field.name in ("loss_type", "psi", "reward_functions")
+            function = field.name in ("loss_type", "psi", "reward_functions", "callbacks")
             value = f"{place}:mine" if function else place
             try:
                 config = kind(**{"model_name_or_path": place, field.name: value})
