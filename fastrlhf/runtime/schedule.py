@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import cast
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 
 from fastrlhf.config import TrainConfig, require
 from fastrlhf.config.schedule import parse_scheduler_kwargs
@@ -40,7 +42,8 @@ def schedule(config: TrainConfig, num_steps: int, peak: float) -> Callable[[int]
     shift = 0 if kind == "cosine_warmup_with_min_lr" else 1
     placeholder = torch.optim.SGD([torch.zeros(1)], lr=peak)
     try:
-        share = get_scheduler(kind, placeholder, warmup + shift, num_steps + shift, settings).lr_lambdas[0]
+        schedule = get_scheduler(kind, placeholder, warmup + shift, num_steps + shift, settings)
+        share = cast(LambdaLR, schedule).lr_lambdas[0]
         share(shift)
     except (TypeError, ValueError) as error:
         raise ValueError(f"lr_scheduler_kwargs: {config.lr_scheduler_kwargs} is refused by {kind}: {error}") from error
