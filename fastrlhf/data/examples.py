@@ -269,8 +269,8 @@ def _detect_form(
 def _check_unpaired(rows: Sequence[object], form: Form, columns: Mapping[str, str], source: str) -> None:
     """Raises ValueError for unpaired preferences (KTO), that is, if some responses are labelled as bad, in any form of
     a label that `kto` reads."""
-    response = "reference" if form is DEMONSTRATIONS else form.required[0]
-    if form not in (DEMONSTRATIONS, MESSAGES, SHAREGPT) or response in columns:
+    response = "reference" if form is DEMONSTRATIONS else form.required[-1]
+    if form not in (DEMONSTRATIONS, MESSAGES, SHAREGPT, ALPACA) or response in columns:
         return
     given = [row["label"] for row in _having(rows, ["label"])]
     try:

@@ -132,13 +132,20 @@ def _saved_splits(folder: Path) -> dict[str, list[Any]]:
     """Returns split -> datasets of a folder written by `save_to_disk`; a dataset without splits is "train". Empty for
     other folders."""
     if not any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        if inside := [file.parent.name for file in sorted(folder.glob("*/state.json")) if _is_saved(file.parent)]:
+            raise ValueError(f"{folder}: save_to_disk wrote the folders inside it; name one: {', '.join(inside)}")
         return {}
     try:
         saved = datasets.load_from_disk(str(folder))
-    except (OSError, ValueError, KeyError, pyarrow.ArrowException) as error:
-        raise ValueError(f"{folder}: not a readable folder of save_to_disk: {shorten(str(error))}") from None
+    except (OSError, ValueError, LookupError, pyarrow.ArrowException) as error:
+        told = "it has no rows" if isinstance(error, IndexError) else shorten(str(error))
+        raise ValueError(f"{folder}: not a readable folder of save_to_disk: {told}") from None
     splits = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
     return {str(split): [dataset] for split, dataset in splits.items()}
+
+
+def _is_saved(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in ("state.json", "dataset_info.json"))
 
 
 def _folder_splits(folder: Path, config_name: str | None) -> dict[str, list[Path]]:

@@ -33,7 +33,8 @@ class TokenReport:
     firsts: dict[str, str]
     """Reason for dropping a row, or kind of change -> the first such row, with details."""
     rows_cut: int = 0
-    """Number of rows in which a response or the prompt was cut."""
+    """Number of rows in which a response or the prompt was cut, including dropped rows whose responses are equal once
+    they are cut."""
     ends: tuple[str, ...] = ()
     """Texts of the tokens that may end a response, the EOS first."""
     other_end: int = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from pathlib import Path
 
 from huggingface_hub.errors import StrictDataclassError
@@ -131,11 +132,14 @@ def _from_file(path: Path) -> PreTrainedTokenizerBase:
 def resolve_chat_template(chat_template: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """Returns the Jinja text of `chat_template`: the value itself, the content of the file of that name, or the
     template "hh", which writes a BOS if this tokenizer adds one to texts."""
+    file = os.path.expanduser(chat_template)
+    if os.path.isfile(file):  # False for text that is too long for a path
+        try:
+            return Path(file).read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"chat_template: {chat_template} is not UTF-8 ({error.reason}); convert it") from None
     if "{" in chat_template:
         return chat_template
-    file = Path(chat_template).expanduser()
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
     if chat_template != "hh":
         raise ValueError(f'chat_template: {chat_template!r} is not a Jinja template, a file, or the name "hh"')
     has_bos = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]

@@ -162,6 +162,8 @@ def tokenize_examples(
             reason = "no_trained_token"
         if reason:
             drop(reason, example.row)
+            longest = len(prompt) + max(map(len, whole.values()), default=0)
+            counts["rows_cut"] += reason == "chosen_equals_rejected" and longest > max_length
             continue
         kept.append(_tokenized(example, prompt_ids, ids, trained, keep_source))
         for change in sorted(set(row.text.changed.values())):

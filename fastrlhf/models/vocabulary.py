@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
 from typing import NamedTuple, cast
 
 import torch
@@ -118,6 +119,13 @@ def write_ends(model: PreTrainedModel, ids: Sequence[int]) -> None:
         if config is not None:
             several = len(ids) > 1 if config is model.generation_config else isinstance(text.eos_token_id, list)
             config.eos_token_id = list(ids) if several else ids[0]
+
+
+def save_configs(model: PreTrainedModel, folder: Path) -> None:
+    """Writes config.json and, for a model that can generate, generation_config.json, which holds all its end ids."""
+    model.config.save_pretrained(folder)
+    if model.can_generate() and model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
 
 
 def _limit(model: PreTrainedModel) -> _Limit | None:

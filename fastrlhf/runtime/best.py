@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fastrlhf.config import TrainConfig
 from fastrlhf.distributed.ranks import on_first
 from fastrlhf.models.shards import write_tensors
+from fastrlhf.models.vocabulary import save_configs
 from fastrlhf.runtime.atomic import check_folder, discard_folder, write_folder
 from fastrlhf.runtime.checkpoint import load_trained_weights, trained_weights
 
@@ -133,7 +134,7 @@ class BestModel:
     def _write_configs(self, folder: Path) -> None:
         assert self._tokenizer is not None
         for name, model in self._models.items():
-            model.config.save_pretrained(folder / name)
+            save_configs(model, folder / name)
             self._tokenizer.save_pretrained(folder / name)
 
     def _tidy(self) -> None:

@@ -37,6 +37,7 @@ from fastrlhf.models.adapters import has_adapter
 from fastrlhf.models.quiet import quiet
 from fastrlhf.models.sharding import beginnings, whole_weights
 from fastrlhf.models.shards import describe_tensors, exists, read_into, read_tensors, write_tensors
+from fastrlhf.models.vocabulary import save_configs
 from fastrlhf.runtime.atomic import (
     check_folder,
     check_writable,
@@ -272,8 +273,7 @@ class Checkpointer:
             tensors[name] = {key: value for key, value in state.items() if isinstance(value, Tensor)}
             parts[name] = {key: value for key, value in state.items() if key not in tensors[name]}
         origin = {"data": dict(self._data), "start": self._start, "functions": self._functions}
-        state = {"step": step, **origin, "parts": parts}
-        on_first(lambda: self._write_rest(folder, state))
+        on_first(lambda: self._write_rest(folder, {"step": step, **origin, "parts": parts}))
         for name, model in self._models.items():
             write_tensors(folder / name / "model", trained_weights(model))
         for name in tensors:
@@ -281,7 +281,7 @@ class Checkpointer:
 
     def _write_rest(self, folder: Path, state: dict[str, Any]) -> None:
         for name, model in self._models.items():
-            model.config.save_pretrained(folder / name)
+            save_configs(model, folder / name)
             self._tokenizer.save_pretrained(folder / name)
         (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
 

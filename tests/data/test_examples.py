@@ -249,6 +249,11 @@ def test_unpaired_preferences_are_demonstrations_only_on_request(tmp_path):
         load_examples(mixed, needs=("prompt", "reference"))
     asked = load_examples(mixed, needs=("prompt", "reference"), columns={"reference": "completion"})
     assert len(asked.examples) == 2
+    alpaca = {"instruction": "Say it.", "input": "", "output": "It.", "label": False}
+    rows = write(tmp_path / "alpaca.jsonl", [alpaca, alpaca | {"label": True}])
+    with pytest.raises(ValueError, match=r"label is false in 1 of 2 rows, .*columns: output=output"):
+        load_examples(rows, needs=("prompt", "reference"))
+    assert len(load_examples(rows, needs=("prompt", "reference"), columns={"output": "output"}).examples) == 2
 
 
 # Errors of the whole dataset. -----------------------------------------------

@@ -163,6 +163,11 @@ def test_a_folder_that_save_to_disk_wrote_is_read(tmp_path):
     assert read(tmp_path / "two", "held") == rows[1:]
     with pytest.raises(ValueError, match=r"no split 'test' among \['held', 'train'\]"):
         read(tmp_path / "two", "test")
+    with pytest.raises(ValueError, match=r"save_to_disk wrote the folders inside it; name one: one\[1\]$"):
+        read(tmp_path)
+    dataset.select([]).save_to_disk(tmp_path / "empty")
+    with pytest.raises(ValueError, match="not a readable folder of save_to_disk: it has no rows"):
+        read(tmp_path / "empty")
     for file in (tmp_path / "one[1]").glob("*.arrow"):
         file.unlink()
     with pytest.raises(ValueError, match="not a readable folder of save_to_disk"):

@@ -4,7 +4,7 @@ import json
 import pytest
 
 from fastrlhf.data.specials import end_ids
-from fastrlhf.data.tokenizer import load_tokenizer, num_token_ids, token_ids
+from fastrlhf.data.tokenizer import load_tokenizer, num_token_ids, resolve_chat_template, token_ids
 from fastrlhf.data.tokens import tokenize_examples
 from fastrlhf.types import Example
 from tests import tiny
@@ -83,6 +83,15 @@ def test_the_chat_template_flag_is_saved_with_the_tokenizer(tmp_path):
     again = load_tokenizer(str(tmp_path / "again"))
     turns = {"prompt": [{"role": "user", "content": "a"}], "chosen": [{"role": "assistant", "content": "b"}]}
     assert ids(Example(**turns, row=0), again) == ([HUMAN, A, ASSISTANT], [B, EOS], None)
+
+
+def test_a_chat_template_file_may_have_any_name_and_a_byte_order_mark_but_must_be_utf8(tmp_path):
+    file = tmp_path / "a{1}[b].jinja"
+    file.write_text("{{ 1 }}", encoding="utf-8-sig")
+    assert resolve_chat_template(str(file), words()) == "{{ 1 }}"
+    file.write_text("{{ 1 }}", encoding="utf-16")
+    with pytest.raises(ValueError, match=r"^chat_template: .*\.jinja is not UTF-8 \(.*\); convert it$"):
+        resolve_chat_template(str(file), words())
 
 
 @pytest.mark.parametrize("name", ["/nowhere/a", "./nowhere", "a/b/c"])

@@ -179,6 +179,7 @@ def test_responses_that_tokens_cannot_tell_apart_are_dropped():
         {"chosen_equals_rejected": 2},
         {"chosen_equals_rejected": "row 1"},
     )
+    assert (counts.rows_cut, counts.rows_too_long) == (3, 3)
 
 
 def test_rows_without_tokens_and_responses_past_their_eos_are_dropped():

@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from fastrlhf.config import DemoConfig, PPOConfig, SFTConfig
 from fastrlhf.config.compare import SAME_MODEL
@@ -134,9 +134,14 @@ def checkpointer(folder, model, part, **settings):
     return Checkpointer(folder, values["models"], tiny.tokenizer(), {"counter": part}, values["data"])
 
 
+def loaded_ends(folder):
+    return GenerationConfig.from_pretrained(folder).eos_token_id
+
+
 @pytest.mark.parametrize("name", tiny.ARCHITECTURES)
 def test_a_checkpoint_loads_as_a_model_and_into_the_one_that_wrote_it(name, tmp_path):
     models = {"": tiny.policy(name), "value_model": tiny.policy(name, seed=1)}
+    models[""].generation_config.eos_token_id = [1, 2]
     saved = {place: {k: v.clone() for k, v in model.state_dict().items()} for place, model in models.items()}
     kept, part = checkpointer(tmp_path / "run", models[""], Counter(3), models=models), Counter(8)
     path = kept.save(7)
@@ -150,6 +155,7 @@ def test_a_checkpoint_loads_as_a_model_and_into_the_one_that_wrote_it(name, tmp_
     for place, model in models.items():
         loaded = AutoModelForCausalLM.from_pretrained(path / place).state_dict()
         assert loaded.keys() == saved[place].keys()
+        assert loaded_ends(path / place) == ([1, 2] if place == "" else 1)
         for key, value in saved[place].items():
             assert torch.equal(model.state_dict()[key], value)
             assert torch.equal(loaded[key], value)
