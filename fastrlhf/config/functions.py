@@ -34,14 +34,14 @@ _INSTALLED += [Path(__file__).parent.parent]
 """The folders of modules that a change of the user does not reach."""
 
 
-def load_function(name: str, field: str) -> Callable[..., Any]:
-    """Loads the function named "package.module:function" or "path/to/file.py:function".
+def load_function(name: str, field: str, kind: str = "function") -> Callable[..., Any]:
+    """Loads the function named "package.module:function" or "path/to/file.py:function"; `kind` is "class" for a class.
 
     Raises ValueError, naming `field`, if the function does not exist or its module imports something that is missing.
     """
     place, _, attribute = name.rpartition(":")
     if not place or not attribute:
-        raise ValueError(f"{field}: {name!r} must look like package.module:function or path/to/file.py:function")
+        raise ValueError(f"{field}: {name!r} must look like package.module:{kind} or path/to/file.py:{kind}")
     try:
         if place.endswith(".py"):
             _FILES.add(str(Path(place).expanduser().resolve()))
@@ -55,7 +55,7 @@ def load_function(name: str, field: str) -> Callable[..., Any]:
     _FILES.add(str(module.__file__))
     function = getattr(module, attribute, None)
     if not callable(function):
-        raise ValueError(f"{field}: {place!r} has no function {attribute!r}")
+        raise ValueError(f"{field}: {place!r} has no {kind} {attribute!r}")
     return function
 
 

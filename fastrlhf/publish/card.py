@@ -58,9 +58,13 @@ class Card:
     num_eval: int
     """Number of evaluation rows after tokenisation; `num_train` is that of the training rows."""
     final: Mapping[str, float]
-    """Metrics of the last evaluation; empty if no rows are held out."""
+    """Metrics of the last evaluation, or of the best one if the model has its weights; empty without held-out rows."""
     last: Mapping[str, float]
     """Metrics of the last step."""
+    steps: int
+    """Number of optimiser steps (on-policy: updates) of the run; fewer than configured if the run stopped early."""
+    best_step: int | None = None
+    """Step of the best evaluation if the model has the weights of this step; None if it has the last weights."""
     beside: str = ""
     """Key of BESIDE, for the card of a model that was trained beside the policy."""
 
@@ -193,10 +197,12 @@ class Card:
     def _shown_results(self) -> str:
         lines = []
         if self.final:
-            lines += [f"Last evaluation, on {self.num_eval} held-out rows; losses and log-probs in nats:", ""]
+            best = f"Best evaluation, after step {self.best_step}, whose weights the model has"
+            which = "Last evaluation" if self.best_step is None else best
+            lines += [f"{which}, on {self.num_eval} held-out rows; losses and log-probs in nats:", ""]
             lines += [*_table(self.final), ""]
         shown = {name: self.last[name] for name in LAST if name in self.last}
-        return "\n".join([*lines, "Last training step:", "", *_table(shown)])
+        return "\n".join([*lines, f"Last training step ({self.steps}):", "", *_table(shown)])
 
     def _citation(self) -> list[str]:
         keys = dict.fromkeys(key for method in methods_of(self.config) for key in method.papers)

@@ -48,6 +48,11 @@ class BestModel:
     def keeps_weights(self) -> bool:
         return self._config.load_best_model_at_end
 
+    @property
+    def step(self) -> int | None:
+        """Step of the best evaluation so far; None before the first evaluation."""
+        return self._step
+
     def seen(self, step: int, metrics: Mapping[str, float]) -> bool:
         """Compares the evaluation after `step` with the best one before it. Returns whether it is the new best one;
         `stopped` says whether the run ends with this step. Every rank must call it.

@@ -7,6 +7,7 @@ on every rank, and a request of any rank counts for all. A callback must not exc
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from fastrlhf.config import TrainConfig
 from fastrlhf.config.functions import load_function
 from fastrlhf.distributed.ranks import from_all, rank, together
 from fastrlhf.runtime.profiling import profilers
+
+log = logging.getLogger(__name__)
 
 POINTS = ("on_start", "on_step", "on_evaluate", "on_save", "on_end")
 
@@ -124,7 +127,10 @@ class Callbacks:
         together(lambda: self._call(point))
         requests = from_all(sorted(self._state.requests))
         self._state.requests = {request for asked in requests for request in asked}
-        self.stopped = self.stopped or "stop" in self._state.requests
+        if "stop" in self._state.requests and not self.stopped:
+            self.stopped = True
+            if point != "on_end":
+                log.info("the run stops after step %d: a callback has asked for it", step)
 
     def takes(self, request: str) -> bool:
         """Returns whether a callback has made this request since the last call with it, and forgets the request."""
@@ -156,7 +162,7 @@ def load_callbacks(config: TrainConfig) -> list[tuple[str, Any]]:
     """
     made = []
     for name in config.callbacks:
-        kind = load_function(name, "callbacks")
+        kind = load_function(name, "callbacks", "class")
         try:
             callback = kind()
         except TypeError as error:

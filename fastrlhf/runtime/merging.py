@@ -94,10 +94,16 @@ def save_trained(
 
 
 def card_of(
-    config: TrainConfig, data: Data | None, final: Mapping[str, float], last: Mapping[str, float]
+    config: TrainConfig,
+    data: Data | None,
+    final: Mapping[str, float],
+    last: Mapping[str, float],
+    steps: int,
+    best_step: int | None = None,
 ) -> Card | None:
-    """Returns the card of a run with these metrics of the last evaluation and of the last step, or None if the run has
-    no data."""
+    """Returns the card of a run of `steps` steps, or None if the run has no data. `final` holds the metrics of the last
+    evaluation, or those of the evaluation after `best_step` if the model has the weights of that step; `last` holds the
+    metrics of the last step."""
     if data is None:
         return None
     return Card(
@@ -107,6 +113,8 @@ def card_of(
         num_eval=len(data.eval),
         final=final,
         last=last,
+        steps=steps,
+        best_step=best_step,
     )
 
 

@@ -366,7 +366,9 @@ class Run:
             log.warning("the last rows of the log are missing; the model is saved all the same")
         last = self.history[-1] if self.history else {}
         final = best or self._final or {name: x for name, x in last.items() if name.startswith("eval_")}
-        card, accept = card_of(self._config, self._data, final, last), acceptance_of(self._config, self._data)
+        best_step = self._best.step if best else None
+        card = card_of(self._config, self._data, final, last, self._whole, best_step)
+        accept = acceptance_of(self._config, self._data)
         models, saved = {"value_model": value_model, "dpo_model": dpo_model, "": model}, dict[str, PreTrainedModel]()
         write = partial(save_all, models, tokenizer, self.folder, saved, accept, card)
         if self._checkpointer:

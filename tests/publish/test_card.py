@@ -22,6 +22,7 @@ BASE = "Qwen/Qwen3-0.6B-Base"
 def card(config, **keys) -> Card:
     measured = {"eval_loss": 0.51234567, "eval_rewards/accuracies": 0.75}
     given = {"datasets": ("owner/pairs",), "num_train": 90, "num_eval": 10, "final": measured, "last": {"loss": 0.6}}
+    given["steps"] = 25
     return Card(config=config, **given | keys)
 
 
@@ -196,8 +197,16 @@ def test_data_methods_results_and_citations_are_in_the_text():
         "`loss = -mean of min(r * A, clip(r, 1 - e, 1 + e) * A); r = pi / pi_old of a token, A its advantage, "
         "e = cliprange`\n"
     ) in text
+    assert "Last evaluation, on 10 held-out rows; losses and log-probs in nats:\n\n| metric | value |" in text
     assert "| `eval_loss` | 0.5123 |" in text
-    assert "| `objective/scores` | 0.25 |" in text
+    assert "Last training step (25):\n\n| metric | value |\n|---|---|\n| `objective/scores` | 0.25 |" in text
     assert "timing" not in text
     assert text.count("@misc{") == 2
     assert "@misc{shao2024grpo," in text
+
+
+def test_a_card_says_that_the_model_has_the_weights_of_the_best_step():
+    text = card(SFTConfig(model_name_or_path=BASE), best_step=10).text()
+    assert "Best evaluation, after step 10, whose weights the model has, on 10 held-out rows; losses and" in text
+    assert "Last evaluation" not in text
+    assert "Last training step (25):" in text

@@ -47,6 +47,9 @@ def test_the_final_folder_holds_the_weights_and_the_result_the_metrics_of_the_be
     saved = load_file(tmp_path / "run" / "model.safetensors")
     assert all(torch.equal(saved[name], weights[2][name]) for name in saved)
     assert not all(torch.equal(saved[name], weights[5][name]) for name in saved)
+    text = (tmp_path / "run" / "README.md").read_text()
+    assert "Best evaluation, after step 2, whose weights the model has, on " in text
+    assert "Last training step (5):" in text
     assert not list((tmp_path / "run").glob("best-*"))
 
 
@@ -62,6 +65,9 @@ def test_a_run_stops_after_evaluations_without_improvement_and_keeps_its_last_we
     result = run("sft", paths, tmp_path / "run", eval_steps=1, early_stopping_patience=2)
     assert [row["eval_loss"] for row in result.history] == [5.0, 3.0, 4.0, 3.5]
     assert result.final["eval_loss"] == 3.5
+    text = (tmp_path / "run" / "README.md").read_text()
+    assert "Last evaluation, on " in text
+    assert "Last training step (4):" in text
     saved = load_file(tmp_path / "run" / "model.safetensors")
     assert all(torch.equal(saved[name], weights[4][name]) for name in saved)
 

@@ -118,9 +118,11 @@ def test_a_run_calls_every_point_in_order(paths, tmp_path):
     ]
 
 
-def test_a_callback_may_ask_to_evaluate_to_save_and_to_stop(paths, tmp_path):
+def test_a_callback_may_ask_to_evaluate_to_save_and_to_stop(paths, tmp_path, caplog):
+    caplog.set_level("INFO")
     journal = Journal(evaluate=[1], save=[1], stop=[3])
     result = trained(paths, tmp_path, journal, save_steps=0)
+    assert caplog.messages.count("the run stops after step 3: a callback has asked for it") == 1
     assert [(point, step) for point, step, _ in journal.calls if point != "step"] == [
         ("start", 0),
         ("evaluate", 1),
@@ -198,7 +200,7 @@ def test_an_error_on_the_command_line_names_callback_and_line(paths, tmp_path, f
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("Nobody", "has no function 'Nobody'"),
+        ("Nobody", "has no class 'Nobody'"),
         ("Empty", "has none of the methods on_start, on_step, on_evaluate, on_save, on_end"),
         ("Choosy", "cannot be made without arguments: .*missing 1 required positional argument: 'size'"),
     ],

@@ -166,9 +166,10 @@ def test_a_readme_that_fastrlhf_did_not_write_stays(tmp_path, caplog):
 def test_each_model_of_a_run_gets_its_card_and_the_adapter_its_own(base, tmp_path):
     config = SFTConfig(use_peft=True, model_name_or_path=base, dataset_name="rows.jsonl")
     data = Data(train=[], eval=[], report=None, origin=Origin(sources=("rows.jsonl",)))
-    card = card_of(config, data, {"eval_loss": 1.5}, {"loss": 2.0})
+    card = card_of(config, data, {"eval_loss": 1.5}, {"loss": 2.0}, steps=5, best_step=3)
     assert (card.datasets, card.num_train, card.num_eval, card.final) == (("rows.jsonl",), 0, 0, {"eval_loss": 1.5})
+    assert (card.last, card.steps, card.best_step) == ({"loss": 2.0}, 5, 3)
     save_trained(trained(base, 1e-3), tiny.tokenizer(), tmp_path / "run", card=card)
     assert (tmp_path / "run" / "README.md").read_text() == card.text()
     assert (tmp_path / "run" / "adapter" / "README.md").read_text() == card.adapter_text()
-    assert card_of(config, None, {}, {}) is None
+    assert card_of(config, None, {}, {}, steps=5) is None
