@@ -82,7 +82,8 @@ def judge(models: Path, folder: Path) -> None:
 
 
 def kill_in(point: tuple[Any, str, int], number: int) -> None:
-    """Makes this process send itself the signal `number` at the end of a call."""
+    """Makes this process send itself the signal `number` at the end of the call that `point` (object, name of its
+    function, count) describes."""
     owner, name, at = point
     function, calls = getattr(owner, name), []
 

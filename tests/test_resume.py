@@ -179,7 +179,7 @@ def test_a_signal_at_a_random_moment_loses_no_whole_step_and_changes_no_bit(kind
 
     monkeypatch.setattr(Run, "__enter__", entered)
     monkeypatch.setattr(Run, "__exit__", left_by)
-    for name in ("first", "whole"):  # the first run makes more calls, for example of imports
+    for name in ("first", "whole"):  # Only the second count can be repeated: the first run also imports modules.
         seed_everything()
         result = run(kind, paths, tmp_path / name, save_steps=0)
     whole = left(result, watch.made[-1], tmp_path / "whole")

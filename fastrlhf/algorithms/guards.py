@@ -39,7 +39,7 @@ def check_sampler(config: PPOConfig, update: int, difference: float, policy: Pre
     name = "your own engine" if own else f"engine {config.engine}"
     causes = {
         "transformers": "cached decoding and the packed forward give different results; please report the model",
-        "vllm": "the weights of the policy did not reach vLLM, or its implementation of the model differs; take "
+        "vllm": "the weights of the policy did not reach vLLM, or its implementation of the model differs; use "
         "engine transformers, or another version of vLLM",
     }
     cause = "it samples from other weights or reports log-probs at another temperature" if own else ""

@@ -59,7 +59,7 @@ class Psi:
             bad = prob[~value.isfinite()].flatten()[0].item()
             raise ValueError(
                 f"psi: {self.name} of the probability {bad:g} is not finite, so that KL to the reference would count "
-                "for nothing at any tau; take clipped_logit, or smooth the probabilities"
+                "for nothing at any tau; use clipped_logit, or smooth the probabilities"
             )
         return value
 
@@ -140,7 +140,7 @@ def pair_target(psi: Psi, prob: Tensor, tau: float) -> Tensor:
     if not psi.is_odd:
         raise ValueError(
             f"psi: {psi.name} is not odd about 1/2 (Psi(q) + Psi(1 - q) is not constant), so pairs lead to another "
-            "policy than PsiPO's; take psi_backend groupwise"
+            "policy than PsiPO's; use psi_backend groupwise"
         )
     p = prob.double()
     check_not_hard(psi, p)
@@ -151,7 +151,7 @@ def check_not_hard(psi: Psi, prob: Tensor) -> None:
     """Raises ValueError if Psi is not affine and all probabilities are 0 or 1, that is, hard labels."""
     if not psi.is_affine and bool(((prob == 0) | (prob == 1)).all()):
         raise ValueError(
-            f"psi: {psi.name} needs probabilities, and every label is hard: E Psi(label) is not Psi(E label); take "
+            f"psi: {psi.name} needs probabilities, and every label is hard: E Psi(label) is not Psi(E label); use "
             "identity, or another label_source"
         )
 

@@ -104,8 +104,8 @@ class RewardKeys:
     this model and its reference, at temperature 1 (RTO's r_DPO). Empty: no such reward."""
     dpo_refine: Literal["none", "outcome"] = "none"
     """Training of the DPO model during the run. outcome: before each update of the policy, it is trained to predict
-    from the responses of the batch which of them succeed (PRIME, arXiv 2502.01456). It then starts from
-    `dpo_model_path`, or, if that is empty, from `model_name_or_path`."""
+    which responses of the batch succeed (PRIME, arXiv 2502.01456). Its weights at the start of the run are those of
+    `dpo_model_path`, or, if that is empty, of `model_name_or_path`."""
     dpo_refine_beta: float = 0.05
     """Scale of the prediction: a response is predicted to succeed with probability sigmoid(dpo_refine_beta *
     log(DPO model / its reference)), the log-ratio summed over its tokens."""

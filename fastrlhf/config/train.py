@@ -70,7 +70,7 @@ class TrainConfig(WatchKeys, ScheduleKeys, BatchKeys):
     `master_weights` says how bfloat16 weights are updated."""
     use_peft: bool = False
     """Train a low-rank adapter (LoRA) and freeze the weights; the reference is then the same model without the adapter.
-    The run saves the adapter in `adapter/` and, merged into the weights, the whole model."""
+    The run saves the adapter in `adapter/` and also the whole model, with the adapter merged into its weights."""
     lora_r: int = 16
     """Rank of the low-rank adapter."""
     lora_alpha: int = 32

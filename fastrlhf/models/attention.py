@@ -109,18 +109,18 @@ def _obstacle(
     """Returns why a backend cannot run, and the fix, as the end of a sentence; empty if it can."""
     able = BACKENDS[name]
     if able.only_cuda and device.type != "cuda":
-        return f"needs a CUDA GPU, and the run is on {device.type}; take sdpa"
+        return f"needs a CUDA GPU, and the run is on {device.type}; use sdpa"
     if able.only_half and dtype not in (torch.bfloat16, torch.float16):
-        return f"does not support {dtype}; set dtype to bfloat16, or take flex or sdpa"
+        return f"does not support {dtype}; set dtype to bfloat16, or use flex or sdpa"
     if softcap is not None and not able.softcap:
-        return "has no soft-capping, which this model needs; take flash_attention_2, flex or sdpa"
+        return "has no soft-capping, which this model needs; use flash_attention_2, flex or sdpa"
     if sinks and not able.sinks:
-        return "has no attention sinks, which this model needs; take sdpa"
+        return "has no attention sinks, which this model needs; use sdpa"
     if able.module and not _installed(able.module):
         return f"needs {able.module}, which is not installed: {able.install}"
     if able.capabilities and (found := torch.cuda.get_device_capability(device)[0]) not in able.capabilities:
         known = " or ".join(map(str, able.capabilities))
-        return f"needs a GPU of compute capability {known}, and this one has {found}; take flash_attention_2"
+        return f"needs a GPU of compute capability {known}, and this one has {found}; use flash_attention_2"
     return ""
 
 

@@ -87,7 +87,7 @@ def find_logit_map(model: PreTrainedModel) -> LogitMap:
                 return LogitMap(scale=scale, softcap=softcap, at_head=at_head)
     raise ValueError(
         f"{type(model).__name__}: its logits are not a multiple of the head's weights times hidden states, from "
-        "which log-probs are computed here; take another model"
+        "which log-probs are computed here; use another model"
     )
 
 
@@ -143,7 +143,7 @@ def check_packed_forward(model: PreTrainedModel, expected: Tensor | None = None)
     # Raised inside the model family's own code.
     except (AssertionError, AttributeError, IndexError, KeyError, TypeError) as error:
         kind = type(model).__name__
-        raise ValueError(f"{kind}: it cannot be trained here ({one_line(error)}); take another model") from error
+        raise ValueError(f"{kind}: it cannot be trained here ({one_line(error)}); use another model") from error
     if difference:
         raise ValueError(f"{type(model).__name__}: the packed forward {difference}; training would use wrong numbers")
 

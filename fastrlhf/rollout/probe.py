@@ -76,7 +76,7 @@ def _choose(model: PreTrainedModel) -> Decoder:
         found.append(f"{name}: differs from the plain model by {error:.2g} nats")
     raise ValueError(
         f"{type(model).__name__}: decoding token by token does not give the model's own log-probs "
-        f"({'; '.join(found)}), so its samples would be wrong; take engine: vllm, or another model"
+        f"({'; '.join(found)}), so its samples would be wrong; set engine to vllm, or choose another model"
     )
 
 

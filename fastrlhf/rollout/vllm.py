@@ -165,7 +165,7 @@ def check_vllm(config: PPOConfig) -> None:
     """Raises ValueError if vLLM is not installed, or if a key needs GPUs that this machine does not have. Does not
     import vLLM."""
     if importlib.util.find_spec("vllm") is None:
-        raise ValueError("engine: vllm is not installed; pip install 'fastrlhf[vllm]', or take engine transformers")
+        raise ValueError("engine: vllm is not installed; pip install 'fastrlhf[vllm]', or set engine to transformers")
     on_gpu = resolve_device(config.device).type == "cuda"
     rule = "false without a GPU: on a CPU vLLM cannot give memory back"
     require(on_gpu or not config.vllm_enable_sleep_mode, "vllm_enable_sleep_mode", True, rule)

@@ -103,7 +103,7 @@ class Child:
         error, trace = answer
         if isinstance(error, ImportError):
             raise ValueError(
-                f"engine: vllm cannot be used ({error}); pip install 'fastrlhf[vllm]', or take engine transformers"
+                f"engine: vllm cannot be used ({error}); pip install 'fastrlhf[vllm]', or set engine to transformers"
             ) from Remote(trace)
         kind = MemoryError if isinstance(error, MemoryError) else ValueError
         raise kind(f"engine: vllm {error}") from Remote(trace)

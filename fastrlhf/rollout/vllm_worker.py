@@ -91,7 +91,7 @@ class Worker:
         if self._llm.reset_prefix_cache() is not True:
             raise ValueError(
                 "did not drop its cached keys and values (reset_prefix_cache), so it would sample with those of the "
-                "previous weights; take engine transformers"
+                "previous weights; set engine to transformers"
             )
 
     def generate(

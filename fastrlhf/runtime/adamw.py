@@ -120,6 +120,6 @@ def _bitsandbytes(optim: str) -> Any:
     try:
         import bitsandbytes  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError as error:
-        told = f"optim: {optim} needs {error.name}: pip install 'fastrlhf[bnb]', or take adamw_torch_fused"
+        told = f"optim: {optim} needs {error.name}: pip install 'fastrlhf[bnb]', or use adamw_torch_fused"
         raise ValueError(told) from None
     return bitsandbytes

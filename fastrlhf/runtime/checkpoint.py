@@ -378,8 +378,8 @@ def _model_bytes(model: PreTrainedModel) -> int:
 
 
 def _start(models: Mapping[str, PreTrainedModel]) -> str:
-    """Returns a fingerprint of the weights before training: a hash of the first entries of every tensor. Training
-    changes most of these entries."""
+    """Returns a fingerprint of the weights before training: a hash of the first entries of every tensor. Trained
+    weights have another fingerprint, because training changes most of these entries."""
     tensors = beginnings((tensor for model in models.values() for tensor in model.parameters()), 64)
     return hashlib.sha256(torch.cat(tensors).numpy().tobytes()).hexdigest() if tensors else ""
 

@@ -196,7 +196,8 @@ def test_rows_that_a_model_was_trained_on_are_reported(config, tmp_path, caplog)
 def test_a_prompt_without_room_for_a_response_is_left_out(config):
     examples = [replace(example, prompt="w1 " * (20 + i)) for i, example in enumerate(tiny.examples(12))]
     [comparison, _] = evaluate_models(config, examples).values()
-    assert comparison.num == 7  # prompts have 20 to 31 tokens; with 6 response tokens up to 26 fit into max_length 32
+    # Prompts have 20 to 31 tokens. max_length 32 minus 6 tokens of response leaves room for prompts of at most 26.
+    assert comparison.num == 7
     with pytest.raises(ValueError, match=r"^max_length: no eval prompt leaves room for a response of 6 tokens"):
         evaluate_models(replace(config, max_length=25, max_dropped_fraction=1.0), examples)
 

@@ -228,10 +228,10 @@ def test_what_is_installed_is_found(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "device", "dtype", "softcap", "installed", "capability", "expected"),
     [
-        ("flash_attention_2", CPU, torch.float32, None, True, 9, "needs a CUDA GPU, and the run is on cpu; take sdpa"),
+        ("flash_attention_2", CPU, torch.float32, None, True, 9, "needs a CUDA GPU, and the run is on cpu; use sdpa"),
         ("flex", CPU, torch.float32, None, True, 9, "needs a CUDA GPU"),
         ("varlen", CUDA, torch.float32, None, True, 9, "does not support torch.float32; set dtype to bfloat16"),
-        ("varlen", CUDA, torch.bfloat16, 2.0, True, 9, "no soft-capping, which this model needs; take flash_attention"),
+        ("varlen", CUDA, torch.bfloat16, 2.0, True, 9, "no soft-capping, which this model needs; use flash_attention"),
         ("flash_attention_2", CUDA, torch.bfloat16, None, False, 9, "not installed: pip install flash-attn"),
         ("flash_attention_3", CUDA, torch.bfloat16, None, False, 9, "not installed: build the folder hopper"),
         ("flash_attention_4", CUDA, torch.bfloat16, None, False, 9, "not installed: pip install --pre flash-attn-4"),

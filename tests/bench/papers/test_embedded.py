@@ -119,7 +119,8 @@ def test_the_tables_pair_the_seeds_and_all_figures_are_drawn(tmp_path, monkeypat
     assert prompts.splitlines()[-1].endswith("| 8.00 +- 0.00 | 8.00 +- 0.00 |")
     resets, lengths = embedded.run_embedded("drpo", 2, 1, tmp_path, tmp_path).split("\n\n")
     assert resets.splitlines()[3] == "| 0.25 | 7.00 +- 63.55 | 2.00 +- 0.00 | 1.00 | 100 |"
-    # At 5 facts PPO and DR-PO are the arms 7 and 8: gold rewards 5 + 2 * 7 = 19 and 5 + 2 * 8 = 21.
+    # The stand-in's gold reward is seed + 2 * arm, and the seeds are 0 and 10, with mean 5. In the row of 5 facts, PPO
+    # is arm 7 and DR-PO arm 8, so their means are 5 + 2 * 7 = 19 and 5 + 2 * 8 = 21.
     assert lengths.splitlines()[3] == "| 5 | 19.00 +- 63.55 | 21.00 +- 63.55 | 2.00 +- 0.00 | 100 and 100 |"
     names = [path.name for path in sorted((tmp_path / "figures").iterdir())]
     assert names == ["drpo_lengths.png", "drpo_resets.png", "rto_granularity.png", "rto_prompts.png"]
