@@ -21,6 +21,8 @@ from fastrlhf.config import (
     TrainConfig,
 )
 from fastrlhf.config.commands import EVAL_READS
+from fastrlhf.config.schedule import SCHEDULES
+from fastrlhf.config.train import OPTIM_NAMES
 
 TRAINING = (SFTConfig, RewardConfig, DPOConfig, PPOConfig, DRPOConfig, RTOConfig, EvalConfig)
 ON_POLICY = (PPOConfig, DRPOConfig, RTOConfig)
@@ -139,6 +141,8 @@ BESIDE = {
     **{name: {"kl_placement": "loss"} for name in ("k2", "k3")},
     "loss": {"kl_estimator": "k2"},
     "bootstrap": {"missing_eos_score": None},
+    **{name: {"lr_scheduler_kwargs": '{"min_lr": 0.0}'} for name in SCHEDULES if "with_min_lr" in name},
+    "warmup_stable_decay": {"lr_scheduler_kwargs": '{"num_decay_steps": 2}'},
 }
 """Field or choice -> other keys that it needs to be valid."""
 
@@ -147,7 +151,7 @@ BESIDE = {
 def test_an_invalid_choice_is_refused_and_the_choices_are_listed(kind, field, choices):
     for choice in choices:
         beside = BESIDE.get(field, {}) | BESIDE.get(choice, {})
-        assert getattr(kind(**{field: choice} | beside), field) == choice
+        assert getattr(kind(**{field: choice} | beside), field) == OPTIM_NAMES.get(choice, choice)
     for wrong in ("Sum", "", None, ["sum"]):
         with pytest.raises(ValueError, match=rf"^{field}: must be one of {', '.join(choices)}; got "):
             kind(**{field: wrong})

@@ -51,7 +51,7 @@ def another(hint: Any, default: Any) -> Any:
     """A value that has the type of a key and differs from its default."""
     if choices := [choice for choice in get_args(hint) if isinstance(choice, str) and choice != default]:
         return choices[0]
-    if isinstance(default, bool):
+    if isinstance(default, bool) or bool in get_args(hint):
         return not default
     return {str: "x", tuple: ("x",), float: 5.0}.get(type(default), 5)
 
