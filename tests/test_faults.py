@@ -48,8 +48,10 @@ def truncate(file: Path) -> None:
 
 
 def flip_a_bit(file: Path) -> None:
+    """Flips a bit in the middle of a file, or in the first byte of the manifest, whose middle is the hash of another
+    file."""
     content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 4
+    content[0 if file.name == "manifest.json" else len(content) // 2] ^= 4
     file.write_bytes(content)
 
 

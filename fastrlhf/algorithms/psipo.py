@@ -185,7 +185,7 @@ def group_target(preference: Tensor, psi: Psi, tau: float, estimator: Estimator)
     size = preference.shape[-1]
     if estimator == "self_included":
         if not psi.is_odd:
-            raise ValueError(f"psi: {psi.name} is not odd about 1/2: self_included is biased, take leave_two_out")
+            raise ValueError(f"psi: {psi.name} is not odd about 1/2: self_included is biased, use leave_two_out")
         return group_rewards(preference, psi) / tau
     if size < 3:
         raise ValueError(

@@ -147,9 +147,9 @@ def test_back_ends_that_are_refused_for_a_psi_that_is_not_odd_would_be_wrong():
     included = groupwise_minimiser(3, lambda p: psi(p).mean(-1) / TAU)
     assert error(pairwise, psi) > 0.004
     assert 0.001 < error(included, psi) < error(pairwise, psi)
-    with pytest.raises(ValueError, match=r"square is not odd about 1/2 .* take psi_backend groupwise"):
+    with pytest.raises(ValueError, match=r"square is not odd about 1/2 .* use psi_backend groupwise"):
         pair_target(psi, torch.tensor([0.7]), TAU)
-    with pytest.raises(ValueError, match="self_included is biased, take leave_two_out"):
+    with pytest.raises(ValueError, match="self_included is biased, use leave_two_out"):
         group_target(CYCLES, psi, TAU, "self_included")
     with pytest.raises(ValueError, match="needs at least 3 responses per prompt; got 2"):
         group_target(CYCLES[:2, :2], psi, TAU, "leave_two_out")
@@ -220,7 +220,7 @@ def test_pair_targets_by_hand():
 
 
 def test_logit_of_a_certain_preference_is_refused_and_never_clipped():
-    with pytest.raises(ValueError, match=r"logit of the probability 1 is not finite, so that KL .* take clipped_logit"):
+    with pytest.raises(ValueError, match=r"logit of the probability 1 is not finite, so that KL .* use clipped_logit"):
         pair_target(PSIS["logit"], torch.tensor([0.8, 1.0]), TAU)
     with pytest.raises(ValueError, match="logit of the probability 0 is not finite"):
         group_target(torch.tensor([[0.5, 0.0], [1.0, 0.5]]), PSIS["logit"], TAU, "self_included")

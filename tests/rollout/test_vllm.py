@@ -345,5 +345,7 @@ def test_a_reset_that_leaves_nothing_to_sample_is_refused(paths):
 
 def test_without_vllm_a_run_says_how_to_install_it_before_anything_is_loaded(paths, monkeypatch):
     monkeypatch.setattr(engine_module.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"^engine: vllm is not installed; pip install 'fastrlhf\[vllm\]', or take"):
+    with pytest.raises(
+        ValueError, match=r"^engine: vllm is not installed; pip install 'fastrlhf\[vllm\]', or set engine"
+    ):
         train_ppo(config(paths | {"model_name_or_path": "nowhere"}), tiny.examples(4))

@@ -21,9 +21,7 @@ has_bitsandbytes = pytest.mark.skipif(
 @pytest.mark.parametrize("optim", ["adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"])
 def test_without_bitsandbytes_the_error_says_what_to_install(optim, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(
-        ValueError, match=rf"^optim: {optim} needs bitsandbytes: pip install 'fastrlhf\[bnb\]', or take"
-    ):
+    with pytest.raises(ValueError, match=rf"^optim: {optim} needs bitsandbytes: pip install 'fastrlhf\[bnb\]', or use"):
         check_optim(SFTConfig(optim=optim), torch.device("cuda"))
     check_optim(SFTConfig(), CPU)
 
