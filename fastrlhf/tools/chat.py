@@ -23,12 +23,12 @@ from fastrlhf.data.identity import judge_tokenizer
 from fastrlhf.data.reading import judge_rows
 from fastrlhf.data.rows import UnusableRow
 from fastrlhf.data.specials import end_ids, special_ids
-from fastrlhf.data.tokenizer import num_token_ids
 from fastrlhf.data.tokens import TextRules, encode_rows
 from fastrlhf.evaluation.evaluate import open_judge, open_policy
 from fastrlhf.evaluation.judges import score_texts
 from fastrlhf.models.loading import check_vocabulary
 from fastrlhf.models.roles import holds_adapter, open_base, policy_role
+from fastrlhf.models.vocabulary import allowed_ids, limit_vocabulary
 from fastrlhf.rollout.generate import no_generation_config
 from fastrlhf.runtime.inputs import open_tokenizer, template_day
 from fastrlhf.types import Example, Message
@@ -51,6 +51,7 @@ class Chat:
     turns: list[Message] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        limit_vocabulary(self.model, self.tokenizer)
         rows = cast(Any, self.model.get_output_embeddings()).weight.shape[0]
         sampled = self.config.temperature > 0
         self._settings = GenerationConfig(
@@ -61,7 +62,7 @@ class Chat:
             min_p=self.config.min_p if sampled else None,
             eos_token_id=list(end_ids(self.tokenizer)),
             pad_token_id=end_ids(self.tokenizer)[0],
-            suppress_tokens=list(range(num_token_ids(self.tokenizer), rows)) or None,  # ids without a token
+            suppress_tokens=sorted({*range(rows)} - {*allowed_ids(self.model)}) or None,
         )
 
     def reset(self) -> None:

@@ -185,7 +185,7 @@ def test_rows_and_models_from_python_are_called_so():
 
 def test_data_methods_results_and_citations_are_in_the_text():
     config = GRPOConfig(
-        model_name_or_path=BASE, dataset_name=("owner/rows", "/tmp/more.jsonl"), reward_functions=("f:g",)
+        model_name_or_path=BASE, dataset_name=("owner/rows", "/rows/more.jsonl"), reward_functions=("f:g",)
     )
     text = card(config, datasets=config.dataset_name, last={"objective/scores": 0.25, "timing/rollout": 3.0}).text()
     assert (

@@ -7,10 +7,13 @@ from transformers import AutoModelForCausalLM
 
 from fastrlhf.cli import main
 from fastrlhf.config import ChatConfig
+from fastrlhf.data.tokens import TextRules
 from fastrlhf.models.loading import load_reward_model
+from fastrlhf.models.vocabulary import allowed_ids
 from fastrlhf.tools import chat as module
-from fastrlhf.tools.chat import open_chat, talk
+from fastrlhf.tools.chat import Chat, open_chat, talk
 from tests import tiny
+from tests.models.test_vocabulary import ROWS, idle, padded
 
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'][0] | replace('u', 'w1') | replace('a', 'w2') | replace('s', 'w3') }}"
@@ -100,6 +103,32 @@ def test_a_model_without_a_template_continues_the_text(folders):
     told = text(greedy(model, tiny.ids("w4 w5"), 5))
     lines = [line for line in out.getvalue().splitlines() if not line.startswith("(stopped")]
     assert lines == [told, told]
+
+
+@pytest.mark.parametrize("holes", [(), (4, 17, 30)])
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_ids_without_a_token_are_never_sampled(folders, monkeypatch, holes, temperature):
+    model, seen = padded(holes=holes), set()
+    kept = module._Kept.__call__
+
+    def watched(self, input_ids, scores, **others):
+        seen.update(input_ids[0, self._num_prompt :].tolist())
+        return kept(self, input_ids, scores, **others)
+
+    monkeypatch.setattr(module._Kept, "__call__", watched)
+    settings = replace(config(folders), temperature=temperature)
+
+    def sampled(allowed):
+        monkeypatch.setattr(module, "allowed_ids", allowed)
+        chat = Chat(config=settings, model=model, tokenizer=tiny.tokenizer(holes), rules=TextRules())
+        seen.clear()
+        for word in range(5, 13):
+            chat.reset()
+            chat.ask(f"w{word}", io.StringIO())
+        return set(seen)
+
+    assert sampled(lambda model: range(ROWS)) & idle(holes)
+    assert not sampled(allowed_ids) & idle(holes)
 
 
 def test_ctrl_c_stops_an_answer_and_keeps_its_beginning(folders, monkeypatch):
