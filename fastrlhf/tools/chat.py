@@ -26,7 +26,7 @@ from fastrlhf.data.specials import end_ids, special_ids
 from fastrlhf.data.tokens import TextRules, encode_rows
 from fastrlhf.evaluation.evaluate import open_judge, open_policy
 from fastrlhf.evaluation.judges import score_texts
-from fastrlhf.models.loading import check_vocabulary
+from fastrlhf.models.loading import check_vocabulary, read_model_config
 from fastrlhf.models.roles import holds_adapter, open_base, policy_role
 from fastrlhf.models.vocabulary import allowed_ids, limit_vocabulary
 from fastrlhf.rollout.generate import no_generation_config
@@ -142,6 +142,8 @@ def open_chat(config: ChatConfig) -> Chat:
     check_config(config, ChatConfig, "open_chat")
     if config.adapter and not holds_adapter(config.adapter):
         raise ValueError(f"adapter: {config.adapter!r} holds no adapter (adapter_config.json)")
+    if config.reward_model_path and not holds_adapter(config.reward_model_path):
+        read_model_config(config.reward_model_path, "reward_model_path", config.trust_remote_code)
     own = config.model_name_or_path if holds_adapter(config.model_name_or_path) else ""
     if own and config.adapter:
         raise ValueError(f"adapter: {own!r} is an adapter itself; give its base model")

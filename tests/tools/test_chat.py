@@ -171,6 +171,7 @@ def test_the_command_reads_standard_input(folders, monkeypatch, capsys):
         ([], "model_name_or_path: must be a folder or a hub name; got ''"),
         (["base", "judge"], "holds no adapter (adapter_config.json)"),
         (["base", "--save_steps", "5"], "save_steps: must be"),
+        (["base", "--reward_model_path", "nowhere"], "reward_model_path: 'nowhere' is neither a local folder nor"),
     ],
 )
 def test_bad_input_is_one_line(folders, capsys, words, message):
