@@ -34,6 +34,8 @@ from fastrlhf.types import Prefix, Segment
 VALUES, GRADIENTS = 1e-5, 2e-5
 """Tolerances: VALUES is absolute, in nats. GRADIENTS is relative to the largest entry of the same parameter's gradient,
 or to 1 % of the largest entry of all gradients if that is more."""
+ROUNDINGS = 3
+"""Gradients may be this many times as far from those in float64 as the plain model's gradients in float32."""
 SAMPLING = 1e-4
 LENGTHS = (7, 2, 19)
 MAX_LENGTH = 24
@@ -211,18 +213,20 @@ def _own_logprobs(model: PreTrainedModel, ids: list[int]) -> Tensor:
 def _compare(model: PreTrainedModel, segments: list[Segment], alone: list[tuple[list[int], int]]) -> dict[str, float]:
     """Compares a pack with its sequences one by one; `alone` holds (ids, index of the first scored token) per sequence.
 
-    If the plain model's float32 numbers are further away than the tolerance, its float64 numbers decide,
-    because float32 rounding may be that large.
+    If the plain model's float32 numbers are further away than the tolerance, its float64 numbers decide, because
+    float32 rounding may be that large: the pack may be at most ROUNDINGS times as far from them as the plain model in
+    float32.
     """
 
     def plain(of: PreTrainedModel) -> Numbers:
         return _gradients(of, lambda: torch.cat([_own_logprobs(of, ids)[first - 1 :] for ids, first in alone]))
 
-    ours = _gradients(model, lambda: token_logprobs(model, pack(segments)).logprob)
+    ours, rounded = _gradients(model, lambda: token_logprobs(model, pack(segments)).logprob), plain(model)
     try:
-        return _differences(ours, plain(model))
+        return _differences(ours, rounded)
     except DifferenceError:
-        return _differences(ours, plain(_in_float64(model)))
+        exact = plain(_in_float64(model))
+        return _differences(ours, exact, max(GRADIENTS, ROUNDINGS * _gradient_error(rounded, exact)))
 
 
 def _in_float64(model: PreTrainedModel) -> PreTrainedModel:
@@ -242,16 +246,20 @@ def _gradients(model: PreTrainedModel, forward: Callable[[], Tensor]) -> Numbers
     return values.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-def _differences(ours: Numbers, plain: Numbers) -> dict[str, float]:
+def _differences(ours: Numbers, plain: Numbers, gradients: float = GRADIENTS) -> dict[str, float]:
     if {n for n, g in ours[1].items() if g.any()} != {n for n, g in plain[1].items() if g.any()}:
         raise DifferenceError("packed and plain model have gradients for different parameters")
+    values = (ours[0] - plain[0]).abs().max().item()
+    return _within(values=(values, VALUES), gradients=(_gradient_error(ours, plain), gradients))
+
+
+def _gradient_error(ours: Numbers, plain: Numbers) -> float:
     largest = max(g.abs().max().item() for g in plain[1].values())
-    worst = max(
+    return max(
         (ours[1][n] - g).abs().max().item() / max(g.abs().max().item(), 1e-2 * largest)
         for n, g in plain[1].items()
         if n in ours[1]
     )
-    return _within(values=((ours[0] - plain[0]).abs().max().item(), VALUES), gradients=(worst, GRADIENTS))
 
 
 def _within(**found: tuple[float, float]) -> dict[str, float]:

@@ -126,7 +126,7 @@ def enable_activation_checkpointing(model: PreTrainedModel, *, offload_to: torch
     Raises ValueError if the model has no layers that can be recomputed.
     """
     layers = _recomputed_layers(model)
-    if not layers:
+    if not layers or not model.supports_gradient_checkpointing:
         raise ValueError(f"activation_checkpointing: {type(model).__name__} does not support it; set it to false")
     settings = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), _again(model, layers))}
     getattr(model, f"{CHECKPOINTING}_enable")(settings)

@@ -101,11 +101,16 @@ def _scorer_over(causal: type[PreTrainedModel]) -> type[PreTrainedModel]:
     def get_output_embeddings(self: Any) -> None:
         return None
 
+    def _init_weights(self: Any, module: torch.nn.Module) -> None:
+        if module is not self:  # for the whole model, some families initialise the head, which is no longer there
+            cast(Any, causal)._init_weights(self, module)
+
     body = {
         "__init__": __init__,
         "forward": forward,
         "save_pretrained": save_pretrained,
         "get_output_embeddings": get_output_embeddings,
+        "_init_weights": _init_weights,
         # If this is True, transformers does not initialise buffers of modules that have no weights themselves.
         "is_custom_code": classmethod(lambda cls: False),
         "__module__": __name__,

@@ -1,10 +1,14 @@
+from contextlib import nullcontext
+
 import pytest
 import torch
 
-from bench.models.checks import CHECKS, DifferenceError, _differences
+from bench.models import checks
+from bench.models.checks import CHECKS, DifferenceError, _compare, _differences
 from bench.models.configs import causal_types, tiny_config
 from bench.models.sweep import page, read_rows, summary, verdict, write_rows
 from fastrlhf.models.small import VOCAB
+from tests import tiny
 
 RIGHT = {name: {"verdict": "right"} for name in CHECKS}
 
@@ -70,3 +74,14 @@ def test_a_number_that_differs_is_reported():
         _differences((numbers[0], {"w": torch.tensor([1.0, -3.0])}), numbers)
     with pytest.raises(DifferenceError, match="packed and plain model have gradients for different parameters"):
         _differences((numbers[0], {"v": torch.tensor([1.0])}), numbers)
+
+
+@pytest.mark.parametrize(("error", "right"), [(2e-4, True), (4e-4, False)])
+def test_gradients_that_float32_cannot_hold_are_judged_by_float64(monkeypatch, error, right):
+    """The plain model's gradients in float32 are wrong by 1e-4."""
+    found = iter([4 * error, -4e-4, 0.0])  # of the pack, of the plain model in float32 and in float64
+    numbers = lambda *_: (torch.zeros(1), {"w": torch.tensor([1.0, -4.0]) + next(found)})  # noqa: E731
+    monkeypatch.setattr(checks, "_gradients", numbers)
+    monkeypatch.setattr(checks, "_in_float64", lambda model: model)
+    with nullcontext() if right else pytest.raises(DifferenceError, match=r"^gradients differ by 0\.0004$"):
+        assert _compare(tiny.policy(), [], [])["gradients"] == pytest.approx(error, rel=1e-2)

@@ -185,6 +185,13 @@ def test_a_model_without_checkpointing_support_is_refused():
         enable_activation_checkpointing(model)
 
 
+def test_a_model_whose_layers_are_never_recomputed_is_refused():
+    model = tiny.policy()
+    model.supports_gradient_checkpointing = False  # as JetMoe says of itself, whose layers transformers could recompute
+    with pytest.raises(ValueError, match=r"^activation_checkpointing: LlamaForCausalLM does not support it; set it to"):
+        enable_activation_checkpointing(model)
+
+
 def test_a_pickle_of_more_than_tensors_is_told_in_one_sentence():
     assert one_line(UnpicklingError("Weights only load failed. This file can still be loaded, ...")) == (
         "a .bin file is a pickle of more than tensors; save the model as safetensors"

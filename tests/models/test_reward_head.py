@@ -89,3 +89,11 @@ def test_a_head_of_ours_initialises_what_is_not_in_the_file(tmp_path):
     model, policy = load_reward_model(source, pad_token_id=0), load_policy(source)
     for ours, theirs in zip(model.base_model.buffers(), policy.base_model.buffers(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_a_family_that_initialises_its_own_head_gets_a_head_of_ours(tmp_path):
+    """ModernBERT's decoder initialises its head over the vocabulary, which a reward model does not have."""
+    write_model("modernbert-decoder", tmp_path)
+    head = load_reward_model(str(tmp_path), pad_token_id=0).score.weight
+    assert head.shape == (1, 32)
+    assert head.any()

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
@@ -15,6 +16,7 @@ from fastrlhf.algorithms.scoring import Tree
 from fastrlhf.config import DPOConfig, KTOConfig, PPOConfig, RewardConfig, SFTConfig, TrainConfig
 from fastrlhf.data.examples import Origin
 from fastrlhf.data.tokens import TextRules, TokenReport
+from fastrlhf.models.loading import check_architecture
 from fastrlhf.runtime.inputs import open_inputs, with_room
 from fastrlhf.runtime.optim import index_batches, num_steps
 from fastrlhf.types import Prefix, Rollout, TokenizedExample
@@ -49,7 +51,10 @@ def open_work(config: TrainConfig, most_batches: int = 1, *, keep_rows: bool = F
     alone |= {"activation_offloading": False, "load_in_4bit": False, "callbacks": ()}
     alone |= {"push_to_hub": False, "hub_model_id": "", "hub_private_repo": False, "hub_revision": ""}
     elsewhere = dataclasses.replace(config, output_dir="", report_to=(), **alone)
-    if config.model_name_or_path:  # The model may not exist yet, if an earlier run of the chain trains it.
+    # A local model may not exist yet, if an earlier run of the chain trains it.
+    if config.model_config or Path(config.model_name_or_path).is_dir() or not config.tokenizer_name_or_path:
+        check_architecture(config)
+    if config.model_name_or_path:
         source = config.tokenizer_name_or_path or config.model_name_or_path
         elsewhere = dataclasses.replace(elsewhere, tokenizer_name_or_path=source, model_name_or_path="")
     tokenizer, data = open_inputs(elsewhere, _fields(config), None, None, keep_rows=keep_rows)

@@ -1,8 +1,10 @@
 """Tests that the tools show the data on which the trainers train."""
 
 import json
+import re
 
 import pytest
+import transformers
 
 from fastrlhf.algorithms.prefixes import draw_prefixes
 from fastrlhf.config import DPOConfig, DRPOConfig, RewardConfig, SFTConfig
@@ -60,6 +62,14 @@ def test_without_sampled_references_episodes_are_shown_from_their_prompts(settin
     prefixes = first_prefixes(config, work)
     assert [prefix.token_ids for prefix in prefixes] == [work.examples[i].prompt for i in work.batches[0]]
     assert not any(prefix.num_reset for prefix in prefixes)
+
+
+def test_a_model_that_the_run_refuses_is_refused(settings, tmp_path):
+    transformers.T5Config(d_model=16, num_layers=1).save_pretrained(tmp_path / "t5")
+    what = f"model_name_or_path: '{tmp_path / 't5'}' is an encoder-decoder model (t5); give a causal language model"
+    with pytest.raises(ValueError, match=rf"^{re.escape(what)}"):
+        open_work(SFTConfig(**settings, model_name_or_path=str(tmp_path / "t5")))
+    assert open_work(SFTConfig(**settings, model_name_or_path=str(tmp_path / "not_trained_yet"))).examples
 
 
 def test_a_folder_that_holds_a_run_is_accepted(settings, tmp_path):
