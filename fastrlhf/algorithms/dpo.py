@@ -28,7 +28,6 @@ from fastrlhf.algorithms.psipo_groups import train_groups
 from fastrlhf.algorithms.reference import check_reference, open_reference
 from fastrlhf.algorithms.scoring import Tree, sequence_sums
 from fastrlhf.config import DPOConfig
-from fastrlhf.config.paths import at_start
 from fastrlhf.data.given import Rows
 from fastrlhf.data.labels import COUNTS
 from fastrlhf.data.packing import (
@@ -45,6 +44,7 @@ from fastrlhf.models.architecture import check_head
 from fastrlhf.models.forward import token_logprobs
 from fastrlhf.models.given import policy_or_given
 from fastrlhf.models.loading import read_model_config
+from fastrlhf.models.precision import resolved
 from fastrlhf.models.router_loss import begin_step
 from fastrlhf.models.sharding import shard, whole
 from fastrlhf.runtime.atomic import check_writable
@@ -82,7 +82,7 @@ def train_dpo(
     Raises ValueError for bad input before training starts, and if the first loss is not that of a policy equal to its
     reference (ln 2 for DPO).
     """
-    config = at_start(config, DPOConfig, "train_dpo")
+    config = resolved(config, DPOConfig, "train_dpo", model)
     if config.reward_model_path:
         found = read_model_config(config.reward_model_path, "reward_model_path", config.trust_remote_code)
         check_head(found, config.reward_model_path, "reward_model_path")

@@ -26,11 +26,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fastrlhf.algorithms.reference import Reference, check_reference, open_reference
 from fastrlhf.algorithms.scoring import Tree, sequence_logprobs
 from fastrlhf.config import KTOConfig, require
-from fastrlhf.config.paths import at_start
 from fastrlhf.data.given import Rows
 from fastrlhf.data.packing import check_micro_batch, forest, num_computed, own_micro_batches, pack, sequence
 from fastrlhf.distributed.ranks import total
 from fastrlhf.models.given import policy_or_given
+from fastrlhf.models.precision import resolved
 from fastrlhf.models.router_loss import begin_step
 from fastrlhf.models.sharding import shard, whole
 from fastrlhf.runtime.atomic import check_writable
@@ -69,7 +69,7 @@ def train_kto(
     count/chosen, count/rejected, grad_norm, learning_rate, num_tokens (of the sequences). Means over a kind of response
     are missing from a step that has none. Raises ValueError for bad input before any time is spent.
     """
-    config = at_start(config, KTOConfig, "train_kto")
+    config = resolved(config, KTOConfig, "train_kto", model)
     if config.ref_cache_dir:
         check_writable(config.ref_cache_dir, "ref_cache_dir")
     tokenizer, data = open_inputs(config, FIELDS, examples, eval_examples, tokenizer=tokenizer)

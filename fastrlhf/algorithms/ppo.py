@@ -39,13 +39,13 @@ from fastrlhf.algorithms.prime import refine
 from fastrlhf.algorithms.roles import EngineFactory, check_sources, open_roles
 from fastrlhf.algorithms.update import update
 from fastrlhf.config import PPOConfig, require
-from fastrlhf.config.paths import at_start
 from fastrlhf.data.given import Rows
 from fastrlhf.data.packing import check_micro_batch
 from fastrlhf.data.specials import end_ids
 from fastrlhf.distributed.ranks import from_all, world_size
 from fastrlhf.evaluation.held_out import evaluate
 from fastrlhf.evaluation.judges import Judge
+from fastrlhf.models.precision import resolved
 from fastrlhf.models.vocabulary import check_sampled
 from fastrlhf.report.samples import sample_rows
 from fastrlhf.rewards.functions import RewardFunction, TrainerState, open_reward_functions
@@ -84,7 +84,7 @@ def train_ppo(
     are logged (rewards/functions.py). Each update gives one row of metrics, under TRL's names if it has them. Raises
     ValueError for bad input before training starts, and if training must stop (algorithms/guards.py).
     """
-    config = at_start(config, PPOConfig, "train_ppo")
+    config = resolved(config, PPOConfig, "train_ppo", model)
     check_sources(config, judge=judge, engine=engine, functions=reward_functions)
     rewarded = bool(config.reward_functions or reward_functions)
     keep_rows = rewarded or bool(config.reward_model_path or config.eval_reward_model_path)

@@ -25,7 +25,6 @@ from fastrlhf.algorithms.pair_labels import pair_margins
 from fastrlhf.algorithms.rlp_uml import ViewObjective, Views
 from fastrlhf.algorithms.scoring import Tree
 from fastrlhf.config import RewardConfig, require
-from fastrlhf.config.paths import at_start
 from fastrlhf.data.given import Rows
 from fastrlhf.data.packing import (
     check_micro_batch,
@@ -49,6 +48,7 @@ from fastrlhf.models.loading import (
     make_trainable,
     resolve_device,
 )
+from fastrlhf.models.precision import resolved
 from fastrlhf.models.reward_head import width
 from fastrlhf.models.router_loss import begin_step
 from fastrlhf.models.sharding import shard, whole
@@ -84,7 +84,7 @@ def train_reward_model(
     num_unique_tokens (computed); with views also those of `_view_metrics`. Raises ValueError for bad input before any
     time is spent.
     """
-    config = at_start(config, RewardConfig, "train_reward_model")
+    config = resolved(config, RewardConfig, "train_reward_model", model)
     if model is None:
         told = "the model whose backbone gets the score head"
         require(bool(config.model_name_or_path), "model_name_or_path", "", told)

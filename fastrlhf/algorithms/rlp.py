@@ -45,7 +45,6 @@ from fastrlhf.algorithms.rlp_uml import Views
 from fastrlhf.algorithms.scoring import per_response
 from fastrlhf.config import PPOConfig, RewardConfig, RLPConfig, require
 from fastrlhf.config.compare import SAME_MODEL, differences
-from fastrlhf.config.paths import at_start
 from fastrlhf.config.train import HUB_KEYS
 from fastrlhf.data.identity import difference, require_same_tokenizer
 from fastrlhf.data.specials import end_ids, special_ids
@@ -55,6 +54,7 @@ from fastrlhf.models.architecture import check_head
 from fastrlhf.models.forward import sequence_scores
 from fastrlhf.models.layers import LayerOptions
 from fastrlhf.models.loading import load_policy, load_reward_model, read_model_config, resolve_device
+from fastrlhf.models.precision import resolved
 from fastrlhf.models.roles import holds_adapter
 from fastrlhf.models.vocabulary import limit_vocabulary
 from fastrlhf.publish.methods import RLP, part_of
@@ -103,8 +103,8 @@ def train_rlp(
     Raises ValueError for bad input before any time is spent, when the folder holds a run with other settings, and
     if a refitted model no longer distinguishes the answers to a prompt.
     """
-    config = at_start(config, RLPConfig, "train_rlp")
-    reward, policy = at_start(reward, RewardConfig, "train_rlp"), at_start(policy, PPOConfig, "train_rlp")
+    config = resolved(config, RLPConfig, "train_rlp")
+    reward, policy = resolved(reward, RewardConfig, "train_rlp"), resolved(policy, PPOConfig, "train_rlp")
     check_one_process("rlp")
     run = _open(config, reward, policy, pairs, eval_pairs, prompts, eval_prompts, equivalence, gold)
     with stop_at_once(), locked(Path(config.output_dir)):

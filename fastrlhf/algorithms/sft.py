@@ -14,12 +14,12 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.config import SFTConfig
-from fastrlhf.config.paths import at_start
 from fastrlhf.data.given import Rows
 from fastrlhf.data.packing import check_micro_batch, own_micro_batches, pack, sequence
 from fastrlhf.distributed.ranks import total
 from fastrlhf.models.forward import token_logprobs
 from fastrlhf.models.given import policy_or_given
+from fastrlhf.models.precision import resolved
 from fastrlhf.models.router_loss import begin_step
 from fastrlhf.models.sharding import shard, whole
 from fastrlhf.runtime.inputs import open_inputs
@@ -45,7 +45,7 @@ def train_sft(
     Metrics per step: loss (nats per trained token), grad_norm, learning_rate, num_tokens (of the packs). Raises
     ValueError for bad input before training starts.
     """
-    config = at_start(config, SFTConfig, "train_sft")
+    config = resolved(config, SFTConfig, "train_sft", model)
     tokenizer, data = open_inputs(config, [config.response], examples, eval_examples, tokenizer=tokenizer)
     segments = [to_segment(example, config) for example in data.train]
     held_out = [to_segment(example, config) for example in data.eval]

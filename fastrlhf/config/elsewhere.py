@@ -85,7 +85,7 @@ KEYS: tuple[Key, ...] = (
     # Model and tokenizer
     *_same("model", "model_name_or_path attn_implementation use_peft lora_r lora_alpha lora_target_modules"),
     *_same("model", "lora_target_parameters lora_modules_to_save use_rslora use_dora load_in_4bit"),
-    *_same("model", "dtype", "float32 by default; write bfloat16 on a GPU"),
+    *_same("model", "dtype", "auto by default: bfloat16 on a GPU, float32 on a CPU"),
     *_same("model all sft dpo kto reward grpo", "trust_remote_code"),
     *_no("model", "model_revision", "download that revision and give its folder as model_name_or_path"),
     *_off("model", "lora_dropout", "log-probs of the same tokens must be reproducible"),

@@ -15,11 +15,11 @@ from fastrlhf.config.groups import GROUPS
 
 WIDTH = 100
 
-_MODEL = "--model_name_or_path Qwen/Qwen3-0.6B --dtype bfloat16"
+_MODEL = "--model_name_or_path Qwen/Qwen3-0.6B"
 EXAMPLES: dict[str, tuple[str, ...]] = {
     "chat": (
         'fastrlhf chat runs/dpo --system "Answer in one sentence."',
-        "fastrlhf chat Qwen/Qwen3-0.6B runs/dpo/adapter --dtype bfloat16 --reward_model_path runs/reward",
+        "fastrlhf chat Qwen/Qwen3-0.6B runs/dpo/adapter --reward_model_path runs/reward",
     ),
     "merge": (
         "fastrlhf merge runs/dpo/adapter --output_dir runs/merged",

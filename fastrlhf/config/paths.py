@@ -31,21 +31,26 @@ _GIVEN: dict[tuple[str, str], str] = {}
 
 def at_start(config: Config, kind: type, trainer: str) -> Config:
     """Returns the configuration with absolute paths, so that a user-defined function may change the working directory.
-    Every trainer calls this first.
+    Every trainer calls this at its start.
 
     The path of an input is made absolute only if it exists; otherwise it may be a name on the hub. Raises TypeError for
     the configuration of another trainer, and ValueError if a key needs `output_dir`, which is empty.
     """
     check_config(config, kind, trainer)
     config.check_folder(config.output_dir)
-    changed = {}
+    absolute = {}
     for field in fields(config):
         value = getattr(config, field.name)
         items = value if isinstance(value, tuple) else (value,)
         texts = tuple(_absolute(field.name, item) if isinstance(item, str) and item else item for item in items)
         if texts != items:
-            changed[field.name] = texts if isinstance(value, tuple) else texts[0]
-    return _noted(replace(config, **changed), _variables(config)) if changed else config
+            absolute[field.name] = texts if isinstance(value, tuple) else texts[0]
+    return changed(config, **absolute) if absolute else config
+
+
+def changed(config: Config, **values: Any) -> Config:
+    """Returns a copy of a configuration with other values, which keeps the names of its environment variables."""
+    return _noted(replace(config, **values), _variables(config))
 
 
 def remember(key: str, resolved: str, given: str) -> None:
@@ -105,7 +110,10 @@ def filled_in(key: str, value: Any) -> Any:
 
 def is_same(key: str, written: Any, value: Any) -> bool:
     """Returns whether the value written in a config.yaml equals the present one. Two paths are equal if they lead to
-    the same place; an environment variable has its present value."""
+    the same place; an environment variable has its present value. `dtype: auto` equals every dtype, because the run
+    compares again once it knows its device."""
+    if key == "dtype" and value == "auto":
+        return True
     value = list(value) if isinstance(value, tuple) else value
     filled = filled_in(key, written)
     return (

@@ -65,8 +65,9 @@ class TrainConfig(WatchKeys, ScheduleKeys, BatchKeys):
     run in `output_dir` or by the run that trained the model, otherwise today. The run records it in config.yaml."""
     trust_remote_code: bool = False
     """Allow Python code that comes with a model to run."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Data type of the weights. Log-probs, rewards, advantages, heads and losses are float32 in both cases.
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Data type of the weights. auto: bfloat16 on a GPU of compute capability 8.0 or more, float32 elsewhere; the run
+    records its choice in config.yaml. Log-probs, rewards, advantages, heads and losses are float32 in all cases.
     `master_weights` says how bfloat16 weights are updated."""
     use_peft: bool = False
     """Train a low-rank adapter (LoRA) and freeze the weights; the reference is then the same model without the adapter.
@@ -266,7 +267,7 @@ class TrainConfig(WatchKeys, ScheduleKeys, BatchKeys):
                 (self.use_peft, "when use_peft is false", LORA_KEYS),
                 (self.progress, "when progress is false", ("logging_steps",)),
                 (self.push_to_hub, "when push_to_hub is false", HUB_KEYS),
-                (self.dtype == "bfloat16", "when dtype is float32", ("master_weights",)),
+                (self.dtype != "float32", "when dtype is float32", ("master_weights",)),
                 (self.merged_dtype == "bfloat16", "when merged_dtype is float32", ("max_merge_shift",)),
             ],
         )

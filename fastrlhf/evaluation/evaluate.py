@@ -32,6 +32,7 @@ from fastrlhf.models.loading import (
     read_model_config,
     resolve_device,
 )
+from fastrlhf.models.precision import with_dtype
 from fastrlhf.models.roles import holds_adapter, open_base, policy_role, score_role, unmerged_adapter
 from fastrlhf.models.vocabulary import limit_vocabulary
 from fastrlhf.rollout.engine import as_ids
@@ -58,6 +59,7 @@ def evaluate_models(config: EvalConfig, examples: Rows | None = None) -> dict[st
     including a missing model, before anything is generated.
     """
     check_config(config, EvalConfig, "evaluate_models")
+    config = with_dtype(config)
     check_one_process("eval")
     _check(config)
     if config.output_dir:

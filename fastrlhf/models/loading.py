@@ -36,6 +36,7 @@ from fastrlhf.models.four_bit import check_trainable, keep_layout, quantization,
 from fastrlhf.models.layers import LayerOptions, prepare_layers
 from fastrlhf.models.noise import silence, silent_config
 from fastrlhf.models.offload import HOST, check_offloading
+from fastrlhf.models.precision import DTYPES, resolve_device, with_dtype
 from fastrlhf.models.probe import check_checkpointing, one_line
 from fastrlhf.models.quiet import quiet
 from fastrlhf.models.reward_head import scorer_class
@@ -45,7 +46,6 @@ from fastrlhf.models.vocabulary import write_ends
 
 log = logging.getLogger(__name__)
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PLAIN = LayerOptions()
 
 
@@ -55,7 +55,7 @@ def open_policy(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreT
     New tokens of the tokenizer get embeddings drawn with `seed`. Raises ValueError as `build_policy` and `load_policy`
     do, if neither or both keys are given, and for an adapter on a model from scratch.
     """
-    device = resolve_device(config.device)
+    config, device = with_dtype(config), resolve_device(config.device)
     if config.model_config:
         if config.model_name_or_path:
             raise ValueError("model_config: give either a model or a configuration to build one from, not both")
@@ -366,18 +366,3 @@ def _ready(model: PreTrainedModel, device: torch.device | str, layers: LayerOpti
         ", compiled layers" if layers.torch_compile else "",
     )
     return model
-
-
-def resolve_device(device: str) -> torch.device:
-    """Returns the device; "auto" is the first CUDA GPU, or else the CPU. Raises ValueError for an unknown device."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device: {device!r} is not available, because torch finds no CUDA GPU; use auto or cpu")
-    try:
-        found = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device: {device!r} is not a device; give auto, cpu or cuda") from error
-    if found.index is not None and found.type == "cuda":
-        torch.cuda.set_device(found)  # kernels and graphs run on the current device
-    return found

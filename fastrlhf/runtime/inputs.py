@@ -32,8 +32,9 @@ from fastrlhf.distributed.ranks import compare, on_first, start, together, world
 from fastrlhf.models.attention import check_attention
 from fastrlhf.models.four_bit import quantization
 from fastrlhf.models.layers import check_liger
-from fastrlhf.models.loading import DTYPES, check_architecture, resolve_device
+from fastrlhf.models.loading import check_architecture
 from fastrlhf.models.offload import check_offloading
+from fastrlhf.models.precision import DTYPES, describe_precision, resolve_device, with_dtype
 from fastrlhf.publish.push import check_push, open_repository
 from fastrlhf.runtime.adamw import check_optim
 from fastrlhf.runtime.callbacks import load_callbacks
@@ -99,7 +100,7 @@ def open_inputs(
     paths, files, rows, reporters or callbacks, or lacks a library or device, or if ranks have read different rows.
     """
     start(config)
-    log.info("batch: %s", config.describe_batch())
+    log.info("\n".join((f"batch: {config.describe_batch()}", *describe_precision(config))))
     check_push(config)
     if config.output_dir:
         on_first(lambda: (check_run_dir(config), check_idle(config.output_dir)))
@@ -387,9 +388,8 @@ def check_held_out(config: TrainConfig, num_eval: int) -> None:
 
 
 def check_libraries(config: TrainConfig) -> None:
-    """Raises ValueError if the device or the installation lacks something that optimiser, attention or kernels need for
-    every model."""
-    device, dtype = resolve_device(config.device), DTYPES[config.dtype]
+    """Raises ValueError if optimiser, attention or kernels cannot run on the device or with the installed libraries."""
+    device, dtype = resolve_device(config.device), DTYPES[with_dtype(config).dtype]
     check_optim(config, device)
     check_attention(config.attn_implementation, device, dtype)
     if config.use_liger_kernel:

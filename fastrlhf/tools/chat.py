@@ -27,6 +27,7 @@ from fastrlhf.data.tokens import TextRules, encode_rows
 from fastrlhf.evaluation.evaluate import open_judge, open_policy
 from fastrlhf.evaluation.judges import score_texts
 from fastrlhf.models.loading import check_vocabulary, read_model_config
+from fastrlhf.models.precision import with_dtype
 from fastrlhf.models.roles import holds_adapter, open_base, policy_role
 from fastrlhf.models.vocabulary import allowed_ids, limit_vocabulary
 from fastrlhf.rollout.generate import no_generation_config
@@ -140,6 +141,7 @@ class _Kept(StoppingCriteria):
 def open_chat(config: ChatConfig) -> Chat:
     """Loads the model, the adapter and the judge. Raises ValueError if one of them is missing or does not fit."""
     check_config(config, ChatConfig, "open_chat")
+    config = with_dtype(config)
     if config.adapter and not holds_adapter(config.adapter):
         raise ValueError(f"adapter: {config.adapter!r} holds no adapter (adapter_config.json)")
     if config.reward_model_path and not holds_adapter(config.reward_model_path):

@@ -159,7 +159,8 @@ def test_an_invalid_choice_is_refused_and_the_choices_are_listed(kind, field, ch
 
 UNREAD = [
     *((kind, key, {}) for kind in TRAINING for key in ("lora_r", "lora_alpha", "use_rslora", "use_dora")),
-    *((kind, key, {}) for kind in TRAINING for key in ("lora_target_modules", "master_weights")),
+    *((kind, "lora_target_modules", {}) for kind in TRAINING),
+    *((kind, "master_weights", {"dtype": "float32"}) for kind in TRAINING),
     *((kind, "logging_steps", {"progress": False}) for kind in TRAINING if kind is not EvalConfig),
     *((DPOConfig, key, {}) for key in ("label_prior", "score_scale", "psi_clip")),
     (DPOConfig, "psi_clip", {"psi": "logit", "loss_type": "ipo"}),

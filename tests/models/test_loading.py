@@ -17,7 +17,6 @@ from fastrlhf.models.loading import (
     load_reward_model,
     open_policy,
     read_model_config,
-    resolve_device,
 )
 from fastrlhf.types import Segment
 from tests import tiny
@@ -205,17 +204,6 @@ def test_models_of_one_run_share_a_vocabulary_that_holds_the_tokenizer():
     check_vocabulary({"a": large}, tokenizer)
     with pytest.raises(ValueError, match=f"^b: its vocabulary of {tiny.VOCAB} is smaller than the tokenizer's 33"):
         check_vocabulary({"a": large, "b": small}, tokenizer)
-
-
-def test_a_missing_device_is_refused(monkeypatch):
-    assert resolve_device("cpu") == torch.device("cpu")
-    for available, expected in ((True, "cuda"), (False, "cpu")):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
-        assert resolve_device("auto") == torch.device(expected)
-    with pytest.raises(ValueError, match=r"^device: 'cuda:1' is not available, because torch finds no CUDA GPU"):
-        resolve_device("cuda:1")
-    with pytest.raises(ValueError, match=r"^device: 'gpu' is not a device"):
-        resolve_device("gpu")
 
 
 # Loading reward models. -----------------------------------------------------

@@ -106,7 +106,7 @@ def settings(folder: Path, command: str, sizes: dict[str, int], reward: str) -> 
 
 def config(folder: Path, command: str, sizes: dict[str, int] = SMALL, **changes) -> TrainConfig:
     kind, _ = TRAINERS[command]
-    return kind(**settings(folder, command, sizes, "reward") | changes)
+    return kind(**{"dtype": "float32"} | settings(folder, command, sizes, "reward") | changes)
 
 
 def measure(folder: Path, command: str) -> int:

@@ -115,6 +115,7 @@ def count_phases(config: TrainConfig, rows: Rows, *, is_cuda: bool, memory: int 
         "parameters: " + ", ".join(f"{name} {count:,}" for name, count in counts.items()),
         f"{'updates' if isinstance(config, PPOConfig) else 'optimiser steps'}: "
         + ("not known before the dataset is read" if rows.steps is None else f"{rows.steps:,}"),
+        f"weights in {config.dtype}",
         f"batch: {config.describe_batch()}",
         per_pass,
         *[rows.note] * bool(rows.note),

@@ -17,8 +17,9 @@ import torch
 from fastrlhf.config import PPOConfig, TrainConfig, require
 from fastrlhf.models.loading import resolve_device
 from fastrlhf.models.offload import check_offloading
+from fastrlhf.models.precision import with_dtype
 from fastrlhf.tools.plan.changes import cheapest_change
-from fastrlhf.tools.plan.packs import read_rows
+from fastrlhf.tools.plan.packs import Rows, read_rows
 from fastrlhf.tools.plan.phases import GIB, Phase, count_phases, readable
 
 USABLE = 0.92
@@ -35,6 +36,8 @@ class Plan:
     """Memory of the device in bytes."""
     change: str = ""
     """A text that names the change that makes the run fit; empty if the run fits unchanged."""
+    offer: str = ""
+    """A text that says how much memory activation checkpointing would save; empty if it is on or saves nothing."""
 
     @property
     def peak(self) -> int:
@@ -63,6 +66,9 @@ def plan_run(config: TrainConfig, *, memory_gib: float = 0.0) -> Plan:
     may_offload = device.type == "cuda" or (memory_gib > 0 and config.device != "cpu")
     if config.activation_offloading and not may_offload:
         check_offloading(device)
+    if config.dtype == "auto":
+        # A device given by its memory is taken for a GPU that multiplies bfloat16.
+        config = replace(config, dtype="bfloat16") if memory_gib and may_offload else with_dtype(config)
     if isinstance(config, PPOConfig) and not may_offload:
         config = replace(config, ref_reward_offload=False)  # offloading has no effect on a CPU
     # Rows are read on this machine; whether the planned device can offload was checked above.
@@ -70,9 +76,22 @@ def plan_run(config: TrainConfig, *, memory_gib: float = 0.0) -> Plan:
     phases, facts = count_phases(config, rows, is_cuda=is_cuda, memory=memory)
     plan = Plan(phases=phases, facts=facts, device=name, memory=memory)
     if plan.fits:
-        return plan
+        return replace(plan, offer=_offer(config, rows, plan.peak, memory=memory, is_cuda=is_cuda))
     change = cheapest_change(config, rows, phases, plan.usable, memory=memory, is_cuda=is_cuda, may_offload=may_offload)
     return replace(plan, change=change)
+
+
+def _offer(config: TrainConfig, rows: Rows, peak: int, *, memory: int, is_cuda: bool) -> str:
+    if config.activation_checkpointing:
+        return ""
+    changed = replace(config, activation_checkpointing=True)
+    try:
+        phases, _ = count_phases(changed, rows, is_cuda=is_cuda, memory=memory)
+    except ValueError:  # the layers of the model cannot be recomputed
+        return ""
+    least = max(phase.total for phase in phases)
+    saves = f"--activation_checkpointing true: {readable(least)}, for about a third more time"
+    return saves if least < peak else ""
 
 
 def format_plan(plan: Plan) -> str:
@@ -85,7 +104,7 @@ def format_plan(plan: Plan) -> str:
         output += [f"  {size / unit:9.{digits}f} {name}  {what}" for what, size in parts.items()]
     verdict = "fits" if plan.fits else "does not fit"
     output += ["", f"needs {readable(plan.peak)}; {USABLE:.0%} of {plan.device} is {readable(plan.usable)}: {verdict}"]
-    return "\n".join([*output, *[plan.change] * bool(plan.change)])
+    return "\n".join([*output, *filter(None, (plan.change, plan.offer))])
 
 
 def _device_memory(device: torch.device) -> tuple[str, int]:

@@ -7,6 +7,7 @@ import torch
 
 from fastrlhf.cli import main
 from fastrlhf.tools.plan.advice import advise
+from fastrlhf.tools.plan.phases import readable
 from fastrlhf.tools.plan.plan import format_plan, plan_run
 from tests.tools import measure
 
@@ -30,7 +31,29 @@ def test_a_run_that_fits_gets_no_advice(folder):
     plan = plan_run(measure.config(folder, "sft"), memory_gib=1)
     assert plan.fits
     assert plan.change == ""
-    assert format_plan(plan).endswith("MiB; 92% of a device of 1 GiB is 942 MiB: fits")
+    assert "MiB; 92% of a device of 1 GiB is 942 MiB: fits" in format_plan(plan)
+
+
+def test_a_run_that_fits_is_offered_activation_checkpointing_with_its_memory(folder):
+    plan = plan_run(measure.config(folder, "sft", measure.SIZES))
+    recomputed = plan_run(measure.config(folder, "sft", measure.SIZES, activation_checkpointing=True))
+    offer = f"--activation_checkpointing true: {readable(recomputed.peak)}, for about a third more time"
+    assert recomputed.peak < plan.peak
+    assert format_plan(plan).endswith(f": fits\n{offer}")
+    assert recomputed.offer == ""
+
+
+def test_auto_is_planned_in_float32_for_a_cpu_and_in_bfloat16_for_a_gpu(folder):
+    config = measure.config(folder, "sft", dtype="auto")
+    for planned, memory_gib, dtype in (
+        (config, 0.0, "float32"),
+        (replace(config, device="auto"), 80.0, "bfloat16"),
+        (config, 80.0, "float32"),
+    ):
+        plan = plan_run(planned, memory_gib=memory_gib)
+        same = plan_run(replace(planned, dtype=dtype), memory_gib=memory_gib)
+        assert f"weights in {dtype}" in plan.facts
+        assert plan == same
 
 
 def test_offloading_activations_is_not_advised_on_a_cpu(folder, monkeypatch):
