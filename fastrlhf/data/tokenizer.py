@@ -5,15 +5,19 @@ from __future__ import annotations
 
 import gzip
 import json
+import logging
 import os
 from pathlib import Path
 
 from huggingface_hub.errors import StrictDataclassError
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.utils.hub import cached_file
 
 from fastrlhf.data.hub import check_hub
 from fastrlhf.data.specials import add_ends, add_template_end, generation_ends, require_eos, special_tokens
+
+log = logging.getLogger(__name__)
 
 HH_CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -24,6 +28,13 @@ HH_CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
 )
 """Chat template for the text format of Anthropic's HH dataset (Bai et al. 2022, arXiv 2204.05862)."""
+
+
+PROBE = (
+    "Hello world, it's 2024: 12345 + 6789?\n\n  def f(x):\n\treturn x  # "
+    "caf\u00e9 \u4f60\u597d \U0001f600 don't  WE'LL 1st\r\n"
+)
+"""Text on which tokenizers differ: digits, contractions, runs of spaces, line ends, several scripts."""
 
 
 def load_tokenizer(
@@ -57,9 +68,9 @@ def load_tokenizer(
         if path.is_file():
             tokenizer = _from_file(path)
         else:
-            tokenizer = AutoTokenizer.from_pretrained(
-                str(path) if path.exists() else name_or_path, trust_remote_code=trust_remote_code
-            )
+            source = str(path) if path.exists() else name_or_path
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+            tokenizer = _as_stored(tokenizer, source)
     except StrictDataclassError as error:  # of the config.json beside the tokenizer; its message has several lines
         raise ValueError(f"tokenizer {name_or_path}: {' '.join(str(error).split())}") from None
     except (OSError, ValueError, KeyError) as error:
@@ -127,6 +138,35 @@ def _from_file(path: Path) -> PreTrainedTokenizerBase:
     except json.JSONDecodeError as error:
         raise ValueError(f"line {error.lineno} is not JSON; a tokenizer file is a tokenizer.json or its .gz") from None
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(content))
+
+
+def _as_stored(tokenizer: PreTrainedTokenizerBase, source: str) -> PreTrainedTokenizerBase:
+    """Returns a tokenizer that encodes text as the tokenizer.json of its folder does, with which the model was trained.
+
+    For some model types AutoTokenizer builds the tokenizer of the family from the vocabulary and merges alone, whatever
+    class the folder names. A model of the type qwen2 with a tokenizer of its own would get other tokens, without an
+    error.
+    """
+    if type(tokenizer) is PreTrainedTokenizerFast or not isinstance(tokenizer, PreTrainedTokenizerFast):
+        return tokenizer
+    if not cached_file(source, "tokenizer.json", _raise_exceptions_for_missing_entries=False):
+        return tokenizer
+    stored = PreTrainedTokenizerFast.from_pretrained(source)
+    if _encode_probe(stored) == _encode_probe(tokenizer):
+        return tokenizer
+    log.warning(
+        "tokenizer %s: the class %s of transformers encodes text differently from its tokenizer.json; the file is used",
+        source,
+        type(tokenizer).__name__,
+    )
+    return stored
+
+
+def _encode_probe(tokenizer: PreTrainedTokenizerBase) -> object:
+    try:
+        return tokenizer(PROBE, add_special_tokens=False)["input_ids"]
+    except Exception as error:  # of the type Exception itself, if the vocabulary has no token for unknown text
+        return str(error)
 
 
 def resolve_chat_template(chat_template: str, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -155,3 +155,19 @@ def test_an_invalid_model_configuration_beside_the_tokenizer_is_one_line(tmp_pat
     file.write_text(json.dumps(json.loads(file.read_text()) | {"num_attention_heads": 5}))
     with pytest.raises(ValueError, match=r"^tokenizer .*: Class validation error .* attention heads \(5\)\.$"):
         load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize(("model_type", "differs"), [("qwen2", True), ("llama", False)])
+def test_text_is_encoded_as_the_stored_tokenizer_encodes_it(model_type, differs, tmp_path, caplog):
+    """AutoTokenizer builds a tokenizer of Qwen2 for every folder with a model of that type; it would give no token."""
+    tiny.tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    with caplog.at_level("WARNING", "fastrlhf"):
+        tokenizer = load_tokenizer(str(tmp_path))
+    assert tokenizer("w5 w6")["input_ids"] == tiny.tokenizer()("w5 w6")["input_ids"] == [8, 9]
+    assert tokenizer.eos_token_id == tiny.EOS
+    message = (
+        f"tokenizer {tmp_path}: the class Qwen2Tokenizer of transformers encodes text differently from its "
+        "tokenizer.json; the file is used"
+    )
+    assert [record.getMessage() for record in caplog.records] == [message] * differs
