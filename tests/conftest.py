@@ -1,11 +1,16 @@
+import atexit
 import os
+import shutil
 import signal
+import tempfile
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # set before libraries read it, so that no test contacts the hub
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="fastrlhf-tests-")  # tokenised rows are kept there
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the CPU, one program after another
 torch.set_num_threads(1)  # the models are so small that threads only wait for each other

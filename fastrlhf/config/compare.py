@@ -18,6 +18,7 @@ from fastrlhf.config.train import HUB_KEYS, TrainConfig
 SAME_MODEL = (
     *("output_dir", "template_date", "run_name", "report_to", "progress", "logging_steps", "ref_cache_dir", "device"),
     "profile_steps",
+    *("dataset_num_proc", "dataset_cache_dir"),
     *("micro_batch_tokens", "rollout_batch_size", "decode", "ref_reward_offload"),
     *("activation_checkpointing", "activation_offloading", "attn_implementation", "torch_compile", "use_liger_kernel"),
     *("save_steps", "save_total_limit", "disk_wait_minutes", "resume_from_checkpoint", "resume_weights_only"),

@@ -114,7 +114,7 @@ KEYS: tuple[Key, ...] = (
     *_no("script", "ignore_bias_buffers", "it concerns buffers under DDP, which is not used"),
     *_other("sft", "dataset_text_field", "columns", "as columns: reference=NAME"),
     *_no("sft", "dataset_kwargs", "prepare the rows beforehand; `fastrlhf inspect` shows what the model sees"),
-    *_off("sft dpo kto reward ppo", "dataset_num_proc", "rows are tokenised in this process by a fast tokenizer"),
+    *_same("sft dpo kto reward ppo", "dataset_num_proc", "0 by default: one process per available core"),
     *_same("sft dpo kto reward", "max_length"),
     *_same("sft dpo", "truncation_mode"),
     *_on("sft grpo", "shuffle_dataset", "each epoch is shuffled by seed"),

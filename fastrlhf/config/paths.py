@@ -19,7 +19,7 @@ Config = TypeVar("Config", bound=TrainConfig)
 FUNCTIONS = ("reward_functions", "psi", "equivalence", "loss_type", "callbacks")
 """Keys whose values may name a function or class in a file: path/to/file.py:function."""
 
-MADE = ("output_dir", "ref_cache_dir")
+MADE = ("output_dir", "ref_cache_dir", "dataset_cache_dir")
 """Keys of folders that a run creates if they are missing."""
 
 PLACES = "# absolute paths: "

@@ -138,6 +138,11 @@ class TrainConfig(WatchKeys, ScheduleKeys, BatchKeys):
     empty."""
     max_train_examples: int = 0
     """Maximum number of rows to train on; 0: all."""
+    dataset_num_proc: int = 0
+    """Number of processes that tokenise the rows; 0: one per available core."""
+    dataset_cache_dir: str = ""
+    """Folder in which tokenised rows are kept, so that a later run with the same rows, tokenizer and keys does not
+    tokenise again. Empty: `fastrlhf/tokens` in the cache folder of Hugging Face (HF_HOME)."""
     columns: str = ""
     """Names of the dataset's columns that differ from the expected names, for example
     "prompt=question,chosen=better"."""
@@ -259,6 +264,7 @@ class TrainConfig(WatchKeys, ScheduleKeys, BatchKeys):
         self.check_batch()
         self.check_schedule()
         self.check_watching(self.eval_steps)
+        at_least(self, 0, "dataset_num_proc")
         at_least(self, 1, "micro_batch_tokens", "lora_r", "lora_alpha", "logging_steps")
         require(bool(self.lora_target_modules), "lora_target_modules", self.lora_target_modules, "all-linear, or names")
         at_default(

@@ -11,12 +11,13 @@ from __future__ import annotations
 import csv
 import glob
 import gzip
+import hashlib
 import io
 import json
 import logging
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -104,13 +105,51 @@ def is_local(name: str) -> bool:
     return path.is_absolute() or looks_local or path.exists()
 
 
+def source_fingerprint(
+    source: str | Iterable[str], split: str, config_name: str | None, warn: Callable[[str], None]
+) -> str:
+    """Returns a text that changes with the content of the files from which `read_rows` would read, without reading
+    their rows. `warn` is called with the warnings that `read_rows` would log. Raises ValueError as `read_rows` does for
+    a source that is missing."""
+    names, found = source_names(source), list[str]()
+    sliced = set("[+") & set(split) and not (len(names) == 1 and not is_local(names[0]))
+    splits = dict.fromkeys(part.partition("[")[0].strip() for part in split.split("+")) if sliced else [split]
+    for each in splits:
+        for name in names:
+            path = Path(name).expanduser()
+            if not is_local(name):
+                found.append(f"{name} {each} {_hub_dataset(name, each, config_name)._fingerprint}")
+                continue
+            parts = _split_parts(name, each, config_name, warn)
+            saved = not all(isinstance(part, Path) for part in parts)
+            files = [file for file in sorted(path.rglob("*")) if file.is_file()] if saved else parts
+            found += [f"{file} {file_fingerprint(file)}" for file in files]
+    return "\n".join(found)
+
+
+def file_fingerprint(path: Path) -> str:
+    """Returns the SHA-256 of the content of a file."""
+    with path.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
 def _split_rows(name: str, split: str, config_name: str | None) -> Iterator[tuple[str, object]]:
-    path = Path(name).expanduser()
     if not is_local(name):
-        yield from _hub_rows(name, split, config_name)
+        for index, row in enumerate(_hub_dataset(name, split, config_name)):
+            yield f"{name} row {index}", row
         return
+    for part in _split_parts(name, split, config_name, log.warning):
+        if isinstance(part, Path):
+            yield from _file_rows(part)
+        else:
+            yield from ((f"{Path(name).expanduser().name} row {index}", row) for index, row in enumerate(part))
+
+
+def _split_parts(name: str, split: str, config_name: str | None, warn: Callable[[str], None]) -> list[Any]:
+    """Returns the files of a split, or the datasets of a folder written by `save_to_disk`."""
+    path = Path(name).expanduser()
     if path.is_dir():
-        splits = _saved_splits(path) or _folder_splits(path, config_name)
+        splits = _saved_splits(path) or _folder_splits(path, config_name, warn)
     elif path.is_file():
         splits = {"train": [path]}
     else:
@@ -121,11 +160,7 @@ def _split_rows(name: str, split: str, config_name: str | None) -> Iterator[tupl
             "them in dataset_train_split or dataset_test_split; if dataset_test_split is empty, rows of the training "
             "split are held out"
         )
-    for part in splits[split]:
-        if isinstance(part, Path):
-            yield from _file_rows(part)
-        else:
-            yield from ((f"{path.name} row {index}", row) for index, row in enumerate(part))
+    return splits[split]
 
 
 def _saved_splits(folder: Path) -> dict[str, list[Any]]:
@@ -148,10 +183,10 @@ def _is_saved(folder: Path) -> bool:
     return all((folder / name).is_file() for name in ("state.json", "dataset_info.json"))
 
 
-def _folder_splits(folder: Path, config_name: str | None) -> dict[str, list[Path]]:
+def _folder_splits(folder: Path, config_name: str | None, warn: Callable[[str], None]) -> dict[str, list[Path]]:
     """Returns split -> files of a folder, by the naming rules of `datasets` (train.jsonl, test-00000-of-00002.parquet,
-    ...) or by the configurations in README.md. Logs a warning about data files that belong to no split or cannot be
-    read."""
+    ...) or by the configurations in README.md. Calls `warn` with a message about data files that belong to no split or
+    cannot be read."""
     with tempfile.TemporaryDirectory() as cache:
         # `datasets` reads brackets in a folder name as a pattern, so it gets a symbolic link with a plain name.
         link = Path(cache) / "folder"
@@ -183,10 +218,10 @@ def _folder_splits(folder: Path, config_name: str | None) -> dict[str, list[Path
     left_out = [] if by_card else _left_out(folder, {file for own in splits.values() for file in own})
     if left_out:
         more = f" and {len(left_out) - 5:,} more" if len(left_out) > 5 else ""
-        log.warning(
-            "%s: files that are not read: %s%s; the others form the splits %s. A file belongs to a split if its name "
-            "contains the split's name and ends in one of %s",
-            *(folder, ", ".join(left_out[:5]), more, ", ".join(splits), ENDINGS),
+        warn(
+            f"{folder}: files that are not read: {', '.join(left_out[:5])}{more}; the others form the splits "
+            f"{', '.join(splits)}. A file belongs to a split if its name contains the split's name and ends in one of "
+            f"{ENDINGS}"
         )
     return splits
 
@@ -222,17 +257,15 @@ def _left_out(folder: Path, read: set[Path]) -> list[str]:
     ]
 
 
-def _hub_rows(name: str, split: str, config_name: str | None) -> Iterator[tuple[str, object]]:
+def _hub_dataset(name: str, split: str, config_name: str | None) -> Any:
     check_hub(name, f"{name}:")
     try:
-        dataset = datasets.load_dataset(name, config_name, split=split)
+        return datasets.load_dataset(name, config_name, split=split)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise ValueError(
             f"{name}: not a local file or folder, and the hub gave no split {split!r} of it: {shorten(str(error))} "
             "(check the name, the split and config_name, and that the hub can be reached: HF_HUB_OFFLINE)"
         ) from None
-    for index, row in enumerate(dataset):
-        yield f"{name} row {index}", row
 
 
 def _file_rows(path: Path) -> Iterator[tuple[str, object]]:

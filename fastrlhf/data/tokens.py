@@ -17,7 +17,7 @@ the ids that its text has after the prompt (data/encoding.py).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from typing import Any, Literal, cast
@@ -28,20 +28,25 @@ from fastrlhf.config import TrainConfig, parse_template_kwargs
 from fastrlhf.data.encoding import first_change, is_lossless, reads_back
 from fastrlhf.data.forms import RESPONSES
 from fastrlhf.data.labels import GROUP_LABELS, PAIR_LABELS
+from fastrlhf.data.parallel import in_order
 from fastrlhf.data.rendered_ids import Side, encode_rendered
 from fastrlhf.data.rows import UnusableRow
 from fastrlhf.data.specials import add_ends, end_ids, template_end
 from fastrlhf.data.templates import Rendered, Renderer
 from fastrlhf.data.token_report import MOST_SHOWN, TokenReport, check_fractions
+from fastrlhf.data.token_set import Block, TokenSet
 from fastrlhf.data.tokenizer import resolve_chat_template
 from fastrlhf.types import Example, Text, TokenizedExample
 
 TruncationMode = Literal["keep_start", "keep_end", "drop"]
 
+CHUNK = 1000
+"""Number of examples that are tokenised at a time; only their text pieces and lists of ids are in memory at once."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenizedExamples:
-    examples: list[TokenizedExample] = field(repr=False)
+    examples: TokenSet = field(repr=False)
     report: TokenReport
 
 
@@ -78,6 +83,7 @@ def tokenize_examples(
     max_bad_fraction: float = 1.0,
     max_dropped_fraction: float = 1.0,
     keep_source: bool = False,
+    processes: int = 1,
 ) -> TokenizedExamples:
     """Tokenises the prompts and the responses named by `fields`, which may include the groups of `responses`. Other
     responses are left out; labels are kept.
@@ -106,6 +112,7 @@ def tokenize_examples(
         max_bad_fraction: largest allowed share of rows that the template refuses or changes.
         max_dropped_fraction: largest allowed share of dropped rows.
         keep_source: let every row hold the example from which it was made.
+        processes: maximum number of processes that tokenise; each gets chunks of `CHUNK` examples.
 
     Raises:
         ValueError: the tokenizer has no EOS or, for a conversation, no chat template; an argument is invalid; or no
@@ -129,74 +136,41 @@ def tokenize_examples(
     )
     fields = [name for name in known if name in fields]
 
-    counts: Counter[str] = Counter()
-    dropped: Counter[str] = Counter()
-    firsts: dict[str, str] = {}
-    dropped_rows: dict[str, list[str]] = {}
+    def tokenize_chunk(number: int) -> _Chunk:
+        start = number * CHUNK
+        chunk = _Chunk(start)
+        chunk.add(
+            examples[start : start + CHUNK],
+            renderer,
+            ends,
+            fields,
+            train_suffix=train_suffix,
+            trailing_space=trailing_space,
+            fit=lambda prompt, responses, inside: _fit(prompt, responses, max_length, truncation_mode, bos, inside),
+            max_length=max_length,
+        )
+        return chunk
 
-    def drop(reason: str, row: int, detail: str = "") -> None:
-        dropped[reason] += 1
-        told = f"row {row}{detail and f', {detail}'}"
-        firsts.setdefault(reason, told)
-        if dropped[reason] <= MOST_SHOWN:
-            dropped_rows.setdefault(reason, []).append(told)
-
-    rendered: list[tuple[Example, Rendered]] = []
-    for example in examples:
-        try:
-            rendered.append((example, renderer.render(example, _responses(example, fields))))
-        except UnusableRow as bad:
-            drop(bad.reason, example.row, bad.detail)
-    encoded = encode_rendered(rendered, tokenizer, ends, train_suffix=train_suffix, trailing_space=trailing_space)
-    counts["bos_present"], counts["space_ended"] = encoded.num_with_bos, encoded.num_spaces
-    lossless, changed = is_lossless(tokenizer), Counter[str]()
-
-    kept: list[TokenizedExample] = []
-    for row in encoded.rows:
-        example, prompt, own = row.example, row.prompt, row.responses
-        whole = {name: response.ids for name, response in own.items()}
-        inside = any(response.goes_on for response in own.values())
-        reason, prompt_ids, ids = _fit(prompt, whole, max_length, truncation_mode, bos, inside)
-        trained = {name: response.trained_within(len(ids[name])) for name, response in own.items()}
-        if not reason and any(some is not None and not some for some in trained.values()):
-            reason = "no_trained_token"
-        if reason:
-            drop(reason, example.row)
-            longest = len(prompt) + max(map(len, whole.values()), default=0)
-            counts["rows_cut"] += reason == "chosen_equals_rejected" and longest > max_length
-            continue
-        kept.append(_tokenized(example, prompt_ids, ids, trained, keep_source))
-        for change in sorted(set(row.text.changed.values())):
-            changed[change] += 1
-            firsts.setdefault(change, f"row {example.row}")
-        cut = {name for name in own if len(ids[name]) < len(whole[name])}
-        counts["prompts_cut"] += prompt_ids != prompt
-        counts["rows_cut"] += prompt_ids != prompt or bool(cut)
-        counts["num_tokens"] += len(prompt_ids) + sum(map(len, ids.values()))
-        for name, response in own.items():
-            some = trained[name]
-            counts["num_trained"] += len(ids[name]) if some is None else len(some)
-            counts["responses_cut" if name in cut else "eos_present" if response.had_end else "eos_added"] += 1
-            counts["other_end"] += response.had_end and name not in cut and response.end != next(iter(ends))
-            if not (lossless or reads_back(prompt, whole[name], response.text, tokenizer)):
-                counts["unlike_text"] += 1
-                if "unlike_text" not in firsts:
-                    change = first_change(prompt, whole[name], response.text, tokenizer)
-                    firsts["unlike_text"] = f"row {example.row}, {change}"
+    whole = _Chunk(0)
+    blocks = []
+    for chunk in in_order(tokenize_chunk, -(-len(examples) // CHUNK), processes):
+        whole.count(chunk)
+        blocks.append(chunk.block)
     report = TokenReport(
         num_examples=len(examples),
-        num_kept=len(kept),
+        num_kept=sum(map(len, blocks)),
         max_length=max_length,
         ends=tuple(ends.values()),
-        dropped=dict(dropped.most_common()),
-        changed=dict(changed.most_common()),
-        firsts=firsts,
-        dropped_rows=dropped_rows,
+        dropped=dict((whole.refused + whole.dropped).most_common()),
+        changed=dict(whole.changed.most_common()),
+        firsts=whole.firsts,
+        dropped_rows=whole.dropped_rows,
         trailing_space=trailing_space,
-        **{name: counts[name] for name in _COUNTED},
+        **{name: whole.counts[name] for name in _COUNTED},
     )
     check_fractions(report, max_bad_fraction, max_dropped_fraction)
-    return TokenizedExamples(examples=kept, report=report)
+    kept = TokenSet([Block.joined(blocks)])
+    return TokenizedExamples(examples=kept.with_sources(examples) if keep_source else kept, report=report)
 
 
 def encode_rows(
@@ -232,6 +206,98 @@ def encode_rows(
         )
         for row in encoded.rows
     ]
+
+
+class _Chunk:
+    """The rows made of some of the examples, and counts of what happened to these."""
+
+    def __init__(self, start: int) -> None:
+        """`start`: position of the first example of the chunk."""
+        self.start, self.block = start, Block.of([])
+        self.counts, self.changed = Counter[str](), Counter[str]()
+        self.refused = Counter[str]()
+        """Reason -> number of examples that the chat template refuses."""
+        self.dropped = Counter[str]()
+        """Reason -> number of examples that are dropped after they were encoded."""
+        self.firsts: dict[str, str] = {}
+        self.dropped_rows: dict[str, list[str]] = {}
+
+    def count(self, later: _Chunk) -> None:
+        """Adds the counts of a chunk that comes after all earlier ones."""
+        for name in ("counts", "changed", "refused", "dropped"):
+            getattr(self, name).update(getattr(later, name))
+        self.firsts = {**later.firsts, **self.firsts}
+        for reason, rows in later.dropped_rows.items():
+            self.dropped_rows[reason] = [*self.dropped_rows.get(reason, ()), *rows][:MOST_SHOWN]
+
+    def _drop(self, drops: Counter[str], reason: str, row: int, detail: str = "") -> None:
+        drops[reason] += 1
+        told = f"row {row}{detail and f', {detail}'}"
+        self.firsts.setdefault(reason, told)
+        if drops[reason] <= MOST_SHOWN:
+            self.dropped_rows.setdefault(reason, []).append(told)
+
+    def add(
+        self,
+        examples: Sequence[Example],
+        renderer: Renderer,
+        ends: Mapping[int, str],
+        fields: Sequence[str],
+        *,
+        train_suffix: bool,
+        trailing_space: Side,
+        fit: Callable[[list[int], dict[str, list[int]], bool], tuple[str, list[int], dict[str, list[int]]]],
+        max_length: int,
+    ) -> None:
+        """Tokenises the examples of the chunk. `fit` truncates a row, like `_fit`."""
+        tokenizer, counts = renderer.tokenizer, self.counts
+        rendered: list[tuple[Example, Rendered]] = []
+        rendered_places: list[int] = []
+        for place, example in enumerate(examples, self.start):
+            try:
+                rendered.append((example, renderer.render(example, _responses(example, fields))))
+                rendered_places.append(place)
+            except UnusableRow as bad:
+                self._drop(self.refused, bad.reason, example.row, bad.detail)
+        encoded = encode_rendered(rendered, tokenizer, ends, train_suffix=train_suffix, trailing_space=trailing_space)
+        counts["bos_present"], counts["space_ended"] = encoded.num_with_bos, encoded.num_spaces
+        lossless = is_lossless(tokenizer)
+
+        kept: list[TokenizedExample] = []
+        places: list[int] = []
+        for place, row in zip(rendered_places, encoded.rows, strict=True):
+            example, prompt, own = row.example, row.prompt, row.responses
+            whole = {name: response.ids for name, response in own.items()}
+            inside = any(response.goes_on for response in own.values())
+            reason, prompt_ids, ids = fit(prompt, whole, inside)
+            trained = {name: response.trained_within(len(ids[name])) for name, response in own.items()}
+            if not reason and any(some is not None and not some for some in trained.values()):
+                reason = "no_trained_token"
+            if reason:
+                self._drop(self.dropped, reason, example.row)
+                longest = len(prompt) + max(map(len, whole.values()), default=0)
+                counts["rows_cut"] += reason == "chosen_equals_rejected" and longest > max_length
+                continue
+            kept.append(_tokenized(example, prompt_ids, ids, trained, keep_source=False))
+            places.append(place)
+            for change in sorted(set(row.text.changed.values())):
+                self.changed[change] += 1
+                self.firsts.setdefault(change, f"row {example.row}")
+            cut = {name for name in own if len(ids[name]) < len(whole[name])}
+            counts["prompts_cut"] += prompt_ids != prompt
+            counts["rows_cut"] += prompt_ids != prompt or bool(cut)
+            counts["num_tokens"] += len(prompt_ids) + sum(map(len, ids.values()))
+            for name, response in own.items():
+                some = trained[name]
+                counts["num_trained"] += len(ids[name]) if some is None else len(some)
+                counts["responses_cut" if name in cut else "eos_present" if response.had_end else "eos_added"] += 1
+                counts["other_end"] += response.had_end and name not in cut and response.end != next(iter(ends))
+                if not (lossless or reads_back(prompt, whole[name], response.text, tokenizer)):
+                    counts["unlike_text"] += 1
+                    if "unlike_text" not in self.firsts:
+                        change = first_change(prompt, whole[name], response.text, tokenizer)
+                        self.firsts["unlike_text"] = f"row {example.row}, {change}"
+        self.block = Block.of(kept, places)
 
 
 _COUNTED = (

@@ -4,30 +4,27 @@ loads a model."""
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
-from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from fastrlhf.config import DPOConfig, KTOConfig, SFTConfig, TrainConfig, parse_columns, require
+from fastrlhf.config import TrainConfig, require
 from fastrlhf.config.files import load_yaml
-from fastrlhf.data.examples import LoadedExamples, Origin, load_examples
-from fastrlhf.data.forms import RESPONSES
+from fastrlhf.data.examples import Origin
+from fastrlhf.data.fingerprints import rows_fingerprint
 from fastrlhf.data.given import Rows, given_examples
-from fastrlhf.data.labels import GROUP_LABELS
-from fastrlhf.data.rows import source_names
 from fastrlhf.data.specials import add_template_end, require_eos
 from fastrlhf.data.templates import reads_clock
 from fastrlhf.data.token_report import TokenReport
+from fastrlhf.data.token_set import TokenSet
 from fastrlhf.data.tokenizer import load_tokenizer
-from fastrlhf.data.tokens import TextRules, TokenizedExamples, tokenize_examples
-from fastrlhf.data.turns import from_first_answer
+from fastrlhf.data.tokens import TextRules
 from fastrlhf.distributed.ranks import compare, on_first, start, together, world_size
 from fastrlhf.models.attention import check_attention
 from fastrlhf.models.four_bit import quantization
@@ -39,20 +36,18 @@ from fastrlhf.publish.push import check_push, open_repository
 from fastrlhf.runtime.adamw import check_optim
 from fastrlhf.runtime.callbacks import load_callbacks
 from fastrlhf.runtime.checkpoint import check_run_dir, check_same_data
+from fastrlhf.runtime.dataset import dataset_parts, given_part, judged_rows, training_rows
 from fastrlhf.runtime.locks import check_idle
 from fastrlhf.runtime.reporters import import_reporters
 from fastrlhf.types import Example, TokenizedExample
 
 log = logging.getLogger(__name__)
 
-MUCH = 0.1
-"""A warning is logged if more than this share of the rows is too long."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    train: list[TokenizedExample]
-    eval: list[TokenizedExample]
+    train: Sequence[TokenizedExample]
+    eval: Sequence[TokenizedExample]
     report: TokenReport
     """Effects of tokenisation on the training rows."""
     day: str = ""
@@ -79,7 +74,7 @@ class Data:
     @cached_property
     def fingerprint(self) -> dict[str, str]:
         """For each split, a text with the number of rows and a hash of their content in order."""
-        return {name: _fingerprint(rows) for name, rows in (("train", self.train), ("eval", self.eval))}
+        return {name: rows_fingerprint(rows) for name, rows in (("train", self.train), ("eval", self.eval))}
 
 
 def open_inputs(
@@ -104,7 +99,14 @@ def open_inputs(
     check_push(config)
     if config.output_dir:
         on_first(lambda: (check_run_dir(config), check_idle(config.output_dir)))
-    tokenizer, data = together(lambda: _read(config, fields, train, evaluation, tokenizer, keep_rows))
+
+    def read() -> tuple[PreTrainedTokenizerBase, Data]:
+        return _read(config, fields, train, evaluation, tokenizer, keep_rows)
+
+    own: list[tuple[PreTrainedTokenizerBase, Data]] = []
+    if train is None and world_size() > 1:  # rank 0 fills the token store, and the other ranks map its entries
+        on_first(lambda: own.append(read()))
+    tokenizer, data = together(lambda: own[0] if own else read())
     if world_size() > 1:
         compare(data.fingerprint, "dataset")
     ranks, num_eval = world_size(), len(data.eval)
@@ -132,19 +134,27 @@ def _read(
         check_held_out(config, config.num_eval_examples)
     tokenizer = open_tokenizer(config) if tokenizer is None else given_tokenizer(config, tokenizer)
     day = template_day(config, tokenizer)
-    train, evaluation, origin = _load_both(config, fields) if train is None else (train, evaluation, Origin())
-    train = given_examples(config, fields, train, "train")
-    evaluation = given_examples(config, fields, evaluation, "eval")
-    tokenized = _tokenize(config, tokenizer, train, fields, "train", day, keep_rows)
-    held_out = _tokenize(config, tokenizer, evaluation, fields, "eval", day, keep_rows) if evaluation else None
+    if train is None:
+        wanted = training_rows(config)
+        parts = dataset_parts(config, tokenizer, fields, wanted, day, keep_rows=keep_rows)
+    else:
+        given = [given_examples(config, fields, rows, name) for rows, name in ((train, "train"), (evaluation, "eval"))]
+        parts = [
+            given_part(config, tokenizer, examples, fields, name, day, keep_rows=keep_rows)
+            for examples, name in zip(given, ("train", "eval"), strict=True)
+            if examples or name == "train"
+        ]
+    training = parts[0]
+    assert training is not None
+    held_out = parts[1] if len(parts) > 1 else None
     return tokenizer, Data(
-        train=tokenized.examples,
-        eval=held_out.examples if held_out else [],
+        train=training.rows,
+        eval=held_out.rows if held_out else TokenSet(),
         day=day,
-        conversations=_has_turns([*train, *evaluation]),
+        conversations=training.conversations or (held_out is not None and held_out.conversations),
         rules=TextRules.of(config, day),
-        report=tokenized.report,
-        origin=origin,
+        report=training.report,
+        origin=training.origin,
     )
 
 
@@ -159,21 +169,18 @@ def open_eval_inputs(
     `open_inputs` does.
     """
     tokenizer = open_tokenizer(config)
-    if examples is None:
-        if config.dataset_test_split:
-            examples = _load(config, fields, config.dataset_test_split, config.num_eval_examples).examples
-        else:
-            train, held_out, _ = _split(config, fields)
-            examples = held_out if config.num_eval_examples else train
-    examples = given_examples(config, fields, examples, "eval")
     day = template_day(config, tokenizer)
-    tokenized = _tokenize(config, tokenizer, examples, fields, "eval", day, keep_rows=True)
+    if examples is None:
+        (part,) = dataset_parts(config, tokenizer, fields, [judged_rows(config)], day, keep_rows=True)
+    if examples is not None or part is None:
+        given = given_examples(config, fields, examples, "eval")
+        part = given_part(config, tokenizer, given, fields, "eval", day, keep_rows=True)
     return tokenizer, Data(
-        train=[],
-        eval=tokenized.examples,
-        report=tokenized.report,
+        train=TokenSet(),
+        eval=part.rows,
+        report=part.report,
         day=day,
-        conversations=_has_turns(examples),
+        conversations=part.conversations,
         rules=TextRules.of(config, day),
     )
 
@@ -182,17 +189,16 @@ def with_tokenizer(config: TrainConfig, data: Data, fields: Sequence[str], token
     """Returns `data` with the evaluation rows encoded by another tokenizer and its chat template."""
     examples = [row.source for row in data.eval if row.source is not None]
     day = data.day or template_day(config, tokenizer)
-    tokenized = _tokenize(config, tokenizer, examples, fields, "eval", day, keep_rows=True)
+    part = given_part(config, tokenizer, examples, fields, "eval", day, keep_rows=True)
     rules = TextRules.of(config, day)
-    return dataclasses.replace(data, eval=tokenized.examples, report=tokenized.report, day=day, rules=rules)
+    return dataclasses.replace(data, eval=part.rows, report=part.report, day=day, rules=rules)
 
 
-def with_room(
-    examples: Sequence[TokenizedExample], name: str, max_length: int, response_length: int
-) -> list[TokenizedExample]:
+def with_room(examples: Sequence[TokenizedExample], name: str, max_length: int, response_length: int) -> TokenSet:
     """Returns the examples whose prompt leaves room for a whole response. Raises ValueError if there are none."""
     most = max_length - response_length
-    kept = [example for example in examples if len(example.prompt) <= most]
+    rows = TokenSet.of(examples)
+    kept = rows.select(np.flatnonzero(rows.lengths("prompt") <= most))
     if len(kept) < len(examples):
         log.warning(
             "%s: %d of %d prompts exceed %d tokens (max_length - response_length) and are left out",
@@ -230,10 +236,6 @@ def open_tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase:
     )
 
 
-def _has_turns(examples: Sequence[Example]) -> bool:
-    return any(isinstance(example.prompt, list) for example in examples)
-
-
 def template_day(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> str:
     """Returns the date for a chat template that asks for one: `template_date`, the date recorded by the run that is
     resumed, the date recorded by the run that trained the model, or today. Empty if the template does not ask."""
@@ -260,123 +262,6 @@ def _by_number(rows: Sequence[TokenizedExample]) -> dict[int, Example]:
             rule = "unique, because reward functions read the columns of a row"
             require((same, same.columns) == (example, example.columns), "row", example.row, rule)
     return numbered
-
-
-def _load_both(config: TrainConfig, fields: Sequence[str]) -> tuple[list[Example], list[Example], Origin]:
-    if config.dataset_test_split:
-        train = _load(config, fields, config.dataset_train_split, config.max_train_examples)
-        test = _load(config, fields, config.dataset_test_split, config.num_eval_examples)
-        return train.examples, test.examples, train.origin()
-    train, held_out, origin = _split(config, fields)
-    if not train:
-        raise ValueError(f"num_eval_examples: {config.num_eval_examples} rows held out leave none to train on")
-    return train, held_out, origin
-
-
-def _split(config: TrainConfig, fields: Sequence[str]) -> tuple[list[Example], list[Example], Origin]:
-    """Splits the training split into the rows to train on and the held-out rows. The last `num_eval_examples` rows are
-    held out; of the others, the first `max_train_examples` are trained on.
-
-    Unusable rows count as well, so that the held-out rows depend neither on `fields` nor on `max_train_examples`.
-    """
-    limit = 0 if config.num_eval_examples else config.max_train_examples
-    loaded = _load(config, fields, config.dataset_train_split, limit)
-    first_held_out = loaded.num_rows - config.num_eval_examples
-    end = min(first_held_out, config.max_train_examples or first_held_out)
-    return (
-        [example for example in loaded.examples if example.row < end],
-        [example for example in loaded.examples if example.row >= first_held_out],
-        loaded.origin(),
-    )
-
-
-def _load(config: TrainConfig, fields: Sequence[str], split: str, limit: int) -> LoadedExamples:
-    require(
-        all(source_names(config.dataset_name) or [""]),
-        "dataset_name",
-        config.dataset_name,
-        "a hub name, or a local file or folder",
-    )
-    loaded = load_examples(
-        config.dataset_name,
-        split=split,
-        config_name=config.dataset_config or None,
-        columns=parse_columns(config.columns),
-        needs=("prompt", *fields),
-        max_bad_fraction=config.max_bad_fraction,
-        limit=limit or None,
-    )
-    log.info(loaded.summary())
-    return loaded
-
-
-def _tokenize(
-    config: TrainConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
-    fields: Sequence[str],
-    name: str,
-    day: str,
-    keep_rows: bool,
-) -> TokenizedExamples:
-    for example in examples:
-        for field in fields:
-            if field not in GROUP_LABELS and getattr(example, field) is None:
-                raise ValueError(f"{name}: row {example.row} has no {field}; remove the row or add the field")
-    train_on = config.train_on if isinstance(config, SFTConfig) else ""
-    if train_on == "all_assistant":
-        examples = [from_first_answer(example, response) for example in examples for response in fields]
-    rules = TextRules.of(config, day)
-    tokenized = tokenize_examples(
-        examples,
-        tokenizer,
-        max_length=config.max_length,
-        truncation_mode=config.truncation_mode,
-        fields=[name for name in fields if name in (*RESPONSES, "responses")],
-        chat_template_kwargs=rules.chat_template_kwargs,
-        day=rules.day,
-        train_suffix=isinstance(config, SFTConfig | DPOConfig | KTOConfig) and config.train_suffix,
-        trailing_space=rules.trailing_space,
-        max_bad_fraction=config.max_bad_fraction,
-        max_dropped_fraction=config.max_dropped_fraction,
-        keep_source=keep_rows,
-    )
-    report = tokenized.report
-    log.info("%s: %s", name, report.summary())
-    if isinstance(config, SFTConfig):
-        log.info("%s: %s", name, _describe_trained(config, examples, report))
-    if day:
-        log.info("%s: the chat template asks for the date and gets %s", name, day)
-    if report.changed:
-        log.warning("%s: the chat template changes the content of responses: %s", name, report.describe_changes())
-    if report.rows_too_long > MUCH * len(examples):
-        log.warning(
-            "%s: %d of %d rows are longer than max_length %d; raise it, or see truncation_mode",
-            *(name, report.rows_too_long, len(examples), config.max_length),
-        )
-    return tokenized
-
-
-def _describe_trained(config: SFTConfig, examples: Sequence[Example], report: TokenReport) -> str:
-    if config.train_on == "all" or not config.completion_only_loss:
-        return f"all {report.num_tokens:,} tokens are trained, including prompts"
-    told = f"{report.num_trained:,} of {report.num_tokens:,} tokens are trained ({config.train_on})"
-    turns = [turn for example in examples if isinstance(example.prompt, list) for turn in example.prompt]
-    earlier = sum(turn["role"] == "assistant" for turn in turns)
-    return told + (f"; {earlier:,} earlier turns of the assistant are not trained: see train_on" if earlier else "")
-
-
-def _fingerprint(rows: Sequence[TokenizedExample]) -> str:
-    digest = hashlib.sha256()
-    for row in rows:
-        for field in dataclasses.fields(row):
-            value = getattr(row, field.name)
-            if value is not None and field.name in ("prompt", *RESPONSES):
-                digest.update(f"{field.name} {len(value)} ids".encode())
-                digest.update(array("q", value))
-            elif value is not None and field.name != "source":
-                digest.update(f"{field.name} {value!r}".encode())
-    return f"{len(rows)} rows of hash {digest.hexdigest()[:16]}"
 
 
 def check_held_out(config: TrainConfig, num_eval: int) -> None:
