@@ -26,7 +26,7 @@ from fastrlhf.algorithms.pair_losses import Pairs, check_first_loss, describe_ta
 from fastrlhf.algorithms.psipo import load_psi, pair_target
 from fastrlhf.algorithms.psipo_groups import train_groups
 from fastrlhf.algorithms.reference import check_reference, open_reference
-from fastrlhf.algorithms.scoring import Tree, sequence_sums
+from fastrlhf.algorithms.scoring import Tree, Trees, pair_costs, sequence_sums
 from fastrlhf.config import DPOConfig
 from fastrlhf.data.given import Rows
 from fastrlhf.data.labels import COUNTS
@@ -39,6 +39,7 @@ from fastrlhf.data.packing import (
     pack,
     pair,
 )
+from fastrlhf.data.token_set import TokenSet
 from fastrlhf.data.tokens import TextRules
 from fastrlhf.models.architecture import check_head
 from fastrlhf.models.forward import token_logprobs
@@ -101,9 +102,9 @@ def train_dpo(
         keep_rows=config.label_source == "reward_model",
     )
     check_reference(config, tokenizer, conversations=data.conversations)
-    rows = [*data.train, *data.eval]
-    trees = [to_tree(example, config) for example in rows]
-    check_micro_batch(config, rows, [num_computed(tree) for tree in trees])
+    rows = TokenSet.joined(data.train, data.eval)
+    trees = Trees(rows, partial(to_tree, config=config))
+    check_micro_batch(config, rows, pair_costs(rows, config.share_prompts))
     everything = _pairs(config, rows, trees, tokenizer, data.rules)
     model = policy_or_given(config, tokenizer, model)
     num_train, held_out = len(data.train), range(len(data.train), len(trees))
@@ -238,7 +239,7 @@ def fields_read(config: DPOConfig) -> list[str]:
 def _pairs(
     config: DPOConfig,
     examples: Sequence[TokenizedExample],
-    trees: list[Tree],
+    trees: Sequence[Tree],
     tokenizer: PreTrainedTokenizerBase,
     rules: TextRules,
 ) -> Pairs:

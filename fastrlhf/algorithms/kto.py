@@ -28,6 +28,7 @@ from fastrlhf.algorithms.scoring import Tree, sequence_logprobs
 from fastrlhf.config import KTOConfig, require
 from fastrlhf.data.given import Rows
 from fastrlhf.data.packing import check_micro_batch, forest, num_computed, own_micro_batches, pack, sequence
+from fastrlhf.data.token_set import TokenSet
 from fastrlhf.distributed.ranks import total
 from fastrlhf.models.given import policy_or_given
 from fastrlhf.models.precision import resolved
@@ -75,9 +76,9 @@ def train_kto(
     tokenizer, data = open_inputs(config, FIELDS, examples, eval_examples, tokenizer=tokenizer)
     check_reference(config, tokenizer, conversations=data.conversations)
     require(len(data.eval) != 1, "num_eval_examples", 1, "0, or at least 2: z of a single row is its own log-ratio")
-    rows = [*data.train, *data.eval]
-    check_micro_batch(config, rows, [num_computed(to_tree(row)) for row in rows])
-    weights = class_weights(config, [bool(row.label) for row in data.train])
+    rows = TokenSet.joined(data.train, data.eval)
+    check_micro_batch(config, rows, (rows.lengths("prompt") + rows.lengths("reference")).tolist())
+    weights = class_weights(config, list(map(bool, rows.labels("label")[: len(data.train)])))
     model = policy_or_given(config, tokenizer, model)
     num_train, steps = len(data.train), num_steps(config, len(data.train))
     batches = list(index_batches(num_train, config.batch_size, steps, config.seed))
@@ -116,19 +117,20 @@ class Trees(Sequence[Tree]):
 
     def __init__(self, rows: Sequence[TokenizedExample], batches: Sequence[Sequence[int]], limit: int) -> None:
         """`limit`: maximum number of tokens of a mismatched sequence; its response is cut to fit."""
-        self._rows, self._limit = rows, limit
+        self._num_rows, self._limit, self._labels = len(rows), limit, TokenSet.of(rows).labels("label")
+        self._row = rows.arrays if isinstance(rows, TokenSet) else rows.__getitem__
         self._mismatched = [pair for batch in batches for pair in zip(batch, [batch[-1], *batch[:-1]], strict=True)]
         self._starts = [len(rows)]
         for batch in batches:
             self._starts.append(self._starts[-1] + len(batch))
 
     def __len__(self) -> int:
-        return len(self._rows) + len(self._mismatched)
+        return self._num_rows + len(self._mismatched)
 
     def __getitem__(self, index):  # pyright: ignore[reportIncompatibleMethodOverride]
-        if index < len(self._rows):
-            return to_tree(self._rows[index])
-        own, other = (self._rows[i] for i in self._mismatched[index - len(self._rows)])
+        if index < self._num_rows:
+            return to_tree(self._row(index))
+        own, other = (self._row(i) for i in self._mismatched[index - self._num_rows])
         assert other.reference is not None
         response = other.reference[: self._limit - len(own.prompt)]
         trained = other.scored("reference")
@@ -140,7 +142,7 @@ class Trees(Sequence[Tree]):
         return range(self._starts[batch], self._starts[batch + 1])
 
     def labels(self, indices: Sequence[int]) -> Tensor:
-        return torch.tensor([bool(self._rows[i].label) for i in indices])
+        return torch.tensor([bool(self._labels[i]) for i in indices])
 
 
 def to_tree(example: TokenizedExample) -> Tree:

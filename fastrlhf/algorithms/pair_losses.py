@@ -33,7 +33,7 @@ KINDS = {"sigmoid": "dpo", "simpo": "dpo", "cpo": "dpo"}
 class Pairs:
     """The inputs of the loss for a set of pairs, all in the same order."""
 
-    trees: list[Tree]
+    trees: Sequence[Tree]
     label_prob: Tensor | None
     """[B] float32 on the CPU, like the fields below: P(chosen is better); None if every label is hard"""
     target: Tensor | None

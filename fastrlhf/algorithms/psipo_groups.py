@@ -37,6 +37,7 @@ from fastrlhf.data.packing import (
     own_micro_batches,
     pack,
 )
+from fastrlhf.data.token_set import TokenSet
 from fastrlhf.models.given import policy_or_given
 from fastrlhf.models.router_loss import begin_step
 from fastrlhf.models.sharding import shard, whole
@@ -86,8 +87,8 @@ def train_groups(
     judged = config.label_source == "reward_model"
     tokenizer, data = open_inputs(config, fields, examples, eval_examples, tokenizer=tokenizer, keep_rows=judged)
     check_reference(config, tokenizer, conversations=data.conversations)
-    rows = [*data.train, *data.eval]
-    trees = [to_tree(example, config) for example in rows]
+    rows = TokenSet.joined(data.train, data.eval)
+    trees = [to_tree(rows.arrays(i), config) for i in range(len(rows))]
     check_micro_batch(config, rows, list(map(num_computed, trees)))
     targets = _targets(config, psi, rows, group_preferences(config, rows, trees, tokenizer, data.rules))
     groups = [Group(tree=tree, target=target) for tree, target in zip(trees, targets, strict=True)]

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
-from fastrlhf.algorithms.scoring import Tree, num_responses, per_response, sequence_logprobs
+from fastrlhf.algorithms.scoring import Tree, Trees, num_responses, per_response, sequence_logprobs
 from fastrlhf.config import ReferenceConfig
 from fastrlhf.data.identity import require_same_tokenizer
 from fastrlhf.distributed.ranks import from_all, on_first, together
@@ -62,7 +62,8 @@ def open_reference(
         model = _open(config, policy) if config.ref_model_name_or_path else frozen_copy(policy)
         return torch.no_grad()(lambda batch, indices: sequence_logprobs(model, batch))
     computed = range(len(trees)) if config.ref_cache_dir else sorted(set(needed))
-    sums = _precomputed(config, policy, [trees[i] for i in computed]).to(policy.device)
+    some = trees.select(computed) if isinstance(trees, Trees) else [trees[i] for i in computed]
+    sums = _precomputed(config, policy, some).to(policy.device)
     per_tree = dict(zip(computed, sums.split([num_responses(trees[i]) for i in computed]), strict=True))
     return lambda batch, indices: torch.cat([per_tree[i] for i in indices])
 

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.algorithms.pair_labels import pair_margins
 from fastrlhf.algorithms.rlp_uml import ViewObjective, Views
-from fastrlhf.algorithms.scoring import Tree
+from fastrlhf.algorithms.scoring import Tree, Trees, pair_costs
 from fastrlhf.config import RewardConfig, require
 from fastrlhf.data.given import Rows
 from fastrlhf.data.packing import (
@@ -37,6 +37,7 @@ from fastrlhf.data.packing import (
     pair,
 )
 from fastrlhf.data.specials import special_ids
+from fastrlhf.data.token_set import TokenSet
 from fastrlhf.distributed.ranks import gathered
 from fastrlhf.evaluation.winrates import bootstrap_interval
 from fastrlhf.models.forward import hidden_states, read_scores, sequence_scores
@@ -93,12 +94,12 @@ def train_reward_model(
     model = _open(config, tokenizer) if model is None else adopt_reward_model(model, config, tokenizer)
     check_vocabulary({"model_name_or_path": model}, tokenizer)
     make_trainable(model, config, config.model_name_or_path)
-    train = [*data.train, *synthetic]
-    pairs = [to_tree(example, config) for example in train]
-    held_out = [to_tree(example, config) for example in data.eval]
+    rows = TokenSet.joined(data.train, synthetic)
+    pairs, held_out = (Trees(TokenSet.of(some), partial(to_tree, config=config)) for some in (rows, data.eval))
     margins, held_out_margins = (_margins(config, part) for part in (data.train, data.eval))
     margins = torch.cat([margins, torch.zeros(len(synthetic))])
-    check_micro_batch(config, [*train, *data.eval], [num_computed(tree) for tree in [*pairs, *held_out]])
+    every = TokenSet.joined(rows, data.eval)
+    check_micro_batch(config, every, pair_costs(every, config.share_prompts))
     shard(model)
     steps = num_steps(config, len(pairs))
     objective = views.open(width(model.config), model.device, steps) if views else None

@@ -15,6 +15,7 @@ from fastrlhf.config.checks import at_default
 from fastrlhf.data.identity import judge_tokenizer, require_same_tokenizer
 from fastrlhf.data.reading import TextReader, open_reader
 from fastrlhf.data.specials import end_ids, special_ids
+from fastrlhf.data.token_set import TokenSet
 from fastrlhf.data.tokens import TextRules
 from fastrlhf.distributed.ranks import together
 from fastrlhf.evaluation.judges import Judge, asked_once, reward_model_judge
@@ -229,7 +230,7 @@ def _find_scorer(config: PPOConfig, field: str, tokenizer: PreTrainedTokenizerBa
     if not same_ids and holds_adapter(source):
         rule = "is an adapter over the weights of the run but has another tokenizer"
         raise ValueError(f"{field}: {source!r} {rule} ({different.told})")
-    rows, rules = ([*data.train, *data.eval], data.rules) if data else ([], TextRules())
+    rows, rules = (TokenSet.joined(data.train, data.eval), data.rules) if data else (TokenSet(), TextRules())
     log.info("%s: another tokenizer than that of the run (%s): it reads the text", field, different.told)
     return _Scorer(tokenizer=theirs, reader=open_reader(field, tokenizer, theirs, rows, rules), same_ids=same_ids)
 

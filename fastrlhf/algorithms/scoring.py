@@ -14,6 +14,7 @@ from fastrlhf.data.identity import judge_tokenizer
 from fastrlhf.data.packing import forest, num_computed, own_micro_batches, pack, tree
 from fastrlhf.data.reading import judge_rows
 from fastrlhf.data.specials import special_ids
+from fastrlhf.data.token_set import TokenSet
 from fastrlhf.data.tokens import TextRules
 from fastrlhf.distributed.ranks import from_all
 from fastrlhf.models.forward import sequence_scores, token_logprobs
@@ -27,6 +28,30 @@ log = logging.getLogger(__name__)
 Tree = Sequence[Segment]
 """The segments of one example: either its prompt and the responses attached to it, or full sequences of prompt and
 response."""
+
+
+class Trees(Sequence[Tree]):
+    """The trees of tokenised rows. Each is made from the stored tokens when it is read."""
+
+    def __init__(self, rows: TokenSet, make: Callable[[TokenizedExample], Tree]) -> None:
+        """`make` gets rows whose ids are arrays."""
+        self._rows, self._make = rows, make
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Tree:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return self._make(self._rows.arrays(index))
+
+    def select(self, indices: Sequence[int]) -> Trees:
+        """Returns the trees at these indices, in their order."""
+        return Trees(self._rows.select(indices), self._make)
+
+
+def pair_costs(rows: TokenSet, share_prompt: bool) -> list[int]:
+    """Returns the number of tokens of the tree of each pair."""
+    prompts = 1 if share_prompt else 2
+    return (prompts * rows.lengths("prompt") + rows.lengths("chosen") + rows.lengths("rejected")).tolist()
 
 
 @torch.no_grad()

@@ -13,9 +13,11 @@ from functools import partial
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fastrlhf.algorithms.scoring import Tree, Trees
 from fastrlhf.config import SFTConfig
 from fastrlhf.data.given import Rows
-from fastrlhf.data.packing import check_micro_batch, own_micro_batches, pack, sequence
+from fastrlhf.data.packing import check_micro_batch, joined, num_computed, own_micro_batches, pack, sequence
+from fastrlhf.data.token_set import TokenSet
 from fastrlhf.distributed.ranks import total
 from fastrlhf.models.forward import token_logprobs
 from fastrlhf.models.given import policy_or_given
@@ -47,12 +49,14 @@ def train_sft(
     """
     config = resolved(config, SFTConfig, "train_sft", model)
     tokenizer, data = open_inputs(config, [config.response], examples, eval_examples, tokenizer=tokenizer)
-    segments = [to_segment(example, config) for example in data.train]
-    held_out = [to_segment(example, config) for example in data.eval]
-    check_micro_batch(config, [*data.train, *data.eval], [len(s.token_ids) for s in [*segments, *held_out]])
+    rows = TokenSet.joined(data.train, data.eval)
+    check_micro_batch(config, rows, (rows.lengths("prompt") + rows.lengths(config.response)).tolist())
+    trees = Trees(rows, lambda example: [to_segment(example, config)])
+    num_train = len(data.train)
+    held_out = trees.select(range(num_train, len(rows)))
     model = policy_or_given(config, tokenizer, model)
     shard(model)
-    steps = num_steps(config, len(segments))
+    steps = num_steps(config, num_train)
     optimizer = Optimizer({"": model}, config, num_steps=steps)
     evaluate_held_out = partial(evaluate, model, held_out, config.micro_batch_tokens)
 
@@ -66,8 +70,8 @@ def train_sft(
         evaluate=evaluate_held_out if held_out else None,
         callbacks=callbacks,
     ) as run:
-        for step, indices in run.remaining(index_batches(len(segments), config.batch_size, steps, config.seed)):
-            chosen = [segments[i] for i in indices]
+        for step, indices in run.remaining(index_batches(num_train, config.batch_size, steps, config.seed)):
+            chosen = [trees[i][0] for i in indices]
             num_trained = sum(segment.num_scored for segment in chosen)
             begin_step(model, len(chosen))
             loss = torch.zeros((), device=model.device)
@@ -83,19 +87,19 @@ def train_sft(
 
 
 @torch.no_grad()
-def evaluate(model: PreTrainedModel, segments: Sequence[Segment], micro_batch_tokens: int) -> dict[str, float]:
+def evaluate(model: PreTrainedModel, trees: Sequence[Tree], micro_batch_tokens: int) -> dict[str, float]:
     """Returns the metric eval_loss, the mean loss in nats per scored token."""
     loss = torch.zeros((), device=model.device)
     with whole(model):
-        for micro in own_micro_batches([len(s.token_ids) for s in segments], micro_batch_tokens):
-            loss -= token_logprobs(model, pack([segments[i] for i in micro], model.device)).logprob.sum()
-    return {"eval_loss": total(loss).item() / sum(segment.num_scored for segment in segments)}
+        for micro in own_micro_batches(list(map(num_computed, trees)), micro_batch_tokens):
+            loss -= token_logprobs(model, pack([trees[i][0] for i in micro], model.device)).logprob.sum()
+    return {"eval_loss": total(loss).item() / sum(segment.num_scored for (segment,) in trees)}
 
 
 def to_segment(example: TokenizedExample, config: SFTConfig) -> Segment:
     """Returns the sequence of a row: prompt and response."""
     response = getattr(example, config.response)
     if config.train_on == "all" or not config.completion_only_loss:
-        token_ids = [*example.prompt, *response]
+        token_ids = joined(example.prompt, response)
         return Segment(token_ids=token_ids, num_scored=len(token_ids) - 1)
     return sequence(example.prompt, response, example.scored(config.response))

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import accumulate, pairwise
 
+import numpy as np
 import torch
 
 from fastrlhf.config import TrainConfig, require
@@ -29,49 +30,68 @@ def pack(segments: Sequence[Segment], device: Device = "cpu") -> PackedBatch:
     """
     if not segments:
         raise ValueError("segments: nothing to pack")
-    starts = [0, *accumulate(len(segment.token_ids) for segment in segments)]
+    ids = [np.asarray(segment.token_ids, np.int64) for segment in segments]
+    lengths = [len(part) for part in ids]
+    starts = [0, *accumulate(lengths)]
     keys: list[list[range]] = []  # per segment, the rows it attends to, ancestors' first
-    positions: list[int] = []
-    rows: list[int] = []
-    targets: list[int] = []
-    rows_per_segment: list[int] = []
+    depths: list[int] = []
+    scored_at: list[np.ndarray] = []  # positions in the pack of the scored tokens, per segment
+    predicted_at: list[np.ndarray] = []  # positions of the tokens before them
 
     for index, segment in enumerate(segments):
         _check(index, segment, segments)
-        start, length = starts[index], len(segment.token_ids)
+        start, length = starts[index], lengths[index]
         seen = _seen(segment, starts, keys)
-        depth = sum(len(span) for span in seen)
+        depths.append(sum(len(span) for span in seen))
         keys.append([*seen, range(start, start + length)])
-        positions.extend(range(depth, depth + length))
-
-        scored = range(length - segment.num_scored, length) if segment.scored is None else segment.scored
-        rows.extend(start + i - 1 if i else seen[-1].stop - 1 for i in scored)
-        targets.extend(segment.token_ids[i] for i in scored)
-        rows_per_segment.append(segment.num_scored)
+        if segment.scored is None:
+            at = np.arange(start + length - segment.num_scored, start + length)
+        else:
+            at = np.asarray(segment.scored, np.int64) + start
+        before = at - 1
+        if len(at) and at[0] == start:  # the first token of a child is predicted from the end of its parent's part
+            before[0] = seen[-1].stop - 1
+        scored_at.append(at)
+        predicted_at.append(before)
 
     trunks = {segment.parent for segment in segments}
     leaves = [i for i in range(len(segments)) if i not in trunks]
-    if any(rows_per_segment[i] for i in trunks if i >= 0):
+    if any(segments[i].num_scored for i in trunks if i >= 0):
         raise ValueError("segments: a parent of other segments cannot have scored tokens; score its children")
 
+    flat = np.concatenate(ids)
+    shifts = np.array(starts[:-1]) - depths
     return PackedBatch(
-        token_ids=_int64([token for segment in segments for token in segment.token_ids], device),
-        positions=_int64(positions, device),
-        rows=_int64(rows, device),
-        targets=_int64(targets, device),
-        cu_rows=_offsets([rows_per_segment[i] for i in leaves], device),
-        last=_int64([starts[i + 1] - 1 for i in leaves], device),
+        token_ids=_int64(flat, device),
+        positions=_int64(np.arange(len(flat)) - np.repeat(shifts, lengths), device),
+        rows=_int64(np.concatenate(predicted_at), device),
+        targets=_int64(flat[np.concatenate(scored_at)], device),
+        cu_rows=_offsets([segments[i].num_scored for i in leaves], device),
+        last=_int64(np.array([starts[i + 1] - 1 for i in leaves]), device),
         plan=_plan(segments, keys, device),
     )
+
+
+def joined(prompt: Sequence[int], response: Sequence[int]) -> Sequence[int]:
+    """Returns the ids of prompt and response: an array if both are arrays, otherwise a list."""
+    if isinstance(prompt, np.ndarray) and isinstance(response, np.ndarray):
+        return np.concatenate([prompt, response])  # pyright: ignore[reportReturnType]
+    return [*prompt, *response]
 
 
 def sequence(prompt: Sequence[int], response: Sequence[int], trained: Sequence[int] | None = None) -> Segment:
     """Returns a root segment of prompt and response in which all tokens of the response, or only those at the indices
     `trained`, are scored."""
     if trained is None:
-        return Segment(token_ids=[*prompt, *response], num_scored=len(response))
+        return Segment(token_ids=joined(prompt, response), num_scored=len(response))
     scored = [len(prompt) + i for i in trained]
-    return Segment(token_ids=[*prompt, *response], num_scored=len(scored), scored=scored)
+    return Segment(token_ids=joined(prompt, response), num_scored=len(scored), scored=scored)
+
+
+def _response(response: Sequence[int], trained: Sequence[int] | None) -> Segment:
+    """Returns a segment of a response, whose tokens at `trained`, or all, are scored."""
+    num_scored = len(response) if trained is None else len(trained)
+    return Segment(token_ids=response, num_scored=num_scored, scored=trained)
 
 
 def pair(
@@ -101,14 +121,14 @@ def group(
     With `scored`, the tokens of each response are scored: those at the indices in `trained`, or all if that is None.
     """
     each = list(zip(responses, trained or [None] * len(responses), strict=True))
-    if not share_prompt or not prompt:
+    if not share_prompt or not len(prompt):
         return [
-            sequence(prompt, response, some) if scored else Segment(token_ids=[*prompt, *response])
+            sequence(prompt, response, some) if scored else Segment(token_ids=joined(prompt, response))
             for response, some in each
         ]
     trunk = Segment(token_ids=prompt)
     branches = (
-        replace(sequence((), response, some) if scored else Segment(token_ids=response), parent=0, cut=len(prompt))
+        replace(_response(response, some) if scored else Segment(token_ids=response), parent=0, cut=len(prompt))
         for response, some in each
     )
     return [trunk, *branches]
@@ -265,7 +285,7 @@ def _spread(costs: Sequence[int], budget: int, count: int) -> list[list[int]] | 
 
 
 def _check(index: int, segment: Segment, segments: Sequence[Segment]) -> None:
-    if not segment.token_ids:
+    if not len(segment.token_ids):
         raise ValueError(f"segments[{index}]: no tokens")
     if segment.parent >= index:
         raise ValueError(f"segments[{index}]: parent {segment.parent} must come before it")
@@ -304,14 +324,18 @@ def _plan(segments: Sequence[Segment], keys: list[list[range]], device: Device) 
     return AttentionPlan(
         cu_seqlens=cu_seqlens,
         cu_seqlens_k=_offsets(key_lengths, device) if has_branches else cu_seqlens,
-        key_index=_int64([row for spans in keys for span in spans for row in span], device) if has_branches else None,
+        key_index=_int64(_concatenated(keys), device) if has_branches else None,
         query_lengths=query_lengths,
         key_lengths=key_lengths,
     )
 
 
-def _int64(values: Sequence[int], device: Device) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int64).to(device, non_blocking=True)
+def _concatenated(keys: Sequence[Sequence[range]]) -> np.ndarray:
+    return np.concatenate([np.arange(span.start, span.stop) for spans in keys for span in spans])
+
+
+def _int64(values: np.ndarray, device: Device) -> torch.Tensor:
+    return torch.from_numpy(values).to(device, non_blocking=True)
 
 
 def _offsets(lengths: Sequence[int], device: Device) -> torch.Tensor:
