@@ -46,6 +46,7 @@ usage: fastrlhf COMMAND [--config FILE] [--key value ...]
   plan       memory and steps of a run: --config FILE [--memory_gib N]; exit code 1 if the run does not fit
   merge      fastrlhf merge ADAPTER [ADAPTER ...] --output_dir FOLDER: adds adapters to their base model
   chat       fastrlhf chat MODEL [ADAPTER]: talks with a model in the terminal
+  cache      lists the tokenised rows kept on this disk; --clear all, or --clear KEY ..., deletes entries
   doctor     fastrlhf doctor [OUTPUT_DIR]: versions, GPU, paths of the kernels, self-check against float64
 
 inspect and plan take the keys of one trainer; --command NAME says which one if FILE has sections of several.
@@ -55,7 +56,6 @@ fastrlhf --version prints the version."""
 PATIENCE = 2.0
 """Number of seconds that a process other than rank 0 waits before it reports its error. If rank 0 has failed too,
 torchrun ends this process during the wait, so that the error is reported only once."""
-
 
 COMPARISON = "comparison.html"
 """File in the current folder to which `fastrlhf report` writes a comparison of several runs."""
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             told = explain_command(command, COMMANDS)
             raise ValueError(f"unknown command {command!r}{told}; fastrlhf --help lists them")
         with quiet_when_unread(), stop_at_once():
-            if _asks_for_help(rest):
+            if {"-h", "--help"} & {*rest}:
                 print(format_help(command) if command in configs.CONFIGS else USAGE)
             else:
                 COMMANDS[command](rest)
@@ -308,6 +308,12 @@ def _plan(arguments: Sequence[str]) -> None:
         raise SystemExit(1)
 
 
+def _cache(arguments: Sequence[str]) -> None:
+    from fastrlhf.tools.cache import list_or_clear
+
+    print(list_or_clear(parse(configs.CacheConfig, arguments, "cache")))
+
+
 def _doctor(arguments: Sequence[str]) -> None:
     from fastrlhf.tools.doctor import examine, format_findings
 
@@ -344,10 +350,6 @@ def _is_unread() -> bool:
     poll = select.poll()
     poll.register(STDOUT, 0)  # POLLERR is reported even though it is not requested
     return any(event & select.POLLERR for _, event in poll.poll(0))
-
-
-def _asks_for_help(arguments: Sequence[str]) -> bool:
-    return bool({"-h", "--help"} & {*arguments})
 
 
 def _quiet_libraries() -> None:
@@ -390,6 +392,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "plan": _plan,
     "merge": _merge,
     "chat": _chat,
+    "cache": _cache,
     "doctor": _doctor,
 }
 

@@ -8,7 +8,7 @@ run used is written to `config.yaml` in its output directory.
 from __future__ import annotations
 
 from fastrlhf.config.checks import check_config, require
-from fastrlhf.config.commands import ChatConfig, DemoConfig, EvalConfig, MergeConfig
+from fastrlhf.config.commands import CacheConfig, ChatConfig, DemoConfig, EvalConfig, MergeConfig
 from fastrlhf.config.offline import DPOConfig, KTOConfig, ReferenceConfig, RewardConfig, SFTConfig
 from fastrlhf.config.on_policy import DRPOConfig, GRPOConfig, PPOConfig, RTOConfig
 from fastrlhf.config.rlp import RLPConfig
@@ -28,16 +28,18 @@ CONFIGS: dict[str, type] = {
     "chat": ChatConfig,
     "merge": MergeConfig,
     "demo": DemoConfig,
+    "cache": CacheConfig,
 }
 """The configuration class of each command. These commands take keys and may have a section in a configuration file."""
 
-TRAIN_NOTHING = frozenset({"eval", "chat", "merge", "demo"})
+TRAIN_NOTHING = frozenset({"eval", "chat", "merge", "demo", "cache"})
 """Commands in `CONFIGS` that are no trainers."""
 
 __all__ = [
     "COLUMNS",
     "CONFIGS",
     "TRAIN_NOTHING",
+    "CacheConfig",
     "ChatConfig",
     "DPOConfig",
     "DRPOConfig",

@@ -131,6 +131,20 @@ class MergeConfig(TrainConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    """Lists the tokenised rows that runs have kept on this disk, or deletes them."""
+
+    dataset_cache_dir: str = ""
+    """Folder of the tokenised rows. Empty: `fastrlhf/tokens` in the cache folder of Hugging Face (HF_HOME)."""
+    clear: tuple[str, ...] = ()
+    """Entries to delete, by the first letters of their keys, or all. Empty: nothing is deleted."""
+
+    def __post_init__(self) -> None:
+        expand_home(self)
+        check_types(self)
+
+
+@dataclass(frozen=True, kw_only=True)
 class DemoConfig:
     """Runs all stages on a small built-in task: SFT, reward model, DPO, PPO, DR-PO and evaluation."""
 

@@ -21,7 +21,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Data": (
         *("dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "max_train_examples"),
         *("columns", "system_prompt", "response", "max_length", "truncation_mode", "trailing_space"),
-        *("max_bad_fraction", "max_dropped_fraction", "dataset_num_proc", "dataset_cache_dir"),
+        *("max_bad_fraction", "max_dropped_fraction", "dataset_num_proc", "dataset_cache_dir", "clear"),
     ),
     "Batch and steps": (
         *("per_device_train_batch_size", "train_batch_size", "gradient_accumulation_steps"),

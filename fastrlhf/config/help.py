@@ -74,6 +74,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "fastrlhf eval --models runs/dpo --opponent runs/sft --reward_model_path runs/reward"
         " --dataset_name prompts.jsonl --output_dir runs/eval",
     ),
+    "cache": ("fastrlhf cache", "fastrlhf cache --clear all"),
     "demo": (
         "fastrlhf demo",
         "fastrlhf demo --methods dpo ipo ppo drpo --seed 1 --out runs/demo_1",
