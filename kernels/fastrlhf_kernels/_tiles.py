@@ -17,6 +17,7 @@ from torch import Tensor
 from fastrlhf_kernels._triton import INTERPRETED, constant, jit, tl, triton
 
 LOG2_E = constant(1 / math.log(2))
+UPCAST = constant(INTERPRETED)  # the interpreter's tl.dot takes the bits of bfloat16 numbers for integers
 FLOOR = constant(-1e30)  # replaces logits that are -inf or beyond the vocabulary, because -inf - -inf is NaN
 GROUP = 16  # number of row tiles processed together, so that a weight tile is read from DRAM once per group
 
@@ -132,8 +133,11 @@ def product_tile(
     if DESCRIPTORS:
         for k in range(0, size, INNER):
             x = a.load([row, k])
-            y = b.load([column, k])
-            total = tl.dot(x, y.T, total, input_precision=PRECISION)
+            y = b.load([column, k]).T
+            if UPCAST:
+                x = x.to(tl.float32)
+                y = y.to(tl.float32)
+            total = tl.dot(x, y, total, input_precision=PRECISION)
     else:
         inner = tl.arange(0, INNER)
         rows = tl.minimum(row + tl.arange(0, ROWS), num_rows - 1).to(tl.int64)
@@ -144,7 +148,7 @@ def product_tile(
             inside = inner < size - k
             x = tl.load(a_tile + k, mask=inside[None, :], other=0.0)
             y = tl.load(b_tile + k, mask=inside[:, None], other=0.0)
-            if x.dtype != y.dtype:
+            if UPCAST or x.dtype != y.dtype:
                 x = x.to(tl.float32)
                 y = y.to(tl.float32)
             total = tl.dot(x, y, total, input_precision=PRECISION)

@@ -221,7 +221,7 @@ def test_the_chunk_size_does_not_change_the_result(impl: str, monkeypatch: pytes
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
-def test_half_precision_is_as_exact_as_in_two_steps():
+def test_half_precision_is_as_exact_as_in_two_steps(impl: str):
     given = inputs(rows=64, size=96)
     given["hidden"], given["weight"] = given["hidden"].bfloat16(), given["weight"].bfloat16()
     exact = {**given, "hidden": given["hidden"].double(), "weight": given["weight"].double()}
@@ -231,7 +231,7 @@ def test_half_precision_is_as_exact_as_in_two_steps():
     truth = torch.autograd.grad(linear_policy_loss_reference(**exact, num_tokens=30.0), truth_leaves)
     errors = []
     for op in (
-        lambda **x: linear_policy_loss(**x, num_tokens=30.0).loss,
+        lambda **x: linear_policy_loss(**x, num_tokens=30.0, impl=impl).loss,
         lambda **x: two_steps(x, {}, {"num_tokens": 30.0}, False).loss,
     ):
         tensors = dict(given)
@@ -239,7 +239,8 @@ def test_half_precision_is_as_exact_as_in_two_steps():
         gradients = torch.autograd.grad(op(**tensors), leaves)
         errors.append([(a.double() - b).norm() / b.norm() for a, b in zip(gradients, truth, strict=True)])
     for one, two in zip(*errors, strict=True):
-        assert one <= 1.1 * two
+        # The Triton path rounds the stored masses and the gradient of the logits to bfloat16, 2^-9 each
+        assert one <= (1.1 * two if impl == "torch" else 2**-7)
 
 
 def test_beyond_the_gradients_only_a_chunk_of_logits_is_allocated():
