@@ -90,19 +90,18 @@ def test_it_is_as_exact_in_half_precision(shape: tuple[int, int, int], dtype: to
 @pytest.mark.parametrize("descriptors", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.usefixtures("interpreted", "small_blocks")
-def test_half_precision_values_of_the_triton_path(
-    dtype: torch.dtype, descriptors: bool, monkeypatch: pytest.MonkeyPatch
-):
+def test_half_precision_on_the_triton_path(dtype: torch.dtype, descriptors: bool, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(tiles, "INTERPRETER", tiles.INTERPRETER._replace(descriptors=descriptors))
     hidden, weight, targets = inputs(33, 40, 65, dtype)
-    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+    leaves = (hidden.requires_grad_(), weight.requires_grad_())
     out = linear_logprob(*leaves, targets, entropy=True, impl="triton")
     truth_leaves = [leaf.detach().double().requires_grad_() for leaf in leaves]
     truth = linear_logprob_reference(*truth_leaves, targets)
-    for found, true in ((out.logprob, truth.logprob), (out.entropy, truth.entropy)):
-        assert (found - true).abs().max() < 1e-5
-    grads = torch.autograd.grad(out.logprob.sum() + out.entropy.sum(), leaves)
-    truth_grads = torch.autograd.grad(truth.logprob.sum() + truth.entropy.sum(), truth_leaves)
+    assert (out.logprob - truth.logprob).abs().max() < 1e-5
+    assert (out.entropy - truth.entropy).abs().max() < 1e-5
+    grads, truth_grads = (
+        torch.autograd.grad(o.logprob.sum() + o.entropy.sum(), x) for o, x in ((out, leaves), (truth, truth_leaves))
+    )
     for found, true in zip(grads, truth_grads, strict=True):
         assert (found - true).norm() < torch.finfo(dtype).eps * true.norm()
 
