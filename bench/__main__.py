@@ -103,6 +103,13 @@ def make_parser() -> argparse.ArgumentParser:
     rollout.add_argument(
         "--out", type=Path, default=Path("bench/results"), help="folder of the files to which result rows are appended"
     )
+    data = commands.add_parser("data", help="time and memory of opening the rows of a run, first and second start")
+    data.add_argument("--pairs", type=int, nargs="+", default=[1000, 10_000, 100_000])
+    data.add_argument("--beside", type=Path, metavar="FOLDER", help="another checkout, which is measured too")
+    data.add_argument("--processes", type=int, default=1, help="processes that tokenise (dataset_num_proc)")
+    data.add_argument(
+        "--out", type=Path, default=Path("bench/results"), help="folder of the files to which result rows are appended"
+    )
     aot = commands.add_parser("aot", help="compile every kernel without a GPU: registers, spills, shared memory")
     aot.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], choices=[80, 90, 100])
     aot.add_argument(
@@ -248,6 +255,10 @@ def main() -> None:
             print(run_engines(a.episodes, a.rounds, a.device, a.dtype, a.out))
             return
         print(run_rollout(a.groups, a.episodes, a.slots, a.rounds, a.device, a.out))
+    if arguments.command == "data":
+        from bench.data import run_data
+
+        print(run_data(arguments.pairs, arguments.beside, arguments.processes, arguments.out))
     if arguments.command == "kernels" and (faults := _kernels(arguments)):
         sys.exit("\n".join(faults))
     if arguments.command == "train" and arguments.algorithm == "drpo":

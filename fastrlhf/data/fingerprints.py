@@ -55,6 +55,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str | None:
         "class": f"{kind.__module__}.{kind.__qualname__}",
         "settings": {name: str(value) for name, value in tokenizer.init_kwargs.items() if name != "name_or_path"},
         "specials": {name: str(value) for name, value in tokenizer.special_tokens_map.items()},
+        "split_special_tokens": bool(getattr(tokenizer, "split_special_tokens", False)),
         "ends": list(getattr(tokenizer, "more_end_ids", ())),
         "template": template,
         "today": str(date.today()) if "strftime_now" in CLOCK.sub("", template) else "",  # not the date of the run

@@ -3,6 +3,7 @@ in order."""
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import pickle
@@ -18,6 +19,12 @@ T = TypeVar("T")
 def usable_cores() -> int:
     """Returns the number of CPU cores that this process may use; 1 where processes cannot be forked."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
+
+
+def return_memory() -> None:
+    """Returns freed memory to the system, as far as the C library can; glibc keeps it otherwise."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
 
 
 def in_order(function: Callable[[int], T], num: int, processes: int) -> Iterator[T]:

@@ -19,6 +19,7 @@ from fastrlhf.config.files import load_yaml
 from fastrlhf.data.examples import Origin
 from fastrlhf.data.fingerprints import rows_fingerprint
 from fastrlhf.data.given import Rows, given_examples
+from fastrlhf.data.parallel import return_memory
 from fastrlhf.data.specials import add_template_end, require_eos
 from fastrlhf.data.templates import reads_clock
 from fastrlhf.data.token_report import TokenReport
@@ -107,6 +108,7 @@ def open_inputs(
     if train is None and world_size() > 1:  # rank 0 fills the token store, and the other ranks map its entries
         on_first(lambda: own.append(read()))
     tokenizer, data = together(lambda: own[0] if own else read())
+    return_memory()  # of the text of the rows
     if world_size() > 1:
         compare(data.fingerprint, "dataset")
     ranks, num_eval = world_size(), len(data.eval)

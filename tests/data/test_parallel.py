@@ -3,7 +3,7 @@ import signal
 
 import pytest
 
-from fastrlhf.data.parallel import in_order
+from fastrlhf.data.parallel import in_order, return_memory
 
 
 @pytest.mark.parametrize("processes", [1, 3])
@@ -40,3 +40,17 @@ def test_a_dead_process_is_an_error_and_an_unfinished_iteration_ends_the_process
     results.close()
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+def test_memory_that_was_freed_goes_back_to_the_system():
+    def resident() -> int:
+        return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    return_memory()
+    before = resident()
+    blocks = [bytearray(b"x" * 60_000) for _ in range(2000)]  # below the size that glibc maps separately
+    last = bytearray(60_000)  # keeps the top of the heap in use
+    del blocks
+    return_memory()
+    assert resident() - before < 20e6
+    assert len(last) == 60_000
