@@ -199,7 +199,12 @@ def _head_cases(*tables: Pinned) -> Iterator[Case]:
             **dict.fromkeys(outputs, "*fp32"),
             **dict.fromkeys(("num_rows", "shares", "vocab", "ignore"), "i32"),
         },
-        constants={"ENTROPY": True, "STATS": True, "BLOCK": _head.MERGED},
+        constants={
+            "ENTROPY": True,
+            "STATS": True,
+            "BLOCK": _head.MERGED_ROWS,
+            "SHARES": _head.MERGED_SHARES,
+        },
     )
 
 

@@ -23,8 +23,9 @@ from fastrlhf_kernels._tiles import (
 )
 
 FAR = 1e30  # used as the peak of a row, it makes every exp(z - peak) of the row 0
-SHARE = 4096  # vocabulary columns that one program of the forward kernel processes
-MERGED = 128  # rows that one program of the merge kernel processes
+SHARE = 1536  # vocabulary columns that one program of the forward kernel processes; see `waves` in bench/aot.py
+MERGED = 128  # rows that one program of the merge kernel of `linear_kl` processes
+MERGED_ROWS, MERGED_SHARES = 32, 16  # rows and shares that the merge kernel of the other ops processes at once
 PART_BYTES = 1 << 27  # the logits' gradient is computed and stored in parts of this size
 SCALED_ROWS = 16  # rows that one program of the scale kernel processes
 SMALLEST_PART = 2048  # vocabulary columns of a part; products with fewer columns are slow
@@ -95,8 +96,8 @@ def forward(
         num_warps=tiles.warps,
         num_stages=tiles.stages,
     )
-    merge_kernel[(cdiv(num_rows, MERGED),)](
-        partial, targets, *outputs, num_rows, shares, vocab, ignore, entropy, stats, MERGED
+    merge_kernel[(cdiv(num_rows, MERGED_ROWS),)](
+        partial, targets, *outputs, num_rows, shares, vocab, ignore, entropy, stats, MERGED_ROWS, MERGED_SHARES
     )
     return outputs
 

@@ -11,18 +11,21 @@ position.
 
 from __future__ import annotations
 
-from fastrlhf_kernels._tiles import FLOOR, logits_tile, place_of_program, product_tile, row_scale, transformed
+from fastrlhf_kernels._tiles import (
+    FLOOR,
+    LN_2,
+    LOG2_E,
+    place_of_program,
+    product_tile,
+    row_scale,
+    transformed,
+)
 from fastrlhf_kernels._triton import jit, tl
 
 
 @jit
-def _fold(peak, total, gap, new_peak, new_total, new_gap):
-    """Merges the statistics of two vocabulary parts: total = sum exp(z - peak), gap = sum exp(z - peak) (peak - z)."""
-    top = tl.maximum(peak, new_peak)
-    old = tl.exp(peak - top)
-    new = tl.exp(new_peak - top)
-    gap = old * (gap + (top - peak) * total) + new * (new_gap + (top - new_peak) * new_total)
-    return top, old * total + new * new_total, gap
+def either(a, b):
+    return a | b
 
 
 @jit
@@ -60,53 +63,69 @@ def forward_kernel(
     row, share = place_of_program(num_rows, shares, ROWS, GROUP)
     rows = row + tl.arange(0, ROWS)
     target = tl.load(targets + rows, mask=rows < num_rows, other=ignore).to(tl.int32)  # int32 compares faster
-    outer = row_scale(outer_scale, row_temperature, rows, num_rows)
-    peak = tl.full([ROWS], FLOOR, tl.float32)
+    outer = outer_scale + tl.zeros([ROWS], tl.float32)  # logits are x * outer
+    if row_temperature is not None:
+        outer /= tl.load(row_temperature + rows, mask=rows < num_rows, other=1.0)
+    bits = (outer * LOG2_E)[:, None]
+    peak = tl.full([ROWS], FLOOR, tl.float32)  # the largest x
     total = tl.zeros([ROWS], tl.float32)
-    gap = tl.zeros([ROWS], tl.float32)
+    gap = tl.zeros([ROWS], tl.float32)  # in bits
     at_target = tl.zeros([ROWS], tl.float32)
-    logit_sum = tl.zeros([ROWS], tl.float32)
-    stop = tl.minimum((share + 1) * SHARE, vocab)
+    x_sum = tl.zeros([ROWS], tl.float32)
+    start = share * SHARE
+    stop = tl.minimum(start + SHARE, vocab)
+    within = (target >= start) & (target < stop)
+    tile = tl.where(within, target - start, 0) // VOCAB
+    hits = tl.reduce(tl.where(within, 1 << tile, 0), 0, either)  # bit i: tile i of the share contains a target
     live = tl.sum((target != ignore).to(tl.int32), 0)
     stop = tl.where(live == 0, 0, stop)  # a tile of ignored rows costs nothing
-    for column in tl.range(share * SHARE, stop, VOCAB, warp_specialize=SPECIALIZE):  # pyright: ignore
-        z = product_tile(
+    for column in tl.range(start, stop, VOCAB, warp_specialize=SPECIALIZE):  # pyright: ignore
+        x = product_tile(
             hidden, weight, row, column, num_rows, vocab, size, stride_hidden, stride_weight,
             ROWS, VOCAB, INNER, DESCRIPTORS, PRECISION,
         )  # fmt: skip
         columns = column + tl.arange(0, VOCAB)
-        z = transformed(z, bias, columns, vocab, inner_scale, outer, SOFTCAP)
+        x = transformed(x, bias, columns, vocab, inner_scale, 1.0, SOFTCAP)
+        if bias is not None:
+            x = tl.maximum(x, FLOOR, propagate_nan=tl.PropagateNan.ALL)  # a bias may be -inf
+        last = column + VOCAB > stop
         if STATS:
-            logit_sum += tl.sum(tl.where((columns < stop)[None, :], z, 0.0), 1)
-        z = tl.where((columns < stop)[None, :], z, FLOOR)
-        z = tl.maximum(z, FLOOR, propagate_nan=tl.PropagateNan.ALL)
-        at_target += tl.sum(tl.where(columns[None, :] == target[:, None], z, 0.0), 1)
-        top = tl.maximum(peak, tl.max(z, 1))
-        old = tl.exp(peak - top)
-        z -= top[:, None]
-        mass = tl.exp(z)
+            x_sum += tl.sum(tl.where((columns < stop)[None, :], x, 0.0), 1)
+        if last:
+            x = tl.where((columns < stop)[None, :], x, FLOOR)
+        if hits & 1:
+            at_target += tl.sum(tl.where(columns[None, :] == target[:, None], x, 0.0), 1)
+        hits = hits >> 1
+        top = tl.maximum(peak, tl.max(x, 1))
+        shift = tl.maximum((peak - top) * outer * LOG2_E, FLOOR)
+        old = tl.exp2(shift)
+        x = (x - top[:, None]) * bits
+        if last:
+            x = tl.where((columns < stop)[None, :], x, FLOOR)  # for a tiny or a huge temperature too
+        mass = tl.exp2(x)
         if ENTROPY:
-            gap = old * (gap + (top - peak) * total) - tl.sum(mass * z, 1)
+            gap = old * (gap - shift * total) - tl.sum(mass * x, 1)
         total = old * total + tl.sum(mass, 1)
         peak = top
         if masses is not None:
-            tl.store(tops + tl.cast(column // VOCAB, tl.int64) * num_rows + rows, top, mask=rows < num_rows)
+            place = tops + tl.cast(column // VOCAB, tl.int64) * num_rows + rows
+            tl.store(place, top * outer, mask=rows < num_rows)
             if DESCRIPTORS:
                 masses.store([row, column], mass.to(masses.dtype))
             else:
                 stored = masses + rows.to(tl.int64)[:, None] * stride_masses + columns[None, :]
-                within = (rows < num_rows)[:, None] & (columns < vocab)[None, :]
-                tl.store(stored, mass.to(masses.dtype.element_ty), mask=within)
+                exists = (rows < num_rows)[:, None] & (columns < vocab)[None, :]
+                tl.store(stored, mass.to(masses.dtype.element_ty), mask=exists)
     out = partial + share.to(tl.int64) * num_rows + rows
     step = shares.to(tl.int64) * num_rows
     inside = rows < num_rows
-    tl.store(out, peak, mask=inside)
+    tl.store(out, peak * outer, mask=inside)
     tl.store(out + step, total, mask=inside)
-    tl.store(out + 2 * step, at_target, mask=inside)
+    tl.store(out + 2 * step, tl.where(at_target <= FLOOR, FLOOR, at_target * outer), mask=inside)
     if ENTROPY:
-        tl.store(out + 3 * step, gap, mask=inside)
+        tl.store(out + 3 * step, gap * LN_2, mask=inside)
     if STATS:
-        tl.store(out + 4 * step, logit_sum, mask=inside)
+        tl.store(out + 4 * step, x_sum * outer, mask=inside)
 
 
 @jit
@@ -127,6 +146,7 @@ def merge_kernel(
     ENTROPY: tl.constexpr,
     STATS: tl.constexpr,
     BLOCK: tl.constexpr,
+    SHARES: tl.constexpr,
 ):
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = rows < num_rows
@@ -138,16 +158,24 @@ def merge_kernel(
     at_target = tl.zeros([BLOCK], tl.float32)
     logit_sum = tl.zeros([BLOCK], tl.float32)
     step = tl.cast(shares, tl.int64) * num_rows
-    for share in range(0, shares):
-        at = partial + tl.cast(share, tl.int64) * num_rows + rows
-        new_gap = gap * 0
-        if ENTROPY:
-            new_gap = tl.load(at + 3 * step, mask=keep, other=0.0)
+    for first in range(0, shares, SHARES):  # in a fixed order; SHARES parts at once hide the latency of the loads
+        some = first + tl.arange(0, SHARES)[:, None]
+        exists = (some < shares) & keep[None, :]
+        at = partial + some.to(tl.int64) * num_rows + rows[None, :]
+        new_peak = tl.load(at, mask=exists, other=FLOOR)
+        new_total = tl.load(at + step, mask=exists, other=0.0)
+        at_target += tl.sum(tl.load(at + 2 * step, mask=exists, other=0.0), 0)
         if STATS:
-            logit_sum += tl.load(at + 4 * step, mask=keep, other=0.0)
-        at_target += tl.load(at + 2 * step, mask=keep, other=0.0)
-        new_peak = tl.load(at, mask=keep, other=0.0)
-        peak, total, gap = _fold(peak, total, gap, new_peak, tl.load(at + step, mask=keep, other=1.0), new_gap)
+            logit_sum += tl.sum(tl.load(at + 4 * step, mask=exists, other=0.0), 0)
+        top = tl.maximum(peak, tl.max(new_peak, 0))
+        old = tl.exp(peak - top)
+        new = tl.exp(new_peak - top[None, :])
+        if ENTROPY:
+            new_gap = tl.load(at + 3 * step, mask=exists, other=0.0)
+            gap = old * (gap + (top - peak) * total)
+            gap += tl.sum(new * (new_gap + (top[None, :] - new_peak) * new_total), 0)
+        total = old * total + tl.sum(new * new_total, 0)
+        peak = top
     at_target = tl.where(at_target <= FLOOR, float("-inf"), at_target)
     at_target = tl.where((target < 0) | (target >= vocab), float("nan"), at_target)
     log_total = tl.log(total)
@@ -197,13 +225,17 @@ def gradient_kernel(
     rows = row + tl.arange(0, ROWS)
     columns = column + tl.arange(0, VOCAB)
     inside = rows < num_rows
-    z = logits_tile(
-        hidden, weight, bias, row_temperature, row, column, num_rows, vocab, size, stride_hidden, stride_weight,
-        inner_scale, outer_scale, ROWS, VOCAB, INNER, SOFTCAP, DESCRIPTORS, PRECISION,
+    z = product_tile(
+        hidden, weight, row, column, num_rows, vocab, size, stride_hidden, stride_weight,
+        ROWS, VOCAB, INNER, DESCRIPTORS, PRECISION,
     )  # fmt: skip
+    outer = row_scale(outer_scale, row_temperature, rows, num_rows)
+    z = transformed(z, bias, columns, vocab, inner_scale, outer, SOFTCAP)
+    if bias is not None:
+        z = tl.maximum(z, FLOOR, propagate_nan=tl.PropagateNan.ALL)  # a bias may be -inf
     peak = tl.load(peaks + rows, mask=inside, other=0.0)[:, None]
     z -= peak
-    dx = tl.exp(z)
+    dx = tl.exp2(z * LOG2_E)
     level = tl.load(levels + rows, mask=inside, other=0.0)[:, None]
     if tilts is not None:
         tilt = tl.load(tilts + rows, mask=inside, other=0.0)[:, None]
@@ -212,9 +244,10 @@ def gradient_kernel(
         dx *= level
     target = tl.load(targets + rows, mask=inside, other=-1).to(tl.int32)
     at_target = tl.load(at_targets + rows, mask=inside, other=0.0)
-    dx = tl.where(columns[None, :] == target[:, None], at_target[:, None], dx)
+    if tl.sum(((target >= column) & (target < column + VOCAB)).to(tl.int32), 0) != 0:
+        dx = tl.where(columns[None, :] == target[:, None], at_target[:, None], dx)
     if SOFTCAP:
-        tanh = (z + peak) / row_scale(outer_scale, row_temperature, rows, num_rows)
+        tanh = (z + peak) / outer
         dx *= 1 - tanh * tanh
     if DESCRIPTORS:
         out.store([row, column - start], dx.to(out.dtype))

@@ -19,6 +19,7 @@ from fastrlhf_kernels._tiles import (
     FLOOR,
     KL_FORWARD,
     KL_GRADIENT,
+    LOG2_E,
     PRECISION,
     Pinned,
     Tiles,
@@ -191,27 +192,30 @@ def forward_kernel(
     for column in range(share * SHARE, stop, VOCAB):
         columns = column + tl.arange(0, VOCAB)
         exists = (columns < stop)[None, :]
+        last = column + VOCAB > stop
         y = logits_tile(
             reference_hidden, reference_weight, reference_bias, row_temperature, row, column, num_rows, vocab,
             reference_size, stride_reference_hidden, stride_reference_weight,
             inner_scale, outer_scale, ROWS, VOCAB, INNER, SOFTCAP, DESCRIPTORS, PRECISION,
         )  # fmt: skip
-        y = tl.where(exists, y, FLOOR)
+        if last:
+            y = tl.where(exists, y, FLOOR)
         reference_at_target = picked(reference_at_target, y, columns, target)
         reference_top = tl.maximum(reference_peak, tl.max(y, 1))
         reference_rise = reference_top - reference_peak
         y -= reference_top[:, None]
-        reference_total = tl.exp(-reference_rise) * reference_total + tl.sum(tl.exp(y), 1)
+        reference_total = tl.exp(-reference_rise) * reference_total + tl.sum(tl.exp2(y * LOG2_E), 1)
         z = logits_tile(
             hidden, weight, bias, row_temperature, row, column, num_rows, vocab, size, stride_hidden, stride_weight,
             inner_scale, outer_scale, ROWS, VOCAB, INNER, SOFTCAP, DESCRIPTORS, PRECISION,
         )  # fmt: skip
-        z = tl.where(exists, z, FLOOR)
+        if last:
+            z = tl.where(exists, z, FLOOR)
         at_target = picked(at_target, z, columns, target)
         top = tl.maximum(peak, tl.max(z, 1))
         total, cross, gap = raised(total, cross, gap, top - peak, reference_rise)
         z -= top[:, None]
-        mass = tl.exp(z)
+        mass = tl.exp2(z * LOG2_E)
         total += tl.sum(mass, 1)
         if ENTROPY:
             gap -= tl.sum(mass * z, 1)
@@ -352,7 +356,7 @@ def gradient_kernel(
     )  # fmt: skip
     peak = tl.load(peaks + rows, mask=inside, other=0.0)[:, None]
     z -= peak
-    mass = tl.exp(z)
+    mass = tl.exp2(z * LOG2_E)
     level = tl.load(levels + rows, mask=inside, other=0.0)[:, None]
     if tilts is not None:
         level -= tl.load(tilts + rows, mask=inside, other=0.0)[:, None] * z

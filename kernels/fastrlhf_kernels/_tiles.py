@@ -17,6 +17,7 @@ from torch import Tensor
 from fastrlhf_kernels._triton import INTERPRETED, constant, jit, tl, triton
 
 LOG2_E = constant(1 / math.log(2))
+LN_2 = constant(math.log(2))
 UPCAST = constant(INTERPRETED)  # the interpreter's tl.dot takes the bits of bfloat16 numbers for integers
 FLOOR = constant(-1e30)  # replaces logits that are -inf or beyond the vocabulary, because -inf - -inf is NaN
 GROUP = 16  # number of row tiles processed together, so that a weight tile is read from DRAM once per group
@@ -46,7 +47,7 @@ class Pinned(NamedTuple):
 
 # Triton before 3.8 specialises the warps of the forward's outer loop on sm_90, which saves registers.
 OLDER = triton is not None and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)
-INTERPRETER = Tiles(16, 32, 32, 4, 1, descriptors=False)
+INTERPRETER = Tiles(16, 64, 32, 4, 1, descriptors=False)
 SMALL_SHARED_MEMORY = Tiles(64, 128, 32, 8, 3, descriptors=False)  # sm_86, sm_89, sm_120: 99 KB
 FLOAT32 = Tiles(64, 64, 32, 8, 3, descriptors=False)
 AMPERE = Tiles(128, 128, 64, 8, 3, descriptors=False)

@@ -97,7 +97,7 @@ def checked_transform(
     if isinstance(temperature, Tensor):
         check_tensor("temperature", temperature, (num_rows,), device)
         row_temperature, temperature = positive_or_nan(temperature).contiguous(), 1.0
-    for name, value in (("temperature", temperature), ("softcap", softcap)):
+    for name, value in (("temperature", temperature), ("logit_scale", logit_scale), ("softcap", softcap)):
         if value is not None:
             check_range(name, value, 0, float("inf"), open_ends=True)
 

@@ -78,3 +78,20 @@ def test_equal_logits_are_the_uniform_distribution(impl: str):
     assert out.mean_logit.tolist() == [2.0] * 3
     (gradient,) = torch.autograd.grad(out.entropy.sum(), hidden)
     assert gradient.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, math.inf])
+def test_a_logit_scale_that_is_not_positive_is_refused(scale: float):
+    hidden, weight, targets = inputs(3, 2, 4)
+    with pytest.raises(ValueError, match=r"logit_scale must be in \(0, inf\), got"):
+        linear_logprob(hidden, weight, targets, logit_scale=scale)
+
+
+@pytest.mark.usefixtures("interpreted", "small_blocks")
+@pytest.mark.parametrize("temperature", [1e-20, 1e20])
+def test_an_extreme_temperature_leaves_the_columns_after_the_last_one_out(temperature: float):
+    hidden, weight, targets = inputs(9, 4, 37)
+    out = linear_logprob(hidden, weight, targets, temperature=temperature, entropy=True, impl="triton")
+    exact = linear_logprob(hidden, weight, targets, temperature=temperature, entropy=True, impl="torch")
+    torch.testing.assert_close(out.entropy, exact.entropy, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(out.logprob, exact.logprob, rtol=1e-5, atol=1e-6)
