@@ -106,7 +106,7 @@ def make_parser() -> argparse.ArgumentParser:
     data = commands.add_parser("data", help="time and memory of opening the rows of a run, first and second start")
     data.add_argument("--pairs", type=int, nargs="+", default=[1000, 10_000, 100_000])
     data.add_argument("--beside", type=Path, metavar="FOLDER", help="another checkout, which is measured too")
-    data.add_argument("--processes", type=int, default=1, help="processes that tokenise (dataset_num_proc)")
+    data.add_argument("--processes", type=int, default=1, help="processes that tokenise; 0: one per core")
     data.add_argument(
         "--out", type=Path, default=Path("bench/results"), help="folder of the files to which result rows are appended"
     )

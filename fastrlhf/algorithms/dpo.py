@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 
@@ -33,6 +34,7 @@ from fastrlhf.data.labels import COUNTS
 from fastrlhf.data.packing import (
     check_micro_batch,
     forest,
+    moved,
     num_computed,
     num_in_sequences,
     own_micro_batches,
@@ -48,6 +50,7 @@ from fastrlhf.models.loading import read_model_config
 from fastrlhf.models.precision import resolved
 from fastrlhf.models.router_loss import begin_step
 from fastrlhf.models.sharding import shard, whole
+from fastrlhf.runtime.ahead import Ahead
 from fastrlhf.runtime.atomic import check_writable
 from fastrlhf.runtime.inputs import open_inputs
 from fastrlhf.runtime.optim import Optimizer, index_batches, num_steps
@@ -118,23 +121,27 @@ def train_dpo(
     optimizer, diagnoses = Optimizer({"": model}, config, num_steps=steps), Diagnoses(config.losses)
     evaluate_held_out = partial(_evaluate, config, model, reference, everything, held_out)
 
-    with Run(
-        "dpo" if config.losses[0] in ("sigmoid", *config.functions) else config.losses[0],
-        config,
-        steps,
-        (model, tokenizer),
-        data=data,
-        parts={"optimizer": optimizer},
-        evaluate=evaluate_held_out if held_out else None,
-        callbacks=callbacks,
-    ) as run:
+    batches = partial(index_batches, num_train, config.batch_size, steps, config.seed)
+    with (
+        Ahead(batches(), partial(_draw, config, everything)) as ahead,
+        Run(
+            "dpo" if config.losses[0] in ("sigmoid", *config.functions) else config.losses[0],
+            config,
+            steps,
+            (model, tokenizer),
+            data=data,
+            parts={"optimizer": optimizer},
+            evaluate=evaluate_held_out if held_out else None,
+            callbacks=callbacks,
+        ) as run,
+    ):
         for earlier in run.history:  # in a resumed run, marks earlier findings as reported
             diagnoses.look(earlier)
-        for step, indices in run.remaining(index_batches(num_train, config.batch_size, steps, config.seed)):
-            drawn, totals = everything[indices], StepMetrics()
+        for step, _ in run.remaining(batches()):
+            (drawn, micros), totals = ahead.take(step), StepMetrics()
             begin_step(model, 2 * len(drawn))
-            for micro in run.parts(_micro_batches(drawn, config)):
-                output = _loss(config, model, reference, everything, [indices[i] for i in micro], drawn)
+            for micro in run.parts(micros):
+                output = _loss(config, model, reference, micro, drawn)
                 output.loss.backward()
                 totals.add(output.metrics)
             means = totals.means("pairs")
@@ -153,20 +160,34 @@ def _no_reference(batch: PackedBatch, indices: Sequence[int]) -> None:
     """Replaces the reference for losses that do not need one."""
 
 
-def _loss(
-    config: DPOConfig,
-    model: PreTrainedModel,
-    reference: Reference,
-    pairs: Pairs,
-    micro: Sequence[int],
-    step: Pairs,
-) -> LossOutput:
-    """Computes the contribution of the pairs `micro` of a micro-batch to the loss of an optimiser step over the pairs
-    `step`."""
-    own, num_pairs = pairs[micro], len(step)
-    batch = pack(forest(own.trees), model.device)
+@dataclass(frozen=True, kw_only=True)
+class _Micro:
+    """The pairs of a micro-batch."""
+
+    indices: list[int]
+    """Indices of the pairs among all pairs of the run."""
+    pairs: Pairs
+    batch: PackedBatch
+    """The pack of the pairs, on the CPU."""
+
+
+def _draw(config: DPOConfig, pairs: Pairs, indices: Sequence[int]) -> tuple[Pairs, list[_Micro]]:
+    """Returns the pairs of a step and the micro-batches of this rank."""
+    drawn = pairs[indices]
+    return drawn, [_micro(drawn, indices, micro) for micro in _micro_batches(drawn, config)]
+
+
+def _micro(drawn: Pairs, indices: Sequence[int], places: Sequence[int]) -> _Micro:
+    """Packs the pairs at `places` of the pairs `drawn`, whose indices among all pairs are `indices`."""
+    own = drawn[places]
+    return _Micro(indices=[indices[i] for i in places], pairs=own, batch=pack(forest(own.trees)))
+
+
+def _loss(config: DPOConfig, model: PreTrainedModel, reference: Reference, micro: _Micro, step: Pairs) -> LossOutput:
+    """Computes the contribution of a micro-batch to the loss of an optimiser step over the pairs `step`."""
+    own, num_pairs, batch = micro.pairs, len(step), moved(micro.batch, model.device)
     scored = token_logprobs(model, batch, entropy=True, stats=True)
-    reference_logprob = reference(batch, micro)
+    reference_logprob = reference(batch, micro.indices)
     metrics: dict[str, Metric] = {}
     total = torch.zeros((), device=model.device)
     for name, weight in zip(config.losses, config.loss_weights or [1.0] * len(config.losses), strict=True):
@@ -202,7 +223,7 @@ def _evaluate(
     totals, held_out = StepMetrics(), pairs[indices]
     with whole(model):
         for micro in _micro_batches(held_out, config):
-            totals.add(_loss(config, model, reference, pairs, [indices[i] for i in micro], held_out).metrics)
+            totals.add(_loss(config, model, reference, _micro(held_out, indices, micro), held_out).metrics)
     return {f"eval_{name}": value for name, value in _named(config, totals.means("pairs")).items()}
 
 

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fastrlhf.algorithms.scoring import Tree, Trees
 from fastrlhf.config import SFTConfig
 from fastrlhf.data.given import Rows
-from fastrlhf.data.packing import check_micro_batch, joined, num_computed, own_micro_batches, pack, sequence
+from fastrlhf.data.packing import check_micro_batch, joined, moved, num_computed, own_micro_batches, pack, sequence
 from fastrlhf.data.token_set import TokenSet
 from fastrlhf.distributed.ranks import total
 from fastrlhf.models.forward import token_logprobs
@@ -24,11 +25,12 @@ from fastrlhf.models.given import policy_or_given
 from fastrlhf.models.precision import resolved
 from fastrlhf.models.router_loss import begin_step
 from fastrlhf.models.sharding import shard, whole
+from fastrlhf.runtime.ahead import Ahead
 from fastrlhf.runtime.inputs import open_inputs
 from fastrlhf.runtime.optim import Optimizer, index_batches, num_steps
 from fastrlhf.runtime.result import TrainResult
 from fastrlhf.runtime.run import Run
-from fastrlhf.types import Segment, TokenizedExample
+from fastrlhf.types import PackedBatch, Segment, TokenizedExample
 
 
 def train_sft(
@@ -60,30 +62,54 @@ def train_sft(
     optimizer = Optimizer({"": model}, config, num_steps=steps)
     evaluate_held_out = partial(evaluate, model, held_out, config.micro_batch_tokens)
 
-    with Run(
-        "sft",
-        config,
-        steps,
-        (model, tokenizer),
-        data=data,
-        parts={"optimizer": optimizer},
-        evaluate=evaluate_held_out if held_out else None,
-        callbacks=callbacks,
-    ) as run:
-        for step, indices in run.remaining(index_batches(num_train, config.batch_size, steps, config.seed)):
-            chosen = [trees[i][0] for i in indices]
-            num_trained = sum(segment.num_scored for segment in chosen)
-            begin_step(model, len(chosen))
+    batches = partial(index_batches, num_train, config.batch_size, steps, config.seed)
+    with (
+        Ahead(batches(), partial(_draw, config, trees)) as ahead,
+        Run(
+            "sft",
+            config,
+            steps,
+            (model, tokenizer),
+            data=data,
+            parts={"optimizer": optimizer},
+            evaluate=evaluate_held_out if held_out else None,
+            callbacks=callbacks,
+        ) as run,
+    ):
+        for step, indices in run.remaining(batches()):
+            drawn = ahead.take(step)
+            begin_step(model, len(indices))
             loss = torch.zeros((), device=model.device)
-            for micro in run.parts(own_micro_batches([len(s.token_ids) for s in chosen], config.micro_batch_tokens)):
-                batch = pack([chosen[i] for i in micro], model.device)
-                micro_loss = -token_logprobs(model, batch).logprob.sum() / num_trained
+            for batch in run.parts(drawn.packs):
+                logprob = token_logprobs(model, moved(batch, model.device)).logprob
+                micro_loss = -logprob.sum() / drawn.num_trained
                 micro_loss.backward()
                 loss += micro_loss.detach()
-            metrics = {"loss": total(loss).item(), **optimizer.step()}
-            metrics["num_tokens"] = sum(len(s.token_ids) for s in chosen)
+            metrics = {"loss": total(loss).item(), **optimizer.step(), "num_tokens": drawn.num_tokens}
             run.log(step + 1, metrics)
         return run.finish(model, tokenizer)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Drawn:
+    """The rows of a step."""
+
+    packs: list[PackedBatch]
+    """The packs of this rank, on the CPU."""
+    num_trained: int
+    """Number of trained tokens of all ranks."""
+    num_tokens: int
+
+
+def _draw(config: SFTConfig, trees: Trees, indices: Sequence[int]) -> _Drawn:
+    segments = [trees[i][0] for i in indices]
+    costs = [len(segment.token_ids) for segment in segments]
+    micros = own_micro_batches(costs, config.micro_batch_tokens)
+    return _Drawn(
+        packs=[pack([segments[i] for i in micro]) for micro in micros],
+        num_trained=sum(segment.num_scored for segment in segments),
+        num_tokens=sum(costs),
+    )
 
 
 @torch.no_grad()

@@ -139,7 +139,7 @@ class TrainConfig(WatchKeys, ScheduleKeys, BatchKeys):
     max_train_examples: int = 0
     """Maximum number of rows to train on; 0: all."""
     dataset_num_proc: int = 0
-    """Number of processes that tokenise the rows; 0: one per available core."""
+    """Number of processes that tokenise the rows; 1: the process of the run itself; 0: one per available core."""
     dataset_cache_dir: str = ""
     """Folder in which tokenised rows are kept, so that a later run with the same rows, tokenizer and keys does not
     tokenise again. Empty: `fastrlhf/tokens` in the cache folder of Hugging Face (HF_HOME)."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import accumulate, pairwise
 
 import numpy as np
@@ -70,6 +70,16 @@ def pack(segments: Sequence[Segment], device: Device = "cpu") -> PackedBatch:
         last=_int64(np.array([starts[i + 1] - 1 for i in leaves]), device),
         plan=_plan(segments, keys, device),
     )
+
+
+def moved(batch: PackedBatch, device: Device) -> PackedBatch:
+    """Copies the tensors of a pack to a device."""
+
+    def move(part: AttentionPlan | PackedBatch) -> dict[str, torch.Tensor]:
+        tensors = {field.name: getattr(part, field.name) for field in fields(part)}
+        return {name: x.to(device, non_blocking=True) for name, x in tensors.items() if isinstance(x, torch.Tensor)}
+
+    return replace(batch, plan=replace(batch.plan, **move(batch.plan)), **move(batch))
 
 
 def joined(prompt: Sequence[int], response: Sequence[int]) -> Sequence[int]:

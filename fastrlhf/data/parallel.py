@@ -16,9 +16,11 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-def usable_cores() -> int:
-    """Returns the number of CPU cores that this process may use; 1 where processes cannot be forked."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
+def default_processes(share: int = 1) -> int:
+    """Returns one process per CPU core that this process may use, for each of `share` equal users of the cores; at
+    least 2, because memory that a forked process has used goes back to the system. 1 where processes cannot be
+    forked safely."""
+    return max(2, len(os.sched_getaffinity(0)) // share) if sys.platform == "linux" else 1
 
 
 def return_memory() -> None:

@@ -17,7 +17,7 @@ from fastrlhf.data.fingerprints import code_fingerprint, digest_of, tokenizer_fi
 from fastrlhf.data.forms import RESPONSES
 from fastrlhf.data.given import given_examples
 from fastrlhf.data.labels import GROUP_LABELS
-from fastrlhf.data.parallel import usable_cores
+from fastrlhf.data.parallel import default_processes
 from fastrlhf.data.rows import source_fingerprint, source_names
 from fastrlhf.data.token_report import TokenReport
 from fastrlhf.data.tokens import TextRules, tokenize_examples
@@ -162,7 +162,7 @@ def _make(
         answers,
         tokenizer,
         **_settings(config, fields, day),
-        processes=config.dataset_num_proc or max(1, usable_cores() // ranks),
+        processes=config.dataset_num_proc or default_processes(ranks),
     )
     prompts = [example.prompt for example in answers if isinstance(example.prompt, list)]
     return Part(

@@ -3,7 +3,7 @@ import signal
 
 import pytest
 
-from fastrlhf.data.parallel import in_order, return_memory
+from fastrlhf.data.parallel import default_processes, in_order, return_memory
 
 
 @pytest.mark.parametrize("processes", [1, 3])
@@ -54,3 +54,10 @@ def test_memory_that_was_freed_goes_back_to_the_system():
     return_memory()
     assert resident() - before < 20e6
     assert len(last) == 60_000
+
+
+def test_there_is_a_process_per_core_and_at_least_two(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(12)))
+    assert [default_processes(), default_processes(4), default_processes(99)] == [12, 3, 2]
+    monkeypatch.setattr("sys.platform", "darwin")
+    assert default_processes() == 1
