@@ -85,6 +85,11 @@ def make_parser() -> argparse.ArgumentParser:
     optim.add_argument(
         "--out", type=Path, default=Path("bench/results"), help="folder of the files to which result rows are appended"
     )
+    peaks = commands.add_parser("peaks", help="memory of a process in each phase, alone and as one of two, on a CPU")
+    peaks.add_argument("--models", nargs="+", default=["untied", "tied", "experts", "lora"])
+    peaks.add_argument(
+        "--out", type=Path, default=Path("bench/results"), help="folder of the files to which result rows are appended"
+    )
     rollout = commands.add_parser("rollout", help="time of sampling and judging the episodes of a DR-PO update")
     rollout.add_argument("--groups", type=int, nargs="+", default=[1, 8], help="episodes per prompt")
     rollout.add_argument("--episodes", type=int, default=32, help="episodes per update")
@@ -246,6 +251,10 @@ def main() -> None:
         from bench.optim import run_optim
 
         print(run_optim(arguments.matrices, arguments.device, arguments.out))
+    if arguments.command == "peaks":
+        from bench.peaks import run_peaks
+
+        print(run_peaks(arguments.models, arguments.out))
     if arguments.command == "rollout":
         from bench.engines import run_engines
         from bench.rollout import run_rollout

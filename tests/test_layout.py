@@ -47,6 +47,8 @@ PURE = ("fastrlhf.types", "fastrlhf.data.resets", "fastrlhf.data.packing", "fast
 MAX_LINES = 400
 NO_TEST_FILE = {
     "fastrlhf/config/commands.py": "its fields are tested with all others, in tests/config/test_checks.py",
+    "fastrlhf/models/own_pace.py": "needs several processes, which tests/distributed/test_ranks.py starts once for all",
+    "fastrlhf/models/parts.py": "needs several processes, which tests/distributed/test_ranks.py starts once for all",
     "fastrlhf/models/sharding.py": "needs several processes, which tests/distributed/test_ranks.py starts once for all",
     "fastrlhf/runtime/result.py": "declares data, which the tests of every trainer read",
     "fastrlhf/types.py": "declares data; `pack` and the trainers give it its meaning and are tested",

@@ -26,7 +26,7 @@ from fastrlhf.algorithms.pair_labels import pair_margins, pair_probabilities
 from fastrlhf.algorithms.pair_losses import Pairs, check_first_loss, describe_target, loss_of_pairs, pair_function
 from fastrlhf.algorithms.psipo import load_psi, pair_target
 from fastrlhf.algorithms.psipo_groups import train_groups
-from fastrlhf.algorithms.reference import check_reference, open_reference
+from fastrlhf.algorithms.reference import check_reference, live_models, open_reference
 from fastrlhf.algorithms.scoring import Tree, Trees, pair_costs, sequence_sums
 from fastrlhf.config import DPOConfig
 from fastrlhf.data.given import Rows
@@ -49,7 +49,7 @@ from fastrlhf.models.given import policy_or_given
 from fastrlhf.models.loading import read_model_config
 from fastrlhf.models.precision import resolved
 from fastrlhf.models.router_loss import begin_step
-from fastrlhf.models.sharding import shard, whole
+from fastrlhf.models.sharding import own_pace, shard
 from fastrlhf.runtime.ahead import Ahead
 from fastrlhf.runtime.atomic import check_writable
 from fastrlhf.runtime.inputs import open_inputs
@@ -221,7 +221,7 @@ def _evaluate(
     config: DPOConfig, model: PreTrainedModel, reference: Reference, pairs: Pairs, indices: Sequence[int]
 ) -> dict[str, float]:
     totals, held_out = StepMetrics(), pairs[indices]
-    with whole(model):
+    with own_pace(model, *live_models(reference)):
         for micro in _micro_batches(held_out, config):
             totals.add(_loss(config, model, reference, _micro(held_out, indices, micro), held_out).metrics)
     return {f"eval_{name}": value for name, value in _named(config, totals.means("pairs")).items()}

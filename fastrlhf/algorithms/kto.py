@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from itertools import chain
 
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastrlhf.algorithms.reference import Reference, check_reference, open_reference
+from fastrlhf.algorithms.reference import Reference, check_reference, live_models, open_reference
 from fastrlhf.algorithms.scoring import Tree, sequence_logprobs
 from fastrlhf.config import KTOConfig, require
 from fastrlhf.data.given import Rows
@@ -33,7 +34,7 @@ from fastrlhf.distributed.ranks import total
 from fastrlhf.models.given import policy_or_given
 from fastrlhf.models.precision import resolved
 from fastrlhf.models.router_loss import begin_step
-from fastrlhf.models.sharding import shard, whole
+from fastrlhf.models.sharding import own_pace, shard
 from fastrlhf.runtime.atomic import check_writable
 from fastrlhf.runtime.inputs import open_inputs
 from fastrlhf.runtime.optim import Optimizer, index_batches, num_steps
@@ -91,7 +92,7 @@ def train_kto(
     shard(model)
     optimizer = Optimizer({"": model}, config, num_steps=steps)
     step_of = partial(_losses, config, model, reference, trees, weights)
-    evaluate_held_out = partial(_evaluate, step_of, model, held_out, len(batches))
+    evaluate_held_out = partial(_evaluate, step_of, held_out, len(batches))
 
     with Run(
         "kto",
@@ -200,19 +201,24 @@ def _losses(
 ) -> dict[str, float]:
     """Returns the metrics of batch number `batch`, whose rows are `indices`. If a `run` is given, also adds up the
     gradients."""
-    kl = _kl(config, model, reference, trees, trees.mismatched(batch))
+    # In training all ranks make equally many passes; held-out rows may not divide evenly.
+    pace = partial(nullcontext) if run else partial(own_pace, model, *live_models(reference))
+    with pace():
+        kl = _kl(config, model, reference, trees, trees.mismatched(batch))
+    kl = (total(kl) / len(trees.mismatched(batch))).clamp(min=0)
     totals = StepMetrics()
     micros = own_micro_batches([num_computed(trees[i]) for i in indices], config.micro_batch_tokens, "row")
-    for micro in run.parts(micros) if run else micros:
-        own = [indices[i] for i in micro]
-        packed = pack(forest(trees[i] for i in own), model.device)
-        with torch.set_grad_enabled(run is not None):
-            logprob = sequence_logprobs(model, packed)
-        log_ratio, label = logprob - reference(packed, own), trees.labels(own).to(logprob.device)
-        losses = kto_losses(log_ratio, label, kl, config.beta, weights)
-        if run:
-            (losses.sum() / len(indices)).backward()
-        totals.add(_metrics(losses.detach(), config.beta * log_ratio.detach(), logprob.detach(), label))
+    with pace():
+        for micro in run.parts(micros) if run else micros:
+            own = [indices[i] for i in micro]
+            packed = pack(forest(trees[i] for i in own), model.device)
+            with torch.set_grad_enabled(run is not None):
+                logprob = sequence_logprobs(model, packed)
+            log_ratio, label = logprob - reference(packed, own), trees.labels(own).to(logprob.device)
+            losses = kto_losses(log_ratio, label, kl, config.beta, weights)
+            if run:
+                (losses.sum() / len(indices)).backward()
+            totals.add(_metrics(losses.detach(), config.beta * log_ratio.detach(), logprob.detach(), label))
     return {**_named(totals.means("rows")), "kl": kl.item()}
 
 
@@ -220,13 +226,14 @@ def _losses(
 def _kl(
     config: KTOConfig, model: PreTrainedModel, reference: Reference, trees: Trees, indices: Sequence[int]
 ) -> Tensor:
-    """Returns z of a batch, [] float32; `indices` are its mismatched sequences."""
+    """Returns this rank's part of the sum, [] float32, of which z is the mean; `indices` are the mismatched sequences
+    of the batch."""
     summed = torch.zeros((), device=model.device)
     for micro in own_micro_batches([num_computed(trees[i]) for i in indices], config.micro_batch_tokens, "row"):
         own = [indices[i] for i in micro]
         packed = pack(forest(trees[i] for i in own), model.device)
         summed += (sequence_logprobs(model, packed) - reference(packed, own)).sum()
-    return (total(summed) / len(indices)).clamp(min=0)
+    return summed
 
 
 def _metrics(losses: Tensor, rewards: Tensor, logprob: Tensor, label: Tensor) -> dict[str, Metric]:
@@ -250,6 +257,5 @@ def _named(means: Mapping[str, float]) -> dict[str, float]:
 
 
 @torch.no_grad()
-def _evaluate(step_of: partial, model: PreTrainedModel, indices: Sequence[int], batch: int) -> dict[str, float]:
-    with whole(model):
-        return {f"eval_{name}": value for name, value in step_of(indices, batch).items()}
+def _evaluate(step_of: partial, indices: Sequence[int], batch: int) -> dict[str, float]:
+    return {f"eval_{name}": value for name, value in step_of(indices, batch).items()}

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastrlhf.algorithms.pair_labels import group_preferences
 from fastrlhf.algorithms.psipo import Psi, check_not_hard, group_loss, group_target, load_psi
-from fastrlhf.algorithms.reference import Reference, check_reference, open_reference
+from fastrlhf.algorithms.reference import Reference, check_reference, live_models, open_reference
 from fastrlhf.algorithms.scoring import Tree, sequence_logprobs
 from fastrlhf.config import DPOConfig
 from fastrlhf.data.given import Rows
@@ -40,7 +40,7 @@ from fastrlhf.data.packing import (
 from fastrlhf.data.token_set import TokenSet
 from fastrlhf.models.given import policy_or_given
 from fastrlhf.models.router_loss import begin_step
-from fastrlhf.models.sharding import shard, whole
+from fastrlhf.models.sharding import own_pace, shard
 from fastrlhf.runtime.inputs import open_inputs
 from fastrlhf.runtime.optim import Optimizer, index_batches, num_steps
 from fastrlhf.runtime.result import TrainResult
@@ -188,7 +188,7 @@ def _evaluate(
     config: DPOConfig, model: PreTrainedModel, reference: Reference, groups: Sequence[Group], indices: Sequence[int]
 ) -> dict[str, float]:
     totals = StepMetrics()
-    with whole(model):
+    with own_pace(model, *live_models(reference)):
         for micro in _micro_batches([groups[i] for i in indices], config):
             totals.add(_loss(model, reference, groups, [indices[i] for i in micro], num_groups=len(indices)).metrics)
     return {f"eval_{name}": value for name, value in _named(totals.means("groups"), config).items()}

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ from fastrlhf.distributed.ranks import from_all, on_first, together
 from fastrlhf.models.adapters import frozen_copy
 from fastrlhf.models.layers import LayerOptions
 from fastrlhf.models.loading import check_size, load_policy, read_model_config
+from fastrlhf.models.sharding import full, shard
 from fastrlhf.runtime.atomic import current_umask, flush
 from fastrlhf.types import PackedBatch
 
@@ -36,6 +38,22 @@ log = logging.getLogger(__name__)
 
 Reference = Callable[[PackedBatch, Sequence[int]], Tensor]
 """(pack, indices of its trees) -> log pi_ref of its sequences [N] float32, in nats, without gradient."""
+
+
+@dataclass(frozen=True, slots=True)
+class LiveReference:
+    """A reference whose model computes the log-probs of a pack when they are needed."""
+
+    model: PreTrainedModel
+
+    @torch.no_grad()
+    def __call__(self, batch: PackedBatch, indices: Sequence[int]) -> Tensor:
+        return sequence_logprobs(self.model, batch)
+
+
+def live_models(reference: Reference) -> list[PreTrainedModel]:
+    """Returns the model of a reference that makes passes during the run; empty for precomputed log-probs."""
+    return [reference.model] if isinstance(reference, LiveReference) else []
 
 
 def check_reference(config: ReferenceConfig, tokenizer: PreTrainedTokenizerBase, *, conversations: bool) -> None:
@@ -60,7 +78,8 @@ def open_reference(
     """
     if not config.precompute_ref_log_probs:
         model = _open(config, policy) if config.ref_model_name_or_path else frozen_copy(policy)
-        return torch.no_grad()(lambda batch, indices: sequence_logprobs(model, batch))
+        shard(model)
+        return LiveReference(model)
     computed = range(len(trees)) if config.ref_cache_dir else sorted(set(needed))
     some = trees.select(computed) if isinstance(trees, Trees) else [trees[i] for i in computed]
     sums = _precomputed(config, policy, some).to(policy.device)
@@ -130,7 +149,7 @@ def _compute(config: ReferenceConfig, policy: PreTrainedModel, trees: Sequence[T
     own = bool(config.ref_model_name_or_path)
     model, field = (_open(config, policy), "ref_model_name_or_path") if own else (policy, "model_name_or_path")
     budget, title = config.micro_batch_tokens, "log-probs of the reference" if config.progress else ""
-    return torch.cat(per_response(model, trees, budget, lambda batch: sequence_logprobs(model, batch), field, title))
+    return torch.cat(per_response(model, trees, budget, sequence_logprobs, field, title))
 
 
 def _open(config: ReferenceConfig, policy: PreTrainedModel) -> PreTrainedModel:
@@ -153,11 +172,11 @@ def _fingerprint(config: ReferenceConfig, policy: PreTrainedModel, trees: Sequen
     else:
         settings = {name: value for name, value in policy.config.to_dict().items() if name != "_name_or_path"}
         digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
-        for name, tensor in policy.state_dict().items():
+        for name, tensor in policy.state_dict(keep_vars=True).items():
             if ".lora_" in name:  # an untrained adapter changes nothing
                 continue
             digest.update(name.replace(".base_layer.", ".").encode())
-            digest.update(tensor.detach().reshape(-1).view(torch.uint8).cpu().numpy())
+            digest.update(full(tensor).detach().reshape(-1).view(torch.uint8).cpu().numpy())
     for segment in (segment for tree in trees for segment in tree):
         digest.update(
             np.array(

@@ -52,7 +52,7 @@ from fastrlhf.models.loading import (
 from fastrlhf.models.precision import resolved
 from fastrlhf.models.reward_head import width
 from fastrlhf.models.router_loss import begin_step
-from fastrlhf.models.sharding import shard, whole
+from fastrlhf.models.sharding import own_pace, shard
 from fastrlhf.runtime.inputs import open_inputs
 from fastrlhf.runtime.optim import Optimizer, index_batches, num_steps
 from fastrlhf.runtime.result import TrainResult
@@ -245,7 +245,7 @@ def evaluate(config: RewardConfig, model: PreTrainedModel, pairs: Sequence[Tree]
     """Measures loss and accuracy on held-out pairs, with a 95 % bootstrap interval of the accuracy; ties count one
     half."""
     micros = own_micro_batches([num_computed(tree) for tree in pairs], config.micro_batch_tokens, "pair")
-    with whole(model):
+    with own_pace(model):
         scores = torch.cat([score_pairs(model, [pairs[i] for i in micro]) for micro in micros])
     losses = gathered(ranking_losses(config, scores, margins[[i for micro in micros for i in micro]]))
     scores = gathered(scores)

@@ -242,7 +242,7 @@ class _Run:
         model = self._load_reward(reward_model)
         trees = [one.tree for one in answers]
         budget = self.config.micro_batch_tokens
-        return per_response(model, trees, budget, lambda batch: sequence_scores(model, batch), "reward_model_path")
+        return per_response(model, trees, budget, sequence_scores, "reward_model_path")
 
     def _load_reward(self, path: str) -> PreTrainedModel:
         return load_reward_model(

@@ -20,6 +20,7 @@ from fastrlhf.distributed.ranks import from_all
 from fastrlhf.models.forward import sequence_scores, token_logprobs
 from fastrlhf.models.layers import LayerOptions
 from fastrlhf.models.loading import check_vocabulary, load_reward_model, resolve_device
+from fastrlhf.models.sharding import own_pace, runnable
 from fastrlhf.runtime.progress import watched
 from fastrlhf.types import PackedBatch, Segment, TokenizedExample
 
@@ -59,7 +60,7 @@ def per_response(
     model: PreTrainedModel,
     trees: Sequence[Tree],
     budget: int,
-    read: Callable[[PackedBatch], Tensor],
+    read: Callable[[PreTrainedModel, PackedBatch], Tensor],
     field: str,
     title: str = "",
 ) -> list[Tensor]:
@@ -69,10 +70,11 @@ def per_response(
     """
     own: dict[int, Tensor] = {}
     micros = own_micro_batches([num_computed(tree) for tree in trees], budget, "example")
-    for micro in watched(micros, map(len, micros), title):
-        batch = pack(forest(trees[i] for i in micro), model.device)
-        sizes = [num_responses(trees[i]) for i in micro]
-        own |= zip(micro, read(batch).cpu().split(sizes), strict=True)
+    with runnable(model) as able, own_pace(able):
+        for micro in watched(micros, map(len, micros), title):
+            batch = pack(forest(trees[i] for i in micro), model.device)
+            sizes = [num_responses(trees[i]) for i in micro]
+            own |= zip(micro, read(able, batch).cpu().split(sizes), strict=True)
     by_tree = {i: value for part in from_all(own) for i, value in part.items()}
     values = [by_tree[i] for i in range(len(trees))]
     bad = next((i for i, value in enumerate(values) if not bool(value.isfinite().all())), None)
@@ -127,4 +129,4 @@ def reward_scores(
     )
     check_vocabulary({field: model}, tokenizer)
     title = "scores of label_source reward_model" if config.progress else ""
-    return per_response(model, trees, budget, lambda batch: sequence_scores(model, batch), "reward_model_path", title)
+    return per_response(model, trees, budget, sequence_scores, "reward_model_path", title)

@@ -24,7 +24,7 @@ from fastrlhf.models.forward import token_logprobs
 from fastrlhf.models.given import policy_or_given
 from fastrlhf.models.precision import resolved
 from fastrlhf.models.router_loss import begin_step
-from fastrlhf.models.sharding import shard, whole
+from fastrlhf.models.sharding import own_pace, shard
 from fastrlhf.runtime.ahead import Ahead
 from fastrlhf.runtime.inputs import open_inputs
 from fastrlhf.runtime.optim import Optimizer, index_batches, num_steps
@@ -116,7 +116,7 @@ def _draw(config: SFTConfig, trees: Trees, indices: Sequence[int]) -> _Drawn:
 def evaluate(model: PreTrainedModel, trees: Sequence[Tree], micro_batch_tokens: int) -> dict[str, float]:
     """Returns the metric eval_loss, the mean loss in nats per scored token."""
     loss = torch.zeros((), device=model.device)
-    with whole(model):
+    with own_pace(model):
         for micro in own_micro_batches(list(map(num_computed, trees)), micro_batch_tokens):
             loss -= token_logprobs(model, pack([trees[i][0] for i in micro], model.device)).logprob.sum()
     return {"eval_loss": total(loss).item() / sum(segment.num_scored for (segment,) in trees)}

@@ -35,6 +35,9 @@ T = TypeVar("T")
 PATIENCE = 5.0
 """Seconds that a rank with an error waits for the other ranks to raise the same error."""
 
+late_signals: list[Callable[[], None]] = []
+"""Functions that raise the exception of a signal that arrived while no exception could be raised."""
+
 _apart = False
 """Whether this rank runs code during which no rank waits for another (`apart`, `on_first`, `on_each`)."""
 
@@ -103,27 +106,54 @@ def is_first() -> bool:
 
 def may_unwind() -> bool:
     """Returns whether an exception raised by a signal handler now would reach every rank. With several ranks this is
-    the case only inside `apart`, `on_first` and `on_each`."""
+    the case only inside `apart`, `unwinding`, `on_first` and `on_each`."""
     return world_size() == 1 or _apart
 
 
 @contextmanager
 def apart() -> Iterator[None]:
-    """Context in which the ranks exchange nothing. A KeyboardInterrupt on any rank is raised on every rank at the end
-    of the block. Every rank must enter it."""
-    global _apart
-    before, stop = _apart, None
+    """Context in which the ranks exchange nothing. An error or a KeyboardInterrupt on any rank is raised on every rank
+    at the end of the block. Every rank must enter it."""
+    error = None
     try:
-        _apart = True
+        with unwinding():
+            yield
+    except (Exception, KeyboardInterrupt) as raised:
+        error = raised
+    raise_first(error)
+
+
+@contextmanager
+def unwinding() -> Iterator[None]:
+    """Context in which an exception of a signal handler may be raised, because the ranks exchange nothing except
+    between `forbid_unwinding` and `allow_unwinding`. The caller sends the exception to the other ranks."""
+    global _apart
+    before, _apart = _apart, True
+    try:
         yield
-        _apart = before
-    except KeyboardInterrupt as interrupt:
-        _apart, stop = before, interrupt
     finally:
         _apart = before
-    for other in from_all(stop):
+
+
+def forbid_unwinding() -> None:
+    """Begins an exchange within `unwinding`."""
+    global _apart
+    _apart = False
+
+
+def allow_unwinding() -> None:
+    """Ends an exchange within `unwinding`, and raises the exception of a signal that came meanwhile."""
+    global _apart
+    _apart = True
+    for raise_late in late_signals:
+        raise_late()
+
+
+def raise_first(error: BaseException | None) -> None:
+    """Raises, on every rank, the error of the first rank that has one. Every rank must call it."""
+    for place, other in enumerate(from_all(None if error is None else _sendable(error))):
         if other is not None:
-            raise other
+            raise error if error is not None and place == rank() else other
 
 
 def on_first(function: Callable[[], T]) -> T:
@@ -216,6 +246,14 @@ def total(values: Tensor) -> Tensor:
 def largest(values: Tensor) -> Tensor:
     """Returns the maximum over ranks, element by element."""
     return _reduced(values, dist.ReduceOp.MAX)
+
+
+def smallest(value: int) -> int:
+    """Returns the minimum over ranks. The ranks exchange it on the CPU, without waiting for a GPU."""
+    least = torch.tensor([value])
+    if world_size() > 1:
+        dist.all_reduce(least, dist.ReduceOp.MIN)
+    return int(least)
 
 
 def gathered(rows: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from fastrlhf.data.packing import own_micro_batches, pack, sequence
 from fastrlhf.distributed.ranks import total
 from fastrlhf.models.forward import token_logprobs
-from fastrlhf.models.sharding import whole
+from fastrlhf.models.sharding import own_pace
 from fastrlhf.rollout.engine import Decode, SharedEngine, TransformersEngine
 from fastrlhf.rollout.truncation import Truncation, kept_tokens
 from fastrlhf.types import EndIds, Prefix, Rollout, TokenizedExample
@@ -67,7 +67,7 @@ def response_kl(
     kept."""
     segments = [sequence(rollout.prefix.token_ids, rollout.completion) for rollout in rollouts]
     log_ratio = torch.zeros((), device=policy.device)
-    with whole(policy), whole(reference):
+    with own_pace(policy, reference):
         for micro in own_micro_batches([len(s.token_ids) for s in segments], micro_batch_tokens, "response"):
             batch = pack([segments[i] for i in micro], policy.device)
             kept = kept_tokens([rollouts[i] for i in micro], policy.device)

@@ -12,7 +12,7 @@ from fastrlhf.data.packing import families, forest, num_computed, own_micro_batc
 from fastrlhf.data.reading import TextReader, Texts
 from fastrlhf.distributed.ranks import on_first, total, world_size
 from fastrlhf.models.forward import sequence_scores
-from fastrlhf.models.sharding import whole
+from fastrlhf.models.sharding import own_pace
 from fastrlhf.rollout.engine import end_index
 from fastrlhf.types import EndIds, Rollout, Segment
 
@@ -59,7 +59,7 @@ def _scores(
     groups = families(prefixes, responses, micro_batch_tokens)
     trees = [_tree([prefixes[i] for i in group], [responses[i] for i in group]) for group in groups]
     scores = torch.zeros(len(prefixes), device=model.device)
-    with whole(model):
+    with own_pace(model):
         for micro in own_micro_batches(list(map(num_computed, trees)), micro_batch_tokens, "response"):
             batch = pack(forest(trees[j] for j in micro), model.device)
             scores[[i for j in micro for i in groups[j]]] = sequence_scores(model, batch)

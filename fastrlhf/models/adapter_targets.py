@@ -25,6 +25,7 @@ from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
 
 from fastrlhf.config import TrainConfig
+from fastrlhf.models.sharding import runnable
 
 ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
 """Parts of the names of routers, in models with experts."""
@@ -215,7 +216,8 @@ def _silent(layers: Mapping[str, Module]) -> Iterator[set[str]]:
 
 
 def _run(model: PreTrainedModel) -> None:
-    model(input_ids=torch.tensor([[2, 3, 5, 7]], device=model.device), use_cache=False)
+    with runnable(model) as trial:
+        trial(input_ids=torch.tensor([[2, 3, 5, 7]], device=model.device), use_cache=False)
 
 
 def _within(name: str, modules: Iterable[str]) -> bool:

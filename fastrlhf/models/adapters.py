@@ -37,6 +37,7 @@ from fastrlhf.models.adapter_targets import (
 )
 from fastrlhf.models.forward import disable_activation_checkpointing
 from fastrlhf.models.four_bit import is_four_bit, make_plain, plain_weight
+from fastrlhf.models.parts import make_whole, whole_weight
 from fastrlhf.models.sharding import assign, beginnings, is_sharded, on_first_rank
 
 if TYPE_CHECKING:
@@ -77,6 +78,9 @@ def add_adapter(model: PreTrainedModel, config: TrainConfig, base: str) -> None:
         use_dora=config.use_dora,
         base_model_name_or_path=base,
     )
+    if config.use_dora:  # the norms of the weights are a part of the adapter
+        for module in model.modules():
+            make_whole(module)
     outer = (model.get_input_embeddings(), model.get_output_embeddings())
     apart = [module.weight for module in outer if module is not None]
     shared = shared_weights(model)
@@ -226,7 +230,7 @@ def plain_weights(model: PreTrainedModel, dtype: torch.dtype | None = None) -> I
     """
     layers = {id(_base_weight(layer)): layer for _, _, layer in _adapted(model)}
     for name, parameter in _own(model):
-        layer, weight = layers.get(id(parameter)), plain_weight(parameter)
+        layer, weight = layers.get(id(parameter)), plain_weight(whole_weight(parameter))
         given = dtype or weight.dtype
         if layer is not None:
             weight = _merged(layer, weight.float())

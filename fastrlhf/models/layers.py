@@ -27,11 +27,12 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fastrlhf.config import TrainConfig
-from fastrlhf.models.attention import choose_attention, run_alone
-from fastrlhf.models.forward import set_logit_map
+from fastrlhf.models.attention import choose_attention, run_alone, run_like
+from fastrlhf.models.forward import logit_map, set_logit_map
 from fastrlhf.models.noise import silence, silent_config
 from fastrlhf.models.positions import rope_obstacle
 from fastrlhf.models.probe import check_packed_forward, find_logit_map, is_scorer, obstacle_to_packs, own_forward
+from fastrlhf.models.sharding import runnable
 from fastrlhf.models.small import small_config, small_model
 from fastrlhf_kernels import _triton
 
@@ -72,6 +73,24 @@ def prepare_layers(model: PreTrainedModel, options: LayerOptions) -> str:
     an option is not available for this model on this machine, and if the results differ from those of the plain model
     on one sequence at a time.
     """
+    with runnable(model) as trial:
+        attention = _prepare(trial, options)
+        if trial is not model:
+            run_like(model, trial)
+            if not is_scorer(model):
+                set_logit_map(model, logit_map(trial))
+            _change_layers(model, options)
+    return attention
+
+
+def _change_layers(model: PreTrainedModel, options: LayerOptions) -> None:
+    if options.use_liger_kernel:
+        apply_liger(model)
+    if options.torch_compile:
+        compile_layers(model)
+
+
+def _prepare(model: PreTrainedModel, options: LayerOptions) -> str:
     expected = own_forward(model)
     if not is_scorer(model):
         set_logit_map(model, find_logit_map(model))
@@ -79,10 +98,7 @@ def prepare_layers(model: PreTrainedModel, options: LayerOptions) -> str:
     reason = rope_obstacle(model.config, options.max_length) or obstacle_to_packs(model, expected)
     if reason:
         attention = _run_alone(model, options, reason)
-    if options.use_liger_kernel:
-        apply_liger(model)
-    if options.torch_compile:
-        compile_layers(model)
+    _change_layers(model, options)
     try:
         check_packed_forward(model, expected)
     except BackendCompilerFailed as error:

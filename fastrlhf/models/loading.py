@@ -7,7 +7,7 @@ import copy
 import dataclasses
 import logging
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,6 +36,7 @@ from fastrlhf.models.four_bit import check_trainable, keep_layout, quantization,
 from fastrlhf.models.layers import LayerOptions, prepare_layers
 from fastrlhf.models.noise import silence, silent_config
 from fastrlhf.models.offload import HOST, check_offloading
+from fastrlhf.models.parts import loading_parts, make_whole
 from fastrlhf.models.precision import DTYPES, resolve_device, with_dtype
 from fastrlhf.models.probe import check_checkpointing, one_line
 from fastrlhf.models.quiet import quiet
@@ -84,6 +85,9 @@ def open_policy(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreT
         new = num_token_ids(tokenizer) - vocabulary(model)
         if config.use_peft:
             check_new_rows(model, config.lora_modules_to_save, new)
+        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+            make_whole(module)
+        model.tie_weights()
         with _seeded(config.seed, device):
             model.resize_token_embeddings(num_token_ids(tokenizer))
         log.warning(
@@ -318,7 +322,7 @@ def _open(
                 if not issubclass(kind, PreTrainedModel):
                     opened = type(kind.from_config(config, trust_remote_code=trust_remote_code))
             settings |= {"pretrained_model_name_or_path": None, "state_dict": read_tensors(stem)}
-        with quiet():
+        with quiet(), nullcontext() if "device_map" in settings else loading_parts(device):
             loaded = opened.from_pretrained(
                 config=config,
                 dtype=DTYPES[dtype],

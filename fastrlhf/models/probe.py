@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from fastrlhf.data.packing import pack
 from fastrlhf.models.attention import packed_attention, runs_alone
 from fastrlhf.models.forward import LogitMap, head_input, hidden_states, read_scores, state_logprobs
-from fastrlhf.models.sharding import backbone_of
+from fastrlhf.models.sharding import backbone_of, regather, runnable
 from fastrlhf.types import PackedBatch, Segment
 
 MASKED = "fastrlhf_masked"
@@ -137,9 +137,9 @@ def check_packed_forward(model: PreTrainedModel, expected: Tensor | None = None)
     This finds attention or a recurrent state that leaks between sequences, and logits that differ from `logit_map`.
     `expected`: the result of `own_forward` before the backbone was changed; None: it is computed now.
     """
-    expected = own_forward(model) if expected is None else expected
     try:
-        difference = _difference(model, expected)
+        with runnable(model) as trial:
+            difference = _difference(trial, own_forward(trial) if expected is None else expected)
     # Raised inside the model family's own code.
     except (AssertionError, AttributeError, IndexError, KeyError, TypeError) as error:
         kind = type(model).__name__
@@ -201,8 +201,10 @@ def _probe_states(model: PreTrainedModel, batch: PackedBatch, num_first: int) ->
     seen[:num_first] = 0
     if runs_alone(model):  # every sequence has its own call and its own inputs
         torch.autograd.grad(hidden, inputs, seen, allow_unused=True)
+        regather(model)
         return hidden.detach(), False
     gradients = torch.autograd.grad(hidden, inputs, seen, allow_unused=True)
+    regather(model)
     return hidden.detach(), any(bool(g[0, :num_first].any()) for g in gradients if g is not None)
 
 
@@ -211,10 +213,12 @@ def check_checkpointing(model: PreTrainedModel, enable: Callable[[], None]) -> N
     if they differ. Models on the meta device are not run."""
     if model.device.type == "meta":
         return enable()
-    plain = _embedding_gradient(model)
+    with runnable(model) as trial:
+        plain = _embedding_gradient(trial)
     with _named(model, "activation_checkpointing", "set it to false"):
         enable()
-        error = (_embedding_gradient(model) - plain).abs().max().item()
+        with runnable(model) as trial:
+            error = (_embedding_gradient(trial) - plain).abs().max().item()
         if not error <= tolerance(model.dtype) * plain.abs().max().item():
             raise ValueError(f"recomputed layers give gradients that differ by {error:.2g}")
 

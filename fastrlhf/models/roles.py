@@ -40,6 +40,7 @@ from fastrlhf.models.four_bit import is_four_bit
 from fastrlhf.models.layers import LayerOptions
 from fastrlhf.models.loading import float_score_head, load_policy, make_trainable, resolve_device
 from fastrlhf.models.offload import HOST
+from fastrlhf.models.parts import whole_weight
 from fastrlhf.models.probe import check_packed_forward
 from fastrlhf.models.reward_head import scorer_class
 
@@ -260,7 +261,8 @@ def _own_copies(model: PreTrainedModel, modules: Sequence[str]) -> None:
     for name in modules:
         for part in model.get_submodule(name).modules():
             for key, weight in list(part.named_parameters(recurse=False)):
-                setattr(part, key, copies.setdefault(id(weight), torch.nn.Parameter(weight.detach().clone())))
+                copied = torch.nn.Parameter(whole_weight(weight).detach().clone())
+                setattr(part, key, copies.setdefault(id(weight), copied))
 
 
 def _read(source: str, field: str) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -10,10 +10,11 @@ the same way.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import MethodType
 from typing import Any, cast
@@ -23,24 +24,26 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn import Module, ModuleList
+from torch.nn import Module, ModuleList, Parameter
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fastrlhf.distributed.ranks import apart, compare, from_all, is_first, world_size
+from fastrlhf.models.own_pace import announced, gathered_outside_layers, own_pace_of
+from fastrlhf.models.parts import Part, in_parts, sample_of, whole_weight
 
-_WHOLE = "fastrlhf_whole"  # attribute of a sharded model within `whole`
+_WHOLE = "fastrlhf_whole"  # attribute of a sharded model of which every rank holds all weights (`own_pace`)
 
 
 def shard(*models: PreTrainedModel) -> None:
-    """Shards models over all ranks, in place. Before, every rank must hold the whole models. In one process nothing
-    happens.
+    """Shards models over all ranks, in place. Before, every rank must hold whole weights or its parts of them
+    (models/parts.py). In one process nothing happens.
 
     It must be called after the models have been copied and before their optimisers are made. Raises ValueError, on
     every rank, if a rank has loaded other weights (compared by a hash of samples of every tensor). A loss is a sum over
     ranks divided by a count of the whole step, so gradients are summed in float32 and not averaged. From then on all
-    ranks must make equally many passes, except within `whole`. Frozen weights that models share are still shared after
-    sharding, except on ranks whose part is smaller than that of the first rank.
+    ranks must make equally many passes, except within `own_pace`. Frozen weights that models share are still shared
+    after sharding, except on ranks whose part is smaller than that of the first rank.
     """
     if world_size() == 1:
         return
@@ -64,6 +67,7 @@ def shard(*models: PreTrainedModel) -> None:
 
 def _shard(model: PreTrainedModel) -> None:
     mesh = init_device_mesh(model.device.type, (world_size(),))
+    parts = _without_parts(model)
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     layers = _layers(model.base_model)
     # A group has one dtype, and a score head is always float32.
@@ -71,11 +75,67 @@ def _shard(model: PreTrainedModel) -> None:
     for module in [*layers, *heads]:
         fully_shard(cast(Module, module), mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    _place_parts(model, parts)
+    type(model).__name__ = plain_class(model).__name__  # messages name the class of transformers
     for group in _groups(model):
         group.set_gradient_divide_factor(1.0)
         group.set_force_sum_reduction_for_comms(True)  # gloo only supports sums
     model.run_backbone = MethodType(_run_backbone, model)  # pyright: ignore[reportArgumentType] (modules keep methods too)
     register_fsdp_forward_method(model, "run_backbone")
+
+
+def _without_parts(model: PreTrainedModel) -> dict[str, Part]:
+    """Replaces every Part by a parameter on the meta device, so that `fully_shard` allocates no memory for it. Returns
+    the parts by name; tied ones occur under each of their names."""
+    named = model.named_parameters(remove_duplicate=False)
+    parts = {name: weight for name, weight in named if isinstance(weight, Part)}
+    new: dict[int, Parameter] = {}
+    for name, part in parts.items():
+        owner, _, key = name.rpartition(".")
+        empty = torch.empty(part.shape, dtype=part.dtype, device="meta")
+        model.get_submodule(owner)._parameters[key] = new.setdefault(id(part), Parameter(empty, part.requires_grad))
+    return parts
+
+
+def _place_parts(model: PreTrainedModel, parts: Mapping[str, Part]) -> None:
+    """Makes the rows of the parts the weights of this rank in a sharded model, without a copy."""
+    placed: dict[int, Parameter] = {}
+    for name, part in parts.items():
+        owner, _, key = name.rpartition(".")
+        module, spec = model.get_submodule(owner), cast(DTensor, model.get_parameter(name))
+        if id(part) not in placed:
+            stride = torch.empty(part.shape, device="meta").stride()
+            local = DTensor.from_local(
+                part.rows, spec.device_mesh, spec.placements, run_check=False, shape=part.shape, stride=stride
+            )
+            placed[id(part)] = Parameter(local, part.requires_grad)
+        module._parameters[key] = placed[id(part)]
+
+
+@contextmanager
+def runnable(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """Context that yields a model that can make passes before the model itself is sharded: the model itself or, if this
+    rank holds only parts of its weights, a sharded copy over the same parts. All ranks must make equally many passes
+    through it. Attributes that are set on the copy are not set on the model."""
+    if not in_parts(model):
+        yield model
+        return
+    memo: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
+    for weight in model.parameters():
+        if isinstance(weight, Part):
+            memo[id(weight)] = Part.of(weight.rows, weight.sample, weight.shape, weight.requires_grad)
+        else:
+            memo[id(weight)] = Parameter(weight.detach(), weight.requires_grad)
+    memo[id(model.config)] = model.config
+    trial = copy.deepcopy(model, memo)
+    _shard(trial)
+    yield trial
+
+
+def regather(model: PreTrainedModel) -> None:
+    """Gathers the weights outside the layers of a sharded model again after a backward pass, which frees them."""
+    if isinstance(model, FSDPModule):
+        model.unshard()
 
 
 def _layers(module: Module) -> list[Module]:
@@ -96,34 +156,55 @@ def backbone_of(model: PreTrainedModel) -> Callable[..., Any]:
 
 
 @contextmanager
-def whole(model: PreTrainedModel) -> Iterator[None]:
-    """Context in which every rank holds all weights. It may then run the model without gradients any number of times,
-    for example to sample or evaluate, even if other ranks make fewer or more passes."""
-    if not isinstance(model, FSDPModule):
+def own_pace(*models: PreTrainedModel, gather: bool = False) -> Iterator[None]:
+    """Context in which this rank may run the models without gradients any number of times, for example to sample or
+    evaluate, even if other ranks make fewer or more passes. Every rank must enter it, with the same models. An error
+    that a rank raises between two passes is raised on every rank at the end of the context.
+
+    `gather`: every rank holds all weights in the context. Otherwise it holds one layer at a time, besides the weights
+    outside the layers (see models/own_pace.py).
+    """
+    sharded = [model for model in models if isinstance(model, FSDPModule)]
+    if not sharded:
         yield
-        return
+    elif gather:
+        with ExitStack() as stack:
+            for model in sharded:
+                stack.enter_context(_whole(model))
+            with apart():
+                yield
+    else:
+        with own_pace_of(sharded, _one_token):
+            yield
+
+
+@contextmanager
+def _whole(model: FSDPModule) -> Iterator[None]:
     model.set_reshard_after_forward(False)
-    for group in _groups(model):
+    for group in _groups(cast(Module, model)):
         group.unshard()
     setattr(model, _WHOLE, True)
     try:
-        with apart():
-            yield
+        yield
     finally:
         delattr(model, _WHOLE)
-        for group in _groups(model):
+        for group in _groups(cast(Module, model)):
             group.reshard()
         model.set_reshard_after_forward(True)
         model.set_reshard_after_forward(False, recurse=False)
+
+
+def _one_token(model: PreTrainedModel) -> None:
+    """Runs a pass over one token, whose result is not used."""
+    backbone_of(model)(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=False)
 
 
 @torch.no_grad()
 def weight_sample(model: Module, length: int = 64) -> str:
     """Returns a hash of at most `length` evenly spaced entries of every tensor of a model that is not sharded."""
     digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        flat = tensor.detach().reshape(-1)
-        sample = flat[:: -(-flat.numel() // length) or 1].contiguous().cpu()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        sample = sample_of(tensor, length)
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(sample.view(torch.uint8).numpy().tobytes() if sample.ndim and len(sample) else b"")
     return digest.hexdigest()[:16]
@@ -132,7 +213,7 @@ def weight_sample(model: Module, length: int = 64) -> str:
 def runs_in_step(model: PreTrainedModel) -> bool:
     """Returns whether all ranks must make equally many passes through the model, because each pass gathers its
     weights."""
-    return isinstance(model, FSDPModule) and not hasattr(model, _WHOLE)
+    return isinstance(model, FSDPModule) and not hasattr(model, _WHOLE) and not gathered_outside_layers(model)
 
 
 def give_back(model: PreTrainedModel) -> None:
@@ -143,7 +224,7 @@ def give_back(model: PreTrainedModel) -> None:
 
 def full(tensor: Tensor) -> Tensor:
     """Returns the whole tensor, of which this rank may hold only a part. Every rank must call it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else whole_weight(tensor)
 
 
 def held(tensor: Tensor) -> Tensor:
@@ -151,6 +232,8 @@ def held(tensor: Tensor) -> Tensor:
     others get an empty tensor."""
     if isinstance(tensor, DTensor):
         return tensor.to_local()
+    if isinstance(tensor, Part):
+        return tensor.rows
     return tensor if is_first() else tensor.new_empty(0)
 
 
@@ -158,7 +241,7 @@ def beginnings(tensors: Iterable[Tensor], length: int) -> list[Tensor]:
     """Returns at most the first `length` entries of each tensor, flat, in float32 on the CPU; only these are gathered.
     Every rank must call it."""
     # Copies, because a view would be sent with its whole storage.
-    own = [held(tensor.detach()).reshape(-1)[:length].float().cpu().clone() for tensor in tensors]
+    own = [held(tensor).detach().reshape(-1)[:length].float().cpu().clone() for tensor in tensors]
     return [torch.cat(parts)[:length] for parts in zip(*from_all(own), strict=True)]
 
 
@@ -239,7 +322,8 @@ def of_parts(tensor: Tensor, own: Tensor) -> Tensor:
 
 
 def _run_backbone(model: PreTrainedModel, **inputs: Any) -> Any:
-    return _backbone(model)(**inputs)
+    with announced(model):
+        return _backbone(model)(**inputs)
 
 
 def _backbone(model: PreTrainedModel) -> PreTrainedModel:

@@ -25,8 +25,8 @@ from transformers import PreTrainedModel
 from fastrlhf.config import PPOConfig
 from fastrlhf.data.packing import families, micro_batches, trunks
 from fastrlhf.data.resets import uniforms
-from fastrlhf.distributed.ranks import on_each, share
-from fastrlhf.models.sharding import whole
+from fastrlhf.distributed.ranks import from_all, share
+from fastrlhf.models.sharding import own_pace
 from fastrlhf.models.vocabulary import allowed_logits
 from fastrlhf.rollout import generate
 from fastrlhf.rollout.cuda_graphs import CapturedSteps
@@ -292,16 +292,22 @@ def _at_once(_: tuple[int, int], step: Callable[[], None]) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SharedEngine:
-    """Combines the engines of all ranks: each rank continues its part of the prefixes, with all weights of `model`, and
-    gets all rollouts. Every rank must call it with the same prefixes; an error on one rank is raised on all."""
+    """Combines the engines of all ranks: each rank continues its part of the prefixes and gets all rollouts.
+
+    The engine of this module gathers the weights of `model` layer by layer in each decode step. For other engines, and
+    for CUDA graphs, every rank gathers all weights. Every rank must call it with the same prefixes; an error on one
+    rank is raised on all.
+    """
 
     engine: Engine
     model: PreTrainedModel
 
     def generate(self, prefixes: Sequence[Prefix]) -> list[Rollout]:
-        with whole(self.model):
-            by_rank = on_each(lambda: self.engine.generate(share(prefixes)))
-        return [rollout for rollouts in by_rank for rollout in rollouts]
+        # Other engines read all weights, and a CUDA graph reads the weights where they were when it was recorded.
+        by_layer = isinstance(self.engine, TransformersEngine) and self.engine.decode == "eager"
+        with own_pace(self.model, gather=not by_layer):
+            own = self.engine.generate(share(prefixes))
+        return [rollout for rollouts in from_all(own) for rollout in rollouts]
 
 
 def check_room(prefixes: Sequence[Prefix], response_length: int) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fastrlhf.models.attention import runs_alone
+from fastrlhf.models.sharding import runnable
 from fastrlhf.rollout import generate
 from fastrlhf.rollout.kv_cache import SlotCache
 from fastrlhf.runtime.out_of_memory import is_out_of_memory
@@ -40,7 +41,8 @@ def decoder_of(model: PreTrainedModel) -> Decoder:
     Raises ValueError, with the result of each decoder, if none does.
     """
     if not hasattr(model, _DECODER):
-        setattr(model, _DECODER, _choose(model))
+        with runnable(model) as trial:
+            setattr(model, _DECODER, _choose(trial))
     return getattr(model, _DECODER)
 
 

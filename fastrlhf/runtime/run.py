@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fastrlhf.config import TrainConfig
 from fastrlhf.config.functions import function_hashes, object_hashes
 from fastrlhf.config.paths import as_given
-from fastrlhf.distributed.ranks import failed_together, from_all, may_unwind, on_first
+from fastrlhf.distributed.ranks import failed_together, from_all, late_signals, may_unwind, on_first
 from fastrlhf.publish.push import push
 from fastrlhf.runtime.atomic import sweep
 from fastrlhf.runtime.best import BestModel
@@ -106,6 +106,8 @@ class Run:
             if self.folder:
                 # Signals are handled until the lock is released, so that no signal leaves the lock file behind.
                 self._interrupts = stack.enter_context(Interrupts(self._may_unwind))
+                late_signals[:] = [self._interrupts.raise_late]
+                stack.callback(late_signals.clear)
                 stack.push(self._stop_when_finished)
                 self._stoppable = True
                 self._open(self.folder, stack)

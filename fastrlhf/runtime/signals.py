@@ -73,6 +73,11 @@ class Interrupts:
         if kind is None and self.pending:
             signal.raise_signal(self.pending)
 
+    def raise_late(self) -> None:
+        """Raises Interrupted if a signal arrived earlier, when that was not possible, and it is possible now."""
+        if self.pending and self._may_raise():
+            raise Interrupted(self.pending)
+
     def _receive(self, number: int, frame: FrameType | None) -> None:
         number = signal.SIGTERM if number in AS_TERM else number
         if self.pending is None:

@@ -20,7 +20,7 @@ def trees(share_prompt):
 @pytest.mark.parametrize("budget", [15, 1000])
 def test_log_probs_are_those_of_plain_logits_one_sequence_at_a_time(share_prompt, budget):
     model = tiny.policy()
-    values = per_response(model, trees(share_prompt), budget, lambda batch: sequence_logprobs(model, batch), "model")
+    values = per_response(model, trees(share_prompt), budget, sequence_logprobs, "model")
     for i, (responses, found) in enumerate(zip(RESPONSES, values, strict=True)):
         for response, value in zip(responses, found, strict=True):
             with torch.no_grad():
@@ -39,4 +39,4 @@ def test_a_number_that_is_not_finite_names_the_field_and_the_example():
     broken = iter([torch.zeros(3), torch.tensor([0.0, float("nan"), 0.0])])
     two = [trees(True)[1]] * 2
     with pytest.raises(ValueError, match=r"^reward_model_path: its output for example 1 is not finite"):
-        per_response(model, two, 12, lambda _: next(broken), "reward_model_path")
+        per_response(model, two, 12, lambda *_: next(broken), "reward_model_path")

@@ -240,6 +240,17 @@ def test_each_process_holds_its_part_of_the_weights_and_sums_the_gradients(place
         assert model["gradient"] < 1e-5
 
 
+def test_each_process_loads_its_parts_bit_for_bit(place):
+    expected = {"whole": [], "fingerprint": True, "different": [], "logprob": 0.0}
+    for rank in (0, 1):
+        assert seen(place)[rank]["parts"] == dict.fromkeys(("policy", *ranks.FAMILIES), expected)
+
+
+def test_processes_sample_at_their_own_pace_and_share_errors(place):
+    expected = {"five": True, "one": True, "error": "of rank 1", "held": 0}
+    assert [each["paces"] for each in seen(place)] == [expected, expected]
+
+
 def test_sharded_models_share_their_base_and_an_adapter_belongs_to_one_of_them(place):
     for shared in (rank["shared"] for rank in seen(place)):
         assert shared["others"] == 0
