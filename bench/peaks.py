@@ -55,7 +55,7 @@ PHASES = ("load", "rollout", "judge", "step", "save")
 
 def write_models(folder: Path, kind: str) -> None:
     """Writes a random policy and a random reward model, in bfloat16."""
-    fields = dict(SIZES | MODELS[kind])
+    fields: dict[str, Any] = {**SIZES, **MODELS[kind]}
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)
     torch.manual_seed(0)
     policy = AutoModelForCausalLM.from_config(config).bfloat16()

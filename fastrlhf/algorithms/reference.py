@@ -176,7 +176,7 @@ def _fingerprint(config: ReferenceConfig, policy: PreTrainedModel, trees: Sequen
             if ".lora_" in name:  # an untrained adapter changes nothing
                 continue
             digest.update(name.replace(".base_layer.", ".").encode())
-            digest.update(full(tensor).detach().reshape(-1).view(torch.uint8).cpu().numpy())
+            digest.update(full(tensor).detach().reshape(-1).view(torch.uint8).cpu().numpy().tobytes())
     for segment in (segment for tree in trees for segment in tree):
         digest.update(
             np.array(

@@ -23,6 +23,8 @@ from fastrlhf.distributed.ranks import from_all, gathered, rank, world_size
 
 _NO_THREADS = "HF_DEACTIVATE_ASYNC_LOAD"  # the variable with which transformers reads one tensor at a time
 
+_EQUAL = "_tied_params_are_equal"  # transformers' function that decides whether two saved weights may be tied
+
 LENGTH = 64
 """Number of entries of a weight that every rank keeps, from which ranks compare their weights."""
 
@@ -81,12 +83,15 @@ def make_whole(module: Module) -> None:
 
 @contextmanager
 def loading_parts(device: torch.device | str) -> Iterator[None]:
-    """Context in which transformers loads only this rank's part of every weight, to `device`. A score head and small
-    vectors of zero dimensions are loaded whole. With one process nothing changes."""
-    if world_size() == 1:
+    """Context in which transformers loads only this rank's part of every weight, to `device`. Score heads and single
+    numbers are loaded whole. In one process, and with versions of transformers that have no `_EQUAL`, nothing
+    changes."""
+    transformers: Any = modeling_utils
+    are_equal = getattr(transformers, _EQUAL, None)
+    if world_size() == 1 or are_equal is None:  # older versions of transformers compare tied weights elsewhere
         yield
         return
-    set_whole, are_equal = core_model_loading.set_param_for_module, modeling_utils._tied_params_are_equal
+    set_whole = core_model_loading.set_param_for_module
 
     def set_part(model: Module, target_name: str, *arguments: Any, **keywords: Any) -> None:
         set_whole(model, target_name, *arguments, **keywords)  # pyright: ignore[reportArgumentType]
@@ -105,7 +110,7 @@ def loading_parts(device: torch.device | str) -> Iterator[None]:
     before = os.environ.get(_NO_THREADS)
     os.environ[_NO_THREADS] = "1"  # threads would read many tensors ahead
     core_model_loading.set_param_for_module = set_part
-    modeling_utils._tied_params_are_equal = parts_are_equal
+    setattr(transformers, _EQUAL, parts_are_equal)
     try:
         yield
     finally:
@@ -113,7 +118,7 @@ def loading_parts(device: torch.device | str) -> Iterator[None]:
         if before is not None:
             os.environ[_NO_THREADS] = before
         core_model_loading.set_param_for_module = set_whole
-        modeling_utils._tied_params_are_equal = are_equal
+        setattr(transformers, _EQUAL, are_equal)
 
 
 def _cut(weight: Parameter, device: torch.device) -> Part:

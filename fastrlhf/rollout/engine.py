@@ -292,20 +292,14 @@ def _at_once(_: tuple[int, int], step: Callable[[], None]) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SharedEngine:
-    """Combines the engines of all ranks: each rank continues its part of the prefixes and gets all rollouts.
-
-    The engine of this module gathers the weights of `model` layer by layer in each decode step. For other engines, and
-    for CUDA graphs, every rank gathers all weights. Every rank must call it with the same prefixes; an error on one
-    rank is raised on all.
-    """
+    """Combines the engines of all ranks: each rank continues its part of the prefixes and gets all rollouts. Every rank
+    must call it with the same prefixes; an error on one rank is raised on all."""
 
     engine: Engine
     model: PreTrainedModel
 
     def generate(self, prefixes: Sequence[Prefix]) -> list[Rollout]:
-        # Other engines read all weights, and a CUDA graph reads the weights where they were when it was recorded.
-        by_layer = isinstance(self.engine, TransformersEngine) and self.engine.decode == "eager"
-        with own_pace(self.model, gather=not by_layer):
+        with own_pace(self.model, gather=not isinstance(self.engine, TransformersEngine)):
             own = self.engine.generate(share(prefixes))
         return [rollout for rollouts in from_all(own) for rollout in rollouts]
 
