@@ -12,7 +12,6 @@ import random
 import shutil
 import sys
 from collections.abc import Callable, Collection
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
@@ -32,19 +31,17 @@ from fastrlhf import cli
 from fastrlhf.config import SFTConfig
 from fastrlhf.data.packing import pack, sequence
 from fastrlhf.distributed.ranks import from_all, gathered, is_first, largest, on_each, on_first, share, total
-from fastrlhf.models import adapters, layers, loading
+from fastrlhf.models import adapters, layers
 from fastrlhf.models.forward import scored_states, state_kl, token_logprobs
-from fastrlhf.models.loading import build_policy, load_policy
-from fastrlhf.models.parts import Part
+from fastrlhf.models.loading import build_policy
 from fastrlhf.models.sharding import beginnings, full, give_back, like, own_pace, shard
 from fastrlhf.models.vocabulary import limit_vocabulary
-from fastrlhf.rollout.engine import SharedEngine, TransformersEngine
 from fastrlhf.runtime import optim
 from fastrlhf.runtime.optim import Optimizer
-from fastrlhf.types import Prefix
 from tests import resumable, tiny
 from tests.cut_ranks import CUTS, cut, finished, rescued, stopped
 from tests.hub_server import pushed
+from tests.part_ranks import loaded_parts, paces
 
 LORA = {"use_peft": True, "lora_r": 3, "adam_epsilon": 1e-3}
 """Adam's epsilon is large: its first steps are signs of gradients, which are near zero for a new adapter."""
@@ -236,62 +233,6 @@ def sharded_model(holes: Collection[int] = ()) -> dict[str, Any]:
     }
 
 
-def loaded_parts(place: Path) -> dict[str, Any]:
-    """Loads each model in parts and whole, adds an adapter, and shards the former with a reference that shares its
-    weights. Returns the number of entries of the largest whole weight in the backbone before sharding, the names of
-    weights that differ afterwards, and the largest differences of log-probs."""
-    found: dict[str, Any] = {}
-    batch = pack([sequence([5, 6, 7], [8, 9])])
-    for name in ("policy", *FAMILIES):
-        model = load_policy(str(place / name))
-        with patch.object(loading, "loading_parts", lambda device: nullcontext()):
-            plain = load_policy(str(place / name))
-        for each in (model, plain):
-            adapters.add_adapter(each, SFTConfig(use_peft=True, lora_r=2), "")
-        matrices = [(n, p) for n, p in model.named_parameters() if "lora" not in n]
-        prints = [adapters.base_fingerprint(each) for each in (model, plain)]
-        reference = adapters.frozen_copy(model)
-        before = [n for n, p in matrices if not isinstance(p, Part)]
-        shard(model, reference)
-        with torch.no_grad():
-            values = [token_logprobs(each, batch).logprob for each in (model, reference, plain)]
-        pairs = zip(model.named_parameters(), plain.parameters(), strict=True)
-        found[name] = {
-            "whole": before,
-            "fingerprint": prints[0] == prints[1],
-            "different": [n for (n, ours), theirs in pairs if not torch.equal(full(ours), theirs)],
-            "logprob": max((value - values[-1]).abs().max().item() for value in values),
-        }
-    return found
-
-
-def paces() -> dict[str, Any]:
-    """Samples from a sharded model: five episodes, one episode (which only one rank samples), and with an error of rank
-    1. Returns whether the samples are those of the plain model, and the error."""
-    model, plain = tiny.policy("qwen3"), tiny.policy("qwen3")
-    shard(model)
-    prefixes = [Prefix(token_ids=[5, 6, 7 + i], num_reset=0, row=i, episode=i) for i in range(5)]
-    engines = [
-        TransformersEngine(model=each, eos_token_id=tiny.EOS, response_length=6, temperature=1.0, seed=3, batch_size=2)
-        for each in (model, plain)
-    ]
-    expected, ours = engines[1].generate(prefixes), SharedEngine(engine=engines[0], model=model)
-    five, one = ours.generate(prefixes), ours.generate(prefixes[:1])
-
-    def fail_on_rank_1() -> None:
-        with own_pace(model):
-            if dist.get_rank():
-                raise ValueError("of rank 1")
-            token_logprobs(model, pack([sequence([5], [8, 9])]))
-
-    return {
-        "five": [x.completion for x in five] == [x.completion for x in expected],
-        "one": one[0].completion == expected[0].completion,
-        "error": refusal(fail_on_rank_1),
-        "held": held(model),
-    }
-
-
 def compiled_model() -> dict[str, Any]:
     """Trains compiled sharded layers on two packs of different lengths.
 
@@ -417,7 +358,7 @@ def main(place: Path) -> None:
         "exchanges": exchanges(),
         "model": sharded_model(),
         "limited": sharded_model({4, 17, 30}),
-        "parts": loaded_parts(place),
+        "parts": loaded_parts(place, FAMILIES),
         "paces": paces(),
         "compiled": compiled_model(),
         "shared": shared_weights(),

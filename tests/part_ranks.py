@@ -1,0 +1,85 @@
+"""Loads models in parts, and samples from them at different paces; tests/ranks.py calls these functions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from fastrlhf.config import SFTConfig
+from fastrlhf.data.packing import pack, sequence
+from fastrlhf.models import adapters, loading
+from fastrlhf.models.forward import token_logprobs
+from fastrlhf.models.loading import load_policy
+from fastrlhf.models.parts import Part
+from fastrlhf.models.sharding import full, own_pace, shard
+from fastrlhf.rollout.engine import SharedEngine, TransformersEngine
+from fastrlhf.types import Prefix
+from tests import tiny
+
+
+def loaded_parts(place: Path, families: Sequence[str]) -> dict[str, Any]:
+    """Loads each model in parts and whole, adds an adapter, and shards the former with a reference that shares its
+    weights. Returns the number of entries of the largest whole weight in the backbone before sharding, the names of
+    weights that differ afterwards, and the largest differences of log-probs."""
+    found: dict[str, Any] = {}
+    batch = pack([sequence([5, 6, 7], [8, 9])])
+    for name in ("policy", *families):
+        model = load_policy(str(place / name))
+        with patch.object(loading, "loading_parts", lambda device: nullcontext()):
+            plain = load_policy(str(place / name))
+        for each in (model, plain):
+            adapters.add_adapter(each, SFTConfig(use_peft=True, lora_r=2), "")
+        matrices = [(n, p) for n, p in model.named_parameters() if "lora" not in n]
+        prints = [adapters.base_fingerprint(each) for each in (model, plain)]
+        reference = adapters.frozen_copy(model)
+        before = [n for n, p in matrices if not isinstance(p, Part)]
+        shard(model, reference)
+        with torch.no_grad():
+            values = [token_logprobs(each, batch).logprob for each in (model, reference, plain)]
+        pairs = zip(model.named_parameters(), plain.parameters(), strict=True)
+        found[name] = {
+            "whole": before,
+            "fingerprint": prints[0] == prints[1],
+            "different": [n for (n, ours), theirs in pairs if not torch.equal(full(ours), theirs)],
+            "logprob": max((value - values[-1]).abs().max().item() for value in values),
+        }
+    return found
+
+
+def paces() -> dict[str, Any]:
+    """Samples from a sharded model: five episodes, one episode (which only one rank samples), and with an error of rank
+    1. Returns whether the samples are those of the plain model, and the error."""
+    model, plain = tiny.policy("qwen3"), tiny.policy("qwen3")
+    shard(model)
+    prefixes = [Prefix(token_ids=[5, 6, 7 + i], num_reset=0, row=i, episode=i) for i in range(5)]
+    engines = [
+        TransformersEngine(model=each, eos_token_id=tiny.EOS, response_length=6, temperature=1.0, seed=3, batch_size=2)
+        for each in (model, plain)
+    ]
+    expected, ours = engines[1].generate(prefixes), SharedEngine(engine=engines[0], model=model)
+    five, one = ours.generate(prefixes), ours.generate(prefixes[:1])
+
+    def fail_on_rank_1() -> None:
+        with own_pace(model):
+            if dist.get_rank():
+                raise ValueError("of rank 1")
+            token_logprobs(model, pack([sequence([5], [8, 9])]))
+
+    error = "none"
+    try:
+        fail_on_rank_1()
+    except ValueError as raised:
+        error = str(raised)
+    return {
+        "five": [x.completion for x in five] == [x.completion for x in expected],
+        "one": one[0].completion == expected[0].completion,
+        "error": error,
+        "held": sum(weight.numel() for weight in model.parameters() if not isinstance(weight, DTensor)),
+    }
