@@ -116,7 +116,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--out", type=Path, default=Path("bench/results"), help="folder of the files to which result rows are appended"
     )
     aot = commands.add_parser("aot", help="compile every kernel without a GPU: registers, spills, shared memory")
-    aot.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], choices=[80, 90, 100])
+    aot.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], choices=[80, 86, 89, 90, 100, 120])
     aot.add_argument(
         "--check",
         action="store_true",

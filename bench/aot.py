@@ -1,7 +1,8 @@
 """Compiles every Triton kernel without a GPU and reports registers, spills, shared memory, matrix and TMA units.
 
 `python -m bench aot [--arch 80 90 100] [--check]` prints a table in Markdown: warps x registers per thread, shared
-memory, units used. The table describes the compiled code; it says nothing about speed.
+memory, units used, instructions executed per logit outside the matrix product. The table describes the
+compiled code; it says nothing about speed.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from bench.sass import ASYNC_LOADS, MATRIX_UNITS, TMA_LOAD, instructions_per_tile
 from fastrlhf_kernels import _head, _head_kernels, _kl_kernels, _rows
 from fastrlhf_kernels._tiles import (
     FORWARD,
@@ -32,14 +34,17 @@ from fastrlhf_kernels._tiles import (
     STORING,
     Pinned,
     Tiles,
+    pinned_tiles,
 )
 
 ARCHITECTURES = (80, 90, 100)
-SHARED_MEMORY = {80: 166_912, 90: 232_448, 100: 232_448}
+CONSUMER = (86, 89, 120)
+SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 """Bytes of shared memory that one program may use."""
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-MATRIX_UNITS = re.compile(r"\b(HMMA|HGMMA|UTCHMMA|UTCQMMA|UTCMMA)\b")
-TMA_LOAD = re.compile(r"\bUTMALDG\b")
+LEAN = "linear_logprob forward", "linear_logprob forward entropy"
+LEAN_LIMIT = {90: 9.0}
+"""Architecture -> largest number of executed instructions per logit in the kernels LEAN, outside the matrix product"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +76,12 @@ class Compiled:
     """Bytes per program"""
     warps: int
     matrix_units: bool
+    async_loads: bool
+    """Whether tiles are loaded asynchronously, by TMA or by cp.async."""
     tma: bool
+    per_logit: float | None
+    """Instructions executed per logit outside the matrix product (see `bench/sass.py`); None if they cannot be
+    counted."""
 
     def fault(self) -> str:
         """Describes what is wrong with the compiled code; empty if nothing is."""
@@ -81,14 +91,22 @@ class Compiled:
             return f"asks for {self.shared} bytes of shared memory; the GPU has {SHARED_MEMORY[self.arch]}"
         if self.case.multiplies and not self.matrix_units:
             return "does not use the matrix units"
+        if self.case.multiplies and not self.async_loads:
+            return "does not load its tiles asynchronously"
+        limit = LEAN_LIMIT.get(self.arch)
+        if limit and self.case.name in LEAN and (self.per_logit is None or self.per_logit > limit):
+            return f"executes {self.per_logit} instructions per logit; the limit is {limit}"
         descriptors = any(kind.startswith("tensordesc") for kind in self.case.types.values())
         return "takes descriptors but does not use TMA" if descriptors and not self.tma else ""
 
 
 def cases(arch: int) -> Iterator[Case]:
     """All kernels in bfloat16, each with all options on and with all options off, as launched on this architecture."""
-    yield from _head_cases(FORWARD[arch // 10], STORING[arch // 10], GRADIENT[arch // 10])
-    yield from _kl_cases(KL_FORWARD[arch // 10], KL_GRADIENT[arch // 10])
+    major, minor = divmod(arch, 10)
+    tables = (FORWARD, STORING, GRADIENT, KL_FORWARD, KL_GRADIENT)
+    pinned = [pinned_tiles(table, (major, minor), 2, loadable=True) for table in tables]
+    yield from _head_cases(*pinned[:3])
+    yield from _kl_cases(*pinned[3:])
     yield from _logits_cases()
     yield from _row_cases()
 
@@ -111,16 +129,20 @@ def compile_case(case: Case, arch: int) -> Compiled:
         file.flush()
         usage, code = (_dump(flag, file.name) for flag in ("--dump-resource-usage", "-sass"))
     registers, stack = re.findall(r"REG:(\d+) STACK:(\d+)", usage)[0]
-    threads = re.findall(r"\.(?:reqntid|maxntid) (\d+)", built.asm["ptx"])[0]
+    threads = int(re.findall(r"\.(?:reqntid|maxntid) (\d+)", built.asm["ptx"])[0])
+    executed = instructions_per_tile(code) if case.multiplies else None
+    logits = case.constants["ROWS"] * case.constants["VOCAB"] if case.multiplies else 1
     return Compiled(
         case=case,
         arch=arch,
         registers=int(registers),
         spilled=int(stack),
         shared=built.metadata.shared,
-        warps=int(threads) // 32,
+        warps=threads // 32,
         matrix_units=bool(MATRIX_UNITS.search(code)),
+        async_loads=bool(ASYNC_LOADS.search(code)),
         tma=bool(TMA_LOAD.search(code)),
+        per_logit=None if executed is None else executed * threads / logits,
     )
 
 
@@ -332,6 +354,7 @@ def run_aot(arches: Sequence[int]) -> tuple[str, list[str]]:
         for case in cases(arch):
             c = compile_case(case, arch)
             units = (["matrix"] if c.matrix_units else []) + (["TMA"] if c.tma else [])
+            units += [] if c.per_logit is None else [f"{c.per_logit:.1f} per logit"]
             words = [f"{c.warps} x {c.registers}", *([f"{c.shared / 1024:.0f} KB"] if c.shared > 1023 else []), *units]
             cells.setdefault(case.name, {})[arch] = ", ".join(words)
             if c.fault():

@@ -48,7 +48,7 @@ class Pinned(NamedTuple):
 # Triton before 3.8 specialises the warps of the forward's outer loop on sm_90, which saves registers.
 OLDER = triton is not None and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)
 INTERPRETER = Tiles(16, 64, 32, 4, 1, descriptors=False)
-SMALL_SHARED_MEMORY = Tiles(64, 128, 32, 8, 3, descriptors=False)  # sm_86, sm_89, sm_120: 99 KB
+SMALL = Tiles(64, 128, 32, 8, 3, descriptors=False)
 FLOAT32 = Tiles(64, 64, 32, 8, 3, descriptors=False)
 AMPERE = Tiles(128, 128, 64, 8, 3, descriptors=False)
 HOPPER_WIDE = Tiles(128, 256, 64, 8, 3, descriptors=True)
@@ -58,7 +58,7 @@ NARROW = Tiles(128, 64, 64, 8, 4, descriptors=True)
 FORWARD = {
     8: Pinned(AMPERE, AMPERE),
     9: Pinned(HOPPER_WIDE, SQUARE),
-    10: Pinned(SQUARE, NARROW),
+    10: Pinned(SQUARE, SQUARE),
 }
 STORING = {
     8: Pinned(AMPERE, AMPERE._replace(vocab=64)),
@@ -71,10 +71,12 @@ KL_FORWARD = {
     8: Pinned(AMPERE._replace(vocab=64), AMPERE._replace(vocab=64)),
     9: Pinned(SQUARE, NARROW),
     10: Pinned(NARROW, NARROW),
+    12: Pinned(AMPERE._replace(vocab=64), SMALL),
 }
-KL_GRADIENT = {**KL_FORWARD, 10: Pinned(SQUARE, NARROW)}
+KL_GRADIENT = {**KL_FORWARD, 12: KL_FORWARD[8], 10: Pinned(SQUARE, NARROW)}
 """Major compute capability -> the largest tiles that compile without register spills, as in the tables above. The tiles
-of the KL kernels are smaller, because they hold the logits of two models."""
+of the KL kernels are smaller, because they hold the logits of two models. GPUs without an entry take the tiles of 8,
+which fit into the 99 KB of shared memory of sm_86, sm_89 and sm_120."""
 
 
 def choose_tiles(
@@ -84,15 +86,21 @@ def choose_tiles(
     if hidden.device.type != "cuda":
         return INTERPRETER
     matrices = (hidden, weight, *reference)
-    major, minor = torch.cuda.get_device_capability(hidden.device)
-    if max(matrix.element_size() for matrix in matrices) > 2:
-        return FLOAT32
-    if (major == 8 and minor) or major > 10:
-        return SMALL_SHARED_MEMORY
     # float16 does not use TMA: its gradient is float32, and with TMA a float32 tile does not fit into shared memory.
     loadable = all(matrix.dtype == torch.bfloat16 and _aligned(matrix) for matrix in matrices)
-    pinned = table[min(max(major, 8), 10) if loadable else 8]
+    width = max(matrix.element_size() for matrix in matrices)
+    pinned = pinned_tiles(table, torch.cuda.get_device_capability(hidden.device), width, loadable)
     return pinned.heavy if heavy else pinned.light
+
+
+def pinned_tiles(table: dict[int, Pinned], capability: tuple[int, int], width: int, loadable: bool) -> Pinned:
+    """The tile sizes for a compute capability of 8.0 or more, and for matrices of at most `width` bytes per number,
+    which TMA can load if `loadable`."""
+    major, _ = capability
+    if width > 2:
+        tiles = FLOAT32._replace(vocab=32) if major == 12 and table is KL_FORWARD else FLOAT32
+        return Pinned(tiles, tiles)
+    return table.get(major if loadable or major == 12 else 8, table[8])
 
 
 def _aligned(matrix: Tensor) -> bool:

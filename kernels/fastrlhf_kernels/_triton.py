@@ -34,15 +34,26 @@ def constant(value: Any) -> Any:
     return value if tl is None else tl.constexpr(value)
 
 
+def multiplies_fast(index: int | None) -> bool:
+    """Returns whether Triton's products use the tensor cores of a CUDA device: its compute capability must be 8.0 or
+    more. Without tensor cores the kernels spill kilobytes of registers, and torch is faster."""
+    if torch.version.hip or not torch.cuda.is_available():
+        return True
+    return (
+        torch.cuda.get_device_properties(index).major >= 8
+    )  # torch.compile folds this call, not get_device_capability
+
+
 def use_triton(impl: str, device: torch.device) -> bool:
-    """Returns whether an op uses Triton; with "auto" it does if Triton is installed and the device is a CUDA device.
+    """Returns whether an op uses Triton; with "auto" it does if Triton is installed and the device is a CUDA device
+    of compute capability 8.0 or more.
 
     Raises ValueError for an unknown `impl`, and for "triton" if it cannot run on this device.
     """
     if impl not in ("auto", "triton", "torch"):
         raise ValueError(f'impl must be "auto", "triton" or "torch", got {impl!r}')
     if impl == "auto":
-        return triton is not None and device.type == "cuda"
+        return triton is not None and device.type == "cuda" and multiplies_fast(device.index)
     if impl == "triton" and triton is None:
         raise ValueError('impl="triton": triton is not installed; use "auto" or "torch"')
     if impl == "triton" and device.type != "cuda" and not INTERPRETED:

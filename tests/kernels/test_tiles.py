@@ -8,13 +8,13 @@ from fastrlhf_kernels import _tiles as tiles
     ("capability", "dtype", "heavy", "expected"),
     [
         ((8, 0), torch.bfloat16, False, tiles.AMPERE),
-        ((8, 6), torch.bfloat16, False, tiles.SMALL_SHARED_MEMORY),
+        ((8, 6), torch.bfloat16, False, tiles.AMPERE),
         ((9, 0), torch.bfloat16, False, tiles.FORWARD[9].light),
         ((9, 0), torch.bfloat16, True, tiles.FORWARD[9].heavy),
         ((9, 0), torch.float32, False, tiles.FLOAT32),
         ((10, 0), torch.bfloat16, False, tiles.SQUARE),
         ((9, 0), torch.float16, False, tiles.AMPERE),
-        ((12, 0), torch.bfloat16, False, tiles.SMALL_SHARED_MEMORY),
+        ((12, 0), torch.bfloat16, False, tiles.AMPERE),
     ],
 )
 def test_the_tiles_follow_the_device_and_the_dtype(

@@ -2,6 +2,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,13 @@ def test_auto_is_triton_on_cuda_and_torch_elsewhere():
     assert _triton.use_triton("auto", torch.device("cuda"))
     assert not _triton.use_triton("auto", CPU)
     assert not _triton.use_triton("torch", torch.device("cuda"))
+
+
+@pytest.mark.parametrize(("major", "expected"), [(7, False), (8, True), (12, True)])
+def test_a_gpu_below_8_0_takes_the_torch_path(major: int, expected: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(major=major))
+    assert _triton.use_triton("auto", torch.device("cuda", 0)) == expected
 
 
 def test_an_impl_that_cannot_run_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch):
