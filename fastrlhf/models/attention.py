@@ -34,6 +34,7 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import AttentionInterface, PreTrainedModel
 
 from fastrlhf.models import flex
@@ -221,13 +222,25 @@ def _sdpa(
     sinks: Tensor | None = None,
 ) -> Tensor:
     """Calls SDPA once per segment, on views of the pack: [H, Lq, d] x [H_kv, Lk, d] -> [H, Lq, d]."""
+    lengths = list(zip(plan.query_lengths, plan.key_lengths, strict=True))
+    if isinstance(q, FakeTensor) and softcap is None and sinks is None:
+        lengths, window = _merged(lengths, window)
     parts = zip(
-        q.transpose(0, 1).split(plan.query_lengths, 1),
-        k.transpose(0, 1).split(plan.key_lengths, 1),
-        v.transpose(0, 1).split(plan.key_lengths, 1),
+        q.transpose(0, 1).split([num_q for num_q, _ in lengths], 1),
+        k.transpose(0, 1).split([num_k for _, num_k in lengths], 1),
+        v.transpose(0, 1).split([num_k for _, num_k in lengths], 1),
         strict=True,
     )
     return torch.cat([_one(*part, scale, softcap, window, sinks) for part in parts], 1).transpose(0, 1)
+
+
+def _merged(lengths: list[tuple[int, int]], window: int | None) -> tuple[list[tuple[int, int]], int | None]:
+    """Joins the segments that attend only to themselves, if no window cuts them, for counts of memory on tensors
+    without data: the memory of causal attention is proportional to the tokens, and the time is that of one operator."""
+    if window is not None and any(num_k > window for _, num_k in lengths):
+        return lengths, window
+    own = sum(num_q for num_q, num_k in lengths if num_q == num_k)
+    return [*[(own, own)] * bool(own), *(each for each in lengths if each[0] != each[1])], None
 
 
 def _one(

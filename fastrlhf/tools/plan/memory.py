@@ -29,13 +29,14 @@ from transformers import (
 )
 
 from fastrlhf.config import TrainConfig
+from fastrlhf.data.packing import pack
 from fastrlhf.models.adapters import inject
 from fastrlhf.models.forward import enable_activation_checkpointing, sequence_scores, token_logprobs, token_values
 from fastrlhf.models.four_bit import empty_weight, quantize_without_data, state_tensors
 from fastrlhf.models.loading import DTYPES, make_trainable
 from fastrlhf.models.reward_head import scorer_class
 from fastrlhf.models.router_loss import begin_step
-from fastrlhf.types import PackedBatch
+from fastrlhf.types import PackedBatch, Segment
 from fastrlhf_kernels._blocks import CPU_BLOCK
 
 if TYPE_CHECKING:
@@ -152,16 +153,17 @@ class Fakes:
         `reference` runs without gradient between the forward and the backward pass of the policy, as in DPO without
         precomputed reference log-probs.
         """
-        batch = self._faked(batch)
         models = [fake.model for fake in (*trained.values(), *([reference] if reference else []))]
+        # Every pass except the first starts with gradients; those that a short pack leaves have the same sizes.
+        short = pack([Segment(token_ids=[0, 0], num_scored=1)])
         with self._counting(models) as tally:
-            for _ in range(min(num_packs, 2)):  # the second pass starts with gradients; further passes are like it
+            for each in [self._faked(short)] * (num_packs > 1) + [self._faked(batch)]:
                 for name, fake in trained.items():
                     begin_step(fake.model, 1)
-                    output = _read(name, fake.model, batch)
+                    output = _read(name, fake.model, each)
                     if reference and name == "policy":
                         with torch.no_grad():
-                            token_logprobs(reference.model, batch)
+                            token_logprobs(reference.model, each)
                     output.sum().backward()
                     del output
         return tally.peak

@@ -5,6 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from fastrlhf.data.packing import pack
+from fastrlhf.models import attention
 from fastrlhf.tools.plan.memory import Fakes
 from fastrlhf.types import Segment
 from tests import tiny
@@ -67,3 +68,11 @@ def test_a_forward_without_gradient_keeps_no_activations():
     batch = pack([Segment(token_ids=[1] * 1024, num_scored=1)])
     small, large = (fakes.forward_peak({"policy": fakes.policy(config(num_hidden_layers=n))}, batch) for n in (2, 8))
     assert large == small
+
+
+def test_without_data_segments_that_attend_to_themselves_are_one_operator():
+    lengths = [(3, 3), (2, 5), (4, 4)]
+    assert attention._merged(lengths, None) == ([(7, 7), (2, 5)], None)
+    assert attention._merged(lengths, 5) == ([(7, 7), (2, 5)], None)
+    assert attention._merged(lengths, 4) == (lengths, 4)
+    assert attention._merged([(2, 5)], None) == ([(2, 5)], None)
