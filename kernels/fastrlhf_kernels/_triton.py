@@ -39,9 +39,7 @@ def multiplies_fast(index: int | None) -> bool:
     more. Without tensor cores the kernels spill kilobytes of registers, and torch is faster."""
     if torch.version.hip or not torch.cuda.is_available():
         return True
-    return (
-        torch.cuda.get_device_properties(index).major >= 8
-    )  # torch.compile folds this call, not get_device_capability
+    return torch.cuda.get_device_properties(index).major >= 8  # torch.compile evaluates this call while it traces
 
 
 def use_triton(impl: str, device: torch.device) -> bool:
