@@ -26,11 +26,8 @@ from fastrlhf_kernels._tiles import (
     FORWARD,
     GRADIENT,
     GROUP,
-    HOPPER_SPECIALIZED,
-    HOPPER_WIDE,
     KL_FORWARD,
     KL_GRADIENT,
-    OLDER,
     STORING,
     Pinned,
     Tiles,
@@ -179,9 +176,6 @@ def _head_cases(*tables: Pinned) -> Iterator[Case]:
         flags = {"SHARE": _head.SHARE, "ENTROPY": entropy, "STATS": everything, "SOFTCAP": everything}
         folded = flags | {"SPECIALIZE": forward.specialize, "stride_masses": 0}
         yield case(f"linear_logprob forward{label}", _head_kernels.forward_kernel, forward, types, folded)
-        if OLDER and forward is HOPPER_WIDE:
-            name, folded = f"linear_logprob forward{label}, specialised", folded | {"SPECIALIZE": True}
-            yield case(name, _head_kernels.forward_kernel, HOPPER_SPECIALIZED, types, folded)
         types |= {"masses": _matrix(storing, storing.rows, storing.vocab), "tops": "*fp32", "stride_masses": "i32"}
         kept = flags | {"SPECIALIZE": storing.specialize}
         yield case(f"linear_policy_loss forward{label}", _head_kernels.forward_kernel, storing, types, kept)
