@@ -160,7 +160,8 @@ def test_environment_variables_and_the_home_folder_are_filled_in_but_not_in_a_te
 
 @pytest.mark.parametrize("command", CONFIGS)
 def test_a_resolved_configuration_reads_back_as_the_same_run(tmp_path, command):
-    config = CONFIGS[command](**{"dtype": "bfloat16"} if command == "merge" else {"seed": 5})
+    others = {"merge": {"dtype": "bfloat16"}, "cache": {"clear": ("all",)}}
+    config = CONFIGS[command](**others.get(command, {"seed": 5}))
     (tmp_path / "config.yaml").write_text(as_yaml(config))
     assert parse(CONFIGS[command], ["--config", str(tmp_path / "config.yaml")], command) == config
 

@@ -238,6 +238,7 @@ def test_labels_of_pairs_are_those_of_a_judge_that_reads_the_text(paths):
         model_name_or_path=paths["bytes"],
         reward_model_path=paths["judge"],
         label_source="reward_model",
+        dtype="float32",
         per_device_train_batch_size=5,
         max_steps=1,
         progress=False,
