@@ -277,7 +277,7 @@ class _Problem:
     def _scores(self, reward: Path, answers: Sequence[Answers]) -> list[Tensor]:
         model = _load_reward(reward)
         trees = [one.tree for one in answers]
-        return per_response(model, trees, 4096, lambda batch: sequence_scores(model, batch), str(reward))
+        return per_response(model, trees, 4096, sequence_scores, str(reward))
 
     def _gold(self, answers: Sequence[Answers]) -> Tensor:
         """Gold rewards in facts, [prompts, answers]."""

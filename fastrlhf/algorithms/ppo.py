@@ -238,7 +238,7 @@ train_on_policy = train_ppo
 """Deprecated name of `train_ppo`, to be removed in 0.3."""
 
 
-def _prompts(config: PPOConfig, data: Data) -> tuple[list[TokenizedExample], list[TokenizedExample]]:
+def _prompts(config: PPOConfig, data: Data) -> tuple[Sequence[TokenizedExample], Sequence[TokenizedExample]]:
     """Returns the training and evaluation rows whose prompts leave room for a response; checks that each fits in a
     micro-batch."""
     prompts = with_room(data.train, "train", config.max_length, config.response_length)

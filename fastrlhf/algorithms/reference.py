@@ -51,7 +51,7 @@ class LiveReference:
         return sequence_logprobs(self.model, batch)
 
 
-def live_models(reference: Reference) -> list[PreTrainedModel]:
+def live_models(reference: object) -> list[PreTrainedModel]:
     """Returns the model of a reference that makes passes during the run; empty for precomputed log-probs."""
     return [reference.model] if isinstance(reference, LiveReference) else []
 

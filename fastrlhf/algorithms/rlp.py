@@ -127,7 +127,7 @@ class _Run:
     reward: RewardConfig
     policy: PPOConfig
     tokenizer: PreTrainedTokenizerBase
-    prompts: list[TokenizedExample]
+    prompts: Sequence[TokenizedExample]
     pairs: Data
     examples: dict[str, Sequence[Example] | None]
     equivalence: EquivalenceJudge | None

@@ -37,7 +37,7 @@ def ask_all(
     Rows are encoded by the tokenizer saved with each model or, if `tokenizer_name_or_path` is set, by that tokenizer
     for all models. `data` holds the rows encoded by `tokenizer`.
     """
-    rows_of: dict[str, tuple[PreTrainedTokenizerBase, list[TokenizedExample]]] = {"": (tokenizer, data.eval)}
+    rows_of: dict[str, tuple[PreTrainedTokenizerBase, Sequence[TokenizedExample]]] = {"": (tokenizer, data.eval)}
     for name in () if config.tokenizer_name_or_path else config.models:
         own = own_tokenizer(name, config)
         found = own and difference(tokenizer, own, conversations=data.conversations)

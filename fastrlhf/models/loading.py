@@ -86,7 +86,8 @@ def open_policy(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreT
         if config.use_peft:
             check_new_rows(model, config.lora_modules_to_save, new)
         for module in (model.get_input_embeddings(), model.get_output_embeddings()):
-            make_whole(module)
+            if module is not None:
+                make_whole(module)
         model.tie_weights()
         with _seeded(config.seed, device):
             model.resize_token_embeddings(num_token_ids(tokenizer))

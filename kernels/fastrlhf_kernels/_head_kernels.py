@@ -93,9 +93,9 @@ def forward_kernel(
             x_sum += tl.sum(tl.where((columns < stop)[None, :], x, 0.0), 1)
         if last:
             x = tl.where((columns < stop)[None, :], x, FLOOR)
-        if hits & 1:
+        if hits & 1:  # pyright: ignore[reportOperatorIssue]
             at_target += tl.sum(tl.where(columns[None, :] == target[:, None], x, 0.0), 1)
-        hits = hits >> 1
+        hits = hits >> 1  # pyright: ignore[reportOperatorIssue]
         top = tl.maximum(peak, tl.max(x, 1))
         shift = tl.maximum((peak - top) * outer * LOG2_E, FLOOR)
         old = tl.exp2(shift)

@@ -6,6 +6,7 @@ tokens. Sampled responses are assumed to have `response_length` tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -30,7 +31,7 @@ class Rows:
     """The rows of a run's first steps. They do not depend on the settings that tools/plan/changes.py varies."""
 
     tokenizer: PreTrainedTokenizerBase
-    examples: list[TokenizedExample]
+    examples: Sequence[TokenizedExample]
     batches: list[list[int]]
     steps: int | None
     """Number of steps of the run; None if it depends on the size of the dataset, which is unknown."""

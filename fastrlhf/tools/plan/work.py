@@ -27,7 +27,7 @@ class Work:
     """The rows of a run and the order in which it draws them."""
 
     tokenizer: PreTrainedTokenizerBase
-    examples: list[TokenizedExample]
+    examples: Sequence[TokenizedExample]
     """Training rows; in on-policy runs, only rows whose prompt leaves room for a response."""
     report: TokenReport
     steps: int
