@@ -8,6 +8,7 @@
     policy_loss          PPO's clipped objective        value_loss   clipped squared error of the critic
     pair_loss            DPO, cDPO, robust DPO, IPO, hinge, APO, ORPO
     gae                  advantages and returns
+    linear_nll           hidden states -> negative log-likelihood, the loss of supervised fine-tuning
     linear_policy_loss   hidden states -> PPO's loss    linear_pair_loss   hidden states -> a pair loss
 
 Every op takes flat, packed rows in float32, bfloat16 or float16, computes in float32 and returns float32.
@@ -19,6 +20,7 @@ from fastrlhf_kernels.kl_estimate import kl_estimate
 from fastrlhf_kernels.linear_kept_logprob import linear_kept_logprob
 from fastrlhf_kernels.linear_kl import linear_kl
 from fastrlhf_kernels.linear_logprob import linear_logprob
+from fastrlhf_kernels.linear_nll import linear_nll
 from fastrlhf_kernels.linear_pair_loss import linear_pair_loss
 from fastrlhf_kernels.linear_policy_loss import linear_policy_loss
 from fastrlhf_kernels.logprob_from_logits import logprob_from_logits
@@ -39,6 +41,7 @@ __all__ = [
     "linear_kept_logprob",
     "linear_kl",
     "linear_logprob",
+    "linear_nll",
     "linear_pair_loss",
     "linear_policy_loss",
     "logprob_from_logits",

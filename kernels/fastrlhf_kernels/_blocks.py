@@ -78,9 +78,9 @@ class Logits:
             bias = None if self.bias is None else self.bias[rows].float()
             yield Part(start, self.weight[rows].to(self.hidden.dtype), bias)
 
-    def block(self, rows: slice, part: Part) -> Tensor:
-        """The logits [rows, part] in new memory. Forward and backward get bit-identical logits."""
-        z = product(self.hidden[rows], part.weight.T)
+    def block(self, rows: slice, part: Part, out: Tensor | None = None) -> Tensor:
+        """The logits [rows, part], in new memory or in `out`. Forward and backward get bit-identical logits."""
+        z = product(self.hidden[rows], part.weight.T, out)
         if part.bias is not None:
             z += part.bias
         if self.scale != 1:
@@ -93,7 +93,7 @@ class Logits:
             z /= self.temperature
         return z
 
-    def slope(self, rows: slice, z: Tensor) -> Tensor:
+    def slope(self, rows: slice | Tensor, z: Tensor) -> Tensor:
         """The derivative of the soft cap for these rows, computed from their logits z."""
         assert self.softcap is not None
         temperature = self.temperature[rows] if isinstance(self.temperature, Tensor) else self.temperature
@@ -148,6 +148,11 @@ def gradient(z: Tensor, column: Tensor, peak: Tensor, level: Tensor, tilt: Tenso
         dx = exp_(z).mul_(level[:, None])
     else:
         dx = exp_(z.clamp_(min=VANISHED).clone()).mul_(z.mul_(-tilt[:, None]).add_(level[:, None]))
+    return set_target(dx, column, at_target)
+
+
+def set_target(dx: Tensor, column: Tensor, at_target: Tensor) -> Tensor:
+    """Writes `at_target` [rows] into the column of each row's target, if that column lies in this block."""
     inside, index = locate(column, dx)
     return dx.scatter_(1, index, at_target[:, None].where(inside[:, None], dx.gather(1, index)))
 
@@ -226,9 +231,12 @@ def gradients_like(
     )
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in float32."""
-    return a @ b if a.dtype == torch.float32 else torch.mm(a, b, out_dtype=torch.float32)
+def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a @ b in float32, in new memory or in `out`."""
+    if a.dtype == torch.float32 or not a.is_cuda:
+        return torch.mm(a.float(), b.float(), out=out)
+    found = torch.mm(a, b, out_dtype=torch.float32)
+    return found if out is None else out.copy_(found)
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

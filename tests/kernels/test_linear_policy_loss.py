@@ -12,14 +12,14 @@ from fastrlhf_kernels.linear_policy_loss import linear_policy_loss, linear_polic
 from fastrlhf_kernels.policy_loss import policy_loss, policy_loss_reference
 from tests.tolerance import assert_op_matches
 
-module = sys.modules["fastrlhf_kernels.linear_policy_loss"]
+module = sys.modules["fastrlhf_kernels._one_shot"]
 HEAD_OPTIONS = {"temperature": torch.linspace(0.5, 2, 37), "logit_scale": 1.5, "softcap": 3.0}
 
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CPU_CHUNK", 16 * 80 * 4)
-    monkeypatch.setattr(module, "GPU_CHUNK", 16 * 80 * 4)
+    monkeypatch.setattr(module, "CPU_ROWS", 16)
+    monkeypatch.setattr(module, "MULTIPLE", 16)
     monkeypatch.setattr(tiles, "INTERPRETER", tiles.Tiles(16, 16, 16, 4, 1, descriptors=False))
 
 
@@ -210,8 +210,8 @@ def test_an_empty_mask_gives_differentiable_zeros(impl: str, case: str):
 def test_the_chunk_size_does_not_change_the_result(impl: str, monkeypatch: pytest.MonkeyPatch):
     results = []
     for rows in (16, 32, 48):
-        monkeypatch.setattr(module, "CPU_CHUNK", rows * 80 * 4)
-        monkeypatch.setattr(module, "GPU_CHUNK", rows * 80 * 4)
+        monkeypatch.setattr(module, "CPU_ROWS", rows)
+        monkeypatch.setattr(module, "MULTIPLE", rows)
         given = inputs()
         leaves = head_leaves(given)
         out = linear_policy_loss(**given, num_tokens=9, impl=impl)
