@@ -141,7 +141,10 @@ def test_a_user_defined_loss_divides_log_ratios_as_pair_loss_does(norm):
 
 def test_the_first_loss_may_differ_only_by_rounding():
     metrics = {"logprob_chosen": -150.0, "logprob_rejected": -250.0}
-    cfg, pairs = DPOConfig(beta=0.1), pair_losses.Pairs(trees=[()], label_prob=None, target=None, margin=None)
+    cfg, pairs = (
+        DPOConfig(beta=0.1, dtype="float32"),
+        pair_losses.Pairs(trees=[()], label_prob=None, target=None, margin=None),
+    )
     pair_losses.check_first_loss(cfg, pairs, metrics | {"loss/sigmoid": math.log(2) + 0.5 * 0.1 * 3e-5 * 400})
     with pytest.raises(ValueError, match=r"the first sigmoid loss is 0.694147"):
         pair_losses.check_first_loss(cfg, pairs, metrics | {"loss/sigmoid": math.log(2) + 1e-3})

@@ -12,6 +12,7 @@ def config(tmp_path, **settings) -> PPOConfig:
         "model_name_or_path": tiny.save_policy(tmp_path / "sft"),
         "reward_model_path": tiny.save_reward_model(tmp_path / "reward"),
         "missing_eos_penalty": 0.5,
+        "dtype": "float32",
     }
     return PPOConfig(**fields | settings)
 

@@ -49,12 +49,14 @@ def test_a_shared_reference_is_computed_once():
 
 def test_models_are_opened_frozen_and_each_with_its_own_weights(tmp_path):
     dpo, own = tiny.save_policy(tmp_path / "dpo", seed=1), tiny.save_policy(tmp_path / "own", seed=2)
-    opened = open_implicit_reward(RTOConfig(dpo_model_path=dpo, dpo_ref_model_path=own), tiny.tokenizer(), RUN)
+    opened = open_implicit_reward(
+        RTOConfig(dtype="float32", dpo_model_path=dpo, dpo_ref_model_path=own), tiny.tokenizer(), RUN
+    )
     assert opened.reference is not None
     assert not any(p.requires_grad for model in (opened.model, opened.reference) for p in model.parameters())
     expected = own_logprobs(tiny.policy(seed=1)) - own_logprobs(tiny.policy(seed=2))
     torch.testing.assert_close(opened.log_ratio(BATCH, opened.model), expected, rtol=1e-5, atol=1e-5)
-    assert open_implicit_reward(RTOConfig(dpo_model_path=dpo), tiny.tokenizer(), RUN).reference is None
+    assert open_implicit_reward(RTOConfig(dtype="float32", dpo_model_path=dpo), tiny.tokenizer(), RUN).reference is None
 
 
 @pytest.mark.parametrize("field", ["dpo_model_path", "dpo_ref_model_path"])
@@ -67,15 +69,15 @@ def test_another_tokenizer_is_refused_with_the_token_that_differs(tmp_path, fiel
     with pytest.raises(
         ValueError, match=rf"^{field}: .*another tokenizer than the run \('w29' has id 32 there and None"
     ):
-        open_implicit_reward(RTOConfig(**paths), tiny.tokenizer(), RUN)
+        open_implicit_reward(RTOConfig(**paths, dtype="float32"), tiny.tokenizer(), RUN)
     endless = tiny.tokenizer()
     endless.eos_token = "<unk>"
     endless.save_pretrained(bad)
     with pytest.raises(
         ValueError, match=f"^{field}: its responses end in '<unk>', those of the run in '<eos>'; set eos_token"
     ):
-        open_implicit_reward(RTOConfig(**paths), tiny.tokenizer(), RUN)
-    open_implicit_reward(RTOConfig(**paths, eos_token="<eos>"), tiny.tokenizer(), RUN)
+        open_implicit_reward(RTOConfig(**paths, dtype="float32"), tiny.tokenizer(), RUN)
+    open_implicit_reward(RTOConfig(**paths, dtype="float32", eos_token="<eos>"), tiny.tokenizer(), RUN)
 
 
 def test_a_model_with_no_tokenizer_or_too_few_embeddings_is_refused(tmp_path):
@@ -84,16 +86,16 @@ def test_a_model_with_no_tokenizer_or_too_few_embeddings_is_refused(tmp_path):
         ValueError,
         match=r"^dpo_model_path: .*no tokenizer found.*; save the tokenizer with which the model was trained",
     ):
-        open_implicit_reward(RTOConfig(dpo_model_path=str(tmp_path / "alone")), tiny.tokenizer(), RUN)
+        open_implicit_reward(RTOConfig(dtype="float32", dpo_model_path=str(tmp_path / "alone")), tiny.tokenizer(), RUN)
     small = build_policy(tiny.model_config(), vocab_size=tiny.VOCAB - 1, eos_token_id=tiny.EOS, seed=0)
     small.save_pretrained(tmp_path / "small")
     tiny.tokenizer().save_pretrained(tmp_path / "small")
     with pytest.raises(ValueError, match=r"^dpo_model_path: its vocabulary of 31 is smaller than the tokenizer's 32"):
-        open_implicit_reward(RTOConfig(dpo_model_path=str(tmp_path / "small")), tiny.tokenizer(), RUN)
+        open_implicit_reward(RTOConfig(dtype="float32", dpo_model_path=str(tmp_path / "small")), tiny.tokenizer(), RUN)
 
 
 def test_a_dpo_model_without_effect_on_rewards_is_not_loaded():
-    config = RTOConfig(dpo_model_path="nowhere", reward_shaping="none")
+    config = RTOConfig(dtype="float32", dpo_model_path="nowhere", reward_shaping="none")
     assert open_implicit_reward(config, tiny.tokenizer(), RUN) is None
     assert open_implicit_reward(PPOConfig(), tiny.tokenizer(), RUN) is None
     paid = replace(config, reward_shaping="token", dpo_reward_scale=0.0)
