@@ -71,6 +71,7 @@ CHECKS = (
     ),
     Check(op="pair_loss", arguments=("logprob", *PAIRS), options={"num_pairs": 3.0}, read=_loss),
     Check(op="gae", arguments=("advantage", "logprob", "cu_seqlens"), options={}, read=lambda output: output[0]),
+    Check(op="linear_nll", arguments=(*HEAD, "targets"), options={"num_tokens": float(T)}, read=_loss),
     Check(
         op="linear_policy_loss",
         arguments=(*HEAD, "targets", *EPISODES),
