@@ -174,11 +174,10 @@ def _head_cases(*tables: Pinned) -> Iterator[Case]:
         forward, storing, gradient = (tiles.heavy if everything else tiles.light for tiles in tables)
         types = {"partial": "*fp32", "ignore": "i32", **(optional if everything else {})}
         flags = {"SHARE": _head.SHARE, "ENTROPY": entropy, "STATS": everything, "SOFTCAP": everything}
-        folded = flags | {"SPECIALIZE": forward.specialize, "stride_masses": 0}
+        folded = flags | {"stride_masses": 0}
         yield case(f"linear_logprob forward{label}", _head_kernels.forward_kernel, forward, types, folded)
         types |= {"masses": _matrix(storing, storing.rows, storing.vocab), "tops": "*fp32", "stride_masses": "i32"}
-        kept = flags | {"SPECIALIZE": storing.specialize}
-        yield case(f"linear_policy_loss forward{label}", _head_kernels.forward_kernel, storing, types, kept)
+        yield case(f"linear_policy_loss forward{label}", _head_kernels.forward_kernel, storing, types, flags)
         types: dict[str, str] = dict.fromkeys(
             ("peaks", "levels", "at_targets", *(["tilts"] if entropy else [])), "*fp32"
         )

@@ -188,9 +188,12 @@ def test_a_run_that_is_resumed_on_another_day_keeps_its_date(paths, tmp_path, mo
 
     with monkeypatch.context() as patch:
         patch.setattr(Run, "log", stop_at_2)
-        with pytest.raises(KeyboardInterrupt):
-            run("resumed", "2026-11-30")
+        for name in ("resumed", "stopped"):
+            with pytest.raises(KeyboardInterrupt):
+                run(name, "2026-11-30")
     resumed = run("resumed", "2026-12-01")
+    with pytest.raises(ValueError, match=r"template_date: '2026-11-30' there, '2026-12-01' here"):
+        sft(paths, demonstrations(), output_dir=str(tmp_path / "stopped"), **settings, template_date="2026-12-01")
     losses = [[row["loss"] for row in each.history] for each in (whole, resumed, later)]
     assert losses[1] == losses[0] != losses[2]
     assert load_yaml(str(tmp_path / "resumed" / "config.yaml"))["template_date"] == "2026-11-30"

@@ -23,6 +23,7 @@ from bench.__main__ import make_parser
 from fastrlhf.cli import COMMANDS, TRAINER_CONFIGS
 from fastrlhf.config import CONFIGS, elsewhere
 from fastrlhf.config.command_line import parse, parse_for_tool
+from fastrlhf.config.compare import SAME_MODEL
 from fastrlhf.config.help import keys_of
 from tests import tiny
 
@@ -292,6 +293,11 @@ def test_the_table_for_trl_users_has_every_key():
         assert f"| `{key.name}` | {key.status} | " in page
     assert "| `packing` | always on |" in page
     assert "| `epsilon` | other name | `cliprange` |" in page
+
+
+def test_the_keys_that_may_change_on_resume_are_those_of_the_comparison():
+    text = (DOCS / "resume.md").read_text(encoding="utf-8")
+    assert [key for key in SAME_MODEL if f"`{key}`" not in text] == []
 
 
 def test_every_page_is_in_the_table_of_contents():

@@ -16,7 +16,7 @@ from fastrlhf.config.schedule import ENDLESS
 from fastrlhf.config.train import HUB_KEYS, TrainConfig
 
 SAME_MODEL = (
-    *("output_dir", "template_date", "run_name", "report_to", "progress", "logging_steps", "ref_cache_dir", "device"),
+    *("output_dir", "run_name", "report_to", "progress", "logging_steps", "ref_cache_dir", "device"),
     "profile_steps",
     *("dataset_num_proc", "dataset_cache_dir"),
     *("micro_batch_tokens", "rollout_batch_size", "decode", "ref_reward_offload"),

@@ -111,8 +111,9 @@ def filled_in(key: str, value: Any) -> Any:
 def is_same(key: str, written: Any, value: Any) -> bool:
     """Returns whether the value written in a config.yaml equals the present one. Two paths are equal if they lead to
     the same place; an environment variable has its present value. `dtype: auto` equals every dtype, because the run
-    compares again once it knows its device."""
-    if key == "dtype" and value == "auto":
+    compares again once it knows its device. A missing `template_date` equals every date, because the run keeps the
+    recorded one."""
+    if (key == "dtype" and value == "auto") or (key == "template_date" and not (written and value)):
         return True
     value = list(value) if isinstance(value, tuple) else value
     filled = filled_in(key, written)

@@ -66,9 +66,9 @@ class TrainConfig(WatchKeys, ScheduleKeys, BatchKeys):
     trust_remote_code: bool = False
     """Allow Python code that comes with a model to run."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Data type of the weights. auto: bfloat16 on a GPU of compute capability 8.0 or more, float32 elsewhere; the run
-    records its choice in config.yaml. Log-probs, rewards, advantages, heads and losses are float32 in all cases.
-    `master_weights` says how bfloat16 weights are updated."""
+    """Data type of the weights. auto: bfloat16 on a GPU of compute capability 8.0 or more, float32 elsewhere and for
+    weights with a merged adapter; the run records its choice in config.yaml. Log-probs, rewards, advantages, heads and
+    losses are float32 in all cases. `master_weights` says how bfloat16 weights are updated."""
     use_peft: bool = False
     """Train a low-rank adapter (LoRA) and freeze the weights; the reference is then the same model without the adapter.
     The run saves the adapter in `adapter/` and also the whole model, with the adapter merged into its weights."""

@@ -10,7 +10,7 @@ from datetime import date
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from fastrlhf.data.forms import RESPONSES
 from fastrlhf.data.templates import CLOCK
 from fastrlhf.data.token_set import TokenSet
+from fastrlhf.data.tokenizer import is_of_transformers
 from fastrlhf.types import TokenizedExample
 
 PACKAGES = ("transformers", "tokenizers", "jinja2", "datasets", "pyarrow")
@@ -44,9 +45,11 @@ def rows_fingerprint(rows: Sequence[TokenizedExample]) -> str:
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Returns a hash of everything that decides how a tokenizer encodes text and conversations; None for a tokenizer
-    without a serialised form of its whole pipeline, that is, one that is not of the Rust library."""
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+    without a serialised form of its whole pipeline: one that does not run in the Rust library, or one whose class comes
+    with a model, because its code may change."""
+    if not is_of_transformers(tokenizer):
         return None
+    tokenizer = cast(PreTrainedTokenizerFast, tokenizer)
     core = tokenizer.backend_tokenizer
     core.no_truncation()  # a call of the tokenizer would do both
     core.no_padding()

@@ -196,20 +196,6 @@ class TokenSet(Sequence[TokenizedExample]):
         every = np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, np.int64)
         return every if self._order is None else every[self._order]
 
-    def num_scored(self, name: str) -> np.ndarray:
-        """Returns [N] int64, the number of trained tokens of the response `name` of every row."""
-        piece, parts = PIECES.index(name), []
-        for block in self._blocks:
-            counts = np.maximum(block.lengths[:, piece], 0).astype(np.int64)
-            if len(block.runs):
-                owner = np.repeat(np.arange(len(block)), np.diff(block.run_starts))
-                mine = block.runs[:, 0] == piece
-                trained = np.bincount(owner[mine], (block.runs[:, 2] - block.runs[:, 1])[mine], len(block))
-                counts = np.where(trained > 0, trained.astype(np.int64), counts)
-            parts.append(counts)
-        every = np.concatenate(parts) if parts else np.zeros(0, np.int64)
-        return every if self._order is None else every[self._order]
-
     def rows(self) -> list[int]:
         """Returns the row numbers."""
         every = np.concatenate([block.rows for block in self._blocks]) if self._blocks else np.zeros(0, np.int64)

@@ -143,11 +143,12 @@ def _from_file(path: Path) -> PreTrainedTokenizerBase:
 def _as_stored(tokenizer: PreTrainedTokenizerBase, source: str) -> PreTrainedTokenizerBase:
     """Returns a tokenizer that encodes text as the tokenizer.json of its folder does, with which the model was trained.
 
-    For some model types AutoTokenizer builds the tokenizer of the family from the vocabulary and merges alone, whatever
-    class the folder names. A model of the type qwen2 with a tokenizer of its own would get other tokens, without an
-    error.
+    For some model types AutoTokenizer builds the tokenizer of the family from the vocabulary and merges only, whatever
+    class the folder names. For a model of the type qwen2 whose tokenizer comes from another family, this gives other
+    tokens without an error. Classes outside transformers are left as they are, because they may encode differently on
+    purpose.
     """
-    if type(tokenizer) is PreTrainedTokenizerFast or not isinstance(tokenizer, PreTrainedTokenizerFast):
+    if type(tokenizer) is PreTrainedTokenizerFast or not is_of_transformers(tokenizer):
         return tokenizer
     if not cached_file(source, "tokenizer.json", _raise_exceptions_for_missing_entries=False):
         return tokenizer
@@ -160,6 +161,12 @@ def _as_stored(tokenizer: PreTrainedTokenizerBase, source: str) -> PreTrainedTok
         type(tokenizer).__name__,
     )
     return stored
+
+
+def is_of_transformers(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Returns whether a tokenizer runs in the Rust library and its class belongs to transformers."""
+    own = type(tokenizer).__module__.partition(".")[0] == "transformers"
+    return own and isinstance(tokenizer, PreTrainedTokenizerFast)
 
 
 def _encode_probe(tokenizer: PreTrainedTokenizerBase) -> object:

@@ -290,10 +290,15 @@ def _update(layer: Any, dtype: torch.dtype) -> Tensor:
     return (product.T if getattr(layer, "fan_in_fan_out", False) else product) * layer.scaling[ADAPTER]
 
 
+def holds_merged_adapter(source: str) -> bool:
+    """Returns whether the folder of a run holds weights to which its adapter was added, in float32."""
+    return (Path(source) / "adapter" / "adapter_config.json").exists()
+
+
 def warn_if_rounded(source: str, dtype: str, field: str) -> None:
     """Logs a warning if the folder of a run holds merged weights and `dtype` is not float32, so that they are
     rounded."""
-    if dtype != "float32" and (Path(source) / "adapter" / "adapter_config.json").exists():
+    if dtype != "float32" and holds_merged_adapter(source):
         log.warning(
             "%s: %s holds weights with a merged adapter; %s loses a part of what the adapter learned by rounding: use "
             "dtype float32",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TypeVar
 
 import torch
@@ -9,6 +10,9 @@ from transformers import PreTrainedModel
 
 from fastrlhf.config import TrainConfig
 from fastrlhf.config.paths import at_start, changed
+from fastrlhf.models.adapters import holds_merged_adapter
+
+log = logging.getLogger(__name__)
 
 Config = TypeVar("Config", bound=TrainConfig)
 
@@ -41,7 +45,8 @@ def resolved(config: Config, kind: type, trainer: str, model: PreTrainedModel | 
 
 def with_dtype(config: Config, model: PreTrainedModel | None = None) -> Config:
     """Returns the configuration with `dtype: auto` replaced by the dtype of `model`, if a program has passed one, or by
-    the fast dtype of the device: bfloat16 on a GPU of compute capability 8.0 or more, float32 elsewhere.
+    the fast dtype of the device: bfloat16 on a GPU of compute capability 8.0 or more, float32 elsewhere. Weights with a
+    merged adapter stay in float32, because rounding them to bfloat16 loses a part of what the adapter learned.
 
     Raises ValueError for an unknown device.
     """
@@ -49,8 +54,19 @@ def with_dtype(config: Config, model: PreTrainedModel | None = None) -> Config:
         return config
     names = {dtype: name for name, dtype in DTYPES.items()}
     given = names.get(model.dtype) if isinstance(model, PreTrainedModel) else None
-    fast = "bfloat16" if _multiplies_bfloat16(resolve_device(config.device)) else "float32"
-    return changed(config, dtype=given or fast)
+    return changed(config, dtype=given or fast_dtype(config, _multiplies_bfloat16(resolve_device(config.device))))
+
+
+def fast_dtype(config: TrainConfig, multiplies_bfloat16: bool) -> str:
+    """Returns the dtype that `auto` stands for on a device that has, or has no, matrix units for bfloat16."""
+    if not multiplies_bfloat16:
+        return "float32"
+    for source in filter(None, (config.model_name_or_path, *getattr(config, "models", ()))):
+        if holds_merged_adapter(source):
+            told = "holds weights with a merged adapter, of which bfloat16, the faster setting, would lose a part"
+            log.info("dtype: auto is float32, because %s %s", source, told)
+            return "float32"
+    return "bfloat16"
 
 
 def _multiplies_bfloat16(device: torch.device) -> bool:

@@ -98,7 +98,7 @@ def dataset_parts(
 
     folder, own = store_folder(config.dataset_cache_dir), tokenizer_fingerprint(tokenizer)
     if own is None:
-        told = "it is not of the Rust library, so rows are tokenised at every start"
+        told = "it does not run in the Rust library or has a class outside transformers, so each start tokenises again"
         log.info("dataset_cache_dir: tokenizer %s has no fingerprint: %s", tokenizer.name_or_path, told)
     warnings: list[str] = []
     keys = _keys(config, own, fields, wanted, day, warnings)

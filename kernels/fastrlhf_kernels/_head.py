@@ -91,7 +91,6 @@ def forward(
         entropy,
         stats,
         tiles.descriptors,
-        tiles.specialize,
         PRECISION,
         num_warps=tiles.warps,
         num_stages=tiles.stages,

@@ -56,7 +56,6 @@ def forward_kernel(
     ENTROPY: tl.constexpr,
     STATS: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-    SPECIALIZE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     shares = tl.cdiv(vocab, SHARE)
@@ -79,7 +78,7 @@ def forward_kernel(
     hits = tl.reduce(tl.where(within, 1 << tile, 0), 0, either)  # bit i: tile i of the share contains a target
     live = tl.sum((target != ignore).to(tl.int32), 0)
     stop = tl.where(live == 0, 0, stop)  # a tile of ignored rows costs nothing
-    for column in tl.range(start, stop, VOCAB, warp_specialize=SPECIALIZE):  # pyright: ignore
+    for column in range(start, stop, VOCAB):
         x = product_tile(
             hidden, weight, row, column, num_rows, vocab, size, stride_hidden, stride_weight,
             ROWS, VOCAB, INNER, DESCRIPTORS, PRECISION,

@@ -33,8 +33,6 @@ class Tiles(NamedTuple):
     stages: int
     descriptors: bool
     """Loads tiles by TMA (sm_90 and later); rows must start at multiples of 16 bytes."""
-    specialize: bool = False
-    """Warp specialisation: some warps load and the others multiply. Needs `warps` 4, which Triton turns into 12."""
 
 
 class Pinned(NamedTuple):

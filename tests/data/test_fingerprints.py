@@ -1,4 +1,5 @@
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from fastrlhf.data import fingerprints
 from fastrlhf.data.fingerprints import code_fingerprint, digest_of, rows_fingerprint, tokenizer_fingerprint
@@ -19,6 +20,15 @@ def test_a_set_and_a_list_have_the_same_fingerprint_and_every_field_changes_it()
     assert rows_fingerprint(TokenSet.of(rows)) == expected
     assert rows_fingerprint(TokenSet.of(rows).select([1, 0])) == rows_fingerprint(rows[::-1]) != expected
     assert rows_fingerprint(TokenSet(TokenSet.of(rows).blocks, fingerprint="known")) == "known"
+
+
+def test_a_tokenizer_whose_code_comes_with_a_model_has_no_fingerprint():
+    class Own(PreTrainedTokenizerFast):
+        """Its module is not of transformers, as with trust_remote_code."""
+
+    tokenizer = tiny.tokenizer()
+    tokenizer.__class__ = Own
+    assert tokenizer_fingerprint(tokenizer) is None
 
 
 def test_the_fingerprint_of_a_tokenizer_changes_with_all_that_changes_its_ids():

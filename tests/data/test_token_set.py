@@ -60,17 +60,11 @@ def test_joined_blocks_and_joined_sets_have_the_rows_of_their_parts(examples):
     assert TokenSet.joined() == []
 
 
-def test_lengths_and_scored_counts_are_those_of_the_items(examples):
+def test_lengths_are_those_of_the_items(examples):
     order = random.Random(2).sample(range(200), 150)
     made = TokenSet.joined(examples[:50], examples[50:]).select(order)
     for name in ("prompt", "chosen", "rejected", "reference"):
         assert made.lengths(name).tolist() == [len(getattr(examples[i], name) or ()) for i in order]
-    for name in ("chosen", "reference"):
-        scored = [examples[i].scored(name) for i in order]
-        lengths = [len(getattr(examples[i], name) or ()) for i in order]
-        assert made.num_scored(name).tolist() == [
-            length if some is None else len(some) for some, length in zip(scored, lengths, strict=True)
-        ]
     assert made.rows() == order
 
 

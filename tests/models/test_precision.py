@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from fastrlhf.config import DPOConfig, SFTConfig
+from fastrlhf.config import DPOConfig, EvalConfig, SFTConfig
 from fastrlhf.config.paths import Filled, as_given, with_variables
 from fastrlhf.models.precision import OFFER, describe_float32, describe_precision, resolve_device, with_dtype
 from tests import tiny
@@ -34,6 +34,21 @@ def test_auto_is_bfloat16_from_compute_capability_8(gpu, capability, dtype):
     assert with_dtype(DPOConfig()).dtype == dtype
     assert with_dtype(DPOConfig(device="cuda")).dtype == dtype
     assert with_dtype(DPOConfig(device="cpu")).dtype == "float32"
+
+
+def test_weights_with_a_merged_adapter_stay_in_float32(gpu, tmp_path, caplog):
+    gpu(9, 0)
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    with caplog.at_level("INFO", "fastrlhf"):
+        assert with_dtype(DPOConfig(model_name_or_path=str(tmp_path))).dtype == "float32"
+    assert caplog.messages == [
+        f"dtype: auto is float32, because {tmp_path} holds weights with a merged adapter, of which bfloat16, the "
+        "faster setting, would lose a part"
+    ]
+    assert with_dtype(EvalConfig(models=("base", str(tmp_path)))).dtype == "float32"
+    assert with_dtype(DPOConfig(model_name_or_path=str(tmp_path), dtype="bfloat16")).dtype == "bfloat16"
+    assert with_dtype(DPOConfig(model_name_or_path=str(tmp_path / "adapter"))).dtype == "bfloat16"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -17,7 +17,7 @@ import torch
 from fastrlhf.config import PPOConfig, TrainConfig, require
 from fastrlhf.models.loading import resolve_device
 from fastrlhf.models.offload import check_offloading
-from fastrlhf.models.precision import with_dtype
+from fastrlhf.models.precision import fast_dtype, with_dtype
 from fastrlhf.tools.plan.changes import cheapest_change
 from fastrlhf.tools.plan.packs import Rows, read_rows
 from fastrlhf.tools.plan.phases import GIB, Phase, count_phases, readable
@@ -68,7 +68,7 @@ def plan_run(config: TrainConfig, *, memory_gib: float = 0.0) -> Plan:
         check_offloading(device)
     if config.dtype == "auto":
         # A device given by its memory is taken for a GPU that multiplies bfloat16.
-        config = replace(config, dtype="bfloat16") if memory_gib and may_offload else with_dtype(config)
+        config = replace(config, dtype=fast_dtype(config, True)) if memory_gib and may_offload else with_dtype(config)
     if isinstance(config, PPOConfig) and not may_offload:
         config = replace(config, ref_reward_offload=False)  # offloading has no effect on a CPU
     # Rows are read on this machine; whether the planned device can offload was checked above.
