@@ -1,4 +1,4 @@
-"""Loads models in parts, and samples from them at different paces; tests/ranks.py calls these functions."""
+"""Loads models and rows in parts, and samples at different paces; tests/ranks.py calls these functions."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from fastrlhf.models.loading import load_policy
 from fastrlhf.models.parts import Part
 from fastrlhf.models.sharding import full, own_pace, shard
 from fastrlhf.rollout.engine import SharedEngine, TransformersEngine
+from fastrlhf.runtime import dataset
+from fastrlhf.runtime.inputs import open_inputs
 from fastrlhf.types import Prefix
 from tests import tiny
 
@@ -83,3 +85,22 @@ def paces() -> dict[str, Any]:
         "error": error,
         "held": sum(weight.numel() for weight in model.parameters() if not isinstance(weight, DTensor)),
     }
+
+
+def stored_rows(place: Path) -> dict[str, Any]:
+    """Opens the same rows twice with an empty token store. Returns how often this rank tokenised each time, the number
+    of rows and the fingerprints."""
+    config = SFTConfig(
+        model_name_or_path=str(place / "policy"),
+        dataset_name=str(place / "rows.jsonl"),
+        dataset_cache_dir=str(place / "tokens"),
+        num_eval_examples=2,
+        device="cpu",
+        per_device_train_batch_size=4,
+    )
+    opened, calls = [], []
+    for _ in range(2):
+        with patch.object(dataset, "tokenize_examples", wraps=dataset.tokenize_examples) as tokenize:
+            opened.append(open_inputs(config, ["reference"], None, None)[1])
+            calls.append(tokenize.call_count)
+    return {"calls": calls, "rows": [len(each.train) for each in opened], "hash": [each.fingerprint for each in opened]}

@@ -41,7 +41,7 @@ from fastrlhf.runtime.optim import Optimizer
 from tests import resumable, tiny
 from tests.cut_ranks import CUTS, cut, finished, rescued, stopped
 from tests.hub_server import pushed
-from tests.part_ranks import loaded_parts, paces
+from tests.part_ranks import loaded_parts, paces, stored_rows
 
 LORA = {"use_peft": True, "lora_r": 3, "adam_epsilon": 1e-3}
 """Adam's epsilon is large: its first steps are signs of gradients, which are near zero for a new adapter."""
@@ -360,6 +360,7 @@ def main(place: Path) -> None:
         "limited": sharded_model({4, 17, 30}),
         "parts": loaded_parts(place, FAMILIES),
         "paces": paces(),
+        "stored": stored_rows(place),
         "compiled": compiled_model(),
         "shared": shared_weights(),
         "optimised": {name: optimised(136, **settings) for name, settings in OPTIMIZERS.items() if installed(settings)},

@@ -246,6 +246,13 @@ def test_each_process_loads_its_parts_bit_for_bit(place):
         assert seen(place)[rank]["parts"] == dict.fromkeys(("policy", *ranks.FAMILIES), expected)
 
 
+def test_rank_0_tokenises_and_the_other_ranks_map_its_rows(place):
+    first, second = (each["stored"] for each in seen(place))
+    assert (first["calls"], second["calls"]) == ([2, 0], [0, 0])  # training rows and held-out rows
+    assert first["rows"] == second["rows"] == [9, 9]
+    assert first["hash"][0] == first["hash"][1] == second["hash"][0] == second["hash"][1]
+
+
 def test_processes_sample_at_their_own_pace_and_share_errors(place):
     expected = {"five": True, "one": True, "error": "of rank 1", "held": 0}
     assert [each["paces"] for each in seen(place)] == [expected, expected]
