@@ -1,4 +1,4 @@
-"""Fixtures shared by the tests of trainers on pairs and groups: folders with a tiny policy each."""
+"""Fixtures for the tests of the trainers on pairs and groups: each fixture is the folder of a saved tiny policy."""
 
 import pytest
 

@@ -66,7 +66,7 @@ def test_group_normalised_divides_by_the_deviation_of_the_group_and_survives_equ
 
 
 def test_leave_one_out_gives_the_gradient_of_the_expected_reward_of_a_bandit():
-    """Enumerates all outcomes of two episodes in float64, so the result is exact up to rounding."""
+    """Computes the expected gradient over all outcomes of two episodes in float64, which is exact up to rounding."""
     logits = torch.tensor([0.3, -1.0, 0.8], dtype=torch.float64, requires_grad=True)
     reward = torch.tensor([1.0, -2.0, 5.0], dtype=torch.float64)
     [exact] = torch.autograd.grad(logits.softmax(0) @ reward, logits)

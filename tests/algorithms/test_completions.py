@@ -1,4 +1,4 @@
-"""Tests of the answers that a policy gives to prompts: what is sampled, and that sampling is reproducible."""
+"""Tests of sampling answers to prompts from a policy, and that sampling is reproducible."""
 
 import numpy as np
 import pytest

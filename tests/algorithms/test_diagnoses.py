@@ -1,4 +1,4 @@
-"""Tests of the training diagnoses: each is reported once, when it applies, and never on healthy curves."""
+"""Tests of the training diagnoses: each is reported once, when its condition is met, and never for healthy curves."""
 
 from fastrlhf.algorithms.diagnoses import Diagnoses
 

@@ -20,8 +20,8 @@ def config(model, **settings):
 
 
 def padded_log_ratios(model, reference, examples, mean: bool):
-    """Computes log-ratios to the reference for chosen and rejected responses, [B, 2], from right-padded batches, full
-    logits and a mask."""
+    """Returns the log-ratios (policy to reference) of chosen and rejected responses, [B, 2], computed from full logits
+    of a right-padded batch and a mask."""
     rows = [(tiny.ids(e.prompt), [*tiny.ids(y), tiny.EOS]) for e in examples for y in (e.chosen, e.rejected)]
     width = max(len(x) + len(y) for x, y in rows)
     ids = torch.tensor([x + y + [0] * (width - len(x) - len(y)) for x, y in rows])

@@ -24,10 +24,8 @@ PROMPTS = [TokenizedExample(prompt=[10 + i], row=i) for i in range(8)]
 
 
 class Sampler:
-    """A stand-in for sampling and judging: makes two rollouts of `row + 1` tokens for each row.
-
-    The two scores are 0 and 1 for the rows in `varied`, and 0 and 0 for all other rows.
-    """
+    """A stand-in for sampling and judging: makes two rollouts of `row + 1` tokens for each row. Their scores are 0 and
+    1 for rows in `varied`, and both 0 for all other rows."""
 
     def __init__(self, varied):
         self.varied, self.calls = set(varied), []
@@ -112,12 +110,13 @@ def test_dropped_groups_are_replaced_by_other_prompts_until_the_batch_is_full():
     [
         # Rows 0 and 2 are dropped; each has two responses of row + 1 tokens: 2 * 1 + 2 * 3 tokens.
         (2.0, [1, 3, 4], [1, 3, 4], 2, 0, 8),
-        # The budget is int(1.7 * 3) = 5 groups. Rows 3 and 4 have no spread and are dropped: 2 * 4 + 2 * 5 tokens.
+        # The budget is int(1.7 * 3) = 5 groups. Rows 3 and 4 have equal scores and are dropped: 2 * 4 + 2 * 5 tokens.
         (1.7, [1], [0, 1, 2], 2, 2, 18),
     ],
 )
 def test_refills_are_counted_by_hand(factor, varied, kept, dropped, unfilled, tokens):
-    """Three of five prompts are drawn and one has spread, so the second round samples the two remaining prompts."""
+    """The first round draws three of five prompts. The scores of only one prompt vary, so the second round samples the
+    two remaining prompts."""
     sample = Sampler(varied)
     batch, metrics = refilled(dynamic_config(factor), PROMPTS[:5], [0, 1, 2], 0, sample)
     assert [sorted(rows) for rows, _ in sample.calls] == [[0, 1, 2], [3, 4]]
@@ -175,7 +174,7 @@ def test_a_run_drops_refills_and_counts(policy_path):
     result = train_ppo(cfg, tiny.examples(20), reward_functions={"counted": counted})
     sampled = [row["dynamic_sampling/sampled_groups"] for row in result.history]
     assert max(sampled) > 4
-    assert sum(calls[1:]) == 2 * sum(sampled)  # each response is judged once; the first call is the trial
+    assert sum(calls[1:]) == 2 * sum(sampled)  # each response is judged once; the first call is a trial
     for row in result.history:
         kept = row["completions/mean_length"] * 8
         assert row["num_tokens"] == pytest.approx(kept + row["dynamic_sampling/dropped_tokens"])

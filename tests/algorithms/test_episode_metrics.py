@@ -1,4 +1,4 @@
-"""Tests which rewards are reported as the score of a response."""
+"""Tests of the score that is reported for a response, and which rewards it includes."""
 
 import torch
 

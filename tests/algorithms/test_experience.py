@@ -66,7 +66,8 @@ def experience(cfg, rollouts, critic, order=None, scores=SCORES, packs=None, rew
 
 
 def rewards(cfg, rollouts, critic, implicit=None) -> list[float]:
-    """Returns the reward of each row, read from the critic's target: they are equal if lambda and all values are 0."""
+    """Returns the reward of each row. With lambda 0 and a critic whose values are all 0, the rewards equal the
+    returns."""
     zeros = frozen_copy(critic)
     torch.nn.init.zeros_(zeros.score.weight)
     cfg = replace(cfg, lam=0.0, gamma=1.0)
@@ -112,8 +113,8 @@ def test_missing_eos_score_replaces_the_score(critic):
 
 
 def test_the_return_of_a_truncated_episode_includes_the_value_after_its_last_token(critic):
-    """With lambda 0 the return of the last row is reward + gamma * V(state after the last token). V is 0
-    after an episode that has ended. The critic is a reward model here, so V is the score of the whole text."""
+    """With lambda 0 the return of the last row is reward + gamma * V(state after the last token), where V is 0 after
+    an episode that has ended. The critic of this test is a reward model, so V is the score of the whole text."""
     cfg = config(kl_coef=0.0, lam=0.0, gamma=0.5, truncation="bootstrap")
     found, metrics = experience(cfg, ROLLOUTS, critic)
     judge = reward_model_judge(critic, eos_token_id=EOS, micro_batch_tokens=1000)
@@ -159,7 +160,7 @@ def test_kl_estimates_engine_ratios_and_truncation_are_reported(critic):
 
 
 def log_ratio(dpo, reference, rollouts) -> torch.Tensor:
-    """log(dpo / reference) at temperature 1 for every sampled token, from the models' logits."""
+    """Returns log(dpo / reference) at temperature 1 of every sampled token, computed from the models' logits."""
     found = []
     for r in rollouts:
         ids = torch.tensor([[*r.prefix.token_ids, *r.completion]])
@@ -171,7 +172,8 @@ def log_ratio(dpo, reference, rollouts) -> torch.Tensor:
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_every_sampled_token_earns_the_dpo_log_ratio_at_temperature_1(critic, temperature):
-    """The DPO model has the reference of the run or its own one. Prompt tokens and reset tokens earn nothing."""
+    """Covers a DPO model that uses the run's reference, and one with its own reference. Prompt and reset tokens earn
+    0."""
     cfg = config(
         kl_coef=0.0, dpo_model_path="dpo", dpo_reward_scale=0.5, temperature=temperature, micro_batch_tokens=16
     )
@@ -241,7 +243,8 @@ def test_the_order_of_the_packs_and_their_size_change_no_number(critic, keys):
 
 
 def test_tokens_after_the_eos_change_nothing_in_compat_fixed(critic):
-    """If an engine samples past the EOS, rollouts up to the EOS and scores are those of an engine that stops there."""
+    """An engine that samples past the EOS and an engine that stops at the EOS must give equal tokens up to the EOS, and
+    equal scores."""
     policy = tiny.policy()
     prefixes = [Prefix(token_ids=[3 + i % 29, 9, 4], num_reset=i % 3, row=i, episode=i) for i in range(60)]
     stopping, going_on = (
@@ -262,7 +265,7 @@ def test_tokens_after_the_eos_change_nothing_in_compat_fixed(critic):
 
 
 def test_in_compat_reference_reset_tokens_give_the_policy_no_gradient(critic):
-    """Only the mask excludes reset tokens: changing their advantages does not change the policy's gradient."""
+    """Changes the advantages of the reset tokens, which must not change the policy's gradient."""
     cfg = config(DRPOConfig, compat="reference", num_ppo_epochs=1)
     policy, value_model = tiny.policy(), frozen_copy(critic).requires_grad_(True)
     packs = pack_episodes(cfg, FULL, [0, 1, 2, 3, 4], policy.device)
@@ -303,8 +306,8 @@ def test_scores_are_reported_by_reset_depth_in_fifths(critic):
 
 @pytest.mark.parametrize(("estimator", "scale"), [("rloo", 1.0), ("grpo", 1 / (2 * (0.5**0.5 + 1e-4)))])
 def test_without_a_critic_every_token_has_the_advantage_of_its_episode_in_its_group(estimator, scale):
-    """The groups have returns (1, 2) and (3, 4). In both, leave-one-out (rloo) gives -1 and 1; grpo divides the
-    deviations from the mean, -1/2 and 1/2, by the sample standard deviation sqrt(1/2) plus 1e-4."""
+    """The groups have returns (1, 2) and (3, 4). For both groups rloo (leave-one-out) gives advantages -1 and 1. grpo
+    divides the deviations from the mean, -1/2 and 1/2, by the sample standard deviation sqrt(1/2) plus 1e-4."""
     cfg = config(kl_coef=0.0, advantage_estimator=estimator, num_generations=2)
     found, metrics = experience(cfg, ROLLOUTS[:4], None, order=[1, 0], scores=SCORES[:4])
     signs = torch.tensor([-1.0] * 3 + [1.0] * 3 + [-1.0] * 4 + [1.0])
@@ -324,7 +327,7 @@ def test_the_return_of_an_episode_includes_its_kl():
 
 @torch.no_grad()
 def state_kl(temperature: float, rollouts) -> torch.Tensor:
-    """KL(policy || reference) in the state before every sampled token, from the models' logits."""
+    """Returns KL(policy || reference) in the state before every sampled token, computed from the models' logits."""
     found = []
     for r in rollouts:
         ids = torch.tensor([[*r.prefix.token_ids, *r.completion]])
@@ -380,7 +383,7 @@ def test_a_kl_in_the_loss_is_no_reward(critic, estimator):
 
 
 def test_the_truncated_importance_weight_is_the_trainers_probability_over_the_engines(critic):
-    """The engine reports a log-prob of -4 nats for every token. Tokens that were not sampled have weight 1."""
+    """Uses an engine that reports a log-prob of -4 nats for every token. Tokens that were not sampled have weight 1."""
 
     def of_engine(rollouts):
         return [replace(r, sampler_logprob=[-4.0] * len(r.completion)) for r in rollouts]

@@ -35,8 +35,8 @@ def config(folder, **settings):
 
 
 def test_a_policy_too_far_from_its_reference_stops_before_it_is_trained_further(tmp_path):
-    """The saved policy is the one whose KL was measured: bit-identical to that of a run that ends one update
-    earlier."""
+    """The run saves the policy whose KL it has measured. This policy is bit-identical to the result of a run that ends
+    one update earlier."""
     with pytest.raises(ValueError, match=r"^max_kl: the policy that sampled for update \d+ is .* more than 0\.5;"):
         train_ppo(config(tmp_path, max_kl=0.5, output_dir=str(tmp_path / "run")), tiny.examples(20))
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
@@ -85,8 +85,8 @@ ROLLOUTS = [
 )
 @pytest.mark.parametrize("whiten", [False, True])
 def test_a_broken_model_is_named_with_the_row_that_it_fails_on(tmp_path, broken, name, whiten):
-    """The embedding of one token is NaN, and only the prompt of row 11 contains this token; whitening spreads the NaN
-    to every row."""
+    """Sets the embedding of one token to NaN. Only the prompt of row 11 contains this token, but whitening spreads the
+    NaN to every row."""
     cfg = config(tmp_path, whiten_rewards=whiten)
     critic = load_reward_model(cfg.reward_model_path, pad_token_id=0, must_be_trained=True)
     models = {"policy": tiny.policy(), "reference": tiny.policy(seed=5), "critic": critic}
@@ -144,7 +144,8 @@ def test_a_run_whose_engine_samples_from_other_weights_stops_at_its_first_update
 
 
 def test_the_guards_hold_for_groups_that_a_function_rewards(tmp_path):
-    """Runs GRPO with a reward function; there is no reward model and no critic, only group-relative advantages."""
+    """Runs GRPO with a reward function. The run has no reward model and no critic; advantages are relative to the
+    group."""
 
     def low(completion_ids, **_):
         return [float(ids[0] % 2) for ids in completion_ids]

@@ -15,7 +15,8 @@ def rollout(number: int) -> Rollout:
 
 
 def judged(rollouts) -> JudgedRollouts:
-    """Stands in for judging: a rollout's results are made from its only token; the metric is the number of rollouts."""
+    """Stands in for judging: derives the results of a rollout from its only token. The metric is the number of
+    rollouts."""
     tokens = torch.tensor([float(x.completion[0]) for x in rollouts])
     return JudgedRollouts(
         rollouts=list(rollouts),

@@ -23,7 +23,7 @@ TOLERANCE = 2e-6  # sums of at most 81 float32 slopes of about 1
 
 
 class Tree:
-    """All sequences of `horizon` tokens; a policy is a table of logits [state, token]."""
+    """The set of all sequences of `horizon` tokens. A policy over them is a table of logits [state, token]."""
 
     def __init__(self, vocab: int, horizon: int) -> None:
         self.vocab, self.horizon = vocab, horizon
@@ -56,7 +56,7 @@ WORLDS = {"bandit": BANDIT, "tree": TREE}
 
 
 def through(world: Tree, logits: Tensor, slopes: Tensor) -> Tensor:
-    """The gradient with respect to the logits, from slopes [rows] with respect to the log-probs."""
+    """Returns the gradient with respect to the logits, given the derivatives [rows] with respect to the log-probs."""
     leaf = logits.clone().requires_grad_(True)
     return torch.autograd.grad((world.logprob(leaf) * slopes.double()).sum(), leaf)[0]
 
@@ -67,7 +67,7 @@ def gradient_of(divergence, logits: Tensor) -> Tensor:
 
 
 def full(world: Tree, logits: Tensor, reference: Tensor) -> Tensor:
-    """Gradient of the KL of whole sequences, in which an early token also affects the KL of later states."""
+    """Returns the gradient of the KL of whole sequences. An early token also affects the KL of later states."""
     return gradient_of(
         lambda x: (world.visits(x) * (world.logprob(x) - world.logprob(reference))).sum(),
         logits,
@@ -75,13 +75,13 @@ def full(world: Tree, logits: Tensor, reference: Tensor) -> Tensor:
 
 
 def partial(world: Tree, logits: Tensor, reference: Tensor, sampler: Tensor | None = None) -> Tensor:
-    """Gradient of the KL of each state, with states weighted by how often the sampler visits them."""
+    """Returns the gradient of the sum of the KLs of the states, weighted by how often the sampler visits each state."""
     visits = world.visits(logits if sampler is None else sampler)
     return gradient_of(lambda x: (visits * world.state_kl(x, reference)).sum(), logits)
 
 
 def policy_slopes(world: Tree, logits: Tensor, sampler: Tensor, advantage: Tensor, **kl) -> Tensor:
-    """The expected derivative of the trainer's loss with respect to the log-prob of every row, [rows]."""
+    """Returns the expected derivative of the trainer's loss with respect to the log-prob of every row, [rows]."""
     logprob = world.logprob(logits).float().requires_grad_(True)
     drawn, mask = world.logprob(sampler).float(), torch.ones(len(world.state), dtype=torch.bool)
     visits = world.visits(sampler).float()
@@ -118,7 +118,8 @@ def returns_to_go(reward: Tensor, world: Tree) -> Tensor:
 
 
 def kl_advantage(world: Tree, logits: Tensor, reference: Tensor, estimator: str) -> Tensor:
-    """The advantage of each row as the trainer computes it, with no critic and no reward besides the KL, [rows]."""
+    """Returns the advantage of each row, [rows], as the trainer computes it without a critic. The only reward is the
+    KL."""
     given = episodes(world, logits, reference, estimator == "exact")
     config = PPOConfig(kl_coef=1.0, kl_estimator=estimator)
     advantage = returns_to_go(Rewards(config=config).terms(given)["kl"].reward, world)
@@ -190,8 +191,8 @@ def test_an_exact_kl_only_in_the_reward_would_not_train_the_state_itself():
 
 
 def test_an_exact_kl_in_the_reward_has_less_variance_than_k1():
-    """Compares the variance of the gradient over the sequences of the tree, summed over the logits, with a perfect
-    critic as baseline. Measured: 0.744 (exact) and 1.493 (k1)."""
+    """Compares the variances of the policy gradient over the sequences of the tree, each summed over the logits. The
+    baseline is a perfect critic. Measured: 0.744 (exact KL) and 1.493 (k1)."""
     logits, reference = TREE.logits(0), TREE.logits(1)
     leaf = logits.clone().requires_grad_(True)
     probability, state = TREE.visits(logits), TREE.state
@@ -218,7 +219,8 @@ def test_k1_in_the_loss_is_refused(name):
 
 
 def test_k2_and_k3_in_the_reward_are_refused():
-    """k3 in the reward trains KL(policy || reference) minus KL(reference || policy), which can push the policy away."""
+    """With k3 in the reward the policy minimises KL(policy || reference) - KL(reference || policy), which can increase
+    its distance from the reference."""
     logits, reference = BANDIT.logits(0), BANDIT.logits(1)
     wanted = full(BANDIT, logits, reference)
     forward = gradient_of(lambda x: BANDIT.visits(reference) @ (BANDIT.logprob(reference) - BANDIT.logprob(x)), logits)

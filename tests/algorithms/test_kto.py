@@ -32,8 +32,8 @@ def logprob(model, prompt, response):
 
 
 def textbook_loss(cfg, policy, reference, rows):
-    """Returns the loss of one batch and its estimate z of the KL, computed one sequence at a time; `rows` are in the
-    order in which they were drawn."""
+    """Returns the loss of one batch and the estimate z of the KL, computed one sequence at a time. `rows` must be in
+    the order in which the trainer drew them."""
     texts = [(tiny.ids(row.prompt), [*tiny.ids(row.reference), tiny.EOS]) for row in rows]
 
     def log_ratio(prompt, response):

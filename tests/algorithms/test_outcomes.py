@@ -1,4 +1,4 @@
-"""Tests of outcomes computed by hand, and of which responses count as successes."""
+"""Tests of the outcomes of responses against values computed by hand, and of which responses count as successes."""
 
 import pytest
 import torch

@@ -1,5 +1,5 @@
-"""Tests of resets into the policy's own failed responses: where episodes start, to which policy training
-converges, and what stays unchanged."""
+"""Tests of resets into the policy's own failed responses: the start points of episodes, the policy to which training
+converges, and the numbers that resets must not change."""
 
 from collections import Counter
 from dataclasses import replace
@@ -114,7 +114,7 @@ CODE = (1, 0, 1)
 
 
 class Table:
-    """A policy with one logit per state; a state is the sequence of tokens so far."""
+    """A tabular policy with one logit per state. A state is the sequence of the tokens so far."""
 
     def __init__(self, seed: int):
         self.logit: dict[tuple[int, ...], float] = {}
@@ -141,11 +141,9 @@ def reward(rollouts) -> torch.Tensor:
 
 
 def test_the_starts_are_uniform_cuts_of_the_failures_of_the_policy():
-    """Compares how often episodes start at each prefix with an enumeration of all responses.
-
-    The probability of a start of k tokens is P(a failed response begins with these tokens | its group has a failure)
-    times 1 / (L - 1), for responses of L tokens.
-    """
+    """Compares how often episodes start at each prefix with an enumeration of all responses. The probability that an
+    episode starts after given k tokens is P(a failed response begins with these tokens | its group has a failure) times
+    1 / (L - 1), for responses of L tokens."""
     table, num = Table(0), 6_000
     cfg = resets_config(num_generations=2, per_device_train_batch_size=2 * num, reset_cut="uniform")
     rollouts = table.sample(table.prompts(2 * num, 0))

@@ -1,4 +1,4 @@
-"""Tests of label probabilities from columns, counts and scores."""
+"""Tests of the label probabilities of pairs, which are read from a column or computed from counts or scores."""
 
 import math
 from dataclasses import replace

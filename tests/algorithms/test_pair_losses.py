@@ -31,7 +31,8 @@ def one_number(chosen, rejected):
 
 
 def textbook_loss(cfg, u, mean, nll):
-    """Computes the loss of `cfg` from log-ratios (or log-probs) u [B, 2] of responses, as sums or means per token."""
+    """Computes the loss of `cfg` from u [B, 2], the log-ratios (or log-probs) of the responses, each a sum or mean over
+    tokens."""
     chosen, rejected = (mean if cfg.loss_type in ("simpo", "orpo") else u).unbind(1)
     return {
         "apo_zero": lambda: 1 - (cfg.beta * chosen).sigmoid() + (cfg.beta * rejected).sigmoid(),

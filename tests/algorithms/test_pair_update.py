@@ -63,7 +63,7 @@ def test_loss_and_gradient_are_the_closed_form(kind):
     loss.backward()
     expected, slope = closed_form(cfg)
     assert loss.item() == pytest.approx(expected, rel=1e-6)
-    # dD / dlogprob of each row: +1 in the better response of a pair, -1 in the worse, 0 outside the mask
+    # dD / dlogprob of each row: +1 in the better response of a pair, -1 in the worse one, 0 outside the mask
     sign = torch.tensor([-1.0, -1, 1, 1, 1, 0, -1])
     torch.testing.assert_close(logprob.grad, sign * slope[torch.tensor([0, 0, 0, 1, 1, 1, 1])], rtol=1e-6, atol=1e-6)
     found = {name: metric.value.item() for name, metric in metrics.items()}
@@ -103,10 +103,8 @@ def test_rows_of_episodes():
 
 @pytest.mark.parametrize("kind", ["rebel", "ipo"])
 def test_enumerated_pairs_lead_to_the_policy_in_closed_form(kind):
-    """Trains on every pair of one-token responses: of four responses for rebel, of two for ipo.
-
-    The minimiser is policy = sampler exp(eta r) / Z for rebel, and D = (p - 1/2) / tau for ipo.
-    """
+    """Trains on all pairs of four one-token responses (rebel) or two (ipo). The minimiser of rebel is the policy
+    sampler * exp(eta r) / Z. The minimiser of ipo has the log-ratio difference D = (p - 1/2) / tau."""
     cfg = pairs_config(**SETTINGS[kind])
     num = 4 if kind == "rebel" else 2
     reward = torch.tensor([1.0, -1.0, 0.5, 2.0])[:num]
@@ -135,10 +133,8 @@ def test_enumerated_pairs_lead_to_the_policy_in_closed_form(kind):
 
 
 def test_repeated_rebel_follows_exponentiated_rewards_to_the_best_response():
-    """Three updates on all pairs lead to the policy (initial policy) * exp(3 eta r) / Z.
-
-    The sampler of each update is the policy that the previous update reached.
-    """
+    """Takes three updates on all pairs; in each the sampler is the policy after the previous update. The result must be
+    (initial policy) * exp(3 eta r) / Z."""
     cfg, reward = pairs_config(**SETTINGS["rebel"]), torch.tensor([1.0, -1.0, 0.5, 2.0])
     start = torch.tensor([0.1, 0.2, 0.3, 0.4]).log()
     ends = [(a, b) for a in range(4) for b in range(a)]
@@ -164,10 +160,9 @@ def test_repeated_rebel_follows_exponentiated_rewards_to_the_best_response():
 
 @pytest.mark.parametrize(("select", "size"), [("neighbours", 2), ("best_worst", 4)])
 def test_refuel_regresses_the_suffixes_of_pairs_that_start_inside_a_response(paths, select, size):
-    """Compares the gradient of an update on shared prefixes with plain forwards of one text at a time.
-
-    In both, D sums the log-ratios of the sampled tokens only. best_worst uses the best and the worst of each group.
-    """
+    """Compares the gradient of an update on shared prefixes with plain forwards of one text at a time. D is the
+    difference of the log-ratios, summed over sampled tokens only. `best_worst` compares the best and the worst response
+    of each group."""
     cfg = config(
         {"model_name_or_path": paths["model_name_or_path"]},
         GRPOConfig,

@@ -67,7 +67,7 @@ def assert_same_history(a, b):
 
 
 class GradientRecorder:
-    """Replaces the optimiser: records the gradients of each step and does not change the weights."""
+    """A replacement of the optimiser that records the gradients of each step and does not change the weights."""
 
     def __init__(self, *models):
         self.models, self.steps = models, []
@@ -159,7 +159,7 @@ def run(cfg, **settings):
 
 @pytest.mark.parametrize(("probability", "truncation"), [(0.0, {}), (1e-300, {}), (1e-300, BOOTSTRAP)])
 def test_ppo_is_drpo_with_probability_zero_bit_for_bit(paths, probability, truncation):
-    """With reset_prob 1e-300 responses are loaded and random numbers are drawn, but no episode is reset."""
+    """With reset_prob 1e-300 the trainer loads responses and draws random numbers, but it resets no episode."""
     ppo = run(config(paths, PPOConfig, **truncation))
     drpo = run(config(paths, DRPOConfig, reset_prob=probability, **truncation))
     assert_same_history(ppo, drpo)
@@ -195,7 +195,7 @@ def test_for_every_kl_placement_the_first_ratio_is_exactly_one_and_the_run_learn
 
 
 def test_the_coefficient_is_steered_by_the_kl_of_every_update(paths):
-    """The coefficient that results from the KL of one update is used by the next update."""
+    """The KL coefficient that follows from the KL of one update is used in the next update."""
     cfg = config(paths, max_steps=4, kl_target=0.5, kl_horizon=24, micro_batch_tokens=1000)
     history, coef = run(cfg).history, cfg.kl_coef
     for row in history:
@@ -207,7 +207,7 @@ def test_the_coefficient_is_steered_by_the_kl_of_every_update(paths):
 
 
 def test_the_policy_waits_for_the_critic(paths):
-    """The KL coefficient does not change during the critic's warm-up either."""
+    """Neither the policy nor the KL coefficient changes during the critic's warm-up."""
     result = run(config(paths, max_steps=4, value_warmup_steps=2, kl_target=0.5, kl_horizon=24))
     assert [row["policy/kl_coef"] for row in result.history] == pytest.approx([0.05, 0.05, 0.05, 0.045])
     moved = [row["objective/kl"] != 0 for row in result.history]
@@ -230,7 +230,7 @@ def test_the_critic_has_its_own_learning_rate(paths):
 
 
 def prefixes_of(cfg):
-    """Runs a configuration; returns the prefixes [updates][episodes] from which its episodes started, and its
+    """Runs a configuration; returns the prefixes [updates][episodes] from which the episodes started, and the run's
     result."""
     seen = []
 
@@ -247,7 +247,8 @@ def prefixes_of(cfg):
 
 
 def test_the_curriculum_follows_the_updates_of_the_run(paths):
-    """In the first update every reset copies all tokens of a response but the last; by the third the number varies."""
+    """In the first update every reset copies all tokens of a response except the last. In the third update the number
+    of copied tokens varies."""
     seen, _ = prefixes_of(config(paths, DRPOConfig, max_steps=3, reset_curriculum=0.5))
     missing = [{round(p.num_reset / p.reset_depth) - p.num_reset for p in prefixes if p.num_reset} for prefixes in seen]
     assert missing[0] == {1}
@@ -361,7 +362,8 @@ def test_a_second_reward_model_judges_the_held_out_prompts_and_moves_nothing(pat
 
 @pytest.mark.parametrize("field", ["reward_model_path", "eval_reward_model_path"])
 def test_a_judge_of_another_tokenizer_gives_the_scores_of_the_text(paths, tmp_path, field):
-    """Swaps the ids of two words in the judge's tokenizer and in its embedding, so that text scores stay equal."""
+    """Swaps the ids of two words in both the judge's tokenizer and its embedding, so that the score of a text stays
+    unchanged."""
     judge = tiny.save_reward_model(tmp_path / "judge")
     file = tmp_path / "judge" / "tokenizer.json"
     known = json.loads(file.read_text())

@@ -20,10 +20,8 @@ from tests.algorithms.test_ppo import assert_same_history, config, paths, run  #
 
 @pytest.mark.parametrize(("kind", "shaping"), [(PPOConfig, "token"), (DRPOConfig, "rs")])
 def test_ppo_is_rto_with_scale_zero_bit_for_bit(paths, tmp_path, kind, shaping):
-    """The DPO model is loaded and its token rewards are computed, but scaled by 0.
-
-    PPO starts every episode at a prompt, DR-PO also at resets.
-    """
+    """Computes the token rewards of a DPO model and scales them by 0, with PPO (all episodes start at prompts) and with
+    DR-PO (some start at resets)."""
     dpo = tiny.save_policy(tmp_path / "dpo", seed=1)
     plain = run(config(paths, kind))
     rto = run(config(paths, kind, dpo_model_path=dpo, dpo_reward_scale=0.0, reward_shaping=shaping))
@@ -39,7 +37,7 @@ def test_ppo_is_rto_with_scale_zero_bit_for_bit(paths, tmp_path, kind, shaping):
 
 @pytest.mark.parametrize("scale", [0.5, -0.5])
 def test_rto_moves_the_policy_towards_the_dpo_model_or_away_from_it(paths, tmp_path, scale):
-    """Training raises the token rewards, the only rewards here, for both signs of the scale (by 0.21 and 0.12)."""
+    """Trains on token rewards only. Their mean rises for both signs of the scale (measured: by 0.21 and 0.12)."""
     dpo = tiny.save_policy(tmp_path / "dpo", seed=1)
     cfg = config(paths, RTOConfig, dpo_model_path=dpo, dpo_reward_scale=scale, score_coef=0.0, kl_coef=0.0)
     cfg = replace(cfg, per_device_train_batch_size=32, num_ppo_epochs=3, micro_batch_tokens=1000)
@@ -65,10 +63,9 @@ def test_a_user_defined_function_is_a_separate_reward(paths):
 
 @pytest.mark.parametrize("compat", ["fixed", "reference"])
 def test_samples_have_the_rewards_of_their_own_tokens(paths, tmp_path, compat):
-    """Compares the logged rewards of samples with the rewards of their tokens, for episodes that start at resets.
-
-    In compat "reference" the reset tokens earn rewards too. The reward is the token id, so a shift by one row shows.
-    """
+    """Compares the logged rewards of samples with the rewards of their tokens, for episodes that start at resets. In
+    compat "reference" reset tokens earn rewards too. The reward of a token is its id, so the test detects a shift by
+    one row."""
     cfg = config(paths, DRPOConfig, max_steps=1, compat=compat, output_dir=str(tmp_path / "run"))
     train_ppo(cfg, tiny.examples(8), reward_functions={"id": lambda r: [float(i) for i in r.completion]})
     rows = read_rows(tmp_path / "run" / "samples.jsonl")
@@ -122,10 +119,8 @@ def test_without_a_critic_the_policy_learns_from_a_judge_only(paths, estimator):
 
 
 def test_the_policy_learns_from_reward_functions_only(paths, tmp_path):
-    """The reward function checks whether a response starts with the answer of its row.
-
-    There is no reward model. One run has a critic, the other has none.
-    """
+    """Uses a reward function that checks whether a response starts with the answer of its row, and no reward model;
+    once with and once without a critic."""
 
     def right(completions, answer, **kwargs):
         return [float(text.startswith(word)) for text, word in zip(completions, answer, strict=True)]
@@ -202,10 +197,8 @@ def test_without_a_critic_the_reward_model_is_only_the_judge(paths):
 
 @pytest.mark.parametrize("opponents", ["reference", "rollouts"])
 def test_psi_makes_the_reward_a_mean_preference_and_leaves_the_evaluation_in_scores(paths, opponents):
-    """Opponents are the responses of the dataset ("reference") or the other rollouts of the group ("rollouts").
-
-    The judge scores by length, so the rewards can be computed by hand.
-    """
+    """Compares PsiPO rewards with values computed by hand. The opponents are the responses of the dataset ("reference")
+    or the other rollouts of the group ("rollouts"); the judge scores a response by its length."""
 
     def length(rollouts):
         return torch.tensor([0.5 * len([*r.prefix.token_ids, *r.completion]) for r in rollouts])

@@ -1,5 +1,5 @@
-"""Tests of resets: to which response an episode is reset, which episodes share a reset point, and which seed each draw
-uses."""
+"""Tests of resets: the response that an episode is reset into, the episodes that share a reset point, and the seeds of
+the draws."""
 
 from collections import Counter
 
@@ -18,7 +18,7 @@ def config(**settings) -> DRPOConfig:
 
 
 def prompts(count: int) -> list[TokenizedExample]:
-    """Makes prompts with references of tokens 10 .. 15 and chosen responses of tokens 20 .. 25."""
+    """Makes prompts whose references have the tokens 10 .. 15 and whose chosen responses have the tokens 20 .. 25."""
     return [
         TokenizedExample(
             prompt=[3 + i % 5, 4],

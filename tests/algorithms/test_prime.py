@@ -1,5 +1,5 @@
-"""Tests of token rewards that are trained on outcomes (PRIME): the loss by hand, the converged rewards, and whole
-runs."""
+"""Tests of token rewards that are trained on outcomes (PRIME): the loss against values computed by hand, the converged
+rewards, and whole runs."""
 
 from dataclasses import replace
 

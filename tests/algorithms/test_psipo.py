@@ -61,7 +61,7 @@ ODD = [name for name in PSIS if name != "square"]
 
 
 def closed_form(psi, preference=CYCLES) -> torch.Tensor:
-    """The optimal policy pi_ref exp(g / tau) / Z, eq. 7 and 9."""
+    """Returns the optimal policy pi_ref exp(g / tau) / Z of eq. 7 and 9."""
     return (REFERENCE.log() + (psi(preference) @ MU) / TAU).softmax(0)
 
 
@@ -78,7 +78,8 @@ def error(policy, psi, preference=CYCLES) -> float:
 
 
 def groupwise_minimiser(size: int, target) -> torch.Tensor:
-    """The minimiser of `group_loss` over all draws of `size` cards; `target` maps P [draws, K, K] to [draws, K]."""
+    """Returns the minimiser of `group_loss` over all draws of `size` cards. `target` maps the preferences [draws, K, K]
+    within each draw to the targets [draws, K]."""
     draws = CARDS[torch.cartesian_prod(*[torch.arange(7)] * size)]
     targets = target(CYCLES[draws[:, :, None], draws[:, None, :]]).flatten()
     cu_groups = torch.arange(0, draws.numel() + 1, size)
@@ -110,7 +111,7 @@ def test_the_closed_form_maximises_the_objective():
 @pytest.mark.parametrize("preference", [CYCLES, BRADLEY_TERRY], ids=["cycles", "bradley_terry"])
 @pytest.mark.parametrize("name", ODD)
 def test_pairs_reach_the_closed_form_if_psi_is_odd(name, preference):
-    """Minimises `pair_loss` over all pairs of cards in both orders; its float32 arithmetic sets the tolerance."""
+    """Minimises `pair_loss` over all ordered pairs of cards. The tolerance is that of its float32 arithmetic."""
     psi = PSIS[name]
     pairs = CARDS[torch.cartesian_prod(torch.arange(7), torch.arange(7))]  # [49, 2]
     target = pair_target(psi, preference[pairs[:, 0], pairs[:, 1]], TAU)
@@ -179,7 +180,7 @@ def test_the_reward_of_the_reward_backend_is_g(name):
 
 
 def dpo_minimiser(preference) -> torch.Tensor:
-    """The population optimum of DPO (beta = tau), found by Newton steps on its convex loss."""
+    """Returns the minimiser of DPO's population loss (beta = tau), which is convex, by Newton's method."""
 
     def loss(u):
         return (preference * weights * F.softplus(-TAU * (u[:, None] - u[None]))).sum()
@@ -193,7 +194,8 @@ def dpo_minimiser(preference) -> torch.Tensor:
 
 
 def test_under_bradley_terry_dpo_rlhf_and_psipo_with_logit_are_equal():
-    """Tests proposition 1. For other preferences the optimum of DPO differs from that of PsiPO with logit."""
+    """Tests proposition 1 of the paper. If preferences are not Bradley-Terry, DPO and PsiPO with logit have different
+    optima."""
     rlhf = (REFERENCE.log() + REWARDS / TAU).softmax(0)
     torch.testing.assert_close(closed_form(PSIS["logit"], BRADLEY_TERRY), rlhf, rtol=0, atol=1e-14)
     torch.testing.assert_close(dpo_minimiser(BRADLEY_TERRY), rlhf, rtol=0, atol=1e-12)
@@ -304,7 +306,8 @@ def test_the_group_loss_is_the_mean_over_pairs_and_its_gradient_the_finite_diffe
 
 @pytest.mark.parametrize("name", PSIS)
 def test_leave_two_out_has_the_gradient_of_its_definition(name):
-    """The definition uses, for each pair (i, j), the mean of M_il - M_jl over the other members l, M = Psi(P)."""
+    """By definition the target of the pair (i, j) is the mean of M_il - M_jl over all other members l, with M =
+    Psi(P)."""
     value, size = PSIS[name](CYCLES), 5
     u = torch.randn(size, generator=torch.Generator().manual_seed(1), dtype=torch.float64, requires_grad=True)
     loss = torch.zeros((), dtype=torch.float64)
@@ -351,7 +354,7 @@ def test_a_judge_compares_with_the_opponents_of_its_prompt(name):
 
 
 def test_without_opponents_the_reward_of_a_rollout_is_unbiased():
-    """The mean reward of an action over all draws of three rollouts equals g, with mu as the sampler."""
+    """If rollouts are sampled from mu, the mean reward of an action over all draws of three rollouts equals g."""
     rewards = {a: [] for a in range(5)}
     judged = psi_judge(judge, None, PSIS["square"])
     for draw in itertools.product(CARDS.tolist(), repeat=3):

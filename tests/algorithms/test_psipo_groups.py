@@ -45,14 +45,15 @@ def scored_groups() -> list[Example]:
 
 
 def logprob(model, prompt: str, response: str) -> torch.Tensor:
-    """Log-prob of the response to a prompt, from full logits of one sequence."""
+    """Returns the log-prob of a response, computed from the full logits of a single sequence."""
     x, y = tiny.ids(prompt), [*tiny.ids(response), tiny.EOS]
     logits = model(torch.tensor([x + y])).logits[0, len(x) - 1 : -1]
     return logits.log_softmax(-1).gather(1, torch.tensor(y)[:, None]).sum()
 
 
 def textbook_loss(policy, reference, examples, tau: float, scale: float) -> torch.Tensor:
-    """The loss for Psi = identity, computed pair by pair; g of a response is its mean preference over its group."""
+    """Returns the loss for Psi = identity, computed pair by pair. The g of a response is its mean preference over its
+    group."""
     total = torch.zeros(())
     for example in examples:
         with torch.no_grad():
@@ -114,11 +115,9 @@ def test_a_group_of_two_is_a_pair_with_a_probability(model, other, monkeypatch, 
 
 @pytest.mark.parametrize(("size", "psi"), [(2, "identity"), (3, "tests.algorithms.test_psipo:square")])
 def test_training_on_groups_reaches_the_closed_form(model, size, psi):
-    """Trains on all ways to draw `size` of three one-word responses, so that mu is uniform.
-
-    The tolerance is 1e-3: a pair has different targets g in different groups, so the gradient is noisy and Adam does
-    not reach the exact optimum.
-    """
+    """Trains on all ways to draw `size` of three one-word responses, so that mu is uniform. The tolerance is 1e-3,
+    because the targets g of a pair depend on its group. The gradient is therefore noisy, and Adam does not reach the
+    exact optimum."""
     words = ["w3", "w4", "w5"]
     draws = enumerate(itertools.product(range(3), repeat=size))
     examples = [
@@ -145,7 +144,8 @@ def test_training_on_groups_reaches_the_closed_form(model, size, psi):
 
 @pytest.mark.parametrize("backend", ["pairwise", "groupwise"])
 def test_a_reward_model_gives_the_probabilities(model, reward_model, backend):
-    """For Psi = logit a target is a score difference divided by tau. The first loss is the mean squared target."""
+    """For Psi = logit a target is a difference of scores divided by tau. At the first step the loss is the mean squared
+    target, because the policy equals the reference."""
     examples = [
         replace(example, responses=[example.chosen, example.rejected], scores=[math.nan])
         for example in tiny.examples(4)

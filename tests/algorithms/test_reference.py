@@ -104,7 +104,7 @@ def flip_a_byte(content: bytes) -> bytes:
 
 @pytest.mark.parametrize("damage", [lambda content: content[:20], flip_a_byte])
 def test_a_damaged_cache_is_named(damage, model, tmp_path):
-    """One of the damages is a flipped byte within the numbers; the file can still be read."""
+    """Truncates a cache file, or flips a byte within its numbers, so that the file can still be read."""
     cfg = config(model, ref_cache_dir=str(tmp_path))
     run(cfg)
     [file] = tmp_path.iterdir()

@@ -1,4 +1,4 @@
-"""Tests of the reward model on packs, against the plain AutoModelForSequenceClassification on padded batches."""
+"""Tests of reward-model training on packs, against a plain AutoModelForSequenceClassification on padded batches."""
 
 import math
 import random
@@ -261,7 +261,7 @@ def test_heads_and_critic_have_their_own_learning_rate(policy):
     cfg = config(policy, max_steps=3, learning_rate=1e-30, per_device_train_batch_size=4)
     history = train_reward_model(cfg, tiny.examples(4), views=views_of(3, view_learning_rate=0.1)).history
     still = train_reward_model(cfg, tiny.examples(4), views=views_of(3, view_learning_rate=1e-30)).history
-    # The learning rate of the trunk is 1e-30, so the ranking loss does not depend on view_learning_rate
+    # The learning rate of the trunk is 1e-30, so view_learning_rate does not affect the ranking loss
     assert [row["loss"] for row in history] == pytest.approx([row["loss"] for row in still])
     assert history[0]["views/skl"] == still[0]["views/skl"]
     assert abs(history[2]["views/skl"] / still[2]["views/skl"] - 1) > 0.01

@@ -1,5 +1,5 @@
-"""End-to-end tests of RLP on tiny models: what it adds to the trainers, what it leaves unchanged, and how runs
-continue."""
+"""End-to-end tests of RLP on tiny models: its results compared with those of the single trainers, and how runs
+resume."""
 
 import gc
 import json
@@ -34,7 +34,8 @@ def policy(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def first(policy, tmp_path_factory):
-    """Trains a reward model and a policy without refinement; returns the keys with which other runs start from them."""
+    """Trains a reward model and a policy without refinement; returns the settings with which other runs start from
+    both."""
     out = tmp_path_factory.mktemp("first") / "rlp"
     run(settings(out, refinement="none"), policy)
     return {"reward_model_path": str(out / "reward"), "policy_path": str(out / "policy")}
@@ -42,7 +43,7 @@ def first(policy, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def spg(policy, first, tmp_path_factory):
-    """Runs SPG starting from `first`; returns its folder and its result."""
+    """Runs SPG from the models of `first`; returns the run's folder and its result."""
     out = tmp_path_factory.mktemp("spg") / "rlp"
     return out, run(settings(out, refinement="spg", **first), policy)
 
@@ -67,7 +68,7 @@ def settings(folder: Path, **fields) -> RLPConfig:
 
 
 def same_length(comparisons: Sequence[Comparison]) -> list[Relation]:
-    """A stand-in for an equivalence judge: answers with equally many words mean the same."""
+    """A stand-in for an equivalence judge: two answers are equivalent if they have equally many words."""
     return [Relation(2 * (len(c.premise.split()) == len(c.hypothesis.split()))) for c in comparisons]
 
 
@@ -211,7 +212,7 @@ def test_a_restarted_run_does_only_what_is_missing_and_ends_with_the_same_result
     assert again.final == spg[1].final
     assert not asked
     assert {file: file.stat().st_mtime_ns for file in done} == done
-    third = run(config, policy)  # nothing remains to be done
+    third = run(config, policy)  # all stages are complete
     assert [row["objective/scores"] for row in third.history] == [row["objective/scores"] for row in again.history]
     assert all(map(torch.equal, third.model.state_dict().values(), again.model.state_dict().values()))
     with pytest.raises(
@@ -242,7 +243,7 @@ def test_another_section_than_a_finished_stage_was_trained_by_is_refused_and_a_m
         for other_reward, other_policy, message in changes:
             with pytest.raises(ValueError, match=f"output_dir: must be a new folder: {part}{message}"):
                 train_rlp(config, other_reward, other_policy, **data)
-        for stage in ("reward", "policy"):  # without these folders the check of round-1 comes next
+        for stage in ("reward", "policy"):  # without these folders, round-1 is checked next
             shutil.rmtree(moved / stage, ignore_errors=True)
 
 
@@ -265,7 +266,7 @@ def test_a_dpo_model_may_be_an_adapter_and_a_missing_one_is_reported_at_once(pol
 
 
 def test_two_runs_never_share_a_folder(policy, first, spg, tmp_path):
-    """Tries to start a second run between two stages of the first; each stage locks only its own folder."""
+    """Tries to start a second run in the folder between two stages of the first run, when no stage holds a lock."""
     config, refused = settings(tmp_path / "rlp", refinement="spg", **first), []
 
     def intruding(comparisons):

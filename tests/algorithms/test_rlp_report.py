@@ -8,7 +8,7 @@ from fastrlhf.algorithms.rlp_report import agreement, compare_scores, view_activ
 
 
 def sets(*responses):
-    """Prompts whose answers have one token each."""
+    """Makes one prompt per list of tokens; each token of the list is an answer to the prompt."""
     return [
         Answers(row=i, prompt=[9], responses=[[token] for token in tokens], logprob=[0.0] * len(tokens))
         for i, tokens in enumerate(responses)

@@ -28,7 +28,7 @@ CONFIG = RLPConfig(num_answers=4, num_calibration_prompts=0, equivalence="exact"
 
 
 def judge_of(matrix):
-    """A judge of the answers "0", "1", ... that looks up a matrix and records its questions."""
+    """A judge of the answers "0", "1", ... that looks up relations in a matrix and records its questions."""
     asked = []
 
     def judge(comparisons):
@@ -132,7 +132,7 @@ def test_ten_answers_that_all_differ_are_given_up_after_the_seventh():
 
 
 def answers(num, row=0, same=()):
-    """Answers of one token each; those in `same` have the same token."""
+    """Makes answers of one token each. All answers in `same` have an equal token."""
     responses = [[99 if i in same else i, 1] for i in range(num)]
     return Answers(row=row, prompt=[50], responses=responses, logprob=[-float(i) for i in range(num)])
 

@@ -1,4 +1,4 @@
-"""Tests of the loss on views, with values computed by hand."""
+"""Tests of the RLP-UML loss on views (pairs of answers to a prompt), with values computed by hand."""
 
 from dataclasses import replace
 from math import exp, log
@@ -164,7 +164,7 @@ def test_heads_depend_only_on_the_seed():
 
 
 def sets(count, alike=()):
-    """Prompts with three answers each; for the prompts in `alike` all answers are equal."""
+    """Makes prompts with three answers each. A prompt in `alike` has three equal answers."""
     return [
         Answers(row=i, prompt=[100 + i], responses=[[k * (i not in alike), i, 1] for k in range(3)], logprob=[-1.0] * 3)
         for i in range(count)

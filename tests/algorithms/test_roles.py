@@ -1,4 +1,4 @@
-"""Tests which models an on-policy run opens and freezes, and which errors come before any model is loaded."""
+"""Tests which models an on-policy run opens and freezes, and which errors it raises before it loads a model."""
 
 import pytest
 

@@ -37,7 +37,7 @@ SCORE = torch.randn(len(RESPONSES), generator=torch.Generator().manual_seed(2), 
 
 
 def rows_of(policy: dict[State, torch.Tensor]) -> torch.Tensor:
-    """log pi(token | state) for every row of every response."""
+    """Returns log pi(token | state) for every row of every response."""
     return torch.stack([policy[state][token] for state, token in ROWS])
 
 
@@ -150,7 +150,7 @@ def expected_reward(log_policy_of: dict[State, torch.Tensor]) -> torch.Tensor:
 
 
 def test_what_the_trainer_pays_is_largest_at_that_optimum():
-    """The gradient of the expected reward vanishes at the optimum (in float32) and not at the reference."""
+    """The gradient of the expected reward is 0 at the optimum, up to float32 rounding, and not 0 at the reference."""
     best, _ = soft_value_iteration(token_rewards() + at_ends(BETA_3 * SCORE), BETA_2)
     sizes = []
     for policy in (best, REFERENCE):

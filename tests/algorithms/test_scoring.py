@@ -1,4 +1,4 @@
-"""Tests of scores per response: they keep the order of the responses and do not depend on the micro-batches."""
+"""Tests of scoring responses: the scores are in the order of the responses and do not depend on the micro-batches."""
 
 import pytest
 import torch

@@ -62,11 +62,8 @@ def numbers_and_gradients(cfg, policy, critic, drawn):
 @pytest.mark.parametrize("name", tiny.ARCHITECTURES)
 @pytest.mark.parametrize("reset_group", ["point", "response"])
 def test_trunks_change_no_number_and_no_gradient(name, reset_group, critic):
-    """Both layouts sum float32 numbers in different orders.
-
-    The tolerances are a few units in the last place of log-probs of up to 10 nats, and 1.4e-6 of the largest entry of
-    a gradient.
-    """
+    """The two layouts sum float32 numbers in different orders. The tolerances are therefore a few units in the last
+    place for log-probs of up to 10 nats, and 1.4e-6 of the largest entry for a gradient."""
     policy = tiny.policy(name)
     critic.zero_grad()
     cfg = config(reset_group=reset_group, reset_prob=0.8, num_mini_batches=2)

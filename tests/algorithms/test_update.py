@@ -1,4 +1,5 @@
-"""Tests of an update beyond PPO's defaults: its loss against an independent padded loop, and which steps it takes."""
+"""Tests of policy updates with settings other than PPO's defaults: the loss against an independent padded loop, and the
+steps that an update takes."""
 
 from dataclasses import replace
 
@@ -27,7 +28,7 @@ ROLLOUTS = [
 ]
 NUM_ROWS = sum(map(len, COMPLETIONS))
 SHIFTS = torch.linspace(-1.5, 1.5, NUM_ROWS)[torch.randperm(NUM_ROWS, generator=torch.Generator().manual_seed(3))]
-"""log(policy / sampler) of the rows in these tests: ratios 0.22 .. 4.5."""
+"""Log-ratios log(policy / sampler) of the rows; the ratios are 0.22 .. 4.5."""
 
 
 def config(**settings) -> PPOConfig:
@@ -52,7 +53,7 @@ def packed(cfg, policy, rollouts=ROLLOUTS):
 
 
 def scored(cfg, policy, reference, critic=None) -> Experience:
-    """Scores rollouts as the trainer does; without a critic, with the advantages of one group."""
+    """Scores rollouts as the trainer does. If there is no critic, all rollouts form one group with rloo advantages."""
     packs, judge = packed(cfg, policy), frozen_copy(critic) if critic else None
     if judge is None:
         cfg = replace(cfg, advantage_estimator="rloo", num_generations=len(ROLLOUTS))
@@ -61,8 +62,8 @@ def scored(cfg, policy, reference, critic=None) -> Experience:
 
 
 def moved(experience: Experience, shifts=SHIFTS) -> Experience:
-    """Changes an experience as if the policy had moved by `shifts` nats since it sampled, with advantages of both
-    signs."""
+    """Returns a copy of `experience` whose log-ratios (policy to sampler) differ from the original by `shifts` nats,
+    with random advantages of both signs."""
     draw = torch.Generator().manual_seed(0)
     return replace(
         experience,
@@ -185,7 +186,7 @@ def test_log_ratios_of_25_have_no_gradient(dual_clip):
 
 @pytest.mark.parametrize("settings", [{"loss_aggregation": "sequence"}, {"loss_type": "gspo"}, SETTINGS[-1]])
 def test_micro_batches_change_no_gradient(settings):
-    """Splitting only changes the order of float32 sums, so gradients agree up to rounding."""
+    """Splitting a mini-batch changes only the order of float32 sums, so gradients agree up to rounding."""
     whole, split = config(micro_batch_tokens=1000, **settings), config(micro_batch_tokens=16, **settings)
     policy, reference = tiny.policy(), tiny.policy(seed=5)
     assert len(packed(whole, policy)[0]) == 1 < len(packed(split, policy)[0])
@@ -214,8 +215,7 @@ def test_averaging_by_sequence_gives_the_mean_gradient_of_single_episodes():
 
 
 def test_averaging_by_sequence_gives_the_mean_critic_gradient_of_single_episodes(critic):
-    """The released code of RTO (arXiv 2404.18922) averages in this way: over the tokens of a sequence, then over
-    sequences."""
+    """RTO's released code (arXiv 2404.18922) averages over the tokens of each sequence, and then over the sequences."""
     cfg = config(loss_aggregation="sequence", micro_batch_tokens=24)
     policy, trained = tiny.policy(), frozen_copy(critic).requires_grad_(True)
     experience = scored(cfg, policy, tiny.policy(seed=5), critic)
@@ -263,7 +263,8 @@ def test_compat_reference_averages_every_micro_batch_separately(critic):
 
 
 def test_compat_reference_redraws_micro_batches_for_each_pass_and_logs_means_of_means(critic, monkeypatch):
-    """In compat "reference" the content of a micro-batch affects its mean, so the order in every pass matters."""
+    """In compat "reference" each micro-batch is averaged separately, so the result depends on the order of episodes in
+    a pass."""
     cfg = config(compat="reference", micro_batch_tokens=24, num_ppo_epochs=3)
     policy, trained = tiny.policy(), frozen_copy(critic).requires_grad_(True)
     experience = moved(scored(cfg, policy, tiny.policy(seed=5), critic))
@@ -323,7 +324,8 @@ FAST = {"learning_rate": 3e-3, "lr_scheduler_type": "constant"}
 
 
 def test_the_remaining_passes_are_skipped_beyond_target_kl(critic):
-    """The second pass finds the KL too large: the weights of policy and critic are those after one pass."""
+    """The update stops in the second pass because the KL is too large; policy and critic keep the weights of the first
+    pass."""
     one = optimised(config(num_ppo_epochs=1, **FAST), critic)
     stopped = optimised(config(num_ppo_epochs=4, target_kl=1e-6, **FAST), critic)
     assert stopped[0]["policy/stopped_passes"] == 3.0

@@ -83,16 +83,17 @@ class Ran:
     rollouts: list[Rollout]
     experience: Experience
     gradients: list[list[Tensor]]
-    """Per step, the gradient of each weight of the policy."""
+    """The gradient of each weight of the policy, for each step of the last update."""
     of_rewards: list[list[Tensor]]
-    """Per step, the gradient of each weight of the model of the token rewards."""
+    """The gradient of each weight of the model that gives the token rewards, for each step."""
     before: list[list[Tensor]]
-    """Gradients of the policy in the steps of earlier updates."""
+    """The gradients of the policy in the steps before the last update."""
     metrics: dict[str, float]
 
 
 def run(monkeypatch, config: GRPOConfig, examples: list[Example]) -> Ran:
-    """Runs updates of two steps of gradient descent with RATE, and keeps what the last one trained on."""
+    """Runs updates of two gradient-descent steps with learning rate RATE, and returns the data and gradients of the
+    last update."""
     recorders = tiny.record_gradients(monkeypatch, ppo, RATE)
     kept: list[tuple[list[Rollout], Experience]] = []
     for name in ("update", "update_pairs"):
@@ -113,7 +114,7 @@ def run(monkeypatch, config: GRPOConfig, examples: list[Example]) -> Ran:
 
 
 def rewards_of(config: GRPOConfig, rollouts: list[Rollout], examples: list[Example]) -> np.ndarray:
-    """[N] float64: the reward of each response, from its words."""
+    """Returns the reward of each response, [N] float64, computed from its words."""
     found = []
     for rollout in rollouts:
         prefix = rollout.prefix
@@ -134,12 +135,12 @@ def rewards_of(config: GRPOConfig, rollouts: list[Rollout], examples: list[Examp
 
 
 def truncated(config: GRPOConfig, logits: Tensor) -> Tensor:
-    """Logits [V] with -inf for every token that top_k, top_p or min_p excludes, in this order."""
+    """Returns the logits [V], with -inf for every token that top_k, top_p or min_p (applied in this order) excludes."""
     if config.top_k:
         logits = torch.where(logits >= logits.sort(descending=True).values[config.top_k - 1], logits, -torch.inf)
     if config.top_p < 1:
         chance, order = logits.softmax(0).sort(descending=True)
-        before = chance.cumsum(0) - chance  # the probability of all tokens that are more likely
+        before = chance.cumsum(0) - chance  # total probability of the more likely tokens
         logits = logits.clone()
         logits[order[before >= config.top_p]] = -torch.inf
     if config.min_p:
@@ -149,7 +150,7 @@ def truncated(config: GRPOConfig, logits: Tensor) -> Tensor:
 
 
 class Sets:
-    """The tokens that the sampler could draw, found at the first call and used in all later calls."""
+    """The sets of tokens that the sampler could draw, computed at the first call and reused in all later calls."""
 
     def __init__(self) -> None:
         self.found: dict[tuple[int, int], Tensor] = {}
@@ -161,7 +162,7 @@ class Sets:
 
 
 def logprobs(net, config: GRPOConfig, rollouts: list[Rollout], sets: Sets) -> list[Tensor]:
-    """The log-probs of the sampled tokens of each rollout, [n] float64."""
+    """Returns for each rollout the log-probs [n] float64 of its sampled tokens."""
     found = []
     for i, rollout in enumerate(rollouts):
         start = len(rollout.prefix.token_ids)
@@ -185,7 +186,7 @@ def advantages(config: GRPOConfig, rewards: np.ndarray) -> np.ndarray:
 
 
 def group_loss(config: GRPOConfig, now: list[Tensor], then: list[Tensor], advantage, trained: list[bool]) -> Tensor:
-    """The loss of `loss_type` over a batch, from the log-probs of policy and sampler."""
+    """Returns the loss of `loss_type` over a batch, given the log-probs of policy and sampler."""
     high = 1 + (config.cliprange if config.cliprange_high is None else config.cliprange_high)
     low = 1 - config.cliprange
     per_token, lengths = [], []
@@ -211,7 +212,7 @@ def group_loss(config: GRPOConfig, now: list[Tensor], then: list[Tensor], advant
 
 
 def mean_pair_loss(config: GRPOConfig, now: list[Tensor], base: list[Tensor], returns: np.ndarray) -> Tensor:
-    """The loss of `pair_loss` over the pairs that `pair_select` names, averaged."""
+    """Returns the mean of `pair_loss` over the pairs that `pair_select` chooses."""
     change = [(p - q).sum() for p, q in zip(now, base, strict=True)]
     losses = []
     for first in range(0, len(now), SIZE):
@@ -244,13 +245,13 @@ def check_gradient(ours: list[Tensor], loss: Tensor, net) -> None:
 
 @torch.no_grad()
 def descend(net, gradient: list[Tensor]) -> None:
-    """Takes a gradient descent step with learning rate RATE, as the trainer did."""
+    """Takes a gradient-descent step with learning rate RATE, like the trainer."""
     for weight, one in zip(net.parameters(), gradient, strict=True):
         weight -= RATE * one.double()
 
 
 def sampler_of(ran: Ran, model: str):
-    """The policy that sampled the last update."""
+    """Returns a float64 copy of the policy that sampled for the last update."""
     net = load(model)
     for gradient in ran.before:
         descend(net, gradient)
@@ -258,7 +259,8 @@ def sampler_of(ran: Ran, model: str):
 
 
 def check_update(ran: Ran, model: str, sets: Sets, then: list[Tensor], loss_of) -> None:
-    """Compares the gradients of both steps with those of `loss_of`, a function of the log-probs of the policy."""
+    """Compares the gradients of both steps with the gradients of `loss_of`, a loss as a function of the policy's
+    log-probs."""
     net, losses = sampler_of(ran, model), []
     for gradient in ran.gradients:
         loss = loss_of(logprobs(net, ran.config, ran.rollouts, sets))
@@ -270,7 +272,8 @@ def check_update(ran: Ran, model: str, sets: Sets, then: list[Tensor], loss_of) 
 
 
 def sampled(ran: Ran, model: str, sets: Sets) -> list[Tensor]:
-    """Returns the sampler's log-probs, after a comparison with those that the engine and the trainer computed."""
+    """Returns the sampler's log-probs, computed in float64. Asserts that the engine's and the trainer's log-probs equal
+    them."""
     then = [one.detach() for one in logprobs(sampler_of(ran, model), ran.config, ran.rollouts, sets)]
     drawn = torch.tensor([x for rollout in ran.rollouts for x in rollout.sampler_logprob])
     torch.testing.assert_close(torch.cat(then).float(), drawn, rtol=0, atol=2e-5)
@@ -314,10 +317,9 @@ def test_an_update_equals_the_same_update_by_hand(model, monkeypatch, settings):
 
 
 def test_prime_with_resets_into_failures_equals_the_same_update_by_hand(model, monkeypatch):
-    """The model of the token rewards takes one step on the outcomes; its new log-ratios are the token rewards.
-
-    They are at temperature 1, for every temperature of the run. After a reset, the copied tokens count as prompt.
-    """
+    """The reward model of PRIME first takes one step on the outcomes; its log-ratios after this step are the token
+    rewards. These log-ratios are computed at temperature 1, whatever the temperature of the run. Tokens that a reset
+    copied count as prompt."""
     examples, sets = conversations(), Sets()
     settings = {"advantage_estimator": "prime", "dpo_refine": "outcome", "dpo_refine_beta": 0.5, "temperature": 1.3}
     settings |= {"success_threshold": -0.4, "reset_prob": 0.5, "reset_source": "rollout", "dpo_reward_scale": 0.3}
