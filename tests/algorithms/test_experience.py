@@ -66,8 +66,7 @@ def experience(cfg, rollouts, critic, order=None, scores=SCORES, packs=None, rew
 
 
 def rewards(cfg, rollouts, critic, implicit=None) -> list[float]:
-    """Returns the reward of each row. With lambda 0 and a critic whose values are all 0, the rewards equal the
-    returns."""
+    """Returns the reward of each row, which equals the return of the row if lambda is 0 and the critic gives 0."""
     zeros = frozen_copy(critic)
     torch.nn.init.zeros_(zeros.score.weight)
     cfg = replace(cfg, lam=0.0, gamma=1.0)
@@ -172,8 +171,7 @@ def log_ratio(dpo, reference, rollouts) -> torch.Tensor:
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_every_sampled_token_earns_the_dpo_log_ratio_at_temperature_1(critic, temperature):
-    """Covers a DPO model that uses the run's reference, and one with its own reference. Prompt and reset tokens earn
-    0."""
+    """Tests a DPO model with and without its own reference. Prompt tokens and reset tokens must earn 0."""
     cfg = config(
         kl_coef=0.0, dpo_model_path="dpo", dpo_reward_scale=0.5, temperature=temperature, micro_batch_tokens=16
     )
@@ -243,8 +241,7 @@ def test_the_order_of_the_packs_and_their_size_change_no_number(critic, keys):
 
 
 def test_tokens_after_the_eos_change_nothing_in_compat_fixed(critic):
-    """An engine that samples past the EOS and an engine that stops at the EOS must give equal tokens up to the EOS, and
-    equal scores."""
+    """Engines that stop at the EOS and engines that sample past it must give equal rollouts and scores."""
     policy = tiny.policy()
     prefixes = [Prefix(token_ids=[3 + i % 29, 9, 4], num_reset=i % 3, row=i, episode=i) for i in range(60)]
     stopping, going_on = (
