@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import PeftConfig, PeftModel
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 from fastrlhf.algorithms.dpo import train_dpo
 from fastrlhf.algorithms.ppo import train_ppo
@@ -95,6 +95,22 @@ def test_the_plain_weights_are_those_of_the_merged_model(adapter):
     weights = dict(plain_weights(model))
     merge_adapter(model)
     assert list(weights) == [name for name, _ in model.named_parameters()]
+    for name, merged in model.named_parameters():
+        torch.testing.assert_close(weights[name], merged, rtol=1e-6, atol=1e-6)
+
+
+def test_an_adapter_over_transposed_weights_merges_exactly():
+    """The layers of GPT-2 keep the transpose of the weight of a linear layer."""
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=32, n_layer=2, n_head=2, n_positions=16)).eval()
+    add_adapter(model, SFTConfig(**LORA), "base")
+    disturb(model)
+    ids = torch.arange(3, 12)[None]
+    with torch.no_grad():
+        expected = model(ids).logits
+        weights = dict(plain_weights(model))
+        merge_adapter(model)
+        torch.testing.assert_close(model(ids).logits, expected, rtol=1e-5, atol=1e-5)
     for name, merged in model.named_parameters():
         torch.testing.assert_close(weights[name], merged, rtol=1e-6, atol=1e-6)
 

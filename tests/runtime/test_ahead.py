@@ -28,6 +28,11 @@ def test_a_resumed_run_makes_nothing_for_the_steps_before():
     assert made == [6, 7, 8]
 
 
+def test_a_step_gets_its_own_batch_after_steps_that_were_left_out():
+    with Ahead(range(9), lambda batch: batch) as ahead:
+        assert [ahead.take(step) for step in (0, 3, 4)] == [0, 3, 4]
+
+
 def test_an_exception_is_raised_in_the_step_that_needs_the_result():
     def make(batch: int) -> int:
         if batch == 2:

@@ -147,7 +147,7 @@ def test_chunks_in_processes_give_the_rows_and_the_report_of_one_chunk(folder, m
     assert len(parts.report.dropped_rows["longer_than_max_length"]) == 5
 
 
-def test_a_changed_key_file_or_tokenizer_is_another_entry(folder):
+def test_a_changed_key_file_or_tokenizer_is_another_entry(folder, monkeypatch):
     write(folder, "text pairs")
     config, fields = config_of(folder, DPOConfig), ["chosen", "rejected"]
     start(config, fields)
@@ -189,6 +189,20 @@ def test_a_changed_key_file_or_tokenizer_is_another_entry(folder):
     tokenizer.save_pretrained(folder / "tokenizer")
     start(config, fields)
     assert new() == 2
+    monkeypatch.setattr(dataset, "code_fingerprint", lambda: "of another version")
+    start(config, fields)
+    assert new() == 2
+
+
+def test_answers_that_are_trained_are_a_part_of_the_key(folder):
+    turns = [{"role": role, "content": "w1 w2"} for role in ("user", "assistant") * 2]
+    (folder / "rows.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    config = config_of(folder, SFTConfig, num_eval_examples=0)
+    rows = [
+        len(start(replace(config, train_on=which), ["reference"]).train)
+        for which in ("last_assistant", "all_assistant")
+    ]
+    assert rows == [1, 2]
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet", "folder", "saved", "two files"])
