@@ -1,4 +1,5 @@
-"""Interrupts runs of several processes by signals and resumes them; tests/ranks.py passes its function `run`."""
+"""Functions that interrupt runs of several processes by signals and resume the runs. tests/ranks.py calls them and
+passes its function `run`."""
 
 from __future__ import annotations
 
@@ -52,12 +53,13 @@ CUTS: dict[str, tuple[str, Any, str, tuple[int, ...]]] = {
     "scoring": ("ppo", experience, "_scored", (1,)),
     "update": ("drpo", Optimizer, "step", (1,)),
 }
-"""Part of a step -> (trainer, owner, function name, ranks that get a signal at the function's first call)."""
+"""Part of a step -> (trainer, module or class of a function, name of the function, ranks that get a signal when they
+first call the function)."""
 
 
 def cut(run: Callable[..., Any], part: str, place: Path, two: Path) -> tuple[str, list[int]]:
-    """Interrupts a run by a signal in a part of its second step, then resumes it; returns the message of the
-    interruption and the numbers of calls of the function in both steps."""
+    """Interrupts a run by a signal in a part of its second step, then resumes it. Returns the message of the
+    interruption and how often the function in CUTS was called in each step."""
     kind, owner, name, signalled = CUTS[part]
     function, log, sent, calls = getattr(owner, name), Run.log, [True], [0]
 
@@ -101,7 +103,7 @@ def finished(run: Callable[..., Any], place: Path, two: Path) -> str:
 
 
 def rescued(run: Callable[..., Any], place: Path, two: Path) -> list[str]:
-    """Runs DR-PO with a judge that fails in the second step (only rank 0 calls it), and then resumes the run.
+    """Runs DR-PO with a judge that fails in the second step, and then resumes the run. Only rank 0 calls the judge.
 
     Returns the notes that were added to the error.
     """

@@ -20,7 +20,7 @@ def test_all_methods_get_the_same_answers_and_batched_ones_ask_less(tmp_path):
 
 def test_the_loop_asks_both_directions_of_every_pair_of_different_texts():
     judge = Counted(exact_match)
-    # Comparisons: b with a; c with a and b; none for the second "a", an exact duplicate; B with a, then with b (equal)
+    # Comparisons: b with a; c with a and b; B with a, then with b (equal). The second "a" is an exact duplicate: none.
     assert one_at_a_time("", ["a", "b", "c", "a", "B"], judge) == [0, 1, 2, 0, 1]
     assert judge.questions == 2 + 4 + 0 + 4
     assert one_at_a_time("", ["a", "b"], lambda asked: [Relation(2 * (asked[0].premise == "a"))]) == [0, 1]

@@ -61,7 +61,7 @@ def test_sampled_responses_have_the_mean_length_of_the_references():
 
 @pytest.fixture
 def both():
-    """Makes models and samples episodes for both fastrlhf (compat "reference") and the padded reference."""
+    """Makes models and samples one set of episodes for both fastrlhf (compat "reference") and the padded reference."""
     config = replace(PROBLEM.config(), compat="reference", cliprange_value=0.01, vf_coef=0.5)
     examples = make_examples(PROBLEM)
     models = make_models(PROBLEM, examples)
@@ -77,7 +77,7 @@ def both():
 
 
 def laid_out(rollouts) -> padded.Episodes:
-    """Builds the episodes in the padded layout from lists."""
+    """Converts episodes from lists of ids to the padded layout."""
     width = max(len(r.prefix.token_ids) - r.prefix.num_reset for r in rollouts) + 3 + RESPONSE_LENGTH
     sequences = [[*r.prefix.token_ids, *r.completion] for r in rollouts]
     return padded.Episodes(

@@ -15,7 +15,7 @@ from tests import tiny
 
 def test_a_row_for_each_of_three_engines(tmp_path, monkeypatch):
     def in_place(config, policy, eos):
-        """Opens the built-in engine in place of vLLM, in this process."""
+        """Opens the built-in engine, in this process, in place of vLLM."""
         built_in = TransformersEngine.of(config, policy, eos)
         return SimpleNamespace(generate=built_in.generate, children=[SimpleNamespace(pid=os.getpid())])
 
@@ -30,7 +30,8 @@ def test_a_row_for_each_of_three_engines(tmp_path, monkeypatch):
 
 
 def test_padded_generate_counts_up_to_the_end_or_the_limit(monkeypatch):
-    """Prefixes of 2 and 3 tokens with limits of 4 and 3; the second episode ends at its second token."""
+    """The prefixes have 2 and 3 tokens, and the episodes at most 4 and 3. The second episode ends at its second
+    token."""
     policy = tiny.policy()
     given = {}
 

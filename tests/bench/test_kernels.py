@@ -205,9 +205,8 @@ def test_the_tuner_refuses_a_wrong_candidate(problem, monkeypatch: pytest.Monkey
 
 @pytest.fixture
 def gpu_script(tmp_path: Path):
-    """Runs a part of bench/gpu.sh with a fake GPU and fake libraries, in which every Python step fails.
-
-    Returns the attempted steps, each with its time limit.
+    """Returns a function that runs a part of bench/gpu.sh with a fake GPU and a fake Python whose every step fails. The
+    function returns the steps that the script started, each with its time limit.
     """
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\n")
     (tmp_path / "python3").write_text('#!/bin/sh\n[ "$1" = -c ] && exit $MISSING\nexit 1\n')
@@ -229,7 +228,7 @@ def gpu_script(tmp_path: Path):
 
 
 def test_the_gpu_script_goes_on_after_a_failing_step(gpu_script, tmp_path: Path):
-    """Checks which commands each part of the script attempts, although all of them fail."""
+    """Checks that each part of the script starts all of its commands, although all of them fail."""
     assert [step[2:5] for step in gpu_script("test")] == [["-m", "pytest", "-q"]] * 2
     assert [step[2:] for step in gpu_script("tune")] == [["-m", "bench", "tune"]]
     steps = gpu_script("kernels", "--dead", "0")

@@ -19,7 +19,7 @@ def test_the_table_gives_means_and_students_intervals_over_seeds():
 
 
 def test_each_arm_trains_on_its_own_labels_and_is_judged_once(monkeypatch, tmp_path):
-    """Trains two arms on 16 pairs after two steps of SFT. A second call finds all results and trains nothing."""
+    """Trains two arms on 16 pairs after two steps of SFT. A second call must find all results and train nothing."""
     from bench import labels
     from fastrlhf import demo
 

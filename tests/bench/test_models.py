@@ -78,8 +78,8 @@ def test_a_number_that_differs_is_reported():
 
 @pytest.mark.parametrize(("error", "right"), [(2e-4, True), (4e-4, False)])
 def test_gradients_that_float32_cannot_hold_are_judged_by_float64(monkeypatch, error, right):
-    """The plain model's gradients in float32 are wrong by 1e-4."""
-    found = iter([4 * error, -4e-4, 0.0])  # of the pack, of the plain model in float32 and in float64
+    """Simulates a plain model whose float32 gradients differ from its float64 gradients by 1e-4."""
+    found = iter([4 * error, -4e-4, 0.0])  # errors of the pack, and of the plain model in float32 and float64
     numbers = lambda *_: (torch.zeros(1), {"w": torch.tensor([1.0, -4.0]) + next(found)})  # noqa: E731
     monkeypatch.setattr(checks, "_gradients", numbers)
     monkeypatch.setattr(checks, "_in_float64", lambda model: model)

@@ -14,7 +14,7 @@ def test_every_setting_has_a_row_with_at_least_the_bytes_of_its_tensors(tmp_path
     assert [row["parameters"] for row in (plain, smallest)] == [24 * 1024**2] * 2
     # Bytes per parameter: weight, gradient and two moments of 4 each. One more gradient tensor may exist for a moment.
     assert 16 <= plain["bytes"] < 17
-    # Bytes per parameter: bfloat16 weight and gradient 2 + 2, 8-bit moments 1 + 1, float32 copies of the two 4 + 4.
-    # All 24 matrices form one bucket and are copied at once. Rounding adds noise and new values for one matrix.
+    # Bytes per parameter: bfloat16 weight and gradient 2 + 2, 8-bit moments 1 + 1, float32 copies of both 4 + 4.
+    # All 24 matrices form one bucket and are copied at once. Rounding also needs noise and new values of one matrix.
     assert 6 + 8 < smallest["bytes"] < 19
     assert table[2].startswith("| torch |  | 16")

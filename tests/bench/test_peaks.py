@@ -1,4 +1,5 @@
-"""Checks that each of two processes needs at most 0.6 of the memory of a single one: `python -m bench peaks`."""
+"""Checks with `python -m bench peaks` that each of two processes needs at most 0.6 of the memory of a single
+process."""
 
 import pytest
 import torch

@@ -15,7 +15,7 @@ LOOP_OVER_TILES = listing(
     "HGMMA.64x256x16.F32.BF16 R24, gdesc[UR16], R24",  # 0x20: a step of the product
     "UIADD3 UR4, UR4, 0x1",
     "@!P5 BRA 0x20",
-    "@!P0 BRA 0x80",  # leaves out the branch for the target's tile
+    "@!P0 BRA 0x80",  # skips the instructions for the tile of the target
     "ISETP.NE R4, R5",
     "FSEL R4, R5, R6, P0",
     "MUFU.EX2 R4, R4",  # 0x80
@@ -25,7 +25,7 @@ LOOP_OVER_TILES = listing(
 
 
 def test_the_shortest_tile_without_a_step_of_the_product():
-    # A tile: FADD, HGMMA, UIADD3, BRA, BRA, MUFU, BRA = 7 instructions; a step: HGMMA, UIADD3, BRA = 3
+    # A tile is FADD, HGMMA, UIADD3, BRA, BRA, MUFU, BRA (7); a step of the product is HGMMA, UIADD3, BRA (3)
     assert instructions_per_tile(LOOP_OVER_TILES) == 4
     assert [block.size for block in blocks(LOOP_OVER_TILES)] == [1, 1, 3, 1, 2, 2, 1]
 

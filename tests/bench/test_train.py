@@ -1,4 +1,5 @@
-"""Tests of `python -m bench train sft | dpo | reward`: which sides run, what is timed, which settings are refused."""
+"""Tests of `python -m bench train sft | dpo | reward`: the compared trainers, the timed steps and the refused
+settings."""
 
 import json
 import os

@@ -144,7 +144,7 @@ BESIDE = {
     **{name: {"lr_scheduler_kwargs": '{"min_lr": 0.0}'} for name in SCHEDULES if "with_min_lr" in name},
     "warmup_stable_decay": {"lr_scheduler_kwargs": '{"num_decay_steps": 2}'},
 }
-"""Field or choice -> other keys that it needs to be valid."""
+"""Name of a field or choice -> other keys without which the field or choice is refused."""
 
 
 @pytest.mark.parametrize(("kind", "field", "choices"), CHOICES)

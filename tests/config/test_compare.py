@@ -123,7 +123,7 @@ def test_relative_paths_are_compared_from_another_working_directory(tmp_path, mo
     [
         ({"max_steps": 5}, {"max_steps": 9}, True),
         ({"num_train_epochs": 1.0}, {"num_train_epochs": 2.0}, True),
-        ({"max_steps": 9}, {"max_steps": 5}, False),  # refused, because the checkpoint may be from a step after 5
+        ({"max_steps": 9}, {"max_steps": 5}, False),  # refused, because the run may have a checkpoint of a step after 5
         ({"max_steps": -1}, {"max_steps": 5}, False),
         ({"max_steps": 5, "lr_scheduler_type": "linear"}, {"max_steps": 9}, False),
         ({"max_steps": 5, "lr_scheduler_type": "inverse_sqrt"}, {"max_steps": 9}, True),

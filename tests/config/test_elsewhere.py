@@ -1,4 +1,4 @@
-"""Tests of the table of TRL and transformers keys, and of the command line's answers to these keys."""
+"""Tests of the table of TRL and transformers keys, and of the errors for keys that are not ours."""
 
 import dataclasses
 from collections import Counter
@@ -21,7 +21,7 @@ COMMANDS_OF = {
     "grpo": ["grpo"],
     "ppo": ["ppo"],
 }
-"""TRL config class -> our commands that correspond to it."""
+"""TRL config class -> the commands of fastrlhf that correspond to the class."""
 
 
 def commands_of(key):
@@ -35,9 +35,9 @@ def test_a_key_occurs_once_per_config_and_every_config_is_known():
 
 @pytest.mark.parametrize("key", KEYS, ids=lambda key: f"{key.name}-{key.configs[0]}")
 def test_the_table_agrees_with_our_keys(key):
-    """A key has status `same` if and only if the corresponding commands have it. `other name` names an existing key.
-
-    If this test fails after a key was added to fastrlhf, change the row of the key to `_same`.
+    """A key has status `same` if and only if the corresponding commands of fastrlhf have the key. The status `other
+    name` must name an existing key. If this test fails after a key was added to fastrlhf, change the row of the key to
+    `_same`.
     """
     for command in commands_of(key):
         if key.status == "same":
@@ -52,7 +52,7 @@ def test_the_table_agrees_with_our_keys(key):
 
 
 def test_the_table_is_complete():
-    """Needs an environment with TRL 1.16: python -m pytest tests/config/test_elsewhere.py."""
+    """Is skipped unless TRL 1.16 is installed; run it with `python -m pytest tests/config/test_elsewhere.py`."""
     trl = pytest.importorskip("trl")
     configs = {"sft": trl.SFTConfig, "dpo": trl.DPOConfig, "reward": trl.RewardConfig, "grpo": trl.GRPOConfig}
     for name, config in (configs | {"model": trl.ModelConfig, "script": trl.ScriptArguments}).items():

@@ -1,4 +1,4 @@
-"""Tests of user-defined functions, given by module or file, and of the errors if they cannot be loaded."""
+"""Tests of user-defined functions that are named by module or file, and of the errors if they cannot be loaded."""
 
 import sys
 from functools import partial

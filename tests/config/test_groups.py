@@ -1,4 +1,4 @@
-"""Tests of the sections of --help."""
+"""Tests of the sections into which --help groups the keys."""
 
 from collections import Counter
 from itertools import chain
@@ -9,7 +9,7 @@ from fastrlhf.config.help import keys_of
 
 
 def test_every_key_belongs_to_exactly_one_group():
-    """If this fails for a new key, add it to a group in config/groups.py."""
+    """If this test fails for a new key, add the key to a group in config/groups.py."""
     grouped = Counter(chain.from_iterable(GROUPS.values()))
     keys = {name for kind in CONFIGS.values() for name in keys_of(kind)}
     assert keys - {*grouped} == set()

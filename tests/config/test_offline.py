@@ -1,4 +1,4 @@
-"""Tests of which keys may be combined for training on pairs and groups."""
+"""Tests of the checks of key combinations for training on pairs and groups."""
 
 import pytest
 

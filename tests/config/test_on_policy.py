@@ -1,4 +1,4 @@
-"""Tests of which keys may be combined in the on-policy trainer."""
+"""Tests of the checks of key combinations for the on-policy trainer."""
 
 from dataclasses import asdict, replace
 
@@ -23,8 +23,8 @@ def test_rto_is_ppo_with_the_settings_of_its_paper():
 
 
 def test_grpo_is_ppo_with_the_defaults_of_trl():
-    """The defaults of TRL 1.16's GRPOConfig: num_generations 8, beta 0, num_iterations 1, max_completion_length 256,
-    temperature 1."""
+    """Compares with the defaults of TRL 1.16's GRPOConfig: num_generations 8, beta 0, num_iterations 1,
+    max_completion_length 256, temperature 1."""
     trl = {"learning_rate": 1e-6, "num_train_epochs": 3.0, "response_length": 256, "temperature": 1.0}
     trl |= {
         "loss_type": "dapo",

@@ -1,4 +1,4 @@
-"""Tests of relative paths, and of configurations that are written with their original values."""
+"""Tests that relative paths are made absolute, and that a written configuration has the values that the user gave."""
 
 from dataclasses import fields
 
@@ -20,7 +20,8 @@ PATHS = {
 
 
 def test_the_keys_that_hold_paths_are_known(tmp_path, monkeypatch):
-    """Gives every text key of every trainer the name of a file; only keys that hold paths may change it."""
+    """Sets every text key of every trainer to the name of a file. Only the keys that hold paths may resolve the
+    name."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "there").touch()
     found = set()
@@ -68,7 +69,7 @@ def test_an_environment_variable_is_expanded_for_use_and_written_by_name(tmp_pat
     (tmp_path / "config.yaml").write_text(as_yaml(config))
     written = yaml.safe_load((tmp_path / "config.yaml").read_text())
     assert (written["dataset_name"], written["reward_functions"]) == ("$PLACE/a.jsonl", ["$PLACE/r.py:f"])
-    assert as_given(config)["reward_functions"] == ("$PLACE/r.py:f",)  # experiment trackers log this value
+    assert as_given(config)["reward_functions"] == ("$PLACE/r.py:f",)  # experiment trackers log the unexpanded value
     assert parse(PPOConfig, ["--config", str(tmp_path / "config.yaml")], "ppo") == config
     assert differences(config, tmp_path / "config.yaml") == []
     monkeypatch.setenv("PLACE", "elsewhere")

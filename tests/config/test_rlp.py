@@ -1,4 +1,4 @@
-"""Tests of which keys may be combined in RLP."""
+"""Tests of the checks of key combinations for RLP."""
 
 from dataclasses import fields
 from typing import Any, get_args, get_type_hints
@@ -48,7 +48,7 @@ def test_a_weight_of_0_turns_views_off():
 
 
 def another(hint: Any, default: Any) -> Any:
-    """A value that has the type of a key and differs from its default."""
+    """Returns a value of the key's type that differs from the key's default."""
     if choices := [choice for choice in get_args(hint) if isinstance(choice, str) and choice != default]:
         return choices[0]
     if isinstance(default, bool) or bool in get_args(hint):

@@ -1,4 +1,4 @@
-"""Tests of compound keys."""
+"""Tests of keys that stand for several other keys."""
 
 import pytest
 

@@ -1,4 +1,5 @@
-"""Tests of the built-in sums: every answer is one token and right, and only the right answer is rewarded."""
+"""Tests of the built-in dataset of sums: every answer is a single token and correct, and the reward function rewards
+only the correct answer."""
 
 from fastrlhf.data.arithmetic import VOCABULARY, examples, model_config, right_sum, tokenizer
 

@@ -1,5 +1,5 @@
-"""Compares the ids and masks of conversations with transformers' rendering of the whole conversation, for all chat
-templates found in installed packages and for the hand-written ones; damages conversations at random."""
+"""Compares the ids and masks of conversations with transformers' rendering of the whole conversation. Covers all chat
+templates in installed packages, the hand-written templates, and randomly damaged conversations."""
 
 import ast
 import importlib.util
@@ -31,13 +31,13 @@ PACKAGES = ("transformers", "llama_cpp")
 
 
 def files(package: str, pattern: str) -> list[Path]:
-    """Returns the files of an installed package that match the pattern, none if the package is not installed."""
+    """Returns the files of a package that match the pattern; an empty list if the package is not installed."""
     spec = importlib.util.find_spec(package)
     return sorted(Path(spec.origin).parent.rglob(pattern)) if spec and spec.origin else []
 
 
 def constants(package: str) -> Iterator[tuple[str, str]]:
-    """Yields (place, text) of the chat templates in the modules of a package."""
+    """Yields (file and line, text) of every chat template in the modules of a package."""
     for file in files(package, "*.py"):
         text = file.read_text("utf-8", "replace")
         if "{%" not in text or "messages" not in text:
@@ -73,7 +73,7 @@ def generated() -> Iterator[tuple[str, str]]:
                     reasoning_effort_values=None,
                     reasoning_effort_default=None,
                 )
-            except (TypeError, ValueError):  # this version has no template of this kind
+            except (TypeError, ValueError):  # mistral-common has no such template for this version
                 continue
             yield f"mistral-common/{version.value} spm={spm}", made
 
@@ -117,13 +117,13 @@ CONVERSATIONS = {
     "reasoning": ([ASKS], [turn("assistant", "31assistant", reasoning_content="40because")]),
 }
 EXACT = re.compile(r"<\|[a-z_]+\|>|\[/?[A-Z_]+\]")
-"""Matches the texts in a template that become special tokens of the tokenizer made for it."""
+"""Matches the texts in a template that `tokenizer_of` adds as special tokens."""
 
 
 def tokenizer_of(template: str) -> PreTrainedTokenizerFast:
     tokenizer = byte_level()
     core = json.loads(tokenizer.backend_tokenizer.to_str())
-    # Without the merge of two newlines: it would join them at the end of a prompt, but not before a letter.
+    # Removes the merge of two newlines, which would apply at the end of a prompt, but not before a letter.
     core["model"]["merges"] = core["model"]["merges"][:-1]
     tokenizer.backend_tokenizer.model = Tokenizer.from_str(json.dumps(core)).model
     specials = sorted(set(EXACT.findall(template)) - set(tokenizer.get_vocab()))
@@ -132,7 +132,8 @@ def tokenizer_of(template: str) -> PreTrainedTokenizerFast:
 
 
 def tokenized(name: str, conversation: str) -> tuple[PreTrainedTokenizerFast, str, TokenizedExample | None, str]:
-    """Returns (tokenizer, rendering of transformers or "" if it refuses, our ids or None, reason for None)."""
+    """Returns (tokenizer, text rendered by transformers, our ids, reason). The text is "" if transformers refuses the
+    conversation; the ids are None if fastrlhf drops the row, for the given reason."""
     template, (prompt, answer) = templates()[name], CONVERSATIONS[conversation]
     tokenizer, tools = tokenizer_of(template), [TOOL] if conversation == "tools" else None
     # A template that reads the clock gets a fixed day in both renderings.
@@ -161,7 +162,7 @@ def test_ids_equal_the_rendering_of_transformers_and_only_assistant_turns_are_tr
         num_kept += 1
         assert row.reference is not None
         ids, expected = row.prompt + row.reference, tokenizer(whole, add_special_tokens=False)["input_ids"]
-        if expected[: len(ids)] != ids:  # the template writes no end token: the EOS was added
+        if expected[: len(ids)] != ids:  # fastrlhf added the EOS, because the template writes no end token
             assert (ids[:-1], ids[-1]) == (expected, tokenizer.eos_token_id), name
         assert not tokenizer.decode(expected[len(ids) :]).replace("</s>", "").strip(), name
         trained = row.scored("reference")

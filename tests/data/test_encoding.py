@@ -61,7 +61,7 @@ def test_a_prompt_gets_one_bos(legacy):
 def test_responses_that_do_not_decode_to_their_text_are_counted():
     rows = [Example(prompt="a", chosen=" b", row=0), Example(prompt="a", chosen="b\n\nc", row=1)]
     report = tokenize_examples(rows, words(), max_length=50).report
-    assert report.unlike_text == 2  # in this vocabulary the EOS decodes to a word
+    assert report.unlike_text == 2  # decoding puts a space before the EOS, as before a word
     assert (
         "with this tokenizer (first: row 0, ' b<eos>' becomes ' b <eos>', the model learns the decoded text)"
         in report.summary()

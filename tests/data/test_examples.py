@@ -47,7 +47,7 @@ def only(path: str, **arguments) -> tuple:
 
 
 def reason_of(path: Path, row: object, good: list, **arguments) -> str:
-    """The reason for which the last row, after good rows, was skipped."""
+    """Returns the reason for which a row is skipped; good rows precede it and determine the format."""
     loaded = load_examples(write(path, [*good, row]), max_bad_fraction=0.5, **arguments)
     assert loaded.first_bad is not None
     assert loaded.first_bad.startswith(f"row {len(good)} ({path.name} line {len(good) + 1})")

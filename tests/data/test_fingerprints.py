@@ -15,7 +15,7 @@ def test_a_set_and_a_list_have_the_same_fingerprint_and_every_field_changes_it()
         TokenizedExample(prompt=[6], responses=[[7, 1], [8]], scores=[1.0, 2.0], row=1),
     ]
     expected = rows_fingerprint(rows)
-    # The text that builds without a token store have written into checkpoints
+    # Checkpoints of versions without a token store contain this text
     assert expected == "2 rows of hash c1201506e91d35a4"
     assert rows_fingerprint(TokenSet.of(rows)) == expected
     assert rows_fingerprint(TokenSet.of(rows).select([1, 0])) == rows_fingerprint(rows[::-1]) != expected
@@ -24,7 +24,7 @@ def test_a_set_and_a_list_have_the_same_fingerprint_and_every_field_changes_it()
 
 def test_a_tokenizer_whose_code_comes_with_a_model_has_no_fingerprint():
     class Own(PreTrainedTokenizerFast):
-        """Its module is not of transformers, as with trust_remote_code."""
+        """A tokenizer class that is not defined in transformers, like one that is loaded with trust_remote_code."""
 
     tokenizer = tiny.tokenizer()
     tokenizer.__class__ = Own
@@ -54,7 +54,7 @@ def test_a_template_that_asks_for_the_time_in_its_own_way_gets_a_new_fingerprint
         return tokenizer_fingerprint(tokenizer)
 
     literal, computed = "{{ strftime_now('%d') }}", "{% set f = '%d' %}{{ strftime_now(f) }}"
-    assert of(literal, "2026-01-01") == of(literal, "2026-01-02")  # gets the date of the run
+    assert of(literal, "2026-01-01") == of(literal, "2026-01-02")  # the date is fixed during a run
     assert of(computed, "2026-01-01") != of(computed, "2026-01-02")
 
 

@@ -1,4 +1,4 @@
-"""Tests of rows that a program passes to a trainer in place of the configured dataset."""
+"""Tests of rows that a Python program passes to a trainer in place of a configured dataset."""
 
 import logging
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Tests of a hub that accepts connections and never answers, with real sockets and processes."""
+"""Tests of the client with a hub that accepts connections and never answers; sockets and processes are real."""
 
 import json
 import os
@@ -64,7 +64,7 @@ def test_a_run_that_needs_a_silent_hub_ends_in_one_line(silent, tmp_path, lacks)
 
 
 def test_a_hub_that_does_not_accept_connections_times_out(monkeypatch):
-    """The accept queue of the socket is full, so the kernel does not answer further connections."""
+    """Fills the accept queue of a socket, so that the kernel does not answer further connections."""
     with socket.socket() as server, ExitStack() as stack:
         server.bind(("127.0.0.1", 0))
         server.listen(0)

@@ -12,7 +12,7 @@ from tests.data.chat_templates import CHATML
 
 
 def changed(change) -> PreTrainedTokenizerFast:
-    """Makes the byte-level tokenizer after `change` has edited its tokenizer.json in place."""
+    """Returns a copy of the byte-level tokenizer whose tokenizer.json the function `change` has edited in place."""
     tokenizer = vocabularies.byte_level()
     file = json.loads(tokenizer.backend_tokenizer.to_str())
     change(file)
@@ -73,7 +73,7 @@ def test_special_tokens_that_only_the_other_has_make_no_difference():
         f"'[PAD]' has id None there and {len(theirs) - 1} in the run",
     )
     theirs = vocabularies.byte_level()
-    theirs.add_tokens(["word"])  # found within ordinary text, unlike a special token
+    theirs.add_tokens(["word"])  # an ordinary text may contain an added token
     assert told(theirs) == ("ids", f"'word' has id {len(theirs) - 1} there and None in the run")
 
 
@@ -91,7 +91,7 @@ def test_another_end_and_another_bos_are_found():
 def test_templates_count_for_conversations_by_what_they_write():
     ours, theirs = vocabularies.byte_level(), vocabularies.byte_level()
     ours.chat_template = CHATML
-    assert told(theirs, ours, conversations=True) is None  # without its own template it gets the text that ours writes
+    assert told(theirs, ours, conversations=True) is None  # without a template it gets the text of our template
     theirs.chat_template = "{# the same #}" + CHATML
     assert told(theirs, ours, conversations=True) is None
     theirs.chat_template = CHATML.replace("{{ m.content }}", "{{ m.content | trim }}")

@@ -157,7 +157,7 @@ def write_rows(path, rows):
 
 @pytest.mark.parametrize("bad", [False, "false", "False", 0, "0"])
 def test_every_form_of_a_bad_label_counts(tmp_path, bad):
-    """CSV files give text; `kto` reads all of these labels."""
+    """CSV files give labels as text. `kto` accepts each of these values as a label of a bad response."""
     row = {"prompt": "Say it.", "completion": "It."}
     rows = [row | {"label": True}, row | {"label": bad}, row | {"label": None}]
     with pytest.raises(ValueError, match=r"label is false in 1 of 3 rows, .*columns: reference=completion"):

@@ -105,13 +105,14 @@ NUM_ROWS = 5
 
 
 def places(value: object, path: tuple = ()) -> list[tuple]:
-    """The places in a row that may be changed: the row, its values, and their values."""
+    """Returns the places in a row that may be changed: the row itself, its values, and the values that these
+    contain."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     return [path, *(place for key, item in items for place in places(item, (*path, key)))]
 
 
 def damaged(row: dict, draw: random.Random) -> object:
-    """A copy of the row with one element dropped, replaced, added, wrapped or doubled."""
+    """Returns a copy of the row in which one element is dropped, replaced, added, wrapped or doubled."""
     holder = {"row": deepcopy(row)}
     *above, key = ("row", *draw.choice(places(row)))
     inside = holder

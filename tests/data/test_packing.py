@@ -49,7 +49,7 @@ def test_a_pair_on_its_prompt_computes_the_prompt_once():
     )
     assert batch.token_ids.tolist() == [7, 8, 1, 0, 2, 3, 0]
     assert batch.positions.tolist() == [0, 1, 2, 3, 2, 3, 4]
-    assert batch.rows.tolist() == [1, 2, 1, 4, 5]  # both first tokens are predicted at the prompt's last token
+    assert batch.rows.tolist() == [1, 2, 1, 4, 5]  # row 1, the prompt's end, predicts both first tokens
     assert batch.targets.tolist() == [1, 0, 2, 3, 0]
     assert batch.cu_rows.tolist() == [0, 2, 5]  # the prompt does not count as a sequence
     assert batch.last.tolist() == [3, 6]
@@ -158,7 +158,7 @@ def test_a_tree_computes_the_longest_prefix_once_and_holds_every_sequence():
     assert batch.token_ids.tolist() == [7, 8, 1, 2, 5, 0, 6, 9, 9, 0]
     assert unpack(batch) == [[*prefix, *response] for prefix, response in zip(prefixes, responses, strict=True)]
     assert batch.targets.tolist() == [5, 0, 6, 9, 9, 0]
-    assert batch.rows.tolist() == [1, 4, 3, 2, 7, 8]  # a first token is predicted from the last token of its prefix
+    assert batch.rows.tolist() == [1, 4, 3, 2, 7, 8]  # the last token of a prefix predicts a first token
 
 
 def test_trunks_are_the_texts_that_are_not_prefixes_of_others():

@@ -10,7 +10,7 @@ from fastrlhf.data.parallel import default_processes, in_order
 
 @pytest.mark.parametrize("processes", [1, 3])
 def test_results_come_in_order(processes):
-    offset = [100]  # inherited by the processes
+    offset = [100]  # the worker processes inherit this variable
     found = list(in_order(lambda i: (offset[0] + i, os.getpid()), 8, processes))
     assert [value for value, _ in found] == list(range(100, 108))
     assert len({pid for _, pid in found} | {os.getpid()}) == (1 if processes == 1 else 4)
@@ -62,7 +62,7 @@ print(resident() - before)
 
 
 def test_memory_that_was_freed_goes_back_to_the_system():
-    """Runs in its own process, because other tests leave threads that allocate."""
+    """Measures in a new process, because threads left by other tests would allocate memory."""
     assert int(subprocess.check_output([sys.executable, "-c", FREES])) < 20e6
 
 

@@ -39,7 +39,7 @@ def rollout(row, run, text: str, *, end: str = "</s>", num_reset: int = 0) -> Ro
 
 
 def direct(judge, prompt, response) -> tuple[list[int], list[int]]:
-    """Returns the ids that the judge's own tokenizer gives for (prompt, response)."""
+    """Returns (ids of the prompt, ids of the response) by the judge's own tokenizer."""
     (row,) = tokenize_examples([Example(prompt=prompt, reference=response)], judge, max_length=200).examples
     return row.prompt, row.reference
 

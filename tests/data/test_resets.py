@@ -18,7 +18,7 @@ def test_k_is_uniform_on_one_to_length_minus_one():
 
 
 def test_the_draws_of_a_seed_do_not_change_between_versions():
-    """Compares the draws with recorded ones, so that a repeated run of an earlier version has equal reset points."""
+    """Compares the draws with recorded ones, so that this version repeats the reset points of earlier versions."""
     assert draw(9, 16, prob=0.7) == [0, 5, 2, 1, 6, 0, 1, 0, 4, 8, 1, 1, 7, 4, 5, 4]
 
 

@@ -45,7 +45,7 @@ def pieces(row: Example, template: str, **fields) -> tuple[str, list[tuple[str, 
 
 
 def whole(row: Example, template: str) -> str:
-    """The whole conversation as rendered by transformers."""
+    """Returns the ids of the whole conversation as rendered by transformers."""
     turns = [*row.prompt, *(row.reference or [])]
     template = template.replace("strftime_now('%d %b %Y')", "'30 Nov 2026'")
     return str(byte_level().apply_chat_template(turns, chat_template=template, tokenize=False, **row.template))

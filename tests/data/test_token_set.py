@@ -8,7 +8,7 @@ from fastrlhf.types import Example, TokenizedExample
 
 
 def row(number: int, draw: random.Random) -> TokenizedExample:
-    """A row of a random form: with or without each response, group, label and untrained tokens."""
+    """Draws a row that has each optional field (responses, group, label, untrained tokens) or lacks it at random."""
 
     def ids() -> list[int]:
         return [draw.randrange(2**31) for _ in range(draw.randint(1, 6))]

@@ -41,7 +41,7 @@ def test_an_eos_outside_the_vocabulary_is_added_at_its_end(tmp_path):
 
 
 def test_an_eos_that_would_get_the_id_of_another_token_is_refused(tmp_path):
-    """transformers gives a new token the id len(tokenizer), which here is the id of w26."""
+    """transformers would give the new token the id len(tokenizer), which in this tokenizer is the id of w26."""
     tiny.tokenizer({4, 17, 30}).save_pretrained(tmp_path)
     told = "^eos_token: '<stop>' would be added with id 29, the id of 'w26', because some ids below the tokenizer's"
     with pytest.raises(ValueError, match=told):
@@ -57,7 +57,7 @@ def test_token_ids_are_the_ids_that_have_a_token():
 
 
 def test_ids_that_only_get_vocab_lacks_have_a_token(monkeypatch):
-    """get_vocab of some tokenizers lacks their special tokens, or tokens whose bytes are not whole characters."""
+    """Covers tokenizers whose get_vocab lacks special tokens, or tokens whose bytes are not whole characters."""
     tokenizer = tiny.tokenizer({30})
     vocab = tokenizer.get_vocab()
     lacking = {token: i for token, i in vocab.items() if i not in (tiny.EOS, 8, 31)}
@@ -159,7 +159,8 @@ def test_an_invalid_model_configuration_beside_the_tokenizer_is_one_line(tmp_pat
 
 @pytest.mark.parametrize(("model_type", "differs"), [("qwen2", True), ("llama", False)])
 def test_text_is_encoded_as_the_stored_tokenizer_encodes_it(model_type, differs, tmp_path, caplog):
-    """AutoTokenizer builds a tokenizer of Qwen2 for every folder with a model of that type; it would give no token."""
+    """AutoTokenizer builds a Qwen2 tokenizer for every folder whose model_type is qwen2. This tokenizer would encode
+    the text of the test to no tokens."""
     tiny.tokenizer().save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
     with caplog.at_level("WARNING", "fastrlhf"):

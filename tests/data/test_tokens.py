@@ -65,7 +65,7 @@ def test_white_space_before_a_response_is_counted_if_it_would_join_the_response(
     counts = report(
         [*rows, chat("a", chosen="f"), example("b" * 99 + " ", chosen="f")], byte_level(), chat_template=template
     )
-    assert counts.space_ended == 3  # the template's generation prompt also ends in a space
+    assert counts.space_ended == 3  # the generation prompt of the template also ends in a space
     assert "white space" not in report(rows[1:], byte_level()).summary()
     assert report(rows).space_ended == 0  # no token of this vocabulary contains a space
 
@@ -74,7 +74,7 @@ def test_a_space_at_the_end_of_a_prompt_does_not_merge_with_the_response():
     tokenizer = byte_level()
     together = tokenizer("a: f")["input_ids"]
     (row,) = tokenize_examples([example("a: ", chosen="f")], tokenizer, max_length=9).examples
-    assert len(together) == 3  # " f" is one token, which TRL assigns to the response
+    assert len(together) == 3  # " f" is one token, which TRL counts as part of the response
     assert row.prompt[:2] == together[:2]
     assert [tokenizer.decode([token]) for token in (*row.prompt[2:], *row.chosen)] == [" ", "f", "</s>"]
 

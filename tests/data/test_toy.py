@@ -25,7 +25,7 @@ from fastrlhf.types import Example
 
 TASK = ToyTask()
 POST = "dog lost CAR fast RENT late lamp dim BOSS kind TL;DR:"
-"""A post written by hand. The facts that matter, in the order of FACTS, are boss kind, rent late, car fast."""
+"""A hand-written post. Its facts that matter are, in the order of FACTS: boss kind, rent late, car fast."""
 
 
 def text(value: object) -> str:
@@ -239,7 +239,7 @@ def test_the_better_candidate_is_chosen_as_often_as_bradley_terry_says(pairs):
 
 
 def label_margins(task: ToyTask, count: int) -> list[float]:
-    """Gold reward of the chosen response minus that of the rejected one."""
+    """Returns the gold reward of the chosen response minus the gold reward of the rejected response."""
     pairs = task.examples("preferences_test", count)
     better, worse = golds(task, pairs, lambda e: text(e.chosen)), golds(task, pairs, lambda e: text(e.rejected))
     return [a - b for a, b in zip(better, worse, strict=True)]

@@ -1,4 +1,4 @@
-"""Tokenizers with a handful of merges of the two common kinds: byte-level BPE, and SentencePiece with byte fallback."""
+"""Two small tokenizers with a handful of merges: byte-level BPE, and SentencePiece with byte fallback."""
 
 import string
 

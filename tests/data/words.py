@@ -12,7 +12,8 @@ A, B, C, D, E, F, HUMAN, ASSISTANT, IS_USER, IS_ASSISTANT, END = range(3, 14)
 
 
 def words(post: str | None = None, **special: str | None) -> PreTrainedTokenizerFast:
-    """Makes a tokenizer whose ids are positions in WORDS. `post` is the template around a text, such as "<bos> $A"."""
+    """Makes a tokenizer whose ids are positions in WORDS. `post` is the post-processing template, such as "<bos>
+    $A"."""
     core = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     core.pre_tokenizer = WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]
     if post:

@@ -1,4 +1,5 @@
-"""Compares two processes under torchrun on a CPU with a single process: equal losses, weights and files."""
+"""Compares runs of two processes under torchrun, on a CPU, with runs of a single process: losses, weights and files
+must be equal."""
 
 import json
 import math
@@ -33,12 +34,12 @@ ROOT = Path(__file__).parent.parent.parent
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "OMP_NUM_THREADS": "1"}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 ROUNDING = ("sampling/",)
-"""Prefixes of metrics that are 0 up to rounding errors."""
+"""Prefixes of the names of metrics that are 0 up to rounding errors."""
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder in which all runs have finished: the runs of two processes in `two`, of one process in `one`."""
+    """A folder with all finished runs: runs of two processes are in `two`, runs of a single process in `one`."""
     place = tmp_path_factory.mktemp("ranks")
     resumable.save_models(place)
     for family in ranks.FAMILIES:
@@ -113,7 +114,7 @@ def test_layers_at_any_depth_are_groups():
 def test_training_moved_the_weights(place):
     before, after = weights(place / "policy"), weights(place / "two" / "sft")
     moved = [(a - b).abs().max().item() for a, b in zip(before.values(), after.values(), strict=True)]
-    assert min(moved) > 1e-3  # otherwise any two runs would agree
+    assert min(moved) > 1e-3  # if no weight changed, any two runs would agree
 
 
 def test_only_rank_0_writes_and_prints(place):

@@ -18,7 +18,7 @@ def answers(model, **settings) -> list[Rollout]:
 
 @torch.no_grad()
 def logprob(model, prompt: list[int], completion: list[int], temperature: float) -> float:
-    """The log-prob of a completion, from the model's own forward in float64."""
+    """Returns the log-prob of a completion, computed by the model's own forward in float64."""
     logits = model(torch.tensor([[*prompt, *completion]])).logits[0, len(prompt) - 1 : -1].double() / temperature
     return logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None]).sum().item()
 

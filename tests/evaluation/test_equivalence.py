@@ -1,4 +1,4 @@
-"""Tests of judges of equal meaning; the NLI classifiers are two tiny models made by the tests."""
+"""Tests of the judges of semantic equivalence, with two tiny NLI classifiers made by the tests."""
 
 from pathlib import Path
 
@@ -29,7 +29,7 @@ WORDS = [f"w{i}" for i in range(40)]
 def save_nli(
     folder: Path, order: tuple[int, ...] = (0, 1, 2), labels=("contradiction", "neutral", "entailment")
 ) -> str:
-    """Saves a two-layer BERT; `order` permutes its outputs together with their names."""
+    """Saves a two-layer BERT classifier. `order` permutes the outputs of the classifier together with their names."""
     ids = {word: i for i, word in enumerate(["[PAD]", "[CLS]", "[SEP]", "[UNK]", *WORDS])}
     base = Tokenizer(WordLevel(ids, unk_token="[UNK]"))
     base.pre_tokenizer = WhitespaceSplit()

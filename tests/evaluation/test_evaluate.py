@@ -135,7 +135,7 @@ def test_a_killed_evaluation_leaves_nothing_that_counts_and_runs_again(config, t
 
 
 def test_a_truncated_response_of_the_dataset_is_judged_without_an_eos(config):
-    """max_length leaves no room for the EOS of the response, so the response is judged without an EOS."""
+    """A response that is truncated at max_length has no EOS, and the judge must score it without one."""
     examples = [replace(example, rejected="w1 " * 30) for example in tiny.examples(12)]
     config = replace(config, opponent="rejected", max_length=20)
     source = replace(config, tokenizer_name_or_path=config.models[0])
@@ -161,10 +161,9 @@ def test_only_the_held_out_rows_are_judged(config, tmp_path, monkeypatch):
 
 
 def test_rows_that_a_model_was_trained_on_are_reported(config, tmp_path, caplog):
-    """Judges the last 6 of 20 rows; each case changes which rows the judged model was trained on.
-
-    Its run held out 2 or 6 rows, read another split or file, or read only the first 15 rows. The configuration of a run
-    that trained an adapter is in the parent folder of the adapter.
+    """Judges the last 6 of 20 rows; the cases differ in the rows on which the judged model was trained. Its training
+    run held out 2 or 6 rows, read another split or file, or read only the first 15 rows. For an adapter, the
+    configuration of the training run is in the parent folder.
     """
     rows = [{"prompt": f"w{i}", "completion": "w1"} for i in range(20)]
     data = tmp_path / "a.jsonl"
@@ -228,7 +227,7 @@ def test_bad_input_is_refused_before_anything_is_generated(config, tmp_path, mon
 
 @pytest.fixture(scope="module")
 def adapted(tmp_path_factory):
-    """Saves a base model and two runs with adapters over it: a policy and a judge."""
+    """Saves a base model and the folders of two runs with adapters over this base: a policy and a judge."""
     place = tmp_path_factory.mktemp("adapted")
     base = tiny.save_policy(place / "base")
     policy = tiny.save_adapter(place / "policy", base, 1)
@@ -236,12 +235,13 @@ def adapted(tmp_path_factory):
 
 
 def whole(adapter: str) -> str:
-    """Returns the folder of the run that saved an adapter; it holds the merged weights."""
+    """Returns the folder of the run that trained an adapter. The folder holds the weights with the merged adapter."""
     return adapter.removesuffix("/adapter")
 
 
 def test_adapters_give_the_results_of_their_merged_models(adapted, config):
-    """An adapter names its base model. Merging the adapter into it only changes the rounding."""
+    """Evaluates adapters over their base and the merged weights of the same runs; results may differ only by
+    rounding."""
     other = config.models[0]
     roles = replace(config, models=(adapted["policy"], other), reward_model_path=adapted["judge"])
     runs = replace(roles, models=(whole(adapted["policy"]), other), reward_model_path=whole(adapted["judge"]))
@@ -262,7 +262,7 @@ def test_an_adapter_is_laid_over_the_model_that_is_given_and_no_other(adapted, c
     (unnamed / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": None}))
     roles = replace(config, models=(adapted["policy"],), reward_model_path=adapted["judge"])
     for settings, message in (
-        # `moved` passes all checks; the error comes from `respond`, which is None here
+        # `moved` passes all checks; the test replaces `respond` by None, which raises the error
         ({"model_name_or_path": moved}, "'NoneType' object is not callable"),
         ({"model_name_or_path": other}, "^reward_model_path: .* was trained over the weights of '.*base', but the"),
         ({"models": (config.models[0], adapted["judge"])}, "^models: '.*judge/adapter' is a reward model$"),
@@ -277,7 +277,8 @@ def test_an_adapter_is_laid_over_the_model_that_is_given_and_no_other(adapted, c
 
 
 def test_a_run_folder_is_judged_without_rounding_its_adapter_away(config, tmp_path, monkeypatch, caplog):
-    """With dtype float32 the merged weights are judged; with bfloat16 the adapter over its base."""
+    """For a run folder with an adapter, dtype float32 evaluates the merged weights, and bfloat16 the adapter over its
+    base."""
     base, opponent = config.models[0], config.models[1]
     adapter = tiny.save_adapter(tmp_path / "run", base, 3)
     run = str(tmp_path / "run")
@@ -310,7 +311,8 @@ def test_a_run_folder_is_judged_without_rounding_its_adapter_away(config, tmp_pa
 
 
 def test_the_table_is_aligned():
-    """The opponent's mean score is the model's score minus the difference: 1.25 + 0.5."""
+    """Checks the printed table. The opponent's mean score is the model's mean score minus the mean difference: 1.25 +
+    0.5."""
     comparison = Comparison(
         win_rate=0.625,
         win_rate_ci=(0.5, 0.75),

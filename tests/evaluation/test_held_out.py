@@ -1,4 +1,5 @@
-"""Tests of evaluation during on-policy training, against hand-computed numbers and the models' own generation."""
+"""Tests of the evaluations during on-policy training, against hand-computed numbers and against the models' own
+`generate`."""
 
 import math
 from contextlib import contextmanager

@@ -57,7 +57,8 @@ def test_a_response_is_judged_up_to_the_first_of_several_ends(model):
 
 @pytest.mark.parametrize("micro_batch_tokens", [12, 19, 1000])
 def test_shared_prefixes_are_computed_once_and_change_no_score(model, micro_batch_tokens):
-    """Eight of the ten episodes start at four points of one text. Sharing changes the order of float32 sums."""
+    """Eight of the ten episodes start after 4 to 7 tokens of one text, so they share prefixes. Sharing a prefix changes
+    the order of float32 sums."""
     text, seen = [4 + (5 * i) % 25 for i in range(7)], []
     rollouts = [rollout(text[: 4 + i % 4], [3 + i, 9, tiny.EOS], num_reset=i % 4) for i in range(8)]
     rollouts[3:3] = [rollout([5, 6], [7, tiny.EOS]), rollout([8], [9])]

@@ -1,4 +1,5 @@
-"""Tests models and judges with different tokenizers: a response must get the judge's score of its text."""
+"""Tests models and judges with different tokenizers: the judge must score the text of a response, encoded by its own
+tokenizer."""
 
 from dataclasses import replace
 
@@ -75,7 +76,8 @@ TURNS = [
 
 @torch.no_grad()
 def score(path: str, prompt, response, *, ended: bool = True) -> float:
-    """The score of a text, tokenised by the judge's own tokenizer and read by the plain model."""
+    """Returns the score of a text: the judge's own tokenizer encodes the text, and the plain transformers model scores
+    it."""
     tokenizer = sentencepiece() if path.endswith("/judge") else byte_level()
     if not response or response[0] == {"role": "assistant", "content": ""}:  # no row of a dataset may be empty
         filled = "f" if isinstance(prompt, str) else [{"role": "assistant", "content": "f"}]
@@ -89,7 +91,7 @@ def score(path: str, prompt, response, *, ended: bool = True) -> float:
 
 @pytest.fixture
 def answers(monkeypatch):
-    """The rollouts of each evaluated model, in order."""
+    """A list that receives the rollouts of every evaluated model, in the order of the models."""
     seen = []
     sample = evaluate.respond
     monkeypatch.setattr(evaluate, "respond", lambda *args, **keys: seen.append(sample(*args, **keys)) or seen[-1])
@@ -97,7 +99,7 @@ def answers(monkeypatch):
 
 
 def expected_scores(judge: str, examples, tokenizer, rollouts) -> list[float]:
-    """Returns the judge's scores of the decoded texts of rollouts."""
+    """Decodes rollouts and returns the judge's scores of their texts."""
     found = []
     for rollout in rollouts:
         before, ids = tokenizer.decode(rollout.prefix.token_ids), [*rollout.prefix.token_ids, *rollout.completion]

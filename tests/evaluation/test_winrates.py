@@ -22,8 +22,8 @@ def test_infinite_scores_are_compared_like_others():
 
 
 def test_the_interval_of_a_fair_coin_is_the_binomial_one():
-    """Two rows, 0 and 1: the mean is 0, 1/2 or 1 with probabilities 1/4, 1/2, 1/4, so the middle 40 % contain only
-    1/2."""
+    """For the rows 0 and 1 the bootstrap mean is 0, 1/2 or 1 with probabilities 1/4, 1/2, 1/4. The middle 40 % of the
+    distribution therefore contain only 1/2."""
     assert bootstrap_interval([0, 1], level=0.4) == (0.5, 0.5)
     assert bootstrap_interval([0, 1], level=0.6) == (0.0, 1.0)
 

@@ -21,8 +21,8 @@ from bench.papers.drpo import (
 
 @pytest.mark.parametrize(("lam", "eta"), [(0.1, 1.0), (2.0, 0.3), (0.0, 5.0), (1.0, 1e3)])
 def test_the_closed_form_equals_the_numerical_optimum(lam, eta):
-    """The tolerance is 1e-6: the objective is flat at its optimum, so float64 determines a probability only to the
-    square root of its precision."""
+    """The tolerance is 1e-6, because the objective is flat at its optimum: a numerical optimum in float64 is only
+    accurate to the square root of the float64 precision."""
     mdp = random_mdp(0)
     sft = mdp.log_sft.repeat(mdp.horizon, 1, 1)
     old = torch.randn(sft.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).log_softmax(-1)
@@ -72,9 +72,8 @@ def test_every_step_of_exact_mirror_descent_improves_the_policy():
 
 
 def test_without_resets_the_episodes_grow_like_the_number_of_combinations():
-    """The first success comes after 2^H episodes on average, with a geometric distribution.
-
-    The mean of 64 seeds is within 50 % (four standard errors), apart from the few batches of learning that follow.
+    """The number of episodes until the first success has a geometric distribution with mean 2^H. The mean of 64 seeds
+    deviates by less than 50 % (four standard errors). Learning after the first success takes a few more batches.
     """
     for horizon in (8, 10):
         episodes = episodes_to_solve(horizon, None, 64).mean()

@@ -51,7 +51,8 @@ def test_the_settings_of_every_arm_are_read(arm):
 
 @pytest.mark.parametrize("models", ["rto", "drpo", "lengths"])
 def test_arms_share_the_models_of_a_seed_and_run_once(models, tmp_path, monkeypatch):
-    """Trains every model for two steps, then two arms for one update of 4 episodes; a second call trains nothing."""
+    """Trains every starting model for two steps, and then two arms for one update of 4 episodes. A second call must
+    train nothing."""
     full, rows = demo.stage_config, []
 
     def short(name, config, out):
@@ -78,7 +79,7 @@ def test_arms_share_the_models_of_a_seed_and_run_once(models, tmp_path, monkeypa
     assert [row["arm"] for row in rows] == ["a 8", "a 16"]
     for row in first:
         assert (row["updates"], len(row["score_curve"]), len(row["gold_curve"])) == (1, 1, 1)
-        if paper == "drpo":  # here the gold judge gives the reward
+        if paper == "drpo":  # the reward of this experiment is the score of the gold judge
             # the tolerance covers the rounding of both curves
             assert row["gold_curve"][0] == pytest.approx(embedded.SCALE * row["score_curve"][0], abs=4e-4)
     if facts:

@@ -20,7 +20,7 @@ def runs() -> dict[str, dict[str, Curves]]:
 
 
 def final(curves: Curves) -> torch.Tensor:
-    """Returns the probabilities after the last step for the first seed, [taus, actions]."""
+    """Returns the action probabilities after the last step of the first seed, [taus, actions]."""
     return curves.probs[-1, 0]
 
 
@@ -61,9 +61,8 @@ def test_for_a_full_tournament_the_minimiser_is_the_population_optimum(num_actio
 
 @pytest.mark.parametrize("name", ["two actions", "D1", "D3b"])
 def test_dpo_becomes_deterministic_at_small_tau_and_drifts_slowly_at_large_tau(name, runs):
-    """The drift is logarithmic, because the gradient falls like exp(-beta D).
-
-    For tau above 1 a run of this length shows only that the probability of the best action grows.
+    """DPO moves away from the reference without bound, but only logarithmically, because the gradient falls like
+    exp(-beta D). For tau above 1, a run of this length shows only that the probability of the best action grows.
     """
     best = runs["dpo"][name].probs[:, 0, :, 0]  # [points, taus]
     assert best[-1, HALF_AND_BELOW].min() > 0.999
@@ -75,7 +74,7 @@ def test_dpo_becomes_deterministic_at_small_tau_and_drifts_slowly_at_large_tau(n
 
 def test_dpo_takes_all_probability_from_a_losing_action_and_keeps_the_tie(runs):
     ends = final(runs["dpo"]["D3c"])
-    # The gradients of the tied actions cancel up to rounding errors, which Adam scales up.
+    # The gradients of tied actions cancel up to rounding errors, and Adam scales these errors up.
     torch.testing.assert_close(ends[:, 0], ends[:, 1], rtol=0, atol=1e-3)
     assert ends[ONE_AND_BELOW, 2].max() < 1e-3
     falling = runs["dpo"]["D3c"].probs[:, 0, TWO_AND_ABOVE, 2]

@@ -1,6 +1,5 @@
-"""Tests of the comparison of REBEL, RRPO and PRIME: the settings of its arms, and its table of hand-written rows.
-
-The runs of the comparison take minutes, so no test starts them.
+"""Tests of the comparison of REBEL, RRPO and PRIME: the settings of its arms, and the table that it makes of
+hand-written rows. No test starts the runs of the comparison, which take minutes.
 """
 
 from pathlib import Path

@@ -12,9 +12,8 @@ from fastrlhf.evaluation.winrates import bootstrap_interval
 
 @pytest.fixture
 def short(monkeypatch):
-    """Makes an experiment tiny: a few steps per model, 16 prompts with 4 answers each, one PPO update.
-
-    Returns the list to which the rows of results are appended.
+    """Makes the experiment tiny: a few steps per model, 16 prompts with 4 answers each, and one PPO update. Returns the
+    list to which the experiment appends its result rows.
     """
     full, rows = demo.stage_config, []
     few = {"sft": {"max_steps": 2, "progress": False}, "reward": {}, "ppo": {"num_ppo_epochs": 1}}
@@ -69,7 +68,7 @@ def test_every_arm_adds_its_data_or_loss_and_the_control_adds_nothing():
 
 def test_the_bootstrap_draws_seeds_and_then_prompts():
     draws = np.random.default_rng(0).normal(size=400)
-    # Both intervals are bootstraps of 10,000 samples, about 0.1 to each side of the mean; sampling noise differs.
+    # Both intervals are bootstraps of 10,000 samples with half-widths of about 0.1; they differ by sampling noise.
     assert seeds_and_prompts_interval([draws]) == pytest.approx(bootstrap_interval(draws), abs=0.01)
     # Half of the bootstrap samples contain one of the two seeds twice, so the interval reaches from 0 to 10.
     assert seeds_and_prompts_interval([[0.0] * 9, [10.0] * 9]) == (0.0, 10.0)

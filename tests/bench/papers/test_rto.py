@@ -29,7 +29,8 @@ FEATURES = response_features()
 
 
 def tree(seed: int, *kinds: str) -> list[torch.Tensor]:
-    """Random values for the cells of a tree, [features] per kind: token rewards, or log-probs of a policy."""
+    """Draws random token rewards or log-probs of a policy for all cells of a tree; returns one tensor [features] per
+    kind."""
     generator = torch.Generator().manual_seed(seed)
     cells = [torch.randn(NUM_FEATURES, generator=generator, dtype=torch.float64) for _ in kinds]
     return [policy(x) if kind == "policy" else x for kind, x in zip(kinds, cells, strict=True)]
@@ -85,7 +86,7 @@ def test_the_optimum_of_rto_extrapolates_beyond_the_dpo_model():
 
 
 def test_token_sentence_and_eos_rewards_share_an_optimum_and_rs_has_that_of_the_score():
-    """Tests theorem 3 with the reward shaping of the trainer; token 0 ends a sentence."""
+    """Tests theorem 3 with the reward shaping of the trainer. Token 0 ends a sentence."""
     dpo, reference, score = tree(4, "policy", "policy", "reward")
     score[:-NUM_RESPONSES] = 0
     token = 0.3 * (dpo - reference)
@@ -96,7 +97,7 @@ def test_token_sentence_and_eos_rewards_share_an_optimum_and_rs_has_that_of_the_
     best = {}
     for shaping in ("token", "sentence", "eos", "rs", "none"):
         paid = torch.zeros(NUM_FEATURES, dtype=torch.float64)
-        # Responses that share a cell of the tree (a prefix and its next token) assign it equal rewards
+        # Responses that share a cell of the tree (a prefix and its next token) have equal rewards in this cell
         paid[cells] = shaped(token[cells], shaping, ends, sentence_ends)
         best[shaping], _ = plan(paid + score, reference, beta=0.1)
         if shaping in ("sentence", "eos"):
@@ -160,7 +161,8 @@ def test_with_rho_equal_to_the_error_the_guarantee_holds_in_every_problem(writer
 
 
 def test_pessimism_helps_if_the_data_cover_good_responses():
-    """If the data contain good responses, pessimism lowers the sub-optimality by more than the confidence interval."""
+    """If the data contain good responses, pessimism lowers the sub-optimality by more than the width of its confidence
+    interval."""
     gains = {}
     for writers in ("good", "bad"):
         found = pessimism(draw_problems(writers, 200, 40))
