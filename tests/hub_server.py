@@ -1,4 +1,4 @@
-"""A small stand-in of the hub's API on a loopback port, for the tests of uploads."""
+"""A stand-in for the hub's API, served on a loopback port, for the tests of uploads."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ TOKEN = "hf_of_the_tests"
 
 
 class Hub(ThreadingHTTPServer):
-    """Repositories in memory. `ada` is the owner of the token; nobody may write to repositories of `others`."""
+    """A server that keeps repositories in memory. The token belongs to the user `ada`; nobody may write to repositories
+    of `others`."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -31,11 +32,11 @@ class Hub(ThreadingHTTPServer):
         self.private: dict[str, bool] = {}
         """Name of a repository -> whether it is private."""
         self.files: dict[tuple[str, str], dict[str, bytes]] = {}
-        """(repository, branch) -> path -> content."""
+        """(repository, branch) -> path of a file -> its content."""
         self.requests: list[str] = []
         """Method and path of each request, in order."""
         self.broken: dict[str, int] = {}
-        """Part of a path -> status of the answer."""
+        """Part of a request's path -> HTTP status with which the server answers the request."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -117,7 +118,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(200, {"commitUrl": f"{hub.url}/{name}/commit/{'1' * 40}", "commitOid": "1" * 40})
 
     def _validate(self, asked: dict[str, Any]) -> None:
-        """Checks the header of a card as far as the hub's documentation describes it."""
+        """Checks the header of a model card by the rules in the hub's documentation."""
         _, header, _ = asked["content"].split("---", 2)
         data = yaml.safe_load(header)
         wrong = [key for key in ("tags", "datasets") if not all(isinstance(x, str) for x in data.get(key, []))]
@@ -139,7 +140,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def serving() -> Iterator[Hub]:
-    """Context in which a stand-in answers."""
+    """A context manager that runs a stand-in server and returns it."""
     with Hub() as hub:
         thread = Thread(target=hub.serve_forever, args=(0.05,), daemon=True)
         thread.start()
@@ -150,8 +151,8 @@ def serving() -> Iterator[Hub]:
 
 
 def pushed(run: Callable[..., Any], place: Path, two: Path) -> list[str]:
-    """Trains in every process of tests/ranks.py with push_to_hub and returns the requests of all of them that concern
-    the repository. Every rank must call it."""
+    """Trains with push_to_hub and returns the requests of all ranks that concern the repository. All processes of
+    tests/ranks.py must call this function."""
     with serving() if is_first() else nullcontext() as hub, pytest.MonkeyPatch.context() as patch:
         use(patch, on_first(lambda: hub.url))
         run("sft", place, two / "pushed", push_to_hub=True, hub_model_id="ada/two")
@@ -159,7 +160,7 @@ def pushed(run: Callable[..., Any], place: Path, two: Path) -> list[str]:
 
 
 def use(patch: pytest.MonkeyPatch, url: str) -> None:
-    """Makes the hub's client of this process ask `url`, with the token that the stand-in accepts."""
+    """Points the hub client of this process to `url`, with the token that the stand-in accepts."""
     patch.setattr(constants, "ENDPOINT", url)
     patch.setattr(constants, "HF_HUB_OFFLINE", False)
     patch.setenv("HF_TOKEN", TOKEN)

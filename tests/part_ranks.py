@@ -1,4 +1,5 @@
-"""Loads models and rows in parts, and samples at different paces; tests/ranks.py calls these functions."""
+"""Functions that load models and rows in parts, and that sample at different paces on two ranks; tests/ranks.py calls
+them."""
 
 from __future__ import annotations
 
@@ -27,9 +28,9 @@ from tests import tiny
 
 
 def loaded_parts(place: Path, families: Sequence[str]) -> dict[str, Any]:
-    """Loads each model in parts and whole, adds an adapter, and shards the former with a reference that shares its
-    weights. Returns the number of entries of the largest whole weight in the backbone before sharding, the names of
-    weights that differ afterwards, and the largest differences of log-probs."""
+    """Loads each model twice, in parts and as a whole, and adds an adapter. Shards the model loaded in parts, with a
+    reference that shares its weights. Returns the number of entries of the largest unsharded weight in the backbone
+    before sharding, the names of weights that differ afterwards, and the largest differences of log-probs."""
     found: dict[str, Any] = {}
     batch = pack([sequence([5, 6, 7], [8, 9])])
     for name in ("policy", *families):
@@ -56,8 +57,8 @@ def loaded_parts(place: Path, families: Sequence[str]) -> dict[str, Any]:
 
 
 def paces() -> dict[str, Any]:
-    """Samples from a sharded model: five episodes, one episode (which only one rank samples), and with an error of rank
-    1. Returns whether the samples are those of the plain model, and the error."""
+    """Samples from a sharded model three times: five episodes; one episode, which only one rank samples; and with an
+    error on rank 1. Returns whether the samples equal those of the unsharded model, and the error."""
     model, plain = tiny.policy("qwen3"), tiny.policy("qwen3")
     shard(model)
     prefixes = [Prefix(token_ids=[5, 6, 7 + i], num_reset=0, row=i, episode=i) for i in range(5)]
@@ -88,8 +89,8 @@ def paces() -> dict[str, Any]:
 
 
 def stored_rows(place: Path) -> dict[str, Any]:
-    """Opens the same rows twice with an empty token store. Returns how often this rank tokenised each time, the number
-    of rows and the fingerprints."""
+    """Opens the same rows twice, the first time with an empty token store. Returns how often this rank tokenised each
+    time, the number of rows, and the fingerprints."""
     config = SFTConfig(
         model_name_or_path=str(place / "policy"),
         dataset_name=str(place / "rows.jsonl"),

@@ -1,5 +1,5 @@
 """Runs the lines of DR-PO's released code (Cornell-RL/drpo, commit bd825df, src/tldr/drpo.py) that turn rollouts into
-rewards, advantages and losses, on tiny models, and keeps the numbers in drpo.json for tests/test_drpo_golden.py.
+rewards, advantages and losses, on tiny models, and writes the numbers to drpo.json for tests/test_drpo_golden.py.
 
 The rollouts are written out below: resets of different lengths, tokens after the EOS, an EOS in the last place, and
 responses without EOS. The lines are read from a checkout of the released code, which is needed only here:
@@ -35,11 +35,12 @@ ROLLOUTS = [  # prompt, response of 6 tokens, number of its tokens that a reset 
 ]
 RESPONSE_LENGTH, TEMPERATURE, PENALTY, KL_COEF = 6, 0.7, -1.5, 0.1
 GAMMA, LAM, CLIP, CLIP_VALUE, VF_COEF = 0.95, 0.9, 0.1, 0.05, 0.2
-NUM_EPOCHS, LEARNING_RATE = 2, 0.02  # plain SGD; the second epoch clips
+NUM_EPOCHS, LEARNING_RATE = 2, 0.02  # for plain SGD; some ratios are clipped in the second epoch
 
 
 def rows_of(model: PreTrainedModel, read: Any) -> Tensor:
-    """Returns what `read` gives for the positions before every response token, [N, 6], one sequence at a time."""
+    """Returns the outputs of `read` at the position before each response token, [N, 6], computed one sequence at a
+    time."""
     found = []
     for prompt, response, _ in ROLLOUTS:
         ids = torch.tensor([[*prompt, *response]])
@@ -59,7 +60,8 @@ def values_of(model: PreTrainedModel, ids: Tensor, response: Tensor) -> Tensor:
 
 
 def block(source: str, start: str, stop: str) -> str:
-    """Returns the lines of the released code from the one that starts with `start` to the one before `stop`."""
+    """Returns the part of the released code from the first occurrence of `start` up to the next occurrence of
+    `stop`."""
     begin = source.index(start)
     return textwrap.dedent(source[begin : source.index(stop, begin)])
 

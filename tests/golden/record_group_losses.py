@@ -43,12 +43,13 @@ OVERLONG_LENGTHS = tuple(range(10, 21))
 
 
 def wave(num: int, phase: float, scale: float) -> Tensor:
-    """Deterministic numbers computed from the index, [num] float64, equal on every machine."""
+    """Returns numbers computed from their index, [num] float64, which are equal on every machine."""
     return scale * torch.sin(torch.arange(num, dtype=torch.float64) * 1.7 + phase)
 
 
 def tensors() -> dict[str, Tensor]:
-    """Padded tensors [4, 6] float64: log-probs of policy, sampler and reference, and the mask; and advantages [4]."""
+    """Returns the padded inputs: log-probs of policy, sampler and reference, [4, 6] float64; the mask [4, 6];
+    advantages [4]."""
     size = len(LENGTHS) * MAX_LENGTH
     sampler = -1.5 + wave(size, 0.3, 1.0)
     mask = torch.arange(MAX_LENGTH)[None] < torch.tensor(LENGTHS)[:, None]
@@ -78,7 +79,7 @@ def of_trl(case: str) -> dict[str, Any]:
     loss_type, level = TRL[case]
     given = tensors()
     leaf = given["logprob"].clone().requires_grad_()
-    # For CISPO, fastrlhf takes eps and bounds by 1 + eps; TRL takes the bound itself.
+    # For CISPO, fastrlhf reads eps and bounds the ratio by 1 + eps; TRL reads the bound itself.
     high = 1 + CISPO_HIGH if loss_type == "cispo" else CLIP_HIGH
     trainer = SimpleNamespace(
         loss_type=loss_type, importance_sampling_level=level, beta=0.0, epsilon_low=CLIP_LOW, epsilon_high=high,
@@ -103,7 +104,7 @@ def of_trl(case: str) -> dict[str, Any]:
 
 
 def trl_advantages(scale: str) -> list[float]:
-    """Runs the lines of the installed TRL that turn rewards into advantages."""
+    """Computes advantages from rewards with the lines of the installed TRL."""
     from trl import GRPOTrainer
     from trl.trainer import grpo_trainer
 
@@ -135,7 +136,7 @@ VALUE_AVERAGES = {"token": "token-mean", "sequence": "seq-mean-token-mean"}
 
 
 def load(name: str, path: Path) -> ModuleType:
-    """Imports one file as a module, without the package that it belongs to."""
+    """Imports a single file as a module, without importing its package."""
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
@@ -145,7 +146,8 @@ def load(name: str, path: Path) -> ModuleType:
 
 
 def verl_folder() -> Path:
-    """The folder of the installed verl. Call it before `core_algos`, which replaces verl by stand-ins."""
+    """Returns the folder of the installed verl. Must be called before `core_algos`, which replaces the package by
+    stand-ins."""
     place = importlib.util.find_spec("verl")
     assert place is not None
     assert place.submodule_search_locations is not None
@@ -251,7 +253,7 @@ def verl_advantages(algos: ModuleType, function: str) -> list[float]:
 
 
 def verl_gae(algos: ModuleType) -> dict[str, list[float]]:
-    """Records verl's advantages before whitening and its returns, with the tensor `returns` as the rewards."""
+    """Records verl's returns, and its advantages before whitening. The tensor `returns` serves as rewards."""
     given = tensors()
     inside = given["mask"].bool()
     found = algos.compute_gae_advantage_return(given["returns"], given["value"], given["mask"], GAMMA, LAM)
@@ -269,7 +271,7 @@ def verl_kl(algos: ModuleType) -> dict[str, list[float]]:
 
 
 def verl_overlong(folder: Path) -> list[float]:
-    """Records the rewards of DAPO's reward manager for responses of OVERLONG_LENGTHS tokens that all score 0."""
+    """Records the rewards of DAPO's reward manager for responses with OVERLONG_LENGTHS tokens and a score of 0 each."""
 
     class Data(list):
         def __getitem__(self, index: Any) -> Any:

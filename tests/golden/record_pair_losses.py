@@ -32,7 +32,7 @@ MEAN = ("simpo", "orpo")
 
 
 def logprobs() -> Tensor:
-    """Log-probs [T] float64 between -2.9 and -0.1, computed from the index."""
+    """Returns log-probs [T] float64 between -2.9 and -0.1, computed from their index."""
     return -1.5 + 1.4 * torch.sin(torch.arange(sum(LENGTHS), dtype=torch.float64) * 1.7 + 0.3)
 
 
@@ -44,7 +44,7 @@ def record(case: str) -> dict[str, Any]:
     parts = logprob.split(LENGTHS)
     sums = torch.stack([part.mean() if case in MEAN else part.sum() for part in parts])
     trainer = SimpleNamespace(alpha=0.0, accelerator=SimpleNamespace(device="cpu"), **CASES[case])
-    if case == "orpo":  # TRL subtracts what odds_ratio_loss returns
+    if case == "orpo":  # TRL subtracts the result of odds_ratio_loss
         loss = -ORPOTrainer.odds_ratio_loss(trainer, sums[0::2], sums[1::2])[0]
     else:
         loss = CPOTrainer.cpo_loss(trainer, sums[0::2], sums[1::2])[0]

@@ -96,7 +96,7 @@ RUNS = {
     "ipo_run": {"lr_scheduler_type": "constant", "beta": 0.1, "loss_type": "ipo"},
     "reward_run": {"lr_scheduler_type": "linear"},
 }
-NUM_PPO_EPOCHS = 2  # in the second epoch ratios differ from 1, and some are clipped
+NUM_PPO_EPOCHS = 2  # in the second epoch ratios differ from 1 and some are clipped
 PPO_LEARNING_RATE = 0.02  # for plain SGD; Adam's division would amplify rounding errors
 
 
@@ -107,7 +107,8 @@ def wave(shape: torch.Size, phase: float) -> Tensor:
 
 
 def with_formula_weights(model: PreTrainedModel, seed: int) -> PreTrainedModel:
-    """Sets matrix entries to -0.3..0.3 and norm weights to 0.8..1.2 by a formula; log-probs then differ by nats."""
+    """Sets matrix entries to values in -0.3..0.3 and norm weights to values in 0.8..1.2 by a formula, so that log-probs
+    of different tokens differ by nats."""
     with torch.no_grad():
         for number, (_, param) in enumerate(sorted(model.named_parameters())):
             values = wave(param.shape, seed + 0.37 * number)
@@ -128,7 +129,7 @@ def reward_model(architecture: str = "llama") -> PreTrainedModel:
 
 
 def summary(gradients: Iterable[tuple[str, Tensor]]) -> dict[str, list[float]]:
-    """Returns name -> (norm, dot product with a deterministic vector that depends on the name) of every tensor."""
+    """Returns for every tensor name -> (norm, dot product with a fixed vector that is computed from the name)."""
     result = {}
     for number, (name, gradient) in enumerate(sorted(gradients)):
         exact = gradient.detach().double()
@@ -144,8 +145,7 @@ def offline_trainer(
     kind: str, rows: Iterable[tuple[str, str, str]], folder: str, architecture: str, reference: int, settings: dict
 ) -> Any:
     """Makes TRL's trainer (sft, dpo, kto or reward) for rows of (prompt, chosen, rejected); kto uses KTO_ROWS.
-
-    `reference` is the seed of the reference of dpo and kto.
+    `reference` is the seed of the reference model of dpo and kto.
     """
     import trl
     from datasets import Dataset
@@ -238,7 +238,7 @@ class LocalsRecorder(torch.optim.SGD):
 
     def step(self, closure: Any = None) -> None:
         frame = sys._getframe()
-        while frame.f_code.co_name != "train":  # the advantages are local variables of TRL's loop
+        while frame.f_code.co_name != "train":  # advantages are local variables of TRL's training loop
             assert frame.f_back
             frame = frame.f_back
         self.seen = {name: value.tolist() for name, value in frame.f_locals.items() if isinstance(value, Tensor)}
@@ -316,7 +316,7 @@ def record_on_policy(case: str, folder: str) -> dict[str, Any]:
 
 
 def rounded(value: Any) -> Any:
-    """Rounds to 9 significant digits, which reproduce a float32."""
+    """Rounds to 9 significant digits, which are enough to reproduce a float32 number exactly."""
     if isinstance(value, float):
         return float(f"{value:.9g}")
     if isinstance(value, dict):

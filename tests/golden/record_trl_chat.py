@@ -83,7 +83,7 @@ def trainer(kind: str, rows: list[dict[str, Any]], folder: str, template: str, *
 
 
 def record_space(folder: str) -> dict[str, Any]:
-    """Records for SFT the number of untrained ids and all ids; for DPO the ids of prompt, chosen and rejected."""
+    """Records the number of untrained ids and all ids (SFT), or the ids of prompt, chosen and rejected (DPO)."""
     demonstrations = [{"prompt": prompt, "completion": chosen} for prompt, chosen, _ in SPACED]
     sft = trainer("sft", demonstrations, folder, CHATML).train_dataset
     pairs = [{"prompt": prompt, "chosen": chosen, "rejected": rejected} for prompt, chosen, rejected in SPACED]

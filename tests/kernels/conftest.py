@@ -9,9 +9,9 @@ from fastrlhf_kernels import _tiles as tiles
 
 @pytest.fixture(params=["torch", "triton"])
 def impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The two paths of an op on a CPU: torch, and interpreted Triton kernels.
+    """The value of `impl`: "torch", and "triton" (Triton kernels in the interpreter) if there is no GPU.
 
-    Triton's blocks are small, so that small tests cross block boundaries.
+    Makes Triton's blocks small, so that small tests cross block boundaries.
     """
     if request.param == "triton" and torch.cuda.is_available():
         pytest.skip("the interpreter is off if there is a GPU; see test_on_gpu.py")
@@ -21,7 +21,7 @@ def impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 @pytest.fixture
 def interpreted() -> None:
-    """Skips tests of the Triton path on the CPU if there is a GPU, where the interpreter is off."""
+    """Skips tests that need Triton's interpreter if there is a GPU, because the interpreter is then off."""
     if torch.cuda.is_available():
         pytest.skip("the interpreter is off if there is a GPU")
 

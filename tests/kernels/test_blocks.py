@@ -19,7 +19,7 @@ def test_blocks_of_any_size_tile_the_logits(shape: tuple[int, int], monkeypatch:
 
 
 def test_the_slope_is_the_derivative_of_the_soft_cap():
-    # Soft cap 3, temperature 2: z = 3 tanh(x / 3) / 2. At x = 1.5, 2 dz/dx = 1 - tanh(0.5)^2
+    # Soft cap 3 and temperature 2: z = 3 tanh(x / 3) / 2. At x = 1.5, dz/dx = (1 - tanh(0.5)^2) / 2
     logits = Logits.of(torch.tensor([[1.5]]), torch.tensor([[1.0]]), None, None, 2.0, 1.0, softcap=3.0)
     (part,) = logits.parts()
     z = logits.block(slice(0, 1), part)

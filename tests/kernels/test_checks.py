@@ -21,7 +21,7 @@ def test_a_count_in_float64_leaves_the_loss_in_float32():
 
 @pytest.fixture
 def split_weight() -> Iterator[DTensor]:
-    """A head [9, 4] as FSDP holds it: a DTensor, in a process group of this process only."""
+    """A head [9, 4] that is sharded like FSDP's weights: a DTensor in a process group with only this process."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield distribute_tensor(torch.zeros(9, 4), init_device_mesh("cpu", (1,)), [Shard(0)])
@@ -85,7 +85,7 @@ def test_an_invalid_count_is_refused(count: object):
 
 
 def test_an_open_range_excludes_its_ends():
-    """An infinite soft cap would compute infinity times tanh(0), which is NaN."""
+    """An infinite soft cap is refused, because infinity times tanh(0) is NaN."""
     checks.check_range("clip", 0, 0, 1)
     for value in (0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match=r"softcap must be in \(0, inf\), got"):

@@ -1,4 +1,4 @@
-"""Tests of GSPO and CISPO in `policy_loss`: values computed by hand, and the definitions."""
+"""Compares GSPO and CISPO in `policy_loss` with values computed by hand and with their definitions."""
 
 import math
 
@@ -56,7 +56,7 @@ def test_one_token_sequences_make_gspo_ppo(impl: str):
 def test_the_group_losses_equal_their_definitions_with_the_kl_of_single_tokens(loss_type: str, impl: str):
     logprob, sampler, _, mask = rows(40)
     cu_seqlens = torch.tensor([0, 11, 12, 30, 40], dtype=torch.int32)
-    mask[[0, 11, 12, 30]] = True  # so that no sequence is empty
+    mask[[0, 11, 12, 30]] = True  # at least one row of every sequence
     advantage = torch.tensor([1.0, -0.5, 2.0, -2.0]).repeat_interleave(cu_seqlens.diff().long())
     weight = torch.tensor([0.5, 1.0, 0.25, 2.0]).repeat_interleave(cu_seqlens.diff().long())
     own = {"loss_type": loss_type} | ({"cu_seqlens": cu_seqlens} if loss_type == "gspo" else {})

@@ -1,6 +1,5 @@
-"""Tests which tiles `_head.py` chooses, and how evenly the programs of the forward fill a GPU.
-
-The results of `_head.py` are tested in test_linear_logprob.py and test_linear_policy_loss.py.
+"""Tests which tiles `_head.py` chooses, and how evenly the programs of the forward are distributed over a GPU.
+test_linear_logprob.py and test_linear_policy_loss.py test the numbers that `_head.py` computes.
 """
 
 import heapq
@@ -21,7 +20,7 @@ def test_bias_soft_cap_or_row_temperature_need_narrower_tiles():
 
 @pytest.mark.parametrize(("rows", "vocab"), [(8192, 128_256), (16_384, 151_936), (2048, 50_257), (512, 151_936)])
 def test_the_programs_of_the_forward_keep_132_multiprocessors_busy(rows: int, vocab: int):
-    """Programs start in order, one per multiprocessor of an H100, each as soon as a multiprocessor is free."""
+    """Simulates an H100: programs start in order, one per multiprocessor, as soon as a multiprocessor is free."""
     chosen, multiprocessors = tiles.FORWARD[9].light, 132
     row_tiles = tiles.cdiv(rows, chosen.rows)
     lengths = [

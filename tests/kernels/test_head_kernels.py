@@ -1,4 +1,4 @@
-"""Compiles all Triton kernels without a GPU. Their values are tested in test_linear_logprob.py."""
+"""Compiles all Triton kernels without a GPU. test_linear_logprob.py tests the numbers that the kernels compute."""
 
 import os
 import subprocess
@@ -15,8 +15,8 @@ OLDEST_TRITON = os.environ.get("FASTRLHF_TRITON_36", "")  # a folder with triton
 @pytest.mark.parametrize("arch", [80, 90, 100])
 @pytest.mark.parametrize("version", ["installed", "3.6.0"])
 def test_every_kernel_compiles_without_spills_and_with_the_units_it_is_for(version: str, arch: int):
-    """Runs in a separate process, because this process uses the interpreter and because a compiler crash ends its
-    process."""
+    """Compiles in a child process, because kernels are interpreted in this process and a crash of the compiler would
+    end it."""
     if version != "installed" and not OLDEST_TRITON:
         pytest.skip("FASTRLHF_TRITON_36 names no folder with triton 3.6.0")
     path = [str(ROOT), str(ROOT / "kernels")]

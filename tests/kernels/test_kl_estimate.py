@@ -78,7 +78,7 @@ DELTAS = [0.0, 1e-7, -1e-5, 1e-3, -0.05, 0.0999, -0.1, 0.11, 0.5, 0.999, -0.999,
 def test_k3_is_exact_for_small_differences(delta: float, impl: str):
     exact = math.expm1(-delta) + delta if abs(delta) > 1e-3 else delta**2 / 2 - delta**3 / 6 + delta**4 / 24
     value, slope = value_and_slope(impl, delta, "k3")
-    assert value == pytest.approx(exact, rel=5e-7)  # exp(-d) - 1 + d loses two bits at d = 1
+    assert value == pytest.approx(exact, rel=5e-7)  # at d = 1 exp(-d) - 1 + d loses two bits
     assert slope == pytest.approx(delta, rel=1e-6)
 
 

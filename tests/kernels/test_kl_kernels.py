@@ -1,4 +1,4 @@
-"""Tests of the Triton path of `linear_kl` only; values are tested in test_linear_kl.py."""
+"""Tests of the tiles and launches of the Triton path of `linear_kl`; test_linear_kl.py tests its results."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from tests.kernels.test_tiles import FakeMatrix
 
 @pytest.mark.usefixtures("small_blocks")
 def test_tma_descriptors_load_the_same_tiles(monkeypatch: pytest.MonkeyPatch):
-    # Sizes that no tile divides; rows of 80 and 96 bytes
+    # No tile divides these sizes; rows have 80 and 96 bytes
     tensors, (leaves, options) = inputs(33, 20, 24, 65), everything(33, 65)
     plain = linear_kl(*tensors, **leaves, **options, entropy=True, impl="triton")
     monkeypatch.setattr(tiles, "INTERPRETER", tiles.INTERPRETER._replace(descriptors=True))

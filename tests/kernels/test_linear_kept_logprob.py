@@ -1,4 +1,5 @@
-"""Tests of linear_kept_logprob: its definition in float64, values by hand, and refused arguments."""
+"""Tests of linear_kept_logprob against its definition in float64 and against values by hand, and of refused
+arguments."""
 
 import importlib
 import math
@@ -68,7 +69,7 @@ def test_sets_of_the_whole_vocabulary_give_the_numbers_of_linear_logprob():
 
 
 def test_two_tokens_by_hand():
-    """With logits 1, 2, 5, of which 1 and 2 are kept, the log-prob is -log(1 + e) for any third logit."""
+    """Of the logits 1, 2 and 5 only 1 and 2 are kept, so the log-prob is -log(1 + e), whatever the third logit."""
     hidden, weight = torch.ones(1, 1), torch.tensor([[1.0], [2.0], [5.0]])
     out = linear_kept_logprob(hidden, weight, torch.tensor([0]), torch.tensor([1, 0]), torch.tensor([0, 2]))
     assert out.logprob.item() == pytest.approx(-math.log(1 + math.e), rel=1e-6)

@@ -23,8 +23,8 @@ SHAPES = [
 
 
 def inputs(rows: int, size: int, reference_size: int, vocab: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """Returns hidden, weight, reference_hidden, reference_weight of two unrelated distributions, which differ by
-    nats."""
+    """Returns hidden, weight, reference_hidden, reference_weight of two independent random distributions, which differ
+    by nats."""
     generator = torch.Generator().manual_seed(rows + size + vocab)
     shapes = [(rows, size), (vocab, size), (rows, reference_size), (vocab, reference_size)]
     return [torch.randn(*shape, generator=generator).to(dtype) for shape in shapes]
@@ -35,7 +35,7 @@ def targets_of(rows: int, vocab: int) -> Tensor:
 
 
 def everything(rows: int, vocab: int, dtype: torch.dtype = torch.float32) -> tuple[dict, dict]:
-    """Returns leaves and options with every option set and some rows ignored."""
+    """Returns (leaves, options) with all options set and some rows ignored."""
     torch.manual_seed(0)
     targets = targets_of(rows, vocab)
     targets[[0, 4, 17]] = -100
@@ -112,9 +112,8 @@ def test_it_equals_the_reference_across_block_boundaries(shape: tuple[int, int, 
 @pytest.mark.parametrize("distance", [1e-1, 1e-2, 1e-3])
 @pytest.mark.usefixtures("small_blocks")
 def test_close_to_the_reference_it_is_as_exact_as_plain_float32(distance: float, impl: str):
-    """Two models whose logits differ by about `distance` have a kl of about distance^2.
-
-    The bound is dominated by the error of plain torch, which cancellation causes; the term with eps is far smaller.
+    """Two models whose logits differ by about `distance` have a KL of about distance^2. In the bound, the error of
+    plain torch, which comes from cancellation, is much larger than the term with eps.
     """
     hidden, weight, *_ = inputs(40, 8, 8, 65)
     moved = hidden + distance * torch.randn(40, 8, generator=torch.Generator().manual_seed(1))
@@ -237,7 +236,7 @@ def test_no_tensor_of_rows_by_vocabulary_is_ever_allocated(monkeypatch: pytest.M
 
 @pytest.fixture
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """Records the shape of every block of logits that is computed."""
+    """Returns a list that receives the shape of every block of logits that is computed."""
     shapes, original = [], blocks.Logits.block
 
     def block(self, rows, part):

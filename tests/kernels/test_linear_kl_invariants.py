@@ -1,4 +1,4 @@
-"""Tests of properties of `linear_kl` that hold on both paths and for all distributions."""
+"""Tests of properties that `linear_kl` must have on both paths and for all distributions."""
 
 import pytest
 import torch

@@ -166,7 +166,7 @@ def test_ignored_rows_give_zeros_and_no_gradient_even_if_they_hold_nan(
 def test_an_ignored_row_adds_nothing_even_if_its_exponentials_overflow(
     counts: bool, monkeypatch: pytest.MonkeyPatch, impl: str
 ):
-    """The peak of an ignored row is 0 and its hidden state is treated as 0, so the bias makes exp(z - peak)
+    """For an ignored row the kernel sets the peak and the hidden state to 0, so the large bias makes exp(z - peak)
     infinite."""
     monkeypatch.setattr(blocks, "can_select", lambda device, wait: counts)
     hidden, weight, targets = inputs(19, 5, 23)
@@ -303,7 +303,7 @@ def test_a_temperature_may_be_an_expanded_number(impl: str):
 
 @pytest.mark.usefixtures("interpreted", "small_blocks")
 def test_tma_descriptors_load_the_same_tiles(monkeypatch: pytest.MonkeyPatch):
-    hidden, weight, targets = inputs(33, 20, 65)  # sizes that no tile divides; rows of 80 bytes
+    hidden, weight, targets = inputs(33, 20, 65)  # no tile divides these sizes; rows have 80 bytes
     plain = linear_logprob(hidden, weight, targets, entropy=True, stats=True, impl="triton")
     monkeypatch.setattr(tiles, "INTERPRETER", tiles.INTERPRETER._replace(descriptors=True))
     for a, b in zip(

@@ -1,4 +1,4 @@
-"""Tests of transformations that must not change the log-probs of `linear_logprob`, on either path."""
+"""Tests of transformations of the input that must not change the log-probs of `linear_logprob`, on both paths."""
 
 import math
 

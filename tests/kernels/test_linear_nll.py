@@ -1,4 +1,4 @@
-"""Tests of linear_nll: one pass and two steps against the reference."""
+"""Compares both forms of linear_nll (one pass, or separate forward and backward) with the reference."""
 
 import pytest
 import torch

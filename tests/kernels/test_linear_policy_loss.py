@@ -78,7 +78,7 @@ def test_it_equals_the_two_definitions_composed(impl: str):
 def test_every_option_gives_what_the_two_steps_give(impl: str, entropy_coef: float):
     given = inputs()
     given["targets"][3] = -100
-    given["mask"][3] = True  # an ignored target in the mask: both ways give it log-prob 0
+    given["mask"][3] = True  # both forms give an ignored target in the mask the log-prob 0
     reference_logprob = given["sampler_logprob"] + 0.2
     loss = {"num_tokens": torch.tensor(17.0), "dual_clip": 1.5, "kl_coef": 0.2, "kl_kind": "k3", "clip_high": 0.3}
     loss |= {"reference_logprob": reference_logprob, "entropy_coef": entropy_coef}
@@ -133,7 +133,7 @@ def test_inputs_need_not_be_contiguous(impl: str):
     results = []
     for strided in (False, True):
         given = inputs()
-        given["mask"][:] = True  # all rows are processed, so that no step makes a contiguous copy
+        given["mask"][:] = True  # processes all rows, so that no step makes a contiguous copy
         temperature = torch.full((37,), 0.7)
         if strided:
             given = {k: torch.stack([v, v], -1)[..., 0] if k != "hidden" else v for k, v in given.items()}
@@ -146,7 +146,8 @@ def test_inputs_need_not_be_contiguous(impl: str):
 
 
 def test_the_upstream_gradient_is_not_rounded_to_the_dtype_of_the_leaves():
-    """Uses a loss scale: in float16 the unscaled gradients would underflow, and the loss scale would overflow."""
+    """Multiplies the loss by 65,536. In float16 the unscaled gradients would underflow, and the factor itself would
+    overflow."""
     given = inputs()
     given["hidden"], given["weight"] = given["hidden"].half(), given["weight"].half()
     rounded = {**given, "hidden": given["hidden"].float(), "weight": given["weight"].float()}
@@ -180,8 +181,8 @@ def test_nan_outside_the_mask_does_not_matter(counts: bool, monkeypatch: pytest.
 
 @pytest.mark.parametrize("options", [{}, {"entropy_coef": 0.3}, {"softcap": 3.0}], ids=str)
 def test_a_tile_of_ignored_rows_is_never_read(impl: str, options: dict, monkeypatch: pytest.MonkeyPatch):
-    """If rows cannot be counted, the masses of a tile of ignored rows are never written: here they are NaN and must not
-    matter."""
+    """If rows cannot be counted, the kernel never writes the masses of a tile of ignored rows. This memory holds NaN in
+    the test and must not affect the result."""
     given = inputs()
     given["mask"][:32] = False  # the first two tiles, which are separate chunks
     results = []
@@ -250,7 +251,7 @@ def test_beyond_the_gradients_only_a_chunk_of_logits_is_allocated():
     leaves = head_leaves(given)
     peak = peak_bytes(lambda: linear_policy_loss(**given, num_tokens=9).loss.backward())
     gradients = sum(4 * leaf.numel() for leaf in leaves)
-    # Gradients exist twice: unscaled, and scaled by the upstream gradient
+    # Two copies of the gradients exist: unscaled, and scaled by the upstream gradient
     assert peak - 2 * gradients < 4 * rows * vocab / 10
 
 

@@ -15,7 +15,7 @@ from tests.tolerance import assert_op_matches
 # Not a plain import, because the package exports a function with the name of this module
 module = importlib.import_module("fastrlhf_kernels.logprob_from_logits")
 
-# (T, V) around the sizes of `small_blocks`: blocks of 400 bytes (CPU) and 16 columns (backward), 32 columns a program
+# (T, V) near the sizes of `small_blocks`: blocks of 400 bytes (CPU) and 16 columns (backward), 32 columns per program
 SHAPES = [(1, 1), (7, 15), (3, 16), (9, 17), (2, 32), (5, 33), (3, 64), (4, 79)]
 EVERYTHING = {"temperature": torch.linspace(0.5, 2, 19), "logit_scale": 1.5, "softcap": 3.0}
 
@@ -183,7 +183,7 @@ def test_equal_logits_are_the_uniform_distribution(impl: str):
     assert out.logsumexp.tolist() == pytest.approx([2 + math.log(64)] * 3, rel=1e-6)
     assert out.entropy.tolist() == pytest.approx([math.log(64)] * 3, rel=1e-6)
     (gradient,) = torch.autograd.grad(out.entropy.sum(), logits)
-    assert gradient.abs().max() < 1e-8  # exactly, log p + entropy is 0; rounding of log 64 is left, times p = 1/64
+    assert gradient.abs().max() < 1e-8  # log p + entropy is 0 up to the rounding error of log 64, times p = 1/64
 
 
 @pytest.mark.parametrize("forbidden", [float("-inf"), torch.finfo(torch.float32).min])
@@ -288,7 +288,7 @@ def test_inplace_backward_refuses_leaves_and_overlapping_rows(impl: str):
             logprob_from_logits(logits, targets, inplace_backward=True, impl=impl)
     with pytest.raises(ValueError, match="logits must not overlap"):
         logprob_from_logits((leaf[:1] * 1).expand(3, 4), targets, inplace_backward=True, impl=impl)
-    # allowed, because there will be no backward
+    # allowed, because no backward follows
     logprob_from_logits(leaf.detach(), targets, inplace_backward=True, impl=impl)
 
 

@@ -1,5 +1,5 @@
-"""Tests that need a GPU: compiled kernels, half precision, real sizes, memory, and waits for the device (`pytest -m
-gpu`)."""
+"""Tests that need a GPU (`pytest -m gpu`): compiled kernels, half precision, real sizes, memory and host-device
+waits."""
 
 import pytest
 import torch
@@ -66,7 +66,7 @@ def test_the_head_at_real_sizes_is_exact_in_float32_and_rounds_gradients_once(si
     assert (logprob - true_logprob).abs().max() < 1e-5 * true_logprob.abs().max()
     assert (entropy - true_entropy).abs().max() < 1e-4
     for found, truth in ((grad_hidden, true_hidden), (grad_weight, true_weight)):
-        assert relative_error(found, truth) < 4e-3  # rounded to bfloat16 twice: dz, and the result
+        assert relative_error(found, truth) < 4e-3  # dz and the result are each rounded to bfloat16
 
 
 def test_more_than_2_to_the_31_logits():

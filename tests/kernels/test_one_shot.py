@@ -1,5 +1,5 @@
-"""Tests of the choice of form and of the chunks. The results are tested in test_linear_nll.py and
-test_linear_policy_loss.py."""
+"""Tests when an op computes the loss and its gradients in one pass, and how it chooses the chunks. test_linear_nll.py
+and test_linear_policy_loss.py test the results."""
 
 from types import SimpleNamespace
 
@@ -13,7 +13,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 @pytest.fixture
 def memory(monkeypatch):
-    """Returns a function that sets the memory of a pretended GPU."""
+    """Pretends that there is a GPU; returns a function that sets its memory."""
 
     def pretend(gigabytes):
         found = SimpleNamespace(total_memory=gigabytes * 10**9)
@@ -50,7 +50,7 @@ def test_a_gpu_takes_4096_rows_or_a_share_of_its_memory(memory, gigabytes, rows,
     [
         (8192, True, 1.0, True),
         (512, True, 1.0, True),
-        (256, True, 1.0, False),  # writing the gradient of the head takes longer than a product
+        (256, True, 1.0, False),  # writing the head's gradient takes longer than a product
         (256, False, 1.0, True),
         (8192, True, 0.6, False),  # the other form skips rows without a gradient
         (8192, False, 0.7, True),

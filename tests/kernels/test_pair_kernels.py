@@ -1,4 +1,5 @@
-"""Tests of SimPO, and of APO and ORPO, whose losses depend on each log-ratio and not only on their difference."""
+"""Tests of SimPO, APO and ORPO against values by hand. APO and ORPO depend on each log-ratio, not only on the
+difference."""
 
 import math
 

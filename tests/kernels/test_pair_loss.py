@@ -18,7 +18,7 @@ FORMS = [(kind, norm) for kind in KINDS for norm in (["mean"] if kind == "orpo" 
 
 
 def run(impl: str, log_ratio: list[float], cu_seqlens: Tensor = TWO, mask: Tensor | None = None, **options):
-    """Computes loss, gradient per row and metrics for 1 pair, with a reference of zeros (None for ORPO)."""
+    """Computes loss, gradient per row and metrics of one pair. The reference log-probs are 0 (None for ORPO)."""
     logprob = torch.tensor(log_ratio, requires_grad=True)
     mask = torch.ones(len(log_ratio), dtype=torch.bool) if mask is None else mask
     reference = None if options.get("kind") == "orpo" else torch.zeros(len(log_ratio))
@@ -155,7 +155,7 @@ def test_at_equal_length_the_mean_with_beta_is_the_sum_with_beta_over_length(imp
 
 
 def test_hand_computed_length_norms(impl: str):
-    # u = (3, 1), n = (2, 1), tau 0.5, target 1: own means 1.5 - 1; pair means (3 - 1) / 1.5
+    # u = (3, 1), n = (2, 1), tau 0.5, target 1: means per response 1.5 - 1; per pair (3 - 1) / 1.5
     loss, gradient, metrics = run(impl, [1.0, 2.0, 1.0], kind="ipo", beta=0.5, length_norm="mean")
     assert loss == 0.25
     assert gradient == [-0.5, -0.5, 1.0]
@@ -239,7 +239,7 @@ def test_it_is_as_exact_in_half_precision(kind: str, dtype: torch.dtype):
     ],
 )
 def test_every_option_equals_its_definition(options: dict, impl: str):
-    # sequences of one row, so that u is the row's log-ratio
+    # every sequence has one row, so u is the log-ratio of the row
     logprob, reference, cu_seqlens, _ = pairs([1, 1, 1, 1])
     options, weight = options | {"beta": 0.3}, torch.tensor([2.0, 0.5])
 
@@ -294,7 +294,7 @@ def test_micro_batches_with_an_outside_count_add_up_to_the_whole(impl: str):
     torch.testing.assert_close(sum(part.loss for part in parts), whole.loss)
     (expected,) = torch.autograd.grad(whole.loss, logprob)
     (gradient,) = torch.autograd.grad(sum(part.loss for part in parts), logprob)
-    assert torch.equal(gradient, expected)  # a pair has the same bits in any pack
+    assert torch.equal(gradient, expected)  # the bits of a pair do not depend on the pack
     for name, metric in merge(*(part.metrics for part in parts)).items():
         torch.testing.assert_close(metric.value, whole.metrics[name].value)
 

@@ -11,7 +11,7 @@ from tests.tolerance import assert_op_matches
 
 
 def run(impl: str, log_ratio: list[float], advantage: list[float], **options):
-    """Computes loss over 1 token, gradient per row and metrics; the sampler's log-probs are all 0."""
+    """Computes loss (with num_tokens 1), gradient per row and metrics. The log-probs of the sampler are 0."""
     logprob = torch.tensor(log_ratio, requires_grad=True)
     zeros = torch.zeros(len(log_ratio))
     out = policy_loss(logprob, zeros, torch.tensor(advantage), zeros == 0, num_tokens=1, impl=impl, **options)
@@ -68,7 +68,7 @@ def test_without_an_advantage_there_is_neither_loss_nor_gradient(log_ratio: floa
     loss, gradient, metrics = run(impl, [log_ratio], [0.0], dual_clip=2.0)
     assert loss == 0
     assert gradient == [0.0]
-    assert metrics["clip_fraction"] == (log_ratio > 0)  # advantage 0 is treated like a positive advantage
+    assert metrics["clip_fraction"] == (log_ratio > 0)  # advantage 0 is treated as positive
 
 
 def test_beyond_the_clip_only_tokens_that_move_back_have_a_gradient(impl: str):
@@ -212,7 +212,7 @@ def test_it_is_as_exact_in_half_precision(dtype: torch.dtype):
 @pytest.mark.parametrize("weighted", [True, False])
 def test_all_options_together_equal_the_references_of_their_terms(kind: str, weighted: bool, impl: str):
     logprob, sampler, advantage, mask = rows(100)
-    advantage += 1  # otherwise the terms cancel and their sum is as small as its rounding error
+    advantage += 1  # otherwise the sum of the terms is as small as its rounding error
     reference, weight, entropy = torch.rand(3, 100, generator=torch.Generator().manual_seed(1))
     weight = weight if weighted else torch.ones(100)
 

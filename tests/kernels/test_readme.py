@@ -1,4 +1,4 @@
-"""Runs the examples of kernels/README.md unchanged, with tiny models and batches for the names that they use."""
+"""Runs the examples of kernels/README.md unchanged; defines the names that they use as tiny models and batches."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +18,8 @@ ROWS, SIZE, VOCAB = 12, 8, 40
 
 
 def names(model: nn.Module) -> dict[str, Any]:
-    """The names that the examples use: models, and batches of two sequences with 5 and 7 tokens."""
+    """Returns name -> value of the variables in the examples: models, and batches of two sequences with 5 and 7
+    tokens."""
     generator = torch.Generator().manual_seed(0)
 
     def rows(scale: float = 0.1) -> Tensor:
@@ -103,7 +104,8 @@ def test_an_example_runs_and_moves_the_weights(op: str, model: nn.Module):
 
 @pytest.mark.parametrize("op", ["linear_logprob", "logprob_from_logits"])
 def test_the_packed_forward_of_an_example_keeps_sequences_apart(op: str, model: nn.Module):
-    """transformers ignores `position_ids` when it makes a cache, which it does by default."""
+    """The example must set use_cache=False: transformers ignores `position_ids` when it makes a cache, which is the
+    default."""
     scope = names(model)
     (call,) = (line.split(" = ", 1)[1] for line in EXAMPLES[op].splitlines() if "position_ids=" in line)
     batch = scope["batch"] = scope["loader"][0]

@@ -8,7 +8,7 @@ from fastrlhf_kernels._rows import contiguous, differentiate_by_slopes, masked, 
 
 @torch.library.custom_op("fastrlhf_test::product", mutates_args=())
 def product(x: Tensor, scale: float, y: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A custom op that returns (scale x . y, number of rows, slope for x, slope for y)."""
+    """A custom op that returns (scale * x . y, number of rows, gradient for x, gradient for y)."""
     other = torch.ones_like(x) if y is None else y
     slope = x.new_empty(0) if y is None else scale * x.float()
     return scale * (x * other).float().sum(), (x * other).float(), scale * other.float(), slope

@@ -10,9 +10,8 @@ ALL = torch.ones(4, dtype=torch.bool)
 
 
 def hand_computed(impl: str, clip: float | None) -> tuple[Tensor, list[float], dict[str, float]]:
-    """Returns (loss, gradient, metrics) for four rows with rollout value 0.
-
-    Values: within the clip; beyond the clip, towards the return; beyond it, away from the return; exactly at the clip.
+    """Returns (loss, gradient, metrics) for four rows with rollout value 0. The new values are: within the clip range;
+    outside it, towards the return; outside it, away from the return; exactly at the clip.
     """
     value = torch.tensor([0.125, 1.0, -1.0, 0.25], requires_grad=True)
     returns = torch.tensor([1.0, 2.0, 0.5, 0.0])

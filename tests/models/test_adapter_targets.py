@@ -1,4 +1,5 @@
-"""Tests which weights get an adapter: experts by parameter, no router, and nothing that the forward does not call."""
+"""Tests which weights get an adapter: experts (parameter by parameter), but no routers and no layers that the forward
+does not call."""
 
 import copy
 import logging
@@ -68,7 +69,7 @@ def logprobs(model):
 
 
 def adapted(model) -> set[str]:
-    """The last parts of the names of all weights that have an adapter."""
+    """Returns the last parts of the names of all weights that have an adapter."""
     names = set()
     for name, layer in model.named_modules():
         if hasattr(layer, "lora_A"):
@@ -152,7 +153,7 @@ def test_named_targets_are_used_unchanged():
 
 
 def test_a_layer_that_is_not_called_gets_no_adapter():
-    """Mamba's scan reads dt_proj.weight directly, so an adapter there would be merged without ever having been
+    """Mamba's scan reads dt_proj.weight without calling the layer, so an adapter of this layer would never be
     trained."""
     config = MambaConfig(vocab_size=tiny.VOCAB, hidden_size=32, num_hidden_layers=2, state_size=4, pad_token_id=0)
     model = model_of(config)
@@ -191,7 +192,7 @@ def run_dpo(source: str, saved: tuple[str, ...], **settings):
 def test_modules_to_save_are_fully_trained_and_loaded_by_peft_and_as_roles(saved, tied, names, tmp_path):
     base, folder = policy_folder(tmp_path / "base", tied=tied), tmp_path / "run"
     result = run_dpo(base, saved, precompute_ref_log_probs=False, output_dir=str(folder))
-    # A live reference uses the initial copies of the modules, so it gives the log-probs that were precomputed.
+    # A live reference uses the initial copies of the modules, so its log-probs equal the precomputed ones.
     for row, other in zip(result.history, run_dpo(base, saved).history, strict=True):
         assert row == pytest.approx(other, rel=1e-4, abs=1e-5)
     plain, moved = load_policy(base), logprobs(result.model)

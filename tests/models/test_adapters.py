@@ -1,5 +1,5 @@
-"""Tests of adapters: no effect at the start, only the adapter is trained, the reference shares the weights, merging is
-exact."""
+"""Tests that a new adapter has no effect, only the adapter is trained, the reference shares the base weights, and
+merging is exact."""
 
 import gc
 import logging
@@ -41,7 +41,7 @@ def logprobs(model):
 
 
 def disturb(model):
-    """Changes the trained weights at random."""
+    """Adds random numbers to the trained weights."""
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(0)
         for parameter in model.parameters():
@@ -145,8 +145,8 @@ def dpo(model, **settings):
 
 
 def test_with_the_adapter_off_the_policy_is_the_reference(paths):
-    """Runs DPO with a live reference (the same weights without the adapter), a precomputed one, and a copy from
-    disk."""
+    """Runs DPO with three references: the base weights without the adapter, precomputed log-probs, and a second copy of
+    the model from disk."""
     examples = tiny.examples(16)
     precomputed = train_dpo(dpo(paths[0]), examples).history
     assert precomputed[-1]["rewards/margins"] > 0.05  # the policy has changed

@@ -9,13 +9,13 @@ FOREST = [
     Segment(token_ids=[9], parent=0, cut=4),
     Segment(token_ids=[10, 11], parent=0, cut=2),
     Segment(token_ids=[12, 13, 14]),
-    # Branches after the first token of its parent, so no child continues the other two tokens of the parent
+    # Branches off after the first token of its parent; no segment continues the whole parent
     Segment(token_ids=[15, 16], parent=3, cut=1),
 ]
 
 
 def test_every_token_sees_its_own_past_in_any_order_of_the_pack():
-    """In this test model the state of a token is a number whose base-32 digits are all ids up to the token."""
+    """Uses a fake model in which the state of a token is a number; its base-32 digits are the ids up to this token."""
     calls = []
 
     def run(ids):

@@ -59,7 +59,7 @@ def draw(segments: list[Segment], num_heads: int = 4, num_key_heads: int = 2) ->
 
 
 def attend(segments: list[Segment], query: Tensor, key: Tensor, value: Tensor, **settings) -> Tensor:
-    """Attention as transformers calls it; returns [1, T, H, 8]."""
+    """Calls our attention like transformers does; returns [1, T, H, 8]."""
     output, weights = AttentionInterface()[PACKED](
         None, query, key, value, None, attention_plan=pack(segments).plan, **settings
     )
@@ -68,7 +68,7 @@ def attend(segments: list[Segment], query: Tensor, key: Tensor, value: Tensor, *
 
 
 def paths(segments: list[Segment]) -> list[list[int]]:
-    """For every token of the pack, the rows of the tokens that precede it in its sequence, and its own row last."""
+    """Returns for every token of the pack the rows of its sequence up to and including the token itself."""
     starts, found = [], []
     for segment in segments:
         starts.append(len(found))
@@ -87,7 +87,7 @@ def dense(
     softcap: float | None = None,
     sliding_window: int | None = None,
 ) -> Tensor:
-    """Attention of all tokens to all tokens in float64, with an explicit mask."""
+    """Computes attention in float64 over all pairs of tokens, with an explicit mask."""
     visible = torch.zeros(query.shape[2], query.shape[2], dtype=torch.bool)
     for row, path in enumerate(paths(segments)):
         visible[row, path if sliding_window is None else path[-sliding_window:]] = True
@@ -101,7 +101,7 @@ def dense(
 
 
 def agree(segments: list[Segment], settings: dict, num_heads: int = 4, num_key_heads: int = 2) -> None:
-    """Compares our attention with the dense reference: values and all three gradients."""
+    """Compares our attention with the dense reference: the output, and the gradients of query, key and value."""
     results = []
     for function in (attend, dense):
         inputs = draw(segments, num_heads, num_key_heads)
@@ -137,7 +137,8 @@ def test_dropout_and_masks_of_the_models_own_are_refused():
 
 @pytest.mark.parametrize("settings", [{}, {"sliding_window": 3}], ids=["all", "window"])
 def test_a_sink_is_a_key_without_a_value(settings):
-    """Compares with a softmax that has one more column, whose weight is dropped; also the gradients of the sinks."""
+    """Compares attention sinks with a softmax over one additional column, whose weight is dropped. Also compares the
+    gradients of the sinks."""
     sinks = torch.tensor([0.5, -1.0, 2.0, 0.0], requires_grad=True)
     results = []
     for ours in (True, False):
@@ -286,8 +287,8 @@ def test_the_chosen_backend_runs(monkeypatch, chosen):
 
 
 def variable_length(q, k, v, cu_q, cu_k, scale, window: tuple[int, int], softcap: float = 0.0) -> Tensor:
-    """FlashAttention by its documentation, token by token: query i of Lq attends to the keys j of Lk with
-    i + Lk - Lq - left <= j <= i + Lk - Lq + right, where -1 is no limit."""
+    """Computes FlashAttention token by token, as documented: query i of Lq attends to the keys j of Lk with i + Lk - Lq
+    - left <= j <= i + Lk - Lq + right. A limit of -1 means no limit."""
     left, right = (torch.inf if side < 0 else side for side in window)
     groups = q.shape[1] // k.shape[1]
     rows = []
@@ -313,9 +314,8 @@ def check_lengths(plan: AttentionPlan, cu_q: Tensor, cu_k: Tensor, max_q: int, m
 @pytest.mark.parametrize("segments", [PLAIN, FOREST], ids=["plain", "forest"])
 @pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)
 def test_flash_attention_gets_equivalent_arguments(monkeypatch, segments, settings, version):
-    """Replaces the function of each FlashAttention version by a fake with its documented signature.
-
-    The fake computes attention from its arguments. The real versions 3 and 4 have never been run with fastrlhf.
+    """Replaces the function of each FlashAttention version by a fake with the documented signature, which computes
+    attention from its arguments. fastrlhf has never been run with the real versions 3 and 4.
     """
 
     def flash_attn_varlen_func(
@@ -328,7 +328,7 @@ def test_flash_attention_gets_equivalent_arguments(monkeypatch, segments, settin
         if version == 4:  # None means no limit, and -1 would exclude the token itself
             assert left is None or left >= 0
             left = -1 if left is None else left
-        window = (left, 0) if causal else window_size  # causal limits the right side
+        window = (left, 0) if causal else window_size  # causal attention limits the right side
         output = variable_length(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, window, softcap)
         return (output, None) if version == 4 else output
 
@@ -381,7 +381,8 @@ def test_packed_attention_restores_the_model_even_after_an_error():
 
 @pytest.mark.parametrize("name", tiny.ARCHITECTURES)
 def test_a_packed_forward_reads_nothing_back_from_the_device(name):
-    """Each read would make the host wait for the GPU. The test runs on a CPU, which dispatches the same operators."""
+    """Checks that attention reads no tensor on the host, because the host would wait for the GPU. A CPU dispatches the
+    same operators as a GPU."""
 
     class Reads(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, arguments=(), keywords=None):

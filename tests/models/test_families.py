@@ -1,6 +1,5 @@
 """Tests that packs, shared prompts and checkpointing give transformers' numbers, for tiny models of common families.
-
-`python -m bench models` checks all causal language models of transformers; these tests are the part that always runs.
+`python -m bench models` runs the checks for all causal language models of transformers.
 """
 
 import pytest

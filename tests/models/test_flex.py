@@ -1,6 +1,5 @@
-"""Tests FlexAttention over forests against one SDPA call per segment.
-
-On a CPU torch runs its reference implementation.
+"""Tests FlexAttention over forests against one SDPA call per segment. On a CPU, torch runs its reference implementation
+of FlexAttention.
 """
 
 import random
@@ -21,13 +20,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without to
 
 @pytest.fixture(autouse=True)
 def with_backward(monkeypatch):
-    """Enables the backward of the reference implementation, which torch refuses on a CPU because the compiled one is
-    missing."""
+    """Enables the backward of torch's reference implementation. On a CPU torch refuses this backward, because it has no
+    compiled one."""
     monkeypatch.setattr(torch_flex, "_validate_device", lambda *_: None)
 
 
 def forest(seed: int, longest: int = 90) -> list[Segment]:
-    """Trees of different lengths with more than one block of 128 rows."""
+    """Draws trees of random lengths, which together are longer than a block of 128 rows."""
     draw, segments = random.Random(seed), []
     for _ in range(4):
         trunk, length = len(segments), draw.randint(2, longest)
@@ -39,7 +38,7 @@ def forest(seed: int, longest: int = 90) -> list[Segment]:
 
 
 def run(attend, plan: AttentionPlan, softcap: float | None, window: int | None) -> list[torch.Tensor]:
-    """The output [T, 4, 8] and the gradients of query, key and value, for a loss that weights all entries."""
+    """Returns the output [T, 4, 8] and the gradients of query, key and value of a weighted sum of all outputs."""
     generator = torch.Generator().manual_seed(0)
     sizes = [(sum(plan.query_lengths), 4, 8), *[(sum(plan.query_lengths), 2, 8)] * 2]
     inputs = [torch.randn(size, generator=generator).requires_grad_() for size in sizes]
@@ -56,7 +55,7 @@ def assert_close(ours, expected) -> None:
 
 
 def test_each_query_sees_one_run_of_keys():
-    """Pack: 7 8, a branch 1 0 2 from its first token, and 5. The gathered keys are 7 8 | 7 1 0 2 | 5."""
+    """The pack is: 7 8; a branch 1 0 2 after the 7; and 5. The gathered keys must be 7 8 | 7 1 0 2 | 5."""
     first, last = flex.visible((2, 3, 1), (2, 4, 1), None)
     assert first.tolist() == [0, 0, 2, 2, 2, 6]
     assert last.tolist() == [0, 1, 3, 4, 5, 6]
@@ -106,7 +105,7 @@ def test_a_model_gives_the_numbers_and_gradients_of_sdpa(monkeypatch, name):
 
 
 def test_packs_of_all_lengths_share_few_compiled_codes(monkeypatch):
-    """Lengths are dynamic, as on a GPU. The compiler's last stages, which need a GPU, are skipped."""
+    """Compiles with dynamic lengths, as on a GPU, but skips the last stages of the compiler, which need a GPU."""
     compiled = torch.compile(torch_flex.flex_attention, dynamic=True, backend="eager")
     monkeypatch.setattr(flex, "flex_attention", compiled)
     counters.clear()

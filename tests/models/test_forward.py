@@ -38,7 +38,7 @@ def test_packed_logprobs_equal_the_models_own_one_by_one(name):
 @pytest.mark.parametrize("name", tiny.ARCHITECTURES)
 @torch.no_grad()
 def test_the_kl_of_every_state_is_that_of_the_models_own_distributions(name):
-    """Compares with the exact KL over the whole vocabulary, with temperature and soft caps."""
+    """Compares the KL with its definition over the whole vocabulary, with temperature and soft caps."""
     model, reference = tiny.policy(name), tiny.policy(name, seed=5)
     batch = pack([scored(ids) for ids in SEQUENCES])
     states, reference_states = scored_states(model, batch), scored_states(reference, batch)
@@ -106,7 +106,7 @@ def test_the_value_of_a_token_is_read_where_the_token_is_predicted(tmp_path):
 
 
 def saved_bytes(model, batch) -> int:
-    """Bytes that autograd saves in a forward, without the weights."""
+    """Returns the bytes that autograd saves in a forward, without the weights."""
     weights, kept = {p.data_ptr() for p in model.parameters()}, {}
 
     def keep(tensor):
@@ -121,9 +121,8 @@ def saved_bytes(model, batch) -> int:
 
 @pytest.mark.parametrize("name", tiny.ARCHITECTURES)
 def test_activation_checkpointing_changes_no_bit_and_saves_memory(name):
-    """Uses a forest, because the recomputation must repeat the attention of the forward.
-
-    Checkpointing must also leave the attention mode of the model unchanged.
+    """Uses a forest, because recomputation must repeat the attention over its branches. Checkpointing must also leave
+    the attention mode of the model unchanged.
     """
     forest = pack(
         [

@@ -1,6 +1,5 @@
-"""End-to-end tests of QLoRA:
-
-4-bit weights stay unchanged, the adapter is trained, roles share weights, saved models are plain.
+"""End-to-end tests of QLoRA: training changes the adapter but not the 4-bit weights, models of a run share weights, and
+saved models are not quantised.
 """
 
 import dataclasses
@@ -210,9 +209,8 @@ def test_a_killed_run_continues_with_the_same_bits(tmp_path, monkeypatch):
 
 @needs_bitsandbytes
 def test_a_base_stored_in_4_bits_can_only_be_trained_with_an_adapter(runs, tmp_path):
-    """Training with an adapter gives the losses of weights that are quantised at the start of a run.
-
-    Training all weights is refused before the first step.
+    """Training an adapter over a base stored in 4 bits gives the losses of a base that the run itself quantises.
+    Training without an adapter is refused before the first step.
     """
     made = load_policy(runs["base"], load_in_4bit=True)
     made.save_pretrained(tmp_path / "stored")

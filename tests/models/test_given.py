@@ -1,4 +1,4 @@
-"""Tests of model and tokenizer objects that a program passes in place of configured names."""
+"""Tests of model and tokenizer objects that a Python program passes in place of configured names."""
 
 import datasets
 import pytest

@@ -35,7 +35,8 @@ SMALL = [
 
 @pytest.fixture
 def compile_with(monkeypatch):
-    """Sets the compiler stage after Dynamo; the default stage, a C++ compiler here, would take minutes."""
+    """Returns a function that sets the backend of torch.compile. The default backend would compile C++ code for
+    minutes."""
 
     def choose(backend) -> None:
         monkeypatch.setattr(torch, "compile", lambda f, **keywords: compiled(f, backend=backend, **keywords))
@@ -60,7 +61,7 @@ def ragged(seed: int) -> list[Segment]:
 
 
 def numbers(model, segments: list[Segment]) -> list[torch.Tensor]:
-    """Log-probs with and without gradient recording, and the gradients."""
+    """Returns log-probs with and without gradient recording, and the gradients."""
     batch = pack(segments)
     with torch.no_grad():
         scored = token_logprobs(model, batch).logprob
@@ -82,10 +83,9 @@ def assert_close(ours, expected, tolerance: float = 1e-5) -> None:
 def test_compiled_layers_give_equal_numbers_and_few_compilations_for_all_lengths(
     compile_with, name, checkpointing, offload_to
 ):
-    """Expects at most 8 compiled graphs, and no new graph after the first pack.
-
-    A layer is compiled in three pieces (before attention, after attention, MLP), each with and without gradients.
-    Gemma's layers with a window and without a window share these graphs.
+    """Expects at most 8 compiled graphs, all of them from the first pack. A layer is compiled in three pieces (before
+    attention, after attention, MLP), each with and without gradients. Gemma's layers with and without a window share
+    these graphs.
     """
     compile_with("aot_eager")
     model, plain = tiny.policy(name), tiny.policy(name)
@@ -153,7 +153,8 @@ def test_dpo_with_compiled_layers_is_the_same_run(compile_with, tmp_path):
 
 @pytest.mark.parametrize("kind", ["dpo", "on-policy"])
 def test_all_models_of_a_run_are_prepared_alike(monkeypatch, tmp_path, kind):
-    """The reference with its own weights, the judge and the DPO model get the options of the policy."""
+    """All models of a run (a reference with its own weights, the judge, the DPO model) must get the options of the
+    policy."""
     asked = []
 
     def spy(model, options):
@@ -255,7 +256,8 @@ def test_kernels_that_change_the_numbers_are_refused(liger, monkeypatch):
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    """Adds what Triton's interpreter lacks for Liger's kernels: float arguments as float32 scalars, and libdevice."""
+    """Adds the features that Liger's kernels need and Triton's interpreter lacks: float arguments as float32 scalars,
+    and libdevice."""
     if torch.cuda.is_available():
         return
     import numpy
@@ -278,7 +280,7 @@ def interpreted(monkeypatch):
 @pytest.mark.skipif(find_spec("liger_kernel") is None, reason="liger-kernel is not installed")
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "mistral"])
 def test_ligers_kernels_give_the_numbers_and_gradients_of_the_plain_trunk(name, monkeypatch, interpreted):
-    """Uses the interpreter if there is no GPU, and removes Liger's changes to the model's module at the end."""
+    """Sets up Triton's interpreter if there is no GPU, and afterwards reverts Liger's changes to the model's module."""
     model, plain = tiny.policy(name), tiny.policy(name)
     expected = numbers(plain, SMALL)
     module = sys.modules[type(model).__module__]

@@ -228,8 +228,8 @@ def test_a_saved_reward_model_is_a_plain_classifier_with_identical_scores(name, 
 
 
 def test_if_padding_is_eos_the_plain_classifier_still_reads_the_score_at_the_eos(tmp_path):
-    """The plain classifier reads the last token that is not padding, so the saved model must not declare the EOS as
-    padding."""
+    """A plain transformers classifier reads the last token that is not padding, so the saved model must not declare the
+    EOS as the padding token."""
     path = tiny.save_policy(tmp_path / "policy")
     load_reward_model(path, pad_token_id=None).save_pretrained(tmp_path / "reward")
     ours = scores(load_reward_model(str(tmp_path / "reward"), pad_token_id=None))

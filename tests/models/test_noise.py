@@ -30,7 +30,7 @@ def test_dropout_of_modules_and_their_attributes_is_turned_off():
 
 
 def test_a_model_gives_the_same_numbers_in_training_mode():
-    """Uses OPT, whose dropout is an attribute of its layers and which also skips layers at random (layerdrop)."""
+    """Uses OPT, which stores dropout as an attribute of its layers and also skips layers at random (layerdrop)."""
     config = transformers.OPTConfig(
         hidden_size=16, ffn_dim=16, num_hidden_layers=2, num_attention_heads=2, word_embed_proj_dim=16, dropout=0.4,
         attention_dropout=0.4, layerdrop=0.5, max_position_embeddings=32,

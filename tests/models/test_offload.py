@@ -1,6 +1,5 @@
-"""Tests that offloaded models and layer inputs come back unchanged and before they are used.
-
-On a CPU the copies are real and the streams are stand-ins; tests/test_on_gpu.py tests real streams.
+"""Tests that offloaded models and layer inputs are copied back unchanged and before they are used. On a CPU the copies
+are real and the streams are stand-ins; tests/test_on_gpu.py uses real streams.
 """
 
 import weakref
@@ -23,7 +22,7 @@ from tests import tiny
 
 
 class Poisoned(Waiting):
-    """A model whose weights become NaN while they are offloaded, so that reading them shows."""
+    """A model whose weights are NaN while they are offloaded, so that a read of an offloaded weight is detected."""
 
     def _leave(self):
         for weight in self._weights:
@@ -80,7 +79,8 @@ def test_a_run_that_offloads_reads_no_weight_while_it_waits(tmp_path, monkeypatc
 
 
 def test_weights_are_copied_to_pinned_memory_without_a_second_copy(monkeypatch):
-    """Without a GPU pinning is simulated; the test records the requests and whether a second copy is made."""
+    """Without a GPU, pinned memory is simulated. The test records the requests for it, and whether a second copy is
+    made."""
     asked, empty_like = [], torch.empty_like
 
     def unpinned(tensor, *, device, pin_memory):
@@ -126,7 +126,7 @@ def two_packs(model) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("name", tiny.ARCHITECTURES)
 def test_offloaded_inputs_change_no_bit(name):
-    """Uses two packs whose autograd graphs exist at the same time."""
+    """Runs the forwards of two packs before the first backward, so that both autograd graphs exist at once."""
     results = []
     for offload_to in (None, HOST):
         model = tiny.policy(name)
@@ -185,9 +185,8 @@ def test_between_forward_and_backward_only_the_last_layers_input_is_on_the_devic
 
 
 class LateStreams:
-    """A stand-in for `torch.cuda` whose copies run as late as possible: only when the computation waits for them.
-
-    Copies do not keep memory alive. Memory that a copy will fill is NaN until then.
+    """A stand-in for `torch.cuda` that runs a copy as late as possible: when the computation waits for the copy. A
+    pending copy does not keep its memory alive, and its target is NaN until the copy runs.
     """
 
     def __init__(self, monkeypatch) -> None:
@@ -238,7 +237,8 @@ def test_no_computation_overtakes_a_late_copy(monkeypatch):
 
 
 def test_an_empty_saved_tensor_does_not_end_a_running_copy(monkeypatch):
-    """torch 2.11 saves empty tensors on the CPU, where no stream waits for a copy."""
+    """torch 2.11 saves empty tensors on the CPU. Reading an empty tensor must not complete the copy of another
+    tensor."""
     streams, inputs, x = LateStreams(monkeypatch), offload._LayerInputs(HOST), torch.arange(3.0)
     expected = x.clone()
     one, empty = inputs.leave(x), inputs.leave(torch.empty(0, requires_grad=True))
@@ -269,7 +269,7 @@ def test_a_run_on_a_cpu_and_one_without_checkpointing_are_refused(tmp_path):
 
 
 def test_the_reference_of_a_run_offloads_nothing():
-    """A copied model must not share the stream and the offloaded tensors of its original."""
+    """A copy of a model must not share the stream and the offloaded tensors of the original."""
     model = deep(2, HOST)
     token_logprobs(model, pack(FOREST)).logprob.sum().backward()
     frozen = frozen_copy(model)

@@ -1,4 +1,4 @@
-"""Tests of the dtype that `auto` stands for, and of the first lines about device and precision."""
+"""Tests of the dtype that `dtype: auto` chooses, and of the lines about device and precision at the start of a run."""
 
 import dataclasses
 
@@ -88,7 +88,7 @@ def test_the_first_lines_on_a_gpu(gpu):
     assert describe_precision(small) == ["device: NVIDIA H100, weights in bfloat16"]
     slow = dataclasses.replace(small, dtype="float32")
     assert describe_precision(slow) == ["device: NVIDIA H100, weights in float32", describe_float32("highest")]
-    gpu(7, 5)  # without matrix units for bfloat16 and TF32 there is nothing faster to name
+    gpu(7, 5)  # this GPU has no matrix units for bfloat16 or TF32, so no faster setting exists
     assert describe_precision(slow) == ["device: NVIDIA H100, weights in float32"]
 
 

@@ -41,7 +41,8 @@ def chunked(**settings):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_attention_that_leaks_between_sequences_is_found(dtype):
-    """Uses an untrained model: leaks change its log-probs by less than the tolerance for bfloat16."""
+    """Uses a freshly initialised model, whose log-probs change by less than the bfloat16 tolerance if attention
+    leaks."""
 
     def leaky(module, query, key, value, attention_mask, *, attention_plan, scaling=None, **kwargs):
         output = torch.nn.functional.scaled_dot_product_attention(
@@ -187,7 +188,7 @@ def test_a_model_without_checkpointing_support_is_refused():
 
 def test_a_model_whose_layers_are_never_recomputed_is_refused():
     model = tiny.policy()
-    model.supports_gradient_checkpointing = False  # as JetMoe says of itself, whose layers transformers could recompute
+    model.supports_gradient_checkpointing = False  # JetMoe declares this, although its layers support recomputation
     with pytest.raises(ValueError, match=r"^activation_checkpointing: LlamaForCausalLM does not support it; set it to"):
         enable_activation_checkpointing(model)
 

@@ -1,4 +1,4 @@
-"""Tests of reward models over any backbone, which plain transformers can load."""
+"""Tests that reward models over any backbone can be made, saved, and loaded by plain transformers."""
 
 import json
 
@@ -60,7 +60,7 @@ def test_a_saved_reward_model_is_read_by_plain_transformers_and_by_us(policy, tm
 
 def test_a_reward_model_trained_with_an_adapter_is_saved_and_may_be_trained_again(policy, tmp_path):
     batch, source = pack([Segment(token_ids=ids) for ids in SEQUENCES]), policy
-    for name in ("first", "second"):  # the configuration of the second one's base names the code of the head
+    for name in ("first", "second"):  # the configuration saved first names the code of the head
         model = load_reward_model(source, pad_token_id=0)
         add_adapter(model, SFTConfig(use_peft=True, lora_r=2), source)
         generator = torch.Generator().manual_seed(0)
@@ -83,7 +83,7 @@ def test_a_trained_head_with_several_labels_is_refused(policy, tmp_path):
 
 
 def test_a_head_of_ours_initialises_what_is_not_in_the_file(tmp_path):
-    """Uses Falcon-H1, which computes buffers of its layers in the weight initialisation of the backbone module."""
+    """Uses Falcon-H1, whose backbone computes buffers of its layers when it initialises weights."""
     source = str(tmp_path / "policy")
     write_model("falcon_h1", tmp_path / "policy")
     model, policy = load_reward_model(source, pad_token_id=0), load_policy(source)
@@ -92,7 +92,8 @@ def test_a_head_of_ours_initialises_what_is_not_in_the_file(tmp_path):
 
 
 def test_a_family_that_initialises_its_own_head_gets_a_head_of_ours(tmp_path):
-    """ModernBERT's decoder initialises its head over the vocabulary, which a reward model does not have."""
+    """ModernBERT's decoder has its own initialisation of the head over the vocabulary, and a reward model has no such
+    head."""
     write_model("modernbert-decoder", tmp_path)
     head = load_reward_model(str(tmp_path), pad_token_id=0).score.weight
     assert head.shape == (1, 32)

@@ -1,5 +1,4 @@
-"""Tests of models that are adapters over the base of a run: they give the numbers of separate models, with less
-memory."""
+"""Tests that models that are adapters over the base of a run give the numbers of separate models, with less memory."""
 
 import json
 import shutil
@@ -41,14 +40,14 @@ def paths(tmp_path_factory):
 
 
 def reference(path, **settings):
-    """A policy with an adapter, and a reference that shares its weights."""
+    """Returns a policy with an adapter, and a reference that shares the base weights of the policy."""
     policy = load_policy(path)
     add_adapter(policy, SFTConfig(**LORA | settings), path)
     return policy, frozen_copy(policy)
 
 
 def storages(*models) -> dict[int, int]:
-    """Bytes that the models hold, by memory address."""
+    """Returns memory address -> number of bytes of all weights and buffers of the models."""
     tensors = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
     return {tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in tensors}
 
@@ -115,11 +114,12 @@ def test_an_adapter_that_judges_may_start_a_critic_of_which_all_weights_are_trai
 
 def test_an_adapter_works_over_a_base_of_either_dtype(paths):
     shared = load_policy(paths["base"], dtype="bfloat16").requires_grad_(False)
-    policy_role(paths["dpo"], shared, "dpo_model_path")  # no error, although it was trained over a float32 base
+    policy_role(paths["dpo"], shared, "dpo_model_path")  # no error, although trained over a float32 base
 
 
 def test_policy_and_critic_over_one_base_have_the_gradients_of_two_models(paths):
-    """Policy and critic run twice in turn, as in an update. The critic uses checkpointing with offloaded inputs."""
+    """Runs policy, critic, policy, critic, as an update does. The critic uses checkpointing with offloaded layer
+    inputs."""
     policy, shared = reference(paths["base"])
     memory = {"activation_checkpointing": True, "activation_offloading": True}
     config = PPOConfig(reward_model_path=paths["judge"], **memory, **LORA)
@@ -169,14 +169,14 @@ def untimed(history):
 
 
 def whole(path: str) -> str:
-    """Returns the folder of the run that saved an adapter; it holds the merged weights."""
+    """Returns the folder of the run that trained an adapter. The folder holds the weights with the merged adapter."""
     return path.removesuffix("/adapter")
 
 
 @pytest.mark.parametrize("settings", [LORA, {}], ids=["adapters", "full"])
 def test_a_run_of_roles_is_bit_for_bit_the_run_of_separate_models(settings, paths, monkeypatch):
     roles = run(paths, **settings).history
-    with monkeypatch.context() as patched:  # each role gets its own copy of the base
+    with monkeypatch.context() as patched:  # every model loads its own copy of the base
         for module in (adapters, models_roles):
             patched.setattr(module, "frozen_tensors", lambda model: {})
         separate = run(paths, **settings).history
@@ -260,7 +260,7 @@ def test_adapters_that_cannot_be_roles_are_refused(paths, tmp_path):
     shared = load_policy(paths["base"]).requires_grad_(False)
 
     def copied(name, place, change=None):
-        """A copy of an adapter with changed weights or settings."""
+        """Saves a copy of an adapter with changed weights or settings."""
         weights, settings = load_file(f"{paths[name]}/adapter_model.safetensors"), tmp_path / place
         settings.mkdir()
         content = json.loads(Path(paths[name], "adapter_config.json").read_text())

@@ -1,5 +1,5 @@
-"""Tests of the auxiliary loss of experts: it equals transformers' loss on one sequence, for all packs and in every
-trainer."""
+"""Tests of the auxiliary loss of mixtures of experts: it equals transformers' loss on single sequences, for all packs
+and in every trainer."""
 
 import pytest
 import torch
@@ -144,7 +144,7 @@ def test_every_trainer_logs_the_loss_and_uses_the_configured_weight(tmp_path):
         for coef, size in ((None, 8192), (0.3, 48), (0.0, 8192))
     }
     assert "aux_loss" not in runs[0.0][0]
-    for ours, theirs in zip(runs[None], runs[0.3], strict=True):  # packs of up to 8192 tokens and of up to 48
+    for ours, theirs in zip(runs[None], runs[0.3], strict=True):  # packs of up to 8192 and of up to 48 tokens
         assert ours["aux_loss"] == pytest.approx(theirs["aux_loss"], rel=1e-5)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
     assert runs[None][0]["aux_loss"] > 1.9  # with 2 of 4 experts the loss is 2 if they are used evenly

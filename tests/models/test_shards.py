@@ -1,4 +1,5 @@
-"""Tests of checkpoints of two processes: each writes its part, any number of processes continues, damage is named."""
+"""Tests of checkpoints of two processes: each process writes its part, any number of processes can resume, and errors
+name damaged files."""
 
 import json
 import os
@@ -47,7 +48,7 @@ def two(place, tmp_path):
 
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory):
-    """The state of a single process after one step."""
+    """The state of a run of a single process after one step."""
     trained = Trained(tmp_path_factory.mktemp("expected"))
     trained.step()
     return trained.state()

@@ -1,4 +1,5 @@
-"""Tests of models whose head prefers ids that are no token: ids above those of the tokenizer, and ids between them."""
+"""Tests of models whose head prefers ids without a token: ids above the largest id of the tokenizer, and ids below
+it."""
 
 import copy
 import logging
@@ -35,7 +36,7 @@ def padded(seed=0, name="llama", holes=()):
 
 
 def idle(holes):
-    """The ids that have no token."""
+    """Returns the ids (rows of the head) without a token."""
     return {*range(tiny.VOCAB, ROWS), *holes}
 
 

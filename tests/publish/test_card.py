@@ -1,4 +1,4 @@
-"""Tests of model cards: the header that the hub reads, and that no path of the machine is in the text."""
+"""Tests of model cards: the header is readable by the hub, and the text contains no path of the machine."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def card(config, **keys) -> Card:
 
 
 def header(text: str, folder: Path) -> dict:
-    """The header of a card, which the hub's own classes must read without loss."""
+    """Returns the header of a card, after checking that the hub's own classes read all of it."""
     (folder / "README.md").write_text(text, encoding="utf-8")
     plain = metadata_load(folder / "README.md")
     assert ModelCard(text).data.to_dict() == plain
@@ -143,7 +143,7 @@ def test_the_settings_start_the_same_run_again(tmp_path):
 
 @pytest.mark.parametrize("kind", [SFTConfig, RewardConfig, DPOConfig, PPOConfig, GRPOConfig])
 def test_no_path_of_the_machine_is_in_a_card(kind, tmp_path, monkeypatch):
-    """Every text key that accepts a path gets an absolute one, and so do the datasets; splits are no paths."""
+    """Sets every text key that accepts a path, and the datasets, to absolute paths. Splits are not paths."""
     secret = tmp_path / "secret-folder"
     secret.mkdir()
     (secret / "pairs.jsonl").write_text("{}\n")

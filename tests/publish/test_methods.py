@@ -1,5 +1,5 @@
-"""Tests of the methods of a configuration; the equations of the losses on pairs are computed and compared with the
-losses of the trainer."""
+"""Tests of the descriptions of methods in model cards. Evaluates the printed equations of the pair losses and compares
+the values with the losses of the trainer."""
 
 import re
 from math import exp, log
@@ -22,7 +22,7 @@ def sigmoid(x):
 
 
 def computed(config: DPOConfig, equation: str) -> float:
-    """The value of an equation such as "loss = -log(sigmoid(z)); z = beta * D; D = ...; u(y) = ..."."""
+    """Returns the value of an equation such as "loss = -log(sigmoid(z)); z = beta * D; D = ...; u(y) = ..."."""
     loss, *definitions = equation.removeprefix("loss = ").replace("^", "**").split("; ")
     loss, *more = re.split(r", (?=\w+(?:\(y\))? = )", loss)
     text = dict(part.split(" = ", 1) for part in [*definitions, *more])
