@@ -198,11 +198,11 @@ def test_answers_that_are_trained_are_a_part_of_the_key(folder):
     turns = [{"role": role, "content": "w1 w2"} for role in ("user", "assistant") * 2]
     (folder / "rows.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
     config = config_of(folder, SFTConfig, num_eval_examples=0)
-    rows = [
-        len(start(replace(config, train_on=which), ["reference"]).train)
+    last, every = (
+        start(replace(config, train_on=which), ["reference"]).train[0].reference
         for which in ("last_assistant", "all_assistant")
-    ]
-    assert rows == [1, 2]
+    )
+    assert len(every) > len(last)
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet", "folder", "saved", "two files"])
