@@ -355,12 +355,11 @@ def _is_unread() -> bool:
 def _quiet_libraries() -> None:
     """Silences progress bars and advice of other libraries, but not their errors, and all output of ranks other than
     0."""
-    import datasets
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # `datasets` is imported later, and only if needed
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
     logging.basicConfig(format="%(message)s")
     for handler in logging.getLogger().handlers:
         handler.setFormatter(PrintableFormatter("%(message)s"))

@@ -4,6 +4,9 @@ messages.
 `datasets` reads hub datasets, folders written by `save_to_disk`, and Parquet, and finds the splits of a folder. JSON
 and CSV files are read here line by line, so that messages can name the line, a bad value affects only its row, and
 "007" stays text.
+
+`datasets` and `pyarrow` are imported by the functions that need them, because their import takes a second, and runs on
+JSON or CSV files need neither.
 """
 
 from __future__ import annotations
@@ -20,11 +23,6 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
-
-import datasets
-import pyarrow
-from datasets.data_files import DataFilesDict, get_data_patterns
-from datasets.exceptions import DatasetsError
 
 from fastrlhf.data.hub import check_hub
 
@@ -75,6 +73,8 @@ def read_rows(
         for name in names:
             yield from _split_rows(name, split, config_name)
         return
+    import datasets
+
     try:
         instruction = datasets.ReadInstruction.from_spec(split)
     except ValueError:
@@ -170,6 +170,9 @@ def _saved_splits(folder: Path) -> dict[str, list[Any]]:
         if inside := [file.parent.name for file in sorted(folder.glob("*/state.json")) if _is_saved(file.parent)]:
             raise ValueError(f"{folder}: save_to_disk wrote the folders inside it; name one: {', '.join(inside)}")
         return {}
+    import datasets
+    import pyarrow
+
     try:
         saved = datasets.load_from_disk(str(folder))
     except (OSError, ValueError, LookupError, pyarrow.ArrowException) as error:
@@ -187,6 +190,9 @@ def _folder_splits(folder: Path, config_name: str | None, warn: Callable[[str], 
     """Returns split -> files of a folder, by the naming rules of `datasets` (train.jsonl, test-00000-of-00002.parquet,
     ...) or by the configurations in README.md. Calls `warn` with a message about data files that belong to no split or
     cannot be read."""
+    import datasets
+    from datasets.data_files import DataFilesDict, get_data_patterns
+
     with tempfile.TemporaryDirectory() as cache:
         # `datasets` reads brackets in a folder name as a pattern, so it gets a symbolic link with a plain name.
         link = Path(cache) / "folder"
@@ -259,6 +265,9 @@ def _left_out(folder: Path, read: set[Path]) -> list[str]:
 
 def _hub_dataset(name: str, split: str, config_name: str | None) -> Any:
     check_hub(name, f"{name}:")
+    import datasets
+    from datasets.exceptions import DatasetsError
+
     try:
         return datasets.load_dataset(name, config_name, split=split)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
@@ -293,10 +302,16 @@ def _open(path: Path) -> Any:
     packed = path.suffix.lower()
     if packed == ".gz":
         return gzip.open(path, "rb")
-    return io.BufferedReader(pyarrow.input_stream(str(path), "zstd")) if packed == ".zst" else path.open("rb")
+    if packed == ".zst":
+        import pyarrow
+
+        return io.BufferedReader(pyarrow.input_stream(str(path), "zstd"))
+    return path.open("rb")
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, object]]:
+    import datasets
+
     try:
         # Streaming writes no Arrow cache, so that changed content at the same path is read again.
         dataset = datasets.load_dataset("parquet", data_files=[glob.escape(str(path))], split="train", streaming=True)
