@@ -1,4 +1,6 @@
-"""Code that the processes of tests/distributed/test_ranks.py run: torchrun --nproc-per-node 2 tests/ranks.py FOLDER.
+"""The program of the two processes that tests/distributed/test_ranks.py starts.
+
+torchrun --nproc-per-node 2 tests/ranks.py FOLDER
 
 Each process writes its observations to FOLDER/rank-0.json or FOLDER/rank-1.json, and its runs to FOLDER/two.
 """
@@ -44,15 +46,16 @@ from tests.hub_server import pushed
 from tests.part_ranks import loaded_parts, paces, stored_rows
 
 LORA = {"use_peft": True, "lora_r": 3, "adam_epsilon": 1e-3}
-"""Adam's epsilon is large: its first steps are signs of gradients, which are near zero for a new adapter."""
+"""Settings of runs with an adapter. The epsilon of Adam is large, because the gradients of a new adapter are near zero
+and Adam's first steps would otherwise depend only on their signs."""
 STEADY = {"num_ppo_epochs": 1, "num_mini_batches": 1, "cliprange_value": 10.0} | {
     "adam_epsilon": 1.0,
     "value_learning_rate": 1e-3,
 }
 """Settings for a critic with steep gradients: one pass per step, no value clipping, small updates, a large epsilon.
-Without them the gradient norm differs by 1e-3 between two micro-batch sizes, even in one process."""
+Without these settings the gradient norm differs by 1e-3 between two micro-batch sizes, even in a single process."""
 FIRST = {"load_best_model_at_end": True}
-"""In DPO the evaluation after the first of the two steps is the best one."""
+"""Makes the run save the best model. For DPO this is the model after the first of the two steps."""
 ROUNDED = {"dtype": "bfloat16", "master_weights": "stochastic_rounding"}
 SETTINGS: dict[str, dict[str, Any]] = {
     "sft": {"activation_checkpointing": True},
@@ -74,11 +77,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "sft qwen3_moe": {"router_aux_loss_coef": 0.5, "adam_epsilon": 1e-3},
     "dpo qwen3_next": {"precompute_ref_log_probs": False, "adam_epsilon": 1e-3},
 }
-"""Settings of every trainer. They cover a batch per process (reward); a live reference (groups); a critic, bootstrapped
-returns, an adaptive KL coefficient and early stops (ppo); a user-defined judge and resets into responses of the
-reference (drpo); the exact KL in the loss (rto); pairs of suffixes of the policy's failures (refuel); token rewards
-that learn (prime); dynamic sampling from truncated distributions at two temperatures, with a reward function (grpo);
-models that share weights (roles); an adapter with fewer rows than ranks (sft dora); and other model families."""
+"""Settings of every run. They cover a batch per process (reward); a live reference (groups); a critic, bootstrapped
+returns, an adaptive KL coefficient and early stops (ppo); a user-defined judge and resets into the dataset's responses
+(drpo); the exact KL in the loss (rto); pairs of responses that continue the policy's failures (refuel); trained token
+rewards (prime); dynamic sampling with truncated sampling at two temperatures and a reward function (grpo); models that
+share weights (roles); an adapter with fewer rows than ranks (sft dora); and other model families."""
 FAMILIES = ("qwen3_moe", "qwen3_next")
 """A mixture of experts with its router loss, and a hybrid model, which processes one sequence at a time."""
 
@@ -100,7 +103,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 
 
 def run(kind: str, place: Path, folder: Path, **settings: Any):
-    """Runs a trainer for two steps with several micro-batches each."""
+    """Runs a trainer for two steps of several micro-batches each."""
     torch.manual_seed(0)
     random.seed(0)
     np.random.seed(0)
@@ -116,7 +119,7 @@ def models(place: Path) -> dict[str, str]:
 
 
 def command(place: Path, folder: Path) -> list[str]:
-    """Returns the arguments of DPO after the SFT that `run_first` names, with a model from scratch and tied
+    """Returns the command-line arguments of DPO. `run_first` makes an SFT run start first, from a new model with tied
     embeddings."""
     shared = {"train_batch_size": 4, "max_steps": 2, "max_length": 32, "num_eval_examples": 3}
     sft = {
@@ -139,7 +142,8 @@ def command(place: Path, folder: Path) -> list[str]:
 
 
 def exchanges() -> dict[str, Any]:
-    """Calls every communication function of `distributed.ranks` once; returns name -> result. Rank r has r + 2 rows."""
+    """Calls every communication function of `distributed.ranks` once, with r + 2 rows on rank r. Returns name ->
+    result."""
     rank = dist.get_rank()
     rows = torch.full((rank + 2, 1), float(rank))
     try:
@@ -182,20 +186,20 @@ def refusal(call: Callable[[], object]) -> str:
 
 
 def stubborn() -> None:
-    class Stubborn(Exception):  # other processes cannot unpickle it
+    class Stubborn(Exception):  # other processes cannot unpickle this class
         pass
 
     raise Stubborn("of a judge")
 
 
 def held(model: torch.nn.Module) -> int:
-    """Returns how many weights this rank holds in full, as plain tensors that are not sharded at the moment."""
+    """Returns how many weights this rank holds in full at the moment, as plain tensors and not as shards."""
     return sum(parameter.numel() for parameter in model.parameters() if not isinstance(parameter, DTensor))
 
 
 def sharded_model(holes: Collection[int] = ()) -> dict[str, Any]:
-    """Shards a model; returns how many weights this rank holds, and the largest differences from the original model.
-    The log-probs are over the ids that are not in `holes`."""
+    """Shards a model. Returns how many weights this rank holds, and the largest differences from the unsharded model.
+    Log-probs are over the ids outside `holes`."""
     model, plain = tiny.policy("qwen3"), tiny.policy("qwen3")
     batch = pack([sequence([5, 6, 7], [8, 9])])
     for each in (model, plain):
@@ -318,7 +322,7 @@ def optimised(width: int, **settings: Any) -> bool:
 
 
 def differences(place: Path, two: Path) -> dict[str, str]:
-    """Starts runs with an input that differs between the ranks; returns name of the input -> error on this rank."""
+    """Starts runs in which one input differs between the ranks. Returns name of the input -> error on this rank."""
     second, own = dist.get_rank() == 1, place / f"seen by {dist.get_rank()}"
     for name in ("policy", "judge"):
         shutil.copytree(place / name, own / name)

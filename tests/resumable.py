@@ -1,4 +1,4 @@
-"""Runs of every trainer that tests can interrupt and compare, for the tests of resuming and of faults."""
+"""Helpers for the tests of resuming and of faults: short runs of every trainer that tests can interrupt and compare."""
 
 from __future__ import annotations
 
@@ -126,12 +126,12 @@ def answers_to(row: int) -> Answers:
 
 
 def starts_even(completion_ids, **_):
-    """A reward function: 1 if the id of the first token is even, otherwise 0; often equal within a group."""
+    """A reward function: 1 if the id of the first token is even, otherwise 0. Groups often have equal rewards."""
     return [float(ids[0] % 2 == 0) for ids in completion_ids]
 
 
 def noisy_judge(rollouts):
-    """A user-defined judge that draws from every global random generator."""
+    """A user-defined judge that draws random numbers from every global generator."""
     return [torch.rand(()).item() + random.random() + float(np.random.random()) for _ in rollouts]
 
 
@@ -165,14 +165,13 @@ OPTIMIZERS = dict.fromkeys(("reward", "views"), reward_model) | {
 
 
 class Killed(BaseException):
-    """An exception that none of our code catches.
-
-    Raising it simulates a killed process, except that the death of a process also releases the lock.
+    """An exception that simulates a killed process, because no code of fastrlhf catches it. Unlike the death of a
+    process, the exception does not release the lock.
     """
 
 
 class Watch:
-    """Records the optimisers that are made, and kills a run at a chosen point."""
+    """Records the optimisers that a run makes, and kills the run at a chosen point."""
 
     def __init__(self, kind: str, monkeypatch):
         self.made, module = [], OPTIMIZERS.get(kind, ppo)
@@ -219,7 +218,7 @@ def left(result, optimizer, folder: Path) -> dict:
 
 
 def untimed_log(folder: Path, result=None) -> list:
-    """The log and the model of a finished run, without times."""
+    """Returns the log and the model of a finished run, without times."""
     log = [untimed(row) for row in read_metrics(folder / "metrics.jsonl")]
     assert result is None or [untimed(row) for row in result.history] == [
         {name: value for name, value in row.items() if name != "step"} for row in log if row["step"]

@@ -1,7 +1,10 @@
-"""Code that the processes of tests/models/test_shards.py run: torchrun --nproc-per-node 2 tests/shard_ranks.py FOLDER.
+"""The program of the two processes that tests/models/test_shards.py starts.
 
-FOLDER/one holds checkpoint-1 of one process. The two processes write theirs to FOLDER/two and their observations to
-FOLDER/rank-0.json and FOLDER/rank-1.json. Finally the second process is killed while it saves checkpoint-3.
+torchrun --nproc-per-node 2 tests/shard_ranks.py FOLDER
+
+FOLDER/one holds checkpoint-1 of a single process. The two processes write their checkpoints to FOLDER/two and their
+observations to FOLDER/rank-0.json and FOLDER/rank-1.json. Finally the second process is killed while it saves
+checkpoint-3.
 """
 
 from __future__ import annotations
@@ -57,7 +60,7 @@ class Trained:
         self.optimizer.step()
 
     def state(self) -> dict[str, Any]:
-        """The full weights and optimiser state."""
+        """Returns the full (unsharded) weights and optimiser state."""
         state = {f"{at}/{name}": x for at, model in self.models.items() for name, x in model.state_dict().items()}
         state |= self.optimizer.state_dict()
         return {name: full(value).clone() if isinstance(value, Tensor) else value for name, value in state.items()}
@@ -73,7 +76,7 @@ def same(left: dict[str, Any], right: dict[str, Any]) -> bool:
 
 def main(place: Path) -> None:
     torch.set_num_threads(1)
-    shards.FILE = 2**15  # so that each process writes several files of moments
+    shards.FILE = 2**15  # makes each process write several files of moments
     start(CONFIG)
     rank, gathers, gather = dist.get_rank(), [], DTensor.full_tensor
 

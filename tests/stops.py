@@ -1,4 +1,5 @@
-"""The table "What happens when" of docs/resume.md as data: each event, its outcome, and the tests that prove it.
+"""The table "What happens when" of docs/resume.md as data: events that stop a run, the outcome of each, and the tests
+that check the outcome.
 
 docs/generate.py writes the page's table from these entries, and tests/test_stop_outcomes.py compares their exit codes
 and what is saved with real runs.
@@ -26,11 +27,11 @@ class Stop:
     saved: str
     """LAST_STEP, NOTHING or FINISHED."""
     exit_code: int
-    """Exit code of `fastrlhf`, as a shell reports it; torchrun itself ends with 1 for every code except 0."""
+    """Exit code of `fastrlhf`, as a shell reports it. The exit code of torchrun is 1 for every code except 0."""
     file: str
     """Path of the test file, relative to tests/."""
     tests: tuple[str, ...]
-    """Names of the tests in the file; empty: all of them."""
+    """Names of the tests in the file. Empty means all tests of the file."""
 
 
 STOPS: dict[str, Stop] = {

@@ -1,4 +1,5 @@
-"""Tests of user errors: each gives one clear line before any time is spent, and the user's files stay untouched."""
+"""Tests of user errors: each error is one clear line, comes before any work is done, and leaves the user's files
+untouched."""
 
 import json
 import os
@@ -24,7 +25,7 @@ COMMANDS = ("sft", "reward", "dpo", "ppo", "drpo")
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Makes a folder with models and a file of good rows; it is the working directory during the tests."""
+    """Makes a folder with models and a file of good rows, which is the working directory of the tests."""
     folder = tmp_path_factory.mktemp("place")
     tiny.save_policy(folder / "policy")
     tiny.save_reward_model(folder / "judge")
@@ -89,14 +90,14 @@ def refuse(capsys, command: str, **settings) -> str:
 
 
 def rows(tmp_path, *changes: dict | None, copies: int = 1) -> str:
-    """Writes copies of the good row, each with changes; a column that is changed to None is removed."""
+    """Writes a file of copies of the good row, each with changes. A column that is changed to None is removed."""
     lines = [json.dumps({k: v for k, v in (GOOD | (c or {})).items() if v is not None}) for c in changes]
     (tmp_path / "rows.jsonl").write_text("".join(f"{line}\n" for line in lines * copies))
     return str(tmp_path / "rows.jsonl")
 
 
 def test_the_good_rows_are_good(tmp_path):
-    """Runs every command on the unchanged input; each of the other tests changes this input in one place."""
+    """Runs every command on the unchanged input. Every other test changes this input in one place."""
     for command in COMMANDS:
         arguments = ["--model_name_or_path=policy", "--dataset_name=good.jsonl", "--max_steps=1", "--progress=False"]
         arguments += [f"--output_dir={tmp_path / command}", "--max_length=16", "--per_device_train_batch_size=4"]

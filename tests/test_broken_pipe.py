@@ -12,7 +12,8 @@ PRINT = "from fastrlhf.cli import quiet_when_unread as quiet\nwith quiet():\n   
 
 
 def unread(code: str, unbuffered: str = "") -> subprocess.CompletedProcess[str]:
-    """Runs `code` in a Python process whose standard output nobody reads; `unbuffered` is PYTHONUNBUFFERED."""
+    """Runs `code` in a Python process whose standard output is a pipe without a reader. `unbuffered` is the value of
+    PYTHONUNBUFFERED."""
     read, write = os.pipe()
     os.close(read)
     try:

@@ -174,7 +174,7 @@ def test_a_section_that_a_flag_has_replaced_is_not_trained(place, chain, capsys)
     replaced = ["--model_name_or_path", "runs/sft", "--dpo_model_path", "runs/dpo"]
     config = parse(RTOConfig, ["--config", "flagged.yaml", *replaced], "rto")
     needed = [name for name, _ in _run_first("rto", config, ["flagged.yaml"])]
-    assert needed == ["sft", "reward"]  # rto no longer needs sft, but the reward model does
+    assert needed == ["sft", "reward"]  # the reward model needs sft, rto no longer does
     capsys.readouterr()
 
     given = {"model_name_or_path": "sft", "reward_model_path": "reward", "dpo_model_path": "dpo"}

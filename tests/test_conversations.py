@@ -1,6 +1,5 @@
-"""Trains on conversations and compares the first loss with that of a plain transformers model.
-
-The plain model sees one whole conversation at a time. transformers renders it and marks the assistant's turns."""
+"""Trains on conversations and compares the first loss with the loss of a plain transformers model. The plain model
+reads one whole conversation at a time; transformers renders the conversation and marks the assistant's turns."""
 
 import datetime
 import re
@@ -31,7 +30,8 @@ PLAIN = {
     False: MARKED.replace("SUFFIX", "").replace("REST", "{{ '\n' }}"),
     True: MARKED.replace("SUFFIX", "\n").replace("REST", ""),
 }
-"""train_suffix -> ChatML with generation markers, by which transformers finds the tokens of the assistant."""
+"""Value of train_suffix -> ChatML with generation markers, from which transformers finds the tokens of the
+assistant."""
 
 
 def turn(role: str, content: str) -> Message:
@@ -56,8 +56,8 @@ def paths(tmp_path_factory):
 
 
 def plain_logprobs(path: str, turns: list[Message], template: str, first: int = 0) -> torch.Tensor:
-    """Log-probs, from full logits, of the tokens that transformers marks as the assistant's in the turns from `first`
-    on."""
+    """Returns the log-probs, from full logits, of the tokens that transformers marks as the assistant's in the turns
+    from number `first` on."""
     tokenizer, model = vocabularies.byte_level(), AutoModelForCausalLM.from_pretrained(path)
     made = tokenizer.apply_chat_template(
         turns, chat_template=template, return_dict=True, return_assistant_tokens_mask=True
@@ -102,7 +102,7 @@ def test_sft_trains_the_turns_that_train_on_names(paths, caplog, train_on, train
 def test_sft_with_train_on_all_trains_every_token_that_has_a_predecessor(paths, caplog):
     caplog.set_level("INFO")
     result = sft(paths, demonstrations(), train_on="all")
-    # The newline after the last turn is left out.
+    # Leaves out the newline after the last turn.
     joined = CHATML.replace("\n{% endfor", "{{ '' if loop.last else '\n' }}{% endfor")
     everything = "{% generation %}" + joined + "{% endgeneration %}"
     expected = torch.cat([plain_logprobs(paths["policy"], turns, everything) for turns in MESSAGES])

@@ -10,7 +10,7 @@ from fastrlhf.config import DemoConfig, DRPOConfig, PPOConfig, RLPConfig
 
 @pytest.fixture
 def short(monkeypatch):
-    """Shortens every stage to two steps on a few posts; all other settings are the defaults."""
+    """Shortens every stage of the demo to two steps on a few posts; all other settings are the defaults."""
     full = demo.stage_config
 
     def shortened(name, config, out):

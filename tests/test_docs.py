@@ -40,7 +40,7 @@ FENCE = re.compile(r"^```(\S*)[^\n]*\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 LANGUAGES = {"bash", "yaml", "python", "json", "text", "{include}", "{toctree}"}
 SHELL = {"cd", "curl", "export", "git", "hf", "lm_eval", "sbatch"}
-"""Shell commands that the tests accept without a check."""
+"""Shell commands in code blocks that the tests accept without a check."""
 
 
 class Block(NamedTuple):
@@ -162,9 +162,8 @@ def test_every_code_block_names_its_language(page: Path):
 
 
 def check_yaml(block: Block) -> None:
-    """Raises the error of the first invalid section of a YAML file.
-
-    A file without sections is the configuration of the command that its name begins with.
+    """Raises the error of the first invalid section of a YAML block. A block without sections is the configuration of
+    one command; the name of its file begins with the command.
     """
     name = file_name(block)
     sections = yaml.safe_load(block.text)
@@ -213,7 +212,7 @@ def test_the_python_blocks_run(page: Path, folder: Path):
 
 
 def anchors(page: Path) -> set[str]:
-    """The anchors that GitHub and MyST create for the headings of a page."""
+    """Returns the anchors that GitHub and MyST create for the headings of a page."""
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
     headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
@@ -246,7 +245,7 @@ def test_the_readme_is_one_page():
 
 
 def test_the_demo_table_of_the_readme_is_made_of_the_rows():
-    """Recomputes the table from bench/results: means over five seeds, for two columns with Student's t intervals."""
+    """Recomputes the table from bench/results: means over five seeds; two columns also have Student's t intervals."""
     rows = [json.loads(line) for line in (ROOT / "bench/results/cpu-x86_64.jsonl").read_text().splitlines()]
     table = (ROOT / "README.md").read_text()
     for method, shown in (("sft", "SFT"), ("dpo", "DPO"), ("ppo", "PPO"), ("drpo", "DR-PO")):
@@ -262,7 +261,7 @@ def test_the_demo_table_of_the_readme_is_made_of_the_rows():
 
 
 def mean_and_interval(values: list[float]) -> tuple[float, float]:
-    """The mean of five values and half the width of its 95 % interval."""
+    """Returns the mean of five values and half the width of its 95 % interval."""
     return statistics.mean(values), 2.7764 * statistics.stdev(values) / 5**0.5
 
 

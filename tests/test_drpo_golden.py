@@ -1,4 +1,5 @@
-"""An update of DR-PO with `compat: reference` against what tests/golden/record_drpo.py kept of the authors' code."""
+"""Compares an update of DR-PO (`compat: reference`) with numbers of the authors' code, recorded by
+tests/golden/record_drpo.py."""
 
 import json
 from types import SimpleNamespace
@@ -19,8 +20,8 @@ TOLERANCE = 1e-5
 
 
 def replay(config, policy, eos_token_id):
-    """An engine that returns the recorded rollouts. A run copies its reference before it asks for the engine, so
-    the policy can be given its recorded weights here."""
+    """Returns an engine that returns the recorded rollouts, and sets the policy's weights to the recorded ones. A run
+    copies its reference before it makes an engine, so the reference stays unchanged."""
     shared.with_formula_weights(policy, shared.POLICY)
 
     def rollout(prefix):
@@ -64,7 +65,7 @@ def test_rewards_advantages_losses_and_gradients_are_the_authors(tmp_path, monke
     )
     words = tiny.tokenizer().convert_ids_to_tokens
     rows = [
-        Example(prompt=" ".join(words(prompt)), reference="w1 w2", row=row)  # the engine brings its own resets
+        Example(prompt=" ".join(words(prompt)), reference="w1 w2", row=row)  # the engine chooses the resets
         for row, (prompt, *_) in enumerate(recorded.ROLLOUTS)
     ]
     result = ppo.train_ppo(config, rows, engine=replay)

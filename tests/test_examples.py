@@ -1,4 +1,4 @@
-"""Runs every example on a tiny model: YAML files through the command line, scripts through their `main`."""
+"""Runs every example on a tiny model: YAML files with the command line, scripts by their `main`."""
 
 from __future__ import annotations
 

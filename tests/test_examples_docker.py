@@ -1,4 +1,4 @@
-"""Reads examples/docker/Dockerfile: pinned versions, extras that exist, and files that suffice for an install."""
+"""Checks examples/docker/Dockerfile: versions are pinned, extras exist, and the copied files suffice for an install."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ INSTRUCTIONS = ("FROM", "RUN", "ENV", "ARG", "WORKDIR", "COPY", "ENTRYPOINT", "C
 
 
 def instructions() -> list[tuple[str, str]]:
-    """(instruction, arguments) of every line that is neither blank nor a comment."""
+    """Returns (instruction, arguments) of every line that is neither blank nor a comment."""
     lines = [line for line in FILE.read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
     return [(name, rest) for name, _, rest in (line.partition(" ") for line in lines)]
 

@@ -1,4 +1,5 @@
-"""Runs the batch scripts of examples/slurm with stand-ins for SLURM's commands: signals, the queue, resuming."""
+"""Runs the batch scripts of examples/slurm with stand-ins for SLURM's commands; tests signals, requeueing and
+resuming."""
 
 from __future__ import annotations
 
@@ -56,7 +57,7 @@ while :; do sleep 0.05; done
 
 @pytest.fixture
 def cluster(tmp_path):
-    """The environment of a job on stand-ins, whose `torchrun` trains nothing."""
+    """The environment of a job with stand-ins for SLURM's commands and for `torchrun`, which trains nothing."""
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("torchrun", TRAINER)):
         file = tmp_path / "bin" / name
         file.parent.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""Tests of faults of a run and of its folder: each gives a clear error or a clean recovery."""
+"""Tests of faults in a run and in its folder: each fault leads to a clear error or to a clean recovery."""
 
 import json
 import os
@@ -48,8 +48,8 @@ def truncate(file: Path) -> None:
 
 
 def flip_a_bit(file: Path) -> None:
-    """Flips a bit in the middle of a file, or in the first byte of the manifest, whose middle is the hash of another
-    file."""
+    """Flips a bit in the middle of a file. In the manifest, whose middle is the hash of another file, flips a bit of
+    the first byte."""
     content = bytearray(file.read_bytes())
     content[0 if file.name == "manifest.json" else len(content) // 2] ^= 4
     file.write_bytes(content)
@@ -67,7 +67,7 @@ def test_a_damaged_checkpoint_is_skipped_with_a_warning(file, damage, cut, paths
 
 
 def test_leftovers_of_a_killed_save_or_deletion_are_removed_by_the_next_run(cut, paths, whole):
-    """Leftovers of other steps are removed too, although no later save uses their names; files of the user stay."""
+    """The next run also removes leftovers of other steps, whose names no later save uses. Files of the user stay."""
     for name in (".checkpoint-1.discarded", ".checkpoint-3.partial/value_model"):
         (cut / name).mkdir(parents=True)
         (cut / name / "model.safetensors").write_bytes(b"0" * 100)
@@ -191,7 +191,8 @@ def test_on_a_full_disk_the_older_checkpoint_stays_and_nothing_else(paths, whole
 
 @pytest.mark.slow
 def test_killed_at_any_file_operation_and_restarted_a_run_ends_with_the_same_result(paths, tmp_path):
-    """Uses real processes and SIGKILL: a child that has loaded everything forks one process for each point."""
+    """Uses real processes and SIGKILL: a child process that has loaded the libraries forks one process per kill
+    point."""
     program = f"from tests.test_faults import kill_everywhere; kill_everywhere({paths!r}, {str(tmp_path)!r})"
     root = Path(__file__).parent.parent
     environment = os.environ | {"PYTHONPATH": f"{root}:{root / 'kernels'}", "OMP_NUM_THREADS": "1"}
@@ -207,7 +208,8 @@ def test_killed_at_any_file_operation_and_restarted_a_run_ends_with_the_same_res
 
 
 def kill_everywhere(paths: dict[str, str], place: str, num_points: int = 11) -> None:
-    """Kills runs at points spread over all their file operations; prints the outcome of each."""
+    """Kills one run at each of `num_points` file operations, spread over the whole run, and restarts it; prints the
+    outcomes."""
     settings = {"max_steps": 3, "save_steps": 1, "save_total_limit": 1, "eval_steps": 0, "device": "cpu"}
 
     def child(name: str, kill_at: int = -1) -> tuple[bool, int]:
@@ -225,7 +227,7 @@ def kill_everywhere(paths: dict[str, str], place: str, num_points: int = 11) -> 
                     if count == kill_at:
                         os.kill(os.getpid(), signal.SIGKILL)
 
-            os.fsync = lambda descriptor: operation("fsync")  # no real fsync: data in the kernel survives the process
+            os.fsync = lambda descriptor: operation("fsync")  # no real fsync, because the kernel's data survive a kill
             sys.addaudithook(operation)
             try:
                 run("sft", paths, Path(place, name), **settings)
@@ -243,7 +245,7 @@ def kill_everywhere(paths: dict[str, str], place: str, num_points: int = 11) -> 
     _, total = child("whole")
     expected = untimed_log(Path(place, "whole"))
     told = {"points": 0, "killed": 0, "resumed": 0, "different": []}
-    last = {total - i for i in (1, 3, 5, 7)}  # points while the files of the final model are moved into place
+    last = {total - i for i in (1, 3, 5, 7)}  # the files of the final model are being moved at these points
     for kill_at in sorted({1 + i * total // num_points for i in range(num_points)} | last):
         name = f"run{kill_at}"
         told["points"] += 1

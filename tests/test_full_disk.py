@@ -48,7 +48,8 @@ def test_the_model_is_saved_if_the_log_cannot_be_written(model, tmp_path, monkey
 
 
 def test_if_the_log_cannot_be_written_checkpoints_are_saved_and_hold_its_rows(model, tmp_path):
-    """From step 2 on no row can be written. The run is killed after step 4, whose checkpoint contains the rows."""
+    """From step 2 on no row of the log can be written. The run is killed after step 4; the checkpoint of this step
+    contains the rows."""
     train_sft(config(model, tmp_path / "whole", max_steps=5), tiny.examples(8))
     lines, log = "fastrlhf.runtime.metrics._Lines._write", Run.log
 
@@ -71,7 +72,7 @@ def test_if_the_log_cannot_be_written_checkpoints_are_saved_and_hold_its_rows(mo
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 3 MB, if this process may mount one."""
+    """The folder of a file system of 3 MB. Skips the test if this process may not mount file systems."""
     place = tmp_path / "disk"
     place.mkdir()
     mount = shutil.which("mount")

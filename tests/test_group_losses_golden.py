@@ -1,7 +1,5 @@
 """Compares policy and value losses on packs with recorded values of TRL 1.16, verl 0.9.1 and RTO's released code.
-
-tests/golden/record_group_losses.py recorded losses, gradients and advantages on the same tensors; they must agree to
-1e-6.
+Losses, gradients and advantages must agree with those that tests/golden/record_group_losses.py recorded to 1e-6.
 """
 
 import json
@@ -42,7 +40,7 @@ def test_loss_and_gradient_equal_the_recorded_ones(library: str, case: str):
     elif average == "constant":
         weight = (num_tokens / (len(recorded.LENGTHS) * recorded.MAX_LENGTH)).expand(len(advantage))
     high = recorded.CISPO_HIGH if case == "cispo" else recorded.CLIP_HIGH
-    # TRL and the paper have no lower bound for CISPO's factor; verl has one.
+    # verl has a lower bound for CISPO's factor; TRL and the paper have none.
     low = 1.0 if (library, case) == ("trl", "cispo") else recorded.CLIP_LOW
     loss = policy_loss(
         logprob,
@@ -65,7 +63,7 @@ def test_loss_and_gradient_equal_the_recorded_ones(library: str, case: str):
 
 
 def weight_of(average: str) -> torch.Tensor | None:
-    """The `weight` [R] of the trainer's losses, for fully trained episodes of LENGTHS tokens."""
+    """Returns the weight [R] of each row in the trainer's losses, for fully trained episodes of LENGTHS tokens."""
     cu_seqlens = torch.tensor([0, *torch.tensor(recorded.LENGTHS).cumsum(0)], dtype=torch.int32)
     rows = torch.arange(sum(recorded.LENGTHS))
     shares = _episode_shares(cu_seqlens, torch.ones_like(rows, dtype=torch.bool))

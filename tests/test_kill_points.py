@@ -1,8 +1,6 @@
-"""Kills rlp in every stage, and eval while it samples and judges. Started again, the command ends with the bits of a
-run that was not killed.
-
-Processes and signals are real: a child that has loaded the libraries forks one process for each run. All tests are
-marked `faults`: `make test-faults`.
+"""Kills `fastrlhf rlp` in every stage, and `fastrlhf eval` while it samples, judges and writes. A repeated command must
+end with files that are bit-identical to those of an uninterrupted run. Processes and signals are real: a child process
+that has loaded the libraries forks one process per run. All tests are marked `faults`: `make test-faults`.
 """
 
 from __future__ import annotations
@@ -50,7 +48,8 @@ RLP_POINTS: dict[str, tuple[Any, str, int]] = {
     "report": (rlp, "write_file", 1),
     "last policy": (Run, "log", 7),
 }
-"""Stage -> (owner, name of the function, number of the call that ends with the kill)."""
+"""Stage -> (module or class of a function, name of the function, number of the call at whose end the process is
+killed)."""
 EVAL_POINTS: dict[str, tuple[Any, str, int]] = {
     "sampling": (TransformersEngine, "generate", 2),
     "judging": (evaluate, "reward_model_judge", 2),
@@ -82,8 +81,8 @@ def judge(models: Path, folder: Path) -> None:
 
 
 def kill_in(point: tuple[Any, str, int], number: int) -> None:
-    """Makes this process send itself the signal `number` at the end of the call that `point` (object, name of its
-    function, count) describes."""
+    """Makes this process send itself the signal `number` at the end of a call. `point` is (module or class, name of its
+    function, number of the call)."""
     owner, name, at = point
     function, calls = getattr(owner, name), []
 
@@ -98,7 +97,7 @@ def kill_in(point: tuple[Any, str, int], number: int) -> None:
 
 
 def content(folder: Path) -> dict[str, Any]:
-    """The contents of all files that a finished run leaves, without times, checkpoints and its own path."""
+    """Returns the contents of all files of a finished run, without checkpoints, times and the path of the run."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and "checkpoint-" not in str(path)]
     return {
         str(path.relative_to(folder)): [untimed(row) for row in read_metrics(path)]
@@ -109,7 +108,8 @@ def content(folder: Path) -> dict[str, Any]:
 
 
 def ended(act: Callable[[], None]) -> int:
-    """Calls `act` in a forked process; returns its exit code, negative if a signal has killed it."""
+    """Calls `act` in a forked process; returns the exit code of the process, which is negative if a signal killed
+    it."""
     pid = os.fork()
     if pid == 0:
         code = 1
@@ -163,7 +163,8 @@ def outcomes(kind: str, place: Path, points: list[tuple[str, int]]) -> dict[str,
 
 
 def expected(points: list[tuple[str, int]]) -> dict[str, list[Any]]:
-    """SIGTERM ends rlp with code 143, within a trainer once its step is saved; SIGTERM to eval and SIGKILL kill the
+    """Returns the expected outcome of each kill: [exit code, exit code of the repeated command, files that differ].
+    SIGTERM ends `rlp` with code 143, after a trainer has saved its last step. SIGTERM to `eval`, and SIGKILL, kill the
     process."""
     return {
         f"{point} {number}": [143 if number == signal.SIGTERM and point in RLP_POINTS else -number, 0, []]

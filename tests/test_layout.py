@@ -57,7 +57,8 @@ DISTRIBUTIONS = {"yaml": "pyyaml"}  # import name -> distribution name, if they 
 
 
 def imports_of(path: str) -> set[str]:
-    """Dotted names that a file imports anywhere, including the imported symbol: `fastrlhf.types.Segment`."""
+    """Returns the dotted names that a file imports anywhere, including the imported symbol, such as
+    `fastrlhf.types.Segment`."""
     package = MODULES[path].split(".")
     if not path.endswith("/__init__.py"):
         package = package[:-1]
@@ -78,7 +79,7 @@ def third_party(path: str) -> set[str]:
 
 
 def layer_of(name: str) -> int:
-    """Index in LAYERS of a dotted name within fastrlhf, by the longest listed prefix."""
+    """Returns the index in LAYERS of a dotted name within fastrlhf: the layer of the longest listed prefix."""
     parts = name.split(".")[1:]
     for length in range(len(parts), 0, -1):
         for index, layer in enumerate(LAYERS):
@@ -98,7 +99,7 @@ def modules_of(package: str) -> list[str]:
 def test_a_layer_never_imports_a_higher_one():
     for path in modules_of("fastrlhf"):
         if path == "fastrlhf/__init__.py":
-            continue  # it re-exports names of every layer lazily
+            continue  # fastrlhf/__init__.py re-exports names of every layer lazily
         own = layer_of(MODULES[path])
         for name in imports_of(path):
             if name.split(".")[0] == "fastrlhf":
@@ -106,7 +107,7 @@ def test_a_layer_never_imports_a_higher_one():
 
 
 def room_of(name: str) -> str:
-    """The folder below fastrlhf that contains a module; for a module at the root, the module itself."""
+    """Returns the room of a module: its folder below fastrlhf, or the module itself if it is at the root."""
     return name.split(".")[1]
 
 
@@ -202,7 +203,7 @@ def test_sources_are_ascii_and_of_readable_length(path: str):
 
 
 def test_the_contributors_guide_maps_exactly_the_modules():
-    """The first fenced block under the heading has one path per line, followed by its purpose."""
+    """Reads the first fenced block under the heading, which has one path per line, followed by its purpose."""
     guide = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     _, heading, rest = guide.partition("\n## Map of the files\n")
     assert heading, "CONTRIBUTING.md has no heading '## Map of the files'"
@@ -223,7 +224,8 @@ def test_recipes_named_in_the_readme_exist():
 
 
 def test_the_wheel_holds_the_two_packages_and_the_recipes(tmp_path: Path):
-    """Hatchling leaves out what .gitignore names, so a pattern that ignores a source folder also fails this test."""
+    """Hatchling leaves out files that .gitignore names, so this test also fails if .gitignore matches a source
+    folder."""
     wheel = next(WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"]))
     with zipfile.ZipFile(wheel) as archive:
         shipped = {name for name in archive.namelist() if ".dist-info/" not in name}

@@ -1,5 +1,5 @@
-"""Tests of the trainers on a CUDA device: packed attention isolates sequences, every stage runs in both dtypes (`pytest
--m gpu`)."""
+"""Tests of the trainers on a CUDA device (`pytest -m gpu`): packed attention isolates sequences, and every stage runs
+in both dtypes."""
 
 import pytest
 import torch
@@ -66,7 +66,7 @@ def test_every_way_through_the_trunk_gives_the_log_probs_and_gradients_of_the_pl
 
 
 def test_offloaded_inputs_give_their_memory_back_and_change_no_number():
-    """Runs packs of many lengths, because a race between copy and computation shows only sometimes."""
+    """Runs packs of many lengths, because a race between copy and computation affects the results only sometimes."""
     config = tiny.model_config()
     config.num_hidden_layers, config.hidden_size = 12, 256
     kept, offloaded = (
@@ -99,7 +99,7 @@ def test_offloaded_inputs_give_their_memory_back_and_change_no_number():
 @pytest.mark.parametrize("name", tiny.ARCHITECTURES)
 @torch.no_grad()
 def test_a_forest_gives_the_log_probs_that_float64_gives_one_by_one(name: str, dtype: str):
-    """Compares with float64 on a CPU, which runs every path through the forest as a separate sequence."""
+    """Compares with float64 results of a CPU, which runs every path through the forest as a separate sequence."""
     model = tiny.policy(name)
     trunk, branch, other = [5, 6, 7, 8, 9, 10, 11], [14, 15], [20, 21, 22, 23, 24]
     segments = [

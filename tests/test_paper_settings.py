@@ -1,6 +1,5 @@
-"""Checks every recipe against the settings in its paper or released code.
-
-The recipe must mark values that differ from both, or that neither gives.
+"""Checks every recipe against the settings in its paper or released code. A recipe must mark every value that neither
+source gives.
 """
 
 import re
@@ -26,7 +25,7 @@ RLP = "arXiv 2403.19279"
 PRIME = "released run_prime_main.sh"
 FARM = "AlpacaFarm's scripts, which RLP leaves as they are"
 
-ON_POLICY = {  # for both PPO and DR-PO in the DR-PO paper
+ON_POLICY = {  # settings of both PPO and DR-PO in the DR-PO paper
     "learning_rate": (3e-6, f"{DRPO} Table 5"),
     "lr_scheduler_type": ("linear", f"{DRPO} Table 5"),
     "warmup_steps": (0, "released drpo.py"),
@@ -57,7 +56,7 @@ OFFLINE = {
     "learning_rate": (3e-6, f"{DRPO} Table 5"),
     "lr_scheduler_type": ("linear", f"{DRPO} Table 5"),
 }
-ULTRAFEEDBACK = {  # shared by all stages of RTO
+ULTRAFEEDBACK = {  # settings of all stages of RTO
     "lr_scheduler_type": ("cosine", f"{RTO} App. D, which ends at a tenth of the peak"),
     "adam_beta1": (0.9, f"{RTO} App. D"),
     "adam_beta2": (0.95, f"{RTO} App. D"),
@@ -220,7 +219,7 @@ def test_a_recipe_has_the_papers_value_of_every_key(recipe: str, section: str, m
 
 @pytest.mark.parametrize(("recipe", "section"), SECTIONS)
 def test_a_setting_that_no_paper_has_is_marked(recipe: str, section: str):
-    """The mark is `# ours`, or a sentence that gives the source of the value."""
+    """A mark is the comment `# ours`, or a comment that gives the source of the value."""
     text = Path(RECIPES, f"{recipe}.yaml").read_text(encoding="utf-8").splitlines()
     start = text.index(f"{section}:")
     lines = list(takewhile(lambda line: not re.match(r"\w", line), text[start + 1 :]))

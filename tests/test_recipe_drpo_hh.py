@@ -24,7 +24,7 @@ TRAINERS = {
 
 @pytest.fixture
 def dialogues(tmp_path) -> str:
-    """24 raw HH rows with one to three questions."""
+    """Returns 24 rows in the raw format of HH, with one to three questions each."""
     draw = random.Random(0)
 
     def words() -> str:

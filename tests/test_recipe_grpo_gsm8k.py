@@ -19,6 +19,6 @@ def test_it_runs_on_rows_of_gsm8k_and_logs_every_reward_by_name(tmp_path):
     assert main(["grpo", "--config", "grpo_gsm8k", *flags]) == 0
     (row,) = read_metrics(tmp_path / "run" / "metrics.jsonl")
     for name in ("math_answer", "hash_format"):
-        # 0, because the tiny vocabulary has no numbers
+        # The reward is 0, because the tiny vocabulary has no numbers
         assert row[f"rewards/{name}/mean"] == row[f"eval_rewards/{name}/mean"] == 0
     assert row["loss/policy_avg"] == 0

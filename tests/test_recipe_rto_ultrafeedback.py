@@ -27,7 +27,8 @@ def turn(draw: random.Random, role: str) -> dict[str, str]:
 
 
 def rows_of(draw: random.Random) -> dict[str, dict]:
-    """One row of each dataset: UltraChat, UltraFeedback binarised, and conversations that end with a user turn."""
+    """Returns one row of each dataset: UltraChat, UltraFeedback binarised, and conversations that end with a user
+    turn."""
     question, chosen, rejected = turn(draw, "user"), turn(draw, "assistant"), turn(draw, "assistant")
     pair = {"prompt": question["content"], "chosen": [question, chosen], "rejected": [question, rejected]}
     pair |= {"messages": [question, chosen], "score_chosen": 8.0, "score_rejected": 4.5, "prompt_id": "a"}

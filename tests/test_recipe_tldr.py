@@ -27,7 +27,7 @@ SECTIONS = {"drpo_tldr": ("sft", "reward", "dpo", "ppo", "drpo"), "drpo_rto_tldr
 
 @pytest.fixture
 def datasets(tmp_path) -> dict[str, str]:
-    """20 posts with summaries, and 20 comparisons in the format that OpenAI published."""
+    """Returns 20 posts with summaries, and 20 comparisons in the format that OpenAI published."""
     draw = random.Random(0)
 
     def words() -> str:

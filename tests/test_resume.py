@@ -126,17 +126,17 @@ MOMENTS = {
     "update": (Optimizer, "step", 14, "in step 4; step 3 is saved as"),
     "evaluation": (held_out, "describe", 3, "in the evaluation after step 3, saved as"),
 }
-"""Part of an on-policy step -> (owner, function name, number of the call during which a signal comes, message)."""
+"""Part of an on-policy step -> (module or class of a function, name of the function, number of the call at which a
+signal comes, end of the message)."""
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_signal_in_any_part_of_an_on_policy_step_loses_no_whole_step_and_changes_no_bit(
     moment, paths, whole_ppo, tmp_path, monkeypatch
 ):
-    """Signals the run in each part of a step; the resumed run must give the uninterrupted results.
-
-    A signal during the update stops it between two mini-batches, when weights have already changed. The resumed run
-    trains on the remaining mini-batches of the same experience.
+    """Signals the run in each part of a step; the resumed run must give the results of an uninterrupted run. A signal
+    during the update stops the update between two mini-batches, after weights have changed. The resumed run then trains
+    on the remaining mini-batches of the saved experience.
     """
     place, name, at, said = MOMENTS[moment]
     watch, function, calls = Watch("ppo", monkeypatch), getattr(place, name), []
@@ -157,7 +157,7 @@ def test_a_signal_in_any_part_of_an_on_policy_step_loses_no_whole_step_and_chang
 @pytest.mark.faults
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_signal_at_a_random_moment_loses_no_whole_step_and_changes_no_bit(kind, paths, tmp_path, monkeypatch):
-    """The signal comes at the call of a random Python function between the start and the end of the run."""
+    """Sends the signal at a random call of a Python function between the start and the end of the run."""
     draw, watch, count = random.Random(kind), Watch(kind, monkeypatch), [0, -1]
     enter, leave = Run.__enter__, Run.__exit__
 

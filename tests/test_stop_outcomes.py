@@ -1,4 +1,4 @@
-"""Compares the table of stops (tests/stops.py) with real runs of the command line: exit code, and what is saved."""
+"""Compares the table of stops (tests/stops.py) with real runs of the command line: exit codes and saved files."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CHECKPOINT = "checkpoint-*"
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A model, rows, the folder of a finished run of three steps, and one of a run that was stopped after step 2."""
+    """A folder with a model, rows, a finished run of three steps, and a run that was stopped after step 2."""
     place = tmp_path_factory.mktemp("stops")
     tiny.save_policy(place / "policy")
     rows = [{"prompt": row.prompt, "completion": row.reference} for row in tiny.examples(10)]
@@ -165,14 +165,16 @@ SCENARIOS: dict[str, list[tuple[str, Fault, tuple[str, ...]]]] = {
     ],
     "W&B or TensorBoard fails": [(NEW, lambda patch, run: failing_reporter(patch), ("--report_to", "wandb"))],
 }
-"""Event -> for each of its forms (folder in which the run starts, function that causes the fault, further flags)."""
+"""Event -> the ways in which a test causes the event, each as (folder in which the run starts, function that causes the
+event, further flags)."""
 ELSEWHERE = {
     "SIGKILL or power off, also during a save, also of one process of several": 128 + signal.SIGKILL,
     "a second run in the same folder, also from another host": ValueError("another run is training in the folder"),
     "processes that start with different keys, versions or weights": ValueError("the configuration of rank 1"),
     "the hub accepts a connection and never answers": ValueError("the hub has not answered"),
 }
-"""Event that needs a second process -> the error that its own test expects, or its exit code."""
+"""Events that need a second process, which other test files cause -> the error that the run raises, or its exit
+code."""
 
 
 @pytest.mark.parametrize(("event", "form"), [(event, form) for event, forms in SCENARIOS.items() for form in forms])
@@ -191,7 +193,7 @@ def test_a_run_ends_with_the_exit_code_of_the_table_and_saves_what_the_table_say
     saved = FINISHED if trained else LAST_STEP if new else NOTHING
     assert saved == STOPS[event].saved
     assert before <= {path.name for path in folder.glob(CHECKPOINT)}
-    assert not list(folder.glob(".*"))  # no lock file, no incomplete file
+    assert not list(folder.glob(".*"))  # neither a lock file nor an incomplete file
     if saved == LAST_STEP:
         rows = [row["step"] for row in read_metrics(folder / "metrics.jsonl")]
         assert new == {"checkpoint-3" if event == "an error in an evaluation" else "checkpoint-2"}

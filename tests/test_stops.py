@@ -1,6 +1,5 @@
-"""Stops real torchrun jobs, and measures whether a long run grows.
-
-Long tests are marked `faults`: `make test-faults`.
+"""Stops real torchrun jobs, and measures whether a long run needs more and more memory. `make test-faults` runs the
+long tests, which are marked `faults`.
 """
 
 import gc
@@ -29,13 +28,14 @@ ROOT = Path(__file__).parent.parent
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "OMP_NUM_THREADS": "1"}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 FORWARDED = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
-"""Signals that torchrun forwards to the ranks. By default SIGUSR1 and SIGUSR2 end torchrun itself at once."""
+"""Signals that torchrun is told to forward to the ranks. By default SIGUSR1 and SIGUSR2 end torchrun itself at once."""
 PATIENCE = 180.0
 
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
-    """Writes a configuration of 120 steps; returns a function that starts it on two processes in a given folder."""
+    """Writes a configuration of 120 steps. Returns a function that starts this run on two processes in a given
+    folder."""
     place = tmp_path_factory.mktemp("job")
     tiny.tokenizer().save_pretrained(place / "tokenizer")
     rows = [{"prompt": row.prompt, "completion": row.reference} for row in tiny.examples(40)]
@@ -115,7 +115,7 @@ def test_a_job_that_is_signalled_after_its_last_step_finishes_and_releases_its_f
 
 @pytest.fixture(scope="module")
 def whole(job, tmp_path_factory):
-    """The log and the model of a job that was never stopped."""
+    """The log and the model of an uninterrupted job."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     assert job(folder).wait(timeout=PATIENCE) == 0
     return untimed_log(folder)

@@ -1,7 +1,6 @@
-"""Every command that gives the ids of one model to another compares their tokenizers.
-
-Other ids are refused by the name of the key, or the text is encoded again. The same tokenizer with a wider embedding is
-accepted.
+"""Tests that every command that gives the ids of one model to another model compares the tokenizers. If the ids differ,
+the command encodes the text again or raises an error that names the key. Equal tokenizers with embeddings of different
+widths are accepted.
 """
 
 import json
@@ -38,7 +37,8 @@ def swapped():
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[str, str]:
-    """Folders of a policy and of a reward model (judge), also with a wider embedding and with another tokenizer."""
+    """Folders of a policy and a reward model (judge), and of copies with a wider embedding and with a different
+    tokenizer."""
     place = tmp_path_factory.mktemp("models")
     tiny.save_policy(place / "policy")
     tiny.save_reward_model(place / "judge")
@@ -148,7 +148,7 @@ def test_the_same_tokenizer_with_a_wider_embedding_is_accepted(models, tmp_path,
 
 @pytest.mark.parametrize("command", [rlp_sections, rlp_reward_model, rlp_policy], ids=lambda command: command.__name__)
 def test_rlp_accepts_the_same_tokenizer_with_a_wider_embedding(models, tmp_path, command, monkeypatch):
-    """The first stage is replaced, so only the checks before it run."""
+    """Replaces the first stage, so that only the checks before this stage run."""
     reached = []
 
     def stop(self, *_, **__):

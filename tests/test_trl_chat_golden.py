@@ -58,7 +58,7 @@ def test_by_default_white_space_stays_with_its_prompt():
 def test_a_prompt_without_a_response_keeps_no_space_that_would_join_one():
     prompts = [Example(prompt=text, row=i) for i, text in enumerate(["def: ", "def:\n\n", "def:\n", "def:"])]
     tokenizer = vocabularies.byte_level()
-    tokenizer.add_tokens([" a"])  # a prompt alone is tokenised with the stand-in response "a"
+    tokenizer.add_tokens([" a"])  # a prompt without a response is tokenised with the stand-in response "a"
     made = tokenize_examples(prompts, tokenizer, max_length=64, fields=(), trailing_space="response")
     assert [tokenizer.decode(row.prompt) for row in made.examples] == ["def:", "def:", "def:\n", "def:"]
     assert made.report.space_ended == 2

@@ -1,8 +1,6 @@
 """Compares losses, gradients and metrics with values of TRL 1.16 (PPO: 1.12) recorded by tests/golden/record_trl.py.
-
-Texts and weights are equal, in float32. TRL pads and works with whole batches; here sequences are packed and split into
-micro-batches, so sums have a different order. TRL's own gradients change by 2e-6 when the rows of a batch are
-reordered.
+Texts and float32 weights are equal. TRL pads whole batches; fastrlhf packs sequences and splits them into
+micro-batches, so sums have a different order. Reordering the rows of a batch changes TRL's own gradients by 2e-6.
 """
 
 import json
@@ -42,8 +40,8 @@ def paths(tmp_path_factory):
 
 
 def assert_same_gradients(model, gradients, golden):
-    """Norms must agree within TOLERANCE; dot products within TOLERANCE of the norm, because they may be sums that
-    cancel."""
+    """Norms must agree within TOLERANCE. Dot products must agree within TOLERANCE times the norm, because their terms
+    may cancel."""
     names = [name for name, _ in model.named_parameters()]
     ours = recorded.summary(zip(names, gradients, strict=True))
     assert ours.keys() == golden.keys()
@@ -59,8 +57,8 @@ def assert_same_metrics(ours, golden, names):
 
 
 def test_rows_are_tokenised_as_by_trl():
-    """A response ends in exactly one EOS, which is added if the text has none; also if TRL gets prompt and response as
-    one text."""
+    """A response ends in exactly one EOS, which is added if the text has none. This also holds if TRL gets prompt and
+    response as one text."""
     rows = tokenize_examples(EXAMPLES, tiny.tokenizer(), max_length=64, fields=("chosen", "rejected")).examples
     chosen = [row.prompt + row.chosen for row in rows]
     rejected = [row.prompt + row.rejected for row in rows]
@@ -135,9 +133,8 @@ def test_kto_is_that_of_trl(paths, monkeypatch, precomputed):
 
 
 def replay(case):
-    """An engine that returns TRL's responses.
-
-    A run copies its reference before it makes an engine, so the policy can be changed here as if by earlier updates.
+    """Returns an engine that returns TRL's responses, and changes the policy as if by earlier updates. A run copies its
+    reference before it makes an engine, so the reference stays unchanged.
     """
 
     def rollout(prefix):
@@ -203,10 +200,9 @@ def run_update(paths, monkeypatch, case):
 
 @pytest.mark.parametrize("case", recorded.ON_POLICY)
 def test_a_ppo_update_is_that_of_trl(paths, monkeypatch, case):
-    """Two passes over one batch; the second pass clips some ratios and some values.
-
-    Metrics that TRL computes differently are not compared: its objective/scores include the penalty, its
-    policy/approxkl_avg is a different estimate, its policy/entropy_avg is a mean over the passes.
+    """Trains two passes over one batch; in the second pass some ratios and some values are clipped. The test does not
+    compare metrics that TRL computes differently: TRL's objective/scores include the penalty, policy/approxkl_avg is a
+    different estimate, and policy/entropy_avg is a mean over the passes.
     """
     monkeypatch.setattr(experience, "whiten", bessel_whiten)
     result, optimizer, beside = run_update(paths, monkeypatch, case)

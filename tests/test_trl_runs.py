@@ -63,13 +63,13 @@ def assert_same_steps(history, expected):
 def test_every_step_of_a_run_is_that_of_trl(paths, case):
     golden = {name: GOLDEN[case][name] for name in ("loss", "grad_norm", "learning_rate")}
     assert len(golden["loss"]) == recorded.RUN["max_steps"]
-    assert max(golden["grad_norm"]) > recorded.RUN["max_grad_norm"]  # so that the comparison includes clipping
+    assert max(golden["grad_norm"]) > recorded.RUN["max_grad_norm"]  # gradients are clipped in some steps
     assert golden["loss"][-1] < 0.7 * golden["loss"][0]
     assert_same_steps(history_of(paths, case), golden)
 
 
 def response_logprob(model, prompt: str, response: str):
-    """The sum of the log-probs of a response and its EOS, from full logits, []."""
+    """Returns the sum of the log-probs of a response and its EOS, a scalar, computed from full logits."""
     target = torch.tensor([*tiny.ids(response), tiny.EOS])
     ids = torch.cat([torch.tensor(tiny.ids(prompt)), target])
     logprobs = model(ids[None]).logits[0, -len(target) - 1 : -1].log_softmax(-1)

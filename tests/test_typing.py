@@ -1,7 +1,6 @@
-"""Tests what type checkers see of an installed fastrlhf: three user programs, against the wheel and an editable
-install.
-
-The environments contain only fastrlhf, so that checks are fast; types of torch and transformers are unknown there.
+"""Tests the types that a type checker finds in an installed fastrlhf: checks three user programs against the wheel and
+an editable install. The environments contain only fastrlhf, so that checks are fast; in them the types of torch and
+transformers are unknown.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Small models, a tokenizer and generated data, for tests that need whole runs."""
+"""Small models, a small tokenizer and generated data for tests of whole runs."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ ARCHITECTURES: dict[str, type[PretrainedConfig]] = {
 
 
 def tokenizer(without: Collection[int] = ()) -> PreTrainedTokenizerFast:
-    """A tokenizer of WORDS; the ids in `without` have no token, and the other words keep their ids."""
+    """Makes a tokenizer of WORDS. The ids in `without` have no token; the other words keep their ids."""
     ids = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", *WORDS]) if i not in without}
     base = Tokenizer(WordLevel(ids, unk_token="<unk>"))
     base.pre_tokenizer = WhitespaceSplit()
@@ -49,8 +49,8 @@ def tokenizer(without: Collection[int] = ()) -> PreTrainedTokenizerFast:
 
 
 def model_config(name: str = "llama") -> PretrainedConfig:
-    """A configuration with two layers. Gemma has both soft caps; Gemma and Mistral have a window shorter than the test
-    sequences."""
+    """Returns a configuration with two layers. Gemma has soft caps on attention and logits; Gemma and Mistral have
+    attention windows shorter than the test sequences."""
     fields = {
         "vocab_size": VOCAB,
         "hidden_size": 32,
@@ -69,7 +69,8 @@ def model_config(name: str = "llama") -> PretrainedConfig:
 
 
 def policy(name: str = "llama", seed: int = 0):
-    """A policy with weights larger than the initialiser's, so that log-probs of different tokens differ by nats."""
+    """Makes a policy with larger weights than the usual initialisation, so that log-probs of different tokens differ by
+    nats."""
     model = build_policy(model_config(name), vocab_size=VOCAB, eos_token_id=EOS, seed=seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -97,9 +98,8 @@ def save_reward_model(folder: Path, seed: int = 7) -> str:
 
 
 def save_adapter(folder: Path, base: str, seed: int, *, scores: bool = False, **settings) -> str:
-    """Saves an adapter over the model in `base`, like a run with `use_peft`.
-
-    It is the adapter of a reward model if `scores` is True, otherwise of a policy.
+    """Saves an adapter over the model in `base`, like a run with `use_peft`. The adapter is that of a reward model if
+    `scores` is True, otherwise that of a policy.
     """
     config = SFTConfig(use_peft=True, seed=seed, **{"lora_r": 2} | settings)
     model = load_reward_model(base, pad_token_id=0, seed=seed) if scores else load_policy(base)
@@ -126,8 +126,8 @@ def examples(count: int, seed: int = 0) -> list[Example]:
 
 
 def easy_pairs(count: int, seed: int = 0) -> list[Example]:
-    """Pairs in which the better response has words from the first half of the vocabulary, the worse one from the second
-    half."""
+    """Makes pairs: the better response has words of the first half of the vocabulary, the worse response words of the
+    second half."""
     draw = random.Random(seed)
     return [
         Example(prompt="w0 w28", chosen=" ".join(draw.choices(WORDS[:14], k=3)), rejected=" ".join(worse), row=i)
@@ -137,8 +137,8 @@ def easy_pairs(count: int, seed: int = 0) -> list[Example]:
 
 
 class GradientRecorder:
-    """Replaces `optim.Optimizer`: records the gradients of each step, model after model, and takes an SGD step with
-    `learning_rate`; with 0 the weights do not change."""
+    """A replacement of `optim.Optimizer` that records the gradients of each step, model after model, and takes an SGD
+    step with `learning_rate`. With learning rate 0 the weights do not change."""
 
     def __init__(self, models, learning_rate=0.0):
         self.models, self.steps, self.learning_rate = models, [], learning_rate
@@ -166,19 +166,21 @@ def record_gradients(monkeypatch, module, learning_rate=0.0) -> list[GradientRec
 
 
 def assert_close_gradients(ours, theirs, tolerance: float = 1e-5) -> None:
-    """Each tensor must agree within `tolerance` of its largest entry; at least one side must not be zero everywhere."""
+    """Asserts that each tensor agrees within `tolerance` times its largest entry, and that not all entries are zero on
+    both sides."""
     assert max(gradient.abs().max() for gradient in theirs) > 1e-4
     for gradient, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(gradient, other, rtol=tolerance, atol=tolerance * other.abs().max().item() + 1e-9)
 
 
 def ids(text: str) -> list[int]:
-    """The ids that the tokenizer gives for a text such as "w3 w4", without an EOS."""
+    """Returns the ids of a text such as "w3 w4", without an EOS."""
     return [3 + int(word.removeprefix("w")) for word in text.split()]
 
 
 def record_experience(monkeypatch) -> list[tuple]:
-    """Makes `train_ppo` add to the returned list, for each update, its Experience and the rows of its episodes."""
+    """Makes `train_ppo` record each update; returns the list to which it adds the Experience and the rows of the
+    episodes."""
     seen, compute = [], ppo.score_episodes
 
     def score(config, policy, reference, critic, rollouts, *arguments, **keywords):

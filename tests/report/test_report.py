@@ -20,12 +20,12 @@ def write_metrics(directory, metrics, steps=5):
 
 
 def sections(page):
-    """Heading -> content, for every section of a page."""
+    """Returns heading -> content of every section of a page."""
     return dict(re.findall(r"<section[^>]*><h2>(.*?)</h2>(.*?)</section>", page, flags=re.DOTALL))
 
 
 def figures(page):
-    """Title -> labels of the curves in their order, for every figure of a page."""
+    """Returns title -> labels of the curves, in their order, of every figure of a page."""
     return {
         re.sub("<.*?>", "", title): re.findall("<title>(.*?): ", body)
         for title, body in re.findall(r"<figcaption><b>(.*?)</b><div(.*?)</figure>", page, flags=re.DOTALL)
@@ -33,7 +33,7 @@ def figures(page):
 
 
 class _Balanced(HTMLParser):
-    """An HTML parser that checks that every opened element is closed, in order."""
+    """An HTML parser that checks that elements are closed in the reverse order of their opening."""
 
     def __init__(self):
         super().__init__()
@@ -91,7 +91,8 @@ def test_scores_by_reset_depth_are_one_chart_of_the_last_steps(tmp_path):
 
 
 def evaluated(directory, rows):
-    """Writes a run whose evaluations gave (kl, score of the training judge, score of the held-out judge)."""
+    """Writes the log of a run with the given evaluations: (KL, score of the training judge, score of the held-out
+    judge)."""
     names = ("eval_objective/kl", "eval_objective/scores", "eval_held_out/scores")
     with MetricsWriter(directory) as writer:
         for step, row in enumerate(rows, start=1):
@@ -109,8 +110,8 @@ def test_the_judges_are_drawn_from_an_evaluation_before_the_first_step_on(tmp_pa
 
 
 def test_judges_of_training_and_evaluation_are_drawn_over_the_root_of_the_kl(tmp_path):
-    """The points are sorted by sqrt(KL), which is 0, 2 and 1. Their score gains since the first evaluation are 0, 1, 3
-    (training judge) and 0, 0.5, -1 (held-out judge)."""
+    """The evaluations have sqrt(KL) 0, 2 and 1, and the points must be sorted by it. The gains in score since the first
+    evaluation are 0, 1, 3 (training judge) and 0, 0.5, -1 (held-out judge)."""
     nan = float("nan")
     evaluated(tmp_path / "ppo", [(-0.1, 5.0, 2.0), (), (4.0, 6.0, 2.5), (nan, 9.0, 9.0), (1.0, 8.0, 1.0)])
     page = write_report(tmp_path).read_text()
@@ -191,7 +192,7 @@ def test_the_summary_becomes_a_table_with_interval_bars(tmp_path):
     ]
     assert "25.0&nbsp;%" in table
     assert 'cx="70.0"' in table  # drpo's win rate of one half is in the middle of its bar
-    assert "&ndash;" in table  # a dash, because sft has no KL
+    assert "&ndash;" in table  # a dash, because the sft run has no KL
     assert "50k" in table
 
 
@@ -240,7 +241,8 @@ def test_only_the_last_samples_are_shown(tmp_path):
 
 
 def test_of_compared_models_the_last_prompts_are_shown_with_the_answers_of_all(tmp_path):
-    """The file lists the answers of one model after another. The page lists them by prompt, each prompt once."""
+    """The samples file lists all answers of the first model, then all of the second. The page lists answers by prompt,
+    and each prompt once."""
     (tmp_path / "summary.json").write_text(json.dumps({"methods": {"a": {"win_rate": 0.5}}}))
     rows = [
         {"row": i, "prompt": f"prompt-{i}.", "model": model, "response": f"{model}{i}"}
@@ -314,7 +316,7 @@ def test_samples_with_token_rewards_are_text_and_others_stay_a_table(tmp_path):
 
 
 def test_columns_of_texts_keep_a_width_and_numbers_do_not(tmp_path):
-    """Columns of texts have a minimum width; a narrow screen would otherwise squeeze them to two letters per line."""
+    """Text columns need a minimum width; a narrow screen would otherwise squeeze them to two letters per line."""
     with MetricsWriter(tmp_path) as writer:
         writer.log(1, {"loss": 1.0})
         writer.samples(1, [{"row": 1234, "prompt": "many words " * 9, "score": 0.25}])

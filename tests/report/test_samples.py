@@ -1,6 +1,5 @@
-"""Tests of logged samples, with two episodes in compat "reference".
-
-The first starts after a reset of one token, which also earns rewards; the second starts at its prompt."""
+"""Tests of logged samples, with two episodes in compat "reference". The first episode starts after a reset of one
+token, which also earns rewards; the second episode starts at its prompt."""
 
 import re
 from html import unescape
@@ -69,16 +68,15 @@ def test_a_sample_has_the_rewards_of_its_sampled_tokens_by_name():
 
 
 def spans(markup: str) -> list[tuple[str, str, str]]:
-    """Returns (class and width, hover text, text) of every token in the markup."""
+    """Returns (class and width, hover text, text) of every token in the HTML."""
     _, _, samples = markup.partition("</p>")
     found = re.findall(r'<span(?: class="(\w+)" style="--w:(\d+)%")?(?: title="(.*?)")?>(.*?)</span>', samples)
     return [(f"{kind} {width}".strip(), hover, unescape(text)) for kind, width, hover, text in found]
 
 
 def test_a_token_has_the_colour_of_its_own_rewards_and_all_of_them_by_name():
-    """The rewards of a token other than the score sum to 0.4, -0.2, 0 (first episode) and 0.12346, 0 (second).
-
-    The colour reaches its full strength of 60 % at 0.38, the 0.95 quantile of the non-zero absolute sums.
+    """Without the score, the rewards of each token sum to 0.4, -0.2, 0 (first episode) and 0.12346, 0 (second episode).
+    The colour has its full strength of 60 % from 0.38 on, the 0.95 quantile of the non-zero absolute sums.
     """
     assert spans(token_samples(rows())) == [
         ("gain 60", "kl -0.1, dpo +0.5", "w4"),

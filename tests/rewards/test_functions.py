@@ -1,4 +1,5 @@
-"""Tests of reward functions on two episodes: one starts at a reset and ends with an EOS; the other is truncated."""
+"""Tests of reward functions on two episodes: the first starts at a reset and ends with an EOS; the second is
+truncated."""
 
 import asyncio
 import logging
@@ -144,7 +145,7 @@ def test_a_response_without_a_reward_earns_nothing_and_is_not_counted():
     }
     assert {name: x.item() for name, x in found["none"].metrics.items()} == {"rewards/none/unjudged": 1}
     scaled = open_rewards(PPOConfig(reward_function_norm="running"), tiny.tokenizer(), run)
-    assert scaled.terms(EPISODES)["some"].reward.tolist() == [0] * 8  # a single reward equals the mean, so it becomes 0
+    assert scaled.terms(EPISODES)["some"].reward.tolist() == [0] * 8  # a single reward equals the mean
 
 
 def test_a_run_pays_a_function_of_trls_form_at_the_last_valid_token():
@@ -262,7 +263,7 @@ def test_the_state_of_functions_is_saved_with_the_rewards():
     state = rewards.state_dict()
     assert state["function.counts.seen"] == 2
     rewards.terms(EPISODES)
-    assert state["function.counts.scale"].tolist() == [2, 3]  # `state` is a copy, so later calls do not change it
+    assert state["function.counts.scale"].tolist() == [2, 3]  # later calls do not change `state`, which is a copy
     fresh = Counts()
     again = open_rewards(PPOConfig(), tiny.tokenizer(), RewardFunctions(functions={"counts": fresh}))
     again.load_state_dict(state)

@@ -1,4 +1,4 @@
-"""Tests of a judge over HTTP, with a local server that answers, fails, hangs or sends invalid replies."""
+"""Tests of a judge over HTTP, with a local server that replies, fails, hangs or sends invalid replies."""
 
 import json
 import threading

@@ -17,7 +17,7 @@ BATCH = pack([sequence(prompt, response) for prompt, response in PAIRS])
 
 
 def own_logprobs(model) -> torch.Tensor:
-    """Log-probs row by row, from the model's own logits of one sequence at a time, at temperature 1."""
+    """Returns log-probs at temperature 1, computed from the model's logits of one sequence at a time."""
     found = []
     for prompt, response in PAIRS:
         logits = model(input_ids=torch.tensor([[*prompt, *response]])).logits[0].float().log_softmax(-1)

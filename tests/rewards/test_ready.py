@@ -1,4 +1,4 @@
-"""Tests of the ready-made reward functions, on texts whose reward is obvious."""
+"""Tests of the built-in reward functions on texts whose reward is obvious."""
 
 import sys
 

@@ -1,6 +1,6 @@
-"""Tests of the rewards of single tokens, with values computed by hand. Most tests use these two episodes:
+"""Tests of the rewards of single tokens, with values computed by hand. Most tests use two episodes:
 
-episode 0   one reset token (compat "reference"), then 3 5 EOS and one token after it
+episode 0   one reset token (compat "reference"), then 3 5 EOS and one token after the EOS
 episode 1   4 3 6, truncated at the length limit
 """
 
@@ -32,7 +32,7 @@ from fastrlhf_kernels import gae
 from tests import tiny
 from tests.golden import record_group_losses as recorded
 
-RATIO = torch.tensor([9.0, 1.0, -2.0, 0.5, 9.0, 0.25, 3.0, -0.25])  # nats; 9 for tokens that must earn nothing
+RATIO = torch.tensor([9.0, 1.0, -2.0, 0.5, 9.0, 0.25, 3.0, -0.25])  # nats; the tokens with 9 must get no reward
 
 
 def rollout(completion: list[int], row: int, num_reset: int = 0) -> Rollout:
@@ -98,9 +98,8 @@ def test_a_truncated_response_earns_only_token_rewards():
 
 
 def test_normalisers_count_no_score_and_no_number_that_is_not_paid():
-    """A truncated response is not paid its score -3 and its function's 100, so they must not change the means.
-
-    The scores that are paid are 2 and then 4, which is one standard deviation above the mean of both.
+    """A truncated response gets neither its score (-3) nor its function reward (100), so these must not change the
+    running means. The scores that count are 2 and then 4, which is one standard deviation above their mean.
     """
     run = Rewards(config=PPOConfig(score_norm="running", reward_function_norm="running", reward_function_clip=0.5))
     run.functions = RewardFunctions(functions={"number": lambda r: 2.0 if r.ended else 100.0})
@@ -154,7 +153,8 @@ def test_the_clip_comes_after_the_scale_and_its_share_is_of_the_tokens_that_earn
 
 
 def test_rs_subtracts_the_clipped_rewards():
-    """rs must subtract the sum of the clipped log-ratios, so that they do not change the return of a response."""
+    """Shaping "rs" must subtract the sum of the clipped log-ratios, so that token rewards do not change the return of a
+    response."""
     found = terms(DPO, dpo_reward_scale=1.0, dpo_reward_clip=1.5, reward_shaping="rs")["dpo"]
     assert found.reward.tolist() == [0, 1, -1.5, 0.5, 0, 0.25, 1.5, -1.75]
     assert found.metrics["reward/dpo_clipped"] == 2 / 6
@@ -178,7 +178,7 @@ def test_the_five_shapings(shaping, expected):
 
 
 def ragged(seed: int = 0):
-    """Draws token rewards of 40 episodes of 1 to 9 tokens; returns (rewards, cu_rows, episode ends, sentence ends)."""
+    """Draws token rewards for 40 episodes of 1 to 9 tokens. Returns (rewards, cu_rows, episode ends, sentence ends)."""
     draw = np.random.default_rng(seed)
     cu_rows = np.cumsum([0, *draw.integers(1, 10, 40)])
     ends = torch.zeros(cu_rows[-1], dtype=torch.bool)
@@ -202,9 +202,8 @@ def test_every_shaping_keeps_the_total_and_rs_makes_it_zero_clipped_or_not(limit
 
 
 def test_with_lambda_1_rs_and_none_differ_by_the_potential_of_the_state():
-    """Checks A_rs - A_none = -(sum of the token rewards before the state).
-
-    This difference depends only on the state, like a baseline, so shaping changes the gradient only for lambda < 1.
+    """Checks that A_rs - A_none = -(sum of the token rewards before the state). This difference depends only on the
+    state, like a baseline, so for lambda 1 shaping does not change the expected gradient.
     """
     token, cu_rows, ends, sentence_ends = ragged()
     draw = torch.Generator().manual_seed(1)
@@ -234,9 +233,8 @@ def test_normalisers_of_token_rewards_count_earning_tokens_over_all_batches():
 
 
 def test_what_a_function_gives_is_normalised_over_the_rows_it_pays_and_then_clipped():
-    """One reward for a response counts as one row; rewards per token count as one row each, up to the EOS.
-
-    Every function has its own mean and standard deviation.
+    """A reward for a whole response counts as one row; token rewards count as one row per token, up to the EOS. Every
+    function has its own running mean and standard deviation.
     """
     functions = {
         "mixed": lambda r: 10.0 if r.ended else [1.0, 2.0, 3.0],
@@ -320,7 +318,7 @@ def test_token_rewards_that_outweigh_the_score_are_reported_once(caplog):
     run.warn({"rto/return_to_score": 3.5})
     [message] = caplog.messages
     assert "2.5 times its score; lower dpo_reward_scale" in message
-    Rewards(config=RTOConfig(score_coef=0.0)).warn({"rto/return_to_score": 1e9})  # no warning, because no score is used
+    Rewards(config=RTOConfig(score_coef=0.0)).warn({"rto/return_to_score": 1e9})  # scores are not used: no warning
     assert len(caplog.messages) == 1
 
 
@@ -358,14 +356,14 @@ def test_the_moments_of_a_term_continue_from_a_saved_state():
     ],
 )
 def test_the_soft_overlong_punishment_by_hand(limit, buffer, penalties):
-    """DAPO's eq. 13, times overlong_penalty 2, at the last valid token of each response."""
+    """The penalty is that of DAPO's eq. 13, times overlong_penalty 2, at the last valid token of each response."""
     found = terms(response_length=limit, overlong_buffer=buffer, overlong_penalty=2.0)["overlong"].reward
     assert found[[3, 7]].tolist() == [-2 * penalty for penalty in penalties]
     assert found.count_nonzero() == sum(penalty > 0 for penalty in penalties)
 
 
 def test_the_soft_overlong_punishment_is_that_of_verl():
-    """Compares with rewards that tests/golden/record_group_losses.py recorded of verl, for responses that score 0."""
+    """Compares with rewards of verl for responses with score 0, recorded by tests/golden/record_group_losses.py."""
     expected = json.loads(recorded.FILE.read_text(encoding="utf-8"))["verl"]["overlong"]
     lengths, setting = torch.tensor(recorded.OVERLONG_LENGTHS), recorded.OVERLONG
     num = int(lengths.sum())

@@ -1,6 +1,5 @@
-"""Tests of decode steps that are recorded as CUDA graphs.
-
-On any device the tests check that a step can be recorded; on a GPU, that replaying it changes no bit.
+"""Tests of decode steps that are recorded as CUDA graphs: a step can be recorded (tested on any device), and a replayed
+step gives identical bits (tested on a GPU).
 """
 
 from contextlib import nullcontext
@@ -34,7 +33,8 @@ def engine(model, **settings) -> TransformersEngine:
 
 
 class Work(TorchDispatchMode):
-    """Records the operators of a step, the shapes of their inputs, and the addresses of inputs made before the step."""
+    """Records the operators of a step, the shapes of their inputs, and the addresses of inputs that exist before the
+    step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,13 +96,13 @@ def test_replayed_steps_sample_what_eager_ones_do_bit_for_bit(name, dtype):
     first = eager.generate(long)
     assert graphs.generate(long) == first
     with torch.no_grad():
-        model.lm_head.weight.mul_(0.5)  # an in-place change, as by an update
+        model.lm_head.weight.mul_(0.5)  # an in-place change, as in an update
     second = eager.generate(long)
     assert graphs.generate(long) == second
     assert second != first
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.data = parameter.data.clone()  # a replaced tensor, as by some frameworks
+            parameter.data = parameter.data.clone()  # a replaced tensor, as some frameworks do
     assert graphs.generate(long) == second
 
 
@@ -111,7 +111,7 @@ def test_replayed_steps_sample_what_eager_ones_do_bit_for_bit(name, dtype):
     [(torch.OutOfMemoryError("full"), "^full$"), (RuntimeError("sync"), "^decode: Linear cannot")],
 )
 def test_out_of_memory_while_recording_is_not_wrapped(error, expected, monkeypatch):
-    """Runs without a GPU: the recorded step fails before any CUDA function is called."""
+    """Needs no GPU, because the recorded step fails before it calls a CUDA function."""
     steps = object.__new__(CapturedSteps)
     steps._name, steps._pool, steps._stream = "Linear", None, None
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)

@@ -91,8 +91,9 @@ def test_a_sample_depends_only_on_seed_and_episode():
 def forwards(
     model: PreTrainedModel, sampler: TransformersEngine, starts: list[Prefix]
 ) -> tuple[list[Rollout], list[tuple[int, ...]]]:
-    """Samples from `starts`; returns the rollouts, and the shape of `input_ids` in every forward of the model."""
-    decoder_of(model)  # runs the probe now, so that its forwards are not counted
+    """Samples episodes from the prefixes `starts`. Returns the rollouts and the shape of `input_ids` in every forward
+    of the model."""
+    decoder_of(model)  # runs the probe before the forwards are counted
     shapes = []
     hook = model.register_forward_pre_hook(
         lambda _, __, inputs: shapes.append(tuple(inputs["input_ids"].shape)), with_kwargs=True
@@ -134,7 +135,8 @@ def test_samples_are_those_of_a_loop_that_reads_the_whole_text_for_every_token(n
 
 
 def test_a_slot_that_becomes_free_goes_to_an_episode_that_waits():
-    """Uses two slots, one episode of nine tokens and four of two; the prefill samples the first token of each."""
+    """Uses two slots for five episodes, one of nine tokens and four of two. The prefill samples the first token of
+    every episode."""
     model = tiny.policy()
     starts = [Prefix(token_ids=[5 + i] * 9, num_reset=7 if i else 0, row=i, episode=i) for i in range(5)]
     rollouts, shapes = forwards(model, engine(model, batch_size=2, stop_at_eos=False), starts)
@@ -143,7 +145,8 @@ def test_a_slot_that_becomes_free_goes_to_an_episode_that_waits():
 
 
 def test_prefixes_are_prefilled_in_micro_batches_and_draw_the_same():
-    """Uses three texts of nine tokens, each the start of two episodes. A text above the budget is a separate pack."""
+    """Uses three texts of nine tokens, each shared by two episodes. A text longer than micro_batch_tokens is a separate
+    pack."""
     model = tiny.policy()
     starts = [Prefix(token_ids=[5 + i // 2] * (6 + 3 * (i % 2)), num_reset=0, row=i, episode=i) for i in range(6)]
     together, shapes = forwards(model, engine(model), starts)

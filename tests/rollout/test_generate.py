@@ -16,7 +16,7 @@ def test_tokens_are_the_drawn_ones_and_logits_those_of_the_whole_text(use_cache)
         return given[:, len(seen) - 1]
 
     decode(model, texts, 4, draw, lambda: torch.tensor([False, len(seen) > 1]), use_cache=use_cache)
-    assert len(seen) == 4  # the first text needs all four tokens, so an EOS in the second does not stop decoding
+    assert len(seen) == 4  # the first text needs four tokens, so decoding continues after the EOS of the second
     with torch.no_grad():
         expected = model(torch.cat([texts, given], 1), use_cache=False).logits[:, 2:-1]
     torch.testing.assert_close(seen[3][0], expected[0, 3], rtol=1e-5, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Tests that decoding in a cache slot gives the logits of a plain forward, whatever the slot held before."""
+"""Tests that decoding in a slot of the cache gives the logits of a plain forward, whatever the slot held before."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ OTHER = [4 + (3 * i * i + i) % 28 for i in range(13)]
 
 @torch.no_grad()
 def logits_alone(model, tokens: list[int]) -> Tensor:
-    """Logits [V] after the last token, from the model's own forward without a cache."""
+    """Returns the logits [V] after the last token, computed by the model's own forward without a cache."""
     return model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -1]
 
 
@@ -22,7 +22,7 @@ def held(cache: SlotCache, slot: int, num_tokens: int) -> list[Tensor]:
 
 
 def assert_close(ours: Tensor, theirs: Tensor) -> None:
-    """Asserts equality up to a few units in the last place of the largest number: float32 sums in a different order."""
+    """Asserts equality up to a few units in the last place of the largest entry, because sums differ in their order."""
     torch.testing.assert_close(ours, theirs, rtol=0, atol=3e-6 * max(1.0, theirs.abs().max().item()))
 
 

@@ -1,4 +1,4 @@
-"""Tests which decoder a model gets, and that a decoder with wrong numbers is never used."""
+"""Tests which decoder a model gets, and that a decoder that computes wrong numbers is never used."""
 
 import logging
 
@@ -60,10 +60,10 @@ def test_plain_attention_is_decoded_in_slots(name):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_other_families_are_sampled_with_their_own_cache_and_their_own_log_probs(name, caplog):
-    """Covers prefixes of three lengths, resets, a batch smaller than the number of prefixes, and a text longer than a
-    window."""
+    """Covers prefixes of three lengths, resets, a batch smaller than the number of prefixes, and a text longer than the
+    attention window."""
     model = model_of(CONFIGS[name])
-    model.generation_config.repetition_penalty = 3.0  # many checkpoints set this, and it must have no effect
+    model.generation_config.repetition_penalty = 3.0  # many checkpoints set a penalty, which must have no effect
     settings = {"eos_token_id": tiny.EOS, "response_length": 7, "temperature": 0.7, "seed": 3, "batch_size": 4}
     starts = [
         Prefix(token_ids=[3 + (i * j) % 20 for j in range(1, 5 + i % 3)], num_reset=i % 4, row=i, episode=i)
@@ -116,7 +116,8 @@ def test_out_of_memory_in_the_probe_is_raised(monkeypatch):
 
 
 def test_a_model_that_runs_one_sequence_at_a_time_is_not_decoded_in_slots(caplog):
-    """The probe's texts may be shorter than the model's windows or chunks, and so would not notice wrong decoding."""
+    """The texts of the probe may be shorter than the model's windows or chunks, so the probe could miss wrong
+    decoding."""
     model = tiny.policy()
     run_alone(model, "has attention in chunks")
     assert decoder_of(model) == "own cache"

@@ -1,4 +1,4 @@
-"""Tests of responses that end at a stop string, with cases by hand."""
+"""Tests of responses that end at a stop string, with hand-written cases."""
 
 from dataclasses import replace
 

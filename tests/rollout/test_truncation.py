@@ -1,4 +1,5 @@
-"""Tests of truncated sampling: which tokens are kept, and that sampler and trainer score the truncated distribution."""
+"""Tests of truncated sampling (top_k, top_p, min_p): which tokens are kept, and that log-probs of sampler and trainer
+are those of the truncated distribution."""
 
 import math
 from dataclasses import replace
@@ -109,11 +110,12 @@ def run_config(**settings) -> GRPOConfig:
 
 
 def test_trainer_and_reference_score_the_tokens_that_the_sampler_kept():
-    """Compares log-probs and the first step's gradient with full logits that are -inf outside the kept sets."""
+    """Compares log-probs and the gradient of the first step with full logits that are -inf for the tokens that are not
+    kept."""
     cfg = run_config(top_p=0.8)
     policy, reference = tiny.policy(), tiny.policy(seed=5)
     rollouts = [replace(r, prefix=replace(r.prefix, num_reset=0)) for r in sample(policy, 6, top_p=0.8)]
-    for i in (0, 2, 4):  # a group starts in one state
+    for i in (0, 2, 4):  # all episodes of a group start in one state
         prefix = replace(rollouts[i].prefix, episode=i + 1)
         rollouts[i + 1] = replace(rollouts[i], prefix=prefix)
     scores = torch.tensor([1.0, 2.0, 0.0, 5.0, 3.0, 3.0])

@@ -38,7 +38,7 @@ STAND_IN = Path(__file__).parent / "stand_in"
 
 
 class InThread(Child):
-    """Runs the child's program in a thread of this process, so that a test can access its engine."""
+    """Runs the program of the vLLM process in a thread of this process, so that a test can access its engine."""
 
     def __init__(self, memory, environment):
         self.environment = environment
@@ -64,7 +64,7 @@ def vllm(monkeypatch, tmp_path):
     monkeypatch.setattr(engine_module, "Child", InThread)
     monkeypatch.setattr(torch, "manual_seed", torch.manual_seed)
     module = import_module("vllm")
-    # Workers share a registry here; in separate processes each has its own.
+    # Workers share a registry in this test; in separate processes each worker has its own.
     factory = module.WeightTransferEngineFactory
     monkeypatch.setattr(factory, "register_engine", factory.registry.__setitem__)
     yield module
@@ -135,8 +135,8 @@ def test_a_seed_belongs_to_an_episode_and_to_the_run(paths):
 
 
 def test_each_episode_is_drawn_at_its_temperature(paths):
-    """In a run with two temperatures the engine's log-probs equal the trainer's. In a mixed batch each episode equals
-    the sample of an engine that has only its temperature."""
+    """In a run with two temperatures the engine's log-probs must equal the trainer's. In a batch with several
+    temperatures, each episode must equal the sample of an engine with only this temperature."""
     groups = {"temperatures": (0.5, 1.5), "num_generations": 4, "advantage_estimator": "rloo", "max_steps": 2}
     row, *_ = train_ppo(config(paths, **groups), tiny.examples(20)).history
     assert row["sampling/sampling_logp_difference/max"] < 1e-5
@@ -240,9 +240,8 @@ def test_a_gpu_that_does_not_exist_is_refused(monkeypatch):
 
 
 def test_the_model_is_the_policys_and_not_its_folders(tmp_path):
-    """vLLM gets a configuration made from the policy object, not the config.json in the policy's folder.
-
-    The configuration names the model class and has no 4-bit settings. The remote code of the folder is copied too.
+    """vLLM gets a config.json made from the policy object, not the file in the policy's folder. It names the model
+    class and has no 4-bit settings. Remote code is copied from the policy's folder.
     """
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / "modeling_x.py").write_text("# code")
@@ -266,7 +265,7 @@ def test_keys_and_values_of_old_weights_stop_the_run(paths, vllm, monkeypatch):
 
 
 def test_weights_that_do_not_arrive_stop_the_run_at_its_first_update(paths, vllm, monkeypatch):
-    """The engine keeps the random weights with which it started."""
+    """Simulates an engine that keeps the random weights with which it started."""
     monkeypatch.setattr(vllm.LLM, "_load_weights", lambda self, weights: self.missing.clear())
     with pytest.raises(
         ValueError,
@@ -323,7 +322,8 @@ def test_ids_without_a_token_are_never_sampled(paths, holes):
 
 
 def test_experts_are_handed_over_by_the_names_of_a_checkpoint(tmp_path):
-    """Mixtral's experts are fused in memory; an adapter over them is merged first."""
+    """In memory, Mixtral's experts are fused into one tensor and carry an adapter. vLLM must get the merged weights
+    under the names of a checkpoint, one tensor per expert."""
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     sizes |= {"num_key_value_heads": 2, "num_local_experts": 4, "vocab_size": tiny.VOCAB}
     model = AutoModelForCausalLM.from_config(MixtralConfig(**sizes))

@@ -30,7 +30,8 @@ def stand_in(monkeypatch):
 
 
 def test_if_the_process_is_killed_a_checkpoint_is_saved_and_the_trainer_is_unchanged(tmp_path, monkeypatch):
-    """Two updates have correct log-probs before and after the weights change; the process dies in the third."""
+    """Two updates have correct log-probs before and after the weights change. The vLLM process is killed in the third
+    update."""
     opened = []
 
     def opening(*arguments):
@@ -147,8 +148,8 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_busy_process_ends_with_a_trainer_that_is_killed(tmp_path):
-    """The vLLM process shares the trainer's standard error, which is closed only when both processes have ended.
-    The vLLM process also removes its temporary folder."""
+    """The vLLM process shares the trainer's standard error, so the pipe closes only when both processes have ended. The
+    vLLM process must also remove its temporary folder."""
     trainer = subprocess.Popen(
         [sys.executable, "-c", TRAINER.replace("SETTINGS", repr(SETTINGS))],
         stdin=subprocess.PIPE,

@@ -1,6 +1,5 @@
-"""Tests of the vLLM engine with the real library on a CPU: `make test-vllm`. Skipped without vLLM.
-
-In whole runs the log-probs of each batch of samples must equal the trainer's, before and after weight updates.
+"""Tests of the vLLM engine with the real library on a CPU (`make test-vllm`); skipped if vLLM is not installed. In
+whole runs the log-probs of every batch of samples must equal the trainer's, before and after weight updates.
 """
 
 import importlib.util
@@ -84,7 +83,7 @@ RUN = {
     "progress": False,
 }
 HOLES = {4, 17, 30}
-"""Ids without a token, below the largest id of the tokenizer."""
+"""Ids below the tokenizer's largest id that have no token."""
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -97,7 +96,7 @@ def environment(tmp_path_factory):
 
 
 def config(folder: Path, name: str, kind: type[PPOConfig] = PPOConfig, **settings) -> PPOConfig:
-    """A run of three updates with large weight changes, on a model that is saved to the folder."""
+    """Saves a model to the folder; returns the configuration of a run of three updates with large weight changes."""
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(CONFIGS[name]).save_pretrained(folder / "model")
     tiny.tokenizer().save_pretrained(folder / "model")
@@ -225,7 +224,7 @@ def shared(environment, tmp_path_factory) -> VLLMEngine:
 def run_with(
     shared: VLLMEngine, monkeypatch, kind: type[PPOConfig] = PPOConfig, *, judge=length, model=None, **settings
 ):
-    """Trains the model of the shared process, or `model`. The shared process samples if the engine is vllm."""
+    """Trains `model`, or else the model of the shared vLLM process, which samples if the engine is vllm."""
 
     def opening(config, policy, eos_token_id):
         fields = {"response_length": config.response_length, "temperature": config.temperature, "seed": config.seed}
@@ -238,7 +237,7 @@ def run_with(
 
 
 def test_temperatures_and_ends_are_those_of_the_run(shared):
-    """Covers temperatures of 0.01 to 2, for all episodes and per episode, several EOS ids, and ids without a token."""
+    """Covers temperatures of 0.01 to 2 (per run and per episode), several EOS ids, and ids without a token."""
     policy, ends, starts = shared.policy, [tiny.EOS, 7], prefixes(32)
     engine = replace(shared, eos_token_id=ends)
     for temperature, limit in ((0.01, 1e-3), (0.05, 1e-3), (0.8, 1e-4), (2.0, 1e-4)):
@@ -285,8 +284,8 @@ def parity(rollouts: list[Rollout]) -> torch.Tensor:
 
 
 def test_both_engines_train_to_the_same_distribution(shared, monkeypatch):
-    """Compares learning curves of one-token episodes: vLLM's lies within the noise of six seeds of the built-in engine.
-    Afterwards both engines sample from the trained policy."""
+    """Compares learning curves of one-token episodes: the curve of vLLM must lie within the noise of six seeds of the
+    built-in engine. Then compares samples of both engines from the trained policy."""
     settings = {"response_length": 1, "train_batch_size": 256, "max_steps": 8, "learning_rate": 1e-3}
 
     def curve(**others) -> list[float]:
@@ -327,7 +326,7 @@ def chi_squared(
 
 
 def test_a_run_whose_weights_are_no_longer_handed_over_stops(shared, monkeypatch):
-    """The weights of the first update arrive, those of the second do not."""
+    """Simulates an engine that gets the weights of the first update, but not the weights of the second."""
     hand_over, calls = VLLMEngine._hand_over, []
 
     def once(engine):
@@ -353,7 +352,7 @@ def test_a_model_that_vllm_does_not_support_is_one_line(tmp_path):
 
 
 def test_vllm_refuses_to_sleep_on_a_cpu(tmp_path, monkeypatch):
-    monkeypatch.setattr("fastrlhf.rollout.vllm.check_vllm", lambda config: None)  # would refuse the key first
+    monkeypatch.setattr("fastrlhf.rollout.vllm.check_vllm", lambda config: None)  # this check refuses the key earlier
     settings = config(tmp_path, "tied", vllm_enable_sleep_mode=True)
     with pytest.raises(ValueError, match=r"^engine: vllm .*Sleep mode is not supported on current platform"):
         open_vllm(settings, load_policy(settings.model_name_or_path), tiny.EOS)
@@ -366,7 +365,7 @@ def test_smollm2_trains_with_a_tied_head_of_its_real_size(tmp_path):
     [file] = Path(str(spec and spec.origin)).parent.glob("*.gguf")
     source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
     read = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    del read.config.quantization_config  # transformers does not save a model that was read from 4 bits
+    del read.config.quantization_config  # transformers refuses to save a model that was read from 4-bit weights
     plain = AutoModelForCausalLM.from_config(read.config)
     plain.load_state_dict(read.state_dict())
     plain.save_pretrained(tmp_path / "model")

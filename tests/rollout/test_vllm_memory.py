@@ -50,7 +50,7 @@ def test_memory_that_is_dropped_is_given_back():
     ("size", "expected"), [(64, [1, 1, 1, 1]), (128, [2, 1, 1]), (320, [2, 2]), (10_000, [4])], ids=str
 )
 def test_groups_keep_the_order_and_have_a_limited_size(size, expected):
-    """The four weights take 64, 64, 256 and 64 bytes with padding. A weight larger than `size` gets its own group."""
+    """With padding the four weights have 64, 64, 256 and 64 bytes. A weight larger than `size` is a separate group."""
     weights = [(name, torch.zeros(length)) for name, length in {"a": 1, "b": 16, "c": 50, "d": 2}.items()]
     found = list(groups(weights, size))
     assert [len(group) for group in found] == expected

@@ -1,4 +1,5 @@
-"""Tests of the program of a vLLM process by itself; test_vllm.py tests the engine, test_vllm_child.py the process."""
+"""Tests of the functions that run inside a vLLM process. test_vllm.py tests the engine, and test_vllm_child.py the
+process."""
 
 from multiprocessing import Pipe
 from threading import Thread

@@ -1,4 +1,5 @@
-"""Tests which AdamW takes the steps. bitsandbytes is tested if it is installed; paging needs a GPU."""
+"""Tests which implementation of AdamW takes the steps. The tests of bitsandbytes need the package, those of paging a
+GPU."""
 
 import importlib.util
 import sys
@@ -126,7 +127,7 @@ def test_8_bit_moments_are_restored_exactly(settings):
 
 @has_bitsandbytes
 def test_a_run_with_8_bit_adamw_resumes_with_the_same_bits(tmp_path):
-    """The model's tensors have fewer than 4,096 entries, so bitsandbytes keeps their moments in float32."""
+    """All tensors of the model have fewer than 4,096 entries, so bitsandbytes keeps their moments in float32."""
     paths, settings = save_models(tmp_path), {"optim": "adamw_8bit"}
     whole = untimed_log(tmp_path / "whole", run("sft", paths, tmp_path / "whole", **settings))
     with pytest.MonkeyPatch.context() as patch:
@@ -139,7 +140,7 @@ def test_a_run_with_8_bit_adamw_resumes_with_the_same_bits(tmp_path):
 @has_bitsandbytes
 @pytest.mark.parametrize("in_8_bits", [True, False])
 def test_no_kernel_is_started_for_an_empty_part_of_a_weight(in_8_bits, monkeypatch):
-    """Checks that no bitsandbytes update gets an empty tensor, which would crash the process on a GPU."""
+    """Checks that no bitsandbytes kernel gets an empty tensor, which would crash the process on a GPU."""
     import bitsandbytes.functional as kernels
 
     sizes = []

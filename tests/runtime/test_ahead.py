@@ -16,7 +16,7 @@ def test_each_batch_is_made_once_in_another_thread_while_the_step_before_runs():
     with Ahead(range(4), make) as ahead:
         for step in range(4):
             assert ahead.take(step) == step * 10
-            if step < 3:  # the next batch is made although nothing asks for it yet
+            if step < 3:  # the next batch is made before it is requested
                 assert begun[step + 1].wait(10)
     assert made == [(0, False), (1, False), (2, False), (3, False)]
 

@@ -1,4 +1,4 @@
-"""Tests of folders and files that are written completely or not at all."""
+"""Tests that folders and files are written either completely or not at all."""
 
 import errno
 import os
@@ -105,7 +105,8 @@ def test_a_failure_leaves_only_the_old_folder(tmp_path, failure):
 
 
 def test_a_file_that_another_host_has_written_elsewhere_is_an_error(tmp_path, monkeypatch):
-    others = iter([[["deep/c.txt"]], []])  # answers of the other host: the file names that it sees, then its hashes
+    # answers of the other host: the names of the files that it sees, then their hashes
+    others = iter([[["deep/c.txt"]], []])
     monkeypatch.setattr(atomic, "on_each", lambda call: [call(), *next(others)])
     with pytest.raises(
         OSError, match=r"x' cannot be written: c.txt, written by another .* choose an output_dir that all hosts share"
@@ -147,7 +148,7 @@ def test_files_that_are_not_needed_may_be_damaged_and_others_may_be_added(tmp_pa
 def test_a_discarded_folder_is_renamed_before_its_files_are_deleted(tmp_path, monkeypatch):
     write_folder(tmp_path / "x", fill)
     with monkeypatch.context() as patch:
-        patch.setattr("shutil.rmtree", lambda *_, **__: None)  # simulates a kill before the first file is deleted
+        patch.setattr("shutil.rmtree", lambda *_, **__: None)  # simulates a kill before any file is deleted
         discard_folder(tmp_path / "x")
     assert [path.name for path in tmp_path.iterdir()] == [".x.discarded"]
     write_folder(tmp_path / "x", fill)
@@ -174,7 +175,7 @@ def test_a_file_is_replaced_completely_or_not_at_all(tmp_path, monkeypatch):
 
 
 def test_a_group_of_files_is_complete_or_can_be_cleaned_up(tmp_path, monkeypatch):
-    """Kills `write_files` at each of its six operations in turn: three flushes and three renames."""
+    """Kills `write_files` at each of its six file operations (three flushes and three renames)."""
     texts = {"a": "1", "b": "2", "mark": "3"}
     for at in range(6):
         folder, done = tmp_path / str(at), []
@@ -200,7 +201,8 @@ def test_a_group_of_files_is_complete_or_can_be_cleaned_up(tmp_path, monkeypatch
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
 def test_files_get_the_permissions_of_the_umask(umask, mode, tmp_path):
-    """safetensors makes its files readable only for their owner, regardless of the umask."""
+    """safetensors makes its files readable for their owner only, regardless of the umask; the saved files must follow
+    the umask."""
     before = os.umask(umask)
     try:
         write_folder(tmp_path / "x", lambda folder: save_file({"a": torch.zeros(2)}, folder / "a.safetensors"))

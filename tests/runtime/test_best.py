@@ -1,4 +1,4 @@
-"""Tests of the best model and of early stopping, on evaluations whose values are given by the step."""
+"""Tests of the best model and of early stopping, with evaluations that return a fixed value for each step."""
 
 import math
 import shutil
@@ -24,7 +24,7 @@ def paths(tmp_path_factory):
 
 @pytest.fixture
 def weights(monkeypatch):
-    """Makes evaluations return LOSSES; returns the weights at each evaluation, by step."""
+    """Makes evaluations return LOSSES. The fixture is a dict of step -> weights at the evaluation after this step."""
     seen, step, log = {}, [0], Run.log
 
     def counted(self, number, *arguments, **keywords):
@@ -104,7 +104,7 @@ def test_a_metric_that_evaluations_do_not_have_is_refused_with_those_that_they_h
     ("values", "threshold", "stops_at", "best"),
     [
         ([5.0, 4.0, 4.0, 4.0], 0.0, 3, 1),  # an equal value is no improvement
-        ([5.0, 4.9, 4.8, 4.0], 0.5, 2, 2),  # improvements below the threshold are best but do not reset the count
+        ([5.0, 4.9, 4.8, 4.0], 0.5, 2, 2),  # improvements below the threshold do not reset the count
         ([5.0, 4.9, 4.4, 4.3, 4.2], 0.3, 4, 4),
         ([math.nan, 5.0, math.nan, 4.0, math.inf], 0.0, None, 3),  # a value that is not finite is never best
         ([math.nan, math.nan], 0.0, 1, None),

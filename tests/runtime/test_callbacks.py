@@ -60,7 +60,7 @@ def file(tmp_path):
 
 
 class Journal:
-    """Records the calls of a run; a plain object with the methods."""
+    """A callback that records its calls; a plain class with the callback methods, without a base class."""
 
     def __init__(self, **requests):
         self.calls, self._requests = [], requests
@@ -93,7 +93,7 @@ class Journal:
 
 
 def trained(paths, folder, *callbacks, **settings):
-    """Trains five steps by SFT with callbacks; the configuration is that of tests/resumable.py."""
+    """Runs five steps of SFT with callbacks and the settings of tests/resumable.py."""
     keys = {"model_name_or_path": paths["policy"], "output_dir": str(folder), "max_steps": 5, "save_steps": 2}
     keys |= {"train_batch_size": 4, "learning_rate": 1e-2, "max_length": 32, "progress": False, "eval_steps": 4}
     held_out = tiny.examples(4, seed=1)
@@ -127,7 +127,7 @@ def test_a_callback_may_ask_to_evaluate_to_save_and_to_stop(paths, tmp_path, cap
         ("start", 0),
         ("evaluate", 1),
         ("save", 1),
-        ("evaluate", 3),  # before the run ends, although eval_steps is 4
+        ("evaluate", 3),  # the evaluation at the end of the run, although eval_steps is 4
         ("end", 3),
     ]
     assert len(result.history) == 3

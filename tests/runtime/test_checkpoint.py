@@ -80,8 +80,8 @@ def test_a_saved_model_and_tokenizer_load_with_the_same_numbers(tmp_path):
 
 
 def test_a_crash_while_saving_leaves_no_folder_that_loads(tmp_path, monkeypatch):
-    """config.json, which makes a folder loadable, is moved last, so the folder does not load however many files were
-    moved."""
+    """config.json is moved last. A folder does not load without this file, so no crash during the moves leaves a folder
+    that loads."""
     save_model(tiny.policy(), tiny.tokenizer(), tmp_path / "whole")
     num_files = len(list((tmp_path / "whole").iterdir()))
     move, moved = os.replace, []
@@ -116,7 +116,7 @@ def test_a_run_has_finished_once_its_model_is_there(tmp_path):
 
 
 class Counter:
-    """A part of a run whose state is a number and a tensor."""
+    """A fake part of a run, with a number and a tensor as its state."""
 
     def __init__(self, count: int):
         self.count, self.total = count, torch.full((2,), float(count), dtype=torch.float64)
@@ -189,7 +189,7 @@ def test_a_checkpoint_of_an_adapter_holds_only_trained_weights(tmp_path, monkeyp
 
 def test_only_the_last_checkpoints_are_kept(tmp_path):
     kept = checkpointer(tmp_path / "run", tiny.policy(), Counter(0))
-    (tmp_path / "run" / "checkpoint-30").mkdir()  # an incomplete folder of a later step, which does not count
+    (tmp_path / "run" / "checkpoint-30").mkdir()  # an incomplete folder of a later step, which is ignored
     (tmp_path / "run" / "checkpoint-best").mkdir()
     for step in (8, 9, 10, 11):
         kept.save(step, limit=2)
@@ -251,7 +251,7 @@ def test_the_newest_readable_checkpoint_determines_the_dataset(tmp_path):
     for step in (1, 2):
         kept.save(step)
     state = tmp_path / "run" / "checkpoint-2" / "state.json"
-    # The altered state file does not match its hash, so checkpoint-1 determines the dataset
+    # The altered state file does not match its hash, so the dataset is compared with that of checkpoint-1
     state.write_text(state.read_text().replace("3 rows", "2 rows"))
     check_same_data(str(tmp_path / "run"), {"train": "3 rows"})
     with pytest.raises(ValueError, match=r"checkpoint-1' was .* dataset: train was 3 rows and is 4 rows"):

@@ -155,7 +155,7 @@ def test_a_changed_key_file_or_tokenizer_is_another_entry(folder, monkeypatch):
     assert len(keys) == 2  # train and eval
 
     def new() -> int:
-        """Number of entries that were added since the last call."""
+        """Returns how many entries were added since the previous call."""
         nonlocal keys
         now = {path.name for path in (folder / "store").iterdir()}
         added, keys = now - keys, now

@@ -1,4 +1,5 @@
-"""Tests of full disks: the error names the missing bytes, the run waits, and other errors are raised unchanged."""
+"""Tests of full disks: the run waits for space, the error names the missing bytes, and other errors are raised
+unchanged."""
 
 import errno
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ from fastrlhf.runtime.disk import DiskFull, check_room, is_full, size, with_room
 
 @pytest.fixture
 def usage(monkeypatch):
-    """Replaces the sizes that the file system reports."""
+    """Replaces the disk sizes that the file system reports."""
     found = SimpleNamespace(total=10**12, free=5 * 2**30)
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: found)
     return found

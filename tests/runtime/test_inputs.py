@@ -22,14 +22,14 @@ def tokenizer_path(tmp_path):
 
 @pytest.fixture
 def config(tmp_path, tokenizer_path):
-    """A configuration with a dataset of 20 rows; row i begins with the word w<i>, and row 17 has no reference."""
+    """A configuration with a dataset of 20 rows. Row i begins with the word w<i>; row 17 has no reference."""
     rows = [{"prompt": f"w{i} w0", "completion": "" if i == 17 else "w1 w2", "chosen": "w3"} for i in range(20)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return SFTConfig(dataset_name=str(tmp_path / "a.jsonl"), tokenizer_name_or_path=tokenizer_path)
 
 
 def eval_config(config: TrainConfig, **settings) -> EvalConfig:
-    """Makes a configuration of `eval` with the dataset keys of `config`."""
+    """Returns a configuration of `fastrlhf eval` with the dataset keys of `config`."""
     names = ("tokenizer_name_or_path", "dataset_name", "dataset_train_split", "dataset_test_split", "columns")
     shared = {name: getattr(config, name) for name in (*names, "num_eval_examples", "max_train_examples")}
     return EvalConfig(**shared | settings)

@@ -1,4 +1,4 @@
-"""Tests that two runs never write to one folder, on one host or two, with kernel locks or without."""
+"""Tests that two runs never write to one folder: on one host or two hosts, with and without kernel locks."""
 
 import errno
 import fcntl
@@ -22,7 +22,8 @@ def quick(monkeypatch):
 
 @pytest.fixture(params=["flock", errno.ENOSYS, errno.ENOLCK])
 def file_system(request, monkeypatch):
-    """Simulates a file system with kernel locks (flock), and two on which flock fails with different errors."""
+    """Simulates a file system with kernel locks (flock), and two file systems on which flock fails with different
+    errors."""
     if request.param != "flock":
 
         def refuse(descriptor, operation):
@@ -59,7 +60,8 @@ def test_a_folder_in_which_a_run_is_training_is_not_idle(tmp_path, file_system):
 
 
 def test_a_live_run_of_another_host_keeps_this_one_out(tmp_path):
-    """A kernel lock is visible only on its host. A run on another host is recognised by changes of the lock file."""
+    """A kernel lock is visible only on its host. A live run on another host is recognised because its lock file
+    changes."""
     beat = {"host": "node7", "pid": 12, "job": "99", "beat": 3}
     (tmp_path / LOCK).write_text(json.dumps(beat))
     timer = threading.Timer(0.1, lambda: (tmp_path / LOCK).write_text(json.dumps(beat | {"beat": 4})))
@@ -93,7 +95,7 @@ def test_without_kernel_locks_there_is_a_warning(tmp_path, file_system, caplog):
 
 
 def test_of_two_runs_that_start_at_once_only_one_gets_the_lock(tmp_path, monkeypatch):
-    """Neither run has seen a lock file. Creating it is atomic, so it fails for the second run."""
+    """Both runs start before a lock file exists. Creating the file is atomic, so it fails for the second run."""
     monkeypatch.setattr(locks, "_clear_dead", lambda folder, has_locks: None)
     (tmp_path / LOCK).write_text(json.dumps({"host": "node7", "pid": 12, "job": "", "beat": 0}))
     with pytest.raises(ValueError, match="another run is training in"), locked(tmp_path):

@@ -1,4 +1,4 @@
-"""Tests that a run with an adapter saves the weights that it trained."""
+"""Tests that a run with an adapter saves weights that include the trained adapter."""
 
 import json
 import logging
@@ -31,7 +31,8 @@ def base(tmp_path_factory):
 
 
 def trained(base, scale, **settings):
-    """A policy whose adapter changes every weight, most of them by less than the spacing of bfloat16."""
+    """Makes a bfloat16 policy with an adapter that changes every weight, mostly by less than the spacing of
+    bfloat16."""
     model = load_policy(base, dtype="bfloat16")
     add_adapter(model, SFTConfig(use_peft=True, lora_r=2, **settings), base)
     generator = torch.Generator().manual_seed(0)
@@ -142,7 +143,8 @@ def test_the_measured_shift_compares_trained_and_saved_weights(base):
 
 
 def test_where_saving_fails_the_adapter_is_still_there(tmp_path, monkeypatch):
-    """After the failure the run can still save a checkpoint, which holds only the adapter."""
+    """Saving the merged model fails. The model must keep its adapter, so that the run can still save a checkpoint of
+    the adapter."""
     model = tiny.policy()
     add_adapter(model, SFTConfig(use_peft=True, lora_r=2), "base")
     monkeypatch.setattr(merging, "save_weights", lambda *_: (_ for _ in ()).throw(OSError("no luck")))

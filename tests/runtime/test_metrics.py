@@ -118,7 +118,7 @@ def test_a_run_that_starts_again_from_nothing_drops_every_row(tmp_path):
 
 
 class Full:
-    """A file on a disk that is full while `full` is set; otherwise each write takes only three bytes."""
+    """A fake file. Writes fail as on a full disk while `full` is set; otherwise each write accepts only three bytes."""
 
     def __init__(self, file):
         self.file, self.full = file, True
@@ -152,7 +152,8 @@ def test_a_row_that_cannot_be_written_is_kept_and_written_later_and_a_checkpoint
 
 
 def resumed_in(folder, source, kept):
-    """Continues the log of a killed run after step 3, in a copy of its folder, and checks that no row is missing."""
+    """Continues the log of a killed run after step 3, in a copy of the run's folder, and checks that no row is
+    missing."""
     folder.mkdir()
     for name in ("metrics.jsonl", "samples.jsonl"):
         (folder / name).write_bytes((source / name).read_bytes())

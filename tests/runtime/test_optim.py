@@ -57,13 +57,14 @@ def test_one_step_is_adamw_with_decay_on_the_matrix_only():
     optimizer = Optimizer({"": model}, plain(weight_decay=0.5), num_steps=10)
     set_gradients(model, [3.0, -3.0], 4.0)
     optimizer.step()
-    # Adam's first step moves every weight by the rate; before it, decay reduces the weight by rate * decay.
+    # Weight decay first reduces a weight by rate * decay; then Adam's first step moves every weight by the rate.
     torch.testing.assert_close(model.weight.detach(), torch.tensor([[1 - 0.05 - 0.1, 1 - 0.05 + 0.1]]))
     torch.testing.assert_close(model.bias.detach(), torch.tensor([1 - 0.1]))
 
 
 def test_the_reported_norm_is_before_clipping_and_the_step_uses_clipped_gradients():
-    """With a large epsilon Adam's step depends on the size of the gradient: norm 13, clipped, must step like norm 1."""
+    """With a large epsilon Adam's step depends on the norm of the gradient. A gradient of norm 13, clipped to 1, must
+    give the step of a gradient of norm 1."""
     moved = []
     for scale, settings in ((13.0, {"max_grad_norm": 1.0}), (1.0, {})):
         model = layer()
@@ -77,10 +78,7 @@ def test_the_reported_norm_is_before_clipping_and_the_step_uses_clipped_gradient
 
 @pytest.mark.parametrize("settings", [BFLOAT16, ROUNDED])
 def test_bfloat16_gradients_are_clipped_by_their_float32_norm(settings):
-    """Compares bit for bit with torch's clipping of float32 copies.
-
-    The first moment of Adam shows which gradient it received.
-    """
+    """Compares bit for bit with torch's clipping of float32 copies. Adam's first moment shows the clipped gradient."""
     model = tiny.policy().bfloat16()
     optimizer = Optimizer({"": model}, SFTConfig(max_grad_norm=1.0, adam_beta1=0.5, **settings), num_steps=3)
     copies = [torch.nn.Parameter(param.detach().float()) for param in model.parameters()]
@@ -175,7 +173,8 @@ def test_the_order_depends_on_the_seed_and_not_on_the_length_of_the_run():
 
 
 def test_bfloat16_weights_move_as_float32_ones_do():
-    """Uses steps smaller than half the spacing of bfloat16 weights, which plain bfloat16 rounding would lose."""
+    """Takes steps smaller than half the spacing of bfloat16 weights, which would be lost if weights were rounded to
+    bfloat16."""
     runs = []
     for dtype in (torch.float32, torch.bfloat16):
         model = tiny.policy().to(dtype)
@@ -274,7 +273,7 @@ def test_a_state_of_other_parameters_is_refused():
 
 
 class Copies(TorchDispatchMode):
-    """Tracks the float32 copies of parameters; `most` is the largest number of their entries that existed at once."""
+    """Tracks the float32 copies of parameters. `most` is the largest number of float32 entries that existed at once."""
 
     def __init__(self):
         super().__init__()
@@ -294,7 +293,7 @@ class Copies(TorchDispatchMode):
 
 @pytest.mark.parametrize(("settings", "per_entry"), [(BFLOAT16, 1), (ROUNDED, 2)])
 def test_float32_gradients_exist_for_one_bucket_at_a_time(settings, per_entry, monkeypatch):
-    """Checks the largest number of float32 copies; without master weights these include copies of the weights."""
+    """Checks the largest number of float32 entries, which without master weights includes copies of the weights."""
     monkeypatch.setattr(optim, "BUCKET", 2500)
     model = tiny.policy().bfloat16()  # its largest tensor has 1,536 entries, all 21 tensors 17,568
     optimizer = Optimizer({"": model}, SFTConfig(**settings), num_steps=3)
@@ -306,7 +305,7 @@ def test_float32_gradients_exist_for_one_bucket_at_a_time(settings, per_entry, m
 
 
 def test_buckets_change_no_bit(monkeypatch):
-    """Compares with torch's AdamW over float32 copies of all parameters at once."""
+    """Compares with torch's AdamW on float32 copies of all parameters."""
     monkeypatch.setattr(optim, "BUCKET", 2500)
     model, other = tiny.policy().bfloat16(), tiny.policy().bfloat16()
     optimizer = Optimizer({"": model}, plain(weight_decay=0.1, **BFLOAT16), num_steps=5)
@@ -344,7 +343,7 @@ def test_bfloat16_values_and_infinities_are_not_changed_by_rounding():
 
 
 def test_steps_below_the_spacing_of_bfloat16_are_not_lost():
-    """Weights of 1, whose bfloat16 neighbours are 2^-7 and 2^-8 away, and 200 steps of 1e-4 each: 0.02 in total."""
+    """Takes 200 steps of 1e-4 (0.02 in total) from weights of 1, whose bfloat16 neighbours are 2^-7 and 2^-8 away."""
     model = Linear(256, 256, bias=False).bfloat16()
     with torch.no_grad():
         model.weight.fill_(1)

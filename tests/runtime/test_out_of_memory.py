@@ -1,4 +1,4 @@
-"""Tests which errors count as out of memory, what the message says, and that the run is saved if possible."""
+"""Tests which errors count as out of memory, the message of these errors, and that the run is saved if possible."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def paths(tmp_path_factory):
 
 
 def fail_at(patch, module, name: str, call: int) -> None:
-    """Makes the `call`-th call of module.name (counted from 1) run out of memory."""
+    """Makes call number `call` (counted from 1) of the function module.name run out of memory."""
     calls, real = [], getattr(module, name)
 
     def counted(*arguments, **keywords):

@@ -32,7 +32,7 @@ class _Terminal(io.StringIO):
 
 
 def train(clock: _Clock, steps: int, **settings) -> None:
-    """Runs steps of 2 seconds and 100 tokens; step i has loss i."""
+    """Simulates steps of 2 seconds and 100 tokens each; step i has loss i."""
     with Progress("sft", steps, **settings) as shown:
         for step in range(settings.get("start", 0) + 1, steps + 1):
             clock.now += 2

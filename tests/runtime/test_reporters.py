@@ -1,4 +1,5 @@
-"""Sends the metrics of runs to stand-ins and, offline, to the real libraries, which `make test-extras` installs."""
+"""Tests of experiment trackers, with stand-ins and, offline, with the real libraries, which `make test-extras`
+installs."""
 
 import glob
 import struct
@@ -14,7 +15,7 @@ from fastrlhf.runtime.reporters import REPORTERS, import_reporters, read_ids
 
 
 class FakeRun:
-    """A stand-in for a W&B run; it fails from the step `fails_at` on."""
+    """A stand-in for a W&B run, whose logging fails from step `fails_at` on."""
 
     def __init__(self, fails_at=None):
         self.rows, self.exit_code, self.fails_at, self.id = [], None, fails_at, "abc123"
@@ -151,7 +152,8 @@ def test_a_damaged_file_of_ids_is_an_error_with_the_fix(tmp_path, wandb, text):
 
 
 def records(path: str) -> list[bytes]:
-    """Reads the records of a W&B run file: a header of 7 bytes, then LevelDB's log format with blocks of 32 KiB."""
+    """Reads the records of a W&B run file, which has a header of 7 bytes and then LevelDB's log format with blocks of
+    32 KiB."""
     with open(path, "rb") as file:
         data = file.read()
     at, whole, found = 7, b"", []

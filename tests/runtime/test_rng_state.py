@@ -1,4 +1,4 @@
-"""Tests that the state of the global random generators survives JSON and reproduces every draw."""
+"""Tests that the state of the global random generators, restored from JSON, reproduces every draw."""
 
 import json
 import random

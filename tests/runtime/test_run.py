@@ -139,7 +139,8 @@ def test_the_rows_are_on_the_disk_before_the_checkpoint_that_needs_them(model, t
 
 
 class Judge:
-    """A stand-in for a reward model: scores responses by length; its call number `at` returns `what(rollouts)`."""
+    """A stand-in for a reward model that scores responses by length. Call number `at` returns `what(rollouts)`
+    instead."""
 
     def __init__(self, at: int, what):
         self.calls, self.at, self.what = 0, at, what
@@ -186,8 +187,8 @@ def test_after_an_error_of_any_kind_the_last_whole_step_is_saved_and_the_same_co
 
 
 def test_an_error_after_the_last_step_loses_nothing_either(model, tmp_path, monkeypatch):
-    """The final model cannot be saved, so the last step is saved as a checkpoint; the same command then saves the
-    model."""
+    """If the final model cannot be saved, the run saves its last step as a checkpoint. Repeating the command then saves
+    the model."""
     whole = train_sft(config(model, tmp_path / "whole"), tiny.examples(8), tiny.examples(4, seed=1))
     with monkeypatch.context() as patch, pytest.raises(OSError, match="no luck") as stop:  # noqa: PT012
         patch.setattr(merging, "save_model", raiser(OSError("no luck")))
@@ -231,7 +232,7 @@ def test_a_run_whose_reward_file_has_changed_is_refused_unless_allowed(model, ju
     told = rf"^output_dir: the file of '{file}:short' has changed since .*checkpoint-1' was saved; restore the old file"
     with pytest.raises(ValueError, match=told):
         train_ppo(cfg, tiny.examples(8), judge=Judge(0, None))
-    monkeypatch.chdir(tmp_path / "run")  # the same file under another name
+    monkeypatch.chdir(tmp_path / "run")  # names the file of the first run by a different path
     elsewhere = replace(cfg, reward_functions=("../reward.py:short",))
     with pytest.raises(ValueError, match=told):
         train_ppo(elsewhere, tiny.examples(8), judge=Judge(0, None))
@@ -268,7 +269,7 @@ def test_a_function_that_changes_the_directory_does_not_split_the_run(model, jud
 
 
 def test_relative_paths_are_resolved_before_the_directory_changes(model, judge, tmp_path, monkeypatch):
-    """A reward function changes the directory when it is first called, before any model is opened."""
+    """Uses a reward function that changes the working directory at its first call, before any model is opened."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "elsewhere").mkdir()
     for name, source in (("policy", model), ("judge", judge)):

@@ -27,7 +27,7 @@ def config(kind: str, kwargs: dict, **settings) -> SFTConfig:
 
 
 def of_transformers(kind: str, kwargs: dict, warmup: int) -> list[float]:
-    """Steps a scheduler of transformers as its trainer does; returns the learning rates divided by the peak."""
+    """Steps a learning-rate scheduler like the trainer of transformers; returns the rates divided by the peak rate."""
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=PEAK)
     scheduler, seen = get_scheduler(kind, optimizer, warmup, STEPS, kwargs), []
     for _ in range(STEPS):
@@ -78,7 +78,7 @@ def test_parameters_that_transformers_refuses_or_that_exceed_the_run_are_refused
 
 
 def test_a_score_head_may_have_its_own_rate_with_one_norm_for_the_whole_model():
-    """Adam moves every weight by the learning rate if its gradient is constant."""
+    """If the gradient of a weight is constant, Adam moves the weight by the learning rate in every step."""
     model = torch.nn.ModuleDict({name: torch.nn.Linear(2, 1, bias=False) for name in ("trunk", "score")})
     cfg = config("cosine_with_min_lr", {"min_lr": 0.05}, learning_rate=0.1, max_grad_norm=0.0)
     optimizer = Optimizer({"": model}, cfg, num_steps=2, head_rates={"": 0.5})

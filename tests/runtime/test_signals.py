@@ -1,7 +1,5 @@
-"""Tests of signals to a run.
-
-The first signal stops the run at the next safe point. Repeats within five seconds count as the same request. A later
-signal ends the run at once.
+"""Tests of signals to a run. The first signal stops the run at the next safe point. Further signals within five seconds
+count as the same request; a later signal ends the run at once.
 """
 
 import pickle
@@ -16,7 +14,7 @@ from fastrlhf.runtime.signals import Interrupted, Interrupts
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Seconds that advance only when a test says so."""
+    """A clock that only the test advances."""
     now = [100.0]
     monkeypatch.setattr(signals.time, "monotonic", lambda: now[0])
     return now
@@ -48,7 +46,7 @@ def test_the_first_signal_waits_and_one_after_the_time_of_repeats_ends_at_once(n
 
 @pytest.mark.parametrize("second", signals.HANDLED)
 def test_repeats_within_five_seconds_count_as_one_request(second, clock, capfd):
-    """SLURM signals ranks and launcher, and the launcher forwards its signal, so a rank gets it twice."""
+    """SLURM signals the ranks and the launcher, and the launcher forwards the signal, so every rank gets it twice."""
     with pytest.raises(ZeroDivisionError), Interrupts() as interrupts:  # noqa: PT012
         signal.raise_signal(signal.SIGTERM)
         for seconds in (0.001, 2.0, 2.9):

@@ -20,7 +20,7 @@ REPORT = TokenReport(
     responses_cut=0,
     prompts_cut=0,
     dropped={"empty_prompt": 1},
-    firsts={"empty_prompt": "row 4, \ud83d"},  # half a surrogate pair, which some files hold
+    firsts={"empty_prompt": "row 4, \ud83d"},  # half a surrogate pair, as some files contain
     ends=("</s>",),
 )
 
@@ -61,7 +61,7 @@ def test_entries_are_listed_the_last_used_first_and_can_be_removed(tmp_path):
     assert entries(tmp_path)[0].key == "a1"  # reading counts as a use
     remove(tmp_path, ["a1", ".c3.1.partial"])
     assert [path.name for path in tmp_path.iterdir()] == ["b2"]
-    assert mapped.rows == ROWS  # a run that has mapped an entry keeps its rows
+    assert mapped.rows == ROWS  # rows that a run has mapped stay readable after the entry was removed
 
 
 def test_old_remains_of_an_interrupted_write_are_deleted_by_the_next_write(tmp_path):

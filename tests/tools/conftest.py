@@ -7,7 +7,7 @@ from tests.tools import measure
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory) -> Path:
-    """A folder with a tokenizer, rows and reward models, for which small runs are planned."""
+    """A folder with the inputs of small planned runs: a tokenizer, rows and reward models."""
     path = tmp_path_factory.mktemp("plan")
     measure.make_inputs(path)
     return path

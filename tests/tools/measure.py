@@ -1,4 +1,4 @@
-"""Tiny runs for the tests of the plan, and a measurement of the peak memory of a run."""
+"""Tiny runs for the tests of `fastrlhf plan`, and a measurement of a run's peak memory."""
 
 import importlib.util
 import itertools
@@ -27,10 +27,9 @@ needs_bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed: fastrlhf[bnb]"
 )
 UNREAD = {"qlora": 4 * 4 * (4 * 256 * 256 + 3 * 256 * 704)}
-"""Kind of run -> bytes of the mapped weights file that are not read after loading; the kernel may drop their pages.
-
-For qlora the unread bytes are the linear layers, of which the run keeps a 4-bit copy. The embedding and the head are
-still read from the file.
+"""Kind of run -> bytes of the mapped weights file that the run does not read after loading. The kernel may drop these
+pages. A qlora run keeps a 4-bit copy of the linear layers, so it no longer reads their bytes in the file. It still
+reads the embedding and the head from the file.
 """
 ROLES = {"reward_model_path": "judge", "dpo_model_path": "dpo"}
 TRAINERS = {
@@ -110,9 +109,8 @@ def config(folder: Path, command: str, sizes: dict[str, int] = SMALL, **changes)
 
 
 def measure(folder: Path, command: str) -> int:
-    """Bytes of tensors at the peak of a run: torch's allocations and mapped files, minus `UNREAD`.
-
-    The resident memory of the process would also include the allocator, the libraries and the page cache.
+    """Returns the bytes of tensors at the peak of a run: torch's allocations and mapped files, minus `UNREAD`. The
+    resident memory of the process would also include the allocator, the libraries and the page cache.
     """
     _, train = TRAINERS[command]
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:

@@ -42,7 +42,7 @@ def config(folders, **keys) -> ChatConfig:
 
 
 def greedy(model, prompt: list[int], num: int) -> list[int]:
-    """The most likely continuation, without a cache, up to and including the EOS."""
+    """Returns the greedy continuation, computed without a cache, up to and including the EOS."""
     ids = list(prompt)
     for _ in range(num):
         ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))

@@ -111,7 +111,7 @@ SHORT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "he
 
 
 def inspected(kind, folder, rows, **keys):
-    """Inspects one row of `rows` with a byte-level tokenizer and a template that writes tools."""
+    """Inspects `rows` with a byte-level tokenizer and a chat template that writes tool definitions."""
     tokenizer = vocabularies.byte_level()
     tokenizer.chat_template = TOOLS
     tokenizer.save_pretrained(folder)
@@ -193,7 +193,7 @@ def test_a_conversation_with_tools_is_shown_turn_by_turn(tmp_path):
 
 
 def spans(page, kind):
-    """The text of all spans of a class after the legend."""
+    """Returns the text of all spans of a class that follow the legend."""
     body = page.partition("What the colours mean</h2>")[2].partition("<h3>")[2]
     return unescape("".join(re.findall(rf'<span class="{kind}" title=".*?">(.*?)</span>', body, re.S)))
 

@@ -23,7 +23,7 @@ def test_a_correct_op_is_far_below_the_tolerance(check):
 
 
 def test_products_with_tf32_precision_are_found(monkeypatch):
-    """Simulates TF32, which keeps ten bits of float32's mantissa, by bfloat16, which keeps seven."""
+    """Simulates TF32 (10 bits of mantissa) by bfloat16 (7 bits), because a CPU has no TF32."""
     op = fastrlhf_kernels.linear_logprob
 
     def rounded(hidden, weight, targets):

@@ -14,7 +14,7 @@ CONVERSATION = [{"role": "system", "content": "s"}, USER, ANSWER, USER]
 
 
 def labels(template, prompt, response=(), *, cut=0, skip=0):
-    """Returns [(label, text)] of the turns; `cut` tokens at the end and `skip` tokens at the start are left out."""
+    """Returns (label, text) of each turn of a conversation, without the first `skip` and the last `cut` tokens."""
     tokenizer = vocabularies.byte_level()
     tokenizer.chat_template = template
     renderer = Renderer(tokenizer=tokenizer, ends=(), day=date.today())

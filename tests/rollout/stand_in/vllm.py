@@ -1,7 +1,6 @@
-"""A stand-in for vLLM 0.32: it implements the part of its interface that the engine uses, with transformers models.
-
-It accepts only vLLM's keywords, starts from random weights and samples with one random generator per request. Like
-vLLM, it seeds the global random generators of its process and sets environment variables.
+"""A stand-in for vLLM 0.32 that implements the part of vLLM's interface that the engine uses, with transformers models.
+The stand-in accepts only vLLM's keywords, starts from random weights and samples with one random generator per request.
+Like vLLM, it seeds the global random generators of its process and sets environment variables.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Tests of the advice after a run that ran out of memory."""
+"""Tests of the advice that is printed after a run has run out of memory."""
 
 from fastrlhf.tools.plan import advice
 from fastrlhf.tools.plan.advice import advise

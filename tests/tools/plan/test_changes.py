@@ -1,4 +1,4 @@
-"""Tests of the changes that the plan advises, and that they suffice."""
+"""Tests of the changes of settings that `fastrlhf plan` advises, and that these changes suffice."""
 
 import dataclasses
 
@@ -36,7 +36,8 @@ def test_precomputing_the_reference_is_advised_first(folder):
 
 
 def test_offloading_frozen_models_is_advised_before_checkpointing(folder):
-    """Offloading is advised on a GPU, unless the loss reads the reference's head all the time."""
+    """On a GPU the plan advises offloading, except if the loss needs the reference's head in every step of the
+    update."""
     small = {"per_device_train_batch_size": 2, "reward_model_path": str(folder / "tiny_reward")}
     config = measure.config(folder, "ppo", **small)
     exact = dataclasses.replace(config, kl_placement="loss", kl_estimator="exact")
@@ -54,7 +55,8 @@ def test_if_nothing_helps_the_plan_says_so(folder):
 
 
 def test_changes_that_keep_the_numbers_are_advised_first(folder):
-    """With the smallest packs, checkpointing is advised first; LoRA, which changes the numbers, is the last resort."""
+    """Packs are already as small as possible, so the plan first advises checkpointing. LoRA changes the numbers and is
+    advised last."""
     loaded = {"model_config": "", "model_name_or_path": str(folder / "policy"), "micro_batch_tokens": 256}
     config = measure.config(folder, "sft", **loaded)
     peak = plan_run(config).peak
@@ -73,7 +75,7 @@ def test_several_processes_are_not_advised_what_they_refuse(folder, monkeypatch)
 
 
 def test_offloading_activations_is_only_advised_for_a_gpu(folder):
-    """`--memory_gib` may describe a GPU; a run with `device: cpu` has none."""
+    """`--memory_gib` may give the memory of a GPU, except for a run with `device: cpu`."""
     sizes = measure.SIZES | {"num_hidden_layers": 8}
     config = measure.config(folder, "sft", sizes, activation_checkpointing=True, micro_batch_tokens=256, device="auto")
     offloaded = plan_run(dataclasses.replace(config, activation_offloading=True), memory_gib=1)

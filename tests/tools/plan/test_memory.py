@@ -1,4 +1,4 @@
-"""Tests of planned bytes: passes counted by hand, and models without data compared with real models."""
+"""Tests of planned bytes: passes are compared with counts by hand, and models that hold no data with real models."""
 
 import pytest
 import torch

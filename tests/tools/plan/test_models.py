@@ -1,4 +1,4 @@
-"""Tests which models a plan counts and how many bytes each adds, with values computed by hand."""
+"""Tests which models a plan counts, and the bytes of each model, with values computed by hand."""
 
 import pytest
 
@@ -15,9 +15,8 @@ BUFFERS = 1024
 
 
 def adapter(rank: int) -> int:
-    """Returns the bytes of an adapter over 4 layers, each with 4 square matrices and 3 MLP matrices, in float32.
-
-    A matrix of m x n adds rank (m + n) weights.
+    """Returns the float32 bytes of an adapter over 4 layers of 4 square matrices and 3 MLP matrices each. The adapter
+    of an m x n matrix has rank * (m + n) weights.
     """
     return 4 * 4 * rank * (4 * (256 + 256) + 3 * (256 + 704))
 
@@ -62,7 +61,7 @@ def second_judge(folder) -> dict[str, str]:
 
 @measure.needs_bitsandbytes
 def test_linear_layers_in_4_bits_take_half_a_byte_and_the_scales_of_double_quantisation(folder):
-    # 1/2 byte per weight, a one-byte scale per 64 weights, 4 bytes per 256 scales, and code tables of 7 * 4 matrices
+    # 1/2 byte per weight, 1 byte (scale) per 64 weights, 4 bytes per 256 scales, and the code tables of 7 * 4 matrices
     packed = LINEAR * (1 / 2 + 1 / 64 + 4 / (64 * 256)) + 7 * 4 * 4 * (16 + 256 + 1)
     expected = packed + 4 * (POLICY - LINEAR)
     sizes = own(folder, "qlora")

@@ -1,4 +1,4 @@
-"""Tests that the plan uses the data that the run reads."""
+"""Tests that the plan counts the packs of the data that the run reads."""
 
 from fastrlhf.tools.plan.packs import find_packs, read_rows
 from tests.tools import measure

@@ -1,4 +1,4 @@
-"""Tests of the planned parts of a step, with values counted by hand."""
+"""Tests of the planned memory in each phase of a step, with values computed by hand."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ ACTIVATIONS = "activations, blocks of logits, temporaries"
 MOMENTS = "optimiser state (float32, two per parameter)"
 POLICY, SCORER = 5_261_568, 4_237_824
 LORA = 4 * 16 * (4 * (256 + 256) + 3 * (256 + 704))
-"""Adapter weights of 4 layers: in each, rank 16 times the sides of 4 square matrices and of 3 MLP matrices."""
+"""Number of adapter weights of 4 layers: per layer, rank 16 times the summed sides of 4 square and 3 MLP matrices."""
 
 
 def test_parts_are_the_counts_of_the_models(folder):
@@ -173,9 +173,8 @@ def test_offloading_on_a_cpu_or_of_shared_weights_saves_nothing(folder):
 
 
 def test_only_one_layer_input_stays_on_the_device_with_offloading(folder):
-    """Of 8 layers only the inputs of the current and the previous layer are on the device.
-
-    With two packs, gradients exist from the start.
+    """Of the inputs of 8 layers, only those of the current and the previous layer are on the device. If there are two
+    packs, gradients exist from the start.
     """
     settings = {"activation_checkpointing": True, "micro_batch_tokens": 900, "device": "auto"}
     config = measure.config(folder, "sft", measure.SIZES | {"num_hidden_layers": 8}, **settings)
@@ -189,7 +188,7 @@ def test_only_one_layer_input_stays_on_the_device_with_offloading(folder):
 
 
 def test_vllm_takes_its_share_of_the_device_in_every_phase_or_with_sleep_only_while_it_samples(folder):
-    """The device has 4 GiB. If vLLM has other GPUs, it takes nothing on this one."""
+    """The device has 4 GiB. If vLLM runs on other GPUs, it takes no memory on this GPU."""
     config = measure.config(folder, "ppo", measure.SIZES)
     built_in = plan_run(config, memory_gib=4)
     share = {"vLLM: weights and key-value cache": 2**30}
@@ -207,7 +206,7 @@ def test_vllm_takes_its_share_of_the_device_in_every_phase_or_with_sleep_only_wh
 
 
 def test_a_model_that_runs_one_sequence_at_a_time_is_planned_so(folder, caplog):
-    """The plan uses the words of the run, and counts a shared prompt once per response."""
+    """The plan gives the reason in the words of the run's log, and counts a shared prompt once per response."""
     fields = tiny_config("lfm2").to_dict()
     keys = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "layer_types", "conv_L_cache")
     model = {key: fields[key] for key in keys} | {"num_attention_heads": 4, "num_key_value_heads": 2}

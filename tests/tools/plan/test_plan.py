@@ -1,4 +1,5 @@
-"""Tests the plan against measured runs, and its advice. tests/tools/measure.py describes the measurement."""
+"""Compares planned peaks with measured peaks of tiny runs (see tests/tools/measure.py), and tests the printed
+advice."""
 
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ from fastrlhf.tools.plan.plan import format_plan, plan_run
 from tests.tools import measure
 
 WITHIN = 0.03
-"""Allowed error relative to the measured peak; the largest seen is 1.3 %."""
+"""Allowed error relative to the measured peak. The largest observed error is 1.3 %."""
 
 
 @pytest.mark.parametrize(
@@ -20,7 +21,7 @@ WITHIN = 0.03
     [pytest.param(name, marks=measure.needs_bitsandbytes if name == "qlora" else ()) for name in measure.TRAINERS],
 )
 def test_the_peak_is_that_of_real_runs(folder, command):
-    """Activations are more than a quarter of the peak, so counting only parameters would fail."""
+    """Activations are more than a quarter of the peak, so the test fails if the plan counts only parameters."""
     plan = plan_run(measure.config(folder, command, measure.SIZES))
     assert plan.peak == pytest.approx(measure.measure(folder, command), rel=WITHIN)
     training = next(phase for phase in plan.phases if phase.name.startswith("forward and backward"))
@@ -57,7 +58,7 @@ def test_auto_is_planned_in_float32_for_a_cpu_and_in_bfloat16_for_a_gpu(folder):
 
 
 def test_offloading_activations_is_not_advised_on_a_cpu(folder, monkeypatch):
-    """A CPU run is refused with activation_offloading, unless `--memory_gib` describes another machine."""
+    """A plan for a CPU with activation_offloading is refused, unless `--memory_gib` gives the memory of a GPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     config = measure.config(folder, "sft", activation_checkpointing=True, device="auto")
     assert "--activation_offloading" not in advise(config)

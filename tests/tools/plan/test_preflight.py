@@ -15,7 +15,8 @@ from tests import hub_server, tiny
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory):
-    """A chain sft -> reward -> dpo -> rto from an existing model; no run has started."""
+    """The configurations of a chain sft -> reward -> dpo -> rto that starts from an existing model. No run has
+    started."""
     folder = tmp_path_factory.mktemp("chain")
     rows = [
         {"prompt": e.prompt, "completion": e.reference, "chosen": e.chosen, "rejected": e.rejected}
@@ -148,7 +149,8 @@ def test_later_runs_that_could_not_upload_are_refused(chain, monkeypatch, tmp_pa
 
 
 def test_the_tokenizer_of_an_earlier_run_is_taken_from_its_source(chain):
-    """A conversation needs a chat template: sft provides it, and the runs that start from sft inherit it."""
+    """The rows of rto are conversations, which need a chat template. The chain is refused without one, and accepted if
+    sft has the key chat_template, because the runs that start from sft inherit it."""
     talk = [{"role": "user", "content": "w1"}], [{"role": "assistant", "content": "w2"}]
     path = chain["sft"].dataset_name.replace("rows", "talk")
     with open(path, "w") as file:

@@ -1,4 +1,4 @@
-"""Tests that the tools show the data on which the trainers train."""
+"""Tests that the tools (plan, inspect) open the data on which the trainers train."""
 
 import json
 import re
