@@ -1,4 +1,4 @@
-"""The command line of the benchmarks: `python -m bench COMMAND`. Every command has --help."""
+"""The command line of the benchmarks: `python -m bench COMMAND`. `--help` lists the options of a command."""
 
 from __future__ import annotations
 

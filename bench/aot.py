@@ -41,7 +41,7 @@ SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_44
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 LEAN = "linear_logprob forward", "linear_logprob forward entropy"
 LEAN_LIMIT = {90: 9.0}
-"""Architecture -> largest number of executed instructions per logit in the kernels LEAN, outside the matrix product"""
+"""Architecture -> limit of the executed instructions per logit, outside the matrix product, for the kernels in LEAN."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class Case:
     types: Mapping[str, str]
     """Argument name -> Triton type, such as "*bf16", "i32" or "tensordesc<bf16[128, 64]>"."""
     constants: Mapping[str, Any]
-    """Argument name -> constant. An argument in neither mapping is an optional one and is compiled as None."""
+    """Argument name -> constant. An argument that is in neither mapping is optional and compiled as None."""
     warps: int = 4
     stages: int = 3
     multiplies: bool = False
@@ -81,7 +81,7 @@ class Compiled:
     counted."""
 
     def fault(self) -> str:
-        """Describes what is wrong with the compiled code; empty if nothing is."""
+        """Describes the faults of the compiled code; "" if it has none."""
         if self.spilled:
             return f"spills {self.spilled} bytes"
         if self.shared > SHARED_MEMORY[self.arch]:
@@ -98,7 +98,8 @@ class Compiled:
 
 
 def cases(arch: int) -> Iterator[Case]:
-    """All kernels in bfloat16, each with all options on and with all options off, as launched on this architecture."""
+    """Returns all kernels in bfloat16, as launched on this architecture; each with all options on and with all options
+    off."""
     major, minor = divmod(arch, 10)
     tables = (FORWARD, STORING, GRADIENT, KL_FORWARD, KL_GRADIENT)
     pinned = [pinned_tiles(table, (major, minor), 2, loadable=True) for table in tables]
@@ -148,7 +149,8 @@ def _dump(flag: str, cubin: str) -> str:
 
 
 def _head_cases(*tables: Pinned) -> Iterator[Case]:
-    """Cases of `linear_logprob`, and of the forward of `linear_policy_loss`, which also stores exp(z - top)."""
+    """Returns the cases of `linear_logprob`, and of the forward of `linear_policy_loss`, which also stores exp(z -
+    top)."""
     optional = {"bias": "*bf16", "row_temperature": "*fp32"}
     integers = ("num_rows", "vocab", "size", "stride_hidden", "stride_weight")
     numbers = {**dict.fromkeys(integers, "i32"), "inner_scale": "fp32", "outer_scale": "fp32"}
@@ -224,7 +226,7 @@ def _head_cases(*tables: Pinned) -> Iterator[Case]:
 
 
 def _kl_cases(*tables: Pinned) -> Iterator[Case]:
-    """Cases of the kernels of `linear_kl`."""
+    """Returns the cases of the kernels of `linear_kl`."""
     optional = {"bias": "*bf16", "reference_bias": "*bf16", "row_temperature": "*fp32"}
     strides = (f"stride_{side}{matrix}" for side in ("", "reference_") for matrix in ("hidden", "weight"))
     integers = ("num_rows", "vocab", "size", "reference_size", *strides)
@@ -270,7 +272,7 @@ def _kl_cases(*tables: Pinned) -> Iterator[Case]:
 
 
 def _row_cases() -> Iterator[Case]:
-    """Cases of the per-token loss kernels, which use one thread per row and no matrix products."""
+    """Returns the cases of the per-token loss kernels, which use one thread per row and no matrix products."""
     modules = (f"fastrlhf_kernels.{name}" for name in ("policy_loss", "value_loss", "kl_estimate", "pair_loss", "gae"))
     # The package exports functions named like these modules, so the modules are imported by name.
     policy, value, kl, pair, gae = (importlib.import_module(name) for name in modules)
@@ -316,7 +318,7 @@ def _row_cases() -> Iterator[Case]:
 
 
 def _logits_cases() -> Iterator[Case]:
-    """Cases of `logprob_from_logits` at V = 128256."""
+    """Returns the cases of `logprob_from_logits` at V = 128256."""
     op = importlib.import_module("fastrlhf_kernels.logprob_from_logits")
     types = {"logits": "*bf16", "targets": "*i64", "bits": "*fp32"} | dict.fromkeys(("stride_logits", "vocab"), "i32")
     inputs = types | {"partial": "*fp32", "inner": "fp32", "ignore": "i32"}

@@ -1,10 +1,9 @@
 """Measures how fast answers are grouped by meaning.
 
-RLP-SPG batches its questions: each call of the NLI model holds one question of every prompt. The baseline is a loop
+RLP-SPG batches its questions: each call of the NLI model contains one question for every prompt. The baseline is a loop
 over pairs of answers with one call per direction, as in the code that RLP cites (Kuhn et al. 2023, arXiv 2302.09664).
-
-Posts and summaries come from the embedded task. The NLI model is a BERT with random weights. Its weights do not affect
-its speed. They affect the groups and so the number of questions, but equally for all methods.
+Posts and summaries come from the embedded task. The NLI model is a BERT with random weights. The weights do not affect
+its speed. They affect the groups, and therefore the number of questions, but equally for all methods.
 """
 
 from __future__ import annotations
@@ -30,8 +29,8 @@ Groups = list[list[int] | None]
 def run_clustering(widths: Sequence[int], num_prompts: int, rounds: int, out: Path) -> str:
     """Times every grouping method on one CPU thread and returns the table in Markdown.
 
-    The methods alternate, `rounds` times. A row per width and method, with the CPU seconds of the fastest round, is
-    appended to the files in `out`.
+    The methods run alternately, `rounds` times each. For each width and method, a row with the CPU seconds of the
+    fastest round is appended to the files in `out`.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

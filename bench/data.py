@@ -1,4 +1,4 @@
-"""`python -m bench data`: time and memory of opening the rows of a run, at the first and at the second start.
+"""`python -m bench data`: measures time and memory of opening the rows of a run, at the first and at the second start.
 
 Preference pairs of random words are written to a JSONL file, and a byte-level BPE tokenizer is trained on some of them.
 Each start is a separate process with one thread. Memory is the growth of the resident set from before the rows are

@@ -1,8 +1,8 @@
 """`python -m bench rollout --engine vllm`: compares vLLM, the built-in engine and the `generate` of transformers.
 
 All engines sample the same episodes, with the lengths of Reddit TL;DR, from a model with the shape of SmolLM2-135M and
-random weights. The time includes the hand-over of the weights, prefill and decoding; only tokens that an episode keeps
-are counted. On a CPU the seconds are CPU seconds of the trainer and the vLLM process together, summed over all threads,
+random weights. The time includes the transfer of the weights, prefill and decoding. Tokens count only if an episode
+keeps them. On a CPU the seconds are CPU seconds of the trainer and the vLLM process together, summed over all threads,
 so other programs on the machine do not count.
 """
 
@@ -37,7 +37,7 @@ SMOLLM2 = LlamaConfig(
 class PaddedGenerate:
     """Samples with `generate` of transformers, in one left-padded batch.
 
-    Only the tokens that an episode keeps are counted. `generate` also computes tokens after the end or the limit of an
+    Counts only the tokens that an episode keeps; `generate` also computes tokens after the end or the limit of an
     episode.
     """
 
@@ -103,7 +103,7 @@ def _sampled(engine: Engine, prefixes: list[Prefix]) -> int:
 
 
 def _cpu_seconds(engine: VLLMEngine) -> float:
-    """User and system CPU seconds that the vLLM processes have used."""
+    """Returns the user and system CPU seconds that the vLLM processes have used."""
     ticks = 0
     for child in engine.children:
         after_name = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()

@@ -1,7 +1,7 @@
 """Measures time, memory and error of implementations that compute log-probs and losses from hidden states.
 
-Our ops are first compared with float64 on small cases. If an op fails this check, its row
-holds the reason instead of times.
+Our ops are first compared with float64 on small cases. If an op fails this check, its row holds the reason of the
+failure instead of times.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from bench.results import RESULTS, append_row, device_name
 SHAPES = ((8192, 4096, 128256), (16384, 2048, 151936), (4096, 896, 151936))
 CPU_SHAPE = (2048, 512, 50257)
 ALONE = Case(1 << 20, 1, 1)  # for ops that take log-probs and no hidden states
-CHECKED = (Case(65, 64, 1003, dead=0.5), Case(130, 128, 5003))  # V below and above the share of one forward program
+# V below and above the vocabulary share of one forward program
+CHECKED = (Case(65, 64, 1003, dead=0.5), Case(130, 128, 5003))
 NOT_INSTALLED = "not installed"
 ERRORS = ("logprob_error", "entropy_error", "hidden_grad_error", "weight_grad_error")
 COLUMNS = {  # key of a row -> heading and format in the table
@@ -46,7 +47,7 @@ Row = dict[str, Any]
 
 
 def all_cases(shapes: Sequence[Sequence[int]], peaked: Sequence[int], dead: Sequence[float]) -> list[Case]:
-    """Every combination of shape, peakedness and fraction of dead rows, and one case for ops on log-probs."""
+    """Returns every combination of shape, peakedness and fraction of dead rows, and one case for ops on log-probs."""
     return [ALONE, *(Case(t, d, v, bool(p), share) for p in peaked for share in dead for t, d, v in shapes)]
 
 
@@ -87,7 +88,7 @@ def run_kernels(
 
 
 def fault(provider: Provider, dtype: torch.dtype, device: torch.device) -> str:
-    """Describes the first result that is less exact than plain torch in the same dtype; "" if all are as exact."""
+    """Describes the first result that is less accurate than plain torch in the same dtype; "" if there is none."""
     task = provider.asked
     for case in CHECKED:
         problem = make_problem(case, dtype, device)
@@ -147,7 +148,8 @@ def measure_case(
 
 
 def _errors(outputs: Tensors, gradients: Tensors, true_outputs: list[Tensor], true_gradients: list[Tensor]) -> Row:
-    """Errors of outputs and gradients relative to float64, by the names in ERRORS that apply to the task."""
+    """Returns the errors of outputs and gradients relative to float64, under the names in ERRORS that apply to the
+    task."""
     found: Row = dict(zip(ERRORS[:2], map(largest_error, outputs, true_outputs), strict=False))
     found |= dict(zip(ERRORS[2:], map(relative_error, gradients, true_gradients), strict=False))
     if not all(map(math.isfinite, found.values())):

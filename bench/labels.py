@@ -36,12 +36,12 @@ LEARNING_RATE = 3e-4
 
 class Arm(NamedTuple):
     temperature: float
-    """`ToyTask.label_temperature`: 0 gives deterministic labels, larger values noisier ones."""
+    """`ToyTask.label_temperature`: 0 gives deterministic labels; larger values give noisier labels."""
     epochs: int
     method: str
     """Name of a training stage of the demo: "dpo" or "ipo"."""
     beta: float
-    """DPO's beta, IPO's tau"""
+    """The value of beta (DPO) or tau (IPO)."""
 
 
 ARMS = [
@@ -59,8 +59,9 @@ def run_labels(seeds: int, jobs: int, out: Path) -> str:
 def table(seeds: Sequence[Mapping[Arm | None, Mapping[str, float]]]) -> str:
     """Formats the results as a Markdown table with a line per arm.
 
-    Means over seeds with 95 % intervals: gold reward (facts), KL to SFT (nats per response), held-out accuracy (%).
-    Means over the training pairs in the last epoch: difference of the log-ratios (nats), accuracy (%).
+    Gold reward (facts), KL to SFT (nats per response) and held-out accuracy (%) are means over seeds with 95 %
+    intervals. The difference of the log-ratios (nats) and the training accuracy (%) are means over the training pairs
+    in the last epoch.
     """
     lines = [
         "| labels | epochs | method | beta | gold reward | KL to SFT | held-out % | training nats | training % |",

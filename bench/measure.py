@@ -22,7 +22,7 @@ FACTOR, EPSILONS = 2.0, 4.0  # tolerance of `excess`: FACTOR times plain torch's
 
 @dataclass(frozen=True)
 class Step:
-    """A forward function, with a backward pass that computes the gradients of the tensors `leaves`."""
+    """A step: a forward function, and a backward pass that computes the gradients of the tensors `leaves`."""
 
     forward: Callable[[], Tensors]
     leaves: Tensors = ()
@@ -45,9 +45,8 @@ def run(step: Step) -> tuple[Tensors, Tensors]:
 
 
 def now(device: torch.device) -> float:
-    """The current time in seconds: wall-clock time after waiting for the GPU, or CPU time of this process on a CPU.
-
-    CPU time excludes other processes but is summed over threads, so use one thread.
+    """Returns the current time in seconds: wall-clock time after waiting for the GPU, or on a CPU the CPU time of this
+    process. CPU time excludes other processes but is summed over threads, so use one thread.
     """
     if device.type == "cpu":
         return time.process_time()
@@ -56,7 +55,7 @@ def now(device: torch.device) -> float:
 
 
 class Timer:
-    """Times a step; a call returns milliseconds of (forward, backward)."""
+    """A timer of a step. A call runs the step and returns the milliseconds of (forward, backward)."""
 
     def __init__(self, device: torch.device):
         self.scratch = None
@@ -87,8 +86,8 @@ def interleave(
 ) -> dict[Key, dict[str, Any] | Exception]:
     """Times the steps alternately for `runs` rounds, so that clock speed and heat affect all of them equally.
 
-    A step that has used up its `seconds` skips the rounds after `LEAST_RUNS`. Returns medians, with the 20 and 80 %
-    quantiles of the total. The result of a step that raised an exception is the exception.
+    A step that has used up its `seconds` skips the rounds after `LEAST_RUNS`. Returns the medians of each step, with
+    the 20 % and 80 % quantiles of the total; for a step that raised an exception, returns the exception.
     """
     timer, times, failed = Timer(device), {key: [] for key in steps}, {}
     for _ in range(runs):
@@ -135,7 +134,7 @@ def peak_extra_bytes(step: Step, device: torch.device) -> tuple[int, Tensors, Te
 
 
 def peak_bytes(function: Callable[[], Any]) -> int:
-    """Peak of the CPU memory, in bytes, that torch allocates while `function` runs."""
+    """Returns the peak, in bytes, of the CPU memory that torch allocates while `function` runs."""
     with profile(profile_memory=True) as recorded:
         function()
     current = peak = 0
@@ -147,7 +146,7 @@ def peak_bytes(function: Callable[[], Any]) -> int:
 
 
 def relative_error(actual: Tensor, truth: Tensor) -> float:
-    """Relative error |actual - truth| / |truth| in the Euclidean norm."""
+    """Returns the relative error |actual - truth| / |truth| in the Euclidean norm."""
     return ((actual.double() - truth).norm() / truth.norm()).item()
 
 
@@ -156,9 +155,8 @@ def largest_error(actual: Tensor, truth: Tensor) -> float:
 
 
 def excess(actual: Tensor, plain: Tensor, truth: Tensor) -> str:
-    """Reports the error of `actual` if it clearly exceeds that of plain torch in the same dtype; otherwise "".
-
-    Both errors are relative to `truth`, which is float64.
+    """Describes the error of `actual` if it clearly exceeds the error of plain torch in the same dtype; otherwise
+    returns "". Both errors are relative to `truth`, which is in float64.
     """
     allowed = FACTOR * largest_error(plain, truth)
     allowed += EPSILONS * torch.finfo(plain.dtype).eps * truth.abs().max().item()

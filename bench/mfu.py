@@ -1,4 +1,4 @@
-"""Model FLOPs utilisation (MFU): needed operations per second, divided by the peak of the device.
+"""Model FLOPs utilisation (MFU): necessary operations per second, divided by the peak rate of the device.
 
 Definition: Chowdhery et al. 2022, arXiv 2204.02311, appendix B. An operation is one floating-point multiplication or
 addition. A forward pass counts
@@ -23,14 +23,15 @@ from transformers import AutoModel, PretrainedConfig
 from fastrlhf.runtime.system_metrics import PEAKS
 
 Span = tuple[int, int]
-"""(number of earlier tokens, number of new tokens): the new tokens are computed once and attend to the earlier ones."""
+"""(number of earlier tokens, number of new tokens). The new tokens are computed once and attend to the earlier
+tokens."""
 
 
 def training_operations(config: PretrainedConfig, spans: Iterable[Span], *, rows: int, outputs: int) -> int:
     """Returns the number of operations of a forward and a backward pass over `spans`.
 
-    The head has `outputs` outputs (the vocabulary size, or 1) and is applied to `rows` rows. Every layer counts as full
-    attention, also if it has a sliding window.
+    The head has `outputs` outputs (the vocabulary size, or 1) and is applied to `rows` rows. The count assumes full
+    attention in every layer, even if the layer has a sliding window.
     """
     with torch.device("meta"):
         trunk = AutoModel.from_config(config)
@@ -44,6 +45,6 @@ def training_operations(config: PretrainedConfig, spans: Iterable[Span], *, rows
 
 
 def utilisation(operations_per_second: float, device: str) -> float | None:
-    """The MFU on the named device, from 0 to 1; None if `PEAKS` lacks the device."""
+    """Returns the MFU on the named device, from 0 to 1; None if the device is not in `PEAKS`."""
     peak = PEAKS.get(device)
     return peak and operations_per_second / peak

@@ -1,7 +1,6 @@
-"""`python -m bench optim`: memory per trained bfloat16 weight and time of an update, for each optimiser.
-
-Each optimiser runs in a separate process and updates square matrices twice with given gradients; after the first update
-its moments exist. The reported memory is the peak of the process minus its memory before the weights exist. It includes
+"""`python -m bench optim`: measures memory per trained bfloat16 weight and time of an update, for each optimiser. Each
+optimiser runs in a separate process and updates square matrices twice with given gradients; its moments exist after the
+first update. The reported memory is the peak of the process minus its memory before the weights exist. It includes
 weights, gradients, moments, copies, and the temporary tensors of an update.
 """
 
@@ -54,8 +53,8 @@ def run_optim(matrices: int, device: str, folder: Path = RESULTS) -> str:
 def measure(optim: str, masters: str, matrices: int, device: str) -> dict[str, float]:
     """Runs two updates in this process; returns peak bytes per parameter and the seconds of the second update."""
     torch.set_num_threads(1)
-    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)  # so that freed tensors return their memory to the system
-    _updates(optim, masters, 1, device)  # loads libraries, so that their memory is not counted below
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)  # returns the memory of freed tensors to the system
+    _updates(optim, masters, 1, device)  # loads libraries now, so that their memory does not count
     before = _start_of_peak(device)
     seconds = _updates(optim, masters, matrices, device)
     return {"bytes": (_peak(device) - before) / (matrices * WIDTH**2), "seconds": seconds}

@@ -1,4 +1,4 @@
-"""`python -m bench peaks`: the largest memory of a process while it loads models, samples, judges, trains and saves.
+"""`python -m bench peaks`: measures the peak memory of a process that loads models, samples, judges, trains and saves.
 
 The peaks of a single process and of two processes with gloo are compared on a CPU. They count the bytes of all storages
 that torch operations have allocated and that still exist. The files hold bfloat16 weights and the models are loaded in
@@ -39,7 +39,7 @@ from fastrlhf.types import Prefix
 
 EOS, VOCAB = 1, 64
 SMALLEST = 16384
-"""Storages of fewer bytes are not counted."""
+"""Storages with fewer bytes are not counted."""
 LAYERS = 16
 SIZES = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": LAYERS}
 SIZES |= {"intermediate_size": 512, "vocab_size": VOCAB, "eos_token_id": EOS, "bos_token_id": None}
@@ -109,7 +109,7 @@ class Live(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.peak = 0
-        self._most = 0  # an upper bound of the live bytes
+        self._most = 0  # an upper bound of the bytes that exist
         self._known: dict[int, StorageWeakRef] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -138,7 +138,7 @@ class Live(TorchDispatchMode):
         return total
 
     def restart(self) -> int:
-        """Returns the peak since the last call."""
+        """Returns the peak since the previous call."""
         peak, self.peak = self.peak, self.live()
         return peak
 

@@ -29,7 +29,7 @@ class Case(NamedTuple):
     rows: int  # T
     size: int  # D
     vocab: int  # V; 1 for ops that take log-probs and no hidden states
-    peaked: bool = True  # targets are as likely as tokens sampled from a policy; otherwise their p is about 1 / V
+    peaked: bool = True  # targets are as likely as tokens sampled from a policy; if False, their p is about 1 / V
     dead: float = 0.0  # fraction of rows without a gradient: target ignored (Task.ignores), clipped or advantage 0
 
     @property
@@ -82,7 +82,8 @@ class Problem:
         return replace(self, **floats)
 
     def chunks(self, elements: int) -> Iterator[Problem]:
-        """Yields the problem in consecutive parts with about `elements` logits each; their `cu_seqlens` is invalid."""
+        """Yields the problem in consecutive parts with about `elements` logits each. The field `cu_seqlens` of a part
+        is invalid."""
         step = max(1, elements // len(self.weight))
         names = {f.name for f in fields(self)} - {"weight", "bias", "cu_seqlens"}
         by_row = {name: value for name in names if isinstance(value := getattr(self, name), Tensor)}
@@ -139,15 +140,15 @@ class Task:
     reference: Callable[[Problem], Tensors]
     """Computes the outputs by their definition, in the dtype of the problem."""
     leaves: tuple[str, ...] = ("hidden", "weight")
-    """Fields of the problem that need gradients."""
+    """Names of the fields of the problem that need gradients."""
     by_row: bool = True
-    """Whether results are per row, so that the float64 results can be computed a few rows at a time."""
+    """Whether there is one result per row, so that the float64 results can be computed for a few rows at a time."""
     options: bool = False
     """Whether there are a bias, a soft cap and a temperature per row."""
     ignores: bool = False
     """Whether dead rows have an ignored target, as in supervised fine-tuning."""
     row_bytes: int = 0
-    """For an op that takes log-probs: bytes that it must read and write per row, forward and backward together."""
+    """For an op that takes log-probs: bytes per row that the op must read and write, forward and backward together."""
 
     @property
     def alone(self) -> bool:
@@ -231,5 +232,5 @@ TASKS = {
     "pair_loss": Task(lambda p: pairs(p, p.logprob, exact=True), ("logprob",), by_row=False, row_bytes=13),
     "gae": Task(lambda p: gae_reference(p.advantage, p.logprob, p.cu_seqlens), (), by_row=False, row_bytes=16),
 }
-# Tasks that measure the limit of the hardware. The last implementation of each is the hardware floor of a case.
+# Tasks that measure the limit of the hardware. The last implementation of each task is the hardware floor of a case.
 FLOORS = ("products", "copy")

@@ -1,7 +1,7 @@
 """The implementations that `python -m bench kernels` compares: ours, plain torch, and other libraries.
 
 To add an implementation, add a line to PROVIDERS; to add a computation, add a Task. Other libraries are imported when
-they run. Importing TRL or verl would import a whole training stack, so only the file with the kernel is imported.
+they run. The packages TRL and verl import a whole training stack, so only the file with the kernel is imported.
 """
 
 # pyright: reportMissingImports=false
@@ -32,9 +32,9 @@ class Provider:
     function: Callable[[Problem], Tensors]
     """Returns (logprob,), (logprob, entropy) or (loss,), depending on the task."""
     package: str = ""
-    """Package that has to be installed."""
+    """Package that must be installed."""
     gpu: bool = False
-    """Whether the implementation runs only on a GPU, because it needs a GPU or is pointless without one."""
+    """Whether the implementation runs only on a GPU, because it needs a GPU or is pointless on a CPU."""
     ours: bool = False
     """Whether the implementation is one of our ops, which are compared with float64 before they are timed."""
 
@@ -48,7 +48,8 @@ class Provider:
 
 
 class Products(torch.autograd.Function):
-    """The bare matrix products of a head: logits, dhidden, dweight and, if `passes` is 4, the logits a second time."""
+    """Computes only the matrix products of a head: logits, dhidden, dweight and, if `passes` is 4, the logits a second
+    time."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, passes: int) -> Tensor:
@@ -68,7 +69,7 @@ def products(p: Problem, passes: int) -> Tensors:
 
 
 def eager(p: Problem, entropy: bool = False, dtype: torch.dtype | None = None) -> Tensors:
-    """Plain torch: logits in `dtype` (None: that of the weights), then everything in float32."""
+    """Plain torch: computes logits in `dtype` (None: the dtype of the weights), and everything else in float32."""
     hidden, weight, bias = (x if x is None else x.to(dtype or p.weight.dtype) for x in (p.hidden, p.weight, p.bias))
     z = F.linear(hidden, weight, bias).float()  # pyright: ignore[reportArgumentType]
     z = z if p.softcap is None else p.softcap * torch.tanh(z / p.softcap)
@@ -177,7 +178,7 @@ def cut_cross_entropy(p: Problem, filter_eps: str | None = "auto", reduction: st
 
 
 def _without_init(*packages: str) -> None:
-    """Lets modules of these packages be imported without running the packages' own __init__."""
+    """Makes it possible to import modules of these packages without running the packages' __init__."""
     for name in packages:
         if name not in sys.modules:
             spec = importlib.util.find_spec(name)
@@ -220,7 +221,7 @@ def eager_pair_loss(p: Problem) -> Tensors:
 
 
 def eager_gae(p: Problem) -> Tensors:
-    """GAE in plain torch with gamma 1 and lambda .95: a loop over the time steps of padded sequences."""
+    """Computes GAE in plain torch with gamma 1 and lambda .95, by a loop over the time steps of padded sequences."""
     reward, value = _padded(p, p.advantage), _padded(p, p.logprob)
     last, after, steps = torch.zeros_like(value[:, 0]), torch.zeros_like(value[:, 0]), []
     for t in reversed(range(value.shape[1])):

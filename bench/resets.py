@@ -81,7 +81,7 @@ def _row(judged: Judged, tokens: int) -> dict[str, float]:
 
 
 def gold_judge(task: ToyTask, rollouts: Sequence[Rollout]) -> torch.Tensor:
-    """Gold rewards of the whole responses, reset tokens included, in facts / SCALE, [N]."""
+    """Returns the gold rewards of the whole responses (reset tokens included) in facts / SCALE, [N]."""
     tokenizer, scores = toy_tokenizer(), []
     for rollout in rollouts:
         text = str(tokenizer.decode([*rollout.prefix.token_ids, *rollout.completion], skip_special_tokens=True))

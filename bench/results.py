@@ -20,7 +20,7 @@ PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "cut-cross-entrop
 
 
 def device_name(kind: str = "cuda") -> str:
-    """Name of the GPU, or of the processor if `kind` is "cpu" or there is no GPU."""
+    """Returns the name of the GPU, or the name of the processor if `kind` is "cpu" or there is no GPU."""
     gpu = kind == "cuda" and torch.cuda.is_available()
     return torch.cuda.get_device_name() if gpu else f"cpu-{platform.machine()}"
 
@@ -43,7 +43,7 @@ def append_row(row: Mapping[str, Any], folder: Path = RESULTS) -> None:
 
 
 def state_of_code() -> dict[str, Any]:
-    """Returns the current commit, and whether files outside of bench/results differ from it."""
+    """Returns the current commit, and whether files outside bench/results differ from the commit."""
     changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude)results")
     return {"commit": os.environ.get("COMMIT") or _git("rev-parse", "--short", "HEAD"), "dirty": bool(changed)}
 

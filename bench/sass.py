@@ -25,11 +25,11 @@ class Block(NamedTuple):
     """A run of instructions that is entered only at its start and left only at its end."""
 
     size: int
-    """Number of instructions"""
+    """Number of instructions."""
     work: int
-    """MULTIPLIES, EXPONENTIATES, both, or 0"""
+    """Kinds of work in the block: MULTIPLIES, EXPONENTIATES, both, or 0."""
     next: tuple[int, ...]
-    """Indices of the blocks that may follow"""
+    """Indices of the blocks that may follow."""
 
 
 def blocks(sass: str) -> list[Block]:
@@ -60,8 +60,9 @@ def blocks(sass: str) -> list[Block]:
 
 
 def shortest(graph: list[Block], start: int, goal: int | None, work: int) -> int | None:
-    """The fewest instructions from the start of block `start` to the start of block `goal`, at least one edge away,
-    or to the end of the kernel if `goal` is None, on a path that does all of `work`; None if there is no such path."""
+    """Returns the fewest instructions on a path that does all of `work`, from the start of block `start` to the start
+    of block `goal`, or to the end of the kernel if `goal` is None. A path has at least one edge. Returns None if no
+    path does all of `work`."""
     best: dict[tuple[int, int], int] = {}
     queue = [(0, start, 0)]
     while queue:
@@ -82,8 +83,8 @@ def shortest(graph: list[Block], start: int, goal: int | None, work: int) -> int
 
 
 def instructions_per_tile(sass: str) -> int | None:
-    """Instructions that each thread executes for a tile, outside the loop of the matrix product; None if the kernel
-    does not multiply and exponentiate."""
+    """Returns the number of instructions that each thread executes for a tile, outside the loop of the matrix product;
+    None if the kernel does not both multiply and exponentiate."""
     graph = blocks(sass)
     multiplying = [b for b, block in enumerate(graph) if block.work & MULTIPLIES]
     exponential = [b for b, block in enumerate(graph) if block.work & EXPONENTIATES]

@@ -18,7 +18,7 @@ from typing import Any
 from bench.results import append_row
 
 STUDENT_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
-"""Number of seeds n -> two-sided 95 % quantile of Student's t with n - 1 degrees of freedom."""
+"""Number of seeds n -> two-sided 95 % quantile of Student's t distribution with n - 1 degrees of freedom."""
 
 
 def run_toy(seeds: int, methods: Sequence[str], jobs: int, out: Path) -> str:

@@ -1,9 +1,9 @@
 """`python -m bench trunks`: times a DR-PO update with shared prefixes ("trunks") and with separate sequences.
 
 Both layouts process the same episodes. Prompts and responses are random tokens with the lengths of Reddit TL;DR (347
-and 34 tokens on average). The weights are random, which affects neither speed nor token counts. Timed are scoring
-(policy, reference, critic) and one training pass (policy, critic); `python -m bench rollout` times sampling and the
-judge.
+and 34 tokens on average). The weights are random, which affects neither speed nor token counts. The benchmark times
+scoring (policy, reference, critic) and one training pass (policy, critic). `python -m bench rollout` times sampling and
+the judge.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def _both(config: DRPOConfig, rounds: int, device: torch.device) -> list[Row]:
             scores = torch.zeros(len(rollouts), device=device)
             start = perf_counter()
             experience, _ = score_episodes(way, policy, reference, critic, rollouts, scores, packs, EOS)
-            # The update ends with a wait for the device.
+            # The update waits for the device at its end.
             update(way, policy, critic, optimizer, rollouts, experience, packs, seed=(0, 0))
             seconds[share].append(perf_counter() - start)
             tokens[share] = sum(item.batch.num_tokens for mini in packs for item in mini)

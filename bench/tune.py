@@ -1,6 +1,7 @@
 """Finds the fastest tile sizes on a GPU: times the fused forward and gradient kernels of the head for each candidate.
 
-Enter the winner by hand in `_tiles.py`, then check with `python -m bench aot` that it fits on all architectures.
+Enter the fastest sizes by hand in `_tiles.py`, then check with `python -m bench aot` that they fit on all
+architectures.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ def run_tune(runs: int) -> None:
 def compare(name: str, table: dict[int, Pinned], major: int, problem: Problem, runs: int) -> list[str]:
     """Times each candidate in the "forward" or the "gradient" kernel; returns lines of text, fastest first.
 
-    A candidate is first compared with the torch path. The head is frozen, so that the backward consists of the gradient
-    kernel and one product.
+    The results of a candidate are first compared with the torch path. The head is frozen, so that the backward consists
+    of the gradient kernel and one product.
     """
     pinned = table[major]
     task = TASKS["frozen head"]

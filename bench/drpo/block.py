@@ -22,15 +22,15 @@ from bench.results import device_name
 
 
 def run_block(side: str, problem: Problem) -> dict[str, Any]:
-    """Runs one update of the implementation `side` and returns its row.
+    """Runs one update of the implementation `side` and returns its result row.
 
     The row holds seconds (by `Clock`, and wall-clock), tokens, speed and MFU of the training phase, and the peak memory
-    beyond weights, gradients and optimiser state, in MB. On a GPU one micro-batch runs first as a warm-up, which loads
+    in MB beyond weights, gradients and optimiser state. On a GPU one micro-batch runs first as a warm-up, which loads
     and compiles kernels. On a CPU one thread is used.
     """
     cuda = problem.device == "cuda"
     if not cuda:
-        torch.set_num_threads(1)  # CPU time would be summed over threads
+        torch.set_num_threads(1)  # CPU time of several threads would be summed
     examples = make_examples(problem)
     contestant = CONTESTANTS[side](problem, make_models(problem, examples))
     weights = torch.cuda.memory_allocated() if cuda else _most_bytes(cuda)
@@ -57,7 +57,7 @@ def run_block(side: str, problem: Problem) -> dict[str, Any]:
 
 
 def _most_bytes(cuda: bool) -> int:
-    """Peak memory so far in bytes: allocated on the GPU, or resident memory of this process."""
+    """Returns the peak memory so far in bytes: allocated memory on a GPU, resident memory of this process on a CPU."""
     return torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 

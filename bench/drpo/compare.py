@@ -24,7 +24,7 @@ TARGETS = {
     ("trl", "cuda"): {"seconds": 2.0, "extra_mb": 2.0},
     ("padded", "cpu"): {"seconds": 3.0},
 }
-"""(other implementation, device) -> column -> least factor by which our implementation should be better."""
+"""(other implementation, device) -> column -> factor by which our implementation should at least be better."""
 MFU_TARGET = 0.45
 """Target MFU of our training phase on a GPU, for Pythia-1B."""
 
@@ -81,7 +81,7 @@ def _python(arguments: Sequence[str], path: Path | None) -> subprocess.Completed
 
 
 def _summary(blocks: Sequence[Row]) -> Row:
-    """Combines the rounds: medians of all numbers, and the fastest and slowest whole update."""
+    """Combines the rounds: returns medians of all numbers, and the times of the fastest and the slowest update."""
     seconds = [block["seconds"] for block in blocks]
     medians = {
         name: median(block[name] for block in blocks) for name, value in blocks[0].items() if isinstance(value, float)

@@ -132,7 +132,7 @@ class Padded:
 
 
 class TRL:
-    """TRL 1.12's PPO, which has no resets: episodes start at the prompts. Runs through the trainer's own `train`."""
+    """TRL 1.12's PPO, run by the trainer's own `train`. TRL has no resets, so all episodes start at prompts."""
 
     def __init__(self, problem: Problem, models: Models) -> None:
         import trl  # pyright: ignore[reportMissingImports]
@@ -212,7 +212,7 @@ class TRL:
 
 
 def training_work(models: Models, episodes: Sequence[tuple[int, int]], epochs: int) -> Row:
-    """Number of operations that training must compute, counted as in `bench.mfu`.
+    """Returns the number of operations that training must compute, counted as in `bench.mfu`.
 
     Training needs the policy's log-probs and the critic's values of the sampled tokens up to the EOS. `episodes` holds
     (given tokens, sampled tokens) per episode.
@@ -236,20 +236,20 @@ def _lengths(episodes: padded.Episodes) -> list[tuple[int, int]]:
 
 
 def _up_to_eos(response: Tensor) -> Tensor:
-    """Marks the tokens of each response up to and including the first EOS, [N, G] bool."""
+    """Returns a mask of the tokens of each response up to and including the first EOS, [N, G] bool."""
     is_eos = response == EOS
     return is_eos.cumsum(1) - is_eos.long() == 0
 
 
 def _optimizer(problem: Problem, models: Models) -> Optimizer:
-    """Makes the optimiser that both our implementation and the padded reference use; optimisers are not compared."""
+    """Makes the optimiser of our implementation and of the padded reference; the benchmark does not compare
+    optimisers."""
     return Optimizer({"": models.policy, "value_": models.critic}, problem.config(), num_steps=1)
 
 
 def _state_bytes(models: Models, optimizer: Optimizer) -> int:
-    """Bytes of the gradients (in the dtype of the weights) and of the moments.
-
-    float32 copies of the weights are not counted here, because they exist before the first update.
+    """Returns the bytes of the gradients (in the dtype of the weights) and of the moments. Leaves out float32 copies of
+    the weights, because they exist before the first update.
     """
     gradients = sum(p.nbytes for model in (models.policy, models.critic) for p in model.parameters())
     state = optimizer.state_dict()
@@ -257,7 +257,7 @@ def _state_bytes(models: Models, optimizer: Optimizer) -> int:
 
 
 def _tokenizer(policy: PreTrainedModel) -> PreTrainedTokenizerFast:
-    """Makes a stub tokenizer with the two ids that TRL reads: the EOS, and a padding id that no text contains."""
+    """Makes a stub tokenizer with the two ids that TRL needs: the EOS, and a padding id that no text contains."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
 

@@ -1,9 +1,9 @@
-"""The padded reference: DR-PO with the semantics of its authors' released code, written without any of that code.
+"""The padded reference: computes what the authors' released code of DR-PO computes, but contains none of that code.
 
 Prompts are padded on the left to one width, responses always have full length, and every forward computes all logits
 and keeps all hidden states. A reset is decoded token by token, with the next token forced. Tokens after the EOS are
-sampled, rewarded and trained on; only the reward model does not see them. Apart from this the code is efficient: SDPA,
-a key-value cache, no wait for the GPU, no work on the host.
+sampled, rewarded and trained on, but hidden from the reward model. Otherwise the code is efficient: it uses SDPA and a
+key-value cache, does not wait for the GPU and does no work on the host.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class Episodes:
     seen: Tensor
     """[N, W + G] bool, False on the padding to the left of a prompt."""
     given: Tensor
-    """[N] int64: number of reset tokens, with which the response begins."""
+    """[N] int64: number of reset tokens at the start of the response."""
     response_length: int
-    """Response length G."""
+    """The response length G."""
 
     @property
     def response(self) -> Tensor:
@@ -55,7 +55,8 @@ class Experience:
 
 
 class ForceReset(LogitsProcessor):
-    """A logits processor that allows only the next token of the reset while a row is still inside its reset."""
+    """A logits processor that allows only the next token of the reset, as long as the row has not reached the end of
+    its reset."""
 
     def __init__(self, reset: Tensor, given: Tensor, width: int) -> None:
         self.reset, self.given, self.width = reset, given, width
@@ -184,24 +185,24 @@ def update(
 
 
 def _logits(model: PreTrainedModel, tokens: Tensor, seen: Tensor, length: int, temperature: float) -> Tensor:
-    """Computes all logits [N, W + G, V] and returns those that predict the response, [N, G, V]."""
+    """Computes all logits [N, W + G, V] and returns the logits that predict the response, [N, G, V]."""
     output = model(input_ids=tokens, attention_mask=seen, output_hidden_states=True, use_cache=False)
     return output.logits[:, -length - 1 : -1] / temperature
 
 
 def _logprobs(logits: Tensor, response: Tensor) -> Tensor:
-    """Log-probs of the response tokens, [N, G] float32."""
+    """Returns the log-probs of the response tokens, [N, G] float32."""
     return logits.log_softmax(-1, dtype=torch.float32).gather(2, response[..., None])[..., 0]
 
 
 def _all_values(model: PreTrainedModel, tokens: Tensor, seen: Tensor) -> Tensor:
-    """Outputs of a model with a scalar head at every position, [N, W + G] float32."""
+    """Returns the outputs of a model with a scalar head at every position, [N, W + G] float32."""
     output = model.base_model(input_ids=tokens, attention_mask=seen, output_hidden_states=True, use_cache=False)
     return model.score(output.hidden_states[-1])[..., 0].float()  # pyright: ignore[reportCallIssue]
 
 
 def _gae(reward: Tensor, value: Tensor, gamma: float, lam: float) -> Tensor:
-    """GAE advantages [N, G] over all G tokens; an EOS does not end the episode."""
+    """Returns GAE advantages [N, G] over all G tokens. An EOS does not end the episode."""
     advantages, later = [], torch.zeros_like(value[:, 0])
     following = torch.zeros_like(later)
     for t in reversed(range(value.shape[1])):

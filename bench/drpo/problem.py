@@ -26,7 +26,7 @@ from fastrlhf.types import Prefix, TokenizedExample
 EOS = 0
 PROMPT_LENGTH, RESPONSE_LENGTH = 512, 53  # maximum numbers of tokens, from DR-PO's released code
 PROMPT_QUANTILES = {0.0: 130, 0.1: 216, 0.5: 350, 0.9: 475, 0.99: 510, 1.0: PROMPT_LENGTH}
-"""Quantile -> number of tokens of a TL;DR prompt, measured on 1,945 validation posts; the value of quantile 0 is a
+"""Quantile -> number of tokens of a TL;DR prompt, measured on 1,945 validation posts. The value for quantile 0 is a
 guess."""
 REFERENCE_LENGTH = NormalDist(33.9, 6.5)
 """Distribution of the number of tokens of a human TL;DR summary, EOS included; measured lengths are 16 to 50."""
@@ -73,9 +73,8 @@ class Problem:
     of the weights."""
 
     def config(self) -> DRPOConfig:
-        """The trainer's configuration: the paper's settings, with one AdamW step per epoch.
-
-        The learning rate is constant; there is no weight decay and no gradient clipping.
+        """Returns the trainer's configuration: the paper's settings, with one AdamW step per epoch, a constant learning
+        rate, no weight decay and no gradient clipping.
         """
         return DRPOConfig(
             per_device_train_batch_size=self.episodes,
@@ -117,9 +116,10 @@ def make_examples(problem: Problem) -> list[TokenizedExample]:
 
 
 def eos_probability(examples: Sequence[TokenizedExample], prefixes: Sequence[Prefix]) -> float:
-    """The probability of the EOS at which responses (resets included) have the mean length of the references.
+    """Returns the EOS probability at which responses (resets included) have the mean length of the references.
 
-    With probability p at every token, an episode with b tokens left samples (1 - (1 - p)^b) / p of them on average.
+    With an EOS probability of p at every token, an episode with room for b more tokens samples (1 - (1 - p)^b) / p of
+    them on average.
     """
     wanted = sum(len(example.reference or ()) for example in examples) - sum(prefix.num_reset for prefix in prefixes)
     low, high = 1e-6, 1.0
@@ -134,7 +134,7 @@ def eos_probability(examples: Sequence[TokenizedExample], prefixes: Sequence[Pre
 class Models:
     policy: PreTrainedModel
     critic: PreTrainedModel
-    """A sequence classifier; the critic starts from it."""
+    """A sequence classifier, from which the critic starts."""
 
 
 def make_models(problem: Problem, examples: Sequence[TokenizedExample]) -> Models:

@@ -35,23 +35,24 @@ VALUES, GRADIENTS = 1e-5, 2e-5
 """Tolerances: VALUES is absolute, in nats. GRADIENTS is relative to the largest entry of the same parameter's gradient,
 or to 1 % of the largest entry of all gradients if that is more."""
 ROUNDINGS = 3
-"""Gradients may be this many times as far from those in float64 as the plain model's gradients in float32."""
+"""The error of our gradients relative to float64 may be this many times the error of the plain model's float32
+gradients."""
 SAMPLING = 1e-4
 LENGTHS = (7, 2, 19)
 MAX_LENGTH = 24
 
 
 class DifferenceError(Exception):
-    """A number differs by more than its tolerance."""
+    """Raised if a number differs from the expected number by more than its tolerance."""
 
 
 class NotBuiltError(Exception):
-    """transformers itself cannot make the tiny model."""
+    """Raised if transformers itself cannot make the tiny model."""
 
 
 @dataclass
 class Family:
-    """A tiny model of one type. Its weights are large, so that log-probs of different tokens differ."""
+    """Makes a tiny model of one type. Its weights are large, so that log-probs of different tokens differ."""
 
     model_type: str
     folder: Path
@@ -76,7 +77,7 @@ def write_model(model_type: str, folder: Path, **fields: Any) -> None:
 
 
 def check_packed(family: Family) -> dict[str, float]:
-    """Compares log-probs and all gradients of a pack with the plain model, which gets one sequence at a time."""
+    """Compares log-probs and all gradients of a pack with the plain model, which processes one sequence at a time."""
     sequences = [_ids(length, salt) for salt, length in enumerate(LENGTHS)]
     segments = [Segment(token_ids=ids, num_scored=len(ids) - 1) for ids in sequences]
     return _compare(family.policy, segments, [(ids, 1) for ids in sequences])
@@ -106,7 +107,7 @@ def check_checkpointing(family: Family) -> dict[str, float]:
 
 
 def check_sampling(family: Family) -> dict[str, float]:
-    """Compares the log-probs that sampling records with those of the plain model."""
+    """Compares the log-probs that the sampler records with those of the plain model."""
     model = family.policy
     engine = TransformersEngine(model=model, eos_token_id=EOS, response_length=9, temperature=1.0, seed=0, batch_size=2)
     starts = [_ids(n, 11 + n) for n in (3, 6, 3)]
@@ -121,7 +122,8 @@ def check_sampling(family: Family) -> dict[str, float]:
 
 
 def check_reward(family: Family) -> dict[str, float]:
-    """Saves a reward model and compares its scores with those of plain transformers, and with ours after a reload."""
+    """Saves a reward model; compares its scores with those of plain transformers, and with its scores after loading it
+    again."""
     family.policy  # noqa: B018 (saves it)
     model = load_reward_model(str(family.folder / "policy"), pad_token_id=0)
     model.save_pretrained(family.folder / "reward")
@@ -138,7 +140,7 @@ def check_reward(family: Family) -> dict[str, float]:
 
 
 def check_lora(family: Family) -> dict[str, float]:
-    """Compares a model that has a random LoRA adapter to its merged and saved copy, loaded by plain transformers."""
+    """Compares a model that has a random LoRA adapter with its merged and saved copy, loaded by plain transformers."""
     family.policy  # noqa: B018 (saves it)
     source = str(family.folder / "policy")
     model = load_policy(source)
@@ -211,11 +213,12 @@ def _own_logprobs(model: PreTrainedModel, ids: list[int]) -> Tensor:
 
 
 def _compare(model: PreTrainedModel, segments: list[Segment], alone: list[tuple[list[int], int]]) -> dict[str, float]:
-    """Compares a pack with its sequences one by one; `alone` holds (ids, index of the first scored token) per sequence.
+    """Compares a pack with the plain model on each sequence; `alone` holds (ids, index of the first scored token) per
+    sequence.
 
-    If the plain model's float32 numbers are further away than the tolerance, its float64 numbers decide, because
-    float32 rounding may be that large: the pack may be at most ROUNDINGS times as far from them as the plain model in
-    float32.
+    If the pack and the plain float32 model differ by more than the tolerance, which may be float32 rounding, both are
+    compared with the plain float64 model. The error of the pack may then be at most ROUNDINGS times the error of the
+    plain float32 model.
     """
 
     def plain(of: PreTrainedModel) -> Numbers:

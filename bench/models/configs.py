@@ -1,7 +1,7 @@
 """Makes a tiny configuration for every causal language model of the installed transformers.
 
-Each tiny configuration is `small_config` of the default configuration of its class; for some types a few fields have
-other values.
+Each is made by `small_config` from the default configuration of the class. For some types a few fields are then
+changed.
 """
 
 from __future__ import annotations
@@ -85,22 +85,22 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "gemma4_assistant": {"num_kv_shared_layers": 2},
     "gemma4_unified_assistant": {"num_kv_shared_layers": 2},
 }
-"""Model type -> values of fields that the rules by field name would set wrongly (also in the text configuration). A
-dict under the name of a sub-configuration holds values of its fields."""
+"""Model type -> values of the fields for which the general rules of `small_config` give an invalid model. The values
+also apply to the text configuration. A dict under the name of a sub-configuration holds values for its fields."""
 
 _SHARED_LAYERS = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
 STARTS: dict[str, dict[str, Any]] = {
     "gemma4_assistant": {"text_config": {"model_type": "gemma4_text", **_SHARED_LAYERS}},
 }
-"""Model type -> fields without which its default configuration is not valid."""
+"""Model type -> values of fields without which the default configuration of the type is invalid."""
 
 
 def causal_types() -> list[str]:
-    """The model types of all causal language models, in the order of transformers."""
+    """Returns the model types of all causal language models, in the order of transformers."""
     return list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
 def tiny_config(model_type: str) -> PretrainedConfig:
-    """A configuration for a model with a few thousand parameters that has every kind of layer of its family."""
+    """Returns a configuration of a model that has a few thousand parameters and every kind of layer of its family."""
     default = AutoConfig.for_model(model_type, **STARTS.get(model_type, {}))
     return small_config(default, OVERRIDES.get(model_type, {}))

@@ -1,8 +1,8 @@
 """Checks every causal language model type of the installed transformers, each in its own process.
 
-The result says whether the numbers of a type are right, whether its sequences must run one at a time, or with which
-message it is refused. Each type has a row in bench/results/models.jsonl. A type is skipped if its row has all checks
-with the installed version of transformers.
+The result of a type says whether its numbers are right, whether its sequences must run one at a time, or the message
+with which the type is refused. Each type has a row in bench/results/models.jsonl. A type is skipped if its row contains
+all checks for the installed version of transformers.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from bench.results import RESULTS, state_of_code
 
 ROWS = RESULTS / "models.jsonl"
 SECONDS = 180
-"""Limit of the CPU seconds for one model type."""
+"""Limit of the CPU time for one model type, in seconds."""
 
 CELLS = {"right": "yes", "": "not run", "wrong": "no", "crashed": "no", "refused": "no"}
-"""Verdict of a check -> cell of the table."""
+"""Verdict of a check -> text in the cell of the table."""
 
 Row = dict[str, Any]
 
 
 def run_models(types: Sequence[str], checks: Sequence[str], path: Path = ROWS, *, again: bool = False) -> str:
-    """Runs the checks of the types that have no current row, writes the rows, and returns a summary of all rows."""
+    """Checks the types that have no current row, writes their rows, and returns a summary of all rows."""
     rows = read_rows(path)
     names = list(checks) or list(CHECKS)
-    import_module("peft")  # here rather than in the process of every type
+    import_module("peft")  # imports peft once, so that the processes of the types need not
     with quiet():
         for model_type in types or causal_types():
             old = rows.get(model_type, {})
@@ -154,7 +154,7 @@ def _in_process(model_type: str, names: list[str]) -> Row:
 
 
 def _child(model_type: str, names: list[str], sender: Any) -> None:
-    signal.setitimer(signal.ITIMER_PROF, SECONDS)  # its signal ends the process after SECONDS of CPU time
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)  # a signal ends the process after SECONDS of CPU time
     torch.set_num_threads(1)
     for name, value in run_checks(model_type, names):
         if name in CHECKS:

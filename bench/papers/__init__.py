@@ -1,1 +1,1 @@
-"""Experiments of the papers behind IPO, RTO, DR-PO and RLP, repeated with the code of this project."""
+"""Experiments of the papers on IPO, RTO, DR-PO and RLP, repeated with the code of this project."""

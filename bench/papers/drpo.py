@@ -35,7 +35,8 @@ MAX_EPISODES = 2**18
 SEEDS, FAST_SEEDS = 10, 3
 HORIZONS, FAST_HORIZONS = (2, 4, 6, 8, 10, 12, 14, 16, 24, 32, 48, 64), (2, 4, 6, 8, 10)
 GIVEN = {"no resets": None, "right in 100 %": 1.0, "right in 90 %": 0.9, "from pi_SFT": 0.5}
-"""Name -> probability that a token of the given response is right (0.5 for pi_SFT); None: no resets."""
+"""Kind of resets -> probability that a token of the response that episodes are reset into is right (0.5 for responses
+of pi_SFT). None means no resets."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +45,9 @@ class Mdp:
 
     horizon: int
     following: Tensor
-    """The next state, [states, actions] int64."""
+    """Index of the next state, [states, actions] int64."""
     reward: Tensor
-    """[states, actions] float64"""
+    """Rewards, [states, actions] float64."""
     log_sft: Tensor
     """Log-probs of pi_SFT, [states, actions] float64."""
 
@@ -63,10 +64,11 @@ def random_mdp(seed: int, states: int = 6, actions: int = 3, horizon: int = 5) -
 
 
 def action_values(mdp: Mdp, policy: Tensor, lam: float) -> Tensor:
-    """Q values [horizon, states, actions]: the sum of rewards minus lam KL to pi_SFT at all *later* steps.
+    """Returns Q values [horizon, states, actions]: the sum of rewards, minus lam times the KL to pi_SFT at all *later*
+    steps.
 
-    `policy` holds log-probs [horizon, states, actions]. Algorithm 3 of the paper sums only rewards (lam 0). This
-    project's trainer subtracts the KL from the rewards, as PPO for language models does.
+    `policy` holds log-probs [horizon, states, actions]. Algorithm 3 of the paper sums only rewards (lam 0). The trainer
+    of this project subtracts the KL from the rewards, as is usual for PPO on language models.
     """
     value, q = torch.zeros_like(mdp.reward[:, 0]), torch.empty_like(policy)
     for h in reversed(range(mdp.horizon)):
@@ -76,13 +78,17 @@ def action_values(mdp: Mdp, policy: Tensor, lam: float) -> Tensor:
 
 
 def objective(mdp: Mdp, policy: Tensor, lam: float) -> float:
-    """The value of the policy: E[sum of rewards] - lam KL(policy || pi_SFT), averaged over all first states."""
+    """Returns the objective of a policy: E[sum of rewards] - lam KL(policy
+
+    pi_SFT), averaged over all first states.
+    """
     first = action_values(mdp, policy, lam)[0] - lam * (policy[0] - mdp.log_sft)
     return float((policy[0].exp() * first).sum(-1).mean())
 
 
 def optimum(mdp: Mdp, lam: float) -> Tensor:
-    """Log-probs [horizon, states, actions] of the policy that maximises `objective`, by soft value iteration."""
+    """Returns the log-probs [horizon, states, actions] of the policy that maximises `objective`, by soft value
+    iteration."""
     value, policy = torch.zeros_like(mdp.reward[:, 0]), mdp.log_sft.repeat(mdp.horizon, 1, 1)
     for h in reversed(range(mdp.horizon)):
         scores = mdp.log_sft + (mdp.reward + value[mdp.following]) / lam
@@ -91,12 +97,12 @@ def optimum(mdp: Mdp, lam: float) -> Tensor:
 
 
 def npg_step(q: Tensor, log_sft: Tensor, log_old: Tensor, *, lam: float, eta: float) -> Tensor:
-    """One update by the closed form in the module docstring; returns log-probs [..., actions]."""
+    """Takes one update by the closed form in the module docstring; returns log-probs [..., actions]."""
     return ((eta * lam * log_sft + log_old + eta * q) / (eta * lam + 1)).log_softmax(-1)
 
 
 def direct_step(q: Tensor, log_sft: Tensor, log_old: Tensor, *, lam: float, eta: float) -> Tensor:
-    """The update of `npg_step`, found numerically by L-BFGS on the logits of all states at once."""
+    """Finds the update of `npg_step` numerically, by L-BFGS on the logits of all states at once."""
     logits = torch.zeros_like(q, requires_grad=True)
     optimizer = torch.optim.LBFGS(
         [logits],
@@ -132,7 +138,7 @@ def mirror_descent(mdp: Mdp, *, lam: float, eta: float, steps: int, kl_in_q: boo
 
 
 def run_npg(seeds: int) -> str:
-    """Compares closed form and optimiser on random MDPs; returns a table of means in Markdown."""
+    """Compares the closed form with the optimiser on random MDPs; returns a table of means in Markdown."""
     rows = []
     for seed in range(seeds):
         mdp = random_mdp(seed)
@@ -160,10 +166,12 @@ def run_npg(seeds: int) -> str:
 
 
 def episodes_to_solve(horizon: int, right: float | None, seeds: int, max_episodes: int = MAX_EPISODES) -> Tensor:
-    """Number of episodes until the policy opens the lock from the first step with a probability above 1/2.
+    """Returns the number of episodes until the policy, from the first step, opens the lock with a probability above
+    1/2.
 
-    Returns [seeds] float64, inf for seeds that need more than `max_episodes`. `right` is the probability that a token
-    of the response for resets is right; None means no resets. The right token has index 0.
+    The result is [seeds] float64, with inf for seeds that need more than `max_episodes`. `right` is the probability
+    that a token of the response that episodes are reset into is right; None means no resets. The right token has index
+    0.
     """
     generator = torch.Generator().manual_seed(horizon)
     uniform = torch.full((seeds, horizon, 2), math.log(0.5), dtype=torch.float64)
@@ -191,9 +199,8 @@ def episodes_to_solve(horizon: int, right: float | None, seeds: int, max_episode
 
 
 def _mean_return(visits: Tensor, opened: Tensor) -> Tensor:
-    """Fraction of the visits to each step that end with an open lock, [seeds, horizon]; 0 for a step without visits.
-
-    `visits` is [seeds, episodes, horizon].
+    """Returns the fraction of the visits to each step that end with an open lock, [seeds, horizon]. The fraction is 0
+    for a step without visits. `visits` is [seeds, episodes, horizon].
     """
     return (visits & opened).sum(1).double() / visits.sum(1).clamp(min=1)
 
@@ -201,8 +208,9 @@ def _mean_return(visits: Tensor, opened: Tensor) -> Tensor:
 def run_lock(out: Path, *, fast: bool) -> str:
     """Runs the lock experiment and returns its table in Markdown.
 
-    The table holds, per horizon, the episodes to solve: median over seeds, fastest and slowest seed. A full run (not
-    `fast`) also appends a row per kind of resets to `out/results` and draws `out/figures/drpo_lock.png`.
+    For each horizon the table holds the number of episodes until the lock is solved: median over seeds, fastest and
+    slowest seed. A full run (not `fast`) also appends a row per kind of resets to `out/results` and draws
+    `out/figures/drpo_lock.png`.
     """
     horizons, seeds, limit = (FAST_HORIZONS, FAST_SEEDS, 2**13) if fast else (HORIZONS, SEEDS, MAX_EPISODES)
     found: dict[str, dict[int, Tensor]] = {}

@@ -1,4 +1,4 @@
-"""Experiments with RTO and DR-PO on the embedded task; smaller than the demo.
+"""Experiments with RTO and DR-PO on the embedded task, with smaller runs than the demo.
 
     granularity  RTO with its token rewards paid at every token, at the end of every fact, at the end of the response,
                  at every token but subtracted again at the end, or not at all (arXiv 2404.18922, section 5.2, figure 4)
@@ -55,15 +55,15 @@ class Arm:
     experiment: str
     name: str
     method: str
-    """Name of the demo stage that trains this arm: "ppo", "drpo" or "rto"."""
+    """Name of the demo stage whose trainer and settings the arm uses: "ppo", "drpo" or "rto"."""
     num_prompts: int = NUM_PROMPTS
     settings: Mapping[str, Any] = field(default_factory=dict)
     facts: int = 0
-    """Number of facts that matter in every post; 0 keeps the default of the experiment's task."""
+    """Number of facts that matter in every post. 0 means the default of the experiment's task."""
 
     @property
     def models(self) -> str:
-        """Name of the set of starting models; arms of one seed with equal names share them."""
+        """Name of the set of starting models. Arms with equal names share the models of a seed."""
         return "lengths" if self.facts else self.paper
 
     @property
@@ -91,12 +91,12 @@ def _settings(reset_prob: float) -> dict[str, Any]:
 
 
 UPDATES = {0.0: 40, 0.25: 44, 0.5: 48, 0.75: 54, 1.0: 60}
-"""Reset probability -> number of updates. Episodes that start inside a response sample fewer tokens, so more updates
-are needed for equally many sampled tokens."""
+"""Reset probability -> number of updates, chosen so that all arms sample about equally many tokens. An episode that
+starts inside a response samples fewer tokens."""
 SHAPINGS = ("token", "sentence", "eos", "rs")
 PROMPTS = (320, 640, 1280, 2560)
-"""Numbers of prompts. The granularity arms "token" (RTO) and "none" (PPO) are the runs with 2560 prompts, which give 40
-updates."""
+"""Numbers of prompts in the experiment `prompts`. Its runs with 2560 prompts (40 updates) are the arms "token" (RTO)
+and "none" (PPO) of the experiment `granularity`."""
 GRANULARITY = [
     *(
         Arm(paper="rto", experiment="granularity", name=name, method="rto", settings={"reward_shaping": name})
@@ -176,9 +176,8 @@ def _make_models(runs: Path, models: str, seed: int) -> None:
 
 
 def _sentence_tokenizer() -> PreTrainedTokenizerFast:
-    """The tokenizer of the embedded task, changed so that it decodes a full stop after each value.
-
-    A fact is then a sentence, which the reward shaping "sentence" needs.
+    """Returns the tokenizer of the embedded task, changed so that it decodes a full stop after each value. A fact is
+    then a sentence, as the reward shaping "sentence" requires.
     """
     tokenizer = toy_tokenizer()
     values = "|".join(sorted(value for values in FACTS.values() for value in values))
@@ -235,7 +234,7 @@ def _learned_judge(folder: Path) -> Judge:
 
 
 def _recorded(judge: Judge, task: ToyTask, gold: list[float]) -> Judge:
-    """Wraps a judge so that it also appends the mean gold reward (in facts) of the scored responses to `gold`."""
+    """Wraps a judge: every call also appends the mean gold reward (in facts) of the scored responses to `gold`."""
 
     def judged(rollouts: Sequence[Rollout]) -> torch.Tensor:
         gold.append(SCALE * float(gold_judge(task, rollouts).mean()))

@@ -43,9 +43,9 @@ class Bandit:
     name: str
     num_actions: int
     pairs: Sequence[tuple[int, int]]
-    """(winner, loser) of each observation."""
+    """(winner, loser) of each observed comparison."""
     dpo_limit: Sequence[float]
-    """Probabilities to which DPO converges from the uniform policy, for any beta."""
+    """Action probabilities to which DPO converges from the uniform policy, for any beta."""
 
 
 THIRD = (1 / 3, 1 / 3, 1 / 3)
@@ -77,14 +77,13 @@ class Curves:
     """[P, seeds, taus, actions] float32"""
 
     def tail(self) -> Tensor:
-        """The probabilities in the last sixth of the run (3,000 of 18,000 steps)."""
+        """Returns the probabilities in the last sixth of the run (3,000 of 18,000 steps)."""
         return self.probs[self.steps > self.steps[-1] * 5 // 6]
 
 
 def ipo_minimiser(bandit: Bandit, tau: float) -> Tensor:
-    """Action probabilities [actions] float64 that minimise eq. 17 of the paper, averaged over the pairs.
-
-    If there are several minimisers, returns the one with the smallest logits.
+    """Returns the action probabilities [actions] float64 that minimise eq. 17 of the paper, averaged over the pairs. If
+    there are several minimisers, returns the minimiser whose logits have the smallest norm.
     """
     rows = torch.zeros(len(bandit.pairs), bandit.num_actions, dtype=torch.float64)
     for row, (winner, loser) in zip(rows, bandit.pairs, strict=True):
@@ -102,11 +101,11 @@ def train(
     seeds: int = 1,
     taus: Sequence[float] = TAUS,
 ) -> dict[str, Curves]:
-    """Trains a policy for every bandit, seed and tau, all in one batch; returns the curves by bandit name.
+    """Trains a policy for every bandit, seed and tau, all in one batch; returns bandit name -> learning curves.
 
-    With `batch_size` None nothing is drawn: each step uses every pair of a bandit equally often. For DPO, tau is beta.
-    DPO's loss depends on beta only through beta times the log-probs, so the log-probs are scaled by beta and a single
-    call of `pair_loss` serves all values.
+    With `batch_size` None no pairs are drawn: each step uses every pair of a bandit equally often. For DPO, tau is
+    beta. DPO's loss depends on beta only through beta times the log-probs, so the log-probs are scaled by beta, and a
+    single call of `pair_loss` computes the loss for all values.
     """
     tau = torch.tensor(taus)
     actions = torch.from_numpy(_draw_pairs(bandits, steps, batch_size, seeds))
@@ -237,15 +236,15 @@ def draw(bandits: Sequence[Bandit], runs: Mapping[str, Mapping[str, Curves]], pa
 
 
 def _mean_and_interval(probs: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean over the seeds of [..., seeds, taus, actions] and half the width of its 95 % interval (Student's t)."""
+    """Returns the mean over the seeds of [..., seeds, taus, actions], and half the width of its 95 % interval
+    (Student's t)."""
     seeds = probs.shape[-3]
     return probs.mean(-3), STUDENT_95[seeds] * probs.std(-3) / seeds**0.5
 
 
 def _numbers(bandit: Bandit, kind: str, curves: Curves) -> dict[str, list]:
-    """Results for a row of the results file, per tau and action.
-
-    `tail_sd` is the standard deviation over the points of the last sixth and over seeds.
+    """Returns the fields of a result row, per tau and action. `tail_sd` is the standard deviation over seeds and over
+    the points of the last sixth of the run.
     """
     mean, half = _mean_and_interval(curves.probs[-1])
     tail = curves.tail()

@@ -46,7 +46,8 @@ ARMS: dict[str, dict[str, Any]] = {
     | {"dpo_reward_norm": "batch", "dpo_reward_scale": 1.0, "success_threshold": 0.75},
 }
 UPDATES = 30
-"""Updates of every arm except rrpo, which samples about 1.25 times as many tokens per update."""
+"""Number of updates of every arm except rrpo, which takes fewer, because it samples about 1.25 times as many tokens per
+update."""
 
 
 def run_pieces(seeds: int, jobs: int, runs: Path, out: Path) -> str:

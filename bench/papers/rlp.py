@@ -1,4 +1,5 @@
-"""Tests on the embedded task whether RLP (arXiv 2403.19279) improves the policy, with controls that the paper lacks.
+"""Tests on the embedded task whether RLP (arXiv 2403.19279) improves the policy, with control arms that the paper
+lacks.
 
 RLP refits the reward model on the policy's answers and trains the policy again.
 
@@ -56,21 +57,22 @@ if TYPE_CHECKING:
 
 NUM_PAIRS, NUM_HELD_OUT = 8960, 1024
 NUM_PROMPTS, NUM_UNSEEN = 2560, 512
-"""Number of prompts for training policies and for P, and number of prompts whose answers only measure reward models."""
+"""Number of prompts on which policies are trained and the answers P are sampled; number of held-out prompts, whose
+answers are used only to measure reward models."""
 EPISODES, NUM_ANSWERS = 64, 10
 OTHER_DRAWS = 100
-"""A refit uses the seed of its run plus this offset."""
+"""A refit of the reward model uses the seed of the run plus this offset."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
     name: str
     refit: Mapping[str, Any] | None = field(default_factory=dict)
-    """Keys of RLPConfig for the refit; None: no refit, the arm uses r itself."""
+    """Keys of RLPConfig for the refit. None means that the arm uses r without a refit."""
     matched: bool = False
-    """Whether the number of synthetic pairs is limited to that of the arm `spg`."""
+    """Whether the number of synthetic pairs is limited to the number in the arm `spg`."""
     told_by_gold: bool = False
-    """Whether the synthetic pairs are labelled by gold rewards instead of the scores of r."""
+    """Whether gold rewards label the synthetic pairs, instead of the scores of r."""
     policy: bool = True
     """Whether a policy is trained after the refit."""
 
@@ -138,7 +140,8 @@ class _Problem:
     folder: Path
 
     def make_models(self) -> None:
-        """Trains the SFT model, r and pi; samples pi's answers to seen and unseen prompts; scores the former with r."""
+        """Trains the SFT model, r and pi; samples pi's answers to training and held-out prompts; scores the answers to
+        training prompts with r."""
         if not (self.folder / "tokenizer").exists():
             _tokenizer().save_pretrained(self.folder / "tokenizer")
         if not holds_model(str(self.folder / "sft")):
@@ -155,9 +158,9 @@ class _Problem:
             scores.write_text(json.dumps([score.tolist() for score in of_r]))
 
     def run(self, arm: Arm) -> Row:
-        """Refits the reward model of an arm, trains its policy if it has one, and returns the row of results.
-
-        The row holds accuracies relative to the gold order and, with a policy, its gold reward on unseen posts.
+        """Refits the reward model of an arm, trains the policy if the arm has one, and returns the result row. The row
+        holds accuracies relative to the gold order and, if there is a policy, the gold reward of the policy on unseen
+        posts.
         """
         own, row = self.folder / arm.folder, {}
         reward = self.folder / "reward"
@@ -213,10 +216,8 @@ class _Problem:
         return found | view_activity(read_metrics(folder / "metrics.jsonl"))
 
     def _measure(self, reward: Path) -> Row:
-        """Measures a reward model against the gold order.
-
-        Returns its accuracy on held-out pairs, its accuracy on all pairs of pi's answers to the same unseen prompt, and
-        the mean variance of its scores among the answers to a prompt.
+        """Compares a reward model with the gold order. Returns its accuracy on held-out pairs, its accuracy on all
+        pairs of pi's answers to a held-out prompt, and the mean variance of its scores among the answers to a prompt.
         """
         answers = self._answers("validation")
         gold, scores = self._gold(answers), torch.stack(self._scores(reward, answers))
@@ -280,13 +281,12 @@ class _Problem:
         return per_response(model, trees, 4096, sequence_scores, str(reward))
 
     def _gold(self, answers: Sequence[Answers]) -> Tensor:
-        """Gold rewards in facts, [prompts, answers]."""
+        """Returns the gold rewards in facts, [prompts, answers]."""
         return torch.tensor([[self._worth(one.prompt, text) for text in one.responses] for one in answers])
 
     def _worth(self, prompt: Sequence[int], response: Sequence[int]) -> float:
-        return round(
-            self.task.gold_reward(_text(prompt), _text(response)), 6
-        )  # rounded, because equal rewards may differ by rounding errors
+        # rounded to 6 digits, because equal rewards may differ by rounding errors
+        return round(self.task.gold_reward(_text(prompt), _text(response)), 6)
 
 
 def _load_reward(folder: Path) -> Any:
@@ -303,14 +303,14 @@ def _tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _differences(values: Tensor) -> Tensor:
-    """Differences of values [prompts, answers] for all ordered pairs of answers to the same prompt, flattened."""
+    """Returns the differences of values [prompts, answers] for all ordered pairs of answers to one prompt,
+    flattened."""
     return (values[:, :, None] - values[:, None, :]).flatten()
 
 
 def seeds_and_prompts_interval(differences: Sequence[Sequence[float]], samples: int = 10000) -> tuple[float, float]:
-    """95 % percentile bootstrap interval for the mean of differences [seeds, prompts].
-
-    Each sample draws seeds with replacement, and prompts with replacement within each seed.
+    """Returns the 95 % percentile bootstrap interval of the mean of differences [seeds, prompts]. Each bootstrap sample
+    draws seeds with replacement, and prompts with replacement within each seed.
     """
     values, rng = np.asarray(differences), np.random.default_rng(0)
     num_seeds, num_prompts = values.shape
@@ -357,9 +357,8 @@ def _minus(rows: Sequence[Row], others: Sequence[Row]) -> str:
 
 
 def draw(found: Mapping[str, Sequence[Row]], path: Path) -> None:
-    """Draws two panels by arm: gold reward minus PPO's, and accuracy on the policy's answers minus that of r.
-
-    Seeds are grey dots, means are black dashes.
+    """Draws two panels with a column per arm: gold reward minus PPO's gold reward, and accuracy on the policy's answers
+    minus the accuracy of r. Seeds are grey dots, means are black dashes.
     """
     from matplotlib.figure import Figure
 

@@ -31,7 +31,7 @@ BOUND, BETA, RIDGE = 6.0, 0.1, 1.0
 WRITERS = ("good", "blind", "bad")
 NUM_PAIRS = (50, 200, 1000)
 RHOS = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, math.inf)
-"""Strengths of the pessimism penalty; with inf the policy minimises only the penalty."""
+"""Strengths of the pessimism penalty. With inf the policy minimises only the penalty."""
 PROBLEMS, FAST_PROBLEMS = 100, 20
 FIT_STEPS = 2000
 
@@ -45,13 +45,13 @@ def levels(cells: Tensor) -> list[Tensor]:
 
 
 def response_features() -> Tensor:
-    """The feature sum of every response, [responses, features] float64; responses are in lexical order."""
+    """Returns the feature sum of every response, [responses, features] float64. Responses are in lexical order."""
     columns = [torch.eye(size, dtype=torch.float64).repeat_interleave(NUM_RESPONSES // size, 0) for size in SIZES]
     return torch.cat(columns, 1)
 
 
 def plan(reward: Tensor, log_reference: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """Soft value iteration: the policy that maximises E[sum of rewards - beta KL].
+    """Finds the policy that maximises E[sum of rewards - beta KL], by soft value iteration.
 
     `reward` and `log_reference` are token rewards and log-probs [..., features]. Returns the policy's log-probs
     [..., features] and its value [...] at the prompt:
@@ -68,9 +68,8 @@ def plan(reward: Tensor, log_reference: Tensor, beta: float) -> tuple[Tensor, Te
 
 
 def evaluate(logprob: Tensor, reward: Tensor, log_reference: Tensor, beta: float) -> Tensor:
-    """The value E[sum of rewards - beta log(policy / reference)] of a policy at the prompt, [...].
-
-    `logprob` holds the log-probs [..., features] of the policy.
+    """Returns the value E[sum of rewards - beta log(policy / reference)] of a policy at the prompt, [...]. `logprob`
+    holds the log-probs [..., features] of the policy.
     """
     value = reward.new_zeros((*reward.shape[:-1], NUM_RESPONSES))
     charged = reward - beta * (logprob - log_reference)
@@ -80,15 +79,16 @@ def evaluate(logprob: Tensor, reward: Tensor, log_reference: Tensor, beta: float
 
 
 def uniform_policy() -> Tensor:
-    """Log-probs of the uniform policy, [features] float64."""
+    """Returns the log-probs of the uniform policy, [features] float64."""
     return torch.full((NUM_FEATURES,), -math.log(ACTIONS), dtype=torch.float64)
 
 
 def fit_reward(wins: Tensor, bound: float) -> Tensor:
-    """Maximum-likelihood estimate of theta in the Bradley-Terry model with |theta| <= bound, [problems, features].
+    """Returns the maximum-likelihood estimate of theta in the Bradley-Terry model with |theta| <= bound, [problems,
+    features].
 
-    `wins` [problems, responses, responses] counts how often the first was preferred to the second. Uses projected
-    gradient ascent with Nesterov momentum from theta = 0. Directions of theta that no pair determines stay 0.
+    `wins` [problems, responses, responses] counts how often the first response was preferred to the second. Uses
+    projected gradient ascent with Nesterov momentum from theta = 0. Directions of theta that no pair determines stay 0.
     """
     features = response_features()
     pairs = wins.sum((-2, -1), keepdim=True)
@@ -108,19 +108,19 @@ def fit_reward(wins: Tensor, bound: float) -> Tensor:
 
 
 def _scatter(wins: Tensor, features: Tensor) -> Tensor:
-    """Sum over pairs of D D^T (see the module docstring), [problems, features, features]."""
+    """Returns the sum over pairs of D D^T (see the module docstring), [problems, features, features]."""
     met = wins + wins.transpose(-2, -1)
     return features.T @ (torch.diag_embed(met.sum(-1)) - met) @ features
 
 
 def covariance(wins: Tensor) -> Tensor:
-    """The matrix Sigma of the module docstring, [problems, features, features] float64."""
+    """Returns the matrix Sigma of the module docstring, [problems, features, features] float64."""
     return RIDGE * torch.eye(NUM_FEATURES, dtype=torch.float64) + _scatter(wins, response_features())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Problems:
-    """Random true rewards, and labelled pairs of responses by one kind of writers."""
+    """Problems with random true rewards, and labelled pairs of responses by one kind of writers."""
 
     theta: Tensor
     """The true theta*, [problems, features] float64."""
@@ -129,8 +129,8 @@ class Problems:
 
 
 def draw_problems(writers: str, num_pairs: int, num_problems: int) -> Problems:
-    """Draws problems. Problem i has the same rewards and random numbers for every kind of writers and number of
-    pairs."""
+    """Draws problems. The rewards and random numbers of problem i do not depend on the kind of writers and the number
+    of pairs."""
     features, rows = response_features(), torch.arange(num_pairs)
     thetas, counts = [], []
     for problem in range(num_problems):
@@ -149,17 +149,19 @@ def draw_problems(writers: str, num_pairs: int, num_problems: int) -> Problems:
 
 
 def _write(writers: str, theta: Tensor) -> Tensor:
-    """Log-probs of the policy of this kind of writers ("good", "blind" or "bad"), [features]."""
+    """Returns the log-probs of the policy of a kind of writers ("good", "blind" or "bad"), [features]."""
     if writers == "blind":
         return torch.tensor([0.6, 0.37, 0.03], dtype=torch.float64).log().repeat(NUM_FEATURES // ACTIONS)
     return plan(theta if writers == "good" else -theta, uniform_policy(), beta=0.4)[0]
 
 
 def pessimism(problems: Problems) -> dict[str, Tensor]:
-    """Sub-optimality [problems] of the policy of each rho, and of the reference.
+    """Returns the sub-optimality [problems] of the policy for each rho, and of the reference.
 
-    "error" uses the true error |theta - theta*|_Sigma (also returned, as "radius") as rho. "guarantee" is the paper's
-    upper bound on the sub-optimality at this rho, 2 rho E*[sum |phi|] - beta KL(pi* || pi).
+    The entry "error" uses the true error |theta - theta*|_Sigma as rho; this error is the entry "radius". "guarantee"
+    is the paper's upper bound on the sub-optimality at this rho, 2 rho E*[sum |phi|] - beta KL(pi*
+
+    pi).
     """
     reference = uniform_policy()
     best, best_value = plan(problems.theta, reference.expand_as(problems.theta), BETA)
@@ -178,13 +180,13 @@ def pessimism(problems: Problems) -> dict[str, Tensor]:
 
 
 def visits(logprob: Tensor) -> Tensor:
-    """Probability that a policy reaches a state and chooses a token there, [..., features]."""
+    """Returns the probability that a policy reaches a state and chooses a token in this state, [..., features]."""
     features = response_features()
     return (logprob @ features.T).exp() @ features
 
 
 def theory_rho(delta: float = 0.1) -> float:
-    """The value of rho in the paper's theorem, with its unspecified constant C set to 1."""
+    """Returns the rho of the paper's theorem, with the unspecified constant C set to 1."""
     spread = 2 * HORIZON * BOUND
     inverse = 2 + math.exp(-spread) + math.exp(spread)
     return math.sqrt(NUM_FEATURES * math.log(1 / delta) * inverse + RIDGE * BOUND**2)
@@ -217,7 +219,8 @@ def _numbers(gaps: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
 
 
 def mean_and_interval(values: Tensor) -> tuple[float, float]:
-    """Mean and half the width of its 95 % interval, by the normal approximation (there are many problems)."""
+    """Returns the mean and half the width of its 95 % interval, by the normal approximation (there are many
+    problems)."""
     return float(values.mean()), 1.96 * float(values.std()) / len(values) ** 0.5
 
 

@@ -35,16 +35,17 @@ from fastrlhf.tools.plan.work import to_tree
 from fastrlhf.types import Example, TokenizedExample
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
-"""Largest allowed relative difference of first losses: float32 sums differ in their order, bfloat16 has 3 digits."""
+"""dtype -> largest allowed relative difference of the first losses. float32 sums differ in their order; bfloat16
+numbers have 3 digits."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """The model and data that all sides share."""
+    """The model and the data that all sides share."""
 
     task: Task
     config: TrainConfig
-    """Configuration of our trainer; every side starts from the model that it names."""
+    """Configuration of our trainer. It names the model from which every side starts."""
     examples: list[Example]
     drawn: list[TokenizedExample]
     """The examples of all steps, in the order in which our trainer draws them."""
@@ -57,7 +58,7 @@ class Setup:
 class Side:
     run: Callable[[], Run]
     trees: list[Tree]
-    """The token trees that the side must compute in the counted steps, without padding."""
+    """The token trees that this side must compute in the counted steps, without padding."""
 
 
 def run_train(
@@ -135,7 +136,7 @@ def _prepare(task: Task, model: str, steps: int, rows: int, device: str, work: s
         **task.settings,
     )
     examples = load_examples(f"{data}/hh_helpful_test.jsonl.gz").examples[: (1 + steps) * rows]
-    # The model is only written below; until then its folder is empty.
+    # The folder of the model is still empty; the model is written below.
     tokenizer, inputs = open_inputs(replace(config, model_name_or_path=""), [*task.fields], examples, None)
     # The padding token must not be the EOS: transformers' classifiers would read the score at the token before it.
     tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
@@ -198,16 +199,14 @@ def _in_turn(sides: Mapping[str, Side], rounds: int) -> tuple[dict[str, list[Run
 
 
 def _summary(setup: Setup, runs: Sequence[Run], trees: Sequence[Tree]) -> Row:
-    """Makes the result row of a side.
-
-    Tokens per second count every sequence with its prompt, equally on all sides. TFLOP/s count only what the side must
-    compute, so a shared prompt counts once.
+    """Makes the result row of a side. Tokens per second count every sequence with its prompt, on all sides. TFLOP/s
+    count only the operations that the side must compute, so a shared prompt counts once.
     """
     segments = forest(trees)
     rows = 2 * len(trees) if setup.task.is_classifier else sum(segment.num_scored for segment in segments)
     spans = [(segment.cut, len(segment.token_ids)) for segment in segments]
     operations = training_operations(setup.shape, spans, rows=rows, outputs=setup.outputs)
-    # The median is taken per step, so that a short load on the machine does not spoil a whole round.
+    # The median is taken per step, so that a short load on the machine does not affect a whole round.
     seconds = sum(median(times) for times in zip(*(run.seconds for run in runs), strict=True))
     return {
         "tokens_per_second": sum(map(num_in_sequences, trees)) / seconds,

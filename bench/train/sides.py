@@ -31,11 +31,12 @@ from fastrlhf.types import Example
 @dataclass(frozen=True, kw_only=True)
 class Run:
     seconds: list[float]
-    """Seconds of each step except the first, measured from the end of the previous step; CPU seconds on a CPU."""
+    """Seconds of each step except the first, measured from the end of the previous step. On a CPU these are CPU
+    seconds."""
     losses: list[float]
     """Loss of every step."""
     peak_mb: float | None
-    """Peak GPU memory beyond earlier allocations, in MB, weights included; None on a CPU."""
+    """Peak GPU memory (weights included) beyond earlier allocations, in MB; None on a CPU."""
 
 
 def run_ours(task: Task, config: TrainConfig, examples: Sequence[Example]) -> Run:
@@ -57,7 +58,7 @@ def run_trl(task: Task, ours: TrainConfig, rows: Sequence[Row], batch_size: int,
     base, config = getattr(trl, f"{task.trl}Trainer"), getattr(trl, f"{task.trl}Config")
 
     class Trainer(base):
-        """TRL's trainer, except that it does not tokenise: rows already contain token ids."""
+        """TRL's trainer without its tokenisation, because rows already contain token ids."""
 
         def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
             return dataset
@@ -117,7 +118,7 @@ def _measured(device: str) -> Iterator[_Measured]:
 
 @contextmanager
 def _after_steps_of_ours(mark: Callable[[], None]) -> Iterator[None]:
-    """Calls `mark` after every step of our trainer, to record the time."""
+    """Makes our trainer call `mark` after every step, to record the time."""
     step = Optimizer.step
 
     def marked(self: Optimizer) -> dict[str, float]:

@@ -50,11 +50,11 @@ class Task:
     gpu_ways: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Variants of our trainer that only make sense on a GPU: name -> settings."""
     trl: str
-    """Prefix NAME of TRL's classes NAMETrainer and NAMEConfig."""
+    """Prefix of the names of TRL's classes, such as DPO for DPOTrainer and DPOConfig."""
     to_row: Callable[[TokenizedExample], Row]
     """Converts an example to a tokenised row of TRL's dataset."""
     trl_settings: Callable[[int], Mapping[str, Any]] = lambda batch_size: {}
-    """Returns the settings of TRL's configuration for a batch size."""
+    """Returns the settings of TRL's configuration for a given batch size."""
     trl_ways: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Variants of TRL's trainer besides padded batches: name -> settings."""
     is_classifier: bool = False
