@@ -30,6 +30,7 @@ from fastrlhf.models.sharding import own_pace
 from fastrlhf.models.vocabulary import allowed_logits
 from fastrlhf.rollout import generate
 from fastrlhf.rollout.cuda_graphs import CapturedSteps
+from fastrlhf.rollout.draw import draw_tokens
 from fastrlhf.rollout.kv_cache import SlotCache, rounded_up
 from fastrlhf.rollout.probe import decoder_of
 from fastrlhf.rollout.truncation import KeptRecord, Truncation
@@ -211,7 +212,7 @@ class TransformersEngine:
             logits = self.truncation(logits / heat)
             episodes.kept.add(which[~done], count[~done], (logits > -math.inf)[~done], ids)
             heat = 1.0
-        token, logprob = _draw(logits, heat, episodes.uniform[which, count], ids)
+        token, logprob = draw_tokens(logits, heat, episodes.uniform[which, count], ids)
         episodes.tokens[which, count], episodes.logprobs[which, count] = token, logprob
         episodes.count[which] = count = count + ~done
         done = done | (count >= episodes.budget[which])
@@ -379,22 +380,3 @@ def end_index(rollout: Rollout, eos_token_id: EndIds) -> int:
     """Returns the index of the first end token in the completion, or else of its last token."""
     end = first_end(rollout.completion, eos_token_id)
     return len(rollout.completion) - 1 if end is None else end
-
-
-def _draw(
-    logits: Tensor, temperature: float | Tensor, uniform: Tensor, ids: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Draws a token per row of logits [N, V] float32 by inverting the cumulative distribution; returns it and its
-    log-prob. `temperature`: a number, or [N, 1] above 0; `ids` [V]: the tokens of the columns."""
-    greedy = isinstance(temperature, float) and temperature == 0
-    logprobs = (logits / (1.0 if greedy else temperature)).log_softmax(-1)
-    if greedy:
-        token = logits.argmax(-1)
-    else:
-        cumulative = logprobs.exp().cumsum(-1)
-        total = cumulative[:, -1:]
-        # A threshold that rounding makes equal to the total would select a token of probability 0, so it stays below.
-        threshold = torch.minimum(uniform[:, None] * total, total.nextafter(torch.zeros_like(total)))
-        # If logits are NaN, the search ends past the last token; the check in `_rollout` then raises an error.
-        token = torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
-    return token if ids is None else ids[token], logprobs.gather(1, token[:, None])[:, 0]
