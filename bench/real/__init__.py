@@ -1,0 +1,1 @@
+"""`python -m bench real`: measurements on SmolLM2-135M-Instruct, a pretrained model, on a CPU."""
