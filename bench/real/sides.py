@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,32 +60,20 @@ def both_jobs(
     about = TASKS[task]
     shared: dict[str, Any] = {"max_steps": steps, "learning_rate": LEARNING_RATE[task], "lr_scheduler_type": "constant"}
     shared |= {"weight_decay": 0.0, "max_grad_norm": 1.0} | {k: v for k, v in about.items() if k == "loss_type"}
-    ours: dict[str, Any] = {
-        "per_device_train_batch_size": batch,
-        "micro_batch_tokens": 2048,
-        "max_length": 2048,
-        "seed": 0,
-    }
-    if is_chat and task != "reward":
-        ours["train_suffix"] = True
-    theirs: dict[str, Any] = {
-        "per_device_train_batch_size": trl_batch,
-        "gradient_accumulation_steps": batch // trl_batch,
-    }
-    if task == "reward":
-        theirs["pad_token"] = PAD
-    if task in ("dpo", "ipo"):
-        theirs |= {"precompute_ref_log_probs": True}
+    ours = shared | {
+        "per_device_train_batch_size": batch, "micro_batch_tokens": 2048, "max_length": 2048, "seed": 0,
+        **({"train_suffix": True} if is_chat and task != "reward" else {}),
+    }  # fmt: skip
+    theirs = shared | {
+        "per_device_train_batch_size": trl_batch, "gradient_accumulation_steps": batch // trl_batch,
+        **({"pad_token": PAD} if task == "reward" else {}),
+        **({"precompute_ref_log_probs": True} if task in ("dpo", "ipo") else {}),
+    }  # fmt: skip
     drawn = [rows[i] for indices in index_batches(len(rows), batch, steps, 0) for i in indices]
-    names = {"task": str(about["task"]), "trainer": str(about["trainer"]), "model": model}
-    return (
-        Job(**names, rows=write_rows(rows, work / "ours.jsonl"), settings=shared | ours),
-        Job(
-            **names,
-            rows=write_rows([_for_trl(task, row, model) for row in drawn], work / "trl.jsonl"),
-            settings=shared | theirs,
-        ),
-    )
+    our_rows = write_rows(rows, work / "ours.jsonl")
+    their_rows = write_rows([_for_trl(task, row, model) for row in drawn], work / "trl.jsonl")
+    job = partial(Job, task=about["task"], trainer=about["trainer"], model=model)
+    return job(rows=our_rows, settings=ours), job(rows=their_rows, settings=theirs)
 
 
 def reward_model(policy: str, folder: Path) -> str:
